@@ -1,0 +1,1 @@
+"""How the weights of the objectives (and the temperatures) enter a model."""

@@ -1,0 +1,1 @@
+"""Learning to rank with one model for every trade-off."""

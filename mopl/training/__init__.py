@@ -1,0 +1,1 @@
+"""The thin training loop, checkpoints and logs."""

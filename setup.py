@@ -1,0 +1,21 @@
+"""Only the package mapping lives here; everything else is in pyproject.toml.
+
+`kernels/` at the top level is the package `mopl.kernels`. It must not hold an `__init__.py`: with one,
+running Python at the repository root would shadow Hugging Face's package `kernels`.
+"""
+
+from setuptools import setup
+
+setup(
+    packages=[
+        "mopl",
+        "mopl.conditioning",
+        "mopl.kernels",
+        "mopl.losses",
+        "mopl.ops",
+        "mopl.ranking",
+        "mopl.training",
+    ],
+    package_dir={"mopl": "mopl", "mopl.kernels": "kernels"},
+    package_data={"mopl": ["py.typed"]},
+)
