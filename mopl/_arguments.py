@@ -1,4 +1,4 @@
-"""Checks and broadcasts of arguments that every loss and op shares: one wording of each error, one meaning of each shape.
+"""Checks and broadcasts of arguments shared by every loss and op: one wording of each error, one meaning of a shape.
 
 Shapes: `B` lists, `m` objectives, `K` items of a list. Nothing here reads a tensor's values, so nothing here
 synchronises with a GPU or breaks `torch.compile`.
