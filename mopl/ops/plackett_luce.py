@@ -1,0 +1,169 @@
+"""Plackett-Luce negative log-likelihood of m rankings of one list of scores, with ties, top-k and partial rankings.
+
+For list b and objective j, `u = temperature * scores` and the items fall into groups C_1 > C_2 > ... of equal label,
+best first. Group g has n_g items, T_g = sum of exp(u) in it and R_g = sum of exp(u) in all lower groups. The loss is
+
+    loss_bj = sum_g W_g N_g,     W_g = mean of the position weights over the positions that the group occupies
+
+with W_g = 0 for a group that starts at or behind position `top_k` (so a group that straddles the cut is charged whole)
+and, with `last_group_free`, for the lowest group (also if it is the only one). A group of one item costs
+N_g = log1p(R_g / exp(u_i)). A group of tied items costs
+
+    "breslow":  n_g log(R_g + T_g) - sum_{C_g} u
+    "efron":    sum_{r < n_g} log(R_g + (1 - r / n_g) T_g) - sum_{C_g} u
+    "exact":    -log of the probability of the group summed over all orders of its items (Kalbfleisch and Prentice)
+                = -log int exp(y - exp(y)) prod_{i in C_g} (1 - exp(-exp(y + u_i - log R_g))) dy;   0 where R_g = 0
+
+The gradient is closed: with b_g = (dN_g / du_i) / exp(u_i) for any item i below the group (it is the same for all),
+
+    dloss/du_i = exp(u_i) sum_{h < g} W_h b_h + W_g dN_g/du_i          for i in C_g
+    one item:   b_g = 1 / (R_g + T_g),                    dN_g/du_i = -R_g / (R_g + T_g)
+    "breslow":  b_g = n_g / (R_g + T_g),                  dN_g/du_i = exp(u_i) b_g - 1
+    "efron":    b_g = sum_r 1 / (R_g + (1 - r / n_g) T_g), dN_g/du_i = exp(u_i) sum_r (1 - r / n_g) / (...) - 1
+    "exact":    b_g = sum_i E[phi_i] / R_g,               dN_g/du_i = -E[phi_i],  phi_i = t_i / (exp(t_i) - 1),
+                t_i = exp(y + u_i - log R_g), E over y with the integrand as density
+
+so the forward pass gives the gradient `G = dloss/du` (B, m, K), in the order of the items, along with the loss, and
+backward is `dscores_bi = sum_j grad_loss_bj temperature_bj G_bji` and `dtemperature = grad_loss * temperature_gradient`
+with `temperature_gradient_bj = sum_i G_bji scores_bi`, computed as sum_i G_i (scores_i - max scores): G sums to 0.
+
+`order` (B, m, K) holds the items best first, masked items last: `labels.argsort(descending=True)`. It decides the
+ranking; labels then only say which neighbours in that order are tied. Lists with fewer than two items have loss 0 and
+gradient 0. A masked slot is never read into arithmetic. A score of -inf above other items makes the loss +inf and
+keeps a finite gradient, -W; at the bottom it costs nothing.
+"""
+
+import torch
+from torch import Tensor
+
+from mopl._arguments import compute_dtype
+from mopl.ops._backend import use_triton
+
+TIES = ("breslow", "efron", "exact")
+
+
+def plackett_luce_nll(
+    scores: Tensor,  # (B, K)
+    labels: Tensor,  # (B, m, K)
+    temperature: Tensor,  # (B, m), or (B, 1) where it is common to all objectives
+    mask: Tensor | None = None,  # (B, K) bool
+    order: Tensor | None = None,  # (B, m, K) integer
+    position_weights: Tensor | None = None,  # (K,) or (B, m, K), in the order of the positions
+    top_k: int | None = None,
+    ties: str = "breslow",
+    last_group_free: bool = False,
+) -> Tensor:
+    """Return the negative log-likelihood (B, m) in nats; differentiable in scores and temperature.
+
+    Args:
+        scores: (B, K), any floating dtype; arithmetic is in float32, in float64 for float64.
+        labels: (B, m, K) of any dtype, higher is better, equal is tied.
+        temperature: (B, m), or (B, 1) for one temperature a list.
+        mask: (B, K), true where an item exists; None means everywhere.
+        order: (B, m, K) indices of the items, best first, masked items last; None sorts the labels here.
+        position_weights: (K,) or (B, m, K), the weight of the choice made at each position; None means 1.
+        top_k: charge only groups that start before this position; None charges all.
+        ties: "breslow", "efron" or "exact".
+        last_group_free: do not charge the lowest group: its items are an unranked tail.
+
+    Returns:
+        (B, m) in the dtype of the arithmetic.
+    """
+    need_grad = torch.is_grad_enabled() and (scores.requires_grad or temperature.requires_grad)
+    return _plackett_luce_nll(
+        scores, labels, temperature, mask, order, position_weights, top_k, ties, last_group_free, need_grad
+    )[0]
+
+
+@torch.library.custom_op("mopl::plackett_luce_nll", mutates_args=())
+def _plackett_luce_nll(
+    scores: Tensor,
+    labels: Tensor,
+    temperature: Tensor,
+    mask: Tensor | None,
+    order: Tensor | None,
+    position_weights: Tensor | None,
+    top_k: int | None,
+    ties: str,
+    last_group_free: bool,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return loss (B, m), gradient (B, m, K), temperature_gradient (B, m); the last two are empty if not needed."""
+    if use_triton(scores):
+        from mopl.ops.plackett_luce_triton import launch_forward as forward
+    else:
+        forward = _forward_cpu
+    return forward(scores, labels, temperature, mask, order, position_weights, top_k, ties, last_group_free, need_grad)
+
+
+@_plackett_luce_nll.register_fake
+def _(scores, labels, temperature, mask, order, position_weights, top_k, ties, last_group_free, need_grad):
+    batch, objectives, items = labels.shape
+    dtype = compute_dtype(scores)
+    loss = scores.new_empty((batch, objectives), dtype=dtype)
+    gradient = scores.new_empty((batch, objectives, items) if need_grad else (0,), dtype=dtype)
+    return loss, gradient, scores.new_empty((batch, objectives) if need_grad else (0,), dtype=dtype)
+
+
+@torch.library.custom_op("mopl::plackett_luce_nll_backward", mutates_args=())
+def _plackett_luce_nll_backward(
+    grad_loss: Tensor,  # (B, m)
+    temperature: Tensor,  # (B, m) or (B, 1)
+    gradient: Tensor,  # (B, m, K)
+) -> Tensor:
+    """Return sum_j grad_loss_bj temperature_bj gradient_bji: (B, K) in the dtype of `gradient`."""
+    if use_triton(gradient):
+        from mopl.ops.plackett_luce_triton import launch_backward as backward
+    else:
+        backward = _backward_cpu
+    return backward(grad_loss, temperature, gradient)
+
+
+@_plackett_luce_nll_backward.register_fake
+def _(grad_loss, temperature, gradient):
+    return gradient.new_empty((gradient.shape[0], gradient.shape[2]))
+
+
+def _setup_context(ctx, inputs, output):
+    scores, _, temperature, *_, need_grad = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.need_grad, ctx.dtype = need_grad, scores.dtype
+    ctx.save_for_backward(temperature, *output[1:])
+
+
+def _backward(ctx, grad_loss, *_):
+    dscores = dtemperature = None
+    if grad_loss is not None:
+        if not ctx.need_grad:
+            raise RuntimeError("plackett_luce_nll was called with need_grad=False, so it kept nothing for backward")
+        temperature, gradient, temperature_gradient = ctx.saved_tensors
+        if ctx.needs_input_grad[0]:
+            dscores = _plackett_luce_nll_backward(grad_loss, temperature, gradient).to(ctx.dtype)
+        if ctx.needs_input_grad[2]:
+            dtemperature = (grad_loss * temperature_gradient).sum_to_size(temperature.shape).to(temperature.dtype)
+    return dscores, None, dtemperature, None, None, None, None, None, None, None
+
+
+_plackett_luce_nll.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _forward_cpu(
+    scores: Tensor,
+    labels: Tensor,
+    temperature: Tensor,
+    mask: Tensor | None,
+    order: Tensor | None,
+    position_weights: Tensor | None,
+    top_k: int | None,
+    ties: str,
+    last_group_free: bool,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return loss, gradient and temperature_gradient."""
+    raise NotImplementedError
+
+
+def _backward_cpu(grad_loss: Tensor, temperature: Tensor, gradient: Tensor) -> Tensor:
+    """Return dscores (B, K)."""
+    return torch.bmm((grad_loss * temperature).to(gradient.dtype)[:, None, :], gradient)[:, 0, :]
