@@ -9,11 +9,13 @@ from setuptools import setup
 setup(
     packages=[
         "mopl",
+        "mopl.alignment",
         "mopl.conditioning",
         "mopl.kernels",
         "mopl.losses",
         "mopl.ops",
         "mopl.ranking",
+        "mopl.report",
         "mopl.training",
     ],
     package_dir={"mopl": "mopl", "mopl.kernels": "kernels"},
