@@ -1,0 +1,386 @@
+"""One thin training loop on accelerate, for rankers and language models alike.
+
+A step draws the batch of that step from the source, one part a process and accumulation step, adds up the gradient of
+the mean loss over the whole batch, clips it and updates. Three properties hold and are tested:
+
+* the update does not depend on how a batch is split into processes and accumulation steps (up to rounding);
+* the step number is the whole random state: a resumed training continues bit for bit;
+* what is on the disk is complete: a crash at any point leaves the last checkpoint intact.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mopl._arguments import check_choice
+from mopl.training.batches import BatchSource, part_of_batch
+from mopl.training.checkpoint import Checkpoint, CheckpointFolder
+from mopl.training.logs import RunLog
+
+SCHEDULES = ("constant", "linear", "cosine")
+PRECISIONS = ("no", "bf16", "fp16")
+
+LossFunction = Callable[[nn.Module, Any, int], tuple[Tensor, dict[str, Any]]]
+
+# Settings that change what is written but not what is computed: a resumed training may have others.
+_FREE_SETTINGS = ("log_every", "checkpoint_every", "keep_checkpoints")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Settings of a training.
+
+    Args:
+        steps: Number of updates.
+        learning_rate: Learning rate of AdamW after the warm-up.
+        weight_decay: Decoupled weight decay.
+        warmup: Steps in which the learning rate rises linearly from 0.
+        schedule: Course of the learning rate after the warm-up: `"constant"`, `"linear"` or `"cosine"` down to 0.
+        gradient_clip: Largest norm of the gradient, or None.
+        accumulation: Parts of a batch that one process works through before it updates.
+        mixed_precision: `"no"`, `"bf16"` or `"fp16"` (autocast of the model's forward pass).
+        seed: Seed of everything random.
+        log_every: Steps from one line of the log to the next.
+        checkpoint_every: Steps from one checkpoint to the next; 0 writes one at the end only.
+        keep_checkpoints: How many of the newest checkpoints stay.
+    """
+
+    steps: int = 1000
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    warmup: int = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    gradient_clip: float | None = 1.0
+    accumulation: int = 1
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    seed: int = 0
+    log_every: int = 50
+    checkpoint_every: int = 200
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        check_choice(self.schedule, SCHEDULES, "schedule")
+        check_choice(self.mixed_precision, PRECISIONS, "mixed_precision")
+        for name, lowest in (("steps", 0), ("warmup", 0), ("accumulation", 1), ("log_every", 1),
+                             ("checkpoint_every", 0), ("keep_checkpoints", 1), ("seed", 0)):  # fmt: skip
+            if getattr(self, name) < lowest:
+                raise ValueError(f"{name} is {getattr(self, name)} but must be at least {lowest}")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise ValueError(f"learning_rate is {self.learning_rate} but must be a positive number")
+        if self.gradient_clip is not None and not self.gradient_clip > 0:
+            raise ValueError(f"gradient_clip is {self.gradient_clip} but must be positive, or None for no clipping")
+
+    def rate_factor(self, step: int) -> float:
+        """Return what the learning rate is multiplied by at `step` (from 0)."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        done = (step - self.warmup) / max(self.steps - self.warmup, 1)
+        if self.schedule == "linear":
+            return 1.0 - done
+        return 0.5 * (1.0 + math.cos(math.pi * done)) if self.schedule == "cosine" else 1.0
+
+
+@dataclass
+class TrainingResult:
+    """What a training leaves behind besides the model: steps done, seconds over all its parts, the last log record."""
+
+    steps: int
+    seconds: float
+    last: dict[str, Any] = field(default_factory=dict)
+
+
+class TrainingInterrupted(RuntimeError):
+    """A signal stopped the training after a complete step; a checkpoint was written if there is a folder for it."""
+
+    def __init__(self, stage: str, step: int, checkpoint: Path | None) -> None:
+        kept = f"; checkpoint {checkpoint}" if checkpoint else "; no checkpoint folder was given"
+        super().__init__(f"training {stage!r} was stopped after step {step}{kept}")
+        self.stage, self.step, self.checkpoint = stage, step, checkpoint
+
+
+class TrainingDiverged(FloatingPointError):
+    """The loss or its gradient is no longer a number."""
+
+
+def make_accelerator(mixed_precision: str = "no", *, cpu: bool = False) -> Any:
+    """Return accelerate's `Accelerator` as the loop needs it: CUDA where present unless `cpu`, DDP under its launcher.
+
+    Gradient accumulation is the loop's own, because accelerate divides by the number of parts, whatever their sizes.
+    """
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(mixed_precision=mixed_precision, cpu=cpu)
+    kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
+    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP"):
+        raise NotImplementedError(
+            f"the loop trains on one device or with DDP, but accelerate was set up for {kind}; "
+            "run `accelerate config` again or pass `--multi_gpu` / `--num_processes` alone"
+        )
+    return accelerator
+
+
+def train(
+    model: nn.Module,
+    source: BatchSource,
+    loss: LossFunction,
+    config: TrainingConfig,
+    *,
+    accelerator: Any = None,
+    directory: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    log: RunLog | None = None,
+    stage: str = "train",
+    optimizer: torch.optim.Optimizer | None = None,
+) -> TrainingResult:
+    """Train `model` in place.
+
+    Args:
+        model: The model; it is left on the device of the training, in the mode (train or eval) it had.
+        source: Gives a step's batch in parts; see `BatchSource`.
+        loss: `loss(model, batch, step) -> (scalar, logs)`: the mean over the lists of the batch it is given, and
+            numbers or scalar tensors to log. It must call `model` itself (the wrapped one under DDP).
+        config: Settings.
+        accelerator: accelerate's `Accelerator`; one from `make_accelerator` by default.
+        directory: Folder of the checkpoints, or None for none.
+        resume: Continue from the newest checkpoint in `directory`, if there is one.
+        log: Where log records go.
+        stage: Name of this training in the log and in messages.
+        optimizer: AdamW on the trainable parameters by default. The schedule multiplies its own learning rates.
+
+    Returns:
+        Steps, seconds and the last log record.
+
+    Raises:
+        FileExistsError: If there are checkpoints and `resume` is false.
+        ValueError: If the checkpoint was made with other settings, or a batch has fewer lists than parts.
+        TrainingInterrupted: After Ctrl-C or SIGTERM, once the step is complete and its checkpoint written.
+        TrainingDiverged: If the loss or its gradient is NaN or infinite; nothing was updated with it.
+    """
+    accelerator = accelerator or make_accelerator(config.mixed_precision)
+    if accelerator.mixed_precision != config.mixed_precision:
+        raise ValueError(
+            f"mixed_precision is {config.mixed_precision!r} but the accelerator was made with "
+            f"{accelerator.mixed_precision!r}; pass make_accelerator({config.mixed_precision!r})"
+        )
+    parts = accelerator.num_processes * config.accumulation
+    if parts > source.batch_size:
+        raise ValueError(
+            f"a batch of {source.batch_size} lists cannot be split into {accelerator.num_processes} process(es) x "
+            f"{config.accumulation} accumulation step(s); take a larger batch_size or a smaller accumulation"
+        )
+    folder = CheckpointFolder(directory, config.keep_checkpoints) if directory is not None else None
+    checkpoint = _checkpoint_to_resume(folder, resume, config, stage)
+    if checkpoint is not None:
+        checkpoint.load_model(model)
+    updater = optimizer
+    if updater is None:
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        updater = torch.optim.AdamW(trainable, lr=config.learning_rate, weight_decay=config.weight_decay)
+    rates = [group["lr"] for group in updater.param_groups]
+    mode = model.training
+    wrapped, stepper = accelerator.prepare(model, updater)
+    start, spent = 0, 0.0
+    if checkpoint is not None:
+        start, spent = checkpoint.step, checkpoint.state()["seconds"]
+        states = checkpoint.load_optimizer()
+        stepper.load_state_dict(states["optimizer"])
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(states["scaler"])
+    if accelerator.is_main_process and folder is not None:
+        folder.remove_leftovers()
+    if log is not None:
+        log.rewind(stage, start)
+
+    result = TrainingResult(start, spent)
+    began = time.perf_counter()
+
+    def save(step: int) -> Path | None:
+        """Write the checkpoint after `step` steps, on the main process; every process waits until it is there."""
+        if folder is None:
+            return None
+        if accelerator.is_main_process:
+            states = {"optimizer": stepper.state_dict()}
+            if accelerator.scaler is not None:
+                states["scaler"] = accelerator.scaler.state_dict()
+            seconds = spent + time.perf_counter() - began
+            saved = {"stage": stage, "seconds": seconds, "config": asdict(config)}
+            folder.save(step, accelerator.unwrap_model(wrapped), states, saved)
+        accelerator.wait_for_everyone()
+        return folder.path / f"step-{step:06d}"
+
+    wrapped.train()
+    try:
+        with _StopSignals() as stop, _progress(accelerator, stage, start, config.steps) as progress:
+            for step in range(start, config.steps):
+                for group, rate in zip(stepper.param_groups, rates, strict=True):
+                    group["lr"] = rate * config.rate_factor(step)
+                value, logs = _accumulate(accelerator, wrapped, source, loss, config, step)
+                limit = math.inf if config.gradient_clip is None else config.gradient_clip
+                norm = accelerator.clip_grad_norm_(wrapped.parameters(), limit)
+                # One reduction and one read a step: every process learns the same loss and the same wish to stop.
+                told = torch.stack([value, torch.as_tensor(float(stop.asked), device=value.device)])
+                told = [*accelerator.reduce(told, "sum").tolist(), float(norm)]
+                _check_finite(told[0], told[2], config, stage, step, folder)
+                stepper.step()
+                stepper.zero_grad()
+                done = step + 1
+                if done % config.log_every == 0 or done == config.steps:
+                    record = {"stage": stage, "step": done, "loss": told[0]}
+                    record |= {name: float(v) for name, v in zip(logs, _reduced(accelerator, logs), strict=True)}
+                    record |= {"learning_rate": stepper.param_groups[0]["lr"], "gradient_norm": told[2]}
+                    record["seconds"] = round(spent + time.perf_counter() - began, 3)
+                    result.last = record
+                    if log is not None:
+                        log.write(record)
+                progress(done, told[0])
+                result.steps = done
+                due = config.checkpoint_every and done % config.checkpoint_every == 0
+                path = save(done) if due or told[1] or done == config.steps else None
+                if told[1] or (stop.asked and done == config.steps):
+                    raise TrainingInterrupted(stage, done, path)
+    finally:
+        # The prepared model's forward is wrapped in autocast; the caller gets back the plain one.
+        accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False).train(mode)
+        accelerator.free_memory()
+    result.seconds = spent + time.perf_counter() - began
+    return result
+
+
+def _accumulate(
+    accelerator: Any, model: nn.Module, source: BatchSource, loss: LossFunction, config: TrainingConfig, step: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Add up the gradient of the mean over the whole batch; return this process's share of the loss and the logs."""
+    parts = accelerator.num_processes * config.accumulation
+    total: Tensor | None = None
+    logs: dict[str, Tensor] = {}
+    for turn in range(config.accumulation):
+        part = accelerator.process_index * config.accumulation + turn
+        rows = part_of_batch(source.batch_size, part, parts)
+        share = (rows.stop - rows.start) / source.batch_size
+        batch = _to_device(source(step, part, parts), accelerator.device)
+        torch.manual_seed(_seed(config.seed, step, part))
+        last = turn == config.accumulation - 1
+        with contextlib.nullcontext() if last else accelerator.no_sync(model):
+            value, extra = loss(model, batch, step)
+            # DDP averages the gradients of the processes; the sum of shares is what the mean over all lists needs.
+            accelerator.backward(value * (share * accelerator.num_processes))
+        total = share * value.detach() if total is None else total + share * value.detach()
+        for name, item in extra.items():
+            item = share * torch.as_tensor(item, dtype=torch.float32, device=accelerator.device).detach()
+            logs[name] = logs[name] + item if name in logs else item
+    assert total is not None
+    return total.float(), logs
+
+
+def _reduced(accelerator: Any, logs: dict[str, Tensor]) -> list[float]:
+    return accelerator.reduce(torch.stack(list(logs.values())), "sum").tolist() if logs else []
+
+
+def _seed(seed: int, step: int, part: int) -> int:
+    """Return the seed of whatever the model draws (dropout) for one part of one step's batch."""
+    return int(np.random.SeedSequence([seed, step, part]).generate_state(1, np.uint64)[0])
+
+
+def _to_device(batch: Any, device: torch.device) -> Any:
+    """Move a tensor, anything with `.to`, or a dict of them to the device."""
+    if isinstance(batch, dict):
+        return {name: _to_device(value, device) for name, value in batch.items()}
+    if isinstance(batch, (list, tuple)) and not hasattr(batch, "_fields"):
+        return type(batch)(_to_device(value, device) for value in batch)
+    move = getattr(batch, "to", None)
+    return batch if move is None else move(device)
+
+
+def _checkpoint_to_resume(
+    folder: CheckpointFolder | None, resume: bool, config: TrainingConfig, stage: str
+) -> Checkpoint | None:
+    checkpoint = folder.latest() if folder is not None else None
+    if checkpoint is None:
+        return None
+    if not resume:
+        raise FileExistsError(
+            f"{checkpoint.path.parent} holds checkpoints of another training (up to step {checkpoint.step}); "
+            "pass resume=True to continue it, or another directory"
+        )
+    then, now = checkpoint.state()["config"], asdict(config)
+    changed = [f"{k} was {then.get(k)!r}, is {v!r}" for k, v in now.items() if then.get(k) != v]
+    changed = [text for text in changed if text.split()[0] not in _FREE_SETTINGS]
+    if changed:
+        raise ValueError(
+            f"the checkpoint {checkpoint.path} of {stage!r} was made with other settings ({'; '.join(changed)}); "
+            "resume with the settings it was made with, or start a new run"
+        )
+    return checkpoint
+
+
+def _check_finite(
+    value: float, norm: float, config: TrainingConfig, stage: str, step: int, folder: CheckpointFolder | None
+) -> None:
+    # With fp16 a gradient that overflows is ordinary: the gradient scaler skips the update and lowers its scale.
+    if math.isfinite(value) and (math.isfinite(norm) or config.mixed_precision == "fp16"):
+        return
+    what = f"the loss is {value}" if not math.isfinite(value) else f"the gradient's norm is {norm}"
+    kept = folder.latest() if folder is not None else None
+    clip = (
+        "set gradient_clip" if config.gradient_clip is None else f"lower gradient_clip (now {config.gradient_clip:g})"
+    )
+    raise TrainingDiverged(
+        f"{what} at step {step + 1} of {stage!r}: lower learning_rate (now {config.learning_rate:g}), {clip}, lengthen "
+        f"warmup (now {config.warmup}), or normalise the features; the model was not updated with it, and "
+        + (f"the last checkpoint is intact: {kept.path}" if kept else "no checkpoint had been written yet")
+    )
+
+
+class _StopSignals:
+    """Turns SIGINT and SIGTERM into a wish to stop after the step; a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, _frame: object) -> None:
+        # accelerate's launcher answers Ctrl-C with a SIGTERM to each process: only Ctrl-C itself counts as the second.
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+@contextlib.contextmanager
+def _progress(accelerator: Any, stage: str, start: int, steps: int) -> Iterator[Callable[[int, float], None]]:
+    """Show a progress bar on a terminal, on the main process; give a function to tell it the step and the loss."""
+    if not (accelerator.is_main_process and sys.stderr.isatty()):
+        yield lambda done, loss: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=steps, initial=start, desc=stage, unit="step", dynamic_ncols=True, leave=False) as bar:
+
+        def show(done: int, loss: float) -> None:
+            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            bar.update(done - bar.n)
+
+        yield show
