@@ -1,0 +1,146 @@
+"""The plain formulas: slow, any dtype, differentiable by autograd. The specification, and the oracle of the tests.
+
+Shapes as everywhere: scores (B, K), labels (B, m, K), temperature (B, m) or (B, 1), mask (B, K), result (B, m).
+Every function loops over lists and objectives and takes the existing items of a list before any arithmetic, so nothing
+here depends on how padding, blocks or scans are done elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+
+def _softplus(x: Tensor) -> Tensor:
+    """Return log(1 + exp(x)) with every digit on both sides (torch's own softplus is cut off at 20)."""
+    return -logsigmoid(-x)
+
+
+def _each_list(
+    scores: Tensor,
+    objectives: int,
+    temperature: Tensor,
+    mask: Tensor | None,
+    loss: Callable[[Tensor, int, int, Tensor], Tensor],
+) -> Tensor:
+    """Return loss(u, b, j, items) as (B, m), with 0 for lists of fewer than two items."""
+    batch, size = scores.shape
+    temperature = temperature.expand(batch, objectives)
+    rows = []
+    for b in range(batch):
+        items = torch.arange(size) if mask is None else mask[b].nonzero()[:, 0]
+        for j in range(objectives):
+            u = temperature[b, j] * scores[b, items]
+            rows.append(loss(u, b, j, items) if len(items) > 1 else u.new_zeros(()))
+    return torch.stack(rows).reshape(batch, objectives) if rows else scores.new_zeros(batch, objectives)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Listwise cross-entropy
+
+
+def listwise_cross_entropy(
+    scores: Tensor, labels: Tensor, temperature: Tensor, mask: Tensor | None = None, normalize: bool = True
+) -> Tensor:
+    """Return -sum_i z_i log softmax(temperature scores)_i with z the labels, divided by their sum if `normalize`.
+
+    Ren et al. 2025 (COS-DPO), equation 8; Cao et al. 2007 (ListNet). 0 where `normalize` finds no positive label sum.
+    """
+
+    def one(u: Tensor, b: int, j: int, items: Tensor) -> Tensor:
+        z = labels[b, j, items].to(u.dtype)
+        if normalize:
+            if z.sum() <= 0:
+                return u.new_zeros(())
+            z = z / z.sum()
+        # -log softmax_i = log(1 + sum_{k != i} exp(u_k) / exp(u_i)): no digit is lost where softmax_i is nearly 1.
+        n = len(u)
+        rest = torch.stack([torch.logsumexp(torch.cat([u[:i], u[i + 1 :]]), 0) for i in range(n)])
+        return torch.stack([z[i] * _softplus(rest[i] - u[i]) for i in range(n) if z[i] != 0 or z.requires_grad]).sum()
+
+    return _each_list(scores, labels.shape[1], temperature, mask, one)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plackett-Luce
+
+
+def plackett_luce_nll(
+    scores: Tensor,
+    labels: Tensor,
+    temperature: Tensor,
+    mask: Tensor | None = None,
+    order: Tensor | None = None,
+    position_weights: Tensor | None = None,
+    top_k: int | None = None,
+    ties: str = "breslow",
+    last_group_free: bool = False,
+) -> Tensor:
+    """Return -log P(ranking by `labels`) under Plackett-Luce: the sum over groups of equal labels, best first.
+
+    Plackett 1975, Luce 1959; Breslow 1974 and Efron 1977 for ties; "exact" sums the probability over all orders of a
+    tied group by recursion over its subsets, so its cost is exponential in the size of the group.
+    """
+    weights = position_weights if position_weights is not None else torch.ones(scores.shape[1], dtype=scores.dtype)
+    weights = weights.expand(labels.shape)
+    group_loss = {"breslow": _breslow, "efron": _efron, "exact": _exact}[ties]
+
+    def one(u: Tensor, b: int, j: int, items: Tensor) -> Tensor:
+        place = torch.empty(scores.shape[1], dtype=torch.int64)
+        place[labels[b, j].argsort(descending=True, stable=True) if order is None else order[b, j].long()] = (
+            torch.arange(scores.shape[1])
+        )
+        best_first = place[items].argsort()
+        u, z = u[best_first], labels[b, j, items][best_first]
+        starts = [k for k in range(len(u)) if k == 0 or z[k] != z[k - 1]]
+        ends = [*starts[1:], len(u)]
+        total = u.new_zeros(())
+        for start, end in zip(starts, ends, strict=True):
+            free = last_group_free and end == len(u)
+            if not free and (top_k is None or start < top_k):
+                weight = weights[b, j, start:end].to(u.dtype).mean()
+                total = total + weight * group_loss(u[start:end], u[end:])
+        return total
+
+    return _each_list(scores, labels.shape[1], temperature, mask, one)
+
+
+def _choice(u: Tensor, below: Tensor) -> Tensor:
+    """Return -log P(an item with utility u (1,) is chosen before the items below)."""
+    return _softplus(torch.logsumexp(below, 0) - u[0]) if len(below) else u.new_zeros(())
+
+
+def _breslow(group: Tensor, below: Tensor) -> Tensor:
+    if len(group) == 1:
+        return _choice(group, below)
+    return len(group) * torch.logsumexp(torch.cat([group, below]), 0) - group.sum()
+
+
+def _efron(group: Tensor, below: Tensor) -> Tensor:
+    if len(group) == 1:
+        return _choice(group, below)
+    shares = 1 - torch.arange(len(group), dtype=group.dtype) / len(group)
+    denominators = [torch.logsumexp(torch.cat([group + share.log(), below]), 0) for share in shares]
+    return torch.stack(denominators).sum() - group.sum()
+
+
+def _exact(group: Tensor, below: Tensor) -> Tensor:
+    if not len(below):
+        return group.new_zeros(())
+
+    @cache
+    def log_probability(subset: frozenset[int]) -> Tensor:
+        """Return log P(the items of `subset` come, in any order, before all items below)."""
+        if not subset:
+            return group.new_zeros(())
+        choices = []
+        for i in sorted(subset):
+            others = torch.cat([group[sorted(subset - {i})], below])
+            choices.append(-_choice(group[i : i + 1], others) + log_probability(subset - {i}))
+        return torch.logsumexp(torch.stack(choices), 0)
+
+    return -log_probability(frozenset(range(len(group))))
