@@ -1,0 +1,392 @@
+"""Ranking data in memory: lists of unequal length without padding, and padded batches of them.
+
+Shapes: `Q` queries (lists), `N` items of all lists together, `F` input features, `m` auxiliary objectives; in a batch
+`B` lists of at most `K` items. What labels and targets are, and how directions are turned: `mopl.ranking.objectives`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mopl.ranking.objectives import (
+    Objective,
+    check_objectives,
+    list_of_item,
+    normalized_targets,
+    resolve_scale,
+    turned_labels,
+)
+
+# Streams of random numbers are named, so that one seed never gives two of them the same numbers. The epochs of
+# mopl.training take the stream numbers of small integers; these are far away.
+SPLIT_STREAM = 1_000_000_007
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded lists; masked places hold zeros.
+
+    Attributes:
+        features: (B, K, F) float32 inputs of the model.
+        labels: (B, m, K) float32 gains of the auxiliary objectives: raw, but turned so that higher is better.
+        targets: (B, m, K) float32, `labels` normalised by each objective's own rule to a distribution over the list
+            (all zeros where a list has no mass): pass them to a loss with `normalize=None`.
+        main: (B, K) float32 gains of the main objective.
+        main_targets: (B, K) float32, `main` normalised.
+        mask: (B, K) bool, true where an item exists.
+        queries: (B,) int64, which lists of the data these are.
+        order: (B, m, K) int64, items sorted by label, best first, equal labels in the order of the file, masked
+            places last; None unless asked for.
+    """
+
+    features: Tensor  # (B, K, F)
+    labels: Tensor  # (B, m, K)
+    targets: Tensor  # (B, m, K)
+    main: Tensor  # (B, K)
+    main_targets: Tensor  # (B, K)
+    mask: Tensor  # (B, K)
+    queries: Tensor  # (B,)
+    order: Tensor | None = None  # (B, m, K)
+
+    def __len__(self) -> int:
+        return self.mask.shape[0]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Return the batch on `device`."""
+        moved = {
+            f.name: value.to(device, non_blocking=True) if isinstance(value := getattr(self, f.name), Tensor) else value
+            for f in dataclasses.fields(self)
+        }
+        return Batch(**moved)
+
+
+@dataclass(frozen=True)
+class Truth:
+    """The distribution from which generated labels were drawn: the optimum is known from it (`mopl.ranking.synthetic`).
+
+    Attributes:
+        log_probs: (N, m) float64, log p_j(item | list): the expectation of the targets of a list that has labels.
+        rates: (m,) float64, the probability that a list has labels of objective j at all.
+    """
+
+    log_probs: Tensor  # (N, m)
+    rates: Tensor  # (m,)
+
+
+@dataclass(frozen=True)
+class RankingData:
+    """One split of a data set; lists lie one after another, without padding. Never changed after it is made.
+
+    Args:
+        features: (N, F) float32.
+        raw_main: (N,) raw labels of the main objective.
+        raw_auxiliary: (N, m) raw labels of the auxiliary objectives, in their own direction.
+        offsets: (Q + 1,) int64; list q is the items `offsets[q]` to `offsets[q + 1] - 1`.
+        query_ids: (Q,) int64, the ids of the file; any distinct numbers if it has none.
+        main: the main objective.
+        objectives: the m auxiliary objectives.
+        name: of the data set and split, for messages.
+        feature_names: F names; default the numbers from 1.
+        truth: where the labels were generated, their distribution.
+
+    Raises:
+        ValueError: if shapes do not agree, a list is empty, a value is NaN or infinite, or a label is negative under
+            `"l1"`. The message names the query and the item.
+    """
+
+    features: Tensor  # (N, F)
+    raw_main: Tensor  # (N,)
+    raw_auxiliary: Tensor  # (N, m)
+    offsets: Tensor  # (Q + 1,)
+    query_ids: Tensor  # (Q,)
+    main: Objective
+    objectives: tuple[Objective, ...]
+    name: str = "data"
+    feature_names: tuple[str, ...] = ()
+    truth: Truth | None = None
+
+    def __post_init__(self) -> None:
+        check_objectives(self.objectives)
+        items, lists, m = self.features.shape[0], self.query_ids.shape[0], len(self.objectives)
+        wanted = {"raw_main": (items,), "raw_auxiliary": (items, m), "offsets": (lists + 1,), "query_ids": (lists,)}
+        if self.truth is not None:
+            wanted["truth.log_probs"] = (items, m)
+        for key, shape in wanted.items():
+            got = tuple(
+                self.truth.log_probs.shape if key == "truth.log_probs" and self.truth else getattr(self, key).shape
+            )
+            if got != shape:
+                raise ValueError(
+                    f"{key} has shape {got} but must be {shape}: {items} items, {lists} lists, {m} objectives"
+                )
+        if lists == 0:
+            raise ValueError(f"{self.name} has no query; give it at least one")
+        lengths = self.offsets.diff()
+        if int(self.offsets[0]) != 0 or int(self.offsets[-1]) != items or bool((lengths < 0).any()):
+            raise ValueError(f"offsets of {self.name} must rise from 0 to the number of items, {items}")
+        if bool((lengths == 0).any()):
+            query = int(self.query_ids[(lengths == 0).nonzero()[0, 0]])
+            raise ValueError(f"query {query} of {self.name} has no documents; leave it out")
+        if self.feature_names and len(self.feature_names) != self.features.shape[1]:
+            raise ValueError(
+                f"there are {len(self.feature_names)} feature_names for {self.features.shape[1]} features; "
+                "give one name a column"
+            )
+        self._check_values()
+
+    def _check_values(self) -> None:
+        for what, values in (
+            ("feature", self.features),
+            ("main label", self.raw_main[:, None]),
+            ("label", self.raw_auxiliary),
+        ):
+            bad = ~torch.isfinite(values)
+            if bool(bad.any()):
+                row, column = bad.nonzero()[0].tolist()
+                which = f"{what} {column + 1}" if what == "feature" else what
+                raise ValueError(
+                    f"{which} of {self._where(row)} is {values[row, column].item()}; replace it by a finite number"
+                )
+        columns = zip((self.main, *self.objectives), (self.raw_main, *self.raw_auxiliary.unbind(1)), strict=True)
+        for objective, values in columns:
+            if objective.normalize == "l1" and objective.maximise and bool((values < 0).any()):
+                row = int((values < 0).nonzero()[0, 0])
+                raise ValueError(
+                    f"label {values[row].item():g} of objective {objective.name!r} ({self._where(row)}) is negative, "
+                    "which l1 cannot normalise; use softmax, or :min if less is better"
+                )
+
+    def _where(self, row: int) -> str:
+        """Name the place of item `row` for a message."""
+        query = int(torch.searchsorted(self.offsets, row, right=True)) - 1
+        return f"{self.name}, query {int(self.query_ids[query])}, item {row - int(self.offsets[query]) + 1}"
+
+    def __len__(self) -> int:
+        """The number of queries."""
+        return self.query_ids.shape[0]
+
+    @property
+    def num_items(self) -> int:
+        """The number of items of all lists together."""
+        return self.features.shape[0]
+
+    @property
+    def num_features(self) -> int:
+        """The number of input features."""
+        return self.features.shape[1]
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """(Q,) int64, the number of items of each list."""
+        return self.offsets.diff()
+
+    @cached_property
+    def owner(self) -> Tensor:
+        """(N,) int64, the list of each item."""
+        return list_of_item(self.offsets)
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """(N, m) float32, non-negative, higher is better."""
+        return torch.stack([turned_labels(z, o, self.offsets) for z, o in self._columns()], dim=1).float()
+
+    @cached_property
+    def targets(self) -> Tensor:
+        """(N, m) float32, labels normalised to a distribution over each list, each by its objective's rule."""
+        columns = ((turned_labels(z.double(), o, self.offsets), o) for z, o in self._columns())
+        return torch.stack([normalized_targets(z, o, self.offsets) for z, o in columns], dim=1).float()
+
+    @cached_property
+    def main_labels(self) -> Tensor:
+        """(N,) float32, non-negative, higher is better."""
+        return turned_labels(self.raw_main, self.main, self.offsets).float()
+
+    @cached_property
+    def main_targets(self) -> Tensor:
+        """(N,) float32, main labels normalised."""
+        return normalized_targets(
+            turned_labels(self.raw_main.double(), self.main, self.offsets), self.main, self.offsets
+        ).float()
+
+    @cached_property
+    def order(self) -> Tensor:
+        """(N, m) int64, within each list the positions of its items by label, best first, ties in file order.
+
+        Labels do not change between epochs, so they are sorted once for each split.
+        """
+        columns = [
+            np.lexsort((-self.labels[:, j].numpy(), self.owner.numpy())) - self.offsets[:-1].numpy()[self.owner.numpy()]
+            for j in range(len(self.objectives))
+        ]
+        return torch.from_numpy(np.stack(columns, axis=1))
+
+    def _columns(self) -> Iterator[tuple[Tensor, Objective]]:
+        yield from zip(self.raw_auxiliary.unbind(1), self.objectives, strict=True)
+
+    def items_of(self, queries: Sequence[int] | Tensor) -> Tensor:
+        """Return the items of the given lists, list after list, as int64 indices into `features`."""
+        queries = torch.as_tensor(queries, dtype=torch.int64)
+        lengths = self.lengths[queries]
+        starts = self.offsets[queries] - (lengths.cumsum(0) - lengths)
+        return torch.arange(int(lengths.sum())) + torch.repeat_interleave(starts, lengths)
+
+    def subset(self, queries: Sequence[int] | Tensor, name: str | None = None) -> RankingData:
+        """Return the given lists (indices from 0, in that order) as data of their own."""
+        queries = torch.as_tensor(queries, dtype=torch.int64)
+        items = self.items_of(queries)
+        truth = self.truth and Truth(self.truth.log_probs[items], self.truth.rates)
+        return dataclasses.replace(
+            self,
+            features=self.features[items],
+            raw_main=self.raw_main[items],
+            raw_auxiliary=self.raw_auxiliary[items],
+            offsets=torch.cat([torch.zeros(1, dtype=torch.int64), self.lengths[queries].cumsum(0)]),
+            query_ids=self.query_ids[queries],
+            name=name or self.name,
+            truth=truth,
+        )
+
+    def split(
+        self, fractions: Sequence[float] = (0.6, 0.2, 0.2), *, seed: int = 0, names: Sequence[str] = ()
+    ) -> tuple[RankingData, ...]:
+        """Split by query at random; the same seed gives the same split.
+
+        Args:
+            fractions: one for each part; they must sum to 1.
+            seed: of the permutation of the queries.
+            names: of the parts; default train, valid, test for three.
+
+        Returns:
+            The parts, each with its lists in their old order.
+
+        Raises:
+            ValueError: if the fractions do not sum to 1 or a part would have no query.
+        """
+        if abs(sum(fractions) - 1) > 1e-6 or min(fractions) <= 0:
+            raise ValueError(f"fractions are {tuple(fractions)} but must be above 0 and sum to 1")
+        cuts = np.rint(np.cumsum(fractions) * len(self)).astype(int)
+        if np.diff(cuts, prepend=0).min() < 1:
+            raise ValueError(f"{self.name} has {len(self)} queries, too few for the fractions {tuple(fractions)}")
+        names = names or (("train", "valid", "test") if len(fractions) == 3 else [f"part{i}" for i in range(len(cuts))])
+        generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, SPLIT_STREAM])))
+        parts = np.split(generator.permutation(len(self)), cuts[:-1])
+        return tuple(self.subset(np.sort(p), f"{self.name}:{n}") for p, n in zip(parts, names, strict=True))
+
+    def pad(self, values: Tensor, queries: Sequence[int] | Tensor, width: int | None = None) -> Tensor:
+        """Return values (N, ...) of the given lists as (B, K, ...), zero in masked places."""
+        index, mask = self._places(torch.as_tensor(queries, dtype=torch.int64), width)
+        padded = values[index]
+        return padded.masked_fill(~mask.view(*mask.shape, *[1] * (values.ndim - 1)), 0)
+
+    def _places(self, queries: Tensor, width: int | None) -> tuple[Tensor, Tensor]:
+        """Return item indices (B, K), 0 in masked places, and the mask (B, K)."""
+        lengths = self.lengths[queries]
+        longest = int(lengths.max()) if len(queries) else 0
+        if width is not None and width < longest:
+            raise ValueError(f"width is {width} but a list of this batch has {longest} items; give at least that")
+        position = torch.arange(longest if width is None else width)
+        mask = position < lengths[:, None]
+        return torch.where(mask, self.offsets[queries, None] + position, 0), mask
+
+    def batch(self, queries: Sequence[int] | Tensor, *, width: int | None = None, order: bool = False) -> Batch:
+        """Return the given lists as a padded batch.
+
+        Args:
+            queries: indices of lists, from 0.
+            width: pad to this many items; default the longest list of the batch.
+            order: also give the presorted order of each objective.
+
+        Returns:
+            The batch, on the CPU.
+        """
+        queries = torch.as_tensor(queries, dtype=torch.int64)
+        index, mask = self._places(queries, width)
+
+        def padded(values: Tensor) -> Tensor:
+            return values[index].masked_fill(~mask.view(*mask.shape, *[1] * (values.ndim - 1)), 0)
+
+        sorted_items = None
+        if order:
+            position = torch.arange(mask.shape[1])[:, None]
+            sorted_items = torch.where(mask[..., None], self.order[index], position).movedim(-1, 1)
+        return Batch(
+            features=padded(self.features),
+            labels=padded(self.labels).movedim(-1, 1).contiguous(),
+            targets=padded(self.targets).movedim(-1, 1).contiguous(),
+            main=padded(self.main_labels),
+            main_targets=padded(self.main_targets),
+            mask=mask,
+            queries=queries,
+            order=sorted_items if sorted_items is None else sorted_items.contiguous(),
+        )
+
+    def sequential(self, lists_per_batch: int) -> Iterator[Batch]:
+        """Yield every list once, in order: for evaluation. The last batch may be shorter."""
+        for start in range(0, len(self), lists_per_batch):
+            yield self.batch(torch.arange(start, min(start + lists_per_batch, len(self))))
+
+    def resolve_scales(self, train: RankingData) -> RankingData:
+        """Return this data with every `scale="std"` measured on `train`."""
+        objectives = tuple(resolve_scale(o, z, train.offsets) for z, o in train._columns())
+        main = resolve_scale(train.main, train.raw_main, train.offsets)
+        return dataclasses.replace(self, main=main, objectives=objectives)
+
+    def statistics(self) -> dict[str, object]:
+        """Return plain figures about the data for a report: sizes, and how sparse each objective is."""
+        positive = torch.zeros(len(self), 1 + len(self.objectives), dtype=torch.int64)
+        labels = torch.cat([self.main_labels[:, None], self.labels], dim=1)
+        positive.index_add_(0, self.owner, (labels > 0).long())
+        return {
+            "name": self.name,
+            "queries": len(self),
+            "items": self.num_items,
+            "features": self.num_features,
+            "items_per_query": [int(self.lengths.min()), self.num_items / len(self), int(self.lengths.max())],
+            "single_item_queries": int((self.lengths < 2).sum()),
+            "objectives": {
+                o.name: {
+                    "role": "main" if j == 0 else "auxiliary",
+                    "direction": o.direction,
+                    "normalize": o.normalize,
+                    "positive_items": (labels[:, j] > 0).double().mean().item(),
+                    "empty_queries": (positive[:, j] == 0).double().mean().item(),
+                    "largest": labels[:, j].max().item(),
+                }
+                for j, o in enumerate((self.main, *self.objectives))
+            },
+        }
+
+    def describe(self) -> str:
+        """Return the figures of `statistics` as a few lines of text."""
+        s = self.statistics()
+        least, mean, most = s["items_per_query"]  # type: ignore[misc]
+        lines = [
+            f"{s['name']}: {s['queries']} queries, {s['items']} items ({least} to {most} a query, mean {mean:.1f}), "
+            f"{s['features']} features"
+        ]
+        for name, o in s["objectives"].items():  # type: ignore[union-attr]
+            lines.append(
+                f"  {o['role']:9} {name} ({o['direction']}, {o['normalize']}): {o['positive_items']:.1%} of the items "
+                f"above 0, {o['empty_queries']:.1%} of the queries without labels, largest {o['largest']:g}"
+            )
+        return "\n".join(lines)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that training sees: two runs with the same fingerprint had the same data."""
+        digest = hashlib.sha256(
+            json.dumps([o.to_dict() for o in (self.main, *self.objectives)], sort_keys=True).encode()
+        )
+        for tensor in (self.features, self.raw_main, self.raw_auxiliary, self.offsets, self.query_ids):
+            digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().numpy().data)
+        return digest.hexdigest()
