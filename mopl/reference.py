@@ -7,6 +7,7 @@ here depends on how padding, blocks or scans are done elsewhere.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache
 
@@ -144,3 +145,80 @@ def _exact(group: Tensor, below: Tensor) -> Tensor:
         return torch.logsumexp(torch.stack(choices), 0)
 
     return -log_probability(frozenset(range(len(group))))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pairs of a list
+
+
+def pairwise_logistic(
+    scores: Tensor, labels: Tensor, temperature: Tensor, mask: Tensor | None = None, margin: Tensor | None = None
+) -> Tensor:
+    """Return the sum of -log sigmoid(u_i - u_j - margin) over label_i > label_j; Burges et al. 2005 (RankNet)."""
+
+    def one(u: Tensor, b: int, j: int, items: Tensor) -> Tensor:
+        gamma = 0 if margin is None else margin.expand(labels.shape[:2])[b, j]
+        return _sum_over_pairs(u, labels[b, j, items], lambda high, low: _softplus(u[low] - u[high] + gamma))
+
+    return _each_list(scores, labels.shape[1], temperature, mask, one)
+
+
+def lambda_loss(
+    scores: Tensor,
+    labels: Tensor,
+    temperature: Tensor,
+    mask: Tensor | None = None,
+    gain: str = "exponential",
+    normalize: bool = False,
+    top_k: int | None = None,
+    top_k_rule: str = "either",
+) -> Tensor:
+    """Return the pairwise logistic loss weighted by |G_i - G_j| |1/log2(1 + rank_i) - 1/log2(1 + rank_j)|.
+
+    Liu et al. 2024 (LiPO-lambda); with `normalize` Burges 2010 (LambdaRank). Ranks are by u, ties by position.
+    """
+
+    def one(u: Tensor, b: int, j: int, items: Tensor) -> Tensor:
+        gains = _gain(labels[b, j, items].to(u.dtype), gain).tolist()
+        place = u.argsort(descending=True, stable=True).tolist()
+        rank = [place.index(i) + 1 for i in range(len(place))]
+        cut = len(rank) if top_k is None else top_k
+        ideal = sum(g / math.log2(i + 2) for i, g in enumerate(sorted(gains, reverse=True)[:cut])) if normalize else 1
+        if ideal <= 0:
+            return u.new_zeros(())
+
+        def pair(high: int, low: int) -> Tensor:
+            if (max if top_k_rule == "both" else min)(rank[high], rank[low]) > cut:
+                return u.new_zeros(())
+            swap = abs(1 / math.log2(1 + rank[high]) - 1 / math.log2(1 + rank[low]))
+            return abs(gains[high] - gains[low]) * swap / ideal * _softplus(u[low] - u[high])
+
+        return _sum_over_pairs(u, labels[b, j, items], pair)
+
+    return _each_list(scores, labels.shape[1], temperature, mask, one)
+
+
+def approx_ndcg(
+    scores: Tensor, labels: Tensor, temperature: Tensor, mask: Tensor | None = None, gain: str = "exponential"
+) -> Tensor:
+    """Return 1 - NDCG with rank_i = 1 + sum_{j != i} sigmoid(u_j - u_i), 0 for equal labels; Qin, Liu, Li 2010."""
+
+    def one(u: Tensor, b: int, j: int, items: Tensor) -> Tensor:
+        z = labels[b, j, items].to(u.dtype)
+        gains = _gain(z, gain)
+        ideal = sum(g / math.log2(i + 2) for i, g in enumerate(gains.sort(descending=True).values))
+        if z.max() == z.min() or ideal <= 0:
+            return u.new_zeros(())
+        ranks = [0.5 + torch.sigmoid(u - u[i]).sum() for i in range(len(u))]
+        return 1 - sum(g / torch.log2(1 + rank) for g, rank in zip(gains, ranks, strict=True)) / ideal
+
+    return _each_list(scores, labels.shape[1], temperature, mask, one)
+
+
+def _gain(labels: Tensor, gain: str) -> Tensor:
+    return labels if gain == "linear" else 2**labels - 1
+
+
+def _sum_over_pairs(u: Tensor, labels: Tensor, loss: Callable[[int, int], Tensor]) -> Tensor:
+    n = range(len(u))
+    return sum((loss(i, j) for i in n for j in n if labels[i] > labels[j]), u.new_zeros(()))

@@ -1,0 +1,183 @@
+"""The formulas behind `mopl.losses.bradley_terry`: one small function for each loss type, and which options it has.
+
+The table in `mopl.losses.pairwise` states them; here is how they are evaluated without losing digits or overflowing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+_LARGEST_EXPONENT = {torch.float32: 80.0, torch.float64: 700.0}  # exp stays finite, with room for a sum and a factor
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What a formula sees; every tensor is (B, m)."""
+
+    policy: tuple[Tensor, Tensor]  # log-probabilities of chosen and rejected
+    reference: tuple[Tensor, Tensor] | None
+    temperature: Tensor
+    smoothing: Tensor | None  # None means 0
+    margin: Tensor | None  # None means 0
+    divergence: str
+    alpha: float
+    tau: float
+    penalty: float
+
+    @property
+    def ratios(self) -> tuple[Tensor, Tensor]:
+        """Log-ratios of policy to reference, chosen and rejected."""
+        if self.reference is None:
+            return self.policy
+        return self.policy[0] - self.reference[0], self.policy[1] - self.reference[1]
+
+    @property
+    def rewards(self) -> tuple[Tensor, Tensor]:
+        """The implicit rewards, temperature times log-ratio."""
+        chosen, rejected = self.ratios
+        return self.temperature * chosen, self.temperature * rejected
+
+    @property
+    def difference(self) -> Tensor:
+        """Chosen minus rejected, each log-ratio passed through f' of the f-divergence (2309.16240).
+
+        A term common to both cancels and is left out; exponents are cut where exp would overflow, as TRL does for
+        the alpha divergence: beyond, a response has practically left the policy and the gradient is 0.
+        """
+        chosen, rejected = self.ratios
+        largest = _LARGEST_EXPONENT[chosen.dtype]
+        if self.divergence == "forward_kl":
+            return (-rejected).clamp(max=largest).exp() - (-chosen).clamp(max=largest).exp()
+        if self.divergence == "js_divergence":
+            return logsigmoid(chosen) - logsigmoid(rejected)
+        if self.divergence == "alpha_divergence" and abs(self.alpha - 1) >= 1e-6:  # the limit is reverse KL
+            power = self.alpha - 1
+            chosen, rejected = (power * chosen).clamp(max=largest), (power * rejected).clamp(max=largest)
+            return (torch.expm1(chosen) - torch.expm1(rejected)) / power
+        return chosen - rejected
+
+    @property
+    def logit(self) -> Tensor:
+        """The log-odds that chosen beats rejected."""
+        return self.less_margin(self.temperature * self.difference)
+
+    def less_margin(self, value: Tensor) -> Tensor:
+        return value if self.margin is None else value - self.margin
+
+
+def _logistic(logit: Tensor, smoothing: Tensor | None) -> Tensor:
+    """Return -(1 - smoothing) log s(logit) - smoothing log s(-logit): two terms of one sign, nothing cancels."""
+    loss = -logsigmoid(logit)
+    return loss if smoothing is None else (1 - smoothing) * loss - smoothing * logsigmoid(-logit)
+
+
+def _sigmoid(pair: Pair) -> Tensor:
+    return _logistic(pair.logit, pair.smoothing)
+
+
+def _hinge(pair: Pair) -> Tensor:
+    return torch.relu(1 - pair.logit)
+
+
+def _ipo(pair: Pair) -> Tensor:
+    return (pair.difference - 0.5 / pair.temperature).square()
+
+
+def _exo_pair(pair: Pair) -> Tensor:
+    logit, smoothing = pair.logit, pair.smoothing
+    assert smoothing is not None  # a number 0 was refused
+    wins = torch.sigmoid(logit) * (logsigmoid(logit) - torch.log1p(-smoothing))
+    return wins + torch.sigmoid(-logit) * (logsigmoid(-logit) - smoothing.log())
+
+
+def _robust(pair: Pair) -> Tensor:
+    # (1-ε) softplus(-x) - ε softplus(x) = (1-2ε) softplus(-x) - ε x, which does not subtract two large terms.
+    logit, smoothing = pair.logit, pair.smoothing
+    loss = -logsigmoid(logit)
+    return loss if smoothing is None else loss - smoothing / (1 - 2 * smoothing) * logit
+
+
+def _discopop(pair: Pair) -> Tensor:
+    # g exp(-x) as one exponential: apart they are 0 times infinity for very negative x.
+    logit, steep = pair.logit, pair.logit / pair.tau
+    return -logsigmoid(logit) * torch.sigmoid(-steep) + (logsigmoid(steep) - logit).exp()
+
+
+def _dpop(pair: Pair) -> Tensor:
+    chosen, rejected = pair.ratios
+    penalised = chosen - rejected - pair.penalty * torch.relu(-chosen)
+    return _logistic(pair.less_margin(pair.temperature * penalised), pair.smoothing)
+
+
+def _nca_pair(pair: Pair) -> Tensor:
+    chosen, rejected = pair.rewards
+    return -logsigmoid(chosen) - 0.5 * logsigmoid(-chosen) - 0.5 * logsigmoid(-rejected)
+
+
+def _bco_pair(pair: Pair) -> Tensor:
+    chosen, rejected = pair.rewards
+    return -logsigmoid(pair.less_margin(chosen)) - logsigmoid(-pair.less_margin(rejected))
+
+
+def _sppo_hard(pair: Pair) -> Tensor:
+    (chosen, rejected), half = pair.ratios, 0.5 / pair.temperature
+    return (chosen - half).square() + (rejected + half).square()
+
+
+def _apo_zero(pair: Pair) -> Tensor:
+    chosen, rejected = pair.rewards
+    return torch.sigmoid(-chosen) + torch.sigmoid(rejected)
+
+
+def _apo_down(pair: Pair) -> Tensor:
+    chosen, rejected = pair.rewards
+    return torch.sigmoid(chosen) + torch.sigmoid(rejected - chosen)
+
+
+def _aot(pair: Pair) -> Tensor:
+    difference = (pair.policy[0] - pair.policy[1]).sort(0).values
+    if pair.reference is not None:
+        difference = difference - (pair.reference[0] - pair.reference[1]).sort(0).values
+    return _logistic(pair.temperature * difference, pair.smoothing)
+
+
+def _aot_unpaired(pair: Pair) -> Tensor:
+    chosen, rejected = (ratio.sort(0).values for ratio in pair.ratios)
+    return _logistic(pair.temperature * (chosen - rejected), pair.smoothing)
+
+
+class LossType(NamedTuple):
+    formula: Callable[[Pair], Tensor]
+    options: frozenset[str]  # of bradley_terry's; any other one must stay at its default
+    whole_batch: bool = False
+
+
+def _type(formula: Callable[[Pair], Tensor], *options: str, whole_batch: bool = False) -> LossType:
+    if "f_divergence" in options:
+        options = (*options, "f_alpha")
+    return LossType(formula, frozenset(options), whole_batch)
+
+
+LOSSES = {
+    "sigmoid": _type(_sigmoid, "label_smoothing", "margin", "f_divergence"),
+    "sigmoid_norm": _type(_sigmoid, "label_smoothing", "margin", "f_divergence"),
+    "hinge": _type(_hinge, "margin", "f_divergence"),
+    "ipo": _type(_ipo, "f_divergence"),
+    "exo_pair": _type(_exo_pair, "label_smoothing", "margin", "f_divergence"),
+    "robust": _type(_robust, "label_smoothing", "margin", "f_divergence"),
+    "discopop": _type(_discopop, "margin", "f_divergence", "discopop_tau"),
+    "dpop": _type(_dpop, "label_smoothing", "margin", "dpop_lambda"),
+    "nca_pair": _type(_nca_pair),
+    "bco_pair": _type(_bco_pair, "margin"),
+    "sppo_hard": _type(_sppo_hard),
+    "apo_zero": _type(_apo_zero),
+    "apo_down": _type(_apo_down),
+    "aot": _type(_aot, "label_smoothing", whole_batch=True),
+    "aot_unpaired": _type(_aot_unpaired, "label_smoothing", whole_batch=True),
+}

@@ -1,0 +1,259 @@
+"""Losses over all pairs of a list: pairwise logistic (RankNet), LambdaLoss (LiPO-λ), and ApproxNDCG.
+
+Scores are (B, K), labels (B, K) or (B, m, K) with higher better, and u = temperature * (scores - reference). Time is
+O(K²) a list and objective, memory O(K): see `mopl.ops.pairs`. A pair counts where the labels differ; lists with fewer
+than two items, or with equal labels only, have loss 0 and gradient 0. Masked items are never read into arithmetic.
+A NaN in an existing item makes the losses of its list NaN and of no other.
+
+    >>> scores, labels = torch.tensor([[0.0, 3.0, 1.0, 2.0]]), torch.tensor([[0.0, 0.0, 1.0, 1.0]])
+    >>> pairwise_logistic(scores, labels)     # log(1 + e^-1) + log(1 + e^2) + log(1 + e^-2) + log(1 + e^1)
+    tensor(3.8803)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mopl import _arguments as arguments
+from mopl._arguments import Reduction, check_choice, per_objective, weigh_and_reduce
+from mopl.ops import pairs
+
+Gain = Literal["exponential", "linear"]
+GAINS = ("exponential", "linear")
+
+
+def pairwise_logistic(
+    scores: Tensor,  # (B, K)
+    labels: Tensor,  # (B, K) or (B, m, K)
+    *,
+    reference: Tensor | None = None,  # (B, K)
+    temperature: float | Tensor = 1.0,  # broadcasts to (B, m)
+    weights: float | Tensor | None = None,  # broadcasts to (B, m)
+    mask: Tensor | None = None,  # (B, K) bool
+    margin: float | Tensor = 0.0,  # broadcasts to (B, m)
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Return the sum of -log sigmoid(u_i - u_j - margin) over all pairs with label_i > label_j.
+
+    RankNet (Burges et al. 2005) without its scale; with two items, Bradley–Terry and DPO. It is a sum over pairs: a
+    mean is this with `weights` of one over the number of pairs.
+
+    Args:
+        scores: (B, K), log-probabilities or a ranker's output. Differentiable.
+        labels: (B, K) or (B, m, K), any real or integer dtype; only their order within a list counts.
+        reference: (B, K), the scores of the base model; None means 0. Differentiable.
+        temperature: β > 0, a number, (m,), (B, 1) or (B, m). Differentiable.
+        weights: what each loss is multiplied by, shaped like `temperature`. Differentiable.
+        mask: (B, K), true where an item exists; None means everywhere.
+        margin: γ in nats, shaped like `temperature`. Differentiable.
+        reduction: "none" for (B, m), "sum", or "mean" over lists of the sum over objectives.
+
+    Returns:
+        (B, m) in nats, or a scalar; float32, or float64 for float64 scores.
+
+    Raises:
+        TypeError: scores are not floating point or the mask is not bool.
+        ValueError: shapes do not fit; the message says which and what to pass.
+    """
+    _, u, y = _prepare(scores, labels, reference, temperature, mask)
+    loss = pairs.pairwise_logistic(u, y, _narrow(margin, "margin", y, u))
+    return weigh_and_reduce(_or_nan(loss, y, mask), weights, reduction)
+
+
+def lambda_loss(
+    scores: Tensor,  # (B, K)
+    labels: Tensor,  # (B, K) or (B, m, K)
+    *,
+    reference: Tensor | None = None,  # (B, K)
+    temperature: float | Tensor = 1.0,  # broadcasts to (B, m)
+    weights: float | Tensor | None = None,  # broadcasts to (B, m)
+    mask: Tensor | None = None,  # (B, K) bool
+    gain: Gain = "exponential",
+    normalize: bool = False,
+    top_k: int | None = None,
+    top_k_rule: Literal["either", "both"] = "either",
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Return LiPO-λ: the pairwise logistic loss, each pair weighted by what swapping it would change in DCG.
+
+        sum over label_i > label_j of  |G_i - G_j| |1/log2(1 + rank_i) - 1/log2(1 + rank_j)|  (-log sigmoid(u_i - u_j))
+
+    Liu et al. 2024, LiPO (2402.01878); LambdaRank (Burges 2010) where `normalize` is true. Ranks are those of the
+    present scores - reference, 1 the best, equal scores in order of position (as in LightGBM). The pair weights are
+    constants, as in the papers, so that labels get no gradient. Another base of the logarithm only scales the loss.
+
+    Args:
+        scores: (B, K), log-probabilities or a ranker's output. Differentiable.
+        labels: (B, K) or (B, m, K), any real or integer dtype.
+        reference: (B, K), the scores of the base model; None means 0. Differentiable.
+        temperature: β > 0, a number, (m,), (B, 1) or (B, m). Differentiable.
+        weights: what each loss is multiplied by, shaped like `temperature`. Differentiable.
+        mask: (B, K), true where an item exists; None means everywhere.
+        gain: "exponential" for G = 2^label - 1, "linear" for G = label. Without `normalize`, exponential gains overflow
+            in float32 above labels of 127: take linear ones for counts and times.
+        normalize: divide by the ideal DCG (of the top k), so that the weights are changes of NDCG. It needs labels that
+            are not negative: a list whose ideal DCG is not positive contributes 0.
+        top_k: leave out pairs beyond the k best ranked items; None keeps all.
+        top_k_rule: keep a pair if "either" of its items is in the top k (LightGBM, XGBoost), or only if "both" are
+            (allRank).
+        reduction: "none" for (B, m), "sum", or "mean" over lists of the sum over objectives.
+
+    Returns:
+        (B, m), or a scalar; float32, or float64 for float64 scores.
+
+    Raises:
+        TypeError: scores are not floating point or the mask is not bool.
+        ValueError: shapes do not fit, or an option is unknown; the message says which and what to pass.
+    """
+    check_choice(gain, GAINS, "gain")
+    check_choice(top_k_rule, ("either", "both"), "top_k_rule")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k is {top_k} but must be at least 1, or None for all items")
+    x, u, y = _prepare(scores, labels, reference, temperature, mask)
+    with torch.no_grad():
+        gains = _gains(y, gain, mask, scaled=normalize)
+        if normalize:
+            ideal = _ideal_dcg(gains, top_k)
+            gains = torch.where(ideal > 0, gains / torch.where(ideal > 0, ideal, 1), 0)
+        ranks = _ranks(x, mask)
+    loss = pairs.pairwise_logistic(
+        u,
+        y,
+        u.new_zeros((y.shape[0], 1)),
+        gains,
+        1 / torch.log2(1 + ranks.double()),
+        None if top_k is None else ranks <= top_k,
+        top_k_rule == "both",
+    )
+    return weigh_and_reduce(_or_nan(loss, y, mask), weights, reduction)
+
+
+def approx_ndcg(
+    scores: Tensor,  # (B, K)
+    labels: Tensor,  # (B, K) or (B, m, K)
+    *,
+    reference: Tensor | None = None,  # (B, K)
+    temperature: float | Tensor = 1.0,  # broadcasts to (B, m)
+    weights: float | Tensor | None = None,  # broadcasts to (B, m)
+    mask: Tensor | None = None,  # (B, K) bool
+    gain: Gain = "exponential",
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Return 1 - NDCG with smooth ranks, rank_i = 1 + sum_{j != i} sigmoid(u_j - u_i).
+
+        1 - (sum_i G_i / log2(1 + rank_i)) / (sum_i G_(i) / log2(1 + i)),   G_(1) >= G_(2) >= ...
+
+    Qin, Liu, Li 2010, A general approximation framework for direct optimization of information retrieval measures.
+    `temperature` multiplies the scores: a smoothing temperature of 0.1, TF-Ranking's default, is `temperature=10`.
+    Large temperatures approach the metric and make most gradients vanish.
+
+    Args:
+        scores: (B, K), log-probabilities or a ranker's output. Differentiable.
+        labels: (B, K) or (B, m, K), not negative. Differentiable where floating point.
+        reference: (B, K), the scores of the base model; None means 0. Differentiable.
+        temperature: β > 0, a number, (m,), (B, 1) or (B, m). Differentiable.
+        weights: what each loss is multiplied by, shaped like `temperature`. Differentiable.
+        mask: (B, K), true where an item exists; None means everywhere.
+        gain: "exponential" for G = 2^label - 1, which never overflows here, "linear" for G = label.
+        reduction: "none" for (B, m), "sum", or "mean" over lists of the sum over objectives.
+
+    Returns:
+        (B, m), or a scalar; float32, or float64 for float64 scores. 0 where all labels of a list are equal.
+
+    Raises:
+        TypeError: scores are not floating point or the mask is not bool.
+        ValueError: shapes do not fit, or the gain is unknown; the message says which and what to pass.
+    """
+    check_choice(gain, GAINS, "gain")
+    _, u, y = _prepare(scores, labels, reference, temperature, mask)
+    gains = _gains(y, gain, mask, scaled=True)
+    ideal = _ideal_dcg(gains, None)  # (B, m, 1)
+    dcg = (gains / torch.log2(1 + pairs.smooth_ranks(u, mask))).sum(-1)
+    highest, lowest = _extremes(y.detach(), mask)
+    counts = (highest > lowest) & (ideal > 0)
+    # Where a list does not count, 0 is selected before the division, so that its gradient is 0 and not NaN.
+    loss = torch.where(counts[..., 0], 1 - dcg / torch.where(counts, ideal, 1)[..., 0], 0)
+    return weigh_and_reduce(_or_nan(loss, y, mask), weights, reduction)
+
+
+def _prepare(
+    scores: Tensor, labels: Tensor, reference: Tensor | None, temperature: float | Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return scores - reference (B, K), u (B, m or 1, K) and labels (B, m, K), NaN where no item exists."""
+    arguments.check_scores(scores)
+    arguments.check_like_scores(reference, scores, "reference")
+    arguments.check_mask(mask, scores)
+    y = arguments.as_labels(labels, scores)
+    dtype = arguments.compute_dtype(scores, reference)
+    x = scores.to(dtype)
+    if mask is not None:
+        x = torch.where(mask, x, 0)
+    if reference is not None:
+        x = x - (reference.to(dtype) if mask is None else torch.where(mask, reference.to(dtype), 0))
+    # Only differences count. Without a common offset the product with the temperature, and its gradient, are exact.
+    finite = x.detach().isfinite() if mask is None else x.detach().isfinite() & mask
+    largest = torch.where(finite, x.detach(), -math.inf).amax(1, keepdim=True) if x.shape[1] else x.new_zeros(())
+    x = x - torch.where(largest.isfinite(), largest, 0)
+    u = _narrow(temperature, "temperature", y, x)[..., None] * x[:, None, :]
+    y = y.to(dtype)
+    return x, u, y if mask is None else torch.where(mask[:, None, :], y, math.nan)
+
+
+def _narrow(value: float | Tensor, name: str, labels: Tensor, like: Tensor) -> Tensor:
+    """Return an option as (B, m), or as (B, 1) where one serves all objectives: so does one set of pairs then."""
+    full = per_objective(value, name, (labels.shape[0], labels.shape[1]), like)
+    shape = tuple(getattr(value, "shape", ()))
+    return full[:, :1] if not shape or shape[-1] == 1 else full
+
+
+def _or_nan(loss: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the loss (B, m), NaN where an existing item has the label NaN, which no comparison would show."""
+    unknown = labels.isnan() if mask is None else labels.isnan() & mask[:, None, :]
+    return torch.where(unknown.any(-1), math.nan, loss)
+
+
+def _ranks(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Return ranks (B, K) from 1 among the existing items, the highest score first, ties by position."""
+    keyed = scores if mask is None else torch.where(mask, scores, -math.inf)
+    order = keyed.argsort(dim=1, descending=True, stable=True)
+    exists = torch.ones_like(order) if mask is None else mask.gather(1, order).long()
+    return torch.empty_like(order).scatter_(1, order, exists.cumsum(1))
+
+
+def _extremes(labels: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the highest and the lowest label of the existing items, (B, m, 1); -inf and inf where there are none."""
+    if labels.shape[-1] == 0:
+        empty = labels.new_full((*labels.shape[:2], 1), math.inf)
+        return -empty, empty
+    if mask is None:
+        return labels.amax(-1, keepdim=True), labels.amin(-1, keepdim=True)
+    exists = mask[:, None, :]
+    highest = torch.where(exists, labels, -math.inf).amax(-1, keepdim=True)
+    return highest, torch.where(exists, labels, math.inf).amin(-1, keepdim=True)
+
+
+def _gains(labels: Tensor, gain: str, mask: Tensor | None, scaled: bool) -> Tensor:
+    """Return the gains (B, m, K), 0 where no item exists; `scaled` divides exponential ones by 2^(highest label).
+
+    Whoever divides by the ideal DCG may scale, and then labels of any size have finite gains.
+    """
+    exists = None if mask is None else mask[:, None, :]
+    y = labels if exists is None else torch.where(exists, labels, 0)
+    if gain == "linear":
+        return y
+    if not scaled:
+        return torch.expm1(y * math.log(2))
+    highest = _extremes(labels.detach(), mask)[0].clamp(min=0)
+    # 2^y - 1 = -2^y (2^-y - 1): the left factor takes the scale, the right one is exact for small labels.
+    return -torch.exp2(y - highest) * torch.expm1(-y.clamp(min=-100) * math.log(2))
+
+
+def _ideal_dcg(gains: Tensor, top_k: int | None) -> Tensor:
+    """Return the DCG of the best order, of its first `top_k` items, as (B, m, 1)."""
+    best = gains.sort(-1, descending=True).values[..., :top_k]
+    positions = torch.arange(2, best.shape[-1] + 2, device=best.device, dtype=best.dtype)
+    return (best / torch.log2(positions)).sum(-1, keepdim=True)

@@ -1,0 +1,240 @@
+"""Sums over all pairs of a list, with O(K) memory: the pairwise logistic loss and smooth ranks.
+
+Both keep (B, m, K) for the backward pass and never more than one block of pairs at a time. Blocks are whole lists, or a
+part of one list where its K x K pairs are too many. There is no Triton kernel: the same code runs on every device.
+
+**Pairwise logistic.** For the pairs with label_i > label_j, d = u_i - u_j - margin and pair weights W (no gradient):
+
+    loss = sum_ij W_ij softplus(-d_ij),   c_ij = -W_ij sigmoid(-d_ij),   dloss/du_i += c_ij,   dloss/du_j -= c_ij,
+    dloss/dmargin = -sum_ij c_ij
+
+W = 1, or |gain_i - gain_j| |discount_i - discount_j| (LambdaRank, LiPO-lambda). Loss and gradient come out of one pass
+over the pairs, so that backward is a product.
+
+**Smooth ranks.** rank_i = 1 + sum_{j != i} sigmoid(u_j - u_i), and for an upstream gradient c:
+
+    dloss/du_k = sum_j (c_j - c_k) sigmoid'(u_j - u_k)
+
+which is a second pass over the pairs instead of a stored K x K matrix (Qin, Liu, Li 2010; ApproxNDCG, ApproxMRR).
+
+Equal scores have difference 0 even where both are infinite. Second derivatives raise an error.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# Pairs (times objectives) in a block. On a CPU the temporaries should stay in the caches, on a GPU a block should
+# fill the device; either way they are a few dozen bytes a pair.
+_PAIRS_CPU, _PAIRS_GPU = 1 << 17, 1 << 24
+
+
+def pairwise_logistic(
+    scores: Tensor,  # (B, m, K) or (B, 1, K)
+    labels: Tensor,  # (B, m, K)
+    margin: Tensor,  # (B, m) or (B, 1)
+    gains: Tensor | None = None,  # (B, m, K)
+    discounts: Tensor | None = None,  # (B, K)
+    top: Tensor | None = None,  # (B, K) bool
+    both_in_top: bool = False,
+) -> Tensor:
+    """Return the pairwise logistic loss (B, m) in nats; differentiable in scores and margin.
+
+    Args:
+        scores: (B, m, K), or (B, 1, K) where one set serves all objectives; float32 or float64, temperature included.
+        labels: (B, m, K). An item whose label is NaN takes part in no pair, whatever its score.
+        margin: (B, m), or (B, 1), in the dtype of the scores.
+        gains: (B, m, K); with `discounts` the pair weights are |gain_i - gain_j| |discount_i - discount_j|.
+        discounts: (B, K); float64 keeps the differences of neighbouring ranks exact.
+        top: (B, K), true for the items of the top k: pairs of two others are dropped.
+        both_in_top: drop also the pairs of which only one item is in `top`.
+
+    Returns:
+        (B, m) in the dtype of the scores.
+    """
+    with_gradient = torch.is_grad_enabled() and (scores.requires_grad or margin.requires_grad)
+    gains = None if gains is None else gains.detach()
+    return _pairwise_logistic(scores, labels.detach(), margin, gains, discounts, top, both_in_top, with_gradient)[0]
+
+
+def smooth_ranks(
+    scores: Tensor,  # (B, m, K)
+    mask: Tensor | None = None,  # (B, K) bool
+) -> Tensor:
+    """Return 1 + sum_{j != i} sigmoid(u_j - u_i) over the existing items, (B, m, K); differentiable in the scores.
+
+    Args:
+        scores: (B, m, K), float32 or float64, temperature included.
+        mask: (B, K), true where an item exists; None means everywhere.
+
+    Returns:
+        (B, m, K) in the dtype of the scores; 1 where no item exists.
+    """
+    return _smooth_ranks(scores, mask)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pairwise logistic
+
+
+@torch.library.custom_op("mopl::pairwise_logistic", mutates_args=())
+def _pairwise_logistic(
+    scores: Tensor,
+    labels: Tensor,
+    margin: Tensor,
+    gains: Tensor | None,
+    discounts: Tensor | None,
+    top: Tensor | None,
+    both_in_top: bool,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return loss (B, m), dloss/dscores (B, m, K) and dloss/dmargin (B, m); without gradient the latter are empty."""
+    batch, objectives, items = labels.shape
+    loss = scores.new_zeros((batch, objectives))
+    by_score = scores.new_zeros(labels.shape if with_gradient else (0,))
+    by_margin = scores.new_zeros((batch, objectives) if with_gradient else (0,))
+    for lists, rows in _blocks(batch, objectives, items, scores.device):
+        u, y = scores[lists], labels[lists]
+        d = _differences(u[..., rows], u) - margin[lists, :, None, None]
+        weight = y[..., rows, None] > y[..., None, :]
+        if top is not None:
+            first, second = top[lists, None, rows, None], top[lists, None, None, :]
+            weight &= first & second if both_in_top else first | second
+        pair = weight
+        if gains is not None and discounts is not None:
+            gain, discount = gains[lists], discounts[lists, None]
+            weight = (gain[..., rows, None] - gain[..., None, :]).abs_()
+            weight *= (discount[..., rows, None] - discount[..., None, :]).abs_().to(u.dtype)
+        # Select, do not multiply by 0: the difference of a pair that does not count may be infinite or NaN.
+        loss[lists] += torch.where(pair, weight * -torch.nn.functional.logsigmoid(d), 0).sum((-2, -1))
+        if with_gradient:
+            c = torch.where(pair, weight * torch.sigmoid(d.neg_()), 0)
+            by_score[lists, :, rows] -= c.sum(-1)
+            by_score[lists] += c.sum(-2)
+            by_margin[lists] += c.sum((-2, -1))
+    return loss, by_score, by_margin
+
+
+@_pairwise_logistic.register_fake
+def _(scores, labels, margin, gains, discounts, top, both_in_top, with_gradient):
+    loss = scores.new_empty(labels.shape[:2])
+    by_score, by_margin = (labels.shape, labels.shape[:2]) if with_gradient else ((0,), (0,))
+    return loss, scores.new_empty(by_score), scores.new_empty(by_margin)
+
+
+@torch.library.custom_op("mopl::pairwise_logistic_backward", mutates_args=())
+def _pairwise_logistic_backward(
+    grad_loss: Tensor, by_score: Tensor, by_margin: Tensor, common_scores: bool, common_margin: bool
+) -> tuple[Tensor, Tensor]:
+    # A custom op without a derivative of its own, so that a second derivative is an error and not a wrong number.
+    grad_scores, grad_margin = grad_loss[..., None] * by_score, grad_loss * by_margin
+    if common_scores:
+        grad_scores = grad_scores.sum(1, keepdim=True)
+    return grad_scores, grad_margin.sum(1, keepdim=True) if common_margin else grad_margin
+
+
+@_pairwise_logistic_backward.register_fake
+def _(grad_loss, by_score, by_margin, common_scores, common_margin):
+    batch, objectives, items = by_score.shape
+    return (
+        by_score.new_empty((batch, 1 if common_scores else objectives, items)),
+        by_margin.new_empty((batch, 1 if common_margin else objectives)),
+    )
+
+
+def _pairwise_logistic_setup(ctx, inputs, output):
+    scores, labels, margin, *_, with_gradient = inputs
+    _, by_score, by_margin = output
+    if not with_gradient:
+        raise RuntimeError("mopl::pairwise_logistic was called without gradient; pass with_gradient=True")
+    ctx.common_scores = scores.shape[1] != labels.shape[1]
+    ctx.common_margin = margin.shape[1] != labels.shape[1]
+    ctx.mark_non_differentiable(by_score, by_margin)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(by_score, by_margin)
+
+
+def _pairwise_logistic_grad(ctx, grad_loss, *_):
+    if grad_loss is None:
+        return (None,) * 8
+    by_score, by_margin = ctx.saved_tensors
+    grads = _pairwise_logistic_backward(grad_loss, by_score, by_margin, ctx.common_scores, ctx.common_margin)
+    return grads[0], None, grads[1], None, None, None, None, None
+
+
+_pairwise_logistic.register_autograd(_pairwise_logistic_grad, setup_context=_pairwise_logistic_setup)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Smooth ranks
+
+
+@torch.library.custom_op("mopl::smooth_ranks", mutates_args=())
+def _smooth_ranks(scores: Tensor, mask: Tensor | None) -> Tensor:
+    ranks = torch.empty_like(scores, memory_format=torch.contiguous_format)
+    batch, objectives, items = scores.shape
+    for lists, rows in _blocks(batch, objectives, items, scores.device):
+        u = scores[lists]
+        above = torch.sigmoid(_differences(u[..., rows], u).neg_())
+        if mask is not None:
+            above.masked_fill_(~mask[lists, None, None, :], 0)
+        ranks[lists, :, rows] = above.sum(-1) + 0.5  # sigmoid(0) of the item itself is the other half
+    return ranks if mask is None else ranks.masked_fill_(~mask[:, None, :], 1)
+
+
+@_smooth_ranks.register_fake
+def _(scores, mask):
+    return torch.empty_like(scores, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("mopl::smooth_ranks_backward", mutates_args=())
+def _smooth_ranks_backward(grad_ranks: Tensor, scores: Tensor, mask: Tensor | None) -> Tensor:
+    gradient = torch.empty_like(scores, memory_format=torch.contiguous_format)
+    batch, objectives, items = scores.shape
+    for lists, rows in _blocks(batch, objectives, items, scores.device):
+        u, c = scores[lists], grad_ranks[lists]
+        d = _differences(u[..., rows], u)
+        slope = torch.sigmoid(d)
+        slope *= torch.sigmoid(d.neg_())
+        slope *= c[..., None, :] - c[..., rows, None]
+        if mask is not None:
+            slope.masked_fill_(~mask[lists, None, None, :], 0)
+        gradient[lists, :, rows] = slope.sum(-1)
+    return gradient if mask is None else gradient.masked_fill_(~mask[:, None, :], 0)
+
+
+@_smooth_ranks_backward.register_fake
+def _(grad_ranks, scores, mask):
+    return torch.empty_like(scores, memory_format=torch.contiguous_format)
+
+
+def _smooth_ranks_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _smooth_ranks_grad(ctx, grad_ranks):
+    return _smooth_ranks_backward(grad_ranks, *ctx.saved_tensors), None
+
+
+_smooth_ranks.register_autograd(_smooth_ranks_grad, setup_context=_smooth_ranks_setup)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Blocks of pairs
+
+
+def _blocks(batch: int, objectives: int, items: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
+    """Yield (lists, rows): all pairs of several lists, or some rows of the K x K pairs of one list."""
+    budget = _PAIRS_CPU if device.type == "cpu" else _PAIRS_GPU
+    lists = max(1, budget // max(1, objectives * items * items))
+    rows = items if objectives * items * items <= budget else max(1, budget // (objectives * items))
+    for start in range(0, batch, lists):
+        for row in range(0, items, rows):
+            yield slice(start, start + lists), slice(row, row + rows)
+
+
+def _differences(rows: Tensor, columns: Tensor) -> Tensor:
+    """Return rows_i - columns_j as (..., I, K), 0 where they are equal, which inf - inf would not be."""
+    first, second = rows[..., :, None], columns[..., None, :]
+    return (first - second).masked_fill_(first == second, 0)
