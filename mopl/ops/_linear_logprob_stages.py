@@ -1,0 +1,195 @@
+"""The order of the stages of `linear_logprob`, the same for every backend and for a vocabulary-parallel head.
+
+What is computed, and why so, is explained in `linear_logprob`; the stages are in `_linear_logprob_cpu` and
+`linear_logprob_triton`.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mopl._arguments import compute_dtype
+from mopl.ops._backend import use_triton
+from mopl.ops._linear_logprob_rows import (
+    Coefficients,
+    choose_pivots,
+    entropy_direction,
+    gather,
+    gather_entries,
+    logit_gradient,
+    logprob_direction,
+    logsumexp_direction,
+    scatter_entries,
+    scatter_rows,
+    select,
+    statistics,
+    target_logprob,
+)
+from mopl.ops._logprob import segment_sum
+
+if TYPE_CHECKING:
+    from mopl.ops._vocab_parallel import VocabularyShard
+
+
+def backend_of(tensor: Tensor) -> ModuleType:
+    """Return the module with the four stages for tensors like this one."""
+    if use_triton(tensor):
+        from mopl.ops import linear_logprob_triton as backend
+    else:
+        from mopl.ops import _linear_logprob_cpu as backend
+    return backend
+
+
+class Forward(NamedTuple):
+    """Results and saved tensors of the forward pass, rows and targets that do not count being 0 everywhere."""
+
+    logprob: Tensor  # (E,)
+    logsumexp: Tensor  # (N,)
+    entropy: Tensor  # (N,) or empty
+    variance: Tensor  # (N,) or empty: of u under p
+    direction: Tensor  # (E, H) or empty: d logprob / d hidden
+    direction_logsumexp: Tensor  # (N, H) or empty
+    direction_entropy: Tensor  # (N, H) or empty
+    shift: Tensor  # (N,)
+    total: Tensor  # (N,)
+    pivot: Tensor  # (N,) int64; empty without `row`: the target
+    pivot_logprob: Tensor  # (N,)
+    cache: Tensor  # (keep_rows * V,) in `cache_dtype`, or empty
+
+
+def cache_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """Dtype of the kept exponentials: on a GPU bfloat16 (which has their range) where the operands have 16 bit."""
+    narrow = hidden.is_cuda and hidden.itemsize == weight.itemsize == 2
+    return torch.bfloat16 if narrow else compute_dtype(hidden, weight)
+
+
+def direction_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """Dtype of saved directions: that of bfloat16 hidden states on a GPU, whose place they take.
+
+    Float16 has no range for the small directions of confident rows.
+    """
+    narrow = hidden.is_cuda and hidden.dtype == weight.dtype == torch.bfloat16
+    return torch.bfloat16 if narrow else compute_dtype(hidden, weight)
+
+
+def run_forward(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, row: Tensor | None, temperature: Tensor,
+    softcap: float, logit_scale: float, want_entropy: bool, want_variance: bool, keep_direction: bool,
+    keep_direction_logsumexp: bool, keep_direction_entropy: bool, keep_rows: int, max_rows: int,
+    shard: VocabularyShard | None = None,
+) -> Forward:  # fmt: skip
+    """Run the stages of the forward pass; `shard` adds the collectives of a vocabulary-parallel head."""
+    backend, dtype = backend_of(hidden), compute_dtype(hidden, weight)
+    entries, rows = len(target), len(hidden)
+    chosen = select(target, row, rows, max_rows, not use_triton(hidden))
+    hidden = gather(hidden, chosen)
+    temperature = gather(temperature, chosen, fill=1)
+    head = (softcap, logit_scale)
+
+    column = chosen.column if shard is None else shard.local(chosen.column)
+    logits = backend.target_logits(hidden, weight, bias, column, chosen.position, temperature, *head)
+    logits = logits if shard is None else shard.sum(logits)
+    pivot, pivot_logit = choose_pivots(logits, chosen, len(hidden))
+    local_pivot = pivot if shard is None else shard.local(pivot)
+
+    cache = hidden.new_empty((keep_rows * len(weight),), dtype=cache_dtype(hidden, weight))
+    sums = backend.accumulate(
+        hidden, weight, bias, local_pivot, pivot_logit, temperature, *head, chosen.count,
+        want_entropy + want_variance, keep_direction + keep_direction_entropy, cache, keep_rows,
+    )  # fmt: skip
+    local_shift, *_, weighted, weighted_moment = sums
+    stats = statistics(*(sums[:4] if shard is None else shard.merge(*sums[:4])), pivot_logit)
+    scale = torch.ones_like(stats.shift) if shard is None else (local_shift - stats.shift).exp()
+
+    def directions(part: Coefficients, column: Tensor | None = None, position: Tensor | None = None) -> Tensor:
+        weighted_part, moment_part = part.weighted * scale, None
+        if part.moment is not None:
+            moment_part = part.moment * scale
+            weighted_part = weighted_part + moment_part * (local_shift - stats.shift)
+        return backend.combine(
+            weight, weighted, weighted_moment, local_pivot, part.pivot, weighted_part, moment_part,
+            column, position, part.own, direction_dtype(hidden, weight),
+        )  # fmt: skip
+
+    def nothing(dtype: torch.dtype = dtype) -> Tensor:
+        return hidden.new_empty(0, dtype=dtype)
+
+    entropy = stats.entropy() if want_entropy else nothing()
+    kept = [nothing(direction_dtype(hidden, weight)) for _ in range(3)]
+    if keep_direction:
+        part = logprob_direction(stats, logits, pivot, chosen, temperature, *head)
+        own = (None, None) if chosen.position is None else (column, chosen.position)
+        kept[0] = scatter_entries(directions(part, *own), chosen, entries)
+    if keep_direction_logsumexp:
+        kept[1] = scatter_rows(directions(logsumexp_direction(stats, temperature, *head)), chosen, rows)
+    if keep_direction_entropy:
+        kept[2] = scatter_rows(directions(entropy_direction(stats, entropy, temperature, *head)), chosen, rows)
+
+    def back(values: Tensor) -> Tensor:
+        return scatter_rows(values, chosen, rows)
+
+    return Forward(
+        scatter_entries(target_logprob(stats, logits, chosen), chosen, entries).to(dtype),
+        back(stats.logsumexp), back(entropy) if want_entropy else entropy,
+        back(stats.variance()) if want_variance else nothing(),
+        *kept, back(local_shift), back(stats.total / scale), nothing(torch.int64) if row is None else back(pivot),
+        back(stats.pivot_logprob), cache,
+    )  # fmt: skip
+
+
+def run_backward(
+    grad_logprob: Tensor | None, grad_logsumexp: Tensor | None, grad_entropy: Tensor | None,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, row: Tensor | None, temperature: Tensor,
+    saved: Forward, softcap: float, logit_scale: float, keep_rows: int, max_rows: int,
+    need_hidden: bool, need_weight: bool, need_bias: bool, shard: VocabularyShard | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Run the backward pass of a trainable head; a gradient that is not needed is empty."""
+    rows, full = len(hidden), hidden.dtype
+    chosen = select(target, row, rows, max_rows, not use_triton(hidden))
+    hidden = gather(hidden, chosen)
+    temperature = gather(temperature, chosen, fill=1)
+
+    def inner(values: Tensor | None) -> Tensor | None:
+        return None if values is None else gather(values, chosen)
+
+    pivot = chosen.column if row is None else gather(saved.pivot, chosen)
+    shift = gather(saved.shift, chosen)
+    gradient = logit_gradient(
+        None if grad_logprob is None else gather_entries(grad_logprob, chosen), inner(grad_logsumexp),
+        inner(grad_entropy), chosen, pivot, gather(saved.pivot_logprob, chosen),
+        gather_entries(saved.logprob, chosen), gather(saved.logsumexp, chosen),
+        None if grad_entropy is None else gather(saved.entropy, chosen), shift, gather(saved.total, chosen, fill=1),
+        temperature, softcap, logit_scale,
+    )  # fmt: skip
+    local = (lambda column: column) if shard is None else shard.local
+    grad_hidden, grad_weight, grad_bias = backend_of(hidden).backward(
+        hidden, weight, bias, local(pivot), shift, temperature, softcap, logit_scale, chosen.count,
+        gradient.alpha, gradient.gamma, local(gradient.column), gradient.position, gradient.coefficient,
+        saved.cache, keep_rows, need_hidden, need_weight, need_bias,
+    )  # fmt: skip
+    if need_hidden:
+        grad_hidden = grad_hidden if shard is None else shard.sum(grad_hidden)
+        grad_hidden = scatter_rows(grad_hidden.to(full), chosen, rows)
+    return grad_hidden, grad_weight, grad_bias
+
+
+def scale_directions(
+    grad_logprob: Tensor | None, grad_logsumexp: Tensor | None, grad_entropy: Tensor | None,
+    target: Tensor, row: Tensor | None, rows: int, saved: Forward,
+) -> Tensor:  # fmt: skip
+    """Return the gradient of the hidden states (N, H) of a frozen head, in the compute dtype."""
+    result = saved.shift.new_zeros((rows, saved.direction.shape[-1]))
+    if grad_logprob is not None:
+        scaled = saved.direction * grad_logprob.masked_fill(target < 0, 0)[:, None]
+        result = scaled if row is None else segment_sum(scaled, row, rows)
+    for upstream, direction in (
+        (grad_logsumexp, saved.direction_logsumexp),
+        (grad_entropy, saved.direction_entropy),
+    ):
+        if upstream is not None:
+            result.addcmul_(direction, upstream[:, None])
+    return result

@@ -1,0 +1,127 @@
+"""What the log-probability ops share: arguments, the meaning of "does not count", small formulas on (N,) vectors.
+
+Notation: N rows, V vocabulary entries, E targets. `u` is the logit that the softmax sees, that is after logit scale,
+softcap and temperature:
+
+    u = softcap * tanh(logit_scale * a / softcap) / temperature        (without softcap: logit_scale * a / temperature)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mopl._arguments import compute_dtype, shape_of
+
+SKIP = -1  # a target that does not count, once mask and ignore_index are applied
+
+
+def as_index(value: Tensor, name: str, meaning: str) -> Tensor:
+    """Return an integer tensor as int64; raise if it is no integer tensor."""
+    if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} is {got} but must be an integer tensor of {meaning}; pass {name}.long()")
+    return value.long()
+
+
+def merge_targets(target: Tensor, mask: Tensor | None, ignore_index: int, vocabulary: int) -> Tensor:
+    """Return int64 targets with `SKIP` where an entry does not count and `vocabulary` where a target is negative.
+
+    A negative target that is not `ignore_index` is a mistake: it becomes one past the vocabulary, so that the range
+    check has one side only and a mistake is never taken for an ignored entry.
+    """
+    target = as_index(target, "target", "token ids")
+    merged = torch.where(target < 0, vocabulary, target)
+    keep = target != ignore_index
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"mask is {got} but must be torch.bool, true where a target counts; pass mask.bool()")
+        if mask.shape != target.shape:
+            raise ValueError(
+                f"mask has shape {shape_of(mask)} but target has {shape_of(target)}; pass one mask entry a target"
+            )
+        keep = keep & mask
+    return torch.where(keep, merged, SKIP)
+
+
+def check_target_range(target: Tensor, vocabulary: int) -> None:
+    """Raise if a merged target lies outside the vocabulary; reads values, so it synchronises on a GPU."""
+    if target.numel() and bool((target >= vocabulary).any()):
+        where = tuple((target >= vocabulary).nonzero()[0].tolist())
+        raise ValueError(
+            f"target holds an id that is negative or not below the vocabulary size {vocabulary} "
+            f"(first at flattened position {where}); give ignored entries ignore_index, or mask them"
+        )
+
+
+def per_row(value: float | Tensor, name: str, shape: torch.Size, like: Tensor) -> Tensor:
+    """Return a number or a tensor that broadcasts to the rows' shape as a flat (N,) tensor in the compute dtype."""
+    dtype = compute_dtype(like)
+    if not isinstance(value, Tensor):
+        return torch.full((), value, dtype=dtype, device=like.device).expand(shape.numel())
+    if value.device != like.device and value.numel() > 1:
+        raise ValueError(f"{name} is on {value.device} but the rows are on {like.device}; move {name} there")
+    try:
+        return value.to(device=like.device, dtype=dtype).expand(shape).reshape(-1)
+    except RuntimeError:
+        raise ValueError(
+            f"{name} has shape {shape_of(value)} but there is one row for each of {tuple(shape)}; "
+            f"pass a number or a tensor that broadcasts to {tuple(shape)}"
+        ) from None
+
+
+def check_scalar(value: float | None, name: str, *, positive: bool = True) -> float:
+    """Return an optional host number as float, 0.0 for None; raise unless it is positive."""
+    if value is None:
+        return 0.0
+    if isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a Python number, a constant of the model; got a tensor")
+    if positive and not value > 0:
+        raise ValueError(f"{name} is {value} but must be positive; pass None to leave it out")
+    return float(value)
+
+
+def slope(u: Tensor, temperature: Tensor, softcap: float, logit_scale: float) -> Tensor:
+    """Return du/da at logits u: logit_scale / temperature, times 1 - tanh^2 under a softcap."""
+    factor = logit_scale / temperature
+    if not softcap:
+        return factor.expand(u.shape)
+    bent = u * (temperature / softcap)
+    return factor * ((1 - bent) * (1 + bent))
+
+
+def temperature_gradient(
+    grad_logprob: Tensor | None,  # (N,): for several targets a row, their sum
+    grad_logprob_times: Tensor | None,  # (N,): sum over a row's targets of grad_logprob * logprob
+    grad_logsumexp: Tensor | None,  # (N,)
+    grad_entropy: Tensor | None,  # (N,)
+    temperature: Tensor,  # (N,)
+    logsumexp: Tensor,  # (N,)
+    entropy: Tensor,  # (N,)
+    variance: Tensor,  # (N,) or empty
+) -> Tensor:
+    """Return the gradient of the temperature (N,) from row statistics alone.
+
+    With mean = E_p[u] = logsumexp - entropy: d logprob/dT = -(logprob + entropy)/T, d logsumexp/dT = -mean/T and
+    d entropy/dT = Var_p(u)/T.
+    """
+    total = torch.zeros_like(temperature)
+    if grad_logprob is not None and grad_logprob_times is not None:
+        total = total - grad_logprob_times - grad_logprob * entropy
+    if grad_logsumexp is not None:
+        total = total - grad_logsumexp * (logsumexp - entropy)
+    if grad_entropy is not None:
+        total = total + grad_entropy * variance
+    return total / temperature
+
+
+def segment_sum(values: Tensor, index: Tensor, size: int) -> Tensor:
+    """Return sums of `values` over equal `index` along dim 0, the same bits at every call.
+
+    On a CPU `index_add` adds in order; on a GPU it uses atomics, while an accumulating `index_put` sorts first.
+    """
+    result = values.new_zeros((size, *values.shape[1:]))
+    if values.is_cuda:
+        return result.index_put_((index,), values, accumulate=True)
+    return result.index_add_(0, index, values)

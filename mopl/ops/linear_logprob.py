@@ -1,0 +1,289 @@
+"""Log-probabilities of tokens from hidden states and a language-model head; the logits [N, V] are never held.
+
+N rows of `hidden`, V vocabulary entries, E targets (one a row, or several that share a row through `row`).
+
+    a_nv = <hidden_n, W_v> + bias_v
+    u_nv = softcap * tanh(logit_scale * a_nv / softcap) / T_n              (logit_scale * a_nv / T_n without softcap)
+    logprob_k = u_{n y} - logsumexp_n,  p_nv = exp(u_nv - logsumexp_n),  entropy_n = logsumexp_n - sum_v p_nv u_nv
+    du_nv/da_nv = (logit_scale / T_n) f_nv,  f = 1 - tanh^2
+
+**The pivot.** Each row leaves one column q out of its sums: its target, or the likeliest of its targets. With
+`shift` = u_q and e_v = exp(u_v - shift), `others` = sum_{v != q} e_v, `total` = others + exp(u_q - shift):
+
+    logprob_q = -log1p(others),   1 - p_q = others / total,   p_v = e_v / total
+
+so a confident row (p_q near 1) keeps every digit of its log-probability and of its gradient. One shift that is known
+before the product means that partial sums over the vocabulary just add. Only where some u_v exceeds u_q so far that
+exp would overflow (a token of probability below e^-40) is a larger shift taken for that row.
+
+**The gradient of the logits** for upstream g_k on the log-probabilities, l on the logsumexp and h on the entropy of a
+row is, with G = sum_k g_k - l,
+
+    dL/du_v = sum_{k: y_k = v} g_k - p_v G - h p_v (log p_v + H)
+
+Off the pivot that is the row-wise factor -(alpha + gamma (u_v - shift)) times e_v, plus single entries at targets; at
+the pivot it is g_q (1 - p_q) - p_q (G - g_q) - h p_q (log p_q + H). See `logit_gradient`.
+
+**Three modes**, by what needs a gradient:
+
+1. nothing: one product, 2NVH FLOP.
+2. hidden but not the head (frozen head): the directions
+       d logprob_k / d hidden = sum_v (1[v = y_k] - p_v) (logit_scale / T) f_v W_v        (E, H)
+       d logsumexp / d hidden = sum_v p_v (logit_scale / T) f_v W_v                       (N, H), if that is an output
+       d entropy / d hidden = -sum_v p_v (log p_v + H) (logit_scale / T) f_v W_v          (N, H), if that is an output
+   do not depend on the loss. They are formed in the forward pass (4NVH) and saved in place of the hidden states; the
+   backward pass only scales rows, for any upstream gradient, as often as wanted.
+3. the head (trainable head): e_v of the first `keep_rows` rows in play is kept within the workspace (`cache`), the
+   other rows are computed again in the backward pass: 6NVH + 2 (N - keep_rows) V H. Off the pivot the gradient is a
+   row factor times e_v, so the two products run on the cache as it is, and the factor scales (N, H) matrices. Softcap
+   and entropy need u_v as well: it is log e_v + shift, and 0 wherever e_v is 0.
+
+The temperature's gradient needs no pass over the vocabulary: see `temperature_gradient`.
+
+**Backends.** `_linear_logprob_cpu` and `linear_logprob_triton` have the same four functions with the same arguments:
+`target_logits`, `accumulate`, `combine`, `backward`. Rows that do not count never reach them (`select`): on a CPU by
+index, on a GPU by a stable sort of the mask, with the number of rows that count known on the device only; `max_rows`
+bounds it on the host. The vocabulary-parallel form runs the same four functions on each rank's shard.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mopl._arguments import compute_dtype
+from mopl.ops._linear_logprob_stages import (
+    Forward,
+    cache_dtype,
+    direction_dtype,
+    run_backward,
+    run_forward,
+    scale_directions,
+)
+from mopl.ops._logprob import (
+    check_target_range,
+    segment_sum,
+    temperature_gradient,
+)
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+GIB = 2**30
+
+
+def linear_logprob(
+    hidden: Tensor,  # (..., H)
+    weight: Tensor,  # (V, H)
+    target: Tensor,  # (...) token ids; any shape with `row`
+    *,
+    bias: Tensor | None = None,  # (V,)
+    temperature: float | Tensor = 1.0,  # broadcastable to hidden's (...)
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    mask: Tensor | None = None,  # target's shape, bool
+    ignore_index: int = -100,
+    row: Tensor | None = None,  # target's shape
+    return_logsumexp: bool = False,
+    return_entropy: bool = False,
+    workspace: int = 2 * GIB,
+    max_rows: int | None = None,
+    check_targets: bool | None = None,
+    group: ProcessGroup | None = None,
+) -> Tensor | tuple[Tensor, ...]:
+    """Return log p(target) in nats from hidden states and the head's weight, without holding the logits.
+
+    Args:
+        hidden: (..., H) hidden states, any floating dtype.
+        weight: (V, H), the head's weight. With `group`, this rank's rows of it.
+        target: (...), integer token ids, one for each row of `hidden`; with `row`, any shape.
+        bias: (V,) or None.
+        temperature: divides the logits; a number or a tensor that broadcasts to hidden's leading shape. Positive.
+        softcap: logits become softcap * tanh(logits / softcap), after `logit_scale` and before `temperature`.
+        logit_scale: multiplies the logits, the bias included.
+        mask: true where a target counts; shape of `target`. Rows without a target that counts are not computed.
+        ignore_index: targets with this value do not count.
+        row: index of each target's row in `hidden` with its leading dimensions flattened; several targets may share
+            a row, whose logits are then computed once.
+        return_logsumexp: also return the log of the normaliser of the scaled logits, one value a row of `hidden`.
+        return_entropy: also return the entropy in nats of each row's distribution.
+        workspace: bytes that may be kept between forward and backward to spare a trainable head the second
+            computation of its logits. On a CPU at most half of the rows are kept.
+        max_rows: an upper bound, known on the host, on the number of rows that count. On a GPU, where counting them
+            would cost a synchronisation, rows beyond it are not computed; should more rows count, theirs are NaN. On
+            a CPU more rows are an error.
+        check_targets: raise if a target lies outside the vocabulary; costs a synchronisation on a GPU. None: on a CPU
+            only. Unchecked targets outside the vocabulary give NaN.
+        group: process group over which the vocabulary is sharded: every rank has the same `hidden`, `target` and so
+            on (global token ids), and its own consecutive rows of `weight` and `bias`, in the order of the ranks. The
+            gradient of `hidden` is summed over the group, so upstream gradients must be the same on every rank.
+
+    Returns:
+        logprob, of target's shape; or a tuple (logprob, logsumexp?, entropy?) of what was asked for, the latter two of
+        hidden's leading shape. float32, float64 if `hidden` or `weight` is float64. What does not count is 0 with
+        gradient exactly 0. All three are differentiable in hidden, weight, bias and temperature, once.
+
+    Raises:
+        TypeError: wrong dtypes.
+        ValueError: shapes or devices that do not fit, targets outside the vocabulary.
+    """
+    raise NotImplementedError
+
+
+@torch.library.custom_op("mopl::linear_logprob", mutates_args=())
+def _linear_logprob(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    target: Tensor,  # (E,) int64, negative where it does not count
+    row: Tensor | None,  # (E,) int64; None: E = N
+    temperature: Tensor,  # (N,)
+    softcap: float,  # 0.0: none
+    logit_scale: float,
+    want_entropy: bool,
+    want_variance: bool,
+    keep_direction: bool,
+    keep_direction_logsumexp: bool,
+    keep_direction_entropy: bool,
+    keep_rows: int,
+    max_rows: int,
+    check_targets: bool,
+) -> tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+]:  # the fields of Forward
+    if check_targets:
+        check_target_range(target, len(weight))
+    return tuple(
+        run_forward(
+            hidden, weight, bias, target, row, temperature, softcap, logit_scale, want_entropy, want_variance,
+            keep_direction, keep_direction_logsumexp, keep_direction_entropy, keep_rows, max_rows,
+        )
+    )  # fmt: skip
+
+
+@_linear_logprob.register_fake
+def _(
+    hidden, weight, bias, target, row, temperature, softcap, logit_scale, want_entropy, want_variance,
+    keep_direction, keep_direction_logsumexp, keep_direction_entropy, keep_rows, max_rows, check_targets,
+):  # fmt: skip
+    rows, size = hidden.shape
+    dtype = compute_dtype(hidden, weight)
+
+    def new(*shape: int, wanted: bool = True, dtype: torch.dtype = dtype) -> Tensor:
+        return hidden.new_empty(shape if wanted else (0,), dtype=dtype)
+
+    directions = direction_dtype(hidden, weight)
+    return (
+        new(target.shape[0]),
+        new(rows),
+        new(rows, wanted=want_entropy),
+        new(rows, wanted=want_variance),
+        new(target.shape[0], size, wanted=keep_direction, dtype=directions),
+        new(rows, size, wanted=keep_direction_logsumexp, dtype=directions),
+        new(rows, size, wanted=keep_direction_entropy, dtype=directions),
+        new(rows),
+        new(rows),
+        new(rows, wanted=row is not None, dtype=torch.int64),
+        new(rows),
+        new(keep_rows * weight.shape[0], dtype=cache_dtype(hidden, weight)),
+    )
+
+
+@torch.library.custom_op("mopl::linear_logprob_backward", mutates_args=())
+def _linear_logprob_backward(
+    grad_logprob: Tensor | None,  # (E,)
+    grad_logsumexp: Tensor | None,  # (N,)
+    grad_entropy: Tensor | None,  # (N,)
+    hidden: Tensor | None,  # None with a frozen head
+    weight: Tensor | None,  # None with a frozen head
+    bias: Tensor | None,
+    target: Tensor,
+    row: Tensor | None,
+    temperature: Tensor,
+    saved: list[Tensor],  # the fields of Forward
+    softcap: float,
+    logit_scale: float,
+    keep_rows: int,
+    max_rows: int,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    need_temperature: bool,
+    hidden_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of hidden, weight, bias and temperature; one that is not needed is empty (0,)."""
+    forward, rows = Forward(*saved), len(temperature)
+    grad_hidden = grad_weight = grad_bias = grad_temperature = temperature.new_empty(0)
+    if need_hidden and (hidden is None or weight is None):
+        grad_hidden = scale_directions(grad_logprob, grad_logsumexp, grad_entropy, target, row, rows, forward)
+        grad_hidden = grad_hidden.to(hidden_dtype)
+    elif hidden is not None and weight is not None and (need_hidden or need_weight or need_bias):
+        grad_hidden, grad_weight, grad_bias = run_backward(
+            grad_logprob, grad_logsumexp, grad_entropy, hidden, weight, bias, target, row, temperature, forward,
+            softcap, logit_scale, keep_rows, max_rows, need_hidden, need_weight, need_bias,
+        )  # fmt: skip
+    if need_temperature:
+        grad_temperature = row_temperature_gradient(
+            grad_logprob, grad_logsumexp, grad_entropy, target, row, temperature, forward
+        )
+    return grad_hidden, grad_weight, grad_bias, grad_temperature
+
+
+@_linear_logprob_backward.register_fake
+def _(
+    grad_logprob, grad_logsumexp, grad_entropy, hidden, weight, bias, target, row, temperature, saved, softcap,
+    logit_scale, keep_rows, max_rows, need_hidden, need_weight, need_bias, need_temperature, hidden_dtype,
+):  # fmt: skip
+    forward = Forward(*saved)
+    size = forward.direction.shape[-1] if weight is None else weight.shape[-1]
+    nothing = temperature.new_empty
+    return (
+        nothing((temperature.shape[0], size), dtype=hidden_dtype) if need_hidden else nothing(0),
+        torch.empty_like(weight) if need_weight and weight is not None else nothing(0),
+        torch.empty_like(bias) if need_bias and bias is not None else nothing(0),
+        torch.empty_like(temperature, memory_format=torch.contiguous_format) if need_temperature else nothing(0),
+    )
+
+
+def row_temperature_gradient(
+    grad_logprob: Tensor | None, grad_logsumexp: Tensor | None, grad_entropy: Tensor | None,
+    target: Tensor, row: Tensor | None, temperature: Tensor, saved: Forward,
+) -> Tensor:  # fmt: skip
+    """Return the gradient of the temperature (N,)."""
+    times = None
+    if grad_logprob is not None:
+        grad_logprob = grad_logprob.masked_fill(target < 0, 0)
+        times = grad_logprob * saved.logprob
+        if row is not None:
+            grad_logprob, times = (segment_sum(t, row, len(temperature)) for t in (grad_logprob, times))
+    return temperature_gradient(
+        grad_logprob, times, grad_logsumexp, grad_entropy,
+        temperature, saved.logsumexp, saved.entropy, saved.variance,
+    )  # fmt: skip
+
+
+def _setup_context(ctx, inputs, output):
+    hidden, weight, bias, target, row, temperature, ctx.softcap, ctx.logit_scale = inputs[:8]
+    keep_direction, ctx.keep_rows, ctx.max_rows = inputs[10], inputs[13], inputs[14]
+    ctx.mark_non_differentiable(*output[3:])
+    ctx.set_materialize_grads(False)
+    ctx.hidden_dtype = hidden.dtype
+    operands = (None, None, None) if keep_direction else (hidden, weight, bias)
+    ctx.save_for_backward(*operands, target, row, temperature, *output)
+
+
+def _backward(ctx, grad_logprob, grad_logsumexp, grad_entropy, *_):
+    need = ctx.needs_input_grad
+    need = (need[0], need[1], need[2], need[5])
+    hidden, weight, bias, target, row, temperature, *saved = ctx.saved_tensors
+    gradients = _linear_logprob_backward(
+        grad_logprob, grad_logsumexp, grad_entropy, hidden, weight, bias, target, row, temperature, saved,
+        ctx.softcap, ctx.logit_scale, ctx.keep_rows, ctx.max_rows, *need, ctx.hidden_dtype,
+    )  # fmt: skip
+    *heads, warmth = (g if needed else None for g, needed in zip(gradients, need, strict=True))
+    return (*heads, None, None, warmth, *[None] * 10)
+
+
+_linear_logprob.register_autograd(_backward, setup_context=_setup_context)
