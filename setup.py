@@ -14,10 +14,11 @@ setup(
         "mopl.kernels",
         "mopl.losses",
         "mopl.ops",
+        "mopl.pareto",
         "mopl.ranking",
         "mopl.report",
         "mopl.training",
     ],
     package_dir={"mopl": "mopl", "mopl.kernels": "kernels"},
-    package_data={"mopl": ["py.typed"]},
+    package_data={"mopl": ["py.typed"], "mopl.report": ["page.html", "page.css", "page.js"]},
 )

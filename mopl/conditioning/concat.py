@@ -1,0 +1,79 @@
+"""Conditioning by concatenation: the trade-off as extra input features (Ren et al., UAI 2025, section 4.1)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mopl._arguments import shape_of
+
+
+class ConcatCondition(nn.Module):
+    """Appends the weights, and on request the normalised temperatures, to the features of every item.
+
+    It has no parameters: a first layer of width H grows by m × H weights, or 2 m × H with temperatures.
+
+    Args:
+        objectives: m.
+        temperature: Whether the model is also conditioned on temperatures.
+
+    Attributes:
+        extra_features: Number of features that are appended.
+    """
+
+    def __init__(self, objectives: int, *, temperature: bool = False):
+        super().__init__()
+        if objectives < 1:
+            raise ValueError(f"objectives is {objectives} but must be at least 1")
+        self.objectives = objectives
+        self.temperature = temperature
+        self.extra_features = objectives * (2 if temperature else 1)
+
+    def forward(
+        self,
+        features: Tensor,  # (B, K, F)
+        weights: Tensor,  # (m,), (1, m) or (B, m)
+        temperature: Tensor | None = None,  # the same
+    ) -> Tensor:  # (B, K, F + m) or (B, K, F + 2 m)
+        """Append the condition to the features.
+
+        Args:
+            features: (B, K, F) floating point.
+            weights: (m,), (1, m) or (B, m).
+            temperature: β in the same shapes; only β / ‖β‖₁ is appended, so that the output cannot depend on ‖β‖₁
+                (equation 15). Required if and only if the module was made with `temperature=True`.
+
+        Returns:
+            (B, K, F + extra_features) in the dtype of `features`, differentiable in all three.
+
+        Raises:
+            ValueError: If a shape is wrong, or `temperature` is missing or not expected.
+        """
+        if features.ndim != 3:
+            raise ValueError(f"features has shape {shape_of(features)} but must be (B, K, F)")
+        if (temperature is not None) != self.temperature:
+            raise ValueError(
+                "temperature is missing; pass one for each objective"
+                if self.temperature
+                else "temperature was passed to a model that is not conditioned on it; make it with temperature=True"
+            )
+        parts = [features, self._per_item(weights, features, "weights")]
+        if temperature is not None:
+            normalized = temperature / temperature.sum(-1, keepdim=True)
+            parts.append(self._per_item(normalized, features, "temperature"))
+        return torch.cat(parts, -1)
+
+    def _per_item(self, condition: Tensor, features: Tensor, name: str) -> Tensor:
+        """Return a condition (m,), (1, m) or (B, m) as (B, K, m) in the dtype of the features."""
+        batch, items, _ = features.shape
+        if tuple(condition.shape) not in ((self.objectives,), (1, self.objectives), (batch, self.objectives)):
+            raise ValueError(
+                f"{name} has shape {shape_of(condition)} but there are {batch} lists and {self.objectives} objectives; "
+                f"pass (m,) = ({self.objectives},) or (B, m) = ({batch}, {self.objectives})"
+            )
+        per_list = condition.to(features).expand(batch, self.objectives)
+        return per_list[:, None, :].expand(batch, items, self.objectives)
+
+    def extra_repr(self) -> str:
+        """Describe the module in its repr."""
+        return f"objectives={self.objectives}, temperature={self.temperature}"

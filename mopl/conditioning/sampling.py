@@ -1,0 +1,185 @@
+"""Trade-offs for training: weights from a Dirichlet distribution, temperatures from a box.
+
+Draws are counter-based: they are a function of (seed, step, rank) and of nothing else. A resumed run therefore draws
+what the interrupted run would have drawn, and no global generator is read or moved. The first rows do not depend on
+how many are drawn. A new version of NumPy may change the values (NEP 19), never their distribution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mopl._arguments import shape_of
+
+_WEIGHTS, _TEMPERATURES = 1, 2  # the streams of one (seed, step, rank)
+
+
+class Temperatures(NamedTuple):
+    """Temperatures of each objective and what a network is conditioned on.
+
+    Attributes:
+        temperature: β, (count, m).
+        normalized: β / ‖β‖₁, (count, m), on the simplex.
+    """
+
+    temperature: Tensor
+    normalized: Tensor
+
+
+def _generator(seed: int, step: int, rank: int, stream: int) -> np.random.Generator:
+    """Return the generator of one stream.
+
+    Philox is keyed by seed and stream. Step and rank are the high half of its 256-bit counter, so that two streams
+    overlap only after 2^128 draws.
+    """
+    for name, value in (("seed", seed), ("step", step), ("rank", rank)):
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 <= value < 2**64:
+            raise ValueError(f"{name} is {value!r} but must be an integer from 0 to 2^64 - 1")
+    key = np.array([seed, stream], dtype=np.uint64)
+    counter = np.array([0, 0, rank, step], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+def _box(value: float | Sequence[float] | Tensor, objectives: int, name: str) -> np.ndarray:
+    """Return a positive finite number, or one for each objective, as an (m,) array."""
+    array = np.asarray(torch.as_tensor(value, dtype=torch.float64).cpu())
+    if array.shape not in ((), (objectives,)):
+        raise ValueError(
+            f"{name} has shape {array.shape} but there are {objectives} objectives; pass a number or one for each"
+        )
+    if not (np.isfinite(array) & (array > 0)).all():
+        raise ValueError(f"{name} is {array.tolist()} but must be positive and finite")
+    return np.broadcast_to(array, (objectives,))
+
+
+def _check_count(objectives: int, count: int) -> None:
+    if objectives < 1 or count < 0:
+        raise ValueError(f"objectives is {objectives} and count is {count} but they must be at least 1 and 0")
+
+
+def sample_weights(
+    objectives: int,
+    count: int,
+    alpha: float | Sequence[float] | Tensor = 1.0,
+    *,
+    seed: int,
+    step: int,
+    rank: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Draw weight vectors w ~ Dirichlet(alpha), as in Weight-COS-DPO (Ren et al., UAI 2025, equation 12).
+
+    One vector a list has the same expectation as the paper's one vector a step, and less variance.
+
+    Args:
+        objectives: m.
+        count: Number of vectors: 1 for one a step, B for one a list.
+        alpha: Concentration, positive: a number or one for each objective. 1 is uniform on the simplex, smaller
+            favours the vertices, larger the mean alpha / sum(alpha). However small it is, no draw is NaN.
+        seed: Seed of the run.
+        step: Step of the optimiser.
+        rank: Process of a distributed run.
+        dtype: dtype of the result; the draw itself is in float64.
+
+    Returns:
+        (count, m) on the simplex, on the CPU.
+
+    Raises:
+        ValueError: If alpha is not positive or has another length than m, or seed, step or rank is not an integer
+            from 0 to 2^64 - 1.
+    """
+    _check_count(objectives, count)
+    concentration = _box(alpha, objectives, "alpha")
+    draws = _generator(seed, step, rank, _WEIGHTS).dirichlet(concentration, size=count)
+    return torch.from_numpy(draws).to(dtype)
+
+
+def sample_temperatures(
+    objectives: int,
+    count: int,
+    low: float | Sequence[float] | Tensor,
+    high: float | Sequence[float] | Tensor,
+    *,
+    seed: int,
+    step: int,
+    rank: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Temperatures:
+    """Draw temperatures uniformly from a box, as in Temperature-COS-DPO (Ren et al., UAI 2025, equation 16).
+
+    With the parametrisation of equation (15) the loss depends on β only through β / ‖β‖₁: train on `normalized` and
+    the raw output of the network; `mopl.steering.temperature_conditioned` brings ‖β‖₁ back afterwards. Take the box
+    wider than the range that will be asked for; the paper uses [0.67, 1.5]^2.
+
+    Args:
+        objectives: m.
+        count: Number of vectors: 1 for one a step, B for one a list.
+        low: Lower end, positive: a number or one for each objective.
+        high: Upper end, not below `low`.
+        seed: Seed of the run.
+        step: Step of the optimiser.
+        rank: Process of a distributed run.
+        dtype: dtype of the result; the draw itself is in float64.
+
+    Returns:
+        β and β / ‖β‖₁, each (count, m), on the CPU. They are independent of the weights of the same step.
+
+    Raises:
+        ValueError: If the box is empty, reaches 0 or has another length than m, or as `sample_weights`.
+    """
+    _check_count(objectives, count)
+    bottom, top = _box(low, objectives, "low"), _box(high, objectives, "high")
+    if (top < bottom).any():
+        raise ValueError(f"high is {top.tolist()} but low is {bottom.tolist()}; pass high >= low for each objective")
+    uniform = _generator(seed, step, rank, _TEMPERATURES).random((count, objectives))
+    draws = torch.from_numpy(bottom + (top - bottom) * uniform)
+    return Temperatures(draws.to(dtype), (draws / draws.sum(-1, keepdim=True)).to(dtype))
+
+
+def check_weights(
+    weights: Tensor | Sequence[float] | Sequence[Sequence[float]],
+    objectives: int | None = None,
+    *,
+    name: str = "weights",
+) -> Tensor:
+    """Raise unless every weight vector lies on the simplex: entries at least 0 that sum to 1.
+
+    Reads the values, so it belongs where weights enter a program and not into a training step on a GPU.
+
+    Args:
+        weights: (m,) or (..., m), a tensor or nested numbers.
+        objectives: m, if it is known.
+        name: Name of the argument in errors.
+
+    Returns:
+        The weights as a floating-point tensor, not changed; numbers and integers become float64. The sum may be off
+        by 1e-4 (by the rounding error of m terms in 16-bit formats).
+
+    Raises:
+        ValueError: If the shape is wrong or a vector is off the simplex; the message names the vector and the remedy.
+    """
+    tensor = weights if isinstance(weights, Tensor) else torch.as_tensor(weights, dtype=torch.float64)
+    if not tensor.is_floating_point():
+        tensor = tensor.double()
+    if tensor.ndim == 0 or tensor.shape[-1] == 0 or (objectives is not None and tensor.shape[-1] != objectives):
+        wanted = "m" if objectives is None else str(objectives)
+        raise ValueError(f"{name} has shape {shape_of(tensor)} but must be ({wanted},) or (..., {wanted})")
+    rows = tensor.detach().double().cpu().reshape(-1, tensor.shape[-1])
+    tolerance = max(1e-4, rows.shape[-1] * torch.finfo(tensor.dtype).eps)
+    remedies = (
+        (~rows.isfinite().all(-1), "has an entry that is not finite; pass numbers"),
+        ((rows < 0).any(-1), "has a negative entry; set it to 0 and divide the vector by its sum"),
+        ((rows.sum(-1) - 1).abs() > tolerance, "does not sum to 1; divide it by its sum"),
+    )
+    for bad, remedy in remedies:
+        if bool(bad.any()):
+            row = int(bad.nonzero()[0, 0])
+            where = name if tensor.ndim == 1 else f"{name}[{row}]"
+            entries = ", ".join(f"{x:g}" for x in rows[row].tolist())
+            raise ValueError(f"{where} = ({entries}) must lie on the simplex but {remedy}")
+    return tensor

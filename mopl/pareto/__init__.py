@@ -1,0 +1,34 @@
+"""Fronts: grids of weights, hypervolume and its relatives, steerability, and the file `front.json`."""
+
+from mopl.pareto.front import Front, Point
+from mopl.pareto.grid import weight_grid
+from mopl.pareto.indicators import (
+    attainment,
+    epsilon_additive,
+    front_distance,
+    gd_plus,
+    hypervolume,
+    igd_plus,
+    max_gap,
+    non_dominated,
+    spacing,
+)
+from mopl.pareto.steerability import kendall_tau, spearman, steerability
+
+__all__ = [
+    "Front",
+    "Point",
+    "weight_grid",
+    "hypervolume",
+    "non_dominated",
+    "epsilon_additive",
+    "igd_plus",
+    "gd_plus",
+    "front_distance",
+    "spacing",
+    "max_gap",
+    "attainment",
+    "steerability",
+    "kendall_tau",
+    "spearman",
+]

@@ -1,0 +1,291 @@
+"""How good a set of points is: hypervolume, dominance, distances to a reference front, evenness, attainment.
+
+Everywhere `points` are (n, m), one row a point (a tensor, an array or nested lists), and `maximise` is a bool or one
+for each objective. It has no default: the library that computes most of this minimises unless told, and a wrong
+direction gives a plausible number. A NaN or infinite point is an error that names it; that library ignores NaN.
+The exact indicators come from moocore (the extra `eval`), which is imported when it is first needed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Points: TypeAlias = Tensor | np.ndarray | Sequence[Sequence[float]]
+Maximise: TypeAlias = bool | Sequence[bool]
+
+
+def as_points(points: Points, name: str = "points", objectives: int | None = None) -> np.ndarray:
+    """Return points as a checked (n, m) float64 array.
+
+    Raises:
+        ValueError: If the shape is not (n, m), or a point is NaN or infinite.
+    """
+    source = points.detach().cpu().double().numpy() if isinstance(points, Tensor) else points
+    try:
+        array = np.asarray(source, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be (n, m) numbers, one row a point, all of one length") from None
+    if array.ndim != 2 or (objectives is not None and array.shape[1] != objectives) or array.shape[1] == 0:
+        wanted = "(n, m)" if objectives is None else f"(n, {objectives})"
+        raise ValueError(f"{name} has shape {array.shape} but must be {wanted}, one row a point")
+    finite = np.isfinite(array).all(axis=1)
+    if not finite.all():
+        row = int(np.flatnonzero(~finite)[0])
+        raise ValueError(f"point {row} of {name} is {array[row].tolist()} but every point must be finite; leave it out")
+    return array
+
+
+def directions(maximise: Maximise, objectives: int) -> np.ndarray:
+    """Return (m,) signs: +1 where an objective is maximised, -1 where it is minimised.
+
+    Raises:
+        ValueError: If `maximise` is neither a bool nor one for each objective.
+    """
+    flags = np.asarray(maximise)
+    if flags.dtype != np.bool_ or flags.shape not in ((), (objectives,)):
+        raise ValueError(f"maximise is {maximise!r} but must be a bool, or {objectives} of them, one an objective")
+    return np.where(np.broadcast_to(flags, (objectives,)), 1.0, -1.0)
+
+
+def _moocore() -> Any:
+    """Import moocore on use."""
+    try:
+        return importlib.import_module("moocore")
+    except ImportError as error:
+        raise ImportError(
+            "this indicator needs moocore, which is not installed; run: pip install 'mopl[eval]'"
+        ) from error
+
+
+def hypervolume(points: Points, reference: Sequence[float] | Tensor | np.ndarray, *, maximise: Maximise) -> float:
+    """Volume that the points dominate, bounded by a reference point (Zitzler and Thiele 1998), exact.
+
+    It depends on the number of points and on the reference point: compare equal grids, and fix the reference point
+    before looking at results (COS-DPO: the origin for NDCG, (1.1, 1.1) for losses). A point that is not better than
+    the reference point in every objective adds nothing; no point at all has volume 0.
+
+    Args:
+        points: (n, m).
+        reference: (m,), worse than the points.
+        maximise: Whether larger is better, a bool or one for each objective.
+
+    Returns:
+        The volume.
+
+    Raises:
+        ImportError: If moocore is not installed.
+        ValueError: If a shape is wrong, or a point or the reference is NaN or infinite; the message says which.
+    """
+    array = as_points(points)
+    m = array.shape[1]
+    corner = _vector(reference, m, "reference")
+    directions(maximise, m)
+    return float(_moocore().hypervolume(array, corner, maximise=maximise)) if len(array) else 0.0
+
+
+def non_dominated(points: Points, *, maximise: Maximise) -> Tensor:
+    """Say which points no other point dominates: better in one objective and nowhere worse.
+
+    Equal points do not dominate each other, so duplicates share their fate. Compares all pairs: O(n² m) memory.
+
+    Args:
+        points: (n, m).
+        maximise: Whether larger is better, a bool or one for each objective.
+
+    Returns:
+        (n,) bool on the CPU.
+
+    Raises:
+        ValueError: If the shape is wrong, or a point is NaN or infinite.
+    """
+    array = as_points(points)
+    better = torch.from_numpy(array * directions(maximise, array.shape[1]))
+    at_least, above = better[:, None] >= better[None], better[:, None] > better[None]
+    return ~(at_least.all(-1) & above.any(-1)).any(0)
+
+
+def epsilon_additive(points: Points, front: Points, *, maximise: Maximise) -> float:
+    """Smallest shift of every objective that makes the points weakly dominate a reference front.
+
+    Args:
+        points: (n, m).
+        front: (r, m), the reference front.
+        maximise: Whether larger is better, a bool or one for each objective.
+
+    Returns:
+        The shift, in the unit of the objectives; 0 or less if the front is reached everywhere.
+
+    Raises:
+        ImportError: If moocore is not installed.
+        ValueError: If a set is empty, a shape is wrong, or a point is NaN or infinite.
+    """
+    return float(_moocore().epsilon_additive(*_two_sets(points, front, maximise), maximise=maximise))
+
+
+def igd_plus(points: Points, front: Points, *, maximise: Maximise) -> float:
+    """IGD+ (Ishibuchi et al. 2015): mean over a reference front of how far the points fall short of it.
+
+    It is small only if the points are near the whole front.
+
+    Args:
+        points: (n, m).
+        front: (r, m), the reference front.
+        maximise: Whether larger is better, a bool or one for each objective.
+
+    Returns:
+        The mean distance, at least 0; only what is worse than the front counts.
+
+    Raises:
+        ImportError: If moocore is not installed.
+        ValueError: If a set is empty, a shape is wrong, or a point is NaN or infinite.
+    """
+    return float(_moocore().igd_plus(*_two_sets(points, front, maximise), maximise=maximise))
+
+
+def gd_plus(points: Points, front: Points, *, maximise: Maximise) -> float:
+    """GD+: mean over the points of how far they fall short of a reference front.
+
+    It is small if every point is near the front, even if they are all in one place.
+
+    Args:
+        points: (n, m).
+        front: (r, m), the reference front.
+        maximise: Whether larger is better, a bool or one for each objective.
+
+    Returns:
+        The mean distance, at least 0; only what is worse than the front counts.
+
+    Raises:
+        ImportError: If moocore is not installed.
+        ValueError: If a set is empty, a shape is wrong, or a point is NaN or infinite.
+    """
+    a, f = _two_sets(points, front, maximise)
+    # With the roles and the direction exchanged IGD+ measures, from each point, how far the front is ahead of it.
+    flipped = (directions(maximise, a.shape[1]) < 0).tolist()
+    return float(_moocore().igd_plus(f, a, maximise=flipped))
+
+
+def front_distance(points: Points, front: Points, *, maximise: Maximise) -> dict[str, float]:
+    """Distances of points to a known front: `epsilon_additive`, `igd_plus` and `gd_plus` under their names.
+
+    Args:
+        points: (n, m).
+        front: (r, m), the known front, densely sampled.
+        maximise: Whether larger is better, a bool or one for each objective.
+
+    Returns:
+        The three distances.
+
+    Raises:
+        ImportError: If moocore is not installed.
+        ValueError: If a set is empty, a shape is wrong, or a point is NaN or infinite.
+    """
+    measures = {"epsilon_additive": epsilon_additive, "igd_plus": igd_plus, "gd_plus": gd_plus}
+    return {name: measure(points, front, maximise=maximise) for name, measure in measures.items()}
+
+
+def spacing(points: Points) -> float:
+    """Unevenness (Schott 1995): the sample deviation of the distances to the nearest neighbour, in the L1 norm.
+
+    Args:
+        points: (n, m), as a rule the non-dominated ones.
+
+    Returns:
+        The deviation, 0 for equally spaced points and for fewer than 3.
+
+    Raises:
+        ValueError: If the shape is wrong, or a point is NaN or infinite.
+    """
+    array = torch.from_numpy(as_points(points))
+    if len(array) < 3:
+        return 0.0
+    distance = torch.cdist(array, array, p=1).fill_diagonal_(torch.inf)
+    return float(distance.min(1).values.std())
+
+
+def max_gap(points: Points) -> float:
+    """Widest gap: the longest edge of the minimum spanning tree of the points, Euclidean.
+
+    For two objectives and non-dominated points that is the widest gap between neighbours on the front.
+
+    Args:
+        points: (n, m), as a rule the non-dominated ones.
+
+    Returns:
+        The length, 0 for fewer than 2 points.
+
+    Raises:
+        ValueError: If the shape is wrong, or a point is NaN or infinite.
+    """
+    array = as_points(points)
+    if len(array) < 2:
+        return 0.0
+    # Prim's algorithm: the tree grows by the point that is nearest to it.
+    nearest = np.linalg.norm(array - array[0], axis=1)
+    outside = np.ones(len(array), dtype=bool)
+    outside[0] = False
+    longest = 0.0
+    while outside.any():
+        new = int(np.where(outside, nearest, np.inf).argmin())
+        longest = max(longest, float(nearest[new]))
+        outside[new] = False
+        nearest = np.minimum(nearest, np.linalg.norm(array - array[new], axis=1))
+    return longest
+
+
+def attainment(
+    fronts: Sequence[Points], *, maximise: Maximise, percentiles: Sequence[float] = (50,)
+) -> dict[float, Tensor]:
+    """Empirical attainment surfaces of several runs, such as seeds (Grunert da Fonseca et al. 2001).
+
+    Args:
+        fronts: One set of points (n_s, m) a run; m is 2 or 3.
+        maximise: Whether larger is better, a bool or one for each objective.
+        percentiles: Shares of the runs in percent: 50 is the median front, 100 what every run attains.
+
+    Returns:
+        For each percentile the points (r, m), float64, that at least this share of the runs weakly dominates.
+
+    Raises:
+        ImportError: If moocore is not installed.
+        ValueError: If there is no run, a run is empty, m is not 2 or 3, or a point is NaN or infinite.
+    """
+    if len(fronts) == 0:
+        raise ValueError("fronts is empty; pass one set of points a run")
+    objectives = as_points(fronts[0], "fronts[0]").shape[1]
+    arrays = [as_points(front, f"fronts[{i}]", objectives) for i, front in enumerate(fronts)]
+    if objectives not in (2, 3) or any(len(array) == 0 for array in arrays):
+        raise ValueError(f"attainment is for 2 or 3 objectives and runs with points, got m = {objectives}")
+    minimised = -directions(maximise, objectives)
+    run = np.repeat(np.arange(1.0, len(arrays) + 1.0), [len(array) for array in arrays])
+    surfaces = {}
+    for percentile in percentiles:
+        rows = _moocore().eaf(np.concatenate(arrays) * minimised, run, percentiles=[percentile])
+        surfaces[percentile] = torch.from_numpy(rows[:, :-1] * minimised)
+    return surfaces
+
+
+def _two_sets(points: Points, front: Points, maximise: Maximise) -> tuple[np.ndarray, np.ndarray]:
+    """Return points and front as checked arrays of one width, neither empty."""
+    array = as_points(points)
+    reference = as_points(front, "front", array.shape[1])
+    directions(maximise, array.shape[1])
+    for name, value in (("points", array), ("front", reference)):
+        if len(value) == 0:
+            raise ValueError(f"{name} is empty; a distance needs at least one point")
+    return array, reference
+
+
+def _vector(value: Sequence[float] | Tensor | np.ndarray, objectives: int, name: str) -> np.ndarray:
+    """Return a finite (m,) float64 array."""
+    source = value.detach().cpu().double().numpy() if isinstance(value, Tensor) else value
+    array = np.asarray(source, dtype=np.float64)
+    if array.shape != (objectives,) or not np.isfinite(array).all():
+        raise ValueError(f"{name} is {array.tolist()} but must be {objectives} finite numbers, one an objective")
+    return array
