@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mopl.ranking.normalization import FeatureNormalizer
 from mopl.ranking.objectives import (
     Objective,
     check_objectives,
@@ -97,6 +98,7 @@ class RankingData:
         name: of the data set and split, for messages.
         feature_names: F names; default the numbers from 1.
         truth: where the labels were generated, their distribution.
+        normalizer: the transformation that the features have gone through, for the checkpoint.
 
     Raises:
         ValueError: if shapes do not agree, a list is empty, a value is NaN or infinite, or a label is negative under
@@ -113,6 +115,7 @@ class RankingData:
     name: str = "data"
     feature_names: tuple[str, ...] = ()
     truth: Truth | None = None
+    normalizer: FeatureNormalizer | None = None
 
     def __post_init__(self) -> None:
         check_objectives(self.objectives)
@@ -283,9 +286,11 @@ class RankingData:
 
     def pad(self, values: Tensor, queries: Sequence[int] | Tensor, width: int | None = None) -> Tensor:
         """Return values (N, ...) of the given lists as (B, K, ...), zero in masked places."""
-        index, mask = self._places(torch.as_tensor(queries, dtype=torch.int64), width)
-        padded = values[index]
-        return padded.masked_fill(~mask.view(*mask.shape, *[1] * (values.ndim - 1)), 0)
+        return self._gather(values, *self._places(torch.as_tensor(queries, dtype=torch.int64), width))
+
+    @staticmethod
+    def _gather(values: Tensor, index: Tensor, mask: Tensor) -> Tensor:
+        return values[index].masked_fill(~mask.view(*mask.shape, *[1] * (values.ndim - 1)), 0)
 
     def _places(self, queries: Tensor, width: int | None) -> tuple[Tensor, Tensor]:
         """Return item indices (B, K), 0 in masked places, and the mask (B, K)."""
@@ -311,22 +316,19 @@ class RankingData:
         queries = torch.as_tensor(queries, dtype=torch.int64)
         index, mask = self._places(queries, width)
 
-        def padded(values: Tensor) -> Tensor:
-            return values[index].masked_fill(~mask.view(*mask.shape, *[1] * (values.ndim - 1)), 0)
-
         sorted_items = None
         if order:
             position = torch.arange(mask.shape[1])[:, None]
-            sorted_items = torch.where(mask[..., None], self.order[index], position).movedim(-1, 1)
+            sorted_items = torch.where(mask[..., None], self.order[index], position).movedim(-1, 1).contiguous()
         return Batch(
-            features=padded(self.features),
-            labels=padded(self.labels).movedim(-1, 1).contiguous(),
-            targets=padded(self.targets).movedim(-1, 1).contiguous(),
-            main=padded(self.main_labels),
-            main_targets=padded(self.main_targets),
+            features=self._gather(self.features, index, mask),
+            labels=self._gather(self.labels, index, mask).movedim(-1, 1).contiguous(),
+            targets=self._gather(self.targets, index, mask).movedim(-1, 1).contiguous(),
+            main=self._gather(self.main_labels, index, mask),
+            main_targets=self._gather(self.main_targets, index, mask),
             mask=mask,
             queries=queries,
-            order=sorted_items if sorted_items is None else sorted_items.contiguous(),
+            order=sorted_items,
         )
 
     def sequential(self, lists_per_batch: int) -> Iterator[Batch]:
@@ -339,6 +341,16 @@ class RankingData:
         objectives = tuple(resolve_scale(o, z, train.offsets) for z, o in train._columns())
         main = resolve_scale(train.main, train.raw_main, train.offsets)
         return dataclasses.replace(self, main=main, objectives=objectives)
+
+    def normalized(self, normalizer: FeatureNormalizer) -> RankingData:
+        """Return this data with its features transformed.
+
+        Raises:
+            ValueError: if they are transformed already.
+        """
+        if self.normalizer is not None:
+            raise ValueError(f"{self.name} has gone through normalization {self.normalizer.name!r} already")
+        return dataclasses.replace(self, features=normalizer(self.features, self.offsets), normalizer=normalizer)
 
     def statistics(self) -> dict[str, object]:
         """Return plain figures about the data for a report: sizes, and how sparse each objective is."""

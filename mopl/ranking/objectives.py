@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -170,24 +171,41 @@ def list_of_item(offsets: Tensor) -> Tensor:
     return torch.repeat_interleave(torch.arange(lengths.shape[0]), lengths)
 
 
-def _reduce(values: Tensor, owner: Tensor, lists: int, how: str) -> Tensor:
-    """Reduce values (N,) within each list; `how` is that of `Tensor.scatter_reduce`."""
-    return values.new_zeros(lists).scatter_reduce(0, owner, values, how, include_self=False)
+_REDUCTIONS = {"sum": np.add, "amax": np.maximum, "amin": np.minimum}
+
+
+def reduce_lists(values: Tensor, offsets: Tensor, how: Literal["sum", "mean", "amax", "amin"]) -> Tensor:
+    """Reduce values (N, ...) within each list to (Q, ...), in their dtype. No list may be empty.
+
+    Args:
+        values: one row an item, on the CPU.
+        offsets: (Q + 1,) int64, where the lists begin and end.
+        how: the reduction.
+
+    Returns:
+        (Q, ...), one row a list.
+    """
+    operation = _REDUCTIONS["sum" if how == "mean" else how]
+    reduced = torch.from_numpy(operation.reduceat(values.numpy(), offsets[:-1].numpy(), axis=0))
+    return reduced / offsets.diff().view(-1, *[1] * (values.ndim - 1)) if how == "mean" else reduced
+
+
+def _spread_over_lists(reduced: Tensor, offsets: Tensor) -> Tensor:
+    """Give every item (N, ...) the value of its list (Q, ...)."""
+    return torch.repeat_interleave(reduced, offsets.diff(), dim=0)
 
 
 def turned_labels(raw: Tensor, objective: Objective, offsets: Tensor) -> Tensor:
     """Return labels (N,), non-negative and higher better, of raw labels (N,); see the head of this file."""
-    owner, lists = list_of_item(offsets), offsets.shape[0] - 1
     if not objective.maximise:
-        return _reduce(raw, owner, lists, "amax")[owner] - raw
+        return _spread_over_lists(reduce_lists(raw, offsets, "amax"), offsets) - raw
     if bool((raw < 0).any()):
-        return raw - _reduce(raw, owner, lists, "amin").clamp(max=0)[owner]
+        return raw - _spread_over_lists(reduce_lists(raw, offsets, "amin").clamp(max=0), offsets)
     return raw
 
 
 def normalized_targets(labels: Tensor, objective: Objective, offsets: Tensor) -> Tensor:
     """Return targets (N,), which sum to 1 over a list (to 0 where it has no mass), of labels (N,) from above."""
-    owner, lists = list_of_item(offsets), offsets.shape[0] - 1
     wide = labels.double()
     if objective.normalize == "softmax":
         if objective.scale == "std":
@@ -195,19 +213,19 @@ def normalized_targets(labels: Tensor, objective: Objective, offsets: Tensor) ->
                 f"objective {objective.name!r} has scale='std', which is measured on the training split; "
                 "call resolve_scales(train) first, as mopl.ranking.load does"
             )
-        wide = ((wide - _reduce(wide, owner, lists, "amax")[owner]) / objective.scale).exp()
-    mass = _reduce(wide, owner, lists, "sum")[owner]
+        wide = ((wide - _spread_over_lists(reduce_lists(wide, offsets, "amax"), offsets)) / objective.scale).exp()
+    mass = _spread_over_lists(reduce_lists(wide, offsets, "sum"), offsets)
     return torch.where(mass > 0, wide / mass.clamp(min=torch.finfo(torch.float64).tiny), 0.0).to(labels.dtype)
 
 
 def resolve_scale(objective: Objective, raw: Tensor, offsets: Tensor) -> Objective:
     """Return the objective with `scale="std"` replaced by the standard deviation of raw (N,) within its lists.
 
-    A constant column gets the scale 1, under which its targets are uniform.
+    A column that is constant within every list gets the scale 1; its targets are uniform under any.
     """
     if objective.scale != "std":
         return objective
-    owner, lists = list_of_item(offsets), offsets.shape[0] - 1
     wide = raw.double()
-    deviation = (wide - _reduce(wide, owner, lists, "mean")[owner]).square().mean().sqrt().item() if len(raw) else 0.0
+    centred = wide - _spread_over_lists(reduce_lists(wide, offsets, "mean"), offsets)
+    deviation = centred.square().mean().sqrt().item()
     return dataclasses.replace(objective, scale=deviation if deviation > 0 else 1.0)

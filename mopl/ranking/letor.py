@@ -1,0 +1,224 @@
+"""LETOR/SVMlight data sets: which files are which split, and which columns or label files are objectives.
+
+MSLR-WEB10K and 30K are read fold by fold (`.../Fold1` with train.txt, vali.txt and test.txt). Their objectives by
+name are those of COS-DPO, and then all five auxiliary columns, used or not, leave the 136 inputs, as in the paper.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mopl.ranking.data import RankingData
+from mopl.ranking.objectives import MSLR_COLUMNS, MSLR_OBJECTIVES, Objective, parse_objectives
+from mopl.ranking.svmlight import LetorError, LetorFile, read_label_file, read_letor
+
+SPLITS = ("train", "valid", "test")
+_SPLIT_WORDS = {"train": "train", "test": "test"} | dict.fromkeys(
+    ("vali", "valid", "validation", "val", "dev"), "valid"
+)
+_COMPRESSED = (".gz", ".bz2")
+_ENDINGS = (".txt", ".svm", ".svmlight", ".libsvm", ".letor", ".dat")
+
+
+def load_letor(
+    path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    *,
+    objectives: str | Sequence[str | Objective] | None = None,
+    main: Objective | None = None,
+    exclude: Sequence[int] = (),
+    cache: bool | str | os.PathLike[str] = True,
+    fractions: Sequence[float] = (0.6, 0.2, 0.2),
+    seed: int = 0,
+) -> tuple[RankingData, RankingData, RankingData]:
+    """Load a data set from SVMlight/LETOR files.
+
+    Args:
+        path: a folder with one file for each split (train.txt, vali.txt, test.txt; `rank.train`, `rank.test`; .gz and
+            .bz2 too), or one file, which is split by query, or a sequence of two (train, test) or three (train, valid,
+            test) files. Where there is no validation file, validation queries are drawn from the training file.
+        objectives: the auxiliary objectives, as `mopl.ranking.objectives.parse_objective` reads them; default the five
+            of MSLR if the files have its 136 columns. Their columns are taken out of the features.
+        main: name and normalisation of the main objective, the first number of each line.
+        exclude: more columns, counted from 1, to leave out of the features.
+        cache: see `mopl.ranking.svmlight.read_letor`.
+        fractions: of train, valid and test where a split is drawn; the first two where the test file is given.
+        seed: of the drawn splits.
+
+    Returns:
+        Train, valid and test, without feature normalisation.
+
+    Raises:
+        LetorError: if a file is malformed; the message begins with the file and, where there is one, the line.
+        ValueError: if an objective or column is unknown, or the files of a folder cannot be told apart.
+        FileNotFoundError: if a file does not exist.
+    """
+    files = find_files(path)
+    read = {split: read_letor(file, cache=cache) for split, file in files.items()}
+    width = max(file.features.shape[1] for file in read.values())
+    chosen = _choose_objectives(objectives, width, next(iter(files.values())))
+    main = main or Objective("relevance")
+    if main.name in {o.name for o in chosen}:
+        raise ValueError(f"the main objective and an auxiliary one are both named {main.name!r}; name them apart")
+    used = {o.column for o in chosen if o.column} | set(exclude)
+    if any(o in MSLR_OBJECTIVES.values() for o in chosen):
+        used |= {o.column for o in MSLR_OBJECTIVES.values() if o.column}
+    unknown = [c for c in used if not 1 <= c <= width]
+    if unknown:
+        names = [f" of objective {o.name!r}" for o in chosen if o.column == unknown[0]] or [" in exclude"]
+        raise ValueError(
+            f"column {unknown[0]}{names[0]} is unknown: {next(iter(files.values()))} has columns 1 to {width}"
+        )
+    inputs = [c for c in range(1, width + 1) if c not in used]
+    if not inputs:
+        raise ValueError(f"all {width} columns are objectives or excluded, so no input is left; keep at least one")
+    parts = {
+        split: _ranking_data(file, split, main, chosen, inputs, several=len(files) > 1) for split, file in read.items()
+    }
+    if len(parts) == 3:
+        return parts["train"], parts["valid"], parts["test"]
+    if len(parts) == 2:
+        known = sum(fractions[:2])
+        train, valid = parts["train"].split([f / known for f in fractions[:2]], seed=seed, names=SPLITS[:2])
+        return train, valid, parts["test"]
+    train, valid, test = parts["all"].split(fractions, seed=seed, names=SPLITS)
+    return train, valid, test
+
+
+def find_files(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> dict[str, Path]:
+    """Return the data files by split: `all`, or `train` and `test`, or those and `valid`.
+
+    Raises:
+        ValueError: if a split has two files or none, or the sequence has another length than 1, 2 or 3.
+        FileNotFoundError: if a file or folder does not exist.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        names = {1: ("all",), 2: ("train", "test"), 3: SPLITS}.get(len(path))
+        if names is None:
+            raise ValueError(f"there are {len(path)} files; give 1, 2 (train, test) or 3 (train, valid, test)")
+        return dict(zip(names, map(Path, path), strict=True))
+    root = Path(path)
+    if root.is_file():
+        return {"all": root}
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: there is no such file or folder; give an SVMlight/LETOR file or a folder")
+    found: dict[str, Path] = {}
+    for file in sorted(root.iterdir()):
+        split = _SPLIT_WORDS.get(_split_word(file.name))
+        if split is None or file.name.startswith(".") or not file.is_file():
+            continue
+        if split in found:
+            raise ValueError(f"{root} has two files for {split}, {found[split].name} and {file.name}; give the files")
+        found[split] = file
+    if not {"train", "test"} <= found.keys():
+        folds = sorted(f.name for f in root.iterdir() if f.is_dir() and f.name.lower().startswith("fold"))
+        remedy = f"choose a fold, e.g. {root / folds[0]}" if folds else "name them so, or give the files"
+        missing = " and ".join(s for s in ("train", "test") if s not in found)
+        raise ValueError(f"{root} has no file for {missing} (train.txt, vali.txt and test.txt in MSLR); {remedy}")
+    return {split: found[split] for split in SPLITS if split in found}
+
+
+def _split_word(name: str) -> str:
+    """Return the part of a file name that may name a split: `train` of train.txt.gz and of rank.train."""
+    for endings in (_COMPRESSED, _ENDINGS):
+        name = next((name.removesuffix(e) for e in endings if name.endswith(e)), name)
+    return name.rpartition(".")[2].lower()
+
+
+def _choose_objectives(specs: str | Sequence[str | Objective] | None, width: int, file: Path) -> tuple[Objective, ...]:
+    """Return the objectives asked for, or MSLR's if none are and the files are MSLR's."""
+    if specs is None:
+        if width != MSLR_COLUMNS:
+            raise ValueError(
+                f"{file} has {width} columns, not the {MSLR_COLUMNS} of MSLR, so the objectives must be named: write "
+                "objectives as NAME=COLUMN or NAME=@FILE, e.g. clicks=12,price=7:min"
+            )
+        return tuple(MSLR_OBJECTIVES.values())
+    chosen = parse_objectives(specs)
+    for objective in chosen:
+        if objective in MSLR_OBJECTIVES.values() and width != MSLR_COLUMNS:
+            raise ValueError(
+                f"objective {objective.name!r} is column {objective.column} of MSLR's {MSLR_COLUMNS}, but {file} has "
+                f"{width} columns; write {objective.name}=COLUMN"
+            )
+        if objective.column is None and objective.path is None:
+            raise ValueError(f"objective {objective.name!r} has no source; give it a column or a label file")
+    return chosen
+
+
+def _ranking_data(
+    file: LetorFile,
+    split: str,
+    main: Objective,
+    objectives: tuple[Objective, ...],
+    inputs: Sequence[int],
+    *,
+    several: bool,
+) -> RankingData:
+    """Make one split out of one file."""
+    labels = {main.name: _checked(file.labels, main, file)}
+    for objective in objectives:
+        if objective.column is not None:
+            labels[objective.name] = _checked(_columns(file.features, [objective.column])[:, 0], objective, file)
+        else:
+            source = _label_path(objective, split, file.path, several=several)
+            values = read_label_file(source, len(file.labels), file.path)
+            labels[objective.name] = _checked(values, objective, file, source)
+    return RankingData(
+        features=torch.from_numpy(_columns(file.features, inputs)),
+        raw_main=torch.from_numpy(labels.pop(main.name)),
+        raw_auxiliary=torch.from_numpy(np.stack([labels[o.name] for o in objectives], axis=1)),
+        offsets=torch.from_numpy(file.offsets),
+        query_ids=torch.from_numpy(file.query_ids),
+        main=main,
+        objectives=objectives,
+        name=f"{file.path.parent.name}/{file.path.name}",
+        feature_names=tuple(map(str, inputs)),
+    )
+
+
+def _columns(features: np.ndarray, columns: Sequence[int]) -> np.ndarray:
+    """Return columns, counted from 1, of features (N, C); those after the last of the file are 0."""
+    out = np.zeros((features.shape[0], len(columns)), dtype=np.float32)
+    present = [i for i, c in enumerate(columns) if c <= features.shape[1]]
+    out[:, present] = features[:, [columns[i] - 1 for i in present]]
+    return out
+
+
+def _checked(values: np.ndarray, objective: Objective, file: LetorFile, source: Path | None = None) -> np.ndarray:
+    """Return labels (N,) as float32; raise, with file and line, if one is negative and may not be, or too large."""
+    with np.errstate(over="ignore"):
+        labels = values.astype(np.float32)
+    bad = ~np.isfinite(labels)
+    fault = "is beyond float32's range; scale the labels down"
+    if objective.maximise and objective.normalize == "l1" and not bad.any():
+        bad = labels < 0
+        fault = "is negative, which l1 cannot normalise; use softmax, or min if less is better"
+    if bad.any():
+        item = int(bad.argmax())
+        place = f"{source}:{item + 1}" if source else f"{file.path}:{file.line_of(item)}"
+        raise LetorError(f"{place}: label {values[item]:g} of objective {objective.name!r} {fault}")
+    return labels
+
+
+def _label_path(objective: Objective, split: str, data: Path, *, several: bool) -> Path:
+    """Return the label file of an objective for one split, as written or beside the data file."""
+    assert objective.path is not None
+    if several and "{split}" not in objective.path:
+        raise ValueError(
+            f"objective {objective.name!r} has the one label file {objective.path} but the data has several files; "
+            "write {split} in its name and have one for each, e.g. dwell=@{split}.dwell.txt"
+        )
+    words = [split, *(word for word, meant in _SPLIT_WORDS.items() if meant == split and word != split)]
+    names = dict.fromkeys(objective.path.replace("{split}", word) for word in words)
+    candidates = [folder / name for name in names for folder in (Path(), data.parent)]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise FileNotFoundError(
+        f"objective {objective.name!r} has no label file {' or '.join(names)}, neither here nor in {data.parent}"
+    )

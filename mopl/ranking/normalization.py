@@ -1,0 +1,122 @@
+"""Normalisation of input features: what is measured on the training split, and how every split is transformed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mopl.ranking.objectives import reduce_lists
+
+METHODS = ("none", "global", "query", "query-minmax")
+_COLUMNS_AT_ONCE = 16  # float64 copies of this many columns at a time, not of the whole matrix
+# Below this share of its largest value, the spread of a column is the rounding of its mean: the column is constant.
+_CONSTANT = 1e-7
+
+
+@dataclass(frozen=True)
+class FeatureNormalizer:
+    """A transformation of features (N, F); made by `fit`, kept in the checkpoint, applied to every split.
+
+    Attributes:
+        name: one of `"none"`, `"global"`, `"query"`, `"query-minmax"`, alone or after `"log1p+"`.
+            `log1p` is `sign(x) log(1 + |x|)` of every feature, for counts and other heavy tails; values well inside
+            (-1, 1) hardly change. `global` gives each feature mean 0 and standard deviation 1 over the training split.
+            `query` does so within each list, and `query-minmax` maps each list onto [0, 1]; both erase features that
+            are the same for all items of a list. A constant feature becomes 0 everywhere.
+        shift: (F,) float64, under `global` the means of the training split.
+        scale: (F,) float64, under `global` its standard deviations (1 for constant features).
+    """
+
+    name: str
+    shift: Tensor | None = None
+    scale: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        check_normalization(self.name)
+        if self.method == "global" and (self.shift is None or self.scale is None):
+            raise ValueError(f"normalization {self.name!r} needs shift and scale; make it by FeatureNormalizer.fit")
+
+    @property
+    def method(self) -> str:
+        """The name without `log1p+`."""
+        return self.name.removeprefix("log1p+")
+
+    @classmethod
+    def fit(cls, name: str, features: Tensor) -> FeatureNormalizer:
+        """Measure what `name` needs on the features (N, F) of the training split, and of that alone.
+
+        Raises:
+            ValueError: if there is no such normalisation.
+        """
+        check_normalization(name)
+        if name.removeprefix("log1p+") != "global":
+            return cls(name)
+        shifts, scales = [], []
+        for columns in _columns(features, name):
+            shift = columns.mean(0)
+            scale = (columns - shift).square().mean(0).sqrt()
+            shifts.append(shift)
+            scales.append(torch.where(scale > _CONSTANT * columns.abs().amax(0), scale, 1.0))
+        empty = features.new_zeros(0, dtype=torch.float64)
+        return cls(name, torch.cat([empty, *shifts]), torch.cat([empty, *scales]))
+
+    def __call__(self, features: Tensor, offsets: Tensor) -> Tensor:
+        """Return the features (N, F) of lists `offsets` (Q + 1,) transformed, in their dtype.
+
+        Raises:
+            ValueError: if the number of features is not that of the training split.
+        """
+        if self.name == "none":
+            return features
+        if self.shift is not None and features.shape[1] != self.shift.shape[0]:
+            raise ValueError(
+                f"features has {features.shape[1]} columns but normalization {self.name!r} was measured on "
+                f"{self.shift.shape[0]}; give the same columns"
+            )
+        out, start = torch.empty_like(features), 0
+        for columns in _columns(features, self.name):
+            stop = start + columns.shape[1]
+            out[:, start:stop] = self._transform(columns, slice(start, stop), offsets)
+            start = stop
+        return out
+
+    def _transform(self, columns: Tensor, which: slice, offsets: Tensor) -> Tensor:
+        """Transform some of the columns, (N, f) float64."""
+        if self.method == "global":
+            assert self.shift is not None and self.scale is not None
+            return (columns - self.shift[which]) / self.scale[which]
+        if self.method in ("none", "log1p"):
+            return columns
+
+        def within(values: Tensor, how: Literal["mean", "amax", "amin"]) -> Tensor:
+            return torch.repeat_interleave(reduce_lists(values, offsets, how), offsets.diff(), dim=0)
+
+        if self.method == "query":
+            centred = columns - within(columns, "mean")
+            spread = within(centred.square(), "mean").sqrt()
+            return torch.where(spread > _CONSTANT * within(columns.abs(), "amax"), centred / spread, 0.0)
+        least = within(columns, "amin")
+        spread = within(columns, "amax") - least
+        return torch.where(spread > 0, (columns - least) / spread, 0.0)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what `fit` measured, for a checkpoint; `FeatureNormalizer(name, **tensors)` reads it back."""
+        return {} if self.shift is None or self.scale is None else {"shift": self.shift, "scale": self.scale}
+
+
+def check_normalization(name: str) -> None:
+    """Raise unless `name` is a known normalisation."""
+    known = [*METHODS, "log1p", *(f"log1p+{m}" for m in METHODS[1:])]
+    if name not in known:
+        raise ValueError(f"normalization is {name!r} but must be one of {', '.join(known)}")
+
+
+def _columns(features: Tensor, name: str) -> Iterator[Tensor]:
+    """Yield the features in float64, some columns at a time, after log1p if `name` asks for it."""
+    for start in range(0, features.shape[1], _COLUMNS_AT_ONCE):
+        columns = features[:, start : start + _COLUMNS_AT_ONCE].double()
+        yield columns.sign() * columns.abs().log1p() if name.startswith("log1p") else columns

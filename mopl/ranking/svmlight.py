@@ -1,0 +1,357 @@
+"""Reading one SVMlight/LETOR file: scikit-learn parses; here lines become queries and faults get a place.
+
+A line is `label qid:ID column:value ... # comment`, columns counted from 1 and rising. Files without `qid:` need the
+sizes of their groups, one a line, in a side file `<name>.query` (LightGBM's convention).
+"""
+
+from __future__ import annotations
+
+import bz2
+import contextlib
+import gzip
+import os
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from mopl.ranking.array_cache import ArrayCache
+
+_LINES_AT_ONCE = 20_000
+_PROGRESS_FROM_BYTES = 20_000_000
+_MOST_COLUMNS = 100_000  # read into a dense matrix; a larger column number is taken for a fault
+_ARRAYS = ("features", "labels", "offsets", "query_ids")
+
+
+class LetorError(ValueError):
+    """A fault in a data file; the message begins with the file and the line."""
+
+
+@dataclass(frozen=True)
+class LetorFile:
+    """One file as it stands.
+
+    Attributes:
+        path: of the file.
+        features: (N, C) float32, all columns of the file.
+        labels: (N,) float64, the first number of each line.
+        offsets: (Q + 1,) int64, where the queries begin and end.
+        query_ids: (Q,) int64; 0, 1, ... where the file has none.
+    """
+
+    path: Path
+    features: np.ndarray  # (N, C)
+    labels: np.ndarray  # (N,)
+    offsets: np.ndarray  # (Q + 1,)
+    query_ids: np.ndarray  # (Q,)
+
+    def line_of(self, item: int) -> int:
+        """Return the line, from 1, on which an item stands: for messages."""
+        with _open(self.path) as (_, stream):
+            return next(islice((n for n, text in enumerate(stream, 1) if _content(text)), item, None))
+
+
+def read_letor(path: str | os.PathLike[str], *, cache: bool | str | os.PathLike[str] = True) -> LetorFile:
+    """Read one file, from the cache if it is unchanged since it was read last.
+
+    Args:
+        path: the file; names in .gz or .bz2 are decompressed.
+        cache: true keeps the cache beside the file, or in the user's cache folder if that cannot be written; a path is
+            the folder to keep it in; false neither reads nor writes one. It is written whole or not at all, and is
+            valid for the size, modification time and both ends of the file.
+
+    Returns:
+        The file's matrix, labels and queries.
+
+    Raises:
+        LetorError: if the file is malformed, with file and line.
+        FileNotFoundError: if it does not exist.
+        ImportError: if scikit-learn is not installed and the file must be parsed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file; give an SVMlight/LETOR file, or a folder of them")
+    kept = ArrayCache(path, cache)
+    arrays = kept.load(_ARRAYS)
+    if arrays is None:
+        arrays = _parse(path)
+        kept.save(arrays)
+    groups = _side_file(path)
+    if arrays["query_ids"].size:
+        offsets, query_ids = arrays["offsets"], arrays["query_ids"]
+    elif groups is None:
+        raise LetorError(
+            f"{path}: no line has a query id and there is no file {path.name}.query beside it; write qid:ID after "
+            "each label, or the sizes of the groups into that file, one a line"
+        )
+    else:
+        offsets = read_groups(groups, len(arrays["labels"]), path)
+        query_ids = np.arange(len(offsets) - 1)
+    return LetorFile(path, arrays["features"], arrays["labels"], offsets, query_ids)
+
+
+def read_groups(path: Path, items: int, data: Path) -> np.ndarray:
+    """Return offsets (Q + 1,) from a file of group sizes, one a line.
+
+    Raises:
+        LetorError: if a size is no number above 0, or they do not add up to `items`.
+    """
+    sizes: list[int] = []
+    for number, text in enumerate(path.read_text().splitlines(), 1):
+        if not text.strip():
+            continue
+        if not text.strip().isdigit():
+            raise LetorError(f"{path}:{number}: {text.strip()!r} is not the size of a group; write one whole number")
+        if int(text) == 0:
+            raise LetorError(f"{path}:{number}: this query has no documents; remove the line")
+        sizes.append(int(text))
+    if sum(sizes) != items:
+        raise LetorError(
+            f"{path}: the {len(sizes)} groups have {sum(sizes)} documents together but {data} has {items}; "
+            "make them agree"
+        )
+    return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64)
+
+
+def read_label_file(path: Path, items: int, data: Path) -> np.ndarray:
+    """Return (N,) float64 labels, one a line, for the items of the file `data` in its order.
+
+    Raises:
+        LetorError: if a line is no finite number, or there are not `items` lines.
+    """
+    values = np.empty(items)
+    lines = path.read_text().splitlines()
+    if len(lines) != items:
+        raise LetorError(
+            f"{path}: it has {len(lines)} lines but {data} has {items} documents; write one label a document, in the "
+            "order of that file"
+        )
+    for number, text in enumerate(lines, 1):
+        try:
+            values[number - 1] = float(text)
+        except ValueError:
+            raise LetorError(f"{path}:{number}: {text.strip()!r} is not a number") from None
+        if not np.isfinite(values[number - 1]):
+            raise LetorError(f"{path}:{number}: the label is {text.strip()}; replace it by a finite number")
+    return values
+
+
+def _side_file(path: Path) -> Path | None:
+    """Return the file of group sizes beside `path`, if there is one."""
+    names = [f"{path.name}.query"]
+    if path.suffix in (".gz", ".bz2"):
+        names.append(f"{path.stem}.query")
+    return next((p for name in names if (p := path.with_name(name)).is_file()), None)
+
+
+# --- parsing --------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """Open a file, decompressing by its name: gives the raw stream, whose position is progress, and the text stream."""
+    with contextlib.ExitStack() as stack:
+        raw = stack.enter_context(path.open("rb"))
+        if path.suffix == ".gz":
+            yield raw, stack.enter_context(gzip.GzipFile(fileobj=raw))  # type: ignore[misc]
+        elif path.suffix == ".bz2":
+            yield raw, stack.enter_context(bz2.BZ2File(raw))  # type: ignore[misc]
+        else:
+            yield raw, raw
+
+
+def _content(line: bytes) -> bytes:
+    """Return a line without its comment and outer blanks; empty if it holds no item."""
+    return line.partition(b"#")[0].strip()
+
+
+class _Lines:
+    """A file as scikit-learn reads it, some lines at a time, while line numbers and query ids are noted.
+
+    The ids are not left to scikit-learn: it appends them one by one to an array, which takes a time quadratic in the
+    number of lines, and it does not notice lines without one.
+    """
+
+    def __init__(self, path: Path, stream: BinaryIO) -> None:
+        self.path, self.stream = path, stream
+        self.line = 0  # the number of the line given out last
+        self.text = b""
+        self.rows: list[int] = []  # line numbers of the items of this chunk
+        self.ids: list[int] = []  # query ids, where the file has them
+        self.starts: list[int] = []  # the item with which each query begins
+        self.first_line: dict[int, int] = {}  # of each query
+        self.items = 0
+        self.has_ids: bool | None = None
+        self.ended = False
+
+    def read(self, size: int = -1) -> bytes:  # scikit-learn takes an object for a file if it has this
+        return self.stream.read(size)
+
+    def chunk(self) -> _Lines:
+        self.rows = []
+        return self
+
+    def __iter__(self) -> Iterator[bytes]:
+        for text in self.stream:
+            self.line += 1
+            content = _content(text)
+            if not content:
+                continue
+            self.text = content
+            yield self._without_id(content)
+            self.rows.append(self.line)
+            self.items += 1
+            if len(self.rows) == _LINES_AT_ONCE:
+                return
+        self.ended = True
+
+    def _without_id(self, content: bytes) -> bytes:
+        """Note the query id of a line and take it out."""
+        label, token, *features = [*content.split(None, 2), b""]
+        has_id = token.startswith(b"qid:")
+        if self.has_ids is None:
+            self.has_ids = has_id
+        if has_id != self.has_ids:
+            missing, other = ("a", "no") if has_id else ("no", "a")
+            raise self.error(f"the line has {missing} query id but earlier lines have {other} one; write qid:ID on all")
+        if not has_id:
+            return content
+        try:
+            query = int(token[4:])
+            if not -(2**63) <= query < 2**63:
+                raise ValueError
+        except ValueError:
+            raise self.error(
+                f"{token.decode(errors='replace')!r} is no query id; write qid: and a whole number"
+            ) from None
+        if not self.ids or query != self.ids[-1]:
+            if query in self.first_line:
+                raise self.error(
+                    f"query {query} comes back after other queries (it began on line {self.first_line[query]}); "
+                    "put all documents of a query on consecutive lines"
+                )
+            self.first_line[query] = self.line
+            self.ids.append(query)
+            self.starts.append(self.items)
+        return b" ".join([label, *features])
+
+    def error(self, message: str) -> LetorError:
+        return LetorError(f"{self.path}:{self.line}: {message}")
+
+
+def _parse(path: Path) -> dict[str, np.ndarray]:
+    """Parse a file into features, labels, offsets and query_ids (the last two empty if it has no ids)."""
+    try:
+        from sklearn.datasets import load_svmlight_file
+    except ImportError as error:
+        raise ImportError("reading SVMlight files needs scikit-learn: pip install 'mopl[demo]'") from error
+
+    blocks: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
+    with _open(path) as (raw, stream), _progress(path) as advance:
+        lines = _Lines(path, stream)
+        while not lines.ended:
+            try:
+                matrix, label = load_svmlight_file(lines.chunk(), dtype=np.float32, zero_based=False)[:2]
+            except LetorError:
+                raise
+            except (EOFError, OSError, zlib.error) as error:
+                raise LetorError(f"{path}: the compressed file ends early or is damaged ({error})") from error
+            except (ValueError, OverflowError) as error:
+                raise lines.error(explain_line(lines.text) or str(error)) from error
+            if not lines.rows:
+                continue
+            _check_chunk(lines, matrix, label)
+            blocks.append(matrix.toarray())
+            labels.append(label)
+            advance(raw.tell())
+    if not blocks:
+        raise LetorError(f"{path}: the file has no documents")
+    width = max(block.shape[1] for block in blocks)
+    features = np.zeros((lines.items, width), dtype=np.float32)
+    start = 0
+    while blocks:  # each block is let go as soon as it is copied
+        block = blocks.pop(0)
+        features[start : start + len(block), : block.shape[1]] = block
+        start += len(block)
+    return {
+        "features": features,
+        "labels": np.concatenate(labels),
+        "offsets": np.array([*lines.starts, lines.items] if lines.has_ids else [], dtype=np.int64),
+        "query_ids": np.array(lines.ids, dtype=np.int64),
+    }
+
+
+def _check_chunk(lines: _Lines, matrix: Any, labels: np.ndarray) -> None:
+    """Raise if a number of the chunk is not finite or a column number is out of range."""
+
+    def at(row: int, message: str) -> LetorError:
+        return LetorError(f"{lines.path}:{lines.rows[row]}: {message}")
+
+    bad = ~np.isfinite(labels)
+    if bad.any():
+        raise at(int(bad.argmax()), f"the label is {labels[bad.argmax()]}; replace it by a finite number")
+    bad = ~np.isfinite(matrix.data)
+    if bad.any():
+        place = int(bad.argmax())
+        row = int(np.searchsorted(matrix.indptr, place, side="right")) - 1
+        raise at(
+            row,
+            f"feature {matrix.indices[place] + 1} is {matrix.data[place]}; replace it by a number of float32's range "
+            "or leave it out, which means 0",
+        )
+    if matrix.shape[1] > _MOST_COLUMNS:
+        place = int(matrix.indices.argmax())
+        row = int(np.searchsorted(matrix.indptr, place, side="right")) - 1
+        raise at(
+            row, f"column {matrix.indices[place] + 1} is above {_MOST_COLUMNS}, the most that is read; renumber it"
+        )
+
+
+def explain_line(line: bytes) -> str | None:
+    """Say what is wrong with a line, without its comment; None if nothing is found."""
+    text = line.decode(errors="replace")
+    label, *features = text.split()
+    try:
+        float(label)
+    except ValueError:
+        return f"the label {label!r} is not a number"
+    last = 0
+    for feature in features:
+        if feature.startswith("qid:") and feature is features[0]:
+            continue
+        column, colon, value = feature.partition(":")
+        if not colon:
+            return f"{feature!r} has no colon; write COLUMN:VALUE"
+        if not column.isdigit():
+            return f"{feature!r} has no column number before the colon"
+        if int(column) == 0:
+            return "column 0 is used but columns are counted from 1; add 1 to all"
+        if int(column) <= last:
+            return f"column {column} comes after column {last}; columns must rise along the line"
+        if int(column) > _MOST_COLUMNS:
+            return f"column {column} is above {_MOST_COLUMNS}, the most that is read; renumber it"
+        try:
+            float(value)
+        except ValueError:
+            return f"{feature!r} has no number after the colon"
+        last = int(column)
+    return None
+
+
+@contextlib.contextmanager
+def _progress(path: Path) -> Iterator[Callable[[int], object]]:
+    """Show a bar in bytes for a big file on a terminal; gives a function that takes the position in the file."""
+    size = path.stat().st_size
+    if size < _PROGRESS_FROM_BYTES or not sys.stderr.isatty():
+        yield lambda position: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=size, unit="B", unit_scale=True, desc=f"reading {path.name}") as bar:
+        yield lambda position: bar.update(position - bar.n)

@@ -1,0 +1,269 @@
+"""The data set `synthetic`: MSLR-shaped lists whose best possible scores are known for every trade-off.
+
+For each objective j a utility f_j(item, query) is fixed, partly linear and partly not, with directions that conflict
+between the objectives, and p_j = softmax(f_j) over the list. A list has n_j labels in all: none with probability
+1 - r_j, else a heavy-tailed number that does not depend on anything; these are dealt to the items by a multinomial
+draw from p_j. So a list's l1-normalised labels have the expectation p_j, given that there are any, and the expected
+loss at weights w and temperature b (COS-DPO, eqs 8 and 11, a list without labels counting 0) is
+
+    sum_j w_j r_j CE(p_j, softmax(b (s - s0)))    with CE(p, q) = -sum_i p_i log q_i.
+
+It is least where softmax(b (s - s0)) = p_w, the mixture of the p_j by shares w_j r_j / sum_k w_k r_k. Hence
+
+    s* = s0 + (1/b) log p_w  (up to a constant of the list),
+
+and what any other scores lose is exactly (sum_j w_j r_j) KL(p_w || softmax(b (s - s0))).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mopl._arguments import check_choice
+from mopl.ranking.data import RankingData, Truth
+from mopl.ranking.objectives import Objective
+
+LABEL_KINDS = ("counts", "dense")
+
+# Shares of the grades 0..4 in MSLR-WEB10K, rounded.
+_GRADE_SHARES = (0.52, 0.32, 0.13, 0.02, 0.01)
+# Standard deviation of the utilities over a list: p_j then puts about half its mass on a fifth of 20 items.
+_SPREAD = 1.7
+_LINEAR, _NONLINEAR = 0.8, 0.6  # their squares sum to 1
+_MAIN_NOISE = 0.5  # the grade is the main utility plus this much noise: no ranker is perfect
+# Cosines of the main direction with those of the objectives: some pull with the main objective, some against it.
+_MAIN_ALIGNMENT = 0.45
+_COUNT_SCALE, _COUNT_SPREAD = 3.0, 1.2  # labels a list: 1 + floor of a log-normal with this median and log-spread
+_MOST_COUNTS = 100_000
+_CONCENTRATION = 60.0  # of dense labels: pseudo-counts of the Dirichlet draw
+
+
+def synthetic(
+    queries: int = 1000,
+    *,
+    items: int = 20,
+    features: int = 16,
+    objectives: int = 5,
+    labels: Literal["counts", "dense"] = "counts",
+    seed: int = 0,
+) -> RankingData:
+    """Generate a data set.
+
+    Args:
+        queries: Q, the number of lists.
+        items: mean number of items of a list; lengths are even between half and one and a half times that.
+        features: F, at least 4; a quarter of them describe the query and are the same for all items of a list.
+        objectives: m, from 1 to below 3/4 of `features`, named `aux1`, `aux2`, ...
+        labels: `"counts"` for heavy-tailed, mostly-zero counts as described above; every second objective is sparser.
+            `"dense"` for positive labels on all items of all lists (a Dirichlet draw around p_j): the rates are 1 and
+            the targets less noisy.
+        seed: of everything; the same arguments give the same data.
+
+    Returns:
+        The data, with `truth`; the main objective `relevance` has grades 0 to 4.
+
+    Raises:
+        ValueError: if a number is out of range.
+    """
+    check_choice(labels, LABEL_KINDS, "labels")
+    if queries < 1 or items < 2 or features < 4 or seed < 0:
+        raise ValueError(
+            f"queries, items, features, seed are {queries}, {items}, {features}, {seed}; "
+            "they must be at least 1, 2, 4, 0"
+        )
+    of_query = features // 4
+    of_item = features - of_query
+    if not 1 <= objectives < of_item:
+        raise ValueError(
+            f"objectives is {objectives} but must be from 1 to {of_item - 1} with {features} features; "
+            "give more features"
+        )
+    generator = np.random.Generator(np.random.Philox(seed))
+    directions = _directions(generator, objectives, of_item)
+
+    lengths = generator.integers(max(items // 2, 2), items + items // 2 + 1, size=queries)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    owner = np.repeat(np.arange(queries), lengths)
+    context = generator.standard_normal((queries, of_query))[owner]
+    inputs = generator.standard_normal((len(owner), of_item))
+
+    utilities = _utilities(generator, inputs, context, directions)
+    log_probs = np.stack([_log_softmax(_SPREAD * u, offsets) for u in utilities[:, 1:].T], axis=1)
+    noisy = utilities[:, 0] + _MAIN_NOISE * generator.standard_normal(len(owner))
+    grades = np.searchsorted(np.quantile(noisy, np.cumsum(_GRADE_SHARES)[:-1]), noisy)
+    if labels == "counts":
+        rates = np.where(np.arange(objectives) % 2 == 0, 0.9, 0.6)
+        auxiliary = _counts(generator, log_probs, offsets, rates)
+    else:
+        rates = np.ones(objectives)
+        auxiliary = generator.standard_gamma(_CONCENTRATION * np.exp(log_probs)) + np.finfo(np.float32).tiny
+    return RankingData(
+        features=torch.from_numpy(np.concatenate([inputs, context], axis=1)).float(),
+        raw_main=torch.from_numpy(grades).float(),
+        raw_auxiliary=torch.from_numpy(auxiliary).float(),
+        offsets=torch.from_numpy(offsets),
+        query_ids=torch.arange(queries),
+        main=Objective("relevance"),
+        objectives=tuple(Objective(f"aux{j + 1}") for j in range(objectives)),
+        name="synthetic",
+        feature_names=(*(f"item{i + 1}" for i in range(of_item)), *(f"query{i + 1}" for i in range(of_query))),
+        truth=Truth(torch.from_numpy(log_probs), torch.from_numpy(rates)),
+    )
+
+
+def _directions(generator: np.random.Generator, objectives: int, size: int) -> np.ndarray:
+    """Return unit directions (1 + m, size), the main one first, in a random orientation.
+
+    Those of the objectives are the corners of a regular simplex, each pair at the widest possible angle
+    (cosine -1/(m - 1)); the main direction leans towards the odd corners and away from the even ones.
+    """
+    basis = np.linalg.qr(generator.standard_normal((size, size)))[0].T
+    corners = np.eye(objectives) - (1 / objectives if objectives > 1 else 0)
+    corners /= np.linalg.norm(corners, axis=1, keepdims=True)
+    auxiliary = corners @ basis[:objectives]
+    lean = np.where(np.arange(objectives) % 2 == 0, 1.0, -1.0) @ auxiliary
+    main = _MAIN_ALIGNMENT * lean / np.linalg.norm(lean) + np.sqrt(1 - _MAIN_ALIGNMENT**2) * basis[objectives]
+    return np.concatenate([main[None], auxiliary])
+
+
+def _utilities(
+    generator: np.random.Generator, inputs: np.ndarray, context: np.ndarray, directions: np.ndarray
+) -> np.ndarray:
+    """Return utilities (N, 1 + m) of about unit variance: a linear part, and a bend whose sense the query decides."""
+    count, size = directions.shape
+    bends = generator.standard_normal((count, size))
+    bends /= np.linalg.norm(bends, axis=1, keepdims=True)
+    senses = generator.standard_normal((count, context.shape[1]))
+    senses /= np.linalg.norm(senses, axis=1, keepdims=True)
+    linear = inputs @ directions.T
+    bent = np.tanh(1.5 * inputs @ bends.T) * np.tanh(1.5 * context @ senses.T)
+    return _LINEAR * linear + _NONLINEAR * 2 * bent  # tanh(1.5 z) of a normal z has a standard deviation near 0.7
+
+
+def _log_softmax(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Return log softmax of values (N,) within each list."""
+    lengths = np.diff(offsets)
+    shifted = values - np.repeat(np.maximum.reduceat(values, offsets[:-1]), lengths)
+    return shifted - np.repeat(np.log(np.add.reduceat(np.exp(shifted), offsets[:-1])), lengths)
+
+
+def _counts(
+    generator: np.random.Generator, log_probs: np.ndarray, offsets: np.ndarray, rates: np.ndarray
+) -> np.ndarray:
+    """Deal heavy-tailed totals to the items: (N, m)."""
+    lengths = np.diff(offsets)
+    queries, width = len(lengths), lengths.max()
+    # Lists are aligned at their ends: numpy gives the last category whatever rounding leaves over.
+    places = np.arange(width) >= (width - lengths)[:, None]
+    columns = []
+    for j, rate in enumerate(rates):
+        totals = 1 + np.exp(np.log(_COUNT_SCALE) + _COUNT_SPREAD * generator.standard_normal(queries)).astype(np.int64)
+        totals = np.minimum(totals, _MOST_COUNTS) * (generator.random(queries) < rate)
+        padded = np.zeros((queries, width))
+        padded[places] = np.exp(log_probs[:, j])
+        columns.append(generator.multinomial(totals, padded / padded.sum(1, keepdims=True))[places])
+    return np.stack(columns, axis=1)
+
+
+def true_mixture(data: RankingData, weights: Tensor) -> Tensor:
+    """Return (N,) float64 log p_w, the log of the distribution that is optimal at weights (m,) on the simplex.
+
+    Raises:
+        ValueError: if the data has no known truth, or the weights are not m numbers of which one is above 0.
+    """
+    truth = _truth(data)
+    shares = _shares(truth, weights)
+    return torch.logsumexp(truth.log_probs + (shares / shares.sum()).log(), dim=1)
+
+
+def true_scores(
+    data: RankingData, weights: Tensor, temperature: float = 1.0, reference: Tensor | None = None
+) -> Tensor:
+    """Return the scores that minimise the expected loss: s0 + (1/b) log p_w, see the head of this file.
+
+    Args:
+        data: with `truth`; a subset or split too.
+        weights: (m,) on the simplex.
+        temperature: b, common to all objectives.
+        reference: (N,) scores s0 of the base model; default 0.
+
+    Returns:
+        (N,) float64; a constant of each list is free.
+
+    Raises:
+        ValueError: if the data has no known truth, or weights or reference have the wrong shape.
+    """
+    return _reference(data, reference) + true_mixture(data, weights) / temperature
+
+
+def expected_losses(
+    data: RankingData, scores: Tensor, temperature: float = 1.0, reference: Tensor | None = None
+) -> Tensor:
+    """Return (m,) float64, the expectation over labels of each objective's loss, averaged over lists, in nats.
+
+    With `scores=true_scores(...)` these are the points of the true front. Arguments as of `true_scores`; lists of one
+    item count 0.
+    """
+    truth = _truth(data)
+    log_q = _segment_log_softmax(temperature * (_flat(data, scores, "scores") - _reference(data, reference)), data)
+    cross_entropy = -_list_mean(truth.log_probs.exp() * log_q[:, None], data)
+    return truth.rates * cross_entropy
+
+
+def distance_to_optimum(
+    data: RankingData,
+    scores: Tensor,
+    weights: Tensor,
+    temperature: float = 1.0,
+    reference: Tensor | None = None,
+) -> float:
+    """Return what scores (N,) lose against the optimum in expected weighted loss, in nats, averaged over lists.
+
+    It is (sum_j w_j r_j) KL(p_w || softmax(b (s - s0))): 0 for `true_scores`, above 0 for all others. Arguments as of
+    `true_scores`.
+    """
+    total = _shares(_truth(data), weights).sum()
+    log_p = true_mixture(data, weights)
+    log_q = _segment_log_softmax(temperature * (_flat(data, scores, "scores") - _reference(data, reference)), data)
+    return max(float(total * _list_mean((log_p.exp() * (log_p - log_q))[:, None], data)[0]), 0.0)
+
+
+def _truth(data: RankingData) -> Truth:
+    if data.truth is None:
+        raise ValueError(f"{data.name} was not generated, so its optimum is not known; use the data set synthetic")
+    return data.truth
+
+
+def _shares(truth: Truth, weights: Tensor) -> Tensor:
+    """Return w_j r_j, (m,) float64."""
+    weights = torch.as_tensor(weights, dtype=torch.float64).cpu()
+    if weights.shape != truth.rates.shape or bool((weights < 0).any()) or not float(weights.sum()) > 0:
+        raise ValueError(
+            f"weights is {weights.tolist()} but must be {len(truth.rates)} numbers, none below 0 and one above"
+        )
+    return weights * truth.rates
+
+
+def _flat(data: RankingData, values: Tensor, name: str) -> Tensor:
+    if tuple(values.shape) != (data.num_items,):
+        raise ValueError(f"{name} has shape {tuple(values.shape)} but must be ({data.num_items},), one an item")
+    return values.detach().double().cpu()
+
+
+def _reference(data: RankingData, reference: Tensor | None) -> Tensor:
+    return (
+        torch.zeros(data.num_items, dtype=torch.float64) if reference is None else _flat(data, reference, "reference")
+    )
+
+
+def _segment_log_softmax(values: Tensor, data: RankingData) -> Tensor:
+    return torch.from_numpy(_log_softmax(values.numpy(), data.offsets.numpy()))
+
+
+def _list_mean(values: Tensor, data: RankingData) -> Tensor:
+    """Sum values (N, c) over items and average over lists: (c,)."""
+    return values.sum(0) / len(data)
