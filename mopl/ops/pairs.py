@@ -227,8 +227,8 @@ _smooth_ranks.register_autograd(_smooth_ranks_grad, setup_context=_smooth_ranks_
 def _blocks(batch: int, objectives: int, items: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
     """Yield (lists, rows): all pairs of several lists, or some rows of the K x K pairs of one list."""
     budget = _PAIRS_CPU if device.type == "cpu" else _PAIRS_GPU
-    lists = max(1, budget // max(1, objectives * items * items))
-    rows = items if objectives * items * items <= budget else max(1, budget // (objectives * items))
+    a_list, a_row = max(1, objectives * items * items), max(1, objectives * items)
+    lists, rows = max(1, budget // a_list), max(1, min(items, budget // a_row))
     for start in range(0, batch, lists):
         for row in range(0, items, rows):
             yield slice(start, start + lists), slice(row, row + rows)
