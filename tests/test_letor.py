@@ -1,0 +1,460 @@
+"""SVMlight/LETOR files: what is read, how it is cached, and what every fault is called."""
+
+import bz2
+import gzip
+import os
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from mopl.ranking import svmlight
+from mopl.ranking.array_cache import ArrayCache
+from mopl.ranking.letor import find_files, load_letor
+from mopl.ranking.loading import load
+from mopl.ranking.objectives import MSLR_OBJECTIVES, Objective
+from mopl.ranking.svmlight import LetorError, read_letor
+
+SMALL = b"""# a comment line
+2 qid:10 1:0.5 3:-1.5 # docid = GX01
+0 qid:10 2:4
+
+1 qid:11\t1:1e-3\t4:7
+0 qid:-3 1:1 2:2 3:3 4:4
+"""
+
+
+def write(path, text):
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def fault(path, **options):
+    with pytest.raises(LetorError) as error:
+        read_letor(path, cache=False, **options)
+    return str(error.value).removeprefix(f"{path.parent}/")
+
+
+def letor_text(queries, columns, *, seed=0, first_qid=1, with_ids=True):
+    """Lines of random data, and the arrays that they hold."""
+    rng = np.random.default_rng(seed)
+    lines, features, labels, sizes = [], [], [], rng.integers(1, 7, queries)
+    for q, size in enumerate(sizes):
+        for _ in range(size):
+            row = np.float32(np.round(rng.exponential(2, columns), 3)) * (rng.random(columns) < 0.7)
+            label = int(rng.integers(0, 5))
+            cells = " ".join(f"{c + 1}:{float(v)!r}" for c, v in enumerate(row) if v)
+            lines.append(f"{label} " + (f"qid:{q + first_qid} " if with_ids else "") + cells)
+            features.append(row)
+            labels.append(label)
+    return "\n".join(lines) + "\n", np.float32(features), np.array(labels), sizes
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def test_small_file_is_read_as_it_stands(tmp_path):
+    file = read_letor(write(tmp_path / "small.txt", SMALL))
+    np.testing.assert_array_equal(
+        file.features, np.float32([[0.5, 0, -1.5, 0], [0, 4, 0, 0], [1e-3, 0, 0, 7], [1, 2, 3, 4]])
+    )
+    np.testing.assert_array_equal(file.labels, [2, 0, 1, 0])
+    np.testing.assert_array_equal(file.offsets, [0, 2, 3, 4])
+    np.testing.assert_array_equal(file.query_ids, [10, 11, -3])
+    assert [file.line_of(i) for i in range(4)] == [2, 3, 5, 6]
+
+
+@pytest.mark.parametrize(("ending", "pack"), [("", bytes), (".gz", gzip.compress), (".bz2", bz2.compress)])
+@pytest.mark.parametrize("lines_at_once", [1, 7, 10**6])
+def test_files_come_back_exactly_in_any_packing_and_chunking(tmp_path, monkeypatch, ending, pack, lines_at_once):
+    monkeypatch.setattr(svmlight, "_LINES_AT_ONCE", lines_at_once)
+    text, features, labels, sizes = letor_text(9, 12)
+    file = read_letor(write(tmp_path / f"data.txt{ending}", pack(text.encode())), cache=False)
+    np.testing.assert_array_equal(file.features, features)
+    np.testing.assert_array_equal(file.labels, labels)
+    np.testing.assert_array_equal(np.diff(file.offsets), sizes)
+    assert file.features.dtype == np.float32
+
+
+def test_a_file_that_ends_with_a_full_chunk_has_no_extra_items(tmp_path, monkeypatch):
+    monkeypatch.setattr(svmlight, "_LINES_AT_ONCE", 2)
+    assert len(read_letor(write(tmp_path / "a.txt", "1 qid:1 1:1\n0 qid:1 1:2\n1 qid:2 3:1\n0 qid:2\n")).labels) == 4
+
+
+def test_lightgbm_example_agrees_with_lightgbm_group_sizes_and_sklearn(shared_data, tmp_path):
+    """Group sizes from the side file; the matrix as scikit-learn reads it from the unpacked file."""
+    from sklearn.datasets import load_svmlight_file
+
+    folder = shared_data / "ltr_lightgbm"
+    for split, items, queries in (("train", 3005, 201), ("test", 768, 50)):
+        file = read_letor(folder / f"rank.{split}.gz", cache=tmp_path)
+        matrix, labels = load_svmlight_file(str(folder / f"rank.{split}.gz"), zero_based=False)[:2]
+        np.testing.assert_array_equal(file.features, matrix.toarray().astype(np.float32))
+        np.testing.assert_array_equal(file.labels, labels)
+        sizes = [int(s) for s in (folder / f"rank.{split}.query").read_text().split()]
+        np.testing.assert_array_equal(np.diff(file.offsets), sizes)
+        assert file.features.shape == (items, 300) and len(sizes) == queries
+
+
+def test_the_lightgbm_folder_loads_as_a_data_set(shared_data, tmp_path):
+    train, valid, test = load(
+        shared_data / "ltr_lightgbm", objectives="a=10,b=300:min:softmax:scale=std", cache=tmp_path
+    )
+    assert len(train) + len(valid) == 201 and len(test) == 50  # validation queries are drawn from the training file
+    assert len(valid) == 50  # a quarter, as 60 to 20
+    assert train.num_features == 298 and "10" not in train.feature_names and "300" not in train.feature_names
+    assert train.raw_auxiliary.shape == (train.num_items, 2)
+    assert [o.direction for o in test.objectives] == ["max", "min"]
+    assert test.objectives[1].scale == train.objectives[1].scale != 1.0
+    totals = test.pad(test.targets, range(50)).sum(1)
+    assert torch.allclose(totals[:, 1], torch.ones(50)) and bool(
+        ((totals[:, 0] - 1).abs() < 1e-5).logical_or(totals[:, 0] == 0).all()
+    )
+
+
+# --- splits and files -----------------------------------------------------------------------------------------------
+
+
+def mslr_fold(folder, columns=136):
+    folder.mkdir()
+    for i, name in enumerate(("train", "vali", "test")):
+        write(
+            folder / f"{name}.txt",
+            letor_text((6, 3, 2)[i], columns, seed=i, first_qid=100 * i)[0] + "0 qid:9999 136:1\n",
+        )
+    return folder
+
+
+def test_mslr_fold_has_131_inputs_and_five_named_objectives(tmp_path):
+    train, valid, test = load_letor(mslr_fold(tmp_path / "Fold1"))
+    assert (len(train), len(valid), len(test)) == (7, 4, 3)
+    assert train.num_features == 131 and train.feature_names == tuple(str(c) for c in range(1, 132))
+    assert {o.name: o.column for o in train.objectives} == {
+        "query_url_clicks": 134, "url_clicks": 135, "url_dwell_time": 136, "quality": 132, "quality2": 133,
+    }  # fmt: skip
+    whole = read_letor(tmp_path / "Fold1" / "train.txt").features
+    np.testing.assert_array_equal(train.raw_auxiliary.numpy(), whole[:, [133, 134, 135, 131, 132]])
+    np.testing.assert_array_equal(train.features.numpy(), whole[:, :131])
+    assert not MSLR_OBJECTIVES["quality2"].maximise  # it "measures the badness of a web page"
+
+
+def test_two_named_mslr_objectives_still_leave_131_inputs(tmp_path):
+    """The other three auxiliary columns would give the answer away; the paper's inputs are the first 131 whatever m."""
+    train, _, _ = load_letor(mslr_fold(tmp_path / "Fold1"), objectives="quality,quality2")
+    assert train.num_features == 131 and train.raw_auxiliary.shape[1] == 2
+
+
+def test_plain_columns_leave_the_other_columns_in(tmp_path):
+    train, _, _ = load_letor(mslr_fold(tmp_path / "Fold1"), objectives="mine=134,price=7:min", exclude=[1])
+    assert train.num_features == 133
+
+
+def test_one_file_is_split_by_query(tmp_path):
+    text, *_ = letor_text(20, 6)
+    path = write(tmp_path / "all.txt", text)
+    parts = load_letor(path, objectives="a=1", seed=3)
+    assert [len(p) for p in parts] == [12, 4, 4]
+    ids = torch.cat([p.query_ids for p in parts])
+    assert sorted(ids.tolist()) == list(range(1, 21))
+    again, other = load_letor(path, objectives="a=1", seed=3), load_letor(path, objectives="a=1", seed=4)
+    assert [p.fingerprint for p in again] == [p.fingerprint for p in parts] != [p.fingerprint for p in other]
+
+
+def test_given_files_are_splits_in_their_order(tmp_path):
+    files = [write(tmp_path / f"{n}.txt", letor_text(n, 5, seed=n)[0]) for n in (8, 3, 4)]
+    assert [len(p) for p in load_letor(files, objectives="a=1")] == [8, 3, 4]
+    assert [len(p) for p in load_letor(files[::2], objectives="a=1")] == [6, 2, 4]
+    with pytest.raises(ValueError, match="there are 4 files; give 1, 2"):
+        load_letor([*files, files[0]], objectives="a=1")
+
+
+def test_a_column_that_one_split_never_uses_is_0_there(tmp_path):
+    files = [
+        write(tmp_path / "train.txt", "1 qid:1 1:1 2:1\n0 qid:2 1:3 2:1\n"),
+        write(tmp_path / "test.txt", "1 qid:1 1:1 5:2\n"),
+    ]
+    train, _, test = load_letor([files[0], files[0], files[1]], objectives="a=5")
+    assert (
+        train.num_features == 4 and train.raw_auxiliary.tolist() == [[0], [0]] and test.raw_auxiliary.tolist() == [[2]]
+    )
+
+
+def test_folders_that_name_no_split_get_an_answer(tmp_path):
+    (tmp_path / "Fold1").mkdir()
+    with pytest.raises(ValueError, match=r"no file for train and test .*choose a fold, e\.g\. .*Fold1"):
+        find_files(tmp_path)
+    write(tmp_path / "train.txt", "")
+    with pytest.raises(ValueError, match="no file for test"):
+        find_files(tmp_path)
+    write(tmp_path / "train.txt.gz", "")
+    with pytest.raises(ValueError, match=r"two files for train, train\.txt and train\.txt\.gz"):
+        find_files(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        find_files(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        load_letor([tmp_path / "nowhere.txt"], objectives="a=1")
+
+
+# --- label files and objectives -------------------------------------------------------------------------------------
+
+
+def test_label_files_are_found_by_split(tmp_path):
+    fold = mslr_fold(tmp_path / "Fold1")
+    rows = {name: len(read_letor(fold / f"{name}.txt").labels) for name in ("train", "vali", "test")}
+    for i, (name, count) in enumerate(rows.items()):
+        write(fold / f"{name}.dwell.txt", "".join(f"{i + j / 1000}\n" for j in range(count)))
+    train, valid, test = load_letor(fold, objectives="dwell=@{split}.dwell.txt:softmax:scale=2")
+    for i, part in enumerate((train, valid, test)):
+        torch.testing.assert_close(part.raw_auxiliary[:, 0], i + torch.arange(part.num_items) / 1000)
+    assert train.num_features == 136  # a label file takes no column out
+
+
+def test_faults_of_label_files(tmp_path):
+    data = write(tmp_path / "d.txt", SMALL)
+
+    def load_with(text, spec="dwell=@dwell.txt"):
+        write(tmp_path / "dwell.txt", text)
+        with pytest.raises((ValueError, FileNotFoundError)) as error:
+            load_letor(data, objectives=spec)
+        return str(error.value).replace(f"{tmp_path}/", "")
+
+    assert load_with("1\n2\n3\n") == (
+        "dwell.txt: it has 3 lines but d.txt has 4 documents; write one label a document, in the order of that file"
+    )
+    assert load_with("1\n2\nx\n3\n") == "dwell.txt:3: 'x' is not a number"
+    assert load_with("1\n2\n3\ninf\n").startswith("dwell.txt:4: the label is inf")
+    assert load_with("1\n-2\n3\n4\n").startswith("dwell.txt:2: label -2 of objective 'dwell' is negative")
+    assert "has no label file other.txt, neither here nor in" in load_with("", "dwell=@other.txt")
+    with pytest.raises(ValueError, match=r"has the one label file dwell\.txt but the data has several files"):
+        load_letor([data, data], objectives="dwell=@dwell.txt")
+
+
+def test_negative_labels_name_their_line_under_l1_and_are_fine_otherwise(tmp_path):
+    data = write(tmp_path / "d.txt", SMALL * 1)
+    with pytest.raises(LetorError, match=r"d\.txt:2: label -1\.5 of objective 'a' is negative, .* use softmax, or min"):
+        load_letor([data] * 3, objectives="a=3")
+    for spec in ("a=3:min", "a=3:softmax", "a=3:softmax:min"):
+        train, _, _ = load_letor([data] * 3, objectives=spec)
+        assert bool((train.labels >= 0).all())
+    write(data, "-1 qid:1 1:1 2:1\n")
+    with pytest.raises(LetorError, match=r"d\.txt:1: label -1 of objective 'relevance' is negative"):
+        load_letor([data] * 3, objectives="a=1")
+    load_letor([data] * 3, objectives="a=1", main=Objective("r", normalize="softmax"))
+
+
+def test_unknown_columns_and_missing_objectives(tmp_path):
+    data = write(tmp_path / "d.txt", SMALL)
+    for objectives, message in (
+        ("a=5", "column 5 of objective 'a' is unknown: .*d.txt has columns 1 to 4"),
+        (None, "has 4 columns, not the 136 of MSLR, so the objectives must be named"),
+        ("quality", "is column 132 of MSLR's 136, but .* has 4 columns; write quality=COLUMN"),
+        ("a=1,b=2,c=3,d=4", "all 4 columns are objectives or excluded"),
+        ("relevance=1", "both named 'relevance'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_letor([data] * 3, objectives=objectives)
+    with pytest.raises(ValueError, match="column 9 in exclude is unknown"):
+        load_letor([data] * 3, objectives="a=1", exclude=[9])
+    with pytest.raises(ValueError, match="has no source"):
+        load_letor([data] * 3, objectives=[Objective("a")])
+
+
+# --- malformed files ------------------------------------------------------------------------------------------------
+
+FINITE = "replace it by a number of float32's range or leave it out, which means 0"
+GOOD = "1 qid:1 1:1 2:1\n# comment\n\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("x qid:1 1:1", "the label 'x' is not a number"),
+        ("nan qid:1 1:1", "the label is nan; replace it by a finite number"),
+        ("inf qid:1 1:1", "the label is inf; replace it by a finite number"),
+        ("1 qid:1 1:1 2", "'2' has no colon; write COLUMN:VALUE"),
+        ("1 qid:1 1:1 2:", "'2:' has no number after the colon"),
+        ("1 qid:1 1:1 2:abc", "'2:abc' has no number after the colon"),
+        ("1 qid:1 1:1 x:2", "'x:2' has no column number before the colon"),
+        ("1 qid:1 0:1", "column 0 is used but columns are counted from 1; add 1 to all"),
+        ("1 qid:1 -4:1", "'-4:1' has no column number before the colon"),
+        ("1 qid:1 2:1 1:1", "column 1 comes after column 2; columns must rise along the line"),
+        ("1 qid:1 2:1 2:1", "column 2 comes after column 2; columns must rise along the line"),
+        ("1 qid:1 1:nan", f"feature 1 is nan; {FINITE}"),
+        ("1 qid:1 1:1 2:-inf", f"feature 2 is -inf; {FINITE}"),
+        ("1 qid:1 2:1e39", f"feature 2 is inf; {FINITE}"),
+        ("1 qid:1 200000:1", "column 200000 is above 100000, the most that is read; renumber it"),
+        ("1 qid:1 99999999999:1", "column 99999999999 is above 100000, the most that is read; renumber it"),
+        ("1 qid:a 1:1", "'qid:a' is no query id; write qid: and a whole number"),
+        ("1 qid:99999999999999999999 1:1", "'qid:99999999999999999999' is no query id; write qid: and a whole number"),
+        ("1 1:1", "the line has no query id but earlier lines have a one; write qid:ID on all"),
+        ("1", "the line has no query id but earlier lines have a one; write qid:ID on all"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("lines_at_once", [1, 1000])
+def test_malformed_lines_are_named(tmp_path, monkeypatch, line, message, lines_at_once):
+    monkeypatch.setattr(svmlight, "_LINES_AT_ONCE", lines_at_once)
+    path = write(tmp_path / "bad.txt", f"{GOOD}0 qid:1 1:2\n{line}\n0 qid:2 1:1\n")
+    assert fault(path) == f"bad.txt:5: {message}"
+
+
+def test_a_query_in_two_places_is_named_with_both(tmp_path, monkeypatch):
+    monkeypatch.setattr(svmlight, "_LINES_AT_ONCE", 2)
+    path = write(tmp_path / "d.txt", "1 qid:1 1:1\n0 qid:2 1:1\n# x\n0 qid:3 1:1\n1 qid:2 1:1\n")
+    assert fault(path) == (
+        "d.txt:5: query 2 comes back after other queries (it began on line 2); "
+        "put all documents of a query on consecutive lines"
+    )
+
+
+def test_faults_of_whole_files(tmp_path):
+    assert fault(write(tmp_path / "empty.txt", "# nothing\n\n")) == "empty.txt: the file has no documents"
+    assert "no line has a query id and there is no file plain.txt.query" in fault(
+        write(tmp_path / "plain.txt", "1 1:1\n")
+    )
+    whole = gzip.compress(SMALL * 1)
+    assert "ends early or is damaged" in fault(write(tmp_path / "cut.txt.gz", whole[:-12]))
+    assert "ends early or is damaged" in fault(write(tmp_path / "no.txt.gz", b"1 qid:1 1:1\n"))
+    damaged = whole[:20] + bytes([whole[20] ^ 255]) + whole[21:]
+    assert "ends early or is damaged" in fault(write(tmp_path / "flip.txt.gz", damaged))
+    assert fault(write(tmp_path / "binary.txt", bytes(range(256)))).startswith("binary.txt:")
+
+
+def test_faults_of_group_files(tmp_path):
+    path = write(tmp_path / "d.train", "1 1:1\n0 1:2\n0 2:1\n")
+    side = tmp_path / "d.train.query"
+    for text, message in (
+        ("1\n3\n", "d.train.query: the 2 groups have 4 documents together but "),
+        ("1\n0\n2\n", "d.train.query:2: this query has no documents; remove the line"),
+        ("1\nx\n", "d.train.query:2: 'x' is not the size of a group; write one whole number"),
+        ("-1\n4\n", "d.train.query:1: '-1' is not the size of a group; write one whole number"),
+    ):
+        write(side, text)
+        assert fault(path).startswith(message)
+    write(side, "1\n2\n")
+    np.testing.assert_array_equal(read_letor(path).offsets, [0, 1, 3])
+    write(side, "2\n1\n")  # the groups are read anew although the matrix is cached
+    np.testing.assert_array_equal(read_letor(path).offsets, [0, 2, 3])
+
+
+def test_missing_scikit_learn_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
+    with pytest.raises(ImportError, match=r"needs scikit-learn: pip install 'mopl\[demo\]'"):
+        read_letor(write(tmp_path / "d.txt", SMALL), cache=False)
+
+
+# --- cache ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def parses(monkeypatch):
+    """How often files were really parsed."""
+    calls = []
+    real = svmlight._parse
+    monkeypatch.setattr(svmlight, "_parse", lambda path: calls.append(path) or real(path))
+    return calls
+
+
+def test_a_second_reading_comes_from_the_cache_and_is_equal(tmp_path, parses):
+    path = write(tmp_path / "d.txt", SMALL)
+    first, second = read_letor(path), read_letor(path)
+    assert len(parses) == 1
+    assert sorted(f.name for f in tmp_path.iterdir()) == [".d.txt.mopl.npz", "d.txt"]
+    for name in ("features", "labels", "offsets", "query_ids"):
+        np.testing.assert_array_equal(getattr(first, name), getattr(second, name))
+        assert getattr(first, name).dtype == getattr(second, name).dtype
+    read_letor(path, cache=False)
+    assert len(parses) == 2
+
+
+def test_the_cache_notices_every_change_of_the_file(tmp_path, parses, monkeypatch):
+    path = write(tmp_path / "d.txt", SMALL)
+    read_letor(path)
+    status = path.stat()
+    changed = SMALL.replace(b"1:0.5", b"1:0.6")
+    write(path, changed)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # same size, same time: the ends tell
+    assert read_letor(path).features[0, 0] == np.float32(0.6) and len(parses) == 2
+    os.utime(path, ns=(0, 10**9))
+    read_letor(path)
+    assert len(parses) == 3
+    monkeypatch.setattr("mopl.ranking.array_cache.VERSION", 99)
+    read_letor(path)
+    assert len(parses) == 4
+    read_letor(path)
+    assert len(parses) == 4
+
+
+def test_a_damaged_cache_is_reported_and_written_anew(tmp_path, parses):
+    path = write(tmp_path / "d.txt", SMALL)
+    read_letor(path)
+    cached = tmp_path / ".d.txt.mopl.npz"
+    cached.write_bytes(cached.read_bytes()[:300])
+    with pytest.warns(UserWarning, match="this cache cannot be read"):
+        assert len(read_letor(path).labels) == 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_letor(path)
+    assert len(parses) == 2
+
+
+def test_the_cache_goes_to_the_folder_asked_for(tmp_path, parses):
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    one, two = (write(tmp_path / f / "d.txt", SMALL) for f in "ab")
+    for path in (one, two, one, two):
+        read_letor(path, cache=tmp_path / "caches")
+    assert len(parses) == 2 and len(list((tmp_path / "caches").iterdir())) == 2  # files of one name are kept apart
+    assert [f.name for f in (tmp_path / "a").iterdir()] == ["d.txt"]
+
+
+def read_only(monkeypatch, *folders):
+    """Refuse to make files in the folders (permissions do not stop a superuser)."""
+    import tempfile
+
+    real = tempfile.mkstemp
+
+    def mkstemp(*args, dir, **options):
+        if any(dir == folder for folder in folders):
+            raise PermissionError(13, "Permission denied", str(dir))
+        return real(*args, dir=dir, **options)
+
+    monkeypatch.setattr(tempfile, "mkstemp", mkstemp)
+
+
+def test_a_read_only_folder_is_cached_in_the_users_cache_folder(tmp_path, parses, monkeypatch):
+    (tmp_path / "data").mkdir()
+    path = write(tmp_path / "data" / "d.txt", SMALL)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    read_only(monkeypatch, path.parent)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_letor(path), read_letor(path)
+    assert len(parses) == 1
+    assert [f.name for f in path.parent.iterdir()] == ["d.txt"]
+    assert len(list((tmp_path / "home" / "mopl" / "letor").iterdir())) == 1
+    read_only(monkeypatch, path.parent, tmp_path / "home" / "mopl" / "letor")
+    write(path, SMALL + b"1 qid:5 1:1\n")
+    with pytest.warns(UserWarning, match=r"could not be cached .*Permission denied.* give a folder"):
+        assert len(read_letor(path).labels) == 5
+
+
+def test_a_cache_is_whole_or_absent(tmp_path, monkeypatch):
+    path = write(tmp_path / "d.txt", SMALL)
+
+    def full_disk(stream, **arrays):
+        stream.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full_disk)
+    with pytest.warns(UserWarning, match="No space left"):
+        ArrayCache(path, tmp_path / "c").save({"a": np.zeros(3)})
+    assert list((tmp_path / "c").iterdir()) == []
+
+
+def test_the_front_door_reads_files_with_their_own_normalization(tmp_path):
+    text, *_ = letor_text(20, 6)
+    train, _, test = load(write(tmp_path / "all.txt", text), objectives="a=1", seed=1)
+    assert train.normalizer.name == "log1p+global"
+    torch.testing.assert_close(train.features.mean(0), torch.zeros(5), atol=1e-5, rtol=0)
+    torch.testing.assert_close(train.features.std(0, correction=0), torch.ones(5), atol=1e-5, rtol=0)
+    assert not torch.allclose(test.features.mean(0), torch.zeros(5), atol=1e-2)
