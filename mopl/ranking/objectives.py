@@ -211,7 +211,7 @@ def normalized_targets(labels: Tensor, objective: Objective, offsets: Tensor) ->
         if objective.scale == "std":
             raise ValueError(
                 f"objective {objective.name!r} has scale='std', which is measured on the training split; "
-                "call resolve_scales(train) first, as mopl.ranking.loading.load does"
+                "call resolve_scales(train) first, as mopl.ranking.load does"
             )
         wide = ((wide - _spread_over_lists(reduce_lists(wide, offsets, "amax"), offsets)) / objective.scale).exp()
     mass = _spread_over_lists(reduce_lists(wide, offsets, "sum"), offsets)
