@@ -43,7 +43,7 @@ _CONCENTRATION = 60.0  # of dense labels: pseudo-counts of the Dirichlet draw
 
 
 def synthetic(
-    queries: int = 1000,
+    queries: int = 4000,
     *,
     items: int = 20,
     features: int = 16,
@@ -54,7 +54,9 @@ def synthetic(
     """Generate a data set.
 
     Args:
-        queries: Q, the number of lists.
+        queries: Q, the number of lists, of all splits together. Counts are noisy labels: with 1,200 training lists a
+            small transformer fits the noise within a few hundred steps, with 18,000 it comes steadily nearer to the
+            optimum.
         items: mean number of items of a list; lengths are even between half and one and a half times that.
         features: F, at least 4; a quarter of them describe the query and are the same for all items of a list.
         objectives: m, from 1 to below 3/4 of `features`, named `aux1`, `aux2`, ...
