@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mopl.conditioning import ConcatCondition, check_weights, sample_temperatures, sample_weights
+from mopl.conditioning import ConcatCondition, check_weights, sample_temperatures, sample_weights, sampling
 
 N = 40_000
 
@@ -89,6 +89,13 @@ def test_streams_of_neighbouring_seeds_steps_and_ranks_and_of_temperatures_are_i
     for a, b in itertools.combinations(streams, 2):
         assert correlation(a, b) < 5 / N**0.5
         assert correlation(a[1:], b[:-1]) < 5 / N**0.5 and correlation(a[:-1], b[1:]) < 5 / N**0.5
+
+
+def test_no_two_streams_share_a_number():
+    # The generators are private, but overlapping streams would hardly show in the draws that are made from them.
+    streams = itertools.product((0, 1, 2), (0, 1, 2), (0, 1, 2), (sampling._WEIGHTS, sampling._TEMPERATURES))
+    raw = [sampling._generator(*which).integers(0, 2**64, size=256, dtype=np.uint64) for which in streams]
+    assert len(np.unique(np.concatenate(raw))) == 3 * 3 * 3 * 2 * 256
 
 
 def test_one_draw_a_step_is_as_random_as_one_draw_a_list():
