@@ -1,0 +1,70 @@
+"""Launches of the kernels of `gathered_logprob`; the arguments are those of the CPU functions there."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mopl._arguments import compute_dtype
+from mopl.kernels import gathered_logprob as kernels
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _targets(count: int) -> int:
+    """Return the power of two that holds a row's targets."""
+    return max(1 << max(count - 1, 0).bit_length(), 2)
+
+
+def launch_forward(
+    logits: Tensor, target: Tensor, temperature: Tensor, softcap: float, want_entropy: bool, want_variance: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return logprob (N, J), logsumexp (N,), entropy (N,), variance (N,); the last two are empty if not wanted."""
+    (rows, vocabulary), targets, dtype = logits.shape, target.shape[1], compute_dtype(logits)
+    logits, target, temperature = _rows(logits), target.contiguous(), temperature.contiguous()
+
+    def new(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=logits.device)
+
+    logprob, logsumexp = new(rows, targets), new(rows)
+    # The variance is formed from the moments of the entropy.
+    entropy = new(rows if want_entropy or want_variance else 0)
+    variance = new(rows if want_variance else 0)
+    if rows and targets:
+        kernels.forward_kernel[(rows,)](
+            logits, target, temperature, logprob, logsumexp, entropy if entropy.numel() else None,
+            variance if want_variance else None, vocabulary, targets, logits.stride(0), SOFTCAP=softcap,
+            TARGETS=_targets(targets), **kernels.forward_tile(vocabulary, dtype.itemsize),
+        )  # fmt: skip
+    else:
+        for result in (logprob, logsumexp, entropy, variance):
+            result.zero_()
+    return logprob, logsumexp, entropy if want_entropy else new(0), variance
+
+
+def launch_backward(
+    grad_logprob: Tensor | None, grad_logsumexp: Tensor | None, grad_entropy: Tensor | None, logits: Tensor,
+    target: Tensor, temperature: Tensor, logprob: Tensor, logsumexp: Tensor, entropy: Tensor, softcap: float,
+    grad: Tensor,
+) -> None:  # fmt: skip
+    """Write the gradient of the logits into `grad`, which may be `logits`."""
+    (rows, vocabulary), targets = logits.shape, target.shape[1]
+    if not grad.numel():
+        return
+    if not targets:
+        grad.zero_()
+        return
+    if grad.stride(-1) != 1:
+        raise ValueError(f"grad has strides {grad.stride()} but its rows must be contiguous")
+    tile = kernels.backward_tile(vocabulary, logprob.element_size())
+
+    def flat(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.contiguous()
+
+    kernels.backward_kernel[(rows, -(-vocabulary // tile["BLOCK"]))](
+        flat(grad_logprob), flat(grad_logsumexp), flat(grad_entropy), _rows(logits), target.contiguous(),
+        temperature.contiguous(), logprob, logsumexp, entropy if entropy.numel() else logsumexp, grad, vocabulary,
+        targets, _rows(logits).stride(0), grad.stride(0), SOFTCAP=softcap, TARGETS=_targets(targets), **tile,
+    )  # fmt: skip

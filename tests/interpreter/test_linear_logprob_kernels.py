@@ -1,0 +1,201 @@
+"""`linear_logprob` through its kernels in Triton's interpreter, against float64 autograd: every mode, every path."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from mopl.ops import _linear_logprob_choice as choice
+from mopl.ops import linear_logprob_triton as triton_path
+from mopl.ops.linear_logprob import linear_logprob
+
+SMALL_TILES = {"BM": 16, "BV": 32, "BH": 16, "GROUP": 2, "num_warps": 4, "num_stages": 2}
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several chunks of rows and tiles of the vocabulary at test sizes, both ragged at the end."""
+    monkeypatch.setattr(triton_path, "ROWS", 8)
+    monkeypatch.setattr(triton_path, "STORE_ROWS", 5)
+    monkeypatch.setattr(triton_path, "COLUMNS", 48)
+    monkeypatch.setattr(choice, "fused_tiles", lambda hidden, weight: None)
+
+
+def problem(rows: int = 11, size: int = 20, vocabulary: int = 107, seed: int = 0, scale: float = 1.0) -> dict:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    target = torch.randint(0, vocabulary, (rows,), generator=generator)
+    target[2], target[-1] = -100, -100
+    hidden = normal(rows, size) * scale
+    hidden[2] = math.nan  # a row that does not count may hold anything
+    return {
+        "hidden": hidden,
+        "weight": normal(vocabulary, size),
+        "bias": normal(vocabulary),
+        "target": target,
+        "temperature": torch.rand(rows, generator=generator) + 0.5,
+        "upstream": [normal(rows) for _ in range(3)],
+    }
+
+
+def reference(hidden, weight, bias, target, temperature, softcap=None, logit_scale=1.0, row=None):
+    """Return logprob, logsumexp, entropy by `log_softmax`, 0 where nothing counts."""
+    counts = target >= 0
+    used = (
+        counts
+        if row is None
+        else torch.zeros(len(hidden), dtype=torch.bool).index_put((row[counts],), torch.tensor(True))
+    )
+    a = (torch.where(used[:, None], hidden, 0) @ weight.T + (0 if bias is None else bias)) * logit_scale
+    u = (a if softcap is None else softcap * torch.tanh(a / softcap)) / temperature[:, None]
+    log_p = u.log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    where = torch.arange(len(hidden)) if row is None else row
+    picked = log_p[where, target.clamp(min=0)]
+    return torch.where(counts, picked, 0), u.logsumexp(-1) * used, entropy * used
+
+
+def compare(p: dict, needs: tuple[str, ...], outputs: int = 3, tolerance: float = 2e-6, row=None, **options) -> None:
+    """Compare values and gradients, both taken twice, with float64 autograd on the same (rounded) inputs."""
+    names = ("hidden", "weight", "bias", "temperature")
+    ours = {n: None if p[n] is None else p[n].clone().requires_grad_(n in needs) for n in names}
+    exact = {n: None if p[n] is None else p[n].detach().double().requires_grad_(n in needs) for n in names}
+    workspace = options.pop("workspace", 2**31)
+    expected = reference(
+        exact["hidden"], exact["weight"], exact["bias"], p["target"], exact["temperature"], row=row, **options
+    )
+    result = linear_logprob(
+        ours["hidden"], ours["weight"], p["target"], bias=ours["bias"], temperature=ours["temperature"], row=row,
+        return_logsumexp=True, return_entropy=True, workspace=workspace, **options,
+    )  # fmt: skip
+    for value, truth in zip(result, expected, strict=True):
+        error = float((value.detach().double() - truth.detach()).abs().max()) / max(
+            1.0, float(truth.detach().abs().max())
+        )
+        assert error <= tolerance, error
+    if not needs:
+        return
+    upstream = p["upstream"][:outputs]
+    total = sum((r * u).sum() for r, u in zip(result, upstream, strict=False))
+    truth = sum((r * u.double()).sum() for r, u in zip(expected, upstream, strict=False))
+    gradients = torch.autograd.grad(total, [ours[n] for n in needs], retain_graph=True)
+    again = torch.autograd.grad(total, [ours[n] for n in needs])
+    wanted = torch.autograd.grad(truth, [exact[n] for n in needs])
+    for name, a, b, w in zip(needs, gradients, again, wanted, strict=True):
+        assert torch.equal(a, b), f"{name}: two backward passes differ"
+        w = torch.where(w.isnan(), 0, w)
+        error = float((a.double() - w).abs().max()) / float(w.abs().max())
+        assert error <= tolerance * 5, (name, error)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    "needs", [(), ("hidden",), ("hidden", "temperature"), ("weight",), ("hidden", "weight", "bias", "temperature")]
+)
+def test_every_mode_equals_float64(needs: tuple[str, ...], bias: bool, softcap: float | None) -> None:
+    p = problem()
+    if not bias:
+        p["bias"] = None
+        needs = tuple(n for n in needs if n != "bias")
+    compare(p, needs, softcap=softcap, logit_scale=0.7)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 11])
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_rows_beyond_the_workspace_are_computed_again(keep: int, outputs: int) -> None:
+    compare(problem(), ("hidden", "weight", "bias"), outputs=outputs, workspace=keep * 107 * 4)
+
+
+def test_several_targets_share_a_row() -> None:
+    p = problem(rows=6)
+    p["hidden"][2] = torch.randn(20)
+    row = torch.tensor([0, 0, 0, 1, 3, 3, 5, 4, 4])
+    p["target"] = torch.tensor([5, 5, 9, -100, 3, 100, 50, -100, -100])
+    p["upstream"][0] = torch.randn(9)
+    p["hidden"][4] = math.nan
+    for needs in ((), ("hidden",), ("hidden", "weight", "bias")):
+        compare(p, needs, row=row)
+
+
+@pytest.mark.parametrize("needs", [(), ("hidden",), ("hidden", "weight", "bias")])
+def test_a_target_far_below_another_token_is_redone_with_the_true_maximum(needs: tuple[str, ...]) -> None:
+    p = problem(scale=60.0)  # logits of hundreds of nats: most targets have p < exp(-128)
+    logits = torch.nan_to_num(p["hidden"]) @ p["weight"].T
+    counts = p["target"] >= 0
+    gap = logits.amax(-1) - logits[torch.arange(11), p["target"].clamp(min=0)]
+    assert float(gap[counts].max()) > 128
+    compare(p, needs, tolerance=4e-6)
+
+
+def test_a_target_with_logit_minus_infinity_does_not_spread() -> None:
+    p = problem()
+    p["bias"][7] = -math.inf
+    p["target"][0], p["target"][1] = 7, 8
+    hidden = p["hidden"].clone().requires_grad_()
+    value, lse = linear_logprob(hidden, p["weight"], p["target"], bias=p["bias"], return_logsumexp=True)
+    exact = reference(p["hidden"].double(), p["weight"].double(), p["bias"].double(), p["target"], torch.ones(11))
+    assert float(value[0]) == -math.inf
+    torch.testing.assert_close(value[1:].double(), exact[0][1:], rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(lse.double(), exact[1], rtol=2e-6, atol=2e-6)
+    (gradient,) = torch.autograd.grad(value[1:].sum(), hidden)
+    assert not gradient.isnan().any()
+
+
+@pytest.mark.parametrize("needs", [(), ("hidden",), ("hidden", "weight")])
+def test_a_confident_row_keeps_every_digit(needs: tuple[str, ...]) -> None:
+    hidden, weight = torch.zeros(3, 4), torch.zeros(50, 4)
+    hidden[:, 0], weight[9, 0] = torch.tensor([30.0, 40.0, 60.0]), 1.0
+    hidden.requires_grad_("hidden" in needs), weight.requires_grad_("weight" in needs)
+    value = linear_logprob(hidden, weight, torch.full((3,), 9))
+    rest = [49 * math.exp(-x) for x in (30.0, 40.0, 60.0)]
+    torch.testing.assert_close(value.detach(), torch.tensor([-math.log1p(r) for r in rest]), rtol=3e-6, atol=0)
+    if "hidden" in needs:
+        (gradient,) = torch.autograd.grad(value.sum(), hidden, retain_graph=True)
+        torch.testing.assert_close(gradient[:, 0], torch.tensor([r / (1 + r) for r in rest]), rtol=5e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("needs", [(), ("hidden",), ("hidden", "weight")])
+def test_sixteen_bit_inputs(dtype: torch.dtype, needs: tuple[str, ...]) -> None:
+    p = problem()
+    p["hidden"][2] = 0.0
+    for name in ("hidden", "weight"):
+        p[name] = p[name].to(dtype)
+    p["bias"] = None
+    # Stored exponentials have the dtype of the products; the interpreter truncates where a GPU rounds.
+    tolerance = {torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype] if needs else 2e-6
+    values = linear_logprob(p["hidden"], p["weight"], p["target"], temperature=p["temperature"])
+    exact = reference(p["hidden"].double(), p["weight"].double(), None, p["target"], p["temperature"].double())[0]
+    torch.testing.assert_close(values.double(), exact, rtol=2e-6, atol=4e-6)
+    compare(p, needs, tolerance=tolerance)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_fused_kernel_equals_the_librarys_product(
+    dtype: torch.dtype, softcap: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choice, "fused_tiles", lambda hidden, weight: SMALL_TILES)
+    p = problem(rows=37)
+    hidden, weight = p["hidden"].to(dtype), p["weight"].to(dtype)
+    value = linear_logprob(
+        hidden, weight, p["target"], bias=p["bias"], temperature=p["temperature"], softcap=softcap or None
+    )
+    exact = reference(
+        hidden.double(), weight.double(), p["bias"].double(), p["target"], p["temperature"].double(), softcap or None
+    )[0]
+    torch.testing.assert_close(value.double(), exact, rtol=3e-6, atol=5e-6)
+
+
+def test_all_rows_masked_and_no_rows_at_all() -> None:
+    hidden = torch.full((4, 8), math.nan, requires_grad=True)
+    weight = torch.randn(30, 8, requires_grad=True)
+    value = linear_logprob(hidden, weight, torch.full((4,), -100))
+    value.sum().backward()
+    assert not value.any() and not hidden.grad.any() and not weight.grad.any()
+    assert linear_logprob(torch.zeros(0, 8), torch.randn(30, 8), torch.zeros(0, dtype=torch.long)).shape == (0,)
