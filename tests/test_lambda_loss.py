@@ -406,11 +406,22 @@ def test_large_labels_have_finite_normalised_gains() -> None:
     """2^label overflows for counts and times; divided by the ideal DCG it need not."""
     scores, labels = torch.randn(1, 4), torch.tensor([[300.0, 298.0, 12.0, 0.0]])
     for loss in (approx_ndcg, partial(lambda_loss, normalize=True)):
-        shifted = labels.double() / torch.tensor([1.0])
-        exact = loss(scores.double(), shifted, reduction="none")
+        exact = loss(scores.double(), labels.double(), reduction="none")
         ours = loss(scores, labels, reduction="none")
         torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-7)
         assert 0 < float(ours) < math.inf
+
+
+def test_a_list_without_a_positive_ideal_dcg_contributes_nothing() -> None:
+    scores = torch.randn(2, 3, requires_grad=True)
+    labels = torch.tensor([[-1.0, -2.0, 0.0], [-1.0, 2.0, 0.0]])
+    for loss in (partial(approx_ndcg, gain="linear"), partial(lambda_loss, gain="linear", normalize=True)):
+        vector = loss(scores, labels, reduction="none")
+        (gradient,) = torch.autograd.grad(vector.sum(), scores)
+        assert vector[0] == 0 < vector[1]
+        assert not gradient[0].any()
+        assert gradient[1].isfinite().all()
+        assert gradient[1].any()
 
 
 def test_small_labels_keep_their_differences() -> None:
@@ -575,6 +586,20 @@ def test_registrations_of_the_ops(common: bool) -> None:
     torch.library.opcheck(torch.ops.mopl.smooth_ranks_backward, (torch.randn_like(u), u.detach(), mask))
     loss, by_score, by_margin = torch.randn(7, 3), torch.randn(7, 3, 9), torch.randn(7, 3)
     torch.library.opcheck(torch.ops.mopl.pairwise_logistic_backward, (loss, by_score, by_margin, common, not common))
+
+
+@pytest.mark.gpu
+@every_loss
+def test_a_gpu_gives_the_same(loss: Callable, plain: Callable, options: dict) -> None:
+    scores, labels, reference, mask = ragged(lists=40, items=33)
+    upstream = torch.randn(40, 3, dtype=F64)
+    results = []
+    for device in ("cpu", "cuda"):
+        s = scores.detach().to(device).requires_grad_()
+        vector = loss(s, labels.to(device), reference=reference.to(device), mask=mask.to(device), reduction="none",
+                      temperature=torch.tensor([0.5, 1.0, 2.0], dtype=F64, device=device), **options)  # fmt: skip
+        results.append((vector.cpu(), torch.autograd.grad(vector, s, upstream.to(device))[0].cpu()))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-10, atol=1e-12)
 
 
 # ---------------------------------------------------------------- shapes and errors

@@ -418,6 +418,8 @@ def test_tiny_losses_and_gradients_keep_every_digit(gap: float) -> None:
     (gradient,) = torch.autograd.grad(loss, x)
     assert float(loss.detach()) == pytest.approx(math.log1p(math.exp(-gap)), rel=1e-6)
     assert float(gradient) == pytest.approx(-1 / (1 + math.exp(gap)), rel=1e-6)
+    flipped = float(bradley_terry(torch.tensor([-gap]), torch.zeros(1), label_smoothing=1.0))
+    assert flipped == pytest.approx(math.log1p(math.exp(-gap)), rel=1e-6)
     wrong = torch.tensor([-gap], dtype=F64)
     assert float(bradley_terry(wrong, torch.zeros(1))) == pytest.approx(math.log1p(math.exp(gap)), rel=1e-15)
 

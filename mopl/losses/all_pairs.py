@@ -7,7 +7,7 @@ A NaN in an existing item makes the losses of its list NaN and of no other.
 
     >>> scores, labels = torch.tensor([[0.0, 3.0, 1.0, 2.0]]), torch.tensor([[0.0, 0.0, 1.0, 1.0]])
     >>> pairwise_logistic(scores, labels)     # log(1 + e^-1) + log(1 + e^2) + log(1 + e^-2) + log(1 + e^1)
-    tensor(3.8803)
+    tensor(3.8804)
 """
 
 from __future__ import annotations
