@@ -1,0 +1,443 @@
+"use strict";
+// Everything shown is a number of the embedded front.json: the sliders choose among evaluated points and never interpolate.
+(() => {
+  const data = JSON.parse(document.getElementById("mopl-data").textContent);
+  const byId = (id) => document.getElementById(id);
+  const SVG = byId("chart").namespaceURI;
+  const VIRIDIS = ["#440154", "#414487", "#2a788e", "#22a884", "#7ad151", "#e0e32f"];
+  const MARKERS = [
+    "M-1,0A1,1 0 1 0 1,0A1,1 0 1 0 -1,0Z", "M-.9,-.9H.9V.9H-.9Z", "M0,-1.1L1.05,.8H-1.05Z", "M0,-1.25L1.1,0L0,1.25L-1.1,0Z",
+    "M0,1.1L1.05,-.8H-1.05Z", "M-.4,-1.1H.4V-.4H1.1V.4H.4V1.1H-.4V.4H-1.1V-.4H-.4Z",
+  ];
+  const STAR = "M0,-1.6L.42,-.5L1.55,-.45L.66,.25L.98,1.35L0,.7L-.98,1.35L-.66,.25L-1.55,-.45L-.42,-.5Z";
+
+  const fronts = data.fronts.filter((f) => f.method !== "base");
+  if (!fronts.length) fronts.push(...data.fronts);
+  const names = fronts[0].objectives;
+  const m = names.length;
+  const main = fronts[0].main;
+  const methods = [...new Set(fronts.map((f) => f.method))];
+  const titles = fronts.map((f, i) => {
+    const twins = fronts.filter((g) => g.method === f.method);
+    return twins.length > 1 ? `${f.method} (seed ${f.seed ?? twins.indexOf(f) + 1})` : f.method;
+  });
+  const scaleOf = (point) => point.scale ?? 1;
+  const axisName = (k) => (k === m ? main : names[k]);
+  const rising = fronts[0].maximise ?? true; // one flag, or one for each objective
+  const arrow = (k) => ((k === m ? data.metric.higher_is_better : Array.isArray(rising) ? rising[k] : rising) ? "\u2191" : "\u2193");
+  const value = (point, k) => (k === m ? point.main : point.auxiliary[k]) ?? null;
+  const ends = (point, k) => {
+    const all = point.interval;
+    const pair = all ? (k === m ? all.main : all.auxiliary?.[k]) : null;
+    return pair && pair[0] != null && pair[1] != null ? pair : null;
+  };
+  const state = { front: 0, point: 0, wanted: null, x: 0, y: m > 1 ? 1 : m, others: true, notice: "" };
+
+  // --- helpers
+  function make(tag, attributes = {}, ...children) {
+    const node = document.createElement(tag);
+    for (const [key, item] of Object.entries(attributes)) {
+      if (key.startsWith("on")) node.addEventListener(key.slice(2), item);
+      else node.setAttribute(key, item);
+    }
+    node.append(...children);
+    return node;
+  }
+  function draw(tag, attributes, parent, text) {
+    const node = document.createElementNS(SVG, tag);
+    for (const [key, item] of Object.entries(attributes)) node.setAttribute(key, item);
+    if (text !== undefined) node.textContent = text;
+    parent?.append(node);
+    return node;
+  }
+  function number(x) {
+    if (x == null) return "n/a";
+    const size = Math.abs(x);
+    return size !== 0 && (size < 1e-3 || size >= 1e5) ? x.toExponential(2).replace("e+", "e") : x.toFixed(4);
+  }
+  function change(now, before) {
+    const x = now - before, size = Math.max(Math.abs(now), Math.abs(before));
+    const text = size >= 1e-3 && size < 1e5 ? Math.abs(x).toFixed(4) : number(Math.abs(x));
+    return (x > 0 ? "+" : x < 0 ? "\u2212" : "\u00b1") + text;
+  }
+  const weight = (w) => (w == null ? "n/a" : String(+w.toFixed(3)));
+  const weightsText = (w) => names.map((name, j) => `${name} ${weight(w[j])}`).join(", ");
+  function colour(x, [low, high]) {
+    if (x == null) return "none";
+    const place = (high > low ? (x - low) / (high - low) : 0.5) * (VIRIDIS.length - 1);
+    const left = Math.max(0, Math.min(VIRIDIS.length - 2, Math.floor(place)));
+    const channel = (hex, i) => parseInt(hex.slice(1 + 2 * i, 3 + 2 * i), 16);
+    const mix = [0, 1, 2].map((i) => {
+      const a = channel(VIRIDIS[left], i);
+      return Math.round(a + (channel(VIRIDIS[left + 1], i) - a) * Math.max(0, Math.min(1, place - left)));
+    });
+    return `rgb(${mix.join(",")})`;
+  }
+  function range(values, share = 0.06) {
+    const known = values.filter((x) => x != null);
+    if (!known.length) return [0, 1];
+    const low = Math.min(...known), high = Math.max(...known), size = Math.max(Math.abs(low), Math.abs(high));
+    const pad = high - low > 1e-9 * size ? share * (high - low) : 0.05 * size || 0.01;
+    return [low - pad, high + pad];
+  }
+  function ticks([low, high], count) {
+    const rough = (high - low) / count, power = 10 ** Math.floor(Math.log10(rough));
+    const step = [1, 2, 2.5, 5, 10].map((k) => k * power).find((k) => k >= rough) ?? 10 * power;
+    const marks = [];
+    for (let k = Math.ceil(low / step); k * step <= high; k++) marks.push(k * step);
+    const size = Math.max(Math.abs(low), Math.abs(high));
+    let digits = 0;
+    while (digits < 8 && Math.abs(step * 10 ** digits - Math.round(step * 10 ** digits)) > 1e-6) digits++;
+    const label = size >= 1e5 || size < 1e-3 ? (x) => x === 0 ? "0" : x.toExponential(1).replace("e+", "e") : (x) => x.toFixed(digits);
+    return marks.map((x) => [x, label(Math.abs(x) < step / 1e6 ? 0 : x)]);
+  }
+
+  // --- the choice
+  const front = () => fronts[state.front];
+  const chosen = () => front().points[state.point];
+  const scales = () => [...new Set(front().points.map(scaleOf))].sort((a, b) => b - a);
+  const atScale = (f, scale) => f.points.map((point, i) => [point, i]).filter(([point]) => scaleOf(point) === scale);
+  function nearest(wanted, scale) {
+    let best = 0, least = Infinity;
+    for (const [point, i] of atScale(front(), scale)) {
+      const far = wanted && point.weights ? point.weights.reduce((sum, w, j) => sum + (w - wanted[j]) ** 2, 0) : 0;
+      if (far < least - 1e-12) [best, least] = [i, far];
+    }
+    return best;
+  }
+  function closestScale(scale) {
+    return scales().reduce((a, b) => (Math.abs(Math.log(b / scale)) < Math.abs(Math.log(a / scale)) ? b : a));
+  }
+  function choosePoint(index, keepWanted = false) {
+    state.point = index;
+    if (!keepWanted) state.wanted = chosen().weights?.slice() ?? null;
+    show();
+  }
+  function chooseFront(index) {
+    const scale = scaleOf(chosen()), wanted = state.wanted ?? chosen().weights;
+    state.front = index;
+    state.point = nearest(wanted, closestScale(scale));
+    state.wanted = m > 2 ? wanted : chosen().weights;
+    build();
+    show();
+  }
+  function setWeight(j, target) {
+    const rest = state.wanted.reduce((sum, w, k) => (k === j ? sum : sum + w), 0);
+    state.wanted = state.wanted.map((w, k) =>
+      k === j ? target : rest > 1e-9 ? (w * (1 - target)) / rest : (1 - target) / (m - 1));
+    choosePoint(nearest(state.wanted, scaleOf(chosen())), true);
+  }
+
+  // --- the address: #w=3 is the point's number in front.json, #w=0.3,0.7 the nearest evaluated weights
+  function readAddress() {
+    const asked = new URLSearchParams(location.hash.slice(1));
+    state.notice = "";
+    if (asked.has("method")) {
+      const index = fronts.findIndex((f) =>
+        f.method === asked.get("method") && (!asked.has("seed") || String(f.seed) === asked.get("seed")));
+      if (index >= 0) state.front = index;
+      else state.notice = `This page has no method "${asked.get("method")}". `;
+    }
+    for (const key of ["x", "y"]) {
+      const k = Number(asked.get(key) || NaN);
+      if (Number.isInteger(k) && k >= 0 && k <= m) state[key] = k;
+    }
+    const wish = Number(asked.get("scale"));
+    const scale = closestScale(wish > 0 ? wish : 1);
+    const text = asked.get("w");
+    const list = text?.split(",").map(Number);
+    state.point = nearest(Array(m).fill(1 / m), scale);
+    if (text && m > 1 && list.length === m && list.every((w) => w >= 0) && list.some((w) => w > 0)) {
+      const sum = list.reduce((a, b) => a + b);
+      state.wanted = list.map((w) => w / sum);
+      state.point = nearest(state.wanted, scale);
+      if (m === 2) state.wanted = chosen().weights?.slice() ?? null;
+      return;
+    }
+    if (text != null && /^\d+$/.test(text) && front().points[Number(text)]) state.point = Number(text);
+    else if (text != null) state.notice = `"w=${text}" names no point of this front. `;
+    state.wanted = chosen().weights?.slice() ?? null;
+  }
+  function address() {
+    const parts = [`w=${chosen().weights ? chosen().weights.map((w) => +w.toFixed(6)).join(",") : state.point}`];
+    if (fronts.length > 1) parts.push(`method=${encodeURIComponent(front().method)}`);
+    if (titles[state.front] !== front().method && front().seed != null) parts.push(`seed=${encodeURIComponent(front().seed)}`);
+    if (scales().length > 1) parts.push(`scale=${scaleOf(chosen())}`);
+    if (state.x !== 0 || state.y !== (m > 1 ? 1 : m)) parts.push(`x=${state.x}`, `y=${state.y}`);
+    return "#" + parts.join("&");
+  }
+
+  // --- the controls
+  let update = [];
+  function slider(id, label, attributes, onInput, low, high) {
+    const input = make("input", { type: "range", id, ...attributes, oninput: () => onInput(Number(input.value)) });
+    const output = make("output", { for: id });
+    const box = make("div", { class: "control" }, make("label", { for: id }, label), output, input);
+    if (low) box.append(make("div", { class: "ends", "aria-hidden": "true" }, make("span", {}, low), make("span", {}, high)));
+    byId("controls").append(box);
+    return [input, output];
+  }
+  function picker(id, label, options, current, onPick) {
+    const select = make("select", { id, onchange: () => onPick(Number(select.value)) });
+    options.forEach((text, i) => select.append(make("option", { value: i, ...(i === current ? { selected: "" } : {}) }, text)));
+    return make("label", { for: id }, label, select);
+  }
+  function build() {
+    const focused = document.activeElement?.id;
+    byId("controls").replaceChildren();
+    update = [];
+    if (fronts.length > 1) {
+      byId("controls").append(make("div", { class: "row" }, picker("method", "Method", titles, state.front, chooseFront)));
+    }
+    const line = () => atScale(front(), scaleOf(chosen())).sort(([a], [b]) => (a.weights?.[0] ?? 0) - (b.weights?.[0] ?? 0));
+    if (m === 2 && line().length > 1) {
+      const [input, output] = slider("weight", `Weight of ${names[0]}`, { min: 0, max: line().length - 1, step: 1 },
+        (place) => choosePoint(line()[place][1]), `only ${names[1]}`, `only ${names[0]}`);
+      update.push(() => {
+        input.max = line().length - 1;
+        input.value = line().findIndex(([, i]) => i === state.point);
+        output.textContent = weight(chosen().weights?.[0]);
+        input.setAttribute("aria-valuetext", `${chosen().weights ? weightsText(chosen().weights) : ""}; ${main} ${number(chosen().main)}`);
+      });
+    }
+    if (m > 2 && state.wanted && line().length > 1) {
+      names.forEach((name, j) => {
+        const [input, output] = slider(`weight-${j}`, `Weight of ${name}`, { min: 0, max: 1, step: 0.01 }, (w) => setWeight(j, w));
+        update.push(() => {
+          if (document.activeElement !== input || Math.abs(input.value - state.wanted[j]) > 0.006) input.value = state.wanted[j];
+          const near = chosen().weights?.[j];
+          const same = Math.abs(state.wanted[j] - near) < 0.005;
+          output.textContent = state.wanted[j].toFixed(2) + (same ? "" : ` \u2192 ${weight(near)}`);
+          input.setAttribute("aria-valuetext", `${state.wanted[j].toFixed(2)}, nearest evaluated ${weight(near)}`);
+        });
+      });
+    }
+    const row = make("div", { class: "row" });
+    if (m > 2 && state.wanted && line().length > 1) {
+      const preset = (label, w) => make("button", { type: "button", title: label, onclick: () => {
+        state.wanted = w;
+        choosePoint(nearest(w, scaleOf(chosen())), true);
+      } }, label);
+      row.append(preset("equal", names.map(() => 1 / m)));
+      names.forEach((name, j) => row.append(preset(`only ${name}`, names.map((_, k) => +(k === j)))));
+    }
+    if (m !== 2 && line().length > 1) {
+      const step = (by) => () => {
+        const all = line(), place = all.findIndex(([, i]) => i === state.point);
+        choosePoint(all[(place + by + all.length) % all.length][1]);
+      };
+      row.append(make("button", { type: "button", onclick: step(-1) }, "previous point"));
+      row.append(make("button", { type: "button", onclick: step(1) }, "next point"));
+    }
+    if (row.children.length) byId("controls").append(row);
+    if (scales().length > 1) {
+      const [input, output] = slider("scale", "Distance from the base model", { min: 0, max: scales().length - 1, step: 1 },
+        (place) => choosePoint(nearest(state.wanted, scales()[place]), true), "closer to the base", "further away");
+      update.push(() => {
+        const scale = scaleOf(chosen());
+        input.value = scales().indexOf(scale);
+        const says = scale === 1 ? "as trained" : scale > 1 ? "closer to the base" : "beyond the trained model";
+        output.textContent = `scale ${weight(scale)}, ${says}`;
+        input.setAttribute("aria-valuetext", output.textContent);
+      });
+    }
+    byId("axes").replaceChildren();
+    if (m > 1) {
+      const options = [...names, `${main} (main)`];
+      const axes = make("div", { class: "row" },
+        picker("axis-x", "Across", options, state.x, (k) => { state.x = k; show(); }),
+        picker("axis-y", "Up", options, state.y, (k) => { state.y = k; show(); }));
+      if (fronts.length > 1) {
+        const box = make("input", { type: "checkbox", id: "others", onchange: () => { state.others = box.checked; show(); } });
+        box.checked = state.others;
+        axes.append(make("label", { for: "others" }, box, "other methods"));
+      }
+      byId("axes").append(axes);
+    }
+    if (focused) byId(focused)?.focus();
+  }
+
+  // --- what is shown
+  function show() {
+    const point = chosen();
+    const count = front().points.length;
+    const link = make("a", { href: address() }, "link to it");
+    const text = point.weights ? `weights ${weightsText(point.weights)}` : "no weights";
+    byId("status").replaceChildren(`${state.notice}Evaluated point #${state.point} of ${count}: ${text} (`, link, ").");
+    update.forEach((refresh) => refresh());
+    bars(point);
+    chart(point);
+    samples();
+    try {
+      if (location.hash || state.touched) history.replaceState(null, "", address());
+    } catch { /* a sandboxed frame has no history; the link above still works */ }
+    state.touched = true;
+  }
+
+  function bars(point) {
+    const rows = [m, ...names.keys()];
+    const peers = atScale(front(), scaleOf(point)).map(([p]) => p);
+    const reach = rows.map((k) => {
+      const all = [...peers.map((p) => value(p, k)), data.base ? value(data.base, k) : null, ...(ends(point, k) ?? [])];
+      const known = all.filter((x) => x != null);
+      return known.length ? [Math.min(0, ...known), Math.max(0, ...known)] : [0, 1];
+    });
+    const sizes = reach.map(([low, high]) => Math.max(high, -low)).filter((x) => x > 0);
+    const common = sizes.length && Math.max(...sizes) <= 20 * Math.min(...sizes);
+    const all = [Math.min(...reach.map((r) => r[0])), Math.max(...reach.map((r) => r[1]))];
+    byId("bars").replaceChildren();
+    rows.forEach((k, row) => {
+      const [low, high] = common ? all : reach[row];
+      const at = (x) => `${(100 * (x - low)) / (high - low || 1)}%`;
+      const wide = (a, b) => `${(100 * Math.abs(b - a)) / (high - low || 1)}%`;
+      const x = value(point, k), old = data.base ? value(data.base, k) : null, pair = ends(point, k);
+      const label = `${axisName(k)}${k === m ? " (main)" : ""} ${arrow(k)}`;
+      const detail = (pair ? ` [${number(pair[0])}, ${number(pair[1])}]` : "")
+        + (old != null && x != null ? `, base ${number(old)} (${change(x, old)})` : "");
+      const svg = draw("svg", { height: 22, "aria-hidden": "true" });
+      draw("line", { x1: "0%", x2: "100%", y1: 11, y2: 11, stroke: "var(--line)" }, svg);
+      const known = peers.map((p) => value(p, k)).filter((y) => y != null);
+      if (known.length) {
+        const [a, b] = [Math.min(...known), Math.max(...known)];
+        draw("rect", { x: at(a), width: wide(a, b), y: 1, height: 20, fill: "var(--band)" }, svg);
+      }
+      if (x != null) draw("rect", { x: at(Math.min(0, x)), width: wide(0, x), y: 6, height: 10, rx: 1, fill: "var(--bar)" }, svg);
+      for (const y of known) draw("line", { x1: at(y), x2: at(y), y1: 18, y2: 21, stroke: "var(--rug)" }, svg);
+      if (pair) draw("line", { x1: at(pair[0]), x2: at(pair[1]), y1: 11, y2: 11, stroke: "var(--whisker)", "stroke-width": 2 }, svg);
+      if (old != null) draw("line", { x1: at(old), x2: at(old), y1: -1, y2: 23, stroke: "var(--base)", "stroke-width": 3 }, svg);
+      byId("bars").append(make("div", { class: k === m ? "bar main" : "bar" },
+        make("div", { class: "text" }, make("span", { class: "name" }, label),
+          make("span", { class: "value", "data-axis": k }, make("b", {}, number(x)), make("small", {}, detail))), svg));
+    });
+    byId("bars-key").textContent = `Bar: expected ${data.metric.name} at these weights. Pale band and small ticks: every evaluated weight of this method.`
+      + (data.base ? " Vertical line: base model." : "")
+      + (rows.some((k) => ends(point, k)) ? " Thin line: interval." : "") + (common ? "" : " Each bar has its own scale.");
+  }
+
+  function chart(point) {
+    const svg = byId("chart");
+    const width = Math.max(280, Math.round(svg.parentNode.clientWidth - 34)), height = Math.round(Math.min(460, Math.max(280, width * 0.72)));
+    svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
+    svg.replaceChildren();
+    const { x, y } = state, scale = scaleOf(point);
+    const mine = front().points, rest = state.others ? fronts.filter((f) => f !== front()) : [];
+    const truth = data.truth && x < m && y < m ? data.truth : [];
+    const seen = [...mine, ...rest.flatMap((f) => f.points), ...(data.base ? [data.base] : [])];
+    const spans = [x, y].map((k) => range([...seen.map((p) => value(p, k)), ...truth.map((row) => row[k]), ...(ends(point, k) ?? [])]));
+    const marks = [ticks(spans[0], Math.max(4, width / 95)), ticks(spans[1], Math.max(4, height / 60))];
+    const left = 26 + 7 * Math.max(...marks[1].map(([, text]) => text.length)), right = width - 10, top = 8, bottom = height - 42;
+    const px = (v) => left + ((v - spans[0][0]) / (spans[0][1] - spans[0][0])) * (right - left);
+    const py = (v) => bottom - ((v - spans[1][0]) / (spans[1][1] - spans[1][0])) * (bottom - top);
+    for (const [v, text] of marks[0]) {
+      draw("line", { x1: px(v), x2: px(v), y1: top, y2: bottom, stroke: "var(--line)" }, svg);
+      draw("text", { x: px(v), y: bottom + 15, "text-anchor": "middle", class: "tick" }, svg, text);
+    }
+    for (const [v, text] of marks[1]) {
+      draw("line", { x1: left, x2: right, y1: py(v), y2: py(v), stroke: "var(--line)" }, svg);
+      draw("text", { x: left - 6, y: py(v) + 4, "text-anchor": "end", class: "tick" }, svg, text);
+    }
+    const short = (k, room) => {
+      const tail = ` ${data.metric.name} ${arrow(k)}`, most = Math.max(4, Math.floor(room / 6.6) - tail.length);
+      return (axisName(k).length > most ? axisName(k).slice(0, most - 1) + "\u2026" : axisName(k)) + tail;
+    };
+    draw("text", { x: (left + right) / 2, y: height - 8, "text-anchor": "middle" }, svg, short(x, right - left));
+    draw("text", { transform: `translate(12 ${(top + bottom) / 2}) rotate(-90)`, "text-anchor": "middle" }, svg, short(y, bottom - top));
+
+    const mains = mine.map((p) => p.main).filter((v) => v != null);
+    const shades = mains.length ? [Math.min(...mains), Math.max(...mains)] : [0, 1];
+    const here = (p) => value(p, x) != null && value(p, y) != null;
+    const spot = (p, path, size, attributes) =>
+      draw("path", { d: path, transform: `translate(${px(value(p, x))} ${py(value(p, y))}) scale(${size})`, "vector-effect": "non-scaling-stroke", ...attributes }, svg);
+    if (truth.length) {
+      const path = truth.map((row) => [px(row[x]), py(row[y])]).sort((a, b) => a[0] - b[0]);
+      if (m === 2) draw("polyline", { points: path.join(" "), fill: "none", stroke: "var(--soft)", "stroke-dasharray": "6 4" }, svg);
+      else path.forEach(([cx, cy]) => draw("circle", { cx, cy, r: 1, fill: "var(--soft)" }, svg));
+    }
+    for (const f of rest) {
+      const marker = MARKERS[methods.indexOf(f.method) % MARKERS.length];
+      for (const p of f.points.filter((q) => here(q) && scaleOf(q) === 1)) spot(p, marker, m > 2 ? 2.6 : 3.6, { fill: "none", stroke: "var(--other)", opacity: 0.8 });
+    }
+    const kind = methods.indexOf(front().method);
+    const current = atScale(front(), scale).map(([p]) => p).filter(here);
+    if (m === 2 && x < m && y < m) {
+      const path = current.slice().sort((a, b) => (a.weights?.[0] ?? 0) - (b.weights?.[0] ?? 0)).map((p) => [px(value(p, x)), py(value(p, y))]);
+      draw("polyline", { points: path.join(" "), fill: "none", stroke: "var(--bar)", "stroke-width": 1.5, opacity: 0.7 }, svg);
+    }
+    mine.forEach((p, i) => {
+      if (!here(p)) return;
+      const far = scaleOf(p) !== scale;
+      const mark = spot(p, MARKERS[kind % MARKERS.length], far ? 3 : 5.5, { fill: colour(p.main, shades), stroke: far ? "var(--other)" : "var(--bar)", "stroke-width": far ? 0.7 : 1.5, opacity: far ? 0.6 : 1 });
+      const hit = draw("circle", { cx: px(value(p, x)), cy: py(value(p, y)), r: 10, class: "hit", "data-point": i }, svg);
+      draw("title", {}, hit, `${p.weights ? weightsText(p.weights) : `point ${i}`}: ${axisName(x)} ${number(value(p, x))}, ${axisName(y)} ${number(value(p, y))}, ${main} ${number(p.main)}`);
+      hit.addEventListener("click", () => choosePoint(i));
+      if (mark && i === state.point) mark.setAttribute("data-chosen", "");
+    });
+    if (data.base && here(data.base)) {
+      spot(data.base, STAR, 6, { fill: "var(--base)", stroke: "var(--card)" });
+      draw("text", { x: px(value(data.base, x)) + 11, y: py(value(data.base, y)) + 4, class: "halo", "pointer-events": "none" }, svg, "base");
+    }
+    if (here(point)) {
+      const cx = px(value(point, x)), cy = py(value(point, y));
+      for (const [k, a, b] of [[x, px, (v) => [v, cy]], [y, py, (v) => [cx, v]]]) {
+        const pair = ends(point, k);
+        if (!pair) continue;
+        const [[x1, y1], [x2, y2]] = pair.map((v) => b(a(v)));
+        draw("line", { x1, y1, x2, y2, stroke: "var(--ring)", "stroke-width": 1.5, "pointer-events": "none" }, svg);
+      }
+      draw("circle", { cx, cy, r: 10, fill: "none", stroke: "var(--ring)", "stroke-width": 3, "pointer-events": "none" }, svg);
+      const flip = cx > (left + right) / 2;
+      draw("text", { x: cx + (flip ? -15 : 15), y: Math.max(top + 12, cy - 12), "text-anchor": flip ? "end" : "start", class: "halo", "pointer-events": "none" }, svg,
+        point.weights && m <= 6 ? `w = (${point.weights.map((w) => String(+w.toFixed(2))).join(", ")})` : `point ${state.point}`);
+    }
+    svg.setAttribute("aria-label", `${titles[state.front]}: ${axisName(y)} against ${axisName(x)}, ${current.length} points. `
+      + `The chosen point has ${axisName(x)} ${number(value(point, x))} and ${axisName(y)} ${number(value(point, y))}.`);
+    legend(shades, mains.length, truth.length);
+  }
+
+  function legend(shades, coloured, truth) {
+    byId("legend").replaceChildren();
+    const entry = (path, attributes, text, current) => {
+      const svg = draw("svg", { width: 18, height: 16, viewBox: "-9 -8 18 16", "aria-hidden": "true" });
+      draw("path", { d: path, ...attributes }, svg);
+      byId("legend").append(make("span", current ? { class: "current" } : {}, svg, text));
+    };
+    const big = { transform: "scale(5)", "vector-effect": "non-scaling-stroke", "stroke-width": 1.5 };
+    methods.forEach((method, i) => {
+      const current = method === front().method;
+      if (!current && !state.others) return;
+      entry(MARKERS[i % MARKERS.length], { ...big, fill: current ? "var(--band)" : "none", stroke: current ? "var(--bar)" : "var(--other)" }, method, current);
+    });
+    if (data.base) entry(STAR, { ...big, fill: "var(--base)" }, "base model");
+    if (truth) entry("M-9,0H9", { stroke: "var(--soft)", "stroke-dasharray": "4 3" }, "true front");
+    if (!coloured) return;
+    if (shades[0] === shades[1]) {
+      byId("legend").append(make("span", {}, `${main} ${number(shades[0])} everywhere`));
+      return;
+    }
+    const svg = draw("svg", { width: 96, height: 12, "aria-hidden": "true" });
+    for (let i = 0; i < 24; i++) draw("rect", { x: 4 * i, width: 4.5, height: 12, fill: colour(i, [0, 23]) }, svg);
+    byId("legend").append(make("span", {}, main, make("span", { class: "number" }, number(shades[0])), svg, make("span", { class: "number" }, number(shades[1]))));
+  }
+
+  function samples() {
+    const list = data.samples?.[data.fronts.indexOf(front())];
+    byId("samples").hidden = !list;
+    byId("explorer").classList.toggle("with-samples", !!list);
+    if (!list) return;
+    byId("sample-list").replaceChildren(...list[state.point].map((sample) => {
+      const box = make("div", { class: "sample" });
+      if (sample.prompt != null) box.append(make("span", { class: "prompt" }, sample.prompt));
+      box.append(sample.text);
+      return box;
+    }));
+  }
+
+  byId("controls").addEventListener("submit", (event) => event.preventDefault());
+  addEventListener("hashchange", () => { readAddress(); build(); show(); });
+  let waiting = 0;
+  addEventListener("resize", () => { cancelAnimationFrame(waiting); waiting = requestAnimationFrame(() => chart(chosen())); });
+  byId("explorer").hidden = false;
+  readAddress();
+  build();
+  show();
+})();

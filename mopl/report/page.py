@@ -1,0 +1,185 @@
+"""One HTML file with a slider over the trade-offs: no network, no library, readable without a script.
+
+`page.html`, `page.css` and `page.js` beside this file are the page; here its tables are made, everything is escaped,
+and the fronts are embedded as JSON. The script shows only numbers of that JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from decimal import ROUND_HALF_UP, Decimal
+from html import escape
+from importlib import resources
+from math import isnan
+from pathlib import Path
+from typing import Any
+
+from mopl.report.records import Metric, Record, base_point, data_name, jsonable, read_all, to_json, write
+from mopl.report.table import MISSING, Summary, summarise
+
+Samples = Sequence[Sequence[str | Mapping[str, str]]]
+
+
+def write_page(
+    fronts: object,
+    path: str | os.PathLike[str],
+    *,
+    metric: Metric | None = None,
+    base: object = None,
+    truth: Sequence[Sequence[float]] | None = None,
+    configuration: object = None,
+    samples: Samples | Mapping[str, Samples] | None = None,
+    title: str | None = None,
+) -> Path:
+    """Write the page: sliders over the weights, the metrics at the chosen ones, the front, the table of methods.
+
+    A link to one trade-off is the page's address with `#w=3`, the point's place in front.json, or `#w=0.3,0.7`, the
+    weights; `&method=`, `&seed=`, `&scale=` and the axes `&x=`, `&y=` (numbers of objectives, m for the main one)
+    choose the rest. Where points carry other scales than 1, a second slider sets the distance from the base model.
+
+    Args:
+        fronts: One `mopl.pareto.Front` (or mapping like front.json), or a sequence of them.
+        path: The file; it appears whole or not at all. Missing folders are made.
+        metric: What the figures are; default NDCG@10 with the paper's conventions.
+        base: The base model as a point, `{"main": x, "auxiliary": [...]}`; default the only point of a front whose
+            method is "base", if there is one.
+        truth: The true front, `(n, m)` auxiliary figures, where it is known.
+        configuration: The run's configuration, anything that JSON can hold; folded away at the end of the page.
+        samples: Texts shown beside the slider: for each point of a front a list of texts, or of
+            `{"prompt": ..., "text": ...}`. A list belongs to the first front that is not the base model; a mapping
+            holds one such list for each method.
+        title: Heading; default names the data.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: If the fronts do not belong together, or the samples do not fit the points.
+    """
+    metric = metric or Metric()
+    records = read_all(fronts)
+    origin = base_point(records, base)
+    m = len(records[0].objectives)
+    if truth is not None and any(len(row) != m for row in truth):
+        raise ValueError(f"truth must have one column for each of the {m} objectives: shape (n, {m})")
+    data = {
+        "fronts": [record.raw for record in records],
+        "metric": {"name": metric.name, "higher_is_better": metric.higher_is_better},
+        "base": None if origin is None else {"main": origin.main, "auxiliary": origin.auxiliary},
+        "truth": truth,
+        "samples": _samples(records, samples),
+    }
+    summary = summarise(fronts, metric)
+    first = records[0]
+    parts = {
+        "title": escape(title if title is not None else f"{data_name(first)}: choose the trade-off"),
+        "subtitle": escape(f"Main objective {first.main}; auxiliary objectives {', '.join(first.objectives)}."),
+        "methods": _methods_table(summary),
+        "note": escape(summary.note),
+        "points": "\n".join(_points_table(record, metric) for record in records),
+        "configuration": _configuration(configuration),
+        "data": to_json(data),
+        "style": _asset("page.css"),
+        "script": _asset("page.js"),
+    }
+    # One pass, so that a name which looks like a placeholder is left alone.
+    page = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _asset("page.html"))
+    return write(path, page.encode("utf-8", "backslashreplace"))
+
+
+def format_number(x: float) -> str:
+    """Return a figure as the page shows it: four decimals, or an exponent for very small and very large ones.
+
+    Rounds half away from zero, as the script does, so that the tables and the bars never disagree in a digit.
+    """
+    if isnan(x):
+        return MISSING
+    if x != 0 and not 1e-3 <= abs(x) < 1e5:
+        mantissa, exponent = f"{x:.2e}".split("e")
+        return f"{mantissa}e{int(exponent)}"
+    return str(Decimal(x + 0.0).quantize(Decimal("0.0001"), ROUND_HALF_UP))
+
+
+def _asset(name: str) -> str:
+    return (resources.files("mopl.report") / name).read_text(encoding="utf-8")
+
+
+def _methods_table(summary: Summary) -> str:
+    rows = []
+    for name, cells in summary.rows:
+        figures = []
+        for cell in cells:
+            value = escape(cell.value)
+            if cell.best:
+                value = f'<span class="best">{value}*<span class="hidden"> best</span></span>'
+            detail = f"<small>{escape(cell.detail)}</small>" if cell.detail else ""
+            figures.append(f"<td>{value}{detail}</td>")
+        rows.append(f'<tr><th scope="row">{escape(name)}</th>{"".join(figures)}</tr>')
+    headers = [
+        header.replace(" ↑", "\N{NO-BREAK SPACE}↑").replace(" ↓", "\N{NO-BREAK SPACE}↓") for header in summary.headers
+    ]
+    return _table(headers, rows)
+
+
+def _points_table(record: Record, metric: Metric) -> str:
+    scaled = any(point.scale != 1.0 for point in record.points)
+    headers = ["#", *(["scale"] if scaled else []), *(f"w {name}" for name in record.objectives)]
+    headers += [f"{record.main} (main)", *record.objectives]
+    rows = []
+    for index, point in enumerate(record.points):
+        weights = [f"{w:.3g}" for w in point.weights] or [MISSING] * len(record.objectives)
+        figures = [format_number(x) for x in (point.main, *point.auxiliary)]
+        cells = [str(index), *([f"{point.scale:.3g}"] if scaled else []), *weights, *figures]
+        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    seed = "" if record.seed is None else f", seed {record.seed}"
+    caption = f"<caption>{escape(record.method + seed)}: {escape(metric.name)}</caption>"
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="Points">{_table(headers, rows, caption)}</div>'
+
+
+def _table(headers: Sequence[str], rows: Sequence[str], caption: str = "") -> str:
+    head = "".join(f'<th scope="col">{escape(header)}</th>' for header in headers)
+    body = "\n".join(rows)
+    return f"<table>{caption}<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>"
+
+
+def _configuration(configuration: object) -> str:
+    if configuration is None:
+        return ""
+    text = json.dumps(jsonable(configuration), indent=2, ensure_ascii=False)
+    return f'<details class="card"><summary>Configuration of the run</summary><pre>{escape(text)}</pre></details>'
+
+
+def _samples(records: Sequence[Record], samples: Any) -> list[Any] | None:
+    """Return the samples as one entry for each front: None, or for each point a list of {"prompt", "text"}."""
+    if samples is None:
+        return None
+    own = [record for record in records if record.method != "base"] or list(records)
+    given: dict[int, Any] = {}
+    if isinstance(samples, Mapping):
+        unknown = set(samples) - {record.method for record in own}
+        if unknown:
+            raise ValueError(f"samples name the methods {sorted(unknown)} but there are no such fronts")
+        for index, record in enumerate(records):
+            if record.method in samples:
+                given[index] = samples[record.method]
+    else:
+        given[records.index(own[0])] = samples
+    for index, points in given.items():
+        if isinstance(points, str) or len(points) != len(records[index].points):
+            raise ValueError(
+                f"samples hold {len(points)} entries but front {records[index].method!r} has "
+                f"{len(records[index].points)} points; pass one list of texts for each point"
+            )
+        given[index] = [[_sample(one) for one in texts] for texts in points]
+    return [given.get(index) for index in range(len(records))]
+
+
+def _sample(sample: object) -> dict[str, str]:
+    if isinstance(sample, str):
+        return {"text": sample}
+    if isinstance(sample, Mapping) and isinstance(sample.get("text"), str):
+        return {key: str(sample[key]) for key in ("prompt", "text") if sample.get(key) is not None}
+    raise ValueError(f'a sample must be a text or {{"prompt": ..., "text": ...}}, got {sample!r}')

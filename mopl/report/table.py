@@ -1,0 +1,290 @@
+"""The table of methods, in the shape of Table 1 of the COS-DPO paper: one row a method, the best of each column marked.
+
+`summarise` makes the cells once; the terminal, `table.txt` and the HTML page only lay them out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+import unicodedata
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mopl.report.records import BASE_METHOD, Metric, Record, by_method, clean, mean_and_std, read_all, require
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+MISSING = "n/a"
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A figure: the value as printed, what stands behind it (± or an interval), and whether it is the column's best."""
+
+    value: str
+    detail: str = ""
+    best: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """The table of methods before any layout."""
+
+    headers: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[Cell, ...]], ...]
+    note: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Column:
+    header: str
+    sign: int  # +1: more is better, -1: less is better, 0: nothing is best
+    figure: Callable[[list[Record]], tuple[float, float]]  # seeds of a method -> value, spread (NaN: none)
+    digits: Callable[[float], str]
+    interval: bool = False  # a front brings an interval for this figure
+
+
+def _hypervolume_digits(records: Sequence[Record]) -> Callable[[float], str]:
+    """Return one format for the column: four decimals, or one common power of ten where those would say nothing."""
+    compared = [r for r in records if r.method != BASE_METHOD] or records
+    largest = max((abs(r.hypervolume) for r in compared if not math.isnan(r.hypervolume)), default=0.0)
+    if largest == 0 or 1e-2 <= largest < 1e4:
+        return lambda x: f"{x:.4f}"
+    exponent = math.floor(math.log10(largest))
+    return lambda x: f"{x / 10.0**exponent:.3f}e{exponent}"
+
+
+def _seconds_digits(records: Sequence[Record]) -> Callable[[float], str]:
+    long = any(r.seconds >= 100 for r in records)
+    return lambda x: f"{x:,.0f}" if long else f"{x:.1f}"
+
+
+def _over_seeds(attribute: str) -> Callable[[list[Record]], tuple[float, float]]:
+    def figure(seeds: list[Record]) -> tuple[float, float]:
+        mean, std = mean_and_std(getattr(r, attribute) for r in seeds)
+        return mean, std if std > 0 else math.nan
+
+    return figure
+
+
+def _main(seeds: list[Record]) -> tuple[float, float]:
+    grids = [mean_and_std(p.main for p in r.at_training_scale()) for r in seeds]
+    spread = mean_and_std(std for _, std in grids)[0] if len(seeds[0].at_training_scale()) > 1 else math.nan
+    return mean_and_std(mean for mean, _ in grids)[0], spread
+
+
+def _cell(column: _Column, seeds: list[Record], best: str | None) -> Cell:
+    value, spread = column.figure(seeds)
+    if math.isnan(value):
+        return Cell(MISSING)
+    text, detail = column.digits(value), ""
+    if not math.isnan(spread):
+        detail = f"± {column.digits(spread)}"
+    elif len(seeds) == 1 and column.interval and (ends := seeds[0].hypervolume_interval):
+        detail = f"[{column.digits(ends[0])}, {column.digits(ends[1])}]"
+    return Cell(text, detail, best is not None and text == best)
+
+
+def _best(column: _Column, groups: Sequence[list[Record]]) -> str | None:
+    values = [column.figure(seeds)[0] for seeds in groups if seeds[0].method != BASE_METHOD]
+    known = [value for value in values if not math.isnan(value)]
+    if len(values) < 2 or not known or column.sign == 0:
+        return None
+    return column.digits(max(known) if column.sign > 0 else min(known))
+
+
+def summarise(fronts: object, metric: Metric | None = None) -> Summary:
+    """Return the cells of the table of methods.
+
+    Several fronts of one method are its seeds: their hypervolume, regret and seconds become mean ± standard
+    deviation over seeds. The main figure is the mean ± standard deviation over the grid of weights, as in the paper,
+    averaged over seeds. Points at a `scale` other than 1 (moved towards the base after training) are left out of it.
+    A row "base" is shown but never marked best: it has no trade-off to offer.
+
+    Args:
+        fronts: One `mopl.pareto.Front` (or mapping like front.json), or a sequence of them.
+        metric: What the figures are.
+    """
+    metric = metric or Metric()
+    records = read_all(fronts)
+    groups = by_method(records)
+    references = {r.reference_point for r in records if not math.isnan(r.hypervolume)}
+    better = 1 if metric.higher_is_better else -1
+    columns = [
+        _Column(
+            "Aux. hypervolume",
+            int(len(references) < 2),
+            _over_seeds("hypervolume"),
+            _hypervolume_digits(records),
+            interval=True,
+        ),
+        _Column(f"{clean(records[0].main)} {metric.name}", better, _main, lambda x: f"{x:.3f}"),
+        _Column("Steering regret", -1, _over_seeds("regret"), lambda x: f"{x:.4f}"),
+        _Column("Seconds", -1, _over_seeds("seconds"), _seconds_digits(records)),
+        _Column("Parameters", -1, _over_seeds("parameters"), lambda x: f"{x:,.0f}"),
+    ]
+    arrows = {1: " ↑", 0: "", -1: " ↓"}
+    best = [_best(column, list(groups.values())) for column in columns]
+    rows = tuple(
+        (
+            clean(method) + (f" ({len(seeds)} seeds)" if len(seeds) > 1 else ""),
+            tuple(_cell(column, seeds, mark) for column, mark in zip(columns, best, strict=True)),
+        )
+        for method, seeds in groups.items()
+    )
+    headers = ("Method", *(column.header + arrows[column.sign] for column in columns))
+    return Summary(headers, rows, _note(records, groups, references, metric, any(best)))
+
+
+def _note(
+    records: Sequence[Record],
+    groups: dict[str, list[Record]],
+    references: set[tuple[float, ...] | None],
+    metric: Metric,
+    marked: bool,
+) -> str:
+    parts = ["* best of its column"] if marked else []
+    if any(not math.isnan(_main(seeds)[1]) for seeds in groups.values()):
+        grids = {len(r.at_training_scale()) for r in records if r.method != BASE_METHOD}
+        over = f"the {grids.pop()} weights of the grid" if len(grids) == 1 else "the weights of the grid"
+        parts.append(f"± of {clean(records[0].main)}: over {over}")
+    if any(len(seeds) > 1 for seeds in groups.values()):
+        parts.append("other ±: over seeds")
+    elif any(r.hypervolume_interval for r in records):
+        parts.append("[low, high]: bootstrap over lists")
+    named = ", ".join(clean(name) for name in records[0].objectives)
+    if len(references) > 1:
+        parts.append("reference points differ, so hypervolumes cannot be compared")
+    elif references and (reference := next(iter(references))) is not None:
+        parts.append(f"hypervolume of ({named}) from reference point ({', '.join(f'{x:g}' for x in reference)})")
+    else:
+        parts.append(f"hypervolume of ({named})")
+    return "; ".join([*parts, metric.describe()]) + "."
+
+
+def width(text: str) -> int:
+    """Return the number of terminal columns that text takes: 2 for wide characters, 0 for combining ones."""
+    return sum(
+        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in clean(text)
+    )
+
+
+def _pad(text: str, to: int, left: bool = False) -> str:
+    space = " " * (to - width(text))
+    return space + text if left else text + space
+
+
+def _aligned(header: str, cells: Sequence[Cell]) -> tuple[str, list[tuple[str, str]]]:
+    """Return a column's header and (value, detail) pairs, padded: values and details stand below each other."""
+    values = max(width(cell.value) for cell in cells)
+    details = max(width(cell.detail) for cell in cells)
+    marks = any(cell.best for cell in cells)
+    total = max(width(header), values + marks + bool(details) + details)
+    values = total - details - bool(details) - marks
+    pairs = [
+        (
+            _pad(cell.value, values, left=True) + ("*" if cell.best else " " * marks),
+            " " * bool(details) + _pad(cell.detail, details),
+        )
+        for cell in cells
+    ]
+    return _pad(header, total, left=True), pairs
+
+
+def _columns(summary: Summary) -> list[list[Cell]]:
+    return [list(column) for column in zip(*(cells for _, cells in summary.rows), strict=True)]
+
+
+def as_text(summary: Summary) -> str:
+    """Return the table as aligned plain text: no ANSI codes, no trailing blanks, any width."""
+    names = [summary.headers[0], *(name for name, _ in summary.rows)]
+    longest = max(map(width, names))
+    table = [[_pad(name, longest) for name in names]]
+    for header, cells in zip(summary.headers[1:], _columns(summary), strict=True):
+        title, pairs = _aligned(header, cells)
+        table.append([title, *(value + detail for value, detail in pairs)])
+    lines = ["  ".join(line).rstrip() for line in zip(*table, strict=True)]
+    lines.insert(1, "  ".join("-" * width(column[0]) for column in table))
+    return "\n".join([*lines, "", summary.note]) + "\n"
+
+
+def as_rich(summary: Summary, columns: int) -> Any:
+    """Return the table as a rich renderable that fits `columns`: details move below their values, then rows stack."""
+    require("rich")
+    from rich import box
+    from rich.console import Console, Group
+    from rich.measure import Measurement
+    from rich.table import Table
+    from rich.text import Text
+
+    def figure(value: str, detail: str, best: bool) -> Text:
+        return Text(value, style="bold green" if best else "").append(detail, style="not bold dim")
+
+    def table(narrow: bool) -> Table:
+        lines = narrow and len(summary.rows) > 1
+        grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_lines=lines)
+        grid.add_column(summary.headers[0], style="bold")
+        figures = []
+        for header, cells in zip(summary.headers[1:], _columns(summary), strict=True):
+            if narrow:
+                title = header.replace(" ", "\n", 1)
+                pairs = [(cell.value + "*" * cell.best, f"\n{cell.detail}" if cell.detail else "") for cell in cells]
+            else:
+                title, pairs = _aligned(header, cells)
+            grid.add_column(Text(title), justify="right" if narrow else "left")
+            figures.append([figure(*pair, cell.best) for pair, cell in zip(pairs, cells, strict=True)])
+        for (name, _), row in zip(summary.rows, zip(*figures, strict=True), strict=True):
+            grid.add_row(Text(name.replace(" (", "\n(") if narrow else name), *row)
+        return grid
+
+    def stacked() -> Group:
+        parts: list[Any] = []
+        for name, cells in summary.rows:
+            parts.append(Text(name, style="bold"))
+            for header, cell in zip(summary.headers[1:], cells, strict=True):
+                value = figure(cell.value + "*" * cell.best, f" {cell.detail}".rstrip(), cell.best)
+                parts.append(Text(f"  {header}: ").append_text(value))
+        return Group(*parts, "")
+
+    probe = Console(width=10_000)
+    for grid in (table(narrow=False), table(narrow=True)):
+        if Measurement.get(probe, probe.options, grid).maximum <= columns:
+            return Group(grid, Text(summary.note, style="dim"))
+    return Group(stacked(), Text(summary.note, style="dim"))
+
+
+def print_table(fronts: object, console: Console | None = None, *, metric: Metric | None = None) -> str:
+    """Print the table of methods and return it as plain text.
+
+    On a terminal it is drawn by rich, fitted to its width; piped, or on a console that is no terminal, it is the
+    plain text that is returned, which is also what belongs into `table.txt`.
+
+    Args:
+        fronts: One `mopl.pareto.Front` (or mapping like front.json), or a sequence of them; several of one method
+            are its seeds. See `summarise`.
+        console: A `rich.console.Console` to print to; None prints to standard output.
+        metric: What the figures are; default NDCG@10 with the paper's conventions.
+
+    Returns:
+        The plain text, aligned, without ANSI codes, ending in a newline.
+
+    Raises:
+        ImportError: If standard output is a terminal and rich is not installed.
+        ValueError: If the fronts are not fronts of one task.
+    """
+    summary = summarise(fronts, metric)
+    text = as_text(summary)
+    if console is None and sys.stdout.isatty():
+        console = require("rich.console").Console()
+    stream = sys.stdout if console is None else console.file
+    if console is not None and console.is_terminal:
+        console.print(as_rich(summary, console.width))
+        return text
+    try:
+        stream.write(text)
+    except UnicodeEncodeError:
+        stream.write(text.encode(stream.encoding, "replace").decode(stream.encoding))
+    return text
