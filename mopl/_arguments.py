@@ -79,7 +79,8 @@ def per_objective(value: float | Tensor, name: str, shape: tuple[int, int], like
     A vector `(m,)` is one value an objective, `(B, 1)` one value a list, as in ordinary broadcasting.
     """
     dtype = compute_dtype(like)
-    tensor = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=dtype, device=like.device)
+    # torch.full and not torch.tensor: filling does not wait for a GPU, copying a host value there does.
+    tensor = value if isinstance(value, Tensor) else torch.full((), value, dtype=dtype, device=like.device)
     try:
         return tensor.to(device=like.device, dtype=dtype).expand(shape)
     except RuntimeError:
