@@ -1,14 +1,86 @@
 """The four stages of `linear_logprob` in chunked PyTorch; `linear_logprob_triton` has the same four functions.
 
-M rows in play (all of them count, but for a tail on a GPU, see `count`; the tail's rows of `hidden` are 0, its columns
--1, its results are ignored), F targets in play. All arithmetic and every (M,)-vector is in the compute dtype (float32, float64 for
-float64), products too: operands of 16 bit enter a product exactly.
+M rows in play, F targets in play. All rows count, but for a tail where rows were compacted without a synchronisation
+(see `count`): the tail's rows of `hidden` are 0, its columns -1, and its results are ignored. All arithmetic, the
+products included, and every (M,)-vector is in the compute dtype: float32, float64 for float64.
+
+The vocabulary is cut into tiles of `COLUMNS`, the rows into chunks of `ROWS`. A tile of the weight is brought to the
+compute dtype once for all rows: products of 16-bit operands are exact in float32, and on processors without 16-bit
+matrix instructions they are faster there as well.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+# A float32 tile of logits is 16 MiB, small beside the weight and wide enough for the matrix product.
+COLUMNS = 2048
+ROWS = 2048
+GATHER = 256  # rows of the weight that are gathered at a time
+# exp(u - shift) may be summed without a larger shift up to here: exp(40) times any vocabulary is far below 2^128.
+HEADROOM = 40.0
+# Below this exp is 0 in either precision; a finite floor keeps 0 * (u - shift) from being NaN where u = -inf.
+FLOOR = -1e4
+
+
+class _Head(NamedTuple):
+    """Everything that turns rows and a tile of the vocabulary into logits u."""
+
+    rows: Tensor  # (M, H) in the compute dtype, factors that commute with the product included
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+    inner: Tensor | None  # (M, 1) or (): multiplies the product after the bias
+    outer: Tensor | None  # (M, 1): softcap / temperature, multiplies tanh
+    bend: Tensor | None  # (M, 1): temperature / softcap, so that tanh = u * bend
+
+    @staticmethod
+    def of(
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: Tensor, softcap: float, logit_scale: float
+    ) -> _Head:
+        """Prepare a head; a factor is folded into the rows unless a bias stands between."""
+        factor = logit_scale / (softcap * torch.ones_like(temperature) if softcap else temperature)
+        factor = factor[:, None]
+        rows = hidden.to(temperature.dtype)
+        inner = None
+        if bias is not None:
+            bias, inner = bias.to(temperature.dtype), factor
+        elif not bool((factor == 1).all()):
+            rows = rows * factor
+        if not softcap:
+            return _Head(rows, weight, bias, inner, None, None)
+        return _Head(rows, weight, bias, inner, (softcap / temperature)[:, None], (temperature / softcap)[:, None])
+
+    def tile(self, start: int) -> Tensor:
+        """Return the rows of the weight (C, H) from `start` on, in the compute dtype."""
+        return self.weight[start : start + COLUMNS].to(self.rows.dtype)
+
+    def logits(self, rows: slice | Tensor, start: int, tile: Tensor, out: Tensor) -> Tensor:
+        """Write u of some rows and a tile into `out` and return it."""
+        torch.mm(self.rows[rows], tile.t(), out=out)
+        if self.bias is not None and self.inner is not None:
+            out.add_(self.bias[start : start + COLUMNS]).mul_(self.inner[rows])
+        return out if self.outer is None else out.tanh_().mul_(self.outer[rows])
+
+    def bent(self, u: Tensor, rows: slice | Tensor) -> Tensor:
+        """Return f = 1 - tanh^2 at logits u."""
+        assert self.bend is not None
+        tanh = u * self.bend[rows]
+        return (1 - tanh).mul_(1 + tanh)
+
+
+def _chunks(start: int, stop: int) -> Iterator[slice]:
+    return (slice(r, min(r + ROWS, stop)) for r in range(start, stop, ROWS))
+
+
+def _clear_pivot(e: Tensor, pivot: Tensor, start: int) -> None:
+    """Set the pivot's column to 0 in the rows whose pivot lies in this tile."""
+    column = pivot - start
+    hit = ((column >= 0) & (column < e.shape[1])).nonzero()[:, 0]
+    e[hit, column[hit]] = 0
 
 
 def target_logits(
@@ -22,7 +94,88 @@ def target_logits(
     logit_scale: float,
 ) -> Tensor:
     """Return u at the targets (F,), 0 where column is -1."""
-    raise NotImplementedError
+    result = temperature.new_zeros(len(column))
+    for part in torch.arange(len(column)).split(GATHER):
+        rows = part if position is None else position[part]
+        found = column[part].clamp(min=0)
+        product = (hidden[rows].to(result.dtype) * weight[found].to(result.dtype)).sum(-1)
+        product = product if bias is None else product + bias[found].to(result.dtype)
+        product = product * logit_scale
+        product = softcap * torch.tanh(product / softcap) if softcap else product
+        result[part] = (product / temperature[rows]).masked_fill(column[part] < 0, 0)
+    return result
+
+
+class _Sums(NamedTuple):
+    """Running sums over the vocabulary, changed in place; empty where not asked for."""
+
+    shift: Tensor  # (M,)
+    others: Tensor  # (M,)
+    moment1: Tensor  # (M,)
+    moment2: Tensor  # (M,)
+    weighted: Tensor  # (M, H)
+    weighted_moment: Tensor  # (M, H)
+
+    @staticmethod
+    def zeros(shift: Tensor, width: int, moments: int, directions: int) -> _Sums:
+        rows = len(shift)
+        return _Sums(
+            shift.clone(),
+            shift.new_zeros(rows),
+            shift.new_zeros(rows if moments > 0 else 0),
+            shift.new_zeros(rows if moments > 1 else 0),
+            shift.new_zeros((rows, width) if directions > 0 else 0),
+            shift.new_zeros((rows, width) if directions > 1 else 0),
+        )
+
+
+def _cached(cache: Tensor, kept: int, start: int, width: int) -> Tensor:
+    """Return the kept exponentials (kept, width) of a tile; tiles lie one after another."""
+    return cache[start * kept : (start + width) * kept].view(kept, width)
+
+
+def _make_room(top: Tensor, rows: slice, sums: _Sums, cache: Tensor, kept: int, start: int) -> None:
+    """Raise the shift of rows whose largest logit in this tile would overflow, and rescale what was summed so far."""
+    high = (top > sums.shift[rows] + HEADROOM).nonzero()[:, 0]
+    if not len(high):
+        return
+    index = high + rows.start
+    old, new = sums.shift[index], top[high]
+    factor = (old - new).exp()  # 0 for a target whose logit is -inf
+    step = torch.where(factor == 0, 0, old - new)
+    if len(sums.moment2):
+        sums.moment2[index] += 2 * step * sums.moment1[index] + step.square() * sums.others[index]
+    if len(sums.moment1):
+        sums.moment1[index] += step * sums.others[index]
+    if len(sums.weighted_moment):
+        sums.weighted_moment[index] += step[:, None] * sums.weighted[index]
+    for part in sums[1:]:
+        if len(part):
+            part[index] *= factor.view(-1, *[1] * (part.ndim - 1))
+    sums.shift[index] = new
+    if rows.start < kept:
+        for done in range(0, start, COLUMNS):
+            _cached(cache, kept, done, COLUMNS)[index] *= factor[:, None]
+
+
+def _add_tile(head: _Head, u: Tensor, rows: slice, start: int, tile: Tensor, pivot: Tensor, sums: _Sums) -> None:
+    """Add a tile of logits to the sums; `u` becomes exp(u - shift), 0 at the pivots."""
+    bent = head.bent(u, rows) if head.bend is not None and len(sums.weighted) else None
+    shift = sums.shift[rows, None]
+    shifted = u.sub_(shift.masked_fill(shift == -torch.inf, 0))  # all logits so far -inf: nothing to shift
+    shifted = shifted.clamp(min=FLOOR) if len(sums.moment1) else None
+    e = u.exp_()
+    _clear_pivot(e, pivot[rows], start)
+    sums.others[rows] += e.sum(1)
+    if shifted is not None:
+        times = e * shifted
+        sums.moment1[rows] += times.sum(1)
+        if len(sums.moment2):
+            sums.moment2[rows] += shifted.mul_(times).sum(1)
+        if len(sums.weighted_moment):
+            sums.weighted_moment[rows].addmm_(times if bent is None else times.mul_(bent), tile)
+    if len(sums.weighted):
+        sums.weighted[rows].addmm_(e if bent is None else e.mul_(bent), tile)
 
 
 def accumulate(
@@ -50,7 +203,22 @@ def accumulate(
             with f_v = 1 - tanh^2 under a softcap, else 1.
         Those not asked for are empty (0,).
     """
-    raise NotImplementedError
+    head = _Head.of(hidden, weight, bias, temperature, softcap, logit_scale)
+    size, vocabulary, kept = len(hidden), len(weight), min(keep_rows, len(hidden))
+    sums = _Sums.zeros(shift, hidden.shape[1], moments, directions)
+    tile_buffer = head.rows.new_empty(min(size, ROWS) * min(vocabulary, COLUMNS))
+    for start in range(0, vocabulary, COLUMNS):
+        tile = head.tile(start)
+        for rows in (*_chunks(0, kept), *_chunks(kept, size)):
+            shape = (rows.stop - rows.start, len(tile))
+            if rows.start < kept:
+                out = _cached(cache, kept, start, len(tile))[rows]
+            else:
+                out = tile_buffer[: shape[0] * shape[1]].view(shape)
+            u = head.logits(rows, start, tile, out)
+            _make_room(u.amax(1), rows, sums, cache, kept, start)
+            _add_tile(head, u, rows, start, tile, pivot, sums)
+    return sums.shift, sums.others, sums.moment1, sums.moment2, sums.weighted, sums.weighted_moment
 
 
 def combine(
@@ -74,7 +242,24 @@ def combine(
 
         own_coefficient_k W[column_k] + pivot_coefficient_k W[pivot_i] + weighted_coefficient_i weighted_i + ...
     """
-    raise NotImplementedError
+    count = len(weighted) if position is None else len(position)
+    result = weighted.new_empty((count, weight.shape[1]), dtype=dtype)
+    for part in torch.arange(count).split(GATHER):
+        rows = part if position is None else position[part]
+        terms = weighted[rows].mul_(weighted_coefficient[rows, None])
+        if weighted_moment is not None and moment_coefficient is not None:
+            terms.addcmul_(weighted_moment[rows], moment_coefficient[rows, None])
+        _add_rows(terms, weight, pivot[rows], pivot_coefficient[part])
+        if column is not None and own_coefficient is not None:
+            _add_rows(terms, weight, column[part], own_coefficient[part])
+        result[part] = terms.to(dtype)
+    return result
+
+
+def _add_rows(terms: Tensor, weight: Tensor, column: Tensor, coefficient: Tensor) -> None:
+    """Add coefficient_i W[column_i] to row i where the column is there."""
+    coefficient = coefficient.masked_fill(column < 0, 0)
+    terms.addcmul_(weight[column.clamp(min=0)].to(terms.dtype), coefficient[:, None])
 
 
 def backward(
@@ -107,4 +292,83 @@ def backward(
         G W (M, H) in the compute dtype, G^T hidden (V, H) in the weight's dtype (accumulated in the compute dtype and
         rounded once), column sums of G (V,) in the bias's dtype; empty (0,) where not needed.
     """
-    raise NotImplementedError
+    # Rows without upstream gradient take no part in the products.
+    live = alpha != 0 if gamma is None else (alpha != 0) | (gamma != 0)
+    index = None if bool(live.all()) else live.nonzero()[:, 0]
+    every, everywhere = len(hidden), hidden.to(shift.dtype)
+    kept = min(keep_rows, every)
+    reused = kept if index is None else int((index < kept).sum())
+    if index is not None:
+        hidden, pivot, shift, temperature, alpha = (t[index] for t in (everywhere, pivot, shift, temperature, alpha))
+        gamma = None if gamma is None else gamma[index]
+    head = _Head.of(hidden, weight, bias, temperature, softcap, logit_scale)
+    # Without softcap and entropy the gradient is a factor a row times e: the factor scales (M, H) matrices instead.
+    elementwise = gamma is not None or head.bend is not None
+    right = hidden.to(shift.dtype)
+    right = right if elementwise or not need_weight else right * -alpha[:, None]
+
+    grad_hidden = shift.new_zeros(hidden.shape if need_hidden else 0)
+    grad_weight = torch.empty_like(weight) if need_weight else shift.new_empty(0)
+    grad_bias = torch.empty_like(bias) if need_bias and bias is not None else shift.new_empty(0)
+    width = min(len(weight), COLUMNS)
+    buffer = shift.new_empty(min(len(hidden), ROWS) * width)
+    rounded = shift.new_empty((width, weight.shape[1]) if need_weight and weight.dtype != shift.dtype else 0)
+    order = column.argsort(stable=True)
+    bounds = torch.searchsorted(column[order], torch.arange(0, len(weight) + COLUMNS, COLUMNS)).tolist()
+
+    for number, start in enumerate(range(0, len(weight), COLUMNS)):
+        tile = head.tile(start)
+        shape = slice(start, start + len(tile))
+        columns = shift.new_zeros(len(tile))
+        products = rounded[: len(tile)] if len(rounded) else grad_weight[shape]
+        products.zero_()
+        for rows in (*_chunks(0, reused), *_chunks(reused, len(hidden))):
+            if rows.start < reused:
+                e = _cached(cache, kept, start, len(tile))[rows if index is None else index[rows]]
+                shifted = e.log() if elementwise else None
+            else:
+                out = buffer[: (rows.stop - rows.start) * len(tile)].view(-1, len(tile))
+                lift = shift[rows, None]
+                u = head.logits(rows, start, tile, out).sub_(lift.masked_fill(lift == -torch.inf, 0))
+                shifted = u.clone() if elementwise else None
+                e = u.exp_()
+                _clear_pivot(e, pivot[rows], start)
+            g = e if shifted is None else _gradient_tile(head, e, shifted, shift, alpha, gamma, rows)
+            if need_hidden:
+                grad_hidden[rows].addmm_(g, tile)
+            if need_weight:
+                products.addmm_(g.t(), right[rows])
+            if need_bias:
+                columns += g.sum(0) if elementwise else -alpha[rows] @ g
+        single = order[bounds[number] : bounds[number + 1]]
+        if need_weight:
+            terms = everywhere[position[single]] * coefficient[single, None]
+            products.index_add_(0, column[single] - start, terms)
+            if len(rounded):
+                grad_weight[shape] = products.to(weight.dtype)
+        if need_bias:
+            grad_bias[shape] = columns.index_add_(0, column[single] - start, coefficient[single]).to(grad_bias.dtype)
+
+    if need_hidden:
+        if not elementwise:
+            grad_hidden.mul_(-alpha[:, None])
+        if index is not None:
+            grad_hidden = shift.new_zeros((every, hidden.shape[1])).index_copy_(0, index, grad_hidden)
+        for part in order[bounds[0] :].split(GATHER):
+            terms = weight[column[part]].to(shift.dtype).mul_(coefficient[part, None])
+            grad_hidden.index_add_(0, position[part], terms)
+    return grad_hidden, grad_weight, grad_bias
+
+
+def _gradient_tile(
+    head: _Head, e: Tensor, shifted: Tensor, shift: Tensor, alpha: Tensor, gamma: Tensor | None, rows: slice
+) -> Tensor:
+    """Return -e f (alpha + gamma (u - shift)); `shifted` = u - shift is overwritten, `e` is not."""
+    shifted.clamp_(min=FLOOR)
+    bent = None if head.bend is None else head.bent(shifted + shift[rows, None], rows)
+    if gamma is None:
+        factor = shifted.copy_(alpha[rows, None].expand_as(shifted))
+    else:
+        factor = shifted.mul_(gamma[rows, None]).add_(alpha[rows, None])
+    factor = factor if bent is None else factor.mul_(bent)
+    return factor.mul_(e).neg_()

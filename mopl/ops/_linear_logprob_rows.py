@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mopl.ops._logprob import SKIP, segment_sum, slope
+from mopl.ops._logprob import SKIP, segment_sum, slope, weighted_by_probability
 
 
 class Selection(NamedTuple):
@@ -179,12 +179,6 @@ def target_logprob(stats: Statistics, logits: Tensor, selection: Selection) -> T
     return logprob.masked_fill(pivot_logit == -torch.inf, -torch.inf)
 
 
-def weighted_by_probability(value: Tensor, logprob: Tensor) -> Tensor:
-    """Return exp(logprob) * value, 0 where the probability is 0 even if the value is infinite."""
-    probability = logprob.exp()
-    return torch.where(probability == 0, 0, probability * value)
-
-
 class Coefficients(NamedTuple):
     """The factors of `combine` for one kind of direction; see there."""
 
@@ -246,7 +240,7 @@ def logit_gradient(
     pivot_logprob: Tensor,  # (M,)
     logprob: Tensor,  # (F,)
     logsumexp: Tensor,  # (M,)
-    entropy: Tensor,  # (M,), or empty without grad_entropy
+    entropy: Tensor | None,  # (M,); None without grad_entropy
     shift: Tensor,  # (M,)
     total: Tensor,  # (M,)
     temperature: Tensor,  # (M,)
@@ -257,19 +251,18 @@ def logit_gradient(
     zero = torch.zeros_like(shift)
     grad_logprob = torch.zeros_like(logprob) if grad_logprob is None else grad_logprob
     off_pivot = zero if grad_logsumexp is None else -grad_logsumexp  # what multiplies -p at the pivot beside 1 - p
-    on_pivot = grad_logprob
-    if selection.position is not None:
-        is_pivot = selection.column == pivot[selection.position]
+    on_pivot, position, elsewhere = grad_logprob, selection.position, grad_logprob
+    if position is not None:
+        is_pivot = selection.column == pivot[position]
+        elsewhere = torch.where(is_pivot, 0, grad_logprob)
         # Float64, because many upstream gradients of one row may cancel.
-        apart = torch.where(is_pivot, 0, grad_logprob).double()
-        off_pivot = off_pivot + segment_sum(apart, selection.position, len(pivot)).to(zero.dtype)
-        together = torch.where(is_pivot, grad_logprob, 0).double()
-        on_pivot = segment_sum(together, selection.position, len(pivot)).to(zero.dtype)
+        off_pivot = off_pivot + segment_sum(elsewhere.double(), position, len(pivot)).to(zero.dtype)
+        on_pivot = segment_sum((grad_logprob - elsewhere).double(), position, len(pivot)).to(zero.dtype)
     share = logit_scale / temperature / total
     alpha = share * (on_pivot + off_pivot)
     coefficient = -on_pivot * pivot_logprob.expm1() - weighted_by_probability(off_pivot, pivot_logprob)
     gamma = None
-    if grad_entropy is not None:
+    if grad_entropy is not None and entropy is not None:
         gamma = share * grad_entropy
         alpha = alpha + gamma * (entropy + (shift - logsumexp))
         coefficient = coefficient - grad_entropy * weighted_by_probability(pivot_logprob + entropy, pivot_logprob)
@@ -278,12 +271,9 @@ def logit_gradient(
         alpha, coefficient = (t.masked_fill(~selection.valid, 0) for t in (alpha, coefficient))
         gamma = None if gamma is None else gamma.masked_fill(~selection.valid, 0)
     rows = torch.arange(len(pivot), device=pivot.device)
-    if selection.position is None:
+    if position is None:
         return LogitGradient(alpha, gamma, pivot, rows, coefficient)
-    position = selection.position
-    apart = grad_logprob * slope(logprob + logsumexp[position], temperature[position], softcap, logit_scale)
-    apart = torch.where(is_pivot, 0, apart)
-    return LogitGradient(
-        alpha, gamma, torch.cat([pivot, torch.where(is_pivot, SKIP, selection.column)]),
-        torch.cat([rows, position]), torch.cat([coefficient, apart]),
-    )  # fmt: skip
+    # At targets that are pivots the row's own entry holds everything: theirs is 0.
+    apart = elsewhere * slope(logprob + logsumexp[position], temperature[position], softcap, logit_scale)
+    columns, rows = torch.cat([pivot, selection.column]), torch.cat([rows, position])
+    return LogitGradient(alpha, gamma, columns, rows, torch.cat([coefficient, apart]))

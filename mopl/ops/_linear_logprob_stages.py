@@ -57,7 +57,7 @@ class Forward(NamedTuple):
     shift: Tensor  # (N,)
     total: Tensor  # (N,)
     pivot: Tensor  # (N,) int64; empty without `row`: the target
-    pivot_logprob: Tensor  # (N,)
+    pivot_logprob: Tensor  # (N,); empty without `row`: logprob
     cache: Tensor  # (keep_rows * V,) in `cache_dtype`, or empty
 
 
@@ -101,8 +101,11 @@ def run_forward(
         hidden, weight, bias, local_pivot, pivot_logit, temperature, *head, chosen.count,
         want_entropy + want_variance, keep_direction + keep_direction_entropy, cache, keep_rows,
     )  # fmt: skip
-    local_shift, *_, weighted, weighted_moment = sums
-    stats = statistics(*(sums[:4] if shard is None else shard.merge(*sums[:4])), pivot_logit)
+    local_shift, others, moment1, moment2, weighted, weighted_moment = sums
+    shift = local_shift
+    if shard is not None:
+        shift, others, moment1, moment2 = shard.merge(local_shift, others, moment1, moment2)
+    stats = statistics(shift, others, moment1, moment2, pivot_logit)
     scale = torch.ones_like(stats.shift) if shard is None else (local_shift - stats.shift).exp()
 
     def directions(part: Coefficients, column: Tensor | None = None, position: Tensor | None = None) -> Tensor:
@@ -119,26 +122,34 @@ def run_forward(
         return hidden.new_empty(0, dtype=dtype)
 
     entropy = stats.entropy() if want_entropy else nothing()
-    kept = [nothing(direction_dtype(hidden, weight)) for _ in range(3)]
+    of_logprob, of_logsumexp, of_entropy = (nothing(direction_dtype(hidden, weight)) for _ in range(3))
     if keep_direction:
         part = logprob_direction(stats, logits, pivot, chosen, temperature, *head)
         own = (None, None) if chosen.position is None else (column, chosen.position)
-        kept[0] = scatter_entries(directions(part, *own), chosen, entries)
+        of_logprob = scatter_entries(directions(part, *own), chosen, entries)
     if keep_direction_logsumexp:
-        kept[1] = scatter_rows(directions(logsumexp_direction(stats, temperature, *head)), chosen, rows)
+        of_logsumexp = scatter_rows(directions(logsumexp_direction(stats, temperature, *head)), chosen, rows)
     if keep_direction_entropy:
-        kept[2] = scatter_rows(directions(entropy_direction(stats, entropy, temperature, *head)), chosen, rows)
+        part = entropy_direction(stats, entropy, temperature, *head)
+        of_entropy = scatter_rows(directions(part), chosen, rows)
 
     def back(values: Tensor) -> Tensor:
         return scatter_rows(values, chosen, rows)
 
     return Forward(
-        scatter_entries(target_logprob(stats, logits, chosen), chosen, entries).to(dtype),
-        back(stats.logsumexp), back(entropy) if want_entropy else entropy,
-        back(stats.variance()) if want_variance else nothing(),
-        *kept, back(local_shift), back(stats.total / scale), nothing(torch.int64) if row is None else back(pivot),
-        back(stats.pivot_logprob), cache,
-    )  # fmt: skip
+        logprob=scatter_entries(target_logprob(stats, logits, chosen), chosen, entries),
+        logsumexp=back(stats.logsumexp),
+        entropy=back(entropy) if want_entropy else entropy,
+        variance=back(stats.variance()) if want_variance else nothing(),
+        direction=of_logprob,
+        direction_logsumexp=of_logsumexp,
+        direction_entropy=of_entropy,
+        shift=back(local_shift),
+        total=back(stats.total / scale),
+        pivot=nothing(torch.int64) if row is None else back(pivot),
+        pivot_logprob=nothing() if row is None else back(stats.pivot_logprob),
+        cache=cache,
+    )
 
 
 def run_backward(
@@ -156,14 +167,15 @@ def run_backward(
     def inner(values: Tensor | None) -> Tensor | None:
         return None if values is None else gather(values, chosen)
 
-    pivot = chosen.column if row is None else gather(saved.pivot, chosen)
-    shift = gather(saved.shift, chosen)
+    shift, logprob = gather(saved.shift, chosen), gather_entries(saved.logprob, chosen)
+    pivot, pivot_logprob = chosen.column, logprob
+    if row is not None:
+        pivot, pivot_logprob = gather(saved.pivot, chosen), gather(saved.pivot_logprob, chosen)
     gradient = logit_gradient(
-        None if grad_logprob is None else gather_entries(grad_logprob, chosen), inner(grad_logsumexp),
-        inner(grad_entropy), chosen, pivot, gather(saved.pivot_logprob, chosen),
-        gather_entries(saved.logprob, chosen), gather(saved.logsumexp, chosen),
-        None if grad_entropy is None else gather(saved.entropy, chosen), shift, gather(saved.total, chosen, fill=1),
-        temperature, softcap, logit_scale,
+        None if grad_logprob is None else gather_entries(grad_logprob, chosen),
+        inner(grad_logsumexp), inner(grad_entropy), chosen, pivot, pivot_logprob, logprob,
+        gather(saved.logsumexp, chosen), None if grad_entropy is None else gather(saved.entropy, chosen),
+        shift, gather(saved.total, chosen, fill=1), temperature, softcap, logit_scale,
     )  # fmt: skip
     local = (lambda column: column) if shard is None else shard.local
     grad_hidden, grad_weight, grad_bias = backend_of(hidden).backward(

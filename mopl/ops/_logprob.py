@@ -21,7 +21,8 @@ def as_index(value: Tensor, name: str, meaning: str) -> Tensor:
     if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{name} is {got} but must be an integer tensor of {meaning}; pass {name}.long()")
-    return value.long()
+    index: Tensor = value.long()
+    return index
 
 
 def merge_targets(target: Tensor, mask: Tensor | None, ignore_index: int, vocabulary: int) -> Tensor:
@@ -58,7 +59,7 @@ def check_target_range(target: Tensor, vocabulary: int) -> None:
 def per_row(value: float | Tensor, name: str, shape: torch.Size, like: Tensor) -> Tensor:
     """Return a number or a tensor that broadcasts to the rows' shape as a flat (N,) tensor in the compute dtype."""
     dtype = compute_dtype(like)
-    if not isinstance(value, Tensor):
+    if isinstance(value, (int, float)) or not isinstance(value, Tensor):  # a traced number is no float
         return torch.full((), value, dtype=dtype, device=like.device).expand(shape.numel())
     if value.device != like.device and value.numel() > 1:
         raise ValueError(f"{name} is on {value.device} but the rows are on {like.device}; move {name} there")
@@ -82,6 +83,64 @@ def check_scalar(value: float | None, name: str, *, positive: bool = True) -> fl
     return float(value)
 
 
+def check_floating(value: Tensor, name: str, dims: str, like: Tensor) -> None:
+    """Raise unless `value` is a floating-point tensor on the device of `like`."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor of shape {dims}, got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} has dtype {value.dtype} but must be floating point; pass {name}.float()")
+    if value.device != like.device:
+        raise ValueError(f"{name} is on {value.device} but hidden is on {like.device}; move them to one device")
+
+
+def check_operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise unless hidden (..., H), weight (V, H) and bias (V,) fit each other."""
+    check_floating(hidden, "hidden", "(..., H)", hidden)
+    check_floating(weight, "weight", "(V, H)", hidden)
+    if hidden.ndim < 1 or weight.ndim != 2 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden has shape {shape_of(hidden)} and weight {shape_of(weight)}, but they must be (..., H) and (V, H) "
+            "with the same H; pass the weight of the head as torch.nn.Linear keeps it, not its transpose"
+        )
+    if weight.shape[0] == 0:
+        raise ValueError(f"weight has shape {shape_of(weight)}: there is no vocabulary; pass at least one row")
+    if bias is None:
+        return
+    check_floating(bias, "bias", "(V,)", hidden)
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"bias has shape {shape_of(bias)} but weight has {shape_of(weight)}; pass one bias a row of weight, "
+            f"({weight.shape[0]},)"
+        )
+
+
+def check_row_range(row: Tensor | None, rows: int) -> None:
+    """Raise if `row` names a row that is not there; reads values."""
+    if row is not None and row.numel() and bool(((row < 0) | (row >= rows)).any()):
+        raise ValueError(
+            f"row holds {int(row.min())} to {int(row.max())} but hidden has {rows} rows; "
+            f"pass numbers from 0 to {rows - 1}"
+        )
+
+
+def check_row(row: Tensor | None, target: Tensor, hidden: Tensor) -> Tensor | None:
+    """Return `row` flat as int64, or None; raise unless targets and rows of hidden fit each other."""
+    lead = hidden.shape[:-1]
+    if row is None:
+        if target.shape != lead:
+            raise ValueError(
+                f"target has shape {shape_of(target)} but hidden has {shape_of(hidden)}; pass target of shape "
+                f"{tuple(lead)}, or row= to say which row of hidden each target belongs to"
+            )
+        return None
+    place = as_index(row, "row", "row numbers")
+    if place.shape != target.shape:
+        raise ValueError(f"row has shape {shape_of(place)} but target has {shape_of(target)}; pass one row a target")
+    if place.device != hidden.device:
+        raise ValueError(f"row is on {place.device} but hidden is on {hidden.device}; move row there")
+    return place.reshape(-1)
+
+
 def slope(u: Tensor, temperature: Tensor, softcap: float, logit_scale: float) -> Tensor:
     """Return du/da at logits u: logit_scale / temperature, times 1 - tanh^2 under a softcap."""
     factor = logit_scale / temperature
@@ -89,6 +148,12 @@ def slope(u: Tensor, temperature: Tensor, softcap: float, logit_scale: float) ->
         return factor.expand(u.shape)
     bent = u * (temperature / softcap)
     return factor * ((1 - bent) * (1 + bent))
+
+
+def weighted_by_probability(value: Tensor, logprob: Tensor) -> Tensor:
+    """Return exp(logprob) * value, 0 where the probability is 0 even if the value is infinite."""
+    probability = logprob.exp()
+    return torch.where(probability == 0, 0, probability * value)
 
 
 def temperature_gradient(
@@ -125,3 +190,8 @@ def segment_sum(values: Tensor, index: Tensor, size: int) -> Tensor:
     if values.is_cuda:
         return result.index_put_((index,), values, accumulate=True)
     return result.index_add_(0, index, values)
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Say whether a tensor is a DTensor, without importing the distributed package for those that are not."""
+    return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")

@@ -29,12 +29,99 @@ the same arguments.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from mopl._arguments import compute_dtype
+from mopl._arguments import compute_dtype, shape_of
 from mopl.ops._backend import use_triton
-from mopl.ops._logprob import check_target_range, temperature_gradient
+from mopl.ops._logprob import (
+    check_scalar,
+    check_target_range,
+    merge_targets,
+    per_row,
+    temperature_gradient,
+    weighted_by_probability,
+)
+
+ELEMENTS = 2**20  # logits in one chunk of the CPU path: 4 MiB in float32
+# Below this exp is 0 in either precision; a finite floor keeps 0 * log p from being NaN where a logit is -inf.
+FLOOR = -1e4
+
+
+def gathered_logprob(
+    logits: Tensor,  # (..., V)
+    target: Tensor,  # (...) token ids, or (..., J) for J of them a row
+    *,
+    temperature: float | Tensor = 1.0,  # broadcastable to (...)
+    mask: Tensor | None = None,  # target's shape, bool
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    return_logsumexp: bool = False,
+    return_entropy: bool = False,
+    inplace_backward: bool = False,
+    check_targets: bool | None = None,
+) -> Tensor | tuple[Tensor, ...]:
+    """Return log p(target) in nats under softmax(logits / temperature).
+
+    Args:
+        logits: (..., V), any floating dtype.
+        target: (...) integer token ids, or (..., J) for several of them a row.
+        temperature: divides the logits; a number or a tensor that broadcasts to (...). Positive.
+        mask: true where a target counts; shape of `target`. Rows without a target that counts are not read.
+        ignore_index: targets with this value do not count.
+        softcap: logits become softcap * tanh(logits / softcap) before they are divided by the temperature.
+        return_logsumexp: also return the log of the normaliser of the scaled logits (...).
+        return_entropy: also return the entropy in nats of each row's distribution (...).
+        inplace_backward: the backward pass writes the gradient over `logits`, whose values are then lost: no second
+            (..., V) tensor. Nothing else may need the logits afterwards; autograd raises if something does, a second
+            backward pass included. Under torch.compile the compiler plans the memory and this option does nothing.
+        check_targets: raise if a target lies outside the vocabulary; costs a synchronisation on a GPU. None: on a CPU
+            only. Unchecked targets outside the vocabulary give NaN.
+
+    Returns:
+        logprob, of target's shape; or a tuple (logprob, logsumexp?, entropy?) of what was asked for. float32, float64
+        for float64 logits. What does not count is 0 with gradient exactly 0. All three are differentiable in logits
+        and temperature, once.
+
+    Raises:
+        TypeError: wrong dtypes.
+        ValueError: shapes or devices that do not fit, targets outside the vocabulary.
+    """
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits must be a torch.Tensor of shape (..., V), got {type(logits).__name__}")
+    if not logits.is_floating_point():
+        raise TypeError(f"logits have dtype {logits.dtype} but must be floating point; pass logits.float()")
+    if logits.ndim < 1 or logits.shape[-1] == 0:
+        raise ValueError(f"logits have shape {shape_of(logits)} but must be (..., V) with at least one token")
+    lead, vocabulary = logits.shape[:-1], logits.shape[-1]
+    merged = merge_targets(target, mask, ignore_index, vocabulary)
+    if target.shape[: len(lead)] != lead or target.ndim > len(lead) + 1:
+        raise ValueError(
+            f"target has shape {shape_of(target)} but logits have {shape_of(logits)}; pass target of shape "
+            f"{tuple(lead)}, or {(*lead, 'J')} for J targets a row"
+        )
+    if target.device != logits.device:
+        raise ValueError(f"target is on {target.device} but logits are on {logits.device}; move target there")
+    warmth = per_row(temperature, "temperature", lead, logits)
+    need_temperature = warmth.requires_grad and torch.is_grad_enabled()
+    logprob, logsumexp, entropy, _ = _gathered_logprob(
+        logits.reshape(-1, vocabulary),
+        merged.reshape(lead.numel(), target.shape[len(lead) :].numel()),
+        warmth,
+        check_scalar(softcap, "softcap"),
+        return_entropy or need_temperature,
+        return_entropy and need_temperature,
+        inplace_backward and not torch.compiler.is_compiling(),
+        not logits.is_cuda if check_targets is None else check_targets,
+    )
+    results = [logprob.view(target.shape)]
+    if return_logsumexp:
+        results.append(logsumexp.view(lead))
+    if return_entropy:
+        results.append(entropy.view(lead))
+    return results[0] if len(results) == 1 else tuple(results)
 
 
 @torch.library.custom_op("mopl::gathered_logprob", mutates_args=())
@@ -45,6 +132,7 @@ def _gathered_logprob(
     softcap: float,  # 0.0: none
     want_entropy: bool,
     want_variance: bool,
+    inplace_backward: bool,
     check_targets: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return logprob (N, J), logsumexp (N,), entropy (N,), variance of u under p (N,); empty if not wanted.
@@ -61,7 +149,7 @@ def _gathered_logprob(
 
 
 @_gathered_logprob.register_fake
-def _(logits, target, temperature, softcap, want_entropy, want_variance, check_targets):
+def _(logits, target, temperature, softcap, want_entropy, want_variance, inplace_backward, check_targets):
     rows, dtype = logits.shape[0], compute_dtype(logits)
 
     def new(*shape: int, wanted: bool = True) -> Tensor:
@@ -142,46 +230,147 @@ def _(
     return temperature.new_empty(temperature.shape[0] if need_temperature else 0)
 
 
+def _setup_context(ctx, inputs, output):
+    logits, target, temperature, ctx.softcap, _, _, ctx.inplace, _ = inputs
+    ctx.mark_non_differentiable(output[3])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, target, temperature, *output)
+
+
+def _backward(ctx, grad_logprob, grad_logsumexp, grad_entropy, _):
+    need_logits, need_temperature = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
+    arguments = (grad_logprob, grad_logsumexp, grad_entropy, *ctx.saved_tensors, ctx.softcap)
+    if ctx.inplace and need_logits:
+        warmth = _gathered_logprob_backward_(*arguments, need_temperature)
+        grad = ctx.saved_tensors[0].detach()
+    else:
+        grad, warmth = _gathered_logprob_backward(*arguments, need_logits, need_temperature)
+    return grad if need_logits else None, None, warmth if need_temperature else None, *[None] * 5
+
+
+_gathered_logprob.register_autograd(_backward, setup_context=_setup_context)
+
+
 def _temperature_gradient(
     grad_logprob: Tensor | None, grad_logsumexp: Tensor | None, grad_entropy: Tensor | None, target: Tensor,
     temperature: Tensor, logprob: Tensor, logsumexp: Tensor, entropy: Tensor, variance: Tensor, needed: bool,
 ) -> Tensor:  # fmt: skip
     if not needed:
         return temperature.new_empty(0)
-    times = None
+    total = times = None
     if grad_logprob is not None:
-        grad_logprob = grad_logprob.masked_fill(target < 0, 0)
-        times = (grad_logprob * logprob).sum(-1)
-        grad_logprob = grad_logprob.sum(-1)
-    return temperature_gradient(
-        grad_logprob, times, grad_logsumexp, grad_entropy, temperature, logsumexp, entropy, variance
-    )
+        upstream = grad_logprob.masked_fill(target < 0, 0)
+        total, times = upstream.sum(-1), (upstream * logprob).sum(-1)
+    return temperature_gradient(total, times, grad_logsumexp, grad_entropy, temperature, logsumexp, entropy, variance)
 
 
 def _forward_cpu(
-    logits: Tensor,
-    target: Tensor,
-    temperature: Tensor,
-    softcap: float,
-    want_entropy: bool,
-    want_variance: bool,
+    logits: Tensor, target: Tensor, temperature: Tensor, softcap: float, want_entropy: bool, want_variance: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return logprob, logsumexp, entropy and variance; the last two are empty if not wanted."""
-    raise NotImplementedError
+    rows = len(logits)
+    logprob = temperature.new_zeros(target.shape)
+    logsumexp = temperature.new_zeros(rows)
+    entropy = temperature.new_zeros(rows if want_entropy else 0)
+    variance = temperature.new_zeros(rows if want_variance else 0)
+    for part in _chunks((target >= 0).any(1), logits.shape[1]):
+        u = _scaled(logits, part, temperature, softcap)
+        own, keep, pivot, place = _targets(u, target[part])
+        pivot_logit = own.gather(1, place)
+        u.scatter_(1, pivot, -torch.inf)
+        top = u.amax(1, keepdim=True)
+        top = top.masked_fill(top == -torch.inf, 0)  # the pivot is the only token with any probability
+        u.sub_(top)
+        shifted = u.clamp(min=FLOOR) if want_entropy else None
+        e = u.exp_()
+        others = e.sum(1, keepdim=True)
+        # torch's softplus turns linear at a threshold; logaddexp does not, and underflows to exp at the other end
+        odds = (top - pivot_logit) + others.log()
+        pivot_logprob = -torch.logaddexp(odds, torch.zeros_like(odds))
+        logsumexp[part] = torch.where(
+            pivot_logit == -torch.inf, top + others.log(), pivot_logit - pivot_logprob
+        ).squeeze(1)
+        relative = torch.where(pivot_logit == -torch.inf, -torch.inf, (own - pivot_logit) + pivot_logprob)
+        logprob[part] = relative.masked_fill(~keep, 0)
+        if shifted is None:
+            continue
+        # Moments about the logsumexp: every term of the entropy then has one sign.
+        off = top - logsumexp[part, None]
+        scale = off.exp()
+        first = (shifted * e).sum(1, keepdim=True)
+        mean = scale * (first + off * others) + weighted_by_probability(pivot_logprob, pivot_logprob)
+        entropy[part] = -mean.squeeze(1)
+        if want_variance:
+            square = scale * ((shifted.add_(off - mean)).square_() * e).sum(1, keepdim=True)
+            square = square + weighted_by_probability((pivot_logprob - mean).square(), pivot_logprob)
+            variance[part] = square.squeeze(1)
+    return logprob, logsumexp, entropy, variance
 
 
 def _backward_cpu(
-    grad_logprob: Tensor | None,
-    grad_logsumexp: Tensor | None,
-    grad_entropy: Tensor | None,
-    logits: Tensor,
-    target: Tensor,
-    temperature: Tensor,
-    logprob: Tensor,
-    logsumexp: Tensor,
-    entropy: Tensor,
-    softcap: float,
-    grad: Tensor,  # (N, V), may be `logits` itself
-) -> None:
-    """Write the gradient of the logits into `grad`."""
-    raise NotImplementedError
+    grad_logprob: Tensor | None, grad_logsumexp: Tensor | None, grad_entropy: Tensor | None,
+    logits: Tensor, target: Tensor, temperature: Tensor, logprob: Tensor, logsumexp: Tensor, entropy: Tensor,
+    softcap: float, grad: Tensor,
+) -> None:  # fmt: skip
+    """Write the gradient of the logits into `grad` (N, V), which may be `logits` itself."""
+    upstream = torch.zeros_like(logprob) if grad_logprob is None else grad_logprob.masked_fill(target < 0, 0)
+    counts = (target >= 0).any(1)
+    live = (upstream != 0).any(1)
+    for more in (grad_logsumexp, grad_entropy):
+        live = live if more is None else live | (more != 0)
+    live = live & counts
+    if not bool(live.all()):
+        grad[~live] = 0
+    for part in _chunks(live, logits.shape[1]):
+        u = _scaled(logits, part, temperature, softcap)
+        _, keep, pivot, place = _targets(u, target[part])
+        bent = None if not softcap else u * (temperature[part, None] / softcap)
+        logp = u.sub_(logsumexp[part, None])
+        pivot_logprob = logprob[part].gather(1, place)
+        g = upstream[part]
+        is_pivot = (target[part] == pivot) & keep
+        # Float64, because many upstream gradients of one row may cancel.
+        on_pivot = g.double().masked_fill(~is_pivot, 0).sum(1, keepdim=True).to(g.dtype)
+        off_pivot = g.double().masked_fill(is_pivot, 0).sum(1, keepdim=True).to(g.dtype)
+        if grad_logsumexp is not None:
+            off_pivot = off_pivot - grad_logsumexp[part, None]
+        at_pivot = -on_pivot * pivot_logprob.expm1() - weighted_by_probability(off_pivot, pivot_logprob)
+        factor = -(on_pivot + off_pivot)
+        if grad_entropy is None:
+            du = logp.exp_().mul_(factor)
+        else:
+            h, surprise = grad_entropy[part, None], entropy[part, None]
+            at_pivot = at_pivot - h * weighted_by_probability(pivot_logprob + surprise, pivot_logprob)
+            weight = logp.clamp(min=FLOOR).add_(surprise).mul_(-h).add_(factor)
+            du = logp.exp_().mul_(weight)
+        du.scatter_(1, pivot, at_pivot)
+        du.scatter_add_(1, target[part].clamp(min=0), g.masked_fill(is_pivot, 0))
+        if bent is not None:
+            du.mul_((1 - bent).mul_(1 + bent))
+        grad[part] = du.div_(temperature[part, None]).to(grad.dtype)
+
+
+def _chunks(counts: Tensor, vocabulary: int) -> Iterator[Tensor | slice]:
+    """Return the rows that count in chunks: slices where all of them do, else indices."""
+    size = max(1, ELEMENTS // vocabulary)
+    if bool(counts.all()):
+        return (slice(r, min(r + size, len(counts))) for r in range(0, len(counts), size))
+    return iter(part for part in counts.nonzero()[:, 0].split(size) if len(part))
+
+
+def _scaled(logits: Tensor, part: Tensor | slice, temperature: Tensor, softcap: float) -> Tensor:
+    """Return a fresh copy of u for some rows, in the compute dtype."""
+    u = torch.empty(logits[part].shape, dtype=temperature.dtype).copy_(logits[part])
+    if softcap:
+        u.div_(softcap).tanh_().mul_(softcap)
+    return u.div_(temperature[part, None])
+
+
+def _targets(u: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return u at the targets, which of them count, and the pivot: its column and its place among the targets."""
+    keep = target >= 0
+    own = u.gather(1, target.clamp(min=0))
+    place = own.masked_fill(~keep, -torch.inf).argmax(1, keepdim=True)
+    # Where all logits of targets are -inf, argmax may fall on a target that does not count.
+    counted = torch.where(keep.gather(1, place), place, keep.long().argmax(1, keepdim=True))
+    return own, keep, target.gather(1, counted), counted

@@ -63,7 +63,14 @@ from mopl.ops._linear_logprob_stages import (
     scale_directions,
 )
 from mopl.ops._logprob import (
+    check_operands,
+    check_row,
+    check_row_range,
+    check_scalar,
     check_target_range,
+    is_dtensor,
+    merge_targets,
+    per_row,
     segment_sum,
     temperature_gradient,
 )
@@ -129,7 +136,57 @@ def linear_logprob(
         TypeError: wrong dtypes.
         ValueError: shapes or devices that do not fit, targets outside the vocabulary.
     """
-    raise NotImplementedError
+    check_operands(hidden, weight, bias)
+    if group is not None or is_dtensor(weight):
+        from mopl.ops._vocab_parallel import check_shard
+
+        shard, weight, bias = check_shard(weight, bias, group)
+        vocabulary = shard.vocabulary
+    else:
+        shard, vocabulary = None, weight.shape[0]
+    lead, rows = hidden.shape[:-1], hidden.shape[:-1].numel()
+    merged = merge_targets(target, mask, ignore_index, vocabulary)
+    row = check_row(row, target, hidden)
+    if target.device != hidden.device:
+        raise ValueError(f"target is on {target.device} but hidden is on {hidden.device}; move target there")
+    warmth = per_row(temperature, "temperature", lead, hidden if hidden.dtype == torch.float64 else weight)
+    cap = check_scalar(softcap, "softcap")
+    scale = check_scalar(logit_scale, "logit_scale")
+    if check_targets is None:
+        check_targets = not hidden.is_cuda
+
+    needs = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in (hidden, weight, bias, warmth)]
+    need_hidden, need_head, need_temperature = needs[0], needs[1] or needs[2], needs[3]
+    frozen = need_hidden and not need_head
+    options = (
+        cap, scale, return_entropy or need_temperature, return_entropy and need_temperature,
+        frozen, frozen and return_logsumexp, frozen and return_entropy,
+        kept_rows(hidden, weight, rows, workspace) if need_head else 0,
+        rows if max_rows is None else min(max_rows, rows), check_targets,
+    )  # fmt: skip
+    tensors = (hidden.reshape(-1, hidden.shape[-1]), weight, bias, merged.reshape(-1), row, warmth)
+    if shard is None:
+        logprob, logsumexp, entropy = _linear_logprob(*tensors, *options)[:3]
+    else:
+        from mopl.ops._vocab_parallel import vocab_parallel_logprob
+
+        logprob, logsumexp, entropy = vocab_parallel_logprob(shard, *tensors, *options)
+    results = [logprob.view(target.shape)]
+    if return_logsumexp:
+        results.append(logsumexp.view(lead))
+    if return_entropy:
+        results.append(entropy.view(lead))
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def kept_rows(hidden: Tensor, weight: Tensor, rows: int, workspace: int) -> int:
+    """Return for how many rows the exponentials are kept between the forward and the backward pass.
+
+    On a CPU at most half of them: in float32 that is a sixth of what autograd keeps of full logits, and costs half of
+    one product of four.
+    """
+    fit = workspace // max(1, weight.shape[0] * cache_dtype(hidden, weight).itemsize)
+    return torch.sym_min(rows if hidden.is_cuda else (rows + 1) // 2, fit)
 
 
 @torch.library.custom_op("mopl::linear_logprob", mutates_args=())
@@ -155,6 +212,7 @@ def _linear_logprob(
 ]:  # the fields of Forward
     if check_targets:
         check_target_range(target, len(weight))
+        check_row_range(row, len(hidden))
     return tuple(
         run_forward(
             hidden, weight, bias, target, row, temperature, softcap, logit_scale, want_entropy, want_variance,
@@ -186,7 +244,7 @@ def _(
         new(rows),
         new(rows),
         new(rows, wanted=row is not None, dtype=torch.int64),
-        new(rows),
+        new(rows, wanted=row is not None),
         new(keep_rows * weight.shape[0], dtype=cache_dtype(hidden, weight)),
     )
 
@@ -215,7 +273,7 @@ def _linear_logprob_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of hidden, weight, bias and temperature; one that is not needed is empty (0,)."""
     forward, rows = Forward(*saved), len(temperature)
-    grad_hidden = grad_weight = grad_bias = grad_temperature = temperature.new_empty(0)
+    grad_hidden, grad_weight, grad_bias, grad_temperature = (temperature.new_empty(0) for _ in range(4))
     if need_hidden and (hidden is None or weight is None):
         grad_hidden = scale_directions(grad_logprob, grad_logsumexp, grad_entropy, target, row, rows, forward)
         grad_hidden = grad_hidden.to(hidden_dtype)

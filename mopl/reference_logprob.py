@@ -1,0 +1,84 @@
+"""Log-probabilities, logsumexp and entropy by the plain formulas, any dtype, with the logits held whole: the oracle.
+
+Conventions as in `mopl.ops`: what does not count is 0 with gradient 0, and is never read into arithmetic. Everything
+is computed in the dtype of the operands given: pass float64 for an oracle, float32 for a yardstick.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def gathered_logprob(
+    logits: Tensor,  # (..., V)
+    target: Tensor,  # (...) or (..., J)
+    *,
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log p(target), logsumexp and entropy of softmax(softcap tanh(logits / softcap) / temperature)."""
+    many = target.ndim == logits.ndim
+    target = target if many else target[..., None]
+    keep = target != ignore_index
+    if mask is not None:
+        keep = keep & (mask if many else mask[..., None])
+    used = keep.any(-1)
+    u = torch.where(used[..., None], logits, 0)
+    u = u if softcap is None else softcap * torch.tanh(u / softcap)
+    temperature = torch.as_tensor(temperature, dtype=u.dtype).expand(u.shape[:-1])
+    u = u / torch.where(used, temperature, 1)[..., None]
+    logsumexp = u.logsumexp(-1)
+    logp = u - logsumexp[..., None]
+    # A token of probability 0 has no entropy and passes no gradient, though its log-probability is -inf.
+    safe = torch.where(logp == -torch.inf, 0, logp)
+    entropy = -(logp.exp() * safe).sum(-1)
+    logprob = torch.where(keep, logp.gather(-1, torch.where(keep, target, 0)), 0)
+    return logprob if many else logprob[..., 0], torch.where(used, logsumexp, 0), torch.where(used, entropy, 0)
+
+
+def linear_logprob(
+    hidden: Tensor,  # (..., H)
+    weight: Tensor,  # (V, H)
+    target: Tensor,  # (...); with `row` any shape
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
+    row: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log p(target) of target's shape; logsumexp and entropy of hidden's leading shape."""
+    lead = hidden.shape[:-1]
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    warmth = torch.as_tensor(temperature, dtype=hidden.dtype).expand(lead).reshape(-1)
+    keep = target != ignore_index
+    keep = (keep if mask is None else keep & mask).reshape(-1)
+    place = torch.arange(len(flat)) if row is None else row.reshape(-1)
+    used = torch.zeros(len(flat), dtype=torch.bool)
+    used[place[keep]] = True
+    logits = torch.where(used[:, None], flat, 0) @ weight.T
+    logits = (logits if bias is None else logits + bias) * logit_scale
+    # Every target reads its row's logits; the row's own values are read with a target that is always there.
+    first = torch.where(used, 0, ignore_index)
+    _, logsumexp, entropy = gathered_logprob(
+        logits, first, temperature=warmth, ignore_index=ignore_index, softcap=softcap
+    )
+    merged = torch.where(keep, target.reshape(-1), ignore_index)
+    logprob, _, _ = gathered_logprob(
+        logits[place], merged, temperature=warmth[place], ignore_index=ignore_index, softcap=softcap
+    )
+    return logprob.view(target.shape), logsumexp.view(lead), entropy.view(lead)
+
+
+def sequence_logprob(logprob: Tensor, segment: Tensor, sequences: int, *, average: bool = False) -> Tensor:
+    """Return sums (or means) over tokens of equal segment (S,); negative segments do not count, empty ones give 0."""
+    result = []
+    for number in range(sequences):
+        own = logprob[segment == number]
+        result.append(own.sum() / max(1, own.numel() if average else 1))
+    return torch.stack(result) if result else logprob.new_zeros(0)
