@@ -249,15 +249,15 @@ def logit_gradient(
 ) -> LogitGradient:
     """Turn upstream gradients into the few numbers a row that describe the gradient of its logits."""
     zero = torch.zeros_like(shift)
-    grad_logprob = torch.zeros_like(logprob) if grad_logprob is None else grad_logprob
+    upstream = torch.zeros_like(logprob) if grad_logprob is None else grad_logprob
     off_pivot = zero if grad_logsumexp is None else -grad_logsumexp  # what multiplies -p at the pivot beside 1 - p
-    on_pivot, position, elsewhere = grad_logprob, selection.position, grad_logprob
+    on_pivot, position, elsewhere = upstream, selection.position, upstream
     if position is not None:
         is_pivot = selection.column == pivot[position]
-        elsewhere = torch.where(is_pivot, 0, grad_logprob)
+        elsewhere = torch.where(is_pivot, 0, upstream)
         # Float64, because many upstream gradients of one row may cancel.
         off_pivot = off_pivot + segment_sum(elsewhere.double(), position, len(pivot)).to(zero.dtype)
-        on_pivot = segment_sum((grad_logprob - elsewhere).double(), position, len(pivot)).to(zero.dtype)
+        on_pivot = segment_sum((upstream - elsewhere).double(), position, len(pivot)).to(zero.dtype)
     share = logit_scale / temperature / total
     alpha = share * (on_pivot + off_pivot)
     coefficient = -on_pivot * pivot_logprob.expm1() - weighted_by_probability(off_pivot, pivot_logprob)

@@ -239,12 +239,18 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_logprob, grad_logsumexp, grad_entropy, _):
     need_logits, need_temperature = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
-    arguments = (grad_logprob, grad_logsumexp, grad_entropy, *ctx.saved_tensors, ctx.softcap)
+    logits, target, temperature, logprob, logsumexp, entropy, variance = ctx.saved_tensors
     if ctx.inplace and need_logits:
-        warmth = _gathered_logprob_backward_(*arguments, need_temperature)
-        grad = ctx.saved_tensors[0].detach()
+        warmth = _gathered_logprob_backward_(
+            grad_logprob, grad_logsumexp, grad_entropy, logits, target, temperature, logprob, logsumexp, entropy,
+            variance, ctx.softcap, need_temperature,
+        )  # fmt: skip
+        grad = logits.detach()
     else:
-        grad, warmth = _gathered_logprob_backward(*arguments, need_logits, need_temperature)
+        grad, warmth = _gathered_logprob_backward(
+            grad_logprob, grad_logsumexp, grad_entropy, logits, target, temperature, logprob, logsumexp, entropy,
+            variance, ctx.softcap, need_logits, need_temperature,
+        )  # fmt: skip
     return grad if need_logits else None, None, warmth if need_temperature else None, *[None] * 5
 
 
