@@ -1,6 +1,7 @@
 """The picture of the fronts: pairs of auxiliary objectives, with the main objective as colour.
 
-Two objectives make one panel; more make the lower triangle of all pairs, with the legend in the free corner.
+Two objectives make one panel; more make the lower triangle of all pairs, with the legend in the free corner. There the
+points that are best in a pair are joined and the others are small: projected grids of weights would hide each other.
 Colours are viridis for the main objective and Okabe and Ito's for methods, which also differ by marker, so that
 the picture reads without colour vision and in grey.
 """
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mopl.pareto import non_dominated
 from mopl.report.records import (
     BASE_METHOD,
     Metric,
@@ -35,6 +37,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
 OUTLINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 PIXELS_PER_INCH = 150
 NOT_KNOWN = "#ffffff"
+MAIN = -1  # the main objective, where auxiliary ones are counted from 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +50,27 @@ class _Series:
     points: tuple[Point, ...]
     moved: tuple[Point, ...]  # other distances from the base, drawn faintly
     hypervolume: float
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scene:
+    """Everything that a panel needs to know."""
+
+    record: Record  # for the names
+    series: Sequence[_Series]
+    base: Point | None
+    truth: Sequence[Sequence[float]]
+    metric: Metric
+    colours: Any  # matplotlib's map from the main figure to a colour
+
+    @property
+    def pairs(self) -> bool:
+        """Whether there are several panels."""
+        return len(self.record.objectives) > 2
+
+    def rising(self, index: int) -> bool:
+        """Return whether more is better."""
+        return self.metric.higher_is_better if index == MAIN else self.record.maximise[index]
 
 
 def plot_front(
@@ -80,16 +104,18 @@ def plot_front(
     require("matplotlib")
     from matplotlib import rc_context
 
-    metric = metric or Metric()
     records = read_all(fronts)
-    origin = base_point(records, base)
     m = len(records[0].objectives)
     true_points = [tuple(float(x) for x in row) for row in truth] if truth is not None else []
     if any(len(row) != m for row in true_points):
         raise ValueError(f"truth must have one column for each of the {m} objectives: shape (n, {m})")
+    metric = metric or Metric()
     series = _series(records)
+    scene = _Scene(records[0], series, base_point(records, base), true_points, metric, _colours(series))
+    if title is None:
+        title = f"{data_name(records[0])}: every trade-off ({metric.name})"
     with rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True}):
-        figure = _draw(records[0], series, origin, true_points, metric, title)
+        figure = _draw(scene, plain(title))
         return write(path, lambda file: figure.savefig(file, format="png", dpi=PIXELS_PER_INCH))
 
 
@@ -137,126 +163,132 @@ def _mean_point(points: Sequence[Point]) -> Point:
     )
 
 
-def _draw(
-    record: Record,
-    series: Sequence[_Series],
-    base: Point | None,
-    truth: Sequence[Sequence[float]],
-    metric: Metric,
-    title: str | None,
-) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def _colours(series: Sequence[_Series]) -> Any:
+    from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap, Normalize
-    from matplotlib.figure import Figure
 
-    m = len(record.objectives)
-    names = [
-        _wrapped(f"{name} {'↑' if more else '↓'}", max(12, 72 // max(m - 1, 1)))
-        for name, more in zip(record.objectives, record.maximise, strict=True)
-    ]
-    main = _wrapped(f"{record.main} {'↑' if metric.higher_is_better else '↓'}", 60)
     mains = [p.main for s in series for p in (*s.points, *s.moved) if not math.isnan(p.main)]
     low, high = (min(mains), max(mains)) if mains else (0.0, 1.0)
     if high - low < 1e-9:
         low, high = low - 0.005, high + 0.005
-    viridis = require("matplotlib").colormaps["viridis"]
-    colours = LinearSegmentedColormap.from_list("main", [viridis(x / 20 * 0.96) for x in range(21)])
-    scale = ScalarMappable(Normalize(low, high), colours)
+    # The palest end of viridis is cut off: it would vanish on white.
+    ramp = LinearSegmentedColormap.from_list("main", [colormaps["viridis"](x / 20 * 0.96) for x in range(21)])
+    return ScalarMappable(Normalize(low, high), ramp)
+
+
+def _draw(scene: _Scene, title: str) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    m, pairs = len(scene.record.objectives), scene.pairs
     side = max(m - 1, 1)
-    figure = Figure(figsize=(8, 5.2 if m <= 2 else 7.6), layout="constrained")
+    figure = Figure(figsize=(8, 7.6 if pairs else 5.2), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06)
     FigureCanvasAgg(figure)
     grid = figure.subplots(
-        side, side, squeeze=False, sharex="col" if m > 2 else False, sharey="row" if m > 2 else False
+        side, side, squeeze=False, sharex="col" if pairs else False, sharey="row" if pairs else False
     )
     for row, column in itertools.product(range(side), range(side)):
         axes = grid[row, column]
         if column > row:
             axes.set_visible(False)
             continue
-        x, y = column, (row + 1 if m > 1 else -1)  # -1 is the main objective
-        _panel(axes, series, base, truth, x, y, scale, small=m > 2, annotate=m == 2)
+        x, y = column, (row + 1 if m > 1 else MAIN)
+        _panel(axes, scene, x, y)
         axes.label_outer()
         if row == side - 1:
-            axes.set_xlabel(names[x] if m > 2 else f"{names[x]}  ({plain(metric.name)})")
+            axes.set_xlabel(_axis_name(scene, x))
         if column == 0:
-            name = names[y] if y >= 0 else main
-            axes.set_ylabel(name if m > 2 else f"{name}  ({plain(metric.name)})")
-    _legend(figure, grid, series, base, truth, scale, record, metric, m)
-    figure.suptitle(
-        plain(title) if title is not None else f"{plain(data_name(record))}: every trade-off ({plain(metric.name)})"
-    )
+            axes.set_ylabel(_axis_name(scene, y))
+    _legend(figure, grid, scene)
+    figure.suptitle(title)
     return figure
 
 
+def _axis_name(scene: _Scene, index: int) -> str:
+    name = scene.record.main if index == MAIN else scene.record.objectives[index]
+    name = _wrapped(
+        f"{name} {'↑' if scene.rising(index) else '↓'}", max(12, 72 // max(len(scene.record.objectives) - 1, 1))
+    )
+    return name if scene.pairs else f"{name}  ({plain(scene.metric.name)})"
+
+
 def _figure(point: Point, index: int) -> float:
-    return point.main if index < 0 else point.auxiliary[index]
+    return point.main if index == MAIN else point.auxiliary[index]
 
 
 def _bar(point: Point, index: int) -> tuple[float, float] | None:
-    if index < 0:
+    if index == MAIN:
         return point.main_interval
     return point.auxiliary_intervals[index] if point.auxiliary_intervals else None
 
 
-def _panel(
-    axes: Any,
-    series: Sequence[_Series],
-    base: Point | None,
-    truth: Sequence[Sequence[float]],
-    x: int,
-    y: int,
-    scale: Any,
-    small: bool,
-    annotate: bool,
-) -> None:
-    size = 4.5 if small else 8
+def _panel(axes: Any, scene: _Scene, x: int, y: int) -> None:
+    size = 4.5 if scene.pairs else 8
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.margins(0.08)
-    axes.locator_params(nbins=4 if small else 6)
-    if truth and y >= 0:
-        pairs = sorted((row[x], row[y]) for row in truth)
-        style = {"color": "#888888", "zorder": 1}
-        if small:
-            axes.plot(*zip(*pairs, strict=True), ".", markersize=1.5, **style)
-        else:
-            axes.plot(*zip(*pairs, strict=True), "--", linewidth=1.2, **style)
-    for one in series:
-        for point in one.points:
-            _whiskers(axes, point, x, y, one.outline)
-        if not small and len(one.points) > 1:
-            line = sorted(one.points, key=lambda p: p.weights)
-            axes.plot([_figure(p, x) for p in line], [_figure(p, y) for p in line], color=one.outline, lw=1, alpha=0.6)
-        for points, alpha, factor in ((one.moved, 0.35, 0.6), (one.points, 1.0, 1.0)):
-            for point in points:
-                known = not math.isnan(point.main)
-                axes.plot(
-                    _figure(point, x),
-                    _figure(point, y),
-                    one.marker,
-                    markersize=size * factor,
-                    markerfacecolor=scale.to_rgba(point.main) if known else NOT_KNOWN,
-                    markeredgecolor=one.outline,
-                    markeredgewidth=0.7 if small else 1.2,
-                    alpha=alpha,
-                    zorder=3,
-                )
-    if base is not None:
-        axes.plot(
-            _figure(base, x), _figure(base, y), "*", color="black", markersize=size * 2, mec="white", mew=0.6, zorder=5
-        )
-    if annotate:
-        outermost = max(series, key=lambda s: -math.inf if math.isnan(s.hypervolume) else s.hypervolume)
+    axes.locator_params(nbins=4 if scene.pairs else 6)
+    if scene.truth and y != MAIN:
+        line = zip(*sorted((row[x], row[y]) for row in scene.truth), strict=True)
+        style = {"linestyle": "", "marker": ".", "ms": 1.5} if scene.pairs else {"linestyle": "--", "linewidth": 1.2}
+        axes.plot(*line, color="#888888", zorder=1, **style)
+    for one in scene.series:
+        line = _edge(scene, one.points, x, y) if scene.pairs else sorted(one.points, key=lambda p: p.weights)
+        rest = [point for point in one.points if point not in line]
+        _whiskers(axes, one, line, x, y)
+        axes.plot([_figure(p, x) for p in line], [_figure(p, y) for p in line], color=one.outline, lw=1, alpha=0.6)
+        _markers(axes, scene, one, one.moved, x, y, 0.6 * size, alpha=0.35)
+        _markers(axes, scene, one, rest, x, y, 0.45 * size, outlined=False, alpha=0.7)
+        _markers(axes, scene, one, line, x, y, size)
+    if scene.base is not None:
+        at = _figure(scene.base, x), _figure(scene.base, y)
+        axes.plot(*at, "*", color="black", markersize=size * 2, mec="white", mew=0.6, zorder=5)
+    if not scene.pairs and y != MAIN:
+        outermost = max(scene.series, key=lambda s: -math.inf if math.isnan(s.hypervolume) else s.hypervolume)
         _annotate(axes, outermost, x, y)
 
 
-def _whiskers(axes: Any, point: Point, x: int, y: int, colour: str) -> None:
-    style = {"color": colour, "linewidth": 0.8, "alpha": 0.35, "zorder": 2}
-    if (ends := _bar(point, x)) is not None:
-        axes.plot(ends, [_figure(point, y)] * 2, **style)
-    if (ends := _bar(point, y)) is not None:
-        axes.plot([_figure(point, x)] * 2, ends, **style)
+def _edge(scene: _Scene, points: Sequence[Point], x: int, y: int) -> list[Point]:
+    """Return the points that are best in this pair of objectives, along the first: what the pair allows."""
+    known = [p for p in points if not math.isnan(_figure(p, x)) and not math.isnan(_figure(p, y))]
+    if not known:
+        return []
+    flags = non_dominated([[_figure(p, x), _figure(p, y)] for p in known], maximise=[scene.rising(x), scene.rising(y)])
+    return sorted((p for p, best in zip(known, flags.tolist(), strict=True) if best), key=lambda p: _figure(p, x))
+
+
+def _markers(
+    axes: Any,
+    scene: _Scene,
+    one: _Series,
+    points: Sequence[Point],
+    x: int,
+    y: int,
+    size: float,
+    *,
+    outlined: bool = True,
+    alpha: float = 1.0,
+) -> None:
+    axes.scatter(
+        [_figure(p, x) for p in points],
+        [_figure(p, y) for p in points],
+        s=size**2,
+        marker=one.marker,
+        facecolors=[NOT_KNOWN if math.isnan(p.main) else scene.colours.to_rgba(p.main) for p in points],
+        edgecolors=one.outline if outlined else "none",
+        linewidths=0.7 if scene.pairs else 1.2,
+        alpha=alpha,
+        zorder=3 if outlined else 1.5,
+    )
+
+
+def _whiskers(axes: Any, one: _Series, points: Sequence[Point], x: int, y: int) -> None:
+    style = {"color": one.outline, "linewidth": 0.8, "alpha": 0.35, "zorder": 2}
+    for lines, along, across in ((axes.hlines, x, y), (axes.vlines, y, x)):
+        bars = [(_figure(p, across), *ends) for p in points if (ends := _bar(p, along)) is not None]
+        if bars:
+            lines(*zip(*bars, strict=True), **style)
 
 
 def _annotate(axes: Any, one: _Series, x: int, y: int) -> None:
@@ -281,56 +313,34 @@ def _annotate(axes: Any, one: _Series, x: int, y: int) -> None:
         )
 
 
-def _legend(
-    figure: Any,
-    grid: Any,
-    series: Sequence[_Series],
-    base: Point | None,
-    truth: Sequence[Sequence[float]],
-    scale: Any,
-    record: Record,
-    metric: Metric,
-    m: int,
-) -> None:
+def _legend(figure: Any, grid: Any, scene: _Scene) -> None:
     from matplotlib.lines import Line2D
 
-    handles = [
-        Line2D(
-            [],
-            [],
-            marker=s.marker,
-            color=s.outline,
-            markerfacecolor="#bbbbbb",
-            linewidth=1 if m <= 2 else 0,
-            label=s.label,
-        )
-        for s in series
-    ]
-    if base is not None:
-        known = "" if math.isnan(base.main) else f" ({plain(record.main)} {base.main:.3f})"
-        handles.append(
-            Line2D([], [], marker="*", color="black", linewidth=0, markersize=10, label=f"base model{known}")
-        )
-    if truth:
-        handles.append(Line2D([], [], color="#888888", linestyle="--" if m <= 2 else ":", label="true front"))
-    if any(s.moved for s in series):
-        handles.append(
-            Line2D(
-                [], [], marker="o", color="#999999", markersize=4, linewidth=0, label="other distances from the base"
-            )
-        )
-    if any(math.isnan(p.main) for s in series for p in s.points):
-        handles.append(
-            Line2D([], [], marker="o", color="#555555", markerfacecolor=NOT_KNOWN, linewidth=0, label="main n/a")
-        )
-    arrow = "↑" if metric.higher_is_better else "↓"
-    label = f"{_wrapped(record.main, 60)} {plain(metric.name)} (main objective) {arrow}"
-    if any(not math.isnan(p.main) for s in series for p in s.points):
-        figure.colorbar(scale, ax=grid[0, 0] if m <= 2 else grid, label=label, pad=0.02, shrink=1 if m <= 2 else 0.7)
-    if m <= 2:
+    def entry(label: str, marker: str = "", colour: str = "#999999", line: str = "", **style: Any) -> None:
+        handles.append(Line2D([], [], marker=marker, color=colour, linestyle=line, label=label, **style))
+
+    handles: list[Any] = []
+    for one in scene.series:
+        entry(one.label, one.marker, one.outline, "-", markerfacecolor="#bbbbbb", linewidth=1)
+    if scene.pairs:
+        entry("small: not best in this pair", "o", markersize=2.5)
+    main = plain(scene.record.main)
+    if scene.base is not None:
+        known = "" if math.isnan(scene.base.main) else f" ({main} {scene.base.main:.3f})"
+        entry(f"base model{known}", "*", "black", markersize=10)
+    if scene.truth:
+        entry("true front", line=":" if scene.pairs else "--")
+    if any(one.moved for one in scene.series):
+        entry("other distances from the base", "o", markersize=4)
+    mains = [point.main for one in scene.series for point in one.points]
+    if any(math.isnan(x) for x in mains):
+        entry(f"{main} n/a", "o", "#555555", markerfacecolor=NOT_KNOWN)
+    if not all(math.isnan(x) for x in mains):
+        label = f"{_wrapped(scene.record.main, 60)} {plain(scene.metric.name)} (main objective)"
+        label += " ↑" if scene.rising(MAIN) else " ↓"
+        where = {"ax": grid, "shrink": 0.7} if scene.pairs else {"ax": grid[0, 0]}
+        figure.colorbar(scene.colours, label=label, pad=0.02, **where)
+    if scene.pairs:
+        figure.legend(handles=handles, loc="upper right", bbox_to_anchor=(0.86, 0.93), frameon=False)
+    else:
         figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4), frameon=False)
-        return
-    corner = grid[0, -1]
-    corner.set_visible(True)
-    corner.axis("off")
-    figure.legend(handles=handles, loc="upper right", bbox_to_anchor=(0.86, 0.93), frameon=False)
