@@ -18,14 +18,17 @@ from typing import Any
 __version__ = "0.1.0"
 
 _SUBMODULES = ("conditioning", "losses", "ops", "pareto", "ranking", "reference", "steering", "training")
+_FUNCTIONS = {"gathered_logprob": "ops", "linear_logprob": "ops", "sequence_logprob": "ops"}
 
-__all__ = ["__version__", *_SUBMODULES]
+__all__ = ["__version__", *_SUBMODULES, *_FUNCTIONS]
 
 
 def __getattr__(name: str) -> Any:
-    """Import a submodule when it is first asked for."""
+    """Import a submodule, or the submodule of a function, when it is first asked for."""
     if name in _SUBMODULES:
         return import_module(f"{__name__}.{name}")
+    if name in _FUNCTIONS:
+        return getattr(import_module(f"{__name__}.{_FUNCTIONS[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
