@@ -38,6 +38,8 @@ from torch import Tensor
 
 from mopl._arguments import compute_dtype
 from mopl.ops._backend import use_triton
+from mopl.ops._plackett_luce_cpu import Rankings, likelihood
+from mopl.ops._rows import blocks, existing, is_number, merge, row_dot
 
 TIES = ("breslow", "efron", "exact")
 
@@ -161,9 +163,85 @@ def _forward_cpu(
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return loss, gradient and temperature_gradient."""
-    raise NotImplementedError
+    batch, objectives, size = labels.shape
+    dtype = compute_dtype(scores)
+    empty = size < 2 or labels.numel() == 0
+    loss = scores.new_zeros((batch, objectives), dtype=dtype)
+    gradient = (scores.new_zeros if empty else scores.new_empty)(labels.shape if need_grad else (0,), dtype=dtype)
+    temperature_gradient = scores.new_zeros((batch, objectives) if need_grad else (0,), dtype=dtype)
+    if empty:
+        return loss, gradient, temperature_gradient
+    valid = existing(mask)
+    for part in blocks(batch, objectives * size):
+        some = None if valid is None else valid[part]
+        rate = temperature[part]
+        plain = is_number(rate) and float(rate[0, 0]) == 1
+        s = _load(scores[part].to(dtype), some, centre=need_grad or not plain)
+        place, tied, ranked = _rank(labels[part], None if order is None else order[part], some)
+        u = s[:, None].expand(place.shape).gather(-1, place)
+        if not plain:
+            u.mul_(rate[0, 0] if is_number(rate) else rate[:, :, None])
+        weight = position_weights
+        if weight is not None:
+            weight = weight.to(dtype) if weight.ndim == 1 else weight[part].to(dtype)
+            if weight.ndim == 3 and ranked is not None:
+                weight = weight.masked_fill(~ranked, 0)
+        rows = Rankings(
+            u.view(-1, size),
+            None if tied is None else tied.view(-1, size),
+            None if ranked is None else ranked.view(-1, size),
+            None if weight is None else weight if weight.ndim == 1 else weight.reshape(-1, size),
+            top_k,
+            ties,
+            last_group_free,
+        )
+        some_loss, du = likelihood(rows, need_grad)
+        loss[part] = some_loss.view(-1, objectives)
+        if du is not None:
+            g = gradient[part].scatter_(-1, place, du.view(place.shape))
+            dtemperature = row_dot(g, s[:, None])  # G sums to 0, so the origin of the scores is free
+            if not bool(dtemperature.isfinite().all()):
+                dtemperature = torch.where(g == 0, 0, g * s[:, None]).sum(-1)
+            temperature_gradient[part] = dtemperature
+    return loss, gradient, temperature_gradient
+
+
+def _load(scores: Tensor, valid: Tensor | None, centre: bool) -> Tensor:
+    """Return the scores (n, K), 0 where masked, with the largest of each list subtracted if `centre`.
+
+    The difference of close floats is exact, so that a common offset costs no digits when the temperature multiplies.
+    """
+    if valid is not None:
+        scores = scores.masked_fill(~valid, -torch.inf)
+    if centre:
+        top = scores.amax(-1, keepdim=True)
+        scores = scores - top.masked_fill(top == -torch.inf, 0)
+    return scores if valid is None else scores.masked_fill(~valid, 0)
+
+
+def _rank(labels: Tensor, order: Tensor | None, valid: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return the order (n, m, K), where a rank is tied with the one before it (None: nowhere), and where it exists."""
+    if not labels.is_floating_point():
+        labels = labels.long()
+    if order is None:
+        if valid is not None:
+            lowest = torch.finfo(labels.dtype).min if labels.is_floating_point() else torch.iinfo(torch.int64).min + 1
+            below = -torch.inf if labels.is_floating_point() else lowest - 1
+            labels = labels.clamp(min=lowest).masked_fill(~valid[:, None], below)
+        labels, place = labels.sort(-1, descending=True)
+    else:
+        place = order.long()
+        labels = labels.gather(-1, place)
+    tied = torch.zeros(labels.shape, dtype=torch.bool, device=labels.device)
+    # Neighbours in memory, which is far faster than a comparison of two slices; the first of a list has none.
+    torch.eq(labels.view(-1)[1:], labels.view(-1)[:-1], out=tied.view(-1)[1:])
+    tied[..., 0] = False
+    ranked = None if valid is None else valid[:, None].expand(place.shape).gather(-1, place)
+    if ranked is not None:
+        tied &= ranked
+    return place, tied if bool(tied.any()) else None, ranked
 
 
 def _backward_cpu(grad_loss: Tensor, temperature: Tensor, gradient: Tensor) -> Tensor:
     """Return dscores (B, K)."""
-    return torch.bmm((grad_loss * temperature).to(gradient.dtype)[:, None, :], gradient)[:, 0, :]
+    return merge((grad_loss * temperature).to(gradient.dtype), gradient)

@@ -1,0 +1,207 @@
+"""The CPU path of Plackett-Luce, part 2: groups of equal labels, and the probability of a group in any order.
+
+Rankings lie as rows (R, K), best first. Items of tied groups are addressed by their place in the flattened rows.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Groups(NamedTuple):
+    """The groups of two or more tied items in a block of rankings: J groups with P items in all."""
+
+    items: Tensor  # (P,) places of the items, group after group
+    group: Tensor  # (P,) group of each of them
+    first: Tensor  # (J,) place of a group's first item
+    last: Tensor  # (J,) and of its last
+    size: Tensor  # (J,)
+    bottom: Tensor  # (J,) true where no item stands below the group
+    weight: Tensor  # (J,) mean position weight; 0 where the group is not charged
+
+    def total(self, values: Tensor) -> Tensor:
+        """Return the sum of `values` (P,) over each group."""
+        return values.new_zeros(len(self.size)).index_add_(0, self.group, values)
+
+
+def find_groups(
+    tied: Tensor,  # (R, K) true where an item is tied with the one before it
+    valid: Tensor | None,  # (R, K)
+    weight: Tensor | None,  # (K,) or (R, K) position weights
+    top_k: int | None,
+    bottom_free: bool,
+    dtype: torch.dtype,
+) -> Groups:
+    """Collect the tied groups and what each is charged."""
+    size = tied.shape[1]
+    follows = tied.reshape(-1)
+    member = follows.clone()
+    member[:-1] |= follows[1:]
+    items = member.nonzero()[:, 0]
+    starts = ~follows[items]
+    group = starts.cumsum(0) - 1
+    first = items[starts]
+    count = torch.bincount(group, minlength=len(first))
+    last = first + count - 1
+    bottom = last % size == size - 1
+    if valid is not None:
+        bottom |= ~valid.reshape(-1)[(last + 1).clamp(max=follows.numel() - 1)]
+    charge = torch.ones(len(first), dtype=dtype, device=tied.device)
+    groups = Groups(items, group, first, last, count, bottom, charge)
+    if weight is not None:
+        each = weight[items % size] if weight.ndim == 1 else weight.reshape(-1)[items]
+        charge = groups.total(each.to(dtype)) / count
+    if top_k is not None:
+        charge = charge * (first % size < top_k)
+    if bottom_free:
+        charge = charge * ~bottom
+    return groups._replace(weight=charge)
+
+
+def charge_groups(
+    groups: Groups,
+    ties: str,
+    depth: Tensor,  # (P,) u_i - a, with a number a for each group
+    total: Tensor,  # (J,) sum of exp(u - a) over the group and all below
+    rest: Tensor,  # (J,) sum of exp(u - a) over all below
+    log_rest: Tensor,  # (J,) its logarithm
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the items' parts of the loss (P,), their gradients from their own group (P,), and W b R (J,).
+
+    The last is what the items below share: each gets exp(u_i) / R of it.
+    """
+    dtype, g, weight = depth.dtype, groups.group, groups.weight
+    charged = weight != 0
+    if ties == "exact":
+        kept = charged[g]
+        number = charged.cumsum(0) - 1
+        group_loss, phi_kept = any_order((depth - log_rest[g])[kept], number[g[kept]], groups.size[charged], dtype)
+        phi = torch.zeros_like(depth)
+        phi[kept] = phi_kept.to(dtype)
+        loss, own, passed = torch.zeros_like(depth), -phi, groups.total(phi)
+        loss[(groups.size.cumsum(0) - groups.size)[charged]] = group_loss.to(dtype)
+    else:
+        e = depth.exp()
+        if ties == "efron":
+            share = 1 - (groups.items - groups.first[g]).to(dtype) / groups.size[g]
+            denominator = rest[g] + share * groups.total(e)[g]
+            inside, b = groups.total(share / denominator), groups.total(1 / denominator)
+            loss = denominator.log() - depth
+        else:
+            inside = b = groups.size.to(dtype) / total
+            loss = total.log()[g] - depth
+        own, passed = e * inside[g] - 1, b * rest
+    # Selected, not multiplied: what is not charged may be infinite.
+    passed = torch.where(charged, weight * passed, 0)
+    charged, weight = charged[g], weight[g]
+    return torch.where(charged, weight * loss, 0), torch.where(charged, weight * own, 0), passed
+
+
+# (drop, nodes) for the two precisions. The integral ends where the integrand has fallen to exp(-drop) of its largest
+# value, and takes nodes * log2(size of the group) nodes: a step h costs exp(-pi^2 / h), and large groups have a steeper
+# integrand. Measured against ten times the nodes, for 2 to 5,000 items at any distance from the rest, the error is at
+# most 1e-6 (2e-7 up to 1,000 items) with the first pair and 1e-9 (4e-11) with the second.
+_RULE = {torch.float32: (20.0, 20), torch.float64: (38.0, 48)}
+_BLOCK = 65536  # (item, node) pairs at a time
+
+
+def any_order(log_odds: Tensor, group: Tensor, size: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return -log P(group before all below it, in any order) (J,), and E[phi] of every item (P,); good to `dtype`.
+
+    `log_odds` (P,) is u_i - log R for the items of the groups, R the mass below the group; `group` (P,) and `size` (J,)
+    are as in `Groups`. With y the log of an exponential waiting time scaled by R (Kalbfleisch and Prentice 1973),
+
+        P = int exp(y - exp(y)) prod_i (1 - exp(-t_i)) dy,   t_i = exp(y + log_odds_i),
+        d(-log P)/dlog_odds_i = -E[phi_i],   phi_i = t_i / (exp(t_i) - 1)
+
+    The integrand is entire, log-concave and falls doubly exponentially to the right, exponentially to the left, so the
+    trapezoid rule converges exponentially. All arithmetic is in float64: the logarithm of the integrand is large where
+    groups are, and its rounding would go into E[phi].
+    """
+    drop, nodes = _RULE[dtype]
+    log_odds = log_odds.double()
+    # An item that cannot win makes P zero; the gradient is the limit, in which phi = 1.
+    never = log_odds == -torch.inf
+    odds = log_odds.masked_fill(never, -1e4).clamp_(max=1e300)
+    loss, phi = torch.empty(len(size), dtype=torch.float64), torch.empty_like(odds)
+    ends = size.cumsum(0)
+    if len(size):
+        left, right, far = _window(odds, group, size, drop)
+    start = begin = 0
+    while start < len(size):
+        stop = max(start + 1, int(torch.searchsorted(ends, begin + _BLOCK // 256, right=True)))
+        end = int(ends[stop - 1])
+        part, items = slice(start, stop), slice(begin, end)
+        loss[part], phi[items] = _integrate(
+            nodes, odds[items], group[items] - start, size[part], left[part], right[part], far[part]
+        )
+        start, begin = stop, end
+    loss[group[never]] = torch.inf
+    return loss, phi
+
+
+def _factors(y: Tensor, odds: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+    """Return sum_i log(1 - exp(-t_i)) (J, Q) and phi (P, Q) for y (J, Q)."""
+    z = y.index_select(0, group).add_(odds[:, None]).clamp_(max=6.5)  # exp(-exp(6.5)) = 0
+    t = z.clamp(min=-30).exp_()
+    win = torch.expm1(-t).neg_()  # 1 - exp(-t)
+    log_win = win.log().add_(z.clamp_(max=-30)).add_(30)  # log t = z where t would vanish
+    product = torch.zeros_like(y).index_add_(0, group, log_win)
+    return product, t.mul_(1 - win).div_(win)
+
+
+def _window(odds: Tensor, group: Tensor, size: Tensor, drop: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the ends (J,) of the interval that holds the integral, and which groups are far above the rest."""
+    size = size.to(odds.dtype)
+
+    def log_integrand(y: Tensor) -> Tensor:
+        return y - y.exp() + _factors(y[:, None], odds, group)[0][:, 0]
+
+    # The integrand peaks at y in [0, log(1 + size)]: the slope of its log is 1 - exp(y) + sum_i phi_i, phi in [0, 1].
+    low, high = torch.zeros_like(size), torch.log1p(size)
+    for _ in range(6):
+        peak = (low + high) / 2
+        slope = (1 - peak.exp()).index_add_(0, group, _factors(peak[:, None], odds, group)[1][:, 0])
+        low, high = torch.where(slope > 0, peak, low), torch.where(slope > 0, high, peak)
+    floor = log_integrand(peak) - drop
+    # Left end: by peak - drop - 1 the factor exp(y) alone has fallen that far.
+    low, high = peak - drop - 1, peak
+    for _ in range(7):
+        left = (low + high) / 2
+        outside = log_integrand(left) < floor
+        low, high = torch.where(outside, left, low), torch.where(outside, high, left)
+    left = low
+    # Right end: exp(-exp(y)) against a rise of at most exp(size * y).
+    low, high = peak, torch.log(4 * (size + drop))
+    for _ in range(5):
+        right = (low + high) / 2
+        outside = log_integrand(right) < floor
+        low, high = torch.where(outside, low, right), torch.where(outside, right, high)
+    right = high
+    # A group far above the rest: P is close to 1, and 1 - P and phi have their mass around y = -lowest. Integrating
+    # those instead of P keeps every digit of a tiny loss.
+    lowest = torch.full_like(size, torch.inf).scatter_reduce_(0, group, odds, "amin")
+    far = lowest > size.log() + 2
+    left = torch.where(far, -lowest - drop, left)
+    right = torch.where(far, (drop + size.log()).log() - lowest, right)
+    return left, right, far
+
+
+def _integrate(
+    nodes: int, odds: Tensor, group: Tensor, size: Tensor, left: Tensor, right: Tensor, far: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the loss (J,) and E[phi] (P,) of some groups."""
+    nodes = int(nodes * max(3.0, math.log2(int(size.max()))))
+    step = (right - left) / (nodes - 1)
+    y = left[:, None] + step[:, None] * torch.arange(nodes, dtype=odds.dtype)
+    product, phi = _factors(y, odds, group)
+    weight = y - y.exp()
+    miss = (weight.exp() * torch.expm1(product)).sum(-1) * -step  # 1 - P
+    weight += product
+    log_p = torch.where(far, torch.log1p(-miss), torch.logsumexp(weight, -1) + step.log())
+    density = (weight + (step.log() - log_p)[:, None]).exp_()
+    return -log_p, (phi * density.index_select(0, group)).sum(-1)
