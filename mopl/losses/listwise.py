@@ -1,0 +1,236 @@
+"""Listwise losses: the training loss of COS-DPO (listwise cross-entropy) and the Plackett–Luce likelihood.
+
+Both are functions of u = temperature * (scores - reference), so a model trained at temperature β answers for c β by
+`mopl.steering.rescale` (COS-DPO, proposition 3.1). The arithmetic is in `mopl.ops`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mopl._arguments import (
+    Reduction,
+    as_labels,
+    check_choice,
+    check_like_scores,
+    check_mask,
+    check_scores,
+    compute_dtype,
+    per_objective,
+    shape_of,
+    weigh_and_reduce,
+)
+from mopl.losses.labels import normalize_labels, presort
+from mopl.ops.listnet import listwise_cross_entropy
+from mopl.ops.plackett_luce import plackett_luce_nll
+
+Ties = Literal["breslow", "efron", "exact", "random"]
+
+
+def _difference(scores: Tensor, reference: Tensor | None) -> Tensor:
+    """Return scores - reference in the dtype of the arithmetic."""
+    check_like_scores(reference, scores, "reference")
+    if reference is None:
+        return scores
+    dtype = compute_dtype(scores, reference)
+    return scores.to(dtype) - reference.to(dtype)
+
+
+def _temperature(temperature: float | Tensor, shape: tuple[int, int], like: Tensor) -> Tensor:
+    """Return temperatures (B, m), or (B, 1) where all objectives of a list share one: then one softmax serves all."""
+    common = not isinstance(temperature, Tensor) or temperature.ndim == 0 or temperature.shape[-1] == 1
+    full = per_objective(temperature, "temperature", shape, like)
+    return full[:, :1] if common else full
+
+
+def listwise_dpo(
+    scores: Tensor,  # (B, K)
+    labels: Tensor,  # (B, K) or (B, m, K)
+    *,
+    reference: Tensor | None = None,  # (B, K)
+    temperature: float | Tensor = 1.0,  # broadcasts to (B, m)
+    weights: float | Tensor | None = None,  # broadcasts to (B, m)
+    mask: Tensor | None = None,  # (B, K) bool
+    normalize: Literal["l1", "softmax"] | None = "l1",
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Listwise cross-entropy of temperature-scaled scores with label distributions, the training loss of COS-DPO.
+
+    .. math:: \ell_{bj} = -\sum_i \bar z_{bji} \log \mathrm{softmax}_i(\beta_{bj} (s_{bi} - s^0_{bi}))
+
+    Ren et al. 2025 (COS-DPO), equation 8; without a reference it is ListNet (Cao et al. 2007). With two items and
+    one-hot labels it is DPO, with labels (1 - ε, ε) conservative DPO, with one-hot labels over more items the top-1
+    Plackett–Luce likelihood.
+
+    Args:
+        scores: (B, K), sequence log-probabilities in nats or a ranker's scores; any floating dtype.
+        labels: (B, K) for one objective or (B, m, K), higher is better.
+        reference: (B, K), the base model's scores.
+        temperature: β, a number or a tensor that broadcasts to (B, m).
+        weights: factors on the result, a number or a tensor that broadcasts to (B, m).
+        mask: (B, K), true where an item exists; other items may hold anything.
+        normalize: `"l1"` divides each list's labels by their sum (sparse labels, not negative), `"softmax"` takes
+            their softmax (dense labels), None takes them as they are.
+        reduction: `"none"` gives (B, m), `"sum"` its sum, `"mean"` the mean over lists of the sum over objectives.
+
+    Returns:
+        Nats in float32 (float64 for float64); differentiable in scores, reference, temperature, weights and labels.
+        Lists with fewer than two items, and with `"l1"` those without a positive label sum, give 0 with gradient 0.
+
+    Raises:
+        TypeError: if scores are not floating point or the mask is not boolean.
+        ValueError: if a shape does not fit, or `normalize` or `reduction` is unknown.
+
+    >>> scores, labels = torch.tensor([[0.6, 0.8]]), torch.tensor([[1.0, 0.0]])
+    >>> round(float(listwise_dpo(scores, labels)), 6)
+    0.798139
+    """
+    check_scores(scores)
+    labels = as_labels(labels, scores)
+    check_mask(mask, scores)
+    check_choice(normalize, ("l1", "softmax", None), "normalize")
+    difference = _difference(scores, reference)
+    if normalize == "softmax":
+        labels = normalize_labels(labels, "softmax", mask)
+    loss = listwise_cross_entropy(
+        difference,
+        labels,
+        _temperature(temperature, (labels.shape[0], labels.shape[1]), difference),
+        mask,
+        normalize == "l1",
+    )
+    return weigh_and_reduce(loss, weights, reduction)
+
+
+def plackett_luce(
+    scores: Tensor,  # (B, K)
+    labels: Tensor,  # (B, K) or (B, m, K)
+    *,
+    reference: Tensor | None = None,  # (B, K)
+    temperature: float | Tensor = 1.0,  # broadcasts to (B, m)
+    weights: float | Tensor | None = None,  # broadcasts to (B, m)
+    mask: Tensor | None = None,  # (B, K) bool
+    top_k: int | None = None,
+    ties: Ties = "breslow",
+    last_group: Literal["charged", "free"] = "charged",
+    position_weights: Tensor | None = None,  # (K,) or (B, m, K)
+    order: Tensor | None = None,  # (B, m, K) integer
+    generator: torch.Generator | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Negative log-likelihood of rankings under Plackett and Luce: items are chosen one after the other, best first.
+
+    .. math:: \ell = \sum_k v_k \Bigl(\log \sum_{l \ge k} e^{u_{\pi_l}} - u_{\pi_k}\Bigr), \quad u = \beta (s - s^0)
+
+    Plackett 1975; ListMLE (Xia et al. 2008); with a reference it is the listwise form of DPO (Rafailov et al. 2023,
+    appendix A.3). It is also Cox's partial likelihood, from which the rules for ties come. Tied labels:
+
+    * `"breslow"`: every tied item is chosen against all of its group and what is below (default: cheap, convex);
+    * `"efron"`: the group's mass leaves the denominator step by step; nearer to the exact value;
+    * `"exact"`: the probability of the group summed over all orders of its items (Kalbfleisch and Prentice 1973);
+    * `"random"`: one order drawn at random at each call, as ListMLE implementations do.
+
+    Args:
+        scores: (B, K), sequence log-probabilities in nats or a ranker's scores; any floating dtype.
+        labels: (B, K) for one objective or (B, m, K), higher is better; only their order and ties matter.
+        reference: (B, K), the base model's scores.
+        temperature: β, a number or a tensor that broadcasts to (B, m).
+        weights: factors on the result, a number or a tensor that broadcasts to (B, m).
+        mask: (B, K), true where an item exists; other items may hold anything.
+        top_k: charge only items that fewer than this many items are better than; the rest are in the denominators.
+        ties: the rule for equal labels.
+        last_group: `"charged"`, or `"free"`: the lowest label group is an unranked tail that is never charged (the
+            crowd of irrelevant documents, say). It costs 0 under `"exact"` anyway.
+        position_weights: (K,) or (B, m, K), the weight of the choice made at each position (p-ListMLE:
+            `2 ** (K - k) - 1`), averaged over the positions of a tied group. Not differentiable.
+        order: (B, m, K) items best first, masked ones last, as `presort` gives it: saves the sort.
+        generator: source of the random order of `ties="random"`.
+        reduction: `"none"` gives (B, m), `"sum"` its sum, `"mean"` the mean over lists of the sum over objectives.
+
+    Returns:
+        Nats in float32 (float64 for float64); differentiable in scores, reference, temperature and weights.
+        Lists with fewer than two items give 0 with gradient 0.
+
+    Raises:
+        TypeError: if scores are not floating point, the mask is not boolean or the order is not integer.
+        ValueError: if a shape does not fit, `top_k` is below 1, or a choice is unknown.
+
+    >>> scores, labels = torch.tensor([[0.5, 0.3]]), torch.tensor([[1.0, 0.0]])
+    >>> round(float(plackett_luce(scores, labels)), 6)
+    0.598139
+    """
+    check_scores(scores)
+    labels = as_labels(labels, scores)
+    check_mask(mask, scores)
+    check_choice(ties, ("breslow", "efron", "exact", "random"), "ties")
+    check_choice(last_group, ("charged", "free"), "last_group")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k is {top_k} but must be at least 1; pass None to charge every position")
+    _check_order(order, labels)
+    _check_position_weights(position_weights, labels)
+    difference = _difference(scores, reference)
+    free = last_group == "free"
+    if ties == "random":
+        if order is not None:
+            raise ValueError('order is given but ties="random" draws one; pass another rule for ties, or no order')
+        order = presort(labels, mask, ties="random", generator=generator)
+        if free:
+            position_weights, free = _without_last_group(labels, mask, order, position_weights, difference), False
+        labels = _strict_labels(order)
+        ties = "breslow"
+    loss = plackett_luce_nll(
+        difference,
+        labels,
+        _temperature(temperature, (labels.shape[0], labels.shape[1]), difference),
+        mask,
+        order,
+        position_weights,
+        top_k,
+        ties,
+        free,
+    )
+    return weigh_and_reduce(loss, weights, reduction)
+
+
+def _check_order(order: Tensor | None, labels: Tensor) -> None:
+    if order is None:
+        return
+    if order.is_floating_point() or order.dtype == torch.bool:
+        raise TypeError(f"order has dtype {order.dtype} but must hold integer indices; use mopl.losses.presort")
+    if order.shape != labels.shape:
+        raise ValueError(
+            f"order has shape {shape_of(order)} but labels are {shape_of(labels)}; "
+            "pass presort(labels, mask), one index an item and objective"
+        )
+
+
+def _check_position_weights(position_weights: Tensor | None, labels: Tensor) -> None:
+    if position_weights is None or position_weights.shape in (labels.shape, labels.shape[-1:]):
+        return
+    raise ValueError(
+        f"position_weights has shape {shape_of(position_weights)} but labels are {shape_of(labels)}; "
+        f"pass (K,) = ({labels.shape[-1]},) or (B, m, K) = {shape_of(labels)}"
+    )
+
+
+def _strict_labels(order: Tensor) -> Tensor:
+    """Return labels without ties that rank items as `order` does."""
+    size = order.shape[-1]
+    rank = torch.arange(size, 0, -1, dtype=torch.float32, device=order.device).expand(order.shape)
+    return torch.zeros(order.shape, dtype=torch.float32, device=order.device).scatter_(-1, order.long(), rank)
+
+
+def _without_last_group(
+    labels: Tensor, mask: Tensor | None, order: Tensor, position_weights: Tensor | None, like: Tensor
+) -> Tensor:
+    """Return position weights (B, m, K) that are 0 where the lowest label group stands."""
+    key = labels if labels.is_floating_point() else labels.to(torch.float64)
+    lowest = key if mask is None else key.masked_fill(~mask[:, None, :], torch.inf)
+    charged = (key > lowest.amin(-1, keepdim=True)).gather(-1, order.long())
+    weights = (
+        torch.ones((), dtype=compute_dtype(like), device=like.device) if position_weights is None else position_weights
+    )
+    return torch.where(charged, weights, 0)
