@@ -139,6 +139,7 @@ def test_the_line_below_says_metric_reference_point_and_share_of_empty_queries()
     assert "linear gain, ties averaged, empty queries skipped" in note
     assert "click count 12.5%, url clicks 50.0%" in note
     assert "empty lists: 7.0%" in summarise(front(), Metric(empty_share=0.07)).note
+    assert "no list is empty" in summarise(front(), Metric(empty_share={"click count": 0.0, "url clicks": 0.0})).note
 
 
 def test_hypervolumes_of_other_reference_points_are_not_compared():

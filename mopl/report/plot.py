@@ -236,7 +236,7 @@ def _panel(axes: Any, scene: _Scene, x: int, y: int) -> None:
     for one in scene.series:
         line = _edge(scene, one.points, x, y) if scene.pairs else sorted(one.points, key=lambda p: p.weights)
         rest = [point for point in one.points if point not in line]
-        _whiskers(axes, one, line, x, y)
+        _whiskers(axes, one, line, x, y, alpha=0.18 if scene.pairs else 0.35)
         axes.plot([_figure(p, x) for p in line], [_figure(p, y) for p in line], color=one.outline, lw=1, alpha=0.6)
         _markers(axes, scene, one, one.moved, x, y, 0.6 * size, alpha=0.35)
         _markers(axes, scene, one, rest, x, y, 0.45 * size, outlined=False, alpha=0.7)
@@ -283,8 +283,8 @@ def _markers(
     )
 
 
-def _whiskers(axes: Any, one: _Series, points: Sequence[Point], x: int, y: int) -> None:
-    style = {"color": one.outline, "linewidth": 0.8, "alpha": 0.35, "zorder": 2}
+def _whiskers(axes: Any, one: _Series, points: Sequence[Point], x: int, y: int, alpha: float) -> None:
+    style = {"color": one.outline, "linewidth": 0.8, "alpha": alpha, "zorder": 2}
     for lines, along, across in ((axes.hlines, x, y), (axes.vlines, y, x)):
         bars = [(_figure(p, across), *ends) for p in points if (ends := _bar(p, along)) is not None]
         if bars:

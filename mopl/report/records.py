@@ -41,12 +41,13 @@ class Metric:
     def describe(self) -> str:
         """Return the convention and the share of empty lists as one line."""
         line = f"{self.name}: {self.convention}" if self.convention else self.name
-        if isinstance(self.empty_share, Mapping):
-            shares = [f"{clean(str(name))} {share:.1%}" for name, share in self.empty_share.items()]
-            line += f"; empty lists: {', '.join(shares)}" if shares else ""
-        elif self.empty_share is not None:
-            line += f"; empty lists: {self.empty_share:.1%}"
-        return line
+        if self.empty_share is None:
+            return line
+        shares = self.empty_share if isinstance(self.empty_share, Mapping) else {"": self.empty_share}
+        if not any(shares.values()):
+            return f"{line}; no list is empty"
+        each = ", ".join(f"{clean(str(name))} {share:.1%}".strip() for name, share in shares.items())
+        return f"{line}; empty lists: {each}"
 
 
 @dataclasses.dataclass(frozen=True)
