@@ -1,0 +1,417 @@
+"""Log-probabilities of responses from any Hugging Face causal language model, without its logits.
+
+`fuse(model)` teaches a model one more way to be called: with `targets`, its forward runs as its authors wrote it up to
+the output head, and there, in place of the `[tokens, vocabulary]` product, `linear_logprob` runs. Every other call, and
+`generate`, is untouched.
+
+Nothing is assumed about a family of models. The head is the module that `get_output_embeddings` names; its *input* is
+whatever the model's own forward hands to it (so final norms, projections and input scalings are right by construction),
+and what the forward does to the head's *output* is measured once: a probe goes through in place of the logits and must
+come back as
+
+    softcap * tanh(logit_scale * t / softcap)        or        logit_scale * t
+
+for one constant `logit_scale` and at most one `softcap`, for every vocabulary entry. A model that does anything else
+raises `UnsupportedModelError`; it is never scored wrongly.
+
+The op runs inside the head's own forward, inside the wrapped model's forward. That is what makes DDP arm its reducer,
+FSDP gather and reduce the head in whichever group it lies, DeepSpeed gather it, and PEFT's `modules_to_save` copy be
+the one that is trained.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mopl.ops import linear_logprob, sequence_logprob
+
+IGNORE_INDEX = -100
+
+
+class UnsupportedModelError(RuntimeError):
+    """The model's output head does something that `fuse` cannot reproduce exactly."""
+
+
+@dataclass
+class FusedOutput:
+    """What a fused forward returns for `targets` (N, T).
+
+    Attributes:
+        log_probs: float32 (N, T), log p(targets[n, t]) in nats; 0 where targets are ignored.
+        logsumexp: float32 (N, T) if asked for.
+        entropy: float32 (N, T), in nats, if asked for.
+        model_output: what the model's own forward returned, without its logits (router losses and the like).
+    """
+
+    log_probs: Tensor
+    logsumexp: Tensor | None
+    entropy: Tensor | None
+    model_output: Any
+
+
+@dataclass
+class SequenceScores:
+    """Scores of responses.
+
+    Attributes:
+        scores: float32 (N,), the sum (or mean) over a response's tokens of their log-probabilities, in nats.
+        lengths: int64 (N,), the number of tokens that were scored.
+        output: the `FusedOutput` behind them.
+    """
+
+    scores: Tensor
+    lengths: Tensor
+    output: FusedOutput
+
+
+@dataclass(frozen=True)
+class _Transform:
+    """What a model does to the output of its head."""
+
+    logit_scale: float
+    softcap: float | None
+
+    def __call__(self, t: Tensor) -> Tensor:
+        scaled = self.logit_scale * t
+        return scaled if self.softcap is None else self.softcap * torch.tanh(scaled / self.softcap)
+
+
+# ---------------------------------------------------------------- the head
+
+
+def _find_head(model: nn.Module) -> nn.Module:
+    """Return the linear layer that turns hidden states into logits, through the wrappers of PEFT."""
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if getter is not None else None
+    if head is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} names no output head: get_output_embeddings() gives None. "
+            "Pass a causal language model (AutoModelForCausalLM)"
+        )
+    if hasattr(head, "modules_to_save") and hasattr(head, "active_adapters"):
+        disabled = getattr(head, "disable_adapters", False)
+        adapters = [name for name in head.active_adapters if name in head.modules_to_save and not disabled]
+        head = head.modules_to_save[adapters[0]] if adapters else head.original_module
+    if hasattr(head, "base_layer"):
+        raise UnsupportedModelError(
+            f"the output head carries an adapter ({type(head).__name__}), whose product with the hidden states is not "
+            "one matrix. Leave the head out of target_modules, train it whole with modules_to_save, or merge it first"
+        )
+    weight = getattr(head, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 2:
+        raise UnsupportedModelError(
+            f"the output head is a {type(head).__name__} without a weight of shape (vocabulary, hidden); "
+            "only linear heads can be fused"
+        )
+    if not weight.is_floating_point():
+        raise UnsupportedModelError(
+            f"the output head's weight has dtype {weight.dtype}; a quantised head cannot be fused. "
+            "Keep the head out of the quantisation (llm_int8_skip_modules=['lm_head'])"
+        )
+    return head
+
+
+@contextlib.contextmanager
+def _forward_replaced(head: nn.Module, forward: Any) -> Iterator[None]:
+    """Give `head` another forward for a moment: its hooks (FSDP, DeepSpeed) still run around it."""
+    missing = object()
+    before = head.__dict__.get("forward", missing)
+    head.forward = forward
+    try:
+        yield
+    finally:
+        if before is missing:
+            del head.__dict__["forward"]
+        else:
+            head.__dict__["forward"] = before
+
+
+def _measure_transform(model: nn.Module, original_forward: Any) -> _Transform:
+    """Send a probe through in place of the logits and read off what the model does to them."""
+    head = _find_head(model)
+    vocabulary = head.weight.shape[0]
+    device = head.weight.device
+    generator = torch.Generator().manual_seed(0)
+    # Magnitudes from where tanh is linear to where it is flat (and below fp16's largest number), both signs, in random
+    # order: every entry is different, so that a rule for single entries (a vocabulary mask, say) cannot hide.
+    order = torch.randperm(vocabulary, generator=generator)
+    probe = torch.logspace(-4, 4.4, vocabulary, dtype=torch.float64)[order]
+    probe[torch.rand(vocabulary, generator=generator) < 0.5] *= -1.0
+    seen: list[torch.Size] = []
+
+    def forward(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+        seen.append(hidden.shape)
+        return probe.to(hidden.device).expand(*hidden.shape[:-1], vocabulary).clone()
+
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), _forward_replaced(head, forward):
+            inputs = torch.ones(1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+            output = original_forward(input_ids=inputs, use_cache=False)
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} fails when its logits are replaced by a probe ({type(error).__name__}: {error}); "
+            "it treats single vocabulary entries apart, or its forward needs more than input_ids"
+        ) from error
+    finally:
+        model.train(was_training)
+    if len(seen) != 1:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} called its output head {len(seen)} times in one forward, not once"
+        )
+    logits = getattr(output, "logits", None)
+    if logits is None or logits.shape[-1] != vocabulary:
+        raise UnsupportedModelError(f"{type(model).__name__} returns no logits of its head's vocabulary ({vocabulary})")
+    answer = logits[0, -1].to("cpu", torch.float64)
+
+    transform = _fit_transform(probe, answer)
+    error = (transform(probe) - answer).abs() / answer.abs().clamp(min=1e-6)
+    # The model may compute in its own dtype (a cast after the head): allow its rounding, not more.
+    tolerance = 8 * torch.finfo(logits.dtype if logits.is_floating_point() else torch.float32).eps + 1e-6
+    if not bool((error <= tolerance).all()):
+        worst = int(error.argmax())
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does to its logits what fuse cannot reproduce: entry {worst} went from "
+            f"{float(probe[worst]):.6g} to {float(answer[worst]):.6g}, and the best fit (logit_scale "
+            f"{transform.logit_scale:.6g}, softcap {transform.softcap}) gives {float(transform(probe)[worst]):.6g} "
+            f"on {device.type}"
+        )
+    return transform
+
+
+def _fit_transform(probe: Tensor, answer: Tensor) -> _Transform:
+    """Fit `softcap * tanh(scale * t / softcap)`, or `scale * t`, to pairs (t, f(t)) that reach from tiny to huge t."""
+    magnitude = probe.abs()
+    tiny = magnitude.argsort()[: max(4, len(probe) // 16)]
+    scale = float((answer[tiny] / probe[tiny]).median())
+    largest = magnitude.argmax()
+    if (answer[largest] / probe[largest] - scale).abs() <= 1e-2 * abs(scale):
+        # Least squares over everything: the rounding of single entries averages out.
+        return _Transform(_tidy(float((answer @ probe) / (probe @ probe))), None)
+    return _Transform(_tidy(scale), _tidy(float(answer[largest].abs())))
+
+
+def _tidy(value: float) -> float:
+    """Snap to a number of few digits within rounding: configurations hold numbers such as 30.0 or 0.0625."""
+    short = float(f"{value:.6g}")
+    return short if abs(short - value) <= 2e-6 * abs(value) else value
+
+
+# ---------------------------------------------------------------- fuse
+
+
+def is_fused(model: nn.Module) -> bool:
+    """Say whether `fuse` was applied to this very module."""
+    return hasattr(model, "_mopl_unfused_forward")
+
+
+def fuse(model: nn.Module) -> nn.Module:
+    """Teach a Hugging Face causal language model to return log-probabilities without its logits.
+
+    Afterwards `model(..., targets=targets)` returns a `FusedOutput`; `targets` (N, T) are aligned with the positions of
+    the *inputs* that predict them (already shifted), and -100 marks positions that never reach the head. More
+    keywords of such a call: `temperature` (a number or (N, T)), `return_logsumexp`, `return_entropy`. Where a wrapper
+    puts virtual tokens in front (prompt learning), the last T positions are scored.
+    Every call without `targets` is as before. Fuse before wrapping in PEFT, DDP or FSDP.
+
+    Args:
+        model: a causal language model of transformers, on its device and with its weights.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UnsupportedModelError: if its head, or what it does to the logits, cannot be reproduced exactly.
+    """
+    if is_fused(model):
+        return model
+    if hasattr(model, "peft_config") and hasattr(model, "base_model"):
+        raise UnsupportedModelError(
+            "this is a PEFT model: fuse the causal language model before wrapping it, "
+            "or call fuse(model.get_base_model())"
+        )
+    original = model.forward
+    transform: list[_Transform] = []
+    head = _find_head(model)
+    if not head.weight.is_meta:
+        transform.append(_measure_transform(model, original))
+
+    @functools.wraps(type(model).forward)
+    def forward(
+        self: nn.Module,
+        *args: Any,
+        targets: Tensor | None = None,
+        temperature: float | Tensor = 1.0,
+        return_logsumexp: bool = False,
+        return_entropy: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        # Read from the module, not from the closure: a deep copy must run its own weights.
+        original = self._mopl_unfused_forward
+        if targets is None:
+            return original(*args, **kwargs)
+        if not transform:
+            transform.append(_measure_transform(self, original))
+        current = _find_head(self)
+        result: list[Tensor] = []
+
+        def head_forward(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+            parts = _score_hidden(current, hidden, targets, transform[0], temperature, return_logsumexp, return_entropy)
+            # A fresh tensor that is the head's output itself: FSDP hangs the hooks that gather the head for the
+            # backward on it, so the results must be taken from this very tensor.
+            result.append(torch.stack(parts, -1))
+            return result[0]
+
+        kwargs.setdefault("use_cache", False)
+        kwargs.pop("labels", None)
+        with _forward_replaced(current, head_forward):
+            output = original(*args, **kwargs)
+        if len(result) != 1:
+            raise UnsupportedModelError(f"{type(self).__name__} called its output head {len(result)} times")
+        if result[0]._version != 0:
+            raise UnsupportedModelError(
+                f"{type(self).__name__} changes the output of its head in place, which would change the scores"
+            )
+        # Copies, not views: a view as the model's output would lose FSDP's hook at the first in-place operation on it.
+        parts = [part.clone() for part in result[0].unbind(-1)]
+        logprob = parts.pop(0)
+        logsumexp = parts.pop(0) if return_logsumexp else None
+        entropy = parts.pop(0) if return_entropy else None
+        if hasattr(output, "logits"):
+            output.logits = None
+        return FusedOutput(logprob, logsumexp, entropy, output)
+
+    # `generate` validates its keywords against the signature: keep the model's own.
+    forward.__signature__ = inspect.signature(type(model).forward)  # type: ignore[attr-defined]
+    model._mopl_unfused_forward = original  # type: ignore[assignment]
+    model.forward = types.MethodType(forward, model)
+    return model
+
+
+def unfuse(model: nn.Module) -> nn.Module:
+    """Undo `fuse`."""
+    if is_fused(model):
+        del model.__dict__["forward"]
+        del model._mopl_unfused_forward
+    return model
+
+
+def _score_hidden(
+    head: nn.Module,
+    hidden: Tensor,  # (N, k + T, H)
+    targets: Tensor,  # (N, T)
+    transform: _Transform,
+    temperature: float | Tensor,
+    return_logsumexp: bool,
+    return_entropy: bool,
+) -> list[Tensor]:
+    """Run `linear_logprob` on the last T positions of what the model handed to its head."""
+    if hidden.ndim != 3 or targets.ndim != 2 or hidden.shape[0] != targets.shape[0]:
+        raise ValueError(
+            f"targets has shape {tuple(targets.shape)} but the head got hidden states {tuple(hidden.shape)}; "
+            "pass targets (N, T) for input_ids (N, T)"
+        )
+    length = targets.shape[1]
+    if hidden.shape[1] < length:
+        raise ValueError(
+            f"targets has {length} positions but only {hidden.shape[1]} reached the head; do not pass logits_to_keep"
+        )
+    weight, bias = head.weight, getattr(head, "bias", None)
+    hidden = hidden[:, -length:].to(weight.device)
+    targets = targets.to(weight.device)
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    elif hidden.dtype != weight.dtype:
+        hidden = hidden.to(weight.dtype)
+    parts = linear_logprob(
+        hidden,
+        weight,
+        targets,
+        bias=bias,
+        temperature=temperature,
+        softcap=transform.softcap,
+        logit_scale=transform.logit_scale,
+        ignore_index=IGNORE_INDEX,
+        return_logsumexp=return_logsumexp,
+        return_entropy=return_entropy,
+    )
+    return list(parts) if isinstance(parts, tuple) else [parts]
+
+
+# ---------------------------------------------------------------- sequences
+
+
+def score_sequences(
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    *,
+    temperature: float | Tensor = 1.0,
+    average: bool = False,
+    **model_kwargs: Any,
+) -> SequenceScores:
+    """Score the responses of a batch: the sum of log p(token | what stands before it) over each response's tokens.
+
+    Args:
+        model: a fused model, or anything that wraps one (PEFT, DDP, FSDP, DeepSpeed).
+        batch: `input_ids` (N, T); `labels` (N, T), the same ids with -100 on prompt and padding (or `response_mask`
+            (N, T), true on response tokens); optionally `attention_mask`, `position_ids`. For padding-free packing
+            N = 1, `segment` (1, T) holds the number 0, 1, ... of each token's sequence and `position_ids` restart with
+            each; `sequences` says how many there are (without it the largest number is read, which makes a GPU
+            wait). Other entries go to the model.
+        temperature: a number, or (N, T), by which logits are divided.
+        average: give the mean over a response's tokens in place of the sum; an empty response scores 0.
+        **model_kwargs: keywords of the model's forward.
+
+    Returns:
+        `SequenceScores`.
+
+    Raises:
+        ValueError: if the batch lacks `input_ids` or both `labels` and `response_mask`, or shapes differ.
+    """
+    batch = dict(batch)
+    if "input_ids" not in batch:
+        raise ValueError(f"batch has no input_ids (N, T); it has {sorted(batch)}")
+    input_ids = batch["input_ids"]
+    labels, response_mask = batch.pop("labels", None), batch.pop("response_mask", None)
+    if labels is None:
+        if response_mask is None:
+            raise ValueError("batch has neither labels (-100 on prompt and padding) nor response_mask (N, T)")
+        labels = input_ids.masked_fill(~response_mask.bool(), IGNORE_INDEX)
+    if labels.shape != input_ids.shape:
+        raise ValueError(f"labels has shape {tuple(labels.shape)} but input_ids {tuple(input_ids.shape)}")
+    segment, sequences = batch.pop("segment", None), batch.pop("sequences", None)
+
+    targets = torch.full_like(labels, IGNORE_INDEX)
+    targets[:, :-1] = labels[:, 1:]
+    if segment is not None:
+        if segment.shape != input_ids.shape:
+            raise ValueError(f"segment has shape {tuple(segment.shape)} but input_ids {tuple(input_ids.shape)}")
+        # The last token of one sequence must not predict the first of the next.
+        crosses = segment[:, :-1] != segment[:, 1:]
+        targets[:, :-1] = targets[:, :-1].masked_fill(crosses, IGNORE_INDEX)
+
+    output = model(**batch, targets=targets, temperature=temperature, **model_kwargs)
+    if not isinstance(output, FusedOutput):
+        raise ValueError("the model is not fused: call mopl.alignment.fuse(model) on the causal language model first")
+    counted = (targets != IGNORE_INDEX).to(output.log_probs.device)
+    if segment is None:
+        scores = sequence_logprob(output.log_probs, mask=counted, average=average)
+        lengths = counted.sum(-1)
+    else:
+        count = int(sequences) if sequences is not None else int(segment.max()) + 1
+        flat, keep = segment.reshape(-1).to(output.log_probs.device), counted.reshape(-1)
+        lengths = torch.zeros(count, dtype=torch.long, device=flat.device).index_add_(0, flat.clamp(min=0), keep.long())
+        scores = sequence_logprob(output.log_probs.reshape(-1), flat, mask=keep, sequences=count, average=average)
+    return SequenceScores(scores, lengths, output)
