@@ -1,0 +1,382 @@
+"""Preference data for language models: a prompt, K >= 2 responses, and labels for m objectives; text, before tokens.
+
+A *prompt* is a text, or chat messages `({"role": ..., "content": ...}, ...)`; a *response* is a text, or the messages
+that answer (usually one of the assistant). Lists may differ in K. Labels are real numbers, higher is better.
+
+A label may be missing. `None` and NaN mean the same: this response was not judged under this objective. An objective
+that is absent from a list's labels is missing for all its responses. Nothing is ever filled in: missing labels stay
+NaN in `PreferenceData.label_array`, and the collator turns them into masks (`mopl.alignment.collate`).
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import numpy as np
+
+from mopl._arguments import check_choice
+
+logger = logging.getLogger(__name__)
+
+Message = Mapping[str, Any]
+Text = str | tuple[Message, ...]
+OnError = Literal["raise", "skip"]
+
+ON_ERROR = ("raise", "skip")
+SHOWN = 3  # examples of each kind of error in a message: enough to find the cause, few enough to read
+SPLIT_STREAM = 1_000_000_011  # a stream of random numbers of its own; the epochs of a run take small integers
+
+
+class DataError(ValueError):
+    """Rows of a data set cannot be used; the message counts them by reason and names where they stand."""
+
+
+class RowError(ValueError):
+    """One row cannot be used.
+
+    Args:
+        reason: what errors of this kind are counted under; the same words for every row.
+        detail: what exactly is wrong in this row.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+
+@dataclass(frozen=True)
+class PreferenceList:
+    """One prompt, its K responses, and their labels.
+
+    Args:
+        prompt: text or chat messages.
+        responses: K >= 2 texts or sequences of messages.
+        labels: for each objective K numbers, higher is better; None where a response has no label. NaN is read as None.
+
+    Raises:
+        RowError: if a prompt or response is empty or malformed, there are fewer than two responses, an objective does
+            not have K labels, or a label is infinite or no number.
+    """
+
+    prompt: Text
+    responses: tuple[Text, ...]
+    labels: Mapping[str, tuple[float | None, ...]]
+
+    def __post_init__(self) -> None:
+        # Frozen dataclasses are assigned through object: lists from JSON become tuples, NaN becomes None, once.
+        object.__setattr__(self, "prompt", _text(self.prompt, "prompt"))
+        if isinstance(self.responses, (str, Mapping)) or not isinstance(self.responses, Sequence):
+            raise RowError("wrong type", f"responses is a {type(self.responses).__name__} but must be a list")
+        if len(self.responses) < 2:
+            raise RowError("fewer than two responses", f"it has {len(self.responses)}")
+        responses = tuple(_text(response, "response", number) for number, response in enumerate(self.responses))
+        object.__setattr__(self, "responses", responses)
+        if not isinstance(self.labels, Mapping):
+            raise RowError("wrong type", f"labels is a {type(self.labels).__name__} but must map objectives to lists")
+        labels = {}
+        for objective, values in self.labels.items():
+            if values is None:  # tables write an absent objective so
+                continue
+            labels[str(objective)] = _labels(objective, values, len(responses))
+        if not any(value is not None for values in labels.values() for value in values):
+            raise RowError("no labels", "no response has a label under any objective")
+        object.__setattr__(self, "labels", labels)
+
+    def __len__(self) -> int:
+        return len(self.responses)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the list as what a line of a JSON lines file holds."""
+
+        def plain(text: Text) -> Any:
+            return text if isinstance(text, str) else [dict(message) for message in text]
+
+        return {
+            "prompt": plain(self.prompt),
+            "responses": [plain(response) for response in self.responses],
+            "labels": {objective: list(values) for objective, values in self.labels.items()},
+        }
+
+
+def _text(value: Any, what: str, number: int | None = None) -> Text:
+    """Check a text or messages, and drop the None entries that tables put where a message has no such key."""
+    where = what if number is None else f"{what} {number}"
+    if isinstance(value, str):
+        if not value.strip():
+            raise RowError(f"empty {what}", f"{where} has no text")
+        return value
+    if isinstance(value, Mapping):
+        value = (value,)
+    if value is None:
+        raise RowError(f"empty {what}", f"{where} is missing")
+    if not isinstance(value, Sequence):
+        raise RowError("wrong type", f"{where} is a {type(value).__name__} but must be a text or a list of messages")
+    if len(value) == 0:
+        raise RowError(f"empty {what}", f"{where} has no messages")
+    messages = []
+    for message in value:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise RowError("not a message", f"{where} holds {_short(message)}, which has no role and content")
+        message = {key: entry for key, entry in message.items() if entry is not None}
+        if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
+            raise RowError("not a message", f"{where} holds {_short(message)}, whose content is no text")
+        messages.append(message)
+    if not any(message.get("content", "").strip() or message.get("tool_calls") for message in messages):
+        raise RowError(f"empty {what}", f"no message of {where} has text")
+    return tuple(messages)
+
+
+def _labels(objective: str, values: Any, count: int) -> tuple[float | None, ...]:
+    if isinstance(values, (str, Mapping)) or not isinstance(values, (Sequence, np.ndarray)):
+        raise RowError("wrong type", f"the labels of {objective} are {_short(values)} but must be a list of numbers")
+    if len(values) != count:
+        raise RowError("label list of another length", f"{objective} has {len(values)} labels for {count} responses")
+    result: list[float | None] = []
+    for number, value in enumerate(values):
+        if value is None:
+            result.append(None)
+            continue
+        if isinstance(value, str) or not hasattr(value, "__float__"):
+            raise RowError("label is not a number", f"{objective} of response {number} is {_short(value)}")
+        value = float(value)
+        if math.isinf(value):
+            raise RowError("label is not finite", f"{objective} of response {number} is {value}")
+        result.append(None if math.isnan(value) else value)
+    return tuple(result)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+@dataclass
+class ReadReport:
+    """What reading a source gave.
+
+    Attributes:
+        source: the file, directory, hub name or format, for messages.
+        rows: rows of the source that were read.
+        lists: lists that were made of them.
+        errors: for each reason the places ("line 3", "row 7") and details of what could not be used.
+    """
+
+    source: str
+    rows: int = 0
+    lists: int = 0
+    errors: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+
+    def add(self, place: str, error: RowError) -> None:
+        """Count an error."""
+        self.errors.setdefault(error.reason, []).append((place, error.detail))
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many lists could not be used, by reason."""
+        return {reason: len(places) for reason, places in self.errors.items()}
+
+    def __str__(self) -> str:
+        bad = sum(self.counts.values())
+        lines = [f"{self.source}: {self.lists} lists from {self.rows} rows; {bad} could not be used"]
+        for reason, places in sorted(self.errors.items(), key=lambda item: -len(item[1])):
+            examples = "; ".join(f"{place}: {detail}" for place, detail in places[:SHOWN])
+            lines.append(f"  {len(places)} x {reason} ({examples}{'; ...' if len(places) > SHOWN else ''})")
+        return "\n".join(lines)
+
+    def settle(self, on_error: OnError) -> None:
+        """Raise, or log, what could not be used.
+
+        Raises:
+            DataError: if there were errors and `on_error` is "raise", or if no list is left.
+        """
+        check_choice(on_error, ON_ERROR, "on_error")
+        if self.errors and on_error == "raise":
+            raise DataError(f"{self}\nmend these rows, or pass on_error='skip' to leave them out")
+        if self.lists == 0:
+            raise DataError(f"{self}\nnothing is left to learn from")
+        if self.errors:
+            logger.warning("%s", self)
+
+
+class PreferenceData(Sequence[PreferenceList]):
+    """Lists of responses with labels for the same m objectives. Never changed after it is made.
+
+    Args:
+        lists: the lists, at least one.
+        objectives: names and order of the m objectives; default the order in which the lists first name them. Labels
+            under other names are left out.
+        name: of the data set, for messages.
+        report: what reading it gave.
+
+    Raises:
+        ValueError: if there is no list, an objective is named twice or never labelled, or a list has no label under
+            any of the objectives.
+    """
+
+    def __init__(
+        self,
+        lists: Iterable[PreferenceList],
+        objectives: Sequence[str] | None = None,
+        *,
+        name: str = "data",
+        report: ReadReport | None = None,
+    ) -> None:
+        self.lists = tuple(lists)
+        self.name, self.report = name, report
+        if not self.lists:
+            raise ValueError(f"{name} has no list; give it at least one")
+        named = dict.fromkeys(objective for item in self.lists for objective in item.labels)
+        if objectives is not None and isinstance(objectives, str):
+            raise TypeError(f"objectives is {objectives!r} but must be a sequence of names; pass ({objectives!r},)")
+        self.objectives = tuple(named if objectives is None else objectives)
+        if len(set(self.objectives)) != len(self.objectives) or not self.objectives:
+            raise ValueError(f"objectives are {self.objectives} but must be different names, at least one")
+        unknown = [objective for objective in self.objectives if objective not in named]
+        if unknown:
+            raise ValueError(f"no list of {name} has labels for {', '.join(unknown)}; it has {', '.join(named)}")
+        for number, item in enumerate(self.lists):
+            if not any(value is not None for o in self.objectives for value in item.labels.get(o, ())):
+                raise ValueError(
+                    f"list {number} of {name} has no label under {', '.join(self.objectives)}, only under "
+                    f"{', '.join(item.labels)}; leave it out, or name more objectives"
+                )
+
+    @classmethod
+    def _trusted(cls, lists: tuple[PreferenceList, ...], objectives: tuple[str, ...], name: str) -> PreferenceData:
+        """Make a part of checked data; a small part may well have no label under some objective."""
+        data = cls.__new__(cls)
+        data.lists, data.objectives, data.name, data.report = lists, objectives, name, None
+        return data
+
+    def __len__(self) -> int:
+        return len(self.lists)
+
+    @overload
+    def __getitem__(self, index: int) -> PreferenceList: ...
+    @overload
+    def __getitem__(self, index: slice) -> PreferenceData: ...
+    def __getitem__(self, index: int | slice) -> PreferenceList | PreferenceData:
+        if isinstance(index, slice):
+            return PreferenceData._trusted(self.lists[index], self.objectives, self.name)
+        return self.lists[index]
+
+    def label_array(self, index: int) -> np.ndarray:
+        """Return the labels of a list, float32 (m, K), NaN where missing."""
+        item = self.lists[index]
+        rows = [item.labels.get(objective) or (None,) * len(item) for objective in self.objectives]
+        return np.array([[math.nan if value is None else value for value in row] for row in rows], dtype=np.float32)
+
+    def split(self, fraction: float, *, seed: int = 0) -> tuple[PreferenceData, PreferenceData]:
+        """Split at random into a part of `fraction` of the lists and the rest; lists of one prompt stay together.
+
+        Args:
+            fraction: share of the second part, between 0 and 1; both parts get at least one prompt.
+            seed: of the permutation.
+
+        Returns:
+            (the larger rest for training, the part of `fraction` held out).
+
+        Raises:
+            ValueError: if `fraction` is not between 0 and 1, or there is only one prompt.
+        """
+        if not 0 < fraction < 1:
+            raise ValueError(f"fraction is {fraction} but must lie between 0 and 1")
+        keys = [json.dumps(item.to_json()["prompt"], sort_keys=True) for item in self.lists]
+        prompts = list(dict.fromkeys(keys))
+        if len(prompts) < 2:
+            raise ValueError(f"{self.name} has one prompt only and cannot be split")
+        bits = np.random.Philox(np.random.SeedSequence([seed, SPLIT_STREAM]))
+        shuffled = np.random.Generator(bits).permutation(len(prompts))
+        count = min(max(round(fraction * len(prompts)), 1), len(prompts) - 1)
+        held = {prompts[number] for number in shuffled[:count]}
+        parts = ([], [])
+        for key, item in zip(keys, self.lists, strict=True):
+            parts[key in held].append(item)
+        return (
+            PreferenceData._trusted(tuple(parts[0]), self.objectives, f"{self.name} (train)"),
+            PreferenceData._trusted(tuple(parts[1]), self.objectives, f"{self.name} (held out)"),
+        )
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 of objectives, prompts, responses and labels: what is stored beside data can be checked."""
+        digest = hashlib.sha256(json.dumps(self.objectives).encode())
+        for item in self.lists:
+            digest.update(json.dumps(item.to_json(), sort_keys=True, ensure_ascii=False).encode() + b"\n")
+        return digest.hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        """Return counts: lists, responses, lengths of lists, and for each objective how many lists are labelled.
+
+        Returns:
+            `{"lists", "responses", "list_sizes": {K: count}, "objectives": {name: {"complete", "partial", "missing"}}}`
+        """
+        sizes: dict[int, int] = {}
+        objectives = {objective: {"complete": 0, "partial": 0, "missing": 0} for objective in self.objectives}
+        for item in self.lists:
+            sizes[len(item)] = sizes.get(len(item), 0) + 1
+            for objective, counts in objectives.items():
+                labelled = sum(value is not None for value in item.labels.get(objective, ()))
+                counts["missing" if labelled == 0 else "complete" if labelled == len(item) else "partial"] += 1
+        return {
+            "lists": len(self),
+            "responses": sum(len(item) for item in self.lists),
+            "list_sizes": dict(sorted(sizes.items())),
+            "objectives": objectives,
+        }
+
+    def write_jsonl(self, path: str | Path) -> None:
+        """Write one list a line: `{"prompt", "responses": [...], "labels": {objective: [...]}}`; gzip for .gz."""
+        path = Path(path)
+        opened = gzip.open(path, "wt", encoding="utf-8") if path.suffix == ".gz" else path.open("w", encoding="utf-8")
+        with opened as file:
+            for item in self.lists:
+                file.write(json.dumps(item.to_json(), ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def concatenate(datasets: Sequence[PreferenceData], *, name: str = "data") -> PreferenceData:
+    """Put data sets one after another; their objectives are united, and what a data set lacks is missing in its lists.
+
+    So pairs judged for helpfulness and other pairs judged for harmlessness become one data set of two objectives.
+    """
+    objectives = tuple(dict.fromkeys(objective for data in datasets for objective in data.objectives))
+    kept = [
+        PreferenceList(item.prompt, item.responses, {o: item.labels[o] for o in data.objectives if o in item.labels})
+        for data in datasets
+        for item in data
+    ]
+    return PreferenceData(kept, objectives or None, name=name)
+
+
+def collect(
+    drafts: Iterator[tuple[str, PreferenceList | RowError]],
+    report: ReadReport,
+    *,
+    objectives: Sequence[str] | None = None,
+    on_error: OnError = "raise",
+) -> PreferenceData:
+    """Make a data set of what a reader yields: (place, list or error) pairs.
+
+    Raises:
+        DataError: see `ReadReport.settle`.
+    """
+    lists = []
+    for place, draft in drafts:
+        if isinstance(draft, PreferenceList) and objectives is not None:
+            labelled = any(value is not None for o in objectives for value in draft.labels.get(o, ()))
+            if not labelled:
+                draft = RowError("no labels", f"none under {', '.join(objectives)}, only {', '.join(draft.labels)}")
+        if isinstance(draft, RowError):
+            report.add(place, draft)
+        else:
+            lists.append(draft)
+    report.lists = len(lists)
+    report.settle(on_error)
+    return PreferenceData(lists, objectives, name=report.source, report=report)

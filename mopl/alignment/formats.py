@@ -1,0 +1,344 @@
+r"""The public formats of preference data: how a row, or consecutive rows, of each become lists with labels.
+
+Labels are always "higher is better":
+
+* a preference between two responses is 1 for the preferred one and 0 for the other, a tie 1 for both;
+* a rank (1 or 0 is best) becomes `worst rank of the list + 1 - rank`, so that the last response has label 1;
+* a rating is taken as it is.
+
+Transcripts in Anthropic's notation (`\n\nHuman: ...\n\nAssistant: ...`) become chat messages, so that a model sees them
+through its own chat template.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mopl.alignment.data import PreferenceList, RowError
+
+Row = Mapping[str, Any]
+Draft = PreferenceList | RowError
+
+ULTRAFEEDBACK = ("helpfulness", "honesty", "instruction_following", "truthfulness")
+HELPSTEER = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
+
+
+@dataclass(frozen=True)
+class Format:
+    """One public format.
+
+    Attributes:
+        name: by which it is asked for.
+        columns: columns that a row must have; they also tell the format when it is not named.
+        parse: makes lists of the rows that belong together; options are keywords of it.
+        group: the key by which consecutive rows belong together; None: every row by itself.
+        about: where the format is met, for messages.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    parse: Callable[..., Iterator[Draft]]
+    group: Callable[[Row], Any] | None = None
+    about: str = ""
+
+
+def draft(prompt: Any, responses: Any, labels: Any) -> Draft:
+    """Make a list, or the error that says why it cannot be one."""
+    try:
+        return PreferenceList(prompt, responses, labels)
+    except RowError as error:
+        return error
+
+
+def from_json(value: Any, what: str) -> Any:
+    """Read a column that a CSV file holds as JSON text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise RowError("not JSON", f"{what} is text that is no JSON ({error})") from None
+
+
+# ---------------------------------------------------------------- mopl's own
+
+
+def parse_lists(rows: Sequence[Row]) -> Iterator[Draft]:
+    """`{"prompt", "responses": [...], "labels": {objective: [...]}}`; JSON texts in CSV files."""
+    row = rows[0]
+    yield draft(row["prompt"], from_json(row["responses"], "responses"), from_json(row["labels"], "labels"))
+
+
+# ---------------------------------------------------------------- two objectives on pairs
+
+
+def parse_safe_rlhf(rows: Sequence[Row]) -> Iterator[Draft]:
+    """PKU-SafeRLHF: which response is better and which is safer; no id or None is a missing label."""
+    row = rows[0]
+    labels = {}
+    for objective, column in (("helpful", "better_response_id"), ("harmless", "safer_response_id")):
+        chosen = row.get(column)
+        if chosen is None:
+            continue
+        if isinstance(chosen, str) and chosen.strip() in ("0", "1"):
+            chosen = int(chosen)
+        if chosen not in (0, 1):
+            raise RowError("unknown response id", f"{column} is {chosen!r} but must be 0 or 1")
+        labels[objective] = (float(chosen == 0), float(chosen == 1))
+    yield draft(row["prompt"], (row["response_0"], row["response_1"]), labels)
+
+
+# ---------------------------------------------------------------- ratings
+
+
+def parse_ultrafeedback(rows: Sequence[Row], *, aspects: Sequence[str] = ULTRAFEEDBACK) -> Iterator[Draft]:
+    """UltraFeedback: an instruction and completions with a rating of each aspect; "N/A" is a missing label.
+
+    The system prompts by which single completions were made are not part of the prompt, which all responses share.
+    """
+    row = rows[0]
+    completions = from_json(row["completions"], "completions")
+    if not isinstance(completions, Sequence) or not all(isinstance(c, Mapping) for c in completions):
+        raise RowError("wrong type", "completions must be a list of records")
+    labels = {aspect: tuple(_aspect_rating(completion, aspect) for completion in completions) for aspect in aspects}
+    yield draft(row["instruction"], [completion.get("response") for completion in completions], labels)
+
+
+def _aspect_rating(completion: Row, aspect: str) -> float | None:
+    annotation = (completion.get("annotations") or {}).get(aspect)
+    rating = annotation.get("Rating") if isinstance(annotation, Mapping) else annotation
+    if rating is None or (isinstance(rating, str) and rating.strip().upper() in ("", "N/A", "NA", "NONE")):
+        return None
+    try:
+        return float(rating)
+    except (TypeError, ValueError):
+        raise RowError("label is not a number", f"the rating of {aspect} is {rating!r}") from None
+
+
+def parse_generations(rows: Sequence[Row]) -> Iterator[Draft]:
+    """Lists of distilabel: `generations` and one rating of each."""
+    row = rows[0]
+    generations, ratings = from_json(row["generations"], "generations"), from_json(row["ratings"], "ratings")
+    yield draft(row["instruction"], generations, {"rating": ratings})
+
+
+def parse_attributes(
+    rows: Sequence[Row], *, prompt: str, response: str, attributes: Sequence[str] | None, scores: str | None = None
+) -> Iterator[Draft]:
+    """One response a row with numeric attributes; consecutive rows of one prompt are a list."""
+    records = [from_json(row[scores], scores) if scores else row for row in rows]
+    if not all(isinstance(record, Mapping) for record in records):
+        raise RowError("wrong type", f"{scores} must be a record of numbers")
+    names = attributes if attributes is not None else tuple(dict.fromkeys(n for record in records for n in record))
+    labels = {name: tuple(record.get(name) for record in records) for name in names}
+    yield draft(_turns_of(rows[0][prompt]), [row[response] for row in rows], labels)
+
+
+_HELPSTEER_TURN = re.compile(r"\n<extra_id_1>(User|Assistant)\n")
+
+
+def _turns_of(prompt: Any) -> Any:
+    """HelpSteer2 writes later turns as `<extra_id_1>Assistant` and `<extra_id_1>User` inside the prompt."""
+    if not isinstance(prompt, str) or "<extra_id_1>" not in prompt:
+        return prompt
+    first, *rest = _HELPSTEER_TURN.split(prompt)
+    messages = [{"role": "user", "content": first}]
+    messages += [{"role": role.lower(), "content": text} for role, text in zip(rest[::2], rest[1::2], strict=True)]
+    return messages
+
+
+def parse_helpsteer_preference(rows: Sequence[Row]) -> Iterator[Draft]:
+    """HelpSteer2/3 preferences: -3 (the first is much better) to 3 (the second is much better).
+
+    The labels are the strength for the preferred response and 0 for the other; a tie is 1 for both.
+    """
+    row = rows[0]
+    strength = row.get("overall_preference", row.get("preference_strength"))
+    if strength is None:
+        raise RowError("no labels", "the preference is missing")
+    if isinstance(strength, str) or strength not in range(-3, 4):
+        raise RowError("unknown preference", f"it is {strength!r} but must be a whole number from -3 to 3")
+    first, second = (row.get(f"response{n}", row.get(f"response_{n}")) for n in (1, 2))
+    tied = float(strength == 0)
+    labels = (max(-float(strength), tied), max(float(strength), tied))
+    prompt = row["context"] if "context" in row else _turns_of(row["prompt"])
+    yield draft(prompt, (first, second), {"preference": labels})
+
+
+# ---------------------------------------------------------------- rankings
+
+
+def labels_of_ranks(ranks: Sequence[Any]) -> tuple[float | None, ...]:
+    """Turn ranks, lowest best, into labels: worst rank + 1 - rank; a missing rank is a missing label."""
+    for rank in ranks:
+        if rank is not None and (isinstance(rank, str) or rank != rank or rank < 0):
+            raise RowError("unknown rank", f"a rank is {rank!r} but must be a number of at least 0")
+    worst = max((rank for rank in ranks if rank is not None), default=0)
+    return tuple(None if rank is None else float(worst + 1 - rank) for rank in ranks)
+
+
+def parse_ranked_answers(rows: Sequence[Row]) -> Iterator[Draft]:
+    """Nectar: a prompt and answers with their ranks, 1 the best."""
+    row = rows[0]
+    answers = from_json(row["answers"], "answers")
+    if not isinstance(answers, Sequence) or not all(isinstance(answer, Mapping) for answer in answers):
+        raise RowError("wrong type", "answers must be a list of records")
+    labels = {"preference": labels_of_ranks([answer.get("rank") for answer in answers])}
+    yield draft(transcript(row["prompt"]), [answer.get("answer") for answer in answers], labels)
+
+
+def parse_oasst_tree(rows: Sequence[Row]) -> Iterator[Draft]:
+    """Open Assistant trees: every message whose assistant replies were ranked is a list; deleted ones are left out."""
+    root = from_json(rows[0]["prompt"], "prompt")
+    if not isinstance(root, Mapping):
+        raise RowError("wrong type", "prompt must be the first message of a tree")
+    yield from _ranked_replies(root, ())
+
+
+def _ranked_replies(node: Row, before: tuple[Row, ...]) -> Iterator[Draft]:
+    role = {"prompter": "user", "assistant": "assistant"}.get(str(node.get("role")))
+    if role is None:
+        yield RowError("not a message", f"a message of the tree has the role {node.get('role')!r}")
+        return
+    prompt = (*before, {"role": role, "content": node.get("text")})
+    replies = [reply for reply in node.get("replies") or () if not reply.get("deleted")]
+    ranked = [reply for reply in replies if reply.get("role") == "assistant" and reply.get("rank") is not None]
+    if len(ranked) > 1:  # one ranked reply says nothing; most messages of a tree have none
+        try:
+            labels = {"preference": labels_of_ranks([reply["rank"] for reply in ranked])}
+        except RowError as error:
+            yield error
+        else:
+            yield draft(prompt, [reply.get("text") for reply in ranked], labels)
+    for reply in replies:
+        yield from _ranked_replies(reply, prompt)
+
+
+def parse_oasst_messages(rows: Sequence[Row]) -> Iterator[Draft]:
+    """Open Assistant as on the hub: consecutive rows are the messages of one tree."""
+    nodes = {row["message_id"]: {**row, "replies": []} for row in rows}
+    for row in rows:
+        parent = row.get("parent_id")
+        if parent is None:
+            continue
+        if parent not in nodes:
+            raise RowError("unknown parent", f"message {row['message_id']} answers {parent}, which is not in its tree")
+        nodes[parent]["replies"].append(nodes[row["message_id"]])
+    for row in rows:
+        if row.get("parent_id") is None:
+            yield from _ranked_replies(nodes[row["message_id"]], ())
+
+
+# ---------------------------------------------------------------- pairs
+
+
+def transcript(text: Any) -> Any:
+    """Turn Anthropic's notation into messages, without the empty turn that the assistant is to fill; else return it."""
+    if not isinstance(text, str) or not text.lstrip().startswith("Human:"):
+        return text
+    pieces = re.split(r"(?:^|\n\n)(Human|Assistant):", text.lstrip())[1:]
+    roles = {"Human": "user", "Assistant": "assistant"}
+    messages = [
+        {"role": roles[role], "content": content.strip()}
+        for role, content in zip(pieces[::2], pieces[1::2], strict=True)
+    ]
+    if messages[-1] == {"role": "assistant", "content": ""}:
+        messages.pop()
+    return messages
+
+
+def parse_pair(rows: Sequence[Row], *, objective: str = "preference") -> Iterator[Draft]:
+    """Anthropic HH, and every preference data set of TRL: chosen and rejected, as texts or messages.
+
+    Without a prompt, or with whole conversations in chosen and rejected, the prompt is what both begin with: whole
+    messages, and in plain text whole words (the space before the first different word goes to the responses).
+    """
+    row = rows[0]
+    prompt, pair = row.get("prompt"), [row["chosen"], row["rejected"]]
+    labels = {objective: (1.0, 0.0)}
+    for what, value in zip(("chosen", "rejected"), pair, strict=True):
+        if value is None or len(value) == 0:
+            raise RowError("empty response", f"{what} has no text")
+    if pair[0] == pair[1]:
+        raise RowError("equal responses", "chosen and rejected are the same")
+    if prompt is None and all(isinstance(text, str) and text.lstrip().startswith("Human:") for text in pair):
+        # Split by hand and not by `transcript`: an empty last turn is an empty response, not a turn to be filled.
+        marker = "\n\nAssistant:"
+        ends = [text.rfind(marker) for text in pair]
+        if min(ends) > 0 and pair[0][: ends[0]] == pair[1][: ends[1]]:
+            replies = [text[end + len(marker) :].strip() for text, end in zip(pair, ends, strict=True)]
+            yield draft(transcript(pair[0][: ends[0]]), replies, labels)
+            return
+        pair = [transcript(text) for text in pair]
+    if isinstance(pair[0], str) != isinstance(pair[1], str):
+        raise RowError("wrong type", "one of chosen and rejected is text and the other is messages")
+    if isinstance(pair[0], str):
+        if prompt is None:
+            prompt, pair = _common_words(*pair)
+        else:
+            prompt = transcript(prompt)
+        yield draft(prompt, pair, labels)
+        return
+    whole = pair[0][0].get("role") != "assistant"
+    if prompt is None or whole:
+        common = 0
+        # The last message of each is always a response, even where one conversation is the beginning of the other.
+        while common < min(map(len, pair)) - 1 and pair[0][common] == pair[1][common]:
+            common += 1
+        if common == 0:
+            raise RowError("no common prompt", "chosen and rejected differ from their first message on")
+        prompt, pair = pair[0][:common], [messages[common:] for messages in pair]
+        if any(messages[0].get("role") != "assistant" for messages in pair):
+            raise RowError("no common prompt", f"they part at message {common}, which is not the assistant's")
+    yield draft(prompt, pair, labels)
+
+
+def _common_words(chosen: str, rejected: str) -> tuple[str, list[str]]:
+    common = 0
+    while common < min(len(chosen), len(rejected)) and chosen[common] == rejected[common]:
+        common += 1
+    cut = max((match.start() for match in re.finditer(r"\s+", chosen[:common])), default=0)
+    if cut == 0:
+        raise RowError("no common prompt", "chosen and rejected share no first word, and the row has no prompt")
+    return chosen[:cut], [chosen[cut:], rejected[cut:]]
+
+
+_SHAREGPT_ROLES = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "function_call": "assistant",
+    "system": "system", "observation": "tool", "tool": "tool",
+}  # fmt: skip
+
+
+def _sharegpt(message: Any) -> dict[str, Any]:
+    if not isinstance(message, Mapping) or message.get("from") not in _SHAREGPT_ROLES:
+        raise RowError("not a message", f"{str(message)[:60]} has no from and value, or an unknown from")
+    return {"role": _SHAREGPT_ROLES[message["from"]], "content": message.get("value")}
+
+
+def parse_sharegpt_pair(rows: Sequence[Row], *, objective: str = "preference") -> Iterator[Draft]:
+    """LLaMA-Factory's preferences in ShareGPT style: conversations, and chosen and rejected messages."""
+    row = rows[0]
+    prompt = [_sharegpt(message) for message in from_json(row["conversations"], "conversations")]
+    if row.get("system"):
+        prompt.insert(0, {"role": "system", "content": row["system"]})
+    pair = [(_sharegpt(from_json(row[side], side)),) for side in ("chosen", "rejected")]
+    if pair[0] == pair[1]:
+        raise RowError("equal responses", "chosen and rejected are the same")
+    yield draft(prompt, pair, {objective: (1.0, 0.0)})
+
+
+def parse_alpaca_pair(rows: Sequence[Row], *, objective: str = "preference") -> Iterator[Draft]:
+    """LLaMA-Factory's preferences in Alpaca style: instruction, input, system, history, chosen, rejected."""
+    row = rows[0]
+    content = "\n".join(part for part in (row["instruction"], row.get("input")) if part)
+    prompt = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    for question, answer in row.get("history") or ():
+        prompt += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    if row["chosen"] == row["rejected"]:
+        raise RowError("equal responses", "chosen and rejected are the same")
+    prompt.append({"role": "user", "content": content})
+    yield draft(prompt, (row["chosen"], row["rejected"]), {objective: (1.0, 0.0)})
