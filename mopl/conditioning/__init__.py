@@ -1,6 +1,19 @@
 """How the weights of the objectives (and the temperatures) enter a model."""
 
 from mopl.conditioning.concat import ConcatCondition
+from mopl.conditioning.hyper_prompt import HyperPrompt
+from mopl.conditioning.hyper_prompt_model import HyperPromptModel, TuningRecord
 from mopl.conditioning.sampling import Temperatures, check_weights, sample_temperatures, sample_weights
+from mopl.conditioning.text_prompt import TextPrompt
 
-__all__ = ["ConcatCondition", "Temperatures", "check_weights", "sample_temperatures", "sample_weights"]
+__all__ = [
+    "ConcatCondition",
+    "HyperPrompt",
+    "HyperPromptModel",
+    "Temperatures",
+    "TextPrompt",
+    "TuningRecord",
+    "check_weights",
+    "sample_temperatures",
+    "sample_weights",
+]

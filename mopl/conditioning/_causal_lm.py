@@ -1,0 +1,64 @@
+"""What `HyperPromptModel` asks of a causal language model of transformers, and of PEFT's wrapper around one."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+
+from mopl.conditioning.hyper_prompt import HyperPrompt
+
+# What trainers and accelerate read from a model, taken from the causal language model. A closed list: with an open one
+# `fuse` and `is_fused` would take this module for the model inside.
+DELEGATED = frozenset(
+    "config device dtype generation_config gradient_checkpointing_enable gradient_checkpointing_disable "
+    "is_gradient_checkpointing activation_checkpointing_enable activation_checkpointing_disable "
+    "is_activation_checkpointing supports_gradient_checkpointing enable_input_require_grads get_input_embeddings "
+    "get_output_embeddings name_or_path hf_device_map is_quantized is_loaded_in_8bit is_loaded_in_4bit "
+    "hf_quantizer quantization_method _no_split_modules main_input_name warnings_issued".split()
+)
+
+
+def is_peft(model: nn.Module) -> bool:
+    """Say whether a model is PEFT's wrapper around a causal language model."""
+    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+def check_model(model: nn.Module, base: Any, prompt: HyperPrompt) -> None:
+    """Raise where a prompt could not be put in front of the model's input."""
+    name = type(base).__name__
+    if is_peft(model) and any(config.is_prompt_learning for config in model.peft_config.values()):  # type: ignore[union-attr]
+        raise ValueError("the PEFT model has a prompt of its own; pass a plain model, or one with LoRA or the like")
+    if getattr(base, "_hf_peft_config_loaded", False):
+        raise ValueError(f"{name} carries adapters of add_adapter; wrap it with peft.get_peft_model instead")
+    if not hasattr(base, "get_input_embeddings") or base.get_input_embeddings() is None:
+        raise ValueError(f"{name} has no token embeddings; pass a causal language model of transformers")
+    if "inputs_embeds" not in inspect.signature(type(base).forward).parameters:
+        raise ValueError(f"{name}.forward takes no inputs_embeds, so virtual tokens cannot be put in front")
+    text_config = base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
+    if getattr(text_config, "hidden_size_per_layer_input", 0):
+        raise ValueError(f"{name} embeds tokens again in every layer, which virtual tokens have no answer for")
+    width = base.get_input_embeddings().weight.shape[1]
+    if width != prompt.hidden:
+        raise ValueError(f"hyper_prompt has hidden={prompt.hidden} but {name} embeds tokens in {width}; pass that")
+
+
+def cut_outputs(output: Any, length: int) -> Any:
+    """Drop what the virtual tokens gave."""
+    if getattr(output, "logits", None) is not None:
+        output.logits = output.logits[:, -length:]
+    if getattr(output, "hidden_states", None) is not None:
+        output.hidden_states = tuple(hidden[:, -length:] for hidden in output.hidden_states)
+    return output
+
+
+def count_new_tokens(kwargs: dict[str, Any], config: Any, length: int) -> None:
+    """Turn lengths of the whole text into numbers of new tokens: `generate` would count virtual tokens as text."""
+    for total, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+        if kwargs.get(new, getattr(config, new, None)) is None:
+            value = kwargs.pop(total, None) or getattr(config, total, None)
+            if value:
+                if total == "max_length" and value <= length:
+                    raise ValueError(f"max_length is {value} but the prompts have {length} tokens already")
+                kwargs[new] = max(value - length, 0)

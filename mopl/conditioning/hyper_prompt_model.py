@@ -1,0 +1,418 @@
+"""Any Hugging Face causal language model, conditioned on a trade-off by the virtual tokens of a `HyperPrompt`.
+
+    rows of text          [pad pad t0 t1 t2]       T positions, padded on either side
+    what the model sees   [pad pad v0 .. v(k-1) t0 t1 t2]       k + T positions
+    what comes back       the outputs of the T positions of the text
+
+The virtual tokens stand right before the first token of each row, so a padded row is the row alone, sliding windows
+included, and text keeps its place from the right: the outputs of the text are always the last T.
+
+Two conventions of positions (`positions=`):
+
+* `"hf"`: as Hugging Face models and PEFT count: virtual tokens at 0 .. k-1, text from k on.
+* `"paper"`: as figure 4 of Ren et al. (UAI 2025) draws it: positions are added to the text before the virtual tokens
+  come in front. Text is at 0 .. T-1 and virtual tokens have no position: no position embedding is added to them
+  (GPT-2 and its like), or they are not rotated, which is position 0 (rotary models).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mopl._arguments import check_choice, shape_of
+from mopl.conditioning._causal_lm import DELEGATED, check_model, count_new_tokens, cut_outputs, is_peft
+from mopl.conditioning._prefix_layout import Layout, check_paper_positions, silence_position_embedding
+from mopl.conditioning.hyper_prompt import HyperPrompt
+from mopl.conditioning.sampling import check_weights
+
+Positions = Literal["hf", "paper"]
+POSITIONS = ("hf", "paper")
+WEIGHTS_FILE, CONFIG_FILE = "hyper_prompt.safetensors", "mopl.json"
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class TuningRecord:
+    """What the weights of a conditioned model mean; it is saved beside them.
+
+    Args:
+        objectives: Names of the m objectives, in the order of the weights.
+        reference: What the model was regularised towards: `"self"` (the model with adapters and prefix off) or a name.
+        beta: β of the training: a number, one for each objective, or for a model conditioned on temperatures the box
+            that they were drawn from, `(low, high)`.
+        alpha: Concentration of the Dirichlet distribution that weights were drawn from.
+    """
+
+    objectives: tuple[str, ...]
+    reference: str = "self"
+    beta: Any = None
+    alpha: Any = None
+
+
+class HyperPromptModel(nn.Module):
+    """A causal language model that takes weights of objectives.
+
+    The base model is frozen. What is trained is the prompt, and the adapters if the model is a PEFT model (LoRA and its
+    like). A fused model (`mopl.alignment.fuse`) keeps its way to log-probabilities; fuse before wrapping.
+
+    Args:
+        model: A causal language model of transformers, or a PEFT model around one.
+        hyper_prompt: The prompt; its `hidden` is the width of the model's token embeddings.
+        record: Names of the objectives and how the model was trained; `objective_1`, ... by default.
+        positions: `"hf"` or `"paper"`, see above.
+
+    Raises:
+        ValueError: If widths or numbers of objectives differ, or the model takes no embeddings as inputs, carries a
+            prompt of its own, or knows no positions that `"paper"` could set.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        hyper_prompt: HyperPrompt,
+        *,
+        record: TuningRecord | Sequence[str] | None = None,
+        positions: Positions = "hf",
+    ) -> None:
+        super().__init__()
+        check_choice(positions, POSITIONS, "positions")
+        if record is None:
+            record = [f"objective_{j + 1}" for j in range(hyper_prompt.objectives)]
+        self.record = record if isinstance(record, TuningRecord) else TuningRecord(tuple(record))
+        if len(self.record.objectives) != hyper_prompt.objectives:
+            raise ValueError(f"record names {self.record.objectives} but the prompt has {hyper_prompt.objectives}")
+        self.model = model
+        self.hyper_prompt = hyper_prompt
+        self.positions: Positions = positions
+        self._is_reference = False
+        base = self.causal_lm
+        check_model(model, base, hyper_prompt)
+        self._takes_positions = "position_ids" in inspect.signature(type(base).forward).parameters
+        self._absolute = False
+        if positions == "paper":
+            self._absolute = check_paper_positions(base, self._takes_positions)
+            if self._absolute:
+                silence_position_embedding(base)
+        if not is_peft(model):
+            model.requires_grad_(False)
+        # The prompt lives where the embeddings are; its precision is its own.
+        hyper_prompt.to(base.get_input_embeddings().weight.device)
+
+    def __getattr__(self, name: str) -> Any:
+        """Read from the causal language model what trainers ask of a model."""
+        if name in DELEGATED:
+            return getattr(self.causal_lm, name)
+        return super().__getattr__(name)
+
+    @property
+    def causal_lm(self) -> Any:
+        """The causal language model itself, without PEFT's wrapper."""
+        model: Any = self.model
+        return model.get_base_model() if is_peft(model) else model
+
+    @torch.no_grad()
+    def set_prefix_from_tokens(self, token_ids: Tensor | Sequence[int]) -> None:
+        """Start P at the model's own embeddings of tokens: cut to k of them, or repeated until there are k."""
+        embedding = self.causal_lm.get_input_embeddings()
+        ids = torch.as_tensor(token_ids, dtype=torch.long, device=embedding.weight.device)
+        if ids.ndim != 1:
+            raise ValueError(f"token_ids has shape {shape_of(ids)} but must be (n,)")
+        self.hyper_prompt.set_prefix(embedding(ids))
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[HyperPromptModel]:
+        """Be the reference inside a `with` block: prompt off, adapters off.
+
+        Calls may still pass weights; they change nothing. Gradients and dropout are as the caller sets them.
+        """
+        before = self._is_reference
+        model: Any = self.model
+        self._is_reference = True
+        try:
+            with model.disable_adapter() if is_peft(model) else contextlib.nullcontext():
+                yield self
+        finally:
+            self._is_reference = before
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,  # (B, T)
+        attention_mask: Tensor | None = None,  # (B, T)
+        weights: Tensor | None = None,  # (m,) or (B, m)
+        objective_temperature: Tensor | None = None,  # (m,), (1, m) or (B, m)
+        position_ids: Tensor | None = None,  # (B, T)
+        labels: Tensor | None = None,  # (B, T)
+        inputs_embeds: Tensor | None = None,  # (B, T, d)
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Run the model on text behind the prompt of each row's weights.
+
+        Args:
+            input_ids: (B, T).
+            attention_mask: (B, T), 1 where a token exists; padding may be on either side. With a cache it covers the
+                text of the cache too, as ever, and never the virtual tokens.
+            weights: w, (m,) or (B, m). Required, but for the reference, where they change nothing.
+            objective_temperature: β, for a prompt conditioned on temperatures. (`temperature` is the fused head's:
+                what logits are divided by.)
+            position_ids: (B, T), positions of the text, counted from 0; from the mask by default. Needs a mask: packed
+                rows, which transformers recognises by its absence, have no place for a prompt.
+            labels: (B, T); the model's own loss. The first token of a row is not predicted, as without a prompt.
+            inputs_embeds: (B, T, d), in place of `input_ids`.
+            past_key_values: A cache. An empty one takes the prompt in; later calls pass new tokens only.
+            **kwargs: Keywords of the model's forward, `targets` and the like of a fused model included.
+
+        Returns:
+            What the model returns. `logits`, `hidden_states` and log-probabilities are those of the T positions of the
+            text; `attentions` and the cache are over all k + T.
+
+        Raises:
+            ValueError: If weights are missing or a shape is wrong.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass either input_ids (B, T) or inputs_embeds (B, T, d)")
+        content = input_ids if inputs_embeds is None else inputs_embeds
+        assert content is not None
+        if content.ndim != (2 if inputs_embeds is None else 3):
+            raise ValueError(
+                f"the text has shape {shape_of(content)}; pass input_ids (B, T) or inputs_embeds (B, T, d)"
+            )
+        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        layout = self._layout(content, attention_mask, position_ids, past, kwargs)
+        text: dict[str, Any] = {"inputs_embeds" if input_ids is None else "input_ids": content}
+        if layout.enters:
+            text = {"inputs_embeds": self._embed_with_prompt(content, layout, weights, objective_temperature)}
+            labels = layout.shift_labels(labels)
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}
+        if isinstance(kwargs.get("logits_to_keep"), Tensor) and layout.enters:
+            kwargs["logits_to_keep"] = kwargs["logits_to_keep"] + layout.virtual
+        if "targets" in kwargs and attention_mask is not None:
+            # On the left, the last padding position has become the last virtual token, which predicts nothing.
+            kept = attention_mask[:, -layout.length :].bool()
+            kwargs["targets"] = kwargs["targets"].masked_fill(~kept, IGNORE_INDEX)
+        if self._takes_positions:
+            kwargs["position_ids"] = self._positions(layout, position_ids)
+        if labels is not None:
+            kwargs["labels"] = labels
+        if past_key_values is not None:
+            kwargs["past_key_values"] = past_key_values
+        output = self.model(**text, attention_mask=layout.mask(required=self.positions == "paper"), **kwargs)
+        return cut_outputs(output, layout.length)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,  # (B, T)
+        attention_mask: Tensor | None = None,  # (B, T)
+        weights: Tensor | Sequence[float] | Sequence[Sequence[float]] | None = None,  # (m,) or (B, m)
+        objective_temperature: Tensor | Sequence[float] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Generate with one weight vector for each row.
+
+        The prompt enters once and lives in the cache from then on (transformers always uses one here), so sampling,
+        beams and `num_return_sequences` work as ever.
+
+        Args:
+            input_ids: (B, T), padded on the left.
+            attention_mask: (B, T); may be left out where nothing is padded.
+            weights: w, (m,) or (B, m), on the simplex.
+            objective_temperature: β, for a prompt conditioned on temperatures.
+            **kwargs: Keywords of `generate` of transformers. `max_length` counts text, not virtual tokens.
+
+        Returns:
+            What `generate` of transformers returns: the prompts' tokens with the new ones.
+
+        Raises:
+            ValueError: If weights are missing or off the simplex, rows are padded on the right, or an option cannot
+                work with a prompt (assisted decoding, chunked prefill).
+        """
+        if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
+            raise ValueError("input_ids must be a tensor (B, T)")
+        model: Any = self.model
+        attention_mask = self._generation_mask(input_ids, attention_mask)
+        if self._is_reference:
+            return model.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        if weights is not None:
+            weights = check_weights(weights, self.hyper_prompt.objectives)
+        if objective_temperature is not None:
+            objective_temperature = torch.as_tensor(objective_temperature)
+            if not bool((objective_temperature.isfinite() & (objective_temperature > 0)).all()):
+                raise ValueError(f"objective_temperature is {objective_temperature.tolist()} but must be positive")
+        options = ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size", "past_key_values")
+        config = kwargs.get("generation_config") or self.causal_lm.generation_config
+        for name in options:
+            if kwargs.get(name, getattr(config, name, None)) is not None:
+                raise ValueError(f"{name} cannot be used with a prompt of virtual tokens; leave it out")
+
+        layout = self._layout(input_ids, attention_mask, None, 0, kwargs)
+        embeds = self._embed_with_prompt(input_ids, layout, weights, objective_temperature)
+        if self._takes_positions:
+            kwargs["position_ids"] = self._positions(layout, None)
+        count_new_tokens(kwargs, config, layout.length)
+        mask = layout.mask(required=True)
+        return model.generate(input_ids=input_ids, inputs_embeds=embeds, attention_mask=mask, **kwargs)
+
+    # ---------------------------------------------------------------- parts of the two
+
+    def _embed_with_prompt(
+        self, content: Tensor, layout: Layout, weights: Tensor | None, temperature: Tensor | None
+    ) -> Tensor:  # (B, k + T, d)
+        """Return the embeddings of token ids (or embeddings) with the virtual tokens in place."""
+        batch, m = layout.batch, self.hyper_prompt.objectives
+        if weights is None:
+            raise ValueError(f"weights are missing; pass one for each of {', '.join(self.record.objectives)}")
+        if tuple(weights.shape[:-1]) not in ((), (1,), (batch,)):
+            raise ValueError(
+                f"weights has shape {shape_of(weights)} but there are {batch} rows and {m} objectives; "
+                f"pass (m,) = ({m},) or (B, m) = ({batch}, {m})"
+            )
+        if temperature is not None and tuple(temperature.shape) == (batch, m):
+            weights = weights.expand(batch, -1)
+        prefix = self.hyper_prompt(weights, temperature).expand(batch, -1, -1)
+        if content.ndim == 2:
+            # The embedding module's output and not its weight: scales and adapters of embeddings are inside.
+            embedding = self.causal_lm.get_input_embeddings()
+            content = embedding(content.to(embedding.weight.device))
+        return layout.join(prefix.to(content), content)
+
+    def _positions(self, layout: Layout, position_ids: Tensor | None) -> Tensor | None:
+        if self.positions == "hf" or self._is_reference:
+            return layout.positions(position_ids, offset=layout.virtual, of_prefix="count")
+        implementation = getattr(self.causal_lm.config, "_attn_implementation", None) or ""
+        if "flash" in implementation:
+            raise ValueError(
+                f"positions='paper' cannot run with attn_implementation={implementation!r}, which takes positions that "
+                "do not count up for packed sequences; load the model with 'sdpa', or use positions='hf'"
+            )
+        return layout.positions(position_ids, offset=0, of_prefix="none" if self._absolute else "zero")
+
+    def _layout(
+        self, text: Tensor, mask: Tensor | None, position_ids: Tensor | None, past: int, kwargs: dict[str, Any]
+    ) -> Layout:
+        """Check what comes with a text (B, T) or (B, T, d), and return where its virtual tokens stand."""
+        shape = tuple(text.shape[:2])
+        if mask is not None and (mask.ndim != 2 or mask.shape[0] != shape[0] or mask.shape[1] < shape[1]):
+            raise ValueError(f"attention_mask has shape {shape_of(mask)} but the text is {shape}; pass (B, T)")
+        if position_ids is not None:
+            if mask is None:
+                raise ValueError(
+                    "position_ids came without attention_mask, which says packed sequences; a prompt has no place in "
+                    "packed rows. Pass one sequence a row with its attention_mask"
+                )
+            if tuple(position_ids.shape) not in (shape, (1, shape[1])):
+                raise ValueError(f"position_ids has shape {shape_of(position_ids)} but the text is {shape}")
+            if not self._takes_positions:
+                raise ValueError(f"{type(self.causal_lm).__name__} takes no position_ids; leave them out")
+        for name in ("token_type_ids", "cache_position"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{name} cannot be used with a prompt of virtual tokens; leave it out")
+        if kwargs.get("return_dict") is False:
+            raise ValueError("return_dict=False would return a tuple whose prompt outputs cannot be told; leave it out")
+        virtual = 0 if self._is_reference else self.hyper_prompt.virtual_tokens
+        return Layout(shape[0], shape[1], virtual, mask, past, text.device)
+
+    def _generation_mask(self, input_ids: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is not None:
+            if bool((mask[:, -1] == 0).any()):
+                raise ValueError("rows are padded on the right; generation needs padding_side='left'")
+            return mask
+        pad = self.causal_lm.generation_config.pad_token_id
+        if pad is not None and input_ids.shape[0] > 1 and bool((input_ids[:, (0, -1)] == pad).any()):
+            raise ValueError(f"input_ids have padding (token {pad}); pass the tokenizer's attention_mask too")
+        return torch.ones_like(input_ids)
+
+    # ---------------------------------------------------------------- files
+
+    def save_pretrained(self, directory: str | os.PathLike[str], **_: Any) -> None:
+        """Write the prompt, the adapter if there is one, and `mopl.json` into a folder; never the frozen base model."""
+        from safetensors.torch import save_file
+
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        model: Any = self.model
+        adapter = model.active_adapter if is_peft(model) else None
+        if adapter is not None:
+            model.save_pretrained(str(folder), selected_adapters=[adapter])
+        prompt = self.hyper_prompt
+        config = {
+            "kind": "HyperPromptModel",
+            **asdict(self.record),
+            "base_model": getattr(self.causal_lm, "name_or_path", "") or None,
+            "adapter": adapter,
+            "positions": self.positions,
+            "prompt": {
+                "objectives": prompt.objectives,
+                "virtual_tokens": prompt.virtual_tokens,
+                "rank": prompt.rank,
+                "hidden": prompt.hidden,
+                "temperature": prompt.temperature,
+                "width": prompt.width,
+            },
+        }
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        # The weights come last: where they are, the folder is complete.
+        state = {name: value.detach().cpu().contiguous() for name, value in prompt.state_dict().items()}
+        save_file(state, str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | os.PathLike[str],
+        model: nn.Module | None = None,
+        *,
+        trainable: bool = False,
+        **model_kwargs: Any,
+    ) -> HyperPromptModel:
+        """Load what `save_pretrained` wrote, in evaluation mode.
+
+        Args:
+            directory: The folder.
+            model: The base model, plain or fused, without adapters; loaded by the name in `mopl.json` if None.
+            trainable: Whether the prompt and the adapter are to be trained further.
+            **model_kwargs: Keywords of `AutoModelForCausalLM.from_pretrained`.
+
+        Raises:
+            FileNotFoundError: If the folder holds no such model.
+            ValueError: If it holds another kind, names no base model and none was passed, or the base does not fit.
+        """
+        from safetensors.torch import load_file
+
+        folder = Path(directory)
+        missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / name).is_file()]
+        if missing:
+            raise FileNotFoundError(f"{folder} holds no {' and no '.join(missing)}; name a folder of save_pretrained")
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        if config.get("kind") != "HyperPromptModel":
+            raise ValueError(f"{folder} holds a {config.get('kind')} but a HyperPromptModel was asked for")
+        if model is None:
+            if config["base_model"] is None:
+                raise ValueError(f"{folder / CONFIG_FILE} names no base model; pass it as model")
+            from transformers import AutoModelForCausalLM
+
+            model = AutoModelForCausalLM.from_pretrained(config["base_model"], **model_kwargs)
+        elif model_kwargs:
+            raise ValueError(f"{sorted(model_kwargs)} are for a model that is loaded here, but model was passed")
+        adapter = config["adapter"]
+        if adapter is not None:
+            from peft import PeftModel
+
+            path = folder if adapter == "default" else folder / adapter
+            model = PeftModel.from_pretrained(model, str(path), adapter_name=adapter, is_trainable=trainable)
+        prompt = HyperPrompt(**config["prompt"])
+        state = load_file(str(folder / WEIGHTS_FILE))
+        prompt.to(state["prefix"].dtype).load_state_dict(state, strict=True)
+        prompt.requires_grad_(trainable)
+        fields = {name: config[name] for name in ("reference", "beta", "alpha")}
+        record = TuningRecord(tuple(config["objectives"]), **fields)
+        return cls(model, prompt, record=record, positions=config["positions"]).eval()
