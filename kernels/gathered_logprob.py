@@ -1,28 +1,48 @@
 """Log-probabilities of targets from logits: one read forward, one read and one write backward, for any upstream.
 
-The formulas are those of `mopl/ops/gathered_logprob.py`. Forward: one program a row walks over the vocabulary with a
-running maximum, the pivot (the row's likeliest target) left out of every sum. Backward: a program for every row and
-block of columns. Rows that do not count are not read.
+The formulas are those of `mopl/ops/gathered_logprob.py`. Both passes are bound by memory only while an element costs
+few instructions (about 14 forward and 28 backward, for bf16 on an H100), which decides how they are written:
+
+* Every lane of a tile keeps a maximum and sums of its own over the tiles of a row; lanes meet once, at the end.
+* Loads are masked by the end of the row alone, so that they stay 16 bytes wide. The pivot (the row's likeliest
+  target), which every sum leaves out, is masked in the one tile that holds it.
+* No element is divided by the temperature. Exponents are differences of capped logits times log2(e) / temperature,
+  formed by one fused multiply-add each, so that only the difference is rounded.
+
+Rows that do not count are not read; rows whose upstream gradients are all 0 neither.
 """
 
 import triton
 import triton.language as tl
 
-from ._math import log1p
+from ._math import bend, log1p, quotient
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# exp2 is 0 from here on in either precision; a finite floor keeps 0 * exponent from being NaN where a logit is -inf.
+FLOOR = tl.constexpr(-1e4)
 
 
-def forward_tile(vocabulary: int, itemsize: int) -> dict[str, int]:
-    """Return BLOCK and num_warps of `forward_kernel` for arithmetic in `itemsize` bytes."""
-    block = min(triton.next_power_of_2(max(vocabulary, 16)), 8192 if itemsize == 4 else 2048)
-    return {"BLOCK": block, "num_warps": 4 if block <= 1024 else 8}
+def row_tile(vocabulary: int, itemsize: int, depth: int) -> dict[str, int]:
+    """Return DEPTH, WIDTH and num_warps for rows of logits of `itemsize` bytes: 16 bytes a lane, `depth` times."""
+    width = min(triton.next_power_of_2(max(vocabulary, 16)), 128 * 16 // itemsize)
+    return {"DEPTH": min(triton.next_power_of_2(-(-vocabulary // width)), depth), "WIDTH": width, "num_warps": 4}
+
+
+def forward_tile(vocabulary: int, itemsize: int, softcap: float) -> dict[str, int]:
+    """Return the tile of `forward_kernel`; a softcap and float64 take registers."""
+    return row_tile(vocabulary, itemsize, 2 if itemsize == 8 else 4 if softcap else 8)
 
 
 def backward_tile(vocabulary: int, itemsize: int) -> dict[str, int]:
-    """Return BLOCK and num_warps of `backward_kernel`."""
-    block = min(triton.next_power_of_2(max(vocabulary, 16)), 4096 if itemsize == 4 else 1024)
-    return {"BLOCK": block, "num_warps": 4 if block <= 1024 else 8}
+    """Return the tile of `backward_kernel`."""
+    return row_tile(vocabulary, itemsize, 4)
+
+
+def backward_parts(rows: int, vocabulary: int, tile: dict[str, int]) -> int:
+    """Return among how many programs `backward_kernel` shares a row, so that few rows still fill a GPU."""
+    tiles = -(-vocabulary // (tile["DEPTH"] * tile["WIDTH"]))
+    return max(1, min(tiles, 1024 // max(rows, 1)))
 
 
 @triton.jit
@@ -42,17 +62,21 @@ def _minus_expm1(x):
 
 
 @triton.jit
-def _cap(x, warmth, SOFTCAP: tl.constexpr):
-    """Return u and the slope du/dlogit."""
+def _capped(x, SOFTCAP: tl.constexpr):
+    """Return the logit after the softcap, before the temperature, and its slope."""
     if SOFTCAP == 0.0:
-        return x / warmth, tl.zeros_like(x) + 1.0 / warmth
+        return x, tl.full([], 1.0, x.dtype)
     else:
-        t = tl.exp(-2.0 * tl.abs(x) / SOFTCAP)
-        bent = (1.0 - t) / (1.0 + t)
-        small = x / SOFTCAP
-        series = tl.abs(small) * (1.0 - small * small * (1.0 / 3.0 - small * small * (2.0 / 15.0)))
-        bent = tl.where(tl.abs(small) < 1e-2, series, bent)
-        return SOFTCAP * tl.where(x < 0, -bent, bent) / warmth, 4.0 * t / ((1.0 + t) * (1.0 + t)) / warmth
+        y, slope = bend(x * (1.0 / SOFTCAP))
+        return SOFTCAP * y, slope
+
+
+@triton.jit
+def _pivot(value, counts, j, TARGETS: tl.constexpr):
+    """Return the place of the largest value that counts, the first of equal ones; of the first one if all are NaN."""
+    best = tl.max(tl.where(counts & (value == value), value, float("-inf")), axis=0)
+    first = tl.min(tl.where(counts & (value == best), j, TARGETS), axis=0)
+    return tl.where(first == TARGETS, tl.min(tl.where(counts, j, TARGETS), axis=0), first)
 
 
 @triton.jit
@@ -69,9 +93,10 @@ def forward_kernel(
     logits_stride,
     SOFTCAP: tl.constexpr,
     TARGETS: tl.constexpr,  # a power of two >= J
-    BLOCK: tl.constexpr,
+    DEPTH: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
-    """One program a row."""
+    """One program a row, in tiles of DEPTH x WIDTH columns."""
     n = tl.program_id(0).to(tl.int64)
     j = tl.arange(0, TARGETS)
     y = tl.load(target + n * targets + j, mask=j < targets, other=-1)
@@ -86,49 +111,68 @@ def forward_kernel(
             tl.store(variance + n, 0.0)
     else:
         warmth = tl.load(temperature + n)
+        rate = quotient(LOG2E, warmth)  # an exponent's units of log2 for one of a capped logit
         row = logits + n * logits_stride
         # A target past the vocabulary reads as NaN, which then stands in its result.
         at = tl.load(row + y, mask=counts & (y < vocabulary), other=float("nan")).to(dtype)
-        at, _ = _cap(at, warmth, SOFTCAP)
-        best = tl.max(tl.where(counts & (at == at), at, float("-inf")), axis=0)
-        first = tl.min(tl.where(counts & (at == best), j, TARGETS), axis=0)
-        # No target equals the best one only if all are NaN: the first that counts will do.
-        first = tl.where(first == TARGETS, tl.min(tl.where(counts, j, TARGETS), axis=0), first)
+        at, _slope = _capped(at, SOFTCAP)
+        first = _pivot(at, counts, j, TARGETS)
         q = tl.sum(tl.where(j == first, y, 0), axis=0)
         own = tl.sum(tl.where(j == first, at, 0.0), axis=0)
 
-        top = tl.full([], float("-inf"), dtype=dtype)
-        total = tl.zeros([], dtype=dtype)
-        moment1 = tl.zeros([], dtype=dtype)
-        moment2 = tl.zeros([], dtype=dtype)
-        for start in range(0, vocabulary, BLOCK):
-            v = start + tl.arange(0, BLOCK)
-            used = (v < vocabulary) & (v != q)
-            x = tl.load(row + v, mask=used, other=float("-inf")).to(dtype)
-            u, _ = _cap(x, warmth, SOFTCAP)
-            u = tl.where(used, u, float("-inf"))
-            higher = tl.maximum(top, tl.max(u, axis=0))
-            anchor = tl.where(higher == float("-inf"), 0.0, higher)
-            down = tl.where(top == float("-inf"), 0.0, top - anchor)
-            scale = tl.where(top == float("-inf"), 0.0, tl.exp2(down * LOG2E))
-            d = u - anchor
-            e = tl.exp2(d * LOG2E)
-            if variance is not None:
-                product = tl.where(e == 0.0, 0.0, e * d * d)
-                moment2 = scale * (moment2 + down * (2.0 * moment1 + down * total)) + tl.sum(product, axis=0)
+        place = tl.arange(0, DEPTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+        highest = tl.full([WIDTH], float("-inf"), dtype=dtype)  # capped logit
+        anchor = tl.full([WIDTH], float("-inf"), dtype=dtype)  # the same as an exponent
+        total = tl.zeros([WIDTH], dtype=dtype)
+        moment1 = tl.zeros([WIDTH], dtype=dtype)
+        moment2 = tl.zeros([WIDTH], dtype=dtype)
+        for start in range(0, vocabulary, DEPTH * WIDTH):
+            v = start + place
+            x = tl.load(row + v, mask=v < vocabulary, other=float("-inf")).to(dtype)
+            x, _slopes = _capped(x, SOFTCAP)
+            if SOFTCAP != 0.0:  # the cap of -inf is finite
+                x = tl.where(v < vocabulary, x, float("-inf"))
+            if (q >= start) & (q < start + DEPTH * WIDTH):
+                x = tl.where(v == q, float("-inf"), x)
+            highest = tl.maximum(highest, tl.max(x, axis=0))
+            raised = tl.where(highest == float("-inf"), 0.0, highest * rate)
+            down = anchor - raised
+            scale = tl.exp2(down)
+            anchor = tl.where(highest == float("-inf"), float("-inf"), raised)
+            d = tl.fma(x, tl.zeros_like(x) + rate, tl.zeros_like(x) - raised[None, :])
+            e = tl.exp2(d)
             if entropy is not None:
-                product = tl.where(e == 0.0, 0.0, e * d)
-                moment1 = scale * (moment1 + down * total) + tl.sum(product, axis=0)
+                below = tl.maximum(d, FLOOR)
+                drop = tl.maximum(down, FLOOR)
+                if variance is not None:
+                    moment2 = scale * (moment2 + drop * (2.0 * moment1 + drop * total))
+                    moment2 += tl.sum(e * below * below, axis=0)
+                moment1 = scale * (moment1 + drop * total) + tl.sum(e * below, axis=0)
             total = scale * total + tl.sum(e, axis=0)
-            top = higher
+
+        # The lanes meet at the largest maximum.
+        top = tl.max(highest, axis=0)
+        level = tl.where(top == float("-inf"), 0.0, top * rate)
+        down = anchor - level
+        scale = tl.exp2(down)
+        if entropy is not None:
+            drop = tl.maximum(down, FLOOR)
+            if variance is not None:
+                moment2 = tl.sum(scale * (moment2 + drop * (2.0 * moment1 + drop * total)), axis=0) * (LN2 * LN2)
+            moment1 = tl.sum(scale * (moment1 + drop * total), axis=0) * LN2
+        total = tl.sum(scale * total, axis=0)
 
         # Everything relative to the pivot: a confident row keeps its digits.
         alone = total == 0.0
         log_total = tl.log(tl.where(alone, 1.0, total))
-        odds = tl.where(alone, float("-inf"), (top - own) + log_total)
+        gap = tl.fma(-own, rate, level) * LN2  # of the level over the pivot, in nats
+        odds = tl.where(alone, float("-inf"), gap + log_total)
         confident = -_softplus(odds)
-        tl.store(logsumexp + n, tl.where(own == float("-inf"), top + log_total, own - confident))
-        value = tl.where(at == float("-inf"), float("-inf"), (at - own) + confident)
+        own_u = quotient(own, warmth)
+        lse = tl.where(own == float("-inf"), quotient(top, warmth) + log_total, own_u - confident)
+        tl.store(logsumexp + n, lse)
+        value = quotient(at - own, tl.zeros_like(at) + warmth) + confident
+        value = tl.where(at == float("-inf"), float("-inf"), value)
         tl.store(logprob + n * targets + j, tl.where(counts, value, 0.0), mask=j < targets)
         if entropy is not None:
             rest = tl.exp(-_softplus(-odds))  # 1 - p_q
@@ -136,14 +180,14 @@ def forward_kernel(
             safe = tl.where(alone, 1.0, total)
             below = moment1 / safe
             mine = tl.where(share == 0.0, 0.0, share * confident)
-            # log p of the others, averaged over them; (top - own) + confident = top - logsumexp
-            level = tl.where(own == float("-inf"), -log_total, (top - own) + confident)
-            others = tl.where(alone | (rest == 0.0), 0.0, rest * (level + below))
+            # log p of the others, averaged over them: the level lies log_total + softplus(-odds) under the logsumexp
+            mean = below - (log_total + _softplus(-odds))
+            others = tl.where(alone | (rest == 0.0), 0.0, rest * mean)
             tl.store(entropy + n, -mine - others)
             if variance is not None:
-                gap = (top - own) + below
+                apart = gap + below
                 spread = moment2 / safe - below * below
-                between = tl.where(share == 0.0, 0.0, share * gap * gap)
+                between = tl.where(share == 0.0, 0.0, share * apart * apart)
                 tl.store(variance + n, tl.where(alone | (rest == 0.0), 0.0, rest * (spread + between)))
 
 
@@ -163,14 +207,19 @@ def backward_kernel(
     targets,
     logits_stride,
     grad_stride,
+    part,  # columns of a program, a multiple of DEPTH * WIDTH
     SOFTCAP: tl.constexpr,
     TARGETS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    DEPTH: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
-    """One program a row and a block of columns; every entry is read before it is written, so `grad` may be `logits`."""
+    """One program a row and a part of the vocabulary.
+
+    `grad` may be `logits` if a program has the whole row: it then reads the pivot, and every tile, before it writes.
+    """
     n = tl.program_id(0).to(tl.int64)
-    v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = v < vocabulary
+    begin = tl.program_id(1) * part
+    end = tl.minimum(begin + part, vocabulary)
     j = tl.arange(0, TARGETS)
     y = tl.load(target + n * targets + j, mask=j < targets, other=-1)
     counts = y >= 0
@@ -185,39 +234,57 @@ def backward_kernel(
     if grad_entropy is not None:
         h = tl.load(grad_entropy + n).to(lse.dtype)
     silent = (tl.max(tl.where(g == 0.0, 0, 1), axis=0) == 0) & (l == 0.0) & (h == 0.0)
+    place = tl.arange(0, DEPTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    out = grad + n * grad_stride
     if silent | (tl.max(y, axis=0) < 0):
-        tl.store(grad + n * grad_stride + v, tl.zeros([BLOCK], dtype=grad.dtype.element_ty), mask=inside)
+        for start in range(begin, end, DEPTH * WIDTH):
+            v = start + place
+            tl.store(out + v, tl.zeros([DEPTH, WIDTH], dtype=grad.dtype.element_ty), mask=v < vocabulary)
     else:
         known = tl.load(logprob + n * targets + j, mask=counts, other=float("-inf"))
-        best = tl.max(tl.where(known == known, known, float("-inf")), axis=0)
-        first = tl.min(tl.where(counts & (known == best), j, TARGETS), axis=0)
-        first = tl.where(first == TARGETS, tl.min(tl.where(counts, j, TARGETS), axis=0), first)
+        first = _pivot(known, counts, j, TARGETS)
         q = tl.sum(tl.where(j == first, y, 0), axis=0)
         confident = tl.sum(tl.where(j == first, known, 0.0), axis=0)
         at_pivot = counts & (y == q)
         mine = tl.sum(tl.where(at_pivot, g, 0.0), axis=0)
         others = tl.sum(tl.where(counts & (y != q), g, 0.0), axis=0) - l
         share = tl.exp(confident)
-
+        row = logits + n * logits_stride
         warmth = tl.load(temperature + n)
-        x = tl.load(logits + n * logits_stride + v, mask=inside, other=0.0).to(lse.dtype)
-        u, slope = _cap(x, warmth, SOFTCAP)
-        log_p = u - lse
-        p = tl.exp2(log_p * LOG2E)
-        factor = mine + others
-        peak = mine * _minus_expm1(confident) - share * others
+        cold = quotient(1.0, warmth)
+        # log p relative to the pivot's, because the logsumexp has lost digits to the size of the logits; but a pivot
+        # that is unlikely has lost as many.
+        base, _slope = _capped(tl.load(row + q, mask=q < vocabulary, other=float("nan")).to(lse.dtype), SOFTCAP)
+        near = confident >= -8.0
+        base = tl.where(near, base, 0.0)
+        offset = tl.where(near, confident, -lse)
+        factor = -(mine + others) * cold
+        peak = (mine * _minus_expm1(confident) - share * others) * cold
+        level = lse * 0.0
         if grad_entropy is not None:
             level = tl.load(entropy + n)
-            factor += tl.where(p == 0.0, 0.0, h * (log_p + level))
-            peak -= tl.where(share == 0.0, 0.0, h * share * (confident + level))
-        value = -p * factor
-        # A product with p = 0 is 0 whatever the upstream gradient: -inf logits of a vocabulary mask stay out.
-        value = tl.where(p == 0.0, 0.0, value)
-        for i in range(0, targets):
-            column = tl.load(target + n * targets + i)
-            if (column >= 0) & (column != q):
-                if grad_logprob is not None:
-                    one = tl.load(grad_logprob + n * targets + i).to(lse.dtype)
-                    value += tl.where(v == column, one, 0.0)
-        value = tl.where(v == q, peak, value)
-        tl.store(grad + n * grad_stride + v, (value * slope).to(grad.dtype.element_ty), mask=inside)
+            peak -= tl.where(share == 0.0, 0.0, h * share * (confident + level)) * cold
+            h = h * cold
+        for start in range(begin, end, DEPTH * WIDTH):
+            v = start + place
+            x = tl.load(row + v, mask=v < vocabulary, other=0.0).to(lse.dtype)
+            x, slope = _capped(x, SOFTCAP)
+            x = tl.maximum(x - base, -1e30)  # a finite floor: p = 0 times log p = -inf would be NaN
+            u = x * cold
+            u = tl.fma(tl.fma(-u, tl.zeros_like(x) + warmth, x), tl.zeros_like(x) + cold, u)  # x / T to the last digit
+            log_p = u + offset
+            p = tl.exp2(log_p * LOG2E)
+            if grad_entropy is not None:
+                value = p * (factor - h * (log_p + level))
+            else:
+                value = p * factor
+            if (q >= start) & (q < start + DEPTH * WIDTH):
+                value = tl.where(v == q, peak, value)
+            if targets > 1:
+                for i in range(0, targets):
+                    column = tl.load(target + n * targets + i)
+                    if (column >= start) & (column < start + DEPTH * WIDTH) & (column != q):
+                        if grad_logprob is not None:
+                            one = tl.load(grad_logprob + n * targets + i).to(lse.dtype) * cold
+                            value += tl.where(v == column, one, 0.0)
+            tl.store(out + v, (value * slope).to(grad.dtype.element_ty), mask=v < vocabulary)

@@ -36,7 +36,7 @@ def launch_forward(
         kernels.forward_kernel[(rows,)](
             logits, target, temperature, logprob, logsumexp, entropy if entropy.numel() else None,
             variance if want_variance else None, vocabulary, targets, logits.stride(0), SOFTCAP=softcap,
-            TARGETS=_targets(targets), **kernels.forward_tile(vocabulary, dtype.itemsize),
+            TARGETS=_targets(targets), **kernels.forward_tile(vocabulary, logits.element_size(), softcap),
         )  # fmt: skip
     else:
         for result in (logprob, logsumexp, entropy, variance):
@@ -58,13 +58,18 @@ def launch_backward(
         return
     if grad.stride(-1) != 1:
         raise ValueError(f"grad has strides {grad.stride()} but its rows must be contiguous")
-    tile = kernels.backward_tile(vocabulary, logprob.element_size())
+    logits = _rows(logits)
+    tile = kernels.backward_tile(vocabulary, logits.element_size())
+    # In place a program must have its row for itself: every one reads the pivot's logit.
+    parts = 1 if grad.data_ptr() == logits.data_ptr() else kernels.backward_parts(rows, vocabulary, tile)
+    columns = tile["DEPTH"] * tile["WIDTH"]
+    part = -(-vocabulary // (parts * columns)) * columns
 
     def flat(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.contiguous()
 
-    kernels.backward_kernel[(rows, -(-vocabulary // tile["BLOCK"]))](
-        flat(grad_logprob), flat(grad_logsumexp), flat(grad_entropy), _rows(logits), target.contiguous(),
+    kernels.backward_kernel[(rows, -(-vocabulary // part))](
+        flat(grad_logprob), flat(grad_logsumexp), flat(grad_entropy), logits, target.contiguous(),
         temperature.contiguous(), logprob, logsumexp, entropy if entropy.numel() else logsumexp, grad, vocabulary,
-        targets, _rows(logits).stride(0), grad.stride(0), SOFTCAP=softcap, TARGETS=_targets(targets), **tile,
+        targets, logits.stride(0), grad.stride(0), part, SOFTCAP=softcap, TARGETS=_targets(targets), **tile,
     )  # fmt: skip

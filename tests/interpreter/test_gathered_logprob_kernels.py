@@ -129,7 +129,7 @@ def test_rows_that_do_not_count_are_not_read_and_silent_rows_are_zeroed() -> Non
     logits = torch.full((3, 20), math.nan)
     logits[2] = torch.randn(20)
     target, ones = torch.tensor([[-1], [-1], [4]]), torch.ones(3)
-    logprob, lse, entropy, _ = triton_path.launch_forward(logits, target, ones, 0.0, True, True)
+    logprob, lse, entropy, variance = triton_path.launch_forward(logits, target, ones, 0.0, True, True)
     assert not any(x[:2].any() for x in (logprob, lse, entropy, variance))
     grad = torch.full_like(logits, math.nan)
     triton_path.launch_backward(torch.zeros(3, 1), None, None, logits, target, ones, logprob, lse, entropy, 0.0, grad)
