@@ -85,9 +85,9 @@ def _listwise_cross_entropy(
 def _(scores, labels, temperature, mask, normalize):
     batch, objectives, size = labels.shape
     shared = (batch, temperature.shape[1])
-    kernels = use_triton(scores)
+    kernels, dtype = use_triton(scores), compute_dtype(scores)
 
-    def new(shape, dtype=compute_dtype(scores)):
+    def new(shape, dtype=dtype):
         return scores.new_empty(shape, dtype=dtype)
 
     return (
@@ -150,7 +150,8 @@ def _backward(ctx, grad_loss, *_):
     if grad_loss is None:
         return None, None, None, None, None
     need = ctx.needs_input_grad[:3]
-    gradients = _listwise_cross_entropy_backward(grad_loss, *ctx.saved_tensors, ctx.normalize, *need)
+    arguments = (grad_loss, *ctx.saved_tensors, ctx.normalize, *need)
+    gradients = _listwise_cross_entropy_backward(*arguments)
     return (*(g if needed else None for g, needed in zip(gradients, need, strict=True)), None, None)
 
 

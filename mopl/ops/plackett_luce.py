@@ -38,8 +38,9 @@ from torch import Tensor
 
 from mopl._arguments import compute_dtype
 from mopl.ops._backend import use_triton
-from mopl.ops._plackett_luce_cpu import Rankings, likelihood
-from mopl.ops._rows import blocks, existing, is_number, merge, row_dot
+from mopl.ops._plackett_luce_cpu import likelihood
+from mopl.ops._rankings import Rankings
+from mopl.ops._rows import blocks, existing, is_number, merge
 
 TIES = ("breslow", "efron", "exact")
 
@@ -90,12 +91,17 @@ def _plackett_luce_nll(
     last_group_free: bool,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return loss (B, m), gradient (B, m, K), temperature_gradient (B, m); the last two are empty if not needed."""
+    """Return loss (B, m), gradient (B, m, K), temperature_gradient (B, m); the last two are empty if not needed.
+
+    On CPU the last is empty in any case: there it costs as much when the gradient of the temperature is asked for.
+    """
+    inputs = (scores, labels, temperature, mask, order, position_weights, top_k, ties, last_group_free, need_grad)
     if use_triton(scores):
-        from mopl.ops.plackett_luce_triton import launch_forward as forward
-    else:
-        forward = _forward_cpu
-    return forward(scores, labels, temperature, mask, order, position_weights, top_k, ties, last_group_free, need_grad)
+        from mopl.ops.plackett_luce_triton import launch_forward
+
+        return launch_forward(*inputs)
+    loss, gradient = _forward_cpu(*inputs)
+    return loss, gradient, loss.new_empty(0)
 
 
 @_plackett_luce_nll.register_fake
@@ -104,7 +110,7 @@ def _(scores, labels, temperature, mask, order, position_weights, top_k, ties, l
     dtype = compute_dtype(scores)
     loss = scores.new_empty((batch, objectives), dtype=dtype)
     gradient = scores.new_empty((batch, objectives, items) if need_grad else (0,), dtype=dtype)
-    return loss, gradient, scores.new_empty((batch, objectives) if need_grad else (0,), dtype=dtype)
+    return loss, gradient, scores.new_empty(loss.shape if need_grad and use_triton(scores) else (0,), dtype=dtype)
 
 
 @torch.library.custom_op("mopl::plackett_luce_nll_backward", mutates_args=())
@@ -127,11 +133,11 @@ def _(grad_loss, temperature, gradient):
 
 
 def _setup_context(ctx, inputs, output):
-    scores, _, temperature, *_, need_grad = inputs
+    scores, _, temperature, mask, *_, need_grad = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.need_grad, ctx.dtype = need_grad, scores.dtype
-    ctx.save_for_backward(temperature, *output[1:])
+    ctx.need_grad = need_grad
+    ctx.save_for_backward(scores, temperature, mask, *output[1:])
 
 
 def _backward(ctx, grad_loss, *_):
@@ -139,10 +145,15 @@ def _backward(ctx, grad_loss, *_):
     if grad_loss is not None:
         if not ctx.need_grad:
             raise RuntimeError("plackett_luce_nll was called with need_grad=False, so it kept nothing for backward")
-        temperature, gradient, temperature_gradient = ctx.saved_tensors
+        scores, temperature, mask, gradient, temperature_gradient = ctx.saved_tensors
         if ctx.needs_input_grad[0]:
-            dscores = _plackett_luce_nll_backward(grad_loss, temperature, gradient).to(ctx.dtype)
+            dscores = _plackett_luce_nll_backward(grad_loss, temperature, gradient).to(scores.dtype)
         if ctx.needs_input_grad[2]:
+            if not use_triton(scores) and gradient.shape[-1]:
+                centred = _load(scores.to(gradient.dtype), mask, centre=True)[:, None]
+                temperature_gradient = torch.where(gradient == 0, 0, gradient * centred).sum(-1)
+            elif not use_triton(scores):
+                temperature_gradient = gradient.sum(-1)
             dtemperature = (grad_loss * temperature_gradient).sum_to_size(temperature.shape).to(temperature.dtype)
     return dscores, None, dtemperature, None, None, None, None, None, None, None
 
@@ -161,23 +172,22 @@ def _forward_cpu(
     ties: str,
     last_group_free: bool,
     need_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return loss, gradient and temperature_gradient."""
+) -> tuple[Tensor, Tensor]:
+    """Return loss and gradient."""
     batch, objectives, size = labels.shape
     dtype = compute_dtype(scores)
     empty = size < 2 or labels.numel() == 0
     loss = scores.new_zeros((batch, objectives), dtype=dtype)
     gradient = (scores.new_zeros if empty else scores.new_empty)(labels.shape if need_grad else (0,), dtype=dtype)
-    temperature_gradient = scores.new_zeros((batch, objectives) if need_grad else (0,), dtype=dtype)
     if empty:
-        return loss, gradient, temperature_gradient
+        return loss, gradient
     valid = existing(mask)
     for part in blocks(batch, objectives * size):
         some = None if valid is None else valid[part]
         rate = temperature[part]
         plain = is_number(rate) and float(rate[0, 0]) == 1
-        s = _load(scores[part].to(dtype), some, centre=need_grad or not plain)
-        place, tied, ranked = _rank(labels[part], None if order is None else order[part], some)
+        s = _load(scores[part].to(dtype), some, centre=not plain)
+        place, leads, ranked = _rank(labels[part], None if order is None else order[part], some, dtype)
         u = s[:, None].expand(place.shape).gather(-1, place)
         if not plain:
             u.mul_(rate[0, 0] if is_number(rate) else rate[:, :, None])
@@ -188,7 +198,7 @@ def _forward_cpu(
                 weight = weight.masked_fill(~ranked, 0)
         rows = Rankings(
             u.view(-1, size),
-            None if tied is None else tied.view(-1, size),
+            None if leads is None else leads.view(-1, size),
             None if ranked is None else ranked.view(-1, size),
             None if weight is None else weight if weight.ndim == 1 else weight.reshape(-1, size),
             top_k,
@@ -198,12 +208,8 @@ def _forward_cpu(
         some_loss, du = likelihood(rows, need_grad)
         loss[part] = some_loss.view(-1, objectives)
         if du is not None:
-            g = gradient[part].scatter_(-1, place, du.view(place.shape))
-            dtemperature = row_dot(g, s[:, None])  # G sums to 0, so the origin of the scores is free
-            if not bool(dtemperature.isfinite().all()):
-                dtemperature = torch.where(g == 0, 0, g * s[:, None]).sum(-1)
-            temperature_gradient[part] = dtemperature
-    return loss, gradient, temperature_gradient
+            gradient[part].scatter_(-1, place, du.view(place.shape))
+    return loss, gradient
 
 
 def _load(scores: Tensor, valid: Tensor | None, centre: bool) -> Tensor:
@@ -219,8 +225,13 @@ def _load(scores: Tensor, valid: Tensor | None, centre: bool) -> Tensor:
     return scores if valid is None else scores.masked_fill(~valid, 0)
 
 
-def _rank(labels: Tensor, order: Tensor | None, valid: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return the order (n, m, K), where a rank is tied with the one before it (None: nowhere), and where it exists."""
+def _rank(
+    labels: Tensor, order: Tensor | None, valid: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return the order (n, m, K), 0.0 where a rank is tied with the one before it, and where a rank exists.
+
+    The second is 1.0 elsewhere, and None if nothing is tied; the third is None without a mask.
+    """
     if not labels.is_floating_point():
         labels = labels.long()
     if order is None:
@@ -232,14 +243,14 @@ def _rank(labels: Tensor, order: Tensor | None, valid: Tensor | None) -> tuple[T
     else:
         place = order.long()
         labels = labels.gather(-1, place)
-    tied = torch.zeros(labels.shape, dtype=torch.bool, device=labels.device)
-    # Neighbours in memory, which is far faster than a comparison of two slices; the first of a list has none.
-    torch.eq(labels.view(-1)[1:], labels.view(-1)[:-1], out=tied.view(-1)[1:])
-    tied[..., 0] = False
     ranked = None if valid is None else valid[:, None].expand(place.shape).gather(-1, place)
+    # Neighbours in memory, and a result in floating point: each is several times faster than its alternative.
+    leads = torch.empty(labels.shape, dtype=dtype, device=labels.device)
+    torch.ne(labels.view(-1)[1:], labels.view(-1)[:-1], out=leads.view(-1)[1:])
+    leads[..., 0] = 1
     if ranked is not None:
-        tied &= ranked
-    return place, tied if bool(tied.any()) else None, ranked
+        leads.masked_fill_(~ranked, 1)
+    return place, leads if float(leads.amin()) == 0 else None, ranked
 
 
 def _backward_cpu(grad_loss: Tensor, temperature: Tensor, gradient: Tensor) -> Tensor:

@@ -1,105 +1,11 @@
-"""The CPU path of Plackett-Luce, part 2: groups of equal labels, and the probability of a group in any order.
-
-Rankings lie as rows (R, K), best first. Items of tied groups are addressed by their place in the flattened rows.
-"""
+"""The probability that a group of tied items comes before all lower ones, in any order: a one-dimensional integral."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-
-class Groups(NamedTuple):
-    """The groups of two or more tied items in a block of rankings: J groups with P items in all."""
-
-    items: Tensor  # (P,) places of the items, group after group
-    group: Tensor  # (P,) group of each of them
-    first: Tensor  # (J,) place of a group's first item
-    last: Tensor  # (J,) and of its last
-    size: Tensor  # (J,)
-    bottom: Tensor  # (J,) true where no item stands below the group
-    weight: Tensor  # (J,) mean position weight; 0 where the group is not charged
-
-    def total(self, values: Tensor) -> Tensor:
-        """Return the sum of `values` (P,) over each group."""
-        return values.new_zeros(len(self.size)).index_add_(0, self.group, values)
-
-
-def find_groups(
-    tied: Tensor,  # (R, K) true where an item is tied with the one before it
-    valid: Tensor | None,  # (R, K)
-    weight: Tensor | None,  # (K,) or (R, K) position weights
-    top_k: int | None,
-    bottom_free: bool,
-    dtype: torch.dtype,
-) -> Groups:
-    """Collect the tied groups and what each is charged."""
-    size = tied.shape[1]
-    follows = tied.reshape(-1)
-    member = follows.clone()
-    member[:-1] |= follows[1:]
-    items = member.nonzero()[:, 0]
-    starts = ~follows[items]
-    group = starts.cumsum(0) - 1
-    first = items[starts]
-    count = torch.bincount(group, minlength=len(first))
-    last = first + count - 1
-    bottom = last % size == size - 1
-    if valid is not None:
-        bottom |= ~valid.reshape(-1)[(last + 1).clamp(max=follows.numel() - 1)]
-    charge = torch.ones(len(first), dtype=dtype, device=tied.device)
-    groups = Groups(items, group, first, last, count, bottom, charge)
-    if weight is not None:
-        each = weight[items % size] if weight.ndim == 1 else weight.reshape(-1)[items]
-        charge = groups.total(each.to(dtype)) / count
-    if top_k is not None:
-        charge = charge * (first % size < top_k)
-    if bottom_free:
-        charge = charge * ~bottom
-    return groups._replace(weight=charge)
-
-
-def charge_groups(
-    groups: Groups,
-    ties: str,
-    depth: Tensor,  # (P,) u_i - a, with a number a for each group
-    total: Tensor,  # (J,) sum of exp(u - a) over the group and all below
-    rest: Tensor,  # (J,) sum of exp(u - a) over all below
-    log_rest: Tensor,  # (J,) its logarithm
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the items' parts of the loss (P,), their gradients from their own group (P,), and W b R (J,).
-
-    The last is what the items below share: each gets exp(u_i) / R of it.
-    """
-    dtype, g, weight = depth.dtype, groups.group, groups.weight
-    charged = weight != 0
-    if ties == "exact":
-        kept = charged[g]
-        number = charged.cumsum(0) - 1
-        group_loss, phi_kept = any_order((depth - log_rest[g])[kept], number[g[kept]], groups.size[charged], dtype)
-        phi = torch.zeros_like(depth)
-        phi[kept] = phi_kept.to(dtype)
-        loss, own, passed = torch.zeros_like(depth), -phi, groups.total(phi)
-        loss[(groups.size.cumsum(0) - groups.size)[charged]] = group_loss.to(dtype)
-    else:
-        e = depth.exp()
-        if ties == "efron":
-            share = 1 - (groups.items - groups.first[g]).to(dtype) / groups.size[g]
-            denominator = rest[g] + share * groups.total(e)[g]
-            inside, b = groups.total(share / denominator), groups.total(1 / denominator)
-            loss = denominator.log() - depth
-        else:
-            inside = b = groups.size.to(dtype) / total
-            loss = total.log()[g] - depth
-        own, passed = e * inside[g] - 1, b * rest
-    # Selected, not multiplied: what is not charged may be infinite.
-    passed = torch.where(charged, weight * passed, 0)
-    charged, weight = charged[g], weight[g]
-    return torch.where(charged, weight * loss, 0), torch.where(charged, weight * own, 0), passed
-
 
 # (drop, nodes) for the two precisions. The integral ends where the integrand has fallen to exp(-drop) of its largest
 # value, and takes nodes * log2(size of the group) nodes: a step h costs exp(-pi^2 / h), and large groups have a steeper

@@ -1,0 +1,175 @@
+"""The CPU path of Plackett-Luce for scores of any size: sums kept relative to their largest term.
+
+Rankings lie as rows (R, K), best first; formulas and names are those of `mopl/ops/plackett_luce.py`. Items of tied
+groups are addressed by their place in the flattened rows.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mopl.ops._rankings import Rankings
+from mopl.ops._tie_integral import any_order
+
+
+def scaled(r: Rankings, need_grad: bool) -> tuple[Tensor, Tensor | None]:
+    """Return loss and gradient for scores of any size, by scans over sums that are relative to their largest term.
+
+    top_k = max of u from item k on, and s_k = sum of exp(u - top_k) from item k on, so that L_k = top_k + log s_k. Both
+    that sum and the sum of w_i / exp(L_i) over the items above k obey recurrences whose factors exp(top_k - top_i) are
+    at most 1; log2(K) doublings evaluate them for all lists and items at once.
+    """
+    u, size = r.u, r.u.shape[1]
+    groups = None if r.leads is None else _tied_groups(r, r.leads.reshape(-1) == 0)
+    lowest = torch.finfo(u.dtype).min
+    if r.valid is not None:
+        u = u.masked_fill(~r.valid, -torch.inf)
+    undefined = ~(u < torch.inf).all(-1)
+    u = u.masked_fill(undefined[:, None], 0)
+    top = u.flip(-1).cummax(-1).values.flip(-1).clamp_(min=lowest)
+    s = (u - top).exp_()
+    for step in _doublings(size):
+        s[:, :-step] += s[:, step:] * (top[:, step:] - top[:, :-step]).exp_()
+
+    next_top = torch.cat([top[:, 1:], torch.full_like(top[:, :1], lowest)], 1)
+    next_s = torch.cat([s[:, 1:], torch.zeros_like(s[:, :1])], 1)
+    last = next_s == 0  # nothing below, or nothing that could ever be chosen
+    v = u - next_top
+    leads = v >= 0
+    x = torch.where(leads, next_s * v.clamp(min=0).neg_().exp_(), s - 1)
+    loss = x.log1p() - v.clamp(max=0)
+    weight = r.charge()
+    loss = torch.where(last if weight is None else last | (weight == 0), 0, loss if weight is None else weight * loss)
+    if groups is not None:
+        after = (groups.last + 1).clamp(max=u.numel() - 1)
+        first_top = top.view(-1)[groups.first]
+        gap = top.view(-1)[after] - first_top
+        rest = torch.where(groups.bottom, 0, s.view(-1)[after] * gap.exp())
+        # Where everything below is -inf the group is certain, and its own order cannot be seen.
+        empty = torch.where(groups.bottom, 0, s.view(-1)[after]) == 0
+        hopeless = s.view(-1)[groups.first] == 0
+        skip = hopeless | empty if r.ties == "exact" else hopeless
+        groups = groups._replace(weight=groups.weight.masked_fill(skip, 0))
+        part, own, passed = _charge(
+            groups,
+            r.ties,
+            u.view(-1)[groups.items] - first_top[groups.group],
+            s.view(-1)[groups.first],
+            rest,
+            gap + s.view(-1)[after].log(),
+        )
+        loss.view(-1)[groups.items] = part
+    loss = loss.sum(-1).masked_fill_(undefined, torch.nan)
+    if not need_grad:
+        return loss, None
+
+    miss = torch.where(leads, x / (1 + x), next_s / s)
+    y = s.reciprocal().masked_fill_(s == 0, 0)
+    gradient = miss.neg_().masked_fill_(last, 0)
+    if weight is not None:
+        gradient.mul_(weight)
+        y.mul_(weight)
+    if groups is not None:
+        gradient.view(-1)[groups.items] = own
+        y.view(-1)[groups.items] = 0
+    # What the items above pass down to item k and all below it, as a multiple of 1 / exp(top_k).
+    above = torch.zeros_like(y)
+    torch.mul(y[:, :-1], (top[:, 1:] - top[:, :-1]).exp_(), out=above[:, 1:])
+    if groups is not None:
+        passes = ~(groups.bottom | empty)
+        above.view(-1)[after[passes]] = (passed / s.view(-1)[after])[passes]
+    for step in _doublings(size):
+        above[:, step:] += above[:, :-step] * (top[:, step:] - top[:, :-step]).exp_()
+    gradient.addcmul_((u - top).exp_(), above)
+    if bool(undefined.any()):
+        gradient[undefined] = torch.nan
+        if r.valid is not None:
+            gradient.masked_fill_(~r.valid, 0)
+    return loss, gradient
+
+
+def _doublings(size: int) -> list[int]:
+    """Return 1, 2, 4, ... below `size`."""
+    return [1 << i for i in range((size - 1).bit_length())]
+
+
+class Groups(NamedTuple):
+    """The groups of two or more tied items in a block of rankings: J groups with P items in all."""
+
+    items: Tensor  # (P,) places of the items, group after group
+    group: Tensor  # (P,) group of each of them
+    first: Tensor  # (J,) place of a group's first item
+    last: Tensor  # (J,) and of its last
+    size: Tensor  # (J,)
+    bottom: Tensor  # (J,) true where no item stands below the group
+    weight: Tensor  # (J,) mean position weight; 0 where the group is not charged
+
+    def total(self, values: Tensor) -> Tensor:
+        """Return the sum of `values` (P,) over each group."""
+        return values.new_zeros(len(self.size)).index_add_(0, self.group, values)
+
+
+def _tied_groups(r: Rankings, follows: Tensor) -> Groups:
+    """Collect the groups of two or more items and what each is charged; `follows` marks items tied with the last."""
+    size = r.u.shape[1]
+    member = follows.clone()
+    member[:-1] |= follows[1:]
+    items = member.nonzero()[:, 0]
+    starts = ~follows[items]
+    group = starts.cumsum(0) - 1
+    first = items[starts]
+    count = torch.bincount(group, minlength=len(first))
+    last = first + count - 1
+    bottom = r.bottom(last)
+    groups = Groups(items, group, first, last, count, bottom, torch.ones_like(first, dtype=r.u.dtype))
+    charge = groups.weight
+    if r.weight is not None:
+        each = r.weight[items % size] if r.weight.ndim == 1 else r.weight.reshape(-1)[items]
+        charge = groups.total(each) / count
+    if r.top_k is not None:
+        charge = charge * (first % size < r.top_k)
+    if r.bottom_free or r.ties == "exact":  # in any order, the lowest group is certain to come last
+        charge = charge * ~bottom
+    return groups._replace(weight=charge)
+
+
+def _charge(
+    groups: Groups,
+    ties: str,
+    depth: Tensor,  # (P,) u_i - a, with a number a for each group
+    total: Tensor,  # (J,) sum of exp(u - a) over the group and all below
+    rest: Tensor,  # (J,) sum of exp(u - a) over all below
+    log_rest: Tensor,  # (J,) its logarithm
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the items' parts of the loss (P,), their gradients from their own group (P,), and W b R (J,).
+
+    The last is what the items below share: each gets exp(u_i) / R of it.
+    """
+    dtype, g, weight = depth.dtype, groups.group, groups.weight
+    charged = weight != 0
+    if ties == "exact":
+        kept = charged[g]
+        number = charged.cumsum(0) - 1
+        group_loss, phi_kept = any_order((depth - log_rest[g])[kept], number[g[kept]], groups.size[charged], dtype)
+        phi = torch.zeros_like(depth)
+        phi[kept] = phi_kept.to(dtype)
+        loss, own, passed = torch.zeros_like(depth), -phi, groups.total(phi)
+        loss[(groups.size.cumsum(0) - groups.size)[charged]] = group_loss.to(dtype)
+    else:
+        e = depth.exp()
+        if ties == "efron":
+            share = 1 - (groups.items - groups.first[g]).to(dtype) / groups.size[g]
+            denominator = rest[g] + share * groups.total(e)[g]
+            inside, b = groups.total(share / denominator), groups.total(1 / denominator)
+            loss = denominator.log() - depth
+        else:
+            inside = b = groups.size.to(dtype) / total
+            loss = total.log()[g] - depth
+        own, passed = e * inside[g] - 1, b * rest
+    # Selected, not multiplied: what is not charged may be infinite.
+    passed = torch.where(charged, weight * passed, 0)
+    charged, weight = charged[g], weight[g]
+    return torch.where(charged, weight * loss, 0), torch.where(charged, weight * own, 0), passed
