@@ -318,6 +318,63 @@ def test_fused_scores_equal_log_softmax_of_its_own_logits(family: str, padding: 
         torch.testing.assert_close(a.grad, b.grad, atol=1e-4 * float(b.grad.abs().max()), rtol=1e-3)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_packed_sequences_each_with_its_w_equal_padded_rows(family: str) -> None:
+    width = build(family).get_input_embeddings().weight.shape[1]
+    model = HyperPromptModel(fuse(build(family)), trained_prompt(width)).eval()
+    batch = text()
+    kept = batch["attention_mask"].bool()
+    labels = batch["input_ids"].masked_fill(~kept, -100)
+    labels[:, :4] = -100
+    lengths = kept.sum(-1).tolist()
+    packed = {
+        "input_ids": batch["input_ids"][kept][None],
+        "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
+    }
+    segment = torch.arange(3)[:, None].expand_as(kept)[kept][None]
+    with torch.no_grad():
+        logits = model(**packed, weights=WEIGHTS).logits[0]
+        torch.testing.assert_close(logits, model(**batch, weights=WEIGHTS).logits[kept], atol=2e-5, rtol=1e-4)
+    upstream, gradients = torch.tensor([0.3, -2.0, 1.1]), []
+    scores = []
+    heat = 0.5 + torch.rand(3, 12)
+    for inputs, hot in (
+        ({**batch, "labels": labels}, heat),
+        ({**packed, "labels": labels[kept][None], "segment": segment, "segments": 3}, heat[kept][None]),
+    ):
+        model.zero_grad()
+        scores.append(score_sequences(model, {**inputs, "weights": WEIGHTS}, temperature=hot).scores)
+        (scores[-1] * upstream).sum().backward()
+        gradients.append([p.grad.clone() for p in model.hyper_prompt.parameters()])
+    torch.testing.assert_close(*scores, atol=1e-4, rtol=1e-5)
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4 * float(a.abs().max()), rtol=1e-3)
+
+    own = model(**packed, weights=WEIGHTS, labels=packed["input_ids"])
+    target = packed["input_ids"][:, 1:].masked_fill(packed["position_ids"][:, 1:] == 0, -100)
+    expected = nn.functional.cross_entropy(own.logits[:, :-1].transpose(1, 2), target, ignore_index=-100)
+    torch.testing.assert_close(own.loss, expected)
+    with model.reference(), torch.no_grad():
+        torch.testing.assert_close(model(**packed).logits[0], model(**batch).logits[kept], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weights": WEIGHTS}, "there are 2 rows"),
+        ({"use_cache": True}, "use_cache"),
+        ({"position_ids": torch.arange(1, 13)[None]}, "start at 0"),
+        ({"position_ids": torch.arange(11)[None]}, "position_ids has shape"),
+    ],
+)
+def test_bad_packed_rows_are_named(change: dict, message: str) -> None:
+    packed = {"input_ids": text()["input_ids"][:1], "position_ids": torch.tensor([[*range(7), *range(5)]])}
+    with pytest.raises(ValueError, match=message):
+        conditioned()(**{**packed, "weights": WEIGHTS[:2], **change})
+    with pytest.raises(ValueError, match="positions='hf'"):
+        conditioned(positions="paper")(**packed, weights=WEIGHTS[:2])
+
+
 def test_with_lora_only_the_adapter_and_the_prompt_are_trained() -> None:
     model = HyperPromptModel(lora(build()), trained_prompt())
     model(**text(), weights=WEIGHTS).logits.square().mean().backward()

@@ -152,6 +152,15 @@ def test_a_cache_of_the_callers_gives_the_logits_of_the_whole(family: str, posit
     torch.testing.assert_close(torch.cat(parts, 1)[kept], whole[kept], atol=2e-5, rtol=1e-4)
 
 
+def test_a_cache_that_ends_inside_padding_is_refused() -> None:
+    model, batch = conditioned(), prompts()
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    cache = transformers.DynamicCache(config=model.config)
+    model(ids[:, :2], mask[:, :2], WEIGHTS, past_key_values=cache, use_cache=True)
+    with pytest.raises(ValueError, match="ends inside the padding"):
+        model(ids[:, 2:], mask, WEIGHTS, past_key_values=cache, use_cache=True)
+
+
 def test_lengths_count_text_and_not_virtual_tokens() -> None:
     model = conditioned()
     model.causal_lm.generation_config.eos_token_id = None
@@ -258,7 +267,8 @@ def test_a_plain_model_rejects_weights() -> None:
         ({"weights": WEIGHTS, "objective_temperature": torch.ones(2)}, "not conditioned on it"),
         ({"weights": WEIGHTS, "attention_mask": torch.ones(3, 13)}, "attention_mask covers 13"),
         ({"weights": WEIGHTS, "attention_mask": torch.ones(3, 1, 12, 12)}, "attention_mask has shape"),
-        ({"weights": WEIGHTS, "attention_mask": None, "position_ids": torch.arange(12)[None]}, "packed"),
+        ({"weights": WEIGHTS, "attention_mask": None, "position_ids": torch.arange(12)[None]}, r"one row \(1, N\)"),
+        ({"weights": WEIGHTS, "position_ids": torch.arange(13)[None]}, "position_ids has shape"),
         ({"weights": WEIGHTS, "token_type_ids": torch.zeros(3, 12)}, "token_type_ids"),
         ({"weights": WEIGHTS, "return_dict": False}, "return_dict"),
         ({"weights": WEIGHTS, "inputs_embeds": torch.zeros(3, 12, 32)}, "either input_ids"),

@@ -44,15 +44,6 @@ def check_model(model: nn.Module, base: Any, prompt: HyperPrompt) -> None:
         raise ValueError(f"hyper_prompt has hidden={prompt.hidden} but {name} embeds tokens in {width}; pass that")
 
 
-def cut_outputs(output: Any, length: int) -> Any:
-    """Drop what the virtual tokens gave."""
-    if getattr(output, "logits", None) is not None:
-        output.logits = output.logits[:, -length:]
-    if getattr(output, "hidden_states", None) is not None:
-        output.hidden_states = tuple(hidden[:, -length:] for hidden in output.hidden_states)
-    return output
-
-
 def count_new_tokens(kwargs: dict[str, Any], config: Any, length: int) -> None:
     """Turn lengths of the whole text into numbers of new tokens: `generate` would count virtual tokens as text."""
     for total, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):

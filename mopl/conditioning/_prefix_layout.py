@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 _POSITION_EMBEDDINGS = ("wpe", "embed_positions", "position_embeddings", "position_embedding", "positions_embed")
 _ROTARY_SETTINGS = ("rope_parameters", "rope_scaling", "rope_theta", "rotary_dim", "rotary_pct")
 NO_POSITION = -1
+IGNORE_INDEX = -100
 
 
 class Layout:
@@ -45,6 +47,11 @@ class Layout:
         self.text_before = text_before
         # Padding on the left, (B,): what stands before the first token.
         self.lead = None if attention_mask is None else (attention_mask.cumsum(-1) == 0).sum(-1)
+        if past and self.lead is not None and bool((self.lead > text_before).any()):
+            raise ValueError(
+                f"the cache of {text_before} positions of text ends inside the padding of a row, so the virtual tokens "
+                "went in before its text began; let the first call reach every row's first token"
+            )
 
     @property
     def enters(self) -> bool:
@@ -98,6 +105,19 @@ class Layout:
             front = torch.full_like(front, 0 if of_prefix == "zero" else NO_POSITION)
         return self.join(front.expand(self.batch, -1), text)
 
+    def cut(self, output: Any) -> Any:
+        """Drop what the virtual tokens gave. (A fused head scores the last T positions by itself.)"""
+        return _map_outputs(output, ("logits",), lambda tensor: tensor[:, -self.length :])
+
+    def adapt(self, kwargs: dict[str, Any]) -> None:
+        """Adapt keywords that count positions: `logits_to_keep`, and `targets` of a fused model."""
+        if isinstance(kwargs.get("logits_to_keep"), Tensor) and self.enters:
+            kwargs["logits_to_keep"] = kwargs["logits_to_keep"] + self.virtual
+        if "targets" in kwargs and self.text_mask is not None:
+            # On the left, the last padding position has become the last virtual token, which predicts nothing.
+            kept = self.text_mask[:, -self.length :].bool()
+            kwargs["targets"] = kwargs["targets"].masked_fill(~kept, IGNORE_INDEX)
+
     def shift_labels(self, labels: Tensor | None) -> Tensor | None:  # (B, T) -> (B, k + T)
         """Extend labels; the first token of a row would be predicted by the last virtual token, whose output is cut."""
         if labels is None:
@@ -105,8 +125,87 @@ class Layout:
         first = torch.arange(labels.shape[1], device=labels.device) == (
             0 if self.lead is None else self.lead.to(labels.device)[:, None]
         )
-        front = labels.new_full((labels.shape[0], self.virtual), -100)
-        return self.join(front, labels.masked_fill(first, -100))
+        front = labels.new_full((labels.shape[0], self.virtual), IGNORE_INDEX)
+        return self.join(front, labels.masked_fill(first, IGNORE_INDEX))
+
+
+class PackedLayout:
+    """Virtual tokens before each sequence of a packed row.
+
+    Transformers knows a packed row by what it lacks, an attention mask, and by positions that start again; both stay
+    true with virtual tokens in, where these count as the first positions of their sequence.
+
+    Args:
+        position_ids: (1, N), each sequence counted from 0.
+        virtual: k; 0 for the reference.
+    """
+
+    def __init__(self, position_ids: Tensor, virtual: int) -> None:
+        starts = position_ids[0] == 0
+        if not bool(starts[:1].all()):
+            raise ValueError("position_ids of a packed row must start at 0 with each sequence; pass attention_mask too")
+        self.text = position_ids
+        self.length, self.virtual = position_ids.shape[1], virtual
+        segment = starts.cumsum(-1) - 1  # (N,)
+        self.batch = int(segment[-1]) + 1 if self.length else 0
+        device = position_ids.device
+        self.place = torch.arange(self.length, device=device) + virtual * (segment + 1)  # of text, in the whole row
+        if not virtual:
+            self.place = torch.arange(self.length, device=device)
+        first = torch.searchsorted(segment, torch.arange(self.batch, device=device))  # of each sequence, in the text
+        before = first + virtual * torch.arange(self.batch, device=device)
+        self.front_place = (before[:, None] + torch.arange(virtual, device=device)).reshape(-1)
+
+    @property
+    def enters(self) -> bool:
+        """Whether virtual tokens enter."""
+        return self.virtual > 0
+
+    def join(self, front: Tensor, text: Tensor) -> Tensor:  # (S, k, ...), (1, N, ...) -> (1, N + S k, ...)
+        """Put virtual tokens before their sequences."""
+        place = torch.cat([self.front_place, self.place]).to(text.device)
+        return torch.cat([front.flatten(0, 1), text[0]])[place.argsort()][None]
+
+    def _spread(self, text: Tensor, fill: float) -> Tensor:  # (1, N) -> (1, N + S k)
+        return self.join(text.new_full((self.batch, self.virtual), fill), text)
+
+    def mask(self, *, required: bool) -> None:
+        """Return no mask."""
+
+    def positions(self) -> Tensor:
+        """Return positions (1, N + S k) that start again with each sequence's first virtual token."""
+        front = torch.arange(self.virtual, device=self.text.device).expand(self.batch, -1)
+        return self.join(front, self.text + self.virtual)
+
+    def cut(self, output: Any) -> Any:
+        """Drop what the virtual tokens gave."""
+        names = ("logits", "log_probs", "logsumexp", "entropy")
+        return _map_outputs(output, names, lambda tensor: tensor[:, self.place.to(tensor.device)])
+
+    def adapt(self, kwargs: dict[str, Any]) -> None:
+        """Adapt keywords that count positions."""
+        if kwargs.get("use_cache") or kwargs.get("logits_to_keep"):
+            raise ValueError("a packed row can use neither use_cache nor logits_to_keep; pass attention_mask, or none")
+        kwargs["use_cache"] = False  # with a cache, transformers would not look for packed sequences
+        if "targets" in kwargs:
+            kwargs["targets"] = self._spread(kwargs["targets"], IGNORE_INDEX)
+            if isinstance(kwargs.get("temperature"), Tensor) and kwargs["temperature"].ndim:
+                kwargs["temperature"] = self._spread(kwargs["temperature"].expand(1, self.length), 1.0)
+
+    def shift_labels(self, labels: Tensor | None) -> Tensor | None:  # (1, N) -> (1, N + S k)
+        """Extend labels; no first token of a sequence is predicted."""
+        if labels is None:
+            return None
+        return self._spread(labels.masked_fill(self.text.to(labels.device) == 0, IGNORE_INDEX), IGNORE_INDEX)
+
+
+def _map_outputs(output: Any, names: tuple[str, ...], select: Callable[[Tensor], Tensor]) -> Any:
+    for name in names:
+        if getattr(output, name, None) is not None:
+            setattr(output, name, select(getattr(output, name)))
+    if getattr(output, "hidden_states", None) is not None:
+        output.hidden_states = tuple(select(hidden) for hidden in output.hidden_states)
+    return output
 
 
 def check_paper_positions(model: Any, takes_positions: bool) -> bool:

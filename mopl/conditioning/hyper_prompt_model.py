@@ -30,15 +30,14 @@ import torch
 from torch import Tensor, nn
 
 from mopl._arguments import check_choice, shape_of
-from mopl.conditioning._causal_lm import DELEGATED, check_model, count_new_tokens, cut_outputs, is_peft
-from mopl.conditioning._prefix_layout import Layout, check_paper_positions, silence_position_embedding
+from mopl.conditioning._causal_lm import DELEGATED, check_model, count_new_tokens, is_peft
+from mopl.conditioning._prefix_layout import Layout, PackedLayout, check_paper_positions, silence_position_embedding
 from mopl.conditioning.hyper_prompt import HyperPrompt
 from mopl.conditioning.sampling import check_weights
 
 Positions = Literal["hf", "paper"]
 POSITIONS = ("hf", "paper")
 WEIGHTS_FILE, CONFIG_FILE = "hyper_prompt.safetensors", "mopl.json"
-IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True)
@@ -162,11 +161,13 @@ class HyperPromptModel(nn.Module):
             input_ids: (B, T).
             attention_mask: (B, T), 1 where a token exists; padding may be on either side. With a cache it covers the
                 text of the cache too, as ever, and never the virtual tokens.
-            weights: w, (m,) or (B, m). Required, but for the reference, where they change nothing.
+            weights: w, (m,) or (B, m), or (S, m) for S packed sequences. Required, but for the reference, where they
+                change nothing.
             objective_temperature: β, for a prompt conditioned on temperatures. (`temperature` is the fused head's:
                 what logits are divided by.)
-            position_ids: (B, T), positions of the text, counted from 0; from the mask by default. Needs a mask: packed
-                rows, which transformers recognises by its absence, have no place for a prompt.
+            position_ids: (B, T), positions of the text, counted from 0; from the mask by default. Without a mask they
+                mean a packed row (1, N), as everywhere in transformers: positions start again at 0 with each sequence,
+                and each sequence gets virtual tokens of its own.
             labels: (B, T); the model's own loss. The first token of a row is not predicted, as without a prompt.
             inputs_embeds: (B, T, d), in place of `input_ids`.
             past_key_values: A cache. An empty one takes the prompt in; later calls pass new tokens only.
@@ -194,12 +195,7 @@ class HyperPromptModel(nn.Module):
             text = {"inputs_embeds": self._embed_with_prompt(content, layout, weights, objective_temperature)}
             labels = layout.shift_labels(labels)
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
-        if isinstance(kwargs.get("logits_to_keep"), Tensor) and layout.enters:
-            kwargs["logits_to_keep"] = kwargs["logits_to_keep"] + layout.virtual
-        if "targets" in kwargs and attention_mask is not None:
-            # On the left, the last padding position has become the last virtual token, which predicts nothing.
-            kept = attention_mask[:, -layout.length :].bool()
-            kwargs["targets"] = kwargs["targets"].masked_fill(~kept, IGNORE_INDEX)
+        layout.adapt(kwargs)
         if self._takes_positions:
             kwargs["position_ids"] = self._positions(layout, position_ids)
         if labels is not None:
@@ -207,7 +203,7 @@ class HyperPromptModel(nn.Module):
         if past_key_values is not None:
             kwargs["past_key_values"] = past_key_values
         output = self.model(**text, attention_mask=layout.mask(required=self.positions == "paper"), **kwargs)
-        return cut_outputs(output, layout.length)
+        return layout.cut(output)
 
     @torch.no_grad()
     def generate(
@@ -266,7 +262,7 @@ class HyperPromptModel(nn.Module):
     # ---------------------------------------------------------------- parts of the two
 
     def _embed_with_prompt(
-        self, content: Tensor, layout: Layout, weights: Tensor | None, temperature: Tensor | None
+        self, content: Tensor, layout: Layout | PackedLayout, weights: Tensor | None, temperature: Tensor | None
     ) -> Tensor:  # (B, k + T, d)
         """Return the embeddings of token ids (or embeddings) with the virtual tokens in place."""
         batch, m = layout.batch, self.hyper_prompt.objectives
@@ -286,7 +282,11 @@ class HyperPromptModel(nn.Module):
             content = embedding(content.to(embedding.weight.device))
         return layout.join(prefix.to(content), content)
 
-    def _positions(self, layout: Layout, position_ids: Tensor | None) -> Tensor | None:
+    def _positions(self, layout: Layout | PackedLayout, position_ids: Tensor | None) -> Tensor | None:
+        if isinstance(layout, PackedLayout):
+            if self.positions == "paper" and layout.enters:
+                raise ValueError("packed sequences need positions that count up; use positions='hf' or pad")
+            return layout.positions()
         if self.positions == "hf" or self._is_reference:
             return layout.positions(position_ids, offset=layout.virtual, of_prefix="count")
         implementation = getattr(self.causal_lm.config, "_attn_implementation", None) or ""
@@ -299,27 +299,26 @@ class HyperPromptModel(nn.Module):
 
     def _layout(
         self, text: Tensor, mask: Tensor | None, position_ids: Tensor | None, past: int, kwargs: dict[str, Any]
-    ) -> Layout:
+    ) -> Layout | PackedLayout:
         """Check what comes with a text (B, T) or (B, T, d), and return where its virtual tokens stand."""
         shape = tuple(text.shape[:2])
         if mask is not None and (mask.ndim != 2 or mask.shape[0] != shape[0] or mask.shape[1] < shape[1]):
             raise ValueError(f"attention_mask has shape {shape_of(mask)} but the text is {shape}; pass (B, T)")
         if position_ids is not None:
-            if mask is None:
-                raise ValueError(
-                    "position_ids came without attention_mask, which says packed sequences; a prompt has no place in "
-                    "packed rows. Pass one sequence a row with its attention_mask"
-                )
             if tuple(position_ids.shape) not in (shape, (1, shape[1])):
                 raise ValueError(f"position_ids has shape {shape_of(position_ids)} but the text is {shape}")
             if not self._takes_positions:
                 raise ValueError(f"{type(self.causal_lm).__name__} takes no position_ids; leave them out")
+            if mask is None and (shape[0] != 1 or past):
+                raise ValueError("position_ids without attention_mask say packed sequences, which need one row (1, N)")
         for name in ("token_type_ids", "cache_position"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name} cannot be used with a prompt of virtual tokens; leave it out")
         if kwargs.get("return_dict") is False:
             raise ValueError("return_dict=False would return a tuple whose prompt outputs cannot be told; leave it out")
         virtual = 0 if self._is_reference else self.hyper_prompt.virtual_tokens
+        if mask is None and position_ids is not None:
+            return PackedLayout(position_ids.to(text.device), virtual)
         return Layout(shape[0], shape[1], virtual, mask, past, text.device)
 
     def _generation_mask(self, input_ids: Tensor, mask: Tensor | None) -> Tensor:
