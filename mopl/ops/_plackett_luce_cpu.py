@@ -23,48 +23,91 @@ from mopl.ops._rows import row_sum
 
 def likelihood(r: Rankings, need_grad: bool) -> tuple[Tensor, Tensor | None]:
     """Return the negative log-likelihood (R,) and its gradient with respect to u (R, K), in the order of the rows."""
-    size = r.u.shape[1]
-    # Sums of exp(u) over a list and of weight / exp(u) must both stay inside the dtype.
-    limit = 0.9 * math.log(torch.finfo(r.u.dtype).max) - math.log(size)
-    if r.weight is not None:
-        limit -= math.log(max(float(r.weight.abs().max()), 1.0))
+    rows = None if r.leads is None else (r.leads.amin(-1) == 0).nonzero()[:, 0]
+    if rows is None or 2 * len(rows) > len(r.u):
+        return _by_range(r, need_grad)
+    # Few lists have ties: only those pay for them.
+    loss, gradient = _by_range(r._replace(leads=None), need_grad)
+    return _replace_rows(loss, gradient, rows, _by_range(r.take(rows), need_grad))
+
+
+def _replace_rows(
+    loss: Tensor, gradient: Tensor | None, rows: Tensor, part: tuple[Tensor, Tensor | None]
+) -> tuple[Tensor, Tensor | None]:
+    loss[rows] = part[0].to(loss.dtype)
+    if gradient is not None and part[1] is not None:
+        gradient[rows] = part[1].to(gradient.dtype)
+    return loss, gradient
+
+
+def _limit(r: Rankings, dtype: torch.dtype) -> float:
+    """Return the range of scores for which sums of exp(u) and of weight / exp(u) both stay inside `dtype`."""
+    limit = 0.9 * math.log(torch.finfo(dtype).max) - math.log(r.u.shape[1])
+    return limit if r.weight is None else limit - math.log(max(float(r.weight.abs().max()), 1.0))
+
+
+def _by_range(r: Rankings, need_grad: bool) -> tuple[Tensor, Tensor | None]:
+    """Send every ranking to the cheapest form that is right for it."""
     runs = None if r.leads is None else _find_runs(r, r.leads.reshape(-1))
-    far = None
+    hard = runs is not None and len(runs.hard) > 0
+    limit = _limit(r, r.u.dtype)
     lowest, highest = r.u.aminmax()
-    if -limit / 2 < float(lowest) and float(highest) < limit / 2:
-        exponent = r.u
+    if -limit / 2 < float(lowest) and float(highest) < limit / 2 and not hard:
+        return _linear(r, r.u, runs, need_grad)
+    missing = None if r.valid is None else ~r.valid
+    top = (r.u if missing is None else r.u.masked_fill(missing, -torch.inf)).amax(-1, keepdim=True)
+    exponent = r.u - top
+    if missing is not None:
+        exponent.masked_fill_(missing, 0)
+    bottom = exponent.amin(-1)
+    # 0: sums in this dtype; 1: sums in float64; 2: sums relative to their largest term.
+    form = (~(bottom > -limit)).to(torch.uint8)
+    if r.u.dtype == torch.float64:
+        form *= 2
     else:
-        missing = None if r.valid is None else ~r.valid
-        top = (r.u if missing is None else r.u.masked_fill(missing, -torch.inf)).amax(-1, keepdim=True)
-        exponent = r.u - top
-        if missing is not None:
-            exponent.masked_fill_(missing, 0)
-        far = ~(exponent.amin(-1) > -limit)
-    if runs is not None and len(runs.hard):
-        far = torch.zeros(len(r.u), dtype=torch.bool, device=r.u.device) if far is None else far
-        far[runs.hard] = True
-    if far is None or not bool(far.any()):
-        return _linear(r, exponent, runs, need_grad)
-    rows = far.nonzero()[:, 0]
-    if len(rows) == len(r.u):
+        form += ~(bottom > -_limit(r, torch.float64))
+    if hard and runs is not None:
+        form[runs.hard] = 2
+    wide, widest = (form == 1).nonzero()[:, 0], (form == 2).nonzero()[:, 0]
+    if len(widest) == len(r.u):
         return scaled(r, need_grad)
-    # The far rows go through the linear form as rows of equal scores, so that they cannot overflow there.
-    loss, gradient = _linear(r, exponent.masked_fill(far[:, None], 0), runs, need_grad)
-    loss[rows], far_gradient = scaled(r.take(rows), need_grad)
-    if gradient is not None:
-        gradient[rows] = far_gradient
+    if len(wide) == len(r.u):
+        loss, gradient = _linear(r.to(torch.float64), exponent.double(), runs and runs.to(torch.float64), need_grad)
+        return loss.to(r.u.dtype), None if gradient is None else gradient.to(r.u.dtype)
+    # Rows of another form go along as rows of equal scores, so that they cannot overflow here, and are replaced.
+    if len(wide) + len(widest):
+        exponent = exponent.masked_fill(form[:, None] > 0, 0)
+    loss, gradient = _linear(r, exponent, runs, need_grad)
+    if len(wide):
+        part = r.take(wide).to(torch.float64)
+        _replace_rows(loss, gradient, wide, _by_range(part, need_grad))
+    if len(widest):
+        _replace_rows(loss, gradient, widest, scaled(r.take(widest), need_grad))
     return loss, gradient
 
 
 class _Runs(NamedTuple):
     """Runs of equal labels in the flattened rows, single items included: J runs over R * K places."""
 
+    shape: torch.Size  # (R, K)
     run: Tensor  # (R K,) the run of each place
     first: Tensor  # (J,) place of a run's first item
     last: Tensor  # (J,) and of its last
     size: Tensor  # (J,) items in the run, in the dtype of u
     weight: Tensor | None  # (J,) what it is charged; None: 1 each
     hard: Tensor  # rows that only `scaled` can do: with a charged tie, in any order
+
+    def each(self, values: Tensor) -> Tensor:
+        """Return the value (J,) of every item's run, as rows (R, K)."""
+        return values.index_select(0, self.run).view(self.shape)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Return the sum (J,) of rows (R, K) over each run."""
+        return values.new_zeros(len(self.first)).index_add_(0, self.run, values.view(-1))
+
+    def to(self, dtype: torch.dtype) -> _Runs:
+        """Return the runs for arithmetic in `dtype`."""
+        return self._replace(size=self.size.to(dtype), weight=None if self.weight is None else self.weight.to(dtype))
 
 
 def _find_runs(r: Rankings, leads: Tensor) -> _Runs:
@@ -76,8 +119,7 @@ def _find_runs(r: Rankings, leads: Tensor) -> _Runs:
     size = count.to(r.u.dtype)
     weight = None
     if r.weight is not None:
-        each = r.weight.expand_as(r.u).reshape(-1)
-        weight = torch.zeros_like(size).index_add_(0, run, each) / size
+        weight = torch.zeros_like(size).index_add_(0, run, r.weight.expand_as(r.u).reshape(-1)) / size
     if r.top_k is not None and r.top_k < items:
         charged = (first % items < r.top_k).to(size.dtype)
         weight = charged if weight is None else weight * charged
@@ -90,7 +132,7 @@ def _find_runs(r: Rankings, leads: Tensor) -> _Runs:
         tied = size > 1
         hard = first[tied & (weight != 0)] // items
         weight = weight * ~tied
-    return _Runs(run, first, last, size, weight, hard)
+    return _Runs(r.u.shape, run, first, last, size, weight, hard)
 
 
 def _linear(r: Rankings, exponent: Tensor, runs: _Runs | None, need_grad: bool) -> tuple[Tensor, Tensor | None]:
@@ -101,25 +143,22 @@ def _linear(r: Rankings, exponent: Tensor, runs: _Runs | None, need_grad: bool) 
     missing = None if present is None else 1 - present
     if present is not None:
         e.mul_(present)
-    c = e.flip(-1).cumsum_(-1).flip(-1)  # exp(u) summed from an item to the end of its list
-    # Neighbours along a row are neighbours in memory: a shift of the flattened rows is right but for one column.
-    others = torch.empty_like(c)
-    others.view(-1)[:-1] = c.view(-1)[1:]
-    others[:, -1] = 0
-    weight = r.charge()
-    if runs is not None:
-        total = c.view(-1)[runs.first]
-        rest = others.view(-1)[runs.last]
-        others.add_(total.index_select(0, runs.run).view_as(c).sub_(c))  # the group's items before this one
-        chosen = c
-        if r.ties == "efron":
-            place = torch.arange(c.numel(), device=c.device) - runs.first.index_select(0, runs.run)
-            chosen = place.to(c.dtype) / runs.size.index_select(0, runs.run)
-            others.view(-1).addcmul_(chosen, (total - rest).index_select(0, runs.run), value=-1)
-        weight = None if runs.weight is None else runs.weight.index_select(0, runs.run).view_as(c)
+    below = e.flip(-1).cumsum_(-1).flip(-1)  # exp(u) summed from an item to the end of its list
+    divisor = e if missing is None else e + missing
+    share = None
+    if runs is None:
+        weight, denominator = r.charge(), below
+        # Neighbours along a row are neighbours in memory: a shift of the flattened rows is right but for one column.
+        x = torch.empty_like(e)
+        torch.div(below.view(-1)[1:], divisor.view(-1)[:-1], out=x.view(-1)[:-1])
+        x[:, -1] = 0
+    else:
+        weight = None if runs.weight is None else runs.each(runs.weight)
+        others, share = _others(runs, below, efron=r.ties == "efron")
+        x = others / divisor
+        denominator = others.add_(e)
     if present is not None:
         weight = present if weight is None else weight * present
-    x = others / (e if missing is None else e + missing)
     loss = x.log1p()
     if weight is not None:
         loss.mul_(weight)
@@ -127,32 +166,39 @@ def _linear(r: Rankings, exponent: Tensor, runs: _Runs | None, need_grad: bool) 
     if not need_grad:
         return loss, None
 
-    # y_i = w_i / D_i is what item i takes from every item below, per exp(u); shifted prefix sums collect it.
-    y = c if runs is None else others + e
-    if missing is not None:
-        y.add_(missing)
-    y.reciprocal_()
+    # y_i is what item i takes from every item below, per exp(u); prefix sums that stop above an item collect it.
+    y = (denominator if missing is None else denominator.add_(missing)).reciprocal_()
     if weight is not None:
         y.mul_(weight)
     gradient = x.div_(1 + x).neg_()
-    if runs is not None:
-        single = (runs.size == 1).to(e.dtype)
-        if r.ties == "efron":
-            inside = torch.zeros_like(single).index_add_(0, runs.run, (1 - chosen).mul_(y.view(-1)))
-        else:
-            inside = runs.size * y.view(-1)[runs.first]
-        inside.mul_(1 - single)
-        y.cumsum_(-1)
-        y[:, -1] = 0
-        above = y.view(-1)[runs.first - 1].add_(inside)
-        single = single.index_select(0, runs.run).view_as(c)
-        gradient.mul_(single).sub_(1 - single)
+    if runs is None:
+        y.cumsum_(-1)[:, -1] = 0
         if weight is not None:
             gradient.mul_(weight)
-        return loss, gradient.addcmul_(e, above.index_select(0, runs.run).view_as(c))
+        gradient.view(-1)[1:].addcmul_(e.view(-1)[1:], y.view(-1)[:-1])
+        return loss, gradient
+    # A tied item also takes from itself and the others of its run: exp(u) inside - w instead of -w x / (1 + x).
+    single = (runs.size == 1).to(e.dtype)
+    inside = runs.size * y.view(-1)[runs.first] if share is None else runs.sum(share * y)
+    inside.mul_(1 - single)
+    y.cumsum_(-1)[:, -1] = 0
+    above = y.view(-1)[runs.first - 1].add_(inside)
+    single = runs.each(single)
+    gradient.mul_(single).sub_(1 - single)
     if weight is not None:
         gradient.mul_(weight)
-    y.cumsum_(-1)
-    y[:, -1] = 0
-    gradient.view(-1)[1:].addcmul_(e.view(-1)[1:], y.view(-1)[:-1])
-    return loss, gradient
+    return loss, gradient.addcmul_(e, runs.each(above))
+
+
+def _others(runs: _Runs, below: Tensor, efron: bool) -> tuple[Tensor, Tensor | None]:
+    """Return each item's denominator without the item, and the share of its run in it that Efron's rule leaves."""
+    others = torch.empty_like(below)
+    others.view(-1)[:-1] = below.view(-1)[1:]
+    others[:, -1] = 0
+    rest, total = others.view(-1)[runs.last], below.view(-1)[runs.first]
+    others += runs.each(total).sub_(below)  # the items of the run before this one; exactly 0 for the first
+    if not efron:
+        return others, None
+    place = torch.arange(below.numel(), device=below.device) - runs.first.index_select(0, runs.run)
+    chosen = place.to(below.dtype).view_as(below) / runs.each(runs.size)
+    return others.addcmul_(chosen, runs.each(total - rest), value=-1), 1 - chosen

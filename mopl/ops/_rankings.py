@@ -27,6 +27,11 @@ class Rankings(NamedTuple):
 
         return self._replace(u=self.u[rows], leads=some(self.leads), valid=some(self.valid), weight=some(self.weight))
 
+    def to(self, dtype: torch.dtype) -> Rankings:
+        """Return the rankings for arithmetic in `dtype`."""
+        weight = None if self.weight is None else self.weight.to(dtype)
+        return self._replace(u=self.u.to(dtype), weight=weight)
+
     def charge(self) -> Tensor | None:
         """Return the weight of every position, (K,) or (R, K), for items that are not tied; None means 1."""
         if self.top_k is None or self.top_k >= self.u.shape[1]:
