@@ -303,10 +303,11 @@ def test_gradient_checkpointing_changes_nothing(reentrant: bool) -> None:
 def test_fused_scores_equal_log_softmax_of_its_own_logits(family: str, padding: str) -> None:
     plain, batch = conditioned(family), text(padding)
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    labels[:, :5] = -100
+    labels[:, :2] = -100  # on the left, rows 1 and 2 begin later: their first token is not predicted
+    target = labels[:, 1:].masked_fill(batch["attention_mask"][:, :-1] == 0, -100)
     logp = plain(**batch, weights=WEIGHTS).logits[:, :-1].log_softmax(-1)
-    picked = logp.gather(-1, labels[:, 1:].clamp(min=0)[..., None])[..., 0]
-    expected = (picked * (labels[:, 1:] != -100)).sum(-1)
+    picked = logp.gather(-1, target.clamp(min=0)[..., None])[..., 0]
+    expected = (picked * (target != -100)).sum(-1)
     fused = HyperPromptModel(lora(fuse(build(family))) if family == "llama" else fuse(build(family)), trained_prompt())
     with fused.model.disable_adapter() if family == "llama" else torch.enable_grad():
         scores = score_sequences(fused.eval(), {**batch, "labels": labels, "weights": WEIGHTS}).scores
