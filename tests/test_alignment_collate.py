@@ -409,7 +409,7 @@ def test_every_objective_over_its_own_responses_is_the_loss_of_the_shortened_lis
 
 
 def test_presorted_order_puts_missing_labels_after_labelled_ones_and_padding_last():
-    items = [with_labels([2, nan, 5], [1, 1, 1]), with_labels([0, 1, 2, 1], [3, 2, 1, 0])]
+    items = [with_labels([-2, nan, 5], [1, 1, 1]), with_labels([0, 1, 2, 1], [3, 2, 1, 0])]
     order = ListCollator(order=True, partial="keep")(items).order
     assert order is not None
     assert order.tolist() == [[[2, 0, 1, 3], [0, 1, 2, 3]], [[2, 1, 3, 0], [0, 1, 2, 3]]]
@@ -514,6 +514,9 @@ def test_a_batch_depends_on_the_step_alone_so_that_any_step_can_be_resumed_from(
     backwards = TokenBatches(items, 150, seed=1)
     assert [backwards(step).tolist() for step in range(59, -1, -1)] == [b.tolist() for b in run[::-1]]
     assert backwards.locate(59)[0] >= 2  # several epochs were crossed
+    end = backwards.locate(59)[0]  # of the epochs before it, the steps use every list once
+    held = [batch for step, batch in enumerate(run) if backwards.locate(step)[0] < end]
+    assert np.bincount(np.concatenate(held)).tolist() == [end] * 40
     other = list(batches_by_tokens(items, 150, seed=2, stop=60))
     assert [b.tolist() for b in other] != [b.tolist() for b in run]
 

@@ -5,6 +5,7 @@ import gzip
 import json
 import logging
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -221,8 +222,10 @@ def test_unknown_formats_options_and_columns_are_named_together_with_the_known_o
     row = {"prompt": "q", "chosen": "a", "rejected": "b"}
     with pytest.raises(ValueError, match="format is 'dpo' but must be 'auto' or one of\n  lists"):
         load_preferences([row], format="dpo")
-    with pytest.raises(ValueError, match=r"format pairs has no such option.*'aspect'"):
+    with pytest.raises(ValueError, match="format pairs has no option aspect; it has objective"):
         load_preferences([row], aspect="x")
+    with pytest.raises(ValueError, match="format lists has no option objective; it has none"):
+        load_preferences([{"prompt": "q", "responses": ["a", "b"], "labels": {"h": [1, 0]}}], objective="x")
     with pytest.raises(DataError, match=r"columns better, prompt, worse\.(.|\n)*pairs \(.*\): chosen, rejected"):
         load_preferences([{"prompt": "q", "better": "a", "worse": "b"}])
     with pytest.raises(ValueError, match="on_error is 'ignore'"):
@@ -411,11 +414,17 @@ def test_conversational_pairs_agree_with_trl(style):
         ({"chosen": [USER, GOOD], "rejected": "text"}, "wrong type"),
         ({"chosen": "", "rejected": "text", "prompt": "q"}, "empty response"),
         ({"chosen": None, "rejected": "text", "prompt": "q"}, "empty response"),
+        ({"chosen": ["a"], "rejected": ["b"], "prompt": "q"}, r"wrong structure \(row 1: not a row of pairs"),
     ],
 )
 def test_pairs_that_say_nothing_are_refused(row, reason):
     with pytest.raises(DataError, match=reason):
         load_preferences([row])
+
+
+def test_a_conversation_that_goes_on_answers_with_more_messages_than_one_that_stops():
+    item = only([{"chosen": [USER, GOOD], "rejected": [USER, GOOD, USER, BAD]}])
+    assert item.prompt == (USER,) and item.responses == ((GOOD,), (GOOD, USER, BAD))
 
 
 def test_llamafactory_preferences_are_read_in_both_styles():
@@ -494,6 +503,26 @@ def test_a_directory_in_the_layout_of_the_hub_is_read_by_split_and_folder(tmp_pa
     assert len(data) == 2 and data.objectives == ("harmless",)
     assert data[0].responses == ("harmless-base0", "no")
     assert len(load_preferences(root, **options)) == 3
+
+
+def test_a_name_that_is_no_path_is_loaded_from_the_hub(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load_dataset(path, **options):
+        asked.append((path, options))
+        return datasets.Dataset.from_list([SAFE])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    data = load_preferences("PKU-Alignment/PKU-SafeRLHF", split="test", config="alpaca-7b", revision="abc")
+    assert data.objectives == ("helpful", "harmless") and data.name == "PKU-Alignment/PKU-SafeRLHF"
+    assert asked == [("PKU-Alignment/PKU-SafeRLHF", {"name": "alpaca-7b", "split": "test", "revision": "abc"})]
+
+
+def test_without_the_library_datasets_the_message_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r"pip install 'mopl\[hf\]'"):
+        load_preferences("owner/name")
 
 
 def test_nested_formats_survive_parquet(tmp_path):

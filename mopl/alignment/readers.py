@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gzip
+import inspect
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -290,11 +291,15 @@ def _parse(
 
 
 def _drafts(entry: Format, rows: Sequence[Row], options: Mapping[str, Any]) -> Iterator[PreferenceList | RowError]:
+    known = [name for name in inspect.signature(entry.parse).parameters if name != "rows"]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        has = f"it has {', '.join(known)}" if known else "it has none"
+        raise ValueError(f"format {entry.name} has no option {', '.join(unknown)}; {has}")
     try:
         yield from entry.parse(rows, **options)
     except RowError as error:
         yield error
-    except TypeError as error:
-        if "unexpected keyword argument" in str(error) or "multiple values" in str(error):
-            raise ValueError(f"format {entry.name} has no such option: {error}") from None
-        raise
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        # Records of another shape inside a row: what matters to the user is which row it is.
+        yield RowError("wrong structure", f"not a row of {entry.name} ({type(error).__name__}: {error})")
