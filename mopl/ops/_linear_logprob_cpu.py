@@ -119,11 +119,13 @@ class _Sums(NamedTuple):
     @staticmethod
     def zeros(shift: Tensor, width: int, moments: int, directions: int) -> _Sums:
         rows = len(shift)
+        # A variance is a difference of these sums: they keep their digits in float64.
+        wide = torch.float64 if moments > 1 else shift.dtype
         return _Sums(
             shift.clone(),
-            shift.new_zeros(rows),
-            shift.new_zeros(rows if moments > 0 else 0),
-            shift.new_zeros(rows if moments > 1 else 0),
+            shift.new_zeros(rows, dtype=wide),
+            shift.new_zeros(rows if moments > 0 else 0, dtype=wide),
+            shift.new_zeros(rows if moments > 1 else 0, dtype=wide),
             shift.new_zeros((rows, width) if directions > 0 else 0),
             shift.new_zeros((rows, width) if directions > 1 else 0),
         )
@@ -166,12 +168,16 @@ def _add_tile(head: _Head, u: Tensor, rows: slice, start: int, tile: Tensor, piv
     shifted = shifted.clamp(min=FLOOR) if len(sums.moment1) else None
     e = u.exp_()
     _clear_pivot(e, pivot[rows], start)
-    sums.others[rows] += e.sum(1)
+    sums.others[rows] += e.sum(1, dtype=sums.others.dtype)
     if shifted is not None:
         times = e * shifted
-        sums.moment1[rows] += times.sum(1)
         if len(sums.moment2):
-            sums.moment2[rows] += shifted.mul_(times).sum(1)
+            wide = shifted.double()
+            square = wide * e
+            sums.moment1[rows] += square.sum(1)
+            sums.moment2[rows] += square.mul_(wide).sum(1)
+        else:
+            sums.moment1[rows] += times.sum(1)
         if len(sums.weighted_moment):
             sums.weighted_moment[rows].addmm_(times if bent is None else times.mul_(bent), tile)
     if len(sums.weighted):
@@ -201,7 +207,7 @@ def accumulate(
         others (M,) = sum e_v;  moment1 (M,) = sum e_v (u_v - shift);  moment2 (M,) = sum e_v (u_v - shift)^2
         weighted (M, H) = sum e_v f_v W_v;  weighted_moment (M, H) = sum e_v (u_v - shift) f_v W_v
             with f_v = 1 - tanh^2 under a softcap, else 1.
-        Those not asked for are empty (0,).
+        Those not asked for are empty (0,). others, moment1 and moment2 may be wider than the compute dtype.
     """
     head = _Head.of(hidden, weight, bias, temperature, softcap, logit_scale)
     size, vocabulary, kept = len(hidden), len(weight), min(keep_rows, len(hidden))

@@ -136,7 +136,6 @@ class Statistics(NamedTuple):
     shift: Tensor
     others: Tensor  # sum of exp(u_v - shift), the pivot left out
     moment1: Tensor  # sum of exp(u_v - shift) (u_v - shift), the pivot left out; empty if not asked for
-    moment2: Tensor  # the same with the square; empty if not asked for
     pivot_logit: Tensor
     total: Tensor  # sum of exp(u_v - shift) over the whole vocabulary
     log_total: Tensor
@@ -151,23 +150,35 @@ class Statistics(NamedTuple):
         own = weighted_by_probability(self.pivot_logprob, self.pivot_logprob)
         return (self.log_total * self.others - self.moment1) / self.total - own
 
-    def variance(self) -> Tensor:
-        """Variance of u under p."""
-        shifted = self.pivot_logit - self.shift
-        mean = self.moment1 / self.total + weighted_by_probability(shifted, self.pivot_logprob)
-        square = self.moment2 / self.total + weighted_by_probability(shifted.square(), self.pivot_logprob)
-        return square - mean.square()
 
-
-def statistics(shift: Tensor, others: Tensor, moment1: Tensor, moment2: Tensor, pivot_logit: Tensor) -> Statistics:
+def statistics(shift: Tensor, others: Tensor, moment1: Tensor, pivot_logit: Tensor) -> Statistics:
     """Complete the sums of `accumulate` with the pivot's own term."""
+    others, moment1 = others.to(shift.dtype), moment1.to(shift.dtype)
     shifted = pivot_logit - shift
     total = others + shifted.exp()
     odds = others * (-shifted).exp()  # (1 - p_q) / p_q: log1p of it keeps the digits of a confident row
     safe = odds.isfinite()
     log_total = torch.where(safe, shifted + odds.log1p(), total.log())
     pivot_logprob = torch.where(safe, -odds.log1p(), shifted - total.log())
-    return Statistics(shift, others, moment1, moment2, pivot_logit, total, log_total, pivot_logprob)
+    return Statistics(shift, others, moment1, pivot_logit, total, log_total, pivot_logprob)
+
+
+def variance(shift: Tensor, others: Tensor, moment1: Tensor, moment2: Tensor, pivot_logit: Tensor) -> Tensor:
+    """Return the variance of u under p, in the dtype of `shift`: that of the others, and of the pivot against them."""
+    shifted = (pivot_logit - shift).to(others.dtype)
+    peak = shifted.exp()
+    total = others + peak
+    mean = moment1 / others
+    within = (moment2 - mean * moment1) / total
+    between = torch.where(peak == 0, 0, others * peak / total.square() * (shifted - mean).square())
+    return torch.where(others == 0, 0, within + between).to(shift.dtype)
+
+
+def scaled_by(shift: Tensor, common: Tensor) -> tuple[Tensor, Tensor]:
+    """Return exp(shift - common) and shift - common for common >= shift; (0, 0) where nothing is left of a sum."""
+    step = torch.where(shift == common, 0, shift - common)
+    factor = step.exp()
+    return factor, torch.where(factor == 0, 0, step)
 
 
 def target_logprob(stats: Statistics, logits: Tensor, selection: Selection) -> Tensor:
@@ -264,7 +275,9 @@ def logit_gradient(
     gamma = None
     if grad_entropy is not None and entropy is not None:
         gamma = share * grad_entropy
-        alpha = alpha + gamma * (entropy + (shift - logsumexp))
+        # log(total) is logsumexp - shift, which has lost digits to the size of the logits. It is infinite on a rank
+        # whose part of the vocabulary has no probability.
+        alpha = alpha + torch.where(share == 0, 0, gamma * (entropy - total.log()))
         coefficient = coefficient - grad_entropy * weighted_by_probability(pivot_logprob + entropy, pivot_logprob)
     coefficient = coefficient * slope(pivot_logprob + logsumexp, temperature, softcap, logit_scale)
     if selection.valid is not None:

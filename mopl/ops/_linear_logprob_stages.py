@@ -23,11 +23,13 @@ from mopl.ops._linear_logprob_rows import (
     logit_gradient,
     logprob_direction,
     logsumexp_direction,
+    scaled_by,
     scatter_entries,
     scatter_rows,
     select,
     statistics,
     target_logprob,
+    variance,
 )
 from mopl.ops._logprob import segment_sum
 
@@ -76,6 +78,11 @@ def direction_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return torch.bfloat16 if narrow else compute_dtype(hidden, weight)
 
 
+def local_column(column: Tensor, weight: Tensor, shard: VocabularyShard | None) -> Tensor:
+    """Return indices into the rows of `weight`, -1 for what is not there: other ranks' tokens and mistakes."""
+    return torch.where(column < len(weight), column, -1) if shard is None else shard.local(column)
+
+
 def run_forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, row: Tensor | None, temperature: Tensor,
     softcap: float, logit_scale: float, want_entropy: bool, want_variance: bool, keep_direction: bool,
@@ -90,11 +97,12 @@ def run_forward(
     temperature = gather(temperature, chosen, fill=1)
     head = (softcap, logit_scale)
 
-    column = chosen.column if shard is None else shard.local(chosen.column)
+    column = local_column(chosen.column, weight, shard)
     logits = backend.target_logits(hidden, weight, bias, column, chosen.position, temperature, *head)
     logits = logits if shard is None else shard.sum(logits)
+    logits = logits.masked_fill(chosen.column >= (len(weight) if shard is None else shard.vocabulary), torch.nan)
     pivot, pivot_logit = choose_pivots(logits, chosen, len(hidden))
-    local_pivot = pivot if shard is None else shard.local(pivot)
+    local_pivot = local_column(pivot, weight, shard)
 
     cache = hidden.new_empty((keep_rows * len(weight),), dtype=cache_dtype(hidden, weight))
     sums = backend.accumulate(
@@ -105,14 +113,14 @@ def run_forward(
     shift = local_shift
     if shard is not None:
         shift, others, moment1, moment2 = shard.merge(local_shift, others, moment1, moment2)
-    stats = statistics(shift, others, moment1, moment2, pivot_logit)
-    scale = torch.ones_like(stats.shift) if shard is None else (local_shift - stats.shift).exp()
+    stats = statistics(shift, others, moment1, pivot_logit)
+    scale, step = scaled_by(local_shift, stats.shift)
 
     def directions(part: Coefficients, column: Tensor | None = None, position: Tensor | None = None) -> Tensor:
         weighted_part, moment_part = part.weighted * scale, None
         if part.moment is not None:
             moment_part = part.moment * scale
-            weighted_part = weighted_part + moment_part * (local_shift - stats.shift)
+            weighted_part = weighted_part + moment_part * step
         return backend.combine(
             weight, weighted, weighted_moment, local_pivot, part.pivot, weighted_part, moment_part,
             column, position, part.own, direction_dtype(hidden, weight),
@@ -140,7 +148,7 @@ def run_forward(
         logprob=scatter_entries(target_logprob(stats, logits, chosen), chosen, entries),
         logsumexp=back(stats.logsumexp),
         entropy=back(entropy) if want_entropy else entropy,
-        variance=back(stats.variance()) if want_variance else nothing(),
+        variance=back(variance(shift, others, moment1, moment2, pivot_logit)) if want_variance else nothing(),
         direction=of_logprob,
         direction_logsumexp=of_logsumexp,
         direction_entropy=of_entropy,
@@ -177,10 +185,11 @@ def run_backward(
         gather(saved.logsumexp, chosen), None if grad_entropy is None else gather(saved.entropy, chosen),
         shift, gather(saved.total, chosen, fill=1), temperature, softcap, logit_scale,
     )  # fmt: skip
-    local = (lambda column: column) if shard is None else shard.local
     grad_hidden, grad_weight, grad_bias = backend_of(hidden).backward(
-        hidden, weight, bias, local(pivot), shift, temperature, softcap, logit_scale, chosen.count,
-        gradient.alpha, gradient.gamma, local(gradient.column), gradient.position, gradient.coefficient,
+        hidden, weight, bias, local_column(pivot, weight, shard), shift, temperature, softcap, logit_scale,
+        chosen.count,
+        gradient.alpha, gradient.gamma, local_column(gradient.column, weight, shard), gradient.position,
+        gradient.coefficient,
         saved.cache, keep_rows, need_hidden, need_weight, need_bias,
     )  # fmt: skip
     if need_hidden:

@@ -25,7 +25,7 @@ def as_index(value: Tensor, name: str, meaning: str) -> Tensor:
     return index
 
 
-def merge_targets(target: Tensor, mask: Tensor | None, ignore_index: int, vocabulary: int) -> Tensor:
+def merge_targets(target: Tensor, mask: Tensor | None, ignore_index: int, vocabulary: int | Tensor) -> Tensor:
     """Return int64 targets with `SKIP` where an entry does not count and `vocabulary` where a target is negative.
 
     A negative target that is not `ignore_index` is a mistake: it becomes one past the vocabulary, so that the range
@@ -97,6 +97,11 @@ def check_operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Raise unless hidden (..., H), weight (V, H) and bias (V,) fit each other."""
     check_floating(hidden, "hidden", "(..., H)", hidden)
     check_floating(weight, "weight", "(V, H)", hidden)
+    if is_dtensor(hidden):
+        raise TypeError(
+            "hidden is a DTensor but must be a plain tensor with the same rows on every rank of group; "
+            "pass hidden.full_tensor()"
+        )
     if hidden.ndim < 1 or weight.ndim != 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"hidden has shape {shape_of(hidden)} and weight {shape_of(weight)}, but they must be (..., H) and (V, H) "

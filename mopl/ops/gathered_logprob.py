@@ -334,7 +334,8 @@ def _backward_cpu(
         logp = u.sub_(logsumexp[part, None])
         pivot_logprob = logprob[part].gather(1, place)
         g = upstream[part]
-        is_pivot = (target[part] == pivot) & keep
+        column = target[part].clamp(min=0, max=u.shape[1] - 1)
+        is_pivot = (column == pivot) & keep
         # Float64, because many upstream gradients of one row may cancel.
         on_pivot = g.double().masked_fill(~is_pivot, 0).sum(1, keepdim=True).to(g.dtype)
         off_pivot = g.double().masked_fill(is_pivot, 0).sum(1, keepdim=True).to(g.dtype)
@@ -350,7 +351,7 @@ def _backward_cpu(
             weight = logp.clamp(min=FLOOR).add_(surprise).mul_(-h).add_(factor)
             du = logp.exp_().mul_(weight)
         du.scatter_(1, pivot, at_pivot)
-        du.scatter_add_(1, target[part].clamp(min=0), g.masked_fill(is_pivot, 0))
+        du.scatter_add_(1, column, g.masked_fill(is_pivot, 0))
         if bent is not None:
             du.mul_((1 - bent).mul_(1 + bent))
         grad[part] = du.div_(temperature[part, None]).to(grad.dtype)
@@ -374,9 +375,10 @@ def _scaled(logits: Tensor, part: Tensor | slice, temperature: Tensor, softcap: 
 
 def _targets(u: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return u at the targets, which of them count, and the pivot: its column and its place among the targets."""
-    keep = target >= 0
-    own = u.gather(1, target.clamp(min=0))
+    keep, vocabulary = target >= 0, u.shape[1]
+    column = target.clamp(min=0, max=vocabulary - 1)
+    own = u.gather(1, column).masked_fill(target >= vocabulary, torch.nan)
     place = own.masked_fill(~keep, -torch.inf).argmax(1, keepdim=True)
     # Where all logits of targets are -inf, argmax may fall on a target that does not count.
-    counted = torch.where(keep.gather(1, place), place, keep.long().argmax(1, keepdim=True))
-    return own, keep, target.gather(1, counted), counted
+    place = torch.where(keep.gather(1, place), place, keep.long().argmax(1, keepdim=True))
+    return own, keep, column.gather(1, place), place

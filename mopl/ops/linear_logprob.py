@@ -137,13 +137,12 @@ def linear_logprob(
         ValueError: shapes or devices that do not fit, targets outside the vocabulary.
     """
     check_operands(hidden, weight, bias)
+    shard, vocabulary = None, weight.shape[0]
     if group is not None or is_dtensor(weight):
-        from mopl.ops._vocab_parallel import check_shard
+        from mopl.ops._vocab_parallel import check_shard, vocab_parallel_logprob
 
-        shard, weight, bias = check_shard(weight, bias, group)
+        shard, weight, bias = check_shard(hidden, weight, bias, group)
         vocabulary = shard.vocabulary
-    else:
-        shard, vocabulary = None, weight.shape[0]
     lead, rows = hidden.shape[:-1], hidden.shape[:-1].numel()
     merged = merge_targets(target, mask, ignore_index, vocabulary)
     row = check_row(row, target, hidden)
@@ -168,8 +167,6 @@ def linear_logprob(
     if shard is None:
         logprob, logsumexp, entropy = _linear_logprob(*tensors, *options)[:3]
     else:
-        from mopl.ops._vocab_parallel import vocab_parallel_logprob
-
         logprob, logsumexp, entropy = vocab_parallel_logprob(shard, *tensors, *options)
     results = [logprob.view(target.shape)]
     if return_logsumexp:

@@ -1,0 +1,155 @@
+"""`linear_logprob` with a head whose vocabulary is sharded over a process group (tensor parallelism).
+
+Every rank holds the same rows and targets and its own consecutive part of the vocabulary. Collectives of the forward
+pass: the targets' logits (sum, E numbers), the shift (max, N numbers) and the sums over the vocabulary (sum, N numbers
+for each). The backward pass adds one: the gradient of the hidden states (sum, N x H numbers, in the compute dtype).
+Gradients of weight and bias stay on their ranks; kept exponentials and directions are each rank's own.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mopl._arguments import shape_of
+from mopl.ops._linear_logprob_rows import scaled_by
+from mopl.ops._linear_logprob_stages import Forward, run_backward, run_forward, scale_directions
+from mopl.ops._logprob import check_row_range, check_target_range, is_dtensor
+
+
+class VocabularyShard:
+    """This rank's part of the vocabulary, and the collectives over all parts."""
+
+    def __init__(self, size: int, group: dist.ProcessGroup, device: torch.device) -> None:
+        self.group, self.size = group, size
+        rank = dist.get_rank(group)
+        if rank < 0:
+            raise ValueError("this process is no member of group; only ranks of the group can call linear_logprob")
+        # Sizes may differ between ranks. They stay on the device: reading them would cost a synchronisation.
+        sizes = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=device)
+        sizes[rank] = size
+        self.sum(sizes)
+        self.start, self.vocabulary = sizes[:rank].sum(), sizes.sum()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over all ranks, in place."""
+        dist.all_reduce(values, dist.ReduceOp.SUM, group=self.group)
+        return values
+
+    def local(self, column: Tensor) -> Tensor:
+        """Return indices into this rank's part of the vocabulary, -1 for those of other ranks."""
+        own = column - self.start
+        return torch.where((own >= 0) & (own < self.size), own, -1)
+
+    def merge(
+        self, shift: Tensor, others: Tensor, moment1: Tensor, moment2: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the shift that all ranks share, and the sums over the whole vocabulary relative to it."""
+        common = shift.clone()
+        dist.all_reduce(common, dist.ReduceOp.MAX, group=self.group)
+        factor, step = scaled_by(shift, common)
+        parts = [others * factor]
+        if len(moment1):
+            parts.append((moment1 + step * others) * factor)
+        if len(moment2):
+            parts.append((moment2 + 2 * step * moment1 + step.square() * others) * factor)
+        sums = self.sum(torch.stack(parts))
+        nothing = shift.new_empty(0)
+        return common, sums[0], sums[1] if len(moment1) else nothing, sums[2] if len(moment2) else nothing
+
+
+def check_shard(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, group: dist.ProcessGroup | None
+) -> tuple[VocabularyShard, Tensor, Tensor | None]:
+    """Return the shard and this rank's plain tensors of weight and bias; raise if they are no vocabulary shards."""
+    if group is None:
+        raise ValueError(
+            "weight is a DTensor and group is None. If every rank has the same hidden rows (tensor parallelism), pass "
+            "group=weight.device_mesh.get_group(). If ranks have different rows (FSDP2), pass the gathered head: "
+            'weight.full_tensor(grad_placements=[Partial("avg")])'
+        )
+    local = [_to_local(value, name, group) for value, name in ((weight, "weight"), (bias, "bias"))]
+    weight, bias = local[0], local[1]  # type: ignore[assignment]
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"this rank's bias has shape {shape_of(bias)} and its weight {shape_of(weight)}; shard both alike"
+        )
+    return VocabularyShard(weight.shape[0], group, hidden.device), weight, bias
+
+
+def _to_local(value: Tensor | None, name: str, group: dist.ProcessGroup) -> Tensor | None:
+    if value is None or not is_dtensor(value):
+        return value
+    from torch.distributed.tensor import DTensor, Shard
+
+    assert isinstance(value, DTensor)
+    if tuple(value.placements) != (Shard(0),):
+        raise ValueError(
+            f"{name} is a DTensor with placements {tuple(value.placements)} but must be (Shard(0),) on a mesh of one "
+            f"dimension; redistribute it, or pass {name}.full_tensor() and no group"
+        )
+    if dist.get_process_group_ranks(value.device_mesh.get_group()) != dist.get_process_group_ranks(group):
+        raise ValueError(f"group is not the group over which {name} is sharded; pass {name}.device_mesh.get_group()")
+    return value.to_local()
+
+
+def vocab_parallel_logprob(
+    shard: VocabularyShard,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    row: Tensor | None,
+    temperature: Tensor,
+    *options: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return logprob (E,), logsumexp (N,) and entropy (N,); the options are those of the op `mopl::linear_logprob`."""
+    *options, check_targets = options  # type: ignore[assignment]
+    if check_targets:
+        check_target_range(target, int(shard.vocabulary))
+        check_row_range(row, len(hidden))
+    return _VocabParallel.apply(hidden, weight, bias, temperature, shard, target, row, tuple(options))  # type: ignore[return-value]
+
+
+class _VocabParallel(torch.autograd.Function):
+    """A plain Function: collectives inside a custom op would hide them from tools that trace communication."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, temperature, shard, target, row, options):
+        softcap, logit_scale, keep_direction, keep_rows, max_rows = (options[i] for i in (0, 1, 4, 7, 8))
+        saved = run_forward(hidden, weight, bias, target, row, temperature, *options, shard=shard)
+        operands = (None, None, None) if keep_direction else (hidden, weight, bias)
+        ctx.save_for_backward(*operands, target, row, temperature, *saved)
+        ctx.constants = (softcap, logit_scale, keep_rows, max_rows)
+        ctx.shard, ctx.hidden_dtype = shard, hidden.dtype
+        ctx.set_materialize_grads(False)
+        return saved.logprob, saved.logsumexp, saved.entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_logprob, grad_logsumexp, grad_entropy):  # type: ignore[override]
+        from mopl.ops.linear_logprob import row_temperature_gradient
+
+        hidden, weight, bias, target, row, temperature, *saved = ctx.saved_tensors
+        saved = Forward(*saved)
+        softcap, logit_scale, keep_rows, max_rows = ctx.constants
+        need = ctx.needs_input_grad
+        grad_hidden = grad_weight = grad_bias = warmth = None
+        if hidden is None:
+            grad_hidden = scale_directions(
+                grad_logprob, grad_logsumexp, grad_entropy, target, row, len(temperature), saved
+            )
+            grad_hidden = ctx.shard.sum(grad_hidden).to(ctx.hidden_dtype)
+        elif any(need[:3]):
+            grad_hidden, grad_weight, grad_bias = run_backward(
+                grad_logprob, grad_logsumexp, grad_entropy, hidden, weight, bias, target, row, temperature, saved,
+                softcap, logit_scale, keep_rows, max_rows, need[0], need[1], need[2], shard=ctx.shard,
+            )  # fmt: skip
+        if need[3]:
+            warmth = row_temperature_gradient(
+                grad_logprob, grad_logsumexp, grad_entropy, target, row, temperature, saved
+            )
+        gradients = (grad_hidden, grad_weight, grad_bias, warmth)
+        return *(g if needed else None for g, needed in zip(gradients, need[:4], strict=True)), *[None] * 4
