@@ -17,10 +17,10 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_SUBMODULES = ("conditioning", "losses", "ops", "pareto", "ranking", "reference", "steering", "training")
+_SUBMODULES = ("alignment", "conditioning", "losses", "ops", "pareto", "ranking", "reference", "steering", "training")
 _FUNCTIONS = {"gathered_logprob": "ops", "linear_logprob": "ops", "sequence_logprob": "ops"}
 
-__all__ = ["__version__", *_SUBMODULES, *_FUNCTIONS]
+__all__ = ["__version__", *_SUBMODULES, *_FUNCTIONS]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

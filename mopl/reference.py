@@ -206,11 +206,12 @@ def approx_ndcg(
     def one(u: Tensor, b: int, j: int, items: Tensor) -> Tensor:
         z = labels[b, j, items].to(u.dtype)
         gains = _gain(z, gain)
-        ideal = sum(g / math.log2(i + 2) for i, g in enumerate(gains.sort(descending=True).values))
+        ideal = float(sum(g / math.log2(i + 2) for i, g in enumerate(gains.sort(descending=True).values)))
         if z.max() == z.min() or ideal <= 0:
             return u.new_zeros(())
         ranks = [0.5 + torch.sigmoid(u - u[i]).sum() for i in range(len(u))]
-        return 1 - sum(g / torch.log2(1 + rank) for g, rank in zip(gains, ranks, strict=True)) / ideal
+        dcg = torch.stack([g / torch.log2(1 + rank) for g, rank in zip(gains, ranks, strict=True)]).sum()
+        return 1 - dcg / ideal
 
     return _each_list(scores, labels.shape[1], temperature, mask, one)
 

@@ -88,10 +88,10 @@ class _Transform:
 # ---------------------------------------------------------------- the head
 
 
-def _find_head(model: nn.Module) -> nn.Module:
+def _find_head(model: nn.Module) -> Any:
     """Return the linear layer that turns hidden states into logits, through the wrappers of PEFT."""
     getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if getter is not None else None
+    head: Any = getter() if getter is not None else None
     if head is None:
         raise UnsupportedModelError(
             f"{type(model).__name__} names no output head: get_output_embeddings() gives None. "
@@ -135,7 +135,7 @@ def _forward_replaced(head: nn.Module, forward: Any) -> Iterator[None]:
             head.__dict__["forward"] = before
 
 
-def _measure_transform(model: nn.Module, original_forward: Any) -> _Transform:
+def _measure_transform(model: Any, original_forward: Any) -> _Transform:
     """Send a probe through in place of the logits and read off what the model does to them."""
     head = _find_head(model)
     vocabulary = head.weight.shape[0]
@@ -248,7 +248,7 @@ def fuse(model: nn.Module) -> nn.Module:
 
     @functools.wraps(type(model).forward)
     def forward(
-        self: nn.Module,
+        self: Any,
         *args: Any,
         targets: Tensor | None = None,
         temperature: float | Tensor = 1.0,
@@ -307,7 +307,7 @@ def unfuse(model: nn.Module) -> nn.Module:
 
 
 def _score_hidden(
-    head: nn.Module,
+    head: Any,
     hidden: Tensor,  # (N, k + T, H)
     targets: Tensor,  # (N, T)
     transform: _Transform,

@@ -74,13 +74,13 @@ def presort(
     shuffle = None
     if ties == "random":
         noise = torch.rand(key.shape, generator=generator, device=None if generator is None else generator.device)
-        shuffle = noise.to(key.device).argsort(-1)
+        shuffle = noise.to(key.device).argsort(dim=-1)
         key = key.gather(-1, shuffle)
-    order = key.argsort(-1, descending=True, stable=True)
+    order = torch.argsort(key, dim=-1, descending=True, stable=True)
     if shuffle is not None:
         order = shuffle.gather(-1, order)
     if mask is not None:
         # A second stable sort moves what does not exist to the end and changes nothing else.
         gone = (~mask)[:, None, :].expand(order.shape).gather(-1, order)
-        order = order.gather(-1, gone.to(torch.uint8).argsort(-1, stable=True))
+        order = order.gather(-1, torch.argsort(gone.to(torch.uint8), dim=-1, stable=True))
     return order.to(torch.int32)

@@ -260,6 +260,7 @@ def _check_smoothing(value: float | Tensor, loss_type: str) -> None:
 def _as_pairs(named: list[tuple[str, Tensor | None]], objectives: int) -> list[Tensor]:
     """Return the tensors that are given as (B, m) in the dtype of the arithmetic."""
     tensors: list[tuple[str, Tensor]] = []
+    shapes: dict[str, str] = {}
     for name, value in named:
         if value is None:
             continue
@@ -271,6 +272,7 @@ def _as_pairs(named: list[tuple[str, Tensor | None]], objectives: int) -> list[T
                 f"{name} has shape {shape_of(value)} but must be (B,) or (B, m): one log-probability a response, "
                 "summed or averaged over tokens"
             )
+        shapes[name] = shape_of(value)
         tensors.append((name, value if value.ndim == 2 else value[:, None]))
     dtype = compute_dtype(*(tensor for _, tensor in tensors))
     batch = tensors[0][1].shape[0]
@@ -278,7 +280,7 @@ def _as_pairs(named: list[tuple[str, Tensor | None]], objectives: int) -> list[T
     for name, tensor in tensors:
         if tensor.shape[0] != batch or tensor.shape[1] not in (1, objectives):
             raise ValueError(
-                f"{name} has shape {shape_of(dict(named)[name])} but there are {batch} pairs and {objectives} "
+                f"{name} has shape {shapes[name]} but there are {batch} pairs and {objectives} "
                 f"objectives; pass ({batch},) or ({batch}, {objectives})"
             )
     return [tensor.to(dtype).expand(batch, objectives) for _, tensor in tensors]

@@ -282,7 +282,9 @@ class RankingData:
         names = names or (("train", "valid", "test") if len(fractions) == 3 else [f"part{i}" for i in range(len(cuts))])
         generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, SPLIT_STREAM])))
         parts = np.split(generator.permutation(len(self)), cuts[:-1])
-        return tuple(self.subset(np.sort(p), f"{self.name}:{n}") for p, n in zip(parts, names, strict=True))
+        return tuple(
+            self.subset(torch.from_numpy(np.sort(p)), f"{self.name}:{n}") for p, n in zip(parts, names, strict=True)
+        )
 
     def pad(self, values: Tensor, queries: Sequence[int] | Tensor, width: int | None = None) -> Tensor:
         """Return values (N, ...) of the given lists as (B, K, ...), zero in masked places."""

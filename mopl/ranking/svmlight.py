@@ -248,6 +248,8 @@ def _parse(path: Path) -> dict[str, np.ndarray]:
     """Parse a file into features, labels, offsets and query_ids (the last two empty if it has no ids)."""
     try:
         from sklearn.datasets import load_svmlight_file
+
+        load: Any = load_svmlight_file  # its annotations are those of the defaults
     except ImportError as error:
         raise ImportError("reading SVMlight files needs scikit-learn: pip install 'mopl[demo]'") from error
 
@@ -257,7 +259,7 @@ def _parse(path: Path) -> dict[str, np.ndarray]:
         lines = _Lines(path, stream)
         while not lines.ended:
             try:
-                matrix, label = load_svmlight_file(lines.chunk(), dtype=np.float32, zero_based=False)[:2]
+                matrix, label = load(lines.chunk(), dtype=np.float32, zero_based=False)[:2]
             except LetorError:
                 raise
             except (EOFError, OSError, zlib.error) as error:

@@ -22,7 +22,7 @@ instead and contains ttme, so there `waiting` is a function of an input; it is f
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -62,7 +62,7 @@ def travel(features: Literal["situation", "conditional_logit"] = "situation") ->
     except ImportError as error:
         raise ImportError("the data set travel needs statsmodels: pip install 'mopl[demo]'") from error
 
-    table = modechoice.load_pandas().data
+    table: Any = modechoice.load_pandas().data
     column = {name: table[name].to_numpy(dtype=np.float64) for name in table.columns}
     constants = {f"asc_{mode}": (column["mode"] == i + 1).astype(np.float64) for i, mode in enumerate(MODES[:3])}
     income, party = column["hinc"], column["psize"]

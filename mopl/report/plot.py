@@ -180,11 +180,11 @@ def _colours(series: Sequence[_Series]) -> Any:
 def _draw(scene: _Scene, title: str) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     m, pairs = len(scene.record.objectives), scene.pairs
     side = max(m - 1, 1)
-    figure = Figure(figsize=(8, 7.6 if pairs else 5.2), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06)
+    figure = Figure(figsize=(8, 7.6 if pairs else 5.2), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06))
     FigureCanvasAgg(figure)
     grid = figure.subplots(
         side, side, squeeze=False, sharex="col" if pairs else False, sharey="row" if pairs else False
@@ -316,7 +316,7 @@ def _annotate(axes: Any, one: _Series, x: int, y: int) -> None:
 def _legend(figure: Any, grid: Any, scene: _Scene) -> None:
     from matplotlib.lines import Line2D
 
-    def entry(label: str, marker: str = "", colour: str = "#999999", line: str = "", **style: Any) -> None:
+    def entry(label: str, marker: str = "", colour: str = "#999999", line: Any = "", **style: Any) -> None:
         handles.append(Line2D([], [], marker=marker, color=colour, linestyle=line, label=label, **style))
 
     handles: list[Any] = []

@@ -286,5 +286,6 @@ def print_table(fronts: object, console: Console | None = None, *, metric: Metri
     try:
         stream.write(text)
     except UnicodeEncodeError:
-        stream.write(text.encode(stream.encoding, "replace").decode(stream.encoding))
+        encoding = getattr(stream, "encoding", None) or "ascii"
+        stream.write(text.encode(encoding, "replace").decode(encoding))
     return text
