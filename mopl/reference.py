@@ -61,7 +61,8 @@ def listwise_cross_entropy(
         # -log softmax_i = log(1 + sum_{k != i} exp(u_k) / exp(u_i)): no digit is lost where softmax_i is nearly 1.
         n = len(u)
         rest = torch.stack([torch.logsumexp(torch.cat([u[:i], u[i + 1 :]]), 0) for i in range(n)])
-        return torch.stack([z[i] * _softplus(rest[i] - u[i]) for i in range(n) if z[i] != 0 or z.requires_grad]).sum()
+        terms = [z[i] * _softplus(rest[i] - u[i]) for i in range(n) if z[i] != 0 or z.requires_grad]
+        return torch.stack(terms).sum() if terms else u.new_zeros(())
 
     return _each_list(scores, labels.shape[1], temperature, mask, one)
 

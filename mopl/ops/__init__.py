@@ -2,6 +2,14 @@
 
 from mopl.ops.gathered_logprob import gathered_logprob
 from mopl.ops.linear_logprob import linear_logprob
+from mopl.ops.listnet import listwise_cross_entropy
+from mopl.ops.plackett_luce import plackett_luce_nll
 from mopl.ops.sequence_logprob import sequence_logprob
 
-__all__ = ["gathered_logprob", "linear_logprob", "sequence_logprob"]
+__all__ = [
+    "gathered_logprob",
+    "linear_logprob",
+    "listwise_cross_entropy",
+    "plackett_luce_nll",
+    "sequence_logprob",
+]
