@@ -1,4 +1,4 @@
-"""Everything around the matrix products of `linear_logprob`: epilogues, and one product with its epilogue fused.
+"""Everything around the matrix products of `linear_logprob`: what turns a tile of logits into sums and gradients.
 
 Products belong to the vendor's library, which runs them near the chip's rate; what remains is one pass over each chunk
 of logits. For a row n with pivot q and shift s the pass turns a = <h, W_v> into
@@ -7,35 +7,68 @@ of logits. For a row n with pivot q and shift s the pass turns a = <h, W_v> into
     e = exp(u - s), 0 at the pivot
 
 adds e, e (u - s) and e (u - s)^2 up per row, and stores e, or e f with f = 1 - tanh^2 under a softcap, in the dtype of
-the next product. No maximum is needed, because s is known beforehand: the logit of the row's target. Where another
-token is more than exp(68) times likelier than the target the row is *flagged* (its exponents are clamped, so that no
-inf can spread through a product), and `redo_kernel` computes it again with its true maximum.
+the next product. No maximum is needed, because s is known beforehand: the logit of the row's target. Where other
+tokens together are more than `LIMIT` times likelier than the target, the row is *flagged*, and `redo_kernel` computes
+it again with its true maximum before anything else reads it.
 
-One program owns a row, columns are added in a fixed order: the same bits at every run, no atomics.
+One program owns a row, columns are added in a fixed order: the same bits at every run, no atomics. The pass must cost
+few instructions to stay small beside the product (about 10 an element are 3 % of it at H = 4096 on an H100): lanes keep
+sums of their own and meet once, the pivot is masked only in the tile that holds it, nothing is divided by T.
 """
 
 import triton
 import triton.language as tl
 
+from ._math import bend, quotient
+
 LOG2E = tl.constexpr(1.4426950408889634)
-LIMIT = 68.0  # nats above the shift from which a row is flagged: e < 2^98, and sums of 2^20 of them < 2^118
+LN2 = tl.constexpr(0.6931471805599453)
+LIMIT = 2.0**98  # leaves room for 2^20 terms, and for their squared exponents, below the largest float32
+# exp is 0 from here on in either precision; a finite floor keeps 0 * exponent from being NaN where a logit is -inf.
+FLOOR = tl.constexpr(-1e4)
+
+TARGET_TILE = {"BLOCK": 1024, "num_warps": 4}
+GRADIENT_TILE = {"BLOCK": 2048, "num_warps": 4}
+COLUMN_SUM_TILE = {"ROWS": 32, "BLOCK": 128, "num_warps": 4}
+
+
+def exp_tile(itemsize: int) -> dict[str, int]:
+    """Return the tile of `exp_kernel` for logits of `itemsize` bytes: 16 bytes a lane, four rows."""
+    return {"ROWS": 4, "BLOCK": 2048 // itemsize, "num_warps": 4}
+
+
+def redo_tile(itemsize: int) -> dict[str, int]:
+    """Return the tile of `redo_kernel`."""
+    return {"BV": 256 // itemsize, "BH": 256 // itemsize, "num_warps": 4}
+
+
+def combine_tile(size: int) -> dict[str, int]:
+    """Return the tile of `combine_kernel`."""
+    return {"BLOCK": min(1024, triton.next_power_of_2(size)), "num_warps": 4}
 
 
 @triton.jit
-def _logit(a, warmth, SOFTCAP: tl.constexpr, LOGIT_SCALE: tl.constexpr):
-    """Return u and f = 1 - tanh^2 for the head's output a (bias included) and temperatures that broadcast to it."""
-    a = a * LOGIT_SCALE
+def scale_of(warmth, SOFTCAP: tl.constexpr, LOGIT_SCALE: tl.constexpr):
+    """Return k of u = k b, for b of `bent`."""
     if SOFTCAP == 0.0:
-        return a / warmth, tl.zeros_like(a) + 1.0
+        return quotient(LOGIT_SCALE, warmth)
     else:
-        # tanh through exp(-2|x|): f = 4 t / (1 + t)^2 keeps its digits where tanh is flat.
-        t = tl.exp(-2.0 * tl.abs(a) / SOFTCAP)
-        bent = (1.0 - t) / (1.0 + t)
-        bent = tl.where(a < 0, -bent, bent)
-        # Near 0 the difference 1 - t has lost digits; x - x^3/3 has not.
-        x = a / SOFTCAP
-        bent = tl.where(tl.abs(x) < 1e-2, x * (1.0 - x * x * (1.0 / 3.0 - x * x * (2.0 / 15.0))), bent)
-        return SOFTCAP * bent / warmth, 4.0 * t / ((1.0 + t) * (1.0 + t))
+        return quotient(SOFTCAP, warmth)
+
+
+@triton.jit
+def bent(a, SOFTCAP: tl.constexpr, LOGIT_SCALE: tl.constexpr):
+    """Return b of u = k b, which is the head's output a (bias included) bent by the softcap, and f = 1 - tanh^2."""
+    if SOFTCAP == 0.0:
+        return a, tl.full([], 1.0, a.dtype)
+    else:
+        return bend(a * (LOGIT_SCALE / SOFTCAP))
+
+
+@triton.jit
+def exponent(b, k, s):
+    """Return u - s = k b - s, rounded once."""
+    return tl.fma(b, tl.zeros_like(b) + k, tl.zeros_like(b) - s)
 
 
 @triton.jit
@@ -55,11 +88,11 @@ def target_logit_kernel(
     BLOCK: tl.constexpr,
 ):
     """One program a target: the dot product of a hidden row with its target's row of the head."""
-    k = tl.program_id(0).to(tl.int64)
-    v = tl.load(column + k)
-    n = k
+    i = tl.program_id(0).to(tl.int64)
+    v = tl.load(column + i)
+    n = i
     if position is not None:
-        n = tl.load(position + k)
+        n = tl.load(position + i)
     live = v >= 0
     v = tl.maximum(v, 0)
     offset = tl.arange(0, BLOCK)
@@ -72,8 +105,9 @@ def target_logit_kernel(
     a = tl.sum(total, axis=0)
     if bias is not None:
         a += tl.load(bias + v).to(total.dtype)
-    u, _ = _logit(a, tl.load(temperature + n), SOFTCAP, LOGIT_SCALE)
-    tl.store(out + k, tl.where(live, u, 0.0))
+    b, _f = bent(a, SOFTCAP, LOGIT_SCALE)
+    u = b * scale_of(tl.load(temperature + n), SOFTCAP, LOGIT_SCALE)
+    tl.store(out + i, tl.where(live, u, 0.0))
 
 
 @triton.jit
@@ -89,7 +123,7 @@ def exp_kernel(
     others,  # (M,): sums to which this tile's are added
     moment1,  # (M,) or None
     moment2,  # (M,) or None
-    flag,  # (M,) int8: set to 1 where the shift is too small
+    flag,  # (M,) int8: set to 1 where the shift is too small for the row
     first_row,  # the tile's first row among the M
     rows,  # R
     first_column,
@@ -110,49 +144,53 @@ def exp_kernel(
     live = inside_row
     if count is not None:
         live = inside_row & (n < tl.load(count))
-    q = tl.load(pivot + n, mask=live, other=-1)
     s = tl.load(shift + n, mask=live, other=0.0)
-    warmth = tl.load(temperature + n, mask=live, other=1.0)
-    total = tl.zeros([ROWS], dtype=others.dtype.element_ty)
-    total1 = tl.zeros([ROWS], dtype=others.dtype.element_ty)
-    total2 = tl.zeros([ROWS], dtype=others.dtype.element_ty)
-    highest = tl.full([ROWS], float("-inf"), dtype=others.dtype.element_ty)
+    k = scale_of(tl.load(temperature + n, mask=live, other=1.0), SOFTCAP, LOGIT_SCALE)
+    q = tl.load(pivot + n, mask=live, other=-1) - first_column
+    holds_pivot = tl.max(((q >= 0) & (q < columns)).to(tl.int32), axis=0) > 0
+    q = q.to(tl.int32)
+    total = tl.zeros([ROWS, BLOCK], dtype=others.dtype.element_ty)
+    total1 = tl.zeros([ROWS, BLOCK], dtype=others.dtype.element_ty)
+    total2 = tl.zeros([ROWS, BLOCK], dtype=others.dtype.element_ty)
     row = r.to(tl.int64)[:, None]
     for start in range(0, columns, BLOCK):
         c = start + tl.arange(0, BLOCK)
-        inside = inside_row[:, None] & (c < columns)[None, :]
         used = live[:, None] & (c < columns)[None, :]
-        a = tl.load(tile + row * tile_stride + c[None, :], mask=used, other=0.0).to(total.dtype)
-        v = first_column + c
+        # What is not read stands as -inf, which needs no mask later on.
+        a = tl.load(tile + row * tile_stride + c[None, :], mask=used, other=float("-inf")).to(total.dtype)
         if bias is not None:
-            a += tl.load(bias + v, mask=c < columns, other=0.0).to(total.dtype)[None, :]
-        u, f = _logit(a, warmth[:, None], SOFTCAP, LOGIT_SCALE)
-        used = used & (v[None, :] != q[:, None])
-        x = tl.where(used, u - s[:, None], float("-inf"))
-        # tl.maximum drops NaN; a NaN logit must reach the sums, so only numbers are clamped.
-        highest = tl.maximum(highest, tl.max(x, axis=1))
-        x = tl.where(x > LIMIT, LIMIT, x)
+            a += tl.load(bias + first_column + c, mask=c < columns, other=0.0).to(total.dtype)[None, :]
+        b, f = bent(a, SOFTCAP, LOGIT_SCALE)
+        x = exponent(b, k[:, None], s[:, None])
+        if SOFTCAP != 0.0:  # the cap of -inf is finite
+            x = tl.where(used, x, float("-inf"))
+        if holds_pivot:
+            x = tl.where(c[None, :] == q[:, None], float("-inf"), x)
         e = tl.exp2(x * LOG2E)
-        total += tl.sum(e, axis=1)
+        total += e
         if moment1 is not None:
-            moment = tl.where(e == 0.0, 0.0, e * x)
-            total1 += tl.sum(moment, axis=1)
+            x = tl.maximum(x, FLOOR)
+            total1 += e * x
             if moment2 is not None:
-                total2 += tl.sum(tl.where(e == 0.0, 0.0, moment * x), axis=1)
+                total2 += e * x * x
         if stored is not None:
             place = row * stored_stride + c[None, :]
+            inside = inside_row[:, None] & (c < columns)[None, :]
             kept = e * f if BENT else e
             tl.store(stored + place, kept.to(stored.dtype.element_ty), mask=inside)
             if stored_moment is not None:
-                product = tl.where(e == 0.0, 0.0, e * f * x)
+                product = e * f * tl.maximum(x, FLOOR)
                 tl.store(stored_moment + place, product.to(stored_moment.dtype.element_ty), mask=inside)
-    tl.store(others + n, tl.load(others + n, mask=live, other=0.0) + total, mask=live)
+    added = tl.sum(total, axis=1)
+    tl.store(others + n, tl.load(others + n, mask=live, other=0.0) + added, mask=live)
     if moment1 is not None:
-        tl.store(moment1 + n, tl.load(moment1 + n, mask=live, other=0.0) + total1, mask=live)
+        added1 = tl.sum(total1, axis=1)
+        tl.store(moment1 + n, tl.load(moment1 + n, mask=live, other=0.0) + added1, mask=live)
     if moment2 is not None:
-        tl.store(moment2 + n, tl.load(moment2 + n, mask=live, other=0.0) + total2, mask=live)
-    # A shift of -inf (a target with logit -inf) or NaN makes every difference useless; the row is redone.
-    bad = (highest > LIMIT) | (s == float("-inf"))
+        added2 = tl.sum(total2, axis=1)
+        tl.store(moment2 + n, tl.load(moment2 + n, mask=live, other=0.0) + added2, mask=live)
+    # A shift of -inf (a target with logit -inf) makes every difference useless; NaN stays where it is.
+    bad = (added > LIMIT) | (s == float("-inf"))
     tl.store(flag + n, tl.full([ROWS], 1, tl.int8), mask=live & bad)
 
 
@@ -220,7 +258,7 @@ def redo_kernel(
         n = first_row + r_wide
         if tl.load(flag + n) != 0:
             q = tl.load(pivot + n)
-            warmth = tl.load(temperature + n)
+            k = scale_of(tl.load(temperature + n), SOFTCAP, LOGIT_SCALE)
             top = tl.full([BV], float("-inf"), dtype=others.dtype.element_ty)
             for start in range(0, vocabulary, BV):
                 v = (start + tl.arange(0, BV)).to(tl.int64)
@@ -230,9 +268,9 @@ def redo_kernel(
                 )
                 if bias is not None:
                     a += tl.load(bias + v, mask=inside, other=0.0).to(a.dtype)
-                u, _ = _logit(a, warmth, SOFTCAP, LOGIT_SCALE)
-                top = tl.maximum(top, tl.where(inside & (v != q), u, float("-inf")))
-            s = tl.max(top, axis=0)
+                b, _f = bent(a, SOFTCAP, LOGIT_SCALE)
+                top = tl.maximum(top, tl.where(inside & (v != q), b, float("-inf")))
+            s = tl.max(top, axis=0) * k
             total = tl.zeros([BV], dtype=others.dtype.element_ty)
             total1 = tl.zeros([BV], dtype=others.dtype.element_ty)
             total2 = tl.zeros([BV], dtype=others.dtype.element_ty)
@@ -244,13 +282,13 @@ def redo_kernel(
                 )
                 if bias is not None:
                     a += tl.load(bias + v, mask=inside, other=0.0).to(a.dtype)
-                u, f = _logit(a, warmth, SOFTCAP, LOGIT_SCALE)
-                x = tl.where(inside & (v != q), u - s, float("-inf"))
+                b, f = bent(a, SOFTCAP, LOGIT_SCALE)
+                x = tl.where(inside & (v != q), exponent(b, k, s), float("-inf"))
                 e = tl.exp2(x * LOG2E)
                 total += e
-                moment = tl.where(e == 0.0, 0.0, e * x)
+                moment = e * tl.maximum(x, FLOOR)
                 total1 += moment
-                total2 += tl.where(e == 0.0, 0.0, moment * x)
+                total2 += moment * tl.maximum(x, FLOOR)
                 if stored is not None:
                     place = r_wide * stored_stride + v
                     kept = e * f if BENT else e
@@ -335,7 +373,7 @@ def logit_gradient_kernel(
     a = tl.load(alpha + n)
     e = tl.load(stored + r * stored_stride + c, mask=inside, other=0.0).to(a.dtype)
     # A flushed e is one that no sum would have noticed; its logarithm is not asked for.
-    x = tl.log(tl.where(e > 0.0, e, 1.0))
+    x = tl.log2(tl.where(e > 0.0, e, 1.0)) * LN2
     f = tl.zeros_like(e) + 1.0
     if SOFTCAP != 0.0:
         bent = (x + tl.load(shift + n)) * (tl.load(temperature + n) / SOFTCAP)
@@ -355,86 +393,18 @@ def column_sum_kernel(
     rows,
     columns,
     stored_stride,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program for a block of columns: sum over rows of factor * stored, in the order of the rows."""
+    """One program for a block of columns: sum over rows of factor * stored, in a fixed order."""
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = c < columns
-    total = tl.load(out + c, mask=inside, other=0.0)
-    wide = tl.full([], 0, tl.int64)
-    for r in range(0, rows):
-        a = tl.load(factor + first_row + r)
-        e = tl.load(stored + (wide + r) * stored_stride + c, mask=inside, other=0.0).to(total.dtype)
-        total += tl.where(a == 0.0, 0.0, a * e)
-    tl.store(out + c, total, mask=inside)
-
-
-@triton.jit
-def fused_sum_kernel(
-    hidden,  # (M, H)
-    weight,  # (V, H)
-    bias,  # (V,) or None
-    pivot,
-    shift,
-    temperature,
-    count,
-    partial,  # (tiles, M) sums of a tile of the vocabulary
-    flag,  # (tiles, M) int8
-    rows,  # M
-    size,  # H
-    vocabulary,  # V
-    hidden_stride,
-    weight_stride,
-    SOFTCAP: tl.constexpr,
-    LOGIT_SCALE: tl.constexpr,
-    LIMIT: tl.constexpr,
-    BM: tl.constexpr,
-    BV: tl.constexpr,
-    BH: tl.constexpr,
-    GROUP: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """The product and its epilogue in one kernel, for scoring without gradient: nothing of [M, V] is written.
-
-    Tiles of the vocabulary run slowly and tiles of rows fast within a group, so that a tile of the head is read from
-    DRAM once for GROUP tiles of rows.
-    """
-    row_tiles = tl.cdiv(rows, BM)
-    column_tiles = tl.cdiv(vocabulary, BV)
-    index = tl.program_id(0)
-    per_group = GROUP * column_tiles
-    group = index // per_group
-    first = group * GROUP
-    height = tl.minimum(row_tiles - first, GROUP)
-    row_tile = first + (index % per_group) % height
-    column_tile = (index % per_group) // height
-    n = row_tile * BM + tl.arange(0, BM)
-    v = column_tile * BV + tl.arange(0, BV)
-    live = n < rows
-    if count is not None:
-        live = live & (n < tl.load(count))
-    # Rows and columns past the end read row 0: in range, and dropped below. Loads without a mask pipeline best.
-    n_read = tl.where(n < rows, n, 0).to(tl.int64)
-    v_read = tl.where(v < vocabulary, v, 0).to(tl.int64)
-    a = tl.zeros([BM, BV], dtype=partial.dtype.element_ty)
-    for start in range(0, size, BH):
-        j = start + tl.arange(0, BH)
-        h = tl.load(hidden + n_read[:, None] * hidden_stride + j[None, :], mask=(j < size)[None, :], other=0.0)
-        w = tl.load(weight + v_read[None, :] * weight_stride + j[:, None], mask=(j < size)[:, None], other=0.0)
-        if UPCAST:  # the interpreter multiplies the bit patterns of bf16
-            h, w = h.to(partial.dtype.element_ty), w.to(partial.dtype.element_ty)
-        a = tl.dot(h, w, acc=a, input_precision="ieee")
-    if bias is not None:
-        a += tl.load(bias + v, mask=v < vocabulary, other=0.0).to(a.dtype)[None, :]
-    warmth = tl.load(temperature + n, mask=live, other=1.0)
-    s = tl.load(shift + n, mask=live, other=0.0)
-    q = tl.load(pivot + n, mask=live, other=-1)
-    u, _ = _logit(a, warmth[:, None], SOFTCAP, LOGIT_SCALE)
-    used = live[:, None] & (v < vocabulary)[None, :] & (v[None, :] != q[:, None])
-    x = tl.where(used, u - s[:, None], float("-inf"))
-    highest = tl.max(x, axis=1)
-    x = tl.where(x > LIMIT, LIMIT, x)
-    place = column_tile.to(tl.int64) * rows + n
-    tl.store(partial + place, tl.sum(tl.exp2(x * LOG2E), axis=1), mask=n < rows)
-    bad = (highest > LIMIT) | (s == float("-inf"))
-    tl.store(flag + place, (live & bad).to(tl.int8), mask=n < rows)
+    total = tl.zeros([ROWS, BLOCK], dtype=out.dtype.element_ty)
+    for start in range(0, rows, ROWS):
+        r = start + tl.arange(0, ROWS)
+        a = tl.load(factor + first_row + r, mask=r < rows, other=0.0)
+        place = r.to(tl.int64)[:, None] * stored_stride + c[None, :]
+        e = tl.load(stored + place, mask=(r < rows)[:, None] & inside[None, :], other=0.0).to(total.dtype)
+        total += tl.where(a == 0.0, 0.0, a)[:, None] * e
+    before = tl.load(out + c, mask=inside, other=0.0)
+    tl.store(out + c, before + tl.sum(total, axis=0), mask=inside)

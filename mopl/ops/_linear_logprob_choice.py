@@ -16,16 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-FEW_ROWS = 256
+from mopl.kernels import fused_logprob as kernels
 
-# Tiles by what they are for. 128 x 256 x 64 needs 8 warps and stays within 255 registers; 64 rows serve short batches.
-TILES = {
-    "wide": {"BM": 128, "BV": 256, "BH": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3},
-    "square": {"BM": 128, "BV": 128, "BH": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3},
-    "short": {"BM": 64, "BV": 128, "BH": 64, "GROUP": 4, "num_warps": 4, "num_stages": 3},
-    "few": {"BM": 16, "BV": 128, "BH": 64, "GROUP": 16, "num_warps": 4, "num_stages": 4},
-    "float32": {"BM": 32, "BV": 64, "BH": 32, "GROUP": 8, "num_warps": 4, "num_stages": 2},
-}
+FEW_ROWS = 256  # below which reading the head takes longer than multiplying by it (about 183 rows on an H200)
 
 
 def cache_path() -> Path:
@@ -41,46 +34,66 @@ def _choices(path: Path) -> dict[str, str]:
         return {}
 
 
-def key_of(hidden: Tensor, weight: Tensor) -> str:
+def key_of(hidden: Tensor, weight: Tensor, softcap: bool) -> str:
     """Return the key of a choice."""
     major, minor = torch.cuda.get_device_capability(hidden.device) if hidden.is_cuda else (0, 0)
+    maker = "hip " if torch.version.hip else ""
     rows = 1 << max(hidden.shape[0] - 1, 0).bit_length()
-    return f"{major}.{minor} {str(hidden.dtype).removeprefix('torch.')} H{weight.shape[1]} V{weight.shape[0]} N{rows}"
+    dtype = str(hidden.dtype).removeprefix("torch.")
+    return f"{maker}{major}.{minor} {dtype} H{weight.shape[1]} V{weight.shape[0]} N{rows}{' softcap' * softcap}"
 
 
-def fused_tiles(hidden: Tensor, weight: Tensor) -> dict[str, int] | None:
-    """Return the tiles of the fused kernel, or None where the library's product is the better choice."""
-    if hidden.dtype == torch.float64:
+@functools.lru_cache
+def usable(device: torch.device, itemsize: int, softcap: bool) -> list[str]:
+    """Return the names of the tiles that fit a GPU."""
+    properties = torch.cuda.get_device_properties(device)
+    every_stage = properties.major >= 9 and not torch.version.hip
+    return kernels.usable_tiles(itemsize, properties.shared_memory_per_block_optin, every_stage, softcap)
+
+
+def pick(rows: int, itemsize: int, remembered: str | None, names: list[str]) -> str | None:
+    """Return the name of a tile, None for the library's product: what was measured, or a rule where nothing was."""
+    if remembered is not None:
+        return remembered if remembered in names else None
+    if rows > FEW_ROWS or itemsize != 2:
         return None
-    chosen = _choices(cache_path()).get(key_of(hidden, weight))
-    if chosen is None:
-        if hidden.shape[0] > FEW_ROWS or hidden.dtype == torch.float32:
-            return None
-        chosen = "few" if hidden.shape[0] <= 16 else "short"
-    return TILES.get(chosen)
+    name = "few" if rows <= 16 else "short"
+    return name if name in names else None
 
 
-def tune(hidden: Tensor, weight: Tensor) -> dict[str, float]:
+def fused_tiles(hidden: Tensor, weight: Tensor, softcap: bool) -> dict[str, int] | None:
+    """Return the tiles of the fused kernel, or None where the library's product is the better choice."""
+    if hidden.dtype == torch.float64 or not hidden.is_cuda:
+        return None
+    remembered = _choices(cache_path()).get(key_of(hidden, weight, softcap))
+    name = pick(hidden.shape[0], hidden.itemsize, remembered, usable(hidden.device, hidden.itemsize, softcap))
+    return None if name is None else kernels.TILES[name]
+
+
+def tune(hidden: Tensor, weight: Tensor, softcap: float | None = None) -> dict[str, float]:
     """Measure every algorithm on these tensors, remember the fastest, and return milliseconds by name.
 
     Args:
         hidden: (N, H) on a GPU.
         weight: (V, H) of the same dtype.
+        softcap: as for `linear_logprob`; its value does not matter, that there is one does.
 
     Raises:
-        ValueError: if the tensors are not on a GPU.
+        ValueError: if the tensors are not on a GPU, or of float64, for which there is no fused kernel.
     """
     if not hidden.is_cuda:
         raise ValueError("tune measures on a GPU; hidden is on the CPU")
+    if hidden.dtype == torch.float64:
+        raise ValueError("hidden is torch.float64, for which there is nothing to choose; pass 16-bit or float32")
     from mopl.ops import linear_logprob_triton as backend
 
     rows, device = hidden.shape[0], hidden.device
     pivot = torch.randint(weight.shape[0], (rows,), device=device)
     ones = torch.ones(rows, device=device)
-    shift = backend.target_logits(hidden, weight, None, pivot, None, ones, 0.0, 1.0)
+    shift = backend.target_logits(hidden, weight, None, pivot, None, ones, softcap or 0.0, 1.0)
 
     def run(tiles: dict[str, int] | None) -> float:
-        head = backend._Head(hidden, weight, None, pivot, shift.clone(), ones, 0.0, 1.0, None)
+        head = backend._Head(hidden, weight, None, pivot, shift.clone(), ones, softcap or 0.0, 1.0, None)
         times = []
         for turn in range(6):
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -97,11 +110,12 @@ def tune(hidden: Tensor, weight: Tensor) -> dict[str, float]:
                 times.append(start.elapsed_time(end))
         return sorted(times)[len(times) // 2]
 
-    names = ["float32"] if hidden.dtype == torch.float32 else [name for name in TILES if name != "float32"]
-    measured = {"library": run(None), **{name: run(TILES[name]) for name in names}}
+    names = usable(device, hidden.itemsize, softcap is not None)
+    measured = {"library": run(None), **{name: run(kernels.TILES[name]) for name in names}}
     path = cache_path()
     path.parent.mkdir(parents=True, exist_ok=True)
-    choices = {**_choices(path), key_of(hidden, weight): min(measured, key=lambda name: measured[name])}
+    fastest = min(measured, key=lambda name: measured[name])
+    choices = {**_choices(path), key_of(hidden, weight, softcap is not None): fastest}
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
         json.dump(choices, file, indent=1)
     os.replace(file.name, path)

@@ -11,6 +11,9 @@ The same functions as `_linear_logprob_cpu`, whose docstrings say what each argu
 * Nothing here waits for the GPU: rows that do not count are at the end, and kernels leave them out by `count`.
 """
 
+# Pyright takes a kernel for the plain function below `@triton.jit`.
+# pyright: reportIndexIssue=false
+
 from __future__ import annotations
 
 import itertools
@@ -19,6 +22,7 @@ import torch
 from torch import Tensor
 
 from mopl._arguments import compute_dtype
+from mopl.kernels import fused_logprob as fused_kernels
 from mopl.kernels import linear_logprob as kernels
 from mopl.ops import _linear_logprob_choice as choice
 from mopl.ops._backend import INTERPRETED
@@ -65,7 +69,7 @@ def target_logits(
     if column.numel():
         kernels.target_logit_kernel[(column.numel(),)](
             hidden, weight, bias, column, position, temperature, out, hidden.shape[1], hidden.stride(0),
-            weight.stride(0), SOFTCAP=softcap, LOGIT_SCALE=logit_scale, BLOCK=1024, num_warps=4,
+            weight.stride(0), SOFTCAP=softcap, LOGIT_SCALE=logit_scale, **kernels.TARGET_TILE,
         )  # fmt: skip
     return out
 
@@ -130,18 +134,17 @@ class _Head:
         part = self.hidden[rows]
         moment1, moment2 = sums.optional()
         tile = torch.empty(many, min(COLUMNS, self.vocabulary), dtype=self.dtype, device=part.device)
-        block = 1024 if self.dtype == torch.float32 else 512
+        shape = kernels.exp_tile(self.dtype.itemsize)
         for column in range(0, self.vocabulary, COLUMNS):
             columns = min(COLUMNS, self.vocabulary - column)
             logits = product(part, self.weight[column : column + columns].T, tile[:, :columns])
-            kernels.exp_kernel[(-(-many // 2),)](
+            kernels.exp_kernel[(-(-many // shape["ROWS"]),)](
                 logits, self.bias, self.pivot, self.shift, self.temperature, self.count,
                 None if stored is None else stored[:, column:],
                 None if stored_moment is None else stored_moment[:, column:],
                 sums.others, moment1, moment2, sums.flag, first, many, column, columns, logits.stride(0),
                 0 if stored is None else stored.stride(0),
-                SOFTCAP=self.softcap, LOGIT_SCALE=self.logit_scale, BENT=bent, LIMIT=kernels.LIMIT, ROWS=2, BLOCK=block,
-                num_warps=8,
+                SOFTCAP=self.softcap, LOGIT_SCALE=self.logit_scale, BENT=bent, LIMIT=kernels.LIMIT, **shape,
             )  # fmt: skip
 
     def redo(
@@ -160,8 +163,7 @@ class _Head:
             self.hidden, self.weight, self.bias, self.pivot, self.shift, self.temperature, self.count, stored,
             stored_moment, sums.others, moment1, moment2, sums.flag, rows.start, many, self.size, self.vocabulary,
             self.hidden.stride(0), self.weight.stride(0), 0 if stored is None else stored.stride(0),
-            SOFTCAP=self.softcap, LOGIT_SCALE=self.logit_scale, BENT=bent, BV=128 if INTERPRETED else 64, BH=64,
-            num_warps=4,
+            SOFTCAP=self.softcap, LOGIT_SCALE=self.logit_scale, BENT=bent, **kernels.redo_tile(self.dtype.itemsize),
         )  # fmt: skip
 
     def fused(self, sums: _Sums, tiles: dict[str, int]) -> None:
@@ -170,7 +172,7 @@ class _Head:
         height, width = -(-rows // tiles["BM"]), -(-self.vocabulary // tiles["BV"])
         partial = torch.empty(width, rows, dtype=self.dtype, device=self.hidden.device)
         flag = torch.empty(width, rows, dtype=torch.int8, device=self.hidden.device)
-        kernels.fused_sum_kernel[(height * width,)](
+        fused_kernels.fused_sum_kernel[(height * width,)](
             self.hidden, self.weight, self.bias, self.pivot, self.shift, self.temperature, self.count, partial, flag,
             rows, self.size, self.vocabulary, self.hidden.stride(0), self.weight.stride(0), SOFTCAP=self.softcap,
             LOGIT_SCALE=self.logit_scale, LIMIT=kernels.LIMIT, UPCAST=INTERPRETED, **tiles,
@@ -209,7 +211,7 @@ def accumulate(
             head.exponentials(chunk, sums, kept[chunk], None, bent=False)
         first = keep_rows
     if directions == 0:
-        tiles = None if moments or first else choice.fused_tiles(head.hidden, head.weight)
+        tiles = None if moments or first else choice.fused_tiles(head.hidden, head.weight, softcap > 0)
         if tiles is not None:
             head.fused(sums, tiles)
             head.redo(slice(0, rows), sums)
@@ -256,11 +258,11 @@ def combine(
     weight = _rows(weight)
     out = torch.empty(many, weight.shape[1], dtype=dtype, device=weight.device)
     if out.numel():
-        block = min(1024, 1 << (weight.shape[1] - 1).bit_length())
-        kernels.combine_kernel[(many, -(-weight.shape[1] // block))](
+        size = weight.shape[1]
+        tile = kernels.combine_tile(size)
+        kernels.combine_kernel[(many, -(-size // tile["BLOCK"]))](
             weight, weighted, weighted_moment, pivot, pivot_coefficient, weighted_coefficient, moment_coefficient,
-            column, position, own_coefficient, out, weight.shape[1], weight.stride(0), weighted.stride(0),
-            BLOCK=block, num_warps=4,
+            column, position, own_coefficient, out, size, weight.stride(0), weighted.stride(0), **tile,
         )  # fmt: skip
     return out
 
@@ -303,10 +305,10 @@ def backward(
             scale = factor
         else:
             assert scratch is not None
-            block = 1024
-            kernels.logit_gradient_kernel[(part.stop, -(-vocabulary // block))](
+            columns = -(-vocabulary // kernels.GRADIENT_TILE["BLOCK"])
+            kernels.logit_gradient_kernel[(part.stop, columns)](
                 stored, alpha, gamma, head.shift, temperature, scratch[part], chunk.start, vocabulary,
-                stored.stride(0), scratch.stride(0), SOFTCAP=softcap, BLOCK=block, num_warps=4,
+                stored.stride(0), scratch.stride(0), SOFTCAP=softcap, **kernels.GRADIENT_TILE,
             )  # fmt: skip
             stored, scale = scratch[part], None
         if need_hidden:
@@ -321,9 +323,9 @@ def backward(
         if need_bias:
             if scale is None:
                 ones = torch.ones(rows, dtype=head.dtype, device=hidden.device) if ones is None else ones
-            kernels.column_sum_kernel[(-(-vocabulary // 256),)](
+            kernels.column_sum_kernel[(-(-vocabulary // kernels.COLUMN_SUM_TILE["BLOCK"]),)](
                 stored, scale if scale is not None else ones, grad_bias, chunk.start, part.stop, vocabulary,
-                stored.stride(0), BLOCK=256, num_warps=4,
+                stored.stride(0), **kernels.COLUMN_SUM_TILE,
             )  # fmt: skip
 
     _add_entries(grad_hidden, grad_weight, grad_bias, head, column, position, coefficient)

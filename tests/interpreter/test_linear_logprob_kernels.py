@@ -19,7 +19,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_path, "ROWS", 8)
     monkeypatch.setattr(triton_path, "STORE_ROWS", 5)
     monkeypatch.setattr(triton_path, "COLUMNS", 48)
-    monkeypatch.setattr(choice, "fused_tiles", lambda hidden, weight: None)
+    monkeypatch.setattr(choice, "fused_tiles", lambda hidden, weight, softcap: None)
 
 
 def problem(rows: int = 11, size: int = 20, vocabulary: int = 107, seed: int = 0, scale: float = 1.0) -> dict:
@@ -129,7 +129,8 @@ def test_a_target_far_below_another_token_is_redone_with_the_true_maximum(needs:
     counts = p["target"] >= 0
     gap = logits.amax(-1) - logits[torch.arange(11), p["target"].clamp(min=0)]
     assert float(gap[counts].max()) > 128
-    compare(p, needs, tolerance=4e-6)
+    # Rows beyond the workspace get their logits again from another product; at 1000 nats a float32 has steps of 6e-5.
+    compare(p, needs, tolerance=5e-5 if "weight" in needs else 4e-6)
 
 
 def test_a_target_with_logit_minus_infinity_does_not_spread() -> None:
@@ -180,7 +181,7 @@ def test_sixteen_bit_inputs(dtype: torch.dtype, needs: tuple[str, ...]) -> None:
 def test_the_fused_kernel_equals_the_librarys_product(
     dtype: torch.dtype, softcap: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(choice, "fused_tiles", lambda hidden, weight: SMALL_TILES)
+    monkeypatch.setattr(choice, "fused_tiles", lambda hidden, weight, softcap: SMALL_TILES)
     p = problem(rows=37)
     hidden, weight = p["hidden"].to(dtype), p["weight"].to(dtype)
     value = linear_logprob(
@@ -199,3 +200,24 @@ def test_all_rows_masked_and_no_rows_at_all() -> None:
     value.sum().backward()
     assert not value.any() and not hidden.grad.any() and not weight.grad.any()
     assert linear_logprob(torch.zeros(0, 8), torch.randn(30, 8), torch.zeros(0, dtype=torch.long)).shape == (0,)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("needs", [(), ("hidden",), ("hidden", "weight", "bias")])
+def test_an_unchecked_target_past_the_vocabulary_gives_nan_in_its_row_alone(
+    needs: tuple[str, ...], shared: bool
+) -> None:
+    """And reads nothing there: the head's memory ends after its last row."""
+    p = problem()
+    ours = {n: p[n].clone().requires_grad_(n in needs) for n in ("hidden", "weight", "bias")}
+    target, wild = p["target"].clone(), 5
+    target[wild] = 10**9
+    row = torch.arange(11) if shared else None
+    value = linear_logprob(ours["hidden"], ours["weight"], target, bias=ours["bias"], row=row, check_targets=False)
+    exact = reference(p["hidden"].double(), p["weight"].double(), p["bias"].double(), p["target"], torch.ones(11))[0]
+    others = torch.arange(11) != wild
+    assert value[wild].isnan()
+    torch.testing.assert_close(value[others].double(), exact[others], rtol=3e-6, atol=3e-6)
+    if needs:
+        (gradient,) = torch.autograd.grad(value.sum(), ours["hidden"])
+        assert gradient[wild].isnan().all() and not gradient[others].isnan().any()

@@ -1,0 +1,96 @@
+"""Offsets past 2^31 elements: rows far apart in memory that is reserved but hardly touched.
+
+The interpreter wraps 32-bit integers as a GPU does. Strides and row numbers stay below 2^31, so they reach the kernels
+as 32-bit integers; only their products do not fit. A kernel that is wrong here mostly ends the process.
+"""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from mopl.kernels import fused_logprob, linear_logprob
+from mopl.ops import gathered_logprob_triton, linear_logprob_triton
+
+STRIDE = 2**30 + 64  # elements between rows; from the third row on offsets pass 2^31
+ROWS, FAR = 4, 3
+
+
+def apart(x: Tensor) -> Tensor:
+    """Return a matrix with the same values whose rows lie `STRIDE` elements apart."""
+    rows, columns = x.shape
+    try:
+        store = torch.empty((rows - 1) * STRIDE + columns, dtype=x.dtype)
+    except RuntimeError as error:
+        pytest.skip(f"cannot reserve address space: {error}")
+    view = store.as_strided((rows, columns), (STRIDE, 1))
+    view.copy_(x)
+    return view
+
+
+def test_gathered_logprob_forward_and_backward() -> None:
+    logits, target, ones = torch.randn(ROWS, 40).bfloat16(), torch.randint(0, 40, (ROWS, 1)), torch.ones(ROWS)
+    far = apart(logits)
+    assert FAR * far.stride(0) > 2**31 > far.stride(0)
+    logprob, lse, entropy, _ = gathered_logprob_triton.launch_forward(far, target, ones, 0.0, True, False)
+    exact = logits.double().log_softmax(-1)
+    torch.testing.assert_close(logprob.double(), exact.gather(1, target), rtol=1e-6, atol=1e-6)
+    upstream, grad = torch.randn(ROWS, 1), apart(torch.full_like(logits, math.nan))
+    gathered_logprob_triton.launch_backward(upstream, None, None, far, target, ones, logprob, lse, entropy, 0.0, grad)
+    expected = upstream * (torch.zeros(ROWS, 40).scatter_(1, target, 1.0) - exact.exp())
+    torch.testing.assert_close(grad.double(), expected.double(), rtol=2**-7, atol=1e-6)
+
+
+def test_stored_exponentials_and_everything_that_reads_them() -> None:
+    vocabulary, size = 40, 16
+    hidden, weight = torch.randn(ROWS, size), torch.randn(vocabulary, size)
+    pivot, ones = torch.randint(0, vocabulary, (ROWS,)), torch.ones(ROWS)
+    head = linear_logprob_triton._Head(hidden, weight, None, pivot, torch.zeros(ROWS), ones, 0.0, 1.0, None)
+    stored = apart(torch.full((ROWS, vocabulary), math.nan).bfloat16())
+    sums = linear_logprob_triton._Sums(ROWS, 0, torch.float32, hidden.device)
+    head.scan(slice(0, ROWS), sums, stored)
+    exact = (hidden.double() @ weight.double().T).exp()
+    exact[torch.arange(ROWS), pivot] = 0
+    torch.testing.assert_close(stored.double(), exact, rtol=2**-7, atol=1e-6)
+    torch.testing.assert_close(sums.others.double(), exact.sum(1), rtol=1e-5, atol=0)
+    total = torch.zeros(vocabulary)
+    linear_logprob.column_sum_kernel[(1,)](
+        stored, ones, total, 0, ROWS, vocabulary, stored.stride(0), **linear_logprob.COLUMN_SUM_TILE
+    )
+    torch.testing.assert_close(total.double(), stored.double().sum(0), rtol=1e-5, atol=0)
+    out = apart(torch.full((ROWS, vocabulary), math.nan).bfloat16())
+    linear_logprob.logit_gradient_kernel[(ROWS, 1)](
+        stored, ones, None, ones, ones, out, 0, vocabulary, stored.stride(0), out.stride(0), SOFTCAP=0.0,
+        **linear_logprob.GRADIENT_TILE,
+    )  # fmt: skip
+    torch.testing.assert_close(out.double(), -stored.double(), rtol=2**-7, atol=0)
+    # A shift of -inf flags every row, which are then computed again in place.
+    head.shift.fill_(-math.inf)
+    stored.fill_(math.nan)
+    sums.flag.fill_(1)
+    head.redo(slice(0, ROWS), sums, stored)
+    exact = (hidden.double() @ weight.double().T - head.shift.double()[:, None]).exp()
+    exact[torch.arange(ROWS), pivot] = 0
+    torch.testing.assert_close(stored.double(), exact, rtol=2**-7, atol=1e-6)
+
+
+def test_hidden_states_and_heads_with_rows_far_apart() -> None:
+    vocabulary, size = 4, 16
+    hidden, weight = apart(torch.randn(ROWS, size).bfloat16()), apart(torch.randn(vocabulary, size).bfloat16())
+    pivot, ones = torch.arange(ROWS), torch.ones(ROWS)
+    exact = hidden.double() @ weight.double().T
+    logits = linear_logprob_triton.target_logits(hidden, weight, None, pivot, None, ones, 0.0, 1.0)
+    torch.testing.assert_close(logits.double(), exact.diagonal(), rtol=1e-5, atol=1e-5)
+    partial, flag = torch.empty(1, ROWS), torch.empty(1, ROWS, dtype=torch.int8)
+    tile = {"BM": 16, "BV": 16, "BH": 16, "GROUP": 1, "num_warps": 4, "num_stages": 2}
+    fused_logprob.fused_sum_kernel[(1,)](
+        hidden, weight, None, pivot, logits, ones, None, partial, flag, ROWS, size, vocabulary, hidden.stride(0),
+        weight.stride(0), SOFTCAP=0.0, LOGIT_SCALE=1.0, LIMIT=linear_logprob.LIMIT, UPCAST=True, **tile,
+    )  # fmt: skip
+    others = (exact - exact.diagonal()[:, None]).exp().fill_diagonal_(0).sum(1)
+    torch.testing.assert_close(partial[0].double(), others, rtol=1e-5, atol=0)
+    direction = linear_logprob_triton.combine(
+        weight, torch.zeros(ROWS, size), None, pivot, ones, ones, None, None, None, None, torch.float32
+    )
+    torch.testing.assert_close(direction, weight.float(), rtol=0, atol=0)
