@@ -21,6 +21,12 @@ def _softplus(x: Tensor) -> Tensor:
     return -logsigmoid(-x)
 
 
+def _logsumexp(x: Tensor) -> Tensor:
+    """Return log sum exp(x) of a vector; torch's own has the gradient exp(x - result), which rounds for large x."""
+    top = x.detach().max()
+    return top + (x - top).exp().sum().log() if top.isfinite() else torch.logsumexp(x, 0)
+
+
 def _each_list(
     scores: Tensor,
     objectives: int,
@@ -60,7 +66,7 @@ def listwise_cross_entropy(
             z = z / z.sum()
         # -log softmax_i = log(1 + sum_{k != i} exp(u_k) / exp(u_i)): no digit is lost where softmax_i is nearly 1.
         n = len(u)
-        rest = torch.stack([torch.logsumexp(torch.cat([u[:i], u[i + 1 :]]), 0) for i in range(n)])
+        rest = torch.stack([_logsumexp(torch.cat([u[:i], u[i + 1 :]])) for i in range(n)])
         terms = [z[i] * _softplus(rest[i] - u[i]) for i in range(n) if z[i] != 0 or z.requires_grad]
         return torch.stack(terms).sum() if terms else u.new_zeros(())
 
@@ -113,20 +119,20 @@ def plackett_luce_nll(
 
 def _choice(u: Tensor, below: Tensor) -> Tensor:
     """Return -log P(an item with utility u (1,) is chosen before the items below)."""
-    return _softplus(torch.logsumexp(below, 0) - u[0]) if len(below) else u.new_zeros(())
+    return _softplus(_logsumexp(below) - u[0]) if len(below) else u.new_zeros(())
 
 
 def _breslow(group: Tensor, below: Tensor) -> Tensor:
     if len(group) == 1:
         return _choice(group, below)
-    return len(group) * torch.logsumexp(torch.cat([group, below]), 0) - group.sum()
+    return len(group) * _logsumexp(torch.cat([group, below])) - group.sum()
 
 
 def _efron(group: Tensor, below: Tensor) -> Tensor:
     if len(group) == 1:
         return _choice(group, below)
     shares = 1 - torch.arange(len(group), dtype=group.dtype) / len(group)
-    denominators = [torch.logsumexp(torch.cat([group + share.log(), below]), 0) for share in shares]
+    denominators = [_logsumexp(torch.cat([group + share.log(), below])) for share in shares]
     return torch.stack(denominators).sum() - group.sum()
 
 
@@ -143,7 +149,7 @@ def _exact(group: Tensor, below: Tensor) -> Tensor:
         for i in sorted(subset):
             others = torch.cat([group[sorted(subset - {i})], below])
             choices.append(-_choice(group[i : i + 1], others) + log_probability(subset - {i}))
-        return torch.logsumexp(torch.stack(choices), 0)
+        return _logsumexp(torch.stack(choices))
 
     return -log_probability(frozenset(range(len(group))))
 

@@ -201,9 +201,11 @@ def _forward_cpu(
         log_total = torch.log1p(rest)
         rows = (logits - log_total).scatter_(-1, first, -log_total)
         z = _labels(labels[item, which].view(len(row), -1, size), some, dtype)
+        if normalize:  # before the product, which may then be as large as a score
+            whole = mass[item, which].view(len(row), -1, 1)
+            z = torch.where(whole <= 0, 0, z / whole)
         dot = torch.where(z == 0, 0, z * rows).sum(-1)
-        whole = mass[item, which].view(dot.shape) if normalize else None
-        loss[item, which] = _weigh(dot, whole).view(loss[item, which].shape)
+        loss[item, which] = -dot.view(loss[item, which].shape)
         logp.view(batch * shared, size)[row] = rows[:, 0]
         peak.view(-1)[row] = torch.where(rest < 1, first, -1)[:, 0, 0]
     return loss, peak, mass, logp
