@@ -1,5 +1,6 @@
 """The loop: independence of the split, exact resume, checkpoints that are complete or absent, stops and divergence."""
 
+import gc
 import json
 import math
 import os
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from mopl.training import (
     TrainingConfig,
     TrainingDiverged,
     TrainingInterrupted,
+    make_accelerator,
     part_of_batch,
     read_log,
     shuffled_indices,
@@ -72,7 +75,7 @@ def test_one_update_is_adamw_on_the_gradient_of_the_mean_over_the_batch():
     optimizer = torch.optim.AdamW(twin.parameters(), lr=0.05, weight_decay=0.0)
     squared_error(twin, source(0, 0, 1), 0)[0].backward()
     optimizer.step()
-    assert torch.equal(parameters(model), parameters(twin))
+    torch.testing.assert_close(parameters(model), parameters(twin), rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("accumulation", [2, 4, 8])
@@ -86,6 +89,18 @@ def test_the_update_does_not_depend_on_how_the_batch_is_split(accumulation, batc
         train(model, Source(batch_size), squared_error, settings, optimizer=sgd)
     torch.testing.assert_close(parameters(split), parameters(whole), rtol=1e-5, atol=1e-6)
     assert not torch.allclose(parameters(whole), parameters(network()), atol=1e-3)
+
+
+def test_clipping_bounds_the_length_of_the_update_and_keeps_its_direction():
+    steps = {}
+    for clip in (None, 0.01):
+        model = network()
+        sgd = torch.optim.SGD(model.parameters(), lr=1.0)
+        result = train(model, Source(), squared_error, config(steps=1, gradient_clip=clip), optimizer=sgd)
+        steps[clip] = parameters(model) - parameters(network())
+    norm = result.last["gradient_norm"]  # before clipping
+    assert steps[None].norm() == pytest.approx(norm, rel=1e-5) and norm > 0.1
+    torch.testing.assert_close(steps[0.01], steps[None] * 0.01 / norm, rtol=1e-3, atol=1e-6)
 
 
 def test_logged_values_are_means_over_the_whole_batch_however_it_is_split(tmp_path):
@@ -157,7 +172,7 @@ def test_a_kill_in_the_middle_of_writing_a_checkpoint_costs_only_the_steps_since
     killed = run_script(tmp_path, 15)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     folder = CheckpointFolder(tmp_path / "checkpoints")
-    assert folder.latest().step == 10
+    assert [checkpoint.step for checkpoint in folder.all()] == [5, 10]
     assert any(entry.name.startswith(".writing-") for entry in folder.path.iterdir())
     resumed = run_script(tmp_path, -1)
     assert resumed.returncode == 0, resumed.stderr
@@ -250,6 +265,16 @@ def test_the_model_comes_back_in_the_mode_it_had_and_unwrapped():
     model = network().eval()
     train(model, Source(), squared_error, config(steps=1, mixed_precision="no"))
     assert not model.training and "forward" not in vars(model)
+
+
+def test_nothing_of_a_finished_training_is_kept_alive_by_the_accelerator():
+    accelerator = make_accelerator()
+    model = network()
+    train(model, Source(), squared_error, config(steps=1), accelerator=accelerator)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 def test_frozen_parameters_stay_and_are_saved(tmp_path):

@@ -200,6 +200,10 @@ class RankingModel(nn.Module):
         self.network = ListTransformer(
             config.features + extra, config.hidden, config.layers, config.heads, config.feedforward, config.dropout
         )
+        if extra:
+            # Weights on a simplex are small beside normalised features; with the usual initialisation a change of the
+            # trade-off would hardly move the first layer, and training would learn the average trade-off first.
+            nn.init.normal_(self.network.input.weight[:, config.features :])
         if config.parametrisation == "augment":
             nn.init.zeros_(self.network.output.weight)  # training starts at the base model
         self.base = base.requires_grad_(False)
