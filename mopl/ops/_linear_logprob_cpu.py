@@ -23,6 +23,8 @@ ROWS = 2048
 GATHER = 256  # rows of the weight that are gathered at a time
 # exp(u - shift) may be summed without a larger shift up to here: exp(40) times any vocabulary is far below 2^128.
 HEADROOM = 40.0
+# Moments about a shift far below the likely logits would be differences of large numbers.
+HEADROOM_MOMENTS = 4.0
 # Below this exp is 0 in either precision; a finite floor keeps 0 * (u - shift) from being NaN where u = -inf.
 FLOOR = -1e4
 
@@ -138,7 +140,8 @@ def _cached(cache: Tensor, kept: int, start: int, width: int) -> Tensor:
 
 def _make_room(top: Tensor, rows: slice, sums: _Sums, cache: Tensor, kept: int, start: int) -> None:
     """Raise the shift of rows whose largest logit in this tile would overflow, and rescale what was summed so far."""
-    high = (top > sums.shift[rows] + HEADROOM).nonzero()[:, 0]
+    headroom = HEADROOM_MOMENTS if len(sums.moment1) else HEADROOM
+    high = (top > sums.shift[rows] + headroom).nonzero()[:, 0]
     if not len(high):
         return
     index = high + rows.start
@@ -203,7 +206,7 @@ def accumulate(
 
     Returns:
         shift (M,): the shift that was really used: the given one, or a larger one for rows where exp would overflow
-            (some u_v far above the pivot's) or where the given one is not finite.
+            (some u_v far above the pivot's) or where the given one is not finite. Moments gain from a larger one, too.
         others (M,) = sum e_v;  moment1 (M,) = sum e_v (u_v - shift);  moment2 (M,) = sum e_v (u_v - shift)^2
         weighted (M, H) = sum e_v f_v W_v;  weighted_moment (M, H) = sum e_v (u_v - shift) f_v W_v
             with f_v = 1 - tanh^2 under a softcap, else 1.

@@ -64,17 +64,17 @@ class Forward(NamedTuple):
 
 
 def cache_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """Dtype of the kept exponentials: on a GPU bfloat16 (which has their range) where the operands have 16 bit."""
-    narrow = hidden.is_cuda and hidden.itemsize == weight.itemsize == 2
-    return torch.bfloat16 if narrow else compute_dtype(hidden, weight)
+    """Dtype of the kept exponentials: where Triton runs, that of 16-bit operands, which then need no conversion."""
+    narrow = use_triton(hidden) and hidden.dtype == weight.dtype and hidden.itemsize == 2
+    return hidden.dtype if narrow else compute_dtype(hidden, weight)
 
 
 def direction_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """Dtype of saved directions: that of bfloat16 hidden states on a GPU, whose place they take.
+    """Dtype of saved directions: that of bfloat16 hidden states where Triton runs, whose place they take.
 
     Float16 has no range for the small directions of confident rows.
     """
-    narrow = hidden.is_cuda and hidden.dtype == weight.dtype == torch.bfloat16
+    narrow = use_triton(hidden) and hidden.dtype == weight.dtype == torch.bfloat16
     return torch.bfloat16 if narrow else compute_dtype(hidden, weight)
 
 
@@ -207,10 +207,16 @@ def scale_directions(
     if grad_logprob is not None:
         scaled = saved.direction * grad_logprob.masked_fill(target < 0, 0)[:, None]
         result = scaled if row is None else segment_sum(scaled, row, rows)
+    dead = idle_rows(saved)
     for upstream, direction in (
         (grad_logsumexp, saved.direction_logsumexp),
         (grad_entropy, saved.direction_entropy),
     ):
         if upstream is not None:
-            result.addcmul_(direction, upstream[:, None])
+            result.addcmul_(direction, upstream.masked_fill(dead, 0)[:, None])
     return result
+
+
+def idle_rows(saved: Forward) -> Tensor:
+    """Return which rows (N,) took no part, whatever their upstream gradient is."""
+    return saved.total == 0

@@ -8,6 +8,8 @@ softcap and temperature:
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -60,7 +62,11 @@ def per_row(value: float | Tensor, name: str, shape: torch.Size, like: Tensor) -
     """Return a number or a tensor that broadcasts to the rows' shape as a flat (N,) tensor in the compute dtype."""
     dtype = compute_dtype(like)
     if isinstance(value, (int, float)) or not isinstance(value, Tensor):  # a traced number is no float
-        return torch.full((), value, dtype=dtype, device=like.device).expand(shape.numel())
+        # A comparison while tracing would compile one graph for each number.
+        if not torch.compiler.is_compiling() and not value > 0:
+            raise ValueError(f"{name} is {value} but must be positive")
+        # A product, because the compiler can turn that number into a tensor, but not the one that fills a tensor.
+        return (torch.ones((), dtype=dtype, device=like.device) * value).expand(math.prod(shape))
     if value.device != like.device and value.numel() > 1:
         raise ValueError(f"{name} is on {value.device} but the rows are on {like.device}; move {name} there")
     try:
@@ -170,6 +176,7 @@ def temperature_gradient(
     logsumexp: Tensor,  # (N,)
     entropy: Tensor,  # (N,)
     variance: Tensor,  # (N,) or empty
+    idle: Tensor,  # (N,) bool: rows that do not count
 ) -> Tensor:
     """Return the gradient of the temperature (N,) from row statistics alone.
 
@@ -183,7 +190,7 @@ def temperature_gradient(
         total = total - grad_logsumexp * (logsumexp - entropy)
     if grad_entropy is not None:
         total = total + grad_entropy * variance
-    return total / temperature
+    return (total / temperature).masked_fill(idle, 0)
 
 
 def segment_sum(values: Tensor, index: Tensor, size: int) -> Tensor:

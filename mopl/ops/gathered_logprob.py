@@ -29,6 +29,7 @@ the same arguments.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -108,7 +109,7 @@ def gathered_logprob(
     need_temperature = warmth.requires_grad and torch.is_grad_enabled()
     logprob, logsumexp, entropy, _ = _gathered_logprob(
         logits.reshape(-1, vocabulary),
-        merged.reshape(lead.numel(), target.shape[len(lead) :].numel()),
+        merged.reshape(math.prod(lead), math.prod(target.shape[len(lead) :])),
         warmth,
         check_scalar(softcap, "softcap"),
         return_entropy or need_temperature,
@@ -267,7 +268,10 @@ def _temperature_gradient(
     if grad_logprob is not None:
         upstream = grad_logprob.masked_fill(target < 0, 0)
         total, times = upstream.sum(-1), (upstream * logprob).sum(-1)
-    return temperature_gradient(total, times, grad_logsumexp, grad_entropy, temperature, logsumexp, entropy, variance)
+    idle = (target < 0).all(-1)
+    return temperature_gradient(
+        total, times, grad_logsumexp, grad_entropy, temperature, logsumexp, entropy, variance, idle
+    )
 
 
 def _forward_cpu(
@@ -293,15 +297,16 @@ def _forward_cpu(
         # torch's softplus turns linear at a threshold; logaddexp does not, and underflows to exp at the other end
         odds = (top - pivot_logit) + others.log()
         pivot_logprob = -torch.logaddexp(odds, torch.zeros_like(odds))
-        logsumexp[part] = torch.where(
-            pivot_logit == -torch.inf, top + others.log(), pivot_logit - pivot_logprob
-        ).squeeze(1)
+        # From the larger of the two summands on.
+        whole = top + (others + (pivot_logit - top).exp()).log()
+        logsumexp[part] = torch.where(odds > 0, whole, pivot_logit - pivot_logprob).squeeze(1)
         relative = torch.where(pivot_logit == -torch.inf, -torch.inf, (own - pivot_logit) + pivot_logprob)
         logprob[part] = relative.masked_fill(~keep, 0)
         if shifted is None:
             continue
-        # Moments about the logsumexp: every term of the entropy then has one sign.
-        off = top - logsumexp[part, None]
+        # Moments about the logsumexp: every term of the entropy then has one sign. The difference of top and logsumexp
+        # is formed from small numbers, since the two themselves are rounded to the size of the logits.
+        off = torch.where(pivot_logit == -torch.inf, -others.log(), (top - pivot_logit) + pivot_logprob)
         scale = off.exp()
         first = (shifted * e).sum(1, keepdim=True)
         mean = scale * (first + off * others) + weighted_by_probability(pivot_logprob, pivot_logprob)

@@ -48,6 +48,7 @@ bounds it on the host. The vocabulary-parallel form runs the same four functions
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -58,6 +59,7 @@ from mopl.ops._linear_logprob_stages import (
     Forward,
     cache_dtype,
     direction_dtype,
+    idle_rows,
     run_backward,
     run_forward,
     scale_directions,
@@ -143,7 +145,7 @@ def linear_logprob(
 
         shard, weight, bias = check_shard(hidden, weight, bias, group)
         vocabulary = shard.vocabulary
-    lead, rows = hidden.shape[:-1], hidden.shape[:-1].numel()
+    lead, rows = hidden.shape[:-1], math.prod(hidden.shape[:-1])
     merged = merge_targets(target, mask, ignore_index, vocabulary)
     row = check_row(row, target, hidden)
     if target.device != hidden.device:
@@ -307,15 +309,15 @@ def row_temperature_gradient(
     target: Tensor, row: Tensor | None, temperature: Tensor, saved: Forward,
 ) -> Tensor:  # fmt: skip
     """Return the gradient of the temperature (N,)."""
-    times = None
+    total = times = None
     if grad_logprob is not None:
-        grad_logprob = grad_logprob.masked_fill(target < 0, 0)
-        times = grad_logprob * saved.logprob
+        total = grad_logprob.masked_fill(target < 0, 0)
+        times = total * saved.logprob
         if row is not None:
-            grad_logprob, times = (segment_sum(t, row, len(temperature)) for t in (grad_logprob, times))
+            total, times = (segment_sum(t, row, len(temperature)) for t in (total, times))
     return temperature_gradient(
-        grad_logprob, times, grad_logsumexp, grad_entropy,
-        temperature, saved.logsumexp, saved.entropy, saved.variance,
+        total, times, grad_logsumexp, grad_entropy,
+        temperature, saved.logsumexp, saved.entropy, saved.variance, idle_rows(saved),
     )  # fmt: skip
 
 
