@@ -6,7 +6,7 @@ The same functions as `_linear_logprob_cpu`, whose docstrings say what each argu
   (Triton's interpreter) operands are upcast instead.
 * The exponentials kept for the second and third product are bf16: it has float32's range, and its rounding is that of
   any 16-bit gradient. float16 operands have no such range to offer: their rows are summed once first and then
-  normalised, which costs one more product, but no digits.
+  normalised, which costs one more product, but no digits; and upstream gradients are scaled by their largest.
 * Rows are processed in chunks of `ROWS`, logits in tiles of `COLUMNS` that stay in the L2 cache.
 * Nothing here waits for the GPU: rows that do not count are at the end, and kernels leave them out by `count`.
 """
@@ -30,6 +30,7 @@ from mopl.ops._backend import INTERPRETED
 ROWS = 4096  # rows of a chunk: above about 733 the float32 read-modify-write of dW costs less than its product
 COLUMNS = 2048  # columns of a tile of logits: 4096 x 2048 in float32 are 32 MiB, which the L2 cache of an H200 holds
 STORE_ROWS = 2048  # rows of a chunk whose exponentials are stored over the whole vocabulary
+HEADROOM = 8.0  # nats: normalised exponentials, and their products with u - shift, stay below float16's 65504
 SIXTEEN = (torch.bfloat16, torch.float16)
 
 
@@ -90,11 +91,15 @@ class _Sums:
         self.flag = torch.zeros(rows, dtype=torch.int8, device=device)
         self.moments = moments
 
-    def lower(self, rows: slice, shift: Tensor) -> None:
-        """Raise the shift of some rows by log(1 + others), so that every exponential is at most 1."""
+    def normalise(self, rows: slice, shift: Tensor) -> None:
+        """Move the shift of some rows so that their exponentials add up to exp(`HEADROOM`).
+
+        A row whose target takes all but 1e-26 of the probability keeps a smaller sum: exp(u - shift) of the target has
+        to stay finite.
+        """
         others = self.others[rows]
-        delta = others.log1p()
-        factor = 1 / (1 + others)
+        delta = others.log().clamp(min=-60.0) - HEADROOM
+        factor = (-delta).exp()
         if self.moments > 1:
             moment2 = self.moment2[rows] - delta * (2 * self.moment1[rows] - delta * others)
             self.moment2[rows] = moment2 * factor
@@ -186,7 +191,7 @@ class _Head:
             first = _Sums(len(self.shift), 0, self.dtype, stored.device)
             self.scan(rows, first)
             self.redo(rows, first)
-            first.lower(rows, self.shift)
+            first.normalise(rows, self.shift)
         self.scan(rows, sums, stored, stored_moment, bent)
         self.redo(rows, sums, stored, stored_moment, bent)
 
@@ -220,7 +225,7 @@ def accumulate(
                 head.scan(chunk, sums)
                 head.redo(chunk, sums)
         if head.narrow:  # the backward pass may store these rows' exponentials
-            sums.lower(slice(first, rows), head.shift)
+            sums.normalise(slice(first, rows), head.shift)
         return _results(head, sums, weighted, weighted_moment)
     height = min(STORE_ROWS, rows - first)
     buffer = torch.empty(height, vocabulary, dtype=store_dtype(head.hidden), device=hidden.device)
@@ -288,6 +293,12 @@ def backward(
     chunks += [(c, False) for c in _chunks(keep_rows, rows, STORE_ROWS)]
     height = max((c.stop - c.start for c, kept in chunks if not kept), default=0)
     buffer = torch.empty(height, vocabulary, dtype=store_dtype(head.hidden), device=hidden.device)
+    peak = None
+    if head.narrow and rows:
+        # Upstream gradients of a mean are small: multiplied by them, float16 operands would flush to zero.
+        peak = alpha.abs().amax() if gamma is None else torch.maximum(alpha.abs().amax(), gamma.abs().amax())
+        peak = torch.where((peak > 0) & peak.isfinite(), peak, 1)
+        alpha, gamma = alpha / peak, None if gamma is None else gamma / peak
     scratch = None
     if not plain:
         tallest = max((c.stop - c.start for c, _ in chunks), default=0)
@@ -328,6 +339,9 @@ def backward(
                 stored.stride(0), **kernels.COLUMN_SUM_TILE,
             )  # fmt: skip
 
+    if peak is not None:
+        for gradient in (grad_hidden, grad_weight, grad_bias):
+            gradient *= peak
     _add_entries(grad_hidden, grad_weight, grad_bias, head, column, position, coefficient)
     return grad_hidden, grad_weight.to(weight.dtype), grad_bias if bias is None else grad_bias.to(bias.dtype)
 

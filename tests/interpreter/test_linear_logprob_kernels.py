@@ -176,6 +176,35 @@ def test_sixteen_bit_inputs(dtype: torch.dtype, needs: tuple[str, ...]) -> None:
     compare(p, needs, tolerance=tolerance)
 
 
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("needs", [("hidden",), ("hidden", "weight")])
+@pytest.mark.parametrize("case", ["confident rows", "small upstream gradients"])
+def test_float16_has_no_range_and_loses_nothing_by_it(case: str, needs: tuple[str, ...], softcap: float | None) -> None:
+    """Exponentials of 1e-9 and products with gradients of 1e-6 would have few bits in float16, or none."""
+    torch.manual_seed(1)
+    weight, target = torch.randn(60, 64).half(), torch.randint(0, 60, (40,))
+    if case == "confident rows":
+        own = weight[target].float()
+        hidden = (own * 30 / own.square().sum(1, keepdim=True)).half()
+    else:
+        hidden, target = torch.randn(64).mul(0.3).half().expand(40, 64).contiguous(), target[:1].expand(40)
+    ours = {"hidden": hidden.clone().requires_grad_(), "weight": weight.clone().requires_grad_("weight" in needs)}
+    exact = {"hidden": hidden.double().requires_grad_(), "weight": weight.double().requires_grad_()}
+    value = linear_logprob(ours["hidden"], ours["weight"], target, softcap=softcap)
+    truth = reference(exact["hidden"], exact["weight"], None, target, torch.ones(40).double(), softcap)[0]
+    if case == "confident rows":
+        assert float(truth.detach().max()) > (-1e-8 if softcap is None else -1e-5)
+        upstream = -1 / truth.detach().expm1()  # so that every row's gradient is about 1
+    else:
+        upstream = 1e-6 * (torch.rand(40).double() + 0.5)
+    gradients = torch.autograd.grad(value, [ours[n] for n in needs], upstream.float())
+    wanted = torch.autograd.grad(truth, [exact[n] for n in needs], upstream)
+    for name, gradient, wish in zip(needs, gradients, wanted, strict=True):
+        # What the smallest step of float16 takes from the result itself does not count.
+        error = ((gradient.double() - wish).abs() - 6e-8).clamp(min=0)
+        assert float(error.norm() / wish.norm()) < 2e-3, name
+
+
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_fused_kernel_equals_the_librarys_product(
