@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -51,6 +52,18 @@ ELEMENTS = 2**20  # logits in one chunk of the CPU path: 4 MiB in float32
 FLOOR = -1e4
 
 
+@overload
+def gathered_logprob(
+    logits: Tensor, target: Tensor, *, temperature: float | Tensor = 1.0, mask: Tensor | None = None,
+    ignore_index: int = -100, softcap: float | None = None, return_logsumexp: Literal[False] = False,
+    return_entropy: Literal[False] = False, inplace_backward: bool = False, check_targets: bool | None = None,
+) -> Tensor: ...  # fmt: skip
+@overload
+def gathered_logprob(
+    logits: Tensor, target: Tensor, *, temperature: float | Tensor = 1.0, mask: Tensor | None = None,
+    ignore_index: int = -100, softcap: float | None = None, return_logsumexp: bool = ...,
+    return_entropy: bool = ..., inplace_backward: bool = False, check_targets: bool | None = None,
+) -> tuple[Tensor, ...]: ...  # fmt: skip
 def gathered_logprob(
     logits: Tensor,  # (..., V)
     target: Tensor,  # (...) token ids, or (..., J) for J of them a row

@@ -49,7 +49,7 @@ bounds it on the host. The vocabulary-parallel form runs the same four functions
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
@@ -83,6 +83,22 @@ if TYPE_CHECKING:
 GIB = 2**30
 
 
+@overload
+def linear_logprob(
+    hidden: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None = None, temperature: float | Tensor = 1.0,
+    softcap: float | None = None, logit_scale: float = 1.0, mask: Tensor | None = None, ignore_index: int = -100,
+    row: Tensor | None = None, return_logsumexp: Literal[False] = False, return_entropy: Literal[False] = False,
+    workspace: int = ..., max_rows: int | None = None, check_targets: bool | None = None,
+    group: ProcessGroup | None = None,
+) -> Tensor: ...  # fmt: skip
+@overload
+def linear_logprob(
+    hidden: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None = None, temperature: float | Tensor = 1.0,
+    softcap: float | None = None, logit_scale: float = 1.0, mask: Tensor | None = None, ignore_index: int = -100,
+    row: Tensor | None = None, return_logsumexp: bool = ..., return_entropy: bool = ...,
+    workspace: int = ..., max_rows: int | None = None, check_targets: bool | None = None,
+    group: ProcessGroup | None = None,
+) -> tuple[Tensor, ...]: ...  # fmt: skip
 def linear_logprob(
     hidden: Tensor,  # (..., H)
     weight: Tensor,  # (V, H)
@@ -155,6 +171,9 @@ def linear_logprob(
     scale = check_scalar(logit_scale, "logit_scale")
     if check_targets is None:
         check_targets = not hidden.is_cuda
+    for name, bound in (("workspace", workspace), ("max_rows", max_rows)):
+        if bound is not None and bound < 0:
+            raise ValueError(f"{name} is {bound} but must not be negative")
 
     needs = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in (hidden, weight, bias, warmth)]
     need_hidden, need_head, need_temperature = needs[0], needs[1] or needs[2], needs[3]
