@@ -9,6 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from mopl import reference_logprob
+from mopl.ops import _linear_logprob_cpu as cpu
+from mopl.ops import _linear_logprob_stages as stages
 from mopl.ops import linear_logprob
 from mopl.ops._linear_logprob_stages import run_backward, run_forward
 
@@ -93,6 +95,52 @@ def test_logits_are_never_kept(frozen: bool, workspace: int) -> None:
         assert size < hidden.nbytes + 100 * 8 * 8
     else:
         assert size < min(workspace, 50 * 400 * 4) + 100 * 8 * 8
+
+
+# ---------------------------------------------------------------- compaction without a synchronisation
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("train", ["h", "hwbt"])
+@pytest.mark.parametrize("bound", [None, 9, 5])
+def test_compaction_on_the_device_gives_the_same_and_nan_beyond_its_bound(
+    bound: int | None, train: str, shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU does: rows sorted by whether they count, how many do being known there only."""
+    rows, width, vocabulary = 12, 6, 23
+    hidden, temperature = torch.randn(rows, width).double(), torch.rand(rows).double() + 0.5
+    row = torch.tensor([0, 0, 2, 3, 5, 5, 5, 7, 9, 9, 10, 11, 1, 4]) if shared else torch.arange(rows)
+    mask = torch.isin(row, torch.tensor([0, 2, 3, 5, 7, 9, 10]))
+    if shared:
+        mask[5] = False  # one of three targets of row 5
+    idle = torch.ones(rows, dtype=torch.bool).index_fill(0, row[mask], False)
+    assert int((~idle).sum()) == 7
+    hidden[idle], temperature[idle] = torch.nan, torch.nan
+    weight, bias = torch.randn(vocabulary, width).double(), torch.randn(vocabulary).double()
+    target, upstream = torch.randint(vocabulary, row.shape), torch.randn(len(row) + 2 * rows).double()
+
+    def run(max_rows: int | None) -> tuple[list[Tensor], list[Tensor]]:
+        h, w, b, t = (leaf(v, n in train) for v, n in zip((hidden, weight, bias, temperature), "hwbt", strict=True))
+        outputs = linear_logprob(
+            h, w, target, bias=b, temperature=t, mask=mask, row=row if shared else None, max_rows=max_rows, **ALL
+        )
+        inputs = [x for x in (h, w, b, t) if x.requires_grad]
+        return list(outputs), list(torch.autograd.grad((torch.cat(outputs) * upstream).sum(), inputs))
+
+    expected, gradients = run(None)
+    monkeypatch.setattr(stages, "use_triton", lambda tensor: True)
+    monkeypatch.setattr(stages, "backend_of", lambda tensor: cpu)
+    outputs, others = run(bound)
+    if bound == 5:  # rows 9 and 10 lie beyond it
+        lost = torch.isin(torch.arange(rows), torch.tensor([9, 10]))
+        for o, e, gone in zip(outputs, expected, (lost[row] & mask, lost, lost), strict=True):
+            assert o[gone].isnan().all()
+            torch.testing.assert_close(o[~gone], e[~gone])
+        torch.testing.assert_close(others[0][~lost], gradients[0][~lost])
+        assert others[0][lost].isnan().all()
+    else:
+        for o, e in zip(outputs + others, expected + gradients, strict=True):
+            torch.testing.assert_close(o, e)
 
 
 # ---------------------------------------------------------------- autograd and repetition
