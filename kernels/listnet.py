@@ -1,0 +1,340 @@
+"""Listwise cross-entropy (ListNet): all m objectives of a list in one program, the scores read once.
+
+The formulas, the saved statistics and the rules for special values are those of `mopl/ops/listnet.py`. Two points are
+settled here. First, distances are taken between scores before they are multiplied by the temperature: the difference
+of close floats is exact, so a common offset of all scores costs no digits. Second, the *key* of an item is its score,
+or minus its score where the temperature is negative, so that the peak is the largest key for either sign.
+
+Forward has two kernels: whole lists in registers (several short ones a program), and a loop over blocks of one list
+for any length. Given the saved statistics, backward is elementwise but for the gradient of the temperature, so one
+kernel with a program for every block of items serves all lengths; partial sums of that gradient go to separate slots
+and are added afterwards in a fixed order.
+"""
+
+import triton
+import triton.language as tl
+
+from ._math import log1p
+
+TILE = (
+    512  # items a program holds where lists are short: more registers a thread would leave too few warps to hide loads
+)
+
+
+def registers_limit(itemsize: int) -> int:
+    """Return the longest list that one program holds in registers, for arithmetic in `itemsize` bytes."""
+    return 8192 if itemsize == 4 else 4096
+
+
+def forward_tile(items: int, itemsize: int) -> dict[str, int]:
+    """Return LISTS, BLOCK and num_warps of `forward_kernel` (or of `forward_loop_kernel` past the register limit)."""
+    limit = registers_limit(itemsize)
+    if items > limit:
+        return {"LISTS": 1, "BLOCK": limit // 2, "num_warps": 8}
+    block = max(triton.next_power_of_2(items), 2)
+    warps = min(max(block * itemsize // 2048, 4), 16)
+    return {"LISTS": max(TILE // block, 1), "BLOCK": block, "num_warps": warps}
+
+
+def backward_tile(items: int) -> dict[str, int]:
+    """Return LISTS, BLOCK and num_warps of `backward_kernel`."""
+    block = min(max(triton.next_power_of_2(items), 2), TILE)
+    return {"LISTS": TILE // block, "BLOCK": block, "num_warps": 4}
+
+
+@triton.jit
+def _distance(top, key, rate):
+    """Return rate * (top - key), the distance of an item below the peak in nats; 0 for equal scores of -inf or +inf."""
+    return tl.where(key == top, 0.0, rate * (top - key))
+
+
+@triton.jit
+def _as_key(score, temperature):
+    return tl.where(temperature < 0, -score, score)
+
+
+@triton.jit
+def _peak(score, valid, item, rate, BLOCK: tl.constexpr):
+    """Return the peak (LISTS,), every item's distance below it and the sum of exp(-distance) over the other items."""
+    key = _as_key(score, rate[:, None])
+    top = tl.max(tl.where(valid, key, float("-inf")), axis=1)
+    peak = tl.min(tl.where(valid & (key == top[:, None]), item[None, :], BLOCK), axis=1)
+    distance = _distance(top[:, None], key, tl.abs(rate)[:, None])
+    rest = tl.sum(tl.where(valid & (item[None, :] != peak[:, None]), tl.exp(-distance), 0.0), axis=1)
+    return peak, distance, rest
+
+
+@triton.jit
+def _loss(mass, rest, spread, NORMALIZE: tl.constexpr):
+    """Return mass * log1p(rest) + spread, divided by the mass if NORMALIZE; spread is sum_i z_i distance_i."""
+    if NORMALIZE:
+        empty = mass <= 0
+        return tl.where(empty, 0.0, log1p(rest) + spread / tl.where(empty, 1.0, mass))
+    else:
+        return mass * log1p(rest) + spread
+
+
+@triton.jit
+def forward_kernel(
+    scores,  # (B, K)
+    labels,  # (B, M, K)
+    temperature,  # (B, M), or (B, 1) if COMMON
+    mask,  # (B, K) or None
+    loss,  # (B, M); the dtype of the arithmetic, as all below
+    peak,  # like temperature, int64
+    rest,  # like temperature
+    mass,  # (B, M)
+    others,  # (B, M)
+    batch,
+    items,
+    scores_stride,
+    labels_stride,
+    labels_objective_stride,
+    temperature_stride,
+    temperature_objective_stride,
+    mask_stride,
+    M: tl.constexpr,
+    COMMON: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    LISTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write the loss and the statistics of LISTS whole lists."""
+    dtype = loss.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64) * LISTS + tl.arange(0, LISTS)
+    item = tl.arange(0, BLOCK)
+    real = row < batch
+    valid = real[:, None] & (item < items)[None, :]
+    if mask is not None:
+        valid = valid & (tl.load(mask + row[:, None] * mask_stride + item[None, :], mask=valid, other=0) != 0)
+    score = tl.load(scores + row[:, None] * scores_stride + item[None, :], mask=valid, other=0).to(dtype)
+
+    if COMMON:
+        rate = tl.load(temperature + row * temperature_stride, mask=real, other=1).to(dtype)
+        top, distance, total = _peak(score, valid, item, rate, BLOCK)
+        tl.store(peak + row, tl.minimum(top, items - 1), mask=real)
+        tl.store(rest + row, total, mask=real)
+
+    source = row * labels_stride
+    source_temperature = row * temperature_stride
+    target = row * M
+    for _ in range(M):
+        if not COMMON:
+            rate = tl.load(temperature + source_temperature, mask=real, other=1).to(dtype)
+            top, distance, total = _peak(score, valid, item, rate, BLOCK)
+            tl.store(peak + target, tl.minimum(top, items - 1), mask=real)
+            tl.store(rest + target, total, mask=real)
+        z = tl.load(labels + source[:, None] + item[None, :], mask=valid, other=0).to(dtype)
+        off_peak = tl.sum(tl.where(item[None, :] != top[:, None], z, 0.0), axis=1)
+        whole = off_peak + tl.sum(tl.where(item[None, :] == top[:, None], z, 0.0), axis=1)
+        spread = tl.sum(tl.where(z == 0, 0.0, z * distance), axis=1)
+        tl.store(loss + target, _loss(whole, total, spread, NORMALIZE), mask=real)
+        tl.store(mass + target, whole, mask=real)
+        tl.store(others + target, off_peak, mask=real)
+        source += labels_objective_stride
+        source_temperature += temperature_objective_stride
+        target += 1
+
+
+@triton.jit
+def _load_block(scores_row, mask_row, start, items, dtype, BLOCK: tl.constexpr):
+    item = start + tl.arange(0, BLOCK)
+    valid = item < items
+    if mask_row is not None:
+        valid = valid & (tl.load(mask_row + item, mask=valid, other=0) != 0)
+    return item, valid, tl.load(scores_row + item, mask=valid, other=0).to(dtype)
+
+
+@triton.jit
+def _peak_of_blocks(scores_row, mask_row, items, rate, dtype: tl.constexpr, BLOCK: tl.constexpr):
+    """Return the peak, its key and the rest of one list, reading it twice: once for the peak, once for the sum."""
+    highest = tl.full((BLOCK,), float("-inf"), dtype)
+    first = tl.full((BLOCK,), 2**31 - 1, tl.int32)
+    for start in range(0, items, BLOCK):
+        item, valid, score = _load_block(scores_row, mask_row, start, items, dtype, BLOCK)
+        key = tl.where(valid, _as_key(score, rate), float("-inf"))
+        # Also takes a first item of score -inf, so that a list of nothing else has a peak.
+        better = (key > highest) | (valid & (key == highest) & (first > item))
+        highest = tl.where(better, key, highest)
+        first = tl.where(better, item, first)
+    top = tl.max(highest, axis=0)
+    peak = tl.min(tl.where(highest == top, first, 2**31 - 1), axis=0)
+    total = tl.zeros((BLOCK,), dtype)
+    for start in range(0, items, BLOCK):
+        item, valid, score = _load_block(scores_row, mask_row, start, items, dtype, BLOCK)
+        distance = _distance(top, _as_key(score, rate), tl.abs(rate))
+        total += tl.where(valid & (item != peak), tl.exp(-distance), 0.0)
+    return peak, top, tl.sum(total, axis=0)
+
+
+@triton.jit
+def forward_loop_kernel(
+    scores,
+    labels,
+    temperature,
+    mask,
+    loss,
+    peak,
+    rest,
+    mass,
+    others,
+    batch,
+    items,
+    scores_stride,
+    labels_stride,
+    labels_objective_stride,
+    temperature_stride,
+    temperature_objective_stride,
+    mask_stride,
+    M: tl.constexpr,
+    COMMON: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    LISTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Do what `forward_kernel` does for one list of any length, block by block; arguments as there."""
+    tl.static_assert(LISTS == 1)
+    dtype: tl.constexpr = loss.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64)
+    scores_row = scores + row * scores_stride
+    mask_row = mask
+    if mask is not None:
+        mask_row = mask + row * mask_stride
+    if COMMON:
+        rate = tl.load(temperature + row * temperature_stride).to(dtype)
+        peak_item, top, total = _peak_of_blocks(scores_row, mask_row, items, rate, dtype, BLOCK)
+        tl.store(peak + row, tl.minimum(peak_item, items - 1))
+        tl.store(rest + row, total)
+    labels_row = labels + row * labels_stride
+    temperature_row = temperature + row * temperature_stride
+    target = row * M
+    for _ in range(M):
+        if not COMMON:
+            rate = tl.load(temperature_row).to(dtype)
+            peak_item, top, total = _peak_of_blocks(scores_row, mask_row, items, rate, dtype, BLOCK)
+            tl.store(peak + target, tl.minimum(peak_item, items - 1))
+            tl.store(rest + target, total)
+        at_peak = tl.zeros((BLOCK,), dtype)
+        off_peak = tl.zeros((BLOCK,), dtype)
+        spread = tl.zeros((BLOCK,), dtype)
+        for start in range(0, items, BLOCK):
+            item, valid, score = _load_block(scores_row, mask_row, start, items, dtype, BLOCK)
+            z = tl.load(labels_row + item, mask=valid, other=0).to(dtype)
+            distance = _distance(top, _as_key(score, rate), tl.abs(rate))
+            spread += tl.where(z == 0, 0.0, z * distance)
+            at_peak += tl.where(item == peak_item, z, 0.0)
+            off_peak += tl.where(item != peak_item, z, 0.0)
+        aside = tl.sum(off_peak, axis=0)
+        whole = aside + tl.sum(at_peak, axis=0)
+        tl.store(loss + target, _loss(whole, total, tl.sum(spread, axis=0), NORMALIZE))
+        tl.store(mass + target, whole)
+        tl.store(others + target, aside)
+        labels_row += labels_objective_stride
+        temperature_row += temperature_objective_stride
+        target += 1
+
+
+@triton.jit
+def backward_kernel(
+    grad_loss,  # (B, M)
+    scores,  # (B, K)
+    labels,  # (B, M, K)
+    temperature,  # (B, M), or (B, 1) if COMMON
+    mask,  # (B, K) or None
+    loss,  # (B, M); this and the next four as `forward_kernel` wrote them
+    peak,
+    rest,
+    mass,
+    others,
+    dscores,  # (B, K) or None
+    dlabels,  # (B, M, K) or None
+    dtemperature,  # (blocks of a list,) + the shape of temperature, in the dtype of the arithmetic; or None
+    batch,
+    items,
+    grad_stride,
+    grad_objective_stride,
+    scores_stride,
+    labels_stride,
+    labels_objective_stride,
+    temperature_stride,
+    temperature_objective_stride,
+    mask_stride,
+    M: tl.constexpr,
+    COMMON: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    LISTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write the gradients of one block of items of LISTS lists."""
+    dtype = loss.dtype.element_ty
+    blocks = tl.cdiv(items, BLOCK)
+    block = tl.program_id(0) % blocks
+    row = (tl.program_id(0) // blocks).to(tl.int64) * LISTS + tl.arange(0, LISTS)
+    item = block * BLOCK + tl.arange(0, BLOCK)
+    real = row < batch
+    inside = real[:, None] & (item < items)[None, :]
+    valid = inside
+    if mask is not None:
+        valid = valid & (tl.load(mask + row[:, None] * mask_stride + item[None, :], mask=valid, other=0) != 0)
+    score = tl.load(scores + row[:, None] * scores_stride + item[None, :], mask=valid, other=0).to(dtype)
+
+    dscore = tl.zeros((LISTS, BLOCK), dtype)
+    dshared = tl.zeros((LISTS,), dtype)
+    source = row * labels_stride
+    source_temperature = row * temperature_stride
+    source_grad = row * grad_stride
+    target_labels = row * M * items
+    target = row * M
+    statistics = row if COMMON else target
+    for _ in range(M):
+        upstream = tl.load(grad_loss + source_grad, mask=real, other=0).to(dtype)
+        rate = tl.load(temperature + source_temperature, mask=real, other=1).to(dtype)
+        top = tl.load(peak + statistics, mask=real, other=0)
+        total = tl.load(rest + statistics, mask=real, other=0)
+        whole = tl.load(mass + target, mask=real, other=0)
+        aside = tl.load(others + target, mask=real, other=0)
+        top_score = tl.load(scores + row * scores_stride + top, mask=real, other=0).to(dtype)
+        z = tl.load(labels + source[:, None] + item[None, :], mask=valid, other=0).to(dtype)
+
+        live = valid
+        scale = whole
+        if NORMALIZE:
+            live = valid & (whole > 0)[:, None] | valid & (whole != whole)[:, None]
+            divisor = tl.where(whole > 0, whole, 1.0)
+            z = z / divisor[:, None]
+            aside = aside / divisor
+            scale = tl.where(whole != whole, whole, 1.0)
+        key = _as_key(score, rate[:, None])
+        distance = _distance(_as_key(top_score, rate)[:, None], key, tl.abs(rate)[:, None])
+        at_peak = item[None, :] == top[:, None]
+        share = scale / (1 + total)
+        # At the peak of a confident list the plain difference would cancel.
+        du = share[:, None] * tl.exp(-distance) - z
+        du = tl.where(at_peak & (total < 1)[:, None], (aside - share * total)[:, None], du)
+        if dscores is not None:
+            dscore += tl.where(live, (upstream * rate)[:, None] * du, 0.0)
+        if dtemperature is not None:
+            # The item's distance from the peak's score stands for the score itself, because du sums to 0.
+            moves = live & (at_peak == 0) & (du != 0)
+            drate = upstream * tl.sum(tl.where(moves, du * (score - top_score[:, None]), 0.0), axis=1)
+            if COMMON:
+                dshared += drate
+            else:
+                tl.store(dtemperature + block.to(tl.int64) * batch * M + target, drate, mask=real)
+        if dlabels is not None:
+            dz = log1p(total)[:, None] + distance
+            if NORMALIZE:
+                dz = (dz - tl.load(loss + target, mask=real, other=0)[:, None]) / divisor[:, None]
+            dz = tl.where(live, upstream[:, None] * dz, 0.0)
+            tl.store(dlabels + target_labels[:, None] + item[None, :], dz, mask=inside)
+        source += labels_objective_stride
+        source_grad += grad_objective_stride
+        target_labels += items
+        target += 1
+        if not COMMON:
+            source_temperature += temperature_objective_stride
+            statistics += 1
+    if dscores is not None:
+        tl.store(dscores + row[:, None] * items + item[None, :], dscore, mask=inside)
+    if dtemperature is not None and COMMON:
+        tl.store(dtemperature + block.to(tl.int64) * batch + row, dshared, mask=real)

@@ -1,0 +1,353 @@
+"""Plackett-Luce likelihood of m rankings, lists of any length: scans along the items in their order, best first.
+
+Notation as in `plackett_luce.py`. At position p stands item order[p]; groups of equal labels are runs [start, end).
+Masses are kept as (top, mass): sum exp(u) = mass * exp(u_top) with u_top the largest, so that mass lies in [1, K] and
+every exponent is <= 0. Three steps:
+
+    suffix   from the last position up: (top, mass) of the items from p on, and `end` of p's group
+    groups   for every group of several items what its tie rule needs: cost, mean position weight and
+             passed = R dN/dR, the part of a charge that falls on the items below (sum_i E[phi_i] for "exact")
+    chain    from the first position down, with Q = R / (R + T) the chance that no item of the group is chosen:
+             A = Q A + weight * passed        the charges of all groups so far, as a share of what lies below
+             G_i = P_i A + weight * dN/du_i   with P_i = exp(u_i) / (R + T); a lone item has dN/du_i = -Q
+
+Both recurrences are scans with the combine (a, b) after (a', b') = (a a', a b' + b), whose factors are <= 1: nothing
+overflows, nothing cancels, and the result goes through `order` with one store an item.
+
+`fused_kernel` takes all steps of one list in registers, for Breslow ties without position weights, where groups need
+no step of their own. The others take one step each (`groups` is in `plackett_luce_groups.py`), list by list in blocks;
+between them the state lies in memory.
+"""
+
+import triton
+import triton.language as tl
+
+from ._math import log1p
+from .plackett_luce import comparable, distance_below
+
+FUSED_ITEMS = 2048  # the longest list that `fused_kernel` holds in registers
+
+
+def fused_tile(items: int) -> dict[str, int]:
+    """Return BLOCK and num_warps of `fused_kernel`."""
+    block = max(triton.next_power_of_2(items), 32)
+    return {"BLOCK": block, "num_warps": min(max(block // 256, 1), 8)}
+
+
+def scan_tile(items: int) -> dict[str, int]:
+    """Return BLOCK and num_warps of `suffix_kernel` and `chain_kernel`."""
+    return {"BLOCK": min(max(triton.next_power_of_2(items), 32), 1024), "num_warps": 4}
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b)
+
+
+@triton.jit
+def _smaller(a, b):
+    return tl.minimum(a, b)
+
+
+@triton.jit
+def _compose(a, b, then_a, then_b):
+    """Return x -> then_a (a x + b) + then_b as (factor, constant)."""
+    return a * then_a, then_a * b + then_b
+
+
+@triton.jit
+def _next(values, lane, last, BLOCK: tl.constexpr):
+    """Return every lane's right neighbour; `last` for the last lane."""
+    return tl.where(lane == BLOCK - 1, last, tl.gather(values, tl.minimum(lane + 1, BLOCK - 1), 0))
+
+
+@triton.jit
+def _previous(values, lane, first):
+    """Return every lane's left neighbour; `first` for lane 0."""
+    return tl.where(lane == 0, first, tl.gather(values, tl.maximum(lane - 1, 0), 0))
+
+
+@triton.jit
+def item_at(order_row, mask_row, position, items):
+    """Return the item at each position and whether there is one."""
+    within = (position >= 0) & (position < items)
+    item = tl.load(order_row + position, mask=within, other=-1).to(tl.int32)
+    valid = (item >= 0) & (item < items)
+    if mask_row is not None:
+        valid = valid & (tl.load(mask_row + item, mask=valid, other=0) != 0)
+    return item, valid
+
+
+@triton.jit
+def label_at(labels_row, order_row, mask_row, position, items):
+    """Return the label of the item at each position, comparable, and whether there is one."""
+    item, valid = item_at(order_row, mask_row, position, items)
+    return comparable(tl.load(labels_row + item, mask=valid, other=0)), valid
+
+
+@triton.jit
+def _suffix(key, valid, lane, rate, top_after, mass_after, BLOCK: tl.constexpr):
+    """Return (top, mass) of the items from each lane on, given that of the items behind the block."""
+    top = tl.associative_scan(tl.where(valid, key, float("-inf")), 0, _larger, reverse=True)
+    top = tl.maximum(top, top_after)
+    shrink = tl.exp(-distance_below(top, _next(top, lane, top_after, BLOCK), rate))
+    own = tl.where(valid, tl.exp(-distance_below(top, key, rate)), 0.0)
+    factor, mass = tl.associative_scan((shrink, own), 0, _compose, reverse=True)
+    return top, factor * mass_after + mass
+
+
+@triton.jit
+def _terms(key, size, rate, top, mass, top_below, mass_below):
+    """Return Q, P_i and the cost of an item: as a lone one if size is 1, else by Breslow's rule.
+
+    (top, mass) is of all items from the group's start on, (top_below, mass_below) of those behind its end.
+    """
+    down = distance_below(top, key, rate)
+    own = tl.exp(-down)
+    below = mass_below * tl.exp(-distance_below(top, top_below, rate))
+    # own - 1 is exactly 0 where a lone item is the largest: a tiny cost keeps every digit.
+    aside = tl.where(size == 1, below + (own - 1), mass - 1)
+    return below / mass, own / mass, down + log1p(aside)
+
+
+@triton.jit
+def fused_kernel(
+    scores,  # (B, K)
+    labels,  # (B, M, K), any dtype
+    temperature,  # (B, M); strides may be 0
+    mask,  # (B, K) or None
+    order,  # (B, M, K) integer
+    loss,  # (B, M), the dtype of the arithmetic
+    gradient,  # (B, M, K) or None
+    temperature_gradient,  # (B, M) or None
+    items,
+    top_k,
+    scores_stride,
+    labels_stride,
+    labels_objective_stride,
+    temperature_stride,
+    temperature_objective_stride,
+    mask_stride,
+    order_stride,
+    order_objective_stride,
+    M: tl.constexpr,
+    LAST_GROUP_FREE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write the loss, and unless they are None both gradients, of one list and objective."""
+    dtype = loss.dtype.element_ty
+    target = tl.program_id(0).to(tl.int64)
+    row, objective = target // M, target % M
+    labels_row = labels + row * labels_stride + objective * labels_objective_stride
+    order_row = order + row * order_stride + objective * order_objective_stride
+    mask_row = mask
+    if mask is not None:
+        mask_row = mask + row * mask_stride
+    lane = tl.arange(0, BLOCK)
+    item, valid = item_at(order_row, mask_row, lane, items)
+    label, _ = label_at(labels_row, order_row, mask_row, lane, items)
+    before, _ = label_at(labels_row, order_row, mask_row, lane - 1, items)
+    rate = tl.load(temperature + row * temperature_stride + objective * temperature_objective_stride).to(dtype)
+    score = tl.load(scores + row * scores_stride + item, mask=valid, other=0).to(dtype)
+    key = tl.where(rate < 0, -score, score)
+    steep = tl.abs(rate)
+
+    # An invalid item behind the last group starts a run of its own, so that the group ends there.
+    starts = (lane == 0) | (label != before) | (valid == 0)
+    begin = tl.associative_scan(tl.where(starts, lane, 0), 0, _larger)
+    opens = _next(starts.to(tl.int32), lane, 1, BLOCK) != 0
+    end = tl.associative_scan(tl.where(opens, lane + 1, BLOCK), 0, _smaller, reverse=True)
+    last = valid & (end == lane + 1)
+    size = end - begin
+
+    top, mass = _suffix(key, valid, lane, steep, float("-inf"), 0.0, BLOCK)
+    behind = tl.minimum(end, BLOCK - 1)
+    top_below = tl.where(end < BLOCK, tl.gather(top, behind, 0), float("-inf"))
+    mass_below = tl.where(end < BLOCK, tl.gather(mass, behind, 0), 0.0)
+    highest = tl.max(top, axis=0)
+    stay, chance, cost = _terms(
+        key, size, steep, tl.gather(top, begin, 0), tl.gather(mass, begin, 0), top_below, mass_below
+    )
+    charge = tl.where(valid & (begin < top_k), 1.0, 0.0).to(dtype)
+    if LAST_GROUP_FREE:
+        charge = tl.where(mass_below != 0, charge, 0.0)
+    tl.store(loss + target, tl.sum(tl.where(charge == 0, 0.0, charge * cost), axis=0))
+    if gradient is not None:
+        passed = tl.where(last & (charge != 0), charge * size * stay, 0.0)
+        _, carried = tl.associative_scan((tl.where(last, stay, 1.0), passed), 0, _compose)
+        carried = _previous(carried, lane, 0.0)
+        own = tl.where(size == 1, -stay, size * chance - 1)
+        du = tl.where(valid, chance * carried + tl.where(charge == 0, 0.0, charge * own), 0.0)
+        tl.store(gradient + target * items + item, du, mask=(lane < items) & (item >= 0) & (item < items))
+        drate = tl.sum(tl.where(du == 0, 0.0, du * (key - highest)), axis=0)
+        tl.store(temperature_gradient + target, tl.where(rate < 0, -drate, drate))
+
+
+@triton.jit
+def suffix_kernel(
+    scores,
+    labels,
+    temperature,
+    mask,
+    order,
+    top,  # (B, M, K), in order of position, in the dtype of the arithmetic
+    mass,  # like top; 0 where nothing is left
+    end,  # like top, int32
+    items,
+    scores_stride,
+    labels_stride,
+    labels_objective_stride,
+    temperature_stride,
+    temperature_objective_stride,
+    mask_stride,
+    order_stride,
+    order_objective_stride,
+    M: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write (top, mass) of the items from each position on, and where the position's group ends."""
+    dtype: tl.constexpr = top.dtype.element_ty
+    target = tl.program_id(0).to(tl.int64)
+    row, objective = target // M, target % M
+    labels_row = labels + row * labels_stride + objective * labels_objective_stride
+    order_row = order + row * order_stride + objective * order_objective_stride
+    mask_row = mask
+    if mask is not None:
+        mask_row = mask + row * mask_stride
+    rate = tl.load(temperature + row * temperature_stride + objective * temperature_objective_stride).to(dtype)
+    lane = tl.arange(0, BLOCK)
+    top_after = tl.full((), float("-inf"), dtype)
+    mass_after = tl.full((), 0.0, dtype)
+    end_after = tl.full((), 2**31 - 1, tl.int32)
+    blocks = tl.cdiv(items, BLOCK)
+    for step in range(0, blocks):
+        position = (blocks - 1 - step) * BLOCK + lane
+        item, valid = item_at(order_row, mask_row, position, items)
+        label, _ = label_at(labels_row, order_row, mask_row, position, items)
+        after, more = label_at(labels_row, order_row, mask_row, position + 1, items)
+        score = tl.load(scores + row * scores_stride + item, mask=valid, other=0).to(dtype)
+        key = tl.where(rate < 0, -score, score)
+        top_here, mass_here = _suffix(key, valid, lane, tl.abs(rate), top_after, mass_after, BLOCK)
+        closes = (more == 0) | (label != after)
+        stop = tl.associative_scan(tl.where(closes, position + 1, 2**31 - 1), 0, _smaller, reverse=True)
+        stop = tl.minimum(stop, end_after)
+        within = position < items
+        tl.store(top + target * items + position, top_here, mask=within)
+        tl.store(mass + target * items + position, mass_here, mask=within)
+        tl.store(end + target * items + position, stop, mask=within)
+        top_after = tl.max(top_here, axis=0)
+        mass_after = tl.sum(tl.where(lane == 0, mass_here, 0.0), axis=0)
+        end_after = tl.sum(tl.where(lane == 0, stop, 0), axis=0)
+
+
+@triton.jit
+def chain_kernel(
+    scores,
+    labels,
+    temperature,
+    mask,
+    order,
+    weights,
+    top,
+    mass,
+    end,
+    cost,  # from `group_kernel`, as the next four; None under Breslow's rule
+    passed,
+    share,
+    mean_weight,
+    phi,
+    loss,  # (B, M)
+    gradient,  # (B, M, K) or None
+    temperature_gradient,  # (B, M) or None
+    items,
+    top_k,
+    scores_stride,
+    labels_stride,
+    labels_objective_stride,
+    temperature_stride,
+    temperature_objective_stride,
+    mask_stride,
+    order_stride,
+    order_objective_stride,
+    weights_stride,
+    weights_objective_stride,
+    M: tl.constexpr,
+    BOTTOM_FREE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write the loss, and unless they are None both gradients, of one list and objective."""
+    dtype: tl.constexpr = loss.dtype.element_ty
+    target = tl.program_id(0).to(tl.int64)
+    row, objective = target // M, target % M
+    labels_row = labels + row * labels_stride + objective * labels_objective_stride
+    order_row = order + row * order_stride + objective * order_objective_stride
+    mask_row = mask
+    if mask is not None:
+        mask_row = mask + row * mask_stride
+    rate = tl.load(temperature + row * temperature_stride + objective * temperature_objective_stride).to(dtype)
+    steep = tl.abs(rate)
+    base = target * items
+    highest = tl.load(top + base)
+    lane = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), dtype)
+    drate = tl.zeros((BLOCK,), dtype)
+    begin_before = tl.full((), 0, tl.int32)
+    carried_before = tl.full((), 0.0, dtype)
+    for offset in range(0, items, BLOCK):
+        position = offset + lane
+        item, valid = item_at(order_row, mask_row, position, items)
+        label, _ = label_at(labels_row, order_row, mask_row, position, items)
+        before, _ = label_at(labels_row, order_row, mask_row, position - 1, items)
+        starts = (position == 0) | (label != before)
+        begin = tl.associative_scan(tl.where(starts, position, 0), 0, _larger)
+        begin = tl.maximum(begin, begin_before)
+        begin_before = tl.max(begin, axis=0)
+        stop = tl.load(end + base + position, mask=valid, other=0)
+        size = stop - begin
+        last = valid & (stop == position + 1)
+        lone = size == 1
+        more = valid & (stop < items)
+        top_here = tl.load(top + base + begin, mask=valid, other=0)
+        mass_here = tl.load(mass + base + begin, mask=valid, other=1)
+        top_below = tl.load(top + base + stop, mask=more, other=float("-inf"))
+        mass_below = tl.load(mass + base + stop, mask=more, other=0)
+        score = tl.load(scores + row * scores_stride + item, mask=valid, other=0).to(dtype)
+        key = tl.where(rate < 0, -score, score)
+        stay, chance, price = _terms(key, size, steep, top_here, mass_here, top_below, mass_below)
+        charge = tl.where(valid & (begin < top_k), 1.0, 0.0).to(dtype)
+        if BOTTOM_FREE:
+            charge = tl.where(mass_below != 0, charge, 0.0)
+        tied = valid & (lone == 0) & (charge != 0)
+        if weights is not None:
+            weights_row = weights + row * weights_stride + objective * weights_objective_stride
+            weight = tl.load(weights_row + position, mask=valid & lone, other=0).to(dtype)
+            weight = tl.where(lone, weight, tl.load(mean_weight + base + begin, mask=tied, other=0))
+            charge = tl.where(charge != 0, weight, 0.0)
+        if cost is not None:
+            price = tl.where(lone, price, tl.load(cost + base + begin, mask=tied & (begin == position), other=0))
+        total += tl.where(charge == 0, 0.0, charge * price)
+        if gradient is not None:
+            if cost is not None:
+                handed = tl.where(lone, stay, tl.load(passed + base + begin, mask=tied, other=0))
+            else:
+                handed = size * stay
+            if phi is not None:
+                own = -tl.load(phi + base + position, mask=tied, other=0)
+            elif share is not None:
+                own = tl.load(share + base + begin, mask=tied, other=0) * chance - 1
+            else:
+                own = size * chance - 1
+            own = tl.where(lone, -stay, own)
+            handed = tl.where(last & (charge != 0), charge * handed, 0.0)
+            factor, carried = tl.associative_scan((tl.where(last, stay, 1.0), handed), 0, _compose)
+            carried += factor * carried_before
+            arrived = _previous(carried, lane, carried_before)
+            carried_before = tl.sum(tl.where(lane == BLOCK - 1, carried, 0.0), axis=0)
+            du = tl.where(valid, chance * arrived + tl.where(charge == 0, 0.0, charge * own), 0.0)
+            known = (position < items) & (item >= 0) & (item < items)
+            tl.store(gradient + base + item, du, mask=known)
+            drate += tl.where(du == 0, 0.0, du * (key - highest))
+    tl.store(loss + target, tl.sum(total, axis=0))
+    if gradient is not None:
+        change = tl.sum(drate, axis=0)
+        tl.store(temperature_gradient + target, tl.where(rate < 0, -change, change))

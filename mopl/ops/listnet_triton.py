@@ -1,0 +1,79 @@
+"""Launches the Triton kernels of `mopl.ops.listnet`; the argument lists are those of its CPU twins."""
+
+# Pyright takes a kernel for the plain function below `@triton.jit`.
+# pyright: reportIndexIssue=false
+
+import torch
+import triton
+from torch import Tensor
+
+from mopl._arguments import compute_dtype
+from mopl.kernels import listnet as kernels
+
+
+def launch_forward(
+    scores: Tensor,  # (B, K)
+    labels: Tensor,  # (B, m, K)
+    temperature: Tensor,  # (B, m) or (B, 1)
+    mask: Tensor | None,  # (B, K)
+    normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return (loss, peak, rest, mass, others)."""
+    batch, objectives, items = labels.shape
+    loss = torch.empty((batch, objectives), dtype=compute_dtype(scores), device=scores.device)
+    mass, others = torch.empty_like(loss), torch.empty_like(loss)
+    rest = loss.new_empty(temperature.shape)
+    peak = torch.empty_like(rest, dtype=torch.int64)
+    if batch == 0 or objectives == 0 or items == 0:
+        return loss.zero_(), peak.zero_(), rest.zero_(), mass.zero_(), others.zero_()
+    scores, labels, mask = map(_item_contiguous, (scores, labels, mask))
+    tile = kernels.forward_tile(items, loss.itemsize)
+    kernel = kernels.forward_kernel
+    if items > kernels.registers_limit(loss.itemsize):
+        kernel = kernels.forward_loop_kernel
+    with torch.cuda.device_of(scores):
+        kernel[(triton.cdiv(batch, tile["LISTS"]),)](
+            scores, labels, temperature, mask, loss, peak, rest, mass, others, batch, items,
+            scores.stride(0), labels.stride(0), labels.stride(1), temperature.stride(0), temperature.stride(1),
+            0 if mask is None else mask.stride(0),
+            M=objectives, COMMON=temperature.shape[1] == 1, NORMALIZE=normalize, **tile,
+        )  # fmt: skip
+    return loss, peak, rest, mass, others
+
+
+def launch_backward(
+    grad_loss: Tensor, scores: Tensor, labels: Tensor, temperature: Tensor, mask: Tensor | None, loss: Tensor,
+    peak: Tensor, rest: Tensor, mass: Tensor, others: Tensor,
+    normalize: bool, need_scores: bool, need_labels: bool, need_temperature: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the gradients of scores, labels and temperature; one that is not needed is empty."""
+    batch, objectives, items = labels.shape
+    dscores = scores.new_empty(scores.shape if need_scores else (0,))
+    dlabels = labels.new_empty(labels.shape if need_labels else (0,))
+    dtemperature = temperature.new_empty(temperature.shape if need_temperature else (0,))
+    if not (need_scores or need_labels or need_temperature):
+        return dscores, dlabels, dtemperature
+    if batch == 0 or objectives == 0 or items == 0:
+        return dscores.zero_(), dlabels.zero_(), dtemperature.zero_()
+    scores, labels, mask = map(_item_contiguous, (scores, labels, mask))
+    tile = kernels.backward_tile(items)
+    blocks = triton.cdiv(items, tile["BLOCK"])
+    partial = loss.new_empty((blocks, *temperature.shape)) if need_temperature else None
+    with torch.cuda.device_of(scores):
+        kernels.backward_kernel[(triton.cdiv(batch, tile["LISTS"]) * blocks,)](
+            grad_loss, scores, labels, temperature, mask, loss, peak, rest, mass, others,
+            dscores if need_scores else None, dlabels if need_labels else None, partial, batch, items,
+            grad_loss.stride(0), grad_loss.stride(1), scores.stride(0), labels.stride(0), labels.stride(1),
+            temperature.stride(0), temperature.stride(1), 0 if mask is None else mask.stride(0),
+            M=objectives, COMMON=temperature.shape[1] == 1, NORMALIZE=normalize, **tile,
+        )  # fmt: skip
+    if partial is not None:
+        dtemperature = (partial[0] if blocks == 1 else partial.sum(0)).to(temperature.dtype)
+    return dscores, dlabels, dtemperature
+
+
+def _item_contiguous(tensor: Tensor | None) -> Tensor | None:
+    """Return the tensor with its last dimension contiguous; the kernels take any other stride as it is."""
+    if tensor is None:
+        return None
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

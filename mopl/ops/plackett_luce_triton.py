@@ -1,0 +1,145 @@
+"""Launches the Triton kernels of `mopl.ops.plackett_luce`; the argument lists are those of its CPU twins.
+
+Up to `PAIRWISE_ITEMS` items a list goes pair by pair and needs no order. Longer ones, and ties="exact" at any length,
+go along an order, best first: given, or sorted here. That one kernel holds the whole list in registers serves Breslow's
+ties without position weights up to `FUSED_ITEMS` items; the rest takes three kernels with the state between in memory.
+"""
+
+# Pyright takes a kernel for the plain function below `@triton.jit`.
+# pyright: reportIndexIssue=false
+
+import torch
+import triton
+from torch import Tensor
+
+from mopl._arguments import compute_dtype
+from mopl.kernels import plackett_luce as pairwise
+from mopl.kernels import plackett_luce_groups as groups
+from mopl.kernels import plackett_luce_sorted as scans
+
+
+def launch_forward(
+    scores: Tensor,  # (B, K)
+    labels: Tensor,  # (B, m, K)
+    temperature: Tensor,  # (B, m) or (B, 1)
+    mask: Tensor | None,  # (B, K)
+    order: Tensor | None,  # (B, m, K)
+    position_weights: Tensor | None,  # (K,) or (B, m, K)
+    top_k: int | None,
+    ties: str,
+    last_group_free: bool,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return loss, gradient and temperature_gradient; the last two are empty if not needed."""
+    batch, objectives, items = labels.shape
+    loss = torch.empty((batch, objectives), dtype=compute_dtype(scores), device=scores.device)
+    gradient = loss.new_empty(labels.shape if need_grad else (0,))
+    temperature_gradient = loss.new_empty(loss.shape if need_grad else (0,))
+    if labels.numel() == 0:
+        return loss.zero_(), gradient, temperature_gradient.zero_()
+    if order is not None:
+        gradient.zero_()  # an order that leaves items out leaves their gradients unwritten
+    by_pairs = items <= pairwise.PAIRWISE_ITEMS and ties != "exact"
+    if order is None and not by_pairs:
+        order = _best_first(labels, mask)
+    scores, labels, mask, order = map(_item_contiguous, (scores, labels, mask, order))
+    weights = None if position_weights is None else _item_contiguous(position_weights.expand(labels.shape))
+    temperature = temperature.expand(batch, objectives)
+    ranking = (scores, labels, temperature, mask, order)
+    results = (loss, gradient if need_grad else None, temperature_gradient if need_grad else None)
+    # No list has more positions than items, so this top_k charges all of them.
+    top_k = items if top_k is None else min(top_k, items)
+    strides = (scores.stride(0), *labels.stride()[:2], *temperature.stride(), 0 if mask is None else mask.stride(0))
+    strides += (0, 0) if order is None else order.stride()[:2]
+    weight_strides = (0, 0) if weights is None else weights.stride()[:2]
+    with torch.cuda.device_of(scores):
+        if by_pairs:
+            tile = pairwise.pairwise_tile(items, loss.itemsize)
+            pairwise.pairwise_kernel[(triton.cdiv(batch, tile["LISTS"]),)](
+                *ranking, weights, *results, batch, items, top_k, *strides, *weight_strides,
+                M=objectives, EFRON=ties == "efron", LAST_GROUP_FREE=last_group_free, **tile,
+            )  # fmt: skip
+        elif ties == "breslow" and weights is None and items <= scans.FUSED_ITEMS:
+            scans.fused_kernel[(batch * objectives,)](
+                *ranking, *results, items, top_k, *strides,
+                M=objectives, LAST_GROUP_FREE=last_group_free, **scans.fused_tile(items),
+            )  # fmt: skip
+        else:
+            assert order is not None
+            ranking = (scores, labels, temperature, mask, order)
+            _launch_by_steps(ranking, weights, results, top_k, strides, weight_strides, ties, last_group_free)
+    return loss, gradient, temperature_gradient
+
+
+def _launch_by_steps(
+    ranking: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor],  # scores, labels, temperature, mask, order
+    weights: Tensor | None,
+    results: tuple[Tensor, Tensor | None, Tensor | None],  # loss, gradient, temperature_gradient
+    top_k: int,
+    strides: tuple[int, ...],
+    weight_strides: tuple[int, ...],
+    ties: str,
+    last_group_free: bool,
+) -> None:
+    """Write `results` by one kernel for each of the steps that `plackett_luce_sorted.py` describes."""
+    labels, loss = ranking[1], results[0]
+    batch, objectives, items = labels.shape
+    exact = ties == "exact"
+
+    def state(wanted: bool = True, dtype: torch.dtype = loss.dtype) -> Tensor | None:
+        return torch.empty(labels.shape, dtype=dtype, device=loss.device) if wanted else None
+
+    masses = (state(), state(), state(dtype=torch.int32))
+    scans.suffix_kernel[(batch * objectives,)](
+        *ranking, *masses, items, *strides, M=objectives, **scans.scan_tile(items)
+    )
+    tied = ties != "breslow"
+    terms = (state(tied), state(tied), state(ties == "efron"), state(weights is not None), state(exact))
+    if tied or weights is not None:
+        groups.group_kernel[(labels.numel(),)](
+            *ranking, weights, *masses, *terms, items, top_k, *strides, *weight_strides,
+            M=objectives, EFRON=ties == "efron", EXACT=exact, **groups.group_tile(items, exact),
+        )  # fmt: skip
+    scans.chain_kernel[(batch * objectives,)](
+        *ranking, weights, *masses, *terms, *results, items, top_k, *strides, *weight_strides,
+        # In any order the lowest group comes last: ties="exact" never charges it.
+        M=objectives, BOTTOM_FREE=last_group_free or exact, **scans.scan_tile(items),
+    )  # fmt: skip
+
+
+def launch_backward(grad_loss: Tensor, temperature: Tensor, gradient: Tensor) -> Tensor:
+    """Return sum_j grad_loss_bj temperature_bj gradient_bji (B, K)."""
+    batch, objectives, items = gradient.shape
+    dscores = gradient.new_empty((batch, items))
+    if gradient.numel() == 0:
+        return dscores.zero_()
+    gradient = gradient.contiguous()
+    temperature = temperature.expand(batch, objectives)
+    tile = pairwise.backward_tile(items)
+    grid = (triton.cdiv(batch, tile["LISTS"]) * triton.cdiv(items, tile["BLOCK"]),)
+    with torch.cuda.device_of(gradient):
+        pairwise.backward_kernel[grid](
+            grad_loss, temperature, gradient, dscores, batch, items, *grad_loss.stride(), *temperature.stride(),
+            M=objectives, **tile,
+        )  # fmt: skip
+    return dscores
+
+
+def _best_first(labels: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the order (B, m, K) of falling labels, masked items last."""
+    if mask is None:
+        return (labels.to(torch.uint8) if labels.dtype == torch.bool else labels).argsort(-1, descending=True)
+    # A real label of the lowest value must still come before masked items: move it up by one.
+    if labels.is_floating_point():
+        lowest, below = torch.finfo(labels.dtype).min, -torch.inf
+    else:
+        labels, below = labels.long(), torch.iinfo(torch.int64).min
+        lowest = below + 1
+    return labels.clamp(min=lowest).masked_fill(~mask[:, None], below).argsort(-1, descending=True)
+
+
+def _item_contiguous(tensor: Tensor | None) -> Tensor | None:
+    """Return the tensor with its last dimension contiguous; the kernels take any other stride as it is."""
+    if tensor is None:
+        return None
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

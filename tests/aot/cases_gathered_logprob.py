@@ -1,0 +1,74 @@
+"""The kernels of `gathered_logprob` as `mopl/ops/gathered_logprob_triton.py` launches them."""
+
+from case import Case, load_kernels
+
+kernels = load_kernels("gathered_logprob")
+ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
+# Approximate logarithms have a large relative error near 1, where the digits of a confident row are.
+NO_APPROXIMATE_LOG = {target: ("lg2.approx",) for target in ("sm_80", "sm_90", "sm_100")}
+# A mask that is not constant over 16 bytes, or a row that is not aligned, would make every load one element wide.
+WIDE_LOADS = {
+    "sm_80": ("ld.global.v4",),
+    "sm_90": ("ld.global.v4",),
+    "sm_100": ("ld.global.v4",),
+    "gfx942": ("global_load_dwordx4",),
+}
+
+
+def _case(
+    direction: str,
+    logits: str,
+    vocabulary: int = 128256,
+    targets: int = 1,
+    softcap: float = 0.0,
+    logsumexp: bool = False,
+    entropy: bool = False,
+    variance: bool = False,
+) -> Case:
+    exact = "*fp64" if logits == "fp64" else "*fp32"
+    types = {"logits": f"*{logits}", "target": "*i64", "vocabulary": "i32", "logits_stride": "i32"}
+    types |= {name: exact for name in ("temperature", "logprob", "logsumexp")}
+    constants: dict[str, object] = {"SOFTCAP": softcap, "TARGETS": max(2, 1 << (targets - 1).bit_length())}
+    if targets == 1:
+        constants["targets"] = 1
+    else:
+        types["targets"] = "i32"
+    divisible = ["vocabulary", "logits_stride"] if vocabulary % 16 == 0 else []
+    if direction == "forward":
+        kernel, tile = kernels.forward_kernel, kernels.forward_tile(vocabulary, ITEMSIZE[logits], softcap)
+        optional = {"entropy": entropy or variance, "variance": variance}
+    else:
+        kernel, tile = kernels.backward_kernel, kernels.backward_tile(vocabulary, ITEMSIZE[logits])
+        types |= {"grad": f"*{logits}", "grad_stride": "i32", "part": "i32", "entropy": exact}
+        divisible += ["part"] + (["grad_stride"] if vocabulary % 16 == 0 else [])
+        optional = {"grad_logprob": True, "grad_logsumexp": logsumexp, "grad_entropy": entropy}
+    for name, wanted in optional.items():
+        if wanted:
+            types[name] = exact
+        else:
+            constants[name] = None
+    warps = tile.pop("num_warps")
+    more = " entropy" * (entropy or variance) + " softcap" * bool(softcap)
+    return Case(
+        name=f"{direction} {logits} V={vocabulary} J={targets}{more}",
+        kernel=kernel,
+        types=types,
+        constants=constants | tile,
+        divisible=divisible,
+        num_warps=warps,
+        instructions=WIDE_LOADS if vocabulary % 16 == 0 else {},
+        absent=NO_APPROXIMATE_LOG,
+    )
+
+
+def cases() -> list[Case]:
+    return [
+        _case("forward", "bf16"),
+        _case("forward", "fp16", vocabulary=50257, targets=5, softcap=30.0, entropy=True),
+        _case("forward", "fp32", vocabulary=32000, variance=True),
+        _case("forward", "fp64", vocabulary=1000, targets=3, softcap=30.0, variance=True),
+        _case("backward", "bf16"),
+        _case("backward", "fp16", vocabulary=50257, targets=5, softcap=30.0, logsumexp=True, entropy=True),
+        _case("backward", "fp32", vocabulary=32000, entropy=True),
+        _case("backward", "fp64", vocabulary=1000, targets=3, softcap=30.0, logsumexp=True, entropy=True),
+    ]

@@ -1,0 +1,220 @@
+"""The kernels of `linear_logprob` as `mopl/ops/linear_logprob_triton.py` launches them."""
+
+from case import TENSOR_CORES, Case, load_kernels
+
+kernels = load_kernels("linear_logprob")
+fused = load_kernels("fused_logprob")
+
+ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
+# Shared memory of one block in bytes, and whether products read it while the next loads run (see `shared_bytes`).
+LIMITS = {
+    "sm_80": (163 * 1024, False),
+    "sm_90": (227 * 1024, True),
+    "sm_100": (227 * 1024, True),
+    "gfx942": (64 * 1024, False),
+}
+WIDE_LOADS = {
+    "sm_80": ("ld.global.v4",),
+    "sm_90": ("ld.global.v4",),
+    "sm_100": ("ld.global.v4",),
+    "gfx942": ("global_load_dwordx4",),
+}
+
+
+def _case(name: str, kernel, types: dict[str, str], constants: dict[str, object], tile: dict[str, int], **more) -> Case:
+    """Build a case: pointers that are None, and tiles with num_warps among their entries."""
+    tile = dict(tile)
+    given = {key: kind for key, kind in types.items() if kind is not None}
+    nothing = {key: None for key, kind in types.items() if kind is None}
+    return Case(
+        name=name,
+        kernel=kernel,
+        types=given,
+        num_warps=tile.pop("num_warps"),
+        num_stages=tile.pop("num_stages", None),
+        constants=nothing | constants | tile,
+        **more,
+    )
+
+
+def _arithmetic(operand: str) -> str:
+    return "*fp64" if operand == "fp64" else "*fp32"
+
+
+def _target(operand: str, softcap: float = 0.0, shared: bool = False, bias: bool = False) -> Case:
+    exact = _arithmetic(operand)
+    types = {"hidden": f"*{operand}", "weight": f"*{operand}", "bias": f"*{operand}" if bias else None}
+    types |= {"column": "*i64", "position": "*i64" if shared else None, "temperature": exact, "out": exact}
+    types |= dict.fromkeys(("size", "hidden_stride", "weight_stride"), "i32")
+    return _case(
+        f"target {operand}{' shared' * shared}{' softcap' * bool(softcap)}",
+        kernels.target_logit_kernel,
+        types,
+        {"SOFTCAP": softcap, "LOGIT_SCALE": 1.0},
+        kernels.TARGET_TILE,
+        divisible=("size", "hidden_stride", "weight_stride"),
+    )
+
+
+def _sums(operand: str, stored: str | None, moments: int, bent: bool, bias: bool) -> dict[str, str | None]:
+    """Types of what `exp_kernel` and `redo_kernel` share."""
+    exact = _arithmetic(operand)
+    return {
+        "bias": f"*{operand}" if bias else None,
+        "pivot": "*i64",
+        "shift": exact,
+        "temperature": exact,
+        "count": "*i64",
+        "stored": None if stored is None else f"*{stored}",
+        "stored_moment": f"*{stored}" if stored is not None and bent and moments else None,
+        "others": exact,
+        "moment1": exact if moments > 0 else None,
+        "moment2": exact if moments > 1 else None,
+        "flag": "*i8",
+        "first_row": "i32",
+        "rows": "i32",
+        "stored_stride": "i32",
+    }
+
+
+def _exp(
+    operand: str, stored: str | None = None, moments: int = 0, softcap: float = 0.0, bent: bool = False,
+    bias: bool = False,
+) -> Case:  # fmt: skip
+    itemsize = 8 if operand == "fp64" else 4
+    types = {"tile": _arithmetic(operand)} | _sums(operand, stored, moments, bent, bias)
+    types |= dict.fromkeys(("first_column", "columns", "tile_stride"), "i32")
+    kept = f" keep {stored}" if stored else ""
+    return _case(
+        f"exp {operand}{kept} moments={moments}{' softcap' * bool(softcap)}",
+        kernels.exp_kernel,
+        types,
+        {"SOFTCAP": softcap, "LOGIT_SCALE": 0.5, "BENT": bent, "LIMIT": kernels.LIMIT},
+        kernels.exp_tile(itemsize),
+        divisible=("first_column", "columns", "tile_stride", "stored_stride"),
+        instructions=WIDE_LOADS if itemsize == 4 else {},
+    )
+
+
+def _redo(operand: str, stored: str | None, moments: int = 0, softcap: float = 0.0, bent: bool = False) -> Case:
+    types = {"hidden": f"*{operand}", "weight": f"*{operand}"} | _sums(operand, stored, moments, bent, False)
+    types |= dict.fromkeys(("size", "vocabulary", "hidden_stride", "weight_stride"), "i32")
+    return _case(
+        f"redo {operand}{f' keep {stored}' if stored else ''} moments={moments}{' softcap' * bool(softcap)}",
+        kernels.redo_kernel,
+        types,
+        {"SOFTCAP": softcap, "LOGIT_SCALE": 1.0, "BENT": bent},
+        kernels.redo_tile(8 if operand == "fp64" else 4),
+        divisible=("size", "vocabulary", "hidden_stride", "weight_stride", "stored_stride"),
+    )
+
+
+def _combine(operand: str, out: str, size: int, moment: bool = False, shared: bool = False) -> Case:
+    exact = _arithmetic(operand)
+    types = {"weight": f"*{operand}", "weighted": exact, "weighted_moment": exact if moment else None}
+    types |= {"pivot": "*i64", "pivot_coefficient": exact, "weighted_coefficient": exact, "out": f"*{out}"}
+    types |= {"moment_coefficient": exact if moment else None, "own_coefficient": exact if shared else None}
+    types |= {"column": "*i64" if shared else None, "position": "*i64" if shared else None}
+    types |= dict.fromkeys(("size", "weight_stride", "weighted_stride"), "i32")
+    return _case(
+        f"combine {operand} to {out} H={size}{' shared' * shared}{' moment' * moment}",
+        kernels.combine_kernel,
+        types,
+        {},
+        kernels.combine_tile(size),
+        divisible=("size", "weight_stride", "weighted_stride") if size % 16 == 0 else (),
+    )
+
+
+def _gradient(stored: str, softcap: float = 0.0, gamma: bool = True) -> Case:
+    exact = _arithmetic(stored)
+    types = {"stored": f"*{stored}", "alpha": exact, "gamma": exact if gamma else None, "shift": exact}
+    types |= {"temperature": exact, "out": f"*{stored}"}
+    types |= dict.fromkeys(("first_row", "columns", "stored_stride", "out_stride"), "i32")
+    return _case(
+        f"gradient {stored}{' softcap' * bool(softcap)}{' entropy' * gamma}",
+        kernels.logit_gradient_kernel,
+        types,
+        {"SOFTCAP": softcap},
+        kernels.GRADIENT_TILE,
+        divisible=("columns", "stored_stride", "out_stride"),
+        instructions=WIDE_LOADS,
+    )
+
+
+def _column_sum(stored: str) -> Case:
+    types = {"stored": f"*{stored}", "factor": _arithmetic(stored), "out": _arithmetic(stored)}
+    types |= dict.fromkeys(("first_row", "rows", "columns", "stored_stride"), "i32")
+    return _case(
+        f"column sum {stored}",
+        kernels.column_sum_kernel,
+        types,
+        {},
+        kernels.COLUMN_SUM_TILE,
+        divisible=("columns", "stored_stride"),
+    )
+
+
+def _fused(operand: str, name: str, softcap: float = 0.0, bias: bool = False) -> Case | None:
+    """Return the case of a tile for the targets that use it."""
+    tile = fused.TILES[name]
+    targets = [
+        target
+        for target, (limit, every_stage) in LIMITS.items()
+        if name in fused.usable_tiles(ITEMSIZE[operand], limit, every_stage, softcap > 0)
+    ]
+    types = {"hidden": f"*{operand}", "weight": f"*{operand}", "bias": f"*{operand}" if bias else None}
+    types |= {"pivot": "*i64", "shift": "*fp32", "temperature": "*fp32", "count": "*i64"}
+    types |= {"partial": "*fp32", "flag": "*i8"}
+    types |= dict.fromkeys(("rows", "size", "vocabulary", "hidden_stride", "weight_stride"), "i32")
+    # Float32 is exact arithmetic without tensor cores; 16 rows are below the 64 of Hopper's and Blackwell's products,
+    # and reading the head bounds their time.
+    cores = {} if operand == "fp32" else dict(TENSOR_CORES)
+    absent = {}
+    if name == "few":
+        cores["sm_90"] = cores["sm_100"] = ("mma.sync",)
+    elif operand != "fp32":
+        absent = {"sm_90": ("mma.sync",), "sm_100": ("mma.sync",)}
+    return _case(
+        f"fused {name} {operand}{' softcap' * bool(softcap)}{' bias' * bias}",
+        fused.fused_sum_kernel,
+        types,
+        {"SOFTCAP": softcap, "LOGIT_SCALE": 1.0, "LIMIT": kernels.LIMIT, "UPCAST": False},
+        tile,
+        divisible=("rows", "size", "vocabulary", "hidden_stride", "weight_stride"),
+        instructions=cores,
+        absent=absent,
+        targets=targets,
+    )
+
+
+def cases() -> list[Case]:
+    return [
+        _target("bf16"),
+        _target("fp16", softcap=30.0, shared=True, bias=True),
+        _target("fp64", shared=True),
+        _exp("bf16"),
+        _exp("bf16", stored="bf16"),
+        _exp("fp16", stored="fp16", bias=True),
+        _exp("bf16", stored="bf16", moments=2, softcap=30.0, bent=True, bias=True),
+        _exp("fp32", stored="fp32", moments=1),
+        _exp("fp64", stored="fp64", moments=2, softcap=30.0, bent=True),
+        _redo("bf16", None),
+        _redo("bf16", "bf16", moments=2, softcap=30.0, bent=True),
+        _redo("fp64", "fp64", moments=2, softcap=30.0, bent=True),
+        _combine("bf16", "bf16", 4096),
+        _combine("bf16", "bf16", 2048, moment=True, shared=True),
+        _combine("fp64", "fp64", 100, moment=True, shared=True),
+        _gradient("bf16"),
+        _gradient("fp32", softcap=30.0),
+        _gradient("bf16", softcap=30.0, gamma=False),
+        _column_sum("bf16"),
+        _column_sum("fp32"),
+        _fused("bf16", "wide"),
+        _fused("bf16", "square", softcap=30.0, bias=True),
+        _fused("fp16", "square"),
+        _fused("bf16", "short"),
+        _fused("bf16", "short", softcap=30.0),
+        _fused("bf16", "few", bias=True),
+        _fused("fp32", "float32", softcap=30.0, bias=True),
+    ]

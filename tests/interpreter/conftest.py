@@ -1,0 +1,94 @@
+"""Tests that run kernels on CPU tensors, in Triton's interpreter: collected only in a process that was started for it.
+
+`tests/test_interpreter_leg.py` starts such processes; by hand: `TRITON_INTERPRET=1 pytest tests/interpreter`.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["*.py"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Silence numpy where lanes that a kernel discards compute inf - inf or overflow, as they do on a GPU."""
+    config.addinivalue_line("filterwarnings", "ignore:.* encountered in .*:RuntimeWarning")
+
+
+class _Launch:
+    """The addresses that one launch may touch, and those that it did."""
+
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
+        spans = []
+        for tensor in tensors:
+            if tensor.numel():
+                reach = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+                spans.append((tensor.data_ptr(), tensor.data_ptr() + reach * tensor.element_size()))
+        self.starts, self.stops = np.array(spans, dtype=np.uint64).reshape(-1, 2).T
+        self.read: list[np.ndarray] = []
+        self.written: list[np.ndarray] = []
+
+    def touch(self, pointers, mask, record: list[np.ndarray], what: str) -> None:
+        addresses = np.asarray(pointers.data).astype(np.uint64).ravel()
+        addresses = addresses[np.broadcast_to(np.asarray(mask.data), np.shape(pointers.data)).ravel().astype(bool)]
+        inside = (addresses[:, None] >= self.starts) & (addresses[:, None] < self.stops)
+        if not inside.any(1).all():
+            raise AssertionError(f"{int((~inside.any(1)).sum())} of {addresses.size} addresses {what} out of bounds")
+        record.append(addresses)
+
+    def finish(self) -> None:
+        written = np.concatenate(self.written) if self.written else np.empty(0, np.uint64)
+        assert np.unique(written).size == written.size, "two stores of one launch write the same address"
+        read = np.concatenate(self.read) if self.read else np.empty(0, np.uint64)
+        assert not np.intersect1d(read, written).size, "a launch reads what it also writes"
+
+
+@pytest.fixture
+def careful_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fail on what the interpreter would let pass: reads and writes out of bounds, races, outputs never written.
+
+    Every address that a kernel touches must lie in one of the tensors it was given. No address may be written twice in
+    one launch, nor be read in a launch that writes it: programs have no order on a GPU, here they do. New tensors are
+    filled with NaN.
+    """
+    from triton.runtime import interpreter
+
+    current: list[_Launch] = []
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    load, store, call = builder.create_masked_load, builder.create_masked_store, executor.__call__
+
+    def checked_load(self, pointers, mask, *rest):
+        if current:
+            current[-1].touch(pointers, mask, current[-1].read, "read")
+        return load(self, pointers, mask, *rest)
+
+    def checked_store(self, pointers, value, mask, *rest):
+        if current:
+            current[-1].touch(pointers, mask, current[-1].written, "written")
+        return store(self, pointers, value, mask, *rest)
+
+    def checked_call(self, *arguments, **options):
+        launch = _Launch([a for a in (*arguments, *options.values()) if isinstance(a, torch.Tensor)])
+        current.append(launch)
+        try:
+            result = call(self, *arguments, **options)
+        finally:
+            current.pop()
+        launch.finish()
+        return result
+
+    monkeypatch.setattr(builder, "create_masked_load", checked_load)
+    monkeypatch.setattr(builder, "create_masked_store", checked_store)
+    monkeypatch.setattr(executor, "__call__", checked_call)
+    torch.use_deterministic_algorithms(True)  # which fills new tensors with NaN
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -1,0 +1,278 @@
+"""The kernels of Plackett-Luce, through the whole public op, against the plain formula in float64."""
+
+import math
+
+import pytest
+import torch
+from list_problems import Problem, best_first, check, in_float64, make, padded, results
+
+from mopl import reference
+from mopl.kernels import plackett_luce as pairwise
+from mopl.kernels import plackett_luce_groups as groups
+from mopl.kernels import plackett_luce_sorted as scans
+from mopl.ops.plackett_luce import _plackett_luce_nll, plackett_luce_nll
+
+pytestmark = pytest.mark.usefixtures("careful_memory")
+PATHS = ["pairs", "pairs in rows", "fused", "steps"]
+SERVED = [(path, "breslow") for path in PATHS]
+SERVED += [("pairs", "efron"), ("pairs in rows", "efron"), ("steps", "efron"), ("steps", "exact")]
+
+
+def take_path(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send lists of any length down one path, with blocks so small that lists of ten items fill several."""
+    if name == "pairs in rows":
+        monkeypatch.setattr(pairwise, "pairwise_tile", lambda *_: {"LISTS": 2, "ROWS": 4, "BLOCK": 32, "num_warps": 4})
+    if name in ("fused", "steps"):
+        monkeypatch.setattr(pairwise, "PAIRWISE_ITEMS", 0)
+    if name == "steps":
+        monkeypatch.setattr(scans, "FUSED_ITEMS", 0)
+        monkeypatch.setattr(scans, "scan_tile", lambda items: {"BLOCK": 8, "num_warps": 4})
+        tile = groups.group_tile
+        monkeypatch.setattr(groups, "group_tile", lambda items, exact: {**tile(items, exact), "MEMBERS": 4})
+    if name != "pairs":
+        monkeypatch.setattr(pairwise, "backward_tile", lambda items: {"LISTS": 2, "BLOCK": 8, "num_warps": 4})
+
+
+@pytest.fixture(params=PATHS)
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    take_path(request.param, monkeypatch)
+    return request.param
+
+
+@pytest.fixture(params=SERVED, ids=" ".join)
+def ties(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Take every path with every tie rule that it serves; return the rule."""
+    take_path(request.param[0], monkeypatch)
+    return request.param[1]
+
+
+def check_all(problem: Problem, tolerance: float | None = None) -> None:
+    check(plackett_luce_nll, reference.plackett_luce_nll, problem, tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_loss_and_gradients_equal_the_formula(ties: str, dtype: torch.dtype) -> None:
+    check_all(make(4, 2, 5, dtype=dtype, levels=3, scale=2, ties=ties))
+    check_all(make(1, 2, 11, dtype=dtype, levels=6, common=True, masked=False, ties=ties))
+
+
+@pytest.mark.parametrize("items", [1, 2, 3])
+def test_short_lists(items: int, ties: str) -> None:
+    check_all(make(4, 3, items, levels=2, ties=ties))
+
+
+@pytest.mark.parametrize(("top_k", "last_group_free"), [(1, False), (3, True), (100, True)])
+def test_partial_rankings(top_k: int, last_group_free: bool, ties: str) -> None:
+    masked = top_k == 3
+    problem = make(4 if masked else 1, 1, 10, levels=4, masked=masked, top_k=top_k, ties=ties)
+    problem.options["last_group_free"] = last_group_free
+    check_all(problem)
+
+
+@pytest.mark.parametrize("each", [False, True], ids=["shared weights", "weights of each list"])
+def test_position_weights(each: bool, ties: str) -> None:
+    problem = make(2, 2, 9, levels=4, ties=ties, top_k=7, masked=False)
+    problem.mask = torch.rand(2, 9) < 0.9
+    problem.options["position_weights"] = torch.rand(2, 2, 9) if each else torch.rand(9)
+    check_all(problem)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int16])
+def test_a_given_order_decides_the_ranking(dtype: torch.dtype, ties: str) -> None:
+    problem = make(2, 2, 9, levels=4, ties=ties, masked=False)
+    problem.mask = torch.rand(2, 9) < 0.9
+    problem.options["order"] = best_first(problem).to(dtype)
+    check_all(problem)
+    # Random orders: labels then say only which neighbours are tied.
+    shuffled = torch.rand(2, 2, 9).masked_fill(~problem.mask[:, None], -1).argsort(-1, descending=True)
+    problem.options["order"] = shuffled.to(dtype)
+    check_all(problem)
+
+
+def test_all_items_tied_and_all_different(ties: str) -> None:
+    problem = make(2, 2, 6, levels=1, masked=False, ties=ties)
+    problem.labels[:, 1] = torch.arange(6)
+    check_all(problem)
+
+
+@pytest.mark.parametrize("label_dtype", [torch.int64, torch.uint8, torch.bool, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("path", ["pairs", "fused"])
+def test_labels_of_any_dtype(label_dtype: torch.dtype, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    take_path(path, monkeypatch)
+    check_all(make(3, 2, 7, levels=2 if label_dtype == torch.bool else 5, label_dtype=label_dtype))
+
+
+def test_labels_are_compared_in_their_own_dtype(path: str) -> None:
+    """2^24 and 2^24 + 1 are one number in float32."""
+    problem = make(3, 1, 6, levels=3, label_dtype=torch.int64, masked=False)
+    problem.labels += 2**24
+    check_all(problem)
+
+
+def test_extreme_scores(ties: str) -> None:
+    problem = make(3, 1, 10, levels=None if ties == "exact" else 6, scale=1e4, masked=False, ties=ties)
+    problem.scores[0] /= 100
+    check_all(problem)
+
+
+def test_negative_temperatures_turn_the_scores_around(ties: str) -> None:
+    problem = make(2, 2, 9, levels=4, scale=3, masked=False, ties=ties)
+    problem.temperature *= torch.tensor([1.0, -1.0])
+    check_all(problem)
+
+
+@pytest.mark.parametrize("gap", [1.0, 10.0, 40.0, 80.0])
+def test_confident_rankings_keep_every_digit_of_every_gradient(gap: float, path: str) -> None:
+    scores = torch.arange(7, 0, -1.0)[None] * gap
+    scores = scores[:, torch.tensor([3, 0, 6, 1, 5, 2, 4])]
+    problem = Problem(scores, scores[:, None], torch.ones(1, 1), None, torch.ones(1, 1, dtype=torch.float64))
+    found = results(plackett_luce_nll, problem)
+    expected = results(reference.plackett_luce_nll, in_float64(problem))
+    assert torch.allclose(found["loss"].double(), expected["loss"], rtol=1e-6, atol=0)
+    assert torch.allclose(found["temperature"].double(), expected["temperature"], rtol=1e-5, atol=0)
+    top, *_, bottom = scores[0].argsort(descending=True).tolist()
+    for item in (top, bottom):  # the others are differences of two equal chances in the formula itself
+        assert torch.allclose(found["scores"][0, item].double(), expected["scores"][0, item], rtol=1e-6, atol=0)
+    size = float(expected["scores"].abs().max())
+    assert float((found["scores"].double() - expected["scores"]).abs().max()) < 1e-6 * size
+
+
+def test_a_tiny_loss_of_tied_items_in_any_order_keeps_its_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    take_path("steps", monkeypatch)
+    scores = torch.tensor([[30.0, 31.0, 0.0, -1.0], [80.0, 30.0, 0.0, 1.0]])
+    problem = make(2, 1, 4, masked=False, ties="exact")
+    problem.scores, problem.temperature = scores, torch.ones(2, 1)
+    problem.labels = torch.tensor([1.0, 1.0, 0.0, 0.0]).expand(2, 1, 4)
+    # Far above the rest, each item loses to it by chance: the loss is about the sum of the odds against.
+    expected = [(1 + math.exp(-1)) * (math.exp(-30) + math.exp(-31)), (1 + math.e) * math.exp(-30)]
+    found = results(plackett_luce_nll, problem)
+    assert found["loss"][:, 0].tolist() == pytest.approx(expected, rel=2e-6)
+    assert -found["scores"][0, 0].item() == pytest.approx((1 + math.exp(-1)) * math.exp(-30), rel=2e-6)
+
+
+@pytest.mark.parametrize(("tied", "below"), [(2, 1), (5, 3), (90, 60)])
+def test_equal_scores_in_any_order_are_counted_by_combinations(tied: int, below: int) -> None:
+    """With equal scores every set of `tied` items out of all is equally likely to be on top."""
+    labels = torch.cat([torch.ones(tied), torch.zeros(below)])[None, None]
+    scores = torch.full((1, tied + below), 0.3, requires_grad=True)
+    loss = plackett_luce_nll(scores, labels, torch.ones(1, 1), ties="exact")
+    assert loss.item() == pytest.approx(math.log(math.comb(tied + below, tied)), rel=1e-6)
+    loss.backward()
+    gradient = scores.grad[0]
+    assert torch.allclose(gradient[:tied], gradient[0]) and torch.allclose(gradient[tied:], gradient[-1])
+    assert abs(float(gradient.sum())) < 1e-5 * float(gradient.abs().max())
+
+
+def test_scores_of_minus_infinity(path: str) -> None:
+    inf = math.inf
+    scores = torch.tensor([[1.0, 0.5, -inf], [-inf, 0.5, 1.0], [1.0, -inf, -inf]])
+    labels = torch.tensor([[[3.0, 2.0, 1.0]]]).expand(3, 1, 3)
+    problem = Problem(scores, labels, torch.ones(3, 1), None, torch.ones(3, 1))
+    found = results(plackett_luce_nll, problem)
+    assert found["loss"][0].item() == pytest.approx(math.log1p(math.exp(-0.5)))  # at the bottom it costs nothing
+    assert found["loss"][1] == inf
+    assert found["scores"][1, 0] == -1 and found["scores"][1].isfinite().all()
+    assert found["loss"][2].item() == pytest.approx(math.log(2))  # two equal scores
+
+
+def test_an_item_that_cannot_win_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    take_path("steps", monkeypatch)
+    scores = torch.tensor([[1.0, -math.inf, 0.5]])
+    problem = Problem(scores, torch.tensor([[[1.0, 1.0, 0.0]]]), torch.ones(1, 1), None, torch.ones(1, 1))
+    problem.options["ties"] = "exact"
+    found = results(plackett_luce_nll, problem)
+    assert found["loss"].item() == math.inf and found["scores"].isfinite().all()
+    assert found["scores"][0, 1].item() == pytest.approx(-1)
+
+
+def test_nan_stays_in_its_list(ties: str) -> None:
+    problem = make(3, 1, 6, levels=4, masked=False, ties=ties)
+    plain = results(plackett_luce_nll, problem)
+    problem.scores[1, 4] = math.nan
+    found = results(plackett_luce_nll, problem)
+    others = torch.tensor([0, 2])
+    for name, value in found.items():
+        assert torch.equal(value[others], plain[name][others]), name
+    assert found["scores"][1].isnan().any()
+
+
+def test_lists_with_fewer_than_two_items_contribute_nothing(ties: str) -> None:
+    found = results(plackett_luce_nll, make(3, 1, 6, levels=3, ties=ties))
+    for name, value in found.items():
+        assert torch.equal(value[1:], torch.zeros_like(value[1:])), name
+
+
+def test_the_loss_without_gradients_is_the_same(ties: str) -> None:
+    problem = make(2, 1, 9, levels=4, masked=False, ties=ties)
+    arguments = (problem.scores, problem.labels, problem.temperature, problem.mask)
+    alone = plackett_luce_nll(*arguments, ties=ties)
+    assert torch.equal(alone, results(plackett_luce_nll, problem)["loss"])
+
+
+def test_an_order_that_leaves_masked_items_out(path: str) -> None:
+    problem = make(3, 2, 9, levels=4)
+    plain = results(plackett_luce_nll, problem)
+    order = best_first(problem)
+    problem.options["order"] = torch.where(problem.mask[:, None].expand_as(order).gather(-1, order), order, -1)
+    found = results(plackett_luce_nll, problem)
+    for name, value in found.items():
+        assert torch.allclose(value, plain[name], rtol=1e-5, atol=1e-7), name
+
+
+def test_backward_twice_gives_the_same_bits(path: str) -> None:
+    problem = make(3, 2, 9, levels=4)
+    scores = problem.scores.clone().requires_grad_()
+    loss = plackett_luce_nll(scores, problem.labels, problem.temperature, problem.mask)
+    first = torch.autograd.grad(loss.sum(), scores, retain_graph=True)[0]
+    assert torch.equal(first, torch.autograd.grad(loss.sum(), scores)[0])
+
+
+def test_expanded_and_permuted_inputs(path: str) -> None:
+    problem = make(4, 3, 6, levels=4, masked=False)
+    labels = problem.labels.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    temperature = torch.tensor(0.7).expand(4, 3)
+    plain = plackett_luce_nll(problem.scores, problem.labels, temperature.contiguous())
+    assert torch.equal(plackett_luce_nll(padded(problem.scores), labels, temperature), plain)
+
+
+@pytest.mark.parametrize(("batch", "objectives", "items"), [(0, 2, 3), (2, 0, 3), (2, 2, 0)])
+def test_empty_batches(batch: int, objectives: int, items: int, path: str) -> None:
+    scores = torch.zeros(batch, items, requires_grad=True)
+    loss = plackett_luce_nll(scores, torch.zeros(batch, objectives, items), torch.ones(batch, objectives))
+    assert torch.equal(loss, torch.zeros(batch, objectives))
+    loss.sum().backward()
+    assert torch.equal(scores.grad, torch.zeros(batch, items))
+
+
+def test_opcheck() -> None:
+    problem = make(3, 2, 5, levels=3)
+    leaves = (problem.scores.requires_grad_(), problem.labels, problem.temperature.requires_grad_())
+    torch.library.opcheck(_plackett_luce_nll, (*leaves, problem.mask, None, None, 3, "efron", True, True))
+
+
+# ---------------------------------------------------------------- the real sizes, and where the paths change
+
+
+def test_more_short_lists_than_one_program_holds() -> None:
+    lists = pairwise.pairwise_tile(2, 4)["LISTS"]
+    check_all(make(lists + 3, 2, 2, levels=2))
+
+
+@pytest.mark.parametrize(
+    ("items", "options"), [(16, {}), (17, {}), (40, {"ties": "efron"}), (128, {"ties": "efron"}), (128, {"top_k": 9})]
+)
+def test_pairs_of_any_length(items: int, options: dict) -> None:
+    check_all(make(2, 2, items, levels=9, scale=2, **options))
+
+
+@pytest.mark.parametrize("options", [{}, {"ties": "efron"}])
+def test_both_sides_of_the_pairwise_limit(options: dict) -> None:
+    for items in (pairwise.PAIRWISE_ITEMS, pairwise.PAIRWISE_ITEMS + 1):
+        check_all(make(1, 1, items, levels=30, masked=False, **options))
+
+
+def test_both_sides_of_the_fused_limit() -> None:
+    for items in (scans.FUSED_ITEMS, scans.FUSED_ITEMS + 1):
+        problem = make(1, 1, items, levels=200, scale=3, masked=False)
+        problem.mask = torch.rand(1, items) < 0.9
+        check_all(problem, tolerance=4e-6)

@@ -1,0 +1,58 @@
+"""The kernels on CPU tensors in Triton's interpreter, each file of `tests/interpreter` in a process of its own.
+
+Triton reads TRITON_INTERPRET once, when it is imported, so its interpreter and its compiler cannot share a process.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parent / "interpreter"
+FILES = sorted(path.name for path in FOLDER.glob("test_*.py"))
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="this process is the interpreter's: it runs the files itself"
+)
+
+
+def run(name: str) -> subprocess.CompletedProcess:
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "HIP_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "PYTEST_ADDOPTS": "",
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / name)]
+    return subprocess.run(command, env=environment, cwd=FOLDER.parents[1], capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def runs() -> Iterator[dict[str, Future]]:
+    """Start all files, as many at a time as there are processors."""
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+        yield {name: pool.submit(run, name) for name in FILES}
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FILES)
+def test_interpreter(name: str, runs: dict[str, Future], capsys: pytest.CaptureFixture) -> None:
+    result = runs[name].result()
+    output = result.stdout + result.stderr
+    passed = re.search(r"(\d+) passed.* in [\d.]+s", output)
+    with capsys.disabled():
+        print(f"\n  interpreter/{name}: {passed[0] if passed else 'nothing passed'} ", end="", flush=True)
+    assert result.returncode == 0, f"exit status {result.returncode} of the inner pytest:\n{output[-20000:]}"
+    assert passed, f"no test ran:\n{output[-20000:]}"
+
+
+def test_there_are_files_to_run() -> None:
+    assert FILES
