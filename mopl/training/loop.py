@@ -224,6 +224,7 @@ def train(
         accelerator.wait_for_everyone()
         return folder.path / f"step-{step:06d}"
 
+    trained = [p for p in wrapped.parameters() if p.requires_grad]
     wrapped.train()
     try:
         with _StopSignals() as stop, _progress(accelerator, stage, start, config.steps) as progress:
@@ -232,7 +233,7 @@ def train(
                     group["lr"] = rate * config.rate_factor(step)
                 value, logs = _accumulate(accelerator, wrapped, source, loss, config, step)
                 limit = math.inf if config.gradient_clip is None else config.gradient_clip
-                norm = accelerator.clip_grad_norm_(wrapped.parameters(), limit)
+                norm = accelerator.clip_grad_norm_(trained, limit)
                 # One reduction and one read a step: every process learns the same loss and the same wish to stop.
                 told = torch.stack([value, torch.as_tensor(float(stop.asked), device=value.device)])
                 told = [*accelerator.reduce(told, "sum").tolist(), float(norm)]

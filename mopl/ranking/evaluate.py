@@ -1,0 +1,334 @@
+"""What a trained method reaches: every figure of its front, with intervals over queries, on held-out lists.
+
+Shapes: `Q` lists, `n` trade-offs, `m` objectives.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mopl import pareto, steering
+from mopl.conditioning import check_weights
+from mopl.ranking.data import Batch, RankingData
+from mopl.ranking.methods import ListLoss, Policy, Scorer
+from mopl.ranking.metrics import bootstrap_interval, ndcg
+from mopl.ranking.synthetic import distance_to_optimum, expected_losses, true_scores
+from mopl.report import Metric
+
+# Items of one forward pass, padding included: large enough to keep a processor busy, small enough for any memory.
+ITEMS_PER_BATCH = 16_384
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How rankings are measured; the defaults are the paper's conventions.
+
+    Args:
+        k: Cut of NDCG.
+        gain: `"linear"` or `"exp"`.
+        ties: What documents of equal score count, see `mopl.ranking.metrics.ndcg`.
+        empty: What a list without any label counts: `"skip"`, 0 or 1.
+        samples: Bootstrap resamples of the lists; 0 for no intervals.
+        level: Probability of the intervals.
+        seed: Seed of the bootstrap.
+    """
+
+    k: int = 10
+    gain: Literal["linear", "exp"] = "linear"
+    ties: Literal["average", "first", "worst"] = "average"
+    empty: Literal["skip", 0, 1] = "skip"
+    samples: int = 1000
+    level: float = 0.95
+    seed: int = 0
+
+    def ndcg(self, scores: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+        """Return NDCG per list: (B,) for labels (B, K), (B, m) for labels (B, m, K); NaN where a list is skipped."""
+        options: dict[str, Any] = {"k": self.k, "gain": self.gain, "ties": self.ties, "empty": self.empty}
+        return ndcg(scores, labels, mask=mask, **options).values
+
+    def metric(self, empty_share: dict[str, float] | None = None) -> Metric:
+        """Return the name and the conventions for reports."""
+        empty = "empty queries skipped" if self.empty == "skip" else f"empty queries count {self.empty}"
+        ties = {"average": "ties averaged", "first": "ties in file order", "worst": "ties worst first"}[self.ties]
+        return Metric(f"NDCG@{self.k}", f"{self.gain} gain, {ties}, {empty}", empty_share=empty_share)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures of each list at each trade-off.
+
+    Attributes:
+        weights: (n, m), or None for a policy without a trade-off.
+        main: (Q, n) NDCG of the main objective, NaN where a list is skipped.
+        auxiliary: (Q, n, m) NDCG of the auxiliary objectives, NaN likewise.
+        losses: (n, m) mean held-out loss of each objective.
+        scores: (n, N) the scores of all items.
+    """
+
+    weights: Tensor | None
+    main: Tensor
+    auxiliary: Tensor
+    losses: Tensor
+    scores: Tensor
+
+
+def reference_scores(scorer: Any, data: RankingData, device: torch.device | str = "cpu") -> Tensor:
+    """Return the scores (N,) that a model `scorer(features, mask) -> (B, K)` gives all items of the data."""
+    flat = torch.zeros(data.num_items)
+    with torch.no_grad():
+        for lists in in_batches(data):
+            on_device = lists.to(device)
+            scores = scorer(on_device.features, on_device.mask)
+            flat[data.items_of(lists.queries)] = scores[on_device.mask].float().cpu()
+    return flat
+
+
+def score_items(
+    scorer: Scorer, data: RankingData, reference: Tensor, *, scale: float = 1.0, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Return the scores (N,) of all items of the data for one trade-off, `scale` being c of equation (14)."""
+    flat = torch.zeros(data.num_items)
+    for lists in in_batches(data):
+        scores, base, mask = _scored(scorer, lists, data, reference, device)
+        flat[data.items_of(lists.queries)] = steering.rescale(scores, base, scale)[mask].float()
+    return flat
+
+
+def in_batches(data: RankingData) -> Iterator[Batch]:
+    """Yield every list once, in order, in batches of about `ITEMS_PER_BATCH` places."""
+    yield from data.sequential(max(1, ITEMS_PER_BATCH // int(data.lengths.max())))
+
+
+def _scored(
+    scorer: Scorer, lists: Batch, data: RankingData, reference: Tensor, device: torch.device | str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return scores (0 in masked places), reference and mask of a batch, on the CPU."""
+    base = data.pad(reference, lists.queries)
+    there = lists.to(device)
+    scores = scorer(there.features, there.mask, base.to(device)).detach().float().cpu()
+    return scores.masked_fill(~lists.mask, 0.0), base, lists.mask
+
+
+@torch.no_grad()
+def evaluate(
+    policy: Policy,
+    data: RankingData,
+    reference: Tensor,  # (N,)
+    weights: Tensor | None,  # (n, m)
+    *,
+    measure: Measure,
+    list_loss: ListLoss,
+    temperature: Sequence[float],
+    conditioned_on_temperature: bool = False,
+    scales: Sequence[float] = (1.0,),
+    device: torch.device | str = "cpu",
+) -> list[Evaluation]:
+    """Evaluate a policy at each trade-off and each distance from the base model.
+
+    Args:
+        policy: A trained method.
+        data: Held-out lists.
+        reference: (N,) the base model's scores of them.
+        weights: (n, m) trade-offs; None for a policy that takes none.
+        measure: How rankings are measured.
+        list_loss: The loss whose held-out values are given.
+        temperature: β (m,): that of the held-out losses, and of the scores if the policy takes temperatures.
+        conditioned_on_temperature: Whether the policy takes temperatures.
+        scales: c of equation (14); scores at other distances cost no further pass of the model.
+        device: Where the policy's models are.
+
+    Returns:
+        One evaluation for each scale.
+    """
+    asked: list[Tensor | None] = [None] if weights is None else list(weights)
+    beta = torch.as_tensor(temperature, dtype=torch.float32)
+    columns: list[list[tuple[Tensor, ...]]] = [[] for _ in scales]
+    for w in asked:
+        scorer = policy.at(w, beta if conditioned_on_temperature else None)  # type: ignore[arg-type]
+        parts: list[list[tuple[Tensor, ...]]] = [[] for _ in scales]
+        for lists in in_batches(data):
+            if list_loss.needs_order:
+                lists = data.batch(lists.queries, order=True)
+            scores, base, mask = _scored(scorer, lists, data, reference, device)
+            for found, scale in zip(parts, scales, strict=True):
+                at_scale = steering.rescale(scores, base, scale)
+                loss = list_loss(at_scale, lists, beta, base)
+                found.append((*_figures(at_scale, lists, measure), loss, at_scale[mask]))
+        for column, found in zip(columns, parts, strict=True):
+            column.append(tuple(torch.cat(each) for each in zip(*found, strict=True)))
+    results = []
+    for column in columns:
+        main, auxiliary, losses, scores = (list(each) for each in zip(*column, strict=True))
+        means = torch.stack([loss.double().mean(0) for loss in losses])
+        results.append(Evaluation(weights, torch.stack(main, 1), torch.stack(auxiliary, 1), means, torch.stack(scores)))
+    return results
+
+
+def _figures(scores: Tensor, lists: Batch, measure: Measure) -> tuple[Tensor, Tensor]:
+    """Return NDCG of the main objective (B,) and of the auxiliary ones (B, m)."""
+    return measure.ndcg(scores, lists.main, lists.mask), measure.ndcg(scores, lists.labels, lists.mask)
+
+
+@dataclass(frozen=True)
+class TrueFront:
+    """What the best possible scores of generated data reach at each trade-off, on the same lists.
+
+    Attributes:
+        auxiliary: (n, m) NDCG of the auxiliary objectives.
+        losses: (n, m) expected losses, in nats.
+    """
+
+    auxiliary: Tensor
+    losses: Tensor
+
+
+def true_front(
+    data: RankingData, reference: Tensor, weights: Tensor, temperature: Sequence[float], measure: Measure
+) -> TrueFront | None:
+    """Return the true front, or None where it is not known: real data, or temperatures that are not equal."""
+    if data.truth is None or len(set(temperature)) > 1:
+        return None
+    auxiliary, losses = [], []
+    for w in weights:
+        scores = true_scores(data, w, temperature[0], reference)
+        parts = [_figures(data.pad(scores, lists.queries), lists, measure)[1] for lists in in_batches(data)]
+        auxiliary.append(torch.cat(parts).nanmean(0))
+        losses.append(expected_losses(data, scores, temperature[0], reference))
+    return TrueFront(torch.stack(auxiliary), torch.stack(losses))
+
+
+def distances_to_truth(
+    evaluation: Evaluation, data: RankingData, reference: Tensor, temperature: Sequence[float]
+) -> list[float]:
+    """Return, for each trade-off, how many nats of expected weighted loss its scores lose against the optimum."""
+    assert evaluation.weights is not None
+    pairs = zip(evaluation.scores, evaluation.weights, strict=True)
+    return [distance_to_optimum(data, scores, w, temperature[0], reference) for scores, w in pairs]
+
+
+def make_front(
+    evaluations: Sequence[Evaluation],
+    *,
+    method: str,
+    data: RankingData,
+    description: dict[str, Any],
+    measure: Measure,
+    seconds: float,
+    parameters: int,
+    seed: int,
+    scales: Sequence[float] = (1.0,),
+    reference_front: Tensor | None = None,  # (r, m)
+) -> pareto.Front:
+    """Return the front of a method: means over lists, bootstrap intervals, hypervolume from 0, steerability.
+
+    Args:
+        evaluations: One for each scale.
+        method: Name of the method.
+        data: The lists that were evaluated.
+        description: What `front.json` says about the data.
+        measure: How rankings were measured.
+        seconds: Seconds of training.
+        parameters: Number of parameters.
+        seed: Seed of the run.
+        scales: c of each evaluation; the first is 1. Only it counts in the hypervolume.
+        reference_front: The true front, where it is known.
+    """
+    objectives = [objective.name for objective in data.objectives]
+    origin = [0.0] * len(objectives)
+    trained = evaluations[0]
+    volume = None
+    if measure.samples:
+        bounds = bootstrap_interval(
+            trained.auxiliary, measure.level, measure.samples, measure.seed,
+            statistic=lambda means: pareto.hypervolume(means, origin, maximise=True),
+        )  # fmt: skip
+        volume = {"hypervolume": [float(bounds.low), float(bounds.high)]}
+    front = pareto.Front.measure(
+        method,
+        objectives=objectives,
+        main=data.main.name,
+        weights=trained.weights,
+        main_values=trained.main.nanmean(0),
+        auxiliary_values=trained.auxiliary.nanmean(0),
+        reference_point=origin,
+        seconds=seconds,
+        parameters=parameters,
+        seed=seed,
+        data=description,
+        intervals=_intervals(trained, measure),
+        interval=volume,
+        reference_front=None if reference_front is None else reference_front.tolist(),
+    )
+    for scale, evaluation in zip(scales[1:], evaluations[1:], strict=True):
+        weights = [[]] * evaluation.main.shape[1] if evaluation.weights is None else evaluation.weights.tolist()
+        figures = zip(weights, evaluation.main.nanmean(0).tolist(), evaluation.auxiliary.nanmean(0).tolist(),
+                      _intervals(evaluation, measure), strict=True)  # fmt: skip
+        front.points += [pareto.Point(w, main, auxiliary, bounds, scale) for w, main, auxiliary, bounds in figures]
+    front.check()
+    return front
+
+
+def _intervals(evaluation: Evaluation, measure: Measure) -> list[dict[str, Any]]:
+    """Return for each trade-off the bootstrap intervals of the main and the auxiliary figures."""
+    if not measure.samples:
+        return [{} for _ in range(evaluation.main.shape[1])]
+    values = torch.cat([evaluation.main[..., None], evaluation.auxiliary], -1)  # (Q, n, 1 + m)
+    found = bootstrap_interval(values, measure.level, measure.samples, measure.seed)
+    ends = torch.stack([found.low, found.high], -1).tolist()  # n x (1 + m) x 2
+    return [{"main": point[0], "auxiliary": point[1:]} for point in ends]
+
+
+def check_measurable(data: RankingData, measure: Measure) -> dict[str, float]:
+    """Return the share of lists without any label of each objective; raise if one has labels nowhere.
+
+    Raises:
+        ValueError: If every list of an objective is skipped, so that its figure would be a mean over nothing.
+    """
+    columns = torch.cat([data.main_labels[:, None], data.labels], 1)
+    has_label = torch.zeros(len(data), columns.shape[1]).index_add_(0, data.owner, (columns > 0).float()) > 0
+    shares = 1.0 - has_label.double().mean(0)
+    names = [data.main.name, *(objective.name for objective in data.objectives)]
+    for name, share in zip(names, shares.tolist(), strict=True):
+        if share == 1.0 and measure.empty == "skip":
+            raise ValueError(
+                f"objective {name!r} has no label above 0 in any list of {data.name}, so there is nothing to measure; "
+                "leave it out or give it other labels"
+            )
+    return dict(zip(names, shares.tolist(), strict=True))
+
+
+def grid_of(objectives: int, points: int | None) -> Tensor:
+    """Return the grid of weights of a run: the largest lattice of at most `points` vectors, or 11 Sobol points.
+
+    By default 11 vectors for m = 2 and 15 for m = 3, which a method that trains a model for each can afford; 20 for
+    m = 4 and, like the paper for m = 5, 11 above (m + 1 if that is more).
+    """
+    wanted = {1: 1, 2: 11, 3: 15, 4: 20}.get(objectives, max(11, objectives + 1)) if points is None else points
+    return pareto.weight_grid(objectives, wanted)
+
+
+def one_point(evaluation: Evaluation) -> tuple[float, list[float]]:
+    """Return the means over lists of an evaluation of one trade-off: main, auxiliary."""
+    return float(evaluation.main.nanmean()), evaluation.auxiliary.nanmean(0)[0].tolist()
+
+
+def check_trade_off(weights: Sequence[float], objectives: Sequence[str]) -> Tensor:
+    """Return weights (m,) given on the command line, checked against the names of the objectives.
+
+    Raises:
+        ValueError: If their number is wrong or they are off the simplex.
+    """
+    if len(weights) != len(objectives):
+        raise ValueError(
+            f"there are {len(weights)} weights but {len(objectives)} objectives; pass one for each of "
+            f"{', '.join(objectives)}, in this order"
+        )
+    if any(not math.isfinite(w) for w in weights):
+        raise ValueError(f"weights are {list(weights)} but must be finite numbers that sum to 1")
+    return check_weights(torch.tensor(weights, dtype=torch.float64), len(objectives))

@@ -1,0 +1,228 @@
+"""Finished runs: their data, models and fronts, the reports of one and the comparison of several."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mopl.pareto import Front
+from mopl.ranking.config import ALL, RankConfig
+from mopl.ranking.data import RankingData
+from mopl.ranking.evaluate import grid_of
+from mopl.ranking.loading import load
+from mopl.ranking.methods import Policy
+from mopl.ranking.normalization import FeatureNormalizer
+from mopl.ranking.stages import REFERENCE, load_policy
+from mopl.training import write_file
+from mopl.training.run_directory import read_run
+
+FRONT, EVALUATION, NORMALIZER = "front.json", "evaluation.json", "normalizer.safetensors"
+
+
+@dataclass
+class OpenRun:
+    """A run that exists, with its data: what reports and steering need.
+
+    Attributes:
+        path: The run directory.
+        config: Its settings.
+        splits: Its data by split.
+        reference: The base model's scores (N,) by split.
+    """
+
+    path: Path
+    config: RankConfig
+    splits: dict[str, RankingData]
+    reference: dict[str, Tensor]
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """Names of the auxiliary objectives."""
+        return tuple(objective.name for objective in self.splits["train"].objectives)
+
+    @property
+    def grid(self) -> Tensor:
+        """(n, m) the weights of the run's fronts."""
+        return grid_of(len(self.objectives), self.config.points)
+
+    @property
+    def method_name(self) -> str:
+        """The run's only method, or weight-cos-dpo where it has all."""
+        return "weight-cos-dpo" if self.config.method == ALL else self.config.method
+
+    def policy(self, method: str | None = None, device: torch.device | str = "cpu") -> Policy:
+        """Return a trained method of the run, by default its only one or weight-cos-dpo.
+
+        Raises:
+            ValueError: If the run has no such method.
+        """
+        method = method or self.method_name
+        if method not in self.config.methods:
+            raise ValueError(f"{self.path} has no {method}; it has {', '.join(self.config.methods)}")
+        folder = method_folder(self.path, self.config, method)
+        return load_policy(self.path, folder, method, self.config, self.objectives, self.grid, device)
+
+
+def load_splits(config: RankConfig) -> dict[str, RankingData]:
+    """Return the data of a run by split."""
+    parts = load(
+        config.data, objectives=",".join(config.objectives) or None, normalization=config.normalize_features,
+        seed=config.data_seed,
+    )  # fmt: skip
+    return dict(zip(("train", "valid", "test"), parts, strict=True))
+
+
+def save_normalizer(path: Path, train: RankingData) -> None:
+    """Keep what the normalisation of the features measured, so that the model can be used on other data."""
+    from safetensors.torch import save_file
+
+    normalizer = train.normalizer
+    if normalizer is not None and not (path / NORMALIZER).exists():
+        write_file(
+            path / NORMALIZER,
+            lambda file: save_file(normalizer.tensors(), str(file), metadata={"name": normalizer.name}),
+        )
+
+
+def load_normalizer(path: str | Path) -> FeatureNormalizer:
+    """Return the normalisation of features that the models of a run expect: apply it to raw features (N, F).
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    from safetensors import safe_open
+
+    file = Path(path) / NORMALIZER
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no {NORMALIZER} in {path}; name the directory of a finished run")
+    with safe_open(str(file), framework="pt") as tensors:
+        return FeatureNormalizer(tensors.metadata()["name"], **{key: tensors.get_tensor(key) for key in tensors.keys()})
+
+
+def method_folder(path: Path, config: RankConfig, method: str) -> Path:
+    """Return where a method's front and model are: the run itself, or a folder each under `--method all`."""
+    return path / method if config.method == ALL else path
+
+
+def run_fronts(path: str | Path) -> list[Front]:
+    """Return the fronts of a run, the base model's first.
+
+    Raises:
+        FileNotFoundError: If there is no run, or it has no front yet.
+    """
+    path = Path(path)
+    config = RankConfig.from_dict(read_run(path)["config"])
+    folders = [path / "base", *(method_folder(path, config, method) for method in config.methods)]
+    fronts = [Front.load(folder / FRONT) for folder in folders if (folder / FRONT).is_file()]
+    if len(fronts) < 2:
+        raise FileNotFoundError(f"the run {path} is not finished; continue it with: mopl rank --run {path} --resume")
+    return fronts
+
+
+def write_reports(path: Path) -> None:
+    """Write table.txt, front.png and report.html of a run from its fronts."""
+    from mopl.report import plot_front, write_page
+    from mopl.report.table import as_text, summarise
+
+    record = read_run(path)
+    config = RankConfig.from_dict(record["config"])
+    fronts = run_fronts(path)
+    metric = config.measure.metric(record["data"]["empty_share"])
+    folder = method_folder(path, config, config.methods[0])
+    rows = json.loads((folder / EVALUATION).read_text(encoding="utf-8")).get("true_auxiliary")
+    write_file(path / "table.txt", as_text(summarise(fronts, metric)))
+    plot_front(fronts, path / "front.png", metric=metric, truth=rows)
+    write_page(fronts, path / "report.html", metric=metric, truth=rows, configuration=record)
+
+
+def open_run(path: str | Path) -> OpenRun:
+    """Open a finished run: settings, data and the base model's scores.
+
+    Raises:
+        FileNotFoundError: If there is no run, it is not finished, or its data is gone.
+        ValueError: If the data changed since.
+    """
+    from safetensors.torch import load_file
+
+    path = Path(path)
+    record = read_run(path)
+    config = RankConfig.from_dict(record["config"])
+    run_fronts(path)
+    splits = load_splits(config)
+    check_data(record, splits, path)
+    return OpenRun(path, config, splits, load_file(str(path / REFERENCE)))
+
+
+def check_data(record: dict[str, Any], splits: dict[str, RankingData], path: Path) -> None:
+    """Raise unless the data is what it was when the run began."""
+    if record["data"]["fingerprint"] != fingerprint(splits):
+        raise ValueError(
+            f"the data of {path} is not what it was when the run began (its fingerprint differs); put the old files "
+            "back, or start another run"
+        )
+
+
+def fingerprint(splits: dict[str, RankingData]) -> str:
+    """Return one fingerprint of all splits."""
+    digest = hashlib.sha256()
+    for name, split in sorted(splits.items()):
+        digest.update(f"{name}:{split.fingerprint}".encode())
+    return digest.hexdigest()
+
+
+def compare(
+    runs: Sequence[str | Path],
+    *,
+    html: str | Path | None = None,
+    png: str | Path | None = None,
+    table: str | Path | None = None,
+) -> str:
+    """Print one table of several runs and write what is asked for; a single run gets its own files anew.
+
+    Fronts of one method are its seeds. Where two runs have the same method and the same seed, they differ in something
+    else, and the name of the run is added to the method's.
+
+    Returns:
+        The table as text.
+
+    Raises:
+        FileNotFoundError: If a run is missing or not finished.
+        ValueError: If the runs have different objectives.
+    """
+    from mopl.report import plot_front, print_table, write_page
+
+    records = [read_run(run) for run in runs]
+    fronts = _distinct(runs)
+    metric = RankConfig.from_dict(records[0]["config"]).measure.metric(records[0]["data"]["empty_share"])
+    if len(runs) == 1 and not (html or png or table):
+        write_reports(Path(runs[0]))
+    text = print_table(fronts, metric=metric)
+    if len({record["data"]["fingerprint"] for record in records}) > 1:
+        print("note: these runs were measured on different data")
+    if table is not None:
+        write_file(table, text)
+    if png is not None:
+        plot_front(fronts, png, metric=metric)
+    if html is not None:
+        write_page(fronts, html, metric=metric, configuration=records[0] if len(records) == 1 else records)
+    return text
+
+
+def _distinct(runs: Sequence[str | Path]) -> list[Front]:
+    """Return the fronts of runs, each base model once for a seed, other doubles of method and seed renamed."""
+    fronts: list[Front] = []
+    for run in runs:
+        for front in run_fronts(run):
+            same = [f for f in fronts if (f.method, f.seed) == (front.method, front.seed)]
+            if same and front.method == "base":
+                continue
+            fronts.append(dataclasses.replace(front, method=f"{front.method} ({Path(run).name})") if same else front)
+    return fronts

@@ -1,0 +1,297 @@
+"""The trainings of a run, one folder each: what is finished is loaded, what was interrupted is continued.
+
+    base/                     the base model
+    reference.safetensors     its scores of every split, which never change
+    models/w-0.25-0.75/       the network trained for these weights; the experts are those at the vertices
+    models/modpo-0.25-0.75/   the same for MO-DPO
+    <method folder>/          the conditioned model of COS-DPO: the run itself, or a folder each under `--method all`
+
+Each holds `model.safetensors`, `model.json` and, written last, `training.json` with steps and seconds; until then it
+holds `checkpoints/`, which are dropped at the end.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mopl.ranking.batches import Batches
+from mopl.ranking.config import RankConfig
+from mopl.ranking.data import RankingData
+from mopl.ranking.evaluate import reference_scores, score_items
+from mopl.ranking.methods import (
+    ConditionedPolicy,
+    GridPolicy,
+    ListSource,
+    Policy,
+    SoupPolicy,
+    box_temperatures,
+    dirichlet_weights,
+    fixed,
+    main_loss,
+    modpo_loss,
+    scalarized_loss,
+)
+from mopl.ranking.model import ListTransformer, RankingModel, RankingModelConfig
+from mopl.training import BatchSource, RunLog, TrainingConfig, discard_folder, train, write_file
+
+DONE = "training.json"
+REFERENCE = "reference.safetensors"
+
+
+def vector_name(weights: Sequence[float] | Tensor) -> str:
+    """Return weights as a part of a folder's name: `0.25-0.75`."""
+    return "-".join(f"{float(w):.4g}" for w in weights)
+
+
+class Stages:
+    """Trains the models of one run.
+
+    Args:
+        path: The run directory.
+        config: Settings of the run.
+        data: The training split.
+        accelerator: accelerate's `Accelerator`.
+        log: The log of the run.
+        say: Told, in a line, about each stage.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        config: RankConfig,
+        data: RankingData,
+        accelerator: Any,
+        log: RunLog,
+        say: Callable[[str], None],
+    ) -> None:
+        self.path, self.config, self.data, self.log, self.say = path, config, data, log, say
+        self.accelerator = accelerator
+        self.objectives = tuple(objective.name for objective in data.objectives)
+        self.temperature = torch.tensor(config.temperatures(len(self.objectives)))
+        self.reference = torch.zeros(data.num_items)
+
+    def base_model(self) -> ListTransformer:
+        """Return the base model: the given one, or one trained on the main objective."""
+        folder, config = self.path / "base", self.config
+        if config.base is not None and not (folder / DONE).exists():
+            self._finish(folder, check_base(config.base, self.data), 0, 0.0)
+        if not (folder / DONE).exists():
+            source = Batches(self.data, config.batch_size, seed=config.seed)
+            settings = config.training(config.base_steps)
+
+            def build() -> ListTransformer:
+                return ListTransformer(
+                    self.data.num_features, config.base_hidden, config.base_layers, config.heads, dropout=config.dropout
+                )
+
+            self._fit("base", folder, build, source, main_loss, settings)
+        return ListTransformer.from_pretrained(folder)
+
+    def references(self, base: ListTransformer, splits: dict[str, RankingData]) -> dict[str, Tensor]:
+        """Return the base model's scores of every split; they are computed once and kept in the run."""
+        from safetensors.torch import load_file, save_file
+
+        file = self.path / REFERENCE
+        if not file.exists():
+            model = base.to(self.accelerator.device).eval()
+            found = {name: reference_scores(model, split, self.accelerator.device) for name, split in splits.items()}
+            if self.accelerator.is_main_process:
+                write_file(file, lambda path: save_file(found, str(path)))
+            self.accelerator.wait_for_everyone()
+        return load_file(str(file))
+
+    def train_method(self, method: str, folder: Path, base: ListTransformer, grid: Tensor) -> tuple[float, int]:
+        """Train what a method needs; return its seconds and its number of parameters."""
+        if method in ("weight-cos-dpo", "temperature-cos-dpo"):
+            seconds = self._conditioned(method, folder, base)
+            return seconds, RankingModel.from_pretrained(folder).num_parameters
+        seconds, count = 0.0, 0
+        vertices = torch.eye(len(self.objectives), dtype=torch.float64)
+        if method != "dpo-ls":  # dpo-ls takes its vertices from the grid
+            seconds = sum(self._network(w, base) for w in vertices)
+            count = len(vertices)
+        if method == "dpo-ls":
+            seconds += sum(self._network(w, base) for w in grid)
+            count += len(grid)
+        elif method == "mo-dpo":
+            experts = self._expert_scores(base)
+            seconds += sum(self._network(w, base, experts) for w in grid)
+            count += len(grid)
+        size = sum(p.numel() for p in self._fixed_model(base).network.parameters())
+        return seconds, count * size
+
+    def _conditioned(self, method: str, folder: Path, base: ListTransformer) -> float:
+        """Train the one model of a COS-DPO method."""
+        config, m = self.config, len(self.objectives)
+        takes_temperature = method == "temperature-cos-dpo"
+        batch_size = Batches(self.data, config.batch_size).batch_size
+        per: dict[str, Any] = {"per": config.weights_per, "seed": config.seed}
+        if takes_temperature:
+            low, high = ((factor * self.temperature).tolist() for factor in config.temperature_range)
+            temperature = box_temperatures(m, batch_size, low=low, high=high, **per)
+        else:
+            temperature = fixed(self.temperature, batch_size)
+        source = self._source(dirichlet_weights(m, batch_size, alpha=config.alpha, **per), temperature)
+        common = None if takes_temperature else self._common_temperature()
+        loss = scalarized_loss(
+            config.list_loss, self.objectives, penalty=config.penalty, penalty_sign=config.penalty_sign,
+            common_temperature=common,
+        )  # fmt: skip
+
+        def build() -> RankingModel:
+            settings = self._model_config(conditioned=True, temperature=takes_temperature)
+            return RankingModel(settings, base)
+
+        return self._fit(method, folder, build, source, loss, config.training(config.steps))
+
+    def _network(self, weights: Tensor, base: ListTransformer, experts: Tensor | None = None) -> float:
+        """Train a network for fixed weights: DPO on their sum, or MO-DPO where experts are given."""
+        kind = "w" if experts is None else "modpo"
+        folder = self.path / "models" / f"{kind}-{vector_name(weights)}"
+        batch_size = Batches(self.data, self.config.batch_size).batch_size
+        source = self._source(fixed(weights, batch_size), fixed(self.temperature, batch_size), experts)
+        if experts is None:
+            loss = scalarized_loss(
+                self.config.list_loss, self.objectives, common_temperature=self._common_temperature()
+            )
+        else:
+            anchor = int(weights.argmax())
+            loss = modpo_loss(self.config.list_loss, anchor, self.objectives[anchor])
+        return self._fit(
+            f"{kind} {vector_name(weights)}", folder, lambda: self._fixed_model(base), source, loss,
+            self.config.training(self.config.steps), part="network",
+        )  # fmt: skip
+
+    def _expert_scores(self, base: ListTransformer) -> Tensor:
+        """Return the experts' scores (N, m) of the training split."""
+        template = self._fixed_model(base).to(self.accelerator.device).eval()
+        columns = []
+        for w in torch.eye(len(self.objectives)):
+            state = network_state(self.path / "models" / f"w-{vector_name(w)}")
+            policy = GridPolicy(template, w[None].double(), [state])
+            columns.append(score_items(policy.at(w), self.data, self.reference, device=self.accelerator.device))
+        return torch.stack(columns, 1)
+
+    def _fixed_model(self, base: ListTransformer) -> RankingModel:
+        return RankingModel(self._model_config(conditioned=False), base)
+
+    def _model_config(self, **changes: Any) -> RankingModelConfig:
+        return model_config(self.config, self.data.num_features, self.objectives, **changes)
+
+    def _source(self, weights: Any, temperature: Any, experts: Tensor | None = None) -> ListSource:
+        return ListSource(
+            self.data, self.config.batch_size, seed=self.config.seed, reference=self.reference, weights=weights,
+            temperature=temperature, experts=experts, order=self.config.list_loss.needs_order,
+        )  # fmt: skip
+
+    def _common_temperature(self) -> float | None:
+        values = set(self.temperature.tolist())
+        return values.pop() if len(values) == 1 else None
+
+    def _fit(
+        self,
+        name: str,
+        folder: Path,
+        build: Callable[[], nn.Module],
+        source: BatchSource,
+        loss: Any,
+        settings: TrainingConfig,
+        part: str | None = None,
+    ) -> float:
+        """Train and save a model unless it is there; return the seconds that it took, interruptions left out."""
+        if (folder / DONE).exists():
+            return json.loads((folder / DONE).read_text(encoding="utf-8"))["seconds"]
+        torch.manual_seed(self.config.seed)  # every model of a method starts from the same parameters
+        model = build()
+        result = train(
+            model, source, loss, settings,
+            accelerator=self.accelerator, directory=folder / "checkpoints", resume=True, log=self.log, stage=name,
+        )  # fmt: skip
+        self._finish(folder, getattr(model, part) if part else model, result.steps, result.seconds)
+        self.say(f"{name}: {result.steps} steps in {result.seconds:.1f} s")
+        return result.seconds
+
+    def _finish(self, folder: Path, model: Any, steps: int, seconds: float) -> None:
+        if self.accelerator.is_main_process:
+            model.save_pretrained(folder)
+            write_file(folder / DONE, json.dumps({"steps": steps, "seconds": seconds}, indent=2) + "\n")
+            if (folder / "checkpoints").exists():
+                discard_folder(folder / "checkpoints")
+        self.accelerator.wait_for_everyone()
+
+
+def model_config(config: RankConfig, features: int, objectives: tuple[str, ...], **changes: Any) -> RankingModelConfig:
+    """Return the settings of a tuned model of a run."""
+    return RankingModelConfig(
+        features, objectives, config.hidden, config.layers, config.heads, dropout=config.dropout,
+        parametrisation=config.parametrisation, **changes,
+    )  # fmt: skip
+
+
+def load_base(path: str | Path) -> ListTransformer:
+    """Return the base model in a folder: of a run, or written by `ListTransformer.save_pretrained`.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    folder = Path(path)
+    return ListTransformer.from_pretrained(folder / "base" if (folder / "base").is_dir() else folder)
+
+
+def check_base(path: str | Path, data: RankingData) -> ListTransformer:
+    """Return the base model in a folder; raise unless it fits the data.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it takes another number of features.
+    """
+    base = load_base(path)
+    if base.settings["features"] != data.num_features:
+        raise ValueError(
+            f"the base model {path} takes {base.settings['features']} features but {data.name} has "
+            f"{data.num_features}; leave --base out to train one"
+        )
+    return base
+
+
+def network_state(folder: Path) -> dict[str, Tensor]:
+    """Return the parameters of a network that was trained for fixed weights."""
+    return ListTransformer.from_pretrained(folder).state_dict()
+
+
+def load_policy(
+    path: Path,
+    folder: Path,
+    method: str,
+    config: RankConfig,
+    objectives: tuple[str, ...],
+    grid: Tensor,
+    device: torch.device | str = "cpu",
+) -> Policy:
+    """Return a trained method of a run.
+
+    Args:
+        path: The run.
+        folder: The method's folder in it.
+        method: Name of the method.
+        config: Settings of the run.
+        objectives: Names of the objectives.
+        grid: (n, m) weights of the run's grid.
+        device: Where its models go.
+    """
+    if method in ("weight-cos-dpo", "temperature-cos-dpo"):
+        return ConditionedPolicy(RankingModel.from_pretrained(folder).to(device))
+    base = load_base(path)
+    settings = model_config(config, base.settings["features"], objectives, conditioned=False)
+    template = RankingModel(settings, base).eval().to(device)
+    if method == "dpo-soup":
+        vertices = torch.eye(len(objectives), dtype=torch.float64)
+        return SoupPolicy(template, [network_state(path / "models" / f"w-{vector_name(w)}") for w in vertices])
+    kind = "w" if method == "dpo-ls" else "modpo"
+    return GridPolicy(template, grid, [network_state(path / "models" / f"{kind}-{vector_name(w)}") for w in grid])

@@ -1,0 +1,91 @@
+"""Control after training: the figures and scores of a finished run for any trade-off and any distance from the base."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mopl.ranking.data import RankingData
+from mopl.ranking.evaluate import check_trade_off, evaluate, one_point, score_items
+from mopl.ranking.methods import BasePolicy, ConditionedPolicy
+from mopl.ranking.runs import open_run
+from mopl.training import write_file
+
+
+def steer(
+    run: str | Path,
+    weights: Sequence[float],
+    *,
+    scale: float = 1.0,
+    temperature: Sequence[float] | None = None,
+    method: str | None = None,
+    split: str = "test",
+    output: str | Path | None = None,
+) -> dict[str, Any]:
+    """Evaluate a finished run at one trade-off, without training.
+
+    Args:
+        run: The run directory.
+        weights: w, one for each objective, on the simplex.
+        scale: c of equation (14): above 1 closer to the base model, below 1 further away.
+        temperature: β for a model of temperature-cos-dpo; the run's by default.
+        method: Which method of an `all` run.
+        split: `"train"`, `"valid"` or `"test"`.
+        output: A file for the scores, one line an item in the order of the data: query id, item from 1, score.
+
+    Returns:
+        `rows`: the main and auxiliary figures of the base model, of the trade-off as trained, and at `scale`; with
+        the names they belong to.
+
+    Raises:
+        FileNotFoundError: If there is no finished run.
+        ValueError: If weights, scale or temperature do not fit the run.
+    """
+    opened = open_run(run)
+    objectives = opened.objectives
+    w = check_trade_off(weights, objectives)
+    if not scale > 0:
+        raise ValueError(f"scale is {scale:g} but must be positive: above 1 is closer to the base model")
+    device = torch.device("cuda" if torch.cuda.is_available() and opened.config.device == "auto" else "cpu")
+    policy = opened.policy(method, device)
+    takes = isinstance(policy, ConditionedPolicy) and policy.model.config.temperature
+    beta = opened.config.temperatures(len(objectives)) if temperature is None else tuple(temperature)
+    if len(beta) != len(objectives) or any(not b > 0 for b in beta):
+        raise ValueError(
+            f"temperature is {' '.join(f'{b:g}' for b in beta)} but must be one positive number for each of "
+            f"{', '.join(objectives)}"
+        )
+    scorer = policy.at(w, beta if takes or temperature is not None else None)
+    data, reference = opened.splits[split], opened.reference[split]
+    options: dict[str, Any] = {
+        "measure": opened.config.measure, "list_loss": opened.config.list_loss, "temperature": beta, "device": device,
+    }  # fmt: skip
+    (base,) = evaluate(BasePolicy(objectives), data, reference, None, **options)
+    scales = (1.0,) if scale == 1.0 else (1.0, scale)
+    found = evaluate(policy, data, reference, w[None], conditioned_on_temperature=takes, scales=scales, **options)
+    rows = {"base model": base} | {
+        f"w = {' '.join(f'{x:.4g}' for x in w.tolist())}, c = {c:g}": each
+        for c, each in zip(scales, found, strict=True)
+    }
+    if output is not None:
+        scores = score_items(scorer, data, reference, scale=scale, device=device)
+        write_file(output, _scores_text(data, scores))
+    points = {name: dict(zip(("main", "auxiliary"), one_point(each), strict=True)) for name, each in rows.items()}
+    return {
+        "run": str(run), "method": method or opened.method_name, "split": split,
+        "metric": opened.config.measure.metric().name,
+        "main": data.main.name, "objectives": list(objectives), "weights": w.tolist(), "scale": scale,
+        "temperature": list(beta), "rows": points,
+    }  # fmt: skip
+
+
+def _scores_text(data: RankingData, scores: torch.Tensor) -> str:
+    """Return scores (N,) as lines `query item score`, with every digit of float32."""
+    owner, first = data.owner, data.offsets[:-1][data.owner]
+    place = torch.arange(data.num_items) - first + 1
+    ids = data.query_ids[owner].tolist()
+    lines = zip(ids, place.tolist(), scores.tolist(), strict=True)
+    return "query\titem\tscore\n" + "".join(f"{query}\t{item}\t{score:.9g}\n" for query, item, score in lines)

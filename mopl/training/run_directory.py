@@ -1,0 +1,122 @@
+"""A run directory: made whole by one rename, never overwritten by accident, described well enough to be repeated.
+
+`config.json` holds the resolved settings, the command line, the versions and whatever describes the data. It is written
+before the directory gets its name, so a directory without it was not made by `mopl` and is never touched.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from mopl import __version__
+from mopl.training.checkpoint import discard_folder, write_file, write_folder
+
+CONFIG_FILE = "config.json"
+
+
+def check_new_run(path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    """Raise unless a run may be made at `path`; nothing is changed.
+
+    Raises:
+        FileExistsError: If something is there and may not be replaced.
+    """
+    path = Path(path)
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not (path / CONFIG_FILE).is_file():
+        raise FileExistsError(f"{path} exists and is no run of mopl, so it is left alone; name another with --run")
+    if not overwrite:
+        raise FileExistsError(
+            f"{path} holds a run already: continue it with --resume, replace it with --overwrite, or name another "
+            "with --run"
+        )
+
+
+def create_run(path: str | os.PathLike[str], record: dict[str, Any], *, overwrite: bool = False) -> Path:
+    """Make a run directory that holds `record` as `config.json`; an old run in its place is deleted only now.
+
+    Raises:
+        FileExistsError: As `check_new_run`.
+    """
+    path = Path(path)
+    check_new_run(path, overwrite=overwrite)
+    if path.is_dir() and not any(path.iterdir()):
+        path.rmdir()
+    elif path.exists():
+        discard_folder(path)
+    write_folder(path, lambda folder: write_file(folder / CONFIG_FILE, json.dumps(record, indent=2) + "\n"))
+    return path
+
+
+def read_run(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the record of a run.
+
+    Raises:
+        FileNotFoundError: If there is no run at `path`.
+        ValueError: If its record cannot be read.
+    """
+    file = Path(path) / CONFIG_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no run at {path}: it has no {CONFIG_FILE}; name the directory of a run")
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not JSON ({error}); the run cannot be read") from None
+
+
+def next_run(parent: str | os.PathLike[str], stem: str) -> Path:
+    """Return `parent/stem-n` with the smallest n from 1 above that of every run that is there."""
+    parent = Path(parent)
+    taken = [0]
+    if parent.is_dir():
+        tails = (entry.name.removeprefix(f"{stem}-") for entry in parent.iterdir() if entry.name.startswith(f"{stem}-"))
+        taken += [int(tail) for tail in tails if tail.isdigit()]
+    return parent / f"{stem}-{max(taken) + 1}"
+
+
+def environment() -> dict[str, Any]:
+    """Return the versions that a run depends on, and the commit of the checkout that the package lies in, if any."""
+    versions: dict[str, Any] = {"python": platform.python_version(), "mopl": __version__}
+    for package in ("torch", "numpy", "triton", "accelerate", "safetensors", "moocore", "scikit-learn", "statsmodels"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    commit = _commit()
+    return {"versions": versions, "platform": platform.platform(), **({"commit": commit} if commit else {})}
+
+
+def _commit() -> str | None:
+    """Return the commit of the checkout that this file lies in, with "-dirty" if tracked files were changed."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    changed = git("status", "--porcelain", "--untracked-files=no") if commit else None
+    return f"{commit}-dirty" if changed else commit
+
+
+def version_changes(record: dict[str, Any]) -> list[str]:
+    """Return, in words, how the versions now differ from those a run was made with."""
+    then, now = record.get("versions", {}), environment()["versions"]
+    return [f"{name} {then[name]} -> {now.get(name, 'none')}" for name in then if then[name] != now.get(name)]
+
+
+def command_line() -> list[str]:
+    """Return the command line as it can be repeated: the program's name and its arguments."""
+    return [Path(sys.argv[0]).name, *sys.argv[1:]] if sys.argv else []
