@@ -32,6 +32,7 @@ def normalize_labels(
     check_choice(mode, ("l1", "softmax"), "mode")
     dtype = compute_dtype(labels)
     if mask is not None:
+        check_mask(mask, labels if labels.ndim == 2 else labels[:, 0])
         mask = mask if labels.ndim == 2 else mask[:, None, :]
         labels = labels.masked_fill(~mask, 0)
     labels = labels.to(dtype)

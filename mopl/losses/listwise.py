@@ -117,7 +117,7 @@ def plackett_luce(
     ties: Ties = "breslow",
     last_group: Literal["charged", "free"] = "charged",
     position_weights: Tensor | None = None,  # (K,) or (B, m, K)
-    order: Tensor | None = None,  # (B, m, K) integer
+    order: Tensor | None = None,  # (B, m, K) integer, or (B, K) for one objective
     generator: torch.Generator | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
@@ -146,7 +146,8 @@ def plackett_luce(
             crowd of irrelevant documents, say). It costs 0 under `"exact"` anyway.
         position_weights: (K,) or (B, m, K), the weight of the choice made at each position (p-ListMLE:
             `2 ** (K - k) - 1`), averaged over the positions of a tied group. Not differentiable.
-        order: (B, m, K) items best first, masked ones last, as `presort` gives it: saves the sort.
+        order: (B, m, K), or (B, K) for one objective, items best first and masked ones last, as `presort` gives them;
+            saves the sort.
         generator: source of the random order of `ties="random"`.
         reduction: `"none"` gives (B, m), `"sum"` its sum, `"mean"` the mean over lists of the sum over objectives.
 
@@ -167,9 +168,11 @@ def plackett_luce(
     check_mask(mask, scores)
     check_choice(ties, ("breslow", "efron", "exact", "random"), "ties")
     check_choice(last_group, ("charged", "free"), "last_group")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k is {top_k} but must be at least 1; pass None to charge every position")
-    _check_order(order, labels)
+    if top_k is not None and (isinstance(top_k, float) or top_k < 1):
+        raise ValueError(f"top_k is {top_k} but must be an integer of at least 1; pass None to charge every position")
+    if generator is not None and ties != "random":
+        raise ValueError(f'generator is given but ties={ties!r} draws nothing; pass ties="random", or no generator')
+    order = _check_order(order, labels)
     _check_position_weights(position_weights, labels)
     difference = _difference(scores, reference)
     free = last_group == "free"
@@ -195,24 +198,32 @@ def plackett_luce(
     return weigh_and_reduce(loss, weights, reduction)
 
 
-def _check_order(order: Tensor | None, labels: Tensor) -> None:
+def _check_order(order: Tensor | None, labels: Tensor) -> Tensor | None:
     if order is None:
-        return
-    if order.is_floating_point() or order.dtype == torch.bool:
-        raise TypeError(f"order has dtype {order.dtype} but must hold integer indices; use mopl.losses.presort")
+        return None
+    if not isinstance(order, Tensor) or order.dtype == torch.bool or order.is_floating_point() or order.is_complex():
+        kind = f"dtype {order.dtype}" if isinstance(order, Tensor) else f"type {type(order).__name__}"
+        raise TypeError(f"order has {kind} but must be a tensor of integer indices; use mopl.losses.presort")
+    if order.ndim == 2 and labels.shape[1] == 1:
+        order = order[:, None]
     if order.shape != labels.shape:
         raise ValueError(
             f"order has shape {shape_of(order)} but labels are {shape_of(labels)}; "
             "pass presort(labels, mask), one index an item and objective"
         )
+    return order
 
 
 def _check_position_weights(position_weights: Tensor | None, labels: Tensor) -> None:
-    if position_weights is None or position_weights.shape in (labels.shape, labels.shape[-1:]):
+    if position_weights is None:
         return
+    if isinstance(position_weights, Tensor) and position_weights.shape in (labels.shape, labels.shape[-1:]):
+        return
+    is_tensor = isinstance(position_weights, Tensor)
+    got = f"has shape {shape_of(position_weights)}" if is_tensor else f"is a {type(position_weights).__name__}"
     raise ValueError(
-        f"position_weights has shape {shape_of(position_weights)} but labels are {shape_of(labels)}; "
-        f"pass (K,) = ({labels.shape[-1]},) or (B, m, K) = {shape_of(labels)}"
+        f"position_weights {got} but labels are {shape_of(labels)}; "
+        f"pass a tensor (K,) = ({labels.shape[-1]},) or (B, m, K) = {shape_of(labels)}"
     )
 
 

@@ -40,6 +40,11 @@ def _replace_rows(
     return loss, gradient
 
 
+# A score minus the largest of its list is rounded, unless both have a common offset. Up to this range exp of it is off
+# by half a unit in the last place of the range, 5e-7 in float32; a wider list takes float64.
+_SHIFT_RANGE = 16.0
+
+
 def _limit(r: Rankings, dtype: torch.dtype) -> float:
     """Return the range of scores for which sums of exp(u) and of weight / exp(u) both stay inside `dtype`."""
     limit = 0.9 * math.log(torch.finfo(dtype).max) - math.log(r.u.shape[1])
@@ -49,38 +54,39 @@ def _limit(r: Rankings, dtype: torch.dtype) -> float:
 def _by_range(r: Rankings, need_grad: bool) -> tuple[Tensor, Tensor | None]:
     """Send every ranking to the cheapest form that is right for it."""
     runs = None if r.leads is None else _find_runs(r, r.leads.reshape(-1))
-    hard = runs is not None and len(runs.hard) > 0
+    hard = runs.hard if runs is not None and len(runs.hard) else None
     limit = _limit(r, r.u.dtype)
     lowest, highest = r.u.aminmax()
-    if -limit / 2 < float(lowest) and float(highest) < limit / 2 and not hard:
+    if hard is None and -limit / 2 < float(lowest) and float(highest) < limit / 2:
         return _linear(r, r.u, runs, need_grad)
+
     missing = None if r.valid is None else ~r.valid
-    top = (r.u if missing is None else r.u.masked_fill(missing, -torch.inf)).amax(-1, keepdim=True)
-    exponent = r.u - top
-    if missing is not None:
-        exponent.masked_fill_(missing, 0)
-    bottom = exponent.amin(-1)
-    # 0: sums in this dtype; 1: sums in float64; 2: sums relative to their largest term.
-    form = (~(bottom > -limit)).to(torch.uint8)
+    top = (r.u if missing is None else r.u.masked_fill(missing, -torch.inf)).amax(-1)
+    bottom = (r.u if missing is None else r.u.masked_fill(missing, torch.inf)).amin(-1)
+    fits = (-limit / 2 < bottom) & (top < limit / 2)
+    span = top - bottom
     if r.u.dtype == torch.float64:
-        form *= 2
+        near, wide = fits | (span < limit), torch.zeros_like(fits)
     else:
-        form += ~(bottom > -_limit(r, torch.float64))
-    if hard and runs is not None:
-        form[runs.hard] = 2
-    wide, widest = (form == 1).nonzero()[:, 0], (form == 2).nonzero()[:, 0]
+        near = fits | (span < min(limit, _SHIFT_RANGE))
+        wide = ~near & (span < _limit(r, torch.float64))
+    if hard is not None:
+        near[hard] = wide[hard] = False
+    # Whatever is left, NaN included, takes sums relative to their largest term.
+    wide, widest = wide.nonzero()[:, 0], (~(near | wide)).nonzero()[:, 0]
+    if len(wide) == len(r.u):
+        loss, gradient = _by_range(r.to(torch.float64), need_grad)
+        return loss.to(r.u.dtype), None if gradient is None else gradient.to(r.u.dtype)
     if len(widest) == len(r.u):
         return scaled(r, need_grad)
-    if len(wide) == len(r.u):
-        loss, gradient = _linear(r.to(torch.float64), exponent.double(), runs and runs.to(torch.float64), need_grad)
-        return loss.to(r.u.dtype), None if gradient is None else gradient.to(r.u.dtype)
-    # Rows of another form go along as rows of equal scores, so that they cannot overflow here, and are replaced.
-    if len(wide) + len(widest):
-        exponent = exponent.masked_fill(form[:, None] > 0, 0)
+    # Rows of another form go along as rows of equal scores, which cannot overflow, and are replaced.
+    shift = torch.where(near & ~fits, top, 0)[:, None]
+    exponent = torch.where(near[:, None], r.u - shift, 0)
+    if missing is not None:
+        exponent.masked_fill_(missing, 0)
     loss, gradient = _linear(r, exponent, runs, need_grad)
     if len(wide):
-        part = r.take(wide).to(torch.float64)
-        _replace_rows(loss, gradient, wide, _by_range(part, need_grad))
+        _replace_rows(loss, gradient, wide, _by_range(r.take(wide).to(torch.float64), need_grad))
     if len(widest):
         _replace_rows(loss, gradient, widest, scaled(r.take(widest), need_grad))
     return loss, gradient
@@ -104,10 +110,6 @@ class _Runs(NamedTuple):
     def sum(self, values: Tensor) -> Tensor:
         """Return the sum (J,) of rows (R, K) over each run."""
         return values.new_zeros(len(self.first)).index_add_(0, self.run, values.view(-1))
-
-    def to(self, dtype: torch.dtype) -> _Runs:
-        """Return the runs for arithmetic in `dtype`."""
-        return self._replace(size=self.size.to(dtype), weight=None if self.weight is None else self.weight.to(dtype))
 
 
 def _find_runs(r: Rankings, leads: Tensor) -> _Runs:

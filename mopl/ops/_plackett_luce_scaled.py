@@ -59,7 +59,7 @@ def scaled(r: Rankings, need_grad: bool) -> tuple[Tensor, Tensor | None]:
             u.view(-1)[groups.items] - first_top[groups.group],
             s.view(-1)[groups.first],
             rest,
-            gap + s.view(-1)[after].log(),
+            u.view(-1)[groups.items] - top.view(-1)[after][groups.group] - s.view(-1)[after].log()[groups.group],
         )
         loss.view(-1)[groups.items] = part
     loss = loss.sum(-1).masked_fill_(undefined, torch.nan)
@@ -142,7 +142,7 @@ def _charge(
     depth: Tensor,  # (P,) u_i - a, with a number a for each group
     total: Tensor,  # (J,) sum of exp(u - a) over the group and all below
     rest: Tensor,  # (J,) sum of exp(u - a) over all below
-    log_rest: Tensor,  # (J,) its logarithm
+    log_odds: Tensor,  # (P,) u_i minus the logarithm of the sum of exp(u) over all below the group
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the items' parts of the loss (P,), their gradients from their own group (P,), and W b R (J,).
 
@@ -153,7 +153,7 @@ def _charge(
     if ties == "exact":
         kept = charged[g]
         number = charged.cumsum(0) - 1
-        group_loss, phi_kept = any_order((depth - log_rest[g])[kept], number[g[kept]], groups.size[charged], dtype)
+        group_loss, phi_kept = any_order(log_odds[kept], number[g[kept]], groups.size[charged], dtype)
         phi = torch.zeros_like(depth)
         phi[kept] = phi_kept.to(dtype)
         loss, own, passed = torch.zeros_like(depth), -phi, groups.total(phi)

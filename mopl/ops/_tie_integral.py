@@ -30,9 +30,9 @@ def any_order(log_odds: Tensor, group: Tensor, size: Tensor, dtype: torch.dtype)
     """
     drop, nodes = _RULE[dtype]
     log_odds = log_odds.double()
-    # An item that cannot win makes P zero; the gradient is the limit, in which phi = 1.
-    never = log_odds == -torch.inf
-    odds = log_odds.masked_fill(never, -1e4).clamp_(max=1e300)
+    # Where t is tiny for every y that counts, log(1 - exp(-t)) = y + log_odds and phi = 1: what lies below -100 is only
+    # added to the loss, so that it can neither swamp the rest nor, if infinite, reach the gradient.
+    odds = log_odds.clamp(-100, 1e300)
     loss, phi = torch.empty(len(size), dtype=torch.float64), torch.empty_like(odds)
     ends = size.cumsum(0)
     if len(size):
@@ -46,8 +46,7 @@ def any_order(log_odds: Tensor, group: Tensor, size: Tensor, dtype: torch.dtype)
             nodes, odds[items], group[items] - start, size[part], left[part], right[part], far[part]
         )
         start, begin = stop, end
-    loss[group[never]] = torch.inf
-    return loss, phi
+    return loss.index_add_(0, group, odds - log_odds.clamp(max=1e300)), phi
 
 
 def _factors(y: Tensor, odds: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:

@@ -75,8 +75,8 @@ def _listwise_cross_entropy(
     if use_triton(scores):
         from mopl.ops.listnet_triton import launch_forward
 
-        loss, *statistics = launch_forward(scores, labels, temperature, mask, normalize)
-        return (loss, *statistics, loss.new_empty(0))
+        loss, peak, rest, mass, others = launch_forward(scores, labels, temperature, mask, normalize)
+        return loss, peak, rest, mass, others, loss.new_empty(0)
     loss, peak, mass, logp = _forward_cpu(scores, labels, temperature, mask, normalize)
     return loss, peak, loss.new_empty(0), mass, loss.new_empty(0), logp
 

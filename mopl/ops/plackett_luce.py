@@ -213,15 +213,20 @@ def _forward_cpu(
 
 
 def _load(scores: Tensor, valid: Tensor | None, centre: bool) -> Tensor:
-    """Return the scores (n, K), 0 where masked, with the largest of each list subtracted if `centre`.
+    """Return the scores (n, K), 0 where masked, without a common offset of all scores of a list if `centre`.
 
-    The difference of close floats is exact, so that a common offset costs no digits when the temperature multiplies.
+    An offset is subtracted where that is exact (Sterbenz: scores of one sign, within a factor of two of each other),
+    so that it costs no digits when the temperature multiplies and never costs any itself.
     """
     if valid is not None:
-        scores = scores.masked_fill(~valid, -torch.inf)
-    if centre:
-        top = scores.amax(-1, keepdim=True)
-        scores = scores - top.masked_fill(top == -torch.inf, 0)
+        scores = scores.masked_fill(~valid, 0)
+    if not centre or not scores.shape[1]:
+        return scores
+    top = scores if valid is None else torch.where(valid, scores, -torch.inf)
+    bottom = scores if valid is None else torch.where(valid, scores, torch.inf)
+    top, bottom = top.amax(-1, keepdim=True), bottom.amin(-1, keepdim=True)
+    offset = ((bottom > 0) & (bottom >= top / 2)) | ((top < 0) & (top <= bottom / 2))
+    scores = scores - torch.where(offset & bottom.isfinite() & top.isfinite(), top, 0)
     return scores if valid is None else scores.masked_fill(~valid, 0)
 
 

@@ -1,0 +1,666 @@
+"""The Plackett–Luce likelihood on CPU: `mopl.ops.plackett_luce_nll` and `mopl.losses.plackett_luce`."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
+from mopl import reference
+from mopl.losses import plackett_luce, presort
+from mopl.ops import _plackett_luce_cpu, _rows
+from mopl.ops._plackett_luce_scaled import scaled
+from mopl.ops._rankings import Rankings
+from mopl.ops._tie_integral import any_order
+from mopl.ops.plackett_luce import _plackett_luce_nll, plackett_luce_nll
+
+F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
+NAMES = ("loss", "scores", "temperature")
+TIES = ("breslow", "efron", "exact")
+
+
+def run(op, scores: Tensor, labels: Tensor, temperature: Tensor, upstream: Tensor, mask=None, **options):
+    """Return the loss and the gradients of (upstream * loss).sum()."""
+    leaves = [t.detach().clone().requires_grad_() for t in (scores, temperature)]
+    loss = op(leaves[0], labels, leaves[1], mask, **options)
+    if not loss.requires_grad:  # the reference found nothing to charge
+        return dict(zip(NAMES, (loss, *(torch.zeros_like(t) for t in leaves)), strict=True))
+    gradients = torch.autograd.grad((loss * upstream.to(loss.dtype)).sum(), leaves, materialize_grads=True)
+    return dict(zip(NAMES, (loss.detach(), *gradients), strict=True))
+
+
+def value_and_gradient(scores: Tensor, labels: Tensor, **options) -> tuple[Tensor, Tensor]:
+    """Return the loss (B, m) of `plackett_luce` and the gradient of its sum."""
+    scores = scores.detach().clone().requires_grad_()
+    loss = plackett_luce(scores, labels, reduction="none", **options)
+    return loss.detach(), torch.autograd.grad(loss.sum(), scores)[0]
+
+
+def problem(batch: int, objectives: int, items: int, dtype=F32, scale=1.0, levels=None, common=False, masked=False):
+    """Return random scores, labels, temperature, upstream gradient and mask; masked slots hold NaN and inf."""
+    scores = (torch.randn(batch, items, dtype=F64) * scale).to(dtype)
+    labels = torch.rand(batch, objectives, items)
+    if levels:
+        labels = torch.randint(levels, labels.shape).float()
+    temperature = 2.0 ** torch.randint(-2, 3, (batch, 1 if common else objectives)).to(F64 if dtype == F64 else F32)
+    mask = None
+    if masked:
+        mask = torch.rand(batch, items) < torch.rand(batch, 1)
+        scores[~mask], labels[~mask[:, None].expand_as(labels)] = math.inf, math.nan
+    return scores, labels, temperature, torch.randn(batch, objectives, dtype=F64), mask
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    """Return the largest error relative to the largest entry."""
+    expected, actual = expected.double().nan_to_num(), actual.double()
+    return float((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-37)) if expected.numel() else 0.0
+
+
+OPTIONS = {
+    "full": lambda shape: {},
+    "top 2": lambda shape: {"top_k": 2},
+    "top 1, last group free": lambda shape: {"top_k": 1, "last_group_free": True},
+    "last group free": lambda shape: {"last_group_free": True},
+    "position weights": lambda shape: {"position_weights": torch.rand(shape[2])},
+    "position weights of every list, top 3": lambda shape: {"position_weights": torch.rand(shape), "top_k": 3},
+}
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("levels", [None, 3])
+@pytest.mark.parametrize("ties", TIES)
+@pytest.mark.parametrize(("batch", "objectives", "items"), [(7, 1, 2), (6, 2, 5), (3, 2, 40)])
+def test_loss_and_gradients_equal_the_formula(batch, objectives, items, ties, levels, masked, kind) -> None:
+    if ties == "exact" and levels and items > 9:
+        pytest.skip("the reference visits every subset of a tied group")
+    for dtype, scale, tolerance in (
+        (F64, 1, 1e-10),
+        (F64, 1e4, 1e-10),
+        (F32, 1, 2e-6),
+        (F32, 30, 2e-6),
+        (F32, 1e4, 2e-6),
+    ):
+        scores, labels, temperature, upstream, mask = problem(
+            batch, objectives, items, dtype, scale, levels, common=scale == 30, masked=masked
+        )
+        options = {"ties": ties, **OPTIONS[kind](labels.shape)}
+        ours = run(plackett_luce_nll, scores, labels, temperature, upstream, mask, **options)
+        options = {k: v.double() if isinstance(v, Tensor) else v for k, v in options.items()}
+        theirs = run(
+            reference.plackett_luce_nll, scores.double(), labels, temperature.double(), upstream, mask, **options
+        )
+        for name in NAMES:
+            # The gradient of the temperature is a sum of terms as large as scores are.
+            limit = tolerance * (5 if name == "temperature" else 1)
+            assert error(ours[name], theirs[name]) < limit, (name, dtype, scale)
+
+
+SCORES = {
+    "N(0, 1)": lambda n, k: torch.randn(n, k),
+    "N(0, 10)": lambda n, k: torch.randn(n, k) * 10,
+    "N(0, 100)": lambda n, k: torch.randn(n, k) * 100,
+    "N(0, 1e4)": lambda n, k: torch.randn(n, k) * 1e4,
+    "right order, step 5": lambda n, k: torch.arange(k, 0, -1.0).mul(5).expand(n, k),
+    "right order, step 0.5": lambda n, k: torch.arange(k, 0, -1.0).mul(0.5).expand(n, k),
+    "wrong order, step 5": lambda n, k: torch.arange(0.0, k).mul(5).expand(n, k),
+    "N(0, 1) + 1e4": lambda n, k: torch.randn(n, k) + 1e4,
+    "N(0, 1) - 1e4": lambda n, k: torch.randn(n, k) - 1e4,
+}
+
+
+@pytest.mark.parametrize("ties", ["none", "breslow", "efron"])
+@pytest.mark.parametrize("kind", SCORES)
+@pytest.mark.parametrize(("items", "tolerance"), [(8, 1e-6), (120, 1e-6), (1000, 4e-6)])
+def test_float32_keeps_six_digits_for_any_scores(kind: str, items: int, tolerance: float, ties: str) -> None:
+    scores = SCORES[kind](2, items)
+    labels = torch.arange(items, 0, -1.0).expand(2, items)
+    if ties != "none":
+        labels = (labels / 3).floor()
+    loss, gradient = value_and_gradient(scores, labels, ties="breslow" if ties == "none" else ties)
+    exact_loss, exact = value_and_gradient(scores.double(), labels, ties="breslow" if ties == "none" else ties)
+    u, z = scores.double().requires_grad_(), labels[:, None]
+    if items <= 120:  # the formulas in plain loops; beyond, float64 stands for them
+        exact_loss = reference.plackett_luce_nll(u, z, torch.ones(2, 1), ties="breslow" if ties == "none" else ties)
+        (exact,) = torch.autograd.grad(exact_loss.sum(), u)
+    assert ((loss - exact_loss).abs() / exact_loss).max() < tolerance
+    assert ((gradient - exact).abs() / exact.abs().amax(-1, keepdim=True)).max() < tolerance
+
+
+@pytest.mark.parametrize("gap", [3.0, 12.0, 30.0, 80.0])
+def test_a_confident_ranking_keeps_every_digit_of_its_tiny_loss(gap: float) -> None:
+    # powers of two keep the differences exact, so that float32 has no excuse
+    scores = torch.tensor([[2 * gap, gap, 0.0]])
+    loss, gradient = value_and_gradient(scores, torch.tensor([[2.0, 1.0, 0.0]]))
+    p, first, second = math.exp(-gap), math.exp(-gap) + math.exp(-2 * gap), math.exp(-gap)
+    assert float(loss) == pytest.approx(math.log1p(first) + math.log1p(second), rel=1e-6)
+    q1, q2 = first / (1 + first), second / (1 + second)
+    middle = p / (1 + first)
+    expected = torch.tensor([-q1, middle - q2, math.exp(-2 * gap) / (1 + first) + q2], dtype=F64)
+    torch.testing.assert_close(gradient[0].double(), expected, rtol=1e-6, atol=1e-6 * q1)
+
+
+# ---------------------------------------------------------------- probability
+
+
+@pytest.mark.parametrize("items", [4, 5])
+def test_probabilities_of_all_rankings_sum_to_one(items: int) -> None:
+    orders = torch.tensor(list(itertools.permutations(range(items))))
+    labels = torch.empty(len(orders), items).scatter_(
+        1, orders, torch.arange(items, 0, -1.0).expand(len(orders), items)
+    )
+    scores = (torch.randn(items, dtype=F64) * 3).expand(len(orders), items)
+    assert float((-plackett_luce(scores, labels, reduction="none")).exp().sum()) == pytest.approx(1, rel=1e-12)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_probabilities_of_all_top_k_rankings_sum_to_one(top_k: int) -> None:
+    items = 5
+    orders = torch.tensor(list(itertools.permutations(range(items), top_k)))
+    labels = torch.zeros(len(orders), items)
+    labels.scatter_(1, orders, torch.arange(top_k, 0, -1.0).expand(len(orders), top_k))
+    scores = torch.randn(items, dtype=F64).expand(len(orders), items)
+    for options in ({"top_k": top_k}, {"last_group": "free"}):
+        total = (-plackett_luce(scores, labels, reduction="none", **options)).exp().sum()
+        assert float(total) == pytest.approx(1, rel=1e-12)
+
+
+def test_probabilities_of_all_weak_orders_with_ties_in_any_order_cover_each_order() -> None:
+    """P(a tied group in any order) is the sum over its orders: brute force over the rankings of five items."""
+    scores = torch.randn(5, dtype=F64) * 2
+    for labels in (
+        [2, 2, 1, 1, 0],
+        [3, 3, 3, 1, 0],
+        [1, 1, 1, 1, 0],
+        [2, 1, 1, 1, 0],
+        [1, 1, 1, 0, 0],
+        [0, 0, 0, 0, 0],
+    ):
+        total = 0.0
+        for order in itertools.permutations(range(5)):
+            ranked = [labels[i] for i in order]
+            if ranked == sorted(labels, reverse=True):
+                strict = torch.empty(5).scatter_(0, torch.tensor(order), torch.arange(5, 0, -1.0))
+                total += math.exp(-float(plackett_luce(scores[None], strict[None])))
+        marginal = plackett_luce(scores[None], torch.tensor([labels]), ties="exact")
+        assert float(marginal) == pytest.approx(-math.log(total), rel=1e-10, abs=1e-12)
+
+
+def test_random_ties_cost_on_average_what_all_orders_cost_on_average() -> None:
+    scores = torch.tensor([[2.0, 0.0, 1.0, -1.0]], dtype=F64)
+    labels = torch.tensor([[1.0, 1.0, 0.0, 0.0]])
+    costs = [
+        float(plackett_luce(scores, torch.tensor([[4.0 - a, 4.0 - (1 - a), 2.0 - c, 2.0 - (1 - c)]])))
+        for a in (0, 1)
+        for c in (0, 1)
+    ]
+    assert sum(costs) / 4 == pytest.approx(3.445, abs=1e-3)
+    draws = plackett_luce(
+        scores.expand(4000, 4), labels.expand(4000, 4), ties="random", reduction="none",
+        generator=torch.Generator().manual_seed(1),
+    )  # fmt: skip
+    assert {round(float(v), 9) for v in draws} == {round(v, 9) for v in costs}
+    assert float(draws.mean()) == pytest.approx(sum(costs) / 4, abs=0.06)
+
+
+def test_random_ties_repeat_with_the_generator_and_leave_the_free_group_alone() -> None:
+    scores, labels = torch.randn(20, 6), torch.randint(0, 3, (20, 2, 6))
+
+    def draw(seed: int, **options) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return plackett_luce(scores, labels, ties="random", generator=generator, reduction="none", **options)
+
+    assert torch.equal(draw(3), draw(3))
+    assert not torch.equal(draw(3), draw(4))
+    two_levels = torch.tensor([[2.0, 0.0, 0.0, 1.0]])
+    free = plackett_luce(scores[:1, :4], two_levels, ties="random", last_group="free")
+    assert float(free) == pytest.approx(float(plackett_luce(scores[:1, :4], two_levels, last_group="free")), rel=1e-6)
+
+
+def test_the_worked_example_of_tied_pairs() -> None:
+    scores, labels = torch.tensor([[2.0, 0.0, 1.0, -1.0]], dtype=F64), torch.tensor([[1.0, 1.0, 0.0, 0.0]])
+    for ties, value in {"breslow": 5.134, "efron": 3.986, "exact": 1.518}.items():
+        assert float(plackett_luce(scores, labels, ties=ties)) == pytest.approx(value, abs=5e-4)
+
+
+@pytest.mark.parametrize("size", [2, 3, 10, 30, 100, 1000])
+@pytest.mark.parametrize("log_odds", [-40.0, -3.0, 0.0, 2.0, 9.0, 25.0, 60.0])
+def test_a_group_of_equal_scores_in_any_order_is_a_beta_function(size: int, log_odds: float) -> None:
+    """int exp(-t) (1 - exp(-a t))^n dt = Gamma(n + 1) Gamma(1 + 1/a) / Gamma(n + 1 + 1/a)."""
+    mpmath = pytest.importorskip("mpmath")
+    with mpmath.workdps(60):
+        c = mpmath.exp(-log_odds)
+        expected = -(mpmath.loggamma(size + 1) + mpmath.loggamma(1 + c) - mpmath.loggamma(size + 1 + c))
+        slope = c * (mpmath.digamma(size + 1 + c) - mpmath.digamma(1 + c)) / size  # -d expected / d log odds, each
+        for dtype, tolerance in ((F64, 1e-10), (F32, 3e-7)):
+            loss, phi = any_order(
+                torch.full((size,), log_odds, dtype=F64),
+                torch.zeros(size, dtype=torch.int64),
+                torch.tensor([size]),
+                dtype,
+            )
+            assert abs(float(loss) / float(expected) - 1) < tolerance
+            assert abs(float(phi[0]) / float(slope) - 1) < tolerance
+            assert float((phi - phi[0]).abs().max()) <= 1e-12 * float(phi[0])
+
+
+def test_ties_in_any_order_of_groups_of_every_size_at_once() -> None:
+    size = torch.tensor([2, 7, 3, 90, 2, 15])
+    group = torch.arange(6).repeat_interleave(size)
+    odds = torch.randn(len(group), dtype=F64) * 3
+    loss, phi = any_order(odds, group, size, F64)
+    for j in range(6):
+        alone = any_order(odds[group == j], torch.zeros(int(size[j]), dtype=torch.int64), size[j : j + 1], F64)
+        torch.testing.assert_close(loss[j : j + 1], alone[0], rtol=1e-10, atol=0)
+        torch.testing.assert_close(phi[group == j], alone[1], rtol=1e-9, atol=1e-14)
+
+
+# ---------------------------------------------------------------- what the arguments mean
+
+
+def test_items_of_one_label_group_are_charged_or_not_together() -> None:
+    """A tied group that straddles the cut is charged whole; one that starts behind it is not."""
+    scores = torch.randn(1, 5, dtype=F64)
+    labels = torch.tensor([[3.0, 2.0, 2.0, 2.0, 1.0]])
+    for ties in TIES:
+        upto = [float(plackett_luce(scores, labels, top_k=k, ties=ties)) for k in range(1, 6)]
+        assert upto[1] == upto[2] == upto[3]
+        assert upto[0] < upto[1]
+        assert upto[4] == pytest.approx(upto[3], rel=1e-12)  # the last item has nothing below
+        assert upto[4] == pytest.approx(float(plackett_luce(scores, labels, ties=ties)), rel=1e-12)
+
+
+def test_a_free_last_group_is_an_unranked_tail() -> None:
+    scores, labels = torch.randn(4, 6, dtype=F64), torch.tensor([[5.0, 4.0, 3.0, 0.0, 0.0, 0.0]]).expand(4, 6)
+    free = value_and_gradient(scores, labels, last_group="free")
+    top = value_and_gradient(scores, labels, top_k=3)
+    torch.testing.assert_close(free, top)
+    charged, _ = value_and_gradient(scores, labels)
+    assert (charged > free[0]).all()
+    same = torch.zeros(4, 6)
+    loss, gradient = value_and_gradient(scores, same, last_group="free")
+    assert not loss.any()
+    assert not gradient.any()
+
+
+def test_the_last_group_is_free_in_any_order() -> None:
+    scores, labels = torch.randn(4, 6, dtype=F64), torch.tensor([[5.0, 5.0, 3.0, 0.0, 0.0, 0.0]]).expand(4, 6)
+    torch.testing.assert_close(
+        value_and_gradient(scores, labels, ties="exact"),
+        value_and_gradient(scores, labels, ties="exact", last_group="free"),
+    )
+
+
+def test_position_weights_multiply_the_choices_and_are_averaged_over_ties() -> None:
+    scores = torch.randn(3, 4, dtype=F64)
+    labels = torch.tensor([[4.0, 3.0, 2.0, 1.0]]).expand(3, 4)
+    parts = [plackett_luce(scores, labels, position_weights=torch.eye(4)[k], reduction="none")[:, 0] for k in range(4)]
+    for k in range(4):
+        torch.testing.assert_close(parts[k], scores[:, k:].logsumexp(1) - scores[:, k])
+    weights = torch.rand(4)
+    total = plackett_luce(scores, labels, position_weights=weights, reduction="none")[:, 0]
+    torch.testing.assert_close(total, sum(w * p for w, p in zip(weights.double(), parts, strict=True)))
+    tied = torch.tensor([[2.0, 2.0, 1.0, 0.0]]).expand(3, 4)
+    uneven, even = torch.tensor([0.2, 1.8, 1.0, 1.0]), torch.ones(4)
+    for ties in TIES:
+        torch.testing.assert_close(
+            plackett_luce(scores, tied, position_weights=uneven, ties=ties, reduction="none"),
+            plackett_luce(scores, tied, position_weights=even, ties=ties, reduction="none"),
+        )
+
+
+def test_huge_position_weights_do_not_overflow() -> None:
+    """p-ListMLE's 2^(n-k) - 1 over 100 items spans thirty orders of magnitude."""
+    scores, labels = torch.randn(2, 100) * 10, torch.rand(2, 100)
+    weights = 2.0 ** torch.arange(99, -1, -1.0) - 1
+    loss, gradient = value_and_gradient(scores, labels, position_weights=weights)
+    exact_loss, exact = value_and_gradient(scores.double(), labels, position_weights=weights.double())
+    assert error(loss, exact_loss) < 1e-6
+    assert error(gradient, exact) < 1e-6
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("integer", [torch.int16, torch.int32, torch.int64])
+def test_a_presorted_order_gives_what_sorting_gives(integer: torch.dtype, masked: bool) -> None:
+    scores, labels, temperature, upstream, mask = problem(6, 3, 9, F64, levels=4, masked=masked)
+    order = presort(labels, mask).to(integer)
+    for ties in TIES:
+        sorted_here = run(plackett_luce_nll, scores, labels, temperature, upstream, mask, ties=ties)
+        presorted = run(plackett_luce_nll, scores, labels, temperature, upstream, mask, ties=ties, order=order)
+        torch.testing.assert_close(presorted, sorted_here, rtol=1e-10, atol=1e-12)
+
+
+def test_presort_is_a_permutation_best_first_with_masked_items_last() -> None:
+    labels = torch.randint(-3, 3, (8, 2, 10)).float()
+    mask = torch.rand(8, 10) < 0.6
+    labels[0, 0, :3] = -math.inf  # a label like any other
+    mask[0, :3] = True
+    for ties in ("stable", "random"):
+        order = presort(labels.masked_fill(~mask[:, None], math.nan), mask, ties=ties)
+        assert order.dtype == torch.int32
+        assert torch.equal(order.sort(-1).values, torch.arange(10, dtype=torch.int32).expand(8, 2, 10))
+        exists = mask[:, None].expand(8, 2, 10).gather(2, order.long())
+        assert torch.equal(exists, exists.sort(-1, descending=True).values)
+        ranked = labels.gather(2, order.long())
+        assert ((ranked[..., 1:] <= ranked[..., :-1]) | ~exists[..., 1:]).all()
+
+
+def test_labels_of_minus_infinity_still_come_before_masked_items() -> None:
+    scores = torch.randn(1, 5, dtype=F64)
+    mask = torch.tensor([[True, False, True, True, False]])
+    labels = torch.tensor([[-math.inf, math.inf, 1.0, 0.0, math.nan]])
+    plain = plackett_luce(scores[:, [2, 3, 0]], torch.tensor([[2.0, 1.0, 0.0]]))
+    torch.testing.assert_close(plackett_luce(scores, labels, mask=mask), plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, F64, BF16])
+def test_labels_of_any_dtype_rank_alike(dtype: torch.dtype) -> None:
+    scores, labels = torch.randn(5, 7), torch.randint(0, 2, (5, 2, 7))
+    mask = torch.rand(5, 7) < 0.7
+    assert torch.equal(
+        plackett_luce(scores, labels.to(dtype), mask=mask), plackett_luce(scores, labels.float(), mask=mask)
+    )
+
+
+@pytest.mark.parametrize("ties", TIES)
+def test_padding_and_the_order_of_items_change_nothing(ties: str) -> None:
+    scores, labels, temperature, upstream, _ = problem(5, 2, 6, F64, levels=3)
+    place = torch.rand(5, 9).argsort(-1)[:, :6]  # every list's items go to random slots of nine
+    wide, mask = torch.full((5, 9), math.nan, dtype=F64).scatter(1, place, scores), torch.zeros(5, 9, dtype=torch.bool)
+    mask.scatter_(1, place, True)
+    wide_labels = torch.full((5, 2, 9), math.inf).scatter(2, place[:, None].expand(5, 2, 6), labels)
+    plain = run(plackett_luce_nll, scores, labels, temperature, upstream, ties=ties)
+    padded = run(plackett_luce_nll, wide, wide_labels, temperature, upstream, mask, ties=ties)
+    torch.testing.assert_close(padded["loss"], plain["loss"], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(padded["temperature"], plain["temperature"], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(padded["scores"].gather(1, place), plain["scores"], rtol=1e-10, atol=1e-12)
+    assert not padded["scores"][~mask].any()
+
+
+@pytest.mark.parametrize("ties", ["breslow", "efron", "exact"])
+@pytest.mark.parametrize("temperature_shape", [(), (2,), (3, 1), (3, 2)])
+def test_gradcheck_of_every_differentiable_argument(ties: str, temperature_shape) -> None:
+    def leaf(*shape: int) -> Tensor:
+        return (torch.rand(shape, dtype=F64) * 2 + 0.2).requires_grad_()
+
+    mask = torch.tensor(
+        [[True, True, True, True, True], [True, False, True, True, True], [True, False, True, False, False]]
+    )
+    labels = torch.tensor([[[2, 1, 1, 0, 1], [4, 2, 3, 1, 0]]]).expand(3, 2, 5)
+
+    def loss(scores, base, temperature, weights):
+        return plackett_luce(
+            scores, labels, reference=base, temperature=temperature, weights=weights, mask=mask, ties=ties,
+            position_weights=torch.tensor([1.0, 0.7, 0.5, 0.4, 0.1]), reduction="none",
+        )  # fmt: skip
+
+    assert torch.autograd.gradcheck(loss, (leaf(3, 5), leaf(3, 5), leaf(*temperature_shape), leaf(3, 2)))
+
+
+# ---------------------------------------------------------------- special values
+
+
+def test_short_lists_cost_nothing_whatever_they_hold() -> None:
+    scores = torch.tensor([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0], [math.nan, math.inf, 3.0], [3.0, 2.0, 1.0]])
+    mask = torch.tensor([[False] * 3, [False, True, False], [False, False, True], [True] * 3])
+    for ties in TIES:
+        ours = run(
+            plackett_luce_nll, scores, torch.tensor([[[1.0, 1.0, 0.0]]]).repeat(4, 1, 1), torch.ones(4, 1),
+            torch.ones(4, 1), mask, ties=ties,
+        )  # fmt: skip
+        for value in ours.values():
+            assert not value[:3].any()
+            assert value[3].any()
+    for shape in ((2, 0), (2, 1), (0, 3)):
+        labels, temperature = torch.ones(shape[0], 2, shape[1]), torch.ones(shape[0], 2)
+        empty = run(plackett_luce_nll, torch.ones(shape), labels, temperature, torch.ones(shape[0], 2))
+        assert empty["loss"].shape == (shape[0], 2)
+        assert not any(bool(value.any()) for value in empty.values())
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_an_item_that_cannot_be_chosen(dtype: torch.dtype) -> None:
+    """At the bottom it changes nothing; above others the loss is infinite and the gradient finite, -1 for that item."""
+    scores = torch.tensor([[0.0, 1.0, -math.inf]], dtype=dtype)
+    loss, gradient = value_and_gradient(scores, torch.tensor([[2.0, 1.0, 0.0]]))
+    plain, plain_gradient = value_and_gradient(scores[:, :2], torch.tensor([[2.0, 1.0]]))
+    torch.testing.assert_close(loss, plain)
+    torch.testing.assert_close(gradient[:, :2], plain_gradient)
+    assert gradient[0, 2] == 0
+    loss, gradient = value_and_gradient(scores, torch.tensor([[2.0, 0.0, 1.0]]))
+    assert loss == math.inf
+    assert gradient.isfinite().all()
+    assert gradient[0, 2] == -1
+    for ties in TIES:
+        loss, gradient = value_and_gradient(scores, torch.tensor([[1.0, 0.0, 1.0]]), ties=ties)
+        assert loss == math.inf
+        assert gradient.isfinite().all()
+        assert float(gradient[0, 2]) == pytest.approx(-1, rel=1e-10)
+    several = torch.tensor([[0.0, -math.inf, -math.inf, -math.inf]], dtype=dtype)
+    for labels in ([3.0, 2.0, 1.0, 0.0], [3.0, 1.0, 1.0, 0.0], [3.0, 1.0, 1.0, 1.0]):
+        for ties in TIES:
+            loss, gradient = value_and_gradient(several, torch.tensor([labels]), ties=ties)
+            assert loss == 0
+            assert not gradient.any()
+
+
+def test_an_infinite_part_that_is_not_charged_does_not_count() -> None:
+    scores = torch.tensor([[2.0, -math.inf, 1.0]])
+    loss, gradient = value_and_gradient(scores, torch.tensor([[2.0, 1.0, 0.0]]), top_k=1)
+    assert float(loss) == pytest.approx(math.log1p(math.exp(-1)), rel=1e-6)
+    assert gradient.isfinite().all()
+
+
+def test_nan_stays_in_its_own_list() -> None:
+    scores, labels, temperature, upstream, _ = problem(3, 2, 6, levels=3)
+    for ties in TIES:
+        for bad in (math.nan, math.inf):
+            clean = run(plackett_luce_nll, scores, labels, temperature, upstream, ties=ties)
+            poisoned = scores.clone()
+            poisoned[1, 4] = bad
+            ours = run(plackett_luce_nll, poisoned, labels, temperature, upstream, ties=ties)
+            for name in ("loss", "scores"):
+                assert ours[name][1].isnan().all()
+                torch.testing.assert_close(ours[name][::2], clean[name][::2], rtol=2e-6, atol=2e-6)
+
+
+def test_sixteen_bit_scores_give_the_float32_loss_of_the_rounded_scores() -> None:
+    scores, labels, temperature, upstream, _ = problem(4, 2, 12, scale=4, levels=5)
+    rounded = scores.to(BF16)
+    ours = run(plackett_luce_nll, rounded, labels, temperature, upstream)
+    full = run(plackett_luce_nll, rounded.float(), labels, temperature, upstream)
+    assert ours["loss"].dtype == F32
+    assert ours["scores"].dtype == BF16
+    assert torch.equal(ours["loss"], full["loss"])
+    assert torch.equal(ours["scores"], full["scores"].to(BF16))
+
+
+# ---------------------------------------------------------------- the forms of the CPU path
+
+
+@pytest.mark.parametrize("ties", TIES)
+def test_plain_sums_and_scaled_sums_agree(ties: str) -> None:
+    leads = (torch.rand(20, 30) < 0.6).to(F64)
+    leads[:, 0] = 1
+    valid = torch.arange(30) < torch.randint(2, 31, (20, 1))
+    leads[~valid] = 1
+    for tied in (None, leads):
+        rankings = Rankings(
+            (torch.randn(20, 30, dtype=F64) * 5).masked_fill(~valid, 0),
+            tied,
+            valid,
+            torch.rand(30, dtype=F64),
+            12,
+            ties,
+            False,
+        )
+        torch.testing.assert_close(
+            _plackett_luce_cpu.likelihood(rankings, True), scaled(rankings, True), rtol=1e-10, atol=1e-13
+        )
+
+
+@pytest.mark.parametrize("ties", TIES)
+def test_each_list_is_served_by_its_own_form(ties: str, monkeypatch) -> None:
+    """Lists of small, wide and enormous range, with and without ties, in one batch and in blocks, or one at a time."""
+    scale = torch.tensor([1.0, 40.0, 1e4, 1.0, 40.0, 1e4, 300.0, 1.0])
+    scores = torch.randn(8, 12) * scale[:, None]
+    labels = torch.rand(8, 2, 12)
+    labels[3:, :] = labels[3:, :].mul(4).floor()
+    temperature, upstream = torch.ones(8, 2), torch.randn(8, 2)
+    together = run(plackett_luce_nll, scores, labels, temperature, upstream, ties=ties)
+    monkeypatch.setattr(_rows, "_BLOCK_ITEMS", 100)
+    blocks = run(plackett_luce_nll, scores, labels, temperature, upstream, ties=ties)
+    torch.testing.assert_close(blocks, together, rtol=1e-6, atol=1e-6)
+    for b in range(8):
+        part = slice(b, b + 1)
+        alone = run(plackett_luce_nll, scores[part], labels[part], temperature[part], upstream[part], ties=ties)
+        for name in ("loss", "scores"):
+            torch.testing.assert_close(together[name][part], alone[name], rtol=1e-6, atol=1e-6)
+
+
+def test_a_negative_or_zero_temperature_is_just_a_number() -> None:
+    scores, labels, _, upstream, _ = problem(5, 2, 6, F64)
+    temperature = torch.tensor([[-1.5, 0.0]], dtype=F64).repeat(5, 1)
+    ours = run(plackett_luce_nll, scores, labels, temperature, upstream)
+    theirs = run(reference.plackett_luce_nll, scores, labels, temperature, upstream)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
+
+
+# ---------------------------------------------------------------- the machinery of torch
+
+
+def sample():
+    scores, labels, temperature, _, _ = problem(5, 3, 7, levels=4)
+    return scores.requires_grad_(), labels, temperature.requires_grad_(), torch.rand(5, 7) < 0.8
+
+
+@pytest.mark.parametrize("ties", TIES)
+def test_opcheck(ties: str) -> None:
+    scores, labels, temperature, mask = sample()
+    order = presort(labels, mask)
+    torch.library.opcheck(
+        _plackett_luce_nll, (scores, labels, temperature, mask, order, torch.rand(7), 3, ties, True, True)
+    )
+    common = temperature.detach()[:, :1].clone().requires_grad_()
+    torch.library.opcheck(
+        _plackett_luce_nll, (scores, labels, common, None, None, torch.rand(5, 3, 7), None, ties, False, True)
+    )
+
+
+def _train(scores: Tensor, labels: Tensor, base: Tensor, temperature: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
+    return plackett_luce(scores, labels, reference=base, temperature=temperature, weights=weights, mask=mask, top_k=4)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiles_to_one_graph(backend: str) -> None:
+    scores, labels, temperature, mask = sample()
+    arguments = (scores, labels, torch.randn(5, 7), temperature, torch.rand(5, 3), mask)
+    plain = torch.autograd.grad(_train(*arguments), (scores, temperature))
+    compiled = torch.compile(_train, fullgraph=True, backend=backend)
+    found = torch.autograd.grad(compiled(*arguments), (scores, temperature))
+    torch.testing.assert_close(found, plain)
+
+
+def test_random_ties_compile_to_one_graph() -> None:
+    scores, labels = torch.randn(3, 6, requires_grad=True), torch.randint(0, 2, (3, 6))
+    compiled = torch.compile(lambda s: plackett_luce(s, labels, ties="random"), fullgraph=True, backend="aot_eager")
+    compiled(scores).backward()
+    assert scores.grad is not None
+    assert scores.grad.sum(1).abs().max() < 1e-5
+
+
+def test_runs_on_fake_tensors() -> None:
+    with FakeTensorMode() as mode:
+        scores, labels, temperature, mask = (mode.from_tensor(t) for t in sample())
+        loss = plackett_luce_nll(scores, labels, temperature, mask)
+        loss.sum().backward()
+        assert loss.shape == (5, 3)
+        assert scores.grad is not None
+        assert scores.grad.shape == (5, 7)
+
+
+def test_backward_can_be_repeated_and_changes_nothing_it_was_given() -> None:
+    scores, labels, temperature, mask = sample()
+    order, weights = presort(labels, mask), torch.rand(5, 3, 7)
+    given = (scores, labels, temperature, mask, order, weights)
+    before = [t.detach().clone() for t in given]
+    loss = plackett_luce_nll(scores, labels, temperature, mask, order, weights)
+    upstream = torch.randn_like(loss)
+    first = torch.autograd.grad(loss, (scores, temperature), upstream, retain_graph=True)
+    second = torch.autograd.grad(loss, (scores, temperature), upstream)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, given, strict=True))
+
+
+@pytest.mark.parametrize("ties", TIES)
+def test_results_are_equal_bit_for_bit_from_run_to_run(ties: str) -> None:
+    scores, labels, temperature, upstream, mask = problem(200, 2, 30, scale=20, levels=10, masked=True)
+    runs = [run(plackett_luce_nll, scores, labels, temperature, upstream, mask, ties=ties) for _ in range(2)]
+    for name in NAMES:
+        assert torch.equal(runs[0][name], runs[1][name])
+
+
+def test_without_gradients_none_are_made(monkeypatch) -> None:
+    made = []
+    likelihood = _plackett_luce_cpu.likelihood
+    monkeypatch.setattr("mopl.ops.plackett_luce.likelihood", lambda r, need: made.append(need) or likelihood(r, need))
+    scores, labels, temperature, mask = sample()
+    with torch.no_grad():
+        plackett_luce_nll(scores, labels, temperature, mask)
+    plackett_luce_nll(scores.detach(), labels, temperature.detach(), mask)
+    plackett_luce_nll(scores, labels, temperature.detach(), mask)
+    assert made == [False, False, True]
+
+
+# ---------------------------------------------------------------- properties
+
+extreme = st.one_of(
+    st.floats(-1e4, 1e4, width=32), st.sampled_from([0.0, 1.0, -1.0, 1e4, -1e4, 88.0, -104.0, 1e30, -1e30])
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_extreme_scores_give_what_float64_gives(data) -> None:
+    items = data.draw(st.integers(1, 7))
+
+    def several(values):
+        return data.draw(st.lists(values, min_size=items, max_size=items))
+
+    scores, labels, mask = (
+        torch.tensor([several(extreme)]),
+        torch.tensor([[several(st.integers(0, 3))]]),
+        several(st.booleans()),
+    )
+    options = {
+        "ties": data.draw(st.sampled_from(TIES)),
+        "top_k": data.draw(st.sampled_from([None, 1, 3])),
+        "last_group_free": data.draw(st.booleans()),
+        "mask": torch.tensor([mask]),
+    }
+    temperature, upstream = torch.tensor([[data.draw(st.sampled_from([1.0, 0.5, 2.0]))]]), torch.ones(1, 1)
+    if options["ties"] == "exact":  # where the reference adds logarithms of probabilities, 1e30 swamps the others
+        scores = scores.clamp(-1e5, 1e5)
+    ours = run(plackett_luce_nll, scores, labels, temperature, upstream, **options)
+    theirs = run(reference.plackett_luce_nll, scores.double(), labels, temperature.double(), upstream, **options)
+    torch.testing.assert_close(ours["loss"].double(), theirs["loss"], rtol=3e-6, atol=1e-7)
+    torch.testing.assert_close(ours["scores"].double(), theirs["scores"], rtol=3e-6, atol=2e-6)
+    assert not ours["scores"][~options["mask"]].any()
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(2, 40), st.integers(1, 6), st.floats(0.1, 1e4), st.sampled_from(TIES), st.integers(0, 2**31))
+def test_gradients_of_a_list_sum_to_zero(items: int, levels: int, scale: float, ties: str, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(3, items, generator=generator) * scale
+    labels = torch.randint(0, levels, (3, items), generator=generator)
+    loss, gradient = value_and_gradient(scores, labels, ties=ties)
+    assert loss.isfinite().all()
+    assert (loss >= 0).all()
+    assert (gradient.double().sum(1).abs() <= 1e-5 * gradient.abs().sum(1).clamp(min=1e-30)).all()
