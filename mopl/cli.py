@@ -68,7 +68,7 @@ def _empty(text: str) -> str | int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command."""
-    parser = _Parser(prog="mopl", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = _Parser(prog="mopl", description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"mopl {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
     _rank_parser(commands)

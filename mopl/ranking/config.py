@@ -39,8 +39,8 @@ class RankConfig:
         temperature: β: one number for all objectives, or one for each.
         temperature_range: Box from which `temperature-cos-dpo` draws β, as factors of `temperature`; the paper's
             (section 4.1) by default.
-        alpha: Concentration of the Dirichlet distribution of the weights. Below 1 the ends of the front, where few draws
-            of the uniform distribution fall, are trained as well as its middle.
+        alpha: Concentration of the Dirichlet distribution of the weights. Below 1 the ends of the front, where few
+            draws of the uniform distribution fall, are trained as well as its middle.
         weights_per: Draw weights for each `"list"`, or one vector for each `"step"` as in the paper's algorithm 1.
         parametrisation: `"augment"`: the network gives what is added to the base model's scores; `"scratch"`: the
             scores themselves, as in the paper's main text (appendix A.6.3 has both and finds the former better). Ours

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mopl.ranking.config import RankConfig
@@ -156,6 +157,7 @@ def _work(
     def finish(method: str, folder: Path, policy: Policy, seconds: float, parameters: int) -> None:
         asked = None if method == "base" else grid
         scales = (1.0,) if method == "base" else (1.0, *(c for c in config.scales if c != 1.0))
+        torch.default_generator.manual_seed(config.seed)  # ties="random" draws in the held-out losses too
         evaluations = evaluate(
             policy, test, references["test"], asked,
             measure=config.measure, list_loss=config.list_loss,

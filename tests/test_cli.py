@@ -1,0 +1,226 @@
+"""The command line: what it promises in its help, one-line errors, exit codes, and the same work under a launcher."""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mopl
+from mopl.cli import METHODS, build_parser, main
+from mopl.ranking import methods
+from mopl.ranking.config import RankConfig
+from mopl.ranking.methods import ListSource
+from mopl.ranking.runs import run_fronts
+
+DATA = "synthetic:queries=60,items=6,features=8,objectives=2"
+TINY = [
+    "--data", DATA, "--hidden", "8", "--base-hidden", "8", "--heads", "2", "--steps", "4", "--base-steps", "3",
+    "--batch-size", "8", "--bootstrap", "10", "--points", "3", "--checkpoint-every", "2",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cli") / "run"
+    assert main(["rank", "--run", str(path), *TINY]) == 0
+    return path
+
+
+def rank_flags():
+    """Return the options of `mopl rank` by the name of their setting."""
+    (subparsers,) = (a for a in build_parser()._actions if a.dest == "command")
+    return {action.dest: action for action in subparsers.choices["rank"]._actions}
+
+
+def test_every_setting_is_a_flag_and_the_help_states_its_default():
+    flags = rank_flags()
+    special = {
+        "steps": "10 epochs, at least 300", "base_steps": "3 epochs, at least 100", "objectives": "those of the data",
+        "normalize_features": "that of the data", "top_k": "all", "base": None, "tensorboard": None,
+        "points": "11, 15, 20 for 2, 3, 4 objectives, 11 above",
+    }  # fmt: skip
+    for field in dataclasses.fields(RankConfig):
+        help = re.sub(r"\s+", " ", flags[field.name].help)
+        default = field.default
+        if field.name in special:
+            stated = special[field.name]
+        elif isinstance(default, tuple):
+            stated = " ".join(f"{x:g}" for x in default)
+        else:
+            stated = f"{default:g}" if isinstance(default, float) else str(default)
+        assert stated is None or f"(default: {stated})" in help, (field.name, help)
+    others = {"help", "debug", "run", "resume", "overwrite"}
+    assert flags.keys() - others == {field.name for field in dataclasses.fields(RankConfig)}
+    assert methods.METHODS == METHODS
+
+
+@pytest.mark.parametrize("command", ["rank", "steer", "report"])
+def test_help_has_examples_that_parse(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    examples = [line.strip() for line in capsys.readouterr().out.split("examples:")[1].splitlines() if line.strip()]
+    assert len(examples) >= 2
+    for example in examples:
+        words = re.split(r"\s{2,}", example)[0].removeprefix("accelerate launch --num_processes 2 -m mopl.cli ").split()
+        build_parser().parse_args([word for word in words if word not in ("mopl", "...")])
+
+
+def test_version_and_help_do_not_import_torch():
+    code = "import sys; from mopl.cli import build_parser; build_parser(); assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    done = subprocess.run([sys.executable, "-m", "mopl.cli", "--version"], capture_output=True, text=True)
+    assert done.stdout == f"mopl {mopl.__version__}\n" and done.returncode == 0
+
+
+def test_the_command_is_installed_under_its_name():
+    (entry,) = importlib.metadata.entry_points(group="console_scripts", name="mopl")
+    assert entry.load() is main
+
+
+def test_rank_prints_the_table_and_what_to_do_next(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["rank", *TINY]) == 0
+    out, err = capsys.readouterr()
+    path = Path("runs/rank-synthetic-weight-cos-dpo-1")
+    assert (path / "table.txt").read_text().splitlines()[0] in out
+    assert "nats above the optimum" in out and "Traceback" not in err
+    (hint,) = (line for line in out.splitlines() if line.startswith("mopl steer"))
+    assert main(hint.split("    ")[0].split()[1:]) == 0
+
+
+def error_of(arguments, capsys):
+    """Return the one line on stderr of a command that fails with status 2."""
+    try:
+        status = main(arguments)
+    except SystemExit as stop:
+        status = stop.code
+    err = capsys.readouterr().err
+    assert status == 2 and err.count("\n") == 1 and err.endswith("\n"), err
+    return err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["rank", "--steps", "many"], "argument --steps: invalid int value: 'many'; see mopl rank --help"),
+        (["rank", "--method", "ppo"], "invalid choice: 'ppo'"),
+        (["rank", "--stepz", "3"], "unrecognized arguments: --stepz 3"),
+        (["rank", "--empty", "2"], "'2' is not skip, 0 or 1"),
+        (["rank", "--alpha", "-1"], "mopl rank: alpha is -1 but must be positive and finite"),
+        (["rank", "--resume"], "--resume needs the run to continue; name it with --run"),
+        (["rank", "--run", "none", "--resume"], "there is no run at none: it has no config.json"),
+        (["rank", "--data", "missing.txt"], "missing.txt"),
+        (["rank", "--data", "synthetic:lists=3"], "has no option lists"),
+        (["steer", "none", "--weights", "1"], "mopl steer: there is no run at none"),
+        (["report", "none"], "mopl report: there is no run at none"),
+        ([], "required: COMMAND"),
+    ],
+)  # fmt: skip
+def test_errors_are_one_line_with_a_remedy_and_status_2(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in error_of(arguments, capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_run_is_an_error_that_names_the_three_ways_out(run, capsys):
+    message = error_of(["rank", "--run", str(run), *TINY], capsys)
+    assert "--resume" in message and "--overwrite" in message and "another with --run" in message
+
+
+def test_debug_shows_where_an_error_came_from(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        main(["rank", "--run", str(tmp_path / "none"), "--resume", "--debug"])
+
+
+def test_a_fault_of_ours_is_named_as_one(capsys, monkeypatch):
+    def fail(*_, **__):
+        raise KeyError("weights")
+
+    monkeypatch.setattr("mopl.ranking.steer.steer", fail)
+    assert "mopl steer: KeyError: 'weights'" in error_of(["steer", "x", "--weights", "1"], capsys)
+
+
+def test_ctrl_c_exits_with_130_and_the_command_that_continues(tmp_path, capsys, monkeypatch):
+    path, calls, real = tmp_path / "run", iter(range(10**6)), ListSource.__call__
+
+    def call(self, step, rank, world_size):
+        if next(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(self, step, rank, world_size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ListSource, "__call__", call)
+        assert main(["rank", "--run", str(path), *TINY]) == 130
+    err = capsys.readouterr().err
+    assert err == f"mopl: stopped in 'weight-cos-dpo' after step 3; continue with: mopl rank --run {path} --resume\n"
+    assert main(err.split("continue with: mopl ")[1].split()) == 0
+    assert (path / "front.json").is_file()
+
+
+def test_a_resumed_run_takes_its_own_settings_and_refuses_others(run, capsys):
+    assert main(["rank", "--run", str(run), "--resume", "--log-every", "1"]) == 0
+    capsys.readouterr()
+    assert "steps was 4, is 9" in error_of(["rank", "--run", str(run), "--resume", "--steps", "9"], capsys)
+
+
+def test_steer_prints_the_figures_and_writes_the_scores(run, tmp_path, capsys):
+    arguments = ["steer", str(run), "--weights", "0.25", "0.75", "--scale", "2"]
+    assert main([*arguments, "--output", str(tmp_path / "s.tsv")]) == 0
+    title, header, base, trained, moved, written = capsys.readouterr().out.splitlines()
+    assert (
+        "weight-cos-dpo" in title and "NDCG@10" in title and header.split() == ["relevance", "(main)", "aux1", "aux2"]
+    )
+    assert base.startswith("base model") and trained.startswith("w = 0.25 0.75, c = 1 ") and "c = 2" in moved
+    assert written.endswith("s.tsv") and (tmp_path / "s.tsv").is_file()
+    assert main([*arguments, "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["weights"] == [0.25, 0.75] and figures["scale"] == 2.0
+    assert f"{figures['rows']['base model']['main']:.4f}" in base
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--weights", "0.5"], "there are 1 weights but 2 objectives; pass one for each of aux1, aux2"),
+        (["--weights", "0.5", "0.6"], "does not sum to 1"),
+        (["--weights", "1.5", "-0.5"], "has a negative entry"),
+        (["--weights", "0.5", "0.5", "--scale", "-1"], "scale is -1 but must be positive"),
+        (["--weights", "0.5", "0.5", "--temperature", "1", "1"], "trained at one temperature; pass scale"),
+        (["--weights", "0.5", "0.5", "--method", "dpo-ls"], "has no dpo-ls; it has weight-cos-dpo"),
+    ],
+)  # fmt: skip
+def test_steer_refuses_what_makes_no_sense(run, capsys, arguments, message):
+    assert message in error_of(["steer", str(run), *arguments], capsys)
+
+
+def test_report_makes_a_runs_files_again(run, capsys):
+    before = (run / "table.txt").read_bytes()
+    for name in ("table.txt", "front.png", "report.html"):
+        (run / name).unlink()
+    assert main(["report", str(run)]) == 0
+    assert capsys.readouterr().out == before.decode()
+    assert (run / "table.txt").read_bytes() == before
+    assert (run / "front.png").is_file() and (run / "report.html").is_file()
+
+
+@pytest.mark.distributed
+def test_two_processes_reach_the_front_of_one(run, tmp_path):
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [*launcher, "-m", "mopl.cli", "rank", "--run", str(tmp_path / "two"), *TINY]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("nats above the optimum") == 1  # one process speaks
+    for ours, theirs in zip(run_fronts(tmp_path / "two"), run_fronts(run), strict=True):
+        assert ours.tensors()[1].tolist() == pytest.approx(theirs.tensors()[1].tolist(), abs=5e-3)
+    again = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    assert again.returncode != 0 and "--overwrite" in again.stderr
