@@ -358,6 +358,33 @@ def test_only_the_gradients_that_are_asked_for_are_computed(monkeypatch) -> None
     assert asked == [(True, False, False), (False, True, False)]
 
 
+def test_autocast_leaves_the_arithmetic_alone() -> None:
+    scores, labels, temperature, upstream, mask = problem(40, 3, 4, common=True, masked=True)
+    plain = run(listwise_cross_entropy, scores, labels, temperature, upstream, mask)
+    with torch.autocast("cpu", dtype=BF16):
+        assert torch.equal(torch.ones(2, 2).mm(torch.full((2, 2), 1.001)), torch.full((2, 2), 2.0, dtype=BF16))
+        cast = run(listwise_cross_entropy, scores, labels, temperature, upstream, mask)
+    for name in NAMES:
+        assert torch.equal(cast[name], plain[name])
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"labels": torch.ones(4, 6)}, ["labels", "(4, 6)", "(B, m, K)", "labels[:, None]"]),
+        ({"temperature": torch.ones(3)}, ["temperature", "(3,)", "(4, 3)", "(4, 1)"]),
+        ({"temperature": torch.ones(4, 3, dtype=torch.int64)}, ["temperature", "int64", "floating point"]),
+        ({"mask": torch.ones(4, 5, dtype=torch.bool)}, ["mask", "(4, 5)", "(4, 6)"]),
+    ],
+)
+def test_the_op_itself_broadcasts_nothing(changed: dict, words: list[str]) -> None:
+    arguments = {"scores": torch.ones(4, 6), "labels": torch.ones(4, 3, 6), "temperature": torch.ones(4, 3)} | changed
+    with pytest.raises(ValueError) as caught:
+        listwise_cross_entropy(**arguments)
+    for word in words:
+        assert word in str(caught.value), f"{word!r} is not in {caught.value}"
+
+
 # ---------------------------------------------------------------- properties
 
 extreme = st.one_of(

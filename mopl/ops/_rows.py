@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import wraps
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from mopl._arguments import check_mask, check_scores, shape_of
+
+Result = TypeVar("Result")
 
 # A float32 temporary of this many items is 512 KiB: a few fit in the nearer caches, and the fixed cost of a torch call
 # (about 2 us) is 0.02 ns an item. Without blocks every temporary costs the page faults of fresh memory.
@@ -97,3 +103,31 @@ def log_softmax_backward(grad: Tensor, logp: Tensor, out: Tensor) -> Tensor:
 def existing(mask: Tensor | None) -> Tensor | None:
     """Return the mask (n, K) with the items of lists that have fewer than two of them removed."""
     return None if mask is None else mask & (mask.sum(-1, keepdim=True) > 1)
+
+
+def in_full_precision(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Keep autocast out of `function`: it would do the products with ones and of labels in 16 bits."""
+
+    @wraps(function)
+    def full_precision(*arguments) -> Result:
+        if not torch.is_autocast_enabled("cpu"):
+            return function(*arguments)
+        with torch.autocast("cpu", enabled=False):
+            return function(*arguments)
+
+    return full_precision
+
+
+def check_list_op(scores: Tensor, labels: Tensor, temperature: Tensor, mask: Tensor | None) -> None:
+    """Raise unless the arguments that the list ops share have their shapes; the ops broadcast nothing."""
+    check_mask(mask, check_scores(scores))
+    if labels.ndim != 3 or labels.shape[0] != scores.shape[0] or labels.shape[2] != scores.shape[1]:
+        raise ValueError(
+            f"labels has shape {shape_of(labels)} but scores are {shape_of(scores)}; pass (B, m, K), "
+            "for one objective labels[:, None]"
+        )
+    if temperature.shape not in (labels.shape[:2], (labels.shape[0], 1)) or not temperature.is_floating_point():
+        raise ValueError(
+            f"temperature is {temperature.dtype} of shape {shape_of(temperature)} but must be floating point of shape "
+            f"(B, m) = {tuple(labels.shape[:2])}, or (B, 1) = {(labels.shape[0], 1)} for one temperature a list"
+        )

@@ -34,7 +34,9 @@ from mopl._arguments import compute_dtype
 from mopl.ops._backend import use_triton
 from mopl.ops._rows import (
     blocks,
+    check_list_op,
     existing,
+    in_full_precision,
     is_number,
     log_softmax,
     log_softmax_backward,
@@ -63,7 +65,12 @@ def listwise_cross_entropy(
 
     Returns:
         (B, m) in the dtype of the arithmetic.
+
+    Raises:
+        TypeError: if scores are not floating point or the mask is not boolean.
+        ValueError: if a shape does not fit; nothing is broadcast here.
     """
+    check_list_op(scores, labels, temperature, mask)
     return _listwise_cross_entropy(scores, labels, temperature, mask, normalize)[0]
 
 
@@ -163,6 +170,7 @@ _listwise_cross_entropy.register_autograd(_backward, setup_context=_setup_contex
 _CONFIDENT = -0.1
 
 
+@in_full_precision
 def _forward_cpu(
     scores: Tensor, labels: Tensor, temperature: Tensor, mask: Tensor | None, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -248,6 +256,7 @@ def _logits(
     return logits if valid is None else logits.masked_fill_(~valid[:, None], lowest)
 
 
+@in_full_precision
 def _backward_cpu(
     grad_loss: Tensor, scores: Tensor, labels: Tensor, temperature: Tensor, mask: Tensor | None, loss: Tensor,
     peak: Tensor, mass: Tensor, logp: Tensor,

@@ -36,11 +36,11 @@ keeps a finite gradient, -W; at the bottom it costs nothing.
 import torch
 from torch import Tensor
 
-from mopl._arguments import compute_dtype
+from mopl._arguments import check_choice, compute_dtype, shape_of
 from mopl.ops._backend import use_triton
 from mopl.ops._plackett_luce_cpu import likelihood
 from mopl.ops._rankings import Rankings
-from mopl.ops._rows import blocks, existing, is_number, merge
+from mopl.ops._rows import blocks, check_list_op, existing, in_full_precision, is_number, merge
 
 TIES = ("breslow", "efron", "exact")
 
@@ -71,7 +71,20 @@ def plackett_luce_nll(
 
     Returns:
         (B, m) in the dtype of the arithmetic.
+
+    Raises:
+        TypeError: if scores are not floating point or the mask is not boolean.
+        ValueError: if a shape does not fit, nothing is broadcast here; or if `ties` is unknown.
     """
+    check_list_op(scores, labels, temperature, mask)
+    check_choice(ties, TIES, "ties")
+    if order is not None and order.shape != labels.shape:
+        raise ValueError(f"order has shape {shape_of(order)} but labels are {shape_of(labels)}; pass one index an item")
+    if position_weights is not None and position_weights.shape not in (labels.shape, labels.shape[-1:]):
+        raise ValueError(
+            f"position_weights has shape {shape_of(position_weights)} but labels are {shape_of(labels)}; "
+            "pass (K,) or (B, m, K)"
+        )
     need_grad = torch.is_grad_enabled() and (scores.requires_grad or temperature.requires_grad)
     return _plackett_luce_nll(
         scores, labels, temperature, mask, order, position_weights, top_k, ties, last_group_free, need_grad
@@ -161,6 +174,7 @@ def _backward(ctx, grad_loss, *_):
 _plackett_luce_nll.register_autograd(_backward, setup_context=_setup_context)
 
 
+@in_full_precision
 def _forward_cpu(
     scores: Tensor,
     labels: Tensor,
@@ -178,7 +192,9 @@ def _forward_cpu(
     dtype = compute_dtype(scores)
     empty = size < 2 or labels.numel() == 0
     loss = scores.new_zeros((batch, objectives), dtype=dtype)
-    gradient = (scores.new_zeros if empty else scores.new_empty)(labels.shape if need_grad else (0,), dtype=dtype)
+    # Zeros, so that an order that names an item twice cannot leave another one's gradient to chance.
+    new = scores.new_empty if order is None and not empty else scores.new_zeros
+    gradient = new(labels.shape if need_grad else (0,), dtype=dtype)
     if empty:
         return loss, gradient
     valid = existing(mask)
@@ -258,6 +274,7 @@ def _rank(
     return place, leads if float(leads.amin()) == 0 else None, ranked
 
 
+@in_full_precision
 def _backward_cpu(grad_loss: Tensor, temperature: Tensor, gradient: Tensor) -> Tensor:
     """Return dscores (B, K)."""
     return merge((grad_loss * temperature).to(gradient.dtype), gradient)
