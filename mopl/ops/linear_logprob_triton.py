@@ -211,10 +211,10 @@ def accumulate(
     kept = None if cache is None or keep_rows == 0 else cache.view(keep_rows, vocabulary)
     first = 0
     if kept is not None:
+        first = min(keep_rows, rows)
         # A trainable head needs e alone, and no directions: its backward pass multiplies by what it is given.
-        for chunk in _chunks(0, keep_rows, STORE_ROWS):
+        for chunk in _chunks(0, first, STORE_ROWS):
             head.exponentials(chunk, sums, kept[chunk], None, bent=False)
-        first = keep_rows
     if directions == 0:
         tiles = None if moments or first else choice.fused_tiles(head.hidden, head.weight, softcap > 0)
         if tiles is not None:
@@ -289,8 +289,9 @@ def backward(
     grad_bias = zeros(need_bias, vocabulary)
 
     plain = gamma is None and not softcap
-    chunks = [(c, True) for c in _chunks(0, keep_rows, keep_rows if plain else STORE_ROWS)]
-    chunks += [(c, False) for c in _chunks(keep_rows, rows, STORE_ROWS)]
+    first = min(keep_rows, rows)
+    chunks = [(c, True) for c in _chunks(0, first, first if plain else STORE_ROWS)]
+    chunks += [(c, False) for c in _chunks(first, rows, STORE_ROWS)]
     height = max((c.stop - c.start for c, kept in chunks if not kept), default=0)
     buffer = torch.empty(height, vocabulary, dtype=store_dtype(head.hidden), device=hidden.device)
     peak = None

@@ -1,0 +1,36 @@
+"""The logic of `tests/test_gpu_logprob.py` at toy sizes, so that no mistake in it waits for a GPU.
+
+The interpreter truncates to bfloat16 where a GPU rounds; here it is made to round, so that errors can be judged.
+"""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+from mopl.ops import linear_logprob_triton
+
+spec = importlib.util.spec_from_file_location("gpu_logprob", Path(__file__).parents[1] / "test_gpu_logprob.py")
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+globals().update({name: value for name, value in vars(module).items() if name.startswith("test_")})
+
+
+@pytest.fixture(autouse=True)
+def small_and_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several chunks and tiles, and conversions to bfloat16 that round to nearest."""
+    for name, value in {"COLUMNS": 48, "ROWS": 32, "STORE_ROWS": 16}.items():
+        monkeypatch.setattr(linear_logprob_triton, name, value)
+    convert = interpreter._convert_float
+
+    def rounding(data: np.ndarray, source: tl.dtype, target: tl.dtype, mode: object) -> np.ndarray:
+        if source == tl.float32 and target == tl.bfloat16:
+            values = torch.from_numpy(np.array(data, dtype=np.float32))
+            return values.bfloat16().view(torch.int16).numpy().view(np.uint16)
+        return convert(data, source, target, mode)
+
+    monkeypatch.setattr(interpreter, "_convert_float", rounding)
