@@ -134,7 +134,7 @@ def _rank_parser(commands: Any) -> None:
                        help="the paper prints one sign and describes the other (default: as_printed)")  # fmt: skip
 
     group = parser.add_argument_group("training")
-    group.add_argument("--steps", type=int, help="updates of each tuned model (default: 10 epochs, at least 300)")
+    group.add_argument("--steps", type=int, help="updates of each tuned model (default: 10 epochs, at least 200)")
     group.add_argument("--base-steps", type=int, help="updates of the base model (default: 3 epochs, at least 100)")
     group.add_argument("--batch-size", type=int, metavar="LISTS", help="lists in a batch (default: 64)")
     group.add_argument("--learning-rate", type=float, help="(default: 0.003)")

@@ -42,7 +42,7 @@ def rank_flags():
 def test_every_setting_is_a_flag_and_the_help_states_its_default():
     flags = rank_flags()
     special = {
-        "steps": "10 epochs, at least 300", "base_steps": "3 epochs, at least 100", "objectives": "those of the data",
+        "steps": "10 epochs, at least 200", "base_steps": "3 epochs, at least 100", "objectives": "those of the data",
         "normalize_features": "that of the data", "top_k": "all", "base": None, "tensorboard": None,
         "points": "11, 15, 20 for 2, 3, 4 objectives, 11 above",
     }  # fmt: skip

@@ -204,7 +204,7 @@ def kept_rows(hidden: Tensor, weight: Tensor, rows: int, workspace: int) -> int:
     one product of four.
     """
     fit = workspace // max(1, weight.shape[0] * cache_dtype(hidden, weight).itemsize)
-    return torch.sym_min(rows if hidden.is_cuda else (rows + 1) // 2, fit)
+    return torch.sym_min(rows if hidden.is_cuda else (rows + 1) // 2, fit)  # pyright: ignore[reportReturnType]
 
 
 @torch.library.custom_op("mopl::linear_logprob", mutates_args=())
@@ -231,7 +231,7 @@ def _linear_logprob(
     if check_targets:
         check_target_range(target, len(weight))
         check_row_range(row, len(hidden))
-    return tuple(
+    return tuple(  # pyright: ignore[reportReturnType]
         run_forward(
             hidden, weight, bias, target, row, temperature, softcap, logit_scale, want_entropy, want_variance,
             keep_direction, keep_direction_logsumexp, keep_direction_entropy, keep_rows, max_rows,

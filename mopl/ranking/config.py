@@ -47,7 +47,7 @@ class RankConfig:
             is the former: it starts at the base model, needs fewer steps, and is closed under equation (14).
         penalty: Factor λ of the cosine penalty (appendix A.2).
         penalty_sign: `"as_printed"` or `"cosmos"`; see `mopl.losses.scalarize.cosine_penalty`.
-        steps: Updates of each tuned model; None: ten epochs, at least 300.
+        steps: Updates of each tuned model; None: ten epochs, at least 200.
         base_steps: Updates of the base model; None: three epochs, at least 100.
         batch_size: Lists in a batch.
         learning_rate: Learning rate.
@@ -199,7 +199,7 @@ class RankConfig:
     def resolved(self, lists: int) -> RankConfig:
         """Return the settings with the numbers of steps that `lists` training lists ask for, where none were given."""
         epoch = math.ceil(lists / min(self.batch_size, lists))
-        steps = max(300, 10 * epoch) if self.steps is None else self.steps
+        steps = max(200, 10 * epoch) if self.steps is None else self.steps
         base_steps = max(100, 3 * epoch) if self.base_steps is None else self.base_steps
         return dataclasses.replace(self, steps=steps, base_steps=base_steps)
 
