@@ -42,7 +42,7 @@ def is_number(x: Tensor) -> bool:
 
 def row_dot(x: Tensor, y: Tensor) -> Tensor:
     """Return (x * y).sum(-1) for x (n, m, K) and y (n, m, K) or (n, 1, K)."""
-    if y.shape[1] < x.shape[1] and x.shape[-1] <= 32:
+    if y.shape[1] < x.shape[1] and x.shape[-1] <= 16:
         return torch.bmm(x, y.transpose(1, 2))[..., 0]
     return row_sum(x * y)
 
