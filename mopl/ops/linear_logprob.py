@@ -178,11 +178,12 @@ def linear_logprob(
     needs = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in (hidden, weight, bias, warmth)]
     need_hidden, need_head, need_temperature = needs[0], needs[1] or needs[2], needs[3]
     frozen = need_hidden and not need_head
+    bound = rows if max_rows is None else min(max_rows, rows)
     options = (
         cap, scale, return_entropy or need_temperature, return_entropy and need_temperature,
         frozen, frozen and return_logsumexp, frozen and return_entropy,
-        kept_rows(hidden, weight, rows, workspace) if need_head else 0,
-        rows if max_rows is None else min(max_rows, rows), check_targets,
+        kept_rows(hidden, weight, bound, workspace) if need_head else 0,
+        bound, check_targets,
     )  # fmt: skip
     tensors = (hidden.reshape(-1, hidden.shape[-1]), weight, bias, merged.reshape(-1), row, warmth)
     if shard is None:
