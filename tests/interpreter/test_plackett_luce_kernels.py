@@ -53,12 +53,15 @@ def check_all(problem: Problem, tolerance: float | None = None) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_loss_and_gradients_equal_the_formula(ties: str, dtype: torch.dtype) -> None:
     check_all(make(4, 2, 5, dtype=dtype, levels=3, scale=2, ties=ties))
-    check_all(make(1, 2, 11, dtype=dtype, levels=6, common=True, masked=False, ties=ties))
+
+
+def test_lists_that_fill_several_blocks(ties: str) -> None:
+    check_all(make(1, 2, 11, levels=6, common=True, masked=False, ties=ties))
 
 
 @pytest.mark.parametrize("items", [1, 2, 3])
 def test_short_lists(items: int, ties: str) -> None:
-    check_all(make(4, 3, items, levels=2, ties=ties))
+    check_all(make(4, 1, items, levels=2, ties=ties))
 
 
 @pytest.mark.parametrize(("top_k", "last_group_free"), [(1, False), (3, True), (100, True)])
@@ -71,21 +74,21 @@ def test_partial_rankings(top_k: int, last_group_free: bool, ties: str) -> None:
 
 @pytest.mark.parametrize("each", [False, True], ids=["shared weights", "weights of each list"])
 def test_position_weights(each: bool, ties: str) -> None:
-    problem = make(2, 2, 9, levels=4, ties=ties, top_k=7, masked=False)
+    objectives = 2 if each else 1
+    problem = make(2, objectives, 9, levels=4, ties=ties, top_k=7, masked=False)
     problem.mask = torch.rand(2, 9) < 0.9
     problem.options["position_weights"] = torch.rand(2, 2, 9) if each else torch.rand(9)
     check_all(problem)
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int16])
-def test_a_given_order_decides_the_ranking(dtype: torch.dtype, ties: str) -> None:
-    problem = make(2, 2, 9, levels=4, ties=ties, masked=False)
+def test_a_given_order_decides_the_ranking(ties: str) -> None:
+    problem = make(2, 1, 9, levels=4, ties=ties, masked=False)
     problem.mask = torch.rand(2, 9) < 0.9
-    problem.options["order"] = best_first(problem).to(dtype)
+    problem.options["order"] = best_first(problem).to(torch.int16)
     check_all(problem)
     # Random orders: labels then say only which neighbours are tied.
-    shuffled = torch.rand(2, 2, 9).masked_fill(~problem.mask[:, None], -1).argsort(-1, descending=True)
-    problem.options["order"] = shuffled.to(dtype)
+    shuffled = torch.rand(2, 1, 9).masked_fill(~problem.mask[:, None], -1).argsort(-1, descending=True)
+    problem.options["order"] = shuffled
     check_all(problem)
 
 
