@@ -63,7 +63,8 @@ def plackett_luce_results(problem: Problem) -> dict[str, Tensor]:
     """Return what `results` would, in float64 from the CPU path, which has its own tests against plain formulas."""
     p = in_float64(problem)
     options = {"order": None, "position_weights": None, "top_k": None, "ties": "breslow", "last_group_free": False}
-    loss, gradient = _forward_cpu(p.scores, p.labels, p.temperature, p.mask, **{**options, **p.options}, need_grad=True)
+    options |= p.options
+    loss, gradient = _forward_cpu(p.scores, p.labels, p.temperature, p.mask, *options.values(), True)
     present = p.scores if p.mask is None else p.scores.masked_fill(~p.mask, 0)
     dtemperature = p.upstream * (gradient * present[:, None]).sum(-1)
     return {
