@@ -39,18 +39,31 @@ def _python(*arguments: str) -> tuple[str, ...]:
 
 
 def _tests(*files: str) -> tuple[str, ...]:
-    return _python("-m", "pytest", "-m", "gpu", "-q", "-x", "--maxfail=20", "-p", "no:cacheprovider", *files)
+    return _python("-m", "pytest", "-m", "gpu", "-q", "--maxfail=20", "-p", "no:cacheprovider", *files)
 
 
+def _logprob(command: str, what: str) -> Stage:
+    return Stage(f"logprob-{command}", what, _python("-m", "bench.logprob", command, "{out}.json"))
+
+
+_LOGPROB = "tests/test_gpu_logprob.py"
 STAGES = (
     Stage("limits", "copy bandwidth and matrix-product rate of this GPU", _python("-m", "bench.limits", "{out}.json")),
     Stage("tests-lists", "list kernels against float64, real sizes", _tests("tests/test_gpu_list_kernels.py")),
-    Stage("tests-logprob", "log-probability kernels against float64, real sizes", _tests("tests/test_gpu_logprob.py")),
+    Stage("tests-gathered", "gathered log-probabilities against float64", _tests(_LOGPROB, "-k", "gathered")),
+    Stage("tests-linear-errors", "errors of linear_logprob", _tests(_LOGPROB, "-k", "linear_errors")),
+    Stage("tests-linear", "everything else of linear_logprob", _tests(_LOGPROB, "-k", "linear and not linear_errors")),
     Stage(
         "lists",
         "ListNet and Plackett–Luce beside the peers and the copy limit",
         _python("bench/bench_listwise.py", "--rounds", "20", "--json", "{out}.json"),
     ),
+    _logprob("tune", "choice of the algorithm that scores"),
+    _logprob("gathered", "log-probabilities from logits"),
+    _logprob("forward", "scoring without gradient"),
+    _logprob("frozen", "frozen head"),
+    _logprob("trained", "trained head"),
+    _logprob("error", "errors beside the peers'"),
 )
 
 

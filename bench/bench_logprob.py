@@ -1,0 +1,77 @@
+"""Log-probabilities of tokens as a pytest-benchmark suite: `pytest bench/bench_logprob.py`.
+
+CPU sizes by default, those of a language model where there is a GPU. Beside the times, each entry's extra information
+has the limit of its own products on this machine over its time (`share`), its peak of extra GPU memory in GB, and the
+largest error of its log-probabilities against float64. `python -m bench.logprob` prints the same as tables, with the
+variants taken in turn: on a shared machine trust that one.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import pytest
+import torch
+
+from bench.logprob import run_head, run_logits
+from bench.logprob_peers import Peer, head_peers, logit_peers
+from bench.logprob_problems import exactly, problem
+from bench.measuring import DEVICE, ON_GPU, extra_memory, rates, synchronize
+
+ROWS, WIDTH, VOCABULARY = (4096, 2048, 128256) if ON_GPU else (128, 128, 2048)
+limits = cache(rates)
+
+
+def peers_of(mode: str) -> list[Peer]:
+    found, _ = logit_peers() if mode == "gathered" else head_peers(ROWS, VOCABULARY, 2, ON_GPU)
+    return [peer for peer in found if mode == "gathered" or mode in peer.modes]
+
+
+CASES = [
+    pytest.param(mode, peer, id=f"{mode}-{peer.name}")
+    for mode in ("gathered", "forward", "frozen", "trained")
+    for peer in peers_of(mode)
+]
+
+
+@pytest.mark.parametrize(("mode", "peer"), CASES)
+def test_logprob(benchmark, mode: str, peer: Peer) -> None:
+    """Time one variant with its gradients (none for `forward`)."""
+    hidden, weight, target, upstream = problem("peaked", ROWS, WIDTH, VOCABULARY)
+    few = slice(0, 64)
+    if mode == "gathered":
+        logits = hidden @ weight.T
+        exact = logits[few].double().log_softmax(-1).gather(1, target[few, None])[:, 0]
+        floor = 6 * logits.numel() / limits()[0]
+
+        def step() -> torch.Tensor:
+            return run_logits(peer, logits, target, upstream)[0]
+    else:
+        exact = exactly(hidden[few], weight, target[few], upstream[few])[0]
+        floor = peer.flop[mode] * ROWS * WIDTH * VOCABULARY / limits()[1]
+
+        def step() -> torch.Tensor:
+            return run_head(peer, mode, hidden, weight, target, upstream)
+
+    try:
+        value = step()
+    except Exception as error:  # other people's code that does not run on this machine
+        if peer.name.startswith("mopl"):
+            raise
+        pytest.skip(f"{type(error).__name__}: {str(error).splitlines()[0][:100]}")
+    benchmark.group = f"{mode} {ROWS} x {WIDTH} x {VOCABULARY} {DEVICE.type}"
+    if peer.per_token:
+        benchmark.extra_info["error"] = float((value[few].double() - exact).abs().max())
+    benchmark.extra_info["extra_gb"] = extra_memory(step)
+
+    def timed() -> None:
+        step()
+        synchronize()
+
+    benchmark.pedantic(timed, rounds=20 if ON_GPU else 5, warmup_rounds=1)
+    if benchmark.stats is not None:  # None under --benchmark-disable
+        benchmark.extra_info["share"] = floor / benchmark.stats.stats.median
