@@ -659,27 +659,6 @@ def test_runs_are_compared_in_one_table_by_method_and_seed(tmp_path, capsys):
         compare([tmp_path / "none"])
 
 
-@pytest.mark.slow
-def test_one_conditioned_model_beats_soup_and_mo_dpo_in_auxiliary_hypervolume(tmp_path):
-    """Equal steps a model, m = 5, three seeds; on lists of 20, where the two scalarisations differ by half."""
-    volumes, seconds = [], {}
-    for seed in range(3):
-        settings = config(
-            data="synthetic:queries=1000,items=20,features=12,objectives=5", seed=seed, hidden=64, heads=4,
-            base_hidden=64, steps=250, base_steps=60, batch_size=32, learning_rate=4e-3, temperature=(0.25,), points=11,
-            bootstrap=0, log_every=250, checkpoint_every=0,
-        )  # fmt: skip
-        volumes.append({})
-        for method in ("weight-cos-dpo", "dpo-soup", "mo-dpo"):
-            run = rank(dataclasses.replace(settings, method=method), tmp_path / f"{method}-{seed}", say=quiet)
-            front = run_fronts(run)[1]
-            volumes[-1][method], seconds[method] = front.hypervolume, front.seconds
-    for found in volumes:
-        assert found["weight-cos-dpo"] > 1.02 * max(found["dpo-soup"], found["mo-dpo"]), volumes
-    # One model instead of 5 + 11; times on a busy machine are rough.
-    assert seconds["weight-cos-dpo"] < seconds["mo-dpo"] / 6
-
-
 def test_stage_names_tell_trade_offs_apart():
     grid = grid_of(5, 126)
     assert len({stages.vector_name(w) for w in grid}) == 126
