@@ -41,13 +41,17 @@ def _factors(y, odds):
 
 @triton.jit
 def _odds(scores_row, order_row, position, stop, items, rate, top_below, log_below):
-    """Return u_i - log R of the members at `position` in float64, within what the quadrature can tell apart."""
+    """Return u_i - log R of the members at `position` in float64, raised to at least -1e4, and by how much.
+
+    Below that log(1 - exp(-t)) is y + odds to the last digit, so that raising the odds only moves the integrand's log.
+    """
     inside = position < stop
     item = tl.load(order_row + position, mask=inside, other=0).to(tl.int32)
     score = tl.load(scores_row + item, mask=inside, other=0).to(tl.float64)
     key = tl.where(rate < 0, -score, score)
     odds = -distance_below(top_below, key, tl.abs(rate)) - log_below
-    return tl.minimum(tl.maximum(odds, -1e4), 1e300), inside, odds == float("-inf")
+    lift = tl.where(odds < -1e4, -1e4 - odds, tl.where(odds == odds, 0.0, odds))  # NaN stays NaN
+    return tl.minimum(tl.maximum(odds, -1e4), 1e300), inside, lift
 
 
 @triton.jit
@@ -171,12 +175,12 @@ def _any_order(
     node = tl.arange(0, NODES).to(tl.float64) / (NODES - 1)
     size = (stop - start).to(tl.float64)
     lowest = tl.full((MEMBERS,), float("inf"), tl.float64)
-    hopeless = tl.zeros((MEMBERS,), tl.int32)
+    raised = tl.zeros((MEMBERS,), tl.float64)
     for first in range(start, stop, MEMBERS):
         position = first + tl.arange(0, MEMBERS)
-        odds, inside, never = _odds(scores_row, order_row, position, stop, items, rate, top_below, log_below)
+        odds, inside, lift = _odds(scores_row, order_row, position, stop, items, rate, top_below, log_below)
         lowest = tl.minimum(lowest, tl.where(inside, odds, float("inf")))
-        hopeless += tl.where(inside & never, 1, 0)
+        raised += tl.where(inside, lift, 0.0)
     worst = tl.min(lowest, axis=0)
 
     # The peak is in [0, log(1 + n)], so this holds all that counts; the nodes above the threshold give the interval.
@@ -207,11 +211,11 @@ def _any_order(
     total = tl.zeros((MEMBERS,), tl.float64)
     for first in range(start, stop, MEMBERS):
         position = first + tl.arange(0, MEMBERS)
-        odds, inside, never = _odds(scores_row, order_row, position, stop, items, rate, top_below, log_below)
+        odds, inside, _ = _odds(scores_row, order_row, position, stop, items, rate, top_below, log_below)
         _, factor = _factors(y, odds)
         expected = tl.sum(factor * density[None, :], axis=1)
         tl.store(phi + position, expected, mask=inside)
         total += tl.where(inside, expected, 0.0)
-    # An item of score -inf above others cannot win: the cost is infinite, the gradient its limit.
-    tl.store(cost, tl.where(tl.sum(hopeless, axis=0) > 0, float("inf"), -log_p))
+    # Where an item of score -inf is above others, the cost is infinite and the gradient its limit.
+    tl.store(cost, tl.sum(raised, axis=0) - log_p)
     tl.store(passed, tl.sum(total, axis=0))

@@ -14,6 +14,17 @@ from pathlib import Path
 import pytest
 import torch
 
+try:
+    from hypothesis import settings
+except ImportError:  # the kernels' legs run where only the compiler is installed
+    pass
+else:
+    # The same examples in every run: what failed yesterday can be repeated, and nobody's change fails for another's.
+    # `HYPOTHESIS_PROFILE=search` looks for new ones.
+    settings.register_profile("repeatable", derandomize=True, print_blob=True)
+    settings.register_profile("search", max_examples=1000, print_blob=True)
+    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

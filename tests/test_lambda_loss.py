@@ -136,6 +136,12 @@ def test_approx_ndcg_is_differentiable_in_soft_labels(gain: str) -> None:
     )
 
 
+def test_scores_that_differ_by_less_than_an_ulp_of_the_best_one_are_still_ranked() -> None:
+    scores, labels = torch.tensor([[0.001, -1e-45, 0.0]]), torch.tensor([[0.0, 0.0, 1.0]])
+    exact = lambda_loss(scores.double(), labels.double(), reduction="none")
+    torch.testing.assert_close(lambda_loss(scores, labels, reduction="none").double(), exact, rtol=1e-6, atol=0)
+
+
 @given(
     data=st.lists(
         st.tuples(

@@ -197,8 +197,9 @@ def _prepare(
     # Only differences count. Without a common offset the product with the temperature, and its gradient, are exact.
     finite = x.detach().isfinite() if mask is None else x.detach().isfinite() & mask
     largest = torch.where(finite, x.detach(), -math.inf).amax(1, keepdim=True) if x.shape[1] else x.new_zeros(())
-    x = x - torch.where(largest.isfinite(), largest, 0)
-    u = _narrow(temperature, "temperature", y, x)[..., None] * x[:, None, :]
+    # The ranks are those of x itself: rounding the offset away could make scores equal that are not.
+    centred = x - torch.where(largest.isfinite(), largest, 0)
+    u = _narrow(temperature, "temperature", y, x)[..., None] * centred[:, None, :]
     y = y.to(dtype)
     return x, u, y if mask is None else torch.where(mask[:, None, :], y, math.nan)
 

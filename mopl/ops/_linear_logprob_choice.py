@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from triton.runtime import driver
 
 from mopl.kernels import fused_logprob as kernels
 
@@ -46,9 +47,9 @@ def key_of(hidden: Tensor, weight: Tensor, softcap: bool) -> str:
 @functools.lru_cache
 def usable(device: torch.device, itemsize: int, softcap: bool) -> list[str]:
     """Return the names of the tiles that fit a GPU."""
-    properties = torch.cuda.get_device_properties(device)
-    every_stage = properties.major >= 9 and not torch.version.hip
-    return kernels.usable_tiles(itemsize, properties.shared_memory_per_block_optin, every_stage, softcap)
+    limit = driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
+    every_stage = torch.cuda.get_device_capability(device)[0] >= 9 and not torch.version.hip
+    return kernels.usable_tiles(itemsize, limit, every_stage, softcap)
 
 
 def pick(rows: int, itemsize: int, remembered: str | None, names: list[str]) -> str | None:

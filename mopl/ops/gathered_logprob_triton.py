@@ -36,11 +36,12 @@ def launch_forward(
     entropy = new(rows if want_entropy or want_variance else 0)
     variance = new(rows if want_variance else 0)
     if rows and targets:
-        kernels.forward_kernel[(rows,)](
-            logits, target, temperature, logprob, logsumexp, entropy if entropy.numel() else None,
-            variance if want_variance else None, vocabulary, targets, logits.stride(0), SOFTCAP=softcap,
-            TARGETS=_targets(targets), **kernels.forward_tile(vocabulary, logits.element_size(), softcap),
-        )  # fmt: skip
+        with torch.cuda.device_of(logits):
+            kernels.forward_kernel[(rows,)](
+                logits, target, temperature, logprob, logsumexp, entropy if entropy.numel() else None,
+                variance if want_variance else None, vocabulary, targets, logits.stride(0), SOFTCAP=softcap,
+                TARGETS=_targets(targets), **kernels.forward_tile(vocabulary, logits.element_size(), softcap),
+            )  # fmt: skip
     else:
         for result in (logprob, logsumexp, entropy, variance):
             result.zero_()
@@ -71,8 +72,9 @@ def launch_backward(
     def flat(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.contiguous()
 
-    kernels.backward_kernel[(rows, -(-vocabulary // part))](
-        flat(grad_logprob), flat(grad_logsumexp), flat(grad_entropy), logits, target.contiguous(),
-        temperature.contiguous(), logprob, logsumexp, entropy if entropy.numel() else logsumexp, grad, vocabulary,
-        targets, logits.stride(0), grad.stride(0), part, SOFTCAP=softcap, TARGETS=_targets(targets), **tile,
-    )  # fmt: skip
+    with torch.cuda.device_of(logits):
+        kernels.backward_kernel[(rows, -(-vocabulary // part))](
+            flat(grad_logprob), flat(grad_logsumexp), flat(grad_entropy), logits, target.contiguous(),
+            temperature.contiguous(), logprob, logsumexp, entropy if entropy.numel() else logsumexp, grad, vocabulary,
+            targets, logits.stride(0), grad.stride(0), part, SOFTCAP=softcap, TARGETS=_targets(targets), **tile,
+        )  # fmt: skip

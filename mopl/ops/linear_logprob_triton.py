@@ -16,7 +16,9 @@ The same functions as `_linear_logprob_cpu`, whose docstrings say what each argu
 
 from __future__ import annotations
 
+import functools
 import itertools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -32,6 +34,26 @@ COLUMNS = 2048  # columns of a tile of logits: 4096 x 2048 in float32 are 32 MiB
 STORE_ROWS = 2048  # rows of a chunk whose exponentials are stored over the whole vocabulary
 HEADROOM = 8.0  # nats: normalised exponentials, and their products with u - shift, stay below float16's 65504
 SIXTEEN = (torch.bfloat16, torch.float16)
+
+
+def on_its_device(stage: Callable) -> Callable:
+    """Run a stage on the GPU of its first argument, which Triton would not look at."""
+
+    @functools.wraps(stage)
+    def run(first: Tensor, *rest: object):
+        with torch.cuda.device_of(first):
+            return stage(first, *rest)
+
+    return run
+
+
+def wide_rows(rows: int, columns: int, like: Tensor) -> Tensor:
+    """Return an empty (rows, columns) whose rows begin at multiples of 128 bytes, whatever the number of columns.
+
+    Products of 16-bit operands are slow where rows are not aligned to 16 bytes, as with a vocabulary of 50257.
+    """
+    step = 128 // like.element_size()
+    return like.new_empty(rows, -(-columns // step) * step)[:, :columns]
 
 
 def product(a: Tensor, b: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
@@ -55,11 +77,7 @@ def same_dtype(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return hidden.to(dtype), weight.to(dtype)
 
 
-def store_dtype(hidden: Tensor) -> torch.dtype:
-    """Dtype of stored exponentials: that of the second product."""
-    return hidden.dtype if hidden.dtype in SIXTEEN else compute_dtype(hidden)
-
-
+@on_its_device
 def target_logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, column: Tensor, position: Tensor | None, temperature: Tensor,
     softcap: float, logit_scale: float,
@@ -124,7 +142,7 @@ class _Head:
         self.softcap, self.logit_scale, self.count = softcap, logit_scale, count
         self.dtype = compute_dtype(hidden, weight)
         self.vocabulary, self.size = weight.shape
-        self.narrow = store_dtype(self.hidden) == torch.float16
+        self.narrow = self.hidden.dtype == torch.float16
 
     def scan(
         self,
@@ -196,6 +214,7 @@ class _Head:
         self.redo(rows, sums, stored, stored_moment, bent)
 
 
+@on_its_device
 def accumulate(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, pivot: Tensor, shift: Tensor, temperature: Tensor,
     softcap: float, logit_scale: float, count: Tensor | None, moments: int, directions: int, cache: Tensor | None,
@@ -228,8 +247,8 @@ def accumulate(
             sums.normalise(slice(first, rows), head.shift)
         return _results(head, sums, weighted, weighted_moment)
     height = min(STORE_ROWS, rows - first)
-    buffer = torch.empty(height, vocabulary, dtype=store_dtype(head.hidden), device=hidden.device)
-    buffer_moment = torch.empty_like(buffer) if directions > 1 else None
+    buffer = wide_rows(height, vocabulary, head.hidden)
+    buffer_moment = wide_rows(height, vocabulary, head.hidden) if directions > 1 else None
     for chunk in _chunks(first, rows, STORE_ROWS):
         part = slice(0, chunk.stop - chunk.start)
         moment = None if buffer_moment is None else buffer_moment[part]
@@ -253,6 +272,7 @@ def _chunks(start: int, stop: int, size: int) -> list[slice]:
     return [slice(a, b) for a, b in itertools.pairwise(edges)]
 
 
+@on_its_device
 def combine(
     weight: Tensor, weighted: Tensor, weighted_moment: Tensor | None, pivot: Tensor, pivot_coefficient: Tensor,
     weighted_coefficient: Tensor, moment_coefficient: Tensor | None, column: Tensor | None, position: Tensor | None,
@@ -272,6 +292,7 @@ def combine(
     return out
 
 
+@on_its_device
 def backward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, pivot: Tensor, shift: Tensor, temperature: Tensor,
     softcap: float, logit_scale: float, count: Tensor | None, alpha: Tensor, gamma: Tensor | None, column: Tensor,
@@ -293,7 +314,7 @@ def backward(
     chunks = [(c, True) for c in _chunks(0, first, first if plain else STORE_ROWS)]
     chunks += [(c, False) for c in _chunks(first, rows, STORE_ROWS)]
     height = max((c.stop - c.start for c, kept in chunks if not kept), default=0)
-    buffer = torch.empty(height, vocabulary, dtype=store_dtype(head.hidden), device=hidden.device)
+    buffer = wide_rows(height, vocabulary, head.hidden)
     peak = None
     if head.narrow and rows:
         # Upstream gradients of a mean are small: multiplied by them, float16 operands would flush to zero.
@@ -303,7 +324,7 @@ def backward(
     scratch = None
     if not plain:
         tallest = max((c.stop - c.start for c, _ in chunks), default=0)
-        scratch = torch.empty(tallest, vocabulary, dtype=store_dtype(head.hidden), device=hidden.device)
+        scratch = wide_rows(tallest, vocabulary, head.hidden)
     factor, ones = -alpha, None
     for chunk, kept in chunks:
         part = slice(0, chunk.stop - chunk.start)

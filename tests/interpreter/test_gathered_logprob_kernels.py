@@ -134,3 +134,18 @@ def test_rows_that_do_not_count_are_not_read_and_silent_rows_are_zeroed() -> Non
     grad = torch.full_like(logits, math.nan)
     triton_path.launch_backward(torch.zeros(3, 1), None, None, logits, target, ones, logprob, lse, entropy, 0.0, grad)
     assert not grad.any()
+
+
+@pytest.mark.usefixtures("careful_memory")
+@pytest.mark.parametrize("vocabulary", [1, 37, 50, 9000])
+@pytest.mark.parametrize("targets", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_output_is_written_once_and_nothing_else_is_touched(
+    dtype: torch.dtype, targets: int, vocabulary: int
+) -> None:
+    logits, target, temperature, upstream = case(4, vocabulary, targets, dtype, 2.0, 1)
+    results = triton_path.launch_forward(logits, target, temperature, 0.0, True, True)
+    assert not any(result.isnan().any() for result in results)
+    grad = torch.full_like(logits, math.nan)
+    triton_path.launch_backward(*upstream, logits, target, temperature, *results[:3], 0.0, grad)
+    assert not grad.isnan().any()

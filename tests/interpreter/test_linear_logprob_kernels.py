@@ -205,6 +205,7 @@ def test_float16_has_no_range_and_loses_nothing_by_it(case: str, needs: tuple[st
         assert float(error.norm() / wish.norm()) < 2e-3, name
 
 
+@pytest.mark.usefixtures("careful_memory")
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_fused_kernel_equals_the_librarys_product(
