@@ -5,6 +5,7 @@ from mopl.conditioning.hyper_prompt import HyperPrompt
 from mopl.conditioning.hyper_prompt_model import HyperPromptModel, TuningRecord
 from mopl.conditioning.sampling import Temperatures, check_weights, sample_temperatures, sample_weights
 from mopl.conditioning.text_prompt import TextPrompt
+from mopl.conditioning.value_head import ValueHead
 
 __all__ = [
     "ConcatCondition",
@@ -13,6 +14,7 @@ __all__ = [
     "Temperatures",
     "TextPrompt",
     "TuningRecord",
+    "ValueHead",
     "check_weights",
     "sample_temperatures",
     "sample_weights",

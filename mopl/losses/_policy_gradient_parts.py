@@ -1,0 +1,211 @@
+"""Parts of the policy gradient: estimators of a KL divergence from samples, baselines, the regression of a baseline."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mopl._arguments import REDUCTIONS, Reduction, check_choice, compute_dtype, shape_of
+
+Estimator = Literal["k1", "k2", "k3"]
+Level = Literal["token", "sequence"]
+ESTIMATORS = ("k1", "k2", "k3")
+LEVELS = ("token", "sequence")
+
+
+def check_tokens(value: Tensor | None, like: Tensor, name: str) -> Tensor | None:
+    """Raise unless `value` is None or a floating-point (B, T) like `logprob`; return it."""
+    if value is None:
+        return None
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        got = f"dtype {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be a floating-point torch.Tensor of shape (B, T), got {got}")
+    if value.shape != like.shape:
+        raise ValueError(f"{name} has shape {shape_of(value)} but logprob has {shape_of(like)}; pass one value a token")
+    return value
+
+
+def check_logprob(logprob: Tensor, mask: Tensor | None) -> Tensor:
+    """Raise unless `logprob` is a floating-point (B, T) and `mask` None or boolean like it; return the mask."""
+    if not isinstance(logprob, Tensor) or not logprob.is_floating_point():
+        got = f"dtype {logprob.dtype}" if isinstance(logprob, Tensor) else type(logprob).__name__
+        raise TypeError(f"logprob must be a floating-point torch.Tensor of shape (B, T), got {got}")
+    if logprob.ndim != 2:
+        raise ValueError(
+            f"logprob has shape {shape_of(logprob)} but must be (B, T), one row a sampled response; "
+            "for log-probabilities of whole responses pass logprob[:, None]"
+        )
+    if mask is None:
+        return torch.ones_like(logprob, dtype=torch.bool)
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"mask is {got} but must be torch.bool, true on sampled tokens; pass mask.bool()")
+    if mask.shape != logprob.shape:
+        raise ValueError(f"mask has shape {shape_of(mask)} but logprob has {shape_of(logprob)}; pass one entry a token")
+    return mask
+
+
+def estimate(log_ratio: Tensor, estimator: Estimator) -> Tensor:
+    """Return k1, k2 or k3 of log(π/π_ref) at samples of π, elementwise."""
+    if estimator == "k1":
+        return log_ratio
+    if estimator == "k2":
+        return 0.5 * log_ratio.square()
+    return torch.expm1(-log_ratio) + log_ratio
+
+
+def kl_estimate(
+    logprob: Tensor,  # (B, T)
+    reference: Tensor,  # (B, T)
+    *,
+    mask: Tensor | None = None,  # (B, T) bool
+    estimator: Estimator = "k1",
+    level: Level = "token",
+) -> Tensor:  # (B,)
+    """Estimate KL(π ‖ π_ref) of each sampled response, in nats, with the gradient of that KL.
+
+    With x = log π/π_ref at what was sampled from π (Schulman 2020, "Approximating KL divergence"):
+
+        k1 = x             unbiased, may be negative
+        k2 = x² / 2        biased, small for close policies
+        k3 = e^(-x) - 1 + x   unbiased, never negative, less variance for close policies
+
+    **The gradient** is x ∇log π for all three. Differentiated as they stand, only k2 would give that: ∇k1 = ∇log π has
+    mean 0, and ∇k3 = (1 - e^(-x)) ∇log π has the mean ∇KL(π_ref ‖ π), another divergence (Tang and Munos 2025,
+    "On a few pitfalls in KL divergence gradient estimation for RL"). Here the value is that of the estimator and the
+    gradient that of KL(π ‖ π_ref): ∇E[k1] = E[k1 ∇log π + ∇k1] = E[x ∇log π], and the same for k3.
+
+    **The level.** At "sequence", x is the log-ratio of the whole response and the gradient is unbiased for the KL of
+    whole responses. At "token", the estimates of the tokens are summed: k1's value is the same, k3's has less variance
+    and is still unbiased (chain rule), but the gradient takes the prefixes as given: it leaves out what a token does to
+    the KL of the tokens after it. For that, have the KL in the reward (see `policy_gradient`).
+
+    Args:
+        logprob: log π of the sampled tokens, (B, T).
+        reference: log π_ref of the same tokens, (B, T); a constant.
+        mask: True on sampled tokens; what it leaves out is not read.
+        estimator: "k1", "k2" or "k3".
+        level: "token" or "sequence".
+
+    Returns:
+        (B,), float32, or float64 where an input is. Rows without tokens are 0.
+
+    Raises:
+        TypeError: wrong dtypes.
+        ValueError: shapes that do not fit, an unknown estimator or level.
+    """
+    check_choice(estimator, ESTIMATORS, "estimator")
+    check_choice(level, LEVELS, "level")
+    mask = check_logprob(logprob, mask)
+    check_tokens(reference, logprob, "reference")
+    dtype = compute_dtype(logprob, reference)
+    policy = torch.where(mask, logprob.to(dtype), 0)
+    log_ratio = policy.detach() - torch.where(mask, reference.detach().to(dtype), 0)
+    if level == "sequence":
+        policy, log_ratio = policy.sum(-1, keepdim=True), log_ratio.sum(-1, keepdim=True)
+    # log_ratio * (policy - its own value) is 0 with the gradient log_ratio * grad policy.
+    return (estimate(log_ratio, estimator) + log_ratio * (policy - policy.detach())).sum(-1)
+
+
+def group_ids(group: int | Tensor | None, rows: int, device: torch.device) -> Tensor:
+    """Return the group number of each row (B,) from a size of consecutive groups or from numbers."""
+    if isinstance(group, Tensor):
+        if group.shape != (rows,) or group.is_floating_point():
+            raise ValueError(
+                f"group is {group.dtype} of shape {shape_of(group)}; pass one integer a response, ({rows},)"
+            )
+        return group.to(device)
+    if isinstance(group, bool) or not isinstance(group, int) or group < 1 or rows % group:
+        raise ValueError(
+            f"group is {group!r} but must say which responses belong together: the number of consecutive responses of "
+            f"one prompt, which divides B = {rows}, or an integer tensor ({rows},)"
+        )
+    return torch.arange(rows, device=device) // group
+
+
+def group_mean(
+    values: Tensor,  # (B,)
+    group: int | Tensor,
+    *,
+    leave_one_out: bool,
+    valid: Tensor | None = None,  # (B,) bool
+) -> Tensor:  # (B,)
+    """Return for each response the mean of its group, with or without itself.
+
+    Without itself (leave-one-out; Kool et al. 2019, Ahmadian et al. 2024) the mean does not depend on the response, so
+    a policy gradient stays unbiased. With itself, as in GRPO, the gradient is (K - 1)/K of it for groups of K.
+
+    Args:
+        values: (B,), returns of the responses.
+        group: size of groups of consecutive responses, or one integer a response (B,).
+        leave_one_out: whether a response is left out of its own mean.
+        valid: which responses count; the values of others are not read.
+
+    Returns:
+        (B,); 0 where no response is left to average.
+
+    Raises:
+        ValueError: a group that does not fit.
+    """
+    if values.ndim != 1:
+        raise ValueError(f"values has shape {shape_of(values)} but must be (B,), one value a response")
+    number = group_ids(group, values.shape[0], values.device)
+    together = number[:, None] == number
+    if valid is not None:
+        together = together & valid
+        values = torch.where(valid, values, 0)
+    if leave_one_out:
+        together = together & ~torch.eye(len(values), dtype=torch.bool, device=values.device)
+    # Sums of values minus a common one: groups of equal returns have a mean that is exactly theirs.
+    share = together.to(values.dtype)
+    count = share.sum(-1)
+    first = values[together.to(torch.uint8).argmax(-1)]
+    mean = first + ((values - first[:, None]) * share).sum(-1) / count.clamp(min=1)
+    return torch.where(count > 0, mean, 0)
+
+
+def group_deviation(values: Tensor, group: int | Tensor, valid: Tensor) -> Tensor:
+    """Return for each response the standard deviation (over K, not K - 1) of its group, (B,)."""
+    mean = group_mean(values, group, leave_one_out=False, valid=valid)
+    square = torch.where(valid, values - mean, 0).square()
+    return group_mean(square, group, leave_one_out=False, valid=valid).sqrt()
+
+
+def value_loss(
+    values: Tensor,  # (B,) or (B, T)
+    returns: Tensor,  # values' shape
+    *,
+    mask: Tensor | None = None,  # values' shape, bool
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Return ½ (V - G)², the regression of a learned value baseline on the returns.
+
+    Args:
+        values: V(x, w, α) of each response (B,), or of each token's prefix (B, T).
+        returns: G, of the same shape: `sequence_returns` or `returns` of `policy_gradient`. A constant.
+        mask: true where a value counts; what it leaves out is not read.
+        reduction: "none" gives (B,), the mean over a row's tokens; "sum" its sum, "mean" its mean over the B rows.
+
+    Returns:
+        (B,) or a scalar, float32, or float64 where an input is.
+
+    Raises:
+        TypeError: wrong dtypes.
+        ValueError: shapes that do not fit.
+    """
+    check_choice(reduction, REDUCTIONS, "reduction")
+    if not isinstance(values, Tensor) or not values.is_floating_point() or values.ndim not in (1, 2):
+        got = f"{values.dtype} {shape_of(values)}" if isinstance(values, Tensor) else type(values).__name__
+        raise TypeError(f"values must be a floating-point torch.Tensor of shape (B,) or (B, T), got {got}")
+    if values.ndim == 1:
+        values, returns, mask = values[:, None], returns[..., None], None if mask is None else mask[..., None]
+    mask = check_logprob(values, mask)
+    check_tokens(returns, values, "returns")
+    dtype = compute_dtype(values, returns)
+    error = torch.where(mask, values.to(dtype), 0) - torch.where(mask, returns.detach().to(dtype), 0)
+    loss = 0.5 * error.square().sum(-1) / mask.sum(-1).clamp(min=1)
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.sum() / max(loss.shape[0], 1)

@@ -1,0 +1,339 @@
+"""KL-regularised policy gradient for rewards R_1..R_m, weights w and KL weight α: what CLP trains with.
+
+    V_{α,w}(π) = E_x [ c(α) E_{y~π} w·R(x, y) - α KL( π(.|x) ‖ π_ref(.|x) ) ]
+
+with c(α) = 1 - α ("complement") or 1 ("penalty"). We recall the factor 1 - α from CLP (Wang et al., EMNLP Findings
+2024) with medium confidence only, hence the option; the optimum is π* ∝ π_ref exp((c(α)/α) w·R).
+
+For a response y sampled from π, G = c(α) w·R - α log(π/π_ref) and any baseline b that does not depend on y,
+
+    ∇V = E[ (G - b) ∇log π(y) ],         G taken as a constant
+
+(the derivative of G itself is -α ∇log π, whose mean is 0). `policy_gradient` returns the loss whose gradient is minus
+this, and what a log wants to know.
+
+**Where the KL enters** (`kl_in`):
+
+* "reward": G above. With "k1" the gradient is that of V. k2 and k3 in the reward are constants there, too, so their own
+  derivative is missing: k3's mean gradient is ∇KL(π ‖ π_ref) - ∇KL(π_ref ‖ π). They are offered because others do so.
+* "loss": G = c(α) w·R, and α times `kl_estimate` is added to the loss. Its gradient is unbiased for V at
+  `kl_level="sequence"`; at "token" it leaves out what a token does to the KL of later ones, as GRPO's does.
+* `kl_estimator="exact"` takes each position's KL over the whole vocabulary (`mopl.ops.linear_kl`). In the "loss" it is
+  the local term alone; in the "reward" the local term is in the loss *and* the KL of the positions is in the returns,
+  which together are the gradient of the sequence's KL, with less variance than any estimator from samples
+  (Amini et al. 2025, "Better estimation of the KL divergence between language models").
+
+**Several epochs on one batch**: pass `behaviour`, the log-probabilities under the policy that sampled. The loss is
+-ρ A with ρ = π/π_behaviour of a token, of a sequence, or the geometric mean over a sequence's tokens (GSPO, Zheng et
+al. 2025); with `clip` it is PPO's -min(ρ A, clip(ρ, 1 - ε, 1 + ε) A). G uses the present π, and KL terms in the loss
+are weighted with ρ. Unclipped, "sequence" ratios give an unbiased gradient of V from old samples; "token" ratios take
+the prefixes as if sampled from π.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mopl._arguments import REDUCTIONS, Reduction, check_choice, compute_dtype, per_objective, shape_of
+from mopl.losses._policy_gradient_parts import (
+    ESTIMATORS,
+    LEVELS,
+    Estimator,
+    Level,
+    check_logprob,
+    check_tokens,
+    estimate,
+    group_deviation,
+    group_mean,
+    kl_estimate,
+    value_loss,
+)
+
+__all__ = ["PolicyGradient", "group_mean", "kl_estimate", "policy_gradient", "reward_coefficient", "value_loss"]
+
+KLForm = Literal["complement", "penalty"]
+KL_FORMS = ("complement", "penalty")
+RatioLevel = Literal["token", "sequence", "sequence_mean"]
+RATIO_LEVELS = ("token", "sequence", "sequence_mean")
+
+
+class PolicyGradient(NamedTuple):
+    """What `policy_gradient` returns; all but `loss` are without gradient.
+
+    Attributes:
+        loss: a scalar, or (B,) with reduction="none".
+        advantages: A, (B, T): what multiplies each token's ∇log π; 0 where masked.
+        returns: (B, T), G, from each token on with `to_go`; 0 where masked. Before the baseline.
+        sequence_returns: G, (B,): c(α) w·R - α KL of each response (without the KL, if that is in the loss).
+        reward: w·R, (B,), without the factor c(α).
+        kl: estimate of KL(π ‖ π_ref) of each response, (B,), nats; 0 without a reference.
+        ratio: ρ, (B, T), or (B,) for ratios of sequences; 1 without `behaviour`, and where masked.
+        clip_share: scalar, share of the tokens (or sequences) whose gradient the clip has cut.
+    """
+
+    loss: Tensor
+    advantages: Tensor
+    returns: Tensor
+    sequence_returns: Tensor
+    reward: Tensor
+    kl: Tensor
+    ratio: Tensor
+    clip_share: Tensor
+
+
+def reward_coefficient(alpha: float | Tensor, kl_form: KLForm = "complement") -> float | Tensor:
+    """Return c(α), what multiplies the reward: 1 - α for "complement", 1 for "penalty"."""
+    check_choice(kl_form, KL_FORMS, "kl_form")
+    if kl_form == "complement":
+        return 1 - alpha
+    return torch.ones_like(alpha) if isinstance(alpha, Tensor) else 1.0
+
+
+def policy_gradient(
+    logprob: Tensor,  # (B, T)
+    rewards: Tensor,  # (B, m)
+    weights: Tensor,  # (m,) or (B, m)
+    *,
+    alpha: float | Tensor,  # number or (B,)
+    reference: Tensor | None = None,  # (B, T)
+    behaviour: Tensor | None = None,  # (B, T)
+    mask: Tensor | None = None,  # (B, T) bool
+    baseline: Tensor | Literal["leave_one_out", "group"] | None = None,  # (B,), (B, T)
+    group: int | Tensor | None = None,
+    standardize: bool = False,
+    kl_form: KLForm = "complement",
+    kl_in: Literal["reward", "loss"] = "reward",
+    kl_estimator: Estimator | Literal["exact"] = "k1",
+    kl_level: Level = "token",
+    exact_kl: Tensor | None = None,  # (B, T)
+    to_go: bool = False,
+    clip: float | tuple[float, float] | None = None,
+    ratio_level: RatioLevel = "token",
+    reduction: Reduction = "mean",
+) -> PolicyGradient:
+    """Return the loss whose gradient is minus the policy gradient of V_{α,w}, and figures about it.
+
+    Args:
+        logprob: log π of the sampled tokens, (B, T), as `mopl.ops.linear_logprob` gives it; the only argument besides
+            `exact_kl` that gets a gradient.
+        rewards: R, (B, m), one value a response and objective.
+        weights: w, (m,) or (B, m).
+        alpha: α, a number or one a response (B,). In [0, 1] for the complement form.
+        reference: log π_ref of the same tokens, (B, T). Needed unless α is the number 0 or the KL is exact.
+        behaviour: log-probabilities of the same tokens under the policy that sampled them, (B, T). None: π did.
+        mask: True on sampled tokens. What it leaves out is not read; a response without tokens counts for nothing but
+            stays in B, so mask a response whose reward could not be computed.
+        baseline: a constant for the gradient: values (B,) or (B, T), "leave_one_out", "group" or None. The last two
+            average G over responses of one prompt that were sampled alike: with the same w and α. A response that is
+            alone in its group has baseline 0.
+        group: which responses belong together, for such a baseline: the size of groups of consecutive responses, or
+            one integer a response (B,).
+        standardize: with the baseline "group", divide by the group's standard deviation, as GRPO does. Biased: prompts
+            whose responses differ little count more.
+        kl_form: "complement" for (1 - α) w·R - α KL, "penalty" for w·R - α KL.
+        kl_in: "reward" or "loss", see the top of the file.
+        kl_estimator: "k1", "k2", "k3", or "exact" with `exact_kl`.
+        kl_level: whether the estimator sees log-ratios of tokens or of whole responses.
+        exact_kl: KL of each position over the vocabulary, (B, T), differentiable.
+        to_go: count for each token the KL from it on only: same mean, less variance. The reward, which comes at the
+            end, counts for every token.
+        clip: ε, or (ε_low, ε_high), of PPO's clipped ratio; needs `behaviour`.
+        ratio_level: "token", "sequence" or "sequence_mean" (GSPO).
+        reduction: "mean" over the B responses of the sum over tokens, "sum", or "none" for (B,).
+
+    Returns:
+        `PolicyGradient`. float32, or float64 where an input is. With no baseline and no `behaviour` the loss is
+        -Σ_t A_t log π_t; its value means little, its gradient is what it is for.
+
+    Raises:
+        TypeError: wrong dtypes.
+        ValueError: shapes that do not fit, unknown options, or options that exclude each other.
+    """
+    for value, choices, name in (
+        (kl_form, KL_FORMS, "kl_form"),
+        (kl_in, ("reward", "loss"), "kl_in"),
+        (kl_estimator, (*ESTIMATORS, "exact"), "kl_estimator"),
+        (kl_level, LEVELS, "kl_level"),
+        (ratio_level, RATIO_LEVELS, "ratio_level"),
+        (reduction, REDUCTIONS, "reduction"),
+    ):
+        check_choice(value, choices, name)
+    mask = check_logprob(logprob, mask)
+    for value, name in ((reference, "reference"), (behaviour, "behaviour"), (exact_kl, "exact_kl")):
+        check_tokens(value, logprob, name)
+    exact = kl_estimator == "exact"
+    _check_options(alpha, reference, behaviour, exact_kl, exact, baseline, standardize, to_go, clip, ratio_level)
+
+    dtype = compute_dtype(logprob, reference, behaviour, exact_kl)
+    policy = torch.where(mask, logprob.to(dtype), 0)
+    valid = mask.any(-1)
+    reward = torch.where(valid, _weighted_reward(rewards, weights, policy), 0)
+    strength = _per_response(alpha, policy)
+
+    # The KL of each position (B, T), or of each response (B, 1), without gradient; `local` has one.
+    local, log_ratio = None, torch.zeros_like(policy)
+    if exact:
+        local = torch.where(mask, exact_kl.to(dtype), 0)  # type: ignore[union-attr]
+        kl = local.detach()
+    elif reference is None:
+        kl = torch.zeros_like(policy)
+    else:
+        log_ratio = policy.detach() - torch.where(mask, reference.detach().to(dtype), 0)
+        log_ratio = log_ratio if kl_level == "token" else log_ratio.sum(-1, keepdim=True)
+        kl = estimate(log_ratio, kl_estimator)  # type: ignore[arg-type]
+
+    earned = torch.where(valid, reward_coefficient(strength, kl_form) * reward, 0)
+    penalty = kl if kl_in == "reward" else torch.zeros_like(kl)
+    sequence_returns = earned - strength * penalty.sum(-1)
+    returns = sequence_returns[:, None].expand_as(policy)
+    if to_go and penalty.shape == policy.shape:
+        returns = earned[:, None] - strength[:, None] * penalty.flip(-1).cumsum(-1).flip(-1)
+    advantages = returns - _baseline(baseline, group, sequence_returns, policy, valid)
+    if standardize:
+        # GRPO's constant: groups of equal returns have advantage 0, whatever it is.
+        advantages = advantages / (group_deviation(sequence_returns, group, valid)[:, None] + 1e-6)  # type: ignore[arg-type]
+    advantages = torch.where(mask, advantages, 0)
+
+    loss, ratio, clipped = _surrogate(policy, behaviour, advantages, mask, clip, ratio_level)
+    importance = ratio.detach()
+    if local is not None:
+        # A sequence's ratio reweighs its prefixes; a token's ratio has no part in the KL of the position itself.
+        term = local.sum(-1)
+        loss = loss + strength * (term * importance if importance.ndim == 1 else term)
+    elif kl_in == "loss" and reference is not None:
+        loss = loss + strength * _kl_term(policy, log_ratio, kl, importance)
+    if reduction != "none":
+        loss = loss.sum() if reduction == "sum" else loss.sum() / max(loss.shape[0], 1)
+    counted = valid.sum() if ratio.ndim == 1 else mask.sum()
+    return PolicyGradient(
+        loss,
+        advantages,
+        torch.where(mask, returns, 0),
+        sequence_returns,
+        reward,
+        kl.sum(-1),
+        importance,
+        clipped.sum().to(dtype) / counted.clamp(min=1),
+    )
+
+
+def _kl_term(policy: Tensor, log_ratio: Tensor, kl: Tensor, importance: Tensor) -> Tensor:
+    """Return the KL of each response (B,) with its value from the estimator and the gradient x ∇log π, times ρ."""
+    if log_ratio.shape != policy.shape:
+        policy = policy.sum(-1, keepdim=True)
+    term = kl + log_ratio * (policy - policy.detach())
+    if importance.ndim == 1:
+        return term.sum(-1) * importance
+    if term.shape != importance.shape:  # a response's estimate with ratios of tokens: the ratio of the response
+        return term.sum(-1) * importance.prod(-1)
+    return (term * importance).sum(-1)
+
+
+def _surrogate(
+    policy: Tensor,
+    behaviour: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    clip: float | tuple[float, float] | None,
+    level: RatioLevel,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the loss (B,), the ratios (B, T) or (B,), and which of them the clip has cut."""
+    if behaviour is None:
+        ratio = torch.ones_like(policy)
+        return -(advantages * policy).sum(-1), ratio, torch.zeros_like(mask)
+    log_ratio = policy - torch.where(mask, behaviour.detach().to(policy.dtype), 0)
+    if level != "token":
+        log_ratio = log_ratio.sum(-1)
+        if level == "sequence_mean":
+            log_ratio = log_ratio / mask.sum(-1).clamp(min=1)
+        # Without `to_go` every token of a response has the same advantage; the first one is a masked 0 at times.
+        largest = advantages.abs().argmax(-1, keepdim=True)
+        advantages = advantages.gather(-1, largest)[:, 0]
+    ratio = log_ratio.exp()
+    if clip is None:
+        loss, clipped = -ratio * advantages, torch.zeros_like(ratio, dtype=torch.bool)
+    else:
+        low, high = clip if isinstance(clip, tuple) else (clip, clip)
+        clipped = torch.where(advantages > 0, ratio > 1 + high, (ratio < 1 - low) & (advantages < 0)).detach()
+        # Where the clip cuts, the exponential is not differentiated at all: it may have overflowed.
+        kept = log_ratio.masked_fill(clipped, 0).exp()
+        loss = -torch.where(clipped, ratio.detach().clamp(1 - low, 1 + high), kept) * advantages
+    return (loss.sum(-1) if level == "token" else loss), ratio, clipped
+
+
+def _baseline(
+    baseline: Tensor | str | None, group: int | Tensor | None, returns: Tensor, policy: Tensor, valid: Tensor
+) -> Tensor:
+    """Return the baseline as something that broadcasts to (B, T)."""
+    if baseline is None:
+        return torch.zeros_like(returns)[:, None]
+    if isinstance(baseline, str):
+        check_choice(baseline, ("leave_one_out", "group"), "baseline")
+        if group is None:
+            raise ValueError(f"baseline={baseline!r} needs group: the number of responses of one prompt")
+        return group_mean(returns, group, leave_one_out=baseline == "leave_one_out", valid=valid)[:, None]
+    if baseline.shape not in (policy.shape, policy.shape[:1]):
+        raise ValueError(
+            f"baseline has shape {shape_of(baseline)} but logprob has {shape_of(policy)}; pass one value a response, "
+            f"({policy.shape[0]},), or one a token"
+        )
+    value = baseline.detach().to(policy.dtype)
+    return value if value.ndim == 2 else value[:, None]
+
+
+def _weighted_reward(rewards: Tensor, weights: Tensor, policy: Tensor) -> Tensor:
+    """Return w·R, (B,)."""
+    if not isinstance(rewards, Tensor) or rewards.ndim != 2 or rewards.shape[0] != policy.shape[0]:
+        got = shape_of(rewards) if isinstance(rewards, Tensor) else type(rewards).__name__
+        raise ValueError(
+            f"rewards is {got} but logprob has {shape_of(policy)}; pass one value a response and objective, (B, m)"
+        )
+    values = rewards.detach().to(policy.device, policy.dtype)
+    w = per_objective(weights, "weights", (values.shape[0], values.shape[1]), policy).detach()
+    # A reward that is not asked for may be NaN or infinite.
+    return torch.where(w == 0, 0, w * values).sum(-1)
+
+
+def _per_response(value: float | Tensor, policy: Tensor) -> Tensor:
+    """Return a number or (B,) as a constant (B,)."""
+    rows = policy.shape[0]
+    tensor = value if isinstance(value, Tensor) else torch.full((), value, dtype=policy.dtype, device=policy.device)
+    if tensor.ndim > 1 or tensor.shape not in ((), (1,), (rows,)):
+        raise ValueError(f"alpha has shape {shape_of(tensor)}; pass a number or one value a response, ({rows},)")
+    return tensor.detach().to(policy.device, policy.dtype).expand(rows)
+
+
+def _check_options(
+    alpha: float | Tensor,
+    reference: Tensor | None,
+    behaviour: Tensor | None,
+    exact_kl: Tensor | None,
+    exact: bool,
+    baseline: Tensor | str | None,
+    standardize: bool,
+    to_go: bool,
+    clip: float | tuple[float, float] | None,
+    ratio_level: RatioLevel,
+) -> None:
+    """Raise where options are missing or exclude each other."""
+    if exact != (exact_kl is not None):
+        raise ValueError("kl_estimator='exact' and exact_kl (B, T) belong together; pass both or neither")
+    if reference is None and not exact and (isinstance(alpha, Tensor) or alpha != 0):
+        raise ValueError("reference is missing; without log-probabilities of the reference alpha must be the number 0")
+    if not isinstance(alpha, Tensor) and not 0 <= alpha:
+        raise ValueError(f"alpha is {alpha} but must not be negative: it is the weight of the KL")
+    if standardize and not (isinstance(baseline, str) and baseline == "group"):
+        raise ValueError("standardize divides by a group's standard deviation; it needs baseline='group'")
+    if behaviour is None and (clip is not None or ratio_level != "token"):
+        raise ValueError("clip and ratio_level are about the ratio to the policy that sampled; pass behaviour (B, T)")
+    if ratio_level != "token" and (to_go or (isinstance(baseline, Tensor) and baseline.ndim == 2)):
+        raise ValueError(
+            f"ratio_level={ratio_level!r} weighs whole responses, which have one advantage each; leave out to_go and "
+            "pass a baseline of shape (B,)"
+        )
+    ends = () if clip is None else clip if isinstance(clip, tuple) else (clip, clip)
+    if any(not end > 0 for end in ends) or len(ends) not in (0, 2):
+        raise ValueError(f"clip is {clip} but must be a positive number, or (low, high) of two such")

@@ -1,0 +1,73 @@
+"""Plain formulas of the KL-regularised policy objective on a finite set of Y responses: the oracle of the tests.
+
+Everything is in the dtype of the arguments; pass float64. `log_policy` and `log_reference` are log-probabilities (Y,),
+`rewards` (m, Y), `weights` (m,), and c(α) = 1 - α ("complement") or 1 ("penalty"):
+
+    V(π)  = c(α) E_π[w·R] - α KL(π ‖ π_ref)
+    π*    ∝ π_ref exp((c(α)/α) w·R)
+    V*    = V(π*) = α log Σ_y π_ref exp((c(α)/α) w·R),        V* - V(π) = α KL(π ‖ π*)
+    ∂V/∂logits = π ⊙ (G - E_π[G]),   G = c(α) w·R - α log(π/π_ref)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def kl(log_policy: Tensor, log_reference: Tensor) -> Tensor:
+    """Return KL(π ‖ π_ref) over the last dimension, from log-probabilities."""
+    term = log_policy.exp() * (log_policy - log_reference)
+    return torch.where(log_policy == -torch.inf, 0, term).sum(-1)
+
+
+def full_vocabulary_kl(
+    logits: Tensor, reference_logits: Tensor, *, temperature: float | Tensor = 1.0,
+    reference_temperature: float | Tensor | None = None, softcap: float | None = None, direction: str = "reverse",
+) -> Tensor:  # fmt: skip
+    """Return KL(π ‖ π_ref) ("reverse") or KL(π_ref ‖ π) ("forward") of softmaxes of logits (N, V)."""
+    second = temperature if reference_temperature is None else reference_temperature
+    logs = []
+    for values, warmth in ((logits, temperature), (reference_logits, second)):
+        u = values if softcap is None else softcap * torch.tanh(values / softcap)
+        logs.append((u / torch.as_tensor(warmth, dtype=u.dtype).expand(u.shape[:-1])[..., None]).log_softmax(-1))
+    return kl(*logs) if direction == "reverse" else kl(logs[1], logs[0])
+
+
+def reward_strength(alpha: float, kl_form: str = "complement") -> float:
+    """Return κ = c(α)/α, what multiplies the reward in the optimum's exponent."""
+    return ((1 - alpha) if kl_form == "complement" else 1.0) / alpha
+
+
+def value(log_policy: Tensor, log_reference: Tensor, rewards: Tensor, weights: Tensor, alpha: float,
+          kl_form: str = "complement") -> Tensor:  # fmt: skip
+    """Return V(π)."""
+    coefficient = alpha * reward_strength(alpha, kl_form)
+    return coefficient * (log_policy.exp() * (weights @ rewards)).sum(-1) - alpha * kl(log_policy, log_reference)
+
+
+def optimal_log_policy(log_reference: Tensor, rewards: Tensor, weights: Tensor, alpha: float,
+                       kl_form: str = "complement") -> Tensor:  # fmt: skip
+    """Return log π*."""
+    return (log_reference + reward_strength(alpha, kl_form) * (weights @ rewards)).log_softmax(-1)
+
+
+def optimal_value(log_reference: Tensor, rewards: Tensor, weights: Tensor, alpha: float,
+                  kl_form: str = "complement") -> Tensor:  # fmt: skip
+    """Return V*."""
+    return alpha * (log_reference + reward_strength(alpha, kl_form) * (weights @ rewards)).logsumexp(-1)
+
+
+def returns(log_policy: Tensor, log_reference: Tensor, rewards: Tensor, weights: Tensor, alpha: float,
+            kl_form: str = "complement") -> Tensor:  # fmt: skip
+    """Return G of every response, (Y,)."""
+    coefficient = alpha * reward_strength(alpha, kl_form)
+    return coefficient * (weights @ rewards) - alpha * (log_policy - log_reference)
+
+
+def value_gradient(log_policy: Tensor, log_reference: Tensor, rewards: Tensor, weights: Tensor, alpha: float,
+                   kl_form: str = "complement") -> Tensor:  # fmt: skip
+    """Return ∂V/∂logits, (Y,)."""
+    g = returns(log_policy, log_reference, rewards, weights, alpha, kl_form)
+    policy = log_policy.exp()
+    return policy * (g - (policy * g).sum(-1, keepdim=True))
