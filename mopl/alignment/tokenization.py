@@ -232,7 +232,7 @@ class ListTokenizer:
 
     def _chat(self, item: PreferenceList) -> tuple[np.ndarray, list[np.ndarray]]:
         messages = list(_as_messages(item.prompt, "user"))
-        opening = self._write(messages, add_generation_prompt=True)
+        opening = self._opening(item.prompt)
         responses = []
         for response in item.responses:
             whole = self._write([*messages, *_as_messages(response, "assistant")], add_generation_prompt=False)
@@ -244,7 +244,27 @@ class ListTokenizer:
                     "or template_options that switch off what differs (such as enable_thinking)"
                 )
             responses.append(self._without_tail(self._encode(whole[len(opening) :])))
-        return self._encode(opening, first=True), responses
+        return self.prompt_tokens(item.prompt), responses
+
+    def prompt_tokens(self, prompt: Text) -> np.ndarray:
+        """Return the tokens (P,) of a prompt as a model gets them when it is to answer, never cut.
+
+        Args:
+            prompt: a text or chat messages.
+
+        Raises:
+            RowError: if messages cannot be written in plain text.
+        """
+        tokens = self._encode(self._opening(prompt), first=True)
+        if not self.chat and self._adds_bos:
+            tokens = np.concatenate([[self.tokenizer.bos_token_id], tokens])
+        return tokens
+
+    def _opening(self, prompt: Text) -> str:
+        """Return a prompt as text, up to where the response begins."""
+        if self.chat:
+            return self._write(list(_as_messages(prompt, "user")), add_generation_prompt=True)
+        return prompt + self.separator if isinstance(prompt, str) else _transcript(prompt, True)
 
     def _write(self, messages: list[Message], *, add_generation_prompt: bool) -> str:
         return self.tokenizer.apply_chat_template(
@@ -264,10 +284,6 @@ class ListTokenizer:
 
     def _plain(self, item: PreferenceList) -> tuple[np.ndarray, list[np.ndarray]]:
         as_text = isinstance(item.prompt, str)
-        opening = item.prompt + self.separator if isinstance(item.prompt, str) else _transcript(item.prompt, True)
-        prompt = self._encode(opening, first=True)
-        if self._adds_bos:
-            prompt = np.concatenate([[self.tokenizer.bos_token_id], prompt])
         responses = []
         for response in item.responses:
             messages = _as_messages(response, "assistant")
@@ -276,7 +292,7 @@ class ListTokenizer:
             if len(tokens) and self.append_eos and tokens[-1] != self.tokenizer.eos_token_id:
                 tokens = np.append(tokens, self.tokenizer.eos_token_id)
             responses.append(tokens)
-        return prompt, responses
+        return self.prompt_tokens(item.prompt), responses
 
     # ------------------------------------------------------------ encoding
 
