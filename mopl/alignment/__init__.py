@@ -1,5 +1,52 @@
-"""Language models: log-probabilities of responses from any Hugging Face causal language model."""
+"""Language models: data, log-probabilities of responses, and one fine-tuned model for every trade-off.
 
-from mopl.alignment.head import FusedOutput, SequenceScores, fuse, is_fused, score_sequences, unfuse
+Names are imported on first use, so that the command line can list its options without loading torch.
+"""
 
-__all__ = ["FusedOutput", "SequenceScores", "fuse", "is_fused", "score_sequences", "unfuse"]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mopl.alignment.config import AlignConfig
+    from mopl.alignment.head import FusedOutput, SequenceScores, fuse, is_fused, score_sequences, unfuse
+    from mopl.alignment.readers import load_preferences
+    from mopl.alignment.recipe import align
+    from mopl.alignment.runs import open_run
+
+_HOMES = {
+    "AlignConfig": "config",
+    "FusedOutput": "head",
+    "SequenceScores": "head",
+    "align": "recipe",
+    "fuse": "head",
+    "is_fused": "head",
+    "load_preferences": "readers",
+    "open_run": "runs",
+    "score_sequences": "head",
+    "unfuse": "head",
+}
+
+__all__ = [
+    "AlignConfig",
+    "FusedOutput",
+    "SequenceScores",
+    "align",
+    "fuse",
+    "is_fused",
+    "load_preferences",
+    "open_run",
+    "score_sequences",
+    "unfuse",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the module of a name when it is first asked for."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """List the names beside what is loaded."""
+    return sorted({*globals(), *__all__})

@@ -337,7 +337,7 @@
       draw("text", { x: left - 6, y: py(v) + 4, "text-anchor": "end", class: "tick" }, svg, text);
     }
     const short = (k, room) => {
-      const tail = ` ${data.metric.name} ${arrow(k)}`, most = Math.max(4, Math.floor(room / 6.6) - tail.length);
+      const tail = ` ${k === m ? data.metric.main_name : data.metric.name} ${arrow(k)}`, most = Math.max(4, Math.floor(room / 6.6) - tail.length);
       return (axisName(k).length > most ? axisName(k).slice(0, most - 1) + "\u2026" : axisName(k)) + tail;
     };
     draw("text", { x: (left + right) / 2, y: height - 8, "text-anchor": "middle" }, svg, short(x, right - left));

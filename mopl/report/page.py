@@ -67,7 +67,7 @@ def write_page(
         raise ValueError(f"truth must have one column for each of the {m} objectives: shape (n, {m})")
     data = {
         "fronts": [record.raw for record in records],
-        "metric": {"name": metric.name, "higher_is_better": metric.higher_is_better},
+        "metric": {"name": metric.name, "main_name": metric.of_main, "higher_is_better": metric.higher_is_better},
         "base": None if origin is None else {"main": origin.main, "auxiliary": origin.auxiliary},
         "truth": truth,
         "samples": _samples(records, samples),

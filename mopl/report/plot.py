@@ -336,7 +336,7 @@ def _legend(figure: Any, grid: Any, scene: _Scene) -> None:
     if any(math.isnan(x) for x in mains):
         entry(f"{main} n/a", "o", "#555555", markerfacecolor=NOT_KNOWN)
     if not all(math.isnan(x) for x in mains):
-        label = f"{_wrapped(scene.record.main, 60)} {plain(scene.metric.name)} (main objective)"
+        label = f"{_wrapped(scene.record.main, 60)} {plain(scene.metric.of_main)} (main objective)"
         label += " ↑" if scene.rising(MAIN) else " ↓"
         where = {"ax": grid, "shrink": 0.7} if scene.pairs else {"ax": grid[0, 0]}
         figure.colorbar(scene.colours, label=label, pad=0.02, **where)

@@ -31,12 +31,19 @@ class Metric:
         higher_is_better: False where the main figure is a loss; for auxiliary objectives the front says it.
         empty_share: Share of lists, in [0, 1], that an objective leaves out because they have no label: one number,
             or a mapping from the objective's name; None where unknown.
+        main_name: Name of the figure of the main objective; None: the same.
     """
 
     name: str = "NDCG@10"
     convention: str = "linear gain, ties averaged, empty queries skipped"
     higher_is_better: bool = True
     empty_share: float | Mapping[str, float] | None = None
+    main_name: str | None = None
+
+    @property
+    def of_main(self) -> str:
+        """Name of the figure of the main objective."""
+        return self.name if self.main_name is None else self.main_name
 
     def describe(self) -> str:
         """Return the convention and the share of empty lists as one line."""

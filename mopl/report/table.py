@@ -121,7 +121,7 @@ def summarise(fronts: object, metric: Metric | None = None) -> Summary:
             _hypervolume_digits(records),
             interval=True,
         ),
-        _Column(f"{clean(records[0].main)} {metric.name}", better, _main, lambda x: f"{x:.3f}"),
+        _Column(f"{clean(records[0].main)} {metric.of_main}", better, _main, lambda x: f"{x:.3f}"),
         _Column("Steering regret", -1, _over_seeds("regret"), lambda x: f"{x:.4f}"),
         _Column("Seconds", -1, _over_seeds("seconds"), _seconds_digits(records)),
         _Column("Parameters", -1, _over_seeds("parameters"), lambda x: f"{x:,.0f}"),

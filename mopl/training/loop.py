@@ -145,6 +145,7 @@ def train(
     log: RunLog | None = None,
     stage: str = "train",
     optimizer: torch.optim.Optimizer | None = None,
+    save_frozen: bool = True,
 ) -> TrainingResult:
     """Train `model` in place.
 
@@ -160,6 +161,8 @@ def train(
         log: Where log records go.
         stage: Name of this training in the log and in messages.
         optimizer: AdamW on the trainable parameters by default. The schedule multiplies its own learning rates.
+        save_frozen: Whether checkpoints hold parameters that are not trained, too; False for a small adapter on a
+            large model that the caller has anyway.
 
     Returns:
         Steps, seconds and the last log record.
@@ -182,7 +185,9 @@ def train(
             f"a batch of {source.batch_size} lists cannot be split into {accelerator.num_processes} process(es) x "
             f"{config.accumulation} accumulation step(s); take a larger batch_size or a smaller accumulation"
         )
-    folder = CheckpointFolder(directory, config.keep_checkpoints) if directory is not None else None
+    folder = None
+    if directory is not None:
+        folder = CheckpointFolder(directory, config.keep_checkpoints, save_frozen=save_frozen)
     checkpoint = _checkpoint_to_resume(folder, resume, config, stage)
     if checkpoint is not None:
         checkpoint.load_model(model)

@@ -1,0 +1,390 @@
+"""COS-DPO and its baselines for language models: what a training step sees, and the loss of each objective.
+
+| method                | models trained              | loss of a list                        | answers for       |
+|-----------------------|-----------------------------|---------------------------------------|-------------------|
+| `weight-cos-dpo`      | one, conditioned on w       | sum_j w_j L_j, w ~ Dirichlet(alpha)   | every w           |
+| `temperature-cos-dpo` | one, conditioned on w and β | the same at β / ‖β‖₁, β from a box    | every w and β     |
+| `dpo-ls`              | one for each w of the grid  | sum_j w_j L_j                         | the grid          |
+| `dpo-soup`            | m experts                   | L_j                                   | every w, averaged |
+| `mo-dpo`              | m experts, one for each w   | L_i of equation (17), w_i the largest | the grid          |
+
+Source: Ren et al., COS-DPO, UAI 2025: sections 3.1, 3.3 and 4.2, appendices A.1 and A.2. Scores are log-probabilities
+of whole responses, summed over their tokens; from there on everything is as for rankers (`mopl.ranking.methods`).
+All m objectives of a step share one forward and one backward pass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mopl import steering
+from mopl._arguments import check_choice
+from mopl.alignment.collate import ListBatch, ListCollator, by_objective, to_lists
+from mopl.alignment.config import LIST_LOSSES, LOSSES, PAIR_LOSSES, PER_TOKEN
+from mopl.alignment.head import score_sequences
+from mopl.alignment.tokenization import TokenizedList
+from mopl.conditioning import HyperPromptModel
+from mopl.losses import bradley_terry, listwise_dpo, normalize_labels, plackett_luce, scalarize
+from mopl.ranking.methods import Sampler
+from mopl.training import part_of_batch, shuffled_indices
+
+Conditioner = Callable[[TokenizedList, Tensor, Tensor], TokenizedList]  # list, w (m,), β (m,) -> list
+StepLoss = Callable[[nn.Module, "AlignBatch", int], tuple[Tensor, dict[str, Tensor]]]
+
+
+@dataclass(frozen=True)
+class ResponseLoss:
+    """The loss of each objective of each list, on scores `(B, K)`.
+
+    Args:
+        loss: `"listnet"`, `"plackett-luce"`, or a type of `mopl.losses.bradley_terry` for lists of two.
+        labels: How ListNet turns the labels of each objective into targets: m times `"l1"` or `"softmax"`.
+        ties: How Plackett-Luce treats equal labels.
+        last_group: Whether Plackett-Luce charges the responses of the lowest label.
+        top_k: How many ranks Plackett-Luce sees; None for all.
+        label_smoothing: Rate of flipped labels, for the pair losses that have it.
+        by_objective: Some lists have labels of an objective for a part of their responses only.
+    """
+
+    loss: str = "listnet"
+    labels: tuple[str, ...] = ("l1",)
+    ties: Literal["breslow", "efron", "exact", "random"] = "breslow"
+    last_group: Literal["charged", "free"] = "free"
+    top_k: int | None = None
+    label_smoothing: float = 0.0
+    by_objective: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice(self.loss, LOSSES, "loss")
+        for entry in self.labels:
+            check_choice(entry, ("l1", "softmax"), "labels")
+
+    @property
+    def needs_order(self) -> bool:
+        """Whether batches should bring the responses sorted by label."""
+        return self.loss == "plackett-luce" and self.ties != "random"
+
+    @property
+    def per_token(self) -> bool:
+        """Whether scores are log-probabilities averaged over tokens."""
+        return self.loss in PER_TOKEN
+
+    def __call__(
+        self,
+        scores: Tensor,  # (B, K)
+        lists: ListBatch,
+        temperature: float | Tensor,  # number, (m,) or (B, m)
+        reference: Tensor | None = None,  # (B, K)
+        objective: int | None = None,
+    ) -> Tensor:  # (B, m), or (B, 1) for one objective
+        """Return the loss vector of a batch, or that of one `objective`; exactly 0 where an objective has no labels."""
+        chosen = slice(None) if objective is None else slice(objective, objective + 1)
+        counts = lists.objective_mask[:, chosen]
+        if isinstance(temperature, Tensor) and temperature.ndim == 2:
+            temperature = temperature[:, chosen] if temperature.shape[1] > 1 else temperature
+        elif isinstance(temperature, Tensor) and temperature.ndim == 1:
+            temperature = temperature[chosen] if temperature.shape[0] > 1 else temperature
+        if self.loss in PAIR_LOSSES:
+            vector, preferred = self._pairs(scores, lists, temperature, reference, chosen)
+            counts = counts & preferred
+        elif self.by_objective:
+            vector = self._apart(scores, lists, temperature, reference, chosen)
+        else:
+            vector = self._together(scores, lists, temperature, reference, chosen)
+        return torch.where(counts, vector, 0.0)
+
+    def _together(self, scores: Tensor, lists: ListBatch, beta: Any, reference: Tensor | None, chosen: slice) -> Tensor:
+        """All responses of a list count in every objective."""
+        options: dict[str, Any] = {
+            "reference": reference, "temperature": beta, "mask": lists.mask, "reduction": "none",
+        }  # fmt: skip
+        if self.loss == "listnet":
+            return listwise_dpo(scores, self.targets(lists)[:, chosen], normalize=None, **options)
+        order = None if lists.order is None or not self.needs_order else lists.order[:, chosen]
+        options |= {"top_k": self.top_k, "ties": self.ties, "last_group": self.last_group, "order": order}
+        return plackett_luce(scores, lists.labels[:, chosen], **options)
+
+    def _apart(self, scores: Tensor, lists: ListBatch, beta: Any, reference: Tensor | None, chosen: slice) -> Tensor:
+        """Every objective of every list is a list of its own."""
+        shape = lists.labels[:, chosen].shape  # (B, c, K)
+        rows = slice(None) if shape[1] == lists.labels.shape[1] else _rows_of(lists, chosen)
+        own, labels, mask = (each[rows] for each in by_objective(scores, lists))
+        s0 = None if reference is None else by_objective(reference, lists)[0][rows]
+        if isinstance(beta, Tensor):
+            beta = beta.expand(shape[:2]).reshape(-1, 1)
+        options: dict[str, Any] = {"reference": s0, "temperature": beta, "mask": mask, "reduction": "none"}
+        if self.loss == "listnet":
+            targets = self.targets(lists)[:, chosen].reshape(-1, 1, shape[2])
+            found = listwise_dpo(own, targets, normalize=None, **options)
+        else:
+            found = plackett_luce(
+                own, labels, top_k=self.top_k, ties=self.ties, last_group=self.last_group, **options
+            )  # fmt: skip
+        return found.view(shape[0], shape[1])
+
+    def targets(self, lists: ListBatch) -> Tensor:
+        """Return the target distributions (B, m, K) of ListNet; 0 throughout where an objective has no labels."""
+        width = lists.labels.shape[2]
+        flat, mask = lists.labels.reshape(-1, width), lists.label_mask.reshape(-1, width)
+        parts = {mode: normalize_labels(flat, mode, mask).view(lists.labels.shape) for mode in set(self.labels)}  # type: ignore[arg-type]
+        if len(parts) == 1:
+            return next(iter(parts.values()))
+        sparse = torch.tensor([mode == "l1" for mode in self.labels], device=flat.device)[:, None]
+        return torch.where(sparse, parts["l1"], parts["softmax"])
+
+    def _pairs(
+        self, scores: Tensor, lists: ListBatch, beta: Any, reference: Tensor | None, chosen: slice
+    ) -> tuple[Tensor, Tensor]:
+        """Each objective prefers one of the two responses, or none of them if it gives both the same label."""
+        if scores.shape[1] != 2:
+            raise ValueError(
+                f"loss {self.loss!r} compares two responses but a list has {scores.shape[1]}; "
+                f"take {' or '.join(map(repr, LIST_LOSSES))}"
+            )
+        labels = lists.labels[:, chosen]
+        first, preferred = labels[..., 0] >= labels[..., 1], labels[..., 0] != labels[..., 1]
+
+        def sides(values: Tensor) -> tuple[Tensor, Tensor]:
+            a, b = values[:, :1], values[:, 1:]
+            return torch.where(first, a, b), torch.where(first, b, a)
+
+        winner, loser = sides(scores)
+        s0: tuple[Any, Any] = (None, None) if reference is None else sides(reference)
+        vector = bradley_terry(
+            winner, loser, reference_chosen=s0[0], reference_rejected=s0[1], temperature=beta, loss_type=self.loss,
+            label_smoothing=self.label_smoothing, reduction="none",
+        )  # fmt: skip
+        return vector, preferred
+
+
+def _rows_of(lists: ListBatch, chosen: slice) -> Tensor:
+    """Return which rows of `by_objective` belong to the chosen objective."""
+    count, objectives = lists.objective_mask.shape
+    return torch.arange(count * objectives, device=lists.mask.device).view(count, objectives)[:, chosen].reshape(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class AlignBatch:
+    """One part of a step's batch with everything a loss needs.
+
+    Attributes:
+        lists: The lists.
+        weights: (B, m) the trade-off of each list.
+        temperature: (B, m) β, or β / ‖β‖₁ for `temperature-cos-dpo`.
+        reference: (B, K) log-probabilities of the reference; None if they are computed in the step.
+        experts: (B, m, K) log-probabilities of the experts, for `mo-dpo`.
+        lengths: (B, K) tokens of each response, at least 1.
+    """
+
+    lists: ListBatch
+    weights: Tensor
+    temperature: Tensor
+    lengths: Tensor
+    reference: Tensor | None = None
+    experts: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.lists)
+
+    def to(self, device: torch.device | str) -> AlignBatch:
+        """Return the batch on `device`."""
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        moved: dict[str, Any] = {k: None if value is None else value.to(device) for k, value in values.items()}
+        return AlignBatch(**moved)
+
+
+class ListScores:
+    """One number for each response of tokenised lists, found again by the places of the lists in the data.
+
+    Args:
+        lists: The lists, whose `index` is that place.
+        values: (S,), in the order of the lists and of their responses.
+
+    Raises:
+        ValueError: If there is not one value a response.
+    """
+
+    def __init__(self, lists: Sequence[TokenizedList], values: Tensor) -> None:
+        counts = torch.tensor([len(item.responses) for item in lists])
+        if values.shape != (int(counts.sum()),):
+            raise ValueError(f"there are {int(counts.sum())} responses but values are {tuple(values.shape)}")
+        self.values = values
+        self._start = torch.zeros(max(item.index for item in lists) + 1, dtype=torch.long)
+        self._start[torch.tensor([item.index for item in lists])] = counts.cumsum(0) - counts
+
+    def pad(self, batch: ListBatch, fill: float = 0.0) -> Tensor:
+        """Return the values of a batch's lists as (B, K), `fill` in masked places."""
+        place = self._start[batch.lists][:, None] + torch.arange(batch.mask.shape[1])
+        return self.values[place.clamp(max=len(self.values) - 1)].masked_fill(~batch.mask, fill)
+
+
+class AlignSource:
+    """The batches of a training: a function of the step, cut into parts in which nothing depends on the cut.
+
+    Args:
+        lists: The tokenised lists.
+        lists_per_batch: Lists in a step's batch; at most all of them.
+        collator: Makes the batches.
+        seed: Seed of the order of the lists.
+        weights: step -> (B, m), drawn for the whole batch.
+        temperature: step -> (B, m), drawn for the whole batch.
+        reference: Log-probabilities of the reference; None if they are computed in the step.
+        experts: Those of the m experts, for `mo-dpo`.
+        conditioner: Writes weights into a list's prompt.
+    """
+
+    def __init__(
+        self,
+        lists: Sequence[TokenizedList],
+        lists_per_batch: int,
+        collator: ListCollator,
+        *,
+        seed: int,
+        weights: Sampler,
+        temperature: Sampler,
+        reference: ListScores | None = None,
+        experts: Sequence[ListScores] | None = None,
+        conditioner: Conditioner | None = None,
+    ) -> None:
+        self.lists, self.collator, self.seed = lists, collator, seed
+        self.batch_size = min(lists_per_batch, len(lists))
+        self.weights, self.temperature = weights, temperature
+        self.reference, self.experts, self.conditioner = reference, experts, conditioner
+
+    def __call__(self, step: int, rank: int = 0, world_size: int = 1) -> AlignBatch:
+        """Return part `rank` of `world_size` of the batch of `step`."""
+        rows = part_of_batch(self.batch_size, rank, world_size)
+        chosen = shuffled_indices(len(self.lists), self.batch_size, seed=self.seed, step=step)[rows]
+        w, beta = self.weights(step)[rows], self.temperature(step)[rows]
+        items = [self.lists[int(number)] for number in chosen]
+        if self.conditioner is not None:
+            items = [self.conditioner(*each) for each in zip(items, w, beta, strict=True)]
+        batch = self.collator(items)
+        return AlignBatch(
+            lists=batch,
+            weights=w,
+            temperature=beta,
+            lengths=response_lengths(items, batch),
+            reference=None if self.reference is None else self.reference.pad(batch),
+            experts=None if self.experts is None else torch.stack([each.pad(batch) for each in self.experts], 1),
+        )
+
+
+def response_lengths(items: Sequence[TokenizedList], batch: ListBatch) -> Tensor:
+    """Return how many tokens each response has, (B, K) float32; 1 in masked places, so that it may be divided by."""
+    lengths = torch.ones(batch.mask.shape)
+    for row, item in enumerate(items):
+        lengths[row, : len(item.responses)] = torch.tensor([float(len(response)) for response in item.responses])
+    return lengths
+
+
+def unwrapped(model: nn.Module) -> Any:
+    """Return the model behind whatever DDP wraps around it."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def score_batch(
+    model: nn.Module,
+    batch: ListBatch,
+    weights: Tensor | None = None,  # (m,) or (B, m)
+    temperature: Tensor | None = None,  # (m,) or (B, m)
+) -> Tensor:  # (B, K)
+    """Return the summed log-probabilities of the responses of a batch, in nats, in one forward pass.
+
+    Args:
+        model: A fused model, or a `HyperPromptModel` around one, which takes the weights of each list.
+        batch: The lists.
+        weights: w, if the model takes it.
+        temperature: β, if the model takes it.
+    """
+    inputs = dict(batch.inputs)
+    if "segments" in inputs:
+        inputs["sequences"] = inputs.pop("segments")
+    of_sequence = batch.index[:, 0]
+    options: dict[str, Any] = {}
+    inner = unwrapped(model)
+    if isinstance(inner, HyperPromptModel):
+        if weights is None:
+            raise ValueError("this model takes weights; pass (m,) or one row a list, (B, m)")
+        options["weights"] = weights[of_sequence] if weights.ndim == 2 else weights
+        if inner.hyper_prompt.temperature:
+            if temperature is None:
+                raise ValueError("this model takes temperatures; pass (m,) or one row a list, (B, m)")
+            options["objective_temperature"] = temperature[of_sequence] if temperature.ndim == 2 else temperature
+    return to_lists(score_sequences(model, inputs, **options).scores, batch)
+
+
+def _scores_and_reference(
+    loss: ResponseLoss, model: nn.Module, batch: AlignBatch
+) -> tuple[Tensor, Tensor]:  # (B, K), (B, K)
+    """Return what the loss compares: one forward pass of the model, and one of the reference if it is not known."""
+    scores = score_batch(model, batch.lists, batch.weights, batch.temperature)
+    reference = batch.reference
+    if reference is None:
+        inner = unwrapped(model)
+        if not isinstance(inner, HyperPromptModel):
+            raise ValueError("without a HyperPromptModel the reference must be computed beforehand")
+        with torch.no_grad(), inner.reference():
+            reference = score_batch(model, batch.lists, batch.weights, batch.temperature)
+    if loss.per_token:
+        scores, reference = scores / batch.lengths, reference / batch.lengths
+    return scores, reference
+
+
+def scalarized_loss(
+    loss: ResponseLoss,
+    names: Sequence[str],
+    *,
+    penalty: float = 0.0,
+    penalty_sign: Literal["as_printed", "cosmos"] = "as_printed",
+    common_temperature: float | None = None,
+) -> StepLoss:
+    """Return the training loss sum_j w_j L_j + penalty * G, a mean over lists, of a model (equations 12, 16 and 18).
+
+    Args:
+        loss: The loss of each objective.
+        names: Names of the objectives, for the log.
+        penalty: λ, the factor of the cosine penalty of each list's own loss vector.
+        penalty_sign: See `mopl.losses.scalarize.cosine_penalty`.
+        common_temperature: β where it is one number: then one softmax serves all objectives.
+    """
+
+    def step_loss(model: nn.Module, batch: AlignBatch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        scores, reference = _scores_and_reference(loss, model, batch)
+        beta = batch.temperature if common_temperature is None else common_temperature
+        vector = loss(scores, batch.lists, beta, reference)
+        value = scalarize.linear(vector, batch.weights)
+        if penalty:
+            value = value + penalty * scalarize.cosine_penalty(vector, batch.weights, penalty_sign)
+        logs = {f"loss/{name}": mean for name, mean in zip(names, vector.detach().mean(0), strict=True)}
+        return value.mean(), logs | _deviation(scores, reference, batch)
+
+    return step_loss
+
+
+def modpo_loss(loss: ResponseLoss, anchor: int, name: str) -> StepLoss:
+    """Return the training loss of MO-DPO: the anchor objective's, of the reward of equation (17)."""
+
+    def step_loss(model: nn.Module, batch: AlignBatch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        assert batch.experts is not None
+        scores, reference = _scores_and_reference(loss, model, batch)
+        experts = batch.experts / batch.lengths[:, None] if loss.per_token else batch.experts
+        reward = steering.modpo_reward(scores, reference, experts.unbind(1), batch.weights, anchor)
+        value = loss(reward, batch.lists, batch.temperature, objective=anchor).mean()
+        return value, {f"loss/{name}": value.detach(), **_deviation(scores, reference, batch)}
+
+    return step_loss
+
+
+def _deviation(scores: Tensor, reference: Tensor, batch: AlignBatch) -> dict[str, Tensor]:
+    """Return the mean of log p - log p0 over responses, which tells at once when a model drifts away."""
+    mask = batch.lists.mask
+    difference = (scores - reference).detach().masked_fill(~mask, 0.0)
+    return {"log_ratio": difference.sum() / mask.sum()}

@@ -1,0 +1,218 @@
+"""The models of an alignment run: the frozen language model, what is trained on top of it, and files of both.
+
+| model                 | what is trained                                                     | takes weights by |
+|-----------------------|---------------------------------------------------------------------|------------------|
+| COS-DPO, hyper-prompt | LoRA adapters, P and both networks of the `HyperPrompt`             | virtual tokens   |
+| COS-DPO, text         | LoRA adapters                                                       | words            |
+| baselines             | LoRA adapters and P: ordinary prompt tuning, as in section 4.2      | nothing          |
+
+The prompt of a baseline is a `HyperPrompt` at its start, where its mask is 1 for every w, with both networks frozen.
+So all models of one kind have the same parameters, and a soup can average them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mopl.alignment.config import AlignConfig
+from mopl.alignment.head import fuse
+from mopl.conditioning import HyperPrompt, HyperPromptModel, TextPrompt, TuningRecord
+
+CONFIG_FILE = "mopl.json"
+TEXT_KIND = "TextPromptModel"
+ADAPTER_FILE, PROMPT_FILE = "adapter_model.safetensors", "hyper_prompt.safetensors"
+TEXT_TEMPLATE = "[{weights}]\n"
+TEXT_TEMPLATE_WITH_TEMPERATURES = "[{weights}; temperatures {temperatures}]\n"
+
+
+def load_tokenizer(name: str) -> Any:
+    """Return the tokenizer of a model, given by directory or hub name."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(name)
+
+
+def load_causal_lm(name: str, *, dtype: str = "auto", attention: str | None = None) -> Any:
+    """Return a fused causal language model without dropout, on the CPU, in evaluation mode.
+
+    Dropout is off because the loss compares log-probabilities with those of a reference: noise in one of the two is
+    noise in the loss.
+
+    Args:
+        name: Directory or hub name.
+        dtype: `"auto"`, `"float32"`, `"bfloat16"` or `"float16"`.
+        attention: `attn_implementation` of transformers; None for its own choice.
+
+    Raises:
+        OSError: If there is no such model.
+        UnsupportedModelError: If its head cannot be fused.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(name)
+    for setting, value in list(vars(config).items()):
+        if ("dropout" in setting or setting.endswith("pdrop")) and isinstance(value, float):
+            setattr(config, setting, 0.0)
+    options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+    kind = dtype if dtype == "auto" else getattr(torch, dtype)
+    model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=kind, **options)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return fuse(model.eval().requires_grad_(False))
+
+
+def new_model(
+    base: nn.Module, config: AlignConfig, objectives: tuple[str, ...], *, conditioned: bool, temperature: bool = False
+) -> nn.Module:
+    """Return an untrained model around `base`, which computes what `base` alone does but for the start of its prompt.
+
+    Args:
+        base: A fused causal language model; it is frozen, and gets LoRA layers until `release` takes them out.
+        config: Settings of the run.
+        objectives: Names of the m objectives.
+        conditioned: Whether it is to learn every trade-off, or one.
+        temperature: Whether it is conditioned on temperatures too.
+
+    Returns:
+        A `HyperPromptModel`, or a PEFT model where a conditioned model takes its weights in words.
+    """
+    model = base.requires_grad_(False)
+    if config.lora_rank:
+        from peft import LoraConfig, TaskType, get_peft_model
+
+        targets = config.lora_targets
+        settings = LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
+            target_modules=targets[0] if len(targets) == 1 and targets[0] == "all-linear" else list(targets),
+            task_type=TaskType.CAUSAL_LM,
+        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")  # PEFT sets it right for Conv1D by itself
+            model = get_peft_model(base, settings)  # type: ignore[arg-type]
+    if conditioned and config.conditioning == "text":
+        return model
+    hidden = base.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
+    prompt = HyperPrompt(
+        len(objectives), config.virtual_tokens, config.prompt_rank, hidden, temperature=conditioned and temperature
+    )
+    if not conditioned:
+        for network in (prompt.left, prompt.right):
+            network.requires_grad_(False)
+    return HyperPromptModel(
+        model,
+        prompt,
+        record=tuning_record(config, objectives, conditioned=conditioned, temperature=temperature),
+        positions=config.positions,
+    )
+
+
+def tuning_record(
+    config: AlignConfig, objectives: tuple[str, ...], *, conditioned: bool, temperature: bool
+) -> TuningRecord:
+    """Return what `mopl.json` says about a model of a run: objectives, reference, β and α."""
+    beta: Any = config.betas(len(objectives))
+    if temperature:
+        beta = tuple(tuple(factor * b for b in beta) for factor in config.beta_range)
+    reference = "self" if config.reference in ("auto", "self", "precomputed") else config.reference
+    return TuningRecord(objectives, reference, beta, config.alpha if conditioned else None)
+
+
+def release(model: nn.Module) -> Any:
+    """Take the adapters out again and return the plain causal language model."""
+    inner: Any = model.model if isinstance(model, HyperPromptModel) else model
+    return inner.unload() if hasattr(inner, "unload") else inner
+
+
+def text_prompt(objectives: tuple[str, ...], *, temperature: bool = False) -> TextPrompt:
+    """Return how weights are written into a prompt under `conditioning="text"`."""
+    return TextPrompt(objectives, TEXT_TEMPLATE_WITH_TEMPERATURES if temperature else TEXT_TEMPLATE)
+
+
+# ---------------------------------------------------------------- files
+
+
+def save_model(
+    model: Any, folder: Path, config: AlignConfig, objectives: tuple[str, ...], *, temperature: bool = False
+) -> None:
+    """Write what was trained into a folder, never the frozen model."""
+    if isinstance(model, HyperPromptModel):
+        model.save_pretrained(folder)
+        return
+    model.save_pretrained(str(folder))
+    record = dataclasses.asdict(tuning_record(config, objectives, conditioned=True, temperature=temperature))
+    content = {
+        "kind": TEXT_KIND, **record, "base_model": config.model, "adapter": "default",
+        "template": text_prompt(objectives, temperature=temperature).template,
+    }  # fmt: skip
+    (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def load_model(folder: Path, base: nn.Module) -> nn.Module:
+    """Return the model of a folder around a fused base model, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: If the folder holds no model.
+    """
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} holds no trained model: it has no {CONFIG_FILE}")
+    if json.loads(file.read_text(encoding="utf-8")).get("kind") != TEXT_KIND:
+        return HyperPromptModel.from_pretrained(folder, base)
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(base, str(folder)).eval()  # type: ignore[arg-type]
+
+
+def read_state(folder: Path) -> dict[str, Tensor]:
+    """Return what was trained as tensors by name: `adapter/...` and `prompt/...`."""
+    from safetensors.torch import load_file
+
+    state: dict[str, Tensor] = {}
+    for kind, name in (("adapter", ADAPTER_FILE), ("prompt", PROMPT_FILE)):
+        if (folder / name).is_file():
+            state |= {f"{kind}/{key}": value for key, value in load_file(str(folder / name)).items()}
+    return state
+
+
+def set_state(model: HyperPromptModel, state: Mapping[str, Tensor]) -> None:
+    """Put what `read_state` gave, or an average of several, into a model of the same kind.
+
+    Raises:
+        ValueError: If the names do not fit.
+    """
+    parts: dict[str, dict[str, Tensor]] = {"adapter": {}, "prompt": {}}
+    for name, value in state.items():
+        kind, _, key = name.partition("/")
+        parts[kind][key] = value
+    model.hyper_prompt.load_state_dict(parts["prompt"], strict=True)
+    if parts["adapter"]:
+        from peft import set_peft_model_state_dict
+
+        result = set_peft_model_state_dict(model.model, parts["adapter"])  # type: ignore[arg-type]
+        if result.unexpected_keys:
+            raise ValueError(f"the adapter has no {', '.join(result.unexpected_keys[:3])}; was it made for this model?")
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Return a SHA-256 of the names, types and values of all parameters and buffers."""
+    digest = hashlib.sha256(type(model).__name__.encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def trained_parameters(model: nn.Module) -> int:
+    """Return how many parameters are trained."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -1,0 +1,401 @@
+"""The trainings of an alignment run, one folder each: what is finished is loaded, what was interrupted is continued.
+
+    reference/                log-probabilities of the reference, of held-out and, if precomputed, of training lists
+    models/w-0.25-0.75/       what was trained for these weights; the experts are those at the vertices
+    models/modpo-0.25-0.75/   the same for MO-DPO
+    <method folder>/model/    the conditioned model of COS-DPO: in the run, or in a folder each under `--method all`
+
+A model's folder holds adapters, prompt and `mopl.json`, and, written last, `training.json` with steps, seconds and
+parameters; until then it holds `checkpoints/`, which are dropped at the end. No folder holds the frozen model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mopl import steering
+from mopl.alignment import models
+from mopl.alignment.collate import ListCollator
+from mopl.alignment.config import CONDITIONED, AlignConfig
+from mopl.alignment.data import PreferenceData
+from mopl.alignment.methods import (
+    AlignSource,
+    Conditioner,
+    ListScores,
+    ResponseLoss,
+    StepLoss,
+    modpo_loss,
+    scalarized_loss,
+)
+from mopl.alignment.reference import ReferenceStore, score_lists
+from mopl.alignment.tokenization import ListTokenizer, TokenizedData, TokenizedList
+from mopl.conditioning import HyperPromptModel, TextPrompt, check_weights
+from mopl.ranking.methods import box_temperatures, dirichlet_weights, fixed
+from mopl.training import RunLog, discard_folder, train, write_file
+
+DONE = "training.json"
+
+
+def vector_name(weights: Sequence[float] | Tensor) -> str:
+    """Return weights as a part of a folder's name: `0.25-0.75`."""
+    return "-".join(f"{float(w):.4g}" for w in weights)
+
+
+def model_folder(path: Path, method: str, weights: Sequence[float] | Tensor) -> Path:
+    """Return where the model of a baseline for these weights is."""
+    return path / "models" / f"{'modpo' if method == 'mo-dpo' else 'w'}-{vector_name(weights)}"
+
+
+@dataclasses.dataclass
+class Split:
+    """One part of the data, as text and as tokens."""
+
+    data: PreferenceData
+    tokens: TokenizedData
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What log-probabilities of these lists depend on."""
+        return {"data": self.data.fingerprint(), "tokenizer": self.tokens.fingerprint()}
+
+
+class TextConditioner:
+    """Writes a trade-off into the prompt of a tokenised list.
+
+    Responses stay as they were tokenised; the weights come on top of `max_length`, so that truncation never cuts them.
+
+    Args:
+        split: The lists.
+        tokenizer: How they were tokenised, but without a largest length.
+        prompt: How weights are written.
+    """
+
+    def __init__(self, split: Split, tokenizer: ListTokenizer, prompt: TextPrompt) -> None:
+        self.split, self.tokenizer, self.prompt = split, tokenizer, prompt
+
+    def __call__(self, item: TokenizedList, weights: Tensor, temperature: Tensor) -> TokenizedList:
+        """Return the list with the weights in front."""
+        source = self.split.data[item.index]
+        text = self.prompt.apply(source.prompt, weights, temperature if self.prompt.temperature else None)  # type: ignore[arg-type]
+        whole = self.tokenizer(dataclasses.replace(source, prompt=text), item.labels, item.index)
+        return dataclasses.replace(item, prompt=whole.prompt)
+
+
+class Stages:
+    """Trains the models of one run.
+
+    Args:
+        path: The run directory.
+        config: Settings of the run, resolved.
+        splits: `"train"` and `"test"`.
+        tokenizer: How they were tokenised.
+        accelerator: accelerate's `Accelerator`.
+        log: The log of the run.
+        say: Told, in a line, about each stage.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        config: AlignConfig,
+        splits: dict[str, Split],
+        tokenizer: ListTokenizer,
+        accelerator: Any,
+        log: RunLog,
+        say: Callable[[str], None],
+    ) -> None:
+        self.path, self.config, self.splits, self.log, self.say = path, config, splits, log, say
+        self.tokenizer, self.accelerator = tokenizer, accelerator
+        self.objectives = splits["train"].data.objectives
+        self.beta = torch.tensor(config.betas(len(self.objectives)))
+        self.loss = response_loss(config, splits["train"].data)
+        self.collator = ListCollator(
+            packed=config.packing, pad_id=tokenizer.pad_id, partial=config.partial, order=self.loss.needs_order
+        )
+        self.base = models.load_causal_lm(config.model, dtype=config.dtype, attention=config.attention)
+        check_length(self.base, config, splits)
+        self.references: dict[str, ListScores | None] = {}
+
+    def prepare_references(self) -> None:
+        """Compute the reference's log-probabilities of held-out lists, and of training lists unless steps do it."""
+        config = self.config
+        own = config.reference in ("self", "precomputed")
+        model = self.base if own else self._other_reference(config.reference)
+        identity = {"model": models.fingerprint(model), "precision": f"{config.dtype} {config.mixed_precision}"}
+        store = ReferenceStore(self.path / "reference", identity, self.accelerator)
+        model.to(self.accelerator.device)
+        for name, split in self.splits.items():
+            if name == "train" and config.reference == "self":
+                self.references[name] = None
+                continue
+            self.references[name] = store.load_or_compute(
+                name, split.tokens.lists, split.identity, model,
+                collator=self.collator, tokens_per_batch=config.tokens_per_batch,
+            )  # fmt: skip
+
+    def _other_reference(self, name: str) -> Any:
+        """Return another model to be the reference; it must know the same tokens."""
+        theirs, ours = models.load_tokenizer(name).get_vocab(), self.tokenizer.tokenizer.get_vocab()
+        if theirs != ours:
+            raise ValueError(
+                f"the reference {name} has another vocabulary ({len(theirs)} tokens) than {self.config.model} "
+                f"({len(ours)}), so their log-probabilities cannot be compared; take a reference of the same family"
+            )
+        return models.load_causal_lm(name, dtype=self.config.dtype, attention=self.config.attention)
+
+    # ------------------------------------------------------------ trainings
+
+    def train_method(self, method: str, folder: Path, grid: Tensor) -> tuple[float, int]:
+        """Train what a method needs; return its seconds and its number of trained parameters."""
+        if method in CONDITIONED:
+            return self._conditioned(method, folder)
+        vertices = torch.eye(len(self.objectives), dtype=torch.float64)
+        # dpo-ls takes its vertices from the grid; the other two begin with an expert for each objective.
+        done = [] if method == "dpo-ls" else [self._fixed(w) for w in vertices]
+        if method == "dpo-ls":
+            done += [self._fixed(w) for w in grid]
+        elif method == "mo-dpo":
+            experts = self._expert_scores()
+            done += [self._fixed(w, experts) for w in grid]
+        return sum(seconds for seconds, _ in done), sum(count for _, count in done)
+
+    def _conditioned(self, method: str, folder: Path) -> tuple[float, int]:
+        """Train the one model of a COS-DPO method."""
+        config, m = self.config, len(self.objectives)
+        takes_temperature = method == "temperature-cos-dpo"
+        count = self._batch_size
+        per: dict[str, Any] = {"per": config.weights_per, "seed": config.seed}
+        if takes_temperature:
+            low, high = ((factor * self.beta).tolist() for factor in config.beta_range)
+            temperature = box_temperatures(m, count, low=low, high=high, **per)
+        else:
+            temperature = fixed(self.beta, count)
+        loss = scalarized_loss(
+            self.loss, self.objectives, penalty=config.penalty, penalty_sign=config.penalty_sign,
+            common_temperature=None if takes_temperature else self._common_beta(),
+        )  # fmt: skip
+        source = self._source(
+            dirichlet_weights(m, count, alpha=config.alpha, **per), temperature,
+            conditioner=self.conditioner("train", method),
+        )  # fmt: skip
+        return self._fit(method, folder / "model", source, loss, conditioned=True, temperature=takes_temperature)
+
+    def _fixed(self, weights: Tensor, experts: Sequence[ListScores] | None = None) -> tuple[float, int]:
+        """Train for fixed weights: DPO on their sum, or MO-DPO where experts are given."""
+        kind = "w" if experts is None else "modpo"
+        folder = model_folder(self.path, "dpo-ls" if experts is None else "mo-dpo", weights)
+        if experts is None:
+            loss = scalarized_loss(self.loss, self.objectives, common_temperature=self._common_beta())
+        else:
+            anchor = int(weights.argmax())
+            loss = modpo_loss(self.loss, anchor, self.objectives[anchor])
+        source = self._source(fixed(weights, self._batch_size), fixed(self.beta, self._batch_size), experts)
+        return self._fit(f"{kind} {vector_name(weights)}", folder, source, loss, conditioned=False)
+
+    def _expert_scores(self) -> list[ListScores]:
+        """Return the log-probabilities of the training lists under the expert of each objective."""
+        lists, found = self.splits["train"].tokens.lists, []
+        for w in torch.eye(len(self.objectives)):
+            model = models.load_model(model_folder(self.path, "dpo-soup", w), self.base).to(self.accelerator.device)
+            scores = score_lists(
+                model, lists, collator=self.collator, tokens_per_batch=self.config.tokens_per_batch,
+                accelerator=self.accelerator, weights=w,
+            )  # fmt: skip
+            models.release(model)
+            found.append(ListScores(lists, scores))
+        return found
+
+    def conditioner(self, split: str, method: str) -> Conditioner | None:
+        """Return what writes weights into prompts, where a method wants them there."""
+        if method not in CONDITIONED or self.config.conditioning != "text":
+            return None
+        endless = ListTokenizer(self.tokenizer.tokenizer, max_length=None, template=self.config.template)
+        prompt = models.text_prompt(self.objectives, temperature=method == "temperature-cos-dpo")
+        return TextConditioner(self.splits[split], endless, prompt)
+
+    @property
+    def _batch_size(self) -> int:
+        return min(self.config.lists_per_batch, len(self.splits["train"].tokens))
+
+    def _common_beta(self) -> float | None:
+        values = set(self.beta.tolist())
+        return values.pop() if len(values) == 1 else None
+
+    def _source(
+        self,
+        weights: Any,
+        temperature: Any,
+        experts: Sequence[ListScores] | None = None,
+        conditioner: Conditioner | None = None,
+    ) -> AlignSource:
+        return AlignSource(
+            self.splits["train"].tokens.lists, self.config.lists_per_batch, self.collator, seed=self.config.seed,
+            weights=weights, temperature=temperature, reference=self.references["train"], experts=experts,
+            conditioner=conditioner,
+        )  # fmt: skip
+
+    def _fit(
+        self,
+        name: str,
+        folder: Path,
+        source: AlignSource,
+        loss: StepLoss,
+        *,
+        conditioned: bool,
+        temperature: bool = False,
+    ) -> tuple[float, int]:
+        """Train and save a model unless it is there; return seconds, interruptions left out, and parameters."""
+        if (folder / DONE).exists():
+            done = json.loads((folder / DONE).read_text(encoding="utf-8"))
+            return done["seconds"], done["parameters"]
+        config = self.config
+        torch.manual_seed(config.seed)  # every model of a kind starts from the same parameters
+        model = models.new_model(
+            self.base, config, self.objectives, conditioned=conditioned, temperature=temperature
+        ).to(self.accelerator.device)
+        if config.gradient_checkpointing:
+            self.base.gradient_checkpointing_enable({"use_reentrant": False})
+        count = models.trained_parameters(model)
+        assert config.steps is not None
+        result = train(
+            model, source, loss, config.training(config.steps), accelerator=self.accelerator,
+            directory=folder / "checkpoints", resume=True, log=self.log, stage=name,
+            optimizer=optimizer_of(model, config, self.accelerator.device), save_frozen=False,
+        )  # fmt: skip
+        if config.gradient_checkpointing:
+            self.base.gradient_checkpointing_disable()
+        if self.accelerator.is_main_process:
+            models.save_model(model, folder, config, self.objectives, temperature=temperature)
+            record = {"steps": result.steps, "seconds": result.seconds, "parameters": count}
+            write_file(folder / DONE, json.dumps(record, indent=2) + "\n")
+            if (folder / "checkpoints").exists():
+                discard_folder(folder / "checkpoints")
+        self.accelerator.wait_for_everyone()
+        models.release(model)
+        self.say(f"{name}: {result.steps} steps in {result.seconds:.1f} s")
+        return result.seconds, count
+
+
+def response_loss(config: AlignConfig, data: PreferenceData) -> ResponseLoss:
+    """Return the loss of a run; what its settings leave open is read off the data.
+
+    Raises:
+        ValueError: If l1 is asked for labels that are negative, or a pair loss for lists of other lengths.
+    """
+    modes = []
+    for j, (name, mode) in enumerate(zip(data.objectives, config.label_modes(len(data.objectives)), strict=True)):
+        values = {float(x) for i in range(len(data)) for x in data.label_array(i)[j] if x == x}
+        if mode == "auto":
+            mode = "l1" if values <= {0.0, 1.0} else "softmax"
+        if mode == "l1" and config.loss == "listnet" and min(values, default=0.0) < 0:
+            raise ValueError(
+                f"labels of {name} go down to {min(values):g}, which labels='l1' cannot turn into shares; pass "
+                "labels='softmax' for it"
+            )
+        modes.append(mode)
+    counts = data.describe()
+    sizes = counts["list_sizes"]
+    if config.loss not in ("listnet", "plackett-luce") and set(sizes) != {2}:
+        raise ValueError(
+            f"loss {config.loss!r} compares two responses but {data.name} has lists of "
+            f"{', '.join(map(str, sizes))}; take loss 'listnet' or 'plackett-luce'"
+        )
+    partly = config.partial == "keep" and any(entry["partial"] for entry in counts["objectives"].values())
+    return ResponseLoss(
+        config.loss, tuple(modes), config.ties, config.last_group, config.top_k, config.label_smoothing, partly
+    )
+
+
+def check_length(base: Any, config: AlignConfig, splits: Mapping[str, Split]) -> None:
+    """Raise if a model has fewer positions than the longest sequence with its virtual tokens."""
+    positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(split.tokens.describe()["longest_sequence"] for split in splits.values())
+    if positions is not None and longest + config.virtual_tokens > positions:
+        raise ValueError(
+            f"the longest sequence has {longest} tokens and the prompt {config.virtual_tokens} virtual ones, but "
+            f"{config.model} knows {positions} positions; pass max_length={positions - config.virtual_tokens} or less"
+        )
+
+
+def optimizer_of(model: nn.Module, config: AlignConfig, device: torch.device) -> torch.optim.Optimizer:
+    """Return AdamW with the learning rates of the adapters and of the prompt."""
+    assert config.prompt_learning_rate is not None
+    groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[name.startswith("hyper_prompt.")].append(parameter)
+    rates = {False: config.learning_rate, True: config.prompt_learning_rate}
+    return torch.optim.AdamW(
+        [{"params": parameters, "lr": rates[kind]} for kind, parameters in groups.items() if parameters],
+        weight_decay=config.weight_decay,
+        fused=device.type in ("cpu", "cuda"),
+    )
+
+
+# ---------------------------------------------------------------- trained baselines
+
+
+def state_for(
+    path: Path, method: str, objectives: Sequence[str], grid: Tensor, weights: Sequence[float] | Tensor
+) -> dict[str, Tensor]:
+    """Return what a baseline answers with for weights (m,): one of its models, or for soup their average.
+
+    A soup averages all trained parameters, the two factors of each adapter apart.
+
+    Raises:
+        ValueError: If the method has no model for these weights.
+    """
+    w = check_weights(weights, len(objectives)).double()
+    if method == "dpo-soup":
+        experts = torch.eye(len(objectives), dtype=torch.float64)
+        return steering.soup([models.read_state(model_folder(path, method, e)) for e in experts], w)
+    distance = (grid - w).abs().sum(1)
+    nearest = int(distance.argmin())
+    if distance[nearest] > 1e-4:
+        known = " ".join(f"{x:.4g}" for x in grid[nearest].tolist())
+        raise ValueError(
+            f"{method} trained a model for each of {len(grid)} weight vectors, none for "
+            f"{' '.join(f'{x:.4g}' for x in w.tolist())}; the nearest is {known}. Only weight-cos-dpo takes any"
+        )
+    return models.read_state(model_folder(path, method, grid[nearest]))
+
+
+def load_trained(
+    path: Path,
+    folder: Path,
+    method: str,
+    objectives: Sequence[str],
+    grid: Tensor,
+    base: nn.Module,
+    weights: Sequence[float] | Tensor | None = None,
+) -> nn.Module:
+    """Return a trained method of a run around its fused base model, in evaluation mode.
+
+    Args:
+        path: The run.
+        folder: The method's folder in it.
+        method: Name of the method.
+        objectives: Names of the objectives.
+        grid: (n, m) weights of the run's grid.
+        base: The base model.
+        weights: (m,), for a baseline; by default the first of the grid, to be replaced by `models.set_state`.
+
+    Raises:
+        ValueError: As `state_for`.
+    """
+    if method in CONDITIONED:
+        return models.load_model(folder / "model", base)
+    w = grid[0] if weights is None else weights
+    state = state_for(path, method, objectives, grid, w)
+    first = torch.eye(len(objectives))[0] if method == "dpo-soup" else grid[0]
+    model = models.load_model(model_folder(path, method, first), base)
+    assert isinstance(model, HyperPromptModel)
+    models.set_state(model, state)
+    return model
