@@ -1,6 +1,7 @@
 """Differentiable ops, one file each: public function, autograd, and the choice between the Triton and the CPU path."""
 
 from mopl.ops.gathered_logprob import gathered_logprob
+from mopl.ops.linear_kl import linear_kl
 from mopl.ops.linear_logprob import linear_logprob
 from mopl.ops.listnet import listwise_cross_entropy
 from mopl.ops.plackett_luce import plackett_luce_nll
@@ -8,6 +9,7 @@ from mopl.ops.sequence_logprob import sequence_logprob
 
 __all__ = [
     "gathered_logprob",
+    "linear_kl",
     "linear_logprob",
     "listwise_cross_entropy",
     "plackett_luce_nll",

@@ -1,0 +1,257 @@
+"""KL divergence of two policies over the whole vocabulary, from hidden states and heads; [N, V] is never held.
+
+    u_nv = softcap * tanh(logit_scale * (<hidden_n, W_v> + bias_v) / softcap) / T_n,      p_n = softmax(u_n)
+    q_n likewise, of the reference's hidden states and head
+
+    reverse  KL(p ‖ q) = Σ_v p_v (log p_v - log q_v)      d/du_v = p_v (log p_v - log q_v - KL)
+    forward  KL(q ‖ p) = Σ_v q_v (log q_v - log p_v)      d/du_v = p_v - q_v
+
+"reverse" is what KL-regularised policies are penalised with. The reference is a constant.
+
+**Cost**: two products with the heads forward, three backward (four with a trainable head); each pass goes over the
+vocabulary once, in tiles, and what is kept between them is five numbers a row. There is one path for all devices,
+ordinary PyTorch, see `_linear_kl_chunks`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mopl._arguments import check_choice, compute_dtype, shape_of
+from mopl.ops._linear_kl_chunks import Head, Sums, backward, forward, wide_dtype
+from mopl.ops._logprob import check_operands, check_scalar, is_dtensor, per_row
+
+Direction = Literal["reverse", "forward"]
+
+
+def linear_kl(
+    hidden: Tensor,  # (..., H)
+    weight: Tensor,  # (V, H)
+    reference_hidden: Tensor,  # (..., H')
+    reference_weight: Tensor | None = None,  # (V, H')
+    *,
+    bias: Tensor | None = None,  # (V,)
+    reference_bias: Tensor | None = None,  # (V,)
+    temperature: float | Tensor = 1.0,  # broadcastable to (...)
+    reference_temperature: float | Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    mask: Tensor | None = None,  # (...) bool
+    direction: Direction = "reverse",
+) -> Tensor:  # (...)
+    """Return KL(π ‖ π_ref) of each row in nats, over the full vocabulary.
+
+    Args:
+        hidden: (..., H), hidden states of the policy, any floating dtype.
+        weight: (V, H), the policy's head.
+        reference_hidden: (..., H'), hidden states of the reference at the same positions.
+        reference_weight: (V, H'), the reference's head. None: the policy's head and bias, as with LoRA.
+        bias: (V,) or None.
+        reference_bias: (V,) or None, with `reference_weight`.
+        temperature: divides the logits, positive; a number or a tensor that broadcasts to the rows. A constant.
+        reference_temperature: of the reference; None: `temperature`.
+        softcap: logits become softcap * tanh(logits / softcap) before the temperature, in both models.
+        logit_scale: multiplies the logits of both, the bias included.
+        mask: true where a row counts; the others are not read.
+        direction: "reverse" for KL(π ‖ π_ref), "forward" for KL(π_ref ‖ π).
+
+    Returns:
+        (...), at least 0; float32, float64 if an operand is. What does not count is 0 with gradient exactly 0.
+        Differentiable, once, in hidden, weight and bias. Nothing flows into the reference: where it shares the head,
+        the head's gradient is that of the policy's use of it.
+
+    Raises:
+        TypeError: wrong dtypes, or a sharded (DTensor) operand.
+        ValueError: shapes or devices that do not fit, an unknown direction, or a temperature that wants a gradient.
+    """
+    check_choice(direction, ("reverse", "forward"), "direction")
+    check_operands(hidden, weight, bias)
+    if reference_weight is None:
+        if reference_bias is not None:
+            raise ValueError("reference_bias is for a head of the reference's own; pass reference_weight with it")
+        reference_weight, reference_bias = weight, bias
+    try:
+        check_operands(reference_hidden, reference_weight, reference_bias)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"of the reference: {error}") from None
+    if is_dtensor(weight) or is_dtensor(reference_weight):
+        raise TypeError("weight is a DTensor but the vocabulary must be whole here; pass weight.full_tensor()")
+    lead = hidden.shape[:-1]
+    if reference_hidden.shape[:-1] != lead or reference_weight.shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"hidden has shape {shape_of(hidden)} and weight {shape_of(weight)}, but of the reference they are "
+            f"{shape_of(reference_hidden)} and {shape_of(reference_weight)}; rows and vocabularies must agree"
+        )
+    if reference_hidden.device != hidden.device:
+        raise ValueError(f"reference_hidden is on {reference_hidden.device} but hidden is on {hidden.device}")
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != lead):
+        got = f"{mask.dtype} {shape_of(mask)}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"mask is {got} but must be torch.bool of shape {tuple(lead)}, true where a row counts")
+    dtype = compute_dtype(hidden, weight, reference_hidden, reference_weight)
+    if reference_temperature is None:
+        reference_temperature = temperature
+    for value, name in ((temperature, "temperature"), (reference_temperature, "reference_temperature")):
+        if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} wants a gradient but is a constant here; pass {name}.detach()")
+    like = torch.empty((), dtype=dtype, device=hidden.device)
+    warmth = per_row(temperature, "temperature", lead, like)
+    reference_warmth = per_row(reference_temperature, "reference_temperature", lead, like)
+    return _linear_kl(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        reference_hidden.detach().reshape(-1, reference_hidden.shape[-1]),
+        reference_weight.detach(),
+        None if reference_bias is None else reference_bias.detach(),
+        warmth,
+        reference_warmth,
+        None if mask is None else mask.reshape(-1),
+        check_scalar(softcap, "softcap"),
+        check_scalar(logit_scale, "logit_scale"),
+        direction == "reverse",
+    )[0].view(lead)
+
+
+def _heads(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None,
+    reference_hidden: Tensor, reference_weight: Tensor, reference_bias: Tensor | None,
+    temperature: Tensor, reference_temperature: Tensor, mask: Tensor | None, softcap: float, logit_scale: float,
+) -> tuple[Head, Head, Tensor | None]:  # fmt: skip
+    """Return both heads with the rows that count, and their index if they were gathered.
+
+    On a CPU rows are left out. On a GPU, where counting them would wait for it, they are 0 in place.
+    """
+    index = None
+    if mask is not None:
+        if mask.device.type == "cpu":
+            index = mask.nonzero()[:, 0]
+            hidden, reference_hidden = hidden[index], reference_hidden[index]
+            temperature, reference_temperature = temperature[index], reference_temperature[index]
+        else:
+            hidden, reference_hidden = (torch.where(mask[:, None], h, 0) for h in (hidden, reference_hidden))
+            temperature, reference_temperature = (torch.where(mask, t, 1) for t in (temperature, reference_temperature))
+    policy = Head(hidden, weight, bias, temperature, softcap, logit_scale)
+    reference = Head(reference_hidden, reference_weight, reference_bias, reference_temperature, softcap, logit_scale)
+    return policy, reference, index
+
+
+def _spread(value: Tensor, index: Tensor | None, mask: Tensor | None, rows: int) -> Tensor:
+    """Return row results with 0 in the rows that do not count."""
+    if index is not None:
+        return value.new_zeros((rows, *value.shape[1:])).index_copy_(0, index, value)
+    if mask is None:
+        return value
+    return torch.where(mask.view(-1, *[1] * (value.ndim - 1)), value, 0)
+
+
+@torch.library.custom_op("mopl::linear_kl", mutates_args=())
+def _linear_kl(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    reference_hidden: Tensor,  # (N, H')
+    reference_weight: Tensor,  # (V, H')
+    reference_bias: Tensor | None,  # (V,)
+    temperature: Tensor,  # (N,)
+    reference_temperature: Tensor,  # (N,)
+    mask: Tensor | None,  # (N,)
+    softcap: float,  # 0.0: none
+    logit_scale: float,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the KL (N,) and the fields of `Sums`, of the rows that count first, each (N,)."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        policy, reference, index = _heads(
+            hidden, weight, bias, reference_hidden, reference_weight, reference_bias,
+            temperature, reference_temperature, mask, softcap, logit_scale,
+        )  # fmt: skip
+        kl, sums = forward(policy, reference, reverse)
+        rows = len(hidden)
+        return tuple(_spread(part, index, mask, rows) for part in (kl, *sums))  # pyright: ignore[reportReturnType]
+
+
+@_linear_kl.register_fake
+def _(
+    hidden, weight, bias, reference_hidden, reference_weight, reference_bias, temperature, reference_temperature, mask,
+    softcap, logit_scale, reverse,
+):  # fmt: skip
+    rows, wide = hidden.shape[0], wide_dtype(hidden.device)
+    dtypes = (temperature.dtype, temperature.dtype, wide, temperature.dtype, wide, wide)
+    return tuple(hidden.new_empty((rows,), dtype=dtype) for dtype in dtypes)
+
+
+@torch.library.custom_op("mopl::linear_kl_backward", mutates_args=())
+def _linear_kl_backward(
+    grad: Tensor,  # (N,)
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    reference_hidden: Tensor,
+    reference_weight: Tensor,
+    reference_bias: Tensor | None,
+    temperature: Tensor,
+    reference_temperature: Tensor,
+    mask: Tensor | None,
+    saved: list[Tensor],  # the fields of Sums
+    softcap: float,
+    logit_scale: float,
+    reverse: bool,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of hidden, weight and bias; one that is not needed is empty (0,)."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        policy, reference, index = _heads(
+            hidden, weight, bias, reference_hidden, reference_weight, reference_bias,
+            temperature, reference_temperature, mask, softcap, logit_scale,
+        )  # fmt: skip
+        if index is not None:
+            grad, saved = grad[index], [part[index] for part in saved]
+        elif mask is not None:
+            grad = torch.where(mask, grad, 0)
+            # Rows that do not count left zeros: as sums they would divide by 0.
+            saved = [torch.where(mask, part, 1) for part in saved]
+        of_hidden, of_weight, of_bias = backward(
+            grad, policy, reference, Sums(*saved), reverse, need_hidden, need_weight, need_bias
+        )
+        if need_hidden:
+            of_hidden = _spread(of_hidden.to(hidden.dtype), index, mask, len(hidden))
+        return of_hidden, of_weight, of_bias
+
+
+@_linear_kl_backward.register_fake
+def _(
+    grad, hidden, weight, bias, reference_hidden, reference_weight, reference_bias, temperature, reference_temperature,
+    mask, saved, softcap, logit_scale, reverse, need_hidden, need_weight, need_bias,
+):  # fmt: skip
+    return (
+        hidden.new_empty(hidden.shape) if need_hidden else grad.new_empty(0),
+        torch.empty_like(weight) if need_weight else grad.new_empty(0),
+        torch.empty_like(bias) if need_bias and bias is not None else grad.new_empty(0),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.softcap, ctx.logit_scale, ctx.reverse = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *output[1:])
+
+
+def _backward(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 12
+    *tensors, top, total, reference_top, reference_total, mean = ctx.saved_tensors
+    need = ctx.needs_input_grad[:3]
+    gradients = _linear_kl_backward(
+        grad, *tensors, [top, total, reference_top, reference_total, mean], ctx.softcap, ctx.logit_scale, ctx.reverse,
+        *need,
+    )  # fmt: skip
+    return (*(g if needed else None for g, needed in zip(gradients, need, strict=True)), *(None,) * 9)
+
+
+_linear_kl.register_autograd(_backward, setup_context=_setup_context)
