@@ -1,0 +1,311 @@
+"""What trainers are given, as lists of tokens; and batches as the dictionaries of tensors that trainers pass around.
+
+Three things may stand beside a list: precomputed log-probabilities of the reference, weights of the objectives and
+temperatures of its own. They come from columns of a data set's rows and end as entries of the batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mopl.alignment import formats
+from mopl.alignment.collate import ListBatch, ListCollator
+from mopl.alignment.data import PreferenceData, PreferenceList, ReadReport, RowError, collect
+from mopl.alignment.readers import load_preferences
+from mopl.alignment.tokenization import ListTokenizer, TokenizedData, TokenizedList, tokenize
+from mopl.conditioning.sampling import check_weights
+
+WEIGHTS, BETA = "objective_weights", "objective_beta"
+REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+PREFERENCE = "preference"
+SIDES = ("chosen", "rejected")
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One list of tokens and what stands beside it.
+
+    Attributes:
+        tokens: The list.
+        reference: (K,) float32, log-probabilities under the reference in nats.
+        weights: (m,) its own w.
+        beta: (m,) its own β.
+    """
+
+    tokens: TokenizedList
+    reference: np.ndarray | None = None
+    weights: np.ndarray | None = None
+    beta: np.ndarray | None = None
+
+
+class Examples(torch.utils.data.Dataset):
+    """Lists of tokens for m objectives; the data set that the trainers run on.
+
+    Args:
+        lists: The lists.
+        objectives: Names.
+    """
+
+    def __init__(self, lists: Sequence[Example], objectives: Sequence[str]) -> None:
+        if len(lists) == 0:
+            raise ValueError("the data set has no list; give it at least one")
+        self.lists, self.objectives = tuple(lists), tuple(objectives)
+
+    def __len__(self) -> int:
+        return len(self.lists)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.lists[index]
+
+    @property
+    def width(self) -> int:
+        """Responses of the longest list."""
+        return max(len(example.tokens.responses) for example in self.lists)
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether every list has log-probabilities of the reference."""
+        return all(example.reference is not None for example in self.lists)
+
+    def with_reference(self, reference: Tensor) -> Examples:  # (L, K)
+        """Return the data with log-probabilities of the reference beside each list."""
+        rows = reference.cpu().float().numpy()
+        lists = [
+            dataclasses.replace(example, reference=row[: len(example.tokens.responses)])
+            for example, row in zip(self.lists, rows, strict=True)
+        ]
+        return Examples(lists, self.objectives)
+
+
+# ---------------------------------------------------------------- reading
+
+
+def examples_of(
+    data: Any, *, processing_class: Any, objectives: Sequence[str] | None = None, max_length: int | None = 1024
+) -> Examples:
+    """Turn what a trainer was given into lists of tokens.
+
+    Args:
+        data: `PreferenceData`, a sequence of `PreferenceList`, `TokenizedData`, or rows (a `datasets.Dataset` or a
+            list of dictionaries) in TRL's preference format or any format of `mopl.alignment.readers`.
+        processing_class: The tokenizer; not needed for `TokenizedData`.
+        objectives: Names and order of the objectives. In TRL's format they name label columns, see `labels_of_pair`.
+        max_length: Most tokens of prompt and response.
+
+    Raises:
+        TypeError: If the data is of another kind.
+        ValueError: If the tokenizer is missing, objectives do not fit, or rows cannot be used.
+    """
+    if isinstance(data, Examples):
+        return data
+    if isinstance(data, TokenizedData):
+        if objectives is not None and tuple(objectives) != data.objectives:
+            raise ValueError(
+                f"objectives are {tuple(objectives)} but the tokenised data has {data.objectives}; name the same"
+            )
+        return Examples([Example(item) for item in data], data.objectives)
+    beside: list[dict[str, Any]] | None = None
+    if isinstance(data, PreferenceData):
+        lists = data if objectives is None else PreferenceData(data.lists, objectives, name=data.name)
+    else:
+        rows = _rows(data)
+        if isinstance(rows[0], PreferenceList):
+            lists = PreferenceData(rows, objectives)
+        else:
+            lists, beside = _read_rows(rows, objectives)
+    if processing_class is None:
+        raise ValueError("processing_class is missing; pass the tokenizer, or TokenizedData")
+    tokens = tokenize(lists, ListTokenizer(processing_class, max_length=max_length))
+    extra = beside if beside is not None else [{}] * len(tokens)
+    return Examples([Example(item, **more) for item, more in zip(tokens, extra, strict=True)], tokens.objectives)
+
+
+def _rows(data: Any) -> Sequence[Any]:
+    if isinstance(data, (str, Mapping)) or not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
+        raise TypeError(
+            f"the data set is a {type(data).__name__} but must be PreferenceData, TokenizedData, a datasets.Dataset or "
+            "a list of rows; read streams and hub names with mopl.alignment.readers.load_preferences"
+        )
+    if len(data) == 0:
+        raise ValueError("the data set has no rows; give it at least one")
+    return data
+
+
+def _read_rows(rows: Sequence[Any], objectives: Sequence[str] | None) -> tuple[PreferenceData, list[dict[str, Any]]]:
+    """Read rows of a data set, and the columns that stand beside each list."""
+    if not isinstance(rows[0], Mapping):
+        raise TypeError(f"rows of the data set are {type(rows[0]).__name__} but must be dictionaries or PreferenceList")
+    columns = set(rows[0])
+    if columns >= set(SIDES):
+        report = ReadReport("rows", rows=len(rows))
+        lists = collect(_pairs(rows, objectives or (PREFERENCE,)), report, objectives=objectives)
+    else:
+        lists = load_preferences(rows, objectives=objectives)
+    names = [name for name in (WEIGHTS, BETA, *REFERENCE_COLUMNS) if name in columns]
+    if not names:
+        return lists, [{} for _ in lists]
+    if len(lists) != len(rows):
+        raise ValueError(
+            f"the rows have the columns {', '.join(names)} but {len(rows)} rows made {len(lists)} lists, so it is "
+            "unknown which belongs to which; write one list a row"
+        )
+    return lists, [_beside(row, len(lists.objectives), number) for number, row in enumerate(rows, 1)]
+
+
+def _pairs(rows: Sequence[Any], objectives: Sequence[str]) -> Iterator[tuple[str, PreferenceList | RowError]]:
+    for number, row in enumerate(rows, 1):
+        for draft in formats.parse_pair([row]):
+            try:
+                if isinstance(draft, PreferenceList):
+                    labels = {name: labels_of_pair(row, name) for name in objectives}
+                    draft = PreferenceList(draft.prompt, draft.responses, labels)
+            except RowError as error:
+                draft = error
+            yield f"row {number}", draft
+
+
+def labels_of_pair(row: Mapping[str, Any], objective: str) -> tuple[float | None, float | None]:
+    """Return the labels of chosen and rejected under an objective.
+
+    In the columns `<objective>_chosen` and `<objective>_rejected`, two numbers. Else in the column `<objective>`: two
+    numbers, or one, whose sign says which response is better (positive: chosen) and whose size by how much. None and
+    NaN are missing labels. Without a column, the objective `preference` prefers chosen.
+
+    Raises:
+        RowError: If there is no such column, or it holds something else.
+    """
+    columns = [f"{objective}_{side}" for side in SIDES]
+    if all(column in row for column in columns):
+        value: Any = [row[column] for column in columns]
+    elif objective in row:
+        value = row[objective]
+    elif objective == PREFERENCE:
+        return 1.0, 0.0
+    else:
+        raise RowError(
+            "no label column",
+            f"objective {objective} needs a column {objective}, or {columns[0]} and {columns[1]}; "
+            f"there are {', '.join(map(str, row))}",
+        )
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        if len(value) != 2:
+            raise RowError("label list of another length", f"{objective} has {len(value)} labels for a pair")
+        return value[0], value[1]
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None, None
+    if isinstance(value, str) or not hasattr(value, "__float__"):
+        raise RowError("label is not a number", f"{objective} is {value!r}")
+    value = float(value)
+    return (1.0, 1.0) if value == 0 else (max(value, 0.0), max(-value, 0.0))
+
+
+def _beside(row: Mapping[str, Any], objectives: int, number: int) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if row.get(WEIGHTS) is not None:
+        weights = check_weights(row[WEIGHTS], objectives, name=f"{WEIGHTS} of row {number}")
+        found["weights"] = weights.float().numpy()
+    if row.get(BETA) is not None:
+        beta = np.asarray(row[BETA], dtype=np.float32)
+        if beta.shape != (objectives,) or not (np.isfinite(beta) & (beta > 0)).all():
+            raise ValueError(f"{BETA} of row {number} is {row[BETA]} but must be {objectives} positive numbers")
+        found["beta"] = beta
+    if all(row.get(name) is not None for name in REFERENCE_COLUMNS):
+        found["reference"] = np.array([row[name] for name in REFERENCE_COLUMNS], dtype=np.float32)
+    return found
+
+
+# ---------------------------------------------------------------- batches
+
+
+@dataclass(frozen=True, eq=False)
+class Extras:
+    """What stands beside the lists of a batch.
+
+    Attributes:
+        reference: (B, K) float32, 0 where no response is.
+        weights: (B, m).
+        beta: (B, m).
+    """
+
+    reference: Tensor | None = None
+    weights: Tensor | None = None
+    beta: Tensor | None = None
+
+
+# A tensor with one row a list comes first: trainers read the size of a batch from the first entry.
+_FIELDS = {
+    "list_mask": "mask",
+    "list_labels": "labels",
+    "label_mask": "label_mask",
+    "objective_mask": "objective_mask",
+    "list_index": "index",
+    "list_number": "lists",
+    "list_order": "order",
+}
+_EXTRAS = {"list_reference": "reference", WEIGHTS: "weights", BETA: "beta"}
+# "labels" would be taken for targets of a language model by transformers.
+_TOKEN_LABELS = "token_labels"
+
+
+class ExampleCollator:
+    """Makes the dictionary of a batch; `batch_of` reads it.
+
+    Args:
+        collator: How lists are arranged.
+    """
+
+    def __init__(self, collator: ListCollator) -> None:
+        self.collator = collator
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
+        """Make a batch of these lists.
+
+        Raises:
+            ValueError: If only some lists have a reference, weights or temperatures of their own.
+        """
+        batch = self.collator([example.tokens for example in examples])
+        flat: dict[str, Any] = {}
+        for key, name in _FIELDS.items():
+            if getattr(batch, name) is not None:
+                flat[key] = getattr(batch, name)
+        for key, name in _EXTRAS.items():
+            values = [getattr(example, name) for example in examples]
+            if all(value is None for value in values):
+                continue
+            if any(value is None for value in values):
+                raise ValueError(f"some lists of a batch have {name} of their own and some have none; give all or none")
+            width = batch.mask.shape[1] if name == "reference" else len(values[0])
+            padded = np.zeros((len(values), width), dtype=np.float32)
+            for row, value in enumerate(values):
+                padded[row, : len(value)] = value
+            flat[key] = torch.from_numpy(padded)
+        for key, value in batch.inputs.items():
+            flat[_TOKEN_LABELS if key == "labels" else key] = value
+        return flat
+
+
+def batch_of(inputs: Mapping[str, Any]) -> tuple[ListBatch, Extras]:
+    """Return the batch, and what stands beside its lists, from the dictionary of an `ExampleCollator`.
+
+    Raises:
+        ValueError: If the dictionary has another maker.
+    """
+    missing = [key for key in _FIELDS if key not in inputs and key != "list_order"]
+    if missing:
+        raise ValueError(f"the batch has no {', '.join(missing)}; leave data_collator out, or pass a ListCollator")
+    parts: dict[str, Any] = {name: inputs.get(key) for key, name in _FIELDS.items()}
+    known = {*_FIELDS, *_EXTRAS, _TOKEN_LABELS}
+    tokens = {key: value for key, value in inputs.items() if key not in known}
+    if "segments" in tokens:
+        # `score_sequences` takes the number of sequences, so that it need not wait for a GPU to count them.
+        tokens["sequences"] = tokens.pop("segments")
+    tokens["labels"] = inputs[_TOKEN_LABELS]
+    return ListBatch(inputs=tokens, **parts), Extras(**{name: inputs.get(key) for key, name in _EXTRAS.items()})

@@ -1,0 +1,70 @@
+"""Results of an evaluation at the points of a grid of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mopl.integrations._objective import Measured
+from mopl.integrations._settings import EVAL_POINTS, EVAL_POINTS_ABOVE
+from mopl.pareto.grid import weight_grid
+
+
+def default_grid(objectives: int, points: int | None) -> Tensor:  # (n, m)
+    """Return the grid of w; see `mopl.pareto.weight_grid` for which sizes there are."""
+    return weight_grid(objectives, EVAL_POINTS.get(objectives, EVAL_POINTS_ABOVE) if points is None else points)
+
+
+class GridResults:
+    """What one batch gave at each point, in one tensor that processes can gather: (B, n, 3 m + 1)."""
+
+    def __init__(self) -> None:
+        self._rows: list[Tensor] = []
+
+    def add(self, measured: Measured) -> None:
+        """Add what the next point gave."""
+        parts = [measured.vector, measured.correct, measured.pairs, measured.value[:, None]]
+        self._rows.append(torch.cat([part.float() for part in parts], 1))
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Return the mean scalarised loss and the table."""
+        table = torch.stack(self._rows, 1)
+        return table[..., -1].mean(), table
+
+    @staticmethod
+    def metrics(prediction: Any, grid: Tensor, objectives: Sequence[str], user_metrics: Any = None) -> dict[str, float]:
+        """Return means over lists by name.
+
+        Args:
+            prediction: An `EvalPrediction` of tables (L, n, 3 m + 1) and of which objectives count (L, m).
+            grid: (n, m).
+            objectives: Names.
+            user_metrics: A `compute_metrics` to be called as well.
+        """
+        table, mask = np.asarray(prediction.predictions, dtype=np.float64), np.asarray(prediction.label_ids)
+        m = len(objectives)
+        loss, correct, pairs = (table[..., n * m : (n + 1) * m] for n in range(3))  # (L, n, m)
+        count = np.maximum(mask.sum(0), 1)
+        losses = loss.sum(0) / count  # (n, m)
+        accuracies = correct.sum(0) / np.maximum(pairs.sum(0), 1)
+        found: dict[str, float] = {}
+        for j, name in enumerate(objectives):
+            found[f"{name}_loss"] = float(losses[:, j].mean())
+            found[f"{name}_accuracy"] = float(accuracies[:, j].mean())
+        for n, point in enumerate(grid.tolist()):
+            at = ",".join(f"{x:.2f}" for x in point)
+            found[f"loss@{at}"] = float(table[:, n, -1].mean())
+            for j, name in enumerate(objectives):
+                found[f"{name}_loss@{at}"] = float(losses[n, j])
+                found[f"{name}_accuracy@{at}"] = float(accuracies[n, j])
+        if user_metrics is not None:
+            from transformers import EvalPrediction
+
+            each = np.divide(correct, pairs, out=np.zeros_like(correct), where=pairs > 0)
+            tables: Any = (loss, each)
+            found |= user_metrics(EvalPrediction(predictions=tables, label_ids=mask))
+        return found

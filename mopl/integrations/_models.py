@@ -1,0 +1,172 @@
+"""Models as the trainers need them: fused, with or without conditions, and their reference."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from mopl.alignment.collate import ListBatch, to_lists
+from mopl.alignment.head import fuse, score_sequences
+from mopl.conditioning._causal_lm import is_peft
+from mopl.conditioning.hyper_prompt_model import CONFIG_FILE, WEIGHTS_FILE, HyperPromptModel
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What a model's forward takes beside text: weights of objectives, temperatures."""
+
+    weights: bool
+    temperature: bool
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Conditions:
+        """Read them off a model: `HyperPromptModel`, or any whose forward has an argument `weights`."""
+        if isinstance(model, HyperPromptModel):
+            return cls(True, model.hyper_prompt.temperature)
+        names = inspect.signature(type(model).forward).parameters
+        return cls("weights" in names, "objective_temperature" in names)
+
+
+def causal_lm(model: Any) -> Any:
+    """Return the causal language model inside a `HyperPromptModel` and PEFT's wrapper."""
+    if isinstance(model, HyperPromptModel):
+        return model.causal_lm
+    return model.get_base_model() if is_peft(model) else model
+
+
+def prepare_model(model: Any, peft_config: Any = None, model_init_kwargs: dict[str, Any] | None = None) -> Any:
+    """Load a model that is given by name, wrap it with adapters if asked for, and fuse its head.
+
+    Raises:
+        ValueError: If there are options for loading a model that is loaded, or adapters for one that has some.
+        mopl.alignment.head.UnsupportedModelError: If the head cannot be fused.
+    """
+    if isinstance(model, str):
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(model, **(model_init_kwargs or {}))
+    elif model_init_kwargs:
+        raise ValueError("model_init_kwargs are for a model that is loaded here by name, but model is loaded already")
+    if peft_config is not None:
+        if isinstance(model, HyperPromptModel) or is_peft(model):
+            raise ValueError(
+                f"peft_config was passed with a {type(model).__name__}; wrap the causal language model with "
+                "peft.get_peft_model first and pass the result (or a HyperPromptModel around it)"
+            )
+        from peft import get_peft_model
+
+        model = get_peft_model(model, peft_config)
+    inner = causal_lm(model)
+    config = inner.config.get_text_config() if hasattr(inner.config, "get_text_config") else inner.config
+    if getattr(config, "output_router_logits", False):
+        raise ValueError(
+            f"the config of {type(inner).__name__} asks for a load-balancing loss (output_router_logits), which is not "
+            "added to the loss here; set model.config.output_router_logits = False to train without it"
+        )
+    fuse(inner)
+    return model
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout of a model to 0."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """Return a copy that is never trained, to be the reference of a model that cannot be its own."""
+    reference = copy.deepcopy(model)
+    return reference.requires_grad_(False).eval()
+
+
+def is_own_reference(model: nn.Module) -> bool:
+    """Say whether a model can become its reference by turning adapters or prompt off."""
+    return isinstance(model, HyperPromptModel) or is_peft(model)
+
+
+@contextlib.contextmanager
+def as_reference(model: Any) -> Iterator[None]:
+    """Turn adapters, prompt and dropout off inside a `with` block."""
+    mode = model.training
+    model.eval()
+    try:
+        if isinstance(model, HyperPromptModel):
+            with model.reference():
+                yield
+        elif is_peft(model):
+            with model.disable_adapter():
+                yield
+        else:
+            yield
+    finally:
+        model.train(mode)
+
+
+def score_lists(
+    model: nn.Module,
+    batch: ListBatch,
+    conditions: Conditions | None = None,
+    weights: Tensor | None = None,  # (B, m)
+    beta: Tensor | None = None,  # (B, m)
+) -> tuple[Tensor, Tensor]:
+    """Return (B, K) sums of log-probabilities in nats and (B, K) numbers of tokens, from one forward pass.
+
+    The model is called as it is given, so that DDP, FSDP and the like see their own forward.
+    """
+    rows = batch.index[:, 0]
+    options: dict[str, Any] = {}
+    if conditions is not None and conditions.weights:
+        assert weights is not None
+        options["weights"] = weights[rows]
+    if conditions is not None and conditions.temperature:
+        assert beta is not None
+        options["objective_temperature"] = beta[rows]
+    found = score_sequences(model, batch.inputs, **options)
+    return to_lists(found.scores, batch), to_lists(found.lengths.to(found.scores.dtype), batch)
+
+
+def load_hyper_prompt(model: HyperPromptModel, folder: str | Path) -> None:
+    """Load what `save_pretrained` wrote into a model that is there already, so that its optimizer stays valid.
+
+    Raises:
+        ValueError: If the folder holds no such model, or one of other sizes.
+    """
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise ValueError(f"{folder} is no checkpoint of a HyperPromptModel: it has no {WEIGHTS_FILE}")
+    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    objectives = tuple(config["objectives"])
+    if objectives != model.record.objectives:
+        raise ValueError(f"{folder} was trained on {objectives} but the model is for {model.record.objectives}")
+    model.hyper_prompt.load_state_dict(load_file(str(folder / WEIGHTS_FILE)), strict=True)
+    adapter = config["adapter"]
+    if (adapter is not None) != is_peft(model.model):
+        raise ValueError(f"{folder} has {'an' if adapter else 'no'} adapter but the model differs in that")
+    if adapter is not None:
+        from peft import load_peft_weights, set_peft_model_state_dict
+
+        path = folder if adapter == "default" else folder / adapter
+        device = str(next(model.parameters()).device)
+        peft_model: Any = model.model
+        set_peft_model_state_dict(peft_model, load_peft_weights(str(path), device=device), adapter_name=adapter)
+
+
+def check_sharding(accelerator: Any) -> None:
+    """Raise where a `HyperPromptModel` or a reference of its own would have to be sharded."""
+    kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
+    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        raise NotImplementedError(
+            f"training under {kind} works for a plain model or one with PEFT adapters that is its own reference or has "
+            "precompute_ref_log_probs; a HyperPromptModel and a separate ref_model train on one device or under DDP"
+        )

@@ -1,0 +1,166 @@
+"""Settings that the trainers for transformers and TRL share, and how trade-offs are drawn for a step's lists."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mopl._arguments import check_choice
+from mopl.conditioning.sampling import check_weights, sample_temperatures, sample_weights
+
+LIST_LOSSES = ("listwise_dpo", "plackett_luce", "pairwise_logistic", "lambda_loss", "approx_ndcg")
+SCALARIZATIONS = ("linear", "chebyshev", "smooth_chebyshev")
+# Points of the default evaluation grid by number of objectives: the smallest lattices with a point inside the simplex
+# for 2 and 3, with the middle of every edge for 4.
+EVAL_POINTS = {1: 1, 2: 5, 3: 10, 4: 10}
+EVAL_POINTS_ABOVE = 16
+
+
+@dataclass
+class ObjectiveArguments:
+    """What a training on several objectives needs besides the arguments of an ordinary one.
+
+    Args:
+        objectives: Names and order of the m objectives; those of the data by default.
+        list_loss: A list loss of `mopl.losses`; the trainers' argument `loss` takes one with other options, or one's
+            own.
+        objective_beta: β of each objective, in place of one β for all.
+        beta_low: Lower end of the box that β is drawn from, for a model conditioned on temperatures; the loss then uses
+            β / ‖β‖₁ (Temperature-COS-DPO, Ren et al. 2025, equation 16).
+        beta_high: Upper end of that box.
+        objective_weights: One fixed w on the simplex. By default w is drawn for a model that takes `weights`, and is
+            uniform for any other, whose optimum under drawn weights is that of their mean anyway.
+        weights_alpha: Concentration of the Dirichlet distribution that w is drawn from.
+        weights_per: Draw one w a `"list"`, or one a `"step"`.
+        scalarization: How w makes one number of the loss vector, see `mopl.losses.scalarize`.
+        cosine_penalty: λ, the factor of the cosine penalty.
+        cosine_sign: `"as_printed"` or `"cosmos"`, see `mopl.losses.scalarize.cosine_penalty`.
+        length_normalized: Score responses by the mean of their tokens' log-probabilities, not the sum.
+        reference_free: Leave the reference out.
+        eval_points: Points of the grid of w for evaluation; sizes of lattices for m = 3 and 4. The trainers' argument
+            `eval_weights` takes any points.
+    """
+
+    objectives: list[str] | None = None
+    list_loss: str = "listwise_dpo"
+    objective_beta: list[float] | None = None
+    beta_low: float | None = None
+    beta_high: float | None = None
+    objective_weights: list[float] | None = None
+    weights_alpha: float = 1.0
+    weights_per: str = "list"
+    scalarization: str = "linear"
+    cosine_penalty: float = 0.0
+    cosine_sign: str = "as_printed"
+    length_normalized: bool = False
+    reference_free: bool = False
+    eval_points: int | None = None
+
+    def __post_init__(self) -> None:
+        check_choice(self.list_loss, LIST_LOSSES, "list_loss")
+        check_choice(self.weights_per, ("list", "step"), "weights_per")
+        check_choice(self.scalarization, SCALARIZATIONS, "scalarization")
+        check_choice(self.cosine_sign, ("as_printed", "cosmos"), "cosine_sign")
+        if (self.beta_low is None) != (self.beta_high is None):
+            raise ValueError(f"beta_low is {self.beta_low} and beta_high is {self.beta_high}; pass both or neither")
+        if self.beta_low is not None and self.objective_beta is not None:
+            raise ValueError("objective_beta and the box beta_low, beta_high exclude each other; pass one of them")
+        if not self.weights_alpha > 0:
+            raise ValueError(f"weights_alpha is {self.weights_alpha} but must be positive")
+        # The arguments of transformers and of TRL come after this class in the order of inheritance.
+        other = getattr(super(), "__post_init__", None)
+        if other is not None:
+            other()
+
+
+def settings_of(args: Any) -> ObjectiveArguments:
+    """Return the settings in a trainer's arguments; plain ones of transformers or TRL have the defaults."""
+    names = [entry.name for entry in fields(ObjectiveArguments)]
+    return ObjectiveArguments(**{name: getattr(args, name) for name in names if hasattr(args, name)})
+
+
+class TradeOffs:
+    """The weights and temperatures of lists: a function of (seed, step, place of the list in the step's batch).
+
+    So nothing depends on how a batch is split into processes and accumulation steps, and a resumed training draws what
+    the interrupted one would have drawn.
+
+    Args:
+        settings: The settings.
+        objectives: m.
+        beta: β where neither the settings nor the data have others.
+        seed: Seed of the draws.
+        conditioned: Whether the model takes weights.
+        temperature: Whether the model takes temperatures.
+
+    Raises:
+        ValueError: If the number of weights or temperatures is not m, or a box is there without a model that takes it.
+    """
+
+    def __init__(
+        self,
+        settings: ObjectiveArguments,
+        objectives: int,
+        *,
+        beta: float,
+        seed: int,
+        conditioned: bool,
+        temperature: bool,
+    ) -> None:
+        self.settings, self.objectives, self.seed = settings, objectives, seed
+        self.conditioned, self.temperature = conditioned, temperature
+        if temperature and settings.beta_low is None:
+            raise ValueError("the model is conditioned on temperatures; pass the box beta_low and beta_high")
+        if not temperature and settings.beta_low is not None:
+            raise ValueError(
+                "beta_low and beta_high are for a model conditioned on temperatures "
+                "(HyperPrompt(..., temperature=True)); pass beta or objective_beta"
+            )
+        given = settings.objective_beta
+        if given is not None and len(given) != objectives:
+            raise ValueError(f"objective_beta has {len(given)} numbers but there are {objectives} objectives")
+        beta_of_each = [beta] * objectives if given is None else given
+        if not all(math.isfinite(value) and value > 0 for value in beta_of_each):
+            raise ValueError(f"beta is {beta_of_each} but must be positive")
+        # (1, 1) where all objectives share one: then one softmax serves them all.
+        shared = torch.tensor([[beta]]) if given is None else torch.tensor([given], dtype=torch.float32)
+        self.beta: Tensor = shared
+        self.fixed: Tensor | None = None
+        if settings.objective_weights is not None:
+            self.fixed = check_weights(settings.objective_weights, objectives, name="objective_weights").float()
+        elif not conditioned:
+            self.fixed = torch.full((objectives,), 1.0 / objectives)
+
+    def draw(self, step: int, offset: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what lists `offset` to `offset + count - 1` of a step's batch train for, on the CPU.
+
+        Returns:
+            w (count, m), the temperature of the loss (count or 1, m or 1), and the β that the model sees (count, m).
+        """
+        settings, m = self.settings, self.objectives
+        once = settings.weights_per == "step"
+        rows = 1 if once else offset + count  # the first rows do not depend on how many are drawn
+        chosen = slice(None) if once else slice(offset, offset + count)
+        if self.fixed is None:
+            weights = sample_weights(m, rows, settings.weights_alpha, seed=self.seed, step=step)[chosen]
+        else:
+            weights = self.fixed[None]
+        weights = weights.expand(count, m)
+        if settings.beta_low is None or settings.beta_high is None:
+            return weights, self.beta, self.beta.expand(count, m)
+        drawn = sample_temperatures(m, rows, settings.beta_low, settings.beta_high, seed=self.seed, step=step)
+        seen = drawn.temperature[chosen].expand(count, m)
+        return weights, drawn.normalized[chosen].expand(count, m), seen
+
+    def at(self, weights: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the same three for one w (m,); a box of temperatures is represented by its middle."""
+        settings, m = self.settings, self.objectives
+        weights = weights.float().expand(count, m)
+        if settings.beta_low is None or settings.beta_high is None:
+            return weights, self.beta, self.beta.expand(count, m)
+        middle = torch.full((count, m), 0.5 * (settings.beta_low + settings.beta_high))
+        return weights, middle / middle.sum(-1, keepdim=True), middle

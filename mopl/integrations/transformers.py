@@ -1,0 +1,417 @@
+"""`MultiObjectiveTrainer`: a `transformers.Trainer` for preference lists, several objectives and models that take w.
+
+    trainer = MultiObjectiveTrainer(
+        HyperPromptModel(model, HyperPrompt(objectives=2, hidden=model.config.hidden_size)),
+        args=MultiObjectiveConfig("out", beta=0.1),
+        train_dataset=load_preferences("PKU-Alignment/PKU-SafeRLHF"),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+
+What is not as in any other subclass of `Trainer`, and why:
+
+* The loss is a mean over the *lists of the whole step*. `Trainer` averages over accumulation steps and DDP over
+  processes, whatever their sizes; each part is scaled so that these two averages come out right.
+* Weights and temperatures are drawn from (seed, step, place of the list in the step's batch): no update depends on how
+  the batch is split, and a resumed training repeats them.
+* Log-probabilities are computed inside the forward of the wrapped model (see `mopl.alignment.fuse`), which is what
+  makes DDP and FSDP reduce gradients. `compute_loss_func` is not used: `Trainer` takes what it returns for already
+  divided by the number of accumulation steps.
+* Data sets are read before `Trainer` sees them, so `remove_unused_columns` has nothing to remove, and batches have no
+  entry `labels`, so `label_names` means nothing.
+* Evaluation measures every point of a grid of w.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments, set_seed
+
+from mopl.alignment.collate import ListBatch, ListCollator
+from mopl.conditioning.hyper_prompt_model import HyperPromptModel
+from mopl.conditioning.sampling import check_weights
+from mopl.integrations import _models as models
+from mopl.integrations._data import ExampleCollator, Examples, Extras, batch_of, examples_of
+from mopl.integrations._grid import GridResults, default_grid
+from mopl.integrations._objective import ListLoss, Objective, PairLoss, Totals
+from mopl.integrations._settings import ObjectiveArguments, TradeOffs, settings_of
+from mopl.integrations._setup import check_arguments, default_collator, with_width, write_record
+
+__all__ = ["MultiObjectiveConfig", "MultiObjectiveTrainer"]
+
+
+@dataclass
+class MultiObjectiveConfig(ObjectiveArguments, TrainingArguments):
+    """Arguments of `MultiObjectiveTrainer`: those of `transformers.TrainingArguments`, of `ObjectiveArguments`, and
+
+    Args:
+        beta: β, the temperature, where objectives have none of their own.
+        max_length: Most tokens of prompt and response; longer lists are truncated as `ListTokenizer` does it.
+        disable_dropout: Set every dropout to 0.
+        precompute_ref_log_probs: Compute the reference's log-probabilities once, before training.
+        precompute_ref_batch_size: Lists of a batch of that; by default as in training and evaluation.
+        padding_free: Pack sequences into one row without padding.
+        pad_to_multiple_of: Pad rows to a multiple of this many tokens.
+    """
+
+    beta: float = 0.1
+    max_length: int | None = 1024
+    disable_dropout: bool = True
+    precompute_ref_log_probs: bool = False
+    precompute_ref_batch_size: int | None = None
+    padding_free: bool = False
+    pad_to_multiple_of: int | None = None
+
+
+@dataclass
+class _Step:
+    """Where the parts of one process stand in the batch of a step."""
+
+    places: list[tuple[int, float]]  # offset of the part, factor on the sum of its losses
+    next: int = 0
+
+
+class MultiObjectiveTrainer(Trainer):
+    """Trains a causal language model on lists of responses with labels for m objectives.
+
+    Args:
+        model: A `HyperPromptModel` (takes w), a PEFT model, a causal language model, or the name of one. Its head is
+            fused in place (`mopl.alignment.fuse`).
+        args: `MultiObjectiveConfig`, or any `TrainingArguments`, whose missing settings have their defaults.
+        data_collator: A `ListCollator`; by default one that pads with the tokenizer's padding token.
+        train_dataset: `PreferenceData`, `TokenizedData`, or a `datasets.Dataset` or list of rows: `prompt`, `chosen`,
+            `rejected` and a label column for each objective (see `mopl.integrations._data.labels_of_pair`), or any
+            format of `mopl.alignment.readers`. Columns `objective_weights`, `objective_beta` (m numbers a row) and
+            `ref_chosen_logps`, `ref_rejected_logps` replace what would be drawn or computed.
+        eval_dataset: The same, or a dictionary of them.
+        processing_class: The tokenizer.
+        compute_metrics: Called with the losses (L, n, m) and accuracies (L, n, m) of L lists at n points of the grid as
+            `predictions` and which objectives count (L, m) as `label_ids`, besides what is reported anyway.
+        callbacks: As in `Trainer`.
+        optimizers: As in `Trainer`.
+        ref_model: The reference; by default the model without adapters and prompt, or a frozen copy of a plain model.
+        peft_config: Adapters to put on a model that has none.
+        loss: A loss in place of `list_loss`: called as `mopl.losses.listwise_dpo`, it gives (B, m).
+        eval_weights: (n, m) points of the grid of w for evaluation.
+        model_init_kwargs: Keywords of `from_pretrained` for models that are given by name.
+
+    Raises:
+        ValueError: If arguments do not fit one another or the data.
+        NotImplementedError: Under FSDP or DeepSpeed, for a model that needs DDP.
+    """
+
+    loss_is_scaled_for_ga = False
+    model: Any
+    data_collator: Any
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments | None = None,
+        data_collator: ListCollator | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_metrics: Any = None,
+        callbacks: list[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        *,
+        ref_model: Any = None,
+        peft_config: Any = None,
+        loss: ListLoss | PairLoss | None = None,
+        eval_weights: Tensor | Sequence[Sequence[float]] | None = None,
+        model_init_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        args = MultiObjectiveConfig(output_dir="tmp_trainer") if args is None else args
+        check_arguments(args)
+        settings = settings_of(args)
+        self.settings = settings
+        set_seed(args.seed)  # adapters are initialised at random
+        if ref_model is not None and ref_model is model:
+            raise ValueError("model and ref_model are one object; leave ref_model out to get a frozen copy")
+        model = models.prepare_model(model, peft_config, model_init_kwargs)
+        if ref_model is not None:
+            ref_model = models.prepare_model(ref_model, None, model_init_kwargs if isinstance(ref_model, str) else None)
+        if args.gradient_checkpointing and models.is_peft(model):
+            # Reentrant checkpointing passes no gradient on if no input needs one, and frozen embeddings need none.
+            model.enable_input_require_grads()
+
+        # ---- data
+        self._tokenizer, self._max_length = processing_class, getattr(args, "max_length", 1024)
+        names: Sequence[str] | None = settings.objectives
+        if train_dataset is not None:
+            train_dataset = self._examples(train_dataset, names)
+            names = train_dataset.objectives
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {key: self._examples(value, names) for key, value in eval_dataset.items()}
+            names = names or next(iter(eval_dataset.values())).objectives
+        elif eval_dataset is not None:
+            eval_dataset = self._examples(eval_dataset, names)
+            names = names or eval_dataset.objectives
+        if names is None:
+            raise ValueError("there is no data set to read the objectives from; pass train_dataset, or name objectives")
+        self.objectives = tuple(names)
+        given = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
+        sets: list[Examples] = [value for value in given if value is not None]
+        if data_collator is not None and not isinstance(data_collator, ListCollator):
+            raise TypeError(f"data_collator is a {type(data_collator).__name__} but must be a mopl ListCollator")
+        collator = data_collator or default_collator(args, processing_class, sets)
+
+        # ---- objective and model
+        self.objective = Objective(settings, loss, collator.partial == "keep")
+        if isinstance(self.objective.loss, PairLoss) and any(value.width > 2 for value in sets):
+            raise ValueError(
+                f"loss_type {', '.join(self.objective.loss.types)} is for pairs but there are lists with more than two "
+                "responses; leave loss_type at 'sigmoid' and choose a list_loss"
+            )
+        m, beta = len(self.objectives), getattr(args, "beta", 0.1)
+        inner = model if isinstance(model, HyperPromptModel) else models.causal_lm(model)
+        self.conditions = models.Conditions.of(inner)
+        self.trade_offs = TradeOffs(
+            settings,
+            m,
+            beta=beta,
+            seed=args.seed,
+            conditioned=self.conditions.weights,
+            temperature=self.conditions.temperature,
+        )
+        grid = default_grid(m, settings.eval_points) if eval_weights is None else check_weights(eval_weights, m)
+        self.eval_weights: Tensor = grid.float().reshape(-1, m)
+        self._user_metrics = compute_metrics
+        if isinstance(model, HyperPromptModel):
+            write_record(model, self.objectives, settings, beta)
+        if getattr(args, "disable_dropout", True):
+            models.disable_dropout(model)
+        needs_reference = not settings.reference_free and not all(value.has_reference for value in sets)
+        self._precompute = getattr(args, "precompute_ref_log_probs", False) and not settings.reference_free
+        if needs_reference and ref_model is None and not self._precompute and not models.is_own_reference(model):
+            ref_model = models.frozen_copy(model)
+
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=ExampleCollator(collator),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=self._grid_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.model_accepts_loss_kwargs = False
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                "several GPUs are visible to one process and nn.DataParallel would be used, which cannot run a fused "
+                "head; launch with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES"
+            )
+        if isinstance(model, HyperPromptModel) or ref_model is not None:
+            models.check_sharding(self.accelerator)
+        self.ref_model: Any = None
+        if ref_model is not None:
+            ref_model.requires_grad_(False).eval()
+            self.ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
+        self._totals = Totals(self.objectives)
+        self._step: _Step | None = None
+        if self._precompute:
+            if self.train_dataset is not None:
+                self.train_dataset = self._with_reference(self.train_dataset, args.per_device_train_batch_size)
+            self.eval_dataset = self._prepared(self.eval_dataset)
+
+    # ---------------------------------------------------------------- data
+
+    def _examples(self, data: Any, objectives: Sequence[str] | None) -> Examples:
+        return examples_of(data, processing_class=self._tokenizer, objectives=objectives, max_length=self._max_length)
+
+    def _prepared(self, data: Any) -> Any:
+        """Return data for evaluation as lists of tokens, with the reference if it is precomputed."""
+        if data is None or isinstance(data, str):
+            return data
+        if isinstance(data, dict):
+            return {key: self._prepared(value) for key, value in data.items()}
+        return self._with_reference(self._examples(data, self.objectives), self.args.per_device_eval_batch_size)
+
+    def _with_reference(self, data: Examples, batch_size: int) -> Examples:
+        if not self._precompute or data.has_reference:
+            return data
+        if self.ref_model is None and not models.is_own_reference(self.model) and self.state.global_step > 0:
+            raise ValueError(
+                "the reference's log-probabilities of a new data set cannot be computed after training has begun, "
+                "because the model was its own reference; pass the data as eval_dataset, or pass ref_model"
+            )
+        collator = ExampleCollator(with_width(self.data_collator.collator, data.width))
+        loader = torch.utils.data.DataLoader(
+            data,
+            batch_size=getattr(self.args, "precompute_ref_batch_size", None) or batch_size,
+            collate_fn=collator,
+            num_workers=self.args.dataloader_num_workers,
+        )
+        loader = self.accelerator.prepare(loader)
+        found = []
+        for inputs in loader:
+            batch, _ = batch_of(self._prepare_inputs(inputs))
+            with self.accelerator.autocast():
+                reference = self._reference(self.model, batch, Extras())
+            gathered: Any = self.accelerator.gather_for_metrics(reference)
+            found.append(gathered.cpu())
+        return data.with_reference(torch.cat(found))
+
+    # ---------------------------------------------------------------- loss
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """Fetch the parts of a step, and note where in the step's batch each stands."""
+        samples, items = super().get_batch_samples(*args, **kwargs)
+        counts = [len(sample["list_mask"]) for sample in samples]
+        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
+        table = [counts]
+        if processes > 1 and counts:
+            mine = torch.tensor(counts, device=self.accelerator.device)
+            gathered: Any = self.accelerator.gather(mine)
+            table = gathered.view(processes, len(counts)).tolist()
+        total = sum(map(sum, table))
+        places = []
+        for turn in range(len(counts)):
+            before = sum(sum(row[:turn]) for row in table) + sum(row[turn] for row in table[:rank])
+            # Trainer divides by the number of parts, DDP by the number of processes.
+            places.append((before, processes * len(counts) / total))
+        self._step = _Step(places)
+        return samples, items
+
+    def _place(self, count: int) -> tuple[int, float]:
+        """Return offset and factor of the next part; a batch that no step fetched stands alone."""
+        step = self._step
+        if step is None or step.next >= len(step.places):
+            return 0, 1.0 / count
+        step.next += 1
+        return step.places[step.next - 1]
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the loss of a batch: in training scaled for the whole step, else the mean over its lists.
+
+        Args:
+            model: The model, as it is wrapped.
+            inputs: What the collator made.
+            return_outputs: Also return `{"scores": (B, K), "reference": (B, K), "loss_vector": (B, m), "weights"}`.
+            num_items_in_batch: Not used; the step's batch is counted in lists.
+        """
+        batch, extras = batch_of(inputs)
+        offset, factor = self._place(len(batch)) if self.model.training else (0, 1.0 / len(batch))
+        weights, temperature, beta = self._trade_offs(batch, extras, offset)
+        reference = self._reference(model, batch, extras)
+        scores, lengths = models.score_lists(model, batch, self.conditions, weights, beta)
+        measured = self.objective(scores, lengths, batch, weights=weights, temperature=temperature, reference=reference)
+        if self.model.training:
+            self._totals.add(measured, batch.objective_mask)
+        loss = measured.value.sum() * factor
+        if not return_outputs:
+            return loss
+        outputs = {"scores": scores, "reference": reference, "loss_vector": measured.vector, "weights": weights}
+        return loss, outputs
+
+    def _trade_offs(self, batch: ListBatch, extras: Extras, offset: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return w (B, m), the temperature of the loss and the β that the model sees, on the batch's device."""
+        drawn = self.trade_offs.draw(self.state.global_step, offset, len(batch))
+        weights, temperature, beta = (value.to(batch.labels.device, non_blocking=True) for value in drawn)
+        if extras.weights is not None:
+            weights = extras.weights
+        if extras.beta is not None:
+            beta = extras.beta
+            temperature = beta / beta.sum(-1, keepdim=True) if self.conditions.temperature else beta
+        return weights, temperature, beta
+
+    @torch.no_grad()
+    def _reference(self, model: nn.Module, batch: ListBatch, extras: Extras) -> Any:
+        """Return the reference's scores (B, K), or None where the loss has no reference."""
+        if self.settings.reference_free:
+            return None
+        if extras.reference is not None:
+            return extras.reference
+        if self.ref_model is not None:
+            return models.score_lists(self.ref_model, batch)[0]
+        if not models.is_own_reference(self.model) and self.state.global_step > 0:
+            raise ValueError("the data has no reference log-probabilities and there is no ref_model to compute them")
+        with models.as_reference(self.accelerator.unwrap_model(model)):
+            return models.score_lists(model, batch)[0]
+
+    # ---------------------------------------------------------------- evaluation
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Measure every objective at every point of the grid of w; the arguments are those of `Trainer`.
+
+        Returns:
+            `eval_loss`, the mean scalarised loss; for each objective `eval_<name>_loss` and `eval_<name>_accuracy`,
+            means over the grid, and the same with `@<w>` at each point.
+        """
+        return super().evaluate(self._prepared(eval_dataset), ignore_keys, metric_key_prefix)
+
+    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """Measure a data set, given in any form, as `evaluate` does."""
+        return super().predict(self._prepared(test_dataset), *args, **kwargs)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Any, Any, Any]:
+        """Measure a batch at every point of the grid."""
+        batch, extras = batch_of(self._prepare_inputs(inputs))
+        grid, device = GridResults(), batch.labels.device
+        scores = lengths = None
+        with torch.no_grad(), self.compute_loss_context_manager():
+            reference = self._reference(model, batch, extras)
+            for point in self.eval_weights:
+                parts = self.trade_offs.at(point, len(batch))
+                weights, temperature, beta = (value.to(device, non_blocking=True) for value in parts)
+                if scores is None or lengths is None or self.conditions.weights:
+                    scores, lengths = models.score_lists(model, batch, self.conditions, weights, beta)
+                grid.add(
+                    self.objective(
+                        scores, lengths, batch, weights=weights, temperature=temperature, reference=reference
+                    )
+                )
+        loss, table = grid.read()
+        return (loss, None, None) if prediction_loss_only else (loss, table, batch.objective_mask.float())
+
+    def _grid_metrics(self, prediction: Any) -> dict[str, float]:
+        return GridResults.metrics(prediction, self.eval_weights, self.objectives, self._user_metrics)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, with each objective's loss, accuracy and margin since the last time."""
+        if "loss" in logs:
+            logs = {**logs, **self._totals.read(self._sum_over_processes)}
+        super().log(logs, *args, **kwargs)
+
+    def _sum_over_processes(self, sums: Tensor) -> Any:
+        return self.accelerator.reduce(sums, "sum")
+
+    # ---------------------------------------------------------------- checkpoints of a HyperPromptModel
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not isinstance(self.model, HyperPromptModel):
+            return super()._save(output_dir, state_dict)
+        folder = output_dir if output_dir is not None else self.args.output_dir
+        assert folder is not None
+        if not self.args.should_save:
+            return
+        self.model.save_pretrained(folder)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        torch.save(self.args, os.path.join(folder, "training_args.bin"))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not isinstance(self.model, HyperPromptModel):
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        models.load_hyper_prompt(self.model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if not isinstance(self.model, HyperPromptModel):
+            return super()._load_best_model()
+        assert self.state.best_model_checkpoint is not None
+        models.load_hyper_prompt(self.model, self.state.best_model_checkpoint)
