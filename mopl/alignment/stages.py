@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -67,25 +68,21 @@ class Split:
 
 
 class TextConditioner:
-    """Writes a trade-off into the prompt of a tokenised list.
-
-    Responses stay as they were tokenised; the weights come on top of `max_length`, so that truncation never cuts them.
+    """Writes a trade-off in front of a tokenised prompt, on top of `max_length`, so that truncation never cuts it.
 
     Args:
-        split: The lists.
-        tokenizer: How they were tokenised, but without a largest length.
+        tokenizer: A tokenizer of transformers.
         prompt: How weights are written.
     """
 
-    def __init__(self, split: Split, tokenizer: ListTokenizer, prompt: TextPrompt) -> None:
-        self.split, self.tokenizer, self.prompt = split, tokenizer, prompt
+    def __init__(self, tokenizer: Any, prompt: TextPrompt) -> None:
+        self.tokenizer, self.prompt = tokenizer, prompt
 
     def __call__(self, item: TokenizedList, weights: Tensor, temperature: Tensor) -> TokenizedList:
         """Return the list with the weights in front."""
-        source = self.split.data[item.index]
-        text = self.prompt.apply(source.prompt, weights, temperature if self.prompt.temperature else None)  # type: ignore[arg-type]
-        whole = self.tokenizer(dataclasses.replace(source, prompt=text), item.labels, item.index)
-        return dataclasses.replace(item, prompt=whole.prompt)
+        beta = temperature.tolist() if self.prompt.temperature else None
+        tokens = self.prompt.prepend_ids(item.prompt.tolist(), weights, self.tokenizer, beta)
+        return dataclasses.replace(item, prompt=np.array(tokens, dtype=np.int64))
 
 
 class Stages:
@@ -130,6 +127,7 @@ class Stages:
         model = self.base if own else self._other_reference(config.reference)
         identity = {"model": models.fingerprint(model), "precision": f"{config.dtype} {config.mixed_precision}"}
         store = ReferenceStore(self.path / "reference", identity, self.accelerator)
+        self.base.to(self.accelerator.device)
         model.to(self.accelerator.device)
         for name, split in self.splits.items():
             if name == "train" and config.reference == "self":
@@ -183,7 +181,7 @@ class Stages:
         )  # fmt: skip
         source = self._source(
             dirichlet_weights(m, count, alpha=config.alpha, **per), temperature,
-            conditioner=self.conditioner("train", method),
+            conditioner=self.conditioner(method),
         )  # fmt: skip
         return self._fit(method, folder / "model", source, loss, conditioned=True, temperature=takes_temperature)
 
@@ -212,13 +210,12 @@ class Stages:
             found.append(ListScores(lists, scores))
         return found
 
-    def conditioner(self, split: str, method: str) -> Conditioner | None:
+    def conditioner(self, method: str) -> Conditioner | None:
         """Return what writes weights into prompts, where a method wants them there."""
         if method not in CONDITIONED or self.config.conditioning != "text":
             return None
-        endless = ListTokenizer(self.tokenizer.tokenizer, max_length=None, template=self.config.template)
         prompt = models.text_prompt(self.objectives, temperature=method == "temperature-cos-dpo")
-        return TextConditioner(self.splits[split], endless, prompt)
+        return TextConditioner(self.tokenizer.tokenizer, prompt)
 
     @property
     def _batch_size(self) -> int:

@@ -1,0 +1,261 @@
+"""What a trained method reaches on held-out lists at each trade-off: losses, accuracy, distance from the reference.
+
+Shapes: `Q` lists, `S` responses, `n` trade-offs, `m` objectives.
+
+* *Loss*: the training loss of each objective, mean over the lists in which it counts, in nats. Lower is better.
+* *Accuracy*: share of the pairs of responses with different labels whose implicit rewards β (log p - log p0) are
+  ordered as the labels are; ties count half. The untrained model has 0.5.
+* *Deviation*: log p - log p0 of a response, in nats. Its mean and quartiles tell how far a model went, and the mean of
+  its absolute value over responses is the main figure of a front: fidelity to the reference, lower is better.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mopl import pareto, steering
+from mopl.alignment.collate import ListBatch, ListCollator
+from mopl.alignment.methods import ListScores, ResponseLoss, response_lengths
+from mopl.alignment.tokenization import TokenizedList
+from mopl.ranking.metrics import bootstrap_interval
+
+MAIN = "deviation from the reference"
+LISTS_PER_BATCH = 256
+# The paper's reference point is 1.1 for losses on pairs, where the untrained model's loss is ln 2.
+REFERENCE_FACTOR = 1.1 / 0.6931471805599453
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures at each trade-off; NaN where an objective does not count in a list.
+
+    Attributes:
+        weights: (n, m), or None for a model without a trade-off.
+        losses: (Q, n, m) loss of each list, in nats.
+        deviation: (Q, n) mean of |log p - log p0| over the responses of a list, in nats.
+        right: (Q, n, m) pairs with different labels that are ordered as the labels are.
+        pairs: (Q, m) pairs with different labels.
+        log_ratio: (n, S) log p - log p0 of each response.
+    """
+
+    weights: Tensor | None
+    losses: Tensor
+    deviation: Tensor
+    right: Tensor
+    pairs: Tensor
+    log_ratio: Tensor
+
+    @property
+    def mean_losses(self) -> Tensor:
+        """(n, m) mean over the lists in which an objective counts."""
+        return self.losses.nanmean(0)
+
+    @property
+    def accuracy(self) -> Tensor:
+        """(n, m) share of pairs that are ordered rightly; NaN for an objective without such pairs."""
+        return self.right.sum(0) / self.pairs.sum(0)
+
+    def summary(self, objectives: Sequence[str]) -> dict[str, Any]:
+        """Return what `evaluation.json` holds: the figures of each trade-off."""
+        quartiles = torch.quantile(self.log_ratio, torch.tensor([0.25, 0.5, 0.75], dtype=self.log_ratio.dtype), dim=1)
+        figures: dict[str, Any] = {
+            "objectives": list(objectives),
+            "weights": None if self.weights is None else self.weights.tolist(),
+            "losses": self.mean_losses.tolist(),
+            "accuracy": _without_nan(self.accuracy),
+            "pairs": self.pairs.sum(0).tolist(),
+            "log_ratio": {
+                "mean": self.log_ratio.mean(1).tolist(),
+                "quartiles": quartiles.T.tolist(),
+                "mean_absolute": self.deviation.mean(0).tolist(),
+            },
+        }
+        if self.weights is not None and len(self.weights) > 1:
+            figures["spearman"] = {
+                # How surely more weight gives more of an objective; losses are negated, so 1 is perfect in both.
+                "loss": [pareto.spearman(w, -loss) for w, loss in zip(self.weights.T, self.mean_losses.T, strict=True)],
+                "accuracy": [
+                    None if bool(found.isnan().any()) else pareto.spearman(w, found)
+                    for w, found in zip(self.weights.T, self.accuracy.T, strict=True)
+                ],
+            }
+        return figures
+
+
+def _without_nan(values: Tensor) -> list[list[float | None]]:
+    return [[None if x != x else x for x in row] for row in values.tolist()]
+
+
+class HeldOut:
+    """Held-out lists without their tokens: what figures are computed from once scores are known.
+
+    Args:
+        lists: The tokenised lists.
+        collator: Makes the batches.
+        loss: The loss of each objective.
+        temperature: β (m,) of the loss.
+        reference: Log-probabilities of the reference.
+
+    Raises:
+        ValueError: If an objective counts in none of the lists.
+    """
+
+    def __init__(
+        self,
+        lists: Sequence[TokenizedList],
+        collator: ListCollator,
+        loss: ResponseLoss,
+        temperature: Tensor,
+        reference: ListScores,
+        objectives: Sequence[str],
+    ) -> None:
+        self.loss, self.temperature, self.reference, self.lists = loss, temperature, reference, lists
+        self.batches: list[tuple[ListBatch, Tensor]] = []
+        for first in range(0, len(lists), LISTS_PER_BATCH):
+            chunk = lists[first : first + LISTS_PER_BATCH]
+            batch = collator(chunk)
+            self.batches.append((dataclasses.replace(batch, inputs={}), response_lengths(chunk, batch)))
+        counts = torch.cat([batch.objective_mask for batch, _ in self.batches]).sum(0)
+        for name, count in zip(objectives, counts.tolist(), strict=True):
+            if count == 0:
+                raise ValueError(
+                    f"objective {name!r} has no labels in any held-out list, so there is nothing to measure; raise "
+                    "held_out, take another data_seed, or leave the objective out"
+                )
+
+    def figures(self, flat: Tensor, scale: float = 1.0) -> tuple[Tensor, ...]:
+        """Return losses (Q, m), deviation (Q,), right (Q, m), pairs (Q, m) and log-ratios (S,) of scores (S,).
+
+        Args:
+            flat: Summed log-probabilities in the order of the lists.
+            scale: c of equation (14).
+        """
+        scores, found = ListScores(self.lists, flat), []
+        for batch, lengths in self.batches:
+            base = self.reference.pad(batch)
+            s = steering.rescale(scores.pad(batch), base, scale)
+            difference = (s - base).masked_fill(~batch.mask, 0.0)
+            own, s0 = (s / lengths, base / lengths) if self.loss.per_token else (s, base)
+            loss = self.loss(own, batch, self.temperature, s0).masked_fill(~batch.objective_mask, torch.nan)
+            found.append((
+                loss, difference.abs().sum(1) / batch.mask.sum(1), *ordered_pairs(difference, batch),
+                difference[batch.mask],
+            ))  # fmt: skip
+        return tuple(torch.cat(each).double() for each in zip(*found, strict=True))
+
+
+def ordered_pairs(rewards: Tensor, batch: ListBatch) -> tuple[Tensor, Tensor]:
+    """Count, in each list and for each objective, the pairs that rewards (B, K) order as the labels do.
+
+    Returns:
+        Right pairs (B, m), where equal rewards count half, and all pairs with different labels (B, m).
+    """
+    labels, mask = batch.labels, batch.label_mask
+    better = (labels[..., :, None] > labels[..., None, :]) & mask[..., :, None] & mask[..., None, :]
+    gap = (rewards[:, None, :, None] - rewards[:, None, None, :]).sign()
+    right = ((gap + 1.0) / 2.0 * better).sum((-1, -2))
+    return right, better.sum((-1, -2)).to(right.dtype)
+
+
+def evaluation_of(weights: Tensor | None, columns: Sequence[tuple[Tensor, ...]]) -> Evaluation:
+    """Return the figures of several trade-offs as one evaluation.
+
+    Args:
+        weights: (n, m), or None.
+        columns: What `HeldOut.figures` gave for each.
+    """
+    losses, deviation, right, pairs, ratios = (list(each) for each in zip(*columns, strict=True))
+    return Evaluation(
+        weights, torch.stack(losses, 1), torch.stack(deviation, 1), torch.stack(right, 1), pairs[0], torch.stack(ratios)
+    )
+
+
+def reference_point(base: Evaluation, given: Sequence[float]) -> list[float]:
+    """Return the reference point of the hypervolume: as given, or from the losses of the untrained model.
+
+    Raises:
+        ValueError: If there is not one number for each objective.
+    """
+    m = base.losses.shape[2]
+    if not given:
+        return (REFERENCE_FACTOR * base.mean_losses[0]).tolist()
+    if len(given) not in (1, m):
+        raise ValueError(f"reference_point has {len(given)} numbers but there are {m} objectives; pass {m}")
+    return [float(x) for x in (given if len(given) == m else list(given) * m)]
+
+
+def make_front(
+    evaluations: Sequence[Evaluation],
+    *,
+    method: str,
+    objectives: Sequence[str],
+    description: dict[str, Any],
+    reference_point: Sequence[float],
+    seconds: float,
+    parameters: int,
+    seed: int,
+    bootstrap: int,
+    scales: Sequence[float] = (1.0,),
+) -> pareto.Front:
+    """Return the front of a method: held-out losses, minimised, with bootstrap intervals over lists.
+
+    Args:
+        evaluations: One for each scale.
+        method: Name of the method.
+        objectives: Names of the objectives.
+        description: What `front.json` says about the data.
+        reference_point: (m,), of the hypervolume.
+        seconds: Seconds of training.
+        parameters: Number of trained parameters, of all models that the front needs.
+        seed: Seed of the run.
+        bootstrap: Resamples; 0 for no intervals.
+        scales: c of each evaluation; the first is 1. Only it counts in the hypervolume.
+    """
+    trained, volume = evaluations[0], None
+    if bootstrap:
+        bounds = bootstrap_interval(
+            trained.losses, samples=bootstrap, seed=seed,
+            statistic=lambda means: pareto.hypervolume(means, reference_point, maximise=False),
+        )  # fmt: skip
+        volume = {"hypervolume": [float(bounds.low), float(bounds.high)]}
+    front = pareto.Front.measure(
+        method,
+        objectives=objectives,
+        main=MAIN,
+        weights=trained.weights,
+        main_values=trained.deviation.mean(0),
+        auxiliary_values=trained.mean_losses,
+        reference_point=reference_point,
+        seconds=seconds,
+        parameters=parameters,
+        seed=seed,
+        data=description,
+        maximise=False,
+        intervals=_intervals(trained, bootstrap, seed),
+        interval=volume,
+    )
+    for scale, evaluation in zip(scales[1:], evaluations[1:], strict=True):
+        asked = [[]] * evaluation.losses.shape[1] if evaluation.weights is None else evaluation.weights.tolist()
+        means = zip(
+            asked, evaluation.deviation.mean(0).tolist(), evaluation.mean_losses.tolist(),
+            _intervals(evaluation, bootstrap, seed), strict=True,
+        )  # fmt: skip
+        front.points += [pareto.Point(w, main, losses, bounds, scale) for w, main, losses, bounds in means]
+    front.check()
+    return front
+
+
+def _intervals(evaluation: Evaluation, bootstrap: int, seed: int) -> list[dict[str, Any]]:
+    """Return for each trade-off the bootstrap intervals of the main figure and the losses."""
+    if not bootstrap:
+        return [{} for _ in range(evaluation.losses.shape[1])]
+    values = torch.cat([evaluation.deviation[..., None], evaluation.losses], -1)  # (Q, n, 1 + m)
+    found = bootstrap_interval(values, samples=bootstrap, seed=seed)
+    ends = torch.stack([found.low, found.high], -1).tolist()  # n x (1 + m) x 2
+    return [{"main": point[0], "auxiliary": point[1:]} for point in ends]
