@@ -235,7 +235,8 @@ def fuse(model: nn.Module) -> nn.Module:
     """
     if is_fused(model):
         return model
-    if hasattr(model, "peft_config") and hasattr(model, "base_model"):
+    # Not by `base_model`: every model of transformers has that, the one inside PEFT's wrapper too.
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         raise UnsupportedModelError(
             "this is a PEFT model: fuse the causal language model before wrapping it, "
             "or call fuse(model.get_base_model())"

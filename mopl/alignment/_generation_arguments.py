@@ -1,0 +1,147 @@
+"""What `generate` was called with: checks of its arguments and the keywords that transformers gets."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mopl.alignment.reference_mixture import causal_lm_of
+from mopl.conditioning import HyperPromptModel, TextPrompt, check_weights
+
+Prompt = str | Sequence[Mapping[str, Any]]
+Numbers = Tensor | Sequence[float] | Sequence[Sequence[float]]
+
+# What would make samples come from another distribution than the mixture, with the values that do nothing.
+_NO_WARPING = {
+    "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+}  # fmt: skip
+_REFUSED = {
+    "num_return_sequences": "use candidates=n, which also scores them",
+    "max_length": "use max_new_tokens",
+    "return_dict_in_generate": "call the model's own generate",
+    "input_ids": "pass prompts",
+    "attention_mask": "pass prompts",
+    "inputs_embeds": "pass prompts",
+}
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What each of B prompts is answered at: w (B, m), β (B, m), c (B,) float64 with ‖β‖₁ inside."""
+
+    weights: Tensor | None
+    temperature: Tensor | None
+    c: Tensor
+
+
+def as_list(prompts: Any) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    prompts = list(prompts)
+    return [prompts] if prompts and isinstance(prompts[0], Mapping) else prompts
+
+
+def condition_of(
+    model: nn.Module, weights: Any, temperature: Any, scale: Any, text_prompt: TextPrompt | None, count: int
+) -> Condition:
+    """Check what the prompts are answered at, and give each prompt its own."""
+    if isinstance(model, HyperPromptModel):
+        names, takes_temperature = model.record.objectives, model.hyper_prompt.temperature
+        if text_prompt is not None:
+            raise ValueError(
+                "text_prompt was passed but the model is a HyperPromptModel, which takes weights by itself"
+            )
+    elif text_prompt is not None:
+        names, takes_temperature = text_prompt.objectives, text_prompt.temperature
+    else:
+        names, takes_temperature = (), False
+    if (weights is not None) != bool(names):
+        raise ValueError(
+            f"weights are missing; pass one for each of {', '.join(names)}"
+            if names
+            else "weights were passed but the model has none: pass a HyperPromptModel, or text_prompt with a model "
+            "that was trained with it"
+        )
+    if (temperature is not None) != takes_temperature:
+        raise ValueError(
+            "objective_temperature is missing: the model is conditioned on temperatures; pass one for each objective"
+            if takes_temperature
+            else "objective_temperature was passed but the model is not conditioned on temperatures; to move closer to "
+            "the reference pass scale"
+        )
+    c = torch.as_tensor(scale, dtype=torch.float64).cpu()
+    if c.ndim > 1 or (c.ndim == 1 and len(c) != count):
+        raise ValueError(f"scale has shape {tuple(c.shape)} but there are {count} prompts; pass a number or one each")
+    if not bool((c.isfinite() & (c > 0)).all()):
+        raise ValueError(f"scale is {c.tolist()} but must be positive and finite: above 1 is closer to the reference")
+    w = None if weights is None else _each(check_weights(weights, len(names)), "weights", len(names), count)
+    beta = None
+    if temperature is not None:
+        beta = torch.as_tensor(temperature, dtype=torch.float64)
+        if not bool((beta.isfinite() & (beta > 0)).all()):
+            raise ValueError(f"objective_temperature is {beta.tolist()} but must be positive and finite")
+        beta = _each(beta, "objective_temperature", len(names), count)
+        c = c * beta.sum(-1).cpu()
+    return Condition(w, beta, c.expand(count))
+
+
+def _each(values: Tensor, name: str, objectives: int, count: int) -> Tensor:
+    if tuple(values.shape) not in ((objectives,), (count, objectives)):
+        raise ValueError(
+            f"{name} has shape {tuple(values.shape)} but there are {count} prompts and {objectives} objectives; "
+            f"pass ({objectives},) or ({count}, {objectives})"
+        )
+    return values.expand(count, objectives)
+
+
+def generate_options(
+    model: nn.Module, tokenizer: Any, kwargs: dict[str, Any], candidates: int, rerank: str, max_new_tokens: int
+) -> dict[str, Any]:
+    """Return the keywords of `generate` of transformers."""
+    for name, remedy in _REFUSED.items():
+        if name in kwargs:
+            raise ValueError(f"{name} cannot be passed here; {remedy}")
+    if candidates < 1 or max_new_tokens < 1:
+        raise ValueError(f"candidates is {candidates} and max_new_tokens {max_new_tokens} but both must be at least 1")
+    config = copy.deepcopy(kwargs.pop("generation_config", None) or causal_lm_of(model).generation_config)
+    config.max_length = None
+    several = candidates > 1
+    if several and ((kwargs.get("num_beams") or config.num_beams or 1) > 1 or kwargs.get("do_sample") is False):
+        raise ValueError("candidates are samples; leave out num_beams and do_sample=False, or pass candidates=1")
+    if several and any(kwargs.get(name) for name in ("stop_strings", "stopping_criteria")):
+        raise ValueError("candidates are scored as whole responses; leave out stop_strings and stopping_criteria")
+    sampling = [name for name in _NO_WARPING if kwargs.get(name) is not None]
+    if several and rerank == "resample":
+        found = [*sampling, *(name for name in ("logits_processor",) if kwargs.get(name))]
+        found += ["top_h"] if kwargs.get("top_h") or getattr(config, "top_h", None) else []
+        if found:
+            raise ValueError(
+                f"rerank='resample' weighs samples by the distribution they come from, which {', '.join(found)} would "
+                "change; leave that out, or pass rerank='best'"
+            )
+        kwargs.update(_NO_WARPING)
+    kwargs.setdefault("do_sample", several or bool(sampling))
+    if not kwargs["do_sample"]:
+        # The values that mean nothing: those of the model's generation_config would be warned about.
+        config.temperature, config.top_p, config.top_k = 1.0, 1.0, 50
+    ends = config.eos_token_id
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
+        ends.append(tokenizer.eos_token_id)
+    kwargs.setdefault("eos_token_id", ends or None)
+    ends = kwargs["eos_token_id"]
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else config.pad_token_id
+    if pad is None:
+        pad = ends if isinstance(ends, int) else ends[0] if ends else 0
+    kwargs.setdefault("pad_token_id", pad)
+    if kwargs.get("stop_strings"):
+        kwargs.setdefault("tokenizer", tokenizer)
+    # What is a setting goes into the configuration; the rest are objects, or names that transformers will refuse.
+    others = config.update(**kwargs, max_new_tokens=max_new_tokens)
+    return {**others, "generation_config": config}

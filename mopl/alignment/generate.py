@@ -1,0 +1,362 @@
+"""Answers at a chosen trade-off, with two knobs: w between the objectives, c between them and the reference.
+
+    generate(model, tokenizer, prompts, [0.7, 0.3])                              the model at w
+    generate(model, tokenizer, prompts, [0.7, 0.3], scale=2.0)                   closer to the reference
+    generate(model, tokenizer, prompts, [0.7, 0.3], scale=2.0, candidates=8)     8 samples each, re-ranked
+
+What `scale` c stands for is p_c(y|x) ∝ p0(y|x)^(1-1/c) p(y|x)^(1/c): the optimum at temperature c β, if p is the one at
+β (COS-DPO, Proposition 3.1; with λ = 1/c, decoding-time realignment, Liu et al., ICML 2024). That is about whole
+responses, over which nobody can sum. Two ways lead there:
+
+* By tokens (`candidates=1`): log-probabilities of each next token are mixed, (1 - 1/c) h0 + h/c, and normalised. It
+  costs a second model run and is an approximation: each token is normalised by itself.
+* By responses (`candidates=n`): n responses y are sampled by tokens and scored exactly as a whole,
+  s_c(y) = (1 - 1/c) log p0(y) + (1/c) log p(y).
+  `rerank="best"` returns the one with the largest s_c: the most probable of them under p_c. Like every search for the
+  most probable text it favours short ones. `rerank="resample"` draws one of them with probability proportional to
+  p_c(y) / q(y), where q is what the samples were drawn from (self-normalised importance resampling): as n grows, its
+  answers are distributed as p_c. The effective number of samples, 1 / Σ share², says how far n reached.
+
+A model conditioned on temperatures is run at β/‖β‖₁ and rescaled by c ‖β‖₁ in place of c (equation 15, as
+`mopl.steering.temperature_conditioned`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mopl._arguments import check_choice
+from mopl.alignment._generation_arguments import Condition, Numbers, Prompt, as_list, condition_of, generate_options
+from mopl.alignment.head import IGNORE_INDEX, fuse, is_fused, score_sequences, unfuse
+from mopl.alignment.reference_mixture import Reference, ReferenceMixture, causal_lm_of
+from mopl.alignment.tokenization import ListTokenizer
+from mopl.conditioning import TextPrompt
+from mopl.steering import rescale
+
+RERANK = ("best", "resample")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One sampled response.
+
+    Attributes:
+        text: Without special tokens.
+        tokens: Its tokens, with the one that ended it.
+        log_prob: log p(y|x), the sum over its tokens in nats, of the model at w.
+        reference_log_prob: log p0(y|x); None where c is 1 for every prompt and the reference was not needed.
+        score: (1 - 1/c) log p0 + (1/c) log p, exact; not normalised.
+        share: Its probability to be drawn under `rerank="resample"`; None for `"best"`.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    log_prob: float
+    reference_log_prob: float | None
+    score: float
+    share: float | None = None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The answer to one prompt.
+
+    Attributes:
+        prompt: As it was passed.
+        text: Without special tokens.
+        tokens: Its tokens, with the one that ended it.
+        finished: Whether an end-of-sequence token ended it.
+        candidates: All samples, the largest score first; empty if there was one.
+        effective_samples: 1 / Σ share² under `rerank="resample"`, between 1 and the number of candidates; else None.
+    """
+
+    prompt: Prompt
+    text: str
+    tokens: tuple[int, ...]
+    finished: bool
+    candidates: tuple[Candidate, ...] = ()
+    effective_samples: float | None = None
+
+
+def generate(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Prompt | Sequence[Prompt],
+    weights: Numbers | None = None,  # (m,) or (B, m)
+    *,
+    scale: float | Sequence[float] | Tensor = 1.0,  # number or (B,)
+    objective_temperature: Numbers | None = None,  # (m,) or (B, m)
+    reference: nn.Module | None = None,
+    max_new_tokens: int = 128,
+    candidates: int = 1,
+    rerank: Literal["best", "resample"] = "best",
+    text_prompt: TextPrompt | None = None,
+    template: Literal["auto", "chat", "plain"] = "auto",
+    seed: int | None = None,
+    batch_size: int = 16,
+    **kwargs: Any,
+) -> list[Generation]:
+    """Answer prompts at a trade-off.
+
+    Decoding is greedy unless `do_sample`, a sampling option (`temperature`, `top_p`, ...) or several candidates ask for
+    samples. Where the caller says nothing, samples follow the model's generation_config, as in transformers; with
+    `rerank="resample"` they follow the distribution itself.
+
+    Args:
+        model: A `HyperPromptModel`; or with `text_prompt`, or with weights of its own fixed by training, a causal
+            language model of transformers or a PEFT model.
+        tokenizer: A tokenizer of transformers, or the `ListTokenizer` that the model was trained with.
+        prompts: Texts, or conversations as lists of `{"role", "content"}`, or one of either. They become tokens as in
+            training (`ListTokenizer.prompt_tokens`) and are never cut.
+        weights: w on the simplex, one for all prompts (m,) or one each (B, m); None for a model with fixed weights.
+        scale: c > 0, one for all prompts or one each: above 1 towards the reference, below 1 away from it.
+        objective_temperature: β > 0 of a model conditioned on temperatures, (m,) or (B, m).
+        reference: The model that is p0; None: the model itself with adapters and prompt off.
+        max_new_tokens: Most tokens of a response. p and p0 are then those of responses that stop there.
+        candidates: Samples for each prompt, n.
+        rerank: What becomes of them, see above.
+        text_prompt: Writes the weights in front of the prompt's tokens (`TextPrompt.prepend_ids`). The reference reads
+            the prompt without them.
+        template: `"chat"`, `"plain"`, or `"auto"`: chat if the tokenizer has a template. Not with a `ListTokenizer`.
+        seed: Of the samples; the global generators are left as they were. None draws from these.
+        batch_size: Prompts that run at once.
+        **kwargs: Keywords of `generate` of transformers: `temperature`, `top_p`, `num_beams`, `stop_strings`, ...
+
+    Returns:
+        One `Generation` for each prompt, in order.
+
+    Raises:
+        ValueError: If a shape is wrong, a number out of range, an option cannot go with another, or scale needs a
+            reference that is not there.
+        UnsupportedModelError: If candidates are to be scored and the model's head cannot be (see `fuse`).
+    """
+    check_choice(rerank, RERANK, "rerank")
+    conversations = as_list(prompts)
+    count = len(conversations)
+    if isinstance(tokenizer, ListTokenizer):
+        encoder = tokenizer
+    else:
+        encoder = ListTokenizer(tokenizer, max_length=None, template=template, append_eos=False)
+    options = generate_options(model, encoder.tokenizer, dict(kwargs), candidates, rerank, max_new_tokens)
+    condition = condition_of(model, weights, objective_temperature, scale, text_prompt, count)
+    needs_reference = bool((condition.c != 1).any())
+    base = Reference(model, reference) if needs_reference else None
+    answers: list[Generation] = []
+    with _evaluating(model, reference), _seeded(seed, model), torch.no_grad():
+        for first in range(0, count, batch_size):
+            chosen = range(first, min(first + batch_size, count))
+            rows = _Rows(encoder, conversations, condition, chosen, text_prompt)
+            answers += _answer(model, base, encoder.tokenizer, rows, options, candidates, rerank)
+    return answers
+
+
+# ---------------------------------------------------------------- a batch of prompts
+
+
+@contextlib.contextmanager
+def _evaluating(*models: nn.Module | None) -> Iterator[None]:
+    """Switch dropout off for a moment."""
+    before = [(module, module.training) for model in models if model is not None for module in model.modules()]
+    for model in models:
+        if model is not None:
+            model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+@contextlib.contextmanager
+def _seeded(seed: int | None, model: Any) -> Iterator[None]:
+    if seed is None:
+        yield
+        return
+    device = next(model.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+class _Rows:
+    """Some of the prompts as tokens, as the model and as the reference read them, with what they are answered at."""
+
+    def __init__(
+        self,
+        encoder: ListTokenizer,
+        conversations: Sequence[Prompt],
+        condition: Condition,
+        chosen: range,
+        text_prompt: TextPrompt | None,
+    ) -> None:
+        self.prompts = [conversations[i] for i in chosen]
+        self.plain = [encoder.prompt_tokens(prompt).tolist() for prompt in self.prompts]  # type: ignore[arg-type]
+        empty = [i for i, tokens in zip(chosen, self.plain, strict=True) if not tokens]
+        if empty:
+            raise ValueError(f"prompt {empty[0]} has no tokens, and the tokenizer adds none at the beginning")
+        select = slice(chosen.start, chosen.stop)
+        self.weights = None if condition.weights is None else condition.weights[select]
+        self.temperature = None if condition.temperature is None else condition.temperature[select]
+        self.c = condition.c[select]
+        self.own = self.plain
+        # What a HyperPromptModel takes; to any other model the condition is part of the text.
+        self.arguments: dict[str, Tensor] = {}
+        if text_prompt is not None:
+            assert self.weights is not None
+            beta: list[Any] = [None] * len(chosen) if self.temperature is None else list(self.temperature)
+            self.own = [
+                text_prompt.prepend_ids(tokens, w, encoder.tokenizer, b)
+                for tokens, w, b in zip(self.plain, self.weights, beta, strict=True)
+            ]
+        elif self.weights is not None:
+            self.arguments["weights"] = self.weights
+            if self.temperature is not None:
+                self.arguments["objective_temperature"] = self.temperature
+
+
+def _padded(rows: Sequence[Sequence[int]], pad: int, device: Any) -> tuple[Tensor, Tensor]:
+    """Return rows as (B, T), padded on the left, and their mask."""
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask
+
+
+def _answer(
+    model: Any,
+    base: Reference | None,
+    tokenizer: Any,
+    rows: _Rows,
+    options: dict[str, Any],
+    candidates: int,
+    rerank: str,
+) -> list[Generation]:
+    config = copy.copy(options["generation_config"])
+    device, pad = next(model.parameters()).device, config.pad_token_id
+    ids, mask = _padded(rows.own, pad, device)
+    options = {**options, "generation_config": config}
+    mixture = None
+    if base is not None and bool((rows.c != 1).any()):
+        plain, plain_mask = _padded(rows.plain, pad, device)
+        record = candidates > 1 and rerank == "resample"
+        mixture = ReferenceMixture(base, plain, plain_mask, rows.c, ids.shape[1], record=record)
+        options["logits_processor"] = [mixture, *(options.get("logits_processor") or [])]
+    config.num_return_sequences = candidates
+    output = model.generate(input_ids=ids, attention_mask=mask, **rows.arguments, **options)
+    new = output[:, ids.shape[1] :]
+    responses, finished = _responses(new, options)
+    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    if candidates == 1:
+        return [
+            Generation(prompt, text, tuple(tokens), end)
+            for prompt, text, tokens, end in zip(rows.prompts, texts, responses, finished, strict=True)
+        ]
+    lengths = torch.tensor([len(tokens) for tokens in responses], device=new.device)
+    proposal = None
+    if mixture is not None and mixture.record:
+        counted = torch.arange(new.shape[1], device=new.device) < lengths[:, None]
+        proposal = mixture.log_proposal(new, counted).cpu().view(-1, candidates)
+    grouped = [responses[i : i + candidates] for i in range(0, len(responses), candidates)]
+    log_p, log_p0, score = _scores(model, base, rows, grouped, pad)
+    answers = []
+    for i, prompt in enumerate(rows.prompts):
+        share = None
+        if rerank == "resample":
+            # Without a mixture samples come from p itself, which then is p_c: all weigh the same.
+            share = (score[i] - (log_p[i] if proposal is None else proposal[i])).softmax(-1)
+            best = int(torch.multinomial(share, 1))
+        else:
+            best = int(score[i].argmax())
+        made = [
+            Candidate(
+                texts[i * candidates + j], tuple(grouped[i][j]), float(log_p[i, j]),
+                None if log_p0 is None else float(log_p0[i, j]), float(score[i, j]),
+                None if share is None else float(share[j]),
+            )
+            for j in range(candidates)
+        ]  # fmt: skip
+        ranked = sorted(made, key=lambda candidate: -candidate.score)
+        effective = None if share is None else float(1 / share.square().sum())
+        chosen = made[best]
+        end = finished[i * candidates + best]
+        answers.append(Generation(prompt, chosen.text, chosen.tokens, end, tuple(ranked), effective))
+    return answers
+
+
+def _responses(new: Tensor, options: dict[str, Any]) -> tuple[list[list[int]], list[bool]]:
+    """Return the tokens of each response up to the one that ended it, and whether one did."""
+    config = options["generation_config"]
+    ends = config.eos_token_id
+    ends = {ends} if isinstance(ends, int) else set(ends or ())
+    stopped = bool(config.stop_strings or options.get("stopping_criteria"))
+    responses, finished = [], []
+    for tokens in new.tolist():
+        length = next((i + 1 for i, token in enumerate(tokens) if token in ends), None)
+        finished.append(length is not None)
+        if length is None:
+            length = len(tokens)
+            while stopped and length > 1 and tokens[length - 1] == config.pad_token_id:
+                length -= 1
+        responses.append(tokens[:length])
+    return responses, finished
+
+
+# ---------------------------------------------------------------- scores of whole responses
+
+
+def _scores(
+    model: Any, base: Reference | None, rows: _Rows, grouped: Sequence[Sequence[Sequence[int]]], pad: int
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return log p, log p0 and s_c of the candidates, each (B, n) float64 on the CPU."""
+    with _scoring(model):
+        log_p = _log_probs(model, rows.own, grouped, pad, rows.arguments)
+    if base is None:
+        return log_p, None, log_p
+    with base.active() as model_of_base, _scoring(model_of_base):
+        # A reference that is the model itself, switched off, still wants to be told nothing of the trade-off.
+        log_p0 = _log_probs(model_of_base, rows.plain, grouped, pad, {})
+    return log_p, log_p0, rescale(log_p, log_p0, rows.c)
+
+
+@contextlib.contextmanager
+def _scoring(model: Any) -> Iterator[None]:
+    """Let a model score responses without its logits, for a moment if it could not before."""
+    inner = causal_lm_of(model)
+    before = is_fused(inner)
+    fuse(inner)
+    try:
+        yield
+    finally:
+        if not before:
+            unfuse(inner)
+
+
+def _log_probs(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    grouped: Sequence[Sequence[Sequence[int]]],
+    pad: int,
+    arguments: Mapping[str, Tensor],
+) -> Tensor:
+    """Return log p(response | prompt), (B, n), one forward pass for each of the n."""
+    device = next(model.parameters()).device
+    columns = []
+    for j in range(len(grouped[0])):
+        whole = [[*prompt, *group[j]] for prompt, group in zip(prompts, grouped, strict=True)]
+        width = max(len(tokens) for tokens in whole)
+        ids = torch.full((len(whole), width), pad, device=device)
+        mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORE_INDEX)
+        for row, (prompt, tokens) in enumerate(zip(prompts, whole, strict=True)):
+            text = torch.tensor(tokens, device=device)
+            ids[row, : len(tokens)], mask[row, : len(tokens)] = text, 1
+            labels[row, len(prompt) : len(tokens)] = text[len(prompt) :]
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels, **arguments}
+        columns.append(score_sequences(model, batch).scores.double().cpu())
+    return torch.stack(columns, 1)

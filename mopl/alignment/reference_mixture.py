@@ -1,0 +1,197 @@
+"""Mixing a model with its reference while it generates: (1 - 1/c) h0 + h/c at every token.
+
+The mixture is a `LogitsProcessor`, so everything that `generate` of transformers does after it (sampling, top-p, beams,
+stopping) works on the mixed distribution. The reference runs beside the model with a cache of its own.
+
+This is the usual approximation of p_c(y) ∝ p0(y)^(1-1/c) p(y)^(1/c), which is a statement about whole responses: each
+token's mixture is normalised by itself, so a response is drawn with q(y) = Π_t mixture_t(y_t), and p_c(y) / q(y) is
+proportional to the product of those normalisers. `log_proposal` gives log q(y), with which samples can be weighed back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LogitsProcessor
+
+from mopl._arguments import shape_of
+from mopl.conditioning._causal_lm import is_peft
+from mopl.conditioning.hyper_prompt_model import HyperPromptModel
+from mopl.steering import rescale
+
+# How a run says that the reference is the model itself, with everything that was trained switched off.
+OWN_REFERENCE = ("self", "precomputed")
+
+
+def causal_lm_of(model: Any) -> Any:
+    """Return the causal language model inside a `HyperPromptModel` or a PEFT model, or the model itself."""
+    if isinstance(model, HyperPromptModel):
+        return model.causal_lm
+    return model.get_base_model() if is_peft(model) else model
+
+
+class Reference:
+    """The distribution p0 that a model is mixed with.
+
+    Args:
+        model: The tuned model.
+        reference: Another model that stands for p0; None: the tuned model with adapters and prompt off.
+
+    Raises:
+        ValueError: If `reference` is None and the model cannot be its own reference.
+    """
+
+    def __init__(self, model: nn.Module, reference: nn.Module | None = None) -> None:
+        if reference is None and isinstance(model, HyperPromptModel) and model.record.reference not in OWN_REFERENCE:
+            raise ValueError(
+                f"the model was regularised towards {model.record.reference!r}; load that and pass it as reference"
+            )
+        if reference is None and not isinstance(model, HyperPromptModel) and not is_peft(model):
+            raise ValueError(
+                f"a plain {type(model).__name__} holds no reference to mix with; pass the model that it was tuned from "
+                "as reference, or leave scale at 1"
+            )
+        self.own = reference is None
+        self.model: Any = model if reference is None else reference
+        signature = inspect.signature(type(causal_lm_of(self.model)).forward).parameters
+        self._takes_positions = "position_ids" in signature
+        self._keeps_last = "logits_to_keep" in signature
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[Any]:
+        """Give the model that is p0 inside a `with` block."""
+        if isinstance(self.model, HyperPromptModel):
+            with self.model.reference():
+                yield self.model
+        elif self.own:
+            with self.model.disable_adapter():
+                yield self.model
+        else:
+            yield self.model
+
+    def last_logits(self, ids: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        """Return the logits (R, V) after the last of `ids` (R, t), and the cache (None if the model keeps none).
+
+        Args:
+            ids: (R, t) tokens that are not in the cache.
+            mask: (R, T) over what is in the cache and `ids`.
+            cache: What an earlier call gave.
+        """
+        options: dict[str, Any] = {"use_cache": True}
+        if cache is not None:
+            options["past_key_values"] = cache
+        if self._keeps_last:
+            options["logits_to_keep"] = 1
+        if self._takes_positions and not isinstance(self.model, HyperPromptModel):
+            options["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        with torch.no_grad(), self.active() as model:
+            output = model(input_ids=ids, attention_mask=mask, **options)
+        return output.logits[:, -1].float(), getattr(output, "past_key_values", None)
+
+
+class ReferenceMixture(LogitsProcessor):
+    """Turns scores h of the next token into log-probabilities of (1 - 1/c) h0 + h/c (COS-DPO, equation 14, by tokens).
+
+    One object serves one call of `generate`. Rows may be repeated (samples, beams) and beams may change places: the
+    reference's cache follows. Needs one new token a call.
+
+    Args:
+        reference: p0.
+        input_ids: (B, T) the prompts as the reference reads them, padded on the left.
+        attention_mask: (B, T).
+        c: (B,) factor of the temperature, positive.
+        prompt_length: Length of the prompts that `generate` was called with; differs from T where weights are written
+            in the prompt.
+        record: Whether `log_proposal` will be asked for.
+    """
+
+    def __init__(
+        self,
+        reference: Reference,
+        input_ids: Tensor,  # (B, T)
+        attention_mask: Tensor,  # (B, T)
+        c: Tensor,  # (B,)
+        prompt_length: int,
+        *,
+        record: bool = False,
+    ) -> None:
+        self.reference, self.ids, self.mask, self.c = reference, input_ids, attention_mask, c
+        self.prompts, self.prompt_length, self.record = input_ids.shape[0], prompt_length, record
+        self._cache: Any = None
+        self._seen: Tensor | None = None  # (R, t) new tokens that the reference has read
+        self._mixed: Tensor | None = None  # (R, V) the last mixture
+        self._chosen: list[Tensor] = []  # (R,) log-probabilities of the tokens drawn so far
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return the mixture's log-probabilities (R, V) for rows `input_ids` (R, prompt + t) with scores (R, V)."""
+        new = input_ids[:, self.prompt_length :]
+        if self.record and self._mixed is not None:
+            self._chosen.append(self._mixed.gather(-1, new[:, -1:])[:, 0])
+        base = self._base_logits(new).to(scores.device)
+        if base.shape != scores.shape:
+            raise ValueError(
+                f"the reference gives logits {shape_of(base)} but the model {shape_of(scores)}; "
+                "the two must share one vocabulary"
+            )
+        mixed = rescale(scores, base, self.c.to(scores.device), normalize=True)
+        if self.record:
+            self._mixed = mixed
+        return mixed
+
+    def log_proposal(self, new: Tensor, counted: Tensor) -> Tensor:  # (R, n), (R, n) bool -> (R,) float64
+        """Return log q of what was drawn: the sum over counted tokens of the log-probabilities they were drawn with.
+
+        Right only where nothing came between the mixture and the draw: no temperature, top-k, top-p or beams.
+        """
+        assert self._mixed is not None
+        chosen = list(self._chosen)
+        if len(chosen) < new.shape[1]:
+            chosen.append(self._mixed.gather(-1, new[:, len(chosen)][:, None].to(self._mixed.device))[:, 0])
+        total = torch.stack(chosen[: new.shape[1]], 1).double()
+        return total.masked_fill(~counted.to(total.device), 0.0).sum(-1)
+
+    def _base_logits(self, new: Tensor) -> Tensor:
+        """Bring the reference up to date with the rows and return its logits (R, V)."""
+        rows = new.shape[0]
+        if self._seen is None:
+            copies = rows // self.prompts
+            if copies * self.prompts != rows:
+                raise ValueError(f"{rows} rows were generated from {self.prompts} prompts; rows must be whole copies")
+            self.ids = self.ids.repeat_interleave(copies, 0)
+            self.mask = self.mask.repeat_interleave(copies, 0)
+            self.c = self.c.repeat_interleave(copies, 0)
+            unread = torch.cat([self.ids, new], 1)
+        else:
+            before = self._seen.shape[1]
+            if new.shape[1] != before + 1 or rows != self._seen.shape[0]:
+                raise ValueError(
+                    "scale needs a decoding strategy that adds one token to the same rows at a time; leave out "
+                    "assisted and speculative decoding"
+                )
+            if not torch.equal(new[:, :before], self._seen):
+                self._follow(new[:, :before])
+            unread = new[:, before:] if self._cache is not None else torch.cat([self.ids, new], 1)
+        length = self.ids.shape[1] + new.shape[1]
+        mask = torch.cat([self.mask, self.mask.new_ones(rows, length - self.ids.shape[1])], 1)
+        device = next(self.reference.model.parameters()).device
+        logits, self._cache = self.reference.last_logits(unread.to(device), mask.to(device), self._cache)
+        self._seen = new
+        return logits
+
+    def _follow(self, new: Tensor) -> None:
+        """Reorder the cache to beams that changed places: rows of one prompt with equal text are interchangeable."""
+        assert self._seen is not None
+        rows = new.shape[0]
+        beams = rows // self.prompts
+        now, then = new.view(self.prompts, beams, 1, -1), self._seen.view(self.prompts, 1, beams, -1)
+        same = (now == then).all(-1)  # (B, beams, beams)
+        if not bool(same.any(-1).all()):
+            raise ValueError("a row's text was rewritten while it was generated, which scale cannot follow")
+        source = same.int().argmax(-1) + beams * torch.arange(self.prompts, device=new.device)[:, None]
+        if self._cache is not None:
+            self._cache.reorder_cache(source.view(-1))
