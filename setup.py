@@ -11,6 +11,7 @@ setup(
         "mopl",
         "mopl.alignment",
         "mopl.conditioning",
+        "mopl.integrations",
         "mopl.kernels",
         "mopl.losses",
         "mopl.ops",
