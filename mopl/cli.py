@@ -1,6 +1,7 @@
-"""The command `mopl`: train a ranker for every trade-off, turn its knobs afterwards, compare runs.
+"""The command `mopl`: train one model for every trade-off, turn its knobs afterwards, compare runs.
 
     mopl rank                      train weight-cos-dpo on the embedded data set, with table, picture and page
+    mopl align --demo              fine-tune a small language model for every trade-off
     mopl steer RUN --weights ...   figures and scores for any trade-off of a finished run, without training
     mopl report RUN RUN ...        one table, picture and page of several runs
 
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mopl import __version__
+from mopl.alignment.command import add_parser as add_align_parser
 
 METHODS = ("weight-cos-dpo", "temperature-cos-dpo", "dpo-ls", "dpo-soup", "mo-dpo")
 
@@ -73,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
     _rank_parser(commands)
     _steer_parser(commands)
+    add_align_parser(commands)
     _report_parser(commands)
     return parser
 
@@ -251,8 +254,12 @@ def _steer_table(figures: dict[str, Any]) -> str:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from mopl.ranking.runs import compare
+    from mopl.training.run_directory import read_run
 
+    if read_run(arguments.runs[0]).get("kind") == "align":
+        from mopl.alignment.runs import compare
+    else:
+        from mopl.ranking.runs import compare
     compare(arguments.runs, html=arguments.html, png=arguments.png, table=arguments.table)
     return 0
 

@@ -12,11 +12,13 @@ So all models of one kind have the same parameters, and a soup can average them.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +66,30 @@ def load_causal_lm(name: str, *, dtype: str = "auto", attention: str | None = No
             setattr(config, setting, 0.0)
     options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
-    model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=kind, **options)
+    with _quiet():
+        model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=kind, **options)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     return fuse(model.eval().requires_grad_(False))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep out of a log what says nothing about a run: warnings of PEFT's insides, progress bars without a terminal."""
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")  # PEFT sets it right for Conv1D by itself
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+            yield
+    finally:
+        if bars:
+            logging.enable_progress_bar()
 
 
 def new_model(
@@ -97,8 +118,7 @@ def new_model(
             target_modules=targets[0] if len(targets) == 1 and targets[0] == "all-linear" else list(targets),
             task_type=TaskType.CAUSAL_LM,
         )
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")  # PEFT sets it right for Conv1D by itself
+        with _quiet():
             model = get_peft_model(base, settings)  # type: ignore[arg-type]
     if conditioned and config.conditioning == "text":
         return model
@@ -168,10 +188,12 @@ def load_model(folder: Path, base: nn.Module) -> nn.Module:
     if not file.is_file():
         raise FileNotFoundError(f"{folder} holds no trained model: it has no {CONFIG_FILE}")
     if json.loads(file.read_text(encoding="utf-8")).get("kind") != TEXT_KIND:
-        return HyperPromptModel.from_pretrained(folder, base)
+        with _quiet():
+            return HyperPromptModel.from_pretrained(folder, base)
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(base, str(folder)).eval()  # type: ignore[arg-type]
+    with _quiet():
+        return PeftModel.from_pretrained(base, str(folder)).eval()  # type: ignore[arg-type]
 
 
 def read_state(folder: Path) -> dict[str, Tensor]:
