@@ -1,4 +1,4 @@
-"""`mopl align` from data to report: data, reference, methods, fronts, answers, table, picture and page in one directory.
+"""`mopl align` from data to report: reference, methods, fronts, answers, table, picture and page in one directory.
 
     config.json        settings, command line, seed, versions, what the data was
     log.jsonl          one line of figures every `log_every` steps
