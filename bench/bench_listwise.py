@@ -89,7 +89,21 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
 
-    results = []
+    results: list[dict] = []
+    machine = {
+        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else platform.processor() or platform.machine(),
+        "threads": arguments.threads,
+        "torch": torch.__version__,
+        "command": " ".join(["python", "bench/bench_listwise.py", *sys.argv[1:]]),
+    }
+
+    def write() -> None:
+        """Write all figures so far, at once or not at all."""
+        if arguments.json:
+            part = arguments.json.with_suffix(".part")
+            part.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
+            os.replace(part, arguments.json)
+
     for loss, variants in LOSSES.items():
         for objectives in arguments.objectives:
             for size in arguments.sizes:
@@ -108,15 +122,8 @@ def main() -> None:
                     results.append(
                         {"loss": loss, "K": size, "m": objectives, "variant": name, "ns_per_item": nanoseconds}
                     )
+                write()
                 torch._dynamo.reset()
-    if arguments.json:
-        machine = {
-            "device": torch.cuda.get_device_name() if DEVICE == "cuda" else platform.processor() or platform.machine(),
-            "threads": arguments.threads,
-            "torch": torch.__version__,
-            "command": " ".join(["python", "bench/bench_listwise.py", *sys.argv[1:]]),
-        }
-        arguments.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

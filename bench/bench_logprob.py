@@ -1,14 +1,16 @@
 """Log-probabilities of tokens as a pytest-benchmark suite: `pytest bench/bench_logprob.py`.
 
-CPU sizes by default, those of a language model where there is a GPU. Beside the times, each entry's extra information
-has the limit of its own products on this machine over its time (`share`), its peak of extra GPU memory in GB, and the
-largest error of its log-probabilities against float64. `python -m bench.logprob` prints the same as tables, with the
-variants taken in turn: on a shared machine trust that one.
+CPU sizes by default, those of a language model where there is a GPU. After pytest-benchmark's table of times comes
+one with, and its files have as extra information: the limit of a variant's own products (bytes, from logits) on this
+machine over its time (`share`), its peak of extra memory in GB (`extra_gb`), and the largest error of its
+log-probabilities against float64 in nats (`error`). `python -m bench.logprob` takes the variants in turn: on a shared
+machine trust that one.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -17,10 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import pytest
 import torch
 
+from bench.limits import rates
 from bench.logprob import run_head, run_logits
 from bench.logprob_peers import Peer, head_peers, logit_peers
 from bench.logprob_problems import exactly, problem
-from bench.measuring import DEVICE, ON_GPU, extra_memory, rates, synchronize
+from bench.measuring import DEVICE, ON_GPU, extra_memory, synchronize
 
 ROWS, WIDTH, VOCABULARY = (4096, 2048, 128256) if ON_GPU else (128, 128, 2048)
 limits = cache(rates)
@@ -38,8 +41,17 @@ CASES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def table(request: pytest.FixtureRequest) -> Iterator[list[str]]:
+    """Lines to print when all is measured."""
+    lines: list[str] = []
+    yield lines
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print(f"\n\n{'':45}{'median ms':>12}{'share':>9}{'extra GB':>10}{'log p':>9}", *lines, sep="\n")
+
+
 @pytest.mark.parametrize(("mode", "peer"), CASES)
-def test_logprob(benchmark, mode: str, peer: Peer) -> None:
+def test_logprob(benchmark, table: list[str], mode: str, peer: Peer) -> None:
     """Time one variant with its gradients (none for `forward`)."""
     hidden, weight, target, upstream = problem("peaked", ROWS, WIDTH, VOCABULARY)
     few = slice(0, 64)
@@ -74,4 +86,8 @@ def test_logprob(benchmark, mode: str, peer: Peer) -> None:
 
     benchmark.pedantic(timed, rounds=20 if ON_GPU else 5, warmup_rounds=1)
     if benchmark.stats is not None:  # None under --benchmark-disable
-        benchmark.extra_info["share"] = floor / benchmark.stats.stats.median
+        info, median = benchmark.extra_info, benchmark.stats.stats.median
+        info["share"] = floor / median
+        memory = "-" if info["extra_gb"] is None else f"{info['extra_gb']:.3f}"
+        error = f"{info['error']:.1e}" if "error" in info else "-"
+        table.append(f"{mode + ', ' + peer.name:45}{median * 1e3:12.3f}{info['share']:9.1%}{memory:>10}{error:>9}")

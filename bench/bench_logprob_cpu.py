@@ -1,14 +1,18 @@
 """Time, memory and error of log-probabilities from hidden states on a CPU, beside full logits, torch and TRL.
 
-    python -m bench.bench_logprob_cpu                                  # N 2048, H 1024, V 32,000 and 128,256, float32
+    python -m bench.bench_logprob_cpu --json FILE                      # N 2048, H 1024, V 32,000 and 128,256, float32
     python -m bench.bench_logprob_cpu --rows 512 --vocabulary 8192 --dtype bfloat16 --rounds 2
 
 Every measurement is a process of its own, and the variants of one round follow one another, so that a slow minute of
-the machine hits all of them. Run it alone on the machine. Columns:
+the machine hits all of them. The file is written anew after each measurement; those that are in it when the command
+starts are kept and not made again, so that a run that was cut off goes on. Columns:
 
-* `wall`, `cpu`: seconds of forward and backward, best of the rounds; `bound`: wall over that of the bare products
-  (two with a frozen head, three with a trained one) in the same dtype; `CE`: wall over F.cross_entropy on full logits;
+* `wall`, `cpu`: seconds of forward and backward, best of the rounds;
+* `bound`: processor time over that of the bare products (two with a frozen head, three with a trained one) in the same
+  dtype, median of the rounds; `CE`: the same over F.cross_entropy on full logits. Processor time, because others on
+  the machine do not count in it; take one thread (OMP_NUM_THREADS=1) where there are any, for waiting threads do;
 * `MB`: the peak of resident memory (VmHWM, reset before the run) beyond inputs and gradients, largest of the rounds;
+  `/CE`: that over the same of F.cross_entropy;
 * `error`: of the log-probabilities of 64 rows against float64; `grad`: the same for the gradient of the hidden states,
   relative to its norm, with random upstream gradients. Both on the inputs as rounded to the dtype.
 """
@@ -18,10 +22,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")  # some virtual machines trap on AMX
 
@@ -39,6 +46,13 @@ def full_logits(hidden: Tensor, weight: Tensor, target: Tensor, upstream: Tensor
     """F.cross_entropy on logits that are held whole."""
     logprob = -F.cross_entropy(hidden @ weight.T, target, reduction="none")
     logprob.backward(upstream.to(logprob.dtype))
+    return logprob
+
+
+def upcast_logits(hidden: Tensor, weight: Tensor, target: Tensor, upstream: Tensor) -> Tensor:
+    """The same with operands brought to float32 first: for 16-bit ones, where their own products are slow."""
+    logprob = -F.cross_entropy(hidden.float() @ weight.float().T, target, reduction="none")
+    logprob.backward(upstream)
     return logprob
 
 
@@ -61,6 +75,12 @@ def torch_linear(**options: object) -> Variant:
         return logprob
 
     return run
+
+
+def torch_linear_sum(hidden: Tensor, weight: Tensor, target: Tensor, upstream: Tensor) -> None:
+    """The same for a plain sum, whose gradient it can take in the forward pass: no other upstream, so no errors."""
+    chosen = torch.nn.LinearCrossEntropyOptions()
+    F.linear_cross_entropy(hidden, weight, target, reduction="sum", options=chosen).backward()
 
 
 def trl_chunked(hidden: Tensor, weight: Tensor, target: Tensor, upstream: Tensor) -> Tensor:
@@ -86,12 +106,15 @@ def ours(**options: int) -> Variant:
 VARIANTS: dict[str, Variant] = {
     "products alone": products,
     "F.cross_entropy, full logits": full_logits,
+    "F.cross_entropy, float32 operands": upcast_logits,
     "mopl": ours(),
     "mopl, workspace=0": ours(workspace=0),
     "TRL chunked": trl_chunked,
     "torch linear_cross_entropy": torch_linear(),
+    "the same, sum of the losses": torch_linear_sum,
     "the same, batch_chunk_size=256": torch_linear(batch_chunk_size=256),
 }
+PRODUCTS, NAIVE = "products alone", "F.cross_entropy, full logits"
 
 
 def problem(rows: int, width: int, vocabulary: int, dtype: torch.dtype, frozen: bool) -> tuple[Tensor, ...]:
@@ -141,19 +164,56 @@ def errors(logprob: Tensor, hidden: Tensor, weight: Tensor, target: Tensor, upst
     }
 
 
-def table(results: dict[str, list[dict[str, float]]]) -> str:
+Results = dict[str, dict[int, dict[str, float]]]  # figures by variant and round
+
+
+def ratio(results: Results, name: str, other: str) -> float | None:
+    """Return the median of processor time over another variant's in the same round."""
+    theirs = results.get(other, {})
+    found = [mine["cpu"] / theirs[turn]["cpu"] for turn, mine in results[name].items() if turn in theirs]
+    return statistics.median(found) if found else None
+
+
+def table(results: Results) -> str:
     """Return the lines of one size."""
-    best = {name: min(r["wall"] for r in runs) for name, runs in results.items() if runs}
-    bound, naive = best.get("products alone"), best.get("F.cross_entropy, full logits")
-    lines = [f"{'':34}{'wall':>8}{'cpu':>8}{'bound':>7}{'CE':>7}{'MB':>7}{'error':>9}{'grad':>9}"]
-    for name, runs in results.items():
-        if not runs:
+    lines = [f"{'':34}{'wall':>8}{'cpu':>8}{'bound':>7}{'CE':>7}{'MB':>7}{'/CE':>6}{'error':>9}{'grad':>9}"]
+    memory = {name: max(r["MB"] for r in rounds.values()) for name, rounds in results.items() if rounds}
+    for name, rounds in results.items():
+        if not rounds:
             continue
-        ratios = "".join(f"{best[name] / other:7.2f}" if other else " " * 7 for other in (bound, naive))
+        runs = list(rounds.values())
+        ratios = (ratio(results, name, other) for other in (PRODUCTS, NAIVE))
+        shown = "".join(" " * 7 if value is None else f"{value:7.2f}" for value in ratios)
         accuracy = "".join(f"{runs[0][key]:9.0e}" if key in runs[0] else " " * 9 for key in ("error", "grad"))
-        cpu, memory = min(r["cpu"] for r in runs), max(r["MB"] for r in runs)
-        lines.append(f"{name:34}{best[name]:8.2f}{cpu:8.2f}{ratios}{memory:7.0f}{accuracy}")
+        wall, cpu = (min(r[key] for r in runs) for key in ("wall", "cpu"))
+        less = f"{memory[name] / memory[NAIVE]:6.2f}" if NAIVE in memory else " " * 6
+        lines.append(f"{name:34}{wall:8.2f}{cpu:8.2f}{shown}{memory[name]:7.0f}{less}{accuracy}")
     return "\n".join(lines)
+
+
+def run_one(command: list[str]) -> dict[str, float] | str:
+    """Measure in a process of its own; return the figures, or why there are none."""
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[1])
+    if done.returncode:
+        return (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def write(path: Path | None, log: list[dict]) -> None:
+    """Write all figures, at once or not at all."""
+    if path is None:
+        return
+    about = {
+        "command": " ".join(["python", "-m", "bench.bench_logprob_cpu", *sys.argv[1:]]),
+        "device": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps({**about, "runs": log}, indent=1) + "\n")
+    os.replace(part, path)
 
 
 def main() -> None:
@@ -164,35 +224,43 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="NAME")
-    parser.add_argument("--json", help="also write every measurement to this file")
+    parser.add_argument("--heads", nargs="+", default=["frozen", "trained"], choices=["frozen", "trained"])
+    parser.add_argument("--json", type=Path, help="also write every measurement to this file")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # name of the variant that this process measures
-    parser.add_argument("--frozen", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         arguments.vocabulary = arguments.vocabulary[0]
-        print(json.dumps(measure(arguments.one, arguments, arguments.frozen)))
+        print(json.dumps(measure(arguments.one, arguments, arguments.heads == ["frozen"])))
         return
-    log = []
+    log: list[dict] = []
+    if arguments.json and arguments.json.exists():
+        log = json.loads(arguments.json.read_text())["runs"]
     for vocabulary in arguments.vocabulary:
-        for frozen in (True, False):
-            size = ["--rows", arguments.rows, "--width", arguments.width, "--vocabulary", vocabulary]
-            size += ["--dtype", arguments.dtype, *(["--frozen"] if frozen else [])]
-            results: dict[str, list[dict[str, float]]] = {name: [] for name in arguments.variants}
-            for _ in range(arguments.rounds):
+        for head in arguments.heads:
+            size = {"dtype": arguments.dtype, "rows": arguments.rows, "width": arguments.width}
+            size |= {"vocabulary": vocabulary, "head": head}
+            results: Results = {name: {} for name in arguments.variants}
+            for entry in log:
+                if entry["variant"] in results and size.items() <= entry.items() and "failed" not in entry:
+                    results[entry["variant"]][entry["round"]] = entry
+            options = ["--heads", head, "--dtype", arguments.dtype, "--rows", arguments.rows]
+            options += ["--width", arguments.width, "--vocabulary", vocabulary]
+            for turn in range(arguments.rounds):
                 for name in arguments.variants:
-                    command = [sys.executable, "-m", "bench.bench_logprob_cpu", "--one", name, *map(str, size)]
-                    done = subprocess.run(command, capture_output=True, text=True)
-                    if done.returncode:
-                        print(f"{name}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+                    if turn in results[name]:
                         continue
-                    results[name].append(json.loads(done.stdout.splitlines()[-1]))
-                    log.append({"variant": name, "vocabulary": vocabulary, "frozen": frozen, **results[name][-1]})
-            head = "frozen head" if frozen else "trained head"
-            print(f"\nN {arguments.rows}, H {arguments.width}, V {vocabulary}, {arguments.dtype}, {head}")
+                    found = run_one(
+                        [sys.executable, "-m", "bench.bench_logprob_cpu", "--one", name, *map(str, options)]
+                    )
+                    if isinstance(found, str):
+                        print(f"{name}: {found}", file=sys.stderr)
+                        log.append({"variant": name, **size, "round": turn, "failed": found})
+                    else:
+                        results[name][turn] = found
+                        log.append({"variant": name, **size, "round": turn, **found})
+                    write(arguments.json, log)
+            print(f"\nN {arguments.rows}, H {arguments.width}, V {vocabulary}, {arguments.dtype}, {head} head")
             print(table(results), flush=True)
-    if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump({"command": sys.argv, "threads": torch.get_num_threads(), "runs": log}, file, indent=1)
 
 
 if __name__ == "__main__":

@@ -1,115 +1,188 @@
 """Everything that needs a GPU, in one command: `python -m bench.device` at the root of a checkout.
 
-Runs in stages of under two minutes, each in a process of its own, and writes what each printed and measured to
-`bench/results/<device>/`. It can be cut off at any time and started again: finished stages are skipped (`--again` runs
-them anew), and every file is complete or absent. A stage that fails does not stop the next.
+Runs in stages of under two minutes, each in a process of its own, and writes to `bench/results/<device>/` what each
+measured (`STAGE.json`, written anew with every figure) and printed (`STAGE.txt`). It can be cut off at any time and
+started again: finished stages are skipped (`--again` runs them anew). A stage that fails does not stop the next.
 
-    python -m bench.device                  # all stages that are not done
-    python -m bench.device --list           # the stages, and which are done
-    python -m bench.device tests limits     # only these
+    python -m bench.device                                   # all stages that are not done
+    python -m bench.device --list                            # the stages, and which are done
+    python -m bench.device limits logprob-frozen             # only these
+    python -m bench.device --minutes 9 --archive all.zip     # begin no stage that may not end; all files in one
+    python -m bench.device --toy                             # without a GPU: try every stage at toy sizes
+
+Needs torch, triton and pytest. Peers (TRL, Liger, CCE, QuACK, flash-attention) are measured where they are installed
+and listed as absent where they are not. `--toy` runs the kernels in Triton's interpreter and collects the tests without
+running them; its figures mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT_S = 115
+TOY = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One process: `{out}` in its command is the path without suffix to which it may write files."""
+    """One process.
+
+    Args:
+        name: as on the command line and in the names of its files.
+        what: what it does.
+        command: arguments of Python; `{out}` is the path of its JSON file.
+        toy: arguments to add where there is no GPU.
+    """
 
     name: str
     what: str
     command: tuple[str, ...]
+    toy: tuple[str, ...] = ()
 
 
-def _python(*arguments: str) -> tuple[str, ...]:
-    return (sys.executable, *arguments)
+def _tests(name: str, what: str, file: str, *functions: str) -> Stage:
+    """Return a stage of tests, those whose names contain one of `functions`; -v so that a log that is cut off tells."""
+    chosen = ("-k", " or ".join(functions)) if functions else ()
+    command = ("-m", "pytest", "-m", "gpu", "-v", "--tb=short", "--maxfail=20", "-p", "no:cacheprovider", file, *chosen)
+    return Stage(f"tests-{name}", what, command, ("--collect-only", "-qqq"))
 
 
-def _tests(*files: str) -> tuple[str, ...]:
-    return _python("-m", "pytest", "-m", "gpu", "-q", "--maxfail=20", "-p", "no:cacheprovider", *files)
+def _lists(name: str, what: str, *arguments: str) -> Stage:
+    command = ("bench/bench_listwise.py", "--rounds", "20", "--json", "{out}", *arguments)
+    return Stage(name, what, command, ("--items", "8", "--sizes", "4", "--rounds", "1", "--no-compile"))
 
 
 def _logprob(command: str, what: str) -> Stage:
-    return Stage(f"logprob-{command}", what, _python("-m", "bench.logprob", command, "{out}.json"))
+    return Stage(f"logprob-{command}", what, ("-m", "bench.logprob", command, "{out}"))
 
 
-_LOGPROB = "tests/test_gpu_logprob.py"
+_LISTS, _LOGPROB = "tests/test_gpu_list_kernels.py", "tests/test_gpu_logprob.py"
+EXTREMES = (
+    "gradients_of_confident", "below_e_to", "infinite_logits_are", "second_dimension", "cache_with_offsets", "all_rows",
+)  # fmt: skip
+USES = ("linear_repeats", "linear_nothing", "max_rows", "share_rows", "autocast", "compiles_once", "never_held")
 STAGES = (
-    Stage("limits", "copy bandwidth and matrix-product rate of this GPU", _python("-m", "bench.limits", "{out}.json")),
-    Stage("tests-lists", "list kernels against float64, real sizes", _tests("tests/test_gpu_list_kernels.py")),
-    Stage("tests-gathered", "gathered log-probabilities against float64", _tests(_LOGPROB, "-k", "gathered")),
-    Stage("tests-linear-errors", "errors of linear_logprob", _tests(_LOGPROB, "-k", "linear_errors")),
-    Stage("tests-linear", "everything else of linear_logprob", _tests(_LOGPROB, "-k", "linear and not linear_errors")),
-    Stage(
-        "lists",
-        "ListNet and Plackett–Luce beside the peers and the copy limit",
-        _python("bench/bench_listwise.py", "--rounds", "20", "--json", "{out}.json"),
-    ),
-    _logprob("tune", "choice of the algorithm that scores"),
-    _logprob("gathered", "log-probabilities from logits"),
-    _logprob("forward", "scoring without gradient"),
-    _logprob("frozen", "frozen head"),
-    _logprob("trained", "trained head"),
+    Stage("limits", "copy bandwidth and matrix-product rate of this GPU", ("-m", "bench.limits", "{out}")),
+    _tests("listnet", "kernels of ListNet against float64", _LISTS, "test_listnet"),
+    _tests("plackett-luce", "kernels of Plackett–Luce against float64", _LISTS, "test_plackett_luce"),
+    _tests("lists", "what both have in common", _LISTS, "partial", "extreme", "confident", "repeats", "nothing",
+           "offsets", "compiled", "apart"),
+    _tests("gathered", "gathered log-probabilities against float64", _LOGPROB, "test_gathered"),
+    _tests("linear-errors", "errors of linear_logprob", _LOGPROB, "linear_errors"),
+    _tests("linear-fused", "its fused kernel with every tile", _LOGPROB, "linear_fused"),
+    _tests("linear-extremes", "sure and impossible tokens, huge sizes", _LOGPROB, *EXTREMES),
+    _tests("linear-uses", "repeats, shared rows, autocast, compiler, memory", _LOGPROB, *USES),
+    _lists("lists-short", "list losses beside the peers", "--objectives", "1", "--sizes", "2", "8", "32"),
+    _lists("lists-long", "the same for 120 and 1000 items", "--objectives", "1", "--sizes", "120", "1000"),
+    _lists("lists-objectives", "the same with 3 and 5 objectives", "--objectives", "3", "5"),
+    _logprob("tune", "choice of the algorithm that scores, which is remembered"),
+    _logprob("gathered", "log-probabilities from logits beside the peers"),
+    _logprob("forward", "scoring without gradient beside the peers"),
+    _logprob("frozen", "frozen head beside the peers"),
+    _logprob("trained", "trained head beside the peers"),
     _logprob("error", "errors beside the peers'"),
-)
+)  # fmt: skip
 
 
-def _device_name() -> str:
+def device_name() -> str:
+    """Return the GPU's name as a folder's; exit where there is none."""
     import torch
 
     if not torch.cuda.is_available():
-        sys.exit("no GPU here: torch.cuda.is_available() is False. Everything in this command needs one.")
+        sys.exit(
+            "no GPU here: torch.cuda.is_available() is False. Everything in this command needs one; "
+            "--toy tries its stages without"
+        )
     return re.sub(r"[^A-Za-z0-9]+", "-", torch.cuda.get_device_name()).strip("-").lower()
 
 
-def _run(stage: Stage, folder: Path) -> bool:
-    """Run a stage, keep its output, and mark it done if it succeeded; say whether it did."""
-    out = folder / stage.name
-    command = [part.replace("{out}", str(out)) for part in stage.command]
-    shown = " ".join(["python", *command[1:]]).replace(str(out), f"bench/results/{folder.name}/{stage.name}")
+def write(path: Path, text: str) -> None:
+    """Write a file, at once or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
+def states(folder: Path) -> dict[str, dict]:
+    """Return what became of each stage that has run."""
+    path = folder / "stages.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def run(stage: Stage, folder: Path, toy: bool, limit: float) -> bool:
+    """Run a stage, keep what it printed, note what became of it, and say whether it succeeded."""
+    out = folder / f"{stage.name}.json"
+    arguments = [part.replace("{out}", str(out)) for part in (*stage.command, *(stage.toy if toy else ()))]
+    shown = " ".join(["python", *arguments]).replace(str(out), f"bench/results/{folder.name}/{out.name}")
     print(f"== {stage.name}: {stage.what}\n   {shown}", flush=True)
-    start = time.monotonic()
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    log = folder / f"{stage.name}.txt.part"
+    # Unbuffered, so that what a stage printed before its limit is in the log.
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    if toy:
+        environment |= {**TOY, "MOPL_CACHE": str(folder / "cache")}
+    log, start = folder / f"{stage.name}.txt", time.monotonic()
     with open(log, "w") as file:
         file.write(f"{shown}\n")
         file.flush()
         try:
-            code = subprocess.run(
-                command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=LIMIT_S
-            ).returncode
+            done = subprocess.run(
+                [sys.executable, *arguments], cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT,
+                timeout=limit,
+            )  # fmt: skip
+            verdict = "done" if done.returncode == 0 else f"failed with exit status {done.returncode}"
         except subprocess.TimeoutExpired:
-            code = -1
-    seconds = time.monotonic() - start
-    text = log.read_text()
-    print("   " + "\n   ".join(text.splitlines()[-25:]), flush=True)
-    verdict = "done" if code == 0 else "cut off after its limit" if code == -1 else f"failed with exit status {code}"
-    print(f"   {verdict} in {seconds:.0f} s", flush=True)
-    os.replace(log, folder / f"{stage.name}.txt")
-    if code == 0:
-        mark = folder / "done.json.part"
-        done = _done(folder) | {stage.name: round(seconds, 1)}
-        mark.write_text(json.dumps(done, indent=1) + "\n")
-        os.replace(mark, folder / "done.json")
-    return code == 0
+            verdict = f"cut off after {limit:.0f} s"
+    lines = log.read_text().splitlines()
+    print("   " + "\n   ".join(lines[1:][-40:]), flush=True)
+    print(f"   {verdict} in {time.monotonic() - start:.0f} s", flush=True)
+    state = {"verdict": verdict, "seconds": round(time.monotonic() - start, 1), "command": shown}
+    if stage.name.startswith("tests"):
+        from bench.measuring import about
+
+        counts = next((line.strip("= ") for line in reversed(lines) if re.search(r"\d+ (passed|failed)", line)), None)
+        write(out, json.dumps({**about(shown), "outcome": counts, **state}, indent=1) + "\n")
+        state["outcome"] = counts
+    write(folder / "stages.json", json.dumps(states(folder) | {stage.name: state}, indent=1) + "\n")
+    return verdict == "done"
 
 
-def _done(folder: Path) -> dict[str, float]:
-    path = folder / "done.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+def archive(folder: Path, path: Path) -> None:
+    """Put all files into one."""
+    with tempfile.TemporaryDirectory() as scratch:
+        made = shutil.make_archive(str(Path(scratch) / "all"), "zip", folder)
+        shutil.copyfile(made, path)
+
+
+def run_all(chosen: list[Stage], folder: Path, arguments: argparse.Namespace) -> int:
+    """Run stages in order; return an exit status."""
+    end = time.monotonic() + 60 * arguments.minutes if arguments.minutes else float("inf")
+    missing = []
+    for stage in chosen:
+        state = states(folder).get(stage.name, {})
+        if state.get("verdict") == "done" and not arguments.again:
+            print(f"== {stage.name}: done before ({state['seconds']} s)")
+        elif time.monotonic() + arguments.limit > end:
+            print(f"== {stage.name}: not begun, less than {arguments.limit:.0f} s are left")
+            missing.append(stage.name)
+        else:
+            if not run(stage, folder, arguments.toy, arguments.limit):
+                missing.append(stage.name)
+            if arguments.archive:
+                archive(folder, arguments.archive)
+    print(f"results in {folder}" + (f"; not done: {', '.join(missing)}" if missing else "; all done"))
+    return 1 if missing else 0
 
 
 def main() -> int:
@@ -118,27 +191,28 @@ def main() -> int:
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(s.name for s in STAGES)}")
     parser.add_argument("--list", action="store_true", help="list the stages")
     parser.add_argument("--again", action="store_true", help="also run stages that are done")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="where results go")
+    parser.add_argument("--toy", action="store_true", help="try the stages at toy sizes, without a GPU")
+    parser.add_argument("--limit", type=float, default=LIMIT_S, help="seconds after which a stage is cut off")
+    parser.add_argument("--minutes", type=float, help="begin no stage whose limit would pass this time from now")
+    parser.add_argument("--archive", type=Path, metavar="FILE.zip", help="after each stage, put all files into one")
+    parser.add_argument("--out", type=Path, help="where results go (bench/results; with --toy they are dropped)")
     arguments = parser.parse_args()
     if unknown := set(arguments.stages) - {s.name for s in STAGES}:
         parser.error(f"no stage {', '.join(sorted(unknown))}; see --list")
-    if arguments.list:
-        for stage in STAGES:
-            print(f"{stage.name:18s} {stage.what}")
-        return 0
-    folder = arguments.out / _device_name()
-    folder.mkdir(parents=True, exist_ok=True)
-    done = _done(folder)
-    failed = []
-    for stage in STAGES:
-        if arguments.stages and stage.name not in arguments.stages:
-            continue
-        if stage.name in done and not arguments.again:
-            print(f"== {stage.name}: done before ({done[stage.name]} s)")
-        elif not _run(stage, folder):
-            failed.append(stage.name)
-    print(f"results in {folder}" + (f"; not done: {', '.join(failed)}" if failed else ""))
-    return 1 if failed else 0
+    chosen = [s for s in STAGES if not arguments.stages or s.name in arguments.stages]
+    with contextlib.ExitStack() as stack:
+        out = arguments.out or ROOT / "bench" / "results"
+        if arguments.toy and not arguments.out:
+            out = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        if arguments.list:
+            folders = [path.parent for path in out.glob("*/stages.json")]
+            for stage in chosen:
+                found = [f"{f.name}: {states(f)[stage.name]['verdict']}" for f in folders if stage.name in states(f)]
+                print(f"{stage.name:22s} {stage.what}" + (f"  [{'; '.join(found)}]" if found else ""))
+            return 0
+        folder = out.resolve() / ("toy" if arguments.toy else device_name())
+        folder.mkdir(parents=True, exist_ok=True)
+        return run_all(chosen, folder, arguments)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,20 @@
-"""The two limits that every GPU figure is a ratio to: copy bandwidth and the rate of a large matrix product."""
+"""The two limits that every GPU figure is a ratio to: copy bandwidth and the rate of a large matrix product.
+
+python -m bench.limits [OUT.json]
+"""
 
 from __future__ import annotations
 
 import json
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+ON_GPU = torch.cuda.is_available()
 
 
 def milliseconds(step: Callable[[], object], repeats: int = 20, warmup: int = 3) -> float:
@@ -41,18 +47,33 @@ def product_rate(size: int = 8192, dtype: torch.dtype = torch.bfloat16) -> float
     return 2 * size**3 / (milliseconds(lambda: a @ b) * 1e-3)
 
 
-def measure() -> dict[str, float | str]:
-    """Return both limits with the names of what they were measured on."""
-    return {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "bytes_per_second": copy_bandwidth(),
-        "bf16_flop_per_second": product_rate(),
-    }
+def rates() -> tuple[float, float]:
+    """Return bytes and FLOP (of bf16 products; float32 without a GPU) a second of this machine."""
+    if ON_GPU:
+        return copy_bandwidth(), product_rate()
+    a, source = torch.randn(512, 512), torch.empty(2**24, dtype=torch.int8)
+    best = {}
+    for name, step in {"copy": lambda: source.clone(), "product": lambda: a @ a}.items():
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            step()
+            times.append(time.perf_counter() - start)
+        best[name] = min(times)
+    return 2 * source.numel() / best["copy"], 2 * 512**3 / best["product"]
+
+
+def main() -> None:
+    """Measure both and write them down."""
+    from bench.measuring import about
+
+    copy, product = rates()
+    result = {**about(), "bytes_per_second": copy, "flop_per_second": product}
+    print(json.dumps(result, indent=1))
+    print(f"copy {copy / 1e12:.3f} TB/s, product {product / 1e12:.1f} TFLOP/s")
+    if len(sys.argv) > 1:
+        Path(sys.argv[1]).write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    result = measure()
-    print(json.dumps(result, indent=1))
-    if len(sys.argv) > 1:
-        Path(sys.argv[1]).write_text(json.dumps(result, indent=1) + "\n")
+    main()

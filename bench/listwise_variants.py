@@ -43,7 +43,9 @@ class Problem:
             labels=labels.to(device),
             order=order.to(device),
             position=(labels / labels.sum(-1, keepdim=True)).to(device),
-            temperatures=torch.linspace(0.5, 1.5, objectives, device=device) if objectives > 1 else torch.ones(1),
+            temperatures=torch.linspace(0.5, 1.5, objectives).to(device)
+            if objectives > 1
+            else torch.ones(1, device=device),
         )
 
     @property

@@ -10,8 +10,9 @@ Every variant of a size is run in turn, round by round. Columns: median millisec
 own products (bytes, for `gathered`) need on this machine over that time; `x mopl`, its time over mopl's; `extra`, peak
 memory beyond what was there before (gradients included); `log p`, the largest error against float64 over a sample of
 rows in nats; `grad`, that of their gradient, root mean square relative to its size. A sum has no `log p` to compare.
+At sizes that have targets, those are printed beside what was measured.
 
-Each command ends within 100 seconds and writes its file anew after every size: it is safe to cut off.
+Each command ends within 100 seconds and writes its file anew with every row: it is safe to cut off.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")  # some virtual 
 
 import argparse
 import gc
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,27 +31,35 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bench.limits import rates
 from bench.logprob_peers import HEAD_FLOP, Found, Peer, float32_head, head_peers, logit_peers
 from bench.logprob_problems import exactly, problem, relative
-from bench.measuring import DEVICE, ON_GPU, Report, extra_memory, interleaved, rates
+from bench.measuring import DEVICE, ON_GPU, Report, extra_memory, interleaved
+from mopl.ops._backend import INTERPRETED
 
 BUDGET_S = 85.0  # no size is begun after this
 SIZE_S = 20.0  # rounds of one size end after this
 SAMPLE = 256 if ON_GPU else 64  # rows whose error is measured
+ROUNDS = 1 if INTERPRETED else 12
 
-HEAD_SIZES = (
-    ["8192x4096x128256", "4096x4096x32000", "16384x2048x151936", "16384x4096x128256"] if ON_GPU else ["256x128x4096"]
-)
-SIZES = {
-    "tune": ["16x4096x128256", "128x4096x128256", "512x4096x128256", "2048x4096x128256", "8192x4096x128256"]
-    if ON_GPU
-    else [],
-    "gathered": ["4096x0x128256", "16384x0x32000", "16384x0x128256"] if ON_GPU else ["256x0x4096"],
-    "forward": HEAD_SIZES,
-    "frozen": HEAD_SIZES,
-    "trained": HEAD_SIZES,
-    "error": ["2048x1024x50257"] if ON_GPU else ["384x128x4096"],
-}
+TARGET_SHARE = {"forward": 0.88, "frozen": 0.92, "trained": 0.92, "gathered": 0.9}
+TARGET_RATIO = {"frozen": 1.8, "trained": 1.25}  # times of those who give a log-probability per token, over mopl's
+RIVALS = ("TRL chunked", "Liger scaled CE")
+
+HEADS = ["8192x4096x128256", "4096x4096x32000", "16384x2048x151936", "16384x4096x128256"]
+if ON_GPU:
+    SIZES = {
+        "tune": ["16x4096x128256", "128x4096x128256", "512x4096x128256", "2048x4096x128256", "8192x4096x128256"],
+        "gathered": ["4096x0x128256", "16384x0x32000", "16384x0x128256"],
+        **dict.fromkeys(("forward", "frozen", "trained"), HEADS),
+        "error": ["2048x1024x50257"],
+    }
+else:  # the interpreter takes seconds for what takes a processor milliseconds
+    SMALL = "5x16x40" if INTERPRETED else "256x128x4096"
+    SIZES = {command: [SMALL] for command in ("tune", "gathered", "forward", "frozen", "trained", "error")}
+    if INTERPRETED:
+        SIZES["gathered"] = ["1x0x40"]
+DTYPES = (torch.bfloat16,) if INTERPRETED else (torch.bfloat16, torch.float16, torch.float32)
 
 
 def prepare(
@@ -63,11 +73,14 @@ def prepare(
             memory[peer.name] = extra_memory(lambda peer=peer: run(peer))
             steps[peer.name] = lambda peer=peer: run(peer)
         except Exception as error:  # other people's code, out of memory, not for this machine: reported, not hidden
-            reason = f"{type(error).__name__}: {error}".splitlines()[0][:110]
-            print(f"  {peer.name:30s} failed: {reason}", flush=True)
-            report.rows.append({"size": size, "variant": peer.name, "failed": reason})
+            report.fail(size, peer.name, error)
             gc.collect()
     return steps, memory
+
+
+def large(rows: int, width: int, vocabulary: int) -> bool:
+    """Say whether the targets are for this size."""
+    return ON_GPU and rows >= 8192 and width >= 4096 and vocabulary >= 128256
 
 
 def parse(size: str) -> tuple[int, int, int]:
@@ -131,16 +144,23 @@ def head(mode: str, sizes: list[str], report: Report, end: float) -> None:
                     "log p": float((value[part].double() - exact).abs().max()) if peer.per_token else None,
                     "grad": None if gradient is None else relative(gradient, truth),
                 }
-        seconds = interleaved(steps, min(end + 10, time.monotonic() + SIZE_S))
+        seconds = interleaved(steps, min(end + 10, time.monotonic() + SIZE_S), ROUNDS)
         for peer in peers:
             if peer.name in seconds:
                 took = seconds[peer.name]
                 least = peer.flop[mode] * rows * vocabulary * width / flops
+                beside = took / seconds["mopl"] if "mopl" in seconds else None
                 report.add(
-                    size, peer.name, ms=took * 1e3, share=least / took, **{"x mopl": took / seconds["mopl"]},
+                    size, peer.name, ms=took * 1e3, share=least / took, **{"x mopl": beside},
                     **{"extra GB": memory[peer.name], "FLOP": peer.flop[mode]}, **errors[peer.name],
                 )  # fmt: skip
-        report.write(absent, mode=mode, flop_per_second=flops)
+        report.note(absent=absent, mode=mode, flop_per_second=flops)
+        if large(rows, width, vocabulary) and "mopl" in seconds:
+            floor = HEAD_FLOP[mode] * rows * vocabulary * width / flops
+            report.target(size, "share of the limit", TARGET_SHARE[mode], floor / seconds["mopl"])
+            for name in RIVALS if mode in TARGET_RATIO else ():
+                if name in seconds:
+                    report.target(size, f"time of {name}", TARGET_RATIO[mode], seconds[name] / seconds["mopl"])
         del hidden, weight, few, steps
         gc.collect()
     _list_absent(head_peers(1, 1, 2, ON_GPU))
@@ -161,11 +181,9 @@ def gathered(sizes: list[str], report: Report, end: float) -> None:
         upstream = torch.randn(rows, generator=generator, device=DEVICE)
         peers, absent = logit_peers()
         part = slice(0, SAMPLE)
-        one = torch.eye(1, device=DEVICE, dtype=torch.float64)
-        u = logits[part].double()
-        exact = u.log_softmax(-1)
+        exact = logits[part].double().log_softmax(-1)
         wanted = -exact.exp() * upstream[part, None].double()
-        wanted.scatter_add_(1, target[part, None], upstream[part, None].double() * one)
+        wanted.scatter_add_(1, target[part, None], upstream[part, None].double())
         exact = exact.gather(1, target[part, None])[:, 0]
         for mode, passes in (("forward", 2), ("forward and backward", 6)):
             if mode == "forward":
@@ -187,30 +205,36 @@ def gathered(sizes: list[str], report: Report, end: float) -> None:
                         "log p": float((value[part].double() - exact).abs().max()),
                         "grad": None if gradient is None else relative(gradient[part], wanted),
                     }
-                except Exception:
+                except Exception:  # `prepare` says why
                     errors[peer.name] = {}
                 value = gradient = None
             steps, memory = prepare(chosen, run, report, size)
-            seconds = interleaved(steps, min(end + 10, time.monotonic() + SIZE_S / 2))
+            seconds = interleaved(steps, min(end + 10, time.monotonic() + SIZE_S / 2), ROUNDS)
             for peer in chosen:
                 if peer.name in seconds:
                     took = seconds[peer.name]
                     least = passes * rows * vocabulary / bandwidth
+                    beside = took / seconds["mopl"] if "mopl" in seconds else None
                     report.add(
                         f"{size} {mode}", peer.name, ms=took * 1e3, share=least / took,
-                        **{"x mopl": took / seconds["mopl"], "extra GB": memory[peer.name]}, **errors[peer.name],
+                        **{"x mopl": beside, "extra GB": memory[peer.name]}, **errors[peer.name],
                     )  # fmt: skip
             own.clear()
-            report.write(absent, bytes_per_second=bandwidth)
-        del logits, u, wanted
+            report.note(absent=absent, bytes_per_second=bandwidth)
+            if ON_GPU and "mopl" in seconds:
+                least = passes * rows * vocabulary / bandwidth
+                report.target(
+                    size, f"share of copy bandwidth, {mode}", TARGET_SHARE["gathered"], least / seconds["mopl"]
+                )
+        del logits, wanted
         gc.collect()
     _list_absent(logit_peers())
 
 
 def tune(sizes: list[str], report: Report, end: float) -> None:
     """Measure every algorithm that can score, and remember the fastest of each size."""
-    if not ON_GPU:
-        print("nothing to choose: without a GPU there is one algorithm")
+    if not ON_GPU and not INTERPRETED:
+        print("nothing to choose: on a processor there is one algorithm")
         report.write()
         return
     from mopl.ops import _linear_logprob_choice as choice
@@ -230,14 +254,15 @@ def tune(sizes: list[str], report: Report, end: float) -> None:
                 report.add(
                     f"{size}{' softcap' if softcap else ''}", name, ms=milliseconds, share=least / milliseconds * 1e3
                 )
-            report.write(remembered_in=str(choice.cache_path().name), flop_per_second=flops, bytes_per_second=bandwidth)
+            remembered = json.loads(choice.cache_path().read_text())
+            report.note(remembered=remembered, flop_per_second=flops, bytes_per_second=bandwidth)
 
 
 def error(sizes: list[str], report: Report, end: float) -> None:
     """Compare errors against float64 on the same rounded inputs."""
     for size in sizes:
         rows, width, vocabulary = parse(size)
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for dtype in DTYPES:
             for kind in ("flat", "peaked"):
                 if time.monotonic() > end:
                     print(f"\n{size} {dtype} {kind}: left out, the time is up")
@@ -275,12 +300,10 @@ def _errors(size: str, case: tuple[Tensor, Tensor, Tensor, Tensor], kind: str, r
                 apart = (value.detach().double() - exact).abs()
                 found["log p max"], found["log p rms"] = float(apart.max()), float(apart.square().mean().sqrt())
         except Exception as problem_:  # other people's code: reported, not hidden
-            reason = f"{type(problem_).__name__}: {problem_}".splitlines()[0][:110]
-            print(f"  {peer.name:30s} failed: {reason}", flush=True)
-            report.rows.append({"size": size, "variant": peer.name, "logits": kind, "failed": reason})
+            report.fail(size, peer.name, problem_, logits=kind, dtype=kind_of)
             continue
         report.add(size, peer.name, **found, logits=kind, dtype=kind_of)
-    report.write(absent)
+    report.note(absent=absent)
 
 
 ERRORS = dict.fromkeys(("log p max", "log p rms", "dh frozen", "worst row", "dh trained", "dW"), ".1e")

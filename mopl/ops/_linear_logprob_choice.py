@@ -10,7 +10,10 @@ from __future__ import annotations
 import functools
 import json
 import os
+import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,6 +21,7 @@ from torch import Tensor
 from triton.runtime import driver
 
 from mopl.kernels import fused_logprob as kernels
+from mopl.ops._backend import use_triton
 
 FEW_ROWS = 256  # below which reading the head takes longer than multiplying by it (about 183 rows on an H200)
 
@@ -47,7 +51,9 @@ def key_of(hidden: Tensor, weight: Tensor, softcap: bool) -> str:
 @functools.lru_cache
 def usable(device: torch.device, itemsize: int, softcap: bool) -> list[str]:
     """Return the names of the tiles that fit a GPU."""
-    limit = driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
+    if device.type != "cuda":  # the interpreter has no limits
+        return kernels.usable_tiles(itemsize, sys.maxsize, True, softcap)
+    limit = driver.active.utils.get_device_properties(device.index)["max_shared_mem"]  # type: ignore[attr-defined]
     every_stage = torch.cuda.get_device_capability(device)[0] >= 9 and not torch.version.hip
     return kernels.usable_tiles(itemsize, limit, every_stage, softcap)
 
@@ -71,18 +77,32 @@ def fused_tiles(hidden: Tensor, weight: Tensor, softcap: bool) -> dict[str, int]
     return None if name is None else kernels.TILES[name]
 
 
+def _milliseconds(step: Callable[[], None], device: torch.device) -> float:
+    if device.type != "cuda":
+        begin = time.perf_counter()
+        step()
+        return (time.perf_counter() - begin) * 1e3
+    with torch.cuda.device(device):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+    return start.elapsed_time(end)
+
+
 def tune(hidden: Tensor, weight: Tensor, softcap: float | None = None) -> dict[str, float]:
     """Measure every algorithm on these tensors, remember the fastest, and return milliseconds by name.
 
     Args:
-        hidden: (N, H) on a GPU.
+        hidden: (N, H) on a GPU (in Triton's interpreter on a CPU, to try the code: such times mean nothing).
         weight: (V, H) of the same dtype.
         softcap: as for `linear_logprob`; its value does not matter, that there is one does.
 
     Raises:
         ValueError: if the tensors are not on a GPU, or of float64, for which there is no fused kernel.
     """
-    if not hidden.is_cuda:
+    if not use_triton(hidden):
         raise ValueError("tune measures on a GPU; hidden is on the CPU")
     if hidden.dtype == torch.float64:
         raise ValueError("hidden is torch.float64, for which there is nothing to choose; pass 16-bit or float32")
@@ -95,20 +115,16 @@ def tune(hidden: Tensor, weight: Tensor, softcap: float | None = None) -> dict[s
 
     def run(tiles: dict[str, int] | None) -> float:
         head = backend._Head(hidden, weight, None, pivot, shift.clone(), ones, softcap or 0.0, 1.0, None)
-        times = []
-        for turn in range(6):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            sums = backend._Sums(rows, 0, head.dtype, device)
-            start.record()
+        sums = backend._Sums(rows, 0, head.dtype, device)
+
+        def step() -> None:
             if tiles is None:
                 for chunk in backend._chunks(0, rows, backend.ROWS):
                     head.scan(chunk, sums)
             else:
                 head.fused(sums, tiles)
-            end.record()
-            torch.cuda.synchronize()
-            if turn:
-                times.append(start.elapsed_time(end))
+
+        times = [_milliseconds(step, device) for _ in range(6)][1:]  # the first one compiles
         return sorted(times)[len(times) // 2]
 
     names = usable(device, hidden.itemsize, softcap is not None)

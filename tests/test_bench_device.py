@@ -1,0 +1,102 @@
+"""The command for GPUs, `python -m bench.device`, tried without one: a mistake in it would cost time on a machine."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from bench.device import STAGES, Stage
+
+FILES = ("tests/test_gpu_list_kernels.py", "tests/test_gpu_logprob.py")
+
+
+def command(*arguments: str, limit: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "bench.device", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=limit,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )  # fmt: skip
+
+
+def test_without_a_gpu_it_says_so_and_does_nothing(tmp_path: Path) -> None:
+    done = command("--out", str(tmp_path), CUDA_VISIBLE_DEVICES="", HIP_VISIBLE_DEVICES="")
+    assert done.returncode == 1
+    assert "no GPU here" in done.stderr and "--toy" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_stage_that_does_not_exist_is_named() -> None:
+    done = command("limits", "logprob-sideways")
+    assert done.returncode == 2 and "no stage logprob-sideways" in done.stderr
+
+
+def selects(stage: Stage, file: str, test: str) -> bool:
+    """Say whether pytest would choose a test, as -k with "or" alone does."""
+    if file not in stage.command:
+        return False
+    return "-k" not in stage.command or any(part in test for part in stage.command[-1].split(" or "))
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_gpu_test_is_in_exactly_one_stage(file: str) -> None:
+    names = re.findall(r"^def (test_\w+)", (ROOT / file).read_text(), re.M)
+    assert names
+    for name in names:
+        found = [stage.name for stage in STAGES if selects(stage, file, name)]
+        assert len(found) == 1, f"{name} is in stages {found}"
+
+
+@pytest.fixture(scope="module")
+def dry_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
+    """All measuring stages, and one of tests, at toy sizes."""
+    out = tmp_path_factory.mktemp("toy")
+    stages = [s.name for s in STAGES if not s.name.startswith("tests") and s.name not in ("lists-long", "lists-short")]
+    return command("--toy", "--out", str(out), "tests-linear-fused", *stages), out / "toy"
+
+
+@pytest.mark.slow
+def test_every_measuring_stage_runs_at_toy_sizes(dry_run: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+    done, folder = dry_run
+    assert done.returncode == 0, done.stdout + done.stderr
+    states = json.loads((folder / "stages.json").read_text())
+    assert {state["verdict"] for state in states.values()} == {"done"}
+    assert not list(folder.glob("*.part"))
+    for name in states:
+        assert str(ROOT) not in (folder / f"{name}.json").read_text().replace(str(folder), "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["gathered", "forward", "frozen", "trained", "error"])
+def test_the_files_hold_who_was_measured_how_and_on_what(
+    mode: str, dry_run: tuple[subprocess.CompletedProcess[str], Path]
+) -> None:
+    found = json.loads((dry_run[1] / f"logprob-{mode}.json").read_text())
+    assert found["command"].startswith(f"python -m bench.logprob {mode} ")
+    assert found["device"] and found["date"] and found["versions"]["torch"] == torch.__version__
+    assert isinstance(found["absent"], dict)
+    rows = {row["variant"]: row for row in found["results"] if "failed" not in row}
+    assert "mopl" in rows and len(rows) > 2, found["results"]
+    if mode == "error":
+        assert all(rows["mopl"][key] >= 0 for key in ("log p max", "dh frozen", "dh trained", "dW"))
+    else:
+        assert rows["mopl"]["ms"] > 0 and rows["mopl"]["share"] > 0 and rows["mopl"]["log p"] < 1e-4
+
+
+@pytest.mark.slow
+def test_finished_stages_are_skipped_and_cut_off_ones_are_not(
+    dry_run: tuple[subprocess.CompletedProcess[str], Path],
+) -> None:
+    folder = dry_run[1]
+    before = (folder / "limits.json").read_text()
+    assert "done before" in command("--toy", "--out", str(folder.parent), "limits").stdout
+    assert (folder / "limits.json").read_text() == before
+    cut = command("--toy", "--out", str(folder.parent), "limits", "--again", "--limit", "0.2")
+    assert cut.returncode == 1 and "cut off" in cut.stdout and "not done: limits" in cut.stdout
+    assert "done before" not in command("--toy", "--out", str(folder.parent), "limits", "--minutes", "0.001").stdout
