@@ -18,6 +18,7 @@ setup(
         "mopl.pareto",
         "mopl.ranking",
         "mopl.report",
+        "mopl.rewards",
         "mopl.training",
     ],
     package_dir={"mopl": "mopl", "mopl.kernels": "kernels"},
