@@ -1,0 +1,361 @@
+"""The LoRA form of a parameter mixture: m adapters of PEFT, and W x + Σ_i c_i (scale/r) B_i A_i x for each row."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mopl.conditioning._causal_lm import DELEGATED, is_peft
+from mopl.conditioning._parameter_mixture_parts import AlphaCoefficients, CoefficientRule, coefficients_of
+from mopl.conditioning.hyper_prompt_model import TuningRecord
+
+CONFIG_FILE = "mopl.json"
+Weights = Tensor | Sequence[float] | Sequence[Sequence[float]]
+
+
+class LoraMixture(nn.Module):
+    """m LoRA adapters on a frozen model, mixed by weights: every row of a batch has its own mixture at no extra cost.
+
+        h = W x + Σ_i c_i (lora_alpha / r) B_i A_i x,        c = w or a function of (w, α)
+
+    All adapters run on every input, m r (in + out) multiplications a token and layer. The gradient of adapter i is c_i
+    times that of the mixture. They start as PEFT starts them: B = 0, so every mixture is the base model.
+
+    Args:
+        model: A model of transformers without adapters, or a PEFT model whose adapters are the sets.
+        objectives: m.
+        config: `peft.LoraConfig` of the adapters, for a plain model. Plain LoRA on linear layers: no DoRA, biases,
+            embeddings or `modules_to_save`.
+        coefficients: a function of weights (..., m) and α (...) or None to coefficients (..., sets), such as
+            `AlphaCoefficients(..., anchor=False)`; None: the weights themselves.
+        sets: number of adapters, if it is not m (or what `coefficients.sets(m)` says).
+        record: names of the objectives and how the model was trained; `objective_1`, ... by default.
+
+    Attributes:
+        model: the PEFT model. Call it through this module: without coefficients its adapters raise an error.
+        adapters: the adapters' names: those of the objectives, and `set_<i>` beyond.
+
+    Raises:
+        ValueError: If numbers of adapters or objectives do not fit, or an adapter is more than plain LoRA.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objectives: int,
+        *,
+        config: Any = None,
+        coefficients: CoefficientRule | None = None,
+        sets: int | None = None,
+        record: TuningRecord | Sequence[str] | None = None,
+    ) -> None:
+        import peft
+
+        super().__init__()
+        if sets is None:
+            sets = coefficients.sets(objectives) if isinstance(coefficients, AlphaCoefficients) else objectives
+        if objectives < 1 or (coefficients is None and sets != objectives):
+            raise ValueError(
+                f"there are {sets} sets for {objectives} objectives; pass coefficients that map one to the other"
+            )
+        if record is None:
+            record = [f"objective_{j + 1}" for j in range(objectives)]
+        self.record = record if isinstance(record, TuningRecord) else TuningRecord(tuple(record))
+        if len(self.record.objectives) != objectives:
+            raise ValueError(f"record names {self.record.objectives} but there are {objectives} objectives")
+        wrapped: Any = model
+        if is_peft(model):
+            if config is not None:
+                raise ValueError("the model has adapters already; leave config out, or pass the model without them")
+            self.adapters = list(wrapped.peft_config)
+            if len(self.adapters) != sets:
+                raise ValueError(f"the model has the adapters {self.adapters} but {sets} are mixed")
+        else:
+            if config is None:
+                raise ValueError("config is missing; pass the peft.LoraConfig of the adapters")
+            names = [*self.record.objectives, *(f"set_{i + 1}" for i in range(objectives, sets))]
+            self.adapters = [name.replace(".", "_") for name in names]
+            if len(set(self.adapters)) != sets:
+                raise ValueError(f"the adapters would be called {self.adapters}; give the objectives different names")
+            wrapped = peft.get_peft_model(model, config, adapter_name=self.adapters[0])  # type: ignore[arg-type]
+            for name in self.adapters[1:]:
+                wrapped.add_adapter(name, copy.deepcopy(config))
+        self.model = wrapped
+        self.objectives, self.coefficients = objectives, coefficients
+        self._current: Tensor | None = None
+        self._layers = self._check_layers()
+        wrapped.base_model.set_adapter(self.adapters)
+        for layer in self._layers:
+            for i, name in enumerate(self.adapters):
+                layer.lora_B[name].register_forward_hook(self._scale(i))
+
+    def __getattr__(self, name: str) -> Any:
+        """Read from the causal language model what trainers ask of a model."""
+        if name in DELEGATED:
+            return getattr(self.causal_lm, name)
+        return super().__getattr__(name)
+
+    @property
+    def causal_lm(self) -> Any:
+        """The language model itself, without PEFT's wrapper."""
+        return self.model.get_base_model()
+
+    def _check_layers(self) -> list[Any]:
+        """Return the layers that carry adapters; raise where one of them is no plain LoRA on a linear layer."""
+        from peft.tuners.lora import LoraLayer
+
+        for name, config in self.model.peft_config.items():
+            extra = [
+                option
+                for option in (
+                    "use_dora",
+                    "modules_to_save",
+                    "target_parameters",
+                    "lora_bias",
+                    "trainable_token_indices",
+                )
+                if getattr(config, option, None)
+            ]
+            kind = str(getattr(config.peft_type, "value", config.peft_type))
+            if kind != "LORA" or extra or getattr(config, "bias", "none") != "none":
+                extra = [kind] if kind != "LORA" else extra or ["bias"]
+                raise ValueError(f"adapter {name!r} uses {', '.join(extra)}, which cannot be mixed; use plain LoRA")
+        layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
+        for layer in layers:
+            if any(name not in layer.lora_B or layer.lora_variant.get(name) for name in self.adapters):
+                base = type(layer.get_base_layer()).__name__
+                raise ValueError(
+                    f"an adapter on a {base} is no plain LoRA on a linear layer; leave it out of the targets"
+                )
+        if not layers:
+            raise ValueError("the model has no LoRA layers; check target_modules of the config")
+        return layers
+
+    def _scale(self, adapter: int) -> Any:
+        """Return the hook that multiplies an adapter's output with its coefficient in each row."""
+
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+            if self._current is None:
+                raise RuntimeError(
+                    "the adapters have no coefficients: call the mixture with weights and not the model inside it, and "
+                    "turn gradient checkpointing off (it runs layers again when the weights are gone)"
+                )
+            share = self._current[..., adapter].to(output.device)
+            if share.ndim:
+                copies, rest = divmod(output.shape[0], len(share))
+                if rest:
+                    raise ValueError(f"weights has {len(share)} rows but a layer sees {output.shape[0]}")
+                # Beams, and several samples of a row, follow one another.
+                share = share.repeat_interleave(copies).view(-1, *[1] * (output.ndim - 1))
+            wide = torch.float64 if output.dtype == torch.float64 else torch.float32
+            return (output * share.to(wide)).to(output.dtype)
+
+        return hook
+
+    def coefficients_of(self, weights: Weights | None, alpha: float | Tensor | None = None) -> Tensor:
+        """Return what multiplies the adapters, (sets,) or (B, sets)."""
+        return coefficients_of(
+            self.coefficients, weights, alpha, self.objectives, len(self.adapters), self.record.objectives
+        )
+
+    @contextlib.contextmanager
+    def _mixing(self, weights: Weights | None, alpha: float | Tensor | None, rows: int | None) -> Iterator[None]:
+        coefficients = self.coefficients_of(weights, alpha)
+        if coefficients.ndim == 2 and rows is not None and len(coefficients) not in (1, rows):
+            raise ValueError(
+                f"weights has {len(coefficients)} rows but there are {rows}; pass (m,) or one for each row"
+            )
+        if coefficients.ndim == 2 and len(coefficients) == 1:
+            coefficients = coefficients[0]
+        self._current = coefficients
+        try:
+            yield
+        finally:
+            self._current = None
+
+    def forward(
+        self, *args: Any, weights: Weights | None = None, alpha: float | Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        """Run the model, each row at its own mixture.
+
+        Args:
+            *args: of the model.
+            weights: w, (m,) or (B, m), on the simplex. The reference ignores them.
+            alpha: α, a number or (B,), if the coefficients depend on it.
+            **kwargs: of the model.
+
+        Returns:
+            What the model returns.
+
+        Raises:
+            ValueError: If weights are missing or do not fit.
+        """
+        if self._layers[0].disable_adapters:
+            return self.model(*args, **kwargs)
+        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim)
+        rows = next((len(value) for value in tensors), None)
+        with self._mixing(weights, alpha, rows):
+            return self.model(*args, **kwargs)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,  # (B, T)
+        attention_mask: Tensor | None = None,  # (B, T)
+        *,
+        weights: Weights | None = None,  # (m,) or (B, m)
+        alpha: float | Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Generate in one batch, each row at its own mixture; arguments as `forward`, and those of `generate`."""
+        model: Any = self.model
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
+        if self._layers[0].disable_adapters:
+            return model.generate(**given)
+        with self._mixing(weights, alpha, len(input_ids)):
+            return model.generate(**given)
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[LoraMixture]:
+        """Be the base model inside a `with` block: adapters off, weights ignored."""
+        with self.model.disable_adapter():
+            yield self
+
+    # ---------------------------------------------------------------- one mixture
+
+    @torch.no_grad()
+    def _merged_weights(self, weights: Weights, alpha: float | Tensor | None) -> list[Tensor]:
+        """Return W + Σ_i c_i ΔW_i of every layer, summed in float32 and rounded once."""
+        coefficients = self.coefficients_of(weights, alpha)
+        if coefficients.ndim != 1:
+            raise ValueError(f"weights are {len(coefficients)} vectors but one mixture has one; pass (m,)")
+        shares, result = coefficients.tolist(), []
+        for layer in self._layers:
+            weight = layer.get_base_layer().weight
+            if not weight.is_floating_point():
+                raise ValueError(
+                    f"a weight is {weight.dtype}, quantised, and takes no adapter in; use generate(weights=)"
+                )
+            wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+            total = weight.to(wide)
+            for share, name in zip(shares, self.adapters, strict=True):
+                total = total + share * layer.get_delta_weight(name).to(weight.device, wide)
+            result.append(total.to(weight.dtype))
+        return result
+
+    @contextlib.contextmanager
+    def at(self, weights: Weights, alpha: float | Tensor | None = None) -> Iterator[nn.Module]:
+        """Be the plain model of one trade-off inside a `with` block: adapters are added to the weights for its time.
+
+        Decoding then costs what the base model costs. Yields the language model without PEFT's wrapper.
+        """
+        values = self._merged_weights(weights, alpha)
+        bases = [layer.get_base_layer() for layer in self._layers]
+        before = [base._parameters["weight"] for base in bases]
+        with self.model.disable_adapter():
+            try:
+                for base, value in zip(bases, values, strict=True):
+                    base._parameters["weight"] = nn.Parameter(value, requires_grad=False)
+                yield self.causal_lm
+            finally:
+                for base, parameter in zip(bases, before, strict=True):
+                    base._parameters["weight"] = parameter
+
+    @torch.no_grad()
+    def merge(self, weights: Weights, alpha: float | Tensor | None = None) -> nn.Module:
+        """Return a copy of the base model with one trade-off's adapters added to its weights, without PEFT."""
+        from peft.tuners.lora import LoraLayer
+
+        values = self._merged_weights(weights, alpha)
+        model: Any = copy.deepcopy(self.model)
+        layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+        for layer, value in zip(layers, values, strict=True):
+            layer.get_base_layer().weight.copy_(value)
+        return model.unload()
+
+    # ---------------------------------------------------------------- files
+
+    def save_pretrained(self, directory: str | os.PathLike[str], **_: Any) -> None:
+        """Write the adapters, each in a folder of its name, and `mopl.json`; never the frozen base model."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        rule = self.coefficients
+        config = {
+            "kind": "LoraMixture",
+            **asdict(self.record),
+            "adapters": self.adapters,
+            "coefficients": asdict(rule) if isinstance(rule, AlphaCoefficients) else "custom" if rule else None,
+            "base_model": getattr(self.causal_lm, "name_or_path", "") or None,
+        }
+        model: Any = self.model
+        model.save_pretrained(str(folder), selected_adapters=self.adapters)
+        # This file comes last: where it is, the folder is complete.
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | os.PathLike[str],
+        model: nn.Module | None = None,
+        *,
+        coefficients: CoefficientRule | None = None,
+        trainable: bool = False,
+        **model_kwargs: Any,
+    ) -> LoraMixture:
+        """Load what `save_pretrained` wrote, in evaluation mode.
+
+        Args:
+            directory: The folder.
+            model: The base model without adapters; loaded by the name in `mopl.json` if None.
+            coefficients: The function of (w, α), if it was none that a file can hold.
+            trainable: Whether the adapters are to be trained further.
+            **model_kwargs: Keywords of `AutoModelForCausalLM.from_pretrained`.
+
+        Raises:
+            FileNotFoundError: If the folder holds no such model.
+            ValueError: If it holds another kind, or a model or coefficients are needed and missing.
+        """
+        from peft import PeftModel
+
+        folder = Path(directory)
+        if not (folder / CONFIG_FILE).is_file():
+            raise FileNotFoundError(f"{folder} holds no {CONFIG_FILE}; name a folder of save_pretrained")
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        if config.get("kind") != "LoraMixture":
+            raise ValueError(f"{folder} holds a {config.get('kind')} but a LoraMixture was asked for")
+        rule = config["coefficients"]
+        if rule == "custom" and coefficients is None:
+            raise ValueError(f"{folder} was trained with coefficients of its own; pass the function as coefficients")
+        if isinstance(rule, dict):
+            coefficients = AlphaCoefficients(**rule)
+        if model is None:
+            if config["base_model"] is None:
+                raise ValueError(f"{folder / CONFIG_FILE} names no base model; pass it as model")
+            from transformers import AutoModelForCausalLM
+
+            model = AutoModelForCausalLM.from_pretrained(config["base_model"], **model_kwargs)
+        elif model_kwargs:
+            raise ValueError(f"{sorted(model_kwargs)} are for a model that is loaded here, but model was passed")
+        first, *rest = config["adapters"]
+        # PEFT puts an adapter that is called "default" into the folder itself.
+        paths = {name: str(folder if name == "default" else folder / name) for name in config["adapters"]}
+        wrapped = PeftModel.from_pretrained(model, paths[first], adapter_name=first, is_trainable=trainable)  # type: ignore
+        for name in rest:
+            wrapped.load_adapter(paths[name], adapter_name=name, is_trainable=trainable)
+        fields = {name: config[name] for name in ("reference", "beta", "alpha")}
+        record = TuningRecord(tuple(config["objectives"]), **fields)
+        mixture = cls(
+            wrapped, len(record.objectives), coefficients=coefficients, sets=len(config["adapters"]), record=record
+        )
+        if not trainable:
+            mixture.requires_grad_(False)
+        return mixture.eval()

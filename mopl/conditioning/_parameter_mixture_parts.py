@@ -1,0 +1,240 @@
+"""Parts of parameter mixtures: what a scope names, coefficients from (w, α), rows that share a mixture."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mopl._arguments import check_choice, shape_of
+from mopl.conditioning.sampling import check_weights
+
+SCOPES = ("full", "attention", "logits")
+CoefficientRule = Callable[[Tensor, "Tensor | None"], Tensor]  # (..., m), (...) -> (..., sets)
+
+
+@dataclasses.dataclass(frozen=True)
+class AlphaCoefficients:
+    """Coefficients that follow the KL weight: λ w_i with λ = κ(α) / κ(α_min), and 1 - λ for an anchor set.
+
+    κ(α) = (1 - α)/α, or 1/α for the "penalty" form, is what multiplies the rewards in the optimal policy's exponent.
+    Mixing logits of a tabular policy with these coefficients, the anchor at the reference, is exact for every (w, α) at
+    once; mixing with α itself as a coefficient is not. CLP's own rule for α was not at hand: this one is ours.
+
+    Args:
+        smallest_alpha: α_min, the strongest influence of the rewards that is asked for; λ = 1 there.
+        kl_form: "complement" or "penalty", as in `mopl.losses.policy_gradient`.
+        anchor: whether the last set takes 1 - λ. A LoRA mixture needs none: its base model is the anchor.
+    """
+
+    smallest_alpha: float
+    kl_form: str = "complement"
+    anchor: bool = True
+
+    def __post_init__(self) -> None:
+        check_choice(self.kl_form, ("complement", "penalty"), "kl_form")
+        if not 0 < self.smallest_alpha < (1 if self.kl_form == "complement" else float("inf")):
+            raise ValueError(f"smallest_alpha is {self.smallest_alpha} but must be above 0 (and below 1: complement)")
+
+    def sets(self, objectives: int) -> int:
+        """Return the number of parameter sets."""
+        return objectives + self.anchor
+
+    def _kappa(self, alpha: Any) -> Any:
+        return ((1 - alpha) if self.kl_form == "complement" else 1) / alpha
+
+    def __call__(self, weights: Tensor, alpha: Tensor | None) -> Tensor:
+        """Return the coefficients (..., sets) of weights (..., m) and α (...)."""
+        if alpha is None:
+            raise ValueError("alpha is missing; the coefficients of this mixture depend on it")
+        share = (self._kappa(alpha) / self._kappa(self.smallest_alpha))[..., None]
+        parts = [share * weights, 1 - share.expand(*weights.shape[:-1], 1)]
+        return torch.cat(parts if self.anchor else parts[:1], -1)
+
+
+def coefficients_of(
+    rule: CoefficientRule | None,
+    weights: Tensor | Sequence[float] | Sequence[Sequence[float]] | None,
+    alpha: float | Tensor | None,
+    objectives: int,
+    sets: int,
+    names: Sequence[str],
+) -> Tensor:
+    """Return the coefficients (sets,) or (B, sets), float64 for numbers, of (w, α)."""
+    if weights is None:
+        raise ValueError(f"weights are missing; pass one for each of {', '.join(names)}")
+    w = check_weights(weights, objectives)
+    if w.ndim > 2:
+        raise ValueError(f"weights has shape {shape_of(w)}; pass (m,) = ({objectives},) or (B, m)")
+    if rule is None:
+        if alpha is not None:
+            raise ValueError("alpha is given but the coefficients of this mixture are the weights; leave it out")
+        return w
+    strength = None
+    if alpha is not None:
+        strength = torch.as_tensor(alpha, dtype=w.dtype, device=w.device)
+        if strength.ndim > 1 or (strength.ndim == 1 and w.ndim == 2 and len(strength) != len(w)):
+            raise ValueError(f"alpha has shape {shape_of(strength)} but weights {shape_of(w)}; pass a number or (B,)")
+        if strength.ndim == 1 and w.ndim == 1:
+            w = w.expand(len(strength), -1)
+        strength = strength.expand(w.shape[:-1])
+    result = rule(w, strength)
+    if tuple(result.shape) != (*w.shape[:-1], sets):
+        raise ValueError(
+            f"coefficients gave {shape_of(result)} but must give {(*w.shape[:-1], sets)}, one for each set"
+        )
+    return result
+
+
+# ---------------------------------------------------------------- which parameters
+
+
+def select_parameters(model: nn.Module, scope: str) -> list[str]:
+    """Return the names of the parameters of a scope; a tied parameter once, under its first name.
+
+    "full" are all, "attention" those inside modules whose class is an attention, "logits" those of the output head,
+    and anything else is a regular expression that some of a parameter's names must match (`re.search`).
+    """
+    aliases: dict[int, list[str]] = {}
+    tensors: dict[int, nn.Parameter] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(id(parameter), []).append(name)
+        tensors[id(parameter)] = parameter
+    if scope == "attention":
+        prefixes = [name for name, module in model.named_modules() if "attention" in type(module).__name__.lower()]
+        chosen = [any(n.startswith(f"{p}." if p else "") for p in prefixes for n in a) for a in aliases.values()]
+    elif scope == "logits":
+        own = {id(parameter) for parameter in output_head(model).parameters()}
+        chosen = [key in own for key in aliases]
+    elif scope == "full":
+        chosen = [True] * len(aliases)
+    else:
+        try:
+            pattern = re.compile(scope)
+        except re.error as error:
+            raise ValueError(f"scope is {scope!r}, neither of {', '.join(SCOPES)} nor a pattern: {error}") from None
+        chosen = [any(pattern.search(name) for name in names) for names in aliases.values()]
+    names = [
+        names[0]
+        for (key, names), wanted in zip(aliases.items(), chosen, strict=True)
+        if wanted and tensors[key].is_floating_point()
+    ]
+    if not names:
+        raise ValueError(
+            f"scope={scope!r} names no parameter of {type(model).__name__}; its parameters are "
+            f"{', '.join(n[0] for n in list(aliases.values())[:8])}, ..."
+        )
+    return names
+
+
+def output_head(model: nn.Module) -> nn.Module:
+    """Return the module that makes logits."""
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if getter is not None else None
+    if not isinstance(head, nn.Module):
+        raise ValueError(
+            f"{type(model).__name__} names no output head (get_output_embeddings); pass a pattern of parameter names "
+            "as scope"
+        )
+    return head
+
+
+def untie_head(model: nn.Module) -> bool:
+    """Give the output head a weight of its own where it shares the embedding's; say whether it did."""
+    head: Any = output_head(model)
+    shared = [
+        module
+        for module in model.modules()
+        if module is not head and any(p is head.weight for p in module._parameters.values())
+    ]
+    if not shared:
+        return False
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
+    config: Any = getattr(model, "config", None)
+    for part in {id(c): c for c in (config, config.get_text_config() if config is not None else None)}.values():
+        if part is not None:
+            part.tie_word_embeddings = False
+    tied = getattr(model, "all_tied_weights_keys", None)
+    if isinstance(tied, dict):  # what transformers leaves out of its files
+        names = {name for name, p in model.named_parameters(remove_duplicate=False) if p is head.weight}
+        model.all_tied_weights_keys = {a: b for a, b in tied.items() if a not in names and b not in names}  # type: ignore
+    return True
+
+
+# ---------------------------------------------------------------- rows that share a mixture
+
+
+def group_rows(coefficients: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Return the distinct rows (G, sets) of coefficients (B, sets), and for each the indices of its rows."""
+    distinct, inverse = torch.unique(coefficients, dim=0, return_inverse=True)
+    return distinct, [(inverse == g).nonzero()[:, 0] for g in range(len(distinct))]
+
+
+def take_rows(value: Any, index: Tensor, rows: int) -> Any:
+    """Return the rows of a tensor whose first dimension is the batch; anything else as it is."""
+    if isinstance(value, Tensor) and value.ndim and value.shape[0] == rows:
+        return value[index.to(value.device)]
+    return value
+
+
+def check_batch(values: Sequence[Any], rows: int) -> None:
+    """Raise unless some tensor has a row for each row of the weights, and none another number of them."""
+    shapes = [tuple(v.shape) for v in values if isinstance(v, Tensor) and v.ndim > 1]
+    if not any(s[0] == rows for s in shapes) or any(s[0] not in (1, rows) for s in shapes):
+        raise ValueError(
+            f"weights has {rows} rows but the inputs have the shapes {shapes}; pass one weight vector a row, or (m,)"
+        )
+
+
+def no_cache(model: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keyword that keeps a causal language model from returning a cache, which cannot be put together."""
+    if kwargs.get("past_key_values") is not None:
+        raise ValueError("a cache belongs to one mixture; pass one weight vector (m,), or use generate()")
+    takes = "use_cache" in inspect.signature(type(model).forward).parameters
+    return {"use_cache": False} if takes and "use_cache" not in kwargs else {}
+
+
+def join_rows(parts: Sequence[Any], groups: Sequence[Tensor]) -> Any:
+    """Put outputs of groups of rows together in the rows' order: tensors, and tuples, mappings, dataclasses of them."""
+    first = parts[0]
+    if all(part is None for part in parts):
+        return None
+    if isinstance(first, Tensor):
+        if any(p.ndim == 0 or len(p) != len(g) for p, g in zip(parts, groups, strict=True)):
+            raise ValueError(
+                f"an output of shape {shape_of(first)} has no row for each input, so outputs of rows with different "
+                "weights cannot be put together; compute losses outside of the model (no labels), or pass (m,) weights"
+            )
+        order = torch.cat([g.to(first.device) for g in groups]).argsort()
+        return torch.cat(list(parts))[order]
+    if isinstance(first, Mapping):
+        joined = {key: join_rows([part[key] for part in parts], groups) for key in first}
+        return type(first)(**joined)
+    if dataclasses.is_dataclass(first):
+        names = [field.name for field in dataclasses.fields(first)]
+        return type(first)(**{n: join_rows([getattr(part, n) for part in parts], groups) for n in names})  # type: ignore
+    if isinstance(first, (tuple, list)):
+        values = [join_rows(list(each), groups) for each in zip(*parts, strict=True)]
+        return type(first)(*values) if hasattr(first, "_fields") else type(first)(values)
+    raise ValueError(
+        f"an output is a {type(first).__name__}, which cannot be put together from rows with different weights; pass "
+        "one weight vector (m,)"
+    )
+
+
+def join_generated(parts: Sequence[Any], groups: Sequence[Tensor], pad: int | None) -> Tensor:
+    """Put generated sequences together, padded on the right to the longest."""
+    if any(not isinstance(part, Tensor) for part in parts):
+        raise ValueError("return_dict_in_generate works with one weight vector (m,) for all rows")
+    length = max(part.shape[1] for part in parts)
+    if pad is None and any(part.shape[1] != length for part in parts):
+        raise ValueError("rows ended at different lengths and no pad_token_id says how to fill them; pass it")
+    copies = len(parts[0]) // max(len(groups[0]), 1)  # num_return_sequences: the copies of a row follow one another
+    filled = [nn.functional.pad(part, (0, length - part.shape[1]), value=pad or 0) for part in parts]
+    rows = torch.cat([(g[:, None] * copies + torch.arange(copies, device=g.device)).reshape(-1) for g in groups])
+    return torch.cat(filled)[rows.to(filled[0].device).argsort()]
