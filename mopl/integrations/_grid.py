@@ -51,7 +51,7 @@ class GridResults:
         count = np.maximum(mask.sum(0), 1)
         losses = loss.sum(0) / count  # (n, m)
         accuracies = correct.sum(0) / np.maximum(pairs.sum(0), 1)
-        found: dict[str, float] = {}
+        found: dict[str, float] = {"loss": float(table[..., -1].mean())}
         for j, name in enumerate(objectives):
             found[f"{name}_loss"] = float(losses[:, j].mean())
             found[f"{name}_accuracy"] = float(accuracies[:, j].mean())

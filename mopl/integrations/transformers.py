@@ -138,7 +138,8 @@ class MultiObjectiveTrainer(Trainer):
         model = models.prepare_model(model, peft_config, model_init_kwargs)
         if ref_model is not None:
             ref_model = models.prepare_model(ref_model, None, model_init_kwargs if isinstance(ref_model, str) else None)
-        if args.gradient_checkpointing and models.is_peft(model):
+        checkpointing = getattr(args, "activation_checkpointing", None) or getattr(args, "gradient_checkpointing", False)
+        if checkpointing and models.is_peft(model):
             # Reentrant checkpointing passes no gradient on if no input needs one, and frozen embeddings need none.
             model.enable_input_require_grads()
 
@@ -360,7 +361,10 @@ class MultiObjectiveTrainer(Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Any, Any, Any]:
-        """Measure a batch at every point of the grid."""
+        """Measure a batch at every point of the grid.
+
+        The loss comes with the other measures: `Trainer` would weigh a last batch of fewer lists as a full one.
+        """
         batch, extras = batch_of(self._prepare_inputs(inputs))
         grid, device = GridResults(), batch.labels.device
         scores = lengths = None
@@ -377,7 +381,7 @@ class MultiObjectiveTrainer(Trainer):
                     )
                 )
         loss, table = grid.read()
-        return (loss, None, None) if prediction_loss_only else (loss, table, batch.objective_mask.float())
+        return (loss, None, None) if prediction_loss_only else (None, table, batch.objective_mask.float())
 
     def _grid_metrics(self, prediction: Any) -> dict[str, float]:
         return GridResults.metrics(prediction, self.eval_weights, self.objectives, self._user_metrics)
