@@ -1,4 +1,4 @@
-"""Parameter mixtures: θ_S(w) = Σ w_i θ_S^i by averaged copies of the model, and the LoRA form by PEFT's own matrices."""
+"""Parameter mixtures: θ_S(w) = Σ w_i θ_S^i by averaged copies of the model; the LoRA form by PEFT's own matrices."""
 
 import copy
 
