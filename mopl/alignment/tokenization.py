@@ -180,9 +180,7 @@ class ListTokenizer:
         if not self.chat and append_eos and tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no eos_token to end responses with; set it, or pass append_eos=False")
         self._prefix = self._find_prefix()
-        self._adds_bos = tokenizer.bos_token_id is not None and (
-            tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-        )
+        self._front = self._find_front()
 
     @property
     def pad_id(self) -> int:
@@ -256,9 +254,7 @@ class ListTokenizer:
             RowError: if messages cannot be written in plain text.
         """
         tokens = self._encode(self._opening(prompt), first=True)
-        if not self.chat and self._adds_bos:
-            tokens = np.concatenate([[self.tokenizer.bos_token_id], tokens])
-        return tokens
+        return tokens if self.chat else np.concatenate([self._front, tokens])
 
     def _opening(self, prompt: Text) -> str:
         """Return a prompt as text, up to where the response begins."""
@@ -298,6 +294,16 @@ class ListTokenizer:
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _find_front(self) -> np.ndarray:
+        """Return the tokens that the tokenizer puts before any text by itself: a beginning-of-sequence token, or none.
+
+        Models of `mopl export` have their virtual tokens there.
+        """
+        whole, text = list(self.tokenizer("a")["input_ids"]), self._ids("a")
+        places = range(len(whole) - len(text) + 1)
+        front = whole[: next((i for i in places if whole[i : i + len(text)] == text), 0)]
+        return np.array(front, dtype=np.int64)
 
     def _find_prefix(self) -> str:
         """Return a text to put before a response while it is tokenised, if the tokenizer treats beginnings apart.

@@ -1,0 +1,352 @@
+"""A conditioned model at one trade-off as a plain directory that transformers and vLLM load.
+
+`kind="model"`: adapters are merged. The k virtual tokens of a `HyperPromptModel` become k new tokens of the vocabulary,
+whose embeddings are the prompt at w, and the tokenizer puts them in front of every text by itself:
+
+    conditioned model        v0 .. v(k-1)                     <s> text
+    exported directory       <|mopl_0|> .. <|mopl_k-1|>       <s> text        written by tokenizer and chat template
+
+What is guaranteed, for positions="hf":
+
+* The logits of the original vocabulary are those of the conditioned model, in float32 up to rounding (an export of a
+  float32 model checks itself); with 16-bit parameters adapters are merged in float32 and rounded once.
+* `generate` of transformers never gives a new token: `suppress_tokens` of generation_config.json has them all. vLLM
+  does not read that entry. For it the output head is a matrix of its own, in which the row of each new token is the
+  mean of all other rows. Its logit is then the mean of the others, so greedy decoding never takes it, and it is sampled
+  with probability at most 1/V (Jensen), in a trained model less by many orders. `logit_bias` of a request rules it out:
+  `{id: -100}` for the ids that `mopl.json` lists. An output head with a bias gets -10000 there, which is never.
+* `keep_tied=True` leaves head and embeddings one matrix, for loaders that know nothing else (vLLM's Gemma, old versions
+  of its GPT-2). The rows of the new tokens are then the prompt itself and their logits anything: suppress them.
+
+A tokenizer with unused places at the end of the model's vocabulary takes those first; the logits there, of tokens that
+do not exist, are the only ones that change. As with a beginning-of-sequence token, a text that the chat template has
+written must be tokenised with `add_special_tokens=False`, or it gets the front twice; `apply_chat_template` and the
+servers do so.
+
+A model conditioned by words (`text_prompt`) becomes its merged self with a tokenizer that writes the words.
+
+`kind="adapter"`: the LoRA adapter of a model conditioned by words, or a prompt without adapters as PEFT's prompt
+tuning (which counts positions from the padding on: pad on the right). A prompt with adapters is neither for PEFT.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mopl import __version__
+from mopl._arguments import check_choice
+from mopl.alignment._export_tokenizer import Front, check_saved, prepare_tokenizer
+from mopl.alignment.head import unfuse
+from mopl.alignment.tokenization import ListTokenizer
+from mopl.conditioning import HyperPromptModel, TextPrompt, check_weights
+from mopl.conditioning._causal_lm import is_peft
+from mopl.training import write_folder
+
+KINDS = ("model", "adapter")
+CONFIG_FILE, KIND = "mopl.json", "export"
+NEVER = -1e4  # a logit below any other, within float16
+
+
+def export(
+    model: nn.Module,
+    tokenizer: Any,
+    weights: Tensor | Sequence[float] | None,
+    directory: str | os.PathLike[str],
+    *,
+    kind: Literal["model", "adapter"] = "model",
+    objective_temperature: Tensor | Sequence[float] | None = None,
+    text_prompt: TextPrompt | None = None,
+    keep_tied: bool = False,
+    origin: str | None = None,
+) -> Path:
+    """Write a conditioned model at one trade-off into a new directory, whole or not at all.
+
+    The directory holds model or adapter, tokenizer, and `mopl.json` with weights, objectives and where it comes from.
+
+    Args:
+        model: A `HyperPromptModel` with positions="hf"; or a causal language model or PEFT model that is conditioned by
+            `text_prompt`, or has weights of its own, fixed by training. It is not changed.
+        tokenizer: Its tokenizer, one of the tokenizers library ("fast"), or a `ListTokenizer`.
+        weights: w, (m,) on the simplex; None for a model with fixed weights.
+        directory: A path where nothing is, or an empty directory.
+        kind: `"model"` or `"adapter"`, see above.
+        objective_temperature: β of a model conditioned on temperatures, (m,), with Σ β = 1: other sums mix the model
+            with its reference (equation 15), which is two models.
+        text_prompt: What writes weights into prompts.
+        keep_tied: Leave a head that is tied to the embeddings tied, see above.
+        origin: Where the model comes from, for `mopl.json`.
+
+    Returns:
+        The directory.
+
+    Raises:
+        FileExistsError: If something is in the way.
+        ValueError: If the model cannot be exported so; the message says what can.
+    """
+    check_choice(kind, KINDS, "kind")
+    folder = Path(directory)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not an empty directory; name another")
+    tokenizer = tokenizer.tokenizer if isinstance(tokenizer, ListTokenizer) else tokenizer
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise ValueError(
+            f"a {type(tokenizer).__name__} cannot be told to write tokens in front; load a tokenizer of the tokenizers "
+            "library (use_fast=True)"
+        )
+    w, beta = _condition(model, weights, objective_temperature, text_prompt)
+    record = _record(model, kind, w, beta, text_prompt, origin)
+    if isinstance(model, HyperPromptModel):
+        if model.positions != "hf":
+            raise ValueError(
+                f"the model was trained with positions={model.positions!r}, which no plain model has: virtual tokens "
+                "there stand at no position of their own. Generate with mopl, or train with positions='hf'"
+            )
+        assert w is not None
+        with torch.no_grad():
+            prefix = model.hyper_prompt(w, beta)[0].detach()
+        if kind == "adapter":
+            return _write(folder, record, tokenizer, lambda path: _save_prompt(model, prefix, path))
+        merged = merged_copy(model.model)
+        front = prepare_tokenizer(tokenizer, prefix.shape[0])
+        _add_virtual_tokens(merged, prefix, front, keep_tied)
+        _check_logits(model, merged, front, w, beta)
+        record["virtual_tokens"] = {"ids": front.ids, "tokens": front.tokens}
+        return _write(folder, record, front.tokenizer, lambda path: _save_model(merged, path), (tokenizer, front))
+    front = None
+    if text_prompt is not None:
+        assert w is not None
+        front = prepare_tokenizer(tokenizer, text=text_prompt.render(w, beta))
+    made = tokenizer if front is None else front.tokenizer
+    check = None if front is None else (tokenizer, front)
+    if kind == "adapter":
+        if not is_peft(model):
+            raise ValueError(f"a plain {type(model).__name__} has no adapter; pass kind='model'")
+        saved: Any = model
+        return _write(folder, record, made, lambda path: saved.save_pretrained(str(path)), check)
+    merged = merged_copy(model)
+    return _write(folder, record, made, lambda path: _save_model(merged, path), check)
+
+
+# ---------------------------------------------------------------- what is asked for
+
+
+def _condition(
+    model: nn.Module, weights: Any, temperature: Any, text_prompt: TextPrompt | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Check and return w (m,) and β (m,)."""
+    names: Sequence[str] = ()
+    takes_temperature = False
+    if isinstance(model, HyperPromptModel):
+        names, takes_temperature = model.record.objectives, model.hyper_prompt.temperature
+    elif text_prompt is not None:
+        names, takes_temperature = text_prompt.objectives, text_prompt.temperature
+    if (weights is not None) != bool(names):
+        raise ValueError(
+            f"weights are missing; pass one for each of {', '.join(names)}"
+            if names
+            else "weights were passed but the model has none: pass a HyperPromptModel, or text_prompt with a model "
+            "that was trained with it"
+        )
+    if (temperature is not None) != takes_temperature:
+        raise ValueError(
+            f"objective_temperature is {'missing' if takes_temperature else 'passed'} but the model is "
+            f"{'' if takes_temperature else 'not '}conditioned on temperatures"
+        )
+    if weights is None:
+        return None, None
+    w = check_weights(weights, len(names))
+    if w.ndim != 1:
+        raise ValueError(f"weights has shape {tuple(w.shape)} but one export has one trade-off; pass ({len(names)},)")
+    if temperature is None:
+        return w, None
+    beta = torch.as_tensor(temperature, dtype=torch.float64)
+    if beta.shape != w.shape or not bool((beta.isfinite() & (beta > 0)).all()):
+        raise ValueError(f"objective_temperature is {beta.tolist()} but must be {len(names)} positive numbers")
+    total = float(beta.sum())
+    if abs(total - 1) > 1e-4:
+        raise ValueError(
+            f"objective_temperature sums to {total:g}: at other sums than 1 answers are a mixture with the reference, "
+            f"which one plain model is not. Export at {', '.join(f'{b / total:.4g}' for b in beta.tolist())}, or "
+            "generate with mopl"
+        )
+    return w, beta
+
+
+def _record(
+    model: Any, kind: str, w: Tensor | None, beta: Tensor | None, text_prompt: TextPrompt | None, origin: str | None
+) -> dict[str, Any]:
+    """Return what `mopl.json` says."""
+    inner: Any = model.model if isinstance(model, HyperPromptModel) else model
+    base = inner.get_base_model() if is_peft(inner) else inner
+    record: dict[str, Any] = {
+        "kind": KIND,
+        "form": kind,
+        "mopl": __version__,
+        "weights": None if w is None else w.tolist(),
+        "objective_temperature": None if beta is None else beta.tolist(),
+        "base_model": getattr(base, "name_or_path", "") or None,
+        "origin": origin,
+    }
+    if isinstance(model, HyperPromptModel):
+        tuning = model.record
+        record |= {"objectives": list(tuning.objectives), "reference": tuning.reference}
+        record |= {"beta": tuning.beta, "alpha": tuning.alpha}
+    elif text_prompt is not None:
+        assert w is not None
+        record |= {"objectives": list(text_prompt.objectives), "text": text_prompt.render(w, beta)}
+    return record
+
+
+# ---------------------------------------------------------------- the model
+
+
+def merged_copy(model: Any) -> Any:
+    """Return a copy of a model with its adapters merged in, in its own dtype; PEFT and `fuse` leave no trace.
+
+    Raises:
+        ValueError: If its parameters are quantised, or its adapters cannot be merged.
+    """
+    base = model.get_base_model() if is_peft(model) else model
+    if getattr(base, "is_quantized", False) or getattr(base, "hf_quantizer", None) is not None:
+        raise ValueError(
+            "adapters cannot be merged into quantised parameters; load the base model without quantisation"
+        )
+    dtype = base.dtype
+    merged = copy.deepcopy(model)
+    if is_peft(merged):
+        if not hasattr(merged, "merge_and_unload"):
+            kinds = ", ".join(type(config).__name__ for config in merged.peft_config.values())
+            raise ValueError(f"adapters of {kinds} cannot be merged; pass kind='adapter'")
+        # One rounding at the end in place of one for each adapted matrix.
+        merged = merged.to(torch.promote_types(dtype, torch.float32)).merge_and_unload(safe_merge=True).to(dtype)
+    merged = unfuse(merged).eval()
+    for name in ("peft_config", "_hf_peft_config_loaded"):
+        merged.__dict__.pop(name, None)
+    return merged
+
+
+@torch.no_grad()
+def _add_virtual_tokens(model: Any, prefix: Tensor, front: Front, keep_tied: bool) -> None:
+    """Give a plain model k more tokens, whose embeddings are `prefix` (k, d) and which it does not generate."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    name = type(model).__name__
+    if head is None or head.weight.shape[0] != embedding.weight.shape[0]:
+        raise ValueError(f"{name} has no output head of the size of its embeddings, so its vocabulary cannot grow")
+    size, needed = embedding.weight.shape[0], front.ids[-1] + 1
+    if front.ids[0] > size:
+        raise ValueError(f"the tokenizer has {front.ids[0]} tokens but {name} embeds {size}; are they of one model?")
+    tied = head.weight is embedding.weight
+    if needed > size:
+        model.resize_token_embeddings(needed, mean_resizing=False)
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    ids = torch.tensor(front.ids, device=embedding.weight.device)
+    _set_embeddings(embedding, ids, prefix, name)
+    if tied and not keep_tied:
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+            config.tie_word_embeddings = False
+        if hasattr(model, "all_tied_weights_keys"):
+            model.all_tied_weights_keys = {}  # what saving would leave out as a copy
+    if not (tied and keep_tied):
+        others = head.weight[: front.ids[0]]
+        head.weight[ids] = others.mean(0, dtype=torch.promote_types(others.dtype, torch.float32)).to(others.dtype)
+    bias = getattr(head, "bias", None)
+    if bias is not None:
+        bias[ids] = NEVER
+    config = model.generation_config
+    config.suppress_tokens = [*(config.suppress_tokens or []), *front.ids]
+
+
+def _set_embeddings(embedding: Any, ids: Tensor, prefix: Tensor, name: str) -> None:
+    """Make the embedding module, which may scale its rows, give `prefix` for `ids`."""
+    wanted = prefix.to(embedding.weight)
+    embedding.weight[ids] = wanted
+    given = embedding(ids)
+    if torch.equal(given, wanted):
+        return
+    scale = (given.double() * wanted.double()).sum() / wanted.double().square().sum()
+    embedding.weight[ids] = (prefix.double().to(scale.device) / scale).to(embedding.weight)
+    tolerance = 4 * torch.finfo(wanted.dtype).eps
+    if not torch.allclose(embedding(ids), wanted, rtol=tolerance, atol=tolerance * float(wanted.abs().max())):
+        raise ValueError(f"{name} does more to embeddings than to scale them, so virtual tokens cannot become tokens")
+
+
+@torch.no_grad()
+def _check_logits(model: HyperPromptModel, merged: Any, front: Front, w: Tensor, beta: Tensor | None) -> None:
+    """Raise unless the copy gives the conditioned model's logits for a short text; 16-bit models round too much."""
+    if merged.dtype not in (torch.float32, torch.float64):
+        return
+    device, count = merged.device, front.ids[0]
+    text = torch.arange(7, 7 + 12 * 5, 5, device=device)[None] % count
+    training = model.training
+    model.eval()
+    try:
+        wanted = model(text, torch.ones_like(text), w, beta).logits[..., :count]
+    finally:
+        model.train(training)
+    whole = torch.cat([torch.tensor([front.ids], device=device), text], 1)
+    given = merged(whole, attention_mask=torch.ones_like(whole)).logits[:, len(front.ids) :, :count]
+    error, size = float((given - wanted).abs().max()), float(wanted.abs().max())
+    if not error <= 1e-3 * max(size, 1.0):
+        raise ValueError(
+            f"the plain {type(merged).__name__} differs from the conditioned model by up to {error:.3g} in logits of "
+            f"up to {size:.3g}, so it is not exported; this architecture does something to embeddings or positions "
+            "that is not known here"
+        )
+
+
+# ---------------------------------------------------------------- files
+
+
+def _save_model(model: Any, path: Path) -> None:
+    model.save_pretrained(str(path))
+
+
+def _save_prompt(model: HyperPromptModel, prefix: Tensor, path: Path) -> None:
+    """Write a prompt as PEFT's prompt tuning."""
+    from peft import PromptTuningConfig, TaskType
+    from safetensors.torch import save_file
+
+    if is_peft(model.model):
+        raise ValueError(
+            "the model has a prompt and adapters, and a PEFT adapter is one or the other; pass kind='model', which "
+            "merges the adapters and writes the prompt into the vocabulary"
+        )
+    config: Any = model.causal_lm.config.get_text_config()
+    adapter = PromptTuningConfig(
+        task_type=TaskType.CAUSAL_LM,
+        base_model_name_or_path=getattr(model.causal_lm, "name_or_path", "") or None,  # type: ignore[arg-type]
+        num_virtual_tokens=prefix.shape[0],
+        token_dim=prefix.shape[1],
+        num_transformer_submodules=1,
+        num_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        inference_mode=True,
+    )
+    adapter.save_pretrained(str(path))
+    tensors: Mapping[str, Tensor] = {"prompt_embeddings": prefix.cpu().contiguous()}
+    save_file(dict(tensors), str(path / "adapter_model.safetensors"), metadata={"format": "pt"})
+
+
+def _write(
+    folder: Path, record: dict[str, Any], tokenizer: Any, save: Any, check: tuple[Any, Front] | None = None
+) -> Path:
+    """Write everything beside `folder` and give it its name at the end."""
+
+    def fill(path: Path) -> None:
+        save(path)
+        tokenizer.save_pretrained(str(path))
+        if check is not None:
+            check_saved(path, *check)
+        (path / CONFIG_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+    write_folder(folder, fill)
+    return folder
