@@ -7,8 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -30,22 +28,14 @@ def run(name: str) -> subprocess.CompletedProcess:
         "OMP_NUM_THREADS": "1",
         "PYTEST_ADDOPTS": "",
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / name)]
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", str(FOLDER / name)]
     return subprocess.run(command, env=environment, cwd=FOLDER.parents[1], capture_output=True, text=True)
-
-
-@pytest.fixture(scope="module")
-def runs() -> Iterator[dict[str, Future]]:
-    """Start all files, as many at a time as there are processors."""
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
-        yield {name: pool.submit(run, name) for name in FILES}
-        pool.shutdown(cancel_futures=True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
-def test_interpreter(name: str, runs: dict[str, Future], capsys: pytest.CaptureFixture) -> None:
-    result = runs[name].result()
+def test_interpreter(name: str, capsys: pytest.CaptureFixture) -> None:
+    result = run(name)
     output = result.stdout + result.stderr
     passed = re.search(r"(\d+) passed.* in [\d.]+s", output)
     with capsys.disabled():
