@@ -133,12 +133,14 @@ class MultiObjectiveTrainer(Trainer):
         settings = settings_of(args)
         self.settings = settings
         set_seed(args.seed)  # adapters are initialised at random
-        if ref_model is not None and ref_model is model:
+        if ref_model is model and not isinstance(model, str):
             raise ValueError("model and ref_model are one object; leave ref_model out to get a frozen copy")
         model = models.prepare_model(model, peft_config, model_init_kwargs)
         if ref_model is not None:
             ref_model = models.prepare_model(ref_model, None, model_init_kwargs if isinstance(ref_model, str) else None)
-        checkpointing = getattr(args, "activation_checkpointing", None) or getattr(args, "gradient_checkpointing", False)
+        checkpointing = getattr(args, "activation_checkpointing", None) or getattr(
+            args, "gradient_checkpointing", False
+        )
         if checkpointing and models.is_peft(model):
             # Reentrant checkpointing passes no gradient on if no input needs one, and frozen embeddings need none.
             model.enable_input_require_grads()
