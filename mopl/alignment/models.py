@@ -148,6 +148,15 @@ def tuning_record(
     return TuningRecord(objectives, reference, beta, config.alpha if conditioned else None)
 
 
+def recompute_activations(model: Any, on: bool) -> None:
+    """Switch gradient checkpointing of a causal language model, under the newer of its two names where it is known."""
+    prefix = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if on:
+        getattr(model, f"{prefix}_checkpointing_enable")({"use_reentrant": False})
+    else:
+        getattr(model, f"{prefix}_checkpointing_disable")()
+
+
 def release(model: nn.Module) -> Any:
     """Take the adapters out again and return the plain causal language model."""
     inner: Any = model.model if isinstance(model, HyperPromptModel) else model

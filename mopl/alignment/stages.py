@@ -258,7 +258,8 @@ class Stages:
             self.base, config, self.objectives, conditioned=conditioned, temperature=temperature
         ).to(self.accelerator.device)
         if config.gradient_checkpointing:
-            self.base.gradient_checkpointing_enable({"use_reentrant": False})
+            # The other form of checkpointing would need inputs that take a gradient, which text has not.
+            models.recompute_activations(self.base, True)
         count = models.trained_parameters(model)
         assert config.steps is not None
         result = train(
@@ -267,7 +268,7 @@ class Stages:
             optimizer=optimizer_of(model, config, self.accelerator.device), save_frozen=False,
         )  # fmt: skip
         if config.gradient_checkpointing:
-            self.base.gradient_checkpointing_disable()
+            models.recompute_activations(self.base, False)
         if self.accelerator.is_main_process:
             models.save_model(model, folder, config, self.objectives, temperature=temperature)
             record = {"steps": result.steps, "seconds": result.seconds, "parameters": count}
