@@ -461,3 +461,18 @@ def test_gradients_of_a_list_sum_to_zero(items: int, levels: int, scale: float, 
     assert loss.isfinite().all()
     assert (loss >= 0).all()
     assert (gradient.double().sum(1).abs() <= 1e-5 * gradient.abs().sum(1).clamp(min=1e-30)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("top", [None, 1])
+def test_pairs_of_any_gap_have_the_loss_of_the_logistic_function(dtype: torch.dtype, top: int | None) -> None:
+    gap = torch.tensor([-1e4, -300.0, -88.0, -20.5, -19.5, -1e-6, 0.0, 0.5, 19.5, 20.5, 39.0, 41.0, 300.0, 1e4, 3e38])
+    scores = torch.stack([torch.zeros_like(gap), gap], -1).to(dtype).requires_grad_()
+    labels, weight = torch.tensor([[1.0, 0.0]]).expand(len(gap), 2), torch.tensor([0.3, 7.0], dtype=dtype)
+    loss = plackett_luce(scores, labels, position_weights=weight, top_k=top, reduction="none")[:, 0]
+    exact = 0.3 * torch.logaddexp(torch.zeros_like(gap, dtype=torch.float64), gap.double())
+    torch.testing.assert_close(loss.double(), exact, rtol=2e-7, atol=1e-37)
+    upstream = torch.randn(len(gap), dtype=dtype)
+    (gradient,) = torch.autograd.grad(loss, scores, upstream)
+    share = 0.3 * upstream.double() * gap.double().sigmoid()
+    torch.testing.assert_close(gradient.double(), torch.stack([-share, share], -1), rtol=4e-7, atol=1e-37)
