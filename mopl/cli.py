@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 
 from mopl import __version__
 from mopl.alignment.command import add_parser as add_align_parser
+from mopl.alignment.commands_after import add_export_parser, add_generate_parser
 
 METHODS = ("weight-cos-dpo", "temperature-cos-dpo", "dpo-ls", "dpo-soup", "mo-dpo")
 
@@ -76,6 +77,8 @@ def build_parser() -> argparse.ArgumentParser:
     _rank_parser(commands)
     _steer_parser(commands)
     add_align_parser(commands)
+    add_generate_parser(commands)
+    add_export_parser(commands)
     _report_parser(commands)
     return parser
 

@@ -1,0 +1,325 @@
+"""`mopl generate` and `mopl export`: what a finished alignment run is for. Nothing heavy is imported before."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+METHODS = ("weight-cos-dpo", "temperature-cos-dpo", "dpo-ls", "dpo-soup", "mo-dpo")
+RUN_HELP = "directory of a finished run of mopl align, or of a model that HyperPromptModel.save_pretrained wrote"
+
+GENERATE_HELP = "answer prompts at any trade-off, and at any distance from the reference, without training"
+GENERATE_EXAMPLES = """
+examples:
+  mopl generate RUN --weights 0.7 0.3 "How do I make tea?"
+  mopl generate RUN --weights 0.7 0.3 --scale 2 "How do I make tea?"        closer to the model before training
+  mopl generate RUN --weights 0.7 0.3 --scale 2 --candidates 8 "Hello"      eight samples, re-ranked exactly
+  mopl generate RUN --weights 0.7 0.3 --temperature 0.8 --top-p 0.9 --seed 1 "First prompt" "Second prompt"
+  echo "How do I make tea?" | mopl generate RUN --weights 0.7 0.3 -
+"""
+SCALE_HELP = (
+    "c > 0: above 1 closer to the reference, below 1 beyond the tuned model (default: 1). It is exact on whole "
+    "responses, by which --candidates are re-ranked, and approximate per token, by which responses are generated"
+)
+
+EXPORT_HELP = "write the model of one trade-off as a plain directory that transformers and vLLM load"
+EXPORT_EXAMPLES = """
+The virtual tokens of the prompt become tokens of the vocabulary that the tokenizer puts in front by itself.
+transformers never generates them (suppress_tokens). vLLM does not read that: there greedy decoding cannot take them,
+samples practically never do, and logit_bias rules them out; mopl.json lists their ids.
+
+examples:
+  mopl export RUN --weights 0.7 0.3 exported/helpful
+  mopl export RUN --method dpo-soup --weights 0.5 0.5 exported/soup
+  vllm serve exported/helpful
+"""
+
+
+class _Parsing:
+    """Lets positional arguments follow `--weights 0.7 0.3`: such an option takes numbers only."""
+
+    def __init__(self, parser: argparse.ArgumentParser) -> None:
+        self.parser, self.parse = parser, parser.parse_known_args
+
+    def __call__(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """Parse after sorting options to the front."""
+        options, positionals, rest = [], [], list(sys.argv[1:] if args is None else args)
+        while rest:
+            argument = rest.pop(0)
+            if argument == "--":
+                positionals += rest
+                break
+            if argument == "-" or not argument.startswith("-"):
+                positionals.append(argument)
+                continue
+            options.append(argument)
+            action = self.parser._option_string_actions.get(argument)
+            if action is None or action.nargs == 0:  # a flag, --option=value, or an unknown one
+                continue
+            if action.nargs == "+":
+                while rest and _is_number(rest[0]):
+                    options.append(rest.pop(0))
+            elif rest:
+                options.append(rest.pop(0))
+        return self.parse([*options, "--", *positionals] if positionals else options, namespace)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _add(commands: Any, name: str, help: str, examples: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name, help=help, description=help, epilog=examples, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.parse_known_args = _Parsing(parser)
+    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--weights", nargs="+", type=float, required=True, metavar="W",
+                        help="one for each objective, in the run's order; they must sum to 1")  # fmt: skip
+    parser.add_argument("--method", choices=METHODS, help="which method of an `all` run (default: weight-cos-dpo)")
+    parser.add_argument("--objective-temperature", nargs="+", type=float, metavar="BETA",
+                        help="β, one for each objective, for temperature-cos-dpo (default: the run's; for export its "
+                        "direction)")  # fmt: skip
+    parser.add_argument("--base-model", metavar="DIR", help="the language model it was tuned from, if that has moved")
+    parser.add_argument("--device", choices=("auto", "cpu"), default="auto",
+                        help="auto takes a GPU if there is one (default: auto)")  # fmt: skip
+    return parser
+
+
+def add_generate_parser(commands: Any) -> argparse.ArgumentParser:
+    """Add `mopl generate` to the commands and return its parser."""
+    parser = _add(commands, "generate", GENERATE_HELP, GENERATE_EXAMPLES)
+    parser.add_argument("prompts", metavar="PROMPT", nargs="*", help="texts to answer; - reads one from stdin")
+    parser.add_argument("--scale", type=float, default=1.0, metavar="C", help=SCALE_HELP)
+    parser.add_argument("--candidates", type=int, default=1, metavar="N",
+                        help="sample N responses and re-rank them as whole responses (default: 1)")  # fmt: skip
+    parser.add_argument("--rerank", choices=("best", "resample"), default="best", help="best: the most probable at "
+                        "--scale; resample: one of them, drawn as at --scale (default: best)")  # fmt: skip
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="(default: 128)")
+    parser.add_argument("--temperature", type=float, metavar="T", help="of sampling; without it and --top-p the most probable token "
+                        "is taken each time")  # fmt: skip
+    parser.add_argument("--top-p", type=float, metavar="P", help="sample from the most probable tokens of this mass")
+    parser.add_argument("--seed", type=int, help="of the samples (default: another each time)")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--chat", dest="template", action="store_const", const="chat", help="write the prompt with the "
+                      "tokenizer's chat template (default: as in training)")  # fmt: skip
+    kind.add_argument("--raw", dest="template", action="store_const", const="plain",
+                      help="let the model continue the prompt as it is")  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print one JSON object a prompt, with all candidates")
+    parser.set_defaults(act=run_generate)
+    return parser
+
+
+def add_export_parser(commands: Any) -> argparse.ArgumentParser:
+    """Add `mopl export` to the commands and return its parser."""
+    parser = _add(commands, "export", EXPORT_HELP, EXPORT_EXAMPLES)
+    parser.add_argument("directory", metavar="DIR", help="where to write; nothing may be there")
+    parser.add_argument("--kind", choices=("model", "adapter"), default="model", help="adapter: for PEFT, of models "
+                        "that take weights in words, or have a prompt and no LoRA (default: model)")  # fmt: skip
+    parser.add_argument("--keep-tied", action="store_true", help="leave an output head that is tied to the embeddings "
+                        "tied, for loaders that need it; then rule out the new tokens with logit_bias")  # fmt: skip
+    parser.set_defaults(act=run_export)
+    return parser
+
+
+# ---------------------------------------------------------------- what is opened
+
+
+@dataclass
+class Opened:
+    """A model with what it needs to answer.
+
+    Attributes:
+        model: The model.
+        tokenizer: How prompts become tokens, a `ListTokenizer`.
+        objectives: Names of the objectives.
+        text_prompt: What writes weights into prompts, if the model takes them there.
+        temperature: β, where the model is conditioned on temperatures and has a default.
+        reference: Name of another model that stands for the reference; None where the model is its own.
+    """
+
+    model: Any
+    tokenizer: Any
+    objectives: tuple[str, ...]
+    text_prompt: Any = None
+    temperature: tuple[float, ...] | None = None
+    reference: str | None = None
+
+
+def open_tuned(
+    path: str | Path,
+    weights: Sequence[float],
+    *,
+    method: str | None = None,
+    base_model: str | None = None,
+    device: str = "cpu",
+) -> Opened:
+    """Open a run of `mopl align`, or a folder with a conditioned model.
+
+    Raises:
+        FileNotFoundError: If there is nothing of the kind.
+        ValueError: If it is something else, or has no such method or no model for these weights.
+    """
+    path = Path(path)
+    if (path / "config.json").is_file() and not (path / "mopl.json").is_file():
+        return _open_run(path, weights, method, base_model, device)
+    if not (path / "mopl.json").is_file():
+        raise FileNotFoundError(
+            f"{path} is neither a run of mopl align nor a model: it has no config.json or mopl.json"
+        )
+    if method is not None:
+        raise ValueError(f"{path} is one model, not a run; leave out --method")
+    return _open_model(path, base_model, device)
+
+
+def _open_run(path: Path, weights: Sequence[float], method: str | None, base_model: str | None, device: str) -> Opened:
+    import dataclasses
+
+    from mopl.alignment.reference_mixture import OWN_REFERENCE
+    from mopl.alignment.runs import open_run
+
+    run = open_run(path)
+    if base_model is not None:
+        run.config = dataclasses.replace(run.config, model=base_model)
+    _check_count(weights, run.objectives)
+    reference = run.config.reference
+    return Opened(
+        run.load(method, weights, device),
+        run.list_tokenizer,
+        run.objectives,
+        run.text_prompt(method),
+        run.beta if run.takes_temperature(method) else None,
+        None if reference in (*OWN_REFERENCE, "auto") else reference,
+    )
+
+
+def _open_model(path: Path, base_model: str | None, device: str) -> Opened:
+    from transformers import AutoTokenizer
+
+    from mopl.alignment import models
+    from mopl.alignment.tokenization import ListTokenizer
+    from mopl.conditioning import HyperPromptModel, TextPrompt
+
+    record = json.loads((path / "mopl.json").read_text(encoding="utf-8"))
+    kind = record.get("kind")
+    if kind == "export":
+        weights = " ".join(f"{w:g}" for w in record.get("weights") or ())
+        raise ValueError(
+            f"{path} was exported at weights {weights} and has no others; load it with transformers or vLLM"
+        )
+    if kind not in ("HyperPromptModel", models.TEXT_KIND):
+        raise ValueError(f"{path} holds a {kind}, which is no conditioned language model")
+    name = base_model or record["base_model"]
+    if name is None:
+        raise ValueError(f"{path / 'mopl.json'} names no base model; pass --base-model")
+    model: Any = models.load_model(path, models.load_causal_lm(name)).to(device)
+    home = path if (path / "tokenizer_config.json").is_file() else name
+    prompt = None if kind == "HyperPromptModel" else TextPrompt(tuple(record["objectives"]), record["template"])
+    reference = model.record.reference if isinstance(model, HyperPromptModel) else record["reference"]
+    return Opened(
+        model,
+        ListTokenizer(AutoTokenizer.from_pretrained(home), max_length=None, append_eos=False),
+        tuple(record["objectives"]),
+        prompt,
+        reference=None if reference in ("self", "precomputed") else reference,
+    )
+
+
+def _check_count(weights: Sequence[float], objectives: Sequence[str]) -> None:
+    if len(weights) != len(objectives):
+        raise ValueError(
+            f"--weights has {len(weights)} numbers but there are {len(objectives)} objectives: {', '.join(objectives)}"
+        )
+
+
+def _device(choice: str) -> str:
+    import torch
+
+    return "cuda" if choice == "auto" and torch.cuda.is_available() else "cpu"
+
+
+# ---------------------------------------------------------------- the commands
+
+
+def run_generate(arguments: argparse.Namespace) -> int:
+    """Run `mopl generate`."""
+    prompts = [sys.stdin.read().strip() if prompt == "-" else prompt for prompt in arguments.prompts]
+    if not prompts:
+        raise ValueError("there is no prompt; write one at the end, or - to read it from stdin")
+    from mopl.alignment import models
+    from mopl.alignment.generate import generate
+    from mopl.alignment.tokenization import ListTokenizer
+
+    device = _device(arguments.device)
+    opened = open_tuned(
+        arguments.run, arguments.weights, method=arguments.method, base_model=arguments.base_model, device=device
+    )
+    _check_count(arguments.weights, opened.objectives)
+    beta = arguments.objective_temperature or opened.temperature
+    tokenizer = opened.tokenizer
+    if arguments.template is not None:
+        tokenizer = ListTokenizer(
+            tokenizer.tokenizer, max_length=None, template=arguments.template, append_eos=False
+        )  # fmt: skip
+    reference = None
+    if opened.reference is not None and (arguments.scale != 1 or beta is not None):
+        reference = models.load_causal_lm(opened.reference).to(device)
+    sampling = {name: getattr(arguments, name) for name in ("temperature", "top_p")}
+    answers = generate(
+        opened.model, tokenizer, prompts, arguments.weights, scale=arguments.scale, objective_temperature=beta,
+        reference=reference, max_new_tokens=arguments.max_new_tokens, candidates=arguments.candidates,
+        rerank=arguments.rerank, text_prompt=opened.text_prompt, seed=arguments.seed,
+        **{name: value for name, value in sampling.items() if value is not None},
+    )  # fmt: skip
+    for number, answer in enumerate(answers):
+        if arguments.json:
+            print(json.dumps(_as_record(answer), ensure_ascii=False))
+            continue
+        if len(answers) > 1:
+            print(f"{'' if number == 0 else chr(10)}> {answer.prompt}")
+        print(answer.text)
+    return 0
+
+
+def _as_record(answer: Any) -> dict[str, Any]:
+    record = {"prompt": answer.prompt, "text": answer.text, "finished": answer.finished}
+    if answer.candidates:
+        names = ("text", "log_prob", "reference_log_prob", "score", "share")
+        record["effective_samples"] = answer.effective_samples
+        record["candidates"] = [{name: getattr(one, name) for name in names} for one in answer.candidates]
+    return record
+
+
+def run_export(arguments: argparse.Namespace) -> int:
+    """Run `mopl export`."""
+    from mopl.alignment.export import export
+
+    directory = Path(arguments.directory)
+    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+        raise FileExistsError(f"{directory} exists and is not an empty directory; name another")
+    opened = open_tuned(arguments.run, arguments.weights, method=arguments.method, base_model=arguments.base_model)
+    _check_count(arguments.weights, opened.objectives)
+    beta = arguments.objective_temperature
+    if beta is None and opened.temperature is not None:
+        # At other sums than 1 the answers are a mixture with the reference, which no plain model is.
+        beta = [b / sum(opened.temperature) for b in opened.temperature]
+    export(
+        opened.model, opened.tokenizer, arguments.weights, directory, kind=arguments.kind, objective_temperature=beta,
+        text_prompt=opened.text_prompt, keep_tied=arguments.keep_tied, origin=str(arguments.run),
+    )  # fmt: skip
+    named = ", ".join(f"{name} {w:g}" for name, w in zip(opened.objectives, arguments.weights, strict=True))
+    print(f"{directory}: {arguments.kind} at {named}")
+    if arguments.kind == "model":
+        print(f"vllm serve {directory}    or transformers: AutoModelForCausalLM.from_pretrained({str(directory)!r})")
+    return 0
