@@ -2,6 +2,8 @@
 
     mopl rank                      train weight-cos-dpo on the embedded data set, with table, picture and page
     mopl align --demo              fine-tune a small language model for every trade-off
+    mopl generate RUN --weights .. answer prompts at any trade-off
+    mopl export RUN --weights ..   one trade-off as a plain model for transformers and vLLM
     mopl steer RUN --weights ...   figures and scores for any trade-off of a finished run, without training
     mopl report RUN RUN ...        one table, picture and page of several runs
 

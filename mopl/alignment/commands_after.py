@@ -107,8 +107,8 @@ def add_generate_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--rerank", choices=("best", "resample"), default="best", help="best: the most probable at "
                         "--scale; resample: one of them, drawn as at --scale (default: best)")  # fmt: skip
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="(default: 128)")
-    parser.add_argument("--temperature", type=float, metavar="T", help="of sampling; without it and --top-p the most probable token "
-                        "is taken each time")  # fmt: skip
+    parser.add_argument("--temperature", type=float, metavar="T", help="of sampling; without it and --top-p "
+                        "the most probable token is taken each time")  # fmt: skip
     parser.add_argument("--top-p", type=float, metavar="P", help="sample from the most probable tokens of this mass")
     parser.add_argument("--seed", type=int, help="of the samples (default: another each time)")
     kind = parser.add_mutually_exclusive_group()
@@ -173,6 +173,8 @@ def open_tuned(
     """
     path = Path(path)
     if (path / "config.json").is_file() and not (path / "mopl.json").is_file():
+        if "model_type" in json.loads((path / "config.json").read_text(encoding="utf-8")):
+            raise ValueError(f"{path} is a plain language model, which takes no weights; name a run of mopl align")
         return _open_run(path, weights, method, base_model, device)
     if not (path / "mopl.json").is_file():
         raise FileNotFoundError(

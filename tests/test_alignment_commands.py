@@ -1,0 +1,204 @@
+"""`mopl generate` and `mopl export` on finished runs and on folders of models."""
+
+import io
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("peft")
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from tiny_language_models import build, lora, prompt, tokenizer
+
+from mopl.alignment.generate import generate
+from mopl.cli import build_parser, main
+from mopl.conditioning import HyperPromptModel, TuningRecord
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    build(num_hidden_layers=1).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tuned(base: Path, tmp_path_factory) -> Path:
+    """What `HyperPromptModel.save_pretrained` writes."""
+    folder = tmp_path_factory.mktemp("tuned")
+    model = lora(transformers.AutoModelForCausalLM.from_pretrained(base))
+    record = TuningRecord(("helpful", "harmless"), beta=[0.1, 0.1])
+    HyperPromptModel(model, prompt(), record=record).save_pretrained(folder)
+    return folder
+
+
+def make_run(base: Path, folder: Path, **settings) -> Path:
+    """A run of two steps."""
+    from mopl.alignment import AlignConfig, align
+
+    draw = random.Random(0)
+    rows = []
+    for _ in range(16):
+        words = [[f"w{draw.randrange(50)}" for _ in range(3)] for _ in range(3)]
+        labels = {"short": [0, 1], "low": [1, 0]}
+        rows.append({"prompt": " ".join(words[0]), "responses": [" ".join(w) for w in words[1:]], "labels": labels})
+    data = folder / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = AlignConfig(
+        str(base), str(data), steps=2, lists_per_batch=2, held_out=0.25, points=3, scales=(), bootstrap=0, samples=1,
+        sample_tokens=2, max_length=32, warmup=0, device="cpu", virtual_tokens=2, prompt_rank=2, lora_rank=2,
+        **settings,
+    )  # fmt: skip
+    return align(config, folder / "run", say=lambda text: None)
+
+
+def printed(capsys, *arguments: str) -> str:
+    assert main(list(arguments)) == 0, capsys.readouterr().err
+    return capsys.readouterr().out
+
+
+def refused(capsys, *arguments: str) -> str:
+    capsys.readouterr()
+    assert main(list(arguments)) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
+# ---------------------------------------------------------------- folders
+
+
+def test_generate_prints_what_the_function_gives(tuned: Path, capsys, monkeypatch) -> None:
+    model, words = HyperPromptModel.from_pretrained(tuned), tokenizer()
+    options = {"max_new_tokens": 5}
+    wanted = generate(model, words, ["w1 w2", "w3"], [0.7, 0.3], scale=2.0, **options)
+    common = ["generate", str(tuned), "--max-new-tokens", "5", "--device", "cpu"]
+    found = printed(capsys, *common, "--weights", "0.7", "0.3", "w1 w2", "w3", "--scale", "2")
+    assert found == f"> w1 w2\n{wanted[0].text}\n\n> w3\n{wanted[1].text}\n"
+    assert printed(capsys, *common, "w1 w2", "--scale", "2", "--weights", "0.7", "0.3") == wanted[0].text + "\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO("w1 w2\n"))
+    assert printed(capsys, *common, "--scale=2", "--weights", "0.7", "0.3", "-") == wanted[0].text + "\n"
+
+    lines = printed(
+        capsys, *common, "--weights", "0.7", "0.3", "--scale", "2", "--candidates", "3", "--rerank", "resample",
+        "--seed", "1", "--json", "w1 w2",
+    ).splitlines()  # fmt: skip
+    answer = generate(
+        model, words, "w1 w2", [0.7, 0.3], scale=2.0, candidates=3, rerank="resample", seed=1, **options
+    )[0]  # fmt: skip
+    record = json.loads(lines[0])
+    assert len(lines) == 1 and record["text"] == answer.text and record["prompt"] == "w1 w2"
+    assert [one["text"] for one in record["candidates"]] == [one.text for one in answer.candidates]
+    assert sum(one["share"] for one in record["candidates"]) == pytest.approx(1.0)
+    sampled = generate(model, words, "w1 w2", [1.0, 0.0], temperature=2.0, top_p=0.9, seed=4, **options)[0]
+    arguments = ["--weights", "1", "0", "--temperature", "2", "--top-p", "0.9", "--seed", "4", "--raw"]
+    assert printed(capsys, *common, *arguments, "w1 w2") == sampled.text + "\n"
+
+
+def test_export_writes_what_transformers_loads(tuned: Path, capsys, tmp_path: Path) -> None:
+    folder = tmp_path / "plain"
+    said = printed(capsys, "export", str(tuned), "--weights", "0.7", "0.3", str(folder))
+    assert "helpful 0.7, harmless 0.3" in said and f"vllm serve {folder}" in said
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    made = transformers.AutoTokenizer.from_pretrained(folder)
+    model = HyperPromptModel.from_pretrained(tuned)
+    with torch.no_grad():
+        wanted = model(torch.tensor([tokenizer()("w1 w2")["input_ids"]]), weights=torch.tensor([0.7, 0.3])).logits
+        given = plain(torch.tensor([made("w1 w2")["input_ids"]])).logits[:, 5:, : wanted.shape[-1]]
+    torch.testing.assert_close(given, wanted, atol=1e-5, rtol=1e-5)
+    assert json.loads((folder / "mopl.json").read_text())["origin"] == str(tuned)
+    assert "not an empty directory" in refused(capsys, "export", str(tuned), "--weights", "0.7", "0.3", str(folder))
+    error = refused(capsys, "generate", str(folder), "--weights", "0.5", "0.5", "w1")
+    assert "exported at weights 0.7 0.3 and has no others" in error
+
+
+# ---------------------------------------------------------------- runs
+
+
+def test_a_run_answers_and_is_exported(base: Path, capsys, tmp_path: Path) -> None:
+    run = make_run(base, tmp_path, method="temperature-cos-dpo")
+    common = [str(run), "--weights", "0.7", "0.3"]
+    plain = printed(capsys, "generate", *common, "--max-new-tokens", "4", "w1 w2")
+    beta = printed(
+        capsys, "generate", *common, "--max-new-tokens", "4", "--objective-temperature", "0.1", "0.1", "w1 w2"
+    )
+    assert plain == beta
+    printed(capsys, "export", *common, str(tmp_path / "plain"))
+    record = json.loads((tmp_path / "plain" / "mopl.json").read_text())
+    assert record["objectives"] == ["short", "low"] and record["objective_temperature"] == [0.5, 0.5]
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert "has no dpo-ls" in refused(capsys, "generate", *common, "--method", "dpo-ls", "w1")
+    error = refused(capsys, "generate", str(run), "--weights", "0.2", "0.3", "0.5", "w1")
+    assert "3 numbers but there are 2 objectives: short, low" in error
+
+
+@pytest.mark.parametrize("settings", [{"method": "dpo-soup"}, {"conditioning": "text"}], ids=["soup", "words"])
+def test_other_kinds_of_models(base: Path, capsys, tmp_path: Path, settings: dict) -> None:
+    run = make_run(base, tmp_path, **settings)
+    common = [str(run), "--weights", "0.7", "0.3"]
+    answer = printed(capsys, "generate", *common, "--max-new-tokens", "4", "--scale", "1.5", "w1 w2")
+    assert answer == printed(capsys, "generate", *common, "--max-new-tokens", "4", "--scale", "1.5", "w1 w2")
+    printed(capsys, "export", *common, str(tmp_path / "plain"))
+    made = transformers.AutoTokenizer.from_pretrained(tmp_path / "plain")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    batch = made("w1 w2", return_tensors="pt", return_token_type_ids=False)
+    given = model.generate(**batch, do_sample=False, max_new_tokens=4)[0, batch["input_ids"].shape[1] :]
+    direct = printed(capsys, "generate", *common, "--max-new-tokens", "4", "w1 w2")
+    assert made.decode(given, skip_special_tokens=True) == direct.removesuffix("\n")
+
+
+# ---------------------------------------------------------------- the command line
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        ["RUN", "--weights", "0.7", "0.3", "one", "two"],
+        ["RUN", "one", "--weights", "0.7", "0.3", "two"],
+        ["--weights", "0.7", "0.3", "RUN", "--scale", "2", "one", "--chat", "two"],
+        ["--scale=2", "RUN", "--weights", "0.7", "0.3", "--", "one", "two"],
+    ],
+)
+def test_prompts_may_stand_anywhere(order: list[str]) -> None:
+    parsed = build_parser().parse_args(["generate", *order])
+    assert (parsed.run, parsed.weights, parsed.prompts) == ("RUN", [0.7, 0.3], ["one", "two"])
+    parsed = build_parser().parse_args(["export", "RUN", "--weights", "0.7", "0.3", "DIR"])
+    assert (parsed.run, parsed.weights, parsed.directory) == ("RUN", [0.7, 0.3], "DIR")
+
+
+def test_help_says_where_scale_is_exact_and_loads_nothing_heavy(capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "exact on whole responses" in text and "approximate per token" in text
+    code = "import sys; from mopl.cli import build_parser; build_parser(); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "nowhere", "--weights", "1", "0", "w1"], "neither a run of mopl align nor a model"),
+        (["generate", "nowhere", "--weights", "1", "0"], "there is no prompt"),
+        (["export", "nowhere", "--weights", "1", "0", "x"], "neither a run"),
+        (["generate", "TUNED", "--weights", "1", "w1"], "1 numbers but there are 2 objectives: helpful, harmless"),
+        (["generate", "TUNED", "--weights", "0.9", "0.9", "w1"], "does not sum to 1"),
+        (["generate", "TUNED", "--weights", "1", "0", "--method", "dpo-ls", "w1"], "leave out --method"),
+        (["generate", "TUNED", "--weights", "1", "0", "--scale", "-1", "w1"], "scale is"),
+        (["generate", "TUNED", "--weights", "1", "0", "--chat", "w1"], "no chat template"),
+        (["generate", "BASE", "--weights", "1", "0", "w1"], "a plain language model, which takes no weights"),
+    ],
+)
+def test_errors_are_one_line(
+    base: Path, tuned: Path, arguments: list[str], message: str, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    names = {"TUNED": str(tuned), "BASE": str(base)}
+    assert message in refused(capsys, *(names.get(argument, argument) for argument in arguments))
