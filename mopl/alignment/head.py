@@ -88,6 +88,11 @@ class _Transform:
 # ---------------------------------------------------------------- the head
 
 
+def _whole_shape(weight: Tensor) -> torch.Size:
+    """Return the shape of a weight, also where ZeRO-3 leaves an empty tensor in its place between uses."""
+    return getattr(weight, "ds_shape", weight.shape)
+
+
 def _find_head(model: nn.Module) -> Any:
     """Return the linear layer that turns hidden states into logits, through the wrappers of PEFT."""
     getter = getattr(model, "get_output_embeddings", None)
@@ -107,7 +112,7 @@ def _find_head(model: nn.Module) -> Any:
             "one matrix. Leave the head out of target_modules, train it whole with modules_to_save, or merge it first"
         )
     weight = getattr(head, "weight", None)
-    if not isinstance(weight, Tensor) or weight.ndim != 2:
+    if not isinstance(weight, Tensor) or len(_whole_shape(weight)) != 2:
         raise UnsupportedModelError(
             f"the output head is a {type(head).__name__} without a weight of shape (vocabulary, hidden); "
             "only linear heads can be fused"
@@ -121,14 +126,18 @@ def _find_head(model: nn.Module) -> Any:
 
 
 @contextlib.contextmanager
-def _forward_replaced(head: nn.Module, forward: Any) -> Iterator[None]:
-    """Give `head` another forward for a moment: its hooks (FSDP, DeepSpeed) still run around it."""
+def _forward_replaced(head: nn.Module, forward: Any) -> Iterator[list[Any]]:
+    """Give `head` another forward for a moment, with its hooks (FSDP, DeepSpeed) around it; yield what it returned."""
     missing = object()
     before = head.__dict__.get("forward", missing)
     head.forward = forward
+    returned: list[Any] = []
+    # The newest hook is the last to run: it sees the output as the others leave it.
+    handle = head.register_forward_hook(lambda module, inputs, output: returned.append(output))
     try:
-        yield
+        yield returned
     finally:
+        handle.remove()
         if before is missing:
             del head.__dict__["forward"]
         else:
@@ -138,7 +147,7 @@ def _forward_replaced(head: nn.Module, forward: Any) -> Iterator[None]:
 def _measure_transform(model: Any, original_forward: Any) -> _Transform:
     """Send a probe through in place of the logits and read off what the model does to them."""
     head = _find_head(model)
-    vocabulary = head.weight.shape[0]
+    vocabulary = _whole_shape(head.weight)[0]
     device = head.weight.device
     generator = torch.Generator().manual_seed(0)
     # Magnitudes from where tanh is linear to where it is flat (and below fp16's largest number), both signs, in random
@@ -244,7 +253,8 @@ def fuse(model: nn.Module) -> nn.Module:
     original = model.forward
     transform: list[_Transform] = []
     head = _find_head(model)
-    if not head.weight.is_meta:
+    # A model whose weights are elsewhere (meta, ZeRO-3) is measured in its first fused forward, which brings them.
+    if not head.weight.is_meta and head.weight.shape == _whole_shape(head.weight):
         transform.append(_measure_transform(model, original))
 
     @functools.wraps(type(model).forward)
@@ -264,18 +274,16 @@ def fuse(model: nn.Module) -> nn.Module:
         if not transform:
             transform.append(_measure_transform(self, original))
         current = _find_head(self)
-        result: list[Tensor] = []
 
         def head_forward(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
             parts = _score_hidden(current, hidden, targets, transform[0], temperature, return_logsumexp, return_entropy)
-            # A fresh tensor that is the head's output itself: FSDP hangs the hooks that gather the head for the
-            # backward on it, so the results must be taken from this very tensor.
-            result.append(torch.stack(parts, -1))
-            return result[0]
+            return torch.stack(parts, -1)
 
         kwargs.setdefault("use_cache", False)
         kwargs.pop("labels", None)
-        with _forward_replaced(current, head_forward):
+        # What gathers the head for the backward hangs on its output (FSDP: a hook on this tensor; DeepSpeed: another
+        # tensor behind it), so the results must be taken from what the head's hooks returned.
+        with _forward_replaced(current, head_forward) as result:
             output = original(*args, **kwargs)
         if len(result) != 1:
             raise UnsupportedModelError(f"{type(self).__name__} called its output head {len(result)} times")
