@@ -138,9 +138,8 @@ class MultiObjectiveTrainer(Trainer):
         model = models.prepare_model(model, peft_config, model_init_kwargs)
         if ref_model is not None:
             ref_model = models.prepare_model(ref_model, None, model_init_kwargs if isinstance(ref_model, str) else None)
-        checkpointing = getattr(args, "activation_checkpointing", None) or getattr(
-            args, "gradient_checkpointing", False
-        )
+        # The second name is the older one of the same argument.
+        checkpointing = any(getattr(args, f"{name}_checkpointing", False) for name in ("activation", "gradient"))
         if checkpointing and models.is_peft(model):
             # Reentrant checkpointing passes no gradient on if no input needs one, and frozen embeddings need none.
             model.enable_input_require_grads()
