@@ -453,10 +453,37 @@ def test_samples_belong_to_points_and_methods(tmp_path):
         (samples[:3], "3 entries but front 'weight-cos-dpo' has 11 points"),
         ({"nobody": samples}, "no such fronts"),
         ([[3]] * 11, "a sample must be"),
+        ([{"prompt": "why?", "responses": []}], "a sample must have prompt, method, responses"),
+        ([{"prompt": "why?", "method": "nobody", "responses": ["a"] * 11}], "no such fronts"),
+        ([{"prompt": "why?", "method": "dpo-ls", "responses": ["a"] * 9}], "9 responses but the front has 11 points"),
+        ([{"prompt": "why?", "method": "dpo-ls", "responses": [7] * 11}], "a sample must be"),
     ):
         with pytest.raises(ValueError, match=words):
             write_page(fronts, tmp_path / "b.html", samples=bad)
     assert not (tmp_path / "b.html").exists()
+
+
+def answers(prompts, method="weight-cos-dpo", count=11):
+    return [
+        {"prompt": prompt, "method": method, "responses": [f"{prompt} at {i} <i>&" for i in range(count)]}
+        for prompt in prompts
+    ]
+
+
+def test_answers_to_prompts_go_to_the_points_of_their_method(tmp_path):
+    fronts = [base(), *several(scales=(1.5, 1.0))]
+    given = [*answers(["why?", "how?"]), *answers(["why?"], "dpo-soup", 22), *answers(["why?"], "base", 1)]
+    given[0]["responses"][4] = None
+    path = write_page(fronts, tmp_path / "a.html", samples=given)
+    data, _ = embedded(path.read_text("utf-8"))
+    of_base, conditioned, none, soup = data["samples"]
+    assert of_base == [[{"prompt": "why?", "text": "why? at 0 <i>&"}]] and none is None
+    # Eleven answers for twenty-two points are those at scale 1, which here come second.
+    assert conditioned[:11] == [[]] * 11 and len(soup) == 22 and soup[3][0]["text"] == "why? at 3 <i>&"
+    assert conditioned[11 + 3] == [{"prompt": p, "text": f"{p} at 3 <i>&"} for p in ("why?", "how?")]
+    assert conditioned[11 + 4] == [{"prompt": "how?", "text": "how? at 4 <i>&"}]
+    page = Page(path.read_text("utf-8"))
+    assert [tag for tag, _ in page.tags].count("dd") == 1 + 21 + 22 and "i" not in {tag for tag, _ in page.tags}
 
 
 @pytest.mark.parametrize("view", [plot_front, write_page])
@@ -587,3 +614,25 @@ def test_the_page_runs_with_nasty_names_missing_figures_and_one_point(tmp_path):
     assert 'no method "nobody"' in status
     visible = re.sub(r"<script.*?</script>", "", dom, flags=re.DOTALL)
     assert "&lt;b&gt;sample&lt;/b&gt;" in visible and "<i>" not in visible and "<b>m" not in visible
+
+
+@browser
+@pytest.mark.slow
+def test_answers_follow_the_slider_and_other_scales_show_the_nearest(tmp_path):
+    fronts = [base(), front(scales=(1.0, 1.5))]
+    given = [*answers(["why?", "how?"]), *answers(["why?"], "base", 1)]
+    page = write_page(fronts, tmp_path / "page.html", samples=given)
+
+    def visible(fragment, *steps):
+        dom = rendered(after(page, *steps), fragment, tmp_path / "profile")
+        part = re.search(r'<section[^>]*id="samples".*?</section>', dom, re.DOTALL)[0]
+        return html.unescape(re.sub("<.*?>", " ", part)), part
+
+    text, part = visible("w=3")
+    assert "why? at 3 <i>&" in text and "how? at 3 <i>&" in text and "at 4" not in text
+    assert 'id="samples-note" hidden' in part and "before training why? at 0" in " ".join(text.split())
+    text, _ = visible("", ("weight", "9", "input"))
+    assert "how? at 9 <i>&" in text
+    text, part = visible("w=0.3,0.7&scale=1.5")
+    assert "Point #14 has no samples of its own; these are of point #3" in text and "how? at 3 <i>&" in text
+    assert 'id="samples-note" hidden' not in part

@@ -31,7 +31,7 @@
     const pair = all ? (k === m ? all.main : all.auxiliary?.[k]) : null;
     return pair && pair[0] != null && pair[1] != null ? pair : null;
   };
-  const state = { front: 0, point: 0, wanted: null, x: 0, y: m > 1 ? 1 : m, others: true, notice: "" };
+  const state = { front: 0, point: 0, wanted: null, x: 0, y: m > 1 ? 1 : m, others: true, before: false, notice: "" };
 
   // --- helpers
   function make(tag, attributes = {}, ...children) {
@@ -374,7 +374,8 @@
     });
     if (data.base && here(data.base)) {
       spot(data.base, STAR, 6, { fill: "var(--base)", stroke: "var(--card)" });
-      draw("text", { x: px(value(data.base, x)) + 11, y: py(value(data.base, y)) + 4, class: "halo", "pointer-events": "none" }, svg, "base");
+      const cx = px(value(data.base, x)), flip = cx > right - 40;
+      draw("text", { x: cx + (flip ? -11 : 11), y: py(value(data.base, y)) + 4, "text-anchor": flip ? "end" : "start", class: "halo", "pointer-events": "none" }, svg, "base");
     }
     if (here(point)) {
       const cx = px(value(point, x)), cy = py(value(point, y));
@@ -420,14 +421,32 @@
   }
 
   function samples() {
-    const list = data.samples?.[data.fronts.indexOf(front())];
-    byId("samples").hidden = !list;
-    byId("explorer").classList.toggle("with-samples", !!list);
-    if (!list) return;
-    byId("sample-list").replaceChildren(...list[state.point].map((sample) => {
+    const all = data.samples?.[data.fronts.indexOf(front())] ?? [];
+    const places = [...all.keys()].filter((i) => all[i].length);
+    byId("samples").hidden = !places.length;
+    byId("explorer").classList.toggle("with-samples", places.length > 0);
+    if (!places.length) return;
+    const points = front().points;
+    const far = (i) => points[i].weights?.reduce((sum, w, j) => sum + (w - (chosen().weights?.[j] ?? w)) ** 2, 0) ?? 0;
+    const away = (i) => Math.abs(Math.log(scaleOf(points[i]) / scaleOf(chosen())));
+    const nearer = (a, b) => far(b) < far(a) - 1e-12 || (far(b) < far(a) + 1e-12 && away(b) < away(a) - 1e-12);
+    const place = all[state.point].length ? state.point : places.reduce((a, b) => (nearer(a, b) ? b : a));
+    const there = points[place], at = there.weights ? ` at ${weightsText(there.weights)}` : "";
+    byId("samples-note").hidden = place === state.point;
+    byId("samples-note").textContent = `Point #${state.point} has no samples of its own; these are of point #${place}${at}, scale ${weight(scaleOf(there))}.`;
+    const base = data.fronts.findIndex((f) => f.method === "base");
+    const before = front().method === "base" ? [] : data.samples[base]?.[0] ?? [];
+    byId("sample-list").replaceChildren(...all[place].map((sample) => {
       const box = make("div", { class: "sample" });
       if (sample.prompt != null) box.append(make("span", { class: "prompt" }, sample.prompt));
-      box.append(sample.text);
+      box.append(sample.text.trim() ? sample.text : make("span", { class: "prompt" }, "(empty)"));
+      const old = sample.prompt == null ? null : before.find((other) => other.prompt === sample.prompt);
+      if (old) {
+        const fold = make("details", {}, make("summary", {}, "before training"), old.text.trim() ? old.text : "(empty)");
+        fold.open = state.before;
+        fold.addEventListener("toggle", () => { state.before = fold.open; });
+        box.append(fold);
+      }
       return box;
     }));
   }

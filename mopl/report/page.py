@@ -17,10 +17,11 @@ from math import isnan
 from pathlib import Path
 from typing import Any
 
-from mopl.report.records import Metric, Record, base_point, data_name, jsonable, read_all, to_json, write
+from mopl.report.records import BASE_METHOD, Metric, Record, base_point, data_name, jsonable, read_all, to_json, write
 from mopl.report.table import MISSING, Summary, summarise
 
 Samples = Sequence[Sequence[str | Mapping[str, str]]]
+Answers = Sequence[Mapping[str, Any]]
 
 
 def write_page(
@@ -31,7 +32,7 @@ def write_page(
     base: object = None,
     truth: Sequence[Sequence[float]] | None = None,
     configuration: object = None,
-    samples: Samples | Mapping[str, Samples] | None = None,
+    samples: Answers | Samples | Mapping[str, Samples] | None = None,
     title: str | None = None,
 ) -> Path:
     """Write the page: sliders over the weights, the metrics at the chosen ones, the front, the table of methods.
@@ -48,9 +49,12 @@ def write_page(
             method is "base", if there is one.
         truth: The true front, `(n, m)` auxiliary figures, where it is known.
         configuration: The run's configuration, anything that JSON can hold; folded away at the end of the page.
-        samples: Texts shown beside the slider: for each point of a front a list of texts, or of
-            `{"prompt": ..., "text": ...}`. A list belongs to the first front that is not the base model; a mapping
-            holds one such list for each method.
+        samples: Texts shown beside the slider, in one of three forms. Answers to prompts,
+            `[{"prompt": ..., "method": ..., "responses": [...]}, ...]`, one response for each point of that method's
+            front, or for each at scale 1; None where there is none. For each point of a front a list of texts, or of
+            `{"prompt": ..., "text": ...}`: a list of these lists belongs to the first front that is not the base
+            model, a mapping holds one for each method. A point without texts shows those of the nearest weights that
+            have some, and says so; texts of the method "base" stand beside the others as those before training.
         title: Heading; default names the data.
 
     Returns:
@@ -70,7 +74,7 @@ def write_page(
         "metric": {"name": metric.name, "main_name": metric.of_main, "higher_is_better": metric.higher_is_better},
         "base": None if origin is None else {"main": origin.main, "auxiliary": origin.auxiliary},
         "truth": truth,
-        "samples": _samples(records, samples),
+        "samples": (texts := _samples(records, samples)),
     }
     summary = summarise(fronts, metric)
     first = records[0]
@@ -80,6 +84,7 @@ def write_page(
         "methods": _methods_table(summary),
         "note": escape(summary.note),
         "points": "\n".join(_points_table(record, metric) for record in records),
+        "every_sample": _every_sample(records, texts),
         "configuration": _configuration(configuration),
         "data": to_json(data),
         "style": _asset("page.css"),
@@ -156,10 +161,12 @@ def _samples(records: Sequence[Record], samples: Any) -> list[Any] | None:
     """Return the samples as one entry for each front: None, or for each point a list of {"prompt", "text"}."""
     if samples is None:
         return None
-    own = [record for record in records if record.method != "base"] or list(records)
+    own = [record for record in records if record.method != BASE_METHOD] or list(records)
     given: dict[int, Any] = {}
+    if not isinstance(samples, Mapping) and any(isinstance(one, Mapping) for one in samples):
+        samples = _by_point(records, samples)
     if isinstance(samples, Mapping):
-        unknown = set(samples) - {record.method for record in own}
+        unknown = set(samples) - {record.method for record in records}
         if unknown:
             raise ValueError(f"samples name the methods {sorted(unknown)} but there are no such fronts")
         for index, record in enumerate(records):
@@ -177,9 +184,57 @@ def _samples(records: Sequence[Record], samples: Any) -> list[Any] | None:
     return [given.get(index) for index in range(len(records))]
 
 
+def _by_point(records: Sequence[Record], answers: Answers) -> dict[str, list[list[dict[str, str]]]]:
+    """Return answers to prompts as a list of {"prompt", "text"} for each point of each method's front."""
+    found: dict[str, list[list[dict[str, str]]]] = {}
+    for answer in answers:
+        fields = ("prompt", "method", "responses")
+        if not isinstance(answer, Mapping) or not all(field in answer for field in fields):
+            raise ValueError(f"a sample must have {', '.join(fields)}, got {answer!r}")
+        front = next((record for record in records if record.method == answer["method"]), None)
+        if front is None:
+            raise ValueError(f"samples name the methods [{answer['method']!r}] but there are no such fronts")
+        responses, places = answer["responses"], list(range(len(front.points)))
+        trained = [place for place in places if front.points[place].scale == 1.0]
+        if isinstance(responses, str) or len(responses) not in (len(places), len(trained)):
+            raise ValueError(
+                f"a sample of {front.method!r} has {len(responses)} responses but the front has {len(places)} points, "
+                f"{len(trained)} of them at scale 1; pass one response for each"
+            )
+        if len(responses) != len(places):
+            places = trained
+        points = found.setdefault(front.method, [[] for _ in front.points])
+        for place, text in zip(places, responses, strict=True):
+            if text is not None:
+                points[place].append({"prompt": answer["prompt"], "text": text})
+    return found
+
+
 def _sample(sample: object) -> dict[str, str]:
     if isinstance(sample, str):
         return {"text": sample}
     if isinstance(sample, Mapping) and isinstance(sample.get("text"), str):
         return {key: str(sample[key]) for key in ("prompt", "text") if sample.get(key) is not None}
     raise ValueError(f'a sample must be a text or {{"prompt": ..., "text": ...}}, got {sample!r}')
+
+
+def _every_sample(records: Sequence[Record], samples: Sequence[Any] | None) -> str:
+    """Return all samples as text for readers without a script."""
+    parts = []
+    for record, points in zip(records, samples or [], strict=False):
+        rows = []
+        for point, texts in zip(record.points, points or [], strict=False):
+            if not texts:
+                continue
+            names = [f"{name} {w:.3g}" for name, w in zip(record.objectives, point.weights, strict=False)]
+            names += [f"scale {point.scale:.3g}"] if point.scale != 1.0 else []
+            rows.append(f"<dt>{escape(', '.join(names) or record.method)}</dt>")
+            for sample in texts:
+                prompt = f'<span class="prompt">{escape(sample["prompt"])}</span>' if "prompt" in sample else ""
+                rows.append(f'<dd class="sample">{prompt}{escape(sample["text"])}</dd>')
+        if rows:
+            seed = "" if record.seed is None else f", seed {record.seed}"
+            parts.append(f"<h2>{escape(record.method + seed)}</h2>\n<dl>" + "\n".join(rows) + "</dl>")
+    if not parts:
+        return ""
+    return '<details class="card"><summary>Every sample</summary>\n' + "\n".join(parts) + "\n</details>"
