@@ -22,5 +22,9 @@ setup(
         "mopl.training",
     ],
     package_dir={"mopl": "mopl", "mopl.kernels": "kernels"},
-    package_data={"mopl": ["py.typed"], "mopl.report": ["page.html", "page.css", "page.js"]},
+    package_data={
+        "mopl": ["py.typed"],
+        "mopl.alignment": ["demo_prompts.json"],
+        "mopl.report": ["page.html", "page.css", "page.js"],
+    },
 )

