@@ -151,18 +151,22 @@ def group_mean(
     """
     if values.ndim != 1:
         raise ValueError(f"values has shape {shape_of(values)} but must be (B,), one value a response")
-    number = group_ids(group, values.shape[0], values.device)
-    together = number[:, None] == number
-    if valid is not None:
-        together = together & valid
-        values = torch.where(valid, values, 0)
+    rows = len(values)
+    number = group_ids(group, rows, values.device)
+    valid = torch.ones_like(values, dtype=torch.bool) if valid is None else valid
+    values = torch.where(valid, values, 0)
+    if isinstance(group, int):  # groups follow one another: each row sees the K of its own
+        values, together = (t.view(-1, group).repeat_interleave(group, 0) for t in (values, valid))
+        itself = torch.eye(group, dtype=torch.bool, device=values.device).repeat(rows // group, 1)
+    else:
+        values, together = values.expand(rows, rows), (number[:, None] == number) & valid
+        itself = torch.eye(rows, dtype=torch.bool, device=values.device)
     if leave_one_out:
-        together = together & ~torch.eye(len(values), dtype=torch.bool, device=values.device)
-    # Sums of values minus a common one: groups of equal returns have a mean that is exactly theirs.
-    share = together.to(values.dtype)
-    count = share.sum(-1)
-    first = values[together.to(torch.uint8).argmax(-1)]
-    mean = first + ((values - first[:, None]) * share).sum(-1) / count.clamp(min=1)
+        together = together & ~itself
+    # Sums of values minus one of them: a group of equal returns has exactly that mean.
+    count = together.sum(-1)
+    first = values.gather(-1, together.to(torch.uint8).argmax(-1, keepdim=True))
+    mean = first[:, 0] + torch.where(together, values - first, 0).sum(-1) / count.clamp(min=1)
     return torch.where(count > 0, mean, 0)
 
 
