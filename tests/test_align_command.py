@@ -1,0 +1,463 @@
+"""`mopl align` from the command line to the report: what lands on disk, what it promises, what a stop costs."""
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("peft")
+pytest.importorskip("accelerate")
+pytest.importorskip("moocore")
+
+from mopl import steering
+from mopl.alignment import AlignConfig, align, command, config, open_run, score_sequences
+from mopl.alignment.models import read_state, trained_parameters
+from mopl.alignment.recipe import RunInterrupted
+from mopl.alignment.runs import load_samples, run_fronts
+from mopl.alignment.stages import model_folder
+from mopl.cli import build_parser, main
+from mopl.conditioning import HyperPromptModel
+from mopl.pareto import Front
+from mopl.training import read_log
+
+VOCABULARY = 32
+TINY = [
+    "--steps", "4", "--lists-per-batch", "6", "--points", "3", "--bootstrap", "10", "--samples", "2", "--sample-tokens",
+    "4", "--checkpoint-every", "2", "--log-every", "2", "--held-out", "0.2", "--device", "cpu", "--max-length", "32",
+]  # fmt: skip
+
+
+def write_model(folder: Path, name: str = "model", *, seed: int = 0, words: int = VOCABULARY - 4) -> Path:
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers.models import WordLevel
+
+    vocabulary = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(words))]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder / name)
+    torch.manual_seed(seed)
+    settings = transformers.LlamaConfig(
+        vocab_size=len(vocabulary), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.1, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2,
+    )  # fmt: skip
+    transformers.AutoModelForCausalLM.from_config(settings).save_pretrained(folder / name)
+    return folder / name
+
+
+def write_data(file: Path, count: int = 30, *, size: int = 3, seed: int = 0, scale: float = 1.0) -> Path:
+    """Lists of random words; one objective counts words below w9, the other those from w9 to w17."""
+    random = np.random.default_rng(seed)
+    with file.open("w") as lines:
+        for _ in range(count):
+            drawn = random.integers(0, VOCABULARY - 4, (size, 3))
+            labels = {"low": drawn < 9, "middle": (drawn >= 9) & (drawn < 18)}
+            row = {
+                "prompt": " ".join(f"w{w}" for w in random.integers(0, VOCABULARY - 4, 3)),
+                "responses": [" " + " ".join(f"w{w}" for w in words) for words in drawn],
+                "labels": {name: [scale * float(x) for x in hits.sum(1)] for name, hits in labels.items()},
+            }
+            lines.write(json.dumps(row) + "\n")
+    return file
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("align")
+    write_model(folder)
+    write_data(folder / "data.jsonl")
+    return folder
+
+
+def arguments(place, run, *more):
+    return [
+        "align",
+        "--model",
+        str(place / "model"),
+        "--data",
+        str(place / "data.jsonl"),
+        "--run",
+        str(run),
+        *TINY,
+        *more,
+    ]
+
+
+@pytest.fixture(scope="module")
+def run(place):
+    """One run of every method, made from the command line."""
+    path = place / "all"
+    assert main(arguments(place, path, "--method", "all")) == 0
+    return path
+
+
+def tiny(place, **changes):
+    return AlignConfig(**{
+        "model": str(place / "model"), "data": str(place / "data.jsonl"), "steps": 3, "lists_per_batch": 4, "points": 2,
+        "bootstrap": 0, "samples": 1, "sample_tokens": 3, "device": "cpu", "checkpoint_every": 1, "max_length": 32,
+        **changes,
+    })  # fmt: skip
+
+
+def quiet(text):
+    pass
+
+
+# ---------------------------------------------------------------- the parser
+
+
+def align_flags():
+    (subparsers,) = (a for a in build_parser()._actions if a.dest == "command")
+    return {action.dest: action for action in subparsers.choices["align"]._actions}
+
+
+def test_every_setting_is_a_flag_and_the_help_states_its_default():
+    flags = align_flags()
+    special = {
+        "model": None, "data": None, "steps": "3 epochs, at least 100", "objectives": "all", "tensorboard": None,
+        "points": "11, 15, 20 for 2, 3, 4 objectives, 11 above", "top_k": "all", "limit": "all", "format": "auto, by",
+        "template": "auto: chat if", "min_prompt": "a quarter of --max-length", "dtype": "auto, as it is stored",
+        "attention": "its choice", "reference": "auto: once if lists", "gradient_checkpointing": None, "packing": None,
+        "prompt_learning_rate": "10 times that", "warmup": "a tenth of the steps",
+        "reference_point": "1.1 / ln 2 times the loss of the untrained model",
+    }  # fmt: skip
+    for field in dataclasses.fields(AlignConfig):
+        help, default = re.sub(r"\s+", " ", flags[field.name].help), field.default
+        if field.name in special:
+            stated = special[field.name]
+        elif isinstance(default, tuple):
+            stated = " ".join(f"{x:g}" if isinstance(x, float) else x for x in default)
+        else:
+            stated = f"{default:g}" if isinstance(default, float) else str(default)
+        assert stated is None or f"(default: {stated}" in help, (field.name, help)
+    others = {"help", "debug", "run", "resume", "overwrite", "demo"}
+    assert flags.keys() - others == {field.name for field in dataclasses.fields(AlignConfig)}
+    assert (command.METHODS, command.LOSSES) == (config.METHODS, config.LOSSES)
+
+
+def test_help_has_examples_that_parse_and_needs_no_torch(capsys):
+    with pytest.raises(SystemExit):
+        main(["align", "--help"])
+    examples = [line.strip() for line in capsys.readouterr().out.split("examples:")[1].splitlines() if line.strip()]
+    assert len(examples) >= 5
+    for example in examples:
+        words = re.split(r"\s{2,}", example)[0].removeprefix("accelerate launch --num_processes 2 -m mopl.cli ").split()
+        build_parser().parse_args([word for word in words if word != "mopl"])
+    code = "import sys; from mopl.cli import main; main(['align', '--help'])"
+    code = (
+        f"import sys, contextlib\ntry:\n    exec({code!r})\nexcept SystemExit:\n    assert 'torch' not in sys.modules"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def error_of(given, capsys):
+    """Return the one line on stderr of a command that fails with status 2."""
+    try:
+        status = main(given)
+    except SystemExit as stop:
+        status = stop.code
+    err = capsys.readouterr().err
+    assert status == 2 and err.count("\n") == 1 and err.endswith("\n"), err
+    return err
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["align"], "--model is missing; pass --model and --data, or --demo"),
+        (["align", "--model", "m", "--data", "d", "--beta", "0"], "beta is 0 but must be positive and finite"),
+        (["align", "--model", "m", "--data", "d", "--loss", "kto"], "invalid choice: 'kto'"),
+        (["align", "--model", "m", "--data", "none.jsonl"], "there is no file or directory"),
+        (["align", "--resume"], "--resume needs the run to continue"),
+        (["align", "--run", "none", "--resume"], "there is no run at none"),
+    ],
+)  # fmt: skip
+def test_errors_are_one_line_with_a_remedy_and_leave_nothing_behind(tmp_path, monkeypatch, capsys, given, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in error_of(given, capsys)
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- a whole run
+
+
+def test_a_run_holds_everything_that_it_promises(run):
+    for name in ("config.json", "log.jsonl", "table.txt", "front.png", "report.html", "reference/train.safetensors",
+                 "reference/test.safetensors", "base/front.json"):  # fmt: skip
+        assert (run / name).is_file(), name
+    assert sorted(path.name for path in (run / "models").iterdir()) == [
+        "modpo-0-1", "modpo-0.5-0.5", "modpo-1-0", "w-0-1", "w-0.5-0.5", "w-1-0",
+    ]  # fmt: skip
+    for method in config.METHODS:
+        front = Front.load(run / method / "front.json")
+        assert front.maximise is False and front.objectives == ["low", "middle"] and front.parameters > 0
+        assert len([p for p in front.points if p.scale == 1.0]) == 3 and len(front.points) == 9
+        samples = json.loads((run / method / "samples.json").read_text())
+        assert [len(entry["responses"]) for entry in samples] == [3, 3] and samples[0]["method"] == method
+        evaluation = json.loads((run / method / "evaluation.json").read_text())
+        torch.testing.assert_close(
+            torch.tensor(evaluation["losses"]), torch.tensor([p.auxiliary for p in front.points[:3]])
+        )
+        assert evaluation["spearman"].keys() == {"loss", "accuracy"} and len(evaluation["log_ratio"]["quartiles"]) == 3
+    # No frozen model, and no checkpoints of what is finished.
+    assert not list(run.rglob("checkpoints")) and not list(run.rglob("model.safetensors"))
+    stages = {record["stage"] for record in read_log(run / "log.jsonl")}
+    assert {"weight-cos-dpo", "temperature-cos-dpo", "w 0.5-0.5", "modpo 0.5-0.5"} <= stages
+    last = read_log(run / "log.jsonl")[-1]
+    assert {"loss", "learning_rate", "gradient_norm", "log_ratio"} <= last.keys()
+
+
+def test_the_untrained_model_is_the_first_front_and_sets_the_reference_point(run):
+    fronts = run_fronts(run)
+    (point,) = fronts[0].points
+    assert fronts[0].method == "base" and point.main == 0.0
+    assert point.auxiliary == pytest.approx([np.log(3)] * 2)
+    assert fronts[1].reference_point == pytest.approx([1.1 / np.log(2) * np.log(3)] * 2)
+    (inside,) = {tuple(front.reference_point) for front in fronts}
+    assert all(x < y for x, y in zip(point.auxiliary, inside, strict=True))
+
+
+def test_terminal_output_ends_with_the_table_and_what_to_do_next(run, capsys):
+    assert main(["report", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert out.strip() in (run / "table.txt").read_text() and "deviation from the reference (nats) ↓" in out
+    page = (run / "report.html").read_text()
+    assert "held-out loss" in page and all(method in page for method in config.METHODS)
+    samples = load_samples(run, open_run(run).config, run_fronts(run)[1:])
+    assert samples["dpo-soup"][0][0]["prompt"] in page
+
+
+def scores_of(model, run, weights=None, beta=None):
+    ids = torch.tensor([[5, 6, 7, 8, 2], [9, 10, 11, 12, 2]])
+    labels = ids.masked_fill(torch.arange(5) < 2, -100)
+    options = {} if weights is None else {"weights": torch.tensor(weights)}
+    if beta is not None:
+        options["objective_temperature"] = torch.tensor(beta)
+    batch = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad():
+        return score_sequences(model, batch, **options).scores
+
+
+def test_open_run_loads_every_method_for_its_weights(run):
+    opened = open_run(run)
+    assert opened.objectives == ("low", "middle") and opened.methods == config.METHODS
+    assert opened.grid.tolist() == [[0, 1], [0.5, 0.5], [1, 0]] and len(opened.tokenizer) == VOCABULARY
+    w = [0.5, 0.5]
+    reference = scores_of(opened.base_model(), run)
+    seen = {}
+    for method in opened.methods:
+        model = opened.load(method, w)
+        assert (
+            isinstance(model, HyperPromptModel) and not model.training and model.record.objectives == opened.objectives
+        )
+        beta = opened.beta if opened.takes_temperature(method) else None
+        seen[method] = scores_of(model, run, w, beta)
+        assert not torch.equal(seen[method], reference)
+        with model.reference():
+            torch.testing.assert_close(scores_of(model, run, w, beta), reference)
+    assert len({tuple(scores.tolist()) for scores in seen.values()}) == len(seen)
+    conditioned = opened.load()
+    assert not torch.equal(scores_of(conditioned, run, [1.0, 0.0]), scores_of(conditioned, run, [0.0, 1.0]))
+    # At a vertex a soup is that expert, and so is dpo-ls.
+    torch.testing.assert_close(
+        scores_of(opened.load("dpo-soup", [1.0, 0.0]), run, w), scores_of(opened.load("dpo-ls", [1.0, 0.0]), run, w)
+    )
+    with pytest.raises(ValueError, match=r"none for 0\.2 0\.8; the nearest is 0 1"):
+        opened.load("dpo-ls", [0.2, 0.8])
+    with pytest.raises(ValueError, match="pass weights, one for each of low, middle"):
+        opened.load("mo-dpo")
+    with pytest.raises(ValueError, match="has no ppo"):
+        opened.load("ppo")
+
+
+def test_a_soup_is_the_average_of_the_trained_parameters(run):
+    opened = open_run(run)
+    experts = [read_state(model_folder(run, "dpo-soup", w)) for w in ((1, 0), (0, 1))]
+    mixed = steering.soup(experts, [0.3, 0.7])
+    model = opened.load("dpo-soup", [0.3, 0.7])
+    torch.testing.assert_close(model.hyper_prompt.prefix.detach(), mixed["prompt/prefix"])
+    key = next(name for name in mixed if name.endswith("lora_B.weight"))
+    own = dict(model.model.named_parameters())
+    (value,) = (p for name, p in own.items() if name.replace(".default", "") == key.removeprefix("adapter/"))
+    torch.testing.assert_close(value.detach(), mixed[key])
+
+
+def test_front_json_is_what_the_loaded_model_gives_on_the_held_out_lists(run):
+    from mopl.alignment.recipe import load_data
+    from mopl.alignment.tokenization import tokenize
+    from mopl.losses import listwise_dpo
+
+    opened = open_run(run)
+    held_out = load_data(opened.config)["test"]
+    base, model = opened.base_model(), opened.load("weight-cos-dpo")
+    losses, w = [], [1.0, 0.0]
+    for item in tokenize(held_out, opened.list_tokenizer):
+        found = []
+        for each, options in ((model, {"weights": torch.tensor(w)}), (base, {})):
+            rows = [torch.tensor(np.concatenate([item.prompt, r]))[None] for r in item.responses]
+            logits = [each(row, torch.ones_like(row), **options).logits.log_softmax(-1)[0, :-1] for row in rows]
+            first = len(item.prompt) - 1
+            found.append(torch.stack([
+                x[first:].gather(-1, row[0, first + 1 :, None]).sum() for x, row in zip(logits, rows, strict=True)
+            ]))  # fmt: skip
+        losses.append(
+            listwise_dpo(found[0][None], torch.tensor(item.labels)[None], reference=found[1][None], temperature=0.1,
+                         normalize="softmax", reduction="none").detach()
+        )  # fmt: skip
+    front = Front.load(run / "weight-cos-dpo" / "front.json")
+    (point,) = (p for p in front.points if p.weights == w and p.scale == 1.0)
+    assert point.auxiliary == pytest.approx(torch.cat(losses).mean(0).tolist(), rel=1e-4)
+    assert len(losses) == 6 and trained_parameters(model) == 0
+
+
+def test_a_finished_run_is_kept_unless_asked_and_its_settings_bind(place, run, capsys):
+    message = error_of(arguments(place, run, "--method", "all"), capsys)
+    assert "--resume" in message and "--overwrite" in message
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("front.json")}
+    assert main(["align", "--run", str(run), "--resume"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("front.json")} == before
+    capsys.readouterr()
+    assert "beta was (0.1,), is (0.2,)" in error_of(["align", "--run", str(run), "--resume", "--beta", "0.2"], capsys)
+
+
+# ---------------------------------------------------------------- other ways
+
+
+def test_an_interrupted_run_continues_to_the_same_bits(place, tmp_path):
+    settings = tiny(place, steps=4, method="dpo-soup")
+    whole = align(settings, tmp_path / "whole", say=quiet)
+    seen = []
+
+    def stop_in_the_second_expert(text):
+        if text.startswith("w 1-0"):  # the first of the two is done
+            seen.append(text)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(RunInterrupted, match=r"mopl align --run .* --resume"):
+        align(settings, tmp_path / "cut", say=stop_in_the_second_expert)
+    assert seen and not (tmp_path / "cut" / "front.json").exists()
+    align(settings, tmp_path / "cut", resume=True, say=quiet)
+    for name in ("models/w-0-1", "models/w-1-0"):
+        for file in ("adapter_model.safetensors", "hyper_prompt.safetensors"):
+            assert (whole / name / file).read_bytes() == (tmp_path / "cut" / name / file).read_bytes()
+    one, two = (json.loads((path / "front.json").read_text())["points"] for path in (whole, tmp_path / "cut"))
+    assert one == two
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_shell_exits_130_and_resume_gives_the_same_bits(place, tmp_path):
+    given = arguments(place, tmp_path / "cut", "--steps", "60", "--checkpoint-every", "3", "--samples", "0")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mopl.cli", *given], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=environment,
+    )  # fmt: skip
+    folder, deadline = tmp_path / "cut" / "model" / "checkpoints", time.time() + 120
+    while time.time() < deadline and not list(folder.glob("step-*")):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and "--resume" in err and "Traceback" not in err
+    assert main(["align", "--run", str(tmp_path / "cut"), "--resume"]) == 0
+    whole = [word if word != str(tmp_path / "cut") else str(tmp_path / "whole") for word in given]
+    assert main(whole) == 0
+    one, two = ((tmp_path / name / "model" / "adapter_model.safetensors").read_bytes() for name in ("cut", "whole"))
+    assert one == two
+
+
+def test_weights_in_words_train_evaluate_and_answer(place, tmp_path):
+    path = align(tiny(place, conditioning="text", steps=8, learning_rate=1e-2), tmp_path / "text", say=quiet)
+    opened = open_run(path)
+    assert opened.text_prompt().render([0.5, 0.5]) == "[low: 0.50, middle: 0.50]\n"
+    model = opened.load()
+    assert not isinstance(model, HyperPromptModel) and json.loads((path / "model" / "mopl.json").read_text())["kind"]
+    assert opened.config.reference == "precomputed" and len(opened.methods) == 1
+    points = Front.load(path / "front.json").points
+    assert points[0].main > 0
+
+
+def test_another_model_can_be_the_reference_if_it_knows_the_same_tokens(place, tmp_path):
+    other = write_model(tmp_path, "other", seed=5)
+    path = align(tiny(place, reference=str(other)), tmp_path / "run", say=quiet)
+    from safetensors.torch import load_file
+
+    own = align(tiny(place), tmp_path / "own", say=quiet)
+    a, b = (load_file(each / "reference" / "test.safetensors")["scores"] for each in (path, own))
+    assert not torch.equal(a, b)
+    assert json.loads((path / "model" / "mopl.json").read_text())["reference"] == str(other)
+    stranger = write_model(tmp_path, "stranger", words=40)
+    with pytest.raises(ValueError, match="another vocabulary"):
+        align(tiny(place, reference=str(stranger)), tmp_path / "fails", say=quiet)
+
+
+def test_pairs_train_with_pair_losses_and_packed_batches(tmp_path, place):
+    write_data(tmp_path / "pairs.jsonl", size=2)
+    settings = tiny(place, data=str(tmp_path / "pairs.jsonl"), loss="ipo", reference="self", packing=True, points=3)
+    path = align(settings, tmp_path / "run", say=quiet)
+    assert not (path / "reference" / "train.safetensors").exists()
+    front = Front.load(path / "front.json")
+    base = Front.load(path / "base" / "front.json").points[0].auxiliary
+    assert base == pytest.approx([25.0 * share for share in _untied(tmp_path / "pairs.jsonl", open_run(path))])
+    assert all(np.isfinite(point.auxiliary).all() for point in front.points)
+
+
+def _untied(file, opened):
+    """Share of held-out pairs that each objective has a preference on; IPO's loss of the others is 0."""
+    from mopl.alignment.recipe import load_data
+
+    held_out = load_data(opened.config)["test"]
+    labels = np.stack([held_out.label_array(i) for i in range(len(held_out))])
+    return (labels[:, :, 0] != labels[:, :, 1]).mean(0)
+
+
+def test_a_changed_model_or_changed_data_is_refused_on_resume(tmp_path):
+    write_model(tmp_path)
+    write_data(tmp_path / "data.jsonl")
+    path = align(tiny(tmp_path), tmp_path / "run", say=quiet)
+    write_model(tmp_path, seed=9)
+    with pytest.raises(ValueError, match="log-probabilities of another model"):
+        align(tiny(tmp_path), path, resume=True, say=quiet)
+    write_data(tmp_path / "data.jsonl", seed=4)
+    with pytest.raises(ValueError, match=r"the data of .* is not what it was"):
+        align(tiny(tmp_path), path, resume=True, say=quiet)
+
+
+def test_sequences_longer_than_the_model_are_refused_before_anything_is_written(tmp_path, place):
+    long = {"prompt": "w1 " * 40, "responses": ["w1 " * 20, "w2 " * 20], "labels": {"low": [1, 0]}}
+    (tmp_path / "long.jsonl").write_text(
+        "".join(json.dumps({**long, "prompt": f"w{i} " * 40}) + "\n" for i in range(4))
+    )
+    with pytest.raises(ValueError, match="knows 64 positions; pass max_length=56 or less"):
+        align(tiny(place, data=str(tmp_path / "long.jsonl"), max_length=200, points=1), tmp_path / "run", say=quiet)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_demo_brings_model_data_and_settings_and_options_still_count(place, tmp_path, monkeypatch, capsys):
+    demo = types.ModuleType("mopl.alignment.demo")
+    made = types.SimpleNamespace(
+        model=place / "model", data=place / "data.jsonl", objectives=("middle", "low"),
+        settings={"steps": 2, "lists_per_batch": 4, "points": 2, "samples": 0, "bootstrap": 0, "beta": (0.3,)},
+    )  # fmt: skip
+    demo.prepare = lambda directory, say: (say(f"made in {directory}"), made)[1]
+    monkeypatch.setitem(sys.modules, "mopl.alignment.demo", demo)
+    monkeypatch.chdir(tmp_path)
+    assert main(["align", "--demo", "--beta", "0.7", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "made in runs/align-demo-data" in out
+    opened = open_run("runs/align-data-weight-cos-dpo-1")
+    assert opened.objectives == ("middle", "low") and opened.config.beta == (0.7,) and opened.config.steps == 2
+    (hint,) = (line for line in out.splitlines() if line.startswith("mopl generate"))
+    assert hint.split("    ")[0] == "mopl generate runs/align-data-weight-cos-dpo-1 --weights 0.5 0.5 PROMPT"
