@@ -1,0 +1,262 @@
+"""What a policy earns on held-out prompts at each trade-off: rewards, KL to the reference, value, cost of decoding.
+
+Shapes: `Q` prompts, `n` trade-offs, `m` rewards. Every trade-off is sampled with the same seed.
+
+* *Reward*: mean of R_j over the answers, in its own unit. Higher is better.
+* *KL*: mean of log π(y|x) - log π_ref(y|x) over the sampled answers, in nats: an unbiased estimate of KL(π ‖ π_ref) of
+  whole responses, which may come out below 0 near 0. The main figure of a front, lower is better.
+* *Value*: c(α) w·R - α KL of the objective, with R in the scale of the training.
+* *Cost*: seconds of generation for a token, relative to the untrained model; and how many models run for a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mopl import pareto
+from mopl.alignment.generate import _seeded
+from mopl.clp.config import ClpConfig
+from mopl.clp.loss import RewardScale
+from mopl.clp.prompts import Prompts
+from mopl.clp.rollout import Answers
+from mopl.clp.stages import Stages
+from mopl.losses.policy_gradient import reward_coefficient
+from mopl.ranking.metrics import bootstrap_interval
+
+MAIN = "KL to the reference"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures at each trade-off.
+
+    Attributes:
+        weights: (n, m), or None for the untrained model.
+        alpha: The KL weight that was asked for.
+        rewards: (Q, n, m) mean over a prompt's answers, NaN where a reward failed on all.
+        kl: (Q, n), nats.
+        texts: n x Q first answers.
+        seconds: Of generation, of all of it.
+        tokens: Generated.
+        model_runs: Models that run for a token.
+    """
+
+    weights: Tensor | None
+    alpha: float
+    rewards: Tensor
+    kl: Tensor
+    texts: list[list[str]]
+    seconds: float
+    tokens: int
+    model_runs: int = 1
+
+    @property
+    def mean_rewards(self) -> Tensor:
+        """(n, m)."""
+        return self.rewards.nanmean(0)
+
+    def value(self, scale: RewardScale, config: ClpConfig) -> Tensor | None:
+        """Return V_{α,w}, (n,), in the scale of the training; None without weights."""
+        if self.weights is None:
+            return None
+        reward = (self.weights * scale(self.mean_rewards)).sum(-1)
+        return reward_coefficient(self.alpha, config.kl_form) * reward - self.alpha * self.kl.mean(0)
+
+    def summary(self, scale: RewardScale, config: ClpConfig, objectives: Sequence[str], base: Any) -> dict[str, Any]:
+        """Return what `evaluation.json` holds."""
+        value = self.value(scale, config)
+        figures: dict[str, Any] = {
+            "objectives": list(objectives), "kl_weight": self.alpha,
+            "weights": None if self.weights is None else self.weights.tolist(),
+            "rewards": self.mean_rewards.tolist(), "kl": self.kl.mean(0).tolist(),
+            "value": None if value is None else value.tolist(),
+            "missing": float(self.rewards.isnan().double().mean()),
+            "model_runs_per_token": self.model_runs,
+            "seconds_per_token": self.seconds / max(self.tokens, 1),
+        }  # fmt: skip
+        if base is not None:
+            own = base.seconds / max(base.tokens, 1)
+            figures["seconds_relative_to_base"] = figures["seconds_per_token"] / own if own else None
+        if self.weights is not None and len(self.weights) > 1:
+            rewards = self.mean_rewards
+            # 1: the more a reward is asked for, the more of it there is. Its spread: from least to most asked for.
+            figures["spearman"] = [pareto.spearman(w, r) for w, r in zip(self.weights.T, rewards.T, strict=True)]
+            figures["spread"] = [
+                float(r[int(w.argmax())] - r[int(w.argmin())]) for w, r in zip(self.weights.T, rewards.T, strict=True)
+            ]
+        return figures
+
+
+Ask = Callable[[list[list[int]]], tuple[Answers, Tensor]]  # prompts -> answers, log π (R,)
+
+
+class Evaluator:
+    """Answers the held-out prompts of a run.
+
+    Args:
+        stages: The run's policies, sampler and rewards.
+        prompts: The held-out prompts.
+    """
+
+    def __init__(self, stages: Stages, prompts: Prompts) -> None:
+        self.stages, self.config, self.sampler = stages, stages.config, stages.sampler
+        rows = [i for i in range(len(prompts)) for _ in range(self.config.eval_samples)]
+        self.texts = [prompts.texts[i] for i in rows]
+        self.tokens = [list(prompts.tokens[i]) for i in rows]
+
+    def base(self) -> Evaluation:
+        """Return the figures of the untrained model."""
+        asked = [self._ask(self._plain(self.stages.base, self.stages.base, {}))]
+        return self._evaluation(None, self.config.kl_weight[0], asked, 1)
+
+    def method(self, method: str, folder: Path, grid: Tensor) -> list[Evaluation]:
+        """Return the figures of a method on a grid of weights (n, m), one evaluation for each of its KL weights."""
+        if method == "logit-mixing":
+            experts = self.stages.experts()
+            asked = [self._ask(self._mixed(experts, w)) for w in grid]
+            return [self._evaluation(grid, self.config.kl_weight[0], asked, len(experts))]
+        if method == "dera":
+            return self._dera(grid)
+        several = method != "rewarded-soups"
+        rounds: list[tuple[float, list[Any]]] = []
+        with self.stages.policy(method, folder) as policy:
+            for alpha in self.config.kl_weight if several else self.config.kl_weight[:1]:
+                asked = []
+                for w in grid:
+                    own = [policy.tokens(tokens, w, alpha, self.sampler.tokenizer) for tokens in self.tokens]
+                    with policy.at(w, alpha) as (model, options):
+                        asked.append(self._ask(self._plain(model, policy.causal_lm, options), own))
+                rounds.append((alpha, asked))
+        # Adapters are out of the language model now, which is the reference again.
+        return [self._evaluation(grid, alpha, asked, 1) for alpha, asked in rounds]
+
+    def _dera(self, grid: Tensor) -> list[Evaluation]:
+        """Move the policy of the smallest α to the other ones by mixing it with the reference at every token."""
+        config, strongest = self.config, min(self.config.kl_weight)
+        rounds: dict[float, list[Any]] = {alpha: [] for alpha in config.kl_weight}
+        for w in grid:
+            with self.stages.policy("clp", self.stages.clp_folder) as policy:
+                model: Any = policy.model
+                merged = model.merge(w, strongest).eval()
+            for alpha in config.kl_weight:
+                share = kappa(alpha, config) / kappa(strongest, config)
+                rounds[alpha].append(self._ask(self._mixed([merged, self.stages.base], [share, 1 - share])))
+        return [self._evaluation(grid, alpha, asked, 2) for alpha, asked in rounds.items()]
+
+    def _plain(self, model: Any, causal_lm: Any, options: dict[str, Any]) -> Ask:
+        """Return how one model answers."""
+
+        def ask(prompts: list[list[int]]) -> tuple[Answers, Tensor]:
+            answers = self.sampler.sample(model, causal_lm, prompts, lambda rows: dict(options))
+            device = causal_lm.get_input_embeddings().weight.device
+            return answers, self.sampler.score(model, prompts, answers.tokens, device, options)[0].double().sum(1)
+
+        return ask
+
+    def _mixed(self, several: Sequence[Any], coefficients: Any) -> Ask:
+        """Return how a mixture of models at every token answers."""
+        from mopl.decoding import MixedLogits
+
+        shares = torch.as_tensor(coefficients, dtype=torch.float64)
+
+        def ask(prompts: list[list[int]]) -> tuple[Answers, Tensor]:
+            answers = self.sampler.sample(
+                several[0], several[0], prompts,
+                processor=lambda mask: MixedLogits(several[1:], shares.to(mask.device), mask),
+            )  # fmt: skip
+            assert answers.log_prob is not None
+            return answers, answers.log_prob
+
+        return ask
+
+    def _ask(self, ask: Ask, own: list[list[int]] | None = None) -> tuple[Answers, Tensor]:
+        with _seeded(self.config.seed, self.stages.base), torch.no_grad():
+            answers, log_prob = ask(self.tokens if own is None else own)
+        return answers, log_prob.cpu()
+
+    def _evaluation(
+        self, weights: Tensor | None, alpha: float, asked: Sequence[tuple[Answers, Tensor]], runs: int
+    ) -> Evaluation:
+        """Judge the answers of several trade-offs and compare them with the reference."""
+        count, device, base = self.config.eval_samples, self.stages.accelerator.device, self.stages.base
+        rewards, kl = [], []
+        for answers, log_prob in asked:
+            log_p0 = self.sampler.score(base, self.tokens, answers.tokens, device)[0].double().sum(1).cpu()
+            kl.append((log_prob - log_p0).view(-1, count).mean(1))
+            values = self.stages.rewards(answers.texts, self.texts).double()
+            rewards.append(values.view(-1, count, values.shape[1]).nanmean(1))
+        return Evaluation(
+            weights, alpha, torch.stack(rewards, 1), torch.stack(kl, 1), [a.texts[::count] for a, _ in asked],
+            sum(a.seconds for a, _ in asked), sum(len(t) for a, _ in asked for t in a.tokens), runs,
+        )  # fmt: skip
+
+
+def kappa(alpha: float, config: ClpConfig) -> float:
+    """Return κ(α) = c(α)/α, what multiplies the rewards in the exponent of the optimal policy."""
+    return float(reward_coefficient(alpha, config.kl_form)) / alpha
+
+
+def make_front(
+    evaluations: Sequence[Evaluation],
+    *,
+    method: str,
+    config: ClpConfig,
+    objectives: Sequence[str],
+    description: dict[str, Any],
+    reference_point: Sequence[float],
+    seconds: float,
+    parameters: int,
+) -> pareto.Front:
+    """Return the front of a method: mean rewards, maximised, and the KL to the reference as main figure.
+
+    Points at other KL weights α than the first have the scale κ(α_1)/κ(α), their distance from the reference
+    as in `mopl.steering.rescale`: above 1 closer to it. Only the first count in the hypervolume.
+
+    Args:
+        evaluations: One for each KL weight.
+        method: Name of the method.
+        config: Settings of the run.
+        objectives: Names of the rewards.
+        description: What `front.json` says about the prompts.
+        reference_point: (m,), of the hypervolume.
+        seconds: Of training.
+        parameters: Trained parameters, of all models that the front needs.
+    """
+    first, volume = evaluations[0], None
+    known = first.rewards[~first.rewards.isnan().any(-1).any(-1)]
+    if config.bootstrap and len(known) > 1:
+        bounds = bootstrap_interval(
+            known, samples=config.bootstrap, seed=config.seed,
+            statistic=lambda means: pareto.hypervolume(means, reference_point, maximise=True),
+        )  # fmt: skip
+        volume = {"hypervolume": [float(bounds.low), float(bounds.high)]}
+    front = pareto.Front.measure(
+        method, objectives=objectives, main=MAIN, weights=first.weights, main_values=first.kl.mean(0),
+        auxiliary_values=first.mean_rewards, reference_point=reference_point, seconds=seconds, parameters=parameters,
+        seed=config.seed, data=description, maximise=True, intervals=_intervals(first, config), interval=volume,
+    )  # fmt: skip
+    for other in evaluations[1:]:
+        scale = kappa(config.kl_weight[0], config) / kappa(other.alpha, config)
+        asked = [[]] * other.rewards.shape[1] if other.weights is None else other.weights.tolist()
+        rows = zip(
+            asked, other.kl.mean(0).tolist(), other.mean_rewards.tolist(), _intervals(other, config), strict=True
+        )
+        front.points += [pareto.Point(w, main, rewards, bounds, scale) for w, main, rewards, bounds in rows]
+    front.check()
+    return front
+
+
+def _intervals(evaluation: Evaluation, config: ClpConfig) -> list[dict[str, Any]]:
+    """Return for each trade-off the bootstrap intervals over prompts of KL and rewards."""
+    values = torch.cat([evaluation.kl[..., None], evaluation.rewards], -1)  # (Q, n, 1 + m)
+    if not config.bootstrap or len(values) < 2:
+        return [{} for _ in range(values.shape[1])]
+    found = bootstrap_interval(values, samples=config.bootstrap, seed=config.seed)
+    ends = torch.stack([found.low, found.high], -1).tolist()
+    return [{"main": point[0], "auxiliary": point[1:]} for point in ends]

@@ -1,0 +1,230 @@
+"""One step of CLP: a rollout at each prompt's trade-off, the policy gradient of V_{α,w}, and guards against collapse.
+
+A training is a sequence of rollouts, each used for `epochs` steps. Rollouts are drawn from (seed, step, part), so a
+training that is resumed samples what it would have sampled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mopl.alignment.methods import unwrapped
+from mopl.clp.config import ClpConfig
+from mopl.clp.prompts import PromptBatch
+from mopl.clp.rollout import Rollout, RolloutStore, Sampler, roll
+from mopl.losses.policy_gradient import policy_gradient, value_loss
+from mopl.rewards import Rewards, prompt_key
+from mopl.training import RunLog, TrainingDiverged
+from mopl.training.checkpoint import CheckpointFolder
+
+
+class PolicyCollapsed(TrainingDiverged):
+    """A guard stopped the training: the policy ran away, became deterministic, or earns the same whatever it says."""
+
+
+@dataclass(frozen=True)
+class RewardScale:
+    """R becomes (R - mean) / deviation, for each of m rewards."""
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __call__(self, rewards: Tensor) -> Tensor:
+        """Return the rewards (R, m) in the scale of the training."""
+        return (rewards - self.mean) / self.deviation
+
+    @classmethod
+    def of(cls, rewards: Tensor, names: tuple[str, ...]) -> RewardScale:
+        """Return the scale in which rewards (R, m) have mean 0 and deviation 1; missing ones are left out.
+
+        Raises:
+            ValueError: If a reward is missing or the same everywhere.
+        """
+        values = rewards.double()
+        mean = values.nanmean(0)
+        deviation = (values - mean).square().nanmean(0).sqrt()
+        for name, spread in zip(names, deviation.tolist(), strict=True):
+            if not spread > 0:
+                raise ValueError(
+                    f"the reward {name} is the same (or missing) for all answers of the untrained model, so it has no "
+                    "scale; pass more normalize_prompts, normalize='none', or another reward"
+                )
+        return cls(mean.float(), deviation.float())
+
+
+class SampleLog(RunLog):
+    """`samples.jsonl`: responses of rollouts as text."""
+
+    def __init__(self, directory: Path, *, enabled: bool = True) -> None:
+        super().__init__(directory, enabled=enabled)
+        self.path = Path(directory) / "samples.jsonl"
+
+
+@dataclass
+class Guard:
+    """Stops a training that has gone wrong, before the update.
+
+    Args:
+        config: Settings.
+        stage: Name of the training.
+        checkpoints: Folder of its checkpoints.
+    """
+
+    config: ClpConfig
+    stage: str
+    checkpoints: Path
+    _counts: dict[str, int] = field(default_factory=dict)
+
+    def __call__(self, step: int, rewards: Tensor, kl: Tensor, entropy: Tensor, names: tuple[str, ...]) -> None:
+        """Look at a rollout.
+
+        Args:
+            step: Step, from 0.
+            rewards: (R, m), NaN where missing.
+            kl: Scalar, mean KL of a response to the reference.
+            entropy: Scalar, mean entropy of a token.
+            names: Of the rewards.
+
+        Raises:
+            PolicyCollapsed: With what happened, and what to change.
+        """
+        config = self.config
+        missing = rewards.isnan().float().mean(0)
+        for name, share in zip(names, missing.tolist(), strict=True):
+            if share > 0.5:
+                self._stop(step, f"the reward {name} is missing (NaN, or an error) on {share:.0%} of the responses",
+                           "see the warnings above, or take another reward")  # fmt: skip
+        found_kl, found_entropy = float(kl), float(entropy)
+        if config.kl_limit and not found_kl <= config.kl_limit:
+            self._stop(step, f"the KL of a response to the reference is {found_kl:.4g} nats, above kl_limit = "
+                       f"{config.kl_limit:g}", "lower learning_rate or raise kl_weight")  # fmt: skip
+        if self._lasts("entropy", bool(config.entropy_floor) and found_entropy < config.entropy_floor):
+            self._stop(step, f"the entropy of a token has been below entropy_floor = {config.entropy_floor:g} nats for "
+                       f"{config.patience} rollouts (now {found_entropy:.3g}): the policy says one thing",
+                       "lower learning_rate or raise kl_weight")  # fmt: skip
+        if len(rewards) > 1:
+            known = rewards.nan_to_num(torch.inf).amin(0), rewards.nan_to_num(-torch.inf).amax(0)
+            if self._lasts("reward", bool((known[0] >= known[1]).all())):
+                self._stop(step, f"all responses have had the same rewards for {config.patience} rollouts, which "
+                           "teaches nothing", "take other rewards, more samples or a higher temperature")  # fmt: skip
+
+    def _lasts(self, what: str, now: bool) -> bool:
+        self._counts[what] = self._counts.get(what, 0) + 1 if now else 0
+        return self._counts[what] >= self.config.patience
+
+    def _stop(self, step: int, what: str, remedy: str) -> None:
+        kept = CheckpointFolder(self.checkpoints).latest()
+        raise PolicyCollapsed(
+            f"{what}, at step {step + 1} of {self.stage!r}: {remedy}; the model was not updated with it, and "
+            + (f"the last checkpoint is intact: {kept.path}" if kept else "no checkpoint had been written yet")
+        )
+
+
+class ClpLoss:
+    """The loss function of a training: `loss(model, batch, step)`.
+
+    Args:
+        config: Settings.
+        sampler: Samples and scores.
+        rewards: The m rewards.
+        scale: Their scale in the objective.
+        store: Keeps rollouts for their steps.
+        guard: Looks at each rollout.
+        log: Where responses are logged, or None.
+        stage: Name of the training.
+    """
+
+    def __init__(
+        self,
+        config: ClpConfig,
+        sampler: Sampler,
+        rewards: Rewards,
+        scale: RewardScale,
+        store: RolloutStore,
+        guard: Guard,
+        log: SampleLog | None,
+        stage: str,
+    ) -> None:
+        self.config, self.sampler, self.rewards, self.scale = config, sampler, rewards, scale
+        self.store, self.guard, self.log, self.stage = store, guard, log, stage
+
+    def __call__(self, model: nn.Module, batch: PromptBatch, step: int) -> tuple[Tensor, dict[str, Any]]:
+        """Return the loss of a step and its figures."""
+        config, policy = self.config, unwrapped(model)
+        rollout = self.store.find(batch, step)
+        fresh = rollout is None
+        if rollout is None:
+            rollout = roll(policy, batch, self.sampler, self.rewards, config.samples_per_prompt)
+        device = policy.device
+        inputs, place, mask = self.sampler.inputs(rollout.prompts, rollout.responses, device)
+        w, alpha = rollout.weights.to(device), rollout.alpha.to(device)
+        features = None if rollout.features is None else rollout.features.to(device)
+        every, values = model(inputs, w, alpha, config.temperature, features)
+        logprob = every.gather(1, place)
+        raw = rollout.rewards
+        # A response without one of its rewards counts for nothing, and not in another's baseline either.
+        usable = ~(raw.isnan() & (rollout.weights > 0)).any(1).to(device)
+        counted = mask & usable[:, None]
+        baseline: Any = {"value": values, "none": None}.get(config.baseline, config.baseline)
+        found = policy_gradient(
+            logprob, self.scale(raw).to(device), w, alpha=alpha, reference=rollout.reference.to(device),
+            behaviour=None if fresh else _on(rollout.behaviour, device), mask=counted,
+            baseline=baseline.detach() if isinstance(baseline, Tensor) else baseline,
+            group=config.samples_per_prompt if isinstance(baseline, str) else None, standardize=config.standardize,
+            kl_form=config.kl_form, kl_in=config.kl_in, kl_estimator=config.kl_estimator, kl_level=config.kl_level,
+            to_go=config.to_go, clip=None if fresh else config.clip,
+            ratio_level="token" if fresh else config.ratio_level,
+        )  # fmt: skip
+        loss = found.loss
+        # Minus the mean log-probability of what was sampled estimates the entropy of a token.
+        entropy = -logprob.detach().masked_fill(~mask, 0.0).sum() / mask.sum()
+        responses = usable.sum().clamp(min=1)
+        kl = found.kl.sum() / responses
+        logs: dict[str, Any] = {f"reward/{name}": raw[:, j].nanmean() for j, name in enumerate(self.rewards.names)}
+        logs |= {
+            "return": found.sequence_returns.sum() / responses, "kl": kl, "entropy": entropy,
+            "tokens": mask.sum(1).float().mean(), "missing": 1 - usable.float().mean(), "clip_share": found.clip_share,
+        }  # fmt: skip
+        if fresh:
+            estimate = (logprob.detach() - rollout.reference.to(device)).masked_fill(~mask, 0.0).sum(1).mean()
+            self.guard(step, raw, estimate, entropy, self.rewards.names)
+            rollout.behaviour = logprob.detach()
+            self.store.keep(batch, rollout)
+            last = step + config.epochs  # of the steps that this rollout serves
+            due = last // config.log_every > step // config.log_every or last >= config.steps
+            if self.log is not None and batch.part == 0 and due:
+                self._write(rollout, step + 1)
+        if values is not None:
+            regression = value_loss(values, found.sequence_returns, reduction="none")
+            regression = regression.masked_fill(~usable, 0.0).sum() / responses
+            logs["value_loss"] = regression.detach()
+            loss = loss + regression
+        return loss, logs
+
+    def _write(self, rollout: Rollout, step: int) -> None:
+        """Log responses to different prompts, as many as asked for."""
+        assert self.log is not None and rollout.behaviour is not None
+        chosen = range(0, len(rollout.texts), self.config.samples_per_prompt)[: self.config.log_samples]
+        names = self.rewards.names
+        log_ratio = rollout.behaviour.cpu() - rollout.reference.cpu()
+        for r in chosen:
+            values = [None if x != x else x for x in rollout.rewards[r].tolist()]
+            self.log.write({
+                "stage": self.stage, "step": step, "weights": _rounded(rollout.weights[r]),
+                "kl_weight": round(float(rollout.alpha[r]), 6), "prompt": prompt_key(rollout.asked[r]),
+                "text": rollout.texts[r], "rewards": dict(zip(names, values, strict=True)),
+                "log_ratio": round(float(log_ratio[r, : len(rollout.responses[r])].sum()), 4),
+            })  # fmt: skip
+
+
+def _on(value: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if value is None else value.to(device)
+
+
+def _rounded(values: Tensor) -> list[float]:
+    return [round(x, 4) for x in values.tolist()]

@@ -1,0 +1,281 @@
+"""The policies of a run: what is trained on top of the language model, how it takes (w, α), files of both.
+
+| policy              | what is trained                                            | takes (w, α) by              |
+|---------------------|------------------------------------------------------------|------------------------------|
+| clp, parameters     | m sets of the scope (m + 1 with several α), mixed          | `ParameterMixture`           |
+| clp, lora           | m adapters, mixed in each row                              | `LoraMixture`                |
+| clp, prompt         | one adapter and a `HyperPrompt`                            | virtual tokens, w only       |
+| expert of a soup    | one set, or one adapter, on one reward                     | nothing                      |
+| prompting           | one set, or one adapter                                    | words in front of the prompt |
+
+A rewarded soup (Ramé et al. 2023) is a mixture whose sets are the experts: Σ w_i θ_i. For adapters that is the average
+of the updates B_i A_i, so of the experts' whole parameters, and not of the factors apart. Where `train_shared` lets
+experts also differ outside of the scope, all their parameters are averaged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mopl.alignment import models
+from mopl.clp.config import ClpConfig
+from mopl.conditioning import (
+    AlphaCoefficients,
+    HyperPrompt,
+    HyperPromptModel,
+    LoraMixture,
+    ParameterMixture,
+    TextPrompt,
+    TuningRecord,
+    ValueHead,
+)
+from mopl.conditioning._parameter_mixture_parts import untie_head
+
+Conditioned = ParameterMixture | LoraMixture | HyperPromptModel
+
+
+class Policy(nn.Module):
+    """A trainable policy with its reference and, if there is one, its value head.
+
+    Args:
+        model: What is trained.
+        base: The language model that it started from, when that is another module; None: the model itself, with what
+            was trained switched off.
+        objectives: Names of the m rewards of the run.
+        single: The model is one for all trade-offs, or for one: it takes neither w nor α.
+        words: It reads w (and α) in front of the prompt.
+        takes_alpha: It is conditioned on α.
+        value: Value head on the reference's hidden state at the end of the prompt.
+    """
+
+    def __init__(
+        self,
+        model: Conditioned,
+        base: Any,
+        objectives: Sequence[str],
+        *,
+        single: bool = False,
+        words: bool = False,
+        takes_alpha: bool = False,
+        value: ValueHead | None = None,
+    ) -> None:
+        super().__init__()
+        self.model, self.value = model, value
+        self._base = (base,)  # in a tuple: the reference is no part of what is trained and saved
+        self.objectives = tuple(objectives)
+        self.single, self.words, self.takes_alpha = single, words, takes_alpha
+
+    @property
+    def causal_lm(self) -> Any:
+        """The causal language model inside."""
+        model: Any = self.model
+        return model.model if isinstance(model, ParameterMixture) else model.causal_lm
+
+    @property
+    def device(self) -> torch.device:
+        """Where the policy is."""
+        return next(self.model.parameters()).device
+
+    def arguments(self, weights: Tensor, alpha: Tensor) -> dict[str, Any]:  # (B, m), (B,)
+        """Return the keywords that tell the model its trade-offs."""
+        if self.single:
+            return {"weights": torch.ones(1, device=self.device)}
+        given: dict[str, Any] = {"weights": weights.to(self.device)}
+        if self.takes_alpha and not self.words:
+            given["alpha"] = alpha.to(self.device)
+        return given
+
+    def tokens(self, prompt: Sequence[int], weights: Tensor, alpha: float, tokenizer: Any) -> list[int]:
+        """Return a prompt as this policy reads it."""
+        if not self.words:
+            return list(prompt)
+        writer = text_prompt(self.objectives, alpha if self.takes_alpha else None)
+        return writer.prepend_ids(prompt, weights, tokenizer)
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[Any]:
+        """Give the reference inside a `with` block; it takes tokens alone."""
+        if self._base[0] is not None:
+            yield self._base[0]
+        else:
+            assert not isinstance(self.model, ParameterMixture)
+            with self.model.reference() as model:
+                yield model
+
+    @contextlib.contextmanager
+    def at(self, weights: Tensor, alpha: float) -> Iterator[tuple[Any, dict[str, Any]]]:
+        """Give the model of one trade-off, made once, with the keywords that its calls still need."""
+        if isinstance(self.model, HyperPromptModel):
+            yield self.model, {"weights": weights.to(self.device, torch.float32)}
+            return
+        w = torch.ones(1) if self.single else weights
+        with self.model.at(w, alpha if self.takes_alpha and not self.single else None) as model:
+            yield model, {}
+
+    def forward(
+        self,
+        inputs: dict[str, Tensor],
+        weights: Tensor,
+        alpha: Tensor,
+        temperature: float,
+        features: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return log π of the targets, (B, T), and the values (B,) if there is a head.
+
+        Args:
+            inputs: `input_ids`, `attention_mask` and `targets`, each (B, T).
+            weights: (B, m).
+            alpha: (B,).
+            temperature: divides the logits.
+            features: (B, H) hidden states of the reference at the ends of the prompts, for the value head.
+        """
+        output = self.model(**inputs, temperature=temperature, **self.arguments(weights, alpha))
+        value = None
+        if self.value is not None:
+            assert features is not None
+            value = self.value(features, weights, alpha)
+        return output.log_probs, value
+
+
+def text_prompt(objectives: Sequence[str], alpha: float | None = None) -> TextPrompt:
+    """Return how a trade-off is written in front of a prompt."""
+    return TextPrompt(tuple(objectives), "[{weights}]\n" if alpha is None else f"[{{weights}}; KL weight {alpha:g}]\n")
+
+
+def new_policy(base: Any, config: ClpConfig, objectives: Sequence[str], kind: str, expert: str | None = None) -> Policy:
+    """Return an untrained policy around a fused, frozen language model; it computes what that does.
+
+    Args:
+        base: The language model. Adapters are put into it (until `release`); mixtures of parameters take a copy.
+        config: Settings of the run.
+        objectives: Names of the m rewards.
+        kind: `"clp"`, `"expert"` or `"prompting"`.
+        expert: Name of an expert's reward.
+    """
+    clp, takes_alpha = kind == "clp", kind != "expert" and config.conditions_on_kl
+    scope = config.scope if clp else config.baseline_scope
+    names = tuple(objectives) if clp else (expert or kind,)
+    record = TuningRecord(names, beta=list(config.kl_weight) if takes_alpha else config.kl_weight[0])
+    rule = None
+    if clp and takes_alpha:
+        rule = AlphaCoefficients(min(config.kl_weight), config.kl_form, anchor=scope != "lora")
+    torch.manual_seed(config.seed)  # every model of a kind starts from the same parameters
+    model: Conditioned
+    own: Any = None
+    if scope == "lora":
+        with models._quiet():
+            model = LoraMixture(base, len(names), config=_lora(config), coefficients=rule, record=record)
+    elif scope == "prompt":
+        from peft import get_peft_model
+
+        with models._quiet():
+            wrapped = get_peft_model(base, _lora(config))
+        hidden = base.get_input_embeddings().weight.shape[1]
+        prompt = HyperPrompt(len(names), config.virtual_tokens, config.prompt_rank, hidden)
+        model = HyperPromptModel(wrapped, prompt, record=record)
+    else:
+        own = base
+        trained = copy.deepcopy(base).requires_grad_(config.train_shared)
+        model = ParameterMixture(trained, len(names), scope=scope, coefficients=rule, record=record)
+    value = None
+    if config.baseline == "value":
+        value = ValueHead(base.get_input_embeddings().weight.shape[1], len(objectives))
+    return Policy(
+        model, own, objectives, single=not clp, words=kind == "prompting", takes_alpha=takes_alpha, value=value
+    )
+
+
+def _lora(config: ClpConfig) -> Any:
+    from peft import LoraConfig, TaskType
+
+    targets = config.lora_targets
+    return LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
+        target_modules=targets[0] if len(targets) == 1 and targets[0] == "all-linear" else list(targets),
+        task_type=TaskType.CAUSAL_LM,
+    )
+
+
+def release(policy: Policy) -> None:
+    """Take adapters out of the language model again."""
+    if not isinstance(policy.model, ParameterMixture):
+        inner: Any = policy.model.model
+        inner.unload()
+
+
+def load_policy(folder: Path, base: Any, config: ClpConfig, objectives: Sequence[str], kind: str) -> Policy:
+    """Return a trained policy, or the soup of `save_soup`, in evaluation mode.
+
+    Args:
+        folder: Where it was saved.
+        base: As in `new_policy`.
+        config: Settings of the run.
+        objectives: Names of the m rewards.
+        kind: `"clp"`, `"expert"`, `"prompting"` or `"soup"`.
+
+    Raises:
+        FileNotFoundError: If the folder holds no model.
+    """
+    mixed = kind in ("clp", "soup")
+    scope = config.scope if kind == "clp" else config.baseline_scope
+    takes_alpha = kind in ("clp", "prompting") and config.conditions_on_kl
+    model: Conditioned
+    own: Any = None
+    with models._quiet():
+        if scope == "lora":
+            model = LoraMixture.from_pretrained(folder, base)
+        elif scope == "prompt":
+            model = HyperPromptModel.from_pretrained(folder, base)
+        else:
+            own, trained = base, copy.deepcopy(base)
+            if scope == "logits":
+                untie_head(trained)
+            model = ParameterMixture.from_pretrained(folder, trained)
+    return Policy(
+        model, own, objectives, single=not mixed, words=kind == "prompting", takes_alpha=takes_alpha
+    ).eval()  # fmt: skip
+
+
+@torch.no_grad()
+def save_soup(folders: Sequence[Path], target: Path, base: Any, config: ClpConfig, objectives: Sequence[str]) -> None:
+    """Write the mixture whose sets are the experts of these folders, one for each objective."""
+    record = TuningRecord(tuple(objectives), beta=config.kl_weight[0])
+    scope = config.baseline_scope
+    if scope == "lora":
+        from peft import set_peft_model_state_dict
+        from safetensors.torch import load_file
+
+        with models._quiet():
+            soup = LoraMixture(base, len(objectives), config=_lora(config), record=record)
+            wrapped: Any = soup.model
+            for name, folder, objective in zip(soup.adapters, folders, objectives, strict=True):
+                own = folder if objective == "default" else folder / objective.replace(".", "_")
+                state = load_file(str(own / models.ADAPTER_FILE))
+                result = set_peft_model_state_dict(wrapped, state, adapter_name=name)
+                if result.unexpected_keys:
+                    raise ValueError(f"the adapter of {own} does not fit: {', '.join(result.unexpected_keys[:3])}")
+            soup.save_pretrained(target)
+            wrapped.unload()
+        return
+    trained = copy.deepcopy(base)
+    if scope == "logits":
+        untie_head(trained)
+    mixture = ParameterMixture(
+        trained, len(objectives), scope="full" if config.train_shared else scope, record=record
+    )  # fmt: skip
+    for own, folder in zip(mixture.sets, folders, strict=True):
+        expert = copy.deepcopy(base)
+        if scope == "logits":
+            untie_head(expert)
+        expert = ParameterMixture.from_pretrained(folder, expert).model
+        for name, parameter in zip(mixture.names, own, strict=True):
+            parameter.copy_(expert.get_parameter(name))
+    mixture.save_pretrained(target)

@@ -1,0 +1,280 @@
+"""`mopl align --method clp` from prompts to report: policies, fronts, table, picture and page in one directory.
+
+config.json        settings, command line, seed, versions, what the prompts were
+log.jsonl          one line of figures every `log_every` steps: rewards, KL, entropy, lengths
+samples.jsonl      responses of rollouts as text, with their trade-off and rewards
+rewards.json       mean and deviation of each reward over answers of the untrained model
+base/              the front of the untrained model: one point
+front.json         mean rewards and KL on the grid (under clp-all in a folder for each method, with its model)
+model/             what was trained, see `mopl.clp.policies`
+evaluation.json    values, cost of decoding, steerability
+samples.json       answers to held-out prompts at every point of the grid
+table.txt, front.png, report.html
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mopl.alignment import models
+from mopl.alignment.generate import _seeded
+from mopl.alignment.recipe import RunInterrupted, _agree
+from mopl.clp.config import ClpConfig
+from mopl.clp.evaluate import Evaluation, Evaluator, make_front
+from mopl.clp.loss import RewardScale
+from mopl.clp.prompts import Prompts, describe, read_prompts, split_prompts
+from mopl.clp.rollout import Sampler
+from mopl.clp.runs import EVALUATION, FRONT, KIND, SAMPLES, config_of, list_tokenizer, method_folder, write_reports
+from mopl.clp.stages import Stages
+from mopl.ranking.evaluate import grid_of
+from mopl.rewards import FunctionReward, Reward, Rewards, available, make, prompt_key
+from mopl.training import RunLog, TrainingInterrupted, make_accelerator, write_file
+from mopl.training.run_directory import (
+    check_new_run,
+    command_line,
+    create_run,
+    environment,
+    next_run,
+    read_run,
+    version_changes,
+)
+
+# Settings that a resumed run may have otherwise: they change what is written or where, not what is computed.
+FREE_ON_RESUME = ("log_every", "checkpoint_every", "tensorboard", "device", "log_samples")
+REWARDS = "rewards.json"
+
+
+def train_policies(
+    config: ClpConfig,
+    run: str | Path | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    rewards: Rewards | None = None,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Train, evaluate and report; everything lands in one run directory.
+
+    Args:
+        config: Settings.
+        run: The run directory; `runs/<method>-<data>-<n>` with the next free n by default.
+        resume: Continue the run that is there, bit for bit as if it had never stopped.
+        overwrite: Replace the run that is there, once prompts, rewards and model are read and found sound.
+        rewards: The rewards themselves, named as in `config.rewards`; None makes them from these names.
+        say: Told, in a line, about each stage; on the main process only.
+
+    Returns:
+        The run directory.
+
+    Raises:
+        FileExistsError: If there is a run and neither `resume` nor `overwrite` is set.
+        FileNotFoundError: If there is no run to resume, or no prompts.
+        ValueError: If a setting is unsound, or a resumed run had other settings or prompts.
+        PolicyCollapsed: If a guard stopped a training.
+        TrainingDiverged: If a loss is no longer a number.
+        RunInterrupted: After Ctrl-C or SIGTERM, once a checkpoint is written.
+    """
+    if resume and run is None:
+        raise ValueError("--resume needs the run to continue; name it with --run")
+    if resume and overwrite:
+        raise ValueError("--resume continues a run and --overwrite deletes it; pass one of them")
+    accelerator = make_accelerator(cpu=config.device == "cpu")
+    tell = say if accelerator.is_main_process else (lambda text: None)
+    path = _agree(accelerator, str(run or next_run("runs", f"{config.method}-{Path(config.data).name.split('.')[0]}")))
+    record = read_run(path) if resume else None
+    if record is None:
+        check_new_run(path, overwrite=overwrite)
+    judge = make_rewards(config.rewards) if rewards is None else rewards
+    if len(judge) != len(config.rewards):
+        raise ValueError(f"rewards names {len(config.rewards)} rewards but {len(judge)} were passed; name each")
+    m = len(judge)
+    if len(config.reference_point) not in (0, 1, m):
+        raise ValueError(f"reference_point has {len(config.reference_point)} numbers for {m} rewards; pass {m}")
+    tokenizer = models.load_tokenizer(config.model)
+    texts = read_prompts(config.data, limit=config.limit)
+    prompts, long = split_prompts(texts, list_tokenizer(config, tokenizer), config)
+    tell(f"{len(prompts['train'])} prompts to train on, {len(prompts['test'])} to evaluate on"
+         + (f"; {long} of more than {config.max_prompt} tokens left out" if long else ""))  # fmt: skip
+    identity = {
+        "objectives": list(judge.names), "fingerprint": "-".join(p.fingerprint()[:32] for p in prompts.values()),
+        "splits": describe(prompts),
+    }  # fmt: skip
+    if record is not None:
+        check_resume(record, config.to_dict(), path)
+        if record["data"]["fingerprint"] != identity["fingerprint"]:
+            raise ValueError(
+                f"the prompts of {path} are not what they were when the run began (their fingerprint differs); put the "
+                "old files back, or start another run"
+            )
+        if changes := version_changes(record):
+            tell(f"note: versions changed since the run began ({'; '.join(changes)}); bits may differ")
+    base = models.load_causal_lm(config.model, dtype=config.dtype, attention=config.attention)
+    _check_length(base, config, prompts)
+    sampler = Sampler.of(base, tokenizer, config)
+    accelerator.wait_for_everyone()
+    if record is None and accelerator.is_main_process:
+        content = {"command": command_line(), "kind": KIND, "config": config.to_dict(), **environment()}
+        create_run(path, {**content, "data": identity}, overwrite=overwrite)
+    accelerator.wait_for_everyone()
+    log = RunLog(path, enabled=accelerator.is_main_process, tensorboard=config.tensorboard)
+    stages = Stages(path, config, prompts, base.to(accelerator.device), sampler, judge, accelerator, log, tell)
+    tell(f"run {path}")
+    try:
+        _work(stages, identity)
+    except TrainingInterrupted as stop:
+        raise RunInterrupted(path, f"in {stop.stage!r} after step {stop.step}") from None
+    except KeyboardInterrupt:
+        raise RunInterrupted(path, "between two steps") from None
+    finally:
+        log.close()
+    return path
+
+
+def _work(stages: Stages, identity: dict[str, Any]) -> None:
+    """Train, evaluate and report what is missing in a run directory."""
+    path, config, main = stages.path, stages.config, stages.accelerator.is_main_process
+    grid = grid_of(len(stages.objectives), config.points)
+    measured = measure_rewards(stages)
+    if config.normalize == "base":
+        stages.scale = measured
+    test = stages.prompts["test"].first(config.eval_prompts)
+    evaluator, base = Evaluator(stages, test), None
+    given = config.reference_point or tuple((measured.mean - 2 * measured.deviation).tolist())
+    corner = [float(x) for x in (given * len(stages.objectives) if len(given) == 1 else given)]
+
+    def finish(method: str, folder: Path, found: list[Evaluation], **cost: Any) -> None:
+        front = make_front(
+            found, method=method, config=config, objectives=stages.objectives, reference_point=corner,
+            description={"name": config.data, "split": "test", "answered": len(test), **identity}, **cost,
+        )  # fmt: skip
+        if main:
+            folder.mkdir(parents=True, exist_ok=True)
+            figures = [each.summary(stages.scale, config, stages.objectives, base) for each in found]
+            write_file(folder / EVALUATION, json.dumps(figures, indent=2) + "\n")
+            entries = [
+                {"prompt": prompt_key(test.texts[q]), "responses": [texts[q] for texts in found[0].texts]}
+                for q in range(min(config.samples, len(test)))
+            ]
+            write_file(folder / SAMPLES, json.dumps(entries, indent=2, ensure_ascii=False) + "\n")
+            front.save(folder / FRONT)  # last: where it is, the method is finished
+        stages.accelerator.wait_for_everyone()
+
+    todo = [(method, method_folder(path, config, method)) for method in config.methods]
+    todo = [(method, folder) for method, folder in todo if not (folder / FRONT).exists()]
+    if todo or not (path / "base" / FRONT).exists():
+        base = evaluator.base()  # again in a resumed run: the cost of decoding is relative to it
+        finish("base", path / "base", [base], seconds=0.0, parameters=0)
+    for method, folder in todo:
+        seconds, parameters = stages.train_method(method, folder)
+        stages.say(f"{method}: answering {len(test)} held-out prompts at {len(grid)} trade-offs")
+        finish(method, folder, evaluator.method(method, folder, grid), seconds=seconds, parameters=parameters)
+    for line in str(stages.rewards.report).splitlines() if stages.rewards.report.failed() else ():
+        stages.say(line)
+    if main:
+        write_reports(path)
+    stages.accelerator.wait_for_everyone()
+
+
+def measure_rewards(stages: Stages) -> RewardScale:
+    """Return mean and deviation of the rewards over answers of the untrained model, computed once in a run."""
+    file, config = stages.path / REWARDS, stages.config
+    if not file.is_file():
+        chosen = stages.prompts["train"].first(config.normalize_prompts)
+        rows = [i for i in range(len(chosen)) for _ in range(max(2, config.samples_per_prompt))]
+        with _seeded(config.seed, stages.base), torch.no_grad():
+            answers = stages.sampler.sample(stages.base, stages.base, [chosen.tokens[i] for i in rows])
+        values = stages.rewards(answers.texts, [chosen.texts[i] for i in rows])
+        names = stages.objectives
+        if config.normalize == "base":
+            scale = RewardScale.of(values, names)
+        else:
+            mean = values.nanmean(0).nan_to_num(0.0)
+            scale = RewardScale(mean, (values - mean).square().nanmean(0).sqrt().nan_to_num(0.0))
+        if stages.accelerator.is_main_process:
+            content = {"objectives": list(names), "mean": scale.mean.tolist(), "deviation": scale.deviation.tolist(),
+                       "answers": len(rows), "used": config.normalize == "base"}  # fmt: skip
+            write_file(file, json.dumps(content, indent=2) + "\n")
+        stages.accelerator.wait_for_everyone()
+    found = json.loads(file.read_text(encoding="utf-8"))
+    each = zip(found["objectives"], found["mean"], found["deviation"], strict=True)
+    stages.say("untrained model: " + ", ".join(f"{name} {mean:.4g} ± {spread:.4g}" for name, mean, spread in each))
+    return RewardScale(torch.tensor(found["mean"]), torch.tensor(found["deviation"]))
+
+
+def make_rewards(specs: tuple[str, ...]) -> Rewards:
+    """Make rewards from names of `mopl.rewards`, with options, or from `module:function`.
+
+    Raises:
+        ValueError: If there is no such reward, module or function.
+    """
+    return Rewards([_reward(spec) for spec in specs])
+
+
+def _reward(spec: str) -> Reward:
+    name, _, rest = spec.partition(":")
+    if name in available() or not rest.replace(".", "_").isidentifier():
+        return make(spec)
+    where = str(Path.cwd())
+    sys.path.insert(0, where)  # a module beside the user's data, as python -m would find it
+    try:
+        found: Any = importlib.import_module(name)
+        for part in rest.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"the reward {spec!r} is neither one of {', '.join(available())} nor a function of a module that can be "
+            f"imported here: {error}"
+        ) from error
+    finally:
+        sys.path.remove(where)
+    if isinstance(found, type):
+        found = found()
+    if isinstance(found, Reward):
+        return found
+    return FunctionReward(found, rest.split(".")[-1])
+
+
+def _check_length(base: Any, config: ClpConfig, prompts: dict[str, Prompts]) -> None:
+    """Raise if the model has fewer positions than the longest prompt, what is put in front, and a response."""
+    positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(len(tokens) for part in prompts.values() for tokens in part.tokens) + config.max_new_tokens
+    longest += config.virtual_tokens if config.scope == "prompt" else 0
+    if positions is not None and longest > positions:
+        raise ValueError(
+            f"prompts and responses have up to {longest} tokens but {config.model} knows {positions} positions; lower "
+            "max_prompt or max_new_tokens"
+        )
+
+
+def check_resume(record: dict[str, Any], changes: dict[str, Any], path: Path) -> ClpConfig:
+    """Return the settings of a run to resume, with the free ones among `changes` applied.
+
+    Args:
+        record: The run's `config.json`.
+        changes: Settings that were given again.
+        path: The run, for the message.
+
+    Raises:
+        ValueError: If a setting that matters differs, or it is a run of another command.
+    """
+    config = config_of(record, path)
+    given = ClpConfig.from_dict({**record["config"], **changes})
+    differ = [
+        f"{name} was {getattr(config, name)!r}, is {getattr(given, name)!r}"
+        for name in changes
+        if name not in FREE_ON_RESUME and getattr(config, name) != getattr(given, name)
+    ]
+    if differ:
+        raise ValueError(
+            f"{path} was started with other settings ({'; '.join(differ)}); leave them out to resume it, or start "
+            "another run"
+        )
+    free = {name: value for name, value in changes.items() if name in FREE_ON_RESUME}
+    return ClpConfig.from_dict({**record["config"], **free})

@@ -1,0 +1,334 @@
+"""Responses sampled from a policy, with what a loss needs: rewards, log-probabilities, at which trade-off.
+
+Samples come from softmax(logits / temperature) and nothing else, and every log-probability, of the policy and of the
+reference, is of that distribution: importance ratios and KL are those of what was sampled. The model's own
+generation_config, which may ask for top-p or penalties, is out of force meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mopl.alignment.data import Text
+from mopl.alignment.head import IGNORE_INDEX
+from mopl.clp.config import ClpConfig
+from mopl.clp.policies import Policy
+from mopl.clp.prompts import PromptBatch
+from mopl.rewards import Rewards
+from mopl.training import write_file
+from mopl.training.checkpoint import CheckpointFolder
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Sampled responses to R prompts, one each.
+
+    Attributes:
+        tokens: Tokens of each response, with the one that ended it.
+        texts: Without special tokens.
+        log_prob: (R,) log-probability of each, where the generation recorded it.
+        seconds: Of the generation.
+    """
+
+    tokens: list[list[int]]
+    texts: list[str]
+    log_prob: Tensor | None = None
+    seconds: float = 0.0
+
+
+class Sampler:
+    """Samples from language models at a run's temperature.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        ends: Tokens that end a response.
+        config: Settings.
+    """
+
+    def __init__(self, tokenizer: Any, ends: Sequence[int], config: ClpConfig) -> None:
+        from transformers import GenerationConfig
+
+        self.tokenizer, self.ends, self.config = tokenizer, tuple(ends), config
+        pad = tokenizer.pad_token_id
+        self.pad = int(pad if pad is not None else self.ends[0])
+        self._plain = GenerationConfig(
+            do_sample=True, temperature=config.temperature, top_k=0, top_p=1.0, max_new_tokens=config.max_new_tokens,
+            eos_token_id=list(self.ends), pad_token_id=self.pad, use_cache=True,
+        )  # fmt: skip
+
+    @classmethod
+    def of(cls, base: Any, tokenizer: Any, config: ClpConfig) -> Sampler:
+        """Return the sampler of a model: it ends where the tokenizer or the model's own settings say.
+
+        Raises:
+            ValueError: If nothing ends a response.
+        """
+        given = base.generation_config.eos_token_id
+        ends: list[int] = [given] if isinstance(given, int) else list(given or ())
+        if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
+            ends.append(int(tokenizer.eos_token_id))
+        if not ends:
+            raise ValueError("neither model nor tokenizer has an end-of-sequence token, so responses cannot end")
+        return cls(tokenizer, ends, config)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        model: Any,
+        causal_lm: Any,
+        prompts: Sequence[Sequence[int]],
+        arguments: Callable[[slice], dict[str, Any]] = lambda rows: {},
+        processor: Callable[[Tensor], Any] | None = None,
+    ) -> Answers:
+        """Answer each prompt once, drawing from the global generators.
+
+        Args:
+            model: What generates.
+            causal_lm: The language model inside it.
+            prompts: Tokens of R prompts.
+            arguments: Gives the keywords of `generate` for some of the rows.
+            processor: Makes a logits processor from an attention mask; log-probabilities are then recorded.
+        """
+        began = time.perf_counter()
+        before, causal_lm.generation_config = causal_lm.generation_config, self._plain
+        device = causal_lm.get_input_embeddings().weight.device
+        found: list[list[int]] = []
+        recorded: list[Tensor] = []
+        try:
+            for first in range(0, len(prompts), self.config.rows_at_once):
+                rows = slice(first, min(first + self.config.rows_at_once, len(prompts)))
+                ids, mask = self._padded(prompts[rows], device)
+                options = arguments(rows)
+                if processor is not None:
+                    from transformers import LogitsProcessorList
+
+                    options |= {
+                        "logits_processor": LogitsProcessorList([processor(mask)]), "output_scores": True,
+                        "return_dict_in_generate": True,
+                    }  # fmt: skip
+                output = model.generate(input_ids=ids, attention_mask=mask, **options)
+                new = (output if processor is None else output.sequences)[:, ids.shape[1] :]
+                tokens = [self._until_end(row) for row in new.tolist()]
+                if processor is not None:
+                    chosen = [
+                        scores.float().log_softmax(-1).gather(-1, new[:, t : t + 1])[:, 0]
+                        for t, scores in enumerate(output.scores)
+                    ]
+                    lengths = torch.tensor([len(row) for row in tokens], device=new.device)
+                    counted = torch.arange(new.shape[1], device=new.device) < lengths[:, None]
+                    recorded.append(torch.stack(chosen, 1).double().masked_fill(~counted, 0.0).sum(1).cpu())
+                found += tokens
+        finally:
+            causal_lm.generation_config = before
+        texts = self.tokenizer.batch_decode(found, skip_special_tokens=True)
+        return Answers(found, texts, torch.cat(recorded) if recorded else None, time.perf_counter() - began)
+
+    def _padded(self, prompts: Sequence[Sequence[int]], device: Any) -> tuple[Tensor, Tensor]:
+        width = max(len(row) for row in prompts)
+        ids = [[self.pad] * (width - len(row)) + list(row) for row in prompts]
+        mask = [[0] * (width - len(row)) + [1] * len(row) for row in prompts]
+        return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+    def _until_end(self, row: list[int]) -> list[int]:
+        return row[: next((i + 1 for i, token in enumerate(row) if token in self.ends), len(row))]
+
+    # ------------------------------------------------------------ log-probabilities
+
+    def inputs(
+        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], device: Any
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Return prompts with responses as a fused model takes them, and where the responses are.
+
+        Returns:
+            `input_ids`, `attention_mask`, `targets` (R, T), padded on the right; the place (R, n) in T of what predicts
+            each token of a response; which of these (R, n) exist.
+        """
+        whole = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
+        width, longest = max(map(len, whole)), max(map(len, responses))
+        ids = torch.full((len(whole), width), self.pad)
+        mask, targets = torch.zeros_like(ids), torch.full_like(ids, IGNORE_INDEX)
+        for row, (prompt, tokens) in enumerate(zip(prompts, whole, strict=True)):
+            ids[row, : len(tokens)], mask[row, : len(tokens)] = torch.tensor(tokens), 1
+            targets[row, len(prompt) - 1 : len(tokens) - 1] = torch.tensor(tokens[len(prompt) :])
+        starts = torch.tensor([len(prompt) - 1 for prompt in prompts])
+        lengths = torch.tensor([len(response) for response in responses])
+        step = torch.arange(longest)
+        exists = step < lengths[:, None]
+        place = torch.where(exists, starts[:, None] + step, 0)
+        found = {"input_ids": ids, "attention_mask": mask, "targets": targets}
+        return {k: v.to(device) for k, v in found.items()}, place.to(device), exists.to(device)
+
+    @torch.no_grad()
+    def score(
+        self,
+        model: Any,
+        prompts: Sequence[Sequence[int]],
+        responses: Sequence[Sequence[int]],
+        device: Any,
+        arguments: dict[str, Any] | None = None,
+        head: Any = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return log-probabilities (R, n) of responses under a fused model, 0 behind their ends.
+
+        Args:
+            model: The model.
+            prompts: R prompts as it reads them.
+            responses: R responses, the longest of n tokens.
+            device: Where it is.
+            arguments: Keywords of its forward.
+            head: Its output head, to also return what it got at the ends of the prompts.
+
+        Returns:
+            (R, n) float32, and (R, H) or None.
+        """
+        n = max(map(len, responses))
+        columns, states = [], []
+        for first in range(0, len(prompts), self.config.rows_at_once):
+            rows = slice(first, first + self.config.rows_at_once)
+            inputs, place, exists = self.inputs(prompts[rows], responses[rows], device)
+            with _captured(head) as seen:
+                output = model(**inputs, temperature=self.config.temperature, **(arguments or {}))
+            values = output.log_probs.gather(1, place).masked_fill(~exists, 0.0)
+            columns.append(torch.nn.functional.pad(values, (0, n - values.shape[1])))
+            if head is not None:
+                states.append(seen[0][torch.arange(len(place), device=place.device), place[:, 0]])
+        return torch.cat(columns), torch.cat(states) if states else None
+
+
+@contextlib.contextmanager
+def _captured(head: Any) -> Iterator[list[Tensor]]:
+    """Collect what an output head gets inside a `with` block."""
+    seen: list[Tensor] = []
+    if head is None:
+        yield seen
+        return
+    handle = head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+# ---------------------------------------------------------------- a rollout
+
+
+@dataclass
+class Rollout:
+    """R responses, S for each of P prompts, in the order of the prompts.
+
+    Attributes:
+        step: The step they were sampled at.
+        prompts: Tokens of the prompts as the policy reads them, R.
+        responses: Tokens of the responses, R.
+        texts: The responses.
+        asked: The prompts.
+        rewards: (R, m) in the rewards' own units, NaN where one failed.
+        weights: (R, m).
+        alpha: (R,).
+        reference: (R, n) log-probabilities of the tokens under the reference.
+        features: (R, H) the reference's hidden states at the ends of the prompts, if asked for.
+        behaviour: (R, n) log-probabilities under the policy that sampled, once they are known.
+    """
+
+    step: int
+    prompts: list[list[int]]
+    responses: list[list[int]]
+    texts: list[str]
+    asked: list[Text]
+    rewards: Tensor
+    weights: Tensor
+    alpha: Tensor
+    reference: Tensor
+    features: Tensor | None = None
+    behaviour: Tensor | None = None
+
+
+def roll(policy: Policy, batch: PromptBatch, sampler: Sampler, rewards: Rewards, samples: int) -> Rollout:
+    """Sample responses to a batch of prompts, each at its trade-off, and judge them."""
+    rows = [i for i in range(len(batch)) for _ in range(samples)]
+    w, alpha = batch.weights[rows], batch.alpha[rows]
+    plain = [list(batch.tokens[i]) for i in rows]
+    own = [
+        policy.tokens(tokens, w[r], float(alpha[r]), sampler.tokenizer) for r, tokens in enumerate(plain)
+    ]  # fmt: skip
+    training = policy.training
+    policy.eval()
+    try:
+        answers = sampler.sample(
+            policy.model, policy.causal_lm, own, lambda part: policy.arguments(w[part], alpha[part])
+        )
+        head = policy.causal_lm.get_output_embeddings() if policy.value is not None else None
+        with policy.reference() as reference:
+            if policy.value is not None and reference is not policy.model:
+                head = reference.get_output_embeddings()
+            base, features = sampler.score(reference, plain, answers.tokens, policy.device, head=head)
+    finally:
+        policy.train(training)
+    asked = [batch.texts[i] for i in rows]
+    return Rollout(
+        batch.step, own, answers.tokens, answers.texts, asked, rewards(answers.texts, asked), w, alpha, base, features
+    )
+
+
+class RolloutStore:
+    """Keeps the rollout of several steps, on disk as well, so that a training stopped between them goes on exactly.
+
+    A file stays as long as a checkpoint could need it: checkpoints at the ends of rollouts need none.
+
+    Args:
+        folder: For the files; also that of the checkpoints is known.
+        epochs: Steps that a rollout serves.
+        checkpoints: Folder of the training's checkpoints.
+    """
+
+    def __init__(self, folder: Path, epochs: int, checkpoints: Path) -> None:
+        self.folder, self.epochs, self.checkpoints = folder, epochs, CheckpointFolder(checkpoints)
+        self._kept: dict[tuple[int, int], Rollout] = {}
+
+    def _file(self, batch: PromptBatch) -> Path:
+        return self.folder / f"step-{batch.step:06d}-part-{batch.part}-of-{batch.parts}.pt"
+
+    def find(self, batch: PromptBatch, step: int) -> Rollout | None:
+        """Return the rollout of a batch if it was made before `step`.
+
+        Raises:
+            FileNotFoundError: If the training is between two rollouts and the file is gone.
+        """
+        if step == batch.step:
+            return None
+        kept = self._kept.get((batch.step, batch.part))
+        if kept is None:
+            file = self._file(batch)
+            if not file.is_file():
+                raise FileNotFoundError(
+                    f"{file} is missing: step {step + 1} goes on with the samples of step {batch.step + 1}, as many "
+                    "parts and processes as before; delete the newest checkpoint to go back to an older one"
+                )
+            kept = self._kept[batch.step, batch.part] = Rollout(**torch.load(file, weights_only=True))
+        return kept
+
+    def keep(self, batch: PromptBatch, rollout: Rollout) -> None:
+        """Remember a rollout whose `behaviour` is known for the steps to come."""
+        if self.epochs == 1:
+            return
+        self._kept = {key: kept for key, kept in self._kept.items() if key[0] == batch.step}
+        self._kept[batch.step, batch.part] = rollout
+        self.folder.mkdir(parents=True, exist_ok=True)
+        content = {
+            f.name: v.cpu() if isinstance(v := getattr(rollout, f.name), Tensor) else v
+            for f in dataclasses.fields(rollout)
+        }
+        write_file(self._file(batch), lambda path: torch.save(content, path))
+        oldest = min((c.step for c in self.checkpoints.all()), default=0) // self.epochs * self.epochs
+        for file in self.folder.glob(f"step-*-part-{batch.part}-of-{batch.parts}.pt"):
+            if int(file.name.split("-")[1]) < min(oldest, batch.step):
+                file.unlink()

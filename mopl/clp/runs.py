@@ -1,0 +1,285 @@
+"""Finished runs of `mopl align --method clp`: their models for any trade-off, fronts and reports.
+
+>>> run = open_run("runs/clp-prompts-1")                                             # doctest: +SKIP
+>>> model = run.load(weights=[0.7, 0.3])                                             # doctest: +SKIP
+>>> model.generate(**run.tokenizer("Hello", return_tensors="pt"))                    # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mopl.alignment import models
+from mopl.alignment.tokenization import ListTokenizer
+from mopl.clp.config import ALL, ClpConfig
+from mopl.clp.policies import load_policy, release, text_prompt
+from mopl.conditioning import HyperPromptModel, TextPrompt, check_weights
+from mopl.pareto import Front
+from mopl.ranking.evaluate import grid_of
+from mopl.report import Metric
+from mopl.training import write_file
+from mopl.training.run_directory import read_run
+
+FRONT, EVALUATION, SAMPLES = "front.json", "evaluation.json", "samples.json"
+KIND = "clp"
+
+
+@dataclass
+class OpenRun:
+    """A finished run: what generation and reports need.
+
+    Attributes:
+        path: The run directory.
+        config: Its settings.
+        objectives: Names of the m rewards, in the order of the weights.
+    """
+
+    path: Path
+    config: ClpConfig
+    objectives: tuple[str, ...]
+
+    @property
+    def grid(self) -> Tensor:
+        """(n, m) float64, the weights of the run's fronts."""
+        return grid_of(len(self.objectives), self.config.points)
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods that have a front."""
+        return self.config.methods
+
+    @property
+    def method_name(self) -> str:
+        """The run's only method, or clp where it has all."""
+        return "clp" if self.config.method == ALL else self.config.method
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the language model."""
+        return models.load_tokenizer(self.config.model)
+
+    @property
+    def list_tokenizer(self) -> ListTokenizer:
+        """How the run turned prompts into tokens."""
+        return list_tokenizer(self.config, self.tokenizer)
+
+    def is_conditioned(self, method: str | None = None) -> bool:
+        """Whether the model of `load` still takes weights: of scope prompt, and words of the prompting baseline."""
+        method = self._method(method)
+        return method == "prompting" or (method == "clp" and self.config.scope == "prompt")
+
+    def takes_temperature(self, method: str | None = None) -> bool:
+        """Whether a model takes temperatures of objectives: none here does."""
+        return False
+
+    def text_prompt(self, method: str | None = None, kl_weight: float | None = None) -> TextPrompt | None:
+        """Return how weights are written into prompts, or None where a method takes them otherwise."""
+        if self._method(method) != "prompting":
+            return None
+        alpha = self.config.kl_weight[0] if kl_weight is None else kl_weight
+        return text_prompt(self.objectives, alpha if self.config.conditions_on_kl else None)
+
+    def base_model(self, device: torch.device | str = "cpu") -> Any:
+        """Return the language model that the run started from, fused, without dropout."""
+        return models.load_causal_lm(
+            self.config.model, dtype=self.config.dtype, attention=self.config.attention
+        ).to(device)  # fmt: skip
+
+    def load(
+        self,
+        method: str | None = None,
+        weights: Sequence[float] | Tensor | None = None,
+        device: torch.device | str = "cpu",
+        *,
+        kl_weight: float | None = None,
+    ) -> nn.Module:
+        """Return the model of a trade-off, in evaluation mode.
+
+        Args:
+            method: One of `methods` with a model of its own: clp, rewarded-soups or prompting; by default the only
+                one, or clp.
+            weights: (m,) on the simplex. Not needed where `is_conditioned`.
+            device: Where the model goes.
+            kl_weight: α, for a policy conditioned on it; None: the run's first.
+
+        Returns:
+            A plain causal language model, merged, that decodes at the cost of one; or for scope prompt a
+            `HyperPromptModel`, and for prompting the one model that `text_prompt` asks. Each call loads a model of its
+            own.
+
+        Raises:
+            ValueError: If the run has no such method, or weights are missing or off the simplex.
+        """
+        method = self._method(method)
+        if method in ("logit-mixing", "dera"):
+            raise ValueError(f"{method} mixes models while it decodes and has none of its own; see mopl.decoding")
+        conditioned = self.is_conditioned(method)
+        if weights is None and not conditioned:
+            raise ValueError(f"weights are missing; pass one for each of {', '.join(self.objectives)}")
+        kind = "soup" if method == "rewarded-soups" else method
+        folder = method_folder(self.path, self.config, method) / "model"
+        policy = load_policy(folder, self.base_model(), self.config, self.objectives, kind)
+        model: Any = policy.model
+        if not isinstance(model, HyperPromptModel):
+            w = torch.ones(1) if policy.single else check_weights(weights, len(self.objectives))  # type: ignore[arg-type]
+            alpha = self.config.kl_weight[0] if kl_weight is None else kl_weight
+            merged = model.merge(w, alpha if policy.takes_alpha and not policy.single else None)
+            release(policy)
+            model = merged
+        return model.to(device).eval()
+
+    def _method(self, method: str | None) -> str:
+        method = method or self.method_name
+        if method not in self.methods:
+            raise ValueError(f"{self.path} has no {method}; it has {', '.join(self.methods)}")
+        return method
+
+
+def is_clp_run(record: dict[str, Any]) -> bool:
+    """Say whether the `config.json` of a run is one of `mopl align --method clp` and its baselines."""
+    return record.get("kind") == KIND
+
+
+def open_run(path: str | Path) -> OpenRun:
+    """Open a finished run.
+
+    Raises:
+        FileNotFoundError: If there is no run, or it is not finished.
+        ValueError: If it is a run of another command.
+    """
+    path = Path(path)
+    record = read_run(path)
+    config = config_of(record, path)
+    run_fronts(path)
+    return OpenRun(path, config, tuple(record["data"]["objectives"]))
+
+
+def config_of(record: dict[str, Any], path: str | Path) -> ClpConfig:
+    """Return the settings of a run.
+
+    Raises:
+        ValueError: If it is a run of another command.
+    """
+    if not is_clp_run(record):
+        raise ValueError(f"{path} is a run of another command, not of mopl align --method clp")
+    return ClpConfig.from_dict(record["config"])
+
+
+def list_tokenizer(config: ClpConfig, tokenizer: Any) -> ListTokenizer:
+    """Return how a run turns prompts into tokens."""
+    return ListTokenizer(tokenizer, max_length=None, template=config.template, append_eos=False)
+
+
+def method_folder(path: Path, config: ClpConfig, method: str) -> Path:
+    """Return where a method's front is: the run itself, or a folder each under clp-all."""
+    return path / method if config.method == ALL else path
+
+
+def run_fronts(path: str | Path) -> list[Front]:
+    """Return the fronts of a run, that of the untrained model first.
+
+    Raises:
+        FileNotFoundError: If there is no run, or it is not finished.
+    """
+    path = Path(path)
+    config = config_of(read_run(path), path)
+    folders = [path / "base", *(method_folder(path, config, method) for method in config.methods)]
+    if any(not (folder / FRONT).is_file() for folder in folders):
+        raise FileNotFoundError(f"the run {path} is not finished; continue it with: mopl align --run {path} --resume")
+    return [Front.load(folder / FRONT) for folder in folders]
+
+
+def metric_of(config: ClpConfig) -> Metric:
+    """Return what the figures of a run's fronts are."""
+    return Metric(
+        "mean reward",
+        f"over sampled answers of at most {config.max_new_tokens} tokens at temperature {config.temperature:g}, in the "
+        "reward's own unit; main: mean log-ratio of an answer to the reference, in nats",
+        higher_is_better=False,
+        main_name="(nats)",
+    )
+
+
+def load_samples(path: Path, config: ClpConfig, fronts: Sequence[Front]) -> dict[str, list[Any]] | None:
+    """Return the answers of a run as the page takes them: for each method a list of texts a point; None without any."""
+    found: dict[str, list[Any]] = {}
+    lengths = {front.method: len(front.points) for front in fronts}
+    for method in config.methods:
+        file = method_folder(path, config, method) / SAMPLES
+        entries = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+        if not entries or method not in lengths:
+            continue
+        points: list[Any] = [[] for _ in range(lengths[method])]
+        for entry in entries:
+            for place, text in enumerate(entry["responses"]):
+                points[place].append({"prompt": entry["prompt"], "text": text})
+        found[method] = points
+    return found or None
+
+
+def write_reports(path: Path) -> None:
+    """Write table.txt, front.png and report.html of a run from its fronts and samples."""
+    from mopl.report import plot_front, write_page
+    from mopl.report.table import as_text, summarise
+
+    record = read_run(path)
+    config = config_of(record, path)
+    fronts, metric = run_fronts(path), metric_of(config)
+    write_file(path / "table.txt", as_text(summarise(fronts, metric)))
+    plot_front(fronts, path / "front.png", metric=metric)
+    samples = load_samples(path, config, fronts)
+    write_page(fronts, path / "report.html", metric=metric, configuration=record, samples=samples)
+
+
+def compare(
+    runs: Sequence[str | Path],
+    *,
+    html: str | Path | None = None,
+    png: str | Path | None = None,
+    table: str | Path | None = None,
+) -> str:
+    """Print one table of several runs and write what is asked for; a single run gets its own files anew.
+
+    Returns:
+        The table as text.
+
+    Raises:
+        FileNotFoundError: If a run is missing or not finished.
+        ValueError: If the runs have different rewards, or are of different commands.
+    """
+    from mopl.report import plot_front, print_table, write_page
+
+    records = [read_run(run) for run in runs]
+    configs = [config_of(record, run) for record, run in zip(records, runs, strict=True)]
+    fronts: list[Front] = []
+    for run in runs:
+        for front in run_fronts(run):
+            same = any((f.method, f.seed) == (front.method, front.seed) for f in fronts)
+            if not (same and front.method == "base"):
+                fronts.append(
+                    dataclasses.replace(front, method=f"{front.method} ({Path(run).name})") if same else front
+                )
+    metric = metric_of(configs[0])
+    if len(runs) == 1 and not (html or png or table):
+        write_reports(Path(runs[0]))
+    text = print_table(fronts, metric=metric)
+    if len({record["data"]["fingerprint"] for record in records}) > 1:
+        print("note: these runs were measured on different prompts")
+    if table is not None:
+        write_file(table, text)
+    if png is not None:
+        plot_front(fronts, png, metric=metric)
+    if html is not None:
+        samples = load_samples(Path(runs[0]), configs[0], fronts) if len(runs) == 1 else None
+        write_page(fronts, html, metric=metric, configuration=records[0] if len(records) == 1 else records,
+                   samples=samples)  # fmt: skip
+    return text
