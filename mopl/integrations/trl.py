@@ -31,6 +31,7 @@ from trl import DPOConfig  # type: ignore[attr-defined]
 
 from mopl.alignment.collate import ListCollator
 from mopl.alignment.tokenization import TokenizedData
+from mopl.integrations._data import Examples
 from mopl.integrations._objective import ListLoss, PairLoss
 from mopl.integrations._settings import ObjectiveArguments
 from mopl.integrations.transformers import MultiObjectiveTrainer
@@ -122,7 +123,7 @@ class MultiObjectiveDPOTrainer(MultiObjectiveTrainer):
                 loading["quantization_config"] = quantization_config
         elif quantization_config is not None:
             raise ValueError("quantization_config is for a model that is loaded here by name; quantise it when loading")
-        if processing_class is None and not isinstance(train_dataset, TokenizedData):
+        if processing_class is None and not isinstance(train_dataset, (TokenizedData, Examples)):
             from transformers import AutoTokenizer
 
             name = model if isinstance(model, str) else getattr(model, "name_or_path", "")
