@@ -38,8 +38,8 @@ class Sampling:
     """
 
     max_new_tokens: int = 40
-    temperature: float = 0.9
-    top_k: int = 40
+    temperature: float = 0.7
+    top_k: int = 20
     rows: int = 64
     seed: int = 0
 
