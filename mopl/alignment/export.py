@@ -263,6 +263,7 @@ def _add_virtual_tokens(model: Any, prefix: Tensor, front: Front, keep_tied: boo
         bias[ids] = NEVER
     config = model.generation_config
     config.suppress_tokens = [*(config.suppress_tokens or []), *front.ids]
+    config._from_model_config = False  # else versions of transformers may make it anew, without them
 
 
 def _set_embeddings(embedding: Any, ids: Tensor, prefix: Tensor, name: str) -> None:
