@@ -53,7 +53,7 @@ class Stage:
 
 
 def _tests(name: str, what: str, file: str, *functions: str) -> Stage:
-    """Return a stage of tests, those whose names contain one of `functions`; -v so that a log that is cut off tells."""
+    """Return a stage of the tests whose names contain one of `functions`; -v so that a log that is cut off tells."""
     chosen = ("-k", " or ".join(functions)) if functions else ()
     command = ("-m", "pytest", "-m", "gpu", "-v", "--tb=short", "--maxfail=20", "-p", "no:cacheprovider", file, *chosen)
     return Stage(f"tests-{name}", what, command, ("--collect-only", "-qqq"))
@@ -73,6 +73,7 @@ EXTREMES = (
     "gradients_of_confident", "below_e_to", "infinite_logits_are", "second_dimension", "cache_with_offsets", "all_rows",
 )  # fmt: skip
 USES = ("linear_repeats", "linear_nothing", "max_rows", "share_rows", "autocast", "compiles_once", "never_held")
+DTYPES = ("bfloat16", "float16", "float32")
 STAGES = (
     Stage("limits", "copy bandwidth and matrix-product rate of this GPU", ("-m", "bench.limits", "{out}")),
     _tests("listnet", "kernels of ListNet against float64", _LISTS, "test_listnet"),
@@ -80,8 +81,9 @@ STAGES = (
     _tests("lists", "what both have in common", _LISTS, "partial", "extreme", "confident", "repeats", "nothing",
            "offsets", "compiled", "apart"),
     _tests("gathered", "gathered log-probabilities against float64", _LOGPROB, "test_gathered"),
-    _tests("linear-errors", "errors of linear_logprob", _LOGPROB, "linear_errors"),
-    _tests("linear-fused", "its fused kernel with every tile", _LOGPROB, "linear_fused"),
+    # By dtype, because most of their time goes into compiling.
+    *(_tests(f"errors-{d}", "errors of linear_logprob", _LOGPROB, f"linear_errors and torch.{d}") for d in DTYPES),
+    *(_tests(f"fused-{d}", "its fused kernel, every tile", _LOGPROB, f"linear_fused and torch.{d}") for d in DTYPES),
     _tests("linear-extremes", "sure and impossible tokens, huge sizes", _LOGPROB, *EXTREMES),
     _tests("linear-uses", "repeats, shared rows, autocast, compiler, memory", _LOGPROB, *USES),
     _lists("lists-short", "list losses beside the peers", "--objectives", "1", "--sizes", "2", "8", "32"),
