@@ -9,7 +9,7 @@ from torch import Tensor, nn
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
-from mopl.alignment import fuse
+from mopl.alignment import fuse, score_sequences
 from mopl.conditioning import AlphaCoefficients, LoraMixture, ParameterMixture
 from mopl.steering import soup
 
@@ -161,13 +161,21 @@ def test_outputs_of_rows_keep_their_type_and_losses_are_refused() -> None:
         mixture(input_ids=IDS, weights=ROWS[:3])
 
 
-def test_fused_model_gives_log_probabilities_of_rows() -> None:
-    fused = ParameterMixture(fuse(build()), 2, scope="full")
+@pytest.mark.parametrize("scope", ["full", "logits", "lora"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fused_model_gives_log_probabilities_of_rows(family: str, scope: str) -> None:
+    if scope == "lora":
+        targets = ["c_attn"] if family == "gpt2" else ["q_proj", "v_proj"]
+        fused = LoraMixture(fuse(build(family)), 2, config=peft.LoraConfig(r=2, target_modules=targets))
+    else:
+        fused = ParameterMixture(fuse(build(family)), 2, scope=scope)
     spread(fused).eval()
     targets = IDS.roll(-1, 1)
     output = fused(input_ids=IDS, attention_mask=MASK, targets=targets, weights=ROWS)
     expected = logits(fused, weights=ROWS).log_softmax(-1).gather(-1, targets[..., None])[..., 0]
     torch.testing.assert_close(output.log_probs * MASK, expected * MASK, rtol=1e-4, atol=1e-5)
+    scores = score_sequences(fused, {"input_ids": IDS, "attention_mask": MASK, "labels": IDS}, weights=ROWS).scores
+    torch.testing.assert_close(scores, output.log_probs[:, :-1].sum(-1), rtol=1e-4, atol=1e-5)
 
 
 def test_any_module_with_buffers_can_be_mixed() -> None:
