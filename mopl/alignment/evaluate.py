@@ -25,7 +25,7 @@ from mopl.alignment.methods import ListScores, ResponseLoss, response_lengths
 from mopl.alignment.tokenization import TokenizedList
 from mopl.ranking.metrics import bootstrap_interval
 
-MAIN = "deviation from the reference"
+MAIN = "deviation"
 LISTS_PER_BATCH = 256
 # The paper's reference point is 1.1 for losses on pairs, where the untrained model's loss is ln 2.
 REFERENCE_FACTOR = 1.1 / 0.6931471805599453

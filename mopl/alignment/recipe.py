@@ -177,7 +177,7 @@ def _work(
         scales = (1.0, *_other_scales(config))[: len(evaluations)]
         front = make_front(
             evaluations, method=method, objectives=stages.objectives, reference_point=corner, seed=config.seed,
-            description={"name": config.data, "split": "test", "lists": len(test.tokens), **identity},
+            description={"name": _data_word(config), "split": "test", "lists": len(test.tokens), **identity},
             bootstrap=config.bootstrap, scales=scales, **cost,
         )  # fmt: skip
         if main:

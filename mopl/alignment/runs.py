@@ -199,7 +199,7 @@ def metric_of(config: AlignConfig) -> Metric:
         "held-out loss",
         f"{config.loss} of log-probabilities {scored}, in nats; main: mean |log p - log p0| of a response, in nats",
         higher_is_better=False,
-        main_name="(nats)",
+        main_name="from the reference (nats)",
     )
 
 
