@@ -273,6 +273,21 @@ def test_the_loss_is_computed_in_float32_outside_autocast_under_mixed_precision(
     trainer.train()
     assert seen == [(torch.float32, torch.float32, False)]
     assert torch.bfloat16 in embedded  # the forward itself was in mixed precision
+    trainer.model.eval()
+    with torch.autocast("cpu", torch.bfloat16):  # as callers do who bring a loop of their own
+        loss = trainer.compute_loss(trainer.model, inputs_of(trainer, range(3)))
+    assert seen[-1] == (torch.float32, torch.float32, False) and loss.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["linear", "chebyshev", "smooth_chebyshev"])
+def test_scalarizers_turn_the_loss_vector_and_w_into_one_number(tmp_path, name):
+    trainer = make(tmp_path, scalarization=name, cosine_penalty=0.3, cosine_sign="cosmos")
+    inputs = inputs_of(trainer, range(4))
+    loss, outputs = trainer.compute_loss(trainer.model.eval(), inputs, return_outputs=True)
+    vector, weights = outputs["loss_vector"], outputs["weights"]
+    value = getattr(losses.scalarize, name)(vector, weights)
+    value = value + 0.3 * losses.scalarize.cosine_penalty(vector, weights, "cosmos")
+    torch.testing.assert_close(loss, value.mean())
 
 
 # ---------------------------------------------------------------- the step's batch
@@ -661,6 +676,11 @@ def test_arguments_come_from_a_command_line(tmp_path):
     words = ["--output_dir", str(tmp_path), "--objectives", "a", "b", "--beta", "0.3", "--list_loss", "plackett_luce"]
     (config,) = parser.parse_args_into_dataclasses([*words, "--objective_beta", "0.1", "0.2", "--use_cpu", "True"])
     assert config.objectives == ["a", "b"] and config.beta == 0.3 and config.objective_beta == [0.1, 0.2]
+
+
+def test_the_package_of_integrations_imports_no_trainer():
+    code = "import sys, mopl.integrations; assert not {'transformers', 'trl', 'peft'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 # ---------------------------------------------------------------- two processes
