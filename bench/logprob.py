@@ -156,11 +156,11 @@ def head(mode: str, sizes: list[str], report: Report, end: float) -> None:
                 )  # fmt: skip
         report.note(absent=absent, mode=mode, flop_per_second=flops)
         if large(rows, width, vocabulary) and "mopl" in seconds:
-            floor = HEAD_FLOP[mode] * rows * vocabulary * width / flops
-            report.target(size, "share of the limit", TARGET_SHARE[mode], floor / seconds["mopl"])
+            own = next(peer.flop[mode] for peer in peers if peer.name == "mopl") * rows * vocabulary * width
+            report.target(size, "share of the limit", TARGET_SHARE[mode], own / flops / seconds["mopl"])
             for name in RIVALS if mode in TARGET_RATIO else ():
                 if name in seconds:
-                    report.target(size, f"time of {name}", TARGET_RATIO[mode], seconds[name] / seconds["mopl"])
+                    report.target(size, f"time of {name} over mopl's", TARGET_RATIO[mode], seconds[name] / seconds["mopl"])
         del hidden, weight, few, steps
         gc.collect()
     _list_absent(head_peers(1, 1, 2, ON_GPU))
