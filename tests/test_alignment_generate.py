@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from tiny_language_models import CHAT, PROMPTS, WEIGHTS, build, conditioned, lora, prompt, tokenizer
 
-from mopl.alignment import is_fused
+from mopl.alignment import fuse, is_fused
 from mopl.alignment.generate import generate
 from mopl.alignment.reference_mixture import Reference, ReferenceMixture
 from mopl.alignment.tokenization import ListTokenizer
@@ -254,6 +254,32 @@ def log_prob(model, ids: list[int], response, **condition) -> float:
     """log p(response | ids), token by token."""
     steps = range(len(response))
     return sum(float(next_log_probs(model, [*ids, *response[:t]], **condition)[response[t]]) for t in steps)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_candidates_of_weights_in_words_and_of_another_reference(fused: bool) -> None:
+    model, other, c = lora(build()), build("gpt2"), 1.6
+    if fused:
+        fuse(model.get_base_model())
+    answer = generate(
+        model, tokenizer(), PROMPTS[:2], [0.25, 0.75], text_prompt=PAIR, scale=c, reference=other, candidates=3,
+        rerank="resample", seed=2, max_new_tokens=4,
+    )[1]  # fmt: skip
+    plain = ids_of(PROMPTS[1])
+    told = [plain[0], *ids_of("[helpful: 0.25, harmless: 0.75]")[1:], *plain[1:]]
+    for candidate in answer.candidates:
+        log_p, log_p0 = log_prob(model, told, candidate.tokens), log_prob(other, plain, candidate.tokens)
+        assert candidate.log_prob == pytest.approx(log_p, abs=1e-3)
+        assert candidate.reference_log_prob == pytest.approx(log_p0, abs=1e-3)
+        assert candidate.score == pytest.approx((1 - 1 / c) * log_p0 + log_p / c, abs=1e-3)
+    assert is_fused(model.get_base_model()) == fused and not is_fused(other)
+
+
+def test_beams_of_weights_in_words() -> None:
+    model, options = lora(build()), {"text_prompt": PAIR, "scale": 0.5, "num_beams": 3, **LONG}
+    together = generate(model, tokenizer(), PROMPTS, [[0.25, 0.75], [0.7, 0.3], [0.25, 0.75]], **options)
+    for text, w, answer in zip(PROMPTS, [[0.25, 0.75], [0.7, 0.3], [0.25, 0.75]], together, strict=True):
+        assert generate(model, tokenizer(), text, w, **options)[0].tokens == answer.tokens
 
 
 @pytest.mark.parametrize("scale", [2.5, 1.0])

@@ -41,6 +41,7 @@ from mopl.conditioning import TextPrompt
 from mopl.steering import rescale
 
 RERANK = ("best", "resample")
+TOKENS_PER_PASS = 8192  # of one forward pass that scores candidates: no logits are made, so it takes little memory
 
 
 @dataclass(frozen=True)
@@ -345,18 +346,23 @@ def _log_probs(
     pad: int,
     arguments: Mapping[str, Tensor],
 ) -> Tensor:
-    """Return log p(response | prompt), (B, n), one forward pass for each of the n."""
-    device = next(model.parameters()).device
-    columns = []
-    for j in range(len(grouped[0])):
-        whole = [[*prompt, *group[j]] for prompt, group in zip(prompts, grouped, strict=True)]
-        width = max(len(tokens) for tokens in whole)
-        ids = torch.full((len(whole), width), pad, device=device)
+    """Return log p(response | prompt), (B, n)."""
+    device, n = next(model.parameters()).device, len(grouped[0])
+    whole = [[*prompt, *tokens] for prompt, group in zip(prompts, grouped, strict=True) for tokens in group]
+    starts = [len(prompt) for prompt in prompts for _ in range(n)]
+    of_row = {name: value.repeat_interleave(n, 0) for name, value in arguments.items()}
+    width = max(len(tokens) for tokens in whole)
+    rows = max(TOKENS_PER_PASS // width, 1)
+    scores = []
+    for first in range(0, len(whole), rows):
+        part = whole[first : first + rows]
+        ids = torch.full((len(part), width), pad)
         mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORE_INDEX)
-        for row, (prompt, tokens) in enumerate(zip(prompts, whole, strict=True)):
-            text = torch.tensor(tokens, device=device)
+        for row, (start, tokens) in enumerate(zip(starts[first : first + rows], part, strict=True)):
+            text = torch.tensor(tokens)
             ids[row, : len(tokens)], mask[row, : len(tokens)] = text, 1
-            labels[row, len(prompt) : len(tokens)] = text[len(prompt) :]
-        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels, **arguments}
-        columns.append(score_sequences(model, batch).scores.double().cpu())
-    return torch.stack(columns, 1)
+            labels[row, start : len(tokens)] = text[start:]
+        batch = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "labels": labels.to(device)}
+        batch |= {name: value[first : first + rows] for name, value in of_row.items()}
+        scores.append(score_sequences(model, batch).scores.double().cpu())
+    return torch.cat(scores).view(-1, n)
