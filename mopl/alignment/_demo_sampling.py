@@ -170,7 +170,10 @@ def sample_all(
     starts = range(0, len(conversations), sampling.rows)
     missing = [chunk for chunk in range(len(starts)) if _read(folder, chunk) is None]
     if missing:
-        say(f"sampling {len(conversations)} responses, {len(missing)} of {len(starts)} chunks to go")
+        say(
+            f"sampling {len(conversations)} responses, {len(missing)} of {len(starts)} chunks to go; after Ctrl-C the "
+            "same command goes on from here"
+        )
         model, tokenizer = load()
         began = time.monotonic()
         for count, chunk in enumerate(missing, 1):
