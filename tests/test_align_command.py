@@ -460,3 +460,21 @@ def test_the_demo_brings_model_data_and_settings_and_options_still_count(place, 
     assert opened.objectives == ("middle", "low") and opened.config.beta == (0.7,) and opened.config.steps == 2
     (hint,) = (line for line in out.splitlines() if line.startswith("mopl generate"))
     assert hint.split("    ")[0] == "mopl generate runs/align-data-weight-cos-dpo-1 --weights 0.5 0.5 PROMPT"
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("reference", ["self", "precomputed"])
+def test_two_processes_make_the_run_of_one(place, tmp_path, reference):
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    given = arguments(place, tmp_path / "two", "--reference", reference, "--learning-rate", "0.01")
+    done = subprocess.run([*launcher, "-m", "mopl.cli", *given], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("weight-cos-dpo: 4 steps") == 1  # one process speaks
+    assert main(arguments(place, tmp_path / "one", "--reference", reference, "--learning-rate", "0.01")) == 0
+    one, two = (Front.load(tmp_path / name / "front.json").tensors() for name in ("one", "two"))
+    torch.testing.assert_close(two[2], one[2], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(two[1], one[1], rtol=1e-2, atol=1e-3)
+    assert float(one[1].max()) > 0.01  # something was learned
