@@ -160,7 +160,9 @@ def head(mode: str, sizes: list[str], report: Report, end: float) -> None:
             report.target(size, "share of the limit", TARGET_SHARE[mode], own / flops / seconds["mopl"])
             for name in RIVALS if mode in TARGET_RATIO else ():
                 if name in seconds:
-                    report.target(size, f"time of {name} over mopl's", TARGET_RATIO[mode], seconds[name] / seconds["mopl"])
+                    report.target(
+                        size, f"time of {name} over mopl's", TARGET_RATIO[mode], seconds[name] / seconds["mopl"]
+                    )
         del hidden, weight, few, steps
         gc.collect()
     _list_absent(head_peers(1, 1, 2, ON_GPU))
