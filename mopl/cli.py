@@ -261,8 +261,11 @@ def _steer_table(figures: dict[str, Any]) -> str:
 def _report(arguments: argparse.Namespace) -> int:
     from mopl.training.run_directory import read_run
 
-    if read_run(arguments.runs[0]).get("kind") == "align":
+    kind = read_run(arguments.runs[0]).get("kind")
+    if kind == "align":
         from mopl.alignment.runs import compare
+    elif kind == "clp":
+        from mopl.clp.runs import compare
     else:
         from mopl.ranking.runs import compare
     compare(arguments.runs, html=arguments.html, png=arguments.png, table=arguments.table)

@@ -11,6 +11,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from mopl.clp import options as on_rewards
+
 METHODS = ("weight-cos-dpo", "temperature-cos-dpo", "dpo-ls", "dpo-soup", "mo-dpo")
 LOSSES = ("listnet", "plackett-luce", "sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop",
           "dpop", "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down")  # fmt: skip
@@ -26,6 +28,7 @@ examples:
   mopl align --model MODEL --data pairs.jsonl             every objective that the data has
   mopl align --model MODEL --data PKU-Alignment/PKU-SafeRLHF --objectives helpful harmless
   mopl align --model MODEL --data lists.jsonl --method all --run runs/chat
+  mopl align --model MODEL --data prompts.jsonl --method clp --rewards sentiment brevity    no labels, but rewards
   mopl align --run runs/chat --resume                     continue after Ctrl-C or a crash, bit for bit
   accelerate launch --num_processes 2 -m mopl.cli align --model MODEL --data lists.jsonl
 """
@@ -40,6 +43,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     for add in (_run_options, _data_options, _model_options, _method_options, _training_options, _evaluation_options):
         add(parser)
+    on_rewards.add_options(parser)
     parser.set_defaults(act=run)
     return parser
 
@@ -93,7 +97,9 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
 
 def _method_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("method")
-    group.add_argument("--method", choices=(*METHODS, "all"), help="what to train (default: weight-cos-dpo)")
+    group.add_argument("--method", choices=(*METHODS, "all", *on_rewards.METHODS), help="what to train; on "
+                       f"preferences: {', '.join(METHODS)}, all; on rewards: {', '.join(on_rewards.METHODS)} "
+                       "(default: weight-cos-dpo)", metavar="METHOD")  # fmt: skip
     group.add_argument("--loss", choices=LOSSES, metavar="LOSS", help="listnet (which is DPO on pairs), plackett-luce, "
                        f"or for pairs {', '.join(LOSSES[2:])} (default: listnet)")  # fmt: skip
     group.add_argument("--labels", nargs="+", choices=("auto", "l1", "softmax"), help="how ListNet turns labels "
@@ -161,13 +167,16 @@ def _optional_int(text: str) -> int | None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run `mopl align` and print the table and what to do next."""
+    given: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(arguments).items()}
+    if on_rewards.is_wanted(given):
+        return on_rewards.run(given)
     from mopl.alignment.config import AlignConfig
     from mopl.alignment.recipe import align, check_resume
     from mopl.alignment.runs import metric_of, open_run, run_fronts
     from mopl.report import print_table
     from mopl.training.run_directory import read_run
 
-    given: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(arguments).items()}
+    on_rewards.refuse_strangers(given, AlignConfig.__dataclass_fields__)
     settings = {name: v for name, v in given.items() if name in AlignConfig.__dataclass_fields__}
     where, resume = given.get("run"), given.get("resume", False)
 

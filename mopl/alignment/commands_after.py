@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-METHODS = ("weight-cos-dpo", "temperature-cos-dpo", "dpo-ls", "dpo-soup", "mo-dpo")
+METHODS = ("weight-cos-dpo", "temperature-cos-dpo", "dpo-ls", "dpo-soup", "mo-dpo", "clp", "rewarded-soups",
+           "prompting")  # fmt: skip
 RUN_HELP = "directory of a finished run of mopl align, or of a model that HyperPromptModel.save_pretrained wrote"
 
 GENERATE_HELP = "answer prompts at any trade-off, and at any distance from the reference, without training"
@@ -147,6 +148,7 @@ class Opened:
         text_prompt: What writes weights into prompts, if the model takes them there.
         temperature: β, where the model is conditioned on temperatures and has a default.
         reference: Name of another model that stands for the reference; None where the model is its own.
+        fixed: The model is that of the weights already and takes none.
     """
 
     model: Any
@@ -155,6 +157,7 @@ class Opened:
     text_prompt: Any = None
     temperature: tuple[float, ...] | None = None
     reference: str | None = None
+    fixed: bool = False
 
 
 def open_tuned(
@@ -190,7 +193,11 @@ def _open_run(path: Path, weights: Sequence[float], method: str | None, base_mod
 
     from mopl.alignment.reference_mixture import OWN_REFERENCE
     from mopl.alignment.runs import open_run
+    from mopl.clp.runs import is_clp_run
+    from mopl.training.run_directory import read_run
 
+    if is_clp_run(read_run(path)):
+        return _open_policy(path, weights, method, base_model, device)
     run = open_run(path)
     if base_model is not None:
         run.config = dataclasses.replace(run.config, model=base_model)
@@ -204,6 +211,27 @@ def _open_run(path: Path, weights: Sequence[float], method: str | None, base_mod
         run.beta if run.takes_temperature(method) else None,
         None if reference in (*OWN_REFERENCE, "auto") else reference,
     )
+
+
+def _open_policy(
+    path: Path, weights: Sequence[float], method: str | None, base_model: str | None, device: str
+) -> Opened:
+    """Open a run of a method on rewards: its model of these weights, mixed once."""
+    import dataclasses
+
+    from mopl.clp.runs import open_run
+
+    run = open_run(path)
+    if base_model is not None:
+        run.config = dataclasses.replace(run.config, model=base_model)
+    _check_count(weights, run.objectives)
+    model, fixed = run.load(method, weights, device), not run.is_conditioned(method)
+    # A conditioned model here has virtual tokens, which can be switched off; every other one is a plain model.
+    words = run.text_prompt(method)
+    own = not fixed and words is None
+    return Opened(
+        model, run.list_tokenizer, run.objectives, words, reference=None if own else run.config.model, fixed=fixed
+    )  # fmt: skip
 
 
 def _open_model(path: Path, base_model: str | None, device: str) -> Opened:
@@ -278,8 +306,9 @@ def run_generate(arguments: argparse.Namespace) -> int:
     if opened.reference is not None and (arguments.scale != 1 or beta is not None):
         reference = models.load_causal_lm(opened.reference).to(device)
     sampling = {name: getattr(arguments, name) for name in ("temperature", "top_p")}
+    w = None if opened.fixed else arguments.weights
     answers = generate(
-        opened.model, tokenizer, prompts, arguments.weights, scale=arguments.scale, objective_temperature=beta,
+        opened.model, tokenizer, prompts, w, scale=arguments.scale, objective_temperature=beta,
         reference=reference, max_new_tokens=arguments.max_new_tokens, candidates=arguments.candidates,
         rerank=arguments.rerank, text_prompt=opened.text_prompt, seed=arguments.seed,
         **{name: value for name, value in sampling.items() if value is not None},
@@ -316,8 +345,9 @@ def run_export(arguments: argparse.Namespace) -> int:
     if beta is None and opened.temperature is not None:
         # At other sums than 1 the answers are a mixture with the reference, which no plain model is.
         beta = [b / sum(opened.temperature) for b in opened.temperature]
+    w = None if opened.fixed else arguments.weights
     export(
-        opened.model, opened.tokenizer, arguments.weights, directory, kind=arguments.kind, objective_temperature=beta,
+        opened.model, opened.tokenizer, w, directory, kind=arguments.kind, objective_temperature=beta,
         text_prompt=opened.text_prompt, keep_tied=arguments.keep_tied, origin=str(arguments.run),
     )  # fmt: skip
     named = ", ".join(f"{name} {w:g}" for name, w in zip(opened.objectives, arguments.weights, strict=True))

@@ -31,9 +31,18 @@ from mopl.clp.evaluate import Evaluation, Evaluator, make_front
 from mopl.clp.loss import RewardScale
 from mopl.clp.prompts import Prompts, describe, read_prompts, split_prompts
 from mopl.clp.rollout import Sampler
-from mopl.clp.runs import EVALUATION, FRONT, KIND, SAMPLES, config_of, list_tokenizer, method_folder, write_reports
+from mopl.clp.runs import (
+    EVALUATION,
+    FRONT,
+    KIND,
+    SAMPLES,
+    config_of,
+    list_tokenizer,
+    method_folder,
+    run_grid,
+    write_reports,
+)
 from mopl.clp.stages import Stages
-from mopl.ranking.evaluate import grid_of
 from mopl.rewards import FunctionReward, Reward, Rewards, available, make, prompt_key
 from mopl.training import RunLog, TrainingInterrupted, make_accelerator, write_file
 from mopl.training.run_directory import (
@@ -140,7 +149,7 @@ def train_policies(
 def _work(stages: Stages, identity: dict[str, Any]) -> None:
     """Train, evaluate and report what is missing in a run directory."""
     path, config, main = stages.path, stages.config, stages.accelerator.is_main_process
-    grid = grid_of(len(stages.objectives), config.points)
+    grid = run_grid(config, len(stages.objectives))
     measured = measure_rewards(stages)
     if config.normalize == "base":
         stages.scale = measured

@@ -50,7 +50,7 @@ class OpenRun:
     @property
     def grid(self) -> Tensor:
         """(n, m) float64, the weights of the run's fronts."""
-        return grid_of(len(self.objectives), self.config.points)
+        return run_grid(self.config, len(self.objectives))
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -142,6 +142,11 @@ class OpenRun:
         if method not in self.methods:
             raise ValueError(f"{self.path} has no {method}; it has {', '.join(self.methods)}")
         return method
+
+
+def run_grid(config: ClpConfig, objectives: int) -> Tensor:
+    """Return the grid of weights (n, m) of a run; one reward has one point, whatever is asked for."""
+    return grid_of(objectives, config.points if objectives > 1 else None)
 
 
 def is_clp_run(record: dict[str, Any]) -> bool:

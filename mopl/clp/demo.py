@@ -1,0 +1,71 @@
+"""Model, prompts and settings of `mopl align --demo --method clp`: the model and the prompts of `mopl align --demo`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mopl.alignment import demo
+from mopl.training import write_file
+
+FOLDER = "runs/clp-demo-data"
+PROMPTS = "prompts.jsonl"
+
+# A small budget: policies move and can be steered, and no more is claimed. See docs for what it took where.
+SETTINGS: dict[str, Any] = {
+    "rewards": ("sentiment", "brevity", "readability"),
+    "method": "clp",
+    "scope": "lora",
+    "lora_rank": 8,
+    "kl_weight": (0.05,),
+    "steps": 100,
+    "prompts_per_step": 6,
+    "samples_per_prompt": 4,
+    "max_new_tokens": 40,
+    "learning_rate": 5e-4,
+    "warmup": 5,
+    "held_out": 0.15,
+    "normalize_prompts": 16,
+    "eval_prompts": 16,
+    "points": 6,
+    "bootstrap": 200,
+    "log_every": 5,
+    "checkpoint_every": 25,
+}
+
+
+def demo_settings(
+    say: Callable[[str], None] = print,
+    folder: str | Path = FOLDER,
+    *,
+    model: str | Path | None = None,
+    count: int = 160,
+) -> dict[str, Any]:
+    """Return settings of `ClpConfig` for the demo; its model and prompts are made where they are not there yet.
+
+    Args:
+        say: Told about the progress, a line at a time.
+        folder: For the prompts.
+        model: Directory of another causal language model with a chat template; default SmolLM2-135M-Instruct.
+        count: Prompts; all if there are fewer.
+
+    Raises:
+        ImportError: If a package of the extra `demo-lm` is missing.
+        OSError: If the model cannot be had.
+    """
+    from mopl.clp.recipe import make_rewards
+
+    make_rewards(SETTINGS["rewards"])  # a missing package shows before anything is made
+    home = demo.smollm2(say) if model is None else Path(model)
+    pool = [prompt for group in demo.load_prompts().values() for prompt in group]
+    chosen = [pool[i] for i in np.random.default_rng(0).permutation(len(pool))[:count]]
+    text = "".join(json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n" for prompt in chosen)
+    file = Path(folder) / PROMPTS
+    if not file.is_file() or file.read_text(encoding="utf-8") != text:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_file(file, text)
+    return {**SETTINGS, "model": str(home), "data": str(file)}

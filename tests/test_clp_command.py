@@ -1,0 +1,192 @@
+"""`mopl align` with methods on rewards, from prompts to report, and what comes after: generate, export, report."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("peft")
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from tiny_language_models import build, tokenizer
+
+from mopl.cli import main
+from mopl.clp import ClpConfig, open_run
+from mopl.pareto import Front
+
+REWARDS = """
+FIRST, SECOND = {f"w{i}" for i in range(20)}, {f"w{i}" for i in range(20, 40)}
+
+def first(texts, prompts):
+    return [sum(word in FIRST for word in text.split()) / 4 for text in texts]
+
+def second(texts, prompts):
+    return [sum(word in SECOND for word in text.split()) / 4 for text in texts]
+"""
+BUDGET = (
+    "--steps 2 --prompts-per-step 2 --samples-per-prompt 2 --max-new-tokens 4 --points 3 --normalize-prompts 4 "
+    "--bootstrap 20 --held-out 0.2 --kl-weight 0.05 --learning-rate 0.01 --samples 2 --log-every 1 --lora-rank 2"
+).split()
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a model, prompts and a module of rewards, in which the command runs."""
+    build(initializer_range=0.1).save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    rows = [{"prompt": f"w{i} w{i + 1}", "id": i} for i in range(20)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "tiny_rewards.py").write_text(REWARDS)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def align(*options: str) -> int:
+    given = ["align", "--model", "model", "--data", "prompts.jsonl", "--device", "cpu", *BUDGET]
+    return main([*given, "--rewards", "tiny_rewards:first", "tiny_rewards:second", *options])
+
+
+def test_the_command_trains_evaluates_and_reports(place, capsys):
+    assert align("--method", "clp", "--scope", "lora", "--run", "run") == 0
+    printed = capsys.readouterr().out
+    assert "mopl generate run --weights" in printed and "Aux. hypervolume" in printed
+    for name in ("config.json", "log.jsonl", "samples.jsonl", "front.json", "evaluation.json", "samples.json",
+                 "table.txt", "front.png", "report.html", "rewards.json", "base/front.json"):  # fmt: skip
+        assert (place / "run" / name).is_file(), name
+    front = Front.load(place / "run" / "front.json")
+    assert front.objectives == ["first", "second"] and len(front.points) == 3 and front.maximise is True
+    sample = json.loads((place / "run" / "samples.jsonl").read_text().splitlines()[0])
+    assert set(sample) == {"stage", "step", "weights", "kl_weight", "prompt", "text", "rewards", "log_ratio"}
+    figures = json.loads((place / "run" / "evaluation.json").read_text())[0]
+    assert figures["model_runs_per_token"] == 1 and len(figures["spearman"]) == len(figures["spread"]) == 2
+    # The value is that of the objective: (1 - α) w·R - α KL, with the rewards in the scale of the training.
+    scale = json.loads((place / "run" / "rewards.json").read_text())
+    rewards = (torch.tensor(figures["rewards"]) - torch.tensor(scale["mean"])) / torch.tensor(scale["deviation"])
+    value = 0.95 * (torch.tensor(figures["weights"]) * rewards).sum(1) - 0.05 * torch.tensor(figures["kl"])
+    assert torch.allclose(value, torch.tensor(figures["value"]), atol=1e-5)
+    assert main(["report", "run", "--html", "again.html"]) == 0
+    assert main(["generate", "run", "--weights", "0.5", "0.5", "--max-new-tokens", "3", "w1 w2"]) == 0
+    assert main(["generate", "run", "--weights", "0.5", "0.5", "--scale", "2", "--max-new-tokens", "3", "w1"]) == 0
+    assert main(["export", "run", "--weights", "0.5", "0.5", "exported"]) == 0
+    exported = transformers.AutoModelForCausalLM.from_pretrained("exported")
+    merged = open_run("run").load(weights=[0.5, 0.5])
+    ids = torch.tensor([[1, 7, 8]])
+    assert torch.equal(exported(ids).logits, merged(ids).logits)
+
+
+def test_all_methods_share_one_table(place, capsys):
+    assert align("--method", "clp-all", "--scope", "attention", "--run", "run", "--kl-weight", "0.05", "0.2") == 0
+    table = (place / "run" / "table.txt").read_text()
+    for method in ("clp", "rewarded-soups", "prompting", "logit-mixing", "dera"):
+        assert method in table
+        assert (place / "run" / method / "front.json").is_file()
+    points = Front.load(place / "run" / "clp" / "front.json").points
+    # κ(0.05)/κ(0.2) = 19/4: four and three quarters times closer to the reference.
+    assert [round(p.scale, 6) for p in points] == [1.0] * 3 + [4.75] * 3
+    runs = {m: json.loads((place / "run" / m / "evaluation.json").read_text())[0]["model_runs_per_token"]
+            for m in ("clp", "rewarded-soups", "logit-mixing", "dera")}  # fmt: skip
+    assert runs == {"clp": 1, "rewarded-soups": 1, "logit-mixing": 2, "dera": 2}
+    # At a vertex a soup and a mixture of logits are the expert, and DeRa at its own α is the policy it moves.
+    soup, mixed = (Front.load(place / "run" / m / "front.json") for m in ("rewarded-soups", "logit-mixing"))
+    assert soup.points[0].auxiliary == mixed.points[0].auxiliary
+    dera = Front.load(place / "run" / "dera" / "front.json")
+    assert [p.auxiliary for p in dera.points[:3]] == [p.auxiliary for p in points[:3]]
+    run = open_run("run")
+    ids = torch.tensor([[1, 7, 8]])
+    strong, weak = (run.load("clp", [0.5, 0.5], kl_weight=a)(ids).logits for a in (0.05, 0.2))
+    assert not torch.equal(strong, weak)
+
+
+@pytest.mark.parametrize("method", ["rewarded-soups", "prompting"])
+def test_baselines_generate_too(place, method):
+    assert align("--method", method, "--scope", "prompt", "--run", "run") == 0
+    assert main(["generate", "run", "--weights", "0.25", "0.75", "--max-new-tokens", "3", "w1 w2"]) == 0
+
+
+def test_virtual_tokens_are_a_scope(place):
+    assert align("--method", "clp", "--scope", "prompt", "--run", "run", "--baseline", "value") == 0
+    assert main(["generate", "run", "--weights", "0.25", "0.75", "--scale", "2", "--max-new-tokens", "3", "w1"]) == 0
+
+
+def test_one_reward_with_many_kl_weights(place):
+    options = ["--method", "clp", "--scope", "logits", "--run", "run", "--kl-weight", "0.02", "0.1", "0.5"]
+    given = ["align", "--model", "model", "--data", "prompts.jsonl", "--device", "cpu", *BUDGET]
+    assert main([*given, *options, "--rewards", "tiny_rewards:first"]) == 0
+    points = Front.load(place / "run" / "front.json").points
+    assert [p.weights for p in points] == [[1.0]] * 3 and points[0].scale == 1.0
+
+
+def test_a_finished_run_is_resumed_without_training(place, capsys):
+    assert align("--method", "clp", "--scope", "lora", "--run", "run") == 0
+    (place / "run" / "table.txt").unlink()
+    capsys.readouterr()
+    assert main(["align", "--run", "run", "--resume"]) == 0
+    assert (place / "run" / "table.txt").is_file() and "steps in" not in capsys.readouterr().out
+    assert align("--method", "clp", "--run", "run") == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert main(["align", "--run", "run", "--resume", "--kl-weight", "0.3"]) == 2
+    assert "kl_weight was (0.05,)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--method", "clp", "--loss", "ipo"], "--loss has no part"),
+        (["--method", "dpo-ls", "--scope", "full"], "has no part in this --method"),
+        (["--method", "clp", "--rewards", "nonsense"], "there is no reward 'nonsense'"),
+        (["--method", "clp", "--rewards", "tiny_rewards:third"], "neither one of"),
+        (["--method", "clp", "--epochs", "2"], "need clip"),
+        (["--method", "clp", "--scope", "lora", "--max-new-tokens", "100"], "64 positions"),
+        (["--method", "dera"], "pass several in kl_weight"),
+        (["--method", "clp", "--scope", "no_such_part"], "names no parameter"),
+        (["--method", "clp", "--data", "nowhere.jsonl"], "nowhere.jsonl"),
+    ],
+)
+def test_mistakes_say_what_to_change(place, capsys, options, message):
+    assert align(*options) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_settings_survive_json():
+    config = ClpConfig("m", "d", rewards=("a", "b"), kl_weight=(0.1, 0.2))
+    assert ClpConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(ValueError, match="unknown settings"):
+        ClpConfig.from_dict({**config.to_dict(), "betas": 1})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rewards": ()}, "rewards are missing"),
+        ({"kl_weight": 1.0}, "kl_form='penalty'"),
+        ({"kl_weight": 0.0}, "positive and finite"),
+        ({"baseline": "group", "samples_per_prompt": 1}, "raise samples_per_prompt"),
+        ({"standardize": True}, "baseline='group'"),
+        ({"trade_offs": 9}, "at one trade-off"),
+        ({"epochs": 2, "clip": 0.2, "checkpoint_every": 3}, "take a multiple"),
+        ({"scope": "prompt", "kl_weight": (0.1, 0.2)}, "takes weights alone"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ClpConfig("m", "d", **{"rewards": ("a", "b"), **settings})
+
+
+def test_the_demo_runs_on_its_own_prompts(place, monkeypatch):
+    pytest.importorskip("vaderSentiment")
+    pytest.importorskip("pyphen")
+    from mopl.clp import demo
+
+    tokenizer(chat=True).save_pretrained(place / "model")
+    settings = demo.demo_settings(lambda text: None, place / "data", model=place / "model", count=12)
+    assert settings["rewards"] == ("sentiment", "brevity", "readability")
+    assert len((place / "data" / "prompts.jsonl").read_text().splitlines()) == 12
+    ClpConfig(**settings)
+    monkeypatch.setattr(demo.demo, "smollm2", lambda say: place / "model")
+    # A reward of words instead of sentiment: random words have none, which the run would refuse to scale.
+    given = ["align", "--demo", "--method", "clp", "--device", "cpu", *BUDGET, "--run", "run", "--normalize", "none"]
+    assert main([*given, "--limit", "12", "--max-new-tokens", "4"]) == 0
+    assert Front.load(place / "run" / "front.json").objectives == ["sentiment", "brevity", "readability"]
