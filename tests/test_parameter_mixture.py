@@ -450,6 +450,28 @@ def test_lora_gradient_of_adapter_i_is_w_i_times_that_of_one_adapter() -> None:
     assert {n for n, p in mixture.named_parameters() if p.requires_grad} == {n for n in shares if "lora_" in n}
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_lora_gradient_checkpointing_remembers_the_coefficients_of_each_forward() -> None:
+    """Two forward passes at different weights before one backward pass, as in policy gradients with several groups."""
+    upstream = torch.randn(2, 4, 5, COMMON["vocab_size"])
+    gradients = []
+    for checkpointing in (False, True):
+        mixture = lora().train()  # no dropout in this model
+        calls = []
+        layer = mixture.causal_lm.model.layers[1].mlp
+        layer.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        if checkpointing:
+            mixture.gradient_checkpointing_enable()
+        first, second = logits(mixture, weights=ROWS), logits(mixture, weights=ROWS.flip(0))
+        ((first * upstream[0]).sum() + (second * upstream[1]).sum()).backward()
+        assert len(calls) == (4 if checkpointing else 2)
+        gradients.append({n: p.grad for n, p in mixture.named_parameters() if p.requires_grad})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="use_reentrant=False"):
+        lora().gradient_checkpointing_enable({"use_reentrant": True})
+
+
 def test_lora_starts_at_the_base_model_and_reference_is_it() -> None:
     config = peft.LoraConfig(r=2, target_modules=["q_proj"])
     torch.testing.assert_close(logits(LoraMixture(build(), 2, config=config).eval(), weights=W), logits(build()))

@@ -147,7 +147,7 @@ class LoraMixture(nn.Module):
             if self._current is None:
                 raise RuntimeError(
                     "the adapters have no coefficients: call the mixture with weights and not the model inside it, and "
-                    "turn gradient checkpointing off (it runs layers again when the weights are gone)"
+                    "turn gradient checkpointing on through the mixture's own gradient_checkpointing_enable()"
                 )
             share = self._current[..., adapter].to(output.device)
             if share.ndim:
@@ -176,11 +176,36 @@ class LoraMixture(nn.Module):
             )
         if coefficients.ndim == 2 and len(coefficients) == 1:
             coefficients = coefficients[0]
-        self._current = coefficients
+        with self._standing(coefficients):
+            yield
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Compute activations again in the backward pass, each layer with the coefficients of its forward pass.
+
+        Args:
+            gradient_checkpointing_kwargs: Keywords of `torch.utils.checkpoint`, but for `use_reentrant=True` and
+                `context_fn`, which carries the coefficients.
+
+        Raises:
+            ValueError: If one of those two is passed.
+        """
+        kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        if kwargs["use_reentrant"] or "context_fn" in kwargs:
+            raise ValueError("context_fn carries the coefficients and needs use_reentrant=False; leave both out")
+        kwargs["context_fn"] = self._checkpoint_contexts
+        self.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+
+    def _checkpoint_contexts(self) -> tuple[Any, Any]:
+        """Return what surrounds a layer's forward pass, and its second one with the coefficients of now."""
+        return contextlib.nullcontext(), self._standing(self._current)
+
+    @contextlib.contextmanager
+    def _standing(self, coefficients: Tensor | None) -> Iterator[None]:
+        before, self._current = self._current, coefficients
         try:
             yield
         finally:
-            self._current = None
+            self._current = before
 
     def forward(
         self, *args: Any, weights: Weights | None = None, alpha: float | Tensor | None = None, **kwargs: Any
@@ -277,7 +302,7 @@ class LoraMixture(nn.Module):
 
         values = self._merged_weights(weights, alpha)
         model: Any = copy.deepcopy(self.model)
-        layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+        layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
         for layer, value in zip(layers, values, strict=True):
             layer.get_base_layer().weight.copy_(value)
         return model.unload()
