@@ -55,7 +55,10 @@ class Stage:
 def _tests(name: str, what: str, file: str, *functions: str) -> Stage:
     """Return a stage of the tests whose names contain one of `functions`; -v so that a log that is cut off tells."""
     chosen = ("-k", " or ".join(functions)) if functions else ()
-    command = ("-m", "pytest", "-m", "gpu", "-v", "--tb=short", "--maxfail=20", "-p", "no:cacheprovider", file, *chosen)
+    # One process for one GPU, where pytest-xdist need not be installed either.
+    one = ("-o", "addopts=--import-mode=importlib")
+    how = ("-m", "gpu", "-v", "--tb=short", "--maxfail=20", "-p", "no:cacheprovider")
+    command = ("-m", "pytest", *one, *how, file, *chosen)
     return Stage(f"tests-{name}", what, command, ("--collect-only", "-qqq"))
 
 

@@ -28,7 +28,7 @@ def run(name: str) -> subprocess.CompletedProcess:
         "OMP_NUM_THREADS": "1",
         "PYTEST_ADDOPTS": "",
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", str(FOLDER / name)]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", str(FOLDER / name)]
     return subprocess.run(command, env=environment, cwd=FOLDER.parents[1], capture_output=True, text=True)
 
 
