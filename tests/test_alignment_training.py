@@ -16,7 +16,7 @@ pytest.importorskip("peft")
 pytest.importorskip("accelerate")
 
 from mopl import steering
-from mopl.alignment import AlignConfig, models
+from mopl.alignment import AlignConfig, align, models
 from mopl.alignment.collate import ListCollator
 from mopl.alignment.data import PreferenceData, PreferenceList
 from mopl.alignment.evaluate import HeldOut, evaluation_of, ordered_pairs, reference_point
@@ -578,3 +578,42 @@ def test_labels_become_targets_by_what_they_are():
     three = PreferenceData([PreferenceList("q", ("a", "b", "c"), {"low": (1, 0, 2)})])
     with pytest.raises(ValueError, match="'hinge' compares two responses but data has lists of 3"):
         response_loss(settings(loss="hinge"), three)
+
+
+# ---------------------------------------------------------------- what comes out
+
+
+def conflicting(count: int, seed: int) -> PreferenceData:
+    """Lists of four answers of two words; the objectives want words of different thirds of the vocabulary."""
+    random = np.random.default_rng(seed)
+    lists = []
+    for _ in range(count):
+        drawn = random.integers(0, VOCABULARY - 4, (4, 2))
+        labels = {"low": 3.0 * (drawn < 9).sum(1), "middle": 3.0 * ((drawn >= 9) & (drawn < 18)).sum(1)}
+        texts = tuple(" " + " ".join(f"w{w}" for w in row) for row in drawn)
+        lists.append(
+            PreferenceList(f"w{random.integers(28)}", texts, {k: tuple(v.tolist()) for k, v in labels.items()})
+        )
+    return PreferenceData(lists, NAMES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_one_conditioned_model_follows_its_weights_and_has_more_hypervolume_than_a_soup(tmp_path, seed):
+    write_model(tmp_path, seed=seed)
+    conflicting(640, seed).write_jsonl(tmp_path / "data.jsonl")
+    found = {}
+    for method in ("weight-cos-dpo", "dpo-soup"):  # every model with the same steps: soup trains two
+        config = AlignConfig(
+            str(tmp_path / "model"), str(tmp_path / "data.jsonl"), method=method, steps=120, lists_per_batch=16,
+            beta=0.5, alpha=0.3, learning_rate=5e-3, prompt_learning_rate=1e-2, lora_rank=8, lora_alpha=16.0,
+            held_out=0.2, points=5, bootstrap=0, samples=0, scales=(), seed=seed, device="cpu", max_length=16,
+        )  # fmt: skip
+        path = align(config, tmp_path / method, say=lambda text: None)
+        found[method] = json.loads((path / "evaluation.json").read_text())
+        found[method]["hypervolume"] = json.loads((path / "front.json").read_text())["hypervolume"]
+    cos = found["weight-cos-dpo"]
+    print(seed, {method: figures["hypervolume"] for method, figures in found.items()}, cos["spearman"], cos["losses"])
+    assert min(cos["spearman"]["loss"] + cos["spearman"]["accuracy"]) > 0.9
+    assert cos["accuracy"][-1][0] > 0.8 and cos["accuracy"][0][1] > 0.8
+    assert cos["hypervolume"] > found["dpo-soup"]["hypervolume"]

@@ -48,7 +48,7 @@ def selects(stage: Stage, file: str, test: str) -> bool:
 @pytest.mark.parametrize("file", FILES)
 def test_every_gpu_test_is_in_exactly_one_stage(file: str) -> None:
     found = subprocess.run(
-        [sys.executable, "-m", "pytest", "-n", "0", "-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider", file],
+        [sys.executable, "-m", "pytest", "-n", "0", "-m", "gpu", "--collect-only", "-q", file],
         cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTEST_ADDOPTS": ""},
     )  # fmt: skip
     tests = re.findall(r"::(test_.*)", found.stdout)
