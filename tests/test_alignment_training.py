@@ -613,7 +613,6 @@ def test_one_conditioned_model_follows_its_weights_and_has_more_hypervolume_than
         found[method] = json.loads((path / "evaluation.json").read_text())
         found[method]["hypervolume"] = json.loads((path / "front.json").read_text())["hypervolume"]
     cos = found["weight-cos-dpo"]
-    print(seed, {method: figures["hypervolume"] for method, figures in found.items()}, cos["spearman"], cos["losses"])
     assert min(cos["spearman"]["loss"] + cos["spearman"]["accuracy"]) > 0.9
     assert cos["accuracy"][-1][0] > 0.8 and cos["accuracy"][0][1] > 0.8
     assert cos["hypervolume"] > found["dpo-soup"]["hypervolume"]
