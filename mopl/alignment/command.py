@@ -6,6 +6,7 @@ The names of the options are the fields of `AlignConfig`, which also holds the d
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import os
 from pathlib import Path
@@ -17,6 +18,7 @@ METHODS = ("weight-cos-dpo", "temperature-cos-dpo", "dpo-ls", "dpo-soup", "mo-dp
 LOSSES = ("listnet", "plackett-luce", "sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop",
           "dpop", "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down")  # fmt: skip
 DEMO_FOLDER = "runs/align-demo-data"
+DEMO_RUN = "runs/align-demo"
 HELP = "fine-tune a language model for every trade-off, compare it with baselines, report"
 
 EXAMPLES = """
@@ -50,7 +52,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def _run_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
-    group.add_argument("--demo", action="store_true", help="make model and data of the demo; other options still count")
+    group.add_argument("--demo", action="store_true", help="make model and data of the demo; other options still "
+                       "count, and the same command again goes on where it stopped")  # fmt: skip
     group.add_argument("--run", metavar="DIR", help="run directory (default: runs/align-DATA-METHOD-N)")
     group.add_argument("--resume", action="store_true", help="continue the run in --run")
     group.add_argument("--overwrite", action="store_true", help="replace the run in --run")
@@ -184,11 +187,17 @@ def run(arguments: argparse.Namespace) -> int:
         if _process() == 0:
             print(text, flush=True)
 
+    baselines: tuple[dict[str, Any], ...] = ()
+    if given.get("demo"):
+        made, baselines = _demo(say)
+        baselines = () if "method" in settings else baselines
+        settings = {**made, **settings}
+        # The demo needs no name and no --resume: called again, it goes on where it stopped.
+        where = where or DEMO_RUN
+        resume = resume or (not given.get("overwrite", False) and (Path(where) / "config.json").is_file())
     if resume and where is not None:
         config = check_resume(read_run(where), settings, Path(where))
     else:
-        if given.get("demo"):
-            settings = {**_demo(say), **settings}
         for name in ("model", "data"):
             if name not in settings and not resume:
                 raise ValueError(f"--{name} is missing; pass --model and --data, or --demo")
@@ -203,7 +212,27 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"\n{path}/report.html shows every trade-off; {path}/front.png and table.txt are the same in short")
         print(f"mopl generate {path} --weights {example_weights(len(opened.objectives))} PROMPT"
               f"    ({', '.join(opened.objectives)})")  # fmt: skip
+    if baselines:
+        _baselines(path, AlignConfig(**settings), baselines, say)
     return 0
+
+
+def _baselines(path: Path, config: Any, baselines: tuple[dict[str, Any], ...], say: Any) -> None:
+    """Train the demo's baselines beside its run, each in a folder of its own, and compare them with it."""
+    from mopl.alignment.recipe import align
+    from mopl.alignment.runs import compare
+
+    runs = [path]
+    for changes in baselines:
+        other = path.with_name(f"{path.name}-{changes['method']}")
+        found = (other / "config.json").is_file()
+        budget = ", ".join(f"{name} {value}" for name, value in changes.items() if name != "method")
+        say(f"\nbaseline {changes['method']} on a smaller budget: {budget}")
+        runs.append(align(dataclasses.replace(config, **changes), other, resume=found, say=say))
+    if _process() == 0:
+        print()
+        compare(runs, png=path / "comparison.png", html=path / "comparison.html")
+        print(f"\n{path}/comparison.html shows them together")
 
 
 def example_weights(objectives: int) -> str:
@@ -214,16 +243,16 @@ def example_weights(objectives: int) -> str:
     return " ".join(f"{w:g}" for w in (0.5, *rest, round(0.5 - sum(rest), 2)))
 
 
-def _demo(say: Any) -> dict[str, Any]:
-    """Return the settings of the demo; its model and data are made where they are not there yet."""
+def _demo(say: Any) -> tuple[dict[str, Any], tuple[dict[str, Any], ...]]:
+    """Return the settings of the demo and of its baselines; its model and data are made where they are not there."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("--demo makes its model and data with one process; run it once without the launcher")
     demo = importlib.import_module("mopl.alignment.demo")
     made = demo.prepare(Path(DEMO_FOLDER), say)
-    return {
-        **dict(getattr(made, "settings", None) or {}),
-        "model": str(made.model), "data": str(made.data), "objectives": tuple(made.objectives),
+    settings = {
+        **made.settings, "model": str(made.model), "data": str(made.data), "objectives": tuple(made.objectives),
     }  # fmt: skip
+    return settings, made.baselines
 
 
 def _process() -> int:
