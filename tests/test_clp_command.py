@@ -53,6 +53,7 @@ def test_the_command_trains_evaluates_and_reports(place, capsys):
     assert align("--method", "clp", "--scope", "lora", "--run", "run") == 0
     printed = capsys.readouterr().out
     assert "mopl generate run --weights" in printed and "Aux. hypervolume" in printed
+    assert "1 model(s) run for a token" in printed
     for name in ("config.json", "log.jsonl", "samples.jsonl", "front.json", "evaluation.json", "samples.json",
                  "table.txt", "front.png", "report.html", "rewards.json", "base/front.json"):  # fmt: skip
         assert (place / "run" / name).is_file(), name
@@ -67,6 +68,10 @@ def test_the_command_trains_evaluates_and_reports(place, capsys):
     rewards = (torch.tensor(figures["rewards"]) - torch.tensor(scale["mean"])) / torch.tensor(scale["deviation"])
     value = 0.95 * (torch.tensor(figures["weights"]) * rewards).sum(1) - 0.05 * torch.tensor(figures["kl"])
     assert torch.allclose(value, torch.tensor(figures["value"]), atol=1e-5)
+    single = 0.95 * rewards - 0.05 * torch.tensor(figures["kl"])[:, None]
+    assert torch.allclose(single, torch.tensor(figures["objective_values"]), atol=1e-5)
+    # Two deviations below the mean of the untrained model, without KL.
+    assert figures["value_reference_point"] == pytest.approx([-1.9, -1.9])
     assert main(["report", "run", "--html", "again.html"]) == 0
     assert main(["generate", "run", "--weights", "0.5", "0.5", "--max-new-tokens", "3", "w1 w2"]) == 0
     assert main(["generate", "run", "--weights", "0.5", "0.5", "--scale", "2", "--max-new-tokens", "3", "w1"]) == 0

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -355,6 +356,16 @@ def test_several_epochs_begin_with_the_gradient_of_one(tmp_path):
             grads.append([p.grad.clone() for p in policy.parameters() if p.grad is not None])
     for later in grads[1:]:
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(grads[0], later, strict=True))
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_two_processes_train_one_policy(tmp_path):
+    script = Path(__file__).parent / "distributed" / "clp_policies.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "both processes have one policy" in done.stdout
 
 
 @pytest.mark.slow

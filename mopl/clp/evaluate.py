@@ -5,7 +5,8 @@ Shapes: `Q` prompts, `n` trade-offs, `m` rewards. Every trade-off is sampled wit
 * *Reward*: mean of R_j over the answers, in its own unit. Higher is better.
 * *KL*: mean of log π(y|x) - log π_ref(y|x) over the sampled answers, in nats: an unbiased estimate of KL(π ‖ π_ref) of
   whole responses, which may come out below 0 near 0. The main figure of a front, lower is better.
-* *Value*: c(α) w·R - α KL of the objective, with R in the scale of the training.
+* *Value*: c(α) w·R - α KL of the objective, with R in the scale of the training; and the front of the values of single
+  rewards, c(α) R_j - α KL, whose weighted sum it is.
 * *Cost*: seconds of generation for a token, relative to the untrained model; and how many models run for a token.
 """
 
@@ -61,21 +62,44 @@ class Evaluation:
         """(n, m)."""
         return self.rewards.nanmean(0)
 
+    def objective_values(self, scale: RewardScale, config: ClpConfig) -> Tensor:
+        """Return V of each reward alone, c(α) R_j - α KL, (n, m), in the scale of the training."""
+        rewards = reward_coefficient(self.alpha, config.kl_form) * scale(self.mean_rewards)
+        return rewards - self.alpha * self.kl.mean(0)[:, None]
+
     def value(self, scale: RewardScale, config: ClpConfig) -> Tensor | None:
-        """Return V_{α,w}, (n,), in the scale of the training; None without weights."""
+        """Return V_{α,w}, (n,), in the scale of the training: w times `objective_values`; None without weights."""
         if self.weights is None:
             return None
-        reward = (self.weights * scale(self.mean_rewards)).sum(-1)
-        return reward_coefficient(self.alpha, config.kl_form) * reward - self.alpha * self.kl.mean(0)
+        return (self.weights * self.objective_values(scale, config)).sum(-1)
 
-    def summary(self, scale: RewardScale, config: ClpConfig, objectives: Sequence[str], base: Any) -> dict[str, Any]:
-        """Return what `evaluation.json` holds."""
-        value = self.value(scale, config)
+    def summary(
+        self,
+        scale: RewardScale,
+        config: ClpConfig,
+        objectives: Sequence[str],
+        reference_point: Sequence[float],
+        base: Evaluation | None,
+    ) -> dict[str, Any]:
+        """Return what `evaluation.json` holds.
+
+        Args:
+            scale: Scale of the rewards in the objective.
+            config: Settings.
+            objectives: Names of the rewards.
+            reference_point: Of the hypervolume of mean rewards; that of values is its own value at KL 0.
+            base: The untrained model's figures, for the cost of decoding.
+        """
+        value, values = self.value(scale, config), self.objective_values(scale, config)
+        corner = reward_coefficient(self.alpha, config.kl_form) * scale(torch.tensor([list(reference_point)]))[0]
         figures: dict[str, Any] = {
             "objectives": list(objectives), "kl_weight": self.alpha,
             "weights": None if self.weights is None else self.weights.tolist(),
             "rewards": self.mean_rewards.tolist(), "kl": self.kl.mean(0).tolist(),
             "value": None if value is None else value.tolist(),
+            "objective_values": values.tolist(),
+            "value_hypervolume": pareto.hypervolume(values, corner, maximise=True),
+            "value_reference_point": corner.tolist(),
             "missing": float(self.rewards.isnan().double().mean()),
             "model_runs_per_token": self.model_runs,
             "seconds_per_token": self.seconds / max(self.tokens, 1),

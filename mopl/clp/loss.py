@@ -67,7 +67,7 @@ class SampleLog(RunLog):
 
 @dataclass
 class Guard:
-    """Stops a training that has gone wrong, before the update.
+    """Stops a training that has gone wrong, before the update. Each part of a step is looked at by itself.
 
     Args:
         config: Settings.

@@ -165,13 +165,17 @@ def _work(stages: Stages, identity: dict[str, Any]) -> None:
         )  # fmt: skip
         if main:
             folder.mkdir(parents=True, exist_ok=True)
-            figures = [each.summary(stages.scale, config, stages.objectives, base) for each in found]
+            figures: list[dict[str, Any]] = [
+                each.summary(stages.scale, config, stages.objectives, corner, base) for each in found
+            ]
             write_file(folder / EVALUATION, json.dumps(figures, indent=2) + "\n")
             entries = [
                 {"prompt": prompt_key(test.texts[q]), "responses": [texts[q] for texts in found[0].texts]}
                 for q in range(min(config.samples, len(test)))
             ]
             write_file(folder / SAMPLES, json.dumps(entries, indent=2, ensure_ascii=False) + "\n")
+            if found[0].weights is not None:
+                stages.say(_in_words(method, figures[0]))
             front.save(folder / FRONT)  # last: where it is, the method is finished
         stages.accelerator.wait_for_everyone()
 
@@ -189,6 +193,17 @@ def _work(stages: Stages, identity: dict[str, Any]) -> None:
     if main:
         write_reports(path)
     stages.accelerator.wait_for_everyone()
+
+
+def _in_words(method: str, figures: dict[str, Any]) -> str:
+    """Return what the table has no column for: the mean value, steerability, cost of decoding."""
+    value = sum(figures["value"]) / len(figures["value"])
+    line = f"{method}: value {value:.4g} (mean over the grid, hypervolume {figures['value_hypervolume']:.4g})"
+    if "spearman" in figures:
+        line += f"; Spearman of rewards and weights {' '.join(f'{x:.2f}' for x in figures['spearman'])}"
+    line += f"; {figures['model_runs_per_token']} model(s) run for a token"
+    relative = figures.get("seconds_relative_to_base")
+    return line if relative is None else f"{line}, {relative:.2f} times the seconds of the untrained model"
 
 
 def measure_rewards(stages: Stages) -> RewardScale:

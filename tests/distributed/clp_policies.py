@@ -1,0 +1,40 @@
+"""Run by tests/test_clp_training.py on two gloo processes: both have a part of each rollout and train one policy."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from test_clp_training import language_model, make_loss, parts, settings
+
+from mopl.alignment.models import fingerprint
+from mopl.clp.policies import new_policy
+from mopl.clp.prompts import PromptSource
+from mopl.training import make_accelerator, train
+
+if __name__ == "__main__":
+    accelerator = make_accelerator(cpu=True)
+    assert accelerator.num_processes == 2
+    for scope in ("attention", "lora", "prompt"):
+        base = language_model()
+        config = settings(scope=scope, baseline="value", epochs=2, clip=0.2, steps=4, accumulation=2)
+        policy = new_policy(base, config, ("first", "second"), "clp")
+        before = fingerprint(policy)
+        loss = make_loss(base, config, Path(sys.argv[1]) / scope)
+        seen = []
+        roll = loss.sampler.sample
+        loss.sampler.sample = lambda *a, roll=roll, seen=seen: (seen.append(len(a[2])), roll(*a))[1]
+        source = PromptSource(parts(config)["train"], config, 2, trade_offs=2)
+        result = train(policy, source, loss, config.training(), accelerator=accelerator)
+        # 4 prompts, 2 samples of each, over 2 processes and 2 parts; 2 rollouts for 4 steps.
+        assert seen == [2] * 4, seen
+        digest = torch.tensor(list(bytes.fromhex(fingerprint(policy))))
+        both = accelerator.gather(digest[None])
+        assert torch.equal(both[0], both[1]) and fingerprint(policy) != before
+        assert {"reward/first", "kl", "value_loss"} <= set(result.last)
+    if accelerator.is_main_process:
+        print("both processes have one policy")
