@@ -392,6 +392,26 @@ def test_rewards_follow_the_weights_and_fronts_and_values_are_no_worse_than_thos
     assert values["clp"] >= values["rewarded-soups"], values
 
 
+@pytest.mark.slow
+def test_one_policy_for_one_reward_answers_for_every_kl_weight(place):
+    """The larger α, the less reward and the less KL; and more value there than DeRa gets out of the policy of α_min."""
+    figures = {}
+    for method in ("clp", "dera"):
+        config = at(
+            place, method=method, scope="full", rewards=("first",), kl_weight=(0.05, 0.1, 0.2, 0.5), steps=60,
+            trade_offs=4, learning_rate=3e-3, samples_per_prompt=4, eval_samples=8, log_samples=0, log_every=100,
+        )  # fmt: skip
+        run = place / method
+        train_policies(config, run, rewards=Rewards([share(0, 20, "first")]), say=lambda text: None)
+        figures[method] = json.loads((run / "evaluation.json").read_text())
+    rewards = [entry["rewards"][0][0] for entry in figures["clp"]]
+    kl = [entry["kl"][0] for entry in figures["clp"]]
+    assert sorted(rewards, reverse=True) == rewards and sorted(kl, reverse=True) == kl
+    clp, dera = (sum(entry["value"][0] for entry in figures[m][:3]) for m in ("clp", "dera"))
+    assert clp > dera
+    assert [entry["model_runs_per_token"] for entry in figures["dera"]] == [2] * 4
+
+
 def test_the_training_config_is_read_off_the_settings():
     config = settings(steps=7, gradient_clip=0.0, schedule="cosine")
     assert config.training() == TrainingConfig(

@@ -27,8 +27,11 @@ SETTINGS: dict[str, Any] = {
     "prompts_per_step": 4,
     "samples_per_prompt": 4,
     "max_new_tokens": 32,
-    "learning_rate": 1e-3,
+    # At 1 a model of this size is half incoherent before it is trained at all.
+    "temperature": 0.6,
+    "learning_rate": 5e-4,
     "warmup": 3,
+    "schedule": "linear",
     "held_out": 0.15,
     "normalize_prompts": 16,
     "eval_prompts": 16,
