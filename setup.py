@@ -10,6 +10,7 @@ setup(
     packages=[
         "mopl",
         "mopl.alignment",
+        "mopl.clp",
         "mopl.conditioning",
         "mopl.integrations",
         "mopl.kernels",

@@ -133,7 +133,7 @@ def test_a_finished_run_is_resumed_without_training(place, capsys):
     assert align("--method", "clp", "--run", "run") == 2
     assert "--overwrite" in capsys.readouterr().err
     assert main(["align", "--run", "run", "--resume", "--kl-weight", "0.3"]) == 2
-    assert "kl_weight was (0.05,)" in capsys.readouterr().err
+    assert "was (0.05,)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -145,14 +145,16 @@ def test_a_finished_run_is_resumed_without_training(place, capsys):
         (["--method", "clp", "--rewards", "tiny_rewards:third"], "neither one of"),
         (["--method", "clp", "--epochs", "2"], "need clip"),
         (["--method", "clp", "--scope", "lora", "--max-new-tokens", "100"], "64 positions"),
-        (["--method", "dera"], "pass several in kl_weight"),
+        (["--method", "dera"], "pass several in"),
         (["--method", "clp", "--scope", "no_such_part"], "names no parameter"),
+        (["--method", "clp", "--scope", "lora", "--lora-targets", "no_such_module"], "no_such_module"),
         (["--method", "clp", "--data", "nowhere.jsonl"], "nowhere.jsonl"),
     ],
 )
 def test_mistakes_say_what_to_change(place, capsys, options, message):
-    assert align(*options) == 2
+    assert align("--run", "run", *options) == 2
     assert message in capsys.readouterr().err
+    assert not (place / "run").exists()
 
 
 def test_settings_survive_json():

@@ -115,6 +115,8 @@ def run(given: dict[str, Any]) -> int:
         if given.get("demo"):
             from mopl.clp.demo import demo_settings
 
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                raise ValueError("--demo makes its prompts with one process; run it once without the launcher")
             settings = {**demo_settings(say), **settings}
         for name in ("model", "data", "rewards"):
             if name not in settings:

@@ -29,6 +29,7 @@ from mopl.alignment.recipe import RunInterrupted, _agree
 from mopl.clp.config import ClpConfig
 from mopl.clp.evaluate import Evaluation, Evaluator, make_front
 from mopl.clp.loss import RewardScale
+from mopl.clp.policies import new_policy, release
 from mopl.clp.prompts import Prompts, describe, read_prompts, split_prompts
 from mopl.clp.rollout import Sampler
 from mopl.clp.runs import (
@@ -43,6 +44,7 @@ from mopl.clp.runs import (
     write_reports,
 )
 from mopl.clp.stages import Stages
+from mopl.conditioning._parameter_mixture_parts import select_parameters
 from mopl.rewards import FunctionReward, Reward, Rewards, available, make, prompt_key
 from mopl.training import RunLog, TrainingInterrupted, make_accelerator, write_file
 from mopl.training.run_directory import (
@@ -126,6 +128,7 @@ def train_policies(
             tell(f"note: versions changed since the run began ({'; '.join(changes)}); bits may differ")
     base = models.load_causal_lm(config.model, dtype=config.dtype, attention=config.attention)
     _check_length(base, config, prompts)
+    _check_scope(base, config, judge.names)
     sampler = Sampler.of(base, tokenizer, config)
     accelerator.wait_for_everyone()
     if record is None and accelerator.is_main_process:
@@ -275,6 +278,14 @@ def _check_length(base: Any, config: ClpConfig, prompts: dict[str, Prompts]) -> 
             f"prompts and responses have up to {longest} tokens but {config.model} knows {positions} positions; lower "
             "max_prompt or max_new_tokens"
         )
+
+
+def _check_scope(base: Any, config: ClpConfig, objectives: tuple[str, ...]) -> None:
+    """Raise before anything is written if the scope names no parameter, or no module takes adapters."""
+    if config.mixes_parameters:
+        select_parameters(base, config.scope)
+    else:
+        release(new_policy(base, config, objectives, "clp"))
 
 
 def check_resume(record: dict[str, Any], changes: dict[str, Any], path: Path) -> ClpConfig:
