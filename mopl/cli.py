@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -277,6 +278,40 @@ def _process() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def _one_line(text: str) -> str:
+    """Return a message of several lines as one."""
+    lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+    return " ".join([*(line if line[-1] in ":;,.!?" else f"{line};" for line in lines[:-1]), *lines[-1:]])
+
+
+def as_flags(text: str, command: str) -> str:
+    """Return a message with settings written as options of the command: the library says `max_length=56`.
+
+    Args:
+        text: A message of the library.
+        command: The command whose options are meant.
+    """
+    (subparsers,) = (a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    flags = {
+        action.dest: flag
+        for action in subparsers.choices[command]._actions
+        for flag in action.option_strings
+        if flag == f"--{action.dest.replace('_', '-')}"
+    }
+
+    def flag_of(match: re.Match[str]) -> str:
+        name, value = match["name"], match["value"]
+        if name not in flags or (value is None and "_" not in name):
+            return match[0]
+        if value == "False":
+            return f"no {flags[name]}"
+        return flags[name] + ("" if value is None or value == "True" else " " + value.strip("'"))
+
+    # A bare word is taken for an option only if it has an underscore, and never inside a path or quotes.
+    pattern = r"(?<![\w./'\"-])(?P<name>[a-z_]+)(?:=(?P<value>'[\w.-]+'|\d[\w.-]*\w|\d|True|False))?(?![\w/'\"=(-])"
+    return re.sub(pattern, flag_of, text)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     parsed = build_parser().parse_args(arguments)
@@ -292,7 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if getattr(parsed, "debug", False):
             raise
         where = f" (process {_process()})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-        text = " ".join(str(error).split()) or type(error).__name__
+        text = as_flags(_one_line(str(error)) or type(error).__name__, parsed.command)
         # A fault of ours, not of the input, should not look like advice.
         expected = isinstance(error, (ValueError, OSError, ImportError, ArithmeticError, NotImplementedError))
         print(f"mopl {parsed.command}{where}: {'' if expected else f'{type(error).__name__}: '}{text}", file=sys.stderr)

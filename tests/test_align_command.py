@@ -332,6 +332,57 @@ def test_a_finished_run_is_kept_unless_asked_and_its_settings_bind(place, run, c
     assert "beta was (0.1,), is (0.2,)" in error_of(["align", "--run", str(run), "--resume", "--beta", "0.2"], capsys)
 
 
+def lines_of(place, **changes):
+    """The rows of the data, the third one changed."""
+    rows = [json.loads(line) for line in (place / "data.jsonl").read_text().splitlines()]
+    rows[2].update(changes)
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--model", "nowhere"], "there is no directory nowhere"),
+        (["--model", "./nowhere"], "there is no model ./nowhere"),
+        (["--model", "{place}"], "holds no model: it has no config.json"),
+        (["--data", "nowhere.txt"], "there is no file or directory nowhere.txt"),
+        (["--lora-targets", "nosuch"], "nosuch"),
+        (["--reference", "./nosuch"], "there is no model ./nosuch"),
+        (["--objectives", "low", "absent"], "has no labels in any of the"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_written(place, tmp_path, capsys, more, message):
+    data = tmp_path / "data.jsonl"
+    data.write_text(lines_of(place, labels={"low": [1, 2, 3], "middle": [0, 1, 0], "absent": [1, None, 2]}))
+    given = arguments(place, tmp_path / "run", "--data", str(data), "--objectives", "low", "middle")
+    given += [word.format(place=place) for word in more]
+    assert message in error_of(given, capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"labels": {"low": [1e39, 1, 1]}}, "label is too large (line 3"),
+        ({"labels": {"low": [1, 2]}}, "--on-error skip"),
+        (b"\xff\xfe\x00", "data.jsonl is no UTF-8 text"),
+    ],
+)
+def test_unusable_rows_are_named_with_their_file(place, tmp_path, capsys, content, message):
+    data = tmp_path / "data.jsonl"
+    data.write_bytes(lines_of(place, **content).encode() if isinstance(content, dict) else content)
+    assert message in error_of(arguments(place, tmp_path / "run", "--data", str(data)), capsys)
+
+
+def test_generation_refuses_what_is_no_sampling(run, capsys):
+    for more, message in (
+        (["--temperature", "0"], "temperature is 0 but must be positive"),
+        (["--top-p", "2"], "--top-p is 2 but must be above 0 and at most 1"),
+        (["--chat"], "leave out --chat"),
+    ):
+        assert message in error_of(["generate", str(run), "--weights", "0.5", "0.5", "w1", *more], capsys)
+
+
 # ---------------------------------------------------------------- other ways
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import mopl
-from mopl.cli import METHODS, build_parser, main
+from mopl.cli import METHODS, as_flags, build_parser, main
 from mopl.ranking import methods
 from mopl.ranking.config import RankConfig
 from mopl.ranking.methods import ListSource
@@ -224,3 +224,37 @@ def test_two_processes_reach_the_front_of_one(run, tmp_path):
         assert ours.tensors()[1].tolist() == pytest.approx(theirs.tensors()[1].tolist(), abs=5e-3)
     again = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
     assert again.returncode != 0 and "--overwrite" in again.stderr
+
+
+def test_messages_name_options_as_the_command_line_writes_them():
+    said = as_flags("rows 3; pass on_error='skip', max_length=56 or packing=False, or raise held_out", "align")
+    assert said == "rows 3; pass --on-error skip, --max-length 56 or no --packing, or raise --held-out"
+    for kept in ("/data/max_length/x.jsonl", "'held_out' is no objective", "the loss is nan", "chat_template=..."):
+        assert as_flags(kept, "align") == kept
+    assert as_flags("max_length=5", "steer") == "max_length=5"
+
+
+def test_what_is_no_run_of_rankers_is_named(run, tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
+    assert main(["steer", str(tmp_path / "model"), "--weights", "1"]) == 2
+    assert "is no run of mopl" in capsys.readouterr().err
+    (tmp_path / "chat").mkdir()
+    (tmp_path / "chat" / "config.json").write_text('{"kind": "align", "config": {}, "data": {}}')
+    for command in (["steer", str(tmp_path / "chat"), "--weights", "1"], ["report", str(run), str(tmp_path / "chat")]):
+        assert main(command) == 2
+        assert "is a run of mopl align, not of mopl rank; name another run or use" in capsys.readouterr().err
+
+
+def test_places_that_cannot_be_written_are_named(run, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for command in (
+        ["rank", *TINY, "--run", str(tmp_path / "file" / "run")],
+        ["report", str(run), "--html", str(tmp_path / "file" / "page.html")],
+        ["report", str(run), "--table", str(tmp_path)],
+        ["steer", str(run), "--weights", "0.5", "0.5", "--output", str(tmp_path / "nowhere" / "scores.tsv")],
+    ):
+        assert main(command) == 2
+        said = capsys.readouterr().err
+        assert "Errno" not in said and ".writing" not in said and "name a" in said, said
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

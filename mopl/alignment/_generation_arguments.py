@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -109,6 +110,14 @@ def generate_options(
             raise ValueError(f"{name} cannot be passed here; {remedy}")
     if candidates < 1 or max_new_tokens < 1:
         raise ValueError(f"candidates is {candidates} and max_new_tokens {max_new_tokens} but both must be at least 1")
+    for name, (low, high) in {"temperature": (0.0, math.inf), "top_p": (0.0, 1.0)}.items():
+        value = kwargs.get(name)
+        if value is not None and not (low < value <= high and math.isfinite(value)):
+            limit = "positive" if high == math.inf else f"above {low:g} and at most {high:g}"
+            raise ValueError(
+                f"{name} is {value:g} but must be {limit}; leave out temperature and top_p to take the most probable "
+                "token each time"
+            )
     config = copy.deepcopy(kwargs.pop("generation_config", None) or causal_lm_of(model).generation_config)
     config.max_length = None
     several = candidates > 1

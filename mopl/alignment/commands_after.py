@@ -235,8 +235,6 @@ def _open_policy(
 
 
 def _open_model(path: Path, base_model: str | None, device: str) -> Opened:
-    from transformers import AutoTokenizer
-
     from mopl.alignment import models
     from mopl.alignment.tokenization import ListTokenizer
     from mopl.conditioning import HyperPromptModel, TextPrompt
@@ -259,7 +257,7 @@ def _open_model(path: Path, base_model: str | None, device: str) -> Opened:
     reference = model.record.reference if isinstance(model, HyperPromptModel) else record["reference"]
     return Opened(
         model,
-        ListTokenizer(AutoTokenizer.from_pretrained(home), max_length=None, append_eos=False),
+        ListTokenizer(models.load_tokenizer(str(home)), max_length=None, append_eos=False),
         tuple(record["objectives"]),
         prompt,
         reference=None if reference in ("self", "precomputed") else reference,
@@ -299,6 +297,8 @@ def run_generate(arguments: argparse.Namespace) -> int:
     beta = arguments.objective_temperature or opened.temperature
     tokenizer = opened.tokenizer
     if arguments.template is not None:
+        if arguments.template == "chat" and not tokenizer.tokenizer.chat_template:
+            raise ValueError(f"the tokenizer of {arguments.run} has no chat template; leave out --chat")
         tokenizer = ListTokenizer(
             tokenizer.tokenizer, max_length=None, template=arguments.template, append_eos=False
         )  # fmt: skip

@@ -31,6 +31,7 @@ Text = str | tuple[Message, ...]
 OnError = Literal["raise", "skip"]
 
 ON_ERROR = ("raise", "skip")
+LARGEST_LABEL = float(np.finfo(np.float32).max)
 SHOWN = 3  # examples of each kind of error in a message: enough to find the cause, few enough to read
 SPLIT_STREAM = 1_000_000_011  # a stream of random numbers of its own; the epochs of a run take small integers
 
@@ -63,7 +64,7 @@ class PreferenceList:
 
     Raises:
         RowError: if a prompt or response is empty or malformed, there are fewer than two responses, an objective does
-            not have K labels, or a label is infinite or no number.
+            not have K labels, or a label is infinite, too large for float32, or no number.
     """
 
     prompt: Text
@@ -149,6 +150,8 @@ def _labels(objective: str, values: Any, count: int) -> tuple[float | None, ...]
         value = float(value)
         if math.isinf(value):
             raise RowError("label is not finite", f"{objective} of response {number} is {value}")
+        if abs(value) > LARGEST_LABEL:
+            raise RowError("label is too large", f"{objective} of response {number} is {value:g}, beyond float32")
         result.append(None if math.isnan(value) else value)
     return tuple(result)
 

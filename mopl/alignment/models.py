@@ -37,10 +37,42 @@ TEXT_TEMPLATE_WITH_TEMPERATURES = "[{weights}; temperatures {temperatures}]\n"
 
 
 def load_tokenizer(name: str) -> Any:
-    """Return the tokenizer of a model, given by directory or hub name."""
+    """Return the tokenizer of a model, given by directory or hub name.
+
+    Raises:
+        OSError: If there is no such model, or it has no tokenizer.
+    """
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(name)
+    with _loading(name, "tokenizer"):
+        return AutoTokenizer.from_pretrained(name)
+
+
+@contextlib.contextmanager
+def _loading(name: str, what: str) -> Iterator[None]:
+    """Say which model could not be read; transformers' own messages speak of the network, or of a file inside."""
+    from safetensors import SafetensorError
+
+    path = Path(name)
+    if path.is_file():
+        raise NotADirectoryError(f"the model {name} is a file; name the directory of a model, or one on the hub")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise FileNotFoundError(
+            f"the directory {name} holds no model: it has no config.json; name the directory that save_pretrained "
+            "wrote, or a model on the Hugging Face hub"
+        )
+    if not path.exists() and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
+        raise FileNotFoundError(f"there is no model {name}; name a directory, or a model on the Hugging Face hub")
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = " ".join(str(error).split()).split(". ")[0]
+        if path.is_dir():
+            raise OSError(f"the {what} in {name} cannot be loaded ({reason}); is the directory complete?") from error
+        raise OSError(
+            f"there is no directory {name}, and no model of that name could be loaded from the Hugging Face hub "
+            f"({reason}); correct the name, or name a directory"
+        ) from error
 
 
 def load_causal_lm(name: str, *, dtype: str = "auto", attention: str | None = None) -> Any:
@@ -60,13 +92,14 @@ def load_causal_lm(name: str, *, dtype: str = "auto", attention: str | None = No
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(name)
+    with _loading(name, "configuration"):
+        config = AutoConfig.from_pretrained(name)
     for setting, value in list(vars(config).items()):
         if ("dropout" in setting or setting.endswith("pdrop")) and isinstance(value, float):
             setattr(config, setting, 0.0)
     options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
-    with _quiet():
+    with _quiet(), _loading(name, "model"):
         model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=kind, **options)
     for module in model.modules():
         if isinstance(module, nn.Dropout):

@@ -110,7 +110,7 @@ def detect_format(columns: Iterable[str]) -> str:
 
 
 def _known_formats() -> str:
-    return "\n".join(f"  {entry.name} ({entry.about}): {', '.join(entry.columns)}" for entry in FORMATS.values())
+    return ";\n".join(f"  {entry.name} ({entry.about}): {', '.join(entry.columns)}" for entry in FORMATS.values())
 
 
 def load_preferences(
@@ -177,9 +177,10 @@ def _open(source: Any, cache_dir: Any, **hub: Any) -> tuple[str, Iterator[Placed
             hub.pop("revision")
             return path.name, _numbered(_load_dataset(str(path), cache_dir=cache_dir, **hub))
         # A hub name is "name" or "owner/name", without a file's ending.
-        if isinstance(source, Path) or path.is_absolute() or path.suffix in _ENDINGS or source.count("/") > 1:
+        file = path.is_absolute() or path.suffix in (*_ENDINGS, ".txt")
+        if isinstance(source, Path) or file or source.count("/") > 1:
             raise FileNotFoundError(f"there is no file or directory {source}")
-        return source, _numbered(_load_dataset(source, cache_dir=cache_dir, **hub))
+        return source, _numbered(_from_hub(source, cache_dir=cache_dir, **hub))
     if isinstance(source, Sequence) and source and all(isinstance(entry, (str, Path)) for entry in source):
         paths = [Path(entry) for entry in source]
         for path in paths:
@@ -190,6 +191,17 @@ def _open(source: Any, cache_dir: Any, **hub: Any) -> tuple[str, Iterator[Placed
     if isinstance(source, Mapping):
         raise TypeError(f"source is a mapping with {', '.join(map(str, source))}; pass one of its values, or a list")
     return "rows", _numbered(source)
+
+
+def _from_hub(source: str, **options: Any) -> Any:
+    try:
+        return _load_dataset(source, **options)
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise FileNotFoundError(
+            f"there is no file or directory {source}, and no data set of that name could be loaded from the hub "
+            f"({reason}); correct the name, or name a file"
+        ) from error
 
 
 _ENDINGS = (".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".gz")
@@ -210,6 +222,15 @@ def _rows_of_file(path: Path, cache_dir: Any) -> Iterator[Placed]:
 
 
 def _rows_of_json(path: Path) -> Iterator[Placed]:
+    """Return the rows of a JSON file; what is no text is said of the file."""
+    try:
+        yield from _decoded_rows(path)
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+        kind = "gzip" if path.suffix == ".gz" and not isinstance(error, UnicodeDecodeError) else "UTF-8 text"
+        raise DataError(f"{path.name} is no {kind} ({error}); write it again as UTF-8 JSON lines") from None
+
+
+def _decoded_rows(path: Path) -> Iterator[Placed]:
     """Read an array of records, or one record a line.
 
     Not through `datasets`: Arrow wants one schema for all rows, which trees and labels of different objectives do not

@@ -130,6 +130,7 @@ def align(
     # The model is loaded before anything is written: most mistakes in settings show here.
     log = RunLog(path, enabled=accelerator.is_main_process, tensorboard=config.tensorboard)
     stages = Stages(path, config, splits, tokenizer, accelerator, log, tell)
+    stages.check()
     accelerator.wait_for_everyone()
     if record is None and accelerator.is_main_process:
         content = {"command": command_line(), "kind": KIND, "config": config.to_dict(), **environment()}

@@ -27,7 +27,7 @@ from mopl.pareto import Front
 from mopl.ranking.evaluate import grid_of
 from mopl.report import Metric
 from mopl.training import write_file
-from mopl.training.run_directory import read_run
+from mopl.training.run_directory import check_kind, read_run
 
 FRONT, EVALUATION, SAMPLES = "front.json", "evaluation.json", "samples.json"
 KIND = "align"
@@ -160,8 +160,7 @@ def config_of(record: dict[str, Any], path: str | Path) -> AlignConfig:
     Raises:
         ValueError: If it is a run of another command.
     """
-    if not is_align_run(record):
-        raise ValueError(f"{path} is a run of another command, not of mopl align")
+    check_kind(record, path, KIND)
     return AlignConfig.from_dict(record["config"])
 
 

@@ -120,6 +120,26 @@ class Stages:
         check_length(self.base, config, splits)
         self.references: dict[str, ListScores | None] = {}
 
+    def check(self) -> None:
+        """Raise what would stop the run later: labels that are nowhere, adapters or a reference that cannot be.
+
+        Raises:
+            ValueError: If an objective has no labels to learn from or to measure with, or no module gets adapters.
+            OSError: If another model is the reference and there is none.
+        """
+        for name, what in (("train", "training"), ("test", "held-out")):
+            counts = self.splits[name].data.describe()
+            for objective, found in counts["objectives"].items():
+                if found["missing"] == counts["lists"]:
+                    raise ValueError(
+                        f"objective {objective!r} has no labels in any of the {counts['lists']} {what} lists, so there "
+                        "is nothing to learn or to measure; name the others in objectives, give more lists labels, or "
+                        "take another held_out or data_seed"
+                    )
+        if self.config.reference not in ("self", "precomputed"):
+            models.load_tokenizer(self.config.reference)
+        models.release(models.new_model(self.base, self.config, self.objectives, conditioned=True))
+
     def prepare_references(self) -> None:
         """Compute the reference's log-probabilities of held-out lists, and of training lists unless steps do it."""
         config = self.config

@@ -37,6 +37,7 @@ from mopl.ranking.runs import (
     EVALUATION,
     FRONT,
     check_data,
+    config_of,
     fingerprint,
     load_splits,
     method_folder,
@@ -213,7 +214,7 @@ def check_resume(record: dict[str, Any], changes: dict[str, Any], path: Path) ->
     Raises:
         ValueError: If a setting that matters differs.
     """
-    config = RankConfig.from_dict(record["config"])
+    config = config_of(record, path)
     differ = [
         f"{name} was {getattr(config, name)!r}, is {value!r}"
         for name, value in changes.items()

@@ -22,7 +22,7 @@ from mopl.ranking.methods import Policy
 from mopl.ranking.normalization import FeatureNormalizer
 from mopl.ranking.stages import REFERENCE, load_policy
 from mopl.training import write_file
-from mopl.training.run_directory import read_run
+from mopl.training.run_directory import check_kind, read_run
 
 FRONT, EVALUATION, NORMALIZER = "front.json", "evaluation.json", "normalizer.safetensors"
 
@@ -119,12 +119,22 @@ def run_fronts(path: str | Path) -> list[Front]:
         FileNotFoundError: If there is no run, or it has no front yet.
     """
     path = Path(path)
-    config = RankConfig.from_dict(read_run(path)["config"])
+    config = config_of(read_run(path), path)
     folders = [path / "base", *(method_folder(path, config, method) for method in config.methods)]
     fronts = [Front.load(folder / FRONT) for folder in folders if (folder / FRONT).is_file()]
     if len(fronts) < 2:
         raise FileNotFoundError(f"the run {path} is not finished; continue it with: mopl rank --run {path} --resume")
     return fronts
+
+
+def config_of(record: dict[str, Any], path: str | Path) -> RankConfig:
+    """Return the settings of a run.
+
+    Raises:
+        ValueError: If it is a run of another command.
+    """
+    check_kind(record, path, None)
+    return RankConfig.from_dict(record["config"])
 
 
 def write_reports(path: Path) -> None:
@@ -133,7 +143,7 @@ def write_reports(path: Path) -> None:
     from mopl.report.table import as_text, summarise
 
     record = read_run(path)
-    config = RankConfig.from_dict(record["config"])
+    config = config_of(record, path)
     fronts = run_fronts(path)
     metric = config.measure.metric(record["data"]["empty_share"])
     folder = method_folder(path, config, config.methods[0])
@@ -154,7 +164,7 @@ def open_run(path: str | Path) -> OpenRun:
 
     path = Path(path)
     record = read_run(path)
-    config = RankConfig.from_dict(record["config"])
+    config = config_of(record, path)
     run_fronts(path)
     splits = load_splits(config)
     check_data(record, splits, path)
@@ -201,7 +211,7 @@ def compare(
 
     records = [read_run(run) for run in runs]
     fronts = _distinct(runs)
-    metric = RankConfig.from_dict(records[0]["config"]).measure.metric(records[0]["data"]["empty_share"])
+    metric = config_of(records[0], runs[0]).measure.metric(records[0]["data"]["empty_share"])
     if len(runs) == 1 and not (html or png or table):
         write_reports(Path(runs[0]))
     text = print_table(fronts, metric=metric)

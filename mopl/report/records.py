@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mopl.pareto import Front
-from mopl.training.checkpoint import write_file
+from mopl.training.checkpoint import make_parents, write_file
 
 BASE_METHOD = "base"
 
@@ -271,7 +271,7 @@ def require(module: str) -> Any:
 def write(path: str | os.PathLike[str], content: bytes | Callable[[Path], None]) -> Path:
     """Write a file whole or not at all, make missing folders, return the path."""
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_parents(target)
     write_file(target, content)
     return target
 

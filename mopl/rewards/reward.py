@@ -85,6 +85,10 @@ class FunctionReward:
         maximise: bool = True,
         cacheable: bool = True,
     ) -> None:
+        if not callable(function):
+            raise ValueError(
+                f"the reward {name} is a {type(function).__name__} but must be a function of (texts, prompts)"
+            )
         self.function, self.name, self.maximise, self.cacheable = function, name, maximise, cacheable
 
     def __call__(self, texts: Sequence[str], prompts: Sequence[Prompt]) -> Tensor:

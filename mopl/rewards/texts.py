@@ -80,8 +80,8 @@ class Length(TextReward):
     def __init__(
         self, target: float = 50.0, unit: Literal["words", "characters"] | Callable[[str], float] = "words"
     ) -> None:
-        if target < 0:
-            raise ValueError(f"target is {target} but must be at least 0")
+        if isinstance(target, str) or not target >= 0:
+            raise ValueError(f"target is {target!r} but must be a number, at least 0")
         self.target, self._count = float(target), _counter(unit)
 
     def score(self, text: str, prompt: Prompt = "") -> float:

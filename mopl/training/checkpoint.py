@@ -123,7 +123,7 @@ def _without_frozen(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def write_folder(final: Path, fill: Callable[[Path], None]) -> None:
     """Make the folder `final` with what `fill` writes, all of it or nothing; an existing `final` is replaced."""
-    final.parent.mkdir(parents=True, exist_ok=True)
+    make_parents(final)
     temporary = final.parent / f"{_TEMPORARY}{final.name}"
     if temporary.exists():
         shutil.rmtree(temporary)
@@ -152,14 +152,33 @@ def discard_folder(path: Path) -> None:
     shutil.rmtree(doomed)
 
 
+def make_parents(path: Path) -> None:
+    """Make the folder that `path` will be in.
+
+    Raises:
+        NotADirectoryError: If a file is in the way.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise NotADirectoryError(f"{path} cannot be written: {path.parent} is no folder; name another place") from None
+
+
 def write_file(path: str | os.PathLike[str], content: str | bytes | Callable[[Path], None]) -> None:
     """Write a file all at once: into a temporary name in the same folder, flushed, then renamed.
 
     Args:
         path: The file; an existing one is replaced.
         content: Text, bytes, or a function that writes the file at the path that it is given.
+
+    Raises:
+        OSError: If there is no such folder, or a folder of that name.
     """
     path = Path(path)
+    if not path.parent.is_dir():
+        raise NotADirectoryError(f"{path} cannot be written: {path.parent} is no folder; name another place")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; name a file in it")
     # The suffix stays last: writers such as matplotlib's choose the format by it.
     temporary = path.with_name(f"{_TEMPORARY}{path.name}")
     try:

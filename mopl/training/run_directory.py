@@ -19,6 +19,11 @@ from mopl import __version__
 from mopl.training.checkpoint import discard_folder, write_file, write_folder
 
 CONFIG_FILE = "config.json"
+# What made a run, by the "kind" in its record, and what a finished run is for.
+_COMMANDS = {
+    None: ("mopl rank", "mopl steer"), "align": ("mopl align", "mopl generate"),
+    "clp": ("mopl align --method clp", "mopl generate"),
+}  # fmt: skip
 
 
 def check_new_run(path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -26,8 +31,16 @@ def check_new_run(path: str | os.PathLike[str], *, overwrite: bool = False) -> N
 
     Raises:
         FileExistsError: If something is there and may not be replaced.
+        OSError: If nothing can be written there.
     """
     path = Path(path)
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not parent.is_dir():
+        raise NotADirectoryError(f"{parent} is a file, so there can be no run at {path}; name another with --run")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(
+            f"nothing may be written into {parent}, so {path} cannot be made; name another with --run"
+        )
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     if not (path / CONFIG_FILE).is_file():
@@ -66,9 +79,31 @@ def read_run(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"there is no run at {path}: it has no {CONFIG_FILE}; name the directory of a run")
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not JSON ({error}); the run cannot be read") from None
+    if not isinstance(record, dict) or not {"config", "data"} <= record.keys():
+        raise ValueError(f"{path} is no run of mopl: its {CONFIG_FILE} is something else; name the directory of a run")
+    return record
+
+
+def check_kind(record: dict[str, Any], path: str | os.PathLike[str], kind: str | None) -> None:
+    """Raise unless a run was made by the command that is asked for it.
+
+    Args:
+        record: What `read_run` gave.
+        path: The run, for the message.
+        kind: The "kind" that its record should have; None for `mopl rank`.
+
+    Raises:
+        ValueError: If it was made by another command; the message says which, and what that run is for.
+    """
+    found = record.get("kind")
+    if found == kind:
+        return
+    made, use = _COMMANDS.get(found, (f"something else ({found})", None))
+    remedy = f" or use this one with {use}" if use and use != _COMMANDS[kind][1] else ""
+    raise ValueError(f"{path} is a run of {made}, not of {_COMMANDS[kind][0]}; name another run{remedy}")
 
 
 def next_run(parent: str | os.PathLike[str], stem: str) -> Path:
