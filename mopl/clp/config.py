@@ -50,7 +50,7 @@ class ClpConfig:
         virtual_tokens: k of the prompt scope.
         prompt_rank: r of the prompt scope.
         kl_weight: α. Several: the policy is conditioned on α as well (`mopl.conditioning.AlphaCoefficients`), which is
-            drawn from them in training. The first is the one of the front's main points.
+            drawn from them in training. The first is the one of the front's main points, and that of experts.
         kl_form: `"complement"` for (1 - α) w·R - α KL, `"penalty"` for w·R - α KL.
         kl_in: `"reward"` or `"loss"`, see `mopl.losses.policy_gradient`; so the next two.
         kl_estimator: `"k1"`, `"k2"` or `"k3"`.
