@@ -383,6 +383,36 @@ def test_generation_refuses_what_is_no_sampling(run, capsys):
         assert message in error_of(["generate", str(run), "--weights", "0.5", "0.5", "w1", *more], capsys)
 
 
+def test_prompts_without_room_are_refused_and_no_samples(place, run, tmp_path, capsys):
+    given = ["generate", str(run), "--weights", "0.5", "0.5"]
+    assert "pass --max-new-tokens 54 or less" in error_of([*given, "w1 w2", "--max-new-tokens", "55"], capsys)
+    assert "shorten the prompt" in error_of([*given, "w1 " * 60], capsys)
+    rows = [json.loads(line) for line in (place / "data.jsonl").read_text().splitlines()]
+    long = [{**row, "prompt": f"{row['prompt']} " + "w1 " * (45 if i % 2 else 1)} for i, row in enumerate(rows)]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in long))
+    settings = tiny(place, data=str(tmp_path / "long.jsonl"), max_length=56, sample_tokens=20, samples=30)
+    path = align(settings, tmp_path / "run", say=quiet)
+    prompts = [entry["prompt"] for entry in json.loads((path / "samples.json").read_text())]
+    assert prompts and all(len(prompt.split()) < 10 for prompt in prompts)
+
+
+def test_a_model_that_has_moved_and_broken_files_are_named(place, tmp_path, capsys):
+    write_model(tmp_path, "old")
+    path = align(tiny(place, model=str(tmp_path / "old")), tmp_path / "run", say=quiet)
+    (tmp_path / "old").rename(tmp_path / "new")
+    capsys.readouterr()
+    for target in (path, path / "model"):
+        given = ["generate", str(target), "--weights", "0.5", "0.5", "w1", "--max-new-tokens", "2"]
+        assert "name its new place with --base-model" in error_of(given, capsys)
+        assert main([*given, "--base-model", str(tmp_path / "new")]) == 0
+        capsys.readouterr()
+    given = ["generate", str(path), "--weights", "0.5", "0.5", "w1", "--base-model", str(tmp_path / "new")]
+    (path / "model" / "adapter_model.safetensors").unlink()
+    assert "holds no adapter_model.safetensors" in error_of(given, capsys)
+    (path / "config.json").write_text("{")
+    assert "config.json is not JSON" in error_of(given, capsys)
+
+
 # ---------------------------------------------------------------- other ways
 
 

@@ -15,6 +15,7 @@ from tiny_language_models import build, tokenizer
 
 from mopl.cli import main
 from mopl.clp import ClpConfig, open_run
+from mopl.clp.runs import load_samples, run_fronts
 from mopl.pareto import Front
 
 REWARDS = """
@@ -58,6 +59,9 @@ def test_the_command_trains_evaluates_and_reports(place, capsys):
                  "table.txt", "front.png", "report.html", "rewards.json", "base/front.json"):  # fmt: skip
         assert (place / "run" / name).is_file(), name
     front = Front.load(place / "run" / "front.json")
+    assert front.data["name"] == "prompts"
+    assert "before training" in (place / "run" / "report.html").read_text()
+    assert load_samples(place / "run", open_run("run").config, run_fronts("run")).keys() == {"base", "clp"}
     assert front.objectives == ["first", "second"] and len(front.points) == 3 and front.maximise is True
     sample = json.loads((place / "run" / "samples.jsonl").read_text().splitlines()[0])
     assert set(sample) == {"stage", "step", "weights", "kl_weight", "prompt", "text", "rewards", "log_ratio"}
@@ -155,6 +159,18 @@ def test_mistakes_say_what_to_change(place, capsys, options, message):
     assert align("--run", "run", *options) == 2
     assert message in capsys.readouterr().err
     assert not (place / "run").exists()
+
+
+def test_a_reward_that_never_works_leaves_no_run(place, capsys):
+    (place / "tiny_rewards_broken.py").write_text("def broken(texts, prompts):\n    raise OSError('no server')\n")
+    assert align("--method", "clp", "--run", "run", "--rewards", "tiny_rewards_broken:broken") == 2
+    said = capsys.readouterr().err
+    assert "the reward broken is the same (or missing)" in said and "Traceback" not in said
+    assert not (place / "run").exists()
+    (place / "tiny_rewards_broken.py").write_text("broken = 3\n")
+    sys.modules.pop("tiny_rewards_broken")
+    assert align("--method", "clp", "--run", "run", "--rewards", "tiny_rewards_broken:broken") == 2
+    assert "must be a function of (texts, prompts)" in capsys.readouterr().err
 
 
 def test_settings_survive_json():

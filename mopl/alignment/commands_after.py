@@ -176,7 +176,7 @@ def open_tuned(
     """
     path = Path(path)
     if (path / "config.json").is_file() and not (path / "mopl.json").is_file():
-        if "model_type" in json.loads((path / "config.json").read_text(encoding="utf-8")):
+        if "model_type" in _read_json(path / "config.json"):
             raise ValueError(f"{path} is a plain language model, which takes no weights; name a run of mopl align")
         return _open_run(path, weights, method, base_model, device)
     if not (path / "mopl.json").is_file():
@@ -201,6 +201,7 @@ def _open_run(path: Path, weights: Sequence[float], method: str | None, base_mod
     run = open_run(path)
     if base_model is not None:
         run.config = dataclasses.replace(run.config, model=base_model)
+    _check_moved(run.config.model)
     _check_count(weights, run.objectives)
     reference = run.config.reference
     return Opened(
@@ -224,6 +225,7 @@ def _open_policy(
     run = open_run(path)
     if base_model is not None:
         run.config = dataclasses.replace(run.config, model=base_model)
+    _check_moved(run.config.model)
     _check_count(weights, run.objectives)
     model, fixed = run.load(method, weights, device), not run.is_conditioned(method)
     # A conditioned model here has virtual tokens, which can be switched off; every other one is a plain model.
@@ -239,7 +241,7 @@ def _open_model(path: Path, base_model: str | None, device: str) -> Opened:
     from mopl.alignment.tokenization import ListTokenizer
     from mopl.conditioning import HyperPromptModel, TextPrompt
 
-    record = json.loads((path / "mopl.json").read_text(encoding="utf-8"))
+    record = _read_json(path / "mopl.json")
     kind = record.get("kind")
     if kind == "export":
         weights = " ".join(f"{w:g}" for w in record.get("weights") or ())
@@ -251,6 +253,7 @@ def _open_model(path: Path, base_model: str | None, device: str) -> Opened:
     name = base_model or record["base_model"]
     if name is None:
         raise ValueError(f"{path / 'mopl.json'} names no base model; pass --base-model")
+    _check_moved(str(name))
     model: Any = models.load_model(path, models.load_causal_lm(name)).to(device)
     home = path if (path / "tokenizer_config.json").is_file() else name
     prompt = None if kind == "HyperPromptModel" else TextPrompt(tuple(record["objectives"]), record["template"])
@@ -262,6 +265,24 @@ def _open_model(path: Path, base_model: str | None, device: str) -> Opened:
         prompt,
         reference=None if reference in ("self", "precomputed") else reference,
     )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not JSON ({error}) and cannot be read") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{file} holds a {type(record).__name__} but must hold an object")
+    return record
+
+
+def _check_moved(name: str) -> None:
+    """Raise if the directory of a base model is no longer there."""
+    if Path(name).is_absolute() and not Path(name).exists():
+        raise FileNotFoundError(
+            f"the language model that was tuned, {name}, is no longer there; name its new place with --base-model"
+        )
 
 
 def _check_count(weights: Sequence[float], objectives: Sequence[str]) -> None:
@@ -334,6 +355,7 @@ def _as_record(answer: Any) -> dict[str, Any]:
 
 def run_export(arguments: argparse.Namespace) -> int:
     """Run `mopl export`."""
+    from mopl.alignment import models
     from mopl.alignment.export import export
 
     directory = Path(arguments.directory)
@@ -346,10 +368,11 @@ def run_export(arguments: argparse.Namespace) -> int:
         # At other sums than 1 the answers are a mixture with the reference, which no plain model is.
         beta = [b / sum(opened.temperature) for b in opened.temperature]
     w = None if opened.fixed else arguments.weights
-    export(
-        opened.model, opened.tokenizer, w, directory, kind=arguments.kind, objective_temperature=beta,
-        text_prompt=opened.text_prompt, keep_tied=arguments.keep_tied, origin=str(arguments.run),
-    )  # fmt: skip
+    with models._quiet():
+        export(
+            opened.model, opened.tokenizer, w, directory, kind=arguments.kind, objective_temperature=beta,
+            text_prompt=opened.text_prompt, keep_tied=arguments.keep_tied, origin=str(arguments.run),
+        )  # fmt: skip
     named = ", ".join(f"{name} {w:g}" for name, w in zip(opened.objectives, arguments.weights, strict=True))
     print(f"{directory}: {arguments.kind} at {named}")
     if arguments.kind == "model":

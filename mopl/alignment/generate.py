@@ -35,9 +35,10 @@ from torch import Tensor, nn
 from mopl._arguments import check_choice
 from mopl.alignment._generation_arguments import Condition, Numbers, Prompt, as_list, condition_of, generate_options
 from mopl.alignment.head import IGNORE_INDEX, fuse, is_fused, score_sequences, unfuse
+from mopl.alignment.models import positions_of
 from mopl.alignment.reference_mixture import Reference, ReferenceMixture, causal_lm_of
 from mopl.alignment.tokenization import ListTokenizer
-from mopl.conditioning import TextPrompt
+from mopl.conditioning import HyperPromptModel, TextPrompt
 from mopl.steering import rescale
 
 RERANK = ("best", "resample")
@@ -154,6 +155,7 @@ def generate(
         for first in range(0, count, batch_size):
             chosen = range(first, min(first + batch_size, count))
             rows = _Rows(encoder, conversations, condition, chosen, text_prompt)
+            _check_room(model, rows, max_new_tokens)
             answers += _answer(model, base, encoder.tokenizer, rows, options, candidates, rerank)
     return answers
 
@@ -220,6 +222,19 @@ class _Rows:
             self.arguments["weights"] = self.weights
             if self.temperature is not None:
                 self.arguments["objective_temperature"] = self.temperature
+
+
+def _check_room(model: nn.Module, rows: _Rows, max_new_tokens: int) -> None:
+    """Raise if a prompt and its response have more tokens than the model has positions."""
+    positions = positions_of(causal_lm_of(model))
+    virtual = model.hyper_prompt.virtual_tokens if isinstance(model, HyperPromptModel) else 0
+    longest = max(map(len, rows.own)) + virtual
+    if positions is not None and longest + max_new_tokens > positions:
+        remedy = f"pass max_new_tokens={positions - longest} or less" if longest < positions else "shorten the prompt"
+        raise ValueError(
+            f"the longest prompt has {longest} tokens and its response up to {max_new_tokens}, but the model knows "
+            f"{positions} positions; {remedy}"
+        )
 
 
 def _padded(rows: Sequence[Sequence[int]], pad: int, device: Any) -> tuple[Tensor, Tensor]:

@@ -125,6 +125,11 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def positions_of(model: Any) -> int | None:
+    """Return how many tokens a causal language model can see, or None where it sets no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
 def new_model(
     base: nn.Module, config: AlignConfig, objectives: tuple[str, ...], *, conditioned: bool, temperature: bool = False
 ) -> nn.Module:
@@ -234,6 +239,8 @@ def load_model(folder: Path, base: nn.Module) -> nn.Module:
             return HyperPromptModel.from_pretrained(folder, base)
     from peft import PeftModel
 
+    if not (folder / ADAPTER_FILE).is_file():
+        raise FileNotFoundError(f"{folder} holds no {ADAPTER_FILE}; is the directory complete?")
     with _quiet():
         return PeftModel.from_pretrained(base, str(folder)).eval()  # type: ignore[arg-type]
 

@@ -172,7 +172,7 @@ def _work(
     )  # fmt: skip
     base = evaluation_of(None, [held_out.figures(reference.values)])
     corner = reference_point(base, config.reference_point)
-    prompts = _sample_prompts(test.data, config.samples)
+    prompts = _sample_prompts(stages)
 
     def finish(method: str, folder: Path, evaluations: list[Evaluation], samples: list[Any], **cost: Any) -> None:
         scales = (1.0, *_other_scales(config))[: len(evaluations)]
@@ -280,13 +280,25 @@ def _as_text(prompt: Text) -> str:
     return "\n\n".join(f"{message['role']}: {message.get('content', '')}" for message in prompt)
 
 
-def _sample_prompts(data: PreferenceData, count: int) -> list[Text]:
-    """Return the first different prompts of held-out data, which are a random choice already."""
+def _sample_prompts(stages: Stages) -> list[Text]:
+    """Return the first different prompts of held-out data, a random choice already, that leave room for an answer."""
+    config, positions = stages.config, models.positions_of(stages.base)
+    # What stands in front: virtual tokens, or words, of which no weights have more than these.
+    words = models.text_prompt(stages.objectives, temperature=True)
+    ones = [1 / len(stages.objectives)] * len(stages.objectives)
     prompts: dict[str, Text] = {}
-    for item in data:
-        if len(prompts) == count:
+    for item in stages.splits["test"].data:
+        if len(prompts) == config.samples:
             break
-        prompts.setdefault(_as_text(item.prompt), item.prompt)
+        tokens = stages.tokenizer.prompt_tokens(item.prompt).tolist()
+        front = config.virtual_tokens
+        if config.conditioning == "text":
+            tokenizer = stages.tokenizer.tokenizer
+            front = max(front, len(words.prepend_ids(tokens, ones, tokenizer, stages.beta.tolist())) - len(tokens))
+        if positions is None or front + len(tokens) + config.sample_tokens <= positions:
+            prompts.setdefault(_as_text(item.prompt), item.prompt)
+    if config.samples and not prompts:
+        stages.say(f"no held-out prompt leaves room for {config.sample_tokens} tokens: there are no samples")
     return list(prompts.values())
 
 

@@ -333,7 +333,7 @@ def response_loss(config: AlignConfig, data: PreferenceData) -> ResponseLoss:
 
 def check_length(base: Any, config: AlignConfig, splits: Mapping[str, Split]) -> None:
     """Raise if a model has fewer positions than the longest sequence with its virtual tokens."""
-    positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    positions = models.positions_of(base)
     longest = max(split.tokens.describe()["longest_sequence"] for split in splits.values())
     if positions is not None and longest + config.virtual_tokens > positions:
         raise ValueError(

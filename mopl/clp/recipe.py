@@ -46,7 +46,7 @@ from mopl.clp.runs import (
 from mopl.clp.stages import Stages
 from mopl.conditioning._parameter_mixture_parts import select_parameters
 from mopl.rewards import FunctionReward, Reward, Rewards, available, make, prompt_key
-from mopl.training import RunLog, TrainingInterrupted, make_accelerator, write_file
+from mopl.training import RunLog, TrainingInterrupted, discard_folder, make_accelerator, write_file
 from mopl.training.run_directory import (
     check_new_run,
     command_line,
@@ -144,6 +144,11 @@ def train_policies(
         raise RunInterrupted(path, f"in {stop.stage!r} after step {stop.step}") from None
     except KeyboardInterrupt:
         raise RunInterrupted(path, "between two steps") from None
+    except Exception:
+        # A reward that never worked leaves nothing to continue, and nothing in the way of the next try.
+        if record is None and accelerator.is_main_process and not (path / REWARDS).is_file():
+            discard_folder(path)
+        raise
     finally:
         log.close()
     return path
@@ -157,14 +162,14 @@ def _work(stages: Stages, identity: dict[str, Any]) -> None:
     if config.normalize == "base":
         stages.scale = measured
     test = stages.prompts["test"].first(config.eval_prompts)
-    evaluator, base = Evaluator(stages, test), None
+    evaluator, base, word = Evaluator(stages, test), None, Path(config.data).name.split(".")[0]
     given = config.reference_point or tuple((measured.mean - 2 * measured.deviation).tolist())
     corner = [float(x) for x in (given * len(stages.objectives) if len(given) == 1 else given)]
 
     def finish(method: str, folder: Path, found: list[Evaluation], **cost: Any) -> None:
         front = make_front(
             found, method=method, config=config, objectives=stages.objectives, reference_point=corner,
-            description={"name": config.data, "split": "test", "answered": len(test), **identity}, **cost,
+            description={"name": word, "split": "test", "answered": len(test), **identity}, **cost,
         )  # fmt: skip
         if main:
             folder.mkdir(parents=True, exist_ok=True)

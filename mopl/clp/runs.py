@@ -217,8 +217,8 @@ def load_samples(path: Path, config: ClpConfig, fronts: Sequence[Front]) -> dict
     """Return the answers of a run as the page takes them: for each method a list of texts a point; None without any."""
     found: dict[str, list[Any]] = {}
     lengths = {front.method: len(front.points) for front in fronts}
-    for method in config.methods:
-        file = method_folder(path, config, method) / SAMPLES
+    for method in ("base", *config.methods):
+        file = (path / "base" if method == "base" else method_folder(path, config, method)) / SAMPLES
         entries = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
         if not entries or method not in lengths:
             continue

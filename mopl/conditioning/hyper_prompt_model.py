@@ -407,6 +407,9 @@ class HyperPromptModel(nn.Module):
             from peft import PeftModel
 
             path = folder if adapter == "default" else folder / adapter
+            # PEFT would ask the hub for the rest.
+            if not any((path / f"adapter_model.{ending}").is_file() for ending in ("safetensors", "bin")):
+                raise FileNotFoundError(f"{path} holds no adapter_model.safetensors; is the directory complete?")
             model = PeftModel.from_pretrained(model, str(path), adapter_name=adapter, is_trainable=trainable)
         prompt = HyperPrompt(**config["prompt"])
         state = load_file(str(folder / WEIGHTS_FILE))
