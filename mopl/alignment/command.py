@@ -54,7 +54,8 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--demo", action="store_true", help="make model and data of the demo; other options still "
                        "count, and the same command again goes on where it stopped")  # fmt: skip
-    group.add_argument("--run", metavar="DIR", help="run directory (default: runs/align-DATA-METHOD-N)")
+    group.add_argument("--run", metavar="DIR", help="run directory (default: runs/align-DATA-METHOD-N; on rewards "
+                       "runs/METHOD-DATA-N)")  # fmt: skip
     group.add_argument("--resume", action="store_true", help="continue the run in --run")
     group.add_argument("--overwrite", action="store_true", help="replace the run in --run")
     group.add_argument("--seed", type=int, help="seed of the training (default: 0)")

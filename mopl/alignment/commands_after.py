@@ -88,7 +88,9 @@ def _add(commands: Any, name: str, help: str, examples: str) -> argparse.Argumen
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("--weights", nargs="+", type=float, required=True, metavar="W",
                         help="one for each objective, in the run's order; they must sum to 1")  # fmt: skip
-    parser.add_argument("--method", choices=METHODS, help="which method of an `all` run (default: weight-cos-dpo)")
+    parser.add_argument(
+        "--method", choices=METHODS, help="which method of an `all` run (default: weight-cos-dpo, or clp)"
+    )
     parser.add_argument("--objective-temperature", nargs="+", type=float, metavar="BETA",
                         help="β, one for each objective, for temperature-cos-dpo (default: the run's; for export its "
                         "direction)")  # fmt: skip
