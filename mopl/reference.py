@@ -65,9 +65,15 @@ def listwise_cross_entropy(
                 return u.new_zeros(())
             z = z / z.sum()
         # -log softmax_i = log(1 + sum_{k != i} exp(u_k) / exp(u_i)): no digit is lost where softmax_i is nearly 1.
-        n = len(u)
-        rest = torch.stack([_logsumexp(torch.cat([u[:i], u[i + 1 :]])) for i in range(n)])
-        terms = [z[i] * _softplus(rest[i] - u[i]) for i in range(n) if z[i] != 0 or z.requires_grad]
+        terms = []
+        for i in range(len(u)):
+            others = torch.cat([u[:i], u[i + 1 :]])
+            # Differences come before the sum: beside 1e30 a sum of three equal scores would lose its log(3).
+            top = others.detach().max()
+            top = top if bool(top.isfinite()) else torch.zeros_like(top)
+            rest = _logsumexp(others - top) + (top - u[i])
+            if z[i] != 0 or z.requires_grad:
+                terms.append(z[i] * _softplus(rest))
         return torch.stack(terms).sum() if terms else u.new_zeros(())
 
     return _each_list(scores, labels.shape[1], temperature, mask, one)

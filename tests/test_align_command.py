@@ -416,7 +416,7 @@ def test_a_model_that_has_moved_and_broken_files_are_named(place, tmp_path, caps
 # ---------------------------------------------------------------- other ways
 
 
-def test_an_interrupted_run_continues_to_the_same_bits(place, tmp_path):
+def test_an_interrupted_run_continues_to_the_same_bits(place, tmp_path, ctrl_c):
     settings = tiny(place, steps=4, method="dpo-soup")
     whole = align(settings, tmp_path / "whole", say=quiet)
     seen = []
