@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -22,11 +23,12 @@ from mopl.alignment.recipe import RunInterrupted
 from mopl.alignment.tokenization import ListTokenizer
 from mopl.clp import ClpConfig, PolicyCollapsed, train_policies
 from mopl.clp.loss import ClpLoss, Guard, RewardScale
-from mopl.clp.policies import load_policy, new_policy, release, save_soup
+from mopl.clp.policies import Policy, load_policy, new_policy, release, save_soup
 from mopl.clp.prompts import PromptSource, read_prompts, split_prompts
-from mopl.clp.rollout import RolloutStore, Sampler
+from mopl.clp.rollout import Rollout, RolloutStore, Sampler, roll
 from mopl.conditioning import LoraMixture, ParameterMixture
 from mopl.decoding import MixedLogits
+from mopl.losses import policy_gradient
 from mopl.pareto import Front
 from mopl.rewards import FunctionReward, Rewards
 from mopl.training import CheckpointFolder, TrainingConfig, train
@@ -126,7 +128,7 @@ def test_log_probabilities_are_of_the_distribution_that_was_sampled_from(scope):
         )
         alone, _ = sampler.score(model, prompts, answers.tokens, "cpu", options)
     inputs, place, exists = sampler.inputs(prompts, answers.tokens, "cpu")
-    logprob, _ = policy(inputs, w.expand(3, 2), torch.full((3,), 0.05), 0.7)
+    logprob, *_ = policy(inputs, w.expand(3, 2), torch.full((3,), 0.05), 0.7)
     together = logprob.gather(1, place).masked_fill(~exists, 0.0).sum(1).double()
     assert torch.allclose(answers.log_prob, alone.sum(1).double(), atol=1e-4)
     assert torch.allclose(answers.log_prob, together, atol=1e-4)
@@ -143,6 +145,95 @@ def test_mixing_one_model_with_nothing_of_another_scores_as_that_model():
     )
     scores, _ = sampler.score(one, prompts, answers.tokens, "cpu")
     assert torch.allclose(answers.log_prob, scores.sum(1).double(), atol=1e-4)
+
+
+# ---------------------------------------------------------------- the exact KL
+
+
+def disturbed(policy: Policy) -> Policy:
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    return policy
+
+
+def full_kl(policy: Policy, sampler: Sampler, rollout: Rollout, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """log π and KL of each token's position (R, n) from all logits, each row at its trade-off; which exist."""
+    inputs, place, exists = sampler.inputs(rollout.prompts, rollout.responses, "cpu")
+    rows = torch.arange(len(place))[:, None]
+    text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad(), policy.reference() as reference:
+        log_q = (reference(**text).logits / temperature).log_softmax(-1)
+    logits = policy.model(**text, **policy.arguments(rollout.weights, rollout.alpha)).logits
+    log_p = (logits / temperature).log_softmax(-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)[rows, place].masked_fill(~exists, 0.0)
+    logprob = log_p.gather(-1, inputs["targets"].clamp(min=0)[..., None])[..., 0][rows, place]
+    return logprob, kl, exists
+
+
+@pytest.mark.parametrize(
+    ("scope", "family"),
+    [("lora", "llama"), ("logits", "llama"), ("prompt", "llama"), ("full", "llama"), ("logits", "gemma2")],
+)
+def test_the_exact_kl_and_its_gradient_are_those_of_the_full_logits(scope, family):
+    base = language_model(family=family)
+    config = settings(
+        scope=scope, kl_estimator="exact", temperature=0.7, kl_weight=(0.05, 0.2)[: 1 + (scope == "lora")]
+    )
+    policy = disturbed(new_policy(base, config, ("first", "second"), "clp"))
+    sampler = Sampler.of(base, tokenizer(), config)
+    batch = PromptSource(parts(config)["train"], config, 2, trade_offs=3)(0)
+    rollout = roll(policy, batch, sampler, judge(), config)
+    _, expected, exists = full_kl(policy, sampler, rollout, 0.7)
+    inputs, place, _ = sampler.inputs(rollout.prompts, rollout.responses, "cpu")
+    hidden = torch.zeros(*inputs["targets"].shape, rollout.hidden.shape[-1])
+    hidden[inputs["targets"] >= 0] = rollout.hidden[exists]
+    every = policy(inputs, rollout.weights, rollout.alpha, 0.7, None, hidden)[2]
+    found = every.gather(1, place).masked_fill(~exists, 0.0)
+    assert expected[exists].min() > 1e-3 and torch.allclose(found, expected, atol=1e-5, rtol=1e-4)
+    assert (every[inputs["targets"] < 0] == 0).all()
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    upstream = torch.randn_like(found)
+    exact = torch.autograd.grad((expected * upstream).sum(), trained)
+    for a, b in zip(torch.autograd.grad((found * upstream).sum(), trained), exact, strict=True):
+        assert torch.allclose(a, b, atol=1e-5 + 1e-4 * float(b.abs().max()))
+    release(policy)
+
+
+@pytest.mark.parametrize("scope", ["lora", "logits", "prompt"])
+@pytest.mark.parametrize("kl_in", ["reward", "loss"])
+def test_a_step_with_the_exact_kl_has_the_gradient_of_full_logits(tmp_path, scope, kl_in):
+    base = language_model()
+    config = settings(scope=scope, kl_estimator="exact", kl_in=kl_in, kl_weight=0.4)
+    policy = disturbed(new_policy(base, config, ("first", "second"), "clp"))
+    batch = PromptSource(parts(config)["train"], config, 2, trade_offs=2)(0)
+    loss = make_loss(base, config, tmp_path)
+    torch.manual_seed(3)
+    value, logs = loss(policy, batch, 0)
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    found = torch.autograd.grad(value, trained)
+    torch.manual_seed(3)  # the same rollout again
+    rollout = roll(policy, batch, loss.sampler, judge(), config)
+    logprob, kl, exists = full_kl(policy, loss.sampler, rollout, 1.0)
+    expected = policy_gradient(
+        logprob, rollout.rewards, rollout.weights, alpha=rollout.alpha, mask=exists, baseline="leave_one_out", group=2,
+        kl_in=kl_in, kl_estimator="exact", exact_kl=kl,
+    )  # fmt: skip
+    assert float(logs["kl"]) == pytest.approx(float(expected.kl.mean()), rel=1e-4)
+    for a, b in zip(found, torch.autograd.grad(expected.loss, trained), strict=True):
+        assert torch.allclose(a, b, atol=1e-5 + 1e-4 * float(b.abs().max()))
+    release(policy)
+
+
+def test_an_exact_kl_wants_hidden_states_of_the_right_shape_and_a_head_that_is_no_longer_trained():
+    model = language_model()
+    ids = torch.tensor([[1, 7, 8]])
+    with pytest.raises(ValueError, match="reference_hidden has shape"):
+        model(ids, targets=ids, reference_hidden=torch.zeros(1, 2, 32))
+    model.requires_grad_(True)
+    with pytest.raises(ValueError, match="pass reference_head"):
+        model(ids, targets=ids, reference_hidden=torch.zeros(1, 3, 32))
 
 
 # ---------------------------------------------------------------- a step
@@ -302,7 +393,15 @@ def at(place: Path, **options) -> ClpConfig:
     [
         {"scope": "lora"},
         {"scope": "attention", "epochs": 2, "clip": 0.2, "baseline": "value"},
-        {"scope": "logits", "epochs": 3, "clip": 0.2, "accumulation": 2, "checkpoint_every": 3, "steps": 9},
+        {
+            "scope": "logits",
+            "epochs": 3,
+            "clip": 0.2,
+            "accumulation": 2,
+            "checkpoint_every": 3,
+            "steps": 9,
+            "kl_estimator": "exact",
+        },
     ],
     ids=["lora", "attention-epochs", "logits-accumulation"],
 )

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mopl.ops import linear_logprob, sequence_logprob
+from mopl.ops import linear_kl, linear_logprob, sequence_logprob
 
 IGNORE_INDEX = -100
 
@@ -50,12 +50,14 @@ class FusedOutput:
         logsumexp: float32 (N, T) if asked for.
         entropy: float32 (N, T), in nats, if asked for.
         model_output: what the model's own forward returned, without its logits (router losses and the like).
+        kl: float32 (N, T), KL to the reference over the whole vocabulary, in nats, if `reference_hidden` was given.
     """
 
     log_probs: Tensor
     logsumexp: Tensor | None
     entropy: Tensor | None
     model_output: Any
+    kl: Tensor | None = None
 
 
 @dataclass
@@ -229,8 +231,10 @@ def fuse(model: nn.Module) -> nn.Module:
 
     Afterwards `model(..., targets=targets)` returns a `FusedOutput`; `targets` (N, T) are aligned with the positions of
     the *inputs* that predict them (already shifted), and -100 marks positions that never reach the head. More
-    keywords of such a call: `temperature` (a number or (N, T)), `return_logsumexp`, `return_entropy`. Where a wrapper
-    puts virtual tokens in front (prompt learning), the last T positions are scored.
+    keywords of such a call: `temperature` (a number or (N, T)), `return_logsumexp`, `return_entropy`; and
+    `reference_hidden` (N, T, H'), what the head of a reference got at the same positions, with `reference_head`, that
+    head (None: the model's own), for the KL to the reference by `linear_kl`. Where a wrapper puts virtual tokens in
+    front (prompt learning), the last T positions are scored.
     Every call without `targets` is as before. Fuse before wrapping in PEFT, DDP or FSDP.
 
     Args:
@@ -265,6 +269,8 @@ def fuse(model: nn.Module) -> nn.Module:
         temperature: float | Tensor = 1.0,
         return_logsumexp: bool = False,
         return_entropy: bool = False,
+        reference_hidden: Tensor | None = None,
+        reference_head: nn.Module | None = None,
         **kwargs: Any,
     ) -> Any:
         # Read from the module, not from the closure: a deep copy must run its own weights.
@@ -277,6 +283,9 @@ def fuse(model: nn.Module) -> nn.Module:
 
         def head_forward(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
             parts = _score_hidden(current, hidden, targets, transform[0], temperature, return_logsumexp, return_entropy)
+            if reference_hidden is not None:
+                reference = reference_hidden, reference_head
+                parts.append(_kl_of_hidden(current, hidden, targets, transform[0], temperature, *reference))
             return torch.stack(parts, -1)
 
         kwargs.setdefault("use_cache", False)
@@ -296,9 +305,10 @@ def fuse(model: nn.Module) -> nn.Module:
         logprob = parts.pop(0)
         logsumexp = parts.pop(0) if return_logsumexp else None
         entropy = parts.pop(0) if return_entropy else None
+        kl = parts.pop(0) if reference_hidden is not None else None
         if hasattr(output, "logits"):
             output.logits = None
-        return FusedOutput(logprob, logsumexp, entropy, output)
+        return FusedOutput(logprob, logsumexp, entropy, output, kl)
 
     # `generate` validates its keywords against the signature: keep the model's own.
     forward.__signature__ = inspect.signature(type(model).forward)  # type: ignore[attr-defined]
@@ -335,15 +345,8 @@ def _score_hidden(
         raise ValueError(
             f"targets has {length} positions but only {hidden.shape[1]} reached the head; do not pass logits_to_keep"
         )
-    weight, bias = head.weight, getattr(head, "bias", None)
-    hidden = hidden[:, -length:].to(weight.device)
+    hidden, weight, bias = _operands(head, hidden[:, -length:])
     targets = targets.to(weight.device)
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    elif hidden.dtype != weight.dtype:
-        hidden = hidden.to(weight.dtype)
     parts = linear_logprob(
         hidden,
         weight,
@@ -357,6 +360,48 @@ def _score_hidden(
         return_entropy=return_entropy,
     )
     return list(parts) if isinstance(parts, tuple) else [parts]
+
+
+def _operands(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return hidden states, weight and bias as the head itself would multiply them: on its device, in one dtype."""
+    weight, bias = head.weight, getattr(head, "bias", None)
+    hidden = hidden.to(weight.device)
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return hidden.to(weight.dtype), weight, bias
+
+
+def _kl_of_hidden(
+    head: Any,
+    hidden: Tensor,  # (N, k + T, H)
+    targets: Tensor,  # (N, T)
+    transform: _Transform,
+    temperature: float | Tensor,
+    reference_hidden: Tensor,  # (N, T, H')
+    reference_head: Any,
+) -> Tensor:  # (N, T)
+    """Return KL(model ‖ reference) of the last T positions, 0 where targets are ignored."""
+    if reference_hidden.shape[:-1] != targets.shape:
+        raise ValueError(
+            f"reference_hidden has shape {tuple(reference_hidden.shape)} but targets {tuple(targets.shape)}; pass what "
+            "the head of the reference got at the same positions, (N, T, H)"
+        )
+    hidden, weight, bias = _operands(head, hidden[:, -targets.shape[1] :])
+    other = _operands(head if reference_head is None else reference_head, reference_hidden)
+    if reference_head is None and any(p.requires_grad for p in (weight, bias) if p is not None):
+        raise ValueError("the model's head is trained, so it is not that of the reference; pass reference_head")
+    return linear_kl(
+        hidden,
+        weight,
+        *other[:2],
+        bias=bias,
+        reference_bias=other[2],
+        temperature=temperature,
+        softcap=transform.softcap,
+        logit_scale=transform.logit_scale,
+        mask=targets.to(weight.device) != IGNORE_INDEX,
+    )
 
 
 # ---------------------------------------------------------------- sequences

@@ -16,6 +16,7 @@ TRAINED = ("clp", "rewarded-soups", "prompting")
 ALL = "clp-all"
 SCOPES = ("full", "attention", "logits", "lora", "prompt")
 BASELINES = ("leave_one_out", "group", "value", "none")
+KL_ESTIMATORS = ("k1", "k2", "k3", "exact")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -53,7 +54,8 @@ class ClpConfig:
             drawn from them in training. The first is the one of the front's main points, and that of experts.
         kl_form: `"complement"` for (1 - α) w·R - α KL, `"penalty"` for w·R - α KL.
         kl_in: `"reward"` or `"loss"`, see `mopl.losses.policy_gradient`; so the next two.
-        kl_estimator: `"k1"`, `"k2"` or `"k3"`.
+        kl_estimator: `"k1"`, `"k2"` or `"k3"` of the sampled tokens; or `"exact"`, the KL of each position over the
+            whole vocabulary (`mopl.ops.linear_kl`), for which a rollout keeps the reference's hidden states.
         kl_level: `"token"` or `"sequence"`.
         baseline: `"leave_one_out"` or `"group"` over the samples of a prompt, `"value"` for a learned head that knows
             (w, α), or `"none"`.
@@ -124,7 +126,7 @@ class ClpConfig:
     kl_weight: tuple[float, ...] = (0.05,)
     kl_form: Literal["complement", "penalty"] = "complement"
     kl_in: Literal["reward", "loss"] = "reward"
-    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    kl_estimator: Literal["k1", "k2", "k3", "exact"] = "k1"
     kl_level: Literal["token", "sequence"] = "token"
     baseline: Literal["leave_one_out", "group", "value", "none"] = "leave_one_out"
     standardize: bool = False
@@ -179,7 +181,7 @@ class ClpConfig:
             raise ValueError("rewards are missing; name at least one of mopl.rewards, or module:function")
         choices: dict[str, tuple[Any, ...]] = {
             "method": (*METHODS, ALL), "template": ("auto", "chat", "plain"), "normalize": ("base", "none"),
-            "kl_form": ("complement", "penalty"), "kl_in": ("reward", "loss"), "kl_estimator": ("k1", "k2", "k3"),
+            "kl_form": ("complement", "penalty"), "kl_in": ("reward", "loss"), "kl_estimator": KL_ESTIMATORS,
             "kl_level": ("token", "sequence"), "baseline": BASELINES, "dtype": DTYPES, "device": ("auto", "cpu"),
             "ratio_level": ("token", "sequence", "sequence_mean"),
         }  # fmt: skip
@@ -231,6 +233,8 @@ class ClpConfig:
             )
         if self.standardize and self.baseline != "group":
             raise ValueError("standardize divides by a group's deviation; it needs baseline='group'")
+        if self.kl_estimator == "exact" and self.kl_level != "token":
+            raise ValueError("kl_estimator 'exact' is of each position; kl_level='sequence' is for k1, k2 and k3")
         if self.epochs > 1 and self.clip is None:
             raise ValueError(f"epochs is {self.epochs}; updates on old samples need clip, such as clip=0.2")
         if self.epochs == 1 and (self.clip is not None or self.ratio_level != "token"):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mopl.alignment.head import IGNORE_INDEX
 from mopl.alignment.methods import unwrapped
 from mopl.clp.config import ClpConfig
 from mopl.clp.prompts import PromptBatch
@@ -159,12 +160,13 @@ class ClpLoss:
         rollout = self.store.find(batch, step)
         fresh = rollout is None
         if rollout is None:
-            rollout = roll(policy, batch, self.sampler, self.rewards, config.samples_per_prompt)
+            rollout = roll(policy, batch, self.sampler, self.rewards, config)
         device = policy.device
         inputs, place, mask = self.sampler.inputs(rollout.prompts, rollout.responses, device)
         w, alpha = rollout.weights.to(device), rollout.alpha.to(device)
         features = None if rollout.features is None else rollout.features.to(device)
-        every, values = model(inputs, w, alpha, config.temperature, features)
+        hidden = None if rollout.hidden is None else _in_place(rollout.hidden.to(device), inputs["targets"], mask)
+        every, values, every_kl = model(inputs, w, alpha, config.temperature, features, hidden)
         logprob = every.gather(1, place)
         raw = rollout.rewards
         # A response without one of its rewards counts for nothing, and not in another's baseline either.
@@ -177,8 +179,8 @@ class ClpLoss:
             baseline=baseline.detach() if isinstance(baseline, Tensor) else baseline,
             group=config.samples_per_prompt if isinstance(baseline, str) else None, standardize=config.standardize,
             kl_form=config.kl_form, kl_in=config.kl_in, kl_estimator=config.kl_estimator, kl_level=config.kl_level,
-            to_go=config.to_go, clip=None if fresh else config.clip,
-            ratio_level="token" if fresh else config.ratio_level,
+            exact_kl=None if every_kl is None else every_kl.gather(1, place), to_go=config.to_go,
+            clip=None if fresh else config.clip, ratio_level="token" if fresh else config.ratio_level,
         )  # fmt: skip
         loss = found.loss
         # Minus the mean log-probability of what was sampled estimates the entropy of a token.
@@ -220,6 +222,14 @@ class ClpLoss:
                 "text": rollout.texts[r], "rewards": dict(zip(names, values, strict=True)),
                 "log_ratio": round(float(log_ratio[r, : len(rollout.responses[r])].sum()), 4),
             })  # fmt: skip
+
+
+def _in_place(hidden: Tensor, targets: Tensor, exists: Tensor) -> Tensor:  # (R, n, H), (R, T), (R, n) -> (R, T, H)
+    """Return the reference's hidden states at the positions of the policy's inputs, 0 where nothing is predicted."""
+    found = hidden.new_zeros((*targets.shape, hidden.shape[-1]))
+    # Both name the tokens of all responses in the same order.
+    found[targets != IGNORE_INDEX] = hidden[exists]
+    return found
 
 
 def _on(value: Tensor | None, device: torch.device) -> Tensor | None:

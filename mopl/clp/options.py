@@ -34,7 +34,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--kl-form", choices=("complement", "penalty"), help="(1 - α) reward - α KL, or reward - α KL "
                        "(default: complement)")  # fmt: skip
     group.add_argument("--kl-in", choices=("reward", "loss"), help="where the KL enters (default: reward)")
-    group.add_argument("--kl-estimator", choices=("k1", "k2", "k3"), help="(default: k1)")
+    group.add_argument("--kl-estimator", choices=("k1", "k2", "k3", "exact"), help="exact: over the whole vocabulary "
+                       "at each position, without the logits (default: k1)")  # fmt: skip
     group.add_argument("--kl-level", choices=("token", "sequence"), help="(default: token)")
     group.add_argument("--baseline", choices=("leave_one_out", "group", "value", "none"),
                        help="of the policy gradient (default: leave_one_out)")  # fmt: skip

@@ -79,6 +79,11 @@ class Policy(nn.Module):
         return model.model if isinstance(model, ParameterMixture) else model.causal_lm
 
     @property
+    def reference_head(self) -> Any:
+        """The output head of the reference where it is another module than the policy's; else None."""
+        return None if self._base[0] is None else self._base[0].get_output_embeddings()
+
+    @property
     def device(self) -> torch.device:
         """Where the policy is."""
         return next(self.model.parameters()).device
@@ -126,8 +131,9 @@ class Policy(nn.Module):
         alpha: Tensor,
         temperature: float,
         features: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return log π of the targets, (B, T), and the values (B,) if there is a head.
+        reference_hidden: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return log π of the targets, (B, T); the values (B,) if there is a head; the exact KL (B, T) if asked for.
 
         Args:
             inputs: `input_ids`, `attention_mask` and `targets`, each (B, T).
@@ -135,13 +141,18 @@ class Policy(nn.Module):
             alpha: (B,).
             temperature: divides the logits.
             features: (B, H) hidden states of the reference at the ends of the prompts, for the value head.
+            reference_hidden: (B, T, H) what the reference's head gets where the targets are predicted: the KL of each
+                of these positions to the reference is then taken over the whole vocabulary, without the logits.
         """
-        output = self.model(**inputs, temperature=temperature, **self.arguments(weights, alpha))
+        given = self.arguments(weights, alpha)
+        if reference_hidden is not None:
+            given |= {"reference_hidden": reference_hidden, "reference_head": self.reference_head}
+        output = self.model(**inputs, temperature=temperature, **given)
         value = None
         if self.value is not None:
             assert features is not None
             value = self.value(features, weights, alpha)
-        return output.log_probs, value
+        return output.log_probs, value, output.kl
 
 
 def text_prompt(objectives: Sequence[str], alpha: float | None = None) -> TextPrompt:

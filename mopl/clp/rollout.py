@@ -185,10 +185,10 @@ class Sampler:
             responses: R responses, the longest of n tokens.
             device: Where it is.
             arguments: Keywords of its forward.
-            head: Its output head, to also return what it got at the ends of the prompts.
+            head: Its output head, to also return what it got at the positions of the responses.
 
         Returns:
-            (R, n) float32, and (R, H) or None.
+            (R, n) float32; and (R, n, H), where the first is at the end of the prompt, or None.
         """
         n = max(map(len, responses))
         columns, states = [], []
@@ -200,7 +200,8 @@ class Sampler:
             values = output.log_probs.gather(1, place).masked_fill(~exists, 0.0)
             columns.append(torch.nn.functional.pad(values, (0, n - values.shape[1])))
             if head is not None:
-                states.append(seen[0][torch.arange(len(place), device=place.device), place[:, 0]])
+                found = seen[0][torch.arange(len(place), device=place.device)[:, None], place]
+                states.append(torch.nn.functional.pad(found, (0, 0, 0, n - found.shape[1])))
         return torch.cat(columns), torch.cat(states) if states else None
 
 
@@ -236,6 +237,7 @@ class Rollout:
         alpha: (R,).
         reference: (R, n) log-probabilities of the tokens under the reference.
         features: (R, H) the reference's hidden states at the ends of the prompts, if asked for.
+        hidden: (R, n, H) its hidden states where it predicts each token of the responses, for the exact KL.
         behaviour: (R, n) log-probabilities under the policy that sampled, once they are known.
     """
 
@@ -249,12 +251,13 @@ class Rollout:
     alpha: Tensor
     reference: Tensor
     features: Tensor | None = None
+    hidden: Tensor | None = None
     behaviour: Tensor | None = None
 
 
-def roll(policy: Policy, batch: PromptBatch, sampler: Sampler, rewards: Rewards, samples: int) -> Rollout:
+def roll(policy: Policy, batch: PromptBatch, sampler: Sampler, rewards: Rewards, config: ClpConfig) -> Rollout:
     """Sample responses to a batch of prompts, each at its trade-off, and judge them."""
-    rows = [i for i in range(len(batch)) for _ in range(samples)]
+    rows = [i for i in range(len(batch)) for _ in range(config.samples_per_prompt)]
     w, alpha = batch.weights[rows], batch.alpha[rows]
     plain = [list(batch.tokens[i]) for i in rows]
     own = [
@@ -266,17 +269,24 @@ def roll(policy: Policy, batch: PromptBatch, sampler: Sampler, rewards: Rewards,
         answers = sampler.sample(
             policy.model, policy.causal_lm, own, lambda part: policy.arguments(w[part], alpha[part])
         )
-        head = policy.causal_lm.get_output_embeddings() if policy.value is not None else None
+        exact = config.kl_estimator == "exact"
         with policy.reference() as reference:
-            if policy.value is not None and reference is not policy.model:
-                head = reference.get_output_embeddings()
-            base, features = sampler.score(reference, plain, answers.tokens, policy.device, head=head)
+            head = policy.reference_head or policy.causal_lm.get_output_embeddings()
+            base, states = sampler.score(
+                reference,
+                plain,
+                answers.tokens,
+                policy.device,
+                head=head if exact or policy.value is not None else None,
+            )
     finally:
         policy.train(training)
     asked = [batch.texts[i] for i in rows]
     return Rollout(
-        batch.step, own, answers.tokens, answers.texts, asked, rewards(answers.texts, asked), w, alpha, base, features
-    )
+        batch.step, own, answers.tokens, answers.texts, asked, rewards(answers.texts, asked), w, alpha, base,
+        features=states[:, 0].clone() if states is not None and policy.value is not None else None,
+        hidden=states if exact else None,
+    )  # fmt: skip
 
 
 class RolloutStore:
