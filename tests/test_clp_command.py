@@ -128,6 +128,43 @@ def test_one_reward_with_many_kl_weights(place):
     assert [p.weights for p in points] == [[1.0]] * 3 and points[0].scale == 1.0
 
 
+@pytest.mark.parametrize("method", ["clp", "prompting"])
+def test_generate_and_export_take_a_kl_weight_between_those_of_the_training(place, capsys, method):
+    options = ["--method", method, "--scope", "attention", "--run", "run", "--learning-rate", "0.1", "--steps", "4"]
+    assert align(*options, "--kl-weight", "0.05", "0.5") == 0
+    run, ids = open_run("run"), torch.tensor([[1, 7, 8]])
+    written = []
+    for alpha in ("0.5", "0.2"):
+        assert main(["export", "run", "--weights", "0.5", "0.5", "--kl-weight", alpha, f"at-{alpha}"]) == 0
+        assert f"KL weight {alpha}" in capsys.readouterr().out
+        exported = transformers.AutoModelForCausalLM.from_pretrained(f"at-{alpha}")
+        text = json.loads((place / f"at-{alpha}" / "mopl.json").read_text()).get("text", "")
+        assert (f"KL weight {alpha}" in text) == (method == "prompting")
+        own = run.load(weights=[0.5, 0.5], kl_weight=float(alpha))
+        assert torch.equal(exported(ids).logits, own(ids).logits)
+        written.append((text, exported(ids).logits.tolist()))
+    # The policy itself depends on α in clp, what stands in front of the text in prompting.
+    assert written[0] != written[1]
+    ask = ["generate", "run", "--weights", "0.5", "0.5", "--max-new-tokens", "3", "w1 w2", "--kl-weight"]
+    assert main([*ask, "0.2"]) == 0
+    capsys.readouterr()
+    for alpha in ("0.6", "0.01", "-1", "nan"):
+        assert main([*ask, alpha]) == 2
+        assert "was trained for those from 0.05 to 0.5; pass one of them" in capsys.readouterr().err
+    assert main(["export", "run", "--weights", "0.5", "0.5", "--kl-weight", "0.6", "no"]) == 2
+    assert not (place / "no").exists()
+
+
+def test_a_kl_weight_is_refused_where_nothing_is_conditioned_on_it(place, capsys):
+    assert align("--method", "clp", "--scope", "logits", "--run", "one") == 0
+    ask = ["generate", "one", "--weights", "0.5", "0.5", "--max-new-tokens", "3", "--kl-weight", "0.05", "w1"]
+    assert main(ask) == 2
+    assert "clp of one was trained at the KL weight 0.05 alone" in capsys.readouterr().err
+    (place / "one" / "mopl.json").write_text("{}")
+    assert main(ask) == 2
+    assert "which one is not; leave it out" in capsys.readouterr().err
+
+
 def test_a_finished_run_is_resumed_without_training(place, capsys):
     assert align("--method", "clp", "--scope", "lora", "--run", "run") == 0
     (place / "run" / "table.txt").unlink()

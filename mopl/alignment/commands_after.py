@@ -94,6 +94,8 @@ def _add(commands: Any, name: str, help: str, examples: str) -> argparse.Argumen
     parser.add_argument("--objective-temperature", nargs="+", type=float, metavar="BETA",
                         help="β, one for each objective, for temperature-cos-dpo (default: the run's; for export its "
                         "direction)")  # fmt: skip
+    parser.add_argument("--kl-weight", type=float, metavar="ALPHA", help="of a policy trained on rewards at several, "
+                        "anywhere between them (default: the run's first)")  # fmt: skip
     parser.add_argument("--base-model", metavar="DIR", help="the language model it was tuned from, if that has moved")
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto",
                         help="auto takes a GPU if there is one (default: auto)")  # fmt: skip
@@ -169,28 +171,39 @@ def open_tuned(
     method: str | None = None,
     base_model: str | None = None,
     device: str = "cpu",
+    kl_weight: float | None = None,
 ) -> Opened:
     """Open a run of `mopl align`, or a folder with a conditioned model.
 
     Raises:
         FileNotFoundError: If there is nothing of the kind.
-        ValueError: If it is something else, or has no such method or no model for these weights.
+        ValueError: If it is something else, or has no such method or no model for these weights, or this KL weight.
     """
     path = Path(path)
     if (path / "config.json").is_file() and not (path / "mopl.json").is_file():
         if "model_type" in _read_json(path / "config.json"):
             raise ValueError(f"{path} is a plain language model, which takes no weights; name a run of mopl align")
-        return _open_run(path, weights, method, base_model, device)
+        return _open_run(path, weights, method, base_model, device, kl_weight)
     if not (path / "mopl.json").is_file():
         raise FileNotFoundError(
             f"{path} is neither a run of mopl align nor a model: it has no config.json or mopl.json"
         )
     if method is not None:
         raise ValueError(f"{path} is one model, not a run; leave out --method")
+    _check_no_kl_weight(path, kl_weight)
     return _open_model(path, base_model, device)
 
 
-def _open_run(path: Path, weights: Sequence[float], method: str | None, base_model: str | None, device: str) -> Opened:
+def _check_no_kl_weight(path: Path, kl_weight: float | None) -> None:
+    if kl_weight is not None:
+        raise ValueError(f"--kl-weight is for runs of a method on rewards, which {path} is not; leave it out, or move "
+                         "answers closer to the reference with --scale")  # fmt: skip
+
+
+def _open_run(
+    path: Path, weights: Sequence[float], method: str | None, base_model: str | None, device: str,
+    kl_weight: float | None,
+) -> Opened:  # fmt: skip
     import dataclasses
 
     from mopl.alignment.reference_mixture import OWN_REFERENCE
@@ -199,7 +212,8 @@ def _open_run(path: Path, weights: Sequence[float], method: str | None, base_mod
     from mopl.training.run_directory import read_run
 
     if is_clp_run(read_run(path)):
-        return _open_policy(path, weights, method, base_model, device)
+        return _open_policy(path, weights, method, base_model, device, kl_weight)
+    _check_no_kl_weight(path, kl_weight)
     run = open_run(path)
     if base_model is not None:
         run.config = dataclasses.replace(run.config, model=base_model)
@@ -217,9 +231,10 @@ def _open_run(path: Path, weights: Sequence[float], method: str | None, base_mod
 
 
 def _open_policy(
-    path: Path, weights: Sequence[float], method: str | None, base_model: str | None, device: str
-) -> Opened:
-    """Open a run of a method on rewards: its model of these weights, mixed once."""
+    path: Path, weights: Sequence[float], method: str | None, base_model: str | None, device: str,
+    kl_weight: float | None,
+) -> Opened:  # fmt: skip
+    """Open a run of a method on rewards: its model of these weights and KL weight, mixed once."""
     import dataclasses
 
     from mopl.clp.runs import open_run
@@ -229,9 +244,9 @@ def _open_policy(
         run.config = dataclasses.replace(run.config, model=base_model)
     _check_moved(run.config.model)
     _check_count(weights, run.objectives)
-    model, fixed = run.load(method, weights, device), not run.is_conditioned(method)
+    model, fixed = run.load(method, weights, device, kl_weight=kl_weight), not run.is_conditioned(method)
     # A conditioned model here has virtual tokens, which can be switched off; every other one is a plain model.
-    words = run.text_prompt(method)
+    words = run.text_prompt(method, kl_weight)
     own = not fixed and words is None
     return Opened(
         model, run.list_tokenizer, run.objectives, words, reference=None if own else run.config.model, fixed=fixed
@@ -314,8 +329,9 @@ def run_generate(arguments: argparse.Namespace) -> int:
 
     device = _device(arguments.device)
     opened = open_tuned(
-        arguments.run, arguments.weights, method=arguments.method, base_model=arguments.base_model, device=device
-    )
+        arguments.run, arguments.weights, method=arguments.method, base_model=arguments.base_model, device=device,
+        kl_weight=arguments.kl_weight,
+    )  # fmt: skip
     _check_count(arguments.weights, opened.objectives)
     beta = arguments.objective_temperature or opened.temperature
     tokenizer = opened.tokenizer
@@ -363,7 +379,10 @@ def run_export(arguments: argparse.Namespace) -> int:
     directory = Path(arguments.directory)
     if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
         raise FileExistsError(f"{directory} exists and is not an empty directory; name another")
-    opened = open_tuned(arguments.run, arguments.weights, method=arguments.method, base_model=arguments.base_model)
+    opened = open_tuned(
+        arguments.run, arguments.weights, method=arguments.method, base_model=arguments.base_model,
+        kl_weight=arguments.kl_weight,
+    )  # fmt: skip
     _check_count(arguments.weights, opened.objectives)
     beta = arguments.objective_temperature
     if beta is None and opened.temperature is not None:
@@ -376,6 +395,7 @@ def run_export(arguments: argparse.Namespace) -> int:
             text_prompt=opened.text_prompt, keep_tied=arguments.keep_tied, origin=str(arguments.run),
         )  # fmt: skip
     named = ", ".join(f"{name} {w:g}" for name, w in zip(opened.objectives, arguments.weights, strict=True))
+    named += "" if arguments.kl_weight is None else f", KL weight {arguments.kl_weight:g}"
     print(f"{directory}: {arguments.kind} at {named}")
     if arguments.kind == "model":
         print(f"vllm serve {directory}    or transformers: AutoModelForCausalLM.from_pretrained({str(directory)!r})")

@@ -82,7 +82,12 @@ class OpenRun:
         return False
 
     def text_prompt(self, method: str | None = None, kl_weight: float | None = None) -> TextPrompt | None:
-        """Return how weights are written into prompts, or None where a method takes them otherwise."""
+        """Return how weights are written into prompts, or None where a method takes them otherwise.
+
+        Raises:
+            ValueError: If the run has no such method, or it was not trained for this KL weight.
+        """
+        self._check_kl_weight(self._method(method), kl_weight)
         if self._method(method) != "prompting":
             return None
         alpha = self.config.kl_weight[0] if kl_weight is None else kl_weight
@@ -109,7 +114,8 @@ class OpenRun:
                 one, or clp.
             weights: (m,) on the simplex. Not needed where `is_conditioned`.
             device: Where the model goes.
-            kl_weight: α, for a policy conditioned on it; None: the run's first.
+            kl_weight: α, for a policy conditioned on it, from the smallest to the largest of the training; None: the
+                run's first.
 
         Returns:
             A plain causal language model, merged, that decodes at the cost of one; or for scope prompt a
@@ -117,11 +123,13 @@ class OpenRun:
             own.
 
         Raises:
-            ValueError: If the run has no such method, or weights are missing or off the simplex.
+            ValueError: If the run has no such method, weights are missing or off the simplex, or the KL weight is
+                none that the method was trained for.
         """
         method = self._method(method)
         if method in ("logit-mixing", "dera"):
             raise ValueError(f"{method} mixes models while it decodes and has none of its own; see mopl.decoding")
+        self._check_kl_weight(method, kl_weight)
         conditioned = self.is_conditioned(method)
         if weights is None and not conditioned:
             raise ValueError(f"weights are missing; pass one for each of {', '.join(self.objectives)}")
@@ -136,6 +144,22 @@ class OpenRun:
             release(policy)
             model = merged
         return model.to(device).eval()
+
+    def _check_kl_weight(self, method: str, kl_weight: float | None) -> None:
+        """Raise unless a method answers for a KL weight, or none is asked for."""
+        if kl_weight is None:
+            return
+        trained = self.config.kl_weight if method in ("clp", "prompting") else self.config.kl_weight[:1]
+        if len(trained) == 1:
+            raise ValueError(
+                f"{method} of {self.path} was trained at the KL weight {trained[0]:g} alone, so no other one can be "
+                "asked for; leave out kl_weight, or train with several"
+            )
+        if not min(trained) <= kl_weight <= max(trained):
+            raise ValueError(
+                f"kl_weight is {kl_weight:g} but {method} of {self.path} was trained for those from {min(trained):g} "
+                f"to {max(trained):g}; pass one of them, or one in between"
+            )
 
     def _method(self, method: str | None) -> str:
         method = method or self.method_name
