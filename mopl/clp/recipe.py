@@ -96,7 +96,8 @@ def train_policies(
         raise ValueError("--resume needs the run to continue; name it with --run")
     if resume and overwrite:
         raise ValueError("--resume continues a run and --overwrite deletes it; pass one of them")
-    accelerator = make_accelerator(cpu=config.device == "cpu")
+    # Rollouts generate with the policy itself, which a sharded one cannot do.
+    accelerator = make_accelerator(cpu=config.device == "cpu", sharding=False)
     tell = say if accelerator.is_main_process else (lambda text: None)
     path = _agree(accelerator, str(run or next_run("runs", f"{config.method}-{Path(config.data).name.split('.')[0]}")))
     record = read_run(path) if resume else None

@@ -8,9 +8,9 @@ from mopl.training.loop import (
     TrainingDiverged,
     TrainingInterrupted,
     TrainingResult,
-    make_accelerator,
     train,
 )
+from mopl.training.parallel import make_accelerator
 
 __all__ = [
     "BatchSource",

@@ -30,6 +30,7 @@ from mopl._arguments import check_choice
 from mopl.training.batches import BatchSource, part_of_batch
 from mopl.training.checkpoint import Checkpoint, CheckpointFolder
 from mopl.training.logs import RunLog
+from mopl.training.parallel import ShardedModel, WholeModel, make_accelerator, prepare, whole_norm
 
 SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("no", "bf16", "fp16")
@@ -116,23 +117,6 @@ class TrainingDiverged(FloatingPointError):
     """The loss or its gradient is no longer a number."""
 
 
-def make_accelerator(mixed_precision: str = "no", *, cpu: bool = False) -> Any:
-    """Return accelerate's `Accelerator` as the loop needs it: CUDA where present unless `cpu`, DDP under its launcher.
-
-    Gradient accumulation is the loop's own, because accelerate divides by the number of parts, whatever their sizes.
-    """
-    from accelerate import Accelerator
-
-    accelerator = Accelerator(mixed_precision=mixed_precision, cpu=cpu)
-    kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
-    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP"):
-        raise NotImplementedError(
-            f"the loop trains on one device or with DDP, but accelerate was set up for {kind}; "
-            "run `accelerate config` again or pass `--multi_gpu` / `--num_processes` alone"
-        )
-    return accelerator
-
-
 def train(
     model: nn.Module,
     source: BatchSource,
@@ -150,10 +134,11 @@ def train(
     """Train `model` in place.
 
     Args:
-        model: The model; it is left on the device of the training, in the mode (train or eval) it had.
+        model: The model; it is left whole on the device of the training, in the mode (train or eval) it had. Under
+            FSDP2 a sharded copy is trained, and an error that does not strike every process leaves the model as it was.
         source: Gives a step's batch in parts; see `BatchSource`.
         loss: `loss(model, batch, step) -> (scalar, logs)`: the mean over the lists of the batch it is given, and
-            numbers or scalar tensors to log. It must call `model` itself (the wrapped one under DDP).
+            numbers or scalar tensors to log. It must call the `model` it is given (the wrapped or sharded one).
         config: Settings.
         accelerator: accelerate's `Accelerator`; one from `make_accelerator` by default.
         directory: Folder of the checkpoints, or None for none.
@@ -199,12 +184,13 @@ def train(
         updater = torch.optim.AdamW(trainable, lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused)
     rates = [group["lr"] for group in updater.param_groups]
     mode = model.training
-    wrapped, stepper = accelerator.prepare(model, updater)
+    prepared = prepare(accelerator, model, updater)
+    stepper = prepared.optimizer
     start, spent = 0, 0.0
     if checkpoint is not None:
         start, spent = checkpoint.step, checkpoint.state()["seconds"]
         states = checkpoint.load_optimizer()
-        stepper.load_state_dict(states["optimizer"])
+        prepared.load_optimizer(states["optimizer"])
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(states["scaler"])
     if accelerator.is_main_process and folder is not None:
@@ -219,29 +205,31 @@ def train(
         """Write the checkpoint after `step` steps, on the main process; every process waits until it is there."""
         if folder is None:
             return None
+        plain, optimizer_state = prepared.whole()
         if accelerator.is_main_process:
-            states = {"optimizer": stepper.state_dict()}
+            states = {"optimizer": optimizer_state}
             if accelerator.scaler is not None:
                 states["scaler"] = accelerator.scaler.state_dict()
             seconds = spent + time.perf_counter() - began
             saved = {"stage": stage, "seconds": seconds, "config": asdict(config)}
-            folder.save(step, accelerator.unwrap_model(wrapped), states, saved)
+            folder.save(step, plain, states, saved)
         accelerator.wait_for_everyone()
         return folder.path / f"step-{step:06d}"
 
-    trained = [p for p in wrapped.parameters() if p.requires_grad]
-    wrapped.train()
+    trained = [p for p in prepared.model.parameters() if p.requires_grad]
+    prepared.model.train()
+    together = False  # whether every process comes to the end of the loop
     try:
         with _StopSignals() as stop, _progress(accelerator, stage, start, config.steps) as progress:
             for step in range(start, config.steps):
                 for group, rate in zip(stepper.param_groups, rates, strict=True):
                     group["lr"] = rate * config.rate_factor(step)
-                value, logs = _accumulate(accelerator, wrapped, source, loss, config, step)
+                value, logs = _accumulate(accelerator, prepared, source, loss, config, step)
                 limit = math.inf if config.gradient_clip is None else config.gradient_clip
-                norm = accelerator.clip_grad_norm_(trained, limit)
+                norm = whole_norm(accelerator.clip_grad_norm_(trained, limit))
                 # One reduction and one read a step: every process learns the same loss and the same wish to stop.
                 told = torch.stack([value, torch.as_tensor(float(stop.asked), device=value.device)])
-                told = [*accelerator.reduce(told, "sum").tolist(), float(norm)]
+                told = [*accelerator.reduce(told, "sum").tolist(), norm]
                 _check_finite(told[0], told[2], config, stage, step, folder)
                 stepper.step()
                 stepper.zero_grad()
@@ -260,9 +248,14 @@ def train(
                 path = save(done) if due or told[1] or done == config.steps else None
                 if told[1] or (stop.asked and done == config.steps):
                     raise TrainingInterrupted(stage, done, path)
+        together = True
+    except (TrainingInterrupted, TrainingDiverged):
+        together = True  # they come from figures that all processes share
+        raise
     finally:
-        # The prepared model's forward is wrapped in autocast; the caller gets back the plain one.
-        accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False).train(mode)
+        trained.clear()
+        prepared.finish(gather=together)
+        model.train(mode)
         # accelerate keeps whatever it prepared. Its own free_memory() would also run the garbage collector, which takes
         # longer than a small model's hundred steps.
         for kept in ("_models", "_optimizers"):
@@ -272,7 +265,12 @@ def train(
 
 
 def _accumulate(
-    accelerator: Any, model: nn.Module, source: BatchSource, loss: LossFunction, config: TrainingConfig, step: int
+    accelerator: Any,
+    prepared: WholeModel | ShardedModel,
+    source: BatchSource,
+    loss: LossFunction,
+    config: TrainingConfig,
+    step: int,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Add up the gradient of the mean over the whole batch; return this process's share of the loss and the logs."""
     parts = accelerator.num_processes * config.accumulation
@@ -285,9 +283,9 @@ def _accumulate(
         batch = _to_device(source(step, part, parts), accelerator.device)
         _seed_generators(_seed(config.seed, step, part), accelerator.device)
         last = turn == config.accumulation - 1
-        with contextlib.nullcontext() if last else accelerator.no_sync(model):
-            value, extra = loss(model, batch, step)
-            # DDP averages the gradients of the processes; the sum of shares is what the mean over all lists needs.
+        with contextlib.nullcontext() if last else prepared.no_sync():
+            value, extra = loss(prepared.model, batch, step)
+            # DDP and FSDP average the gradients of the processes; the mean over all lists needs the sum of shares.
             accelerator.backward(value * (share * accelerator.num_processes))
         total = share * value.detach() if total is None else total + share * value.detach()
         for name, item in extra.items():
