@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from mopl.alignment.reference_mixture import causal_lm_of
-from mopl.conditioning import HyperPromptModel, TextPrompt, check_weights
+from mopl.conditioning import TextPrompt, WeightedModel, check_weights
+from mopl.conditioning.weighted import takes_temperature
 
 Prompt = str | Sequence[Mapping[str, Any]]
 Numbers = Tensor | Sequence[float] | Sequence[Sequence[float]]
@@ -52,27 +53,27 @@ def condition_of(
     model: nn.Module, weights: Any, temperature: Any, scale: Any, text_prompt: TextPrompt | None, count: int
 ) -> Condition:
     """Check what the prompts are answered at, and give each prompt its own."""
-    if isinstance(model, HyperPromptModel):
-        names, takes_temperature = model.record.objectives, model.hyper_prompt.temperature
+    if isinstance(model, WeightedModel):
+        names, wants_temperature = model.record.objectives, takes_temperature(model)
         if text_prompt is not None:
             raise ValueError(
-                "text_prompt was passed but the model is a HyperPromptModel, which takes weights by itself"
+                f"text_prompt was passed but the model is a {type(model).__name__}, which takes weights by itself"
             )
     elif text_prompt is not None:
-        names, takes_temperature = text_prompt.objectives, text_prompt.temperature
+        names, wants_temperature = text_prompt.objectives, text_prompt.temperature
     else:
-        names, takes_temperature = (), False
+        names, wants_temperature = (), False
     if (weights is not None) != bool(names):
         raise ValueError(
             f"weights are missing; pass one for each of {', '.join(names)}"
             if names
-            else "weights were passed but the model has none: pass a HyperPromptModel, or text_prompt with a model "
-            "that was trained with it"
+            else "weights were passed but the model has none: pass a HyperPromptModel or a LoraMixture, or "
+            "text_prompt with a model that was trained with it"
         )
-    if (temperature is not None) != takes_temperature:
+    if (temperature is not None) != wants_temperature:
         raise ValueError(
             "objective_temperature is missing: the model is conditioned on temperatures; pass one for each objective"
-            if takes_temperature
+            if wants_temperature
             else "objective_temperature was passed but the model is not conditioned on temperatures; to move closer to "
             "the reference pass scale"
         )

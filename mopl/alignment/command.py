@@ -89,11 +89,13 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"),
                        help="of the frozen model (default: auto, as it is stored)")  # fmt: skip
     group.add_argument("--attention", metavar="NAME", help="attn_implementation of transformers (default: its choice)")
-    group.add_argument("--conditioning", choices=("hyper-prompt", "text"), help="how weights enter: virtual tokens, or "
-                       "words (default: hyper-prompt)")  # fmt: skip
+    group.add_argument("--conditioning", choices=("hyper-prompt", "lora-mixture", "text"), help="how weights enter: "
+                       "virtual tokens, a mixture of adapters, or words (default: hyper-prompt)")  # fmt: skip
     group.add_argument("--positions", choices=("hf", "paper"), help="positions of virtual tokens (default: hf)")
     group.add_argument("--virtual-tokens", type=int, metavar="K", help="(default: 8)")
     group.add_argument("--prompt-rank", type=int, metavar="R", help="rank of the prompt's mask (default: 4)")
+    group.add_argument("--prompt-text", metavar="WORDS", help="whose embeddings virtual tokens start at (default: "
+                       "small random vectors)")  # fmt: skip
     group.add_argument("--lora-rank", type=int, metavar="R", help="0 for none (default: 4)")
     group.add_argument("--lora-alpha", type=float, help="(default: 8)")
     group.add_argument("--lora-targets", nargs="+", metavar="MODULE", help="(default: all-linear)")

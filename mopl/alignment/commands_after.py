@@ -12,7 +12,7 @@ from typing import Any
 
 METHODS = ("weight-cos-dpo", "temperature-cos-dpo", "dpo-ls", "dpo-soup", "mo-dpo", "clp", "rewarded-soups",
            "prompting")  # fmt: skip
-RUN_HELP = "directory of a finished run of mopl align, or of a model that HyperPromptModel.save_pretrained wrote"
+RUN_HELP = "directory of a finished run of mopl align, or a model that takes weights (HyperPromptModel, LoraMixture)"
 
 GENERATE_HELP = "answer prompts at any trade-off, and at any distance from the reference, without training"
 GENERATE_EXAMPLES = """
@@ -256,7 +256,7 @@ def _open_policy(
 def _open_model(path: Path, base_model: str | None, device: str) -> Opened:
     from mopl.alignment import models
     from mopl.alignment.tokenization import ListTokenizer
-    from mopl.conditioning import HyperPromptModel, TextPrompt
+    from mopl.conditioning import TextPrompt
 
     record = _read_json(path / "mopl.json")
     kind = record.get("kind")
@@ -265,7 +265,7 @@ def _open_model(path: Path, base_model: str | None, device: str) -> Opened:
         raise ValueError(
             f"{path} was exported at weights {weights} and has no others; load it with transformers or vLLM"
         )
-    if kind not in ("HyperPromptModel", models.TEXT_KIND):
+    if kind not in ("HyperPromptModel", models.MIXTURE_KIND, models.TEXT_KIND):
         raise ValueError(f"{path} holds a {kind}, which is no conditioned language model")
     name = base_model or record["base_model"]
     if name is None:
@@ -273,8 +273,8 @@ def _open_model(path: Path, base_model: str | None, device: str) -> Opened:
     _check_moved(str(name))
     model: Any = models.load_model(path, models.load_causal_lm(name)).to(device)
     home = path if (path / "tokenizer_config.json").is_file() else name
-    prompt = None if kind == "HyperPromptModel" else TextPrompt(tuple(record["objectives"]), record["template"])
-    reference = model.record.reference if isinstance(model, HyperPromptModel) else record["reference"]
+    prompt = TextPrompt(tuple(record["objectives"]), record["template"]) if kind == models.TEXT_KIND else None
+    reference = record["reference"]
     return Opened(
         model,
         ListTokenizer(models.load_tokenizer(str(home)), max_length=None, append_eos=False),

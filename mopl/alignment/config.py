@@ -15,7 +15,7 @@ from mopl.training import TrainingConfig
 METHODS = ("weight-cos-dpo", "temperature-cos-dpo", "dpo-ls", "dpo-soup", "mo-dpo")
 ALL = "all"
 CONDITIONED = ("weight-cos-dpo", "temperature-cos-dpo")
-CONDITIONINGS = ("hyper-prompt", "text")
+CONDITIONINGS = ("hyper-prompt", "lora-mixture", "text")
 LIST_LOSSES = ("listnet", "plackett-luce")
 # aot sorts over the whole batch, so it has no loss of one list that could be weighed by that list's trade-off.
 PAIR_LOSSES = tuple(name for name in LOSS_TYPES if not name.startswith("aot"))
@@ -43,10 +43,13 @@ class AlignConfig:
         max_length: Most tokens of prompt and response together; see `mopl.alignment.tokenization`.
         min_prompt: What a longer prompt is never cut below; None: a quarter of `max_length`.
         method: One of `METHODS`, or `"all"` to train and compare every one.
-        conditioning: How weights enter the model of COS-DPO: `"hyper-prompt"` (section 4.2) or `"text"`, in words.
+        conditioning: How weights enter the model of COS-DPO: `"hyper-prompt"` (section 4.2); `"lora-mixture"`, a set of
+            adapters for each objective, mixed by w in every row (`mopl.conditioning.LoraMixture`); `"text"`, in words.
         positions: Positions of virtual tokens, `"hf"` or `"paper"`; see `mopl.conditioning.HyperPromptModel`.
         virtual_tokens: k, virtual tokens of the prompt (section 4.2).
         prompt_rank: r, rank of the prompt's mask (section 4.2).
+        prompt_text: Words whose embeddings the virtual tokens start at, cut or repeated to k; None: small random
+            vectors.
         lora_rank: Rank of the LoRA adapters (section 4.2); 0 for none.
         lora_alpha: Their scale (section 4.2).
         lora_targets: Modules that get adapters, by PEFT's rules; `("all-linear",)` takes all but the output head.
@@ -119,6 +122,7 @@ class AlignConfig:
     positions: Literal["hf", "paper"] = "hf"
     virtual_tokens: int = 8
     prompt_rank: int = 4
+    prompt_text: str | None = None
     lora_rank: int = 4
     lora_alpha: float = 8.0
     lora_targets: tuple[str, ...] = ("all-linear",)
@@ -239,6 +243,19 @@ class AlignConfig:
                 raise ValueError(
                     "reference='self' sees the tokens of the step, but with conditioning='text' these hold the "
                     "weights, which a reference must not see; pass reference='precomputed'"
+                )
+        if self.conditioning == "lora-mixture":
+            if self.lora_rank == 0:
+                raise ValueError("conditioning='lora-mixture' mixes adapters, so lora_rank must be at least 1")
+            if "temperature-cos-dpo" in self.methods:
+                raise ValueError(
+                    "temperature-cos-dpo is conditioned on temperatures, which conditioning='lora-mixture' cannot "
+                    "take; pass conditioning='hyper-prompt', or method='weight-cos-dpo'"
+                )
+            if self.packing:
+                raise ValueError(
+                    "conditioning='lora-mixture' mixes adapters row by row, and a packed row holds many lists; pass "
+                    "packing=False"
                 )
         if self.packing and self.positions == "paper":
             raise ValueError("packed sequences need positions that count up; pass positions='hf' or packing=False")

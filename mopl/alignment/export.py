@@ -25,8 +25,11 @@ servers do so.
 
 A model conditioned by words (`text_prompt`) becomes its merged self with a tokenizer that writes the words.
 
-`kind="adapter"`: the LoRA adapter of a model conditioned by words, or a prompt without adapters as PEFT's prompt
-tuning (which counts positions from the padding on: pad on the right). A prompt with adapters is neither for PEFT.
+Adapters that are mixed (`LoraMixture`) are added to the weights at w, in float32 and rounded once.
+
+`kind="adapter"`: the LoRA adapter of a model conditioned by words; mixed adapters as one, whose factors are theirs side
+by side, so that servers that load adapters take a trade-off as one of theirs; or a prompt without adapters as PEFT's
+prompt tuning (which counts positions from the padding on: pad on the right). A prompt with adapters is neither for PEFT.
 """
 
 from __future__ import annotations
@@ -46,8 +49,9 @@ from mopl._arguments import check_choice
 from mopl.alignment._export_tokenizer import Front, check_saved, prepare_tokenizer
 from mopl.alignment.head import unfuse
 from mopl.alignment.tokenization import ListTokenizer
-from mopl.conditioning import HyperPromptModel, TextPrompt, check_weights
+from mopl.conditioning import HyperPromptModel, LoraMixture, TextPrompt, WeightedModel, check_weights
 from mopl.conditioning._causal_lm import is_peft
+from mopl.conditioning.weighted import takes_temperature
 from mopl.training import write_folder
 
 KINDS = ("model", "adapter")
@@ -72,8 +76,8 @@ def export(
     The directory holds model or adapter, tokenizer, and `mopl.json` with weights, objectives and where it comes from.
 
     Args:
-        model: A `HyperPromptModel` with positions="hf"; or a causal language model or PEFT model that is conditioned by
-            `text_prompt`, or has weights of its own, fixed by training. It is not changed.
+        model: A `HyperPromptModel` with positions="hf"; a `LoraMixture`; or a causal language model or PEFT model that
+            is conditioned by `text_prompt`, or has weights of its own, fixed by training. It is not changed.
         tokenizer: Its tokenizer, one of the tokenizers library ("fast"), or a `ListTokenizer`.
         weights: w, (m,) on the simplex; None for a model with fixed weights.
         directory: A path where nothing is, or an empty directory.
@@ -120,6 +124,12 @@ def export(
         _check_logits(model, merged, front, w, beta)
         record["virtual_tokens"] = {"ids": front.ids, "tokens": front.tokens}
         return _write(folder, record, front.tokenizer, lambda path: _save_model(merged, path), (tokenizer, front))
+    if isinstance(model, LoraMixture):
+        assert w is not None
+        if kind == "adapter":
+            return _write(folder, record, tokenizer, lambda path: save_mixed_adapter(model, w, path))
+        mixed = without_traces(model.merge(w))
+        return _write(folder, record, tokenizer, lambda path: _save_model(mixed, path))
     front = None
     if text_prompt is not None:
         assert w is not None
@@ -143,22 +153,22 @@ def _condition(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Check and return w (m,) and β (m,)."""
     names: Sequence[str] = ()
-    takes_temperature = False
-    if isinstance(model, HyperPromptModel):
-        names, takes_temperature = model.record.objectives, model.hyper_prompt.temperature
+    wants_temperature = False
+    if isinstance(model, WeightedModel):
+        names, wants_temperature = model.record.objectives, takes_temperature(model)
     elif text_prompt is not None:
-        names, takes_temperature = text_prompt.objectives, text_prompt.temperature
+        names, wants_temperature = text_prompt.objectives, text_prompt.temperature
     if (weights is not None) != bool(names):
         raise ValueError(
             f"weights are missing; pass one for each of {', '.join(names)}"
             if names
-            else "weights were passed but the model has none: pass a HyperPromptModel, or text_prompt with a model "
-            "that was trained with it"
+            else "weights were passed but the model has none: pass a HyperPromptModel or a LoraMixture, or "
+            "text_prompt with a model that was trained with it"
         )
-    if (temperature is not None) != takes_temperature:
+    if (temperature is not None) != wants_temperature:
         raise ValueError(
-            f"objective_temperature is {'missing' if takes_temperature else 'passed'} but the model is "
-            f"{'' if takes_temperature else 'not '}conditioned on temperatures"
+            f"objective_temperature is {'missing' if wants_temperature else 'passed'} but the model is "
+            f"{'' if wants_temperature else 'not '}conditioned on temperatures"
         )
     if weights is None:
         return None, None
@@ -184,7 +194,7 @@ def _record(
     model: Any, kind: str, w: Tensor | None, beta: Tensor | None, text_prompt: TextPrompt | None, origin: str | None
 ) -> dict[str, Any]:
     """Return what `mopl.json` says."""
-    inner: Any = model.model if isinstance(model, HyperPromptModel) else model
+    inner: Any = model.model if isinstance(model, WeightedModel) else model
     base = inner.get_base_model() if is_peft(inner) else inner
     record: dict[str, Any] = {
         "kind": KIND,
@@ -195,7 +205,7 @@ def _record(
         "base_model": getattr(base, "name_or_path", "") or None,
         "origin": origin,
     }
-    if isinstance(model, HyperPromptModel):
+    if isinstance(model, WeightedModel):
         tuning = model.record
         record |= {"objectives": list(tuning.objectives), "reference": tuning.reference}
         record |= {"beta": tuning.beta, "alpha": tuning.alpha}
@@ -227,10 +237,40 @@ def merged_copy(model: Any) -> Any:
             raise ValueError(f"adapters of {kinds} cannot be merged; pass kind='adapter'")
         # One rounding at the end in place of one for each adapted matrix.
         merged = merged.to(torch.promote_types(dtype, torch.float32)).merge_and_unload(safe_merge=True).to(dtype)
+    return without_traces(merged)
+
+
+def without_traces(merged: Any) -> Any:
+    """Take off a merged copy what PEFT and `fuse` left on it."""
     merged = unfuse(merged).eval()
     for name in ("peft_config", "_hf_peft_config_loaded"):
         merged.__dict__.pop(name, None)
     return merged
+
+
+def save_mixed_adapter(model: LoraMixture, weights: Tensor, path: Path) -> None:
+    """Write Σ w_i B_i A_i as one LoRA adapter, exactly: its factors are those of the m adapters side by side.
+
+    The rank is the sum of theirs, so no factorisation is needed and nothing is lost.
+
+    Raises:
+        ValueError: If an adapter's scale is not what PEFT can carry over.
+    """
+    name, peft_model = "mopl_mixture", model.model
+    coefficients = model.coefficients_of(weights).tolist()
+    tuner = peft_model.base_model
+    tuner.add_weighted_adapter(model.adapters, coefficients, adapter_name=name, combination_type="cat")
+    try:
+        if any(layer.scaling[name] != 1 for layer in model._layers):
+            raise ValueError("the adapters use a scale of another kind than lora_alpha / r; pass kind='model'")
+        peft_model.save_pretrained(str(path), selected_adapters=[name])
+    finally:
+        tuner.delete_adapter(name)
+        tuner.set_adapter(model.adapters)
+    # PEFT puts every adapter but the one called "default" into a folder of its name; loaders look for it above.
+    for file in sorted((path / name).iterdir()):
+        file.rename(path / file.name)
+    (path / name).rmdir()
 
 
 @torch.no_grad()

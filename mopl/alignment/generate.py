@@ -112,8 +112,8 @@ def generate(
     `rerank="resample"` they follow the distribution itself.
 
     Args:
-        model: A `HyperPromptModel`; or with `text_prompt`, or with weights of its own fixed by training, a causal
-            language model of transformers or a PEFT model.
+        model: A `HyperPromptModel` or `LoraMixture`; or with `text_prompt`, or with weights of its own fixed by
+            training, a causal language model of transformers or a PEFT model.
         tokenizer: A tokenizer of transformers, or the `ListTokenizer` that the model was trained with.
         prompts: Texts, or conversations as lists of `{"role", "content"}`, or one of either. They become tokens as in
             training (`ListTokenizer.prompt_tokens`) and are never cut.
@@ -209,7 +209,7 @@ class _Rows:
         self.temperature = None if condition.temperature is None else condition.temperature[select]
         self.c = condition.c[select]
         self.own = self.plain
-        # What a HyperPromptModel takes; to any other model the condition is part of the text.
+        # What a model takes as keywords; to any other model the condition is part of the text.
         self.arguments: dict[str, Tensor] = {}
         if text_prompt is not None:
             assert self.weights is not None

@@ -30,7 +30,8 @@ from mopl.alignment.collate import ListBatch, ListCollator, by_objective, to_lis
 from mopl.alignment.config import LIST_LOSSES, LOSSES, PAIR_LOSSES, PER_TOKEN
 from mopl.alignment.head import score_sequences
 from mopl.alignment.tokenization import TokenizedList
-from mopl.conditioning import HyperPromptModel
+from mopl.conditioning import WeightedModel
+from mopl.conditioning.weighted import takes_temperature
 from mopl.losses import bradley_terry, listwise_dpo, normalize_labels, plackett_luce, scalarize
 from mopl.ranking.methods import Sampler
 from mopl.training import part_of_batch, shuffled_indices
@@ -299,7 +300,7 @@ def score_batch(
     """Return the summed log-probabilities of the responses of a batch, in nats, in one forward pass.
 
     Args:
-        model: A fused model, or a `HyperPromptModel` around one, which takes the weights of each list.
+        model: A fused model, or a `WeightedModel` around one, which takes the weights of each list.
         batch: The lists.
         weights: w, if the model takes it.
         temperature: β, if the model takes it.
@@ -310,11 +311,11 @@ def score_batch(
     of_sequence = batch.index[:, 0]
     options: dict[str, Any] = {}
     inner = unwrapped(model)
-    if isinstance(inner, HyperPromptModel):
+    if isinstance(inner, WeightedModel):
         if weights is None:
             raise ValueError("this model takes weights; pass (m,) or one row a list, (B, m)")
         options["weights"] = weights[of_sequence] if weights.ndim == 2 else weights
-        if inner.hyper_prompt.temperature:
+        if takes_temperature(inner):
             if temperature is None:
                 raise ValueError("this model takes temperatures; pass (m,) or one row a list, (B, m)")
             options["objective_temperature"] = temperature[of_sequence] if temperature.ndim == 2 else temperature
@@ -329,8 +330,8 @@ def _scores_and_reference(
     reference = batch.reference
     if reference is None:
         inner = unwrapped(model)
-        if not isinstance(inner, HyperPromptModel):
-            raise ValueError("without a HyperPromptModel the reference must be computed beforehand")
+        if not isinstance(inner, WeightedModel):
+            raise ValueError("without a HyperPromptModel or LoraMixture the reference must be computed beforehand")
         with torch.no_grad(), inner.reference():
             reference = score_batch(model, batch.lists, batch.weights, batch.temperature)
     if loss.per_token:

@@ -3,6 +3,7 @@
 | model                 | what is trained                                                     | takes weights by |
 |-----------------------|---------------------------------------------------------------------|------------------|
 | COS-DPO, hyper-prompt | LoRA adapters, P and both networks of the `HyperPrompt`             | virtual tokens   |
+| COS-DPO, lora-mixture | m sets of LoRA adapters                                             | their mixture    |
 | COS-DPO, text         | LoRA adapters                                                       | words            |
 | baselines             | LoRA adapters and P: ordinary prompt tuning, as in section 4.2      | nothing          |
 
@@ -18,7 +19,7 @@ import hashlib
 import json
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,10 @@ from torch import Tensor, nn
 
 from mopl.alignment.config import AlignConfig
 from mopl.alignment.head import fuse
-from mopl.conditioning import HyperPrompt, HyperPromptModel, TextPrompt, TuningRecord
+from mopl.conditioning import HyperPrompt, HyperPromptModel, LoraMixture, TextPrompt, TuningRecord, WeightedModel
 
 CONFIG_FILE = "mopl.json"
-TEXT_KIND = "TextPromptModel"
+TEXT_KIND, MIXTURE_KIND = "TextPromptModel", "LoraMixture"
 ADAPTER_FILE, PROMPT_FILE = "adapter_model.safetensors", "hyper_prompt.safetensors"
 TEXT_TEMPLATE = "[{weights}]\n"
 TEXT_TEMPLATE_WITH_TEMPERATURES = "[{weights}; temperatures {temperatures}]\n"
@@ -131,7 +132,13 @@ def positions_of(model: Any) -> int | None:
 
 
 def new_model(
-    base: nn.Module, config: AlignConfig, objectives: tuple[str, ...], *, conditioned: bool, temperature: bool = False
+    base: nn.Module,
+    config: AlignConfig,
+    objectives: tuple[str, ...],
+    *,
+    conditioned: bool,
+    temperature: bool = False,
+    start: Sequence[int] = (),
 ) -> nn.Module:
     """Return an untrained model around `base`, which computes what `base` alone does but for the start of its prompt.
 
@@ -141,11 +148,14 @@ def new_model(
         objectives: Names of the m objectives.
         conditioned: Whether it is to learn every trade-off, or one.
         temperature: Whether it is conditioned on temperatures too.
+        start: Tokens whose embeddings the virtual tokens start at; small random vectors without any.
 
     Returns:
-        A `HyperPromptModel`, or a PEFT model where a conditioned model takes its weights in words.
+        A `HyperPromptModel`; a `LoraMixture` for a conditioned model that mixes adapters; or a PEFT model where it
+        takes its weights in words.
     """
     model = base.requires_grad_(False)
+    record = tuning_record(config, objectives, conditioned=conditioned, temperature=temperature)
     if config.lora_rank:
         from peft import LoraConfig, TaskType, get_peft_model
 
@@ -157,6 +167,8 @@ def new_model(
             task_type=TaskType.CAUSAL_LM,
         )
         with _quiet():
+            if conditioned and config.conditioning == "lora-mixture":
+                return LoraMixture(base, len(objectives), config=settings, record=record)
             model = get_peft_model(base, settings)  # type: ignore[arg-type]
     if conditioned and config.conditioning == "text":
         return model
@@ -167,12 +179,10 @@ def new_model(
     if not conditioned:
         for network in (prompt.left, prompt.right):
             network.requires_grad_(False)
-    return HyperPromptModel(
-        model,
-        prompt,
-        record=tuning_record(config, objectives, conditioned=conditioned, temperature=temperature),
-        positions=config.positions,
-    )
+    wrapped = HyperPromptModel(model, prompt, record=record, positions=config.positions)
+    if start:
+        wrapped.set_prefix_from_tokens(start)
+    return wrapped
 
 
 def tuning_record(
@@ -187,7 +197,13 @@ def tuning_record(
 
 
 def recompute_activations(model: Any, on: bool) -> None:
-    """Switch gradient checkpointing of a causal language model, under the newer of its two names where it is known."""
+    """Switch gradient checkpointing of a causal language model, under the newer of its two names where it is known.
+
+    A `LoraMixture` has its own, which carries the weights of the batch into the second forward pass.
+    """
+    if isinstance(model, LoraMixture) and on:
+        model.gradient_checkpointing_enable()
+        return
     prefix = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     if on:
         getattr(model, f"{prefix}_checkpointing_enable")({"use_reentrant": False})
@@ -197,7 +213,7 @@ def recompute_activations(model: Any, on: bool) -> None:
 
 def release(model: nn.Module) -> Any:
     """Take the adapters out again and return the plain causal language model."""
-    inner: Any = model.model if isinstance(model, HyperPromptModel) else model
+    inner: Any = model.model if isinstance(model, WeightedModel) else model
     return inner.unload() if hasattr(inner, "unload") else inner
 
 
@@ -213,7 +229,7 @@ def save_model(
     model: Any, folder: Path, config: AlignConfig, objectives: tuple[str, ...], *, temperature: bool = False
 ) -> None:
     """Write what was trained into a folder, never the frozen model."""
-    if isinstance(model, HyperPromptModel):
+    if isinstance(model, WeightedModel):
         model.save_pretrained(folder)
         return
     model.save_pretrained(str(folder))
@@ -234,9 +250,10 @@ def load_model(folder: Path, base: nn.Module) -> nn.Module:
     file = folder / CONFIG_FILE
     if not file.is_file():
         raise FileNotFoundError(f"{folder} holds no trained model: it has no {CONFIG_FILE}")
-    if json.loads(file.read_text(encoding="utf-8")).get("kind") != TEXT_KIND:
+    kind = json.loads(file.read_text(encoding="utf-8")).get("kind")
+    if kind != TEXT_KIND:
         with _quiet():
-            return HyperPromptModel.from_pretrained(folder, base)
+            return (LoraMixture if kind == MIXTURE_KIND else HyperPromptModel).from_pretrained(folder, base)
     from peft import PeftModel
 
     if not (folder / ADAPTER_FILE).is_file():

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor
 
 from mopl._arguments import shape_of
+from mopl.conditioning import HyperPromptModel, WeightedModel
 from mopl.conditioning._causal_lm import is_peft
-from mopl.conditioning.hyper_prompt_model import HyperPromptModel
 from mopl.steering import rescale
 
 # How a run says that the reference is the model itself, with everything that was trained switched off.
@@ -29,8 +29,8 @@ OWN_REFERENCE = ("self", "precomputed")
 
 
 def causal_lm_of(model: Any) -> Any:
-    """Return the causal language model inside a `HyperPromptModel` or a PEFT model, or the model itself."""
-    if isinstance(model, HyperPromptModel):
+    """Return the causal language model inside a `WeightedModel` or a PEFT model, or the model itself."""
+    if isinstance(model, WeightedModel):
         return model.causal_lm
     return model.get_base_model() if is_peft(model) else model
 
@@ -47,11 +47,11 @@ class Reference:
     """
 
     def __init__(self, model: nn.Module, reference: nn.Module | None = None) -> None:
-        if reference is None and isinstance(model, HyperPromptModel) and model.record.reference not in OWN_REFERENCE:
+        if reference is None and isinstance(model, WeightedModel) and model.record.reference not in OWN_REFERENCE:
             raise ValueError(
                 f"the model was regularised towards {model.record.reference!r}; load that and pass it as reference"
             )
-        if reference is None and not isinstance(model, HyperPromptModel) and not is_peft(model):
+        if reference is None and not isinstance(model, WeightedModel) and not is_peft(model):
             raise ValueError(
                 f"a plain {type(model).__name__} holds no reference to mix with; pass the model that it was tuned from "
                 "as reference, or leave scale at 1"
@@ -65,7 +65,7 @@ class Reference:
     @contextlib.contextmanager
     def active(self) -> Iterator[Any]:
         """Give the model that is p0 inside a `with` block."""
-        if isinstance(self.model, HyperPromptModel):
+        if isinstance(self.model, WeightedModel):
             with self.model.reference():
                 yield self.model
         elif self.own:

@@ -112,8 +112,8 @@ class OpenRun:
             device: Where the model goes.
 
         Returns:
-            A `HyperPromptModel`, whose `forward` and `generate` take `weights` (a baseline's change nothing there); or
-            the PEFT model that `text_prompt` conditions. Each call loads a model of its own.
+            A `HyperPromptModel` or `LoraMixture`, whose `forward` and `generate` take `weights` (a baseline's change
+            nothing there); or the PEFT model that `text_prompt` conditions. Each call loads a model of its own.
 
         Raises:
             ValueError: If the run has no such method, or a baseline got no weights, or none for these weights.

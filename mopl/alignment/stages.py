@@ -37,7 +37,7 @@ from mopl.alignment.methods import (
 )
 from mopl.alignment.reference import ReferenceStore, score_lists
 from mopl.alignment.tokenization import ListTokenizer, TokenizedData, TokenizedList
-from mopl.conditioning import HyperPromptModel, TextPrompt, check_weights
+from mopl.conditioning import HyperPromptModel, LoraMixture, TextPrompt, check_weights
 from mopl.ranking.methods import box_temperatures, dirichlet_weights, fixed
 from mopl.training import RunLog, discard_folder, train, write_file
 
@@ -138,7 +138,9 @@ class Stages:
                     )
         if self.config.reference not in ("self", "precomputed"):
             models.load_tokenizer(self.config.reference)
-        models.release(models.new_model(self.base, self.config, self.objectives, conditioned=True))
+        models.release(
+            models.new_model(self.base, self.config, self.objectives, conditioned=True, start=self._start_of_prompt())
+        )
 
     def prepare_references(self) -> None:
         """Compute the reference's log-probabilities of held-out lists, and of training lists unless steps do it."""
@@ -237,6 +239,15 @@ class Stages:
         prompt = models.text_prompt(self.objectives, temperature=method == "temperature-cos-dpo")
         return TextConditioner(self.tokenizer.tokenizer, prompt)
 
+    def _start_of_prompt(self) -> list[int]:
+        """Return the tokens whose embeddings the virtual tokens start at."""
+        if self.config.prompt_text is None:
+            return []
+        tokens = self.tokenizer.tokenizer(self.config.prompt_text, add_special_tokens=False)["input_ids"]
+        if not tokens:
+            raise ValueError(f"prompt_text is {self.config.prompt_text!r}, which has no tokens; write some words")
+        return tokens
+
     @property
     def _batch_size(self) -> int:
         return min(self.config.lists_per_batch, len(self.splits["train"].tokens))
@@ -275,11 +286,16 @@ class Stages:
         config = self.config
         torch.manual_seed(config.seed)  # every model of a kind starts from the same parameters
         model = models.new_model(
-            self.base, config, self.objectives, conditioned=conditioned, temperature=temperature
+            self.base,
+            config,
+            self.objectives,
+            conditioned=conditioned,
+            temperature=temperature,
+            start=self._start_of_prompt(),
         ).to(self.accelerator.device)
         if config.gradient_checkpointing:
             # The other form of checkpointing would need inputs that take a gradient, which text has not.
-            models.recompute_activations(self.base, True)
+            models.recompute_activations(model if isinstance(model, LoraMixture) else self.base, True)
         count = models.trained_parameters(model)
         assert config.steps is not None
         result = train(

@@ -7,6 +7,7 @@ from mopl.conditioning.parameter_mixture import AlphaCoefficients, LoraMixture, 
 from mopl.conditioning.sampling import Temperatures, check_weights, sample_temperatures, sample_weights
 from mopl.conditioning.text_prompt import TextPrompt
 from mopl.conditioning.value_head import ValueHead
+from mopl.conditioning.weighted import WeightedModel
 
 __all__ = [
     "AlphaCoefficients",
@@ -19,6 +20,7 @@ __all__ = [
     "TextPrompt",
     "TuningRecord",
     "ValueHead",
+    "WeightedModel",
     "check_weights",
     "sample_temperatures",
     "sample_weights",
