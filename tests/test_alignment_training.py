@@ -612,6 +612,7 @@ def test_one_conditioned_model_follows_its_weights_and_has_more_hypervolume_than
         path = align(config, tmp_path / method, say=lambda text: None)
         found[method] = json.loads((path / "evaluation.json").read_text())
         found[method]["hypervolume"] = json.loads((path / "front.json").read_text())["hypervolume"]
+    print(seed, {method: round(each["hypervolume"], 3) for method, each in found.items()})  # seen with pytest -n0 -s
     cos = found["weight-cos-dpo"]
     assert min(cos["spearman"]["loss"] + cos["spearman"]["accuracy"]) > 0.9
     assert cos["accuracy"][-1][0] > 0.8 and cos["accuracy"][0][1] > 0.8

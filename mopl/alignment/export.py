@@ -29,7 +29,8 @@ Adapters that are mixed (`LoraMixture`) are added to the weights at w, in float3
 
 `kind="adapter"`: the LoRA adapter of a model conditioned by words; mixed adapters as one, whose factors are theirs side
 by side, so that servers that load adapters take a trade-off as one of theirs; or a prompt without adapters as PEFT's
-prompt tuning (which counts positions from the padding on: pad on the right). A prompt with adapters is neither for PEFT.
+prompt tuning (which counts positions from the padding on: pad on the right). PEFT has no adapter for a prompt with
+adapters.
 """
 
 from __future__ import annotations
