@@ -260,8 +260,11 @@ def _steer_table(figures: dict[str, Any]) -> str:
 
 
 def _report(arguments: argparse.Namespace) -> int:
+    from mopl.report.plot import check_picture
     from mopl.training.run_directory import read_run
 
+    if arguments.png is not None:
+        check_picture(arguments.png)  # before anything is read, printed or written
     kind = read_run(arguments.runs[0]).get("kind")
     if kind == "align":
         from mopl.alignment.runs import compare

@@ -121,6 +121,7 @@ def error_of(arguments, capsys):
         (["rank", "--data", "synthetic:lists=3"], "has no option lists"),
         (["steer", "none", "--weights", "1"], "mopl steer: there is no run at none"),
         (["report", "none"], "mopl report: there is no run at none"),
+        (["report", "none", "--png", "x.foo"], "x.foo cannot be the picture: .png is the only known"),
         ([], "required: COMMAND"),
     ],
 )  # fmt: skip
@@ -250,6 +251,7 @@ def test_places_that_cannot_be_written_are_named(run, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     for command in (
         ["rank", *TINY, "--run", str(tmp_path / "file" / "run")],
+        ["rank", *TINY, "--run", "/proc/self/run"],
         ["report", str(run), "--html", str(tmp_path / "file" / "page.html")],
         ["report", str(run), "--table", str(tmp_path)],
         ["steer", str(run), "--weights", "0.5", "0.5", "--output", str(tmp_path / "nowhere" / "scores.tsv")],

@@ -313,6 +313,14 @@ def test_picture_survives_identical_points_one_point_and_names_that_look_like_ma
     plot_front(base(m), tmp_path / "base.png")
 
 
+@pytest.mark.parametrize("name", ["front.foo", "front", "front.svg"])
+def test_a_picture_of_another_ending_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=r"\.png is the only known ending; name front\.png"):
+        plot_front(front(), tmp_path / name)
+    assert not list(tmp_path.iterdir())
+    assert plot_front(front(), tmp_path / "FRONT.PNG").is_file()
+
+
 def test_a_true_front_of_another_number_of_objectives_is_refused(tmp_path):
     for view in (plot_front, write_page):
         with pytest.raises(ValueError, match=r"shape \(n, 2\)"):

@@ -340,6 +340,13 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["final"]
 
 
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder that nobody may write into")
+@pytest.mark.parametrize("make", [lambda path: write_folder(path, lambda folder: None), lambda p: write_file(p, "")])
+def test_a_place_that_cannot_be_written_is_called_by_the_name_that_was_asked_for(make):
+    with pytest.raises(OSError, match=r"^/proc/self/run cannot be written: .*; name another place$"):
+        make(Path("/proc/self/run"))
+
+
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     def fail(path):
         path.write_text("half")

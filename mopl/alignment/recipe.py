@@ -44,7 +44,7 @@ from mopl.alignment.stages import Split, Stages, load_trained, response_loss, st
 from mopl.alignment.tokenization import tokenize
 from mopl.conditioning import HyperPromptModel
 from mopl.ranking.evaluate import grid_of
-from mopl.training import RunLog, TrainingInterrupted, make_accelerator, write_file
+from mopl.training import RunLog, TrainingDiverged, TrainingInterrupted, make_accelerator, write_file
 from mopl.training.run_directory import (
     check_new_run,
     command_line,
@@ -53,6 +53,7 @@ from mopl.training.run_directory import (
     next_run,
     read_run,
     version_changes,
+    with_run,
 )
 
 # Settings that a resumed run may have otherwise: they change what is written or where, not what is computed.
@@ -143,6 +144,8 @@ def align(
         raise RunInterrupted(path, f"in {stop.stage!r} after step {stop.step}") from None
     except KeyboardInterrupt:
         raise RunInterrupted(path, "between two steps") from None
+    except TrainingDiverged as error:
+        raise with_run(error, path) from error
     finally:
         log.close()
     return path

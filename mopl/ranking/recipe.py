@@ -45,7 +45,7 @@ from mopl.ranking.runs import (
     write_reports,
 )
 from mopl.ranking.stages import DONE, Stages, check_base, load_policy
-from mopl.training import RunLog, TrainingInterrupted, make_accelerator, write_file
+from mopl.training import RunLog, TrainingDiverged, TrainingInterrupted, make_accelerator, write_file
 from mopl.training.run_directory import (
     check_new_run,
     command_line,
@@ -54,6 +54,7 @@ from mopl.training.run_directory import (
     next_run,
     read_run,
     version_changes,
+    with_run,
 )
 
 # Settings that a resumed run may have otherwise: they change what is written or where, not what is computed.
@@ -130,6 +131,8 @@ def rank(
         raise RunInterrupted(path, f"in {stop.stage!r} after step {stop.step}") from None
     except KeyboardInterrupt:
         raise RunInterrupted(path, "between two steps") from None
+    except TrainingDiverged as error:
+        raise with_run(error, path) from error
     return path
 
 

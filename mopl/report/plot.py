@@ -99,8 +99,10 @@ def plot_front(
 
     Raises:
         ImportError: If matplotlib is not installed.
-        ValueError: If the fronts do not belong together or a point has another number of objectives.
+        ValueError: If the path has another ending than .png, the fronts do not belong together or a point has another
+            number of objectives.
     """
+    check_picture(path)
     require("matplotlib")
     from matplotlib import rc_context
 
@@ -117,6 +119,16 @@ def plot_front(
     with rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True}):
         figure = _draw(scene, plain(title))
         return write(path, lambda file: figure.savefig(file, format="png", dpi=PIXELS_PER_INCH))
+
+
+def check_picture(path: str | os.PathLike[str]) -> None:
+    """Raise unless a picture can be written under this name.
+
+    Raises:
+        ValueError: If its ending is not that of the one format that there is.
+    """
+    if Path(path).suffix.lower() != ".png":
+        raise ValueError(f"{path} cannot be the picture: .png is the only known ending; name {Path(path).stem}.png")
 
 
 def plain(text: str) -> str:

@@ -127,7 +127,10 @@ def write_folder(final: Path, fill: Callable[[Path], None]) -> None:
     temporary = final.parent / f"{_TEMPORARY}{final.name}"
     if temporary.exists():
         shutil.rmtree(temporary)
-    temporary.mkdir()
+    try:
+        temporary.mkdir()
+    except OSError as error:
+        raise _as_asked(error, temporary, final) from None
     try:
         fill(temporary)
         for file in temporary.rglob("*"):
@@ -141,6 +144,13 @@ def write_folder(final: Path, fill: Callable[[Path], None]) -> None:
         discard_folder(final)
     os.replace(temporary, final)
     _flush(final.parent)
+
+
+def _as_asked(error: OSError, temporary: Path, final: Path) -> OSError:
+    """Return an error about a temporary name as one about the name that was asked for; any other as it is."""
+    if error.filename is None or not os.fspath(error.filename).startswith(str(temporary)):
+        return error
+    return type(error)(f"{final} cannot be written: {error.strerror}; name another place")
 
 
 def discard_folder(path: Path) -> None:
@@ -190,6 +200,8 @@ def write_file(path: str | os.PathLike[str], content: str | bytes | Callable[[Pa
             temporary.write_text(content, encoding="utf-8")
         _flush(temporary)
         os.replace(temporary, path)
+    except OSError as error:
+        raise _as_asked(error, temporary, path) from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -68,6 +68,14 @@ def create_run(path: str | os.PathLike[str], record: dict[str, Any], *, overwrit
     return path
 
 
+def with_run(error: Exception, path: str | os.PathLike[str]) -> Exception:
+    """Return the error of a training that failed with what to do about the run that it leaves."""
+    return type(error)(
+        f"{error}; the run {path} stays as it is: pass other settings with --overwrite to replace it, or with another "
+        "--run (--resume takes no other settings, so it would end here again)"
+    )
+
+
 def read_run(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return the record of a run.
 
