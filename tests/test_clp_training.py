@@ -22,9 +22,10 @@ from mopl.alignment.models import fingerprint
 from mopl.alignment.recipe import RunInterrupted
 from mopl.alignment.tokenization import ListTokenizer
 from mopl.clp import ClpConfig, PolicyCollapsed, train_policies
-from mopl.clp.loss import ClpLoss, Guard, RewardScale
+from mopl.clp.loss import ClpLoss, Guard
 from mopl.clp.policies import Policy, load_policy, new_policy, release, save_soup
 from mopl.clp.prompts import PromptSource, read_prompts, split_prompts
+from mopl.clp.reward_scale import RewardScale, RunningScale
 from mopl.clp.rollout import Rollout, RolloutStore, Sampler, roll
 from mopl.conditioning import LoraMixture, ParameterMixture
 from mopl.decoding import MixedLogits
@@ -87,9 +88,34 @@ def test_prompts_are_read_from_text_json_lines_and_preference_data(tmp_path):
     rows = [{"prompt": p, "responses": ["x", "y"], "labels": {"good": [1, 0]}} for p in ("one", "two", "three")]
     (tmp_path / "c.json").write_text(json.dumps(rows))
     assert read_prompts(str(tmp_path / "c.json"), limit=2) == ["one", "two"]
+    rows = [{"chosen": "\n\nHuman: one\n\nAssistant: x", "rejected": "\n\nHuman: one\n\nAssistant: y"},
+            {"chosen": "\n\nHuman: two\n\nAssistant: x", "rejected": "\n\nHuman: two\n\nAssistant: y"}]  # fmt: skip
+    (tmp_path / "e.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    assert len(read_prompts(str(tmp_path / "e.jsonl"))) == 2  # the prompt of a pair without one is what both begin with
     (tmp_path / "d.txt").write_text("alone\n")
     with pytest.raises(ValueError, match="has 1 prompts"):
         read_prompts(str(tmp_path / "d.txt"))
+
+
+@pytest.mark.parametrize(
+    ("row", "wrong"),
+    [
+        ({"promt": "two", "id": 3}, r"has no prompt \(it has id, promt\)"),
+        ({"prompt": ""}, "has an empty prompt"),
+        ({"prompt": None}, "neither a text nor a list of messages but null"),
+        ({"prompt": 5}, "neither a text nor a list of messages but 5"),
+        ({"prompt": [{"role": "user"}]}, "message 1 has no role or no content"),
+        (["two"], "is a list and not an object"),
+    ],
+)
+@pytest.mark.parametrize("place", [1, 3])
+def test_a_row_without_a_prompt_is_named_with_what_is_wrong(tmp_path, row, wrong, place):
+    rows = [{"prompt": "one"}, {"prompt": "three"}]
+    rows.insert(place - 1, row)
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(each) for each in rows))
+    with pytest.raises(ValueError, match=rf"line {place} of .*a\.jsonl .*{wrong}; each line must be") as error:
+        read_prompts(str(tmp_path / "a.jsonl"))
+    assert "nectar" not in str(error.value)
 
 
 def test_a_step_is_the_same_however_often_it_is_asked_for_and_however_it_is_cut():
@@ -333,6 +359,19 @@ def test_guards_stop_a_training_before_the_update_and_name_the_last_checkpoint(t
     assert all(torch.equal(a, b) for a, b in zip(now, policy.parameters(), strict=True))
 
 
+@pytest.mark.parametrize(("scope", "steps"), [("attention", 1), ("lora", 3)])
+def test_parameters_that_ran_away_stop_a_training_even_after_its_last_step(place, scope, steps):
+    """Activations overflow and the policy is uniform or constant: nothing is NaN, its KL to a flat model is small."""
+    config = at(place, scope=scope, learning_rate=1e9, steps=steps, kl_limit=0.0, entropy_floor=0.0)
+    with pytest.raises(PolicyCollapsed, match=r"times as large as at the start .* after step 1: .* lower lea") as stop:
+        train_policies(config, place / "run", rewards=judge(), say=lambda text: None)
+    assert f"the run {place / 'run'} stays as it is: pass other settings with --overwrite" in str(stop.value)
+    assert not (place / "run" / "model" / "training.json").exists()
+    if steps == 1:  # resumed at its end, it fails as it did
+        with pytest.raises(PolicyCollapsed, match="times as large as at the start"):
+            train_policies(config, place / "run", resume=True, rewards=judge(), say=lambda text: None)
+
+
 def test_rewards_are_scaled_by_the_answers_of_the_untrained_model():
     values = torch.tensor([[1.0, 10.0], [3.0, float("nan")], [5.0, 30.0]])
     scale = RewardScale.of(values, ("a", "b"))
@@ -341,6 +380,54 @@ def test_rewards_are_scaled_by_the_answers_of_the_untrained_model():
     assert torch.allclose(scaled.square().nanmean(0), torch.ones(2))
     with pytest.raises(ValueError, match="the reward b is the same"):
         RewardScale.of(torch.tensor([[1.0, 2.0], [2.0, 2.0]]), ("a", "b"))
+
+
+def stream(rollouts: int) -> Tensor:
+    """Rewards (rollouts, 8, 2) of two units, one of them missing at times."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.tensor([5.0, -1e3]) + torch.tensor([3.0, 0.01]) * torch.randn(rollouts, 8, 2, generator=generator)
+    values[:, :, 0][torch.rand(rollouts, 8, generator=generator) < 0.2] = torch.nan
+    return values
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.9])
+def test_a_running_scale_is_mean_and_deviation_of_what_was_seen_the_older_the_lighter(decay):
+    values = stream(20).double()
+    running = RunningScale(RewardScale.of(values[0], ("a", "b")), decay)
+    for rollout in values[1:]:
+        running.update(rollout)
+    weight = decay ** torch.arange(19, -1, -1).double()[:, None, None] * ~values.isnan()
+    mean = (weight * values.nan_to_num()).sum((0, 1)) / weight.sum((0, 1))
+    square = (weight * (values.nan_to_num() - mean).square()).sum((0, 1)) / weight.sum((0, 1))
+    assert torch.allclose(running.counts, weight.sum((0, 1)))
+    # The untrained model's own figures are kept in float32.
+    assert torch.allclose(running.mean, mean, rtol=1e-6) and torch.allclose(running.deviation, square.sqrt(), rtol=1e-3)
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.98])
+def test_rewards_of_a_stationary_stream_get_mean_0_and_deviation_1(decay):
+    values = stream(600)
+    running, scaled = RunningScale(RewardScale.of(values[0], ("a", "b")), decay), []
+    for rollout in values[1:]:
+        scaled.append(running(rollout))  # by what was known before it
+        running.update(rollout)
+    late = torch.cat(scaled[200:]).double()
+    mean = late.nanmean(0)
+    assert mean.abs().max() < 0.05 and ((late - mean).square().nanmean(0).sqrt() - 1).abs().max() < 0.05
+    assert torch.equal(scaled[5].isnan(), values[6].isnan())
+
+
+def test_a_running_scale_forgets_a_beginning_that_was_otherwise_and_takes_a_reward_that_was_constant():
+    values = torch.stack([torch.tensor([[0.0, 7.0], [1.0, 7.0]]), *2 + stream(300)[:, :2].nan_to_num(5.0)])
+    with pytest.raises(ValueError, match="running"):
+        RewardScale.of(values[0], ("a", "b"))
+    running = RunningScale(RewardScale.of(values[0], ("a", "b"), constant=True), 0.9)
+    assert running(torch.tensor([[0.5, 9.0]])).tolist() == [[0.0, 2.0]]
+    for rollout in values[1:]:
+        running.update(rollout)
+    last = values[-100:].flatten(0, 1)
+    assert torch.allclose(running.mean.float(), last.mean(0), rtol=0.3)
+    assert running.deviation[1] < 0.1
 
 
 # ---------------------------------------------------------------- soups
@@ -391,8 +478,15 @@ def at(place: Path, **options) -> ClpConfig:
 @pytest.mark.parametrize(
     "options",
     [
-        {"scope": "lora"},
-        {"scope": "attention", "epochs": 2, "clip": 0.2, "baseline": "value"},
+        {"scope": "lora", "normalize": "running"},
+        {
+            "scope": "attention",
+            "epochs": 2,
+            "clip": 0.2,
+            "baseline": "value",
+            "normalize": "running",
+            "normalize_decay": 0.9,
+        },
         {
             "scope": "logits",
             "epochs": 3,
@@ -434,6 +528,12 @@ def test_a_stopped_training_continues_bit_for_bit_even_between_rollouts(place, o
 
     for name in ("log.jsonl", "samples.jsonl"):
         assert records(whole, name) == records(parts, name)
+    if config.normalize == "running":
+        done = [json.loads((run / "model" / "training.json").read_text()) for run in (whole, parts)]
+        assert done[0]["mean"] == done[1]["mean"] and done[0]["deviation"] == done[1]["deviation"]
+        # What was logged after each rollout, ending with what is written.
+        logged = [record["mean/first"] for record in records(whole, "log.jsonl")]
+        assert len(set(logged)) > 2 and logged[-1] == pytest.approx(done[0]["mean"][0])
     assert Front.load(whole / "front.json").points == Front.load(parts / "front.json").points
     assert not (parts / "model" / "rollouts").exists()
 

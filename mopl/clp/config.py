@@ -16,6 +16,7 @@ TRAINED = ("clp", "rewarded-soups", "prompting")
 ALL = "clp-all"
 SCOPES = ("full", "attention", "logits", "lora", "prompt")
 BASELINES = ("leave_one_out", "group", "value", "none")
+NORMALIZE = ("base", "running", "none")
 KL_ESTIMATORS = ("k1", "k2", "k3", "exact")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -36,9 +37,12 @@ class ClpConfig:
         rewards: Names of `mopl.rewards` with their options (`"length:target=20"`), or `"module:function"` for a
             function of (texts, prompts), at least one. Their names are the objectives, in the order of the weights.
         normalize: `"base"`: the policy is trained on (R - mean) / deviation, both taken once from answers of the model
-            that the run starts from; so rewards of different units weigh alike. `"none"`: on R itself. Fronts are
-            always in the rewards' own units.
-        normalize_prompts: Training prompts that are answered for that.
+            that the run starts from; so rewards of different units weigh alike. `"running"`: both begin there and
+            follow the rewards of the rollouts, each rollout in the scale of those before it. `"none"`: on R itself.
+            Fronts are always in the rewards' own units.
+        normalize_decay: What earlier rewards count after each further rollout, under `"running"`. 1: as much as later
+            ones; 0.99: a mean over about the last 100 rollouts.
+        normalize_prompts: Training prompts that the untrained model answers for that.
         method: One of `METHODS`, or `"clp-all"` for all that can be compared.
         scope: What is mixed: `"full"`, `"attention"`, `"logits"` (`mopl.conditioning.ParameterMixture`), `"lora"`
             (`LoraMixture`), `"prompt"` (LoRA and a `HyperPrompt` on the weights: no parameters are mixed), or a
@@ -113,7 +117,8 @@ class ClpConfig:
     template: Literal["auto", "chat", "plain"] = "auto"
     max_prompt: int = 512
     rewards: tuple[str, ...] = ()
-    normalize: Literal["base", "none"] = "base"
+    normalize: Literal["base", "running", "none"] = "base"
+    normalize_decay: float = 1.0
     normalize_prompts: int = 64
     method: str = "clp"
     scope: str = "attention"
@@ -180,7 +185,7 @@ class ClpConfig:
         if not self.rewards:
             raise ValueError("rewards are missing; name at least one of mopl.rewards, or module:function")
         choices: dict[str, tuple[Any, ...]] = {
-            "method": (*METHODS, ALL), "template": ("auto", "chat", "plain"), "normalize": ("base", "none"),
+            "method": (*METHODS, ALL), "template": ("auto", "chat", "plain"), "normalize": NORMALIZE,
             "kl_form": ("complement", "penalty"), "kl_in": ("reward", "loss"), "kl_estimator": KL_ESTIMATORS,
             "kl_level": ("token", "sequence"), "baseline": BASELINES, "dtype": DTYPES, "device": ("auto", "cpu"),
             "ratio_level": ("token", "sequence", "sequence_mean"),
@@ -217,6 +222,8 @@ class ClpConfig:
                 f"kl_weight is {max(self.kl_weight):g} but rewards count 1 - α in the complement form; stay below 1, "
                 "or pass kl_form='penalty'"
             )
+        if not 0.0 < self.normalize_decay <= 1.0:
+            raise ValueError(f"normalize_decay is {self.normalize_decay} but must be above 0 and at most 1")
         if not 0.0 < self.held_out < 1.0:
             raise ValueError(f"held_out is {self.held_out} but must lie between 0 and 1: a share of the prompts")
 
@@ -233,6 +240,8 @@ class ClpConfig:
             )
         if self.standardize and self.baseline != "group":
             raise ValueError("standardize divides by a group's deviation; it needs baseline='group'")
+        if self.normalize_decay != 1 and self.normalize != "running":
+            raise ValueError("normalize_decay is about a scale that follows the rewards; pass normalize='running'")
         if self.kl_estimator == "exact" and self.kl_level != "token":
             raise ValueError("kl_estimator 'exact' is of each position; kl_level='sequence' is for k1, k2 and k3")
         if self.epochs > 1 and self.clip is None:

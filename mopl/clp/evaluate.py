@@ -5,7 +5,8 @@ Shapes: `Q` prompts, `n` trade-offs, `m` rewards. Every trade-off is sampled wit
 * *Reward*: mean of R_j over the answers, in its own unit. Higher is better.
 * *KL*: mean of log π(y|x) - log π_ref(y|x) over the sampled answers, in nats: an unbiased estimate of KL(π ‖ π_ref) of
   whole responses, which may come out below 0 near 0. The main figure of a front, lower is better.
-* *Value*: c(α) w·R - α KL of the objective, with R in the scale of the training; and the front of the values of single
+* *Value*: c(α) w·R - α KL of the objective, with R in the scale of the training (where that follows the rewards, in the
+  one that it begins with, which all methods share); and the front of the values of single
   rewards, c(α) R_j - α KL, whose weighted sum it is.
 * *Cost*: seconds of generation for a token, relative to the untrained model; and how many models run for a token.
 """
@@ -23,8 +24,8 @@ from torch import Tensor
 from mopl import pareto
 from mopl.alignment.generate import _seeded
 from mopl.clp.config import ClpConfig
-from mopl.clp.loss import RewardScale
 from mopl.clp.prompts import Prompts
+from mopl.clp.reward_scale import RewardScale
 from mopl.clp.rollout import Answers
 from mopl.clp.stages import Stages
 from mopl.losses.policy_gradient import reward_coefficient

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from mopl.alignment.head import IGNORE_INDEX
 from mopl.alignment.methods import unwrapped
 from mopl.clp.config import ClpConfig
+from mopl.clp.policies import Policy
 from mopl.clp.prompts import PromptBatch
+from mopl.clp.reward_scale import RewardScale
 from mopl.clp.rollout import Rollout, RolloutStore, Sampler, roll
 from mopl.losses.policy_gradient import policy_gradient, value_loss
 from mopl.rewards import Rewards, prompt_key
@@ -28,42 +30,23 @@ class PolicyCollapsed(TrainingDiverged):
     """A guard stopped the training: the policy ran away, became deterministic, or earns the same whatever it says."""
 
 
-@dataclass(frozen=True)
-class RewardScale:
-    """R becomes (R - mean) / deviation, for each of m rewards."""
-
-    mean: Tensor
-    deviation: Tensor
-
-    def __call__(self, rewards: Tensor) -> Tensor:
-        """Return the rewards (R, m) in the scale of the training."""
-        return (rewards - self.mean) / self.deviation
-
-    @classmethod
-    def of(cls, rewards: Tensor, names: tuple[str, ...]) -> RewardScale:
-        """Return the scale in which rewards (R, m) have mean 0 and deviation 1; missing ones are left out.
-
-        Raises:
-            ValueError: If a reward is missing or the same everywhere.
-        """
-        values = rewards.double()
-        mean = values.nanmean(0)
-        deviation = (values - mean).square().nanmean(0).sqrt()
-        for name, spread in zip(names, deviation.tolist(), strict=True):
-            if not spread > 0:
-                raise ValueError(
-                    f"the reward {name} is the same (or missing) for all answers of the untrained model, so it has no "
-                    "scale; pass more normalize_prompts, normalize='none', or another reward"
-                )
-        return cls(mean.float(), deviation.float())
-
-
 class SampleLog(RunLog):
     """`samples.jsonl`: responses of rollouts as text."""
 
     def __init__(self, directory: Path, *, enabled: bool = True) -> None:
         super().__init__(directory, enabled=enabled)
         self.path = Path(directory) / "samples.jsonl"
+
+
+# Trained parameters that are this many times as large as at the start are no policy any more. AdamW moves a parameter
+# by about the learning rate in a step at most, so it takes a rate that is out of all proportion.
+GROWTH = 100.0
+
+
+def size_of(model: nn.Module) -> float:
+    """Return the norm of all trained parameters."""
+    norms = torch._foreach_norm([p.detach() for p in model.parameters() if p.requires_grad])
+    return float(torch.stack([norm.double() for norm in norms]).norm())
 
 
 @dataclass
@@ -74,11 +57,13 @@ class Guard:
         config: Settings.
         stage: Name of the training.
         checkpoints: Folder of its checkpoints.
+        start: `size_of` the model before the first step; None to leave it out.
     """
 
     config: ClpConfig
     stage: str
     checkpoints: Path
+    start: float | None = None
     _counts: dict[str, int] = field(default_factory=dict)
 
     def __call__(self, step: int, rewards: Tensor, kl: Tensor, entropy: Tensor, names: tuple[str, ...]) -> None:
@@ -114,6 +99,23 @@ class Guard:
                 self._stop(step, f"all responses have had the same rewards for {config.patience} rollouts, which "
                            "teaches nothing", "take other rewards, more samples or a higher temperature")  # fmt: skip
 
+    def check_size(self, model: nn.Module, steps: int) -> None:
+        """Look at the parameters after a number of steps: what has run away may show in no rollout.
+
+        Behind activations that overflow, a normalisation gives 0 for anything: the policy is then uniform, or one for
+        all prompts, its KL that of such a policy (which is small where responses are short), its gradient 0.
+
+        Raises:
+            PolicyCollapsed: If they are not finite or have grown beyond all measure.
+        """
+        size = 0.0 if self.start is None else size_of(model)
+        if self.start is not None and not size <= GROWTH * self.start:
+            raise PolicyCollapsed(
+                f"the trained parameters of {self.stage!r} are {size / self.start:.3g} times as large as at the start "
+                f"(their norm), after step {steps}: the training has diverged; lower learning_rate (now "
+                f"{self.config.learning_rate:g})"
+            )
+
     def _lasts(self, what: str, now: bool) -> bool:
         self._counts[what] = self._counts.get(what, 0) + 1 if now else 0
         return self._counts[what] >= self.config.patience
@@ -133,7 +135,7 @@ class ClpLoss:
         config: Settings.
         sampler: Samples and scores.
         rewards: The m rewards.
-        scale: Their scale in the objective.
+        scale: Their scale in the objective, unless the policy has one of its own, which follows them.
         store: Keeps rollouts for their steps.
         guard: Looks at each rollout.
         log: Where responses are logged, or None.
@@ -160,7 +162,9 @@ class ClpLoss:
         rollout = self.store.find(batch, step)
         fresh = rollout is None
         if rollout is None:
+            self.guard.check_size(policy.model, step)  # first: sampling may not survive what has overflowed
             rollout = roll(policy, batch, self.sampler, self.rewards, config)
+            rollout.scaled = self._scaled(policy, rollout.rewards)
         device = policy.device
         inputs, place, mask = self.sampler.inputs(rollout.prompts, rollout.responses, device)
         w, alpha = rollout.weights.to(device), rollout.alpha.to(device)
@@ -173,8 +177,9 @@ class ClpLoss:
         usable = ~(raw.isnan() & (rollout.weights > 0)).any(1).to(device)
         counted = mask & usable[:, None]
         baseline: Any = {"value": values, "none": None}.get(config.baseline, config.baseline)
+        assert rollout.scaled is not None
         found = policy_gradient(
-            logprob, self.scale(raw).to(device), w, alpha=alpha, reference=rollout.reference.to(device),
+            logprob, rollout.scaled.to(device), w, alpha=alpha, reference=rollout.reference.to(device),
             behaviour=None if fresh else _on(rollout.behaviour, device), mask=counted,
             baseline=baseline.detach() if isinstance(baseline, Tensor) else baseline,
             group=config.samples_per_prompt if isinstance(baseline, str) else None, standardize=config.standardize,
@@ -192,6 +197,11 @@ class ClpLoss:
             "return": found.sequence_returns.sum() / responses, "kl": kl, "entropy": entropy,
             "tokens": mask.sum(1).float().mean(), "missing": 1 - usable.float().mean(), "clip_share": found.clip_share,
         }  # fmt: skip
+        if policy.running is not None:
+            for name, mean, deviation in zip(
+                self.rewards.names, policy.running.mean, policy.running.deviation, strict=True
+            ):  # fmt: skip
+                logs |= {f"mean/{name}": mean, f"deviation/{name}": deviation}
         if fresh:
             estimate = (logprob.detach() - rollout.reference.to(device)).masked_fill(~mask, 0.0).sum(1).mean()
             self.guard(step, raw, estimate, entropy, self.rewards.names)
@@ -207,6 +217,14 @@ class ClpLoss:
             logs["value_loss"] = regression.detach()
             loss = loss + regression
         return loss, logs
+
+    def _scaled(self, policy: Policy, rewards: Tensor) -> Tensor:
+        """Return the rewards of a new rollout in the scale of the objective, which may then follow them."""
+        if policy.running is None:
+            return self.scale(rewards)
+        scaled = policy.running(rewards)
+        policy.running.update(rewards)
+        return scaled
 
     def _write(self, rollout: Rollout, step: int) -> None:
         """Log responses to different prompts, as many as asked for."""

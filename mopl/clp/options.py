@@ -23,9 +23,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--rewards", nargs="+", metavar="REWARD", help="names, with options as in length:target=20, or "
                        "module:function of (texts, prompts)")  # fmt: skip
-    group.add_argument("--normalize", choices=("base", "none"), help="train on rewards with mean 0 and deviation 1 "
-                       "over answers of the untrained model (default: base)")  # fmt: skip
-    group.add_argument("--normalize-prompts", type=int, metavar="PROMPTS", help="answered for that (default: 64)")
+    group.add_argument("--normalize", choices=("base", "running", "none"), help="train on rewards with mean 0 and "
+                       "deviation 1 over answers of the untrained model, or also over those of the training so far "
+                       "(default: base)")  # fmt: skip
+    group.add_argument("--normalize-decay", type=float, metavar="RATE", help="what earlier rewards count after each "
+                       "rollout, with running (default: 1)")  # fmt: skip
+    group.add_argument("--normalize-prompts", type=int, metavar="PROMPTS", help="that the untrained model answers for "
+                       "that (default: 64)")  # fmt: skip
     group.add_argument("--scope", help="what is mixed: full, attention, logits, lora, a pattern of names of "
                        "parameters; or prompt, virtual tokens (default: attention)")  # fmt: skip
     group.add_argument("--train-shared", action="store_true", help="also train what is outside of the scope")

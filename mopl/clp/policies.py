@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from mopl.alignment import models
 from mopl.clp.config import ClpConfig
+from mopl.clp.reward_scale import RunningScale
 from mopl.conditioning import (
     AlphaCoefficients,
     HyperPrompt,
@@ -53,7 +54,12 @@ class Policy(nn.Module):
         words: It reads w (and α) in front of the prompt.
         takes_alpha: It is conditioned on α.
         value: Value head on the reference's hidden state at the end of the prompt.
+
+    Attributes:
+        running: The scale of the rewards where the training follows it: a part of the policy, so of its checkpoints.
     """
+
+    running: RunningScale | None
 
     def __init__(
         self,
@@ -67,7 +73,7 @@ class Policy(nn.Module):
         value: ValueHead | None = None,
     ) -> None:
         super().__init__()
-        self.model, self.value = model, value
+        self.model, self.value, self.running = model, value, None
         self._base = (base,)  # in a tuple: the reference is no part of what is trained and saved
         self.objectives = tuple(objectives)
         self.single, self.words, self.takes_alpha = single, words, takes_alpha

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mopl.alignment.data import Text
-from mopl.alignment.readers import load_preferences
+from mopl.alignment.data import DataError, Text
+from mopl.alignment.readers import detect_format, load_preferences
 from mopl.alignment.tokenization import ListTokenizer
 from mopl.clp.config import ClpConfig
 from mopl.conditioning import sample_temperatures, sample_weights
@@ -77,7 +77,11 @@ def read_prompts(source: str, *, limit: int | None = None) -> list[Text]:
 
 
 def _prompt_rows(path: Path) -> list[Text] | None:
-    """Return the prompts of JSON lines, or None where a row has none: then it is preference data of some format."""
+    """Return the prompts of JSON lines, or None where a row is preference data of a known format without a prompt.
+
+    Raises:
+        ValueError: If a row is neither; the message names it.
+    """
     found: list[Text] = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip():
@@ -86,13 +90,45 @@ def _prompt_rows(path: Path) -> list[Text] | None:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"line {number} of {path} is not JSON: {error}") from None
-        prompt = row.get("prompt") if isinstance(row, dict) else None
-        if isinstance(prompt, list) and prompt and all(isinstance(m, dict) and "role" in m for m in prompt):
-            prompt = tuple(prompt)
-        if not isinstance(prompt, (str, tuple)) or not prompt:
-            return None
-        found.append(prompt)
+        wrong = _what_is_wrong(row)
+        if wrong is not None:
+            if isinstance(row, dict) and _is_known_format(row):
+                return None
+            raise ValueError(
+                f"line {number} of {path} {wrong}; each line must be an object with a prompt, such as "
+                '{"prompt": "How do I make tea?"} or {"prompt": [{"role": "user", "content": "Hello"}]}, or all must '
+                "be preference data of a known format"
+            )
+        prompt = row["prompt"]
+        found.append(prompt if isinstance(prompt, str) else tuple(prompt))
     return found
+
+
+def _is_known_format(row: dict[str, Any]) -> bool:
+    try:
+        detect_format(row)
+    except DataError:
+        return False
+    return True
+
+
+def _what_is_wrong(row: Any) -> str | None:
+    """Return what a row lacks that should hold a prompt, or None."""
+    if not isinstance(row, dict):
+        return f"is a {type(row).__name__} and not an object"
+    if "prompt" not in row:
+        return f"has no prompt (it has {', '.join(sorted(row)) or 'nothing'})"
+    prompt = row["prompt"]
+    if isinstance(prompt, str):
+        return None if prompt.strip() else "has an empty prompt"
+    if not isinstance(prompt, list):
+        return f"has a prompt that is neither a text nor a list of messages but {json.dumps(prompt)[:40]}"
+    if not prompt:
+        return "has an empty prompt"
+    for place, message in enumerate(prompt, start=1):
+        if not isinstance(message, dict) or "role" not in message or "content" not in message:
+            return f"has a prompt whose message {place} has no role or no content"
+    return None
 
 
 def split_prompts(texts: Sequence[Text], tokenizer: ListTokenizer, config: ClpConfig) -> tuple[dict[str, Prompts], int]:

@@ -3,7 +3,8 @@
 config.json        settings, command line, seed, versions, what the prompts were
 log.jsonl          one line of figures every `log_every` steps: rewards, KL, entropy, lengths
 samples.jsonl      responses of rollouts as text, with their trade-off and rewards
-rewards.json       mean and deviation of each reward over answers of the untrained model
+rewards.json       mean and deviation of each reward over answers of the untrained model (with `normalize="running"` the
+                   scale that trainings begin with; model/training.json has the one that they end with)
 base/              the front of the untrained model: one point
 front.json         mean rewards and KL on the grid (under clp-all in a folder for each method, with its model)
 model/             what was trained, see `mopl.clp.policies`
@@ -28,9 +29,9 @@ from mopl.alignment.generate import _seeded
 from mopl.alignment.recipe import RunInterrupted, _agree
 from mopl.clp.config import ClpConfig
 from mopl.clp.evaluate import Evaluation, Evaluator, make_front
-from mopl.clp.loss import RewardScale
 from mopl.clp.policies import new_policy, release
 from mopl.clp.prompts import Prompts, describe, read_prompts, split_prompts
+from mopl.clp.reward_scale import RewardScale, moments
 from mopl.clp.rollout import Sampler
 from mopl.clp.runs import (
     EVALUATION,
@@ -46,7 +47,14 @@ from mopl.clp.runs import (
 from mopl.clp.stages import Stages
 from mopl.conditioning._parameter_mixture_parts import select_parameters
 from mopl.rewards import FunctionReward, Reward, Rewards, available, make, prompt_key
-from mopl.training import RunLog, TrainingInterrupted, discard_folder, make_accelerator, write_file
+from mopl.training import (
+    RunLog,
+    TrainingDiverged,
+    TrainingInterrupted,
+    discard_folder,
+    make_accelerator,
+    write_file,
+)
 from mopl.training.run_directory import (
     check_new_run,
     command_line,
@@ -55,6 +63,7 @@ from mopl.training.run_directory import (
     next_run,
     read_run,
     version_changes,
+    with_run,
 )
 
 # Settings that a resumed run may have otherwise: they change what is written or where, not what is computed.
@@ -145,6 +154,8 @@ def train_policies(
         raise RunInterrupted(path, f"in {stop.stage!r} after step {stop.step}") from None
     except KeyboardInterrupt:
         raise RunInterrupted(path, "between two steps") from None
+    except TrainingDiverged as error:
+        raise with_run(error, path) from error
     except Exception:
         # A reward that never worked leaves nothing to continue, and nothing in the way of the next try.
         if record is None and accelerator.is_main_process and not (path / REWARDS).is_file():
@@ -160,7 +171,7 @@ def _work(stages: Stages, identity: dict[str, Any]) -> None:
     path, config, main = stages.path, stages.config, stages.accelerator.is_main_process
     grid = run_grid(config, len(stages.objectives))
     measured = measure_rewards(stages)
-    if config.normalize == "base":
+    if config.normalize != "none":
         stages.scale = measured
     test = stages.prompts["test"].first(config.eval_prompts)
     evaluator, base, word = Evaluator(stages, test), None, Path(config.data).name.split(".")[0]
@@ -225,20 +236,26 @@ def measure_rewards(stages: Stages) -> RewardScale:
             answers = stages.sampler.sample(stages.base, stages.base, [chosen.tokens[i] for i in rows])
         values = stages.rewards(answers.texts, [chosen.texts[i] for i in rows])
         names = stages.objectives
-        if config.normalize == "base":
-            scale = RewardScale.of(values, names)
+        if config.normalize == "none":
+            counts, mean, squares = moments(values)
+            scale = RewardScale(mean, (squares / counts.clamp(min=1)).sqrt(), counts)
         else:
-            mean = values.nanmean(0).nan_to_num(0.0)
-            scale = RewardScale(mean, (values - mean).square().nanmean(0).sqrt().nan_to_num(0.0))
+            scale = RewardScale.of(values, names, constant=config.normalize == "running")
+        assert scale.counts is not None
         if stages.accelerator.is_main_process:
-            content = {"objectives": list(names), "mean": scale.mean.tolist(), "deviation": scale.deviation.tolist(),
-                       "answers": len(rows), "used": config.normalize == "base"}  # fmt: skip
+            content = {
+                "objectives": list(names), "mean": scale.mean.tolist(), "deviation": scale.deviation.tolist(),
+                "counts": scale.counts.tolist(), "answers": len(rows), "used": config.normalize != "none",
+            }  # fmt: skip
             write_file(file, json.dumps(content, indent=2) + "\n")
         stages.accelerator.wait_for_everyone()
     found = json.loads(file.read_text(encoding="utf-8"))
     each = zip(found["objectives"], found["mean"], found["deviation"], strict=True)
     stages.say("untrained model: " + ", ".join(f"{name} {mean:.4g} ± {spread:.4g}" for name, mean, spread in each))
-    return RewardScale(torch.tensor(found["mean"]), torch.tensor(found["deviation"]))
+    counts = found.get("counts")  # older runs do not have them, and do not need them
+    return RewardScale(
+        torch.tensor(found["mean"]), torch.tensor(found["deviation"]), None if counts is None else torch.tensor(counts)
+    )  # fmt: skip
 
 
 def make_rewards(specs: tuple[str, ...]) -> Rewards:

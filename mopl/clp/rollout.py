@@ -238,6 +238,7 @@ class Rollout:
         reference: (R, n) log-probabilities of the tokens under the reference.
         features: (R, H) the reference's hidden states at the ends of the prompts, if asked for.
         hidden: (R, n, H) its hidden states where it predicts each token of the responses, for the exact KL.
+        scaled: (R, m) the rewards in the scale of the objective, once it is known.
         behaviour: (R, n) log-probabilities under the policy that sampled, once they are known.
     """
 
@@ -252,6 +253,7 @@ class Rollout:
     reference: Tensor
     features: Tensor | None = None
     hidden: Tensor | None = None
+    scaled: Tensor | None = None
     behaviour: Tensor | None = None
 
 

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from mopl.alignment import models
 from mopl.clp.config import ALL, ClpConfig
-from mopl.clp.loss import ClpLoss, Guard, RewardScale, SampleLog
+from mopl.clp.loss import ClpLoss, Guard, SampleLog, size_of
 from mopl.clp.policies import Policy, load_policy, new_policy, release, save_soup
 from mopl.clp.prompts import Prompts, PromptSource
+from mopl.clp.reward_scale import RewardScale, RunningScale
 from mopl.clp.rollout import RolloutStore, Sampler
 from mopl.rewards import Rewards
 from mopl.training import CheckpointFolder, RunLog, discard_folder, train, write_file
@@ -108,15 +109,19 @@ class Stages:
         config, main = self.config, self.accelerator.is_main_process
         policy = new_policy(
             self.base, config, self.objectives, kind, None if expert is None else self.objectives[expert]
-        ).to(self.accelerator.device)  # fmt: skip
+        )
+        if config.normalize == "running":
+            policy.running = RunningScale(self.scale, config.normalize_decay)
+        policy.to(self.accelerator.device)
         count = models.trained_parameters(policy)
         checkpoints = folder / "checkpoints"
         samples = SampleLog(self.path, enabled=main)
         latest = CheckpointFolder(checkpoints).latest()
         samples.rewind(name, latest.step if latest else 0)
+        guard = Guard(config, name, checkpoints, size_of(policy.model))
         loss = ClpLoss(
             config, self.sampler, self.rewards, self.scale,
-            RolloutStore(folder / "rollouts", config.epochs, checkpoints), Guard(config, name, checkpoints),
+            RolloutStore(folder / "rollouts", config.epochs, checkpoints), guard,
             samples if config.log_samples else None, name,
         )  # fmt: skip
         try:
@@ -125,9 +130,13 @@ class Stages:
                 directory=checkpoints, resume=True, log=self.log, stage=name,
                 optimizer=optimizer_of(policy, config, self.accelerator.device), save_frozen=False,
             )  # fmt: skip
+            guard.check_size(policy.model, result.steps)  # no rollout has seen the last update
             if main:
                 policy.model.save_pretrained(folder)
-                record = {"steps": result.steps, "seconds": result.seconds, "parameters": count}
+                record: dict[str, Any] = {"steps": result.steps, "seconds": result.seconds, "parameters": count}
+                if policy.running is not None:
+                    running = policy.running
+                    record |= {"mean": running.mean.tolist(), "deviation": running.deviation.tolist()}
                 write_file(folder / DONE, json.dumps(record, indent=2) + "\n")
                 for part in (checkpoints, folder / "rollouts"):
                     if part.exists():

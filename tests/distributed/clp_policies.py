@@ -14,6 +14,7 @@ from test_clp_training import language_model, make_loss, parts, settings
 from mopl.alignment.models import fingerprint
 from mopl.clp.policies import new_policy
 from mopl.clp.prompts import PromptSource
+from mopl.clp.reward_scale import RewardScale, RunningScale
 from mopl.training import make_accelerator, train
 
 if __name__ == "__main__":
@@ -23,6 +24,7 @@ if __name__ == "__main__":
         base = language_model()
         config = settings(scope=scope, baseline="value", epochs=2, clip=0.2, steps=4, accumulation=2)
         policy = new_policy(base, config, ("first", "second"), "clp")
+        policy.running = RunningScale(RewardScale(torch.zeros(2), torch.ones(2), torch.full((2,), 4.0)))
         before = fingerprint(policy)
         loss = make_loss(base, config, Path(sys.argv[1]) / scope)
         seen = []
@@ -35,6 +37,10 @@ if __name__ == "__main__":
         digest = torch.tensor(list(bytes.fromhex(fingerprint(policy))))
         both = accelerator.gather(digest[None])
         assert torch.equal(both[0], both[1]) and fingerprint(policy) != before
+        # Both know the rewards of both: 4 of the beginning and 2 rollouts of 8.
+        assert policy.running.counts.tolist() == [20.0, 20.0]
+        scales = accelerator.gather(torch.stack([policy.running.mean, policy.running.squares])[None])
+        assert torch.equal(scales[0], scales[1]) and scales[0][0].abs().min() > 0
         assert {"reward/first", "kl", "value_loss"} <= set(result.last)
     if accelerator.is_main_process:
         print("both processes have one policy")
