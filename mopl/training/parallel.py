@@ -73,7 +73,7 @@ class ShardedModel:
         optimizer: accelerate's wrapper around the optimizer.
 
     Raises:
-        ValueError: If the optimizer has parameters that the model has not.
+        ValueError: If the optimizer has parameters that the model has not, or a parameter is quantised.
     """
 
     def __init__(self, accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer, plugin: Any) -> None:
@@ -82,6 +82,12 @@ class ShardedModel:
         names = {id(p): name for name, p in model.named_parameters()}
         if not all(id(p) in names for group in self._own for p in group):
             raise ValueError("the optimizer has parameters that the model has not; make it of model.parameters()")
+        for name, parameter in model.named_parameters():
+            if type(parameter) is not nn.Parameter:  # quantised weights lose their meaning outside of their class
+                raise ValueError(
+                    f"{name} is a {type(parameter).__name__}, which cannot be sharded here; load the model without "
+                    "quantisation, or train with DDP (`--multi_gpu`)"
+                )
         _broadcast(model, accelerator.device)
         before = optimizer.state_dict()
         model.to("cpu")

@@ -1,0 +1,121 @@
+"""Training with FSDP2 under accelerate's launcher: sharded over two processes, equal to one."""
+
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+accelerate = pytest.importorskip("accelerate")
+pytest.importorskip("moocore")
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent / "distributed")]
+
+from sharded_training import fit
+from test_align_command import arguments, write_data
+from test_alignment_training import write_model
+
+from mopl.alignment import models, open_run
+from mopl.cli import main
+from mopl.pareto import Front
+from mopl.training import RunLog, make_accelerator, read_log
+from mopl.training.parallel import fsdp_plugin
+
+
+def align(place: Path, run: str) -> list[str]:
+    return arguments(place, place / run, "--conditioning", "text", "--learning-rate", "0.01", "--samples", "1")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """What two processes left behind."""
+    folder = tmp_path_factory.mktemp("sharded")
+    write_model(folder)
+    write_data(folder / "data.jsonl")
+    script = Path(__file__).resolve().parent / "distributed" / "sharded_training.py"
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--use_fsdp", "--fsdp_version", "2"]
+    launcher += ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command = [*launcher, "--main_process_port", "0", str(script), str(folder), *align(folder, "two")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr[-5000:]
+    assert "sharded trainings are done" in done.stdout
+    return folder
+
+
+@pytest.fixture
+def base(place):
+    return models.load_causal_lm(str(place / "model"))
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_shards_train_what_one_process_trains(place, base, tmp_path):
+    accelerator, found = make_accelerator(cpu=True), torch.load(place / "sharded.pt")
+    one = fit(base, accelerator, sgd=True)
+    torch.testing.assert_close(found["sgd"], one, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found["recompute"], one, rtol=1e-5, atol=1e-5)
+    one = fit(base, accelerator, log=RunLog(tmp_path))
+    torch.testing.assert_close(found["adamw"], one, rtol=2e-4, atol=1e-4)
+    ours, theirs = read_log(tmp_path / "log.jsonl"), read_log(place / "log.jsonl")
+    assert len(ours) == len(theirs) == 5
+    for alone, sharded in zip(ours, theirs, strict=True):
+        for name in ("loss", "loss/low", "loss/middle", "gradient_norm"):
+            assert sharded[name] == pytest.approx(alone[name], rel=1e-4, abs=1e-4)
+    assert ours[0]["gradient_norm"] > 0.2  # so clipping had something to do
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_sharded_checkpoint_is_resumed_by_one_process(place, base):
+    resumed = fit(base, make_accelerator(cpu=True), directory=place / "stopped", resume=True)
+    torch.testing.assert_close(resumed, torch.load(place / "sharded.pt")["adamw"], rtol=2e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_mopl_align_makes_the_same_run_sharded(place):
+    assert main(align(place, "one")) == 0
+    one, two = (Front.load(place / name / "front.json").tensors() for name in ("one", "two"))
+    torch.testing.assert_close(two[2], one[2], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(two[1], one[1], rtol=1e-2, atol=1e-3)
+    assert float(one[1].max()) > 0.01  # something was learned
+    ids = torch.tensor([[1, 5, 9, 20]])
+    with torch.no_grad():
+        one, two = (open_run(place / name).load()(ids).logits for name in ("one", "two"))
+    torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "precision", "message"),
+    [
+        ("FSDP", {"fsdp_version": 1}, "no", "pass `--fsdp_version 2`"),
+        ("FSDP", {"cpu_offload": True}, "bf16", "fsdp_offload_params does not work with FSDP2"),
+        ("FSDP", {"activation_checkpointing": True}, "no", "use gradient_checkpointing of the model"),
+        ("FSDP", {"cpu_ram_efficient_loading": True}, "no", "before the model is loaded"),
+        ("FSDP", {"auto_wrap_policy": "size_based_wrap"}, "no", "pass TRANSFORMER_BASED_WRAP"),
+        ("FSDP", {}, "fp16", "pass bf16, or train with DDP"),
+        ("DEEPSPEED", {}, "no", "set up for DEEPSPEED"),
+    ],
+)  # fmt: skip
+def test_what_does_not_work_is_refused_before_anything_is_sharded(monkeypatch, kind, settings, precision, message):
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")
+    plugin = accelerate.FullyShardedDataParallelPlugin(**{"fsdp_version": 2, **settings})
+    monkeypatch.undo()
+    asked = types.SimpleNamespace(
+        distributed_type=kind, state=types.SimpleNamespace(fsdp_plugin=plugin), num_processes=2,
+        mixed_precision=precision,
+    )  # fmt: skip
+    with pytest.raises(NotImplementedError, match=message):
+        fsdp_plugin(asked)
+
+
+def test_ddp_and_one_process_are_not_sharded(monkeypatch):
+    assert fsdp_plugin(make_accelerator(cpu=True)) is None
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert fsdp_plugin(types.SimpleNamespace(distributed_type="NO", num_processes=1)) is None
