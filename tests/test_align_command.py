@@ -29,7 +29,7 @@ from mopl.alignment.stages import model_folder
 from mopl.cli import build_parser, main
 from mopl.conditioning import HyperPromptModel
 from mopl.pareto import Front
-from mopl.training import read_log
+from mopl.training import TrainingDiverged, read_log
 
 VOCABULARY = 32
 TINY = [
@@ -188,6 +188,12 @@ def test_errors_are_one_line_with_a_remedy_and_leave_nothing_behind(tmp_path, mo
     monkeypatch.chdir(tmp_path)
     assert message in error_of(given, capsys)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_training_that_diverges_says_what_to_do_about_its_run(place, tmp_path):
+    with pytest.raises(TrainingDiverged, match=r"run stays as it is: .* --overwrite .*--resume takes no other"):
+        align(tiny(place, learning_rate=1e30), tmp_path / "run", say=quiet)
+    assert (tmp_path / "run" / "config.json").is_file()
 
 
 # ---------------------------------------------------------------- a whole run
