@@ -176,6 +176,29 @@ def test_answers_that_were_cut_end_with_a_whole_sentence(text, whole):
     assert demo.whole_sentences(text) == whole
 
 
+@pytest.mark.parametrize(
+    ("text", "first"),
+    [("One more cat. Two and", "One more cat."), ("Aw, wow! It is good. Yes.", "Aw, wow! It is good."),
+     ("It costs 3.5 dollars", "It costs 3.5 dollars"), ("No end", "No end"),
+     ("1. Wash the cat. 2. Dry", "1. Wash the cat.")],
+)  # fmt: skip
+def test_a_first_sentence_has_three_words(text, first):
+    assert _demo_sampling.first_sentence(text) == first
+
+
+def test_answers_of_one_sentence_are_the_beginnings_of_what_is_said_without_that(loaded):
+    model, tokenizer = loaded
+    sampling = Sampling(max_new_tokens=48, temperature=8.0, top_k=10)
+    talks = conversations(*PROMPTS)
+    stops = [i % 2 == 0 for i in range(len(talks))]
+    whole = sample_rows(model, tokenizer, talks, sampling, 0)
+    found = sample_rows(model, tokenizer, talks, sampling, 0, stops)
+    for before, after, stop in zip(whole, found, stops, strict=True):
+        assert after.text == (_demo_sampling.first_sentence(before.text) if stop else before.text)
+        assert after.finished or not before.finished
+    assert any(len(after.text) < len(before.text) for before, after in zip(whole, found, strict=True))
+
+
 # ---------------------------------------------------------------- the data
 
 

