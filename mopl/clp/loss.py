@@ -45,8 +45,8 @@ GROWTH = 100.0
 
 def size_of(model: nn.Module) -> float:
     """Return the norm of all trained parameters."""
-    norms = torch._foreach_norm([p.detach() for p in model.parameters() if p.requires_grad])
-    return float(torch.stack([norm.double() for norm in norms]).norm())
+    norms = [p.detach().norm().double() for p in model.parameters() if p.requires_grad]
+    return float(torch.stack(norms).norm())
 
 
 @dataclass
