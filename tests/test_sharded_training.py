@@ -1,5 +1,6 @@
 """Training with FSDP2 under accelerate's launcher: sharded over two processes, equal to one."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-pytest.importorskip("peft")
+peft = pytest.importorskip("peft")
 accelerate = pytest.importorskip("accelerate")
 pytest.importorskip("moocore")
 
@@ -22,6 +23,7 @@ from test_alignment_training import write_model
 
 from mopl.alignment import models, open_run
 from mopl.cli import main
+from mopl.conditioning import LoraMixture
 from mopl.pareto import Front
 from mopl.training import RunLog, make_accelerator, read_log
 from mopl.training.parallel import fsdp_plugin
@@ -119,3 +121,19 @@ def test_ddp_and_one_process_are_not_sharded(monkeypatch):
     assert fsdp_plugin(make_accelerator(cpu=True)) is None
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert fsdp_plugin(types.SimpleNamespace(distributed_type="NO", num_processes=1)) is None
+
+
+def test_a_copy_of_a_mixture_of_adapters_is_conditioned_by_itself(tmp_path):
+    """What is sharded is a copy of the model."""
+    torch.manual_seed(0)
+    mixture = LoraMixture(
+        models.load_causal_lm(str(write_model(tmp_path))), 2,
+        config=peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False),
+    ).eval()  # fmt: skip
+    ids, weights = torch.tensor([[1, 5, 9], [1, 7, 4]]), torch.tensor([[0.2, 0.8], [1.0, 0.0]])
+    made = copy.deepcopy(mixture)
+    torch.testing.assert_close(made(ids, weights=weights).logits, mixture(ids, weights=weights).logits)
+    with torch.no_grad():
+        for parameter in mixture.parameters():
+            parameter.zero_()
+    assert float(made(ids, weights=weights).logits.abs().max()) > 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -96,7 +97,8 @@ class LoraMixture(nn.Module):
         wrapped.base_model.set_adapter(self.adapters)
         for layer in self._layers:
             for i, name in enumerate(self.adapters):
-                layer.lora_B[name].register_forward_hook(self._scale(i))
+                # No closure: a deep copy of the mixture must read its own coefficients.
+                layer.lora_B[name].register_forward_hook(functools.partial(self._scale, i))
 
     def __getattr__(self, name: str) -> Any:
         """Read from the causal language model what trainers ask of a model."""
@@ -140,26 +142,22 @@ class LoraMixture(nn.Module):
             raise ValueError("the model has no LoRA layers; check target_modules of the config")
         return layers
 
-    def _scale(self, adapter: int) -> Any:
-        """Return the hook that multiplies an adapter's output with its coefficient in each row."""
-
-        def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-            if self._current is None:
-                raise RuntimeError(
-                    "the adapters have no coefficients: call the mixture with weights and not the model inside it, and "
-                    "turn gradient checkpointing on through the mixture's own gradient_checkpointing_enable()"
-                )
-            share = self._current[..., adapter].to(output.device)
-            if share.ndim:
-                copies, rest = divmod(output.shape[0], len(share))
-                if rest:
-                    raise ValueError(f"weights has {len(share)} rows but a layer sees {output.shape[0]}")
-                # Beams, and several samples of a row, follow one another.
-                share = share.repeat_interleave(copies).view(-1, *[1] * (output.ndim - 1))
-            wide = torch.float64 if output.dtype == torch.float64 else torch.float32
-            return (output * share.to(wide)).to(output.dtype)
-
-        return hook
+    def _scale(self, adapter: int, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        """Multiply an adapter's output with its coefficient in each row; a forward hook."""
+        if self._current is None:
+            raise RuntimeError(
+                "the adapters have no coefficients: call the mixture with weights and not the model inside it, and "
+                "turn gradient checkpointing on through the mixture's own gradient_checkpointing_enable()"
+            )
+        share = self._current[..., adapter].to(output.device)
+        if share.ndim:
+            copies, rest = divmod(output.shape[0], len(share))
+            if rest:
+                raise ValueError(f"weights has {len(share)} rows but a layer sees {output.shape[0]}")
+            # Beams, and several samples of a row, follow one another.
+            share = share.repeat_interleave(copies).view(-1, *[1] * (output.ndim - 1))
+        wide = torch.float64 if output.dtype == torch.float64 else torch.float32
+        return (output * share.to(wide)).to(output.dtype)
 
     def coefficients_of(self, weights: Weights | None, alpha: float | Tensor | None = None) -> Tensor:
         """Return what multiplies the adapters, (sets,) or (B, sets)."""
