@@ -246,11 +246,14 @@ def test_the_demo_runs_on_its_own_prompts(place, monkeypatch):
 
     tokenizer(chat=True).save_pretrained(place / "model")
     settings = demo.demo_settings(lambda text: None, place / "data", model=place / "model", count=12)
-    assert settings["rewards"] == ("sentiment", "brevity", "readability")
+    assert settings["rewards"] == ("sentiment", "brevity")
     assert len((place / "data" / "prompts.jsonl").read_text().splitlines()) == 12
     ClpConfig(**settings)
     monkeypatch.setattr(demo.demo, "smollm2", lambda say: place / "model")
     # A reward of words instead of sentiment: random words have none, which the run would refuse to scale.
     given = ["align", "--demo", "--method", "clp", "--device", "cpu", *BUDGET, "--run", "run", "--normalize", "none"]
     assert main([*given, "--limit", "12", "--max-new-tokens", "4"]) == 0
-    assert Front.load(place / "run" / "front.json").objectives == ["sentiment", "brevity", "readability"]
+    front = (place / "run" / "front.json").read_bytes()
+    assert Front.load(place / "run" / "front.json").objectives == ["sentiment", "brevity"]
+    assert main([*given, "--limit", "12", "--max-new-tokens", "4"]) == 0, "the same command finds its run"
+    assert (place / "run" / "front.json").read_bytes() == front

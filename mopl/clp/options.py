@@ -112,17 +112,20 @@ def run(given: dict[str, Any]) -> int:
         if main:
             print(text, flush=True)
 
+    if given.get("demo"):
+        from mopl.clp.demo import RUN, demo_settings
+
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError("--demo makes its prompts with one process; run it once without the launcher")
+        settings = {**demo_settings(say), **settings}
+        # The demo needs no name and no --resume: called again, it goes on where it stopped.
+        where = where or (RUN if settings["method"] == "clp" else f"{RUN}-{settings['method']}")
+        resume = resume or (not given.get("overwrite", False) and (Path(where) / "config.json").is_file())
     if resume:
         if where is None:
             raise ValueError("--resume needs the run to continue; name it with --run")
         config = check_resume(read_run(where), settings, Path(where))
     else:
-        if given.get("demo"):
-            from mopl.clp.demo import demo_settings
-
-            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-                raise ValueError("--demo makes its prompts with one process; run it once without the launcher")
-            settings = {**demo_settings(say), **settings}
         for name in ("model", "data", "rewards"):
             if name not in settings:
                 raise ValueError(f"--{name} is missing; pass --model, --data with prompts and --rewards, or --demo")
