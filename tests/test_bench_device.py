@@ -68,8 +68,17 @@ def dry_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.Comple
 
 
 @pytest.mark.slow
-def test_every_measuring_stage_runs_at_toy_sizes(dry_run: tuple[subprocess.CompletedProcess[str], Path]) -> None:
-    done, folder = dry_run
+def test_every_measuring_stage_runs_at_toy_sizes_and_is_not_run_again(
+    dry_run: tuple[subprocess.CompletedProcess[str], Path],
+) -> None:
+    """One test, because workers of pytest share no fixture and the dry run takes a minute."""
+    every_stage_ran(*dry_run)
+    for mode in ("gathered", "frozen", "trained", "error"):
+        holds_who_was_measured_how_and_on_what(mode, dry_run[1])
+    finished_stages_are_skipped_and_cut_off_ones_are_not(dry_run[1])
+
+
+def every_stage_ran(done: subprocess.CompletedProcess[str], folder: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     states = json.loads((folder / "stages.json").read_text())
     assert {state["verdict"] for state in states.values()} == {"done"}
@@ -78,12 +87,8 @@ def test_every_measuring_stage_runs_at_toy_sizes(dry_run: tuple[subprocess.Compl
         assert str(ROOT) not in (folder / f"{name}.json").read_text().replace(str(folder), "")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", ["gathered", "frozen", "trained", "error"])
-def test_the_files_hold_who_was_measured_how_and_on_what(
-    mode: str, dry_run: tuple[subprocess.CompletedProcess[str], Path]
-) -> None:
-    found = json.loads((dry_run[1] / f"logprob-{mode}.json").read_text())
+def holds_who_was_measured_how_and_on_what(mode: str, folder: Path) -> None:
+    found = json.loads((folder / f"logprob-{mode}.json").read_text())
     assert found["command"].startswith(f"python -m bench.logprob {mode} ")
     assert found["device"] and found["date"] and found["versions"]["torch"] == torch.__version__
     assert isinstance(found["absent"], dict)
@@ -95,11 +100,7 @@ def test_the_files_hold_who_was_measured_how_and_on_what(
         assert rows["mopl"]["ms"] > 0 and rows["mopl"]["share"] > 0 and rows["mopl"]["log p"] < 1e-4
 
 
-@pytest.mark.slow
-def test_finished_stages_are_skipped_and_cut_off_ones_are_not(
-    dry_run: tuple[subprocess.CompletedProcess[str], Path],
-) -> None:
-    folder = dry_run[1]
+def finished_stages_are_skipped_and_cut_off_ones_are_not(folder: Path) -> None:
     before = (folder / "limits.json").read_text()
     assert "done before" in command("--toy", "--out", str(folder.parent), "limits").stdout
     assert (folder / "limits.json").read_text() == before

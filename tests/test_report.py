@@ -324,7 +324,7 @@ def test_a_picture_of_another_ending_is_refused(tmp_path, name):
 def test_a_true_front_of_another_number_of_objectives_is_refused(tmp_path):
     for view in (plot_front, write_page):
         with pytest.raises(ValueError, match=r"shape \(n, 2\)"):
-            view(front(), tmp_path / "file", truth=[[1.0, 2.0, 3.0]])
+            view(front(), tmp_path / "file.png", truth=[[1.0, 2.0, 3.0]])
 
 
 # --- the page
@@ -496,7 +496,7 @@ def test_answers_to_prompts_go_to_the_points_of_their_method(tmp_path):
 
 @pytest.mark.parametrize("view", [plot_front, write_page])
 def test_a_failure_while_writing_keeps_the_old_file_and_leaves_no_half(tmp_path, monkeypatch, view):
-    path = tmp_path / "file.out"
+    path = tmp_path / "file.png"
     path.write_text("old")
 
     def fail(*_):
@@ -505,7 +505,7 @@ def test_a_failure_while_writing_keeps_the_old_file_and_leaves_no_half(tmp_path,
     monkeypatch.setattr("mopl.training.checkpoint.os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
         view(front(), path)
-    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["file.out"]
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["file.png"]
     monkeypatch.undo()
     view(front(), path)
     assert path.stat().st_size > 10_000

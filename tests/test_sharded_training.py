@@ -57,7 +57,14 @@ def base(place):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_two_shards_train_what_one_process_trains(place, base, tmp_path):
+def test_two_shards_train_what_one_process_trains_are_resumed_by_it_and_make_the_same_run(place, base, tmp_path):
+    """One test, because workers of pytest share no fixture and what two processes do takes half a minute."""
+    trains_what_one_process_trains(place, base, tmp_path)
+    is_resumed_by_one_process(place, models.load_causal_lm(str(place / "model")))
+    makes_the_same_run(place)
+
+
+def trains_what_one_process_trains(place, base, tmp_path):
     accelerator, found = make_accelerator(cpu=True), torch.load(place / "sharded.pt")
     one = fit(base, accelerator, sgd=True)
     torch.testing.assert_close(found["sgd"], one, rtol=1e-5, atol=1e-5)
@@ -72,16 +79,12 @@ def test_two_shards_train_what_one_process_trains(place, base, tmp_path):
     assert ours[0]["gradient_norm"] > 0.2  # so clipping had something to do
 
 
-@pytest.mark.slow
-@pytest.mark.distributed
-def test_a_sharded_checkpoint_is_resumed_by_one_process(place, base):
+def is_resumed_by_one_process(place, base):
     resumed = fit(base, make_accelerator(cpu=True), directory=place / "stopped", resume=True)
     torch.testing.assert_close(resumed, torch.load(place / "sharded.pt")["adamw"], rtol=2e-4, atol=1e-4)
 
 
-@pytest.mark.slow
-@pytest.mark.distributed
-def test_mopl_align_makes_the_same_run_sharded(place):
+def makes_the_same_run(place):
     assert main(align(place, "one")) == 0
     one, two = (Front.load(place / name / "front.json").tensors() for name in ("one", "two"))
     torch.testing.assert_close(two[2], one[2], rtol=1e-4, atol=1e-4)

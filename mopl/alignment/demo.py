@@ -202,7 +202,8 @@ def _distinct(responses: Sequence[Response]) -> list[str]:
 
 
 def _has_emoji(text: str) -> bool:
-    return any(unicodedata.category(character) == "So" for character in text)
+    # U+FFFD stands for bytes that are no character.
+    return any(unicodedata.category(character) == "So" for character in text if character != "\ufffd")
 
 
 # ---------------------------------------------------------------- labels
