@@ -131,7 +131,8 @@ def test_every_setting_is_a_flag_and_the_help_states_its_default():
         "points": "11, 15, 20 for 2, 3, 4 objectives, 11 above", "top_k": "all", "limit": "all", "format": "auto, by",
         "template": "auto: chat if", "min_prompt": "a quarter of --max-length", "dtype": "auto, as it is stored",
         "attention": "its choice",
-            "prompt_text": "small random vectors", "reference": "auto: once if lists", "gradient_checkpointing": None, "packing": None,
+            "prompt_text": "small random vectors", "reference": "auto: once if lists",
+            "gradient_checkpointing": None, "packing": None,
         "prompt_learning_rate": "10 times that", "warmup": "a tenth of the steps",
         "reference_point": "1.1 / ln 2 times the loss of the untrained model",
     }  # fmt: skip
