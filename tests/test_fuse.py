@@ -157,7 +157,7 @@ def test_every_other_call_is_as_before_and_unfuse_restores_the_model() -> None:
 
 
 def test_the_prompt_never_reaches_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    import mopl.alignment.head as module
+    import mopl.alignment._head_scores as module
 
     seen = []
     original = module.linear_logprob

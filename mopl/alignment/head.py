@@ -32,9 +32,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mopl.ops import linear_kl, linear_logprob, sequence_logprob
-
-IGNORE_INDEX = -100
+from mopl.alignment._head_scores import IGNORE_INDEX, Transform, kl_of_hidden, score_hidden
+from mopl.ops import sequence_logprob
 
 
 class UnsupportedModelError(RuntimeError):
@@ -73,18 +72,6 @@ class SequenceScores:
     scores: Tensor
     lengths: Tensor
     output: FusedOutput
-
-
-@dataclass(frozen=True)
-class _Transform:
-    """What a model does to the output of its head."""
-
-    logit_scale: float
-    softcap: float | None
-
-    def __call__(self, t: Tensor) -> Tensor:
-        scaled = self.logit_scale * t
-        return scaled if self.softcap is None else self.softcap * torch.tanh(scaled / self.softcap)
 
 
 # ---------------------------------------------------------------- the head
@@ -146,7 +133,7 @@ def _forward_replaced(head: nn.Module, forward: Any) -> Iterator[list[Any]]:
             head.__dict__["forward"] = before
 
 
-def _measure_transform(model: Any, original_forward: Any) -> _Transform:
+def _measure_transform(model: Any, original_forward: Any) -> Transform:
     """Send a probe through in place of the logits and read off what the model does to them."""
     head = _find_head(model)
     vocabulary = _whole_shape(head.weight)[0]
@@ -200,7 +187,7 @@ def _measure_transform(model: Any, original_forward: Any) -> _Transform:
     return transform
 
 
-def _fit_transform(probe: Tensor, answer: Tensor) -> _Transform:
+def _fit_transform(probe: Tensor, answer: Tensor) -> Transform:
     """Fit `softcap * tanh(scale * t / softcap)`, or `scale * t`, to pairs (t, f(t)) that reach from tiny to huge t."""
     magnitude = probe.abs()
     tiny = magnitude.argsort()[: max(4, len(probe) // 16)]
@@ -208,8 +195,8 @@ def _fit_transform(probe: Tensor, answer: Tensor) -> _Transform:
     largest = magnitude.argmax()
     if (answer[largest] / probe[largest] - scale).abs() <= 1e-2 * abs(scale):
         # Least squares over everything: the rounding of single entries averages out.
-        return _Transform(_tidy(float((answer @ probe) / (probe @ probe))), None)
-    return _Transform(_tidy(scale), _tidy(float(answer[largest].abs())))
+        return Transform(_tidy(float((answer @ probe) / (probe @ probe))), None)
+    return Transform(_tidy(scale), _tidy(float(answer[largest].abs())))
 
 
 def _tidy(value: float) -> float:
@@ -255,7 +242,7 @@ def fuse(model: nn.Module) -> nn.Module:
             "or call fuse(model.get_base_model())"
         )
     original = model.forward
-    transform: list[_Transform] = []
+    transform: list[Transform] = []
     head = _find_head(model)
     # A model whose weights are elsewhere (meta, ZeRO-3) is measured in its first fused forward, which brings them.
     if not head.weight.is_meta and head.weight.shape == _whole_shape(head.weight):
@@ -282,10 +269,10 @@ def fuse(model: nn.Module) -> nn.Module:
         current = _find_head(self)
 
         def head_forward(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-            parts = _score_hidden(current, hidden, targets, transform[0], temperature, return_logsumexp, return_entropy)
+            parts = score_hidden(current, hidden, targets, transform[0], temperature, return_logsumexp, return_entropy)
             if reference_hidden is not None:
                 reference = reference_hidden, reference_head
-                parts.append(_kl_of_hidden(current, hidden, targets, transform[0], temperature, *reference))
+                parts.append(kl_of_hidden(current, hidden, targets, transform[0], temperature, *reference))
             return torch.stack(parts, -1)
 
         kwargs.setdefault("use_cache", False)
@@ -323,85 +310,6 @@ def unfuse(model: nn.Module) -> nn.Module:
         del model.__dict__["forward"]
         del model._mopl_unfused_forward
     return model
-
-
-def _score_hidden(
-    head: Any,
-    hidden: Tensor,  # (N, k + T, H)
-    targets: Tensor,  # (N, T)
-    transform: _Transform,
-    temperature: float | Tensor,
-    return_logsumexp: bool,
-    return_entropy: bool,
-) -> list[Tensor]:
-    """Run `linear_logprob` on the last T positions of what the model handed to its head."""
-    if hidden.ndim != 3 or targets.ndim != 2 or hidden.shape[0] != targets.shape[0]:
-        raise ValueError(
-            f"targets has shape {tuple(targets.shape)} but the head got hidden states {tuple(hidden.shape)}; "
-            "pass targets (N, T) for input_ids (N, T)"
-        )
-    length = targets.shape[1]
-    if hidden.shape[1] < length:
-        raise ValueError(
-            f"targets has {length} positions but only {hidden.shape[1]} reached the head; do not pass logits_to_keep"
-        )
-    hidden, weight, bias = _operands(head, hidden[:, -length:])
-    targets = targets.to(weight.device)
-    parts = linear_logprob(
-        hidden,
-        weight,
-        targets,
-        bias=bias,
-        temperature=temperature,
-        softcap=transform.softcap,
-        logit_scale=transform.logit_scale,
-        ignore_index=IGNORE_INDEX,
-        return_logsumexp=return_logsumexp,
-        return_entropy=return_entropy,
-    )
-    return list(parts) if isinstance(parts, tuple) else [parts]
-
-
-def _operands(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return hidden states, weight and bias as the head itself would multiply them: on its device, in one dtype."""
-    weight, bias = head.weight, getattr(head, "bias", None)
-    hidden = hidden.to(weight.device)
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    return hidden.to(weight.dtype), weight, bias
-
-
-def _kl_of_hidden(
-    head: Any,
-    hidden: Tensor,  # (N, k + T, H)
-    targets: Tensor,  # (N, T)
-    transform: _Transform,
-    temperature: float | Tensor,
-    reference_hidden: Tensor,  # (N, T, H')
-    reference_head: Any,
-) -> Tensor:  # (N, T)
-    """Return KL(model ‖ reference) of the last T positions, 0 where targets are ignored."""
-    if reference_hidden.shape[:-1] != targets.shape:
-        raise ValueError(
-            f"reference_hidden has shape {tuple(reference_hidden.shape)} but targets {tuple(targets.shape)}; pass what "
-            "the head of the reference got at the same positions, (N, T, H)"
-        )
-    hidden, weight, bias = _operands(head, hidden[:, -targets.shape[1] :])
-    other = _operands(head if reference_head is None else reference_head, reference_hidden)
-    if reference_head is None and any(p.requires_grad for p in (weight, bias) if p is not None):
-        raise ValueError("the model's head is trained, so it is not that of the reference; pass reference_head")
-    return linear_kl(
-        hidden,
-        weight,
-        *other[:2],
-        bias=bias,
-        reference_bias=other[2],
-        temperature=temperature,
-        softcap=transform.softcap,
-        logit_scale=transform.logit_scale,
-        mask=targets.to(weight.device) != IGNORE_INDEX,
-    )
 
 
 # ---------------------------------------------------------------- sequences
