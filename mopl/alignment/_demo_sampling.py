@@ -19,8 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mopl.training import write_file
-from mopl.training.checkpoint import discard_folder
+from mopl._files import discard_folder, write_file
 
 PLAN = "plan.json"
 _SENTENCE = re.compile(r".*?[.!?…][\"'”’)\]]*(?=\s|$)", re.DOTALL)

@@ -29,11 +29,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mopl._files import write_file
 from mopl.alignment._demo_model import smollm2
 from mopl.alignment._demo_sampling import Response, Sampling, sample_all, whole_sentences
 from mopl.alignment.data import PreferenceData, PreferenceList
 from mopl.rewards import Rewards, make_all
-from mopl.training import write_file
 
 REWARDS = ("sentiment", "brevity", "readability")
 OBJECTIVES = ("sentiment", "brevity")  # those that the demo trades off; the data is labelled for all of REWARDS

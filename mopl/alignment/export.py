@@ -47,13 +47,13 @@ from torch import Tensor, nn
 
 from mopl import __version__
 from mopl._arguments import check_choice
+from mopl._files import write_folder
 from mopl.alignment._export_tokenizer import Front, check_saved, prepare_tokenizer
 from mopl.alignment.head import unfuse
 from mopl.alignment.tokenization import ListTokenizer
 from mopl.conditioning import HyperPromptModel, LoraMixture, TextPrompt, WeightedModel, check_weights
 from mopl.conditioning._causal_lm import is_peft
 from mopl.conditioning.weighted import takes_temperature
-from mopl.training import write_folder
 
 KINDS = ("model", "adapter")
 CONFIG_FILE, KIND = "mopl.json", "export"

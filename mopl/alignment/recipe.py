@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mopl._files import write_file
 from mopl.alignment import models
 from mopl.alignment.config import CONDITIONED, AlignConfig
 from mopl.alignment.data import PreferenceData, Text
@@ -44,7 +45,7 @@ from mopl.alignment.stages import Split, Stages, load_trained, response_loss, st
 from mopl.alignment.tokenization import tokenize
 from mopl.conditioning import HyperPromptModel
 from mopl.ranking.evaluate import grid_of
-from mopl.training import RunLog, TrainingDiverged, TrainingInterrupted, make_accelerator, write_file
+from mopl.training import RunLog, TrainingDiverged, TrainingInterrupted, make_accelerator
 from mopl.training.run_directory import (
     check_new_run,
     command_line,

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mopl._files import discard_folder, write_file
 from mopl.alignment.collate import ListCollator
 from mopl.alignment.methods import Conditioner, ListScores, score_batch
 from mopl.alignment.token_batches import TokenBatches
 from mopl.alignment.tokenization import TokenizedList
-from mopl.training import discard_folder, write_file
 
 CHUNK = 512  # lists of a chunk: seconds to minutes of work, whatever the model
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from mopl import steering
+from mopl._files import discard_folder, write_file
 from mopl.alignment import models
 from mopl.alignment.collate import ListCollator
 from mopl.alignment.config import CONDITIONED, AlignConfig
@@ -39,7 +40,7 @@ from mopl.alignment.reference import ReferenceStore, score_lists
 from mopl.alignment.tokenization import ListTokenizer, TokenizedData, TokenizedList
 from mopl.conditioning import HyperPromptModel, LoraMixture, TextPrompt, check_weights
 from mopl.ranking.methods import box_temperatures, dirichlet_weights, fixed
-from mopl.training import RunLog, discard_folder, train, write_file
+from mopl.training import RunLog, train
 
 DONE = "training.json"
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from mopl._files import write_file
 from mopl.alignment import demo
-from mopl.training import write_file
 
 FOLDER = "runs/clp-demo-data"
 RUN = "runs/clp-demo"

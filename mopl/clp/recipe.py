@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from mopl._files import discard_folder, write_file
 from mopl.alignment import models
 from mopl.alignment.generate import _seeded
 from mopl.alignment.recipe import RunInterrupted, _agree
@@ -51,9 +52,7 @@ from mopl.training import (
     RunLog,
     TrainingDiverged,
     TrainingInterrupted,
-    discard_folder,
     make_accelerator,
-    write_file,
 )
 from mopl.training.run_directory import (
     check_new_run,

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mopl._files import write_file
 from mopl.alignment.data import Text
 from mopl.alignment.head import IGNORE_INDEX
 from mopl.clp.config import ClpConfig
 from mopl.clp.policies import Policy
 from mopl.clp.prompts import PromptBatch
 from mopl.rewards import Rewards
-from mopl.training import write_file
 from mopl.training.checkpoint import CheckpointFolder
 
 

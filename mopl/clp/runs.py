@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mopl._files import write_file
 from mopl.alignment import models
 from mopl.alignment.tokenization import ListTokenizer
 from mopl.clp.config import ALL, ClpConfig
@@ -26,7 +27,6 @@ from mopl.conditioning import HyperPromptModel, TextPrompt, check_weights
 from mopl.pareto import Front
 from mopl.ranking.evaluate import grid_of
 from mopl.report import Metric
-from mopl.training import write_file
 from mopl.training.run_directory import check_kind, read_run
 
 FRONT, EVALUATION, SAMPLES = "front.json", "evaluation.json", "samples.json"

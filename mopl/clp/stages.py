@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mopl._files import discard_folder, write_file
 from mopl.alignment import models
 from mopl.clp.config import ALL, ClpConfig
 from mopl.clp.loss import ClpLoss, Guard, SampleLog, size_of
@@ -27,7 +28,7 @@ from mopl.clp.prompts import Prompts, PromptSource
 from mopl.clp.reward_scale import RewardScale, RunningScale
 from mopl.clp.rollout import RolloutStore, Sampler
 from mopl.rewards import Rewards
-from mopl.training import CheckpointFolder, RunLog, discard_folder, train, write_file
+from mopl.training import CheckpointFolder, RunLog, train
 
 DONE = "training.json"
 

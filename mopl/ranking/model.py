@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 from mopl import steering
 from mopl._arguments import check_choice, shape_of
+from mopl._files import write_file
 from mopl.conditioning import ConcatCondition
-from mopl.training.checkpoint import write_file
 
 Parametrisation = Literal["scratch", "augment"]
 PARAMETRISATIONS = ("scratch", "augment")

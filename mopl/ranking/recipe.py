@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mopl._files import write_file
 from mopl.ranking.config import RankConfig
 from mopl.ranking.data import RankingData
 from mopl.ranking.evaluate import (
@@ -45,7 +46,7 @@ from mopl.ranking.runs import (
     write_reports,
 )
 from mopl.ranking.stages import DONE, Stages, check_base, load_policy
-from mopl.training import RunLog, TrainingDiverged, TrainingInterrupted, make_accelerator, write_file
+from mopl.training import RunLog, TrainingDiverged, TrainingInterrupted, make_accelerator
 from mopl.training.run_directory import (
     check_new_run,
     command_line,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mopl._files import write_file
 from mopl.pareto import Front
 from mopl.ranking.config import ALL, RankConfig
 from mopl.ranking.data import RankingData
@@ -21,7 +22,6 @@ from mopl.ranking.loading import load
 from mopl.ranking.methods import Policy
 from mopl.ranking.normalization import FeatureNormalizer
 from mopl.ranking.stages import REFERENCE, load_policy
-from mopl.training import write_file
 from mopl.training.run_directory import check_kind, read_run
 
 FRONT, EVALUATION, NORMALIZER = "front.json", "evaluation.json", "normalizer.safetensors"

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mopl._files import discard_folder, write_file
 from mopl.ranking.batches import Batches
 from mopl.ranking.config import RankConfig
 from mopl.ranking.data import RankingData
@@ -38,7 +39,7 @@ from mopl.ranking.methods import (
     scalarized_loss,
 )
 from mopl.ranking.model import ListTransformer, RankingModel, RankingModelConfig
-from mopl.training import BatchSource, RunLog, TrainingConfig, discard_folder, train, write_file
+from mopl.training import BatchSource, RunLog, TrainingConfig, train
 
 DONE = "training.json"
 REFERENCE = "reference.safetensors"

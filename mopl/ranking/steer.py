@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
+from mopl._files import write_file
 from mopl.ranking.data import RankingData
 from mopl.ranking.evaluate import check_trade_off, evaluate, one_point, score_items
 from mopl.ranking.methods import BasePolicy, ConditionedPolicy
 from mopl.ranking.runs import open_run
-from mopl.training import write_file
 
 
 def steer(

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mopl._files import make_parents, write_file
 from mopl.pareto import Front
-from mopl.training.checkpoint import make_parents, write_file
 
 BASE_METHOD = "base"
 

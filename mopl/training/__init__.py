@@ -1,7 +1,8 @@
 """The thin training loop, checkpoints and logs."""
 
+from mopl._files import discard_folder, write_file, write_folder
 from mopl.training.batches import BatchSource, part_of_batch, shuffled_indices
-from mopl.training.checkpoint import Checkpoint, CheckpointFolder, discard_folder, write_file, write_folder
+from mopl.training.checkpoint import Checkpoint, CheckpointFolder
 from mopl.training.logs import RunLog, read_log
 from mopl.training.loop import (
     TrainingConfig,

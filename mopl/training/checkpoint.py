@@ -16,8 +16,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +23,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from mopl._files import discard_folder, remove_leftovers, write_folder
+
 _NAME = re.compile(r"step-(\d+)$")
-_TEMPORARY = ".writing-"
 
 
 @dataclass(frozen=True)
@@ -108,9 +107,7 @@ class CheckpointFolder:
 
     def remove_leftovers(self) -> None:
         """Delete what a killed process left half-written or half-deleted."""
-        if self.path.is_dir():
-            for entry in self.path.glob(f"{_TEMPORARY}*"):
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        remove_leftovers(self.path)
 
 
 def _without_frozen(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -119,99 +116,3 @@ def _without_frozen(model: nn.Module) -> dict[str, torch.Tensor]:
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     buffers = {name: state[name] for name, _ in model.named_buffers() if name in state}
     return {name: tensor.detach().contiguous() for name, tensor in {**trained, **buffers}.items()}
-
-
-def write_folder(final: Path, fill: Callable[[Path], None]) -> None:
-    """Make the folder `final` with what `fill` writes, all of it or nothing; an existing `final` is replaced."""
-    make_parents(final)
-    temporary = final.parent / f"{_TEMPORARY}{final.name}"
-    if temporary.exists():
-        shutil.rmtree(temporary)
-    try:
-        temporary.mkdir()
-    except OSError as error:
-        raise _as_asked(error, temporary, final) from None
-    try:
-        fill(temporary)
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                _flush(file)
-        _flush(temporary)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    if final.exists():
-        discard_folder(final)
-    os.replace(temporary, final)
-    _flush(final.parent)
-
-
-def _as_asked(error: OSError, temporary: Path, final: Path) -> OSError:
-    """Return an error about a temporary name as one about the name that was asked for; any other as it is."""
-    if error.filename is None or not os.fspath(error.filename).startswith(str(temporary)):
-        return error
-    return type(error)(f"{final} cannot be written: {error.strerror}; name another place")
-
-
-def discard_folder(path: Path) -> None:
-    """Delete a folder so that no reader ever sees a part of it under its own name."""
-    doomed = path.parent / f"{_TEMPORARY}deleted-{path.name}"
-    if doomed.exists():
-        shutil.rmtree(doomed)
-    os.replace(path, doomed)
-    shutil.rmtree(doomed)
-
-
-def make_parents(path: Path) -> None:
-    """Make the folder that `path` will be in.
-
-    Raises:
-        NotADirectoryError: If a file is in the way.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise NotADirectoryError(f"{path} cannot be written: {path.parent} is no folder; name another place") from None
-
-
-def write_file(path: str | os.PathLike[str], content: str | bytes | Callable[[Path], None]) -> None:
-    """Write a file all at once: into a temporary name in the same folder, flushed, then renamed.
-
-    Args:
-        path: The file; an existing one is replaced.
-        content: Text, bytes, or a function that writes the file at the path that it is given.
-
-    Raises:
-        OSError: If there is no such folder, or a folder of that name.
-    """
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise NotADirectoryError(f"{path} cannot be written: {path.parent} is no folder; name another place")
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder; name a file in it")
-    # The suffix stays last: writers such as matplotlib's choose the format by it.
-    temporary = path.with_name(f"{_TEMPORARY}{path.name}")
-    try:
-        if callable(content):
-            content(temporary)
-        elif isinstance(content, bytes):
-            temporary.write_bytes(content)
-        else:
-            temporary.write_text(content, encoding="utf-8")
-        _flush(temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise _as_asked(error, temporary, path) from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    """Ask the operating system to put a file or a folder entry on the disk."""
-    if os.name != "posix" and path.is_dir():
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mopl.training.checkpoint import write_file
+from mopl._files import write_file
 
 
 class RunLog:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mopl import __version__
-from mopl.training.checkpoint import discard_folder, write_file, write_folder
+from mopl._files import discard_folder, write_file, write_folder
 
 CONFIG_FILE = "config.json"
 # What made a run, by the "kind" in its record, and what a finished run is for.

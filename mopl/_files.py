@@ -1,0 +1,286 @@
+"""Files and folders that are whole or absent: made in a folder of another name beside their place, flushed, renamed.
+
+The other name, `.writing-<random>-<name>`, cannot be foreseen and is made exclusively, so nobody's link is followed and
+two processes never write into one another's file. What a killed process leaves begins with `.writing-` as well, for
+`remove_leftovers`. (Packages for this end at one file of text; weights and pictures are written by functions that take
+a path and bring temporary files of their own, which is why the temporary thing is a folder.)
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import secrets
+import shutil
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+TEMPORARY = ".writing-"
+_DESCRIPTORS = re.compile(r"/dev/fd|/proc/(\d+)/(?:task/\d+/)?fd")  # where a name stands for an open file
+_LINKS = 40  # most links one after another, as Linux has it
+
+
+def write_file(path: str | os.PathLike[str], content: str | bytes | Callable[[Path], None]) -> None:
+    """Write a file all at once: into a temporary name in the same folder, flushed, then renamed.
+
+    A link stays a link and what it points to is replaced. A device, a pipe and an open file such as /dev/stdout cannot
+    be replaced: the content is written into them. An existing file keeps its permissions.
+
+    Args:
+        path: The file; an existing one is replaced.
+        content: Text, bytes, or a function that writes the file at the path that it is given.
+
+    Raises:
+        OSError: If there is no such folder, a folder of that name, or something that is not written into.
+    """
+    path = target = Path(path)
+    try:
+        target, descriptor = _destination(path)
+        if descriptor is not None:
+            _write_through(descriptor, content, path.name)
+            return
+        if not target.parent.is_dir():
+            raise NotADirectoryError(f"{path} cannot be written: {path.parent} is no folder; name another place")
+        if target.is_dir():
+            raise IsADirectoryError(f"{path} is a folder; name a file in it")
+        if target.exists() and not os.access(target, os.W_OK):
+            raise PermissionError(f"{path} cannot be written: it is read-only; name another place")
+        with _folder_beside(target) as temporary:
+            # The file has its own name there: writers choose the format by it, and put it into archives.
+            file = temporary / target.name
+            _fill(file, content)
+            _settle(file, stat.S_IMODE(temporary.stat().st_mode) & 0o666)
+            if target.exists():
+                _set_mode(file, stat.S_IMODE(target.stat().st_mode))
+            os.replace(file, target)
+    except OSError as error:
+        raise _as_asked(error, path, target) from None
+
+
+def write_folder(final: str | os.PathLike[str], fill: Callable[[Path], None]) -> None:
+    """Make the folder `final` with what `fill` writes, all of it or nothing; an existing folder is replaced.
+
+    The old folder stays until the new one is whole. Whether it may be replaced is the caller's to know.
+    """
+    final = Path(final)
+    make_parents(final)
+    target = Path(os.path.realpath(final))
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(f"{final} cannot be written: it is a file; name another place")
+    try:
+        with _folder_beside(target) as temporary:
+            new = temporary / target.name
+            new.mkdir()
+            fill(new)
+            _settle_all(new)
+            while True:
+                old = _set_aside(target)
+                try:
+                    os.replace(new, target)
+                    break
+                except OSError as error:
+                    faster = error.errno in (errno.ENOTEMPTY, errno.EEXIST)  # another process has put its own there
+                    if not faster:
+                        if old is not None:
+                            os.replace(old, target)
+                        raise
+                    if old is not None:
+                        remove(old)
+            flush(target.parent)
+            if old is not None:
+                remove(old)
+    except OSError as error:
+        raise _as_asked(error, final, target) from None
+
+
+def write_files(folder: str | os.PathLike[str], fill: Callable[[Path], None]) -> None:
+    """Write what `fill` writes into a folder that may hold other things, each file whole or not at all.
+
+    The folder is made if it is not there. A kill may leave some of the files new and some old.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise NotADirectoryError(f"{folder} cannot be written: a file is in the way; name another place") from None
+    try:
+        with _folder_beside(folder / "files") as temporary:
+            fill(temporary)
+            for file in _settle_all(temporary):
+                place = folder / file.relative_to(temporary)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(file, place)
+    except OSError as error:
+        raise _as_asked(error, folder, folder / "files") from None
+
+
+def discard_folder(path: str | os.PathLike[str]) -> None:
+    """Delete a folder so that no reader ever sees a part of it under its own name; of a link, the link alone."""
+    doomed = _set_aside(Path(path))
+    if doomed is None:
+        raise FileNotFoundError(f"{path} is not there, so it cannot be deleted")
+    remove(doomed)
+
+
+def make_parents(path: str | os.PathLike[str]) -> None:
+    """Make the folder that `path` will be in.
+
+    Raises:
+        NotADirectoryError: If a file is in the way.
+    """
+    parent = Path(path).parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise NotADirectoryError(f"{path} cannot be written: {parent} is no folder; name another place") from None
+
+
+def remove_leftovers(path: str | os.PathLike[str]) -> None:
+    """Delete what killed processes left half-written or half-deleted: of a folder beside it, and anywhere in it.
+
+    Only for a folder that no other process writes at the time.
+    """
+    path = Path(path)
+    beside = re.compile(rf"{re.escape(TEMPORARY)}(?:deleted-)?(?:[0-9a-f]{{16}}-)?{re.escape(_short(path.name))}")
+    if path.parent.is_dir():
+        for entry in list(path.parent.iterdir()):
+            if beside.fullmatch(entry.name):
+                remove(entry)
+    for folder, folders, files in os.walk(path):
+        for name in [name for name in (*folders, *files) if name.startswith(TEMPORARY)]:
+            remove(Path(folder) / name)
+        folders[:] = [name for name in folders if not name.startswith(TEMPORARY)]
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link (not what it points to) or a folder with all in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Ask the operating system to put a file or a folder entry on the disk."""
+    if os.name != "posix" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _short(name: str) -> str:
+    """Return a name, or where it leaves no room for more (names have at most 255 bytes) its digest."""
+    encoded = os.fsencode(name)
+    return name if len(encoded) <= 200 else hashlib.sha256(encoded).hexdigest()
+
+
+def _beside(path: Path, what: str = "") -> Path:
+    return path.with_name(f"{TEMPORARY}{what}{secrets.token_hex(8)}-{_short(path.name)}")
+
+
+@contextmanager
+def _folder_beside(path: Path) -> Iterator[Path]:
+    """Give an empty folder beside `path` that is gone after the block."""
+    temporary = _beside(path)
+    os.mkdir(temporary)
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _set_aside(path: Path) -> Path | None:
+    """Give what is at `path` the name of something half-deleted, and return that; None if nothing is there."""
+    doomed = _beside(path, "deleted-")
+    try:
+        os.replace(path, doomed)
+    except FileNotFoundError:
+        return None
+    return doomed
+
+
+def _fill(file: Path, content: str | bytes | Callable[[Path], None]) -> None:
+    if callable(content):
+        content(file)
+    elif isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        file.write_text(content, encoding="utf-8")
+
+
+def _settle(file: Path, mode: int) -> None:
+    """Give a file at least the permissions that any new file has here (safetensors makes private ones); flush it."""
+    _set_mode(file, stat.S_IMODE(file.stat().st_mode) | mode)
+    flush(file)
+
+
+def _set_mode(file: Path, mode: int) -> None:
+    if stat.S_IMODE(file.stat().st_mode) != mode:  # some file systems have one mode for all and refuse any other
+        os.chmod(file, mode)
+
+
+def _settle_all(folder: Path) -> list[Path]:
+    """Settle every file in a folder; return them."""
+    mode = stat.S_IMODE(folder.stat().st_mode) & 0o666
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.is_symlink())
+    for file in files:
+        _settle(file, mode)
+    flush(folder)
+    return files
+
+
+def _destination(path: Path) -> tuple[Path, int | None]:
+    """Return the file that a path means at the end of its links, and a descriptor to write to where it is none.
+
+    Links are followed one by one: the last one of /dev/stdout and its like says "pipe:[123]", which is no path.
+    """
+    target = path
+    for _ in range(_LINKS):
+        match = _DESCRIPTORS.fullmatch(os.path.realpath(target.parent))
+        if match is not None and target.name.isdigit():
+            if match[1] in (None, str(os.getpid())):
+                print(end="", flush=True)  # else what was printed before would come after
+                return target, os.dup(int(target.name))  # opened again, a file would be written from its start
+            return target, os.open(target, os.O_WRONLY | os.O_APPEND)
+        if not target.is_symlink():
+            break
+        target = target.parent / os.readlink(target)
+    else:
+        raise OSError(f"{path} cannot be written: its links go in a circle; name another place")
+    target = Path(os.path.realpath(target)) if target is not path else path
+    mode = target.stat().st_mode if target.exists() else stat.S_IFREG
+    if stat.S_ISCHR(mode) or stat.S_ISFIFO(mode):
+        return target, os.open(target, os.O_WRONLY)
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise OSError(f"{path} cannot be written: it is a disk or a socket; name a file")
+    return target, None
+
+
+def _write_through(descriptor: int, content: str | bytes | Callable[[Path], None], name: str) -> None:
+    """Write into what cannot be replaced."""
+    with os.fdopen(descriptor, "wb") as stream:
+        if not callable(content):
+            stream.write(content.encode("utf-8") if isinstance(content, str) else content)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            content(Path(folder) / name)
+            with (Path(folder) / name).open("rb") as made:
+                shutil.copyfileobj(made, stream)
+
+
+def _as_asked(error: OSError, path: Path, target: Path) -> OSError:
+    """Return an error about a temporary name, or about none, as one about the name that was asked for."""
+    here = error.filename is not None and os.fspath(error.filename).startswith(f"{target.parent / TEMPORARY}")
+    if error.errno is None or not (here or error.filename is None):
+        return error
+    said = type(error)(f"{path} cannot be written: {error.strerror}; name another place")
+    said.errno = error.errno
+    return said
