@@ -118,7 +118,7 @@ class AlignConfig:
     max_length: int = 1024
     min_prompt: int | None = None
     method: str = "weight-cos-dpo"
-    conditioning: Literal["hyper-prompt", "text"] = "hyper-prompt"
+    conditioning: Literal["hyper-prompt", "lora-mixture", "text"] = "hyper-prompt"
     positions: Literal["hf", "paper"] = "hf"
     virtual_tokens: int = 8
     prompt_rank: int = 4

@@ -48,6 +48,7 @@ from torch import Tensor, nn
 from mopl import __version__
 from mopl._arguments import check_choice
 from mopl._files import write_folder
+from mopl._restoring import evaluating
 from mopl.alignment._export_tokenizer import Front, check_saved, prepare_tokenizer
 from mopl.alignment.head import unfuse
 from mopl.alignment.tokenization import ListTokenizer
@@ -328,12 +329,8 @@ def _check_logits(model: HyperPromptModel, merged: Any, front: Front, w: Tensor,
         return
     device, count = merged.device, front.ids[0]
     text = torch.arange(7, 7 + 12 * 5, 5, device=device)[None] % count
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         wanted = model(text, torch.ones_like(text), w, beta).logits[..., :count]
-    finally:
-        model.train(training)
     whole = torch.cat([torch.tensor([front.ids], device=device), text], 1)
     given = merged(whole, attention_mask=torch.ones_like(whole)).logits[:, len(front.ids) :, :count]
     error, size = float((given - wanted).abs().max()), float(wanted.abs().max())

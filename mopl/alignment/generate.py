@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from mopl._arguments import check_choice
+from mopl._restoring import evaluating, seeded
 from mopl.alignment._generation_arguments import Condition, Numbers, Prompt, as_list, condition_of, generate_options
 from mopl.alignment.head import IGNORE_INDEX, fuse, is_fused, score_sequences, unfuse
 from mopl.alignment.models import positions_of
@@ -151,7 +152,7 @@ def generate(
     needs_reference = bool((condition.c != 1).any())
     base = Reference(model, reference) if needs_reference else None
     answers: list[Generation] = []
-    with _evaluating(model, reference), _seeded(seed, model), torch.no_grad():
+    with evaluating(model, reference), seeded(seed), torch.no_grad():
         for first in range(0, count, batch_size):
             chosen = range(first, min(first + batch_size, count))
             rows = _Rows(encoder, conversations, condition, chosen, text_prompt)
@@ -161,31 +162,6 @@ def generate(
 
 
 # ---------------------------------------------------------------- a batch of prompts
-
-
-@contextlib.contextmanager
-def _evaluating(*models: nn.Module | None) -> Iterator[None]:
-    """Switch dropout off for a moment."""
-    before = [(module, module.training) for model in models if model is not None for module in model.modules()]
-    for model in models:
-        if model is not None:
-            model.eval()
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
-
-
-@contextlib.contextmanager
-def _seeded(seed: int | None, model: Any) -> Iterator[None]:
-    if seed is None:
-        yield
-        return
-    device = next(model.parameters()).device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
 
 
 class _Rows:

@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mopl._restoring import evaluating
 from mopl.alignment._head_scores import IGNORE_INDEX, Transform, kl_of_hidden, score_hidden
 from mopl.ops import sequence_logprob
 
@@ -150,10 +151,8 @@ def _measure_transform(model: Any, original_forward: Any) -> Transform:
         seen.append(hidden.shape)
         return probe.to(hidden.device).expand(*hidden.shape[:-1], vocabulary).clone()
 
-    was_training = model.training
-    model.eval()
     try:
-        with torch.no_grad(), _forward_replaced(head, forward):
+        with evaluating(model), torch.no_grad(), _forward_replaced(head, forward):
             inputs = torch.ones(1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device)
             output = original_forward(input_ids=inputs, use_cache=False)
     except Exception as error:
@@ -161,8 +160,6 @@ def _measure_transform(model: Any, original_forward: Any) -> Transform:
             f"{type(model).__name__} fails when its logits are replaced by a probe ({type(error).__name__}: {error}); "
             "it treats single vocabulary entries apart, or its forward needs more than input_ids"
         ) from error
-    finally:
-        model.train(was_training)
     if len(seen) != 1:
         raise UnsupportedModelError(
             f"{type(model).__name__} called its output head {len(seen)} times in one forward, not once"

@@ -20,10 +20,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mopl._files import write_file
+from mopl._restoring import seeded
 from mopl.alignment import models
 from mopl.alignment.config import CONDITIONED, AlignConfig
 from mopl.alignment.data import PreferenceData, Text
@@ -135,7 +135,7 @@ def align(
     stages.check()
     accelerator.wait_for_everyone()
     if record is None and accelerator.is_main_process:
-        content = {"command": command_line(), "kind": KIND, "config": config.to_dict(), **environment()}
+        content = {"command": command_line(), "kind": KIND, "config": config.to_dict(), **environment(KIND)}
         create_run(path, {**content, "data": identity}, overwrite=overwrite)
     accelerator.wait_for_everyone()
     tell(f"run {path}")
@@ -231,16 +231,16 @@ def evaluate(stages: Stages, method: str, folder: Path, grid: Tensor, held_out: 
             base = held_out.reference.values
             flat = base + (flat - base) / stages.beta.sum()
         for column, scale in zip(columns, scales, strict=True):
-            torch.default_generator.manual_seed(config.seed)  # ties="random" draws in the held-out losses too
-            column.append(held_out.figures(flat, scale))
+            with seeded(config.seed):  # ties="random" draws in the held-out losses too
+                column.append(held_out.figures(flat, scale))
     return [evaluation_of(grid, column) for column in columns]
 
 
 def _models(stages: Stages, method: str, folder: Path, grid: Tensor) -> Iterator[tuple[Tensor, Any]]:
     """Yield each trade-off of the grid with the model that answers for it, on the accelerator's device."""
     model: Any = load_trained(stages.path, folder, method, stages.objectives, grid, stages.base)
-    model = model.to(stages.accelerator.device).eval()
     try:
+        model.to(stages.accelerator.device).eval()
         for w in grid:
             if method not in CONDITIONED:
                 assert isinstance(model, HyperPromptModel)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mopl._files import discard_folder, write_file
+from mopl._restoring import evaluating
 from mopl.alignment.collate import ListCollator
 from mopl.alignment.methods import Conditioner, ListScores, score_batch
 from mopl.alignment.token_batches import TokenBatches
@@ -67,19 +68,17 @@ def score_lists(
         lists, tokens_per_batch, shuffle=False, padded=padded, window=len(lists), oversized="own"
     ).epoch(0)
     device = accelerator.device
-    mode = model.training
-    model.eval()
     there = [None if value is None else value.float().to(device) for value in (weights, temperature)]
-    for number, places in enumerate(batches):
-        if number % accelerator.num_processes == accelerator.process_index:
-            batch = collator([lists[int(place)] for place in places]).to(device)
-            with accelerator.autocast():
-                scores = score_batch(model, batch, *there)
-            of_lists = start[torch.from_numpy(places)]
-            flat[of_lists[batch.index[:, 0].cpu()] + batch.index[:, 1].cpu()] = scores[batch.mask].float().cpu()
-        if progress is not None:
-            progress.update(len(places))
-    model.train(mode)
+    with evaluating(model):
+        for number, places in enumerate(batches):
+            if number % accelerator.num_processes == accelerator.process_index:
+                batch = collator([lists[int(place)] for place in places]).to(device)
+                with accelerator.autocast():
+                    scores = score_batch(model, batch, *there)
+                of_lists = start[torch.from_numpy(places)]
+                flat[of_lists[batch.index[:, 0].cpu()] + batch.index[:, 1].cpu()] = scores[batch.mask].float().cpu()
+            if progress is not None:
+                progress.update(len(places))
     if accelerator.num_processes > 1:
         flat = accelerator.reduce(flat.to(device), "sum").cpu()
     return flat

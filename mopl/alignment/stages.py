@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from mopl import steering
 from mopl._files import discard_folder, write_file
+from mopl._restoring import seeded
 from mopl.alignment import models
 from mopl.alignment.collate import ListCollator
 from mopl.alignment.config import CONDITIONED, AlignConfig
@@ -224,12 +225,14 @@ class Stages:
         """Return the log-probabilities of the training lists under the expert of each objective."""
         lists, found = self.splits["train"].tokens.lists, []
         for w in torch.eye(len(self.objectives)):
-            model = models.load_model(model_folder(self.path, "dpo-soup", w), self.base).to(self.accelerator.device)
-            scores = score_lists(
-                model, lists, collator=self.collator, tokens_per_batch=self.config.tokens_per_batch,
-                accelerator=self.accelerator, weights=w,
-            )  # fmt: skip
-            models.release(model)
+            model = models.load_model(model_folder(self.path, "dpo-soup", w), self.base)
+            try:
+                scores = score_lists(
+                    model.to(self.accelerator.device), lists, collator=self.collator,
+                    tokens_per_batch=self.config.tokens_per_batch, accelerator=self.accelerator, weights=w,
+                )  # fmt: skip
+            finally:
+                models.release(model)
             found.append(ListScores(lists, scores))
         return found
 
@@ -285,35 +288,34 @@ class Stages:
             done = json.loads((folder / DONE).read_text(encoding="utf-8"))
             return done["seconds"], done["parameters"]
         config = self.config
-        torch.manual_seed(config.seed)  # every model of a kind starts from the same parameters
-        model = models.new_model(
-            self.base,
-            config,
-            self.objectives,
-            conditioned=conditioned,
-            temperature=temperature,
-            start=self._start_of_prompt(),
-        ).to(self.accelerator.device)
-        if config.gradient_checkpointing:
-            # The other form of checkpointing would need inputs that take a gradient, which text has not.
-            models.recompute_activations(model if isinstance(model, LoraMixture) else self.base, True)
-        count = models.trained_parameters(model)
-        assert config.steps is not None
-        result = train(
-            model, source, loss, config.training(config.steps), accelerator=self.accelerator,
-            directory=folder / "checkpoints", resume=True, log=self.log, stage=name,
-            optimizer=optimizer_of(model, config, self.accelerator.device), save_frozen=False,
-        )  # fmt: skip
-        if config.gradient_checkpointing:
-            models.recompute_activations(self.base, False)
-        if self.accelerator.is_main_process:
-            models.save_model(model, folder, config, self.objectives, temperature=temperature)
-            record = {"steps": result.steps, "seconds": result.seconds, "parameters": count}
-            write_file(folder / DONE, json.dumps(record, indent=2) + "\n")
-            if (folder / "checkpoints").exists():
-                discard_folder(folder / "checkpoints")
-        self.accelerator.wait_for_everyone()
-        models.release(model)
+        with seeded(config.seed):  # every model of a kind starts from the same parameters
+            model = models.new_model(
+                self.base, config, self.objectives, conditioned=conditioned, temperature=temperature,
+                start=self._start_of_prompt(),
+            )  # fmt: skip
+        try:
+            model.to(self.accelerator.device)
+            if config.gradient_checkpointing:
+                # The other form of checkpointing would need inputs that take a gradient, which text has not.
+                models.recompute_activations(model if isinstance(model, LoraMixture) else self.base, True)
+            count = models.trained_parameters(model)
+            assert config.steps is not None
+            result = train(
+                model, source, loss, config.training(config.steps), accelerator=self.accelerator,
+                directory=folder / "checkpoints", resume=True, log=self.log, stage=name,
+                optimizer=optimizer_of(model, config, self.accelerator.device), save_frozen=False,
+            )  # fmt: skip
+            if self.accelerator.is_main_process:
+                models.save_model(model, folder, config, self.objectives, temperature=temperature)
+                record = {"steps": result.steps, "seconds": result.seconds, "parameters": count}
+                write_file(folder / DONE, json.dumps(record, indent=2) + "\n")
+                if (folder / "checkpoints").exists():
+                    discard_folder(folder / "checkpoints")
+            self.accelerator.wait_for_everyone()
+        finally:
+            if config.gradient_checkpointing:
+                models.recompute_activations(self.base, False)
+            models.release(model)
         self.say(f"{name}: {result.steps} steps in {result.seconds:.1f} s")
         return result.seconds, count
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from mopl import pareto
-from mopl.alignment.generate import _seeded
+from mopl._restoring import seeded
 from mopl.clp.config import ClpConfig
 from mopl.clp.prompts import Prompts
 from mopl.clp.reward_scale import RewardScale
@@ -201,7 +201,7 @@ class Evaluator:
         return ask
 
     def _ask(self, ask: Ask, own: list[list[int]] | None = None) -> tuple[Answers, Tensor]:
-        with _seeded(self.config.seed, self.stages.base), torch.no_grad():
+        with seeded(self.config.seed), torch.no_grad():
             answers, log_prob = ask(self.tokens if own is None else own)
         return answers, log_prob.cpu()
 

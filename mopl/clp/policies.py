@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mopl._restoring import generators_kept
 from mopl.alignment import models
 from mopl.clp.config import ClpConfig
 from mopl.clp.reward_scale import RunningScale
@@ -166,6 +167,7 @@ def text_prompt(objectives: Sequence[str], alpha: float | None = None) -> TextPr
     return TextPrompt(tuple(objectives), "[{weights}]\n" if alpha is None else f"[{{weights}}; KL weight {alpha:g}]\n")
 
 
+@generators_kept()
 def new_policy(base: Any, config: ClpConfig, objectives: Sequence[str], kind: str, expert: str | None = None) -> Policy:
     """Return an untrained policy around a fused, frozen language model; it computes what that does.
 
@@ -273,14 +275,16 @@ def save_soup(folders: Sequence[Path], target: Path, base: Any, config: ClpConfi
         with models._quiet():
             soup = LoraMixture(base, len(objectives), config=_lora(config), record=record)
             wrapped: Any = soup.model
-            for name, folder, objective in zip(soup.adapters, folders, objectives, strict=True):
-                own = folder if objective == "default" else folder / objective.replace(".", "_")
-                state = load_file(str(own / models.ADAPTER_FILE))
-                result = set_peft_model_state_dict(wrapped, state, adapter_name=name)
-                if result.unexpected_keys:
-                    raise ValueError(f"the adapter of {own} does not fit: {', '.join(result.unexpected_keys[:3])}")
-            soup.save_pretrained(target)
-            wrapped.unload()
+            try:
+                for name, folder, objective in zip(soup.adapters, folders, objectives, strict=True):
+                    own = folder if objective == "default" else folder / objective.replace(".", "_")
+                    state = load_file(str(own / models.ADAPTER_FILE))
+                    result = set_peft_model_state_dict(wrapped, state, adapter_name=name)
+                    if result.unexpected_keys:
+                        raise ValueError(f"the adapter of {own} does not fit: {', '.join(result.unexpected_keys[:3])}")
+                soup.save_pretrained(target)
+            finally:
+                wrapped.unload()
         return
     trained = copy.deepcopy(base)
     if scope == "logits":

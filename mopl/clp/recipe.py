@@ -25,8 +25,8 @@ from typing import Any
 import torch
 
 from mopl._files import discard_folder, write_file
+from mopl._restoring import seeded
 from mopl.alignment import models
-from mopl.alignment.generate import _seeded
 from mopl.alignment.recipe import RunInterrupted, _agree
 from mopl.clp.config import ClpConfig
 from mopl.clp.evaluate import Evaluation, Evaluator, make_front
@@ -141,7 +141,7 @@ def train_policies(
     sampler = Sampler.of(base, tokenizer, config)
     accelerator.wait_for_everyone()
     if record is None and accelerator.is_main_process:
-        content = {"command": command_line(), "kind": KIND, "config": config.to_dict(), **environment()}
+        content = {"command": command_line(), "kind": KIND, "config": config.to_dict(), **environment(KIND)}
         create_run(path, {**content, "data": identity}, overwrite=overwrite)
     accelerator.wait_for_everyone()
     log = RunLog(path, enabled=accelerator.is_main_process, tensorboard=config.tensorboard)
@@ -231,7 +231,7 @@ def measure_rewards(stages: Stages) -> RewardScale:
     if not file.is_file():
         chosen = stages.prompts["train"].first(config.normalize_prompts)
         rows = [i for i in range(len(chosen)) for _ in range(max(2, config.samples_per_prompt))]
-        with _seeded(config.seed, stages.base), torch.no_grad():
+        with seeded(config.seed), torch.no_grad():
             answers = stages.sampler.sample(stages.base, stages.base, [chosen.tokens[i] for i in rows])
         values = stages.rewards(answers.texts, [chosen.texts[i] for i in rows])
         names = stages.objectives

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mopl._files import write_file
+from mopl._restoring import evaluating
 from mopl.alignment.data import Text
 from mopl.alignment.head import IGNORE_INDEX
 from mopl.clp.config import ClpConfig
@@ -265,9 +266,7 @@ def roll(policy: Policy, batch: PromptBatch, sampler: Sampler, rewards: Rewards,
     own = [
         policy.tokens(tokens, w[r], float(alpha[r]), sampler.tokenizer) for r, tokens in enumerate(plain)
     ]  # fmt: skip
-    training = policy.training
-    policy.eval()
-    try:
+    with evaluating(policy):
         answers = sampler.sample(
             policy.model, policy.causal_lm, own, lambda part: policy.arguments(w[part], alpha[part])
         )
@@ -281,8 +280,6 @@ def roll(policy: Policy, batch: PromptBatch, sampler: Sampler, rewards: Rewards,
                 policy.device,
                 head=head if exact or policy.value is not None else None,
             )
-    finally:
-        policy.train(training)
     asked = [batch.texts[i] for i in rows]
     return Rollout(
         batch.step, own, answers.tokens, answers.texts, asked, rewards(answers.texts, asked), w, alpha, base,

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mopl._restoring import evaluating
 from mopl.alignment.collate import ListBatch, to_lists
 from mopl.alignment.head import fuse, score_sequences
 from mopl.conditioning._causal_lm import is_peft
@@ -96,9 +97,7 @@ def is_own_reference(model: nn.Module) -> bool:
 @contextlib.contextmanager
 def as_reference(model: Any) -> Iterator[None]:
     """Turn adapters, prompt and dropout off inside a `with` block."""
-    mode = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         if isinstance(model, HyperPromptModel):
             with model.reference():
                 yield
@@ -107,8 +106,6 @@ def as_reference(model: Any) -> Iterator[None]:
                 yield
         else:
             yield
-    finally:
-        model.train(mode)
 
 
 def score_lists(

@@ -18,10 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mopl._files import write_file
+from mopl._restoring import seeded
 from mopl.ranking.config import RankConfig
 from mopl.ranking.data import RankingData
 from mopl.ranking.evaluate import (
@@ -162,13 +162,13 @@ def _work(
     def finish(method: str, folder: Path, policy: Policy, seconds: float, parameters: int) -> None:
         asked = None if method == "base" else grid
         scales = (1.0,) if method == "base" else (1.0, *(c for c in config.scales if c != 1.0))
-        torch.default_generator.manual_seed(config.seed)  # ties="random" draws in the held-out losses too
-        evaluations = evaluate(
-            policy, test, references["test"], asked,
-            measure=config.measure, list_loss=config.list_loss,
-            temperature=temperature, conditioned_on_temperature=method == "temperature-cos-dpo", scales=scales,
-            device=device,
-        )  # fmt: skip
+        with seeded(config.seed):  # ties="random" draws in the held-out losses too
+            evaluations = evaluate(
+                policy, test, references["test"], asked,
+                measure=config.measure, list_loss=config.list_loss,
+                temperature=temperature, conditioned_on_temperature=method == "temperature-cos-dpo", scales=scales,
+                device=device,
+            )  # fmt: skip
         front = make_front(
             evaluations, method=method, data=test, description=_describe(config, splits, test), measure=config.measure,
             seconds=seconds, parameters=parameters, seed=config.seed, scales=scales,

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from mopl._files import discard_folder, write_file
+from mopl._restoring import seeded
 from mopl.ranking.batches import Batches
 from mopl.ranking.config import RankConfig
 from mopl.ranking.data import RankingData
@@ -208,8 +209,8 @@ class Stages:
         """Train and save a model unless it is there; return the seconds that it took, interruptions left out."""
         if (folder / DONE).exists():
             return json.loads((folder / DONE).read_text(encoding="utf-8"))["seconds"]
-        torch.manual_seed(self.config.seed)  # every model of a method starts from the same parameters
-        model = build()
+        with seeded(self.config.seed):  # every model of a method starts from the same parameters
+            model = build()
         result = train(
             model, source, loss, settings,
             accelerator=self.accelerator, directory=folder / "checkpoints", resume=True, log=self.log, stage=name,

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from mopl._arguments import check_choice
+from mopl._restoring import generators_kept, modes_kept
 from mopl.training.batches import BatchSource, part_of_batch
 from mopl.training.checkpoint import Checkpoint, CheckpointFolder
 from mopl.training.logs import RunLog
@@ -117,6 +118,7 @@ class TrainingDiverged(FloatingPointError):
     """The loss or its gradient is no longer a number."""
 
 
+@generators_kept()
 def train(
     model: nn.Module,
     source: BatchSource,
@@ -183,7 +185,6 @@ def train(
         fused = accelerator.device.type in ("cpu", "cuda")
         updater = torch.optim.AdamW(trainable, lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused)
     rates = [group["lr"] for group in updater.param_groups]
-    mode = model.training
     prepared = prepare(accelerator, model, updater)
     stepper = prepared.optimizer
     start, spent = 0, 0.0
@@ -217,10 +218,10 @@ def train(
         return folder.path / f"step-{step:06d}"
 
     trained = [p for p in prepared.model.parameters() if p.requires_grad]
-    prepared.model.train()
     together = False  # whether every process comes to the end of the loop
     try:
-        with _StopSignals() as stop, _progress(accelerator, stage, start, config.steps) as progress:
+        with modes_kept(model), _StopSignals() as stop, _progress(accelerator, stage, start, config.steps) as progress:
+            prepared.model.train()
             for step in range(start, config.steps):
                 for group, rate in zip(stepper.param_groups, rates, strict=True):
                     group["lr"] = rate * config.rate_factor(step)
@@ -255,7 +256,6 @@ def train(
     finally:
         trained.clear()
         prepared.finish(gather=together)
-        model.train(mode)
         # accelerate keeps whatever it prepared. Its own free_memory() would also run the garbage collector, which takes
         # longer than a small model's hundred steps.
         for kept in ("_models", "_optimizers"):
@@ -379,7 +379,7 @@ class _StopSignals:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _ask(self, number: int, _frame: object) -> None:
         # accelerate's launcher answers Ctrl-C with a SIGTERM to each process: only Ctrl-C itself counts as the second.

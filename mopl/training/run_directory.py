@@ -24,6 +24,13 @@ _COMMANDS = {
     None: ("mopl rank", "mopl steer"), "align": ("mopl align", "mopl generate"),
     "clp": ("mopl align --method clp", "mopl generate"),
 }  # fmt: skip
+# Whose version may change what a run computes; by "kind" those that only some runs use.
+_PACKAGES = ("torch", "numpy", "triton", "accelerate", "safetensors", "moocore")
+_LANGUAGE = ("transformers", "tokenizers", "peft", "trl", "datasets", "flash-attn")
+_PACKAGES_OF = {
+    None: ("scikit-learn", "statsmodels"), "align": _LANGUAGE,
+    "clp": (*_LANGUAGE, "vaderSentiment", "rouge-score", "pyphen", "glin-profanity"),
+}  # fmt: skip
 
 
 def check_new_run(path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -124,10 +131,14 @@ def next_run(parent: str | os.PathLike[str], stem: str) -> Path:
     return parent / f"{stem}-{max(taken) + 1}"
 
 
-def environment() -> dict[str, Any]:
-    """Return the versions that a run depends on, and the commit of the checkout that the package lies in, if any."""
+def environment(kind: str | None = None) -> dict[str, Any]:
+    """Return the versions that a run depends on, and the commit of the checkout that the package lies in, if any.
+
+    Args:
+        kind: The "kind" that the run's record has; None for `mopl rank`.
+    """
     versions: dict[str, Any] = {"python": platform.python_version(), "mopl": __version__}
-    for package in ("torch", "numpy", "triton", "accelerate", "safetensors", "moocore", "scikit-learn", "statsmodels"):
+    for package in (*_PACKAGES, *_PACKAGES_OF.get(kind, ())):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -156,7 +167,7 @@ def _commit() -> str | None:
 
 def version_changes(record: dict[str, Any]) -> list[str]:
     """Return, in words, how the versions now differ from those a run was made with."""
-    then, now = record.get("versions", {}), environment()["versions"]
+    then, now = record.get("versions", {}), environment(record.get("kind"))["versions"]
     return [f"{name} {then[name]} -> {now.get(name, 'none')}" for name in then if then[name] != now.get(name)]
 
 

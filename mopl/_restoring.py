@@ -1,0 +1,52 @@
+"""What is switched for a moment and comes back, error or not: modes of modules, states of generators."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+
+@contextlib.contextmanager
+def modes_kept(*models: nn.Module | None) -> Iterator[None]:
+    """Leave every module in the mode, training or evaluation, that it had before the `with` block.
+
+    `model.train(before)` would give all of a model's modules the mode of the outermost, a frozen part included.
+    """
+    before = [(module, module.training) for model in models if model is not None for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+@contextlib.contextmanager
+def evaluating(*models: nn.Module | None) -> Iterator[None]:
+    """Put models into evaluation mode (no dropout) for the `with` block."""
+    with modes_kept(*models):
+        for model in models:
+            if model is not None:
+                model.eval()
+        yield
+
+
+@contextlib.contextmanager
+def generators_kept() -> Iterator[None]:
+    """Leave torch's default generators as they were before the `with` block, whatever is drawn or seeded in it."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    with torch.random.fork_rng(devices):
+        yield
+
+
+@contextlib.contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Seed torch's default generators for the `with` block; None leaves them alone, inside and after."""
+    if seed is None:
+        yield
+        return
+    with generators_kept():
+        torch.manual_seed(seed)
+        yield
