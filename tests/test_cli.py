@@ -260,3 +260,16 @@ def test_places_that_cannot_be_written_are_named(run, tmp_path, capsys):
         said = capsys.readouterr().err
         assert "Errno" not in said and ".writing" not in said and "name a" in said, said
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_run_on_a_relative_path_is_resumed_with_the_same_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = [f"{q % 3} qid:{q // 4} 1:{q % 5} 2:{q % 7} 3:{q % 2}" for q in range(80)]
+    (tmp_path / "data.txt").write_text("\n".join(rows) + "\n")
+    (tmp_path / "data.clicks.txt").write_text("\n".join(str(q % 4) for q in range(80)) + "\n")
+    command = ["rank", "--data", "./data.txt", "--objectives", "clicks=@data.clicks.txt", "third=3", "--run", "run",
+               "--steps", "1", "--base-steps", "1", "--bootstrap", "0", "--points", "2", "--scales", "--hidden", "8",
+               "--base-hidden", "8", "--heads", "2"]  # fmt: skip
+    assert main(command) == 0
+    assert main([*command, "--resume"]) == 0
+    capsys.readouterr()

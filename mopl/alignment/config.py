@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from mopl._arguments import check_choice
 from mopl.losses.pairwise import LOSS_TYPES
 from mopl.training import TrainingConfig
+from mopl.training.settings import located_if_there
 
 METHODS = ("weight-cos-dpo", "temperature-cos-dpo", "dpo-ls", "dpo-soup", "mo-dpo")
 ALL = "all"
@@ -175,7 +175,7 @@ class AlignConfig:
         for name in ("model", "data", "reference"):
             value = str(getattr(self, name))
             is_path = name != "reference" or value not in ("auto", "self", "precomputed")
-            object.__setattr__(self, name, _absolute(value) if is_path else value)
+            object.__setattr__(self, name, located_if_there(value) if is_path else value)
         for name in ("labels", "beta", "lora_targets", "objectives", "reference_point", "scales"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, (str, int, float)) else tuple(value))
@@ -323,8 +323,3 @@ class AlignConfig:
             raise ValueError(f"the run has unknown settings {', '.join(unknown)}; was it made by another version?")
         settings: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
         return cls(**settings)
-
-
-def _absolute(name: str) -> str:
-    """Return a path that exists as an absolute one; anything else is a name on the hub and stays as it is."""
-    return str(Path(name).absolute()) if Path(name).exists() else name

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from mopl._arguments import check_choice
 from mopl.training import TrainingConfig
+from mopl.training.settings import located_if_there, located_inside
 
 METHODS = ("clp", "rewarded-soups", "prompting", "logit-mixing", "dera")
 TRAINED = ("clp", "rewarded-soups", "prompting")
@@ -176,12 +176,12 @@ class ClpConfig:
         for name, what in (("model", "a language model"), ("data", "prompts")):
             if not getattr(self, name):
                 raise ValueError(f"{name} is missing; name {what}, a path or a name on the Hugging Face hub")
-            value = str(getattr(self, name))
             # A run must find its model and prompts again from any directory.
-            object.__setattr__(self, name, str(Path(value).absolute()) if Path(value).exists() else value)
+            object.__setattr__(self, name, located_if_there(str(getattr(self, name))))
         for name in ("rewards", "kl_weight", "lora_targets", "reference_point"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, (str, int, float)) else tuple(value))
+        object.__setattr__(self, "rewards", tuple(located_inside(spec) for spec in self.rewards))
         if not self.rewards:
             raise ValueError("rewards are missing; name at least one of mopl.rewards, or module:function")
         choices: dict[str, tuple[Any, ...]] = {

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from mopl._arguments import check_choice
@@ -14,6 +12,7 @@ from mopl.ranking.evaluate import Measure
 from mopl.ranking.methods import METHODS, ListLoss
 from mopl.ranking.model import PARAMETRISATIONS
 from mopl.training import TrainingConfig
+from mopl.training.settings import located, located_inside
 
 ALL = "all"
 EMBEDDED = ("travel", "synthetic")
@@ -122,11 +121,12 @@ class RankConfig:
     device: Literal["auto", "cpu"] = "auto"
 
     def __post_init__(self) -> None:
-        # A run must find its data again from any directory, so paths are absolute from the start.
-        object.__setattr__(self, "data", _absolute_data(self.data))
-        object.__setattr__(self, "objectives", tuple(_absolute_labels(spec) for spec in self.objectives))
+        # A run must find its data again from any directory, so paths are absolute from the start; label files beside
+        # the data are found from there.
+        object.__setattr__(self, "data", self.data if self.data.partition(":")[0] in EMBEDDED else located(self.data))
+        object.__setattr__(self, "objectives", tuple(located_inside(spec) for spec in self.objectives))
         if self.base is not None:
-            object.__setattr__(self, "base", str(Path(self.base).absolute()))
+            object.__setattr__(self, "base", located(self.base))
         check_choice(self.method, (*METHODS, ALL), "method")
         check_choice(self.weights_per, ("list", "step"), "weights_per")
         check_choice(self.parametrisation, PARAMETRISATIONS, "parametrisation")
@@ -219,21 +219,3 @@ class RankConfig:
             raise ValueError(f"the run has unknown settings {', '.join(unknown)}; was it made by another version?")
         settings: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
         return cls(**settings)
-
-
-def _absolute_data(data: str) -> str:
-    return data if data.partition(":")[0] in EMBEDDED else str(Path(data).absolute())
-
-
-def _absolute_labels(spec: str) -> str:
-    """Return an objective's text form with the path of its label file made absolute, if it lies in this directory.
-
-    Label files beside the data are found from there.
-    """
-
-    def absolute(found: re.Match[str]) -> str:
-        path = Path(found[1])
-        here = not path.is_absolute() and any(Path().glob(str(path).replace("{split}", "*")))
-        return f"=@{path.absolute() if here else path}"
-
-    return re.sub(r"=@([^:,]+)", absolute, spec)

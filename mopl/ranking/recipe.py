@@ -57,6 +57,7 @@ from mopl.training.run_directory import (
     version_changes,
     with_run,
 )
+from mopl.training.settings import settings_to_resume
 
 # Settings that a resumed run may have otherwise: they change what is written or where, not what is computed.
 FREE_ON_RESUME = ("log_every", "checkpoint_every", "tensorboard", "device")
@@ -218,19 +219,9 @@ def check_resume(record: dict[str, Any], changes: dict[str, Any], path: Path) ->
     Raises:
         ValueError: If a setting that matters differs.
     """
-    config = config_of(record, path)
-    differ = [
-        f"{name} was {getattr(config, name)!r}, is {value!r}"
-        for name, value in changes.items()
-        if name not in FREE_ON_RESUME and getattr(config, name) != value
-    ]
-    if differ:
-        raise ValueError(
-            f"{path} was started with other settings ({'; '.join(differ)}); leave them out to resume it, or start "
-            "another run"
-        )
-    free = {name: value for name, value in changes.items() if name in FREE_ON_RESUME}
-    return RankConfig.from_dict({**record["config"], **free})
+    return settings_to_resume(
+        config_of(record, path), record["config"], changes, path, free=FREE_ON_RESUME
+    )  # fmt: skip
 
 
 def _check_resume(record: dict[str, Any], config: RankConfig, splits: dict[str, RankingData], path: Path) -> None:
