@@ -44,6 +44,7 @@ transformers = pytest.importorskip("transformers")
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 
+from mopl._files import write_file
 from mopl.alignment.tokenization import ReadReport, TokenizedData, TokenizedList
 from mopl.conditioning import HyperPrompt, HyperPromptModel
 from mopl.integrations._data import Examples, examples_of
@@ -311,7 +312,7 @@ def main() -> None:
                 name: str(getattr(arguments, name)) for name in ("model", "lists", "prompt", "response", "dtype")
             },
         }
-        arguments.json.write_text(json.dumps({"about": about, "results": results}, indent=1) + "\n")
+        write_file(arguments.json, json.dumps({"about": about, "results": results}, indent=1) + "\n")
 
 
 def _check_losses(problem: Problem, variants: dict[str, Variant]) -> None:

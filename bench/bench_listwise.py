@@ -29,6 +29,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from listwise_variants import Problem, copy_limit, listnet_variants, plackett_luce_variants
 
+from mopl._files import write_file
+
 SIZES = (2, 8, 32, 120, 1000)
 LOSSES = {"Plackett–Luce": plackett_luce_variants, "ListNet": listnet_variants}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -100,9 +102,7 @@ def main() -> None:
     def write() -> None:
         """Write all figures so far, at once or not at all."""
         if arguments.json:
-            part = arguments.json.with_suffix(".part")
-            part.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
-            os.replace(part, arguments.json)
+            write_file(arguments.json, json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
 
     for loss, variants in LOSSES.items():
         for objectives in arguments.objectives:

@@ -37,6 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mopl.ops
+from mopl._files import write_file
 
 CHECKED = 64  # rows whose error is measured
 Variant = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor | None]  # (hidden, weight, target, upstream) -> log p
@@ -211,9 +212,7 @@ def write(path: Path | None, log: list[dict]) -> None:
         "date": time.strftime("%Y-%m-%d"),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps({**about, "runs": log}, indent=1) + "\n")
-    os.replace(part, path)
+    write_file(path, json.dumps({**about, "runs": log}, indent=1) + "\n")
 
 
 def main() -> None:

@@ -30,6 +30,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from mopl._files import write_file
+
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT_S = 115
 TOY = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
@@ -113,13 +115,6 @@ def device_name() -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", torch.cuda.get_device_name()).strip("-").lower()
 
 
-def write(path: Path, text: str) -> None:
-    """Write a file, at once or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    os.replace(part, path)
-
-
 def states(folder: Path) -> dict[str, dict]:
     """Return what became of each stage that has run."""
     path = folder / "stages.json"
@@ -157,9 +152,9 @@ def run(stage: Stage, folder: Path, toy: bool, limit: float) -> bool:
         from bench.measuring import about
 
         counts = next((line.strip("= ") for line in reversed(lines) if re.search(r"\d+ (passed|failed)", line)), None)
-        write(out, json.dumps({**about(shown), "outcome": counts, **state}, indent=1) + "\n")
+        write_file(out, json.dumps({**about(shown), "outcome": counts, **state}, indent=1) + "\n")
         state["outcome"] = counts
-    write(folder / "stages.json", json.dumps(states(folder) | {stage.name: state}, indent=1) + "\n")
+    write_file(folder / "stages.json", json.dumps(states(folder) | {stage.name: state}, indent=1) + "\n")
     return verdict == "done"
 
 

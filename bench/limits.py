@@ -10,7 +10,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
@@ -66,13 +65,14 @@ def rates() -> tuple[float, float]:
 def main() -> None:
     """Measure both and write them down."""
     from bench.measuring import about
+    from mopl._files import write_file
 
     copy, product = rates()
     result = {**about(), "bytes_per_second": copy, "flop_per_second": product}
     print(json.dumps(result, indent=1))
     print(f"copy {copy / 1e12:.3f} TB/s, product {product / 1e12:.1f} TFLOP/s")
     if len(sys.argv) > 1:
-        Path(sys.argv[1]).write_text(json.dumps(result, indent=1) + "\n")
+        write_file(sys.argv[1], json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from bench.limits import ON_GPU
+from mopl._files import write_file
 
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,10 +96,8 @@ class Report:
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(self.path.suffix + ".part")
         whole = {**self.about, **self.more, "targets": self.targets, "results": self.rows}
-        part.write_text(json.dumps(whole, indent=1) + "\n")
-        os.replace(part, self.path)
+        write_file(self.path, json.dumps(whole, indent=1) + "\n")
 
 
 def synchronize() -> None:

@@ -17,10 +17,11 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 TEMPORARY = ".writing-"
+CARD = "README.md"
 _DESCRIPTORS = re.compile(r"/dev/fd|/proc/(\d+)/(?:task/\d+/)?fd")  # where a name stands for an open file
 _LINKS = 40  # most links one after another, as Linux has it
 
@@ -62,10 +63,18 @@ def write_file(path: str | os.PathLike[str], content: str | bytes | Callable[[Pa
         raise _as_asked(error, path, target) from None
 
 
-def write_folder(final: str | os.PathLike[str], fill: Callable[[Path], None]) -> None:
-    """Make the folder `final` with what `fill` writes, all of it or nothing; an existing folder is replaced.
+def write_folder(final: str | os.PathLike[str], fill: Callable[[Path], None], *, replace: bool = True) -> None:
+    """Make the folder `final` with what `fill` writes, all of it or nothing.
 
-    The old folder stays until the new one is whole. Whether it may be replaced is the caller's to know.
+    Args:
+        final: The folder.
+        fill: Writes into the folder that it is given.
+        replace: Replace a folder that is there, which stays until the new one is whole; whether it may be deleted is
+            the caller's to know. False takes the place of an empty folder only.
+
+    Raises:
+        FileExistsError: If something is there that is not to be replaced.
+        OSError: If the folder cannot be made.
     """
     final = Path(final)
     make_parents(final)
@@ -78,18 +87,23 @@ def write_folder(final: str | os.PathLike[str], fill: Callable[[Path], None]) ->
             new.mkdir()
             fill(new)
             _settle_all(new)
+            if not replace:
+                with suppress(OSError):
+                    target.rmdir()  # which takes an empty folder only
             while True:
-                old = _set_aside(target)
+                old = _set_aside(target) if replace else None
                 try:
                     os.replace(new, target)
                     break
                 except OSError as error:
-                    faster = error.errno in (errno.ENOTEMPTY, errno.EEXIST)  # another process has put its own there
-                    if not faster:
+                    there = error.errno in (errno.ENOTEMPTY, errno.EEXIST)
+                    if there and not replace:
+                        raise FileExistsError(f"{final} exists and is not empty; name another place") from None
+                    if not there:
                         if old is not None:
                             os.replace(old, target)
                         raise
-                    if old is not None:
+                    if old is not None:  # another process has put its own there in the meantime
                         remove(old)
             flush(target.parent)
             if old is not None:
@@ -98,10 +112,16 @@ def write_folder(final: str | os.PathLike[str], fill: Callable[[Path], None]) ->
         raise _as_asked(error, final, target) from None
 
 
-def write_files(folder: str | os.PathLike[str], fill: Callable[[Path], None]) -> None:
+def write_files(folder: str | os.PathLike[str], fill: Callable[[Path], None], *, last: str) -> None:
     """Write what `fill` writes into a folder that may hold other things, each file whole or not at all.
 
-    The folder is made if it is not there. A kill may leave some of the files new and some old.
+    Args:
+        folder: The folder; made if it is not there.
+        fill: Writes into the folder that it is given.
+        last: The file that comes last: where it is, all are there and of one version.
+
+    Raises:
+        OSError: If they cannot be written.
     """
     folder = Path(folder)
     try:
@@ -110,8 +130,12 @@ def write_files(folder: str | os.PathLike[str], fill: Callable[[Path], None]) ->
         raise NotADirectoryError(f"{folder} cannot be written: a file is in the way; name another place") from None
     try:
         with _folder_beside(folder / "files") as temporary:
+            if (folder / CARD).is_file():  # PEFT and transformers add to the one that is there, which may be a person's
+                shutil.copy(folder / CARD, temporary / CARD)
             fill(temporary)
-            for file in _settle_all(temporary):
+            files = _settle_all(temporary)
+            (folder / last).unlink(missing_ok=True)
+            for file in sorted(files, key=lambda file: file == temporary / last):
                 place = folder / file.relative_to(temporary)
                 place.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(file, place)

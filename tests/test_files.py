@@ -133,7 +133,10 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path):
             (lambda: write_file(tmp_path / "a", "x" * 5000), "a"),
             (lambda: write_file(tmp_path / "a", lambda file: file.write_bytes(b"x" * 5000)), "a"),
             (lambda: write_folder(tmp_path / "f", lambda folder: (folder / "x").write_bytes(b"x" * 5000)), "f"),
-            (lambda: write_files(tmp_path, lambda folder: (folder / "x").write_bytes(b"x" * 5000)), tmp_path.name),
+            (
+                lambda: write_files(tmp_path, lambda folder: (folder / "x").write_bytes(b"x" * 5000), last="x"),
+                tmp_path.name,
+            ),
         ):
             with pytest.raises(OSError, match=f"{what} cannot be written: File too large; name another place"):
                 write()
@@ -227,13 +230,49 @@ def test_files_are_written_into_a_folder_beside_what_is_there(tmp_path):
 
     def fill(folder):
         (folder / "config.json").write_text("new")
+        assert (folder / "README.md").read_text() == "mine"  # PEFT and transformers add to it
         (folder / "adapter").mkdir()
         (folder / "adapter" / "weights").write_text("w")
 
-    write_files(tmp_path / "model", fill)
-    assert names(tmp_path / "model") == ["adapter", "checkpoints", "config.json"]
+    (tmp_path / "model" / "README.md").write_text("mine")
+    write_files(tmp_path / "model", fill, last="config.json")
+    assert names(tmp_path / "model") == ["README.md", "adapter", "checkpoints", "config.json"]
     assert (tmp_path / "model" / "config.json").read_text() == "new"
     assert (tmp_path / "model" / "adapter" / "weights").read_text() == "w"
+
+
+def test_a_kill_between_two_files_leaves_a_folder_that_says_so(tmp_path, monkeypatch):
+    def fill(folder):
+        for name in ("a", "b", "model.safetensors", "z"):
+            (folder / name).write_text("new")
+
+    write_files(tmp_path, fill, last="model.safetensors")
+    real = os.replace
+
+    def fail(source, target):
+        if Path(target).name == "z":
+            raise OSError("killed")
+        real(source, target)
+
+    monkeypatch.setattr(_files.os, "replace", fail)
+    with pytest.raises(OSError, match="killed"):
+        write_files(tmp_path, fill, last="model.safetensors")
+    assert names(tmp_path) == ["a", "b", "z"]
+
+
+def test_a_folder_that_is_not_to_be_replaced_is_not(tmp_path):
+    (tmp_path / "new").mkdir()
+
+    def fill(folder):
+        (folder / "a").touch()
+        (tmp_path / "new" / "theirs").touch()  # comes while the folder is made
+
+    with pytest.raises(FileExistsError, match="new exists and is not empty; name another place"):
+        write_folder(tmp_path / "new", fill, replace=False)
+    assert names(tmp_path) == ["new"] and names(tmp_path / "new") == ["theirs"]
+    (tmp_path / "new" / "theirs").unlink()
+    write_folder(tmp_path / "new", lambda folder: (folder / "a").touch(), replace=False)
+    assert names(tmp_path / "new") == ["a"]
 
 
 def test_leftovers_of_a_folder_go_and_those_of_others_stay(tmp_path):

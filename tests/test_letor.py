@@ -4,6 +4,7 @@ import bz2
 import gzip
 import os
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -409,16 +410,14 @@ def test_the_cache_goes_to_the_folder_asked_for(tmp_path, parses):
 
 def read_only(monkeypatch, *folders):
     """Refuse to make files in the folders (permissions do not stop a superuser)."""
-    import tempfile
+    real = os.mkdir
 
-    real = tempfile.mkstemp
+    def mkdir(path, *mode):
+        if Path(path).parent in folders:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *mode)
 
-    def mkstemp(*args, dir, **options):
-        if any(dir == folder for folder in folders):
-            raise PermissionError(13, "Permission denied", str(dir))
-        return real(*args, dir=dir, **options)
-
-    monkeypatch.setattr(tempfile, "mkstemp", mkstemp)
+    monkeypatch.setattr("mopl._files.os.mkdir", mkdir)
 
 
 def test_a_read_only_folder_is_cached_in_the_users_cache_folder(tmp_path, parses, monkeypatch):
@@ -441,8 +440,8 @@ def test_a_read_only_folder_is_cached_in_the_users_cache_folder(tmp_path, parses
 def test_a_cache_is_whole_or_absent(tmp_path, monkeypatch):
     path = write(tmp_path / "d.txt", SMALL)
 
-    def full_disk(stream, **arrays):
-        stream.write(b"half")
+    def full_disk(file, **arrays):
+        file.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "savez", full_disk)

@@ -23,6 +23,7 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from mopl._arguments import check_choice
+from mopl._files import write_file
 
 logger = logging.getLogger(__name__)
 
@@ -337,11 +338,14 @@ class PreferenceData(Sequence[PreferenceList]):
 
     def write_jsonl(self, path: str | Path) -> None:
         """Write one list a line: `{"prompt", "responses": [...], "labels": {objective: [...]}}`; gzip for .gz."""
-        path = Path(path)
-        opened = gzip.open(path, "wt", encoding="utf-8") if path.suffix == ".gz" else path.open("w", encoding="utf-8")
-        with opened as file:
-            for item in self.lists:
-                file.write(json.dumps(item.to_json(), ensure_ascii=False, allow_nan=False) + "\n")
+
+        def fill(place: Path) -> None:
+            open_text = gzip.open if place.suffix == ".gz" else open
+            with open_text(place, "wt", encoding="utf-8") as file:
+                for item in self.lists:
+                    file.write(json.dumps(item.to_json(), ensure_ascii=False, allow_nan=False) + "\n")
+
+        write_file(path, fill)
 
 
 def concatenate(datasets: Sequence[PreferenceData], *, name: str = "data") -> PreferenceData:

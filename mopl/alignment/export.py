@@ -387,5 +387,5 @@ def _write(
             check_saved(path, *check)
         (path / CONFIG_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
-    write_folder(folder, fill)
+    write_folder(folder, fill, replace=False)
     return folder

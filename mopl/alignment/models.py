@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mopl._files import write_files
 from mopl.alignment.config import AlignConfig
 from mopl.alignment.head import fuse
 from mopl.conditioning import HyperPrompt, HyperPromptModel, LoraMixture, TextPrompt, TuningRecord, WeightedModel
@@ -232,13 +233,17 @@ def save_model(
     if isinstance(model, WeightedModel):
         model.save_pretrained(folder)
         return
-    model.save_pretrained(str(folder))
     record = dataclasses.asdict(tuning_record(config, objectives, conditioned=True, temperature=temperature))
     content = {
         "kind": TEXT_KIND, **record, "base_model": config.model, "adapter": "default",
         "template": text_prompt(objectives, temperature=temperature).template,
     }  # fmt: skip
-    (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    def fill(place: Path) -> None:
+        model.save_pretrained(str(place))
+        (place / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    write_files(folder, fill, last=CONFIG_FILE)
 
 
 def load_model(folder: Path, base: nn.Module) -> nn.Module:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mopl._files import write_files
 from mopl.conditioning._causal_lm import DELEGATED, is_peft
 from mopl.conditioning._parameter_mixture_parts import AlphaCoefficients, CoefficientRule, coefficients_of
 from mopl.conditioning.hyper_prompt_model import TuningRecord
@@ -309,8 +310,6 @@ class LoraMixture(nn.Module):
 
     def save_pretrained(self, directory: str | os.PathLike[str], **_: Any) -> None:
         """Write the adapters, each in a folder of its name, and `mopl.json`; never the frozen base model."""
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
         rule = self.coefficients
         config = {
             "kind": "LoraMixture",
@@ -320,9 +319,12 @@ class LoraMixture(nn.Module):
             "base_model": getattr(self.causal_lm, "name_or_path", "") or None,
         }
         model: Any = self.model
-        model.save_pretrained(str(folder), selected_adapters=self.adapters)
-        # This file comes last: where it is, the folder is complete.
-        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+        def fill(folder: Path) -> None:
+            model.save_pretrained(str(folder), selected_adapters=self.adapters)
+            (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+        write_files(directory, fill, last=CONFIG_FILE)
 
     @classmethod
     def from_pretrained(

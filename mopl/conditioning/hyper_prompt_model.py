@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from mopl._arguments import check_choice, shape_of
+from mopl._files import write_files
 from mopl.conditioning._causal_lm import DELEGATED, check_model, count_new_tokens, is_peft
 from mopl.conditioning._prefix_layout import Layout, PackedLayout, check_paper_positions, silence_position_embedding
 from mopl.conditioning.hyper_prompt import HyperPrompt
@@ -337,12 +338,8 @@ class HyperPromptModel(nn.Module):
         """Write the prompt, the adapter if there is one, and `mopl.json` into a folder; never the frozen base model."""
         from safetensors.torch import save_file
 
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
         model: Any = self.model
         adapter = model.active_adapter if is_peft(model) else None
-        if adapter is not None:
-            model.save_pretrained(str(folder), selected_adapters=[adapter])
         prompt = self.hyper_prompt
         config = {
             "kind": "HyperPromptModel",
@@ -359,10 +356,15 @@ class HyperPromptModel(nn.Module):
                 "width": prompt.width,
             },
         }
-        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        # The weights come last: where they are, the folder is complete.
         state = {name: value.detach().cpu().contiguous() for name, value in prompt.state_dict().items()}
-        save_file(state, str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
+
+        def fill(folder: Path) -> None:
+            if adapter is not None:
+                model.save_pretrained(str(folder), selected_adapters=[adapter])
+            (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            save_file(state, str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
+
+        write_files(directory, fill, last=WEIGHTS_FILE)
 
     @classmethod
     def from_pretrained(

@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mopl._files import write_files
 from mopl.conditioning._causal_lm import DELEGATED
 from mopl.conditioning._parameter_mixture_lora import LoraMixture
 from mopl.conditioning._parameter_mixture_parts import (
@@ -337,16 +338,18 @@ class ParameterMixture(nn.Module):
             "untied": self.untied,
             "base_model": getattr(self.model, "name_or_path", "") or None,
         }
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        if hasattr(self.model, "config") and hasattr(self.model.config, "save_pretrained"):
-            self.model.config.save_pretrained(str(folder / MODEL_FOLDER))  # type: ignore[union-attr]
-            if getattr(self.model, "generation_config", None) is not None:
-                self.model.generation_config.save_pretrained(str(folder / MODEL_FOLDER))  # type: ignore[union-attr]
-        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        # The weights come last: where they are, the folder is complete.
         state = {name: value.detach().cpu().contiguous() for name, value in self._named_tensors().items()}
-        save_file(state, str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
+        model: Any = self.model
+
+        def fill(folder: Path) -> None:
+            if hasattr(model, "config") and hasattr(model.config, "save_pretrained"):
+                model.config.save_pretrained(str(folder / MODEL_FOLDER))
+                if getattr(model, "generation_config", None) is not None:
+                    model.generation_config.save_pretrained(str(folder / MODEL_FOLDER))
+            (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            save_file(state, str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
+
+        write_files(directory, fill, last=WEIGHTS_FILE)
 
     @classmethod
     def from_pretrained(

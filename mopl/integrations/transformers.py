@@ -24,15 +24,16 @@ What is not as in any other subclass of `Trainer`, and why:
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments, set_seed
 
+from mopl._files import write_file
 from mopl.alignment.collate import ListBatch, ListCollator
 from mopl.conditioning.hyper_prompt_model import HyperPromptModel
 from mopl.conditioning.sampling import check_weights
@@ -408,7 +409,7 @@ class MultiObjectiveTrainer(Trainer):
         self.model.save_pretrained(folder)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
-        torch.save(self.args, os.path.join(folder, "training_args.bin"))
+        write_file(Path(folder) / "training_args.bin", lambda path: torch.save(self.args, path))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not isinstance(self.model, HyperPromptModel):

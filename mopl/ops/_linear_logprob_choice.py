@@ -11,7 +11,6 @@ import functools
 import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 from triton.runtime import driver
 
+from mopl._files import write_file
 from mopl.kernels import fused_logprob as kernels
 from mopl.ops._backend import use_triton
 
@@ -133,8 +133,6 @@ def tune(hidden: Tensor, weight: Tensor, softcap: float | None = None) -> dict[s
     path.parent.mkdir(parents=True, exist_ok=True)
     fastest = min(measured, key=lambda name: measured[name])
     choices = {**_choices(path), key_of(hidden, weight, softcap is not None): fastest}
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        json.dump(choices, file, indent=1)
-    os.replace(file.name, path)
+    write_file(path, json.dumps(choices, indent=1))
     _choices.cache_clear()
     return measured

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mopl._files import write_file
 from mopl.conditioning.sampling import check_weights
 from mopl.pareto.indicators import Maximise, Points, as_points, hypervolume
 from mopl.pareto.steerability import steerability
@@ -216,18 +216,7 @@ class Front:
         Raises:
             ValueError: As `check`; the file that was there is kept.
         """
-        text = self.to_json()
-        target = Path(path)
-        temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}")
-        try:
-            with temporary.open("x", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        write_file(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Front:

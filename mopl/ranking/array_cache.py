@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import warnings
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+
+from mopl._files import write_file
 
 VERSION = 1  # raise it when the meaning of the arrays changes
 _END_BYTES = 1 << 16
@@ -56,18 +57,12 @@ class ArrayCache:
         """Write the arrays to the first place that can be written; warn if none can."""
         failures = []
         for place in self.places:
-            temporary = None
             try:
                 place.parent.mkdir(parents=True, exist_ok=True)
-                handle, temporary = tempfile.mkstemp(dir=place.parent, prefix=f"{place.name}.", suffix=".part")
-                with os.fdopen(handle, "wb") as stream:
-                    np.savez(stream, stamp=np.array(self.stamp), **arrays)  # type: ignore[arg-type]
-                os.replace(temporary, place)
+                write_file(place, lambda file: np.savez(file, stamp=np.array(self.stamp), **arrays))  # type: ignore[arg-type]
                 return
             except OSError as error:
                 failures.append(f"{place}: {error.strerror or error}")
-                if temporary is not None and os.path.exists(temporary):
-                    os.remove(temporary)
         if failures:
             warnings.warn(
                 f"the data could not be cached and will be parsed again next time ({'; '.join(failures)}); "

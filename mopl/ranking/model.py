@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from mopl import steering
 from mopl._arguments import check_choice, shape_of
-from mopl._files import write_file
+from mopl._files import write_files
 from mopl.conditioning import ConcatCondition
 
 Parametrisation = Literal["scratch", "augment"]
@@ -314,11 +314,11 @@ class RankingModel(nn.Module):
 def _save(model: nn.Module, config: dict[str, Any], directory: str | os.PathLike[str]) -> None:
     from safetensors.torch import save_model
 
-    folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_file(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
-    # The weights come last: where they are, the folder is complete.
-    write_file(folder / WEIGHTS_FILE, lambda path: save_model(model, str(path)))
+    def fill(folder: Path) -> None:
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_model(model, str(folder / WEIGHTS_FILE))
+
+    write_files(directory, fill, last=WEIGHTS_FILE)
 
 
 def _config(directory: str | os.PathLike[str], kind: str) -> dict[str, Any]:
