@@ -13,8 +13,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
@@ -24,13 +25,21 @@ from mopl.alignment.config import ALL, CONDITIONED, AlignConfig
 from mopl.alignment.stages import load_trained
 from mopl.alignment.tokenization import ListTokenizer
 from mopl.conditioning import TextPrompt
-from mopl.pareto import Front
+from mopl.pareto.front import Front, load_fronts
 from mopl.ranking.evaluate import grid_of
 from mopl.report import Metric
-from mopl.training.run_directory import check_kind, read_run
+from mopl.training.run_directory import CONFIG_FILE, read_run, settings_of
 
 FRONT, EVALUATION, SAMPLES = "front.json", "evaluation.json", "samples.json"
 KIND = "align"
+
+
+class DataRecord(msgspec.Struct):
+    """What is read from `data` in a run's `config.json`."""
+
+    objectives: Annotated[list[str], msgspec.Meta(min_length=1)]
+    fingerprint: str
+    tokens: str
 
 
 @dataclass
@@ -160,8 +169,7 @@ def config_of(record: dict[str, Any], path: str | Path) -> AlignConfig:
     Raises:
         ValueError: If it is a run of another command.
     """
-    check_kind(record, path, KIND)
-    return AlignConfig.from_dict(record["config"])
+    return settings_of(record, path, KIND, AlignConfig, DataRecord)
 
 
 def list_tokenizer(config: AlignConfig, tokenizer: Any) -> ListTokenizer:
@@ -183,12 +191,13 @@ def run_fronts(path: str | Path) -> list[Front]:
         FileNotFoundError: If there is no run, or it is not finished.
     """
     path = Path(path)
-    config = config_of(read_run(path), path)
+    record = read_run(path)
+    config = config_of(record, path)
     folders = [path / "base", *(method_folder(path, config, method) for method in config.methods)]
-    missing = [folder for folder in folders if not (folder / FRONT).is_file()]
-    if missing:
+    if any(not (folder / FRONT).exists() for folder in folders):
         raise FileNotFoundError(f"the run {path} is not finished; continue it with: mopl align --run {path} --resume")
-    return [Front.load(folder / FRONT) for folder in folders]
+    files = [folder / FRONT for folder in folders]
+    return load_fronts(files, record["data"]["objectives"], path / CONFIG_FILE)
 
 
 def metric_of(config: AlignConfig) -> Metric:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mopl._arguments import check_choice
+from mopl._bounds import check_bounds
+from mopl._records import settings_from
 from mopl.training import TrainingConfig
 from mopl.training.settings import located_if_there, located_inside
 
@@ -173,6 +175,7 @@ class ClpConfig:
     device: Literal["auto", "cpu"] = "auto"
 
     def __post_init__(self) -> None:
+        check_bounds(self)
         for name, what in (("model", "a language model"), ("data", "prompts")):
             if not getattr(self, name):
                 raise ValueError(f"{name} is missing; name {what}, a path or a name on the Hugging Face hub")
@@ -304,10 +307,6 @@ class ClpConfig:
         """Read back what `to_dict` gave.
 
         Raises:
-            ValueError: If a setting is unknown.
+            ValueError: If a setting is unknown, has another type or is refused.
         """
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"the run has unknown settings {', '.join(unknown)}; was it made by another version?")
-        settings: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-        return cls(**settings)
+        return settings_from(cls, values)

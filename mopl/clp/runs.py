@@ -13,8 +13,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
@@ -24,13 +25,20 @@ from mopl.alignment.tokenization import ListTokenizer
 from mopl.clp.config import ALL, ClpConfig
 from mopl.clp.policies import load_policy, release, text_prompt
 from mopl.conditioning import HyperPromptModel, TextPrompt, check_weights
-from mopl.pareto import Front
+from mopl.pareto.front import Front, load_fronts
 from mopl.ranking.evaluate import grid_of
 from mopl.report import Metric
-from mopl.training.run_directory import check_kind, read_run
+from mopl.training.run_directory import CONFIG_FILE, read_run, settings_of
 
 FRONT, EVALUATION, SAMPLES = "front.json", "evaluation.json", "samples.json"
 KIND = "clp"
+
+
+class DataRecord(msgspec.Struct):
+    """What is read from `data` in a run's `config.json`."""
+
+    objectives: Annotated[list[str], msgspec.Meta(min_length=1)]
+    fingerprint: str
 
 
 @dataclass
@@ -198,8 +206,7 @@ def config_of(record: dict[str, Any], path: str | Path) -> ClpConfig:
     Raises:
         ValueError: If it is a run of another command.
     """
-    check_kind(record, path, KIND)
-    return ClpConfig.from_dict(record["config"])
+    return settings_of(record, path, KIND, ClpConfig, DataRecord)
 
 
 def list_tokenizer(config: ClpConfig, tokenizer: Any) -> ListTokenizer:
@@ -219,11 +226,13 @@ def run_fronts(path: str | Path) -> list[Front]:
         FileNotFoundError: If there is no run, or it is not finished.
     """
     path = Path(path)
-    config = config_of(read_run(path), path)
+    record = read_run(path)
+    config = config_of(record, path)
     folders = [path / "base", *(method_folder(path, config, method) for method in config.methods)]
-    if any(not (folder / FRONT).is_file() for folder in folders):
+    if any(not (folder / FRONT).exists() for folder in folders):
         raise FileNotFoundError(f"the run {path} is not finished; continue it with: mopl align --run {path} --resume")
-    return [Front.load(folder / FRONT) for folder in folders]
+    files = [folder / FRONT for folder in folders]
+    return load_fronts(files, record["data"]["objectives"], path / CONFIG_FILE)
 
 
 def metric_of(config: ClpConfig) -> Metric:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -15,9 +15,12 @@ import torch
 from torch import Tensor
 
 from mopl._files import write_file
+from mopl._records import damaged, parse_json, read_text
 from mopl.conditioning.sampling import check_weights
 from mopl.pareto.indicators import Maximise, Points, as_points, hypervolume
 from mopl.pareto.steerability import steerability
+
+_LARGEST = sys.float_info.max
 
 
 @dataclass
@@ -199,9 +202,9 @@ class Front:
             ValueError: If it is not JSON, or a key is missing, unknown or wrong; the message names it.
         """
         try:
-            content = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"front.json is not JSON: {error}") from error
+            content = parse_json(text)
+        except ValueError as error:
+            raise ValueError(f"front.json cannot be read: {error}") from error
         values = _known_keys(content, cls, "")
         if not isinstance(values["points"], list):
             raise ValueError("points must be a list of objects")
@@ -226,10 +229,32 @@ class Front:
             OSError: If the file cannot be read.
             ValueError: As `from_json`; the message begins with the path.
         """
+        text = read_text(path)
         try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+            return cls.from_json(text)
         except ValueError as error:
-            raise ValueError(f"{os.fspath(path)}: {error}") from error
+            raise damaged(path, str(error)) from error
+
+
+def load_fronts(files: Sequence[Path], objectives: Sequence[str], record: Path) -> list[Front]:
+    """Read the fronts of one run.
+
+    Args:
+        files: Where they are.
+        objectives: Names of the run's m auxiliary objectives.
+        record: The file that has them.
+
+    Raises:
+        OSError: If a file cannot be read.
+        DamagedFile: As `Front.load`, or if a front is of other objectives; the message names the files.
+    """
+    fronts = [Front.load(file) for file in files]
+    for file, front in zip(files, fronts, strict=True):
+        if front.objectives != list(objectives):
+            raise damaged(file, f"objectives is {front.objectives} but {record} has {list(objectives)}")
+        if front.main != fronts[0].main:
+            raise damaged(file, f"main is {front.main!r} but {files[0]} has {fronts[0].main!r}")
+    return fronts
 
 
 def _numbers(values: Sequence[float] | Tensor | np.ndarray) -> list[float]:
@@ -269,7 +294,8 @@ def _check_front(front: Front) -> None:
     _check_vector(front.reference_point, m, "reference_point")
     for name in ("parameters", "seed"):
         value = getattr(front, name)
-        _require(isinstance(value, int) and not isinstance(value, bool) and value >= 0, name, value, "an integer >= 0")
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        _require(whole and 0 <= value < 2**64, name, value, "an integer >= 0 and below 2^64")
     _require(isinstance(front.data, (str, dict)), "data", front.data, "a string or an object")
     flags = front.maximise if isinstance(front.maximise, list) else [front.maximise]
     good = all(isinstance(flag, bool) for flag in flags) and len(flags) in ((m,) if flags is front.maximise else (1,))
@@ -323,7 +349,8 @@ def _check_interval(value: Any, where: str) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    # A whole number may be larger than any float.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -_LARGEST <= value <= _LARGEST
 
 
 def _require(good: bool, where: str, value: Any, wanted: str) -> None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mopl._arguments import check_choice
+from mopl._bounds import check_bounds
+from mopl._records import settings_from
 from mopl.ranking.evaluate import Measure
 from mopl.ranking.methods import METHODS, ListLoss
 from mopl.ranking.model import PARAMETRISATIONS
@@ -121,6 +123,7 @@ class RankConfig:
     device: Literal["auto", "cpu"] = "auto"
 
     def __post_init__(self) -> None:
+        check_bounds(self)
         # A run must find its data again from any directory, so paths are absolute from the start; label files beside
         # the data are found from there.
         object.__setattr__(self, "data", self.data if self.data.partition(":")[0] in EMBEDDED else located(self.data))
@@ -212,10 +215,6 @@ class RankConfig:
         """Read back what `to_dict` gave.
 
         Raises:
-            ValueError: If a setting is unknown.
+            ValueError: If a setting is unknown, has another type or is refused.
         """
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"the run has unknown settings {', '.join(unknown)}; was it made by another version?")
-        settings: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-        return cls(**settings)
+        return settings_from(cls, values)

@@ -8,13 +8,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import torch
 from torch import Tensor
 
 from mopl._files import write_file
-from mopl.pareto import Front
+from mopl.pareto.front import Front, load_fronts
 from mopl.ranking.config import ALL, RankConfig
 from mopl.ranking.data import RankingData
 from mopl.ranking.evaluate import grid_of
@@ -22,9 +23,22 @@ from mopl.ranking.loading import load
 from mopl.ranking.methods import Policy
 from mopl.ranking.normalization import FeatureNormalizer
 from mopl.ranking.stages import REFERENCE, load_policy
-from mopl.training.run_directory import check_kind, read_run
+from mopl.training.run_directory import CONFIG_FILE, read_run, settings_of
 
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 FRONT, EVALUATION, NORMALIZER = "front.json", "evaluation.json", "normalizer.safetensors"
+
+
+class _Named(msgspec.Struct):
+    name: str
+
+
+class DataRecord(msgspec.Struct):
+    """What is read from `data` in a run's `config.json`."""
+
+    fingerprint: str
+    empty_share: dict[str, Share]
+    objectives: Annotated[list[_Named], msgspec.Meta(min_length=2)]  # the main objective is the first
 
 
 @dataclass
@@ -119,12 +133,14 @@ def run_fronts(path: str | Path) -> list[Front]:
         FileNotFoundError: If there is no run, or it has no front yet.
     """
     path = Path(path)
-    config = config_of(read_run(path), path)
+    record = read_run(path)
+    config = config_of(record, path)
     folders = [path / "base", *(method_folder(path, config, method) for method in config.methods)]
-    fronts = [Front.load(folder / FRONT) for folder in folders if (folder / FRONT).is_file()]
-    if len(fronts) < 2:
+    files = [folder / FRONT for folder in folders if (folder / FRONT).exists()]
+    if len(files) < 2:
         raise FileNotFoundError(f"the run {path} is not finished; continue it with: mopl rank --run {path} --resume")
-    return fronts
+    objectives = [objective["name"] for objective in record["data"]["objectives"][1:]]
+    return load_fronts(files, objectives, path / CONFIG_FILE)
 
 
 def config_of(record: dict[str, Any], path: str | Path) -> RankConfig:
@@ -133,8 +149,7 @@ def config_of(record: dict[str, Any], path: str | Path) -> RankConfig:
     Raises:
         ValueError: If it is a run of another command.
     """
-    check_kind(record, path, None)
-    return RankConfig.from_dict(record["config"])
+    return settings_of(record, path, None, RankConfig, DataRecord)
 
 
 def write_reports(path: Path) -> None:

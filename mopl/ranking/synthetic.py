@@ -27,6 +27,7 @@ from mopl._arguments import check_choice
 from mopl.ranking.data import RankingData, Truth
 from mopl.ranking.objectives import Objective
 
+MOST_NUMBERS = 2**34
 LABEL_KINDS = ("counts", "dense")
 
 # Shares of the grades 0..4 in MSLR-WEB10K, rounded.
@@ -76,6 +77,11 @@ def synthetic(
         raise ValueError(
             f"queries, items, features, seed are {queries}, {items}, {features}, {seed}; "
             "they must be at least 1, 2, 4, 0"
+        )
+    if queries * items * features > MOST_NUMBERS:
+        raise ValueError(
+            f"queries x items x features is {queries} x {items} x {features} but must be at most {MOST_NUMBERS}, which "
+            "are 64 GB; take fewer"
         )
     of_query = features // 4
     of_item = features - of_query

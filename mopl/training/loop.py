@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from mopl._arguments import check_choice
+from mopl._bounds import check_bounds
 from mopl._restoring import generators_kept, modes_kept
 from mopl.training.batches import BatchSource, part_of_batch
 from mopl.training.checkpoint import Checkpoint, CheckpointFolder
@@ -75,6 +76,7 @@ class TrainingConfig:
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
+        check_bounds(self)
         check_choice(self.schedule, SCHEDULES, "schedule")
         check_choice(self.mixed_precision, PRECISIONS, "mixed_precision")
         for name, lowest in (("steps", 0), ("warmup", 0), ("accumulation", 1), ("log_every", 1),

@@ -13,12 +13,17 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import msgspec
 
 from mopl import __version__
 from mopl._files import discard_folder, write_file, write_folder
+from mopl._records import check, read_json, settings_from
 
 CONFIG_FILE = "config.json"
+DAMAGED_RUN = "the run is damaged: take the file from a backup, or start another run"
+T = TypeVar("T")
 # What made a run, by the "kind" in its record, and what a finished run is for.
 _COMMANDS = {
     None: ("mopl rank", "mopl steer"), "align": ("mopl align", "mopl generate"),
@@ -31,6 +36,18 @@ _PACKAGES_OF = {
     None: ("scikit-learn", "statsmodels"), "align": _LANGUAGE,
     "clp": (*_LANGUAGE, "vaderSentiment", "rouge-score", "pyphen", "glin-profanity"),
 }  # fmt: skip
+
+
+class RunRecord(msgspec.Struct):
+    """What `config.json` holds, as far as every command reads it; "config" and "data" are checked by each command."""
+
+    config: dict[str, Any]
+    data: dict[str, Any]
+    kind: str | None = None
+    versions: dict[str, str] = {}
+    command: list[str] = []
+    platform: str = ""
+    commit: str = ""
 
 
 def check_new_run(path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -88,18 +105,37 @@ def read_run(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If there is no run at `path`.
-        ValueError: If its record cannot be read.
+        ValueError: If its record cannot be read, or is of another program.
     """
     file = Path(path) / CONFIG_FILE
-    if not file.is_file():
+    if not file.exists():
         raise FileNotFoundError(f"there is no run at {path}: it has no {CONFIG_FILE}; name the directory of a run")
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not JSON ({error}); the run cannot be read") from None
-    if not isinstance(record, dict) or not {"config", "data"} <= record.keys():
-        raise ValueError(f"{path} is no run of mopl: its {CONFIG_FILE} is something else; name the directory of a run")
-    return record
+    record = read_json(file, dict[str, Any], remedy=DAMAGED_RUN)
+    if not {"config", "data"} <= record.keys():
+        raise ValueError(f"{path} is no run of mopl: {file} is something else; name the directory of a run")
+    return check(record, RunRecord, file, remedy=DAMAGED_RUN)
+
+
+def settings_of(
+    record: dict[str, Any], path: str | os.PathLike[str], kind: str | None, settings: type[T], data: type
+) -> T:
+    """Return the settings in the record of a run, once what it says of its data fits, too.
+
+    Args:
+        record: What `read_run` gave.
+        path: The run.
+        kind: As in `check_kind`.
+        settings: The dataclass of the settings.
+        data: The `msgspec.Struct` of what the command reads from `record["data"]`.
+
+    Raises:
+        DamagedFile: If a key is missing or is something else than it was; the message names it.
+        ValueError: As `check_kind`.
+    """
+    check_kind(record, path, kind)
+    file = Path(path) / CONFIG_FILE
+    check(record["data"], data, file, "data", remedy=DAMAGED_RUN)
+    return settings_from(settings, record["config"], file, "config", remedy=DAMAGED_RUN)
 
 
 def check_kind(record: dict[str, Any], path: str | os.PathLike[str], kind: str | None) -> None:
