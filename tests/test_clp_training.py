@@ -113,7 +113,7 @@ def test_a_row_without_a_prompt_is_named_with_what_is_wrong(tmp_path, row, wrong
     rows = [{"prompt": "one"}, {"prompt": "three"}]
     rows.insert(place - 1, row)
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(each) for each in rows))
-    with pytest.raises(ValueError, match=rf"line {place} of .*a\.jsonl .*{wrong}; each line must be") as error:
+    with pytest.raises(ValueError, match=rf"(?s)a\.jsonl: .*line {place}: it .*{wrong}; each line must be") as error:
         read_prompts(str(tmp_path / "a.jsonl"))
     assert "nectar" not in str(error.value)
 

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mopl.alignment.data import RowError
 from mopl.alignment.reference_mixture import causal_lm_of
+from mopl.alignment.tokenization import ListTokenizer
 from mopl.conditioning import TextPrompt, WeightedModel, check_weights
 from mopl.conditioning.weighted import takes_temperature
 
@@ -47,6 +49,21 @@ def as_list(prompts: Any) -> list[Prompt]:
         return [prompts]
     prompts = list(prompts)
     return [prompts] if prompts and isinstance(prompts[0], Mapping) else prompts
+
+
+def prompt_tokens(encoder: ListTokenizer, prompt: Prompt, number: int) -> list[int]:
+    """Return the tokens of a prompt.
+
+    Raises:
+        ValueError: If it has none, is no Unicode text, or the chat template refuses it; the message names the prompt.
+    """
+    try:
+        tokens = encoder.prompt_tokens(prompt).tolist()  # type: ignore[arg-type]
+    except RowError as error:
+        raise ValueError(f"prompt {number} cannot be answered: {error}") from error
+    if not tokens:
+        raise ValueError(f"prompt {number} has no tokens, and the tokenizer adds none at the beginning")
+    return tokens
 
 
 def condition_of(

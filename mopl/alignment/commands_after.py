@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mopl._lines import texts_of_arguments
+
 METHODS = ("weight-cos-dpo", "temperature-cos-dpo", "dpo-ls", "dpo-soup", "mo-dpo", "clp", "rewarded-soups",
            "prompting")  # fmt: skip
 RUN_HELP = "directory of a finished run of mopl align, or a model that takes weights (HyperPromptModel, LoraMixture)"
@@ -320,7 +322,7 @@ def _device(choice: str) -> str:
 
 def run_generate(arguments: argparse.Namespace) -> int:
     """Run `mopl generate`."""
-    prompts = [sys.stdin.read().strip() if prompt == "-" else prompt for prompt in arguments.prompts]
+    prompts = texts_of_arguments(arguments.prompts)
     if not prompts:
         raise ValueError("there is no prompt; write one at the end, or - to read it from stdin")
     from mopl.alignment import models

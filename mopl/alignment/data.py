@@ -13,45 +13,38 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, overload
 
 import numpy as np
 
-from mopl._arguments import check_choice
 from mopl._files import write_file
+from mopl._lines import text_fault
+from mopl.alignment._bad_rows import ON_ERROR, SHOWN, DataError, OnError, ReadReport, RowError
 
-logger = logging.getLogger(__name__)
+__all__ = [
+    "DataError",
+    "Message",
+    "ON_ERROR",
+    "OnError",
+    "PreferenceData",
+    "PreferenceList",
+    "ReadReport",
+    "RowError",
+    "SHOWN",
+    "Text",
+    "collect",
+    "concatenate",
+]
 
 Message = Mapping[str, Any]
 Text = str | tuple[Message, ...]
-OnError = Literal["raise", "skip"]
 
-ON_ERROR = ("raise", "skip")
 LARGEST_LABEL = float(np.finfo(np.float32).max)
-SHOWN = 3  # examples of each kind of error in a message: enough to find the cause, few enough to read
 SPLIT_STREAM = 1_000_000_011  # a stream of random numbers of its own; the epochs of a run take small integers
-
-
-class DataError(ValueError):
-    """Rows of a data set cannot be used; the message counts them by reason and names where they stand."""
-
-
-class RowError(ValueError):
-    """One row cannot be used.
-
-    Args:
-        reason: what errors of this kind are counted under; the same words for every row.
-        detail: what exactly is wrong in this row.
-    """
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail = reason, detail
 
 
 @dataclass(frozen=True)
@@ -62,15 +55,18 @@ class PreferenceList:
         prompt: text or chat messages.
         responses: K >= 2 texts or sequences of messages.
         labels: for each objective K numbers, higher is better; None where a response has no label. NaN is read as None.
+        place: where it was read ("line 3"), for messages; no part of the data.
 
     Raises:
-        RowError: if a prompt or response is empty or malformed, there are fewer than two responses, an objective does
-            not have K labels, or a label is infinite, too large for float32, or no number.
+        RowError: if a prompt or response is empty, malformed or no Unicode text, there are fewer than two responses,
+            an objective does not have K labels, a label is infinite, too large for float32, or no number, or two equal
+            responses have different labels.
     """
 
     prompt: Text
     responses: tuple[Text, ...]
     labels: Mapping[str, tuple[float | None, ...]]
+    place: str = field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
         # Frozen dataclasses are assigned through object: lists from JSON become tuples, NaN becomes None, once.
@@ -87,7 +83,10 @@ class PreferenceList:
         for objective, values in self.labels.items():
             if values is None:  # tables write an absent objective so
                 continue
+            if fault := text_fault(objective):
+                raise RowError("no Unicode text", f"the name of an objective {fault}")
             labels[str(objective)] = _labels(objective, values, len(responses))
+            _check_equal(responses, str(objective), labels[str(objective)])
         if not any(value is not None for values in labels.values() for value in values):
             raise RowError("no labels", "no response has a label under any objective")
         object.__setattr__(self, "labels", labels)
@@ -111,6 +110,8 @@ class PreferenceList:
 def _text(value: Any, what: str, number: int | None = None) -> Text:
     """Check a text or messages, and drop the None entries that tables put where a message has no such key."""
     where = what if number is None else f"{what} {number}"
+    if fault := text_fault(value):
+        raise RowError("no Unicode text", f"{where} {fault}")
     if isinstance(value, str):
         if not value.strip():
             raise RowError(f"empty {what}", f"{where} has no text")
@@ -148,7 +149,10 @@ def _labels(objective: str, values: Any, count: int) -> tuple[float | None, ...]
             continue
         if isinstance(value, str) or not hasattr(value, "__float__"):
             raise RowError("label is not a number", f"{objective} of response {number} is {_short(value)}")
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError:
+            raise RowError("label is too large", f"{objective} of response {number} is beyond float32") from None
         if math.isinf(value):
             raise RowError("label is not finite", f"{objective} of response {number} is {value}")
         if abs(value) > LARGEST_LABEL:
@@ -157,57 +161,26 @@ def _labels(objective: str, values: Any, count: int) -> tuple[float | None, ...]
     return tuple(result)
 
 
+def _check_equal(responses: Sequence[Text], objective: str, labels: Sequence[float | None]) -> None:
+    """Raise if two equal responses are judged differently: whatever is learnt from one is wrong for the other.
+
+    Equal responses with equal labels are a tie, which is true, and stay.
+    """
+    if all(a not in responses[:k] for k, a in enumerate(responses)):
+        return
+    for k, label in enumerate(labels):
+        for j in range(k):
+            known = label is not None and labels[j] is not None
+            if known and label != labels[j] and responses[k] == responses[j]:
+                raise RowError(
+                    "equal responses",
+                    f"responses {j} and {k} are the same, but {objective} is {labels[j]:g} and {label:g}",
+                )
+
+
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-@dataclass
-class ReadReport:
-    """What reading a source gave.
-
-    Attributes:
-        source: the file, directory, hub name or format, for messages.
-        rows: rows of the source that were read.
-        lists: lists that were made of them.
-        errors: for each reason the places ("line 3", "row 7") and details of what could not be used.
-    """
-
-    source: str
-    rows: int = 0
-    lists: int = 0
-    errors: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
-
-    def add(self, place: str, error: RowError) -> None:
-        """Count an error."""
-        self.errors.setdefault(error.reason, []).append((place, error.detail))
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """How many lists could not be used, by reason."""
-        return {reason: len(places) for reason, places in self.errors.items()}
-
-    def __str__(self) -> str:
-        bad = sum(self.counts.values())
-        lines = [f"{self.source}: {self.lists} lists from {self.rows} rows; {bad} could not be used"]
-        for reason, places in sorted(self.errors.items(), key=lambda item: -len(item[1])):
-            examples = "; ".join(f"{place}: {detail}" for place, detail in places[:SHOWN])
-            lines.append(f"  {len(places)} x {reason} ({examples}{'; ...' if len(places) > SHOWN else ''})")
-        return "\n".join(lines)
-
-    def settle(self, on_error: OnError) -> None:
-        """Raise, or log, what could not be used.
-
-        Raises:
-            DataError: if there were errors and `on_error` is "raise", or if no list is left.
-        """
-        check_choice(on_error, ON_ERROR, "on_error")
-        if self.errors and on_error == "raise":
-            raise DataError(f"{self}\nmend these rows, or pass on_error='skip' to leave them out")
-        if self.lists == 0:
-            raise DataError(f"{self}\nnothing is left to learn from")
-        if self.errors:
-            logger.warning("%s", self)
 
 
 class PreferenceData(Sequence[PreferenceList]):
@@ -355,7 +328,9 @@ def concatenate(datasets: Sequence[PreferenceData], *, name: str = "data") -> Pr
     """
     objectives = tuple(dict.fromkeys(objective for data in datasets for objective in data.objectives))
     kept = [
-        PreferenceList(item.prompt, item.responses, {o: item.labels[o] for o in data.objectives if o in item.labels})
+        PreferenceList(
+            item.prompt, item.responses, {o: item.labels[o] for o in data.objectives if o in item.labels}, item.place
+        )
         for data in datasets
         for item in data
     ]
@@ -383,6 +358,7 @@ def collect(
         if isinstance(draft, RowError):
             report.add(place, draft)
         else:
+            object.__setattr__(draft, "place", place)  # a fault that shows later is still named by where it stands
             lists.append(draft)
     report.lists = len(lists)
     report.settle(on_error)

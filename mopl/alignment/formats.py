@@ -12,12 +12,12 @@ through its own chat template.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mopl._lines import TextError, parse_json
 from mopl.alignment.data import PreferenceList, RowError
 
 Row = Mapping[str, Any]
@@ -59,8 +59,8 @@ def from_json(value: Any, what: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
-    except json.JSONDecodeError as error:
+        return parse_json(value)
+    except TextError as error:
         raise RowError("not JSON", f"{what} is text that is no JSON ({error})") from None
 
 
@@ -115,7 +115,7 @@ def _aspect_rating(completion: Row, aspect: str) -> float | None:
         return None
     try:
         return float(rating)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise RowError("label is not a number", f"the rating of {aspect} is {rating!r}") from None
 
 

@@ -34,7 +34,15 @@ from torch import Tensor, nn
 
 from mopl._arguments import check_choice
 from mopl._restoring import evaluating, seeded
-from mopl.alignment._generation_arguments import Condition, Numbers, Prompt, as_list, condition_of, generate_options
+from mopl.alignment._generation_arguments import (
+    Condition,
+    Numbers,
+    Prompt,
+    as_list,
+    condition_of,
+    generate_options,
+    prompt_tokens,
+)
 from mopl.alignment.head import IGNORE_INDEX, fuse, is_fused, score_sequences, unfuse
 from mopl.alignment.models import positions_of
 from mopl.alignment.reference_mixture import Reference, ReferenceMixture, causal_lm_of
@@ -151,11 +159,12 @@ def generate(
     condition = condition_of(model, weights, objective_temperature, scale, text_prompt, count)
     needs_reference = bool((condition.c != 1).any())
     base = Reference(model, reference) if needs_reference else None
+    tokens = [prompt_tokens(encoder, prompt, number) for number, prompt in enumerate(conversations)]
     answers: list[Generation] = []
     with evaluating(model, reference), seeded(seed), torch.no_grad():
         for first in range(0, count, batch_size):
             chosen = range(first, min(first + batch_size, count))
-            rows = _Rows(encoder, conversations, condition, chosen, text_prompt)
+            rows = _Rows(encoder, conversations, tokens, condition, chosen, text_prompt)
             _check_room(model, rows, max_new_tokens)
             answers += _answer(model, base, encoder.tokenizer, rows, options, candidates, rerank)
     return answers
@@ -171,15 +180,13 @@ class _Rows:
         self,
         encoder: ListTokenizer,
         conversations: Sequence[Prompt],
+        tokens: Sequence[list[int]],
         condition: Condition,
         chosen: range,
         text_prompt: TextPrompt | None,
     ) -> None:
         self.prompts = [conversations[i] for i in chosen]
-        self.plain = [encoder.prompt_tokens(prompt).tolist() for prompt in self.prompts]  # type: ignore[arg-type]
-        empty = [i for i, tokens in zip(chosen, self.plain, strict=True) if not tokens]
-        if empty:
-            raise ValueError(f"prompt {empty[0]} has no tokens, and the tokenizer adds none at the beginning")
+        self.plain = [tokens[i] for i in chosen]
         select = slice(chosen.start, chosen.stop)
         self.weights = None if condition.weights is None else condition.weights[select]
         self.temperature = None if condition.temperature is None else condition.temperature[select]

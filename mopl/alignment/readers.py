@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import gzip
 import inspect
 import itertools
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mopl._lines import TextError, byte_lines, decode, json_array, parse_json, read_lines, read_text
 from mopl.alignment import formats
 from mopl.alignment.data import DataError, OnError, PreferenceData, PreferenceList, ReadReport, RowError, collect
 from mopl.alignment.formats import Format, Row
@@ -214,48 +213,65 @@ def _numbered(rows: Iterable[Row]) -> Iterator[Placed]:
 def _rows_of_file(path: Path, cache_dir: Any) -> Iterator[Placed]:
     kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     if kind in (".json", ".jsonl", ".ndjson"):
-        return _rows_of_json(path)
+        return rows_of_json(path)
     if kind in (".parquet", ".csv") and path.suffix == kind:
+        if kind == ".csv":
+            _check_text(path)
         rows = _load_dataset(kind[1:], data_files=[str(path)], split="train", cache_dir=cache_dir)
         return _numbered(rows)
     raise ValueError(f"{path.name} ends in {path.suffix!r} but must be one of {', '.join(_ENDINGS)}")
 
 
-def _rows_of_json(path: Path) -> Iterator[Placed]:
-    """Return the rows of a JSON file; what is no text is said of the file."""
+def _check_text(path: Path) -> None:
+    """Raise if a table is no text, naming the line, which the library that reads it does not."""
     try:
-        yield from _decoded_rows(path)
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
-        kind = "gzip" if path.suffix == ".gz" and not isinstance(error, UnicodeDecodeError) else "UTF-8 text"
-        raise DataError(f"{path.name} is no {kind} ({error}); write it again as UTF-8 JSON lines") from None
+        for _ in read_lines(path):
+            pass
+    except TextError as error:
+        raise DataError(str(error)) from None
 
 
-def _decoded_rows(path: Path) -> Iterator[Placed]:
-    """Read an array of records, or one record a line.
+def rows_of_json(path: Path) -> Iterator[Placed]:
+    """Yield the rows of a JSON file: of an array of records, or one record a line.
 
     Not through `datasets`: Arrow wants one schema for all rows, which trees and labels of different objectives do not
     have, and it forgets line numbers.
+
+    Raises:
+        DataError: if the file as a whole cannot be read.
     """
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-    with opened as file:
-        start = file.read(1)
-        while start.isspace():
-            start = file.read(1)
-        file.seek(0)
-        if start == "[":
-            try:
-                records = json.load(file)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path.name} is no JSON: {error}") from None
-            yield from _numbered(records)
-            return
-        for number, line in enumerate(file, 1):
+    try:
+        first = True
+        for number, line in byte_lines(path):
             if not line.strip():
                 continue
-            try:
-                yield f"line {number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                yield f"line {number}", RowError("not JSON", str(error))
+            if first and line.lstrip().startswith(b"["):
+                yield from _rows_of_array(path)
+                return
+            first = False
+            yield f"line {number}", _row_of_line(line)
+    except TextError as error:
+        raise DataError(str(error)) from None
+
+
+def _row_of_line(line: bytes) -> Any:
+    try:
+        text = decode(line)
+    except TextError as error:
+        return RowError("no UTF-8 text", str(error))
+    try:
+        return parse_json(text)
+    except TextError as error:
+        return RowError("not JSON", str(error))
+
+
+def _rows_of_array(path: Path) -> Iterator[Placed]:
+    text = read_text(path)
+    try:
+        for number, row in enumerate(json_array(text), 1):
+            yield f"row {number}", RowError("not JSON", str(row)) if isinstance(row, TextError) else row
+    except TextError as error:
+        raise DataError(f"{path.name} is no JSON: {error}") from None
 
 
 def _load_dataset(path: str, **options: Any) -> Any:
@@ -279,6 +295,7 @@ def _parse(
 ) -> Iterator[tuple[str, PreferenceList | RowError]]:
     entry = None if name == "auto" else FORMATS[name]
     waiting: list[Row] = []
+    strange: DataError | None = None
     place, key = "", None
 
     def flush() -> Iterator[tuple[str, PreferenceList | RowError]]:
@@ -291,7 +308,11 @@ def _parse(
         if not isinstance(row, (Mapping, RowError)):
             row = RowError("wrong type", f"it is a {type(row).__name__} but must be a record")
         if entry is None and isinstance(row, Mapping):
-            entry = FORMATS[detect_format(row)]
+            try:
+                entry = FORMATS[detect_format(row)]
+            except DataError as error:
+                strange = strange or error
+                row = RowError("unknown columns", f"no known format has {', '.join(map(str, row)) or 'none'}")
         if isinstance(row, Mapping) and entry is not None:
             absent = [column for column in entry.columns if column not in row]
             if absent:
@@ -303,24 +324,44 @@ def _parse(
             yield where, row
             continue
         assert entry is not None
-        new_key = entry.group(row) if entry.group is not None else None
-        if entry.group is None or not waiting or new_key != key:
+        try:
+            new_key = entry.group(row) if entry.group is not None else None
+            begins = entry.group is None or not waiting or new_key != key
+        except _OTHER_SHAPE as error:
+            yield from flush()
+            yield where, _other_shape(entry, error)
+            continue
+        if begins:
             yield from flush()
             place, key = where, new_key
         waiting.append(row)
     yield from flush()
+    if entry is None and strange is not None:
+        raise strange
+
+
+@functools.cache
+def _options_of(entry: Format) -> tuple[str, ...]:
+    return tuple(name for name in inspect.signature(entry.parse).parameters if name != "rows")
 
 
 def _drafts(entry: Format, rows: Sequence[Row], options: Mapping[str, Any]) -> Iterator[PreferenceList | RowError]:
-    known = [name for name in inspect.signature(entry.parse).parameters if name != "rows"]
-    unknown = sorted(set(options) - set(known))
-    if unknown:
+    known = _options_of(entry)
+    if unknown := sorted(set(options) - set(known)):
         has = f"it has {', '.join(known)}" if known else "it has none"
         raise ValueError(f"format {entry.name} has no option {', '.join(unknown)}; {has}")
     try:
         yield from entry.parse(rows, **options)
     except RowError as error:
         yield error
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
-        # Records of another shape inside a row: what matters to the user is which row it is.
-        yield RowError("wrong structure", f"not a row of {entry.name} ({type(error).__name__}: {error})")
+    except _OTHER_SHAPE as error:
+        yield _other_shape(entry, error)
+
+
+# What a record of another shape, or one that is nested without end, makes a format's reader do.
+_OTHER_SHAPE = (AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError, RecursionError)
+
+
+def _other_shape(entry: Format, error: Exception) -> RowError:
+    """Return the error of a row inside which something has another shape: what matters is which row it is."""
+    return RowError("wrong structure", f"not a row of {entry.name} ({type(error).__name__}: {error})")

@@ -292,7 +292,8 @@ def _sample_prompts(stages: Stages) -> list[Text]:
     words = models.text_prompt(stages.objectives, temperature=True)
     ones = [1 / len(stages.objectives)] * len(stages.objectives)
     prompts: dict[str, Text] = {}
-    for item in stages.splits["test"].data:
+    test = stages.splits["test"]
+    for item in (test.data[row.index] for row in test.tokens):  # lists that could not be tokenised are not there
         if len(prompts) == config.samples:
             break
         tokens = stages.tokenizer.prompt_tokens(item.prompt).tolist()

@@ -28,6 +28,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mopl._arguments import check_choice
+from mopl._lines import lone_surrogate
 from mopl.alignment.data import Message, OnError, PreferenceData, PreferenceList, ReadReport, RowError, Text
 
 TEMPLATES = ("auto", "chat", "plain")
@@ -199,8 +200,8 @@ class ListTokenizer:
             index: which list of the data it is.
 
         Raises:
-            RowError: if the prompt or a response has no token, or messages cannot be written in plain text.
-            ValueError: if the chat template does not write a conversation as the continuation of its prompt.
+            RowError: if the prompt or a response has no token, messages cannot be written in plain text, the chat
+                template refuses them, or it does not write a conversation as the continuation of its prompt.
         """
         prompt, responses = self._chat(item) if self.chat else self._plain(item)
         if len(prompt) == 0:
@@ -235,11 +236,12 @@ class ListTokenizer:
         for response in item.responses:
             whole = self._write([*messages, *_as_messages(response, "assistant")], add_generation_prompt=False)
             if not whole.startswith(opening):
-                raise ValueError(
+                raise RowError(
+                    "no continuation of its prompt",
                     "the chat template does not write an answered conversation as the continuation of its prompt, so "
                     f"where the response begins is undefined. The prompt ends in {opening[-60:]!r}, the conversation "
                     f"has there {whole[max(len(opening) - 60, 0) : len(opening)]!r}. Pass a chat_template that does, "
-                    "or template_options that switch off what differs (such as enable_thinking)"
+                    "or template_options that switch off what differs (such as enable_thinking)",
                 )
             responses.append(self._without_tail(self._encode(whole[len(opening) :])))
         return self.prompt_tokens(item.prompt), responses
@@ -251,7 +253,8 @@ class ListTokenizer:
             prompt: a text or chat messages.
 
         Raises:
-            RowError: if messages cannot be written in plain text.
+            RowError: if it is no Unicode text, messages cannot be written in plain text, or the chat template refuses
+                them.
         """
         tokens = self._encode(self._opening(prompt), first=True)
         return tokens if self.chat else np.concatenate([self._front, tokens])
@@ -263,13 +266,27 @@ class ListTokenizer:
         return prompt + self.separator if isinstance(prompt, str) else _transcript(prompt, True)
 
     def _write(self, messages: list[Message], *, add_generation_prompt: bool) -> str:
-        return self.tokenizer.apply_chat_template(
-            messages,
-            chat_template=self.chat_template,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            **self.template_options,
-        )
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages,
+                chat_template=self.chat_template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **self.template_options,
+            )
+        except ImportError:
+            raise
+        except Exception as error:
+            from jinja2 import TemplateError, TemplateSyntaxError
+
+            # Templates refuse conversations that their model was not trained on, and stumble over fields that a
+            # message lacks. A template that is wrong by itself is no fault of a row.
+            if isinstance(error, TemplateSyntaxError) or not isinstance(error, (TemplateError, TypeError, LookupError)):
+                raise
+            roles = ", ".join(str(message.get("role")) for message in messages)
+            raise RowError(
+                "refused by the chat template", f"{str(error) or type(error).__name__} (roles: {roles})"
+            ) from error
 
     def _without_tail(self, tokens: np.ndarray) -> np.ndarray:
         """Leave out white space after the last end-of-sequence token."""
@@ -293,6 +310,8 @@ class ListTokenizer:
     # ------------------------------------------------------------ encoding
 
     def _ids(self, text: str) -> list[int]:
+        if fault := lone_surrogate(text):
+            raise RowError("no Unicode text", f"the text {fault}")
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _find_front(self) -> np.ndarray:
@@ -330,10 +349,11 @@ def _transcript(messages: Sequence[Message], opened: bool) -> str:
     """Write messages in Anthropic's notation, with the opening of the assistant's turn if it is to be `opened`."""
     turns = []
     for message in messages:
-        heading = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "system": ""}.get(message["role"])
+        heading = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "system": ""}.get(str(message.get("role")))
         if heading is None or not isinstance(message.get("content"), str):
             raise RowError(
-                "needs a chat template", f"a message of {message['role']} with tools cannot be written in plain text"
+                "needs a chat template",
+                f"a message of {message.get('role')} with tools cannot be written in plain text",
             )
         turns.append(heading + message["content"])
     return "".join(turns) + ("\n\nAssistant:" if opened else "")
@@ -345,7 +365,8 @@ def tokenize(data: PreferenceData, tokenizer: ListTokenizer, *, on_error: OnErro
     Args:
         data: the lists.
         tokenizer: how.
-        on_error: "raise" refuses data with lists that have no tokens, "skip" leaves them out and logs their counts.
+        on_error: "raise" refuses data with lists that cannot be tokenised, named by where they were read; "skip" leaves
+            them out and logs their counts.
 
     Returns:
         The tokens; `TokenizedList.index` is the place in `data`.
@@ -359,7 +380,7 @@ def tokenize(data: PreferenceData, tokenizer: ListTokenizer, *, on_error: OnErro
         try:
             lists.append(tokenizer(item, data.label_array(index), index))
         except RowError as error:
-            report.add(f"list {index}", error)
+            report.add(item.place or f"list {index}", error)
     report.lists = len(lists)
     report.settle(on_error)
     return TokenizedData(tuple(lists), data.objectives, data.name, report)

@@ -32,6 +32,7 @@ class ClpConfig:
         data: Prompts: a text file with one a line, JSON lines with `"prompt"`, or any preference data, whose prompts
             are taken.
         limit: Take no more than this many prompts; None for all.
+        on_error: `"raise"` refuses prompts with unusable rows, `"skip"` leaves these out and says how many.
         held_out: Share of the prompts that is evaluated on and not trained on.
         data_seed: Seed of that split; `seed` leaves it alone.
         template: `"chat"`, `"plain"`, or `"auto"`: chat if the tokenizer has a chat template.
@@ -114,6 +115,7 @@ class ClpConfig:
     model: str
     data: str
     limit: int | None = None
+    on_error: Literal["raise", "skip"] = "raise"
     held_out: float = 0.1
     data_seed: int = 0
     template: Literal["auto", "chat", "plain"] = "auto"
@@ -191,7 +193,7 @@ class ClpConfig:
             "method": (*METHODS, ALL), "template": ("auto", "chat", "plain"), "normalize": NORMALIZE,
             "kl_form": ("complement", "penalty"), "kl_in": ("reward", "loss"), "kl_estimator": KL_ESTIMATORS,
             "kl_level": ("token", "sequence"), "baseline": BASELINES, "dtype": DTYPES, "device": ("auto", "cpu"),
-            "ratio_level": ("token", "sequence", "sequence_mean"),
+            "ratio_level": ("token", "sequence", "sequence_mean"), "on_error": ("raise", "skip"),
         }  # fmt: skip
         for name, allowed in choices.items():
             check_choice(getattr(self, name), allowed, name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mopl.alignment.data import DataError, Text
-from mopl.alignment.readers import detect_format, load_preferences
+from mopl._lines import TextError, byte_lines, decode, text_fault
+from mopl.alignment.data import DataError, OnError, ReadReport, RowError, Text
+from mopl.alignment.readers import detect_format, load_preferences, rows_of_json
 from mopl.alignment.tokenization import ListTokenizer
 from mopl.clp.config import ClpConfig
 from mopl.conditioning import sample_temperatures, sample_weights
 from mopl.rewards import prompt_key
 from mopl.training import part_of_batch, shuffled_indices
+
+WANTED = (
+    'each line must be an object with a prompt, such as {"prompt": "How do I make tea?"} or {"prompt": [{"role": '
+    '"user", "content": "Hello"}]}, or all must be preference data of a known format'
+)
 
 
 @dataclass(frozen=True)
@@ -49,59 +55,90 @@ class Prompts:
         return Prompts(self.texts[:count], self.tokens[:count])
 
 
-def read_prompts(source: str, *, limit: int | None = None) -> list[Text]:
+def read_prompts(source: str, *, limit: int | None = None, on_error: OnError = "raise") -> list[Text]:
     """Return the different prompts of a source, in its order.
 
     Args:
         source: A `.txt` file with a prompt a line; a `.jsonl` file of objects with `"prompt"` (a text or messages) and
             whatever else; or anything that `mopl.alignment.load_preferences` reads.
         limit: Return no more than this many.
+        on_error: `"raise"` refuses a file with lines that hold no prompt, all of them named; `"skip"` leaves them out
+            and logs their counts.
 
     Raises:
         FileNotFoundError: If a path does not exist.
-        ValueError: If there are no prompts.
+        ValueError: If there are no prompts, or lines without one (see `on_error`).
     """
+    return [text for _, text in placed_prompts(source, limit=limit, on_error=on_error)]
+
+
+def placed_prompts(source: str, *, limit: int | None = None, on_error: OnError = "raise") -> list[tuple[str, Text]]:
+    """Return prompts as `read_prompts` does, each behind the place where it was read."""
     path = Path(source)
-    found: list[Text] = []
+    found: list[tuple[str, Text]] | None = None
     if path.suffix == ".txt" and path.is_file():
-        found = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    elif path.suffix == ".jsonl" and path.is_file() and (rows := _prompt_rows(path)) is not None:
-        found = rows
-    else:
-        found = [item.prompt for item in load_preferences(source)]
-    different = {prompt_key(prompt): prompt for prompt in found}
+        found = _settled(path, _text_rows(path), on_error)
+    elif path.suffix == ".jsonl" and path.is_file():
+        found = _settled(path, _prompt_rows(path), on_error)
+    if found is None:
+        found = [(item.place, item.prompt) for item in load_preferences(source, on_error=on_error)]
+    different: dict[str, tuple[str, Text]] = {}
+    for place, prompt in found:
+        # The place is that of the first of equal prompts, as their order is.
+        different.setdefault(prompt_key(prompt), (place, prompt))
     prompts = list(different.values())[:limit]
     if len(prompts) < 2:
         raise ValueError(f"{source} has {len(prompts)} prompts but training and evaluation need one each")
     return prompts
 
 
-def _prompt_rows(path: Path) -> list[Text] | None:
-    """Return the prompts of JSON lines, or None where a row is preference data of a known format without a prompt.
+Placed = tuple[str, Text | RowError]
 
-    Raises:
-        ValueError: If a row is neither; the message names it.
-    """
-    found: list[Text] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"line {number} of {path} is not JSON: {error}") from None
-        wrong = _what_is_wrong(row)
-        if wrong is not None:
-            if isinstance(row, dict) and _is_known_format(row):
-                return None
-            raise ValueError(
-                f"line {number} of {path} {wrong}; each line must be an object with a prompt, such as "
-                '{"prompt": "How do I make tea?"} or {"prompt": [{"role": "user", "content": "Hello"}]}, or all must '
-                "be preference data of a known format"
-            )
-        prompt = row["prompt"]
-        found.append(prompt if isinstance(prompt, str) else tuple(prompt))
+
+def _settled(path: Path, rows: Iterable[Placed | None], on_error: OnError) -> list[tuple[str, Text]] | None:
+    """Count what holds no prompt and raise or go on as asked; None where the file is preference data instead."""
+    report = ReadReport(str(path), what="prompts")
+    found: list[tuple[str, Text]] = []
+    for row in rows:
+        if row is None:
+            return None
+        report.rows += 1
+        place, prompt = row
+        if isinstance(prompt, RowError):
+            report.add(place, prompt)
+        else:
+            found.append((place, prompt))
+    report.lists = len(found)
+    if report.errors:
+        report.settle(on_error)
     return found
+
+
+def _text_rows(path: Path) -> Iterator[Placed]:
+    for number, line in byte_lines(path):
+        try:
+            text = decode(line)
+        except TextError as error:
+            yield f"line {number}", RowError("no UTF-8 text", str(error))
+            continue
+        if text.strip():
+            yield f"line {number}", text
+
+
+def _prompt_rows(path: Path) -> Iterator[Placed | None]:
+    """Yield the prompts of JSON lines, and None where a row is preference data of a known format without a prompt."""
+    for place, row in rows_of_json(path):
+        if isinstance(row, RowError):
+            yield place, row
+            continue
+        wrong = _what_is_wrong(row)
+        if wrong is None:
+            prompt = row["prompt"]
+            yield place, prompt if isinstance(prompt, str) else tuple(prompt)
+        elif isinstance(row, dict) and "prompt" not in row and _is_known_format(row):
+            yield None
+        else:
+            yield place, RowError("no prompt", f"it {wrong}; {WANTED}")
 
 
 def _is_known_format(row: dict[str, Any]) -> bool:
@@ -119,6 +156,8 @@ def _what_is_wrong(row: Any) -> str | None:
     if "prompt" not in row:
         return f"has no prompt (it has {', '.join(sorted(row)) or 'nothing'})"
     prompt = row["prompt"]
+    if fault := text_fault(prompt):
+        return f"has a prompt that {fault}"
     if isinstance(prompt, str):
         return None if prompt.strip() else "has an empty prompt"
     if not isinstance(prompt, list):
@@ -131,29 +170,48 @@ def _what_is_wrong(row: Any) -> str | None:
     return None
 
 
-def split_prompts(texts: Sequence[Text], tokenizer: ListTokenizer, config: ClpConfig) -> tuple[dict[str, Prompts], int]:
+def split_prompts(
+    texts: Sequence[Text], tokenizer: ListTokenizer, config: ClpConfig, places: Sequence[str] = ()
+) -> tuple[dict[str, Prompts], int]:
     """Return the prompts of training and of evaluation as `"train"` and `"test"`, and how many were too long.
 
+    Args:
+        texts: The prompts.
+        tokenizer: How they become tokens.
+        config: Settings; its `on_error` says what becomes of prompts that have no tokens or that the chat template
+            refuses.
+        places: Where each was read, for messages.
+
     Raises:
-        ValueError: If prompts have no tokens, or fewer than two are short enough.
+        ValueError: If prompts cannot be answered (see `on_error`), or fewer than two are short enough.
     """
     kept: list[tuple[Text, tuple[int, ...]]] = []
-    for text in texts:
-        tokens = tuple(int(t) for t in tokenizer.prompt_tokens(text))
-        if not tokens:
-            raise ValueError(f"the prompt {prompt_key(text)!r} has no tokens, and the tokenizer adds none in front")
+    report = ReadReport(f"{config.data} (tokens)", rows=len(texts), what="prompts")
+    for number, text in enumerate(texts):
+        try:
+            tokens = tuple(int(t) for t in tokenizer.prompt_tokens(text))
+            if not tokens:
+                raise RowError(
+                    "empty prompt", f"{prompt_key(text)!r} has no tokens, and the tokenizer adds none in front"
+                )
+        except RowError as error:
+            report.add(places[number] if places else f"prompt {number}", error)
+            continue
+        report.lists += 1
         if len(tokens) <= config.max_prompt:
             kept.append((text, tokens))
+    if report.errors:
+        report.settle(config.on_error)
     if len(kept) < 2:
         raise ValueError(
-            f"{len(kept)} of {len(texts)} prompts have at most {config.max_prompt} tokens; raise max_prompt"
+            f"{len(kept)} of {report.lists} prompts have at most {config.max_prompt} tokens; raise max_prompt"
         )
     order = np.random.default_rng(config.data_seed).permutation(len(kept))
     held = min(max(1, round(config.held_out * len(kept))), len(kept) - 1)
     parts = {"train": sorted(order[held:].tolist()), "test": order[:held].tolist()}
     return {
         name: Prompts(tuple(kept[i][0] for i in rows), tuple(kept[i][1] for i in rows)) for name, rows in parts.items()
-    }, len(texts) - len(kept)
+    }, report.lists - len(kept)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from mopl.alignment.recipe import RunInterrupted, _agree
 from mopl.clp.config import ClpConfig
 from mopl.clp.evaluate import Evaluation, Evaluator, make_front
 from mopl.clp.policies import new_policy, release
-from mopl.clp.prompts import Prompts, describe, read_prompts, split_prompts
+from mopl.clp.prompts import Prompts, describe, placed_prompts, split_prompts
 from mopl.clp.reward_scale import RewardScale, moments
 from mopl.clp.rollout import Sampler
 from mopl.clp.runs import (
@@ -119,8 +119,9 @@ def train_policies(
     if len(config.reference_point) not in (0, 1, m):
         raise ValueError(f"reference_point has {len(config.reference_point)} numbers for {m} rewards; pass {m}")
     tokenizer = models.load_tokenizer(config.model)
-    texts = read_prompts(config.data, limit=config.limit)
-    prompts, long = split_prompts(texts, list_tokenizer(config, tokenizer), config)
+    placed = placed_prompts(config.data, limit=config.limit, on_error=config.on_error)
+    texts, places = [text for _, text in placed], [place for place, _ in placed]
+    prompts, long = split_prompts(texts, list_tokenizer(config, tokenizer), config, places)
     tell(f"{len(prompts['train'])} prompts to train on, {len(prompts['test'])} to evaluate on"
          + (f"; {long} of more than {config.max_prompt} tokens left out" if long else ""))  # fmt: skip
     identity = {

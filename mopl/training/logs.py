@@ -69,5 +69,5 @@ class RunLog:
 
 def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Return the records of a `log.jsonl`; a last line without its end is left out."""
-    text = Path(path).read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n") and line.strip()]
+    whole = Path(path).read_bytes().decode("utf-8").split("\n")[:-1]
+    return [json.loads(line) for line in whole if line.strip()]

@@ -1,0 +1,82 @@
+"""Rows of data that cannot be used: what one is called, how they are counted, and whether they end the reading."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mopl._arguments import check_choice
+
+logger = logging.getLogger("mopl.alignment.data")
+
+OnError = Literal["raise", "skip"]
+ON_ERROR = ("raise", "skip")
+SHOWN = 3  # examples of each kind of error in a message: enough to find the cause, few enough to read
+
+
+class DataError(ValueError):
+    """Rows of a data set cannot be used; the message counts them by reason and names where they stand."""
+
+
+class RowError(ValueError):
+    """One row cannot be used.
+
+    Args:
+        reason: what errors of this kind are counted under; the same words for every row.
+        detail: what exactly is wrong in this row.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+
+@dataclass
+class ReadReport:
+    """What reading a source gave.
+
+    Attributes:
+        source: the file, directory, hub name or format, for messages.
+        rows: rows of the source that were read.
+        lists: lists that were made of them.
+        what: what is made of rows, for messages.
+        errors: for each reason the places ("line 3", "row 7") and details of what could not be used.
+    """
+
+    source: str
+    rows: int = 0
+    lists: int = 0
+    what: str = "lists"
+    errors: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+
+    def add(self, place: str, error: RowError) -> None:
+        """Count an error."""
+        self.errors.setdefault(error.reason, []).append((place, error.detail))
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many lists could not be used, by reason."""
+        return {reason: len(places) for reason, places in self.errors.items()}
+
+    def __str__(self) -> str:
+        bad = sum(self.counts.values())
+        lines = [f"{self.source}: {self.lists} {self.what} from {self.rows} rows; {bad} could not be used"]
+        for reason, places in sorted(self.errors.items(), key=lambda item: -len(item[1])):
+            examples = "; ".join(f"{place}: {detail}" for place, detail in places[:SHOWN])
+            lines.append(f"  {len(places)} x {reason} ({examples}{'; ...' if len(places) > SHOWN else ''})")
+        return "\n".join(lines)
+
+    def settle(self, on_error: OnError) -> None:
+        """Raise, or log, what could not be used.
+
+        Raises:
+            DataError: if there were errors and `on_error` is "raise", or if no list is left.
+        """
+        check_choice(on_error, ON_ERROR, "on_error")
+        if self.errors and on_error == "raise":
+            raise DataError(f"{self}\nmend these rows, or pass on_error='skip' to leave them out")
+        if self.lists == 0:
+            raise DataError(f"{self}\nnothing is left to learn from")
+        if self.errors:
+            logger.warning("%s", self)
