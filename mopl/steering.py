@@ -325,6 +325,13 @@ def _check_like(tensor: object, like: object, name: str) -> None:
 def _per_list(value: float | Tensor, like: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """Return a number or a tensor with one value a list so that it broadcasts against `like` (..., K)."""
     tensor = torch.as_tensor(value, dtype=dtype, device=like.device)
+    wider = not isinstance(value, Tensor) or value.dtype == torch.float64 != dtype
+    if wider and not bool(tensor.isfinite().all()):
+        given = torch.as_tensor(value, dtype=torch.float64).tolist()
+        raise ValueError(
+            f"{name} is {given}, beyond {str(dtype).removeprefix('torch.')}, in which these scores are mixed; take a "
+            "finite one that it can hold, or float64 scores"
+        )
     if tensor.ndim < like.ndim and tensor.ndim > 0:
         tensor = tensor[..., None]
     try:
@@ -340,6 +347,7 @@ def _per_list(value: float | Tensor, like: Tensor, dtype: torch.dtype, name: str
 
 def _check_positive(value: float | Tensor, name: str, meaning: str) -> None:
     """Raise unless a number or every entry of a tensor is positive and finite."""
-    values = torch.as_tensor(value).detach()
+    # A number keeps its digits: the default dtype would make 0 of 1e-60.
+    values = torch.as_tensor(value, dtype=torch.float64 if isinstance(value, float) else None).detach()
     if not bool((values.isfinite() & (values > 0)).all()):
         raise ValueError(f"{name} is {values.tolist()} but must be positive and finite: {meaning}")

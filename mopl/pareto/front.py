@@ -126,9 +126,10 @@ class Front:
             ValueError: If shapes disagree or a figure is NaN or infinite.
         """
         auxiliary = as_points(auxiliary_values, "auxiliary_values").tolist()
-        volume = hypervolume(auxiliary, reference_point, maximise=maximise)
         figures: dict[str, Any] = {}
-        if weights is not None:
+        if weights is None:
+            volume = hypervolume(auxiliary, reference_point, maximise=maximise)
+        else:
             figures = steerability(
                 weights,
                 auxiliary,
@@ -136,6 +137,7 @@ class Front:
                 reference_point=reference_point,
                 reference_front=reference_front,
             )
+            volume = figures.pop("hypervolume")
         asked = [[] for _ in auxiliary] if weights is None else as_points(weights, "weights").tolist()
         mains = _numbers(main_values)
         bounds = [{} for _ in auxiliary] if intervals is None else [dict(each) for each in intervals]
@@ -158,7 +160,7 @@ class Front:
             maximise=maximise if isinstance(maximise, bool) else [bool(flag) for flag in maximise],
             interval={name: _numbers(ends) for name, ends in (interval or {}).items()},
             regret=figures.pop("steering_regret", None),
-            steerability={name: value for name, value in figures.items() if name != "hypervolume"},
+            steerability=figures,
         )
         front.check()
         return front

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mopl.pareto._exact import exponent, homogeneous, lengths, row_blocks, scaled_back
+
 Points: TypeAlias = Tensor | np.ndarray | Sequence[Sequence[float]]
 Maximise: TypeAlias = bool | Sequence[bool]
 
@@ -80,19 +82,33 @@ def hypervolume(points: Points, reference: Sequence[float] | Tensor | np.ndarray
 
     Raises:
         ImportError: If moocore is not installed.
-        ValueError: If a shape is wrong, or a point or the reference is NaN or infinite; the message says which.
+        ValueError: If a shape is wrong, a point or the reference is NaN or infinite, the message says which; or the
+            volume is beyond float64.
     """
     array = as_points(points)
     m = array.shape[1]
     corner = _vector(reference, m, "reference")
     directions(maximise, m)
-    return float(_moocore().hypervolume(array, corner, maximise=maximise)) if len(array) else 0.0
+    exact = _moocore().hypervolume
+    value = float(exact(array, corner, maximise=maximise)) if len(array) else 0.0
+    if 0.0 < value < np.inf:
+        return value
+    signs = directions(maximise, m)
+    if not (array * signs > corner * signs).all(axis=1).any():
+        return 0.0
+    # A product on the way left the range of float64: once more with every objective between -1 and 1.
+    by = [exponent(array[:, j], corner[j]) for j in range(m)]
+    value = float(exact(np.ldexp(array, np.negative(by)), np.ldexp(corner, np.negative(by)), maximise=maximise))
+    value = scaled_back(value, sum(by), "hypervolume")
+    if not value > 0.0:
+        raise ValueError("the hypervolume of these points is below the smallest float64; multiply them by a constant")
+    return value
 
 
 def non_dominated(points: Points, *, maximise: Maximise) -> Tensor:
     """Say which points no other point dominates: better in one objective and nowhere worse.
 
-    Equal points do not dominate each other, so duplicates share their fate. Compares all pairs: O(n² m) memory.
+    Equal points do not dominate each other, so duplicates share their fate. Compares all pairs, block by block.
 
     Args:
         points: (n, m).
@@ -106,8 +122,11 @@ def non_dominated(points: Points, *, maximise: Maximise) -> Tensor:
     """
     array = as_points(points)
     better = torch.from_numpy(array * directions(maximise, array.shape[1]))
-    at_least, above = better[:, None] >= better[None], better[:, None] > better[None]
-    return ~(at_least.all(-1) & above.any(-1)).any(0)
+    dominated = torch.zeros(len(better), dtype=torch.bool)
+    for rows in row_blocks(better.numel()):
+        at_least, above = better[rows, None] >= better[None], better[rows, None] > better[None]
+        dominated |= (at_least.all(-1) & above.any(-1)).any(0)
+    return ~dominated
 
 
 def epsilon_additive(points: Points, front: Points, *, maximise: Maximise) -> float:
@@ -123,9 +142,10 @@ def epsilon_additive(points: Points, front: Points, *, maximise: Maximise) -> fl
 
     Raises:
         ImportError: If moocore is not installed.
-        ValueError: If a set is empty, a shape is wrong, or a point is NaN or infinite.
+        ValueError: If a set is empty, a shape is wrong, a point is NaN or infinite, or the distance is beyond float64.
     """
-    return float(_moocore().epsilon_additive(*_two_sets(points, front, maximise), maximise=maximise))
+    a, f = _two_sets(points, front, maximise)
+    return homogeneous(lambda a, f: float(_moocore().epsilon_additive(a, f, maximise=maximise)), "shift", a, f)
 
 
 def igd_plus(points: Points, front: Points, *, maximise: Maximise) -> float:
@@ -143,9 +163,10 @@ def igd_plus(points: Points, front: Points, *, maximise: Maximise) -> float:
 
     Raises:
         ImportError: If moocore is not installed.
-        ValueError: If a set is empty, a shape is wrong, or a point is NaN or infinite.
+        ValueError: If a set is empty, a shape is wrong, a point is NaN or infinite, or the distance is beyond float64.
     """
-    return float(_moocore().igd_plus(*_two_sets(points, front, maximise), maximise=maximise))
+    a, f = _two_sets(points, front, maximise)
+    return homogeneous(lambda a, f: float(_moocore().igd_plus(a, f, maximise=maximise)), "IGD+", a, f)
 
 
 def gd_plus(points: Points, front: Points, *, maximise: Maximise) -> float:
@@ -163,12 +184,12 @@ def gd_plus(points: Points, front: Points, *, maximise: Maximise) -> float:
 
     Raises:
         ImportError: If moocore is not installed.
-        ValueError: If a set is empty, a shape is wrong, or a point is NaN or infinite.
+        ValueError: If a set is empty, a shape is wrong, a point is NaN or infinite, or the distance is beyond float64.
     """
     a, f = _two_sets(points, front, maximise)
     # With the roles and the direction exchanged IGD+ measures, from each point, how far the front is ahead of it.
     flipped = (directions(maximise, a.shape[1]) < 0).tolist()
-    return float(_moocore().igd_plus(f, a, maximise=flipped))
+    return homogeneous(lambda a, f: float(_moocore().igd_plus(f, a, maximise=flipped)), "GD+", a, f)
 
 
 def front_distance(points: Points, front: Points, *, maximise: Maximise) -> dict[str, float]:
@@ -184,7 +205,7 @@ def front_distance(points: Points, front: Points, *, maximise: Maximise) -> dict
 
     Raises:
         ImportError: If moocore is not installed.
-        ValueError: If a set is empty, a shape is wrong, or a point is NaN or infinite.
+        ValueError: If a set is empty, a shape is wrong, a point is NaN or infinite, or the distance is beyond float64.
     """
     measures = {"epsilon_additive": epsilon_additive, "igd_plus": igd_plus, "gd_plus": gd_plus}
     return {name: measure(points, front, maximise=maximise) for name, measure in measures.items()}
@@ -200,13 +221,20 @@ def spacing(points: Points) -> float:
         The deviation, 0 for equally spaced points and for fewer than 3.
 
     Raises:
-        ValueError: If the shape is wrong, or a point is NaN or infinite.
+        ValueError: If the shape is wrong, a point is NaN or infinite, or the deviation is beyond float64.
     """
-    array = torch.from_numpy(as_points(points))
-    if len(array) < 3:
-        return 0.0
-    distance = torch.cdist(array, array, p=1).fill_diagonal_(torch.inf)
-    return float(distance.min(1).values.std())
+    array = as_points(points)
+    return homogeneous(_spacing, "spacing", array) if len(array) > 2 else 0.0
+
+
+def _spacing(points: np.ndarray) -> float:
+    array = torch.from_numpy(points)
+    nearest = torch.empty(len(array), dtype=torch.float64)
+    for rows in row_blocks(len(array)):
+        distance = torch.cdist(array[rows], array, p=1)
+        distance[torch.arange(len(distance)), torch.arange(rows.start, rows.stop)] = torch.inf
+        nearest[rows] = distance.min(1).values
+    return homogeneous(lambda x: float(torch.from_numpy(x).std()), "spacing", nearest.numpy())
 
 
 def max_gap(points: Points) -> float:
@@ -221,13 +249,15 @@ def max_gap(points: Points) -> float:
         The length, 0 for fewer than 2 points.
 
     Raises:
-        ValueError: If the shape is wrong, or a point is NaN or infinite.
+        ValueError: If the shape is wrong, a point is NaN or infinite, or the length is beyond float64.
     """
     array = as_points(points)
-    if len(array) < 2:
-        return 0.0
+    return homogeneous(_max_gap, "widest gap", array) if len(array) > 1 else 0.0
+
+
+def _max_gap(array: np.ndarray) -> float:
     # Prim's algorithm: the tree grows by the point that is nearest to it.
-    nearest = np.linalg.norm(array - array[0], axis=1)
+    nearest = lengths(array - array[0])
     outside = np.ones(len(array), dtype=bool)
     outside[0] = False
     longest = 0.0
@@ -235,7 +265,7 @@ def max_gap(points: Points) -> float:
         new = int(np.where(outside, nearest, np.inf).argmin())
         longest = max(longest, float(nearest[new]))
         outside[new] = False
-        nearest = np.minimum(nearest, np.linalg.norm(array - array[new], axis=1))
+        nearest = np.minimum(nearest, lengths(array - array[new]))
     return longest
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mopl.conditioning.sampling import check_weights
+from mopl.pareto._exact import exponent, row_blocks, scaled_back
 from mopl.pareto.indicators import (
     Maximise,
     Points,
@@ -66,14 +68,14 @@ def steerability(
         raise ValueError(f"weights has {len(asked)} rows and objective_vectors {len(points)}; pass one vector a weight")
     w = check_weights(torch.from_numpy(asked))
     u = torch.from_numpy(points * directions(maximise, points.shape[1]))
-    utility = w @ u.T  # row w, column v
-    achieved, best = float(utility.diagonal().mean()), float(utility.max(1).values.mean())
+    by = exponent(points)
+    own, best = _utilities(w, torch.ldexp(u, torch.tensor(-by)))
     keep = non_dominated(points, maximise=maximise)
     front = points[keep.numpy()]
     figures: dict[str, Any] = {
-        "achieved_utility": achieved,
-        "front_utility": best,
-        "steering_regret": float((utility.max(1).values - utility.diagonal()).mean()),
+        "achieved_utility": scaled_back(float(own.mean()), by, "achieved utility"),
+        "front_utility": scaled_back(float(best.mean()), by, "utility"),
+        "steering_regret": scaled_back(float((best - own).mean()), by, "steering regret"),
         "kendall_tau": [kendall_tau(w[:, j], u[:, j]) for j in range(u.shape[1])],
         "spearman": [spearman(w[:, j], u[:, j]) for j in range(u.shape[1])],
         "nondominated_fraction": float(keep.double().mean()),
@@ -92,16 +94,54 @@ def steerability(
     return figures
 
 
+def _utilities(w: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Return for each w (n, m) the utility of its own u (n, m), and that of the best one, each (n,)."""
+    own, best = [], []
+    for rows in row_blocks(len(w)):
+        utility = w[rows] @ u.T  # row w, column v
+        own.append(utility.diagonal(rows.start).clone())  # a view would keep the whole block
+        best.append(utility.max(1).values)
+    return torch.cat(own), torch.cat(best)
+
+
 def kendall_tau(x: Tensor, y: Tensor) -> float:
-    """Kendall's tau-b of two vectors (n,); 0 where one of them is constant."""
-    a, b = (torch.sign(v.double()[:, None] - v.double()[None]) for v in (x, y))
-    scale = torch.sqrt((a * a).sum() * (b * b).sum())
-    return float((a * b).sum() / scale) if scale > 0 else 0.0
+    """Kendall's tau-b of two vectors (n,); 0 where one of them is constant.
+
+    Raises:
+        ValueError: If they are not vectors of one length, or hold NaN.
+    """
+    x, y = _vectors(x, y)
+    agree = of_x = of_y = 0
+    for rows in row_blocks(len(x)):
+        # Compared, not subtracted: a difference of infinite figures is no number.
+        a, b = ((v[rows, None] > v).to(torch.int8) - (v[rows, None] < v).to(torch.int8) for v in (x, y))
+        agree, of_x, of_y = agree + int((a * b).sum()), of_x + int(a.abs().sum()), of_y + int(b.abs().sum())
+    scale = math.sqrt(float(of_x) * float(of_y))
+    return agree / scale if scale > 0 else 0.0
 
 
 def spearman(x: Tensor, y: Tensor) -> float:
-    """Spearman's rank correlation of two vectors (n,), ties at their mean rank; 0 where one of them is constant."""
-    ranks = [(v[:, None] > v[None]).double().sum(1) + 0.5 * (v[:, None] == v[None]).double().sum(1) for v in (x, y)]
+    """Spearman's rank correlation of two vectors (n,), ties at their mean rank; 0 where one of them is constant.
+
+    Raises:
+        ValueError: If they are not vectors of one length, or hold NaN.
+    """
+    ranks = []
+    for v in _vectors(x, y):
+        ordered = v.sort().values
+        below, not_above = (torch.searchsorted(ordered, v, right=right).double() for right in (False, True))
+        ranks.append(below + 0.5 * (not_above - below))
     a, b = (rank - rank.mean() for rank in ranks)
     scale = a.norm() * b.norm()
     return float((a @ b) / scale) if scale > 0 else 0.0
+
+
+def _vectors(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return two vectors (n,) in float64 on the CPU, checked."""
+    if x.ndim != 1 or x.shape != y.shape:
+        raise ValueError(f"x and y have shapes {tuple(x.shape)} and {tuple(y.shape)} but must be vectors of one length")
+    x, y = x.detach().cpu().double().contiguous(), y.detach().cpu().double().contiguous()
+    for name, v in (("x", x), ("y", y)):
+        if bool(v.isnan().any()):
+            raise ValueError(f"{name} holds NaN at {int(v.isnan().nonzero()[0, 0])}, which has no rank; leave it out")
+    return x, y

@@ -302,6 +302,11 @@ def _columns(values: Tensor) -> Tensor:
     flat = values.detach().double().cpu().reshape(values.shape[0], -1)
     if bool(flat.isinf().any()):
         raise ValueError(f"values hold an infinite entry in row {int(flat.isinf().any(1).nonzero()[0, 0])}")
+    largest = flat.abs().nan_to_num(nan=0.0).max() if flat.numel() else 0.0
+    if largest > torch.finfo(torch.float64).max / len(flat):
+        raise ValueError(
+            f"values go up to {float(largest):.3g}, whose sum float64 cannot hold; divide them by a constant"
+        )
     if bool(flat.isnan().all(0).any()):
         column = int(flat.isnan().all(0).nonzero()[0, 0])
         raise ValueError(f"column {column} of values has no query that counts: all {len(flat)} are NaN; leave it out")
