@@ -16,6 +16,9 @@ import pytest
 import torch
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from launching import launch
+
 from mopl.training import (
     CheckpointFolder,
     RunLog,
@@ -418,15 +421,6 @@ def test_two_processes_make_the_same_update_as_one(tmp_path):
     ours, theirs = read_log(tmp_path / "single" / "log.jsonl"), read_log(tmp_path / "log.jsonl")
     for name in ("loss", "error", "gradient_norm"):
         assert theirs[-1][name] == pytest.approx(ours[-1][name], rel=1e-5)
-
-
-def launch(processes, *command, **environment):
-    """Run a script under accelerate's launcher on the CPU, with the tests' own interpreter."""
-    # `--multi_gpu` is how the launcher is told to start processes by torchrun; `--cpu` would start a single one.
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
-    launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **environment}
-    return subprocess.run([*launcher, *command], capture_output=True, text=True, env=env, timeout=180)
 
 
 def test_json_of_the_state_is_readable(tmp_path):

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mopl._files import discard_folder, write_file
+from mopl._files import remove_leftovers, write_file
 
 PLAN = "plan.json"
 _SENTENCE = re.compile(r".*?[.!?…][\"'”’)\]]*(?=\s|$)", re.DOTALL)
@@ -199,10 +199,15 @@ def sample_all(
     )
     key = hashlib.sha256(plan.encode()).hexdigest()
     plan_file = folder / PLAN
-    if folder.is_dir() and (not plan_file.is_file() or json.loads(plan_file.read_text())["sha256"] != key):
-        discard_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_file(plan_file, json.dumps({"sha256": key}) + "\n")
+    remove_leftovers(folder)
+    if not plan_file.is_file() or json.loads(plan_file.read_text())["sha256"] != key:
+        old = list(folder.glob("chunk-[0-9][0-9][0-9][0-9].json"))
+        if old and not plan_file.is_file():
+            raise FileExistsError(f"{folder} holds chunks but no {PLAN} that says of what; name another folder")
+        for chunk in old:
+            chunk.unlink()
+        write_file(plan_file, json.dumps({"sha256": key}) + "\n")
     starts = range(0, len(conversations), sampling.rows)
     missing = [chunk for chunk in range(len(starts)) if _read(folder, chunk) is None]
     if missing:

@@ -34,6 +34,7 @@ from mopl.alignment._demo_model import smollm2
 from mopl.alignment._demo_sampling import Response, Sampling, sample_all, whole_sentences
 from mopl.alignment.data import PreferenceData, PreferenceList
 from mopl.rewards import Rewards, make_all
+from mopl.training.run_lock import locked
 
 REWARDS = ("sentiment", "brevity", "readability")
 OBJECTIVES = ("sentiment", "brevity")  # those that the demo trades off; the data is labelled for all of REWARDS
@@ -135,7 +136,7 @@ def prepare(
     Raises:
         ValueError: If there are fewer prompts than lists, fewer than two samples, or objectives that are no rewards.
         ImportError: If a package of the extra `demo-lm` is missing.
-        OSError: If the model cannot be had.
+        OSError: If the model cannot be had, or another process makes the data.
     """
     directory = Path(directory)
     pool = [prompt for group in load_prompts().values() for prompt in group] if prompts is None else list(prompts)
@@ -154,10 +155,11 @@ def prepare(
         for prompt in chosen
         for k in range(samples)
     ]
-    responses = sample_all(
-        lambda: _load(folder), conversations, directory / CHUNKS, sampling, say, model_key=_model_key(folder),
-        one_sentence=[STYLES[k % len(STYLES)][1] for _ in chosen for k in range(samples)],
-    )  # fmt: skip
+    with locked(directory):
+        responses = sample_all(
+            lambda: _load(folder), conversations, directory / CHUNKS, sampling, say, model_key=_model_key(folder),
+            one_sentence=[STYLES[k % len(STYLES)][1] for _ in chosen for k in range(samples)],
+        )  # fmt: skip
     answers = [_distinct(responses[i * samples : (i + 1) * samples]) for i in range(lists)]
     kept = [(prompt, texts) for prompt, texts in zip(chosen, answers, strict=True) if len(texts) > 1]
     if len(kept) < 2:

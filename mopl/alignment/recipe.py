@@ -46,13 +46,12 @@ from mopl.alignment.tokenization import tokenize
 from mopl.conditioning import HyperPromptModel
 from mopl.ranking.evaluate import grid_of
 from mopl.training import RunLog, TrainingDiverged, TrainingInterrupted, make_accelerator
+from mopl.training.parallel import on_main
 from mopl.training.run_directory import (
-    check_new_run,
     command_line,
     create_run,
     environment,
-    next_run,
-    read_run,
+    hold_run,
     version_changes,
     with_run,
 )
@@ -97,16 +96,24 @@ def align(
         TrainingDiverged: If a loss is no longer a number.
         RunInterrupted: After Ctrl-C or SIGTERM, once a checkpoint is written.
     """
-    if resume and run is None:
-        raise ValueError("--resume needs the run to continue; name it with --run")
-    if resume and overwrite:
-        raise ValueError("--resume continues a run and --overwrite deletes it; pass one of them")
     accelerator = make_accelerator(config.mixed_precision, cpu=config.device == "cpu")
     tell = say if accelerator.is_main_process else (lambda text: None)
-    path = _agree(accelerator, str(run or next_run("runs", f"align-{_data_word(config)}-{config.method}")))
-    record = read_run(path) if resume else None
-    if record is None:
-        check_new_run(path, overwrite=overwrite)
+    stem = f"align-{_data_word(config)}-{config.method}"
+    with hold_run(run, stem, accelerator, resume=resume, overwrite=overwrite) as (path, record):
+        _run(config, path, record, accelerator, tell, overwrite=overwrite)
+    return path
+
+
+def _run(
+    config: AlignConfig,
+    path: Path,
+    record: dict[str, Any] | None,
+    accelerator: Any,
+    tell: Callable[[str], None],
+    *,
+    overwrite: bool,
+) -> None:
+    """Check data and settings, begin the run unless there is a record of it, and work."""
     data = load_data(config)
     for line in _describe_data(data):
         tell(line)
@@ -135,10 +142,9 @@ def align(
     stages = Stages(path, config, splits, tokenizer, accelerator, log, tell)
     stages.check()
     accelerator.wait_for_everyone()
-    if record is None and accelerator.is_main_process:
+    if record is None:
         content = {"command": command_line(), "kind": KIND, "config": config.to_dict(), **environment(KIND)}
-        create_run(path, {**content, "data": identity}, overwrite=overwrite)
-    accelerator.wait_for_everyone()
+        on_main(accelerator, lambda: create_run(path, {**content, "data": identity}, overwrite=overwrite))
     tell(f"run {path}")
     try:
         _work(config, path, stages, grid, identity, tell)
@@ -150,7 +156,6 @@ def align(
         raise with_run(error, path) from error
     finally:
         log.close()
-    return path
 
 
 def load_data(config: AlignConfig) -> dict[str, PreferenceData]:
@@ -376,12 +381,3 @@ def _data_word(config: AlignConfig) -> str:
     """Return a short name of the data for the name of the run."""
     word = Path(config.data).name.split(".")[0] if Path(config.data).exists() else config.data.split("/")[-1]
     return "".join(c if c.isalnum() or c in "._" else "-" for c in word).strip("-") or "data"
-
-
-def _agree(accelerator: Any, text: str) -> Path:
-    """Return the main process's text as a path, on every process."""
-    if accelerator.num_processes == 1:
-        return Path(text)
-    from accelerate.utils import broadcast_object_list
-
-    return Path(broadcast_object_list([text])[0])

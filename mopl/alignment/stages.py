@@ -42,8 +42,7 @@ from mopl.alignment.tokenization import ListTokenizer, TokenizedData, TokenizedL
 from mopl.conditioning import HyperPromptModel, LoraMixture, TextPrompt, check_weights
 from mopl.ranking.methods import box_temperatures, dirichlet_weights, fixed
 from mopl.training import RunLog, train
-
-DONE = "training.json"
+from mopl.training.run_directory import DONE
 
 
 def vector_name(weights: Sequence[float] | Tensor) -> str:

@@ -27,7 +27,7 @@ import torch
 from mopl._files import discard_folder, write_file
 from mopl._restoring import seeded
 from mopl.alignment import models
-from mopl.alignment.recipe import RunInterrupted, _agree
+from mopl.alignment.recipe import RunInterrupted
 from mopl.clp.config import ClpConfig
 from mopl.clp.evaluate import Evaluation, Evaluator, make_front
 from mopl.clp.policies import new_policy, release
@@ -54,13 +54,12 @@ from mopl.training import (
     TrainingInterrupted,
     make_accelerator,
 )
+from mopl.training.parallel import on_main
 from mopl.training.run_directory import (
-    check_new_run,
     command_line,
     create_run,
     environment,
-    next_run,
-    read_run,
+    hold_run,
     version_changes,
     with_run,
 )
@@ -101,17 +100,26 @@ def train_policies(
         TrainingDiverged: If a loss is no longer a number.
         RunInterrupted: After Ctrl-C or SIGTERM, once a checkpoint is written.
     """
-    if resume and run is None:
-        raise ValueError("--resume needs the run to continue; name it with --run")
-    if resume and overwrite:
-        raise ValueError("--resume continues a run and --overwrite deletes it; pass one of them")
     # Rollouts generate with the policy itself, which a sharded one cannot do.
     accelerator = make_accelerator(cpu=config.device == "cpu", sharding=False)
     tell = say if accelerator.is_main_process else (lambda text: None)
-    path = _agree(accelerator, str(run or next_run("runs", f"{config.method}-{Path(config.data).name.split('.')[0]}")))
-    record = read_run(path) if resume else None
-    if record is None:
-        check_new_run(path, overwrite=overwrite)
+    stem = f"{config.method}-{Path(config.data).name.split('.')[0]}"
+    with hold_run(run, stem, accelerator, resume=resume, overwrite=overwrite) as (path, record):
+        _run(config, path, record, rewards, accelerator, tell, overwrite=overwrite)
+    return path
+
+
+def _run(
+    config: ClpConfig,
+    path: Path,
+    record: dict[str, Any] | None,
+    rewards: Rewards | None,
+    accelerator: Any,
+    tell: Callable[[str], None],
+    *,
+    overwrite: bool,
+) -> None:
+    """Check prompts and settings, begin the run unless there is a record of it, and work."""
     judge = make_rewards(config.rewards) if rewards is None else rewards
     if len(judge) != len(config.rewards):
         raise ValueError(f"rewards names {len(config.rewards)} rewards but {len(judge)} were passed; name each")
@@ -142,10 +150,9 @@ def train_policies(
     _check_scope(base, config, judge.names)
     sampler = Sampler.of(base, tokenizer, config)
     accelerator.wait_for_everyone()
-    if record is None and accelerator.is_main_process:
+    if record is None:
         content = {"command": command_line(), "kind": KIND, "config": config.to_dict(), **environment(KIND)}
-        create_run(path, {**content, "data": identity}, overwrite=overwrite)
-    accelerator.wait_for_everyone()
+        on_main(accelerator, lambda: create_run(path, {**content, "data": identity}, overwrite=overwrite))
     log = RunLog(path, enabled=accelerator.is_main_process, tensorboard=config.tensorboard)
     stages = Stages(path, config, prompts, base.to(accelerator.device), sampler, judge, accelerator, log, tell)
     tell(f"run {path}")
@@ -164,7 +171,6 @@ def train_policies(
         raise
     finally:
         log.close()
-    return path
 
 
 def _work(stages: Stages, identity: dict[str, Any]) -> None:

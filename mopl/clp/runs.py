@@ -28,7 +28,7 @@ from mopl.conditioning import HyperPromptModel, TextPrompt, check_weights
 from mopl.pareto.front import Front, load_fronts
 from mopl.ranking.evaluate import grid_of
 from mopl.report import Metric
-from mopl.training.run_directory import CONFIG_FILE, read_run, settings_of
+from mopl.training.run_directory import CONFIG_FILE, read_run, refresh, settings_of
 
 FRONT, EVALUATION, SAMPLES = "front.json", "evaluation.json", "samples.json"
 KIND = "clp"
@@ -307,7 +307,7 @@ def compare(
                 )
     metric = metric_of(configs[0])
     if len(runs) == 1 and not (html or png or table):
-        write_reports(Path(runs[0]))
+        refresh(runs[0], write_reports)
     text = print_table(fronts, metric=metric)
     if len({record["data"]["fingerprint"] for record in records}) > 1:
         print("note: these runs were measured on different prompts")

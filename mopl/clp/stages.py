@@ -29,8 +29,7 @@ from mopl.clp.reward_scale import RewardScale, RunningScale
 from mopl.clp.rollout import RolloutStore, Sampler
 from mopl.rewards import Rewards
 from mopl.training import CheckpointFolder, RunLog, train
-
-DONE = "training.json"
+from mopl.training.run_directory import DONE
 
 
 def expert_folder(path: Path, objective: str) -> Path:

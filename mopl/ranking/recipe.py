@@ -47,13 +47,12 @@ from mopl.ranking.runs import (
 )
 from mopl.ranking.stages import DONE, Stages, check_base, load_policy
 from mopl.training import RunLog, TrainingDiverged, TrainingInterrupted, make_accelerator
+from mopl.training.parallel import on_main
 from mopl.training.run_directory import (
-    check_new_run,
     command_line,
     create_run,
     environment,
-    next_run,
-    read_run,
+    hold_run,
     version_changes,
     with_run,
 )
@@ -98,16 +97,24 @@ def rank(
         TrainingDiverged: If a loss is no longer a number.
         RunInterrupted: After Ctrl-C or SIGTERM, once a checkpoint is written.
     """
-    if resume and run is None:
-        raise ValueError("--resume needs the run to continue; name it with --run")
-    if resume and overwrite:
-        raise ValueError("--resume continues a run and --overwrite deletes it; pass one of them")
     accelerator = make_accelerator(config.mixed_precision, cpu=config.device == "cpu")
     tell = say if accelerator.is_main_process else (lambda text: None)
-    path = _agree(accelerator, str(run or next_run("runs", f"rank-{_data_word(config)}-{config.method}")))
-    record = read_run(path) if resume else None
-    if record is None:
-        check_new_run(path, overwrite=overwrite)
+    stem = f"rank-{_data_word(config)}-{config.method}"
+    with hold_run(run, stem, accelerator, resume=resume, overwrite=overwrite) as (path, record):
+        _run(config, path, record, accelerator, tell, overwrite=overwrite)
+    return path
+
+
+def _run(
+    config: RankConfig,
+    path: Path,
+    record: dict[str, Any] | None,
+    accelerator: Any,
+    tell: Callable[[str], None],
+    *,
+    overwrite: bool,
+) -> None:
+    """Check data and settings, begin the run unless there is a record of it, and work."""
     splits = load_splits(config)
     for name, split in splits.items():
         tell(split.describe() if name == "train" else f"{split.name}: {len(split)} queries, {split.num_items} items")
@@ -123,9 +130,8 @@ def rank(
         if changes := version_changes(record):
             tell(f"note: versions changed since the run began ({'; '.join(changes)}); bits may differ")
     accelerator.wait_for_everyone()
-    if record is None and accelerator.is_main_process:
-        create_run(path, _record(config, splits), overwrite=overwrite)
-    accelerator.wait_for_everyone()
+    if record is None:
+        on_main(accelerator, lambda: create_run(path, _record(config, splits), overwrite=overwrite))
     tell(f"run {path}")
     try:
         _work(config, path, splits, grid, empty, accelerator, tell)
@@ -135,7 +141,6 @@ def rank(
         raise RunInterrupted(path, "between two steps") from None
     except TrainingDiverged as error:
         raise with_run(error, path) from error
-    return path
 
 
 def _work(
@@ -267,12 +272,3 @@ def _data_word(config: RankConfig) -> str:
     """Return a short name of the data for the name of the run."""
     word = Path(config.data).name if Path(config.data).exists() else config.data.split(":")[0]
     return "".join(c if c.isalnum() or c in "._" else "-" for c in word).strip("-") or "data"
-
-
-def _agree(accelerator: Any, text: str) -> Path:
-    """Return the main process's text as a path, on every process."""
-    if accelerator.num_processes == 1:
-        return Path(text)
-    from accelerate.utils import broadcast_object_list
-
-    return Path(broadcast_object_list([text])[0])

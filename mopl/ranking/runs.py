@@ -23,7 +23,7 @@ from mopl.ranking.loading import load
 from mopl.ranking.methods import Policy
 from mopl.ranking.normalization import FeatureNormalizer
 from mopl.ranking.stages import REFERENCE, load_policy
-from mopl.training.run_directory import CONFIG_FILE, read_run, settings_of
+from mopl.training.run_directory import CONFIG_FILE, read_run, refresh, settings_of
 
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 FRONT, EVALUATION, NORMALIZER = "front.json", "evaluation.json", "normalizer.safetensors"
@@ -228,7 +228,7 @@ def compare(
     fronts = _distinct(runs)
     metric = config_of(records[0], runs[0]).measure.metric(records[0]["data"]["empty_share"])
     if len(runs) == 1 and not (html or png or table):
-        write_reports(Path(runs[0]))
+        refresh(runs[0], write_reports)
     text = print_table(fronts, metric=metric)
     if len({record["data"]["fingerprint"] for record in records}) > 1:
         print("note: these runs were measured on different data")

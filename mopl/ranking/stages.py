@@ -41,8 +41,8 @@ from mopl.ranking.methods import (
 )
 from mopl.ranking.model import ListTransformer, RankingModel, RankingModelConfig
 from mopl.training import BatchSource, RunLog, TrainingConfig, train
+from mopl.training.run_directory import DONE
 
-DONE = "training.json"
 REFERENCE = "reference.safetensors"
 
 

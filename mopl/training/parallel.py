@@ -19,7 +19,7 @@ import copy
 import functools
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -174,6 +174,25 @@ class ShardedModel:
                 plain[name].copy_(_full(parameter))
         for name, buffer in self.model.named_buffers():
             buffers[name].copy_(buffer)
+
+
+def on_main(accelerator: Any, act: Callable[[], Any]) -> Any:
+    """Return what `act` returns on the main process, or raise what it raises, on every process; no other runs it."""
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = act()
+        except Exception as error:
+            if accelerator.num_processes == 1:
+                raise
+            outcome[1] = error
+    if accelerator.num_processes > 1:
+        from accelerate.utils import broadcast_object_list
+
+        outcome = broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
 def make_accelerator(mixed_precision: str = "no", *, cpu: bool = False, sharding: bool = True) -> Any:

@@ -1,27 +1,35 @@
 """A run directory: made whole by one rename, never overwritten by accident, described well enough to be repeated.
 
 `config.json` holds the resolved settings, the command line, the versions and whatever describes the data. It is written
-before the directory gets its name, so a directory without it was not made by `mopl` and is never touched.
+before the directory gets its name, so a directory without it was not made by `mopl` and is never touched. One process
+at a time works in a run (`mopl.training.run_lock`).
 """
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
 from mopl import __version__
-from mopl._files import discard_folder, write_file, write_folder
+from mopl._files import TEMPORARY, discard_folder, remove_leftovers, write_file, write_folder
 from mopl._records import check, read_json, settings_from
+from mopl.training.parallel import on_main
+from mopl.training.run_lock import RunInUse, locked
 
 CONFIG_FILE = "config.json"
+DONE = "training.json"  # written beside a model when its training has ended
 DAMAGED_RUN = "the run is damaged: take the file from a backup, or start another run"
 T = TypeVar("T")
 # What made a run, by the "kind" in its record, and what a finished run is for.
@@ -36,6 +44,84 @@ _PACKAGES_OF = {
     None: ("scikit-learn", "statsmodels"), "align": _LANGUAGE,
     "clp": (*_LANGUAGE, "vaderSentiment", "rouge-score", "pyphen", "glin-profanity"),
 }  # fmt: skip
+# What stands at the top of a run, of any command and version. Anything else is a person's, and is not deleted.
+_OWN = frozenset(
+    "config.json log.jsonl front.json evaluation.json table.txt front.png report.html comparison.png comparison.html "
+    "samples.json samples.jsonl rewards.json training.json model.json model.safetensors normalizer.safetensors "
+    "reference.safetensors base model models reference checkpoints rollouts tensorboard "
+    "weight-cos-dpo temperature-cos-dpo dpo-ls dpo-soup mo-dpo clp rewarded-soups prompting logit-mixing dera".split()
+)
+_CLUTTER = (".DS_Store", "Thumbs.db", "desktop.ini")  # what file managers leave
+
+
+@contextmanager
+def hold_run(
+    run: str | os.PathLike[str] | None, stem: str, accelerator: Any, *, resume: bool, overwrite: bool
+) -> Iterator[tuple[Path, dict[str, Any] | None]]:
+    """Give the directory of a run to begin or to resume, held against other processes until the block ends.
+
+    Under a launcher the main process holds it, and every process gets its path or its error.
+
+    Args:
+        run: The directory; None takes `runs/<stem>-<n>` with the next free n.
+        stem: What the default name begins with.
+        accelerator: accelerate's `Accelerator`.
+        resume: Whether a run must be there.
+        overwrite: Whether one may be there.
+
+    Yields:
+        The directory, not made yet, and the record of the run that is resumed, or None.
+
+    Raises:
+        FileExistsError: As `check_new_run`.
+        FileNotFoundError: If there is no run to resume.
+        OSError: If it cannot be made, or another process works in it.
+        ValueError: If the run to resume cannot be read.
+    """
+    if resume and run is None:
+        raise ValueError("--resume needs the run to continue; name it with --run")
+    if resume and overwrite:
+        raise ValueError("--resume continues a run and --overwrite deletes it; pass one of them")
+    if run is not None and not os.fspath(run):
+        raise ValueError("--run is empty; name a directory, or leave it out")
+
+    def look(path: Path) -> None:
+        read_run(path) if resume else check_new_run(path, overwrite=overwrite)
+
+    with ExitStack() as held:
+
+        def take() -> str:
+            path = next_run("runs", stem) if run is None else Path(run)
+            look(path)  # before anything is made
+            held.enter_context(locked(path))
+            look(path)  # what another process has done until then
+            _clean(Path(os.path.realpath(path)))
+            return str(path)
+
+        path = Path(on_main(accelerator, take))
+        yield path, read_run(path) if resume else None
+
+
+def _clean(run: Path) -> None:
+    """Delete what killed processes left half-written or half-deleted, and what they would have deleted next."""
+    remove_leftovers(run)
+    for folder, folders, files in os.walk(run):
+        for name in folders:
+            trained = name in ("checkpoints", "rollouts") and DONE in files
+            if trained or (name.endswith(".parts") and f"{name.removesuffix('.parts')}.safetensors" in files):
+                discard_folder(Path(folder) / name)
+        folders[:] = [name for name in folders if (Path(folder) / name).is_dir()]
+
+
+def refresh(path: str | os.PathLike[str], write: Callable[[Path], None], say: Callable[[str], None] = print) -> None:
+    """Call `write(path)`, which writes a run's reports anew; say so where the run has to stay as it is."""
+    try:
+        with locked(path):
+            write(Path(path))
+    except OSError as error:
+        if not isinstance(error, RunInUse) and error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        say(f"note: the table, picture and page in {path} stay as they are: {error}")
 
 
 class RunRecord(msgspec.Struct):
@@ -58,7 +144,7 @@ def check_new_run(path: str | os.PathLike[str], *, overwrite: bool = False) -> N
         OSError: If nothing can be written there.
     """
     path = Path(path)
-    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    parent = next((folder for folder in path.absolute().parents if folder.exists()), path)
     if not parent.is_dir():
         raise NotADirectoryError(f"{parent} is a file, so there can be no run at {path}; name another with --run")
     if not os.access(parent, os.W_OK | os.X_OK):
@@ -67,12 +153,22 @@ def check_new_run(path: str | os.PathLike[str], *, overwrite: bool = False) -> N
         )
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
-    if not (path / CONFIG_FILE).is_file():
+    try:
+        made = "mopl" in read_run(path).get("versions", {})
+    except (FileNotFoundError, ValueError):
+        made = False
+    if not made:
         raise FileExistsError(f"{path} exists and is no run of mopl, so it is left alone; name another with --run")
     if not overwrite:
         raise FileExistsError(
             f"{path} holds a run already: continue it with --resume, replace it with --overwrite, or name another "
             "with --run"
+        )
+    names = sorted(entry.name for entry in path.iterdir())
+    if strange := [n for n in names if n not in _OWN and n not in _CLUTTER and not n.startswith(TEMPORARY)]:
+        raise FileExistsError(
+            f"{path} holds what no run of mopl has ({', '.join(strange[:3])}{', ...' if strange[3:] else ''}), which "
+            "--overwrite would delete; move it elsewhere, or name another with --run"
         )
 
 
@@ -84,11 +180,11 @@ def create_run(path: str | os.PathLike[str], record: dict[str, Any], *, overwrit
     """
     path = Path(path)
     check_new_run(path, overwrite=overwrite)
-    if path.is_dir() and not any(path.iterdir()):
-        path.rmdir()
-    elif path.exists():
-        discard_folder(path)
-    write_folder(path, lambda folder: write_file(folder / CONFIG_FILE, json.dumps(record, indent=2) + "\n"))
+    write_folder(
+        path,
+        lambda folder: write_file(folder / CONFIG_FILE, json.dumps(record, indent=2) + "\n"),
+        replace=overwrite,
+    )
     return path
 
 
@@ -158,12 +254,13 @@ def check_kind(record: dict[str, Any], path: str | os.PathLike[str], kind: str |
 
 
 def next_run(parent: str | os.PathLike[str], stem: str) -> Path:
-    """Return `parent/stem-n` with the smallest n from 1 above that of every run that is there."""
+    """Return `parent/stem-n` with the smallest n from 1 above that of every run that is there or beginning."""
     parent = Path(parent)
     taken = [0]
     if parent.is_dir():
-        tails = (entry.name.removeprefix(f"{stem}-") for entry in parent.iterdir() if entry.name.startswith(f"{stem}-"))
-        taken += [int(tail) for tail in tails if tail.isdigit()]
+        run = re.compile(rf"{re.escape(stem)}-([0-9]+)|\.{re.escape(stem)}-([0-9]+)\.lock")
+        matches = (run.fullmatch(entry.name) for entry in parent.iterdir())
+        taken += [int(match[1] or match[2]) for match in matches if match]
     return parent / f"{stem}-{max(taken) + 1}"
 
 

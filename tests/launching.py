@@ -1,0 +1,16 @@
+"""Several processes on the CPU, as a person would start them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+
+def launch(processes, *command, **environment):
+    """Run a script under accelerate's launcher on the CPU, with the tests' own interpreter."""
+    # `--multi_gpu` is how the launcher is told to start processes by torchrun; `--cpu` would start a single one.
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+    launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **environment}
+    return subprocess.run([*launcher, *command], capture_output=True, text=True, env=env, timeout=180)
