@@ -68,7 +68,9 @@ def open_bytes(path: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, BinaryI
             if stream is raw or (isinstance(error, OSError) and error.errno is not None):
                 raise
             kind = "gzip" if path.suffix == ".gz" else "bzip2"
-            raise TextError(f"{path} is no {kind} file, or a damaged one ({error}); make or fetch it again") from error
+            raise TextError(
+                f"{path}: the compressed file ends early or is damaged, or is no {kind} ({error}); fetch it again"
+            ) from error
 
 
 def byte_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, bytes]]:

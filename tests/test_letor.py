@@ -15,7 +15,7 @@ from mopl.ranking.array_cache import ArrayCache
 from mopl.ranking.letor import find_files, load_letor
 from mopl.ranking.loading import load
 from mopl.ranking.objectives import MSLR_OBJECTIVES, Objective
-from mopl.ranking.svmlight import LetorError, read_letor
+from mopl.ranking.svmlight import LetorError, read_label_file, read_letor
 
 SMALL = b"""# a comment line
 2 qid:10 1:0.5 3:-1.5 # docid = GX01
@@ -264,6 +264,7 @@ def test_unknown_columns_and_missing_objectives(tmp_path):
 # --- malformed files ------------------------------------------------------------------------------------------------
 
 FINITE = "replace it by a number of float32's range or leave it out, which means 0"
+BEYOND = "beyond 64 bits, -2^63 to 2^64 - 1; renumber the queries"
 GOOD = "1 qid:1 1:1 2:1\n# comment\n\n"
 
 
@@ -287,7 +288,24 @@ GOOD = "1 qid:1 1:1 2:1\n# comment\n\n"
         ("1 qid:1 200000:1", "column 200000 is above 100000, the most that is read; renumber it"),
         ("1 qid:1 99999999999:1", "column 99999999999 is above 100000, the most that is read; renumber it"),
         ("1 qid:a 1:1", "'qid:a' is no query id; write qid: and a whole number"),
-        ("1 qid:99999999999999999999 1:1", "'qid:99999999999999999999' is no query id; write qid: and a whole number"),
+        ("1 qid:1.0 1:1", "'qid:1.0' is no query id; write qid: and a whole number"),
+        ("1 qid: 1:1", "'qid:' is no query id; write qid: and a whole number"),
+        ("1 qid:² 1:1", "'qid:²' is no query id; write qid: and a whole number"),
+        ("1 qid:99999999999999999999 1:1", f"'qid:99999999999999999999' is {BEYOND}"),
+        ("1 qid:18446744073709551616 1:1", f"'qid:18446744073709551616' is {BEYOND}"),
+        ("1 qid:-9223372036854775809 1:1", f"'qid:-9223372036854775809' is {BEYOND}"),
+        ("1 qid:" + "9" * 5000 + " 1:1", f"'qid:{'9' * 56}' is {BEYOND}"),
+        ("1 qid:01 1:1", "'qid:01' is query 1, which the line before writes as 'qid:1'; write each id in one way"),
+        ("1 qid:1 ²:1", "'²:1' has no column number before the colon"),
+        ("1 qid:1 " + "9" * 5000 + ":1", f"column {'9' * 60} is above 100000, the most that is read; renumber it"),
+        ("1 qid:1 2147483649:1", "column 2147483649 is above 100000, the most that is read; renumber it"),
+        ("1 qid:1 18446744073709551617:1",
+         "column 18446744073709551617 is above 100000, the most that is read; renumber it"),
+        ("1 qid:1 1:1e400", f"feature 1 is inf; {FINITE}"),
+        ("1 qid:1 1:1_0", "'1:1_0' has no number after the colon"),
+        ("1 qid:1 1_0:1", "'1_0:1' has no column number before the colon"),
+        ("1_0 qid:1 1:1", "the label '1_0' is not a number"),
+        ("1 qid:1 1:1 2:1", "'1:1\\xa02:1' has no number after the colon"),
         ("1 1:1", "the line has no query id but earlier lines have a one; write qid:ID on all"),
         ("1", "the line has no query id but earlier lines have a one; write qid:ID on all"),
     ],
@@ -297,6 +315,71 @@ def test_malformed_lines_are_named(tmp_path, monkeypatch, line, message, lines_a
     monkeypatch.setattr(svmlight, "_LINES_AT_ONCE", lines_at_once)
     path = write(tmp_path / "bad.txt", f"{GOOD}0 qid:1 1:2\n{line}\n0 qid:2 1:1\n")
     assert fault(path) == f"bad.txt:5: {message}"
+
+
+def test_query_ids_have_64_bits_with_a_sign_or_without(tmp_path):
+    """Ids are names: none may become another one, as floating point numbers and wrapped integers do."""
+    ids = [2**63, 2**64 - 1, 2**64 - 2, 0, 2**53 + 1]
+    path = write(tmp_path / "d.txt", "".join(f"1 qid:{i} 1:1\n0 qid:{i} 2:2\n" for i in ids))
+    for _ in range(2):  # parsed, and from the cache
+        file = read_letor(path)
+        assert file.query_ids.dtype == np.uint64 and file.query_ids.tolist() == ids
+    train, _, test = load_letor([path, path, path], objectives="a=1", main=Objective("r", normalize="softmax"))
+    assert train.subset([1, 0]).query_ids.tolist() == [2**64 - 1, 2**63] and len(test.fingerprint) == 64
+    assert train._where(2) == f"{train.name}, query {2**64 - 1}, item 1"
+    signed = [-(2**63), 2**63 - 1, -1, 7]
+    file = read_letor(write(tmp_path / "s.txt", "".join(f"1 qid:{i:+} 1:1\n" for i in signed)))
+    assert file.query_ids.dtype == np.int64 and file.query_ids.tolist() == signed
+    for first, second in ((-3, 2**63), (2**63, -3)):
+        text = f"1 qid:{first} 1:1\n1 qid:{second} 1:1\n"
+        assert fault(write(tmp_path / "m.txt", text)) == (
+            f"m.txt:2: 'qid:{second}' does not go with the id {first} of an earlier line: ids are from -2^63 to 2^63 "
+            "- 1, or from 0 to 2^64 - 1; renumber the queries"
+        )
+    assert fault(write(tmp_path / "z.txt", "1 qid:007 1:1\n1 qid:8 1:1\n1 qid:7 1:1\n")).startswith(
+        "z.txt:3: query 7 comes back after other queries (it began on line 1)"
+    )
+
+
+@pytest.mark.parametrize(("ending", "pack"), [("", bytes), (".gz", gzip.compress), (".bz2", bz2.compress)])
+def test_a_byte_order_mark_and_other_ends_of_lines_change_nothing(tmp_path, ending, pack):
+    plain = read_letor(write(tmp_path / "plain.txt", SMALL))
+    odd = b"\xef\xbb\xbf" + SMALL[SMALL.index(b"2 qid") :].replace(b"\n", b"\r\n")
+    file = read_letor(write(tmp_path / f"odd.txt{ending}", pack(odd)))
+    for name in ("features", "labels", "offsets", "query_ids"):
+        np.testing.assert_array_equal(getattr(file, name), getattr(plain, name))
+    assert [file.line_of(i) for i in range(4)] == [1, 2, 4, 5]
+    # What str.splitlines takes for an end of a line is white space, or a part of a comment.
+    text = "1 qid:1\x0c1:1\x0b2:2\r3:3 # \u2028 0 qid:2 1:9 \x85\n".encode()
+    np.testing.assert_array_equal(read_letor(write(tmp_path / "c.txt", text)).features, [[1, 2, 3]])
+    assert fault(write(tmp_path / "u.txt", SMALL.decode().encode("utf-16"))) == (
+        "u.txt is no UTF-8 text but begins like UTF-16; save it as UTF-8"
+    )
+
+
+def test_label_and_group_files_are_read_as_all_text(tmp_path):
+    data, labels = write(tmp_path / "d.txt", "1 1:1\n0 1:2\n2 1:3\n"), tmp_path / "dwell.txt"
+    write(tmp_path / "d.txt.query", b"\xef\xbb\xbf2\r\n1\r\n")
+    write(labels, b"\xef\xbb\xbf1.5\r\n2\r\n3\r\n")
+    assert read_letor(data).offsets.tolist() == [0, 2, 3]
+    assert read_label_file(labels, 3, data).tolist() == [1.5, 2, 3]
+    for content, message in (
+        (b"1\n\xff\n3\n", "dwell.txt:2: its byte 1 (0xff) is not UTF-8"),
+        (b"1\n1_0\n3\n", "dwell.txt:2: '1_0' is not a number"),
+        (b"1\n2\x0c4\n3\n", "dwell.txt:2: '2\\x0c4' is not a number"),
+        (b"1\n2\r4\n3\n", "dwell.txt:2: '2\\r4' is not a number"),
+        ("1\u20282\n3\n".encode(), "dwell.txt: it has 2 lines but"),
+    ):
+        with pytest.raises(LetorError) as error:
+            read_label_file(write(labels, content), 3, data)
+        assert str(error.value).removeprefix(f"{tmp_path}/").startswith(message)
+    for content, message in (
+        ("²\n1\n", "d.txt.query:1: '²' is not the size of a group"),
+        ("9" * 5000, "d.txt.query:1: no group has 999"),
+        (b"\xff", "d.txt.query:1: its byte 1 (0xff) is not UTF-8"),
+    ):
+        write(tmp_path / "d.txt.query", content)
+        assert fault(data).startswith(message)
 
 
 def test_a_query_in_two_places_is_named_with_both(tmp_path, monkeypatch):

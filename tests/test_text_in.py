@@ -87,7 +87,7 @@ def test_what_is_no_text_is_named_with_file_line_and_remedy(tmp_path, content, m
 def test_damaged_compressed_files_are_named(tmp_path, ending, pack):
     whole = pack(b"line\n" * 10_000)
     for content in (b"not compressed", whole[: len(whole) // 2]):
-        with pytest.raises(TextError, match=rf"t\.txt{ending} is no (gzip|bzip2) file, or a damaged one"):
+        with pytest.raises(TextError, match=rf"t\.txt{ending}: .* ends early or is .* no (gzip|bzip2)"):
             list(read_lines(write(tmp_path / f"t.txt{ending}", content)))
     with pytest.raises(FileNotFoundError):
         list(read_lines(tmp_path / f"absent{ending}"))

@@ -92,7 +92,7 @@ class RankingData:
         raw_main: (N,) raw labels of the main objective.
         raw_auxiliary: (N, m) raw labels of the auxiliary objectives, in their own direction.
         offsets: (Q + 1,) int64; list q is the items `offsets[q]` to `offsets[q + 1] - 1`.
-        query_ids: (Q,) int64, the ids of the file; any distinct numbers if it has none.
+        query_ids: (Q,) int64 or uint64, the ids of the file; any distinct numbers if it has none.
         main: the main objective.
         objectives: the m auxiliary objectives.
         name: of the data set and split, for messages.
@@ -137,7 +137,7 @@ class RankingData:
         if int(self.offsets[0]) != 0 or int(self.offsets[-1]) != items or bool((lengths < 0).any()):
             raise ValueError(f"offsets of {self.name} must rise from 0 to the number of items, {items}")
         if bool((lengths == 0).any()):
-            query = int(self.query_ids[(lengths == 0).nonzero()[0, 0]])
+            query = self.query_ids[(lengths == 0).nonzero()[0, 0]].item()
             raise ValueError(f"query {query} of {self.name} has no documents; leave it out")
         if self.feature_names and len(self.feature_names) != self.features.shape[1]:
             raise ValueError(
@@ -171,7 +171,7 @@ class RankingData:
     def _where(self, row: int) -> str:
         """Name the place of item `row` for a message."""
         query = int(torch.searchsorted(self.offsets, row, right=True)) - 1
-        return f"{self.name}, query {int(self.query_ids[query])}, item {row - int(self.offsets[query]) + 1}"
+        return f"{self.name}, query {self.query_ids[query].item()}, item {row - int(self.offsets[query]) + 1}"
 
     def __len__(self) -> int:
         """The number of queries."""

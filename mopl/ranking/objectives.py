@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from mopl._arguments import check_choice
+from mopl._lines import lone_surrogate
 
 Normalize = Literal["l1", "softmax"]
 NORMALIZE = ("l1", "softmax")
@@ -52,6 +53,8 @@ class Objective:
     def __post_init__(self) -> None:
         if not self.name or not self.name.strip() or any(c in self.name for c in "=:,@"):
             raise ValueError(f"objective name {self.name!r} is empty or contains one of '=:,@'; choose a plain word")
+        if fault := lone_surrogate(self.name):
+            raise ValueError(f"the name of an objective {fault}; write it in UTF-8")
         check_choice(self.normalize, NORMALIZE, f"normalize of objective {self.name!r}")
         if self.scale != "std" and not (isinstance(self.scale, (int, float)) and 0 < self.scale < float("inf")):
             raise ValueError(
@@ -116,7 +119,7 @@ def parse_objective(spec: str) -> Objective:
     column, path = None, None
     if source.startswith("@") and len(source) > 1:
         path = source[1:]
-    elif source.isdigit():
+    elif source.isascii() and source.isdigit() and len(source) < 10:
         column = int(source)
     else:
         raise ValueError(f"objective {spec!r} has the source {source!r}, not a column number or @FILE; {usage}")

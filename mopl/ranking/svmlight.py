@@ -2,16 +2,17 @@
 
 A line is `label qid:ID column:value ... # comment`, columns counted from 1 and rising. Files without `qid:` need the
 sizes of their groups, one a line, in a side file `<name>.query` (LightGBM's convention).
+
+Query ids are whole numbers of 64 bits, with a sign or without: kept as int64 where all of a file fit it, and as uint64
+where some are 2^63 or more. Leading zeros mean nothing; so an id that is written in two ways is a fault.
 """
 
 from __future__ import annotations
 
-import bz2
 import contextlib
-import gzip
 import os
+import re
 import sys
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -20,11 +21,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from mopl._lines import TextError, open_bytes, read_lines
 from mopl.ranking.array_cache import ArrayCache
 
 _LINES_AT_ONCE = 20_000
 _PROGRESS_FROM_BYTES = 20_000_000
 _MOST_COLUMNS = 100_000  # read into a dense matrix; a larger column number is taken for a fault
+_ID = re.compile(rb"qid:([+-]?)([0-9]+)")
 _ARRAYS = ("features", "labels", "offsets", "query_ids")
 
 
@@ -41,7 +44,7 @@ class LetorFile:
         features: (N, C) float32, all columns of the file.
         labels: (N,) float64, the first number of each line.
         offsets: (Q + 1,) int64, where the queries begin and end.
-        query_ids: (Q,) int64; 0, 1, ... where the file has none.
+        query_ids: (Q,) int64, or uint64 if one is 2^63 or more; 0, 1, ... where the file has none.
     """
 
     path: Path
@@ -52,7 +55,7 @@ class LetorFile:
 
     def line_of(self, item: int) -> int:
         """Return the line, from 1, on which an item stands: for messages."""
-        with _open(self.path) as (_, stream):
+        with open_bytes(self.path) as (_, stream):
             return next(islice((n for n, text in enumerate(stream, 1) if _content(text)), item, None))
 
 
@@ -102,11 +105,14 @@ def read_groups(path: Path, items: int, data: Path) -> np.ndarray:
         LetorError: if a size is no number above 0, or they do not add up to `items`.
     """
     sizes: list[int] = []
-    for number, text in enumerate(path.read_text().splitlines(), 1):
-        if not text.strip():
+    for number, text in _text_lines(path):
+        text = text.strip()
+        if not text:
             continue
-        if not text.strip().isdigit():
-            raise LetorError(f"{path}:{number}: {text.strip()!r} is not the size of a group; write one whole number")
+        if not (text.isascii() and text.isdigit()):
+            raise LetorError(f"{path}:{number}: {text!r} is not the size of a group; write one whole number")
+        if len(text) > 18:
+            raise LetorError(f"{path}:{number}: no group has {text} documents; correct the number")
         if int(text) == 0:
             raise LetorError(f"{path}:{number}: this query has no documents; remove the line")
         sizes.append(int(text))
@@ -125,20 +131,38 @@ def read_label_file(path: Path, items: int, data: Path) -> np.ndarray:
         LetorError: if a line is no finite number, or there are not `items` lines.
     """
     values = np.empty(items)
-    lines = path.read_text().splitlines()
+    lines = list(_text_lines(path))
     if len(lines) != items:
         raise LetorError(
             f"{path}: it has {len(lines)} lines but {data} has {items} documents; write one label a document, in the "
             "order of that file"
         )
-    for number, text in enumerate(lines, 1):
+    for number, text in lines:
         try:
-            values[number - 1] = float(text)
+            values[number - 1] = _number(text)
         except ValueError:
             raise LetorError(f"{path}:{number}: {text.strip()!r} is not a number") from None
         if not np.isfinite(values[number - 1]):
             raise LetorError(f"{path}:{number}: the label is {text.strip()}; replace it by a finite number")
     return values
+
+
+def _text_lines(path: Path) -> Iterator[tuple[int, str]]:
+    try:
+        yield from read_lines(path)
+    except TextError as error:
+        raise LetorError(str(error)) from None
+
+
+def _number(text: str) -> float:
+    """Return a number as everybody writes it: Python's own also takes `1_000`.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    if "_" in text:
+        raise ValueError(f"{text!r} has a line below")
+    return float(text)
 
 
 def _side_file(path: Path) -> Path | None:
@@ -150,19 +174,6 @@ def _side_file(path: Path) -> Path | None:
 
 
 # --- parsing --------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _open(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """Open a file, decompressing by its name: gives the raw stream, whose position is progress, and the text stream."""
-    with contextlib.ExitStack() as stack:
-        raw = stack.enter_context(path.open("rb"))
-        if path.suffix == ".gz":
-            yield raw, stack.enter_context(gzip.GzipFile(fileobj=raw))  # type: ignore[misc]
-        elif path.suffix == ".bz2":
-            yield raw, stack.enter_context(bz2.BZ2File(raw))  # type: ignore[misc]
-        else:
-            yield raw, raw
 
 
 def _content(line: bytes) -> bytes:
@@ -185,6 +196,8 @@ class _Lines:
         self.ids: list[int] = []  # query ids, where the file has them
         self.starts: list[int] = []  # the item with which each query begins
         self.first_line: dict[int, int] = {}  # of each query
+        self.token = b""  # the query id of the line before, as it is written
+        self.least = self.most = 0  # of the query ids
         self.items = 0
         self.has_ids: bool | None = None
         self.ended = False
@@ -203,6 +216,8 @@ class _Lines:
             if not content:
                 continue
             self.text = content
+            if b"_" in content:  # scikit-learn reads 1_0 as 10, as Python does
+                raise self.error(explain_line(content) or "an underscore is no part of a line's numbers")
             yield self._without_id(content)
             self.rows.append(self.line)
             self.items += 1
@@ -221,27 +236,52 @@ class _Lines:
             raise self.error(f"the line has {missing} query id but earlier lines have {other} one; write qid:ID on all")
         if not has_id:
             return content
-        try:
-            query = int(token[4:])
-            if not -(2**63) <= query < 2**63:
-                raise ValueError
-        except ValueError:
-            raise self.error(
-                f"{token.decode(errors='replace')!r} is no query id; write qid: and a whole number"
-            ) from None
-        if not self.ids or query != self.ids[-1]:
-            if query in self.first_line:
-                raise self.error(
-                    f"query {query} comes back after other queries (it began on line {self.first_line[query]}); "
-                    "put all documents of a query on consecutive lines"
-                )
-            self.first_line[query] = self.line
-            self.ids.append(query)
-            self.starts.append(self.items)
+        if token != self.token:
+            self._begin_query(token)
+            self.token = token
         return b" ".join([label, *features])
+
+    def _begin_query(self, token: bytes) -> None:
+        """Note the first line of a query."""
+        shown = repr(token[:60].decode(errors="replace"))
+        match = _ID.fullmatch(token)
+        if match is None:
+            raise self.error(f"{shown} is no query id; write qid: and a whole number")
+        sign, digits = match[1], match[2].lstrip(b"0") or b"0"
+        query = int(digits[:21]) * (-1 if sign == b"-" else 1)  # of 21 digits no number is in range
+        if not -(2**63) <= query < 2**64:
+            raise self.error(f"{shown} is beyond 64 bits, -2^63 to 2^64 - 1; renumber the queries")
+        self.least, self.most = min(self.least, query), max(self.most, query)
+        if self.least < 0 and self.most >= 2**63:
+            raise self.error(
+                f"{shown} does not go with the id {self.most if query < 0 else self.least} of an earlier line: ids are "
+                "from -2^63 to 2^63 - 1, or from 0 to 2^64 - 1; renumber the queries"
+            )
+        if self.ids and query == self.ids[-1]:
+            raise self.error(
+                f"{shown} is query {query}, which the line before writes as {self.token.decode()!r}; write each id in "
+                "one way"
+            )
+        if query in self.first_line:
+            raise self.error(
+                f"query {query} comes back after other queries (it began on line {self.first_line[query]}); "
+                "put all documents of a query on consecutive lines"
+            )
+        self.first_line[query] = self.line
+        self.ids.append(query)
+        self.starts.append(self.items)
 
     def error(self, message: str) -> LetorError:
         return LetorError(f"{self.path}:{self.line}: {message}")
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    try:
+        with open_bytes(path) as streams:
+            yield streams
+    except TextError as error:
+        raise LetorError(str(error)) from error
 
 
 def _parse(path: Path) -> dict[str, np.ndarray]:
@@ -255,15 +295,13 @@ def _parse(path: Path) -> dict[str, np.ndarray]:
 
     blocks: list[np.ndarray] = []
     labels: list[np.ndarray] = []
-    with _open(path) as (raw, stream), _progress(path) as advance:
+    with _opened(path) as (raw, stream), _progress(path) as advance:
         lines = _Lines(path, stream)
         while not lines.ended:
             try:
                 matrix, label = load(lines.chunk(), dtype=np.float32, zero_based=False)[:2]
             except LetorError:
                 raise
-            except (EOFError, OSError, zlib.error) as error:
-                raise LetorError(f"{path}: the compressed file ends early or is damaged ({error})") from error
             except (ValueError, OverflowError) as error:
                 raise lines.error(explain_line(lines.text) or str(error)) from error
             if not lines.rows:
@@ -285,7 +323,7 @@ def _parse(path: Path) -> dict[str, np.ndarray]:
         "features": features,
         "labels": np.concatenate(labels),
         "offsets": np.array([*lines.starts, lines.items] if lines.has_ids else [], dtype=np.int64),
-        "query_ids": np.array(lines.ids, dtype=np.int64),
+        "query_ids": np.array(lines.ids, dtype=np.int64 if lines.most < 2**63 else np.uint64),
     }
 
 
@@ -318,9 +356,9 @@ def _check_chunk(lines: _Lines, matrix: Any, labels: np.ndarray) -> None:
 def explain_line(line: bytes) -> str | None:
     """Say what is wrong with a line, without its comment; None if nothing is found."""
     text = line.decode(errors="replace")
-    label, *features = text.split()
+    label, *features = re.split(r"[ \t\n\r\x0b\x0c]+", text.strip(" \t\n\r\x0b\x0c"))  # as bytes are split
     try:
-        float(label)
+        _number(label)
     except ValueError:
         return f"the label {label!r} is not a number"
     last = 0
@@ -330,8 +368,10 @@ def explain_line(line: bytes) -> str | None:
         column, colon, value = feature.partition(":")
         if not colon:
             return f"{feature!r} has no colon; write COLUMN:VALUE"
-        if not column.isdigit():
+        if not (column.isascii() and column.isdigit()):
             return f"{feature!r} has no column number before the colon"
+        if len(column.lstrip("0")) > 10:
+            return f"column {column[:60]} is above {_MOST_COLUMNS}, the most that is read; renumber it"
         if int(column) == 0:
             return "column 0 is used but columns are counted from 1; add 1 to all"
         if int(column) <= last:
@@ -339,7 +379,7 @@ def explain_line(line: bytes) -> str | None:
         if int(column) > _MOST_COLUMNS:
             return f"column {column} is above {_MOST_COLUMNS}, the most that is read; renumber it"
         try:
-            float(value)
+            _number(value)
         except ValueError:
             return f"{feature!r} has no number after the colon"
         last = int(column)
