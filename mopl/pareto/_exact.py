@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-BLOCK = 4_000_000  # entries of a table of all pairs that are held at once: 32 MB in float64
+BLOCK = 1_000_000  # entries of a table of all pairs that are held at once: 8 MB in float64
 
 
 def exponent(*arrays: np.ndarray) -> int:

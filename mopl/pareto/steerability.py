@@ -96,12 +96,11 @@ def steerability(
 
 def _utilities(w: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """Return for each w (n, m) the utility of its own u (n, m), and that of the best one, each (n,)."""
-    own, best = [], []
+    own, best = torch.empty(2, len(w), dtype=torch.float64)
     for rows in row_blocks(len(w)):
         utility = w[rows] @ u.T  # row w, column v
-        own.append(utility.diagonal(rows.start).clone())  # a view would keep the whole block
-        best.append(utility.max(1).values)
-    return torch.cat(own), torch.cat(best)
+        own[rows], best[rows] = utility.diagonal(rows.start), utility.max(1).values
+    return own, best
 
 
 def kendall_tau(x: Tensor, y: Tensor) -> float:
