@@ -149,7 +149,8 @@ def check(value: Any, schema: Any, file: str | os.PathLike[str], key: str = "", 
 def settings_from(
     schema: type[T], values: Any, file: str | os.PathLike[str] | None = None, key: str = "", *, remedy: str = REMEDY
 ) -> T:
-    """Make a dataclass of settings from plain values; what is missing takes its default.
+    """Make a dataclass of settings from plain values; what is missing takes its default, or what the dataclass's
+    `WHERE_MISSING` says that it meant when there was no such setting.
 
     Args:
         schema: The dataclass; its annotations are the types, its `__post_init__` checks the rest.
@@ -166,7 +167,8 @@ def settings_from(
         if isinstance(values, Mapping) and (unknown := sorted(set(values) - known)):
             names = ", ".join(map(str, unknown[:5]))
             raise ValueError(f"the run has unknown settings {names}; was it made by another version?")
-        return msgspec.convert(values, schema)
+        before = getattr(schema, "WHERE_MISSING", None)
+        return msgspec.convert({**before, **values} if before and isinstance(values, Mapping) else values, schema)
     except msgspec.ValidationError as error:
         # What __post_init__ raised is said already as it should be.
         text = str(error.__cause__) if error.__cause__ is not None else _in_words(error, values, key)

@@ -62,6 +62,7 @@ class Front:
         interval: `{"hypervolume": [low, high]}` and the like.
         regret: Steering regret, None if the points carry no weights.
         steerability: The other figures of `mopl.pareto.steerability`.
+        steps: Of each of its models the steps that were `done`, of at most `limit`, and the one that was `kept`.
     """
 
     method: str
@@ -78,6 +79,7 @@ class Front:
     interval: dict[str, list[float]] = field(default_factory=dict)
     regret: float | None = None
     steerability: dict[str, Any] = field(default_factory=dict)
+    steps: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def measure(
@@ -98,6 +100,7 @@ class Front:
         intervals: Sequence[Mapping[str, Any]] | None = None,
         interval: Mapping[str, Sequence[float]] | None = None,
         reference_front: Points | None = None,
+        steps: Mapping[str, Any] | None = None,
     ) -> Front:
         """Make a front from evaluated points; hypervolume and steerability are computed here.
 
@@ -117,6 +120,7 @@ class Front:
             intervals: For each point what `Point.interval` holds.
             interval: What `Front.interval` holds.
             reference_front: (r, m), the true front, for its distance in `steerability`.
+            steps: What `Front.steps` holds.
 
         Returns:
             The checked front.
@@ -161,6 +165,7 @@ class Front:
             interval={name: _numbers(ends) for name, ends in (interval or {}).items()},
             regret=figures.pop("steering_regret", None),
             steerability=figures,
+            steps=dict(steps or {}),
         )
         front.check()
         return front
@@ -191,7 +196,8 @@ class Front:
         for point in content["points"]:
             if point["scale"] == 1.0:
                 del point["scale"]
-        for name, default in (("maximise", True), ("interval", {}), ("regret", None), ("steerability", {})):
+        optional = {"maximise": True, "interval": {}, "regret": None, "steerability": {}, "steps": {}}
+        for name, default in optional.items():
             if content[name] == default:
                 del content[name]
         return json.dumps(content, indent=2, allow_nan=False) + "\n"
@@ -307,7 +313,8 @@ def _check_front(front: Front) -> None:
         _check_interval(bounds, f"interval.{name}")
     _require(front.regret is None or _is_number(front.regret), "regret", front.regret, "a number")
     _require(isinstance(front.steerability, dict), "steerability", front.steerability, "an object")
-    for name in ("data", "steerability"):
+    _require(isinstance(front.steps, dict), "steps", front.steps, "an object")
+    for name in ("data", "steerability", "steps"):
         try:
             json.dumps(getattr(front, name), allow_nan=False)
         except (TypeError, ValueError) as error:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from mopl._arguments import check_choice
 from mopl._bounds import check_bounds
@@ -50,6 +51,10 @@ class RankConfig:
         penalty_sign: `"as_printed"` or `"cosmos"`; see `mopl.losses.scalarize.cosine_penalty`.
         steps: Updates of each tuned model; None: ten epochs, at least 200.
         base_steps: Updates of the base model; None: three epochs, at least 100.
+        patience: Validations without a better figure after which a training ends; its best step is kept, see
+            `mopl.ranking.validation`. 0 trains all steps and keeps the last. A run of a version that had no patience
+            has 0.
+        validate_every: Steps from one validation to the next; None: a twentieth of the steps, at least 5.
         batch_size: Lists in a batch.
         learning_rate: Learning rate.
         weight_decay: Decoupled weight decay.
@@ -77,6 +82,9 @@ class RankConfig:
         device: `"auto"` or `"cpu"`.
     """
 
+    # What a record that lacks a setting means by it: a version without patience trained all steps.
+    WHERE_MISSING: ClassVar[Mapping[str, Any]] = {"patience": 0}
+
     data: str = "travel"
     data_seed: int = 0
     objectives: tuple[str, ...] = ()
@@ -96,6 +104,8 @@ class RankConfig:
     penalty_sign: Literal["as_printed", "cosmos"] = "as_printed"
     steps: int | None = None
     base_steps: int | None = None
+    patience: int = 10
+    validate_every: int | None = None
     batch_size: int = 64
     learning_rate: float = 3e-3
     weight_decay: float = 0.0
@@ -157,6 +167,11 @@ class RankConfig:
                 raise ValueError(f"{name} is {getattr(self, name)} but heads = {self.heads} must divide it")
         if (self.top_k is not None and self.top_k < 1) or self.bootstrap < 0 or self.gradient_clip < 0:
             raise ValueError("top_k must be at least 1, bootstrap and gradient_clip must not be negative")
+        if self.patience < 0 or (self.validate_every is not None and self.validate_every < 1):
+            raise ValueError(
+                f"patience is {self.patience} but must be at least 0 (0 trains all steps), and validate_every is "
+                f"{self.validate_every} but must be at least 1"
+            )
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout is {self.dropout} but must be at least 0 and below 1")
         # Made here so that their own checks come before anything is read or written.
@@ -212,7 +227,7 @@ class RankConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RankConfig:
-        """Read back what `to_dict` gave.
+        """Read back what `to_dict` gave; settings that a version had not yet get the value that means what it did.
 
         Raises:
             ValueError: If a setting is unknown, has another type or is refused.

@@ -224,6 +224,7 @@ def make_front(
     seed: int,
     scales: Sequence[float] = (1.0,),
     reference_front: Tensor | None = None,  # (r, m)
+    steps: dict[str, Any] | None = None,
 ) -> pareto.Front:
     """Return the front of a method: means over lists, bootstrap intervals, hypervolume from 0, steerability.
 
@@ -238,6 +239,7 @@ def make_front(
         seed: Seed of the run.
         scales: c of each evaluation; the first is 1. Only it counts in the hypervolume.
         reference_front: The true front, where it is known.
+        steps: What `Front.steps` holds.
     """
     objectives = [objective.name for objective in data.objectives]
     origin = [0.0] * len(objectives)
@@ -264,6 +266,7 @@ def make_front(
         intervals=_intervals(trained, measure),
         interval=volume,
         reference_front=None if reference_front is None else reference_front.tolist(),
+        steps=steps,
     )
     for scale, evaluation in zip(scales[1:], evaluations[1:], strict=True):
         weights = [[]] * evaluation.main.shape[1] if evaluation.weights is None else evaluation.weights.tolist()
@@ -284,15 +287,19 @@ def _intervals(evaluation: Evaluation, measure: Measure) -> list[dict[str, Any]]
     return [{"main": point[0], "auxiliary": point[1:]} for point in ends]
 
 
+def labelled(data: RankingData) -> Tensor:
+    """Return (Q, 1 + m) bool, whether a list has any label above 0: of the main objective, of each auxiliary one."""
+    columns = torch.cat([data.main_labels[:, None], data.labels], 1)
+    return torch.zeros(len(data), columns.shape[1]).index_add_(0, data.owner, (columns > 0).float()) > 0
+
+
 def check_measurable(data: RankingData, measure: Measure) -> dict[str, float]:
     """Return the share of lists without any label of each objective; raise if one has labels nowhere.
 
     Raises:
         ValueError: If every list of an objective is skipped, so that its figure would be a mean over nothing.
     """
-    columns = torch.cat([data.main_labels[:, None], data.labels], 1)
-    has_label = torch.zeros(len(data), columns.shape[1]).index_add_(0, data.owner, (columns > 0).float()) > 0
-    shares = 1.0 - has_label.double().mean(0)
+    shares = 1.0 - labelled(data).double().mean(0)
     names = [data.main.name, *(objective.name for objective in data.objectives)]
     for name, share in zip(names, shares.tolist(), strict=True):
         if share == 1.0 and measure.empty == "skip":

@@ -13,6 +13,7 @@ See `mopl.ranking.stages` for the models of the baselines.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -45,7 +46,8 @@ from mopl.ranking.runs import (
     save_normalizer,
     write_reports,
 )
-from mopl.ranking.stages import DONE, Stages, check_base, load_policy
+from mopl.ranking.stages import Stages, Trained, check_base, load_policy
+from mopl.ranking.validation import Validation
 from mopl.training import RunLog, TrainingDiverged, TrainingInterrupted, make_accelerator
 from mopl.training.parallel import on_main
 from mopl.training.run_directory import (
@@ -115,6 +117,8 @@ def _run(
     overwrite: bool,
 ) -> None:
     """Check data and settings, begin the run unless there is a record of it, and work."""
+    if record is not None and "patience" not in record["config"] and config.patience == RankConfig.patience:
+        config = dataclasses.replace(config, patience=0)  # begun by a version that trained all steps
     splits = load_splits(config)
     for name, split in splits.items():
         tell(split.describe() if name == "train" else f"{split.name}: {len(split)} queries, {split.num_items} items")
@@ -156,16 +160,20 @@ def _work(
     train, test, device = splits["train"], splits["test"], accelerator.device
     main = accelerator.is_main_process
     with_log = RunLog(path, enabled=main, tensorboard=config.tensorboard)
-    stages = Stages(path, config, train, accelerator, with_log, tell)
+    validation = Validation(splits["valid"], config)
+    for note in validation.notes:
+        tell(note)
+    stages = Stages(path, config, train, validation, accelerator, with_log, tell)
     base = stages.base_model()
     references = stages.references(base, splits)
     stages.reference = references["train"]
+    validation.take_reference(references["valid"])
     temperature = config.temperatures(len(stages.objectives))
     truth = true_front(test, references["test"], grid, temperature, config.measure)
     if main:
         save_normalizer(path, train)
 
-    def finish(method: str, folder: Path, policy: Policy, seconds: float, parameters: int) -> None:
+    def finish(method: str, folder: Path, policy: Policy, trained: dict[str, Trained], parameters: int) -> None:
         asked = None if method == "base" else grid
         scales = (1.0,) if method == "base" else (1.0, *(c for c in config.scales if c != 1.0))
         with seeded(config.seed):  # ties="random" draws in the held-out losses too
@@ -177,10 +185,12 @@ def _work(
             )  # fmt: skip
         front = make_front(
             evaluations, method=method, data=test, description=_describe(config, splits, test), measure=config.measure,
-            seconds=seconds, parameters=parameters, seed=config.seed, scales=scales,
+            seconds=sum(done.seconds for done in trained.values()), parameters=parameters, seed=config.seed,
+            scales=scales, steps=_steps(trained),
             reference_front=None if method == "base" or truth is None else truth.auxiliary,
         )  # fmt: skip
         figures = _evaluation(evaluations[0], config, empty)
+        figures["trainings"] = {name: dataclasses.asdict(done) for name, done in trained.items()}
         if truth is not None:
             figures["true_losses"] = truth.losses.tolist()
             figures["true_auxiliary"] = truth.auxiliary.tolist()
@@ -195,8 +205,8 @@ def _work(
         accelerator.wait_for_everyone()
 
     if not (path / "base" / FRONT).exists():
-        seconds = json.loads((path / "base" / DONE).read_text(encoding="utf-8"))["seconds"]
-        finish("base", path / "base", BasePolicy(stages.objectives), seconds, sum(p.numel() for p in base.parameters()))
+        trained = {"base": Trained.read(path / "base")}
+        finish("base", path / "base", BasePolicy(stages.objectives), trained, sum(p.numel() for p in base.parameters()))
     for method in config.methods:
         folder = method_folder(path, config, method)
         if (folder / FRONT).exists():
@@ -204,9 +214,9 @@ def _work(
         if main:
             folder.mkdir(exist_ok=True)
         accelerator.wait_for_everyone()
-        seconds, parameters = stages.train_method(method, folder, base, grid)
+        trained, parameters = stages.train_method(method, folder, base, grid)
         policy = load_policy(path, folder, method, config, stages.objectives, grid, device)
-        finish(method, folder, policy, seconds, parameters)
+        finish(method, folder, policy, trained, parameters)
     with_log.close()
     if main:
         write_reports(path)
@@ -266,6 +276,12 @@ def _evaluation(evaluation: Evaluation, config: RankConfig, empty: dict[str, flo
         "metric": config.measure.metric().describe(),
         "empty_share": empty,
     }
+
+
+def _steps(trained: dict[str, Trained]) -> dict[str, Any]:
+    """Return what `front.json` says of the steps of each model."""
+    done = list(trained.values())
+    return {"limit": max(d.limit for d in done), "done": [d.steps for d in done], "kept": [d.kept for d in done]}
 
 
 def _data_word(config: RankConfig) -> str:

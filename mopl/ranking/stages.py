@@ -6,14 +6,16 @@
     models/modpo-0.25-0.75/   the same for MO-DPO
     <method folder>/          the conditioned model of COS-DPO: the run itself, or a folder each under `--method all`
 
-Each holds `model.safetensors`, `model.json` and, written last, `training.json` with steps and seconds; until then it
-holds `checkpoints/`, which are dropped at the end.
+Each holds `model.safetensors`, `model.json` and, written last, `training.json` with steps, seconds and the step that
+was kept; until then it holds `checkpoints/`, which are dropped at the end.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,8 @@ from mopl.ranking.methods import (
     scalarized_loss,
 )
 from mopl.ranking.model import ListTransformer, RankingModel, RankingModelConfig
-from mopl.training import BatchSource, RunLog, TrainingConfig, train
+from mopl.ranking.validation import Validation, corners_and_centre
+from mopl.training import BatchSource, RunLog, Selection, TrainingConfig, train
 from mopl.training.run_directory import DONE
 
 REFERENCE = "reference.safetensors"
@@ -51,6 +54,40 @@ def vector_name(weights: Sequence[float] | Tensor) -> str:
     return "-".join(f"{float(w):.4g}" for w in weights)
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What `training.json` holds of one training.
+
+    Attributes:
+        steps: Steps that were done, of at most `limit`.
+        seconds: Seconds of all its parts, validation included.
+        kept: The step whose model was kept.
+        limit: Steps that were asked for.
+        validation: The best figure on validation data, see `mopl.ranking.validation`; None where none was taken.
+    """
+
+    steps: int
+    seconds: float
+    kept: int
+    limit: int
+    validation: float | None = None
+
+    @classmethod
+    def read(cls, folder: Path) -> Trained:
+        """Read it from a folder; runs of versions without validation hold steps and seconds alone."""
+        found = json.loads((folder / DONE).read_text(encoding="utf-8"))
+        return cls(**{"kept": found["steps"], "limit": found["steps"], **found})
+
+    def describe(self, name: str) -> str:
+        """Return it as a line."""
+        line = f"{name}: {self.steps} steps in {self.seconds:.1f} s"
+        if self.validation is None:
+            return line
+        kept = f"{line}; kept step {self.kept} of {self.limit} (NDCG on validation {self.validation:.4f})"
+        stop = f", stopped at {self.steps}: no better for {self.steps - self.kept}" if self.steps < self.limit else ""
+        return kept + stop
+
+
 class Stages:
     """Trains the models of one run.
 
@@ -58,6 +95,7 @@ class Stages:
         path: The run directory.
         config: Settings of the run.
         data: The training split.
+        validation: How trainings are validated.
         accelerator: accelerate's `Accelerator`.
         log: The log of the run.
         say: Told, in a line, about each stage.
@@ -68,12 +106,13 @@ class Stages:
         path: Path,
         config: RankConfig,
         data: RankingData,
+        validation: Validation,
         accelerator: Any,
         log: RunLog,
         say: Callable[[str], None],
     ) -> None:
         self.path, self.config, self.data, self.log, self.say = path, config, data, log, say
-        self.accelerator = accelerator
+        self.accelerator, self.validation = accelerator, validation
         self.objectives = tuple(objective.name for objective in data.objectives)
         self.temperature = torch.tensor(config.temperatures(len(self.objectives)))
         self.reference = torch.zeros(data.num_items)
@@ -82,7 +121,7 @@ class Stages:
         """Return the base model: the given one, or one trained on the main objective."""
         folder, config = self.path / "base", self.config
         if config.base is not None and not (folder / DONE).exists():
-            self._finish(folder, check_base(config.base, self.data), 0, 0.0)
+            self._finish(folder, check_base(config.base, self.data), Trained(0, 0.0, 0, 0))
         if not (folder / DONE).exists():
             source = Batches(self.data, config.batch_size, seed=config.seed)
             settings = config.training(config.base_steps)
@@ -92,7 +131,7 @@ class Stages:
                     self.data.num_features, config.base_hidden, config.base_layers, config.heads, dropout=config.dropout
                 )
 
-            self._fit("base", folder, build, source, main_loss, settings)
+            self._fit("base", folder, build, source, main_loss, settings, self.validation.of_base(settings.steps))
         return ListTransformer.from_pretrained(folder)
 
     def references(self, base: ListTransformer, splits: dict[str, RankingData]) -> dict[str, Tensor]:
@@ -108,27 +147,24 @@ class Stages:
             self.accelerator.wait_for_everyone()
         return load_file(str(file))
 
-    def train_method(self, method: str, folder: Path, base: ListTransformer, grid: Tensor) -> tuple[float, int]:
-        """Train what a method needs; return its seconds and its number of parameters."""
+    def train_method(
+        self, method: str, folder: Path, base: ListTransformer, grid: Tensor
+    ) -> tuple[dict[str, Trained], int]:
+        """Train what a method needs; return its trainings by name and its number of parameters."""
         if method in ("weight-cos-dpo", "temperature-cos-dpo"):
-            seconds = self._conditioned(method, folder, base)
-            return seconds, RankingModel.from_pretrained(folder).num_parameters
-        seconds, count = 0.0, 0
+            trained = {method: self._conditioned(method, folder, base)}
+            return trained, RankingModel.from_pretrained(folder).num_parameters
+        done: dict[str, Trained] = {}
         vertices = torch.eye(len(self.objectives), dtype=torch.float64)
-        if method != "dpo-ls":  # dpo-ls takes its vertices from the grid
-            seconds = sum(self._network(w, base) for w in vertices)
-            count = len(vertices)
-        if method == "dpo-ls":
-            seconds += sum(self._network(w, base) for w in grid)
-            count += len(grid)
-        elif method == "mo-dpo":
+        # dpo-ls takes its vertices from the grid
+        done |= dict(self._network(w, base) for w in (grid if method == "dpo-ls" else vertices))
+        if method == "mo-dpo":
             experts = self._expert_scores(base)
-            seconds += sum(self._network(w, base, experts) for w in grid)
-            count += len(grid)
+            done |= dict(self._network(w, base, experts) for w in grid)
         size = sum(p.numel() for p in self._fixed_model(base).network.parameters())
-        return seconds, count * size
+        return done, len(done) * size
 
-    def _conditioned(self, method: str, folder: Path, base: ListTransformer) -> float:
+    def _conditioned(self, method: str, folder: Path, base: ListTransformer) -> Trained:
         """Train the one model of a COS-DPO method."""
         config, m = self.config, len(self.objectives)
         takes_temperature = method == "temperature-cos-dpo"
@@ -150,9 +186,11 @@ class Stages:
             settings = self._model_config(conditioned=True, temperature=takes_temperature)
             return RankingModel(settings, base)
 
-        return self._fit(method, folder, build, source, loss, config.training(config.steps))
+        settings = config.training(config.steps)
+        selection = self.validation.of_tuned(corners_and_centre(m), self.temperature, settings.steps)
+        return self._fit(method, folder, build, source, loss, settings, selection)
 
-    def _network(self, weights: Tensor, base: ListTransformer, experts: Tensor | None = None) -> float:
+    def _network(self, weights: Tensor, base: ListTransformer, experts: Tensor | None = None) -> tuple[str, Trained]:
         """Train a network for fixed weights: DPO on their sum, or MO-DPO where experts are given."""
         kind = "w" if experts is None else "modpo"
         folder = self.path / "models" / f"{kind}-{vector_name(weights)}"
@@ -165,10 +203,11 @@ class Stages:
         else:
             anchor = int(weights.argmax())
             loss = modpo_loss(self.config.list_loss, anchor, self.objectives[anchor])
-        return self._fit(
-            f"{kind} {vector_name(weights)}", folder, lambda: self._fixed_model(base), source, loss,
-            self.config.training(self.config.steps), part="network",
-        )  # fmt: skip
+        name, settings = f"{kind} {vector_name(weights)}", self.config.training(self.config.steps)
+        selection = self.validation.of_tuned(weights[None], self.temperature, settings.steps)
+        return name, self._fit(
+            name, folder, lambda: self._fixed_model(base), source, loss, settings, selection, part="network"
+        )
 
     def _expert_scores(self, base: ListTransformer) -> Tensor:
         """Return the experts' scores (N, m) of the training split."""
@@ -204,25 +243,30 @@ class Stages:
         source: BatchSource,
         loss: Any,
         settings: TrainingConfig,
+        selection: Selection | None,
         part: str | None = None,
-    ) -> float:
-        """Train and save a model unless it is there; return the seconds that it took, interruptions left out."""
+    ) -> Trained:
+        """Train and save a model unless it is there; return how that went, interruptions left out."""
         if (folder / DONE).exists():
-            return json.loads((folder / DONE).read_text(encoding="utf-8"))["seconds"]
+            return Trained.read(folder)
         with seeded(self.config.seed):  # every model of a method starts from the same parameters
             model = build()
         result = train(
             model, source, loss, settings,
             accelerator=self.accelerator, directory=folder / "checkpoints", resume=True, log=self.log, stage=name,
+            selection=selection,
         )  # fmt: skip
-        self._finish(folder, getattr(model, part) if part else model, result.steps, result.seconds)
-        self.say(f"{name}: {result.steps} steps in {result.seconds:.1f} s")
-        return result.seconds
+        done = Trained(result.steps, result.seconds, result.steps, settings.steps)
+        if selection is not None and result.kept is not None:
+            done = dataclasses.replace(done, kept=result.kept, validation=selection.best)
+        self._finish(folder, getattr(model, part) if part else model, done)
+        self.say(done.describe(name))
+        return done
 
-    def _finish(self, folder: Path, model: Any, steps: int, seconds: float) -> None:
+    def _finish(self, folder: Path, model: Any, done: Trained) -> None:
         if self.accelerator.is_main_process:
             model.save_pretrained(folder)
-            write_file(folder / DONE, json.dumps({"steps": steps, "seconds": seconds}, indent=2) + "\n")
+            write_file(folder / DONE, json.dumps(dataclasses.asdict(done), indent=2) + "\n")
             if (folder / "checkpoints").exists():
                 discard_folder(folder / "checkpoints")
         self.accelerator.wait_for_everyone()

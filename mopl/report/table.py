@@ -155,6 +155,8 @@ def _note(
         parts.append("other ±: over seeds")
     elif any(r.hypervolume_interval for r in records):
         parts.append("[low, high]: bootstrap over lists")
+    if kept := [text for method, seeds in groups.items() if (text := _steps_kept(method, seeds))]:
+        parts.append(f"steps kept, of those done: {', '.join(kept)}")
     named = ", ".join(clean(name) for name in records[0].objectives)
     if len(references) > 1:
         parts.append("reference points differ, so hypervolumes cannot be compared")
@@ -163,6 +165,16 @@ def _note(
     else:
         parts.append(f"hypervolume of ({named})")
     return "; ".join([*parts, metric.describe()]) + "."
+
+
+def _steps_kept(method: str, seeds: list[Record]) -> str:
+    """Return which steps of a method's models validation kept, in words; "" where it always was the last one."""
+    steps = [r.raw["steps"] for r in seeds if r.raw.get("steps")]
+    if all(s["kept"] == [s["limit"]] * len(s["kept"]) for s in steps):
+        return ""
+    kept, done = (sorted(x for s in steps for x in s[name]) for name in ("kept", "done"))
+    spans = [f"{each[0]}" if each[0] == each[-1] else f"{each[0]} to {each[-1]}" for each in (kept, done)]
+    return f"{clean(method)} {spans[0]} of {spans[1]}"
 
 
 def width(text: str) -> int:

@@ -12,12 +12,14 @@ from mopl.training.loop import (
     train,
 )
 from mopl.training.parallel import make_accelerator
+from mopl.training.selection import Selection
 
 __all__ = [
     "BatchSource",
     "Checkpoint",
     "CheckpointFolder",
     "RunLog",
+    "Selection",
     "TrainingConfig",
     "TrainingDiverged",
     "TrainingInterrupted",

@@ -49,7 +49,7 @@ class Checkpoint:
         if self.state().get("save_frozen", True):
             load_model(model, self.path / "model.safetensors", strict=True)
             return
-        saved, wanted = load_file(self.path / "model.safetensors"), set(_without_frozen(model))
+        saved, wanted = load_file(self.path / "model.safetensors"), set(trained_state(model))
         if saved.keys() != wanted:
             names = ", ".join(sorted(saved.keys() ^ wanted)[:3])
             raise ValueError(f"{self.path} and the model do not both train {names}; the models must be alike")
@@ -96,7 +96,7 @@ class CheckpointFolder:
 
         def fill(folder: Path) -> None:
             file = str(folder / "model.safetensors")
-            save_model(model, file) if self.save_frozen else save_file(_without_frozen(model), file)
+            save_model(model, file) if self.save_frozen else save_file(trained_state(model), file)
             torch.save(optimizer_state, folder / "optimizer.pt")
             (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
@@ -110,7 +110,7 @@ class CheckpointFolder:
         remove_leftovers(self.path)
 
 
-def _without_frozen(model: nn.Module) -> dict[str, torch.Tensor]:
+def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the trained parameters, each once, and the buffers that a state dict holds."""
     state = model.state_dict(keep_vars=True)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}

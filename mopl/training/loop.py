@@ -22,22 +22,21 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mopl._arguments import check_choice
 from mopl._bounds import check_bounds
 from mopl._restoring import generators_kept, modes_kept
-from mopl.training.batches import BatchSource, part_of_batch
+from mopl.training.accumulation import LossFunction, accumulate, reduced
+from mopl.training.batches import BatchSource
 from mopl.training.checkpoint import Checkpoint, CheckpointFolder
 from mopl.training.logs import RunLog
-from mopl.training.parallel import ShardedModel, WholeModel, make_accelerator, prepare, whole_norm
+from mopl.training.parallel import make_accelerator, prepare, whole_norm
+from mopl.training.selection import Selection, continue_selection
 
 SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("no", "bf16", "fp16")
-
-LossFunction = Callable[[nn.Module, Any, int], tuple[Tensor, dict[str, Any]]]
 
 # Settings that change what is written but not what is computed: a resumed training may have others.
 _FREE_SETTINGS = ("log_every", "checkpoint_every", "keep_checkpoints")
@@ -100,11 +99,15 @@ class TrainingConfig:
 
 @dataclass
 class TrainingResult:
-    """What a training leaves behind besides the model: steps done, seconds over all its parts, the last log record."""
+    """What a training leaves behind besides the model: steps done, seconds over all its parts, the last log record.
+
+    Where a `Selection` chose among its steps, `kept` is the one whose model it leaves; the last one otherwise.
+    """
 
     steps: int
     seconds: float
     last: dict[str, Any] = field(default_factory=dict)
+    kept: int | None = None
 
 
 class TrainingInterrupted(RuntimeError):
@@ -134,6 +137,7 @@ def train(
     stage: str = "train",
     optimizer: torch.optim.Optimizer | None = None,
     save_frozen: bool = True,
+    selection: Selection | None = None,
 ) -> TrainingResult:
     """Train `model` in place.
 
@@ -152,6 +156,7 @@ def train(
         optimizer: AdamW on the trainable parameters by default. The schedule multiplies its own learning rates.
         save_frozen: Whether checkpoints hold parameters that are not trained, too; False for a small adapter on a
             large model that the caller has anyway.
+        selection: Chooses the best step by validation data and may end the training early; its model is left then.
 
     Returns:
         Steps, seconds and the last log record.
@@ -178,8 +183,11 @@ def train(
     if directory is not None:
         folder = CheckpointFolder(directory, config.keep_checkpoints, save_frozen=save_frozen)
     checkpoint = _checkpoint_to_resume(folder, resume, config, stage)
+    states: dict[str, Any] = {}
     if checkpoint is not None:
         checkpoint.load_model(model)
+        states = checkpoint.load_optimizer()
+        continue_selection(selection, states, checkpoint.path)
     updater = optimizer
     if updater is None:
         trainable = [p for p in model.parameters() if p.requires_grad]
@@ -192,7 +200,6 @@ def train(
     start, spent = 0, 0.0
     if checkpoint is not None:
         start, spent = checkpoint.step, checkpoint.state()["seconds"]
-        states = checkpoint.load_optimizer()
         prepared.load_optimizer(states["optimizer"])
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(states["scaler"])
@@ -211,6 +218,8 @@ def train(
         plain, optimizer_state = prepared.whole()
         if accelerator.is_main_process:
             states = {"optimizer": optimizer_state}
+            if selection is not None:
+                states["selection"] = selection.state_dict()
             if accelerator.scaler is not None:
                 states["scaler"] = accelerator.scaler.state_dict()
             seconds = spent + time.perf_counter() - began
@@ -225,9 +234,11 @@ def train(
         with modes_kept(model), _StopSignals() as stop, _progress(accelerator, stage, start, config.steps) as progress:
             prepared.model.train()
             for step in range(start, config.steps):
+                if selection is not None and selection.stopped:
+                    break  # the checkpoint was written after the last step
                 for group, rate in zip(stepper.param_groups, rates, strict=True):
                     group["lr"] = rate * config.rate_factor(step)
-                value, logs = _accumulate(accelerator, prepared, source, loss, config, step)
+                value, logs = accumulate(accelerator, prepared, source, loss, config, step)
                 limit = math.inf if config.gradient_clip is None else config.gradient_clip
                 norm = whole_norm(accelerator.clip_grad_norm_(trained, limit))
                 # One reduction and one read a step: every process learns the same loss and the same wish to stop.
@@ -236,20 +247,22 @@ def train(
                 _check_finite(told[0], told[2], config, stage, step, folder)
                 stepper.step()
                 stepper.zero_grad()
-                done = step + 1
-                if done % config.log_every == 0 or done == config.steps:
+                result.steps = done = step + 1
+                chosen = selection is not None and selection.consider(done, config.steps, prepared, accelerator)
+                ended = done == config.steps or (selection is not None and selection.stopped)
+                if done % config.log_every == 0 or ended or chosen:
                     record = {"stage": stage, "step": done, "loss": told[0]}
-                    record |= {name: float(v) for name, v in zip(logs, _reduced(accelerator, logs), strict=True)}
+                    record |= {name: float(v) for name, v in zip(logs, reduced(accelerator, logs), strict=True)}
                     record |= {"learning_rate": stepper.param_groups[0]["lr"], "gradient_norm": told[2]}
+                    record |= {"validation": selection.value} if selection is not None and chosen else {}
                     record["seconds"] = round(spent + time.perf_counter() - began, 3)
                     result.last = record
                     if log is not None:
                         log.write(record)
                 progress(done, told[0])
-                result.steps = done
                 due = config.checkpoint_every and done % config.checkpoint_every == 0
-                path = save(done) if due or told[1] or done == config.steps else None
-                if told[1] or (stop.asked and done == config.steps):
+                path = save(done) if due or told[1] or ended else None
+                if told[1] or (stop.asked and ended):
                     raise TrainingInterrupted(stage, done, path)
         together = True
     except (TrainingInterrupted, TrainingDiverged):
@@ -262,68 +275,10 @@ def train(
         # longer than a small model's hundred steps.
         for kept in ("_models", "_optimizers"):
             getattr(accelerator, kept, []).clear()
+    if selection is not None:
+        result.kept = selection.restore(model)
     result.seconds = spent + time.perf_counter() - began
     return result
-
-
-def _accumulate(
-    accelerator: Any,
-    prepared: WholeModel | ShardedModel,
-    source: BatchSource,
-    loss: LossFunction,
-    config: TrainingConfig,
-    step: int,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Add up the gradient of the mean over the whole batch; return this process's share of the loss and the logs."""
-    parts = accelerator.num_processes * config.accumulation
-    total: Tensor | None = None
-    logs: dict[str, Tensor] = {}
-    for turn in range(config.accumulation):
-        part = accelerator.process_index * config.accumulation + turn
-        rows = part_of_batch(source.batch_size, part, parts)
-        share = (rows.stop - rows.start) / source.batch_size
-        batch = _to_device(source(step, part, parts), accelerator.device)
-        _seed_generators(_seed(config.seed, step, part), accelerator.device)
-        last = turn == config.accumulation - 1
-        with contextlib.nullcontext() if last else prepared.no_sync():
-            value, extra = loss(prepared.model, batch, step)
-            # DDP and FSDP average the gradients of the processes; the mean over all lists needs the sum of shares.
-            accelerator.backward(value * (share * accelerator.num_processes))
-        total = share * value.detach() if total is None else total + share * value.detach()
-        for name, item in extra.items():
-            item = share * torch.as_tensor(item, dtype=torch.float32, device=accelerator.device).detach()
-            logs[name] = logs[name] + item if name in logs else item
-    assert total is not None
-    return total.float(), logs
-
-
-def _reduced(accelerator: Any, logs: dict[str, Tensor]) -> list[float]:
-    return accelerator.reduce(torch.stack(list(logs.values())), "sum").tolist() if logs else []
-
-
-def _seed(seed: int, step: int, part: int) -> int:
-    """Return the seed of whatever the model draws (dropout) for one part of one step's batch."""
-    return int(np.random.SeedSequence([seed, step, part]).generate_state(1, np.uint64)[0])
-
-
-def _seed_generators(seed: int, device: torch.device) -> None:
-    """Seed the generators that a model on `device` draws from.
-
-    `torch.manual_seed` would do, but where there is no accelerator it keeps a stack trace of every call for later.
-    """
-    torch.default_generator.manual_seed(seed)
-    if device.type != "cpu":
-        getattr(torch, device.type).manual_seed(seed)
-
-
-def _to_device(batch: Any, device: torch.device) -> Any:
-    """Move a tensor, anything with `.to`, or a dict of them to the device."""
-    if isinstance(batch, dict):
-        return {name: _to_device(value, device) for name, value in batch.items()}
-    if isinstance(batch, (list, tuple)) and not hasattr(batch, "_fields"):
-        return type(batch)(_to_device(value, device) for value in batch)
-    move = getattr(batch, "to", None)
-    return batch if move is None else move(device)
 
 
 def _checkpoint_to_resume(

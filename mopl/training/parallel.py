@@ -47,9 +47,13 @@ class WholeModel:
         """Load what `whole` gave as the optimizer's state."""
         self.optimizer.load_state_dict(state)
 
+    def plain(self) -> nn.Module:
+        """Return the plain model as it stands; every process must call it."""
+        return self._accelerator.unwrap_model(self.model)
+
     def whole(self) -> tuple[nn.Module, dict[str, Any]]:
         """Return the plain model as it stands and the optimizer's state; every process must call it."""
-        return self._accelerator.unwrap_model(self.model), self.optimizer.state_dict()
+        return self.plain(), self.optimizer.state_dict()
 
     def finish(self, *, gather: bool) -> None:
         """Give the caller the plain model back: the prepared one's forward is wrapped in autocast."""
@@ -131,6 +135,11 @@ class ShardedModel:
             for number, values in state["state"].items()
         }
         self._optimizer.load_state_dict({**state, "state": shares})
+
+    def plain(self) -> nn.Module:
+        """Return the plain model, on the CPU, as it stands; every process must call it."""
+        self._gather()
+        return self._plain
 
     @torch.no_grad()
     def whole(self) -> tuple[nn.Module, dict[str, Any]]:

@@ -1,0 +1,85 @@
+"""The gradient of one step: the mean over a whole batch, added up over its parts, and the seeds of what it draws."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mopl.training.batches import BatchSource, part_of_batch
+from mopl.training.parallel import ShardedModel, WholeModel
+
+LossFunction = Callable[[nn.Module, Any, int], tuple[Tensor, dict[str, Any]]]
+
+
+class _Config(Protocol):
+    @property
+    def accumulation(self) -> int: ...
+
+    @property
+    def seed(self) -> int: ...
+
+
+def accumulate(
+    accelerator: Any,
+    prepared: WholeModel | ShardedModel,
+    source: BatchSource,
+    loss: LossFunction,
+    config: _Config,
+    step: int,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Add up the gradient of the mean over the whole batch; return this process's share of the loss and the logs."""
+    parts = accelerator.num_processes * config.accumulation
+    total: Tensor | None = None
+    logs: dict[str, Tensor] = {}
+    for turn in range(config.accumulation):
+        part = accelerator.process_index * config.accumulation + turn
+        rows = part_of_batch(source.batch_size, part, parts)
+        share = (rows.stop - rows.start) / source.batch_size
+        batch = _to_device(source(step, part, parts), accelerator.device)
+        _seed_generators(_seed(config.seed, step, part), accelerator.device)
+        last = turn == config.accumulation - 1
+        with contextlib.nullcontext() if last else prepared.no_sync():
+            value, extra = loss(prepared.model, batch, step)
+            # DDP and FSDP average the gradients of the processes; the mean over all lists needs the sum of shares.
+            accelerator.backward(value * (share * accelerator.num_processes))
+        total = share * value.detach() if total is None else total + share * value.detach()
+        for name, item in extra.items():
+            item = share * torch.as_tensor(item, dtype=torch.float32, device=accelerator.device).detach()
+            logs[name] = logs[name] + item if name in logs else item
+    assert total is not None
+    return total.float(), logs
+
+
+def reduced(accelerator: Any, logs: dict[str, Tensor]) -> list[float]:
+    """Return the logs of all processes together, in order; every process must call it."""
+    return accelerator.reduce(torch.stack(list(logs.values())), "sum").tolist() if logs else []
+
+
+def _seed(seed: int, step: int, part: int) -> int:
+    """Return the seed of whatever the model draws (dropout) for one part of one step's batch."""
+    return int(np.random.SeedSequence([seed, step, part]).generate_state(1, np.uint64)[0])
+
+
+def _seed_generators(seed: int, device: torch.device) -> None:
+    """Seed the generators that a model on `device` draws from.
+
+    `torch.manual_seed` would do, but where there is no accelerator it keeps a stack trace of every call for later.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        getattr(torch, device.type).manual_seed(seed)
+
+
+def _to_device(batch: Any, device: torch.device) -> Any:
+    """Move a tensor, anything with `.to`, or a dict of them to the device."""
+    if isinstance(batch, dict):
+        return {name: _to_device(value, device) for name, value in batch.items()}
+    if isinstance(batch, (list, tuple)) and not hasattr(batch, "_fields"):
+        return type(batch)(_to_device(value, device) for value in batch)
+    move = getattr(batch, "to", None)
+    return batch if move is None else move(device)
