@@ -451,7 +451,8 @@ def test_accumulation_changes_nothing_but_rounding(tmp_path):
 def test_a_given_base_model_is_used_and_not_trained(tmp_path, finished):
     run = rank(config(base=str(finished), base_steps=1), tmp_path / "run", say=quiet)
     assert bytes_of(run, "base/model.safetensors") == bytes_of(finished, "base/model.safetensors")
-    assert json.loads((run / "base" / "training.json").read_text()) == {"steps": 0, "seconds": 0.0}
+    done = json.loads((run / "base" / "training.json").read_text())
+    assert done == {"steps": 0, "seconds": 0.0, "kept": 0, "limit": 0, "validation": None}
     other = "synthetic:queries=60,items=6,features=12,objectives=3"
     with pytest.raises(ValueError, match="takes 8 features but synthetic:train has 12; leave --base out"):
         rank(config(data=other, base=str(finished)), tmp_path / "other", say=quiet)
