@@ -31,7 +31,7 @@ def installed(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("above")
     clone = folder / "mopl"
     clone.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, clone)
     for name in ("mopl", "kernels"):
         shutil.copytree(ROOT / name, clone / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
