@@ -2,11 +2,15 @@
 
 import logging
 import math
+import re
 import sys
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from mopl._words import sentence_ends
 from mopl.rewards import (
     Brevity,
     ClassifierReward,
@@ -113,6 +117,132 @@ def test_rouge_is_the_longest_common_subsequence_and_the_best_of_several_referen
     rewards = Rewards([reward])
     assert math.isnan(rewards([text], ["unknown prompt"]).item())
     assert rewards.report.failures == {"rouge": {"ValueError": 1}}
+
+
+# ---------------------------------------------------------------- other languages
+
+LANGUAGES = {  # text: its words
+    "東京タワーは２０２５年に、iPhoneを買う。": 13,  # 東京タワーは, the year, 年に, iPhone, を買う
+    "今天天气很好。": 6,
+    "々ー〇": 3,
+    "สวัสดีครับ น้ำ": 8,  # ส วั ส ดี ค รั บ, น้ำ: marks above and below belong to a consonant
+    "नमस्ते दुनिया": 2,
+    "مَرْحَبًا بالعالم": 2,  # the same word with and without its short vowels
+    "مرحبا بالعالم": 2,
+    "می‌روم": 1,
+    "안녕하세요 여러분": 2,
+    "Привет, мир": 2,
+    "été": 1,
+    "été": 1,
+    "l’été, c’est bien-aimé": 3,
+    "😀 😀": 0,
+}
+
+
+@pytest.mark.parametrize("text", LANGUAGES)
+def test_words_are_counted_as_their_readers_do(text):
+    pytest.importorskip("regex")
+    assert len(words_of(text)) == LANGUAGES[text]
+    assert Brevity().score(text) == -LANGUAGES[text] and Length(target=2).score(text) == -abs(LANGUAGES[text] - 2)
+
+
+def test_no_mark_is_left_of_a_text_without_its_letter():
+    pytest.importorskip("regex")
+    assert words_of("ကျွန်တော်") == ["ကျွ", "န်", "တော်"]
+    assert words_of("สวัสดี") == ["ส", "วั", "ส", "ดี"]
+    assert words_of("ｶﾞ") == ["ｶﾞ"]
+
+
+@pytest.mark.parametrize(
+    ("text", "sentences"),
+    [("今日は晴れ。明日は雨！本当？", 3), ("「行く。」と言った。", 2), ("π は約３．１４である．次に", 2),
+     ("真的吗？！好。", 2), ("كيف حالك؟ أنا بخير.", 2), ("यह अच्छा है। वह भी।", 2), ("ነው። ነው።", 2),
+     ("Naïve… yes. No", 3)],
+)  # fmt: skip
+def test_sentences_of_other_languages_are_counted(text, sentences):
+    pytest.importorskip("regex")
+    assert count_sentences(text) == sentences
+
+
+@given(st.text(st.characters(max_codepoint=127)) | st.text(" .!?…'’-–“”éÀñß_\n\"()[]ab1"))
+def test_words_and_sentences_of_english_are_what_they_were(text):
+    """The figures of plain ASCII, and of Latin text with its own quotation marks, must never change."""
+    pytest.importorskip("regex")
+    word = re.compile(r"[^\W_]+(?:['’\-][^\W_]+)*")
+    end = re.compile(r"[.!?…]+(?=\s|$|[\"'”’)\]])|\n\s*\n")
+    sentence = re.compile(r".*?[.!?…][\"'”’)\]]*(?=\s|$)", re.DOTALL)
+    assert words_of(text) == word.findall(text)
+    assert count_sentences(text) == sum(bool(word.search(part)) for part in end.split(text))
+    assert list(sentence_ends(text)) == [match.end() for match in sentence.finditer(text)]
+
+
+# By hand: the longest common subsequence c of a candidate of n and a reference of r characters has precision c / n,
+# recall c / r and F = 2 c / (n + r).
+@pytest.mark.parametrize(
+    ("reference", "text", "common", "n", "r"),
+    [
+        ("猫がマットの上に座った。", "猫がマットに座っている。", 8, 11, 11),  # 猫がマット and に座っ
+        ("今天天气很好", "今天天气不好", 5, 6, 6),
+        ("ฉันรักแมว", "ฉันรักหมา", 5, 7, 7),  # ฉั น รั ก แ ม ว and ฉั น รั ก ห ม า
+        ("القطة على السجادة", "القطة تحت السجادة", 2, 3, 3),
+        ("बिल्ली चटाई पर है", "बिल्ली पर है", 3, 3, 4),
+        ("naïve café", "naive café", 1, 2, 2),
+        ("été iPhoneを買う", "été iphoneを売る", 3, 5, 5),  # composed or not, capital or small
+        ("the cats’ co­operation", "The cat's cooperation", 3, 4, 3),  # the, cat, (s,) cooper; stemmed as ever
+    ],
+)
+def test_rouge_of_other_languages_is_worked_out_by_hand(reference, text, common, n, r):
+    pytest.importorskip("rouge_score")
+    f = Rouge({"q": reference}).score(text, "q")
+    assert f == pytest.approx(2 * common / (n + r))
+    assert Rouge({"q": reference}, measure="precision").score(text, "q") == pytest.approx(common / n)
+    assert Rouge({"q": reference}, measure="recall").score(text, "q") == pytest.approx(common / r)
+    assert Rouge({"q": text}).score(text, "q") == 1.0
+
+
+@settings(max_examples=50)
+@given(st.text("abcdefg's -_.!?\n1 ", max_size=60), st.text("abcdefg's -_.!?\n1 ", max_size=60))
+def test_rouge_of_plain_ascii_is_rouge_scores_own(reference, text):
+    rouge_scorer = pytest.importorskip("rouge_score.rouge_scorer")
+    for variant in ("rouge1", "rouge2", "rougeL", "rougeLsum"):
+        for stem in (True, False):
+            wanted = rouge_scorer.RougeScorer([variant], use_stemmer=stem).score(reference, text)[variant].fmeasure
+            if reference:
+                assert Rouge({"q": reference}, variant=variant, stem=stem).score(text, "q") == wanted
+
+
+def test_a_text_in_another_script_has_no_english_readability():
+    pytest.importorskip("pyphen")
+    for text in ("今日は晴れです。", "Привет, как дела?"):
+        with pytest.raises(ValueError, match="another script than Latin"):
+            Readability().score(text)
+    assert Readability().score("I like 寿司 very much.") < 121.3  # two characters among four words
+    assert math.isfinite(Readability("ru_RU").score("Привет, как дела?"))
+
+
+def test_a_profane_word_inside_of_another_counts_once():
+    pytest.importorskip("glin_profanity")
+    assert Profanity(["chinese"]).score("你他妈的") == 1.0  # the list has 他妈, 妈的 and 他妈的
+    assert Profanity(["korean"]).score("이 씨발 놈") == 1.0  # and this word twice
+    assert Profanity(["chinese"]).score("他妈的，他妈的") == 2.0
+
+
+def test_half_characters_are_a_failure_like_any_other():
+    rewards = Rewards([Brevity(), Counted()])
+    result = rewards(["one two", "\ud83d"])
+    assert result[0].tolist() == [-2.0, 7.0] and result[1].isnan().all()
+    assert rewards.report.failed() == 2 and "holds U+D83D at character 1" in str(rewards.report)
+    str(rewards.report).encode()
+    with pytest.raises(ValueError, match=r"text 1 holds U\+D83D"):
+        Rewards([Brevity()], on_error="raise")(["a", "\ud83d"])
+
+
+def test_the_demos_sentences_end_in_japanese_too():
+    from mopl.alignment._demo_sampling import first_sentence, whole_sentences
+
+    assert first_sentence("はい。今日は晴れです。明日は") == "はい。今日は晴れです。"  # はい is short of three
+    assert first_sentence("「行きます。」と言う。") == "「行きます。」"
+    assert whole_sentences("今日は晴れです。明日は") == "今日は晴れです。"
 
 
 # ---------------------------------------------------------------- several at once

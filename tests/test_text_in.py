@@ -311,6 +311,17 @@ def test_equal_responses_with_equal_or_missing_labels_are_a_tie_and_stay():
     assert load_preferences([tie])[0].labels == {"preference": (1.0, 1.0)}
 
 
+def test_pairs_without_a_prompt_part_after_a_whole_character_where_there_are_no_spaces():
+    item = load_preferences([{"chosen": "東京は晴れです", "rejected": "東京は雨です"}])[0]
+    assert (item.prompt, item.responses) == ("東京は", ("晴れです", "雨です"))
+    item = load_preferences([{"chosen": "ไปก้า", "rejected": "ไปกา"}])[0]  # the mark belongs to the consonant before
+    assert (item.prompt, item.responses) == ("ไป", ("ก้า", "กา"))
+    item = load_preferences([{"chosen": "東京 は晴れ", "rejected": "東京 は雨"}])[0]  # a space goes first, as ever
+    assert (item.prompt, item.responses) == ("東京", (" は晴れ", " は雨"))
+    with pytest.raises(DataError, match=r"no common prompt \(row 1"):
+        load_preferences([{"chosen": "also", "rejected": "alas"}])
+
+
 # ---------------------------------------------------------------- prompts
 
 

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from mopl._files import remove_leftovers, write_file
+from mopl._words import sentence_ends, words_of
 
 PLAN = "plan.json"
-_SENTENCE = re.compile(r".*?[.!?…][\"'”’)\]]*(?=\s|$)", re.DOTALL)
 COMPACT_AT = 0.75  # finished rows are dropped from the batch once no more than this share is left
 
 
@@ -136,15 +136,16 @@ def sample_rows(
 
 def first_sentence(text: str) -> str:
     """Return a text up to the end of its first sentence of three words or more; all of it if none ends."""
-    for match in _SENTENCE.finditer(text):
-        if len(re.findall(r"\w+", text[: match.end()])) >= 3:
-            return text[: match.end()].rstrip()
+    for end in sentence_ends(text):
+        # An apostrophe parts words here ("It's so."), which it does not where words are counted.
+        if max(len(re.findall(r"\w+", text[:end])), len(words_of(text[:end]))) >= 3:
+            return text[:end].rstrip()
     return text
 
 
 def whole_sentences(text: str) -> str:
     """Return a text that was cut off without what follows its last complete sentence, if it has one."""
-    end = max((match.end() for match in _SENTENCE.finditer(text)), default=0)
+    end = max(sentence_ends(text), default=0)
     # "1." at the start of a line is the number of an item that never came.
     shorter = re.sub(r"\s*\n\s*\d+\.$", "", text[:end].rstrip())
     return shorter if re.search(r"\w", shorter) else text

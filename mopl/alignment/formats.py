@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mopl._lines import TextError, parse_json
+from mopl._words import last_boundary
 from mopl.alignment.data import PreferenceList, RowError
 
 Row = Mapping[str, Any]
@@ -255,7 +256,8 @@ def parse_pair(rows: Sequence[Row], *, objective: str = "preference") -> Iterato
     """Anthropic HH, and every preference data set of TRL: chosen and rejected, as texts or messages.
 
     Without a prompt, or with whole conversations in chosen and rejected, the prompt is what both begin with: whole
-    messages, and in plain text whole words (the space before the first different word goes to the responses).
+    messages, and in plain text whole words (the space before the first different word goes to the responses); whole
+    characters, where both begin without a space in a script that has none.
     """
     row = rows[0]
     prompt, pair = row.get("prompt"), [row["chosen"], row["rejected"]]
@@ -302,6 +304,8 @@ def _common_words(chosen: str, rejected: str) -> tuple[str, list[str]]:
     while common < min(len(chosen), len(rejected)) and chosen[common] == rejected[common]:
         common += 1
     cut = max((match.start() for match in re.finditer(r"\s+", chosen[:common])), default=0)
+    if cut == 0:
+        cut = last_boundary(chosen[:common], (chosen[common:], rejected[common:]))
     if cut == 0:
         raise RowError("no common prompt", "chosen and rejected share no first word, and the row has no prompt")
     return chosen[:cut], [chosen[cut:], rejected[cut:]]

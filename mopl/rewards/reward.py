@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from mopl._arguments import check_choice, shape_of
+from mopl._lines import lone_surrogate
 
 logger = logging.getLogger(__name__)
 
@@ -277,6 +278,9 @@ class Rewards:
 
     @staticmethod
     def _run(reward: Reward, texts: list[str], prompts: list[Prompt]) -> list[float]:
+        for place, text in enumerate(texts):
+            if fault := lone_surrogate(text):
+                raise ValueError(f"text {place} {fault}")
         values = reward(texts, prompts)
         if not isinstance(values, Tensor) or values.shape != (len(texts),):
             got = shape_of(values) if isinstance(values, Tensor) else type(values).__name__

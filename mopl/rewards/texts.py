@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from mopl._arguments import check_choice
+from mopl._words import count_sentences, is_foreign_to_latin, tokens_of, words_of
 from mopl.rewards.reward import Prompt, TextReward, prompt_key, require
 
 ROUGE_VARIANTS = ("rouge1", "rouge2", "rouge3", "rougeL", "rougeLsum")
 ROUGE_MEASURES = ("fmeasure", "precision", "recall")
-
-_WORD = re.compile(r"[^\W_]+(?:['’\-][^\W_]+)*")
-_SENTENCE_END = re.compile(r"[.!?…]+(?=\s|$|[\"'”’)\]])|\n\s*\n")
-
-
-def words_of(text: str) -> list[str]:
-    """Return the words of a text: letters and digits, with apostrophes and hyphens inside."""
-    return _WORD.findall(text)
-
-
-def count_sentences(text: str) -> int:
-    """Return the number of sentences: stretches with words between full stops, question marks and the like."""
-    return sum(bool(_WORD.search(part)) for part in _SENTENCE_END.split(text))
 
 
 class Sentiment(TextReward):
@@ -51,13 +38,17 @@ class Brevity(TextReward):
     """Minus the length of a text, in words by default.
 
     Args:
-        unit: `"words"`, `"characters"`, or a function from a text to a number (of tokens, say).
+        unit: `"words"`, where languages without spaces are counted by characters (see `mopl._words`); `"characters"`,
+            code points of Unicode; or a function from a text to a number (of tokens, say).
+
+    Raises:
+        ImportError: If words are counted and regex is not installed.
     """
 
     name = "brevity"
 
     def __init__(self, unit: Literal["words", "characters"] | Callable[[str], float] = "words") -> None:
-        self._count = _counter(unit)
+        self._count = _counter(unit, self.name)
 
     def score(self, text: str, prompt: Prompt = "") -> float:
         """Return minus the length."""
@@ -72,6 +63,7 @@ class Length(TextReward):
         unit: As for `Brevity`.
 
     Raises:
+        ImportError: If words are counted and regex is not installed.
         ValueError: If the target is negative.
     """
 
@@ -82,18 +74,21 @@ class Length(TextReward):
     ) -> None:
         if isinstance(target, str) or not target >= 0:
             raise ValueError(f"target is {target!r} but must be a number, at least 0")
-        self.target, self._count = float(target), _counter(unit)
+        self.target, self._count = float(target), _counter(unit, self.name)
 
     def score(self, text: str, prompt: Prompt = "") -> float:
         """Return minus the distance."""
         return -abs(self._count(text) - self.target)
 
 
-def _counter(unit: str | Callable[[str], float]) -> Callable[[str], float]:
+def _counter(unit: str | Callable[[str], float], reward: str) -> Callable[[str], float]:
     if callable(unit):
         return unit
     check_choice(unit, ("words", "characters"), "unit")
-    return len if unit == "characters" else lambda text: len(words_of(text))
+    if unit == "characters":
+        return len
+    require("regex", "regex", reward)
+    return lambda text: len(words_of(text))
 
 
 class Profanity(TextReward):
@@ -121,7 +116,21 @@ class Profanity(TextReward):
 
     def score(self, text: str, prompt: Prompt = "") -> float:
         """Return the number of matches."""
-        return float(len(self._filter.check_profanity(text).get("matches") or ()))
+        return float(_count_matches(self._filter.check_profanity(text).get("matches") or ()))
+
+
+def _count_matches(matches: Sequence[Mapping[str, Any]]) -> int:
+    """Return the number of words found: outside of ASCII one that lies in another, or is listed twice, counts once.
+
+    Lists of languages without spaces hold words, their parts and phrases with them, and all of them match.
+    """
+    count = sum(match["word"].isascii() for match in matches)
+    spans = sorted((m["index"], m["index"] + len(m["word"])) for m in matches if not m["word"].isascii())
+    end = -1
+    for first, last in spans:
+        count += first >= end
+        end = max(end, last)
+    return count
 
 
 class Readability(TextReward):
@@ -131,14 +140,15 @@ class Readability(TextReward):
 
     Syllables are counted by hyphenation points (Pyphen's dictionaries), which needs no download; a word has at least
     one. A hyphenation pattern knows fewer breaks than a dictionary of sounds, so values are a little above those of
-    tools that have one. English; the constants differ for other languages.
+    tools that have one. English; the constants differ for other languages, and other scripts have no reading ease.
 
     Args:
         language: Of the hyphenation dictionary.
 
     Raises:
-        ImportError: If pyphen is not installed.
-        ValueError: If there is no such dictionary; from `score`, if a text has no words.
+        ImportError: If pyphen or regex is not installed.
+        ValueError: If there is no such dictionary; from `score`, if a text has no words, or under English most of them
+            are in another script than Latin.
     """
 
     name = "readability"
@@ -147,7 +157,8 @@ class Readability(TextReward):
         pyphen = require("pyphen", "pyphen", self.name)
         if pyphen.language_fallback(language) is None:
             raise ValueError(f"language is {language!r} but pyphen has {', '.join(sorted(pyphen.LANGUAGES))}")
-        self._hyphenator = pyphen.Pyphen(lang=language)
+        require("regex", "regex", self.name)
+        self._hyphenator, self._english = pyphen.Pyphen(lang=language), language.lower().startswith("en")
 
     def syllables(self, word: str) -> int:
         """Return the number of syllables of a word."""
@@ -158,6 +169,9 @@ class Readability(TextReward):
         words = words_of(text)
         if not words:
             raise ValueError("a text without words has no readability")
+        if self._english and is_foreign_to_latin(words):
+            # Its words would all have one syllable, and so it would seem very easy.
+            raise ValueError("a text in another script than Latin has no readability in English")
         sentences = max(count_sentences(text), 1)
         syllables = sum(self.syllables(word) for word in words)
         return 206.835 - 1.015 * len(words) / sentences - 84.6 * syllables / len(words)
@@ -166,6 +180,10 @@ class Readability(TextReward):
 class Rouge(TextReward):
     """ROUGE of a text against the reference of its prompt, from 0 to 1; the best of several references.
 
+    Plain ASCII is cut into words, and stemmed, by rouge-score itself. Its tokenizer drops every other letter, so that
+    other texts are cut as `mopl._words` says: whole words with their accents, and characters where a script has no
+    spaces. Only what is plain ASCII of them is stemmed: the stemmer is English.
+
     Args:
         references: For each prompt its reference, or several. Prompts of chat messages go in as `prompt_key(messages)`.
         variant: `"rouge1"`, `"rouge2"`, `"rouge3"`, `"rougeL"` or `"rougeLsum"` (Lin 2004).
@@ -173,7 +191,7 @@ class Rouge(TextReward):
         stem: Whether Porter's stemmer makes forms of a word equal.
 
     Raises:
-        ImportError: If rouge-score is not installed.
+        ImportError: If rouge-score or regex is not installed.
         ValueError: If a choice is unknown; from `score`, if a prompt has no reference.
     """
 
@@ -190,7 +208,8 @@ class Rouge(TextReward):
         check_choice(variant, ROUGE_VARIANTS, "variant")
         check_choice(measure, ROUGE_MEASURES, "measure")
         rouge = require("rouge_score.rouge_scorer", "rouge-score", self.name)
-        self._scorer = rouge.RougeScorer([variant], use_stemmer=stem)
+        require("regex", "regex", self.name)
+        self._scorer = rouge.RougeScorer([variant], tokenizer=_Tokenizer(stem))
         self.references, self.variant, self.measure = references, variant, measure
 
     def score(self, text: str, prompt: Prompt = "") -> float:
@@ -200,3 +219,20 @@ class Rouge(TextReward):
             raise ValueError(f"there is no reference for the prompt {prompt_key(prompt)[:60]!r}")
         references = [reference] if isinstance(reference, str) else reference
         return max(getattr(self._scorer.score(r, text)[self.variant], self.measure) for r in references)
+
+
+class _Tokenizer:
+    """Cuts texts for rouge-score, which asks for nothing but `tokenize`."""
+
+    def __init__(self, stem: bool) -> None:
+        tokenizers = require("rouge_score.tokenizers", "rouge-score", Rouge.name)
+        self._of_ascii = tokenizers.DefaultTokenizer(use_stemmer=stem)
+
+    def tokenize(self, text: str) -> list[str]:
+        """Return the tokens of a text."""
+        if text.isascii():
+            return self._of_ascii.tokenize(text)
+        return [part for token in tokens_of(text) for part in self._stemmed(token)]
+
+    def _stemmed(self, token: str) -> list[str]:
+        return self._of_ascii.tokenize(token) if token.isascii() else [token]
