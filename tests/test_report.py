@@ -368,7 +368,8 @@ def test_the_embedded_json_is_the_input(tmp_path):
     before = copy.deepcopy(fronts)
     data, _ = embedded(write_page(fronts, tmp_path / "page.html").read_text("utf-8"))
     assert data["fronts"] == fronts == before
-    assert data["base"] == {"main": 0.4901, "auxiliary": [0.3002, 0.3002]}
+    assert data["bases"] == [{"main": 0.4901, "auxiliary": [0.3002, 0.3002]}] * len(fronts)
+    assert data["is_base"] == [True, *[False] * (len(fronts) - 1)]
 
 
 def test_the_page_holds_everything_and_fetches_nothing(tmp_path):

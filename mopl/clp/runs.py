@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 from collections.abc import Sequence
@@ -28,7 +27,7 @@ from mopl.conditioning import HyperPromptModel, TextPrompt, check_weights
 from mopl.pareto.front import Front, load_fronts
 from mopl.ranking.evaluate import grid_of
 from mopl.report import Metric
-from mopl.training.run_directory import CONFIG_FILE, read_run, refresh, settings_of
+from mopl.training.run_directory import CONFIG_FILE, read_run, settings_of
 
 FRONT, EVALUATION, SAMPLES = "front.json", "evaluation.json", "samples.json"
 KIND = "clp"
@@ -286,37 +285,35 @@ def compare(
 ) -> str:
     """Print one table of several runs and write what is asked for; a single run gets its own files anew.
 
+    See `mopl.report.compare`.
+
     Returns:
         The table as text.
 
     Raises:
         FileNotFoundError: If a run is missing or not finished.
-        ValueError: If the runs have different rewards, or are of different commands.
+        ValueError: If the runs have other rewards or answers, or are of different commands.
     """
-    from mopl.report import plot_front, print_table, write_page
+    from mopl.report.compare import Run, compare_runs
 
-    records = [read_run(run) for run in runs]
-    configs = [config_of(record, run) for record, run in zip(records, runs, strict=True)]
-    fronts: list[Front] = []
-    for run in runs:
-        for front in run_fronts(run):
-            same = any((f.method, f.seed) == (front.method, front.seed) for f in fronts)
-            if not (same and front.method == "base"):
-                fronts.append(
-                    dataclasses.replace(front, method=f"{front.method} ({Path(run).name})") if same else front
-                )
-    metric = metric_of(configs[0])
+    found = []
+    for path in runs:
+        record = read_run(path)
+        config = config_of(record, path)
+        measured: dict[str, Any] = {
+            "rewards": config.rewards,
+            "the longest answer": config.max_new_tokens,
+            "temperature": config.temperature,
+        }
+        noted: dict[str, Any] = {
+            "the model before training": config.model,
+            "answers to a prompt": config.eval_samples,
+            "most prompts": config.eval_prompts,
+        }
+        found.append(
+            Run(Path(path), record, run_fronts(path), metric_of(config), config.to_dict(), measured, noted)
+        )  # fmt: skip
     if len(runs) == 1 and not (html or png or table):
-        refresh(runs[0], write_reports)
-    text = print_table(fronts, metric=metric)
-    if len({record["data"]["fingerprint"] for record in records}) > 1:
-        print("note: these runs were measured on different prompts")
-    if table is not None:
-        write_file(table, text)
-    if png is not None:
-        plot_front(fronts, png, metric=metric)
-    if html is not None:
-        samples = load_samples(Path(runs[0]), configs[0], fronts) if len(runs) == 1 else None
-        write_page(fronts, html, metric=metric, configuration=records[0] if len(records) == 1 else records,
-                   samples=samples)  # fmt: skip
-    return text
+        write_reports(Path(runs[0]))
+    samples = load_samples(Path(runs[0]), config, found[0].fronts) if len(runs) == 1 else None
+    return compare_runs(found, html=html, png=png, table=table, samples=samples)

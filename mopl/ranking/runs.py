@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from mopl.ranking.loading import load
 from mopl.ranking.methods import Policy
 from mopl.ranking.normalization import FeatureNormalizer
 from mopl.ranking.stages import REFERENCE, load_policy
-from mopl.training.run_directory import CONFIG_FILE, read_run, refresh, settings_of
+from mopl.training.run_directory import CONFIG_FILE, read_run, settings_of
 
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 FRONT, EVALUATION, NORMALIZER = "front.json", "evaluation.json", "normalizer.safetensors"
@@ -212,42 +211,29 @@ def compare(
 ) -> str:
     """Print one table of several runs and write what is asked for; a single run gets its own files anew.
 
-    Fronts of one method are its seeds. Where two runs have the same method and the same seed, they differ in something
-    else, and the name of the run is added to the method's.
+    See `mopl.report.compare`.
 
     Returns:
         The table as text.
 
     Raises:
         FileNotFoundError: If a run is missing or not finished.
-        ValueError: If the runs have different objectives.
+        ValueError: If the runs have other objectives or are measured otherwise, or are of different commands.
     """
-    from mopl.report import plot_front, print_table, write_page
+    from mopl.report.compare import Run, compare_runs
 
-    records = [read_run(run) for run in runs]
-    fronts = _distinct(runs)
-    metric = config_of(records[0], runs[0]).measure.metric(records[0]["data"]["empty_share"])
+    found = []
+    for path in runs:
+        record = read_run(path)
+        config = config_of(record, path)
+        measure, objectives = config.measure, record["data"]["objectives"]
+        measured = {"the cut k of NDCG": measure.k, "gain": measure.gain, "empty": measure.empty, "ties": measure.ties}
+        sources = {each["name"]: (each.get("column") or each.get("path"), each.get("maximise")) for each in objectives}
+        noted = {f"where objective {name} is from, and which way is better": source for name, source in sources.items()}
+        found.append(
+            Run(Path(path), record, run_fronts(path), measure.metric(record["data"]["empty_share"]), config.to_dict(),
+                measured, noted)
+        )  # fmt: skip
     if len(runs) == 1 and not (html or png or table):
-        refresh(runs[0], write_reports)
-    text = print_table(fronts, metric=metric)
-    if len({record["data"]["fingerprint"] for record in records}) > 1:
-        print("note: these runs were measured on different data")
-    if table is not None:
-        write_file(table, text)
-    if png is not None:
-        plot_front(fronts, png, metric=metric)
-    if html is not None:
-        write_page(fronts, html, metric=metric, configuration=records[0] if len(records) == 1 else records)
-    return text
-
-
-def _distinct(runs: Sequence[str | Path]) -> list[Front]:
-    """Return the fronts of runs, each base model once for a seed, other doubles of method and seed renamed."""
-    fronts: list[Front] = []
-    for run in runs:
-        for front in run_fronts(run):
-            same = [f for f in fronts if (f.method, f.seed) == (front.method, front.seed)]
-            if same and front.method == "base":
-                continue
-            fronts.append(dataclasses.replace(front, method=f"{front.method} ({Path(run).name})") if same else front)
-    return fronts
+        write_reports(Path(runs[0]))
+    return compare_runs(found, html=html, png=png, table=table)

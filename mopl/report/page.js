@@ -11,12 +11,15 @@
   ];
   const STAR = "M0,-1.6L.42,-.5L1.55,-.45L.66,.25L.98,1.35L0,.7L-.98,1.35L-.66,.25L-1.55,-.45L-.42,-.5Z";
 
-  const fronts = data.fronts.filter((f) => f.method !== "base");
+  const known = new Map(data.bases.map((b) => [JSON.stringify(b), b])); // one object for each base model
+  data.fronts.forEach((f, i) => { f.base = known.get(JSON.stringify(data.bases[i])); f.isBase = data.is_base[i]; });
+  const fronts = data.fronts.filter((f) => !f.isBase);
   if (!fronts.length) fronts.push(...data.fronts);
   const names = fronts[0].objectives;
   const m = names.length;
   const main = fronts[0].main;
   const methods = [...new Set(fronts.map((f) => f.method))];
+  const bases = [...new Set(fronts.map((f) => f.base))].filter((b) => b);
   const titles = fronts.map((f, i) => {
     const twins = fronts.filter((g) => g.method === f.method);
     return twins.length > 1 ? `${f.method} (seed ${f.seed ?? twins.indexOf(f) + 1})` : f.method;
@@ -275,10 +278,10 @@
   }
 
   function bars(point) {
-    const rows = [m, ...names.keys()];
+    const rows = [m, ...names.keys()], base = front().base;
     const peers = atScale(front(), scaleOf(point)).map(([p]) => p);
     const reach = rows.map((k) => {
-      const all = [...peers.map((p) => value(p, k)), data.base ? value(data.base, k) : null, ...(ends(point, k) ?? [])];
+      const all = [...peers.map((p) => value(p, k)), base ? value(base, k) : null, ...(ends(point, k) ?? [])];
       const known = all.filter((x) => x != null);
       return known.length ? [Math.min(0, ...known), Math.max(0, ...known)] : [0, 1];
     });
@@ -290,7 +293,7 @@
       const [low, high] = common ? all : reach[row];
       const at = (x) => `${(100 * (x - low)) / (high - low || 1)}%`;
       const wide = (a, b) => `${(100 * Math.abs(b - a)) / (high - low || 1)}%`;
-      const x = value(point, k), old = data.base ? value(data.base, k) : null, pair = ends(point, k);
+      const x = value(point, k), old = base ? value(base, k) : null, pair = ends(point, k);
       const label = `${axisName(k)}${k === m ? " (main)" : ""} ${arrow(k)}`;
       const detail = (pair ? ` [${number(pair[0])}, ${number(pair[1])}]` : "")
         + (old != null && x != null ? `, base ${number(old)} (${change(x, old)})` : "");
@@ -310,7 +313,7 @@
           make("span", { class: "value", "data-axis": k }, make("b", {}, number(x)), make("small", {}, detail))), svg));
     });
     byId("bars-key").textContent = `Bar: expected ${data.metric.name} at these weights. Pale band and small ticks: every evaluated weight of this method.`
-      + (data.base ? " Vertical line: base model." : "")
+      + (base ? ` Vertical line: base model${bases.length > 1 ? " of this run" : ""}.` : "")
       + (rows.some((k) => ends(point, k)) ? " Thin line: interval." : "") + (common ? "" : " Each bar has its own scale.");
   }
 
@@ -320,9 +323,9 @@
     svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
     svg.replaceChildren();
     const { x, y } = state, scale = scaleOf(point);
-    const mine = front().points, rest = state.others ? fronts.filter((f) => f !== front()) : [];
+    const own = front().base, mine = front().points, rest = state.others ? fronts.filter((f) => f !== front()) : [];
     const truth = data.truth && x < m && y < m ? data.truth : [];
-    const seen = [...mine, ...rest.flatMap((f) => f.points), ...(data.base ? [data.base] : [])];
+    const seen = [...mine, ...rest.flatMap((f) => f.points), ...(state.others ? bases : bases.filter((b) => b === own))];
     const spans = [x, y].map((k) => range([...seen.map((p) => value(p, k)), ...truth.map((row) => row[k]), ...(ends(point, k) ?? [])]));
     const marks = [ticks(spans[0], Math.max(4, width / 95)), ticks(spans[1], Math.max(4, height / 60))];
     const left = 26 + 7 * Math.max(...marks[1].map(([, text]) => text.length)), right = width - 10, top = 8, bottom = height - 42;
@@ -372,10 +375,13 @@
       hit.addEventListener("click", () => choosePoint(i));
       if (mark && i === state.point) mark.setAttribute("data-chosen", "");
     });
-    if (data.base && here(data.base)) {
-      spot(data.base, STAR, 6, { fill: "var(--base)", stroke: "var(--card)" });
-      const cx = px(value(data.base, x)), flip = cx > right - 40;
-      draw("text", { x: cx + (flip ? -11 : 11), y: py(value(data.base, y)) + 4, "text-anchor": flip ? "end" : "start", class: "halo", "pointer-events": "none" }, svg, "base");
+    for (const b of state.others ? bases : []) {
+      if (b !== own && here(b)) spot(b, STAR, 5, { fill: "none", stroke: "var(--other)" });
+    }
+    if (own && here(own)) {
+      spot(own, STAR, 6, { fill: "var(--base)", stroke: "var(--card)" });
+      const cx = px(value(own, x)), flip = cx > right - 40;
+      draw("text", { x: cx + (flip ? -11 : 11), y: py(value(own, y)) + 4, "text-anchor": flip ? "end" : "start", class: "halo", "pointer-events": "none" }, svg, "base");
     }
     if (here(point)) {
       const cx = px(value(point, x)), cy = py(value(point, y));
@@ -408,7 +414,8 @@
       if (!current && !state.others) return;
       entry(MARKERS[i % MARKERS.length], { ...big, fill: current ? "var(--band)" : "none", stroke: current ? "var(--bar)" : "var(--other)" }, method, current);
     });
-    if (data.base) entry(STAR, { ...big, fill: "var(--base)" }, "base model");
+    if (front().base) entry(STAR, { ...big, fill: "var(--base)" }, bases.length > 1 ? "base model of this run" : "base model");
+    if (bases.length > 1 && state.others) entry(STAR, { ...big, fill: "none", stroke: "var(--other)" }, "bases of other runs");
     if (truth) entry("M-9,0H9", { stroke: "var(--soft)", "stroke-dasharray": "4 3" }, "true front");
     if (!coloured) return;
     if (shades[0] === shades[1]) {
@@ -434,8 +441,8 @@
     const there = points[place], at = there.weights ? ` at ${weightsText(there.weights)}` : "";
     byId("samples-note").hidden = place === state.point;
     byId("samples-note").textContent = `Point #${state.point} has no samples of its own; these are of point #${place}${at}, scale ${weight(scaleOf(there))}.`;
-    const base = data.fronts.findIndex((f) => f.method === "base");
-    const before = front().method === "base" ? [] : data.samples[base]?.[0] ?? [];
+    const base = data.fronts.findIndex((f) => f.isBase && f.base === front().base);
+    const before = front().isBase ? [] : data.samples[base]?.[0] ?? [];
     byId("sample-list").replaceChildren(...all[place].map((sample) => {
       const box = make("div", { class: "sample" });
       if (sample.prompt != null) box.append(make("span", { class: "prompt" }, sample.prompt));

@@ -17,7 +17,7 @@ from math import isnan
 from pathlib import Path
 from typing import Any
 
-from mopl.report.records import BASE_METHOD, Metric, Record, base_point, data_name, jsonable, read_all, to_json, write
+from mopl.report.records import Metric, Record, base_points, data_names, is_base, jsonable, read_all, to_json, write
 from mopl.report.table import MISSING, Summary, summarise
 
 Samples = Sequence[Sequence[str | Mapping[str, str]]]
@@ -34,6 +34,7 @@ def write_page(
     configuration: object = None,
     samples: Answers | Samples | Mapping[str, Samples] | None = None,
     title: str | None = None,
+    notes: Sequence[str] = (),
 ) -> Path:
     """Write the page: sliders over the weights, the metrics at the chosen ones, the front, the table of methods.
 
@@ -45,8 +46,8 @@ def write_page(
         fronts: One `mopl.pareto.Front` (or mapping like front.json), or a sequence of them.
         path: The file; it appears whole or not at all. Missing folders are made.
         metric: What the figures are; default NDCG@10 with the paper's conventions.
-        base: The base model as a point, `{"main": x, "auxiliary": [...]}`; default the only point of a front whose
-            method is "base", if there is one.
+        base: The base model as a point, `{"main": x, "auxiliary": [...]}`, or a sequence with one (or None) for each
+            front; default the only point of the front whose method is "base", of the same seed where there are several.
         truth: The true front, `(n, m)` auxiliary figures, where it is known.
         configuration: The run's configuration, anything that JSON can hold; folded away at the end of the page.
         samples: Texts shown beside the slider, in one of three forms. Answers to prompts,
@@ -56,6 +57,7 @@ def write_page(
             model, a mapping holds one for each method. A point without texts shows those of the nearest weights that
             have some, and says so; texts of the method "base" stand beside the others as those before training.
         title: Heading; default names the data.
+        notes: What else a reader must know, added to the note below the table.
 
     Returns:
         The path.
@@ -65,24 +67,25 @@ def write_page(
     """
     metric = metric or Metric()
     records = read_all(fronts)
-    origin = base_point(records, base)
+    origins = base_points(records, base)
     m = len(records[0].objectives)
     if truth is not None and any(len(row) != m for row in truth):
         raise ValueError(f"truth must have one column for each of the {m} objectives: shape (n, {m})")
     data = {
         "fronts": [record.raw for record in records],
         "metric": {"name": metric.name, "main_name": metric.of_main, "higher_is_better": metric.higher_is_better},
-        "base": None if origin is None else {"main": origin.main, "auxiliary": origin.auxiliary},
+        "bases": [None if o is None else {"main": o.main, "auxiliary": o.auxiliary} for o in origins],
+        "is_base": [is_base(record) for record in records],
         "truth": truth,
         "samples": (texts := _samples(records, samples)),
     }
-    summary = summarise(fronts, metric)
+    summary = summarise(fronts, metric, notes)
     first = records[0]
     parts = {
-        "title": escape(title if title is not None else f"{data_name(first)}: choose the trade-off"),
+        "title": escape(title if title is not None else f"{data_names(records)}: choose the trade-off"),
         "subtitle": escape(f"Main objective {first.main}; auxiliary objectives {', '.join(first.objectives)}."),
         "methods": _methods_table(summary),
-        "note": escape(summary.note),
+        "note": escape(summary.note).replace("\n", "<br>"),
         "points": "\n".join(_points_table(record, metric) for record in records),
         "every_sample": _every_sample(records, texts),
         "configuration": _configuration(configuration),
@@ -161,7 +164,7 @@ def _samples(records: Sequence[Record], samples: Any) -> list[Any] | None:
     """Return the samples as one entry for each front: None, or for each point a list of {"prompt", "text"}."""
     if samples is None:
         return None
-    own = [record for record in records if record.method != BASE_METHOD] or list(records)
+    own = [record for record in records if not is_base(record)] or list(records)
     given: dict[int, Any] = {}
     if not isinstance(samples, Mapping) and any(isinstance(one, Mapping) for one in samples):
         samples = _by_point(records, samples)

@@ -19,14 +19,14 @@ from typing import Any
 
 from mopl.pareto import non_dominated
 from mopl.report.records import (
-    BASE_METHOD,
     Metric,
     Point,
     Record,
-    base_point,
+    base_points,
     by_method,
     clean,
-    data_name,
+    data_names,
+    is_base,
     mean_and_std,
     read_all,
     require,
@@ -50,6 +50,7 @@ class _Series:
     points: tuple[Point, ...]
     moved: tuple[Point, ...]  # other distances from the base, drawn faintly
     hypervolume: float
+    base: Point | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,6 @@ class _Scene:
 
     record: Record  # for the names
     series: Sequence[_Series]
-    base: Point | None
     truth: Sequence[Sequence[float]]
     metric: Metric
     colours: Any  # matplotlib's map from the main figure to a colour
@@ -67,6 +67,15 @@ class _Scene:
     def pairs(self) -> bool:
         """Whether there are several panels."""
         return len(self.record.objectives) > 2
+
+    @property
+    def bases(self) -> dict[tuple[float, ...], tuple[Point, _Series]]:
+        """The different bases, each with the first method that started from it."""
+        found: dict[tuple[float, ...], tuple[Point, _Series]] = {}
+        for one in self.series:
+            if one.base is not None:
+                found.setdefault(one.base.figures, (one.base, one))
+        return found
 
     def rising(self, index: int) -> bool:
         """Return whether more is better."""
@@ -81,6 +90,7 @@ def plot_front(
     base: object = None,
     truth: Sequence[Sequence[float]] | None = None,
     title: str | None = None,
+    notes: Sequence[str] = (),
 ) -> Path:
     """Write a PNG of the fronts, 1200 pixels wide.
 
@@ -89,10 +99,12 @@ def plot_front(
             are its seeds and are drawn as means with bars of one standard deviation.
         path: The file; it appears whole or not at all. Missing folders are made.
         metric: What the figures are; default NDCG@10 with the paper's conventions.
-        base: The base model as a point, `{"main": x, "auxiliary": [...]}`; default the only point of a front whose
-            method is "base", if there is one.
+        base: The base model as a point, `{"main": x, "auxiliary": [...]}`, or a sequence with one (or None) for each
+            front; default the only point of the front whose method is "base", of the same seed where there are several.
+            Methods with bases of their own have stars in their colours.
         truth: The true front, `(n, m)` auxiliary figures, where it is known.
         title: Heading; default names the data.
+        notes: What else a reader must know, below the heading.
 
     Returns:
         The path.
@@ -112,12 +124,12 @@ def plot_front(
     if any(len(row) != m for row in true_points):
         raise ValueError(f"truth must have one column for each of the {m} objectives: shape (n, {m})")
     metric = metric or Metric()
-    series = _series(records)
-    scene = _Scene(records[0], series, base_point(records, base), true_points, metric, _colours(series))
+    series = _series(records, base_points(records, base))
+    scene = _Scene(records[0], series, true_points, metric, _colours(series))
     if title is None:
-        title = f"{data_name(records[0])}: every trade-off ({metric.name})"
+        title = f"{data_names(records)}: every trade-off ({metric.name})"
     with rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True}):
-        figure = _draw(scene, plain(title))
+        figure = _draw(scene, plain(title), [_wrapped(note, 110) for note in notes])
         return write(path, lambda file: figure.savefig(file, format="png", dpi=PIXELS_PER_INCH))
 
 
@@ -145,10 +157,11 @@ def _wrapped(text: str, columns: int) -> str:
     return "\n".join(plain(line) for line in lines)
 
 
-def _series(records: Sequence[Record]) -> list[_Series]:
-    groups = {method: seeds for method, seeds in by_method(records).items() if method != BASE_METHOD}
+def _series(records: Sequence[Record], bases: Sequence[Point | None]) -> list[_Series]:
+    groups = {method: seeds for method, seeds in by_method(records).items() if not is_base(seeds[0])}
     if not groups:
         groups = by_method(records)
+    base_of = {id(record): base for record, base in zip(records, bases, strict=True)}
     result = []
     for index, (method, seeds) in enumerate(groups.items()):
         points = [record.at_training_scale() for record in seeds]
@@ -161,7 +174,9 @@ def _series(records: Sequence[Record]) -> list[_Series]:
             drawn = tuple(itertools.chain.from_iterable(points))
         marker, outline = MARKERS[index % len(MARKERS)], OUTLINES[index % len(OUTLINES)]
         volume = mean_and_std(record.hypervolume for record in seeds)[0]
-        result.append(_Series(label, marker, outline, drawn, tuple(moved), volume))
+        own = {base.figures: base for record in seeds if (base := base_of[id(record)]) is not None}
+        base = _mean_point(list(own.values())) if own else None
+        result.append(_Series(label, marker, outline, drawn, tuple(moved), volume, base))
     return result
 
 
@@ -189,7 +204,7 @@ def _colours(series: Sequence[_Series]) -> Any:
     return ScalarMappable(Normalize(low, high), ramp)
 
 
-def _draw(scene: _Scene, title: str) -> Any:
+def _draw(scene: _Scene, title: str, notes: Sequence[str]) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -215,6 +230,8 @@ def _draw(scene: _Scene, title: str) -> Any:
             axes.set_ylabel(_axis_name(scene, y))
     _legend(figure, grid, scene)
     figure.suptitle(title)
+    if notes:
+        grid[0, 0].set_title("\n".join(notes), fontsize=7, loc="left", color="#555555")
     return figure
 
 
@@ -253,9 +270,10 @@ def _panel(axes: Any, scene: _Scene, x: int, y: int) -> None:
         _markers(axes, scene, one, one.moved, x, y, 0.6 * size, alpha=0.35)
         _markers(axes, scene, one, rest, x, y, 0.45 * size, outlined=False, alpha=0.7)
         _markers(axes, scene, one, line, x, y, size)
-    if scene.base is not None:
-        at = _figure(scene.base, x), _figure(scene.base, y)
-        axes.plot(*at, "*", color="black", markersize=size * 2, mec="white", mew=0.6, zorder=5)
+    for base, one in scene.bases.values():
+        at = _figure(base, x), _figure(base, y)
+        colour = "black" if len(scene.bases) == 1 else one.outline
+        axes.plot(*at, "*", color=colour, markersize=size * 2, mec="white", mew=0.6, zorder=5)
     if not scene.pairs and y != MAIN:
         outermost = max(scene.series, key=lambda s: -math.inf if math.isnan(s.hypervolume) else s.hypervolume)
         _annotate(axes, outermost, x, y)
@@ -325,6 +343,12 @@ def _annotate(axes: Any, one: _Series, x: int, y: int) -> None:
         )
 
 
+def _columns(handles: Sequence[Any]) -> int:
+    """Return how many columns of a legend fit below the picture: at most 4."""
+    widest = max(len(handle.get_label()) for handle in handles) + 8  # marker and gap
+    return max(1, min(len(handles), 4, 130 // widest))
+
+
 def _legend(figure: Any, grid: Any, scene: _Scene) -> None:
     from matplotlib.lines import Line2D
 
@@ -337,9 +361,12 @@ def _legend(figure: Any, grid: Any, scene: _Scene) -> None:
     if scene.pairs:
         entry("small: not best in this pair", "o", markersize=2.5)
     main = plain(scene.record.main)
-    if scene.base is not None:
-        known = "" if math.isnan(scene.base.main) else f" ({main} {scene.base.main:.3f})"
-        entry(f"base model{known}", "*", "black", markersize=10)
+    for base, one in scene.bases.values():
+        known = "" if math.isnan(base.main) else f" ({main} {base.main:.3f})"
+        if len(scene.bases) == 1:
+            entry(f"base model{known}", "*", "black", markersize=10)
+        else:
+            entry(f"base of {one.label}{known}", "*", one.outline, markersize=10)
     if scene.truth:
         entry("true front", line=":" if scene.pairs else "--")
     if any(one.moved for one in scene.series):
@@ -355,4 +382,4 @@ def _legend(figure: Any, grid: Any, scene: _Scene) -> None:
     if scene.pairs:
         figure.legend(handles=handles, loc="upper right", bbox_to_anchor=(0.86, 0.93), frameon=False)
     else:
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4), frameon=False)
+        figure.legend(handles=handles, loc="outside lower center", ncols=_columns(handles), frameon=False)

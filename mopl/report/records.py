@@ -68,6 +68,11 @@ class Point:
     auxiliary_intervals: tuple[tuple[float, float] | None, ...] = ()
     scale: float = 1.0
 
+    @property
+    def figures(self) -> tuple[float, ...]:
+        """The main figure and the auxiliary ones."""
+        return (self.main, *self.auxiliary)
+
 
 @dataclasses.dataclass(frozen=True)
 class Record:
@@ -228,12 +233,40 @@ def data_name(record: Record) -> str:
     return str(data) if data else "Front"
 
 
-def base_point(records: Sequence[Record], base: object) -> Point | None:
-    """Return the base model as a point: the argument, else the only point of a front whose method is "base"."""
+def data_names(records: Sequence[Record]) -> str:
+    """Return what fronts were measured on, each name once."""
+    return ", ".join(dict.fromkeys(data_name(record) for record in records))
+
+
+def is_base(record: Record) -> bool:
+    """Say whether a front is that of a base model: "base", or "base (RUN)" where several runs have other ones."""
+    return record.method == BASE_METHOD or record.method.startswith(f"{BASE_METHOD} (")
+
+
+def base_points(records: Sequence[Record], base: object) -> list[Point | None]:
+    """Return for each front its base model as a point, or None where it is not known.
+
+    Args:
+        records: The fronts.
+        base: A point for all, or a sequence with a point or None for each. None takes the only points of the fronts
+            whose method is "base": the one that there is, or that of the same seed.
+
+    Raises:
+        ValueError: If a sequence has not one entry for each front.
+    """
+    names = records[0].objectives
+    if isinstance(base, Sequence) and not isinstance(base, str):
+        if len(base) != len(records):
+            raise ValueError(f"base has {len(base)} entries but there are {len(records)} fronts; pass one for each")
+        return [None if each is None else read_point(jsonable(each), names, "base") for each in base]
     if base is not None:
-        return read_point(jsonable(base), records[0].objectives, "base")
-    fronts = [r for r in records if r.method == BASE_METHOD and len(r.points) == 1]
-    return fronts[0].points[0] if fronts else None
+        return [read_point(jsonable(base), names, "base")] * len(records)
+    own = [r for r in records if is_base(r) and len(r.points) == 1]
+    found: list[Point | None] = []
+    for record in records:
+        fitting = {r.points[0].figures: r.points[0] for r in own if r.seed == record.seed or len(own) == 1}
+        found.append(next(iter(fitting.values())) if len(fitting) == 1 else None)
+    return found
 
 
 def by_method(records: Sequence[Record]) -> dict[str, list[Record]]:

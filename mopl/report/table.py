@@ -12,7 +12,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mopl.report.records import BASE_METHOD, Metric, Record, by_method, clean, mean_and_std, read_all, require
+from mopl.report.records import Metric, Record, by_method, clean, is_base, mean_and_std, read_all, require
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,7 +49,7 @@ class _Column:
 
 def _hypervolume_digits(records: Sequence[Record]) -> Callable[[float], str]:
     """Return one format for the column: four decimals, or one common power of ten where those would say nothing."""
-    compared = [r for r in records if r.method != BASE_METHOD] or records
+    compared = [r for r in records if not is_base(r)] or records
     largest = max((abs(r.hypervolume) for r in compared if not math.isnan(r.hypervolume)), default=0.0)
     if largest == 0 or 1e-2 <= largest < 1e4:
         return lambda x: f"{x:.4f}"
@@ -89,14 +89,14 @@ def _cell(column: _Column, seeds: list[Record], best: str | None) -> Cell:
 
 
 def _best(column: _Column, groups: Sequence[list[Record]]) -> str | None:
-    values = [column.figure(seeds)[0] for seeds in groups if seeds[0].method != BASE_METHOD]
+    values = [column.figure(seeds)[0] for seeds in groups if not is_base(seeds[0])]
     known = [value for value in values if not math.isnan(value)]
     if len(values) < 2 or not known or column.sign == 0:
         return None
     return column.digits(max(known) if column.sign > 0 else min(known))
 
 
-def summarise(fronts: object, metric: Metric | None = None) -> Summary:
+def summarise(fronts: object, metric: Metric | None = None, notes: Sequence[str] = ()) -> Summary:
     """Return the cells of the table of methods.
 
     Several fronts of one method are its seeds: their hypervolume, regret and seconds become mean ± standard
@@ -107,6 +107,7 @@ def summarise(fronts: object, metric: Metric | None = None) -> Summary:
     Args:
         fronts: One `mopl.pareto.Front` (or mapping like front.json), or a sequence of them.
         metric: What the figures are.
+        notes: What else a reader must know, added to the note below the table.
     """
     metric = metric or Metric()
     records = read_all(fronts)
@@ -136,7 +137,7 @@ def summarise(fronts: object, metric: Metric | None = None) -> Summary:
         for method, seeds in groups.items()
     )
     headers = ("Method", *(column.header + arrows[column.sign] for column in columns))
-    return Summary(headers, rows, _note(records, groups, references, metric, any(best)))
+    return Summary(headers, rows, _note(records, groups, references, metric, any(best), notes))
 
 
 def _note(
@@ -145,10 +146,11 @@ def _note(
     references: set[tuple[float, ...] | None],
     metric: Metric,
     marked: bool,
+    notes: Sequence[str],
 ) -> str:
     parts = ["* best of its column"] if marked else []
     if any(not math.isnan(_main(seeds)[1]) for seeds in groups.values()):
-        grids = {len(r.at_training_scale()) for r in records if r.method != BASE_METHOD}
+        grids = {len(r.at_training_scale()) for r in records if not is_base(r)}
         over = f"the {grids.pop()} weights of the grid" if len(grids) == 1 else "the weights of the grid"
         parts.append(f"± of {clean(records[0].main)}: over {over}")
     if any(len(seeds) > 1 for seeds in groups.values()):
@@ -164,7 +166,7 @@ def _note(
         parts.append(f"hypervolume of ({named}) from reference point ({', '.join(f'{x:g}' for x in reference)})")
     else:
         parts.append(f"hypervolume of ({named})")
-    return "; ".join([*parts, metric.describe()]) + "."
+    return "; ".join([*parts, metric.describe()]) + "." + "".join(f"\nNote: {clean(note)}." for note in notes)
 
 
 def _steps_kept(method: str, seeds: list[Record]) -> str:
@@ -268,7 +270,9 @@ def as_rich(summary: Summary, columns: int) -> Any:
     return Group(stacked(), Text(summary.note, style="dim"))
 
 
-def print_table(fronts: object, console: Console | None = None, *, metric: Metric | None = None) -> str:
+def print_table(
+    fronts: object, console: Console | None = None, *, metric: Metric | None = None, notes: Sequence[str] = ()
+) -> str:
     """Print the table of methods and return it as plain text.
 
     On a terminal it is drawn by rich, fitted to its width; piped, or on a console that is no terminal, it is the
@@ -279,6 +283,7 @@ def print_table(fronts: object, console: Console | None = None, *, metric: Metri
             are its seeds. See `summarise`.
         console: A `rich.console.Console` to print to; None prints to standard output.
         metric: What the figures are; default NDCG@10 with the paper's conventions.
+        notes: What else a reader must know, added to the note below the table.
 
     Returns:
         The plain text, aligned, without ANSI codes, ending in a newline.
@@ -287,7 +292,7 @@ def print_table(fronts: object, console: Console | None = None, *, metric: Metri
         ImportError: If standard output is a terminal and rich is not installed.
         ValueError: If the fronts are not fronts of one task.
     """
-    summary = summarise(fronts, metric)
+    summary = summarise(fronts, metric, notes)
     text = as_text(summary)
     if console is None and sys.stdout.isatty():
         console = require("rich.console").Console()
