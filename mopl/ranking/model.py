@@ -9,21 +9,27 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+import msgspec
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mopl import steering
 from mopl._arguments import check_choice, shape_of
+from mopl._bounds import check_bounds
 from mopl._files import write_files
+from mopl._records import DamagedFile, check, damaged, read_json, settings_from
+from mopl._tensor_files import check_fits, load_state
 from mopl.conditioning import ConcatCondition
 
 Parametrisation = Literal["scratch", "augment"]
 PARAMETRISATIONS = ("scratch", "augment")
+T = TypeVar("T")
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "model.json"
 
 
@@ -74,10 +80,12 @@ class ListTransformer(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if min(features, hidden, layers, heads) < 1 or hidden % heads:
+        check_bounds({"features": features, "hidden": hidden, "layers": layers, "heads": heads,
+                      "feedforward": feedforward, "dropout": dropout})  # fmt: skip
+        if min(features, hidden, layers, heads, feedforward or 1) < 1 or hidden % heads or not 0 <= dropout < 1:
             raise ValueError(
                 f"features, hidden, layers, heads are {features}, {hidden}, {layers}, {heads}; all must be at least 1 "
-                "and heads must divide hidden"
+                f"and heads must divide hidden; dropout is {dropout}, which must be at least 0 and below 1"
             )
         self.settings: dict[str, Any] = {
             "features": features, "hidden": hidden, "layers": layers, "heads": heads,
@@ -133,10 +141,9 @@ class ListTransformer(nn.Module):
 
         Raises:
             FileNotFoundError: If the folder holds no model.
-            ValueError: If it holds a model of another kind.
+            ValueError: If it holds a model of another kind, or is damaged.
         """
-        model = cls(**_config(directory, "ListTransformer")["network"])
-        return _load(model, directory)
+        return _load(directory, "ListTransformer", _ListTransformerRecord, lambda record, _: cls(**record["network"]))
 
 
 @dataclass(frozen=True)
@@ -169,6 +176,7 @@ class RankingModelConfig:
     temperature: bool = False
 
     def __post_init__(self) -> None:
+        check_bounds(self)
         check_choice(self.parametrisation, PARAMETRISATIONS, "parametrisation")
         if self.temperature and not self.conditioned:
             raise ValueError("temperature=True needs conditioned=True: temperatures are appended beside the weights")
@@ -304,11 +312,14 @@ class RankingModel(nn.Module):
 
         Raises:
             FileNotFoundError: If the folder holds no model.
-            ValueError: If it holds a model of another kind.
+            ValueError: If it holds a model of another kind, or is damaged.
         """
-        saved = _config(directory, "RankingModel")
-        network = {**saved["network"], "objectives": tuple(saved["network"]["objectives"])}
-        return _load(cls(RankingModelConfig(**network), ListTransformer(**saved["base"])), directory)
+
+        def make(record: dict[str, Any], file: Path) -> RankingModel:
+            settings = settings_from(RankingModelConfig, record["network"], file, "network")
+            return cls(settings, ListTransformer(**record["base"]))
+
+        return _load(directory, "RankingModel", _RankingModelRecord, make)
 
 
 def _save(model: nn.Module, config: dict[str, Any], directory: str | os.PathLike[str]) -> None:
@@ -321,22 +332,50 @@ def _save(model: nn.Module, config: dict[str, Any], directory: str | os.PathLike
     write_files(directory, fill, last=WEIGHTS_FILE)
 
 
-def _config(directory: str | os.PathLike[str], kind: str) -> dict[str, Any]:
+class _Network(msgspec.Struct, forbid_unknown_fields=True):
+    """What `model.json` says of a `ListTransformer`."""
+
+    features: int
+    hidden: int = 128
+    layers: int = 2
+    heads: int = 4
+    feedforward: int | None = None
+    dropout: float = 0.0
+
+
+class _ListTransformerRecord(msgspec.Struct):
+    network: _Network
+
+
+class _RankingModelRecord(msgspec.Struct):
+    network: dict[str, Any]
+    base: _Network
+
+
+def _load(directory: str | os.PathLike[str], kind: str, schema: type, make: Callable[[dict[str, Any], Path], T]) -> T:
+    """Return the model of a folder, made by `make` from its record once the file of weights is known to fit."""
     folder = Path(directory)
-    missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / name).is_file()]
+    file, weights = folder / CONFIG_FILE, folder / WEIGHTS_FILE
+    missing = [found.name for found in (file, weights) if not found.exists()]
     if missing:
         raise FileNotFoundError(
             f"{folder} holds no {' and no '.join(missing)}; name the folder of a finished run, or one that "
             "save_pretrained wrote"
         )
-    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    if config.get("kind") != kind:
-        raise ValueError(f"{folder} holds a {config.get('kind')} but a {kind} was asked for")
-    return config
+    record = read_json(file)
+    if record.get("kind") != kind:
+        raise ValueError(f"{folder} holds a {record.get('kind')} but a {kind} was asked for")
+    check(record, schema, file)
 
+    def build() -> Any:
+        try:
+            return make(record, file)
+        except DamagedFile:
+            raise
+        except ValueError as error:
+            raise damaged(file, str(error)) from None
 
-def _load(model: Any, directory: str | os.PathLike[str]) -> Any:
-    from safetensors.torch import load_model
-
-    load_model(model, str(Path(directory) / WEIGHTS_FILE), strict=True)
+    check_fits(weights, build)
+    model = build()
+    load_state(model, weights)
     return model.eval()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,8 @@ import torch
 from torch import Tensor
 
 from mopl._files import write_file
+from mopl._records import Finite, damaged, read_json
+from mopl._tensor_files import opened, read_tensors
 from mopl.pareto.front import Front, load_fronts
 from mopl.ranking.config import ALL, RankConfig
 from mopl.ranking.data import RankingData
@@ -21,7 +22,7 @@ from mopl.ranking.evaluate import grid_of
 from mopl.ranking.loading import load
 from mopl.ranking.methods import Policy
 from mopl.ranking.normalization import FeatureNormalizer
-from mopl.ranking.stages import REFERENCE, load_policy
+from mopl.ranking.stages import REFERENCE, load_policy, read_references
 from mopl.training.run_directory import CONFIG_FILE, read_run, settings_of
 
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
@@ -111,13 +112,18 @@ def load_normalizer(path: str | Path) -> FeatureNormalizer:
     Raises:
         FileNotFoundError: If there is none.
     """
-    from safetensors import safe_open
-
     file = Path(path) / NORMALIZER
-    if not file.is_file():
+    if not file.exists():
         raise FileNotFoundError(f"there is no {NORMALIZER} in {path}; name the directory of a finished run")
-    with safe_open(str(file), framework="pt") as tensors:
-        return FeatureNormalizer(tensors.metadata()["name"], **{key: tensors.get_tensor(key) for key in tensors.keys()})
+    with opened(file) as handle:
+        name = (handle.metadata() or {}).get("name", "")
+        features = handle.get_slice("shift").get_shape() if "shift" in handle.keys() else None
+    wanted = {} if features is None or len(features) != 1 else {"shift": features, "scale": features}
+    tensors = read_tensors(file, wanted)
+    try:
+        return FeatureNormalizer(name, **tensors)
+    except ValueError as error:
+        raise damaged(file, str(error)) from None
 
 
 def method_folder(path: Path, config: RankConfig, method: str) -> Path:
@@ -161,7 +167,10 @@ def write_reports(path: Path) -> None:
     fronts = run_fronts(path)
     metric = config.measure.metric(record["data"]["empty_share"])
     folder = method_folder(path, config, config.methods[0])
-    rows = json.loads((folder / EVALUATION).read_text(encoding="utf-8")).get("true_auxiliary")
+    m = len(fronts[0].objectives)
+    row = Annotated[list[Finite], msgspec.Meta(min_length=m, max_length=m)]
+    schema = msgspec.defstruct("Evaluation", [("true_auxiliary", list[row] | None, None)])
+    rows = read_json(folder / EVALUATION, schema).get("true_auxiliary")
     write_file(path / "table.txt", as_text(summarise(fronts, metric)))
     plot_front(fronts, path / "front.png", metric=metric, truth=rows)
     write_page(fronts, path / "report.html", metric=metric, truth=rows, configuration=record)
@@ -174,15 +183,13 @@ def open_run(path: str | Path) -> OpenRun:
         FileNotFoundError: If there is no run, it is not finished, or its data is gone.
         ValueError: If the data changed since.
     """
-    from safetensors.torch import load_file
-
     path = Path(path)
     record = read_run(path)
     config = config_of(record, path)
     run_fronts(path)
     splits = load_splits(config)
     check_data(record, splits, path)
-    return OpenRun(path, config, splits, load_file(str(path / REFERENCE)))
+    return OpenRun(path, config, splits, read_references(path / REFERENCE, splits))
 
 
 def check_data(record: dict[str, Any], splits: dict[str, RankingData], path: Path) -> None:

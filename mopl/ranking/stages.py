@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from mopl._files import discard_folder, write_file
 from mopl._restoring import seeded
+from mopl._tensor_files import read_tensors
 from mopl.ranking.batches import Batches
 from mopl.ranking.config import RankConfig
 from mopl.ranking.data import RankingData
@@ -44,7 +45,7 @@ from mopl.ranking.methods import (
 from mopl.ranking.model import ListTransformer, RankingModel, RankingModelConfig
 from mopl.ranking.validation import Validation, corners_and_centre
 from mopl.training import BatchSource, RunLog, Selection, TrainingConfig, train
-from mopl.training.run_directory import DONE
+from mopl.training.run_directory import DONE, read_done
 
 REFERENCE = "reference.safetensors"
 
@@ -75,8 +76,9 @@ class Trained:
     @classmethod
     def read(cls, folder: Path) -> Trained:
         """Read it from a folder; runs of versions without validation hold steps and seconds alone."""
-        found = json.loads((folder / DONE).read_text(encoding="utf-8"))
-        return cls(**{"kept": found["steps"], "limit": found["steps"], **found})
+        found = read_done(folder / DONE)
+        known = {name: found[name] for name in cls.__dataclass_fields__ if name in found}
+        return cls(**{"kept": found["steps"], "limit": found["steps"], **known})
 
     def describe(self, name: str) -> str:
         """Return it as a line."""
@@ -136,7 +138,7 @@ class Stages:
 
     def references(self, base: ListTransformer, splits: dict[str, RankingData]) -> dict[str, Tensor]:
         """Return the base model's scores of every split; they are computed once and kept in the run."""
-        from safetensors.torch import load_file, save_file
+        from safetensors.torch import save_file
 
         file = self.path / REFERENCE
         if not file.exists():
@@ -145,7 +147,7 @@ class Stages:
             if self.accelerator.is_main_process:
                 write_file(file, lambda path: save_file(found, str(path)))
             self.accelerator.wait_for_everyone()
-        return load_file(str(file))
+        return read_references(file, splits)
 
     def train_method(
         self, method: str, folder: Path, base: ListTransformer, grid: Tensor
@@ -270,6 +272,16 @@ class Stages:
             if (folder / "checkpoints").exists():
                 discard_folder(folder / "checkpoints")
         self.accelerator.wait_for_everyone()
+
+
+def read_references(file: Path, splits: dict[str, RankingData]) -> dict[str, Tensor]:
+    """Return the base model's scores (N,) of every split, as a run keeps them.
+
+    Raises:
+        DamagedFile: If the file is damaged, or has other splits or other numbers of items.
+    """
+    remedy = "take it from a backup, or delete it: --resume then computes it again"
+    return read_tensors(file, {name: (split.num_items,) for name, split in splits.items()}, remedy=remedy)
 
 
 def model_config(config: RankConfig, features: int, objectives: tuple[str, ...], **changes: Any) -> RankingModelConfig:

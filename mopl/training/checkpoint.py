@@ -16,16 +16,59 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import nn
 
 from mopl._files import discard_folder, remove_leftovers, write_folder
+from mopl._records import Count, Seconds, check, damaged, read_json
+from mopl._tensor_files import check_numbers, check_shapes, load_pickled, load_state, read_tensors
 
 _NAME = re.compile(r"step-(\d+)$")
+
+_REMEDY = "delete this checkpoint's folder: --resume then goes on from the one before, or from the start"
+
+
+class _State(msgspec.Struct):
+    """What is read of `state.json`."""
+
+    step: Count
+    seconds: Seconds
+    config: dict[str, Any]
+    save_frozen: bool = True
+
+
+class _Group(msgspec.Struct):
+    params: list[int]
+
+
+class _Optimizer(msgspec.Struct):
+    state: dict[Count, dict[str, Any]]
+    param_groups: list[_Group]
+
+
+class _Selected(msgspec.Struct):
+    """See `mopl.training.selection`."""
+
+    every: int
+    maximise: bool
+    waited: Count
+    value: float
+    best: float
+    kept: dict[str, Any]
+    step: Count | None
+    patience: int | None
+
+
+class _States(msgspec.Struct):
+    optimizer: _Optimizer
+    selection: _Selected | None = None
+    scaler: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -36,28 +79,72 @@ class Checkpoint:
     step: int
 
     def state(self) -> dict[str, Any]:
-        """Return what `state.json` holds."""
-        return json.loads((self.path / "state.json").read_text(encoding="utf-8"))
+        """Return what `state.json` holds.
+
+        Raises:
+            DamagedFile: If it is damaged; the message names the key.
+        """
+        file = self.path / "state.json"
+        state = read_json(file, _State, remedy=_REMEDY)
+        if state["step"] != self.step:
+            raise damaged(file, f"step is {state['step']} but the folder is that of step {self.step}", _REMEDY)
+        return state
 
     def load_model(self, model: nn.Module) -> None:
         """Load the parameters and buffers into `model`, which must have the same names and shapes.
 
         Where frozen parameters were left out, `model` keeps its own.
-        """
-        from safetensors.torch import load_file, load_model
 
+        Raises:
+            DamagedFile: If a file is damaged, or that of another model.
+        """
+        file = self.path / "model.safetensors"
         if self.state().get("save_frozen", True):
-            load_model(model, self.path / "model.safetensors", strict=True)
+            load_state(model, file, remedy=_REMEDY)
             return
-        saved, wanted = load_file(self.path / "model.safetensors"), set(trained_state(model))
-        if saved.keys() != wanted:
-            names = ", ".join(sorted(saved.keys() ^ wanted)[:3])
-            raise ValueError(f"{self.path} and the model do not both train {names}; the models must be alike")
-        model.load_state_dict(saved, strict=False)
+        wanted = {name: tensor.shape for name, tensor in trained_state(model).items()}
+        buffers = [name for name, _ in model.named_buffers()]
+        model.load_state_dict(read_tensors(file, wanted, buffers=buffers, remedy=_REMEDY), strict=False)
 
     def load_optimizer(self) -> dict[str, Any]:
-        """Return what was given as `optimizer_state` when the checkpoint was written."""
-        return torch.load(self.path / "optimizer.pt", map_location="cpu", weights_only=True)
+        """Return what was given as `optimizer_state` when the checkpoint was written.
+
+        Raises:
+            DamagedFile: If the file is damaged.
+        """
+        return check(load_pickled(self._optimizer, remedy=_REMEDY), _States, self._optimizer, remedy=_REMEDY)
+
+    def check_optimizer(self, states: dict[str, Any], model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Raise unless what `load_optimizer` gave is of this model.
+
+        Args:
+            states: What it gave.
+            model: The model.
+            groups: The parameter groups of its optimizer.
+
+        Raises:
+            DamagedFile: With what does not fit.
+        """
+        file, found = self._optimizer, states["optimizer"]
+        if [len(group["params"]) for group in found["param_groups"]] != [len(group["params"]) for group in groups]:
+            raise damaged(file, "it is about other parameters than the model has", _REMEDY)
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        for number, values in found["state"].items():
+            for name, value in values.items():
+                # Of other optimizers than Adam we do not know what belongs there.
+                if name not in ("exp_avg", "exp_avg_sq"):
+                    continue
+                if number >= len(parameters) or getattr(value, "shape", None) != parameters[number].shape:
+                    raise damaged(file, f"{name} of parameter {number} has not the parameter's shape", _REMEDY)
+                check_numbers(file, {f"{name} of parameter {number}": value}, remedy=_REMEDY)
+        best = states.get("selection")
+        if best is not None and best["step"] is not None:
+            kept = {name: getattr(tensor, "shape", ()) for name, tensor in best["kept"].items()}
+            check_shapes(file, kept, {name: t.shape for name, t in trained_state(model).items()}, remedy=_REMEDY)
+
+    @property
+    def _optimizer(self) -> Path:
+        return self.path / "optimizer.pt"
 
 
 class CheckpointFolder:

@@ -7,7 +7,20 @@ import os
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from mopl._files import write_file
+from mopl._records import check, damaged, parse_json, read_text
+
+_MOST_BYTES = 1 << 32
+_REMEDY = "delete that line, or the file: nothing but the log is lost"
+
+
+class _Record(msgspec.Struct):
+    """What every line of a log has."""
+
+    stage: str = ""
+    step: int = 0
 
 
 class RunLog:
@@ -68,6 +81,19 @@ class RunLog:
 
 
 def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Return the records of a `log.jsonl`; a last line without its end is left out."""
-    whole = Path(path).read_bytes().decode("utf-8").split("\n")[:-1]
-    return [json.loads(line) for line in whole if line.strip()]
+    """Return the records of a `log.jsonl`; a last line without its end is left out.
+
+    Raises:
+        FileNotFoundError: If nothing is there.
+        DamagedFile: If a line is no record; the message has its number.
+    """
+    text, records = read_text(path, most=_MOST_BYTES, remedy=_REMEDY), []
+    for number, line in enumerate(text.split("\n")[:-1], 1):
+        if not line.strip():
+            continue
+        try:
+            record = parse_json(line)
+        except ValueError as error:
+            raise damaged(path, f"line {number}: {error}", _REMEDY) from None
+        records.append(check(record, _Record, path, f"line {number}", remedy=_REMEDY))
+    return records

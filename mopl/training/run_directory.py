@@ -24,7 +24,7 @@ import msgspec
 
 from mopl import __version__
 from mopl._files import TEMPORARY, discard_folder, remove_leftovers, write_file, write_folder
-from mopl._records import check, read_json, settings_from
+from mopl._records import Count, Finite, Seconds, check, read_json, settings_from
 from mopl.training.parallel import on_main
 from mopl.training.run_lock import RunInUse, locked
 
@@ -134,6 +134,29 @@ class RunRecord(msgspec.Struct):
     command: list[str] = []
     platform: str = ""
     commit: str = ""
+
+
+class Done(msgspec.Struct):
+    """What `training.json` says of a finished training; what has a default is not there for every kind and version."""
+
+    steps: Count
+    seconds: Seconds
+    kept: Count = 0
+    limit: Count = 0
+    validation: float | None = None
+    parameters: Count = 0
+    mean: list[Finite] = []
+    deviation: list[Finite] = []
+
+
+def read_done(file: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return what `training.json` says of a finished training.
+
+    Raises:
+        DamagedFile: If it is damaged; the message names the key.
+    """
+    remedy = "take it from a backup, or delete it: --resume then trains that model again"
+    return read_json(file, Done, remedy=remedy)
 
 
 def check_new_run(path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
