@@ -59,11 +59,10 @@ def check_shapes(file: str | os.PathLike[str], found: Shapes, wanted: Shapes, *,
     for names, what in ((wanted.keys() - found.keys(), "it lacks"), (found.keys() - wanted.keys(), "nothing takes")):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise damaged(file, f"{what} {', '.join(sorted(names)[:3])}{more}; is it that of another model?", remedy)
+            raise damaged(file, f"{what} {', '.join(sorted(names)[:3])}{more}, so it does not fit the model", remedy)
     for name, shape in wanted.items():
         if tuple(found[name]) != tuple(shape):
-            text = f"{name} is {tuple(found[name])} but must be {tuple(shape)}; is the file that of another model?"
-            raise damaged(file, text, remedy)
+            raise damaged(file, f"{name} is {tuple(found[name])} but must be {tuple(shape)} to fit the model", remedy)
 
 
 def check_numbers(file: str | os.PathLike[str], tensors: Mapping[str, Tensor], *, remedy: str = REMEDY) -> None:

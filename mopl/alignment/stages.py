@@ -42,7 +42,7 @@ from mopl.alignment.tokenization import ListTokenizer, TokenizedData, TokenizedL
 from mopl.conditioning import HyperPromptModel, LoraMixture, TextPrompt, check_weights
 from mopl.ranking.methods import box_temperatures, dirichlet_weights, fixed
 from mopl.training import RunLog, train
-from mopl.training.run_directory import DONE
+from mopl.training.run_directory import DONE, read_done
 
 
 def vector_name(weights: Sequence[float] | Tensor) -> str:
@@ -284,7 +284,7 @@ class Stages:
     ) -> tuple[float, int]:
         """Train and save a model unless it is there; return seconds, interruptions left out, and parameters."""
         if (folder / DONE).exists():
-            done = json.loads((folder / DONE).read_text(encoding="utf-8"))
+            done = read_done(folder / DONE)
             return done["seconds"], done["parameters"]
         config = self.config
         with seeded(config.seed):  # every model of a kind starts from the same parameters
@@ -391,7 +391,8 @@ def state_for(
     w = check_weights(weights, len(objectives)).double()
     if method == "dpo-soup":
         experts = torch.eye(len(objectives), dtype=torch.float64)
-        return steering.soup([models.read_state(model_folder(path, method, e)) for e in experts], w)
+        first = model_folder(path, method, experts[0])
+        return steering.soup([models.read_state(model_folder(path, method, e), like=first) for e in experts], w)
     distance = (grid - w).abs().sum(1)
     nearest = int(distance.argmin())
     if distance[nearest] > 1e-4:
@@ -400,7 +401,7 @@ def state_for(
             f"{method} trained a model for each of {len(grid)} weight vectors, none for "
             f"{' '.join(f'{x:.4g}' for x in w.tolist())}; the nearest is {known}. Only weight-cos-dpo takes any"
         )
-    return models.read_state(model_folder(path, method, grid[nearest]))
+    return models.read_state(model_folder(path, method, grid[nearest]), like=model_folder(path, method, grid[0]))
 
 
 def load_trained(
@@ -429,9 +430,8 @@ def load_trained(
     if method in CONDITIONED:
         return models.load_model(folder / "model", base)
     w = grid[0] if weights is None else weights
-    state = state_for(path, method, objectives, grid, w)
     first = torch.eye(len(objectives))[0] if method == "dpo-soup" else grid[0]
     model = models.load_model(model_folder(path, method, first), base)
     assert isinstance(model, HyperPromptModel)
-    models.set_state(model, state)
+    models.set_state(model, state_for(path, method, objectives, grid, w))
     return model

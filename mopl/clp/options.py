@@ -7,7 +7,6 @@ run begins.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -75,9 +74,11 @@ def is_wanted(given: dict[str, Any]) -> bool:
     if given.get("method") in METHODS:
         return True
     file = Path(given["run"]) / "config.json" if given.get("resume") and given.get("run") else None
-    if file is None or given.get("method") is not None or not file.is_file():
+    if file is None or given.get("method") is not None or not file.exists():
         return False
-    return json.loads(file.read_text(encoding="utf-8")).get("kind") == "clp"
+    from mopl.training.run_directory import read_run
+
+    return read_run(given["run"]).get("kind") == "clp"
 
 
 def refuse_strangers(given: dict[str, Any], known: Any) -> None:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from mopl._restoring import generators_kept
+from mopl._tensor_files import read_tensors
 from mopl.alignment import models
 from mopl.clp.config import ClpConfig
 from mopl.clp.reward_scale import RunningScale
@@ -39,6 +40,7 @@ from mopl.conditioning import (
     ValueHead,
 )
 from mopl.conditioning._parameter_mixture_parts import untie_head
+from mopl.conditioning._saved import REMEDY, check_adapter, check_adapter_state
 
 Conditioned = ParameterMixture | LoraMixture | HyperPromptModel
 
@@ -270,7 +272,6 @@ def save_soup(folders: Sequence[Path], target: Path, base: Any, config: ClpConfi
     scope = config.baseline_scope
     if scope == "lora":
         from peft import set_peft_model_state_dict
-        from safetensors.torch import load_file
 
         with models._quiet():
             soup = LoraMixture(base, len(objectives), config=_lora(config), record=record)
@@ -278,7 +279,9 @@ def save_soup(folders: Sequence[Path], target: Path, base: Any, config: ClpConfi
             try:
                 for name, folder, objective in zip(soup.adapters, folders, objectives, strict=True):
                     own = folder if objective == "default" else folder / objective.replace(".", "_")
-                    state = load_file(str(own / models.ADAPTER_FILE))
+                    check_adapter(own)
+                    check_adapter_state(wrapped, name, own / models.ADAPTER_FILE)
+                    state = read_tensors(own / models.ADAPTER_FILE, remedy=REMEDY)
                     result = set_peft_model_state_dict(wrapped, state, adapter_name=name)
                     if result.unexpected_keys:
                         raise ValueError(f"the adapter of {own} does not fit: {', '.join(result.unexpected_keys[:3])}")

@@ -18,13 +18,15 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import torch
 
 from mopl._files import discard_folder, write_file
+from mopl._records import Finite, damaged, read_json
 from mopl._restoring import seeded
 from mopl.alignment import models
 from mopl.alignment.recipe import RunInterrupted
@@ -236,7 +238,7 @@ def _in_words(method: str, figures: dict[str, Any]) -> str:
 def measure_rewards(stages: Stages) -> RewardScale:
     """Return mean and deviation of the rewards over answers of the untrained model, computed once in a run."""
     file, config = stages.path / REWARDS, stages.config
-    if not file.is_file():
+    if not file.exists():
         chosen = stages.prompts["train"].first(config.normalize_prompts)
         rows = [i for i in range(len(chosen)) for _ in range(max(2, config.samples_per_prompt))]
         with seeded(config.seed), torch.no_grad():
@@ -256,13 +258,38 @@ def measure_rewards(stages: Stages) -> RewardScale:
             }  # fmt: skip
             write_file(file, json.dumps(content, indent=2) + "\n")
         stages.accelerator.wait_for_everyone()
-    found = json.loads(file.read_text(encoding="utf-8"))
+    found = read_rewards(file, stages.objectives)
     each = zip(found["objectives"], found["mean"], found["deviation"], strict=True)
     stages.say("untrained model: " + ", ".join(f"{name} {mean:.4g} ± {spread:.4g}" for name, mean, spread in each))
     counts = found.get("counts")  # older runs do not have them, and do not need them
     return RewardScale(
         torch.tensor(found["mean"]), torch.tensor(found["deviation"]), None if counts is None else torch.tensor(counts)
     )  # fmt: skip
+
+
+class _Scale(msgspec.Struct):
+    """What is read of `rewards.json`; older runs have no counts, and do not need them."""
+
+    objectives: list[str]
+    mean: list[Finite]
+    deviation: list[Annotated[float, msgspec.Meta(ge=0)]]
+    counts: list[Annotated[float, msgspec.Meta(ge=0)]] | None = None
+
+
+def read_rewards(file: Path, objectives: Sequence[str]) -> dict[str, Any]:
+    """Return what the `rewards.json` of a run says of these rewards.
+
+    Raises:
+        DamagedFile: If it is damaged, or of other rewards.
+    """
+    remedy = "take it from a backup, or start another run: trained policies depend on it"
+    found = read_json(file, _Scale, remedy=remedy)
+    if found["objectives"] != list(objectives):
+        raise damaged(file, f"objectives is {found['objectives']} but the rewards are {list(objectives)}", remedy)
+    for name in ("mean", "deviation", "counts"):
+        if found.get(name) is not None and len(found[name]) != len(objectives):
+            raise damaged(file, f"{name} has {len(found[name])} numbers for {len(objectives)} rewards", remedy)
+    return found
 
 
 def make_rewards(specs: tuple[str, ...]) -> Rewards:

@@ -15,11 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 
 from mopl._files import write_file
+from mopl._records import check, damaged
 from mopl._restoring import evaluating
+from mopl._tensor_files import load_pickled
 from mopl.alignment.data import Text
 from mopl.alignment.head import IGNORE_INDEX
 from mopl.clp.config import ClpConfig
@@ -288,6 +291,24 @@ def roll(policy: Policy, batch: PromptBatch, sampler: Sampler, rewards: Rewards,
     )  # fmt: skip
 
 
+class _RolloutFile(msgspec.Struct, forbid_unknown_fields=True):
+    """What the file of a `Rollout` holds; tensors are looked at where it is read."""
+
+    step: int
+    prompts: list[list[int]]
+    responses: list[list[int]]
+    texts: list[str]
+    asked: list[Any]
+    rewards: Any
+    weights: Any
+    alpha: Any
+    reference: Any
+    features: Any = None
+    hidden: Any = None
+    scaled: Any = None
+    behaviour: Any = None
+
+
 class RolloutStore:
     """Keeps the rollout of several steps, on disk as well, so that a training stopped between them goes on exactly.
 
@@ -317,13 +338,31 @@ class RolloutStore:
         kept = self._kept.get((batch.step, batch.part))
         if kept is None:
             file = self._file(batch)
-            if not file.is_file():
+            if not file.exists():
                 raise FileNotFoundError(
                     f"{file} is missing: step {step + 1} goes on with the samples of step {batch.step + 1}, as many "
                     "parts and processes as before; delete the newest checkpoint to go back to an older one"
                 )
-            kept = self._kept[batch.step, batch.part] = Rollout(**torch.load(file, weights_only=True))
+            kept = self._kept[batch.step, batch.part] = self._read(file)
         return kept
+
+    @staticmethod
+    def _read(file: Path) -> Rollout:
+        """Return a rollout from its file.
+
+        Raises:
+            DamagedFile: If it is damaged.
+        """
+        remedy = "delete it and the newest checkpoint: --resume then goes on from an older one"
+        content = load_pickled(file, remedy=remedy)
+        check(content, _RolloutFile, file, remedy=remedy)
+        rows = len(content["responses"])
+        for name in ("rewards", "weights", "alpha", "reference", "features", "hidden", "scaled", "behaviour"):
+            value = content.get(name)
+            optional = name in ("features", "hidden", "scaled", "behaviour")
+            if not (isinstance(value, Tensor) and len(value) == rows) and not (value is None and optional):
+                raise damaged(file, f"{name} must be a tensor of {rows} rows", remedy)
+        return Rollout(**content)
 
     def keep(self, batch: PromptBatch, rollout: Rollout) -> None:
         """Remember a rollout whose `behaviour` is known for the steps to come."""

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mopl._files import write_file
+from mopl._records import damaged, read_json
 from mopl.alignment import models
 from mopl.alignment.tokenization import ListTokenizer
 from mopl.clp.config import ALL, ClpConfig
@@ -27,7 +27,7 @@ from mopl.conditioning import HyperPromptModel, TextPrompt, check_weights
 from mopl.pareto.front import Front, load_fronts
 from mopl.ranking.evaluate import grid_of
 from mopl.report import Metric
-from mopl.training.run_directory import CONFIG_FILE, read_run, settings_of
+from mopl.training.run_directory import CONFIG_FILE, DAMAGED_RUN, Sample, read_run, settings_of
 
 FRONT, EVALUATION, SAMPLES = "front.json", "evaluation.json", "samples.json"
 KIND = "clp"
@@ -251,9 +251,11 @@ def load_samples(path: Path, config: ClpConfig, fronts: Sequence[Front]) -> dict
     lengths = {front.method: len(front.points) for front in fronts}
     for method in ("base", *config.methods):
         file = (path / "base" if method == "base" else method_folder(path, config, method)) / SAMPLES
-        entries = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+        entries = read_json(file, list[Sample], remedy=DAMAGED_RUN) if file.exists() else []
         if not entries or method not in lengths:
             continue
+        if max(len(entry["responses"]) for entry in entries) > lengths[method]:
+            raise damaged(file, f"it has answers at more trade-offs than front.json, {lengths[method]}", DAMAGED_RUN)
         points: list[Any] = [[] for _ in range(lengths[method])]
         for entry in entries:
             for place, text in enumerate(entry["responses"]):

@@ -29,7 +29,7 @@ from mopl.clp.reward_scale import RewardScale, RunningScale
 from mopl.clp.rollout import RolloutStore, Sampler
 from mopl.rewards import Rewards
 from mopl.training import CheckpointFolder, RunLog, train
-from mopl.training.run_directory import DONE
+from mopl.training.run_directory import DONE, read_done
 
 
 def expert_folder(path: Path, objective: str) -> Path:
@@ -104,7 +104,7 @@ class Stages:
     def _fit(self, name: str, folder: Path, kind: str, expert: int | None = None) -> tuple[float, int]:
         """Train and save a policy unless it is there; return seconds, interruptions left out, and parameters."""
         if (folder / DONE).exists():
-            done = json.loads((folder / DONE).read_text(encoding="utf-8"))
+            done = read_done(folder / DONE)
             return done["seconds"], done["parameters"]
         config, main = self.config, self.accelerator.is_main_process
         policy = new_policy(

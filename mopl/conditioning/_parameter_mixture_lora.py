@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from mopl._files import write_files
 from mopl.conditioning._causal_lm import DELEGATED, is_peft
 from mopl.conditioning._parameter_mixture_parts import AlphaCoefficients, CoefficientRule, coefficients_of
+from mopl.conditioning._saved import CONFIG_FILE, adapter_folder, base_model, fitting, load_adapters, read_record
 from mopl.conditioning.hyper_prompt_model import TuningRecord
 
-CONFIG_FILE = "mopl.json"
 Weights = Tensor | Sequence[float] | Sequence[Sequence[float]]
 
 
@@ -349,38 +349,20 @@ class LoraMixture(nn.Module):
             FileNotFoundError: If the folder holds no such model.
             ValueError: If it holds another kind, or a model or coefficients are needed and missing.
         """
-        from peft import PeftModel
-
         folder = Path(directory)
-        if not (folder / CONFIG_FILE).is_file():
-            raise FileNotFoundError(f"{folder} holds no {CONFIG_FILE}; name a folder of save_pretrained")
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        if config.get("kind") != "LoraMixture":
-            raise ValueError(f"{folder} holds a {config.get('kind')} but a LoraMixture was asked for")
+        config = read_record(folder, "LoraMixture")
         rule = config["coefficients"]
         if rule == "custom" and coefficients is None:
             raise ValueError(f"{folder} was trained with coefficients of its own; pass the function as coefficients")
-        if isinstance(rule, dict):
-            coefficients = AlphaCoefficients(**rule)
-        if model is None:
-            if config["base_model"] is None:
-                raise ValueError(f"{folder / CONFIG_FILE} names no base model; pass it as model")
-            from transformers import AutoModelForCausalLM
-
-            model = AutoModelForCausalLM.from_pretrained(config["base_model"], **model_kwargs)
-        elif model_kwargs:
-            raise ValueError(f"{sorted(model_kwargs)} are for a model that is loaded here, but model was passed")
-        first, *rest = config["adapters"]
-        # PEFT puts an adapter that is called "default" into the folder itself.
-        paths = {name: str(folder if name == "default" else folder / name) for name in config["adapters"]}
-        wrapped = PeftModel.from_pretrained(model, paths[first], adapter_name=first, is_trainable=trainable)  # type: ignore
-        for name in rest:
-            wrapped.load_adapter(paths[name], adapter_name=name, is_trainable=trainable)
-        fields = {name: config[name] for name in ("reference", "beta", "alpha")}
-        record = TuningRecord(tuple(config["objectives"]), **fields)
-        mixture = cls(
-            wrapped, len(record.objectives), coefficients=coefficients, sets=len(config["adapters"]), record=record
-        )
+        with fitting(folder / CONFIG_FILE):
+            if isinstance(rule, dict):
+                coefficients = AlphaCoefficients(**rule)
+            model = base_model(config, folder, model, model_kwargs)
+            paths = {name: adapter_folder(folder, name) for name in config["adapters"]}
+            wrapped = load_adapters(model, paths, trainable=trainable)
+            fields = {name: config[name] for name in ("reference", "beta", "alpha")}
+            record = TuningRecord(tuple(config["objectives"]), **fields)
+            mixture = cls(wrapped, len(record.objectives), coefficients=coefficients, sets=len(paths), record=record)
         if not trainable:
             mixture.requires_grad_(False)
         return mixture.eval()

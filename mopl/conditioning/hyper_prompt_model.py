@@ -31,14 +31,24 @@ from torch import Tensor, nn
 
 from mopl._arguments import check_choice, shape_of
 from mopl._files import write_files
+from mopl._tensor_files import check_fits, load_state, read_tensors
 from mopl.conditioning._causal_lm import DELEGATED, check_model, count_new_tokens, is_peft
 from mopl.conditioning._prefix_layout import Layout, PackedLayout, check_paper_positions, silence_position_embedding
+from mopl.conditioning._saved import (
+    CONFIG_FILE,
+    REMEDY,
+    adapter_folder,
+    base_model,
+    fitting,
+    load_adapters,
+    read_record,
+)
 from mopl.conditioning.hyper_prompt import HyperPrompt
 from mopl.conditioning.sampling import check_weights
 
 Positions = Literal["hf", "paper"]
 POSITIONS = ("hf", "paper")
-WEIGHTS_FILE, CONFIG_FILE = "hyper_prompt.safetensors", "mopl.json"
+WEIGHTS_FILE = "hyper_prompt.safetensors"
 
 
 @dataclass(frozen=True)
@@ -387,36 +397,19 @@ class HyperPromptModel(nn.Module):
             FileNotFoundError: If the folder holds no such model.
             ValueError: If it holds another kind, names no base model and none was passed, or the base does not fit.
         """
-        from safetensors.torch import load_file
-
         folder = Path(directory)
-        missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / name).is_file()]
-        if missing:
-            raise FileNotFoundError(f"{folder} holds no {' and no '.join(missing)}; name a folder of save_pretrained")
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        if config.get("kind") != "HyperPromptModel":
-            raise ValueError(f"{folder} holds a {config.get('kind')} but a HyperPromptModel was asked for")
-        if model is None:
-            if config["base_model"] is None:
-                raise ValueError(f"{folder / CONFIG_FILE} names no base model; pass it as model")
-            from transformers import AutoModelForCausalLM
-
-            model = AutoModelForCausalLM.from_pretrained(config["base_model"], **model_kwargs)
-        elif model_kwargs:
-            raise ValueError(f"{sorted(model_kwargs)} are for a model that is loaded here, but model was passed")
-        adapter = config["adapter"]
-        if adapter is not None:
-            from peft import PeftModel
-
-            path = folder if adapter == "default" else folder / adapter
-            # PEFT would ask the hub for the rest.
-            if not any((path / f"adapter_model.{ending}").is_file() for ending in ("safetensors", "bin")):
-                raise FileNotFoundError(f"{path} holds no adapter_model.safetensors; is the directory complete?")
-            model = PeftModel.from_pretrained(model, str(path), adapter_name=adapter, is_trainable=trainable)
-        prompt = HyperPrompt(**config["prompt"])
-        state = load_file(str(folder / WEIGHTS_FILE))
-        prompt.to(state["prefix"].dtype).load_state_dict(state, strict=True)
-        prompt.requires_grad_(trainable)
-        fields = {name: config[name] for name in ("reference", "beta", "alpha")}
-        record = TuningRecord(tuple(config["objectives"]), **fields)
-        return cls(model, prompt, record=record, positions=config["positions"]).eval()
+        config = read_record(folder, "HyperPromptModel", WEIGHTS_FILE)
+        weights = folder / WEIGHTS_FILE
+        with fitting(folder / CONFIG_FILE):
+            check_fits(weights, lambda: HyperPrompt(**config["prompt"]), remedy=REMEDY)
+            model = base_model(config, folder, model, model_kwargs)
+            if (adapter := config["adapter"]) is not None:
+                model = load_adapters(model, {adapter: adapter_folder(folder, adapter)}, trainable=trainable)
+            prompt = HyperPrompt(**config["prompt"])
+            prompt.to(read_tensors(weights, remedy=REMEDY)["prefix"].dtype)
+            load_state(prompt, weights, remedy=REMEDY)
+            prompt.requires_grad_(trainable)
+            fields = {name: config[name] for name in ("reference", "beta", "alpha")}
+            record = TuningRecord(tuple(config["objectives"]), **fields)
+            assert model is not None
+            return cls(model, prompt, record=record, positions=config["positions"]).eval()

@@ -33,6 +33,8 @@ import torch
 from torch import Tensor, nn
 
 from mopl._files import write_files
+from mopl._records import damaged
+from mopl._tensor_files import check_shapes, read_tensors
 from mopl.conditioning._causal_lm import DELEGATED
 from mopl.conditioning._parameter_mixture_lora import LoraMixture
 from mopl.conditioning._parameter_mixture_parts import (
@@ -48,11 +50,12 @@ from mopl.conditioning._parameter_mixture_parts import (
     take_rows,
     untie_head,
 )
+from mopl.conditioning._saved import CONFIG_FILE, REMEDY, fitting, read_record
 from mopl.conditioning.hyper_prompt_model import TuningRecord
 
 __all__ = ["AlphaCoefficients", "LoraMixture", "ParameterMixture"]
 
-WEIGHTS_FILE, CONFIG_FILE, MODEL_FOLDER = "parameter_mixture.safetensors", "mopl.json", "architecture"
+WEIGHTS_FILE, MODEL_FOLDER = "parameter_mixture.safetensors", "architecture"
 Weights = Tensor | Sequence[float] | Sequence[Sequence[float]]
 
 
@@ -375,28 +378,25 @@ class ParameterMixture(nn.Module):
             FileNotFoundError: If the folder holds no such model.
             ValueError: If it holds another kind, or model or coefficients are needed and missing, or do not fit.
         """
-        from safetensors.torch import load_file
-
         folder = Path(directory)
-        missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / name).is_file()]
-        if missing:
-            raise FileNotFoundError(f"{folder} holds no {' and no '.join(missing)}; name a folder of save_pretrained")
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        if config.get("kind") != "ParameterMixture":
-            raise ValueError(f"{folder} holds a {config.get('kind')} but a ParameterMixture was asked for")
+        config = read_record(folder, "ParameterMixture", WEIGHTS_FILE)
         rule = config["coefficients"]
         if rule == "custom" and coefficients is None:
             raise ValueError(f"{folder} was trained with coefficients of its own; pass the function as coefficients")
         if isinstance(rule, dict):
-            coefficients = AlphaCoefficients(**rule)
-        state = load_file(str(folder / WEIGHTS_FILE))
+            with fitting(folder / CONFIG_FILE):
+                coefficients = AlphaCoefficients(**rule)
+        state = read_tensors(folder / WEIGHTS_FILE, remedy=REMEDY)
+        sets = len({name.partition(".")[0] for name in state if name.startswith("set_")}) + 1
+        if config["sets"] != sets:
+            raise damaged(folder / CONFIG_FILE, f"sets is {config['sets']} but {WEIGHTS_FILE} has {sets}", REMEDY)
         if model is None:
             if not (folder / MODEL_FOLDER).is_dir():
                 raise ValueError(f"{folder} holds no configuration of a model; pass the model")
             from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
             source = str(folder / MODEL_FOLDER)
-            dtype = next(value.dtype for name, value in state.items() if name.startswith("model."))
+            dtype = next((value.dtype for name, value in state.items() if name.startswith("model.")), None)
             built: Any = AutoModelForCausalLM.from_config(
                 AutoConfig.from_pretrained(source), **{"dtype": dtype, **model_kwargs}
             )
@@ -408,19 +408,15 @@ class ParameterMixture(nn.Module):
         fields = {name: config[name] for name in ("reference", "beta", "alpha")}
         record = TuningRecord(tuple(config["objectives"]), **fields)
         assert model is not None
-        mixture = cls(
-            model, len(record.objectives), scope=config["scope"], coefficients=coefficients, sets=config["sets"],
-            record=record,
-        )  # fmt: skip
+        with fitting(folder / CONFIG_FILE):
+            mixture = cls(
+                model, len(record.objectives), scope=config["scope"], coefficients=coefficients, sets=config["sets"],
+                record=record,
+            )  # fmt: skip
         own = mixture._named_tensors()
-        if own.keys() != state.keys():
-            names = ", ".join(sorted(own.keys() ^ state.keys())[:6])
-            raise ValueError(f"the model does not fit {folder}: only one of them has {names}")
+        shapes, wanted = ({name: value.shape for name, value in each.items()} for each in (state, own))
+        check_shapes(folder / WEIGHTS_FILE, shapes, wanted, remedy=REMEDY)
         with torch.no_grad():
             for name, value in state.items():
-                if own[name].shape != value.shape:
-                    raise ValueError(
-                        f"{name} is {tuple(own[name].shape)} in the model but {tuple(value.shape)} in {folder}"
-                    )
                 own[name].copy_(value)
         return mixture.requires_grad_(trainable).eval()

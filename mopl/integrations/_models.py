@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from mopl._restoring import evaluating
+from mopl._tensor_files import load_state
 from mopl.alignment.collate import ListBatch, to_lists
 from mopl.alignment.head import fuse, score_sequences
 from mopl.conditioning._causal_lm import is_peft
-from mopl.conditioning.hyper_prompt_model import CONFIG_FILE, WEIGHTS_FILE, HyperPromptModel
+from mopl.conditioning._saved import ADAPTER_FILE, adapter_folder, check_adapter, check_adapter_state, read_record
+from mopl.conditioning.hyper_prompt_model import WEIGHTS_FILE, HyperPromptModel
 
 
 @dataclass(frozen=True)
@@ -137,25 +138,25 @@ def load_hyper_prompt(model: HyperPromptModel, folder: str | Path) -> None:
     Raises:
         ValueError: If the folder holds no such model, or one of other sizes.
     """
-    from safetensors.torch import load_file
-
     folder = Path(folder)
-    if not (folder / WEIGHTS_FILE).is_file():
+    if not (folder / WEIGHTS_FILE).exists():
         raise ValueError(f"{folder} is no checkpoint of a HyperPromptModel: it has no {WEIGHTS_FILE}")
-    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    config = read_record(folder, "HyperPromptModel")
     objectives = tuple(config["objectives"])
     if objectives != model.record.objectives:
         raise ValueError(f"{folder} was trained on {objectives} but the model is for {model.record.objectives}")
-    model.hyper_prompt.load_state_dict(load_file(str(folder / WEIGHTS_FILE)), strict=True)
+    load_state(model.hyper_prompt, folder / WEIGHTS_FILE)
     adapter = config["adapter"]
     if (adapter is not None) != is_peft(model.model):
         raise ValueError(f"{folder} has {'an' if adapter else 'no'} adapter but the model differs in that")
     if adapter is not None:
         from peft import load_peft_weights, set_peft_model_state_dict
 
-        path = folder if adapter == "default" else folder / adapter
+        path = adapter_folder(folder, adapter)
         device = str(next(model.parameters()).device)
         peft_model: Any = model.model
+        check_adapter(path)
+        check_adapter_state(peft_model, adapter, path / ADAPTER_FILE)
         set_peft_model_state_dict(peft_model, load_peft_weights(str(path), device=device), adapter_name=adapter)
 
 

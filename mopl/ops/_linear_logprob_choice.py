@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from triton.runtime import driver
 
 from mopl._files import write_file
+from mopl._records import DamagedFile, read_json
 from mopl.kernels import fused_logprob as kernels
 from mopl.ops._backend import use_triton
 
@@ -33,9 +35,12 @@ def cache_path() -> Path:
 
 @functools.lru_cache(maxsize=1)
 def _choices(path: Path) -> dict[str, str]:
+    if not path.exists():
+        return {}
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+        return read_json(path, dict[str, str], most=1 << 20, remedy="it is measured again")
+    except (OSError, DamagedFile) as error:
+        warnings.warn(f"the cache of tuned kernels cannot be read: {error}", stacklevel=2)
         return {}
 
 

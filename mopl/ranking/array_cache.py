@@ -6,13 +6,13 @@ import hashlib
 import json
 import os
 import warnings
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from mopl._files import write_file
+from mopl._records import check_file
 
 VERSION = 1  # raise it when the meaning of the arrays changes
 _END_BYTES = 1 << 16
@@ -43,13 +43,16 @@ class ArrayCache:
     def load(self, names: Sequence[str]) -> dict[str, np.ndarray] | None:
         """Return the named arrays, or None if there is no valid cache. A damaged cache is reported and passed over."""
         for place in self.places:
+            if not place.exists():
+                continue
             try:
+                check_file(place)
                 with np.load(place, allow_pickle=False) as archive:
                     if str(archive["stamp"]) == self.stamp:
                         return {name: archive[name] for name in names}
-            except FileNotFoundError:
-                pass
-            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            except MemoryError:
+                raise
+            except Exception as error:  # a damaged archive shows as whatever numpy and zipfile stumble over
                 warnings.warn(f"{place}: this cache cannot be read ({error}); the data is parsed again", stacklevel=3)
         return None
 

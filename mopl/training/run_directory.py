@@ -149,6 +149,13 @@ class Done(msgspec.Struct):
     deviation: list[Finite] = []
 
 
+class Sample(msgspec.Struct):
+    """An entry of `samples.json`: a prompt, and an answer for each trade-off."""
+
+    prompt: str
+    responses: list[str]
+
+
 def read_done(file: str | os.PathLike[str]) -> dict[str, Any]:
     """Return what `training.json` says of a finished training.
 

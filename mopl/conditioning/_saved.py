@@ -1,0 +1,249 @@
+"""What `save_pretrained` of conditioned language models wrote, read back and checked: `mopl.json` and the adapters."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+from torch import nn
+
+from mopl._bounds import check_bounds
+from mopl._records import DamagedFile, Finite, damaged, read_json
+from mopl._tensor_files import check_shapes, read_tensors, shapes_of
+
+CONFIG_FILE = "mopl.json"
+ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+REMEDY = "take it from a backup, or make the model again"
+
+Names = Annotated[list[str], msgspec.Meta(min_length=1)]
+
+
+class Record(msgspec.Struct):
+    """What `mopl.json` says of every conditioned model."""
+
+    objectives: Names
+    base_model: str | None
+    reference: str
+    beta: Any
+    alpha: Any
+
+
+class _Prompt(msgspec.Struct, forbid_unknown_fields=True):
+    objectives: int
+    virtual_tokens: int
+    rank: int
+    hidden: int
+    temperature: bool = False
+    width: int | None = None
+
+
+class _Coefficients(msgspec.Struct, forbid_unknown_fields=True):
+    smallest_alpha: Finite
+    kl_form: str = "complement"
+    anchor: bool = True
+
+
+class _HyperPromptModel(Record):
+    adapter: str | None
+    positions: str
+    prompt: _Prompt
+
+
+class _LoraMixture(Record):
+    adapters: Names
+    coefficients: _Coefficients | str | None
+
+
+class _ParameterMixture(Record):
+    scope: str
+    sets: int
+    coefficients: _Coefficients | str | None
+
+
+class _Text(Record):
+    template: str
+    adapter: str | None = None
+
+
+class _Adapter(msgspec.Struct):
+    """What is read of PEFT's `adapter_config.json` before PEFT reads it."""
+
+    peft_type: str
+    base_model_name_or_path: str | None = None
+    r: int = 8
+    lora_alpha: Finite = 8
+    lora_dropout: Finite = 0.0
+    target_modules: list[str] | str | None = None
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, Finite] | None = None
+
+
+SCHEMAS: dict[str, type[Record]] = {
+    "HyperPromptModel": _HyperPromptModel, "LoraMixture": _LoraMixture, "ParameterMixture": _ParameterMixture,
+    "TextPromptModel": _Text,
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def fitting(file: Path) -> Iterator[None]:
+    """Say of a file what does not fit while a model is made from it inside a `with` block."""
+    try:
+        yield
+    except DamagedFile:
+        raise
+    except ValueError as error:
+        raise damaged(file, str(error), f"{REMEDY}; or pass the base model it is for") from None
+
+
+class _Kind(msgspec.Struct):
+    kind: str | None = None
+
+
+def read_kind(folder: Path) -> str | None:
+    """Return the "kind" in a folder's `mopl.json`.
+
+    Raises:
+        DamagedFile: If it is damaged.
+    """
+    return read_json(folder / CONFIG_FILE, _Kind, remedy=REMEDY).get("kind")
+
+
+class _Export(msgspec.Struct):
+    weights: list[Finite] | None = None
+
+
+def exported_at(folder: Path) -> list[float]:
+    """Return the weights that an export was made at, from its `mopl.json`; none where it has none."""
+    return read_json(folder / CONFIG_FILE, _Export, remedy=REMEDY).get("weights") or []
+
+
+def read_record(directory: str | os.PathLike[str], kind: str, *files: str) -> dict[str, Any]:
+    """Return what the `mopl.json` of a folder says of a model of this kind.
+
+    Args:
+        directory: The folder.
+        kind: A key of `SCHEMAS`.
+        *files: What else must be there.
+
+    Raises:
+        FileNotFoundError: If the folder holds no such model.
+        ValueError: If it holds another kind; `DamagedFile` if a key is missing or something else than it was.
+    """
+    folder = Path(directory)
+    missing = [name for name in (CONFIG_FILE, *files) if not (folder / name).exists()]
+    if missing:
+        raise FileNotFoundError(f"{folder} holds no {' and no '.join(missing)}; name a folder of save_pretrained")
+    found = read_kind(folder)
+    if found != kind:
+        raise ValueError(f"{folder} holds a {found} but a {kind} was asked for")
+    file = folder / CONFIG_FILE
+    record = read_json(file, SCHEMAS[kind], remedy=REMEDY)
+    prompt = record.get("prompt") if kind == "HyperPromptModel" else None
+    if prompt is not None and prompt["objectives"] != len(record["objectives"]):
+        text = f"prompt.objectives is {prompt['objectives']} but there are {len(record['objectives'])} objectives"
+        raise damaged(file, text, REMEDY)
+    for name in (*record.get("adapters", ()), record.get("adapter") or "default"):
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise damaged(file, f"the adapter {name!r} lies outside of the folder", REMEDY)
+    try:
+        check_bounds(prompt or {"sets": record.get("sets")})
+    except ValueError as error:
+        raise damaged(file, str(error), REMEDY) from None
+    return record
+
+
+def base_model(
+    record: Mapping[str, Any], directory: str | os.PathLike[str], model: nn.Module | None, options: Mapping[str, Any]
+) -> Any:
+    """Return the base model that was passed, or the one that a record names.
+
+    Raises:
+        ValueError: If there is neither, or options for loading were passed beside a model.
+    """
+    if model is not None:
+        if options:
+            raise ValueError(f"{sorted(options)} are for a model that is loaded here, but model was passed")
+        return model
+    if record["base_model"] is None:
+        raise ValueError(f"{Path(directory) / CONFIG_FILE} names no base model; pass it as model")
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(record["base_model"], **options)
+
+
+def adapter_folder(folder: Path, name: str) -> Path:
+    """Return where PEFT puts an adapter: one that is called "default" into the folder itself."""
+    return folder if name == "default" else folder / name
+
+
+def load_adapters(model: Any, paths: Mapping[str, Path], *, trainable: bool = False) -> Any:
+    """Return a base model with adapters, each from a folder that PEFT wrote.
+
+    PEFT leaves out what it misses in a file, and what it does not know, with a warning; here both are errors.
+
+    Args:
+        model: The base model.
+        paths: The adapters' folders, by name.
+        trainable: Whether they are to be trained further.
+
+    Raises:
+        FileNotFoundError: If a file is missing; PEFT would ask the hub for it.
+        DamagedFile: If a file is damaged, or does not fit the model.
+    """
+    from peft import PeftModel
+
+    wrapped: Any = None
+    for name, path in paths.items():
+        check_adapter(path)
+        try:
+            if wrapped is None:
+                wrapped = PeftModel.from_pretrained(model, str(path), adapter_name=name, is_trainable=trainable)
+            else:
+                wrapped.load_adapter(str(path), adapter_name=name, is_trainable=trainable)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            text = f"the adapter does not fit the model ({str(error).strip().splitlines()[0][:200]})"
+            raise damaged(path / ADAPTER_CONFIG, text, f"{REMEDY}; or pass the base model it is for") from None
+        check_adapter_state(wrapped, name, path / ADAPTER_FILE)
+    return wrapped
+
+
+def check_adapter(path: Path) -> None:
+    """Raise unless a folder holds an adapter whose files can be read and agree on its size.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        DamagedFile: If one is damaged.
+    """
+    if (path / "adapter_model.bin").is_file() and not (path / ADAPTER_FILE).exists():
+        return  # a pickle of an old version of PEFT, which reads it without code
+    if not (path / ADAPTER_FILE).exists():
+        raise FileNotFoundError(f"{path} holds no {ADAPTER_FILE}; {REMEDY}")
+    config = read_json(path / ADAPTER_CONFIG, _Adapter, remedy=REMEDY)
+    tensors = read_tensors(path / ADAPTER_FILE, remedy=REMEDY)
+    # Before anything is loaded PEFT makes matrices of this rank.
+    largest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
+    for key, rank in (("r", config.get("r", 8)), *(config.get("rank_pattern") or {}).items()):
+        if config["peft_type"] == "LORA" and not 1 <= rank <= largest:
+            text = f"{key} is {rank} but must be that of the matrices in {ADAPTER_FILE}"
+            raise damaged(path / ADAPTER_CONFIG, text, REMEDY)
+
+
+def check_adapter_state(model: Any, name: str, file: Path) -> None:
+    """Raise unless a file of an adapter has everything that a PEFT model has under this name.
+
+    Raises:
+        DamagedFile: With what only one of them has, or a shape that differs.
+    """
+    from peft import get_peft_model_state_dict
+
+    if not file.exists():
+        return
+    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    wanted = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    # Embeddings that were resized are saved beside the adapter.
+    found = {key: shape for key, shape in shapes_of(file, remedy=REMEDY).items() if "lora_" in key or key in wanted}
+    check_shapes(file, found, wanted, remedy=REMEDY)
