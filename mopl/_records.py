@@ -30,6 +30,12 @@ Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
+class Kind(msgspec.Struct):
+    """What `model.json` and `mopl.json` say of every model."""
+
+    kind: str | None = None
+
+
 class DamagedFile(ValueError):
     """A file is not what this package writes; the message names file, key, what is there and what should be."""
 

@@ -59,17 +59,19 @@ def check_shapes(file: str | os.PathLike[str], found: Shapes, wanted: Shapes, *,
     for names, what in ((wanted.keys() - found.keys(), "it lacks"), (found.keys() - wanted.keys(), "nothing takes")):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise damaged(file, f"{what} {', '.join(sorted(names)[:3])}{more}, so it does not fit the model", remedy)
+            raise damaged(
+                file, f"{what} {', '.join(map(repr, sorted(names)[:3]))}{more}, so it does not fit the model", remedy
+            )
     for name, shape in wanted.items():
         if tuple(found[name]) != tuple(shape):
-            raise damaged(file, f"{name} is {tuple(found[name])} but must be {tuple(shape)} to fit the model", remedy)
+            raise damaged(file, f"{name!r} is {tuple(found[name])} but must be {tuple(shape)} to fit the model", remedy)
 
 
 def check_numbers(file: str | os.PathLike[str], tensors: Mapping[str, Tensor], *, remedy: str = REMEDY) -> None:
     """Raise if a tensor that was read from a file holds NaN or infinities."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise damaged(file, f"{name} holds numbers that are NaN or infinite", remedy)
+            raise damaged(file, f"{name!r} holds numbers that are NaN or infinite", remedy)
 
 
 def read_tensors(

@@ -262,7 +262,7 @@ def _rounded(value: Tensor) -> float:
 def _write_if_new(path: Path, data: PreferenceData) -> None:
     """Write the lists, but leave a file with the same lists alone: a run may be reading it."""
     text = "".join(json.dumps(item.to_json(), ensure_ascii=False, allow_nan=False) + "\n" for item in data)
-    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+    if not path.is_file() or path.read_bytes() != text.encode():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, text)
 

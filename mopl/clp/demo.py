@@ -76,7 +76,7 @@ def demo_settings(
     chosen = [pool[i] for i in np.random.default_rng(0).permutation(len(pool))[:count]]
     text = "".join(json.dumps({"prompt": f"{prompt} {ASKED}"}, ensure_ascii=False) + "\n" for prompt in chosen)
     file = Path(folder) / PROMPTS
-    if not file.is_file() or file.read_text(encoding="utf-8") != text:
+    if not file.is_file() or file.read_bytes() != text.encode():
         file.parent.mkdir(parents=True, exist_ok=True)
         write_file(file, text)
     return {**SETTINGS, "model": str(home), "data": str(file)}

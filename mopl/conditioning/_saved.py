@@ -12,7 +12,7 @@ import msgspec
 from torch import nn
 
 from mopl._bounds import check_bounds
-from mopl._records import DamagedFile, Finite, damaged, read_json
+from mopl._records import DamagedFile, Finite, Kind, damaged, read_json
 from mopl._tensor_files import check_shapes, read_tensors, shapes_of
 
 CONFIG_FILE = "mopl.json"
@@ -80,6 +80,20 @@ class _Adapter(msgspec.Struct):
     target_modules: list[str] | str | None = None
     rank_pattern: dict[str, int] | None = None
     alpha_pattern: dict[str, Finite] | None = None
+    alora_invocation_tokens: list[int] | None = None
+    bias: str = "none"
+    exclude_modules: list[str] | str | None = None
+    fan_in_fan_out: bool = False
+    init_lora_weights: bool | str = True
+    layers_to_transform: list[int] | int | None = None
+    lora_bias: bool = False
+    megatron_config: None = None  # PEFT would import the module that another key names
+    modules_to_save: list[str] | None = None
+    target_parameters: list[str] | None = None
+    task_type: str | None = None
+    use_dora: bool = False
+    use_qalora: bool = False
+    use_rslora: bool = False
 
 
 SCHEMAS: dict[str, type[Record]] = {
@@ -99,17 +113,13 @@ def fitting(file: Path) -> Iterator[None]:
         raise damaged(file, str(error), f"{REMEDY}; or pass the base model it is for") from None
 
 
-class _Kind(msgspec.Struct):
-    kind: str | None = None
-
-
 def read_kind(folder: Path) -> str | None:
     """Return the "kind" in a folder's `mopl.json`.
 
     Raises:
         DamagedFile: If it is damaged.
     """
-    return read_json(folder / CONFIG_FILE, _Kind, remedy=REMEDY).get("kind")
+    return read_json(folder / CONFIG_FILE, Kind, remedy=REMEDY).get("kind")
 
 
 class _Export(msgspec.Struct):
@@ -205,8 +215,10 @@ def load_adapters(model: Any, paths: Mapping[str, Path], *, trainable: bool = Fa
             else:
                 wrapped.load_adapter(str(path), adapter_name=name, is_trainable=trainable)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            text = f"the adapter does not fit the model ({str(error).strip().splitlines()[0][:200]})"
-            raise damaged(path / ADAPTER_CONFIG, text, f"{REMEDY}; or pass the base model it is for") from None
+            # torch says by a RuntimeError that matrices have other sizes.
+            file = path / (ADAPTER_FILE if isinstance(error, RuntimeError) else ADAPTER_CONFIG)
+            text = f"the adapter does not fit the model ({' '.join(str(error).split())[:200]!r})"
+            raise damaged(file, text, f"{REMEDY}; or pass the base model it is for") from None
         check_adapter_state(wrapped, name, path / ADAPTER_FILE)
     return wrapped
 
@@ -244,6 +256,7 @@ def check_adapter_state(model: Any, name: str, file: Path) -> None:
         return
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     wanted = {key: tuple(tensor.shape) for key, tensor in state.items()}
-    # Embeddings that were resized are saved beside the adapter.
-    found = {key: shape for key, shape in shapes_of(file, remedy=REMEDY).items() if "lora_" in key or key in wanted}
+    # Embeddings that were resized are saved beside the adapter, which may lie on them.
+    own = {key.replace(".base_layer.", ".") for key in model.state_dict()}
+    found = {key: shape for key, shape in shapes_of(file, remedy=REMEDY).items() if key in wanted or key not in own}
     check_shapes(file, found, wanted, remedy=REMEDY)

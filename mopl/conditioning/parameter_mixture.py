@@ -389,7 +389,8 @@ class ParameterMixture(nn.Module):
         state = read_tensors(folder / WEIGHTS_FILE, remedy=REMEDY)
         sets = len({name.partition(".")[0] for name in state if name.startswith("set_")}) + 1
         if config["sets"] != sets:
-            raise damaged(folder / CONFIG_FILE, f"sets is {config['sets']} but {WEIGHTS_FILE} has {sets}", REMEDY)
+            text = f"it has {sets} sets but {folder / CONFIG_FILE} says {config['sets']}"
+            raise damaged(folder / WEIGHTS_FILE, f"{text}, so they do not fit", REMEDY)
         if model is None:
             if not (folder / MODEL_FOLDER).is_dir():
                 raise ValueError(f"{folder} holds no configuration of a model; pass the model")

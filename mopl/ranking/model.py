@@ -23,7 +23,7 @@ from mopl import steering
 from mopl._arguments import check_choice, shape_of
 from mopl._bounds import check_bounds
 from mopl._files import write_files
-from mopl._records import DamagedFile, check, damaged, read_json, settings_from
+from mopl._records import DamagedFile, Kind, check, damaged, read_json, settings_from
 from mopl._tensor_files import check_fits, load_state
 from mopl.conditioning import ConcatCondition
 
@@ -362,7 +362,7 @@ def _load(directory: str | os.PathLike[str], kind: str, schema: type, make: Call
             f"{folder} holds no {' and no '.join(missing)}; name the folder of a finished run, or one that "
             "save_pretrained wrote"
         )
-    record = read_json(file)
+    record = read_json(file, Kind)
     if record.get("kind") != kind:
         raise ValueError(f"{folder} holds a {record.get('kind')} but a {kind} was asked for")
     check(record, schema, file)

@@ -114,18 +114,23 @@ class Checkpoint:
         """
         return check(load_pickled(self._optimizer, remedy=_REMEDY), _States, self._optimizer, remedy=_REMEDY)
 
-    def check_optimizer(self, states: dict[str, Any], model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> None:
+    def check_optimizer(
+        self, states: dict[str, Any], model: nn.Module, groups: Sequence[Mapping[str, Any]], *, scaler: bool = False
+    ) -> None:
         """Raise unless what `load_optimizer` gave is of this model.
 
         Args:
             states: What it gave.
             model: The model.
             groups: The parameter groups of its optimizer.
+            scaler: Whether gradients are scaled, so that the state of that must be there.
 
         Raises:
             DamagedFile: With what does not fit.
         """
         file, found = self._optimizer, states["optimizer"]
+        if scaler and states.get("scaler") is None:
+            raise damaged(file, "scaler is missing: the state of the gradient scaler of fp16", _REMEDY)
         if [len(group["params"]) for group in found["param_groups"]] != [len(group["params"]) for group in groups]:
             raise damaged(file, "it is about other parameters than the model has", _REMEDY)
         parameters = [parameter for group in groups for parameter in group["params"]]

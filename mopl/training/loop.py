@@ -196,7 +196,8 @@ def train(
         updater = torch.optim.AdamW(trainable, lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused)
     rates = [group["lr"] for group in updater.param_groups]
     if checkpoint is not None:
-        checkpoint.check_optimizer(states, model, updater.param_groups)
+        scaled = accelerator.scaler is not None
+        checkpoint.check_optimizer(states, model, updater.param_groups, scaler=scaled)
     prepared = prepare(accelerator, model, updater)
     stepper = prepared.optimizer
     start, spent = 0, 0.0
