@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mopl import __version__
+from mopl._terminal import exit_status, one_line, print_traceback, printable, say, shell, terminal
 from mopl.alignment.command import add_parser as add_align_parser
 from mopl.alignment.commands_after import add_export_parser, add_generate_parser
 
@@ -59,7 +60,8 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the message and exit with status 2."""
-        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+        say(f"{self.prog}: error: {one_line(message)}; see {self.prog} --help", file=sys.stderr)
+        sys.exit(2)
 
 
 def _optional_int(text: str) -> int | None:
@@ -222,17 +224,16 @@ def _rank(arguments: argparse.Namespace) -> int:
         config = check_resume(read_run(run), settings, Path(run))
     else:
         config = RankConfig(**settings)
-    path = rank(
-        config, run, resume=resume, overwrite=given.get("overwrite", False), say=lambda text: print(text, flush=True)
-    )
+    path = rank(config, run, resume=resume, overwrite=given.get("overwrite", False))
     if _process() == 0:
-        print()
+        say()
         print_table(run_fronts(path), metric=config.measure.metric(read_run(path)["data"]["empty_share"]))
-        print(f"\n{path}/report.html shows every trade-off; {path}/front.png and table.txt are the same in short")
+        say("", f"{path}/report.html shows every trade-off; {path}/front.png and table.txt are the same in short")
         names = [objective["name"] for objective in read_run(path)["data"]["objectives"][1:]]
         rest = [round(0.5 / (len(names) - 1), 2) for _ in names[2:]] if len(names) > 1 else []
         example = [0.5, *rest, round(0.5 - sum(rest), 2)] if len(names) > 1 else [1.0]
-        print(f"mopl steer {path} --weights {' '.join(f'{w:g}' for w in example)}    ({', '.join(names)})")
+        command = shell("mopl", "steer", path, "--weights", *(f"{w:g}" for w in example))
+        say(f"{command}    ({', '.join(names)})")
     return 0
 
 
@@ -245,22 +246,21 @@ def _steer(arguments: argparse.Namespace) -> int:
     )  # fmt: skip
     print(json.dumps(figures, indent=2) if arguments.json else _steer_table(figures))
     if arguments.output and not arguments.json:
-        print(f"scores of the {figures['split']} split: {arguments.output}")
+        say(f"scores of the {figures['split']} split: {arguments.output}")
     return 0
 
 
 def _steer_table(figures: dict[str, Any]) -> str:
     """Return the figures of `steer` as aligned text."""
-    header = ["", f"{figures['main']} (main)", *figures["objectives"]]
+    header = ["", *(printable(name, keep="") for name in (f"{figures['main']} (main)", *figures["objectives"]))]
     rows = [[name, *(f"{x:.4f}" for x in (row["main"], *row["auxiliary"]))] for name, row in figures["rows"].items()]
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
         for row in (header, *rows)
     ]
-    return "\n".join(
-        [f"{figures['method']} of {figures['run']}, {figures['split']} split, {figures['metric']}", *lines]
-    )
+    title = f"{figures['method']} of {figures['run']}, {figures['split']} split, {figures['metric']}"
+    return "\n".join([printable(title, keep=""), *lines])
 
 
 def _report(arguments: argparse.Namespace) -> int:
@@ -283,12 +283,6 @@ def _report(arguments: argparse.Namespace) -> int:
 def _process() -> int:
     """Return this process's number under a launcher, 0 alone."""
     return int(os.environ.get("RANK", "0"))
-
-
-def _one_line(text: str) -> str:
-    """Return a message of several lines as one."""
-    lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
-    return " ".join([*(line if line[-1] in ":;,.!?" else f"{line};" for line in lines[:-1]), *lines[-1:]])
 
 
 def as_flags(text: str, command: str) -> str:
@@ -321,23 +315,31 @@ def as_flags(text: str, command: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
-    parsed = build_parser().parse_args(arguments)
+    with terminal() as out:
+        parsed = build_parser().parse_args(arguments)
+        status = _act(parsed)
+    return exit_status(status, out, output_is_the_result=parsed.command in ("steer", "generate", "report"))
+
+
+def _act(parsed: argparse.Namespace) -> int:
+    """Do what was asked for; an error is said in a line."""
     try:
         return parsed.act(parsed)
     except KeyboardInterrupt:
-        print("mopl: stopped", file=sys.stderr)
+        say("mopl: stopped", file=sys.stderr)
         return 130
     except Exception as error:
         if type(error).__name__ == "RunInterrupted":
-            print(f"mopl: {error}", file=sys.stderr)
+            say(f"mopl: {error}", file=sys.stderr)
             return 130
         if getattr(parsed, "debug", False):
+            sys.excepthook = print_traceback
             raise
         where = f" (process {_process()})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-        text = as_flags(_one_line(str(error)) or type(error).__name__, parsed.command)
+        text = as_flags(one_line(str(error)) or type(error).__name__, parsed.command)
         # A fault of ours, not of the input, should not look like advice.
         expected = isinstance(error, (ValueError, OSError, ImportError, ArithmeticError, NotImplementedError))
-        print(f"mopl {parsed.command}{where}: {'' if expected else f'{type(error).__name__}: '}{text}", file=sys.stderr)
+        say(f"mopl {parsed.command}{where}: {'' if expected else f'{type(error).__name__}: '}{text}", file=sys.stderr)
         return 2
 
 

@@ -185,12 +185,16 @@ def test_a_console_that_is_no_terminal_gets_the_plain_text():
     assert print_table(several(), console) == console.file.getvalue()
 
 
-def test_output_that_cannot_hold_an_arrow_gets_a_question_mark(monkeypatch):
-    latin = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
-    monkeypatch.setattr("sys.stdout", latin)
+@pytest.mark.parametrize(("encoding", "sign"), [("latin-1", "±"), ("ascii", "+/-")])
+def test_output_that_cannot_hold_an_arrow_gets_one_in_ascii_and_columns_stay_aligned(monkeypatch, encoding, sign):
+    narrow = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr("sys.stdout", narrow)
     text = print_table(several())
-    latin.flush()
-    assert "↑" in text and b"hypervolume ?" in latin.buffer.getvalue()
+    narrow.flush()
+    shown = narrow.buffer.getvalue().decode(encoding)
+    assert "↑" in text and "hypervolume ^" in shown and "regret v" in shown
+    *rows, _, _ = shown.splitlines()
+    assert {row.rindex(sign) for row in rows[2:]} == {rows[2].index(sign)}
 
 
 # --- what every view shares

@@ -9,9 +9,11 @@ import argparse
 import dataclasses
 import importlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mopl._terminal import say, shell
 from mopl.clp import options as on_rewards
 
 METHODS = ("weight-cos-dpo", "temperature-cos-dpo", "dpo-ls", "dpo-soup", "mo-dpo")
@@ -186,13 +188,13 @@ def run(arguments: argparse.Namespace) -> int:
     settings = {name: v for name, v in given.items() if name in AlignConfig.__dataclass_fields__}
     where, resume = given.get("run"), given.get("resume", False)
 
-    def say(text: str) -> None:
+    def tell(text: str) -> None:
         if _process() == 0:
-            print(text, flush=True)
+            say(text)
 
     baselines: tuple[dict[str, Any], ...] = ()
     if given.get("demo"):
-        made, baselines = _demo(say)
+        made, baselines = _demo(tell)
         baselines = () if "method" in settings else baselines
         settings = {**made, **settings}
         # The demo needs no name and no --resume: called again, it goes on where it stopped.
@@ -207,20 +209,19 @@ def run(arguments: argparse.Namespace) -> int:
         config = AlignConfig(**settings) if settings.get("model") and settings.get("data") else None
         if config is None:
             raise ValueError("--resume needs the run to continue; name it with --run")
-    path = align(config, where, resume=resume, overwrite=given.get("overwrite", False), say=say)
+    path = align(config, where, resume=resume, overwrite=given.get("overwrite", False), say=tell)
     if _process() == 0:
         opened = open_run(path)
-        print()
+        say()
         print_table(run_fronts(path), metric=metric_of(opened.config))
-        print(f"\n{path}/report.html shows every trade-off; {path}/front.png and table.txt are the same in short")
-        print(f"mopl generate {path} --weights {example_weights(len(opened.objectives))} PROMPT"
-              f"    ({', '.join(opened.objectives)})")  # fmt: skip
+        say("", f"{path}/report.html shows every trade-off; {path}/front.png and table.txt are the same in short")
+        say(generate_hint(path, opened.objectives))
     if baselines:
-        _baselines(path, AlignConfig(**settings), baselines, say)
+        _baselines(path, AlignConfig(**settings), baselines, tell)
     return 0
 
 
-def _baselines(path: Path, config: Any, baselines: tuple[dict[str, Any], ...], say: Any) -> None:
+def _baselines(path: Path, config: Any, baselines: tuple[dict[str, Any], ...], tell: Any) -> None:
     """Train the demo's baselines beside its run, each in a folder of its own, and compare them with it."""
     from mopl.alignment.recipe import align
     from mopl.alignment.runs import compare
@@ -230,12 +231,19 @@ def _baselines(path: Path, config: Any, baselines: tuple[dict[str, Any], ...], s
         other = path.with_name(f"{path.name}-{changes['method']}")
         found = (other / "config.json").is_file()
         budget = ", ".join(f"{name} {value}" for name, value in changes.items() if name != "method")
-        say(f"\nbaseline {changes['method']} on a smaller budget: {budget}")
-        runs.append(align(dataclasses.replace(config, **changes), other, resume=found, say=say))
+        tell("")
+        tell(f"baseline {changes['method']} on a smaller budget: {budget}")
+        runs.append(align(dataclasses.replace(config, **changes), other, resume=found, say=tell))
     if _process() == 0:
-        print()
+        say()
         compare(runs, png=path / "comparison.png", html=path / "comparison.html")
-        print(f"\n{path}/comparison.html shows them together")
+        say("", f"{path}/comparison.html shows them together")
+
+
+def generate_hint(path: Path, objectives: Sequence[str]) -> str:
+    """Return a command that answers a prompt with the model of a run, and the names of its objectives."""
+    command = shell("mopl", "generate", path, "--weights", *example_weights(len(objectives)).split(), "PROMPT")
+    return f"{command}    ({', '.join(objectives)})"
 
 
 def example_weights(objectives: int) -> str:
@@ -246,12 +254,12 @@ def example_weights(objectives: int) -> str:
     return " ".join(f"{w:g}" for w in (0.5, *rest, round(0.5 - sum(rest), 2)))
 
 
-def _demo(say: Any) -> tuple[dict[str, Any], tuple[dict[str, Any], ...]]:
+def _demo(tell: Any) -> tuple[dict[str, Any], tuple[dict[str, Any], ...]]:
     """Return the settings of the demo and of its baselines; its model and data are made where they are not there."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("--demo makes its model and data with one process; run it once without the launcher")
     demo = importlib.import_module("mopl.alignment.demo")
-    made = demo.prepare(Path(DEMO_FOLDER), say)
+    made = demo.prepare(Path(DEMO_FOLDER), tell)
     settings = {
         **made.settings, "model": str(made.model), "data": str(made.data), "objectives": tuple(made.objectives),
     }  # fmt: skip

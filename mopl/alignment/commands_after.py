@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mopl._lines import texts_of_arguments
+from mopl._terminal import json_line, say, shell
 
 METHODS = ("weight-cos-dpo", "temperature-cos-dpo", "dpo-ls", "dpo-soup", "mo-dpo", "clp", "rewarded-soups",
            "prompting")  # fmt: skip
@@ -90,9 +90,8 @@ def _add(commands: Any, name: str, help: str, examples: str) -> argparse.Argumen
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("--weights", nargs="+", type=float, required=True, metavar="W",
                         help="one for each objective, in the run's order; they must sum to 1")  # fmt: skip
-    parser.add_argument(
-        "--method", choices=METHODS, help="which method of an `all` run (default: weight-cos-dpo, or clp)"
-    )
+    parser.add_argument("--method", choices=METHODS,
+                        help="which method of an `all` run (default: weight-cos-dpo, or clp)")  # fmt: skip
     parser.add_argument("--objective-temperature", nargs="+", type=float, metavar="BETA",
                         help="β, one for each objective, for temperature-cos-dpo (default: the run's; for export its "
                         "direction)")  # fmt: skip
@@ -333,9 +332,7 @@ def run_generate(arguments: argparse.Namespace) -> int:
     if arguments.template is not None:
         if arguments.template == "chat" and not tokenizer.tokenizer.chat_template:
             raise ValueError(f"the tokenizer of {arguments.run} has no chat template; leave out --chat")
-        tokenizer = ListTokenizer(
-            tokenizer.tokenizer, max_length=None, template=arguments.template, append_eos=False
-        )  # fmt: skip
+        tokenizer = ListTokenizer(tokenizer.tokenizer, max_length=None, template=arguments.template, append_eos=False)
     reference = None
     if opened.reference is not None and (arguments.scale != 1 or beta is not None):
         reference = models.load_causal_lm(opened.reference).to(device)
@@ -349,10 +346,10 @@ def run_generate(arguments: argparse.Namespace) -> int:
     )  # fmt: skip
     for number, answer in enumerate(answers):
         if arguments.json:
-            print(json.dumps(_as_record(answer), ensure_ascii=False))
+            say(json_line(_as_record(answer)))
             continue
         if len(answers) > 1:
-            print(f"{'' if number == 0 else chr(10)}> {answer.prompt}")
+            say(*([""] if number else []), f"> {answer.prompt}")
         print(answer.text)
     return 0
 
@@ -391,7 +388,8 @@ def run_export(arguments: argparse.Namespace) -> int:
         )  # fmt: skip
     named = ", ".join(f"{name} {w:g}" for name, w in zip(opened.objectives, arguments.weights, strict=True))
     named += "" if arguments.kl_weight is None else f", KL weight {arguments.kl_weight:g}"
-    print(f"{directory}: {arguments.kind} at {named}")
+    say(f"{directory}: {arguments.kind} at {named}")
     if arguments.kind == "model":
-        print(f"vllm serve {directory}    or transformers: AutoModelForCausalLM.from_pretrained({str(directory)!r})")
+        load = f"AutoModelForCausalLM.from_pretrained({str(directory)!r})"
+        say(f"{shell('vllm', 'serve', directory)}    or transformers: {load}")
     return 0

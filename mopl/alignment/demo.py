@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mopl import _terminal
 from mopl._files import write_file
 from mopl.alignment._demo_model import smollm2
 from mopl.alignment._demo_sampling import Response, Sampling, sample_all, whole_sentences
@@ -103,7 +104,7 @@ def load_prompts() -> dict[str, list[str]]:
 
 def prepare(
     directory: str | Path,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = _terminal.say,
     *,
     lists: int = 120,
     samples: int = 4,

@@ -17,7 +17,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 
 from mopl._files import write_files
 from mopl._tensor_files import read_tensors, shapes_of
+from mopl._terminal import bars_wanted
 from mopl.alignment.config import AlignConfig
 from mopl.alignment.head import fuse
 from mopl.conditioning import HyperPrompt, HyperPromptModel, LoraMixture, TextPrompt, TuningRecord, WeightedModel
@@ -116,7 +116,7 @@ def _quiet() -> Iterator[None]:
     from transformers.utils import logging
 
     bars = logging.is_progress_bar_enabled()
-    if not sys.stderr.isatty():
+    if not bars_wanted():
         logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():

@@ -22,6 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mopl import _terminal
 from mopl._files import write_file
 from mopl._restoring import seeded
 from mopl.alignment import models
@@ -65,7 +66,8 @@ class RunInterrupted(RuntimeError):
     """A run was stopped by Ctrl-C or SIGTERM; everything finished so far is in its directory."""
 
     def __init__(self, path: Path, where: str) -> None:
-        super().__init__(f"stopped {where}; continue with: mopl align --run {path} --resume")
+        command = _terminal.shell("mopl", "align", "--run", path, "--resume")
+        super().__init__(f"stopped {where}; continue with: {command}")
         self.path = path
 
 
@@ -75,7 +77,7 @@ def align(
     *,
     resume: bool = False,
     overwrite: bool = False,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = _terminal.say,
 ) -> Path:
     """Train, evaluate and report; everything lands in one run directory.
 

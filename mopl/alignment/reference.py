@@ -7,7 +7,6 @@ computed and written chunk by chunk, so that an interruption costs a chunk at mo
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from mopl._files import discard_folder, write_file
 from mopl._restoring import evaluating
 from mopl._tensor_files import opened, read_tensors
+from mopl._terminal import Progress, progress
 from mopl.alignment.collate import ListCollator
 from mopl.alignment.methods import Conditioner, ListScores, score_batch
 from mopl.alignment.token_batches import TokenBatches
@@ -37,7 +37,7 @@ def score_lists(
     weights: Tensor | None = None,
     temperature: Tensor | None = None,
     conditioner: Conditioner | None = None,
-    progress: Any = None,
+    progress: Progress | None = None,
 ) -> Tensor:
     """Return the summed log-probability of every response, in the order of the lists, on the CPU.
 
@@ -52,7 +52,7 @@ def score_lists(
         weights: (m,), for a model that takes them.
         temperature: (m,), for a model that takes them.
         conditioner: Writes both into a list's prompt.
-        progress: Something with `update(count)`, told how many lists are done.
+        progress: Told how many lists are done.
 
     Returns:
         (S,) float32, in nats.
@@ -131,7 +131,8 @@ class ReferenceStore:
         identity = {**self.identity, **identity, "chunk": str(CHUNK)}
         parts = self.folder / f"{name}.parts"
         values = []
-        with _progress(self.accelerator, f"reference, {name}", len(lists)) as bar:
+        show = self.accelerator.is_main_process
+        with progress(f"reference, {name}", len(lists), "lists", show=show) as bar:
             for number, first in enumerate(range(0, len(lists), CHUNK)):
                 chunk, file = lists[first : first + CHUNK], parts / f"{number:05d}.safetensors"
                 scores = self._read(file, chunk, identity)
@@ -170,25 +171,3 @@ class ReferenceStore:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_file(file, lambda path: save_file({"scores": scores}, str(path), metadata=identity))
         self.accelerator.wait_for_everyone()
-
-
-class _Silent:
-    """A progress bar for nobody."""
-
-    def update(self, count: int) -> None:
-        """Do nothing."""
-
-    def __enter__(self) -> _Silent:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-
-def _progress(accelerator: Any, name: str, total: int) -> Any:
-    """Return a progress bar on a terminal, on the main process."""
-    if not (accelerator.is_main_process and sys.stderr.isatty()):
-        return _Silent()
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc=name, unit="list", dynamic_ncols=True, leave=False)

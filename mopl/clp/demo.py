@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from mopl import _terminal
 from mopl._files import write_file
 from mopl.alignment import demo
 
@@ -50,7 +51,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def demo_settings(
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = _terminal.say,
     folder: str | Path = FOLDER,
     *,
     model: str | Path | None = None,

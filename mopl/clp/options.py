@@ -11,6 +11,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from mopl._terminal import say
+
 METHODS = ("clp", "rewarded-soups", "prompting", "logit-mixing", "dera", "clp-all")
 RUN_OPTIONS = ("run", "resume", "overwrite", "demo", "debug", "act", "command")
 
@@ -109,16 +111,16 @@ def run(given: dict[str, Any]) -> int:
     where, resume = given.get("run"), given.get("resume", False)
     main = int(os.environ.get("RANK", "0")) == 0
 
-    def say(text: str) -> None:
+    def tell(text: str) -> None:
         if main:
-            print(text, flush=True)
+            say(text)
 
     if given.get("demo"):
         from mopl.clp.demo import RUN, demo_settings
 
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError("--demo makes its prompts with one process; run it once without the launcher")
-        settings = {**demo_settings(say), **settings}
+        settings = {**demo_settings(tell), **settings}
         # The demo needs no name and no --resume: called again, it goes on where it stopped.
         where = where or (RUN if settings["method"] == "clp" else f"{RUN}-{settings['method']}")
         resume = resume or (not given.get("overwrite", False) and (Path(where) / "config.json").is_file())
@@ -131,15 +133,14 @@ def run(given: dict[str, Any]) -> int:
             if name not in settings:
                 raise ValueError(f"--{name} is missing; pass --model, --data with prompts and --rewards, or --demo")
         config = ClpConfig(**settings)
-    path = train_policies(config, where, resume=resume, overwrite=given.get("overwrite", False), say=say)
+    path = train_policies(config, where, resume=resume, overwrite=given.get("overwrite", False), say=tell)
     if main:
-        from mopl.alignment.command import example_weights
+        from mopl.alignment.command import generate_hint
 
         opened = open_run(path)
-        print()
+        say()
         print_table(run_fronts(path), metric=metric_of(opened.config))
-        print(f"\n{path}/report.html shows every trade-off; {path}/front.png and table.txt are the same in short")
+        say("", f"{path}/report.html shows every trade-off; {path}/front.png and table.txt are the same in short")
         if opened.method_name in ("clp", "rewarded-soups", "prompting"):
-            print(f"mopl generate {path} --weights {example_weights(len(opened.objectives))} PROMPT"
-                  f"    ({', '.join(opened.objectives)})")  # fmt: skip
+            say(generate_hint(path, opened.objectives))
     return 0

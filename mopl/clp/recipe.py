@@ -25,6 +25,7 @@ from typing import Annotated, Any
 import msgspec
 import torch
 
+from mopl import _terminal
 from mopl._files import discard_folder, write_file
 from mopl._records import Finite, damaged, read_json
 from mopl._restoring import seeded
@@ -79,7 +80,7 @@ def train_policies(
     resume: bool = False,
     overwrite: bool = False,
     rewards: Rewards | None = None,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = _terminal.say,
 ) -> Path:
     """Train, evaluate and report; everything lands in one run directory.
 

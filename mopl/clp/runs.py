@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mopl._files import write_file
 from mopl._records import damaged, read_json
+from mopl._terminal import shell
 from mopl.alignment import models
 from mopl.alignment.tokenization import ListTokenizer
 from mopl.clp.config import ALL, ClpConfig
@@ -27,7 +28,7 @@ from mopl.conditioning import HyperPromptModel, TextPrompt, check_weights
 from mopl.pareto.front import Front, load_fronts
 from mopl.ranking.evaluate import grid_of
 from mopl.report import Metric
-from mopl.training.run_directory import CONFIG_FILE, DAMAGED_RUN, Sample, read_run, settings_of
+from mopl.training.run_directory import CONFIG_FILE, DAMAGED_RUN, Sample, read_run, refresh, settings_of
 
 FRONT, EVALUATION, SAMPLES = "front.json", "evaluation.json", "samples.json"
 KIND = "clp"
@@ -229,7 +230,8 @@ def run_fronts(path: str | Path) -> list[Front]:
     config = config_of(record, path)
     folders = [path / "base", *(method_folder(path, config, method) for method in config.methods)]
     if any(not (folder / FRONT).exists() for folder in folders):
-        raise FileNotFoundError(f"the run {path} is not finished; continue it with: mopl align --run {path} --resume")
+        command = shell("mopl", "align", "--run", path, "--resume")
+        raise FileNotFoundError(f"the run {path} is not finished; continue it with: {command}")
     files = [folder / FRONT for folder in folders]
     return load_fronts(files, record["data"]["objectives"], path / CONFIG_FILE)
 
@@ -316,6 +318,6 @@ def compare(
             Run(Path(path), record, run_fronts(path), metric_of(config), config.to_dict(), measured, noted)
         )  # fmt: skip
     if len(runs) == 1 and not (html or png or table):
-        write_reports(Path(runs[0]))
+        refresh(runs[0], write_reports)
     samples = load_samples(Path(runs[0]), config, found[0].fronts) if len(runs) == 1 else None
     return compare_runs(found, html=html, png=png, table=table, samples=samples)

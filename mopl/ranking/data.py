@@ -10,13 +10,13 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mopl._terminal import printable
 from mopl.ranking.normalization import FeatureNormalizer
 from mopl.ranking.objectives import (
     Objective,
@@ -32,7 +32,7 @@ from mopl.ranking.objectives import (
 SPLIT_STREAM = 1_000_000_007
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Batch:
     """Padded lists; masked places hold zeros.
 
@@ -70,7 +70,7 @@ class Batch:
         return Batch(**moved)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Truth:
     """The distribution from which generated labels were drawn: the optimum is known from it (`mopl.ranking.synthetic`).
 
@@ -83,7 +83,7 @@ class Truth:
     rates: Tensor  # (m,)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class RankingData:
     """One split of a data set; lists lie one after another, without padding. Never changed after it is made.
 
@@ -392,7 +392,7 @@ class RankingData:
                 f"  {o['role']:9} {name} ({o['direction']}, {o['normalize']}): {o['positive_items']:.1%} of the items "
                 f"above 0, {o['empty_queries']:.1%} of the queries without labels, largest {o['largest']:g}"
             )
-        return "\n".join(lines)
+        return "\n".join(printable(line, keep="") for line in lines)
 
     @cached_property
     def fingerprint(self) -> str:

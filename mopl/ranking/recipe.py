@@ -21,6 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mopl import _terminal
 from mopl._files import write_file
 from mopl._restoring import seeded
 from mopl.ranking.config import RankConfig
@@ -68,7 +69,8 @@ class RunInterrupted(RuntimeError):
     """A run was stopped by Ctrl-C or SIGTERM; everything finished so far is in its directory."""
 
     def __init__(self, path: Path, where: str) -> None:
-        super().__init__(f"stopped {where}; continue with: mopl rank --run {path} --resume")
+        command = _terminal.shell("mopl", "rank", "--run", path, "--resume")
+        super().__init__(f"stopped {where}; continue with: {command}")
         self.path = path
 
 
@@ -78,7 +80,7 @@ def rank(
     *,
     resume: bool = False,
     overwrite: bool = False,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = _terminal.say,
 ) -> Path:
     """Train, evaluate and report; everything lands in one run directory.
 
@@ -121,7 +123,9 @@ def _run(
         config = dataclasses.replace(config, patience=0)  # begun by a version that trained all steps
     splits = load_splits(config)
     for name, split in splits.items():
-        tell(split.describe() if name == "train" else f"{split.name}: {len(split)} queries, {split.num_items} items")
+        whole = f"{split.name}: {len(split)} queries, {split.num_items} items"
+        for line in split.describe().split("\n") if name == "train" else [whole]:
+            tell(line)
     config = config.resolved(len(splits["train"]))
     config.temperatures(len(splits["train"].objectives))
     check_measurable(splits["train"], config.measure)

@@ -15,6 +15,7 @@ from torch import Tensor
 from mopl._files import write_file
 from mopl._records import Finite, damaged, read_json
 from mopl._tensor_files import opened, read_tensors
+from mopl._terminal import shell
 from mopl.pareto.front import Front, load_fronts
 from mopl.ranking.config import ALL, RankConfig
 from mopl.ranking.data import RankingData
@@ -23,7 +24,7 @@ from mopl.ranking.loading import load
 from mopl.ranking.methods import Policy
 from mopl.ranking.normalization import FeatureNormalizer
 from mopl.ranking.stages import REFERENCE, load_policy, read_references
-from mopl.training.run_directory import CONFIG_FILE, read_run, settings_of
+from mopl.training.run_directory import CONFIG_FILE, read_run, refresh, settings_of
 
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 FRONT, EVALUATION, NORMALIZER = "front.json", "evaluation.json", "normalizer.safetensors"
@@ -143,7 +144,8 @@ def run_fronts(path: str | Path) -> list[Front]:
     folders = [path / "base", *(method_folder(path, config, method) for method in config.methods)]
     files = [folder / FRONT for folder in folders if (folder / FRONT).exists()]
     if len(files) < 2:
-        raise FileNotFoundError(f"the run {path} is not finished; continue it with: mopl rank --run {path} --resume")
+        command = shell("mopl", "rank", "--run", path, "--resume")
+        raise FileNotFoundError(f"the run {path} is not finished; continue it with: {command}")
     objectives = [objective["name"] for objective in record["data"]["objectives"][1:]]
     return load_fronts(files, objectives, path / CONFIG_FILE)
 
@@ -242,5 +244,5 @@ def compare(
                 measured, noted)
         )  # fmt: skip
     if len(runs) == 1 and not (html or png or table):
-        write_reports(Path(runs[0]))
+        refresh(runs[0], write_reports)
     return compare_runs(found, html=html, png=png, table=table)

@@ -12,8 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from mopl._lines import TextError, open_bytes, read_lines
+from mopl._terminal import progress
 from mopl.ranking.array_cache import ArrayCache
 
 _LINES_AT_ONCE = 20_000
@@ -295,7 +295,9 @@ def _parse(path: Path) -> dict[str, np.ndarray]:
 
     blocks: list[np.ndarray] = []
     labels: list[np.ndarray] = []
-    with _opened(path) as (raw, stream), _progress(path) as advance:
+    size = path.stat().st_size
+    shown = progress(f"reading {path.name}", size, "B", show=size >= _PROGRESS_FROM_BYTES)
+    with _opened(path) as (raw, stream), shown as bar:
         lines = _Lines(path, stream)
         while not lines.ended:
             try:
@@ -309,7 +311,7 @@ def _parse(path: Path) -> dict[str, np.ndarray]:
             _check_chunk(lines, matrix, label)
             blocks.append(matrix.toarray())
             labels.append(label)
-            advance(raw.tell())
+            bar.update(raw.tell() - bar.done)
     if not blocks:
         raise LetorError(f"{path}: the file has no documents")
     width = max(block.shape[1] for block in blocks)
@@ -384,16 +386,3 @@ def explain_line(line: bytes) -> str | None:
             return f"{feature!r} has no number after the colon"
         last = int(column)
     return None
-
-
-@contextlib.contextmanager
-def _progress(path: Path) -> Iterator[Callable[[int], object]]:
-    """Show a bar in bytes for a big file on a terminal; gives a function that takes the position in the file."""
-    size = path.stat().st_size
-    if size < _PROGRESS_FROM_BYTES or not sys.stderr.isatty():
-        yield lambda position: None
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=size, unit="B", unit_scale=True, desc=f"reading {path.name}") as bar:
-        yield lambda position: bar.update(position - bar.n)

@@ -17,6 +17,7 @@ from math import isnan
 from pathlib import Path
 from typing import Any
 
+from mopl._terminal import printable
 from mopl.report.records import Metric, Record, base_points, data_names, is_base, jsonable, read_all, to_json, write
 from mopl.report.table import MISSING, Summary, summarise
 
@@ -95,7 +96,7 @@ def write_page(
     }
     # One pass, so that a name which looks like a placeholder is left alone.
     page = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _asset("page.html"))
-    return write(path, page.encode("utf-8", "backslashreplace"))
+    return write(path, printable(page).encode("utf-8"))
 
 
 def format_number(x: float) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mopl._files import make_parents, write_file
+from mopl._terminal import json_escaped, printable
 from mopl.pareto import Front
 
 BASE_METHOD = "base"
@@ -100,7 +101,7 @@ class Record:
 
 def clean(text: str) -> str:
     """Return text with control characters, which could steer a terminal or break a row, made visible."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return printable(text, keep="")
 
 
 def number(value: object) -> float:
@@ -311,7 +312,7 @@ def write(path: str | os.PathLike[str], content: bytes | Callable[[Path], None])
 
 def to_json(value: object) -> str:
     """Return compact JSON that may stand inside an HTML script element: no end tag, comment or entity can start."""
-    text = json.dumps(jsonable(value), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
-    for character in "<>&\u2028\u2029":
+    text = json_escaped(json.dumps(jsonable(value), allow_nan=False, ensure_ascii=False, separators=(",", ":")))
+    for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text

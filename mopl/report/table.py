@@ -12,6 +12,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mopl._terminal import Stream, spelled
 from mopl.report.records import Metric, Record, by_method, clean, is_base, mean_and_std, read_all, require
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def summarise(fronts: object, metric: Metric | None = None, notes: Sequence[str]
             _hypervolume_digits(records),
             interval=True,
         ),
-        _Column(f"{clean(records[0].main)} {metric.of_main}", better, _main, lambda x: f"{x:.3f}"),
+        _Column(clean(f"{records[0].main} {metric.of_main}"), better, _main, lambda x: f"{x:.3f}"),
         _Column("Steering regret", -1, _over_seeds("regret"), lambda x: f"{x:.4f}"),
         _Column("Seconds", -1, _over_seeds("seconds"), _seconds_digits(records)),
         _Column("Parameters", -1, _over_seeds("parameters"), lambda x: f"{x:,.0f}"),
@@ -166,7 +167,7 @@ def _note(
         parts.append(f"hypervolume of ({named}) from reference point ({', '.join(f'{x:g}' for x in reference)})")
     else:
         parts.append(f"hypervolume of ({named})")
-    return "; ".join([*parts, metric.describe()]) + "." + "".join(f"\nNote: {clean(note)}." for note in notes)
+    return clean("; ".join([*parts, metric.describe()]) + ".") + "".join(f"\nNote: {clean(note)}." for note in notes)
 
 
 def _steps_kept(method: str, seeds: list[Record]) -> str:
@@ -294,15 +295,25 @@ def print_table(
     """
     summary = summarise(fronts, metric, notes)
     text = as_text(summary)
-    if console is None and sys.stdout.isatty():
-        console = require("rich.console").Console()
-    stream = sys.stdout if console is None else console.file
-    if console is not None and console.is_terminal:
-        console.print(as_rich(summary, console.width))
+    stream: Any = sys.stdout if console is None else console.file
+    if stream is None:  # closed before Python started
         return text
-    try:
-        stream.write(text)
-    except UnicodeEncodeError:
-        encoding = getattr(stream, "encoding", None) or "ascii"
-        stream.write(text.encode(encoding, "replace").decode(encoding))
+    shown = _spelled(summary, getattr(stream, "encoding", None))
+    if console is None and stream.isatty():
+        console = require("rich.console").Console(file=stream.in_colour() if isinstance(stream, Stream) else stream)
+    if console is not None and console.is_terminal:
+        console.print(as_rich(shown, console.width))
+    else:
+        stream.write(as_text(shown))
     return text
+
+
+def _spelled(summary: Summary, encoding: str | None) -> Summary:
+    """Return the table in characters that an encoding can hold; before it is laid out, so that columns stay aligned."""
+
+    def cell(one: Cell) -> Cell:
+        return Cell(spelled(one.value, encoding), spelled(one.detail, encoding), one.best)
+
+    rows = tuple((spelled(name, encoding), tuple(map(cell, cells))) for name, cells in summary.rows)
+    headers = tuple(spelled(header, encoding) for header in summary.headers)
+    return Summary(headers, rows, spelled(summary.note, encoding))

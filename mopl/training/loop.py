@@ -10,14 +10,11 @@ the mean loss over the whole batch, clips it and updates. Three properties hold 
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import signal
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +25,7 @@ from torch import nn
 from mopl._arguments import check_choice
 from mopl._bounds import check_bounds
 from mopl._restoring import generators_kept, modes_kept
+from mopl._terminal import progress
 from mopl.training.accumulation import LossFunction, accumulate, reduced
 from mopl.training.batches import BatchSource
 from mopl.training.checkpoint import Checkpoint, CheckpointFolder
@@ -234,7 +232,8 @@ def train(
     trained = [p for p in prepared.model.parameters() if p.requires_grad]
     together = False  # whether every process comes to the end of the loop
     try:
-        with modes_kept(model), _StopSignals() as stop, _progress(accelerator, stage, start, config.steps) as progress:
+        watched = progress(stage, config.steps, "steps", start=start, show=accelerator.is_main_process)
+        with modes_kept(model), _StopSignals() as stop, watched as shown:
             prepared.model.train()
             for step in range(start, config.steps):
                 if selection is not None and selection.stopped:
@@ -262,7 +261,7 @@ def train(
                     result.last = record
                     if log is not None:
                         log.write(record)
-                progress(done, told[0])
+                shown.update(1, loss=told[0])
                 due = config.checkpoint_every and done % config.checkpoint_every == 0
                 path = save(done) if due or told[1] or ended else None
                 if told[1] or (stop.asked and ended):
@@ -346,20 +345,3 @@ class _StopSignals:
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = True
-
-
-@contextlib.contextmanager
-def _progress(accelerator: Any, stage: str, start: int, steps: int) -> Iterator[Callable[[int, float], None]]:
-    """Show a progress bar on a terminal, on the main process; give a function to tell it the step and the loss."""
-    if not (accelerator.is_main_process and sys.stderr.isatty()):
-        yield lambda done, loss: None
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=steps, initial=start, desc=stage, unit="step", dynamic_ncols=True, leave=False) as bar:
-
-        def show(done: int, loss: float) -> None:
-            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-            bar.update(done - bar.n)
-
-        yield show

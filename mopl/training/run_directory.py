@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from mopl import __version__
+from mopl import __version__, _terminal
 from mopl._files import TEMPORARY, discard_folder, remove_leftovers, write_file, write_folder
 from mopl._records import Count, Finite, Seconds, check, read_json, settings_from
 from mopl.training.parallel import on_main
@@ -113,7 +113,9 @@ def _clean(run: Path) -> None:
         folders[:] = [name for name in folders if (Path(folder) / name).is_dir()]
 
 
-def refresh(path: str | os.PathLike[str], write: Callable[[Path], None], say: Callable[[str], None] = print) -> None:
+def refresh(
+    path: str | os.PathLike[str], write: Callable[[Path], None], say: Callable[[str], None] = _terminal.say
+) -> None:
     """Call `write(path)`, which writes a run's reports anew; say so where the run has to stay as it is."""
     try:
         with locked(path):
