@@ -1,9 +1,10 @@
 """Files and folders that are whole or absent: made in a folder of another name beside their place, flushed, renamed.
 
 The other name, `.writing-<random>-<name>`, cannot be foreseen and is made exclusively, so nobody's link is followed and
-two processes never write into one another's file. What a killed process leaves begins with `.writing-` as well, for
-`remove_leftovers`. (Packages for this end at one file of text; weights and pictures are written by functions that take
-a path and bring temporary files of their own, which is why the temporary thing is a folder.)
+two processes never write into one another's file. What a killed process leaves is taken away by the next one that
+writes there, which sees by a lock on the folder that nobody is at work in it. (Packages for this end at one file of
+text; weights and pictures are written by functions that take a path and bring temporary files of their own, which is
+why the temporary thing is a folder.)
 """
 
 from __future__ import annotations
@@ -19,6 +20,11 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 TEMPORARY = ".writing-"
 CARD = "README.md"
@@ -91,7 +97,10 @@ def write_folder(final: str | os.PathLike[str], fill: Callable[[Path], None], *,
                 with suppress(OSError):
                     target.rmdir()  # which takes an empty folder only
             while True:
-                old = _set_aside(target) if replace else None
+                old = temporary / secrets.token_hex(8)
+                if replace:
+                    with suppress(FileNotFoundError):
+                        os.replace(target, old)
                 try:
                     os.replace(new, target)
                     break
@@ -99,15 +108,11 @@ def write_folder(final: str | os.PathLike[str], fill: Callable[[Path], None], *,
                     there = error.errno in (errno.ENOTEMPTY, errno.EEXIST)
                     if there and not replace:
                         raise FileExistsError(f"{final} exists and is not empty; name another place") from None
-                    if not there:
-                        if old is not None:
+                    if not there:  # else another process has put its own there in the meantime
+                        if old.exists():
                             os.replace(old, target)
                         raise
-                    if old is not None:  # another process has put its own there in the meantime
-                        remove(old)
             flush(target.parent)
-            if old is not None:
-                remove(old)
     except OSError as error:
         raise _as_asked(error, final, target) from None
 
@@ -145,10 +150,9 @@ def write_files(folder: str | os.PathLike[str], fill: Callable[[Path], None], *,
 
 def discard_folder(path: str | os.PathLike[str]) -> None:
     """Delete a folder so that no reader ever sees a part of it under its own name; of a link, the link alone."""
-    doomed = _set_aside(Path(path))
-    if doomed is None:
-        raise FileNotFoundError(f"{path} is not there, so it cannot be deleted")
-    remove(doomed)
+    path = Path(path)
+    with _folder_beside(path) as temporary:
+        os.replace(path, temporary / path.name)
 
 
 def make_parents(path: str | os.PathLike[str]) -> None:
@@ -170,11 +174,8 @@ def remove_leftovers(path: str | os.PathLike[str]) -> None:
     Only for a folder that no other process writes at the time.
     """
     path = Path(path)
-    beside = re.compile(rf"{re.escape(TEMPORARY)}(?:deleted-)?(?:[0-9a-f]{{16}}-)?{re.escape(_short(path.name))}")
-    if path.parent.is_dir():
-        for entry in list(path.parent.iterdir()):
-            if beside.fullmatch(entry.name):
-                remove(entry)
+    for entry in _leftovers(path, old=True):
+        remove(entry)
     for folder, folders, files in os.walk(path):
         for name in [name for name in (*folders, *files) if name.startswith(TEMPORARY)]:
             remove(Path(folder) / name)
@@ -206,29 +207,61 @@ def _short(name: str) -> str:
     return name if len(encoded) <= 200 else hashlib.sha256(encoded).hexdigest()
 
 
-def _beside(path: Path, what: str = "") -> Path:
-    return path.with_name(f"{TEMPORARY}{what}{secrets.token_hex(8)}-{_short(path.name)}")
+def _leftovers(path: Path, *, old: bool = False) -> list[Path]:
+    """Return what has a temporary name of `path`, or one that older versions gave, beside it."""
+    token, name = "[0-9a-f]{16}-", re.escape(_short(path.name))
+    names = re.compile(re.escape(TEMPORARY) + (f"(?:deleted-)?(?:{token})?{name}" if old else f"{token}{name}"))
+    try:
+        return [path.parent / name for name in os.listdir(path.parent) if names.fullmatch(name)]
+    except OSError:
+        return []
 
 
 @contextmanager
 def _folder_beside(path: Path) -> Iterator[Path]:
-    """Give an empty folder beside `path` that is gone after the block."""
-    temporary = _beside(path)
-    os.mkdir(temporary)
+    """Give an empty folder beside `path` that is gone after the block; those of dead processes go with it."""
+    for entry in _leftovers(path):
+        if (held := _hold(entry)) is not None:
+            shutil.rmtree(entry, ignore_errors=True)
+            os.close(held)
+    held = None
+    while held is None:  # until no other process has taken it for a dead one's before it was held
+        temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}-{_short(path.name)}")
+        os.mkdir(temporary)
+        held = _hold(temporary, own=True)
     try:
         yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        os.close(held)
 
 
-def _set_aside(path: Path) -> Path | None:
-    """Give what is at `path` the name of something half-deleted, and return that; None if nothing is there."""
-    doomed = _beside(path, "deleted-")
+def _hold(folder: Path, *, own: bool = False) -> int | None:
+    """Return a descriptor that shows others that a folder's process lives; None if another's does, or it is gone.
+
+    Where there are no such locks, one's own folder is taken for held and any other for a living process's.
+    """
+    if fcntl is None:
+        return os.open(os.devnull, os.O_RDONLY) if own else None
     try:
-        os.replace(path, doomed)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except FileNotFoundError:
         return None
-    return doomed
+    except OSError:
+        if own:
+            raise
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = folder.exists()
+    except BlockingIOError:
+        held = False
+    except OSError:
+        held = own
+    if held:
+        return descriptor
+    os.close(descriptor)
+    return None
 
 
 def _fill(file: Path, content: str | bytes | Callable[[Path], None]) -> None:

@@ -36,7 +36,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 sys.dont_write_bytecode = True
 
 OPERATIONS = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.truncate", "os.link", "os.symlink"}
-STATISTICS = "statistics.json"
+STATISTICS, WORK = "statistics.json", "work"
 REWARDS = """
 def first(texts, prompts):
     return [sum(word < "w2" for word in text.split()) / 4 for text in texts]
@@ -62,17 +62,19 @@ CLP = (
 
 @dataclass(frozen=True)
 class Case:
-    """A run to kill: the command, and for `--overwrite` the seed of a finished run that is there before."""
+    """A run to kill: the command; for `--overwrite` the seed of a finished run that is there before; or data there."""
 
     name: str
     command: str
     overwrites: int | None = None
+    data: str | None = None
 
 
 CASES = {
     "rank": [
         Case("rank-all", f"{RANK} --method all"),
         Case("rank-overwrite", f"{RANK} --overwrite", overwrites=1),
+        Case("rank-letor", f"{RANK} --data data.txt --objectives a=3 b=4", data="data.txt"),  # leaves a cache beside it
     ],
     "align": [
         Case("align-all", f"{ALIGN} --method all"),
@@ -183,24 +185,31 @@ class Undisturbed:
     """What a case leaves and takes when nobody kills it."""
 
     folder: Path
-    before: Path | None  # where a run is there before
+    before: Path  # what is there before
     seconds: float
     operations: int
 
 
 def undisturbed(case: Case, home: Path) -> Undisturbed:
     """Run a case twice: the first time it imports what the parent has not, which is imported here for all others."""
-    before = None
+    before = home / f"{case.name}-before"
+    before.mkdir()
+    if case.data is not None:
+        drawn = random.Random(0)
+        rows = [[q, *(drawn.randrange(3) for _ in range(4))] for q in range(30) for _ in range(4)]
+        lines = ("{1} qid:{0} 1:{2} 2:{3} 3:{4} 4:{1}\n".format(*row) for row in rows)
+        (before / case.data).write_text("".join(lines))
     if case.overwrites is not None:
-        before = home / f"{case.name}-before"
-        before.mkdir()
         finish(start(before, f"{case.command} --seed {case.overwrites}"), before)
     folders = [home / f"{case.name}-{name}" for name in ("first", "whole")]
-    began = 0.0
-    for folder in folders:
-        shutil.copytree(before, folder, symlinks=True) if before else folder.mkdir()
+    began, seconds = 0.0, 0.0
+    for kept in folders:
+        folder = home / WORK  # always the same, for runs remember paths
+        shutil.copytree(before, folder, symlinks=True)
         began = time.monotonic()
         finish(start(folder, case.command), folder)
+        seconds = time.monotonic() - began
+        folder.rename(kept)
         found = json.loads((home / f"{folder.name}.{STATISTICS}").read_text())
         for name in found["modules"]:
             if name not in sys.modules and name != "tiny_rewards":
@@ -208,7 +217,7 @@ def undisturbed(case: Case, home: Path) -> Undisturbed:
                     importlib.import_module(name)
     if differ := differences(*folders):
         raise AssertionError(f"{case.name}: two undisturbed runs differ in {', '.join(differ)}")
-    return Undisturbed(folders[1], before, time.monotonic() - began, found["operations"])
+    return Undisturbed(folders[1], before, seconds, found["operations"])
 
 
 def next_command(case: Case, folder: Path) -> str:
@@ -221,7 +230,7 @@ def next_command(case: Case, folder: Path) -> str:
 
 def trial(case: Case, whole: Undisturbed, folder: Path, drawn: random.Random, kills: int) -> int:
     """Kill a run up to `kills` times, let it finish, compare; return how often it was killed."""
-    shutil.copytree(whole.before, folder, symlinks=True) if whole.before else folder.mkdir()
+    shutil.copytree(whole.before, folder, symlinks=True)
     killed = 0
     for number in range(kills):
         left = 1 if number == 0 else 0.5  # a resumed run has less to do
@@ -246,7 +255,7 @@ def trial(case: Case, whole: Undisturbed, folder: Path, drawn: random.Random, ki
         killed += 1
     finish(start(folder, next_command(case, folder)), folder)
     if differ := differences(whole.folder, folder):
-        raise AssertionError(f"{folder}: after {killed} kills these differ: {', '.join(differ)}")
+        raise AssertionError(f"after {killed} kills these differ: {', '.join(differ)}")
     return killed
 
 
@@ -272,14 +281,14 @@ def main(arguments: Sequence[str] | None = None, say: Callable[[str], None] = pr
     tally = dict.fromkeys(wholes, 0)
     while total < given.kills:
         case = cases[runs % len(cases)]
-        folder = home / f"{case.name}-{runs:03d}"
+        folder, kept = home / WORK, home / f"{case.name}-{runs:03d}"
         try:
             killed = trial(case, wholes[case.name], folder, drawn, min(drawn.randint(1, 4), given.kills - total))
-            if not given.keep:
-                shutil.rmtree(folder)
+            folder.rename(kept) if given.keep else shutil.rmtree(folder)
         except AssertionError as error:
             failures.append(str(error))
-            say(f"FAILED {error}")
+            say(f"FAILED, kept as {kept}: {error}")
+            folder.rename(kept)
             killed = 1
         total, runs = total + killed, runs + 1
         tally[case.name] += killed

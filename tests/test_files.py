@@ -292,3 +292,26 @@ def test_leftovers_of_a_folder_go_and_those_of_others_stay(tmp_path):
     with _files._folder_beside(long):
         remove_leftovers(long)
         assert names(tmp_path) == sorted([*others, "run"])
+
+
+@pytest.mark.parametrize("write", [write_file, lambda path, text: write_folder(path, lambda folder: None)])
+def test_the_next_one_that_writes_takes_away_what_a_dead_process_left_and_nothing_of_a_living_one(tmp_path, write):
+    token = "0123456789abcdef"
+    (tmp_path / f".writing-{token}-a" / "half").mkdir(parents=True)
+    (tmp_path / f".writing-{token}-b").mkdir()
+    with _files._folder_beside(tmp_path / "a") as living:
+        assert not (tmp_path / f".writing-{token}-a").exists()
+        write(tmp_path / "a", "text")
+        assert names(tmp_path) == sorted([f".writing-{token}-b", living.name, "a"])
+    write(tmp_path / "a", "text")
+    assert names(tmp_path) == [f".writing-{token}-b", "a"]
+
+
+def test_where_there_are_no_locks_nothing_of_others_is_deleted(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(95, "not supported")
+
+    (tmp_path / ".writing-0123456789abcdef-a").mkdir()
+    monkeypatch.setattr(_files.fcntl, "flock", fail)
+    write_file(tmp_path / "a", "text")
+    assert names(tmp_path) == [".writing-0123456789abcdef-a", "a"] and (tmp_path / "a").read_text() == "text"

@@ -93,7 +93,10 @@ def hold_run(
         def take() -> str:
             path = next_run("runs", stem) if run is None else Path(run)
             look(path)  # before anything is made
-            held.enter_context(locked(path))
+            try:
+                held.enter_context(locked(path))
+            except RunInUse as error:
+                raise RunInUse(f"{error}, or name another with --run") from None
             look(path)  # what another process has done until then
             _clean(Path(os.path.realpath(path)))
             return str(path)

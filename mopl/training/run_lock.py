@@ -73,7 +73,7 @@ def _acquire(path: str | os.PathLike[str], file: Path) -> Any:
             if file.exists():
                 raise RunInUse(
                     f"{path} is in use by {_holder(file)}, which may still write into it; wait until that has ended "
-                    "or stop it, or name another with --run"
+                    "or stop it"
                 ) from None
     raise OSError("no file appears there")  # filelock takes this for a lock that has gone away just now
 
