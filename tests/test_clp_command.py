@@ -1,6 +1,7 @@
 """`mopl align` with methods on rewards, from prompts to report, and what comes after: generate, export, report."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -55,6 +56,11 @@ def test_the_command_trains_evaluates_and_reports(place, capsys):
     printed = capsys.readouterr().out
     assert "mopl generate run --weights" in printed and "Aux. hypervolume" in printed
     assert "1 model(s) run for a token" in printed
+    # One hypervolume: in the table, in front.json and nowhere else.
+    (row,) = (line for line in printed.splitlines() if line.startswith("clp  "))
+    volume = Front.load(place / "run" / "front.json").hypervolume
+    assert float(row.split()[1].rstrip("*")) == pytest.approx(volume, abs=5e-5 if volume >= 0.01 else 5e-4 * volume)
+    assert not re.search(r"hypervolume[^;.\n↑]*\d", printed.replace("from reference point (", "(").split("Method  ")[0])
     for name in ("config.json", "log.jsonl", "samples.jsonl", "front.json", "evaluation.json", "samples.json",
                  "table.txt", "front.png", "report.html", "rewards.json", "base/front.json"):  # fmt: skip
         assert (place / "run" / name).is_file(), name

@@ -190,3 +190,17 @@ def test_bases_of_seeds_belong_to_their_seeds(tmp_path):
     assert [round(point.main, 3) for point in base_points(read_all(fronts), None)] == [0.1, 0.1, 0.2, 0.2]
     with pytest.raises(ValueError, match="base has 1 entries but there are 4 fronts"):
         plot_front(fronts, tmp_path / "a.png", base=[None])
+
+
+def test_there_is_one_hypervolume(kind, tmp_path, capsys):
+    run = write_run(tmp_path / "run", kind)
+    assert main(["report", str(run)]) == 0
+    printed = capsys.readouterr().out
+    for name, folder in ((METHOD[kind], run), ("base", run / "base")):
+        shown = f"{json.loads((folder / 'front.json').read_text())['hypervolume']:.4f}"
+        for table in (printed, (run / "table.txt").read_text()):
+            assert re.search(rf"^{name} +{shown} ", table, re.M)
+        assert f'<th scope="row">{name}</th><td>{shown}<' in (run / "report.html").read_text()
+    assert [front["hypervolume"] for front in embedded(run / "report.html")["fronts"]] == [
+        json.loads((folder / "front.json").read_text())["hypervolume"] for folder in (run / "base", run)
+    ]  # fmt: skip

@@ -228,7 +228,8 @@ def _work(stages: Stages, identity: dict[str, Any]) -> None:
 def _in_words(method: str, figures: dict[str, Any]) -> str:
     """Return what the table has no column for: the mean value, steerability, cost of decoding."""
     value = sum(figures["value"]) / len(figures["value"])
-    line = f"{method}: value {value:.4g} (mean over the grid, hypervolume {figures['value_hypervolume']:.4g})"
+    # No hypervolume: that of the values has another reference point than that of the rewards, which the table shows.
+    line = f"{method}: value {value:.4g} (mean over the grid)"
     if "spearman" in figures:
         line += f"; Spearman of rewards and weights {' '.join(f'{x:.2f}' for x in figures['spearman'])}"
     line += f"; {figures['model_runs_per_token']} model(s) run for a token"
