@@ -23,7 +23,7 @@ from mopl import pareto, steering
 from mopl.alignment.collate import ListBatch, ListCollator
 from mopl.alignment.methods import ListScores, ResponseLoss, response_lengths
 from mopl.alignment.tokenization import TokenizedList
-from mopl.ranking.metrics import bootstrap_interval
+from mopl.ranking.metrics import bootstrap_interval, hypervolume_interval
 
 MAIN = "deviation"
 LISTS_PER_BATCH = 256
@@ -217,13 +217,10 @@ def make_front(
         bootstrap: Resamples; 0 for no intervals.
         scales: c of each evaluation; the first is 1. Only it counts in the hypervolume.
     """
-    trained, volume = evaluations[0], None
-    if bootstrap:
-        bounds = bootstrap_interval(
-            trained.losses, samples=bootstrap, seed=seed,
-            statistic=lambda means: pareto.hypervolume(means, reference_point, maximise=False),
-        )  # fmt: skip
-        volume = {"hypervolume": [float(bounds.low), float(bounds.high)]}
+    trained = evaluations[0]
+    volume, notes = hypervolume_interval(
+        trained.losses, reference_point, maximise=False, samples=bootstrap, seed=seed
+    )  # fmt: skip
     front = pareto.Front.measure(
         method,
         objectives=objectives,
@@ -239,6 +236,7 @@ def make_front(
         maximise=False,
         intervals=_intervals(trained, bootstrap, seed),
         interval=volume,
+        notes=notes,
     )
     for scale, evaluation in zip(scales[1:], evaluations[1:], strict=True):
         asked = [[]] * evaluation.losses.shape[1] if evaluation.weights is None else evaluation.weights.tolist()

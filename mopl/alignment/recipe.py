@@ -45,6 +45,7 @@ from mopl.alignment.runs import (
 from mopl.alignment.stages import Split, Stages, load_trained, response_loss, state_for
 from mopl.alignment.tokenization import tokenize
 from mopl.conditioning import HyperPromptModel
+from mopl.pareto._volumes import check_affordable
 from mopl.ranking.evaluate import grid_of
 from mopl.training import RunLog, TrainingDiverged, TrainingInterrupted, make_accelerator
 from mopl.training.parallel import on_main
@@ -124,6 +125,7 @@ def _run(
     config.betas(len(objectives))
     response_loss(config, data["train"])
     grid = grid_of(len(objectives), config.points)
+    check_affordable(*grid.shape)
     if len(config.reference_point) not in (0, 1, len(objectives)):
         raise ValueError(
             f"reference_point has {len(config.reference_point)} numbers but there are {len(objectives)} objectives; "

@@ -29,7 +29,7 @@ from mopl.clp.reward_scale import RewardScale
 from mopl.clp.rollout import Answers
 from mopl.clp.stages import Stages
 from mopl.losses.policy_gradient import reward_coefficient
-from mopl.ranking.metrics import bootstrap_interval
+from mopl.ranking.metrics import bootstrap_interval, hypervolume_interval
 
 MAIN = "KL to the reference"
 
@@ -253,18 +253,17 @@ def make_front(
         seconds: Of training.
         parameters: Trained parameters, of all models that the front needs.
     """
-    first, volume = evaluations[0], None
+    first = evaluations[0]
     known = first.rewards[~first.rewards.isnan().any(-1).any(-1)]
-    if config.bootstrap and len(known) > 1:
-        bounds = bootstrap_interval(
-            known, samples=config.bootstrap, seed=config.seed,
-            statistic=lambda means: pareto.hypervolume(means, reference_point, maximise=True),
-        )  # fmt: skip
-        volume = {"hypervolume": [float(bounds.low), float(bounds.high)]}
+    resamples = config.bootstrap if len(known) > 1 else 0
+    volume, notes = hypervolume_interval(
+        known, reference_point, maximise=True, samples=resamples, seed=config.seed
+    )  # fmt: skip
     front = pareto.Front.measure(
         method, objectives=objectives, main=MAIN, weights=first.weights, main_values=first.kl.mean(0),
         auxiliary_values=first.mean_rewards, reference_point=reference_point, seconds=seconds, parameters=parameters,
         seed=config.seed, data=description, maximise=True, intervals=_intervals(first, config), interval=volume,
+        notes=notes,
     )  # fmt: skip
     for other in evaluations[1:]:
         scale = kappa(config.kl_weight[0], config) / kappa(other.alpha, config)

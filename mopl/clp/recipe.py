@@ -50,6 +50,7 @@ from mopl.clp.runs import (
 )
 from mopl.clp.stages import Stages
 from mopl.conditioning._parameter_mixture_parts import select_parameters
+from mopl.pareto._volumes import check_affordable
 from mopl.rewards import FunctionReward, Reward, Rewards, available, make, prompt_key
 from mopl.training import (
     RunLog,
@@ -129,6 +130,7 @@ def _run(
     m = len(judge)
     if len(config.reference_point) not in (0, 1, m):
         raise ValueError(f"reference_point has {len(config.reference_point)} numbers for {m} rewards; pass {m}")
+    check_affordable(*run_grid(config, m).shape)
     tokenizer = models.load_tokenizer(config.model)
     placed = placed_prompts(config.data, limit=config.limit, on_error=config.on_error)
     texts, places = [text for _, text in placed], [place for place, _ in placed]

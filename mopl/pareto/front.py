@@ -63,6 +63,7 @@ class Front:
         regret: Steering regret, None if the points carry no weights.
         steerability: The other figures of `mopl.pareto.steerability`.
         steps: Of each of its models the steps that were `done`, of at most `limit`, and the one that was `kept`.
+        notes: What a reader of the figures must know, in words.
     """
 
     method: str
@@ -80,6 +81,7 @@ class Front:
     regret: float | None = None
     steerability: dict[str, Any] = field(default_factory=dict)
     steps: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     @classmethod
     def measure(
@@ -101,6 +103,7 @@ class Front:
         interval: Mapping[str, Sequence[float]] | None = None,
         reference_front: Points | None = None,
         steps: Mapping[str, Any] | None = None,
+        notes: Sequence[str] = (),
     ) -> Front:
         """Make a front from evaluated points; hypervolume and steerability are computed here.
 
@@ -121,6 +124,7 @@ class Front:
             interval: What `Front.interval` holds.
             reference_front: (r, m), the true front, for its distance in `steerability`.
             steps: What `Front.steps` holds.
+            notes: What `Front.notes` holds.
 
         Returns:
             The checked front.
@@ -166,6 +170,7 @@ class Front:
             regret=figures.pop("steering_regret", None),
             steerability=figures,
             steps=dict(steps or {}),
+            notes=list(notes),
         )
         front.check()
         return front
@@ -196,7 +201,7 @@ class Front:
         for point in content["points"]:
             if point["scale"] == 1.0:
                 del point["scale"]
-        optional = {"maximise": True, "interval": {}, "regret": None, "steerability": {}, "steps": {}}
+        optional = {"maximise": True, "interval": {}, "regret": None, "steerability": {}, "steps": {}, "notes": []}
         for name, default in optional.items():
             if content[name] == default:
                 del content[name]
@@ -314,6 +319,8 @@ def _check_front(front: Front) -> None:
     _require(front.regret is None or _is_number(front.regret), "regret", front.regret, "a number")
     _require(isinstance(front.steerability, dict), "steerability", front.steerability, "an object")
     _require(isinstance(front.steps, dict), "steps", front.steps, "an object")
+    texts = isinstance(front.notes, list) and all(isinstance(note, str) for note in front.notes)
+    _require(texts, "notes", front.notes, "a list of strings")
     for name in ("data", "steerability", "steps"):
         try:
             json.dumps(getattr(front, name), allow_nan=False)

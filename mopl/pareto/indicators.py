@@ -9,7 +9,7 @@ The exact indicators come from moocore (the extra `eval`), which is imported whe
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mopl.pareto._exact import exponent, homogeneous, lengths, row_blocks, scaled_back
+from mopl.pareto._volumes import BOOTSTRAP, DIRECTIONS, patiently, seconds
 
 Points: TypeAlias = Tensor | np.ndarray | Sequence[Sequence[float]]
 Maximise: TypeAlias = bool | Sequence[bool]
@@ -78,31 +79,81 @@ def hypervolume(points: Points, reference: Sequence[float] | Tensor | np.ndarray
         maximise: Whether larger is better, a bool or one for each objective.
 
     Returns:
-        The volume.
+        The volume. One that takes more than ten seconds is announced by a RuntimeWarning and can be stopped.
 
     Raises:
         ImportError: If moocore is not installed.
         ValueError: If a shape is wrong, a point or the reference is NaN or infinite, the message says which; or the
-            volume is beyond float64.
+            volume is beyond float64; or it would take more than an hour.
     """
     array = as_points(points)
     m = array.shape[1]
     corner = _vector(reference, m, "reference")
-    directions(maximise, m)
-    exact = _moocore().hypervolume
-    value = float(exact(array, corner, maximise=maximise)) if len(array) else 0.0
+    signs = directions(maximise, m)
+    ahead = array[(array * signs > corner * signs).all(axis=1)]
+    if not len(ahead):
+        return 0.0
+    # All points are passed on, as ever; what counts for the time are those that add something.
+    n = int(non_dominated(ahead, maximise=maximise).sum()) if m > 4 else len(ahead)
+
+    def exact(points: np.ndarray, reference: np.ndarray) -> float:
+        return patiently(lambda: float(_moocore().hypervolume(points, reference, maximise=maximise)), n, m)
+
+    value = exact(array, corner)
     if 0.0 < value < np.inf:
         return value
-    signs = directions(maximise, m)
-    if not (array * signs > corner * signs).all(axis=1).any():
-        return 0.0
     # A product on the way left the range of float64: once more with every objective between -1 and 1.
     by = [exponent(array[:, j], corner[j]) for j in range(m)]
-    value = float(exact(np.ldexp(array, np.negative(by)), np.ldexp(corner, np.negative(by)), maximise=maximise))
+    value = exact(np.ldexp(array, np.negative(by)), np.ldexp(corner, np.negative(by)))
     value = scaled_back(value, sum(by), "hypervolume")
     if not value > 0.0:
         raise ValueError("the hypervolume of these points is below the smallest float64; multiply them by a constant")
     return value
+
+
+def hypervolume_of_resamples(
+    estimate: Points, reference: Sequence[float] | Tensor | np.ndarray, *, maximise: Maximise, samples: int
+) -> tuple[Callable[[Points], float], str | None]:
+    """Return what a bootstrap of the hypervolume calls for each resample, and in words what is not exact in it.
+
+    Exact volumes where `samples` of them take seconds; else approximations from 10,000 directions (moocore's
+    `hv_approx`), times the factor by which that of the estimate is off, so that only the change is approximate.
+
+    Args:
+        estimate: (n, m), the points of which resamples are drawn.
+        reference: (m,), as in `hypervolume`.
+        maximise: As in `hypervolume`.
+        samples: How many volumes are needed.
+
+    Returns:
+        A function from points (n, m) to a volume, and None or a note.
+
+    Raises:
+        ImportError: If moocore is not installed, or is too old to approximate.
+        ValueError: As `hypervolume`.
+    """
+
+    def exact(points: Points) -> float:
+        return hypervolume(points, reference, maximise=maximise)
+
+    array = as_points(estimate)
+    n, m = array.shape
+    if samples * seconds(n, m) <= BOOTSTRAP:
+        return exact, None
+    approximate = getattr(_moocore(), "hv_approx", None)
+    if approximate is None:
+        raise ImportError("a bootstrap of this hypervolume needs moocore 0.3 or later; run: pip install -U moocore")
+    corner = _vector(reference, m, "reference")
+
+    def directions_of(points: Points) -> float:
+        options: dict[str, Any] = {"maximise": maximise, "nsamples": DIRECTIONS, "method": "Rphi-FWE+"}
+        return float(approximate(as_points(points, objectives=m), corner, **options))
+
+    known, rough = exact(array), directions_of(array)
+    if known == 0.0:
+        return directions_of, None
+    note = f"the interval of its hypervolume is from volumes along {DIRECTIONS:,} directions, scaled to the exact one"
+    return lambda points: known / rough * directions_of(points), note
 
 
 def non_dominated(points: Points, *, maximise: Maximise) -> Tensor:

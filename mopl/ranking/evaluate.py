@@ -17,7 +17,7 @@ from mopl import pareto, steering
 from mopl.conditioning import check_weights
 from mopl.ranking.data import Batch, RankingData
 from mopl.ranking.methods import ListLoss, Policy, Scorer
-from mopl.ranking.metrics import bootstrap_interval, ndcg
+from mopl.ranking.metrics import bootstrap_interval, hypervolume_interval, ndcg
 from mopl.ranking.synthetic import distance_to_optimum, expected_losses, true_scores
 from mopl.report import Metric
 
@@ -244,13 +244,9 @@ def make_front(
     objectives = [objective.name for objective in data.objectives]
     origin = [0.0] * len(objectives)
     trained = evaluations[0]
-    volume = None
-    if measure.samples:
-        bounds = bootstrap_interval(
-            trained.auxiliary, measure.level, measure.samples, measure.seed,
-            statistic=lambda means: pareto.hypervolume(means, origin, maximise=True),
-        )  # fmt: skip
-        volume = {"hypervolume": [float(bounds.low), float(bounds.high)]}
+    volume, notes = hypervolume_interval(
+        trained.auxiliary, origin, maximise=True, level=measure.level, samples=measure.samples, seed=measure.seed
+    )
     front = pareto.Front.measure(
         method,
         objectives=objectives,
@@ -265,6 +261,7 @@ def make_front(
         data=description,
         intervals=_intervals(trained, measure),
         interval=volume,
+        notes=notes,
         reference_front=None if reference_front is None else reference_front.tolist(),
         steps=steps,
     )

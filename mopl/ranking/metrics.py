@@ -20,7 +20,7 @@ Metrics are evaluation, not ops: they read values in order to check them, and co
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from mopl._arguments import as_labels, check_choice, check_mask, check_scores, shape_of
+from mopl.pareto import hypervolume_of_resamples
 
 Gain = Literal["linear", "exp"] | Callable[[Tensor], Tensor]
 Discount = Literal["log2", "mslr"] | Callable[[Tensor], Tensor]
@@ -293,6 +294,36 @@ def bootstrap_interval(
     tail = (1.0 - level) / 2.0
     low, high = torch.quantile(usable, torch.tensor([tail, 1.0 - tail], dtype=torch.float64), dim=0)
     return Interval(estimate, low, high)
+
+
+def hypervolume_interval(
+    values: Tensor,  # (Q, n, m)
+    reference: Sequence[float],
+    *,
+    maximise: bool,
+    level: float = 0.95,
+    samples: int = 1000,
+    seed: int = 0,
+) -> tuple[dict[str, list[float]], list[str]]:
+    """Bootstrap interval over queries of a front's hypervolume, as `Front.interval` and `Front.notes` hold it.
+
+    Args:
+        values: (Q, n, m) figures of each query at each of n points, as in `bootstrap_interval`.
+        reference: (m,), the reference point.
+        maximise: Whether larger is better.
+        level: As in `bootstrap_interval`; so are the next two.
+        samples: Number of resamples; 0 for no interval.
+        seed: Equal seeds give equal intervals.
+
+    Returns:
+        `{"hypervolume": [low, high]}`, and a note where resamples were not measured exactly; both empty without any.
+    """
+    if not samples:
+        return {}, []
+    means = _columns(values).nanmean(0).reshape(values.shape[1:])
+    volume, note = hypervolume_of_resamples(means, reference, maximise=maximise, samples=samples)
+    bounds = bootstrap_interval(values, level, samples, seed, statistic=volume)
+    return {"hypervolume": [float(bounds.low), float(bounds.high)]}, [] if note is None else [note]
 
 
 def _columns(values: Tensor) -> Tensor:

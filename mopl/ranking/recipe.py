@@ -24,6 +24,7 @@ from torch import Tensor
 from mopl import _terminal
 from mopl._files import write_file
 from mopl._restoring import seeded
+from mopl.pareto._volumes import check_affordable
 from mopl.ranking.config import RankConfig
 from mopl.ranking.data import RankingData
 from mopl.ranking.evaluate import (
@@ -131,6 +132,7 @@ def _run(
     check_measurable(splits["train"], config.measure)
     empty = check_measurable(splits["test"], config.measure)
     grid = grid_of(len(splits["train"].objectives), config.points)
+    check_affordable(*grid.shape)
     if config.base is not None:
         check_base(config.base, splits["train"])
     if record is not None:

@@ -138,6 +138,8 @@ def summarise(fronts: object, metric: Metric | None = None, notes: Sequence[str]
         for method, seeds in groups.items()
     )
     headers = ("Method", *(column.header + arrows[column.sign] for column in columns))
+    own = [f"{record.method}: {note}" for record in records for note in record.raw.get("notes") or ()]
+    notes = [*notes, *dict.fromkeys(own)]
     return Summary(headers, rows, _note(records, groups, references, metric, any(best), notes))
 
 
