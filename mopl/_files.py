@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from mopl._disk import is_full, no_room
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -231,6 +233,10 @@ def _folder_beside(path: Path) -> Iterator[Path]:
         held = _hold(temporary, own=True)
     try:
         yield temporary
+    except Exception as error:
+        if is_full(error, temporary):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         os.close(held)
@@ -335,6 +341,8 @@ def _write_through(descriptor: int, content: str | bytes | Callable[[Path], None
 
 def _as_asked(error: OSError, path: Path, target: Path) -> OSError:
     """Return an error about a temporary name, or about none, as one about the name that was asked for."""
+    if error.strerror is not None and is_full(error, target.parent) and not target.is_char_device():
+        return no_room(path)
     here = error.filename is not None and os.fspath(error.filename).startswith(f"{target.parent / TEMPORARY}")
     if error.errno is None or not (here or error.filename is None):
         return error

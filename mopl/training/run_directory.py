@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from mopl import __version__, _terminal
+from mopl._disk import with_resume
 from mopl._files import TEMPORARY, discard_folder, remove_leftovers, write_file, write_folder
 from mopl._records import Count, Finite, Seconds, check, read_json, settings_from
 from mopl.training.parallel import on_main
@@ -102,7 +103,12 @@ def hold_run(
             return str(path)
 
         path = Path(on_main(accelerator, take))
-        yield path, read_run(path) if resume else None
+        try:
+            yield path, read_run(path) if resume else None
+        except OSError as error:
+            if not (path / CONFIG_FILE).is_file():  # no run yet
+                raise
+            raise with_resume(error, path) from error
 
 
 def _clean(run: Path) -> None:
