@@ -148,7 +148,7 @@ def _rank_parser(commands: Any) -> None:
     group.add_argument("--steps", type=int, help="updates of each tuned model (default: 10 epochs, at least 200)")
     group.add_argument("--base-steps", type=int, help="updates of the base model (default: 3 epochs, at least 100)")
     group.add_argument("--patience", type=int, metavar="N", help="stop after N validations without a better "
-                       "figure; the best step is kept. 0: all steps, the last is kept (default: 10)")  # fmt: skip
+                       "figure; the best step is kept. 0: all steps, the last is kept (default: 6)")  # fmt: skip
     group.add_argument("--validate-every", type=int, metavar="STEPS", help="(default: a twentieth of the steps, at "
                        "least 5)")  # fmt: skip
     group.add_argument("--batch-size", type=int, metavar="LISTS", help="lists in a batch (default: 64)")

@@ -104,7 +104,7 @@ class RankConfig:
     penalty_sign: Literal["as_printed", "cosmos"] = "as_printed"
     steps: int | None = None
     base_steps: int | None = None
-    patience: int = 10
+    patience: int = 6
     validate_every: int | None = None
     batch_size: int = 64
     learning_rate: float = 3e-3
