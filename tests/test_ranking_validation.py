@@ -1,5 +1,6 @@
 """Ranking stops in time: what a run is validated by, which step it keeps, and what an old run goes on to do."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -125,6 +126,19 @@ def test_few_lists_choose_nothing_and_the_run_says_so(tmp_path):
     assert bytes_of(few, *WEIGHTS) == bytes_of(same, *WEIGHTS)
 
 
+def test_a_damaged_record_of_a_training_is_named_with_its_key(tmp_path):
+    file = tmp_path / "training.json"
+    for text, key in (
+        ('{"steps": 3}', "seconds is missing"), ('{"steps": "3", "seconds": 1.0}', 'steps is "3"'),
+        ('{"steps": 3, "seconds": 1.0, "kept": -1}', "kept is -1"), ("[]", "must be"), ("{", "not JSON"),
+    ):  # fmt: skip
+        file.write_text(text)
+        with pytest.raises(ValueError, match=f"training.json: .*{key}"):
+            Trained.read(tmp_path)
+    file.write_text('{"steps": 3, "seconds": 1.0}')
+    assert Trained.read(tmp_path) == Trained(3, 1.0, 3, 3)
+
+
 # What is kept
 
 
@@ -174,6 +188,9 @@ def test_files_and_table_of_a_run_say_which_steps_were_kept(stopped):
         assert len(trainings) == models and front.steps["limit"] == (12 if front.method == "base" else 16)
         assert front.steps["kept"] == [t["kept"] for t in trainings.values()]
         assert front.steps["done"] == [t["steps"] for t in trainings.values()]
+        for wrong in ({"kept": [9]}, {**front.steps, "kept": [99] * models}, {**front.steps, "limit": "x"}, []):
+            with pytest.raises(ValueError, match="steps"):
+                dataclasses.replace(front, steps=wrong).check()
         assert front.seconds == pytest.approx(sum(t["seconds"] for t in trainings.values()))
     base, ours = (Trained.read(run / name) for name in ("base", "weight-cos-dpo"))
     note = f"steps kept, of those done: base {base.kept} of {base.steps}, weight-cos-dpo {ours.kept} of {ours.steps}, "

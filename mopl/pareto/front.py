@@ -318,7 +318,9 @@ def _check_front(front: Front) -> None:
         _check_interval(bounds, f"interval.{name}")
     _require(front.regret is None or _is_number(front.regret), "regret", front.regret, "a number")
     _require(isinstance(front.steerability, dict), "steerability", front.steerability, "an object")
-    _require(isinstance(front.steps, dict), "steps", front.steps, "an object")
+    _require(
+        front.steps == {} or _are_steps(front.steps), "steps", front.steps, "limit, and done and kept of each model"
+    )
     texts = isinstance(front.notes, list) and all(isinstance(note, str) for note in front.notes)
     _require(texts, "notes", front.notes, "a list of strings")
     for name in ("data", "steerability", "steps"):
@@ -326,6 +328,17 @@ def _check_front(front: Front) -> None:
             json.dumps(getattr(front, name), allow_nan=False)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{name} cannot be written as JSON: {error}") from error
+
+
+def _are_steps(steps: Any) -> bool:
+    """Return whether this is `Front.steps`: a limit, and as many steps done as kept, none of them beyond it."""
+    if not isinstance(steps, dict) or steps.keys() != {"limit", "done", "kept"}:
+        return False
+    limit, done, kept = steps["limit"], steps["done"], steps["kept"]
+    numbers = isinstance(done, list) and isinstance(kept, list) and len(done) == len(kept) > 0
+    if not numbers or not all(type(x) is int for x in (limit, *done, *kept)):
+        return False
+    return all(0 <= k <= d <= limit for k, d in zip(kept, done, strict=True))
 
 
 def _check_point(point: Point, m: int, where: str) -> None:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from mopl._files import discard_folder, write_file
+from mopl._records import Count, Seconds, settings_from
 from mopl._restoring import seeded
 from mopl._tensor_files import read_tensors
 from mopl.ranking.batches import Batches
@@ -45,7 +46,7 @@ from mopl.ranking.methods import (
 from mopl.ranking.model import ListTransformer, RankingModel, RankingModelConfig
 from mopl.ranking.validation import Validation, corners_and_centre
 from mopl.training import BatchSource, RunLog, Selection, TrainingConfig, train
-from mopl.training.run_directory import DONE, read_done
+from mopl.training.run_directory import DAMAGED_RUN, DONE, read_done
 
 REFERENCE = "reference.safetensors"
 
@@ -67,18 +68,23 @@ class Trained:
         validation: The best figure on validation data, see `mopl.ranking.validation`; None where none was taken.
     """
 
-    steps: int
-    seconds: float
-    kept: int
-    limit: int
+    steps: Count
+    seconds: Seconds
+    kept: Count
+    limit: Count
     validation: float | None = None
 
     @classmethod
     def read(cls, folder: Path) -> Trained:
-        """Read it from a folder; runs of versions without validation hold steps and seconds alone."""
-        found = read_done(folder / DONE)
-        known = {name: found[name] for name in cls.__dataclass_fields__ if name in found}
-        return cls(**{"kept": found["steps"], "limit": found["steps"], **known})
+        """Read it from a folder; runs of versions without validation hold steps and seconds alone.
+
+        Raises:
+            DamagedFile: If something else is there; the message names the key.
+        """
+        file = folder / DONE
+        found = read_done(file)
+        before = {name: found["steps"] for name in ("kept", "limit") if name not in found and "steps" in found}
+        return settings_from(cls, {**found, **before}, file, remedy=DAMAGED_RUN)
 
     def describe(self, name: str) -> str:
         """Return it as a line."""

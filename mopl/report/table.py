@@ -175,7 +175,7 @@ def _note(
 def _steps_kept(method: str, seeds: list[Record]) -> str:
     """Return which steps of a method's models validation kept, in words; "" where it always was the last one."""
     steps = [r.raw["steps"] for r in seeds if r.raw.get("steps")]
-    if all(s["kept"] == [s["limit"]] * len(s["kept"]) for s in steps):
+    if not steps or all(s["kept"] == [s["limit"]] * len(s["kept"]) for s in steps):
         return ""
     kept, done = (sorted(x for s in steps for x in s[name]) for name in ("kept", "done"))
     spans = [f"{each[0]}" if each[0] == each[-1] else f"{each[0]} to {each[-1]}" for each in (kept, done)]
