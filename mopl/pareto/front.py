@@ -54,7 +54,7 @@ class Front:
         points: The evaluated trade-offs.
         hypervolume: Hypervolume of the auxiliary figures of the points of scale 1.
         reference_point: (m,), the reference point of that hypervolume.
-        seconds: Wall-clock seconds of training.
+        seconds: Wall-clock seconds of training, validation included.
         parameters: Number of parameters, of all models that the front needs.
         seed: Seed of the run.
         data: What it was trained on: a name or a description.
@@ -115,7 +115,7 @@ class Front:
             main_values: (n,), figures of the main objective.
             auxiliary_values: (n, m), figures of the auxiliary objectives.
             reference_point: (m,), fixed before the methods are compared.
-            seconds: Wall-clock seconds of training.
+            seconds: Wall-clock seconds of training, validation included.
             parameters: Number of parameters, of all models that the front needs.
             seed: Seed of the run.
             data: What it was trained on.
