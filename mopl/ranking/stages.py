@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 
 from mopl._files import discard_folder, write_file
-from mopl._records import Count, Seconds, settings_from
 from mopl._restoring import seeded
 from mopl._tensor_files import read_tensors
 from mopl.ranking.batches import Batches
@@ -46,7 +45,7 @@ from mopl.ranking.methods import (
 from mopl.ranking.model import ListTransformer, RankingModel, RankingModelConfig
 from mopl.ranking.validation import Validation, corners_and_centre
 from mopl.training import BatchSource, RunLog, Selection, TrainingConfig, train
-from mopl.training.run_directory import DAMAGED_RUN, DONE, read_done
+from mopl.training.run_directory import DONE, read_done
 
 REFERENCE = "reference.safetensors"
 
@@ -68,10 +67,10 @@ class Trained:
         validation: The best figure on validation data, see `mopl.ranking.validation`; None where none was taken.
     """
 
-    steps: Count
-    seconds: Seconds
-    kept: Count
-    limit: Count
+    steps: int
+    seconds: float
+    kept: int
+    limit: int
     validation: float | None = None
 
     @classmethod
@@ -81,10 +80,9 @@ class Trained:
         Raises:
             DamagedFile: If something else is there; the message names the key.
         """
-        file = folder / DONE
-        found = read_done(file)
-        before = {name: found["steps"] for name in ("kept", "limit") if name not in found and "steps" in found}
-        return settings_from(cls, {**found, **before}, file, remedy=DAMAGED_RUN)
+        found = read_done(folder / DONE)
+        known = {name: found[name] for name in cls.__dataclass_fields__ if name in found}
+        return cls(**{"kept": found["steps"], "limit": found["steps"], **known})
 
     def describe(self, name: str) -> str:
         """Return it as a line."""

@@ -102,8 +102,6 @@ class Selection:
         Raises:
             ValueError: If it was made with other settings.
         """
-        if missing := self.state_dict().keys() - state.keys():
-            raise ValueError(f"the selection of the best step lacks {', '.join(sorted(missing))}: the file is damaged")
         differ = [f"{name} was {state[name]}, is {v}" for name, v in self._settings().items() if state[name] != v]
         if differ:
             raise ValueError(f"the selection of the best step had other settings ({'; '.join(differ)}); use the same")
