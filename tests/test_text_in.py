@@ -378,6 +378,21 @@ def test_a_prompt_of_bytes_that_are_no_text_is_refused_before_anything_is_loaded
     assert b"Traceback" not in done.stderr
 
 
+def test_names_and_texts_among_settings_are_texts_and_numbers_are_decimal():
+    from mopl.alignment.config import AlignConfig
+    from mopl.ranking.loading import load
+    from mopl.ranking.objectives import parse_objectives
+
+    with pytest.raises(ValueError, match=r"prompt_text holds U\+DCFC at character 1: the byte 0xfc.*write it in UTF-8"):
+        AlignConfig(model="m", data="d", prompt_text="\udcfc")
+    with pytest.raises(ValueError, match=r"the name of an objective holds U\+DCFC at character 3"):
+        parse_objectives("gr\udcfc=3")
+    with pytest.raises(ValueError, match=r"has the source '²', not a column number"):
+        parse_objectives("price=²")
+    with pytest.raises(ValueError, match="option queries of data 'synthetic' is '²' but must be of type int"):
+        load("synthetic:queries=²")
+
+
 def test_text_faults_are_found_wherever_they_stand():
     assert lone_surrogate("größer 😀") is None and "U+D83D at character 2: half" in lone_surrogate("a\ud83d")
     assert text_fault([{"a": ("b", {"c": "\udfff"})}]).startswith("holds U+DFFF")

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from mopl._arguments import check_choice
 from mopl._bounds import check_bounds
+from mopl._lines import lone_surrogate
 from mopl._records import settings_from
 from mopl.losses.pairwise import LOSS_TYPES
 from mopl.training import TrainingConfig
@@ -174,6 +175,8 @@ class AlignConfig:
         for name, what in (("model", "a language model"), ("data", "preference data")):
             if not getattr(self, name):
                 raise ValueError(f"{name} is missing; name {what}, a path or a name on the Hugging Face hub")
+        if self.prompt_text is not None and (fault := lone_surrogate(self.prompt_text)):
+            raise ValueError(f"prompt_text {fault}; write it in UTF-8")
         # A run must find its model and data again from any directory: what exists as a path becomes absolute.
         for name in ("model", "data", "reference"):
             value = str(getattr(self, name))

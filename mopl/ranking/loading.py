@@ -74,7 +74,7 @@ def _options(text: str, spec: str) -> dict[str, Any]:
         key, equals, value = part.strip().partition("=")
         if not equals or not key or not value:
             raise ValueError(f"data {spec!r} has the option {part!r}; write KEY=VALUE, several with commas between")
-        options[key] = int(value) if value.isdigit() else value
+        options[key] = int(value) if value.isascii() and value.isdigit() else value
     return options
 
 
