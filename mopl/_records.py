@@ -20,6 +20,8 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 
+from mopl._renamed import up_to_date
+
 MOST_BYTES = 256 << 20  # of a JSON file: thousands of answers at thousands of trade-offs are less
 MOST_LEVELS = 64  # of objects and lists in each other; what this package writes has six
 REMEDY = "the file is damaged: take it from a backup, or make it again by starting another run"
@@ -168,6 +170,7 @@ def settings_from(
     Raises:
         ValueError: If a setting is unknown, has another type or is refused; `DamagedFile` with a file.
     """
+    values = up_to_date(values)
     known = {field.name for field in dataclasses.fields(schema)}  # type: ignore[arg-type]
     try:
         if isinstance(values, Mapping) and (unknown := sorted(set(values) - known)):

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mopl import __version__
+from mopl._renamed import renamed
 from mopl._terminal import exit_status, one_line, print_traceback, printable, say, shell, terminal
 from mopl.alignment.command import add_parser as add_align_parser
 from mopl.alignment.commands_after import add_export_parser, add_generate_parser
@@ -129,7 +130,8 @@ def _rank_parser(commands: Any) -> None:
     group.add_argument("--ties", choices=("breslow", "efron", "exact", "random"),
                        help="equal labels under Plackett-Luce (default: breslow)")  # fmt: skip
     group.add_argument("--last-group", choices=("charged", "free"),
-                       help="items of the lowest label under Plackett-Luce (default: free)")  # fmt: skip
+                       help="items of the lowest label under Plackett-Luce; free: they are unranked, as zeros of "
+                       "a sparse label are (default: charged)")  # fmt: skip
     group.add_argument("--top-k", type=_optional_int, metavar="K", help="ranks that Plackett-Luce sees (default: all)")
     group.add_argument("--temperature", nargs="+", type=float, metavar="BETA",
                        help="one for all objectives, or one for each (default: 1)")  # fmt: skip
@@ -173,7 +175,8 @@ def _rank_parser(commands: Any) -> None:
     group.add_argument("--scales", nargs="*", type=float, metavar="C", help="distances from the base model that the "
                        "report shows besides 1 (default: 0.5 2 5)")  # fmt: skip
     group.add_argument("--k", type=int, help="cut of NDCG (default: 10)")
-    group.add_argument("--gain", choices=("linear", "exp"), help="gain of NDCG (default: linear)")
+    group.add_argument("--gain", choices=("linear", "exponential"), type=lambda text: renamed("gain", text),
+                       help="gain of NDCG: the label, or 2^label - 1 (default: linear)")  # fmt: skip
     group.add_argument("--empty", type=_empty, metavar="{skip,0,1}",
                        help="what a query without labels counts (default: skip)")  # fmt: skip
     group.add_argument("--bootstrap", type=int, metavar="SAMPLES", help="for intervals over queries, 0 for none "

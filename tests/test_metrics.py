@@ -47,7 +47,7 @@ def test_exponential_ndcg_with_averaged_ties_is_sklearns_on_two_to_the_label_min
 
     scores, labels, _ = ragged(1)
     theirs = ndcg_score((2.0**labels - 1).numpy(), scores.numpy(), k=10)
-    assert ndcg(scores, labels, gain="exp", empty=0).mean().item() == pytest.approx(theirs, abs=1e-14)
+    assert ndcg(scores, labels, gain="exponential", empty=0).mean().item() == pytest.approx(theirs, abs=1e-14)
 
 
 def groups_of(scores, labels, mask):
@@ -55,7 +55,7 @@ def groups_of(scores, labels, mask):
     return scores.reshape(-1)[flat].numpy(), labels.reshape(-1)[flat].numpy(), mask.sum(1).tolist()
 
 
-@pytest.mark.parametrize("gain", ["exp", "linear"])
+@pytest.mark.parametrize("gain", ["exponential", "linear"])
 @pytest.mark.parametrize("empty", [0, 1])
 def test_ndcg_with_first_come_ties_is_xgboosts(gain, empty):
     xgboost = pytest.importorskip("xgboost")
@@ -64,13 +64,13 @@ def test_ndcg_with_first_come_ties_is_xgboosts(gain, empty):
     data = xgboost.DMatrix(np.zeros((len(s), 1), dtype=np.float32), label=y, base_margin=s)
     data.set_group(sizes)
     metric = "ndcg@5" if empty else "ndcg@5-"
-    options = {"objective": "rank:ndcg", "eval_metric": metric, "ndcg_exp_gain": gain == "exp"}
+    options = {"objective": "rank:ndcg", "eval_metric": metric, "ndcg_exp_gain": gain == "exponential"}
     theirs = float(xgboost.Booster(options, [data]).eval(data).split(":")[1])
     ours = ndcg(scores, labels, k=5, gain=gain, ties="first", empty=empty, mask=mask).mean().item()
     assert ours == pytest.approx(theirs, abs=1e-12)
 
 
-@pytest.mark.parametrize("gain", ["exp", "linear"])
+@pytest.mark.parametrize("gain", ["exponential", "linear"])
 def test_ndcg_with_first_come_ties_is_lightgbms(gain):
     lightgbm = pytest.importorskip("lightgbm")
     scores, labels, mask = ragged(3)
@@ -91,7 +91,9 @@ def test_ndcg_with_first_come_ties_is_lightgbms(gain):
 
 def test_ndcg_by_the_rules_of_the_mslr_script():
     scores, labels, mask = ragged(4, batch=20)
-    ours = ndcg(scores, labels, gain="exp", discount="mslr", ties="first", empty=0, short_lists="zero", mask=mask)
+    ours = ndcg(
+        scores, labels, gain="exponential", discount="mslr", ties="first", empty=0, short_lists="zero", mask=mask
+    )
     gains, discounts = (0, 1, 3, 7, 15), [1.0] + [1 / math.log2(rank) for rank in range(2, 100)]
     for b in range(len(scores)):
         items = [(s, gains[y]) for s, y, m in zip(scores[b].tolist(), labels[b].tolist(), mask[b], strict=True) if m]
@@ -174,7 +176,7 @@ def test_lists_without_documents_are_empty():
 def test_gain_and_discount_may_be_functions():
     scores, labels, mask = ragged(7)
     mine = ndcg(scores, labels, gain=lambda z: 2**z - 1, discount=lambda r: 1 / torch.log2(r + 1), mask=mask)
-    theirs = ndcg(scores, labels, gain="exp", mask=mask)
+    theirs = ndcg(scores, labels, gain="exponential", mask=mask)
     torch.testing.assert_close(mine.values, theirs.values, rtol=0, atol=1e-15, equal_nan=True)
 
 
@@ -191,7 +193,10 @@ def test_precision_of_the_input_does_not_limit_the_result():
         ({"scores": torch.tensor([[0.0, 1.0], [torch.nan, 1.0]])}, "scores hold NaN in list 1"),
         ({"labels": torch.tensor([[0.0, 1.0], [torch.nan, 1.0]])}, "labels hold NaN in list 1"),
         ({"labels": torch.tensor([[0.0, 1.0], [-1.0, 1.0]])}, "gains of list 1 are negative; shift"),
-        ({"labels": torch.tensor([[0.0, 1.0], [2000.0, 1.0]]), "gain": "exp"}, "list 1 are not finite.*gain='linear'"),
+        (
+            {"labels": torch.tensor([[0.0, 1.0], [2000.0, 1.0]]), "gain": "exponential"},
+            "list 1 are not finite.*gain='linear'",
+        ),
         ({"gain": "cubic"}, "gain is 'cubic'"),
         ({"discount": "log10"}, "discount is 'log10'"),
         ({"discount": lambda ranks: ranks[:1]}, "discount must return 2 finite factors"),

@@ -61,10 +61,10 @@ def mean_figures(policy, valid, reference, weights):
 def test_the_base_model_is_judged_by_the_figure_that_the_report_shows(data):
     valid = data[1]
     model = ListTransformer(valid.num_features, hidden=8, heads=2).eval()
-    figure = Validation(valid, config(k=3, gain="exp")).of_base(100).validate(model)
+    figure = Validation(valid, config(k=3, gain="exponential")).of_base(100).validate(model)
     scores = valid.pad(reference_scores(model, valid), torch.arange(len(valid)))
     lists = valid.batch(range(len(valid)))
-    wanted = Measure(k=3, gain="exp").ndcg(scores, lists.main, lists.mask).nanmean()
+    wanted = Measure(k=3, gain="exponential").ndcg(scores, lists.main, lists.mask).nanmean()
     assert figure == pytest.approx(float(wanted))
 
 

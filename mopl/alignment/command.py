@@ -117,7 +117,8 @@ def _method_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--ties", choices=("breslow", "efron", "exact", "random"),
                        help="equal labels under Plackett-Luce (default: breslow)")  # fmt: skip
     group.add_argument("--last-group", choices=("charged", "free"),
-                       help="responses of the lowest label under Plackett-Luce (default: free)")  # fmt: skip
+                       help="responses of the lowest label under Plackett-Luce; free: they are unranked, as zeros of "
+                       "a sparse label are (default: charged)")  # fmt: skip
     group.add_argument("--top-k", type=_optional_int, metavar="K", help="ranks that Plackett-Luce sees (default: all)")
     group.add_argument("--label-smoothing", type=float, metavar="RATE", help="of pair losses that have it (default: 0)")
     group.add_argument("--beta", nargs="+", type=float, help="one for all objectives, or one for each (default: 0.1)")

@@ -95,7 +95,7 @@ def _add(commands: Any, name: str, help: str, examples: str) -> argparse.Argumen
     parser.add_argument("--objective-temperature", nargs="+", type=float, metavar="BETA",
                         help="β, one for each objective, for temperature-cos-dpo (default: the run's; for export its "
                         "direction)")  # fmt: skip
-    parser.add_argument("--kl-weight", type=float, metavar="ALPHA", help="of a policy trained on rewards at several, "
+    parser.add_argument("--kl-weight", type=float, metavar="WEIGHT", help="of a policy trained on rewards at several, "
                         "anywhere between them (default: the run's first)")  # fmt: skip
     parser.add_argument("--base-model", metavar="DIR", help="the language model it was tuned from, if that has moved")
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto",

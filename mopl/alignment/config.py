@@ -133,7 +133,7 @@ class AlignConfig:
     labels: tuple[str, ...] = ("auto",)
     partial: Literal["drop", "keep"] = "drop"
     ties: Literal["breslow", "efron", "exact", "random"] = "breslow"
-    last_group: Literal["charged", "free"] = "free"
+    last_group: Literal["charged", "free"] = "charged"
     top_k: int | None = None
     label_smoothing: float = 0.0
     beta: tuple[float, ...] = (0.1,)

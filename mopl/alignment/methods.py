@@ -57,7 +57,7 @@ class ResponseLoss:
     loss: str = "listnet"
     labels: tuple[str, ...] = ("l1",)
     ties: Literal["breslow", "efron", "exact", "random"] = "breslow"
-    last_group: Literal["charged", "free"] = "free"
+    last_group: Literal["charged", "free"] = "charged"
     top_k: int | None = None
     label_smoothing: float = 0.0
     by_objective: bool = False

@@ -34,7 +34,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--scope", help="what is mixed: full, attention, logits, lora, a pattern of names of "
                        "parameters; or prompt, virtual tokens (default: attention)")  # fmt: skip
     group.add_argument("--train-shared", action="store_true", help="also train what is outside of the scope")
-    group.add_argument("--kl-weight", nargs="+", type=float, metavar="ALPHA", help="of the KL to the reference; "
+    group.add_argument("--kl-weight", nargs="+", type=float, metavar="WEIGHT", help="of the KL to the reference; "
                        "several condition the policy on it (default: 0.05)")  # fmt: skip
     group.add_argument("--kl-form", choices=("complement", "penalty"), help="(1 - α) reward - α KL, or reward - α KL "
                        "(default: complement)")  # fmt: skip

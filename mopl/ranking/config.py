@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 from mopl._arguments import check_choice
 from mopl._bounds import check_bounds
 from mopl._records import settings_from
+from mopl._renamed import renamed
 from mopl.ranking.evaluate import Measure
 from mopl.ranking.methods import METHODS, ListLoss
 from mopl.ranking.model import PARAMETRISATIONS
@@ -72,7 +73,7 @@ class RankConfig:
         points: Size of the grid of weights; None: 11, 15, 20 for 2, 3, 4 objectives and 11 above.
         scales: Distances from the base model, c of equation (14), at which the front is evaluated besides 1.
         k: Cut of NDCG.
-        gain: Gain of NDCG, `"linear"` (equation 22) or `"exp"`.
+        gain: Gain of NDCG, `"linear"` (equation 22) or `"exponential"`.
         empty: What a list without labels counts in NDCG: `"skip"`, 0 or 1.
         bootstrap: Resamples of the lists for intervals; 0 for none.
         seed: Seed of initialisation, batches, weights, temperatures and bootstrap.
@@ -93,7 +94,7 @@ class RankConfig:
     base: str | None = None
     loss: Literal["listnet", "plackett-luce"] = "listnet"
     ties: Literal["breslow", "efron", "exact", "random"] = "breslow"
-    last_group: Literal["charged", "free"] = "free"
+    last_group: Literal["charged", "free"] = "charged"
     top_k: int | None = None
     temperature: tuple[float, ...] = (1.0,)
     temperature_range: tuple[float, float] = (0.67, 1.5)
@@ -123,7 +124,7 @@ class RankConfig:
     points: int | None = None
     scales: tuple[float, ...] = (0.5, 2.0, 5.0)
     k: int = 10
-    gain: Literal["linear", "exp"] = "linear"
+    gain: Literal["linear", "exponential"] = "linear"
     empty: Literal["skip", 0, 1] = "skip"
     bootstrap: int = 1000
     seed: int = 0
@@ -146,7 +147,8 @@ class RankConfig:
         check_choice(self.penalty_sign, ("as_printed", "cosmos"), "penalty_sign")
         check_choice(self.ties, ("breslow", "efron", "exact", "random"), "ties")
         check_choice(self.last_group, ("charged", "free"), "last_group")
-        check_choice(self.gain, ("linear", "exp"), "gain")
+        object.__setattr__(self, "gain", renamed("gain", self.gain, stacklevel=4))
+        check_choice(self.gain, ("linear", "exponential"), "gain")
         check_choice(self.empty, ("skip", 0, 1), "empty")
         check_choice(self.device, ("auto", "cpu"), "device")
         positive = {"alpha": (self.alpha,), "temperature": self.temperature, "scales": self.scales,

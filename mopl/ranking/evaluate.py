@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mopl import pareto, steering
+from mopl._renamed import renamed
 from mopl.conditioning import check_weights
 from mopl.ranking.data import Batch, RankingData
 from mopl.ranking.methods import ListLoss, Policy, Scorer
@@ -31,7 +32,7 @@ class Measure:
 
     Args:
         k: Cut of NDCG.
-        gain: `"linear"` or `"exp"`.
+        gain: `"linear"` or `"exponential"`.
         ties: What documents of equal score count, see `mopl.ranking.metrics.ndcg`.
         empty: What a list without any label counts: `"skip"`, 0 or 1.
         samples: Bootstrap resamples of the lists; 0 for no intervals.
@@ -40,12 +41,15 @@ class Measure:
     """
 
     k: int = 10
-    gain: Literal["linear", "exp"] = "linear"
+    gain: Literal["linear", "exponential"] = "linear"
     ties: Literal["average", "first", "worst"] = "average"
     empty: Literal["skip", 0, 1] = "skip"
     samples: int = 1000
     level: float = 0.95
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "gain", renamed("gain", self.gain, stacklevel=4))
 
     def ndcg(self, scores: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         """Return NDCG per list: (B,) for labels (B, K), (B, m) for labels (B, m, K); NaN where a list is skipped."""

@@ -53,7 +53,7 @@ class ListLoss:
 
     loss: Literal["listnet", "plackett-luce"] = "listnet"
     ties: Literal["breslow", "efron", "exact", "random"] = "breslow"
-    last_group: Literal["charged", "free"] = "free"
+    last_group: Literal["charged", "free"] = "charged"
     top_k: int | None = None
 
     def __post_init__(self) -> None:

@@ -5,15 +5,15 @@ gain, .813 with exponential gain and .778 by the script of MSLR. So every conven
 how many queries had no relevant document, and the defaults are those of COS-DPO's equation (22): linear gain, discount
 1/log2(rank + 1), ties averaged, queries without any relevant document left out.
 
-| who                          | gain   | discount | ties    | empty | short_lists |
-|------------------------------|--------|----------|---------|-------|-------------|
-| COS-DPO, the default         | linear | log2     | average | skip  | as_is       |
-| scikit-learn, torchmetrics   | linear | log2     | average | 0     | as_is       |
-| trec_eval, ranx `ndcg`       | linear | log2     | first   | 0     | as_is       |
-| LightGBM, XGBoost, allRank   | exp    | log2     | first   | 1     | as_is       |
-| Rax, ranx `ndcg_burges`      | exp    | log2     | first   | 0     | as_is       |
-| CatBoost, type Exp           | exp    | log2     | worst   | 1     | as_is       |
-| MSLR's eval-score-mslr.pl    | exp    | mslr     | first   | 0     | zero        |
+| who                          | gain        | discount | ties    | empty | short_lists |
+|------------------------------|-------------|----------|---------|-------|-------------|
+| COS-DPO, the default         | linear      | log2     | average | skip  | as_is       |
+| scikit-learn, torchmetrics   | linear      | log2     | average | 0     | as_is       |
+| trec_eval, ranx `ndcg`       | linear      | log2     | first   | 0     | as_is       |
+| LightGBM, XGBoost, allRank   | exponential | log2     | first   | 1     | as_is       |
+| Rax, ranx `ndcg_burges`      | exponential | log2     | first   | 0     | as_is       |
+| CatBoost, type Exp           | exponential | log2     | worst   | 1     | as_is       |
+| MSLR's eval-score-mslr.pl    | exponential | mslr     | first   | 0     | zero        |
 
 Metrics are evaluation, not ops: they read values in order to check them, and compute in float64 whatever the input is.
 """
@@ -29,9 +29,10 @@ import torch
 from torch import Tensor
 
 from mopl._arguments import as_labels, check_choice, check_mask, check_scores, shape_of
+from mopl._renamed import renamed
 from mopl.pareto import hypervolume_of_resamples
 
-Gain = Literal["linear", "exp"] | Callable[[Tensor], Tensor]
+Gain = Literal["linear", "exponential"] | Callable[[Tensor], Tensor]
 Discount = Literal["log2", "mslr"] | Callable[[Tensor], Tensor]
 
 
@@ -91,7 +92,7 @@ def ndcg(
         scores: (B, K) floating point; the ranking is by descending score.
         labels: (B, K), or (B, m, K) for m objectives; higher is better, gains must not be negative.
         k: The cut, or None for the whole list.
-        gain: "linear" is the label itself, "exp" is 2^label - 1, or a function of the labels (B, m, K).
+        gain: "linear" is the label itself, "exponential" is 2^label - 1, or a function of the labels (B, m, K).
         discount: "log2" is 1/log2(rank + 1); "mslr" leaves ranks 1 and 2 undiscounted and takes 1/log2(rank) from
             there on, like MSLR's script; or a function from ranks 1..K (a float64 vector) to factors.
         ties: What documents of equal score count: "average" is the mean over all their orders (as scikit-learn),
@@ -110,6 +111,7 @@ def ndcg(
     """
     check_scores(scores)
     check_mask(mask, scores)
+    gain = renamed("gain", gain)
     targets = as_labels(labels, scores).detach()
     check_choice(ties, ("average", "first", "worst"), "ties")
     check_choice(empty, ("skip", 0, 1), "empty")
@@ -156,7 +158,7 @@ def _gains(labels: Tensor, gain: Gain) -> Tensor:
             raise ValueError(f"gain returned shape {shape_of(gains)} for labels of shape {shape_of(labels)}")
         gains = gains.double()
     else:
-        check_choice(gain, ("linear", "exp"), "gain")
+        check_choice(gain, ("linear", "exponential"), "gain")
         gains = labels if gain == "linear" else torch.exp2(labels) - 1.0
     _refuse(
         ~gains.isfinite().all(-1),
