@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from mopl._files import write_files
+from mopl._hub import loading
 from mopl._tensor_files import read_tensors, shapes_of
 from mopl._terminal import bars_wanted
 from mopl.alignment.config import AlignConfig
@@ -47,35 +48,8 @@ def load_tokenizer(name: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    with _loading(name, "tokenizer"):
-        return AutoTokenizer.from_pretrained(name)
-
-
-@contextlib.contextmanager
-def _loading(name: str, what: str) -> Iterator[None]:
-    """Say which model could not be read; transformers' own messages speak of the network, or of a file inside."""
-    from safetensors import SafetensorError
-
-    path = Path(name)
-    if path.is_file():
-        raise NotADirectoryError(f"the model {name} is a file; name the directory of a model, or one on the hub")
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise FileNotFoundError(
-            f"the directory {name} holds no model: it has no config.json; name the directory that save_pretrained "
-            "wrote, or a model on the Hugging Face hub"
-        )
-    if not path.exists() and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
-        raise FileNotFoundError(f"there is no model {name}; name a directory, or a model on the Hugging Face hub")
-    try:
-        yield
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = " ".join(str(error).split()).split(". ")[0]
-        if path.is_dir():
-            raise OSError(f"the {what} in {name} cannot be loaded ({reason}); is the directory complete?") from error
-        raise OSError(
-            f"there is no directory {name}, and no model of that name could be loaded from the Hugging Face hub "
-            f"({reason}); correct the name, or name a directory"
-        ) from error
+    with loading(name, "tokenizer") as how:
+        return AutoTokenizer.from_pretrained(name, **how)
 
 
 def load_causal_lm(name: str, *, dtype: str = "auto", attention: str | None = None) -> Any:
@@ -95,15 +69,15 @@ def load_causal_lm(name: str, *, dtype: str = "auto", attention: str | None = No
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with _loading(name, "configuration"):
-        config = AutoConfig.from_pretrained(name)
+    with loading(name, "configuration") as how:
+        config = AutoConfig.from_pretrained(name, **how)
     for setting, value in list(vars(config).items()):
         if ("dropout" in setting or setting.endswith("pdrop")) and isinstance(value, float):
             setattr(config, setting, 0.0)
     options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
-    with _quiet(), _loading(name, "model"):
-        model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=kind, **options)
+    with _quiet(), loading(name) as how:
+        model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=kind, **options, **how)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mopl._hub import find
 from mopl._lines import TextError, byte_lines, decode, json_array, parse_json, read_lines, read_text
 from mopl.alignment import formats
 from mopl.alignment.data import DataError, OnError, PreferenceData, PreferenceList, ReadReport, RowError, collect
@@ -192,9 +193,14 @@ def _open(source: Any, cache_dir: Any, **hub: Any) -> tuple[str, Iterator[Placed
     return "rows", _numbered(source)
 
 
-def _from_hub(source: str, **options: Any) -> Any:
+def _from_hub(source: str, *, cache_dir: Any, **options: Any) -> Any:
+    def cached() -> bool:
+        folder = cache_dir or _library().config.HF_DATASETS_CACHE
+        return (Path(folder) / source.replace("/", "___")).is_dir()
+
+    find(source, "dataset", cached=cached)
     try:
-        return _load_dataset(source, **options)
+        return _load_dataset(source, cache_dir=cache_dir, **options)
     except OSError as error:
         reason = " ".join(str(error).split())
         raise FileNotFoundError(
@@ -274,17 +280,21 @@ def _rows_of_array(path: Path) -> Iterator[Placed]:
         raise DataError(f"{path.name} is no JSON: {error}") from None
 
 
-def _load_dataset(path: str, **options: Any) -> Any:
+def _library() -> Any:
     try:
         import datasets
     except ImportError as error:
         raise ImportError(
             "only JSON files can be read without the library datasets; pip install 'mopl[hf]' or pip install datasets"
         ) from error
+    return datasets
+
+
+def _load_dataset(path: str, **options: Any) -> Any:
     options = {key: value for key, value in options.items() if value is not None}
     if "cache_dir" in options:
         options["cache_dir"] = str(options["cache_dir"])
-    return datasets.load_dataset(path, **options)
+    return _library().load_dataset(path, **options)
 
 
 # ---------------------------------------------------------------- lists

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mopl._arguments import check_choice
+from mopl._hub import loading
 from mopl.rewards.reward import Prompt, require
 
 INPUTS = ("text", "pair", "chat")
@@ -35,6 +36,7 @@ class ClassifierReward:
 
     Raises:
         ImportError: If transformers is not installed.
+        OSError: If there is no such model.
         ValueError: If a choice is unknown, the label does not exist or is not named, or the tokenizer lacks what
             `inputs` needs.
     """
@@ -62,8 +64,11 @@ class ClassifierReward:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if dtype is None:
             dtype = torch.float32 if self.device.type == "cpu" else None
-        self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(str(directory))
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(str(directory), dtype=dtype or "auto")
+        with loading(str(directory), "classifier") as how:
+            self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(str(directory), **how)
+            model = transformers.AutoModelForSequenceClassification.from_pretrained(
+                str(directory), dtype=dtype or "auto", **how
+            )
         self.model: Any = model.to(self.device).eval().requires_grad_(False)
         self.label = self._find_label(label)
         if activation == "softmax" and self.model.config.num_labels == 1:

@@ -1,0 +1,113 @@
+"""Names on the Hugging Face hub: looked up once, before a library asks again and again; errors in a line."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+_SECONDS = 10.0  # to wait for an answer
+_LOGIN = "log in with `hf auth login` if it is private"
+
+
+@contextlib.contextmanager
+def loading(name: str, what: str = "model") -> Iterator[dict[str, Any]]:
+    """Say which model could not be read; transformers' own messages speak of the network, or of a file inside.
+
+    Args:
+        name: Directory of a model, or its name on the hub.
+        what: What of it is read, for the message.
+
+    Yields:
+        Options for `from_pretrained`.
+
+    Raises:
+        OSError: If there is no such model, or it cannot be read.
+    """
+    from safetensors import SafetensorError
+
+    path = Path(name)
+    if path.is_file():
+        raise NotADirectoryError(f"the model {name} is a file; name the directory of a model, or one on the hub")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise FileNotFoundError(
+            f"the directory {name} holds no model: it has no config.json; name the directory that save_pretrained "
+            "wrote, or a model on the Hugging Face hub"
+        )
+    if not path.exists() and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
+        raise FileNotFoundError(f"there is no model {name}; name a directory, or a model on the Hugging Face hub")
+    options = {} if path.is_dir() else {"local_files_only": True} if not find(name) else {}
+    try:
+        yield options
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = " ".join(str(error).split()).split(". ")[0]
+        if path.is_dir():
+            raise OSError(f"the {what} in {name} cannot be loaded ({reason}); is the directory complete?") from error
+        raise OSError(_missing(name, "model", reason)) from error
+
+
+def find(name: str, kind: str = "model", *, cached: Callable[[], bool] = lambda: False) -> bool:
+    """Ask the hub for a name, once.
+
+    Args:
+        name: "name" or "owner/name".
+        kind: "model" or "dataset".
+        cached: Whether there is a copy in another cache than the hub's.
+
+    Returns:
+        Whether the hub can be asked for more; False where it cannot be reached but a copy is in a cache.
+
+    Raises:
+        FileNotFoundError: If the hub has no such name, or cannot be reached and no copy is there.
+        PermissionError: If it asks for a login.
+    """
+    return _find(name, kind) or _has_copy(name, kind, cached)
+
+
+@functools.lru_cache
+def _find(name: str, kind: str) -> bool:
+    from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_url
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    what = "model" if kind == "model" else "data set"
+    try:
+        url = hf_hub_url(name, "config.json" if kind == "model" else "README.md", repo_type=kind)
+        get_hf_file_metadata(url, timeout=_SECONDS)
+    except errors.GatedRepoError:
+        place = f"https://huggingface.co/{'' if kind == 'model' else 'datasets/'}{name}"
+        raise PermissionError(
+            f"the {what} {name} on the Hugging Face hub is open only to those who asked for it; ask at {place} and log "
+            "in with `hf auth login`, or name another"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise FileNotFoundError(_missing(name, what, f"it has none; {_LOGIN}")) from None
+    except errors.HFValidationError as error:
+        raise FileNotFoundError(_missing(name, what, " ".join(str(error).split()))) from None
+    except (errors.EntryNotFoundError, errors.HfHubHTTPError):
+        return True  # it is there without this file, or the hub is busy and what reads it tries again
+    except Exception:  # no connection: the class depends on the version of the library
+        return False
+    return True
+
+
+def _has_copy(name: str, kind: str, cached: Callable[[], bool]) -> bool:
+    """Return False, if a copy of what the hub cannot be asked for is in a cache; raise otherwise."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    file = "config.json" if kind == "model" else "README.md"
+    if cached() or isinstance(try_to_load_from_cache(name, file, repo_type=kind), str):
+        return False
+    reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
+    what = "model" if kind == "model" else "data set"
+    raise FileNotFoundError(_missing(name, what, f"{reason}, and no copy is in the cache"))
+
+
+def _missing(name: str, what: str, reason: str) -> str:
+    here = "directory" if what == "model" else "file or directory"
+    return (
+        f"there is no {here} {name}, and no {what} of that name could be loaded from the Hugging Face hub ({reason}); "
+        f"correct the name, or name a {here}"
+    )
