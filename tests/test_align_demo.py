@@ -15,6 +15,7 @@ from mopl.alignment import _demo_model, _demo_sampling, demo
 from mopl.alignment._demo_sampling import Response, Sampling, sample_all, sample_rows
 from mopl.alignment.readers import load_preferences
 from mopl.losses import normalize_labels
+from mopl.training.run_lock import RunInUse, locked
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -200,6 +201,19 @@ def test_answers_of_one_sentence_are_the_beginnings_of_what_is_said_without_that
 
 
 # ---------------------------------------------------------------- the data
+
+
+def test_two_demos_at_once_do_not_write_into_one_another(directory, tmp_path):
+    with locked(tmp_path), pytest.raises(RunInUse, match=r"is in use by process [0-9]+, .* or stop it$"):
+        demo.prepare(tmp_path, lambda _: None, model=directory, **OPTIONS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_chunks_of_something_else_are_neither_used_nor_deleted(loaded, tmp_path):
+    (tmp_path / "chunk-0000.json").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"holds chunks but no plan\.json that says of what; name another folder"):
+        sample_all(lambda: loaded, conversations(*PROMPTS), tmp_path, Sampling(), lambda _: None, model_key="m")
+    assert (tmp_path / "chunk-0000.json").read_text() == "mine"
 
 
 def test_prepare_makes_lists_that_the_readers_take(directory, tmp_path):

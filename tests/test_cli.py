@@ -247,6 +247,25 @@ def test_what_is_no_run_of_rankers_is_named(run, tmp_path, capsys):
         assert "is a run of mopl align, not of mopl rank; name another run or use" in capsys.readouterr().err
 
 
+def test_what_is_named_for_output_stays_what_it_is(run, tmp_path, capsys):
+    (tmp_path / "link").symlink_to("scores.tsv")
+    for place in ("/dev/null", str(tmp_path / "link")):
+        assert main(["steer", str(run), "--weights", "0.5", "0.5", "--output", place]) == 0
+    assert Path("/dev/null").is_char_device() and (tmp_path / "link").is_symlink()
+    scores = (tmp_path / "scores.tsv").read_text()
+    os.mkfifo(tmp_path / "pipe")
+    for command in (
+        ["steer", str(run), "--weights", "0.5", "0.5", "--output"],
+        ["report", str(run), "--table"],
+        ["report", str(run), "--html"],
+    ):
+        reader = subprocess.Popen(["cat", str(tmp_path / "pipe")], stdout=subprocess.PIPE)
+        assert main([*command, str(tmp_path / "pipe")]) == 0
+        got = reader.communicate(timeout=20)[0]
+        assert got == scores.encode() if command[0] == "steer" else len(got) > 100
+    assert (tmp_path / "pipe").is_fifo()
+
+
 def test_places_that_cannot_be_written_are_named(run, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     for command in (

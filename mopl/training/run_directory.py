@@ -130,7 +130,7 @@ def refresh(
         with locked(path):
             write(Path(path))
     except OSError as error:
-        if not isinstance(error, RunInUse) and error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if not isinstance(error, (RunInUse, PermissionError)) and error.errno != errno.EROFS:
             raise
         say(f"note: the table, picture and page in {path} stay as they are: {error}")
 
@@ -246,7 +246,9 @@ def read_run(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     file = Path(path) / CONFIG_FILE
     if not file.exists():
-        raise FileNotFoundError(f"there is no run at {path}: it has no {CONFIG_FILE}; name the directory of a run")
+        raise FileNotFoundError(
+            f"there is no run at {os.fspath(path) or repr('')}: it has no {CONFIG_FILE}; name the directory of a run"
+        )
     record = read_json(file, dict[str, Any], remedy=DAMAGED_RUN)
     if not {"config", "data"} <= record.keys():
         raise ValueError(f"{path} is no run of mopl: {file} is something else; name the directory of a run")
