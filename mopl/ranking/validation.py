@@ -10,7 +10,7 @@ Every training is judged by NDCG as the run measures it, larger being better:
 
 Tuned models move away from the main objective by design, so its NDCG would keep their first step. Their own held-out
 loss would keep an early one as well: on few lists it rises by overconfidence long before the rankings are at their
-best, and confidence is what `scale` takes back without training (docs/performance.md has figures of both).
+best, and confidence is what `scale` takes back without training.
 """
 
 from __future__ import annotations
