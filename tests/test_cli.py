@@ -45,6 +45,7 @@ def test_every_setting_is_a_flag_and_the_help_states_its_default():
         "steps": "10 epochs, at least 200", "base_steps": "3 epochs, at least 100", "objectives": "those of the data",
         "normalize_features": "that of the data", "top_k": "all", "base": None, "tensorboard": None,
         "points": "11, 15, 20 for 2, 3, 4 objectives, 11 above",
+        "validate_every": "a twentieth of the steps, at least 5",
     }  # fmt: skip
     for field in dataclasses.fields(RankConfig):
         help = re.sub(r"\s+", " ", flags[field.name].help)
