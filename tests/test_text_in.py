@@ -148,6 +148,15 @@ def test_separators_inside_of_texts_and_byte_order_marks_change_nothing(tmp_path
     ]
 
 
+def test_a_first_line_that_is_an_array_by_itself_is_a_bad_row_and_not_the_file(tmp_path):
+    path = write(tmp_path / "d.jsonl", "\n" + json.dumps([1]) + "\n" + json.dumps(row("one")))
+    with pytest.raises(DataError, match=r"1 x wrong type \(line 2: it is a list"):
+        load_preferences(path)
+    assert load_preferences(path, on_error="skip")[0].prompt == "one"
+    for text in (json.dumps([row("one")]), json.dumps([row("one")], indent=1)):
+        assert load_preferences(write(path, text + "\n\n"))[0].place == "row 1"
+
+
 def test_a_first_row_of_no_known_format_is_a_bad_row_like_any_other(tmp_path):
     path = write(tmp_path / "d.jsonl", "\n".join(map(json.dumps, [{"x": 1}, {}, row("one")])))
     with pytest.raises(DataError, match=r"2 x unknown columns \(line 1: no known format has x; line 2: .* none\)"):

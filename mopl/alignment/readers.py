@@ -251,13 +251,20 @@ def rows_of_json(path: Path) -> Iterator[Placed]:
         for number, line in byte_lines(path):
             if not line.strip():
                 continue
-            if first and line.lstrip().startswith(b"["):
+            if first and line.lstrip().startswith(b"[") and not _is_of_lines(path):
                 yield from _rows_of_array(path)
                 return
             first = False
             yield f"line {number}", _row_of_line(line)
     except TextError as error:
         raise DataError(str(error)) from None
+
+
+def _is_of_lines(path: Path) -> bool:
+    """Return whether the first line of a file is a whole array by itself and others follow: then it is a bad row."""
+    lines = (line for _, line in byte_lines(path) if line.strip())
+    first, more = next(lines), next(lines, None)
+    return more is not None and not isinstance(_row_of_line(first), RowError)
 
 
 def _row_of_line(line: bytes) -> Any:
