@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from mopl._extras import require
+
 _SECONDS = 10.0  # to wait for an answer
 _LOGIN = "log in with `hf auth login` if it is private"
 
@@ -26,6 +28,7 @@ def loading(name: str, what: str = "model") -> Iterator[dict[str, Any]]:
     Raises:
         OSError: If there is no such model, or it cannot be read.
     """
+    require("safetensors")
     from safetensors import SafetensorError
 
     path = Path(name)
@@ -68,6 +71,7 @@ def find(name: str, kind: str = "model", *, cached: Callable[[], bool] = lambda:
 
 @functools.lru_cache
 def _find(name: str, kind: str) -> bool:
+    require("huggingface_hub")
     from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_url
 
     if constants.HF_HUB_OFFLINE:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mopl._extras import require
 from mopl._records import REMEDY, check_file, damaged
 
 Shapes = Mapping[str, Sequence[int]]
@@ -28,6 +29,7 @@ def opened(file: str | os.PathLike[str], *, remedy: str = REMEDY) -> Iterator[An
         FileNotFoundError: If nothing is there.
         DamagedFile: If it is no safetensors file, or cut off.
     """
+    require("safetensors")
     from safetensors import SafetensorError, safe_open
 
     path = check_file(file, remedy=remedy)

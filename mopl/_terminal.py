@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, TextIO
 
+from mopl._extras import require
+
 # C0, DEL and C1 steer a terminal; overrides and isolates of direction reorder what is read; U+2028 and U+2029 break
 # lines; surrogates cannot be written at all.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -335,6 +337,7 @@ def progress(name: str, total: int, unit: str, *, start: int = 0, show: bool = T
     if not (show and bars_wanted()):
         yield Progress(name, total, unit, start=start, show=show and sys.stderr is not None)
         return
+    require("tqdm")
     from tqdm import tqdm
 
     with tqdm(

@@ -24,6 +24,8 @@ import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
+from mopl._extras import require
+
 _SPACELESS = (
     r"[[\p{L}\p{N}]&&[\p{scx=Han}\p{scx=Hiragana}\p{scx=Katakana}\p{scx=Bopomofo}\p{Line_Break=Complex_Context}]]"
 )
@@ -37,10 +39,9 @@ _ENDS = rf"[.!?…]+(?=\s|$|[\"'”’)\]])|{_OTHER_END}"
 
 @functools.cache
 def _pattern(text: str) -> Any:
-    try:
-        import regex
-    except ImportError as error:
-        raise ImportError("counting words needs regex: pip install 'mopl[rewards]', or pip install regex") from error
+    require("regex", what="counting words")
+    import regex
+
     return regex.compile(rf"(?V1)(?s){text}")
 
 

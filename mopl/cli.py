@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mopl import __version__
+from mopl._extras import require_for
 from mopl._renamed import renamed
 from mopl._terminal import exit_status, one_line, print_traceback, printable, say, shell, terminal
 from mopl.alignment.command import add_parser as add_align_parser
@@ -327,6 +328,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _act(parsed: argparse.Namespace) -> int:
     """Do what was asked for; an error is said in a line."""
     try:
+        # A table is drawn by rich on a terminal, at the end of a run.
+        drawn = parsed.command in ("rank", "align", "report") and sys.stdout is not None and sys.stdout.isatty()
+        tables = ("rich",) * drawn
+        require_for(parsed.command, *tables, *("tensorboard",) * getattr(parsed, "tensorboard", False))
         return parsed.act(parsed)
     except KeyboardInterrupt:
         say("mopl: stopped", file=sys.stderr)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from mopl._arguments import shape_of
+from mopl._extras import require
 from mopl.conditioning.sampling import check_weights
 from mopl.steering import log_mix
 
@@ -219,6 +220,7 @@ def _generate(
             raise ValueError(f"input_ids have padding (token {pad}); pass the tokenizer's attention_mask too")
         mask = torch.ones_like(tokens)
     processors = [MixedLogits(others, coefficients, mask), *(kwargs.pop("logits_processor", None) or [])]
+    require("transformers")
     from transformers import LogitsProcessorList
 
     return model.generate(

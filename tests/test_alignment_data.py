@@ -521,7 +521,7 @@ def test_a_name_that_is_no_path_is_loaded_from_the_hub(monkeypatch):
 
 def test_without_the_library_datasets_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=r"pip install 'mopl\[hf\]'"):
+    with pytest.raises(ImportError, match=r"needs datasets, .* run: pip install .*\[hf\]'"):
         load_preferences("owner/name")
 
 

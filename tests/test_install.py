@@ -50,9 +50,7 @@ def installed(request, tmp_path_factory):
 
 def test_a_clone_does_not_hide_the_package_from_the_folder_above(installed):
     kind, clone, python, packages = installed
-    show = (
-        "import mopl; mopl.losses; from importlib.util import find_spec as f; print(f('mopl.kernels.listnet').origin)"
-    )
+    show = "import mopl, importlib.util as u; mopl.losses; print(u.find_spec('mopl.kernels.listnet').origin)"
     found = Path(run(python, "-c", show, cwd=clone.parent))
     assert found == (clone if kind == "editable" else packages) / "mopl" / "kernels" / "listnet.py"
     assert run(python, "-m", "mopl.cli", "--version", cwd=clone.parent) == "mopl 0.1.0"

@@ -149,7 +149,7 @@ def test_bad_shapes_and_directions_are_named():
 
 def test_without_moocore_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "moocore", None)
-    with pytest.raises(ImportError, match=r"mopl\[eval\]"):
+    with pytest.raises(ImportError, match=r"needs moocore, .* run: pip install .*\[eval\]'"):
         hypervolume([[1.0, 2.0]], (0, 0), maximise=True)
     assert non_dominated([[1.0, 2.0]], maximise=True).all()
 

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mopl._extras import require
 from mopl._files import write_file, write_folder
 from mopl._records import read_json
 
@@ -57,6 +58,7 @@ def smollm2(say: Callable[[str], None], *, cache: Path | None = None) -> Path:
     except (OSError, ValueError):
         pass  # not there, or half of an older one
     with tempfile.TemporaryDirectory(prefix="mopl-") as temporary:
+        require("gguf", "transformers", what="the demo", extra="demo-lm")  # before 93 MB are fetched
         file = _find(say) or _fetch(Path(temporary), say)
         if (found := _sha256(file)) != GGUF_SHA256:
             raise OSError(
@@ -110,12 +112,9 @@ def convert(file: Path, folder: Path) -> None:
         ImportError: If gguf or transformers is not installed.
         ValueError: If weights are missing, or the tokenizer has no chat template or changes texts.
     """
-    try:
-        import gguf  # noqa: F401  # transformers asks for it late, with an advice that does not name our extra
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-    except ImportError as error:
-        raise ImportError(f"the demo needs {error.name}: pip install 'mopl[demo-lm]'") from error
+    require("gguf", "transformers", what="the demo", extra="demo-lm")  # transformers asks for gguf late
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where: dict[str, Any] = {"gguf_file": file.name}
     tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **where)

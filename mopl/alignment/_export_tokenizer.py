@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mopl._extras import require
+
 PLACE = "mopl_front"  # name of what is inserted, in the post-processor of the tokenizers library
 SAMPLES = ("Hello world", "a", "  two  spaces\nand a line break", "")
 CHAT_NAME = "a conversation"
@@ -39,6 +41,7 @@ def prepare_tokenizer(tokenizer: Any, virtual: int = 0, *, text: str | None = No
     """
     original, tokenizer = tokenizer, copy.deepcopy(tokenizer)
     if text is None:
+        require("tokenizers")
         from tokenizers import AddedToken
 
         names = [f"<|mopl_{i}|>" for i in range(virtual)]
@@ -122,6 +125,7 @@ def check_saved(path: Path, original: Any, front: Front) -> None:
     Raises:
         ValueError: If the tokenizer, read back, does not write the front before the original's tokens.
     """
+    require("transformers")
     from transformers import AutoTokenizer
 
     file = path / "tokenizer_config.json"

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from mopl import _terminal
+from mopl._extras import require, require_for
 from mopl._files import write_file
 from mopl.alignment._demo_model import smollm2
 from mopl.alignment._demo_sampling import Response, Sampling, sample_all, whole_sentences
@@ -145,7 +146,8 @@ def prepare(
         raise ValueError(f"lists is {lists} but must be between 2 and {len(pool)}, the number of prompts")
     if samples < 2:
         raise ValueError(f"samples is {samples} but a list needs at least 2 answers")
-    judge = Rewards(make_all(rewards))  # before anything is sampled: a missing package shows here
+    require_for("align", "peft")  # before anything is sampled, what the training will need; so do the rewards
+    judge = Rewards(make_all(rewards))
     if unknown := [name for name in objectives if name not in judge.names]:
         raise ValueError(f"objectives has {', '.join(unknown)} but the rewards are {', '.join(judge.names)}")
     folder = smollm2(say, cache=None if cache is None else Path(cache)) if model is None else Path(model)
@@ -178,10 +180,9 @@ def prepare(
 
 
 def _load(folder: Path) -> tuple[Any, Any]:
-    try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-    except ImportError as error:
-        raise ImportError(f"the demo needs {error.name}: pip install 'mopl[demo-lm]'") from error
+    require("transformers", what="the demo", extra="demo-lm")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).eval(), AutoTokenizer.from_pretrained(str(folder))

@@ -47,6 +47,7 @@ from torch import Tensor, nn
 
 from mopl import __version__
 from mopl._arguments import check_choice
+from mopl._extras import require
 from mopl._files import write_folder
 from mopl._restoring import evaluating
 from mopl.alignment._export_tokenizer import Front, check_saved, prepare_tokenizer
@@ -351,6 +352,7 @@ def _save_model(model: Any, path: Path) -> None:
 
 def _save_prompt(model: HyperPromptModel, prefix: Tensor, path: Path) -> None:
     """Write a prompt as PEFT's prompt tuning."""
+    require("peft", "safetensors")
     from peft import PromptTuningConfig, TaskType
     from safetensors.torch import save_file
 

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mopl._extras import require
 from mopl._files import write_files
 from mopl._hub import loading
 from mopl._tensor_files import read_tensors, shapes_of
@@ -46,6 +47,7 @@ def load_tokenizer(name: str) -> Any:
     Raises:
         OSError: If there is no such model, or it has no tokenizer.
     """
+    require("transformers")
     from transformers import AutoTokenizer
 
     with loading(name, "tokenizer") as how:
@@ -67,6 +69,7 @@ def load_causal_lm(name: str, *, dtype: str = "auto", attention: str | None = No
         OSError: If there is no such model.
         UnsupportedModelError: If its head cannot be fused.
     """
+    require("transformers")
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with loading(name, "configuration") as how:
@@ -133,6 +136,7 @@ def new_model(
     model = base.requires_grad_(False)
     record = tuning_record(config, objectives, conditioned=conditioned, temperature=temperature)
     if config.lora_rank:
+        require("peft")
         from peft import LoraConfig, TaskType, get_peft_model
 
         targets = config.lora_targets

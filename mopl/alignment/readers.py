@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mopl._extras import require
 from mopl._hub import find
 from mopl._lines import TextError, byte_lines, decode, json_array, parse_json, read_lines, read_text
 from mopl.alignment import formats
@@ -288,12 +289,9 @@ def _rows_of_array(path: Path) -> Iterator[Placed]:
 
 
 def _library() -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError(
-            "only JSON files can be read without the library datasets; pip install 'mopl[hf]' or pip install datasets"
-        ) from error
+    require("datasets", what="data that is not a JSON file")
+    import datasets
+
     return datasets
 
 

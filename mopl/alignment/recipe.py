@@ -23,6 +23,7 @@ from typing import Any
 from torch import Tensor
 
 from mopl import _terminal
+from mopl._extras import require_for
 from mopl._files import write_file
 from mopl._restoring import seeded
 from mopl.alignment import models
@@ -95,10 +96,12 @@ def align(
     Raises:
         FileExistsError: If there is a run and neither `resume` nor `overwrite` is set.
         FileNotFoundError: If there is no run to resume, or no data.
+        ImportError: If a package is missing; the message says how to install it.
         ValueError: If a setting or the data is unsound, or a resumed run had other settings, data or another model.
         TrainingDiverged: If a loss is no longer a number.
         RunInterrupted: After Ctrl-C or SIGTERM, once a checkpoint is written.
     """
+    require_for("align", *("peft",) * (config.lora_rank > 0), *("tensorboard",) * config.tensorboard)
     accelerator = make_accelerator(config.mixed_precision, cpu=config.device == "cpu")
     tell = say if accelerator.is_main_process else (lambda text: None)
     stem = f"align-{_data_word(config)}-{config.method}"

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mopl._extras import require
 from mopl._files import discard_folder, write_file
 from mopl._restoring import evaluating
 from mopl._tensor_files import opened, read_tensors
@@ -165,6 +166,7 @@ class ReferenceStore:
         return read_tensors(file, {"scores": (sum(len(item.responses) for item in lists),)}, remedy=remedy)["scores"]
 
     def _write(self, file: Path, scores: Tensor, identity: dict[str, str]) -> None:
+        require("safetensors")
         from safetensors.torch import save_file
 
         if self.accelerator.is_main_process:

@@ -17,12 +17,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LogitsProcessor
 
 from mopl._arguments import shape_of
+from mopl._extras import require
 from mopl.conditioning import HyperPromptModel, WeightedModel
 from mopl.conditioning._causal_lm import is_peft
 from mopl.steering import rescale
+
+require("transformers", what="generation")
+from transformers import LogitsProcessor  # noqa: E402
 
 # How a run says that the reference is the model itself, with everything that was trained switched off.
 OWN_REFERENCE = ("self", "precomputed")

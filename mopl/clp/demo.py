@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from mopl import _terminal
+from mopl._extras import require_for
 from mopl._files import write_file
 from mopl.alignment import demo
 
@@ -71,7 +72,8 @@ def demo_settings(
     """
     from mopl.clp.recipe import make_rewards
 
-    make_rewards(SETTINGS["rewards"])  # a missing package shows before anything is made
+    require_for("align", "peft")  # a missing package shows before anything is made
+    make_rewards(SETTINGS["rewards"])
     home = demo.smollm2(say) if model is None else Path(model)
     pool = [prompt for group in demo.load_prompts().values() for prompt in group]
     chosen = [pool[i] for i in np.random.default_rng(0).permutation(len(pool))[:count]]

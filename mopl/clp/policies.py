@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mopl._extras import require
 from mopl._restoring import generators_kept
 from mopl._tensor_files import read_tensors
 from mopl.alignment import models
@@ -194,6 +195,7 @@ def new_policy(base: Any, config: ClpConfig, objectives: Sequence[str], kind: st
         with models._quiet():
             model = LoraMixture(base, len(names), config=_lora(config), coefficients=rule, record=record)
     elif scope == "prompt":
+        require("peft")
         from peft import get_peft_model
 
         with models._quiet():
@@ -271,6 +273,7 @@ def save_soup(folders: Sequence[Path], target: Path, base: Any, config: ClpConfi
     record = TuningRecord(tuple(objectives), beta=config.kl_weight[0])
     scope = config.baseline_scope
     if scope == "lora":
+        require("peft", "safetensors")
         from peft import set_peft_model_state_dict
 
         with models._quiet():

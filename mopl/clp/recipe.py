@@ -26,6 +26,7 @@ import msgspec
 import torch
 
 from mopl import _terminal
+from mopl._extras import require_for
 from mopl._files import discard_folder, write_file
 from mopl._records import Finite, damaged, read_json
 from mopl._restoring import seeded
@@ -99,11 +100,14 @@ def train_policies(
     Raises:
         FileExistsError: If there is a run and neither `resume` nor `overwrite` is set.
         FileNotFoundError: If there is no run to resume, or no prompts.
+        ImportError: If a package is missing; the message says how to install it.
         ValueError: If a setting is unsound, or a resumed run had other settings or prompts.
         PolicyCollapsed: If a guard stopped a training.
         TrainingDiverged: If a loss is no longer a number.
         RunInterrupted: After Ctrl-C or SIGTERM, once a checkpoint is written.
     """
+    adapters = ("peft",) * (config.scope in ("lora", "prompt"))
+    require_for("align", *adapters, *("tensorboard",) * config.tensorboard)
     # Rollouts generate with the policy itself, which a sharded one cannot do.
     accelerator = make_accelerator(cpu=config.device == "cpu", sharding=False)
     tell = say if accelerator.is_main_process else (lambda text: None)

@@ -19,6 +19,7 @@ import msgspec
 import torch
 from torch import Tensor
 
+from mopl._extras import require
 from mopl._files import write_file
 from mopl._records import check, damaged
 from mopl._restoring import evaluating
@@ -59,6 +60,7 @@ class Sampler:
     """
 
     def __init__(self, tokenizer: Any, ends: Sequence[int], config: ClpConfig) -> None:
+        require("transformers")
         from transformers import GenerationConfig
 
         self.tokenizer, self.ends, self.config = tokenizer, tuple(ends), config

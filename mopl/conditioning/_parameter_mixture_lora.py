@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mopl._extras import require
 from mopl._files import write_files
 from mopl.conditioning._causal_lm import DELEGATED, is_peft
 from mopl.conditioning._parameter_mixture_parts import AlphaCoefficients, CoefficientRule, coefficients_of
@@ -60,6 +61,7 @@ class LoraMixture(nn.Module):
         sets: int | None = None,
         record: TuningRecord | Sequence[str] | None = None,
     ) -> None:
+        require("peft")
         import peft
 
         super().__init__()

@@ -12,6 +12,7 @@ import msgspec
 from torch import nn
 
 from mopl._bounds import check_bounds
+from mopl._extras import require
 from mopl._records import DamagedFile, Finite, Kind, damaged, read_json
 from mopl._tensor_files import check_shapes, read_tensors, shapes_of
 
@@ -180,6 +181,7 @@ def base_model(
         return model
     if record["base_model"] is None:
         raise ValueError(f"{Path(directory) / CONFIG_FILE} names no base model; pass it as model")
+    require("transformers")
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(record["base_model"], **options)
@@ -204,6 +206,7 @@ def load_adapters(model: Any, paths: Mapping[str, Path], *, trainable: bool = Fa
         FileNotFoundError: If a file is missing; PEFT would ask the hub for it.
         DamagedFile: If a file is damaged, or does not fit the model.
     """
+    require("peft")
     from peft import PeftModel
 
     wrapped: Any = None

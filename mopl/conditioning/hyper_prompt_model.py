@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from mopl._arguments import check_choice, shape_of
+from mopl._extras import require
 from mopl._files import write_files
 from mopl._tensor_files import check_fits, load_state, read_tensors
 from mopl.conditioning._causal_lm import DELEGATED, check_model, count_new_tokens, is_peft
@@ -346,6 +347,7 @@ class HyperPromptModel(nn.Module):
 
     def save_pretrained(self, directory: str | os.PathLike[str], **_: Any) -> None:
         """Write the prompt, the adapter if there is one, and `mopl.json` into a folder; never the frozen base model."""
+        require("safetensors")
         from safetensors.torch import save_file
 
         model: Any = self.model

@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mopl._extras import require
 from mopl._files import write_files
 from mopl._records import damaged
 from mopl._tensor_files import check_shapes, read_tensors
@@ -327,6 +328,7 @@ class ParameterMixture(nn.Module):
 
     def save_pretrained(self, directory: str | os.PathLike[str], **_: Any) -> None:
         """Write all sets, the shared part, the model's configuration and `mopl.json` into a folder."""
+        require("safetensors")
         from safetensors.torch import save_file
 
         if self._inside:
@@ -394,6 +396,7 @@ class ParameterMixture(nn.Module):
         if model is None:
             if not (folder / MODEL_FOLDER).is_dir():
                 raise ValueError(f"{folder} holds no configuration of a model; pass the model")
+            require("transformers")
             from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
             source = str(folder / MODEL_FOLDER)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mopl._extras import require
 from mopl.integrations._objective import Measured
 from mopl.integrations._settings import EVAL_POINTS, EVAL_POINTS_ABOVE
 from mopl.pareto.grid import weight_grid
@@ -62,6 +63,7 @@ class GridResults:
                 found[f"{name}_loss@{at}"] = float(losses[n, j])
                 found[f"{name}_accuracy@{at}"] = float(accuracies[n, j])
         if user_metrics is not None:
+            require("transformers")
             from transformers import EvalPrediction
 
             each = np.divide(correct, pairs, out=np.zeros_like(correct), where=pairs > 0)

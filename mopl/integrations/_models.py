@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mopl._extras import require
 from mopl._restoring import evaluating
 from mopl._tensor_files import load_state
 from mopl.alignment.collate import ListBatch, to_lists
@@ -52,6 +53,7 @@ def prepare_model(model: Any, peft_config: Any = None, model_init_kwargs: dict[s
         mopl.alignment.head.UnsupportedModelError: If the head cannot be fused.
     """
     if isinstance(model, str):
+        require("transformers")
         from transformers import AutoModelForCausalLM
 
         model = AutoModelForCausalLM.from_pretrained(model, **(model_init_kwargs or {}))
@@ -63,6 +65,7 @@ def prepare_model(model: Any, peft_config: Any = None, model_init_kwargs: dict[s
                 f"peft_config was passed with a {type(model).__name__}; wrap the causal language model with "
                 "peft.get_peft_model first and pass the result (or a HyperPromptModel around it)"
             )
+        require("peft")
         from peft import get_peft_model
 
         model = get_peft_model(model, peft_config)
@@ -150,6 +153,7 @@ def load_hyper_prompt(model: HyperPromptModel, folder: str | Path) -> None:
     if (adapter is not None) != is_peft(model.model):
         raise ValueError(f"{folder} has {'an' if adapter else 'no'} adapter but the model differs in that")
     if adapter is not None:
+        require("peft")
         from peft import load_peft_weights, set_peft_model_state_dict
 
         path = adapter_folder(folder, adapter)

@@ -31,6 +31,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from mopl._extras import require
+
+require("transformers", "accelerate", what="mopl.integrations.transformers")
 from transformers import Trainer, TrainingArguments, set_seed
 
 from mopl._files import write_file

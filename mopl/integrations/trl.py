@@ -27,6 +27,10 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from torch import Tensor
+
+from mopl._extras import require
+
+require("trl", "transformers", "accelerate", what="mopl.integrations.trl", extra="trl")
 from trl import DPOConfig  # type: ignore[attr-defined]
 
 from mopl.alignment.collate import ListCollator

@@ -8,7 +8,6 @@ The exact indicators come from moocore (the extra `eval`), which is imported whe
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mopl._extras import require
 from mopl.pareto._exact import exponent, homogeneous, lengths, row_blocks, scaled_back
 from mopl.pareto._volumes import BOOTSTRAP, DIRECTIONS, patiently, seconds
 
@@ -58,12 +58,10 @@ def directions(maximise: Maximise, objectives: int) -> np.ndarray:
 
 def _moocore() -> Any:
     """Import moocore on use."""
-    try:
-        return importlib.import_module("moocore")
-    except ImportError as error:
-        raise ImportError(
-            "this indicator needs moocore, which is not installed; run: pip install 'mopl[eval]'"
-        ) from error
+    require("moocore", what="this indicator")
+    import moocore
+
+    return moocore
 
 
 def hypervolume(points: Points, reference: Sequence[float] | Tensor | np.ndarray, *, maximise: Maximise) -> float:

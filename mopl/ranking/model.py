@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from mopl import steering
 from mopl._arguments import check_choice, shape_of
 from mopl._bounds import check_bounds
+from mopl._extras import require
 from mopl._files import write_files
 from mopl._records import DamagedFile, Kind, check, damaged, read_json, settings_from
 from mopl._tensor_files import check_fits, load_state
@@ -323,6 +324,7 @@ class RankingModel(nn.Module):
 
 
 def _save(model: nn.Module, config: dict[str, Any], directory: str | os.PathLike[str]) -> None:
+    require("safetensors", extra="demo")
     from safetensors.torch import save_model
 
     def fill(folder: Path) -> None:

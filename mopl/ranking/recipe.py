@@ -22,6 +22,7 @@ from typing import Any
 from torch import Tensor
 
 from mopl import _terminal
+from mopl._extras import require_for
 from mopl._files import write_file
 from mopl._restoring import seeded
 from mopl.pareto._volumes import check_affordable
@@ -98,10 +99,12 @@ def rank(
     Raises:
         FileExistsError: If there is a run and neither `resume` nor `overwrite` is set.
         FileNotFoundError: If there is no run to resume, or no data.
+        ImportError: If a package is missing; the message says how to install it.
         ValueError: If a setting or the data is unsound, or a resumed run had other settings or data.
         TrainingDiverged: If a loss is no longer a number.
         RunInterrupted: After Ctrl-C or SIGTERM, once a checkpoint is written.
     """
+    require_for("rank", *("tensorboard",) * config.tensorboard)
     accelerator = make_accelerator(config.mixed_precision, cpu=config.device == "cpu")
     tell = say if accelerator.is_main_process else (lambda text: None)
     stem = f"rank-{_data_word(config)}-{config.method}"

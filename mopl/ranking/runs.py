@@ -12,6 +12,7 @@ import msgspec
 import torch
 from torch import Tensor
 
+from mopl._extras import require
 from mopl._files import write_file
 from mopl._records import Finite, damaged, read_json
 from mopl._tensor_files import opened, read_tensors
@@ -97,6 +98,7 @@ def load_splits(config: RankConfig) -> dict[str, RankingData]:
 
 def save_normalizer(path: Path, train: RankingData) -> None:
     """Keep what the normalisation of the features measured, so that the model can be used on other data."""
+    require("safetensors", extra="demo")
     from safetensors.torch import save_file
 
     normalizer = train.normalizer

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mopl._extras import require
 from mopl._files import discard_folder, write_file
 from mopl._restoring import seeded
 from mopl._tensor_files import read_tensors
@@ -142,6 +143,7 @@ class Stages:
 
     def references(self, base: ListTransformer, splits: dict[str, RankingData]) -> dict[str, Tensor]:
         """Return the base model's scores of every split; they are computed once and kept in the run."""
+        require("safetensors", extra="demo")
         from safetensors.torch import save_file
 
         file = self.path / REFERENCE

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from mopl._extras import require
 from mopl._lines import TextError, open_bytes, read_lines
 from mopl._terminal import progress
 from mopl.ranking.array_cache import ArrayCache
@@ -286,12 +287,10 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
 
 def _parse(path: Path) -> dict[str, np.ndarray]:
     """Parse a file into features, labels, offsets and query_ids (the last two empty if it has no ids)."""
-    try:
-        from sklearn.datasets import load_svmlight_file
+    require("sklearn", what="reading SVMlight files")
+    from sklearn.datasets import load_svmlight_file
 
-        load: Any = load_svmlight_file  # its annotations are those of the defaults
-    except ImportError as error:
-        raise ImportError("reading SVMlight files needs scikit-learn: pip install 'mopl[demo]'") from error
+    load: Any = load_svmlight_file  # its annotations are those of the defaults
 
     blocks: list[np.ndarray] = []
     labels: list[np.ndarray] = []

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 from mopl._arguments import check_choice
+from mopl._extras import require
 from mopl.ranking.data import RankingData
 from mopl.ranking.objectives import Objective
 
@@ -57,10 +58,8 @@ def travel(features: Literal["situation", "conditional_logit"] = "situation") ->
         ValueError: if there is no such feature set.
     """
     check_choice(features, FEATURE_SETS, "features")
-    try:
-        from statsmodels.datasets import modechoice
-    except ImportError as error:
-        raise ImportError("the data set travel needs statsmodels: pip install 'mopl[demo]'") from error
+    require("statsmodels", what="the data set travel")
+    from statsmodels.datasets import modechoice
 
     table: Any = modechoice.load_pandas().data
     column = {name: table[name].to_numpy(dtype=np.float64) for name in table.columns}

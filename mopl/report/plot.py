@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mopl._extras import require
 from mopl.pareto import non_dominated
 from mopl.report.records import (
     Metric,
@@ -29,7 +30,6 @@ from mopl.report.records import (
     is_base,
     mean_and_std,
     read_all,
-    require,
     write,
 )
 
@@ -115,7 +115,7 @@ def plot_front(
             number of objectives.
     """
     check_picture(path)
-    require("matplotlib")
+    require("matplotlib", what="the picture")
     from matplotlib import rc_context
 
     records = read_all(fronts)

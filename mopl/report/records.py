@@ -7,7 +7,6 @@ which every optional part is either there or None.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import math
 import os
@@ -285,21 +284,6 @@ def mean_and_std(values: Iterable[float]) -> tuple[float, float]:
         return math.nan, math.nan
     mean = math.fsum(known) / len(known)
     return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in known) / len(known))
-
-
-def require(module: str) -> Any:
-    """Import a module of an extra on use.
-
-    Raises:
-        ImportError: If it is not installed; the message names the extra.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        extra = "eval" if module.startswith("matplotlib") else "demo"
-        raise ImportError(
-            f"this report needs {module.split('.')[0]}, which is not installed; run: pip install 'mopl[{extra}]'"
-        ) from error
 
 
 def write(path: str | os.PathLike[str], content: bytes | Callable[[Path], None]) -> Path:

@@ -12,8 +12,9 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mopl._extras import require
 from mopl._terminal import Stream, spelled
-from mopl.report.records import Metric, Record, by_method, clean, is_base, mean_and_std, read_all, require
+from mopl.report.records import Metric, Record, by_method, clean, is_base, mean_and_std, read_all
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -230,7 +231,7 @@ def as_text(summary: Summary) -> str:
 
 def as_rich(summary: Summary, columns: int) -> Any:
     """Return the table as a rich renderable that fits `columns`: details move below their values, then rows stack."""
-    require("rich")
+    require("rich", what="the table on a terminal")
     from rich import box
     from rich.console import Console, Group
     from rich.measure import Measurement
@@ -302,7 +303,11 @@ def print_table(
         return text
     shown = _spelled(summary, getattr(stream, "encoding", None))
     if console is None and stream.isatty():
-        console = require("rich.console").Console(file=stream.in_colour() if isinstance(stream, Stream) else stream)
+        require("rich", what="the table on a terminal")
+        from rich.console import Console
+
+        drawn: Any = stream.in_colour() if isinstance(stream, Stream) else stream
+        console = Console(file=drawn)
     if console is not None and console.is_terminal:
         console.print(as_rich(shown, console.width))
     else:

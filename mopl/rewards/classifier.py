@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from mopl._arguments import check_choice
+from mopl._extras import require
 from mopl._hub import loading
-from mopl.rewards.reward import Prompt, require
+from mopl.rewards.reward import Prompt
 
 INPUTS = ("text", "pair", "chat")
 ACTIVATIONS = ("none", "sigmoid", "softmax")
@@ -59,7 +60,9 @@ class ClassifierReward:
         check_choice(inputs, INPUTS, "inputs")
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size} but must be at least 1")
-        transformers = require("transformers", "transformers", name)
+        require("transformers", what=f"the reward {name}")
+        import transformers
+
         self.name, self.maximise, self.activation, self.inputs = name, maximise, activation, inputs
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if dtype is None:

@@ -12,7 +12,6 @@ instead of ending a run.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -95,20 +94,6 @@ class FunctionReward:
     def __call__(self, texts: Sequence[str], prompts: Sequence[Prompt]) -> Tensor:
         """Return what the function returns, as a float32 tensor."""
         return torch.as_tensor(self.function(texts, prompts), dtype=torch.float32)
-
-
-def require(module: str, package: str, reward: str) -> Any:
-    """Import the module that a reward is built on.
-
-    Raises:
-        ImportError: If it is not installed; the message says how to install it.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f"the reward {reward} needs {package}: pip install 'mopl[rewards]', or pip install {package} ({error})"
-        ) from error
 
 
 def prompt_key(prompt: Prompt) -> str:

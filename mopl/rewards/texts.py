@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from mopl._arguments import check_choice
+from mopl._extras import require
 from mopl._words import count_sentences, is_foreign_to_latin, tokens_of, words_of
-from mopl.rewards.reward import Prompt, TextReward, prompt_key, require
+from mopl.rewards.reward import Prompt, TextReward, prompt_key
 
 ROUGE_VARIANTS = ("rouge1", "rouge2", "rouge3", "rougeL", "rougeLsum")
 ROUGE_MEASURES = ("fmeasure", "precision", "recall")
@@ -26,8 +27,10 @@ class Sentiment(TextReward):
     name = "sentiment"
 
     def __init__(self) -> None:
-        vader = require("vaderSentiment.vaderSentiment", "vaderSentiment", self.name)
-        self._analyzer = vader.SentimentIntensityAnalyzer()
+        require("vaderSentiment", what=f"the reward {self.name}")
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+        self._analyzer = SentimentIntensityAnalyzer()
 
     def score(self, text: str, prompt: Prompt = "") -> float:
         """Return the compound score."""
@@ -87,7 +90,7 @@ def _counter(unit: str | Callable[[str], float], reward: str) -> Callable[[str],
     check_choice(unit, ("words", "characters"), "unit")
     if unit == "characters":
         return len
-    require("regex", "regex", reward)
+    require("regex", what=f"the reward {reward}")
     return lambda text: len(words_of(text))
 
 
@@ -109,10 +112,11 @@ class Profanity(TextReward):
     def __init__(
         self, languages: Sequence[str] = ("english",), *, extra: Sequence[str] = (), ignore: Sequence[str] = ()
     ) -> None:
-        glin = require("glin_profanity", "glin-profanity", self.name)
-        self._filter = glin.Filter(
-            {"languages": list(languages), "custom_words": list(extra), "ignore_words": list(ignore)}
-        )
+        require("glin_profanity", what=f"the reward {self.name}")
+        from glin_profanity import Filter
+
+        config: Any = {"languages": list(languages), "custom_words": list(extra), "ignore_words": list(ignore)}
+        self._filter = Filter(config)
 
     def score(self, text: str, prompt: Prompt = "") -> float:
         """Return the number of matches."""
@@ -154,10 +158,11 @@ class Readability(TextReward):
     name = "readability"
 
     def __init__(self, language: str = "en_US") -> None:
-        pyphen = require("pyphen", "pyphen", self.name)
+        require("pyphen", "regex", what=f"the reward {self.name}")
+        import pyphen
+
         if pyphen.language_fallback(language) is None:
             raise ValueError(f"language is {language!r} but pyphen has {', '.join(sorted(pyphen.LANGUAGES))}")
-        require("regex", "regex", self.name)
         self._hyphenator, self._english = pyphen.Pyphen(lang=language), language.lower().startswith("en")
 
     def syllables(self, word: str) -> int:
@@ -207,9 +212,10 @@ class Rouge(TextReward):
     ) -> None:
         check_choice(variant, ROUGE_VARIANTS, "variant")
         check_choice(measure, ROUGE_MEASURES, "measure")
-        rouge = require("rouge_score.rouge_scorer", "rouge-score", self.name)
-        require("regex", "regex", self.name)
-        self._scorer = rouge.RougeScorer([variant], tokenizer=_Tokenizer(stem))
+        require("rouge_score", "regex", what=f"the reward {self.name}")
+        from rouge_score.rouge_scorer import RougeScorer
+
+        self._scorer = RougeScorer([variant], tokenizer=_Tokenizer(stem))
         self.references, self.variant, self.measure = references, variant, measure
 
     def score(self, text: str, prompt: Prompt = "") -> float:
@@ -225,8 +231,9 @@ class _Tokenizer:
     """Cuts texts for rouge-score, which asks for nothing but `tokenize`."""
 
     def __init__(self, stem: bool) -> None:
-        tokenizers = require("rouge_score.tokenizers", "rouge-score", Rouge.name)
-        self._of_ascii = tokenizers.DefaultTokenizer(use_stemmer=stem)
+        from rouge_score.tokenizers import DefaultTokenizer
+
+        self._of_ascii = DefaultTokenizer(use_stemmer=stem)
 
     def tokenize(self, text: str) -> list[str]:
         """Return the tokens of a text."""

@@ -25,6 +25,7 @@ import msgspec
 import torch
 from torch import nn
 
+from mopl._extras import require
 from mopl._files import discard_folder, remove_leftovers, write_folder
 from mopl._records import Count, Seconds, check, damaged, read_json
 from mopl._tensor_files import check_numbers, check_shapes, load_pickled, load_state, read_tensors
@@ -181,6 +182,7 @@ class CheckpointFolder:
 
     def save(self, step: int, model: nn.Module, optimizer_state: dict[str, Any], state: dict[str, Any]) -> Checkpoint:
         """Write the checkpoint of `step` and drop the oldest ones; a crash at any point leaves the others intact."""
+        require("safetensors")
         from safetensors.torch import save_file, save_model
 
         state = {"step": step, "save_frozen": self.save_frozen, **state}

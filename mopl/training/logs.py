@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from mopl._extras import require
 from mopl._files import write_file
 from mopl._records import check, damaged, parse_json, read_text
 
@@ -67,12 +68,9 @@ class RunLog:
         self._writers.clear()
 
     def _open_tensorboard(self, stage: str, step: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise ImportError(
-                "TensorBoard was asked for but is not installed; run `pip install tensorboard` or leave it out"
-            ) from None
+        require("tensorboard", what="the log for TensorBoard")
+        from torch.utils.tensorboard import SummaryWriter
+
         assert self._folder is not None
         if stage in self._writers:
             self._writers[stage].close()

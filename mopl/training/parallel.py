@@ -26,6 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mopl._extras import require
+
 
 class WholeModel:
     """A model that every process has whole: alone, or inside DDP.
@@ -221,6 +223,7 @@ def make_accelerator(mixed_precision: str = "no", *, cpu: bool = False, sharding
         NotImplementedError: If the launcher asks for another kind of parallelism, or a setting of FSDP2 that does not
             work here; the message names what does.
     """
+    require("accelerate")
     from accelerate import Accelerator
     from accelerate.utils import disable_fsdp_ram_efficient_loading
 

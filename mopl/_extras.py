@@ -1,0 +1,96 @@
+"""Optional packages: which extra of mopl brings which module, and one error that says how to install it."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+_HF = ("transformers", "tokenizers", "huggingface_hub", "datasets", "accelerate", "safetensors")
+_EVAL = ("moocore", "matplotlib")
+_REWARDS = ("vaderSentiment", "rouge_score", "pyphen", "glin_profanity", "regex")
+# Modules by extra, as in pyproject.toml; the first extra that has a module is named unless a caller knows better.
+EXTRAS: dict[str, tuple[str, ...]] = {
+    "hf": _HF,
+    "peft": (*_HF, "peft"),
+    "trl": (*_HF, "trl"),
+    "eval": _EVAL,
+    "rewards": _REWARDS,
+    "demo": (*_EVAL, "accelerate", "safetensors", "tqdm", "rich", "sklearn", "statsmodels"),
+    "demo-lm": (*_HF, "peft", *_EVAL, *_REWARDS, "gguf", "tqdm", "rich"),
+    "tensorboard": ("tensorboard",),
+}
+PACKAGES = {
+    "huggingface_hub": "huggingface-hub",
+    "sklearn": "scikit-learn",
+    "rouge_score": "rouge-score",
+    "glin_profanity": "glin-profanity",
+}
+
+_TRAINING = ("accelerate", "safetensors", "tqdm", "moocore", "matplotlib")
+# What a command cannot do without, and the extra that brings all of it.
+COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "rank": ("demo", _TRAINING),
+    "steer": ("demo", ("safetensors", "moocore")),
+    "report": ("demo", ("moocore", "matplotlib")),
+    "align": ("demo-lm", ("transformers", *_TRAINING)),
+    "generate": ("demo-lm", ("transformers", "safetensors")),
+    "export": ("demo-lm", ("transformers", "safetensors")),
+}
+
+
+def require(*modules: str, what: str = "this", extra: str | None = None) -> None:
+    """Check that optional modules are installed, without importing them.
+
+    Args:
+        modules: Top-level names, such as `"sklearn"`.
+        what: What needs them, for the message.
+        extra: An extra to name for those modules that it has.
+
+    Raises:
+        ImportError: If any is missing; the message names all of them and the command that installs them.
+    """
+    missing = [name for name in dict.fromkeys(modules) if not _is_there(name)]
+    if not missing:
+        return
+    extras = dict.fromkeys(_extra_of(name, extra) for name in missing)
+    names = [PACKAGES.get(name, name) for name in missing]
+    listed = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+    are = "is" if len(names) == 1 else "are"
+    raise ImportError(f"{what} needs {listed}, which {are} not installed; run: {install(*extras)}", name=missing[0])
+
+
+def require_for(command: str, *more: str) -> None:
+    """Check what a command of `mopl` needs before it reads or writes anything.
+
+    Args:
+        command: A key of `COMMANDS`.
+        more: Further modules that its options ask for.
+
+    Raises:
+        ImportError: If any is missing.
+    """
+    extra, modules = COMMANDS[command]
+    require(*modules, *more, extra=extra)
+
+
+def install(*extras: str) -> str:
+    """Return the command that installs extras: into the clone that this is, or beside an installed package."""
+    clone, chosen = Path(__file__).resolve().parent.parent, ",".join(extras)
+    if not (clone / "constraints.txt").is_file() or not (clone / "pyproject.toml").is_file():
+        return f"pip install 'mopl[{chosen}]'"
+    if clone == Path.cwd():
+        return f"pip install -c constraints.txt -e '.[{chosen}]'"
+    return f"pip install -c {shlex.quote(str(clone / 'constraints.txt'))} -e {shlex.quote(f'{clone}[{chosen}]')}"
+
+
+def _extra_of(module: str, extra: str | None) -> str:
+    if extra is not None and module in EXTRAS[extra]:
+        return extra
+    return next(name for name, modules in EXTRAS.items() if module in modules)
+
+
+def _is_there(module: str) -> bool:
+    # A module that is loaded, perhaps a stand-in without a specification; None is how Python notes a forbidden one.
+    return sys.modules[module] is not None if module in sys.modules else find_spec(module) is not None
