@@ -50,7 +50,7 @@ def printable(text: object, keep: str = "\n\t") -> str:
 
 def one_line(text: str) -> str:
     """Return a message of several lines as one."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
     return " ".join([*(line if line[-1] in ":;,.!?" else f"{line};" for line in lines[:-1]), *lines[-1:]])
 
 

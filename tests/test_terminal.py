@@ -222,6 +222,47 @@ def test_no_command_of_rankers_shows_a_control_character_of_data(hostile, capsys
         assert RAW.search((folder / path / name).read_text("utf-8")) is None, name
 
 
+def test_no_command_of_language_models_shows_a_control_character_of_data(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("peft")
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    monkeypatch.chdir(tmp_path)
+    from tiny_language_models import build, tokenizer
+
+    words = tokenizer()
+    build().save_pretrained("model")
+    words.save_pretrained("model")
+    file, run = f"data{CLEAR}.jsonl", f"run{CLEAR} it's"
+    capsys.readouterr()
+    random = np.random.default_rng(0)
+    with open(file, "w", encoding="utf-8") as stream:
+        for number in range(12):
+            labels = {HOSTILE: random.random(2).tolist(), "second\nmopl: forged": random.random(2).tolist()}
+            row = {"prompt": f"w{number} w2", "responses": [" w3", f" w{number + 4}"], "labels": labels}
+            stream.write(json.dumps(row) + "\n")
+    settings = [
+        "--steps", "1", "--lists-per-batch", "4", "--points", "3", "--bootstrap", "5", "--samples", "1",
+        "--sample-tokens", "3", "--device", "cpu", "--max-length", "32", "--held-out", "0.2",
+    ]  # fmt: skip
+    weights = ["--weights", "0.5", "0.5"]
+    for status, *arguments in (
+        (0, "align", "--model", "model", "--data", file, "--run", run, *settings),
+        (0, "generate", run, *weights, "--max-new-tokens", "3", f"w1 {HOSTILE}", "w2"),
+        (0, "generate", run, *weights, "--max-new-tokens", "3", "--json", f"w1 {HOSTILE}"),
+        (0, "export", run, *weights, f"exported{CLEAR} it's"),
+        (0, "report", run),
+        (2, "generate", run, "--weights", "1", "w1"),
+        (2, "align", "--model", "model", "--data", file, "--run", "another", "--objectives", f"x{CLEAR}", *settings),
+        (2, "align", "--model", f"no{CLEAR}", "--data", file, "--run", "another", *settings),
+    ):
+        assert main(arguments) == status, capsys.readouterr()
+        out, err = capsys.readouterr()
+        assert RAW.search(out) is None and RAW.search(err) is None
+        assert r"\x1b[2J" in out + err or ("--json" in arguments and r"\u001b[2J" in out)
+        assert "\nmopl: forged" not in out + err and "it/s" not in err and err.count("\n") == (status == 2)
+    for name in ("table.txt", "report.html", "samples.json"):
+        assert RAW.search((Path(run) / name).read_text("utf-8")) is None, name
+
+
 def test_a_traceback_and_a_usage_error_are_escaped_too(tmp_path):
     done = command("steer", f"none{HOSTILE}", "--weights", "1", "--debug")
     assert b"Traceback" in done.stderr and RAW.search(done.stderr.decode()) is None
