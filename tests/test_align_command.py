@@ -418,7 +418,7 @@ def test_a_model_that_has_moved_and_broken_files_are_named(place, tmp_path, caps
     (path / "model" / "adapter_model.safetensors").unlink()
     assert "holds no adapter_model.safetensors" in error_of(given, capsys)
     (path / "config.json").write_text("{")
-    assert "config.json is not JSON" in error_of(given, capsys)
+    assert "config.json: it is not JSON" in error_of(given, capsys)
 
 
 # ---------------------------------------------------------------- other ways

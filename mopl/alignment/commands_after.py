@@ -269,7 +269,7 @@ def _open_model(path: Path, base_model: str | None, device: str) -> Opened:
             f"{path} was exported at weights {weights} and has no others; load it with transformers or vLLM"
         )
     if kind not in ("HyperPromptModel", models.MIXTURE_KIND, models.TEXT_KIND):
-        raise ValueError(f"{path} holds a {kind}, which is no conditioned language model")
+        raise ValueError(f"{path / 'mopl.json'} holds a {kind}, which is no conditioned language model")
     record = read_record(path, kind)
     name = base_model or record["base_model"]
     if name is None:

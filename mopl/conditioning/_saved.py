@@ -145,12 +145,12 @@ def read_record(directory: str | os.PathLike[str], kind: str, *files: str) -> di
         ValueError: If it holds another kind; `DamagedFile` if a key is missing or something else than it was.
     """
     folder = Path(directory)
+    # The kind comes first: another kind has other files.
+    if (folder / CONFIG_FILE).exists() and (found := read_kind(folder)) != kind:
+        raise ValueError(f"{folder / CONFIG_FILE} holds a {found} but a {kind} was asked for")
     missing = [name for name in (CONFIG_FILE, *files) if not (folder / name).exists()]
     if missing:
         raise FileNotFoundError(f"{folder} holds no {' and no '.join(missing)}; name a folder of save_pretrained")
-    found = read_kind(folder)
-    if found != kind:
-        raise ValueError(f"{folder} holds a {found} but a {kind} was asked for")
     file = folder / CONFIG_FILE
     record = read_json(file, SCHEMAS[kind], remedy=REMEDY)
     prompt = record.get("prompt") if kind == "HyperPromptModel" else None
@@ -262,4 +262,5 @@ def check_adapter_state(model: Any, name: str, file: Path) -> None:
     # Embeddings that were resized are saved beside the adapter, which may lie on them.
     own = {key.replace(".base_layer.", ".") for key in model.state_dict()}
     found = {key: shape for key, shape in shapes_of(file, remedy=REMEDY).items() if key in wanted or key not in own}
-    check_shapes(file, found, wanted, remedy=REMEDY)
+    remedy = f"{REMEDY}; so with {file.parent / ADAPTER_CONFIG}, if that is what was changed"
+    check_shapes(file, found, wanted, remedy=remedy)

@@ -366,7 +366,7 @@ def _load(directory: str | os.PathLike[str], kind: str, schema: type, make: Call
         )
     record = read_json(file, Kind)
     if record.get("kind") != kind:
-        raise ValueError(f"{folder} holds a {record.get('kind')} but a {kind} was asked for")
+        raise ValueError(f"{file} holds a {record.get('kind')} but a {kind} was asked for")
     check(record, schema, file)
 
     def build() -> Any:
