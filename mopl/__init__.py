@@ -17,7 +17,10 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_SUBMODULES = ("alignment", "conditioning", "losses", "ops", "pareto", "ranking", "reference", "steering", "training")
+_SUBMODULES = (
+    "alignment", "cli", "clp", "conditioning", "decoding", "integrations", "kernels", "losses", "ops", "pareto",
+    "ranking", "reference", "reference_logprob", "reference_policy", "report", "rewards", "steering", "training",
+)  # fmt: skip
 _FUNCTIONS = {"gathered_logprob": "ops", "linear_logprob": "ops", "sequence_logprob": "ops"}
 
 __all__ = ["__version__", *_SUBMODULES, *_FUNCTIONS]  # pyright: ignore[reportUnsupportedDunderAll]

@@ -1,0 +1,38 @@
+"""After `import mopl` every public module is there, and the import itself costs nothing."""
+
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mopl
+
+# On disk; the kernels' folder has no `__init__.py` and is a link, so pkgutil leaves it out.
+FOUND = sorted({"kernels", *(each.name for each in pkgutil.iter_modules(mopl.__path__) if each.name[0] != "_")})
+
+
+def test_the_public_modules_are_those_on_disk():
+    assert sorted(mopl._SUBMODULES) == FOUND
+    assert (Path(mopl.__path__[0]) / "kernels").is_dir()
+    assert set(FOUND) <= set(mopl.__all__) and set(FOUND) <= set(dir(mopl))
+    with pytest.raises(AttributeError, match="module 'mopl' has no attribute 'nothing'"):
+        mopl.nothing  # noqa: B018
+
+
+def test_each_is_there_after_import_mopl_which_loads_none_of_them():
+    code = f"""
+import sys
+before = set(sys.modules)
+import mopl
+new = {{name for name in set(sys.modules) - before if name.startswith("mopl.") or name in ("torch", "numpy")}}
+assert not new, new
+for name in {FOUND}:
+    assert getattr(mopl, name).__name__ == f"mopl.{{name}}"
+unwanted = {{"triton", "transformers", "trl", "peft", "matplotlib", "moocore", "rich"}} & set(sys.modules)
+assert not unwanted, unwanted
+assert mopl.integrations.transformers.MultiObjectiveTrainer
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
