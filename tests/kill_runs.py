@@ -25,6 +25,7 @@ import signal
 import stat
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -38,6 +39,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 sys.dont_write_bytecode = True
 
 OPERATIONS = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.truncate", "os.link", "os.symlink"}
+LIMIT = 300  # seconds of a run; a hang is a failure
 STATISTICS, WORK = "statistics.json", "work"
 REWARDS = """
 def first(texts, prompts):
@@ -99,7 +101,11 @@ def make_inputs(folder: Path, *, models: bool) -> None:
     if not models:
         return
     from tiny_language_models import build, tokenizer
+    from tqdm import tqdm
 
+    # By default the lock of progress bars is one for all forks, and who is killed with it lets nobody draw a bar again.
+    tqdm.set_lock(threading.RLock())
+    tqdm.monitor_interval = 0
     (folder / "tiny_rewards.py").write_text(REWARDS)
     build(initializer_range=0.1).save_pretrained(folder / "model")
     tokenizer().save_pretrained(folder / "model")
@@ -132,6 +138,7 @@ def start(folder: Path, command: str, kill_before: int | None = None) -> int:
             log.flush()
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
+        signal.alarm(LIMIT)
         time.perf_counter = lambda: 0.0
         sys.path.insert(0, str(folder.parent / "inputs"))
         seen = 0
@@ -203,6 +210,8 @@ class Undisturbed:
 
 def undisturbed(case: Case, home: Path) -> Undisturbed:
     """Run a case twice: the first time it imports what the parent has not, which is imported here for all others."""
+    from mopl.training.run_directory import check_new_run
+
     before = home / f"{case.name}-before"
     before.mkdir()
     if case.data is not None:
@@ -226,6 +235,7 @@ def undisturbed(case: Case, home: Path) -> Undisturbed:
             if name not in sys.modules and name != "tiny_rewards":
                 with suppress(Exception):
                     importlib.import_module(name)
+    check_new_run(folders[1] / "run", overwrite=True)  # nothing in it is taken for a person's
     if differ := differences(*folders):
         raise AssertionError(f"{case.name}: two undisturbed runs differ in {', '.join(differ)}")
     return Undisturbed(folders[1], before, seconds, found["operations"])
