@@ -67,7 +67,7 @@ def test_every_key_of_a_run_may_be_anything(ranking, name):
 def test_every_key_of_a_run_may_be_anything_for_the_command(ranking, name, tmp_path):
     file, command = ranking / name, ["report", str(ranking), "--table", str(tmp_path / "table.txt")]
     found = {}
-    for what, content in every_key(file.read_text(), [*OTHERS, *CONSTANTS]).items():
+    for what, content in every_key(file.read_text(), [*OTHERS[::3], *CONSTANTS[:2]]).items():
         with replaced(file, content):
             found[what] = complaint(command, file)
     assert_none(found)

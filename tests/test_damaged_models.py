@@ -165,6 +165,7 @@ RECORDS = [
     ("mixture/model/mopl.json", 0), ("align/samples.json", 1), ("align/config.json", 0), ("align/front.json", 0),
     ("lora/model/mopl.json", 0), ("lora/rewards.json", 2), ("lora/config.json", 0), ("attention/model/mopl.json", 0),
 ]  # fmt: skip
+MODELS = ("model.json", "mopl.json", "adapter_config.json", "rewards.json")  # whose every key is damaged
 
 
 @pytest.mark.parametrize(("name", "which"), RECORDS)
@@ -175,7 +176,7 @@ def test_damaged_records_are_named(place, name, which):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "which"), RECORDS)
+@pytest.mark.parametrize(("name", "which"), [record for record in RECORDS if record[0].endswith(MODELS)])
 def test_every_key_of_a_record_may_be_anything(place, name, which):
     """Nothing but a line that names the file comes of it, or work as before where the key is not needed."""
     file, wrong = place / name, {}
