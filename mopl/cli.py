@@ -8,7 +8,8 @@
     mopl report RUN RUN ...        one table, picture and page of several runs
 
 An error is one line on stderr and exit status 2 (`--debug` shows where it came from); a run that was stopped by Ctrl-C
-exits with 130 and says how to continue it.
+exits with 130 and says how to continue it. A training goes on to its end though nobody reads what it prints, and exits
+with 0; a command that only prints exits with 141 then, and with 2 if its output could not be written.
 """
 
 from __future__ import annotations
