@@ -195,8 +195,10 @@ def _open(source: Any, cache_dir: Any, **hub: Any) -> tuple[str, Iterator[Placed
 
 
 def _from_hub(source: str, *, cache_dir: Any, **options: Any) -> Any:
+    library = _library()  # before the hub is asked
+
     def cached() -> bool:
-        folder = cache_dir or _library().config.HF_DATASETS_CACHE
+        folder = cache_dir or library.config.HF_DATASETS_CACHE
         return (Path(folder) / source.replace("/", "___")).is_dir()
 
     find(source, "dataset", cached=cached)
