@@ -184,6 +184,14 @@ def remove_leftovers(path: str | os.PathLike[str]) -> None:
         folders[:] = [name for name in folders if not name.startswith(TEMPORARY)]
 
 
+def remove_dead(path: Path) -> None:
+    """Delete what dead processes left beside `path` when they wrote it; what a living one writes stays."""
+    for entry in _leftovers(path):
+        if (held := _hold(entry)) is not None:
+            shutil.rmtree(entry, ignore_errors=True)
+            os.close(held)
+
+
 def remove(path: Path) -> None:
     """Delete a file, a link (not what it points to) or a folder with all in it."""
     if path.is_dir() and not path.is_symlink():
@@ -222,10 +230,7 @@ def _leftovers(path: Path, *, old: bool = False) -> list[Path]:
 @contextmanager
 def _folder_beside(path: Path) -> Iterator[Path]:
     """Give an empty folder beside `path` that is gone after the block; those of dead processes go with it."""
-    for entry in _leftovers(path):
-        if (held := _hold(entry)) is not None:
-            shutil.rmtree(entry, ignore_errors=True)
-            os.close(held)
+    remove_dead(path)
     held = None
     while held is None:  # until no other process has taken it for a dead one's before it was held
         temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}-{_short(path.name)}")

@@ -451,6 +451,15 @@ def test_a_second_reading_comes_from_the_cache_and_is_equal(tmp_path, parses):
     assert len(parses) == 2
 
 
+def test_what_a_killed_writer_left_beside_a_valid_cache_goes(tmp_path, parses):
+    path = write(tmp_path / "d.txt", SMALL)
+    read_letor(path)
+    (tmp_path / ".writing-0123456789abcdef-.d.txt.mopl.npz").mkdir()  # killed after the rename
+    read_letor(path)
+    assert len(parses) == 1
+    assert sorted(f.name for f in tmp_path.iterdir()) == [".d.txt.mopl.npz", "d.txt"]
+
+
 def test_the_cache_notices_every_change_of_the_file(tmp_path, parses, monkeypatch):
     path = write(tmp_path / "d.txt", SMALL)
     read_letor(path)

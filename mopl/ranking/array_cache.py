@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mopl._files import write_file
+from mopl._files import remove_dead, write_file
 from mopl._records import check_file
 
 VERSION = 1  # raise it when the meaning of the arrays changes
@@ -43,6 +43,7 @@ class ArrayCache:
     def load(self, names: Sequence[str]) -> dict[str, np.ndarray] | None:
         """Return the named arrays, or None if there is no valid cache. A damaged cache is reported and passed over."""
         for place in self.places:
+            remove_dead(place)  # a valid cache is not written again, which would do it
             if not place.exists():
                 continue
             try:
