@@ -141,21 +141,29 @@ def lone_surrogate(text: str) -> str | None:
 
 def text_fault(value: Any) -> str | None:
     """Say what keeps a value, a text or records of texts, from being written as UTF-8 JSON; None if nothing does."""
-    if isinstance(value, str):
-        return lone_surrogate(value)
+    try:
+        return next(filter(None, map(lone_surrogate, texts_inside(value))), None)
+    except TextError as error:
+        return str(error)
+
+
+def texts_inside(value: Any) -> Iterator[str]:
+    """Yield every text in a value, names of keys among them, whatever it is nested in.
+
+    Raises:
+        TextError: If it is nested more than 100 deep.
+    """
     waiting = [(value, 0)]
     while waiting:
         part, depth = waiting.pop()
         if isinstance(part, str):
-            if fault := lone_surrogate(part):
-                return fault
+            yield part
         elif depth > DEEPEST:
-            return f"is nested more than {DEEPEST} deep"
+            raise TextError(f"is nested more than {DEEPEST} deep")
         elif isinstance(part, Mapping):
             waiting += ((inner, depth + 1) for item in part.items() for inner in item)
         elif isinstance(part, (list, tuple)):
             waiting += ((inner, depth + 1) for inner in part)
-    return None
 
 
 def texts_of_arguments(arguments: Sequence[str]) -> list[str]:

@@ -14,16 +14,18 @@ import json
 import os
 import re
 import stat
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import msgspec
 
+from mopl import _lines
+from mopl._lines import TextError, texts_inside
 from mopl._renamed import up_to_date
 
 MOST_BYTES = 256 << 20  # of a JSON file: thousands of answers at thousands of trade-offs are less
-MOST_LEVELS = 64  # of objects and lists in each other; what this package writes has six
 REMEDY = "the file is damaged: take it from a backup, or make it again by starting another run"
 
 T = TypeVar("T")
@@ -90,24 +92,16 @@ def parse_json(text: str) -> Any:
     """Return what JSON text says. NaN and Infinity are read, as Python writes them; schemas say where they may be.
 
     Raises:
-        ValueError: If it is not JSON, or nested more than 64 levels deep.
+        ValueError: If it is not JSON, a key stands twice in an object, or it is nested more than 100 deep.
     """
     try:
-        value = json.loads(text)
-    except RecursionError:
-        raise ValueError(f"it is nested more than {MOST_LEVELS} levels deep") from None
-    except ValueError as error:
+        value = _lines.parse_json(text)
+    except TextError as error:
         raise ValueError(f"it is not JSON ({error})") from None
-    levels, here = 0, [value]
-    while here := [
-        inner
-        for outer in here
-        if isinstance(outer, (dict, list))
-        for inner in (outer.values() if isinstance(outer, dict) else outer)
-    ]:
-        levels += 1
-        if levels > MOST_LEVELS:
-            raise ValueError(f"it is nested more than {MOST_LEVELS} levels deep")
+    try:
+        deque(texts_inside(value), maxlen=0)
+    except TextError as error:
+        raise ValueError(f"it {error}") from None
     return value
 
 
