@@ -25,7 +25,7 @@ from mopl.alignment import AlignConfig, align, command, config, open_run, score_
 from mopl.alignment.models import read_state, trained_parameters
 from mopl.alignment.recipe import RunInterrupted
 from mopl.alignment.runs import load_samples, run_fronts
-from mopl.alignment.stages import model_folder
+from mopl.alignment.trained import model_folder
 from mopl.cli import build_parser, main
 from mopl.conditioning import HyperPromptModel
 from mopl.pareto import Front

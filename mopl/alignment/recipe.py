@@ -43,8 +43,9 @@ from mopl.alignment.runs import (
     method_folder,
     write_reports,
 )
-from mopl.alignment.stages import Split, Stages, load_trained, response_loss, state_for
+from mopl.alignment.stages import Split, Stages, response_loss
 from mopl.alignment.tokenization import tokenize
+from mopl.alignment.trained import load_trained, state_for
 from mopl.conditioning import HyperPromptModel
 from mopl.pareto._volumes import check_affordable
 from mopl.ranking.evaluate import grid_of

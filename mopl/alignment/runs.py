@@ -22,8 +22,8 @@ from mopl._records import damaged, read_json
 from mopl._terminal import shell
 from mopl.alignment import models
 from mopl.alignment.config import ALL, CONDITIONED, AlignConfig
-from mopl.alignment.stages import load_trained
 from mopl.alignment.tokenization import ListTokenizer
+from mopl.alignment.trained import load_trained
 from mopl.conditioning import TextPrompt
 from mopl.pareto.front import Front, load_fronts
 from mopl.ranking.evaluate import grid_of
