@@ -204,3 +204,15 @@ def test_there_is_one_hypervolume(kind, tmp_path, capsys):
     assert [front["hypervolume"] for front in embedded(run / "report.html")["fronts"]] == [
         json.loads((folder / "front.json").read_text())["hypervolume"] for folder in (run / "base", run)
     ]  # fmt: skip
+
+
+def test_seeds_of_one_setting_are_never_averaged_with_those_of_another(kind, tmp_path):
+    rates = {"slow": 1e-3, "fast": 1e-2}
+    runs = [
+        write_run(tmp_path / f"{name}-{seed}", kind, tuned=0.4 + rate, learning_rate=rate, seed=seed)
+        for name, rate in rates.items()
+        for seed in (0, 1)
+    ]
+    method = METHOD[kind]
+    named = [f"{method} ({name}-0, {name}-1) (2 seeds)" for name in rates]
+    assert rows(KINDS[kind](runs)) == ["base", *named]

@@ -150,7 +150,7 @@ def named_fronts(runs: Sequence[Run], names: Sequence[str]) -> tuple[list[Front]
     for front, place in entries:
         settings = {name: value for name, value in runs[place].settings.items() if name not in SEED_ALONE}
         known = groups.setdefault(front.method, [])
-        seeds = [runs[p].settings.get("seed") for _, members in known for p in members if _ == settings]
+        seeds = [runs[p].settings.get("seed") for found, members in known for p in members if found == settings]
         group = next((members for found, members in known if found == settings), None)
         if group is None or runs[place].settings.get("seed") in seeds:
             known.append((settings, [place]))
@@ -158,9 +158,11 @@ def named_fronts(runs: Sequence[Run], names: Sequence[str]) -> tuple[list[Front]
             group.append(place)
     fronts, bases = [], []
     for front, place in entries:
-        found = groups[front.method]
-        alone = any(members == [place] for _, members in found)
-        name = f"{front.method} ({names[place]})" if alone and len(found) > 1 else front.method
+        groups_of_method = [members for _, members in groups[front.method]]
+        group = next(members for members in groups_of_method if place in members)
+        # One group of seeds may keep the method's own name; two of one name would be averaged.
+        own = len(groups_of_method) == 1 or (len(group) > 1 and sum(len(each) > 1 for each in groups_of_method) == 1)
+        name = front.method if own else f"{front.method} ({', '.join(names[each] for each in group)})"
         fronts.append(dataclasses.replace(front, method=name))
         base = next((f for f in runs[place].fronts if f.method == BASE_METHOD), None)
         bases.append(None if base is None else dataclasses.asdict(base.points[0]))
