@@ -119,6 +119,14 @@ def _quoted(word: str) -> str:
 # ---------------------------------------------------------------- the streams of a command
 
 
+def is_terminal(stream: Any) -> bool:
+    """Return whether a stream is a terminal; what is closed, None, or a writer that knows no such question is none."""
+    try:
+        return bool(stream.isatty())
+    except (AttributeError, OSError, ValueError):
+        return False
+
+
 class Stream:
     """A text stream that escapes control characters, writes in what characters there are, and never raises.
 
@@ -153,10 +161,7 @@ class Stream:
 
     def isatty(self) -> bool:
         """Return whether this is a terminal; a closed stream is none."""
-        try:
-            return self._stream.isatty()
-        except (OSError, ValueError):
-            return False
+        return is_terminal(self._stream)
 
     @property
     def encoding(self) -> str | None:
@@ -294,7 +299,7 @@ def print_traceback(kind: type[BaseException], error: BaseException, trace: Trac
 
 def bars_wanted() -> bool:
     """Return whether standard error is a terminal that can redraw a line."""
-    return sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    return is_terminal(sys.stderr) and os.environ.get("TERM") != "dumb"
 
 
 class Progress:

@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 from mopl import __version__
 from mopl._extras import require_for
 from mopl._renamed import renamed
-from mopl._terminal import exit_status, one_line, print_traceback, printable, say, shell, terminal
+from mopl._terminal import exit_status, is_terminal, one_line, print_traceback, printable, say, shell, terminal
 from mopl.alignment.command import add_parser as add_align_parser
 from mopl.alignment.commands_after import add_export_parser, add_generate_parser
 
@@ -330,7 +330,7 @@ def _act(parsed: argparse.Namespace) -> int:
     """Do what was asked for; an error is said in a line."""
     try:
         # A table is drawn by rich on a terminal, at the end of a run.
-        drawn = parsed.command in ("rank", "align", "report") and sys.stdout is not None and sys.stdout.isatty()
+        drawn = parsed.command in ("rank", "align", "report") and is_terminal(sys.stdout)
         tables = ("rich",) * drawn
         require_for(parsed.command, *tables, *("tensorboard",) * getattr(parsed, "tensorboard", False))
         return parsed.act(parsed)

@@ -101,6 +101,12 @@ def test_best_value_of_each_column_is_marked_and_the_base_model_never_is():
     assert not any(cell.best for _, cells in summarise([base(), front()]).rows for cell in cells)  # nothing to compare
 
 
+def test_a_base_model_with_the_figure_of_the_best_is_not_marked_either():
+    fronts = [{**base(), "method": name, "seconds": 38.2} for name in ("base", "base (other run)")]
+    text = print_table([*fronts, front(seconds=38.2), front("dpo-ls", seconds=50.0)])
+    assert [line.split("  ")[0] for line in text.split("\n\n")[0].splitlines() if "38.2*" in line] == ["weight-cos-dpo"]
+
+
 def test_a_main_loss_is_best_where_it_is_lowest():
     summary = summarise(several(), Metric("loss", "", higher_is_better=False))
     assert summary.headers[2] == "relevance loss ↓"
@@ -160,10 +166,15 @@ def test_columns_align_whatever_the_names_hold_and_nothing_steers_the_terminal()
     assert width("e\u0301") == 1 and width("漢") == 2 and not any(unicodedata.category(c) == "Cc" for c in table[3])
 
 
+@pytest.mark.parametrize("term", ["xterm", "dumb"])
 @pytest.mark.parametrize("columns", [40, 80, 100, 140])
-def test_table_on_a_terminal_fits_its_width_and_loses_no_figure(columns):
+def test_table_on_a_terminal_fits_its_width_and_loses_no_figure(columns, term, monkeypatch):
+    monkeypatch.setenv("TERM", term)
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr("sys.stdout", screen)
     console = pytest.importorskip("rich.console").Console(
-        file=io.StringIO(), width=columns, force_terminal=True, color_system="standard"
+        file=io.StringIO(), width=columns, height=25, force_terminal=True, color_system="standard"
     )
     fronts = [base(), *several(), front("temperature-cos-dpo", shift=0.01)]
     fronts[1]["method"] = "[bold]weight"  # not markup

@@ -24,6 +24,8 @@ import mopl
 from mopl import _terminal
 from mopl._terminal import Stream, json_line, one_line, printable, say, shell, spelled, terminal
 from mopl.cli import main
+from mopl.ranking.runs import run_fronts
+from mopl.report import print_table
 
 TITLE, CLEAR, CSI, OVERRIDE = "\x1b]0;pwn\x07", "\x1b[2J", "\x9b31m", "\u202egnp"
 HOSTILE = f"a{TITLE}{CLEAR}{CSI}{OVERRIDE}\u2066\u2028\x7f\r[red]x[/red]"
@@ -170,6 +172,30 @@ def test_bars_of_other_libraries_are_off_in_a_log_and_as_they_were_afterwards(mo
     with terminal():
         assert os.environ["TQDM_DISABLE"] == os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] == "1"
     assert os.environ["TQDM_DISABLE"] == "0" and "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ
+
+
+def test_a_writer_that_knows_nothing_of_terminals_is_written_to(run, monkeypatch):
+    """Shells of editors and tests put writers with no more than these two in the place of the standard streams."""
+
+    class Writer:
+        def __init__(self):
+            self.text = ""
+
+        def write(self, text):
+            self.text += text
+
+        def flush(self):
+            pass
+
+    out, err = Writer(), Writer()
+    monkeypatch.setattr("sys.stdout", out)
+    monkeypatch.setattr("sys.stderr", err)
+    assert main(["report", str(run)]) == 0 and main(["report", "nowhere"]) == 2
+    assert "hypervolume" in out.text and "no run at nowhere" in err.text
+    print_table(run_fronts(run))
+    with _terminal.progress("stage", 1, "steps") as watched:
+        watched.update(1)
+    assert (sys.stdout, sys.stderr) == (out, err) and out.text.count("Aux. hypervolume") == 2
 
 
 # ---------------------------------------------------------------- commands

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mopl._extras import require
-from mopl._terminal import Stream, spelled
+from mopl._terminal import Stream, is_terminal, spelled
 from mopl.report.records import Metric, Record, by_method, clean, is_base, mean_and_std, read_all
 
 if TYPE_CHECKING:
@@ -134,7 +134,10 @@ def summarise(fronts: object, metric: Metric | None = None, notes: Sequence[str]
     rows = tuple(
         (
             clean(method) + (f" ({len(seeds)} seeds)" if len(seeds) > 1 else ""),
-            tuple(_cell(column, seeds, mark) for column, mark in zip(columns, best, strict=True)),
+            tuple(
+                _cell(column, seeds, None if is_base(seeds[0]) else mark)
+                for column, mark in zip(columns, best, strict=True)
+            ),
         )
         for method, seeds in groups.items()
     )
@@ -267,7 +270,8 @@ def as_rich(summary: Summary, columns: int) -> Any:
                 parts.append(Text(f"  {header}: ").append_text(value))
         return Group(*parts, "")
 
-    probe = Console(width=10_000)
+    # Without a height rich takes a dumb terminal for 80 columns wide, and every table would seem to fit.
+    probe = Console(width=10_000, height=100)
     for grid in (table(narrow=False), table(narrow=True)):
         if Measurement.get(probe, probe.options, grid).maximum <= columns:
             return Group(grid, Text(summary.note, style="dim"))
@@ -302,7 +306,7 @@ def print_table(
     if stream is None:  # closed before Python started
         return text
     shown = _spelled(summary, getattr(stream, "encoding", None))
-    if console is None and stream.isatty():
+    if console is None and is_terminal(stream):
         require("rich", what="the table on a terminal")
         from rich.console import Console
 
