@@ -240,8 +240,11 @@ def test_folders_that_hold_no_such_model_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"mopl\.json"):
         HyperPromptModel.from_pretrained(tmp_path, build())
     HyperPromptModel(build(), trained_prompt()).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="names no base model"):
+    # What the caller left out, or passed too much, is no damage of a file.
+    with pytest.raises(ValueError, match=r"names no base model; pass it as model$"):
         HyperPromptModel.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"^\['dtype'\] are for a model that is loaded here, but model was passed$"):
+        HyperPromptModel.from_pretrained(tmp_path, build(), dtype="auto")
     with pytest.raises(ValueError, match="embeds tokens in 16"):
         HyperPromptModel.from_pretrained(tmp_path, build("opt"))
     config = json.loads((tmp_path / "mopl.json").read_text())

@@ -498,6 +498,8 @@ def test_lora_merged_at_and_saved(family: str, tmp_path) -> None:
     assert torch.equal(logits(again), logits(merged))
 
     mixture.save_pretrained(tmp_path / "mixture")
+    with pytest.raises(ValueError, match=r"^\['dtype'\] are for a model that is loaded here, but model was passed$"):
+        LoraMixture.from_pretrained(tmp_path / "mixture", build(family), dtype="auto")
     loaded = LoraMixture.from_pretrained(tmp_path / "mixture", build(family))
     assert loaded.adapters == ["helpful", "short"] and loaded.record == mixture.record
     assert torch.equal(logits(loaded, weights=ROWS), logits(mixture, weights=ROWS))

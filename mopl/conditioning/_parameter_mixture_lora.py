@@ -359,7 +359,8 @@ class LoraMixture(nn.Module):
         with fitting(folder / CONFIG_FILE):
             if isinstance(rule, dict):
                 coefficients = AlphaCoefficients(**rule)
-            model = base_model(config, folder, model, model_kwargs)
+        model = base_model(config, folder, model, model_kwargs)
+        with fitting(folder / CONFIG_FILE):
             paths = {name: adapter_folder(folder, name) for name in config["adapters"]}
             wrapped = load_adapters(model, paths, trainable=trainable)
             fields = {name: config[name] for name in ("reference", "beta", "alpha")}

@@ -404,7 +404,8 @@ class HyperPromptModel(nn.Module):
         weights = folder / WEIGHTS_FILE
         with fitting(folder / CONFIG_FILE):
             check_fits(weights, lambda: HyperPrompt(**config["prompt"]), remedy=REMEDY)
-            model = base_model(config, folder, model, model_kwargs)
+        model = base_model(config, folder, model, model_kwargs)
+        with fitting(folder / CONFIG_FILE):
             if (adapter := config["adapter"]) is not None:
                 model = load_adapters(model, {adapter: adapter_folder(folder, adapter)}, trainable=trainable)
             prompt = HyperPrompt(**config["prompt"])
