@@ -100,18 +100,18 @@ def write_folder(final: str | os.PathLike[str], fill: Callable[[Path], None], *,
                     target.rmdir()  # which takes an empty folder only
             while True:
                 old = temporary / secrets.token_hex(8)
-                if replace:
-                    with suppress(FileNotFoundError):
-                        os.replace(target, old)
                 try:
+                    if replace:
+                        with suppress(FileNotFoundError):
+                            os.replace(target, old)
                     os.replace(new, target)
                     break
-                except OSError as error:
-                    there = error.errno in (errno.ENOTEMPTY, errno.EEXIST)
+                except BaseException as error:  # Ctrl-C, too, must not come between the two and lose both
+                    there = isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST)
                     if there and not replace:
                         raise FileExistsError(f"{final} exists and is not empty; name another place") from None
                     if not there:  # else another process has put its own there in the meantime
-                        if old.exists():
+                        if old.exists() and not target.exists():
                             os.replace(old, target)
                         raise
             flush(target.parent)

@@ -275,6 +275,24 @@ def test_a_folder_that_is_not_to_be_replaced_is_not(tmp_path):
     assert names(tmp_path / "new") == ["a"]
 
 
+@pytest.mark.parametrize("moved", [0, 1])
+def test_ctrl_c_while_a_folder_is_replaced_leaves_one_of_the_two(tmp_path, monkeypatch, moved):
+    folder, replace, moves = tmp_path / "folder", os.replace, []
+    write_folder(folder, lambda place: (place / "f").write_text("old"))
+
+    def stop_once(*places):
+        if len(moves) == moved:
+            moves.append(places)
+            raise KeyboardInterrupt
+        moves.append(places)
+        replace(*places)
+
+    monkeypatch.setattr(os, "replace", stop_once)
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(folder, lambda place: (place / "f").write_text("new"))
+    assert (folder / "f").read_text() == "old" and names(tmp_path) == ["folder"]
+
+
 def test_leftovers_of_a_folder_go_and_those_of_others_stay(tmp_path):
     token = "0123456789abcdef"
     for own in (f".writing-{token}-run", f".writing-deleted-{token}-run", ".writing-run", ".writing-deleted-run",
