@@ -537,7 +537,7 @@ def test_a_cache_is_whole_or_absent(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "savez", full_disk)
-    with pytest.warns(UserWarning, match="No space left"):
+    with pytest.warns(UserWarning, match="no space is left"):
         ArrayCache(path, tmp_path / "c").save({"a": np.zeros(3)})
     assert list((tmp_path / "c").iterdir()) == []
 

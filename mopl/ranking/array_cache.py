@@ -66,7 +66,8 @@ class ArrayCache:
                 write_file(place, lambda file: np.savez(file, stamp=np.array(self.stamp), **arrays))  # type: ignore[arg-type]
                 return
             except OSError as error:
-                failures.append(f"{place}: {error.strerror or error}")
+                said = str(error)
+                failures.append(said if str(place) in said else f"{place}: {error.strerror or error}")
         if failures:
             warnings.warn(
                 f"the data could not be cached and will be parsed again next time ({'; '.join(failures)}); "
