@@ -49,29 +49,23 @@ from mopl.alignment.trained import load_trained, state_for
 from mopl.conditioning import HyperPromptModel
 from mopl.pareto._volumes import check_affordable
 from mopl.ranking.evaluate import grid_of
-from mopl.training import RunLog, TrainingDiverged, TrainingInterrupted, make_accelerator
+from mopl.training import RunLog, make_accelerator
 from mopl.training.parallel import on_main
+from mopl.training.run_directory import (
+    RunInterrupted as RunInterrupted,
+)
 from mopl.training.run_directory import (
     command_line,
     create_run,
     environment,
     hold_run,
+    resumable,
     version_changes,
-    with_run,
 )
 from mopl.training.settings import settings_to_resume
 
 # Settings that a resumed run may have otherwise: they change what is written or where, not what is computed.
 FREE_ON_RESUME = ("log_every", "checkpoint_every", "tensorboard", "device")
-
-
-class RunInterrupted(RuntimeError):
-    """A run was stopped by Ctrl-C or SIGTERM; everything finished so far is in its directory."""
-
-    def __init__(self, path: Path, where: str) -> None:
-        command = _terminal.shell("mopl", "align", "--run", path, "--resume")
-        super().__init__(f"stopped {where}; continue with: {command}")
-        self.path = path
 
 
 def align(
@@ -155,13 +149,8 @@ def _run(
         on_main(accelerator, lambda: create_run(path, {**content, "data": identity}, overwrite=overwrite))
     tell(f"run {path}")
     try:
-        _work(config, path, stages, grid, identity, tell)
-    except TrainingInterrupted as stop:
-        raise RunInterrupted(path, f"in {stop.stage!r} after step {stop.step}") from None
-    except KeyboardInterrupt:
-        raise RunInterrupted(path, "between two steps") from None
-    except TrainingDiverged as error:
-        raise with_run(error, path) from error
+        with resumable(path, "align"):
+            _work(config, path, stages, grid, identity, tell)
     finally:
         log.close()
 

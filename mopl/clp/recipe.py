@@ -31,7 +31,6 @@ from mopl._files import discard_folder, write_file
 from mopl._records import Finite, damaged, read_json
 from mopl._restoring import seeded
 from mopl.alignment import models
-from mopl.alignment.recipe import RunInterrupted
 from mopl.clp.config import ClpConfig
 from mopl.clp.evaluate import Evaluation, Evaluator, make_front
 from mopl.clp.policies import new_policy, release
@@ -53,20 +52,16 @@ from mopl.clp.stages import Stages
 from mopl.conditioning._parameter_mixture_parts import select_parameters
 from mopl.pareto._volumes import check_affordable
 from mopl.rewards import FunctionReward, Reward, Rewards, available, make, prompt_key
-from mopl.training import (
-    RunLog,
-    TrainingDiverged,
-    TrainingInterrupted,
-    make_accelerator,
-)
+from mopl.training import RunLog, make_accelerator
 from mopl.training.parallel import on_main
 from mopl.training.run_directory import (
+    RunInterrupted,
     command_line,
     create_run,
     environment,
     hold_run,
+    resumable,
     version_changes,
-    with_run,
 )
 from mopl.training.settings import settings_to_resume
 
@@ -166,13 +161,10 @@ def _run(
     stages = Stages(path, config, prompts, base.to(accelerator.device), sampler, judge, accelerator, log, tell)
     tell(f"run {path}")
     try:
-        _work(stages, identity)
-    except TrainingInterrupted as stop:
-        raise RunInterrupted(path, f"in {stop.stage!r} after step {stop.step}") from None
-    except KeyboardInterrupt:
-        raise RunInterrupted(path, "between two steps") from None
-    except TrainingDiverged as error:
-        raise with_run(error, path) from error
+        with resumable(path, "align"):
+            _work(stages, identity)
+    except RunInterrupted:
+        raise
     except Exception:
         # A reward that never worked leaves nothing to continue, and nothing in the way of the next try.
         if record is None and accelerator.is_main_process and not (path / REWARDS).is_file():

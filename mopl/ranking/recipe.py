@@ -51,29 +51,23 @@ from mopl.ranking.runs import (
 )
 from mopl.ranking.stages import Stages, Trained, check_base, load_policy
 from mopl.ranking.validation import Validation
-from mopl.training import RunLog, TrainingDiverged, TrainingInterrupted, make_accelerator
+from mopl.training import RunLog, make_accelerator
 from mopl.training.parallel import on_main
+from mopl.training.run_directory import (
+    RunInterrupted as RunInterrupted,
+)
 from mopl.training.run_directory import (
     command_line,
     create_run,
     environment,
     hold_run,
+    resumable,
     version_changes,
-    with_run,
 )
 from mopl.training.settings import settings_to_resume
 
 # Settings that a resumed run may have otherwise: they change what is written or where, not what is computed.
 FREE_ON_RESUME = ("log_every", "checkpoint_every", "tensorboard", "device")
-
-
-class RunInterrupted(RuntimeError):
-    """A run was stopped by Ctrl-C or SIGTERM; everything finished so far is in its directory."""
-
-    def __init__(self, path: Path, where: str) -> None:
-        command = _terminal.shell("mopl", "rank", "--run", path, "--resume")
-        super().__init__(f"stopped {where}; continue with: {command}")
-        self.path = path
 
 
 def rank(
@@ -146,14 +140,8 @@ def _run(
     if record is None:
         on_main(accelerator, lambda: create_run(path, _record(config, splits), overwrite=overwrite))
     tell(f"run {path}")
-    try:
+    with resumable(path, "rank"):
         _work(config, path, splits, grid, empty, accelerator, tell)
-    except TrainingInterrupted as stop:
-        raise RunInterrupted(path, f"in {stop.stage!r} after step {stop.step}") from None
-    except KeyboardInterrupt:
-        raise RunInterrupted(path, "between two steps") from None
-    except TrainingDiverged as error:
-        raise with_run(error, path) from error
 
 
 def _work(

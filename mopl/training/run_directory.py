@@ -26,6 +26,7 @@ from mopl import __version__, _terminal
 from mopl._disk import with_resume
 from mopl._files import TEMPORARY, discard_folder, remove_leftovers, write_file, write_folder
 from mopl._records import Count, Finite, Seconds, check, read_json, settings_from
+from mopl.training.loop import TrainingDiverged, TrainingInterrupted
 from mopl.training.parallel import on_main
 from mopl.training.run_lock import RunInUse, locked
 
@@ -229,12 +230,38 @@ def create_run(path: str | os.PathLike[str], record: dict[str, Any], *, overwrit
     return path
 
 
-def with_run(error: Exception, path: str | os.PathLike[str]) -> Exception:
-    """Return the error of a training that failed with what to do about the run that it leaves."""
-    return type(error)(
-        f"{error}; the run {path} stays as it is: pass other settings with --overwrite to replace it, or with another "
-        "--run (--resume takes no other settings, so it would end here again)"
-    )
+class RunInterrupted(RuntimeError):
+    """A run was stopped by Ctrl-C or SIGTERM; everything finished so far is in its directory."""
+
+    def __init__(self, path: Path, where: str, command: str) -> None:
+        again = _terminal.shell("mopl", command, "--run", path, "--resume")
+        super().__init__(f"stopped {where}; continue with: {again}")
+        self.path = path
+
+
+@contextmanager
+def resumable(path: Path, command: str) -> Iterator[None]:
+    """Say of a run that stops inside the `with` block what to do about what it leaves.
+
+    Args:
+        path: The run.
+        command: The command of `mopl` that continues it.
+
+    Raises:
+        RunInterrupted: After Ctrl-C or SIGTERM.
+        TrainingDiverged: If a loss is no longer a number.
+    """
+    try:
+        yield
+    except TrainingInterrupted as stop:
+        raise RunInterrupted(path, f"in {stop.stage!r} after step {stop.step}", command) from None
+    except KeyboardInterrupt:
+        raise RunInterrupted(path, "between two steps", command) from None
+    except TrainingDiverged as error:
+        raise type(error)(
+            f"{error}; the run {path} stays as it is: pass other settings with --overwrite to replace it, or with "
+            "another --run (--resume takes no other settings, so it would end here again)"
+        ) from error
 
 
 def read_run(path: str | os.PathLike[str]) -> dict[str, Any]:
