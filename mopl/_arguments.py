@@ -80,6 +80,10 @@ def per_objective(value: float | Tensor, name: str, shape: tuple[int, int], like
     """
     dtype = compute_dtype(like)
     # torch.full and not torch.tensor: filling does not wait for a GPU, copying a host value there does.
+    if isinstance(value, list | tuple):
+        raise TypeError(
+            f"{name} is a {type(value).__name__} but must be a number or a torch.Tensor; pass torch.tensor({name})"
+        )
     tensor = value if isinstance(value, Tensor) else torch.full((), value, dtype=dtype, device=like.device)
     try:
         return tensor.to(device=like.device, dtype=dtype).expand(shape)

@@ -20,6 +20,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -34,7 +35,7 @@ METHODS = ("weight-cos-dpo", "temperature-cos-dpo", "dpo-ls", "dpo-soup", "mo-dp
 
 RANK_EXAMPLES = """
 examples:
-  mopl rank                                          the embedded data set `travel`, under a minute on two cores
+  mopl rank                                          the embedded data set `travel`, about a minute on two cores
   mopl rank --method all                             COS-DPO beside its baselines, in one table
   mopl rank --data synthetic --seed 1                generated data with a known optimum
   mopl rank --data MSLR-WEB10K/Fold1                 LETOR files; the five auxiliary columns by name
@@ -180,7 +181,7 @@ def _rank_parser(commands: Any) -> None:
     group.add_argument("--gain", choices=("linear", "exponential"), type=lambda text: renamed("gain", text),
                        help="gain of NDCG: the label, or 2^label - 1 (default: linear)")  # fmt: skip
     group.add_argument("--empty", type=_empty, metavar="{skip,0,1}",
-                       help="what a query without labels counts (default: skip)")  # fmt: skip
+                       help="what a query without labels counts as (default: skip)")  # fmt: skip
     group.add_argument("--bootstrap", type=int, metavar="SAMPLES", help="for intervals over queries, 0 for none "
                        "(default: 1000)")  # fmt: skip
     parser.set_defaults(act=_rank)
@@ -290,6 +291,22 @@ def _process() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def _parser_of(command: str, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    (subparsers,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    return subparsers.choices[command]
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line; what a command does not know is its error, and names the option that is nearest."""
+    parser = build_parser()
+    parsed, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        parser = _parser_of(parsed.command, parser)
+        near = get_close_matches(unknown[0].partition("=")[0], parser._option_string_actions, 1)
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}" + "".join(f" (did you mean {o}?)" for o in near))
+    return parsed
+
+
 def as_flags(text: str, command: str) -> str:
     """Return a message with settings written as options of the command: the library says `max_length=56`.
 
@@ -297,10 +314,9 @@ def as_flags(text: str, command: str) -> str:
         text: A message of the library.
         command: The command whose options are meant.
     """
-    (subparsers,) = (a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
     flags = {
         action.dest: flag
-        for action in subparsers.choices[command]._actions
+        for action in _parser_of(command, build_parser())._actions
         for flag in action.option_strings
         if flag == f"--{action.dest.replace('_', '-')}"
     }
@@ -321,7 +337,7 @@ def as_flags(text: str, command: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     with terminal() as out:
-        parsed = build_parser().parse_args(arguments)
+        parsed = _parse(arguments)
         status = _act(parsed)
     return exit_status(status, out, output_is_the_result=parsed.command in ("steer", "generate", "report"))
 

@@ -19,6 +19,7 @@ BOTH = pytest.mark.parametrize("loss", [listwise_dpo, plackett_luce])
         ({"scores": torch.randn(6)}, ValueError, ["scores", "(6,)", "(B, K)", "scores[None]"]),
         ({"scores": torch.ones(4, 6, dtype=torch.int64)}, TypeError, ["scores", "int64", "float"]),
         ({"labels": [1, 2]}, TypeError, ["labels", "torch.Tensor", "(B, m, K)"]),
+        ({"weights": [0.7, 0.3, 0.0]}, TypeError, ["weights is a list", "torch.tensor(weights)"]),
         ({"labels": torch.rand(4, 5)}, ValueError, ["labels", "(4, 1, 5)", "(4, 6)", "(B, m, K)"]),
         ({"labels": torch.rand(6)}, ValueError, ["labels", "(6,)", "(4, 6)"]),
         ({"labels": torch.rand(3, 4, 6)}, ValueError, ["labels", "(3, 4, 6)", "(4, 6)"]),

@@ -113,7 +113,9 @@ def error_of(arguments, capsys):
     [
         (["rank", "--steps", "many"], "argument --steps: invalid int value: 'many'; see mopl rank --help"),
         (["rank", "--method", "ppo"], "invalid choice: 'ppo'"),
-        (["rank", "--stepz", "3"], "unrecognized arguments: --stepz 3"),
+        (["rank", "--stepz", "3"], "mopl rank: error: unrecognized arguments: --stepz 3 (did you mean --steps?)"),
+        (["steer", "x", "--weights", "1", "--zzz"], "unrecognized arguments: --zzz; see mopl steer"),
+        (["rank", "--data", "travle"], "travle: there is no such file or folder, nor an embedded data set"),
         (["rank", "--empty", "2"], "'2' is not skip, 0 or 1"),
         (["rank", "--alpha", "-1"], "mopl rank: alpha is -1 but must be positive and finite"),
         (["rank", "--resume"], "--resume needs the run to continue; name it with --run"),

@@ -271,7 +271,7 @@ GOOD = "1 qid:1 1:1 2:1\n# comment\n\n"
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("x qid:1 1:1", "the label 'x' is not a number"),
+        ("x qid:1 1:1", "the label 'x' is not a number; a line is LABEL qid:ID 1:VALUE 2:VALUE ..."),
         ("nan qid:1 1:1", "the label is nan; replace it by a finite number"),
         ("inf qid:1 1:1", "the label is inf; replace it by a finite number"),
         ("1 qid:1 1:1 2", "'2' has no colon; write COLUMN:VALUE"),
@@ -304,7 +304,7 @@ GOOD = "1 qid:1 1:1 2:1\n# comment\n\n"
         ("1 qid:1 1:1e400", f"feature 1 is inf; {FINITE}"),
         ("1 qid:1 1:1_0", "'1:1_0' has no number after the colon"),
         ("1 qid:1 1_0:1", "'1_0:1' has no column number before the colon"),
-        ("1_0 qid:1 1:1", "the label '1_0' is not a number"),
+        ("1_0 qid:1 1:1", "the label '1_0' is not a number; a line is LABEL qid:ID 1:VALUE 2:VALUE ..."),
         ("1 qid:1 1:1 2:1", "'1:1\\xa02:1' has no number after the colon"),
         ("1 1:1", "the line has no query id but earlier lines have a one; write qid:ID on all"),
         ("1", "the line has no query id but earlier lines have a one; write qid:ID on all"),

@@ -253,7 +253,7 @@ def test_grids_of_many_objectives_cover_the_simplex_better_than_their_vertices_a
     ("arguments", "message"),
     [
         ((3, 50), "has 45 or 55 points"),
-        ((2, 1), "has 2 points"),
+        ((2, 1), "has at least 2 points"),
         ((6, 5), "pass at least 6"),
         ((0,), "objectives is 0"),
     ],

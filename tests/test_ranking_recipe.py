@@ -544,6 +544,7 @@ def letor(path, *, nan=False, label=1):
         ("nan", {"objectives": ("clicks=2",)}, r"nan"),
         ("no labels", {"objectives": ("clicks=2",)}, r"objective 'relevance' has no label above 0"),
         ("grid", {"objectives": ("a=1", "b=2", "c=3"), "points": 7}, "points is 7"),
+        ("least", {"objectives": ("a=1", "b=2", "c=3"), "points": 1}, "lattice of 3 objectives has at least 3 points"),
         ("temperatures", {"objectives": ("a=1", "b=2"), "temperature": (1.0,) * 3}, "3 numbers but there are 2"),
         ("no file", {"data": "missing.txt", "objectives": ("a=1",)}, "no such file"),
     ],

@@ -164,6 +164,10 @@ def test_a_first_row_of_no_known_format_is_a_bad_row_like_any_other(tmp_path):
     assert [item.prompt for item in load_preferences(path, on_error="skip")] == ["one"]
     with pytest.raises(DataError, match="no known format has the columns x"):
         load_preferences([{"x": 1}], on_error="skip")
+    with pytest.raises(
+        DataError, match=r"columns labels, prompt, respones; nearest is lists, which needs responses too"
+    ):
+        load_preferences([{"prompt": "", "respones": [], "labels": {}}], on_error="skip")
 
 
 def test_a_table_of_csv_with_a_byte_order_mark_and_one_that_is_no_text(tmp_path):

@@ -105,9 +105,16 @@ def detect_format(columns: Iterable[str]) -> str:
         if have.issuperset(entry.columns):
             return entry.name
     raise DataError(
-        f"no known format has the columns {', '.join(sorted(have))}. Rename columns, write mopl's own JSON lines, or "
+        f"no known format has the columns {', '.join(sorted(have))}; {_nearest_format(have)}. Rename columns, write "
+        "mopl's own JSON lines, or "
         "pass format=...; the formats and the columns they need:\n" + _known_formats()
     )
+
+
+def _nearest_format(have: set[str]) -> str:
+    """Say what the format lacks that has most of its columns here; it is often one word that is misspelt."""
+    near = max(FORMATS.values(), key=lambda entry: len(have.intersection(entry.columns)) / len(entry.columns))
+    return f"nearest is {near.name}, which needs {', '.join(c for c in near.columns if c not in have)} too"
 
 
 def _known_formats() -> str:

@@ -49,7 +49,7 @@ def _lattice(objectives: int, points: int) -> Tensor:
         steps += 1
     size = _lattice_size(objectives, steps)
     if size != points:
-        below = f"{_lattice_size(objectives, steps - 1)} or " if steps > 1 else ""
+        below = f"{_lattice_size(objectives, steps - 1)} or " if steps > 1 else "at least " if objectives > 1 else ""
         raise ValueError(f"points is {points} but a lattice of {objectives} objectives has {below}{size} points")
     # Stars and bars: m - 1 bars among p + m - 1 places; the weights are the runs of stars between them.
     places = steps + objectives - 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from mopl.ranking.data import RankingData, Truth
@@ -59,6 +60,10 @@ def load(
     else:
         from mopl.ranking.letor import load_letor
 
+        if isinstance(data, str) and not Path(data).exists():
+            raise FileNotFoundError(
+                f"{data}: there is no such file or folder, nor an embedded data set of that name (travel, synthetic)"
+            )
         kind = "letor"
         train, valid, test = load_letor(data, objectives=objectives, cache=cache, fractions=fractions, seed=seed)
     name = DEFAULT_NORMALIZATION[kind] if normalization is None else normalization

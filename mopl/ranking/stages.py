@@ -90,9 +90,10 @@ class Trained:
         line = f"{name}: {self.steps} steps in {self.seconds:.1f} s"
         if self.validation is None:
             return line
-        kept = f"{line}; kept step {self.kept} of {self.limit} (NDCG on validation {self.validation:.4f})"
-        stop = f", stopped at {self.steps}: no better for {self.steps - self.kept}" if self.steps < self.limit else ""
-        return kept + stop
+        of = "main" if name == "base" else "auxiliary"  # the two figures are not to be compared
+        kept = f"{line}; kept step {self.kept} of {self.limit} ({of} NDCG on validation {self.validation:.4f})"
+        waited = self.steps - self.kept
+        return kept + (f", stopped at {self.steps}: no better for {waited} steps" if self.steps < self.limit else "")
 
 
 class Stages:

@@ -361,7 +361,7 @@ def explain_line(line: bytes) -> str | None:
     try:
         _number(label)
     except ValueError:
-        return f"the label {label!r} is not a number"
+        return f"the label {label!r} is not a number; a line is LABEL qid:ID 1:VALUE 2:VALUE ..."
     last = 0
     for feature in features:
         if feature.startswith("qid:") and feature is features[0]:
