@@ -47,6 +47,14 @@ def every_key(text: str, others: list[object]) -> dict[str, str]:
     return cases
 
 
+def test_the_front_of_another_method_is_no_second_seed_of_it(ranking):
+    """Put in place of the run's own, it would be averaged with that method's front in a report of several runs."""
+    file = ranking / "front.json"
+    with replaced(file, changed(file.read_text(), ["method"], "dpo-ls")), pytest.raises(DamagedFile) as error:
+        run_fronts(ranking)
+    assert f"{file}: method is 'dpo-ls' but {ranking / 'config.json'} has 'weight-cos-dpo' there" in str(error.value)
+
+
 @pytest.mark.parametrize("name", ["config.json", "front.json", "base/front.json"])
 def test_every_key_of_a_run_may_be_anything(ranking, name):
     file = ranking / name

@@ -193,11 +193,11 @@ def run_fronts(path: str | Path) -> list[Front]:
     path = Path(path)
     record = read_run(path)
     config = config_of(record, path)
-    folders = [path / "base", *(method_folder(path, config, method) for method in config.methods)]
-    if any(not (folder / FRONT).exists() for folder in folders):
+    folders = {"base": path / "base", **{method: method_folder(path, config, method) for method in config.methods}}
+    files = {method: folder / FRONT for method, folder in folders.items()}
+    if any(not file.exists() for file in files.values()):
         command = shell("mopl", "align", "--run", path, "--resume")
         raise FileNotFoundError(f"the run {path} is not finished; continue it with: {command}")
-    files = [folder / FRONT for folder in folders]
     return load_fronts(files, record["data"]["objectives"], path / CONFIG_FILE)
 
 

@@ -249,24 +249,26 @@ class Front:
             raise damaged(path, str(error)) from error
 
 
-def load_fronts(files: Sequence[Path], objectives: Sequence[str], record: Path) -> list[Front]:
+def load_fronts(files: Mapping[str, Path], objectives: Sequence[str], record: Path) -> list[Front]:
     """Read the fronts of one run.
 
     Args:
-        files: Where they are.
+        files: Where they are, by method.
         objectives: Names of the run's m auxiliary objectives.
         record: The file that has them.
 
     Raises:
         OSError: If a file cannot be read.
-        DamagedFile: As `Front.load`, or if a front is of other objectives; the message names the files.
+        DamagedFile: As `Front.load`, or if the method or the objectives are others; the message names the files.
     """
-    fronts = [Front.load(file) for file in files]
-    for file, front in zip(files, fronts, strict=True):
+    fronts = [Front.load(file) for file in files.values()]
+    for (method, file), front in zip(files.items(), fronts, strict=True):
+        if front.method != method:
+            raise damaged(file, f"method is {front.method!r} but {record} has {method!r} there")
         if front.objectives != list(objectives):
             raise damaged(file, f"objectives is {front.objectives} but {record} has {list(objectives)}")
         if front.main != fronts[0].main:
-            raise damaged(file, f"main is {front.main!r} but {files[0]} has {fronts[0].main!r}")
+            raise damaged(file, f"main is {front.main!r} but {next(iter(files.values()))} has {fronts[0].main!r}")
     return fronts
 
 

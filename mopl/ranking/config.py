@@ -169,11 +169,10 @@ class RankConfig:
                 raise ValueError(f"{name} is {getattr(self, name)} but heads = {self.heads} must divide it")
         if (self.top_k is not None and self.top_k < 1) or self.bootstrap < 0 or self.gradient_clip < 0:
             raise ValueError("top_k must be at least 1, bootstrap and gradient_clip must not be negative")
-        if self.patience < 0 or (self.validate_every is not None and self.validate_every < 1):
-            raise ValueError(
-                f"patience is {self.patience} but must be at least 0 (0 trains all steps), and validate_every is "
-                f"{self.validate_every} but must be at least 1"
-            )
+        if self.patience < 0:
+            raise ValueError(f"patience is {self.patience} but must be at least 0, which trains all steps")
+        if self.validate_every is not None and self.validate_every < 1:
+            raise ValueError(f"validate_every is {self.validate_every} but must be at least 1")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout is {self.dropout} but must be at least 0 and below 1")
         # Made here so that their own checks come before anything is read or written.

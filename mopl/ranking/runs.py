@@ -143,8 +143,8 @@ def run_fronts(path: str | Path) -> list[Front]:
     path = Path(path)
     record = read_run(path)
     config = config_of(record, path)
-    folders = [path / "base", *(method_folder(path, config, method) for method in config.methods)]
-    files = [folder / FRONT for folder in folders if (folder / FRONT).exists()]
+    folders = {"base": path / "base", **{method: method_folder(path, config, method) for method in config.methods}}
+    files = {method: folder / FRONT for method, folder in folders.items() if (folder / FRONT).exists()}
     if len(files) < 2:
         command = shell("mopl", "rank", "--run", path, "--resume")
         raise FileNotFoundError(f"the run {path} is not finished; continue it with: {command}")
