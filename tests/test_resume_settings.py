@@ -37,7 +37,12 @@ def begun(config, given):
     kind = {RankConfig: {}, AlignConfig: {"kind": "align"}, ClpConfig: {"kind": "clp"}}[config]
     needed = {RankConfig: {}, AlignConfig: {"model": "model", "data": "data.txt"},
               ClpConfig: {"model": "model", "data": "data.txt", "rewards": ("brevity",)}}[config]  # fmt: skip
-    return {**kind, "config": config(**{**needed, **given}).to_dict(), "data": {}}
+    data = {
+        RankConfig: {"fingerprint": "f", "empty_share": {}, "objectives": [{"name": "main"}, {"name": "a"}]},
+        AlignConfig: {"fingerprint": "f", "tokens": "t", "objectives": ["a", "b"]},
+        ClpConfig: {"fingerprint": "f", "objectives": ["a", "b"]},
+    }  # fmt: skip
+    return {**kind, "config": config(**{**needed, **given}).to_dict(), "data": data[config]}
 
 
 RESUME = {RankConfig: resume_rank, AlignConfig: resume_align, ClpConfig: resume_clp}

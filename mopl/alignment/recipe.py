@@ -52,9 +52,7 @@ from mopl.ranking.evaluate import grid_of
 from mopl.training import RunLog, make_accelerator
 from mopl.training.parallel import on_main
 from mopl.training.run_directory import (
-    RunInterrupted as RunInterrupted,
-)
-from mopl.training.run_directory import (
+    RunInterrupted,
     command_line,
     create_run,
     environment,
@@ -63,6 +61,8 @@ from mopl.training.run_directory import (
     version_changes,
 )
 from mopl.training.settings import settings_to_resume
+
+__all__ = ["FREE_ON_RESUME", "RunInterrupted", "align", "answers", "check_resume", "evaluate", "load_data"]
 
 # Settings that a resumed run may have otherwise: they change what is written or where, not what is computed.
 FREE_ON_RESUME = ("log_every", "checkpoint_every", "tensorboard", "device")

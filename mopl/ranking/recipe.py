@@ -54,9 +54,7 @@ from mopl.ranking.validation import Validation
 from mopl.training import RunLog, make_accelerator
 from mopl.training.parallel import on_main
 from mopl.training.run_directory import (
-    RunInterrupted as RunInterrupted,
-)
-from mopl.training.run_directory import (
+    RunInterrupted,
     command_line,
     create_run,
     environment,
@@ -65,6 +63,8 @@ from mopl.training.run_directory import (
     version_changes,
 )
 from mopl.training.settings import settings_to_resume
+
+__all__ = ["FREE_ON_RESUME", "RunInterrupted", "check_resume", "rank"]
 
 # Settings that a resumed run may have otherwise: they change what is written or where, not what is computed.
 FREE_ON_RESUME = ("log_every", "checkpoint_every", "tensorboard", "device")
