@@ -34,7 +34,8 @@ _CHARACTER = rf"(?={_SPACELESS})\X\p{{M}}*"
 _LETTERS = rf"(?:[[\p{{L}}\p{{N}}]--{_SPACELESS}][\p{{M}}\u200c\u200d\u00ad]*)+"
 _CLOSED = r"[\"'”’)\]」』】）》]"
 _OTHER_END = r"(?:[\p{Sentence_Terminal}--[.!?．]]|．(?!\d))+"
-_ENDS = rf"[.!?…]+(?=\s|$|[\"'”’)\]])|{_OTHER_END}"
+# Begun at the first of a run and never given back: a model that answers "!!!!..." would take a time quadratic in it.
+_ENDS = rf"(?<![.!?…])[.!?…]++(?=\s|$|[\"'”’)\]])|{_OTHER_END}"
 
 
 @functools.cache

@@ -4,6 +4,7 @@ import logging
 import math
 import re
 import sys
+import time
 
 import pytest
 import torch
@@ -162,6 +163,14 @@ def test_no_mark_is_left_of_a_text_without_its_letter():
 def test_sentences_of_other_languages_are_counted(text, sentences):
     pytest.importorskip("regex")
     assert count_sentences(text) == sentences
+
+
+def test_a_long_run_of_marks_is_read_in_a_moment():
+    """A policy that has come apart answers so; the square of its length would be a minute here."""
+    pytest.importorskip("regex")
+    start = time.process_time()
+    assert count_sentences("!" * 30_000 + "a") == 1
+    assert time.process_time() - start < 5.0
 
 
 @given(st.text(st.characters(max_codepoint=127)) | st.text(" .!?…'’-–“”éÀñß_\n\"()[]ab1"))
