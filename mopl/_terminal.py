@@ -20,6 +20,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -100,8 +101,11 @@ def json_escaped(text: str) -> str:
 
 
 def shell(*words: object) -> str:
-    """Return words as a command line that a POSIX shell reads as these words, control characters escaped."""
-    return " ".join(map(_quoted, map(str, words)))
+    """Return words as a command line that a POSIX shell reads as these words, control characters escaped.
+
+    A `Path` that begins with a dash gets "./" before it, so that no command takes it for an option.
+    """
+    return " ".join(_quoted(f"./{w}" if isinstance(w, Path) and str(w).startswith("-") else str(w)) for w in words)
 
 
 def _quoted(word: str) -> str:

@@ -419,3 +419,7 @@ def test_no_file_gets_the_number_of_a_closed_stream(tmp_path):
     )
     subprocess.run(["bash", "-c", f"{shlex.join([sys.executable, '-c', code])} <&- >&- 2>&-"], check=True)
     assert (tmp_path / "weights").read_text() == ""
+
+
+def test_a_folder_that_begins_with_a_dash_is_no_option_of_a_suggested_command():
+    assert shell("mopl", "steer", Path("-x"), "--weights", "1") == "mopl steer ./-x --weights 1"
