@@ -259,3 +259,13 @@ def test_every_process_of_a_launcher_learns_of_a_refusal(tmp_path):
         assert "there is no run at" in (tmp_path / f"nowhere-{me}.txt").read_text()
     assert json.loads((tmp_path / "new" / "config.json").read_text()) == {"config": {}, "data": {}}
     assert not Path(lock_file(tmp_path / "new")).exists()
+
+
+def test_a_run_may_begin_in_the_current_folder_but_not_delete_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".writing-0123456789abcdef-config.json").mkdir()  # of a process that was killed here
+    create_run(".", {"config": {}, "data": {}, "versions": {"mopl": "0"}})
+    assert Path("config.json").is_file()  # found from here: it is the same folder
+    with pytest.raises(FileExistsError, match="is the current folder"):
+        check_new_run(".", overwrite=True)
+    assert Path("config.json").is_file()

@@ -193,7 +193,7 @@ def check_new_run(path: str | os.PathLike[str], *, overwrite: bool = False) -> N
         raise PermissionError(
             f"nothing may be written into {parent}, so {path} cannot be made; name another with --run"
         )
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+    if not path.exists() or _is_empty(path):
         return
     try:
         made = "mopl" in read_run(path).get("versions", {})
@@ -206,6 +206,8 @@ def check_new_run(path: str | os.PathLike[str], *, overwrite: bool = False) -> N
             f"{path} holds a run already: continue it with --resume, replace it with --overwrite, or name another "
             "with --run"
         )
+    if os.path.samefile(path, os.curdir):
+        raise FileExistsError(f"{path} is the current folder, which --overwrite would delete; go to another one")
     names = sorted(entry.name for entry in path.iterdir())
     if strange := [n for n in names if n not in _OWN and n not in _CLUTTER and not n.startswith(TEMPORARY)]:
         raise FileExistsError(
@@ -222,12 +224,17 @@ def create_run(path: str | os.PathLike[str], record: dict[str, Any], *, overwrit
     """
     path = Path(path)
     check_new_run(path, overwrite=overwrite)
-    write_folder(
-        path,
-        lambda folder: write_file(folder / CONFIG_FILE, json.dumps(record, indent=2) + "\n"),
-        replace=overwrite,
-    )
+    text = json.dumps(record, indent=2) + "\n"
+    if _is_empty(path):  # perhaps the current folder or the root of a disk, which must not be replaced
+        write_file(path / CONFIG_FILE, text)
+    else:
+        write_folder(path, lambda folder: write_file(folder / CONFIG_FILE, text), replace=overwrite)
     return path
+
+
+def _is_empty(path: Path) -> bool:
+    """Return whether there is a folder with nothing in it but what a killed process left of its first file."""
+    return path.is_dir() and all(entry.name.startswith(TEMPORARY) for entry in path.iterdir())
 
 
 class RunInterrupted(RuntimeError):
