@@ -105,16 +105,18 @@ def detect_format(columns: Iterable[str]) -> str:
         if have.issuperset(entry.columns):
             return entry.name
     raise DataError(
-        f"no known format has the columns {', '.join(sorted(have))}; {_nearest_format(have)}. Rename columns, write "
-        "mopl's own JSON lines, or "
-        "pass format=...; the formats and the columns they need:\n" + _known_formats()
+        f"no known format has the columns {', '.join(sorted(have))}{_nearest_format(have)}. Rename columns, write "
+        "mopl's own JSON lines, or pass format=...; the formats and the columns they need:\n" + _known_formats()
     )
 
 
 def _nearest_format(have: set[str]) -> str:
-    """Say what the format lacks that has most of its columns here; it is often one word that is misspelt."""
-    near = max(FORMATS.values(), key=lambda entry: len(have.intersection(entry.columns)) / len(entry.columns))
-    return f"nearest is {near.name}, which needs {', '.join(c for c in near.columns if c not in have)} too"
+    """Say which format lacks one column only, often a word that is misspelt; a prompt alone is in too many formats."""
+    for entry in FORMATS.values():
+        lacks = [column for column in entry.columns if column not in have]
+        if len(lacks) == 1 and have.intersection(entry.columns) - {"prompt"}:
+            return f"; nearest is {entry.name}, which needs {lacks[0]} too"
+    return ""
 
 
 def _known_formats() -> str:
