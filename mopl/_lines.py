@@ -183,13 +183,16 @@ def texts_of_arguments(arguments: Sequence[str]) -> list[str]:
 
 def _standard_input() -> str:
     """Return the text of the standard input, in UTF-8 whatever the terminal's encoding is."""
+    nothing = "a prompt is to be read from the standard input, which is closed or empty; write it as an argument"
     if sys.stdin is None:
-        raise TextError("a prompt is to be read from the standard input, which is closed; write it as an argument")
+        raise TextError(nothing)
     stream = getattr(sys.stdin, "buffer", None)
     try:
         text = sys.stdin.read() if stream is None else decode(stream.read().removeprefix(BOM))
     except TextError as error:
         raise TextError(f"the standard input is no UTF-8 text: {error}") from None
+    if not text.strip():
+        raise TextError(nothing)
     return text.replace("\r\n", "\n").strip()
 
 

@@ -377,6 +377,9 @@ def test_arguments_and_the_standard_input_are_texts(monkeypatch):
     Pipe.buffer = io.BytesIO(b"gr\xfc")
     with pytest.raises(TextError, match=r"the standard input is no UTF-8 text: its byte 3 \(0xfc\)"):
         texts_of_arguments(["-"])
+    Pipe.buffer = io.BytesIO(BOM + b" \n")  # a closed one looks like this in a command, which opens the null device
+    with pytest.raises(TextError, match="standard input, which is closed or empty"):
+        texts_of_arguments(["-"])
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(TextError, match="standard input, which is closed"):
         texts_of_arguments(["-"])
