@@ -140,6 +140,9 @@ def start(folder: Path, command: str, kill_before: int | None = None) -> int:
             os.dup2(log.fileno(), 2)
         signal.alarm(LIMIT)
         time.perf_counter = lambda: 0.0
+        from mopl.training import run_directory
+
+        run_directory._commit = lambda: None  # somebody may work in the checkout meanwhile
         sys.path.insert(0, str(folder.parent / "inputs"))
         seen = 0
 
