@@ -117,7 +117,7 @@ def lambda_loss(
     with torch.no_grad():
         gains = _gains(y, gain, mask, scaled=normalize)
         if normalize:
-            ideal = _ideal_dcg(gains, top_k)
+            ideal = _ideal_dcg(gains, mask, top_k)
             gains = torch.where(ideal > 0, gains / torch.where(ideal > 0, ideal, 1), 0)
         ranks = _ranks(x, mask)
     loss = pairs.pairwise_logistic(
@@ -171,7 +171,7 @@ def approx_ndcg(
     check_choice(gain, GAINS, "gain")
     _, u, y = _prepare(scores, labels, reference, temperature, mask)
     gains = _gains(y, gain, mask, scaled=True)
-    ideal = _ideal_dcg(gains, None)  # (B, m, 1)
+    ideal = _ideal_dcg(gains, mask, None)  # (B, m, 1)
     dcg = (gains / torch.log2(1 + pairs.smooth_ranks(u, mask))).sum(-1)
     highest, lowest = _extremes(y.detach(), mask)
     counts = (highest > lowest) & (ideal > 0)
@@ -253,8 +253,10 @@ def _gains(labels: Tensor, gain: str, mask: Tensor | None, scaled: bool) -> Tens
     return -torch.exp2(y - highest) * torch.expm1(-y.clamp(min=-100) * math.log(2))
 
 
-def _ideal_dcg(gains: Tensor, top_k: int | None) -> Tensor:
-    """Return the DCG of the best order, of its first `top_k` items, as (B, m, 1)."""
-    best = gains.sort(-1, descending=True).values[..., :top_k]
+def _ideal_dcg(gains: Tensor, mask: Tensor | None, top_k: int | None) -> Tensor:
+    """Return the DCG of the best order of the existing items, of its first `top_k` of them, as (B, m, 1)."""
+    # Behind all others a place without an item takes no position from an item whose gain is 0.
+    keyed = gains.detach() if mask is None else torch.where(mask[:, None, :], gains.detach(), -math.inf)
+    best = gains.gather(-1, keyed.argsort(dim=-1, descending=True, stable=True))[..., :top_k]
     positions = torch.arange(2, best.shape[-1] + 2, device=best.device, dtype=best.dtype)
     return (best / torch.log2(positions)).sum(-1, keepdim=True)

@@ -90,7 +90,8 @@ def gathered_logprob(
         return_entropy: also return the entropy in nats of each row's distribution (...).
         inplace_backward: the backward pass writes the gradient over `logits`, whose values are then lost: no second
             (..., V) tensor. Nothing else may need the logits afterwards; autograd raises if something does, a second
-            backward pass included. Under torch.compile the compiler plans the memory and this option does nothing.
+            backward pass included. Under torch.compile the compiler plans the memory and this option does nothing, as
+            for rows that share their memory (`expand`).
         check_targets: raise if a target lies outside the vocabulary; costs a synchronisation on a GPU. None: on a CPU
             only. Unchecked targets outside the vocabulary give NaN.
 
@@ -120,14 +121,16 @@ def gathered_logprob(
         raise ValueError(f"target is on {target.device} but logits are on {logits.device}; move target there")
     warmth = per_row(temperature, "temperature", lead, logits)
     need_temperature = warmth.requires_grad and torch.is_grad_enabled()
+    flat = logits.reshape(-1, vocabulary)
+    shared = any(size > 1 and stride == 0 for size, stride in zip(flat.shape, flat.stride(), strict=True))
     logprob, logsumexp, entropy, _ = _gathered_logprob(
-        logits.reshape(-1, vocabulary),
+        flat,
         merged.reshape(math.prod(lead), math.prod(target.shape[len(lead) :])),
         warmth,
         check_scalar(softcap, "softcap"),
         return_entropy or need_temperature,
         return_entropy and need_temperature,
-        inplace_backward and not torch.compiler.is_compiling(),
+        inplace_backward and not shared and not torch.compiler.is_compiling(),
         not logits.is_cuda if check_targets is None else check_targets,
     )
     results = [logprob.view(target.shape)]

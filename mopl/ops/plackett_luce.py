@@ -253,8 +253,8 @@ def _rank(
 
     The second is 1.0 elsewhere, and None if nothing is tied; the third is None without a mask.
     """
-    if not labels.is_floating_point():
-        labels = labels.long()
+    # Sorting keeps the order of the memory, and below neighbours of a row must be neighbours there.
+    labels = (labels if labels.is_floating_point() else labels.long()).contiguous()
     if order is None:
         if valid is not None:
             lowest = torch.finfo(labels.dtype).min if labels.is_floating_point() else torch.iinfo(torch.int64).min + 1

@@ -1,0 +1,142 @@
+"""Numbers and memory that are unusual but allowed: any strides, any padding, any dtype give what plain ones give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from mopl.losses import approx_ndcg, lambda_loss, listwise_dpo, pairwise_logistic, plackett_luce, presort
+from mopl.ops import gathered_logprob, linear_kl, linear_logprob, sequence_logprob
+
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "listwise l1": listwise_dpo,
+    "listwise softmax": lambda *a, **k: listwise_dpo(*a, normalize="softmax", **k),
+    "plackett-luce": plackett_luce,
+    "plackett-luce efron": lambda *a, **k: plackett_luce(*a, ties="efron", **k),
+    "plackett-luce ordered": lambda s, y, **k: plackett_luce(s, y, order=presort(y, k.get("mask")), **k),
+    "pairwise": pairwise_logistic,
+    "lambda": lambda_loss,
+    "approx-ndcg": approx_ndcg,
+}
+every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
+
+# Views with the values of a tensor and another memory under them.
+MEMORY: dict[str, Callable[[Tensor], Tensor]] = {
+    "reversed dimensions": lambda t: t.permute(*reversed(range(t.ndim))).contiguous().permute(*reversed(range(t.ndim))),
+    "every second place": lambda t: torch.stack([t, torch.ones_like(t)], -1).flatten(-2)[..., ::2],
+    "an offset and gaps": lambda t: torch.cat([torch.ones_like(t), t, torch.ones_like(t)], -1)[
+        ..., t.shape[-1] : 2 * t.shape[-1]
+    ],
+    "expanded and flipped": lambda t: t.flip(-1)[None].expand(3, *t.shape)[1].flip(-1),
+}
+
+
+def gradients(value: Tensor, of: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return d(value · fixed random numbers)/d(each), 0 where it does not depend on it."""
+    upstream = torch.rand(value.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(value.dtype)
+    found = torch.autograd.grad((value * upstream).sum(), list(of.values()), allow_unused=True)
+    return {name: torch.zeros_like(t) if g is None else g for (name, t), g in zip(of.items(), found, strict=True)}
+
+
+@every_loss
+@pytest.mark.parametrize("view", MEMORY.values(), ids=MEMORY.keys())
+def test_the_memory_order_of_an_argument_does_not_matter(loss: Callable[..., Tensor], view: Callable) -> None:
+    torch.manual_seed(0)
+    values = {
+        "scores": torch.randn(4, 5), "labels": torch.randint(0, 3, (4, 2, 5)).float(), "reference": torch.randn(4, 5),
+        "temperature": torch.rand(4, 2) + 0.5, "weights": torch.rand(4, 2),
+    }  # fmt: skip
+    mask = torch.arange(5) < torch.tensor([5, 3, 2, 4])[:, None]
+
+    def run(arrange: Callable[[Tensor], Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        leaves = {name: value.clone().requires_grad_() for name, value in values.items()}
+        given = {name: arrange(leaf) for name, leaf in leaves.items()}
+        value = loss(given.pop("scores"), given.pop("labels"), mask=arrange(mask), reduction="none", **given)
+        return value.detach(), gradients(value, leaves)
+
+    expected, expected_gradients = run(lambda t: t)
+    found, found_gradients = run(view)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+    for name, gradient in expected_gradients.items():
+        torch.testing.assert_close(found_gradients[name], gradient, rtol=1e-6, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("view", MEMORY.values(), ids=MEMORY.keys())
+def test_position_weights_and_orders_may_lie_anyhow(view: Callable[[Tensor], Tensor]) -> None:
+    scores, labels, weights = torch.randn(4, 5), torch.rand(4, 2, 5), torch.rand(4, 2, 5)
+    order = presort(labels)
+    expected = plackett_luce(scores, labels, order=order, position_weights=weights, reduction="none")
+    found = plackett_luce(scores, labels, order=view(order), position_weights=view(weights), reduction="none")
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("view", MEMORY.values(), ids=MEMORY.keys())
+def test_the_memory_order_of_logits_and_heads_does_not_matter(view: Callable[[Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    logits, hidden, weight = torch.randn(2, 3, 7), torch.randn(2, 3, 4), torch.randn(7, 4)
+    target, mask = torch.randint(0, 7, (2, 3)), torch.rand(2, 3) < 0.8
+    segment = torch.tensor([[0, 0, 1], [1, 2, 2]])
+
+    def run(arrange: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        leaves = [t.clone().requires_grad_() for t in (logits, hidden, weight)]
+        u, h, w = map(arrange, leaves)
+        y, m, warmth = arrange(target), arrange(mask), arrange(torch.tensor([[0.5, 1.0, 2.0], [1.0, 1.5, 1.0]]))
+        results = [
+            *gathered_logprob(u, y, mask=m, temperature=warmth, return_logsumexp=True, return_entropy=True),
+            *linear_logprob(h, w, y, mask=m, temperature=warmth, return_logsumexp=True, return_entropy=True),
+            linear_kl(h, w, 2 * h.detach(), mask=m, temperature=warmth),
+            sequence_logprob(gathered_logprob(u, y, mask=m), arrange(segment), sequences=3),
+        ]  # fmt: skip
+        return [*results, *torch.autograd.grad(sum(r.square().sum() for r in results), leaves)]  # type: ignore[union-attr]
+
+    for found, expected in zip(run(view), run(lambda t: t), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_logits_that_share_their_memory_get_no_gradient_written_over_them() -> None:
+    row, target = torch.randn(1, 7), torch.tensor([1, 4, 1])
+    found = []
+    for inplace in (False, True):
+        leaf = row.clone().requires_grad_()
+        logits = (leaf * 1).expand(3, 7)
+        gathered_logprob(logits, target, inplace_backward=inplace).sum().backward()
+        assert leaf.grad is not None
+        found.append(leaf.grad)
+    assert torch.equal(*found)
+
+
+def differentiable(loss: Callable[..., Tensor], values: dict[str, Tensor], mask: Tensor | None) -> dict[str, Tensor]:
+    """Return the losses (B, m) and the gradient in every argument."""
+    leaves = {name: value.clone().requires_grad_() for name, value in values.items()}
+    given = dict(leaves)
+    value = loss(given.pop("scores"), given.pop("labels"), mask=mask, reduction="none", **given)
+    return {"loss": value.detach(), **gradients(value, leaves)}
+
+
+@every_loss
+@pytest.mark.parametrize("filling", [0.0, 7.0, 1e30, -1e30, torch.inf, -torch.inf, torch.nan])
+def test_nothing_depends_on_padding_or_on_what_it_holds(loss: Callable[..., Tensor], filling: float) -> None:
+    torch.manual_seed(3)
+    labels = torch.tensor([[[2.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 3.0]], [[1.0, 2.0, 3.0, 4.0], [0.0, 1.0, 0.0, 1.0]]])
+    values = {
+        "scores": torch.randn(2, 4), "labels": labels, "reference": torch.randn(2, 4),
+        "temperature": torch.rand(2, 2) + 0.5, "weights": torch.rand(2, 2),
+    }  # fmt: skip
+    plain = differentiable(loss, values, None)
+    for place in ([1, 2, 4, 6], [0, 1, 2, 3], [3, 4, 5, 6]):  # where the items stand among seven places
+        mask = torch.zeros(2, 7, dtype=torch.bool)
+        mask[:, place] = True
+        wide = dict(values)
+        for name in ("scores", "labels", "reference"):
+            wide[name] = torch.full((*values[name].shape[:-1], 7), filling)
+            wide[name][..., place] = values[name]
+        padded = differentiable(loss, wide, mask)
+        for name, expected in plain.items():
+            found = padded[name]
+            if found.shape != expected.shape:
+                assert not found[..., ~mask[0]].any(), f"{name} of padding is not 0"
+                found = found[..., place]
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6, msg=f"{name} at {place}")
