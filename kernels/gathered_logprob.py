@@ -183,12 +183,14 @@ def forward_kernel(
             # log p of the others, averaged over them: the level lies log_total + softplus(-odds) under the logsumexp
             mean = below - (log_total + _softplus(-odds))
             others = tl.where(alone | (rest == 0.0), 0.0, rest * mean)
-            tl.store(entropy + n, -mine - others)
+            impossible = alone & (own == float("-inf"))  # every logit of the row is -inf: there is no distribution
+            tl.store(entropy + n, tl.where(impossible, float("nan"), -mine - others))
             if variance is not None:
                 apart = gap + below
                 spread = moment2 / safe - below * below
                 between = tl.where(share == 0.0, 0.0, share * apart * apart)
-                tl.store(variance + n, tl.where(alone | (rest == 0.0), 0.0, rest * (spread + between)))
+                value = tl.where(alone | (rest == 0.0), 0.0, rest * (spread + between))
+                tl.store(variance + n, tl.where(impossible, float("nan"), value))
 
 
 @triton.jit

@@ -130,6 +130,27 @@ def test_extreme_and_infinite_logits() -> None:
     torch.testing.assert_close(gradient, F.one_hot(target, 3) - logits.softmax(1))
 
 
+@pytest.mark.parametrize("logit", [-2000.0, -89.0, 0.0, 89.0, 2000.0])
+def test_one_allowed_token_is_certain_whatever_its_logit(logit: float) -> None:
+    for token, target in ((2, 2), (2, 0)):
+        x = leaf(torch.full((1, 5), -math.inf).index_fill(1, torch.tensor([token]), logit))
+        temperature = leaf(torch.tensor([0.5]))
+        outputs = gathered_logprob(x, torch.tensor([target]), temperature=temperature, **ALL)
+        assert [float(o) for o in outputs] == [0.0 if token == target else -math.inf, 2 * logit, 0.0]
+        # d logsumexp / d logit = 1 / T and d logsumexp / dT = -logit / T^2; nothing else moves.
+        upstream = (torch.tensor([3.0 * (token == target)]), torch.ones(1), torch.tensor([7.0]))
+        of_logits, of_temperature = torch.autograd.grad(outputs, (x, temperature), upstream)
+        assert torch.equal(of_logits, torch.zeros(1, 5).index_fill(1, torch.tensor([token]), 2.0))
+        assert float(of_temperature) == -4 * logit
+
+
+def test_a_target_far_below_the_others_does_not_round_the_entropy() -> None:
+    logits = torch.tensor([[0.3, -0.2, -2000.0], [0.3, -0.2, -math.inf], [1.5, -math.inf, -90.0]])
+    entropy = gathered_logprob(logits, torch.tensor([2, 2, 2]), return_entropy=True)[1]
+    p = logits.double().softmax(1)
+    torch.testing.assert_close(entropy.double(), torch.special.entr(p).sum(1), rtol=2e-7, atol=1e-30)
+
+
 def test_several_targets_share_a_row_and_duplicates_add_up() -> None:
     logits, target = leaf(torch.randn(4, 9)), torch.tensor([[1, 1, 2], [0, 8, 0], [3, 4, 5], [7, 7, 7]])
     upstream = torch.randn(4, 3)

@@ -122,7 +122,7 @@ def gathered_logprob(
     warmth = per_row(temperature, "temperature", lead, logits)
     need_temperature = warmth.requires_grad and torch.is_grad_enabled()
     flat = logits.reshape(-1, vocabulary)
-    shared = any(size > 1 and stride == 0 for size, stride in zip(flat.shape, flat.stride(), strict=True))
+    apart = 0 not in flat.stride()  # rows that share memory have none that could hold a gradient of their own
     logprob, logsumexp, entropy, _ = _gathered_logprob(
         flat,
         merged.reshape(math.prod(lead), math.prod(target.shape[len(lead) :])),
@@ -130,7 +130,7 @@ def gathered_logprob(
         check_scalar(softcap, "softcap"),
         return_entropy or need_temperature,
         return_entropy and need_temperature,
-        inplace_backward and not shared and not torch.compiler.is_compiling(),
+        inplace_backward and apart and not torch.compiler.is_compiling(),
         not logits.is_cuda if check_targets is None else check_targets,
     )
     results = [logprob.view(target.shape)]
@@ -283,7 +283,7 @@ def _temperature_gradient(
     total = times = None
     if grad_logprob is not None:
         upstream = grad_logprob.masked_fill(target < 0, 0)
-        total, times = upstream.sum(-1), (upstream * logprob).sum(-1)
+        total, times = upstream.sum(-1), torch.where(upstream == 0, 0, upstream * logprob).sum(-1)
     idle = (target < 0).all(-1)
     return temperature_gradient(
         total, times, grad_logsumexp, grad_entropy, temperature, logsumexp, entropy, variance, idle
@@ -314,15 +314,16 @@ def _forward_cpu(
         odds = (top - pivot_logit) + others.log()
         pivot_logprob = -torch.logaddexp(odds, torch.zeros_like(odds))
         # From the larger of the two summands on.
-        whole = top + (others + (pivot_logit - top).exp()).log()
-        logsumexp[part] = torch.where(odds > 0, whole, pivot_logit - pivot_logprob).squeeze(1)
+        over_top = (others + (pivot_logit - top).exp()).log()
+        logsumexp[part] = torch.where(odds > 0, top + over_top, pivot_logit - pivot_logprob).squeeze(1)
         relative = torch.where(pivot_logit == -torch.inf, -torch.inf, (own - pivot_logit) + pivot_logprob)
         logprob[part] = relative.masked_fill(~keep, 0)
         if shifted is None:
             continue
         # Moments about the logsumexp: every term of the entropy then has one sign. The difference of top and logsumexp
-        # is formed from small numbers, since the two themselves are rounded to the size of the logits.
-        off = torch.where(pivot_logit == -torch.inf, -others.log(), (top - pivot_logit) + pivot_logprob)
+        # is formed from small numbers: the two, and a pivot far below the others, are rounded to the size of the
+        # logits. Without others exp(off) could overflow, times nothing.
+        off = torch.where(odds > 16, -over_top, (top - pivot_logit) + pivot_logprob).masked_fill(others == 0, 0)
         scale = off.exp()
         first = (shifted * e).sum(1, keepdim=True)
         mean = scale * (first + off * others) + weighted_by_probability(pivot_logprob, pivot_logprob)

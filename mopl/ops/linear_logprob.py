@@ -332,7 +332,7 @@ def row_temperature_gradient(
     total = times = None
     if grad_logprob is not None:
         total = grad_logprob.masked_fill(target < 0, 0)
-        times = total * saved.logprob
+        times = torch.where(total == 0, 0, total * saved.logprob)
         if row is not None:
             total, times = (segment_sum(t, row, len(temperature)) for t in (total, times))
     return temperature_gradient(

@@ -149,3 +149,24 @@ def test_every_output_is_written_once_and_nothing_else_is_touched(
     grad = torch.full_like(logits, math.nan)
     triton_path.launch_backward(*upstream, logits, target, temperature, *results[:3], 0.0, grad)
     assert not grad.isnan().any()
+
+
+@pytest.mark.parametrize("logit", [-2000.0, -89.0, 0.0, 89.0, 2000.0])
+def test_one_allowed_token_is_certain_whatever_its_logit(logit: float) -> None:
+    logits = torch.full((3, 40), -math.inf)
+    logits[:2, 2] = logit  # the target, and not the target; the last row allows nothing
+    target, temperature = torch.tensor([[2], [0], [1]]), torch.full((3,), 0.5)
+    logprob, logsumexp, entropy, variance = triton_path.launch_forward(logits, target, temperature, 0.0, True, True)
+    assert logprob[:, 0].tolist() == [0.0, -math.inf, -math.inf]
+    torch.testing.assert_close(logsumexp, torch.tensor([2 * logit, 2 * logit, -math.inf]), rtol=1e-6, atol=0)
+    torch.testing.assert_close(entropy[:2], torch.zeros(2), rtol=0, atol=1e-6)
+    torch.testing.assert_close(variance[:2], torch.zeros(2), rtol=0, atol=1e-6)
+    assert entropy[2].isnan() and variance[2].isnan()
+    gradient = torch.empty_like(logits[:2])
+    upstream = (torch.tensor([[3.0], [0.0]]), torch.ones(2), torch.full((2,), 7.0))
+    statistics = (logprob[:2], logsumexp[:2], entropy[:2])
+    triton_path.launch_backward(
+        *upstream, logits[:2], target[:2].contiguous(), temperature[:2], *statistics, 0.0, gradient
+    )  # fmt: skip
+    expected = torch.zeros(2, 40).index_fill(1, torch.tensor([2]), 2.0)
+    torch.testing.assert_close(gradient, expected, rtol=2e-3, atol=0)
