@@ -25,6 +25,11 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """Return float64, or float32 where a device has none: for sums whose terms cancel."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def check_scores(scores: Tensor, name: str = "scores") -> Tensor:
     """Raise unless `scores` is a floating-point tensor of shape (B, K); return it."""
     if not isinstance(scores, Tensor):

@@ -38,6 +38,16 @@ def test_one_objective_has_weight_one():
     assert torch.equal(draw(1, 5), torch.ones(5, 1, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("alpha", [1e-3, 0.02, 0.3, 1.0, 50.0, 1e3, [1e-3, 1e3, 1.0], [1e-3, 1e-3, 0.2]])
+def test_every_draw_is_on_the_simplex_in_every_dtype(alpha, dtype):
+    w = sample_weights(3, 3000, alpha, seed=4, step=0, dtype=dtype)
+    check_weights(w)
+    assert ((w.double().sum(1) - 1).abs() <= 3 * torch.finfo(dtype).eps).all()
+    many = sample_weights(3000, 20, 1e-3 if isinstance(alpha, list) else alpha, seed=4, step=0, dtype=dtype)
+    assert ((many.double().sum(1) - 1).abs() <= 1e-2).all()
+
+
 @pytest.mark.parametrize("alpha", [1e-2, 1e-8, 1e-300, 5e-324, [1e-300, 1.0, 0.5], [1e-5, 1e-3, 0.09]])
 def test_tiny_alpha_gives_vertices_and_never_nan(alpha):
     w = draw(alpha=alpha, count=5000)
@@ -143,6 +153,13 @@ def test_bad_boxes_are_named():
         sample_temperatures(2, 1, 1.0, [2.0, 0.5], seed=0, step=0)
     with pytest.raises(ValueError, match="must be positive"):
         sample_temperatures(2, 1, 0.0, 1.0, seed=0, step=0)
+
+
+def test_a_box_that_the_dtype_cannot_hold_is_refused():
+    for low, high in ((1e-9, 1.0), (1.0, 1e6)):
+        with pytest.raises(ValueError, match="float16 makes 0 or infinity; pass another dtype"):
+            sample_temperatures(2, 3, low, high, seed=0, step=0, dtype=torch.float16)
+        assert (sample_temperatures(2, 3, low, high, seed=0, step=0).temperature > 0).all()
 
 
 def test_weights_on_the_simplex_pass_and_numbers_become_float64():

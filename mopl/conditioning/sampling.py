@@ -130,12 +130,19 @@ def sample_temperatures(
         β and β / ‖β‖₁, each (count, m), on the CPU. They are independent of the weights of the same step.
 
     Raises:
-        ValueError: If the box is empty, reaches 0 or has another length than m, or as `sample_weights`.
+        ValueError: If the box is empty, reaches 0, is beyond what the dtype can hold or has another length than m, or
+            as `sample_weights`.
     """
     _check_count(objectives, count)
     bottom, top = _box(low, objectives, "low"), _box(high, objectives, "high")
     if (top < bottom).any():
         raise ValueError(f"high is {top.tolist()} but low is {bottom.tolist()}; pass high >= low for each objective")
+    ends = torch.from_numpy(np.stack([bottom, top])).to(dtype)
+    if not bool((ends.isfinite() & (ends > 0)).all()):
+        raise ValueError(
+            f"low is {bottom.tolist()} and high is {top.tolist()}, of which {str(dtype).removeprefix('torch.')} makes "
+            "0 or infinity; pass another dtype"
+        )
     uniform = _generator(seed, step, rank, _TEMPERATURES).random((count, objectives))
     draws = torch.from_numpy(bottom + (top - bottom) * uniform)
     return Temperatures(draws.to(dtype), (draws / draws.sum(-1, keepdim=True)).to(dtype))

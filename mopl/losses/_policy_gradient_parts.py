@@ -7,7 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mopl._arguments import REDUCTIONS, Reduction, check_choice, compute_dtype, shape_of
+from mopl._arguments import REDUCTIONS, Reduction, check_choice, compute_dtype, shape_of, wide_dtype
+from mopl.ops._logprob import segment_sum
 
 Estimator = Literal["k1", "k2", "k3"]
 Level = Literal["token", "sequence"]
@@ -144,37 +145,42 @@ def group_mean(
         valid: which responses count; the values of others are not read.
 
     Returns:
-        (B,); 0 where no response is left to average.
+        (B,), float32, or float64 for float64; 0 where no response is left to average. Memory is O(B), however the
+        groups lie.
 
     Raises:
         ValueError: a group that does not fit.
     """
     if values.ndim != 1:
         raise ValueError(f"values has shape {shape_of(values)} but must be (B,), one value a response")
-    rows = len(values)
+    rows, dtype, wide = len(values), compute_dtype(values), wide_dtype(values.device)
     number = group_ids(group, rows, values.device)
     valid = torch.ones_like(values, dtype=torch.bool) if valid is None else valid
-    values = torch.where(valid, values, 0)
-    if isinstance(group, int):  # groups follow one another: each row sees the K of its own
-        values, together = (t.view(-1, group).repeat_interleave(group, 0) for t in (values, valid))
-        itself = torch.eye(group, dtype=torch.bool, device=values.device).repeat(rows // group, 1)
-    else:
-        values, together = values.expand(rows, rows), (number[:, None] == number) & valid
-        itself = torch.eye(rows, dtype=torch.bool, device=values.device)
+    # Groups by sorting, in numbers below B: nothing here depends on how many there are, so nothing waits for a GPU.
+    order = number.argsort(stable=True)
+    ranked = number[order]
+    starts = torch.cat([ranked[:1] < ranked[:1], ranked[1:] != ranked[:-1]])
+    place = torch.empty_like(number).scatter_(0, order, starts.cumsum(0))
+    row = torch.arange(rows, device=values.device)
+    first = torch.full_like(row, rows).scatter_reduce_(0, place, torch.where(valid, row, rows), "amin")
+    first = first.clamp(max=max(rows - 1, 0))[place]
+    # Sums of values minus one of them: a group of equal returns has exactly that mean. In float64, so that taking a
+    # large value out of its group's sum leaves the digits of the small ones.
+    values = torch.where(valid, values, 0).to(wide)
+    origin = values[first]
+    away = torch.where(valid, values - origin, 0)
+    total, count = (segment_sum(t, place, rows)[place] for t in (away, valid.long()))
     if leave_one_out:
-        together = together & ~itself
-    # Sums of values minus one of them: a group of equal returns has exactly that mean.
-    count = together.sum(-1)
-    first = values.gather(-1, together.to(torch.uint8).argmax(-1, keepdim=True))
-    mean = first[:, 0] + torch.where(together, values - first, 0).sum(-1) / count.clamp(min=1)
-    return torch.where(count > 0, mean, 0)
+        total, count = total - away, count - valid.long()
+    return torch.where(count > 0, origin + total / count.clamp(min=1), 0).to(dtype)
 
 
 def group_deviation(values: Tensor, group: int | Tensor, valid: Tensor) -> Tensor:
     """Return for each response the standard deviation (over K, not K - 1) of its group, (B,)."""
-    mean = group_mean(values, group, leave_one_out=False, valid=valid)
-    square = torch.where(valid, values - mean, 0).square()
-    return group_mean(square, group, leave_one_out=False, valid=valid).sqrt()
+    wide = values.to(wide_dtype(values.device))  # squares of what float32 holds
+    square = (wide - group_mean(wide, group, leave_one_out=False, valid=valid)).square()
+    deviation = group_mean(square, group, leave_one_out=False, valid=valid).sqrt()
+    return deviation.to(compute_dtype(values))
 
 
 def value_loss(

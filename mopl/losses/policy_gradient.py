@@ -250,8 +250,8 @@ def _surrogate(
         if level == "sequence_mean":
             log_ratio = log_ratio / mask.sum(-1).clamp(min=1)
         # Without `to_go` every token of a response has the same advantage; the first one is a masked 0 at times.
-        largest = advantages.abs().argmax(-1, keepdim=True)
-        advantages = advantages.gather(-1, largest)[:, 0]
+        advantages = torch.nn.functional.pad(advantages, (0, 1))  # a response may have no token at all
+        advantages = advantages.gather(-1, advantages.abs().argmax(-1, keepdim=True))[:, 0]
     ratio = log_ratio.exp()
     if clip is None:
         loss, clipped = -ratio * advantages, torch.zeros_like(ratio, dtype=torch.bool)

@@ -25,6 +25,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mopl._arguments import wide_dtype
+
 # Tiles: on a CPU they stay near the caches, on a GPU a few of 256 MiB in float32 keep it busy.
 COLUMNS = {"cpu": 2048, "else": 8192}
 ROWS = {"cpu": 512, "else": 8192}
@@ -66,11 +68,6 @@ class Sums(NamedTuple):
     reference_top: Tensor  # t_q
     reference_total: Tensor  # S_q
     mean: Tensor  # D/S_p, or D/S_q
-
-
-def wide_dtype(device: torch.device) -> torch.dtype:
-    """Return float64, or float32 where a device has none."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _slices(size: int, steps: dict[str, int], device: torch.device) -> Iterator[slice]:

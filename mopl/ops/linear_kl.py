@@ -20,8 +20,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mopl._arguments import check_choice, compute_dtype, shape_of
-from mopl.ops._linear_kl_chunks import Head, Sums, backward, forward, wide_dtype
+from mopl._arguments import check_choice, compute_dtype, shape_of, wide_dtype
+from mopl.ops._linear_kl_chunks import Head, Sums, backward, forward
 from mopl.ops._logprob import check_operands, check_scalar, is_dtensor, per_row
 
 Direction = Literal["reverse", "forward"]
