@@ -12,8 +12,8 @@ trl = pytest.importorskip("trl")
 from mopl.alignment.head import is_fused
 from mopl.conditioning import HyperPrompt, HyperPromptModel
 from mopl.integrations._data import batch_of
-from mopl.integrations._objective import PairLoss
-from mopl.integrations.trl import MultiObjectiveDPOConfig, MultiObjectiveDPOTrainer, pair_loss_of
+from mopl.integrations._pair_loss import PairLoss, pair_loss_of
+from mopl.integrations.trl import MultiObjectiveDPOConfig, MultiObjectiveDPOTrainer
 from mopl.losses import bradley_terry
 
 CHARACTERS = ["<pad>", "<eos>", *"abcdefghijklmnopqrstuvwxyz .?!"]
@@ -266,16 +266,27 @@ def test_both_trainers_can_have_one_model(tokenizer, theirs, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ld_alpha": 0.5}, "ld_alpha is 0.5, which this trainer does not have"),
-        ({"use_weighting": True}, "use TRL's own trainer for WPO"),
-        ({"sync_ref_model": True}, "sync_ref_model is True"),
+        ({"ld_alpha": 1.5}, r"ld_alpha is 1.5 but must lie in \[0, 1\]"),
+        ({"use_weighting": True, "loss_type": ["sft"]}, "no value for each pair that it could weigh"),
+        ({"use_weighting": True, "disable_dropout": False}, "pass disable_dropout=True"),
+        ({"sync_ref_model": True, "precompute_ref_log_probs": True}, "a reference that moves is needed"),
         ({"activation_offloading": True}, "use gradient_checkpointing"),
         ({"dataset_num_proc": 2}, "dataset_num_proc is 2"),
         ({"router_aux_loss_coef": 0.5}, "router_aux_loss_coef is 0.5"),
-        ({"loss_type": ["aot"]}, "sorts the batch"),
-        ({"loss_type": ["sft"]}, r"loss_type \['sft'\] is unknown"),
-        ({"loss_type": ["hinge"], "label_smoothing": 0.1}, "label_smoothing is set but loss_type"),
-        ({"discopop_tau": 0.1}, "discopop_tau is set but loss_type"),
+        ({"loss_type": ["dpo"]}, r"loss_type \['dpo'\] is unknown"),
+        ({"loss_type": ["hinge"], "label_smoothing": 0.1}, "label_smoothing is 0.1 but loss_type hinge has no use"),
+        ({"label_smoothing": 0.1}, "labels 1 - ε and ε in place of 1 and 0 smooth 'sigmoid'"),
+        ({"discopop_tau": 0.1}, "discopop_tau is 0.1 but loss_type"),
+        (
+            {"loss_type": ["sigmoid", "nca_pair"], "f_divergence_type": "js_divergence"},
+            "nca_pair has only",
+        ),
+        ({"f_alpha_divergence_coef": 0.7}, "pass f_divergence_type='alpha_divergence'"),
+        ({"loss_type": ["ipo"], "length_normalized": True}, "averages over tokens by itself"),
+        ({"ld_alpha": 0.5, "padding_free": True}, "padding_free is True; leave one of them out"),
+        ({"pad_token": "<none>"}, "not in the tokenizer's vocabulary"),
+        ({"train_sampling_strategy": "batch_rebalance"}, "train_sampling_strategy is 'batch_rebalance'"),
+        ({"truncation_mode": "keep_end"}, "truncation_mode is 'keep_end'"),
         ({"loss_type": ["ipo"], "list_loss": "plackett_luce"}, "pass one"),
         ({"model_init_kwargs": {"dtype": "float32"}}, "model is loaded already"),
     ],
@@ -308,8 +319,8 @@ def test_options_reach_the_types_that_have_them(tmp_path):
     assert loss is not None and list(loss.types) == ["robust", "ipo"] and list(loss.weights) == [1.0, 0.5]
     shared = {"f_divergence": "alpha_divergence", "f_alpha": 0.7}
     assert loss.options == {"robust": {"label_smoothing": 0.2, **shared}, "ipo": shared}
-    smooth = pair_loss_of(arguments(trl.DPOConfig, tmp_path, label_smoothing=0.1))
-    assert smooth is not None and smooth.options == {"sigmoid": {"label_smoothing": 0.1}}
+    smooth = pair_loss_of(arguments(trl.DPOConfig, tmp_path, label_smoothing=0.1, loss_type=["sigmoid", "exo_pair"]))
+    assert smooth is not None and smooth.options == {"sigmoid": {}, "exo_pair": {"label_smoothing": 0.1}}
     assert pair_loss_of(arguments(trl.DPOConfig, tmp_path)) is None
 
 

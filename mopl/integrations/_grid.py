@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mopl._extras import require
-from mopl.integrations._objective import Measured
+from mopl.integrations._objective import Measured, trl_metrics
 from mopl.integrations._settings import EVAL_POINTS, EVAL_POINTS_ABOVE
 from mopl.pareto.grid import weight_grid
 
@@ -21,14 +21,15 @@ def default_grid(objectives: int, points: int | None) -> Tensor:  # (n, m)
 
 
 class GridResults:
-    """What one batch gave at each point, in one tensor that processes can gather: (B, n, 3 m + 1)."""
+    """What one batch gave at each point, in one tensor that processes can gather: (B, n, 7 m + 1)."""
 
     def __init__(self) -> None:
         self._rows: list[Tensor] = []
 
     def add(self, measured: Measured) -> None:
         """Add what the next point gave."""
-        parts = [measured.vector, measured.correct, measured.pairs, measured.value[:, None]]
+        parts = [measured.vector, measured.correct, measured.pairs]
+        parts += [*measured.rewards, *measured.logps, measured.value[:, None]]
         self._rows.append(torch.cat([part.float() for part in parts], 1))
 
     def read(self) -> tuple[Tensor, Tensor]:
@@ -41,7 +42,7 @@ class GridResults:
         """Return means over lists by name.
 
         Args:
-            prediction: An `EvalPrediction` of tables (L, n, 3 m + 1) and of which objectives count (L, m).
+            prediction: An `EvalPrediction` of tables (L, n, 7 m + 1) and of which objectives count (L, m).
             grid: (n, m).
             objectives: Names.
             user_metrics: A `compute_metrics` to be called as well.
@@ -62,6 +63,7 @@ class GridResults:
             for j, name in enumerate(objectives):
                 found[f"{name}_loss@{at}"] = float(losses[n, j])
                 found[f"{name}_accuracy@{at}"] = float(accuracies[n, j])
+        found |= trl_metrics(pairs.sum(), correct.sum(), *(table[..., k * m : (k + 1) * m].sum() for k in range(3, 7)))
         if user_metrics is not None:
             require("transformers")
             from transformers import EvalPrediction

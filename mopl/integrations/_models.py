@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mopl._extras import require
@@ -56,7 +57,11 @@ def prepare_model(model: Any, peft_config: Any = None, model_init_kwargs: dict[s
         require("transformers")
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(model, **(model_init_kwargs or {}))
+        options = dict(model_init_kwargs or {})
+        if "torch_dtype" not in options:  # an older name
+            # Not the dtype of the file: what is trained in 16 bit loses every update below 1/256 of a value.
+            options.setdefault("dtype", torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(model, **options)
     elif model_init_kwargs:
         raise ValueError("model_init_kwargs are for a model that is loaded here by name, but model is loaded already")
     if peft_config is not None:
@@ -69,14 +74,7 @@ def prepare_model(model: Any, peft_config: Any = None, model_init_kwargs: dict[s
         from peft import get_peft_model
 
         model = get_peft_model(model, peft_config)
-    inner = causal_lm(model)
-    config = inner.config.get_text_config() if hasattr(inner.config, "get_text_config") else inner.config
-    if getattr(config, "output_router_logits", False):
-        raise ValueError(
-            f"the config of {type(inner).__name__} asks for a load-balancing loss (output_router_logits), which is not "
-            "added to the loss here; set model.config.output_router_logits = False to train without it"
-        )
-    fuse(inner)
+    fuse(causal_lm(model))
     return model
 
 
@@ -119,10 +117,18 @@ def score_lists(
     weights: Tensor | None = None,  # (B, m)
     beta: Tensor | None = None,  # (B, m)
 ) -> tuple[Tensor, Tensor]:
-    """Return (B, K) sums of log-probabilities in nats and (B, K) numbers of tokens, from one forward pass.
+    """Return (B, K) sums of log-probabilities in nats and (B, K) numbers of tokens, from one forward pass."""
+    found = score_sequences(model, batch.inputs, **model_keywords(batch, conditions, weights, beta))
+    return to_lists(found.scores, batch), to_lists(found.lengths.to(found.scores.dtype), batch)
 
-    The model is called as it is given, so that DDP, FSDP and the like see their own forward.
-    """
+
+def model_keywords(
+    batch: ListBatch,
+    conditions: Conditions | None = None,
+    weights: Tensor | None = None,  # (B, m)
+    beta: Tensor | None = None,  # (B, m)
+) -> dict[str, Any]:
+    """Return what a model's forward takes beside text, one row a sequence."""
     rows = batch.index[:, 0]
     options: dict[str, Any] = {}
     if conditions is not None and conditions.weights:
@@ -131,8 +137,7 @@ def score_lists(
     if conditions is not None and conditions.temperature:
         assert beta is not None
         options["objective_temperature"] = beta[rows]
-    found = score_sequences(model, batch.inputs, **options)
-    return to_lists(found.scores, batch), to_lists(found.lengths.to(found.scores.dtype), batch)
+    return options
 
 
 def load_hyper_prompt(model: HyperPromptModel, folder: str | Path) -> None:

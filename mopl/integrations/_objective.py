@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,74 +11,12 @@ from torch import Tensor
 
 from mopl import losses
 from mopl.alignment.collate import ListBatch, by_objective
+from mopl.integrations._pair_loss import PairLoss
+from mopl.integrations._scores import Scored
 from mopl.integrations._settings import ObjectiveArguments
-from mopl.losses import bradley_terry, scalarize
+from mopl.losses import scalarize
 
 ListLoss = Callable[..., Tensor]
-
-AVERAGED = ("ipo", "sigmoid_norm")  # TRL divides the summed log-probabilities of these by the number of tokens
-WHOLE_BATCH = ("aot", "aot_unpaired")
-
-
-@dataclass(frozen=True)
-class PairLoss:
-    """Losses of pairs by the names of TRL's `loss_type`, and their weights.
-
-    Attributes:
-        types: Names in `mopl.losses.bradley_terry`.
-        weights: One factor each.
-        options: Options for the types that have them.
-    """
-
-    types: Sequence[str] = ("sigmoid",)
-    weights: Sequence[float] = (1.0,)
-    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name in self.types:
-            if name in WHOLE_BATCH:
-                raise ValueError(
-                    f"loss_type {name!r} sorts the batch, so its update would depend on how a batch is split and rows "
-                    "could have no weights of their own; use TRL's own DPOTrainer for it"
-                )
-
-    def __call__(
-        self,
-        scores: Tensor,  # (B, 2)
-        labels: Tensor,  # (B, m, 2)
-        *,
-        lengths: Tensor,  # (B, 2)
-        reference: Tensor | None,  # (B, 2)
-        temperature: Tensor,
-    ) -> Tensor:  # (B, m)
-        """Return the loss of each pair and objective; 0 where an objective does not prefer either response."""
-        first = labels[..., 0] > labels[..., 1]
-
-        def sides(values: Tensor | None, average: bool) -> tuple[Tensor | None, Tensor | None]:
-            if values is None:
-                return None, None
-            if average:
-                values = values / lengths.clamp(min=1)
-            left, right = values[:, :1], values[:, 1:]
-            return torch.where(first, left, right), torch.where(first, right, left)
-
-        total = scores.new_zeros(first.shape)
-        for name, factor in zip(self.types, self.weights, strict=True):
-            chosen, rejected = sides(scores, name in AVERAGED)
-            reference_chosen, reference_rejected = sides(reference, name in AVERAGED)
-            assert chosen is not None and rejected is not None
-            value = bradley_terry(
-                chosen,
-                rejected,
-                reference_chosen=reference_chosen,
-                reference_rejected=reference_rejected,
-                temperature=temperature,
-                loss_type=name,
-                reduction="none",
-                **self.options.get(name, {}),
-            )
-            total = total + factor * value
-        return torch.where(labels[..., 0] == labels[..., 1], 0.0, total)
 
 
 @dataclass(frozen=True)
@@ -92,6 +30,10 @@ class Measured:
         pairs: (B, m), how many pairs have different labels.
         margin: (B, m), the sum over these pairs of β times the difference of their log-ratios.
         log_ratio: (B,), mean over responses of log(policy / reference), or of the scores without a reference.
+        rewards: Two of (B, m), the sums over these pairs of β times the log-ratio of the preferred response, and of the
+            other.
+        logps: The same of their log-probabilities.
+        router: The auxiliary loss of a mixture of experts, without its coefficient.
     """
 
     vector: Tensor
@@ -100,6 +42,9 @@ class Measured:
     pairs: Tensor
     margin: Tensor
     log_ratio: Tensor
+    rewards: tuple[Tensor, Tensor]
+    logps: tuple[Tensor, Tensor]
+    router: Tensor | None = None
 
 
 class Objective:
@@ -120,8 +65,7 @@ class Objective:
 
     def __call__(
         self,
-        scores: Tensor,  # (B, K) sums of log-probabilities
-        lengths: Tensor,  # (B, K)
+        scored: Scored,
         batch: ListBatch,
         *,
         weights: Tensor,  # (B, m)
@@ -129,19 +73,35 @@ class Objective:
         reference: Tensor | None,  # (B, K)
     ) -> Measured:
         """Return the losses of a batch; the arithmetic is in float32 at least, whatever the training's precision."""
+        scores, lengths = scored.scores, scored.lengths
         if self.settings.length_normalized:
             scores = scores / lengths.clamp(min=1)
             reference = None if reference is None else reference / lengths.clamp(min=1)
         with torch.autocast(scores.device.type, enabled=False):
-            vector = self._vector(scores, lengths, batch, temperature, reference)
+            vector = self._vector(scores, scored, batch, temperature, reference)
+            if scored.confidence is not None:
+                vector = vector * scored.confidence
             vector = torch.where(batch.objective_mask, vector, 0.0)
             value = self.scalarized(vector, weights * batch.objective_mask)
+            if scored.router is not None:
+                value = value + scored.router_coefficient * scored.router
             with torch.no_grad():
                 ratio = scores if reference is None else scores - reference
-                correct, pairs, margin = agreement(ratio, batch)
+                better = preferred(batch)
+                difference = (ratio[:, :, None] - ratio[:, None, :])[:, None]
                 count = batch.mask.sum(-1).clamp(min=1)
-                log_ratio = torch.where(batch.mask, ratio, 0.0).sum(-1) / count
-        return Measured(vector, value, correct, pairs, margin * temperature, log_ratio)
+                chosen, rejected = by_side(ratio, better)
+                return Measured(
+                    vector,
+                    value,
+                    correct=(better & (difference > 0)).sum((-1, -2)).float(),
+                    pairs=better.sum((-1, -2)).float(),
+                    margin=torch.where(better, difference, 0.0).sum((-1, -2)) * temperature,
+                    log_ratio=torch.where(batch.mask, ratio, 0.0).sum(-1) / count,
+                    rewards=(chosen * temperature, rejected * temperature),
+                    logps=by_side(scored.scores, better),
+                    router=scored.router,
+                )
 
     def scalarized(self, vector: Tensor, weights: Tensor) -> Tensor:  # (B, m), (B, m) -> (B,)
         """Return one number a list."""
@@ -158,7 +118,7 @@ class Objective:
         return value
 
     def _vector(
-        self, scores: Tensor, lengths: Tensor, batch: ListBatch, temperature: Tensor, reference: Tensor | None
+        self, scores: Tensor, scored: Scored, batch: ListBatch, temperature: Tensor, reference: Tensor | None
     ) -> Tensor:
         if isinstance(self.loss, PairLoss):
             if batch.mask.shape[1] != 2:
@@ -166,7 +126,14 @@ class Objective:
                     f"loss_type {', '.join(self.loss.types)} is for pairs but a list has {batch.mask.shape[1]} "
                     f"responses; leave loss_type at 'sigmoid' and choose a list_loss"
                 )
-            return self.loss(scores, batch.labels, lengths=lengths, reference=reference, temperature=temperature)
+            return self.loss(
+                scores,
+                batch.labels,
+                lengths=scored.lengths,
+                reference=reference,
+                temperature=temperature,
+                likelihood=scored.likelihood,
+            )
         options: dict[str, Any] = {"reduction": "none"}
         if not self.partial:
             vector = self.loss(
@@ -190,14 +157,16 @@ def _checked(vector: Tensor, shape: tuple[int, int]) -> Tensor:
     return vector
 
 
-def agreement(scores: Tensor, batch: ListBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (B, m) pairs that scores order as labels, pairs of different labels, and the sum of their differences."""
+def preferred(batch: ListBatch) -> Tensor:
+    """Return (B, m, K, K): whether an objective labels response i higher than response j."""
     both = batch.label_mask[..., :, None] & batch.label_mask[..., None, :]
-    better = both & (batch.labels[..., :, None] > batch.labels[..., None, :])  # (B, m, K, K)
-    difference = (scores[:, :, None] - scores[:, None, :])[:, None]
-    correct = (better & (difference > 0)).sum((-1, -2)).float()
-    margin = torch.where(better, difference, 0.0).sum((-1, -2))
-    return correct, better.sum((-1, -2)).float(), margin
+    return both & (batch.labels[..., :, None] > batch.labels[..., None, :])
+
+
+def by_side(values: Tensor, better: Tensor) -> tuple[Tensor, Tensor]:  # (B, K), (B, m, K, K)
+    """Return (B, m), the sums over pairs of the values of the response that is preferred, and of the other."""
+    first, second = better.sum(-1), better.sum(-2)  # (B, m, K)
+    return (first * values[:, None]).sum(-1), (second * values[:, None]).sum(-1)
 
 
 class Totals:
@@ -210,15 +179,23 @@ class Totals:
     def __init__(self, objectives: Sequence[str]) -> None:
         self.objectives = tuple(objectives)
         self._sums: Tensor | None = None
+        self._has_router = False
 
     def add(self, measured: Measured, objective_mask: Tensor) -> None:
         """Add a batch."""
         with torch.no_grad():
-            count = objective_mask.float().sum(0)
-            columns = [measured.vector.sum(0), count, measured.correct.sum(0), measured.pairs.sum(0)]
-            lists = torch.ones_like(measured.log_ratio).sum()
-            rest = torch.stack([measured.log_ratio.sum(), lists])
-            row = torch.cat([*columns, measured.margin.sum(0), rest]).detach().float()
+            count = objective_mask.float()
+            by_objective = [measured.vector, count, measured.correct, measured.pairs, measured.margin]
+            columns = [column.sum(0) for column in (*by_objective, *measured.rewards, *measured.logps)]
+            router = measured.log_ratio.new_zeros(()) if measured.router is None else measured.router
+            rest = [
+                measured.log_ratio.sum(),
+                torch.ones_like(measured.log_ratio).sum(),
+                router,
+                torch.ones_like(router),
+            ]
+            row = torch.cat([*columns, torch.stack(rest)]).detach().float()
+            self._has_router = measured.router is not None
             self._sums = row if self._sums is None else self._sums + row
 
     def read(self, reduce: Callable[[Tensor], Any]) -> dict[str, float]:
@@ -233,5 +210,24 @@ class Totals:
             logs[f"loss/{name}"] = loss[j] / max(count[j], 1)
             logs[f"accuracy/{name}"] = correct[j] / max(pairs[j], 1)
             logs[f"margin/{name}"] = margin[j] / max(pairs[j], 1)
-        logs["log_ratio"] = values[5 * m] / max(values[5 * m + 1], 1)
+        log_ratio, lists, router, batches = values[9 * m :]
+        logs["log_ratio"] = log_ratio / max(lists, 1)
+        logs |= trl_metrics(sum(pairs), sum(correct), *(sum(values[n * m : (n + 1) * m]) for n in range(5, 9)))
+        if self._has_router:
+            logs["aux_loss"] = router / max(batches, 1)
         return logs
+
+
+def trl_metrics(
+    pairs: float, correct: float, rewards_chosen: float, rewards_rejected: float, chosen: float, rejected: float
+) -> dict[str, float]:
+    """Return what TRL's trainer calls the means over pairs, from their number and sums over them."""
+    pairs = max(pairs, 1)
+    return {
+        "rewards/chosen": rewards_chosen / pairs,
+        "rewards/rejected": rewards_rejected / pairs,
+        "rewards/accuracies": correct / pairs,
+        "rewards/margins": (rewards_chosen - rewards_rejected) / pairs,
+        "logps/chosen": chosen / pairs,
+        "logps/rejected": rejected / pairs,
+    }

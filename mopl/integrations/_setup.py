@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from mopl.alignment.collate import ListCollator
 from mopl.conditioning.hyper_prompt_model import HyperPromptModel
-from mopl.integrations._data import Example, Examples
+from mopl.integrations._data import BETA, WEIGHTS, Example, Examples
+from mopl.integrations._models import Conditions
+from mopl.integrations._options import check_options
+from mopl.integrations._pair_loss import AVERAGED, LIKELIHOOD, PairLoss
+from mopl.integrations._scores import Scoring
 from mopl.integrations._settings import ObjectiveArguments
 
 
@@ -36,26 +43,69 @@ def write_record(
     )
 
 
-def check_arguments(args: Any) -> None:
-    """Raise where an argument of `Trainer` would be dropped without a word."""
-    remedies = {
-        "label_smoothing_factor": (
-            0.0,
-            "pass loss=functools.partial(...) with label smoothing, or TRL's label_smoothing",
-        ),
-        "batch_eval_metrics": (False, "leave it at False"),
-        "eval_do_concat_batches": (True, "leave it at True"),
-        "include_for_metrics": ([], "leave it empty; compute_metrics gets losses and accuracies"),
-    }
-    for name, (wanted, remedy) in remedies.items():
-        if getattr(args, name, wanted) != wanted:
-            raise ValueError(f"{name} is {getattr(args, name)!r} but has no meaning here; {remedy}")
-    fused = (getattr(args, "liger_kernel_config", None) or {}).get("fused_linear_cross_entropy", True)
-    if getattr(args, "use_liger_kernel", False) and fused:
+def prepare_arguments(args: Any, kind: type) -> None:
+    """Raise where an option of `kind`, `TrainingArguments` or `DPOConfig`, would be dropped without a word."""
+    check_options(args, kind)
+    if getattr(args, "use_liger_kernel", False):
+        # By default it would replace the model's forward, whose head is fused here.
+        args.liger_kernel_config = {**(args.liger_kernel_config or {}), "fused_linear_cross_entropy": False}
+
+
+def check_fit(
+    args: Any,
+    settings: ObjectiveArguments,
+    loss: Any,
+    scoring: Scoring,
+    conditions: Conditions,
+    model: Any,
+    sets: Sequence[Examples],
+) -> None:
+    """Raise where options do not fit the model, the data or one another."""
+    pairs_only = scoring.pairs_only
+    if isinstance(loss, PairLoss):
+        pairs_only = f"loss_type {', '.join(loss.types)}"
+        if settings.length_normalized and any(name in AVERAGED for name in loss.types):
+            raise ValueError(
+                f"{pairs_only} averages over tokens by itself and length_normalized is True; leave that out"
+            )
+        if scoring.weighting and (loss.sorts or LIKELIHOOD in loss.types):
+            raise ValueError(
+                f"use_weighting is True but {pairs_only} has no value for each pair that it could weigh, and TRL "
+                "raises there too; leave one of them out"
+            )
+        own = any(e.weights is not None or e.beta is not None for value in sets for e in value.lists)
+        if loss.sorts and (own or (conditions.weights and settings.weights_per == "list")):
+            raise ValueError(
+                f"{pairs_only} sorts the pairs, after which none has weights of its own; pass weights_per='step' and "
+                f"leave out the columns {WEIGHTS} and {BETA}"
+            )
+    if pairs_only is not None and any(value.width > 2 for value in sets):
         raise ValueError(
-            "use_liger_kernel replaces the model's forward, which is fused here; "
-            "pass liger_kernel_config={'fused_linear_cross_entropy': False} with it"
+            f"{pairs_only} is for pairs but there are lists with more than two responses; leave loss_type at 'sigmoid' "
+            "without options for pairs and choose a list_loss"
         )
+    pushes = getattr(args, "push_to_hub", False) and str(getattr(args.hub_strategy, "value", args.hub_strategy))
+    if pushes and pushes != "end" and isinstance(model, HyperPromptModel):
+        raise ValueError(
+            f"hub_strategy is {pushes!r}, by which transformers pushes files of plain models and adapters only, and "
+            "this is a HyperPromptModel; pass hub_strategy='end'"
+        )
+
+
+def warn_of_rounding(model: torch.nn.Module, accelerator: Any) -> None:
+    """Warn where 16-bit parameters are trained that no sharding keeps a float32 copy of."""
+    if str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type)) in ("FSDP", "DEEPSPEED"):
+        return
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for dtype, digits in ((torch.bfloat16, 8), (torch.float16, 11)):
+        count = sum(parameter.numel() for parameter in trained if parameter.dtype == dtype)
+        if count:
+            warnings.warn(
+                f"{count} of {sum(map(torch.Tensor.numel, trained))} trained parameters are {str(dtype)[6:]}, which "
+                f"rounds away updates below 1/{2**digits} of a value: at small learning rates hardly any moves. Load "
+                "the model with dtype=torch.float32; bf16=True keeps the arithmetic in 16 bit",
+                stacklevel=3,
+            )
 
 
 def default_collator(args: Any, processing_class: Any, sets: Sequence[Examples]) -> ListCollator:

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,9 +34,8 @@ from torch import Tensor, nn
 from mopl._extras import require
 
 require("transformers", "accelerate", what="mopl.integrations.transformers")
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 
-from mopl._files import write_file
 from mopl.alignment.collate import ListBatch, ListCollator
 from mopl.conditioning.hyper_prompt_model import HyperPromptModel
 from mopl.conditioning.sampling import check_weights
@@ -45,8 +43,17 @@ from mopl.integrations import _models as models
 from mopl.integrations._data import ExampleCollator, Examples, Extras, batch_of, examples_of
 from mopl.integrations._grid import GridResults, default_grid
 from mopl.integrations._objective import ListLoss, Objective, PairLoss, Totals
+from mopl.integrations._scores import Scoring
 from mopl.integrations._settings import ObjectiveArguments, TradeOffs, settings_of
-from mopl.integrations._setup import check_arguments, default_collator, with_width, write_record
+from mopl.integrations._setup import (
+    check_fit,
+    default_collator,
+    prepare_arguments,
+    warn_of_rounding,
+    with_width,
+    write_record,
+)
+from mopl.integrations._trainer import ListTrainer, lengths_of
 
 __all__ = ["MultiObjectiveConfig", "MultiObjectiveTrainer"]
 
@@ -82,7 +89,7 @@ class _Step:
     next: int = 0
 
 
-class MultiObjectiveTrainer(Trainer):
+class MultiObjectiveTrainer(ListTrainer):
     """Trains a causal language model on lists of responses with labels for m objectives.
 
     Args:
@@ -104,7 +111,8 @@ class MultiObjectiveTrainer(Trainer):
         peft_config: Adapters to put on a model that has none.
         loss: A loss in place of `list_loss`: called as `mopl.losses.listwise_dpo`, it gives (B, m).
         eval_weights: (n, m) points of the grid of w for evaluation.
-        model_init_kwargs: Keywords of `from_pretrained` for models that are given by name.
+        model_init_kwargs: Keywords of `from_pretrained` for models that are given by name; they are float32 unless
+            `dtype` says another.
 
     Raises:
         ValueError: If arguments do not fit one another or the data.
@@ -112,7 +120,7 @@ class MultiObjectiveTrainer(Trainer):
     """
 
     loss_is_scaled_for_ga = False
-    model: Any
+    _kind: type = TrainingArguments  # whose options are obeyed or refused
     data_collator: Any
 
     def __init__(
@@ -134,7 +142,7 @@ class MultiObjectiveTrainer(Trainer):
         model_init_kwargs: dict[str, Any] | None = None,
     ) -> None:
         args = MultiObjectiveConfig(output_dir="tmp_trainer") if args is None else args
-        check_arguments(args)
+        prepare_arguments(args, self._kind)
         settings = settings_of(args)
         self.settings = settings
         set_seed(args.seed)  # adapters are initialised at random
@@ -151,6 +159,7 @@ class MultiObjectiveTrainer(Trainer):
 
         # ---- data
         self._tokenizer, self._max_length = processing_class, getattr(args, "max_length", 1024)
+        self.row_lengths = lengths_of(train_dataset, args)
         names: Sequence[str] | None = settings.objectives
         if train_dataset is not None:
             train_dataset = self._examples(train_dataset, names)
@@ -172,11 +181,7 @@ class MultiObjectiveTrainer(Trainer):
 
         # ---- objective and model
         self.objective = Objective(settings, loss, collator.partial == "keep")
-        if isinstance(self.objective.loss, PairLoss) and any(value.width > 2 for value in sets):
-            raise ValueError(
-                f"loss_type {', '.join(self.objective.loss.types)} is for pairs but there are lists with more than two "
-                "responses; leave loss_type at 'sigmoid' and choose a list_loss"
-            )
+        self.scoring = Scoring.of(args, model)
         m, beta = len(self.objectives), getattr(args, "beta", 0.1)
         inner = model if isinstance(model, HyperPromptModel) else models.causal_lm(model)
         self.conditions = models.Conditions.of(inner)
@@ -188,6 +193,7 @@ class MultiObjectiveTrainer(Trainer):
             conditioned=self.conditions.weights,
             temperature=self.conditions.temperature,
         )
+        check_fit(args, settings, self.objective.loss, self.scoring, self.conditions, model, sets)
         grid = default_grid(m, settings.eval_points) if eval_weights is None else check_weights(eval_weights, m)
         self.eval_weights: Tensor = grid.float().reshape(-1, m)
         self._user_metrics = compute_metrics
@@ -219,6 +225,7 @@ class MultiObjectiveTrainer(Trainer):
             )
         if isinstance(model, HyperPromptModel) or ref_model is not None:
             models.check_sharding(self.accelerator)
+        warn_of_rounding(model, self.accelerator)
         self.ref_model: Any = None
         if ref_model is not None:
             ref_model.requires_grad_(False).eval()
@@ -312,14 +319,14 @@ class MultiObjectiveTrainer(Trainer):
         offset, factor = self._place(len(batch)) if self.model.training else (0, 1.0 / len(batch))
         weights, temperature, beta = self._trade_offs(batch, extras, offset)
         reference = self._reference(model, batch, extras)
-        scores, lengths = models.score_lists(model, batch, self.conditions, weights, beta)
-        measured = self.objective(scores, lengths, batch, weights=weights, temperature=temperature, reference=reference)
+        scored = self.scoring(model, batch, self.conditions, weights, beta)
+        measured = self.objective(scored, batch, weights=weights, temperature=temperature, reference=reference)
         if self.model.training:
             self._totals.add(measured, batch.objective_mask)
         loss = measured.value.sum() * factor
         if not return_outputs:
             return loss
-        outputs = {"scores": scores, "reference": reference, "loss_vector": measured.vector, "weights": weights}
+        outputs = {"scores": scored.scores, "reference": reference, "loss_vector": measured.vector, "weights": weights}
         return loss, outputs
 
     def _trade_offs(self, batch: ListBatch, extras: Extras, offset: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -341,11 +348,11 @@ class MultiObjectiveTrainer(Trainer):
         if extras.reference is not None:
             return extras.reference
         if self.ref_model is not None:
-            return models.score_lists(self.ref_model, batch)[0]
+            return self.scoring.reference(self.ref_model, batch)
         if not models.is_own_reference(self.model) and self.state.global_step > 0:
             raise ValueError("the data has no reference log-probabilities and there is no ref_model to compute them")
         with models.as_reference(self.accelerator.unwrap_model(model)):
-            return models.score_lists(model, batch)[0]
+            return self.scoring.reference(model, batch)
 
     # ---------------------------------------------------------------- evaluation
 
@@ -373,19 +380,15 @@ class MultiObjectiveTrainer(Trainer):
         """
         batch, extras = batch_of(self._prepare_inputs(inputs))
         grid, device = GridResults(), batch.labels.device
-        scores = lengths = None
+        scored = None
         with torch.no_grad(), self.compute_loss_context_manager():
             reference = self._reference(model, batch, extras)
             for point in self.eval_weights:
                 parts = self.trade_offs.at(point, len(batch))
                 weights, temperature, beta = (value.to(device, non_blocking=True) for value in parts)
-                if scores is None or lengths is None or self.conditions.weights:
-                    scores, lengths = models.score_lists(model, batch, self.conditions, weights, beta)
-                grid.add(
-                    self.objective(
-                        scores, lengths, batch, weights=weights, temperature=temperature, reference=reference
-                    )
-                )
+                if scored is None or self.conditions.weights:
+                    scored = self.scoring(model, batch, self.conditions, weights, beta)
+                grid.add(self.objective(scored, batch, weights=weights, temperature=temperature, reference=reference))
         loss, table = grid.read()
         return (loss, None, None) if prediction_loss_only else (None, table, batch.objective_mask.float())
 
@@ -400,28 +403,3 @@ class MultiObjectiveTrainer(Trainer):
 
     def _sum_over_processes(self, sums: Tensor) -> Any:
         return self.accelerator.reduce(sums, "sum")
-
-    # ---------------------------------------------------------------- checkpoints of a HyperPromptModel
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if not isinstance(self.model, HyperPromptModel):
-            return super()._save(output_dir, state_dict)
-        folder = output_dir if output_dir is not None else self.args.output_dir
-        assert folder is not None
-        if not self.args.should_save:
-            return
-        self.model.save_pretrained(folder)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
-        write_file(Path(folder) / "training_args.bin", lambda path: torch.save(self.args, path))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if not isinstance(self.model, HyperPromptModel):
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        models.load_hyper_prompt(self.model, resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        if not isinstance(self.model, HyperPromptModel):
-            return super()._load_best_model()
-        assert self.state.best_model_checkpoint is not None
-        models.load_hyper_prompt(self.model, self.state.best_model_checkpoint)

@@ -23,7 +23,7 @@ settings, loss and gradients are those of `DPOTrainer`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -31,29 +31,20 @@ from torch import Tensor
 from mopl._extras import require
 
 require("trl", "transformers", "accelerate", what="mopl.integrations.trl", extra="trl")
-from trl import DPOConfig  # type: ignore[attr-defined]
+from trl import DPOConfig, SyncRefModelCallback  # type: ignore[attr-defined]
 
 from mopl.alignment.collate import ListCollator
 from mopl.alignment.tokenization import TokenizedData
+from mopl.conditioning.hyper_prompt_model import HyperPromptModel
+from mopl.integrations import _models as models
 from mopl.integrations._data import Examples
-from mopl.integrations._objective import ListLoss, PairLoss
+from mopl.integrations._objective import ListLoss
+from mopl.integrations._options import check_options
+from mopl.integrations._pair_loss import PairLoss, pair_loss_of
 from mopl.integrations._settings import ObjectiveArguments
 from mopl.integrations.transformers import MultiObjectiveTrainer
-from mopl.losses._pair_formulas import LOSSES
 
 __all__ = ["MultiObjectiveDPOConfig", "MultiObjectiveDPOTrainer"]
-
-# Options of DPOConfig that are refused, with the remedy.
-_REFUSED = {
-    "router_aux_loss_coef": "add the load-balancing loss of a mixture of experts in a subclass's compute_loss",
-    "dataset_num_proc": "tokenise in processes of your own and pass mopl.alignment.tokenization.TokenizedData",
-    "truncation_mode": "lists are cut as mopl.alignment.tokenization says: the prompt first, responses at their end",
-    "ld_alpha": "pass length_normalized=True, or use TRL's own trainer",
-    "use_weighting": "use TRL's own trainer for WPO",
-    "activation_offloading": "use gradient_checkpointing",
-    "sync_ref_model": "pass a ref_model that a callback of your own updates",
-    "pad_token": "set tokenizer.pad_token",
-}
 
 
 @dataclass
@@ -91,6 +82,8 @@ class MultiObjectiveDPOTrainer(MultiObjectiveTrainer):
         ValueError: If an option of `DPOConfig` cannot be obeyed, or arguments do not fit.
     """
 
+    _kind = DPOConfig
+
     def __init__(
         self,
         model: Any,
@@ -112,7 +105,7 @@ class MultiObjectiveDPOTrainer(MultiObjectiveTrainer):
         if args is None:
             name = model if isinstance(model, str) else getattr(model, "name_or_path", "") or type(model).__name__
             args = MultiObjectiveDPOConfig(f"{name.split('/')[-1]}-DPO")
-        _refuse(args)
+        check_options(args, DPOConfig)
         pairs = pair_loss_of(args)
         if pairs is not None:
             if loss is not None or getattr(args, "list_loss", "listwise_dpo") != "listwise_dpo":
@@ -120,7 +113,9 @@ class MultiObjectiveDPOTrainer(MultiObjectiveTrainer):
                     f"loss_type is {args.loss_type} (with its options), and loss or list_loss names another; pass one"
                 )
             loss = pairs
-        loading = dict(args.model_init_kwargs or {}) if not isinstance(args.model_init_kwargs, str) else {}
+        if isinstance(args.model_init_kwargs, str):
+            raise ValueError(f"model_init_kwargs is {args.model_init_kwargs!r} but must be a dictionary or its JSON")
+        loading: dict[str, Any] = dict(args.model_init_kwargs or {})
         if isinstance(model, str):
             loading.setdefault("trust_remote_code", args.trust_remote_code)
             if quantization_config is not None:
@@ -133,7 +128,15 @@ class MultiObjectiveDPOTrainer(MultiObjectiveTrainer):
             name = model if isinstance(model, str) else getattr(model, "name_or_path", "")
             if not name:
                 raise ValueError("processing_class is missing and the model has no name to load one by; pass it")
-            processing_class = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+            processing_class = AutoTokenizer.from_pretrained(
+                name, revision=loading.get("revision"), trust_remote_code=args.trust_remote_code
+            )
+        if args.sync_ref_model:
+            _check_moving_reference(model, args, peft_config)
+        if processing_class is not None:
+            _set_padding(processing_class, args.pad_token)
+        elif args.pad_token is not None:
+            raise ValueError(f"pad_token is {args.pad_token!r} but there is no tokenizer; pass processing_class")
         super().__init__(
             model,
             args,
@@ -150,40 +153,47 @@ class MultiObjectiveDPOTrainer(MultiObjectiveTrainer):
             eval_weights=eval_weights,
             model_init_kwargs=loading,
         )
+        if processing_class is not None:
+            inner = models.causal_lm(self.model)
+            for settings in (inner.config.get_text_config(), getattr(inner, "generation_config", None)):
+                if settings is not None:
+                    settings.pad_token_id = processing_class.pad_token_id
+        if args.sync_ref_model:
+            if self.ref_model is None:
+                raise ValueError(
+                    "sync_ref_model is True but the data has the reference's log-probabilities, so there is no model "
+                    "that could move; leave the columns ref_chosen_logps and ref_rejected_logps out"
+                )
+            self.add_callback(_MovingReference(ref_model=self.ref_model, accelerator=self.accelerator))
 
 
-def _refuse(args: DPOConfig) -> None:
-    """Raise for an option that is set and has no part in this trainer."""
-    defaults = {entry.name: entry.default for entry in fields(DPOConfig)}
-    for name, remedy in _REFUSED.items():
-        default = defaults.get(name, MISSING)
-        if default is not MISSING and getattr(args, name) != default:
-            raise ValueError(f"{name} is {getattr(args, name)!r}, which this trainer does not have: {remedy}")
+class _MovingReference(SyncRefModelCallback):
+    """TRL's update of the reference, which no checkpoint holds."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= args.ref_model_sync_steps:
+            raise ValueError(
+                f"the training is resumed at step {state.global_step}, after the reference was moved "
+                f"(ref_model_sync_steps is {args.ref_model_sync_steps}), and checkpoints do not hold it; train without "
+                "an interruption, or leave sync_ref_model out"
+            )
 
 
-def pair_loss_of(args: DPOConfig) -> PairLoss | None:
-    """Return the loss of pairs that `loss_type` and its options ask for; None where a list loss is the same.
+def _check_moving_reference(model: Any, args: DPOConfig, peft_config: Any) -> None:
+    """Raise where there is no reference of its own that `sync_ref_model` could move."""
+    if isinstance(model, HyperPromptModel) or models.is_peft(model) or peft_config is not None:
+        raise ValueError(
+            "sync_ref_model is True but a model with adapters or a prompt is its own reference without them, and TRL "
+            "raises there too; leave it out, or train a whole model"
+        )
+    for name in ("precompute_ref_log_probs", "reference_free"):
+        if getattr(args, name, False):
+            raise ValueError(f"sync_ref_model and {name} are both True, and a reference that moves is needed; pass one")
 
-    Raises:
-        ValueError: If a type is unknown, or an option is set that no chosen type has.
-    """
-    types = [args.loss_type] if isinstance(args.loss_type, str) else list(args.loss_type)
-    weights = [1.0] * len(types) if args.loss_weights is None else list(args.loss_weights)
-    unknown = [name for name in types if name not in LOSSES]
-    if unknown:
-        raise ValueError(f"loss_type {unknown} is unknown here; there are {', '.join(LOSSES)}")
-    named = {
-        "label_smoothing": (args.label_smoothing, 0.0),
-        "f_divergence": (args.f_divergence_type, "reverse_kl"),
-        "f_alpha": (args.f_alpha_divergence_coef, 0.5),
-        "discopop_tau": (args.discopop_tau, 0.05),
-    }
-    chosen = {option: value for option, (value, default) in named.items() if value != default}
-    if types == ["sigmoid"] and weights == [1.0] and not chosen:
-        return None
-    options = {name: {o: v for o, v in chosen.items() if o in LOSSES[name].options} for name in types}
-    for option in chosen:
-        if not any(option in options[name] for name in types):
-            users = ", ".join(name for name, kind in LOSSES.items() if option in kind.options)
-            raise ValueError(f"{option} is set but loss_type {types} has no use for it; it belongs to {users}")
-    return PairLoss(types, weights, options)
+
+def _set_padding(tokenizer: Any, token: str | None) -> None:
+    """Give a tokenizer the padding token of the arguments, or its end-of-sequence token where it has none, as TRL."""
+    if token is not None and token not in tokenizer.get_vocab():
+        raise ValueError(f"pad_token is {token!r}, which is not in the tokenizer's vocabulary; name a token of it")
+    if token is not None or tokenizer.pad_token is None:
+        tokenizer.pad_token = token or tokenizer.eos_token

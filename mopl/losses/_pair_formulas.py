@@ -5,6 +5,7 @@ The table in `mopl.losses.pairwise` states them; here is how they are evaluated 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -47,20 +48,12 @@ class Pair:
     def difference(self) -> Tensor:
         """Chosen minus rejected, each log-ratio passed through f' of the f-divergence (2309.16240).
 
-        A term common to both cancels and is left out; exponents are cut where exp would overflow, as TRL does for
-        the alpha divergence: beyond, a response has practically left the policy and the gradient is 0.
+        A term common to both cancels and is left out.
         """
         chosen, rejected = self.ratios
-        largest = _LARGEST_EXPONENT[chosen.dtype]
-        if self.divergence == "forward_kl":
-            return (-rejected).clamp(max=largest).exp() - (-chosen).clamp(max=largest).exp()
-        if self.divergence == "js_divergence":
-            return logsigmoid(chosen) - logsigmoid(rejected)
-        if self.divergence == "alpha_divergence" and abs(self.alpha - 1) >= 1e-6:  # the limit is reverse KL
-            power = self.alpha - 1
-            chosen, rejected = (power * chosen).clamp(max=largest), (power * rejected).clamp(max=largest)
-            return (torch.expm1(chosen) - torch.expm1(rejected)) / power
-        return chosen - rejected
+        value, divisor, _ = regularised(chosen, self.divergence, self.alpha)
+        difference = value - regularised(rejected, self.divergence, self.alpha)[0]
+        return difference if divisor == 1 else difference / divisor
 
     @property
     def logit(self) -> Tensor:
@@ -69,6 +62,23 @@ class Pair:
 
     def less_margin(self, value: Tensor) -> Tensor:
         return value if self.margin is None else value - self.margin
+
+
+def regularised(ratio: Tensor, divergence: str, alpha: float) -> tuple[Tensor, float, float]:
+    """Return f'(exp(ratio)) of an f-divergence as `value, divisor, constant`: it is value / divisor + constant.
+
+    Exponents are cut where exp would overflow, as TRL does for the alpha divergence: beyond, a response has practically
+    left the policy and the gradient is 0.
+    """
+    largest = _LARGEST_EXPONENT[ratio.dtype]
+    if divergence == "forward_kl":
+        return -(-ratio).clamp(max=largest).exp(), 1.0, 1.0
+    if divergence == "js_divergence":
+        return logsigmoid(ratio), 1.0, math.log(2)
+    if divergence == "alpha_divergence" and abs(alpha - 1) >= 1e-6:  # the limit is reverse KL
+        power = alpha - 1
+        return torch.expm1((power * ratio).clamp(max=largest)), power, 0.0
+    return ratio, 1.0, 0.0
 
 
 def _logistic(logit: Tensor, smoothing: Tensor | None) -> Tensor:
@@ -181,3 +191,5 @@ LOSSES = {
     "aot": _type(_aot, "label_smoothing", whole_batch=True),
     "aot_unpaired": _type(_aot_unpaired, "label_smoothing", whole_batch=True),
 }
+
+WHOLE_BATCH = tuple(name for name, kind in LOSSES.items() if kind.whole_batch)

@@ -1,0 +1,235 @@
+"""Options of TRL's `DPOConfig` and of `TrainingArguments`: each trains as in TRL, or is refused with the remedy."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
+datasets = pytest.importorskip("datasets")
+peft = pytest.importorskip("peft")
+trl = pytest.importorskip("trl")
+
+from mopl.integrations import _options
+from mopl.integrations.transformers import MultiObjectiveConfig, MultiObjectiveTrainer
+from mopl.integrations.trl import MultiObjectiveDPOConfig, MultiObjectiveDPOTrainer
+
+CHARACTERS = ["<pad>", "<eos>", *"abcdefghijklmnopqrstuvwxyz .?!"]
+ROWS = [
+    {"prompt": "why is the sky blue? ", "chosen": "light scatters", "rejected": "no idea at all"},
+    {"prompt": "how? ", "chosen": "like so", "rejected": "go away now"},
+    {"prompt": "who are you? ", "chosen": "a model", "rejected": "me"},
+    {"prompt": "when? ", "chosen": "at noon.", "rejected": "yes!"},
+    {"prompt": "a b ", "chosen": "c", "rejected": "d e f g h"},
+    {"prompt": "where to? ", "chosen": "over the hills", "rejected": "z"},
+    {"prompt": "is it so? ", "chosen": "it is", "rejected": "it is not so"},
+    {"prompt": "go ", "chosen": "gone by now", "rejected": "went."},
+]
+TYPES = [
+    "sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "nca_pair", "bco_pair", "sppo_hard",
+    "apo_zero", "apo_down", "aot", "aot_unpaired", "sft",
+]  # fmt: skip
+METRICS = [
+    "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """One token a character, so that TRL and mopl find the same boundary of prompt and response."""
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={c: n for n, c in enumerate(CHARACTERS)}, merges=[]))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    inner.add_special_tokens(["<pad>", "<eos>"])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>")
+
+
+def llama(seed: int = 0, scale: float = 0.2):
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=len(CHARACTERS), hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=64, initializer_range=scale, pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+def mixtral(seed: int = 0):
+    torch.manual_seed(seed)
+    config = transformers.MixtralConfig(
+        vocab_size=len(CHARACTERS), hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=3, num_experts_per_tok=2, router_aux_loss_coef=0.7,
+        initializer_range=0.2, pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    return transformers.MixtralForCausalLM(config)
+
+
+def arguments(kind, folder, **options):
+    defaults = dict(
+        report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no", per_device_train_batch_size=2, beta=0.3,
+        gradient_accumulation_steps=2, bf16=False, gradient_checkpointing=False, dataloader_pin_memory=False,
+        max_steps=3, logging_steps=1, learning_rate=2e-2, optim="sgd", lr_scheduler_type="constant",
+    )  # fmt: skip
+    if kind in (MultiObjectiveConfig, transformers.TrainingArguments):
+        defaults.pop("beta")
+    return kind(str(folder), **{**defaults, **options})
+
+
+def make(kind, tokenizer, folder, model=None, rows=ROWS, **options):
+    """A trainer of TRL (`kind` is `trl.DPOTrainer`) or mopl; the reference is another model unless one is named."""
+    own = {name: options.pop(name) for name in ("ref_model", "loss", "peft_config", "eval_dataset") if name in options}
+    if "ref_model" not in own:
+        own["ref_model"] = llama(5)
+    for name in ("eval_dataset",):
+        if name in own:
+            own[name] = datasets.Dataset.from_list(own[name])
+    config = trl.DPOConfig if kind is trl.DPOTrainer else MultiObjectiveDPOConfig
+    return kind(
+        llama() if model is None else model, args=arguments(config, folder, **options),
+        train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer, **own,
+    )  # fmt: skip
+
+
+def logs_of(trainer, key):
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+def both(tokenizer, folder, model=llama, tolerance=1e-5, moves=1e-4, **options):
+    """Train TRL's trainer and mopl's; they must log the same losses and end at the same weights."""
+    trainers = []
+    for kind in (trl.DPOTrainer, MultiObjectiveDPOTrainer):
+        torch.manual_seed(1)
+        made = {name: value() if name == "ref_model" and value else value for name, value in options.items()}
+        trainers.append(make(kind, tokenizer, folder, model(), **made))
+        trainers[-1].train()
+    theirs, ours = trainers
+    start, after = dict(model().named_parameters()), dict(ours.model.named_parameters())
+    moved = 0.0
+    for name, value in theirs.model.named_parameters():
+        if ".ref." in name:
+            continue
+        assert float((after[name] - value).detach().abs().max()) <= tolerance, name
+        if name in start:
+            moved = max(moved, float((after[name] - start[name]).detach().abs().max()))
+    assert moved > moves
+    for name in ("loss", *METRICS):
+        expected, found = logs_of(theirs, name), logs_of(ours, name)
+        assert len(expected) == len(found) > 0
+        for one, other in zip(expected, found, strict=True):
+            assert abs(one - other) <= tolerance * 10 * max(1.0, abs(one)), name
+    return theirs, ours
+
+
+# ---------------------------------------------------------------- every option, once
+
+
+def test_every_option_stands_in_one_table():
+    names = {entry.name for entry in dataclasses.fields(trl.DPOConfig)}
+    known = set(_options.OBEYED) | set(_options.REFUSED)
+    assert not set(_options.OBEYED) & set(_options.REFUSED)
+    assert not names - known, "say in mopl/integrations/_options.py whether these are obeyed"
+
+
+def test_the_table_of_the_docs_is_that_of_the_code():
+    path = Path(__file__).parents[1] / "docs" / "trl.md"
+    assert _options.table() in path.read_text(), "python -m mopl.integrations._options writes it"
+
+
+# ---------------------------------------------------------------- trained beside TRL
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TYPES)
+def test_every_loss_type_trains_as_in_trl(tokenizer, tmp_path, name):
+    options = {"label_smoothing": 0.1} if name in ("exo_pair", "robust", "aot", "aot_unpaired") else {}
+    both(tokenizer, tmp_path, loss_type=[name], **options)
+
+
+TRAININGS = {
+    "several types": dict(loss_type=["sigmoid", "bco_pair", "sft"], loss_weights=[0.8, 0.2, 1.0]),
+    "divergence": dict(
+        loss_type=["hinge", "ipo", "sigmoid_norm", "sft", "discopop"], loss_weights=[0.3, 0.5, 2.0, 0.2, 0.7],
+        f_divergence_type="alpha_divergence", f_alpha_divergence_coef=0.7, discopop_tau=0.2,
+    ),
+    "forward KL": dict(loss_type=["ipo", "sigmoid_norm"], f_divergence_type="forward_kl", learning_rate=1e-3),
+    "smoothing": dict(
+        loss_type=["sigmoid", "robust", "exo_pair", "aot", "aot_unpaired"], loss_weights=[0.3, 0.5, 0.7, 1.1, 0.4],
+        label_smoothing=0.2,
+    ),
+    "the rest": dict(loss_type=["nca_pair", "sppo_hard", "apo_zero", "apo_down"], loss_weights=[1.0, 0.01, 0.5, 0.3]),
+    "verbose tokens": dict(ld_alpha=0.3, loss_type=["sigmoid", "sft", "ipo"]),
+    "weighting": dict(use_weighting=True, loss_type=["sigmoid", "nca_pair"], learning_rate=1.0),
+    "moving reference": dict(sync_ref_model=True, ref_model_sync_steps=1, ref_model_mixup_alpha=0.4),
+    "reference before": dict(precompute_ref_log_probs=True, precompute_ref_batch_size=3, ld_alpha=0.5),
+    "own reference before": dict(precompute_ref_log_probs=True, ref_model=None, loss_type=["ipo"]),
+    "padding": dict(pad_token="?", pad_to_multiple_of=8, max_length=40),
+    "optimizer": dict(
+        optim="adamw_torch", lr_scheduler_type="cosine", warmup_steps=1, weight_decay=0.1, max_grad_norm=0.3,
+        adam_beta1=0.5, adam_beta2=0.9, adam_epsilon=1e-4, max_steps=4,
+    ),
+    "checkpointing": dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}),
+    "sampling": dict(
+        train_sampling_strategy="group_by_length", data_seed=3, full_determinism=False, dataloader_drop_last=True,
+        gradient_accumulation_steps=1, per_device_train_batch_size=3, remove_unused_columns=False,
+    ),
+    "in order": dict(train_sampling_strategy="sequential", seed=5, num_train_epochs=2, max_steps=-1, label_names=["a"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_options_train_as_in_trl(tokenizer, tmp_path, name):
+    rows = [{**row, "length": (7 * n) % 5} for n, row in enumerate(ROWS)]
+    options = dict(TRAININGS[name])
+    if "ref_model" in options:
+        model = llama()
+        model.save_pretrained(tmp_path / "model")  # TRL loads the reference by the model's name
+
+        def named():
+            return transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+
+        both(tokenizer, tmp_path, named, rows=rows, **options)
+    else:
+        both(tokenizer, tmp_path, rows=rows, **options)
+
+
+def test_the_auxiliary_loss_of_a_mixture_of_experts_is_that_of_trl(tokenizer, tmp_path):
+    """By default with the coefficient of the config, though the config does not ask for the loss."""
+    for number, options in enumerate(({}, {"router_aux_loss_coef": 3.0})):
+        theirs, ours = both(tokenizer, tmp_path, mixtral, ref_model=lambda: mixtral(5), max_steps=2, **options)
+        expected, found = logs_of(theirs, "aux_loss"), logs_of(ours, "aux_loss")
+        assert len(found) == 2 and all(abs(a - b) < 1e-5 for a, b in zip(expected, found, strict=True)), number
+    _, ours = both(tokenizer, tmp_path, mixtral, ref_model=lambda: mixtral(5), max_steps=2, router_aux_loss_coef=0.0)
+    assert not logs_of(ours, "aux_loss")
+    with pytest.raises(ValueError, match="LlamaForCausalLM is no mixture of experts"):
+        make(MultiObjectiveDPOTrainer, tokenizer, tmp_path, router_aux_loss_coef=0.5)
+    plain = arguments(MultiObjectiveConfig, tmp_path)
+    asked, silent = mixtral(), mixtral()
+    asked.config.output_router_logits = True
+    parts = dict(train_dataset=ROWS, processing_class=tokenizer, ref_model=mixtral(5))
+    assert MultiObjectiveTrainer(asked, plain, **parts).scoring.router == 0.7
+    assert MultiObjectiveTrainer(silent, plain, **parts).scoring.router == 0.0
+
+
+def test_a_model_given_by_name_trains_in_float32_as_in_trl(tokenizer, tmp_path):
+    folder = tmp_path / "model"
+    llama().to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    start = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    trainers = []
+    for kind in (trl.DPOTrainer, MultiObjectiveDPOTrainer):
+        trainers.append(
+            make(kind, tokenizer, tmp_path, str(folder), ref_model=None, learning_rate=1e-6, optim="adamw_torch")
+        )
+        assert {p.dtype for p in trainers[-1].model.parameters()} == {torch.float32}
+        trainers[-1].train()
+    theirs, ours = (dict(trainer.model.named_parameters()) for trainer in trainers)
+    for name, value in start.named_parameters():
+        assert float((theirs[name] - ours[name]).detach().abs().max()) < 1e-6
+        assert float((ours[name] != value).float().mean()) > 0.5, name
+    plain = arguments(MultiObjectiveConfig, tmp_path)
+    trainer = MultiObjectiveTrainer(str(folder), plain, train_dataset=ROWS, processing_class=tokenizer)
+    assert trainer.model.dtype == torch.float32
+    options = dict(ref_model=None, model_init_kwargs={"dtype": "bfloat16"})
+    with pytest.warns(UserWarning, match="trained parameters are bfloat16"):
+        trainer = make(MultiObjectiveDPOTrainer, tokenizer, tmp_path, str(folder), **options)
+    assert trainer.model.dtype == torch.bfloat16
