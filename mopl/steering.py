@@ -87,19 +87,19 @@ def log_mix(
     if reference is not None:
         impossible = impossible | (reference == -torch.inf)
     # A score with coefficient 0 may be -inf where the result is finite: 0 * -inf would be NaN.
-    parts = [part.to(dtype).masked_fill(impossible | (part == -torch.inf), 0.0) for part in parts]
+    absent = [impossible | (part == -torch.inf) for part in parts]
+    parts = [_finite(part.to(dtype), gone, normalize) for part, gone in zip(parts, absent, strict=True)]
 
     if reference is None:
         mixed = sum((c * part for c, part in zip(per_list[1:], parts[1:], strict=True)), per_list[0] * parts[0])
     else:
-        start = reference.to(dtype).masked_fill(impossible, 0.0)
+        start = _finite(reference.to(dtype), impossible, normalize)
         # lerp returns its ends exactly, so that c = 1 keeps even the ties of the scores.
         mixed = torch.lerp(start, parts[0], per_list[0])
         for part, c in zip(parts[1:], per_list[1:], strict=True):
             mixed = mixed + c * (part - start)
     if normalize:
-        total = mixed.masked_fill(impossible, -torch.inf).logsumexp(-1, keepdim=True)
-        mixed = mixed - total
+        mixed = mixed.masked_fill(impossible, -torch.inf).log_softmax(-1)
     return mixed.masked_fill(impossible, -torch.inf)
 
 
@@ -251,15 +251,20 @@ def modpo_reward(
         raise ValueError(f"anchor is {anchor} but there are {objectives} objectives")
     of_anchor = w[..., anchor]
     _check_positive(of_anchor, f"weights[..., {anchor}], the anchor's,", "choose an anchor whose weight is not 0")
-    # Differences first: near the reference they are small, and 1/w would magnify the rounding of the scores.
-    differences, coefficients = [scores - reference], [1.0 / of_anchor]
+    named, coefficients = [("scores", scores), ("reference", reference)], [1.0 / of_anchor]
     for j, expert in enumerate(experts):
         if j == anchor:
             continue
         if expert is None:
             raise ValueError(f"experts[{j}] is None but only the anchor's, experts[{anchor}], may be")
-        differences.append(expert - reference)
+        named.append((f"experts[{j}]", expert))
         coefficients.append(-w[..., j] / of_anchor)
+    for name, tensor in named:
+        _check_like(tensor, scores, name)
+    # Differences first: near the reference they are small, and 1/w would magnify the rounding of the scores.
+    dtype = compute_dtype(*(tensor for _, tensor in named))
+    impossible, base = reference == -torch.inf, reference.to(dtype)
+    differences = [(t.to(dtype) - base).masked_fill(impossible, -torch.inf) for _, t in (named[0], *named[2:])]
     return log_mix(differences, coefficients)
 
 
@@ -320,6 +325,18 @@ def _check_like(tensor: object, like: object, name: str) -> None:
         raise TypeError(f"{name} must be a floating-point torch.Tensor of shape (..., K), got {got}")
     if tensor.ndim == 0 or tensor.shape != like.shape:
         raise ValueError(f"{name} has shape {shape_of(tensor)} but must be (..., K) = {shape_of(like)} like scores")
+
+
+def _finite(scores: Tensor, absent: Tensor, centre: bool) -> Tensor:
+    """Return scores with 0 where one is absent; `centre` subtracts each list's largest from the others first.
+
+    Normalised results do not see that number, and the digits of close scores that are far from 0 survive the mixture.
+    """
+    scores = scores.masked_fill(absent, 0.0)
+    if not centre or not scores.shape[-1]:
+        return scores
+    top = scores.detach().masked_fill(absent, -torch.inf).amax(-1, keepdim=True)
+    return (scores - torch.where(top.isfinite(), top, 0.0)).masked_fill(absent, 0.0)
 
 
 def _per_list(value: float | Tensor, like: Tensor, dtype: torch.dtype, name: str) -> Tensor:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mopl import steering
 from mopl.losses import approx_ndcg, lambda_loss, listwise_dpo, pairwise_logistic, plackett_luce, presort
 from mopl.ops import gathered_logprob, linear_kl, linear_logprob, sequence_logprob
 
@@ -140,3 +141,46 @@ def test_nothing_depends_on_padding_or_on_what_it_holds(loss: Callable[..., Tens
                 assert not found[..., ~mask[0]].any(), f"{name} of padding is not 0"
                 found = found[..., place]
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6, msg=f"{name} at {place}")
+
+
+# ---------------------------------------------------------------- digits
+
+
+@pytest.mark.parametrize("offset", [0.0, -3000.0, 1e6])
+def test_normalised_mixtures_keep_the_digits_of_close_scores_far_from_zero(offset: float) -> None:
+    near = torch.tensor([[0.0, -0.5, -1.25], [0.25, -2.0, 0.5]])  # exact at every offset here
+    scores, reference = near + offset, near.flip(1) + offset
+    mixed = steering.log_mix(scores, 0.3, reference=reference, normalize=True)
+    exact = (0.3 * near.double() + 0.7 * near.flip(1).double()).log_softmax(-1)
+    torch.testing.assert_close(mixed.double(), exact, rtol=3e-7, atol=1e-7)
+    experts = steering.mix_experts([scores, reference], [0.3, 0.7])
+    torch.testing.assert_close(experts.double(), exact, rtol=3e-7, atol=1e-7)
+    alone = steering.rescale(scores, reference, 1.0, normalize=True)
+    torch.testing.assert_close(alone, scores.log_softmax(-1), rtol=3e-7, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_modpo_takes_differences_of_sixteen_bit_scores_in_float32(dtype: torch.dtype) -> None:
+    scores, reference, expert = (torch.tensor([[value]], dtype=dtype) for value in (-100.0, -31.25, -64.5))
+    found = steering.modpo_reward(scores, reference, [None, expert], (0.5, 0.5))
+    given = [t.double() for t in (scores, reference, expert)]
+    assert found.dtype == torch.float32
+    assert float(found) == float(2 * (given[0] - given[1] - 0.5 * (given[2] - given[1])))
+
+
+def test_modpo_names_what_does_not_fit_and_keeps_the_impossible_impossible() -> None:
+    scores = torch.tensor([[0.5, -torch.inf, 1.0]])
+    found = steering.modpo_reward(scores, scores, [None, scores], (0.5, 0.5))
+    assert found.tolist() == [[0.0, -torch.inf, 0.0]]
+    with pytest.raises(ValueError, match=r"experts\[1\] has shape \(1, 2\) but must be \(..., K\) = \(1, 3\)"):
+        steering.modpo_reward(scores, scores, [None, scores[:, :2]], (0.5, 0.5))
+    with pytest.raises(ValueError, match=r"reference has shape \(3,\)"):
+        steering.modpo_reward(scores, scores[0], [None, scores], (0.5, 0.5))
+
+
+@pytest.mark.parametrize("label_dtype", [torch.int64, torch.float32, torch.bfloat16, torch.float64])
+def test_softmax_targets_have_the_digits_of_the_scores(label_dtype: torch.dtype) -> None:
+    scores, labels = torch.randn(3, 4, dtype=torch.float64), torch.randint(0, 5, (3, 4)).to(label_dtype)
+    found = listwise_dpo(scores, labels, normalize="softmax")
+    exact = -(labels.double().softmax(-1) * scores.log_softmax(-1)).sum(-1).mean()
+    torch.testing.assert_close(found, exact, rtol=1e-13, atol=0)

@@ -94,6 +94,8 @@ def listwise_dpo(
     check_choice(normalize, ("l1", "softmax", None), "normalize")
     difference = _difference(scores, reference)
     if normalize == "softmax":
+        if labels.dtype != torch.float64:
+            labels = labels.to(compute_dtype(difference))
         labels = normalize_labels(labels, "softmax", mask)
     loss = listwise_cross_entropy(
         difference,
