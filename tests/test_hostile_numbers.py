@@ -184,3 +184,11 @@ def test_softmax_targets_have_the_digits_of_the_scores(label_dtype: torch.dtype)
     found = listwise_dpo(scores, labels, normalize="softmax")
     exact = -(labels.double().softmax(-1) * scores.log_softmax(-1)).sum(-1).mean()
     torch.testing.assert_close(found, exact, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("loss", [pairwise_logistic, plackett_luce], ids=["pairwise", "plackett-luce"])
+def test_labels_that_float32_cannot_tell_apart_still_rank(loss: Callable[..., Tensor]) -> None:
+    scores, rank = torch.randn(4, 5), torch.rand(4, 2, 5).argsort(-1)
+    expected = loss(scores, rank, reduction="none")
+    for labels in (rank + 1_700_000_000, (rank + 1_700_000_000).int(), 1 + 1e-12 * rank.double()):
+        assert torch.equal(loss(scores, labels, reduction="none"), expected)

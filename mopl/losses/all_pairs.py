@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mopl import _arguments as arguments
-from mopl._arguments import Reduction, check_choice, per_objective, weigh_and_reduce
+from mopl._arguments import Reduction, check_choice, per_objective, weigh_and_reduce, wide_dtype
 from mopl.ops import pairs
 
 Gain = Literal["exponential", "linear"]
@@ -60,7 +60,7 @@ def pairwise_logistic(
         ValueError: shapes do not fit; the message says which and what to pass.
     """
     _, u, y = _prepare(scores, labels, reference, temperature, mask)
-    loss = pairs.pairwise_logistic(u, y, _narrow(margin, "margin", y, u))
+    loss = pairs.pairwise_logistic(u, _ranked(labels, y, mask), _narrow(margin, "margin", y, u))
     return weigh_and_reduce(_or_nan(loss, y, mask), weights, reduction)
 
 
@@ -122,7 +122,7 @@ def lambda_loss(
         ranks = _ranks(x, mask)
     loss = pairs.pairwise_logistic(
         u,
-        y,
+        _ranked(labels, y, mask),
         u.new_zeros((y.shape[0], 1)),
         gains,
         1 / torch.log2(1 + ranks.double()),
@@ -202,6 +202,15 @@ def _prepare(
     u = _narrow(temperature, "temperature", y, x)[..., None] * centred[:, None, :]
     y = y.to(dtype)
     return x, u, y if mask is None else torch.where(mask[:, None, :], y, math.nan)
+
+
+def _ranked(labels: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
+    """Return labels (B, m, K) in the order of those given: not y where float32 would make two of them equal."""
+    wide = labels.dtype in (torch.float64, torch.int64, torch.int32) and y.dtype != torch.float64
+    if not wide or wide_dtype(y.device) != torch.float64:
+        return y
+    exact = arguments.as_labels(labels, y[:, 0]).detach().double()
+    return exact if mask is None else torch.where(mask[:, None, :], exact, math.nan)
 
 
 def _narrow(value: float | Tensor, name: str, labels: Tensor, like: Tensor) -> Tensor:
