@@ -182,7 +182,7 @@ class ListCollator:
         # Infinity sorts what has no label after every label; padding stays behind it because the sort is stable.
         order = np.argsort(np.where(label_mask, -labels, np.inf), axis=-1, kind="stable") if self.order else None
         sequences = [
-            (item.prompt, response, (number, slot))
+            (item.prompt_of(slot), response, (number, slot))
             for number, item in enumerate(lists)
             for slot, response in enumerate(item.responses)
         ]

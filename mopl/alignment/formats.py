@@ -65,6 +65,31 @@ def from_json(value: Any, what: str) -> Any:
         raise RowError("not JSON", f"{what} is text that is no JSON ({error})") from None
 
 
+# What a template would write besides the messages, or a model read besides the text.
+BESIDE_THE_TEXT = {
+    "tools": "write the tools into a system message, or leave the column out",
+    "chat_template_kwargs": "pass template options for the whole data, or leave the column out",
+    "image": "only text can be trained",
+    "images": "only text can be trained",
+}
+
+
+def refuse_columns(row: Row, columns: Sequence[str] = tuple(BESIDE_THE_TEXT)) -> None:
+    """Raise for a row with something in a column that would change the tokens, or what a model sees besides them.
+
+    Raises:
+        RowError: if one of these columns is there and not empty.
+    """
+    for column in columns:
+        value = row.get(column)
+        empty = value in ("", "[]", "{}", "null") if isinstance(value, str) else value is None or value in ([], {})
+        if not empty:
+            raise RowError(
+                "column that is not read",
+                f"{column} is part of what a model sees and is not read here; {BESIDE_THE_TEXT[column]}",
+            )
+
+
 # ---------------------------------------------------------------- mopl's own
 
 

@@ -45,6 +45,8 @@ class TokenizedList:
         index: which list of the data this is.
         prompt_cut: how many tokens truncation took from the prompt.
         response_cut: how many it took from each response.
+        prompt_starts: where the prompt begins that a response follows, if that is not everywhere at 0; only TRL's
+            `truncation_mode="keep_end"` cuts the prompt of each response by itself.
     """
 
     prompt: np.ndarray
@@ -53,11 +55,16 @@ class TokenizedList:
     index: int = 0
     prompt_cut: int = 0
     response_cut: tuple[int, ...] = ()
+    prompt_starts: tuple[int, ...] = ()
+
+    def prompt_of(self, response: int) -> np.ndarray:
+        """Return the tokens that a response follows."""
+        return self.prompt[self.prompt_starts[response] :] if self.prompt_starts else self.prompt
 
     @property
     def lengths(self) -> np.ndarray:
         """(K,) tokens of each sequence, prompt and response."""
-        return np.array([len(self.prompt) + len(response) for response in self.responses])
+        return np.array([len(self.prompt_of(k)) + len(response) for k, response in enumerate(self.responses)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +95,8 @@ class TokenizedData(Sequence[TokenizedList]):
         """Return a SHA-256 of all tokens and of where responses begin: equal exactly if a model sees the same."""
         digest = hashlib.sha256()
         for item in self.lists:
-            for tokens in (item.prompt, *item.responses):
+            starts = [np.array(item.prompt_starts)] if item.prompt_starts else []
+            for tokens in (item.prompt, *item.responses, *starts):
                 digest.update(len(tokens).to_bytes(8, "little") + tokens.astype("<i8").tobytes())
             digest.update(b"|")
         return digest.hexdigest()

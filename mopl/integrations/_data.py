@@ -19,7 +19,7 @@ from torch import Tensor
 from mopl.alignment import formats
 from mopl.alignment.collate import ListBatch, ListCollator
 from mopl.alignment.data import PreferenceData, PreferenceList, ReadReport, RowError, collect
-from mopl.alignment.readers import load_preferences
+from mopl.alignment.readers import detect_format, load_preferences
 from mopl.alignment.tokenization import ListTokenizer, TokenizedData, TokenizedList, tokenize
 from mopl.conditioning.sampling import check_weights
 
@@ -52,12 +52,14 @@ class Examples(torch.utils.data.Dataset):
     Args:
         lists: The lists.
         objectives: Names.
+        rows: Rows of the data set, whose number a list's `index` is; by default there are as many as lists.
     """
 
-    def __init__(self, lists: Sequence[Example], objectives: Sequence[str]) -> None:
+    def __init__(self, lists: Sequence[Example], objectives: Sequence[str], *, rows: int | None = None) -> None:
         if len(lists) == 0:
             raise ValueError("the data set has no list; give it at least one")
         self.lists, self.objectives = tuple(lists), tuple(objectives)
+        self.rows = len(self.lists) if rows is None else rows
 
     def __len__(self) -> int:
         return len(self.lists)
@@ -82,7 +84,7 @@ class Examples(torch.utils.data.Dataset):
             dataclasses.replace(example, reference=row[: len(example.tokens.responses)])
             for example, row in zip(self.lists, rows, strict=True)
         ]
-        return Examples(lists, self.objectives)
+        return Examples(lists, self.objectives, rows=self.rows)
 
 
 # ---------------------------------------------------------------- reading
@@ -143,33 +145,52 @@ def _read_rows(rows: Sequence[Any], objectives: Sequence[str] | None) -> tuple[P
     """Read rows of a data set, and the columns that stand beside each list."""
     if not isinstance(rows[0], Mapping):
         raise TypeError(f"rows of the data set are {type(rows[0]).__name__} but must be dictionaries or PreferenceList")
-    columns = set(rows[0])
-    if columns >= set(SIDES):
+    if is_pair(rows[0]):
         report = ReadReport("rows", rows=len(rows))
         lists = collect(_pairs(rows, objectives or (PREFERENCE,)), report, objectives=objectives)
     else:
         lists = load_preferences(rows, objectives=objectives)
-    names = [name for name in (WEIGHTS, BETA, *REFERENCE_COLUMNS) if name in columns]
+    return lists, beside_of(rows, len(lists.objectives), len(lists))
+
+
+def beside_of(rows: Sequence[Any], objectives: int, lists: int) -> list[dict[str, Any]]:
+    """Return what stands beside each list that rows made, as keywords of `Example`.
+
+    Raises:
+        ValueError: If there are such columns and the rows made another number of lists, or a value cannot be used.
+    """
+    names = [name for name in (WEIGHTS, BETA, *REFERENCE_COLUMNS) if name in rows[0]]
     if not names:
-        return lists, [{} for _ in lists]
-    if len(lists) != len(rows):
+        return [{} for _ in range(lists)]
+    if lists != len(rows):
         raise ValueError(
-            f"the rows have the columns {', '.join(names)} but {len(rows)} rows made {len(lists)} lists, so it is "
+            f"the rows have the columns {', '.join(names)} but {len(rows)} rows made {lists} lists, so it is "
             "unknown which belongs to which; write one list a row"
         )
-    return lists, [_beside(row, len(lists.objectives), number) for number, row in enumerate(rows, 1)]
+    return [_beside(row, objectives, number) for number, row in enumerate(rows, 1)]
+
+
+def is_pair(row: Mapping[str, Any]) -> bool:
+    """Say whether a row has TRL's preference format: `chosen`, `rejected`, and a prompt, or the prompt inside them.
+
+    Other formats have these columns too, and the prompt in another: `instruction`, `conversations`.
+    """
+    return set(row) >= set(SIDES) and ("prompt" in row or detect_format(row) == "pairs")
 
 
 def _pairs(rows: Sequence[Any], objectives: Sequence[str]) -> Iterator[tuple[str, PreferenceList | RowError]]:
     for number, row in enumerate(rows, 1):
-        for draft in formats.parse_pair([row]):
-            try:
-                if isinstance(draft, PreferenceList):
-                    labels = {name: labels_of_pair(row, name) for name in objectives}
-                    draft = PreferenceList(draft.prompt, draft.responses, labels)
-            except RowError as error:
-                draft = error
-            yield f"row {number}", draft
+        draft: PreferenceList | RowError
+        try:
+            formats.refuse_columns(row)
+            (draft,) = formats.parse_pair([row])
+            if isinstance(draft, PreferenceList):
+                draft = PreferenceList(
+                    draft.prompt, draft.responses, {name: labels_of_pair(row, name) for name in objectives}
+                )
+        except RowError as error:
+            draft = error
+        yield f"row {number}", draft
 
 
 def labels_of_pair(row: Mapping[str, Any], objective: str) -> tuple[float | None, float | None]:

@@ -51,7 +51,10 @@ _WITH_A_NOTE = {
     "trust_remote_code": "for the model and the tokenizer that are loaded here",
     "router_aux_loss_coef": "the auxiliary loss of a mixture of experts, by default with the config's own coefficient",
     "disable_dropout": "the reference never has dropout",
-    "max_length": "most tokens of prompt and response",
+    "max_length": "most tokens of prompt and response. Pairs are cut as in TRL, which leaves out rows whose prompt "
+    "alone fills it; lists as `ListTokenizer` does it",
+    "truncation_mode": "for pairs",
+    "dataset_num_proc": "for pairs in a `datasets.Dataset`",
     "padding_free": "packs; TRL 1.16 warns and pads. Not with `ld_alpha`",
     "pad_to_multiple_of": "as in TRL",
     "precompute_ref_log_probs": "as in TRL",
@@ -80,11 +83,8 @@ OBEYED: dict[str, str] = dict.fromkeys(_BY_TRAINER, "") | _WITH_A_NOTE
 REFUSED: dict[str, str] = {
     "activation_offloading": "leave it at False and use gradient_checkpointing, which saves more",
     "batch_eval_metrics": "leave it at False; compute_metrics is called once, with all lists",
-    "dataset_num_proc": "leave it out: rows are tokenised in this process; for several processes pass "
-    "mopl.alignment.tokenization.TokenizedData",
     "eval_do_concat_batches": "leave it at True; metrics are means over all lists",
     "include_for_metrics": "leave it empty; compute_metrics gets losses and accuracies",
-    "truncation_mode": "lists are cut as mopl.alignment.tokenization says: the prompt first, responses at their end",
     "label_smoothing_factor": "smooth the labels of the data, or pass loss=functools.partial(...) of a loss that has "
     "label smoothing",
 }

@@ -29,6 +29,8 @@ class ListTrainer(Trainer):
         if self.args.train_sampling_strategy != "group_by_length" or not isinstance(data, Examples):
             return super()._get_train_sampler(train_dataset)
         lengths = _tokens(data) if self.row_lengths is None else list(self.row_lengths)
+        if self.row_lengths is not None and len(lengths) == data.rows:
+            lengths = [lengths[example.tokens.index] for example in data.lists]  # some rows may be left out
         if len(lengths) != len(data):
             raise ValueError(
                 f"the column {self.args.length_column_name} has {len(lengths)} rows, {len(data)} of which are lists, "

@@ -15,9 +15,14 @@ need a second model as its reference, loaded by name, which neither a `HyperProm
 give. And what a subclass would override (`_compute_loss`, `_metrics`, `_precompute_ref_logps`) is private and differs
 from release to release. All that would be left to inherit is the wrapping of a model in adapters and the log.
 
-Of TRL only `DPOConfig` is used, so one source serves TRL 1.10 to 1.16. Every option of it is either obeyed or refused
-with an error that says what to do; none is dropped. With pairs, one objective that prefers `chosen`, and the default
-settings, loss and gradients are those of `DPOTrainer`.
+Of TRL only `DPOConfig` and the preparation of rows of pairs are used, so one source serves TRL 1.10 to 1.16. Every
+option is either obeyed or refused with an error that says what to do; none is dropped. With pairs, one objective that
+prefers `chosen`, and the default settings, tokens, loss and gradients are those of the installed `DPOTrainer`.
+
+Tokens are TRL's to the id where rows have its preference format (`chosen`, `rejected`, mostly `prompt`; texts or
+messages; `tools` and `chat_template_kwargs`): see `mopl.integrations._trl_tokens`. `tokenization="mopl"` reads the same
+rows as `mopl.alignment.tokenization` does everything else, lists of more than two responses above all: texts go through
+the chat template, a response ends at its end token, and all responses of a list keep the same prompt, cut at its left.
 """
 
 from __future__ import annotations
@@ -33,6 +38,7 @@ from mopl._extras import require
 require("trl", "transformers", "accelerate", what="mopl.integrations.trl", extra="trl")
 from trl import DPOConfig, SyncRefModelCallback  # type: ignore[attr-defined]
 
+from mopl._arguments import check_choice
 from mopl.alignment.collate import ListCollator
 from mopl.alignment.tokenization import TokenizedData
 from mopl.conditioning.hyper_prompt_model import HyperPromptModel
@@ -42,6 +48,7 @@ from mopl.integrations._objective import ListLoss
 from mopl.integrations._options import check_options
 from mopl.integrations._pair_loss import PairLoss, pair_loss_of
 from mopl.integrations._settings import ObjectiveArguments
+from mopl.integrations._trl_tokens import TOKENIZATIONS, examples_of_pairs, is_pairs, refuse_options
 from mopl.integrations.transformers import MultiObjectiveTrainer
 
 __all__ = ["MultiObjectiveDPOConfig", "MultiObjectiveDPOTrainer"]
@@ -54,7 +61,17 @@ class MultiObjectiveDPOConfig(ObjectiveArguments, DPOConfig):
     `loss_type` names losses of pairs and takes part only where it is not `"sigmoid"` alone, or where an option that
     belongs to it (`label_smoothing`, `f_divergence_type`) is set; otherwise `list_loss` is the loss, and its default is
     the same on pairs.
+
+    Args:
+        tokenization: Of rows in TRL's preference format: `"trl"`, as the installed `trl.DPOTrainer` does it, or
+            `"mopl"`, as `mopl.alignment.tokenization` does it for all other data.
     """
+
+    tokenization: str = "trl"
+
+    def __post_init__(self) -> None:
+        check_choice(self.tokenization, TOKENIZATIONS, "tokenization")
+        super().__post_init__()
 
 
 class MultiObjectiveDPOTrainer(MultiObjectiveTrainer):
@@ -66,8 +83,9 @@ class MultiObjectiveDPOTrainer(MultiObjectiveTrainer):
             (TRL takes the state in which a PEFT model was passed for its reference; here adapters are off in it.)
         args: `MultiObjectiveDPOConfig`, or a plain `DPOConfig`.
         data_collator: A mopl `ListCollator`.
-        train_dataset: `PreferenceData`, `TokenizedData`, or a `datasets.Dataset` in TRL's preference format with a
-            label column for each objective, or in any format of `mopl.alignment.readers`.
+        train_dataset: `PreferenceData`, `TokenizedData`, or a `datasets.Dataset` (or list of rows) in TRL's preference
+            format with a label column for each objective, or in any format of `mopl.alignment.readers`. `max_length`
+            cuts pairs as `truncation_mode` says and lists as `ListTokenizer` does.
         eval_dataset: The same, or a dictionary of them.
         processing_class: The tokenizer; by default that of the model's name.
         compute_metrics: See `MultiObjectiveTrainer`.
@@ -106,6 +124,7 @@ class MultiObjectiveDPOTrainer(MultiObjectiveTrainer):
             name = model if isinstance(model, str) else getattr(model, "name_or_path", "") or type(model).__name__
             args = MultiObjectiveDPOConfig(f"{name.split('/')[-1]}-DPO")
         check_options(args, DPOConfig)
+        self._dpo_args = args
         pairs = pair_loss_of(args)
         if pairs is not None:
             if loss is not None or getattr(args, "list_loss", "listwise_dpo") != "listwise_dpo":
@@ -165,6 +184,14 @@ class MultiObjectiveDPOTrainer(MultiObjectiveTrainer):
                     "that could move; leave the columns ref_chosen_logps and ref_rejected_logps out"
                 )
             self.add_callback(_MovingReference(ref_model=self.ref_model, accelerator=self.accelerator))
+
+    def _examples(self, data: Any, objectives: Sequence[str] | None) -> Examples:
+        args = self._dpo_args
+        if getattr(args, "tokenization", "trl") == "trl" and is_pairs(data):
+            return examples_of_pairs(data, args, processing_class=self._tokenizer, objectives=objectives)
+        if not isinstance(data, Examples):  # which were made here
+            refuse_options(args)
+        return super()._examples(data, objectives)
 
 
 class _MovingReference(SyncRefModelCallback):

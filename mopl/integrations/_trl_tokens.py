@@ -1,0 +1,204 @@
+"""Rows in TRL's preference format as the tokens that `trl.DPOTrainer` makes of them, to the id.
+
+TRL's rules differ from those of `mopl.alignment.tokenization`, and from release to release: texts are tokenised as they
+are, with the tokenizer's special tokens; what follows the end token stays; prompt and answer are tokenised together and
+parted where the prompt's own tokens end (to 1.13), or where the two first differ (from 1.14), which under tokens that
+merge across the seam are other places; each sequence is cut by itself. So none of them is written here: the installed
+release's own `DPOTrainer` prepares the rows, without being made. That method is private, but the same in all releases
+from 1.10 to 1.16; where a release lacks it, or gives something else, an error says so.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mopl._lines import text_fault
+from mopl.alignment import formats
+from mopl.alignment.data import DataError, PreferenceData, PreferenceList, ReadReport, RowError, collect
+from mopl.alignment.tokenization import TokenizedList
+from mopl.integrations._data import PREFERENCE, SIDES, Example, Examples, beside_of, is_pair, labels_of_pair
+
+TOKENIZATIONS = ("trl", "mopl")
+_ROW = "row_of_the_data"
+_READ = ("prompt", *SIDES, "tools", "chat_template_kwargs")
+
+logger = logging.getLogger(__name__)
+
+
+def is_pairs(data: Any) -> bool:
+    """Say whether data are rows that TRL's `DPOTrainer` would read."""
+    if isinstance(data, (str, Mapping)) or not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
+        return False
+    return len(data) > 0 and isinstance(data[0], Mapping) and is_pair(data[0])
+
+
+def refuse_options(args: Any) -> None:
+    """Raise for an option of TRL's preparation of pairs that is set for other data, or for mopl's tokens.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    if args.dataset_num_proc is not None:
+        raise ValueError(
+            f"dataset_num_proc is {args.dataset_num_proc} but only rows of pairs are tokenised by TRL, in several "
+            "processes; leave it out, or pass mopl.alignment.tokenization.TokenizedData that others made"
+        )
+    if args.truncation_mode != "keep_start":
+        raise ValueError(
+            f"truncation_mode is {args.truncation_mode!r} but only rows of pairs are cut by TRL; lists are cut as "
+            "mopl.alignment.tokenization says, the prompt first, responses at their end: leave it at 'keep_start'"
+        )
+
+
+def examples_of_pairs(
+    rows: Any, args: Any, *, processing_class: Any, objectives: Sequence[str] | None = None
+) -> Examples:
+    """Turn rows of pairs into the tokens that `trl.DPOTrainer` would train on with the same arguments.
+
+    Rows that TRL leaves out, because with `truncation_mode="keep_start"` their prompt alone fills `max_length`, are
+    left out with a warning.
+
+    Args:
+        rows: A `datasets.Dataset`, or a sequence of dictionaries.
+        args: `trl.DPOConfig`: `max_length`, `truncation_mode`, `dataset_num_proc` (of a `datasets.Dataset`).
+        processing_class: The tokenizer.
+        objectives: Names and order of the objectives, see `labels_of_pair`.
+
+    Raises:
+        ValueError: If the tokenizer is missing or has no end token, images stand beside the text, labels cannot be
+            used, or no row is left.
+        RuntimeError: If the installed release of TRL prepares data in another way.
+    """
+    if processing_class is None:
+        raise ValueError("processing_class is missing; pass the tokenizer, or TokenizedData")
+    lists = _labels(rows, objectives)
+    beside = beside_of(rows, len(lists.objectives), len(lists))
+    prepared = _prepare(rows, args, processing_class)
+    examples = []
+    for row in prepared:
+        number = int(row[_ROW])
+        tokens = [np.asarray(row[name], dtype=np.int64) for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
+        cut = _cut(tokens[0], tokens[1:], args.max_length, args.truncation_mode)
+        item = TokenizedList(tokens[0], cut[0], lists.label_array(number), number, prompt_starts=cut[1])
+        examples.append(Example(item, **beside[number]))
+    if len(examples) < len(lists):
+        message = (
+            f"{len(lists) - len(examples)} of {len(lists)} rows are left out as in TRL: their prompt alone fills "
+            f"max_length = {args.max_length}"
+        )
+        if not examples:
+            raise DataError(f"{message}; raise max_length")
+        logger.warning("%s", message)
+    return Examples(examples, lists.objectives, rows=len(lists))
+
+
+def _cut(
+    prompt: np.ndarray, responses: Sequence[np.ndarray], max_length: int | None, mode: str
+) -> tuple[tuple[np.ndarray, ...], tuple[int, ...]]:
+    """Cut each sequence by itself, as TRL's collator does; return the responses and where each one's prompt begins."""
+    if max_length is None:
+        return tuple(responses), ()
+    if mode == "keep_start":
+        return tuple(response[: max(max_length - len(prompt), 0)] for response in responses), ()
+    if mode != "keep_end":
+        raise ValueError(f"truncation_mode is {mode!r} but must be 'keep_start' or 'keep_end'")
+    over = [max(len(prompt) + len(response) - max_length, 0) for response in responses]
+    starts = tuple(min(cut, len(prompt)) for cut in over)
+    kept = (response[cut - start :] for response, cut, start in zip(responses, over, starts, strict=True))
+    return tuple(kept), starts if any(starts) else ()
+
+
+# ---------------------------------------------------------------- rows
+
+
+def _labels(rows: Any, objectives: Sequence[str] | None) -> PreferenceData:
+    """Return the labels of the rows, as lists of two texts that stand for the responses; check what TRL would not."""
+    implicit = "prompt" not in rows[0]
+
+    def drafts() -> Iterator[tuple[str, PreferenceList | RowError]]:
+        for number, row in enumerate(rows, 1):
+            try:
+                _check(row, implicit)
+                labels = {name: labels_of_pair(row, name) for name in objectives or (PREFERENCE,)}
+                # Only labels are wanted, with their checks: TRL trains on texts that a list may not have.
+                yield f"row {number}", PreferenceList("prompt", SIDES, labels)
+            except RowError as error:
+                yield f"row {number}", error
+
+    report = ReadReport("rows", rows=len(rows))
+    return collect(drafts(), report, objectives=objectives)
+
+
+def _check(row: Mapping[str, Any], implicit: bool) -> None:
+    """Raise for a row whose tokens would be wrong without a word, or whose fault TRL would not name."""
+    formats.refuse_columns(row, ("image", "images"))
+    if not isinstance(row.get("chat_template_kwargs", {}), Mapping):
+        raise RowError("wrong type", "chat_template_kwargs is no dictionary; give each row one, or none to any")
+    for name in SIDES if implicit else ("prompt", *SIDES):
+        value = row.get(name)
+        if not isinstance(value, (str, list)):
+            raise RowError("wrong type", f"{name} is a {type(value).__name__} but must be a text or a list of messages")
+        if fault := text_fault(value):
+            raise RowError("no Unicode text", f"{name} {fault}")
+        for message in () if isinstance(value, str) else value:
+            parts = message.get("content") if isinstance(message, Mapping) else None
+            for part in () if parts is None or isinstance(parts, str) else parts:
+                if isinstance(part, Mapping) and part.get("type", "text") != "text":
+                    raise RowError("no text", f"{name} holds a part of type {part['type']!r}; only text can be trained")
+
+
+class _Rows:
+    """Rows in memory with what TRL calls of a stream of `datasets`.
+
+    Arrow would give every row the keys of all others, filled with None, and templates may tell the two apart.
+    """
+
+    def __init__(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        return iter(self.rows)
+
+    def map(self, function: Callable[..., Mapping[str, Any]], fn_kwargs: Mapping[str, Any] | None = None) -> _Rows:
+        return _Rows([{**row, **function(dict(row), **(fn_kwargs or {}))} for row in self.rows])
+
+    def filter(self, function: Callable[[Mapping[str, Any]], bool]) -> _Rows:
+        return _Rows([row for row in self.rows if function(row)])
+
+
+def _prepare(rows: Any, args: Any, processing_class: Any) -> Any:
+    """Let TRL extract prompts, append end tokens, tokenise and leave out what is too long."""
+    from datasets import Dataset
+    from trl import DPOTrainer, __version__  # type: ignore[attr-defined]
+
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    if getattr(tokenizer, "eos_token", None) is None:
+        raise ValueError("the tokenizer has no eos_token, which ends the responses of texts; set it")
+    data: Any
+    if isinstance(rows, Dataset):
+        data = rows.select_columns([name for name in rows.column_names if name in _READ])
+        data = data.add_column(_ROW, list(range(len(rows))))  # type: ignore[call-arg]
+    else:
+        if args.dataset_num_proc is not None:
+            raise ValueError(
+                f"dataset_num_proc is {args.dataset_num_proc} but the rows are a {type(rows).__name__}; several "
+                "processes tokenise a datasets.Dataset only"
+            )
+        data = _Rows(
+            [{**{name: row[name] for name in _READ if name in row}, _ROW: number} for number, row in enumerate(rows)]
+        )
+    trainer: Any = object.__new__(DPOTrainer)
+    trainer._tokenizer = tokenizer
+    prepare = getattr(trainer, "_prepare_dataset", None)
+    prepared = prepare(data, processing_class, args, "train") if prepare is not None else None
+    first = next(iter(prepared), None) if prepared is not None else None
+    if prepared is None or (first is not None and not {"prompt_ids", "chosen_ids", "rejected_ids"} <= set(first)):
+        raise RuntimeError(
+            f"TRL {__version__} prepares pairs in a way that is not known here (1.10 to 1.16 are); install one of "
+            "those, or pass tokenization='mopl'"
+        )
+    return prepared
