@@ -437,7 +437,7 @@ def test_evaluation_measures_every_point_of_the_grid_and_leaves_out_dropout(tmp_
         weights = torch.tensor([point]).expand(7, -1)
         with torch.no_grad():
             scores, _ = lists_of(model, batch, weights)
-            with model.reference():
+            with model.reference(adapters=True):
                 reference, _ = lists_of(model, batch, None)
         vector = listwise_dpo(
             scores, batch.labels, reference=reference, temperature=0.5, mask=batch.mask, reduction="none"

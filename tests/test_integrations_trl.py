@@ -1,5 +1,7 @@
 """`MultiObjectiveDPOTrainer`: TRL's own loss and gradients on pairs, its arguments, and what it has no place for."""
 
+import math
+
 import pytest
 import torch
 
@@ -147,16 +149,36 @@ def test_several_loss_types_with_weights_and_a_divergence_give_those_of_trl(toke
     assert_equal_steps(step(trainer, inputs), expected)
 
 
-def test_adapters_on_the_model_give_the_loss_and_gradients_of_trl(tokenizer, tmp_path):
-    """TRL's reference of a PEFT model is passed, because by default it is a copy of the adapter, not the base."""
+@pytest.mark.parametrize("passed", [False, True])
+def test_adapters_on_the_model_give_the_loss_and_gradients_of_trl(tokenizer, tmp_path, passed):
+    """By default the reference of a PEFT model that was trained before is what it was, here as there."""
+    options = {"ref_model": tiny_llama()} if passed else {}
     expected = trl.DPOTrainer(
-        with_adapter(tiny_llama()), ref_model=tiny_llama(), args=arguments(trl.DPOConfig, tmp_path),
-        train_dataset=datasets.Dataset.from_list(ROWS), processing_class=tokenizer,
+        with_adapter(tiny_llama()), args=arguments(trl.DPOConfig, tmp_path),
+        train_dataset=datasets.Dataset.from_list(ROWS), processing_class=tokenizer, **options,
     )  # fmt: skip
     inputs = expected.data_collator([expected.train_dataset[number] for number in range(len(ROWS))])
-    trainer, own = ours(tokenizer, tmp_path, model=with_adapter(tiny_llama()))
-    assert trainer.ref_model is None
-    assert_equal_steps(step(trainer, own), step(expected, inputs))
+    trainer, own = ours(tokenizer, tmp_path, model=with_adapter(tiny_llama()), **options)
+    assert (trainer.ref_model is None) != passed
+    their = step(expected, inputs)
+    assert (abs(their[0] - math.log(2)) < 1e-6) != passed
+    assert_equal_steps(step(trainer, own), their)
+
+
+def test_a_training_of_adapters_that_were_trained_before_ends_where_that_of_trl_ends(tokenizer, tmp_path):
+    options = dict(max_steps=3, learning_rate=1e-2, optim="sgd", lr_scheduler_type="constant")
+    expected = trl.DPOTrainer(
+        with_adapter(tiny_llama()), args=arguments(trl.DPOConfig, tmp_path, **options),
+        train_dataset=datasets.Dataset.from_list(ROWS), processing_class=tokenizer,
+    )  # fmt: skip
+    expected.train()
+    trainer, _ = ours(tokenizer, tmp_path, model=with_adapter(tiny_llama()), **options)
+    trainer.train()
+    after = {name: p for name, p in trainer.model.named_parameters() if "lora" in name}
+    start = dict(with_adapter(tiny_llama()).named_parameters())
+    assert after and any(float((after[name] - start[name]).abs().max()) > 1e-4 for name in after)
+    theirs = dict(expected.model.named_parameters())
+    assert all(float((value - theirs[name]).abs().max()) < 1e-6 for name, value in after.items())
 
 
 def test_a_training_of_three_steps_ends_where_that_of_trl_ends(tokenizer, tmp_path):

@@ -141,16 +141,15 @@ class HyperPromptModel(nn.Module):
         self.hyper_prompt.set_prefix(embedding(ids))
 
     @contextlib.contextmanager
-    def reference(self) -> Iterator[HyperPromptModel]:
-        """Be the reference inside a `with` block: prompt off, adapters off.
+    def reference(self, *, adapters: bool = False) -> Iterator[HyperPromptModel]:
+        """Be the reference inside a `with` block: prompt off, and adapters off unless `adapters`.
 
         Calls may still pass weights; they change nothing. Gradients and dropout are as the caller sets them.
         """
-        before = self._is_reference
         model: Any = self.model
-        self._is_reference = True
+        before, self._is_reference = self._is_reference, True
         try:
-            with model.disable_adapter() if is_peft(model) else contextlib.nullcontext():
+            with model.disable_adapter() if is_peft(model) and not adapters else contextlib.nullcontext():
                 yield self
         finally:
             self._is_reference = before

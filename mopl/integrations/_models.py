@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from mopl._extras import require
-from mopl._restoring import evaluating
 from mopl._tensor_files import load_state
 from mopl.alignment.collate import ListBatch, to_lists
 from mopl.alignment.head import fuse, score_sequences
+from mopl.conditioning import LoraMixture, ParameterMixture
 from mopl.conditioning._causal_lm import is_peft
 from mopl.conditioning._saved import ADAPTER_FILE, adapter_folder, check_adapter, check_adapter_state, read_record
 from mopl.conditioning.hyper_prompt_model import WEIGHTS_FILE, HyperPromptModel
@@ -74,6 +72,11 @@ def prepare_model(model: Any, peft_config: Any = None, model_init_kwargs: dict[s
         from peft import get_peft_model
 
         model = get_peft_model(model, peft_config)
+    if isinstance(model, (LoraMixture, ParameterMixture)):
+        raise ValueError(
+            f"model is a {type(model).__name__}, whose reference at each w the trainers do not know; use "
+            "`mopl align --conditioning lora-mixture` (on rewards: --method clp), or a HyperPromptModel"
+        )
     fuse(causal_lm(model))
     return model
 
@@ -92,22 +95,8 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 
 
 def is_own_reference(model: nn.Module) -> bool:
-    """Say whether a model can become its reference by turning adapters or prompt off."""
+    """Say whether a model can become its reference: see `mopl.alignment.adapter_reference`."""
     return isinstance(model, HyperPromptModel) or is_peft(model)
-
-
-@contextlib.contextmanager
-def as_reference(model: Any) -> Iterator[None]:
-    """Turn adapters, prompt and dropout off inside a `with` block."""
-    with evaluating(model):
-        if isinstance(model, HyperPromptModel):
-            with model.reference():
-                yield
-        elif is_peft(model):
-            with model.disable_adapter():
-                yield
-        else:
-            yield
 
 
 def score_lists(
@@ -170,10 +159,11 @@ def load_hyper_prompt(model: HyperPromptModel, folder: str | Path) -> None:
 
 
 def check_sharding(accelerator: Any) -> None:
-    """Raise where a `HyperPromptModel` or a reference of its own would have to be sharded."""
+    """Raise where a `HyperPromptModel`, or a reference that is more than adapters off, would have to be sharded."""
     kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
     if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         raise NotImplementedError(
-            f"training under {kind} works for a plain model or one with PEFT adapters that is its own reference or has "
-            "precompute_ref_log_probs; a HyperPromptModel and a separate ref_model train on one device or under DDP"
+            f"training under {kind} works for a plain model, or one with PEFT adapters, that is its own reference with "
+            "adapters off or has precompute_ref_log_probs; a HyperPromptModel, a separate ref_model, and adapters that "
+            "were trained before or have a reference_adapter train on one device or under DDP"
         )

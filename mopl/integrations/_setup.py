@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from mopl.alignment.adapter_reference import OwnReference
 from mopl.alignment.collate import ListCollator
 from mopl.conditioning.hyper_prompt_model import HyperPromptModel
 from mopl.integrations._data import BETA, WEIGHTS, Example, Examples
@@ -20,7 +21,7 @@ from mopl.integrations._settings import ObjectiveArguments
 
 
 def write_record(
-    model: HyperPromptModel, objectives: tuple[str, ...], settings: ObjectiveArguments, beta: float
+    model: HyperPromptModel, objectives: tuple[str, ...], settings: ObjectiveArguments, beta: float, reference: str
 ) -> None:
     """Note in a model what its weights mean, for `save_pretrained`.
 
@@ -38,6 +39,7 @@ def write_record(
     model.record = dataclasses.replace(
         record,
         objectives=objectives,
+        reference=reference,
         beta=box or settings.objective_beta or beta,
         alpha=settings.weights_alpha if settings.objective_weights is None else None,
     )
@@ -106,6 +108,29 @@ def warn_of_rounding(model: torch.nn.Module, accelerator: Any) -> None:
                 "the model with dtype=torch.float32; bf16=True keeps the arithmetic in 16 bit",
                 stacklevel=3,
             )
+
+
+def check_reference(model: Any, ref_model: Any, adapter: str | None, reference_free: bool) -> None:
+    """Raise where two references are asked for, or `ref_model` would change as the model is trained."""
+    if adapter is not None and (ref_model is not None or reference_free):
+        other = "reference_free is set" if reference_free else "ref_model was passed"
+        raise ValueError(f"reference_adapter is {adapter!r} but {other}, so there is another reference; leave one out")
+    if ref_model is not None:
+        trained = {id(p) for p in model.parameters() if p.requires_grad}
+        if any(id(p) in trained for p in ref_model.parameters()):
+            raise ValueError(
+                "ref_model holds parameters of the model that are trained (PEFT puts adapters into the very model that "
+                "it wraps); leave ref_model out, or load it a second time"
+            )
+
+
+def reference_name(own: OwnReference | None, ref_model: Any) -> str:
+    """Return what a `TuningRecord` says of the reference."""
+    if ref_model is not None:
+        return getattr(ref_model, "name_or_path", "") or f"the {type(ref_model).__name__} that was passed as ref_model"
+    if own is None or own.kind == "base":
+        return "self"
+    return f"the adapter {own.adapter}" if own.adapter else "the adapters as training began"
 
 
 def default_collator(args: Any, processing_class: Any, sets: Sequence[Examples]) -> ListCollator:

@@ -1,25 +1,20 @@
-"""What `transformers.Trainer` does beside the loss, for lists and for a `HyperPromptModel`: samplers, checkpoints."""
+"""What `transformers.Trainer` does beside the loss and checkpoints, for lists: samplers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from mopl._files import write_file
-from mopl.conditioning.hyper_prompt_model import HyperPromptModel
-from mopl.integrations import _models as models
 from mopl.integrations._data import Examples
+from mopl.integrations._references import ReferenceTrainer
 
 
-class ListTrainer(Trainer):
-    """A `Trainer` whose data sets are `Examples` and whose model may be a `HyperPromptModel`."""
+class ListTrainer(ReferenceTrainer):
+    """A `Trainer` whose data sets are `Examples`."""
 
-    model: Any
     row_lengths: Sequence[int] | None = None  # a data set's own column of lengths
 
     # ---------------------------------------------------------------- samplers
@@ -50,31 +45,6 @@ class ListTrainer(Trainer):
             lengths=_tokens(eval_dataset),
             generator=torch.Generator().manual_seed(seed),
         )
-
-    # ---------------------------------------------------------------- checkpoints of a HyperPromptModel
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if not isinstance(self.model, HyperPromptModel):
-            return super()._save(output_dir, state_dict)
-        folder = output_dir if output_dir is not None else self.args.output_dir
-        assert folder is not None
-        if not self.args.should_save:
-            return
-        self.model.save_pretrained(folder)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
-        write_file(Path(folder) / "training_args.bin", lambda path: torch.save(self.args, path))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if not isinstance(self.model, HyperPromptModel):
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        models.load_hyper_prompt(self.model, resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        if not isinstance(self.model, HyperPromptModel):
-            return super()._load_best_model()
-        assert self.state.best_model_checkpoint is not None
-        models.load_hyper_prompt(self.model, self.state.best_model_checkpoint)
 
 
 def lengths_of(data: Any, args: Any) -> Sequence[int] | None:

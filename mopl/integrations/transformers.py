@@ -49,6 +49,7 @@ from mopl.integrations._setup import (
     check_fit,
     default_collator,
     prepare_arguments,
+    reference_name,
     warn_of_rounding,
     with_width,
     write_record,
@@ -107,7 +108,9 @@ class MultiObjectiveTrainer(ListTrainer):
             `predictions` and which objectives count (L, m) as `label_ids`, besides what is reported anyway.
         callbacks: As in `Trainer`.
         optimizers: As in `Trainer`.
-        ref_model: The reference; by default the model without adapters and prompt, or a frozen copy of a plain model.
+        ref_model: The reference; by default the model as it is passed, without prompt: see
+            `mopl.alignment.adapter_reference`, and a frozen copy of a plain model.
+        reference_adapter: Name of another adapter of a PEFT model that is the reference; it is never trained or saved.
         peft_config: Adapters to put on a model that has none.
         loss: A loss in place of `list_loss`: called as `mopl.losses.listwise_dpo`, it gives (B, m).
         eval_weights: (n, m) points of the grid of w for evaluation.
@@ -136,6 +139,7 @@ class MultiObjectiveTrainer(ListTrainer):
         optimizers: tuple[Any, Any] = (None, None),
         *,
         ref_model: Any = None,
+        reference_adapter: str | None = None,
         peft_config: Any = None,
         loss: ListLoss | PairLoss | None = None,
         eval_weights: Tensor | Sequence[Sequence[float]] | None = None,
@@ -197,14 +201,13 @@ class MultiObjectiveTrainer(ListTrainer):
         grid = default_grid(m, settings.eval_points) if eval_weights is None else check_weights(eval_weights, m)
         self.eval_weights: Tensor = grid.float().reshape(-1, m)
         self._user_metrics = compute_metrics
-        if isinstance(model, HyperPromptModel):
-            write_record(model, self.objectives, settings, beta)
         if getattr(args, "disable_dropout", True):
             models.disable_dropout(model)
-        needs_reference = not settings.reference_free and not all(value.has_reference for value in sets)
         self._precompute = getattr(args, "precompute_ref_log_probs", False) and not settings.reference_free
-        if needs_reference and ref_model is None and not self._precompute and not models.is_own_reference(model):
-            ref_model = models.frozen_copy(model)
+        given = all(value.has_reference for value in sets)
+        ref_model = self.choose_reference(model, ref_model, reference_adapter, peft_config is not None, given)
+        if isinstance(model, HyperPromptModel):
+            write_record(model, self.objectives, settings, beta, reference_name(self.own, ref_model))
 
         super().__init__(
             model=model,
@@ -223,8 +226,7 @@ class MultiObjectiveTrainer(ListTrainer):
                 "several GPUs are visible to one process and nn.DataParallel would be used, which cannot run a fused "
                 "head; launch with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES"
             )
-        if isinstance(model, HyperPromptModel) or ref_model is not None:
-            models.check_sharding(self.accelerator)
+        self.check_reference_placement(ref_model)
         warn_of_rounding(model, self.accelerator)
         self.ref_model: Any = None
         if ref_model is not None:
@@ -253,7 +255,7 @@ class MultiObjectiveTrainer(ListTrainer):
     def _with_reference(self, data: Examples, batch_size: int) -> Examples:
         if not self._precompute or data.has_reference:
             return data
-        if self.ref_model is None and not models.is_own_reference(self.model) and self.state.global_step > 0:
+        if self.ref_model is None and self.own is None and self.state.global_step > 0:
             raise ValueError(
                 "the reference's log-probabilities of a new data set cannot be computed after training has begun, "
                 "because the model was its own reference; pass the data as eval_dataset, or pass ref_model"
@@ -339,20 +341,6 @@ class MultiObjectiveTrainer(ListTrainer):
             beta = extras.beta
             temperature = beta / beta.sum(-1, keepdim=True) if self.conditions.temperature else beta
         return weights, temperature, beta
-
-    @torch.no_grad()
-    def _reference(self, model: nn.Module, batch: ListBatch, extras: Extras) -> Any:
-        """Return the reference's scores (B, K), or None where the loss has no reference."""
-        if self.settings.reference_free:
-            return None
-        if extras.reference is not None:
-            return extras.reference
-        if self.ref_model is not None:
-            return self.scoring.reference(self.ref_model, batch)
-        if not models.is_own_reference(self.model) and self.state.global_step > 0:
-            raise ValueError("the data has no reference log-probabilities and there is no ref_model to compute them")
-        with models.as_reference(self.accelerator.unwrap_model(model)):
-            return self.scoring.reference(model, batch)
 
     # ---------------------------------------------------------------- evaluation
 

@@ -79,8 +79,8 @@ class MultiObjectiveDPOTrainer(MultiObjectiveTrainer):
 
     Args:
         model: A `HyperPromptModel` (takes w), a PEFT model, a causal language model, or the name of one.
-        ref_model: The reference; by default the model without adapters and prompt, or a frozen copy of a plain model.
-            (TRL takes the state in which a PEFT model was passed for its reference; here adapters are off in it.)
+        ref_model: The reference; by default the model as it is passed, without prompt: adapters that were trained
+            before are in it as they were, as in TRL.
         args: `MultiObjectiveDPOConfig`, or a plain `DPOConfig`.
         data_collator: A mopl `ListCollator`.
         train_dataset: `PreferenceData`, `TokenizedData`, or a `datasets.Dataset` (or list of rows) in TRL's preference
@@ -93,6 +93,7 @@ class MultiObjectiveDPOTrainer(MultiObjectiveTrainer):
         optimizers: As in TRL.
         quantization_config: For a model that is given by name.
         peft_config: Adapters to put on a model that has none.
+        reference_adapter: Name of another adapter of a PEFT model that is the reference.
         loss: A loss in place of `list_loss` and `loss_type`.
         eval_weights: (n, m) points of the grid of w for evaluation.
 
@@ -117,6 +118,7 @@ class MultiObjectiveDPOTrainer(MultiObjectiveTrainer):
         *,
         quantization_config: Any = None,
         peft_config: Any = None,
+        reference_adapter: str | None = None,
         loss: ListLoss | PairLoss | None = None,
         eval_weights: Tensor | Sequence[Sequence[float]] | None = None,
     ) -> None:
@@ -167,6 +169,7 @@ class MultiObjectiveDPOTrainer(MultiObjectiveTrainer):
             callbacks,
             optimizers,
             ref_model=ref_model,
+            reference_adapter=reference_adapter,
             peft_config=peft_config,
             loss=loss,
             eval_weights=eval_weights,

@@ -12,6 +12,7 @@ os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
+import peft
 import torch
 import transformers
 
@@ -19,7 +20,7 @@ from mopl.alignment.tokenization import ReadReport, TokenizedData, TokenizedList
 from mopl.conditioning import HyperPrompt, HyperPromptModel
 from mopl.integrations.transformers import MultiObjectiveConfig, MultiObjectiveTrainer
 
-MODELS = ("conditioned", "plain", "precomputed")
+MODELS = ("conditioned", "plain", "precomputed", "adapters", "precomputed adapters")
 
 
 def data(count):
@@ -41,6 +42,9 @@ def build(name):
         num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2, pad_token_id=0,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config)
+    if "adapters" in name:  # which are no copies of the base, so their reference is what they begin with
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+        return peft.get_peft_model(model, config)
     if name != "conditioned":
         return model
     prompt = HyperPrompt(2, 4, 2, 32)
@@ -55,7 +59,7 @@ def run(name, folder, processes):
         str(folder), report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no", optim="sgd",
         per_device_train_batch_size=4 // processes, gradient_accumulation_steps=2, per_device_eval_batch_size=2,
         learning_rate=0.05, lr_scheduler_type="constant", max_grad_norm=1e6, max_steps=3, logging_steps=3, beta=0.5,
-        precompute_ref_log_probs=name == "precomputed", dataloader_pin_memory=False,
+        precompute_ref_log_probs="precomputed" in name, dataloader_pin_memory=False,
     )  # fmt: skip
     trainer = MultiObjectiveTrainer(build(name), args, train_dataset=data(16), eval_dataset=data(5))
     trainer.train()

@@ -1,0 +1,295 @@
+"""What a model with adapters, or with a prompt, was when its training began: the reference that it carries in itself.
+
+| the policy                                   | its reference                                    | what it takes    |
+|----------------------------------------------|--------------------------------------------------|------------------|
+| adapters that do nothing yet (LoRA's B is 0) | the model with adapters off                      | nothing          |
+| adapters that the trainer puts on            | the model that was passed: adapters off          | nothing          |
+| any other: adapters that were trained before | the model with what is trained as it was; TRL    | a copy of what   |
+|                                              | does so with a second adapter, "ref"             | is trained       |
+| any, with `adapter=`                         | the model with that adapter in place of its own  | nothing          |
+
+The prompt of a `HyperPromptModel` is off in all of them. The copy is of parameters and not of an adapter, so it is
+right for every kind: DoRA's magnitudes, `modules_to_save`, several active adapters, biases, prefixes. And it is no part
+of the model, so no optimizer, checkpoint or `save_pretrained` sees it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor, nn
+
+from mopl._files import write_file
+from mopl._records import read_json
+from mopl._restoring import evaluating
+from mopl.conditioning import HyperPromptModel
+from mopl.conditioning._causal_lm import is_peft
+
+FILE = "reference.json"
+
+
+class OwnReference:
+    """The reference inside a PEFT model or a `HyperPromptModel`, fixed when this object is made.
+
+    Args:
+        model: The policy, before its first step.
+        adapter: Name of another adapter that is the reference.
+        added: The adapters were put on a model that was passed without them, which is the reference.
+
+    Attributes:
+        kind: `"base"`, `"start"` or `"adapter"`.
+
+    Raises:
+        ValueError: If there is no such adapter, or it is the one to be trained.
+    """
+
+    def __init__(self, model: Any, *, adapter: str | None = None, added: bool = False) -> None:
+        self.adapter = adapter
+        self._start: dict[str, Tensor] = {}
+        inner = _inner(model)
+        if adapter is not None:
+            _check_adapter_name(inner, adapter)
+            self.kind = "adapter"
+            for name, parameter in inner.named_parameters():
+                if adapter in name.split("."):
+                    parameter.requires_grad_(False)
+        elif (added and not _moves_base(inner)) or starts_at_base(inner):
+            self.kind = "base"
+        else:
+            self.kind = "start"
+            self._start = {n: p.detach().clone() for n, p in inner.named_parameters() if p.requires_grad}
+
+    @contextlib.contextmanager
+    def active(self, model: Any) -> Iterator[None]:
+        """Let the policy be its reference inside a `with` block, without dropout; for forward passes without gradient.
+
+        Args:
+            model: The model that this was made of, unwrapped.
+
+        Raises:
+            ValueError: If something is trained that was not when this was made, or the model is sharded by now.
+        """
+        inner = _inner(model)
+        prompt_off = model.reference(adapters=True) if isinstance(model, HyperPromptModel) else contextlib.nullcontext()
+        with evaluating(model), prompt_off:
+            if self.kind == "start":
+                with self._restored(inner):
+                    yield
+            elif self.kind == "adapter":
+                assert self.adapter is not None
+                with gradients_kept(inner), _adapter_active(inner, self.adapter):
+                    yield
+            elif is_peft(inner):
+                with gradients_kept(inner), inner.disable_adapter():
+                    yield
+            else:
+                yield
+
+    @contextlib.contextmanager
+    def _restored(self, model: nn.Module) -> Iterator[None]:
+        now = dict(model.named_parameters())
+        late = [name for name, p in now.items() if p.requires_grad and name not in self._start]
+        missing = [name for name in self._start if name not in now]
+        if late or missing:
+            raise ValueError(
+                f"{(late or missing)[0]} {'is trained' if late else 'is gone'}, which was not so when the reference "
+                "was taken from the model; choose what is trained before the trainer is made, or pass ref_model"
+            )
+        kept = {name: now[name].data for name in self._start}
+        try:
+            for name, value in self._start.items():
+                here = self._start[name] = value.to(kept[name].device, kept[name].dtype)
+                now[name].data = here
+            yield
+        finally:
+            for name, value in kept.items():
+                now[name].data = value
+
+    def spread(self, accelerator: Any) -> None:
+        """Give every process the copy of the first one, as DDP does with the parameters themselves."""
+        if self._start and accelerator.num_processes > 1:
+            from accelerate.utils import broadcast
+
+            there = {name: value.to(accelerator.device) for name, value in self._start.items()}
+            found: Any = broadcast(there)
+            self._start = found
+
+    def fingerprint(self, model: Any) -> str:
+        """Return what tells this reference from others that another start of the same training could have."""
+        if self.kind == "base":
+            return "base"
+        if self.kind == "start":
+            return f"start {checksum(self._start.items())}"
+        from peft import get_peft_model_state_dict
+
+        assert self.adapter is not None
+        state = get_peft_model_state_dict(_inner(model), adapter_name=self.adapter, save_embedding_layers=False)
+        return f"adapter {self.adapter} {checksum(state.items())}"
+
+
+def _inner(model: Any) -> Any:
+    return model.model if isinstance(model, HyperPromptModel) else model
+
+
+def _check_adapter_name(model: Any, adapter: str) -> None:
+    if not is_peft(model):
+        raise ValueError(
+            f"reference_adapter is {adapter!r} but a plain {type(model).__name__} has no adapters; pass a PEFT model "
+            "that holds it, or pass ref_model"
+        )
+    if adapter not in model.peft_config:
+        there = ", ".join(map(repr, model.peft_config))
+        raise ValueError(f"reference_adapter is {adapter!r} but the model has the adapters {there}; name one of them")
+    if adapter in active_adapters(model):
+        raise ValueError(
+            f"reference_adapter is {adapter!r}, which is active and would be trained; activate another with "
+            "model.set_adapter, or leave reference_adapter out: the reference is then the adapter as it is now"
+        )
+
+
+def active_adapters(model: Any) -> list[str]:
+    """Return the names of the adapters of a PEFT model that are active."""
+    found = getattr(model, "active_adapters", None) or model.active_adapter
+    return [found] if isinstance(found, str) else list(found)
+
+
+# ---------------------------------------------------------------- whether adapters do nothing yet
+
+
+def starts_at_base(model: nn.Module) -> bool:
+    """Say whether a model provably computes what it does with its adapters off, and trains nothing but these."""
+    inside: set[int] = set()
+    if is_peft(model):
+        from peft.tuners.lora import LoraLayer
+        from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+
+        peft_model: Any = model
+        active = active_adapters(peft_model)
+        kinds = [str(getattr(peft_model.peft_config[name].peft_type, "value", "")) for name in active]
+        if any(kind != "LORA" for kind in kinds):
+            return False
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                if module.merged or not all(_is_empty(module, name) for name in active):
+                    return False
+                for kind in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"):
+                    parts: Any = getattr(module, kind)
+                    inside |= {id(p) for p in parts.parameters()}
+            elif isinstance(module, AuxiliaryTrainingWrapper):
+                if not isinstance(module, ModulesToSaveWrapper) or not _is_copy(module, active):
+                    return False
+                inside |= {id(p) for name, p in module.named_parameters() if "modules_to_save" in name.split(".")}
+    return all(id(p) in inside for p in model.parameters() if p.requires_grad)
+
+
+def _is_empty(layer: Any, adapter: str) -> bool:
+    """Say whether the adapter of a LoRA layer is plain and adds nothing."""
+    if adapter in getattr(layer, "lora_variant", {}):
+        return False
+    for down, up in ((layer.lora_A, layer.lora_B), (layer.lora_embedding_A, layer.lora_embedding_B)):
+        if adapter not in down:
+            continue
+        first, second = (
+            list(each[adapter].parameters()) if isinstance(each[adapter], nn.Module) else [each[adapter]]
+            for each in (down, up)
+        )
+        # A bias of the second matrix is added whatever the first one gives.
+        if _zero(second) or (_zero(first) and len(second) == 1):
+            continue
+        return False
+    return True
+
+
+def _zero(tensors: Iterable[Tensor]) -> bool:
+    return not any(bool(tensor.any()) for tensor in tensors)
+
+
+def _is_copy(wrapper: Any, active: list[str]) -> bool:
+    """Say whether the copies of a module that is trained whole are equal to the module."""
+    original = dict(wrapper.original_module.named_parameters())
+    for name in active:
+        if name in wrapper.modules_to_save:
+            copy = dict(wrapper.modules_to_save[name].named_parameters())
+            if copy.keys() != original.keys() or not all(torch.equal(copy[key], original[key]) for key in copy):
+                return False
+    return True
+
+
+def _moves_base(model: Any) -> bool:
+    """Say whether putting an adapter on may have moved a part of the model's own weights into it (PiSSA and others)."""
+    return any(isinstance(getattr(config, "init_lora_weights", None), str) for config in model.peft_config.values())
+
+
+# ---------------------------------------------------------------- switches
+
+
+@contextlib.contextmanager
+def gradients_kept(model: nn.Module) -> Iterator[None]:
+    """Leave `requires_grad` as it was: PEFT sets it anew for every adapter that it switches."""
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, wanted in before:
+            if parameter.requires_grad != wanted:
+                parameter.requires_grad_(wanted)
+
+
+@contextlib.contextmanager
+def _adapter_active(model: Any, name: str) -> Iterator[None]:
+    before, several = model.active_adapter, active_adapters(model)
+    model.set_adapter(name)
+    try:
+        yield
+    finally:
+        model.set_adapter(before)
+        if len(several) > 1:
+            model.base_model.set_adapter(several)
+
+
+# ---------------------------------------------------------------- the same reference in a resumed training
+
+
+def checksum(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Return a short fingerprint of tensors by name: exact sums of their bits, taken where they are."""
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda entry: entry[0]):
+        bits = tensor.detach().contiguous()
+        bits = bits.to(torch.uint8) if bits.dtype == torch.bool else bits.view(kinds[bits.element_size()])
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {int(bits.sum(dtype=torch.int64))}".encode())
+    return digest.hexdigest()[:32]
+
+
+class _Record(msgspec.Struct):
+    reference: str
+
+
+def write_reference(folder: Path, fingerprint: str | None) -> None:
+    """Note in a checkpoint which reference its training has."""
+    if fingerprint is not None and folder.is_dir():
+        write_file(folder / FILE, f'{{"reference": "{fingerprint}"}}\n')
+
+
+def check_same_reference(folder: Path, fingerprint: str | None) -> None:
+    """Raise if a checkpoint is of a training with another reference; older ones do not say.
+
+    Raises:
+        ValueError: If it is another one; `DamagedFile` if that cannot be read.
+    """
+    if fingerprint is None or not (folder / FILE).is_file():
+        return
+    remedy = "delete it, and see to it yourself that the model is given as it was when training began"
+    found = read_json(folder / FILE, _Record, remedy=remedy)["reference"]
+    if found != fingerprint:
+        raise ValueError(
+            f"{folder} is of a training whose reference was another ({found!r}, now {fingerprint!r}): the reference is "
+            "the model as it was when training began, so pass the model as it was then, not as the checkpoint has it "
+            "(its parameters are read from there anyway), or pass that model as ref_model"
+        )

@@ -1,0 +1,126 @@
+"""The reference of a training: which it is, its scores, and that a checkpoint is resumed with the same one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mopl._extras import require
+
+require("transformers", "accelerate", what="mopl.integrations.transformers")
+from transformers import Trainer
+
+from mopl._files import write_file
+from mopl._restoring import evaluating
+from mopl.alignment.adapter_reference import OwnReference, check_same_reference, checksum, write_reference
+from mopl.alignment.collate import ListBatch
+from mopl.conditioning.hyper_prompt_model import HyperPromptModel
+from mopl.integrations._data import Extras
+from mopl.integrations._models import check_sharding, frozen_copy, is_own_reference, load_hyper_prompt
+from mopl.integrations._scores import Scoring
+from mopl.integrations._settings import ObjectiveArguments
+from mopl.integrations._setup import check_reference
+
+
+class ReferenceTrainer(Trainer):
+    """A `Trainer` that has a reference, and knows the checkpoints of a `HyperPromptModel`.
+
+    Attributes:
+        own: The reference that the policy carries in itself; None where there is none, or another model is it.
+        reference_is: What tells that reference from others; None where it is a model that the user passed.
+    """
+
+    model: Any
+    ref_model: Any
+    settings: ObjectiveArguments
+    scoring: Scoring
+    own: OwnReference | None = None
+    reference_is: str | None = None
+    _precompute: bool
+
+    def choose_reference(self, model: Any, ref_model: Any, adapter: str | None, added: bool, given: bool) -> Any:
+        """Choose the reference of a training; return it where it is a model of its own, else None.
+
+        Args:
+            model: The policy.
+            ref_model: What the user passed.
+            adapter: Name of the adapter that is the reference.
+            added: The policy's adapters were put on by the trainer.
+            given: All data have the reference's log-probabilities.
+
+        Raises:
+            ValueError: If two references are asked for, or one that would be trained.
+        """
+        check_reference(model, ref_model, adapter, self.settings.reference_free)
+        if ref_model is not None or self.settings.reference_free:
+            return ref_model
+        if adapter is not None or is_own_reference(model):
+            self.own = OwnReference(model, adapter=adapter, added=added)
+        if given:
+            return None
+        if self.own is not None:
+            self.reference_is = self.own.fingerprint(model)
+            return None
+        self.reference_is = f"model {checksum(model.named_parameters())}"
+        return None if self._precompute else frozen_copy(model)
+
+    def check_reference_placement(self, ref_model: Any) -> None:
+        """Raise where the reference would have to be sharded; give all processes the same one."""
+        within = self.own is not None and self.own.kind != "base" and not self._precompute
+        if isinstance(self.model, HyperPromptModel) or ref_model is not None or within:
+            check_sharding(self.accelerator)
+        if self.own is not None:
+            self.own.spread(self.accelerator)
+
+    @torch.no_grad()
+    def _reference(self, model: nn.Module, batch: ListBatch, extras: Extras) -> Any:
+        """Return the reference's scores (B, K), or None where the loss has no reference."""
+        if self.settings.reference_free:
+            return None
+        if extras.reference is not None:
+            return extras.reference
+        if self.ref_model is not None:
+            return self.scoring.reference(self.ref_model, batch)
+        if self.own is None and self.state.global_step > 0:
+            raise ValueError("the data has no reference log-probabilities and there is no ref_model to compute them")
+        inner = self.accelerator.unwrap_model(model)
+        with evaluating(inner) if self.own is None else self.own.active(inner):
+            return self.scoring.reference(model, batch)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            write_reference(folder, self.reference_is)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        adapter = None if self.own is None else self.own.adapter
+        if not isinstance(self.model, HyperPromptModel) and adapter is None:
+            return super()._save(output_dir, state_dict)
+        folder = output_dir if output_dir is not None else self.args.output_dir
+        assert folder is not None
+        if not self.args.should_save:
+            return
+        if isinstance(self.model, HyperPromptModel):
+            self.model.save_pretrained(folder)
+        else:  # the reference is no policy, and no part of what was trained
+            trained = [name for name in self.model.peft_config if name != adapter]
+            self.model.save_pretrained(folder, state_dict=state_dict, selected_adapters=trained)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        write_file(Path(folder) / "training_args.bin", lambda path: torch.save(self.args, path))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        check_same_reference(Path(resume_from_checkpoint), self.reference_is)
+        if not isinstance(self.model, HyperPromptModel):
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_hyper_prompt(self.model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if not isinstance(self.model, HyperPromptModel):
+            return super()._load_best_model()
+        assert self.state.best_model_checkpoint is not None
+        load_hyper_prompt(self.model, self.state.best_model_checkpoint)
