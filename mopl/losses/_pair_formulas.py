@@ -77,7 +77,7 @@ def regularised(ratio: Tensor, divergence: str, alpha: float) -> tuple[Tensor, f
         return logsigmoid(ratio), 1.0, math.log(2)
     if divergence == "alpha_divergence" and abs(alpha - 1) >= 1e-6:  # the limit is reverse KL
         power = alpha - 1
-        return torch.expm1((power * ratio).clamp(max=largest)), power, 0.0
+        return _expm1((power * ratio).clamp(max=largest)), power, 0.0
     return ratio, 1.0, 0.0
 
 
@@ -85,6 +85,16 @@ def _logistic(logit: Tensor, smoothing: Tensor | None) -> Tensor:
     """Return -(1 - smoothing) log s(logit) - smoothing log s(-logit): two terms of one sign, nothing cancels."""
     loss = -logsigmoid(logit)
     return loss if smoothing is None else (1 - smoothing) * loss - smoothing * logsigmoid(-logit)
+
+
+def _probability(logit: Tensor) -> Tensor:
+    """Return s(logit), whose derivative s (1 - s) keeps its digits where s rounds to 1."""
+    return torch.where(logit > 0, 1 - torch.sigmoid(-logit), torch.sigmoid(logit))
+
+
+def _expm1(x: Tensor) -> Tensor:
+    """Return exp(x) - 1, whose derivative, of autograd result + 1, keeps its digits where the result rounds to -1."""
+    return torch.where(x > -1, torch.expm1(x), x.exp() - 1)
 
 
 def _sigmoid(pair: Pair) -> Tensor:
@@ -102,8 +112,8 @@ def _ipo(pair: Pair) -> Tensor:
 def _exo_pair(pair: Pair) -> Tensor:
     logit, smoothing = pair.logit, pair.smoothing
     assert smoothing is not None  # a number 0 was refused
-    wins = torch.sigmoid(logit) * (logsigmoid(logit) - torch.log1p(-smoothing))
-    return wins + torch.sigmoid(-logit) * (logsigmoid(-logit) - smoothing.log())
+    wins = _probability(logit) * (logsigmoid(logit) - torch.log1p(-smoothing))
+    return wins + _probability(-logit) * (logsigmoid(-logit) - smoothing.log())
 
 
 def _robust(pair: Pair) -> Tensor:
@@ -116,7 +126,7 @@ def _robust(pair: Pair) -> Tensor:
 def _discopop(pair: Pair) -> Tensor:
     # g exp(-x) as one exponential: apart they are 0 times infinity for very negative x.
     logit, steep = pair.logit, pair.logit / pair.tau
-    return -logsigmoid(logit) * torch.sigmoid(-steep) + (logsigmoid(steep) - logit).exp()
+    return -logsigmoid(logit) * _probability(-steep) + (logsigmoid(steep) - logit).exp()
 
 
 def _dpop(pair: Pair) -> Tensor:
@@ -142,12 +152,13 @@ def _sppo_hard(pair: Pair) -> Tensor:
 
 def _apo_zero(pair: Pair) -> Tensor:
     chosen, rejected = pair.rewards
-    return torch.sigmoid(-chosen) + torch.sigmoid(rejected)
+    return _probability(-chosen) + _probability(rejected)
 
 
 def _apo_down(pair: Pair) -> Tensor:
-    chosen, rejected = pair.rewards
-    return torch.sigmoid(chosen) + torch.sigmoid(rejected - chosen)
+    # Ratios are subtracted before the temperature multiplies: the difference of close numbers is exact.
+    chosen, rejected = pair.ratios
+    return _probability(pair.temperature * chosen) + _probability(pair.temperature * (rejected - chosen))
 
 
 def _aot(pair: Pair) -> Tensor:
