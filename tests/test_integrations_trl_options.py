@@ -1,6 +1,7 @@
 """Options of TRL's `DPOConfig` and of `TrainingArguments`: each trains as in TRL, or is refused with the remedy."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ datasets = pytest.importorskip("datasets")
 peft = pytest.importorskip("peft")
 trl = pytest.importorskip("trl")
 
+from mopl.conditioning import HyperPrompt, HyperPromptModel
 from mopl.integrations import _options
 from mopl.integrations.transformers import MultiObjectiveConfig, MultiObjectiveTrainer
 from mopl.integrations.trl import MultiObjectiveDPOConfig, MultiObjectiveDPOTrainer
@@ -233,3 +235,113 @@ def test_a_model_given_by_name_trains_in_float32_as_in_trl(tokenizer, tmp_path):
     with pytest.warns(UserWarning, match="trained parameters are bfloat16"):
         trainer = make(MultiObjectiveDPOTrainer, tokenizer, tmp_path, str(folder), **options)
     assert trainer.model.dtype == torch.bfloat16
+
+
+def test_metrics_of_an_evaluation_are_those_of_trl_and_choose_the_best_model(tokenizer, tmp_path):
+    options = dict(
+        eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=4, save_strategy="steps", save_steps=1,
+        load_best_model_at_end=True, metric_for_best_model="eval_rewards/accuracies", learning_rate=0.3,
+        prediction_loss_only=True, eval_on_start=True,
+    )  # fmt: skip
+    theirs, ours = both(tokenizer, tmp_path, eval_dataset=ROWS, tolerance=1e-4, **options)
+    for name in ("eval_loss", *(f"eval_{name}" for name in METRICS)):
+        expected, found = logs_of(theirs, name), logs_of(ours, name)
+        assert len(found) == 4 and len(set(found)) > 1, name
+        assert all(abs(one - other) < 1e-3 * max(1, abs(one)) for one, other in zip(expected, found, strict=True)), name
+    assert ours.state.best_metric == theirs.state.best_metric == max(logs_of(ours, "eval_rewards/accuracies")[1:])
+    assert ours.state.best_global_step == theirs.state.best_global_step
+
+
+def test_metrics_of_lists_are_means_over_pairs_of_responses(tokenizer, tmp_path):
+    rows = [
+        {"prompt": "a ", "responses": ["b", "cd", "efg"], "labels": {"good": [2, 0, 1], "short": [1, 1, 0]}},
+        {"prompt": "a b ", "responses": ["so", "no"], "labels": {"good": [0, 1], "short": [1, 1]}},
+    ]
+    config = arguments(MultiObjectiveDPOConfig, tmp_path, beta=0.5, objective_weights=[0.5, 0.5], eval_points=2)
+    trainer = MultiObjectiveDPOTrainer(
+        llama(), llama(5), config, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer
+    )
+    found = trainer.evaluate()
+    batch = trainer.data_collator([trainer.train_dataset[number] for number in range(2)])
+    _, outputs = trainer.compute_loss(trainer.model.eval(), batch, return_outputs=True)
+    reward = 0.5 * (outputs["scores"] - outputs["reference"]).detach()
+    pairs = [(0, 0, 1), (0, 0, 2), (0, 2, 1), (0, 0, 2), (0, 1, 2), (1, 1, 0)]  # of both objectives
+    chosen = torch.tensor([float(reward[n, i]) for n, i, _ in pairs])
+    rejected = torch.tensor([float(reward[n, j]) for n, _, j in pairs])
+    assert abs(found["eval_rewards/chosen"] - float(chosen.mean())) < 1e-5
+    assert abs(found["eval_rewards/rejected"] - float(rejected.mean())) < 1e-5
+    assert abs(found["eval_rewards/margins"] - float((chosen - rejected).mean())) < 1e-5
+    assert abs(found["eval_rewards/accuracies"] - float((chosen > rejected).float().mean())) < 1e-6
+
+
+def test_adapters_train_as_in_trl_on_a_policy_that_differs_from_its_reference(tokenizer, tmp_path):
+    def adapted():
+        torch.manual_seed(2)
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+        return peft.get_peft_model(llama(), config)
+
+    options = dict(gradient_checkpointing=True, use_weighting=True, ld_alpha=0.5, learning_rate=0.5)
+    both(tokenizer, tmp_path, adapted, ref_model=lambda: llama(5), **options)
+
+
+# ---------------------------------------------------------------- refused
+
+
+@pytest.mark.parametrize("name", sorted(_options.REFUSED))
+def test_a_refused_option_is_named_with_its_value_and_the_remedy(tokenizer, tmp_path, name):
+    value = {"eval_do_concat_batches": False, "include_for_metrics": ["loss"], "label_smoothing_factor": 0.1,
+             "dataset_num_proc": 2, "truncation_mode": "keep_end"}.get(name, True)  # fmt: skip
+    message = re.escape(f"{name} is {value!r} but has no meaning here; {_options.REFUSED[name]}")
+    with pytest.raises(ValueError, match=message):
+        make(MultiObjectiveDPOTrainer, tokenizer, tmp_path, **{name: value})
+
+
+def test_an_option_that_a_newer_release_adds_is_refused_where_it_is_set(tmp_path):
+    @dataclasses.dataclass
+    class Newer(trl.DPOConfig):
+        brand_new: int = 3
+
+    _options.check_options(arguments(Newer, tmp_path), Newer)
+    with pytest.raises(ValueError, match="brand_new is 4 but this release of mopl does not know what it does"):
+        _options.check_options(arguments(Newer, tmp_path, brand_new=4), Newer)
+
+
+def test_options_that_exclude_one_another_or_the_data_are_refused(tokenizer, tmp_path):
+    lists = [{"prompt": "a", "responses": ["b", "c", "d"], "labels": {"good": [1, 2, 3]}}]
+
+    def refused(message, model=None, **options):
+        rows = options.pop("rows", ROWS)
+        with pytest.raises(ValueError, match=message):
+            make(MultiObjectiveDPOTrainer, tokenizer, tmp_path, model, rows, ref_model=None, **options)
+
+    refused("ld_alpha is for pairs but there are lists", rows=lists, ld_alpha=0.5)
+    refused("use_weighting is for pairs but there are lists", rows=lists, use_weighting=True)
+    refused("loss_type sft is for pairs but there are lists", rows=lists, loss_type=["sft"])
+    conditioned = HyperPromptModel(llama(), HyperPrompt(1, 2, 2, 16))
+    refused("a model with adapters or a prompt is its own reference", conditioned, sync_ref_model=True)
+    refused("loss_type aot sorts the pairs", conditioned, loss_type=["aot"])
+    refused("loss_type aot sorts the pairs", rows=[{**row, "objective_beta": [0.1]} for row in ROWS], loss_type=["aot"])
+    refused("a reference that moves is needed", sync_ref_model=True, reference_free=True)
+    known = [{**row, "ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0} for row in ROWS]
+    refused("there is no model that could move", rows=known, sync_ref_model=True)
+    refused("pass hub_strategy='end'", conditioned, push_to_hub=True, hub_model_id="a/b", hub_token="c")
+    fused = {"fused_linear_cross_entropy": True}
+    refused("asks for fused_linear_cross_entropy", use_liger_kernel=True, liger_kernel_config=fused)
+
+
+def test_a_training_with_a_moving_reference_is_not_resumed_after_the_first_move(tokenizer, tmp_path):
+    options = dict(sync_ref_model=True, ref_model_sync_steps=2, save_strategy="steps", save_steps=1, max_steps=2)
+    make(MultiObjectiveDPOTrainer, tokenizer, tmp_path, **options).train()
+    trainer = make(MultiObjectiveDPOTrainer, tokenizer, tmp_path, **options)
+    with pytest.raises(ValueError, match="resumed at step 2, after the reference was moved"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert trainer.state.global_step == 2
+
+
+def test_layer_kernels_of_liger_are_left_as_in_trl(tmp_path):
+    from mopl.integrations._setup import prepare_arguments
+
+    args = arguments(MultiObjectiveDPOConfig, tmp_path, use_liger_kernel=True, liger_kernel_config={"rms_norm": False})
+    prepare_arguments(args, trl.DPOConfig)
+    assert args.liger_kernel_config == {"rms_norm": False, "fused_linear_cross_entropy": False}

@@ -32,10 +32,9 @@ class GridResults:
         parts += [*measured.rewards, *measured.logps, measured.value[:, None]]
         self._rows.append(torch.cat([part.float() for part in parts], 1))
 
-    def read(self) -> tuple[Tensor, Tensor]:
-        """Return the mean scalarised loss and the table."""
-        table = torch.stack(self._rows, 1)
-        return table[..., -1].mean(), table
+    def read(self) -> Tensor:
+        """Return the table."""
+        return torch.stack(self._rows, 1)
 
     @staticmethod
     def metrics(prediction: Any, grid: Tensor, objectives: Sequence[str], user_metrics: Any = None) -> dict[str, float]:

@@ -40,7 +40,7 @@ _WITH_A_NOTE = {
     "length_column_name": "this column, or else the number of tokens of a list's longest sequence",
     "neftune_noise_alpha": "noise in the policy only; TRL adds it to the reference of a PEFT model too",
     "parallelism_config": "replicas and shards of data; tensor, context and sequence parallelism are refused",
-    "prediction_loss_only": "then there is `eval_loss` and no other figure",
+    "prediction_loss_only": "no effect, as in TRL: no logits are kept anyway",
     "remove_unused_columns": "no effect on the training, as in TRL: rows are read before batches are made",
     "train_sampling_strategy": "`random`, `sequential`, `group_by_length`; `batch_rebalance` is refused",
     "use_liger_kernel": "the kernels of layers, as in TRL 1.16; `fused_linear_cross_entropy` is refused",

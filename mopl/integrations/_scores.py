@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from mopl.alignment._head_scores import IGNORE_INDEX
 from mopl.alignment.collate import ListBatch, to_lists
 from mopl.alignment.head import FusedOutput, score_sequences
 from mopl.integrations._models import Conditions, causal_lm, model_keywords
+from mopl.integrations._options import default_of
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,8 @@ def router_coefficient(args: Any, model: Any) -> float:
         return own if getattr(config, "output_router_logits", False) else 0.0
     given = args.router_aux_loss_coef
     if not hasattr(config, "output_router_logits"):
-        if given:
+        usual = {entry.name: default_of(entry) for entry in fields(args)}["router_aux_loss_coef"]
+        if given and given != usual:  # TRL before 1.14 has a default, which does nothing for other models
             raise ValueError(
                 f"router_aux_loss_coef is {given} but {type(model).__name__} is no mixture of experts that returns its "
                 "router's logits; leave it out"

@@ -364,7 +364,8 @@ class MultiObjectiveTrainer(ListTrainer):
     ) -> tuple[Any, Any, Any]:
         """Measure a batch at every point of the grid.
 
-        The loss comes with the other measures: `Trainer` would weigh a last batch of fewer lists as a full one.
+        The loss comes with the other measures: `Trainer` would weigh a last batch of fewer lists as a full one. There
+        are no logits that `prediction_loss_only` could leave out.
         """
         batch, extras = batch_of(self._prepare_inputs(inputs))
         grid, device = GridResults(), batch.labels.device
@@ -377,8 +378,7 @@ class MultiObjectiveTrainer(ListTrainer):
                 if scored is None or self.conditions.weights:
                     scored = self.scoring(model, batch, self.conditions, weights, beta)
                 grid.add(self.objective(scored, batch, weights=weights, temperature=temperature, reference=reference))
-        loss, table = grid.read()
-        return (loss, None, None) if prediction_loss_only else (None, table, batch.objective_mask.float())
+        return None, grid.read(), batch.objective_mask.float()
 
     def _grid_metrics(self, prediction: Any) -> dict[str, float]:
         return GridResults.metrics(prediction, self.eval_weights, self.objectives, self._user_metrics)
