@@ -129,9 +129,14 @@ class Stages:
                     )
         if self.config.reference not in ("self", "precomputed"):
             models.load_tokenizer(self.config.reference)
-        models.release(
-            models.new_model(self.base, self.config, self.objectives, conditioned=True, start=self._start_of_prompt())
+        model = models.new_model(
+            self.base, self.config, self.objectives, conditioned=True, start=self._start_of_prompt()
         )
+        try:
+            if isinstance(model, LoraMixture):
+                model.check_merging()
+        finally:
+            models.release(model)
 
     def prepare_references(self) -> None:
         """Compute the reference's log-probabilities of held-out lists, and of training lists unless steps do it."""

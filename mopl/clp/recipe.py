@@ -49,7 +49,7 @@ from mopl.clp.runs import (
     write_reports,
 )
 from mopl.clp.stages import Stages
-from mopl.conditioning._parameter_mixture_parts import select_parameters
+from mopl.conditioning import HyperPromptModel
 from mopl.pareto._volumes import check_affordable
 from mopl.rewards import FunctionReward, Reward, Rewards, available, make, prompt_key
 from mopl.training import RunLog, make_accelerator
@@ -338,11 +338,15 @@ def _check_length(base: Any, config: ClpConfig, prompts: dict[str, Prompts]) -> 
 
 
 def _check_scope(base: Any, config: ClpConfig, objectives: tuple[str, ...]) -> None:
-    """Raise before anything is written if the scope names no parameter, or no module takes adapters."""
-    if config.mixes_parameters:
-        select_parameters(base, config.scope)
-    else:
-        release(new_policy(base, config, objectives, "clp"))
+    """Raise before anything is written if a scope names no parameter, takes no adapters, or cannot be merged."""
+    # Experts of scope prompt are adapters, which are merged for soups and logit mixing.
+    for kind in ("clp", "expert") if config.scope == "prompt" else ("clp",):
+        policy = new_policy(base, config, objectives, kind, objectives[0])
+        try:
+            if not isinstance(policy.model, HyperPromptModel):
+                policy.model.check_merging()
+        finally:
+            release(policy)
 
 
 def check_resume(record: dict[str, Any], changes: dict[str, Any], path: Path) -> ClpConfig:

@@ -15,9 +15,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mopl._arguments import shape_of
 from mopl._extras import require
 from mopl._files import write_files
+from mopl._restoring import evaluating, generators_kept
 from mopl.conditioning._causal_lm import DELEGATED, is_peft
+from mopl.conditioning._merging import (
+    check_lora,
+    check_rows,
+    logits_of,
+    lora_layers,
+    merged_weights,
+    own_weights,
+    plain_layers,
+    probe_ids,
+    settle_ties,
+    short_name,
+    weights_held,
+)
 from mopl.conditioning._parameter_mixture_parts import AlphaCoefficients, CoefficientRule, coefficients_of
 from mopl.conditioning._saved import CONFIG_FILE, adapter_folder, base_model, fitting, load_adapters, read_record
 from mopl.conditioning.hyper_prompt_model import TuningRecord
@@ -96,8 +111,11 @@ class LoraMixture(nn.Module):
         self.model = wrapped
         self.objectives, self.coefficients = objectives, coefficients
         self._current: Tensor | None = None
-        self._layers = self._check_layers()
+        self._rows: int | None = None  # of the batch that the language model is at
+        self._checked = False  # that merged weights compute what mixed rows do
+        self._layers = plain_layers(wrapped, self.adapters)
         wrapped.base_model.set_adapter(self.adapters)
+        self.causal_lm.register_forward_pre_hook(self._count_rows, with_kwargs=True)
         for layer in self._layers:
             for i, name in enumerate(self.adapters):
                 # No closure: a deep copy of the mixture must read its own coefficients.
@@ -114,37 +132,6 @@ class LoraMixture(nn.Module):
         """The language model itself, without PEFT's wrapper."""
         return self.model.get_base_model()
 
-    def _check_layers(self) -> list[Any]:
-        """Return the layers that carry adapters; raise where one of them is no plain LoRA on a linear layer."""
-        from peft.tuners.lora import LoraLayer
-
-        for name, config in self.model.peft_config.items():
-            extra = [
-                option
-                for option in (
-                    "use_dora",
-                    "modules_to_save",
-                    "target_parameters",
-                    "lora_bias",
-                    "trainable_token_indices",
-                )
-                if getattr(config, option, None)
-            ]
-            kind = str(getattr(config.peft_type, "value", config.peft_type))
-            if kind != "LORA" or extra or getattr(config, "bias", "none") != "none":
-                extra = [kind] if kind != "LORA" else extra or ["bias"]
-                raise ValueError(f"adapter {name!r} uses {', '.join(extra)}, which cannot be mixed; use plain LoRA")
-        layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
-        for layer in layers:
-            if any(name not in layer.lora_B or layer.lora_variant.get(name) for name in self.adapters):
-                base = type(layer.get_base_layer()).__name__
-                raise ValueError(
-                    f"an adapter on a {base} is no plain LoRA on a linear layer; leave it out of the targets"
-                )
-        if not layers:
-            raise ValueError("the model has no LoRA layers; check target_modules of the config")
-        return layers
-
     def _scale(self, adapter: int, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         """Multiply an adapter's output with its coefficient in each row; a forward hook."""
         if self._current is None:
@@ -155,8 +142,11 @@ class LoraMixture(nn.Module):
         share = self._current[..., adapter].to(output.device)
         if share.ndim:
             copies, rest = divmod(output.shape[0], len(share))
-            if rest:
-                raise ValueError(f"weights has {len(share)} rows but a layer sees {output.shape[0]}")
+            # Tokens of all rows one after another are fine; anything else in the first place is no row.
+            if rest or (output.ndim > 2 and output.shape[0] != (self._rows or output.shape[0])):
+                raise ValueError(
+                    f"weights has {len(share)} rows but a layer sees {shape_of(output)}; pass one weight vector (m,)"
+                )
             # Beams, and several samples of a row, follow one another.
             share = share.repeat_interleave(copies).view(-1, *[1] * (output.ndim - 1))
         wide = torch.float64 if output.dtype == torch.float64 else torch.float32
@@ -198,15 +188,21 @@ class LoraMixture(nn.Module):
 
     def _checkpoint_contexts(self) -> tuple[Any, Any]:
         """Return what surrounds a layer's forward pass, and its second one with the coefficients of now."""
-        return contextlib.nullcontext(), self._standing(self._current)
+        return contextlib.nullcontext(), self._standing(self._current, self._rows)
 
     @contextlib.contextmanager
-    def _standing(self, coefficients: Tensor | None) -> Iterator[None]:
-        before, self._current = self._current, coefficients
+    def _standing(self, coefficients: Tensor | None, rows: int | None = None) -> Iterator[None]:
+        before = self._current, self._rows
+        self._current, self._rows = coefficients, rows
         try:
             yield
         finally:
-            self._current = before
+            self._current, self._rows = before
+
+    def _count_rows(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Note how many rows the language model gets: beams and samples are copies of those that have weights."""
+        given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+        self._rows = next((len(value) for value in given if isinstance(value, Tensor)), None)
 
     def forward(
         self, *args: Any, weights: Weights | None = None, alpha: float | Tensor | None = None, **kwargs: Any
@@ -258,55 +254,77 @@ class LoraMixture(nn.Module):
 
     # ---------------------------------------------------------------- one mixture
 
-    @torch.no_grad()
-    def _merged_weights(self, weights: Weights, alpha: float | Tensor | None) -> list[Tensor]:
-        """Return W + Σ_i c_i ΔW_i of every layer, summed in float32 and rounded once."""
+    def check_merging(self) -> None:
+        """Raise unless rows that are mixed have the logits of the merged model, by a probe of a few short rows.
+
+        `at` and `merge` do so the first time; runs do so before they begin. See `mopl.conditioning._merging`.
+
+        Raises:
+            ValueError: With the modules that differ, and the targets that do not.
+        """
+        if not self._checked:
+            check_lora(self.model, self.adapters, self._mixed_logits)
+            self._checked = True
+
+    def _mixed_logits(self, ids: Tensor, coefficients: Tensor) -> Tensor:
+        with self._standing(coefficients.to(ids.device)):
+            return logits_of(self.model, ids)
+
+    def _one(self, weights: Weights, alpha: float | Tensor | None) -> Tensor:
+        """Return the coefficients (sets,) of one mixture."""
         coefficients = self.coefficients_of(weights, alpha)
         if coefficients.ndim != 1:
             raise ValueError(f"weights are {len(coefficients)} vectors but one mixture has one; pass (m,)")
-        shares, result = coefficients.tolist(), []
-        for layer in self._layers:
-            weight = layer.get_base_layer().weight
-            if not weight.is_floating_point():
-                raise ValueError(
-                    f"a weight is {weight.dtype}, quantised, and takes no adapter in; use generate(weights=)"
-                )
-            wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-            total = weight.to(wide)
-            for share, name in zip(shares, self.adapters, strict=True):
-                total = total + share * layer.get_delta_weight(name).to(weight.device, wide)
-            result.append(total.to(weight.dtype))
-        return result
+        return coefficients
+
+    @torch.no_grad()
+    def _merged_weights(self, coefficients: Tensor) -> list[Tensor]:
+        return merged_weights(self._layers, self.adapters, coefficients.tolist())
 
     @contextlib.contextmanager
     def at(self, weights: Weights, alpha: float | Tensor | None = None) -> Iterator[nn.Module]:
         """Be the plain model of one trade-off inside a `with` block: adapters are added to the weights for its time.
 
         Decoding then costs what the base model costs. Yields the language model without PEFT's wrapper.
+
+        Raises:
+            ValueError: If the merged model is not the mixture; see `check_merging`.
         """
-        values = self._merged_weights(weights, alpha)
-        bases = [layer.get_base_layer() for layer in self._layers]
-        before = [base._parameters["weight"] for base in bases]
-        with self.model.disable_adapter():
-            try:
-                for base, value in zip(bases, values, strict=True):
-                    base._parameters["weight"] = nn.Parameter(value, requires_grad=False)
-                yield self.causal_lm
-            finally:
-                for base, parameter in zip(bases, before, strict=True):
-                    base._parameters["weight"] = parameter
+        values = self._merged_weights(self._one(weights, alpha))
+        self.check_merging()
+        with self.model.disable_adapter(), weights_held(self._layers, values):
+            yield self.causal_lm
 
     @torch.no_grad()
     def merge(self, weights: Weights, alpha: float | Tensor | None = None) -> nn.Module:
-        """Return a copy of the base model with one trade-off's adapters added to its weights, without PEFT."""
-        from peft.tuners.lora import LoraLayer
+        """Return a copy of the base model with one trade-off's adapters added to its weights, without PEFT.
 
-        values = self._merged_weights(weights, alpha)
+        A weight that other modules share is its own in the copy, whose configuration then says that nothing is tied: a
+        head with adapters, say, and embeddings without.
+
+        Raises:
+            ValueError: If the merged model is not the mixture, or its files would load as another one.
+        """
+        coefficients = self._one(weights, alpha)
+        values = self._merged_weights(coefficients)
+        self.check_merging()
         model: Any = copy.deepcopy(self.model)
-        layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
-        for layer, value in zip(layers, values, strict=True):
-            layer.get_base_layer().weight.copy_(value)
-        return model.unload()
+        layers = lora_layers(model)
+        bases = [layer.get_base_layer() for layer in layers.values()]
+        own_weights(model, bases)
+        for base, value in zip(bases, values, strict=True):
+            base.weight.copy_(value)
+        merged = model.unload()
+        if settle_ties(merged) and (ids := probe_ids(merged)) is not None:
+            # Some models do more to a head that is tied than to use its weight.
+            with evaluating(self, merged), generators_kept():
+                found, given = self._mixed_logits(ids, coefficients), logits_of(merged, ids)
+                with self.reference():
+                    plain = logits_of(self.model, ids)
+            names = ", ".join(sorted({short_name(name) for name in layers}))
+            remedy = f"leave the tied ones of {names} out of target_modules, or generate with weights"
+            check_rows(type(merged).__name__, found, given, plain, remedy, merged.dtype)
+        return merged
 
     # ---------------------------------------------------------------- files
 

@@ -22,21 +22,18 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mopl._extras import require
-from mopl._files import write_files
-from mopl._records import damaged
-from mopl._tensor_files import check_shapes, read_tensors
+from mopl._restoring import evaluating, generators_kept
 from mopl.conditioning._causal_lm import DELEGATED
+from mopl.conditioning._merging import check_rows, logits_of, probe_ids, settle_ties
+from mopl.conditioning._parameter_mixture_files import fill, read, save
 from mopl.conditioning._parameter_mixture_lora import LoraMixture
 from mopl.conditioning._parameter_mixture_parts import (
     AlphaCoefficients,
@@ -51,12 +48,11 @@ from mopl.conditioning._parameter_mixture_parts import (
     take_rows,
     untie_head,
 )
-from mopl.conditioning._saved import CONFIG_FILE, REMEDY, fitting, read_record
+from mopl.conditioning._saved import CONFIG_FILE, fitting
 from mopl.conditioning.hyper_prompt_model import TuningRecord
 
 __all__ = ["AlphaCoefficients", "LoraMixture", "ParameterMixture"]
 
-WEIGHTS_FILE, MODEL_FOLDER = "parameter_mixture.safetensors", "architecture"
 Weights = Tensor | Sequence[float] | Sequence[Sequence[float]]
 
 
@@ -119,6 +115,7 @@ class ParameterMixture(nn.Module):
         copies = ([nn.Parameter(p.detach().clone()) for p in own] for _ in range(sets - 1))
         self.others = nn.ModuleList(nn.ParameterList(each) for each in copies)
         self._inside = False  # a mixture stands in the model
+        self._checked = False  # that a mixture in the model computes what mixed rows do
         self._cache: tuple[Any, list[Tensor]] | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -185,7 +182,10 @@ class ParameterMixture(nn.Module):
                     "gradient checkpointing would run the model again with the first set in the place of the mixture; "
                     "call gradient_checkpointing_disable(), or use LoraMixture"
                 )
-        coefficients = self.coefficients_of(weights, alpha)
+        return self._mix(self.coefficients_of(weights, alpha), args, kwargs)
+
+    def _mix(self, coefficients: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Run the model at coefficients (sets,), or (B, sets) for each row."""
         if coefficients.ndim == 1:
             return self._run(coefficients, args, kwargs)
         rows = len(coefficients)
@@ -206,6 +206,36 @@ class ParameterMixture(nn.Module):
 
     # ---------------------------------------------------------------- one mixture
 
+    @torch.no_grad()
+    def check_merging(self) -> None:
+        """Raise unless rows that are mixed have the logits of the model with the mixture in place, by a short probe.
+
+        Causal language models only. Runs do so before they begin. The sets are the same then, so the probe uses
+        coefficients that do not sum to 1.
+
+        Raises:
+            ValueError: If they differ.
+        """
+        if self._checked or self._inside or (ids := probe_ids(self.model)) is None:
+            return
+        sets = len(self.others) + 1
+        shares = torch.rand(len(ids), sets, generator=torch.Generator().manual_seed(0)) * 2 / sets
+        with evaluating(self), generators_kept():
+            try:
+                plain = logits_of(self.model, ids)
+            except Exception:
+                return  # it needs more than input_ids, which are all that there is to compare
+            found, merged = [], []
+            for row, one in zip(ids[:, None], shares, strict=True):
+                found.append(self._mix(one, (), {"input_ids": row}).logits.double())
+                with self._holding(one):
+                    merged.append(logits_of(self.model, row))
+        self.clear_cache()
+        remedy = f"choose another scope than {self.scope!r}, or LoraMixture"
+        dtype = next(p.dtype for p in self.model.parameters())
+        check_rows(type(self.model).__name__, torch.cat(found), torch.cat(merged), plain, remedy, dtype)
+        self._checked = True
+
     @contextlib.contextmanager
     def at(self, weights: Weights, alpha: float | Tensor | None = None) -> Iterator[nn.Module]:
         """Be the plain model of one trade-off inside a `with` block, at its cost; made once and kept for the next time.
@@ -220,6 +250,7 @@ class ParameterMixture(nn.Module):
         Yields:
             The wrapped model, with the mixture in place.
         """
+        self.check_merging()
         with self._holding(self.coefficients_of(weights, alpha)):
             yield self.model
 
@@ -262,11 +293,17 @@ class ParameterMixture(nn.Module):
 
     @torch.no_grad()
     def merge(self, weights: Weights, alpha: float | Tensor | None = None) -> nn.Module:
-        """Return a copy of the model at one trade-off, with no trace of the mixture: save it, export it, serve it."""
+        """Return a copy of the model at one trade-off, with no trace of the mixture: save it, export it, serve it.
+
+        Raises:
+            ValueError: If its files would load as another model; see `check_merging` too.
+        """
+        self.check_merging()
         values = self._materialise(self.coefficients_of(weights, alpha))
         model = copy.deepcopy(self.model)
         for name, value in zip(self.names, values, strict=True):
             model.get_parameter(name).copy_(value)
+        settle_ties(model)
         return model
 
     @torch.no_grad()
@@ -315,46 +352,11 @@ class ParameterMixture(nn.Module):
 
     # ---------------------------------------------------------------- files
 
-    def _named_tensors(self) -> dict[str, Tensor]:
-        """Return every parameter and buffer under the name that files have, tied ones once."""
-        state, seen = {}, set()
-        for name, value in self.model.state_dict(keep_vars=True).items():
-            if id(value) not in seen:
-                seen.add(id(value))
-                state[f"model.{name}"] = value
-        for i, parameters in enumerate(self.others, start=2):
-            state.update({f"set_{i}.{name}": p for name, p in zip(self.names, parameters, strict=True)})  # type: ignore
-        return state
-
     def save_pretrained(self, directory: str | os.PathLike[str], **_: Any) -> None:
         """Write all sets, the shared part, the model's configuration and `mopl.json` into a folder."""
-        require("safetensors")
-        from safetensors.torch import save_file
-
         if self._inside:
             raise RuntimeError("the model holds a mixture; leave the `with mixture.at(...)` block first")
-        rule = self.coefficients
-        config = {
-            "kind": "ParameterMixture",
-            **asdict(self.record),
-            "scope": self.scope,
-            "sets": len(self.others) + 1,
-            "coefficients": asdict(rule) if isinstance(rule, AlphaCoefficients) else "custom" if rule else None,
-            "untied": self.untied,
-            "base_model": getattr(self.model, "name_or_path", "") or None,
-        }
-        state = {name: value.detach().cpu().contiguous() for name, value in self._named_tensors().items()}
-        model: Any = self.model
-
-        def fill(folder: Path) -> None:
-            if hasattr(model, "config") and hasattr(model.config, "save_pretrained"):
-                model.config.save_pretrained(str(folder / MODEL_FOLDER))
-                if getattr(model, "generation_config", None) is not None:
-                    model.generation_config.save_pretrained(str(folder / MODEL_FOLDER))
-            (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            save_file(state, str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
-
-        write_files(directory, fill, last=WEIGHTS_FILE)
+        save(self, directory)
 
     @classmethod
     def from_pretrained(
@@ -380,47 +382,13 @@ class ParameterMixture(nn.Module):
             FileNotFoundError: If the folder holds no such model.
             ValueError: If it holds another kind, or model or coefficients are needed and missing, or do not fit.
         """
-        folder = Path(directory)
-        config = read_record(folder, "ParameterMixture", WEIGHTS_FILE)
-        rule = config["coefficients"]
-        if rule == "custom" and coefficients is None:
-            raise ValueError(f"{folder} was trained with coefficients of its own; pass the function as coefficients")
-        if isinstance(rule, dict):
-            with fitting(folder / CONFIG_FILE):
-                coefficients = AlphaCoefficients(**rule)
-        state = read_tensors(folder / WEIGHTS_FILE, remedy=REMEDY)
-        sets = len({name.partition(".")[0] for name in state if name.startswith("set_")}) + 1
-        if config["sets"] != sets:
-            text = f"it has {sets} sets but {folder / CONFIG_FILE} says {config['sets']}"
-            raise damaged(folder / WEIGHTS_FILE, f"{text}, so they do not fit", REMEDY)
-        if model is None:
-            if not (folder / MODEL_FOLDER).is_dir():
-                raise ValueError(f"{folder} holds no configuration of a model; pass the model")
-            require("transformers")
-            from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-
-            source = str(folder / MODEL_FOLDER)
-            dtype = next((value.dtype for name, value in state.items() if name.startswith("model.")), None)
-            built: Any = AutoModelForCausalLM.from_config(
-                AutoConfig.from_pretrained(source), **{"dtype": dtype, **model_kwargs}
-            )
-            if (folder / MODEL_FOLDER / "generation_config.json").is_file():
-                built.generation_config = GenerationConfig.from_pretrained(source)
-            model = built
-        elif model_kwargs:
-            raise ValueError(f"{sorted(model_kwargs)} are for a model that is made here, but model was passed")
+        config, state, model, coefficients = read(directory, model, coefficients, model_kwargs)
         fields = {name: config[name] for name in ("reference", "beta", "alpha")}
         record = TuningRecord(tuple(config["objectives"]), **fields)
-        assert model is not None
-        with fitting(folder / CONFIG_FILE):
+        with fitting(Path(directory) / CONFIG_FILE):
             mixture = cls(
                 model, len(record.objectives), scope=config["scope"], coefficients=coefficients, sets=config["sets"],
                 record=record,
             )  # fmt: skip
-        own = mixture._named_tensors()
-        shapes, wanted = ({name: value.shape for name, value in each.items()} for each in (state, own))
-        check_shapes(folder / WEIGHTS_FILE, shapes, wanted, remedy=REMEDY)
-        with torch.no_grad():
-            for name, value in state.items():
-                own[name].copy_(value)
+        fill(mixture, state, directory)
         return mixture.requires_grad_(trainable).eval()

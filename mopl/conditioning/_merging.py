@@ -1,0 +1,342 @@
+"""Merging: weights that several modules share, what files say of that, and a probe of whether merged is mixed.
+
+A weight may be held by several modules: a head tied to the embeddings, blocks that come back every few layers. An
+adapter on one of them changes that one alone, so its merged weight must be its own. Files of transformers do not say
+which weights are shared: the configuration does (`tie_word_embeddings`, for all of them at once), and a model that is
+loaded ties them again. So what is merged is untied in both places, or not merged.
+
+What a family of models does with a weight apart from calling its module cannot be read off its structure. A probe sends
+short rows through the model with adapters and through the merged weights, and compares.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mopl._restoring import evaluating, generators_kept
+
+ROWS, LENGTH = 2, 8  # of the probe: longer than no window that matters, and rows with weights of their own
+# Of ‖mixed - merged‖ / ‖mixed - plain‖. Random adapters, as large as the weights, make the denominator that of an
+# adapter that is ignored; rounding gives 1e-5 in float32. In 16 bits it may give a tenth, so there modules are probed
+# by name, one after another, and one that is ignored gives 1.
+TOLERANCE, TOLERANCE_16_BIT = 2e-2, 0.5
+
+
+# ---------------------------------------------------------------- shared weights
+
+
+def _memory(parameter: Tensor) -> Any:
+    """Return what two parameters have in common that lie in one place, also under two objects."""
+    return id(parameter) if parameter.is_meta or not parameter.numel() else (parameter.device, parameter.data_ptr())
+
+
+def own_weights(model: nn.Module, modules: Iterable[nn.Module]) -> None:
+    """Give modules of a model parameters of their own where another module holds the same ones."""
+    holders: dict[Any, set[int]] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                holders.setdefault(_memory(parameter), set()).add(id(module))
+    for module in modules:
+        for name, parameter in list(module._parameters.items()):
+            if parameter is None or len(holders[_memory(parameter)]) == 1:
+                continue
+            holders[_memory(parameter)].discard(id(module))
+            module._parameters[name] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+
+
+def settle_ties(model: Any) -> bool:
+    """Let the configuration of a model say which of its weights are shared; say whether it had to change.
+
+    Configurations know one switch for all: where some weights that it ties are no longer one, all are untied, and those
+    that are still shared get copies of their own, or files would leave them out.
+
+    Raises:
+        ValueError: If a loaded model would tie weights that differ here, whatever the configuration says.
+    """
+    if not hasattr(model, "get_expanded_tied_weights_keys"):
+        return False  # none of transformers, whose files are the caller's
+    ties, changed = model.get_expanded_tied_weights_keys(all_submodels=True), False
+    if any(_memory(a) != _memory(b) for a, b in _pairs(model, ties)):
+        for config in _configurations(model):
+            config.tie_word_embeddings = False
+        ties, changed = model.get_expanded_tied_weights_keys(all_submodels=True), True
+        wrong = [pair for pair, (a, b) in zip(ties.items(), _pairs(model, ties), strict=True) if not torch.equal(a, b)]
+        if wrong:
+            raise ValueError(
+                f"{type(model).__name__} always ties {wrong[0][0]} to {wrong[0][1]}, which differ in the merged model, "
+                "so its files would load as another one; leave that module out of the adapters' targets or the scope"
+            )
+    model.all_tied_weights_keys = ties  # what saving leaves out
+    # Of a weight that is in several places without a tie that says so, files would have one.
+    holders: dict[Any, dict[int, tuple[nn.Module, bool]]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                of_memory = holders.setdefault(_memory(parameter), {})
+                tied = f"{prefix}.{name}" in ties or of_memory.get(id(module), (module, False))[1]
+                of_memory[id(module)] = module, tied
+    for group in holders.values():
+        own_weights(model, [module for module, tied in group.values() if not tied][1:])
+    return changed
+
+
+def _pairs(model: nn.Module, ties: dict[str, str]) -> list[tuple[Tensor, Tensor]]:
+    state = model.state_dict(keep_vars=True)
+    return [(state[a], state[b]) for a, b in ties.items()]
+
+
+def _configurations(model: nn.Module) -> list[Any]:
+    found = [module.config for module in model.modules() if hasattr(module, "config")]
+    found += [config.get_text_config() for config in found if hasattr(config, "get_text_config")]
+    return [config for config in {id(c): c for c in found}.values() if hasattr(config, "tie_word_embeddings")]
+
+
+# ---------------------------------------------------------------- adapters in weights
+
+
+def lora_layers(model: nn.Module) -> dict[str, Any]:
+    """Return the layers that carry LoRA adapters, by name."""
+    from peft.tuners.lora import LoraLayer
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def merged_weights(layers: Iterable[Any], adapters: Sequence[str], shares: Sequence[float]) -> list[Tensor]:
+    """Return W + Σ_i c_i ΔW_i of every layer, summed in float32 and rounded once."""
+    result = []
+    for layer in layers:
+        weight = layer.get_base_layer().weight
+        if not weight.is_floating_point():
+            raise ValueError(f"a weight is {weight.dtype}, quantised, and takes no adapter in; use generate(weights=)")
+        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        total = weight.to(wide)
+        for share, name in zip(shares, adapters, strict=True):
+            total = total + share * layer.get_delta_weight(name).to(weight.device, wide)
+        result.append(total.to(weight.dtype))
+    return result
+
+
+@contextlib.contextmanager
+def weights_held(layers: Iterable[Any], values: Sequence[Tensor]) -> Iterator[None]:
+    """Put weights in the place of those of layers inside a `with` block: each layer's own, shared or not."""
+    bases = [layer.get_base_layer() for layer in layers]
+    before = [base._parameters["weight"] for base in bases]
+    try:
+        for base, value in zip(bases, values, strict=True):
+            base._parameters["weight"] = nn.Parameter(value, requires_grad=False)
+        yield
+    finally:
+        for base, parameter in zip(bases, before, strict=True):
+            base._parameters["weight"] = parameter
+
+
+def short_name(name: str) -> str:
+    """Return the last part of a module's name that is no number: what `target_modules` takes."""
+    return next((part for part in reversed(name.split(".")) if not part.isdigit()), name)
+
+
+def not_linear(layers: dict[str, Any]) -> list[str]:
+    """Return the names of layers whose base does something else to its input than to multiply it with its weight.
+
+    Subclasses of a linear layer are asked with one input; those of a quantised weight are PEFT's business.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    found = []
+    for name, layer in layers.items():
+        base = layer.get_base_layer()
+        weight = getattr(base, "weight", None)
+        if weight is None:
+            found.append(name)
+            continue
+        if type(base).forward in (nn.Linear.forward, Conv1D.forward) or weight.is_meta or weight.dtype not in _DTYPES:
+            continue
+        try:
+            with torch.no_grad():
+                given = base(weight.new_zeros(1, layer.in_features))
+        except Exception:
+            given = None
+        if not isinstance(given, Tensor) or given.shape != (1, layer.out_features):
+            found.append(name)
+    return found
+
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def other_targets(layers: Iterable[str], bad: Iterable[str], what: str | None = None) -> str:
+    """Return what to pass as the adapters' targets in the place of some that cannot be."""
+    without = {short_name(name) for name in bad}
+    rest = sorted({short_name(name) for name in layers} - without)
+    said = what or ", ".join(sorted(without))
+    return f"leave out {said}: target_modules={rest} (lora_targets of a run)"
+
+
+def plain_layers(model: Any, adapters: Sequence[str]) -> list[Any]:
+    """Return the layers that carry adapters; raise where one of them is no plain LoRA on a linear layer."""
+    from peft.tuners.lora import ParamWrapper
+
+    layers = lora_layers(model)
+    experts = [name for name, layer in layers.items() if isinstance(layer, ParamWrapper)]
+    bad = not_linear({name: layer for name, layer in layers.items() if name not in experts})
+    for name, config in model.peft_config.items():
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        if experts:
+            # PEFT puts adapters there by itself where experts are fused into one parameter.
+            raise ValueError(
+                f"adapter {name!r} is on parameters of experts ({', '.join(sorted(config.target_parameters))}), which "
+                f"rows cannot mix; {other_targets(layers, [*experts, *bad], 'the experts')}"
+            )
+        options = ("use_dora", "modules_to_save", "lora_bias", "trainable_token_indices")
+        extra = [option for option in options if getattr(config, option, None)]
+        if kind != "LORA" or extra or getattr(config, "bias", "none") != "none":
+            extra = [kind] if kind != "LORA" else extra or ["bias"]
+            raise ValueError(f"adapter {name!r} uses {', '.join(extra)}, which cannot be mixed; use plain LoRA")
+    for layer in layers.values():
+        if any(name not in layer.lora_B or layer.lora_variant.get(name) for name in adapters):
+            base = type(layer.get_base_layer()).__name__
+            raise ValueError(f"an adapter on a {base} is no plain LoRA on a linear layer; leave it out of the targets")
+    if bad:
+        kinds = sorted({type(layers[name].get_base_layer()).__name__ for name in bad})
+        raise ValueError(
+            f"an adapter on a {', '.join(kinds)} ({bad[0]}) is none on a linear layer, which that is not; "
+            f"{other_targets(layers, bad)}"
+        )
+    if not layers:
+        raise ValueError("the model has no LoRA layers; check target_modules of the config")
+    return list(layers.values())
+
+
+# ---------------------------------------------------------------- the probe
+
+
+def probe_ids(model: Any) -> Tensor | None:
+    """Return short rows of tokens (2, 8) for a causal language model; None for anything else."""
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    weight = getattr(embedding, "weight", None)
+    if weight is None or weight.is_meta or hasattr(weight, "device_mesh") or weight.ndim != 2 or len(weight) < 8:
+        return None  # elsewhere (meta, sharded), or no tokens
+    return 3 + torch.arange(ROWS * LENGTH, device=weight.device).view(ROWS, LENGTH) * 5 % (len(weight) - 3)
+
+
+def logits_of(model: Any, ids: Tensor, **kwargs: Any) -> Tensor:
+    """Return the logits (B, T, V) of rows, in float64."""
+    base = getattr(model, "get_base_model", lambda: model)()
+    if "use_cache" in inspect.signature(type(base).forward).parameters:
+        kwargs["use_cache"] = False
+    return model(input_ids=ids, **kwargs).logits.double()
+
+
+@torch.no_grad()
+def check_lora(model: Any, adapters: Sequence[str], mixed: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
+    """Raise unless LoRA adapters of a PEFT model compute what the weights do that they are merged into.
+
+    A few short rows go through the model with adapters of random values, once a model and not for each trade-off.
+    Modes of modules and generators stay as they are, and nothing is run where weights are elsewhere.
+
+    Args:
+        model: The PEFT model.
+        adapters: Names of its adapters.
+        mixed: Called with ids (2, T) and coefficients (2, adapters) for the logits of rows with mixtures of their own;
+            None: the model's forward, whose adapters count once each.
+
+    Raises:
+        ValueError: With the modules that differ, and the targets that do not.
+    """
+    layers, base = lora_layers(model), model.get_base_model()
+    ids = probe_ids(base)
+    if ids is None or any(not w.is_floating_point() for w in (la.get_base_layer().weight for la in layers.values())):
+        return
+    generator = torch.Generator().manual_seed(0)
+    shares = torch.ones(ROWS, len(adapters)) if mixed is None else torch.rand(ROWS, len(adapters), generator=generator)
+    run = mixed or (lambda ids, _: logits_of(model, ids))
+    with evaluating(model), generators_kept():
+        try:
+            with model.disable_adapter():
+                plain = logits_of(base, ids)
+        except Exception:
+            return  # it needs more than input_ids
+        groups: dict[str, dict[str, Any]] = {}
+        for name, layer in layers.items():
+            groups.setdefault(short_name(name), {})[name] = layer
+
+        def differs(some: dict[str, Any], tolerance: float) -> float | None:
+            with _random_updates(layers, some, adapters, generator):
+                found, merged = run(ids, shares), []
+                for row, coefficients in enumerate(shares.tolist()):
+                    values = merged_weights(some.values(), adapters, coefficients)
+                    with model.disable_adapter(), weights_held(some.values(), values):
+                        merged.append(logits_of(base, ids)[row])
+            return _share(found, torch.stack(merged), plain, tolerance)
+
+        try:
+            exact = base.dtype in (torch.float32, torch.float64)
+            tolerance = TOLERANCE if exact else TOLERANCE_16_BIT
+            if exact and differs(layers, tolerance) is None:
+                return
+            shares_of = {name: differs(some, tolerance) for name, some in groups.items()}
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{type(base).__name__} fails with adapters on {', '.join(groups)} ({type(error).__name__}: {error}); "
+                "it does not take one of these modules for a linear layer: choose other target_modules"
+            ) from error
+    bad = {name: share for name, share in shares_of.items() if share is not None}
+    if bad or exact:
+        names = bad or groups
+        raise ValueError(
+            f"adapters on {', '.join(names)} of {type(base).__name__} do not compute what the merged weights do (short "
+            f"rows differ by {max(bad.values(), default=1):.0%} of what the adapters change): the model uses these "
+            f"weights past the adapter, or twice; {other_targets(groups, names)}"
+        )
+
+
+def _share(found: Tensor, merged: Tensor, plain: Tensor, tolerance: float) -> float | None:
+    """Return ‖found - merged‖ / ‖found or merged - plain‖ where it is above a tolerance; None where it is not."""
+    moved = torch.maximum((found - plain).norm(), (merged - plain).norm())
+    error = (found - merged).norm()
+    if not bool(moved.isfinite()) or float(moved) <= 1e-6 * float(plain.norm()):
+        return None  # float16 that overflows says nothing, and an adapter that changes nothing is merged rightly
+    share = float(error / moved)
+    return share if share > tolerance else None
+
+
+@contextlib.contextmanager
+def _random_updates(
+    layers: dict[str, Any], some: dict[str, Any], adapters: Sequence[str], generator: torch.Generator
+) -> Iterator[None]:
+    """Give adapters of some layers random factors B, so that ‖scale B A‖ is about ‖W‖, and those of the others 0."""
+    before = []
+    try:
+        for name, layer in layers.items():
+            weight = layer.get_base_layer().weight
+            for adapter in adapters:
+                if adapter not in layer.lora_B:
+                    continue
+                holder, own = layer.lora_B[adapter], layer.lora_B[adapter].weight
+                before.append((holder, own))
+                value = torch.zeros_like(own)
+                if name in some:
+                    spread = abs(layer.scaling[adapter]) * len(own) ** 0.5 * float(layer.lora_A[adapter].weight.norm())
+                    value = torch.randn(own.shape, generator=generator) * (float(weight.norm()) / max(spread, 1e-12))
+                holder._parameters["weight"] = nn.Parameter(value.to(own), requires_grad=False)
+        yield
+    finally:
+        for holder, own in before:
+            holder._parameters["weight"] = own
+
+
+def check_rows(name: str, found: Tensor, merged: Tensor, plain: Tensor, remedy: str, dtype: torch.dtype) -> None:
+    """Raise unless rows that were mixed have the logits of rows that were merged, beside those of the plain model."""
+    tolerance = TOLERANCE if dtype in (torch.float32, torch.float64) else TOLERANCE_16_BIT
+    if (share := _share(found, merged, plain, tolerance)) is not None:
+        raise ValueError(
+            f"the merged {name} does not compute what the mixture does (short rows differ by {share:.0%} of what the "
+            f"mixture changes): the model uses these weights past their module; {remedy}"
+        )
