@@ -123,9 +123,9 @@ def test_prompt_and_response_tokens_are_those_of_the_whole_conversation():
     )
 
 
-def test_a_template_that_ends_turns_with_another_token_is_left_as_it_is():
+def test_a_template_that_ends_turns_with_another_token_ends_the_response_there():
     other = byte_tokenizer(chat_template=CHATML, eos="<pad>")
-    assert texts(other, run(other, "Why?", "a", "b"))[1] == ["a<|im_end|>\n", "b<|im_end|>\n"]
+    assert texts(other, run(other, "Why?", "a", "b"))[1] == ["a<|im_end|>", "b<|im_end|>"]
 
 
 def test_a_template_without_a_clear_boundary_is_an_error_that_shows_where():

@@ -1,6 +1,8 @@
 """`MultiObjectiveDPOTrainer` trains on the tokens of `trl.DPOTrainer`, to the id, whatever release is installed."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,9 @@ tokenizers = pytest.importorskip("tokenizers")
 datasets = pytest.importorskip("datasets")
 pytest.importorskip("peft")
 trl = pytest.importorskip("trl")
+
+sys.path.insert(0, str(Path(__file__).parent))
+import tiny_language_models as tiny
 
 from mopl.alignment.data import DataError
 from mopl.integrations._data import batch_of
@@ -42,16 +47,7 @@ TEMPLATES = {
 
 
 def byte_level(front: str = "", back: str = "", **options):
-    """A tiny byte-level BPE, in which a space belongs to the word that follows it."""
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, **options)
-    inner.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=340, special_tokens=SPECIAL, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )  # fmt: skip
-    inner.train_from_iterator(TEXTS * 3, trainer)
-    return wrapped(inner, front, back)
+    return wrapped(tiny.merging(TEXTS, SPECIAL, **options), front, back)
 
 
 def word_level(front: str = "", back: str = ""):

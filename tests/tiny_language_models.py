@@ -3,7 +3,7 @@
 import peft
 import torch
 import transformers
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 
 from mopl.conditioning import HyperPrompt, HyperPromptModel, TuningRecord
@@ -44,6 +44,19 @@ def tokenizer(*, chat: bool = False, bos: bool = True, size: int = VOCABULARY):
     )
     made.chat_template = TEMPLATE if chat else None
     return made
+
+
+def merging(texts, special, **options) -> Tokenizer:
+    """A byte-level BPE trained on texts, in which a space belongs to the word that follows it."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, **options)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=340, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    backend.train_from_iterator(texts * 3, trainer)
+    return backend
 
 
 def build(family: str = "llama", vocabulary: int = VOCABULARY, **options) -> nn.Module:

@@ -74,20 +74,18 @@ BESIDE_THE_TEXT = {
 }
 
 
-def refuse_columns(row: Row, columns: Sequence[str] = tuple(BESIDE_THE_TEXT)) -> None:
-    """Raise for a row with something in a column that would change the tokens, or what a model sees besides them.
-
-    Raises:
-        RowError: if one of these columns is there and not empty.
-    """
+def unread_column(row: Row, columns: Sequence[str] = tuple(BESIDE_THE_TEXT)) -> RowError | None:
+    """Return the error of a row with something in a column that would change the tokens, or what a model sees."""
     for column in columns:
         value = row.get(column)
-        empty = value in ("", "[]", "{}", "null") if isinstance(value, str) else value is None or value in ([], {})
-        if not empty:
-            raise RowError(
+        if isinstance(value, str) and value in ("[]", "{}", "null"):
+            continue
+        if value is not None and (not hasattr(value, "__len__") or len(value) > 0):
+            return RowError(
                 "column that is not read",
                 f"{column} is part of what a model sees and is not read here; {BESIDE_THE_TEXT[column]}",
             )
+    return None
 
 
 # ---------------------------------------------------------------- mopl's own

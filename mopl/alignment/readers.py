@@ -345,6 +345,8 @@ def _parse(
                 row = RowError(
                     "missing column", f"{entry.name} needs {', '.join(absent)}; it has {', '.join(map(str, row))}"
                 )
+        if isinstance(row, Mapping):
+            row = formats.unread_column(row) or row
         if isinstance(row, RowError):
             yield from flush()
             yield where, row

@@ -2,12 +2,17 @@ r"""From texts to tokens: chat templates, the boundary between prompt and respon
 
 Where a response begins is exact by construction: prompt and response are tokenised apart and their tokens put one
 after the other. So the prompt has the tokens which it has when the model is asked to answer it, all K responses of a
-list have the very same prompt, and that prompt is tokenised once. Two ways to write a list as text:
+list have the very same prompt, and that prompt is tokenised once. Where tokens of the whole text would merge across the
+seam (a prompt that ends in a space, under BPE), they are not merged: a model that has read the prompt cannot take its
+last token back. (TRL tokenises the whole text and trains on a prompt without that token.) Two ways to write a list as
+text:
 
 * *chat*: the tokenizer's chat template. The prompt is the conversation with the opening of the assistant's turn; the
-  response is what the template writes after that, with the end of the turn. Tokens after the last end-of-sequence token
-  (the line break that many templates put there) are left out, because no model generates them. A text prompt is one
-  turn of the user. Nothing is added that the template does not write.
+  response is what the template writes after that, with the token that ends the turn (`ListTokenizer.turn_end`), which
+  need not be the tokenizer's end-of-sequence token. What follows it (the line break that many templates put there,
+  another end token) is left out, because generation stops before it. A text prompt is one turn of the user. Nothing is
+  added that the template does not write. A template that opens the turn in another way than it writes an answered
+  conversation (`<think>` in the generation prompt only) has no place where the response begins and is refused.
 * *plain*: a text prompt as it is, the separator, then the response as it is. Messages are written as Anthropic's
   transcripts, `\n\nHuman: ...\n\nAssistant: ...`. A beginning-of-sequence token comes first if the tokenizer adds one
   by itself, an end-of-sequence token ends each response.
@@ -20,9 +25,7 @@ list keep the same prompt: they are compared, so they must answer the same quest
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -30,110 +33,11 @@ import numpy as np
 from mopl._arguments import check_choice
 from mopl._lines import lone_surrogate
 from mopl.alignment.data import Message, OnError, PreferenceData, PreferenceList, ReadReport, RowError, Text
+from mopl.alignment.tokenized import TokenizedData, TokenizedList, truncate
+
+__all__ = ["TEMPLATES", "ListTokenizer", "ReadReport", "TokenizedData", "TokenizedList", "tokenize", "truncate"]
 
 TEMPLATES = ("auto", "chat", "plain")
-
-
-@dataclass(frozen=True, eq=False)
-class TokenizedList:
-    """One list as tokens.
-
-    Attributes:
-        prompt: (P,) int64, P >= 1, the tokens all responses follow.
-        responses: K arrays (R_k,) int64, R_k >= 1.
-        labels: (m, K) float32, NaN where missing.
-        index: which list of the data this is.
-        prompt_cut: how many tokens truncation took from the prompt.
-        response_cut: how many it took from each response.
-        prompt_starts: where the prompt begins that a response follows, if that is not everywhere at 0; only TRL's
-            `truncation_mode="keep_end"` cuts the prompt of each response by itself.
-    """
-
-    prompt: np.ndarray
-    responses: tuple[np.ndarray, ...]
-    labels: np.ndarray
-    index: int = 0
-    prompt_cut: int = 0
-    response_cut: tuple[int, ...] = ()
-    prompt_starts: tuple[int, ...] = ()
-
-    def prompt_of(self, response: int) -> np.ndarray:
-        """Return the tokens that a response follows."""
-        return self.prompt[self.prompt_starts[response] :] if self.prompt_starts else self.prompt
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """(K,) tokens of each sequence, prompt and response."""
-        return np.array([len(self.prompt_of(k)) + len(response) for k, response in enumerate(self.responses)])
-
-
-@dataclass(frozen=True, eq=False)
-class TokenizedData(Sequence[TokenizedList]):
-    """Lists as tokens, in the order of the data.
-
-    Attributes:
-        lists: the lists.
-        objectives: names of the m objectives.
-        name: of the data set.
-        report: which lists could not be tokenised.
-    """
-
-    lists: tuple[TokenizedList, ...]
-    objectives: tuple[str, ...]
-    name: str
-    report: ReadReport
-
-    def __len__(self) -> int:
-        return len(self.lists)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return TokenizedData(self.lists[index], self.objectives, self.name, self.report)
-        return self.lists[index]
-
-    def fingerprint(self) -> str:
-        """Return a SHA-256 of all tokens and of where responses begin: equal exactly if a model sees the same."""
-        digest = hashlib.sha256()
-        for item in self.lists:
-            starts = [np.array(item.prompt_starts)] if item.prompt_starts else []
-            for tokens in (item.prompt, *item.responses, *starts):
-                digest.update(len(tokens).to_bytes(8, "little") + tokens.astype("<i8").tobytes())
-            digest.update(b"|")
-        return digest.hexdigest()
-
-    def describe(self) -> dict[str, int]:
-        """Return how many lists, sequences and tokens there are and how many truncation touched."""
-        return {
-            "lists": len(self.lists),
-            "sequences": sum(len(item.responses) for item in self.lists),
-            "tokens": int(sum(item.lengths.sum() for item in self.lists)),
-            "longest_sequence": int(max((item.lengths.max() for item in self.lists), default=0)),
-            "prompts_cut": sum(item.prompt_cut > 0 for item in self.lists),
-            "responses_cut": sum(cut > 0 for item in self.lists for cut in item.response_cut),
-        }
-
-
-def truncate(
-    prompt: np.ndarray, responses: Sequence[np.ndarray], *, max_length: int, min_prompt: int, bos: int | None = None
-) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
-    """Shorten a list so that prompt and longest response have at most `max_length` tokens; see the module's text.
-
-    Args:
-        prompt: (P,) tokens.
-        responses: arrays (R_k,).
-        max_length: most tokens of a sequence.
-        min_prompt: what a longer prompt is never cut below, at least 1 and less than `max_length`.
-        bos: a token that stays if the prompt begins with it.
-
-    Returns:
-        The prompt and the responses.
-    """
-    longest = max(len(response) for response in responses)
-    keep = min(len(prompt), max(max_length - longest, min_prompt))
-    if keep < len(prompt):
-        head = prompt[:1] if bos is not None and prompt[0] == bos else prompt[:0]
-        prompt = np.concatenate([head, prompt[len(prompt) - (keep - len(head)) :]])
-    return prompt, tuple(response[: max_length - keep] for response in responses)
 
 
 class ListTokenizer:
@@ -148,6 +52,9 @@ class ListTokenizer:
         template_options: keywords for the chat template (`{"enable_thinking": False}`).
         separator: text between prompt and response in plain text of text prompts.
         append_eos: end every response of plain text with the end-of-sequence token.
+
+    Attributes:
+        turn_end: the token that ends the assistant's turn in the chat template; None without one.
 
     Raises:
         ValueError: if the template is missing, the tokenizer has no end-of-sequence token to append, or the lengths do
@@ -190,6 +97,7 @@ class ListTokenizer:
             raise ValueError("the tokenizer has no eos_token to end responses with; set it, or pass append_eos=False")
         self._prefix = self._find_prefix()
         self._front = self._find_front()
+        self.turn_end = self._find_turn_end() if self.chat else None
 
     @property
     def pad_id(self) -> int:
@@ -242,7 +150,7 @@ class ListTokenizer:
         opening = self._opening(item.prompt)
         responses = []
         for response in item.responses:
-            whole = self._write([*messages, *_as_messages(response, "assistant")], add_generation_prompt=False)
+            whole = self._write([*messages, *_as_messages(response, "assistant")])
             if not whole.startswith(opening):
                 raise RowError(
                     "no continuation of its prompt",
@@ -273,7 +181,7 @@ class ListTokenizer:
             return self._write(list(_as_messages(prompt, "user")), add_generation_prompt=True)
         return prompt + self.separator if isinstance(prompt, str) else _transcript(prompt, True)
 
-    def _write(self, messages: list[Message], *, add_generation_prompt: bool) -> str:
+    def _write(self, messages: list[Message], *, add_generation_prompt: bool = False) -> str:
         try:
             return self.tokenizer.apply_chat_template(
                 messages,
@@ -297,11 +205,29 @@ class ListTokenizer:
             ) from error
 
     def _without_tail(self, tokens: np.ndarray) -> np.ndarray:
-        """Leave out white space after the last end-of-sequence token."""
-        ends = np.flatnonzero(tokens == self.tokenizer.eos_token_id) if self.tokenizer.eos_token_id is not None else []
-        if len(ends) and not self.tokenizer.decode(tokens[ends[-1] + 1 :].tolist()).strip():
-            return tokens[: ends[-1] + 1]
+        """Leave out what follows the end of the last turn and is never generated: white space and special tokens."""
+        for end, special in ((self.turn_end, True), (self.tokenizer.eos_token_id, False)):
+            ends = np.flatnonzero(tokens == end) if end is not None else []
+            if (
+                len(ends)
+                and not self.tokenizer.decode(tokens[ends[-1] + 1 :].tolist(), skip_special_tokens=special).strip()
+            ):
+                return tokens[: ends[-1] + 1]
         return tokens
+
+    def _find_turn_end(self) -> int | None:
+        """Return the token with which the chat template ends a turn of the assistant: the first special one after it.
+
+        None where it ends it with text alone, or refuses so short a conversation.
+        """
+        answer = "0123456789"
+        try:
+            whole = self._write([*_as_messages("9", "user"), *_as_messages(answer, "assistant")])
+        except RowError:
+            return None
+        _, found, tail = whole.rpartition(answer)
+        added = set(getattr(self.tokenizer, "added_tokens_decoder", ())) | set(self.tokenizer.all_special_ids)
+        return next((token for token in self._ids(tail) if token in added), None) if found else None
 
     def _plain(self, item: PreferenceList) -> tuple[np.ndarray, list[np.ndarray]]:
         as_text = isinstance(item.prompt, str)

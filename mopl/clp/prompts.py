@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mopl._lines import TextError, byte_lines, decode, text_fault
 from mopl.alignment.data import DataError, OnError, ReadReport, RowError, Text
+from mopl.alignment.formats import unread_column
 from mopl.alignment.readers import detect_format, load_preferences, rows_of_json
 from mopl.alignment.tokenization import ListTokenizer
 from mopl.clp.config import ClpConfig
@@ -155,6 +156,8 @@ def _what_is_wrong(row: Any) -> str | None:
         return f"is a {type(row).__name__} and not an object"
     if "prompt" not in row:
         return f"has no prompt (it has {', '.join(sorted(row)) or 'nothing'})"
+    if error := unread_column(row):
+        return f"has {error.detail}"
     prompt = row["prompt"]
     if fault := text_fault(prompt):
         return f"has a prompt that {fault}"

@@ -182,8 +182,7 @@ def _pairs(rows: Sequence[Any], objectives: Sequence[str]) -> Iterator[tuple[str
     for number, row in enumerate(rows, 1):
         draft: PreferenceList | RowError
         try:
-            formats.refuse_columns(row)
-            (draft,) = formats.parse_pair([row])
+            draft = formats.unread_column(row) or next(formats.parse_pair([row]))
             if isinstance(draft, PreferenceList):
                 draft = PreferenceList(
                     draft.prompt, draft.responses, {name: labels_of_pair(row, name) for name in objectives}

@@ -135,7 +135,8 @@ def _labels(rows: Any, objectives: Sequence[str] | None) -> PreferenceData:
 
 def _check(row: Mapping[str, Any], implicit: bool) -> None:
     """Raise for a row whose tokens would be wrong without a word, or whose fault TRL would not name."""
-    formats.refuse_columns(row, ("image", "images"))
+    if error := formats.unread_column(row, ("image", "images")):
+        raise error
     if not isinstance(row.get("chat_template_kwargs", {}), Mapping):
         raise RowError("wrong type", "chat_template_kwargs is no dictionary; give each row one, or none to any")
     for name in SIDES if implicit else ("prompt", *SIDES):
