@@ -1,12 +1,17 @@
 """Checks and broadcasts of arguments shared by every loss and op: one wording of each error, one meaning of a shape.
 
-Shapes: `B` lists, `m` objectives, `K` items of a list. Nothing here reads a tensor's values, so nothing here
-synchronises with a GPU or breaks `torch.compile`.
+Shapes: `B` lists, `m` objectives, `K` items of a list.
+
+Numbers that are out of range (a temperature of 0, a negative weight) are never computed with. Python's numbers raise a
+ValueError, and so do tensors on a CPU. To read a tensor on a GPU would wait for it, and under `torch.compile` or a
+transform of `torch.func` there is nothing to read: what depends on such an entry is NaN there.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,20 +83,101 @@ def as_labels(labels: Tensor, scores: Tensor, name: str = "labels") -> Tensor:
     return labels
 
 
-def per_objective(value: float | Tensor, name: str, shape: tuple[int, int], like: Tensor) -> Tensor:
+class Domain(NamedTuple):
+    """An interval that the entries of an argument must lie in; `holds` is false for NaN."""
+
+    holds: Callable[[Any], Any]  # of a number or, entry by entry, of a tensor
+    words: str
+
+
+POSITIVE = Domain(lambda x: (x > 0) & (x < math.inf), "must be positive and finite")
+NOT_NEGATIVE = Domain(lambda x: (x >= 0) & (x < math.inf), "must not be negative, and finite")
+
+
+def readable(tensor: Tensor) -> bool:
+    """Say whether a tensor's values can be read without waiting: on a CPU, not compiled and not transformed."""
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def check_positive(value: Any, name: str, meaning: str = "") -> Tensor:
+    """Return a number, a sequence or a tensor as a tensor; raise unless every entry is positive and finite.
+
+    Reads the values on any device: for where a program takes them, not for a training step.
+    """
+    # A number keeps its digits: the default dtype would make 0 of 1e-60.
+    tensor = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64)
+    if not bool(POSITIVE.holds(tensor.detach()).all()):
+        given = value.tolist() if isinstance(value, Tensor) else value
+        raise ValueError(f"{name} is {given} but {POSITIVE.words}{meaning and ': ' + meaning}")
+    return tensor
+
+
+def as_value(
+    value: float | Tensor,
+    name: str,
+    like: Tensor,
+    domain: Domain | None = None,
+    excused: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Return a number or a tensor of any shape on the device and in the compute dtype of `like`, in its domain.
+
+    Args:
+        value: what the caller gave.
+        name: of the argument, in errors.
+        like: what it is used with.
+        domain: where its entries must lie; see the top of the file for what becomes of the others.
+        excused: says which of the entries that lie outside do not count; called only where there are some.
+
+    Returns:
+        A tensor of the value's shape.
+
+    Raises:
+        TypeError: It is neither a number nor a tensor.
+        ValueError: An entry that can be read lies outside the domain.
+    """
+    dtype, reading = compute_dtype(like), not torch.compiler.is_compiling()
+    if not isinstance(value, Tensor):
+        several = isinstance(value, (list, tuple, set, dict)) or (reading and getattr(value, "ndim", 0) > 0)
+        if several or value is None or isinstance(value, str):
+            raise TypeError(
+                f"{name} is a {type(value).__name__} but must be a number or a torch.Tensor; pass torch.tensor({name})"
+            )
+        # While tracing, a comparison or `torch.full` would compile one graph for each number.
+        if not reading:
+            value = torch.ones((), dtype=dtype, device=like.device) * value
+        elif domain is not None and not domain.holds(float(value)):
+            raise ValueError(f"{name} is {float(value):g} but {domain.words}")
+        else:
+            # Filling does not wait for a GPU, copying a host value there does.
+            return torch.full((), float(value), dtype=dtype, device=like.device)
+    if domain is not None and value.numel() and readable(value):
+        low, high = value.detach().aminmax()
+        if type(low) is Tensor:  # not under a mode that makes it a fake
+            for bound in (float(low), float(high)):
+                if not domain.holds(bound):
+                    bad = ~domain.holds(value.detach())
+                    if excused is None or bool((bad & ~excused(bad)).any()):
+                        raise ValueError(f"{name} holds {float(value[bad][0]):g} but every entry {domain.words}")
+            domain = None
+    value = value.to(device=like.device, dtype=dtype)
+    return value if domain is None else torch.where(domain.holds(value), value, math.nan)
+
+
+def per_objective(
+    value: float | Tensor, name: str, shape: tuple[int, int], like: Tensor, domain: Domain | None = None
+) -> Tensor:
     """Return a number or a tensor that broadcasts to (B, m) as an expanded (B, m) tensor in `like`'s compute dtype.
 
     A vector `(m,)` is one value an objective, `(B, 1)` one value a list, as in ordinary broadcasting.
     """
-    dtype = compute_dtype(like)
-    # torch.full and not torch.tensor: filling does not wait for a GPU, copying a host value there does.
-    if isinstance(value, list | tuple):
-        raise TypeError(
-            f"{name} is a {type(value).__name__} but must be a number or a torch.Tensor; pass torch.tensor({name})"
-        )
-    tensor = value if isinstance(value, Tensor) else torch.full((), value, dtype=dtype, device=like.device)
+    tensor = as_value(value, name, like, domain)
     try:
-        return tensor.to(device=like.device, dtype=dtype).expand(shape)
+        return tensor.expand(shape)
     except RuntimeError:
         batch, objectives = shape
         hint = f"; for one value a list pass {name}[:, None]" if tuple(tensor.shape) == (batch,) else ""
@@ -108,7 +194,7 @@ def check_choice(value: object, choices: tuple[object, ...], name: str) -> None:
 
 
 def weigh_and_reduce(loss: Tensor, weights: float | Tensor | None, reduction: Reduction) -> Tensor:
-    """Apply `weights` to a loss vector (B, m) and reduce it.
+    """Apply `weights` to a loss vector (B, m) and reduce it; they are factors of any sign, NaN gives NaN.
 
     `"none"` gives the weighted vector, `"sum"` its sum, `"mean"` the mean over the B lists of the sum over
     objectives. A list that contributes nothing still counts in B: no result depends on padding or on a hidden count.

@@ -159,6 +159,8 @@ def dera(
         ValueError: If shapes do not fit, or an option cannot go with a mixture.
     """
     share = torch.as_tensor(strength, dtype=torch.float64, device=input_ids.device)
+    if not bool(share.isfinite().all()):
+        raise ValueError(f"strength is {share.tolist()} but must be finite: 0 is the reference, 1 the aligned model")
     if tuple(share.shape) not in ((), (len(input_ids),)):
         raise ValueError(f"strength has shape {shape_of(share)}; pass a number or one a prompt, ({len(input_ids)},)")
     return _generate(model, [reference], torch.stack([share, 1 - share], -1), input_ids, attention_mask, kwargs)

@@ -39,7 +39,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mopl._arguments import compute_dtype, shape_of
+from mopl._arguments import check_positive, compute_dtype, shape_of
 from mopl.conditioning.sampling import check_weights
 
 
@@ -126,8 +126,8 @@ def rescale(
     Raises:
         ValueError: If c is not positive, or as `log_mix`.
     """
-    _check_positive(c, "c", "the factor of the temperature; larger stays closer to the reference")
-    inverse = 1.0 / (c.double() if isinstance(c, Tensor) else c)
+    factor = check_positive(c, "c", "the factor of the temperature; larger stays closer to the reference")
+    inverse = 1.0 / (factor.double() if factor.ndim or isinstance(c, Tensor) else float(factor))
     return log_mix(scores, inverse, reference=reference, normalize=normalize, mask=mask)
 
 
@@ -157,10 +157,9 @@ def temperature_conditioned(
     Raises:
         ValueError: If a temperature is not positive, or as `log_mix`.
     """
-    beta = temperature if isinstance(temperature, Tensor) else torch.as_tensor(temperature, dtype=torch.float64)
+    beta = check_positive(temperature, "temperature", "one for each objective")
     if beta.ndim == 0:
         raise ValueError("temperature is one number but must hold one for each objective, (m,) or (..., m)")
-    _check_positive(beta, "temperature", "one for each objective")
     return rescale(net_scores, reference, beta.double().sum(-1), normalize=normalize, mask=mask)
 
 
@@ -250,7 +249,7 @@ def modpo_reward(
     if not 0 <= anchor < objectives:
         raise ValueError(f"anchor is {anchor} but there are {objectives} objectives")
     of_anchor = w[..., anchor]
-    _check_positive(of_anchor, f"weights[..., {anchor}], the anchor's,", "choose an anchor whose weight is not 0")
+    check_positive(of_anchor, f"weights[..., {anchor}], the anchor's,", "choose an anchor whose weight is not 0")
     named, coefficients = [("scores", scores), ("reference", reference)], [1.0 / of_anchor]
     for j, expert in enumerate(experts):
         if j == anchor:
@@ -360,11 +359,3 @@ def _per_list(value: float | Tensor, like: Tensor, dtype: torch.dtype, name: str
             f"or one value a list, {lists} or {(*lists, 1)}"
         ) from None
     return tensor
-
-
-def _check_positive(value: float | Tensor, name: str, meaning: str) -> None:
-    """Raise unless a number or every entry of a tensor is positive and finite."""
-    # A number keeps its digits: the default dtype would make 0 of 1e-60.
-    values = torch.as_tensor(value, dtype=torch.float64 if isinstance(value, float) else None).detach()
-    if not bool((values.isfinite() & (values > 0)).all()):
-        raise ValueError(f"{name} is {values.tolist()} but must be positive and finite: {meaning}")

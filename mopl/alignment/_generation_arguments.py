@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from mopl._arguments import check_positive
 from mopl.alignment.data import RowError
 from mopl.alignment.reference_mixture import causal_lm_of
 from mopl.alignment.tokenization import ListTokenizer
@@ -94,17 +94,13 @@ def condition_of(
             else "objective_temperature was passed but the model is not conditioned on temperatures; to move closer to "
             "the reference pass scale"
         )
-    c = torch.as_tensor(scale, dtype=torch.float64).cpu()
+    c = check_positive(scale, "scale", "above 1 is closer to the reference").double().cpu()
     if c.ndim > 1 or (c.ndim == 1 and len(c) != count):
         raise ValueError(f"scale has shape {tuple(c.shape)} but there are {count} prompts; pass a number or one each")
-    if not bool((c.isfinite() & (c > 0)).all()):
-        raise ValueError(f"scale is {c.tolist()} but must be positive and finite: above 1 is closer to the reference")
     w = None if weights is None else _each(check_weights(weights, len(names)), "weights", len(names), count)
     beta = None
     if temperature is not None:
-        beta = torch.as_tensor(temperature, dtype=torch.float64)
-        if not bool((beta.isfinite() & (beta > 0)).all()):
-            raise ValueError(f"objective_temperature is {beta.tolist()} but must be positive and finite")
+        beta = check_positive(temperature, "objective_temperature").double()
         beta = _each(beta, "objective_temperature", len(names), count)
         c = c * beta.sum(-1).cpu()
     return Condition(w, beta, c.expand(count))

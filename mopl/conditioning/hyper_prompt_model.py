@@ -29,7 +29,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mopl._arguments import check_choice, shape_of
+from mopl._arguments import check_choice, check_positive, shape_of
 from mopl._extras import require
 from mopl._files import write_files
 from mopl._tensor_files import check_fits, load_state, read_tensors
@@ -253,9 +253,8 @@ class HyperPromptModel(nn.Module):
         if weights is not None:
             weights = check_weights(weights, self.hyper_prompt.objectives)
         if objective_temperature is not None:
-            objective_temperature = torch.as_tensor(objective_temperature)
-            if not bool((objective_temperature.isfinite() & (objective_temperature > 0)).all()):
-                raise ValueError(f"objective_temperature is {objective_temperature.tolist()} but must be positive")
+            beta = torch.as_tensor(objective_temperature)
+            objective_temperature = check_positive(beta, "objective_temperature")
         options = ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size", "past_key_values")
         config = kwargs.get("generation_config") or self.causal_lm.generation_config
         for name in options:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mopl._arguments import shape_of
+from mopl._arguments import check_positive, shape_of
 
 _WEIGHTS, _TEMPERATURES = 1, 2  # the streams of one (seed, step, rank)
 
@@ -47,13 +47,11 @@ def _generator(seed: int, step: int, rank: int, stream: int) -> np.random.Genera
 
 def _box(value: float | Sequence[float] | Tensor, objectives: int, name: str) -> np.ndarray:
     """Return a positive finite number, or one for each objective, as an (m,) array."""
-    array = np.asarray(torch.as_tensor(value, dtype=torch.float64).cpu())
+    array = np.asarray(check_positive(value, name).double().cpu())
     if array.shape not in ((), (objectives,)):
         raise ValueError(
             f"{name} has shape {array.shape} but there are {objectives} objectives; pass a number or one for each"
         )
-    if not (np.isfinite(array) & (array > 0)).all():
-        raise ValueError(f"{name} is {array.tolist()} but must be positive and finite")
     return np.broadcast_to(array, (objectives,))
 
 

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from string import Formatter
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
-from mopl._arguments import check_choice
+from mopl._arguments import check_choice, check_positive
 from mopl.conditioning.sampling import check_weights
 
 Message = Mapping[str, Any]
@@ -87,8 +86,8 @@ class TextPrompt:
             )
         values = {"weights": self._list(w)}
         if temperature is not None:
-            beta = torch.as_tensor(temperature, dtype=torch.float64)
-            if beta.shape != (len(self.objectives),) or not bool((beta.isfinite() & (beta > 0)).all()):
+            beta = check_positive(temperature, "temperature", "positive numbers, one for each objective").double()
+            if beta.shape != (len(self.objectives),):
                 raise ValueError(f"temperature is {beta.tolist()} but must be {len(self.objectives)} positive numbers")
             values["temperatures"] = self._list(beta / beta.sum())
         return self.template.format(**values)

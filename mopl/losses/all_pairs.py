@@ -199,7 +199,7 @@ def _prepare(
     largest = torch.where(finite, x.detach(), -math.inf).amax(1, keepdim=True) if x.shape[1] else x.new_zeros(())
     # The ranks are those of x itself: rounding the offset away could make scores equal that are not.
     centred = x - torch.where(largest.isfinite(), largest, 0)
-    u = _narrow(temperature, "temperature", y, x)[..., None] * centred[:, None, :]
+    u = _narrow(temperature, "temperature", y, x, arguments.POSITIVE)[..., None] * centred[:, None, :]
     y = y.to(dtype)
     return x, u, y if mask is None else torch.where(mask[:, None, :], y, math.nan)
 
@@ -213,10 +213,12 @@ def _ranked(labels: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
     return exact if mask is None else torch.where(mask[:, None, :], exact, math.nan)
 
 
-def _narrow(value: float | Tensor, name: str, labels: Tensor, like: Tensor) -> Tensor:
+def _narrow(
+    value: float | Tensor, name: str, labels: Tensor, like: Tensor, domain: arguments.Domain | None = None
+) -> Tensor:
     """Return an option as (B, m), or as (B, 1) where one serves all objectives: so does one set of pairs then."""
-    full = per_objective(value, name, (labels.shape[0], labels.shape[1]), like)
-    shape = tuple(getattr(value, "shape", ()))
+    full = per_objective(value, name, (labels.shape[0], labels.shape[1]), like, domain)
+    shape = value.shape if isinstance(value, Tensor) else ()
     return full[:, :1] if not shape or shape[-1] == 1 else full
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mopl._arguments import (
+    POSITIVE,
     Reduction,
     as_labels,
     check_choice,
@@ -42,7 +43,7 @@ def _difference(scores: Tensor, reference: Tensor | None) -> Tensor:
 def _temperature(temperature: float | Tensor, shape: tuple[int, int], like: Tensor) -> Tensor:
     """Return temperatures (B, m), or (B, 1) where all objectives of a list share one: then one softmax serves all."""
     common = not isinstance(temperature, Tensor) or temperature.ndim == 0 or temperature.shape[-1] == 1
-    full = per_objective(temperature, "temperature", shape, like)
+    full = per_objective(temperature, "temperature", shape, like, POSITIVE)
     return full[:, :1] if common else full
 
 

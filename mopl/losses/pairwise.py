@@ -50,7 +50,17 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
-from mopl._arguments import Reduction, check_choice, compute_dtype, per_objective, shape_of, weigh_and_reduce
+from mopl._arguments import (
+    POSITIVE,
+    Domain,
+    Reduction,
+    as_value,
+    check_choice,
+    compute_dtype,
+    per_objective,
+    shape_of,
+    weigh_and_reduce,
+)
 from mopl.losses._pair_formulas import LOSSES, Pair
 
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
@@ -165,8 +175,10 @@ def bradley_terry(
     pair = Pair(
         policy=(pairs[0], pairs[1]),
         reference=(pairs[2], pairs[3]) if len(pairs) == 4 else None,
-        temperature=per_objective(temperature, "temperature", shape, like),
-        smoothing=per_objective(label_smoothing, "label_smoothing", shape, like) if given["label_smoothing"] else None,
+        temperature=per_objective(temperature, "temperature", shape, like, POSITIVE),
+        smoothing=per_objective(label_smoothing, "label_smoothing", shape, like, _smoothing_of(loss_type))
+        if given["label_smoothing"]
+        else None,
         margin=per_objective(margin, "margin", shape, like) if given["margin"] else None,
         divergence=f_divergence,
         alpha=f_alpha,
@@ -189,6 +201,7 @@ class DPOLoss(torch.nn.Module):
 
     def __init__(self, beta: float, label_smoothing: float = 0.0) -> None:
         super().__init__()
+        as_value(beta, "beta", torch.empty(()), POSITIVE)
         _check_smoothing(label_smoothing, "sigmoid")
         self.beta, self.label_smoothing = beta, label_smoothing
 
@@ -243,18 +256,23 @@ def _is_matrix(value: object) -> TypeGuard[Tensor]:
 
 def _nonzero(value: float | Tensor) -> bool:
     """Say whether an option is given: a tensor always is, its values are never read."""
-    return isinstance(value, Tensor) or value != 0
+    return isinstance(value, Tensor) or getattr(value, "ndim", 0) > 0 or value != 0
+
+
+_SMOOTHING = {
+    "robust": Domain(lambda x: (x >= 0) & (x < 0.5), "must lie in [0, 0.5) for 'robust', which divides by 1 - 2ε"),
+    "exo_pair": Domain(lambda x: (x > 0) & (x < 1), "must lie in (0, 1) for 'exo_pair'; its paper takes 1e-3"),
+}
+_RATE = Domain(lambda x: (x >= 0) & (x <= 1), "must lie in [0, 1]: it is the rate of flipped labels")
+
+
+def _smoothing_of(loss_type: str) -> Domain:
+    return _SMOOTHING.get(loss_type, _RATE)
 
 
 def _check_smoothing(value: float | Tensor, loss_type: str) -> None:
-    if isinstance(value, Tensor):
-        return
-    if loss_type == "robust" and not 0 <= value < 0.5:
-        raise ValueError(f"label_smoothing is {value} but must lie in [0, 0.5) for 'robust', which divides by 1 - 2ε")
-    if loss_type == "exo_pair" and not 0 < value < 1:
-        raise ValueError(f"label_smoothing is {value} but must lie in (0, 1) for 'exo_pair'; its paper takes 1e-3")
-    if not 0 <= value <= 1:
-        raise ValueError(f"label_smoothing is {value} but must lie in [0, 1]: it is the rate of flipped labels")
+    """Raise where the number 0, which is not taken for an option that is given, is out of range."""
+    as_value(value, "label_smoothing", torch.empty(()), None if isinstance(value, Tensor) else _smoothing_of(loss_type))
 
 
 def _as_pairs(named: list[tuple[str, Tensor | None]], objectives: int) -> list[Tensor]:

@@ -37,7 +37,17 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from mopl._arguments import REDUCTIONS, Reduction, check_choice, compute_dtype, per_objective, shape_of
+from mopl._arguments import (
+    NOT_NEGATIVE,
+    REDUCTIONS,
+    Domain,
+    Reduction,
+    as_value,
+    check_choice,
+    compute_dtype,
+    per_objective,
+    shape_of,
+)
 from mopl.losses._policy_gradient_parts import (
     ESTIMATORS,
     LEVELS,
@@ -58,6 +68,9 @@ KLForm = Literal["complement", "penalty"]
 KL_FORMS = ("complement", "penalty")
 RatioLevel = Literal["token", "sequence", "sequence_mean"]
 RATIO_LEVELS = ("token", "sequence", "sequence_mean")
+
+
+_SHARE = Domain(lambda x: (x >= 0) & (x <= 1), 'must not be negative, and at most 1 where kl_form is "complement"')
 
 
 class PolicyGradient(NamedTuple):
@@ -120,8 +133,8 @@ def policy_gradient(
         logprob: log π of the sampled tokens, (B, T), as `mopl.ops.linear_logprob` gives it; the only argument besides
             `exact_kl` that gets a gradient.
         rewards: R, (B, m), one value a response and objective.
-        weights: w, (m,) or (B, m).
-        alpha: α, a number or one a response (B,). In [0, 1] for the complement form.
+        weights: w, (m,) or (B, m), not negative.
+        alpha: α, a number or one a response (B,): not negative, in [0, 1] for the complement form.
         reference: log π_ref of the same tokens, (B, T). Needed unless α is the number 0 or the KL is exact.
         behaviour: log-probabilities of the same tokens under the policy that sampled them, (B, T). None: π did.
         mask: True on sampled tokens. What it leaves out is not read; a response without tokens counts for nothing but
@@ -171,7 +184,7 @@ def policy_gradient(
     policy = torch.where(mask, logprob.to(dtype), 0)
     valid = mask.any(-1)
     reward = torch.where(valid, _weighted_reward(rewards, weights, policy), 0)
-    strength = _per_response(alpha, policy)
+    strength = _per_response(alpha, policy, _SHARE if kl_form == "complement" else NOT_NEGATIVE)
 
     # The KL of each position (B, T), or of each response (B, 1), without gradient; `local` has one.
     local, log_ratio = None, torch.zeros_like(policy)
@@ -292,18 +305,18 @@ def _weighted_reward(rewards: Tensor, weights: Tensor, policy: Tensor) -> Tensor
             f"rewards is {got} but logprob has {shape_of(policy)}; pass one value a response and objective, (B, m)"
         )
     values = rewards.detach().to(policy.device, policy.dtype)
-    w = per_objective(weights, "weights", (values.shape[0], values.shape[1]), policy).detach()
+    w = per_objective(weights, "weights", (values.shape[0], values.shape[1]), policy, NOT_NEGATIVE).detach()
     # A reward that is not asked for may be NaN or infinite.
     return torch.where(w == 0, 0, w * values).sum(-1)
 
 
-def _per_response(value: float | Tensor, policy: Tensor) -> Tensor:
+def _per_response(value: float | Tensor, policy: Tensor, domain: Domain) -> Tensor:
     """Return a number or (B,) as a constant (B,)."""
     rows = policy.shape[0]
-    tensor = value if isinstance(value, Tensor) else torch.full((), value, dtype=policy.dtype, device=policy.device)
+    tensor = as_value(value, "alpha", policy, domain).detach()
     if tensor.ndim > 1 or tensor.shape not in ((), (1,), (rows,)):
         raise ValueError(f"alpha has shape {shape_of(tensor)}; pass a number or one value a response, ({rows},)")
-    return tensor.detach().to(policy.device, policy.dtype).expand(rows)
+    return tensor.expand(rows)
 
 
 def _check_options(
@@ -323,8 +336,6 @@ def _check_options(
         raise ValueError("kl_estimator='exact' and exact_kl (B, T) belong together; pass both or neither")
     if reference is None and not exact and (isinstance(alpha, Tensor) or alpha != 0):
         raise ValueError("reference is missing; without log-probabilities of the reference alpha must be the number 0")
-    if not isinstance(alpha, Tensor) and not 0 <= alpha:
-        raise ValueError(f"alpha is {alpha} but must not be negative: it is the weight of the KL")
     if standardize and not (isinstance(baseline, str) and baseline == "group"):
         raise ValueError("standardize divides by a group's standard deviation; it needs baseline='group'")
     if behaviour is None and (clip is not None or ratio_level != "token"):

@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mopl._arguments import check_choice, compute_dtype, per_objective, shape_of
+from mopl._arguments import NOT_NEGATIVE, check_choice, compute_dtype, per_objective, shape_of
 
 CosineSign = Literal["as_printed", "cosmos"]
 
@@ -67,7 +67,7 @@ def chebyshev(
         TypeError: the loss vector is not a floating-point tensor.
         ValueError: shapes do not fit, or rho is negative.
     """
-    if rho < 0:
+    if not rho >= 0:
         raise ValueError(f"rho is {rho} but must not be negative")
     losses, w = _lift(loss_vector, weights)
     value = (w * (losses - _broadcast(ideal, "ideal", losses))).amax(1)
@@ -156,7 +156,7 @@ def _lift(loss_vector: Tensor, weights: float | Tensor) -> tuple[Tensor, Tensor]
             'losses give it with reduction="none"'
         )
     losses = (loss_vector if loss_vector.ndim == 2 else loss_vector[None]).to(compute_dtype(loss_vector))
-    return losses, _broadcast(weights, "weights", losses)
+    return losses, per_objective(weights, "weights", (losses.shape[0], losses.shape[1]), losses, NOT_NEGATIVE)
 
 
 def _broadcast(value: float | Tensor, name: str, losses: Tensor) -> Tensor:

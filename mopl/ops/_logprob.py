@@ -8,12 +8,12 @@ softcap and temperature:
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from mopl._arguments import compute_dtype, shape_of
+from mopl._arguments import POSITIVE, as_value, shape_of
 
 SKIP = -1  # a target that does not count, once mask and ignore_index are applied
 
@@ -58,22 +58,22 @@ def check_target_range(target: Tensor, vocabulary: int) -> None:
         )
 
 
-def per_row(value: float | Tensor, name: str, shape: torch.Size, like: Tensor) -> Tensor:
-    """Return a number or a tensor that broadcasts to the rows' shape as a flat (N,) tensor in the compute dtype."""
-    dtype = compute_dtype(like)
-    if isinstance(value, (int, float)) or not isinstance(value, Tensor):  # a traced number is no float
-        # A comparison while tracing would compile one graph for each number.
-        if not torch.compiler.is_compiling() and not value > 0:
-            raise ValueError(f"{name} is {value} but must be positive")
-        # A product, because the compiler can turn that number into a tensor, but not the one that fills a tensor.
-        return (torch.ones((), dtype=dtype, device=like.device) * value).expand(math.prod(shape))
-    if value.device != like.device and value.numel() > 1:
+def per_row(value: float | Tensor, name: str, shape: torch.Size, like: Tensor, counts: Callable[[], Tensor]) -> Tensor:
+    """Return a number or a tensor that broadcasts to the rows' shape as a flat (N,) tensor in the compute dtype.
+
+    It must be positive where a row counts; `counts` says which of the (N,) do, and is asked where an entry is not.
+    """
+    if isinstance(value, Tensor) and value.device != like.device and value.numel() > 1:
         raise ValueError(f"{name} is on {value.device} but the rows are on {like.device}; move {name} there")
+
+    def excused(bad: Tensor) -> Tensor:  # an entry that no row uses that counts
+        return counts().view(shape).long().sum_to_size(bad.shape) == 0
+
     try:
-        return value.to(device=like.device, dtype=dtype).expand(shape).reshape(-1)
+        return as_value(value, name, like, POSITIVE, excused).expand(shape).reshape(-1)
     except RuntimeError:
         raise ValueError(
-            f"{name} has shape {shape_of(value)} but there is one row for each of {tuple(shape)}; "
+            f"{name} has shape {shape_of(value)} but there is one row for each of {tuple(shape)}; "  # type: ignore[arg-type]
             f"pass a number or a tensor that broadcasts to {tuple(shape)}"
         ) from None
 
@@ -84,8 +84,8 @@ def check_scalar(value: float | None, name: str, *, positive: bool = True) -> fl
         return 0.0
     if isinstance(value, Tensor):
         raise TypeError(f"{name} must be a Python number, a constant of the model; got a tensor")
-    if positive and not value > 0:
-        raise ValueError(f"{name} is {value} but must be positive; pass None to leave it out")
+    if positive and not POSITIVE.holds(value):
+        raise ValueError(f"{name} is {value} but {POSITIVE.words}; pass None to leave it out")
     return float(value)
 
 
@@ -132,6 +132,12 @@ def check_row_range(row: Tensor | None, rows: int) -> None:
             f"row holds {int(row.min())} to {int(row.max())} but hidden has {rows} rows; "
             f"pass numbers from 0 to {rows - 1}"
         )
+
+
+def rows_that_count(target: Tensor, row: Tensor | None, rows: int) -> Tensor:
+    """Return which rows (N,) have a merged target (E,) that counts."""
+    keep = target >= 0
+    return keep if row is None else keep.new_zeros(rows).index_fill_(0, row[keep], True)
 
 
 def check_row(row: Tensor | None, target: Tensor, hidden: Tensor) -> Tensor | None:

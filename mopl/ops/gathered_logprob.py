@@ -119,13 +119,14 @@ def gathered_logprob(
         )
     if target.device != logits.device:
         raise ValueError(f"target is on {target.device} but logits are on {logits.device}; move target there")
-    warmth = per_row(temperature, "temperature", lead, logits)
+    flat_target = merged.reshape(math.prod(lead), math.prod(target.shape[len(lead) :]))
+    warmth = per_row(temperature, "temperature", lead, logits, lambda: (flat_target >= 0).any(1))
     need_temperature = warmth.requires_grad and torch.is_grad_enabled()
     flat = logits.reshape(-1, vocabulary)
     apart = 0 not in flat.stride()  # rows that share memory have none that could hold a gradient of their own
     logprob, logsumexp, entropy, _ = _gathered_logprob(
         flat,
-        merged.reshape(math.prod(lead), math.prod(target.shape[len(lead) :])),
+        flat_target,
         warmth,
         check_scalar(softcap, "softcap"),
         return_entropy or need_temperature,

@@ -97,8 +97,9 @@ def linear_kl(
         if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name} wants a gradient but is a constant here; pass {name}.detach()")
     like = torch.empty((), dtype=dtype, device=hidden.device)
-    warmth = per_row(temperature, "temperature", lead, like)
-    reference_warmth = per_row(reference_temperature, "reference_temperature", lead, like)
+    counts = (lambda: mask) if mask is not None else lambda: torch.ones(lead, dtype=torch.bool, device=hidden.device)
+    warmth = per_row(temperature, "temperature", lead, like, counts)
+    reference_warmth = per_row(reference_temperature, "reference_temperature", lead, like, counts)
     return _linear_kl(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,

@@ -73,6 +73,7 @@ from mopl.ops._logprob import (
     is_dtensor,
     merge_targets,
     per_row,
+    rows_that_count,
     segment_sum,
     temperature_gradient,
 )
@@ -166,7 +167,8 @@ def linear_logprob(
     row = check_row(row, target, hidden)
     if target.device != hidden.device:
         raise ValueError(f"target is on {target.device} but hidden is on {hidden.device}; move target there")
-    warmth = per_row(temperature, "temperature", lead, hidden if hidden.dtype == torch.float64 else weight)
+    flat_target, like = merged.reshape(-1), hidden if hidden.dtype == torch.float64 else weight
+    warmth = per_row(temperature, "temperature", lead, like, lambda: rows_that_count(flat_target, row, rows))
     cap = check_scalar(softcap, "softcap")
     scale = check_scalar(logit_scale, "logit_scale")
     if check_targets is None:
@@ -185,7 +187,7 @@ def linear_logprob(
         kept_rows(hidden, weight, bound, workspace) if need_head else 0,
         bound, check_targets,
     )  # fmt: skip
-    tensors = (hidden.reshape(-1, hidden.shape[-1]), weight, bias, merged.reshape(-1), row, warmth)
+    tensors = (hidden.reshape(-1, hidden.shape[-1]), weight, bias, flat_target, row, warmth)
     if shard is None:
         logprob, logsumexp, entropy = _linear_logprob(*tensors, *options)[:3]
     else:

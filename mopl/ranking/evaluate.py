@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mopl import pareto, steering
+from mopl._arguments import check_positive
 from mopl._renamed import renamed
 from mopl.conditioning import check_weights
 from mopl.ranking.data import Batch, RankingData
@@ -151,7 +152,7 @@ def evaluate(
         One evaluation for each scale.
     """
     asked: list[Tensor | None] = [None] if weights is None else list(weights)
-    beta = torch.as_tensor(temperature, dtype=torch.float32)
+    beta = check_positive(temperature, "temperature").float()
     columns: list[list[tuple[Tensor, ...]]] = [[] for _ in scales]
     for w in asked:
         scorer = policy.at(w, beta if conditioned_on_temperature else None)  # type: ignore[arg-type]

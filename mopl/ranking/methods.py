@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from mopl import steering
-from mopl._arguments import check_choice
+from mopl._arguments import check_choice, check_positive
 from mopl.conditioning import check_weights, sample_temperatures, sample_weights
 from mopl.losses import listwise_dpo, plackett_luce, scalarize
 from mopl.ranking.batches import Batches
@@ -302,7 +302,7 @@ class ConditionedPolicy:
                 "this model was trained at one temperature; pass scale (c of equation 14) instead, or train "
                 "temperature-cos-dpo"
             )
-        beta = None if temperature is None else torch.as_tensor(temperature, dtype=torch.float32, device=device)
+        beta = None if temperature is None else check_positive(temperature, "temperature").float().to(device)
 
         def score(features: Tensor, mask: Tensor, reference: Tensor) -> Tensor:
             return self.model.score(features, w, temperature=beta, mask=mask, reference=reference)
