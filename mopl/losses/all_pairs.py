@@ -233,7 +233,7 @@ def _ranks(scores: Tensor, mask: Tensor | None) -> Tensor:
     keyed = scores if mask is None else torch.where(mask, scores, -math.inf)
     order = keyed.argsort(dim=1, descending=True, stable=True)
     exists = torch.ones_like(order) if mask is None else mask.gather(1, order).long()
-    return torch.empty_like(order).scatter_(1, order, exists.cumsum(1))
+    return torch.zeros_like(order).scatter(1, order, exists.cumsum(1))
 
 
 def _extremes(labels: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

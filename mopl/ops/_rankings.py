@@ -1,4 +1,4 @@
-"""A block of presorted rankings: what the CPU forms of the Plackett-Luce likelihood share."""
+"""Rankings: the order of the items of lists, and a block of them as the CPU forms of Plackett-Luce take it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,25 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+def sort_items(labels: Tensor, order: Tensor | None, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return labels (n, m, K) best first, the order (n, m, K) that makes them so, and where a rank exists.
+
+    The last is None without `valid` (n, K); masked items come last.
+    """
+    # Sorting keeps the order of the memory, and callers want neighbours of a row to be neighbours there.
+    labels = (labels if labels.is_floating_point() else labels.long()).contiguous()
+    if order is None:
+        if valid is not None:
+            lowest = torch.finfo(labels.dtype).min if labels.is_floating_point() else torch.iinfo(torch.int64).min + 1
+            below = -torch.inf if labels.is_floating_point() else lowest - 1
+            labels = labels.clamp(min=lowest).masked_fill(~valid[:, None], below)
+        labels, place = labels.sort(-1, descending=True)
+    else:
+        place = order.long()
+        labels = labels.gather(-1, place)
+    return labels, place, None if valid is None else valid[:, None].expand(place.shape).gather(-1, place)
 
 
 class Rankings(NamedTuple):

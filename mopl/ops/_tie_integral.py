@@ -110,3 +110,37 @@ def _integrate(
     log_p = torch.where(far, torch.log1p(-miss), torch.logsumexp(weight, -1) + step.log())
     density = (weight + (step.log() - log_p)[:, None]).exp_()
     return -log_p, (phi * density.index_select(0, group)).sum(-1)
+
+
+def any_order_formula(log_odds: Tensor, group: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return -log P(group before all below it, in any order) at each group's first item, differentiable.
+
+    The same integral for all groups (B, m, K) at once, single items included: no value decides what is computed. Where
+    the nodes lie does not matter to it, so that they are constants. `log_odds` and `group` are (B, m, K): u_i minus the
+    logarithm of the mass below the group, and the number of the group in its list, from 0.
+    """
+    shape, items = group.shape, group.shape[-1]
+    groups = shape[0] * shape[1] * items
+    start = torch.arange(0, groups, items, device=group.device).view(*shape[:2], 1)
+    flat, log_odds = (group + start).reshape(-1), log_odds.reshape(-1).double()
+    odds = log_odds.clamp(-100, 1e300)
+    size = torch.zeros_like(odds).scatter_add(0, flat, torch.ones_like(odds))
+    drop, nodes = _RULE[dtype]
+    left, right, far = (end[:, None] for end in _window(odds.detach(), flat, size, drop))
+    # A number that no item has stands for nothing; any interval does.
+    left, right = torch.where(size[:, None] > 0, left, 0), torch.where(size[:, None] > 0, right, 1)
+    nodes = int(nodes * max(3.0, math.log2(items)))
+    step = (right - left) / (nodes - 1)
+    y = left + step * torch.arange(nodes, dtype=odds.dtype, device=odds.device)
+
+    z = (y.index_select(0, flat) + odds[:, None]).clamp(max=6.5)
+    win = -torch.expm1(-z.clamp(min=-30).exp())
+    log_win = win.log() + z.clamp(max=-30) + 30
+    product = torch.zeros_like(y).scatter_add(0, flat[:, None].expand(log_win.shape), log_win)
+    weight = y - y.exp()
+    miss = torch.where(far, weight.exp() * -torch.expm1(product) * step, 0).sum(-1)  # 1 - P
+    log_p = torch.where(far[:, 0], torch.log1p(-miss), torch.logsumexp(weight + product, -1) + step[:, 0].log())
+    extra = torch.zeros_like(odds).scatter_add(0, flat, odds - log_odds.clamp(max=1e300))
+    loss = (extra - log_p).view(shape)
+    leads = torch.cat([torch.ones_like(group[..., :1], dtype=torch.bool), group[..., 1:] != group[..., :-1]], -1)
+    return torch.where(leads, loss.gather(-1, group), 0).to(dtype)

@@ -31,13 +31,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from mopl._arguments import compute_dtype, shape_of
+from mopl.ops import _derivatives as derivatives
 from mopl.ops._backend import use_triton
+from mopl.ops._gathered_logprob_formula import formula
 from mopl.ops._logprob import (
     check_scalar,
     check_target_range,
@@ -98,7 +101,7 @@ def gathered_logprob(
     Returns:
         logprob, of target's shape; or a tuple (logprob, logsumexp?, entropy?) of what was asked for. float32, float64
         for float64 logits. What does not count is 0 with gradient exactly 0. All three are differentiable in logits
-        and temperature, once.
+        and temperature; derivatives beyond the first hold several tensors of the size of the logits.
 
     Raises:
         TypeError: wrong dtypes.
@@ -124,16 +127,24 @@ def gathered_logprob(
     need_temperature = warmth.requires_grad and torch.is_grad_enabled()
     flat = logits.reshape(-1, vocabulary)
     apart = 0 not in flat.stride()  # rows that share memory have none that could hold a gradient of their own
-    logprob, logsumexp, entropy, _ = _gathered_logprob(
+    rows = (
         flat,
         flat_target,
         warmth,
-        check_scalar(softcap, "softcap"),
-        return_entropy or need_temperature,
-        return_entropy and need_temperature,
-        inplace_backward and apart and not torch.compiler.is_compiling(),
-        not logits.is_cuda if check_targets is None else check_targets,
     )
+    cap = check_scalar(softcap, "softcap")
+    if derivatives.transformed():
+        # No transform lets values be read: a target outside the vocabulary gives NaN.
+        logprob, logsumexp, entropy = formula(*rows, softcap=cap)
+    else:
+        logprob, logsumexp, entropy, _ = _gathered_logprob(
+            *rows,
+            cap,
+            return_entropy or need_temperature,
+            return_entropy and need_temperature,
+            inplace_backward and apart and not torch.compiler.is_compiling(),
+            not logits.is_cuda if check_targets is None else check_targets,
+        )
     results = [logprob.view(target.shape)]
     if return_logsumexp:
         results.append(logsumexp.view(lead))
@@ -256,20 +267,23 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_logprob, grad_logsumexp, grad_entropy, _):
-    need_logits, need_temperature = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
-    logits, target, temperature, logprob, logsumexp, entropy, variance = ctx.saved_tensors
-    if ctx.inplace and need_logits:
-        warmth = _gathered_logprob_backward_(
-            grad_logprob, grad_logsumexp, grad_entropy, logits, target, temperature, logprob, logsumexp, entropy,
-            variance, ctx.softcap, need_temperature,
-        )  # fmt: skip
-        grad = logits.detach()
-    else:
-        grad, warmth = _gathered_logprob_backward(
-            grad_logprob, grad_logsumexp, grad_entropy, logits, target, temperature, logprob, logsumexp, entropy,
-            variance, ctx.softcap, need_logits, need_temperature,
-        )  # fmt: skip
-    return grad if need_logits else None, None, warmth if need_temperature else None, *[None] * 5
+    need = (ctx.needs_input_grad[0], ctx.needs_input_grad[2])
+    logits, target, temperature, *statistics = ctx.saved_tensors
+    upstream = (grad_logprob, grad_logsumexp, grad_entropy)
+    # Derivatives of the gradient read the logits again, so that nothing may be written over them.
+    inplace = ctx.inplace and need[0] and not torch.is_grad_enabled()
+
+    def closed_form() -> tuple[Tensor, Tensor]:
+        given = (*upstream, logits, target, temperature, *statistics, ctx.softcap)
+        if not inplace:
+            return _gathered_logprob_backward(*given, *need)
+        warmth = _gathered_logprob_backward_(*given, need[1])
+        return logits.detach(), warmth
+
+    grad, warmth = derivatives.gradients(
+        closed_form, partial(formula, softcap=ctx.softcap), (logits, target, temperature), (0, 2), need, upstream
+    )
+    return grad, None, warmth, *[None] * 5
 
 
 _gathered_logprob.register_autograd(_backward, setup_context=_setup_context)

@@ -21,10 +21,16 @@ import torch
 from torch import Tensor
 
 from mopl._arguments import check_choice, compute_dtype, shape_of, wide_dtype
+from mopl.ops import _derivatives as derivatives
 from mopl.ops._linear_kl_chunks import Head, Sums, backward, forward
 from mopl.ops._logprob import check_operands, check_scalar, is_dtensor, per_row
 
 Direction = Literal["reverse", "forward"]
+
+# What has the derivatives that are refused here.
+INSTEAD = (
+    "take log_softmax of both models' logits, logit_scale * (hidden @ weight.T + bias), or detach hidden and weight"
+)
 
 
 def linear_kl(
@@ -60,8 +66,8 @@ def linear_kl(
 
     Returns:
         (...), at least 0; float32, float64 if an operand is. What does not count is 0 with gradient exactly 0.
-        Differentiable, once, in hidden, weight and bias. Nothing flows into the reference: where it shares the head,
-        the head's gradient is that of the policy's use of it.
+        Differentiable in hidden, weight and bias, once, in reverse mode; anything beyond is an error. Nothing flows
+        into the reference: where it shares the head, the head's gradient is that of the policy's use of it.
 
     Raises:
         TypeError: wrong dtypes, or a sharded (DTensor) operand.
@@ -69,6 +75,7 @@ def linear_kl(
     """
     check_choice(direction, ("reverse", "forward"), "direction")
     check_operands(hidden, weight, bias)
+    derivatives.refuse_transforms("linear_kl", INSTEAD, hidden, weight, bias)
     if reference_weight is None:
         if reference_bias is not None:
             raise ValueError("reference_bias is for a head of the reference's own; pass reference_weight with it")
@@ -248,11 +255,13 @@ def _backward(ctx, grad, *_):
         return (None,) * 12
     *tensors, top, total, reference_top, reference_total, mean = ctx.saved_tensors
     need = ctx.needs_input_grad[:3]
-    gradients = _linear_kl_backward(
-        grad, *tensors, [top, total, reference_top, reference_total, mean], ctx.softcap, ctx.logit_scale, ctx.reverse,
-        *need,
-    )  # fmt: skip
-    return (*(g if needed else None for g, needed in zip(gradients, need, strict=True)), *(None,) * 9)
+    sums = [top, total, reference_top, reference_total, mean]
+
+    def closed_form() -> list[Tensor | None]:
+        found = _linear_kl_backward(grad, *tensors, sums, ctx.softcap, ctx.logit_scale, ctx.reverse, *need)
+        return [g if needed else None for g, needed in zip(found, need, strict=True)]
+
+    return *derivatives.once(closed_form, "linear_kl", INSTEAD, grad, *tensors[:3]), *(None,) * 9
 
 
 _linear_kl.register_autograd(_backward, setup_context=_setup_context)

@@ -55,6 +55,7 @@ import torch
 from torch import Tensor
 
 from mopl._arguments import compute_dtype
+from mopl.ops import _derivatives as derivatives
 from mopl.ops._linear_logprob_stages import (
     Forward,
     cache_dtype,
@@ -82,6 +83,11 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 GIB = 2**30
+
+# What has the derivatives that are refused here.
+INSTEAD = (
+    "take mopl.ops.gathered_logprob of the logits, logit_scale * (hidden @ weight.T + bias), or detach the operands"
+)
 
 
 @overload
@@ -149,13 +155,16 @@ def linear_logprob(
     Returns:
         logprob, of target's shape; or a tuple (logprob, logsumexp?, entropy?) of what was asked for, the latter two of
         hidden's leading shape. float32, float64 if `hidden` or `weight` is float64. What does not count is 0 with
-        gradient exactly 0. All three are differentiable in hidden, weight, bias and temperature, once.
+        gradient exactly 0. All three are differentiable in hidden, weight, bias and temperature, once, in reverse mode;
+        anything beyond is an error.
 
     Raises:
         TypeError: wrong dtypes.
         ValueError: shapes or devices that do not fit, targets outside the vocabulary.
     """
     check_operands(hidden, weight, bias)
+    warm = temperature if isinstance(temperature, Tensor) else None
+    derivatives.refuse_transforms("linear_logprob", INSTEAD, hidden, weight, bias, warm)
     shard, vocabulary = None, weight.shape[0]
     if group is not None or is_dtensor(weight):
         from mopl.ops._vocab_parallel import check_shard, vocab_parallel_logprob
@@ -357,11 +366,18 @@ def _backward(ctx, grad_logprob, grad_logsumexp, grad_entropy, *_):
     need = ctx.needs_input_grad
     need = (need[0], need[1], need[2], need[5])
     hidden, weight, bias, target, row, temperature, *saved = ctx.saved_tensors
-    gradients = _linear_logprob_backward(
-        grad_logprob, grad_logsumexp, grad_entropy, hidden, weight, bias, target, row, temperature, saved,
-        ctx.softcap, ctx.logit_scale, ctx.keep_rows, ctx.max_rows, *need, ctx.hidden_dtype,
-    )  # fmt: skip
-    *heads, warmth = (g if needed else None for g, needed in zip(gradients, need, strict=True))
+    upstream = (grad_logprob, grad_logsumexp, grad_entropy)
+
+    def closed_form() -> list[Tensor | None]:
+        found = _linear_logprob_backward(
+            *upstream, hidden, weight, bias, target, row, temperature, saved,
+            ctx.softcap, ctx.logit_scale, ctx.keep_rows, ctx.max_rows, *need, ctx.hidden_dtype,
+        )  # fmt: skip
+        return [g if needed else None for g, needed in zip(found, need, strict=True)]
+
+    # The results stand for the hidden states, which a frozen head does not keep.
+    inputs = (*upstream, hidden, weight, bias, temperature, *saved[:3])
+    *heads, warmth = derivatives.once(closed_form, "linear_logprob", INSTEAD, *inputs)
     return (*heads, None, None, warmth, *[None] * 10)
 
 

@@ -27,10 +27,13 @@ lists in which no item is likely, and only the others, *confident* lists, are do
 for a list that is not confident, and `rest` and `others` are empty, as `logp` is with the kernels.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from mopl._arguments import compute_dtype
+from mopl.ops import _derivatives as derivatives
 from mopl.ops._backend import use_triton
 from mopl.ops._rows import (
     blocks,
@@ -71,7 +74,36 @@ def listwise_cross_entropy(
         ValueError: if a shape does not fit; nothing is broadcast here.
     """
     check_list_op(scores, labels, temperature, mask)
+    if derivatives.transformed():
+        return _formula(scores, labels, temperature, mask, normalize=normalize)
     return _listwise_cross_entropy(scores, labels, temperature, mask, normalize)[0]
+
+
+def _formula(scores: Tensor, labels: Tensor, temperature: Tensor, mask: Tensor | None, normalize: bool) -> Tensor:
+    """Return the loss in differentiable functions of PyTorch, for the derivatives that the op itself does not give."""
+    dtype = compute_dtype(scores)
+    if labels.shape[-1] < 2 or labels.numel() == 0:
+        return scores.new_zeros(labels.shape[:2], dtype=dtype)
+    valid = existing(mask)
+    s, z = scores.to(dtype), labels.to(dtype)
+    if valid is not None:
+        s, z = torch.where(valid, s, 0), torch.where(valid[:, None], z, 0)
+    mass = z.sum(-1, keepdim=True)
+    charged = mass > 0 if normalize else torch.ones_like(mass, dtype=torch.bool)
+    if normalize:
+        z = torch.where(charged, z / torch.where(charged, mass, 1), 0)
+    # Lists that cost nothing may hold NaN.
+    s = torch.where(charged.any(1), s, 0)
+    impossible = s == -torch.inf
+    s = derivatives.finite(s)
+    u = temperature.to(dtype)[:, :, None] * (s - s.detach().amax(-1, keepdim=True))[:, None]
+    if valid is not None:
+        u = torch.where(valid[:, None], u, torch.finfo(dtype).min / 2)
+    logp = derivatives.log_softmax(u)
+    if valid is not None:
+        logp = torch.where(valid[:, None], logp, 0)
+    lost = torch.where(impossible[:, None] & (z != 0), z.detach() * torch.inf, 0).sum(-1)
+    return torch.where(charged[..., 0], lost - (z * logp).sum(-1), 0)
 
 
 @torch.library.custom_op("mopl::listwise_cross_entropy", mutates_args=())
@@ -156,10 +188,13 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad_loss, *_):
     if grad_loss is None:
         return None, None, None, None, None
-    need = ctx.needs_input_grad[:3]
-    arguments = (grad_loss, *ctx.saved_tensors, ctx.normalize, *need)
-    gradients = _listwise_cross_entropy_backward(*arguments)
-    return (*(g if needed else None for g, needed in zip(gradients, need, strict=True)), None, None)
+    need, saved = ctx.needs_input_grad[:3], ctx.saved_tensors
+
+    def closed_form() -> tuple[Tensor, ...]:
+        return _listwise_cross_entropy_backward(grad_loss, *saved, ctx.normalize, *need)
+
+    formula = partial(_formula, normalize=ctx.normalize)
+    return *derivatives.gradients(closed_form, formula, saved[:4], (0, 1, 2), need, (grad_loss,)), None, None
 
 
 _listwise_cross_entropy.register_autograd(_backward, setup_context=_setup_context)

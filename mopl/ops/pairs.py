@@ -17,13 +17,18 @@ over the pairs, so that backward is a product.
 
 which is a second pass over the pairs instead of a stored K x K matrix (Qin, Liu, Li 2010; ApproxNDCG, ApproxMRR).
 
-Equal scores have difference 0 even where both are infinite. Second derivatives raise an error.
+Equal scores have difference 0 even where both are infinite. Second derivatives, forward mode and transforms go through
+the formulas at the end of the file, which hold all pairs of all lists at once.
 """
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from mopl.ops import _derivatives as derivatives
 
 # Pairs (times objectives) in a block. On a CPU the temporaries should stay in the caches, on a GPU a block should
 # fill the device; either way they are a few dozen bytes a pair.
@@ -55,6 +60,8 @@ def pairwise_logistic(
     """
     with_gradient = torch.is_grad_enabled() and (scores.requires_grad or margin.requires_grad)
     gains = None if gains is None else gains.detach()
+    if derivatives.transformed():
+        return _pairwise_formula(scores, labels.detach(), margin, gains, discounts, top, both_in_top=both_in_top)
     return _pairwise_logistic(scores, labels.detach(), margin, gains, discounts, top, both_in_top, with_gradient)[0]
 
 
@@ -71,6 +78,8 @@ def smooth_ranks(
     Returns:
         (B, m, K) in the dtype of the scores; 1 where no item exists.
     """
+    if derivatives.transformed():
+        return _smooth_ranks_formula(scores, mask)
     return _smooth_ranks(scores, mask)
 
 
@@ -127,7 +136,6 @@ def _(scores, labels, margin, gains, discounts, top, both_in_top, with_gradient)
 def _pairwise_logistic_backward(
     grad_loss: Tensor, by_score: Tensor, by_margin: Tensor, common_scores: bool, common_margin: bool
 ) -> tuple[Tensor, Tensor]:
-    # A custom op without a derivative of its own, so that a second derivative is an error and not a wrong number.
     grad_scores, grad_margin = grad_loss[..., None] * by_score, grad_loss * by_margin
     if common_scores:
         grad_scores = grad_scores.sum(1, keepdim=True)
@@ -144,7 +152,7 @@ def _(grad_loss, by_score, by_margin, common_scores, common_margin):
 
 
 def _pairwise_logistic_setup(ctx, inputs, output):
-    scores, labels, margin, *_, with_gradient = inputs
+    scores, labels, margin, gains, discounts, top, ctx.both_in_top, with_gradient = inputs
     _, by_score, by_margin = output
     if not with_gradient:
         raise RuntimeError("mopl::pairwise_logistic was called without gradient; pass with_gradient=True")
@@ -152,15 +160,25 @@ def _pairwise_logistic_setup(ctx, inputs, output):
     ctx.common_margin = margin.shape[1] != labels.shape[1]
     ctx.mark_non_differentiable(by_score, by_margin)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(by_score, by_margin)
+    ctx.save_for_backward(by_score, by_margin, scores, margin)
+    derivatives.keep(ctx, labels, gains, discounts, top)
 
 
 def _pairwise_logistic_grad(ctx, grad_loss, *_):
     if grad_loss is None:
         return (None,) * 8
-    by_score, by_margin = ctx.saved_tensors
-    grads = _pairwise_logistic_backward(grad_loss, by_score, by_margin, ctx.common_scores, ctx.common_margin)
-    return grads[0], None, grads[1], None, None, None, None, None
+    by_score, by_margin, scores, margin = ctx.saved_tensors
+    labels, *weights = derivatives.kept(ctx)
+
+    def closed_form() -> tuple[Tensor, Tensor]:
+        return _pairwise_logistic_backward(grad_loss, by_score, by_margin, ctx.common_scores, ctx.common_margin)
+
+    formula, need = partial(_pairwise_formula, both_in_top=ctx.both_in_top), ctx.needs_input_grad
+    arguments = (scores, labels, margin, *weights)
+    of_scores, of_margin = derivatives.gradients(
+        closed_form, formula, arguments, (0, 2), (need[0], need[2]), (grad_loss,)
+    )
+    return of_scores, None, of_margin, None, None, None, None, None
 
 
 _pairwise_logistic.register_autograd(_pairwise_logistic_grad, setup_context=_pairwise_logistic_setup)
@@ -214,7 +232,14 @@ def _smooth_ranks_setup(ctx, inputs, output):
 
 
 def _smooth_ranks_grad(ctx, grad_ranks):
-    return _smooth_ranks_backward(grad_ranks, *ctx.saved_tensors), None
+    scores, mask = ctx.saved_tensors
+
+    def closed_form() -> tuple[Tensor]:
+        return (_smooth_ranks_backward(grad_ranks, scores, mask),)
+
+    return *derivatives.gradients(
+        closed_form, _smooth_ranks_formula, (scores, mask), (0,), (True,), (grad_ranks,)
+    ), None
 
 
 _smooth_ranks.register_autograd(_smooth_ranks_grad, setup_context=_smooth_ranks_setup)
@@ -238,3 +263,41 @@ def _differences(rows: Tensor, columns: Tensor) -> Tensor:
     """Return rows_i - columns_j as (..., I, K), 0 where they are equal, which inf - inf would not be."""
     first, second = rows[..., :, None], columns[..., None, :]
     return (first - second).masked_fill_(first == second, 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same in differentiable functions of PyTorch
+
+
+def _pairwise_formula(
+    scores: Tensor,
+    labels: Tensor,
+    margin: Tensor,
+    gains: Tensor | None,
+    discounts: Tensor | None,
+    top: Tensor | None,
+    both_in_top: bool,
+) -> Tensor:
+    pair = labels[..., :, None] > labels[..., None, :]
+    if top is not None:
+        first, second = top[:, None, :, None], top[:, None, None, :]
+        pair = pair & (first & second if both_in_top else first | second)
+    weight = pair.to(scores.dtype)
+    if gains is not None and discounts is not None:
+        change = (discounts[:, None, :, None] - discounts[:, None, None, :]).abs().to(scores.dtype)
+        weight = torch.where(pair, (gains[..., :, None] - gains[..., None, :]).abs() * change, 0)
+    hopeless = pair & (scores[..., :, None] < scores[..., None, :])
+    hopeless = hopeless & ((scores == -torch.inf)[..., :, None] | (scores == torch.inf)[..., None, :])
+    u = derivatives.finite(scores)
+    d = u[..., :, None] - u[..., None, :] - margin[..., None, None]
+    lost = torch.where(hopeless, weight * torch.inf, 0).sum((-2, -1))
+    return lost - torch.where(pair, weight * logsigmoid(d), 0).sum((-2, -1))
+
+
+def _smooth_ranks_formula(scores: Tensor, mask: Tensor | None) -> Tensor:
+    exists = None if mask is None else mask[:, None, :]
+    u = derivatives.finite(scores if exists is None else torch.where(exists, scores, 0))
+    above = torch.sigmoid(u[..., None, :] - u[..., :, None])
+    if exists is None:
+        return above.sum(-1) + 0.5
+    return torch.where(exists, torch.where(exists[..., None, :], above, 0).sum(-1) + 0.5, 1)

@@ -33,13 +33,17 @@ gradient 0. A masked slot is never read into arithmetic. A score of -inf above o
 keeps a finite gradient, -W; at the bottom it costs nothing.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from mopl._arguments import check_choice, compute_dtype, shape_of
+from mopl.ops import _derivatives as derivatives
 from mopl.ops._backend import use_triton
 from mopl.ops._plackett_luce_cpu import likelihood
-from mopl.ops._rankings import Rankings
+from mopl.ops._plackett_luce_formula import formula
+from mopl.ops._rankings import Rankings, sort_items
 from mopl.ops._rows import blocks, check_list_op, existing, in_full_precision, is_number, merge
 
 TIES = ("breslow", "efron", "exact")
@@ -84,6 +88,11 @@ def plackett_luce_nll(
         raise ValueError(
             f"position_weights has shape {shape_of(position_weights)} but labels are {shape_of(labels)}; "
             "pass (K,) or (B, m, K)"
+        )
+    position_weights = None if position_weights is None else position_weights.detach()
+    if derivatives.transformed():
+        return formula(
+            scores, labels.detach(), temperature, mask, order, position_weights, top_k, ties, last_group_free
         )
     need_grad = torch.is_grad_enabled() and (scores.requires_grad or temperature.requires_grad)
     return _plackett_luce_nll(
@@ -146,29 +155,42 @@ def _(grad_loss, temperature, gradient):
 
 
 def _setup_context(ctx, inputs, output):
-    scores, _, temperature, mask, *_, need_grad = inputs
+    scores, labels, temperature, mask, order, position_weights, *options, ctx.need_grad = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.need_grad = need_grad
+    ctx.options = dict(zip(("top_k", "ties", "last_group_free"), options, strict=True))
     ctx.save_for_backward(scores, temperature, mask, *output[1:])
+    derivatives.keep(ctx, labels, order, position_weights)
 
 
 def _backward(ctx, grad_loss, *_):
-    dscores = dtemperature = None
-    if grad_loss is not None:
-        if not ctx.need_grad:
-            raise RuntimeError("plackett_luce_nll was called with need_grad=False, so it kept nothing for backward")
-        scores, temperature, mask, gradient, temperature_gradient = ctx.saved_tensors
-        if ctx.needs_input_grad[0]:
+    if grad_loss is None:
+        return (None,) * 10
+    if not ctx.need_grad:
+        raise RuntimeError("plackett_luce_nll was called with need_grad=False, so it kept nothing for backward")
+    scores, temperature, mask, gradient, temperature_gradient = ctx.saved_tensors
+    labels, *rest = derivatives.kept(ctx)
+    need = (ctx.needs_input_grad[0], ctx.needs_input_grad[2])
+
+    def closed_form() -> tuple[Tensor | None, Tensor | None]:
+        dscores = dtemperature = None
+        if need[0]:
             dscores = _plackett_luce_nll_backward(grad_loss, temperature, gradient).to(scores.dtype)
-        if ctx.needs_input_grad[2]:
+        if need[1]:
+            of_temperature = temperature_gradient
             if not use_triton(scores) and gradient.shape[-1]:
                 centred = _load(scores.to(gradient.dtype), mask, centre=True)[:, None]
-                temperature_gradient = torch.where(gradient == 0, 0, gradient * centred).sum(-1)
+                of_temperature = torch.where(gradient == 0, 0, gradient * centred).sum(-1)
             elif not use_triton(scores):
-                temperature_gradient = gradient.sum(-1)
-            dtemperature = (grad_loss * temperature_gradient).sum_to_size(temperature.shape).to(temperature.dtype)
-    return dscores, None, dtemperature, None, None, None, None, None, None, None
+                of_temperature = gradient.sum(-1)
+            dtemperature = (grad_loss * of_temperature).sum_to_size(temperature.shape).to(temperature.dtype)
+        return dscores, dtemperature
+
+    arguments = (scores, labels, temperature, mask, *rest)
+    dscores, dtemperature = derivatives.gradients(
+        closed_form, partial(formula, **ctx.options), arguments, (0, 2), need, (grad_loss,)
+    )
+    return dscores, None, dtemperature, *(None,) * 7
 
 
 _plackett_luce_nll.register_autograd(_backward, setup_context=_setup_context)
@@ -253,18 +275,7 @@ def _rank(
 
     The second is 1.0 elsewhere, and None if nothing is tied; the third is None without a mask.
     """
-    # Sorting keeps the order of the memory, and below neighbours of a row must be neighbours there.
-    labels = (labels if labels.is_floating_point() else labels.long()).contiguous()
-    if order is None:
-        if valid is not None:
-            lowest = torch.finfo(labels.dtype).min if labels.is_floating_point() else torch.iinfo(torch.int64).min + 1
-            below = -torch.inf if labels.is_floating_point() else lowest - 1
-            labels = labels.clamp(min=lowest).masked_fill(~valid[:, None], below)
-        labels, place = labels.sort(-1, descending=True)
-    else:
-        place = order.long()
-        labels = labels.gather(-1, place)
-    ranked = None if valid is None else valid[:, None].expand(place.shape).gather(-1, place)
+    labels, place, ranked = sort_items(labels, order, valid)
     # Neighbours in memory, and a result in floating point: each is several times faster than its alternative.
     leads = torch.empty(labels.shape, dtype=dtype, device=labels.device)
     torch.ne(labels.view(-1)[1:], labels.view(-1)[:-1], out=leads.view(-1)[1:])

@@ -1,0 +1,217 @@
+"""Derivatives beyond the first, forward mode and the transforms of `torch.func`: one rule for all ops.
+
+An op's own passes, kernels and closed forms, give its value and its first derivative in reverse mode. Autograd cannot
+look inside them: left alone, a second derivative would be 0 or an error, and a forward-mode derivative 0. Hence every
+op either has a *formula*, the same function in differentiable PyTorch functions and without a look at any value, or it
+refuses. The formula serves
+
+* the derivative of the first derivative, which keeps the value of the closed form, and higher ones (`gradients`);
+* forward mode, and everything under `torch.func` (`transformed`): PyTorch carries its transforms through the formula.
+
+A formula takes the same care of masked items, ties, infinite scores and small losses as the op, in every derivative. It
+may cost more: time and memory of ordinary autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+Tensors = Sequence[Tensor | None]
+
+
+def transformed() -> bool:
+    """Say whether a `torch.func` transform or a level of forward-mode differentiation surrounds the caller."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def gradients(
+    closed_form: Callable[[], Tensors],
+    formula: Callable[..., Tensor | tuple[Tensor, ...]],
+    arguments: Tensors,
+    places: Sequence[int],
+    need: Sequence[bool],
+    upstream: Tensors,
+) -> list[Tensor | None]:
+    """Return the gradients of an op in its backward pass, themselves differentiable where that may be asked for.
+
+    Args:
+        closed_form: computes the gradients, one for each of `places`; what is not needed is ignored.
+        formula: the op as a differentiable function of `arguments`.
+        arguments: what the formula takes.
+        places: which of the arguments the op is differentiable in.
+        need: for each of `places`, whether its gradient is wanted.
+        upstream: gradients of the formula's results; None where there is none.
+
+    Returns:
+        A gradient or None for each of `places`.
+    """
+    wanted = [place for place, needed in zip(places, need, strict=True) if needed]
+    if transformed():  # the upstream gradients are batched or have tangents
+        found = iter(_pull_back(formula, arguments, wanted, upstream))
+        return [next(found) if needed else None for needed in need]
+    if not torch.is_grad_enabled():
+        return [g if needed else None for g, needed in zip(closed_form(), need, strict=True)]
+    with torch.no_grad():
+        values = tuple(g for g, needed in zip(closed_form(), need, strict=True) if needed)
+    found = iter(_Gradients.apply(formula, tuple(wanted), values, len(upstream), *upstream, *arguments))  # type: ignore[arg-type]
+    return [next(found) if needed else None for needed in need]
+
+
+def once(closed_form: Callable[[], Tensors], name: str, remedy: str, *inputs: Tensor | None) -> list[Tensor | None]:
+    """Return gradients whose own derivative is an error that names the op and the remedy."""
+    if transformed():
+        raise NotImplementedError(
+            f"{name} cannot run its backward pass under torch.func.vmap, is_grads_batched or forward-mode "
+            f"differentiation; {remedy}"
+        )
+    if not torch.is_grad_enabled():
+        return list(closed_form())
+    with torch.no_grad():
+        values = closed_form()
+    found = iter(_Once.apply(name, remedy, tuple(g for g in values if g is not None), *inputs))  # type: ignore[arg-type]
+    return [None if g is None else next(found) for g in values]
+
+
+def refuse_transforms(name: str, remedy: str, *inputs: Tensor | None) -> None:
+    """Raise where an op without a formula would be differentiated in forward mode or under `torch.func`."""
+    if not transformed():
+        return
+    given = [t for t in inputs if isinstance(t, Tensor)]
+    if any(forward_ad.unpack_dual(t).tangent is not None for t in given):
+        raise NotImplementedError(f"{name} has no forward-mode derivative (jvp, jacfwd, hessian); {remedy}")
+    if torch.is_grad_enabled() and any(map(_tracked, given)):
+        raise NotImplementedError(f"{name} cannot be differentiated under torch.func (grad, vjp, jacrev); {remedy}")
+
+
+def _tracked(tensor: Tensor) -> bool:
+    """Say whether a tensor, or one that a transform has wrapped in it, requires a gradient."""
+    while not tensor.requires_grad and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor.requires_grad
+
+
+def keep(ctx, *constants: Tensor | None) -> None:
+    """Keep constants of the op for its formula: the first derivative does not read them and does not mind changes."""
+    ctx.constants = constants
+    ctx.versions = tuple(_version(t) for t in constants)
+
+
+def kept(ctx) -> tuple[Tensor | None, ...]:
+    """Return what `keep` kept; raise if a second derivative would read what has changed since."""
+    if torch.is_grad_enabled() and ctx.versions != tuple(_version(t) for t in ctx.constants):
+        raise RuntimeError(
+            "one of the tensors needed for a second derivative (labels, order, weights or mask of a loss) has been "
+            "modified by an inplace operation since the loss was computed; pass a clone of it"
+        )
+    return ctx.constants
+
+
+def _version(tensor: Tensor | None) -> int | None:
+    return None if tensor is None or tensor.is_inference() else tensor._version
+
+
+def _pull_back(
+    formula: Callable[..., Tensor | tuple[Tensor, ...]], arguments: Tensors, places: Sequence[int], upstream: Tensors
+) -> tuple[Tensor, ...]:
+    """Return the gradients at some arguments of a formula, by PyTorch's derivative of it."""
+
+    def results(*values: Tensor) -> tuple[Tensor, ...]:
+        given = list(arguments)
+        for place, value in zip(places, values, strict=True):
+            given[place] = value
+        found = formula(*given)
+        found = found if isinstance(found, tuple) else (found,)
+        return tuple(part for part, g in zip(found, upstream, strict=True) if g is not None)
+
+    _, pull = torch.func.vjp(results, *(arguments[place] for place in places))  # type: ignore[misc]
+    return pull(tuple(g for g in upstream if g is not None))
+
+
+class _Gradients(torch.autograd.Function):
+    """Gradients that were computed in closed form, as a differentiable function of all they depend on."""
+
+    @staticmethod
+    def forward(ctx, formula, places, values, count, *tensors):  # type: ignore[override]
+        ctx.formula, ctx.places, ctx.count = formula, places, count
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        return values
+
+    @staticmethod
+    def backward(ctx, *upstream):  # type: ignore[override]
+        tensors = list(ctx.saved_tensors)
+        need = [i for i in range(len(tensors)) if ctx.needs_input_grad[4 + i]]
+        live = [k for k, g in enumerate(upstream) if g is not None]
+
+        def first(*values: Tensor) -> tuple[Tensor, ...]:
+            given = list(tensors)
+            for place, value in zip(need, values, strict=True):
+                given[place] = value
+            wanted = [ctx.places[k] for k in live]
+            return _pull_back(ctx.formula, given[ctx.count :], wanted, given[: ctx.count])
+
+        result: list[Tensor | None] = [None] * len(tensors)
+        if need and live:
+            values, pull = torch.func.vjp(first, *(tensors[i] for i in need))  # type: ignore[misc]
+            found = pull(tuple(upstream[k].to(v.dtype) for k, v in zip(live, values, strict=True)))
+            for place, value in zip(need, found, strict=True):
+                result[place] = value
+        return None, None, None, None, *result
+
+
+class _Once(torch.autograd.Function):
+    """Gradients whose derivative is an error."""
+
+    @staticmethod
+    def forward(ctx, name, remedy, values, *inputs):  # type: ignore[override]
+        ctx.name, ctx.remedy = name, remedy
+        return values
+
+    @staticmethod
+    def backward(ctx, *_):  # type: ignore[override]
+        raise NotImplementedError(f"{ctx.name} has no second derivative (create_graph, hessian); {ctx.remedy}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What formulas are made of
+
+
+class _Finite(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        largest = torch.finfo(x.dtype).max / 1024  # room for the product with a temperature
+        return x.nan_to_num(nan=torch.nan, posinf=largest, neginf=-largest)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[override]
+        return gradient
+
+    @staticmethod
+    def jvp(ctx, tangent):  # type: ignore[override]
+        return tangent.clone()
+
+
+def finite(x: Tensor) -> Tensor:
+    """Return x with infinities replaced by numbers beyond all others, of derivative 1.
+
+    No product of a derivative that is 0 with one of them is NaN, and a difference of two of them is 0.
+    """
+    return _Finite.apply(x)  # type: ignore[return-value]
+
+
+def log_softmax(u: Tensor) -> Tensor:
+    """Return log softmax along the last dimension of finite u; a likely entry keeps every digit of its logarithm."""
+    peak = u.detach().argmax(-1, keepdim=True)
+    shifted = u - u.gather(-1, peak)
+    others = shifted.exp().scatter(-1, peak, 0)  # exp of the peak is 1: adding it would round the rest
+    return shifted - others.sum(-1, keepdim=True).log1p()

@@ -1,0 +1,108 @@
+"""The Plackett-Luce likelihood in differentiable functions of PyTorch, for the derivatives that the op does not give.
+
+Formulas and names are those of `mopl/ops/plackett_luce.py`. Sums over the items below are logarithms of sums of
+exponentials, found for all items at once by log2(K) doublings; sums over tied groups are scattered to the group.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid, pad
+
+from mopl._arguments import compute_dtype
+from mopl.ops import _derivatives as derivatives
+from mopl.ops._rankings import sort_items
+from mopl.ops._rows import existing
+from mopl.ops._tie_integral import any_order_formula
+
+
+def formula(
+    scores: Tensor,
+    labels: Tensor,
+    temperature: Tensor,
+    mask: Tensor | None,
+    order: Tensor | None,
+    position_weights: Tensor | None,
+    top_k: int | None,
+    ties: str,
+    last_group_free: bool,
+) -> Tensor:
+    """Return the loss (B, m); the arguments are those of `plackett_luce_nll`."""
+    dtype, size = compute_dtype(scores), labels.shape[-1]
+    if size < 2 or labels.numel() == 0:
+        return scores.new_zeros(labels.shape[:2], dtype=dtype)
+    valid, s = existing(mask), scores.to(dtype)
+    if valid is not None:
+        s = torch.where(valid, s, 0)
+    possible = s > -torch.inf
+    s = derivatives.finite(s)
+    u = temperature.to(dtype)[:, :, None] * (s - s.detach().amax(-1, keepdim=True))[:, None]
+    ranked_labels, place, ranked = sort_items(labels, order, valid)
+    u = u.expand(place.shape).gather(-1, place)
+    possible = possible[:, None].expand(place.shape).gather(-1, place)
+    floor = torch.finfo(dtype).min / 2
+    if ranked is None:
+        ranked = torch.ones_like(possible)
+    u, possible = torch.where(ranked, u, floor), possible & ranked
+
+    # Groups: where each item's begins, which it is, and how many items it has.
+    index = torch.arange(size, device=u.device).expand(place.shape)
+    leads = pad(ranked_labels[..., 1:] != ranked_labels[..., :-1], (1, 0), value=True) | ~ranked
+    group = leads.cumsum(-1) - 1
+    first = torch.where(leads, index, 0).cummax(-1).values
+
+    def total(values: Tensor) -> Tensor:
+        """Return the sum of `values` over each item's group."""
+        return torch.zeros_like(values).scatter_add(-1, group, values).gather(-1, group)
+
+    count = total(torch.ones_like(u))
+    after = first + count.long()  # the first item below the group
+
+    def below(values: Tensor, nothing: float) -> Tensor:
+        return pad(values, (0, 1), value=nothing).gather(-1, after)
+
+    weight = torch.ones_like(u)
+    if position_weights is not None:
+        weight = torch.where(ranked, position_weights.detach().to(dtype), 0)
+    weight = total(weight) / count
+    charged = ranked & (weight != 0)
+    if top_k is not None:
+        charged = charged & (first < top_k)
+    bottom = ~below(ranked.to(dtype), 0).bool()
+    if last_group_free or ties == "exact":
+        charged = charged & ~bottom
+    # What stands at or below each item; whoever competes with impossible items only costs nothing.
+    everything = _suffix_logsumexp(u, floor)
+    rivals = pad(possible.long().flip(-1).cumsum(-1).flip(-1), (0, 1))
+    tied = count > 1
+    seen = torch.where(tied, first, index + 1)
+    seen = after if ties == "exact" else seen
+    charged = charged & (rivals.gather(-1, seen) > 0)
+
+    rest = below(everything, floor)
+    single = -logsigmoid(u - rest)
+    if ties == "exact":
+        own = any_order_formula(u - rest, group, dtype)
+    elif ties == "breslow":
+        own = everything.gather(-1, first) - u
+    else:
+        mass = _suffix_logsumexp(u, floor, group).gather(-1, first)
+        left = (1 - (index - first) / count).log()
+        own = torch.stack([left + mass, rest]).logsumexp(0) - u
+    cost = torch.where(charged, weight * torch.where(tied, own, single), 0)
+    lost = torch.where(charged & ~possible, weight * torch.inf, 0)
+    return (cost + lost).sum(-1)
+
+
+def _suffix_logsumexp(u: Tensor, floor: float, group: Tensor | None = None) -> Tensor:
+    """Return the logarithm of the sum of exp(u) from each item on, to the end of the list or of its group."""
+    step, size = 1, u.shape[-1]
+    while step < size:
+        later = pad(u[..., step:], (0, step), value=floor)
+        if group is not None:
+            same = pad(group[..., step:], (0, step), value=-1) == group
+            later = torch.where(same, later, floor)
+        u = torch.stack([u, later]).logsumexp(0)
+        step *= 2
+    return u
