@@ -107,6 +107,16 @@ def results(op: Callable[..., Tensor], problem: Problem, with_labels: bool = Fal
     return found
 
 
+def curvature(op: Callable[..., Tensor], problem: Problem) -> dict[str, Tensor]:
+    """Return the gradients of <d, gradient of (upstream * loss).sum()> for a fixed direction d: second derivatives."""
+    leaves = [t.detach().requires_grad_() for t in (problem.scores, problem.temperature)]
+    loss = op(leaves[0], problem.labels, leaves[1], problem.mask, **problem.options)
+    gradients = torch.autograd.grad(loss, leaves, problem.upstream.to(loss.dtype), create_graph=True)
+    directions = [torch.linspace(-1, 2, g.numel(), dtype=F64).view_as(g).to(g.dtype) for g in gradients]
+    total = sum((g * d).sum() for g, d in zip(gradients, directions, strict=True))
+    return dict(zip(("scores", "temperature"), torch.autograd.grad(total, leaves), strict=True))
+
+
 def in_float64(problem: Problem) -> Problem:
     """Return what the reference is given: the rounded inputs, in float64."""
     options = {k: v.double() if k == "position_weights" and v is not None else v for k, v in problem.options.items()}

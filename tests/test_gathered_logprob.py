@@ -30,7 +30,7 @@ def test_outputs_and_gradients_equal_the_plain_formulas(
 ) -> None:
     import sys
 
-    monkeypatch.setattr(sys.modules["mopl.ops.gathered_logprob"], "ELEMENTS", elements)
+    monkeypatch.setattr(sys.modules["mopl.ops._gathered_logprob_cpu"], "ELEMENTS", elements)
     for masked, warm, inplace in itertools.product((False, True), repeat=3):
         logits, temperature = leaf(torch.randn(9, 11).double() * 3), leaf(torch.rand(9).double() + 0.5, warm)
         shape = (9,) if targets is None else (9, targets)

@@ -76,7 +76,9 @@ def kl_estimate(
     **The gradient** is x ∇log π for all three. Differentiated as they stand, only k2 would give that: ∇k1 = ∇log π has
     mean 0, and ∇k3 = (1 - e^(-x)) ∇log π has the mean ∇KL(π_ref ‖ π), another divergence (Tang and Munos 2025,
     "On a few pitfalls in KL divergence gradient estimation for RL"). Here the value is that of the estimator and the
-    gradient that of KL(π ‖ π_ref): ∇E[k1] = E[k1 ∇log π + ∇k1] = E[x ∇log π], and the same for k3.
+    gradient that of KL(π ‖ π_ref): ∇E[k1] = E[k1 ∇log π + ∇k1] = E[x ∇log π], and the same for k3. The x
+    in the gradient is a constant: second derivatives are x ∇²log π, not those of the KL, so take no Fisher matrix from
+    here.
 
     **The level.** At "sequence", x is the log-ratio of the whole response and the gradient is unbiased for the KL of
     whole responses. At "token", the estimates of the tokens are summed: k1's value is the same, k3's has less variance
@@ -162,7 +164,7 @@ def group_mean(
     starts = torch.cat([ranked[:1] < ranked[:1], ranked[1:] != ranked[:-1]])
     place = torch.empty_like(number).scatter_(0, order, starts.cumsum(0))
     row = torch.arange(rows, device=values.device)
-    first = torch.full_like(row, rows).scatter_reduce_(0, place, torch.where(valid, row, rows), "amin")
+    first = torch.full_like(row, rows).scatter_reduce(0, place, torch.where(valid, row, rows), "amin")
     first = first.clamp(max=max(rows - 1, 0))[place]
     # Sums of values minus one of them: a group of equal returns has exactly that mean. In float64, so that taking a
     # large value out of its group's sum leaves the digits of the small ones.

@@ -159,7 +159,8 @@ def policy_gradient(
 
     Returns:
         `PolicyGradient`. float32, or float64 where an input is. With no baseline and no `behaviour` the loss is
-        -Σ_t A_t log π_t; its value means little, its gradient is what it is for.
+        -Σ_t A_t log π_t; its value means little, its gradient is what it is for. Second derivatives are those of this
+        loss, with A held constant, and not those of V.
 
     Raises:
         TypeError: wrong dtypes.

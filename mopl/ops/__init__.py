@@ -1,4 +1,10 @@
-"""Differentiable ops, one file each: public function, autograd, and the choice between the Triton and the CPU path."""
+"""Differentiable ops, one file each: public function, autograd, and the choice between the Triton and the CPU path.
+
+**Derivatives.** The first derivative in reverse mode is exact, in closed form. Second and higher ones (`create_graph`,
+Hessian-vector products), forward mode and the transforms of `torch.func` (`grad`, `vmap`, `hessian`) are exact too, by
+autograd of the plain formula and at its cost. `linear_logprob` and `linear_kl`, whose point is not to hold what that
+holds, refuse them (all but `vmap` without a derivative) by an error that names the op and the remedy.
+"""
 
 from mopl.ops.gathered_logprob import gathered_logprob
 from mopl.ops.linear_kl import linear_kl

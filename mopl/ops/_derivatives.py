@@ -35,11 +35,11 @@ def gradients(
     places: Sequence[int],
     need: Sequence[bool],
     upstream: Tensors,
-) -> list[Tensor | None]:
+) -> Tensors:
     """Return the gradients of an op in its backward pass, themselves differentiable where that may be asked for.
 
     Args:
-        closed_form: computes the gradients, one for each of `places`; what is not needed is ignored.
+        closed_form: computes the gradients, one for each of `places`, None where it is not wanted.
         formula: the op as a differentiable function of `arguments`.
         arguments: what the formula takes.
         places: which of the arguments the op is differentiable in.
@@ -49,19 +49,19 @@ def gradients(
     Returns:
         A gradient or None for each of `places`.
     """
+    if not torch.is_grad_enabled() and not transformed():
+        return closed_form()
     wanted = [place for place, needed in zip(places, need, strict=True) if needed]
     if transformed():  # the upstream gradients are batched or have tangents
         found = iter(_pull_back(formula, arguments, wanted, upstream))
         return [next(found) if needed else None for needed in need]
-    if not torch.is_grad_enabled():
-        return [g if needed else None for g, needed in zip(closed_form(), need, strict=True)]
     with torch.no_grad():
-        values = tuple(g for g, needed in zip(closed_form(), need, strict=True) if needed)
+        values = tuple(g for g in closed_form() if g is not None)
     found = iter(_Gradients.apply(formula, tuple(wanted), values, len(upstream), *upstream, *arguments))  # type: ignore[arg-type]
     return [next(found) if needed else None for needed in need]
 
 
-def once(closed_form: Callable[[], Tensors], name: str, remedy: str, *inputs: Tensor | None) -> list[Tensor | None]:
+def once(closed_form: Callable[[], Tensors], name: str, remedy: str, *inputs: Tensor | None) -> Tensors:
     """Return gradients whose own derivative is an error that names the op and the remedy."""
     if transformed():
         raise NotImplementedError(
@@ -69,7 +69,7 @@ def once(closed_form: Callable[[], Tensors], name: str, remedy: str, *inputs: Te
             f"differentiation; {remedy}"
         )
     if not torch.is_grad_enabled():
-        return list(closed_form())
+        return closed_form()
     with torch.no_grad():
         values = closed_form()
     found = iter(_Once.apply(name, remedy, tuple(g for g in values if g is not None), *inputs))  # type: ignore[arg-type]
@@ -89,20 +89,19 @@ def refuse_transforms(name: str, remedy: str, *inputs: Tensor | None) -> None:
 
 def _tracked(tensor: Tensor) -> bool:
     """Say whether a tensor, or one that a transform has wrapped in it, requires a gradient."""
-    while not tensor.requires_grad and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = torch._C._functorch.get_unwrapped(tensor)
+    while not tensor.requires_grad and torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # type: ignore[attr-defined]
+        tensor = torch._C._functorch.get_unwrapped(tensor)  # type: ignore[attr-defined]
     return tensor.requires_grad
 
 
 def keep(ctx, *constants: Tensor | None) -> None:
     """Keep constants of the op for its formula: the first derivative does not read them and does not mind changes."""
-    ctx.constants = constants
-    ctx.versions = tuple(_version(t) for t in constants)
+    ctx.constants, ctx.versions = constants, _versions(constants)
 
 
 def kept(ctx) -> tuple[Tensor | None, ...]:
     """Return what `keep` kept; raise if a second derivative would read what has changed since."""
-    if torch.is_grad_enabled() and ctx.versions != tuple(_version(t) for t in ctx.constants):
+    if torch.is_grad_enabled() and ctx.versions != _versions(ctx.constants):
         raise RuntimeError(
             "one of the tensors needed for a second derivative (labels, order, weights or mask of a loss) has been "
             "modified by an inplace operation since the loss was computed; pass a clone of it"
@@ -110,8 +109,8 @@ def kept(ctx) -> tuple[Tensor | None, ...]:
     return ctx.constants
 
 
-def _version(tensor: Tensor | None) -> int | None:
-    return None if tensor is None or tensor.is_inference() else tensor._version
+def _versions(tensors: Tensors) -> list[int | None]:
+    return [None if t is None or t.is_inference() else t._version for t in tensors]
 
 
 def _pull_back(

@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mopl._arguments import shape_of
+from mopl.ops import _derivatives as derivatives
 from mopl.ops._linear_logprob_rows import scaled_by
 from mopl.ops._linear_logprob_stages import Forward, run_backward, run_forward, scale_directions
 from mopl.ops._logprob import check_row_range, check_target_range, is_dtensor
@@ -128,12 +128,24 @@ class _VocabParallel(torch.autograd.Function):
         return saved.logprob, saved.logsumexp, saved.entropy
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_logprob, grad_logsumexp, grad_entropy):  # type: ignore[override]
-        from mopl.ops.linear_logprob import row_temperature_gradient
+        from mopl.ops.linear_logprob import INSTEAD
 
         hidden, weight, bias, target, row, temperature, *saved = ctx.saved_tensors
-        saved = Forward(*saved)
+        inputs = (grad_logprob, grad_logsumexp, grad_entropy, hidden, weight, bias, temperature, *saved[:3])
+
+        def closed_form() -> list[Tensor | None]:
+            return _VocabParallel.gradients(ctx, *inputs[:7], target, row, Forward(*saved))
+
+        return *derivatives.once(closed_form, "linear_logprob", INSTEAD, *inputs), *[None] * 4
+
+    @staticmethod
+    def gradients(
+        ctx, grad_logprob, grad_logsumexp, grad_entropy, hidden, weight, bias, temperature, target, row, saved
+    ) -> list[Tensor | None]:
+        """Return the gradients of hidden, weight, bias and temperature, None where not needed."""
+        from mopl.ops.linear_logprob import row_temperature_gradient
+
         softcap, logit_scale, keep_rows, max_rows = ctx.constants
         need = ctx.needs_input_grad
         grad_hidden = grad_weight = grad_bias = warmth = None
@@ -152,4 +164,4 @@ class _VocabParallel(torch.autograd.Function):
                 grad_logprob, grad_logsumexp, grad_entropy, target, row, temperature, saved
             )
         gradients = (grad_hidden, grad_weight, grad_bias, warmth)
-        return *(g if needed else None for g, needed in zip(gradients, need[:4], strict=True)), *[None] * 4
+        return [g if needed else None for g, needed in zip(gradients, need[:4], strict=True)]

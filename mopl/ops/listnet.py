@@ -190,8 +190,9 @@ def _backward(ctx, grad_loss, *_):
         return None, None, None, None, None
     need, saved = ctx.needs_input_grad[:3], ctx.saved_tensors
 
-    def closed_form() -> tuple[Tensor, ...]:
-        return _listwise_cross_entropy_backward(grad_loss, *saved, ctx.normalize, *need)
+    def closed_form() -> list[Tensor | None]:
+        found = _listwise_cross_entropy_backward(grad_loss, *saved, ctx.normalize, *need)
+        return [g if needed else None for g, needed in zip(found, need, strict=True)]
 
     formula = partial(_formula, normalize=ctx.normalize)
     return *derivatives.gradients(closed_form, formula, saved[:4], (0, 1, 2), need, (grad_loss,)), None, None

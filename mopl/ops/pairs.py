@@ -169,11 +169,13 @@ def _pairwise_logistic_grad(ctx, grad_loss, *_):
         return (None,) * 8
     by_score, by_margin, scores, margin = ctx.saved_tensors
     labels, *weights = derivatives.kept(ctx)
+    need = ctx.needs_input_grad
 
-    def closed_form() -> tuple[Tensor, Tensor]:
-        return _pairwise_logistic_backward(grad_loss, by_score, by_margin, ctx.common_scores, ctx.common_margin)
+    def closed_form() -> tuple[Tensor | None, Tensor | None]:
+        grads = _pairwise_logistic_backward(grad_loss, by_score, by_margin, ctx.common_scores, ctx.common_margin)
+        return grads[0] if need[0] else None, grads[1] if need[2] else None
 
-    formula, need = partial(_pairwise_formula, both_in_top=ctx.both_in_top), ctx.needs_input_grad
+    formula = partial(_pairwise_formula, both_in_top=ctx.both_in_top)
     arguments = (scores, labels, margin, *weights)
     of_scores, of_margin = derivatives.gradients(
         closed_form, formula, arguments, (0, 2), (need[0], need[2]), (grad_loss,)

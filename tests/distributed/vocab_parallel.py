@@ -104,6 +104,17 @@ def errors() -> None:
             assert part in str(error), error
         else:
             raise AssertionError(f"nothing was raised for {part}")
+    for head in (False, True):  # frozen and trained
+        hidden = torch.randn(3, WIDTH, requires_grad=True)
+        part = torch.randn(20, WIDTH, requires_grad=head)
+        value = linear_logprob(hidden, part, target, group=mesh.get_group()).square().sum()
+        (gradient,) = torch.autograd.grad(value, hidden, create_graph=True)
+        try:
+            gradient.sum().backward()
+        except NotImplementedError as error:
+            assert "linear_logprob has no second derivative" in str(error), error
+        else:
+            raise AssertionError("a second derivative was not refused")
 
 
 def main() -> None:

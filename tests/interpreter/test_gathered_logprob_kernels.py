@@ -170,3 +170,15 @@ def test_one_allowed_token_is_certain_whatever_its_logit(logit: float) -> None:
     )  # fmt: skip
     expected = torch.zeros(2, 40).index_fill(1, torch.tensor([2]), 2.0)
     torch.testing.assert_close(gradient, expected, rtol=2e-3, atol=0)
+
+
+def test_second_derivatives_through_the_kernels() -> None:
+    from mopl.ops import gathered_logprob
+
+    logits, target = torch.randn(3, 9, dtype=torch.float64, requires_grad=True), torch.tensor([1, -100, 8])
+    temperature = torch.tensor([0.7, 1.0, 1.3], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(
+        lambda x, t: gathered_logprob(x, target, temperature=t, softcap=2.0, return_entropy=True),
+        (logits, temperature),
+        fast_mode=True,
+    )

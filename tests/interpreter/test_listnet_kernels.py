@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from list_problems import Problem, check, compare, in_float64, make, padded, results
+from list_problems import Problem, check, compare, curvature, in_float64, make, padded, poisoned, results
 from torch import Tensor
 
 from mopl import reference
@@ -190,6 +190,13 @@ def test_empty_batches(batch: int, objectives: int, items: int) -> None:
     assert torch.equal(loss, torch.zeros(batch, objectives))
     loss.sum().backward()
     assert torch.equal(scores.grad, torch.zeros(batch, items))
+
+
+@pytest.mark.parametrize("common", [False, True])
+def test_second_derivatives(common: bool) -> None:
+    problem = make(6, 2, 5, common=common, normalize=True)
+    expected = curvature(reference.listwise_cross_entropy, in_float64(problem))
+    compare(curvature(listwise_cross_entropy, poisoned(problem)), expected, 2e-5)
 
 
 def test_opcheck() -> None:

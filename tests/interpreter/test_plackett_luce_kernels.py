@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from list_problems import Problem, best_first, check, in_float64, make, padded, results
+from list_problems import Problem, best_first, check, compare, curvature, in_float64, make, padded, poisoned, results
 
 from mopl import reference
 from mopl.kernels import plackett_luce as pairwise
@@ -245,6 +245,13 @@ def test_empty_batches(batch: int, objectives: int, items: int, path: str) -> No
     assert torch.equal(loss, torch.zeros(batch, objectives))
     loss.sum().backward()
     assert torch.equal(scores.grad, torch.zeros(batch, items))
+
+
+@pytest.mark.parametrize("ties", ["breslow", "efron", "exact"])
+def test_second_derivatives(ties: str) -> None:
+    problem = make(6, 2, 5, levels=3, ties=ties)
+    expected = curvature(reference.plackett_luce_nll, in_float64(problem))
+    compare(curvature(plackett_luce_nll, poisoned(problem)), expected, 2e-5)
 
 
 def test_opcheck() -> None:
