@@ -165,10 +165,10 @@ CASES = {
     "scalarize": Case(
         lambda vector, weights: torch.stack(
             [
-                scalarize.linear(vector, weights),
+                scalarize.linear(vector, weights.abs()),
                 scalarize.chebyshev(vector, weights.abs(), rho=0.1),
                 scalarize.smooth_chebyshev(vector, weights.abs(), mu=0.5),
-                scalarize.cosine_penalty(vector, weights),
+                scalarize.cosine_penalty(vector, weights.abs()),
             ]
         ),
         {"vector": (B, M), "weights": (B, M)},
