@@ -33,6 +33,7 @@ TYPES = [
     "sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "nca_pair", "bco_pair", "sppo_hard",
     "apo_zero", "apo_down", "aot", "aot_unpaired", "sft",
 ]  # fmt: skip
+OWN = ("ref_model", "loss", "peft_config", "eval_dataset", "template", "on_error")
 METRICS = [
     "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected",
 ]  # fmt: skip
@@ -79,7 +80,7 @@ def arguments(kind, folder, **options):
 
 def make(kind, tokenizer, folder, model=None, rows=ROWS, **options):
     """A trainer of TRL (`kind` is `trl.DPOTrainer`) or mopl; the reference is another model unless one is named."""
-    own = {name: options.pop(name) for name in ("ref_model", "loss", "peft_config", "eval_dataset") if name in options}
+    own = {name: options.pop(name) for name in OWN if name in options}
     if "ref_model" not in own:
         own["ref_model"] = llama(5)
     for name in ("eval_dataset",):
@@ -296,6 +297,12 @@ def test_a_refused_option_is_named_with_its_value_and_the_remedy(tokenizer, tmp_
         make(MultiObjectiveDPOTrainer, tokenizer, tmp_path, **{name: value})
 
 
+def test_options_of_trl_are_not_dropped_by_the_trainer_for_transformers(tokenizer, tmp_path):
+    parts = dict(train_dataset=ROWS, processing_class=tokenizer)
+    with pytest.raises(TypeError, match="args is a DPOConfig, whose loss_type"):
+        MultiObjectiveTrainer(llama(), arguments(trl.DPOConfig, tmp_path), **parts)
+
+
 def test_an_option_that_a_newer_release_adds_is_refused_where_it_is_set(tmp_path):
     @dataclasses.dataclass
     class Newer(trl.DPOConfig):
@@ -345,3 +352,56 @@ def test_layer_kernels_of_liger_are_left_as_in_trl(tmp_path):
     args = arguments(MultiObjectiveDPOConfig, tmp_path, use_liger_kernel=True, liger_kernel_config={"rms_norm": False})
     prepare_arguments(args, trl.DPOConfig)
     assert args.liger_kernel_config == {"rms_norm": False, "fused_linear_cross_entropy": False}
+
+
+# ---------------------------------------------------------------- data
+
+
+def test_rows_that_cannot_be_used_are_left_out_where_that_is_asked_for(tokenizer, tmp_path):
+    rows = [
+        {**row, "good": "?" if n == 1 else 1.0, "objective_weights": [1.0], "length": n} for n, row in enumerate(ROWS)
+    ]
+    rows = [row | {"good": [0.2, 0.1 * n]} if n != 1 else row for n, row in enumerate(rows)]
+    for tokenization in ("trl", "mopl"):
+        config = arguments(MultiObjectiveDPOConfig, tmp_path, objectives=["good"], tokenization=tokenization)
+        parts = dict(train_dataset=rows, processing_class=tokenizer)
+        with pytest.raises(ValueError, match=r"row 2(?s:.)*pass on_error='skip'"):
+            MultiObjectiveDPOTrainer(llama(), llama(5), config, **parts)
+        if tokenization == "mopl":
+            parts["train_dataset"] = [{k: v for k, v in row.items() if k != "objective_weights"} for row in rows]
+        data = MultiObjectiveDPOTrainer(llama(), llama(5), config, **parts, on_error="skip").train_dataset
+        assert len(data) == len(ROWS) - 1
+        kept = [row for n, row in enumerate(ROWS) if n != 1]
+        for example, row in zip(data.lists, kept, strict=True):
+            found = tokenizer.decode(example.tokens.responses[0], skip_special_tokens=True).replace(" ", "")
+            assert found == row["chosen"].replace(" ", "")
+        second = [float(example.tokens.labels[0, 1]) for example in data.lists]
+        assert second == pytest.approx([0.1 * n for n in range(len(ROWS)) if n != 1])
+
+
+def test_a_template_is_for_mopls_tokens(tokenizer, tmp_path):
+    chat = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, pad_token="<pad>",
+                                                eos_token="<eos>")  # fmt: skip
+    chat.chat_template = "{% for m in messages %}a{{ m.content }}{{ eos_token }}{% endfor %}" + (
+        "{% if add_generation_prompt %}a{% endif %}"
+    )
+    config = arguments(MultiObjectiveDPOConfig, tmp_path, tokenization="mopl")
+    parts = dict(train_dataset=ROWS[:2], processing_class=chat)
+    found = [
+        MultiObjectiveDPOTrainer(llama(), llama(5), config, **parts, template=template).train_dataset[0].tokens.prompt
+        for template in ("auto", "chat", "plain")
+    ]
+    assert list(found[0]) == list(found[1]) != list(found[2])
+    with pytest.raises(ValueError, match="template is 'plain' but pairs are written as TRL does it"):
+        make(MultiObjectiveDPOTrainer, chat, tmp_path, template="plain")
+
+
+def test_a_stream_is_refused_with_what_to_make_of_it(tokenizer, tmp_path):
+    stream = datasets.Dataset.from_list(ROWS).to_iterable_dataset()
+    with pytest.raises(TypeError, match=r"IterableDataset but .*Dataset.from_list\(list\(stream.take\(rows\)\)\)"):
+        MultiObjectiveDPOTrainer(
+            llama(), llama(5), arguments(MultiObjectiveDPOConfig, tmp_path), train_dataset=stream,
+            processing_class=tokenizer,
+        )  # fmt: skip
+    taken = datasets.Dataset.from_list(list(stream.take(6)))
+    make(MultiObjectiveDPOTrainer, tokenizer, tmp_path, rows=list(taken))

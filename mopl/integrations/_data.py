@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mopl.alignment import formats
 from mopl.alignment.collate import ListBatch, ListCollator
-from mopl.alignment.data import PreferenceData, PreferenceList, ReadReport, RowError, collect
+from mopl.alignment.data import OnError, PreferenceData, PreferenceList, ReadReport, RowError, collect
 from mopl.alignment.readers import detect_format, load_preferences
 from mopl.alignment.tokenization import ListTokenizer, TokenizedData, TokenizedList, tokenize
 from mopl.conditioning.sampling import check_weights
@@ -91,7 +91,13 @@ class Examples(torch.utils.data.Dataset):
 
 
 def examples_of(
-    data: Any, *, processing_class: Any, objectives: Sequence[str] | None = None, max_length: int | None = 1024
+    data: Any,
+    *,
+    processing_class: Any,
+    objectives: Sequence[str] | None = None,
+    max_length: int | None = 1024,
+    template: str = "auto",
+    on_error: OnError = "raise",
 ) -> Examples:
     """Turn what a trainer was given into lists of tokens.
 
@@ -101,6 +107,8 @@ def examples_of(
         processing_class: The tokenizer; not needed for `TokenizedData`.
         objectives: Names and order of the objectives. In TRL's format they name label columns, see `labels_of_pair`.
         max_length: Most tokens of prompt and response.
+        template: See `ListTokenizer`.
+        on_error: `"raise"` refuses data with rows that cannot be used, `"skip"` leaves them out with a warning.
 
     Raises:
         TypeError: If the data is of another kind.
@@ -122,34 +130,39 @@ def examples_of(
         if isinstance(rows[0], PreferenceList):
             lists = PreferenceData(rows, objectives)
         else:
-            lists, beside = _read_rows(rows, objectives)
+            lists, beside = _read_rows(rows, objectives, on_error)
     if processing_class is None:
         raise ValueError("processing_class is missing; pass the tokenizer, or TokenizedData")
-    tokens = tokenize(lists, ListTokenizer(processing_class, max_length=max_length))
-    extra = beside if beside is not None else [{}] * len(tokens)
-    return Examples([Example(item, **more) for item, more in zip(tokens, extra, strict=True)], tokens.objectives)
+    how: Any = template
+    tokens = tokenize(lists, ListTokenizer(processing_class, max_length=max_length, template=how), on_error=on_error)
+    extra = beside if beside is not None else [{}] * len(lists)
+    return Examples([Example(item, **extra[item.index]) for item in tokens], tokens.objectives, rows=len(lists))
 
 
 def _rows(data: Any) -> Sequence[Any]:
     if isinstance(data, (str, Mapping)) or not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
         raise TypeError(
             f"the data set is a {type(data).__name__} but must be PreferenceData, TokenizedData, a datasets.Dataset or "
-            "a list of rows; read streams and hub names with mopl.alignment.readers.load_preferences"
+            "a list of rows; of a stream, take the rows that the training needs (max_steps times those of a step): "
+            "datasets.Dataset.from_list(list(stream.take(rows))); hub names are read by "
+            "mopl.alignment.readers.load_preferences"
         )
     if len(data) == 0:
         raise ValueError("the data set has no rows; give it at least one")
     return data
 
 
-def _read_rows(rows: Sequence[Any], objectives: Sequence[str] | None) -> tuple[PreferenceData, list[dict[str, Any]]]:
+def _read_rows(
+    rows: Sequence[Any], objectives: Sequence[str] | None, on_error: OnError
+) -> tuple[PreferenceData, list[dict[str, Any]]]:
     """Read rows of a data set, and the columns that stand beside each list."""
     if not isinstance(rows[0], Mapping):
         raise TypeError(f"rows of the data set are {type(rows[0]).__name__} but must be dictionaries or PreferenceList")
     if is_pair(rows[0]):
         report = ReadReport("rows", rows=len(rows))
-        lists = collect(_pairs(rows, objectives or (PREFERENCE,)), report, objectives=objectives)
+        lists = collect(_pairs(rows, objectives or (PREFERENCE,)), report, objectives=objectives, on_error=on_error)
     else:
-        lists = load_preferences(rows, objectives=objectives)
+        lists = load_preferences(rows, objectives=objectives, on_error=on_error)
     return lists, beside_of(rows, len(lists.objectives), len(lists))
 
 

@@ -47,6 +47,11 @@ def write_record(
 
 def prepare_arguments(args: Any, kind: type) -> None:
     """Raise where an option of `kind`, `TrainingArguments` or `DPOConfig`, would be dropped without a word."""
+    if hasattr(args, "loss_type") and "loss_type" not in {entry.name for entry in dataclasses.fields(kind)}:
+        raise TypeError(
+            f"args is a {type(args).__name__}, whose loss_type and other options of TRL MultiObjectiveTrainer does not "
+            "have; pass a MultiObjectiveConfig, or take mopl.integrations.trl.MultiObjectiveDPOTrainer"
+        )
     check_options(args, kind)
     if getattr(args, "use_liger_kernel", False):
         # By default it would replace the model's forward, whose head is fused here.

@@ -18,7 +18,7 @@ import numpy as np
 
 from mopl._lines import text_fault
 from mopl.alignment import formats
-from mopl.alignment.data import DataError, PreferenceData, PreferenceList, ReadReport, RowError, collect
+from mopl.alignment.data import DataError, OnError, PreferenceData, PreferenceList, ReadReport, RowError, collect
 from mopl.alignment.tokenization import TokenizedList
 from mopl.integrations._data import PREFERENCE, SIDES, Example, Examples, beside_of, is_pair, labels_of_pair
 
@@ -55,7 +55,12 @@ def refuse_options(args: Any) -> None:
 
 
 def examples_of_pairs(
-    rows: Any, args: Any, *, processing_class: Any, objectives: Sequence[str] | None = None
+    rows: Any,
+    args: Any,
+    *,
+    processing_class: Any,
+    objectives: Sequence[str] | None = None,
+    on_error: OnError = "raise",
 ) -> Examples:
     """Turn rows of pairs into the tokens that `trl.DPOTrainer` would train on with the same arguments.
 
@@ -67,6 +72,7 @@ def examples_of_pairs(
         args: `trl.DPOConfig`: `max_length`, `truncation_mode`, `dataset_num_proc` (of a `datasets.Dataset`).
         processing_class: The tokenizer.
         objectives: Names and order of the objectives, see `labels_of_pair`.
+        on_error: `"raise"` refuses data with rows that cannot be used, `"skip"` leaves them out with a warning.
 
     Raises:
         ValueError: If the tokenizer is missing or has no end token, images stand beside the text, labels cannot be
@@ -75,7 +81,10 @@ def examples_of_pairs(
     """
     if processing_class is None:
         raise ValueError("processing_class is missing; pass the tokenizer, or TokenizedData")
-    lists = _labels(rows, objectives)
+    lists, usable = _labels(rows, objectives, on_error)
+    count = len(rows)
+    if len(usable) < count:
+        rows = rows.select(usable) if hasattr(rows, "select") else [rows[number] for number in usable]
     beside = beside_of(rows, len(lists.objectives), len(lists))
     prepared = _prepare(rows, args, processing_class)
     examples = []
@@ -83,7 +92,7 @@ def examples_of_pairs(
         number = int(row[_ROW])
         tokens = [np.asarray(row[name], dtype=np.int64) for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
         cut = _cut(tokens[0], tokens[1:], args.max_length, args.truncation_mode)
-        item = TokenizedList(tokens[0], cut[0], lists.label_array(number), number, prompt_starts=cut[1])
+        item = TokenizedList(tokens[0], cut[0], lists.label_array(number), usable[number], prompt_starts=cut[1])
         examples.append(Example(item, **beside[number]))
     if len(examples) < len(lists):
         message = (
@@ -93,7 +102,7 @@ def examples_of_pairs(
         if not examples:
             raise DataError(f"{message}; raise max_length")
         logger.warning("%s", message)
-    return Examples(examples, lists.objectives, rows=len(lists))
+    return Examples(examples, lists.objectives, rows=count)
 
 
 def _cut(
@@ -115,8 +124,11 @@ def _cut(
 # ---------------------------------------------------------------- rows
 
 
-def _labels(rows: Any, objectives: Sequence[str] | None) -> PreferenceData:
-    """Return the labels of the rows, as lists of two texts that stand for the responses; check what TRL would not."""
+def _labels(rows: Any, objectives: Sequence[str] | None, on_error: OnError) -> tuple[PreferenceData, list[int]]:
+    """Return the labels of the rows, as lists of two texts that stand for the responses, and which rows have some.
+
+    What TRL would not check is checked.
+    """
     implicit = "prompt" not in rows[0]
 
     def drafts() -> Iterator[tuple[str, PreferenceList | RowError]]:
@@ -130,7 +142,9 @@ def _labels(rows: Any, objectives: Sequence[str] | None) -> PreferenceData:
                 yield f"row {number}", error
 
     report = ReadReport("rows", rows=len(rows))
-    return collect(drafts(), report, objectives=objectives)
+    lists = collect(drafts(), report, objectives=objectives, on_error=on_error)
+    numbers = {f"row {number + 1}": number for number in range(len(rows))}
+    return lists, [numbers[item.place] for item in lists]
 
 
 def _check(row: Mapping[str, Any], implicit: bool) -> None:

@@ -37,6 +37,7 @@ require("transformers", "accelerate", what="mopl.integrations.transformers")
 from transformers import TrainingArguments, set_seed
 
 from mopl.alignment.collate import ListBatch, ListCollator
+from mopl.alignment.data import OnError
 from mopl.conditioning.hyper_prompt_model import HyperPromptModel
 from mopl.conditioning.sampling import check_weights
 from mopl.integrations import _models as models
@@ -116,6 +117,8 @@ class MultiObjectiveTrainer(ListTrainer):
         eval_weights: (n, m) points of the grid of w for evaluation.
         model_init_kwargs: Keywords of `from_pretrained` for models that are given by name; they are float32 unless
             `dtype` says another.
+        template: How lists are written as text, see `mopl.alignment.tokenization.ListTokenizer`.
+        on_error: `"raise"` refuses data with rows that cannot be used, `"skip"` leaves them out with a warning.
 
     Raises:
         ValueError: If arguments do not fit one another or the data.
@@ -144,6 +147,8 @@ class MultiObjectiveTrainer(ListTrainer):
         loss: ListLoss | PairLoss | None = None,
         eval_weights: Tensor | Sequence[Sequence[float]] | None = None,
         model_init_kwargs: dict[str, Any] | None = None,
+        template: str = "auto",
+        on_error: OnError = "raise",
     ) -> None:
         args = MultiObjectiveConfig(output_dir="tmp_trainer") if args is None else args
         prepare_arguments(args, self._kind)
@@ -162,7 +167,9 @@ class MultiObjectiveTrainer(ListTrainer):
             model.enable_input_require_grads()
 
         # ---- data
-        self._tokenizer, self._max_length = processing_class, getattr(args, "max_length", 1024)
+        self._tokenizer = processing_class
+        length = getattr(args, "max_length", 1024)
+        self._reading: dict[str, Any] = {"max_length": length, "template": template, "on_error": on_error}
         self.row_lengths = lengths_of(train_dataset, args)
         names: Sequence[str] | None = settings.objectives
         if train_dataset is not None:
@@ -242,7 +249,7 @@ class MultiObjectiveTrainer(ListTrainer):
     # ---------------------------------------------------------------- data
 
     def _examples(self, data: Any, objectives: Sequence[str] | None) -> Examples:
-        return examples_of(data, processing_class=self._tokenizer, objectives=objectives, max_length=self._max_length)
+        return examples_of(data, processing_class=self._tokenizer, objectives=objectives, **self._reading)
 
     def _prepared(self, data: Any) -> Any:
         """Return data for evaluation as lists of tokens, with the reference if it is precomputed."""

@@ -40,6 +40,7 @@ from trl import DPOConfig, SyncRefModelCallback  # type: ignore[attr-defined]
 
 from mopl._arguments import check_choice
 from mopl.alignment.collate import ListCollator
+from mopl.alignment.data import OnError
 from mopl.alignment.tokenization import TokenizedData
 from mopl.conditioning.hyper_prompt_model import HyperPromptModel
 from mopl.integrations import _models as models
@@ -96,6 +97,8 @@ class MultiObjectiveDPOTrainer(MultiObjectiveTrainer):
         reference_adapter: Name of another adapter of a PEFT model that is the reference.
         loss: A loss in place of `list_loss` and `loss_type`.
         eval_weights: (n, m) points of the grid of w for evaluation.
+        template: Of data whose tokens are mopl's, see `mopl.alignment.tokenization.ListTokenizer`.
+        on_error: `"raise"` refuses data with rows that cannot be used, `"skip"` leaves them out with a warning.
 
     Raises:
         ValueError: If an option of `DPOConfig` cannot be obeyed, or arguments do not fit.
@@ -121,6 +124,8 @@ class MultiObjectiveDPOTrainer(MultiObjectiveTrainer):
         reference_adapter: str | None = None,
         loss: ListLoss | PairLoss | None = None,
         eval_weights: Tensor | Sequence[Sequence[float]] | None = None,
+        template: str = "auto",
+        on_error: OnError = "raise",
     ) -> None:
         if args is None:
             name = model if isinstance(model, str) else getattr(model, "name_or_path", "") or type(model).__name__
@@ -174,6 +179,8 @@ class MultiObjectiveDPOTrainer(MultiObjectiveTrainer):
             loss=loss,
             eval_weights=eval_weights,
             model_init_kwargs=loading,
+            template=template,
+            on_error=on_error,
         )
         if processing_class is not None:
             inner = models.causal_lm(self.model)
@@ -191,7 +198,13 @@ class MultiObjectiveDPOTrainer(MultiObjectiveTrainer):
     def _examples(self, data: Any, objectives: Sequence[str] | None) -> Examples:
         args = self._dpo_args
         if getattr(args, "tokenization", "trl") == "trl" and is_pairs(data):
-            return examples_of_pairs(data, args, processing_class=self._tokenizer, objectives=objectives)
+            template, on_error = self._reading["template"], self._reading["on_error"]
+            if template != "auto":
+                raise ValueError(
+                    f"template is {template!r} but pairs are written as TRL does it; pass tokenization='mopl' with it"
+                )
+            tokenizer = self._tokenizer
+            return examples_of_pairs(data, args, processing_class=tokenizer, objectives=objectives, on_error=on_error)
         if not isinstance(data, Examples):  # which were made here
             refuse_options(args)
         return super()._examples(data, objectives)
