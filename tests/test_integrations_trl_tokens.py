@@ -300,6 +300,16 @@ def test_loss_and_gradients_of_these_tokens_are_those_of_trl(
         assert float((value - gradients[key]).abs().max()) <= 1e-5 * max(1.0, largest), key
 
 
+@pytest.mark.parametrize("padding_free", [False, True])
+@pytest.mark.parametrize("name", ["ipo", "sigmoid_norm", "sft"])
+def test_averages_over_responses_that_nothing_stands_before_are_those_of_trl(make, tmp_path, name, padding_free):
+    """Their first token has no score; TRL counts it in some types and not in others."""
+    tokenizer, rows = make("bytes"), rows_of("text, nothing in common")
+    expected, _ = step(*theirs(tokenizer, rows, tmp_path, loss_type=[name]))
+    found, _ = step(*ours(tokenizer, rows, tmp_path, loss_type=[name], padding_free=padding_free))
+    assert abs(found - expected) < 1e-5
+
+
 # ---------------------------------------------------------------- rows
 
 

@@ -132,6 +132,7 @@ class Objective:
                 lengths=scored.lengths,
                 reference=reference,
                 temperature=temperature,
+                tokens=scored.tokens,
                 likelihood=scored.likelihood,
             )
         options: dict[str, Any] = {"reduction": "none"}

@@ -51,6 +51,7 @@ class PairLoss:
         lengths: Tensor,  # (B, 2)
         reference: Tensor | None,  # (B, 2)
         temperature: Tensor,  # broadcasts to (B, m)
+        tokens: Tensor | None = None,  # (B, 2)
         likelihood: Tensor | None = None,  # (B, 2)
     ) -> Tensor:  # (B, m)
         """Return the loss of each pair and objective; 0 where an objective does not prefer either response.
@@ -58,9 +59,10 @@ class PairLoss:
         Args:
             scores: Log-probabilities of the responses in nats, summed over tokens.
             labels: Of the two responses under each objective.
-            lengths: Tokens of the responses.
+            lengths: Tokens of the responses that are scored.
             reference: Scores of the reference.
             temperature: β.
+            tokens: Tokens of the responses; TRL's averages count one that nothing stands before.
             likelihood: The scores for `sft`, where they are others (see `ld_alpha`).
         """
         first = labels[..., 0] > labels[..., 1]
@@ -74,10 +76,11 @@ class PairLoss:
         for name, factor in zip(self.types, self.weights, strict=True):
             if name == LIKELIHOOD:
                 chosen, _ = sides(scores if likelihood is None else likelihood)
-                tokens, pairs = (~tied * sides(lengths)[0]).sum(0), (~tied).sum(0)
-                value = -chosen * pairs / tokens.clamp(min=1)
+                scored, pairs = (~tied * sides(lengths)[0]).sum(0), (~tied).sum(0)
+                value = -chosen * pairs / scored.clamp(min=1)
             else:
-                value = self._value(name, sides, scores, lengths, reference, temperature, tied)
+                divisors = lengths if tokens is None else tokens
+                value = self._value(name, sides, scores, divisors, reference, temperature, tied)
             total = total + factor * value
         return torch.where(tied, 0.0, total)
 

@@ -21,7 +21,9 @@ class Scored:
 
     Attributes:
         scores: (B, K) sums over tokens of log-probabilities in nats, weighted if `ld_alpha` is set.
-        lengths: (B, K) numbers of tokens.
+        lengths: (B, K) numbers of tokens that are scored.
+        tokens: (B, K) numbers of tokens: one more where nothing stands before a response, whose first token then has
+            no score.
         likelihood: (B, K) the sums without weights, where the scores have some.
         confidence: (B, 1) by what the losses of a pair are multiplied (WPO).
         router: The auxiliary loss of a mixture of experts.
@@ -30,6 +32,7 @@ class Scored:
 
     scores: Tensor
     lengths: Tensor
+    tokens: Tensor
     likelihood: Tensor | None = None
     confidence: Tensor | None = None
     router: Tensor | None = None
@@ -110,7 +113,7 @@ class Scoring:
                 )
             router = auxiliary.to(scores.device)
         plain = None if self.ld_alpha is None else to_lists(found.scores, batch)
-        return Scored(scores, lengths, plain, confidence, router, self.router)
+        return Scored(scores, lengths, _tokens(batch).to(lengths), plain, confidence, router, self.router)
 
     def reference(self, model: nn.Module, batch: ListBatch) -> Tensor:
         """Return the scores (B, K) of a reference."""
@@ -129,6 +132,15 @@ class Scoring:
         beyond = counted.cumsum(-1) > shared[:, None]
         kept = torch.where(beyond, self.ld_alpha, 1.0) * counted
         return to_lists((output.log_probs * kept).sum(-1), batch), lengths
+
+
+def _tokens(batch: ListBatch) -> Tensor:
+    """Return how many tokens the responses have, (B, K) int64."""
+    written, segment = batch.inputs["labels"] != IGNORE_INDEX, batch.inputs.get("segment")
+    if segment is None:
+        return to_lists(written.sum(-1), batch)
+    counts = written.new_zeros(len(batch.index), dtype=torch.long)
+    return to_lists(counts.index_add(0, segment[0], written[0].long()), batch)
 
 
 def router_coefficient(args: Any, model: Any) -> float:
