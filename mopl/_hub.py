@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +12,36 @@ from typing import Any
 from mopl._extras import require
 
 _SECONDS = 10.0  # to wait for an answer
+_TRUSTED = contextvars.ContextVar("trust_remote_code", default=False)
 _LOGIN = "log in with `hf auth login` if it is private"
+
+
+@contextlib.contextmanager
+def trusting(code: bool) -> Iterator[None]:
+    """Say for a `with` block, which a command is, whether Python code that comes with a model may be run."""
+    token = _TRUSTED.set(code)
+    try:
+        yield
+    finally:
+        _TRUSTED.reset(token)
+
+
+@contextlib.contextmanager
+def naming_own_code(name: str) -> Iterator[None]:
+    """Say of a model that comes with Python code of its own how it is allowed; transformers says what, not where.
+
+    Raises:
+        PermissionError: If `from_pretrained` refused to run such code inside the `with` block.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise PermissionError(
+            f"the model {name} comes with Python code of its own, which would be run to load it; read that code, and "
+            "if you trust it pass trust_remote_code=True"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -26,7 +56,7 @@ def loading(name: str, what: str = "model") -> Iterator[dict[str, Any]]:
         Options for `from_pretrained`.
 
     Raises:
-        OSError: If there is no such model, or it cannot be read.
+        OSError: If there is no such model, or it cannot be read, or has code of its own that is not trusted.
     """
     require("safetensors")
     from safetensors import SafetensorError
@@ -41,9 +71,15 @@ def loading(name: str, what: str = "model") -> Iterator[dict[str, Any]]:
         )
     if not path.exists() and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
         raise FileNotFoundError(f"there is no model {name}; name a directory, or a model on the Hugging Face hub")
-    options = {} if path.is_dir() else {"local_files_only": True} if not find(name) else {}
+    # transformers would ask on the terminal otherwise, and take a "y" from a pipe for an answer.
+    options: dict[str, Any] = {"trust_remote_code": _TRUSTED.get()}
+    if not path.is_dir() and not find(name):
+        options["local_files_only"] = True
     try:
-        yield options
+        with naming_own_code(name):
+            yield options
+    except PermissionError:
+        raise
     except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split()).split(". ")[0]
         if path.is_dir():

@@ -349,7 +349,10 @@ def _act(parsed: argparse.Namespace) -> int:
         drawn = parsed.command in ("rank", "align", "report") and is_terminal(sys.stdout)
         tables = ("rich",) * drawn
         require_for(parsed.command, *tables, *("tensorboard",) * getattr(parsed, "tensorboard", False))
-        return parsed.act(parsed)
+        from mopl._hub import trusting
+
+        with trusting(getattr(parsed, "trust_remote_code", False)):
+            return parsed.act(parsed)
     except KeyboardInterrupt:
         say("mopl: stopped", file=sys.stderr)
         return 130

@@ -79,11 +79,11 @@ def test_a_copy_in_the_cache_is_read_without_asking_again(asked, monkeypatch, tm
     asked(ConnectionError("no route"))
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: str(tmp_path / "config.json"))
     with _hub.loading(NAME) as how:
-        assert how == {"local_files_only": True}
+        assert how == {"local_files_only": True, "trust_remote_code": False}
     _hub._find.cache_clear()
     asked(None)
     with _hub.loading(NAME) as how:
-        assert how == {}
+        assert how == {"trust_remote_code": False}
 
 
 def test_a_hub_that_is_busy_is_left_to_the_library_that_tries_again(asked):

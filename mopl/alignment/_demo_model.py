@@ -116,7 +116,7 @@ def convert(file: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    where: dict[str, Any] = {"gguf_file": file.name}
+    where: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False}
     tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **where)
     check_tokenizer(tokenizer)
     with _quiet():
@@ -135,7 +135,7 @@ def convert(file: Path, folder: Path) -> None:
         plain.generation_config = loaded.generation_config
         plain.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    check_tokenizer(AutoTokenizer.from_pretrained(str(folder)))
+    check_tokenizer(AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False))
 
 
 def check_tokenizer(tokenizer: Any) -> None:

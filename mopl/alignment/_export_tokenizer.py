@@ -134,7 +134,7 @@ def check_saved(path: Path, original: Any, front: Front) -> None:
     for name in ("add_bos_token", "add_eos_token", "auto_map", "add_prefix_space", "legacy"):
         settings.pop(name, None)
     file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    made = AutoTokenizer.from_pretrained(str(path))
+    made = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     pairs = [(text, _plain(made, text), _plain(original, text)) for text in SAMPLES]
     if original.chat_template:
         pairs.append((CHAT_NAME, _chat(made), _chat(original)))

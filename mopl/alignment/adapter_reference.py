@@ -25,6 +25,7 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
+from mopl._extras import require
 from mopl._files import write_file
 from mopl._records import read_json
 from mopl._restoring import evaluating
@@ -114,6 +115,7 @@ class OwnReference:
     def spread(self, accelerator: Any) -> None:
         """Give every process the copy of the first one, as DDP does with the parameters themselves."""
         if self._start and accelerator.num_processes > 1:
+            require("accelerate")
             from accelerate.utils import broadcast
 
             there = {name: value.to(accelerator.device) for name, value in self._start.items()}
@@ -126,6 +128,7 @@ class OwnReference:
             return "base"
         if self.kind == "start":
             return f"start {checksum(self._start.items())}"
+        require("peft")
         from peft import get_peft_model_state_dict
 
         assert self.adapter is not None
@@ -166,6 +169,7 @@ def starts_at_base(model: nn.Module) -> bool:
     """Say whether a model provably computes what it does with its adapters off, and trains nothing but these."""
     inside: set[int] = set()
     if is_peft(model):
+        require("peft")
         from peft.tuners.lora import LoraLayer
         from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 

@@ -88,6 +88,8 @@ def _data_options(parser: argparse.ArgumentParser) -> None:
 def _model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--model", metavar="MODEL", help="a causal language model: a directory, or a name on the hub")
+    group.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with a model; it "
+                       "is no setting of a run, so --resume needs it again")  # fmt: skip
     group.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"),
                        help="of the frozen model (default: auto, as it is stored)")  # fmt: skip
     group.add_argument("--attention", metavar="NAME", help="attn_implementation of transformers (default: its choice)")

@@ -98,6 +98,7 @@ def _add(commands: Any, name: str, help: str, examples: str) -> argparse.Argumen
     parser.add_argument("--kl-weight", type=float, metavar="WEIGHT", help="of a policy trained on rewards at several, "
                         "anywhere between them (default: the run's first)")  # fmt: skip
     parser.add_argument("--base-model", metavar="DIR", help="the language model it was tuned from, if that has moved")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto",
                         help="auto takes a GPU if there is one (default: auto)")  # fmt: skip
     return parser

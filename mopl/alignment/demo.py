@@ -183,9 +183,9 @@ def _load(folder: Path) -> tuple[Any, Any]:
     require("transformers", what="the demo", extra="demo-lm")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, trust_remote_code=False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device).eval(), AutoTokenizer.from_pretrained(str(folder))
+    return model.to(device).eval(), AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
 
 
 def _model_key(folder: Path) -> str:

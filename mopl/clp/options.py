@@ -14,7 +14,7 @@ from typing import Any
 from mopl._terminal import say
 
 METHODS = ("clp", "rewarded-soups", "prompting", "logit-mixing", "dera", "clp-all")
-RUN_OPTIONS = ("run", "resume", "overwrite", "demo", "debug", "act", "command")
+RUN_OPTIONS = ("run", "resume", "overwrite", "demo", "debug", "act", "command", "trust_remote_code")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +24,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--rewards", nargs="+", metavar="REWARD", help="names, with options as in length:target=20, or "
                        "module:function of (texts, prompts)")  # fmt: skip
+    group.add_argument("--trust-rewards", action="store_true", help="with --resume: import the modules that the run "
+                       "names for its rewards; without it name them again with --rewards")  # fmt: skip
     group.add_argument("--normalize", choices=("base", "running", "none"), help="train on rewards with mean 0 and "
                        "deviation 1 over answers of the untrained model, or also over those of the training so far "
                        "(default: base)")  # fmt: skip
@@ -106,7 +108,7 @@ def run(given: dict[str, Any]) -> int:
     from mopl.report import print_table
     from mopl.training.run_directory import read_run
 
-    refuse_strangers(given, ClpConfig.__dataclass_fields__)
+    refuse_strangers(given, (*ClpConfig.__dataclass_fields__, "trust_rewards"))
     settings = {name: v for name, v in given.items() if name in ClpConfig.__dataclass_fields__}
     where, resume = given.get("run"), given.get("resume", False)
     main = int(os.environ.get("RANK", "0")) == 0
@@ -127,7 +129,7 @@ def run(given: dict[str, Any]) -> int:
     if resume:
         if where is None:
             raise ValueError("--resume needs the run to continue; name it with --run")
-        config = check_resume(read_run(where), settings, Path(where))
+        config = check_resume(read_run(where), settings, Path(where), trust_rewards=given.get("trust_rewards", False))
     else:
         for name in ("model", "data", "rewards"):
             if name not in settings:

@@ -16,6 +16,7 @@ table.txt, front.png, report.html
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -30,6 +31,7 @@ from mopl._extras import require_for
 from mopl._files import discard_folder, write_file
 from mopl._records import Finite, damaged, read_json
 from mopl._restoring import seeded
+from mopl._terminal import shell
 from mopl.alignment import models
 from mopl.clp.config import ClpConfig
 from mopl.clp.evaluate import Evaluation, Evaluator, make_front
@@ -38,6 +40,7 @@ from mopl.clp.prompts import Prompts, describe, placed_prompts, split_prompts
 from mopl.clp.reward_scale import RewardScale, moments
 from mopl.clp.rollout import Sampler
 from mopl.clp.runs import (
+    CONFIG_FILE,
     EVALUATION,
     FRONT,
     KIND,
@@ -161,7 +164,9 @@ def _run(
     stages = Stages(path, config, prompts, base.to(accelerator.device), sampler, judge, accelerator, log, tell)
     tell(f"run {path}")
     try:
-        with resumable(path, "align"):
+        # Only who names a module of rewards has it imported; see `check_resume`.
+        again = ("--rewards", *config.rewards) if rewards is None and any(map(is_module, config.rewards)) else ()
+        with resumable(path, "align", *again):
             _work(stages, identity)
     except RunInterrupted:
         raise
@@ -301,10 +306,16 @@ def make_rewards(specs: tuple[str, ...]) -> Rewards:
     return Rewards([_reward(spec) for spec in specs])
 
 
-def _reward(spec: str) -> Reward:
+def is_module(spec: str) -> bool:
+    """Say whether a reward is a function of a module, `module:function`, and not one of `mopl.rewards`."""
     name, _, rest = spec.partition(":")
-    if name in available() or not rest.replace(".", "_").isidentifier():
+    return name not in available() and rest.replace(".", "_").isidentifier()
+
+
+def _reward(spec: str) -> Reward:
+    if not is_module(spec):
         return make(spec)
+    name, _, rest = spec.partition(":")
     where = str(Path.cwd())
     sys.path.insert(0, where)  # a module beside the user's data, as python -m would find it
     try:
@@ -349,17 +360,37 @@ def _check_scope(base: Any, config: ClpConfig, objectives: tuple[str, ...]) -> N
             release(policy)
 
 
-def check_resume(record: dict[str, Any], changes: dict[str, Any], path: Path) -> ClpConfig:
+def check_resume(
+    record: dict[str, Any], changes: dict[str, Any], path: Path, *, trust_rewards: bool = False
+) -> ClpConfig:
     """Return the settings of a run to resume, with the free ones among `changes` applied.
 
     Args:
         record: The run's `config.json`.
         changes: Settings that were given again.
         path: The run, for the message.
+        trust_rewards: Modules of rewards may be imported though `changes` does not name them again.
 
     Raises:
         ValueError: If a setting that matters differs, or it is a run of another command.
+        PermissionError: If code would be imported that only the run folder asks for.
     """
-    return settings_to_resume(
+    config = settings_to_resume(
         config_of(record, path), record["config"], changes, path, free=FREE_ON_RESUME
     )  # fmt: skip
+    named = tuple(changes.get("rewards") or ())
+    foreign = [spec for spec in config.rewards if is_module(spec) and spec not in named]
+    if foreign and not trust_rewards:
+        raise PermissionError(
+            f"{path / CONFIG_FILE} asks for the reward {foreign[0]!r}, for which {_place_of(foreign[0])} would be "
+            "imported, and so run; a run folder is data and may come from anyone. Name the rewards again ("
+            f"{shell('--rewards', *config.rewards)}), or pass trust_rewards=True"
+        )
+    return config
+
+
+def _place_of(spec: str) -> str:
+    """Return the module that a reward's name would import and where it is, without importing anything."""
+    name = spec.partition(":")[0].partition(".")[0]
+    found = importlib.machinery.PathFinder.find_spec(name, [str(Path.cwd()), *sys.path])
+    return f"the module {name}" + (f" ({found.origin})" if found is not None and found.origin else "")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mopl._extras import require
 from mopl._files import write_files
+from mopl._hub import naming_own_code
 from mopl._records import damaged
 from mopl._tensor_files import check_shapes, read_tensors
 from mopl.conditioning._parameter_mixture_parts import AlphaCoefficients, CoefficientRule
@@ -96,9 +97,10 @@ def read(
 
         source = str(folder / MODEL_FOLDER)
         dtype = next((value.dtype for name, value in state.items() if name.startswith("model.")), None)
-        model = AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(source), **{"dtype": dtype, **model_kwargs}
-        )  # fmt: skip
+        options = {"dtype": dtype, "trust_remote_code": False, **model_kwargs}
+        with naming_own_code(source):
+            known = AutoConfig.from_pretrained(source, trust_remote_code=options["trust_remote_code"])
+            model = AutoModelForCausalLM.from_config(known, **options)
         if (folder / MODEL_FOLDER / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(source)  # type: ignore[union-attr]
     elif model_kwargs:

@@ -13,6 +13,7 @@ from torch import nn
 
 from mopl._bounds import check_bounds
 from mopl._extras import require
+from mopl._hub import naming_own_code
 from mopl._records import DamagedFile, Finite, Kind, damaged, read_json
 from mopl._tensor_files import check_shapes, read_tensors, shapes_of
 
@@ -184,7 +185,8 @@ def base_model(
     require("transformers")
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(record["base_model"], **options)
+    with naming_own_code(record["base_model"]):
+        return AutoModelForCausalLM.from_pretrained(record["base_model"], **{"trust_remote_code": False, **options})
 
 
 def adapter_folder(folder: Path, name: str) -> Path:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mopl._extras import require
+from mopl._hub import naming_own_code
 from mopl._tensor_files import load_state
 from mopl.alignment.collate import ListBatch, to_lists
 from mopl.alignment.head import fuse, score_sequences
@@ -59,7 +60,9 @@ def prepare_model(model: Any, peft_config: Any = None, model_init_kwargs: dict[s
         if "torch_dtype" not in options:  # an older name
             # Not the dtype of the file: what is trained in 16 bit loses every update below 1/256 of a value.
             options.setdefault("dtype", torch.float32)
-        model = AutoModelForCausalLM.from_pretrained(model, **options)
+        options.setdefault("trust_remote_code", False)
+        with naming_own_code(model):
+            model = AutoModelForCausalLM.from_pretrained(model, **options)
     elif model_init_kwargs:
         raise ValueError("model_init_kwargs are for a model that is loaded here by name, but model is loaded already")
     if peft_config is not None:

@@ -6,6 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+
+from mopl._extras import require
+
+require("transformers", what="mopl.integrations.transformers")
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from mopl.integrations._data import Examples

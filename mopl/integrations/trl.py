@@ -34,6 +34,7 @@ from typing import Any
 from torch import Tensor
 
 from mopl._extras import require
+from mopl._hub import naming_own_code
 
 require("trl", "transformers", "accelerate", what="mopl.integrations.trl", extra="trl")
 from trl import DPOConfig, SyncRefModelCallback  # type: ignore[attr-defined]
@@ -154,9 +155,10 @@ class MultiObjectiveDPOTrainer(MultiObjectiveTrainer):
             name = model if isinstance(model, str) else getattr(model, "name_or_path", "")
             if not name:
                 raise ValueError("processing_class is missing and the model has no name to load one by; pass it")
-            processing_class = AutoTokenizer.from_pretrained(
-                name, revision=loading.get("revision"), trust_remote_code=args.trust_remote_code
-            )
+            with naming_own_code(name):
+                processing_class = AutoTokenizer.from_pretrained(
+                    name, revision=loading.get("revision"), trust_remote_code=args.trust_remote_code
+                )
         if args.sync_ref_model:
             _check_moving_reference(model, args, peft_config)
         if processing_class is not None:

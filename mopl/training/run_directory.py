@@ -240,19 +240,20 @@ def _is_empty(path: Path) -> bool:
 class RunInterrupted(RuntimeError):
     """A run was stopped by Ctrl-C or SIGTERM; everything finished so far is in its directory."""
 
-    def __init__(self, path: Path, where: str, command: str) -> None:
-        again = _terminal.shell("mopl", command, "--run", path, "--resume")
+    def __init__(self, path: Path, where: str, command: str, *options: str) -> None:
+        again = _terminal.shell("mopl", command, "--run", path, "--resume", *options)
         super().__init__(f"stopped {where}; continue with: {again}")
         self.path = path
 
 
 @contextmanager
-def resumable(path: Path, command: str) -> Iterator[None]:
+def resumable(path: Path, command: str, *options: str) -> Iterator[None]:
     """Say of a run that stops inside the `with` block what to do about what it leaves.
 
     Args:
         path: The run.
         command: The command of `mopl` that continues it.
+        *options: What it needs besides the run and `--resume`.
 
     Raises:
         RunInterrupted: After Ctrl-C or SIGTERM.
@@ -261,9 +262,9 @@ def resumable(path: Path, command: str) -> Iterator[None]:
     try:
         yield
     except TrainingInterrupted as stop:
-        raise RunInterrupted(path, f"in {stop.stage!r} after step {stop.step}", command) from None
+        raise RunInterrupted(path, f"in {stop.stage!r} after step {stop.step}", command, *options) from None
     except KeyboardInterrupt:
-        raise RunInterrupted(path, "between two steps", command) from None
+        raise RunInterrupted(path, "between two steps", command, *options) from None
     except TrainingDiverged as error:
         raise type(error)(
             f"{error}; the run {path} stays as it is: pass other settings with --overwrite to replace it, or with "
