@@ -8,8 +8,8 @@ whose embeddings are the prompt at w, and the tokenizer puts them in front of ev
 
 What is guaranteed, for positions="hf":
 
-* The logits of the original vocabulary are those of the conditioned model, in float32 up to rounding (an export of a
-  float32 model checks itself); with 16-bit parameters adapters are merged in float32 and rounded once.
+* The logits of the original vocabulary are those of the conditioned model, in float32 up to rounding; with 16-bit
+  parameters adapters are merged in float32 and rounded once.
 * `generate` of transformers never gives a new token: `suppress_tokens` of generation_config.json has them all. vLLM
   does not read that entry. For it the output head is a matrix of its own, in which the row of each new token is the
   mean of all other rows. Its logit is then the mean of the others, so greedy decoding never takes it, and it is sampled
@@ -38,7 +38,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,14 +47,29 @@ from torch import Tensor, nn
 
 from mopl import __version__
 from mopl._arguments import check_choice
-from mopl._extras import require
 from mopl._files import write_folder
-from mopl._restoring import evaluating
+from mopl.alignment._export_adapter import save_mixed_adapter, save_prompt
+from mopl.alignment._export_check import (
+    TOLERANCE,
+    check_adapters,
+    check_files,
+    compare,
+    logits_of_export,
+    logits_of_source,
+)
 from mopl.alignment._export_tokenizer import Front, check_saved, prepare_tokenizer
 from mopl.alignment.head import unfuse
 from mopl.alignment.tokenization import ListTokenizer
-from mopl.conditioning import HyperPromptModel, LoraMixture, TextPrompt, WeightedModel, check_weights
+from mopl.conditioning import (
+    HyperPromptModel,
+    LoraMixture,
+    ParameterMixture,
+    TextPrompt,
+    WeightedModel,
+    check_weights,
+)
 from mopl.conditioning._causal_lm import is_peft
+from mopl.conditioning._merging import own_weights, settle_ties
 from mopl.conditioning.weighted import takes_temperature
 
 KINDS = ("model", "adapter")
@@ -110,42 +125,69 @@ def export(
         )
     w, beta = _condition(model, weights, objective_temperature, text_prompt)
     record = _record(model, kind, w, beta, text_prompt, origin)
-    if isinstance(model, HyperPromptModel):
-        if model.positions != "hf":
-            raise ValueError(
-                f"the model was trained with positions={model.positions!r}, which no plain model has: virtual tokens "
-                "there stand at no position of their own. Generate with mopl, or train with positions='hf'"
-            )
-        assert w is not None
-        with torch.no_grad():
-            prefix = model.hyper_prompt(w, beta)[0].detach()
-        if kind == "adapter":
-            return _write(folder, record, tokenizer, lambda path: _save_prompt(model, prefix, path))
-        merged = merged_copy(model.model)
-        front = prepare_tokenizer(tokenizer, prefix.shape[0])
-        _add_virtual_tokens(merged, prefix, front, keep_tied)
-        _check_logits(model, merged, front, w, beta)
-        record["virtual_tokens"] = {"ids": front.ids, "tokens": front.tokens}
-        return _write(folder, record, front.tokenizer, lambda path: _save_model(merged, path), (tokenizer, front))
-    if isinstance(model, LoraMixture):
-        assert w is not None
-        if kind == "adapter":
-            return _write(folder, record, tokenizer, lambda path: save_mixed_adapter(model, w, path))
-        mixed = without_traces(model.merge(w))
-        return _write(folder, record, tokenizer, lambda path: _save_model(mixed, path))
-    front = None
+    if isinstance(model, HyperPromptModel) and model.positions != "hf":
+        raise ValueError(
+            f"the model was trained with positions={model.positions!r}, which no plain model has: virtual tokens "
+            "there stand at no position of their own. Generate with mopl, or train with positions='hf'"
+        )
+    inner: Any = model.model if isinstance(model, (WeightedModel, ParameterMixture)) else model
+    if kind == "adapter" and not isinstance(model, HyperPromptModel) and not is_peft(inner):
+        raise ValueError(f"a plain {type(inner).__name__} has no adapter; pass kind='model'")
+    made, front, prefix = tokenizer, None, None
     if text_prompt is not None:
         assert w is not None
         front = prepare_tokenizer(tokenizer, text=text_prompt.render(w, beta))
+    elif isinstance(model, HyperPromptModel):
+        with torch.no_grad():
+            prefix = model.hyper_prompt(w, beta)[0].detach()  # type: ignore[arg-type]
+        if kind == "model":
+            front = prepare_tokenizer(tokenizer, prefix.shape[0])
+            record["virtual_tokens"] = {"ids": front.ids, "tokens": front.tokens}
     made = tokenizer if front is None else front.tokenizer
+    virtual = front.ids if front is not None and not front.after_bos else []
+    base = inner.get_base_model() if is_peft(inner) else inner
+    vocabulary = virtual[0] if virtual else base.get_input_embeddings().weight.shape[0]
     check = None if front is None else (tokenizer, front)
     if kind == "adapter":
-        if not is_peft(model):
-            raise ValueError(f"a plain {type(model).__name__} has no adapter; pass kind='model'")
-        saved: Any = model
-        return _write(folder, record, made, lambda path: saved.save_pretrained(str(path)), check)
-    merged = merged_copy(model)
-    return _write(folder, record, made, lambda path: _save_model(merged, path), check)
+        logits = logits_of_source(model, vocabulary, w, beta)
+
+        def save(path: Path) -> None:
+            if isinstance(model, HyperPromptModel):
+                assert prefix is not None
+                save_prompt(model, prefix, path)
+            elif isinstance(model, LoraMixture):
+                assert w is not None
+                save_mixed_adapter(model, w, path)
+            else:
+                inner.save_pretrained(str(path))
+            check_files(path, model, kind, logits, vocabulary, [])
+
+        return _write(folder, record, made, save, check)
+    plain = [_plain_model(model, w)]
+    if prefix is not None and front is not None:
+        _add_virtual_tokens(plain[0], prefix, front, keep_tied)
+    check_adapters(model)
+    logits = logits_of_export(plain[0], vocabulary, virtual)
+    compare(
+        logits, logits_of_source(model, vocabulary, w, beta), TOLERANCE[base.dtype],
+        f"the plain {type(plain[0]).__name__}",
+        "this architecture does something to embeddings, positions or adapted weights that is not known here: generate "
+        "with mopl",
+    )  # fmt: skip
+
+    def save_model(path: Path) -> None:
+        plain.pop().save_pretrained(str(path))
+        check_files(path, model, kind, logits, vocabulary, virtual)
+
+    return _write(folder, record, made, save_model, check)
+
+
+def _plain_model(model: Any, weights: Tensor | None) -> Any:
+    """Return the causal language model of a trade-off as a plain one, a copy."""
+    if isinstance(model, (LoraMixture, ParameterMixture)):
+        assert weights is not None
+        return without_traces(model.merge(weights))
+    return merged_copy(model.model if isinstance(model, HyperPromptModel) else model)
 
 
 # ---------------------------------------------------------------- what is asked for
@@ -157,7 +199,7 @@ def _condition(
     """Check and return w (m,) and β (m,)."""
     names: Sequence[str] = ()
     wants_temperature = False
-    if isinstance(model, WeightedModel):
+    if isinstance(model, (WeightedModel, ParameterMixture)):
         names, wants_temperature = model.record.objectives, takes_temperature(model)
     elif text_prompt is not None:
         names, wants_temperature = text_prompt.objectives, text_prompt.temperature
@@ -165,7 +207,7 @@ def _condition(
         raise ValueError(
             f"weights are missing; pass one for each of {', '.join(names)}"
             if names
-            else "weights were passed but the model has none: pass a HyperPromptModel or a LoraMixture, or "
+            else "weights were passed but the model has none: pass a HyperPromptModel or a mixture, or "
             "text_prompt with a model that was trained with it"
         )
     if (temperature is not None) != wants_temperature:
@@ -197,7 +239,7 @@ def _record(
     model: Any, kind: str, w: Tensor | None, beta: Tensor | None, text_prompt: TextPrompt | None, origin: str | None
 ) -> dict[str, Any]:
     """Return what `mopl.json` says."""
-    inner: Any = model.model if isinstance(model, WeightedModel) else model
+    inner: Any = model.model if isinstance(model, (WeightedModel, ParameterMixture)) else model
     base = inner.get_base_model() if is_peft(inner) else inner
     record: dict[str, Any] = {
         "kind": KIND,
@@ -208,7 +250,7 @@ def _record(
         "base_model": getattr(base, "name_or_path", "") or None,
         "origin": origin,
     }
-    if isinstance(model, WeightedModel):
+    if isinstance(model, (WeightedModel, ParameterMixture)):
         tuning = model.record
         record |= {"objectives": list(tuning.objectives), "reference": tuning.reference}
         record |= {"beta": tuning.beta, "alpha": tuning.alpha}
@@ -238,6 +280,10 @@ def merged_copy(model: Any) -> Any:
         if not hasattr(merged, "merge_and_unload"):
             kinds = ", ".join(type(config).__name__ for config in merged.peft_config.values())
             raise ValueError(f"adapters of {kinds} cannot be merged; pass kind='adapter'")
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        layers = [module for module in merged.modules() if isinstance(module, BaseTunerLayer)]
+        own_weights(merged, [layer.get_base_layer() for layer in layers])
         # One rounding at the end in place of one for each adapted matrix.
         merged = merged.to(torch.promote_types(dtype, torch.float32)).merge_and_unload(safe_merge=True).to(dtype)
     return without_traces(merged)
@@ -246,34 +292,10 @@ def merged_copy(model: Any) -> Any:
 def without_traces(merged: Any) -> Any:
     """Take off a merged copy what PEFT and `fuse` left on it."""
     merged = unfuse(merged).eval()
+    settle_ties(merged)
     for name in ("peft_config", "_hf_peft_config_loaded"):
         merged.__dict__.pop(name, None)
     return merged
-
-
-def save_mixed_adapter(model: LoraMixture, weights: Tensor, path: Path) -> None:
-    """Write Σ w_i B_i A_i as one LoRA adapter, exactly: its factors are those of the m adapters side by side.
-
-    The rank is the sum of theirs, so no factorisation is needed and nothing is lost.
-
-    Raises:
-        ValueError: If an adapter's scale is not what PEFT can carry over.
-    """
-    name, peft_model = "mopl_mixture", model.model
-    coefficients = model.coefficients_of(weights).tolist()
-    tuner = peft_model.base_model
-    tuner.add_weighted_adapter(model.adapters, coefficients, adapter_name=name, combination_type="cat")
-    try:
-        if any(layer.scaling[name] != 1 for layer in model._layers):
-            raise ValueError("the adapters use a scale of another kind than lora_alpha / r; pass kind='model'")
-        peft_model.save_pretrained(str(path), selected_adapters=[name])
-    finally:
-        tuner.delete_adapter(name)
-        tuner.set_adapter(model.adapters)
-    # PEFT puts every adapter but the one called "default" into a folder of its name; loaders look for it above.
-    for file in sorted((path / name).iterdir()):
-        file.rename(path / file.name)
-    (path / name).rmdir()
 
 
 @torch.no_grad()
@@ -294,10 +316,7 @@ def _add_virtual_tokens(model: Any, prefix: Tensor, front: Front, keep_tied: boo
     _set_embeddings(embedding, ids, prefix, name)
     if tied and not keep_tied:
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-        for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
-            config.tie_word_embeddings = False
-        if hasattr(model, "all_tied_weights_keys"):
-            model.all_tied_weights_keys = {}  # what saving would leave out as a copy
+        settle_ties(model)
     if not (tied and keep_tied):
         others = head.weight[: front.ids[0]]
         head.weight[ids] = others.mean(0, dtype=torch.promote_types(others.dtype, torch.float32)).to(others.dtype)
@@ -323,58 +342,7 @@ def _set_embeddings(embedding: Any, ids: Tensor, prefix: Tensor, name: str) -> N
         raise ValueError(f"{name} does more to embeddings than to scale them, so virtual tokens cannot become tokens")
 
 
-@torch.no_grad()
-def _check_logits(model: HyperPromptModel, merged: Any, front: Front, w: Tensor, beta: Tensor | None) -> None:
-    """Raise unless the copy gives the conditioned model's logits for a short text; 16-bit models round too much."""
-    if merged.dtype not in (torch.float32, torch.float64):
-        return
-    device, count = merged.device, front.ids[0]
-    text = torch.arange(7, 7 + 12 * 5, 5, device=device)[None] % count
-    with evaluating(model):
-        wanted = model(text, torch.ones_like(text), w, beta).logits[..., :count]
-    whole = torch.cat([torch.tensor([front.ids], device=device), text], 1)
-    given = merged(whole, attention_mask=torch.ones_like(whole)).logits[:, len(front.ids) :, :count]
-    error, size = float((given - wanted).abs().max()), float(wanted.abs().max())
-    if not error <= 1e-3 * max(size, 1.0):
-        raise ValueError(
-            f"the plain {type(merged).__name__} differs from the conditioned model by up to {error:.3g} in logits of "
-            f"up to {size:.3g}, so it is not exported; this architecture does something to embeddings or positions "
-            "that is not known here"
-        )
-
-
 # ---------------------------------------------------------------- files
-
-
-def _save_model(model: Any, path: Path) -> None:
-    model.save_pretrained(str(path))
-
-
-def _save_prompt(model: HyperPromptModel, prefix: Tensor, path: Path) -> None:
-    """Write a prompt as PEFT's prompt tuning."""
-    require("peft", "safetensors")
-    from peft import PromptTuningConfig, TaskType
-    from safetensors.torch import save_file
-
-    if is_peft(model.model):
-        raise ValueError(
-            "the model has a prompt and adapters, and a PEFT adapter is one or the other; pass kind='model', which "
-            "merges the adapters and writes the prompt into the vocabulary"
-        )
-    config: Any = model.causal_lm.config.get_text_config()
-    adapter = PromptTuningConfig(
-        task_type=TaskType.CAUSAL_LM,
-        base_model_name_or_path=getattr(model.causal_lm, "name_or_path", "") or None,  # type: ignore[arg-type]
-        num_virtual_tokens=prefix.shape[0],
-        token_dim=prefix.shape[1],
-        num_transformer_submodules=1,
-        num_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        inference_mode=True,
-    )
-    adapter.save_pretrained(str(path))
-    tensors: Mapping[str, Tensor] = {"prompt_embeddings": prefix.cpu().contiguous()}
-    save_file(dict(tensors), str(path / "adapter_model.safetensors"), metadata={"format": "pt"})
 
 
 def _write(

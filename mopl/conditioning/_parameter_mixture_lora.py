@@ -111,11 +111,10 @@ class LoraMixture(nn.Module):
         self.model = wrapped
         self.objectives, self.coefficients = objectives, coefficients
         self._current: Tensor | None = None
-        self._rows: int | None = None  # of the batch that the language model is at
+        self._rows: int | None = None  # of the batch, where beams and samples do not make it larger
         self._checked = False  # that merged weights compute what mixed rows do
         self._layers = plain_layers(wrapped, self.adapters)
         wrapped.base_model.set_adapter(self.adapters)
-        self.causal_lm.register_forward_pre_hook(self._count_rows, with_kwargs=True)
         for layer in self._layers:
             for i, name in enumerate(self.adapters):
                 # No closure: a deep copy of the mixture must read its own coefficients.
@@ -167,7 +166,7 @@ class LoraMixture(nn.Module):
             )
         if coefficients.ndim == 2 and len(coefficients) == 1:
             coefficients = coefficients[0]
-        with self._standing(coefficients):
+        with self._standing(coefficients, rows):
             yield
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
@@ -198,11 +197,6 @@ class LoraMixture(nn.Module):
             yield
         finally:
             self._current, self._rows = before
-
-    def _count_rows(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """Note how many rows the language model gets: beams and samples are copies of those that have weights."""
-        given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
-        self._rows = next((len(value) for value in given if isinstance(value, Tensor)), None)
 
     def forward(
         self, *args: Any, weights: Weights | None = None, alpha: float | Tensor | None = None, **kwargs: Any
@@ -244,6 +238,7 @@ class LoraMixture(nn.Module):
         if self._layers[0].disable_adapters:
             return model.generate(**given)
         with self._mixing(weights, alpha, len(input_ids)):
+            self._rows = None
             return model.generate(**given)
 
     @contextlib.contextmanager
@@ -267,7 +262,7 @@ class LoraMixture(nn.Module):
             self._checked = True
 
     def _mixed_logits(self, ids: Tensor, coefficients: Tensor) -> Tensor:
-        with self._standing(coefficients.to(ids.device)):
+        with self._standing(coefficients.to(ids.device), len(ids)):
             return logits_of(self.model, ids)
 
     def _one(self, weights: Weights, alpha: float | Tensor | None) -> Tensor:
