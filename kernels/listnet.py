@@ -54,6 +54,15 @@ def _as_key(score, temperature):
 
 
 @triton.jit
+def _label(z, NORMALIZE: tl.constexpr):
+    """Return labels, NaN where one is negative and has no share: the mass, and so all of the list, is NaN then."""
+    if NORMALIZE:
+        return tl.where(z < 0, float("nan"), z)
+    else:
+        return z
+
+
+@triton.jit
 def _peak(score, valid, item, rate, BLOCK: tl.constexpr):
     """Return the peak (LISTS,), every item's distance below it and the sum of exp(-distance) over the other items."""
     key = _as_key(score, rate[:, None])
@@ -124,7 +133,7 @@ def forward_kernel(
             top, distance, total = _peak(score, valid, item, rate, BLOCK)
             tl.store(peak + target, tl.minimum(top, items - 1), mask=real)
             tl.store(rest + target, total, mask=real)
-        z = tl.load(labels + source[:, None] + item[None, :], mask=valid, other=0).to(dtype)
+        z = _label(tl.load(labels + source[:, None] + item[None, :], mask=valid, other=0).to(dtype), NORMALIZE)
         off_peak = tl.sum(tl.where(item[None, :] != top[:, None], z, 0.0), axis=1)
         whole = off_peak + tl.sum(tl.where(item[None, :] == top[:, None], z, 0.0), axis=1)
         spread = tl.sum(tl.where(z == 0, 0.0, z * distance), axis=1)
@@ -219,7 +228,7 @@ def forward_loop_kernel(
         spread = tl.zeros((BLOCK,), dtype)
         for start in range(0, items, BLOCK):
             item, valid, score = _load_block(scores_row, mask_row, start, items, dtype, BLOCK)
-            z = tl.load(labels_row + item, mask=valid, other=0).to(dtype)
+            z = _label(tl.load(labels_row + item, mask=valid, other=0).to(dtype), NORMALIZE)
             distance = _distance(top, _as_key(score, rate), tl.abs(rate))
             spread += tl.where(z == 0, 0.0, z * distance)
             at_peak += tl.where(item == peak_item, z, 0.0)

@@ -168,6 +168,30 @@ def as_value(
     return value if domain is None else torch.where(domain.holds(value), value, math.nan)
 
 
+# Rewards have either sign.
+SOFTMAX = (
+    "for labels of either sign, such as rewards, pass normalize='softmax' (label_temperature says how sharp), or use "
+    "their ranks: plackett_luce, pairwise_logistic"
+)
+
+
+def refuse_negative(labels: Tensor, where: str, remedy: str = SOFTMAX, first: int = 0) -> None:
+    """Raise if a label is negative; reads the values.
+
+    Args:
+        labels: (B, ..., K) floating point, 0 where no item exists.
+        where: what asks for labels that are not negative.
+        remedy: what to do.
+        first: number of the first list.
+    """
+    # NaN, which passes, hides the lowest label.
+    if not labels.numel() or float(labels.amin()) >= 0 or not bool((labels < 0).any()):
+        return
+    place = (labels < 0).nonzero()[0].tolist()
+    found = f"labels of list {first + place[0]} hold {float(labels[tuple(place)]):g}"
+    raise ValueError(f"{found} but must not be negative with {where}; {remedy}")
+
+
 def per_objective(
     value: float | Tensor, name: str, shape: tuple[int, int], like: Tensor, domain: Domain | None = None
 ) -> Tensor:

@@ -420,7 +420,7 @@ def test_large_labels_have_finite_normalised_gains() -> None:
 
 def test_a_list_without_a_positive_ideal_dcg_contributes_nothing() -> None:
     scores = torch.randn(2, 3, requires_grad=True)
-    labels = torch.tensor([[-1.0, -2.0, 0.0], [-1.0, 2.0, 0.0]])
+    labels = torch.tensor([[0.0, 0.0, 0.0], [0.0, 2.0, 0.0]])
     for loss in (partial(approx_ndcg, gain="linear"), partial(lambda_loss, gain="linear", normalize=True)):
         vector = loss(scores, labels, reduction="none")
         (gradient,) = torch.autograd.grad(vector.sum(), scores)

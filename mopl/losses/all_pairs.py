@@ -3,7 +3,9 @@
 Scores are (B, K), labels (B, K) or (B, m, K) with higher better, and u = temperature * (scores - reference). Time is
 O(K²) a list and objective, memory O(K): see `mopl.ops.pairs`. A pair counts where the labels differ; lists with fewer
 than two items, or with equal labels only, have loss 0 and gradient 0. Masked items are never read into arithmetic.
-A NaN in an existing item makes the losses of its list NaN and of no other.
+A NaN in an existing item makes the losses of its list NaN and of no other. On a CPU a temperature that is not positive,
+or a label that is negative where NDCG is computed, raises an error; on a GPU, where reading would wait, and under
+`torch.compile` it makes its losses NaN.
 
     >>> scores, labels = torch.tensor([[0.0, 3.0, 1.0, 2.0]]), torch.tensor([[0.0, 0.0, 1.0, 1.0]])
     >>> pairwise_logistic(scores, labels)     # log(1 + e^-1) + log(1 + e^2) + log(1 + e^-2) + log(1 + e^1)
@@ -20,10 +22,15 @@ from torch import Tensor
 
 from mopl import _arguments as arguments
 from mopl._arguments import Reduction, check_choice, per_objective, weigh_and_reduce, wide_dtype
+from mopl.losses.labels import not_negative, or_nan
 from mopl.ops import pairs
 
 Gain = Literal["exponential", "linear"]
 GAINS = ("exponential", "linear")
+SHIFT = (
+    "shift each list's labels so that the lowest is 0, or pass them to pairwise_logistic, plackett_luce or "
+    "listwise_dpo with normalize='softmax', which take any real numbers"
+)
 
 
 def pairwise_logistic(
@@ -44,10 +51,10 @@ def pairwise_logistic(
 
     Args:
         scores: (B, K), log-probabilities or a ranker's output. Differentiable.
-        labels: (B, K) or (B, m, K), any real or integer dtype; only their order within a list counts.
+        labels: (B, K) or (B, m, K), any real numbers, infinite ones included: only their order within a list counts.
         reference: (B, K), the scores of the base model; None means 0. Differentiable.
         temperature: β > 0, a number, (m,), (B, 1) or (B, m). Differentiable.
-        weights: what each loss is multiplied by, shaped like `temperature`. Differentiable.
+        weights: what each loss is multiplied by, of any sign, shaped like `temperature`. Differentiable.
         mask: (B, K), true where an item exists; None means everywhere.
         margin: γ in nats, shaped like `temperature`. Differentiable.
         reduction: "none" for (B, m), "sum", or "mean" over lists of the sum over objectives.
@@ -57,11 +64,11 @@ def pairwise_logistic(
 
     Raises:
         TypeError: scores are not floating point or the mask is not bool.
-        ValueError: shapes do not fit; the message says which and what to pass.
+        ValueError: shapes do not fit, or a temperature is not positive; the message says which and what to pass.
     """
     _, u, y = _prepare(scores, labels, reference, temperature, mask)
     loss = pairs.pairwise_logistic(u, _ranked(labels, y, mask), _narrow(margin, "margin", y, u))
-    return weigh_and_reduce(_or_nan(loss, y, mask), weights, reduction)
+    return weigh_and_reduce(or_nan(loss, y, mask), weights, reduction)
 
 
 def lambda_loss(
@@ -88,15 +95,15 @@ def lambda_loss(
 
     Args:
         scores: (B, K), log-probabilities or a ranker's output. Differentiable.
-        labels: (B, K) or (B, m, K), any real or integer dtype.
+        labels: (B, K) or (B, m, K), any real numbers; not negative with `normalize`.
         reference: (B, K), the scores of the base model; None means 0. Differentiable.
         temperature: β > 0, a number, (m,), (B, 1) or (B, m). Differentiable.
-        weights: what each loss is multiplied by, shaped like `temperature`. Differentiable.
+        weights: what each loss is multiplied by, of any sign, shaped like `temperature`. Differentiable.
         mask: (B, K), true where an item exists; None means everywhere.
         gain: "exponential" for G = 2^label - 1, "linear" for G = label. Without `normalize`, exponential gains overflow
             in float32 above labels of 127: take linear ones for counts and times.
-        normalize: divide by the ideal DCG (of the top k), so that the weights are changes of NDCG. It needs labels that
-            are not negative: a list whose ideal DCG is not positive contributes 0.
+        normalize: divide by the ideal DCG (of the top k), so that the weights are changes of NDCG. A list whose labels
+            are all 0 contributes 0.
         top_k: leave out pairs beyond the k best ranked items; None keeps all.
         top_k_rule: keep a pair if "either" of its items is in the top k (LightGBM, XGBoost), or only if "both" are
             (allRank).
@@ -107,13 +114,16 @@ def lambda_loss(
 
     Raises:
         TypeError: scores are not floating point or the mask is not bool.
-        ValueError: shapes do not fit, or an option is unknown; the message says which and what to pass.
+        ValueError: shapes do not fit, an option is unknown, a temperature is not positive, or with `normalize` a label
+            is negative; the message says which and what to pass.
     """
     check_choice(gain, GAINS, "gain")
     check_choice(top_k_rule, ("either", "both"), "top_k_rule")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k is {top_k} but must be at least 1, or None for all items")
     x, u, y = _prepare(scores, labels, reference, temperature, mask)
+    if normalize:
+        y = _for_gains(y, mask)
     with torch.no_grad():
         gains = _gains(y, gain, mask, scaled=normalize)
         if normalize:
@@ -129,7 +139,7 @@ def lambda_loss(
         None if top_k is None else ranks <= top_k,
         top_k_rule == "both",
     )
-    return weigh_and_reduce(_or_nan(loss, y, mask), weights, reduction)
+    return weigh_and_reduce(or_nan(loss, y, mask), weights, reduction)
 
 
 def approx_ndcg(
@@ -153,10 +163,10 @@ def approx_ndcg(
 
     Args:
         scores: (B, K), log-probabilities or a ranker's output. Differentiable.
-        labels: (B, K) or (B, m, K), not negative. Differentiable where floating point.
+        labels: (B, K) or (B, m, K), gains of NDCG and therefore not negative. Differentiable where floating point.
         reference: (B, K), the scores of the base model; None means 0. Differentiable.
         temperature: β > 0, a number, (m,), (B, 1) or (B, m). Differentiable.
-        weights: what each loss is multiplied by, shaped like `temperature`. Differentiable.
+        weights: what each loss is multiplied by, of any sign, shaped like `temperature`. Differentiable.
         mask: (B, K), true where an item exists; None means everywhere.
         gain: "exponential" for G = 2^label - 1, which never overflows here, "linear" for G = label.
         reduction: "none" for (B, m), "sum", or "mean" over lists of the sum over objectives.
@@ -166,10 +176,12 @@ def approx_ndcg(
 
     Raises:
         TypeError: scores are not floating point or the mask is not bool.
-        ValueError: shapes do not fit, or the gain is unknown; the message says which and what to pass.
+        ValueError: shapes do not fit, the gain is unknown, a temperature is not positive or a label negative; the
+            message says which and what to pass.
     """
     check_choice(gain, GAINS, "gain")
     _, u, y = _prepare(scores, labels, reference, temperature, mask)
+    y = _for_gains(y, mask)
     gains = _gains(y, gain, mask, scaled=True)
     ideal = _ideal_dcg(gains, mask, None)  # (B, m, 1)
     dcg = (gains / torch.log2(1 + pairs.smooth_ranks(u, mask))).sum(-1)
@@ -177,7 +189,7 @@ def approx_ndcg(
     counts = (highest > lowest) & (ideal > 0)
     # Where a list does not count, 0 is selected before the division, so that its gradient is 0 and not NaN.
     loss = torch.where(counts[..., 0], 1 - dcg / torch.where(counts, ideal, 1)[..., 0], 0)
-    return weigh_and_reduce(_or_nan(loss, y, mask), weights, reduction)
+    return weigh_and_reduce(or_nan(loss, y, mask), weights, reduction)
 
 
 def _prepare(
@@ -222,12 +234,6 @@ def _narrow(
     return full[:, :1] if not shape or shape[-1] == 1 else full
 
 
-def _or_nan(loss: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the loss (B, m), NaN where an existing item has the label NaN, which no comparison would show."""
-    unknown = labels.isnan() if mask is None else labels.isnan() & mask[:, None, :]
-    return torch.where(unknown.any(-1), math.nan, loss)
-
-
 def _ranks(scores: Tensor, mask: Tensor | None) -> Tensor:
     """Return ranks (B, K) from 1 among the existing items, the highest score first, ties by position."""
     keyed = scores if mask is None else torch.where(mask, scores, -math.inf)
@@ -246,6 +252,13 @@ def _extremes(labels: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     exists = mask[:, None, :]
     highest = torch.where(exists, labels, -math.inf).amax(-1, keepdim=True)
     return highest, torch.where(exists, labels, math.inf).amin(-1, keepdim=True)
+
+
+def _for_gains(labels: Tensor, mask: Tensor | None) -> Tensor:
+    """Return labels (B, m, K) that NDCG is defined for: none is negative."""
+    exists = None if mask is None else mask[:, None, :]
+    y = not_negative(labels if exists is None else torch.where(exists, labels, 0), "NDCG, whose gains they are", SHIFT)
+    return y if exists is None else torch.where(exists, y, math.nan)
 
 
 def _gains(labels: Tensor, gain: str, mask: Tensor | None, scaled: bool) -> Tensor:

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from mopl._arguments import as_labels, check_choice, check_mask, check_scores, compute_dtype
+from mopl._arguments import (
+    POSITIVE,
+    SOFTMAX,
+    as_labels,
+    check_choice,
+    check_mask,
+    check_scores,
+    compute_dtype,
+    per_objective,
+    readable,
+    refuse_negative,
+    wide_dtype,
+)
 
 Normalize = Literal["l1", "softmax"]
 
@@ -16,35 +29,89 @@ def normalize_labels(
     labels: Tensor,  # (B, K) or (B, m, K)
     mode: Normalize,
     mask: Tensor | None = None,  # (B, K) bool
+    *,
+    label_temperature: float | Tensor = 1.0,  # broadcasts to (B, m)
 ) -> Tensor:
     """Return labels as distributions over the items of each list (COS-DPO, section 2.2).
 
     Args:
-        labels: (B, K) or (B, m, K), higher is better; `"l1"` needs labels that are not negative.
+        labels: (B, K) or (B, m, K), higher is better. `"l1"` needs labels that are not negative; `"softmax"` takes any
+            real number, a reward for example, and -inf, whose target is 0.
         mode: `"l1"`: divide by the sum, for sparse labels such as clicks; `"softmax"`: for dense ones such as ratings.
             On binary labels `"softmax"` is not a one-hot distribution but (0.73, 0.27): label smoothing, if unmeant.
-        mask: (B, K), true where an item exists.
+        mask: (B, K), true where an item exists; what stands elsewhere is not read.
+        label_temperature: what labels are divided by before their softmax, positive, a number or a tensor that
+            broadcasts to (B, m): their standard deviation within a list is a start; smaller is sharper.
 
     Returns:
         A tensor of labels' shape in float32 (float64 for float64) that sums to 1 over the existing items of a list,
-        or is 0 throughout where `"l1"` finds no positive sum or no item exists. Differentiable in labels.
+        or is 0 throughout where `"l1"` finds no positive sum or no item exists. Differentiable in labels and in
+        label_temperature. A list with a NaN, or with inf under `"softmax"`, is NaN.
+
+    Raises:
+        ValueError: A label is negative under `"l1"` and can be read, which is not so on a GPU and under
+            `torch.compile`: there its list is NaN. Or label_temperature is given for `"l1"` or is not positive.
     """
     check_choice(mode, ("l1", "softmax"), "mode")
-    dtype = compute_dtype(labels)
     if mask is not None:
         check_mask(mask, labels if labels.ndim == 2 else labels[:, 0])
-        mask = mask if labels.ndim == 2 else mask[:, None, :]
-        labels = labels.masked_fill(~mask, 0)
-    labels = labels.to(dtype)
+    return to_distributions(labels, mode, mask, label_temperature, compute_dtype(labels), "mode")
+
+
+def to_distributions(
+    labels: Tensor,  # (B, K) or (B, m, K)
+    mode: Normalize,
+    mask: Tensor | None,  # (B, K) bool
+    label_temperature: float | Tensor,
+    dtype: torch.dtype,
+    option: str,
+) -> Tensor:
+    """Do what `normalize_labels` does in `dtype`; `option` is what the caller has called the mode."""
+    if mask is not None and labels.ndim == 3:
+        mask = mask[:, None, :]
+    sharpened = isinstance(label_temperature, Tensor) or label_temperature != 1
     if mode == "l1":
+        if sharpened:
+            raise ValueError(
+                f"label_temperature has no part in {option}='l1'; pass {option}='softmax', or leave it out"
+            )
+        labels = (labels if mask is None else labels.masked_fill(~mask, 0)).to(dtype)
+        labels = not_negative(labels, f"{option}='l1'")
         total = labels.sum(-1, keepdim=True)
-        positive = total > 0
-        return torch.where(positive, labels / torch.where(positive, total, 1), 0)
-    if mask is None:
-        return labels.softmax(-1)
-    # A list without items would be all -inf, whose softmax and gradient are NaN.
-    some = mask.any(-1, keepdim=True)
-    return labels.masked_fill(~mask & some, -torch.inf).softmax(-1) * mask
+        empty = total <= 0  # false for NaN
+        return torch.where(empty, 0, labels / torch.where(empty, 1, total))
+    large = labels.dtype in (torch.int32, torch.int64)
+    labels = labels.to(wide_dtype(labels.device) if large else dtype)
+    if mask is not None:
+        # A list without items would be all -inf, whose softmax and gradient are NaN.
+        gone = ~mask & mask.any(-1, keepdim=True)
+        labels = labels.masked_fill(~mask, 0).masked_fill(gone, -torch.inf)
+    if large and labels.shape[-1]:  # differences are small where float32 would make one number of several
+        labels = (labels - labels.amax(-1, keepdim=True)).to(dtype)
+    if sharpened:
+        shape = (labels.shape[0], 1 if labels.ndim == 2 else labels.shape[1])
+        rate = per_objective(label_temperature, "label_temperature", shape, labels, POSITIVE)
+        rate = rate if labels.ndim == 2 else rate[..., None]
+        finite = labels.isfinite()  # an infinite label stays what it is, and its quotient would have no gradient
+        labels = torch.where(finite, torch.where(finite, labels, 0) / rate, labels)
+    targets = labels.softmax(-1)
+    return targets if mask is None else targets * mask
+
+
+def not_negative(labels: Tensor, where: str, remedy: str = SOFTMAX) -> Tensor:
+    """Return labels (B, ..., K), 0 where no item exists; raise if one is negative, or make its list NaN."""
+    if readable(labels):
+        refuse_negative(labels.detach(), where, remedy)
+        return labels
+    return torch.where((labels < 0).any(-1, keepdim=True), math.nan, labels)
+
+
+def or_nan(loss: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the loss (B, m), NaN where an existing item has the label NaN, which no comparison would show."""
+    if not labels.is_floating_point() or (readable(labels) and not bool(labels.detach().sum().isnan())):
+        return loss
+    unknown = labels.isnan() if mask is None else labels.isnan() & mask[:, None, :]
+    return torch.where(unknown.any(-1), math.nan, loss)
 
 
 def presort(

@@ -24,7 +24,7 @@ from mopl._arguments import (
     shape_of,
     weigh_and_reduce,
 )
-from mopl.losses.labels import normalize_labels, presort
+from mopl.losses.labels import or_nan, presort, to_distributions
 from mopl.ops.listnet import listwise_cross_entropy
 from mopl.ops.plackett_luce import plackett_luce_nll
 
@@ -56,6 +56,7 @@ def listwise_dpo(
     weights: float | Tensor | None = None,  # broadcasts to (B, m)
     mask: Tensor | None = None,  # (B, K) bool
     normalize: Literal["l1", "softmax"] | None = "l1",
+    label_temperature: float | Tensor = 1.0,  # broadcasts to (B, m)
     reduction: Reduction = "mean",
 ) -> Tensor:
     r"""Listwise cross-entropy of temperature-scaled scores with label distributions, the training loss of COS-DPO.
@@ -68,22 +69,29 @@ def listwise_dpo(
 
     Args:
         scores: (B, K), sequence log-probabilities in nats or a ranker's scores; any floating dtype.
-        labels: (B, K) for one objective or (B, m, K), higher is better.
+        labels: (B, K) for one objective or (B, m, K), higher is better; which numbers they may be is said by
+            `normalize`.
         reference: (B, K), the base model's scores.
-        temperature: β, a number or a tensor that broadcasts to (B, m).
-        weights: factors on the result, a number or a tensor that broadcasts to (B, m).
+        temperature: β > 0, a number or a tensor that broadcasts to (B, m).
+        weights: factors of any sign on the result, a number or a tensor that broadcasts to (B, m).
         mask: (B, K), true where an item exists; other items may hold anything.
-        normalize: `"l1"` divides each list's labels by their sum (sparse labels, not negative), `"softmax"` takes
-            their softmax (dense labels), None takes them as they are.
+        normalize: `"l1"` divides each list's labels by their sum: sparse labels such as clicks, never negative.
+            `"softmax"` takes their softmax: any real numbers, such as ratings or rewards. None takes them as they are,
+            as targets of any sign that need not sum to 1, such as advantages.
+        label_temperature: what labels are divided by before their softmax, positive, a number or a tensor that
+            broadcasts to (B, m). See `normalize_labels`.
         reduction: `"none"` gives (B, m), `"sum"` its sum, `"mean"` the mean over lists of the sum over objectives.
 
     Returns:
         Nats in float32 (float64 for float64); differentiable in scores, reference, temperature, weights and labels.
-        Lists with fewer than two items, and with `"l1"` those without a positive label sum, give 0 with gradient 0.
+        Lists with fewer than two items, and with `"l1"` those whose labels are all 0, give 0 with gradient 0. A NaN
+        among a list's labels gives NaN.
 
     Raises:
         TypeError: if scores are not floating point or the mask is not boolean.
-        ValueError: if a shape does not fit, or `normalize` or `reduction` is unknown.
+        ValueError: if a shape does not fit, `normalize` or `reduction` is unknown, or, on a CPU, a temperature is not
+            positive or a label is negative under `"l1"`. On a GPU, where reading would wait, and under `torch.compile`
+            such an entry makes its losses NaN.
 
     >>> scores, labels = torch.tensor([[0.6, 0.8]]), torch.tensor([[1.0, 0.0]])
     >>> round(float(listwise_dpo(scores, labels)), 6)
@@ -95,9 +103,10 @@ def listwise_dpo(
     check_choice(normalize, ("l1", "softmax", None), "normalize")
     difference = _difference(scores, reference)
     if normalize == "softmax":
-        if labels.dtype != torch.float64:
-            labels = labels.to(compute_dtype(difference))
-        labels = normalize_labels(labels, "softmax", mask)
+        dtype = compute_dtype(difference, labels)
+        labels = to_distributions(labels, "softmax", mask, label_temperature, dtype, "normalize")
+    elif isinstance(label_temperature, Tensor) or label_temperature != 1:
+        raise ValueError(f"label_temperature has no part in normalize={normalize!r}; pass normalize='softmax'")
     loss = listwise_cross_entropy(
         difference,
         labels,
@@ -138,10 +147,11 @@ def plackett_luce(
 
     Args:
         scores: (B, K), sequence log-probabilities in nats or a ranker's scores; any floating dtype.
-        labels: (B, K) for one objective or (B, m, K), higher is better; only their order and ties matter.
+        labels: (B, K) for one objective or (B, m, K), higher is better, of any dtype and any real numbers or infinite:
+            only their order and ties matter. A NaN gives NaN.
         reference: (B, K), the base model's scores.
-        temperature: β, a number or a tensor that broadcasts to (B, m).
-        weights: factors on the result, a number or a tensor that broadcasts to (B, m).
+        temperature: β > 0, a number or a tensor that broadcasts to (B, m).
+        weights: factors of any sign on the result, a number or a tensor that broadcasts to (B, m).
         mask: (B, K), true where an item exists; other items may hold anything.
         top_k: charge only items that fewer than this many items are better than; the rest are in the denominators.
         ties: the rule for equal labels.
@@ -160,7 +170,8 @@ def plackett_luce(
 
     Raises:
         TypeError: if scores are not floating point, the mask is not boolean or the order is not integer.
-        ValueError: if a shape does not fit, `top_k` is below 1, or a choice is unknown.
+        ValueError: if a shape does not fit, `top_k` is below 1, a choice is unknown, or a temperature is not positive
+            (on a GPU and under `torch.compile` its losses are NaN).
 
     >>> scores, labels = torch.tensor([[0.5, 0.3]]), torch.tensor([[1.0, 0.0]])
     >>> round(float(plackett_luce(scores, labels)), 6)
@@ -175,7 +186,7 @@ def plackett_luce(
         raise ValueError(f"top_k is {top_k} but must be an integer of at least 1; pass None to charge every position")
     if generator is not None and ties != "random":
         raise ValueError(f'generator is given but ties={ties!r} draws nothing; pass ties="random", or no generator')
-    order = _check_order(order, labels)
+    given, order = labels, _check_order(order, labels)
     _check_position_weights(position_weights, labels)
     difference = _difference(scores, reference)
     free = last_group == "free"
@@ -198,7 +209,7 @@ def plackett_luce(
         ties,
         free,
     )
-    return weigh_and_reduce(loss, weights, reduction)
+    return weigh_and_reduce(or_nan(loss, given, mask), weights, reduction)
 
 
 def _check_order(order: Tensor | None, labels: Tensor) -> Tensor | None:

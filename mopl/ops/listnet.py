@@ -14,10 +14,10 @@ difference of numbers that close in on each other as the model becomes confident
     dloss/du_a = others - M rest / (1 + rest)   where rest < 1, else M / (1 + rest) - z_a
     dloss/dtemperature = sum_{i != a} dloss/du_i (scores_i - scores_a)           (because the gradient sums to 0)
 
-Lists with fewer than two items, and with `normalize` also lists whose label sum is not positive, have loss 0 and
-gradient 0. Without `normalize` the loss is linear in the labels: no labels, no loss, and labels of either sign count.
-A masked slot is never read into arithmetic. A label of exactly 0 contributes 0 even where the score is -inf; an item
-with score -inf and a positive label makes the loss +inf and keeps a finite gradient.
+Lists with fewer than two items, and with `normalize` also lists whose labels are all 0, have loss 0 and gradient 0.
+Without `normalize` the loss is linear in the labels: no labels, no loss, and labels of either sign count. A masked slot
+is never read into arithmetic. A label of exactly 0 contributes 0 even where the score is -inf; an item with score -inf
+and a positive label makes the loss +inf and keeps a finite gradient.
 
 Forward also gives what backward needs: `peak` and `rest` of the shape of `temperature`, (B, 1) where it is common to
 all objectives, so that one softmax serves them all; `mass` (B, m), the sum of the labels as given, and `others` (B, m),
@@ -32,7 +32,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mopl._arguments import compute_dtype
+from mopl._arguments import compute_dtype, refuse_negative
 from mopl.ops import _derivatives as derivatives
 from mopl.ops._backend import use_triton
 from mopl.ops._rows import (
@@ -61,7 +61,8 @@ def listwise_cross_entropy(
 
     Args:
         scores: (B, K), any floating dtype; arithmetic is in float32, in float64 for float64.
-        labels: (B, m, K), the target weight of every item, not negative if `normalize`.
+        labels: (B, m, K), the target weight of every item, not negative if `normalize`: a negative one is an error on
+            a CPU, and makes the losses of its list NaN on a GPU and in the transforms of `torch.func`.
         temperature: (B, m), or (B, 1) for one temperature a list: then one softmax serves all objectives.
         mask: (B, K), true where an item exists; None means everywhere.
         normalize: divide each list's labels by their sum.
@@ -71,7 +72,7 @@ def listwise_cross_entropy(
 
     Raises:
         TypeError: if scores are not floating point or the mask is not boolean.
-        ValueError: if a shape does not fit; nothing is broadcast here.
+        ValueError: if a shape does not fit, nothing is broadcast here; or if a label is negative with `normalize`.
     """
     check_list_op(scores, labels, temperature, mask)
     if derivatives.transformed():
@@ -88,8 +89,10 @@ def _formula(scores: Tensor, labels: Tensor, temperature: Tensor, mask: Tensor |
     s, z = scores.to(dtype), labels.to(dtype)
     if valid is not None:
         s, z = torch.where(valid, s, 0), torch.where(valid[:, None], z, 0)
+    if normalize:
+        z = torch.where(z < 0, torch.nan, z)  # a transform has no value that an error could be raised for
     mass = z.sum(-1, keepdim=True)
-    charged = mass > 0 if normalize else torch.ones_like(mass, dtype=torch.bool)
+    charged = ~(mass <= 0) if normalize else torch.ones_like(mass, dtype=torch.bool)
     if normalize:
         z = torch.where(charged, z / torch.where(charged, mass, 1), 0)
     # Lists that cost nothing may hold NaN.
@@ -226,6 +229,7 @@ def _forward_cpu(
         z, rows = _labels(labels[part], some, dtype), logp[part]
         log_softmax(_logits(scores[part], temperature[part], some, dtype), out=rows)
         if normalize:
+            refuse_negative(z, "normalize='l1'", first=part.start)
             mass[part] = row_sum(z)
         dot = row_dot(z, rows)
         loss[part] = _weigh(dot, mass[part] if normalize else None)

@@ -213,3 +213,23 @@ def test_compare_can_fail() -> None:
     found["scores"][0, 3] += 1e-5 * found["scores"][0].abs().max()
     with pytest.raises(AssertionError, match="scores of list 0 is off"):
         compare(found, expected, 2e-6)
+
+
+@pytest.mark.parametrize("common", [True, False])
+def test_a_negative_label_makes_its_losses_and_gradients_nan(common: bool, path: str) -> None:
+    """On a GPU nothing waits to read it, and no number may pass for a loss."""
+    problem = make(4, 2, 19, common=common, masked=False, normalize=True)
+    bad = torch.zeros(4, 2, dtype=torch.bool)
+    bad[2, 1] = True
+    fine = results(listwise_cross_entropy, problem, with_labels=True)
+    problem.labels[2, 1, 3] = -0.01
+    found = results(listwise_cross_entropy, problem, with_labels=True)
+    for name in ("loss", "labels"):
+        assert found[name][bad].isnan().all(), name
+        assert torch.equal(found[name][~bad], fine[name][~bad]), name
+    assert found["scores"][2].isnan().all() and torch.equal(found["scores"][:2], fine["scores"][:2])
+    assert found["temperature"][2, -1].isnan() and torch.equal(found["temperature"][:2], fine["temperature"][:2])
+    problem.options["normalize"] = False  # as they are, labels of either sign count
+    compare(
+        results(listwise_cross_entropy, problem), results(reference.listwise_cross_entropy, in_float64(problem)), 2e-6
+    )

@@ -1,0 +1,188 @@
+"""What labels may be: which numbers each loss takes, what it refuses, and what becomes of NaN and infinity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from mopl import losses as mopl_losses
+from mopl import ops
+from mopl.losses import approx_ndcg, lambda_loss, listwise_dpo, normalize_labels, pairwise_logistic, plackett_luce
+
+SCORES = torch.randn(4, 5)
+ONES = torch.ones(4, 2)
+
+
+def normalized(scores: Tensor, labels: Tensor, mask: Tensor | None = None, reduction: str = "none") -> Tensor:
+    return normalize_labels(labels, "l1", mask).sum(-1)
+
+
+def op(scores: Tensor, labels: Tensor, mask: Tensor | None = None, reduction: str = "none") -> Tensor:
+    return ops.listwise_cross_entropy(scores, labels, ONES, mask)
+
+
+NOT_NEGATIVE: dict[str, Callable[..., Tensor]] = {
+    "listwise_dpo": listwise_dpo,
+    "listwise_cross_entropy": op,
+    "normalize_labels": normalized,
+    "approx_ndcg": approx_ndcg,
+    "approx_ndcg linear": partial(approx_ndcg, gain="linear"),
+    "lambda_loss normalized": partial(lambda_loss, normalize=True),
+}
+ANY_SIGN: dict[str, Callable[..., Tensor]] = {
+    "softmax": partial(listwise_dpo, normalize="softmax"),
+    "as they are": partial(listwise_dpo, normalize=None),
+    "plackett_luce": plackett_luce,
+    "plackett_luce random": partial(plackett_luce, ties="random"),
+    "pairwise_logistic": pairwise_logistic,
+    "lambda_loss": lambda_loss,
+}
+MASK = torch.arange(5) < torch.tensor([5, 4, 3, 5])[:, None]
+
+
+def labels_with(bad: float) -> Tensor:
+    """Labels (4, 2, 5) whose list 2 has `bad` under objective 1, and whose masked places have it too."""
+    labels = torch.rand(4, 2, 5) + 0.1
+    labels[2, 1, 1] = bad
+    return labels
+
+
+@pytest.mark.parametrize("loss", NOT_NEGATIVE.values(), ids=NOT_NEGATIVE.keys())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64])
+def test_a_negative_label_is_refused_with_the_remedy(loss: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match=r"labels of list 2 hold -1 but must not be negative .*normalize='softmax'"):
+        loss(SCORES, (labels_with(-1.0) * 1.0).to(dtype), mask=MASK)
+    labels = labels_with(1.0)
+    labels.masked_fill_(~MASK[:, None], -1.0)  # no item is there
+    assert loss(SCORES, labels.to(dtype), mask=MASK, reduction="none").isfinite().all()
+
+
+def test_rewards_are_refused_where_they_would_cost_nothing() -> None:
+    with pytest.raises(ValueError, match="such as rewards, pass normalize='softmax'"):
+        listwise_dpo(SCORES, -torch.rand(4, 2, 5))
+    with pytest.raises(ValueError, match="plackett_luce"):
+        listwise_dpo(SCORES, torch.randn(4, 2, 5))
+
+
+def test_a_negative_label_beside_nan_is_still_found_and_is_named_by_its_list_in_any_block() -> None:
+    labels = labels_with(-1.0)
+    labels[0, 0, 0] = math.nan
+    with pytest.raises(ValueError, match="labels of list 2"):
+        listwise_dpo(SCORES, labels)
+    many = torch.ones(200_000, 1, 2)
+    many[150_000, 0, 1] = -0.5
+    with pytest.raises(ValueError, match=r"labels of list 150000 hold -0\.5"):
+        listwise_dpo(torch.zeros(200_000, 2), many)
+
+
+@pytest.mark.parametrize("loss", ANY_SIGN.values(), ids=ANY_SIGN.keys())
+def test_the_other_losses_take_any_real_number(loss: Callable[..., Tensor]) -> None:
+    scores, labels = SCORES.clone().requires_grad_(), torch.randn(4, 2, 5) * 3
+    found = loss(scores, labels, mask=MASK, reduction="none")
+    assert found.isfinite().all() and (found != 0).all()
+    assert torch.autograd.grad(found.sum(), scores)[0][MASK].all()
+
+
+@pytest.mark.parametrize("loss", (NOT_NEGATIVE | ANY_SIGN).values(), ids=(NOT_NEGATIVE | ANY_SIGN).keys())
+@pytest.mark.parametrize("mask", [None, MASK], ids=["full", "masked"])
+def test_a_nan_makes_its_own_losses_nan_and_no_other(loss: Callable[..., Tensor], mask: Tensor | None) -> None:
+    found = loss(SCORES, labels_with(math.nan), mask=mask, reduction="none")
+    bad = torch.zeros(4, 2, dtype=torch.bool)
+    bad[2, 1] = True
+    assert found[bad].isnan().all() and found[~bad].isfinite().all()
+
+
+def test_infinite_labels_are_ranks_or_targets_or_nan() -> None:
+    highest, lowest = labels_with(math.inf), labels_with(-math.inf)
+    for loss in (plackett_luce, pairwise_logistic):
+        for infinite, large in ((highest, 1e30), (lowest, -1e30)):
+            expected = loss(SCORES, labels_with(0).copy_(infinite).clamp(-1e30, 1e30), reduction="none")
+            assert torch.equal(loss(SCORES, infinite, reduction="none"), expected), large
+    targets = normalize_labels(lowest, "softmax")
+    assert targets[2, 1, 1] == 0 and torch.allclose(targets.sum(-1), torch.ones(4, 2))
+    for found in (
+        normalize_labels(highest, "softmax").sum(-1), listwise_dpo(SCORES, highest, reduction="none"),
+        listwise_dpo(SCORES, highest, normalize="softmax", reduction="none"),
+    ):  # fmt: skip
+        assert found[2, 1].isnan() and found[2, 0].isfinite() and found[:2].isfinite().all()
+
+
+def unreadable(monkeypatch) -> None:
+    for module in (mopl_losses.labels, mopl_losses.all_pairs, mopl_losses.listwise):
+        if hasattr(module, "readable"):
+            monkeypatch.setattr(module, "readable", lambda tensor: False)
+
+
+@pytest.mark.parametrize("loss", [normalized, approx_ndcg, partial(lambda_loss, normalize=True)])
+def test_where_labels_cannot_be_read_the_list_is_nan(loss: Callable[..., Tensor], monkeypatch) -> None:
+    """As on a GPU, which nothing may wait for; for the kernel of listwise_dpo see the tests in the interpreter."""
+    unreadable(monkeypatch)
+    found = loss(SCORES, labels_with(-1.0), mask=MASK, reduction="none")
+    assert found[2, 1].isnan()
+    found[2, 1] = 0
+    assert found.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "loss", [approx_ndcg, partial(lambda_loss, normalize=True), partial(normalize_labels, mode="l1")]
+)
+def test_compiled_the_list_is_nan(loss: Callable[..., Tensor]) -> None:
+    labels_only = getattr(loss, "func", None) is normalize_labels
+
+    @partial(torch.compile, fullgraph=True, backend="aot_eager")
+    def step(labels: Tensor) -> Tensor:
+        return loss(labels).sum(-1) if labels_only else loss(SCORES, labels, reduction="none")
+
+    found = step(labels_with(-1.0))
+    assert found[2, 1].isnan() and found[:2].isfinite().all() and found[3].isfinite().all()
+
+
+def test_transformed_the_list_is_nan() -> None:
+    for bad in (-1.0, math.nan):
+        found = torch.func.vmap(lambda s, y: listwise_dpo(s[None], y[None], reduction="none")[0])(
+            SCORES, labels_with(bad)
+        )
+        assert found[2, 1].isnan() and found[:2].isfinite().all() and found[3].isfinite().all()
+
+
+def test_the_label_temperature_divides_labels_before_their_softmax() -> None:
+    rewards = torch.randn(4, 2, 5) * 20
+    rate = torch.tensor([[2.0, 5.0]])
+    targets = (rewards / rate[..., None]).masked_fill(~MASK[:, None], -math.inf).softmax(-1)
+    torch.testing.assert_close(normalize_labels(rewards, "softmax", MASK, label_temperature=rate), targets)
+    found = listwise_dpo(
+        SCORES, rewards, mask=MASK, normalize="softmax", label_temperature=rate, reduction="none"
+    )  # fmt: skip
+    expected = listwise_dpo(SCORES, targets, mask=MASK, normalize=None, reduction="none")
+    torch.testing.assert_close(found, expected)
+    one = normalize_labels(rewards[:, 0], "softmax", label_temperature=torch.tensor([[2.0]]))
+    torch.testing.assert_close(one, (rewards[:, 0] / 2).softmax(-1))
+    assert torch.equal(normalize_labels(rewards, "softmax", label_temperature=1.0), rewards.softmax(-1))
+    rate64, rewards64 = rate.double().requires_grad_(), rewards.double().requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda y, t: listwise_dpo(SCORES.double(), y, mask=MASK, normalize="softmax", label_temperature=t),
+        (rewards64, rate64),
+    )
+
+
+def test_a_label_temperature_is_positive_and_belongs_to_softmax() -> None:
+    for bad in (0.0, -1.0, math.nan, torch.tensor([1.0, -1.0])):
+        with pytest.raises(ValueError, match=r"label_temperature (is|holds) .* must be positive"):
+            listwise_dpo(SCORES, torch.rand(4, 2, 5), normalize="softmax", label_temperature=bad)
+    for mode in ("l1", None):
+        with pytest.raises(ValueError, match=r"label_temperature has no part in normalize=.*'softmax'"):
+            listwise_dpo(SCORES, torch.rand(4, 2, 5), normalize=mode, label_temperature=2.0)
+    with pytest.raises(ValueError, match="label_temperature has no part in mode='l1'"):
+        normalize_labels(torch.rand(4, 5), "l1", label_temperature=2.0)
+
+
+def test_the_softmax_of_large_integer_labels_keeps_their_differences() -> None:
+    near = torch.tensor([[3, 1, 0, 2]])
+    expected = near.float().softmax(-1)
+    assert torch.equal(normalize_labels(near, "softmax"), expected)
+    assert torch.equal(normalize_labels(near + 1_700_000_000, "softmax"), expected)
