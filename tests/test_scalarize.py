@@ -202,3 +202,12 @@ def test_augmentation_excludes_weakly_optimal_points() -> None:
 def test_errors(call: Callable, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+def test_smooth_chebyshev_of_close_losses_keeps_the_digits_of_their_differences() -> None:
+    """The division by mu = 0.01 would round losses of 300 to 2e-3 before the softmax."""
+    losses = torch.tensor([[300.0, 300.0078125]], requires_grad=True)
+    scalarize.smooth_chebyshev(losses, 1.0).backward()
+    assert float(losses.grad[0, 0]) == pytest.approx(1 / (1 + math.exp(0.78125)), rel=1e-6)
+    infinite = scalarize.smooth_chebyshev(torch.tensor([[math.inf, 1.0], [-math.inf, 1.0]]), 1.0)
+    assert infinite.tolist() == [math.inf, 1.0]

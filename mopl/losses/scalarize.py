@@ -103,7 +103,11 @@ def smooth_chebyshev(
     if not mu > 0:
         raise ValueError(f"mu is {mu} but must be positive; for mu = 0 take chebyshev")
     losses, w = _lift(loss_vector, weights)
-    return _lower(mu * torch.logsumexp(w * (losses - _broadcast(ideal, "ideal", losses)) / mu, 1), loss_vector)
+    terms = w * (losses - _broadcast(ideal, "ideal", losses))
+    # The largest is taken out before the division by mu, which would round its digits away from the differences.
+    top = terms.detach().amax(1, keepdim=True)
+    top = torch.where(top.isfinite(), top, 0)
+    return _lower(top[:, 0] + mu * torch.logsumexp((terms - top) / mu, 1), loss_vector)
 
 
 def cosine_penalty(
