@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import tiny_language_models as tiny
 
 from mopl.alignment.data import DataError
+from mopl.alignment.tokenization import ListTokenizer
 from mopl.integrations._data import batch_of
 from mopl.integrations.transformers import MultiObjectiveConfig, MultiObjectiveTrainer
 from mopl.integrations.trl import MultiObjectiveDPOConfig, MultiObjectiveDPOTrainer
@@ -367,6 +368,13 @@ def test_a_column_of_lengths_stays_with_its_rows_when_others_are_left_out(make, 
     assert trainer._get_train_sampler().lengths == [rows[number]["length"] for number in kept]
 
 
+def test_a_prompt_in_text_beside_whole_conversations_is_left_out(make, models, tmp_path):
+    """As in HuggingFaceH4/ultrafeedback_binarized, where TRL's trainer fails."""
+    tokenizer, rows = make("bytes", "chatml"), rows_of("messages, implicit")
+    expected = tokens_of(rows, tokenizer, tmp_path, models)
+    assert tokens_of([{**row, "prompt": "how?"} for row in rows], tokenizer, tmp_path, models) == expected
+
+
 def test_equal_responses_are_trained_on_as_in_trl(make, models, tmp_path):
     rows = [*rows_of("text"), {"prompt": "how?", "chosen": "so", "rejected": "so", "extra": 0}]
     assert sequences(ours(make("bytes"), rows, tmp_path, models)[1]) == sequences(
@@ -380,7 +388,9 @@ def test_equal_responses_are_trained_on_as_in_trl(make, models, tmp_path):
         ({"images": [b"png"]}, r"1 x column that is not read \(row 2: images is part of what a model sees"),
         ({"image": "a.png"}, "image is part of what a model sees .* only text can be trained"),
         ({"prompt": [{"role": "user", "content": [{"type": "image"}]}]}, "prompt holds a part of type 'image'"),
-        ({"rejected": None}, "row 2: rejected is a NoneType but must be a text or a list of messages"),
+        ({"rejected": None}, "row 2: rejected is a NoneType but must be a list of messages, as in the first row"),
+        ({"prompt": "how?", "chosen": "so", "rejected": "no"}, "row 2: prompt is a str but must be a list of messages"),
+        ({s: [user("how?"), bot(s)] for s in ("chosen", "rejected")} | {"prompt": [user("how?")]}, "1 x prompt twice"),
         ({"chosen": [bot("\ud83d")]}, "row 2: chosen holds U.D83D at character 1"),
         ({"chat_template_kwargs": None}, "row 2: chat_template_kwargs is no dictionary"),
         ({"preference": "yes"}, "row 2: preference is 'yes'"),
@@ -411,6 +421,15 @@ def test_mopls_own_tokens_are_an_option_and_those_of_the_trainer_for_transformer
     assert tokenizer.decode(expected[0][0]) == "<user>why is the sky blue?<end>\n<bot>"
     with pytest.raises(ValueError, match="tokenization is 'other'"):
         MultiObjectiveDPOConfig(str(tmp_path), tokenization="other")
+
+
+@pytest.mark.parametrize(("form", "template", "how"), [("text", None, "plain"), ("messages, system", "bos", "chat")])
+@pytest.mark.parametrize("name", ["bytes", "bytes, bos", "words, bos"])
+def test_generation_reads_the_prompts_that_were_trained(make, models, tmp_path, form, template, how, name):
+    tokenizer, rows = make(name, template), rows_of(form)
+    encoder = ListTokenizer(tokenizer, max_length=None, template=how, append_eos=False)
+    trained = [prompt for prompt, _ in tokens_of(rows, tokenizer, tmp_path, models)]
+    assert trained == [encoder.prompt_tokens(row["prompt"]).tolist() for row in rows]
 
 
 def test_other_data_keep_mopls_tokens_and_have_no_options_of_pairs(make, models, tmp_path):

@@ -24,7 +24,7 @@ from mopl.integrations._data import PREFERENCE, SIDES, Example, Examples, beside
 
 TOKENIZATIONS = ("trl", "mopl")
 _ROW = "row_of_the_data"
-_READ = ("prompt", *SIDES, "tools", "chat_template_kwargs")
+_OPTIONS = ("tools", "chat_template_kwargs")
 
 logger = logging.getLogger(__name__)
 
@@ -129,12 +129,12 @@ def _labels(rows: Any, objectives: Sequence[str] | None, on_error: OnError) -> t
 
     What TRL would not check is checked.
     """
-    implicit = "prompt" not in rows[0]
+    first = rows[0]
 
     def drafts() -> Iterator[tuple[str, PreferenceList | RowError]]:
         for number, row in enumerate(rows, 1):
             try:
-                _check(row, implicit)
+                _check(row, first)
                 labels = {name: labels_of_pair(row, name) for name in objectives or (PREFERENCE,)}
                 # Only labels are wanted, with their checks: TRL trains on texts that a list may not have.
                 yield f"row {number}", PreferenceList("prompt", SIDES, labels)
@@ -147,16 +147,30 @@ def _labels(rows: Any, objectives: Sequence[str] | None, on_error: OnError) -> t
     return lists, [numbers[item.place] for item in lists]
 
 
-def _check(row: Mapping[str, Any], implicit: bool) -> None:
+def _texts(first: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return which columns are texts or messages that TRL is to read, from the first row.
+
+    Not a prompt in text beside answers in messages: these are whole conversations, whose beginning is the prompt, as
+    TRL's own `maybe_extract_prompt` has it; its trainer fails there.
+    """
+    beside = isinstance(first.get("prompt"), str) and isinstance(first["chosen"], list)
+    return ("prompt", *SIDES) if "prompt" in first and not beside else SIDES
+
+
+def _check(row: Mapping[str, Any], first: Mapping[str, Any]) -> None:
     """Raise for a row whose tokens would be wrong without a word, or whose fault TRL would not name."""
     if error := formats.unread_column(row, ("image", "images")):
         raise error
     if not isinstance(row.get("chat_template_kwargs", {}), Mapping):
         raise RowError("wrong type", "chat_template_kwargs is no dictionary; give each row one, or none to any")
-    for name in SIDES if implicit else ("prompt", *SIDES):
+    # TRL looks at the first row to see whether texts need an end token.
+    wanted, other = ("a list of messages", str) if isinstance(first["chosen"], list) else ("a text", list)
+    for name in _texts(first):
         value = row.get(name)
-        if not isinstance(value, (str, list)):
-            raise RowError("wrong type", f"{name} is a {type(value).__name__} but must be a text or a list of messages")
+        if not isinstance(value, (str, list)) or isinstance(value, other):
+            raise RowError(
+                "wrong type", f"{name} is a {type(value).__name__} but must be {wanted}, as in the first row"
+            )
         if fault := text_fault(value):
             raise RowError("no Unicode text", f"{name} {fault}")
         for message in () if isinstance(value, str) else value:
@@ -164,6 +178,9 @@ def _check(row: Mapping[str, Any], implicit: bool) -> None:
             for part in () if parts is None or isinstance(parts, str) else parts:
                 if isinstance(part, Mapping) and part.get("type", "text") != "text":
                     raise RowError("no text", f"{name} holds a part of type {part['type']!r}; only text can be trained")
+    if "prompt" in _texts(first) and other is str and row["prompt"]:
+        if all(row[side][: len(row["prompt"])] == row["prompt"] for side in SIDES):
+            raise RowError("prompt twice", "chosen and rejected begin with the prompt; leave the column prompt out")
 
 
 class _Rows:
@@ -194,8 +211,9 @@ def _prepare(rows: Any, args: Any, processing_class: Any) -> Any:
     if getattr(tokenizer, "eos_token", None) is None:
         raise ValueError("the tokenizer has no eos_token, which ends the responses of texts; set it")
     data: Any
+    read = (*_texts(rows[0]), *_OPTIONS)
     if isinstance(rows, Dataset):
-        data = rows.select_columns([name for name in rows.column_names if name in _READ])
+        data = rows.select_columns([name for name in rows.column_names if name in read])
         data = data.add_column(_ROW, list(range(len(rows))))  # type: ignore[call-arg]
     else:
         if args.dataset_num_proc is not None:
@@ -204,7 +222,7 @@ def _prepare(rows: Any, args: Any, processing_class: Any) -> Any:
                 "processes tokenise a datasets.Dataset only"
             )
         data = _Rows(
-            [{**{name: row[name] for name in _READ if name in row}, _ROW: number} for number, row in enumerate(rows)]
+            [{**{name: row[name] for name in read if name in row}, _ROW: number} for number, row in enumerate(rows)]
         )
     trainer: Any = object.__new__(DPOTrainer)
     trainer._tokenizer = tokenizer

@@ -23,6 +23,7 @@ Tokens are TRL's to the id where rows have its preference format (`chosen`, `rej
 messages; `tools` and `chat_template_kwargs`): see `mopl.integrations._trl_tokens`. `tokenization="mopl"` reads the same
 rows as `mopl.alignment.tokenization` does everything else, lists of more than two responses above all: texts go through
 the chat template, a response ends at its end token, and all responses of a list keep the same prompt, cut at its left.
+A model that was trained on texts as they are is asked with `mopl.alignment.generate(..., template="plain")`.
 """
 
 from __future__ import annotations
