@@ -475,11 +475,30 @@ def test_user_metrics_get_losses_and_accuracies_of_all_points(tmp_path):
         shapes.extend([part.shape for part in prediction.predictions] + [prediction.label_ids.shape])
         return {"mine": 1.5}
 
-    trainer = make(tmp_path, eval_dataset={"a": token_lists(4), "b": token_lists(3)}, compute_metrics=metrics)
+    data = {"a": token_lists(4), "b": token_lists(3)}
+    trainer = make(tmp_path, conditioned(), eval_dataset=data, compute_metrics=metrics)
     found = trainer.evaluate()
     assert found["eval_a_mine"] == found["eval_b_mine"] == 1.5
     assert shapes == [(4, 5, 2), (4, 5, 2), (4, 2), (3, 5, 2), (3, 5, 2), (3, 2)]
     assert {"eval_a_helpful_loss@0.25,0.75", "eval_b_harmless_accuracy"} <= set(found)
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_a_model_without_weights_is_measured_at_those_it_trains_for_and_shows_no_grid(adapters: bool, tmp_path):
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    options = {"peft_config": config} if adapters else {}
+    data = {"eval_dataset": token_lists(4)}
+    found = make(tmp_path, tiny_llama(), **data, **options).evaluate()
+    assert {name.partition("@")[2] for name in found if "@" in name} == {"0.50,0.50"}
+    trainer = make(tmp_path, tiny_llama(), objective_weights=[0.2, 0.8], **data, **options)
+    found = trainer.evaluate()
+    assert {name.partition("@")[2] for name in found if "@" in name} == {"0.20,0.80"}
+    assert abs(found["eval_loss"] - 0.2 * found["eval_helpful_loss"] - 0.8 * found["eval_harmless_loss"]) < 1e-5
+    for several in ({"eval_points": 3}, {"eval_weights": [[1.0, 0.0], [0.0, 1.0]]}):
+        with pytest.raises(ValueError, match=f"{next(iter(several))} asks for . trade-offs, but the model takes no"):
+            make(tmp_path, tiny_llama(), **data, **several)
+    at = make(tmp_path, tiny_llama(), eval_weights=[[1.0, 0.0]], **data).evaluate()
+    assert abs(at["eval_loss"] - at["eval_helpful_loss@1.00,0.00"]) < 1e-5
 
 
 def test_the_best_model_is_loaded_at_the_end_and_a_saved_one_answers_the_same(tmp_path):

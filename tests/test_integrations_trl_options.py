@@ -258,7 +258,7 @@ def test_metrics_of_lists_are_means_over_pairs_of_responses(tokenizer, tmp_path)
         {"prompt": "a ", "responses": ["b", "cd", "efg"], "labels": {"good": [2, 0, 1], "short": [1, 1, 0]}},
         {"prompt": "a b ", "responses": ["so", "no"], "labels": {"good": [0, 1], "short": [1, 1]}},
     ]
-    config = arguments(MultiObjectiveDPOConfig, tmp_path, beta=0.5, objective_weights=[0.5, 0.5], eval_points=2)
+    config = arguments(MultiObjectiveDPOConfig, tmp_path, beta=0.5, objective_weights=[0.5, 0.5])
     trainer = MultiObjectiveDPOTrainer(
         llama(), llama(5), config, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer
     )

@@ -10,14 +10,42 @@ import torch
 from torch import Tensor
 
 from mopl._extras import require
+from mopl.conditioning.sampling import check_weights
 from mopl.integrations._objective import Measured, trl_metrics
-from mopl.integrations._settings import EVAL_POINTS, EVAL_POINTS_ABOVE
+from mopl.integrations._settings import EVAL_POINTS, EVAL_POINTS_ABOVE, TradeOffs
 from mopl.pareto.grid import weight_grid
 
 
 def default_grid(objectives: int, points: int | None) -> Tensor:  # (n, m)
     """Return the grid of w; see `mopl.pareto.weight_grid` for which sizes there are."""
     return weight_grid(objectives, EVAL_POINTS.get(objectives, EVAL_POINTS_ABOVE) if points is None else points)
+
+
+def evaluation_grid(trade_offs: TradeOffs, points: int | None, given: Any = None) -> Tensor:  # (n, m)
+    """Return the points that an evaluation measures: of the grid, or the one that a model without weights trains for.
+
+    Args:
+        trade_offs: What the model takes and trains for.
+        points: The number of points that was asked for, if any.
+        given: The points themselves, if they were.
+
+    Raises:
+        ValueError: If there are several points for a model whose scores are the same at each.
+    """
+    m = trade_offs.objectives
+    if not trade_offs.conditioned and points is None and given is None:
+        assert trade_offs.fixed is not None
+        return trade_offs.fixed.reshape(1, m)
+    grid = default_grid(m, points) if given is None else check_weights(given, m)
+    grid = grid.float().reshape(-1, m)
+    if not trade_offs.conditioned and len(grid) > 1:
+        name = "eval_points" if given is None else "eval_weights"
+        raise ValueError(
+            f"{name} asks for {len(grid)} trade-offs, but the model takes no weights, so that it is the same model at "
+            f"each of them; leave {name} out to measure it at those it trains for, or pass one point, or a model that "
+            "takes weights, such as a HyperPromptModel"
+        )
+    return grid
 
 
 class GridResults:

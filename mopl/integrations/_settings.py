@@ -42,7 +42,8 @@ class ObjectiveArguments:
         length_normalized: Score responses by the mean of their tokens' log-probabilities, not the sum.
         reference_free: Leave the reference out.
         eval_points: Points of the grid of w for evaluation; sizes of lattices for m = 3 and 4. The trainers' argument
-            `eval_weights` takes any points.
+            `eval_weights` takes any points. None for a model that takes no weights, which is measured at those that it
+            trains for.
     """
 
     objectives: list[str] | None = None

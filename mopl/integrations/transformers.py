@@ -39,10 +39,9 @@ from transformers import TrainingArguments, set_seed
 from mopl.alignment.collate import ListBatch, ListCollator
 from mopl.alignment.data import OnError
 from mopl.conditioning.hyper_prompt_model import HyperPromptModel
-from mopl.conditioning.sampling import check_weights
 from mopl.integrations import _models as models
 from mopl.integrations._data import ExampleCollator, Examples, Extras, batch_of, examples_of
-from mopl.integrations._grid import GridResults, default_grid
+from mopl.integrations._grid import GridResults, evaluation_grid
 from mopl.integrations._objective import ListLoss, Objective, PairLoss, Totals
 from mopl.integrations._scores import Scoring
 from mopl.integrations._settings import ObjectiveArguments, TradeOffs, settings_of
@@ -114,7 +113,8 @@ class MultiObjectiveTrainer(ListTrainer):
         reference_adapter: Name of another adapter of a PEFT model that is the reference; it is never trained or saved.
         peft_config: Adapters to put on a model that has none.
         loss: A loss in place of `list_loss`: called as `mopl.losses.listwise_dpo`, it gives (B, m).
-        eval_weights: (n, m) points of the grid of w for evaluation.
+        eval_weights: (n, m) points of the grid of w for evaluation. A model without weights is measured at one point,
+            by default that which it trains for.
         model_init_kwargs: Keywords of `from_pretrained` for models that are given by name; they are float32 unless
             `dtype` says another.
         template: How lists are written as text, see `mopl.alignment.tokenization.ListTokenizer`.
@@ -205,8 +205,7 @@ class MultiObjectiveTrainer(ListTrainer):
             temperature=self.conditions.temperature,
         )
         check_fit(args, settings, self.objective.loss, self.scoring, self.conditions, model, sets)
-        grid = default_grid(m, settings.eval_points) if eval_weights is None else check_weights(eval_weights, m)
-        self.eval_weights: Tensor = grid.float().reshape(-1, m)
+        self.eval_weights: Tensor = evaluation_grid(self.trade_offs, settings.eval_points, eval_weights)
         self._user_metrics = compute_metrics
         if getattr(args, "disable_dropout", True):
             models.disable_dropout(model)

@@ -98,7 +98,8 @@ class MultiObjectiveDPOTrainer(MultiObjectiveTrainer):
         peft_config: Adapters to put on a model that has none.
         reference_adapter: Name of another adapter of a PEFT model that is the reference.
         loss: A loss in place of `list_loss` and `loss_type`.
-        eval_weights: (n, m) points of the grid of w for evaluation.
+        eval_weights: (n, m) points of the grid of w for evaluation. A model without weights is measured at one point,
+            by default that which it trains for.
         template: Of data whose tokens are mopl's, see `mopl.alignment.tokenization.ListTokenizer`.
         on_error: `"raise"` refuses data with rows that cannot be used, `"skip"` leaves them out with a warning.
 
