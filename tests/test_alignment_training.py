@@ -284,6 +284,15 @@ def test_packed_batches_give_the_padded_loss(base, loss):
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("conditioning", ["hyper-prompt", "lora-mixture", "text"])
+@pytest.mark.parametrize("conditioned", [True, False])
+def test_what_is_trained_is_float32_whatever_dtype_the_model_is_stored_in(folder, conditioning, conditioned):
+    base = models.load_causal_lm(str(folder), dtype="bfloat16")
+    model = models.new_model(base, settings(conditioning=conditioning), NAMES, conditioned=conditioned)
+    trained = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+    assert trained == {torch.float32} and base.get_input_embeddings().weight.dtype == torch.bfloat16
+
+
 def test_mo_dpo_trains_the_anchor_on_the_reward_of_equation_17(base):
     lists, w = tokenized(), torch.tensor([0.6, 0.4])
     parts = [ListScores(lists, torch.randn(27)) for _ in range(3)]

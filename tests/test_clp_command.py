@@ -51,6 +51,14 @@ def align(*options: str) -> int:
     return main([*given, "--rewards", "tiny_rewards:first", "tiny_rewards:second", *options])
 
 
+@pytest.mark.parametrize(("scope", "count"), [("attention", True), ("lora", False)])
+def test_a_training_in_16_bit_says_so(place, capsys, scope, count):
+    """Adapters are float32 whatever the model is."""
+    assert align("--method", "clp", "--scope", scope, "--run", "run", "--dtype", "bfloat16", "--steps", "1") == 0
+    said = capsys.readouterr().out
+    assert bool(re.search(r"clp: \d+ of \d+ trained parameters are bfloat16.*\(--dtype float32\)", said)) is count
+
+
 def test_the_command_trains_evaluates_and_reports(place, capsys):
     assert align("--method", "clp", "--scope", "lora", "--run", "run") == 0
     printed = capsys.readouterr().out

@@ -89,7 +89,7 @@ class ClpConfig:
         warmup: Steps of linear warm-up.
         schedule: `"constant"`, `"linear"` or `"cosine"`.
         gradient_clip: Largest norm of the gradient; 0 for none.
-        dtype: Of the model; what is mixed is trained in it.
+        dtype: Of the model; what is mixed is trained in it, and a note says if that is 16 bit.
         attention: `attn_implementation` of transformers; None for its own choice.
         kl_limit: Stop if the mean KL of a step's responses to the reference is above this, in nats; 0 for never.
         entropy_floor: Stop if the entropy of a token, in nats, stays below this for `patience` rollouts; 0 for never.

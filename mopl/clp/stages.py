@@ -29,6 +29,7 @@ from mopl.clp.reward_scale import RewardScale, RunningScale
 from mopl.clp.rollout import RolloutStore, Sampler
 from mopl.rewards import Rewards
 from mopl.training import CheckpointFolder, RunLog, train
+from mopl.training.precision import rounding_of
 from mopl.training.run_directory import DONE, read_done
 
 
@@ -113,6 +114,8 @@ class Stages:
         if config.normalize == "running":
             policy.running = RunningScale(self.scale, config.normalize_decay)
         policy.to(self.accelerator.device)
+        if note := rounding_of(policy):
+            self.say(f"{name}: {note} (--dtype float32)")
         count = models.trained_parameters(policy)
         checkpoints = folder / "checkpoints"
         samples = SampleLog(self.path, enabled=main)

@@ -111,10 +111,15 @@ class PairLoss:
         total = torch.zeros_like(chosen)
         for objective in range(chosen.shape[1]):
             rows = (~tied[:, objective]).nonzero()[:, 0]
-            parts = [None if part is None else part[rows, objective] for part in (chosen, rejected, *base)]
+            known = [None if part is None else part[rows, objective] for part in base]
             options["temperature"] = temperature.expand(1, tied.shape[1])[0, objective : objective + 1]
             value = bradley_terry(
-                parts[0], parts[1], reference_chosen=parts[2], reference_rejected=parts[3], reduction="none", **options
+                chosen[rows, objective],
+                rejected[rows, objective],
+                reference_chosen=known[0],
+                reference_rejected=known[1],
+                reduction="none",
+                **options,
             )
             total = total.index_put((rows, torch.full_like(rows, objective)), value[:, 0])
         return total

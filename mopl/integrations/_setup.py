@@ -18,6 +18,7 @@ from mopl.integrations._options import check_options
 from mopl.integrations._pair_loss import AVERAGED, LIKELIHOOD, PairLoss
 from mopl.integrations._scores import Scoring
 from mopl.integrations._settings import ObjectiveArguments
+from mopl.training.precision import rounding_of
 
 
 def write_record(
@@ -101,18 +102,9 @@ def check_fit(
 
 def warn_of_rounding(model: torch.nn.Module, accelerator: Any) -> None:
     """Warn where 16-bit parameters are trained that no sharding keeps a float32 copy of."""
-    if str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type)) in ("FSDP", "DEEPSPEED"):
-        return
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for dtype, digits in ((torch.bfloat16, 8), (torch.float16, 11)):
-        count = sum(parameter.numel() for parameter in trained if parameter.dtype == dtype)
-        if count:
-            warnings.warn(
-                f"{count} of {sum(map(torch.Tensor.numel, trained))} trained parameters are {str(dtype)[6:]}, which "
-                f"rounds away updates below 1/{2**digits} of a value: at small learning rates hardly any moves. Load "
-                "the model with dtype=torch.float32; bf16=True keeps the arithmetic in 16 bit",
-                stacklevel=3,
-            )
+    kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
+    if kind not in ("FSDP", "DEEPSPEED") and (note := rounding_of(model)) is not None:
+        warnings.warn(f"{note} (dtype=torch.float32; bf16=True keeps the arithmetic in 16 bit)", stacklevel=3)
 
 
 def check_reference(model: Any, ref_model: Any, adapter: str | None, reference_free: bool) -> None:
