@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -351,6 +352,53 @@ def test_bad_batches_are_named(drop: str, message: str) -> None:
         del batch[drop]
     with pytest.raises(ValueError, match=message):
         score_sequences(model, batch)
+
+
+@pytest.mark.parametrize("how", ["pickle", "torch.save"])
+def test_a_fused_model_comes_back_from_a_file_fused_and_scores(how: str, tmp_path) -> None:
+    model = fuse(build("gemma2"))
+    if how == "pickle":
+        twin = pickle.loads(pickle.dumps(model))
+    else:
+        torch.save(model, tmp_path / "model.pt")
+        twin = torch.load(tmp_path / "model.pt", weights_only=False)
+    with torch.no_grad():
+        before = score_sequences(model, example()).scores
+        assert is_fused(twin) and torch.equal(score_sequences(twin, example()).scores, before)
+        for parameter in twin.parameters():
+            parameter.mul_(0.5)
+        assert not torch.allclose(score_sequences(twin, example()).scores, before)
+        assert torch.equal(score_sequences(model, example()).scores, before)
+        inputs = {"input_ids": example()["input_ids"][:1], "do_sample": False, "max_new_tokens": 2}
+        assert torch.equal(model.generate(**inputs), unfuse(copy.deepcopy(model)).generate(**inputs))
+        assert not is_fused(unfuse(twin)) and twin(example()["input_ids"]).logits is not None
+    with pytest.raises(ValueError, match="not used by the model"):
+        model.generate(**inputs, nonsense=1)
+
+
+def test_a_softcap_or_scale_that_changes_after_fuse_is_measured_again() -> None:
+    def expected(model) -> torch.Tensor:
+        plain = unfuse(copy.deepcopy(model))
+        batch = example()
+        labels = batch.pop("labels")[:, 1:]
+        log_p = plain(**batch).logits[:, :-1].double().log_softmax(-1)
+        kept = labels != -100
+        return (log_p.gather(-1, labels.clamp(min=0)[..., None])[..., 0] * kept).sum(1)
+
+    for family, change in (
+        ("gemma2", lambda model: setattr(model.config, "final_logit_softcapping", 0.2)),
+        ("gemma2", lambda model: setattr(model.config, "final_logit_softcapping", None)),
+        ("cohere", lambda model: setattr(model, "logit_scale", 3.0)),
+        ("granite", lambda model: setattr(model.config, "logits_scaling", 5.0)),
+    ):
+        model = fuse(build(family))
+        with torch.no_grad():
+            before = score_sequences(model, example()).scores
+            torch.testing.assert_close(before.double(), expected(model), atol=1e-3, rtol=1e-4)
+            change(model)
+            after = score_sequences(model, example()).scores
+            torch.testing.assert_close(after.double(), expected(model), atol=1e-3, rtol=1e-4)
+        assert not torch.allclose(after, before, rtol=1e-3), family
 
 
 def test_a_deep_copy_of_a_fused_model_scores_with_its_own_weights() -> None:

@@ -25,6 +25,28 @@ class Transform:
         return scaled if self.softcap is None else self.softcap * torch.tanh(scaled / self.softcap)
 
 
+def numbers_of(model: Any) -> list[Any]:
+    """Return every number by which a model's forward could change its logits, to see whether one is changed.
+
+    They are the attributes of the model, of its parts (the head is one) and of its configuration, and single values
+    among its parameters and buffers; private ones and the counters of DeepSpeed are not. It takes some microseconds.
+    """
+    config = getattr(model, "config", None)
+    holders = [model, *model._modules.values(), config]
+    if hasattr(config, "get_text_config"):
+        holders.append(config.get_text_config())
+    found: list[Any] = [
+        (name, value)
+        for holder in holders
+        if holder is not None
+        for name, value in vars(holder).items()
+        if (type(value) is float or type(value) is int) and not name.startswith(("_", "ds_", "applied_"))
+    ]
+    for tensors in (model._parameters, model._buffers):
+        found += [(id(value), value._version) for value in tensors.values() if value is not None and value.numel() == 1]
+    return found
+
+
 def score_hidden(
     head: Any,
     hidden: Tensor,  # (N, k + T, H)

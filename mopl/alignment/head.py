@@ -22,9 +22,7 @@ the one that is trained.
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
-import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from mopl._restoring import evaluating
-from mopl.alignment._head_scores import IGNORE_INDEX, Transform, kl_of_hidden, score_hidden
+from mopl.alignment._head_scores import IGNORE_INDEX, Transform, kl_of_hidden, numbers_of, score_hidden
 from mopl.ops import sequence_logprob
 
 
@@ -207,7 +205,79 @@ def _tidy(value: float) -> float:
 
 def is_fused(model: nn.Module) -> bool:
     """Say whether `fuse` was applied to this very module."""
-    return hasattr(model, "_mopl_unfused_forward")
+    return hasattr(model, "_mopl_fused_forward")
+
+
+class _FusedForward:
+    """What `fuse` puts in the place of a model's forward; copied and pickled with the model, whose weights it uses.
+
+    What the model does to its logits is measured again when a number of its configuration, of itself, its parts or its
+    head is another one than it was.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.original = model, model.forward
+        self.transform: Transform | None = None
+        self.numbers: list[Any] = []
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """`generate` validates its keywords against the signature: the model's own."""
+        signature = inspect.signature(type(self.model).forward)
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+    def measure(self) -> Transform:
+        """Return what the model does to its logits now."""
+        numbers = numbers_of(self.model)
+        if self.transform is None or numbers != self.numbers:
+            self.transform = _measure_transform(self.model, self.original)
+            self.numbers = numbers
+        return self.transform
+
+    def __call__(
+        self,
+        *args: Any,
+        targets: Tensor | None = None,
+        temperature: float | Tensor = 1.0,
+        return_logsumexp: bool = False,
+        return_entropy: bool = False,
+        reference_hidden: Tensor | None = None,
+        reference_head: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if targets is None:
+            return self.original(*args, **kwargs)
+        transform, name = self.measure(), type(self.model).__name__
+        current = _find_head(self.model)
+
+        def head_forward(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+            parts = score_hidden(current, hidden, targets, transform, temperature, return_logsumexp, return_entropy)
+            if reference_hidden is not None:
+                reference = reference_hidden, reference_head
+                parts.append(kl_of_hidden(current, hidden, targets, transform, temperature, *reference))
+            return torch.stack(parts, -1)
+
+        kwargs.setdefault("use_cache", False)
+        kwargs.pop("labels", None)
+        # What gathers the head for the backward hangs on its output (FSDP: a hook on this tensor; DeepSpeed: another
+        # tensor behind it), so the results must be taken from what the head's hooks returned.
+        with _forward_replaced(current, head_forward) as result:
+            output = self.original(*args, **kwargs)
+        if len(result) != 1:
+            raise UnsupportedModelError(f"{name} called its output head {len(result)} times")
+        if result[0]._version != 0:
+            raise UnsupportedModelError(
+                f"{name} changes the output of its head in place, which would change the scores"
+            )
+        # Copies, not views: a view as the model's output would lose FSDP's hook at the first in-place operation on it.
+        parts = [part.clone() for part in result[0].unbind(-1)]
+        logprob = parts.pop(0)
+        logsumexp = parts.pop(0) if return_logsumexp else None
+        entropy = parts.pop(0) if return_entropy else None
+        kl = parts.pop(0) if reference_hidden is not None else None
+        if hasattr(output, "logits"):
+            output.logits = None
+        return FusedOutput(logprob, logsumexp, entropy, output, kl)
 
 
 def fuse(model: nn.Module) -> nn.Module:
@@ -219,7 +289,8 @@ def fuse(model: nn.Module) -> nn.Module:
     `reference_hidden` (N, T, H'), what the head of a reference got at the same positions, with `reference_head`, that
     head (None: the model's own), for the KL to the reference by `linear_kl`. Where a wrapper puts virtual tokens in
     front (prompt learning), the last T positions are scored.
-    Every call without `targets` is as before. Fuse before wrapping in PEFT, DDP or FSDP.
+    Every call without `targets` is as before. Fuse before wrapping in PEFT, DDP or FSDP. A copy or a pickle of a fused
+    model is fused; a scale or softcap of the logits may change later.
 
     Args:
         model: a causal language model of transformers, on its device and with its weights.
@@ -238,66 +309,13 @@ def fuse(model: nn.Module) -> nn.Module:
             "this is a PEFT model: fuse the causal language model before wrapping it, "
             "or call fuse(model.get_base_model())"
         )
-    original = model.forward
-    transform: list[Transform] = []
+    fused = _FusedForward(model)
     head = _find_head(model)
     # A model whose weights are elsewhere (meta, ZeRO-3) is measured in its first fused forward, which brings them.
     if not head.weight.is_meta and head.weight.shape == _whole_shape(head.weight):
-        transform.append(_measure_transform(model, original))
-
-    @functools.wraps(type(model).forward)
-    def forward(
-        self: Any,
-        *args: Any,
-        targets: Tensor | None = None,
-        temperature: float | Tensor = 1.0,
-        return_logsumexp: bool = False,
-        return_entropy: bool = False,
-        reference_hidden: Tensor | None = None,
-        reference_head: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        # Read from the module, not from the closure: a deep copy must run its own weights.
-        original = self._mopl_unfused_forward
-        if targets is None:
-            return original(*args, **kwargs)
-        if not transform:
-            transform.append(_measure_transform(self, original))
-        current = _find_head(self)
-
-        def head_forward(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-            parts = score_hidden(current, hidden, targets, transform[0], temperature, return_logsumexp, return_entropy)
-            if reference_hidden is not None:
-                reference = reference_hidden, reference_head
-                parts.append(kl_of_hidden(current, hidden, targets, transform[0], temperature, *reference))
-            return torch.stack(parts, -1)
-
-        kwargs.setdefault("use_cache", False)
-        kwargs.pop("labels", None)
-        # What gathers the head for the backward hangs on its output (FSDP: a hook on this tensor; DeepSpeed: another
-        # tensor behind it), so the results must be taken from what the head's hooks returned.
-        with _forward_replaced(current, head_forward) as result:
-            output = original(*args, **kwargs)
-        if len(result) != 1:
-            raise UnsupportedModelError(f"{type(self).__name__} called its output head {len(result)} times")
-        if result[0]._version != 0:
-            raise UnsupportedModelError(
-                f"{type(self).__name__} changes the output of its head in place, which would change the scores"
-            )
-        # Copies, not views: a view as the model's output would lose FSDP's hook at the first in-place operation on it.
-        parts = [part.clone() for part in result[0].unbind(-1)]
-        logprob = parts.pop(0)
-        logsumexp = parts.pop(0) if return_logsumexp else None
-        entropy = parts.pop(0) if return_entropy else None
-        kl = parts.pop(0) if reference_hidden is not None else None
-        if hasattr(output, "logits"):
-            output.logits = None
-        return FusedOutput(logprob, logsumexp, entropy, output, kl)
-
-    # `generate` validates its keywords against the signature: keep the model's own.
-    forward.__signature__ = inspect.signature(type(model).forward)  # type: ignore[attr-defined]
-    model._mopl_unfused_forward = original  # type: ignore[assignment]
-    model.forward = types.MethodType(forward, model)
+        fused.measure()
+    model._mopl_fused_forward = fused  # type: ignore[assignment]
+    model.forward = fused  # type: ignore[assignment]
     return model
 
 
@@ -305,7 +323,7 @@ def unfuse(model: nn.Module) -> nn.Module:
     """Undo `fuse`."""
     if is_fused(model):
         del model.__dict__["forward"]
-        del model._mopl_unfused_forward
+        del model._mopl_fused_forward
     return model
 
 
