@@ -14,6 +14,7 @@ from mopl._arguments import check_positive
 from mopl.alignment.data import RowError
 from mopl.alignment.reference_mixture import causal_lm_of
 from mopl.alignment.tokenization import ListTokenizer
+from mopl.alignment.turns import TurnEnds, turn_ends
 from mopl.conditioning import TextPrompt, WeightedModel, check_weights
 from mopl.conditioning.weighted import takes_temperature
 
@@ -116,9 +117,10 @@ def _each(values: Tensor, name: str, objectives: int, count: int) -> Tensor:
 
 
 def generate_options(
-    model: nn.Module, tokenizer: Any, kwargs: dict[str, Any], candidates: int, rerank: str, max_new_tokens: int
-) -> dict[str, Any]:
-    """Return the keywords of `generate` of transformers."""
+    model: nn.Module, encoder: ListTokenizer, kwargs: dict[str, Any], candidates: int, rerank: str, max_new_tokens: int
+) -> tuple[dict[str, Any], TurnEnds]:
+    """Return the keywords of `generate` of transformers, and what ends a response."""
+    tokenizer = encoder.tokenizer
     for name, remedy in _REFUSED.items():
         if name in kwargs:
             raise ValueError(f"{name} cannot be passed here; {remedy}")
@@ -153,18 +155,18 @@ def generate_options(
     if not kwargs["do_sample"]:
         # The values that mean nothing: those of the model's generation_config would be warned about.
         config.temperature, config.top_p, config.top_k = 1.0, 1.0, 50
-    ends = config.eos_token_id
-    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
-        ends.append(tokenizer.eos_token_id)
-    kwargs.setdefault("eos_token_id", ends or None)
-    ends = kwargs["eos_token_id"]
+    if "eos_token_id" in kwargs:
+        own = kwargs["eos_token_id"]
+        ends = TurnEnds(tokenizer, (own,) if isinstance(own, int) else tuple(own or ()))
+    else:
+        ends = turn_ends(encoder, config)
+        kwargs["eos_token_id"] = list(ends.ids) or None
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else config.pad_token_id
     if pad is None:
-        pad = ends if isinstance(ends, int) else ends[0] if ends else 0
+        pad = ends.ids[0] if ends.ids else 0
     kwargs.setdefault("pad_token_id", pad)
     if kwargs.get("stop_strings"):
         kwargs.setdefault("tokenizer", tokenizer)
     # What is a setting goes into the configuration; the rest are objects, or names that transformers will refuse.
     others = config.update(**kwargs, max_new_tokens=max_new_tokens)
-    return {**others, "generation_config": config}
+    return {**others, "generation_config": config}, ends

@@ -60,6 +60,7 @@ from mopl.alignment._export_check import (
 from mopl.alignment._export_tokenizer import Front, check_saved, prepare_tokenizer
 from mopl.alignment.head import unfuse
 from mopl.alignment.tokenization import ListTokenizer
+from mopl.alignment.turns import write_turn_end
 from mopl.conditioning import (
     HyperPromptModel,
     LoraMixture,
@@ -167,6 +168,7 @@ def export(
     if prefix is not None and front is not None:
         _add_virtual_tokens(plain[0], prefix, front, keep_tied)
     check_adapters(model)
+    write_turn_end(plain[0], tokenizer)
     logits = logits_of_export(plain[0], vocabulary, virtual)
     compare(
         logits, logits_of_source(model, vocabulary, w, beta), TOLERANCE[base.dtype],

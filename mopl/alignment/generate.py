@@ -47,6 +47,7 @@ from mopl.alignment.head import IGNORE_INDEX, fuse, is_fused, score_sequences, u
 from mopl.alignment.models import positions_of
 from mopl.alignment.reference_mixture import Reference, ReferenceMixture, causal_lm_of
 from mopl.alignment.tokenization import ListTokenizer
+from mopl.alignment.turns import TurnEnds
 from mopl.conditioning import HyperPromptModel, TextPrompt
 from mopl.steering import rescale
 
@@ -81,9 +82,9 @@ class Generation:
 
     Attributes:
         prompt: As it was passed.
-        text: Without special tokens.
+        text: Without special tokens, and without what ended it.
         tokens: Its tokens, with the one that ended it.
-        finished: Whether an end-of-sequence token ended it.
+        finished: Whether it ended by itself: with a token or text of `mopl.alignment.turns`.
         candidates: All samples, the largest score first; empty if there was one.
         effective_samples: 1 / Σ share² under `rerank="resample"`, between 1 and the number of candidates; else None.
     """
@@ -155,7 +156,7 @@ def generate(
         encoder = tokenizer
     else:
         encoder = ListTokenizer(tokenizer, max_length=None, template=template, append_eos=False)
-    options = generate_options(model, encoder.tokenizer, dict(kwargs), candidates, rerank, max_new_tokens)
+    options, ends = generate_options(model, encoder, dict(kwargs), candidates, rerank, max_new_tokens)
     condition = condition_of(model, weights, objective_temperature, scale, text_prompt, count)
     needs_reference = bool((condition.c != 1).any())
     base = Reference(model, reference) if needs_reference else None
@@ -166,7 +167,7 @@ def generate(
             chosen = range(first, min(first + batch_size, count))
             rows = _Rows(encoder, conversations, tokens, condition, chosen, text_prompt)
             _check_room(model, rows, max_new_tokens)
-            answers += _answer(model, base, encoder.tokenizer, rows, options, candidates, rerank)
+            answers += _answer(model, base, ends, rows, options, candidates, rerank)
     return answers
 
 
@@ -231,7 +232,7 @@ def _padded(rows: Sequence[Sequence[int]], pad: int, device: Any) -> tuple[Tenso
 def _answer(
     model: Any,
     base: Reference | None,
-    tokenizer: Any,
+    ends: TurnEnds,
     rows: _Rows,
     options: dict[str, Any],
     candidates: int,
@@ -247,11 +248,13 @@ def _answer(
         record = candidates > 1 and rerank == "resample"
         mixture = ReferenceMixture(base, plain, plain_mask, rows.c, ids.shape[1], record=record)
         options["logits_processor"] = [mixture, *(options.get("logits_processor") or [])]
+    if criteria := ends.criteria(ids.shape[1]).get("stopping_criteria"):
+        options["stopping_criteria"] = [*(options.get("stopping_criteria") or []), *criteria]
     config.num_return_sequences = candidates
     output = model.generate(input_ids=ids, attention_mask=mask, **rows.arguments, **options)
     new = output[:, ids.shape[1] :]
-    responses, finished = _responses(new, options)
-    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    responses, finished = _responses(new, options, ends)
+    texts = ends.texts(responses)
     if candidates == 1:
         return [
             Generation(prompt, text, tuple(tokens), end)
@@ -289,21 +292,17 @@ def _answer(
     return answers
 
 
-def _responses(new: Tensor, options: dict[str, Any]) -> tuple[list[list[int]], list[bool]]:
+def _responses(new: Tensor, options: dict[str, Any], ends: TurnEnds) -> tuple[list[list[int]], list[bool]]:
     """Return the tokens of each response up to the one that ended it, and whether one did."""
     config = options["generation_config"]
-    ends = config.eos_token_id
-    ends = {ends} if isinstance(ends, int) else set(ends or ())
     stopped = bool(config.stop_strings or options.get("stopping_criteria"))
     responses, finished = [], []
     for tokens in new.tolist():
-        length = next((i + 1 for i, token in enumerate(tokens) if token in ends), None)
-        finished.append(length is not None)
-        if length is None:
-            length = len(tokens)
-            while stopped and length > 1 and tokens[length - 1] == config.pad_token_id:
-                length -= 1
-        responses.append(tokens[:length])
+        response, end = ends.cut(tokens)
+        while stopped and not end and len(response) > 1 and response[-1] == config.pad_token_id:
+            response.pop()
+        responses.append(response)
+        finished.append(end)
     return responses, finished
 
 

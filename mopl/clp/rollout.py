@@ -26,6 +26,8 @@ from mopl._restoring import evaluating
 from mopl._tensor_files import load_pickled
 from mopl.alignment.data import Text
 from mopl.alignment.head import IGNORE_INDEX
+from mopl.alignment.tokenization import ListTokenizer
+from mopl.alignment.turns import TurnEnds, turn_ends
 from mopl.clp.config import ClpConfig
 from mopl.clp.policies import Policy
 from mopl.clp.prompts import PromptBatch
@@ -39,7 +41,7 @@ class Answers:
 
     Attributes:
         tokens: Tokens of each response, with the one that ended it.
-        texts: Without special tokens.
+        texts: Without special tokens, and without what ended them.
         log_prob: (R,) log-probability of each, where the generation recorded it.
         seconds: Of the generation.
     """
@@ -55,34 +57,32 @@ class Sampler:
 
     Args:
         tokenizer: The model's tokenizer.
-        ends: Tokens that end a response.
+        ends: What ends a response.
         config: Settings.
     """
 
-    def __init__(self, tokenizer: Any, ends: Sequence[int], config: ClpConfig) -> None:
+    def __init__(self, tokenizer: Any, ends: TurnEnds, config: ClpConfig) -> None:
         require("transformers")
         from transformers import GenerationConfig
 
-        self.tokenizer, self.ends, self.config = tokenizer, tuple(ends), config
+        self.tokenizer, self.ends, self.config = tokenizer, ends, config
         pad = tokenizer.pad_token_id
-        self.pad = int(pad if pad is not None else self.ends[0])
+        self.pad = int(pad if pad is not None else self.ends.ids[0])
         self._plain = GenerationConfig(
             do_sample=True, temperature=config.temperature, top_k=0, top_p=1.0, max_new_tokens=config.max_new_tokens,
-            eos_token_id=list(self.ends), pad_token_id=self.pad, use_cache=True,
+            eos_token_id=list(self.ends.ids), pad_token_id=self.pad, use_cache=True,
         )  # fmt: skip
 
     @classmethod
     def of(cls, base: Any, tokenizer: Any, config: ClpConfig) -> Sampler:
-        """Return the sampler of a model: it ends where the tokenizer or the model's own settings say.
+        """Return the sampler of a model: it ends where `mopl.alignment.turns.turn_ends` says.
 
         Raises:
             ValueError: If nothing ends a response.
         """
-        given = base.generation_config.eos_token_id
-        ends: list[int] = [given] if isinstance(given, int) else list(given or ())
-        if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
-            ends.append(int(tokenizer.eos_token_id))
-        if not ends:
+        encoder = ListTokenizer(tokenizer, max_length=None, template=config.template, append_eos=False)
+        ends = turn_ends(encoder, base.generation_config)
+        if not ends.ids:
             raise ValueError("neither model nor tokenizer has an end-of-sequence token, so responses cannot end")
         return cls(tokenizer, ends, config)
 
@@ -113,7 +113,7 @@ class Sampler:
             for first in range(0, len(prompts), self.config.rows_at_once):
                 rows = slice(first, min(first + self.config.rows_at_once, len(prompts)))
                 ids, mask = self._padded(prompts[rows], device)
-                options = arguments(rows)
+                options = arguments(rows) | self.ends.criteria(ids.shape[1])
                 if processor is not None:
                     from transformers import LogitsProcessorList
 
@@ -123,7 +123,7 @@ class Sampler:
                     }  # fmt: skip
                 output = model.generate(input_ids=ids, attention_mask=mask, **options)
                 new = (output if processor is None else output.sequences)[:, ids.shape[1] :]
-                tokens = [self._until_end(row) for row in new.tolist()]
+                tokens = [self.ends.cut(row)[0] for row in new.tolist()]
                 if processor is not None:
                     chosen = [
                         scores.float().log_softmax(-1).gather(-1, new[:, t : t + 1])[:, 0]
@@ -135,17 +135,15 @@ class Sampler:
                 found += tokens
         finally:
             causal_lm.generation_config = before
-        texts = self.tokenizer.batch_decode(found, skip_special_tokens=True)
-        return Answers(found, texts, torch.cat(recorded) if recorded else None, time.perf_counter() - began)
+        return Answers(
+            found, self.ends.texts(found), torch.cat(recorded) if recorded else None, time.perf_counter() - began
+        )
 
     def _padded(self, prompts: Sequence[Sequence[int]], device: Any) -> tuple[Tensor, Tensor]:
         width = max(len(row) for row in prompts)
         ids = [[self.pad] * (width - len(row)) + list(row) for row in prompts]
         mask = [[0] * (width - len(row)) + [1] * len(row) for row in prompts]
         return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-
-    def _until_end(self, row: list[int]) -> list[int]:
-        return row[: next((i + 1 for i, token in enumerate(row) if token in self.ends), len(row))]
 
     # ------------------------------------------------------------ log-probabilities
 

@@ -1,0 +1,145 @@
+r"""Where a response ends: at the tokens that model and tokenizer name, and at what the chat template ends a turn with.
+
+A template's own end (`<end_of_turn>`, `<|im_end|>`, `<|eot_id|>`, ...) is often not the tokenizer's `eos_token`. It is
+found by writing a conversation and reading what follows the answer, as it stands in training data:
+
+    ... <|assistant|>\nANSWER<|end|>\n<|endoftext|>      the first token after the answer that is no text: <|end|>
+    ... [/INST] ANSWER ###END                            no such token: the text itself, "###END"
+    ... Assistant: ANSWER                                nothing: only the end-of-sequence token ends a response
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mopl._extras import require
+from mopl.alignment.data import RowError
+from mopl.alignment.tokenization import ListTokenizer
+
+QUESTION, ANSWER, NEXT = "Qk7question", "Qk7answer", "Qk7next"  # words that templates neither cut nor look for
+
+
+@dataclass(frozen=True)
+class TurnEnds:
+    """What ends a response.
+
+    Attributes:
+        tokenizer: A tokenizer of transformers.
+        ids: Tokens, each of which ends it.
+        text: A text that ends it, where a template writes its end in tokens that also occur within answers.
+    """
+
+    tokenizer: Any
+    ids: tuple[int, ...]
+    text: str | None = None
+
+    def cut(self, tokens: Sequence[int]) -> tuple[list[int], bool]:
+        """Return the tokens of a response up to the one that ends it, and whether one does."""
+        length = next((i + 1 for i, token in enumerate(tokens) if token in self.ids), None)
+        if self.text is not None:
+            shown = tokens if length is None else tokens[: length - 1]
+            length = next((n for n in range(1, len(shown) + 1) if self.is_written(shown[:n])), length)
+        return list(tokens[:length]), length is not None
+
+    def is_written(self, tokens: Sequence[int]) -> bool:
+        """Say whether tokens end in the text that ends a response."""
+        assert self.text is not None
+        # Every token is a character at least, or a part of one; the last may hold more than the end.
+        return self.text in self._decoded(tokens[-len(self.text.encode()) - 1 :])
+
+    def texts(self, responses: Sequence[Sequence[int]]) -> list[str]:
+        """Return responses that `cut` gave as texts, without what ends them and without special tokens."""
+        found = []
+        for tokens in responses:
+            if self.text is not None and self.text in (whole := self._decoded(tokens)):
+                found.append(whole[: whole.index(self.text)])
+            else:
+                ended = bool(tokens) and tokens[-1] in self.ids
+                found.append(self.tokenizer.decode(list(tokens[:-1] if ended else tokens), skip_special_tokens=True))
+        return found
+
+    def _decoded(self, tokens: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(tokens), skip_special_tokens=True)
+
+    def criteria(self, prompt_length: int) -> dict[str, Any]:
+        """Return the keywords of `generate` that stop each row at the text; the tokens go into its configuration."""
+        if self.text is None:
+            return {}
+        require("transformers", what="generation")
+        import torch
+        from transformers import StoppingCriteria, StoppingCriteriaList
+
+        written = self.is_written
+
+        class AtText(StoppingCriteria):
+            def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+                rows = input_ids[:, prompt_length:].tolist()
+                return torch.tensor([written(row) for row in rows], dtype=torch.bool, device=input_ids.device)
+
+        return {"stopping_criteria": StoppingCriteriaList([AtText()])}
+
+
+def turn_ends(encoder: ListTokenizer, generation_config: Any = None) -> TurnEnds:
+    """Return what ends a response: the model's own list, the end-of-sequence token, the chat template's end.
+
+    Args:
+        encoder: How prompts become tokens; in plain text there is no template's end.
+        generation_config: That of the model.
+    """
+    tokenizer = encoder.tokenizer
+    given = getattr(generation_config, "eos_token_id", None)
+    ids: list[int] = [given] if isinstance(given, int) else list(given or ())
+    end = template_end(encoder)
+    for token in (tokenizer.eos_token_id, end):
+        if isinstance(token, int) and token not in ids:
+            ids.append(token)
+    return TurnEnds(tokenizer, tuple(ids), end if isinstance(end, str) else None)
+
+
+def template_end(encoder: ListTokenizer) -> int | str | None:
+    """Return the token, or the text, that the chat template writes at the end of an answer; None if there is none."""
+    if not encoder.chat:
+        return None
+    question, answer = {"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}
+    try:
+        tail = encoder._write([question, answer], add_generation_prompt=False).rpartition(ANSWER)[2]
+        found = _first_mark(encoder, tail)
+        if found is not None or tail.strip():
+            return _text_end(encoder, tail.strip()) if found is None else found
+        # Some templates write the end only where another turn follows, and then its opening.
+        following = encoder._write([question, answer, {"role": "user", "content": NEXT}], add_generation_prompt=False)
+        between = following.rpartition(ANSWER)[2].partition(NEXT)[0]
+        opening = encoder._write([question], add_generation_prompt=False).partition(QUESTION)[0]
+    except RowError:  # a template that writes no answers has no end of one
+        return None
+    return None if opening.endswith(between) else _first_mark(encoder, between)
+
+
+def _first_mark(encoder: ListTokenizer, text: str) -> int | None:
+    """Return the first token of a text that is no text: a special or an added one, but white space."""
+    tokenizer = encoder.tokenizer
+    marks = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", ())} - {tokenizer.unk_token_id}
+    return next((int(t) for t in encoder._encode(text) if int(t) in marks and tokenizer.decode([int(t)]).strip()), None)
+
+
+def _text_end(encoder: ListTokenizer, text: str) -> int | str | None:
+    tokens = encoder._encode(text).tolist()
+    if encoder.tokenizer.unk_token_id in tokens:
+        return None  # no model can write it
+    return tokens[0] if len(tokens) == 1 else text
+
+
+def write_turn_end(model: Any, tokenizer: Any) -> None:
+    """Let a model's `generation_config` name the token that ends a turn of the chat template; a text it cannot name."""
+    config = getattr(model, "generation_config", None)
+    if config is None:
+        return
+    own = config.eos_token_id
+    known = [own] if isinstance(own, int) else list(own or ())
+    end = template_end(ListTokenizer(tokenizer, max_length=None, append_eos=False))
+    if isinstance(end, int) and end not in known:
+        known += [] if known or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        config.eos_token_id = list(dict.fromkeys([*known, end]))
+        config._from_model_config = False  # else versions of transformers may make it anew, without it
