@@ -227,6 +227,14 @@ def test_a_loss_that_gives_one_number_is_refused(tmp_path):
         trainer.compute_loss(trainer.model, inputs_of(trainer, range(2)))
 
 
+def test_rewards_are_refused_for_shares_before_a_trainer_is_made(tmp_path):
+    data = token_lists()
+    data.lists[4].labels[1, 0] = -2.0
+    with pytest.raises(ValueError, match=r"labels of \S+ hold -2 \(row 5\).*normalize='softmax'"):
+        make(tmp_path, data=data)
+    make(tmp_path, data=data, list_loss="plackett_luce")
+
+
 def test_partly_labelled_lists_count_with_the_labelled_responses_alone(tmp_path):
     trainer = make(tmp_path, data=token_lists(6, (4,), missing=True), list_loss="plackett_luce")
     assert trainer.objective.partial

@@ -114,6 +114,8 @@ def _method_options(parser: argparse.ArgumentParser) -> None:
                        f"or for pairs {', '.join(LOSSES[2:])} (default: listnet)")  # fmt: skip
     group.add_argument("--labels", nargs="+", choices=("auto", "l1", "softmax"), help="how ListNet turns labels "
                        "into targets, for all or each; auto: l1 where all are 0 or 1 (default: auto)")  # fmt: skip
+    group.add_argument("--label-temperature", nargs="+", type=float, metavar="T", help="what labels are divided by "
+                       "before their softmax, for all or for each (default: 1)")  # fmt: skip
     group.add_argument("--partial", choices=("drop", "keep"), help="objectives that label a part of a list: leave "
                        "them out of it, or use that part (default: drop)")  # fmt: skip
     group.add_argument("--ties", choices=("breslow", "efron", "exact", "random"),

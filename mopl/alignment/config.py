@@ -60,7 +60,9 @@ class AlignConfig:
             `mopl.losses.bradley_terry`.
         labels: How ListNet turns labels into targets (section 2.2): `"l1"` for sparse labels such as 0 and 1,
             `"softmax"` for dense ones such as ratings, one for all objectives or one for each. `"auto"` takes l1 where
-            all labels of an objective are 0 or 1.
+            all labels of an objective are 0 or 1. Negative ones, such as rewards, need `"softmax"`.
+        label_temperature: What labels are divided by before their softmax, one for all objectives or one for each;
+            smaller makes sharper targets.
         partial: Objectives that label only a part of a list: `"drop"` leaves them out of it, `"keep"` uses that part.
         ties: How Plackett-Luce treats equal labels.
         last_group: Whether Plackett-Luce charges the responses of the lowest label.
@@ -131,6 +133,7 @@ class AlignConfig:
     lora_targets: tuple[str, ...] = ("all-linear",)
     loss: str = "listnet"
     labels: tuple[str, ...] = ("auto",)
+    label_temperature: tuple[float, ...] = (1.0,)
     partial: Literal["drop", "keep"] = "drop"
     ties: Literal["breslow", "efron", "exact", "random"] = "breslow"
     last_group: Literal["charged", "free"] = "charged"
@@ -182,7 +185,7 @@ class AlignConfig:
             value = str(getattr(self, name))
             is_path = name != "reference" or value not in ("auto", "self", "precomputed")
             object.__setattr__(self, name, located_if_there(value) if is_path else value)
-        for name in ("labels", "beta", "lora_targets", "objectives", "reference_point", "scales"):
+        for name in ("labels", "label_temperature", "beta", "lora_targets", "objectives", "reference_point", "scales"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, (str, int, float)) else tuple(value))
         self._check_choices()
@@ -206,6 +209,7 @@ class AlignConfig:
     def _check_numbers(self) -> None:
         positive = {
             "alpha": (self.alpha,), "beta": self.beta, "beta_range": self.beta_range, "scales": self.scales,
+            "label_temperature": self.label_temperature,
             "lora_alpha": (self.lora_alpha,), "reference_point": self.reference_point,
             "prompt_learning_rate": () if self.prompt_learning_rate is None else (self.prompt_learning_rate,),
         }  # fmt: skip
@@ -226,8 +230,10 @@ class AlignConfig:
                 f"prompt_rank is {self.prompt_rank} but the mask has {self.virtual_tokens} rows (virtual_tokens); "
                 "take a smaller rank"
             )
-        if len(self.beta_range) != 2 or self.beta_range[0] > self.beta_range[1] or not self.beta or not self.labels:
-            raise ValueError("beta and labels need an entry, and beta_range a lower and then an upper end")
+        if len(self.beta_range) != 2 or self.beta_range[0] > self.beta_range[1]:
+            raise ValueError("beta_range needs a lower and then an upper end")
+        if not (self.beta and self.labels and self.label_temperature):
+            raise ValueError("beta, labels and label_temperature need an entry")
         if not math.isfinite(self.penalty):
             raise ValueError(f"penalty is {self.penalty} but must be a finite number")
         if not 0.0 < self.held_out < 1.0:
@@ -241,6 +247,10 @@ class AlignConfig:
         if self.label_smoothing and self.loss not in ("sigmoid", "sigmoid_norm", "exo_pair", "robust", "dpop"):
             raise ValueError(
                 f"label_smoothing has no part in loss {self.loss!r}; leave it out, or take loss='sigmoid' (cDPO)"
+            )
+        if self.loss != "listnet" and any(rate != 1 for rate in self.label_temperature):
+            raise ValueError(
+                f"label_temperature has no part in loss {self.loss!r}; leave it out, or take loss='listnet'"
             )
         if self.conditioning == "text":
             if self.lora_rank == 0:
@@ -290,6 +300,10 @@ class AlignConfig:
     def label_modes(self, objectives: int) -> tuple[str, ...]:
         """Return how labels become targets, one entry for each of m objectives; errors as `betas`."""
         return self._for_each("labels", self.labels, objectives)
+
+    def label_temperatures(self, objectives: int) -> tuple[float, ...]:
+        """Return what labels are divided by, one entry for each of m objectives; errors as `betas`."""
+        return self._for_each("label_temperature", self.label_temperature, objectives)
 
     def _for_each(self, name: str, values: tuple[Any, ...], objectives: int) -> tuple[Any, ...]:
         if len(values) not in (1, objectives):

@@ -46,7 +46,8 @@ class ResponseLoss:
 
     Args:
         loss: `"listnet"`, `"plackett-luce"`, or a type of `mopl.losses.bradley_terry` for lists of two.
-        labels: How ListNet turns the labels of each objective into targets: m times `"l1"` or `"softmax"`.
+        labels: How ListNet turns the labels of each objective into targets: `"l1"` or `"softmax"`, one or m times.
+        label_temperature: What labels are divided by before their softmax, one or m times.
         ties: How Plackett-Luce treats equal labels.
         last_group: Whether Plackett-Luce charges the responses of the lowest label.
         top_k: How many ranks Plackett-Luce sees; None for all.
@@ -56,6 +57,7 @@ class ResponseLoss:
 
     loss: str = "listnet"
     labels: tuple[str, ...] = ("l1",)
+    label_temperature: tuple[float, ...] = (1.0,)
     ties: Literal["breslow", "efron", "exact", "random"] = "breslow"
     last_group: Literal["charged", "free"] = "charged"
     top_k: int | None = None
@@ -132,13 +134,16 @@ class ResponseLoss:
 
     def targets(self, lists: ListBatch) -> Tensor:
         """Return the target distributions (B, m, K) of ListNet; 0 throughout where an objective has no labels."""
-        width = lists.labels.shape[2]
-        flat, mask = lists.labels.reshape(-1, width), lists.label_mask.reshape(-1, width)
-        parts = {mode: normalize_labels(flat, mode, mask).view(lists.labels.shape) for mode in set(self.labels)}  # type: ignore[arg-type]
-        if len(parts) == 1:
-            return next(iter(parts.values()))
-        sparse = torch.tensor([mode == "l1" for mode in self.labels], device=flat.device)[:, None]
-        return torch.where(sparse, parts["l1"], parts["softmax"])
+        batch, objectives, width = lists.labels.shape
+        modes = self.labels * objectives if len(self.labels) == 1 else self.labels
+        rates = self.label_temperature * objectives if len(self.label_temperature) == 1 else self.label_temperature
+        targets = torch.zeros_like(lists.labels)
+        for mode, rate in set(zip(modes, rates, strict=True)):
+            same = [j for j in range(objectives) if (modes[j], rates[j]) == (mode, rate)]
+            flat, mask = (each[:, same].reshape(-1, width) for each in (lists.labels, lists.label_mask))
+            part = normalize_labels(flat, mode, mask, label_temperature=rate)  # type: ignore[arg-type]
+            targets[:, same] = part.view(batch, len(same), width)
+        return targets
 
     def _pairs(
         self, scores: Tensor, lists: ListBatch, beta: Any, reference: Tensor | None, chosen: slice

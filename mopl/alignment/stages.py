@@ -318,17 +318,25 @@ def response_loss(config: AlignConfig, data: PreferenceData) -> ResponseLoss:
     """Return the loss of a run; what its settings leave open is read off the data.
 
     Raises:
-        ValueError: If l1 is asked for labels that are negative, or a pair loss for lists of other lengths.
+        ValueError: If l1 is asked for labels that are negative or are divided by a temperature, or a pair loss for
+            lists of other lengths.
     """
-    modes = []
+    modes, rates = [], config.label_temperatures(len(data.objectives))
     for j, (name, mode) in enumerate(zip(data.objectives, config.label_modes(len(data.objectives)), strict=True)):
         values = {float(x) for i in range(len(data)) for x in data.label_array(i)[j] if x == x}
         if mode == "auto":
             mode = "l1" if values <= {0.0, 1.0} else "softmax"
         if mode == "l1" and config.loss == "listnet" and min(values, default=0.0) < 0:
+            place = next(i for i in range(len(data)) if min(values) in data.label_array(i)[j])
             raise ValueError(
-                f"labels of {name} go down to {min(values):g}, which labels='l1' cannot turn into shares; pass "
-                "labels='softmax' for it"
+                f"labels of {name} go down to {min(values):g} ({data[place].place or f'list {place}'} of {data.name}), "
+                "which labels='l1' cannot turn into shares; pass labels='softmax' for it (label_temperature says how "
+                "sharp), or loss='plackett-luce', which takes their ranks"
+            )
+        if mode == "l1" and config.loss == "listnet" and rates[j] != 1:
+            raise ValueError(
+                f"label_temperature is {rates[j]:g} for {name}, but has no part in labels='l1', which its labels take; "
+                "pass labels='softmax' for it, or 1"
             )
         modes.append(mode)
     counts = data.describe()
@@ -340,7 +348,7 @@ def response_loss(config: AlignConfig, data: PreferenceData) -> ResponseLoss:
         )
     partly = config.partial == "keep" and any(entry["partial"] for entry in counts["objectives"].values())
     return ResponseLoss(
-        config.loss, tuple(modes), config.ties, config.last_group, config.top_k, config.label_smoothing, partly
+        config.loss, tuple(modes), rates, config.ties, config.last_group, config.top_k, config.label_smoothing, partly
     )
 
 

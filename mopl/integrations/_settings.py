@@ -27,7 +27,8 @@ class ObjectiveArguments:
     Args:
         objectives: Names and order of the m objectives; those of the data by default.
         list_loss: A list loss of `mopl.losses`; the trainers' argument `loss` takes one with other options, or one's
-            own.
+            own. Labels must not be negative for "listwise_dpo" and "approx_ndcg"; for rewards pass
+            `loss=functools.partial(mopl.losses.listwise_dpo, normalize="softmax", label_temperature=...)`.
         objective_beta: β of each objective, in place of one β for all.
         beta_low: Lower end of the box that β is drawn from, for a model conditioned on temperatures; the loss then uses
             β / ‖β‖₁ (Temperature-COS-DPO, Ren et al. 2025, equation 16).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from mopl.integrations._options import check_options
 from mopl.integrations._pair_loss import AVERAGED, LIKELIHOOD, PairLoss
 from mopl.integrations._scores import Scoring
 from mopl.integrations._settings import ObjectiveArguments
+from mopl.losses import approx_ndcg, lambda_loss, listwise_dpo
 from mopl.training.precision import rounding_of
 
 
@@ -92,12 +94,37 @@ def check_fit(
             f"{pairs_only} is for pairs but there are lists with more than two responses; leave loss_type at 'sigmoid' "
             "without options for pairs and choose a list_loss"
         )
+    check_labels(loss, sets)
     pushes = getattr(args, "push_to_hub", False) and str(getattr(args.hub_strategy, "value", args.hub_strategy))
     if pushes and pushes != "end" and isinstance(model, HyperPromptModel):
         raise ValueError(
             f"hub_strategy is {pushes!r}, by which transformers pushes files of plain models and adapters only, and "
             "this is a HyperPromptModel; pass hub_strategy='end'"
         )
+
+
+def check_labels(loss: Any, sets: Sequence[Examples]) -> None:
+    """Raise if a loss of shares or gains is given negative labels; losses of the caller's own judge for themselves.
+
+    Raises:
+        ValueError: Naming the row, the objective and the remedy.
+    """
+    function, options = (loss.func, loss.keywords) if isinstance(loss, functools.partial) else (loss, {})
+    shares = function is listwise_dpo and options.get("normalize", "l1") == "l1"
+    gains = function is approx_ndcg or (function is lambda_loss and options.get("normalize", False))
+    if not (shares or gains):
+        return
+    for examples in sets:
+        for example in examples.lists:
+            negative = example.tokens.labels < 0  # (m, K), false where a label is missing
+            if negative.any():
+                j = int(negative.any(1).argmax())
+                raise ValueError(
+                    f"labels of {examples.objectives[j]} hold {example.tokens.labels[negative][0]:g} (row "
+                    f"{example.tokens.index + 1}), but {function.__name__} takes none that are negative; for rewards "
+                    "and the like pass loss=functools.partial(mopl.losses.listwise_dpo, normalize='softmax', "
+                    "label_temperature=...), or list_loss='plackett_luce', which takes their ranks"
+                )
 
 
 def warn_of_rounding(model: torch.nn.Module, accelerator: Any) -> None:
