@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from mopl._arguments import shape_of
 from mopl._extras import require
+from mopl._rows import arranged, generation_keywords
 from mopl.conditioning.sampling import check_weights
 from mopl.steering import log_mix
 
@@ -58,9 +59,9 @@ class _Follower:
         options: dict[str, Any] = {}
         if self.takes_positions:
             options["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, known:]
-        output = self.model(
-            input_ids=tokens[:, known:], attention_mask=mask, past_key_values=self.past, use_cache=True, **options
-        )
+        options |= {"input_ids": tokens[:, known:], "attention_mask": mask}
+        options = arranged(_causal_lm(self.model), options)
+        output = self.model(past_key_values=self.past, use_cache=True, **options)
         self.past, self.tokens = output.past_key_values, tokens
         return output.logits[:, -1]
 
@@ -221,6 +222,8 @@ def _generate(
         if pad is not None and len(tokens) > 1 and bool((tokens[:, (0, -1)] == pad).any()):
             raise ValueError(f"input_ids have padding (token {pad}); pass the tokenizer's attention_mask too")
         mask = torch.ones_like(tokens)
+    positions, *_ = [generation_keywords(_causal_lm(one), mask) for one in (model, *others)]  # or refused, each
+    kwargs = {**positions, **kwargs}
     processors = [MixedLogits(others, coefficients, mask), *(kwargs.pop("logits_processor", None) or [])]
     require("transformers")
     from transformers import LogitsProcessorList

@@ -16,6 +16,7 @@ pytest.importorskip("peft")
 pytest.importorskip("accelerate")
 
 from mopl import steering
+from mopl._rows import check_rows
 from mopl.alignment import AlignConfig, align, models
 from mopl.alignment.collate import ListCollator
 from mopl.alignment.data import PreferenceData, PreferenceList
@@ -255,6 +256,7 @@ def test_two_items_with_one_hot_labels_are_dpo_in_loss_and_gradient(base):
 
 def test_m_objectives_cost_one_forward_and_one_backward(base):
     model, counts = conditioned(base), {"forward": 0, "backward": 0}
+    check_rows(base, virtual=True)  # once for a model; a run does it before it begins
     head = base.model.layers[0]
     head.register_forward_pre_hook(lambda *_: counts.__setitem__("forward", counts["forward"] + 1))
     head.register_full_backward_hook(lambda *_: counts.__setitem__("backward", counts["backward"] + 1))

@@ -41,7 +41,7 @@ _SIZES: dict[str, int] = {
     **dict.fromkeys(
         "num_attention_heads n_head n_heads num_heads attention_heads encoder_attention_heads decoder_attention_heads "
         "num_encoder_attention_heads num_decoder_attention_heads swa_num_attention_heads linear_num_value_heads "
-        "linear_num_heads index_n_heads mamba_num_heads mamba_n_heads n_mamba_heads".split(),
+        "linear_num_heads mamba_num_heads mamba_n_heads n_mamba_heads".split(),
         4,
     ),
     **dict.fromkeys(
@@ -79,6 +79,7 @@ _SIZES: dict[str, int] = {
     **dict.fromkeys(
         "mamba_d_state ssm_state_size state_size n_groups mamba_n_groups mamba_dt_rank time_step_rank".split(), 2
     ),
+    "index_n_heads": 16,  # with few, rectified scores of tokens tie at 0, and where a row stands would draw among them
     "hidden_size_per_layer_input": 8,
     "n_group": 1,
     "topk_group": 1,
@@ -102,18 +103,24 @@ def families() -> list[str]:
     return sorted(names)
 
 
-def build(family: str) -> nn.Module:
-    """Return a tiny random model of a family, in evaluation mode.
+def small_model(family: str, **settings: Any) -> nn.Module:
+    """Return a tiny model of a family, with settings of its configuration in place of the usual ones."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(small_config(family, **settings)).float().eval()
+
+
+def build(family: str, **settings: Any) -> nn.Module:
+    """Return a tiny random model of a family, in evaluation mode, with weights of its own.
 
     Raises:
         NotBuilt: If there is none, with the reason.
     """
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
 
-    torch.manual_seed(0)
     try:
-        config = small_config(family)
-        model = AutoModelForCausalLM.from_config(config).float().eval()
+        model = small_model(family, **settings)
     except Exception as error:
         raise NotBuilt(f"{type(error).__name__}: {_line(error)}") from error
     _draw(model)
@@ -133,7 +140,7 @@ def _line(error: BaseException) -> str:
     return " ".join(str(error).split())[:160]
 
 
-def small_config(family: str) -> Any:
+def small_config(family: str, **more: Any) -> Any:
     """Return a family's configuration at tiny sizes."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -143,7 +150,7 @@ def small_config(family: str) -> Any:
     except Exception:
         default = None  # some families have no valid default
     settings = {} if default is None else _small(default.to_dict())
-    return kind(**_merged(settings, EXCEPTIONS.get(family, {})))
+    return kind(**_merged(settings, EXCEPTIONS.get(family, {}) | more))
 
 
 def _merged(settings: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:

@@ -47,6 +47,24 @@ def numbers_of(model: Any) -> list[Any]:
     return found
 
 
+def fit_transform(probe: Tensor, answer: Tensor) -> Transform:
+    """Fit `softcap * tanh(scale * t / softcap)`, or `scale * t`, to pairs (t, f(t)) that reach from tiny to huge t."""
+    magnitude = probe.abs()
+    tiny = magnitude.argsort()[: max(4, len(probe) // 16)]
+    scale = float((answer[tiny] / probe[tiny]).median())
+    largest = magnitude.argmax()
+    if (answer[largest] / probe[largest] - scale).abs() <= 1e-2 * abs(scale):
+        # Least squares over everything: the rounding of single entries averages out.
+        return Transform(_tidy(float((answer @ probe) / (probe @ probe))), None)
+    return Transform(_tidy(scale), _tidy(float(answer[largest].abs())))
+
+
+def _tidy(value: float) -> float:
+    """Snap to a number of few digits within rounding: configurations hold numbers such as 30.0 or 0.0625."""
+    short = float(f"{value:.6g}")
+    return short if abs(short - value) <= 2e-6 * abs(value) else value
+
+
 def score_hidden(
     head: Any,
     hidden: Tensor,  # (N, k + T, H)

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from mopl._arguments import check_choice
 from mopl._restoring import evaluating, seeded
+from mopl._rows import generation_keywords, takes_left_padding
 from mopl.alignment._generation_arguments import (
     Condition,
     Numbers,
@@ -138,7 +139,7 @@ def generate(
             the prompt without them.
         template: `"chat"`, `"plain"`, or `"auto"`: chat if the tokenizer has a template. Not with a `ListTokenizer`.
         seed: Of the samples; the global generators are left as they were. None draws from these.
-        batch_size: Prompts that run at once.
+        batch_size: Prompts that run at once; 1 where the model cannot read rows that are padded on the left.
         **kwargs: Keywords of `generate` of transformers: `temperature`, `top_p`, `num_beams`, `stop_strings`, ...
 
     Returns:
@@ -161,6 +162,9 @@ def generate(
     needs_reference = bool((condition.c != 1).any())
     base = Reference(model, reference) if needs_reference else None
     tokens = [prompt_tokens(encoder, prompt, number) for number, prompt in enumerate(conversations)]
+    asked = [model] if base is None else [model, base.model]
+    if not all(takes_left_padding(causal_lm_of(one), embeds=isinstance(one, HyperPromptModel)) for one in asked):
+        batch_size = 1  # with nothing to pad
     answers: list[Generation] = []
     with evaluating(model, reference), seeded(seed), torch.no_grad():
         for first in range(0, count, batch_size):
@@ -251,6 +255,8 @@ def _answer(
     if criteria := ends.criteria(ids.shape[1]).get("stopping_criteria"):
         options["stopping_criteria"] = [*(options.get("stopping_criteria") or []), *criteria]
     config.num_return_sequences = candidates
+    if not isinstance(model, HyperPromptModel):  # which tells by itself
+        options |= generation_keywords(causal_lm_of(model), mask)
     output = model.generate(input_ids=ids, attention_mask=mask, **rows.arguments, **options)
     new = output[:, ids.shape[1] :]
     responses, finished = _responses(new, options, ends)

@@ -12,7 +12,8 @@ come back as
     softcap * tanh(logit_scale * t / softcap)        or        logit_scale * t
 
 for one constant `logit_scale` and at most one `softcap`, for every vocabulary entry. A model that does anything else
-raises `UnsupportedModelError`; it is never scored wrongly.
+raises `UnsupportedModelError`; it is never scored wrongly. So does one that gives a row other outputs padded or packed
+than alone, where no way of telling it is known (`mopl._rows`).
 
 The op runs inside the head's own forward, inside the wrapped model's forward. That is what makes DDP arm its reducer,
 FSDP gather and reduce the head in whichever group it lies, DeepSpeed gather it, and PEFT's `modules_to_save` copy be
@@ -31,12 +32,9 @@ import torch
 from torch import Tensor, nn
 
 from mopl._restoring import evaluating
-from mopl.alignment._head_scores import IGNORE_INDEX, Transform, kl_of_hidden, numbers_of, score_hidden
+from mopl._rows import UnsupportedModelError, arranged
+from mopl.alignment._head_scores import IGNORE_INDEX, Transform, fit_transform, kl_of_hidden, numbers_of, score_hidden
 from mopl.ops import sequence_logprob
-
-
-class UnsupportedModelError(RuntimeError):
-    """The model's output head does something that `fuse` cannot reproduce exactly."""
 
 
 @dataclass
@@ -167,7 +165,7 @@ def _measure_transform(model: Any, original_forward: Any) -> Transform:
         raise UnsupportedModelError(f"{type(model).__name__} returns no logits of its head's vocabulary ({vocabulary})")
     answer = logits[0, -1].to("cpu", torch.float64)
 
-    transform = _fit_transform(probe, answer)
+    transform = fit_transform(probe, answer)
     error = (transform(probe) - answer).abs() / answer.abs().clamp(min=1e-6)
     # The model may compute in its own dtype (a cast after the head): allow its rounding, not more.
     tolerance = 8 * torch.finfo(logits.dtype if logits.is_floating_point() else torch.float32).eps + 1e-6
@@ -180,24 +178,6 @@ def _measure_transform(model: Any, original_forward: Any) -> Transform:
             f"on {device.type}"
         )
     return transform
-
-
-def _fit_transform(probe: Tensor, answer: Tensor) -> Transform:
-    """Fit `softcap * tanh(scale * t / softcap)`, or `scale * t`, to pairs (t, f(t)) that reach from tiny to huge t."""
-    magnitude = probe.abs()
-    tiny = magnitude.argsort()[: max(4, len(probe) // 16)]
-    scale = float((answer[tiny] / probe[tiny]).median())
-    largest = magnitude.argmax()
-    if (answer[largest] / probe[largest] - scale).abs() <= 1e-2 * abs(scale):
-        # Least squares over everything: the rounding of single entries averages out.
-        return Transform(_tidy(float((answer @ probe) / (probe @ probe))), None)
-    return Transform(_tidy(scale), _tidy(float(answer[largest].abs())))
-
-
-def _tidy(value: float) -> float:
-    """Snap to a number of few digits within rounding: configurations hold numbers such as 30.0 or 0.0625."""
-    short = float(f"{value:.6g}")
-    return short if abs(short - value) <= 2e-6 * abs(value) else value
 
 
 # ---------------------------------------------------------------- fuse
@@ -248,6 +228,7 @@ class _FusedForward:
         if targets is None:
             return self.original(*args, **kwargs)
         transform, name = self.measure(), type(self.model).__name__
+        kwargs = arranged(self.model, {**dict(zip(self.__signature__.parameters, args, strict=False)), **kwargs})
         current = _find_head(self.model)
 
         def head_forward(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -262,7 +243,7 @@ class _FusedForward:
         # What gathers the head for the backward hangs on its output (FSDP: a hook on this tensor; DeepSpeed: another
         # tensor behind it), so the results must be taken from what the head's hooks returned.
         with _forward_replaced(current, head_forward) as result:
-            output = self.original(*args, **kwargs)
+            output = self.original(**kwargs)
         if len(result) != 1:
             raise UnsupportedModelError(f"{name} called its output head {len(result)} times")
         if result[0]._version != 0:
@@ -343,7 +324,8 @@ def score_sequences(
     Args:
         model: a fused model, or anything that wraps one (PEFT, DDP, FSDP, DeepSpeed).
         batch: `input_ids` (N, T); `labels` (N, T), the same ids with -100 on prompt and padding (or `response_mask`
-            (N, T), true on response tokens); optionally `attention_mask`, `position_ids`. For padding-free packing
+            (N, T), true on response tokens); optionally `attention_mask` (padding on either side, no holes) and
+            `position_ids`, counted from 0; without these, positions are those of the mask. For padding-free packing
             N = 1, `segment` (1, T) holds the number 0, 1, ... of each token's sequence and `position_ids` restart with
             each; `sequences` says how many there are (without it the largest number is read, which makes a GPU
             wait). Other entries go to the model.
@@ -355,7 +337,9 @@ def score_sequences(
         `SequenceScores`.
 
     Raises:
-        ValueError: if the batch lacks `input_ids` or both `labels` and `response_mask`, or shapes differ.
+        ValueError: if the batch lacks `input_ids` or both `labels` and `response_mask`, shapes differ, or a mask has
+            holes.
+        UnsupportedModelError: if the model gives rows that are padded or packed like this other scores than alone.
     """
     batch = dict(batch)
     if "input_ids" not in batch:
@@ -372,6 +356,9 @@ def score_sequences(
 
     targets = torch.full_like(labels, IGNORE_INDEX)
     targets[:, :-1] = labels[:, 1:]
+    if (kept := batch.get("attention_mask")) is not None and kept.shape == targets.shape:
+        # Padding on the left predicts nothing: a row's first token has no score, as in the row alone.
+        targets = targets.masked_fill(kept == 0, IGNORE_INDEX)
     if segment is not None:
         if segment.shape != input_ids.shape:
             raise ValueError(f"segment has shape {tuple(segment.shape)} but input_ids {tuple(input_ids.shape)}")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mopl._arguments import shape_of
 from mopl._extras import require
+from mopl._rows import arranged
 from mopl.conditioning import HyperPromptModel, WeightedModel
 from mopl.conditioning._causal_lm import is_peft
 from mopl.steering import rescale
@@ -92,8 +93,11 @@ class Reference:
             options["logits_to_keep"] = 1
         if self._takes_positions and not isinstance(self.model, HyperPromptModel):
             options["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        options |= {"input_ids": ids, "attention_mask": mask}
+        if not isinstance(self.model, HyperPromptModel):  # which arranges by itself
+            options = arranged(causal_lm_of(self.model), options)
         with torch.no_grad(), self.active() as model:
-            output = model(input_ids=ids, attention_mask=mask, **options)
+            output = model(**options)
         return output.logits[:, -1].float(), getattr(output, "past_key_values", None)
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from mopl._files import discard_folder, write_file
 from mopl._restoring import seeded
+from mopl._rows import check_rows
 from mopl.alignment import models
 from mopl.alignment.collate import ListCollator
 from mopl.alignment.config import CONDITIONED, AlignConfig
@@ -112,10 +113,11 @@ class Stages:
         self.references: dict[str, ListScores | None] = {}
 
     def check(self) -> None:
-        """Raise what would stop the run later: labels that are nowhere, adapters or a reference that cannot be.
+        """Raise what would stop the run later: labels that are nowhere, adapters, rows or a reference that cannot be.
 
         Raises:
             ValueError: If an objective has no labels to learn from or to measure with, or no module gets adapters.
+            UnsupportedModelError: If the model cannot take the run's rows, or cannot generate.
             OSError: If another model is the reference and there is none.
         """
         for name, what in (("train", "training"), ("test", "held-out")):
@@ -127,6 +129,9 @@ class Stages:
                         "is nothing to learn or to measure; name the others in objectives, give more lists labels, or "
                         "take another held_out or data_seed"
                     )
+        virtual = self.config.conditioning == "hyper-prompt" or self.config.method not in CONDITIONED
+        base, generates = self.base.to(self.accelerator.device), self.config.samples > 0
+        check_rows(base, packed=self.config.packing, virtual=virtual, generates=generates)
         if self.config.reference not in ("self", "precomputed"):
             models.load_tokenizer(self.config.reference)
         model = models.new_model(

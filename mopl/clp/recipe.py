@@ -31,6 +31,7 @@ from mopl._extras import require_for
 from mopl._files import discard_folder, write_file
 from mopl._records import Finite, damaged, read_json
 from mopl._restoring import seeded
+from mopl._rows import check_rows
 from mopl._terminal import shell
 from mopl.alignment import models
 from mopl.clp.config import ClpConfig
@@ -349,7 +350,11 @@ def _check_length(base: Any, config: ClpConfig, prompts: dict[str, Prompts]) -> 
 
 
 def _check_scope(base: Any, config: ClpConfig, objectives: tuple[str, ...]) -> None:
-    """Raise before anything is written if a scope names no parameter, takes no adapters, or cannot be merged."""
+    """Raise before anything is written if a scope names no parameter, takes no adapters or cannot be merged.
+
+    Also if the model cannot take the rows of a run.
+    """
+    check_rows(base, virtual=config.scope == "prompt", generates=True)
     # Experts of scope prompt are adapters, which are merged for soups and logit mixing.
     for kind in ("clp", "expert") if config.scope == "prompt" else ("clp",):
         policy = new_policy(base, config, objectives, kind, objectives[0])

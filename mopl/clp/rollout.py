@@ -23,6 +23,7 @@ from mopl._extras import require
 from mopl._files import write_file
 from mopl._records import check, damaged
 from mopl._restoring import evaluating
+from mopl._rows import generation_keywords, takes_left_padding
 from mopl._tensor_files import load_pickled
 from mopl.alignment.data import Text
 from mopl.alignment.head import IGNORE_INDEX
@@ -31,6 +32,7 @@ from mopl.alignment.turns import TurnEnds, turn_ends
 from mopl.clp.config import ClpConfig
 from mopl.clp.policies import Policy
 from mopl.clp.prompts import PromptBatch
+from mopl.conditioning import HyperPromptModel
 from mopl.rewards import Rewards
 from mopl.training.checkpoint import CheckpointFolder
 
@@ -105,15 +107,20 @@ class Sampler:
             processor: Makes a logits processor from an attention mask; log-probabilities are then recorded.
         """
         began = time.perf_counter()
+        together = self.config.rows_at_once
+        if not takes_left_padding(causal_lm, embeds=isinstance(model, HyperPromptModel)):
+            together = 1  # with nothing to pad
         before, causal_lm.generation_config = causal_lm.generation_config, self._plain
         device = causal_lm.get_input_embeddings().weight.device
         found: list[list[int]] = []
         recorded: list[Tensor] = []
         try:
-            for first in range(0, len(prompts), self.config.rows_at_once):
-                rows = slice(first, min(first + self.config.rows_at_once, len(prompts)))
+            for first in range(0, len(prompts), together):
+                rows = slice(first, min(first + together, len(prompts)))
                 ids, mask = self._padded(prompts[rows], device)
                 options = arguments(rows) | self.ends.criteria(ids.shape[1])
+                if not isinstance(model, HyperPromptModel):  # which tells by itself
+                    options |= generation_keywords(causal_lm, mask)
                 if processor is not None:
                     from transformers import LogitsProcessorList
 

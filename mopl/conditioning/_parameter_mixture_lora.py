@@ -34,8 +34,15 @@ from mopl.conditioning._merging import (
     weights_held,
 )
 from mopl.conditioning._parameter_mixture_parts import AlphaCoefficients, CoefficientRule, coefficients_of
-from mopl.conditioning._saved import CONFIG_FILE, adapter_folder, base_model, fitting, load_adapters, read_record
-from mopl.conditioning.hyper_prompt_model import TuningRecord
+from mopl.conditioning._saved import (
+    CONFIG_FILE,
+    TuningRecord,
+    adapter_folder,
+    base_model,
+    fitting,
+    load_adapters,
+    read_record,
+)
 
 Weights = Tensor | Sequence[float] | Sequence[Sequence[float]]
 

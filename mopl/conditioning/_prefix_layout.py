@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-# Names that models of transformers give to the module that embeds absolute positions.
-_POSITION_EMBEDDINGS = ("wpe", "embed_positions", "position_embeddings", "position_embedding", "positions_embed")
+from mopl._rows.styles import POSITION_EMBEDDINGS, positions_of
+
 _ROTARY_SETTINGS = ("rope_parameters", "rope_scaling", "rope_theta", "rotary_dim", "rotary_pct")
 NO_POSITION = -1
 IGNORE_INDEX = -100
@@ -93,7 +93,7 @@ class Layout:
         if position_ids is not None:
             text = position_ids.to(self.device).expand(self.batch, -1)
         elif self.text_mask is not None:
-            text = (self.text_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -self.length :].to(self.device)
+            text = positions_of(self.text_mask)[:, -self.length :].to(self.device)
         else:
             text = torch.arange(self.text_before, self.text_before + self.length, device=self.device)
             text = text.expand(self.batch, -1)
@@ -221,7 +221,7 @@ def check_paper_positions(model: Any, takes_positions: bool) -> bool:
 
 
 def _position_embedding(model: nn.Module) -> nn.Module | None:
-    return next((m for name, m in model.named_modules() if name.rpartition(".")[2] in _POSITION_EMBEDDINGS), None)
+    return next((m for name, m in model.named_modules() if name.rpartition(".")[2] in POSITION_EMBEDDINGS), None)
 
 
 def silence_position_embedding(model: nn.Module) -> None:

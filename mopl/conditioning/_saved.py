@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +23,24 @@ ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json
 REMEDY = "take it from a backup, or make the model again"
 
 Names = Annotated[list[str], msgspec.Meta(min_length=1)]
+
+
+@dataclass(frozen=True)
+class TuningRecord:
+    """What the weights of a conditioned model mean; it is saved beside them.
+
+    Args:
+        objectives: Names of the m objectives, in the order of the weights.
+        reference: What the model was regularised towards: `"self"` (the model with adapters and prefix off) or a name.
+        beta: β of the training: a number, one for each objective, or for a model conditioned on temperatures the box
+            that they were drawn from, `(low, high)`.
+        alpha: Concentration of the Dirichlet distribution that weights were drawn from.
+    """
+
+    objectives: tuple[str, ...]
+    reference: str = "self"
+    beta: Any = None
+    alpha: Any = None
 
 
 class Record(msgspec.Struct):

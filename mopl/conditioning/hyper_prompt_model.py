@@ -22,7 +22,7 @@ import inspect
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,12 +32,14 @@ from torch import Tensor, nn
 from mopl._arguments import check_choice, check_positive, shape_of
 from mopl._extras import require
 from mopl._files import write_files
+from mopl._rows import arranged, check_from_zero, generation_keywords
 from mopl._tensor_files import check_fits, load_state, read_tensors
 from mopl.conditioning._causal_lm import DELEGATED, check_model, count_new_tokens, is_peft
 from mopl.conditioning._prefix_layout import Layout, PackedLayout, check_paper_positions, silence_position_embedding
 from mopl.conditioning._saved import (
     CONFIG_FILE,
     REMEDY,
+    TuningRecord,
     adapter_folder,
     base_model,
     fitting,
@@ -50,24 +52,6 @@ from mopl.conditioning.sampling import check_weights
 Positions = Literal["hf", "paper"]
 POSITIONS = ("hf", "paper")
 WEIGHTS_FILE = "hyper_prompt.safetensors"
-
-
-@dataclass(frozen=True)
-class TuningRecord:
-    """What the weights of a conditioned model mean; it is saved beside them.
-
-    Args:
-        objectives: Names of the m objectives, in the order of the weights.
-        reference: What the model was regularised towards: `"self"` (the model with adapters and prefix off) or a name.
-        beta: β of the training: a number, one for each objective, or for a model conditioned on temperatures the box
-            that they were drawn from, `(low, high)`.
-        alpha: Concentration of the Dirichlet distribution that weights were drawn from.
-    """
-
-    objectives: tuple[str, ...]
-    reference: str = "self"
-    beta: Any = None
-    alpha: Any = None
 
 
 class HyperPromptModel(nn.Module):
@@ -190,6 +174,7 @@ class HyperPromptModel(nn.Module):
 
         Raises:
             ValueError: If weights are missing or a shape is wrong.
+            UnsupportedModelError: If the model takes virtual tokens, or rows like this, otherwise than as tokens.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids (B, T) or inputs_embeds (B, T, d)")
@@ -207,14 +192,16 @@ class HyperPromptModel(nn.Module):
             labels = layout.shift_labels(labels)
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
         layout.adapt(kwargs)
-        if self._takes_positions:
+        if self._takes_positions or isinstance(layout, PackedLayout):
             kwargs["position_ids"] = self._positions(layout, position_ids)
         if labels is not None:
             kwargs["labels"] = labels
         if past_key_values is not None:
             kwargs["past_key_values"] = past_key_values
-        output = self.model(**text, attention_mask=layout.mask(required=self.positions == "paper"), **kwargs)
-        return layout.cut(output)
+        kwargs |= {**text, "attention_mask": layout.mask(required=self.positions == "paper")}
+        if "targets" not in kwargs:  # a fused model arranges by itself
+            kwargs = arranged(self.causal_lm, kwargs)
+        return layout.cut(self.model(**kwargs))
 
     @torch.no_grad()
     def generate(
@@ -249,6 +236,7 @@ class HyperPromptModel(nn.Module):
         model: Any = self.model
         attention_mask = self._generation_mask(input_ids, attention_mask)
         if self._is_reference:
+            kwargs |= generation_keywords(self.causal_lm, attention_mask)
             return model.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         if weights is not None:
             weights = check_weights(weights, self.hyper_prompt.objectives)
@@ -263,10 +251,14 @@ class HyperPromptModel(nn.Module):
 
         layout = self._layout(input_ids, attention_mask, None, 0, kwargs)
         embeds = self._embed_with_prompt(input_ids, layout, weights, objective_temperature)
+        mask = layout.mask(required=True)
+        assert mask is not None
         if self._takes_positions:
             kwargs["position_ids"] = self._positions(layout, None)
+        first = generation_keywords(self.causal_lm, mask, embeds=True)
+        if self.positions == "hf":
+            kwargs |= first
         count_new_tokens(kwargs, config, layout.length)
-        mask = layout.mask(required=True)
         return model.generate(input_ids=input_ids, inputs_embeds=embeds, attention_mask=mask, **kwargs)
 
     # ---------------------------------------------------------------- parts of the two
@@ -305,6 +297,7 @@ class HyperPromptModel(nn.Module):
                 f"positions='paper' cannot run with attn_implementation={implementation!r}, which takes positions that "
                 "do not count up for packed sequences; load the model with 'sdpa', or use positions='hf'"
             )
+        check_from_zero(self.causal_lm)
         return layout.positions(position_ids, offset=0, of_prefix="none" if self._absolute else "zero")
 
     def _layout(
@@ -317,8 +310,6 @@ class HyperPromptModel(nn.Module):
         if position_ids is not None:
             if tuple(position_ids.shape) not in (shape, (1, shape[1])):
                 raise ValueError(f"position_ids has shape {shape_of(position_ids)} but the text is {shape}")
-            if not self._takes_positions:
-                raise ValueError(f"{type(self.causal_lm).__name__} takes no position_ids; leave them out")
             if mask is None and (shape[0] != 1 or past):
                 raise ValueError("position_ids without attention_mask say packed sequences, which need one row (1, N)")
         for name in ("token_type_ids", "cache_position"):

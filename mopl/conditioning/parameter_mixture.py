@@ -48,8 +48,7 @@ from mopl.conditioning._parameter_mixture_parts import (
     take_rows,
     untie_head,
 )
-from mopl.conditioning._saved import CONFIG_FILE, fitting
-from mopl.conditioning.hyper_prompt_model import TuningRecord
+from mopl.conditioning._saved import CONFIG_FILE, TuningRecord, fitting
 
 __all__ = ["AlphaCoefficients", "LoraMixture", "ParameterMixture"]
 

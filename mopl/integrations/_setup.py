@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
+from mopl._rows import check_rows
 from mopl.alignment.adapter_reference import OwnReference
 from mopl.alignment.collate import ListCollator
 from mopl.conditioning.hyper_prompt_model import HyperPromptModel
 from mopl.integrations._data import BETA, WEIGHTS, Example, Examples
-from mopl.integrations._models import Conditions
+from mopl.integrations._models import Conditions, causal_lm
 from mopl.integrations._options import check_options
 from mopl.integrations._pair_loss import AVERAGED, LIKELIHOOD, PairLoss
 from mopl.integrations._scores import Scoring
@@ -170,6 +171,17 @@ def default_collator(args: Any, processing_class: Any, sets: Sequence[Examples])
     )
     some = any(_partly_labelled(example) for value in sets for example in value.lists)
     return ListCollator(packed=packed, pad_id=token, pad_to_multiple_of=multiple, partial="keep" if some else "drop")
+
+
+def check_model_rows(model: Any, collator: ListCollator, accelerator: Any) -> None:
+    """Raise where a model cannot take the rows of a training. A sharded model says so in its first step.
+
+    Raises:
+        UnsupportedModelError: With the reason and the remedy.
+    """
+    kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
+    if kind not in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        check_rows(causal_lm(model), packed=collator.packed, virtual=isinstance(model, HyperPromptModel))
 
 
 def _partly_labelled(example: Example) -> bool:

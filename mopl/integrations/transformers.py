@@ -47,6 +47,7 @@ from mopl.integrations._scores import Scoring
 from mopl.integrations._settings import ObjectiveArguments, TradeOffs, settings_of
 from mopl.integrations._setup import (
     check_fit,
+    check_model_rows,
     default_collator,
     prepare_arguments,
     reference_name,
@@ -233,6 +234,7 @@ class MultiObjectiveTrainer(ListTrainer):
                 "head; launch with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES"
             )
         self.check_reference_placement(ref_model)
+        check_model_rows(model, collator, self.accelerator)
         warn_of_rounding(model, self.accelerator)
         self.ref_model: Any = None
         if ref_model is not None:

@@ -1,0 +1,169 @@
+"""How a causal language model takes rows of text: padded on either side, packed, as embeddings; measured on the model.
+
+Families differ in what they make of a padded or packed row. Some count positions from the left edge, padding included;
+some start them behind the number of the padding token; convolutions and recurrences run on through padding or from one
+packed sequence into the next; some take positions and never look at them. No configuration says so. But every model
+says what a row means: its outputs for that row alone. So the first time a model meets a kind of rows, two short ones go
+through it alone and then in that arrangement (`probe.py`), in each way of saying it that transformers knows
+(`styles.py`), and the first way that gives the outputs of the rows alone is used from then on. Where none does, the
+arrangement is refused: a model is never scored wrongly.
+
+What was found is kept on the model as plain values, so that it goes with deep copies and pickles. It depends on nothing
+that training changes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mopl._rows.probe import measured
+from mopl._rows.styles import Finding, Style, UnsupportedModelError, embedding_of, packed_keywords, positions_of
+
+__all__ = [
+    "UnsupportedModelError", "arranged", "check_from_zero", "check_rows", "generation_keywords", "takes_left_padding",
+]  # fmt: skip
+
+_CACHE = "_mopl_rows"
+
+
+def arranged(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the keywords of a forward pass, changed so that each row has the outputs that it has alone.
+
+    Args:
+        model: A causal language model of transformers.
+        kwargs: Keywords of its forward. Positions count from 0, as everywhere in this package. Without a mask, a row
+            with positions is packed: they start again at 0 with each sequence.
+
+    Raises:
+        UnsupportedModelError: If the model cannot take such rows.
+        ValueError: If a mask has holes.
+    """
+    content = kwargs.get("inputs_embeds")
+    embeds = content is not None
+    content = content if embeds else kwargs.get("input_ids")
+    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    if not isinstance(content, Tensor) or (mask is not None and mask.ndim != 2) or not _measurable(model):
+        return kwargs
+    if positions is not None and positions.ndim != 2:
+        return kwargs
+    if mask is None:
+        if positions is None or content.shape[0] != 1 or kwargs.get("past_key_values") is not None:
+            found = finding(model, "alone", embeds=embeds)
+            return kwargs if found.style is not None else _refuse(model, found)
+        found = finding(model, "packed", embeds=embeds)
+        if found.style is None:
+            if bool((positions[:, 1:] == 0).any()):
+                _refuse(model, found)
+            return {name: value for name, value in kwargs.items() if name != "position_ids"}  # one sequence only
+        rest = {name: value for name, value in kwargs.items() if name not in ("position_ids", "attention_mask")}
+        return rest | packed_keywords(model, found.style, positions)
+    _check_holes(mask)
+    found = finding(model, "padded" if positions is None else "positioned", embeds=embeds)
+    if found.style is None or (not found.left and bool((mask[:, 0] == 0).any())):
+        _refuse(model, found)
+    assert found.style is not None
+    counted = positions_of(mask)[:, -content.shape[1] :]
+    if found.style.first is None:
+        if positions is not None and bool(
+            (positions.expand_as(counted) != counted)[mask[:, -content.shape[1] :] > 0].any()
+        ):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} does not heed position_ids; leave them out, and its own count is used"
+            )
+        return {name: value for name, value in kwargs.items() if name != "position_ids"}
+    return {**kwargs, "position_ids": (counted if positions is None else positions) + found.style.first}
+
+
+def check_rows(model: Any, *, packed: bool = False, virtual: bool = False, generates: bool = False) -> None:
+    """Raise before a run is made where its rows would be refused in it.
+
+    Args:
+        model: A causal language model of transformers.
+        packed: Whether rows are packed, or padded on the right.
+        virtual: Whether virtual tokens come in front of them; without these the model is its own reference.
+        generates: Whether it generates.
+
+    Raises:
+        UnsupportedModelError: With the reason and the remedy.
+    """
+    weight = embedding_of(model).weight
+    if not _measurable(model) or weight.shape != getattr(weight, "ds_shape", weight.shape):
+        return  # measured in the first forward pass, which brings the weights
+    of_rows = "packed" if packed else "positioned" if virtual else "padded"
+    rows = [(of_rows, False), (of_rows, True)][: 1 + virtual]
+    for kind, embeds in rows + [("generate", virtual)] * generates:
+        found = finding(model, kind, embeds=embeds)
+        if found.style is None:
+            _refuse(model, found)
+
+
+def generation_keywords(model: Any, attention_mask: Tensor, *, embeds: bool = False) -> dict[str, Tensor]:
+    """Return what `generate` of transformers must be told besides a mask (B, T): nothing, or positions.
+
+    Raises:
+        UnsupportedModelError: If `generate` would not continue each row as it does alone.
+    """
+    if not _measurable(model):
+        return {}
+    found = finding(model, "generate", embeds=embeds)
+    if found.style is None or (not found.left and bool((attention_mask[:, 0] == 0).any())):
+        _refuse(model, found)
+    assert found.style is not None
+    first = found.style.first
+    return {} if first is None else {"position_ids": positions_of(attention_mask) + first}
+
+
+def takes_left_padding(model: Any, *, embeds: bool = False) -> bool:
+    """Say whether prompts of different lengths can be continued at once, or only one by one."""
+    return not _measurable(model) or finding(model, "generate", embeds=embeds).left
+
+
+def check_from_zero(model: Any) -> None:
+    """Raise where positions that are passed with a text do not count from 0, so that nothing can stand at none.
+
+    Raises:
+        ValueError: If so.
+    """
+    if _measurable(model) and finding(model, "positioned", embeds=True).style != Style(first=0):
+        raise ValueError(
+            f"positions='paper' needs positions that count from 0, which those of {type(model).__name__} do not; "
+            "use positions='hf'"
+        )
+
+
+def finding(model: Any, kind: str, *, embeds: bool = False) -> Finding:
+    """Return what is known of an arrangement, measuring it the first time.
+
+    Args:
+        model: A causal language model of transformers.
+        kind: `"alone"`, `"padded"` (a mask alone), `"positioned"` (a mask and positions), `"packed"`, `"generate"`.
+        embeds: Whether the text comes as embeddings.
+    """
+    key = (kind, embeds, getattr(model.config, "_attn_implementation", None), embedding_of(model).weight.device.type)
+    known: dict[Any, Finding] = model.__dict__.setdefault(_CACHE, {})
+    if key not in known:
+        known[key] = measured(model, model.forward, kind, embeds)
+    return known[key]
+
+
+def _refuse(model: Any, found: Finding) -> Any:
+    raise UnsupportedModelError(f"{type(model).__name__} {found.reason}")
+
+
+def _check_holes(mask: Tensor) -> None:
+    """Raise where tokens are masked between others: what predicts the one behind them is nothing that is there."""
+    begins = (mask[:, 1:] > mask[:, :-1]).sum(-1) + (mask[:, 0] > 0)
+    message = "attention_mask has holes, zeros between ones; take the tokens out of the row and mask padding only"
+    if mask.device.type == "cuda":
+        torch._assert_async((begins <= 1).all(), message)  # type: ignore[attr-defined]  # raises without a wait
+    elif bool((begins > 1).any()):
+        raise ValueError(message)
+
+
+def _measurable(model: Any) -> bool:
+    """Say whether a model has weights to measure: not on the meta device."""
+    embedding = embedding_of(model) if hasattr(model, "get_input_embeddings") else None
+    return embedding is not None and hasattr(embedding, "weight") and not embedding.weight.is_meta

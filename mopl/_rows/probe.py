@@ -1,0 +1,299 @@
+"""The measurement: two short rows alone, and what becomes of their outputs in other ways of passing them.
+
+Two questions, for each row of an arrangement:
+
+* Do its outputs change with what is not part of it: other tokens in the padding, in its neighbours, behind it? They
+  must not, to the bit, whatever the dtype and however small the weights are; but for what rows of one batch change in
+  one another anyway (mixtures of experts, quantised activations), which is measured beside it.
+* Are they those of the row alone, within rounding? Differences count as shares of how much outputs vary from token to
+  token. Rounding is allowed as the dtype has it, or as batches of other shapes show it (where a router's rounding
+  changes, a token goes elsewhere).
+
+Windows of the configuration are made shorter than the rows for the moment, for a fault at the edge of a window of 4,096
+tokens is one at the edge of 4 tokens too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mopl._restoring import evaluating, generators_kept
+from mopl._rows.styles import Finding, Style, compute_dtype, embedding_of, packed_keywords, positions_of, styles
+
+# The second row is the beginning of the first, 17 tokens, which shows whether a model reads ahead. Lengths are odd, or
+# a fault of chunks could hide behind their multiples.
+_LONG, _STEPS = 25, 3
+_WINDOW = 4
+_WINDOWS = ("sliding_window", "sliding_window_size", "attention_window_size", "attention_chunk_size", "index_topk")
+_LEAK = 1e-6
+
+
+def _measured(model: Any, forward: Callable[..., Any], kind: str, embeds: bool) -> Finding:
+    """Return what becomes of an arrangement; see `mopl._rows.finding`."""
+    with evaluating(model), generators_kept(), torch.no_grad(), _short_windows(model), _without_adapters(model):
+        probe = _Probe(model, forward, embeds)
+        if fault := probe.ahead():
+            return Finding(
+                None,
+                reason=f"reads ahead: its outputs for a text {fault}, so they are no probabilities of the next token; "
+                "load it as a decoder (config.is_decoder = True)",
+            )
+        if kind == "alone":
+            return Finding(Style())
+        measure = {"packed": probe.packed, "generate": probe.generated}.get(kind, probe.padded)
+        tried: list[tuple[Style, _Faults]] = []
+        for style in styles(model, kind):
+            try:
+                faults = measure(style)
+            except Exception as error:  # whatever a family raises where it is told what it does not know
+                words = f"fail ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+                faults = _Faults(words, words)
+            if not faults.right and not faults.left:
+                return Finding(style)
+            tried.append((style, faults))
+    return _refusal(kind, embeds, tried)
+
+
+measured: Callable[..., Finding] = torch.compiler.disable(_measured)  # type: ignore[assignment]
+
+
+def _refusal(kind: str, embeds: bool, tried: list[tuple[Style, _Faults]]) -> Finding:
+    """Return how rows on the right alone can be said, or that nothing can, with the reason and the remedy."""
+    rows = "rows behind virtual tokens" if embeds else "rows"
+    for style, faults in tried:
+        if not faults.right:
+            what, remedy = f"cannot take {rows}", "pad on the right (padding_side='right')"
+            if kind == "generate":
+                what, remedy = f"cannot generate from {rows}", "pass one prompt at a time (batch_size=1)"
+            return Finding(style, False, f"{what} padded on the left: outputs {faults.left}; {remedy}")
+    fault = tried[0][1].right if tried else "cannot be compared, for there is no way to say it"
+    if kind == "packed":
+        if own := next((f.right for style, f in tried if style.packed == "varlen" and f.right.startswith("fail")), ""):
+            fault += f", and with its own varlen keywords they {own}"
+        return Finding(
+            None, False, f"cannot take packed {rows}: outputs {fault}; leave packing off (no --packing, packing=False, "
+            "padding_free=False), so that rows are padded"
+        )  # fmt: skip
+    if kind == "generate":
+        remedy = "take a model of another family"
+        if embeds:
+            remedy += ", or condition it by adapters (conditioning='lora-mixture')"
+        where = "behind virtual tokens" if embeds else "with transformers' generate"
+        return Finding(None, False, f"cannot generate {where}: outputs {fault}; {remedy}")
+    return Finding(None, False, f"cannot take padded {rows}: outputs {fault}; pass one row at a time, without a mask")
+
+
+@dataclass(frozen=True)
+class _Faults:
+    """What is wrong with outputs, empty if nothing is: of rows padded on the right or not at all, and on the left."""
+
+    right: str
+    left: str
+
+
+class _Probe:
+    """Two short rows, what a model gives for each alone, and how far other ways of passing them are off."""
+
+    def __init__(self, model: Any, forward: Callable[..., Any], embeds: bool) -> None:
+        self.model, self.forward, self.embeds = model, forward, embeds
+        self.device, self.dtypes = embedding_of(model).weight.device, {compute_dtype(model)}
+        known = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
+        self.long = min(_LONG, known // 2) if known > 4 else _LONG
+        self.short = self.long * 2 // 3 + 1
+        self.tokens = _plain_tokens(model)[: self.long]
+        # What stands around a row, in two versions.
+        self.around = self.tokens.flip(0), self.tokens.roll(3).flip(0)
+        self.alone = {n: self.logits({"input_ids": self.tokens[None, :n]})[0] for n in (self.long, self.short)}
+        self._noise: float | None = None
+        self._leak: float | None = None
+
+    def logits(self, keywords: dict[str, Any]) -> Tensor:
+        inputs = {
+            name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in keywords.items()
+        }
+        logits = self.forward(**inputs, use_cache=False).logits
+        self.dtypes.add(logits.dtype)
+        return logits.detach().double().cpu()
+
+    def text(self, ids: Tensor) -> dict[str, Tensor]:
+        """Return rows (B, T) as the text of a call."""
+        return {"inputs_embeds": embedding_of(self.model)(ids.to(self.device))} if self.embeds else {"input_ids": ids}
+
+    # ---------------------------------------------------------------- the two questions
+
+    def difference(self, found: Tensor, expected: Tensor) -> float:
+        """Return how far logits (T, V) are off, as a share of how much they vary from token to token."""
+        kept = expected.abs().amax(0) < 1e4  # entries that a model puts out of reach say nothing
+        off, spread = (found - expected)[:, kept], (expected - expected.mean(0))[:, kept]
+        share = float(off.norm() / spread.norm()) if bool(off.any()) else 0.0
+        return share if share == share else float("inf")
+
+    def fault(self, found: Tensor, otherwise: Tensor, alone: Tensor) -> str:
+        """Say what is wrong with a row's logits (T, V), given those among other surroundings, and of the row alone."""
+        if (leak := self.difference(otherwise, found)) > self.leak_of_batches(leak):
+            return f"change by {leak:.2g} of their spread with what is not part of the row"
+        if (off := self.difference(found, alone)) > self.rounding(off):
+            return f"differ by {off:.2g} of their spread from those of the row alone"
+        return ""
+
+    def leak_of_batches(self, leak: float) -> float:
+        """Return how far rows of one batch change one another where nothing is padded."""
+        if leak > _LEAK and self._leak is None:
+            one, other = (self.logits({"input_ids": torch.stack([self.tokens, row])})[0] for row in self.around)
+            self._leak = self.difference(other, one)
+        return max(_LEAK, 8 * (self._leak or 0.0))
+
+    def rounding(self, off: float) -> float:
+        """Return how far outputs may be off by rounding: by the dtype, or by what batches of other shapes show."""
+        # Between the rounding of one operation and the whole: 1.6 % in float16, 5 % in bfloat16. Models that run the
+        # same layers again and again make 1e-4 of what is 1e-7 in others.
+        eps = max(torch.finfo(dtype).eps for dtype in self.dtypes if dtype.is_floating_point)
+        allowed = max(eps**0.6, 5e-4)
+        if off <= allowed or off > 0.25:
+            return allowed
+        if self._noise is None:
+            thrice = self.logits({"input_ids": self.tokens.expand(3, -1)})
+            self._noise = max(self.difference(row, self.alone[self.long]) for row in thrice)
+        return max(allowed, 4 * self._noise)
+
+    # ---------------------------------------------------------------- arrangements
+
+    def ahead(self) -> str:
+        """Look whether a text's outputs change with what follows it."""
+        n = self.short
+        one, other = (
+            self.logits({"input_ids": torch.cat([self.tokens[:n], row[n:]])[None]})[0, :n] for row in self.around
+        )
+        return self.fault(one, other, self.alone[n])
+
+    def padded(self, style: Style) -> _Faults:
+        """Pass the long row, and the short one padded on either side, in one batch."""
+        found = []
+        for filler in self.around:
+            ids, mask = self._rows(filler)
+            keywords: dict[str, Any] = {**self.text(ids), "attention_mask": mask}
+            if style.first is not None:
+                keywords["position_ids"] = positions_of(mask) + style.first
+            found.append(self.logits(keywords))
+        n, (one, other) = self.short, found
+        right = self.fault(one[0], other[0], self.alone[self.long]) or self.fault(
+            one[1, :n], other[1, :n], self.alone[n]
+        )
+        return _Faults(right, self.fault(one[2, -n:], other[2, -n:], self.alone[n]))
+
+    def _rows(self, filler: Tensor) -> tuple[Tensor, Tensor]:
+        n = self.short
+        ids, mask = filler.repeat(3, 1), torch.ones(3, self.long, dtype=torch.long)
+        ids[0], ids[1, :n], ids[2, -n:] = self.tokens, self.tokens[:n], self.tokens[:n]
+        mask[1, n:], mask[2, :-n] = 0, 0
+        return ids, mask
+
+    def packed(self, style: Style) -> _Faults:
+        """Pass the long row between two short ones."""
+        lengths = (self.short, self.long, self.short)
+        positions = torch.cat([torch.arange(n) for n in lengths])[None].to(self.device)
+        keywords, found = packed_keywords(self.model, style, positions), []
+        for around in (self.tokens, *self.around):
+            ids = torch.cat([around[: self.short], self.tokens, around[: self.short]])[None]
+            found.append(self.logits({**self.text(ids), **keywords})[0].split(lengths))
+        same, one, other = found
+        fault = self.fault(one[1], other[1], self.alone[self.long])
+        for part in (same[0], same[2]):
+            fault = fault or self.fault(part, part, self.alone[self.short])
+        return _Faults(fault, fault)
+
+    def generated(self, style: Style) -> _Faults:
+        """Generate behind the long row, then behind both, the short one padded on the left."""
+        from transformers import GenerationConfig
+
+        ids, mask = self._rows(self.around[0])
+        before = self.model.generation_config
+        self.model.generation_config = GenerationConfig(pad_token_id=0)
+        try:
+            right = self._continued(ids[:1], mask[:1], style)
+            if right:
+                return _Faults(right, right)
+            try:
+                return _Faults("", self._continued(ids[[0, 2]], mask[[0, 2]], style))
+            except Exception as error:  # a cache that knows no padding
+                return _Faults("", f"fail ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
+        finally:
+            self.model.generation_config = before
+
+    def _continued(self, ids: Tensor, mask: Tensor, style: Style) -> str:
+        keywords = {"input_ids": ids, "attention_mask": mask}
+        if self.embeds:
+            keywords |= self.text(ids)
+        if style.first is not None:
+            keywords["position_ids"] = positions_of(mask) + style.first
+        made = self.model.generate(
+            **{name: value.to(self.device) for name, value in keywords.items()},
+            max_new_tokens=_STEPS, min_new_tokens=_STEPS, do_sample=False, num_beams=1, output_logits=True,
+            return_dict_in_generate=True,
+        )  # fmt: skip
+        for row in range(len(ids)):
+            text = torch.cat([ids[row, mask[row] > 0], made.sequences[row, -_STEPS:].cpu()])
+            found = torch.stack([step[row].double().cpu() for step in made.logits])
+            alone = self.logits({"input_ids": text[None]})[0, -_STEPS - 1 : -1]
+            if fault := self.fault(found, found, alone):
+                return fault
+        return ""
+
+
+def _plain_tokens(model: Any) -> Tensor:
+    """Return tokens (T,) of text: random ones that no setting names (padding, images, ends, ...)."""
+    named: set[int] = set()
+
+    def collect(settings: dict[str, Any]) -> None:
+        for name, value in settings.items():
+            if isinstance(value, dict):
+                collect(value)
+            elif isinstance(value, int) and name.endswith(("_id", "_index")):
+                named.add(value)
+
+    collect(model.config.to_dict())
+    vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", 0) or embedding_of(model).num_embeddings)
+    order = torch.randperm(vocabulary, generator=torch.Generator().manual_seed(0)).tolist()
+    plain = [token for token in order if token not in named] or order
+    return torch.tensor((plain * _LONG)[:_LONG])
+
+
+@contextlib.contextmanager
+def _short_windows(model: Any) -> Iterator[None]:
+    """Make the windows of a model shorter than the probe's rows inside a `with` block."""
+    config = model.config.get_text_config()
+    changed: list[tuple[Any, str, int]] = []
+    try:
+        for owner in (config, *model.modules()):
+            for name in _WINDOWS:
+                value = owner.__dict__.get(name)
+                if isinstance(value, int) and not isinstance(value, bool) and value > _WINDOW:
+                    changed.append((owner, name, value))
+                    setattr(owner, name, _WINDOW)
+        yield
+    finally:
+        for owner, name, value in changed:
+            setattr(owner, name, value)
+
+
+@contextlib.contextmanager
+def _without_adapters(model: Any) -> Iterator[None]:
+    """Switch the adapters of PEFT off inside a `with` block: mixed ones belong to the rows of another batch."""
+    layers = [
+        module
+        for module in model.modules()
+        if getattr(module, "_disable_adapters", None) is False and not getattr(module, "merged", False)
+    ]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False

@@ -1,0 +1,206 @@
+"""A row has the scores that it has alone, padded on either side, packed or behind virtual tokens; or it is refused."""
+
+import copy
+import dataclasses
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("transformers")
+from bench.families import checks, models
+from mopl._restoring import generators_kept
+from mopl._rows import UnsupportedModelError, check_rows, finding, generation_keywords
+from mopl._rows.styles import Style
+from mopl.alignment import AlignConfig, align, fuse, score_sequences
+from mopl.alignment.collate import ListCollator
+from mopl.alignment.generate import generate
+from mopl.alignment.methods import score_batch
+from mopl.alignment.reference_mixture import Reference
+
+
+def forwards(model: nn.Module) -> list:
+    seen: list = []
+    model.get_input_embeddings().register_forward_hook(lambda *_: seen.append(1))
+    return seen
+
+
+def left_padded(model: nn.Module, **more: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores of two rows alone, and of both in one batch padded on the left, without positions."""
+    long, short = torch.tensor([31, 8, 55, 61, 12, 77, 19]), torch.tensor([40, 9, 64])
+    alone = torch.cat(
+        [score_sequences(model, {"input_ids": row[None], "labels": row[None]}).scores for row in (long, short)]
+    )
+    ids = torch.stack([long, torch.cat([torch.full((4,), 88), short])])
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids, **more}
+    return alone, score_sequences(model, batch).scores
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "biogpt", "roberta", "llama", "mamba", "jamba"])
+def test_left_padding_without_positions_changes_no_score(family: str) -> None:
+    alone, together = left_padded(fuse(models.build(family)))
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["bart", "recurrent_gemma"])
+def test_left_padding_is_refused_where_no_positions_can_be_told(family: str) -> None:
+    model = fuse(models.build(family))
+    with pytest.raises(UnsupportedModelError, match=r"padded on the left.*padding_side='right'"):
+        left_padded(model)
+    assert checks.scores(models.build(family)).kind == checks.RIGHT  # on the right they are as ever
+
+
+@pytest.mark.parametrize(
+    ("family", "way"),
+    [("llama", "positions"), ("llama4_text", "positions"), ("gpt_oss", "masks"), ("falcon", "block"), ("opt", "block")],
+)
+def test_packed_rows_are_told_in_the_way_that_the_family_understands(family: str, way: str) -> None:
+    model = fuse(models.build(family))
+    assert checks.packing(copy.deepcopy(model)) == checks.Outcome(checks.RIGHT)
+    assert finding(model, "packed").style.packed == way
+
+
+@pytest.mark.parametrize("family", ["mamba", "jamba", "qwen3_next", "bloom", "bart"])
+def test_packing_that_mixes_sequences_is_refused_with_the_remedy(family: str) -> None:
+    model, data = fuse(models.build(family)), checks.lists()
+    with pytest.raises(UnsupportedModelError, match=r"packed rows.*packing=False"):
+        score_batch(model, ListCollator(packed=True)(data))
+    with pytest.raises(UnsupportedModelError, match="packing=False"):
+        check_rows(model, packed=True)
+    check_rows(model)
+    one = ListCollator(packed=True)(
+        [dataclasses.replace(data[0], responses=data[0].responses[:1], labels=data[0].labels[:, :1])]
+    )
+    expected = checks.plain_score(model, data[0].prompt, data[0].responses[0])
+    assert abs(float(score_batch(model, one)[0, 0]) - expected) < 1e-3  # one sequence is no packed row
+
+
+def test_windows_of_any_length_are_seen_by_short_rows() -> None:
+    """They are shorter while it looks, and as they were afterwards."""
+    from transformers import AutoModelForCausalLM
+
+    config = models.small_config("deepseek_v32")
+    config.index_topk, config.index_n_heads = 4096, 1
+    model = AutoModelForCausalLM.from_config(config).eval()
+    finding(model, "packed")
+    assert config.index_topk == 4096
+    assert all(m.index_topk == 4096 for m in model.modules() if hasattr(m, "index_topk"))
+
+
+def test_a_model_that_reads_ahead_is_refused() -> None:
+    model = models.build("bert", is_decoder=False)
+    batch = {"input_ids": torch.tensor([[31, 8, 55]]), "labels": torch.tensor([[-100, 8, 55]])}
+    with pytest.raises(UnsupportedModelError, match=r"reads ahead.*is_decoder = True"):
+        score_sequences(fuse(model), batch)
+
+
+def test_holes_in_a_mask_are_refused() -> None:
+    ids = torch.tensor([[31, 8, 55, 61, 12]])
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.tensor([[1, 1, 0, 1, 1]])}
+    with pytest.raises(ValueError, match="holes"):
+        score_sequences(fuse(models.build("llama")), batch)
+
+
+def test_the_first_token_behind_padding_has_no_score() -> None:
+    """As in a row alone, where nothing stands before it."""
+    model, row = fuse(models.build("llama")), torch.tensor([[31, 8, 55]])
+    alone = score_sequences(model, {"input_ids": row, "labels": row})
+    padded = {"input_ids": torch.tensor([[9, 9, 31, 8, 55]]), "labels": torch.tensor([[-100, -100, 31, 8, 55]])}
+    found = score_sequences(model, {**padded, "attention_mask": torch.tensor([[0, 0, 1, 1, 1]])})
+    assert found.lengths.tolist() == alone.lengths.tolist() == [2]
+    torch.testing.assert_close(found.scores, alone.scores, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["bart", "rwkv"])
+def test_prompts_go_one_by_one_where_they_cannot_be_padded(family: str) -> None:
+    assert checks.generation(models.build(family)) == checks.Outcome(checks.RIGHT)
+    assert checks.prompts_generation(models.build(family)) == checks.Outcome(checks.RIGHT)
+    mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    with pytest.raises(UnsupportedModelError, match="batch_size=1"):
+        generation_keywords(models.build(family), mask)
+
+
+def test_a_reference_beside_the_model_reads_padded_prompts_as_alone() -> None:
+    """Equal models mix to themselves, so every prompt is answered as by the plain one; RoBERTa starts at position 2."""
+    for family in ("gpt2", "roberta", "bart"):
+        model, reference = models.build(family), models.build(family)
+        texts = [" ".join(map(checks._word, prompt)) for prompt in checks._PROMPTS]
+        options = {"max_new_tokens": 5, "template": "plain"}
+        mixed = generate(model, checks.tokenizer(), texts, reference=reference, scale=2.0, **options)
+        for prompt, answer in zip(checks._PROMPTS, mixed, strict=True):
+            assert list(answer.tokens) == checks.plain_greedy(model, prompt)[: len(answer.tokens)]
+        assert Reference(model, reference) is not None
+
+
+# ---------------------------------------------------------------- the probe itself
+
+
+def test_a_model_is_asked_once_and_is_left_as_it_was() -> None:
+    model = fuse(models.build("gpt2")).train()
+    model.transformer.h[0].eval()  # a frozen part
+    modes = [module.training for module in model.modules()]
+    config, generation = model.config.to_dict(), model.generation_config
+    torch.manual_seed(5)
+    with generators_kept():
+        expected = torch.rand(3)
+    check_rows(model, packed=True, virtual=True, generates=True)
+    assert torch.equal(torch.rand(3), expected)
+    assert [module.training for module in model.modules()] == modes
+    assert model.config.to_dict() == config and model.generation_config is generation
+    assert all(parameter.grad is None for parameter in model.parameters())
+    seen = forwards(model)
+    check_rows(model, packed=True, virtual=True, generates=True)
+    check_rows(copy.deepcopy(model), packed=True, virtual=True, generates=True)
+    assert not seen
+    assert pickle.loads(pickle.dumps(model.__dict__["_mopl_rows"])) == model.__dict__["_mopl_rows"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_probe_sees_through_small_weights_and_rounding(dtype: torch.dtype) -> None:
+    """As a model comes from its initialisation, and in 16 bits."""
+    from transformers import AutoModelForCausalLM
+
+    found = {}
+    for family in ("gpt2", "llama", "mixtral", "falcon", "jamba"):
+        config = models.small_config(family)
+        config.initializer_range = 0.02
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+        found[family] = finding(model, "padded").style, finding(model, "packed").style
+    plain = Style(), Style(0, "positions")
+    assert found["llama"] == found["mixtral"] == plain
+    assert found["gpt2"] == (Style(0), Style(0, "positions"))
+    assert found["falcon"] == (Style(), Style(0, "block"))
+    assert found["jamba"] == (Style(), None)
+
+
+def test_weights_that_are_elsewhere_are_measured_when_they_come() -> None:
+    with torch.device("meta"):
+        model = models.small_model("gpt2")
+    check_rows(model, packed=True)
+    assert not model.__dict__.get("_mopl_rows")
+
+
+# ---------------------------------------------------------------- before a run is made
+
+
+def test_a_run_that_would_pack_wrongly_is_refused_before_it_is_made(tmp_path) -> None:
+    folder = tmp_path / "model"
+    models.build("mamba").save_pretrained(folder)
+    checks.tokenizer().save_pretrained(folder)
+    rows = tmp_path / "lists.jsonl"
+    line = '{{"prompt": "w11 w{}", "responses": ["w20 w21", "w22"], "labels": {{"a": [1, 0], "b": [0, 1]}}}}\n'
+    rows.write_text("".join(line.format(12 + number) for number in range(8)))
+    config = AlignConfig(model=str(folder), data=str(rows), packing=True, lora_targets=("in_proj",))
+    with pytest.raises(UnsupportedModelError, match="packing=False"):
+        align(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_cannot_generate_behind_virtual_tokens_is_refused_before_training() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"inputs_embeds.*lora-mixture"):
+        check_rows(models.build("gemma3"), virtual=True, generates=True)
+    check_rows(models.build("gemma3"), generates=True)
