@@ -192,3 +192,31 @@ def test_labels_that_float32_cannot_tell_apart_still_rank(loss: Callable[..., Te
     expected = loss(scores, rank, reduction="none")
     for labels in (rank + 1_700_000_000, (rank + 1_700_000_000).int(), 1 + 1e-12 * rank.double()):
         assert torch.equal(loss(scores, labels, reduction="none"), expected)
+
+
+@pytest.mark.parametrize("loss", [pairwise_logistic, lambda_loss, approx_ndcg], ids=["pairwise", "lambda", "approx"])
+@pytest.mark.parametrize("temperature", [0.1, 1.0, 3.0])
+@pytest.mark.parametrize(
+    "scores", [(1e3, 0.3, -0.3), (-1e5, 0.3, -0.3), (1e7, 0.3, -0.3), (-300.1, -300.2, -900.0), (0.1, 0.2, -1e4, 0.3)]
+)
+def test_one_large_score_costs_the_differences_of_the_others_no_digit(loss, scores, temperature) -> None:
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        leaf = torch.tensor([scores]).to(dtype).requires_grad_()
+        rate = torch.tensor([[temperature]]).to(dtype).requires_grad_()
+        value = loss(leaf, torch.arange(len(scores))[None].flip(1), temperature=rate)
+        found.append((value.detach(), *torch.autograd.grad(value, (leaf, rate))))
+    near_one = 1e-7 if loss is approx_ndcg else 0  # which is 1 minus what it computes
+    for ours, exact in zip(*found, strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-6, atol=1e-6 * float(exact.abs().max()) + near_one)
+
+
+@pytest.mark.parametrize("loss", [pairwise_logistic, lambda_loss], ids=["pairwise", "lambda"])
+def test_scores_of_two_sizes_are_rounded_by_no_more_than_their_own_last_digits(loss) -> None:
+    scores = torch.tensor([[1000.5, 1000.25, 0.1, 0.2, 0.3]], requires_grad=True)
+    wide = scores.detach().double().requires_grad_()
+    for temperature in (0.1, 3.0):
+        pairs = [loss(s, torch.arange(5)[None].flip(1), temperature=temperature) for s in (scores, wide)]
+        torch.testing.assert_close(pairs[0].double(), pairs[1], rtol=1e-5, atol=0)
+        ours, exact = (torch.autograd.grad(value, leaf)[0] for value, leaf in zip(pairs, (scores, wide), strict=True))
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-6)

@@ -207,10 +207,15 @@ def _prepare(
     if reference is not None:
         x = x - (reference.to(dtype) if mask is None else torch.where(mask, reference.to(dtype), 0))
     # Only differences count. Without a common offset the product with the temperature, and its gradient, are exact.
-    finite = x.detach().isfinite() if mask is None else x.detach().isfinite() & mask
-    largest = torch.where(finite, x.detach(), -math.inf).amax(1, keepdim=True) if x.shape[1] else x.new_zeros(())
-    # The ranks are those of x itself: rounding the offset away could make scores equal that are not.
-    centred = x - torch.where(largest.isfinite(), largest, 0)
+    # The offset is the score of the smallest size: to subtract it rounds no score by more than its own last digit, so
+    # that one large score costs the differences of the others nothing.
+    centred = x
+    if x.shape[1]:
+        size = x.detach().abs()
+        size = torch.where(size.isfinite() if mask is None else size.isfinite() & mask, size, math.inf)
+        offset = x.detach().gather(1, size.argmin(1, keepdim=True))
+        # The ranks are those of x itself: rounding the offset away could make scores equal that are not.
+        centred = x - torch.where(offset.isfinite(), offset, 0)
     u = _narrow(temperature, "temperature", y, x, arguments.POSITIVE)[..., None] * centred[:, None, :]
     y = y.to(dtype)
     return x, u, y if mask is None else torch.where(mask[:, None, :], y, math.nan)
