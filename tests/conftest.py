@@ -28,9 +28,10 @@ except ImportError:  # the kernels' legs run where only the compiler is installe
     pass
 else:
     # The same examples in every run: what failed yesterday can be repeated, and nobody's change fails for another's.
-    # `HYPOTHESIS_PROFILE=search` looks for new ones.
+    # `HYPOTHESIS_PROFILE=search` looks for new ones, `night` does so for hours (tests/fuzz).
     settings.register_profile("repeatable", derandomize=True, print_blob=True)
     settings.register_profile("search", max_examples=1000, print_blob=True)
+    settings.register_profile("night", max_examples=1000, print_blob=True)
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 ROOT = Path(__file__).resolve().parent.parent
