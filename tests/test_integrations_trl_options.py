@@ -15,6 +15,7 @@ trl = pytest.importorskip("trl")
 
 from mopl.conditioning import HyperPrompt, HyperPromptModel
 from mopl.integrations import _options
+from mopl.integrations._pair_loss import PairLoss
 from mopl.integrations.transformers import MultiObjectiveConfig, MultiObjectiveTrainer
 from mopl.integrations.trl import MultiObjectiveDPOConfig, MultiObjectiveDPOTrainer
 
@@ -193,6 +194,36 @@ def test_options_train_as_in_trl(tokenizer, tmp_path, name):
         both(tokenizer, tmp_path, named, rows=rows, **options)
     else:
         both(tokenizer, tmp_path, rows=rows, **options)
+
+
+@pytest.mark.parametrize("name", ["aot", "aot_unpaired", "sft"])
+def test_types_of_a_whole_batch_take_for_each_objective_the_pairs_that_it_orders(name):
+    torch.manual_seed(0)
+    scores, reference, lengths = torch.randn(5, 2), torch.randn(5, 2), torch.randint(1, 9, (5, 2)).float()
+    labels = torch.tensor([[[1, 0], [0, 1]], [[0, 1], [1, 1]], [[1, 1], [1, 0]], [[2, 1], [0, 3]], [[0, 1], [1, 0]]])
+    parts = dict(lengths=lengths, reference=reference, temperature=torch.tensor([[0.4, 0.9]]))
+    found = PairLoss([name])(scores.requires_grad_(), labels.float(), **parts)
+    for objective, beta in enumerate((0.4, 0.9)):
+        order = labels[:, objective]
+        rows = [row for row in range(5) if order[row, 0] != order[row, 1]]
+        assert all(float(found[row, objective]) == 0 for row in range(5) if row not in rows)
+        best = [int(order[row].argmax()) for row in rows]
+        pair = [(scores[row, k], scores[row, 1 - k]) for row, k in zip(rows, best, strict=True)]
+        base = [(reference[row, k], reference[row, 1 - k]) for row, k in zip(rows, best, strict=True)]
+        if name == "sft":
+            tokens = sum(float(lengths[row, k]) for row, k in zip(rows, best, strict=True))
+            expected = -sum(chosen for chosen, _ in pair) / tokens * len(rows)
+        elif name == "aot":
+            policy = torch.stack([a - b for a, b in pair]).sort().values
+            known = torch.stack([a - b for a, b in base]).sort().values
+            expected = -torch.nn.functional.logsigmoid(beta * (policy - known)).sum()
+        else:
+            ratios = [torch.stack([a[side] - b[side] for a, b in zip(pair, base, strict=True)]) for side in (0, 1)]
+            chosen, rejected = (ratio.sort().values for ratio in ratios)
+            expected = -torch.nn.functional.logsigmoid(beta * (chosen - rejected)).sum()
+        torch.testing.assert_close(found[:, objective].sum(), expected)
+    with pytest.raises(ValueError, match="leave out beta_low"):
+        PairLoss(["aot"])(scores, labels.float(), **{**parts, "temperature": torch.ones(5, 2)})
 
 
 def test_the_auxiliary_loss_of_a_mixture_of_experts_is_that_of_trl(tokenizer, tmp_path):
