@@ -15,7 +15,8 @@ from tiny_language_models import build, conditioned, tokenizer
 
 from mopl.cli import main
 from mopl.clp import ClpConfig
-from mopl.clp.recipe import check_resume, is_module
+from mopl.clp.recipe import check_resume
+from mopl.clp.reward_modules import is_module
 from mopl.conditioning import HyperPromptModel, ParameterMixture
 from mopl.rewards import make
 

@@ -87,7 +87,8 @@ def _data_options(parser: argparse.ArgumentParser) -> None:
 
 def _model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("--model", metavar="MODEL", help="a causal language model: a directory, or a name on the hub")
+    group.add_argument("--model", metavar="MODEL", help="a causal language model: a directory (of a model, or of a "
+                       "PEFT adapter, from whose model training starts), or a name on the hub")  # fmt: skip
     group.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with a model; it "
                        "is no setting of a run, so --resume needs it again")  # fmt: skip
     group.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"),

@@ -33,7 +33,8 @@ class AlignConfig:
     """Settings of an alignment run. Every default is ours unless a section of the paper (Ren et al.) is named.
 
     Args:
-        model: The language model to start from: a directory, or a name on the Hugging Face hub.
+        model: The language model to start from: a directory, or a name on the Hugging Face hub. A directory of a PEFT
+            adapter is its base model with the adapter merged in, and that is the reference too.
         data: Preference data: a file, a directory or a name on the hub; see `mopl.alignment.readers`.
         format: Format of the data, or `"auto"`.
         split: Split of a directory or of the hub.

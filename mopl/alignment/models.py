@@ -31,8 +31,9 @@ from mopl._hub import loading
 from mopl._tensor_files import read_tensors, shapes_of
 from mopl._terminal import bars_wanted
 from mopl.alignment.config import AlignConfig
-from mopl.alignment.head import fuse
+from mopl.alignment.head import fuse, unfuse
 from mopl.conditioning import HyperPrompt, HyperPromptModel, LoraMixture, TextPrompt, TuningRecord, WeightedModel
+from mopl.conditioning._adapter_base import base_of_adapter, merge_adapter, naming_base
 from mopl.conditioning._saved import ADAPTER_FILE, CONFIG_FILE, REMEDY, load_adapters, read_kind, read_record
 from mopl.conditioning.hyper_prompt_model import WEIGHTS_FILE as PROMPT_FILE
 
@@ -42,7 +43,7 @@ TEXT_TEMPLATE_WITH_TEMPERATURES = "[{weights}; temperatures {temperatures}]\n"
 
 
 def load_tokenizer(name: str) -> Any:
-    """Return the tokenizer of a model, given by directory or hub name.
+    """Return the tokenizer of a model, given by directory or hub name; of an adapter's base where it has none.
 
     Raises:
         OSError: If there is no such model, or it has no tokenizer.
@@ -50,6 +51,10 @@ def load_tokenizer(name: str) -> Any:
     require("transformers")
     from transformers import AutoTokenizer
 
+    base = base_of_adapter(name)
+    if base is not None and not (Path(name) / "tokenizer_config.json").is_file():
+        with naming_base(name, base):
+            return load_tokenizer(base)
     with loading(name, "tokenizer") as how:
         return AutoTokenizer.from_pretrained(name, **how)
 
@@ -61,7 +66,7 @@ def load_causal_lm(name: str, *, dtype: str = "auto", attention: str | None = No
     noise in the loss.
 
     Args:
-        name: Directory or hub name.
+        name: Directory or hub name; or the directory of a PEFT adapter, which is merged into its base model.
         dtype: `"auto"`, `"float32"`, `"bfloat16"` or `"float16"`.
         attention: `attn_implementation` of transformers; None for its own choice.
 
@@ -72,6 +77,11 @@ def load_causal_lm(name: str, *, dtype: str = "auto", attention: str | None = No
     require("transformers")
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    if (base := base_of_adapter(name)) is not None:
+        with naming_base(name, base):
+            model = unfuse(load_causal_lm(base, dtype=dtype, attention=attention))
+        with _quiet():
+            return fuse(merge_adapter(name, model).requires_grad_(False))
     with loading(name, "configuration") as how:
         config = AutoConfig.from_pretrained(name, **how)
     for setting, value in list(vars(config).items()):

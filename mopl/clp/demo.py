@@ -70,7 +70,7 @@ def demo_settings(
         ImportError: If a package of the extra `demo-lm` is missing.
         OSError: If the model cannot be had.
     """
-    from mopl.clp.recipe import make_rewards
+    from mopl.clp.reward_modules import make_rewards
 
     require_for("align", "peft")  # a missing package shows before anything is made
     make_rewards(SETTINGS["rewards"])

@@ -15,10 +15,7 @@ table.txt, front.png, report.html
 
 from __future__ import annotations
 
-import importlib
-import importlib.machinery
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,10 +31,12 @@ from mopl._restoring import seeded
 from mopl._rows import check_rows
 from mopl._terminal import shell
 from mopl.alignment import models
+from mopl.alignment.adapter_reference import checksum
 from mopl.clp.config import ClpConfig
 from mopl.clp.evaluate import Evaluation, Evaluator, make_front
 from mopl.clp.policies import new_policy, release
 from mopl.clp.prompts import Prompts, describe, placed_prompts, split_prompts
+from mopl.clp.reward_modules import is_module, make_rewards, place_of
 from mopl.clp.reward_scale import RewardScale, moments
 from mopl.clp.rollout import Sampler
 from mopl.clp.runs import (
@@ -55,7 +54,7 @@ from mopl.clp.runs import (
 from mopl.clp.stages import Stages
 from mopl.conditioning import HyperPromptModel
 from mopl.pareto._volumes import check_affordable
-from mopl.rewards import FunctionReward, Reward, Rewards, available, make, prompt_key
+from mopl.rewards import Rewards, prompt_key
 from mopl.training import RunLog, make_accelerator
 from mopl.training.parallel import on_main
 from mopl.training.run_directory import (
@@ -154,13 +153,22 @@ def _run(
         if changes := version_changes(record):
             tell(f"note: versions changed since the run began ({'; '.join(changes)}); bits may differ")
     base = models.load_causal_lm(config.model, dtype=config.dtype, attention=config.attention)
+    model = checksum(base.state_dict().items())
+    if record is not None and record["data"].get("model", model) != model:  # older runs do not say
+        raise ValueError(
+            f"{config.model} is another model than when {path} began (its parameters differ), and the policies there "
+            "were trained from that one; put it back, or start another run"
+        )
     _check_length(base, config, prompts)
     _check_scope(base, config, judge.names)
     sampler = Sampler.of(base, tokenizer, config)
     accelerator.wait_for_everyone()
     if record is None:
         content = {"command": command_line(), "kind": KIND, "config": config.to_dict(), **environment(KIND)}
-        on_main(accelerator, lambda: create_run(path, {**content, "data": identity}, overwrite=overwrite))
+        on_main(
+            accelerator,
+            lambda: create_run(path, {**content, "data": {**identity, "model": model}}, overwrite=overwrite),
+        )
     log = RunLog(path, enabled=accelerator.is_main_process, tensorboard=config.tensorboard)
     stages = Stages(path, config, prompts, base.to(accelerator.device), sampler, judge, accelerator, log, tell)
     tell(f"run {path}")
@@ -298,45 +306,6 @@ def read_rewards(file: Path, objectives: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def make_rewards(specs: tuple[str, ...]) -> Rewards:
-    """Make rewards from names of `mopl.rewards`, with options, or from `module:function`.
-
-    Raises:
-        ValueError: If there is no such reward, module or function.
-    """
-    return Rewards([_reward(spec) for spec in specs])
-
-
-def is_module(spec: str) -> bool:
-    """Say whether a reward is a function of a module, `module:function`, and not one of `mopl.rewards`."""
-    name, _, rest = spec.partition(":")
-    return name not in available() and rest.replace(".", "_").isidentifier()
-
-
-def _reward(spec: str) -> Reward:
-    if not is_module(spec):
-        return make(spec)
-    name, _, rest = spec.partition(":")
-    where = str(Path.cwd())
-    sys.path.insert(0, where)  # a module beside the user's data, as python -m would find it
-    try:
-        found: Any = importlib.import_module(name)
-        for part in rest.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"the reward {spec!r} is neither one of {', '.join(available())} nor a function of a module that can be "
-            f"imported here: {error}"
-        ) from error
-    finally:
-        sys.path.remove(where)
-    if isinstance(found, type):
-        found = found()
-    if isinstance(found, Reward):
-        return found
-    return FunctionReward(found, rest.split(".")[-1])
-
-
 def _check_length(base: Any, config: ClpConfig, prompts: dict[str, Prompts]) -> None:
     """Raise if the model has fewer positions than the longest prompt, what is put in front, and a response."""
     positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
@@ -387,15 +356,8 @@ def check_resume(
     foreign = [spec for spec in config.rewards if is_module(spec) and spec not in named]
     if foreign and not trust_rewards:
         raise PermissionError(
-            f"{path / CONFIG_FILE} asks for the reward {foreign[0]!r}, for which {_place_of(foreign[0])} would be "
+            f"{path / CONFIG_FILE} asks for the reward {foreign[0]!r}, for which {place_of(foreign[0])} would be "
             "imported, and so run; a run folder is data and may come from anyone. Name the rewards again ("
             f"{shell('--rewards', *config.rewards)}), or pass trust_rewards=True"
         )
     return config
-
-
-def _place_of(spec: str) -> str:
-    """Return the module that a reward's name would import and where it is, without importing anything."""
-    name = spec.partition(":")[0].partition(".")[0]
-    found = importlib.machinery.PathFinder.find_spec(name, [str(Path.cwd()), *sys.path])
-    return f"the module {name}" + (f" ({found.origin})" if found is not None and found.origin else "")

@@ -90,7 +90,7 @@ class _Text(Record):
     adapter: str | None = None
 
 
-class _Adapter(msgspec.Struct):
+class AdapterRecord(msgspec.Struct):
     """What is read of PEFT's `adapter_config.json` before PEFT reads it."""
 
     peft_type: str
@@ -204,8 +204,14 @@ def base_model(
     require("transformers")
     from transformers import AutoModelForCausalLM
 
-    with naming_own_code(record["base_model"]):
-        return AutoModelForCausalLM.from_pretrained(record["base_model"], **{"trust_remote_code": False, **options})
+    from mopl.conditioning._adapter_base import base_of_adapter, merge_adapter, naming_base
+
+    name, options = record["base_model"], {"trust_remote_code": False, **options}
+    if (base := base_of_adapter(name)) is not None:
+        with naming_base(name, base), naming_own_code(base):
+            return merge_adapter(name, AutoModelForCausalLM.from_pretrained(base, **options))
+    with naming_own_code(name):
+        return AutoModelForCausalLM.from_pretrained(name, **options)
 
 
 def adapter_folder(folder: Path, name: str) -> Path:
@@ -258,7 +264,7 @@ def check_adapter(path: Path) -> None:
         return  # a pickle of an old version of PEFT, which reads it without code
     if not (path / ADAPTER_FILE).exists():
         raise FileNotFoundError(f"{path} holds no {ADAPTER_FILE}; {REMEDY}")
-    config = read_json(path / ADAPTER_CONFIG, _Adapter, remedy=REMEDY)
+    config = read_json(path / ADAPTER_CONFIG, AdapterRecord, remedy=REMEDY)
     tensors = read_tensors(path / ADAPTER_FILE, remedy=REMEDY)
     # Before anything is loaded PEFT makes matrices of this rank.
     largest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)

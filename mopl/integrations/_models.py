@@ -17,6 +17,7 @@ from mopl._tensor_files import load_state
 from mopl.alignment.collate import ListBatch, to_lists
 from mopl.alignment.head import fuse, score_sequences
 from mopl.conditioning import LoraMixture, ParameterMixture
+from mopl.conditioning._adapter_base import base_of_adapter
 from mopl.conditioning._causal_lm import is_peft
 from mopl.conditioning._saved import ADAPTER_FILE, adapter_folder, check_adapter, check_adapter_state, read_record
 from mopl.conditioning.hyper_prompt_model import WEIGHTS_FILE, HyperPromptModel
@@ -61,6 +62,12 @@ def prepare_model(model: Any, peft_config: Any = None, model_init_kwargs: dict[s
             # Not the dtype of the file: what is trained in 16 bit loses every update below 1/256 of a value.
             options.setdefault("dtype", torch.float32)
         options.setdefault("trust_remote_code", False)
+        if (base := base_of_adapter(model)) is not None:
+            raise ValueError(
+                f"model is {model!r}, which holds a PEFT adapter of {base}; load it with "
+                "peft.AutoPeftModelForCausalLM.from_pretrained(model, is_trainable=True) and pass the result: its "
+                "reference is then the adapter as it is"
+            )
         with naming_own_code(model):
             model = AutoModelForCausalLM.from_pretrained(model, **options)
     elif model_init_kwargs:

@@ -1,0 +1,100 @@
+"""A folder with a PEFT adapter as a model to start from: its base model with the adapter merged in."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mopl._extras import require
+from mopl._records import read_json
+from mopl.conditioning._merging import own_weights, settle_ties
+from mopl.conditioning._saved import (
+    ADAPTER_CONFIG,
+    CONFIG_FILE,
+    REMEDY,
+    SCHEMAS,
+    AdapterRecord,
+    load_adapters,
+    read_kind,
+)
+
+
+def base_of_adapter(name: str) -> str | None:
+    """Return the base model of a folder that holds a PEFT adapter; None for anything else.
+
+    Raises:
+        ValueError: If the folder names no base model, or the adapter is a part of a conditioned model.
+    """
+    folder = Path(name)
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return None
+    if (folder / CONFIG_FILE).is_file() and (kind := read_kind(folder)) in SCHEMAS:
+        raise ValueError(
+            f"{name} holds a {kind}, whose adapter is a part of what it does; write its model of one trade-off with "
+            "mopl export and name that"
+        )
+    base = read_json(folder / ADAPTER_CONFIG, AdapterRecord, remedy=REMEDY).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(
+            f"{name} holds a PEFT adapter, but its {ADAPTER_CONFIG} names no base model; write its directory or name "
+            "on the hub there, as base_model_name_or_path"
+        )
+    if (Path(base) / ADAPTER_CONFIG).is_file():
+        raise ValueError(
+            f"{name} holds a PEFT adapter whose base model {base} is a PEFT adapter too; merge that one first, and "
+            "write the merged model's directory as base_model_name_or_path"
+        )
+    return base
+
+
+@contextlib.contextmanager
+def naming_base(name: str, base: str) -> Iterator[None]:
+    """Say of a base model that cannot be loaded inside the `with` block whose base it is."""
+    try:
+        yield
+    except PermissionError:
+        raise
+    except OSError as error:
+        raise OSError(
+            f"{name} holds a PEFT adapter of the base model {base}, which cannot be loaded ({error}); put it there, or "
+            f"write its place into {Path(name) / ADAPTER_CONFIG}, as base_model_name_or_path"
+        ) from error
+
+
+@torch.no_grad()
+def merge_adapter(name: str, model: Any) -> Any:
+    """Return a base model with the adapter of a folder merged in, in its own dtype: summed in float32, rounded once.
+
+    Args:
+        name: The folder.
+        model: The base model, not fused; it is changed.
+
+    Raises:
+        ValueError: If its parameters are quantised, or the adapter is of a kind that cannot be merged.
+        DamagedFile: If the adapter does not fit the model.
+    """
+    require("peft")
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError(f"the adapter of {name} cannot be merged into quantised parameters; write another base model")
+    dtype, wrapped = model.dtype, load_adapters(model, {"default": Path(name)})
+    kind = type(wrapped.peft_config["default"]).__name__.removesuffix("Config")
+    remedy = "start from its base model, or in Python pass the PEFT model to a trainer of mopl.integrations"
+    if wrapped.peft_config["default"].is_prompt_learning or not hasattr(wrapped, "merge_and_unload"):
+        raise ValueError(f"{name} holds a PEFT adapter of kind {kind}, which cannot be merged; {remedy}")
+    layers = [module for module in wrapped.modules() if isinstance(module, BaseTunerLayer)]
+    own_weights(wrapped, [layer.get_base_layer() for layer in layers])
+    try:
+        merged = wrapped.to(torch.promote_types(dtype, torch.float32)).merge_and_unload(safe_merge=True).to(dtype)
+    except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"the adapter of {name} ({kind}) cannot be merged: {error}; {remedy}") from error
+    settle_ties(merged)
+    for left in ("peft_config", "_hf_peft_config_loaded"):
+        merged.__dict__.pop(left, None)
+    merged.name_or_path = merged.config._name_or_path = name
+    return merged.eval()
