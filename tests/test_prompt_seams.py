@@ -95,13 +95,17 @@ def test_the_prompts_of_these_tests_do_merge_with_what_follows():
         ("<end>\n<eos>", "<eos>", "<end>"),  # and the conversation with another
         ("\n<end>", "<eos>", "<end>"),
         ("<eos>", "<eos>", "<eos>"),
-        ("\n\n", "<eos>", None),  # in text alone: nothing can be left out, and nothing ends it
+        (" ###\n", "<eos>", " ###"),  # in text, which is stopped at
+        ("\n\n", "<eos>", None),  # in white space alone: nothing can be left out
     ],
 )
 def test_a_response_ends_with_the_token_that_ends_the_turn(end, eos, token):
     made = tokenizer(template(end), eos)
     encoder = ListTokenizer(made)
-    assert encoder.turn_end == (None if token is None else made.convert_tokens_to_ids(token))
+    if token in SPECIAL:
+        assert encoder.turn_end == made.convert_tokens_to_ids(token)
+    elif token is not None:
+        assert encoder.turn_end == token.strip()
     item = run(encoder, "how?", "like so", "no")
     kept = end if token is None else end[: end.index(token) + len(token)]
     assert [made.decode(response.tolist()) for response in item.responses] == [f"like so{kept}", f"no{kept}"]

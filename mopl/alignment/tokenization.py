@@ -8,8 +8,8 @@ last token back. (TRL tokenises the whole text and trains on a prompt without th
 text:
 
 * *chat*: the tokenizer's chat template. The prompt is the conversation with the opening of the assistant's turn; the
-  response is what the template writes after that, with the token that ends the turn (`ListTokenizer.turn_end`), which
-  need not be the tokenizer's end-of-sequence token. What follows it (the line break that many templates put there,
+  response is what the template writes after that, with the token or text that ends the turn (`turn_end`), which need
+  not be the tokenizer's end-of-sequence token. What follows it (the line break that many templates put there,
   another end token) is left out, because generation stops before it. A text prompt is one turn of the user. Nothing is
   added that the template does not write. A template that opens the turn in another way than it writes an answered
   conversation (`<think>` in the generation prompt only) has no place where the response begins and is refused.
@@ -25,6 +25,7 @@ list keep the same prompt: they are compared, so they must answer the same quest
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -32,6 +33,7 @@ import numpy as np
 
 from mopl._arguments import check_choice
 from mopl._lines import lone_surrogate
+from mopl.alignment._template_end import template_end
 from mopl.alignment.data import Message, OnError, PreferenceData, PreferenceList, ReadReport, RowError, Text
 from mopl.alignment.tokenized import TokenizedData, TokenizedList, truncate
 
@@ -52,9 +54,6 @@ class ListTokenizer:
         template_options: keywords for the chat template (`{"enable_thinking": False}`).
         separator: text between prompt and response in plain text of text prompts.
         append_eos: end every response of plain text with the end-of-sequence token.
-
-    Attributes:
-        turn_end: the token that ends the assistant's turn in the chat template; None without one.
 
     Raises:
         ValueError: if the template is missing, the tokenizer has no end-of-sequence token to append, or the lengths do
@@ -97,7 +96,11 @@ class ListTokenizer:
             raise ValueError("the tokenizer has no eos_token to end responses with; set it, or pass append_eos=False")
         self._prefix = self._find_prefix()
         self._front = self._find_front()
-        self.turn_end = self._find_turn_end() if self.chat else None
+
+    @functools.cached_property
+    def turn_end(self) -> int | str | None:
+        """The token, or where there is none the text, with which the chat template ends the assistant's turn."""
+        return template_end(self) if self.chat else None
 
     @property
     def pad_id(self) -> int:
@@ -159,7 +162,7 @@ class ListTokenizer:
                     f"has there {whole[max(len(opening) - 60, 0) : len(opening)]!r}. Pass a chat_template that does, "
                     "or template_options that switch off what differs (such as enable_thinking)",
                 )
-            responses.append(self._without_tail(self._encode(whole[len(opening) :])))
+            responses.append(self._without_tail(whole[len(opening) :]))
         return self.prompt_tokens(item.prompt), responses
 
     def prompt_tokens(self, prompt: Text) -> np.ndarray:
@@ -204,30 +207,22 @@ class ListTokenizer:
                 "refused by the chat template", f"{str(error) or type(error).__name__} (roles: {roles})"
             ) from error
 
-    def _without_tail(self, tokens: np.ndarray) -> np.ndarray:
-        """Leave out what follows the end of the last turn and is never generated: white space and special tokens."""
+    def _without_tail(self, text: str) -> np.ndarray:
+        """Return the tokens of a response without what follows the end of its last turn and is never generated.
+
+        That is white space, and special tokens after a token of the template's own.
+        """
+        if isinstance(self.turn_end, str) and text.rstrip().endswith(self.turn_end):
+            text = text.rstrip()
+        tokens = self._encode(text)
         for end, special in ((self.turn_end, True), (self.tokenizer.eos_token_id, False)):
-            ends = np.flatnonzero(tokens == end) if end is not None else []
+            ends = np.flatnonzero(tokens == end) if isinstance(end, int) else []
             if (
                 len(ends)
                 and not self.tokenizer.decode(tokens[ends[-1] + 1 :].tolist(), skip_special_tokens=special).strip()
             ):
                 return tokens[: ends[-1] + 1]
         return tokens
-
-    def _find_turn_end(self) -> int | None:
-        """Return the token with which the chat template ends a turn of the assistant: the first special one after it.
-
-        None where it ends it with text alone, or refuses so short a conversation.
-        """
-        answer = "0123456789"
-        try:
-            whole = self._write([*_as_messages("9", "user"), *_as_messages(answer, "assistant")])
-        except RowError:
-            return None
-        _, found, tail = whole.rpartition(answer)
-        added = set(getattr(self.tokenizer, "added_tokens_decoder", ())) | set(self.tokenizer.all_special_ids)
-        return next((token for token in self._ids(tail) if token in added), None) if found else None
 
     def _plain(self, item: PreferenceList) -> tuple[np.ndarray, list[np.ndarray]]:
         as_text = isinstance(item.prompt, str)

@@ -1,11 +1,6 @@
-r"""Where a response ends: at the tokens that model and tokenizer name, and at what the chat template ends a turn with.
+"""Where a response ends: at the tokens that model and tokenizer name, and at what the chat template ends a turn with.
 
-A template's own end (`<end_of_turn>`, `<|im_end|>`, `<|eot_id|>`, ...) is often not the tokenizer's `eos_token`. It is
-found by writing a conversation and reading what follows the answer, as it stands in training data:
-
-    ... <|assistant|>\nANSWER<|end|>\n<|endoftext|>      the first token after the answer that is no text: <|end|>
-    ... [/INST] ANSWER ###END                            no such token: the text itself, "###END"
-    ... Assistant: ANSWER                                nothing: only the end-of-sequence token ends a response
+What a template ends a turn with is `ListTokenizer.turn_end`.
 """
 
 from __future__ import annotations
@@ -15,10 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mopl._extras import require
-from mopl.alignment.data import RowError
 from mopl.alignment.tokenization import ListTokenizer
-
-QUESTION, ANSWER, NEXT = "Qk7question", "Qk7answer", "Qk7next"  # words that templates neither cut nor look for
 
 
 @dataclass(frozen=True)
@@ -91,44 +83,11 @@ def turn_ends(encoder: ListTokenizer, generation_config: Any = None) -> TurnEnds
     tokenizer = encoder.tokenizer
     given = getattr(generation_config, "eos_token_id", None)
     ids: list[int] = [given] if isinstance(given, int) else list(given or ())
-    end = template_end(encoder)
+    end = encoder.turn_end
     for token in (tokenizer.eos_token_id, end):
         if isinstance(token, int) and token not in ids:
             ids.append(token)
     return TurnEnds(tokenizer, tuple(ids), end if isinstance(end, str) else None)
-
-
-def template_end(encoder: ListTokenizer) -> int | str | None:
-    """Return the token, or the text, that the chat template writes at the end of an answer; None if there is none."""
-    if not encoder.chat:
-        return None
-    question, answer = {"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}
-    try:
-        tail = encoder._write([question, answer], add_generation_prompt=False).rpartition(ANSWER)[2]
-        found = _first_mark(encoder, tail)
-        if found is not None or tail.strip():
-            return _text_end(encoder, tail.strip()) if found is None else found
-        # Some templates write the end only where another turn follows, and then its opening.
-        following = encoder._write([question, answer, {"role": "user", "content": NEXT}], add_generation_prompt=False)
-        between = following.rpartition(ANSWER)[2].partition(NEXT)[0]
-        opening = encoder._write([question], add_generation_prompt=False).partition(QUESTION)[0]
-    except RowError:  # a template that writes no answers has no end of one
-        return None
-    return None if opening.endswith(between) else _first_mark(encoder, between)
-
-
-def _first_mark(encoder: ListTokenizer, text: str) -> int | None:
-    """Return the first token of a text that is no text: a special or an added one, but white space."""
-    tokenizer = encoder.tokenizer
-    marks = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", ())} - {tokenizer.unk_token_id}
-    return next((int(t) for t in encoder._encode(text) if int(t) in marks and tokenizer.decode([int(t)]).strip()), None)
-
-
-def _text_end(encoder: ListTokenizer, text: str) -> int | str | None:
-    tokens = encoder._encode(text).tolist()
-    if encoder.tokenizer.unk_token_id in tokens:
-        return None  # no model can write it
-    return tokens[0] if len(tokens) == 1 else text
 
 
 def write_turn_end(model: Any, tokenizer: Any) -> None:
@@ -138,7 +97,7 @@ def write_turn_end(model: Any, tokenizer: Any) -> None:
         return
     own = config.eos_token_id
     known = [own] if isinstance(own, int) else list(own or ())
-    end = template_end(ListTokenizer(tokenizer, max_length=None, append_eos=False))
+    end = ListTokenizer(tokenizer, max_length=None, append_eos=False).turn_end
     if isinstance(end, int) and end not in known:
         known += [] if known or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         config.eos_token_id = list(dict.fromkeys([*known, end]))
