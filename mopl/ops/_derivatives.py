@@ -180,12 +180,13 @@ class _Once(torch.autograd.Function):
 
 
 class _Finite(torch.autograd.Function):
+    """Infinities become 0; the derivative is 1 there, too."""
+
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
-        largest = torch.finfo(x.dtype).max / 1024  # room for the product with a temperature
-        return x.nan_to_num(nan=torch.nan, posinf=largest, neginf=-largest)
+        return torch.where(x.isinf(), 0, x)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -200,12 +201,13 @@ class _Finite(torch.autograd.Function):
         return tangent.clone()
 
 
-def finite(x: Tensor) -> Tensor:
-    """Return x with infinities replaced by numbers beyond all others, of derivative 1.
+def finite(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return x with 0 for infinities, and a constant to add after all products: beyond any number where x is infinite.
 
-    No product of a derivative that is 0 with one of them is NaN, and a difference of two of them is 0.
+    Apart, so that a derivative of 0 times an infinite score, squared in a second derivative, is not NaN.
     """
-    return _Finite.apply(x)  # type: ignore[return-value]
+    beyond = torch.finfo(x.dtype).max / 1024
+    return _Finite.apply(x), torch.where(x.isinf(), x.detach().clamp(-beyond, beyond), 0)  # type: ignore[return-value]
 
 
 def log_softmax(u: Tensor) -> Tensor:

@@ -12,10 +12,11 @@ def formula(logits: Tensor, target: Tensor, temperature: Tensor, softcap: float)
     """Return logprob, logsumexp and entropy; shapes as in the op `mopl::gathered_logprob`."""
     keep, vocabulary = target >= 0, logits.shape[1]
     used = keep.any(-1)
-    u = derivatives.finite(torch.where(used[:, None], logits, 0).to(temperature.dtype))
-    if softcap:
-        u = softcap * torch.tanh(u / softcap)
+    u, beyond = derivatives.finite(torch.where(used[:, None], logits, 0).to(temperature.dtype))
+    if softcap:  # which makes a logit of infinity one of the cap
+        u = softcap * torch.tanh((u + beyond) / softcap)
     u = u / torch.where(used, temperature, 1)[:, None]
+    u = u if softcap else u + beyond
     logp = derivatives.log_softmax(u)
     column = target.clamp(min=0, max=vocabulary - 1)
     logprob = logp.gather(1, column)

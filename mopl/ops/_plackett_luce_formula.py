@@ -1,7 +1,8 @@
 """The Plackett-Luce likelihood in differentiable functions of PyTorch, for the derivatives that the op does not give.
 
 Formulas and names are those of `mopl/ops/plackett_luce.py`. Sums over the items below are logarithms of sums of
-exponentials, found for all items at once by log2(K) doublings; sums over tied groups are scattered to the group.
+exponentials, found for all items at once by log2(K) doublings; sums over tied groups are scattered to the group. All in
+float64: beside a score that is 1e4 higher, the differences of close ones would be rounded to 1e-3 in float32.
 """
 
 from __future__ import annotations
@@ -29,15 +30,17 @@ def formula(
     last_group_free: bool,
 ) -> Tensor:
     """Return the loss (B, m); the arguments are those of `plackett_luce_nll`."""
-    dtype, size = compute_dtype(scores), labels.shape[-1]
+    result_dtype, dtype, size = compute_dtype(scores), torch.float64, labels.shape[-1]
     if size < 2 or labels.numel() == 0:
-        return scores.new_zeros(labels.shape[:2], dtype=dtype)
+        return scores.new_zeros(labels.shape[:2], dtype=result_dtype)
     valid, s = existing(mask), scores.to(dtype)
     if valid is not None:
         s = torch.where(valid, s, 0)
     possible = s > -torch.inf
-    s = derivatives.finite(s)
-    u = temperature.to(dtype)[:, :, None] * (s - s.detach().amax(-1, keepdim=True))[:, None]
+    top = s.detach().amax(-1, keepdim=True)
+    s, beyond = derivatives.finite(s)
+    away = torch.where(possible, s - torch.where(top.isinf(), 0, top), s)
+    u = temperature.to(dtype)[:, :, None] * away[:, None] + beyond[:, None]
     ranked_labels, place, ranked = sort_items(labels, order, valid)
     u = u.expand(place.shape).gather(-1, place)
     possible = possible[:, None].expand(place.shape).gather(-1, place)
@@ -83,7 +86,7 @@ def formula(
     rest = below(everything, floor)
     single = -logsigmoid(u - rest)
     if ties == "exact":
-        own = any_order_formula(u - rest, group, dtype)
+        own = any_order_formula(u - rest, group, result_dtype)
     elif ties == "breslow":
         own = everything.gather(-1, first) - u
     else:
@@ -92,7 +95,7 @@ def formula(
         own = torch.stack([left + mass, rest]).logsumexp(0) - u
     cost = torch.where(charged, weight * torch.where(tied, own, single), 0)
     lost = torch.where(charged & ~possible, weight * torch.inf, 0)
-    return (cost + lost).sum(-1)
+    return (cost + lost).sum(-1).to(result_dtype)
 
 
 def _suffix_logsumexp(u: Tensor, floor: float, group: Tensor | None = None) -> Tensor:

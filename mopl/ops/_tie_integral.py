@@ -117,7 +117,7 @@ def any_order_formula(log_odds: Tensor, group: Tensor, dtype: torch.dtype) -> Te
 
     The same integral for all groups (B, m, K) at once, single items included: no value decides what is computed. Where
     the nodes lie does not matter to it, so that they are constants. `log_odds` and `group` are (B, m, K): u_i minus the
-    logarithm of the mass below the group, and the number of the group in its list, from 0.
+    logarithm of the mass below the group, and the number of the group in its list, from 0. In float64, good to `dtype`.
     """
     shape, items = group.shape, group.shape[-1]
     groups = shape[0] * shape[1] * items
@@ -143,4 +143,4 @@ def any_order_formula(log_odds: Tensor, group: Tensor, dtype: torch.dtype) -> Te
     extra = torch.zeros_like(odds).scatter_add(0, flat, odds - log_odds.clamp(max=1e300))
     loss = (extra - log_p).view(shape)
     leads = torch.cat([torch.ones_like(group[..., :1], dtype=torch.bool), group[..., 1:] != group[..., :-1]], -1)
-    return torch.where(leads, loss.gather(-1, group), 0).to(dtype)
+    return torch.where(leads, loss.gather(-1, group), 0)

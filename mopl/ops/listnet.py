@@ -98,8 +98,11 @@ def _formula(scores: Tensor, labels: Tensor, temperature: Tensor, mask: Tensor |
     # Lists that cost nothing may hold NaN.
     s = torch.where(charged.any(1), s, 0)
     impossible = s == -torch.inf
-    s = derivatives.finite(s)
-    u = temperature.to(dtype)[:, :, None] * (s - s.detach().amax(-1, keepdim=True))[:, None]
+    top = s.detach().amax(-1, keepdim=True)
+    s, beyond = derivatives.finite(s)
+    away = torch.where(impossible, s, s - torch.where(top.isinf(), 0, top))
+    rate = temperature.to(dtype)[:, :, None]
+    u = rate * away[:, None] + rate.detach().sign() * beyond[:, None]
     if valid is not None:
         u = torch.where(valid[:, None], u, torch.finfo(dtype).min / 2)
     logp = derivatives.log_softmax(u)

@@ -290,7 +290,8 @@ def _pairwise_formula(
         weight = torch.where(pair, (gains[..., :, None] - gains[..., None, :]).abs() * change, 0)
     hopeless = pair & (scores[..., :, None] < scores[..., None, :])
     hopeless = hopeless & ((scores == -torch.inf)[..., :, None] | (scores == torch.inf)[..., None, :])
-    u = derivatives.finite(scores)
+    clean, beyond = derivatives.finite(scores)
+    u = clean + beyond
     d = u[..., :, None] - u[..., None, :] - margin[..., None, None]
     lost = torch.where(hopeless, weight * torch.inf, 0).sum((-2, -1))
     return lost - torch.where(pair, weight * logsigmoid(d), 0).sum((-2, -1))
@@ -298,7 +299,8 @@ def _pairwise_formula(
 
 def _smooth_ranks_formula(scores: Tensor, mask: Tensor | None) -> Tensor:
     exists = None if mask is None else mask[:, None, :]
-    u = derivatives.finite(scores if exists is None else torch.where(exists, scores, 0))
+    clean, beyond = derivatives.finite(scores if exists is None else torch.where(exists, scores, 0))
+    u = clean + beyond
     above = torch.sigmoid(u[..., None, :] - u[..., :, None])
     if exists is None:
         return above.sum(-1) + 0.5
