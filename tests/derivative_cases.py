@@ -5,6 +5,7 @@ What is in `mopl.ops`, `mopl.losses` or among the registered ops and in no case 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -224,6 +225,14 @@ CASES = {
 
 # Not functions of tensors with a derivative: orders, records, a module of functions that are in the case "scalarize".
 WITHOUT = {"presort", "PolicyGradient"}
+
+# Scores (B, K) of lists.
+EXTREMES = {
+    "ties": torch.zeros(B, K),
+    "far apart": torch.tensor([1e4, -1e4, 0.0, 5.0, -5.0, 1e4]).repeat(B, 1),
+    "impossible items": torch.tensor([0.0, -math.inf, 1.0, -math.inf, 2.0, 0.5]).repeat(B, 1),
+    "nothing possible": torch.full((B, K), -math.inf),
+}
 
 every = pytest.mark.parametrize("name", CASES)
 derivable = pytest.mark.parametrize("name", [name for name, c in CASES.items() if not c.refused])

@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 sys.path.insert(0, str(Path(__file__).parent))  # the tests' own helpers
 from derivative_cases import (
     CASES,
+    EXTREMES,
     F64,
     LABELS,
     MASK,
@@ -114,14 +115,6 @@ def test_the_first_derivative_is_the_same_with_a_graph(name: str) -> None:
     with_graph = torch.autograd.grad(value, leaves, upstream, create_graph=True, **options)
     again = torch.autograd.grad(value, leaves, upstream, **options)
     assert all(torch.equal(a, b) for a, b in zip(with_graph, again, strict=True))
-
-
-EXTREMES = {
-    "ties": torch.zeros(B, K),
-    "far apart": torch.tensor([1e4, -1e4, 0.0, 5.0, -5.0, 1e4]).repeat(B, 1),
-    "impossible items": torch.tensor([0.0, -math.inf, 1.0, -math.inf, 2.0, 0.5]).repeat(B, 1),
-    "nothing possible": torch.full((B, K), -math.inf),
-}
 
 
 @pytest.mark.parametrize("kind", EXTREMES)

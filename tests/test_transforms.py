@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import sys
 import threading
 from pathlib import Path
@@ -12,9 +13,24 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))  # the tests' own helpers
-from derivative_cases import CASES, F64, LABELS, MASK, B, Case, K, M, contractions, derivable, every, refused, tracked
+from derivative_cases import (
+    CASES,
+    EXTREMES,
+    F64,
+    LABELS,
+    MASK,
+    B,
+    Case,
+    K,
+    M,
+    contractions,
+    derivable,
+    every,
+    refused,
+    tracked,
+)
 
-from mopl import losses
+from mopl import losses, ops
 from mopl.conditioning.value_head import ValueHead
 
 # ---------------------------------------------------------------- transforms of torch.func
@@ -74,6 +90,49 @@ def test_vmap_over_labels_and_masks(name: str) -> None:
         scores.transpose(0, 1), labels.movedim(0, 2), mask.transpose(0, 1)
     )
     torch.testing.assert_close(moved.transpose(0, 1), expected)
+
+
+@pytest.mark.parametrize("kind", EXTREMES)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("listwise_dpo", {}),
+        ("listwise_dpo", {"temperature": -0.5}),
+        ("plackett_luce", {}),
+        ("plackett_luce", {"ties": "efron"}),
+        ("plackett_luce", {"ties": "exact"}),
+        ("pairwise_logistic", {}),
+        ("lambda_loss", {"top_k": 2, "top_k_rule": "both"}),
+        ("approx_ndcg", {}),
+    ],
+)
+def test_extreme_scores_have_the_same_values_and_gradients_under_transforms(
+    name: str, options: dict, kind: str
+) -> None:
+    labels = LABELS.double()
+    labels[0, 0] = 0  # a list without labels, for one objective
+    labels[1] = 0  # and for all
+    scores = torch.where(MASK, EXTREMES[kind].double(), math.nan)
+    if name == "listwise_dpo":
+        scores[1, 0] = math.nan
+        options = {"temperature": 1.0} | options
+        loss = ops.listwise_cross_entropy
+        rate = torch.full((B, 1), options["temperature"], dtype=F64)
+
+        def value(s: Tensor) -> Tensor:
+            return loss(s, labels, rate, MASK)
+
+    else:
+
+        def value(s: Tensor) -> Tensor:
+            return getattr(losses, name)(s, labels, mask=MASK, reduction="none", **options)
+
+    leaf = scores.clone().requires_grad_()
+    expected = value(leaf)
+    torch.testing.assert_close(torch.func.vmap(value)(scores[None])[0], expected, rtol=1e-8, atol=1e-8, equal_nan=True)
+    (gradient,) = torch.autograd.grad(expected.sum(), leaf)
+    found = torch.func.grad(lambda s: value(s).sum())(scores)
+    torch.testing.assert_close(found, gradient, rtol=1e-8, atol=1e-8, equal_nan=True)
 
 
 @refused

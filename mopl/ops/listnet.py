@@ -97,18 +97,25 @@ def _formula(scores: Tensor, labels: Tensor, temperature: Tensor, mask: Tensor |
         z = torch.where(charged, z / torch.where(charged, mass, 1), 0)
     # Lists that cost nothing may hold NaN.
     s = torch.where(charged.any(1), s, 0)
-    impossible = s == -torch.inf
-    top = s.detach().amax(-1, keepdim=True)
-    s, beyond = derivatives.finite(s)
-    away = torch.where(impossible, s, s - torch.where(top.isinf(), 0, top))
     rate = temperature.to(dtype)[:, :, None]
+    # What lies infinitely far below the likeliest item costs infinitely much.
+    way = s.detach()[:, None] * rate.detach().sign()
+    if valid is not None:
+        way = torch.where(valid[:, None], way, -torch.inf)
+    top = way.amax(-1, keepdim=True)
+    hopeless = (way < top) & ((way == -torch.inf) | (top == torch.inf))
+    infinite = s.isinf()
+    absent = infinite if valid is None else infinite | ~valid
+    origin = torch.where(absent, -torch.inf, s.detach()).amax(-1, keepdim=True)
+    s, beyond = derivatives.finite(s)
+    away = torch.where(infinite | origin.isinf(), s, s - origin)
     u = rate * away[:, None] + rate.detach().sign() * beyond[:, None]
     if valid is not None:
         u = torch.where(valid[:, None], u, torch.finfo(dtype).min / 2)
     logp = derivatives.log_softmax(u)
     if valid is not None:
         logp = torch.where(valid[:, None], logp, 0)
-    lost = torch.where(impossible[:, None] & (z != 0), z.detach() * torch.inf, 0).sum(-1)
+    lost = torch.where(hopeless & (z != 0), z.detach() * torch.inf, 0).sum(-1)
     return torch.where(charged[..., 0], lost - (z * logp).sum(-1), 0)
 
 
