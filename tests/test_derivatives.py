@@ -32,7 +32,7 @@ from derivative_cases import (
 
 import mopl.losses
 import mopl.ops
-from mopl import losses, ops
+from mopl import losses, ops, reference
 
 # ---------------------------------------------------------------- the table is whole
 
@@ -132,6 +132,16 @@ def test_second_derivatives_at_extreme_scores_are_finite_and_0_where_masked(kind
         assert second.dtype == dtype
         assert second.isfinite().all(), name
         assert not second[~MASK].any(), name
+
+
+@pytest.mark.parametrize("distance", [-20.0, 0.0, 4.0, 20.0])
+def test_tied_groups_far_from_the_rest_in_any_order(distance: float) -> None:
+    scores = torch.tensor([[distance, distance - 0.7, distance + 0.4, 0.3, -0.5]], dtype=F64)
+    labels, one = torch.tensor([[[2, 2, 2, 1, 0]]]), torch.ones(1, 1, dtype=F64)
+    ours = contractions(lambda s: ops.plackett_luce_nll(s, labels, one, ties="exact"), (scores,), 2)
+    plain = contractions(lambda s: reference.plackett_luce_nll(s, labels, one, ties="exact"), (scores,), 2)
+    for a, b in zip(ours[1], plain[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-15)
 
 
 def test_items_that_cannot_be_chosen_take_no_part_in_second_derivatives() -> None:
