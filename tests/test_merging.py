@@ -172,6 +172,17 @@ def test_experts_and_routers_are_refused_with_targets_that_can_be_mixed(family: 
     close(logits(again.merge(W)), logits(again, weights=W))
 
 
+def test_what_peft_refuses_comes_with_targets_that_can_be_mixed() -> None:
+    config = transformers.Mamba2Config(
+        vocab_size=53, hidden_size=16, num_hidden_layers=2, num_heads=4, head_dim=8, state_size=4, n_groups=1, expand=2
+    )
+    model = transformers.Mamba2ForCausalLM(config).eval()
+    with pytest.raises(ValueError, match=r"PEFT puts no such adapters on .*target_modules=\['in_proj'\]"):
+        adapted(model, "all-linear")
+    again = adapted(model, ["in_proj"])
+    close(logits(again.merge(W)), logits(again, weights=W))
+
+
 def test_rows_that_a_layer_sees_in_another_place_are_refused() -> None:
     config = transformers.XLNetConfig(vocab_size=53, d_model=16, n_layer=2, n_head=2, d_inner=24)
     mixture = adapted(transformers.XLNetLMHeadModel(config), ["layer_1"])

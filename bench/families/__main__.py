@@ -23,9 +23,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from bench.families import models
-from bench.families.checks import CHECKS, ERROR, REFUSED, RIGHT, WRONG, Outcome, run
+from bench.families import merging, models
+from bench.families.checks import CHECKS as OWN
+from bench.families.checks import ERROR, REFUSED, RIGHT, WRONG, Outcome, run
 
+CHECKS = OWN | merging.CHECKS
 _MARKS = {RIGHT: "·", REFUSED: "r", WRONG: "W", ERROR: "E"}
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -177,6 +178,14 @@ def other_targets(layers: Iterable[str], bad: Iterable[str], what: str | None = 
     rest = sorted({short_name(name) for name in layers} - without)
     said = what or ", ".join(sorted(without))
     return f"leave out {said}: target_modules={rest} (lora_targets of a run)"
+
+
+def name_refused(model: Any, error: ValueError) -> str:
+    """Return what PEFT said of the modules of a model, with the targets that are left where it named some."""
+    bad = re.findall(r"'([\w.]+)'", str(error).partition("Incompatible modules:")[2])
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    linear = [n for n, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+    return f"{type(model).__name__}: {error}" + (f" {other_targets(linear, bad)}" if bad else "")
 
 
 def plain_layers(model: Any, adapters: Sequence[str]) -> list[Any]:

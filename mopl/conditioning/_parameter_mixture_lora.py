@@ -26,6 +26,7 @@ from mopl.conditioning._merging import (
     logits_of,
     lora_layers,
     merged_weights,
+    name_refused,
     own_weights,
     plain_layers,
     probe_ids,
@@ -112,7 +113,10 @@ class LoraMixture(nn.Module):
             self.adapters = [name.replace(".", "_") for name in names]
             if len(set(self.adapters)) != sets:
                 raise ValueError(f"the adapters would be called {self.adapters}; give the objectives different names")
-            wrapped = peft.get_peft_model(model, config, adapter_name=self.adapters[0])  # type: ignore[arg-type]
+            try:
+                wrapped = peft.get_peft_model(model, config, adapter_name=self.adapters[0])  # type: ignore[arg-type]
+            except ValueError as error:
+                raise ValueError(f"PEFT puts no such adapters on {name_refused(model, error)}") from error
             for name in self.adapters[1:]:
                 wrapped.add_adapter(name, copy.deepcopy(config))
         self.model = wrapped
