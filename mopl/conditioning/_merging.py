@@ -180,12 +180,17 @@ def other_targets(layers: Iterable[str], bad: Iterable[str], what: str | None = 
     return f"leave out {said}: target_modules={rest} (lora_targets of a run)"
 
 
-def name_refused(model: Any, error: ValueError) -> str:
-    """Return what PEFT said of the modules of a model, with the targets that are left where it named some."""
-    bad = re.findall(r"'([\w.]+)'", str(error).partition("Incompatible modules:")[2])
+def linear_names(model: Any) -> list[str]:
+    """Return the names of a model's linear layers but the output head."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    linear = [n for n, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
-    return f"{type(model).__name__}: {error}" + (f" {other_targets(linear, bad)}" if bad else "")
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+
+
+def refused_by_peft(model: nn.Module, linear: Iterable[str], error: ValueError) -> str:
+    """Return what PEFT said of the modules of a model, with the linear layers that are left where it named some."""
+    bad = re.findall(r"'([\w.]+)'", str(error).partition("Incompatible modules:")[2])
+    said = f"PEFT puts no such adapters on {type(model).__name__}: {error}"
+    return f"{said} {other_targets(linear, bad)}" if bad else said
 
 
 def plain_layers(model: Any, adapters: Sequence[str]) -> list[Any]:

@@ -23,13 +23,14 @@ from mopl.conditioning._causal_lm import DELEGATED, is_peft
 from mopl.conditioning._merging import (
     check_lora,
     check_rows,
+    linear_names,
     logits_of,
     lora_layers,
     merged_weights,
-    name_refused,
     own_weights,
     plain_layers,
     probe_ids,
+    refused_by_peft,
     settle_ties,
     short_name,
     weights_held,
@@ -113,10 +114,11 @@ class LoraMixture(nn.Module):
             self.adapters = [name.replace(".", "_") for name in names]
             if len(set(self.adapters)) != sets:
                 raise ValueError(f"the adapters would be called {self.adapters}; give the objectives different names")
+            linear = linear_names(model)  # PEFT may stop halfway
             try:
                 wrapped = peft.get_peft_model(model, config, adapter_name=self.adapters[0])  # type: ignore[arg-type]
             except ValueError as error:
-                raise ValueError(f"PEFT puts no such adapters on {name_refused(model, error)}") from error
+                raise ValueError(refused_by_peft(model, linear, error)) from error
             for name in self.adapters[1:]:
                 wrapped.add_adapter(name, copy.deepcopy(config))
         self.model = wrapped
