@@ -69,7 +69,7 @@ def loading(name: str, what: str = "model") -> Iterator[dict[str, Any]]:
             f"the directory {name} holds no model: it has no config.json; name the directory that save_pretrained "
             "wrote, or a model on the Hugging Face hub"
         )
-    if not path.exists() and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
+    if not path.exists() and (path.is_absolute() or name.startswith(".") or name.count("/") > 1 or " " in name):
         raise FileNotFoundError(f"there is no model {name}; name a directory, or a model on the Hugging Face hub")
     # transformers would ask on the terminal otherwise, and take a "y" from a pipe for an answer.
     options: dict[str, Any] = {"trust_remote_code": _TRUSTED.get()}

@@ -102,3 +102,8 @@ def test_the_command_says_it_in_a_line(asked, capsys, tmp_path):
     err = capsys.readouterr().err
     assert err.startswith(f"mopl align: there is no directory {NAME}") and err.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_words_are_no_name_of_a_model():
+    with pytest.raises(FileNotFoundError, match="there is no model the adapters as training began; name a directory"):
+        load_tokenizer("the adapters as training began")
