@@ -215,17 +215,38 @@ def _draw(model: nn.Module) -> None:
 
 
 _TWO_KINDS = ["conv", "full_attention"]
+_INDEXED = {
+    "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8, "indexer_compress_ratio": 2,
+}  # fmt: skip
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "bamba": {"mamba_n_heads": 8, "attn_layer_indices": [1]},
+    "cohere_compass_text": {
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")
+        },
+    },
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "gemma3n_text": {
         "num_hidden_layers": 4, "num_kv_shared_layers": 2, "activation_sparsity_pattern": None,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
     },
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
-    "granitemoehybrid": {"mamba_n_heads": 8},
+    "granitemoehybrid": {"mamba_n_heads": 8, "layer_types": ["linear_attention", "full_attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "lfm2_moe": {"layer_types": _TWO_KINDS},
     "lfm2": {"layer_types": _TWO_KINDS},
     "mamba2": {"num_heads": 8},
+    "qwen4_exp_text": _INDEXED,
+    "qwen4_exp": {"text_config": _INDEXED},
+    "reformer": {"axial_pos_embds": False, "local_attn_chunk_length": 4, "lsh_attn_chunk_length": 4},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
+    "zamba": {
+        "layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4, "attention_head_dim": 16,
+        "attention_hidden_size": 64,
+    },
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4, "attention_head_dim": 16,
+        "attention_hidden_size": 64, "n_mamba_heads": 8, "mamba_headdim": 8,
+    },
 }  # fmt: skip

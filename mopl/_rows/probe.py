@@ -152,9 +152,9 @@ class _Probe:
     def rounding(self, off: float) -> float:
         """Return how far outputs may be off by rounding: by the dtype, or by what batches of other shapes show."""
         # Between the rounding of one operation and the whole: 1.6 % in float16, 5 % in bfloat16. Models that run the
-        # same layers again and again make 1e-4 of what is 1e-7 in others.
+        # same layers again and again, or step where they scan otherwise, make 6e-4 of what is 1e-7 in others.
         eps = max(torch.finfo(dtype).eps for dtype in self.dtypes if dtype.is_floating_point)
-        allowed = max(eps**0.6, 5e-4)
+        allowed = max(eps**0.6, 2e-3)
         if off <= allowed or off > 0.25:
             return allowed
         if self._noise is None:
