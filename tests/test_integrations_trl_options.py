@@ -1,5 +1,6 @@
 """Options of TRL's `DPOConfig` and of `TrainingArguments`: each trains as in TRL, or is refused with the remedy."""
 
+import copy
 import dataclasses
 import re
 from pathlib import Path
@@ -375,6 +376,19 @@ def test_a_training_with_a_moving_reference_is_not_resumed_after_the_first_move(
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert trainer.state.global_step == 2
+
+
+def test_the_padding_token_reaches_tokenizer_batches_and_model_as_in_trl(tokenizer, tmp_path):
+    for kind in (trl.DPOTrainer, MultiObjectiveDPOTrainer):
+        own = copy.deepcopy(tokenizer)
+        own.pad_token = "<pad>"
+        trainer = make(kind, own, tmp_path, pad_token="!")
+        padding = own.convert_tokens_to_ids("!")
+        batch = trainer.data_collator([trainer.train_dataset[number] for number in range(2)])
+        assert own.pad_token_id == padding and trainer.model.config.pad_token_id == padding
+        assert trainer.model.generation_config.pad_token_id == padding
+        assert bool((batch["input_ids"][batch["attention_mask"] == 0] == padding).all())
+        assert bool((batch["attention_mask"] == 0).any())
 
 
 def test_layer_kernels_of_liger_are_left_as_in_trl(tmp_path):
