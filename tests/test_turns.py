@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from tiny_language_models import WORDS, build
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
+from mopl._rows import finding
 from mopl.alignment.export import export
 from mopl.alignment.generate import generate
 from mopl.alignment.tokenization import ListTokenizer
@@ -119,6 +120,8 @@ class Scripted(torch.nn.Module):
 
 def scripted(size: int, script: list[int], **options):
     model = build(vocabulary=size, **options)
+    for kind in ("alone", "padded", "generate"):
+        finding(model, kind)  # measured before the head answers by the number of its calls
     model.lm_head = Scripted(model, script)
     return model
 
