@@ -323,3 +323,15 @@ def test_unchecked_targets_outside_the_vocabulary_give_nan() -> None:
     logprob = gathered_logprob(logits, torch.tensor([0, 9, -3, 6]), check_targets=False)
     assert logprob.isnan().tolist() == [False, True, True, False]
     assert torch.autograd.grad(logprob.sum(), logits)[0].isnan().any(1).tolist() == [False, True, True, False]
+
+
+@pytest.mark.parametrize("offset", [300.0, 3e4, -3e4])
+def test_the_gradient_of_logits_far_from_0_keeps_its_digits(offset: float) -> None:
+    """exp(u - logsumexp) would be off by the rounding of the logsumexp, 2e-3 at 3e4."""
+    logits = offset + torch.tensor([[0.0, 1.0, -2.0], [0.25, 0.5, 0.0]])
+    target = torch.tensor([1, 2])
+    found, expected = (
+        torch.autograd.grad(gathered_logprob(leaf, target).sum(), leaf)[0]
+        for leaf in (logits.clone().requires_grad_(), (logits.double() - offset).requires_grad_())
+    )
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)

@@ -12,6 +12,7 @@ from mopl.ops._logprob import weighted_by_probability
 ELEMENTS = 2**20  # logits in one chunk of the CPU path: 4 MiB in float32
 # Below this exp is 0 in either precision; a finite floor keeps 0 * log p from being NaN where a logit is -inf.
 FLOOR = -1e4
+LARGE = 64.0  # of a logsumexp: its rounding, a relative error of every probability, is 4e-6 in float32
 
 
 def launch_forward(
@@ -77,8 +78,15 @@ def launch_backward(
         u = _scaled(logits, part, temperature, softcap)
         _, keep, pivot, place = _targets(u, target[part])
         bent = None if not softcap else u * (temperature[part, None] / softcap)
-        logp = u.sub_(logsumexp[part, None])
-        pivot_logprob = logprob[part].gather(1, place)
+        pivot_logprob, total = logprob[part].gather(1, place), logsumexp[part, None]
+        if bool((total.abs() > LARGE).any()):
+            # Relative to the pivot, because the logsumexp has lost digits to the size of the logits; the log-probability
+            # of an unlikely pivot may have lost more.
+            near = pivot_logprob.abs() < total.abs()
+            u.sub_(torch.where(near, u.gather(1, pivot), total)).add_(torch.where(near, pivot_logprob, 0))
+        else:
+            u.sub_(total)
+        logp = u
         g = upstream[part]
         column = target[part].clamp(min=0, max=u.shape[1] - 1)
         is_pivot = (column == pivot) & keep

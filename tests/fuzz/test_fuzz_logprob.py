@@ -42,16 +42,18 @@ class Softmax:
         self.logsumexp = self.u[top] + self.mass
         self.p = {v: exp(away[v]) / (1 + rest) for v in self.possible}
         self.entropy = total(-(self.p[v] * self.logp[v]) for v in self.possible)
-        # Backward passes compute p as exp(u - logsumexp), which is rounded to the size of the logits.
-        self.p = {
-            v: Real(p.value, p.error + size(p.value) * unit() * size(self.logsumexp.value)) for v, p in self.p.items()
-        }
 
     def seen_from(self, targets: list[int]) -> None:
         """Let the entropy be as exact as sums about the likeliest target are, which the ops leave out of their sums."""
         near = min((size(self.logp[y].value) for y in targets if y in self.logp), default=0.0)
         self.entropy = Real(self.entropy.value, self.entropy.error + unit() * (1 + min(near, 50.0)))
+        # Backward passes take p relative to the likeliest target's, or as exp(u - logsumexp), which is rounded likewise.
+        self.round(max(min(near, size(self.logsumexp.value)), 64.0))
         self.logsumexp = Real(self.logsumexp.value, self.logsumexp.error + unit())
+
+    def round(self, exponent: float) -> None:
+        """Let every p be as exact as exp of a number of this size."""
+        self.p = {v: Real(p.value, p.error + size(p.value) * unit() * exponent) for v, p in self.p.items()}
 
     def others(self, v: int) -> Real:
         """Return 1 - p_v."""
@@ -315,6 +317,8 @@ def test_linear_kl_by_sums(case: dict[str, Any]) -> None:
         qs = distributions("reference_", "" if case["reference_weight"] is None else "reference_")
         values, by_logits = [], []
         for n, (p, q) in enumerate(zip(ps, qs, strict=True)):
+            p.round(size(p.logsumexp.value))
+            q.round(size(q.logsumexp.value))
             if case["mask"] is not None and not case["mask"][n]:
                 values.append(real(0))
                 by_logits.append({v: real(0) for v in p.possible})
