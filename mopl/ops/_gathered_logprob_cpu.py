@@ -80,7 +80,7 @@ def launch_backward(
         bent = None if not softcap else u * (temperature[part, None] / softcap)
         pivot_logprob, total = logprob[part].gather(1, place), logsumexp[part, None]
         if bool((total.abs() > LARGE).any()):
-            # Relative to the pivot, because the logsumexp has lost digits to the size of the logits; the log-probability
+            # Relative to the pivot: the logsumexp has lost digits to the size of the logits, and the log-probability
             # of an unlikely pivot may have lost more.
             near = pivot_logprob.abs() < total.abs()
             u.sub_(torch.where(near, u.gather(1, pivot), total)).add_(torch.where(near, pivot_logprob, 0))
