@@ -22,7 +22,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
+from mopl._extras import require
 from mopl._restoring import evaluating, generators_kept
 from mopl._rows.styles import Finding, Style, compute_dtype, embedding_of, packed_keywords, positions_of, styles
 
@@ -34,7 +36,8 @@ _WINDOWS = ("sliding_window", "sliding_window_size", "attention_window_size", "a
 _LEAK = 1e-6
 
 
-def _measured(model: Any, forward: Callable[..., Any], kind: str, embeds: bool) -> Finding:
+@_disable_dynamo  # torch.compiler.disable would import the compiler, and Triton with it, along with this module
+def measured(model: Any, forward: Callable[..., Any], kind: str, embeds: bool) -> Finding:
     """Return what becomes of an arrangement; see `mopl._rows.finding`."""
     with evaluating(model), generators_kept(), torch.no_grad(), _short_windows(model), _without_adapters(model):
         probe = _Probe(model, forward, embeds)
@@ -58,9 +61,6 @@ def _measured(model: Any, forward: Callable[..., Any], kind: str, embeds: bool) 
                 return Finding(style)
             tried.append((style, faults))
     return _refusal(kind, embeds, tried)
-
-
-measured: Callable[..., Finding] = torch.compiler.disable(_measured)  # type: ignore[assignment]
 
 
 def _refusal(kind: str, embeds: bool, tried: list[tuple[Style, _Faults]]) -> Finding:
@@ -210,6 +210,7 @@ class _Probe:
 
     def generated(self, style: Style) -> _Faults:
         """Generate behind the long row, then behind both, the short one padded on the left."""
+        require("transformers")
         from transformers import GenerationConfig
 
         ids, mask = self._rows(self.around[0])

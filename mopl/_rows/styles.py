@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mopl._extras import require
+
 # Names that models of transformers give to the module that embeds absolute positions.
 POSITION_EMBEDDINGS = ("wpe", "embed_positions", "position_embeddings", "position_embedding", "positions_embed")
 
@@ -77,6 +79,7 @@ def packed_keywords(model: Any, style: Style, positions: Tensor) -> dict[str, An
     elif style.packed in ("masks", "block"):
         weight, dtype = embedding_of(model).weight, compute_dtype(model)
         if style.packed == "masks":
+            require("transformers")
             from transformers import masking_utils
 
             known = {

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mopl._extras import require
 from mopl._restoring import evaluating, generators_kept
 from mopl.alignment.head import unfuse
 from mopl.conditioning import HyperPromptModel, LoraMixture, ParameterMixture
@@ -83,7 +84,7 @@ def check_adapters(model: Any) -> None:
 
     The effect of trained adapters may be as small as rounding is there; in float32 the logits themselves are compared.
     """
-    inner = model.model if isinstance(model, HyperPromptModel) else model
+    inner: Any = model.model if isinstance(model, HyperPromptModel) else model
     if not is_peft(inner) or inner.get_base_model().dtype not in (torch.bfloat16, torch.float16):
         return
     names = inner.active_adapters
@@ -128,6 +129,7 @@ def check_files(path: Path, source: Any, kind: str, given: list[Tensor], vocabul
 
 
 def _load_adapter(path: Path, inner: Any) -> Any:
+    require("peft")
     from peft import PeftModel
 
     with_adapters = copy.deepcopy(inner)
@@ -136,6 +138,7 @@ def _load_adapter(path: Path, inner: Any) -> Any:
 
 
 def _load_model(path: Path, base: Any) -> Any:
+    require("transformers")
     from transformers import AutoModelForCausalLM
 
     # A class of somebody's own code is not found by its configuration.

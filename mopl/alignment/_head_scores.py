@@ -31,7 +31,7 @@ def numbers_of(model: Any) -> list[Any]:
     They are the attributes of the model, of its parts (the head is one) and of its configuration, and single values
     among its parameters and buffers; private ones and the counters of DeepSpeed are not. It takes some microseconds.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     holders = [model, *model._modules.values(), config]
     if hasattr(config, "get_text_config"):
         holders.append(config.get_text_config())

@@ -205,7 +205,8 @@ def _condition(
     names: Sequence[str] = ()
     wants_temperature = False
     if isinstance(model, (WeightedModel, ParameterMixture)):
-        names, wants_temperature = model.record.objectives, takes_temperature(model)
+        record: Any = model.record
+        names, wants_temperature = record.objectives, takes_temperature(model)
     elif text_prompt is not None:
         names, wants_temperature = text_prompt.objectives, text_prompt.temperature
     if (weights is not None) != bool(names):

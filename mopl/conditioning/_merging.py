@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mopl._extras import require
 from mopl._restoring import evaluating, generators_kept
 
 ROWS, LENGTH = 2, 8  # of the probe: longer than no window that matters, and rows with weights of their own
@@ -94,7 +95,7 @@ def _pairs(model: nn.Module, ties: dict[str, str]) -> list[tuple[Tensor, Tensor]
 
 
 def _configurations(model: nn.Module) -> list[Any]:
-    found = [module.config for module in model.modules() if hasattr(module, "config")]
+    found: list[Any] = [module.config for module in model.modules() if hasattr(module, "config")]
     found += [config.get_text_config() for config in found if hasattr(config, "get_text_config")]
     return [config for config in {id(c): c for c in found}.values() if hasattr(config, "tie_word_embeddings")]
 
@@ -104,6 +105,7 @@ def _configurations(model: nn.Module) -> list[Any]:
 
 def lora_layers(model: nn.Module) -> dict[str, Any]:
     """Return the layers that carry LoRA adapters, by name."""
+    require("peft")
     from peft.tuners.lora import LoraLayer
 
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
@@ -148,6 +150,7 @@ def not_linear(layers: dict[str, Any]) -> list[str]:
 
     Subclasses of a linear layer are asked with one input; those of a quantised weight are PEFT's business.
     """
+    require("transformers")
     from transformers.pytorch_utils import Conv1D
 
     found = []
@@ -195,6 +198,7 @@ def refused_by_peft(model: nn.Module, linear: Iterable[str], error: ValueError) 
 
 def plain_layers(model: Any, adapters: Sequence[str]) -> list[Any]:
     """Return the layers that carry adapters; raise where one of them is no plain LoRA on a linear layer."""
+    require("peft")
     from peft.tuners.lora import ParamWrapper
 
     layers = lora_layers(model)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from mopl._extras import require
 from mopl._lines import text_fault
 from mopl.alignment import formats
 from mopl.alignment.data import DataError, OnError, PreferenceData, PreferenceList, ReadReport, RowError, collect
@@ -204,6 +205,7 @@ class _Rows:
 
 def _prepare(rows: Any, args: Any, processing_class: Any) -> Any:
     """Let TRL extract prompts, append end tokens, tokenise and leave out what is too long."""
+    require("datasets", "trl")
     from datasets import Dataset
     from trl import DPOTrainer, __version__  # type: ignore[attr-defined]
 
