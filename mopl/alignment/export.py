@@ -47,6 +47,7 @@ from torch import Tensor, nn
 
 from mopl import __version__
 from mopl._arguments import check_choice
+from mopl._extras import require
 from mopl._files import write_folder
 from mopl.alignment._export_adapter import save_mixed_adapter, save_prompt
 from mopl.alignment._export_check import (
@@ -286,6 +287,7 @@ def merged_copy(model: Any) -> Any:
         if not hasattr(merged, "merge_and_unload"):
             kinds = ", ".join(type(config).__name__ for config in merged.peft_config.values())
             raise ValueError(f"adapters of {kinds} cannot be merged; pass kind='adapter'")
+        require("peft")
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         layers = [module for module in merged.modules() if isinstance(module, BaseTunerLayer)]
