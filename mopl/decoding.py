@@ -26,7 +26,9 @@ from torch import Tensor, nn
 from mopl._arguments import shape_of
 from mopl._extras import require
 from mopl._rows import arranged, generation_keywords
+from mopl.conditioning._causal_lm import mask_of_prompts
 from mopl.conditioning.sampling import check_weights
+from mopl.conditioning.weighted import causal_lm_of
 from mopl.steering import log_mix
 
 # These would act on the first model's scores, before the others are mixed in, or run it at other tokens.
@@ -42,7 +44,7 @@ class _Follower:
 
     def __init__(self, model: Any, mask: Tensor) -> None:
         self.model, self.mask = model, mask  # (B, T) of the prompts
-        self.takes_positions = "position_ids" in inspect.signature(_causal_lm(model).forward).parameters
+        self.takes_positions = "position_ids" in inspect.signature(causal_lm_of(model).forward).parameters
         self.tokens: Tensor | None = None  # (rows, L) in the cache
         self.past: Any = None
 
@@ -60,7 +62,7 @@ class _Follower:
         if self.takes_positions:
             options["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, known:]
         options |= {"input_ids": tokens[:, known:], "attention_mask": mask}
-        options = arranged(_causal_lm(self.model), options)
+        options = arranged(causal_lm_of(self.model), options)
         output = self.model(past_key_values=self.past, use_cache=True, **options)
         self.past, self.tokens = output.past_key_values, tokens
         return output.logits[:, -1]
@@ -195,11 +197,6 @@ def logit_mixing(
     return _generate(experts[0], experts[1:], w, input_ids, attention_mask, kwargs)
 
 
-def _causal_lm(model: Any) -> Any:
-    """Return a causal language model without PEFT's wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def _generate(
     model: Any, others: Sequence[nn.Module], coefficients: Tensor, tokens: Tensor, mask: Tensor | None, kwargs: dict
 ) -> Any:
@@ -218,11 +215,8 @@ def _generate(
         if value is not None and value != _IDLE.get(name):
             raise ValueError(f"{name} acts on one model before the mixture, not on the mixture; leave it out")
     if mask is None:
-        pad = kwargs.get("pad_token_id", getattr(config, "pad_token_id", None))
-        if pad is not None and len(tokens) > 1 and bool((tokens[:, (0, -1)] == pad).any()):
-            raise ValueError(f"input_ids have padding (token {pad}); pass the tokenizer's attention_mask too")
-        mask = torch.ones_like(tokens)
-    positions, *_ = [generation_keywords(_causal_lm(one), mask) for one in (model, *others)]  # or refused, each
+        mask = mask_of_prompts(tokens, kwargs.get("pad_token_id", getattr(config, "pad_token_id", None)))
+    positions, *_ = [generation_keywords(causal_lm_of(one), mask) for one in (model, *others)]  # or refused, each
     kwargs = {**positions, **kwargs}
     processors = [MixedLogits(others, coefficients, mask), *(kwargs.pop("logits_processor", None) or [])]
     require("transformers")

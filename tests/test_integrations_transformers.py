@@ -471,9 +471,11 @@ def inputs_of_data(trainer, data):
 
 
 def lists_of(model, batch, weights):
-    from mopl.integrations._models import Conditions, score_lists
+    from mopl.integrations._models import Conditions
+    from mopl.integrations._scores import Scoring
 
-    return score_lists(model, batch, None if weights is None else Conditions(True, False), weights)
+    found = Scoring()(model, batch, None if weights is None else Conditions(True, False), weights)
+    return found.scores, found.lengths
 
 
 def test_user_metrics_get_losses_and_accuracies_of_all_points(tmp_path):

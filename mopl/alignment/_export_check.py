@@ -21,6 +21,7 @@ from mopl.alignment.head import unfuse
 from mopl.conditioning import HyperPromptModel, LoraMixture, ParameterMixture
 from mopl.conditioning._causal_lm import is_peft
 from mopl.conditioning._merging import check_lora, lora_layers
+from mopl.conditioning.weighted import causal_lm_of
 
 LENGTHS = (12, 5)
 # Largest ‖difference‖ of logits, of their own spread. In 16 bits weights with adapters merged in are rounded anew, and
@@ -113,7 +114,7 @@ def check_files(path: Path, source: Any, kind: str, given: list[Tensor], vocabul
         ValueError: With the largest difference.
     """
     inner: Any = source.model if isinstance(source, (HyperPromptModel, LoraMixture, ParameterMixture)) else source
-    base = inner.get_base_model() if is_peft(inner) else inner
+    base = causal_lm_of(inner)
     gc.collect()  # what was merged holds itself
     remedy = "the files of this architecture do not hold what the model in memory does: generate with mopl"
     try:

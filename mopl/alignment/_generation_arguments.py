@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from mopl._arguments import check_positive
 from mopl.alignment.data import RowError
-from mopl.alignment.reference_mixture import causal_lm_of
 from mopl.alignment.tokenization import ListTokenizer
 from mopl.alignment.turns import TurnEnds, turn_ends
 from mopl.conditioning import TextPrompt, WeightedModel, check_weights
-from mopl.conditioning.weighted import takes_temperature
+from mopl.conditioning.weighted import causal_lm_of, takes_temperature
 
 Prompt = str | Sequence[Mapping[str, Any]]
 Numbers = Tensor | Sequence[float] | Sequence[Sequence[float]]

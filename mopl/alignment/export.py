@@ -72,7 +72,7 @@ from mopl.conditioning import (
 )
 from mopl.conditioning._causal_lm import is_peft
 from mopl.conditioning._merging import own_weights, settle_ties
-from mopl.conditioning.weighted import takes_temperature
+from mopl.conditioning.weighted import causal_lm_of, takes_temperature
 
 KINDS = ("model", "adapter")
 CONFIG_FILE, KIND = "mopl.json", "export"
@@ -147,7 +147,7 @@ def export(
             record["virtual_tokens"] = {"ids": front.ids, "tokens": front.tokens}
     made = tokenizer if front is None else front.tokenizer
     virtual = front.ids if front is not None and not front.after_bos else []
-    base = inner.get_base_model() if is_peft(inner) else inner
+    base = causal_lm_of(inner)
     vocabulary = virtual[0] if virtual else base.get_input_embeddings().weight.shape[0]
     check = None if front is None else (tokenizer, front)
     if kind == "adapter":
@@ -247,7 +247,7 @@ def _record(
 ) -> dict[str, Any]:
     """Return what `mopl.json` says."""
     inner: Any = model.model if isinstance(model, (WeightedModel, ParameterMixture)) else model
-    base = inner.get_base_model() if is_peft(inner) else inner
+    base = causal_lm_of(inner)
     record: dict[str, Any] = {
         "kind": KIND,
         "form": kind,
@@ -276,7 +276,7 @@ def merged_copy(model: Any) -> Any:
     Raises:
         ValueError: If its parameters are quantised, or its adapters cannot be merged.
     """
-    base = model.get_base_model() if is_peft(model) else model
+    base = causal_lm_of(model)
     if getattr(base, "is_quantized", False) or getattr(base, "hf_quantizer", None) is not None:
         raise ValueError(
             "adapters cannot be merged into quantised parameters; load the base model without quantisation"

@@ -46,10 +46,11 @@ from mopl.alignment._generation_arguments import (
 )
 from mopl.alignment.head import IGNORE_INDEX, fuse, is_fused, score_sequences, unfuse
 from mopl.alignment.models import positions_of
-from mopl.alignment.reference_mixture import Reference, ReferenceMixture, causal_lm_of
+from mopl.alignment.reference_mixture import Reference, ReferenceMixture
 from mopl.alignment.tokenization import ListTokenizer
 from mopl.alignment.turns import TurnEnds
 from mopl.conditioning import HyperPromptModel, TextPrompt
+from mopl.conditioning.weighted import causal_lm_of
 from mopl.steering import rescale
 
 RERANK = ("best", "resample")

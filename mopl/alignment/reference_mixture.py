@@ -23,6 +23,7 @@ from mopl._extras import require
 from mopl._rows import arranged
 from mopl.conditioning import HyperPromptModel, WeightedModel
 from mopl.conditioning._causal_lm import is_peft
+from mopl.conditioning.weighted import causal_lm_of
 from mopl.steering import rescale
 
 require("transformers", what="generation")
@@ -30,13 +31,6 @@ from transformers import LogitsProcessor  # noqa: E402
 
 # How a run says that the reference is the model itself, with everything that was trained switched off.
 OWN_REFERENCE = ("self", "precomputed")
-
-
-def causal_lm_of(model: Any) -> Any:
-    """Return the causal language model inside a `WeightedModel` or a PEFT model, or the model itself."""
-    if isinstance(model, WeightedModel):
-        return model.causal_lm
-    return model.get_base_model() if is_peft(model) else model
 
 
 class Reference:

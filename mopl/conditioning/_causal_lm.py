@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from mopl.conditioning.hyper_prompt import HyperPrompt
 
@@ -42,6 +43,13 @@ def check_model(model: nn.Module, base: Any, prompt: HyperPrompt) -> None:
     width = base.get_input_embeddings().weight.shape[1]
     if width != prompt.hidden:
         raise ValueError(f"hyper_prompt has hidden={prompt.hidden} but {name} embeds tokens in {width}; pass that")
+
+
+def mask_of_prompts(input_ids: Tensor, pad: int | None) -> Tensor:  # (B, T) -> (B, T)
+    """Return the mask of prompts that come without one, all ones; raise where some seem to be padded."""
+    if pad is not None and len(input_ids) > 1 and bool((input_ids[:, (0, -1)] == pad).any()):
+        raise ValueError(f"input_ids have padding (token {pad}); pass the tokenizer's attention_mask too")
+    return torch.ones_like(input_ids)
 
 
 def count_new_tokens(kwargs: dict[str, Any], config: Any, length: int) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mopl._arguments import compute_dtype
 from mopl._extras import require
 from mopl._restoring import evaluating, generators_kept
 
@@ -118,7 +119,7 @@ def merged_weights(layers: Iterable[Any], adapters: Sequence[str], shares: Seque
         weight = layer.get_base_layer().weight
         if not weight.is_floating_point():
             raise ValueError(f"a weight is {weight.dtype}, quantised, and takes no adapter in; use generate(weights=)")
-        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        wide = compute_dtype(weight)
         total = weight.to(wide)
         for share, name in zip(shares, adapters, strict=True):
             total = total + share * layer.get_delta_weight(name).to(weight.device, wide)
@@ -350,7 +351,7 @@ def _random_updates(
             holder._parameters["weight"] = own
 
 
-def check_rows(name: str, found: Tensor, merged: Tensor, plain: Tensor, remedy: str, dtype: torch.dtype) -> None:
+def check_mixed_rows(name: str, found: Tensor, merged: Tensor, plain: Tensor, remedy: str, dtype: torch.dtype) -> None:
     """Raise unless rows that were mixed have the logits of rows that were merged, beside those of the plain model."""
     tolerance = TOLERANCE if dtype in (torch.float32, torch.float64) else TOLERANCE_16_BIT
     if (share := _share(found, merged, plain, tolerance)) is not None:

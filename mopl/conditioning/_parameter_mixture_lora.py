@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mopl._arguments import shape_of
+from mopl._arguments import compute_dtype, shape_of
 from mopl._extras import require
 from mopl._files import write_files
 from mopl._restoring import evaluating, generators_kept
 from mopl.conditioning._causal_lm import DELEGATED, is_peft
 from mopl.conditioning._merging import (
     check_lora,
-    check_rows,
+    check_mixed_rows,
     linear_names,
     logits_of,
     lora_layers,
@@ -95,11 +95,7 @@ class LoraMixture(nn.Module):
             raise ValueError(
                 f"there are {sets} sets for {objectives} objectives; pass coefficients that map one to the other"
             )
-        if record is None:
-            record = [f"objective_{j + 1}" for j in range(objectives)]
-        self.record = record if isinstance(record, TuningRecord) else TuningRecord(tuple(record))
-        if len(self.record.objectives) != objectives:
-            raise ValueError(f"record names {self.record.objectives} but there are {objectives} objectives")
+        self.record = TuningRecord.of(record, objectives)
         wrapped: Any = model
         if is_peft(model):
             if config is not None:
@@ -161,8 +157,7 @@ class LoraMixture(nn.Module):
                 )
             # Beams, and several samples of a row, follow one another.
             share = share.repeat_interleave(copies).view(-1, *[1] * (output.ndim - 1))
-        wide = torch.float64 if output.dtype == torch.float64 else torch.float32
-        return (output * share.to(wide)).to(output.dtype)
+        return (output * share.to(compute_dtype(output))).to(output.dtype)
 
     def coefficients_of(self, weights: Weights | None, alpha: float | Tensor | None = None) -> Tensor:
         """Return what multiplies the adapters, (sets,) or (B, sets)."""
@@ -331,7 +326,7 @@ class LoraMixture(nn.Module):
                     plain = logits_of(self.model, ids)
             names = ", ".join(sorted({short_name(name) for name in layers}))
             remedy = f"leave the tied ones of {names} out of target_modules, or generate with weights"
-            check_rows(type(merged).__name__, found, given, plain, remedy, merged.dtype)
+            check_mixed_rows(type(merged).__name__, found, given, plain, remedy, merged.dtype)
         return merged
 
     # ---------------------------------------------------------------- files
@@ -389,8 +384,7 @@ class LoraMixture(nn.Module):
         with fitting(folder / CONFIG_FILE):
             paths = {name: adapter_folder(folder, name) for name in config["adapters"]}
             wrapped = load_adapters(model, paths, trainable=trainable)
-            fields = {name: config[name] for name in ("reference", "beta", "alpha")}
-            record = TuningRecord(tuple(config["objectives"]), **fields)
+            record = TuningRecord.read(config)
             mixture = cls(wrapped, len(record.objectives), coefficients=coefficients, sets=len(paths), record=record)
         if not trainable:
             mixture.requires_grad_(False)

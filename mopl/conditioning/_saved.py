@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -41,6 +41,25 @@ class TuningRecord:
     reference: str = "self"
     beta: Any = None
     alpha: Any = None
+
+    @classmethod
+    def of(cls, given: TuningRecord | Sequence[str] | None, objectives: int) -> TuningRecord:
+        """Return what a model with m objectives was given: a record, names, or None for `objective_1`, ...
+
+        Raises:
+            ValueError: If it is for another number of objectives.
+        """
+        if given is None:
+            given = [f"objective_{j + 1}" for j in range(objectives)]
+        record = given if isinstance(given, TuningRecord) else cls(tuple(given))
+        if len(record.objectives) != objectives:
+            raise ValueError(f"record names {record.objectives} but there are {objectives} objectives")
+        return record
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> TuningRecord:
+        """Return what a `mopl.json` says."""
+        return cls(tuple(config["objectives"]), config["reference"], config["beta"], config["alpha"])
 
 
 class Record(msgspec.Struct):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mopl._arguments import shape_of
+from mopl._arguments import compute_dtype, shape_of
 
 PREFIX_STD = 0.02  # the usual standard deviation of token embeddings at initialisation (GPT-2 and its heirs)
 
@@ -145,7 +145,7 @@ class HyperPrompt(nn.Module):
                 if self.temperature
                 else "temperature was passed to a prompt that is not conditioned on it; make it with temperature=True"
             )
-        dtype = torch.float64 if self.prefix.dtype == torch.float64 else torch.float32
+        dtype = compute_dtype(self.prefix)
         weights = weights.to(self.prefix.device, dtype).reshape(-1, m)
         if temperature is None:
             return weights

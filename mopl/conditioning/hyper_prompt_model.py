@@ -34,7 +34,7 @@ from mopl._extras import require
 from mopl._files import write_files
 from mopl._rows import arranged, check_from_zero, generation_keywords
 from mopl._tensor_files import check_fits, load_state, read_tensors
-from mopl.conditioning._causal_lm import DELEGATED, check_model, count_new_tokens, is_peft
+from mopl.conditioning._causal_lm import DELEGATED, check_model, count_new_tokens, is_peft, mask_of_prompts
 from mopl.conditioning._prefix_layout import Layout, PackedLayout, check_paper_positions, silence_position_embedding
 from mopl.conditioning._saved import (
     CONFIG_FILE,
@@ -81,11 +81,7 @@ class HyperPromptModel(nn.Module):
     ) -> None:
         super().__init__()
         check_choice(positions, POSITIONS, "positions")
-        if record is None:
-            record = [f"objective_{j + 1}" for j in range(hyper_prompt.objectives)]
-        self.record = record if isinstance(record, TuningRecord) else TuningRecord(tuple(record))
-        if len(self.record.objectives) != hyper_prompt.objectives:
-            raise ValueError(f"record names {self.record.objectives} but the prompt has {hyper_prompt.objectives}")
+        self.record = TuningRecord.of(record, hyper_prompt.objectives)
         self.model = model
         self.hyper_prompt = hyper_prompt
         self.positions: Positions = positions
@@ -234,7 +230,10 @@ class HyperPromptModel(nn.Module):
         if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
             raise ValueError("input_ids must be a tensor (B, T)")
         model: Any = self.model
-        attention_mask = self._generation_mask(input_ids, attention_mask)
+        if attention_mask is None:
+            attention_mask = mask_of_prompts(input_ids, self.causal_lm.generation_config.pad_token_id)
+        elif bool((attention_mask[:, -1] == 0).any()):
+            raise ValueError("rows are padded on the right; generation needs padding_side='left'")
         if self._is_reference:
             kwargs |= generation_keywords(self.causal_lm, attention_mask)
             return model.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
@@ -322,16 +321,6 @@ class HyperPromptModel(nn.Module):
             return PackedLayout(position_ids.to(text.device), virtual)
         return Layout(shape[0], shape[1], virtual, mask, past, text.device)
 
-    def _generation_mask(self, input_ids: Tensor, mask: Tensor | None) -> Tensor:
-        if mask is not None:
-            if bool((mask[:, -1] == 0).any()):
-                raise ValueError("rows are padded on the right; generation needs padding_side='left'")
-            return mask
-        pad = self.causal_lm.generation_config.pad_token_id
-        if pad is not None and input_ids.shape[0] > 1 and bool((input_ids[:, (0, -1)] == pad).any()):
-            raise ValueError(f"input_ids have padding (token {pad}); pass the tokenizer's attention_mask too")
-        return torch.ones_like(input_ids)
-
     # ---------------------------------------------------------------- files
 
     def save_pretrained(self, directory: str | os.PathLike[str], **_: Any) -> None:
@@ -401,7 +390,6 @@ class HyperPromptModel(nn.Module):
             prompt.to(read_tensors(weights, remedy=REMEDY)["prefix"].dtype)
             load_state(prompt, weights, remedy=REMEDY)
             prompt.requires_grad_(trainable)
-            fields = {name: config[name] for name in ("reference", "beta", "alpha")}
-            record = TuningRecord(tuple(config["objectives"]), **fields)
+            record = TuningRecord.read(config)
             assert model is not None
             return cls(model, prompt, record=record, positions=config["positions"]).eval()

@@ -30,9 +30,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mopl._arguments import compute_dtype
 from mopl._restoring import evaluating, generators_kept
 from mopl.conditioning._causal_lm import DELEGATED
-from mopl.conditioning._merging import check_rows, logits_of, probe_ids, settle_ties
+from mopl.conditioning._merging import check_mixed_rows, logits_of, probe_ids, settle_ties
 from mopl.conditioning._parameter_mixture_files import fill, read, save
 from mopl.conditioning._parameter_mixture_lora import LoraMixture
 from mopl.conditioning._parameter_mixture_parts import (
@@ -99,11 +100,7 @@ class ParameterMixture(nn.Module):
             raise ValueError(
                 f"there are {sets} sets for {objectives} objectives; pass coefficients, which map one to the other"
             )
-        if record is None:
-            record = [f"objective_{j + 1}" for j in range(objectives)]
-        self.record = record if isinstance(record, TuningRecord) else TuningRecord(tuple(record))
-        if len(self.record.objectives) != objectives:
-            raise ValueError(f"record names {self.record.objectives} but there are {objectives} objectives")
+        self.record = TuningRecord.of(record, objectives)
         self.untied = untie_head(model) if scope == "logits" else False
         self.model = model
         self.objectives, self.scope, self.coefficients = objectives, scope, coefficients
@@ -142,7 +139,7 @@ class ParameterMixture(nn.Module):
         """Return Σ_i c_i θ_S^i for coefficients (sets,): differentiable, summed in float32 and rounded once."""
         result = []
         for each in zip(*self.sets, strict=True):
-            wide = torch.float64 if each[0].dtype == torch.float64 else torch.float32
+            wide = compute_dtype(each[0])
             shares = coefficients.to(each[0].device, wide)
             total = shares[0] * each[0].to(wide)
             for i, parameter in enumerate(each[1:], start=1):
@@ -232,7 +229,7 @@ class ParameterMixture(nn.Module):
         self.clear_cache()
         remedy = f"choose another scope than {self.scope!r}, or LoraMixture"
         dtype = next(p.dtype for p in self.model.parameters())
-        check_rows(type(self.model).__name__, torch.cat(found), torch.cat(merged), plain, remedy, dtype)
+        check_mixed_rows(type(self.model).__name__, torch.cat(found), torch.cat(merged), plain, remedy, dtype)
         self._checked = True
 
     @contextlib.contextmanager
@@ -382,8 +379,7 @@ class ParameterMixture(nn.Module):
             ValueError: If it holds another kind, or model or coefficients are needed and missing, or do not fit.
         """
         config, state, model, coefficients = read(directory, model, coefficients, model_kwargs)
-        fields = {name: config[name] for name in ("reference", "beta", "alpha")}
-        record = TuningRecord(tuple(config["objectives"]), **fields)
+        record = TuningRecord.read(config)
         with fitting(Path(directory) / CONFIG_FILE):
             mixture = cls(
                 model, len(record.objectives), scope=config["scope"], coefficients=coefficients, sets=config["sets"],

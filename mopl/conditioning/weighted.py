@@ -8,10 +8,18 @@ from __future__ import annotations
 
 from typing import Any
 
+from mopl.conditioning._causal_lm import is_peft
 from mopl.conditioning._parameter_mixture_lora import LoraMixture
 from mopl.conditioning.hyper_prompt_model import HyperPromptModel
 
 WeightedModel = HyperPromptModel | LoraMixture
+
+
+def causal_lm_of(model: Any) -> Any:
+    """Return the causal language model inside a `WeightedModel` or a PEFT model, or the model itself."""
+    if isinstance(model, WeightedModel):
+        return model.causal_lm
+    return model.get_base_model() if is_peft(model) else model
 
 
 def takes_temperature(model: Any) -> bool:

@@ -14,13 +14,17 @@ from torch import Tensor, nn
 from mopl._extras import require
 from mopl._hub import naming_own_code
 from mopl._tensor_files import load_state
-from mopl.alignment.collate import ListBatch, to_lists
-from mopl.alignment.head import fuse, score_sequences
+from mopl.alignment.collate import ListBatch
+from mopl.alignment.head import fuse
 from mopl.conditioning import LoraMixture, ParameterMixture
 from mopl.conditioning._adapter_base import base_of_adapter
 from mopl.conditioning._causal_lm import is_peft
 from mopl.conditioning._saved import ADAPTER_FILE, adapter_folder, check_adapter, check_adapter_state, read_record
 from mopl.conditioning.hyper_prompt_model import WEIGHTS_FILE, HyperPromptModel
+from mopl.conditioning.weighted import causal_lm_of
+from mopl.training.parallel import distribution_of
+
+SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")  # no process has the whole model
 
 
 @dataclass(frozen=True)
@@ -37,13 +41,6 @@ class Conditions:
             return cls(True, model.hyper_prompt.temperature)
         names = inspect.signature(type(model).forward).parameters
         return cls("weights" in names, "objective_temperature" in names)
-
-
-def causal_lm(model: Any) -> Any:
-    """Return the causal language model inside a `HyperPromptModel` and PEFT's wrapper."""
-    if isinstance(model, HyperPromptModel):
-        return model.causal_lm
-    return model.get_base_model() if is_peft(model) else model
 
 
 def prepare_model(model: Any, peft_config: Any = None, model_init_kwargs: dict[str, Any] | None = None) -> Any:
@@ -87,7 +84,7 @@ def prepare_model(model: Any, peft_config: Any = None, model_init_kwargs: dict[s
             f"model is a {type(model).__name__}, whose reference at each w the trainers do not know; use "
             "`mopl align --conditioning lora-mixture` (on rewards: --method clp), or a HyperPromptModel"
         )
-    fuse(causal_lm(model))
+    fuse(causal_lm_of(model))
     return model
 
 
@@ -107,18 +104,6 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 def is_own_reference(model: nn.Module) -> bool:
     """Say whether a model can become its reference: see `mopl.alignment.adapter_reference`."""
     return isinstance(model, HyperPromptModel) or is_peft(model)
-
-
-def score_lists(
-    model: nn.Module,
-    batch: ListBatch,
-    conditions: Conditions | None = None,
-    weights: Tensor | None = None,  # (B, m)
-    beta: Tensor | None = None,  # (B, m)
-) -> tuple[Tensor, Tensor]:
-    """Return (B, K) sums of log-probabilities in nats and (B, K) numbers of tokens, from one forward pass."""
-    found = score_sequences(model, batch.inputs, **model_keywords(batch, conditions, weights, beta))
-    return to_lists(found.scores, batch), to_lists(found.lengths.to(found.scores.dtype), batch)
 
 
 def model_keywords(
@@ -170,8 +155,7 @@ def load_hyper_prompt(model: HyperPromptModel, folder: str | Path) -> None:
 
 def check_sharding(accelerator: Any) -> None:
     """Raise where a `HyperPromptModel`, or a reference that is more than adapters off, would have to be sharded."""
-    kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
-    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+    if (kind := distribution_of(accelerator)) in SHARDED:
         raise NotImplementedError(
             f"training under {kind} works for a plain model, or one with PEFT adapters, that is its own reference with "
             "adapters off or has precompute_ref_log_probs; a HyperPromptModel, a separate ref_model, and adapters that "

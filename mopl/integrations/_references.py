@@ -18,11 +18,11 @@ from mopl._restoring import evaluating
 from mopl.alignment.adapter_reference import OwnReference, check_same_reference, checksum, write_reference
 from mopl.alignment.collate import ListBatch
 from mopl.conditioning.hyper_prompt_model import HyperPromptModel
-from mopl.integrations._data import Extras
+from mopl.integrations._data import ExampleCollator, Examples, Extras, batch_of
 from mopl.integrations._models import check_sharding, frozen_copy, is_own_reference, load_hyper_prompt
 from mopl.integrations._scores import Scoring
 from mopl.integrations._settings import ObjectiveArguments
-from mopl.integrations._setup import check_reference
+from mopl.integrations._setup import check_reference, with_width
 
 
 class ReferenceTrainer(Trainer):
@@ -35,6 +35,7 @@ class ReferenceTrainer(Trainer):
 
     model: Any
     ref_model: Any
+    data_collator: Any
     settings: ObjectiveArguments
     scoring: Scoring
     own: OwnReference | None = None
@@ -89,6 +90,32 @@ class ReferenceTrainer(Trainer):
         inner = self.accelerator.unwrap_model(model)
         with evaluating(inner) if self.own is None else self.own.active(inner):
             return self.scoring.reference(model, batch)
+
+    def _with_reference(self, data: Examples, batch_size: int) -> Examples:
+        """Return data with the reference's log-probabilities beside each list, where they are to be computed once."""
+        if not self._precompute or data.has_reference:
+            return data
+        if self.ref_model is None and self.own is None and self.state.global_step > 0:
+            raise ValueError(
+                "the reference's log-probabilities of a new data set cannot be computed after training has begun, "
+                "because the model was its own reference; pass the data as eval_dataset, or pass ref_model"
+            )
+        collator = ExampleCollator(with_width(self.data_collator.collator, data.width))
+        loader = torch.utils.data.DataLoader(
+            data,
+            batch_size=getattr(self.args, "precompute_ref_batch_size", None) or batch_size,
+            collate_fn=collator,
+            num_workers=self.args.dataloader_num_workers,
+        )
+        loader = self.accelerator.prepare(loader)
+        found = []
+        for inputs in loader:
+            batch, _ = batch_of(self._prepare_inputs(inputs))
+            with self.accelerator.autocast():
+                reference = self._reference(self.model, batch, Extras())
+            gathered: Any = self.accelerator.gather_for_metrics(reference)
+            found.append(gathered.cpu())
+        return data.with_reference(torch.cat(found))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from mopl.alignment._head_scores import IGNORE_INDEX
 from mopl.alignment.collate import ListBatch, to_lists
 from mopl.alignment.head import FusedOutput, score_sequences
-from mopl.integrations._models import Conditions, causal_lm, model_keywords
+from mopl.conditioning.weighted import causal_lm_of
+from mopl.integrations._models import Conditions, model_keywords
 from mopl.integrations._options import default_of
 
 
@@ -76,7 +77,7 @@ class Scoring:
             raise ValueError(
                 "use_weighting is True, which needs a second, equal forward pass; leave neftune_noise_alpha out"
             )
-        return cls(ld_alpha, weighting, router_coefficient(args, causal_lm(model)))
+        return cls(ld_alpha, weighting, router_coefficient(args, causal_lm_of(model)))
 
     @property
     def pairs_only(self) -> str | None:

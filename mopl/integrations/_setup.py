@@ -14,13 +14,15 @@ from mopl._rows import check_rows
 from mopl.alignment.adapter_reference import OwnReference
 from mopl.alignment.collate import ListCollator
 from mopl.conditioning.hyper_prompt_model import HyperPromptModel
+from mopl.conditioning.weighted import causal_lm_of
 from mopl.integrations._data import BETA, WEIGHTS, Example, Examples
-from mopl.integrations._models import Conditions, causal_lm
+from mopl.integrations._models import SHARDED, Conditions
 from mopl.integrations._options import check_options
 from mopl.integrations._pair_loss import AVERAGED, LIKELIHOOD, PairLoss
 from mopl.integrations._scores import Scoring
 from mopl.integrations._settings import ObjectiveArguments
 from mopl.losses import approx_ndcg, lambda_loss, listwise_dpo
+from mopl.training.parallel import distribution_of
 from mopl.training.precision import rounding_of
 
 
@@ -130,8 +132,7 @@ def check_labels(loss: Any, sets: Sequence[Examples]) -> None:
 
 def warn_of_rounding(model: torch.nn.Module, accelerator: Any) -> None:
     """Warn where 16-bit parameters are trained that no sharding keeps a float32 copy of."""
-    kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
-    if kind not in ("FSDP", "DEEPSPEED") and (note := rounding_of(model)) is not None:
+    if distribution_of(accelerator) not in ("FSDP", "DEEPSPEED") and (note := rounding_of(model)) is not None:
         warnings.warn(f"{note} (dtype=torch.float32; bf16=True keeps the arithmetic in 16 bit)", stacklevel=3)
 
 
@@ -179,9 +180,8 @@ def check_model_rows(model: Any, collator: ListCollator, accelerator: Any) -> No
     Raises:
         UnsupportedModelError: With the reason and the remedy.
     """
-    kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
-    if kind not in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        check_rows(causal_lm(model), packed=collator.packed, virtual=isinstance(model, HyperPromptModel))
+    if distribution_of(accelerator) not in SHARDED:
+        check_rows(causal_lm_of(model), packed=collator.packed, virtual=isinstance(model, HyperPromptModel))
 
 
 def _partly_labelled(example: Example) -> bool:

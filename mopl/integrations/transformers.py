@@ -39,6 +39,7 @@ from transformers import TrainingArguments, set_seed
 from mopl.alignment.collate import ListBatch, ListCollator
 from mopl.alignment.data import OnError
 from mopl.conditioning.hyper_prompt_model import HyperPromptModel
+from mopl.conditioning.weighted import causal_lm_of
 from mopl.integrations import _models as models
 from mopl.integrations._data import ExampleCollator, Examples, Extras, batch_of, examples_of
 from mopl.integrations._grid import GridResults, evaluation_grid
@@ -52,7 +53,6 @@ from mopl.integrations._setup import (
     prepare_arguments,
     reference_name,
     warn_of_rounding,
-    with_width,
     write_record,
 )
 from mopl.integrations._trainer import ListTrainer, lengths_of
@@ -128,7 +128,6 @@ class MultiObjectiveTrainer(ListTrainer):
 
     loss_is_scaled_for_ga = False
     _kind: type = TrainingArguments  # whose options are obeyed or refused
-    data_collator: Any
 
     def __init__(
         self,
@@ -195,7 +194,7 @@ class MultiObjectiveTrainer(ListTrainer):
         self.objective = Objective(settings, loss, collator.partial == "keep")
         self.scoring = Scoring.of(args, model)
         m, beta = len(self.objectives), getattr(args, "beta", 0.1)
-        inner = model if isinstance(model, HyperPromptModel) else models.causal_lm(model)
+        inner = model if isinstance(model, HyperPromptModel) else causal_lm_of(model)
         self.conditions = models.Conditions.of(inner)
         self.trade_offs = TradeOffs(
             settings,
@@ -259,31 +258,6 @@ class MultiObjectiveTrainer(ListTrainer):
         if isinstance(data, dict):
             return {key: self._prepared(value) for key, value in data.items()}
         return self._with_reference(self._examples(data, self.objectives), self.args.per_device_eval_batch_size)
-
-    def _with_reference(self, data: Examples, batch_size: int) -> Examples:
-        if not self._precompute or data.has_reference:
-            return data
-        if self.ref_model is None and self.own is None and self.state.global_step > 0:
-            raise ValueError(
-                "the reference's log-probabilities of a new data set cannot be computed after training has begun, "
-                "because the model was its own reference; pass the data as eval_dataset, or pass ref_model"
-            )
-        collator = ExampleCollator(with_width(self.data_collator.collator, data.width))
-        loader = torch.utils.data.DataLoader(
-            data,
-            batch_size=getattr(self.args, "precompute_ref_batch_size", None) or batch_size,
-            collate_fn=collator,
-            num_workers=self.args.dataloader_num_workers,
-        )
-        loader = self.accelerator.prepare(loader)
-        found = []
-        for inputs in loader:
-            batch, _ = batch_of(self._prepare_inputs(inputs))
-            with self.accelerator.autocast():
-                reference = self._reference(self.model, batch, Extras())
-            gathered: Any = self.accelerator.gather_for_metrics(reference)
-            found.append(gathered.cpu())
-        return data.with_reference(torch.cat(found))
 
     # ---------------------------------------------------------------- loss
 

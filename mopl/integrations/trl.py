@@ -45,6 +45,7 @@ from mopl.alignment.collate import ListCollator
 from mopl.alignment.data import OnError
 from mopl.alignment.tokenization import TokenizedData
 from mopl.conditioning.hyper_prompt_model import HyperPromptModel
+from mopl.conditioning.weighted import causal_lm_of
 from mopl.integrations import _models as models
 from mopl.integrations._data import Examples
 from mopl.integrations._objective import ListLoss
@@ -187,7 +188,7 @@ class MultiObjectiveDPOTrainer(MultiObjectiveTrainer):
             on_error=on_error,
         )
         if processing_class is not None:
-            inner = models.causal_lm(self.model)
+            inner = causal_lm_of(self.model)
             for settings in (inner.config.get_text_config(), getattr(inner, "generation_config", None)):
                 if settings is not None:
                     settings.pad_token_id = processing_class.pad_token_id

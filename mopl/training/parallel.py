@@ -255,13 +255,18 @@ def whole_norm(norm: Tensor) -> float:
 # ---------------------------------------------------------------- accelerate's settings
 
 
+def distribution_of(accelerator: Any) -> str:
+    """Return the name of accelerate's way of using several processes: `"NO"`, `"MULTI_GPU"`, `"FSDP"`, ..."""
+    return str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
+
+
 def fsdp_plugin(accelerator: Any) -> Any:
     """Return accelerate's settings of FSDP2, or None where nothing is to be sharded.
 
     Raises:
         NotImplementedError: If accelerate was set up for a kind of sharding, or with a setting, that is not supported.
     """
-    kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
+    kind = distribution_of(accelerator)
     if kind in ("DEEPSPEED", "MEGATRON_LM", "TP"):
         raise NotImplementedError(
             f"the loop trains on one device, with DDP or with FSDP2, but accelerate was set up for {kind}; "
