@@ -23,6 +23,7 @@ from torch import Tensor
 from mopl._files import remove, remove_leftovers, write_file
 from mopl._records import DamagedFile, read_json
 from mopl._words import sentence_ends, words_of
+from mopl.alignment.turns import end_tokens
 
 PLAN = "plan.json"
 COMPACT_AT = 0.75  # finished rows are dropped from the batch once no more than this share is left
@@ -159,9 +160,9 @@ def _ids(tokenizer: Any, conversation: Sequence[dict[str, str]]) -> list[int]:
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    ends = model.generation_config.eos_token_id
-    ends = [ends] if isinstance(ends, int) else list(ends or [])
-    return sorted({*ends, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
+    return sorted(
+        {*end_tokens(model.generation_config), *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}
+    )
 
 
 def _choose(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:

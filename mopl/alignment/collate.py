@@ -233,3 +233,11 @@ class ListCollator:
         inputs: dict[str, Any] = {key: torch.from_numpy(value)[None] for key, value in arrays.items()}
         inputs["segments"] = len(lengths)
         return inputs
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad: int, device: Any) -> tuple[Tensor, Tensor]:
+    """Return prompts as (B, T), padded on the left as generation needs it, and their mask."""
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask

@@ -47,7 +47,6 @@ from torch import Tensor, nn
 
 from mopl import __version__
 from mopl._arguments import check_choice
-from mopl._extras import require
 from mopl._files import write_folder
 from mopl.alignment._export_adapter import save_mixed_adapter, save_prompt
 from mopl.alignment._export_check import (
@@ -71,7 +70,7 @@ from mopl.conditioning import (
     check_weights,
 )
 from mopl.conditioning._causal_lm import is_peft
-from mopl.conditioning._merging import own_weights, settle_ties
+from mopl.conditioning._merging import merged, settle_merged, settle_ties
 from mopl.conditioning.weighted import causal_lm_of, takes_temperature
 
 KINDS = ("model", "adapter")
@@ -282,28 +281,20 @@ def merged_copy(model: Any) -> Any:
             "adapters cannot be merged into quantised parameters; load the base model without quantisation"
         )
     dtype = base.dtype
-    merged = copy.deepcopy(model)
-    if is_peft(merged):
-        if not hasattr(merged, "merge_and_unload"):
-            kinds = ", ".join(type(config).__name__ for config in merged.peft_config.values())
+    made = copy.deepcopy(model)
+    if is_peft(made):
+        if not hasattr(made, "merge_and_unload"):
+            kinds = ", ".join(type(config).__name__ for config in made.peft_config.values())
             raise ValueError(f"adapters of {kinds} cannot be merged; pass kind='adapter'")
-        require("peft")
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        layers = [module for module in merged.modules() if isinstance(module, BaseTunerLayer)]
-        own_weights(merged, [layer.get_base_layer() for layer in layers])
-        # One rounding at the end in place of one for each adapted matrix.
-        merged = merged.to(torch.promote_types(dtype, torch.float32)).merge_and_unload(safe_merge=True).to(dtype)
-    return without_traces(merged)
+        made = merged(made, dtype)
+    return without_traces(made)
 
 
-def without_traces(merged: Any) -> Any:
+def without_traces(made: Any) -> Any:
     """Take off a merged copy what PEFT and `fuse` left on it."""
-    merged = unfuse(merged).eval()
-    settle_ties(merged)
-    for name in ("peft_config", "_hf_peft_config_loaded"):
-        merged.__dict__.pop(name, None)
-    return merged
+    made = unfuse(made).eval()
+    settle_merged(made)
+    return made
 
 
 @torch.no_grad()

@@ -44,6 +44,7 @@ from mopl.alignment._generation_arguments import (
     generate_options,
     prompt_tokens,
 )
+from mopl.alignment.collate import pad_left
 from mopl.alignment.head import IGNORE_INDEX, fuse, is_fused, score_sequences, unfuse
 from mopl.alignment.models import positions_of
 from mopl.alignment.reference_mixture import Reference, ReferenceMixture
@@ -226,14 +227,6 @@ def _check_room(model: nn.Module, rows: _Rows, max_new_tokens: int) -> None:
         )
 
 
-def _padded(rows: Sequence[Sequence[int]], pad: int, device: Any) -> tuple[Tensor, Tensor]:
-    """Return rows as (B, T), padded on the left, and their mask."""
-    width = max(len(row) for row in rows)
-    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    return ids, mask
-
-
 def _answer(
     model: Any,
     base: Reference | None,
@@ -245,11 +238,11 @@ def _answer(
 ) -> list[Generation]:
     config = copy.copy(options["generation_config"])
     device, pad = next(model.parameters()).device, config.pad_token_id
-    ids, mask = _padded(rows.own, pad, device)
+    ids, mask = pad_left(rows.own, pad, device)
     options = {**options, "generation_config": config}
     mixture = None
     if base is not None and bool((rows.c != 1).any()):
-        plain, plain_mask = _padded(rows.plain, pad, device)
+        plain, plain_mask = pad_left(rows.plain, pad, device)
         record = candidates > 1 and rerank == "resample"
         mixture = ReferenceMixture(base, plain, plain_mask, rows.c, ids.shape[1], record=record)
         options["logits_processor"] = [mixture, *(options.get("logits_processor") or [])]

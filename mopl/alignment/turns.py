@@ -73,6 +73,12 @@ class TurnEnds:
         return {"stopping_criteria": StoppingCriteriaList([AtText()])}
 
 
+def end_tokens(generation_config: Any) -> list[int]:
+    """Return the tokens that a `generation_config` of transformers says end a text, which says one, several or none."""
+    given = getattr(generation_config, "eos_token_id", None)
+    return [given] if isinstance(given, int) else list(given or ())
+
+
 def turn_ends(encoder: ListTokenizer, generation_config: Any = None) -> TurnEnds:
     """Return what ends a response: the model's own list, the end-of-sequence token, the chat template's end.
 
@@ -81,8 +87,7 @@ def turn_ends(encoder: ListTokenizer, generation_config: Any = None) -> TurnEnds
         generation_config: That of the model.
     """
     tokenizer = encoder.tokenizer
-    given = getattr(generation_config, "eos_token_id", None)
-    ids: list[int] = [given] if isinstance(given, int) else list(given or ())
+    ids = end_tokens(generation_config)
     end = encoder.turn_end
     for token in (tokenizer.eos_token_id, end):
         if isinstance(token, int) and token not in ids:
@@ -95,8 +100,7 @@ def write_turn_end(model: Any, tokenizer: Any) -> None:
     config = getattr(model, "generation_config", None)
     if config is None:
         return
-    own = config.eos_token_id
-    known = [own] if isinstance(own, int) else list(own or ())
+    known = end_tokens(config)
     end = ListTokenizer(tokenizer, max_length=None, append_eos=False).turn_end
     if isinstance(end, int) and end not in known:
         known += [] if known or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]

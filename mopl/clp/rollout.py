@@ -25,6 +25,7 @@ from mopl._records import check, damaged
 from mopl._restoring import evaluating
 from mopl._rows import generation_keywords, takes_left_padding
 from mopl._tensor_files import load_pickled
+from mopl.alignment.collate import pad_left
 from mopl.alignment.data import Text
 from mopl.alignment.head import IGNORE_INDEX
 from mopl.alignment.tokenization import ListTokenizer
@@ -117,7 +118,7 @@ class Sampler:
         try:
             for first in range(0, len(prompts), together):
                 rows = slice(first, min(first + together, len(prompts)))
-                ids, mask = self._padded(prompts[rows], device)
+                ids, mask = pad_left(prompts[rows], self.pad, device)
                 options = arguments(rows) | self.ends.criteria(ids.shape[1])
                 if not isinstance(model, HyperPromptModel):  # which tells by itself
                     options |= generation_keywords(causal_lm, mask)
@@ -145,12 +146,6 @@ class Sampler:
         return Answers(
             found, self.ends.texts(found), torch.cat(recorded) if recorded else None, time.perf_counter() - began
         )
-
-    def _padded(self, prompts: Sequence[Sequence[int]], device: Any) -> tuple[Tensor, Tensor]:
-        width = max(len(row) for row in prompts)
-        ids = [[self.pad] * (width - len(row)) + list(row) for row in prompts]
-        mask = [[0] * (width - len(row)) + [1] * len(row) for row in prompts]
-        return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
     # ------------------------------------------------------------ log-probabilities
 

@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
-from mopl._extras import require
 from mopl._records import read_json
-from mopl.conditioning._merging import own_weights, settle_ties
+from mopl.conditioning._merging import merged, settle_merged
 from mopl.conditioning._saved import (
     ADAPTER_CONFIG,
     CONFIG_FILE,
@@ -77,9 +76,6 @@ def merge_adapter(name: str, model: Any) -> Any:
         ValueError: If its parameters are quantised, or the adapter is of a kind that cannot be merged.
         DamagedFile: If the adapter does not fit the model.
     """
-    require("peft")
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(f"the adapter of {name} cannot be merged into quantised parameters; write another base model")
     dtype, wrapped = model.dtype, load_adapters(model, {"default": Path(name)})
@@ -87,14 +83,10 @@ def merge_adapter(name: str, model: Any) -> Any:
     remedy = "start from its base model, or in Python pass the PEFT model to a trainer of mopl.integrations"
     if wrapped.peft_config["default"].is_prompt_learning or not hasattr(wrapped, "merge_and_unload"):
         raise ValueError(f"{name} holds a PEFT adapter of kind {kind}, which cannot be merged; {remedy}")
-    layers = [module for module in wrapped.modules() if isinstance(module, BaseTunerLayer)]
-    own_weights(wrapped, [layer.get_base_layer() for layer in layers])
     try:
-        merged = wrapped.to(torch.promote_types(dtype, torch.float32)).merge_and_unload(safe_merge=True).to(dtype)
+        plain = merged(wrapped, dtype)
     except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"the adapter of {name} ({kind}) cannot be merged: {error}; {remedy}") from error
-    settle_ties(merged)
-    for left in ("peft_config", "_hf_peft_config_loaded"):
-        merged.__dict__.pop(left, None)
-    merged.name_or_path = merged.config._name_or_path = name
-    return merged.eval()
+    settle_merged(plain)
+    plain.name_or_path = plain.config._name_or_path = name
+    return plain.eval()

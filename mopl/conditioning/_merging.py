@@ -104,6 +104,22 @@ def _configurations(model: nn.Module) -> list[Any]:
 # ---------------------------------------------------------------- adapters in weights
 
 
+def merged(model: Any, dtype: torch.dtype) -> Any:
+    """Return the base of a PEFT model with its adapters of any kind merged in: in float32, rounded once to `dtype`."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    own_weights(model, [layer.get_base_layer() for layer in layers])
+    return model.to(torch.promote_types(dtype, torch.float32)).merge_and_unload(safe_merge=True).to(dtype)
+
+
+def settle_merged(model: Any) -> None:
+    """Take off a merged model what PEFT left on it, and settle its ties (see `settle_ties`)."""
+    settle_ties(model)
+    for name in ("peft_config", "_hf_peft_config_loaded"):
+        model.__dict__.pop(name, None)
+
+
 def lora_layers(model: nn.Module) -> dict[str, Any]:
     """Return the layers that carry LoRA adapters, by name."""
     require("peft")
