@@ -94,7 +94,7 @@ class TokenizedData(Sequence[TokenizedList]):
 def truncate(
     prompt: np.ndarray, responses: Sequence[np.ndarray], *, max_length: int, min_prompt: int, bos: int | None = None
 ) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
-    """Shorten a list so that prompt and longest response have at most `max_length` tokens; see `mopl.alignment.tokenization`.
+    """Shorten a list to at most `max_length` tokens of prompt and longest response; see `mopl.alignment.tokenization`.
 
     Args:
         prompt: (P,) tokens.
