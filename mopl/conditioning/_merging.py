@@ -106,6 +106,7 @@ def _configurations(model: nn.Module) -> list[Any]:
 
 def merged(model: Any, dtype: torch.dtype) -> Any:
     """Return the base of a PEFT model with its adapters of any kind merged in: in float32, rounded once to `dtype`."""
+    require("peft")
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
