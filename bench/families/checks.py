@@ -29,7 +29,8 @@ from mopl.conditioning import HyperPrompt, HyperPromptModel
 RIGHT, REFUSED, WRONG, ERROR = "right", "refused", "wrong", "error"
 # Of a difference in a sum of log-probabilities, in nats. Rounding gives 1e-5, a neighbour's token whole nats.
 TOLERANCE = 2e-3
-VIRTUAL, NEW_TOKENS = 3, 6
+NEW_TOKENS = 6
+FRONT = [11, 23, 42]  # whose embeddings are the virtual tokens
 FIRST_TOKEN, LAST_TOKEN = 7, 90  # between special tokens, at the start, and image tokens and the like, at the end
 _PACKAGE = str(Path(mopl.__file__).parent)
 
@@ -56,7 +57,7 @@ def run(check: Callable[[Any], Outcome], model: nn.Module) -> Outcome:
         return check(model)
     except Exception as error:
         raised = traceback.extract_tb(error.__traceback__)[-1]
-        words = f"{' '.join(str(error).split())[:300]}"
+        words = " ".join(str(error).split())[:300]
         if raised.filename.startswith(_PACKAGE) and isinstance(error, (ValueError, RuntimeError, NotImplementedError)):
             return Outcome(REFUSED, words)
         return Outcome(ERROR, f"{type(error).__name__} in {Path(raised.filename).name}:{raised.lineno}: {words}")
@@ -137,20 +138,18 @@ def packing(model: Any) -> Outcome:
 # ---------------------------------------------------------------- virtual tokens
 
 
-def _with_prompt(model: Any) -> tuple[HyperPromptModel, list[int]]:
-    """Return a model behind virtual tokens that are the embeddings of the tokens returned with it."""
-    front = [11, 23, 42][:VIRTUAL]
+def with_prompt(model: Any) -> HyperPromptModel:
+    """Return a model behind virtual tokens that are the embeddings of `FRONT`."""
     hidden = model.get_input_embeddings().weight.shape[1]
-    prompted = HyperPromptModel(fuse(model), HyperPrompt(2, VIRTUAL, 2, hidden)).eval()
-    prompted.set_prefix_from_tokens(front)
-    return prompted, front
+    prompted = HyperPromptModel(fuse(model), HyperPrompt(2, len(FRONT), 2, hidden)).eval()
+    prompted.set_prefix_from_tokens(FRONT)
+    return prompted
 
 
 def _prompted_scores(model: Any, collator: ListCollator) -> Outcome:
-    data, front = lists(), [11, 23, 42]
-    expected = plain_scores(model, data, front)
-    prompted, _ = _with_prompt(model)
-    return compared(score_batch(prompted, collator(data), torch.tensor([0.3, 0.7])).detach(), expected)
+    data = lists()
+    expected = plain_scores(model, data, FRONT)
+    return compared(score_batch(with_prompt(model), collator(data), torch.tensor([0.3, 0.7])).detach(), expected)
 
 
 def prompts(model: Any) -> Outcome:
@@ -211,8 +210,7 @@ def generation(model: Any) -> Outcome:
 
 def prompts_generation(model: Any) -> Outcome:
     """Greedy answers behind virtual tokens."""
-    prompted, front = _with_prompt(model)
-    return _answers(prompted, [0.3, 0.7], front, model)
+    return _answers(with_prompt(model), [0.3, 0.7], FRONT, model)
 
 
 CHECKS: dict[str, Callable[[Any], Outcome]] = {

@@ -18,14 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.families.checks import RIGHT, WRONG, Outcome, _with_prompt, compared, tokenizer
+from bench.families.checks import FRONT, NEW_TOKENS, RIGHT, WRONG, Outcome, compared, tokenizer, with_prompt
 from mopl.alignment.export import export
 from mopl.conditioning import LoraMixture, ParameterMixture
 
 WEIGHTS = torch.tensor([0.3, 0.7])
 ROWS = torch.tensor([[0.9, 0.1], [0.3, 0.7]])
 _IDS = torch.tensor([[31, 8, 55, 61, 12, 77, 19], [40, 9, 64, 64, 17, 30, 22]])
-_NEW_TOKENS = 6
 
 
 @torch.no_grad()
@@ -183,13 +182,13 @@ def _exported(model: Any, base: Any = None) -> Any:
 def exports(model: Any) -> Outcome:
     """Virtual tokens as a model: the logits of rows that begin with the new tokens."""
     plain = copy.deepcopy(model)
-    prompted, front = _with_prompt(model)
-    expected = _log_p(plain, torch.cat([torch.tensor([front]).expand(2, -1), _IDS], 1))[:, len(front) :]
+    prompted = with_prompt(model)
+    expected = _log_p(plain, torch.cat([torch.tensor([FRONT]).expand(2, -1), _IDS], 1))[:, len(FRONT) :]
     loaded, size = _exported(prompted), len(tokenizer())
-    new = torch.arange(size, size + len(front))[None].expand(2, -1)
+    new = torch.arange(size, size + len(FRONT))[None].expand(2, -1)
     with torch.no_grad():
         rows = torch.cat([new, _IDS], 1)
-        given = torch.cat([loaded(input_ids=row[None]).logits for row in rows])[:, len(front) :, : expected.shape[-1]]
+        given = torch.cat([loaded(input_ids=row[None]).logits for row in rows])[:, len(FRONT) :, : expected.shape[-1]]
     return compared(given.double()[..., :size].log_softmax(-1), expected[..., :size].log_softmax(-1))
 
 
@@ -208,13 +207,13 @@ def exports_mixture(model: Any) -> Outcome:
 def exports_generation(model: Any) -> Outcome:
     """Greedy answers of an exported prompt and of an exported mixture, those of the oracle, both by transformers."""
     plain = copy.deepcopy(model)
-    prompted, front = _with_prompt(copy.deepcopy(model))
+    prompted = with_prompt(copy.deepcopy(model))
     size = len(tokenizer())
-    new = list(range(size, size + len(front)))
+    new = list(range(size, size + len(FRONT)))
 
     def greedy(one: Any, start: Sequence[int], prompt: Sequence[int]) -> list[int]:
         row = torch.tensor([[*start, *prompt]])
-        options = {"do_sample": False, "max_new_tokens": _NEW_TOKENS, "attention_mask": torch.ones_like(row)}
+        options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "attention_mask": torch.ones_like(row)}
         return one.generate(row, **options)[0, row.shape[1] :].tolist()
 
     def answers(source: Any, exported: Any, own: Sequence[int], theirs: Sequence[int]) -> Outcome:
@@ -228,7 +227,7 @@ def exports_generation(model: Any) -> Outcome:
         mixture = _mixture(copy.deepcopy(model), _advised(model))
         return answers(_merged_by_hand(plain, mixture, WEIGHTS), _exported(mixture), [], [])
 
-    return _all(lambda: answers(plain, _exported(prompted), front, new), of_mixture)
+    return _all(lambda: answers(plain, _exported(prompted), FRONT, new), of_mixture)
 
 
 CHECKS: dict[str, Callable[[Any], Outcome]] = {
