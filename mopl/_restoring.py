@@ -1,4 +1,4 @@
-"""What is switched for a moment and comes back, error or not: modes of modules, states of generators."""
+"""What is switched for a moment and comes back, error or not: modes of modules, what is trained, generators."""
 
 from __future__ import annotations
 
@@ -31,6 +31,21 @@ def evaluating(*models: nn.Module | None) -> Iterator[None]:
             if model is not None:
                 model.eval()
         yield
+
+
+@contextlib.contextmanager
+def requires_grad_kept(model: nn.Module) -> Iterator[None]:
+    """Leave `requires_grad` of every parameter as it was before the `with` block.
+
+    PEFT sets it anew for every adapter that it switches.
+    """
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, wanted in before:
+            if parameter.requires_grad != wanted:
+                parameter.requires_grad_(wanted)
 
 
 @contextlib.contextmanager

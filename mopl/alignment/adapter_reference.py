@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from mopl._extras import require
 from mopl._files import write_file
 from mopl._records import read_json
-from mopl._restoring import evaluating
+from mopl._restoring import evaluating, requires_grad_kept
 from mopl.conditioning import HyperPromptModel
 from mopl.conditioning._causal_lm import is_peft
 
@@ -84,10 +84,10 @@ class OwnReference:
                     yield
             elif self.kind == "adapter":
                 assert self.adapter is not None
-                with gradients_kept(inner), _adapter_active(inner, self.adapter):
+                with requires_grad_kept(inner), _adapter_active(inner, self.adapter):
                     yield
             elif is_peft(inner):
-                with gradients_kept(inner), inner.disable_adapter():
+                with requires_grad_kept(inner), inner.disable_adapter():
                     yield
             else:
                 yield
@@ -231,18 +231,6 @@ def _moves_base(model: Any) -> bool:
 
 
 # ---------------------------------------------------------------- switches
-
-
-@contextlib.contextmanager
-def gradients_kept(model: nn.Module) -> Iterator[None]:
-    """Leave `requires_grad` as it was: PEFT sets it anew for every adapter that it switches."""
-    before = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        yield
-    finally:
-        for parameter, wanted in before:
-            if parameter.requires_grad != wanted:
-                parameter.requires_grad_(wanted)
 
 
 @contextlib.contextmanager

@@ -26,6 +26,11 @@ def is_peft(model: nn.Module) -> bool:
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
+def text_config(model: Any) -> Any:
+    """Return the configuration of a model's text part: its own, but for models that see images too."""
+    return model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+
+
 def check_model(model: nn.Module, base: Any, prompt: HyperPrompt) -> None:
     """Raise where a prompt could not be put in front of the model's input."""
     name = type(base).__name__
@@ -37,8 +42,7 @@ def check_model(model: nn.Module, base: Any, prompt: HyperPrompt) -> None:
         raise ValueError(f"{name} has no token embeddings; pass a causal language model of transformers")
     if "inputs_embeds" not in inspect.signature(type(base).forward).parameters:
         raise ValueError(f"{name}.forward takes no inputs_embeds, so virtual tokens cannot be put in front")
-    text_config = base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
-    if getattr(text_config, "hidden_size_per_layer_input", 0):
+    if getattr(text_config(base), "hidden_size_per_layer_input", 0):
         raise ValueError(f"{name} embeds tokens again in every layer, which virtual tokens have no answer for")
     width = base.get_input_embeddings().weight.shape[1]
     if width != prompt.hidden:

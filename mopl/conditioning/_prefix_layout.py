@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mopl._rows.styles import POSITION_EMBEDDINGS, positions_of
+from mopl.conditioning._causal_lm import text_config
 
 _ROTARY_SETTINGS = ("rope_parameters", "rope_scaling", "rope_theta", "rotary_dim", "rotary_pct")
 NO_POSITION = -1
@@ -211,7 +212,7 @@ def _map_outputs(output: Any, names: tuple[str, ...], select: Callable[[Tensor],
 def check_paper_positions(model: Any, takes_positions: bool) -> bool:
     """Return whether a model embeds absolute positions (else it is rotary); raise if it does neither."""
     name = type(model).__name__
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    config = text_config(model)
     if takes_positions and not getattr(config, "alibi", False):
         if _position_embedding(model) is not None:
             return True

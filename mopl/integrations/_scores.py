@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mopl.alignment._head_scores import IGNORE_INDEX
 from mopl.alignment.collate import ListBatch, to_lists
 from mopl.alignment.head import FusedOutput, score_sequences
+from mopl.conditioning._causal_lm import text_config
 from mopl.conditioning.weighted import causal_lm_of
 from mopl.integrations._models import Conditions, model_keywords
 from mopl.integrations._options import default_of
@@ -153,7 +154,7 @@ def router_coefficient(args: Any, model: Any) -> float:
     Raises:
         ValueError: If there is a coefficient and the model has no such loss.
     """
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    config = text_config(model)
     own = getattr(config, "router_aux_loss_coef", None) or 0.0
     if not hasattr(args, "router_aux_loss_coef"):
         return own if getattr(config, "output_router_logits", False) else 0.0
