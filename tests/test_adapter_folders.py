@@ -68,6 +68,16 @@ def test_the_model_of_an_adapter_is_its_base_with_the_adapter_merged(tmp_path, b
     assert load_tokenizer(str(tmp_path / "adapter")).get_vocab() == tokenizer().get_vocab()
 
 
+def test_an_adapter_of_a_tied_head_leaves_the_embeddings_as_they_were(tmp_path):
+    base, config = tmp_path / "base", peft.LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM")
+    build(initializer_range=0.1, tie_word_embeddings=True).save_pretrained(base)
+    expected = logits(save_adapter(tmp_path / "adapter", base, config))
+    model = load_causal_lm(str(tmp_path / "adapter"))
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
+    model.save_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(load_causal_lm(str(tmp_path / "merged"))), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_base_that_cannot_be_found_is_named_beside_the_adapter(tmp_path, base):
     save_adapter(tmp_path / "adapter", base, KINDS["lora"](), named=str(tmp_path / "gone"))
     for load in (load_causal_lm, load_tokenizer):

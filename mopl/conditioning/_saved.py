@@ -293,6 +293,11 @@ def check_adapter(path: Path) -> None:
             raise damaged(path / ADAPTER_CONFIG, text, REMEDY)
 
 
+def _plain(key: str) -> str:
+    """Return the name that a base model's tensor has without an adapter around it."""
+    return key.replace(".base_layer.", ".")
+
+
 def check_adapter_state(model: Any, name: str, file: Path) -> None:
     """Raise unless a file of an adapter has everything that a PEFT model has under this name.
 
@@ -305,8 +310,9 @@ def check_adapter_state(model: Any, name: str, file: Path) -> None:
         return
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     wanted = {key: tuple(tensor.shape) for key, tensor in state.items()}
-    # Embeddings that were resized are saved beside the adapter, which may lie on them.
-    own = {key.replace(".base_layer.", ".") for key in model.state_dict()}
-    found = {key: shape for key, shape in shapes_of(file, remedy=REMEDY).items() if key in wanted or key not in own}
+    # Embeddings that were resized, or an adapter lies on, are saved beside it, as PEFT or the model names them.
+    own = {_plain(key) for key in model.state_dict()}
+    shapes = shapes_of(file, remedy=REMEDY)
+    found = {key: shape for key, shape in shapes.items() if key in wanted or _plain(key) not in own}
     remedy = f"{REMEDY}; so with {file.parent / ADAPTER_CONFIG}, if that is what was changed"
     check_shapes(file, found, wanted, remedy=remedy)
