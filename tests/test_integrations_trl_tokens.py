@@ -343,7 +343,7 @@ def test_a_row_that_has_options_of_its_own_leaves_others_as_they_are(make, model
 def test_labels_and_weights_stay_with_their_rows_when_others_are_left_out(make, models, tmp_path, caplog):
     rows = [
         {
-            **row, "good": [number, -number], "objective_weights": [1.0],
+            **row, "good": [number, number / 2], "objective_weights": [1.0],
             "ref_chosen_logps": -number, "ref_rejected_logps": 0,
         }
         for number, row in enumerate(rows_of("text"), 1)
@@ -353,7 +353,7 @@ def test_labels_and_weights_stay_with_their_rows_when_others_are_left_out(make, 
     kept = [example.tokens.index for example in trainer.train_dataset]
     assert 0 < len(kept) < 3 and f"{3 - len(kept)} of 3 rows are left out as in TRL: their prompt" in caplog.text
     batch, extras = batch_of(inputs)
-    assert batch.labels[:, 0].tolist() == [[n + 1.0, -n - 1.0] for n in kept]
+    assert batch.labels[:, 0].tolist() == [[n + 1.0, (n + 1) / 2] for n in kept]
     assert extras.reference[:, 0].tolist() == [-n - 1.0 for n in kept] and set(extras.weights[:, 0].tolist()) == {1}
     with pytest.raises(DataError, match=r"3 of 3 rows are left out .* fills max_length = 1; raise max_length"):
         ours(make("bytes"), rows_of("text"), tmp_path, models, max_length=1)
