@@ -207,7 +207,7 @@ def test_lists_without_tokens_are_counted_and_refused_or_skipped():
 )
 def test_truncation_takes_the_prompt_first_and_never_cuts_a_response_to_nothing(prompt, responses, max_length, data):
     min_prompt = data.draw(st.integers(1, max_length - 1))
-    bos = data.draw(st.sampled_from([None, 100]))
+    bos = data.draw(st.sampled_from([None, 100, 7]))  # 7: the prompt does not begin with it
     before = np.arange(100, 100 + prompt)
     bodies = [np.arange(1000 * (k + 1), 1000 * (k + 1) + size) for k, size in enumerate(responses)]
     after, cut = truncate(before, bodies, max_length=max_length, min_prompt=min_prompt, bos=bos)
@@ -217,9 +217,9 @@ def test_truncation_takes_the_prompt_first_and_never_cuts_a_response_to_nothing(
         assert len(c) >= min(len(body), max_length - min_prompt) >= 1
         np.testing.assert_array_equal(c, body[: len(c)])  # from the right
     # From the left, but not the token at the beginning.
-    kept = after[1:] if bos is not None else after
+    kept = after[1:] if bos == 100 else after
     np.testing.assert_array_equal(kept, before[prompt - len(kept) :])
-    assert bos is None or after[0] == bos
+    assert bos != 100 or after[0] == bos
     # Nothing is cut without need, and no response before the prompt is as short as it may be.
     if any(len(c) < len(b) for b, c in zip(bodies, cut, strict=True)):
         assert len(after) == min(prompt, min_prompt)

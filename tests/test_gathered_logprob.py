@@ -250,6 +250,15 @@ def test_strided_logits() -> None:
     assert torch.autograd.grad(result.sum(), logits)[0].shape == logits.shape
 
 
+def test_rows_that_share_memory_have_their_own_gradients_whatever_may_be_overwritten() -> None:
+    row, target = leaf(torch.randn(9)), torch.randint(9, (5,))
+    results = [
+        gathered_logprob(t, target, inplace_backward=True) for t in (row.expand(5, 9), row.repeat(5, 1))
+    ]  # fmt: skip
+    found, expected = (torch.autograd.grad(result.sum(), row)[0] for result in results)
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("targets", [1, 3])
 def test_opcheck(targets: int) -> None:
     for dtype, warm in itertools.product((torch.float32, torch.bfloat16), (False, True)):

@@ -186,3 +186,16 @@ def test_the_softmax_of_large_integer_labels_keeps_their_differences() -> None:
     expected = near.float().softmax(-1)
     assert torch.equal(normalize_labels(near, "softmax"), expected)
     assert torch.equal(normalize_labels(near + 1_700_000_000, "softmax"), expected)
+
+
+def test_labels_of_any_positive_sum_are_divided_by_it() -> None:
+    expected = torch.tensor([[0.25, 0.75], [0.25, 0.75], [0.0, 0.0]])
+    torch.testing.assert_close(normalize_labels(torch.tensor([[0.1, 0.3], [2.0, 6.0], [0.0, 0.0]]), "l1"), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.float64], ids=str)
+def test_labels_that_only_float32_would_make_equal_are_a_pair(dtype: torch.dtype) -> None:
+    large = torch.tensor([[[2**24, 2**24 + 1, 2**24]]], dtype=dtype)
+    scores = torch.tensor([[0.5, -0.2, 0.1]])
+    found = pairwise_logistic(scores, large)
+    assert found > 0 and torch.equal(found, pairwise_logistic(scores, large - 2**24))

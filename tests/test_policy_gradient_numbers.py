@@ -68,6 +68,10 @@ def test_a_group_of_equal_returns_has_exactly_that_mean() -> None:
     group = torch.tensor([7, -1, 7, -1, 7])
     for leave_one_out in (True, False):
         assert torch.equal(group_mean(values, group, leave_one_out=leave_one_out), values)
+        # Nor does what stands in another group, however large it is, round it.
+        beside = torch.tensor([1e17, 1e17, 0.1, 0.1, 0.1], dtype=torch.float64)
+        apart = torch.tensor([3, 3, 1, 1, 1])
+        assert torch.equal(group_mean(beside, apart, leave_one_out=leave_one_out), beside)
 
 
 @pytest.mark.parametrize("group", [4000, torch.zeros(4000, dtype=torch.long), torch.arange(4000) % 1000])

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 import pickle
 
 import pytest
@@ -156,6 +157,21 @@ def test_a_model_is_asked_once_and_is_left_as_it_was() -> None:
     check_rows(copy.deepcopy(model), packed=True, virtual=True, generates=True)
     assert not seen
     assert pickle.loads(pickle.dumps(model.__dict__["_mopl_rows"])) == model.__dict__["_mopl_rows"]
+    model.set_attn_implementation("eager")
+    check_rows(model, packed=True)
+    assert seen  # another implementation is another model
+
+
+@pytest.mark.parametrize("out_of_reach", [-math.inf, torch.finfo(torch.float32).min, -1e5])
+def test_tokens_that_a_model_puts_out_of_reach_say_nothing_of_its_rows(out_of_reach: float) -> None:
+    model = models.build("llama")
+    reach = torch.zeros(model.config.vocab_size).index_fill_(0, torch.tensor([3, 7]), out_of_reach)
+    model.lm_head.register_forward_hook(lambda module, args, logits: logits + reach)
+    check_rows(model, packed=True)
+    mixing = models.build("mamba")
+    mixing.lm_head.register_forward_hook(lambda module, args, logits: logits + reach[: logits.shape[-1]])
+    with pytest.raises(UnsupportedModelError, match="packing=False"):
+        check_rows(mixing, packed=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -187,15 +203,27 @@ def test_weights_that_are_elsewhere_are_measured_when_they_come() -> None:
 # ---------------------------------------------------------------- before a run is made
 
 
-def test_a_run_that_would_pack_wrongly_is_refused_before_it_is_made(tmp_path) -> None:
+def inputs_of_a_run(family: str, tmp_path) -> dict[str, str]:
     folder = tmp_path / "model"
-    models.build("mamba").save_pretrained(folder)
+    models.build(family).save_pretrained(folder)
     checks.tokenizer().save_pretrained(folder)
     rows = tmp_path / "lists.jsonl"
     line = '{{"prompt": "w11 w{}", "responses": ["w20 w21", "w22"], "labels": {{"a": [1, 0], "b": [0, 1]}}}}\n'
     rows.write_text("".join(line.format(12 + number) for number in range(8)))
-    config = AlignConfig(model=str(folder), data=str(rows), packing=True, lora_targets=("in_proj",))
+    return {"model": str(folder), "data": str(rows)}
+
+
+def test_a_run_that_would_pack_wrongly_is_refused_before_it_is_made(tmp_path) -> None:
+    config = AlignConfig(**inputs_of_a_run("mamba", tmp_path), packing=True, lora_targets=("in_proj",))
     with pytest.raises(UnsupportedModelError, match="packing=False"):
+        align(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_whose_mixture_could_not_be_merged_is_refused_before_it_is_made(tmp_path) -> None:
+    targets = {"conditioning": "lora-mixture", "lora_rank": 2, "lora_targets": ("q_proj", "dt_proj")}
+    config = AlignConfig(**inputs_of_a_run("jamba", tmp_path), **targets)
+    with pytest.raises(ValueError, match=r"adapters on dt_proj of .*target_modules=\['q_proj'\]"):
         align(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
