@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 Reduction = Literal["none", "sum", "mean"]
 REDUCTIONS = ("none", "sum", "mean")
@@ -94,13 +95,17 @@ POSITIVE = Domain(lambda x: (x > 0) & (x < math.inf), "must be positive and fini
 NOT_NEGATIVE = Domain(lambda x: (x >= 0) & (x < math.inf), "must not be negative, and finite")
 
 
+_TRACING = torch._C._TorchDispatchModeKey.PROXY  # torch.fx.experimental.proxy_tensor.make_fx
+
+
 def readable(tensor: Tensor) -> bool:
-    """Say whether a tensor's values can be read without waiting: on a CPU, not compiled and not transformed."""
+    """Say whether a tensor's values can be read without waiting: on a CPU, not compiled, transformed or traced."""
     return (
-        type(tensor) in (Tensor, torch.nn.Parameter)
-        and tensor.device.type == "cpu"
+        tensor.is_cpu
+        and type(tensor) in (Tensor, Parameter)
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
+        and torch._C._get_dispatch_mode(_TRACING) is None
     )
 
 
@@ -115,6 +120,14 @@ def check_positive(value: Any, name: str, meaning: str = "") -> Tensor:
         given = value.tolist() if isinstance(value, Tensor) else value
         raise ValueError(f"{name} is {given} but {POSITIVE.words}{meaning and ': ' + meaning}")
     return tensor
+
+
+def _bounds(tensor: Tensor) -> list[float] | None:
+    """Return numbers that lie in an interval where all entries do; None under a mode that makes fakes of tensors."""
+    if tensor.ndim == 1 and len(tensor) <= 8:  # one an objective: all of them cost less than their extremes
+        return tensor.tolist()
+    low, high = tensor.detach().aminmax()
+    return [float(low), float(high)] if type(low) is Tensor else None
 
 
 def as_value(
@@ -156,14 +169,13 @@ def as_value(
             # Filling does not wait for a GPU, copying a host value there does.
             return torch.full((), float(value), dtype=dtype, device=like.device)
     if domain is not None and value.numel() and readable(value):
-        low, high = value.detach().aminmax()
-        if type(low) is Tensor:  # not under a mode that makes it a fake
-            for bound in (float(low), float(high)):
-                if not domain.holds(bound):
-                    bad = ~domain.holds(value.detach())
-                    if excused is None or bool((bad & ~excused(bad)).any()):
-                        raise ValueError(f"{name} holds {float(value[bad][0]):g} but every entry {domain.words}")
-            domain = None
+        bounds = _bounds(value)
+        for bound in bounds or ():
+            if not domain.holds(bound):
+                bad = ~domain.holds(value.detach())
+                if excused is None or bool((bad & ~excused(bad)).any()):
+                    raise ValueError(f"{name} holds {float(value[bad][0]):g} but every entry {domain.words}")
+        domain = None if bounds else domain
     value = value.to(device=like.device, dtype=dtype)
     return value if domain is None else torch.where(domain.holds(value), value, math.nan)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 sys.path.insert(0, str(Path(__file__).parent))  # the tests' own helpers
 from derivative_cases import (
@@ -212,6 +213,15 @@ def test_compiled_transforms() -> None:
 
 
 # ---------------------------------------------------------------- the rest of autograd
+
+
+@every
+def test_traced_graphs_hold_for_other_values(name: str) -> None:
+    entry = CASES[name]
+    if entry.reads_values:
+        pytest.skip("checks values, which a trace of tensors' operations refuses")
+    traced, others = make_fx(entry)(*entry.leaves()), entry.leaves(1)
+    torch.testing.assert_close(traced(*others), entry(*others))
 
 
 @every
