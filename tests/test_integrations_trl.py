@@ -41,10 +41,10 @@ def tokenizer():
     return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>")
 
 
-def tiny_llama(seed: int = 0):
+def tiny_llama(seed: int = 0, vocabulary: int = len(CHARACTERS)):
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(
-        vocab_size=len(CHARACTERS), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2, pad_token_id=0, eos_token_id=1,
     )  # fmt: skip
     return transformers.LlamaForCausalLM(config)
@@ -356,3 +356,45 @@ def test_a_model_and_a_tokenizer_are_loaded_by_name(tokenizer, tmp_path):
     assert trainer.model.dtype == torch.float64 and trainer.ref_model.dtype == torch.float64
     with pytest.raises(ValueError, match="processing_class is missing"):
         MultiObjectiveDPOTrainer(tiny_llama(), args=arguments(trl.DPOConfig, tmp_path), train_dataset=ROWS)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda: {"model": 3}, TypeError, "model is a int but must be a causal language model, or the name of one"),
+        (lambda: {"model": None}, TypeError, "model is a NoneType but must be"),
+        (lambda: {"model": tiny_llama().requires_grad_(False)}, ValueError, "no parameter .* is_trainable=True"),
+        (lambda: {"model": tiny_llama(vocabulary=8)}, ValueError, r"row 1 has the token \d+ but .* embeddings of 8"),
+        (lambda: {"peft_config": {"r": 4}}, TypeError, "peft_config is a dict but must be a peft.PeftConfig"),
+        (lambda: {"processing_class": "gpt2"}, TypeError, "processing_class is a str but must be a tokenizer"),
+        (lambda: {"loss": "sigmoid"}, TypeError, "loss is 'sigmoid' but must be a function .* list_loss takes names"),
+        (lambda: {"args": {"beta": 0.1}}, TypeError, "args is a dict but must be a DPOConfig"),
+        (lambda: {"args": transformers.TrainingArguments("out")}, TypeError, "must be a DPOConfig, such as mopl's"),
+        (lambda: {"args": MultiObjectiveDPOConfig("out", objectives="a")}, TypeError, r"list of names: \['a'\]"),
+    ],
+)
+def test_what_is_of_another_kind_is_named(tokenizer, tmp_path, change, error, message):
+    with pytest.raises(error, match=message):
+        given = {"model": tiny_llama(), "processing_class": tokenizer, **change()}
+        given.setdefault("args", arguments(MultiObjectiveDPOConfig, tmp_path, max_steps=1))
+        MultiObjectiveDPOTrainer(train_dataset=datasets.Dataset.from_list(ROWS), **given).train()
+
+
+def test_log_probabilities_of_the_reference_that_are_not_finite_are_refused(tokenizer, tmp_path):
+    rows = [{**row, "ref_chosen_logps": -1.0, "ref_rejected_logps": math.nan} for row in ROWS]
+    with pytest.raises(ValueError, match=r"ref_rejected_logps of row 1 are \[-1.0, nan\] but must be finite"):
+        ours(tokenizer, tmp_path, rows)
+
+
+def test_a_path_is_a_name_and_a_processor_has_a_tokenizer(tokenizer, tmp_path):
+    class Processor(transformers.ProcessorMixin):
+        def __init__(self):
+            self.tokenizer = tokenizer
+
+        def __call__(self, text):  # always a batch, as processors of text and images have it
+            return {"input_ids": [tokenizer(text)["input_ids"]]}
+
+    tiny_llama().save_pretrained(tmp_path / "model")
+    trainer, inputs = ours(Processor(), tmp_path, model=tmp_path / "model")
+    assert trainer.data_collator.collator.pad_id == trainer.model.config.pad_token_id == tokenizer.pad_token_id
+    assert_equal_steps(step(trainer, inputs), step(*ours(tokenizer, tmp_path)), 1e-7)

@@ -391,6 +391,7 @@ def test_equal_responses_are_trained_on_as_in_trl(make, models, tmp_path):
         ({"rejected": None}, "row 2: rejected is a NoneType but must be a list of messages, as in the first row"),
         ({"prompt": "how?", "chosen": "so", "rejected": "no"}, "row 2: prompt is a str but must be a list of messages"),
         ({s: [user("how?"), bot(s)] for s in ("chosen", "rejected")} | {"prompt": [user("how?")]}, "1 x prompt twice"),
+        ({"chosen": []}, r"no messages \(row 2: chosen holds no message"),
         ({"chosen": [bot("\ud83d")]}, "row 2: chosen holds U.D83D at character 1"),
         ({"chat_template_kwargs": None}, "row 2: chat_template_kwargs is no dictionary"),
         ({"preference": "yes"}, "row 2: preference is 'yes'"),

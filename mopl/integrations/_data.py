@@ -252,6 +252,10 @@ def _beside(row: Mapping[str, Any], objectives: int, number: int) -> dict[str, A
         found["beta"] = beta
     if all(row.get(name) is not None for name in REFERENCE_COLUMNS):
         found["reference"] = np.array([row[name] for name in REFERENCE_COLUMNS], dtype=np.float32)
+        if not np.isfinite(found["reference"]).all():
+            raise ValueError(
+                f"{', '.join(REFERENCE_COLUMNS)} of row {number} are {found['reference'].tolist()} but must be finite"
+            )
     return found
 
 

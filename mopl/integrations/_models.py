@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,14 @@ def prepare_model(model: Any, peft_config: Any = None, model_init_kwargs: dict[s
     """Load a model that is given by name, wrap it with adapters if asked for, and fuse its head.
 
     Raises:
+        TypeError: If what was passed is no model or no configuration of adapters.
         ValueError: If there are options for loading a model that is loaded, or adapters for one that has some.
         mopl.alignment.head.UnsupportedModelError: If the head cannot be fused.
     """
+    if isinstance(model, os.PathLike):
+        model = os.fspath(model)
+    if not isinstance(model, (str, nn.Module)):
+        raise TypeError(f"model is a {type(model).__name__} but must be a causal language model, or the name of one")
     if isinstance(model, str):
         require("transformers")
         from transformers import AutoModelForCausalLM
@@ -76,8 +82,12 @@ def prepare_model(model: Any, peft_config: Any = None, model_init_kwargs: dict[s
                 "peft.get_peft_model first and pass the result (or a HyperPromptModel around it)"
             )
         require("peft")
-        from peft import get_peft_model
+        from peft import PeftConfig, get_peft_model
 
+        if not isinstance(peft_config, PeftConfig):
+            raise TypeError(
+                f"peft_config is a {type(peft_config).__name__} but must be a peft.PeftConfig, such as peft.LoraConfig"
+            )
         model = get_peft_model(model, peft_config)
     if isinstance(model, (LoraMixture, ParameterMixture)):
         raise ValueError(

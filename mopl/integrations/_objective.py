@@ -61,6 +61,10 @@ class Objective:
         self, settings: ObjectiveArguments, loss: ListLoss | PairLoss | None = None, partial: bool = False
     ) -> None:
         self.settings, self.partial = settings, partial
+        if loss is not None and not callable(loss):
+            raise TypeError(
+                f"loss is {loss!r} but must be a function of mopl.losses or like one; list_loss takes names"
+            )
         self.loss: ListLoss | PairLoss = getattr(losses, settings.list_loss) if loss is None else loss
 
     def __call__(

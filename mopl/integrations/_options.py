@@ -98,8 +98,12 @@ def check_options(args: Any, kind: type) -> None:
         kind: Whose options are meant: `TrainingArguments`, or `DPOConfig`, which has all of these and its own.
 
     Raises:
+        TypeError: If they are no arguments of that kind.
         ValueError: If there is one.
     """
+    if not isinstance(args, kind):
+        own = "MultiObjectiveConfig" if kind.__name__ == "TrainingArguments" else "MultiObjectiveDPOConfig"
+        raise TypeError(f"args is a {type(args).__name__} but must be a {kind.__name__}, such as mopl's {own}")
     for entry in fields(kind):
         if entry.name in OBEYED or not hasattr(args, entry.name):
             continue

@@ -63,6 +63,8 @@ class ObjectiveArguments:
     eval_points: int | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.objectives, str):
+            raise TypeError(f"objectives is {self.objectives!r} but must be a list of names: [{self.objectives!r}]")
         check_choice(self.list_loss, LIST_LOSSES, "list_loss")
         check_choice(self.weights_per, ("list", "step"), "weights_per")
         check_choice(self.scalarization, SCALARIZATIONS, "scalarization")

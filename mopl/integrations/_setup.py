@@ -98,6 +98,7 @@ def check_fit(
             "without options for pairs and choose a list_loss"
         )
     check_labels(loss, sets)
+    check_vocabulary(model, sets)
     pushes = getattr(args, "push_to_hub", False) and str(getattr(args.hub_strategy, "value", args.hub_strategy))
     if pushes and pushes != "end" and isinstance(model, HyperPromptModel):
         raise ValueError(
@@ -128,6 +129,19 @@ def check_labels(loss: Any, sets: Sequence[Examples]) -> None:
                     "and the like pass loss=functools.partial(mopl.losses.listwise_dpo, normalize='softmax', "
                     "label_temperature=...), or list_loss='plackett_luce', which takes their ranks"
                 )
+
+
+def check_vocabulary(model: Any, sets: Sequence[Examples]) -> None:
+    """Raise for a token that the model has no embedding for, which a GPU reports in no readable way."""
+    inner = causal_lm_of(model)
+    size = getattr(inner.get_input_embeddings(), "num_embeddings", None)
+    for item in (example.tokens for examples in sets for example in examples.lists):
+        largest = max(int(part.max(initial=0)) for part in (item.prompt, *item.responses))
+        if size is not None and largest >= size:
+            raise ValueError(
+                f"row {item.index + 1} has the token {largest} but the model has embeddings of {size} tokens; pass the "
+                f"model's own tokenizer, or call model.resize_token_embeddings(len(tokenizer))"
+            )
 
 
 def warn_of_rounding(model: torch.nn.Module, accelerator: Any) -> None:
@@ -162,14 +176,9 @@ def reference_name(own: OwnReference | None, ref_model: Any) -> str:
 def default_collator(args: Any, processing_class: Any, sets: Sequence[Examples]) -> ListCollator:
     multiple = getattr(args, "pad_to_multiple_of", None)
     packed = getattr(args, "padding_free", False)
-    token = next(
-        (
-            getattr(processing_class, name)
-            for name in ("pad_token_id", "eos_token_id")
-            if getattr(processing_class, name, None) is not None
-        ),
-        0,
-    )
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    tokens = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
+    token = next((token for token in tokens if token is not None), 0)
     some = any(_partly_labelled(example) for value in sets for example in value.lists)
     return ListCollator(packed=packed, pad_id=token, pad_to_multiple_of=multiple, partial="keep" if some else "drop")
 

@@ -21,6 +21,19 @@ class ListTrainer(ReferenceTrainer):
 
     row_lengths: Sequence[int] | None = None  # a data set's own column of lengths
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, as `Trainer` does it.
+
+        Raises:
+            ValueError: If no parameter of the model is trained.
+        """
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ValueError(
+                "no parameter of the model requires a gradient, so nothing would be trained; load adapters with "
+                "is_trainable=True (PEFT freezes them otherwise), or call model.requires_grad_(True)"
+            )
+        return super().train(*args, **kwargs)
+
     # ---------------------------------------------------------------- samplers
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:

@@ -172,6 +172,8 @@ def _check(row: Mapping[str, Any], first: Mapping[str, Any]) -> None:
             raise RowError(
                 "wrong type", f"{name} is a {type(value).__name__} but must be {wanted}, as in the first row"
             )
+        if value == [] and name != "prompt":
+            raise RowError("no messages", f"{name} holds no message; a response needs one at least")
         if fault := text_fault(value):
             raise RowError("no Unicode text", f"{name} {fault}")
         for message in () if isinstance(value, str) else value:

@@ -155,7 +155,7 @@ class MultiObjectiveTrainer(ListTrainer):
         settings = settings_of(args)
         self.settings = settings
         set_seed(args.seed)  # adapters are initialised at random
-        if ref_model is model and not isinstance(model, str):
+        if ref_model is model and isinstance(model, nn.Module):
             raise ValueError("model and ref_model are one object; leave ref_model out to get a frozen copy")
         model = models.prepare_model(model, peft_config, model_init_kwargs)
         if ref_model is not None:

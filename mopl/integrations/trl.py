@@ -28,6 +28,7 @@ A model that was trained on texts as they are is asked with `mopl.alignment.gene
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -135,6 +136,7 @@ class MultiObjectiveDPOTrainer(MultiObjectiveTrainer):
             name = model if isinstance(model, str) else getattr(model, "name_or_path", "") or type(model).__name__
             args = MultiObjectiveDPOConfig(f"{name.split('/')[-1]}-DPO")
         check_options(args, DPOConfig)
+        model, ref_model = (os.fspath(m) if isinstance(m, os.PathLike) else m for m in (model, ref_model))
         self._dpo_args = args
         pairs = pair_loss_of(args)
         if pairs is not None:
@@ -162,10 +164,17 @@ class MultiObjectiveDPOTrainer(MultiObjectiveTrainer):
                 processing_class = AutoTokenizer.from_pretrained(
                     name, revision=loading.get("revision"), trust_remote_code=args.trust_remote_code
                 )
+        # That of a processor, which has more for images.
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        if tokenizer is not None and not hasattr(tokenizer, "pad_token"):
+            raise TypeError(
+                f"processing_class is a {type(processing_class).__name__} but must be a tokenizer of transformers, "
+                "such as AutoTokenizer.from_pretrained(...) gives"
+            )
         if args.sync_ref_model:
             _check_moving_reference(model, args, peft_config)
-        if processing_class is not None:
-            _set_padding(processing_class, args.pad_token)
+        if tokenizer is not None:
+            _set_padding(tokenizer, args.pad_token)
         elif args.pad_token is not None:
             raise ValueError(f"pad_token is {args.pad_token!r} but there is no tokenizer; pass processing_class")
         super().__init__(
@@ -187,11 +196,11 @@ class MultiObjectiveDPOTrainer(MultiObjectiveTrainer):
             template=template,
             on_error=on_error,
         )
-        if processing_class is not None:
+        if tokenizer is not None:
             inner = causal_lm_of(self.model)
             for settings in (inner.config.get_text_config(), getattr(inner, "generation_config", None)):
                 if settings is not None:
-                    settings.pad_token_id = processing_class.pad_token_id
+                    settings.pad_token_id = tokenizer.pad_token_id
         if args.sync_ref_model:
             if self.ref_model is None:
                 raise ValueError(
