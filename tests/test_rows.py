@@ -193,6 +193,22 @@ def test_the_probe_sees_through_small_weights_and_rounding(dtype: torch.dtype) -
     assert found["jamba"] == (Style(), None)
 
 
+@pytest.mark.parametrize("seed", [3, 5])
+def test_a_router_that_rounding_sends_elsewhere_is_no_fault(seed: int) -> None:
+    """Of bfloat16: whether one batch shows it is chance."""
+    from transformers import AutoModelForCausalLM, MixtralConfig
+
+    torch.manual_seed(seed)
+    config = MixtralConfig(
+        vocab_size=200, hidden_size=64, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.1, max_position_embeddings=256, num_local_experts=8,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16).eval()
+    for kind, embeds in (("padded", False), ("positioned", True), ("packed", False)):
+        found = finding(model, kind, embeds=embeds)
+        assert found.style is not None and found.left, found.reason
+
+
 def test_weights_that_are_elsewhere_are_measured_when_they_come() -> None:
     with torch.device("meta"):
         model = models.small_model("gpt2")
