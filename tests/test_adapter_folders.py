@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from tiny_language_models import build, prompt, tokenizer
 
+from mopl.alignment.export import export
 from mopl.alignment.generate import generate
 from mopl.alignment.models import load_causal_lm, load_tokenizer
 from mopl.alignment.runs import open_run
@@ -176,3 +177,17 @@ def test_a_policy_on_rewards_starts_from_the_adapter(tmp_path, base, monkeypatch
     capsys.readouterr()
     assert main(["align", "--run", "run", "--resume"]) == 2
     assert "adapter is another model than when run began (its parameters differ)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("conditioned", [False, True])
+def test_an_adapter_of_a_merged_adapter_is_not_exported(tmp_path, base, conditioned):
+    # Loaders would put it onto the base of the first adapter, or onto that adapter unmerged.
+    save_adapter(tmp_path / "adapter", base, KINDS["lora"]())
+    model = load_causal_lm(str(tmp_path / "adapter"))
+    if conditioned:
+        model = HyperPromptModel(model, prompt())
+    else:
+        model = peft.get_peft_model(model, KINDS["lora"]())
+    with pytest.raises(ValueError, match=r"started from .*adapter, itself a PEFT adapter.* pass kind='model'"):
+        export(model.eval(), tokenizer(), [0.2, 0.8] if conditioned else None, tmp_path / "made", kind="adapter")
+    assert not (tmp_path / "made").exists()

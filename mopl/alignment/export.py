@@ -69,6 +69,7 @@ from mopl.conditioning import (
     WeightedModel,
     check_weights,
 )
+from mopl.conditioning._adapter_base import base_of_adapter
 from mopl.conditioning._causal_lm import is_peft
 from mopl.conditioning._merging import merged, settle_merged, settle_ties
 from mopl.conditioning.weighted import causal_lm_of, takes_temperature
@@ -134,6 +135,13 @@ def export(
     inner: Any = model.model if isinstance(model, (WeightedModel, ParameterMixture)) else model
     if kind == "adapter" and not isinstance(model, HyperPromptModel) and not is_peft(inner):
         raise ValueError(f"a plain {type(inner).__name__} has no adapter; pass kind='model'")
+    base = causal_lm_of(inner)
+    source = getattr(base, "name_or_path", "") or ""
+    if kind == "adapter" and base_of_adapter(source) is not None:
+        raise ValueError(
+            f"the model started from {source}, itself a PEFT adapter, and the base of an adapter must be a plain "
+            "model; pass kind='model'"
+        )
     made, front, prefix = tokenizer, None, None
     if text_prompt is not None:
         assert w is not None
@@ -146,7 +154,6 @@ def export(
             record["virtual_tokens"] = {"ids": front.ids, "tokens": front.tokens}
     made = tokenizer if front is None else front.tokenizer
     virtual = front.ids if front is not None and not front.after_bos else []
-    base = causal_lm_of(inner)
     vocabulary = virtual[0] if virtual else base.get_input_embeddings().weight.shape[0]
     check = None if front is None else (tokenizer, front)
     if kind == "adapter":
