@@ -205,6 +205,15 @@ def test_average_is_the_mean_over_response_tokens_and_an_empty_response_scores_z
     assert mean.scores[2] == 0
 
 
+def test_inference_mode_changes_no_score_and_leaves_the_model_trainable() -> None:
+    model, batch = fuse(build("gemma2")), example()
+    with torch.inference_mode():
+        scores = score_sequences(model, batch).scores
+    again = score_sequences(model, batch).scores
+    assert torch.equal(scores, again.detach())
+    again.sum().backward()
+
+
 def test_a_response_mask_says_the_same_as_labels() -> None:
     model, batch = fuse(build("llama")), example()
     labels = batch.pop("labels")

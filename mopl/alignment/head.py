@@ -227,6 +227,14 @@ class _FusedForward:
     ) -> Any:
         if targets is None:
             return self.original(*args, **kwargs)
+        if torch.is_inference_mode_enabled():
+            # Its tensors count no versions, by which a change of the head's output is seen below.
+            with torch.inference_mode(False), torch.no_grad():
+                return self(
+                    *args, targets=targets, temperature=temperature, return_logsumexp=return_logsumexp,
+                    return_entropy=return_entropy, reference_hidden=reference_hidden, reference_head=reference_head,
+                    **kwargs,
+                )  # fmt: skip
         transform, name = self.measure(), type(self.model).__name__
         kwargs = arranged(self.model, {**dict(zip(self.__signature__.parameters, args, strict=False)), **kwargs})
         current = _find_head(self.model)
