@@ -1,5 +1,6 @@
 """From texts to batches: where responses begin, truncation, padding and packing, labels and masks, token budgets."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -598,6 +599,12 @@ def test_real_data_go_from_file_to_batches_within_the_budget(shared_data, name, 
             assert torch.equal(batch.labels[number][:, : expected.shape[1]], expected)
         seen += batch.lists.tolist()
     assert sorted(seen) == list(range(len(data)))
+
+
+def test_the_fingerprint_of_tokens_changes_with_where_prompts_begin():
+    tokens = tokenize(PreferenceData([PreferenceList("Why?", ("a", "b"), {"x": (1, 0)})]), ListTokenizer(PLAIN))
+    later = dataclasses.replace(tokens.lists[0], prompt_starts=(0, 1))
+    assert dataclasses.replace(tokens, lists=(later,)).fingerprint() != tokens.fingerprint()
 
 
 def test_the_fingerprint_of_tokens_changes_with_tokenizer_template_and_length(shared_data):
