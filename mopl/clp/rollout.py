@@ -206,7 +206,8 @@ class Sampler:
             values = output.log_probs.gather(1, place).masked_fill(~exists, 0.0)
             columns.append(torch.nn.functional.pad(values, (0, n - values.shape[1])))
             if head is not None:
-                found = seen[0][torch.arange(len(place), device=place.device)[:, None], place]
+                # The last, for a model that is measured at its first pass gets other rows before.
+                found = seen[-1][torch.arange(len(place), device=place.device)[:, None], place]
                 states.append(torch.nn.functional.pad(found, (0, 0, 0, n - found.shape[1])))
         return torch.cat(columns), torch.cat(states) if states else None
 
