@@ -92,7 +92,7 @@ class Domain(NamedTuple):
 
 
 POSITIVE = Domain(lambda x: (x > 0) & (x < math.inf), "must be positive and finite")
-NOT_NEGATIVE = Domain(lambda x: (x >= 0) & (x < math.inf), "must not be negative, and finite")
+NOT_NEGATIVE = Domain(lambda x: (x >= 0) & (x < math.inf), "must not be negative, NaN or infinite")
 
 
 _TRACING = torch._C._TorchDispatchModeKey.PROXY  # torch.fx.experimental.proxy_tensor.make_fx
@@ -155,11 +155,11 @@ def as_value(
     """
     dtype, reading = compute_dtype(like), not torch.compiler.is_compiling()
     if not isinstance(value, Tensor):
-        several = isinstance(value, (list, tuple, set, dict)) or (reading and getattr(value, "ndim", 0) > 0)
-        if several or value is None or isinstance(value, str):
-            raise TypeError(
-                f"{name} is a {type(value).__name__} but must be a number or a torch.Tensor; pass torch.tensor({name})"
-            )
+        several = isinstance(value, (list, tuple)) or (reading and getattr(value, "ndim", 0) > 0)
+        if several or value is None or isinstance(value, (str, set, dict)):
+            got = "None" if value is None else f"a {type(value).__name__}"
+            remedy = f"; pass torch.tensor({name})" if several else ""
+            raise TypeError(f"{name} is {got} but must be a number or a torch.Tensor{remedy}")
         # While tracing, a comparison or `torch.full` would compile one graph for each number.
         if not reading:
             value = torch.ones((), dtype=dtype, device=like.device) * value

@@ -312,6 +312,7 @@ def test_errors_name_the_argument_its_shape_and_the_remedy() -> None:
         ((logits.long(), target), {}, TypeError, r"logits\.float\(\)"),
         ((torch.randn(3, 0), target), {}, ValueError, r"\(3, 0\)"),
         ((logits, target.float()), {}, TypeError, r"target\.long\(\)"),
+        ((logits, target.tolist()), {}, TypeError, r"target is list .* pass torch\.tensor\(target\)"),
         ((logits, target[:2]), {}, ValueError, r"target has shape \(2,\).*\(3, 7\)"),
         ((logits, target + 5), {}, ValueError, "vocabulary size 7"),
         ((logits, target - 1), {}, ValueError, "ignore_index"),

@@ -127,7 +127,8 @@ def check_labels(loss: Any, sets: Sequence[Examples]) -> None:
                     f"labels of {examples.objectives[j]} hold {example.tokens.labels[negative][0]:g} (row "
                     f"{example.tokens.index + 1}), but {function.__name__} takes none that are negative; for rewards "
                     "and the like pass loss=functools.partial(mopl.losses.listwise_dpo, normalize='softmax', "
-                    "label_temperature=...), or list_loss='plackett_luce', which takes their ranks"
+                    "label_temperature=...) to the trainer, or list_loss='plackett_luce', which takes their ranks, to "
+                    "its config"
                 )
 
 

@@ -106,7 +106,9 @@ def listwise_dpo(
         dtype = compute_dtype(difference, labels)
         labels = to_distributions(labels, "softmax", mask, label_temperature, dtype, "normalize")
     elif isinstance(label_temperature, Tensor) or label_temperature != 1:
-        raise ValueError(f"label_temperature has no part in normalize={normalize!r}; pass normalize='softmax'")
+        raise ValueError(
+            f"label_temperature has no part in normalize={normalize!r}; pass normalize='softmax', or leave it out"
+        )
     loss = listwise_cross_entropy(
         difference,
         labels,

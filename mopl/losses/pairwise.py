@@ -45,12 +45,14 @@ All but `aot` with a reference, which sorts policy and reference apart, and the 
 
 from __future__ import annotations
 
+import math
 from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
 from mopl._arguments import (
+    NOT_NEGATIVE,
     POSITIVE,
     Domain,
     Reduction,
@@ -120,8 +122,8 @@ def bradley_terry(
         margin: γ in nats, for the types that have it.
         f_divergence: the divergence that replaces reverse KL, one of `F_DIVERGENCES` (Wang et al. 2023, 2309.16240).
         f_alpha: the order of "alpha_divergence"; 1 is reverse KL.
-        discopop_tau: τ of `discopop`.
-        dpop_lambda: λ of `dpop`.
+        discopop_tau: τ of `discopop`, positive.
+        dpop_lambda: λ of `dpop`, not negative.
         reduction: "none" for (B, m), "sum", or "mean" over pairs of the sum over objectives.
 
     Returns:
@@ -149,7 +151,9 @@ def bradley_terry(
     for option, is_given in given.items():
         if is_given and option not in kind.options:
             users = ", ".join(name for name, other in LOSSES.items() if option in other.options)
-            raise ValueError(f"{option} has no part in loss_type {loss_type!r} but in {users}; leave it at its default")
+            raise ValueError(
+                f"{option} has no part in loss_type {loss_type!r}, only in {users}; leave it at its default"
+            )
     if given["f_alpha"] and f_divergence != "alpha_divergence":
         raise ValueError(f"f_alpha is the order of 'alpha_divergence' but f_divergence is {f_divergence!r}")
     _check_smoothing(label_smoothing, loss_type)
@@ -172,6 +176,13 @@ def bradley_terry(
         max([1, *objectives]),
     )
     like, shape = pairs[0], (pairs[0].shape[0], pairs[0].shape[1])
+    for option, value, domain in (
+        ("f_alpha", f_alpha, _FINITE),
+        ("discopop_tau", discopop_tau, POSITIVE),
+        ("dpop_lambda", dpop_lambda, NOT_NEGATIVE),
+    ):
+        if given[option]:
+            as_value(value, option, like, domain)
     pair = Pair(
         policy=(pairs[0], pairs[1]),
         reference=(pairs[2], pairs[3]) if len(pairs) == 4 else None,
@@ -263,6 +274,7 @@ _SMOOTHING = {
     "robust": Domain(lambda x: (x >= 0) & (x < 0.5), "must lie in [0, 0.5) for 'robust', which divides by 1 - 2ε"),
     "exo_pair": Domain(lambda x: (x > 0) & (x < 1), "must lie in (0, 1) for 'exo_pair'; its paper takes 1e-3"),
 }
+_FINITE = Domain(lambda x: (x > -math.inf) & (x < math.inf), "must be finite")
 _RATE = Domain(lambda x: (x >= 0) & (x <= 1), "must lie in [0, 1]: it is the rate of flipped labels")
 
 
