@@ -525,6 +525,17 @@ def test_no_reference_is_a_reference_of_zero(loss_type: str) -> None:
     torch.testing.assert_close(without, pair_loss([chosen, rejected, zero, zero], loss_type, reduction="none"))
 
 
+def test_options_given_as_traced_numbers() -> None:
+    chosen, rejected = torch.tensor([0.5, -1.0]), torch.tensor([0.2, 0.4])
+
+    def loss(option: float) -> torch.Tensor:
+        return bradley_terry(chosen, rejected, temperature=option, label_smoothing=option, margin=option)
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    for option in (0.1, 0.2):
+        torch.testing.assert_close(compiled(option), loss(option))
+
+
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_whole_graph_compiles(loss_type: str) -> None:
     torch.compiler.reset()  # each type is a recompilation of one function, of which there may be only a few

@@ -262,12 +262,14 @@ class DPOLoss(torch.nn.Module):
 
 
 def _is_matrix(value: object) -> TypeGuard[Tensor]:
-    return getattr(value, "ndim", 0) == 2
+    return isinstance(value, Tensor) and value.ndim == 2
 
 
 def _nonzero(value: float | Tensor) -> bool:
     """Say whether an option is given: a tensor always is, its values are never read."""
-    return isinstance(value, Tensor) or getattr(value, "ndim", 0) > 0 or value != 0
+    # While tracing, a number is a symbol, which cannot be asked for attributes.
+    array = not torch.compiler.is_compiling() and getattr(value, "ndim", 0) > 0
+    return isinstance(value, Tensor) or array or value != 0
 
 
 _SMOOTHING = {
@@ -290,7 +292,7 @@ def _check_smoothing(value: float | Tensor, loss_type: str) -> None:
 def _as_pairs(named: list[tuple[str, Tensor | None]], objectives: int) -> list[Tensor]:
     """Return the tensors that are given as (B, m) in the dtype of the arithmetic."""
     tensors: list[tuple[str, Tensor]] = []
-    shapes: dict[str, str] = {}
+    given: dict[str, Tensor] = {}
     for name, value in named:
         if value is None:
             continue
@@ -302,7 +304,7 @@ def _as_pairs(named: list[tuple[str, Tensor | None]], objectives: int) -> list[T
                 f"{name} has shape {shape_of(value)} but must be (B,) or (B, m): one log-probability a response, "
                 "summed or averaged over tokens"
             )
-        shapes[name] = shape_of(value)
+        given[name] = value
         tensors.append((name, value if value.ndim == 2 else value[:, None]))
     dtype = compute_dtype(*(tensor for _, tensor in tensors))
     batch = tensors[0][1].shape[0]
@@ -310,7 +312,7 @@ def _as_pairs(named: list[tuple[str, Tensor | None]], objectives: int) -> list[T
     for name, tensor in tensors:
         if tensor.shape[0] != batch or tensor.shape[1] not in (1, objectives):
             raise ValueError(
-                f"{name} has shape {shapes[name]} but there are {batch} pairs and {objectives} "
+                f"{name} has shape {shape_of(given[name])} but there are {batch} pairs and {objectives} "
                 f"objectives; pass ({batch},) or ({batch}, {objectives})"
             )
     return [tensor.to(dtype).expand(batch, objectives) for _, tensor in tensors]
