@@ -373,6 +373,15 @@ def test_files_that_do_not_fit_are_refused(tmp_path) -> None:
         LoraMixture.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("rule", [None, AlphaCoefficients(0.2)])
+def test_other_coefficients_than_those_of_the_training_are_refused(rule, tmp_path) -> None:
+    mixed("logits", coefficients=rule).save_pretrained(tmp_path)
+    assert ParameterMixture.from_pretrained(tmp_path, coefficients=rule).coefficients == rule
+    for other in (AlphaCoefficients(0.1), lambda w, alpha: w):
+        with pytest.raises(ValueError, match=r"was trained with .*leave coefficients out"):
+            ParameterMixture.from_pretrained(tmp_path, coefficients=other)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

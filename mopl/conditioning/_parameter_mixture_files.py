@@ -17,8 +17,8 @@ from mopl._files import write_files
 from mopl._hub import naming_own_code
 from mopl._records import damaged
 from mopl._tensor_files import check_shapes, read_tensors
-from mopl.conditioning._parameter_mixture_parts import AlphaCoefficients, CoefficientRule
-from mopl.conditioning._saved import CONFIG_FILE, REMEDY, fitting, read_record
+from mopl.conditioning._parameter_mixture_parts import CoefficientRule, rule_to_save, saved_rule
+from mopl.conditioning._saved import CONFIG_FILE, REMEDY, read_record
 
 WEIGHTS_FILE, MODEL_FOLDER = "parameter_mixture.safetensors", "architecture"
 
@@ -40,13 +40,13 @@ def save(mixture: Any, directory: str | os.PathLike[str]) -> None:
     require("safetensors")
     from safetensors.torch import save_file
 
-    rule, model = mixture.coefficients, mixture.model
+    model = mixture.model
     config = {
         "kind": "ParameterMixture",
         **asdict(mixture.record),
         "scope": mixture.scope,
         "sets": len(mixture.others) + 1,
-        "coefficients": asdict(rule) if isinstance(rule, AlphaCoefficients) else "custom" if rule else None,
+        "coefficients": rule_to_save(mixture.coefficients),
         "untied": mixture.untied,
         "base_model": getattr(model, "name_or_path", "") or None,
     }
@@ -78,12 +78,7 @@ def read(
     """Return what a folder says of a mixture, its tensors, the model to put them into, and the coefficients."""
     folder = Path(directory)
     config = read_record(folder, "ParameterMixture", WEIGHTS_FILE)
-    rule = config["coefficients"]
-    if rule == "custom" and coefficients is None:
-        raise ValueError(f"{folder} was trained with coefficients of its own; pass the function as coefficients")
-    if isinstance(rule, dict):
-        with fitting(folder / CONFIG_FILE):
-            coefficients = AlphaCoefficients(**rule)
+    coefficients = saved_rule(config["coefficients"], coefficients, folder)
     state = read_tensors(folder / WEIGHTS_FILE, remedy=REMEDY)
     sets = len({name.partition(".")[0] for name in state if name.startswith("set_")}) + 1
     if config["sets"] != sets:

@@ -35,7 +35,13 @@ from mopl.conditioning._merging import (
     short_name,
     weights_held,
 )
-from mopl.conditioning._parameter_mixture_parts import AlphaCoefficients, CoefficientRule, coefficients_of
+from mopl.conditioning._parameter_mixture_parts import (
+    AlphaCoefficients,
+    CoefficientRule,
+    coefficients_of,
+    rule_to_save,
+    saved_rule,
+)
 from mopl.conditioning._saved import (
     CONFIG_FILE,
     TuningRecord,
@@ -333,12 +339,11 @@ class LoraMixture(nn.Module):
 
     def save_pretrained(self, directory: str | os.PathLike[str], **_: Any) -> None:
         """Write the adapters, each in a folder of its name, and `mopl.json`; never the frozen base model."""
-        rule = self.coefficients
         config = {
             "kind": "LoraMixture",
             **asdict(self.record),
             "adapters": self.adapters,
-            "coefficients": asdict(rule) if isinstance(rule, AlphaCoefficients) else "custom" if rule else None,
+            "coefficients": rule_to_save(self.coefficients),
             "base_model": getattr(self.causal_lm, "name_or_path", "") or None,
         }
         model: Any = self.model
@@ -374,12 +379,7 @@ class LoraMixture(nn.Module):
         """
         folder = Path(directory)
         config = read_record(folder, "LoraMixture")
-        rule = config["coefficients"]
-        if rule == "custom" and coefficients is None:
-            raise ValueError(f"{folder} was trained with coefficients of its own; pass the function as coefficients")
-        with fitting(folder / CONFIG_FILE):
-            if isinstance(rule, dict):
-                coefficients = AlphaCoefficients(**rule)
+        coefficients = saved_rule(config["coefficients"], coefficients, folder)
         model = base_model(config, folder, model, model_kwargs)
         with fitting(folder / CONFIG_FILE):
             paths = {name: adapter_folder(folder, name) for name in config["adapters"]}

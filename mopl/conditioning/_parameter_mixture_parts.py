@@ -6,12 +6,14 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mopl._arguments import check_choice, shape_of
+from mopl.conditioning._saved import CONFIG_FILE, fitting
 from mopl.conditioning.sampling import check_weights
 
 SCOPES = ("full", "attention", "logits")
@@ -89,6 +91,32 @@ def coefficients_of(
             f"coefficients gave {shape_of(result)} but must give {(*w.shape[:-1], sets)}, one for each set"
         )
     return result
+
+
+def rule_to_save(rule: CoefficientRule | None) -> Any:
+    """Return what a folder says of coefficients: their numbers, that they are a function, or nothing."""
+    return dataclasses.asdict(rule) if isinstance(rule, AlphaCoefficients) else "custom" if rule else None
+
+
+def saved_rule(saved: Any, given: CoefficientRule | None, folder: Path) -> CoefficientRule | None:
+    """Return the coefficients of a mixture in a folder.
+
+    Raises:
+        ValueError: If they are a function, which no file holds, and `given` is None; or if `given` is another rule than
+            the one that the sets were trained with.
+    """
+    if saved == "custom":
+        if given is None:
+            raise ValueError(f"{folder} was trained with coefficients of its own; pass the function as coefficients")
+        return given
+    with fitting(folder / CONFIG_FILE):
+        rule = None if saved is None else AlphaCoefficients(**saved)
+    if given is not None and given != rule:
+        raise ValueError(
+            f"coefficients is {given!r} but {folder} was trained with {rule or 'the weights themselves'}; "
+            "leave coefficients out"
+        )
+    return rule
 
 
 # ---------------------------------------------------------------- which parameters
