@@ -199,3 +199,10 @@ def test_labels_that_only_float32_would_make_equal_are_a_pair(dtype: torch.dtype
     scores = torch.tensor([[0.5, -0.2, 0.1]])
     found = pairwise_logistic(scores, large)
     assert found > 0 and torch.equal(found, pairwise_logistic(scores, large - 2**24))
+    gained = lambda_loss(scores, large, gain="linear")
+    assert gained > 0 and torch.equal(gained, lambda_loss(scores, large - 2**24, gain="linear"))
+    garbage = torch.tensor([[True, True, True, False]])
+    padded = lambda_loss(
+        torch.cat([scores, scores[:, :1]], 1), torch.cat([large, large[..., :1] - 7], -1), mask=garbage, gain="linear"
+    )
+    assert torch.equal(padded, gained)

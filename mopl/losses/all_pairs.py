@@ -124,15 +124,21 @@ def lambda_loss(
     x, u, y = _prepare(scores, labels, reference, temperature, mask)
     if normalize:
         y = _for_gains(y, mask)
+    order = _ranked(labels, y, mask)
     with torch.no_grad():
-        gains = _gains(y, gain, mask, scaled=normalize)
+        source = y
+        if gain == "linear" and not normalize and order is not y:
+            # Only differences of these gains count, and those of large labels are lost where each is rounded alone.
+            lowest = _extremes(order, mask)[1]
+            source = (order - torch.where(lowest.isfinite(), lowest, 0)).to(y.dtype)
+        gains = _gains(source, gain, mask, scaled=normalize)
         if normalize:
             ideal = _ideal_dcg(gains, mask, top_k)
             gains = torch.where(ideal > 0, gains / torch.where(ideal > 0, ideal, 1), 0)
         ranks = _ranks(x, mask)
     loss = pairs.pairwise_logistic(
         u,
-        _ranked(labels, y, mask),
+        order,
         u.new_zeros((y.shape[0], 1)),
         gains,
         1 / torch.log2(1 + ranks.double()),
