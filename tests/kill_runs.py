@@ -248,7 +248,8 @@ def next_command(case: Case, folder: Path) -> str:
     """Return what a person would type: the command again, or to resume the run that it has made."""
     record = folder / "run" / "config.json"
     if record.is_file() and (case.overwrites is None or json.loads(record.read_text())["config"]["seed"] == 0):
-        return f"{case.command.split()[0]} --resume --run run"
+        trust = " --trust-rewards" * ("--rewards" in case.command)  # its rewards are a module of the inputs
+        return f"{case.command.split()[0]} --resume --run run{trust}"
     return case.command
 
 
