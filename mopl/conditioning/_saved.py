@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from torch import nn
@@ -95,13 +95,13 @@ class _HyperPromptModel(Record):
 
 class _LoraMixture(Record):
     adapters: Names
-    coefficients: _Coefficients | str | None
+    coefficients: _Coefficients | Literal["custom"] | None
 
 
 class _ParameterMixture(Record):
     scope: str
     sets: int
-    coefficients: _Coefficients | str | None
+    coefficients: _Coefficients | Literal["custom"] | None
 
 
 class _Text(Record):
