@@ -9,6 +9,7 @@ why the temporary thing is a folder.)
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -87,8 +88,9 @@ def write_folder(final: str | os.PathLike[str], fill: Callable[[Path], None], *,
     final = Path(final)
     make_parents(final)
     target = Path(os.path.realpath(final))
-    if target.exists() and not target.is_dir():
-        raise NotADirectoryError(f"{final} cannot be written: it is a file; name another place")
+    with contextlib.suppress(FileNotFoundError):  # asked once: another process may take it away between two questions
+        if not stat.S_ISDIR(target.stat().st_mode):
+            raise NotADirectoryError(f"{final} cannot be written: it is a file; name another place")
     try:
         with _folder_beside(target) as temporary:
             new = temporary / target.name
