@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 
 def launch(processes, *command, **environment):
@@ -13,4 +14,9 @@ def launch(processes, *command, **environment):
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
     launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **environment}
-    return subprocess.run([*launcher, *command], capture_output=True, text=True, env=env, timeout=180)
+    return subprocess.run([*launcher, *command], capture_output=True, text=True, env=env, timeout=300)
+
+
+def launch_mopl(*command, **environment):
+    """Run a command of mopl on two processes, one of which comes late to every question about a file."""
+    return launch(2, str(Path(__file__).parent / "distributed" / "late_process.py"), "1", *command, **environment)

@@ -20,6 +20,9 @@ pytest.importorskip("peft")
 pytest.importorskip("accelerate")
 pytest.importorskip("moocore")
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from launching import launch_mopl
+
 from mopl import steering
 from mopl.alignment import AlignConfig, align, command, config, open_run, score_sequences
 from mopl.alignment.models import read_state, trained_parameters
@@ -563,11 +566,8 @@ def test_the_demo_brings_model_data_and_settings_and_options_still_count(place, 
 @pytest.mark.distributed
 @pytest.mark.parametrize("reference", ["self", "precomputed"])
 def test_two_processes_make_the_run_of_one(place, tmp_path, reference):
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     given = arguments(place, tmp_path / "two", "--reference", reference, "--learning-rate", "0.01")
-    done = subprocess.run([*launcher, "-m", "mopl.cli", *given], capture_output=True, text=True, env=environment)
+    done = launch_mopl(*given)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("weight-cos-dpo: 4 steps") == 1  # one process speaks
     assert main(arguments(place, tmp_path / "one", "--reference", reference, "--learning-rate", "0.01")) == 0

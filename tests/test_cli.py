@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from launching import launch_mopl
+
 import mopl
 from mopl.cli import METHODS, as_flags, build_parser, main
 from mopl.ranking import methods
@@ -217,16 +220,13 @@ def test_report_makes_a_runs_files_again(run, capsys):
 
 @pytest.mark.distributed
 def test_two_processes_reach_the_front_of_one(run, tmp_path):
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [*launcher, "-m", "mopl.cli", "rank", "--run", str(tmp_path / "two"), *TINY]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    command = ["rank", "--run", str(tmp_path / "two"), *TINY]
+    done = launch_mopl(*command)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("nats above the optimum") == 1  # one process speaks
     for ours, theirs in zip(run_fronts(tmp_path / "two"), run_fronts(run), strict=True):
         assert ours.tensors()[1].tolist() == pytest.approx(theirs.tensors()[1].tolist(), abs=5e-3)
-    again = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    again = launch_mopl(*command)
     assert again.returncode != 0 and "--overwrite" in again.stderr
 
 

@@ -1,6 +1,7 @@
 """`mopl align` with methods on rewards, from prompts to report, and what comes after: generate, export, report."""
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from launching import launch_mopl
 from tiny_language_models import build, tokenizer
 
 from mopl.cli import main
@@ -271,3 +273,18 @@ def test_the_demo_runs_on_its_own_prompts(place, monkeypatch):
     assert Front.load(place / "run" / "front.json").objectives == ["sentiment", "brevity"]
     assert main([*given, "--limit", "12", "--max-new-tokens", "4"]) == 0, "the same command finds its run"
     assert (place / "run" / "front.json").read_bytes() == front
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_two_processes_make_one_run(place):
+    given = ["align", "--model", "model", "--data", "prompts.jsonl", "--device", "cpu", *BUDGET, "--scope", "lora"]
+    given += ["--method", "clp-all", "--run", "two", "--rewards", "tiny_rewards:first", "tiny_rewards:second"]
+    done = launch_mopl(*given, PYTHONPATH=os.pathsep.join([str(place), *sys.path]))
+    assert done.returncode == 0, done.stdout + done.stderr[-5000:]
+    assert done.stdout.count("clp: 2 steps") == 1  # one process speaks
+    assert align("--method", "clp-all", "--scope", "lora", "--run", "one") == 0
+    fronts = [{front.method: front.tensors()[1] for front in run_fronts(name)} for name in ("two", "one")]
+    assert fronts[0].keys() == fronts[1].keys()
+    assert torch.equal(fronts[0]["base"], fronts[1]["base"])
+    assert json.loads((place / "two/rewards.json").read_text()) == json.loads((place / "one/rewards.json").read_text())

@@ -50,7 +50,7 @@ from mopl.conditioning import HyperPromptModel
 from mopl.pareto._volumes import check_affordable
 from mopl.ranking.evaluate import grid_of
 from mopl.training import RunLog, make_accelerator
-from mopl.training.parallel import on_main
+from mopl.training.parallel import exists_on_main, on_main
 from mopl.training.run_directory import (
     RunInterrupted,
     command_line,
@@ -203,12 +203,12 @@ def _work(
         accelerator.wait_for_everyone()
         return folder
 
-    if not (path / "base" / FRONT).exists():
+    if not exists_on_main(accelerator, path / "base" / FRONT):
         samples = answers(stages, "base", path, grid, prompts)
         finish("base", folder_of("base"), [base], samples, seconds=0.0, parameters=0)
     for method in config.methods:
         folder = folder_of(method)
-        if (folder / FRONT).exists():
+        if exists_on_main(accelerator, folder / FRONT):
             continue
         seconds, parameters = stages.train_method(method, folder, grid)
         tell(f"{method}: evaluating {len(grid)} trade-offs on {len(test.tokens)} lists")

@@ -43,6 +43,7 @@ from mopl.alignment.trained import model_folder, vector_name
 from mopl.conditioning import LoraMixture, TextPrompt
 from mopl.ranking.methods import box_temperatures, dirichlet_weights, fixed
 from mopl.training import RunLog, train
+from mopl.training.parallel import exists_on_main
 from mopl.training.run_directory import DONE, read_done
 
 
@@ -283,7 +284,7 @@ class Stages:
         temperature: bool = False,
     ) -> tuple[float, int]:
         """Train and save a model unless it is there; return seconds, interruptions left out, and parameters."""
-        if (folder / DONE).exists():
+        if exists_on_main(self.accelerator, folder / DONE):
             done = read_done(folder / DONE)
             return done["seconds"], done["parameters"]
         config = self.config

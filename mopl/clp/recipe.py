@@ -56,7 +56,7 @@ from mopl.conditioning import HyperPromptModel
 from mopl.pareto._volumes import check_affordable
 from mopl.rewards import Rewards, prompt_key
 from mopl.training import RunLog, make_accelerator
-from mopl.training.parallel import on_main
+from mopl.training.parallel import exists_on_main, on_main
 from mopl.training.run_directory import (
     RunInterrupted,
     command_line,
@@ -222,8 +222,8 @@ def _work(stages: Stages, identity: dict[str, Any]) -> None:
         stages.accelerator.wait_for_everyone()
 
     todo = [(method, method_folder(path, config, method)) for method in config.methods]
-    todo = [(method, folder) for method, folder in todo if not (folder / FRONT).exists()]
-    if todo or not (path / "base" / FRONT).exists():
+    todo = [(method, folder) for method, folder in todo if not exists_on_main(stages.accelerator, folder / FRONT)]
+    if todo or not exists_on_main(stages.accelerator, path / "base" / FRONT):
         base = evaluator.base()  # again in a resumed run: the cost of decoding is relative to it
         finish("base", path / "base", [base], seconds=0.0, parameters=0)
     for method, folder in todo:
@@ -252,7 +252,7 @@ def _in_words(method: str, figures: dict[str, Any]) -> str:
 def measure_rewards(stages: Stages) -> RewardScale:
     """Return mean and deviation of the rewards over answers of the untrained model, computed once in a run."""
     file, config = stages.path / REWARDS, stages.config
-    if not file.exists():
+    if not exists_on_main(stages.accelerator, file):
         chosen = stages.prompts["train"].first(config.normalize_prompts)
         rows = [i for i in range(len(chosen)) for _ in range(max(2, config.samples_per_prompt))]
         with seeded(config.seed), torch.no_grad():

@@ -29,6 +29,7 @@ from mopl.clp.reward_scale import RewardScale, RunningScale
 from mopl.clp.rollout import RolloutStore, Sampler
 from mopl.rewards import Rewards
 from mopl.training import CheckpointFolder, RunLog, train
+from mopl.training.parallel import exists_on_main
 from mopl.training.precision import rounding_of
 from mopl.training.run_directory import DONE, read_done
 
@@ -104,7 +105,7 @@ class Stages:
 
     def _fit(self, name: str, folder: Path, kind: str, expert: int | None = None) -> tuple[float, int]:
         """Train and save a policy unless it is there; return seconds, interruptions left out, and parameters."""
-        if (folder / DONE).exists():
+        if exists_on_main(self.accelerator, folder / DONE):
             done = read_done(folder / DONE)
             return done["seconds"], done["parameters"]
         config, main = self.config, self.accelerator.is_main_process

@@ -52,7 +52,7 @@ from mopl.ranking.runs import (
 from mopl.ranking.stages import Stages, Trained, check_base, load_policy
 from mopl.ranking.validation import Validation
 from mopl.training import RunLog, make_accelerator
-from mopl.training.parallel import on_main
+from mopl.training.parallel import exists_on_main, on_main
 from mopl.training.run_directory import (
     RunInterrupted,
     command_line,
@@ -201,12 +201,12 @@ def _work(
             front.save(folder / FRONT)  # last: where it is, the method is finished
         accelerator.wait_for_everyone()
 
-    if not (path / "base" / FRONT).exists():
+    if not exists_on_main(accelerator, path / "base" / FRONT):
         trained = {"base": Trained.read(path / "base")}
         finish("base", path / "base", BasePolicy(stages.objectives), trained, sum(p.numel() for p in base.parameters()))
     for method in config.methods:
         folder = method_folder(path, config, method)
-        if (folder / FRONT).exists():
+        if exists_on_main(accelerator, folder / FRONT):
             continue
         if main:
             folder.mkdir(exist_ok=True)

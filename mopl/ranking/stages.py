@@ -46,6 +46,7 @@ from mopl.ranking.methods import (
 from mopl.ranking.model import ListTransformer, RankingModel, RankingModelConfig
 from mopl.ranking.validation import Validation, corners_and_centre
 from mopl.training import BatchSource, RunLog, Selection, TrainingConfig, train
+from mopl.training.parallel import exists_on_main
 from mopl.training.run_directory import DONE, read_done
 
 REFERENCE = "reference.safetensors"
@@ -128,9 +129,9 @@ class Stages:
     def base_model(self) -> ListTransformer:
         """Return the base model: the given one, or one trained on the main objective."""
         folder, config = self.path / "base", self.config
-        if config.base is not None and not (folder / DONE).exists():
+        if config.base is not None and not exists_on_main(self.accelerator, folder / DONE):
             self._finish(folder, check_base(config.base, self.data), Trained(0, 0.0, 0, 0))
-        if not (folder / DONE).exists():
+        if not exists_on_main(self.accelerator, folder / DONE):
             source = Batches(self.data, config.batch_size, seed=config.seed)
             settings = config.training(config.base_steps)
 
@@ -148,7 +149,7 @@ class Stages:
         from safetensors.torch import save_file
 
         file = self.path / REFERENCE
-        if not file.exists():
+        if not exists_on_main(self.accelerator, file):
             model = base.to(self.accelerator.device).eval()
             found = {name: reference_scores(model, split, self.accelerator.device) for name, split in splits.items()}
             if self.accelerator.is_main_process:
@@ -256,7 +257,7 @@ class Stages:
         part: str | None = None,
     ) -> Trained:
         """Train and save a model unless it is there; return how that went, interruptions left out."""
-        if (folder / DONE).exists():
+        if exists_on_main(self.accelerator, folder / DONE):
             return Trained.read(folder)
         with seeded(self.config.seed):  # every model of a method starts from the same parameters
             model = build()

@@ -21,6 +21,7 @@ import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -204,6 +205,15 @@ def on_main(accelerator: Any, act: Callable[[], Any]) -> Any:
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def exists_on_main(accelerator: Any, path: Path) -> bool:
+    """Return whether a path exists, as the main process sees it, on every process.
+
+    Where processes look for themselves, a late one may find what another has written meanwhile; it then leaves out
+    work in which the others wait for it.
+    """
+    return on_main(accelerator, path.exists)
 
 
 def make_accelerator(mixed_precision: str = "no", *, cpu: bool = False, sharding: bool = True) -> Any:

@@ -9,6 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from ending import leave
 from test_clp_training import language_model, make_loss, parts, settings
 
 from mopl.alignment.models import fingerprint
@@ -44,3 +45,4 @@ if __name__ == "__main__":
         assert {"reward/first", "kl", "value_loss"} <= set(result.last)
     if accelerator.is_main_process:
         print("both processes have one policy")
+    leave()

@@ -76,7 +76,10 @@ def run(name, folder, processes):
 
 
 if __name__ == "__main__":
+    from ending import leave  # beside the script, which a test imports as well
+
     torch.set_num_threads(1)
     target = Path(sys.argv[1])
     for kind in MODELS:
         torch.save(run(kind, target / kind, processes=2), target / f"{kind}-{os.environ['RANK']}.pt")
+    leave()

@@ -11,6 +11,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from ending import leave
 from test_alignment_training import DENSE, NAMES, conditioned, settings, source, trained
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -102,3 +103,4 @@ def main(place: Path, arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2:])
+    leave()

@@ -4,6 +4,7 @@ import itertools
 
 import torch
 import torch.distributed as dist
+from ending import leave
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -137,3 +138,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave()

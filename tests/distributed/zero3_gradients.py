@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
 
 import deepspeed
 from deepspeed.utils import safe_get_full_grad
+from ending import leave
 from fuse_gradients import batch_of, build, gradients, step
 
 from mopl.alignment import fuse, score_sequences
@@ -81,3 +82,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave()
