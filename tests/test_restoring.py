@@ -120,18 +120,20 @@ def test_a_training_leaves_modes_and_generators_alone_even_if_it_fails():
 
 def test_a_failed_training_takes_its_adapters_out_of_the_language_model(tmp_path, monkeypatch):
     pytest.importorskip("peft")
+    pytest.importorskip("accelerate")
     sys.path.insert(0, str(Path(__file__).parent))
     from tiny_language_models import build
 
     from mopl.alignment import AlignConfig, stages
     from mopl.alignment.head import fuse
+    from mopl.training import make_accelerator
 
     base = fuse(build())
     plain = [name for name, _ in base.named_modules()]
     config = AlignConfig("m", "d", gradient_checkpointing=True, lora_targets=("q_proj",)).resolved(9)
     run = SimpleNamespace(
-        config=config, base=base, objectives=("a", "b"), accelerator=SimpleNamespace(device=torch.device("cpu")),
-        log=None, _start_of_prompt=list,
+        config=config, base=base, objectives=("a", "b"), accelerator=make_accelerator(cpu=True), log=None,
+        _start_of_prompt=list,
     )  # fmt: skip
 
     def train(model, *_, **__):
