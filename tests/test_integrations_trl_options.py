@@ -363,9 +363,21 @@ def test_options_that_exclude_one_another_or_the_data_are_refused(tokenizer, tmp
     refused("a reference that moves is needed", sync_ref_model=True, reference_free=True)
     known = [{**row, "ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0} for row in ROWS]
     refused("there is no model that could move", rows=known, sync_ref_model=True)
-    refused("pass hub_strategy='end'", conditioned, push_to_hub=True, hub_model_id="a/b", hub_token="c")
+    pushes = dict(push_to_hub=True, hub_model_id="a/b", hub_token="c")
+    refused("hub_strategy is 'every_save'.* pass hub_strategy='end'", conditioned, **pushes)
+    refused("hub_strategy is 'checkpoint'", conditioned, hub_strategy="checkpoint", **pushes)
     fused = {"fused_linear_cross_entropy": True}
     refused("asks for fused_linear_cross_entropy", use_liger_kernel=True, liger_kernel_config=fused)
+
+
+@pytest.mark.parametrize(("conditioned", "strategy"), [(True, "end"), (False, "every_save")])
+def test_what_can_be_pushed_is_not_refused(tokenizer, tmp_path, monkeypatch, conditioned, strategy):
+    asked = []
+    monkeypatch.setattr(transformers.Trainer, "init_hf_repo", lambda self, *_, **__: asked.append(self))
+    model = HyperPromptModel(llama(), HyperPrompt(1, 2, 2, 16)) if conditioned else llama()
+    options = dict(push_to_hub=True, hub_model_id="a/b", hub_token="c", hub_strategy=strategy, ref_model=None)
+    trainer = make(MultiObjectiveDPOTrainer, tokenizer, tmp_path, model, **options)
+    assert asked == [trainer]
 
 
 def test_a_training_with_a_moving_reference_is_not_resumed_after_the_first_move(tokenizer, tmp_path):

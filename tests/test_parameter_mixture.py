@@ -1,6 +1,8 @@
 """Parameter mixtures: θ_S(w) = Σ w_i θ_S^i by averaged copies of the model; the LoRA form by PEFT's own matrices."""
 
 import copy
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -100,6 +102,36 @@ def test_memory_is_m_times_the_part_and_once_the_rest(scope: str, family: str) -
     untied = part if family == "gpt2" and scope == "logits" else 0  # the embedding is then not the head
     mixture = ParameterMixture(model, 3, scope=scope)
     assert sum(p.numel() for p in mixture.parameters()) == 3 * part + (whole - part) + untied
+
+
+def test_an_untied_head_of_a_composite_model_comes_back(tmp_path: Path) -> None:
+    """Its text configuration ties the head as well."""
+    text = dict(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=64,
+    )  # fmt: skip
+    vision = dict(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    settings = transformers.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=60, tie_word_embeddings=True
+    )
+    model = transformers.Gemma3ForConditionalGeneration(settings).eval()
+    mixture = ParameterMixture(model, 2, scope="logits")
+    with torch.no_grad():
+        for parameter in mixture.others.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    mixture.save_pretrained(tmp_path)
+    assert not model.config.tie_word_embeddings and not model.config.text_config.tie_word_embeddings
+    (architecture,) = tmp_path.glob("*/config.json")
+    written = json.loads(architecture.read_text())
+    assert written["tie_word_embeddings"] and written["text_config"]["tie_word_embeddings"]
+    again = ParameterMixture.from_pretrained(tmp_path)
+    ids, weights = torch.tensor([[1, 2, 3, 4]]), torch.tensor([[0.3, 0.7]])
+    with torch.no_grad():
+        wanted = mixture(input_ids=ids, weights=weights).logits
+        assert torch.equal(again.eval()(input_ids=ids, weights=weights).logits, wanted)
+        assert not torch.equal(mixture(input_ids=ids, weights=weights.flip(-1)).logits, wanted)
 
 
 @pytest.mark.parametrize("scope", SCOPES)

@@ -33,6 +33,7 @@ from mopl.training import (
     write_file,
     write_folder,
 )
+from mopl.training.precision import rounding_of
 
 LISTS, BATCH = 20, 8
 
@@ -427,3 +428,12 @@ def test_json_of_the_state_is_readable(tmp_path):
     train(network(), Source(), squared_error, config(), directory=tmp_path, stage="base")
     state = json.loads((tmp_path / "step-000020" / "state.json").read_text())
     assert state["step"] == 20 and state["stage"] == "base" and state["config"]["learning_rate"] == 0.05
+
+
+@pytest.mark.parametrize(("dtype", "share"), [(torch.bfloat16, "1/256"), (torch.float16, "1/2048")])
+def test_what_rounds_away_updates_is_counted_among_what_is_trained(dtype, share):
+    model = nn.ModuleList([nn.Linear(3, 2), nn.Linear(2, 2).to(dtype), nn.Linear(5, 5).to(dtype).requires_grad_(False)])
+    note = rounding_of(model)
+    assert note is not None and note.startswith(f"6 of 14 trained parameters are {str(dtype)[6:]}") and share in note
+    model[1].requires_grad_(False)
+    assert rounding_of(model) is None
