@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from mopl._restoring import evaluating
 from mopl._rows import UnsupportedModelError, arranged
+from mopl._threads import Turns, in_turn
 from mopl.alignment._head_scores import IGNORE_INDEX, Transform, fit_transform, kl_of_hidden, numbers_of, score_hidden
 from mopl.ops import sequence_logprob
 
@@ -197,6 +198,7 @@ class _FusedForward:
 
     def __init__(self, model: Any) -> None:
         self.model, self.original = model, model.forward
+        self._turns = Turns()  # the head is another one for the time of a call
         self.transform: Transform | None = None
         self.numbers: list[Any] = []
 
@@ -214,6 +216,7 @@ class _FusedForward:
             self.numbers = numbers
         return self.transform
 
+    @in_turn
     def __call__(
         self,
         *args: Any,
@@ -278,8 +281,8 @@ def fuse(model: nn.Module) -> nn.Module:
     `reference_hidden` (N, T, H'), what the head of a reference got at the same positions, with `reference_head`, that
     head (None: the model's own), for the KL to the reference by `linear_kl`. Where a wrapper puts virtual tokens in
     front (prompt learning), the last T positions are scored.
-    Every call without `targets` is as before. Fuse before wrapping in PEFT, DDP or FSDP. A copy or a pickle of a fused
-    model is fused; a scale or softcap of the logits may change later.
+    Every call without `targets` is as before; calls in several threads take turns. Fuse before wrapping in PEFT, DDP or
+    FSDP. A copy or a pickle of a fused model is fused; a scale or softcap of the logits may change later.
 
     Args:
         model: a causal language model of transformers, on its device and with its weights.

@@ -19,6 +19,7 @@ from mopl._arguments import compute_dtype, shape_of
 from mopl._extras import require
 from mopl._files import write_files
 from mopl._restoring import evaluating, generators_kept
+from mopl._threads import CallOfThread
 from mopl.conditioning._causal_lm import DELEGATED, is_peft
 from mopl.conditioning._merging import (
     check_lora,
@@ -61,7 +62,8 @@ class LoraMixture(nn.Module):
         h = W x + Σ_i c_i (lora_alpha / r) B_i A_i x,        c = w or a function of (w, α)
 
     All adapters run on every input, m r (in + out) multiplications a token and layer. The gradient of adapter i is c_i
-    times that of the mixture. They start as PEFT starts them: B = 0, so every mixture is the base model.
+    times that of the mixture. They start as PEFT starts them: B = 0, so every mixture is the base model. Several
+    threads may call it at once, each with weights of its own; `at` and `reference` hold for all of them.
 
     Args:
         model: A model of transformers without adapters, or a PEFT model whose adapters are the sets.
@@ -125,8 +127,7 @@ class LoraMixture(nn.Module):
                 wrapped.add_adapter(name, copy.deepcopy(config))
         self.model = wrapped
         self.objectives, self.coefficients = objectives, coefficients
-        self._current: Tensor | None = None
-        self._rows: int | None = None  # of the batch, where beams and samples do not make it larger
+        self._call = CallOfThread()
         self._checked = False  # that merged weights compute what mixed rows do
         self._layers = plain_layers(wrapped, self.adapters)
         wrapped.base_model.set_adapter(self.adapters)
@@ -148,16 +149,17 @@ class LoraMixture(nn.Module):
 
     def _scale(self, adapter: int, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         """Multiply an adapter's output with its coefficient in each row; a forward hook."""
-        if self._current is None:
+        call = self._call
+        if call.coefficients is None:
             raise RuntimeError(
                 "the adapters have no coefficients: call the mixture with weights and not the model inside it, and "
                 "turn gradient checkpointing on through the mixture's own gradient_checkpointing_enable()"
             )
-        share = self._current[..., adapter].to(output.device)
+        share = call.coefficients[..., adapter].to(output.device)
         if share.ndim:
             copies, rest = divmod(output.shape[0], len(share))
             # Tokens of all rows one after another are fine; anything else in the first place is no row.
-            if rest or (output.ndim > 2 and output.shape[0] != (self._rows or output.shape[0])):
+            if rest or (output.ndim > 2 and output.shape[0] != (call.rows or output.shape[0])):
                 raise ValueError(
                     f"weights has {len(share)} rows but a layer sees {shape_of(output)}; pass one weight vector (m,)"
                 )
@@ -201,16 +203,17 @@ class LoraMixture(nn.Module):
 
     def _checkpoint_contexts(self) -> tuple[Any, Any]:
         """Return what surrounds a layer's forward pass, and its second one with the coefficients of now."""
-        return contextlib.nullcontext(), self._standing(self._current, self._rows)
+        return contextlib.nullcontext(), self._standing(self._call.coefficients, self._call.rows)
 
     @contextlib.contextmanager
     def _standing(self, coefficients: Tensor | None, rows: int | None = None) -> Iterator[None]:
-        before = self._current, self._rows
-        self._current, self._rows = coefficients, rows
+        call = self._call
+        before = call.coefficients, call.rows
+        call.coefficients, call.rows = coefficients, rows
         try:
             yield
         finally:
-            self._current, self._rows = before
+            call.coefficients, call.rows = before
 
     def forward(
         self, *args: Any, weights: Weights | None = None, alpha: float | Tensor | None = None, **kwargs: Any
@@ -252,7 +255,7 @@ class LoraMixture(nn.Module):
         if self._layers[0].disable_adapters:
             return model.generate(**given)
         with self._mixing(weights, alpha, len(input_ids)):
-            self._rows = None
+            self._call.rows = None
             return model.generate(**given)
 
     @contextlib.contextmanager

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from mopl._arguments import compute_dtype
 from mopl._restoring import evaluating, generators_kept
+from mopl._threads import Turns, in_turn
 from mopl.conditioning._causal_lm import DELEGATED
 from mopl.conditioning._merging import check_mixed_rows, logits_of, probe_ids, settle_ties
 from mopl.conditioning._parameter_mixture_files import fill, read, save
@@ -61,7 +62,7 @@ class ParameterMixture(nn.Module):
 
     All sets start at the wrapped model's parameters. The model is changed: its own parameters become the first set, and
     for scope "logits" a head that is tied to the embedding gets a weight of its own. A parameter that several modules
-    share is mixed once, for all of them. Buffers are shared.
+    share is mixed once, for all of them. Buffers are shared. Calls in several threads take turns; `at` holds for all.
 
     Args:
         model: any module; `generate`, `merge` to files and the scope "logits" are for models of transformers.
@@ -110,7 +111,8 @@ class ParameterMixture(nn.Module):
             parameter.requires_grad_(True)
         copies = ([nn.Parameter(p.detach().clone()) for p in own] for _ in range(sets - 1))
         self.others = nn.ModuleList(nn.ParameterList(each) for each in copies)
-        self._inside = False  # a mixture stands in the model
+        self._turns = Turns()  # a mixture stands in the model for the time of a call
+        self._inside = False  # a mixture stands in the model until the end of a block
         self._checked = False  # that a mixture in the model computes what mixed rows do
         self._cache: tuple[Any, list[Tensor]] | None = None
 
@@ -147,6 +149,7 @@ class ParameterMixture(nn.Module):
             result.append(total.to(each[0].dtype))
         return result
 
+    @in_turn
     def forward(
         self, *args: Any, weights: Weights | None = None, alpha: float | Tensor | None = None, **kwargs: Any
     ) -> Any:
@@ -202,6 +205,7 @@ class ParameterMixture(nn.Module):
 
     # ---------------------------------------------------------------- one mixture
 
+    @in_turn
     @torch.no_grad()
     def check_merging(self) -> None:
         """Raise unless rows that are mixed have the logits of the model with the mixture in place, by a short probe.
@@ -253,24 +257,27 @@ class ParameterMixture(nn.Module):
     @contextlib.contextmanager
     def _holding(self, coefficients: Tensor) -> Iterator[None]:
         """Put the mixture of coefficients (sets,) into the model inside a `with` block."""
-        values = self._materialise(coefficients)
-        places: dict[int, list[tuple[nn.Module, str]]] = {}
-        for module in self.model.modules():
-            for attribute, parameter in module._parameters.items():
-                places.setdefault(id(parameter), []).append((module, attribute))
-        own = self.sets[0]
-        self._inside = True
-        try:
-            for parameter, value in zip(own, values, strict=True):
-                mixture = nn.Parameter(value, requires_grad=False)
-                for module, attribute in places[id(parameter)]:  # several, if it is tied
-                    module._parameters[attribute] = mixture
+        with contextlib.ExitStack() as back:
+            with self._turns:
+                mixture = [nn.Parameter(value, requires_grad=False) for value in self._materialise(coefficients)]
+                own = self.sets[0]
+                places: dict[int, list[tuple[nn.Module, str]]] = {id(parameter): [] for parameter in own}
+                for module in self.model.modules():
+                    for attribute, parameter in module._parameters.items():
+                        if id(parameter) in places:  # several times, if it is tied
+                            places[id(parameter)].append((module, attribute))
+                back.callback(self._stand, [places[id(parameter)] for parameter in own], own, inside=False)
+                self._stand([places[id(parameter)] for parameter in own], mixture, inside=True)
             yield
-        finally:
-            for parameter in own:
-                for module, attribute in places[id(parameter)]:
-                    module._parameters[attribute] = parameter
-            self._inside = False
+
+    @in_turn
+    def _stand(
+        self, places: Sequence[list[tuple[nn.Module, str]]], values: Sequence[nn.Parameter], *, inside: bool
+    ) -> None:
+        self._inside = inside
+        for modules, value in zip(places, values, strict=True):
+            for module, attribute in modules:
+                module._parameters[attribute] = value
 
     def clear_cache(self) -> None:
         """Forget the mixture that `at` keeps."""
@@ -287,6 +294,7 @@ class ParameterMixture(nn.Module):
             self._cache = (key, self.mixed(coefficients))
         return self._cache[1]
 
+    @in_turn
     @torch.no_grad()
     def merge(self, weights: Weights, alpha: float | Tensor | None = None) -> nn.Module:
         """Return a copy of the model at one trade-off, with no trace of the mixture: save it, export it, serve it.
@@ -302,6 +310,7 @@ class ParameterMixture(nn.Module):
         settle_ties(model)
         return model
 
+    @in_turn
     @torch.no_grad()
     def generate(
         self,

@@ -1,0 +1,146 @@
+"""One model called from several threads at once: every call gives what it gives alone."""
+
+import copy
+import pickle
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from tiny_language_models import build
+
+from mopl.alignment import fuse, score_sequences
+from mopl.conditioning import HyperPrompt, HyperPromptModel, LoraMixture, ParameterMixture
+
+THREADS, CALLS = 4, 25
+IDS = torch.randint(3, 40, (THREADS, 3, 12), generator=torch.Generator().manual_seed(0))
+WEIGHTS = torch.tensor([[0.0, 1.0], [0.3, 0.7], [0.6, 0.4], [1.0, 0.0]])
+
+
+def moved(model, modules):
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in modules.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def parameter_mixture():
+    mixture = ParameterMixture(build(initializer_range=0.3), 2)
+    return moved(mixture, mixture.others)
+
+
+def lora_mixture():
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    return LoraMixture(fuse(build(initializer_range=0.3)), 2, config=config).eval()
+
+
+def hyper_prompt():
+    model = build(initializer_range=0.3)
+    prompt = HyperPrompt(2, 3, 2, model.config.hidden_size)
+    return moved(HyperPromptModel(model, prompt), prompt)
+
+
+def scores(model, i, **options):
+    labels = IDS[i].clone()
+    labels[:, :4] = -100
+    return score_sequences(model, {"input_ids": IDS[i], "labels": labels}, **options).scores
+
+
+def logits(model, i, **options):
+    return model(input_ids=IDS[i], **options).logits
+
+
+def generated(model, i):
+    torch.manual_seed(0)
+    # With sampling the generator, which threads share, would decide.
+    return model.generate(
+        IDS[i], torch.ones_like(IDS[i]), weights=WEIGHTS[i], max_new_tokens=3, do_sample=False, pad_token_id=0
+    )
+
+
+CASES = {
+    "scores": (lambda: fuse(build(initializer_range=0.3)), scores),
+    "scores and logits": (lambda: fuse(build(initializer_range=0.3)), lambda m, i: (scores, logits)[i % 2](m, i)),
+    "parameter mixture": (parameter_mixture, lambda m, i: logits(m, i, weights=WEIGHTS[i])),
+    "parameter mixture, generation": (
+        parameter_mixture, lambda m, i: generated(m, i) if i % 2 else logits(m, i, weights=WEIGHTS[i])
+    ),
+    "lora mixture": (lora_mixture, lambda m, i: logits(m, i, weights=WEIGHTS[i])),
+    "lora mixture, scores": (lora_mixture, lambda m, i: scores(m, i, weights=WEIGHTS[i])),
+    "lora mixture, generation": (
+        lora_mixture, lambda m, i: generated(m, i) if i % 2 else logits(m, i, weights=WEIGHTS[i].expand(3, 2))
+    ),
+    "hyper prompt": (hyper_prompt, lambda m, i: logits(m, i, weights=WEIGHTS[i].expand(3, 2))),
+}  # fmt: skip
+
+
+@pytest.fixture
+def often():
+    """Switch threads often."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_calls_in_threads_give_what_they_give_alone(case, often):
+    make, call = CASES[case]
+    model = make()
+    with torch.no_grad():
+        expected = [call(model, i) for i in range(THREADS)]
+    assert not any(torch.equal(expected[0], other) for other in expected[1:] if other.shape == expected[0].shape)
+    start, failures = threading.Barrier(THREADS), []
+
+    def work(i):
+        start.wait()
+        for _ in range(CALLS):
+            try:
+                with torch.no_grad():
+                    torch.testing.assert_close(call(model, i), expected[i], rtol=1e-5, atol=1e-5)
+            except Exception as error:
+                failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(THREADS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures, f"{len(failures)} of {THREADS * CALLS} calls: {failures[0]}"
+
+
+@pytest.mark.parametrize("make", [parameter_mixture, lora_mixture])
+def test_a_mixture_in_place_is_in_place_for_all_threads(make):
+    model = make()
+    found = []
+    with torch.no_grad(), model.at(WEIGHTS[1]) as plain:
+        expected = logits(plain, 0)
+        thread = threading.Thread(target=lambda: found.append(logits(plain, 0).detach()))
+        thread.start()
+        thread.join(60)
+    torch.testing.assert_close(found[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("make", "turns_of", "options"),
+    [
+        (parameter_mixture, lambda mixture: mixture._turns, {"weights": WEIGHTS[1]}),
+        (lambda: fuse(build()), lambda model: model.forward._turns, {}),
+    ],
+    ids=["parameter mixture", "fused"],
+)
+def test_a_copy_does_not_wait_for_its_original(make, turns_of, options):
+    model = make()
+    twins, found = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))], []
+    thread = threading.Thread(target=lambda: found.extend(logits(twin, 0, **options) for twin in twins), daemon=True)
+    with turns_of(model):
+        thread.start()
+        thread.join(60)
+        assert len(found) == 2
