@@ -17,6 +17,8 @@ from tiny_language_models import build
 
 from mopl.alignment import fuse, score_sequences
 from mopl.conditioning import HyperPrompt, HyperPromptModel, LoraMixture, ParameterMixture
+from mopl.training import make_accelerator
+from mopl.training.parallel import prepare
 
 THREADS, CALLS = 4, 25
 IDS = torch.randint(3, 40, (THREADS, 3, 12), generator=torch.Generator().manual_seed(0))
@@ -65,6 +67,19 @@ def generated(model, i):
     )
 
 
+def merged(mixture, i):
+    mixture._checked = False  # as the first time
+    return mixture.merge(WEIGHTS[i])(input_ids=IDS[i]).logits
+
+
+def trained(model):
+    """What a training in mixed precision gives back."""
+    accelerator = make_accelerator("bf16", cpu=True)
+    prepared = prepare(accelerator, model, torch.optim.SGD(model.parameters(), 0.1))
+    prepared.finish(gather=True)
+    return model
+
+
 CASES = {
     "scores": (lambda: fuse(build(initializer_range=0.3)), scores),
     "scores and logits": (lambda: fuse(build(initializer_range=0.3)), lambda m, i: (scores, logits)[i % 2](m, i)),
@@ -77,6 +92,14 @@ CASES = {
     "lora mixture, generation": (
         lora_mixture, lambda m, i: generated(m, i) if i % 2 else logits(m, i, weights=WEIGHTS[i].expand(3, 2))
     ),
+    "lora mixture, merged": (lora_mixture, lambda m, i: merged(m, i) if i % 2 else logits(m, i, weights=WEIGHTS[i])),
+    "parameter mixture, merged": (
+        parameter_mixture, lambda m, i: merged(m, i) if i % 2 else logits(m, i, weights=WEIGHTS[i])
+    ),
+    "parameter mixture, trained": (
+        lambda: trained(parameter_mixture()), lambda m, i: logits(m, i, weights=WEIGHTS[i])
+    ),
+    "fused, trained": (lambda: trained(fuse(build(initializer_range=0.3))), scores),
     "hyper prompt": (hyper_prompt, lambda m, i: logits(m, i, weights=WEIGHTS[i].expand(3, 2))),
 }  # fmt: skip
 
@@ -108,11 +131,12 @@ def test_calls_in_threads_give_what_they_give_alone(case, often):
             except Exception as error:
                 failures.append(error)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(THREADS)]
+    threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(THREADS)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(120)
+    assert not any(thread.is_alive() for thread in threads), "they wait for one another"
     assert not failures, f"{len(failures)} of {THREADS * CALLS} calls: {failures[0]}"
 
 
@@ -122,7 +146,7 @@ def test_a_mixture_in_place_is_in_place_for_all_threads(make):
     found = []
     with torch.no_grad(), model.at(WEIGHTS[1]) as plain:
         expected = logits(plain, 0)
-        thread = threading.Thread(target=lambda: found.append(logits(plain, 0).detach()))
+        thread = threading.Thread(target=lambda: found.append(logits(plain, 0).detach()), daemon=True)
         thread.start()
         thread.join(60)
     torch.testing.assert_close(found[0], expected)
@@ -140,7 +164,35 @@ def test_a_copy_does_not_wait_for_its_original(make, turns_of, options):
     model = make()
     twins, found = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))], []
     thread = threading.Thread(target=lambda: found.extend(logits(twin, 0, **options) for twin in twins), daemon=True)
-    with turns_of(model):
+    with turns_of(model).lock:
         thread.start()
         thread.join(60)
         assert len(found) == 2
+
+
+def test_a_mixture_is_saved_as_it_is_while_another_thread_generates(tmp_path):
+    mixture, done = parameter_mixture(), threading.Event()
+
+    def work():
+        while not done.is_set():
+            generated(mixture, 1)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        for n in range(5):
+            mixture.save_pretrained(tmp_path / str(n))
+    finally:
+        done.set()
+        thread.join(60)
+    for n in range(5):
+        again = ParameterMixture.from_pretrained(tmp_path / str(n))
+        for ours, theirs in zip(again.parameters(), mixture.parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_a_fused_model_is_compiled_as_a_whole():
+    model = fuse(build())
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(input_ids=IDS[0]).logits, logits(model, 0))

@@ -19,7 +19,7 @@ from mopl._arguments import compute_dtype, shape_of
 from mopl._extras import require
 from mopl._files import write_files
 from mopl._restoring import evaluating, generators_kept
-from mopl._threads import CallOfThread
+from mopl._threads import CallOfThread, Turns, in_turn
 from mopl.conditioning._causal_lm import DELEGATED, is_peft
 from mopl.conditioning._merging import (
     check_lora,
@@ -62,8 +62,8 @@ class LoraMixture(nn.Module):
         h = W x + Σ_i c_i (lora_alpha / r) B_i A_i x,        c = w or a function of (w, α)
 
     All adapters run on every input, m r (in + out) multiplications a token and layer. The gradient of adapter i is c_i
-    times that of the mixture. They start as PEFT starts them: B = 0, so every mixture is the base model. Several
-    threads may call it at once, each with weights of its own; `at` and `reference` hold for all of them.
+    times that of the mixture. They start as PEFT starts them: B = 0, so every mixture is the base model. Calls in
+    several threads take turns; `at` and `reference` hold for all of them.
 
     Args:
         model: A model of transformers without adapters, or a PEFT model whose adapters are the sets.
@@ -127,7 +127,7 @@ class LoraMixture(nn.Module):
                 wrapped.add_adapter(name, copy.deepcopy(config))
         self.model = wrapped
         self.objectives, self.coefficients = objectives, coefficients
-        self._call = CallOfThread()
+        self._call, self._turns = CallOfThread(), Turns()
         self._checked = False  # that merged weights compute what mixed rows do
         self._layers = plain_layers(wrapped, self.adapters)
         wrapped.base_model.set_adapter(self.adapters)
@@ -215,6 +215,7 @@ class LoraMixture(nn.Module):
         finally:
             call.coefficients, call.rows = before
 
+    @in_turn
     def forward(
         self, *args: Any, weights: Weights | None = None, alpha: float | Tensor | None = None, **kwargs: Any
     ) -> Any:
@@ -239,6 +240,7 @@ class LoraMixture(nn.Module):
         with self._mixing(weights, alpha, rows):
             return self.model(*args, **kwargs)
 
+    @in_turn
     @torch.no_grad()
     def generate(
         self,
@@ -261,11 +263,12 @@ class LoraMixture(nn.Module):
     @contextlib.contextmanager
     def reference(self) -> Iterator[LoraMixture]:
         """Be the base model inside a `with` block: adapters off, weights ignored."""
-        with self.model.disable_adapter():
+        with self._turns.switched(self.model.disable_adapter()):
             yield self
 
     # ---------------------------------------------------------------- one mixture
 
+    @in_turn
     def check_merging(self) -> None:
         """Raise unless rows that are mixed have the logits of the merged model, by a probe of a few short rows.
 
@@ -304,9 +307,10 @@ class LoraMixture(nn.Module):
         """
         values = self._merged_weights(self._one(weights, alpha))
         self.check_merging()
-        with self.model.disable_adapter(), weights_held(self._layers, values):
+        with self._turns.switched(self.model.disable_adapter(), weights_held(self._layers, values)):
             yield self.causal_lm
 
+    @in_turn
     @torch.no_grad()
     def merge(self, weights: Weights, alpha: float | Tensor | None = None) -> nn.Module:
         """Return a copy of the base model with one trade-off's adapters added to its weights, without PEFT.
@@ -340,6 +344,7 @@ class LoraMixture(nn.Module):
 
     # ---------------------------------------------------------------- files
 
+    @in_turn
     def save_pretrained(self, directory: str | os.PathLike[str], **_: Any) -> None:
         """Write the adapters, each in a folder of its name, and `mopl.json`; never the frozen base model."""
         config = {

@@ -111,8 +111,8 @@ class ParameterMixture(nn.Module):
             parameter.requires_grad_(True)
         copies = ([nn.Parameter(p.detach().clone()) for p in own] for _ in range(sets - 1))
         self.others = nn.ModuleList(nn.ParameterList(each) for each in copies)
-        self._turns = Turns()  # a mixture stands in the model for the time of a call
-        self._inside = False  # a mixture stands in the model until the end of a block
+        self._turns = Turns()  # a mixture is in the model for the time of a call
+        self._inside = False  # a mixture is in the model, for a call or a block of `at`
         self._checked = False  # that a mixture in the model computes what mixed rows do
         self._cache: tuple[Any, list[Tensor]] | None = None
 
@@ -123,6 +123,7 @@ class ParameterMixture(nn.Module):
         return super().__getattr__(name)
 
     @property
+    @in_turn
     def sets(self) -> list[list[nn.Parameter]]:
         """The parameter sets θ_S^1, θ_S^2, ...: each in the order of `names`."""
         if self._inside:
@@ -137,6 +138,7 @@ class ParameterMixture(nn.Module):
             self.coefficients, weights, alpha, self.objectives, len(self.others) + 1, self.record.objectives
         )
 
+    @in_turn
     def mixed(self, coefficients: Tensor) -> list[Tensor]:
         """Return Σ_i c_i θ_S^i for coefficients (sets,): differentiable, summed in float32 and rounded once."""
         result = []
@@ -251,34 +253,32 @@ class ParameterMixture(nn.Module):
             The wrapped model, with the mixture in place.
         """
         self.check_merging()
-        with self._holding(self.coefficients_of(weights, alpha)):
+        with self._turns.switched(self._holding(self.coefficients_of(weights, alpha))):
             yield self.model
 
     @contextlib.contextmanager
     def _holding(self, coefficients: Tensor) -> Iterator[None]:
-        """Put the mixture of coefficients (sets,) into the model inside a `with` block."""
-        with contextlib.ExitStack() as back:
-            with self._turns:
-                mixture = [nn.Parameter(value, requires_grad=False) for value in self._materialise(coefficients)]
-                own = self.sets[0]
-                places: dict[int, list[tuple[nn.Module, str]]] = {id(parameter): [] for parameter in own}
-                for module in self.model.modules():
-                    for attribute, parameter in module._parameters.items():
-                        if id(parameter) in places:  # several times, if it is tied
-                            places[id(parameter)].append((module, attribute))
-                back.callback(self._stand, [places[id(parameter)] for parameter in own], own, inside=False)
-                self._stand([places[id(parameter)] for parameter in own], mixture, inside=True)
+        """Put the mixture of coefficients (sets,) into the model inside a `with` block; in one's turn only."""
+        values = self._materialise(coefficients)
+        places: dict[int, list[tuple[nn.Module, str]]] = {}
+        for module in self.model.modules():
+            for attribute, parameter in module._parameters.items():
+                places.setdefault(id(parameter), []).append((module, attribute))
+        own = self.sets[0]
+        self._inside = True
+        try:
+            for parameter, value in zip(own, values, strict=True):
+                mixture = nn.Parameter(value, requires_grad=False)
+                for module, attribute in places[id(parameter)]:  # several, if it is tied
+                    module._parameters[attribute] = mixture
             yield
+        finally:
+            for parameter in own:
+                for module, attribute in places[id(parameter)]:
+                    module._parameters[attribute] = parameter
+            self._inside = False
 
     @in_turn
-    def _stand(
-        self, places: Sequence[list[tuple[nn.Module, str]]], values: Sequence[nn.Parameter], *, inside: bool
-    ) -> None:
-        self._inside = inside
-        for modules, value in zip(places, values, strict=True):
-            for module, attribute in modules:
-                module._parameters[attribute] = value
-
     def clear_cache(self) -> None:
         """Forget the mixture that `at` keeps."""
         self._cache = None
@@ -357,6 +357,7 @@ class ParameterMixture(nn.Module):
 
     # ---------------------------------------------------------------- files
 
+    @in_turn
     def save_pretrained(self, directory: str | os.PathLike[str], **_: Any) -> None:
         """Write all sets, the shared part, the model's configuration and `mopl.json` into a folder."""
         if self._inside:

@@ -39,7 +39,8 @@ class WholeModel:
     """
 
     def __init__(self, accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self._accelerator = accelerator
+        self._accelerator, self._plain = accelerator, model
+        self._forward = model.__dict__.get("forward")  # of a fused model
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
 
     def no_sync(self) -> AbstractContextManager[None]:
@@ -61,6 +62,10 @@ class WholeModel:
     def finish(self, *, gather: bool) -> None:
         """Give the caller the plain model back: the prepared one's forward is wrapped in autocast."""
         self._accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        # accelerate looks for the forward by following `__wrapped__`, and may find what the model's own one is around.
+        self._plain.__dict__.pop("forward", None)
+        if self._forward is not None:
+            self._plain.__dict__["forward"] = self._forward
 
 
 class ShardedModel:

@@ -1,4 +1,6 @@
-"""A command of mopl in which one process comes late to every question about a file: `late_process.py RANK COMMAND ...`.
+"""A command of mopl in which one process comes late wherever it asks whether a file is there.
+
+That is `exists` and `is_file` of JSON and tensors: `late_process.py RANK COMMAND ...`.
 
 What the other has written meanwhile must not change what this one does: a process that takes another way than the
 others waits for them for ever.
