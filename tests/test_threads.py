@@ -11,6 +11,7 @@ import torch
 
 pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
+accelerate = pytest.importorskip("accelerate")
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from tiny_language_models import build
@@ -74,9 +75,15 @@ def merged(mixture, i):
 
 def trained(model):
     """What a training in mixed precision gives back."""
-    accelerator = make_accelerator("bf16", cpu=True)
-    prepared = prepare(accelerator, model, torch.optim.SGD(model.parameters(), 0.1))
-    prepared.finish(gather=True)
+    shared = accelerate.state.AcceleratorState._shared_state  # the precision of every accelerator of a process
+    kept = dict(shared)
+    shared.clear()
+    try:
+        accelerator = make_accelerator("bf16", cpu=True)
+        prepare(accelerator, model, torch.optim.SGD(model.parameters(), 0.1)).finish(gather=True)
+    finally:
+        shared.clear()
+        shared.update(kept)
     return model
 
 
