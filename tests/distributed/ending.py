@@ -1,6 +1,7 @@
-"""How the scripts here end."""
+"""How processes of a group end here: `leave()`, or `ending.py SCRIPT ARGUMENTS ...`, which runs a script and leaves."""
 
 import os
+import runpy
 import sys
 
 
@@ -15,3 +16,14 @@ def leave() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+if __name__ == "__main__":
+    del sys.argv[0]
+    sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as ended:
+        if ended.code not in (None, 0):
+            raise
+    leave()
