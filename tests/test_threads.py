@@ -198,6 +198,36 @@ def test_a_mixture_is_saved_as_it_is_while_another_thread_generates(tmp_path):
             assert torch.equal(ours, theirs)
 
 
+def test_what_a_backward_pass_computes_again_is_not_mixed_by_another_thread(often):
+    model, done, failures = lora_mixture(), threading.Event(), []
+    model.gradient_checkpointing_enable()
+    model.causal_lm.train()  # without dropout; transformers recomputes in training only
+
+    def gradient():
+        model.zero_grad()
+        logits(model, 0, weights=WEIGHTS[1]).square().mean().backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    with torch.no_grad():
+        other = logits(model, 3, weights=WEIGHTS[3])
+    expected = gradient()
+
+    def work():
+        while not done.is_set():
+            with torch.no_grad():
+                failures.extend([1] * (not torch.allclose(logits(model, 3, weights=WEIGHTS[3]), other, atol=1e-5)))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        for _ in range(15):
+            torch.testing.assert_close(gradient(), expected, rtol=1e-4, atol=1e-5)
+    finally:
+        done.set()
+        thread.join(60)
+    assert not failures
+
+
 def test_a_fused_model_is_compiled_as_a_whole():
     model = fuse(build())
     compiled = torch.compile(model, fullgraph=True, backend="eager")
