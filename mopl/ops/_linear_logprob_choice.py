@@ -111,20 +111,21 @@ def tune(hidden: Tensor, weight: Tensor, softcap: float | None = None) -> dict[s
         raise ValueError("tune measures on a GPU; hidden is on the CPU")
     if hidden.dtype == torch.float64:
         raise ValueError("hidden is torch.float64, for which there is nothing to choose; pass 16-bit or float32")
-    from mopl.ops import linear_logprob_triton as backend
+    from mopl.ops import _linear_logprob_triton_head as shared
+    from mopl.ops.linear_logprob_triton import target_logits
 
     rows, device = hidden.shape[0], hidden.device
     pivot = torch.randint(weight.shape[0], (rows,), device=device)
     ones = torch.ones(rows, device=device)
-    shift = backend.target_logits(hidden, weight, None, pivot, None, ones, softcap or 0.0, 1.0)
+    shift = target_logits(hidden, weight, None, pivot, None, ones, softcap or 0.0, 1.0)
 
     def run(tiles: dict[str, int] | None) -> float:
-        head = backend._Head(hidden, weight, None, pivot, shift.clone(), ones, softcap or 0.0, 1.0, None)
-        sums = backend._Sums(rows, 0, head.dtype, device)
+        head = shared.Head(hidden, weight, None, pivot, shift.clone(), ones, softcap or 0.0, 1.0, None)
+        sums = shared.Sums(rows, 0, head.dtype, device)
 
         def step() -> None:
             if tiles is None:
-                for chunk in backend._chunks(0, rows, backend.ROWS):
+                for chunk in shared.chunks_of(0, rows, shared.ROWS):
                     head.scan(chunk, sums)
             else:
                 head.fused(sums, tiles)

@@ -12,7 +12,7 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-from mopl.ops import linear_logprob_triton
+from mopl.ops import _linear_logprob_triton_head
 
 spec = importlib.util.spec_from_file_location("gpu_logprob", Path(__file__).parents[1] / "test_gpu_logprob.py")
 module = importlib.util.module_from_spec(spec)
@@ -24,7 +24,7 @@ globals().update({name: value for name, value in vars(module).items() if name.st
 def small_and_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks and tiles, and conversions to bfloat16 that round to nearest."""
     for name, value in {"COLUMNS": 48, "ROWS": 32, "STORE_ROWS": 16}.items():
-        monkeypatch.setattr(linear_logprob_triton, name, value)
+        monkeypatch.setattr(_linear_logprob_triton_head, name, value)
     convert = interpreter._convert_float
 
     def rounding(data: np.ndarray, source: tl.dtype, target: tl.dtype, mode: object) -> np.ndarray:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mopl.ops import _linear_logprob_choice as choice
-from mopl.ops import linear_logprob_triton as triton_path
+from mopl.ops import _linear_logprob_triton_head as triton_head
 from mopl.ops.linear_logprob import linear_logprob
 
 SMALL_TILES = {"BM": 16, "BV": 32, "BH": 16, "GROUP": 2, "num_warps": 4, "num_stages": 2}
@@ -16,9 +16,9 @@ SMALL_TILES = {"BM": 16, "BV": 32, "BH": 16, "GROUP": 2, "num_warps": 4, "num_st
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks of rows and tiles of the vocabulary at test sizes, both ragged at the end."""
-    monkeypatch.setattr(triton_path, "ROWS", 8)
-    monkeypatch.setattr(triton_path, "STORE_ROWS", 5)
-    monkeypatch.setattr(triton_path, "COLUMNS", 48)
+    monkeypatch.setattr(triton_head, "ROWS", 8)
+    monkeypatch.setattr(triton_head, "STORE_ROWS", 5)
+    monkeypatch.setattr(triton_head, "COLUMNS", 48)
     monkeypatch.setattr(choice, "fused_tiles", lambda hidden, weight, softcap: None)
 
 

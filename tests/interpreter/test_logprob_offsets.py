@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mopl.kernels import fused_logprob, linear_logprob
-from mopl.ops import gathered_logprob_triton, linear_logprob_triton
+from mopl.ops import _linear_logprob_triton_head, gathered_logprob_triton, linear_logprob_triton
 
 STRIDE = 2**30 + 64  # elements between rows; from the third row on offsets pass 2^31
 ROWS, FAR = 4, 3
@@ -46,9 +46,9 @@ def test_stored_exponentials_and_everything_that_reads_them() -> None:
     vocabulary, size = 40, 16
     hidden, weight = torch.randn(ROWS, size), torch.randn(vocabulary, size)
     pivot, ones = torch.randint(0, vocabulary, (ROWS,)), torch.ones(ROWS)
-    head = linear_logprob_triton._Head(hidden, weight, None, pivot, torch.zeros(ROWS), ones, 0.0, 1.0, None)
+    head = _linear_logprob_triton_head.Head(hidden, weight, None, pivot, torch.zeros(ROWS), ones, 0.0, 1.0, None)
     stored = apart(torch.full((ROWS, vocabulary), math.nan).bfloat16())
-    sums = linear_logprob_triton._Sums(ROWS, 0, torch.float32, hidden.device)
+    sums = _linear_logprob_triton_head.Sums(ROWS, 0, torch.float32, hidden.device)
     head.scan(slice(0, ROWS), sums, stored)
     exact = (hidden.double() @ weight.double().T).exp()
     exact[torch.arange(ROWS), pivot] = 0

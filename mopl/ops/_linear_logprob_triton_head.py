@@ -1,0 +1,193 @@
+"""What the stages of `linear_logprob` on a GPU share: products, one pass over the vocabulary, how rows are cut."""
+
+# Pyright takes a kernel for the plain function below `@triton.jit`.
+# pyright: reportIndexIssue=false
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mopl._arguments import compute_dtype
+from mopl.kernels import fused_logprob as fused_kernels
+from mopl.kernels import linear_logprob as kernels
+from mopl.ops._backend import INTERPRETED
+
+ROWS = 4096  # rows of a chunk: above about 733 the float32 read-modify-write of dW costs less than its product
+COLUMNS = 2048  # columns of a tile of logits: 4096 x 2048 in float32 are 32 MiB, which the L2 cache of an H200 holds
+STORE_ROWS = 2048  # rows of a chunk whose exponentials are stored over the whole vocabulary
+HEADROOM = 8.0  # nats: normalised exponentials, and their products with u - shift, stay below float16's 65504
+SIXTEEN = (torch.bfloat16, torch.float16)
+
+
+def on_its_device(stage: Callable) -> Callable:
+    """Run a stage on the GPU of its first argument, which Triton would not look at."""
+
+    @functools.wraps(stage)
+    def run(first: Tensor, *rest: object):
+        with torch.cuda.device_of(first):
+            return stage(first, *rest)
+
+    return run
+
+
+def wide_rows(rows: int, columns: int, like: Tensor) -> Tensor:
+    """Return an empty (rows, columns) whose rows begin at multiples of 128 bytes, whatever the number of columns.
+
+    Products of 16-bit operands are slow where rows are not aligned to 16 bytes, as with a vocabulary of 50257.
+    """
+    step = 128 // like.element_size()
+    return like.new_empty(rows, -(-columns // step) * step)[:, :columns]
+
+
+def product(a: Tensor, b: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
+    """Return a @ b in the compute dtype, into `out` if given and on top of what it holds if `add`."""
+    dtype = compute_dtype(a)
+    if a.is_cuda and a.dtype in SIXTEEN and a.dtype == b.dtype:
+        if add and out is not None:
+            return torch.addmm(out, a, b, out_dtype=dtype, out=out)
+        return torch.mm(a, b, out_dtype=dtype) if out is None else torch.mm(a, b, out_dtype=dtype, out=out)
+    a, b = a.to(dtype), b.to(dtype)
+    if add and out is not None:
+        return out.addmm_(a, b)
+    return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
+
+
+def same_dtype(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both as they are if they share a dtype, else upcast to the compute dtype."""
+    if hidden.dtype == weight.dtype:
+        return hidden, weight
+    dtype = compute_dtype(hidden, weight)
+    return hidden.to(dtype), weight.to(dtype)
+
+
+def rows_contiguous(x: Tensor) -> Tensor:
+    """Return a matrix whose rows are contiguous."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+class Sums:
+    """The vectors that a pass over the vocabulary fills."""
+
+    def __init__(self, rows: int, moments: int, dtype: torch.dtype, device: torch.device) -> None:
+        def zeros(wanted: bool) -> Tensor:
+            return torch.zeros(rows if wanted else 0, dtype=dtype, device=device)
+
+        self.others, self.moment1, self.moment2 = zeros(True), zeros(moments > 0), zeros(moments > 1)
+        self.flag = torch.zeros(rows, dtype=torch.int8, device=device)
+        self.moments = moments
+
+    def normalise(self, rows: slice, shift: Tensor) -> None:
+        """Move the shift of some rows so that their exponentials add up to exp(`HEADROOM`).
+
+        A row whose target takes all but 1e-26 of the probability keeps a smaller sum: exp(u - shift) of the target has
+        to stay finite.
+        """
+        others = self.others[rows]
+        delta = others.log().clamp(min=-60.0) - HEADROOM
+        factor = (-delta).exp()
+        if self.moments > 1:
+            moment2 = self.moment2[rows] - delta * (2 * self.moment1[rows] - delta * others)
+            self.moment2[rows] = moment2 * factor
+        if self.moments > 0:
+            self.moment1[rows] = (self.moment1[rows] - delta * others) * factor
+        self.others[rows] = others * factor
+        shift[rows] += delta
+
+    def optional(self) -> tuple[Tensor | None, Tensor | None]:
+        return (self.moment1 if self.moments > 0 else None, self.moment2 if self.moments > 1 else None)
+
+
+class Head:
+    """What every launch needs to know of the head and of the rows."""
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, pivot: Tensor, shift: Tensor, temperature: Tensor,
+        softcap: float, logit_scale: float, count: Tensor | None,
+    ) -> None:  # fmt: skip
+        self.hidden, self.weight = (rows_contiguous(x) for x in same_dtype(hidden, weight))
+        self.bias, self.pivot, self.shift, self.temperature = bias, pivot, shift, temperature
+        self.softcap, self.logit_scale, self.count = softcap, logit_scale, count
+        self.dtype = compute_dtype(hidden, weight)
+        self.vocabulary, self.size = weight.shape
+        self.narrow = self.hidden.dtype == torch.float16
+
+    def scan(
+        self,
+        rows: slice,
+        sums: Sums,
+        stored: Tensor | None = None,
+        stored_moment: Tensor | None = None,
+        bent: bool = False,
+    ) -> None:
+        """Pass once over the vocabulary for some rows: add up the sums and store exponentials (R, V) if asked."""
+        first, many = rows.start, rows.stop - rows.start
+        part = self.hidden[rows]
+        moment1, moment2 = sums.optional()
+        tile = torch.empty(many, min(COLUMNS, self.vocabulary), dtype=self.dtype, device=part.device)
+        shape = kernels.exp_tile(self.dtype.itemsize)
+        for column in range(0, self.vocabulary, COLUMNS):
+            columns = min(COLUMNS, self.vocabulary - column)
+            logits = product(part, self.weight[column : column + columns].T, tile[:, :columns])
+            kernels.exp_kernel[(-(-many // shape["ROWS"]),)](
+                logits, self.bias, self.pivot, self.shift, self.temperature, self.count,
+                None if stored is None else stored[:, column:],
+                None if stored_moment is None else stored_moment[:, column:],
+                sums.others, moment1, moment2, sums.flag, first, many, column, columns, logits.stride(0),
+                0 if stored is None else stored.stride(0),
+                SOFTCAP=self.softcap, LOGIT_SCALE=self.logit_scale, BENT=bent, LIMIT=kernels.LIMIT, **shape,
+            )  # fmt: skip
+
+    def redo(
+        self,
+        rows: slice,
+        sums: Sums,
+        stored: Tensor | None = None,
+        stored_moment: Tensor | None = None,
+        bent: bool = False,
+    ) -> None:
+        """Compute the flagged ones among some rows again, with their largest logit as shift."""
+        many = rows.stop - rows.start
+        moment1, moment2 = sums.optional()
+        programs = min(many, 4 if INTERPRETED else 1024)
+        kernels.redo_kernel[(programs,)](
+            self.hidden, self.weight, self.bias, self.pivot, self.shift, self.temperature, self.count, stored,
+            stored_moment, sums.others, moment1, moment2, sums.flag, rows.start, many, self.size, self.vocabulary,
+            self.hidden.stride(0), self.weight.stride(0), 0 if stored is None else stored.stride(0),
+            SOFTCAP=self.softcap, LOGIT_SCALE=self.logit_scale, BENT=bent, **kernels.redo_tile(self.dtype.itemsize),
+        )  # fmt: skip
+
+    def fused(self, sums: Sums, tiles: dict[str, int]) -> None:
+        """Sum over the vocabulary with the product and its epilogue in one kernel."""
+        rows = self.hidden.shape[0]
+        height, width = -(-rows // tiles["BM"]), -(-self.vocabulary // tiles["BV"])
+        partial = torch.empty(width, rows, dtype=self.dtype, device=self.hidden.device)
+        flag = torch.empty(width, rows, dtype=torch.int8, device=self.hidden.device)
+        fused_kernels.fused_sum_kernel[(height * width,)](
+            self.hidden, self.weight, self.bias, self.pivot, self.shift, self.temperature, self.count, partial, flag,
+            rows, self.size, self.vocabulary, self.hidden.stride(0), self.weight.stride(0), SOFTCAP=self.softcap,
+            LOGIT_SCALE=self.logit_scale, LIMIT=kernels.LIMIT, UPCAST=INTERPRETED, **tiles,
+        )  # fmt: skip
+        torch.sum(partial, 0, out=sums.others)
+        torch.amax(flag, 0, out=sums.flag)
+
+    def exponentials(self, rows: slice, sums: Sums, stored: Tensor, stored_moment: Tensor | None, bent: bool) -> None:
+        """Fill `stored` (R, V) and the sums; one more pass for float16, which has no range to spare."""
+        if self.narrow:
+            first = Sums(len(self.shift), 0, self.dtype, stored.device)
+            self.scan(rows, first)
+            self.redo(rows, first)
+            first.normalise(rows, self.shift)
+        self.scan(rows, sums, stored, stored_moment, bent)
+        self.redo(rows, sums, stored, stored_moment, bent)
+
+
+def chunks_of(start: int, stop: int, size: int) -> list[slice]:
+    """Cut [start, stop) into parts of at most `size`, as even as they can be: a small last product wastes the GPU."""
+    parts = -(-(stop - start) // size) if stop > start else 0
+    edges = [start + (stop - start) * i // parts for i in range(parts + 1)] if parts else []
+    return [slice(a, b) for a, b in itertools.pairwise(edges)]
