@@ -10,7 +10,8 @@ from torch import Tensor
 
 from mopl.kernels import linear_logprob as kernels
 from mopl.ops import _linear_logprob_triton_head as shared
-from mopl.ops._linear_logprob_triton_head import Head, Sums, chunks_of, on_its_device, product, wide_rows
+from mopl.ops._linear_logprob_triton_head import Head, Sums, chunks_of, on_its_device, wide_rows
+from mopl.ops._products import product
 
 
 @on_its_device

@@ -1,4 +1,4 @@
-"""What the stages of `linear_logprob` on a GPU share: products, one pass over the vocabulary, how rows are cut."""
+"""What the stages of `linear_logprob` on a GPU share: one pass over the vocabulary, how rows are cut."""
 
 # Pyright takes a kernel for the plain function below `@triton.jit`.
 # pyright: reportIndexIssue=false
@@ -16,12 +16,12 @@ from mopl._arguments import compute_dtype
 from mopl.kernels import fused_logprob as fused_kernels
 from mopl.kernels import linear_logprob as kernels
 from mopl.ops._backend import INTERPRETED
+from mopl.ops._products import product
 
 ROWS = 4096  # rows of a chunk: above about 733 the float32 read-modify-write of dW costs less than its product
 COLUMNS = 2048  # columns of a tile of logits: 4096 x 2048 in float32 are 32 MiB, which the L2 cache of an H200 holds
 STORE_ROWS = 2048  # rows of a chunk whose exponentials are stored over the whole vocabulary
 HEADROOM = 8.0  # nats: normalised exponentials, and their products with u - shift, stay below float16's 65504
-SIXTEEN = (torch.bfloat16, torch.float16)
 
 
 def on_its_device(stage: Callable) -> Callable:
@@ -42,19 +42,6 @@ def wide_rows(rows: int, columns: int, like: Tensor) -> Tensor:
     """
     step = 128 // like.element_size()
     return like.new_empty(rows, -(-columns // step) * step)[:, :columns]
-
-
-def product(a: Tensor, b: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
-    """Return a @ b in the compute dtype, into `out` if given and on top of what it holds if `add`."""
-    dtype = compute_dtype(a)
-    if a.is_cuda and a.dtype in SIXTEEN and a.dtype == b.dtype:
-        if add and out is not None:
-            return torch.addmm(out, a, b, out_dtype=dtype, out=out)
-        return torch.mm(a, b, out_dtype=dtype) if out is None else torch.mm(a, b, out_dtype=dtype, out=out)
-    a, b = a.to(dtype), b.to(dtype)
-    if add and out is not None:
-        return out.addmm_(a, b)
-    return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
 
 
 def same_dtype(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,8 +3,7 @@
 The same functions as `_linear_logprob_cpu`, whose docstrings say what each argument and result is; what the stages
 share is in `_linear_logprob_triton_head`, the backward pass in `_linear_logprob_triton_backward`. Here:
 
-* Products of 16-bit operands write float32 (`out_dtype`), so logits are never rounded to 16 bit. On tensors of a CPU
-  (Triton's interpreter) operands are upcast instead.
+* Products of 16-bit operands write float32 (`_products`), so logits are never rounded to 16 bit.
 * The exponentials kept for the second and third product are bf16: it has float32's range, and its rounding is that of
   any 16-bit gradient. float16 operands have no such range to offer: their rows are summed once first and then
   normalised, which costs one more product, but no digits; and upstream gradients are scaled by their largest.
@@ -30,10 +29,10 @@ from mopl.ops._linear_logprob_triton_head import (
     Sums,
     chunks_of,
     on_its_device,
-    product,
     rows_contiguous,
     wide_rows,
 )
+from mopl.ops._products import product
 
 __all__ = ["accumulate", "backward", "combine", "target_logits"]
 
