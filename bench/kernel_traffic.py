@@ -1,0 +1,169 @@
+"""The bytes that each Triton kernel moves, as functions of its arguments; tested in Triton's interpreter.
+
+Counted is what a launch must move if nothing is read twice: every address once that is read, and once that is written.
+An argument that a kernel takes whole needs no more than its name here; of others the number of elements is given.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Arguments of a launch by name, and its number of programs."""
+
+    given: Mapping[str, Any]
+    programs: int
+
+    def __getattr__(self, name: str) -> Any:
+        return self.given[name]
+
+
+Count = Callable[[Arguments], int]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What one kernel moves and computes.
+
+    Args:
+        written: arguments that are written; every other tensor is read.
+        changed: arguments that are read and written.
+        elements: how many elements are moved of the arguments that are not taken whole.
+        product: (M, N, K) of the product that the kernel computes.
+        instructions: warp instructions of a launch.
+    """
+
+    written: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
+    elements: Mapping[str, Count] = field(default_factory=dict)
+    product: Callable[[Arguments], tuple[int, int, int]] | None = None
+    instructions: Callable[[Arguments], float] | None = None
+
+    def traffic(self, a: Arguments) -> dict[str, tuple[int, int]]:
+        """Return the bytes read and written of each tensor."""
+        found = {}
+        for name, tensor in a.given.items():
+            if not isinstance(tensor, Tensor) or not tensor.numel():
+                continue
+            many = self.elements[name](a) if name in self.elements else _distinct(tensor)
+            moved = many * tensor.element_size()
+            found[name] = (
+                0 if name in self.written else moved,
+                moved if name in self.written or name in self.changed else 0,
+            )
+        return found
+
+
+def _distinct(x: Tensor) -> int:
+    return math.prod(n for n, stride in zip(x.shape, x.stride(), strict=True) if stride)
+
+
+def _rows(*names: str) -> dict[str, Count]:
+    return dict.fromkeys(names, lambda a: a.rows)
+
+
+def _none(*names: str) -> dict[str, Count]:
+    return dict.fromkeys(names, lambda a: 0)
+
+
+def _area(a: Arguments) -> int:
+    return a.rows * a.columns
+
+
+LISTNET = ("loss", "peak", "rest", "mass", "others")
+RANKING = ("loss", "gradient", "temperature_gradient")
+
+KERNELS: dict[str, Kernel] = {
+    # One pass over the logits; of the head itself nothing is read.
+    "linear_logprob.exp_kernel": Kernel(
+        written=("stored", "stored_moment"),
+        changed=("others", "moment1", "moment2"),
+        elements={
+            "tile": _area, "stored": _area, "stored_moment": _area, "bias": lambda a: a.columns,
+            **_rows("pivot", "shift", "temperature", "others", "moment1", "moment2"),
+            **_none("flag"),  # written for the rows that are computed again
+        },
+    ),
+    # A row of hidden and one of the head for each target; as if all targets were different.
+    "linear_logprob.target_logit_kernel": Kernel(
+        written=("out",),
+        elements={
+            "hidden": lambda a: a.column.numel() * a.size, "weight": lambda a: a.column.numel() * a.size,
+            "bias": lambda a: a.column.numel(), "temperature": lambda a: a.column.numel(),
+        },
+    ),
+    # Without a flagged row, which is the rule, it reads the flags.
+    "linear_logprob.redo_kernel": Kernel(
+        elements={
+            "flag": lambda a: a.rows,
+            **_none(
+                "hidden", "weight", "bias", "pivot", "shift", "temperature", "count", "stored", "stored_moment",
+                "others", "moment1", "moment2",
+            ),
+        },
+    ),
+    "linear_logprob.combine_kernel": Kernel(
+        written=("out",),
+        elements={
+            "weight": lambda a: (1 + (a.column is not None)) * a.out.numel(),
+            "weighted_moment": lambda a: 0 if a.moment_coefficient is None else a.weighted_moment.numel(),
+        },
+    ),
+    "linear_logprob.logit_gradient_kernel": Kernel(
+        written=("out",),
+        elements={
+            **dict.fromkeys(("alpha", "gamma"), lambda a: a.out.shape[0]),
+            **dict.fromkeys(("shift", "temperature"), lambda a: a.out.shape[0] if a.SOFTCAP else 0),
+        },
+    ),
+    "linear_logprob.column_sum_kernel": Kernel(
+        changed=("out",), elements={"stored": _area, "factor": lambda a: a.rows, "out": lambda a: a.columns}
+    ),
+    "fused_logprob.fused_sum_kernel": Kernel(
+        written=("partial", "flag"), product=lambda a: (a.rows, a.vocabulary, a.size)
+    ),
+    "gathered_logprob.forward_kernel": Kernel(written=("logprob", "logsumexp", "entropy", "variance")),
+    "gathered_logprob.backward_kernel": Kernel(
+        written=("grad",), elements={"entropy": lambda a: 0 if a.grad_entropy is None else a.entropy.numel()}
+    ),
+    "listnet.forward_kernel": Kernel(written=LISTNET),
+    "listnet.forward_loop_kernel": Kernel(written=LISTNET),
+    "listnet.backward_kernel": Kernel(
+        written=("dscores", "dlabels", "dtemperature"),
+        elements={"loss": lambda a: 0 if a.dlabels is None else a.loss.numel()},
+    ),
+    "plackett_luce.pairwise_kernel": Kernel(written=RANKING),
+    "plackett_luce.backward_kernel": Kernel(written=("dscores",)),
+    "plackett_luce_sorted.fused_kernel": Kernel(written=RANKING),
+    "plackett_luce_sorted.suffix_kernel": Kernel(written=("top", "mass", "end")),
+    # As if no items were tied: what groups of several cost is not read, and every program of the other kernel only asks
+    # whether such a group begins at its place.
+    "plackett_luce_sorted.chain_kernel": Kernel(
+        written=RANKING, elements=_none("cost", "passed", "share", "mean_weight", "phi")
+    ),
+    "plackett_luce_groups.group_kernel": Kernel(
+        elements=_none(
+            "scores", "weights", "temperature", "top", "mass", "cost", "passed", "share", "mean_weight", "phi"
+        )
+    ),
+}  # fmt: skip
+
+
+def kernel(name: str) -> Kernel:
+    """Return what a kernel moves.
+
+    Raises:
+        LookupError: for a kernel that nobody has described.
+    """
+    if name not in KERNELS:
+        raise LookupError(
+            f"{name} is launched but bench/kernel_traffic.py does not say how many bytes it moves; add it to KERNELS"
+        )
+    return KERNELS[name]
