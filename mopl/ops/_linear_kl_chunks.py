@@ -139,8 +139,8 @@ def backward(
     dtype, weight, bias = policy.temperature.dtype, policy.weight, policy.bias
     shape = policy.rows.shape if need_hidden else (0,)
     grad_hidden = torch.zeros(shape, dtype=dtype, device=grad.device)
-    grad_weight = torch.empty_like(weight) if need_weight else grad.new_empty(0)
-    grad_bias = torch.empty_like(bias) if need_bias and bias is not None else grad.new_empty(0)
+    grad_weight = weight.new_empty(weight.shape) if need_weight else grad.new_empty(0)
+    grad_bias = bias.new_empty(bias.shape) if need_bias and bias is not None else grad.new_empty(0)
     slope = grad.to(dtype) * policy.logit_scale / policy.temperature
     scale, reference_scale = (slope / total.to(dtype) for total in (sums.total, sums.reference_total))
     mean = sums.mean.to(dtype)

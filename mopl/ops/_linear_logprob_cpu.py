@@ -317,8 +317,8 @@ def backward(
     right = right if elementwise or not need_weight else right * -alpha[:, None]
 
     grad_hidden = shift.new_zeros(hidden.shape if need_hidden else 0)
-    grad_weight = torch.empty_like(weight) if need_weight else shift.new_empty(0)
-    grad_bias = torch.empty_like(bias) if need_bias and bias is not None else shift.new_empty(0)
+    grad_weight = weight.new_empty(weight.shape) if need_weight else shift.new_empty(0)
+    grad_bias = bias.new_empty(bias.shape) if need_bias and bias is not None else shift.new_empty(0)
     width = min(len(weight), COLUMNS)
     buffer = shift.new_empty(min(len(hidden), ROWS) * width)
     rounded = shift.new_empty((width, weight.shape[1]) if need_weight and weight.dtype != shift.dtype else 0)

@@ -31,8 +31,9 @@ class Selection(NamedTuple):
 def select(target: Tensor, row: Tensor | None, rows: int, bound: int, on_host: bool) -> Selection:
     """Compact rows and targets: exactly, by index, on the host; without a synchronisation on a GPU.
 
-    On a GPU M = bound: first the rows that count, in their order, then rows that do not. How many count is known
-    there only (`count`). Rows that count but lie beyond the bound are left out, and their results become NaN.
+    On a GPU M = bound, or fewer where there are fewer rows or targets: first the rows that count, in their order, then
+    rows that do not. How many count is known there only (`count`). Rows that count but lie beyond the bound are left
+    out, and their results become NaN.
     """
     counts = target >= 0
     if on_host:
@@ -53,15 +54,20 @@ def select(target: Tensor, row: Tensor | None, rows: int, bound: int, on_host: b
     if row is not None:
         used = torch.zeros(rows, dtype=torch.int64, device=target.device)
         used = used.scatter_reduce_(0, row, counts.long(), "amax") > 0
+    possible = min(rows, len(target))  # more rows cannot count
+    bound = min(bound, possible)
     order = torch.argsort(~used, stable=True)
     count = used.sum().clamp(max=bound)
     valid = torch.arange(bound, device=target.device) < count
     place = torch.empty_like(order).scatter_(0, order, torch.arange(rows, device=order.device))
-    lost = used & (place >= bound) if bound < rows else None
+    lost = used & (place >= bound) if bound < possible else None
     if row is None:
         index = order[:bound]
         return Selection(index, index, torch.where(valid, target[index], SKIP), None, valid, count, lost, lost)
     lost_entries = None if lost is None else counts & lost[row]
+    if not bound:  # no row is in play, so that no target has a place
+        nothing = row.new_empty(0)
+        return Selection(nothing, nothing, nothing, nothing, valid, count, lost, lost_entries)
     place = place[row]
     column = torch.where(place < bound, target, SKIP)
     return Selection(order[:bound], None, column, place.clamp(max=bound - 1), valid, count, lost, lost_entries)

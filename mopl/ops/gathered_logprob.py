@@ -89,7 +89,7 @@ def gathered_logprob(
         inplace_backward: the backward pass writes the gradient over `logits`, whose values are then lost: no second
             (..., V) tensor. Nothing else may need the logits afterwards; autograd raises if something does, a second
             backward pass included. Under torch.compile the compiler plans the memory and this option does nothing, as
-            for rows that share their memory (`expand`).
+            for rows that share their memory (`expand`) or, on a GPU, are not contiguous.
         check_targets: raise if a target lies outside the vocabulary; costs a synchronisation on a GPU. None: on a CPU
             only. Unchecked targets outside the vocabulary give NaN.
 
@@ -121,7 +121,8 @@ def gathered_logprob(
     warmth = per_row(temperature, "temperature", lead, logits, lambda: (flat_target >= 0).any(1))
     need_temperature = warmth.requires_grad and torch.is_grad_enabled()
     flat = logits.reshape(-1, vocabulary)
-    apart = 0 not in flat.stride()  # rows that share memory have none that could hold a gradient of their own
+    # Rows that share memory have none that could hold a gradient of their own; kernels want contiguous rows.
+    apart = 0 not in flat.stride() and (flat.stride(-1) == 1 or not use_triton(flat))
     rows = (
         flat,
         flat_target,

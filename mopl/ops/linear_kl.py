@@ -238,8 +238,8 @@ def _(
 ):  # fmt: skip
     return (
         hidden.new_empty(hidden.shape) if need_hidden else grad.new_empty(0),
-        torch.empty_like(weight) if need_weight else grad.new_empty(0),
-        torch.empty_like(bias) if need_bias and bias is not None else grad.new_empty(0),
+        weight.new_empty(weight.shape) if need_weight else grad.new_empty(0),
+        bias.new_empty(bias.shape) if need_bias and bias is not None else grad.new_empty(0),
     )
 
 

@@ -329,9 +329,9 @@ def _(
     nothing = temperature.new_empty
     return (
         nothing((temperature.shape[0], size), dtype=hidden_dtype) if need_hidden else nothing(0),
-        torch.empty_like(weight) if need_weight and weight is not None else nothing(0),
-        torch.empty_like(bias) if need_bias and bias is not None else nothing(0),
-        torch.empty_like(temperature, memory_format=torch.contiguous_format) if need_temperature else nothing(0),
+        weight.new_empty(weight.shape) if need_weight and weight is not None else nothing(0),
+        bias.new_empty(bias.shape) if need_bias and bias is not None else nothing(0),
+        nothing(temperature.shape) if need_temperature else nothing(0),
     )
 
 
