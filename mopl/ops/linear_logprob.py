@@ -216,7 +216,7 @@ def kept_rows(hidden: Tensor, weight: Tensor, rows: int, workspace: int) -> int:
     one product of four.
     """
     fit = workspace // max(1, weight.shape[0] * cache_dtype(hidden, weight).itemsize)
-    return torch.sym_min(rows if hidden.is_cuda else (rows + 1) // 2, fit)  # pyright: ignore[reportReturnType]
+    return min(rows if hidden.is_cuda else (rows + 1) // 2, fit)
 
 
 @torch.library.custom_op("mopl::linear_logprob", mutates_args=())
