@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mopl.ops import gathered_logprob, linear_logprob
+from mopl.ops._device import default_workspace
 
-GIB = 2**30
 HEAD_FLOP = {"forward": 2, "frozen": 4, "trained": 6}
 
 
@@ -68,9 +68,12 @@ def float32_head(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return -F.cross_entropy(hidden.float() @ weight.float().T, target, reduction="none")
 
 
-def mopl_flop(rows: int, vocabulary: int, itemsize: int, workspace: int, on_gpu: bool) -> dict[str, float]:
+def mopl_flop(rows: int, vocabulary: int, itemsize: int, workspace: int | None, on_gpu: bool) -> dict[str, float]:
     """Return mopl's own products: rows beyond the workspace are multiplied again in the backward pass."""
-    fit = workspace // (vocabulary * (itemsize if on_gpu else 4))
+    row = vocabulary * (itemsize if on_gpu else 4)
+    if workspace is None:
+        workspace = default_workspace(torch.device("cuda" if on_gpu else "cpu"), rows * row)
+    fit = workspace // row
     kept = min(rows if on_gpu else (rows + 1) // 2, fit)
     return {**HEAD_FLOP, "trained": 6 + 2 * (1 - kept / rows)}
 
@@ -147,7 +150,7 @@ def _quack() -> list[Peer]:
     return [Peer("QuACK chunked, sum", run, per_token=False)]
 
 
-def head_peers(rows: int, vocabulary: int, itemsize: int, on_gpu: bool, workspace: int = 2 * GIB) -> Found:
+def head_peers(rows: int, vocabulary: int, itemsize: int, on_gpu: bool, workspace: int | None = None) -> Found:
     """Return who turns hidden states into log-probabilities."""
 
     def ours(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:

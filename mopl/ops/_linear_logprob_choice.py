@@ -24,6 +24,7 @@ from mopl._files import write_file
 from mopl._records import DamagedFile, read_json
 from mopl.kernels import fused_logprob as kernels
 from mopl.ops._backend import use_triton
+from mopl.ops._device import index_of
 
 FEW_ROWS = 256  # below which reading the head takes longer than multiplying by it (about 183 rows on an H200)
 
@@ -53,13 +54,17 @@ def key_of(hidden: Tensor, weight: Tensor, softcap: bool) -> str:
     return f"{maker}{major}.{minor} {dtype} H{weight.shape[1]} V{weight.shape[0]} N{rows}{' softcap' * softcap}"
 
 
-@functools.lru_cache
 def usable(device: torch.device, itemsize: int, softcap: bool) -> list[str]:
-    """Return the names of the tiles that fit a GPU."""
+    """Return the names of the tiles that fit a GPU, the current one if `device` has no index."""
     if device.type != "cuda":  # the interpreter has no limits
         return kernels.usable_tiles(itemsize, sys.maxsize, True, softcap)
-    limit = driver.active.utils.get_device_properties(device.index)["max_shared_mem"]  # type: ignore[attr-defined]
-    every_stage = torch.cuda.get_device_capability(device)[0] >= 9 and not torch.version.hip
+    return _usable(index_of(device), itemsize, softcap)
+
+
+@functools.lru_cache
+def _usable(index: int, itemsize: int, softcap: bool) -> list[str]:
+    limit = driver.active.utils.get_device_properties(index)["max_shared_mem"]  # type: ignore[attr-defined]
+    every_stage = torch.cuda.get_device_capability(index)[0] >= 9 and not torch.version.hip
     return kernels.usable_tiles(itemsize, limit, every_stage, softcap)
 
 

@@ -56,6 +56,7 @@ from torch import Tensor
 
 from mopl._arguments import compute_dtype
 from mopl.ops import _derivatives as derivatives
+from mopl.ops._device import default_workspace
 from mopl.ops._linear_logprob_stages import (
     Forward,
     cache_dtype,
@@ -82,8 +83,6 @@ from mopl.ops._logprob import (
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-GIB = 2**30
-
 # What has the derivatives that are refused here.
 INSTEAD = (
     "take mopl.ops.gathered_logprob of the logits, logit_scale * (hidden @ weight.T + bias), or detach the operands"
@@ -95,7 +94,7 @@ def linear_logprob(
     hidden: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None = None, temperature: float | Tensor = 1.0,
     softcap: float | None = None, logit_scale: float = 1.0, mask: Tensor | None = None, ignore_index: int = -100,
     row: Tensor | None = None, return_logsumexp: Literal[False] = False, return_entropy: Literal[False] = False,
-    workspace: int = ..., max_rows: int | None = None, check_targets: bool | None = None,
+    workspace: int | None = ..., max_rows: int | None = None, check_targets: bool | None = None,
     group: ProcessGroup | None = None,
 ) -> Tensor: ...  # fmt: skip
 @overload
@@ -103,7 +102,7 @@ def linear_logprob(
     hidden: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None = None, temperature: float | Tensor = 1.0,
     softcap: float | None = None, logit_scale: float = 1.0, mask: Tensor | None = None, ignore_index: int = -100,
     row: Tensor | None = None, return_logsumexp: bool = ..., return_entropy: bool = ...,
-    workspace: int = ..., max_rows: int | None = None, check_targets: bool | None = None,
+    workspace: int | None = ..., max_rows: int | None = None, check_targets: bool | None = None,
     group: ProcessGroup | None = None,
 ) -> tuple[Tensor, ...]: ...  # fmt: skip
 def linear_logprob(
@@ -120,7 +119,7 @@ def linear_logprob(
     row: Tensor | None = None,  # target's shape
     return_logsumexp: bool = False,
     return_entropy: bool = False,
-    workspace: int = 2 * GIB,
+    workspace: int | None = None,
     max_rows: int | None = None,
     check_targets: bool | None = None,
     group: ProcessGroup | None = None,
@@ -142,7 +141,12 @@ def linear_logprob(
         return_logsumexp: also return the log of the normaliser of the scaled logits, one value a row of `hidden`.
         return_entropy: also return the entropy in nats of each row's distribution.
         workspace: bytes that may be kept between forward and backward to spare a trainable head the second
-            computation of its logits. On a CPU at most half of the rows are kept.
+            computation of its logits. On a CPU at most half of the rows are kept. None: 2 GiB on a CPU; on a GPU a
+            32nd of its memory (4.4 GiB on an H200, where 16384 bf16 rows of a vocabulary of 128256 take 3.9 GiB), or
+            half of what is unused at that moment if that is less. Gradients of rows that are kept and of rows that
+            are computed again may differ in their last bits, so where memory is short, runs repeat bit by bit only
+            with a number here, or with `torch.use_deterministic_algorithms(True)`, under which, as in compiled code,
+            what is unused is not asked for.
         max_rows: an upper bound, known on the host, on the number of rows that count. On a GPU, where counting them
             would cost a synchronisation, rows beyond it are not computed; should more rows count, theirs are NaN. On
             a CPU more rows are an error.
@@ -209,13 +213,14 @@ def linear_logprob(
     return results[0] if len(results) == 1 else tuple(results)
 
 
-def kept_rows(hidden: Tensor, weight: Tensor, rows: int, workspace: int) -> int:
+def kept_rows(hidden: Tensor, weight: Tensor, rows: int, workspace: int | None) -> int:
     """Return for how many rows the exponentials are kept between the forward and the backward pass.
 
     On a CPU at most half of them: in float32 that is a sixth of what autograd keeps of full logits, and costs half of
     one product of four.
     """
-    fit = workspace // max(1, weight.shape[0] * cache_dtype(hidden, weight).itemsize)
+    row = max(1, weight.shape[0] * cache_dtype(hidden, weight).itemsize)
+    fit = (default_workspace(hidden.device, rows * row) if workspace is None else workspace) // row
     return min(rows if hidden.is_cuda else (rows + 1) // 2, fit)
 
 

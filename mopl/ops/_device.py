@@ -1,0 +1,70 @@
+"""What ops ask about a GPU: the properties that a plan needs, and how much memory is unused. Nothing waits for it.
+
+This is the one place that asks: who wants to plan for a GPU that is not here replaces `properties_of`.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from mopl.ops._head_plan import DEVICES, TOY, Device, known_device
+
+GIB = 2**30
+SHARE = 32  # a 32nd of a GPU's memory: 4.4 GiB on an H200, where exponentials of 16384 x 128256 take 3.9 GiB
+
+
+def properties_of(device: torch.device) -> Device:
+    """Return what a plan needs to know of a device; of the current GPU if it has no index.
+
+    Tensors of a CPU are planned for in Triton's interpreter alone, and fake tensors of a GPU where there is none as on
+    an H100: only their shapes matter.
+    """
+    if device.type != "cuda":
+        return TOY
+    if not torch.cuda.is_available():
+        return DEVICES["H100"]
+    return _read(index_of(device))
+
+
+def index_of(device: torch.device) -> int:
+    """Return the index of a GPU: that of the current one where a device has none."""
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+@functools.lru_cache
+def _read(index: int) -> Device:
+    found = torch.cuda.get_device_properties(index)
+    return known_device(
+        found.name, found.multi_processor_count, found.L2_cache_size, found.total_memory,
+        (found.major, found.minor), "AMD" if torch.version.hip else "NVIDIA",
+    )  # fmt: skip
+
+
+def default_workspace(device: torch.device, wanted: int | None = None) -> int:
+    """Return how many bytes may be kept from a forward to a backward pass: 2 GiB on a CPU, a `SHARE` of a GPU's memory.
+
+    Half of what is unused where that is less and `wanted` bytes are more. Compiled code, deterministic
+    algorithms and a graph under capture take the share as it is, since what is unused is an accident of the moment.
+    """
+    if device.type != "cuda":
+        return 2 * GIB
+    if torch.compiler.is_compiling():
+        # The compiler makes a constant of this call, but not of a cached one.
+        there = torch.cuda.is_available()
+        return (torch.cuda.get_device_properties(device).total_memory if there else DEVICES["H100"].memory) // SHARE
+    share = properties_of(device).memory // SHARE
+    if wanted is not None and wanted * 16 <= share:  # too little to be worth asking
+        return share
+    if torch.are_deterministic_algorithms_enabled() or not torch.cuda.is_available():
+        return share
+    if torch.cuda.is_current_stream_capturing():
+        return share
+    return min(share, unused_bytes(device) // 2)
+
+
+def unused_bytes(device: torch.device) -> int:
+    """Return the memory of a GPU that is free, or held by the caching allocator and unused."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
