@@ -1,9 +1,10 @@
 """Every kernel compiled ahead of time for sm_80, sm_90, sm_100 and gfx942, in a process without the interpreter.
 
 Once with this Triton, and once with the one of the Python that MOPL_TRITON_PYTHON names, where spills are an error; see
-`tests/aot/compile_kernels.py`. The tests at the end make sure that the checks can fail.
+`tests/aot/compile_kernels.py`. The other tests make sure that the checks can fail.
 """
 
+import json
 import os
 import re
 import subprocess
@@ -43,7 +44,7 @@ def test_every_kernel_compiles_for_every_target(which: str, tmp_path: Path, caps
     assert summary, result.stdout
 
 
-BAD_CASES = """
+KERNELS = """
 import triton
 import triton.language as tl
 from case import Case
@@ -60,10 +61,44 @@ def refused(x, y, N: tl.constexpr):
         total += tl.load(x + i)
     tl.store(y, total)
 
+@triton.jit
+def copied(x, y, size, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(y + i, tl.load(x + i, mask=i < size), mask=i < size)
+
+@triton.jit
+def in_place(x, y, size, pivot, BARRIER: tl.constexpr, N: tl.constexpr):
+    first = tl.load(x + pivot)
+    if BARRIER:
+        tl.debug_barrier()
+    for start in range(0, size, N):
+        i = start + tl.arange(0, N)
+        tl.store(y + i, tl.exp(tl.load(x + i) - first))
+
+@triton.jit(do_not_specialize=["size"])
+def general(x, size):
+    tl.store(x, size)
+
+types = {"x": "*fp32", "y": "*fp32"}
+order = {"types": types | {"size": "i32", "pivot": "i32"}, "barrier": {"x": "y"}, "wide": ("x", "y"), "elements": 1024}
+copy = {"types": types | {"size": "i32"}, "constants": {"N": 1024}, "wide": ("x", "y")}
+good = [
+    Case("wide", copied, divisible=("size",), **copy),
+    Case("ordered", in_place, constants={"BARRIER": True, "N": 1024}, **order),
+]
+"""
+
+BAD_CASES = (
+    KERNELS
+    + """
 def cases():
-    types = {"x": "*fp32", "y": "*fp32"}
-    return [
+    return good + [
         Case("fits", shared, types, {"N": 64}),
+        Case("narrow", copied, **copy),
+        Case("race", in_place, constants={"BARRIER": False, "N": 1024}, **order),
+        Case("nothing to order", copied, barrier={"y": "x"}, divisible=("size",), **copy),
+        Case("never divisible", general, {"x": "*i32", "size": "i32"}, divisible=("size",)),
+        Case("never constant", general, {"x": "*i32"}, {"size": 1}),
         Case("large", shared, types, {"N": 131072}, num_warps=32),
         Case("tensor core", shared, types, {"N": 64}, instructions={"sm_90": ("wgmma",)}),
         Case("unwanted", shared, types, {"N": 64}, absent={"sm_90": ("ld.global",)}),
@@ -72,16 +107,22 @@ def cases():
         Case("without a type", shared, {"x": "*fp32"}, {"N": 64}),
     ]
 """
+)
+
+
+def violations_of(result: subprocess.CompletedProcess) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for text in result.stdout.split("\nVIOLATION ")[1:]:
+        case = re.match(r"bad +(.*?) +sm_90: ", text)
+        found.setdefault(case[1] if case else "", []).append(text)
+    return found
 
 
 def test_the_checks_find_what_they_look_for(tmp_path: Path) -> None:
     (tmp_path / "cases_bad.py").write_text(BAD_CASES)
     result = compile_all(sys.executable, tmp_path / "cache", "--cases", str(tmp_path), "--targets", "sm_90")
     assert result.returncode == 1, result.stdout + result.stderr
-    violations: dict[str, list[str]] = {}
-    for text in result.stdout.split("\nVIOLATION ")[1:]:
-        name = re.match(r"bad +(.*?) +sm_90: ", text)[1]
-        violations.setdefault(name, []).append(text)
+    violations = violations_of(result)
     for case, problem in {
         "large": "bytes of shared memory, the target has",
         "tensor core": "no wgmma in the assembly",
@@ -89,10 +130,42 @@ def test_the_checks_find_what_they_look_for(tmp_path: Path) -> None:
         "refused": "Loop-carried variable total",  # which the interpreter accepts
         "assembler": "--no-such-option",
         "without a type": "without a type ['y']",
+        "narrow": "0 of 32 bytes of x are accessed 16 bytes a lane",
+        "race": "y can be written before every warp has read x: no barrier between",
+        "nothing to order": "no read of single elements of y, or no write of x, to order",
+        "never divisible": "the case says more than a launch, which does not specialize ['size']",
+        "never constant": "the case says more than a launch, which does not specialize ['size']",
     }.items():
-        assert any(problem in violation for violation in violations[case]), (case, result.stdout)
-    assert "fits" not in violations
-    assert len(result.stdout.splitlines()) < 60, "a failing assembler prints a whole program"
+        assert any(problem in violation for violation in violations.pop(case)), (case, result.stdout)
+    assert not violations, violations  # the good cases among them have none
+    assert len(result.stdout.splitlines()) < 80, "a failing assembler prints a whole program"
+
+
+def test_a_change_of_the_instructions_an_element_is_found(tmp_path: Path) -> None:
+    (tmp_path / "cases_bad.py").write_text(KERNELS + "cases = lambda: good")
+    options = ("--cases", str(tmp_path), "--targets", "sm_90", "--figures")
+
+    def run(recorded: dict) -> subprocess.CompletedProcess:
+        (tmp_path / "recorded.json").write_text(json.dumps({"bad": recorded}))
+        return compile_all(sys.executable, tmp_path / "cache", *options)
+
+    result = run({})
+    assert "no figures are recorded; record them with" in str(violations_of(result)["wide"])
+    rows = re.findall(r"bad +(\w+) .*; ([\d.]+) instructions an element, (\d+) in all", result.stdout)
+    now = {name: {"instructions": float(cost), "program": int(program)} for name, cost, program in rows}
+    assert 5 < now["ordered"]["instructions"] < 20, now  # load, subtract, exponential, store, and the loop
+    assert now["wide"]["instructions"] == now["wide"]["program"], "without a loop all of the program counts"
+    assert run(now).returncode == 0
+
+    was = {name: {figure: n * 1.2 for figure, n in figures.items()} for name, figures in now.items()}
+    was["wide"] = {"instructions": now["wide"]["instructions"], "program": now["wide"]["program"] / 1.2}
+    violations = violations_of(run({**was, "gone": {}}))
+    assert "(-17%): record that it saves this with python tests/aot/compile_kernels.py --record" in str(
+        violations["ordered"]
+    )
+    assert "instructions in the whole program, recorded are" in str(violations["wide"])
+    assert "(+20%): make it cheaper, or record that it costs this with" in str(violations["wide"])
+    assert "figures are recorded of bad gone, which is no case" in str(violations[""])
 
 
 def test_nothing_compiled_is_an_error(tmp_path: Path) -> None:

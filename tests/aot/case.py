@@ -32,7 +32,8 @@ class Case:
         types: the type of every argument that is no constant, in Triton's words: "*fp32", "*i1" (a boolean mask),
             "i32", "tensordesc<bf16[128,64]>".
         constants: the value of every constexpr argument, and of arguments that are None or 1 at launch.
-        divisible: names of the integer arguments that are multiples of 16 at launch; pointers always are.
+        divisible: names of the integer arguments that are multiples of 16 at launch; pointers always are. One that
+            the kernel does not specialize cannot be among them, since a launch would not tell the compiler.
         num_warps: as at launch.
         num_stages: as at launch; None leaves the target's default.
         options: further options of `triton.compile`.
@@ -40,6 +41,11 @@ class Case:
         absent: for each target named, the substrings that it must not contain.
         targets: the targets to compile for; None means all.
         may_spill: targets where register spills are only reported, never an error.
+        wide: names of the tensors that NVIDIA's GPUs read and write 16 bytes a lane, but for single elements.
+        barrier: for each tensor, one written in its place: between what every warp reads of the first (less than 16
+            bytes) and the first write to the second, all warps of the program must meet.
+        elements: elements that a program works on in one iteration of its hot loop, or at all without a loop: what
+            instructions are counted by; by default one a thread.
     """
 
     name: str
@@ -54,6 +60,9 @@ class Case:
     absent: Mapping[str, Sequence[str]] = field(default_factory=dict)
     targets: Sequence[str] | None = None
     may_spill: Sequence[str] = ()
+    wide: Sequence[str] = ()
+    barrier: Mapping[str, str] = field(default_factory=dict)
+    elements: int | None = None
 
 
 def load_kernels(name: str) -> types.ModuleType:

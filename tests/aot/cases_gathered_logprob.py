@@ -24,7 +24,9 @@ def _case(
     logsumexp: bool = False,
     entropy: bool = False,
     variance: bool = False,
+    padded: bool = False,
 ) -> Case:
+    """Return a case; rows of a padded one begin at multiples of 16 elements, whatever the vocabulary."""
     exact = "*fp64" if logits == "fp64" else "*fp32"
     types = {"logits": f"*{logits}", "target": "*i64", "vocabulary": "i32", "logits_stride": "i32"}
     types |= {name: exact for name in ("temperature", "logprob", "logsumexp")}
@@ -33,14 +35,16 @@ def _case(
         constants["targets"] = 1
     else:
         types["targets"] = "i32"
-    divisible = ["vocabulary", "logits_stride"] if vocabulary % 16 == 0 else []
+    aligned = padded or vocabulary % 16 == 0
+    divisible = ["vocabulary"] if vocabulary % 16 == 0 else []
+    divisible += ["logits_stride"] if aligned else []
     if direction == "forward":
         kernel, tile = kernels.forward_kernel, kernels.forward_tile(vocabulary, ITEMSIZE[logits], softcap)
         optional = {"entropy": entropy or variance, "variance": variance}
     else:
         kernel, tile = kernels.backward_kernel, kernels.backward_tile(vocabulary, ITEMSIZE[logits])
         types |= {"grad": f"*{logits}", "grad_stride": "i32", "part": "i32", "entropy": exact}
-        divisible += ["part"] + (["grad_stride"] if vocabulary % 16 == 0 else [])
+        divisible += ["part"] + (["grad_stride"] if aligned else [])
         optional = {"grad_logprob": True, "grad_logsumexp": logsumexp, "grad_entropy": entropy}
     for name, wanted in optional.items():
         if wanted:
@@ -48,7 +52,7 @@ def _case(
         else:
             constants[name] = None
     warps = tile.pop("num_warps")
-    more = " entropy" * (entropy or variance) + " softcap" * bool(softcap)
+    more = " entropy" * (entropy or variance) + " softcap" * bool(softcap) + " padded" * padded
     return Case(
         name=f"{direction} {logits} V={vocabulary} J={targets}{more}",
         kernel=kernel,
@@ -56,8 +60,10 @@ def _case(
         constants=constants | tile,
         divisible=divisible,
         num_warps=warps,
-        instructions=WIDE_LOADS if vocabulary % 16 == 0 else {},
+        instructions=WIDE_LOADS if aligned else {},
         absent=NO_APPROXIMATE_LOG,
+        wide=(("logits",) if direction == "forward" else ("logits", "grad")) if aligned else (),
+        elements=tile["DEPTH"] * tile["WIDTH"],
     )
 
 

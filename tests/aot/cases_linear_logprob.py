@@ -53,6 +53,8 @@ def _target(operand: str, softcap: float = 0.0, shared: bool = False, bias: bool
         {"SOFTCAP": softcap, "LOGIT_SCALE": 1.0},
         kernels.TARGET_TILE,
         divisible=("size", "hidden_stride", "weight_stride"),
+        wide=("hidden", "weight"),
+        elements=kernels.TARGET_TILE["BLOCK"],
     )
 
 
@@ -82,6 +84,7 @@ def _exp(
     bias: bool = False, aligned: bool = True,
 ) -> Case:  # fmt: skip
     itemsize = 8 if operand == "fp64" else 4
+    shape = kernels.exp_tile(itemsize)
     types = {"tile": _arithmetic(operand)} | _sums(operand, stored, moments, bent, bias)
     types |= dict.fromkeys(("first_column", "columns", "tile_stride"), "i32")
     kept = f" keep {stored}" if stored else ""
@@ -90,15 +93,18 @@ def _exp(
         kernels.exp_kernel,
         types,
         {"SOFTCAP": softcap, "LOGIT_SCALE": 0.5, "BENT": bent, "LIMIT": kernels.LIMIT},
-        kernels.exp_tile(itemsize),
+        shape,
         divisible=("first_column", "tile_stride", "stored_stride", *(["columns"] if aligned else [])),
         instructions=WIDE_LOADS if itemsize == 4 and aligned else {},
+        wide=["tile", *(name for name in ("stored", "stored_moment") if types[name])] if aligned else (),
+        elements=shape["ROWS"] * shape["BLOCK"],
     )
 
 
 def _redo(
     operand: str, stored: str | None, moments: int = 0, softcap: float = 0.0, bent: bool = False, **more
 ) -> Case:  # fmt: skip
+    tile = kernels.redo_tile(8 if operand == "fp64" else 4)
     types = {"hidden": f"*{operand}", "weight": f"*{operand}"} | _sums(operand, stored, moments, bent, False)
     types |= dict.fromkeys(("size", "vocabulary", "hidden_stride", "weight_stride"), "i32")
     return _case(
@@ -106,8 +112,10 @@ def _redo(
         kernels.redo_kernel,
         types,
         {"SOFTCAP": softcap, "LOGIT_SCALE": 1.0, "BENT": bent},
-        kernels.redo_tile(8 if operand == "fp64" else 4),
+        tile,
         divisible=("size", "vocabulary", "hidden_stride", "weight_stride", "stored_stride"),
+        wide=("weight",),
+        elements=tile["BV"] * tile["BH"],
         **more,
     )
 
@@ -119,42 +127,49 @@ def _combine(operand: str, out: str, size: int, moment: bool = False, shared: bo
     types |= {"moment_coefficient": exact if moment else None, "own_coefficient": exact if shared else None}
     types |= {"column": "*i64" if shared else None, "position": "*i64" if shared else None}
     types |= dict.fromkeys(("size", "weight_stride", "weighted_stride"), "i32")
+    tile = kernels.combine_tile(size)
     return _case(
         f"combine {operand} to {out} H={size}{' shared' * shared}{' moment' * moment}",
         kernels.combine_kernel,
         types,
         {},
-        kernels.combine_tile(size),
+        tile,
         divisible=("size", "weight_stride", "weighted_stride") if size % 16 == 0 else (),
+        wide=("weight", "weighted", "out") if size % 16 == 0 else (),
+        elements=tile["BLOCK"],
     )
 
 
-def _gradient(stored: str, softcap: float = 0.0, gamma: bool = True) -> Case:
+def _gradient(stored: str, softcap: float = 0.0, gamma: bool = True, aligned: bool = True) -> Case:
     exact = _arithmetic(stored)
     types = {"stored": f"*{stored}", "alpha": exact, "gamma": exact if gamma else None, "shift": exact}
     types |= {"temperature": exact, "out": f"*{stored}"}
     types |= dict.fromkeys(("first_row", "columns", "stored_stride", "out_stride"), "i32")
     return _case(
-        f"gradient {stored}{' softcap' * bool(softcap)}{' entropy' * gamma}",
+        f"gradient {stored}{' softcap' * bool(softcap)}{' entropy' * gamma}{' ragged' * (not aligned)}",
         kernels.logit_gradient_kernel,
         types,
         {"SOFTCAP": softcap},
         kernels.GRADIENT_TILE,
-        divisible=("columns", "stored_stride", "out_stride"),
+        divisible=("stored_stride", "out_stride", *(["columns"] if aligned else [])),
         instructions=WIDE_LOADS,
+        wide=("stored", "out"),
+        elements=kernels.GRADIENT_TILE["BLOCK"],
     )
 
 
-def _column_sum(stored: str) -> Case:
+def _column_sum(stored: str, aligned: bool = True) -> Case:
     types = {"stored": f"*{stored}", "factor": _arithmetic(stored), "out": _arithmetic(stored)}
     types |= dict.fromkeys(("first_row", "rows", "columns", "stored_stride"), "i32")
     return _case(
-        f"column sum {stored}",
+        f"column sum {stored}{' ragged' * (not aligned)}",
         kernels.column_sum_kernel,
         types,
         {},
         kernels.COLUMN_SUM_TILE,
-        divisible=("columns", "stored_stride"),
+        divisible=("stored_stride", *(["columns"] if aligned else [])),
+        wide=("stored",),
+        elements=kernels.COLUMN_SUM_TILE["ROWS"] * kernels.COLUMN_SUM_TILE["BLOCK"],
     )
 
 
@@ -188,6 +203,8 @@ def _fused(operand: str, name: str, softcap: float = 0.0, bias: bool = False) ->
         instructions=cores,
         absent=absent,
         targets=targets,
+        wide=("hidden", "weight"),
+        elements=(tile["BM"] + tile["BV"]) * tile["BH"],
     )
 
 

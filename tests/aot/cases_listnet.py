@@ -40,6 +40,8 @@ def _case(
         del types["mask"]
         constants["mask"] = None
     warps = tile.pop("num_warps")
+    # Of shorter lists a lane holds fewer than 16 bytes, or a program several lists.
+    long = items >= 1024 and not masked
     return Case(
         name=f"{direction} K={items} m={objectives} {scores} labels {labels}{' common' if common else ''}",
         kernel=kernel,
@@ -49,6 +51,8 @@ def _case(
         num_warps=warps,
         absent=NO_APPROXIMATE_LOG,
         targets=targets,
+        wide=("scores", "labels") if long else (),
+        elements=tile["LISTS"] * tile["BLOCK"],
     )
 
 

@@ -25,6 +25,7 @@ def _case(
     known = {"scores": f"*{scores}", "labels": f"*{labels}", "mask": "*i1", "order": "*i64", "end": "*i32"}
     tile = dict(tile)
     warps = tile.pop("num_warps")
+    elements = tile.get("LISTS", 1) * tile.get("ROWS", tile["BLOCK"]) if "BLOCK" in tile else None
     constants = {"M": objectives, **tile, **flags, **{name: None for name in absent}}
     types, divisible = {}, []
     for name in function.arg_names:
@@ -44,6 +45,7 @@ def _case(
         num_warps=warps,
         absent=NO_APPROXIMATE_LOG,
         targets=targets,
+        elements=elements,
     )
 
 

@@ -1,16 +1,24 @@
 """Compile every kernel ahead of time for GPUs that need not be here, and fail on what can be known without one.
 
     python tests/aot/compile_kernels.py [--only listnet] [--targets sm_90,gfx942] [--jobs 2] [--cases FOLDER]
+    python tests/aot/compile_kernels.py --record [--only listnet]
 
 A violation is: the compiler refuses; more shared memory than the target has; a missing or an unwanted instruction;
-and, with the Triton of the GPU machines (3.6.0), registers spilled to memory. Other versions only report spills:
-theirs belong to a flag that they pass to ptxas. Prints one row a compilation; exits with 1 after any violation.
+narrow accesses of tensors that should have wide ones; a missing barrier; and, with the Triton of the GPU machines
+(3.6.0), registers spilled to memory, and on sm_90 instructions an element that are not within 10 % of those in
+`recorded.json` beside the case tables. Other versions only report spills: theirs belong to a flag that they pass to
+ptxas. Prints one row a compilation; exits with 1 after any violation. `--record` writes `recorded.json` anew.
+
+What is recorded of a case: `instructions` that a thread issues for one element in the hot loop (the issue slots of a
+warp are a 32nd of that) and for the whole `program`, every loop run once; `registers` of a thread; bytes of `shared`
+memory of a block.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -23,6 +31,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import machine_code
 import triton
 from case import Case
 from triton.backends.compiler import GPUTarget
@@ -34,7 +43,10 @@ TARGETS = {
     "sm_100": (GPUTarget("cuda", 100, 32), 227),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64),
 }
-SPILLS_FAIL = triton.__version__.split("+")[0] == "3.6.0"
+THE_GPU_MACHINES = triton.__version__.split("+")[0] == "3.6.0"
+MACHINE_CODE = "sm_90"  # the one target that is disassembled: that of the GPU machines
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+RECORD = "python tests/aot/compile_kernels.py --record"
 
 
 def load_cases(folder: Path, only: str | None) -> list[tuple[str, Case]]:
@@ -60,6 +72,10 @@ def compile_case(case: Case, target: str) -> tuple[object, str]:
     missing = sorted(set(names) - set(case.types) - set(case.constants))
     if unknown or missing:
         return None, f"the case does not fit the kernel's arguments: unknown {unknown}, without a type {missing}"
+    general = {p.name for p in case.kernel.params if p.do_not_specialize and not p.is_constexpr}
+    special = sorted(general & (set(case.divisible) | {n for n, v in case.constants.items() if v is not None}))
+    if special:
+        return None, f"the case says more than a launch, which does not specialize {special}"
     signature = {name: "constexpr" if name in case.constants else case.types[name] for name in names}
     attributes = {
         (index,): [["tt.divisibility", 16]]
@@ -100,23 +116,72 @@ def registers(compiled) -> tuple[int, int]:
         text = compiled.asm["amdgcn"]
         counts = [int(n) for n in re.findall(r"\.(?:vgpr_spill_count|private_segment_fixed_size):\s*(\d+)", text)]
         return int(re.search(r"\.vgpr_count:\s*(\d+)", text)[1]), sum(counts)
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        listing = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        listing = subprocess.run(
+            [TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", listing)
     return int(found[1]), int(found[2])
 
 
-def check(table: str, case: Case, target: str) -> tuple[str, list[str]]:
-    """Return the row to print and the violations."""
+def wide_accesses(case: Case, program: machine_code.Program) -> list[str]:
+    """Return what is wrong with the widths and the order of accesses in the PTX of a case."""
+    types = [case.types[name] for name in case.kernel.arg_names if name not in case.constants]
+    names = [name for name in case.kernel.arg_names if name not in case.constants]
+    found = machine_code.accesses(program, [n if t.startswith("*") else "" for n, t in zip(names, types, strict=True)])
+    violations = []
+    for name in case.wide:
+        everything = sum(access.size for access in found[name])
+        wide = sum(access.size for access in found[name] if access.size >= 16)
+        if 2 * wide <= everything or not everything:  # the rest are single elements, such as that of a target
+            violations.append(f"{wide} of {everything} bytes of {name} are accessed 16 bytes a lane")
+    for source, written in case.barrier.items():
+        stores = {access.index for access in found[written] if access.kind == "st"}
+        single = [access.index for access in found[source] if access.kind == "ld" and access.size < 16]
+        if not stores or not single:
+            violations.append(f"no read of single elements of {source}, or no write of {written}, to order")
+        if any(program.reaches(index, stores, "bar") for index in single):
+            violations.append(f"{written} can be written before every warp has read {source}: no barrier between")
+    return violations
+
+
+def figures(case: Case, compiled, used: int) -> dict[str, float]:
+    """Return what is recorded of a case."""
+    threads = 32 * case.num_warps
+    program = machine_code.disassemble(compiled.asm["cubin"], TOOLS)
+    return {
+        "instructions": float(f"{len(program.hot_path()) * threads / (case.elements or threads):.4g}"),
+        "program": len(program.path(0)),
+        "registers": used,
+        "shared": compiled.metadata.shared,
+    }
+
+
+def compare(now: dict[str, float], recorded: dict[str, float] | None) -> list[str]:
+    """Return what is wrong with the instructions of a case."""
+    if recorded is None:
+        return [f"no figures are recorded; record them with {RECORD}"]
+    violations = []
+    for name, what in (("instructions", "instructions an element"), ("program", "instructions in the whole program")):
+        ratio = now[name] / recorded[name]
+        if abs(ratio - 1) > 0.1:
+            remedy = "make it cheaper, or record that it costs" if ratio > 1 else "record that it saves"
+            violations.append(
+                f"{now[name]} {what}, recorded are {recorded[name]} ({ratio - 1:+.0%}): {remedy} this with {RECORD}"
+            )
+    return violations
+
+
+def check(table: str, case: Case, target: str, recorded: dict | None) -> tuple[str, list[str], dict | None]:
+    """Return the row to print, the violations, and the figures of a case that was disassembled."""
     start = time.perf_counter()
     compiled, printed = compile_case(case, target)
     label = f"{table:<16} {case.name:<46} {target:<7}"
     if compiled is None:
         lines = [line for line in printed.splitlines() if line.strip()]
-        return f"{label} does not compile", [f"{label.strip()}: " + "\n    ".join(lines[:3] + lines[3:][-5:])]
+        return f"{label} does not compile", [f"{label.strip()}: " + "\n    ".join(lines[:3] + lines[3:][-5:])], None
     text = assembly(compiled)
     used, spilled = registers(compiled)
     shared = compiled.metadata.shared
@@ -130,20 +195,61 @@ def check(table: str, case: Case, target: str) -> tuple[str, list[str]]:
     for unwanted in case.absent.get(target, ()):
         if unwanted in text:
             violations.append(f"{unwanted} in the assembly")
+    if (case.wide or case.barrier) and "ptx" in compiled.asm:
+        violations += wide_accesses(case, machine_code.Program(text))
     if spilled:
-        fails = SPILLS_FAIL and target not in case.may_spill
+        fails = THE_GPU_MACHINES and target not in case.may_spill
         (violations if fails else notes).append(f"{spilled} bytes of spilled registers")
+    cost = None
+    if recorded is not None and target == MACHINE_CODE:
+        cost = figures(case, compiled, used)
+        violations += compare(cost, recorded.get(table, {}).get(case.name))
+        notes.append(f"{cost['instructions']} instructions an element, {cost['program']} in all")
     seconds = time.perf_counter() - start
-    remarks = "; ".join([*violations, *notes]) or "ok"
+    remarks = "; ".join([*(violations or ["ok"]), *notes])
     row = f"{label} {used:>4} registers {shared / 1024:>6.1f} KiB shared {case.num_warps:>2} warps {seconds:>5.1f} s"
-    return f"{row}  {remarks}", [f"{label.strip()}: {v}" for v in violations]
+    return f"{row}  {remarks}", [f"{label.strip()}: {v}" for v in violations], cost
 
 
 _CASES: list[tuple[str, Case]] = []
 
 
-def _check_number(job: tuple[int, str]) -> tuple[str, list[str]]:
-    return check(*_CASES[job[0]], job[1])
+def _check_number(job: tuple[int, str, dict | None]) -> tuple[str, list[str], dict | None]:
+    return check(*_CASES[job[0]], *job[1:])
+
+
+def compile_all(
+    targets: list[str], jobs: int, recorded: dict | None
+) -> tuple[int, list[str], dict[str, dict[str, dict]]]:
+    """Compile `_CASES`, printing a row each; return how many compilations that was, violations and figures."""
+    work = [
+        (index, target, recorded)
+        for index, (_, case) in enumerate(_CASES)
+        for target in targets
+        if case.targets is None or target in case.targets
+    ]
+    policy = "spills fail" if THE_GPU_MACHINES else "spills are reported"
+    print(f"triton {triton.__version__}, {len(work)} compilations, {policy}")
+    violations, costs = [], {}
+    start = time.perf_counter()
+    with ProcessPoolExecutor(jobs, mp_context=get_context("fork")) as pool:
+        for (index, *_), (row, found, cost) in zip(work, pool.map(_check_number, work), strict=True):
+            print(row, flush=True)
+            violations += found
+            if cost is not None:
+                table, case = _CASES[index]
+                costs.setdefault(table, {})[case.name] = cost
+    print(f"{len(work)} compilations in {time.perf_counter() - start:.0f} s", end=", ")
+    return len(work), violations, costs
+
+
+def write(recorded: dict[str, dict[str, dict]], file: Path) -> None:
+    """Write figures with a line for every case, so that a change of one is a change of one line."""
+    tables = []
+    for table, costs in sorted(recorded.items()):
+        lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(cost)}" for name, cost in sorted(costs.items()))
+        tables.append(f" {json.dumps(table)}: {{\n{lines}\n }}")
+    file.write_text("{\n" + ",\n".join(tables) + "\n}\n")
 
 
 def main() -> int:
@@ -152,28 +258,32 @@ def main() -> int:
     parser.add_argument("--targets", help="comma-separated; all of " + ", ".join(TARGETS) + " by default")
     parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 8))
     parser.add_argument("--cases", type=Path, default=Path(__file__).resolve().parent, help="folder of case tables")
+    parser.add_argument("--figures", action="store_true", help="compare with recorded.json whatever the Triton")
+    parser.add_argument("--record", action="store_true", help="write recorded.json anew; needs Triton 3.6.0")
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         parser.error("TRITON_INTERPRET is set: Triton's interpreter and its compiler cannot share a process; unset it")
+    if options.record and not THE_GPU_MACHINES:
+        parser.error(f"--record needs Triton 3.6.0, that of the GPU machines; this is {triton.__version__}")
     chosen = options.targets.split(",") if options.targets else list(TARGETS)
     _CASES.extend(load_cases(options.cases, options.only))
-    jobs = [
-        (index, target)
-        for index, (_, case) in enumerate(_CASES)
-        for target in chosen
-        if case.targets is None or target in case.targets
-    ]
-    print(f"triton {triton.__version__}, {len(jobs)} compilations, spills {'fail' if SPILLS_FAIL else 'are reported'}")
-    violations = []
-    start = time.perf_counter()
-    with ProcessPoolExecutor(options.jobs, mp_context=get_context("fork")) as pool:
-        for row, found in pool.map(_check_number, jobs):
-            print(row, flush=True)
-            violations += found
-    print(f"{len(jobs)} compilations in {time.perf_counter() - start:.0f} s, {len(violations)} violations")
+    file = options.cases / "recorded.json"
+    recorded = json.loads(file.read_text()) if file.exists() else {}
+    compared = {} if options.record else recorded if THE_GPU_MACHINES or options.figures else None
+    if options.record:
+        chosen = [MACHINE_CODE]
+    count, violations, costs = compile_all(chosen, options.jobs, compared)
+    if options.record:
+        write(costs if options.only is None else recorded | costs, file)
+        violations = [v for v in violations if RECORD not in v]
+    elif compared and options.only is None:
+        known = {(table, case.name) for table, case in _CASES}
+        stale = [f"{t} {name}" for t, names in recorded.items() for name in names if (t, name) not in known]
+        violations += [f"figures are recorded of {name}, which is no case: {RECORD}" for name in stale]
+    print(f"{len(violations)} violations")
     for violation in violations:
         print("VIOLATION", violation)
-    return 1 if violations or not jobs else 0
+    return 1 if violations or not count else 0
 
 
 if __name__ == "__main__":
