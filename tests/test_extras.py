@@ -19,7 +19,7 @@ else:
     import tomli as tomllib  # pytest brings it
 
 ROOT = Path(__file__).resolve().parent.parent
-# Packages that mopl or torch always bring.
+# Packages that mopl or torch always bring, and Triton, which kernels ask for in a way of their own.
 ALWAYS = {"torch", "numpy", "msgspec", "triton", "mopl", "jinja2", "filelock"}
 COMMAND_LINES = {
     "rank": ["rank", "--run", "new"],

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from mopl._arguments import compute_dtype
+from mopl.ops._backend import version_of
 
 SIXTEEN = (torch.bfloat16, torch.float16)
 SCRATCH = 2**26  # entries of a scratch, 256 MiB: 16384 rows of a product 4096 wide, which still fill a GPU
@@ -82,12 +83,7 @@ def _is_fake(x: Tensor) -> bool:
 
 def _assumed_form() -> str:
     """Return the form of a GPU that is not there: tensors that have shapes alone, as a compiler traces them."""
-    return "addmm" if _version() >= (2, 10) else "upcast" if torch.version.hip else "mm"
-
-
-def _version() -> tuple[int, int]:
-    major, minor = torch.__version__.split(".")[:2]
-    return int(major), int(minor)
+    return "addmm" if version_of(torch.__version__) >= (2, 10) else "upcast" if torch.version.hip else "mm"
 
 
 @functools.cache
