@@ -39,7 +39,8 @@ def _require_kernels() -> None:
     try:
         import triton
     except ImportError as error:
-        raise ImportError(_message("Triton", OLDEST_TRITON, f"none beside torch {found_torch}"), name="triton") from error
+        found = f"none beside torch {found_torch}"
+        raise ImportError(_message("Triton", OLDEST_TRITON, found), name="triton") from error
     if version_of(triton.__version__) < OLDEST_TRITON:
         found = f"{triton.__version__} beside torch {found_torch}"
         raise ImportError(_message("Triton", OLDEST_TRITON, found), name="triton")
