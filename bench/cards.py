@@ -1,37 +1,48 @@
-"""The GPUs that the performance model knows: what they compute and move a second, and where the figures are from."""
+"""The GPUs that the performance model knows: those of the head's plan, and what a plan does not need."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-GIB = 2**30
+from mopl.ops._head_plan import DEVICES, Device
 
 
 @dataclass(frozen=True)
 class Card:
-    """One GPU."""
+    """One GPU.
+
+    Args:
+        name: as `--card` takes it.
+        plan: processors, caches, memory, bandwidth and rates, with their sources.
+        shared: bytes of shared memory that one block may have (CUDA's table of compute capabilities; AMD's LDS).
+        clock: Hz of kernels without products, predicted: nine tenths of the data sheet's boost clock.
+        cached: bytes that stay near the processors; on an MI300X its Infinity Cache.
+    """
 
     name: str
-    processors: int
-    rate: float  # FLOP/s of a large bf16 product
-    rate_float32: float  # FLOP/s of a large float32 product, IEEE
-    bandwidth: float  # bytes/s read plus written by a large copy
-    clock: float  # Hz under load
-    l2: int  # bytes
-    shared: int  # bytes of shared memory for one block
-    memory: int  # bytes
-    capability: tuple[int, int]
-    hip: bool = False
-    source: str = "predicted"
+    plan: Device
+    shared: int
+    clock: float
+    cached: int
+
+    @property
+    def hip(self) -> bool:
+        return self.plan.maker == "AMD"
+
+    def rate(self, itemsize: int) -> float:
+        """Return FLOP a second of a large product of operands of so many bytes."""
+        return self.plan.rates[itemsize]
+
+
+def _card(name: str, shared_kib: int, boost_ghz: float, cached: int | None = None) -> Card:
+    plan = DEVICES[name]
+    return Card(name, plan, shared_kib * 1024, 0.9e9 * boost_ghz, cached or plan.l2)
 
 
 CARDS = {
     card.name: card
     for card in (
-        Card("H200", 132, 788e12, 50e12, 4.3e12, 1.6e9, 50 * 2**20, 232448, 141 * 10**9, (9, 0)),
-        Card("H100", 132, 728e12, 50e12, 3.0e12, 1.6e9, 50 * 2**20, 232448, 80 * 10**9, (9, 0)),
-        Card("B200", 148, 1700e12, 60e12, 7.2e12, 1.7e9, 126 * 2**20, 232448, 180 * 10**9, (10, 0)),
-        Card("A100", 108, 265e12, 16e12, 1.78e12, 1.3e9, 40 * 2**20, 166912, 80 * 10**9, (8, 0)),
-        Card("MI300X", 304, 720e12, 100e12, 4.2e12, 1.9e9, 256 * 2**20, 65536, 192 * 10**9, (9, 4), hip=True),
+        _card("H200", 227, 1.98), _card("H100", 227, 1.98), _card("B200", 227, 1.97), _card("A100", 163, 1.41),
+        _card("MI300X", 64, 2.1, 256 * 10**6),
     )
-}
+}  # fmt: skip

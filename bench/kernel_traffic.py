@@ -37,14 +37,14 @@ class Kernel:
         changed: arguments that are read and written.
         elements: how many elements are moved of the arguments that are not taken whole.
         product: (M, N, K) of the product that the kernel computes.
-        instructions: warp instructions of a launch.
+        turns: how often a program runs its inner loop, for its instructions; None where they depend on the data.
     """
 
     written: tuple[str, ...] = ()
     changed: tuple[str, ...] = ()
     elements: Mapping[str, Count] = field(default_factory=dict)
     product: Callable[[Arguments], tuple[int, int, int]] | None = None
-    instructions: Callable[[Arguments], float] | None = None
+    turns: Count | None = lambda a: 1
 
     def traffic(self, a: Arguments) -> dict[str, tuple[int, int]]:
         """Return the bytes read and written of each tensor."""
@@ -77,35 +77,62 @@ def _area(a: Arguments) -> int:
     return a.rows * a.columns
 
 
+def _blocks(size: str, *block: str) -> Count:
+    """Return how many blocks a size is cut into."""
+    return lambda a: -(-getattr(a, size) // math.prod(getattr(a, b) for b in block))
+
+
+def _objectives(a: Arguments) -> int:
+    return a.M
+
+
 LISTNET = ("loss", "peak", "rest", "mass", "others")
 RANKING = ("loss", "gradient", "temperature_gradient")
 
 KERNELS: dict[str, Kernel] = {
     # One pass over the logits; of the head itself nothing is read.
     "linear_logprob.exp_kernel": Kernel(
+        turns=_blocks("columns", "BLOCK"),
         written=("stored", "stored_moment"),
         changed=("others", "moment1", "moment2"),
         elements={
-            "tile": _area, "stored": _area, "stored_moment": _area, "bias": lambda a: a.columns,
+            "tile": _area,
+            "stored": _area,
+            "stored_moment": _area,
+            "bias": lambda a: a.columns,
             **_rows("pivot", "shift", "temperature", "others", "moment1", "moment2"),
             **_none("flag"),  # written for the rows that are computed again
         },
     ),
     # A row of hidden and one of the head for each target; as if all targets were different.
     "linear_logprob.target_logit_kernel": Kernel(
+        turns=_blocks("size", "BLOCK"),
         written=("out",),
         elements={
-            "hidden": lambda a: a.column.numel() * a.size, "weight": lambda a: a.column.numel() * a.size,
-            "bias": lambda a: a.column.numel(), "temperature": lambda a: a.column.numel(),
+            "hidden": lambda a: a.column.numel() * a.size,
+            "weight": lambda a: a.column.numel() * a.size,
+            "bias": lambda a: a.column.numel(),
+            "temperature": lambda a: a.column.numel(),
         },
     ),
     # Without a flagged row, which is the rule, it reads the flags.
     "linear_logprob.redo_kernel": Kernel(
+        turns=None,
         elements={
             "flag": lambda a: a.rows,
             **_none(
-                "hidden", "weight", "bias", "pivot", "shift", "temperature", "count", "stored", "stored_moment",
-                "others", "moment1", "moment2",
+                "hidden",
+                "weight",
+                "bias",
+                "pivot",
+                "shift",
+                "temperature",
+                "count",
+                "stored",
+                "stored_moment",
+                "others",
+                "moment1",
+                "moment2",
             ),
         },
     ),
@@ -124,36 +151,46 @@ KERNELS: dict[str, Kernel] = {
         },
     ),
     "linear_logprob.column_sum_kernel": Kernel(
-        changed=("out",), elements={"stored": _area, "factor": lambda a: a.rows, "out": lambda a: a.columns}
+        turns=_blocks("rows", "ROWS"),
+        changed=("out",),
+        elements={"stored": _area, "factor": lambda a: a.rows, "out": lambda a: a.columns},
     ),
     "fused_logprob.fused_sum_kernel": Kernel(
-        written=("partial", "flag"), product=lambda a: (a.rows, a.vocabulary, a.size)
+        turns=None, written=("partial", "flag"), product=lambda a: (a.rows, a.vocabulary, a.size)
     ),
-    "gathered_logprob.forward_kernel": Kernel(written=("logprob", "logsumexp", "entropy", "variance")),
+    "gathered_logprob.forward_kernel": Kernel(
+        turns=_blocks("vocabulary", "DEPTH", "WIDTH"), written=("logprob", "logsumexp", "entropy", "variance")
+    ),
     "gathered_logprob.backward_kernel": Kernel(
-        written=("grad",), elements={"entropy": lambda a: 0 if a.grad_entropy is None else a.entropy.numel()}
+        turns=_blocks("part", "DEPTH", "WIDTH"),
+        written=("grad",),
+        elements={"entropy": lambda a: 0 if a.grad_entropy is None else a.entropy.numel()},
     ),
-    "listnet.forward_kernel": Kernel(written=LISTNET),
-    "listnet.forward_loop_kernel": Kernel(written=LISTNET),
+    "listnet.forward_kernel": Kernel(turns=_objectives, written=LISTNET),
+    "listnet.forward_loop_kernel": Kernel(turns=_blocks("items", "BLOCK"), written=LISTNET),
     "listnet.backward_kernel": Kernel(
+        turns=_objectives,
         written=("dscores", "dlabels", "dtemperature"),
         elements={"loss": lambda a: 0 if a.dlabels is None else a.loss.numel()},
     ),
-    "plackett_luce.pairwise_kernel": Kernel(written=RANKING),
-    "plackett_luce.backward_kernel": Kernel(written=("dscores",)),
+    "plackett_luce.pairwise_kernel": Kernel(turns=lambda a: a.M * a.BLOCK // a.ROWS, written=RANKING),
+    "plackett_luce.backward_kernel": Kernel(turns=_objectives, written=("dscores",)),
     "plackett_luce_sorted.fused_kernel": Kernel(written=RANKING),
-    "plackett_luce_sorted.suffix_kernel": Kernel(written=("top", "mass", "end")),
+    "plackett_luce_sorted.suffix_kernel": Kernel(turns=_blocks("items", "BLOCK"), written=("top", "mass", "end")),
     # As if no items were tied: what groups of several cost is not read, and every program of the other kernel only asks
     # whether such a group begins at its place.
     "plackett_luce_sorted.chain_kernel": Kernel(
-        written=RANKING, elements=_none("cost", "passed", "share", "mean_weight", "phi")
+        turns=_blocks("items", "BLOCK"),
+        written=RANKING,
+        elements=_none("cost", "passed", "share", "mean_weight", "phi"),
     ),
     "plackett_luce_groups.group_kernel": Kernel(
+        turns=None,
         elements=_none(
             "scores", "weights", "temperature", "top", "mass", "cost", "passed", "share", "mean_weight", "phi"
-        )
+        ),
     ),
-}  # fmt: skip
+}
 
 
 def kernel(name: str) -> Kernel:

@@ -230,17 +230,21 @@ def _list_cases(s: Sizes) -> Iterator[Case]:
         yield case("plackett_luce", "order given", "order given", 5 * four)
         yield case("plackett_luce", "sorted here", "sorted here", 3 * four)
         yield case("plackett_luce", "eager torch", "logcumsumexp", 5 * four, peer="order given")
+        lists = s.items // items
         yield Case(
             # Forward reads scores and order and writes the ranked scores and the scan; backward reads both, the order
-            # and scatters: zeros written, then each added to.
+            # and scatters: zeros written, then each added to. A list has its loss and upstream gradient.
             "plackett_luce", f"K {items}, torch.compile", None, bytes=5 * four, peer_of=f"K {items}, order given",
-            traffic=(3 + 2 + 2 + 2 + 1 + 2) * four,
+            traffic=(3 + 2 + 2 + 2 + 1 + 2) * four + 8 * lists,
         )  # fmt: skip
         yield case("listnet", "mopl", "listnet", 3 * four)
         yield case("listnet", "eager torch", "log_softmax", 3 * four, peer="mopl")
-        yield Case(  # forward reads both, backward reads both and writes: nothing else has to reach memory
-            "listnet", f"K {items}, torch.compile", None, bytes=3 * four, peer_of=f"K {items}, mopl", traffic=5 * four
-        )
+        yield Case(
+            # Forward reads both, backward reads both and writes: nothing else an item has to reach memory. A list has
+            # its loss and upstream gradient, and its maximum and sum written and read.
+            "listnet", f"K {items}, torch.compile", None, bytes=3 * four, peer_of=f"K {items}, mopl",
+            traffic=5 * four + 24 * lists,
+        )  # fmt: skip
         if items in (8, 120, 1000):
             yield case("plackett_luce", "order given, mask", "order given", 5 * four, extra="mask")
             yield case("plackett_luce", "order given, 3 objectives", "order given", 11 * four, objectives=3)

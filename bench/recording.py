@@ -33,6 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bench.cards import Card
+from bench.instructions import specialisation
 from bench.kernel_traffic import Arguments, kernel
 
 aten = torch.ops.aten
@@ -60,8 +61,10 @@ class Launch:
     product: tuple[int, int, int] | None = None  # M, N, K
     batch: int = 1
     dtype: torch.dtype = torch.float32  # of the operands of a product
-    warp_instructions: float = 0.0  # 0: not known, or of no weight
     tiles: int | None = None  # programs of a product that is a Triton kernel
+    code: str = ""  # which machine code a Triton kernel runs; "" where its instructions depend on the data
+    warps: int = 0
+    turns: int = 0  # of its inner loop
 
     @property
     def bytes(self) -> int:
@@ -227,27 +230,26 @@ def _torch_launch(func, name: str, args: tuple, kwargs: dict, out: object) -> La
     return Launch(f"torch.{name}", "torch", touched, kernels=kernels, passes=passes)
 
 
-def _record_triton(recording: Recording) -> Callable:
+def record_triton(recording: Recording) -> Callable:
     """Return what stands for the launch of a Triton kernel."""
 
     def run(self, *args, grid, warmup=False, **options):
         names = list(inspect.signature(self.fn).parameters)
         given = dict(zip(names, args, strict=False)) | {k: v for k, v in options.items() if k in names}
-        key = f"{self.fn.__module__.rsplit('.', 1)[-1]}.{self.fn.__name__}"
-        if callable(grid):
-            grid = grid(given)
-        programs = math.prod(grid)
-        arguments = Arguments(given, programs)
-        described = kernel(key)
+        name = f"{self.fn.__module__.rsplit('.', 1)[-1]}.{self.fn.__name__}"
+        programs, warps = math.prod(grid(given) if callable(grid) else grid), options.get("num_warps", 4)
+        arguments, described = Arguments(given, programs), kernel(name)
         touched = tuple(Touch(where(given[n]), r, w) for n, (r, w) in described.traffic(arguments).items())
         product = None if described.product is None else described.product(arguments)
-        dtype = next(x.dtype for x in given.values() if isinstance(x, Tensor))
+        constant = {one.name for one in self.params if one.is_constexpr}
         recording.host["triton"] += 1
         recording.launches.append(
             Launch(
-                key, "triton", touched, product=product, dtype=dtype,
-                warp_instructions=0.0 if described.instructions is None else described.instructions(arguments),
+                name, "triton", touched, product=product,
+                dtype=next(x.dtype for x in given.values() if isinstance(x, Tensor)),
                 tiles=None if product is None else programs,
+                code="" if described.turns is None else specialisation(name, given, constant, warps),
+                warps=programs * warps, turns=0 if described.turns is None else described.turns(arguments),
             )
         )  # fmt: skip
 
@@ -266,19 +268,27 @@ def _forget(prefix: str = "mopl.ops") -> None:
 @contextlib.contextmanager
 def card(card: Card, held: int = 0) -> Iterator[None]:
     """Answer what is asked of a GPU as `card` would, `held` bytes of its memory being taken."""
+    from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    properties = types.SimpleNamespace(
-        name=card.name, major=card.capability[0], minor=card.capability[1], multi_processor_count=card.processors,
-        total_memory=card.memory, L2_cache_size=card.l2, warp_size=64 if card.hip else 32,
-        shared_memory_per_block_optin=card.shared, gcnArchName="gfx942" if card.hip else "",
-    )  # fmt: skip
+    from mopl.ops import _device
+
+    plan = card.plan
     utils = types.SimpleNamespace(
         get_device_properties=lambda device: {
-            "max_shared_mem": card.shared, "multiprocessor_count": card.processors, "warpSize": properties.warp_size,
+            "max_shared_mem": card.shared, "multiprocessor_count": plan.processors, "warpSize": 64 if card.hip else 32,
         }
     )  # fmt: skip
-    active = types.SimpleNamespace(utils=utils, get_current_device=lambda: 0, get_current_stream=lambda device=0: 0)
+    target = GPUTarget("hip", "gfx942", 64) if card.hip else GPUTarget("cuda", 10 * plan.capability[0], 32)
+    active = types.SimpleNamespace(
+        utils=utils, get_current_device=lambda: 0, get_current_stream=lambda device=0: 0,
+        get_current_target=lambda: target, get_active_torch_device=lambda: DEVICE,
+    )  # fmt: skip
+    properties = types.SimpleNamespace(
+        name=card.name, major=plan.capability[0], minor=plan.capability[1], multi_processor_count=plan.processors,
+        total_memory=plan.memory, L2_cache_size=plan.l2, warp_size=target.warp_size,
+        shared_memory_per_block_optin=card.shared,
+    )  # fmt: skip
 
     def no_copy(self, *args, **kwargs):
         raise Waits("a copy to the CPU makes the host wait for the GPU")
@@ -287,19 +297,20 @@ def card(card: Card, held: int = 0) -> Iterator[None]:
         torch.cuda.device: {"__enter__": lambda self: None, "__exit__": lambda self, *a: False},
         torch.cuda: {
             "get_device_properties": lambda device=None: properties,
-            "get_device_capability": lambda device=None: card.capability,
+            "get_device_capability": lambda device=None: plan.capability,
             "get_device_name": lambda device=None: card.name,
-            "mem_get_info": lambda device=None: (card.memory - held, card.memory),
+            "mem_get_info": lambda device=None: (plan.memory - held, plan.memory),
             "memory_reserved": lambda device=None: held, "memory_allocated": lambda device=None: held,
             "current_device": lambda: 0, "is_current_stream_capturing": lambda: False,
         },
         FakeTensor: {
             "is_cuda": property(lambda self: self.fake_device.type == "cuda"),
             "get_device": lambda self: 0 if self.fake_device.type == "cuda" else -1,
-            "data_ptr": lambda self: where(self)[0] * 2**20 + where(self)[1] * self.element_size(),
+            "data_ptr": lambda self: 256 * where(self)[0] + where(self)[1] * self.element_size(),
             "cpu": no_copy, "tolist": no_copy, "numpy": no_copy,
         },
         torch.version: {"hip": "6.4" if card.hip else None},
+        _device: {"properties_of": lambda device: plan},
     }  # fmt: skip
     with contextlib.ExitStack() as stack:
         for owner, replaced in answers.items():
@@ -324,7 +335,7 @@ def record(on: Card, make: Callable[[], Callable[[], object]]) -> Recording:
         stack.enter_context(card(on))
         with Recorder(setup):
             step = make()
-        stack.enter_context(mock.patch.object(JITFunction, "run", _record_triton(recording)))
+        stack.enter_context(mock.patch.object(JITFunction, "run", record_triton(recording)))
         with Recorder(recording):
             step()
     return recording

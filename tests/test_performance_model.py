@@ -38,6 +38,10 @@ def worse(case: str, was: dict, now: dict) -> list[str]:
     return found
 
 
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10),
+    reason="an older torch has no product that adds 16-bit operands to float32, and takes more steps by design",
+)
 def test_no_op_launches_multiplies_or_moves_more_than_was_recorded() -> None:
     recorded, now = json.loads(COUNTS.read_text()), counts_of(H200)
     assert recorded.keys() == now.keys(), f"the cases have changed; {ANEW}"
@@ -104,8 +108,8 @@ def test_one_tile_more_than_a_wave_is_felt() -> None:
         launch = Launch("mm", "product", (), product=(128 * tiles, 256, 4096), dtype=torch.bfloat16)
         return device_seconds(Recording([launch]), H200)[0]
 
-    assert seconds(H200.processors + 1) > 1.4 * seconds(H200.processors)
-    assert seconds(2 * H200.processors) < 2.1 * seconds(H200.processors)
+    assert seconds(H200.plan.processors + 1) > 1.4 * seconds(H200.plan.processors)
+    assert seconds(2 * H200.plan.processors) < 2.1 * seconds(H200.plan.processors)
 
 
 def test_every_case_runs_at_toy_sizes() -> None:
@@ -119,4 +123,4 @@ def test_every_case_runs_at_toy_sizes() -> None:
             result.measured_ms = measured(case, torch.device("cpu"))
     judge(results, chosen)
     assert all(line(result) for result in results)
-    assert {result.goal for result in results} >= {"ahead", "<= 47.5 ms", "share >= 0.88"}
+    assert {result.goal for result in results} >= {"not behind", "<= 47.5 ms", "share >= 0.88"}
