@@ -1,7 +1,7 @@
 """Log-probabilities of tokens as a pytest-benchmark suite: `pytest bench/bench_logprob.py`.
 
 CPU sizes by default, those of a language model where there is a GPU. After pytest-benchmark's table of times comes
-one with, and its files have as extra information: the limit of a variant's own products (bytes, from logits) on this
+one with, and its files have as extra information: the limit of the mode's products (bytes, from logits) on this
 machine over its time (`share`), its peak of extra memory in GB (`extra_gb`), and the largest error of its
 log-probabilities against float64 in nats (`error`). `python -m bench.logprob` takes the variants in turn: on a shared
 machine trust that one.
@@ -20,8 +20,8 @@ import pytest
 import torch
 
 from bench.limits import rates
-from bench.logprob import run_head, run_logits
-from bench.logprob_peers import Peer, head_peers, logit_peers
+from bench.logprob import PRODUCTS, run_head, run_logits
+from bench.logprob_peers import Peer, peers
 from bench.logprob_problems import exactly, problem
 from bench.measuring import DEVICE, ON_GPU, extra_memory, synchronize
 
@@ -29,15 +29,10 @@ ROWS, WIDTH, VOCABULARY = (4096, 2048, 128256) if ON_GPU else (128, 128, 2048)
 limits = cache(rates)
 
 
-def peers_of(mode: str) -> list[Peer]:
-    found, _ = logit_peers() if mode == "gathered" else head_peers(ROWS, VOCABULARY, 2, ON_GPU)
-    return [peer for peer in found if mode == "gathered" or mode in peer.modes]
-
-
 CASES = [
     pytest.param(mode, peer, id=f"{mode}-{peer.name}")
     for mode in ("gathered", "forward", "frozen", "trained")
-    for peer in peers_of(mode)
+    for peer in peers(mode)
 ]
 
 
@@ -53,6 +48,10 @@ def table(request: pytest.FixtureRequest) -> Iterator[list[str]]:
 @pytest.mark.parametrize(("mode", "peer"), CASES)
 def test_logprob(benchmark, table: list[str], mode: str, peer: Peer) -> None:
     """Time one variant with its gradients (none for `forward`)."""
+    try:
+        run = peer.load()
+    except ImportError as error:
+        pytest.skip(str(error))
     hidden, weight, target, upstream = problem("peaked", ROWS, WIDTH, VOCABULARY)
     few = slice(0, 64)
     if mode == "gathered":
@@ -61,13 +60,13 @@ def test_logprob(benchmark, table: list[str], mode: str, peer: Peer) -> None:
         floor = 6 * logits.numel() / limits()[0]
 
         def step() -> torch.Tensor:
-            return run_logits(peer, logits, target, upstream)[0]
+            return run_logits(run, logits, target, upstream)[0]
     else:
         exact = exactly(hidden[few], weight, target[few], upstream[few])[0]
-        floor = peer.flop[mode] * ROWS * WIDTH * VOCABULARY / limits()[1]
+        floor = PRODUCTS[mode] * ROWS * WIDTH * VOCABULARY / limits()[1]
 
         def step() -> torch.Tensor:
-            return run_head(peer, mode, hidden, weight, target, upstream)
+            return run_head(run, peer.per_token, mode, hidden, weight, target, upstream)
 
     try:
         value = step()

@@ -31,18 +31,17 @@ class Problem:
     @classmethod
     def make(cls, lists: int, objectives: int, items: int, device: str = "cpu", seed: int = 0) -> Problem:
         """Draw scores from N(0, 1) and random permutations as labels."""
-        generator = torch.Generator().manual_seed(seed)
-        scores = torch.randn(lists, items, generator=generator)
-        labels = torch.rand(lists, objectives, items, generator=generator)
+        draw: dict = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
+        scores = torch.randn(lists, items, **draw)
+        labels = torch.rand(lists, objectives, items, **draw)
         order = labels.argsort(-1, descending=True)
-        labels = torch.empty_like(labels).scatter_(
-            -1, order, torch.arange(items, 0, -1.0).expand(lists, objectives, items)
-        )
+        ranks = torch.arange(items, 0, -1.0, device=device).expand(lists, objectives, items)
+        labels.scatter_(-1, order, ranks)
         return cls(
-            scores=scores.to(device).requires_grad_(),
-            labels=labels.to(device),
-            order=order.to(device),
-            position=(labels / labels.sum(-1, keepdim=True)).to(device),
+            scores=scores.requires_grad_(),
+            labels=labels,
+            order=order,
+            position=labels / labels.sum(-1, keepdim=True),
             temperatures=torch.linspace(0.5, 1.5, objectives).to(device)
             if objectives > 1
             else torch.ones(1, device=device),
@@ -79,7 +78,7 @@ def allrank_list_mle(scores: Tensor, labels: Tensor, eps: float = 1e-10) -> Tens
     """Follow allRank's listMLE: shuffle to break ties, sort, cumsum of exp, eps inside the log."""
     total = scores.new_zeros(())
     for j in range(labels.shape[1]):
-        shuffle = torch.randperm(scores.shape[-1])
+        shuffle = torch.randperm(scores.shape[-1], device=scores.device)
         shuffled, truth = scores[:, shuffle], labels[:, j, shuffle]
         ranked_truth, indices = truth.sort(descending=True, dim=-1)
         pad = ranked_truth == -1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -55,3 +57,47 @@ def exactly(
 
 def relative(ours: Tensor, exact: Tensor) -> float:
     return float((ours.double() - exact).norm() / exact.norm())
+
+
+def logits_problem(rows: int, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return bf16 logits whose targets stand out by up to 20 nats, targets and upstream gradients."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    logits = torch.empty(rows, vocabulary, device=DEVICE, dtype=torch.bfloat16).normal_(generator=generator)
+    target = torch.randint(vocabulary, (rows,), generator=generator, device=DEVICE)
+    strength = torch.rand(rows, 1, generator=generator, device=DEVICE) * 20
+    logits.scatter_add_(1, target[:, None], strength.bfloat16())
+    return logits, target, torch.randn(rows, generator=generator, device=DEVICE)
+
+
+PART = 4096  # rows of logits at a time, which bounds the memory of the bare products
+
+
+def products(mode: str, rows: int, width: int, vocabulary: int) -> Callable[[], object]:
+    """Return a step of the matrix products of a mode alone: bf16 operands, float32 results, nothing in between."""
+    wide = {"out_dtype": torch.float32} if DEVICE.type == "cuda" else {}
+    dtype = torch.bfloat16 if wide else torch.float32
+
+    def normal(*shape: int) -> Tensor:
+        return torch.empty(*shape, device=DEVICE, dtype=dtype).normal_()
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(*shape, device=DEVICE)
+
+    hidden, weight = normal(rows, width), normal(vocabulary, width)
+    logits, grad_hidden = empty(min(PART, rows), vocabulary), empty(rows, width)
+    # Such as the exponentials that take the logits' place: random numbers, because zeros would draw less power.
+    inner = normal(rows if mode == "trained" else min(PART, rows), vocabulary) if mode != "forward" else None
+    grad_weight = empty(vocabulary, width) if mode == "trained" else None
+
+    def step() -> None:
+        for begin in range(0, rows, PART):
+            part = slice(begin, min(begin + PART, rows))
+            many = part.stop - part.start
+            torch.mm(hidden[part], weight.T, out=logits[:many], **wide)
+            if inner is not None:
+                stored = inner[part] if mode == "trained" else inner[:many]
+                torch.mm(stored, weight, out=grad_hidden[part], **wide)
+        if grad_weight is not None and inner is not None:
+            torch.mm(inner.T, hidden, out=grad_weight, **wide)
+
+    return step

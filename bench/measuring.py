@@ -1,4 +1,4 @@
-"""What the GPU benches share: tables that survive being cut off, medians of interleaved rounds, memory, the limits."""
+"""What the GPU benches share: who was measured on what, tables that survive being cut off, memory."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import importlib.metadata
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -51,77 +52,132 @@ def about(command: str | None = None) -> dict[str, object]:
 
 
 class Report:
-    """Rows of a table, printed and written as they come."""
+    """Rows, written as they come, and a table of them.
+
+    What an earlier run of the same commit on the same machine left in the file is kept, so that a bench that was cut
+    off goes on where it was; a row of ours that failed is tried again.
+    """
 
     def __init__(self, path: Path | None, columns: dict[str, str]) -> None:
         self.path, self.columns, self.rows = path, columns, []
         self.about: dict[str, object] = about()
-        self.more: dict[str, object] = {"absent": {}}
         self.targets: list[dict] = []
+        if path and path.exists():
+            before = json.loads(path.read_text())
+            if all(before.get(key) == self.about[key] for key in ("device", "versions", "commit")):
+                self.rows = [row for row in before["results"] if not (ours(row["variant"]) and "failed" in row)]
 
-    def head(self, title: str) -> None:
-        print(f"\n{title}")
-        print(f"  {'':30s}" + "".join(f"{name:>11s}" for name in self.columns))
+    def find(self, size: str, name: str) -> dict | None:
+        """Return the row of a variant at a size."""
+        return next((row for row in self.rows if (row["size"], row["variant"]) == (size, name)), None)
 
     def add(self, size: str, name: str, **values: float | str | None) -> None:
+        """Add a row; one that did not run has an entry `failed` or `absent` with the reason."""
+        self.rows.append({"size": size, "variant": name, **values})
+        measured = (f"{key} {values[key]:{form}}" for key, form in self.columns.items() if values.get(key) is not None)
+        shown = next((f"{key}: {values[key]}" for key in ("failed", "absent") if key in values), ", ".join(measured))
+        print(f"  {size:32s} {name:30s} {shown}", flush=True)
+        self.write()
+
+    def _cells(self, values: dict) -> list[str]:
         cells = []
         for column, form in self.columns.items():
             value = values.get(column)
-            cells.append("-" if value is None else value if isinstance(value, str) else format(value, form))
-        print(f"  {name:30s}" + "".join(f"{cell:>11s}" for cell in cells), flush=True)
-        self.rows.append({"size": size, "variant": name, **values})
-        self.write()
+            cells.append(f"{'-' if value is None else format(value, form):>10s}")
+        return cells
 
-    def fail(self, size: str, name: str, error: Exception, **values: object) -> None:
-        """Add a row for what does not run here, with the reason."""
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:110]
-        print(f"  {name:30s} failed: {reason}", flush=True)
-        self.rows.append({"size": size, "variant": name, **values, "failed": reason})
-        self.write()
-
-    def note(self, **more: object) -> None:
-        """Add entries to the head of the file."""
-        self.more |= more
-        self.write()
+    def table(self) -> None:
+        """Print all rows, size by size."""
+        for size in dict.fromkeys(row["size"] for row in self.rows):
+            print(f"\n{size}, {self.about['device']}\n  {'':30s}" + " ".join(f"{name:>10s}" for name in self.columns))
+            for row in self.rows:
+                if row["size"] == size and not row.keys() & {"failed", "absent"}:
+                    print(f"  {row['variant']:30s}" + " ".join(self._cells(row)))
+        for kind in ("failed", "absent"):
+            for reason in dict.fromkeys((row["variant"], row[kind]) for row in self.rows if kind in row):
+                print(f"{kind}: {reason[0]} ({reason[1]})")
 
     def target(self, size: str, what: str, wanted: float, measured: float) -> None:
         """Print a target beside what was measured; larger is better."""
         met = bool(measured >= wanted)
-        print(f"  target: {what} at least {wanted:g}: {measured:.3g}, {'met' if met else 'missed'}", flush=True)
+        print(f"target: {size}, {what} at least {wanted:g}: {measured:.3g}, {'met' if met else 'missed'}", flush=True)
         self.targets.append({"size": size, "target": what, "at least": wanted, "measured": measured, "met": met})
         self.write()
+
+    def failures(self) -> int:
+        """Return how many rows of ours failed."""
+        return sum(ours(row["variant"]) and "failed" in row for row in self.rows)
 
     def write(self) -> None:
         """Write everything so far, at once or not at all."""
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        whole = {**self.about, **self.more, "targets": self.targets, "results": self.rows}
+        whole = {**self.about, "targets": self.targets, "results": self.rows}
         write_file(self.path, json.dumps(whole, indent=1) + "\n")
+
+
+def ours(variant: str) -> bool:
+    """Say whether a failure of this variant is one of ours: mopl, or the bare products and bytes beside it."""
+    return variant.startswith(("mopl", "its "))
+
+
+ROW = "@row "  # before a row in what a bench's process prints
+
+
+def give(size: str, **values: object) -> None:
+    """Hand a row to the process that started this one."""
+    print(ROW + json.dumps({"size": size, **values}), flush=True)
+
+
+def each(sizes: Iterable[str], measure: Callable[[str], dict]) -> int:
+    """Measure in this process, size after size, until one fails; return the exit status."""
+    for size in sizes:
+        try:
+            give(size, **measure(size))
+        except ImportError as error:
+            give(size, absent=str(error))
+        except Exception as error:  # other people's code, out of memory, not for this machine: reported, not hidden
+            traceback.print_exc()
+            give(size, failed=f"{type(error).__name__}: {error}".splitlines()[0][:110])
+            return 1  # what is on the GPU may be broken: another process goes on
+    return 0
+
+
+def apart(report: Report, name: str, sizes: list[str], command: list[str], limit: float) -> None:
+    """Let processes of their own measure a variant: one that raises, hangs or poisons the GPU's context ends no other.
+
+    Args:
+        report: gets the rows.
+        name: the variant.
+        sizes: those that have a row already are left out.
+        command: arguments of Python; the sizes are added.
+        limit: seconds for one size.
+    """
+    left = [size for size in sizes if report.find(size, name) is None]
+    while left:
+        before, line = len(left), ""
+        process = subprocess.Popen([sys.executable, *command, *left], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        timer = threading.Timer(limit * len(left), process.kill)
+        timer.start()
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith(ROW):
+                values = json.loads(line.removeprefix(ROW))
+                left.remove(size := values.pop("size"))
+                report.add(size, name, **values)
+            else:
+                print(line, end="")
+        status = process.wait()
+        timer.cancel()
+        if left and len(left) == before:
+            how = f"ended with status {status}" if status >= 0 else f"killed by signal {-status}"
+            report.add(left.pop(0), name, failed=f"its process {how}, after {limit:.0f} s a size at the latest")
 
 
 def synchronize() -> None:
     if ON_GPU:
         torch.cuda.synchronize()
-
-
-def interleaved(steps: dict[str, Callable[[], object]], deadline: float, rounds: int) -> dict[str, float]:
-    """Return the median seconds of each step, all of them in turn, after a round that warms up.
-
-    After the deadline no round is begun, but for the first three.
-    """
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(rounds + 1):
-        if turn > 3 and time.monotonic() > deadline:
-            break
-        for name, step in steps.items():
-            synchronize()
-            start = time.perf_counter()
-            step()
-            synchronize()
-            if turn:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def resident(field: str) -> float:

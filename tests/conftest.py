@@ -68,3 +68,11 @@ def ctrl_c() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _share_of_the_gpu() -> None:
+    """Give each worker its part of the GPU's memory: what needs more fails there, not in another worker's test."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1 and torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(0.9 / workers)  # a tenth for six CUDA contexts

@@ -1,10 +1,12 @@
 """The command for GPUs, `python -m bench.device`, tried without one: a mistake in it would cost time on a machine."""
 
+import argparse
 import json
 import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench.device import STAGES, Stage
+from bench import device, lists, logprob, measuring
+from bench.device_stages import COMMAND_MINUTES, MUST, PEERS, STAGES, Stage, commands, plan
+from bench.summary import summary
 
 FILES = ("tests/test_gpu_list_kernels.py", "tests/test_gpu_logprob.py")
 
@@ -37,73 +41,190 @@ def test_a_stage_that_does_not_exist_is_named() -> None:
     assert done.returncode == 2 and "no stage logprob-sideways" in done.stderr
 
 
-def selects(stage: Stage, file: str, test: str) -> bool:
-    """Say whether pytest would choose a test, as -k does with "and" and "or" alone."""
-    if file not in stage.command:
-        return False
-    ways = stage.command[-1].split(" or ") if "-k" in stage.command else [""]
-    return any(all(part in test for part in way.split(" and ")) for way in ways)
+# ---------------------------------------------------------------- the stages and the plan
+
+COLLECT = """
+import pytest, sys
+class Names:
+    def pytest_collection_modifyitems(self, items):
+        for item in items:
+            print("TEST", item.nodeid, item.get_closest_marker("huge") is not None)
+pytest.main(["-o", "addopts=--import-mode=importlib", "-p", "no:cacheprovider", "-m", "gpu", "--collect-only", "-qqq",
+             *sys.argv[1:]], plugins=[Names()])
+"""
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_every_gpu_test_is_in_exactly_one_stage(file: str) -> None:
+def test_every_gpu_test_is_in_exactly_one_stage() -> None:
+    assert {str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_gpu_*.py")} == set(FILES)
     found = subprocess.run(
-        [sys.executable, "-m", "pytest", "-n", "0", "-m", "gpu", "--collect-only", "-q", file],
-        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTEST_ADDOPTS": ""},
+        [sys.executable, "-c", COLLECT, *FILES], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "PYTEST_ADDOPTS": ""},
     )  # fmt: skip
-    tests = re.findall(r"::(test_.*)", found.stdout)
-    assert len(tests) > 20, found.stdout + found.stderr
-    for test in tests:
-        stages = [stage.name for stage in STAGES if selects(stage, file, test)]
-        assert len(stages) == 1, f"{test} is in stages {stages}"
+    tests = re.findall(r"^TEST (\S+?)::.* (True|False)$", found.stdout, re.MULTILINE)
+    assert len(tests) > 150, found.stdout + found.stderr
+    kinds = {"gpu and huge": "True", "gpu and not huge": "False"}
+    stages = [stage.command for stage in STAGES if stage.name.startswith("tests")]
+    for file, huge in set(tests):
+        chosen = [c for c in stages if file in c and kinds[c[len(c) - 1 - c[::-1].index("-m") + 1]] == huge]
+        assert len(chosen) == 1, (file, huge)
+        assert ("-n" in chosen[0]) == (huge == "False"), "huge tests run alone"
 
 
-@pytest.fixture(scope="module")
-def dry_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
-    """All measuring stages but those that run the same code as another, and one of tests, at toy sizes."""
-    out = tmp_path_factory.mktemp("toy")
-    twins = ("lists-long", "lists-short", "logprob-forward")
-    stages = [s.name for s in STAGES if not s.name.startswith("tests") and s.name not in twins]
-    return command("--toy", "--out", str(out), "tests-fused-float16", *stages), out / "toy"
+def test_goals_come_first_and_every_stage_can_be_started() -> None:
+    names = [stage.name for stage in STAGES]
+    assert names[:5] == ["limits", *(f"logprob-{mode}" for mode in ("forward", "frozen", "trained", "gathered"))]
+    assert [name.partition("-")[0] for name in names[5:9]] == ["tests", "tests", "tests", "lists"]
+    assert names[-1] == "logprob-heavy"
+    for stage in STAGES:
+        module = stage.command[1]
+        assert module == "pytest" or (ROOT / f"{module.replace('.', '/')}.py").exists(), module
+
+
+def test_the_plan_fits_a_lease_and_its_commands_can_be_pasted() -> None:
+    text = plan(STAGES, None, " --out results")
+    lines = re.findall(r"python3 -m bench\.device --out results --minutes ([\d.]+) (.*)", text)
+    assert {float(minutes) for minutes, _ in lines} == {COMMAND_MINUTES} and COMMAND_MINUTES < 10
+    assert sorted(" ".join(names for _, names in lines).split()) == sorted(stage.name for stage in STAGES)
+    assert all(sum(stage.seconds for stage in part) <= 60 * COMMAND_MINUTES for part in commands(STAGES, None))
+    assert sum(stage.seconds for stage in STAGES) <= 28.5 * 60
+    assert sum(stage.seconds for stage in STAGES if stage.name.startswith("tests")) <= 360
+    assert all(f"{name}=={version}" in text for name, version in (MUST | PEERS).items())
+
+
+def test_the_plan_takes_measured_times_where_there_are_some(tmp_path: Path) -> None:
+    (tmp_path / "stages.json").write_text(json.dumps({"limits": {"verdict": "done", "seconds": 7.4}}))
+    text = plan(STAGES, tmp_path, "")
+    assert re.search(r"limits +7 s measured", text) and re.search(r"logprob-frozen +\d+ s predicted", text)
+
+
+# ---------------------------------------------------------------- running them
+
+
+def arguments(**others: object) -> argparse.Namespace:
+    return argparse.Namespace(
+        **{"toy": False, "again": False, "minutes": None, "limit": None, "archive": None} | others
+    )
+
+
+def test_a_stage_that_fails_is_not_done_and_does_not_stop_the_next(tmp_path: Path) -> None:
+    stages = [Stage("bad", "", 1, ("-c", "raise SystemExit(3)")), Stage("good", "", 1, ("-c", "print('fine')"))]
+    assert device.run_all(stages, tmp_path, arguments(archive=tmp_path.parent / "all.zip")) == 1
+    verdicts = {name: state["verdict"] for name, state in device.states(tmp_path).items()}
+    assert verdicts == {"bad": "failed with exit status 3", "good": "done"}
+    assert "failed with exit status 3" in (tmp_path / "summary.md").read_text()
+    assert (tmp_path.parent / "all.zip").exists()
+    assert device.run_all(stages[1:], tmp_path, arguments()) == 0
+    assert device.run_all([Stage("long", "", 70, ("-c", ""))], tmp_path, arguments(minutes=1)) == 1
+    assert "long" not in device.states(tmp_path), "it would have passed the time"
+
+
+def test_what_a_stage_started_ends_with_it(tmp_path: Path) -> None:
+    child = "import time, pathlib; time.sleep(2); pathlib.Path('mark').write_text('still here')"
+    script = f"import os, subprocess, sys, time; os.chdir({str(tmp_path)!r})\n"
+    script += f"subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
+    assert device.start(["-c", script], dict(os.environ), tmp_path / "log", 1.0) == "cut off after 1 s"
+    time.sleep(2.5)
+    assert not (tmp_path / "mark").exists()
+
+
+PEER = """
+import json, os, sys, time
+for size in sys.argv[1:]:
+    if size == "raises":
+        print("@row " + json.dumps({"size": size, "failed": "boo"}), flush=True)
+        raise SystemExit(1)
+    if size == "dies":
+        os.kill(os.getpid(), 11)
+    if size == "hangs":
+        time.sleep(60)
+    print("@row " + json.dumps({"size": size, "ms": 1.5}), flush=True)
+"""
+
+
+def test_a_peer_that_raises_dies_or_hangs_ends_no_other_row(tmp_path: Path) -> None:
+    sizes = ["raises", "a", "dies", "b", "hangs", "c"]
+    report = measuring.Report(tmp_path / "out.json", {"ms": ".1f"})
+    measuring.apart(report, "peer", sizes, ["-c", PEER], 1.0)
+    assert {size for size in sizes if "ms" in (report.find(size, "peer") or {})} == {"a", "b", "c"}
+    reasons = [row["failed"] for row in report.rows if "failed" in row]
+    assert reasons[0] == "boo" and "signal 11" in reasons[1] and "signal 9" in reasons[2]
+    assert report.failures() == 0
+    measuring.apart(report, "mopl", ["raises", "a"], ["-c", PEER], 1.0)
+    assert report.failures() == 1
+
+
+def test_a_bench_goes_on_where_it_was_but_tries_our_failures_again(tmp_path: Path) -> None:
+    report = measuring.Report(tmp_path / "out.json", {"ms": ".1f"})
+    report.add("a", "mopl", ms=1.0)
+    report.add("b", "mopl", failed="boo")
+    report.add("b", "peer", failed="boo")
+    again = measuring.Report(tmp_path / "out.json", {"ms": ".1f"})
+    assert [(row["size"], row["variant"]) for row in again.rows] == [("a", "mopl"), ("b", "peer")]
+    other = json.loads((tmp_path / "out.json").read_text()) | {"device": "another"}
+    (tmp_path / "out.json").write_text(json.dumps(other))
+    assert measuring.Report(tmp_path / "out.json", {}).rows == []
+
+
+def test_rows_are_compared_with_the_limit_and_with_mopl() -> None:
+    report, size = measuring.Report(None, {}), "trained 1000x1000x1000"
+    rates = {"bytes per second": 1e12, "FLOP per second": 1e12}
+    report.rows = [
+        {"size": size, "variant": "its products alone", "ms": 6.0, **rates},
+        {"size": size, "variant": "mopl", "ms": 8.0},
+        {"size": size, "variant": "full logits", "ms": 12.0},
+        {"size": size, "variant": "CCE exact", "failed": "boo"},
+    ]
+    logprob.complete(report)
+    assert report.rows[1]["share"] == pytest.approx(0.75) and report.rows[2]["x mopl"] == pytest.approx(1.5)
+    assert logprob.variants("frozen", False)[:2] == ["its products alone", "mopl"]
+    assert logprob.variants("gathered-forward", False)[-1] == "mopl, again"
+    assert lists.variants("listnet", 3)[-1] == "torch.compile of log_softmax"
+
+
+def test_the_summary_holds_goals_tests_and_what_was_not_measured(tmp_path: Path) -> None:
+    size = "frozen 16384x4096x128256"
+    rows = [
+        {"size": size, "variant": "mopl", "ms": 46.0, "share": 0.95, "extra GB": 1.0},
+        {"size": size, "variant": "TRL chunked", "absent": "No module named 'trl'"},
+        {"size": size, "variant": "CCE exact", "failed": "RuntimeError: boo"},
+        {"size": size, "variant": "mopl, again", "ms": 47.0, "share": 0.93, "extra GB": 1.0},
+    ]
+    target = {"size": size, "target": "share of the limit", "at least": 0.92, "measured": 0.95, "met": True}
+    whole = {"device": "NVIDIA H200", "date": "2026-11-27", "commit": "abc", "versions": {"torch": "2.11.0"}}
+    (tmp_path / "logprob-frozen.json").write_text(json.dumps(whole | {"targets": [target], "results": rows}))
+    ratio = [{"size": "listnet m=1 K=8", "variant": "log_softmax", "ms": 1.0, "x mopl": 0.5}]
+    (tmp_path / "lists.json").write_text(json.dumps(whole | {"targets": [], "results": ratio}))
+    failed = ["FAILED tests/test_gpu_logprob.py::test_linear_errors"]
+    state = {"verdict": "failed with exit status 1", "seconds": 90.0, "command": "python -m pytest"}
+    stages = {"tests-logprob": state | {"outcome": "1 failed, 99 passed in 80 s", "failed": failed}}
+    (tmp_path / "stages.json").write_text(json.dumps(stages))
+    text = summary(tmp_path)
+    assert "| frozen head, 16384x4096x128256 (logprob-frozen) | ≥ 0.92 of the limit; 47.5 ms on an H200 | " in text
+    assert "0.950; 46.00 ms, again 47.00 | met |" in text
+    assert "| listnet beside log_softmax | ahead at every K | 0.50 at K=8, 0.50 at best | **missed** |" in text
+    assert "1 failed, 99 passed" in text and failed[0] in text
+    assert "No module named 'trl'" in text and "RuntimeError: boo" in text
 
 
 @pytest.mark.slow
-def test_every_measuring_stage_runs_at_toy_sizes_and_is_not_run_again(
-    dry_run: tuple[subprocess.CompletedProcess[str], Path],
-) -> None:
-    """One test, because workers of pytest share no fixture and the dry run takes a minute."""
-    every_stage_ran(*dry_run)
-    for mode in ("gathered", "frozen", "trained", "error"):
-        holds_who_was_measured_how_and_on_what(mode, dry_run[1])
-    finished_stages_are_skipped_and_cut_off_ones_are_not(dry_run[1])
-
-
-def every_stage_ran(done: subprocess.CompletedProcess[str], folder: Path) -> None:
+def test_every_kind_of_stage_runs_at_toy_sizes_and_is_not_run_again(tmp_path: Path) -> None:
+    """One of the stages that run the same code, because each process takes seconds to start."""
+    stages = ("limits", "logprob-frozen", "logprob-tune", "logprob-error", "lists")
+    done, folder = command("--toy", "--out", str(tmp_path), "tests-huge", *stages), tmp_path / "toy"
     assert done.returncode == 0, done.stdout + done.stderr
     states = json.loads((folder / "stages.json").read_text())
-    assert {state["verdict"] for state in states.values()} == {"done"}
-    assert not list(folder.glob("*.part"))
-    for name in states:
-        assert str(ROOT) not in (folder / f"{name}.json").read_text().replace(str(folder), "")
-
-
-def holds_who_was_measured_how_and_on_what(mode: str, folder: Path) -> None:
-    found = json.loads((folder / f"logprob-{mode}.json").read_text())
-    assert found["command"].startswith(f"python -m bench.logprob {mode} ")
-    assert found["device"] and found["date"] and found["versions"]["torch"] == torch.__version__
-    assert isinstance(found["absent"], dict)
-    rows = {row["variant"]: row for row in found["results"] if "failed" not in row}
-    assert "mopl" in rows and len(rows) > 2, found["results"]
-    if mode == "error":
-        assert all(rows["mopl"][key] >= 0 for key in ("log p max", "dh frozen", "dh trained", "dW"))
-    else:
-        assert rows["mopl"]["ms"] > 0 and rows["mopl"]["share"] > 0 and rows["mopl"]["log p"] < 1e-4
-
-
-def finished_stages_are_skipped_and_cut_off_ones_are_not(folder: Path) -> None:
-    before = (folder / "limits.json").read_text()
-    assert "done before" in command("--toy", "--out", str(folder.parent), "limits").stdout
-    assert (folder / "limits.json").read_text() == before
-    cut = command("--toy", "--out", str(folder.parent), "limits", "--again", "--limit", "0.2")
+    assert set(states) == {"tests-huge", *stages} and {state["verdict"] for state in states.values()} == {"done"}
+    assert not list(folder.glob("*.part")) and "not measured" not in (folder / "summary.md").read_text()
+    for mode in ("frozen", "error"):
+        found = json.loads((folder / f"logprob-{mode}.json").read_text())
+        assert found["command"].startswith(f"python -m bench.logprob {mode} ") and str(ROOT) not in found["command"]
+        assert found["device"] and found["date"] and found["versions"]["torch"] == torch.__version__
+        rows = {row["variant"]: row for row in found["results"] if "failed" not in row}
+        assert "mopl" in rows and len(rows) > 1, found["results"]
+        if mode == "error":
+            assert all(rows["mopl"][key] >= 0 for key in ("log p max", "dh frozen", "dh trained", "dW"))
+        else:
+            assert rows["mopl"]["ms"] > 0 and rows["mopl"]["log p"] < 1e-4
+    assert "done before" in command("--toy", "--out", str(tmp_path), "limits").stdout
+    cut = command("--toy", "--out", str(tmp_path), "limits", "--again", "--limit", "0.2")
     assert cut.returncode == 1 and "cut off" in cut.stdout and "not done: limits" in cut.stdout
-    assert "done before" not in command("--toy", "--out", str(folder.parent), "limits", "--minutes", "0.001").stdout

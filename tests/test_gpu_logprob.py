@@ -240,6 +240,7 @@ def test_linear_more_rows_than_a_grid_has_in_its_second_dimension(mode: str) -> 
         assert error(gradient, exact[name]) < 4e-3 * SLACK / 2, name
 
 
+@pytest.mark.huge
 def test_linear_cache_with_offsets_past_2_to_the_31() -> None:
     rows, width, vocabulary = size(17_500, 12), size(128, 16), size(128_256, 60)
     p = problem("flat", torch.bfloat16, rows, width, vocabulary)
@@ -401,6 +402,7 @@ def test_linear_compiles_once_whatever_the_rows_the_temperature_and_the_mask(mod
     assert counter.frame_count == 1
 
 
+@pytest.mark.huge
 @pytest.mark.skipif(not GPU, reason="measures the memory of a GPU")
 @pytest.mark.parametrize(
     ("mode", "allowed"),
@@ -512,6 +514,7 @@ def test_gathered_more_than_65536_rows() -> None:
     assert error(gradient, truth) < 4e-3 * SLACK / 2
 
 
+@pytest.mark.huge
 @pytest.mark.parametrize("inplace", [False, True])
 def test_gathered_offsets_past_2_to_the_31(inplace: bool) -> None:
     rows, vocabulary = size(17_000, 6), size(128_256, 60)
