@@ -35,6 +35,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from bench.cards import CARDS
 from bench.device_stages import MUST, STAGES, Stage, expected, plan, states
 from mopl._files import write_file
 
@@ -94,12 +95,18 @@ def start(arguments: list[str], environment: dict[str, str], log: Path, limit: f
 def run(stage: Stage, folder: Path, environment: dict[str, str], toy: bool, limit: float) -> bool:
     """Run a stage, keep what it printed, note what became of it, and say whether it succeeded."""
     out, log = folder / f"{stage.name}.json", folder / f"{stage.name}.txt"
-    arguments = [part.replace("{out}", str(out)) for part in (*stage.command, *(stage.toy if toy else ()))]
+    card = next((name for name in CARDS if name.lower() in folder.name), "H200")
+    arguments = [
+        part.replace("{out}", str(out)).replace("{card}", card)
+        for part in (*stage.command, *(stage.toy if toy else ()))
+    ]
     quoted = (f'"{part}"' if " " in part else part for part in arguments)
     shown = " ".join(["python", *quoted]).replace(str(out), f"bench/results/{folder.name}/{out.name}")
     print(f"== {stage.name}: {stage.what}\n   {shown}", flush=True)
     log.write_text(f"{shown}\n")
     begin = time.monotonic()
+    if toy and not stage.interpret:
+        environment = environment | {"TRITON_INTERPRET": "0"}
     verdict = start(arguments, environment, log, limit)
     lines, seconds = log.read_text().splitlines(), time.monotonic() - begin
     print("   " + "\n   ".join(lines[1:][-40:]), flush=True)

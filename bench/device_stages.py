@@ -16,8 +16,9 @@ class Stage:
         what: what it does.
         seconds: how long it takes on an H200. Predicted, not measured, from processes of about 6 s, kernels of about
             1.3 s to compile and the times of work in the plan of each bench; a measured one takes its place.
-        command: arguments of Python; `{out}` is the path of its JSON file.
+        command: arguments of Python; `{out}` is the path of its JSON file, `{card}` the model's name of the GPU.
         toy: arguments to add where there is no GPU.
+        interpret: there, in Triton's interpreter.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Stage:
     seconds: int
     command: tuple[str, ...]
     toy: tuple[str, ...] = ()
+    interpret: bool = True
 
 
 # In parallel, because most of their time goes into compiling; 6 x (5.6 GiB of poison + what a test needs) fit 78 GiB.
@@ -64,7 +66,7 @@ STAGES = (
     _tests("huge", "the tests that need most of the memory", 70, "gpu and huge", (LISTS, LOGPROB), ()),
     _lists("", "list losses, one objective, K = 2 to 4096", 150, "--no-compile"),
     Stage("model", "the performance model's table with a measured column", 60,
-          ("-m", "bench.model", "--measure", "--json", "{out}")),
+          ("-m", "bench.model", "--measure", "--card", "{card}", "--json", "{out}"), ("--toy",), interpret=False),
     _logprob("tune", "choice of tiles and rows, which is remembered", 60, "tune"),
     _logprob("tuned", "the goals once more with what was chosen", 40, "forward", "frozen", "trained", *OURS),
     _lists("-compiled", "torch.compile of the list losses", 120, "--sizes", *FEW, "--variants", "mopl",

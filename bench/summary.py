@@ -41,7 +41,7 @@ def rows_of(found: dict[str, dict], prefix: str) -> Rows:
     """Return the rows of all stages whose names begin so."""
     stages = [content for name, content in found.items() if name.startswith(prefix)]
     rows = (row for content in stages for row in content.get("results", []))
-    return {(row["size"], row["variant"]): row for row in rows if isinstance(row, dict)}
+    return {(row["size"], row["variant"]): row for row in rows if "size" in row}
 
 
 def figure(row: dict | None, key: str, form: Callable[[float], str]) -> str:
@@ -137,6 +137,16 @@ def error_table(rows: Rows) -> list[str]:
     return table(["rows x width x vocabulary", "", *keys], sorted(cells, key=lambda c: c[0])) if cells else []
 
 
+def model_table(results: list[dict]) -> list[str]:
+    """Return what the performance model predicted beside what was measured."""
+    verdict = {None: "", True: "met", False: "**missed**"}
+    cells = []
+    for row in results:
+        times = (f"{row[key]:.3f}" if row[key] else "–" for key in ("limit_ms", "ms", "measured_ms"))
+        cells.append([row["op"], row["name"], *times, row["goal"], verdict[row["met"]]])
+    return table(["", "", "limit, ms", "predicted", "measured", "goal", ""], cells)
+
+
 def summary(folder: Path) -> str:
     """Return the page."""
     found = read(folder)
@@ -164,6 +174,9 @@ def summary(folder: Path) -> str:
     logprob, errors = rows_of(first, "logprob-"), rows_of(found, "logprob-error")
     lines += ["", "## Log-probabilities", "", *logprob_table({k: v for k, v in logprob.items() if k not in errors})]
     lines += ["## List losses", "", *list_table(rows_of(found, "lists")), "## Errors", "", *error_table(errors)]
+    if "model" in found:
+        card = found["model"]["card"]["name"]
+        lines += [f"## The performance model ({card})", "", *model_table(found["model"]["results"])]
     if "logprob-tune" in found:
         chosen = [[row["size"], row.get("fastest", "failed")] for row in found["logprob-tune"]["results"]]
         lines += ["## Chosen by `tune`", "", *table(["", "fastest"], chosen)]
