@@ -3,6 +3,7 @@
 Without a GPU: what torch says of one is replaced, and tensors are fake.
 """
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -18,16 +19,17 @@ CUDA = torch.device("cuda")
 H200_BYTES = 150_754_820_096  # what torch says of one
 
 
-class Gpu(SimpleNamespace):
-    """What torch says of a GPU: memory in bytes, and the index that it was asked about."""
+class Gpu:
+    """What torch says of a GPU: memory in bytes, and the indices that it was asked about."""
 
-    free = 100 * GIB
-    reserved = allocated = 0
+    def __init__(self) -> None:
+        self.free, self.reserved, self.allocated, self.current = 100 * GIB, 0, 0, 3
+        self.asked: list[int] = []
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
-    gpu = Gpu(asked=[], current=3)
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
+    gpu = Gpu()
     about = SimpleNamespace(
         name="NVIDIA H200", multi_processor_count=132, L2_cache_size=50 << 20, total_memory=H200_BYTES, major=9, minor=0
     )

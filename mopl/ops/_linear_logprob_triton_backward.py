@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from mopl.kernels import linear_logprob as kernels
-from mopl.ops import _linear_logprob_triton_head as shared
-from mopl.ops._linear_logprob_triton_head import Head, Sums, chunks_of, on_its_device, wide_rows
+from mopl.ops import _linear_logprob_choice as choice
+from mopl.ops._head_plan import Plan
+from mopl.ops._linear_logprob_triton_head import Head, Sums, on_its_device, wide_rows
 from mopl.ops._products import product
 
 
@@ -19,11 +20,13 @@ def backward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, pivot: Tensor, shift: Tensor, temperature: Tensor,
     softcap: float, logit_scale: float, count: Tensor | None, alpha: Tensor, gamma: Tensor | None, column: Tensor,
     position: Tensor, coefficient: Tensor, cache: Tensor | None, keep_rows: int, need_hidden: bool, need_weight: bool,
-    need_bias: bool,
+    need_bias: bool, plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the products with the gradient of the logits; see the CPU twin."""
+    """Return the products with the gradient of the logits; see the CPU twin. `plan` is for who measures several."""
     rows, (vocabulary, size) = hidden.shape[0], weight.shape
-    head = Head(hidden, weight, bias, pivot, shift.clone(), temperature, softcap, logit_scale, count)
+    plain = gamma is None and not softcap
+    plan = plan or choice.plan_for(hidden, weight, "trained", softcap > 0, buffers=1 if plain else 2)
+    head = Head(hidden, weight, bias, pivot, shift.clone(), temperature, softcap, logit_scale, count, plan)
 
     def zeros(wanted: bool, *shape: int) -> Tensor:
         return torch.zeros(shape if wanted else (0,), dtype=head.dtype, device=hidden.device)
@@ -31,10 +34,11 @@ def backward(
     grad_hidden, grad_weight = zeros(need_hidden, rows, size), zeros(need_weight, vocabulary, size)
     grad_bias = zeros(need_bias, vocabulary)
 
-    plain = gamma is None and not softcap
     first = min(keep_rows, rows)
-    chunks = [(c, True) for c in chunks_of(0, first, first if plain else shared.STORE_ROWS)]
-    chunks += [(c, False) for c in chunks_of(first, rows, shared.STORE_ROWS)]
+    # What is kept is one product, unless something has to be made of it row by row first.
+    whole = [slice(0, first)] if first else []
+    chunks = [(c, True) for c in (whole if plain else plan.chunks(0, first, buffered=True))]
+    chunks += [(c, False) for c in plan.chunks(first, rows, buffered=True)]
     height = max((c.stop - c.start for c, kept in chunks if not kept), default=0)
     buffer = wide_rows(height, vocabulary, head.hidden)
     peak = None

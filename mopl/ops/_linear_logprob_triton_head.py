@@ -1,4 +1,4 @@
-"""What the stages of `linear_logprob` on a GPU share: one pass over the vocabulary, how rows are cut."""
+"""What the stages of `linear_logprob` on a GPU share: one pass over the vocabulary, cut as its plan says."""
 
 # Pyright takes a kernel for the plain function below `@triton.jit`.
 # pyright: reportIndexIssue=false
@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable
 
 import torch
@@ -16,11 +15,9 @@ from mopl._arguments import compute_dtype
 from mopl.kernels import fused_logprob as fused_kernels
 from mopl.kernels import linear_logprob as kernels
 from mopl.ops._backend import INTERPRETED
+from mopl.ops._head_plan import Plan
 from mopl.ops._products import product
 
-ROWS = 4096  # rows of a chunk: above about 733 the float32 read-modify-write of dW costs less than its product
-COLUMNS = 2048  # columns of a tile of logits: 4096 x 2048 in float32 are 32 MiB, which the L2 cache of an H200 holds
-STORE_ROWS = 2048  # rows of a chunk whose exponentials are stored over the whole vocabulary
 HEADROOM = 8.0  # nats: normalised exponentials, and their products with u - shift, stay below float16's 65504
 
 
@@ -35,13 +32,14 @@ def on_its_device(stage: Callable) -> Callable:
     return run
 
 
-def wide_rows(rows: int, columns: int, like: Tensor) -> Tensor:
+def wide_rows(rows: int, columns: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Return an empty (rows, columns) whose rows begin at multiples of 128 bytes, whatever the number of columns.
 
     Products of 16-bit operands are slow where rows are not aligned to 16 bytes, as with a vocabulary of 50257.
     """
-    step = 128 // like.element_size()
-    return like.new_empty(rows, -(-columns // step) * step)[:, :columns]
+    dtype = like.dtype if dtype is None else dtype
+    step = 128 // dtype.itemsize
+    return like.new_empty(rows, -(-columns // step) * step, dtype=dtype)[:, :columns]
 
 
 def same_dtype(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,9 +92,10 @@ class Head:
 
     def __init__(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, pivot: Tensor, shift: Tensor, temperature: Tensor,
-        softcap: float, logit_scale: float, count: Tensor | None,
+        softcap: float, logit_scale: float, count: Tensor | None, plan: Plan,
     ) -> None:  # fmt: skip
         self.hidden, self.weight = (rows_contiguous(x) for x in same_dtype(hidden, weight))
+        self.plan = plan
         self.bias, self.pivot, self.shift, self.temperature = bias, pivot, shift, temperature
         self.softcap, self.logit_scale, self.count = softcap, logit_scale, count
         self.dtype = compute_dtype(hidden, weight)
@@ -115,10 +114,11 @@ class Head:
         first, many = rows.start, rows.stop - rows.start
         part = self.hidden[rows]
         moment1, moment2 = sums.optional()
-        tile = torch.empty(many, min(COLUMNS, self.vocabulary), dtype=self.dtype, device=part.device)
+        wide = self.plan.columns(many, self.vocabulary)
+        tile = wide_rows(many, wide, part, self.dtype)
         shape = kernels.exp_tile(self.dtype.itemsize)
-        for column in range(0, self.vocabulary, COLUMNS):
-            columns = min(COLUMNS, self.vocabulary - column)
+        for column in range(0, self.vocabulary, wide):
+            columns = min(wide, self.vocabulary - column)
             logits = product(part, self.weight[column : column + columns].T, tile[:, :columns])
             kernels.exp_kernel[(-(-many // shape["ROWS"]),)](
                 logits, self.bias, self.pivot, self.shift, self.temperature, self.count,
@@ -171,10 +171,3 @@ class Head:
             first.normalise(rows, self.shift)
         self.scan(rows, sums, stored, stored_moment, bent)
         self.redo(rows, sums, stored, stored_moment, bent)
-
-
-def chunks_of(start: int, stop: int, size: int) -> list[slice]:
-    """Cut [start, stop) into parts of at most `size`, as even as they can be: a small last product wastes the GPU."""
-    parts = -(-(stop - start) // size) if stop > start else 0
-    edges = [start + (stop - start) * i // parts for i in range(parts + 1)] if parts else []
-    return [slice(a, b) for a, b in itertools.pairwise(edges)]

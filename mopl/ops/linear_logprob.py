@@ -40,6 +40,11 @@ the pivot it is g_q (1 - p_q) - p_q (G - g_q) - h p_q (log p_q + H). See `logit_
 
 The temperature's gradient needs no pass over the vocabulary: see `temperature_gradient`.
 
+**Memory** on a GPU, beside operands and results: one tile of logits in the compute dtype, at most 128 MiB, and with
+gradients of a frozen head, or of rows that are not kept, their exponentials over the whole vocabulary for some
+thousand rows (1 GiB for 4224 bf16 rows and V = 128256), at most a 64th of the GPU's memory; a trained head also has
+its gradient in float32, and `workspace`. See `_head_plan`.
+
 **Backends.** `_linear_logprob_cpu` and `linear_logprob_triton` have the same four functions with the same arguments:
 `target_logits`, `accumulate`, `combine`, `backward`. Rows that do not count never reach them (`select`): on a CPU by
 index, on a GPU by a stable sort of the mask, with the number of rows that count known on the device only; `max_rows`
@@ -197,7 +202,7 @@ def linear_logprob(
     options = (
         cap, scale, return_entropy or need_temperature, return_entropy and need_temperature,
         frozen, frozen and return_logsumexp, frozen and return_entropy,
-        kept_rows(hidden, weight, bound, workspace) if need_head else 0,
+        kept_rows(hidden, weight, bound, workspace, cap > 0) if need_head else 0,
         bound, check_targets,
     )  # fmt: skip
     tensors = (hidden.reshape(-1, hidden.shape[-1]), weight, bias, flat_target, row, warmth)
@@ -213,7 +218,7 @@ def linear_logprob(
     return results[0] if len(results) == 1 else tuple(results)
 
 
-def kept_rows(hidden: Tensor, weight: Tensor, rows: int, workspace: int | None) -> int:
+def kept_rows(hidden: Tensor, weight: Tensor, rows: int, workspace: int | None, softcap: bool = False) -> int:
     """Return for how many rows the exponentials are kept between the forward and the backward pass.
 
     On a CPU at most half of them: in float32 that is a sixth of what autograd keeps of full logits, and costs half of
@@ -221,7 +226,13 @@ def kept_rows(hidden: Tensor, weight: Tensor, rows: int, workspace: int | None) 
     """
     row = max(1, weight.shape[0] * cache_dtype(hidden, weight).itemsize)
     fit = (default_workspace(hidden.device, rows * row) if workspace is None else workspace) // row
-    return min(rows if hidden.is_cuda else (rows + 1) // 2, fit)
+    if not hidden.is_cuda:
+        return min((rows + 1) // 2, fit)
+    if workspace is None and not torch.compiler.is_compiling():
+        from mopl.ops._linear_logprob_choice import rows_worth_keeping
+
+        rows = rows_worth_keeping(hidden, weight, rows, softcap)
+    return min(rows, fit)
 
 
 @torch.library.custom_op("mopl::linear_logprob", mutates_args=())

@@ -7,7 +7,7 @@ share is in `_linear_logprob_triton_head`, the backward pass in `_linear_logprob
 * The exponentials kept for the second and third product are bf16: it has float32's range, and its rounding is that of
   any 16-bit gradient. float16 operands have no such range to offer: their rows are summed once first and then
   normalised, which costs one more product, but no digits; and upstream gradients are scaled by their largest.
-* Rows are processed in chunks of `ROWS`, logits in tiles of `COLUMNS` that stay in the L2 cache.
+* Rows are processed in chunks, logits in tiles of constant area: see `_head_plan`.
 * Nothing here waits for the GPU: rows that do not count are at the end, and kernels leave them out by `count`.
 """
 
@@ -22,12 +22,11 @@ from torch import Tensor
 from mopl._arguments import compute_dtype
 from mopl.kernels import linear_logprob as kernels
 from mopl.ops import _linear_logprob_choice as choice
-from mopl.ops import _linear_logprob_triton_head as shared
+from mopl.ops._head_plan import Plan
 from mopl.ops._linear_logprob_triton_backward import backward
 from mopl.ops._linear_logprob_triton_head import (
     Head,
     Sums,
-    chunks_of,
     on_its_device,
     rows_contiguous,
     wide_rows,
@@ -57,11 +56,13 @@ def target_logits(
 def accumulate(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, pivot: Tensor, shift: Tensor, temperature: Tensor,
     softcap: float, logit_scale: float, count: Tensor | None, moments: int, directions: int, cache: Tensor | None,
-    keep_rows: int,
+    keep_rows: int, plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Sum over the vocabulary; see the CPU twin for arguments and results."""
+    """Sum over the vocabulary; see the CPU twin for arguments and results. `plan` is for who measures several."""
     rows, vocabulary = hidden.shape[0], weight.shape[0]
-    head = Head(hidden, weight, bias, pivot, shift.clone(), temperature, softcap, logit_scale, count)
+    wanted = "frozen" if directions else "trained" if keep_rows else "scoring"
+    plan = plan or choice.plan_for(hidden, weight, wanted, softcap > 0, buffers=max(directions, 1))
+    head = Head(hidden, weight, bias, pivot, shift.clone(), temperature, softcap, logit_scale, count, plan)
     sums = Sums(rows, moments, head.dtype, hidden.device)
     weighted = torch.empty(rows if directions > 0 else 0, head.size, dtype=head.dtype, device=hidden.device)
     weighted_moment = torch.empty(rows if directions > 1 else 0, head.size, dtype=head.dtype, device=hidden.device)
@@ -71,24 +72,24 @@ def accumulate(
     if kept is not None:
         first = min(keep_rows, rows)
         # A trainable head needs e alone, and no directions: its backward pass multiplies by what it is given.
-        for chunk in chunks_of(0, first, shared.STORE_ROWS):
+        for chunk in plan.chunks(0, first):
             head.exponentials(chunk, sums, kept[chunk], None, bent=False)
     if directions == 0:
-        tiles = None if moments or first else choice.fused_tiles(head.hidden, head.weight, softcap > 0)
+        tiles = None if moments or first else choice.fused_tiles(plan)
         if tiles is not None:
             head.fused(sums, tiles)
             head.redo(slice(0, rows), sums)
         else:
-            for chunk in chunks_of(first, rows, shared.ROWS):
+            for chunk in plan.chunks(first, rows):
                 head.scan(chunk, sums)
                 head.redo(chunk, sums)
         if head.narrow:  # the backward pass may store these rows' exponentials
             sums.normalise(slice(first, rows), head.shift)
         return _results(head, sums, weighted, weighted_moment)
-    height = min(shared.STORE_ROWS, rows - first)
+    height = min(plan.buffer_rows, rows - first)
     buffer = wide_rows(height, vocabulary, head.hidden)
     buffer_moment = wide_rows(height, vocabulary, head.hidden) if directions > 1 else None
-    for chunk in chunks_of(first, rows, shared.STORE_ROWS):
+    for chunk in plan.chunks(first, rows, buffered=True):
         part = slice(0, chunk.stop - chunk.start)
         moment = None if buffer_moment is None else buffer_moment[part]
         head.exponentials(chunk, sums, buffer[part], moment, bent=True)

@@ -7,19 +7,9 @@ import torch
 from torch import Tensor
 
 from mopl.ops import _linear_logprob_choice as choice
-from mopl.ops import _linear_logprob_triton_head as triton_head
 from mopl.ops.linear_logprob import linear_logprob
 
 SMALL_TILES = {"BM": 16, "BV": 32, "BH": 16, "GROUP": 2, "num_warps": 4, "num_stages": 2}
-
-
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several chunks of rows and tiles of the vocabulary at test sizes, both ragged at the end."""
-    monkeypatch.setattr(triton_head, "ROWS", 8)
-    monkeypatch.setattr(triton_head, "STORE_ROWS", 5)
-    monkeypatch.setattr(triton_head, "COLUMNS", 48)
-    monkeypatch.setattr(choice, "fused_tiles", lambda hidden, weight, softcap: None)
 
 
 def problem(rows: int = 11, size: int = 20, vocabulary: int = 107, seed: int = 0, scale: float = 1.0) -> dict:
@@ -211,7 +201,7 @@ def test_float16_has_no_range_and_loses_nothing_by_it(case: str, needs: tuple[st
 def test_the_fused_kernel_equals_the_librarys_product(
     dtype: torch.dtype, softcap: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(choice, "fused_tiles", lambda hidden, weight, softcap: SMALL_TILES)
+    monkeypatch.setattr(choice, "fused_tiles", lambda plan: SMALL_TILES)
     p = problem(rows=37)
     hidden, weight = p["hidden"].to(dtype), p["weight"].to(dtype)
     value = linear_logprob(
