@@ -32,8 +32,8 @@ class Case:
         types: the type of every argument that is no constant, in Triton's words: "*fp32", "*i1" (a boolean mask),
             "i32", "tensordesc<bf16[128,64]>".
         constants: the value of every constexpr argument, and of arguments that are None or 1 at launch.
-        divisible: names of the integer arguments that are multiples of 16 at launch; pointers always are. One that
-            the kernel does not specialize cannot be among them, since a launch would not tell the compiler.
+        divisible: names of the integer arguments that are multiples of 16 at launch; pointers always are. As in a
+            launch, the compiler is told of neither a 1 nor a multiple that the kernel does not specialize.
         num_warps: as at launch.
         num_stages: as at launch; None leaves the target's default.
         options: further options of `triton.compile`.

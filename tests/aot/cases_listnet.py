@@ -23,6 +23,8 @@ def _case(
     types |= {"scores": f"*{scores}", "labels": f"*{labels}", "mask": "*i1", "peak": "*i64"}
     types |= {name: f"*{dtype}" for name in ("temperature", "loss", "rest", "mass", "others")}
     constants = {"M": objectives, "COMMON": common, "NORMALIZE": normalize}
+    # The last stride of what is contiguous is 1, and so is the first where there is one column.
+    constants |= {"temperature_objective_stride": 1} | ({"temperature_stride": 1} if common or objectives == 1 else {})
     if direction == "forward":
         kernel = kernels.forward_kernel
         if items > kernels.registers_limit(itemsize):
@@ -32,6 +34,7 @@ def _case(
         kernel, tile = kernels.backward_kernel, kernels.backward_tile(items)
         types |= {"grad_loss": f"*{dtype}", "dscores": f"*{scores}", "dtemperature": f"*{dtype}"}
         types |= {"grad_stride": "i32", "grad_objective_stride": "i32"}
+        constants |= {"grad_objective_stride": 1} | ({"grad_stride": 1} if objectives == 1 else {})
         if labels == "i64":
             constants["dlabels"] = None
         else:
@@ -51,7 +54,7 @@ def _case(
         num_warps=warps,
         absent=NO_APPROXIMATE_LOG,
         targets=targets,
-        wide=("scores", "labels") if long else (),
+        wide=("scores", "labels", *(["dscores"] if direction == "backward" else [])) if long else (),
         elements=tile["LISTS"] * tile["BLOCK"],
     )
 
@@ -63,13 +66,19 @@ def cases() -> list[Case]:
         {"items": 120, "objectives": 5, "labels": "i64", "masked": False},
     ]
     unequal = {"objectives": 2, "common": False}
-    double = {"scores": "fp64", "labels": "fp64", "targets": ("sm_90", "gfx942"), **unequal}
+    few = ("sm_90", "gfx942")
+    double = {"scores": "fp64", "labels": "fp64", "targets": few, **unequal}
     return [
         *(_case("forward", **shape) for shape in both),
         *(_case("backward", **shape) for shape in both),
         _case("backward", 2048, scores="fp16", labels="bf16", normalize=False, **unequal),
+        _case("forward", 2048, 1, scores="fp16", labels="bf16", normalize=False, masked=False),
+        _case("backward", 2048, 1, masked=False),
         _case("forward", 8192, **unequal),
         _case("forward", 4096, **double),
         _case("forward", 20000, **unequal),
+        _case("forward", 20000, 1, scores="bf16", labels="bf16", normalize=False, masked=False),
+        _case("forward", 20000, 3, scores="fp16", labels="i64", targets=few),
+        _case("forward", 20000, **double),
         _case("backward", 1000, **double),
     ]

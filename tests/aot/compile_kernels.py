@@ -67,6 +67,14 @@ def load_cases(folder: Path, only: str | None) -> list[tuple[str, Case]]:
     return found
 
 
+def signature_of(case: Case) -> tuple[dict[str, str], set[str]]:
+    """Return the type of every argument, "constexpr" where its value is known, and which are not specialized."""
+    general = {p.name for p in case.kernel.params if p.do_not_specialize and not p.is_constexpr}
+    types = dict.fromkeys(general, "i32") | dict(case.types)
+    known = {name for name, value in case.constants.items() if name not in general or value is None}
+    return {name: "constexpr" if name in known else types[name] for name in case.kernel.arg_names}, general
+
+
 def compile_case(case: Case, target: str) -> tuple[object, str]:
     """Return the compiled kernel, or None, and what the compiler printed: after an error that can be a whole PTX."""
     from triton.compiler import ASTSource
@@ -76,17 +84,14 @@ def compile_case(case: Case, target: str) -> tuple[object, str]:
     missing = sorted(set(names) - set(case.types) - set(case.constants))
     if unknown or missing:
         return None, f"the case does not fit the kernel's arguments: unknown {unknown}, without a type {missing}"
-    general = {p.name for p in case.kernel.params if p.do_not_specialize and not p.is_constexpr}
-    special = sorted(general & (set(case.divisible) | {n for n, v in case.constants.items() if v is not None}))
-    if special:
-        return None, f"the case says more than a launch, which does not specialize {special}"
-    signature = {name: "constexpr" if name in case.constants else case.types[name] for name in names}
+    signature, general = signature_of(case)
     attributes = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(names)
-        if signature[name].startswith("*") or name in case.divisible
+        if signature[name].startswith("*") or (name in case.divisible and name not in general)
     }
-    source = ASTSource(fn=case.kernel, signature=signature, constexprs=dict(case.constants), attrs=attributes)
+    constants = {name: value for name, value in case.constants.items() if signature[name] == "constexpr"}
+    source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": case.num_warps, **case.options}
     if case.num_stages is not None:
         options["num_stages"] = case.num_stages
@@ -132,9 +137,9 @@ def registers(compiled) -> tuple[int, int]:
 
 def wide_accesses(case: Case, program: machine_code.Program) -> list[str]:
     """Return what is wrong with the widths and the order of accesses in the PTX of a case."""
-    types = [case.types[name] for name in case.kernel.arg_names if name not in case.constants]
-    names = [name for name in case.kernel.arg_names if name not in case.constants]
-    found = machine_code.accesses(program, [n if t.startswith("*") else "" for n, t in zip(names, types, strict=True)])
+    signature, _ = signature_of(case)
+    parameters = [n if t.startswith("*") else "" for n, t in signature.items() if t != "constexpr"]
+    found = machine_code.accesses(program, parameters)
     violations = []
     for name in case.wide:
         everything = sum(access.size for access in found[name])

@@ -163,8 +163,8 @@ class Access:
     size: int  # bytes of a lane
 
 
-def accesses(program: Program, pointers: Sequence[str]) -> dict[str, list[Access]]:
-    """Return the accesses of every tensor in the PTX of a kernel whose parameters have these names.
+def accesses(program: Program, parameters: Sequence[str]) -> dict[str, list[Access]]:
+    """Return the accesses of every tensor in the PTX of a kernel; `parameters` are names, empty where it is no pointer.
 
     An address is a pointer argument to which offsets were added: which one is followed from register to register.
     """
@@ -177,13 +177,13 @@ def accesses(program: Program, pointers: Sequence[str]) -> dict[str, list[Access
                 continue
             registers = _REGISTER.findall(one.operands)
             if parameter := re.search(r"_param_(\d+)", one.operands) if one.name.startswith("ld.param") else None:
-                new = {pointers[int(parameter[1])]} if int(parameter[1]) < len(pointers) else set()
+                new = {parameters[int(parameter[1])]} if int(parameter[1]) < len(parameters) else set()
             else:
                 new = set().union(*(sources.get(r, ()) for r in registers[1:]))
             if registers and not new <= sources.setdefault(registers[0], set()):
                 sources[registers[0]] |= new
                 changed = True
-    found: dict[str, list[Access]] = {name: [] for name in pointers}
+    found: dict[str, list[Access]] = {name: [] for name in parameters}
     for index, one in enumerate(program.instructions):
         places = re.findall(r"\[\s*(%\w+)", one.operands)
         if access := _ACCESS.match(one.name):
