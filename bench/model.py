@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import statistics
 import sys
 import time
 from collections import OrderedDict
@@ -29,6 +28,7 @@ import torch
 
 from bench.cards import CARDS, Card
 from bench.instructions import recorded as recorded_instructions
+from bench.measuring import about
 from bench.model_cases import TOY, Case, Sizes, cases
 from bench.recording import DEVICE, Launch, Recording, Touch, record
 from mopl._files import write_file
@@ -68,6 +68,8 @@ class Result:
     goal: str = ""
     met: bool | None = None
     measured_ms: float | None = None
+    measured_host_ms: float | None = None  # until the host had launched everything
+    failed: str = ""
     uncounted: int = 0  # kernels whose instructions are not known
 
     @property
@@ -173,43 +175,48 @@ def evaluate(case: Case, card: Card) -> tuple[Result, Recording | None]:
     return result, recording
 
 
-def judge(results: list[Result], chosen: list[Case]) -> None:
-    """Fill in goals: of the case itself, and of being ahead of its peers."""
+def judge(results: list[Result], chosen: list[Case], card: Card) -> None:
+    """Fill in goals: milliseconds are those of an H200, shares and being ahead of peers are for every card."""
     by_name = {(r.op, r.name): r for r in results}
     for case, result in zip(chosen, results, strict=True):
         ms = result.measured_ms or result.ms
-        if case.ms is not None:
+        if case.ms is not None and card.name == "H200":
             result.goal, result.met = f"<= {case.ms:g} ms", ms <= case.ms
         elif case.share is not None:
             result.goal, result.met = f"share >= {case.share:g}", result.limit_ms / ms >= case.share
-        elif case.peer_of is not None and (case.op, case.peer_of) in by_name:
-            own = by_name[case.op, case.peer_of]
-            times = ms / (own.measured_ms or own.ms)
+        own = by_name.get((case.op, case.peer_of or ""))
+        if own is not None:
+            if (own.measured_ms is None) != (result.measured_ms is None):  # a time beside a prediction says nothing
+                times = result.ms / own.ms
+            else:
+                times = ms / (own.measured_ms or own.ms)
             result.goal = f"{times:.2f} x mopl"
             own.goal, own.met = "not behind", own.met is not False and times >= 1 - ALIKE
 
 
-def measured(case: Case, device: torch.device) -> float:
-    """Return the median milliseconds of a case, by events on a GPU."""
-    assert case.make is not None
-    step = case.make(device)
-    if device.type == "cuda":
-        from bench.limits import milliseconds
+def measure(chosen: list[Case], results: list[Result], device: torch.device, seconds: float) -> None:
+    """Fill in measured times: by events on a GPU, cases with a goal first, none begun after so many seconds."""
+    from bench.limits import times_of
 
-        return milliseconds(step, repeats=7, warmup=2)
-    times = []
-    for _ in range(2):
-        start = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(times)
+    end = time.monotonic() + seconds
+    pairs = list(zip(chosen, results, strict=True))
+    pairs.sort(key=lambda pair: pair[0].ms is None and pair[0].share is None)
+    for case, result in pairs:
+        if case.make is None or time.monotonic() > end:
+            continue
+        try:
+            times = times_of(case.make(device), repeats=5, warmup=2, seconds=2)
+            result.measured_ms, result.measured_host_ms = times["ms"], times["host ms"]
+        except Exception as error:
+            result.failed = f"{type(error).__name__}: {error}".splitlines()[0][:110]
+            print(f"{case.key} failed: {result.failed}", file=sys.stderr)
 
 
 def line(r: Result) -> str:
     """Return a row of the table."""
     fill, open_ = "" if r.fill is None else f"{r.fill:.2f}", "*" if r.uncounted else " "
     verdict = "" if r.met is None else "met" if r.met else "missed"
-    own = "" if r.measured_ms is None else f"{r.measured_ms:.3f}"
+    own = "failed" if r.failed else "" if r.measured_ms is None else f"{r.measured_ms:.3f}"
     return (
         f"  {r.name:36s}{r.flop / 1e12:8.2f}{r.bytes / 1e9:9.2f}{r.launches:9d}{r.products:9d}{fill:>6s}"
         f"{r.device_ms:9.3f}{open_}{r.host_ms:8.3f}{r.ms:10.3f}{r.limit_ms:9.3f}{r.share:7.2f}{own:>10s}"
@@ -249,6 +256,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows to this file")
     parser.add_argument("--record", action="store_true", help=f"write the counts of an H200 to {COUNTS.name}")
     parser.add_argument("--measure", action="store_true", help="run the cases on this GPU, too")
+    parser.add_argument("--seconds", type=float, default=45, help="begin no measurement after so many (default 45)")
     parser.add_argument("--toy", action="store_true", help="tiny sizes, measured on the CPU: to try the command")
     options = parser.parse_args()
     if options.record:
@@ -264,10 +272,8 @@ def main() -> None:
         sys.exit(f"no case contains {options.op!r}")
     results = [evaluate(case, card)[0] for case in chosen]
     if options.measure:
-        for case, result in zip(chosen, results, strict=True):
-            if case.make is not None:
-                result.measured_ms = measured(case, device)
-    judge(results, chosen)
+        measure(chosen, results, device, options.seconds)
+    judge(results, chosen, card)
     rate, bandwidth = card.rate(2) / 1e12, card.plan.bandwidth / 1e12
     print(f"{card.name}: {rate:.0f} TFLOP/s, {bandwidth:.2f} TB/s; times in ms, predicted")
     print(table(results))
@@ -275,7 +281,10 @@ def main() -> None:
         print("\n* without the instructions of a kernel; count them: python -m bench.instructions")
     if options.json:
         rows = [{**asdict(r), "ms": r.ms, "share": r.share} for r in results]
-        write_file(options.json, json.dumps({"card": asdict(card), "results": rows}, indent=1) + "\n")
+        described = {"name": card.name, **card.plan._asdict()}
+        write_file(options.json, json.dumps({**about(), "card": described, "results": rows}, indent=1) + "\n")
+    if any(r.failed for r in results):
+        sys.exit(1)
 
 
 if __name__ == "__main__":
