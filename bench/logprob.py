@@ -4,8 +4,8 @@
 
 MODE is `gathered` or `gathered-forward`, from logits; `forward`, `frozen` or `trained`, from hidden states, with
 nothing, the hidden states, or the head too to differentiate; `error`, which compares errors alone; `tune`, which
-measures which algorithm scores fastest and remembers it. Sizes are rows x width x vocabulary: by default the one that
-has a goal, with --more the others. Without a GPU everything runs at toy sizes, to try the command.
+measures which chunks, tiles and algorithm are fastest and remembers them. Sizes are rows x width x vocabulary: by
+default the one that has a goal, with --more the others. Without a GPU everything runs at toy sizes, to try the command.
 
 Every variant runs in a process of its own, mopl once more at the end, so that a drift of the clock shows. Columns:
 median milliseconds between events on the GPU and their spread, (largest - smallest) / median; the host's own
@@ -43,6 +43,10 @@ from mopl.ops._backend import INTERPRETED
 PRODUCTS = {"forward": 2, "frozen": 4, "trained": 6}  # N V H multiply-adds, two FLOP each
 BYTES = {"gathered-forward": 2, "gathered": 6}  # a bf16 logit: read; read twice and written once
 GOAL_SHARE = {"forward": 0.88, "frozen": 0.92, "trained": 0.92, "gathered": 0.9}
+# Times of those who give a log-probability per token, over mopl's.
+GOAL_RATIO = (("frozen", 1.8), ("trained", 1.25))
+RIVALS = ("TRL chunked", "Liger scaled CE")
+SHARE = "share of the limit"
 SAMPLE = 256 if ON_GPU else 64  # rows whose error is measured
 REPEATS, WARMUP = (1, 0) if INTERPRETED else (12, 2)
 SIZE_LIMIT_S = 60.0 if ON_GPU else 600.0  # a process that takes longer for a size is ended
@@ -57,12 +61,13 @@ ERRORS = [
 SIZES = {
     **dict.fromkeys(HEAD_MODES, HEAD_SIZES),
     **dict.fromkeys(BYTES, LOGIT_SIZES),
-    "tune": ["16384x4096x128256", *ROWS[1:]],
+    "tune": [*(f"{HEAD_SIZES[0]} {mode}" for mode in HEAD_MODES), *(f"{size} forward" for size in ROWS[1:])],
     "error": ERRORS,
 }
 if not ON_GPU:  # the interpreter takes seconds for what takes a processor milliseconds
     SMALL = "5x16x40" if INTERPRETED else "256x128x4096"
     SIZES = {mode: [SMALL] for mode in SIZES}
+    SIZES["tune"] = [f"{SMALL} {mode}" for mode in HEAD_MODES]
     SIZES["error"] = [f"{SMALL} {size.split(' ', 1)[1]}" for size in ERRORS[: 2 if INTERPRETED else 6]]
 TIMES = {
     "ms": ".3f", "spread": ".1%", "host ms": ".3f", "share": ".1%", "x mopl": ".2f", "extra GB": ".2f", "log p": ".1e",
@@ -190,12 +195,12 @@ def measure_errors(peer: Peer, size: str) -> dict:
 
 
 def measure_choices(size: str) -> dict:
-    """Let mopl measure every algorithm that can score, and remember the fastest."""
+    """Let mopl measure other chunks, tiles and algorithms than its own, and remember the fastest."""
     from mopl.ops import _linear_logprob_choice as choice
 
-    hidden, weight, _, _ = problem("flat", *parse(size))
-    measured = choice.tune(hidden, weight)
-    choice.tune(hidden, weight, 30.0)  # with a softcap, which has a choice of its own
+    shape, wanted = size.split(" ")
+    hidden, weight, _, _ = problem("flat", *parse(shape))
+    measured = choice.tune(hidden, weight, wanted="scoring" if wanted == "forward" else wanted)
     fastest = min(measured, key=lambda name: measured[name])
     return {"ms": measured[fastest], "fastest": fastest, "measured": measured}
 
@@ -246,7 +251,12 @@ def complete(report: Report) -> None:
     for mode, wanted in GOAL_SHARE.items():
         goal = report.find(f"{mode} {SIZES[mode][0]}", "mopl")
         if ON_GPU and goal and "share" in goal:
-            report.target(f"{mode} {SIZES[mode][0]}", "share of the limit", wanted, goal["share"])
+            report.target(f"{mode} {SIZES[mode][0]}", SHARE, wanted, goal["share"])
+    for mode, wanted in GOAL_RATIO if ON_GPU else ():
+        for name in RIVALS:
+            row = report.find(f"{mode} {SIZES[mode][0]}", name)
+            if row and "x mopl" in row:
+                report.target(row["size"], f"time of {name} over mopl's", wanted, row["x mopl"])
     report.write()
 
 
