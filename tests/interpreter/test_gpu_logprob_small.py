@@ -12,7 +12,8 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-from mopl.ops import _linear_logprob_triton_head
+from mopl.ops import _device
+from mopl.ops._head_plan import TOY
 
 spec = importlib.util.spec_from_file_location("gpu_logprob", Path(__file__).parents[1] / "test_gpu_logprob.py")
 module = importlib.util.module_from_spec(spec)
@@ -23,8 +24,8 @@ globals().update({name: value for name, value in vars(module).items() if name.st
 @pytest.fixture(autouse=True)
 def small_and_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks and tiles, and conversions to bfloat16 that round to nearest."""
-    for name, value in {"COLUMNS": 48, "ROWS": 32, "STORE_ROWS": 16}.items():
-        monkeypatch.setattr(_linear_logprob_triton_head, name, value)
+    toy = TOY._replace(block=(8, 16), height=24, tile=24 * 48 * 4)
+    monkeypatch.setattr(_device, "properties_of", lambda device: toy)
     convert = interpreter._convert_float
 
     def rounding(data: np.ndarray, source: tl.dtype, target: tl.dtype, mode: object) -> np.ndarray:

@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 
 from mopl.kernels import fused_logprob, linear_logprob
-from mopl.ops import _linear_logprob_triton_head, gathered_logprob_triton, linear_logprob_triton
+from mopl.ops import (
+    _linear_logprob_choice,
+    _linear_logprob_triton_head,
+    gathered_logprob_triton,
+    linear_logprob_triton,
+)
 
 STRIDE = 2**30 + 64  # elements between rows; from the third row on offsets pass 2^31
 ROWS, FAR = 4, 3
@@ -46,7 +51,8 @@ def test_stored_exponentials_and_everything_that_reads_them() -> None:
     vocabulary, size = 40, 16
     hidden, weight = torch.randn(ROWS, size), torch.randn(vocabulary, size)
     pivot, ones = torch.randint(0, vocabulary, (ROWS,)), torch.ones(ROWS)
-    head = _linear_logprob_triton_head.Head(hidden, weight, None, pivot, torch.zeros(ROWS), ones, 0.0, 1.0, None)
+    plan = _linear_logprob_choice.plan_for(hidden, weight, "trained", softcap=False)
+    head = _linear_logprob_triton_head.Head(hidden, weight, None, pivot, torch.zeros(ROWS), ones, 0.0, 1.0, None, plan)
     stored = apart(torch.full((ROWS, vocabulary), math.nan).bfloat16())
     sums = _linear_logprob_triton_head.Sums(ROWS, 0, torch.float32, hidden.device)
     head.scan(slice(0, ROWS), sums, stored)
