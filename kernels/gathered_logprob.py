@@ -4,8 +4,9 @@ The formulas are those of `mopl/ops/gathered_logprob.py`. Both passes are bound 
 few instructions (about 14 forward and 28 backward, for bf16 on an H100), which decides how they are written:
 
 * Every lane of a tile keeps a maximum and sums of its own over the tiles of a row; lanes meet once, at the end.
-* Loads are masked by the end of the row alone, so that they stay 16 bytes wide. The pivot (the row's likeliest
-  target), which every sum leaves out, is masked in the one tile that holds it.
+* Loads are masked by the end of the row alone, so that they stay 16 bytes wide; where rows begin at multiples of 16
+  columns but do not end at one (PADDED), in their last tile alone. The pivot (the row's likeliest target), which every
+  sum leaves out, is masked in the one tile that holds it.
 * No element is divided by the temperature. Exponents are differences of capped logits times log2(e) / temperature,
   formed by one fused multiply-add each, so that only the difference is rounded.
 
@@ -80,6 +81,32 @@ def _pivot(value, counts, j, TARGETS: tl.constexpr):
 
 
 @triton.jit
+def _load(row, v, whole, vocabulary, other, PADDED: tl.constexpr):
+    """Return the logits at columns `v`, all of them inside if `whole`, and `other` past the vocabulary."""
+    if PADDED:
+        if whole:
+            x = tl.load(row + v)
+        else:
+            x = tl.load(row + v, mask=v < vocabulary, other=other)
+    else:
+        x = tl.load(row + v, mask=v < vocabulary, other=other)
+    return x
+
+
+@triton.jit
+def _store(out, v, value, whole, vocabulary, PADDED: tl.constexpr):
+    """Write one tile of the gradient; see `_load`."""
+    value = value.to(out.dtype.element_ty)
+    if PADDED:
+        if whole:
+            tl.store(out + v, value)
+        else:
+            tl.store(out + v, value, mask=v < vocabulary)
+    else:
+        tl.store(out + v, value, mask=v < vocabulary)
+
+
+@triton.jit
 def forward_kernel(
     logits,  # (N, V)
     target,  # (N, J) int64, negative where it does not count
@@ -92,6 +119,7 @@ def forward_kernel(
     targets,  # J
     logits_stride,
     SOFTCAP: tl.constexpr,
+    PADDED: tl.constexpr,  # the stride of rows is a multiple of 16, V is not
     TARGETS: tl.constexpr,  # a power of two >= J
     DEPTH: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -128,7 +156,7 @@ def forward_kernel(
         moment2 = tl.zeros([WIDTH], dtype=dtype)
         for start in range(0, vocabulary, DEPTH * WIDTH):
             v = start + place
-            x = tl.load(row + v, mask=v < vocabulary, other=float("-inf")).to(dtype)
+            x = _load(row, v, start + DEPTH * WIDTH <= vocabulary, vocabulary, float("-inf"), PADDED).to(dtype)
             x, _slopes = _capped(x, SOFTCAP)
             if SOFTCAP != 0.0:  # the cap of -inf is finite
                 x = tl.where(v < vocabulary, x, float("-inf"))
@@ -211,6 +239,7 @@ def backward_kernel(
     grad_stride,
     part,  # columns of a program, a multiple of DEPTH * WIDTH
     SOFTCAP: tl.constexpr,
+    PADDED: tl.constexpr,
     TARGETS: tl.constexpr,
     DEPTH: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -241,7 +270,8 @@ def backward_kernel(
     if silent | (tl.max(y, axis=0) < 0):
         for start in range(begin, end, DEPTH * WIDTH):
             v = start + place
-            tl.store(out + v, tl.zeros([DEPTH, WIDTH], dtype=grad.dtype.element_ty), mask=v < vocabulary)
+            zeros = tl.zeros([DEPTH, WIDTH], dtype=grad.dtype.element_ty)
+            _store(out, v, zeros, start + DEPTH * WIDTH <= vocabulary, vocabulary, PADDED)
     else:
         known = tl.load(logprob + n * targets + j, mask=counts, other=float("-inf"))
         first = _pivot(known, counts, j, TARGETS)
@@ -257,6 +287,7 @@ def backward_kernel(
         # log p relative to the pivot's, because the logsumexp has lost digits to the size of the logits; but a pivot
         # that is unlikely has lost as many.
         base, _slope = _capped(tl.load(row + q, mask=q < vocabulary, other=float("nan")).to(lse.dtype), SOFTCAP)
+        tl.debug_barrier()  # every warp has read it, so that in place none can have written over it
         near = confident >= -8.0
         base = tl.where(near, base, 0.0)
         offset = tl.where(near, confident, -lse)
@@ -269,7 +300,8 @@ def backward_kernel(
             h = h * cold
         for start in range(begin, end, DEPTH * WIDTH):
             v = start + place
-            x = tl.load(row + v, mask=v < vocabulary, other=0.0).to(lse.dtype)
+            whole = start + DEPTH * WIDTH <= vocabulary
+            x = _load(row, v, whole, vocabulary, 0.0, PADDED).to(lse.dtype)
             x, slope = _capped(x, SOFTCAP)
             x = tl.maximum(x - base, -1e30)  # a finite floor: p = 0 times log p = -inf would be NaN
             u = x * cold
@@ -289,4 +321,4 @@ def backward_kernel(
                         if grad_logprob is not None:
                             one = tl.load(grad_logprob + n * targets + i).to(lse.dtype) * cold
                             value += tl.where(v == column, one, 0.0)
-            tl.store(out + v, (value * slope).to(grad.dtype.element_ty), mask=v < vocabulary)
+            _store(out, v, value * slope, whole, vocabulary, PADDED)

@@ -537,6 +537,22 @@ def test_gathered_offsets_past_2_to_the_31(inplace: bool) -> None:
     assert float(sums.max()) < 0.1  # each row's gradient adds up to 0, up to the rounding of its entries
 
 
+def test_gathered_in_place_no_warp_overtakes_another() -> None:
+    """Every warp of a row reads the pivot's logit, which one of them overwrites: a million rows show a race."""
+    rows, vocabulary = size(2**20, 8), size(4096, 60)
+    logits = torch.empty(rows, vocabulary, dtype=torch.bfloat16, device=DEVICE).normal_().mul_(8)
+    target = torch.randint(vocabulary, (rows,), device=DEVICE)
+    upstream = normal(rows)
+    gradients = []
+    for inplace in (False, True):
+        leaf = logits.clone().requires_grad_()
+        value = gathered_logprob(leaf.view_as(leaf), target, inplace_backward=inplace)
+        gradients += torch.autograd.grad(value, leaf, upstream)
+        assert (gradients[-1].data_ptr() == leaf.data_ptr()) == inplace
+        del leaf, value
+    assert torch.equal(*gradients)
+
+
 def test_gathered_repeats_bitwise_keeps_its_graph_and_never_waits() -> None:
     p = table("peaked", torch.bfloat16, size(600, 6), size(32000, 60), 2)
     logits, before = p["logits"].clone().requires_grad_(), p["logits"].clone()

@@ -15,6 +15,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 # results, and what it brings is Triton 3.4.
 OLDEST_TORCH = (2, 8)
 OLDEST_TRITON = (3, 4)
+# Programs of one launch: CUDA's limit of a grid's first dimension (Programming Guide, table of technical
+# specifications); HIP's is 2^32 threads (hipModuleLaunchKernel), 8 warps of 64 a program.
+PROGRAMS = 2**32 // 512 - 1 if torch.version.hip else 2**31 - 1
 
 
 def use_triton(tensor: Tensor) -> bool:

@@ -191,6 +191,20 @@ def _backward_of(logits: Tensor):
     return backward
 
 
+def _empty_gradient(logits: Tensor, needed: bool) -> Tensor:
+    """Return memory for the gradient of the logits (N, V), or (0,).
+
+    On a GPU its rows begin at multiples of 16 elements where those of the logits do, whatever the vocabulary: stores
+    are then as wide as loads, and so are the accesses of the product that comes next.
+    """
+    if not needed:
+        return logits.new_empty(0)
+    rows, vocabulary = logits.shape
+    if use_triton(logits) and vocabulary % 16 != 0 and logits.stride(0) % 16 == 0:
+        return logits.new_empty(rows, -(-vocabulary // 16) * 16)[:, :vocabulary]
+    return logits.new_empty(logits.shape)
+
+
 @torch.library.custom_op("mopl::gathered_logprob_backward", mutates_args=())
 def _gathered_logprob_backward(
     grad_logprob: Tensor | None,  # (N, J)
@@ -210,7 +224,7 @@ def _gathered_logprob_backward(
     """Return the gradients of logits (N, V) and temperature (N,); one that is not needed is empty."""
     upstream = (grad_logprob, grad_logsumexp, grad_entropy)
     statistics = (logprob, logsumexp, entropy)
-    grad = logits.new_empty(logits.shape if need_logits else 0)
+    grad = _empty_gradient(logits, need_logits)
     if need_logits:
         _backward_of(logits)(*upstream, logits, target, temperature, *statistics, softcap, grad)
     return grad, _temperature_gradient(*upstream, target, temperature, *statistics, variance, need_temperature)
@@ -222,7 +236,7 @@ def _(
     softcap, need_logits, need_temperature,
 ):  # fmt: skip
     rows = temperature.shape[0]
-    return logits.new_empty(logits.shape if need_logits else 0), temperature.new_empty(rows if need_temperature else 0)
+    return _empty_gradient(logits, need_logits), temperature.new_empty(rows if need_temperature else 0)
 
 
 @torch.library.custom_op("mopl::gathered_logprob_backward_", mutates_args=("logits",))

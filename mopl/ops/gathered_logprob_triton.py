@@ -5,15 +5,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from mopl._arguments import compute_dtype
 from mopl.kernels import gathered_logprob as kernels
+from mopl.ops._backend import PROGRAMS
 
 
 def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _launches(rows: int, *tensors: Tensor | None) -> list[tuple[int, Sequence[Tensor | None]]]:
+    """Cut tensors of one entry a row into what one launch holds, a program a row; as a rule that is all."""
+    if rows <= PROGRAMS:
+        return [(rows, tensors)]
+    parts = [slice(first, first + PROGRAMS) for first in range(0, rows, PROGRAMS)]
+    return [(len(range(rows)[part]), [None if x is None else x[part] for x in tensors]) for part in parts]
+
+
+def _padded(logits: Tensor) -> bool:
+    """Say whether rows begin at multiples of 16 elements, as Triton knows of strides, but do not end at one."""
+    return logits.stride(0) % 16 == 0 and logits.shape[1] % 16 != 0
 
 
 def _targets(count: int) -> int:
@@ -37,11 +53,13 @@ def launch_forward(
     variance = new(rows if want_variance else 0)
     if rows and targets:
         with torch.cuda.device_of(logits):
-            kernels.forward_kernel[(rows,)](
-                logits, target, temperature, logprob, logsumexp, entropy if entropy.numel() else None,
-                variance if want_variance else None, vocabulary, targets, logits.stride(0), SOFTCAP=softcap,
-                TARGETS=_targets(targets), **kernels.forward_tile(vocabulary, logits.element_size(), softcap),
-            )  # fmt: skip
+            optional = (entropy if entropy.numel() else None, variance if want_variance else None)
+            tile = kernels.forward_tile(vocabulary, logits.element_size(), softcap)
+            for many, part in _launches(rows, logits, target, temperature, logprob, logsumexp, *optional):
+                kernels.forward_kernel[(many,)](
+                    *part, vocabulary, targets, logits.stride(0), SOFTCAP=softcap, PADDED=_padded(logits),
+                    TARGETS=_targets(targets), **tile,
+                )  # fmt: skip
     else:
         for result in (logprob, logsumexp, entropy, variance):
             result.zero_()
@@ -67,14 +85,15 @@ def launch_backward(
     # In place a program must have its row for itself: every one reads the pivot's logit.
     parts = 1 if grad.data_ptr() == logits.data_ptr() else kernels.backward_parts(rows, vocabulary, tile)
     columns = tile["DEPTH"] * tile["WIDTH"]
-    part = -(-vocabulary // (parts * columns)) * columns
-
-    def flat(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.contiguous()
-
+    width = -(-vocabulary // (parts * columns)) * columns  # columns of a program
+    given = (
+        grad_logprob, grad_logsumexp, grad_entropy, logits, target, temperature, logprob, logsumexp,
+        entropy if entropy.numel() else logsumexp, grad,
+    )  # fmt: skip
+    given = [x if x is None or x is grad or x is logits else x.contiguous() for x in given]
     with torch.cuda.device_of(logits):
-        kernels.backward_kernel[(rows, -(-vocabulary // part))](
-            flat(grad_logprob), flat(grad_logsumexp), flat(grad_entropy), logits, target.contiguous(),
-            temperature.contiguous(), logprob, logsumexp, entropy if entropy.numel() else logsumexp, grad, vocabulary,
-            targets, logits.stride(0), grad.stride(0), part, SOFTCAP=softcap, TARGETS=_targets(targets), **tile,
-        )  # fmt: skip
+        for many, part in _launches(rows, *given):
+            kernels.backward_kernel[(many, -(-vocabulary // width))](
+                *part, vocabulary, targets, logits.stride(0), grad.stride(0), width, SOFTCAP=softcap,
+                PADDED=_padded(logits), TARGETS=_targets(targets), **tile,
+            )  # fmt: skip

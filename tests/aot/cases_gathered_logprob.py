@@ -13,6 +13,9 @@ WIDE_LOADS = {
     "sm_100": ("ld.global.v4",),
     "gfx942": ("global_load_dwordx4",),
 }
+WIDE_LOADS_AND_STORES = {
+    target: (*names, names[0].replace("ld.", "st.").replace("load", "store")) for target, names in WIDE_LOADS.items()
+}
 
 
 def _case(
@@ -26,11 +29,15 @@ def _case(
     variance: bool = False,
     padded: bool = False,
 ) -> Case:
-    """Return a case; rows of a padded one begin at multiples of 16 elements, whatever the vocabulary."""
+    """Return a case; rows of a padded one begin at multiples of 16 elements, but do not end at one."""
     exact = "*fp64" if logits == "fp64" else "*fp32"
     types = {"logits": f"*{logits}", "target": "*i64", "vocabulary": "i32", "logits_stride": "i32"}
     types |= {name: exact for name in ("temperature", "logprob", "logsumexp")}
-    constants: dict[str, object] = {"SOFTCAP": softcap, "TARGETS": max(2, 1 << (targets - 1).bit_length())}
+    constants: dict[str, object] = {
+        "SOFTCAP": softcap,
+        "PADDED": padded,
+        "TARGETS": max(2, 1 << (targets - 1).bit_length()),
+    }
     if targets == 1:
         constants["targets"] = 1
     else:
@@ -60,9 +67,10 @@ def _case(
         constants=constants | tile,
         divisible=divisible,
         num_warps=warps,
-        instructions=WIDE_LOADS if aligned else {},
+        instructions=(WIDE_LOADS if direction == "forward" else WIDE_LOADS_AND_STORES) if aligned else {},
         absent=NO_APPROXIMATE_LOG,
-        wide=(("logits",) if direction == "forward" else ("logits", "grad")) if aligned else (),
+        barrier={"logits": "grad"} if direction == "backward" and vocabulary % 16 == 0 else {},
+        wide=(("logits",) if direction == "forward" else ("logits", "grad")) if aligned and not padded else (),
         elements=tile["DEPTH"] * tile["WIDTH"],
     )
 
@@ -71,10 +79,12 @@ def cases() -> list[Case]:
     return [
         _case("forward", "bf16"),
         _case("forward", "fp16", vocabulary=50257, targets=5, softcap=30.0, entropy=True),
+        _case("forward", "bf16", vocabulary=262147, padded=True),
         _case("forward", "fp32", vocabulary=32000, variance=True),
         _case("forward", "fp64", vocabulary=1000, targets=3, softcap=30.0, variance=True),
         _case("backward", "bf16"),
         _case("backward", "fp16", vocabulary=50257, targets=5, softcap=30.0, logsumexp=True, entropy=True),
+        _case("backward", "bf16", vocabulary=50257, padded=True),
         _case("backward", "fp32", vocabulary=32000, entropy=True),
         _case("backward", "fp64", vocabulary=1000, targets=3, softcap=30.0, logsumexp=True, entropy=True),
     ]

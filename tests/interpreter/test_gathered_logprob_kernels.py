@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mopl.ops import gathered_logprob
 from mopl.ops import gathered_logprob_triton as triton_path
 
 
@@ -149,6 +150,49 @@ def test_every_output_is_written_once_and_nothing_else_is_touched(
     grad = torch.full_like(logits, math.nan)
     triton_path.launch_backward(*upstream, logits, target, temperature, *results[:3], 0.0, grad)
     assert not grad.isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_aligned_rows_of_a_ragged_vocabulary_keep_their_padding(dtype: torch.dtype) -> None:
+    logits, target, temperature, upstream = case(3, 9000, 2, dtype, 2.0, 5)
+    view, grad = guarded(logits), guarded(torch.full_like(logits, math.nan))
+    assert triton_path._padded(view) and not triton_path._padded(logits)
+    results = triton_path.launch_forward(view, target, temperature, 0.0, True, True)
+    plain = triton_path.launch_forward(logits, target, temperature, 0.0, True, True)
+    assert all(torch.equal(a, b) for a, b in zip(results, plain, strict=True))
+    triton_path.launch_backward(*upstream, view, target, temperature, *results[:3], 0.0, grad)
+    wanted = torch.empty_like(logits)
+    triton_path.launch_backward(*upstream, logits, target, temperature, *results[:3], 0.0, wanted)
+    assert torch.equal(grad, wanted)
+    assert grad._base is not None and int(grad._base.isnan().sum()) == grad._base.numel() - grad.numel()
+
+
+def test_gradients_of_padded_rows_are_padded() -> None:
+    logits = torch.randn(3, 48)[:, :37].detach().requires_grad_()  # leaves may be views of the memory of others
+    assert logits.stride() == (48, 1)
+    target = torch.tensor([1, 36, 5])
+    (gradient,) = torch.autograd.grad(gathered_logprob(logits, target).sum(), logits)
+    assert gradient.stride() == (48, 1)
+    exact = -logits.detach().double().softmax(-1)
+    exact[torch.arange(3), target] += 1
+    torch.testing.assert_close(gradient.double(), exact, rtol=1e-5, atol=1e-6)
+    compiled = torch.compile(lambda x: gathered_logprob(x, target).sum(), fullgraph=True, backend="aot_eager")
+    (again,) = torch.autograd.grad(compiled(logits), logits)
+    assert again.stride() == gradient.stride() and torch.equal(again, gradient)
+
+
+def test_rows_beyond_what_a_launch_holds_go_to_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, target, temperature, upstream = case(7, 40, 2, torch.float32, 2.0, 5)
+
+    def run() -> list[Tensor]:
+        results = triton_path.launch_forward(logits, target, temperature, 0.0, True, True)
+        grad = torch.empty_like(logits)
+        triton_path.launch_backward(*upstream, logits, target, temperature, *results[:3], 0.0, grad)
+        return [*results, grad]
+
+    whole = run()
+    monkeypatch.setattr(triton_path, "PROGRAMS", 3)
+    assert all(torch.equal(a, b) for a, b in zip(run(), whole, strict=True))
 
 
 @pytest.mark.parametrize("logit", [-2000.0, -89.0, 0.0, 89.0, 2000.0])
