@@ -43,6 +43,18 @@ def backward_tile(items: int) -> dict[str, int]:
 
 
 @triton.jit
+def _aligned(size, ALIGN: tl.constexpr):
+    """Return `size`, a multiple of ALIGN, so that the compiler sees it and reads rows 16 bytes at a time.
+
+    Multiples of 16 it sees by itself. For lists of 8 or 120 items this halves the instructions of both passes.
+    """
+    if ALIGN == 16:
+        return size
+    else:
+        return size // ALIGN * ALIGN
+
+
+@triton.jit
 def _distance(top, key, rate):
     """Return rate * (top - key), the distance of an item below the peak in nats; 0 for equal scores of -inf or +inf."""
     return tl.where(key == top, 0.0, rate * (top - key))
@@ -105,10 +117,14 @@ def forward_kernel(
     M: tl.constexpr,
     COMMON: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    ALIGN: tl.constexpr,
     LISTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write the loss and the statistics of LISTS whole lists."""
+    """Write the loss and the statistics of LISTS whole lists; ALIGN divides `items` and the strides between lists."""
+    items, scores_stride = _aligned(items, ALIGN), _aligned(scores_stride, ALIGN)
+    labels_stride, labels_objective_stride = _aligned(labels_stride, ALIGN), _aligned(labels_objective_stride, ALIGN)
+    mask_stride = _aligned(mask_stride, ALIGN)
     dtype = loss.dtype.element_ty
     row = tl.program_id(0).to(tl.int64) * LISTS + tl.arange(0, LISTS)
     item = tl.arange(0, BLOCK)
@@ -198,11 +214,15 @@ def forward_loop_kernel(
     M: tl.constexpr,
     COMMON: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    ALIGN: tl.constexpr,
     LISTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Do what `forward_kernel` does for one list of any length, block by block; arguments as there."""
     tl.static_assert(LISTS == 1)
+    items, scores_stride = _aligned(items, ALIGN), _aligned(scores_stride, ALIGN)
+    labels_stride, labels_objective_stride = _aligned(labels_stride, ALIGN), _aligned(labels_objective_stride, ALIGN)
+    mask_stride = _aligned(mask_stride, ALIGN)
     dtype: tl.constexpr = loss.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     scores_row = scores + row * scores_stride
@@ -271,10 +291,14 @@ def backward_kernel(
     M: tl.constexpr,
     COMMON: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    ALIGN: tl.constexpr,
     LISTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write the gradients of one block of items of LISTS lists."""
+    """Write the gradients of one block of items of LISTS lists; ALIGN as for `forward_kernel`."""
+    items, scores_stride = _aligned(items, ALIGN), _aligned(scores_stride, ALIGN)
+    labels_stride, labels_objective_stride = _aligned(labels_stride, ALIGN), _aligned(labels_objective_stride, ALIGN)
+    mask_stride = _aligned(mask_stride, ALIGN)
     dtype = loss.dtype.element_ty
     blocks = tl.cdiv(items, BLOCK)
     block = tl.program_id(0) % blocks

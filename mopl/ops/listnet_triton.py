@@ -3,6 +3,8 @@
 # Pyright takes a kernel for the plain function below `@triton.jit`.
 # pyright: reportIndexIssue=false
 
+import math
+
 import torch
 import triton
 from torch import Tensor
@@ -36,7 +38,8 @@ def launch_forward(
             scores, labels, temperature, mask, loss, peak, rest, mass, others, batch, items,
             scores.stride(0), labels.stride(0), labels.stride(1), temperature.stride(0), temperature.stride(1),
             0 if mask is None else mask.stride(0),
-            M=objectives, COMMON=temperature.shape[1] == 1, NORMALIZE=normalize, **tile,
+            M=objectives, COMMON=temperature.shape[1] == 1, NORMALIZE=normalize,
+            ALIGN=_alignment(scores, labels, mask), **tile,
         )  # fmt: skip
     return loss, peak, rest, mass, others
 
@@ -65,11 +68,21 @@ def launch_backward(
             dscores if need_scores else None, dlabels if need_labels else None, partial, batch, items,
             grad_loss.stride(0), grad_loss.stride(1), scores.stride(0), labels.stride(0), labels.stride(1),
             temperature.stride(0), temperature.stride(1), 0 if mask is None else mask.stride(0),
-            M=objectives, COMMON=temperature.shape[1] == 1, NORMALIZE=normalize, **tile,
+            M=objectives, COMMON=temperature.shape[1] == 1, NORMALIZE=normalize,
+            ALIGN=_alignment(scores, labels, mask), **tile,
         )  # fmt: skip
     if partial is not None:
         dtemperature = (partial[0] if blocks == 1 else partial.sum(0)).to(temperature.dtype)
     return dscores, dlabels, dtemperature
+
+
+def _alignment(scores: Tensor, labels: Tensor, mask: Tensor | None) -> int:
+    """Return the largest power of two, up to 16, that divides the number of items and every stride between lists.
+
+    Triton itself looks for multiples of 16 alone: lists of 8, 120 or 1000 items would be read item by item.
+    """
+    strides = (scores.stride(0), *labels.stride()[:2], 0 if mask is None else mask.stride(0))
+    return math.gcd(16, scores.shape[1], *strides)
 
 
 def _item_contiguous(tensor: Tensor | None) -> Tensor | None:

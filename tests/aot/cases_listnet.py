@@ -1,5 +1,7 @@
 """The kernels of listwise cross-entropy as `mopl/ops/listnet_triton.py` launches them."""
 
+import math
+
 from case import NO_APPROXIMATE_LOG, Case, load_kernels
 
 kernels = load_kernels("listnet")
@@ -42,9 +44,10 @@ def _case(
     if not masked:
         del types["mask"]
         constants["mask"] = None
+    constants["ALIGN"] = math.gcd(16, items)
     warps = tile.pop("num_warps")
     # Of shorter lists a lane holds fewer than 16 bytes, or a program several lists.
-    long = items >= 1024 and not masked
+    long = items >= 1000 and not masked
     return Case(
         name=f"{direction} K={items} m={objectives} {scores} labels {labels}{' common' if common else ''}",
         kernel=kernel,
@@ -74,6 +77,7 @@ def cases() -> list[Case]:
         _case("backward", 2048, scores="fp16", labels="bf16", normalize=False, **unequal),
         _case("forward", 2048, 1, scores="fp16", labels="bf16", normalize=False, masked=False),
         _case("backward", 2048, 1, masked=False),
+        _case("forward", 1000, 1, masked=False),  # a multiple of 8 alone
         _case("forward", 8192, **unequal),
         _case("forward", 4096, **double),
         _case("forward", 20000, **unequal),
