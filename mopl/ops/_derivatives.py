@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 Tensors = Sequence[Tensor | None]
 
@@ -26,6 +27,20 @@ Tensors = Sequence[Tensor | None]
 def transformed() -> bool:
     """Say whether a `torch.func` transform or a level of forward-mode differentiation surrounds the caller."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+_CPU = torch._C.DispatchKey.CPU  # which a batched tensor of `is_grads_batched` does not have
+
+
+def undispatched(*tensors: Tensor | None) -> bool:
+    """Say whether an op may skip PyTorch's dispatcher: plain tensors on a CPU, and nothing watches the calls."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
+        and not torch.autograd._profiler_enabled()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and all(t is None or (type(t) in (Tensor, Parameter) and torch._C._dispatch_keys(t).has(_CPU)) for t in tensors)
+    )
 
 
 def gradients(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import TypeVar
@@ -21,18 +20,24 @@ _BLOCK_ITEMS = 131072
 
 def blocks(lists: int, items_per_list: int) -> Iterator[slice]:
     """Cut the lists of a batch into slices that the threads of this process can hold in their caches."""
-    step = max(1, _BLOCK_ITEMS * torch.get_num_threads() // max(1, items_per_list))
+    step = block_lists(items_per_list)
     for start in range(0, lists, step):
         yield slice(start, min(start + step, lists))
 
 
-def row_sum(x: Tensor) -> Tensor:
-    """Return x.sum(-1) of a contiguous tensor."""
+def block_lists(items_per_list: int) -> int:
+    """Return the number of lists in a block."""
+    return max(1, _BLOCK_ITEMS * torch.get_num_threads() // max(1, items_per_list))
+
+
+def row_sum(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return x.sum(-1) of a contiguous tensor; `out` is contiguous, too."""
     size = x.shape[-1]
     if size > 64:
-        return x.sum(-1)
+        return torch.sum(x, -1, out=out)
     # torch starts a reduction anew for each row, which costs more than the row; a product with ones does not.
-    return torch.mv(x.reshape(-1, size), x.new_ones(size)).view(x.shape[:-1])
+    found = torch.mv(x.reshape(-1, size), x.new_ones(size), out=None if out is None else out.view(-1))
+    return found.view(x.shape[:-1])
 
 
 def is_number(x: Tensor) -> bool:
@@ -40,21 +45,22 @@ def is_number(x: Tensor) -> bool:
     return x.numel() > 0 and not any(x.stride())
 
 
-def row_dot(x: Tensor, y: Tensor) -> Tensor:
-    """Return (x * y).sum(-1) for x (n, m, K) and y (n, m, K) or (n, 1, K)."""
-    if y.shape[1] < x.shape[1] and x.shape[-1] <= 16:
-        return torch.bmm(x, y.transpose(1, 2))[..., 0]
-    return row_sum(x * y)
+def row_dot(x: Tensor, y: Tensor, out: Tensor, work: Tensor) -> Tensor:
+    """Write (x * y).sum(-1) into `out` for x (n, m, K) and y (n, m, K) or (n, 1, K); `work` is room for products."""
+    if y.shape[1] < x.shape[1] and x.shape[-1] <= 32:
+        return torch.bmm(y, x.transpose(1, 2), out=out[:, None])
+    return row_sum(torch.mul(x, y, out=work[: len(x)]), out=out)
 
 
-def merge(weights: Tensor, values: Tensor) -> Tensor:
+def merge(weights: Tensor, values: Tensor, out: Tensor | None = None) -> Tensor:
     """Return sum_j weights_j values_j (n, K) for weights (n, m) and values (n, m, K)."""
     objectives, size = values.shape[1:]
-    if objectives == 1:
-        return values[:, 0] * weights
-    if size <= 4 or objectives * size >= 400:  # between them, torch's small-matrix loop is slower than two passes
-        return torch.bmm(weights[:, None], values)[:, 0]
-    return (weights[:, :, None] * values).sum(1)
+    if objectives > 1 and (size <= 4 or objectives * size >= 400):  # between them, torch's small-matrix loop is slow
+        return torch.bmm(weights[:, None], values, out=None if out is None else out[:, None])[:, 0]
+    total = torch.mul(values[:, 0], weights[:, :1], out=out)
+    for j in range(1, objectives):
+        total.addcmul_(values[:, j], weights[:, j, None])
+    return total
 
 
 # torch's fused softmax of rows takes a scalar path, about ten times slower, for rows shorter than a vector register.
@@ -73,19 +79,6 @@ def log_softmax(x: Tensor, out: Tensor) -> Tensor:
         return torch.log_softmax(x, -1, out=out)
     torch.sub(x, x.amax(-1, keepdim=True), out=out)
     return out.sub_(row_sum(out.exp()).log_()[..., None])
-
-
-def maybe_confident(logp: Tensor, limit: float, padded: bool) -> Tensor:
-    """Return a boolean for every row of log probabilities: surely true where one of them is at least `limit`."""
-    size = logp.shape[-1]
-    if size == 2:
-        return ~logp[..., 0].isfinite()  # `log_softmax` needs no help for two finite items
-    if padded or size >= 32:
-        return ~(logp.amax(-1) < limit)
-    # For short rows a maximum costs three times a sum. If one probability is at least p, the others share 1 - p, so
-    # the sum of the logarithms is at most log(p) + (K - 1) log((1 - p) / (K - 1)).
-    bound = limit + (size - 1) * math.log(-math.expm1(limit) / (size - 1))
-    return ~(row_sum(logp) > bound)
 
 
 def log_softmax_backward(grad: Tensor, logp: Tensor, out: Tensor) -> Tensor:
