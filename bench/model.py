@@ -9,7 +9,8 @@ Launches, bytes and products are recorded (`recording.py`), instructions counted
 the times are *predicted* from them by the few constants below. A kernel takes as long as its bytes, its product or its
 instructions, whichever is most; a case as long as the device or the host, whichever is longer. Share is the limit
 divided by that time: what the products, or the bytes, cannot go below on that card. Of PyTorch's own kernels, and of
-compiled peers, instructions are not known: they are predicted by their bytes alone.
+compiled peers, instructions are not known: they are predicted by their bytes alone. Peers say how many times mopl's
+time, or bytes, theirs is.
 """
 
 from __future__ import annotations
@@ -186,11 +187,13 @@ def judge(results: list[Result], chosen: list[Case], card: Card) -> None:
             result.goal, result.met = f"share >= {case.share:g}", result.limit_ms / ms >= case.share
         own = by_name.get((case.op, case.peer_of or ""))
         if own is not None:
-            if (own.measured_ms is None) != (result.measured_ms is None):  # a time beside a prediction says nothing
-                times = result.ms / own.ms
+            if case.make is None:  # whose instructions, and time, are not known
+                times, what = result.bytes / own.bytes, "bytes"
+            elif own.measured_ms is None or result.measured_ms is None:
+                times, what = result.ms / own.ms, "time"
             else:
-                times = ms / (own.measured_ms or own.ms)
-            result.goal = f"{times:.2f} x mopl"
+                times, what = result.measured_ms / own.measured_ms, "time"
+            result.goal = f"{times:.2f} x {what}"
             own.goal, own.met = "not behind", own.met is not False and times >= 1 - ALIKE
 
 
