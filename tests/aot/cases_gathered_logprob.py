@@ -70,7 +70,7 @@ def _case(
         instructions=(WIDE_LOADS if direction == "forward" else WIDE_LOADS_AND_STORES) if aligned else {},
         absent=NO_APPROXIMATE_LOG,
         barrier={"logits": "grad"} if direction == "backward" and vocabulary % 16 == 0 else {},
-        wide=(("logits",) if direction == "forward" else ("logits", "grad")) if aligned and not padded else (),
+        wide=(("logits",) if direction == "forward" else ("logits", "grad")) if aligned else (),
         elements=tile["DEPTH"] * tile["WIDTH"],
     )
 

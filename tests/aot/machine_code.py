@@ -56,9 +56,22 @@ class Program:
             return [labels[target[0]], *(following if conditional else [])]
         return following
 
-    def _works(self, index: int) -> bool:
-        """Say whether an instruction touches memory or computes a special function: what the others are there for."""
-        return re.match(r"LDG|STG|MUFU", self.instructions[index].name) is not None
+    def _works(self, body: Iterable[int]) -> dict[int, int]:
+        """Return which instructions of a body do what the others are there for, and how much of it.
+
+        Those are accesses of memory, by their bytes, and special functions. Where some accesses are 16 bytes wide, the
+        others are not counted: they are for single elements and for ragged ends.
+        """
+        names = {i: self.instructions[i].name for i in body}
+        wide = any(re.match(r"(LDG|STG).*\.128$", name) for name in names.values())
+        found = {}
+        for index, name in names.items():
+            size = re.search(r"\.[US]?(8|16|64|128)$", name)
+            if name.startswith("MUFU"):
+                found[index] = 4
+            elif name.startswith(("LDG", "STG")) and (not wide or name.endswith(".128")):
+                found[index] = int(size[1]) // 8 if size else 4
+        return found
 
     @cached_property
     def _search(self) -> tuple[list[int], list[tuple[int, int]]]:
@@ -101,9 +114,11 @@ class Program:
     def path(self, head: int, body: Iterable[int] | None = None) -> list[int]:
         """Return the shortest way from `head` to the end of the body (of the program) among those that do most work.
 
-        What runs in one iteration of many, such as masking one item, is so left out. Loops inside run once.
+        What runs in one iteration of many, such as masking one item or a ragged end, is so left out. Loops inside run
+        once.
         """
         inside, closing = None if body is None else set(body), set(self._search[1])
+        works = self._works(self._search[0] if inside is None else inside)
         best: dict[int, tuple[int, int, int | None]] = {}  # most work, fewest instructions (negative), next
         for node in self._search[0]:
             if inside is not None and node not in inside:
@@ -117,7 +132,7 @@ class Program:
                 ways.append((0, 0, -1))
             if ways:
                 work, length, after = max(ways)
-                best[node] = (work + self._works(node), length - 1, None if after < 0 else after)
+                best[node] = (work + works.get(node, 0), length - 1, None if after < 0 else after)
         found: list[int] = []
         at: int | None = head
         while at is not None:
@@ -136,7 +151,7 @@ class Program:
         def own(head: int) -> tuple[int, int]:
             body = self.loops[head].difference(*(inner for inner in self.loops.values() if inner < self.loops[head]))
             depth = sum(self.loops[head] < outer for outer in self.loops.values())
-            return sum(map(self._works, body)) * 4**depth, len(body)
+            return sum(self._works(body).values()) * 4**depth, len(body)
 
         head = max(self.loops, key=own)
         return self.path(head, self.loops[head])
