@@ -75,7 +75,17 @@ def test_a_memory_of_the_algorithm_alone_is_understood(remember, value: str) -> 
 
 @pytest.mark.parametrize(
     "value",
-    ["", "tall", "library 0x7", "library 12", "library 99999999999x1", "library -1x4", "wide 1x1 keep", "x" * 999],
+    [
+        "",
+        "tall",
+        "library 0x7",
+        "library 12",
+        "library 99999999999x1",
+        "library -1x4",
+        "library 1000x4000",
+        "wide 1x1 keep",
+        "x" * 999,
+    ],
 )
 def test_a_memory_that_says_nothing_leaves_the_rule(remember, value: str) -> None:
     rule = planned()
@@ -84,6 +94,6 @@ def test_a_memory_that_says_nothing_leaves_the_rule(remember, value: str) -> Non
 
 
 def test_a_tile_never_outgrows_its_memory(remember) -> None:
-    remember("library 9999999x999999999")
+    remember("library 9999872x999999999")
     plan = planned()
     assert plan.area == 4 * 2**25 and plan.columns(16000, 128256) * 16000 <= 2 * plan.area

@@ -103,12 +103,13 @@ def remembered(plan: Plan, measured: str, fits: tuple[str, ...]) -> Plan:
     found = _MEASURED.fullmatch(measured)
     if found is None or found[1] not in (LIBRARY, *fits):
         return plan
-    plan = plan._replace(algorithm=found[1])
     if found[2] is None:
-        return plan
+        return plan._replace(algorithm=found[1])
     rows = int(found[2])
+    if rows % plan.block[0]:
+        return plan
     area = min(rows * int(found[3]), 4 * plan.area)
-    return plan._replace(rows=rows, buffer_rows=min(rows, plan.buffer_rows), area=area)
+    return plan._replace(algorithm=found[1], rows=rows, buffer_rows=min(rows, plan.buffer_rows), area=area)
 
 
 def rows_worth_keeping(hidden: Tensor, weight: Tensor, rows: int, softcap: bool) -> int:
@@ -139,10 +140,10 @@ def _milliseconds(step: Callable[[], object], device: torch.device) -> float:
 
 def _alternatives(plan: Plan, fits: tuple[str, ...]) -> Iterator[Plan]:
     """Yield what may beat a plan: other heights and areas, then the fused kernel."""
-    for rows in (plan.rows, plan.rows // 2, plan.rows * 2):
+    high = plan.rows // plan.block[0]
+    for rows in (plan.block[0] * n for n in (high, high // 2, high * 2) if n):
         for area in (plan.area, plan.area // 2, plan.area * 2, plan.area // 4):
-            if rows:
-                yield plan._replace(algorithm=LIBRARY, rows=rows, buffer_rows=min(rows, plan.buffer_rows), area=area)
+            yield plan._replace(algorithm=LIBRARY, rows=rows, buffer_rows=min(rows, plan.buffer_rows), area=area)
     for name in fits:
         yield plan._replace(algorithm=name)
 
