@@ -1,4 +1,4 @@
-"""ListNet and Plackett–Luce, forward + backward, beside the peers and beside the limit.
+"""ListNet and Plackett–Luce, forward + backward, beside the peers and beside the limit. On a GPU: `bench.lists`.
 
     pytest bench/bench_listwise.py                          # the pytest-benchmark suite
     python bench/bench_listwise.py --json FILE              # one interleaved run and a table of ratios

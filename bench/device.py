@@ -58,9 +58,9 @@ def device_name() -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", torch.cuda.get_device_name()).strip("-").lower()
 
 
-def toy_environment(folder: Path) -> dict[str, str]:
+def toy_environment() -> dict[str, str]:
     """Return what the toy stages are started with, and say in words where the interpreter does not run."""
-    environment = {**TOY, "MOPL_CACHE": str(folder / "cache"), "TRITON_INTERPRET": "1"}
+    environment = {**TOY, "TRITON_INTERPRET": "1"}
     trial = subprocess.run(
         [sys.executable, "-c", TRIAL], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
     )
@@ -136,7 +136,8 @@ def finish(folder: Path, archive: Path | None) -> None:
 def run_all(chosen: list[Stage], folder: Path, arguments: argparse.Namespace) -> int:
     """Run stages in order; return an exit status."""
     # Unbuffered, so that what a stage printed before its limit is in the log.
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **(toy_environment(folder) if arguments.toy else {})}
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **(toy_environment() if arguments.toy else {})}
+    environment.setdefault("MOPL_CACHE", str(folder / "cache"))  # what `tune` chose goes where the results go
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     end = time.monotonic() + 60 * arguments.minutes if arguments.minutes else float("inf")
     missing = []

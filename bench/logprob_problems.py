@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bench.measuring import DEVICE
+from mopl.ops._products import product
 
 
 def problem(
@@ -74,8 +75,7 @@ PART = 4096  # rows of logits at a time, which bounds the memory of the bare pro
 
 def products(mode: str, rows: int, width: int, vocabulary: int) -> Callable[[], object]:
     """Return a step of the matrix products of a mode alone: bf16 operands, float32 results, nothing in between."""
-    wide = {"out_dtype": torch.float32} if DEVICE.type == "cuda" else {}
-    dtype = torch.bfloat16 if wide else torch.float32
+    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32  # on a CPU operands would be upcast every time
 
     def normal(*shape: int) -> Tensor:
         return torch.empty(*shape, device=DEVICE, dtype=dtype).normal_()
@@ -93,11 +93,11 @@ def products(mode: str, rows: int, width: int, vocabulary: int) -> Callable[[], 
         for begin in range(0, rows, PART):
             part = slice(begin, min(begin + PART, rows))
             many = part.stop - part.start
-            torch.mm(hidden[part], weight.T, out=logits[:many], **wide)
+            product(hidden[part], weight.T, logits[:many])
             if inner is not None:
                 stored = inner[part] if mode == "trained" else inner[:many]
-                torch.mm(stored, weight, out=grad_hidden[part], **wide)
+                product(stored, weight, grad_hidden[part])
         if grad_weight is not None and inner is not None:
-            torch.mm(inner.T, hidden, out=grad_weight, **wide)
+            product(inner.T, hidden, grad_weight)
 
     return step
