@@ -33,6 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 from bench.cards import CARDS
@@ -79,7 +80,7 @@ def start(arguments: list[str], environment: dict[str, str], log: Path, limit: f
     with open(log, "a") as file:
         process = subprocess.Popen(
             [sys.executable, *arguments], cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT,
-            start_new_session=True,
+            preexec_fn=os.setpgrp,  # a group, not a session: whoever ends this one's session ends what it started
         )  # fmt: skip
         try:
             status = process.wait(limit)
@@ -127,7 +128,10 @@ def finish(folder: Path, archive: Path | None) -> None:
     """Write the summary, and put all files into one."""
     from bench.summary import summary
 
-    write_file(folder / "summary.md", summary(folder))
+    try:
+        write_file(folder / "summary.md", summary(folder))
+    except Exception:  # a page can be made again, a stage cannot
+        traceback.print_exc()
     if archive:
         with tempfile.TemporaryDirectory() as scratch:
             shutil.copyfile(shutil.make_archive(str(Path(scratch) / "all"), "zip", folder), archive)
@@ -197,6 +201,7 @@ def main() -> int:
                 print(f"{stage.name:22s} {stage.what}" + (f"  [{'; '.join(found)}]" if found else ""))
             return 0
         check_needs()
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what a stage started is ended, too
         if arguments.toy and not arguments.out:
             out = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder = out.resolve() / ("toy" if arguments.toy else device_name())

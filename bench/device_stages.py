@@ -53,7 +53,7 @@ def _lists(name: str, what: str, seconds: int, *arguments: str) -> Stage:
 
 
 LISTS, LOGPROB = "tests/test_gpu_list_kernels.py", "tests/test_gpu_logprob.py"
-FEW = ("8", "32", "128", "1024")  # lengths of lists where every length would take minutes
+FEW = ("2", "8", "32", "128", "1024", "4096")  # lengths of lists where every length would take minutes
 OURS = ("--variants", "its products alone", "mopl")
 STAGES = (
     Stage("limits", "copy bandwidth and matrix-product rate", 15, ("-m", "bench.limits", "{out}")),
@@ -69,7 +69,7 @@ STAGES = (
           ("-m", "bench.model", "--measure", "--card", "{card}", "--json", "{out}"), ("--toy",), interpret=False),
     _logprob("tune", "choice of tiles and rows, which is remembered", 60, "tune"),
     _logprob("tuned", "the goals once more with what was chosen", 40, "forward", "frozen", "trained", *OURS),
-    _lists("-compiled", "torch.compile of the list losses", 120, "--sizes", *FEW, "--variants", "mopl",
+    _lists("-compiled", "torch.compile of the list losses", 150, "--sizes", *FEW, "--variants", "mopl",
            "torch.compile of logcumsumexp", "torch.compile of log_softmax"),
     _lists("-objectives", "list losses with 3 and 5 objectives", 90, "--no-compile", "--objectives", "3", "5",
            "--sizes", *FEW),

@@ -86,7 +86,7 @@ def test_the_plan_fits_a_lease_and_its_commands_can_be_pasted() -> None:
     assert {float(minutes) for minutes, _ in lines} == {COMMAND_MINUTES} and COMMAND_MINUTES < 10
     assert sorted(" ".join(names for _, names in lines).split()) == sorted(stage.name for stage in STAGES)
     assert all(sum(stage.seconds for stage in part) <= 60 * COMMAND_MINUTES for part in commands(STAGES, None))
-    assert sum(stage.seconds for stage in STAGES) <= 28.5 * 60
+    assert sum(stage.seconds for stage in STAGES if stage.name != "logprob-heavy") <= 28 * 60
     assert sum(stage.seconds for stage in STAGES if stage.name.startswith("tests")) <= 360
     assert all(f"{name}=={version}" in text for name, version in (MUST | PEERS).items())
 
