@@ -537,6 +537,7 @@ def test_gathered_offsets_past_2_to_the_31(inplace: bool) -> None:
     assert float(sums.max()) < 0.1  # each row's gradient adds up to 0, up to the rounding of its entries
 
 
+@pytest.mark.huge
 def test_gathered_in_place_no_warp_overtakes_another() -> None:
     """Every warp of a row reads the pivot's logit, which one of them overwrites: a million rows show a race."""
     rows, vocabulary = size(2**20, 8), size(4096, 60)
