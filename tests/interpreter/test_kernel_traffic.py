@@ -13,8 +13,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from bench.kernel_traffic import KERNELS, Arguments, kernel
 from mopl.ops import gathered_logprob, linear_logprob, listwise_cross_entropy, plackett_luce_nll
 
-LAUNCHED: set[str] = set()
-
 
 class Counted:
     """One launch: the addresses that were read and written, once each, by the bytes of an element."""
@@ -57,7 +55,6 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Counted]]:
         given = dict(zip(self.arg_names, arguments, strict=False)) | options
         grid = self.grid(given) if callable(self.grid) else self.grid
         name = f"{self.fn.__module__.rsplit('.', 1)[-1]}.{self.fn.__name__}"
-        LAUNCHED.add(name)
         found.append(Counted(name, Arguments(given, int(np.prod(grid)))))
         return call(self, *arguments, **options)
 
@@ -102,6 +99,16 @@ def test_linear_logprob(mode: str, options: dict, launches: list[Counted]) -> No
     as_declared(launches)
 
 
+def test_the_fused_product(launches: list[Counted], monkeypatch: pytest.MonkeyPatch) -> None:
+    from mopl.ops import _linear_logprob_choice as choice
+
+    tiles = {"BM": 16, "BV": 32, "BH": 16, "GROUP": 2, "num_warps": 4, "num_stages": 2}
+    monkeypatch.setattr(choice, "fused_tiles", lambda plan: tiles)
+    linear_logprob(torch.randn(20, 24), torch.randn(70, 24), distinct_targets(20, 70))
+    assert "fused_logprob.fused_sum_kernel" in {one.name for one in launches}
+    as_declared(launches)
+
+
 def test_linear_logprob_with_several_targets_a_row(launches: list[Counted]) -> None:
     hidden, weight = torch.randn(4, 24, requires_grad=True), torch.randn(70, 24)
     row = torch.tensor([0, 1, 2, 3])
@@ -118,7 +125,7 @@ def test_gathered_logprob(targets: int, options: dict, launches: list[Counted]) 
     as_declared(launches)
 
 
-@pytest.mark.parametrize("items", [3, 40, 2100])
+@pytest.mark.parametrize("items", [3, 40, 2100, 9000])
 @pytest.mark.parametrize("objectives", [1, 2])
 def test_listwise_cross_entropy(items: int, objectives: int, launches: list[Counted]) -> None:
     scores = torch.randn(2, items, requires_grad=True)
