@@ -261,3 +261,35 @@ def test_errors_name_the_argument(change: dict, error: type[Exception], message:
     given = dict(hidden=torch.zeros(2, 4), weight=torch.zeros(9, 4), reference_hidden=torch.zeros(2, 4))
     with pytest.raises(error, match=message):
         linear_kl(**{**given, **change})
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_bf16_products_of_a_gpu_leave_gradients_their_digits(monkeypatch: pytest.MonkeyPatch, direction: str) -> None:
+    """Operands that stay bf16 there meet the gradient of the logits in two parts; here products of them are exact."""
+    used = []
+
+    def parts(value: Tensor, operand: Tensor, cut=chunks._parts) -> tuple[Tensor, ...]:
+        used.append(operand.dtype)
+        return cut(value, operand)
+
+    rows, width, vocabulary = 48, 64, 1500
+    hidden, weight = torch.randn(rows, width), torch.randn(vocabulary, width) * 4 / width**0.5
+    near = (hidden + torch.randn(rows, width) / 4).bfloat16()
+    hidden, weight = hidden.bfloat16().requires_grad_(), weight.bfloat16().requires_grad_()
+    upstream = torch.randn(rows) / rows
+
+    def gradients(dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, ...]:
+        kl = linear_kl(hidden.to(dtype), weight.to(dtype), near.to(dtype), direction=direction)
+        return torch.autograd.grad(kl, (hidden, weight), upstream.to(kl.dtype))
+
+    leaves = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    value = linear_kl(*leaves, near.double(), direction=direction)
+    exact = torch.autograd.grad(value, leaves, upstream.double())
+    with_floats = gradients()
+    monkeypatch.setattr(chunks, "_narrow", lambda operand, dtype: operand.dtype == torch.bfloat16)
+    monkeypatch.setattr(chunks, "_parts", parts)
+    narrow = gradients()
+    assert set(used) == {torch.bfloat16}
+    for ours, theirs, truth in zip(narrow, with_floats, exact, strict=True):
+        error, allowed = ((x.double() - truth).norm(dim=1) / truth.norm(dim=1) for x in (ours, theirs))
+        assert float((error / allowed).max()) < 1.05
