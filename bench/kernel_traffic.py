@@ -74,7 +74,8 @@ def _none(*names: str) -> dict[str, Count]:
 
 
 def _area(a: Arguments) -> int:
-    return a.rows * a.columns
+    """Return rows of the width that kernels read and write: columns up to a multiple of 16."""
+    return a.rows * -(-a.columns // 16) * 16
 
 
 def _blocks(size: str, *block: str) -> Count:
@@ -116,7 +117,7 @@ KERNELS: dict[str, Kernel] = {
         },
     ),
     # Without a flagged row, which is the rule, it reads the flags.
-    "linear_logprob.redo_kernel": Kernel(
+    "linear_logprob_flagged.redo_kernel": Kernel(
         turns=None,
         elements={
             "flag": lambda a: a.rows,
@@ -143,18 +144,24 @@ KERNELS: dict[str, Kernel] = {
             "weighted_moment": lambda a: 0 if a.moment_coefficient is None else a.weighted_moment.numel(),
         },
     ),
-    "linear_logprob.logit_gradient_kernel": Kernel(
+    "linear_logprob_backward.logit_gradient_kernel": Kernel(
         written=("out",),
         elements={
+            **dict.fromkeys(("stored", "out"), lambda a: a.out.shape[0] * -(-a.columns // 16) * 16),
             **dict.fromkeys(("alpha", "gamma"), lambda a: a.out.shape[0]),
             **dict.fromkeys(("shift", "temperature"), lambda a: a.out.shape[0] if a.SOFTCAP else 0),
         },
     ),
-    "linear_logprob.column_sum_kernel": Kernel(
+    "linear_logprob_backward.column_sum_kernel": Kernel(
         turns=_blocks("rows", "ROWS"),
         changed=("out",),
         elements={"stored": _area, "factor": lambda a: a.rows, "out": lambda a: a.columns},
     ),
+    # One entry a row.
+    "linear_logprob_backward.pivot_kernel": Kernel(
+        written=("stored",), elements={**_rows("stored", "pivot", "others")}
+    ),
+    "linear_logprob_backward.scale_kernel": Kernel(written=("out",), elements={"factor": lambda a: a.out.shape[0]}),
     "fused_logprob.fused_sum_kernel": Kernel(
         turns=None, written=("partial", "flag"), product=lambda a: (a.rows, a.vocabulary, a.size)
     ),

@@ -199,8 +199,9 @@ def accumulate(
     count: Tensor | None,  # () int64: only the first `count` rows hold data; None means all
     moments: int,  # 0, 1 or 2
     directions: int,  # 0: no product with the weight; 1: weighted; 2: weighted and weighted_moment
-    cache: Tensor,  # (keep_rows * V,), e_v of the first keep_rows rows is written here; the layout is the backend's
+    cache: Tensor,  # (keep_rows * cache_columns,): e_v of the first keep_rows rows; the layout is the backend's
     keep_rows: int,  # may exceed M
+    logprob_only: bool,  # upstream gradients will be those of one target a row alone: the cache may anticipate that
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Sum over the vocabulary, the pivot left out, with e_v = exp(u_v - shift).
 
@@ -286,11 +287,13 @@ def backward(
     column: Tensor,  # (F,) int64, or -1
     position: Tensor,  # (F,) int64
     coefficient: Tensor,  # (F,)
-    cache: Tensor,  # (keep_rows * V,), as `accumulate` left it; never changed here
+    cache: Tensor,  # as `accumulate` left it; never changed here
     keep_rows: int,
+    logprob_only: bool,  # as for `accumulate`
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
+    dtype: torch.dtype,  # of the gradient of hidden
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Products with the gradient of the logits a, which is never held whole:
 
@@ -298,8 +301,8 @@ def backward(
         G_{position_k, column_k} += coefficient_k                for every k with column_k >= 0
 
     Returns:
-        G W (M, H) in the compute dtype, G^T hidden (V, H) in the weight's dtype (accumulated in the compute dtype and
-        rounded once), column sums of G (V,) in the bias's dtype; empty (0,) where not needed.
+        G W (M, H) in `dtype` and G^T hidden (V, H) in the weight's, accumulated in the compute dtype and rounded once;
+        column sums of G (V,) in the bias's dtype. Empty (0,) where not needed.
     """
     # Rows without upstream gradient take no part in the products.
     live = alpha != 0 if gamma is None else (alpha != 0) | (gamma != 0)
@@ -366,7 +369,7 @@ def backward(
         for part in order[bounds[0] :].split(GATHER):
             terms = weight[column[part]].to(shift.dtype).mul_(coefficient[part, None])
             grad_hidden.index_add_(0, position[part], terms)
-    return grad_hidden, grad_weight, grad_bias
+    return grad_hidden.to(dtype), grad_weight, grad_bias
 
 
 def _gradient_tile(

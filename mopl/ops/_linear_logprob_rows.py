@@ -14,6 +14,12 @@ from torch import Tensor
 from mopl.ops._logprob import SKIP, segment_sum, slope, weighted_by_probability
 
 
+def padded_columns(columns: int, itemsize: int) -> int:
+    """Return how many entries a row of the kernels takes: it begins at a multiple of 128 bytes, a line of the cache."""
+    step = 128 // itemsize
+    return -(-columns // step) * step
+
+
 class Selection(NamedTuple):
     """Rows and targets that count, in the order in which a backend sees them."""
 

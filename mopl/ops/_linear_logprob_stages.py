@@ -23,6 +23,7 @@ from mopl.ops._linear_logprob_rows import (
     logit_gradient,
     logprob_direction,
     logsumexp_direction,
+    padded_columns,
     scaled_by,
     scatter_entries,
     scatter_rows,
@@ -60,13 +61,19 @@ class Forward(NamedTuple):
     total: Tensor  # (N,)
     pivot: Tensor  # (N,) int64; empty without `row`: the target
     pivot_logprob: Tensor  # (N,); empty without `row`: logprob
-    cache: Tensor  # (keep_rows * V,) in `cache_dtype`, or empty
+    cache: Tensor  # (keep_rows * cache_columns,) in `cache_dtype`, or empty
 
 
 def cache_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """Dtype of the kept exponentials: where Triton runs, that of 16-bit operands, which then need no conversion."""
     narrow = use_triton(hidden) and hidden.dtype == weight.dtype and hidden.itemsize == 2
     return hidden.dtype if narrow else compute_dtype(hidden, weight)
+
+
+def cache_columns(hidden: Tensor, weight: Tensor) -> int:
+    """Return how many entries a row of kept exponentials takes: V, padded where Triton runs."""
+    vocabulary = weight.shape[0]
+    return padded_columns(vocabulary, cache_dtype(hidden, weight).itemsize) if use_triton(hidden) else vocabulary
 
 
 def direction_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -87,9 +94,12 @@ def run_forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, row: Tensor | None, temperature: Tensor,
     softcap: float, logit_scale: float, want_entropy: bool, want_variance: bool, keep_direction: bool,
     keep_direction_logsumexp: bool, keep_direction_entropy: bool, keep_rows: int, max_rows: int,
-    shard: VocabularyShard | None = None,
+    logprob_only: bool = False, shard: VocabularyShard | None = None,
 ) -> Forward:  # fmt: skip
-    """Run the stages of the forward pass; `shard` adds the collectives of a vocabulary-parallel head."""
+    """Run the stages of the forward pass; `shard` adds the collectives of a vocabulary-parallel head.
+
+    `logprob_only` promises that nothing but the log-probability of one target a row will have an upstream gradient.
+    """
     backend, dtype = backend_of(hidden), compute_dtype(hidden, weight)
     entries, rows = len(target), len(hidden)
     chosen = select(target, row, rows, max_rows, not use_triton(hidden))
@@ -104,10 +114,10 @@ def run_forward(
     pivot, pivot_logit = choose_pivots(logits, chosen, len(hidden))
     local_pivot = local_column(pivot, weight, shard)
 
-    cache = hidden.new_empty((keep_rows * len(weight),), dtype=cache_dtype(hidden, weight))
+    cache = hidden.new_empty((keep_rows * cache_columns(hidden, weight),), dtype=cache_dtype(hidden, weight))
     sums = backend.accumulate(
         hidden, weight, bias, local_pivot, pivot_logit, temperature, *head, chosen.count,
-        want_entropy + want_variance, keep_direction + keep_direction_entropy, cache, keep_rows,
+        want_entropy + want_variance, keep_direction + keep_direction_entropy, cache, keep_rows, logprob_only,
     )  # fmt: skip
     local_shift, others, moment1, moment2, weighted, weighted_moment = sums
     shift = local_shift
@@ -164,10 +174,12 @@ def run_backward(
     grad_logprob: Tensor | None, grad_logsumexp: Tensor | None, grad_entropy: Tensor | None,
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, row: Tensor | None, temperature: Tensor,
     saved: Forward, softcap: float, logit_scale: float, keep_rows: int, max_rows: int,
-    need_hidden: bool, need_weight: bool, need_bias: bool, shard: VocabularyShard | None = None,
+    need_hidden: bool, need_weight: bool, need_bias: bool, logprob_only: bool = False,
+    shard: VocabularyShard | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Run the backward pass of a trainable head; a gradient that is not needed is empty."""
     rows, full = len(hidden), hidden.dtype
+    wide = compute_dtype(hidden, weight)
     chosen = select(target, row, rows, max_rows, not use_triton(hidden))
     hidden = gather(hidden, chosen)
     temperature = gather(temperature, chosen, fill=1)
@@ -190,7 +202,8 @@ def run_backward(
         chosen.count,
         gradient.alpha, gradient.gamma, local_column(gradient.column, weight, shard), gradient.position,
         gradient.coefficient,
-        saved.cache, keep_rows, need_hidden, need_weight, need_bias,
+        saved.cache, keep_rows, logprob_only, need_hidden, need_weight, need_bias,
+        full if need_hidden and shard is None else wide,
     )  # fmt: skip
     if need_hidden:
         grad_hidden = grad_hidden if shard is None else shard.sum(grad_hidden)

@@ -64,6 +64,7 @@ from mopl.ops import _derivatives as derivatives
 from mopl.ops._device import default_workspace
 from mopl.ops._linear_logprob_stages import (
     Forward,
+    cache_columns,
     cache_dtype,
     direction_dtype,
     idle_rows,
@@ -207,7 +208,8 @@ def linear_logprob(
     )  # fmt: skip
     tensors = (hidden.reshape(-1, hidden.shape[-1]), weight, bias, flat_target, row, warmth)
     if shard is None:
-        logprob, logsumexp, entropy = _linear_logprob(*tensors, *options)[:3]
+        logprob_only = row is None and not (return_logsumexp or return_entropy)
+        logprob, logsumexp, entropy = _linear_logprob(*tensors, *options, logprob_only)[:3]
     else:
         logprob, logsumexp, entropy = vocab_parallel_logprob(shard, *tensors, *options)
     results = [logprob.view(target.shape)]
@@ -224,7 +226,7 @@ def kept_rows(hidden: Tensor, weight: Tensor, rows: int, workspace: int | None, 
     On a CPU at most half of them: in float32 that is a sixth of what autograd keeps of full logits, and costs half of
     one product of four.
     """
-    row = max(1, weight.shape[0] * cache_dtype(hidden, weight).itemsize)
+    row = max(1, cache_columns(hidden, weight) * cache_dtype(hidden, weight).itemsize)
     fit = (default_workspace(hidden.device, rows * row) if workspace is None else workspace) // row
     if not hidden.is_cuda:
         return min((rows + 1) // 2, fit)
@@ -253,6 +255,7 @@ def _linear_logprob(
     keep_rows: int,
     max_rows: int,
     check_targets: bool,
+    logprob_only: bool = False,
 ) -> tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 ]:  # the fields of Forward
@@ -262,7 +265,7 @@ def _linear_logprob(
     return tuple(  # pyright: ignore[reportReturnType]
         run_forward(
             hidden, weight, bias, target, row, temperature, softcap, logit_scale, want_entropy, want_variance,
-            keep_direction, keep_direction_logsumexp, keep_direction_entropy, keep_rows, max_rows,
+            keep_direction, keep_direction_logsumexp, keep_direction_entropy, keep_rows, max_rows, logprob_only,
         )
     )  # fmt: skip
 
@@ -271,6 +274,7 @@ def _linear_logprob(
 def _(
     hidden, weight, bias, target, row, temperature, softcap, logit_scale, want_entropy, want_variance,
     keep_direction, keep_direction_logsumexp, keep_direction_entropy, keep_rows, max_rows, check_targets,
+    logprob_only=False,
 ):  # fmt: skip
     rows, size = hidden.shape
     dtype = compute_dtype(hidden, weight)
@@ -291,7 +295,7 @@ def _(
         new(rows),
         new(rows, wanted=row is not None, dtype=torch.int64),
         new(rows, wanted=row is not None),
-        new(keep_rows * weight.shape[0], dtype=cache_dtype(hidden, weight)),
+        new(keep_rows * cache_columns(hidden, weight), dtype=cache_dtype(hidden, weight)),
     )
 
 
@@ -316,6 +320,7 @@ def _linear_logprob_backward(
     need_bias: bool,
     need_temperature: bool,
     hidden_dtype: torch.dtype,
+    logprob_only: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of hidden, weight, bias and temperature; one that is not needed is empty (0,)."""
     forward, rows = Forward(*saved), len(temperature)
@@ -326,7 +331,7 @@ def _linear_logprob_backward(
     elif hidden is not None and weight is not None and (need_hidden or need_weight or need_bias):
         grad_hidden, grad_weight, grad_bias = run_backward(
             grad_logprob, grad_logsumexp, grad_entropy, hidden, weight, bias, target, row, temperature, forward,
-            softcap, logit_scale, keep_rows, max_rows, need_hidden, need_weight, need_bias,
+            softcap, logit_scale, keep_rows, max_rows, need_hidden, need_weight, need_bias, logprob_only,
         )  # fmt: skip
     if need_temperature:
         grad_temperature = row_temperature_gradient(
@@ -339,6 +344,7 @@ def _linear_logprob_backward(
 def _(
     grad_logprob, grad_logsumexp, grad_entropy, hidden, weight, bias, target, row, temperature, saved, softcap,
     logit_scale, keep_rows, max_rows, need_hidden, need_weight, need_bias, need_temperature, hidden_dtype,
+    logprob_only=False,
 ):  # fmt: skip
     forward = Forward(*saved)
     size = forward.direction.shape[-1] if weight is None else weight.shape[-1]
@@ -370,8 +376,8 @@ def row_temperature_gradient(
 
 def _setup_context(ctx, inputs, output):
     hidden, weight, bias, target, row, temperature, ctx.softcap, ctx.logit_scale = inputs[:8]
-    keep_direction, ctx.keep_rows, ctx.max_rows = inputs[10], inputs[13], inputs[14]
-    ctx.mark_non_differentiable(*output[3:])
+    keep_direction, ctx.keep_rows, ctx.max_rows, ctx.logprob_only = inputs[10], inputs[13], inputs[14], inputs[16]
+    ctx.mark_non_differentiable(*output[1 if ctx.logprob_only else 3 :])
     ctx.set_materialize_grads(False)
     ctx.hidden_dtype = hidden.dtype
     operands = (None, None, None) if keep_direction else (hidden, weight, bias)
@@ -387,14 +393,14 @@ def _backward(ctx, grad_logprob, grad_logsumexp, grad_entropy, *_):
     def closed_form() -> list[Tensor | None]:
         found = _linear_logprob_backward(
             *upstream, hidden, weight, bias, target, row, temperature, saved,
-            ctx.softcap, ctx.logit_scale, ctx.keep_rows, ctx.max_rows, *need, ctx.hidden_dtype,
+            ctx.softcap, ctx.logit_scale, ctx.keep_rows, ctx.max_rows, *need, ctx.hidden_dtype, ctx.logprob_only,
         )  # fmt: skip
         return [g if needed else None for g, needed in zip(found, need, strict=True)]
 
     # The results stand for the hidden states, which a frozen head does not keep.
     inputs = (*upstream, hidden, weight, bias, temperature, *saved[:3])
     *heads, warmth = derivatives.once(closed_form, "linear_logprob", INSTEAD, *inputs)
-    return (*heads, None, None, warmth, *[None] * 10)
+    return (*heads, None, None, warmth, *[None] * 11)
 
 
 _linear_logprob.register_autograd(_backward, setup_context=_setup_context)

@@ -27,6 +27,8 @@ from mopl.ops._linear_logprob_triton_backward import backward
 from mopl.ops._linear_logprob_triton_head import (
     Head,
     Sums,
+    combine,
+    kept_exponentials,
     on_its_device,
     rows_contiguous,
     wide_rows,
@@ -56,7 +58,7 @@ def target_logits(
 def accumulate(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, pivot: Tensor, shift: Tensor, temperature: Tensor,
     softcap: float, logit_scale: float, count: Tensor | None, moments: int, directions: int, cache: Tensor | None,
-    keep_rows: int, plan: Plan | None = None,
+    keep_rows: int, logprob_only: bool, plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Sum over the vocabulary; see the CPU twin for arguments and results. `plan` is for who measures several."""
     rows, vocabulary = hidden.shape[0], weight.shape[0]
@@ -67,13 +69,15 @@ def accumulate(
     weighted = torch.empty(rows if directions > 0 else 0, head.size, dtype=head.dtype, device=hidden.device)
     weighted_moment = torch.empty(rows if directions > 1 else 0, head.size, dtype=head.dtype, device=hidden.device)
 
-    kept = None if cache is None or keep_rows == 0 else cache.view(keep_rows, vocabulary)
+    kept = None if cache is None or keep_rows == 0 else kept_exponentials(cache, keep_rows, vocabulary)
     first = 0
     if kept is not None:
         first = min(keep_rows, rows)
         # A trainable head needs e alone, and no directions: its backward pass multiplies by what it is given.
         for chunk in plan.chunks(0, first):
             head.exponentials(chunk, sums, kept[chunk], None, bent=False)
+            if head.holds_pivot(logprob_only, keep_rows):
+                head.store_pivot(chunk, sums, kept[chunk])
     if directions == 0:
         tiles = None if moments or first else choice.fused_tiles(plan)
         if tiles is not None:
@@ -103,23 +107,3 @@ def _results(
     head: Head, sums: Sums, weighted: Tensor, weighted_moment: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return head.shift, sums.others, sums.moment1, sums.moment2, weighted, weighted_moment
-
-
-@on_its_device
-def combine(
-    weight: Tensor, weighted: Tensor, weighted_moment: Tensor | None, pivot: Tensor, pivot_coefficient: Tensor,
-    weighted_coefficient: Tensor, moment_coefficient: Tensor | None, column: Tensor | None, position: Tensor | None,
-    own_coefficient: Tensor | None, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """Return rows of directions; see the CPU twin."""
-    many = len(pivot) if position is None else len(position)
-    weight = rows_contiguous(weight)
-    out = torch.empty(many, weight.shape[1], dtype=dtype, device=weight.device)
-    if out.numel():
-        size = weight.shape[1]
-        tile = kernels.combine_tile(size)
-        kernels.combine_kernel[(many, -(-size // tile["BLOCK"]))](
-            weight, weighted, weighted_moment, pivot, pivot_coefficient, weighted_coefficient, moment_coefficient,
-            column, position, own_coefficient, out, size, weight.stride(0), weighted.stride(0), **tile,
-        )  # fmt: skip
-    return out

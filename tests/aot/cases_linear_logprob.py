@@ -3,6 +3,8 @@
 from case import TENSOR_CORES, Case, load_kernels
 
 kernels = load_kernels("linear_logprob")
+backward = load_kernels("linear_logprob_backward")
+flagged = load_kernels("linear_logprob_flagged")
 fused = load_kernels("fused_logprob")
 
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
@@ -81,7 +83,7 @@ def _sums(operand: str, stored: str | None, moments: int, bent: bool, bias: bool
 
 def _exp(
     operand: str, stored: str | None = None, moments: int = 0, softcap: float = 0.0, bent: bool = False,
-    bias: bool = False, aligned: bool = True,
+    bias: bool = False,
 ) -> Case:  # fmt: skip
     itemsize = 8 if operand == "fp64" else 4
     shape = kernels.exp_tile(itemsize)
@@ -89,14 +91,14 @@ def _exp(
     types |= dict.fromkeys(("first_column", "columns", "tile_stride"), "i32")
     kept = f" keep {stored}" if stored else ""
     return _case(
-        f"exp {operand}{kept} moments={moments}{' softcap' * bool(softcap)}{' ragged' * (not aligned)}",
+        f"exp {operand}{kept} moments={moments}{' softcap' * bool(softcap)}",
         kernels.exp_kernel,
         types,
         {"SOFTCAP": softcap, "LOGIT_SCALE": 0.5 if bias else 1.0, "BENT": bent, "LIMIT": kernels.LIMIT},
         shape,
-        divisible=("first_column", "tile_stride", "stored_stride", *(["columns"] if aligned else [])),
-        instructions=WIDE_LOADS if itemsize == 4 and aligned else {},
-        wide=["tile", *(name for name in ("stored", "stored_moment") if types[name])] if aligned else (),
+        divisible=("first_column", "tile_stride", "stored_stride"),  # whatever the vocabulary: `columns` is not asked
+        instructions=WIDE_LOADS if itemsize == 4 else {},
+        wide=["tile", *(name for name in ("stored", "stored_moment") if types[name])],
         elements=shape["ROWS"] * shape["BLOCK"],
     )
 
@@ -104,12 +106,12 @@ def _exp(
 def _redo(
     operand: str, stored: str | None, moments: int = 0, softcap: float = 0.0, bent: bool = False, **more
 ) -> Case:  # fmt: skip
-    tile = kernels.redo_tile(8 if operand == "fp64" else 4)
+    tile = flagged.redo_tile(8 if operand == "fp64" else 4)
     types = {"hidden": f"*{operand}", "weight": f"*{operand}"} | _sums(operand, stored, moments, bent, False)
     types |= dict.fromkeys(("size", "vocabulary", "hidden_stride", "weight_stride"), "i32")
     return _case(
         f"redo {operand}{f' keep {stored}' if stored else ''} moments={moments}{' softcap' * bool(softcap)}",
-        kernels.redo_kernel,
+        flagged.redo_kernel,
         types,
         {"SOFTCAP": softcap, "LOGIT_SCALE": 1.0, "BENT": bent},
         tile,
@@ -140,37 +142,58 @@ def _combine(operand: str, out: str, size: int, moment: bool = False, shared: bo
     )
 
 
-def _gradient(stored: str, softcap: float = 0.0, gamma: bool = True, aligned: bool = True) -> Case:
+def _gradient(stored: str, softcap: float = 0.0, gamma: bool = True) -> Case:
     exact = _arithmetic(stored)
     types = {"stored": f"*{stored}", "alpha": exact, "gamma": exact if gamma else None, "shift": exact}
     types |= {"temperature": exact, "out": f"*{stored}"}
     types |= dict.fromkeys(("first_row", "columns", "stored_stride", "out_stride"), "i32")
     return _case(
-        f"gradient {stored}{' softcap' * bool(softcap)}{' entropy' * gamma}{' ragged' * (not aligned)}",
-        kernels.logit_gradient_kernel,
+        f"gradient {stored}{' softcap' * bool(softcap)}{' entropy' * gamma}",
+        backward.logit_gradient_kernel,
         types,
         {"SOFTCAP": softcap},
-        kernels.GRADIENT_TILE,
-        divisible=("stored_stride", "out_stride", *(["columns"] if aligned else [])),
+        backward.GRADIENT_TILE,
+        divisible=("stored_stride", "out_stride"),  # whatever the vocabulary
         instructions=WIDE_LOADS if stored != "fp64" else {},
         wide=("stored", "out"),
-        elements=kernels.GRADIENT_TILE["BLOCK"],
+        elements=backward.GRADIENT_TILE["BLOCK"],
     )
 
 
-def _column_sum(stored: str, aligned: bool = True) -> Case:
+def _column_sum(stored: str) -> Case:
     types = {"stored": f"*{stored}", "factor": _arithmetic(stored), "out": _arithmetic(stored)}
     types |= dict.fromkeys(("first_row", "rows", "columns", "stored_stride"), "i32")
     return _case(
-        f"column sum {stored}{' ragged' * (not aligned)}",
-        kernels.column_sum_kernel,
+        f"column sum {stored}",
+        backward.column_sum_kernel,
         types,
         {},
-        kernels.COLUMN_SUM_TILE,
-        divisible=("stored_stride", *(["columns"] if aligned else [])),
+        backward.COLUMN_SUM_TILE,
+        divisible=("stored_stride",),
         wide=("stored",),
-        elements=kernels.COLUMN_SUM_TILE["ROWS"] * kernels.COLUMN_SUM_TILE["BLOCK"],
+        elements=backward.COLUMN_SUM_TILE["ROWS"] * backward.COLUMN_SUM_TILE["BLOCK"],
     )
+
+
+def _scale(operand: str, size: int) -> Case:
+    types = {"x": f"*{operand}", "factor": _arithmetic(operand), "out": f"*{operand}"}
+    types |= dict.fromkeys(("first_row", "size", "x_stride"), "i32")
+    return _case(
+        f"scale {operand} H={size}",
+        backward.scale_kernel,
+        types,
+        {},
+        backward.scale_tile(size),
+        divisible=("size", "x_stride"),
+        wide=("x", "out"),
+        elements=backward.scale_tile(size)["BLOCK"],
+    )
+
+
+def _pivot(stored: str) -> Case:
+    types = {"stored": f"*{stored}", "pivot": "*i64", "others": "*fp32"}
+    types |= dict.fromkeys(("first_row", "rows", "stored_stride"), "i32")
+    return _case(f"pivot {stored}", backward.pivot_kernel, types, {}, backward.PIVOT_TILE, divisible=("stored_stride",))
 
 
 def _fused(operand: str, name: str, softcap: float = 0.0, bias: bool = False) -> Case | None:
@@ -217,7 +240,6 @@ def cases() -> list[Case]:
         _target("fp64", shared=True, bias=True),
         _exp("bf16"),
         _exp("bf16", stored="bf16"),
-        _exp("bf16", stored="bf16", aligned=False),  # the last tile of a vocabulary of 50257
         _exp("fp16", stored="fp16", moments=1, bent=True, bias=True),
         _exp("bf16", stored="bf16", moments=2, softcap=30.0, bent=True, bias=True),
         _exp("fp32", stored="fp32", moments=1, bent=True, bias=True),
@@ -241,6 +263,9 @@ def cases() -> list[Case]:
         _gradient("fp64"),
         _column_sum("bf16"),
         _column_sum("fp32"),
+        _scale("bf16", 4096),
+        _scale("fp32", 2048),
+        _pivot("bf16"),
         _fused("bf16", "wide"),
         _fused("bf16", "square", softcap=30.0, bias=True),
         _fused("fp16", "square", bias=True),

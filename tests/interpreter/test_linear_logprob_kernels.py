@@ -1,12 +1,14 @@
 """`linear_logprob` through its kernels in Triton's interpreter, against float64 autograd: every mode, every path."""
 
 import math
+import sys
 
 import pytest
 import torch
 from torch import Tensor
 
 from mopl.ops import _linear_logprob_choice as choice
+from mopl.ops import _linear_logprob_triton_head as triton_head
 from mopl.ops.linear_logprob import linear_logprob
 
 SMALL_TILES = {"BM": 16, "BV": 32, "BH": 16, "GROUP": 2, "num_warps": 4, "num_stages": 2}
@@ -241,3 +243,69 @@ def test_an_unchecked_target_past_the_vocabulary_gives_nan_in_its_row_alone(
     if needs:
         (gradient,) = torch.autograd.grad(value.sum(), ours["hidden"])
         assert gradient[wild].isnan().all() and not gradient[others].isnan().any()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("needs", [(), ("hidden",), ("hidden", "weight", "bias")], ids=str)
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_memory_that_nobody_wrote_changes_nothing(
+    needs: tuple[str, ...], shared: bool, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels read and write the padding of rows: fresh memory is NaN here, and the same bits come out."""
+    p = problem(rows=7, size=12, vocabulary=51)
+    leaves = {
+        name: p[name].nan_to_num().bfloat16().requires_grad_(name in needs) for name in ("hidden", "weight", "bias")
+    }
+    row = torch.arange(7) if shared else None
+
+    def run() -> list[Tensor]:
+        results = linear_logprob(
+            leaves["hidden"], leaves["weight"], p["target"], bias=leaves["bias"], row=row, softcap=softcap,
+            return_entropy=True, return_logsumexp=True, workspace=3 * 64 * 2,
+        )  # fmt: skip
+        wanted = [leaves[name] for name in needs]
+        upstream = [torch.linspace(-1, 1, 7) + k for k in range(3)]
+        return [*results, *(torch.autograd.grad(results, wanted, upstream) if wanted else ())]
+
+    expected = run()
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        found = run()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_large_head_whose_rows_are_all_kept_gets_its_gradient_from_one_product(
+    biased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pivot's entry lies among the kept exponentials, for any upstream gradient and as often as wanted."""
+    monkeypatch.setattr(triton_head, "DIRECT", 0)
+    # As on a GPU; on a CPU, which this is, at most half of the rows are kept.
+    monkeypatch.setattr(sys.modules["mopl.ops.linear_logprob"], "kept_rows", lambda hidden, weight, rows, *_: rows)
+    p = problem(rows=9, size=12, vocabulary=51)
+    p["hidden"][0] = 5 * p["weight"][p["target"][0]]  # a confident row
+    hidden, weight, bias = (p[name].nan_to_num().bfloat16().requires_grad_() for name in ("hidden", "weight", "bias"))
+    leaves = (hidden, weight, bias)[: 2 + biased]
+    products = []
+    monkeypatch.setattr(torch, "mm", lambda *a, mm=torch.mm, **k: products.append(a[0].dtype) or mm(*a, **k))
+    options = {"bias": bias if biased else None, "temperature": p["temperature"]}
+    logprob = linear_logprob(hidden, weight, p["target"], **options)
+    for seed in (0, 1, 0):
+        upstream = torch.randn(9, generator=torch.Generator().manual_seed(seed))
+        products.clear()
+        found = torch.autograd.grad(logprob, leaves, upstream, retain_graph=True)
+        assert products.count(torch.bfloat16) == 1
+        wide = [x.detach().double().requires_grad_() for x in leaves]
+        exact = reference(*wide[:2], wide[2] if biased else None, p["target"], p["temperature"].double())[0]
+        for name, gradient, truth in zip(
+            ("hidden", "weight", "bias"), found, torch.autograd.grad(exact, wide, upstream.double()), strict=False
+        ):
+            apart = (gradient.double() - truth).norm(dim=-1) / truth.norm(dim=-1).clamp(min=1e-30)
+            # One rounding of hidden states and bias, three of the head's gradient; the interpreter truncates to bf16.
+            limit = 2**-7 * (4 if name == "weight" else 2)
+            worst = float(torch.where(truth.norm(dim=-1) == 0, gradient.double().norm(dim=-1), apart).max())
+            assert worst < limit, (name, worst)

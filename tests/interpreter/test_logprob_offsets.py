@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mopl.kernels import fused_logprob, linear_logprob
+from mopl.kernels import fused_logprob
+from mopl.kernels import linear_logprob as kernels
+from mopl.kernels import linear_logprob_backward as backward_kernels
 from mopl.ops import (
     _linear_logprob_choice,
     _linear_logprob_triton_head,
@@ -48,7 +50,7 @@ def test_gathered_logprob_forward_and_backward() -> None:
 
 
 def test_stored_exponentials_and_everything_that_reads_them() -> None:
-    vocabulary, size = 40, 16
+    vocabulary, size = 48, 16  # rows have no padding here
     hidden, weight = torch.randn(ROWS, size), torch.randn(vocabulary, size)
     pivot, ones = torch.randint(0, vocabulary, (ROWS,)), torch.ones(ROWS)
     plan = _linear_logprob_choice.plan_for(hidden, weight, "trained", softcap=False)
@@ -61,14 +63,14 @@ def test_stored_exponentials_and_everything_that_reads_them() -> None:
     torch.testing.assert_close(stored.double(), exact, rtol=2**-7, atol=1e-6)
     torch.testing.assert_close(sums.others.double(), exact.sum(1), rtol=1e-5, atol=0)
     total = torch.zeros(vocabulary)
-    linear_logprob.column_sum_kernel[(1,)](
-        stored, ones, total, 0, ROWS, vocabulary, stored.stride(0), **linear_logprob.COLUMN_SUM_TILE
+    backward_kernels.column_sum_kernel[(1,)](
+        stored, ones, total, 0, ROWS, vocabulary, stored.stride(0), **backward_kernels.COLUMN_SUM_TILE
     )
     torch.testing.assert_close(total.double(), stored.double().sum(0), rtol=1e-5, atol=0)
     out = apart(torch.full((ROWS, vocabulary), math.nan).bfloat16())
-    linear_logprob.logit_gradient_kernel[(ROWS, 1)](
+    backward_kernels.logit_gradient_kernel[(ROWS, 1)](
         stored, ones, None, ones, ones, out, 0, vocabulary, stored.stride(0), out.stride(0), SOFTCAP=0.0,
-        **linear_logprob.GRADIENT_TILE,
+        **backward_kernels.GRADIENT_TILE,
     )  # fmt: skip
     torch.testing.assert_close(out.double(), -stored.double(), rtol=2**-7, atol=0)
     # A shift of -inf flags every row, which are then computed again in place.
@@ -92,7 +94,7 @@ def test_hidden_states_and_heads_with_rows_far_apart() -> None:
     tile = {"BM": 16, "BV": 16, "BH": 16, "GROUP": 1, "num_warps": 4, "num_stages": 2}
     fused_logprob.fused_sum_kernel[(1,)](
         hidden, weight, None, pivot, logits, ones, None, partial, flag, ROWS, size, vocabulary, hidden.stride(0),
-        weight.stride(0), SOFTCAP=0.0, LOGIT_SCALE=1.0, LIMIT=linear_logprob.LIMIT, UPCAST=True, **tile,
+        weight.stride(0), SOFTCAP=0.0, LOGIT_SCALE=1.0, LIMIT=kernels.LIMIT, UPCAST=True, **tile,
     )  # fmt: skip
     others = (exact - exact.diagonal()[:, None]).exp().fill_diagonal_(0).sum(1)
     torch.testing.assert_close(partial[0].double(), others, rtol=1e-5, atol=0)
