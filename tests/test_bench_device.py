@@ -106,14 +106,19 @@ def arguments(**others: object) -> argparse.Namespace:
     )
 
 
-def test_a_stage_that_fails_is_not_done_and_does_not_stop_the_next(tmp_path: Path) -> None:
+def test_a_stage_that_fails_is_not_done_and_does_not_stop_the_next(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     stages = [Stage("bad", "", 1, ("-c", "raise SystemExit(3)")), Stage("good", "", 1, ("-c", "print('fine')"))]
     assert device.run_all(stages, tmp_path, arguments(archive=tmp_path.parent / "all.zip")) == 1
     verdicts = {name: state["verdict"] for name, state in device.states(tmp_path).items()}
     assert verdicts == {"bad": "failed with exit status 3", "good": "done"}
     assert "failed with exit status 3" in (tmp_path / "summary.md").read_text()
     assert (tmp_path.parent / "all.zip").exists()
-    assert device.run_all(stages[1:], tmp_path, arguments()) == 0
+    assert device.run_all(stages[1:], tmp_path, arguments()) == 0 and "good: done before" in capsys.readouterr().out
+    cut = [Stage("good", "", 1, ("-c", "import time; time.sleep(30)"))]
+    assert device.run_all(cut, tmp_path, arguments(again=True, limit=0.5)) == 1
+    assert device.states(tmp_path)["good"]["verdict"].startswith("cut off")
     assert device.run_all([Stage("long", "", 70, ("-c", ""))], tmp_path, arguments(minutes=1)) == 1
     assert "long" not in device.states(tmp_path), "it would have passed the time"
 
@@ -207,7 +212,7 @@ def test_the_summary_holds_goals_tests_and_what_was_not_measured(tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_every_kind_of_stage_runs_at_toy_sizes_and_is_not_run_again(tmp_path: Path) -> None:
+def test_every_kind_of_stage_runs_at_toy_sizes(tmp_path: Path) -> None:
     """One of the stages that run the same code, because each process takes seconds to start."""
     stages = ("limits", "logprob-frozen", "logprob-tune", "lists")
     done, folder = command("--toy", "--out", str(tmp_path), "tests-huge", *stages), tmp_path / "toy"
@@ -222,6 +227,3 @@ def test_every_kind_of_stage_runs_at_toy_sizes_and_is_not_run_again(tmp_path: Pa
     assert set(rows) == {"mopl", "full logits"} and rows["mopl"]["ms"] > 0 and rows["mopl"]["log p"] < 1e-4
     tuned = json.loads((folder / "logprob-tune.json").read_text())["results"]
     assert {row["size"].split(" ")[-1] for row in tuned if row["fastest"]} == {"forward", "frozen", "trained"}
-    assert "done before" in command("--toy", "--out", str(tmp_path), "limits").stdout
-    cut = command("--toy", "--out", str(tmp_path), "limits", "--again", "--limit", "0.2")
-    assert cut.returncode == 1 and "cut off" in cut.stdout and "not done: limits" in cut.stdout
