@@ -214,13 +214,13 @@ def test_offsets_past_two_to_the_31st_in_listnet() -> None:
 def test_offsets_past_two_to_the_31st_in_plackett_luce(items: int, ties: str, order: str | None) -> None:
     """More than 2^31 labels, with their order, and with the state between the steps of tied groups.
 
-    Sorting here would need 60 GB, so longer lists bring their order; all of it, its labels and the state would need 88,
-    so that with groups one order and one ranking serve all lists, by strides of 0. At most 70 GB remain.
+    Sorting by torch would need 60 GB, so longer lists bring their order; all of it, its labels and the state would need
+    88, so that with groups one order and one ranking serve all lists, by strides of 0. At most 70 GB remain.
     """
     items, objectives = size(items, {100: 4, 1_500: 11}.get(items, 12)), 2
     batch = size(2**31 // (items * objectives) + 5_000, 5)
     state = {"breslow": 0, "efron": 24}[ties]  # six arrays of 4 bytes
-    ranking = {None: 1, "own": 1 + 8, "shared": 0}[order]
+    ranking = {None: 1 + 1, "own": 1 + 8, "shared": 0}[order]
     require(batch * items * (4 + 4 + objectives * (4 + state + ranking)))
     shape = (batch, objectives, items)
     scores = torch.randn(batch, items, device=DEVICE)
