@@ -182,10 +182,11 @@ KERNELS: dict[str, Kernel] = {
     ),
     "plackett_luce.pairwise_kernel": Kernel(turns=lambda a: a.M * a.BLOCK // a.ROWS, written=RANKING),
     "plackett_luce.backward_kernel": Kernel(turns=_objectives, written=("dscores",)),
-    "plackett_luce_sorted.fused_kernel": Kernel(written=RANKING),
+    "plackett_luce_fused.fused_kernel": Kernel(written=RANKING),
+    "list_order.order_kernel": Kernel(written=("order",)),
     "plackett_luce_sorted.suffix_kernel": Kernel(turns=_blocks("items", "BLOCK"), written=("top", "mass", "end")),
     # As if no items were tied: what groups of several cost is not read, and every program of the other kernel only asks
-    # whether such a group begins at its place.
+    # whether such groups begin at its places.
     "plackett_luce_sorted.chain_kernel": Kernel(
         turns=_blocks("items", "BLOCK"),
         written=RANKING,

@@ -1,4 +1,4 @@
-"""Plackett-Luce likelihood of m rankings, lists of up to `PAIRWISE_ITEMS` items: every pair of a list in registers.
+"""Plackett-Luce likelihood of m rankings, short lists: every pair of a list in registers.
 
 The formulas and the rules for special values are those of `mopl/ops/plackett_luce.py`. Item k is chosen from its *risk
 set*, the items that rank no higher than k (a tied group included), which a comparison of ranks finds: no sort, no scan
@@ -14,31 +14,14 @@ items' sum, and G has no difference of close numbers. v_k is the charge of k: th
 0. As in `listnet.py`, differences are taken between scores, and a negative temperature turns the scores around.
 
 The rank is the label, or with `order` the number of label changes before the item's position; items are then addressed
-through `order`. `backward_kernel` at the end serves lists of any length; `plackett_luce_sorted.py` has the forward of
-longer ones.
+through `order`. `backward_kernel` at the end serves lists of any length; `plackett_luce_plan.py` says which kernel
+serves which forward.
 """
 
 import triton
 import triton.language as tl
 
 from ._math import log1p
-
-PAIRWISE_ITEMS = 128  # the longest list that is treated pair by pair
-
-
-def pairwise_tile(items: int, itemsize: int) -> dict[str, int]:
-    """Return LISTS, ROWS, BLOCK and num_warps of `pairwise_kernel`: LISTS * ROWS * BLOCK pairs in registers at once."""
-    block = max(triton.next_power_of_2(items), 2)
-    # Short lists need more registers a pair, because more of a program's numbers belong to a list.
-    pairs = (1024 if block <= 16 else 2048) * 4 // itemsize
-    rows = min(block, pairs // block)
-    return {"LISTS": pairs // (rows * block), "ROWS": rows, "BLOCK": block, "num_warps": 4}
-
-
-def backward_tile(items: int) -> dict[str, int]:
-    """Return LISTS, BLOCK and num_warps of `backward_kernel`."""
-    block = min(max(triton.next_power_of_2(items), 2), 1024)
-    return {"LISTS": 1024 // block, "BLOCK": block, "num_warps": 4}
 
 
 @triton.jit
@@ -64,7 +47,7 @@ def _row_part(value, chosen):
     return tl.sum(tl.where(chosen, value[:, None, :], 0), axis=2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "top_k", "temperature_stride", "temperature_objective_stride"])
 def pairwise_kernel(
     scores,  # (B, K)
     labels,  # (B, M, K), any dtype
@@ -195,7 +178,11 @@ def pairwise_kernel(
         target += 1
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "batch", "grad_stride", "grad_objective_stride", "temperature_stride", "temperature_objective_stride",
+    ]
+)  # fmt: skip
 def backward_kernel(
     grad_loss,  # (B, M)
     temperature,  # (B, M); strides may be 0

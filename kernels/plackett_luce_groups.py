@@ -1,6 +1,6 @@
 """The second step of `plackett_luce_sorted.py`: what each group of several tied items costs and hands down.
 
-One program for every position of a ranking; all but those where such a group starts leave at once.
+One program for every SPAN positions of a ranking; it takes the groups that start there one after the other.
 """
 
 import triton
@@ -8,18 +8,7 @@ import triton.language as tl
 
 from ._math import log1p
 from .plackett_luce import distance_below
-from .plackett_luce_sorted import label_at
-
-
-def group_tile(items: int, exact: bool) -> dict[str, int]:
-    """Return MEMBERS, NODES and num_warps of `group_kernel`.
-
-    The trapezoid rule of `_any_order` needs about 48 max(3, log2 n) nodes for n tied items; see there.
-    """
-    if not exact:
-        return {"MEMBERS": 64, "NODES": 1, "num_warps": 1}
-    nodes = 256 if items <= 32 else 512 if items <= 1024 else 1024
-    return {"MEMBERS": 1024 // nodes, "NODES": nodes, "num_warps": 4}
+from .plackett_luce_sorted import label_at, program
 
 
 @triton.jit
@@ -69,6 +58,17 @@ def _log_product(
 
 
 @triton.jit
+def _next_group(labels_row, order_row, mask_row, end_row, span, after, items, top_k, SPAN: tl.constexpr):
+    """Return the first position of the span behind `after` where a charged group of several starts, or `items`."""
+    position = span + tl.arange(0, SPAN)
+    label, valid = label_at(labels_row, order_row, mask_row, position, items)
+    before, follows = label_at(labels_row, order_row, mask_row, position - 1, items)
+    several = tl.load(end_row + position, mask=valid, other=0) - position > 1
+    opens = valid & ((follows == 0) | (label != before)) & several & (position < top_k) & (position > after)
+    return tl.min(tl.where(opens, position, items), axis=0)
+
+
+@triton.jit(do_not_specialize=["programs", "top_k", "temperature_stride", "temperature_objective_stride"])
 def group_kernel(
     scores,
     labels,
@@ -84,6 +84,7 @@ def group_kernel(
     share,  # (B, M, K) or None: dN/du_i = share P_i - 1
     mean_weight,  # (B, M, K) or None
     phi,  # (B, M, K) or None: written for every item of such a group; dN/du_i = -phi_i
+    programs,
     items,
     top_k,
     scores_stride,
@@ -99,13 +100,17 @@ def group_kernel(
     M: tl.constexpr,
     EFRON: tl.constexpr,
     EXACT: tl.constexpr,
+    SPAN: tl.constexpr,
     MEMBERS: tl.constexpr,
     NODES: tl.constexpr,
 ):
-    """Write what the group that starts at this program's position costs, if several items are tied there."""
+    """Write what each group of several tied items costs that starts at one of this program's positions."""
     dtype: tl.constexpr = top.dtype.element_ty
-    target = (tl.program_id(0) // items).to(tl.int64)
-    start = tl.program_id(0) % items
+    number = program()
+    if number >= programs:
+        return
+    spans = tl.cdiv(items, SPAN)
+    target = number // spans
     row, objective = target // M, target % M
     labels_row = labels + row * labels_stride + objective * labels_objective_stride
     order_row = order + row * order_stride + objective * order_objective_stride
@@ -113,51 +118,53 @@ def group_kernel(
     mask_row = mask
     if mask is not None:
         mask_row = mask + row * mask_stride
-    label, valid = label_at(labels_row, order_row, mask_row, start, items)
-    before, follows = label_at(labels_row, order_row, mask_row, start - 1, items)
-    here = target * items + start
-    stop = tl.load(end + here)
-    if valid & ((follows == 0) | (label != before)) & (stop - start > 1) & (start < top_k):
-        size = stop - start
-        if mean_weight is not None:
-            weights_row = weights + row * weights_stride + objective * weights_objective_stride
-            weight = tl.zeros((MEMBERS,), dtype)
-            for first in range(start, stop, MEMBERS):
-                position = first + tl.arange(0, MEMBERS)
-                weight += tl.load(weights_row + position, mask=position < stop, other=0).to(dtype)
-            tl.store(mean_weight + here, tl.sum(weight, axis=0) / size)
-        rate = tl.load(temperature + row * temperature_stride + objective * temperature_objective_stride).to(dtype)
-        top_here = tl.load(top + here)
-        mass_here = tl.load(mass + here)
-        top_below = tl.load(top + target * items + stop, mask=stop < items, other=float("-inf"))
-        mass_below = tl.load(mass + target * items + stop, mask=stop < items, other=0)
-        if EFRON:
-            below = mass_below * tl.exp(-distance_below(top_here, top_below, tl.abs(rate)))
-            total = tl.zeros((MEMBERS,), dtype)
-            inverse = tl.zeros((MEMBERS,), dtype)
-            own = tl.zeros((MEMBERS,), dtype)
-            for first in range(start, stop, MEMBERS):
-                position = first + tl.arange(0, MEMBERS)
-                inside = position < stop
-                item = tl.load(order_row + position, mask=inside, other=0).to(tl.int32)
-                score = tl.load(scores_row + item, mask=inside, other=0).to(dtype)
-                key = tl.where(rate < 0, -score, score)
-                part = 1 - (position - start).to(dtype) / size
-                # R + part * T as a sum of positive numbers: T itself would be a difference.
-                denominator = tl.where(inside, part * mass_here + (1 - part) * below, 1.0)
-                total += tl.where(inside, distance_below(top_here, key, tl.abs(rate)) + tl.log(denominator), 0.0)
-                inverse += tl.where(inside, mass_here / denominator, 0.0)
-                own += tl.where(inside, part * mass_here / denominator, 0.0)
-            tl.store(cost + here, tl.sum(total, axis=0))
-            tl.store(passed + here, tl.sum(inverse, axis=0) * below / mass_here)
-            tl.store(share + here, tl.sum(own, axis=0))
-        if EXACT:
-            if mass_below != 0:
-                _any_order(
-                    scores_row, order_row, start, stop, items, rate.to(tl.float64), top_below.to(tl.float64),
-                    tl.log(mass_below.to(tl.float64)), cost + here, passed + here, phi + target * items,
-                    MEMBERS, NODES,
-                )  # fmt: skip
+    span = (number % spans).to(tl.int32) * SPAN
+    start = _next_group(labels_row, order_row, mask_row, end + target * items, span, span - 1, items, top_k, SPAN)
+    for _ in range(0, SPAN):  # of one turn where registers are scarce: a loop would spill
+        if start < items:
+            here = target * items + start
+            stop = tl.load(end + here)
+            size = stop - start
+            if mean_weight is not None:
+                weights_row = weights + row * weights_stride + objective * weights_objective_stride
+                weight = tl.zeros((MEMBERS,), dtype)
+                for first in range(start, stop, MEMBERS):
+                    member = first + tl.arange(0, MEMBERS)
+                    weight += tl.load(weights_row + member, mask=member < stop, other=0).to(dtype)
+                tl.store(mean_weight + here, tl.sum(weight, axis=0) / size)
+            rate = tl.load(temperature + row * temperature_stride + objective * temperature_objective_stride).to(dtype)
+            top_here = tl.load(top + here)
+            mass_here = tl.load(mass + here)
+            top_below = tl.load(top + target * items + stop, mask=stop < items, other=float("-inf"))
+            mass_below = tl.load(mass + target * items + stop, mask=stop < items, other=0)
+            if EFRON:
+                below = mass_below * tl.exp(-distance_below(top_here, top_below, tl.abs(rate)))
+                total = tl.zeros((MEMBERS,), dtype)
+                inverse = tl.zeros((MEMBERS,), dtype)
+                own = tl.zeros((MEMBERS,), dtype)
+                for first in range(start, stop, MEMBERS):
+                    member = first + tl.arange(0, MEMBERS)
+                    inside = member < stop
+                    item = tl.load(order_row + member, mask=inside, other=0).to(tl.int32)
+                    score = tl.load(scores_row + item, mask=inside, other=0).to(dtype)
+                    key = tl.where(rate < 0, -score, score)
+                    part = 1 - (member - start).to(dtype) / size
+                    # R + part * T as a sum of positive numbers: T itself would be a difference.
+                    denominator = tl.where(inside, part * mass_here + (1 - part) * below, 1.0)
+                    total += tl.where(inside, distance_below(top_here, key, tl.abs(rate)) + tl.log(denominator), 0.0)
+                    inverse += tl.where(inside, mass_here / denominator, 0.0)
+                    own += tl.where(inside, part * mass_here / denominator, 0.0)
+                tl.store(cost + here, tl.sum(total, axis=0))
+                tl.store(passed + here, tl.sum(inverse, axis=0) * below / mass_here)
+                tl.store(share + here, tl.sum(own, axis=0))
+            if EXACT:
+                if mass_below != 0:
+                    _any_order(
+                        scores_row, order_row, start, stop, items, rate.to(tl.float64), top_below.to(tl.float64),
+                        tl.log(mass_below.to(tl.float64)), cost + here, passed + here, phi + target * items,
+                        MEMBERS, NODES,
+                    )  # fmt: skip
+            start = _next_group(labels_row, order_row, mask_row, end + target * items, span, start, items, top_k, SPAN)
 
 
 @triton.jit

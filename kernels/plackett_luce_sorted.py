@@ -14,9 +14,9 @@ every exponent is <= 0. Three steps:
 Both recurrences are scans with the combine (a, b) after (a', b') = (a a', a b' + b), whose factors are <= 1: nothing
 overflows, nothing cancels, and the result goes through `order` with one store an item.
 
-`fused_kernel` takes all steps of one list in registers, for Breslow ties without position weights, where groups need
-no step of their own. The others take one step each (`groups` is in `plackett_luce_groups.py`), list by list in blocks;
-between them the state lies in memory.
+`plackett_luce_fused.py` takes all steps of a list in registers, for Breslow ties without position weights, where
+groups need no step of their own. Here each is a kernel (`groups` is in `plackett_luce_groups.py`) that goes through
+its list in blocks; between them the state lies in memory.
 """
 
 import triton
@@ -25,18 +25,11 @@ import triton.language as tl
 from ._math import log1p
 from .plackett_luce import comparable, distance_below
 
-FUSED_ITEMS = 2048  # the longest list that `fused_kernel` holds in registers
 
-
-def fused_tile(items: int) -> dict[str, int]:
-    """Return BLOCK and num_warps of `fused_kernel`."""
-    block = max(triton.next_power_of_2(items), 32)
-    return {"BLOCK": block, "num_warps": min(max(block // 256, 1), 8)}
-
-
-def scan_tile(items: int) -> dict[str, int]:
-    """Return BLOCK and num_warps of `suffix_kernel` and `chain_kernel`."""
-    return {"BLOCK": min(max(triton.next_power_of_2(items), 32), 1024), "num_warps": 4}
+@triton.jit
+def program():
+    """Return this program's number: `plackett_luce_plan.folded` cuts a grid of 2^31 programs, which is refused."""
+    return tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
 
 
 @triton.jit
@@ -72,7 +65,7 @@ def item_at(order_row, mask_row, position, items):
     """Return the item at each position and whether there is one."""
     within = (position >= 0) & (position < items)
     item = tl.load(order_row + position, mask=within, other=-1).to(tl.int32)
-    valid = (item >= 0) & (item < items)
+    valid = within & (item >= 0) & (item < items)
     if mask_row is not None:
         valid = valid & (tl.load(mask_row + item, mask=valid, other=0) != 0)
     return item, valid
@@ -110,80 +103,7 @@ def _terms(key, size, rate, top, mass, top_below, mass_below):
     return below / mass, own / mass, down + log1p(aside)
 
 
-@triton.jit
-def fused_kernel(
-    scores,  # (B, K)
-    labels,  # (B, M, K), any dtype
-    temperature,  # (B, M); strides may be 0
-    mask,  # (B, K) or None
-    order,  # (B, M, K) integer
-    loss,  # (B, M), the dtype of the arithmetic
-    gradient,  # (B, M, K) or None
-    temperature_gradient,  # (B, M) or None
-    items,
-    top_k,
-    scores_stride,
-    labels_stride,
-    labels_objective_stride,
-    temperature_stride,
-    temperature_objective_stride,
-    mask_stride,
-    order_stride,
-    order_objective_stride,
-    M: tl.constexpr,
-    LAST_GROUP_FREE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Write the loss, and unless they are None both gradients, of one list and objective."""
-    dtype = loss.dtype.element_ty
-    target = tl.program_id(0).to(tl.int64)
-    row, objective = target // M, target % M
-    labels_row = labels + row * labels_stride + objective * labels_objective_stride
-    order_row = order + row * order_stride + objective * order_objective_stride
-    mask_row = mask
-    if mask is not None:
-        mask_row = mask + row * mask_stride
-    lane = tl.arange(0, BLOCK)
-    item, valid = item_at(order_row, mask_row, lane, items)
-    label, _ = label_at(labels_row, order_row, mask_row, lane, items)
-    before, _ = label_at(labels_row, order_row, mask_row, lane - 1, items)
-    rate = tl.load(temperature + row * temperature_stride + objective * temperature_objective_stride).to(dtype)
-    score = tl.load(scores + row * scores_stride + item, mask=valid, other=0).to(dtype)
-    key = tl.where(rate < 0, -score, score)
-    steep = tl.abs(rate)
-
-    # An invalid item behind the last group starts a run of its own, so that the group ends there.
-    starts = (lane == 0) | (label != before) | (valid == 0)
-    begin = tl.associative_scan(tl.where(starts, lane, 0), 0, _larger)
-    opens = _next(starts.to(tl.int32), lane, 1, BLOCK) != 0
-    end = tl.associative_scan(tl.where(opens, lane + 1, BLOCK), 0, _smaller, reverse=True)
-    last = valid & (end == lane + 1)
-    size = end - begin
-
-    top, mass = _suffix(key, valid, lane, steep, float("-inf"), 0.0, BLOCK)
-    behind = tl.minimum(end, BLOCK - 1)
-    top_below = tl.where(end < BLOCK, tl.gather(top, behind, 0), float("-inf"))
-    mass_below = tl.where(end < BLOCK, tl.gather(mass, behind, 0), 0.0)
-    highest = tl.max(top, axis=0)
-    stay, chance, cost = _terms(
-        key, size, steep, tl.gather(top, begin, 0), tl.gather(mass, begin, 0), top_below, mass_below
-    )
-    charge = tl.where(valid & (begin < top_k), 1.0, 0.0).to(dtype)
-    if LAST_GROUP_FREE:
-        charge = tl.where(mass_below != 0, charge, 0.0)
-    tl.store(loss + target, tl.sum(tl.where(charge == 0, 0.0, charge * cost), axis=0))
-    if gradient is not None:
-        passed = tl.where(last & (charge != 0), charge * size * stay, 0.0)
-        _, carried = tl.associative_scan((tl.where(last, stay, 1.0), passed), 0, _compose)
-        carried = _previous(carried, lane, 0.0)
-        own = tl.where(size == 1, -stay, size * chance - 1)
-        du = tl.where(valid, chance * carried + tl.where(charge == 0, 0.0, charge * own), 0.0)
-        tl.store(gradient + target * items + item, du, mask=(lane < items) & (item >= 0) & (item < items))
-        drate = tl.sum(tl.where(du == 0, 0.0, du * (key - highest)), axis=0)
-        tl.store(temperature_gradient + target, tl.where(rate < 0, -drate, drate))
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["lists", "temperature_stride", "temperature_objective_stride"])
 def suffix_kernel(
     scores,
     labels,
@@ -193,6 +113,7 @@ def suffix_kernel(
     top,  # (B, M, K), in order of position, in the dtype of the arithmetic
     mass,  # like top; 0 where nothing is left
     end,  # like top, int32
+    lists,  # B * M
     items,
     scores_stride,
     labels_stride,
@@ -207,7 +128,9 @@ def suffix_kernel(
 ):
     """Write (top, mass) of the items from each position on, and where the position's group ends."""
     dtype: tl.constexpr = top.dtype.element_ty
-    target = tl.program_id(0).to(tl.int64)
+    target = program()
+    if target >= lists:
+        return
     row, objective = target // M, target % M
     labels_row = labels + row * labels_stride + objective * labels_objective_stride
     order_row = order + row * order_stride + objective * order_objective_stride
@@ -240,7 +163,7 @@ def suffix_kernel(
         end_after = tl.sum(tl.where(lane == 0, stop, 0), axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lists", "top_k", "temperature_stride", "temperature_objective_stride"])
 def chain_kernel(
     scores,
     labels,
@@ -259,6 +182,7 @@ def chain_kernel(
     loss,  # (B, M)
     gradient,  # (B, M, K) or None
     temperature_gradient,  # (B, M) or None
+    lists,  # B * M
     items,
     top_k,
     scores_stride,
@@ -277,7 +201,9 @@ def chain_kernel(
 ):
     """Write the loss, and unless they are None both gradients, of one list and objective."""
     dtype: tl.constexpr = loss.dtype.element_ty
-    target = tl.program_id(0).to(tl.int64)
+    target = program()
+    if target >= lists:
+        return
     row, objective = target // M, target % M
     labels_row = labels + row * labels_stride + objective * labels_objective_stride
     order_row = order + row * order_stride + objective * order_objective_stride

@@ -1,8 +1,8 @@
 """Launches the Triton kernels of `mopl.ops.plackett_luce`; the argument lists are those of its CPU twins.
 
-Up to `PAIRWISE_ITEMS` items a list goes pair by pair and needs no order. Longer ones, and ties="exact" at any length,
-go along an order, best first: given, or sorted here. That one kernel holds the whole list in registers serves Breslow's
-ties without position weights up to `FUSED_ITEMS` items; the rest takes three kernels with the state between in memory.
+`mopl/kernels/plackett_luce_plan.py` says which kernel serves which list: one that holds whole lists in registers along
+their order (given, or found on the GPU), one that takes short lists pair by pair and needs no order, and three that go
+along lists of any length, with the state between them in memory.
 """
 
 # Pyright takes a kernel for the plain function below `@triton.jit`.
@@ -13,8 +13,11 @@ import triton
 from torch import Tensor
 
 from mopl._arguments import compute_dtype
+from mopl.kernels import list_order
 from mopl.kernels import plackett_luce as pairwise
+from mopl.kernels import plackett_luce_fused as fused
 from mopl.kernels import plackett_luce_groups as groups
+from mopl.kernels import plackett_luce_plan as plans
 from mopl.kernels import plackett_luce_sorted as scans
 
 
@@ -39,10 +42,15 @@ def launch_forward(
         return loss.zero_(), gradient, temperature_gradient.zero_()
     if order is not None:
         gradient.zero_()  # an order that leaves items out leaves their gradients unwritten
-    by_pairs = items <= pairwise.PAIRWISE_ITEMS and ties != "exact"
-    if order is None and not by_pairs:
+    plan = plans.plan(
+        items, loss.itemsize, ties, position_weights is not None, order is not None, labels.element_size()
+    )
+    labels, mask = _item_contiguous(labels), _item_contiguous(mask)
+    if plan.sort == "argsort":
         order = _best_first(labels, mask)
-    scores, labels, mask, order = map(_item_contiguous, (scores, labels, mask, order))
+    elif plan.sort == "kernel":
+        order = _sorted(labels, mask)
+    scores, order = _item_contiguous(scores), _item_contiguous(order)
     weights = None if position_weights is None else _item_contiguous(position_weights.expand(labels.shape))
     temperature = temperature.expand(batch, objectives)
     ranking = (scores, labels, temperature, mask, order)
@@ -53,16 +61,15 @@ def launch_forward(
     strides += (0, 0) if order is None else order.stride()[:2]
     weight_strides = (0, 0) if weights is None else weights.stride()[:2]
     with torch.cuda.device_of(scores):
-        if by_pairs:
-            tile = pairwise.pairwise_tile(items, loss.itemsize)
-            pairwise.pairwise_kernel[(triton.cdiv(batch, tile["LISTS"]),)](
+        if plan.kernel == "pairs":
+            pairwise.pairwise_kernel[(triton.cdiv(batch, plan.tile["LISTS"]),)](
                 *ranking, weights, *results, batch, items, top_k, *strides, *weight_strides,
-                M=objectives, EFRON=ties == "efron", LAST_GROUP_FREE=last_group_free, **tile,
+                M=objectives, EFRON=ties == "efron", LAST_GROUP_FREE=last_group_free, **plan.tile,
             )  # fmt: skip
-        elif ties == "breslow" and weights is None and items <= scans.FUSED_ITEMS:
-            scans.fused_kernel[(batch * objectives,)](
-                *ranking, *results, items, top_k, *strides,
-                M=objectives, LAST_GROUP_FREE=last_group_free, **scans.fused_tile(items),
+        elif plan.kernel == "fused":
+            fused.fused_kernel[(triton.cdiv(batch * objectives, plan.tile["LISTS"]),)](
+                *ranking, *results, batch * objectives, items, top_k, *strides,
+                M=objectives, LAST_GROUP_FREE=last_group_free, **plan.tile,
             )  # fmt: skip
         else:
             assert order is not None
@@ -89,21 +96,24 @@ def _launch_by_steps(
     def state(wanted: bool = True, dtype: torch.dtype = loss.dtype) -> Tensor | None:
         return torch.empty(labels.shape, dtype=dtype, device=loss.device) if wanted else None
 
+    lists = batch * objectives
     masses = (state(), state(), state(dtype=torch.int32))
-    scans.suffix_kernel[(batch * objectives,)](
-        *ranking, *masses, items, *strides, M=objectives, **scans.scan_tile(items)
+    scans.suffix_kernel[plans.folded(lists)](
+        *ranking, *masses, lists, items, *strides, M=objectives, **plans.scan_tile(items)
     )
     tied = ties != "breslow"
     terms = (state(tied), state(tied), state(ties == "efron"), state(weights is not None), state(exact))
     if tied or weights is not None:
-        groups.group_kernel[(labels.numel(),)](
-            *ranking, weights, *masses, *terms, items, top_k, *strides, *weight_strides,
-            M=objectives, EFRON=ties == "efron", EXACT=exact, **groups.group_tile(items, exact),
+        tile = plans.group_tile(items, exact)
+        programs = lists * triton.cdiv(items, tile["SPAN"])
+        groups.group_kernel[plans.folded(programs)](
+            *ranking, weights, *masses, *terms, programs, items, top_k, *strides, *weight_strides,
+            M=objectives, EFRON=ties == "efron", EXACT=exact, **tile,
         )  # fmt: skip
-    scans.chain_kernel[(batch * objectives,)](
-        *ranking, weights, *masses, *terms, *results, items, top_k, *strides, *weight_strides,
+    scans.chain_kernel[plans.folded(lists)](
+        *ranking, weights, *masses, *terms, *results, lists, items, top_k, *strides, *weight_strides,
         # In any order the lowest group comes last: ties="exact" never charges it.
-        M=objectives, BOTTOM_FREE=last_group_free or exact, **scans.scan_tile(items),
+        M=objectives, BOTTOM_FREE=last_group_free or exact, **plans.scan_tile(items),
     )  # fmt: skip
 
 
@@ -115,7 +125,7 @@ def launch_backward(grad_loss: Tensor, temperature: Tensor, gradient: Tensor) ->
         return dscores.zero_()
     gradient = gradient.contiguous()
     temperature = temperature.expand(batch, objectives)
-    tile = pairwise.backward_tile(items)
+    tile = plans.backward_tile(items)
     grid = (triton.cdiv(batch, tile["LISTS"]) * triton.cdiv(items, tile["BLOCK"]),)
     with torch.cuda.device_of(gradient):
         pairwise.backward_kernel[grid](
@@ -123,6 +133,19 @@ def launch_backward(grad_loss: Tensor, temperature: Tensor, gradient: Tensor) ->
             M=objectives, **tile,
         )  # fmt: skip
     return dscores
+
+
+def _sorted(labels: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the order (B, m, K) of falling labels, masked items last, in the fewest bytes that hold an index."""
+    batch, objectives, items = labels.shape
+    order = torch.empty(labels.shape, dtype=torch.uint8 if items <= 256 else torch.int16, device=labels.device)
+    tile = plans.order_tile(items)
+    with torch.cuda.device_of(labels):
+        list_order.order_kernel[(triton.cdiv(batch * objectives, tile["LISTS"]),)](
+            labels, mask, order, batch * objectives, items, *labels.stride()[:2],
+            0 if mask is None else mask.stride(0), M=objectives, **tile,
+        )  # fmt: skip
+    return order
 
 
 def _best_first(labels: Tensor, mask: Tensor | None) -> Tensor:

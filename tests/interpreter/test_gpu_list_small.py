@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mopl.kernels import listnet, plackett_luce, plackett_luce_sorted
+from mopl.kernels import listnet, plackett_luce_plan
 
 spec = importlib.util.spec_from_file_location(
     "gpu_list_kernels", Path(__file__).parents[1] / "test_gpu_list_kernels.py"
@@ -19,5 +19,5 @@ globals().update({name: value for name, value in vars(module).items() if name.st
 def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the toy sizes take the paths that the real ones take."""
     monkeypatch.setattr(listnet, "registers_limit", lambda itemsize: 17)
-    monkeypatch.setattr(plackett_luce, "PAIRWISE_ITEMS", 10)
-    monkeypatch.setattr(plackett_luce_sorted, "FUSED_ITEMS", 11)
+    monkeypatch.setattr(plackett_luce_plan, "PAIRWISE_ITEMS", 5)
+    monkeypatch.setattr(plackett_luce_plan, "fused_limit", lambda itemsize: 11)

@@ -1,36 +1,55 @@
 """The kernels of Plackett-Luce, through the whole public op, against the plain formula in float64."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from list_problems import Problem, best_first, check, compare, curvature, in_float64, make, padded, poisoned, results
 
 from mopl import reference
-from mopl.kernels import plackett_luce as pairwise
-from mopl.kernels import plackett_luce_groups as groups
-from mopl.kernels import plackett_luce_sorted as scans
+from mopl.kernels import plackett_luce_plan as plans
 from mopl.ops.plackett_luce import _plackett_luce_nll, plackett_luce_nll
 
 pytestmark = pytest.mark.usefixtures("careful_memory")
-PATHS = ["pairs", "pairs in rows", "fused", "steps"]
+PATHS = ["pairs", "pairs in rows", "fused", "fused over threads", "fused over warps", "steps"]
 SERVED = [(path, "breslow") for path in PATHS]
 SERVED += [("pairs", "efron"), ("pairs in rows", "efron"), ("steps", "efron"), ("steps", "exact")]
+TILES = {
+    "pairs in rows": {"LISTS": 2, "ROWS": 4, "BLOCK": 32, "num_warps": 4},
+    "fused over threads": {"ROWS": 2, "LISTS": 2, "LANES": 8, "num_warps": 4},
+    "fused over warps": {"ROWS": 1, "LISTS": 1, "LANES": 64, "num_warps": 4},
+}
 
 
 def take_path(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Send lists of any length down one path, with blocks so small that lists of ten items fill several."""
-    if name == "pairs in rows":
-        monkeypatch.setattr(pairwise, "pairwise_tile", lambda *_: {"LISTS": 2, "ROWS": 4, "BLOCK": 32, "num_warps": 4})
-    if name in ("fused", "steps"):
-        monkeypatch.setattr(pairwise, "PAIRWISE_ITEMS", 0)
+    """Send lists of any length down one path, with blocks so small that lists of ten items fill several.
+
+    What a path does not serve takes the path that it would.
+    """
+    real = plans.plan
+
+    def plan(items: int, itemsize: int, ties: str, weighted: bool, ordered: bool, label_itemsize: int) -> plans.Plan:
+        found = real(items, itemsize, ties, weighted, ordered, label_itemsize)
+        if name.startswith("pairs") and ties != "exact":
+            tile = TILES.get(name) or plans.pairwise_tile(items, itemsize)
+            return plans.Plan("pairs", "given" if ordered else "nobody", tile)
+        if name in TILES and found.kernel == "fused":
+            found = found._replace(tile=TILES[name], sort=found.sort if ordered else "kernel")
+        if name == "steps":
+            found = plans.Plan("steps", "given" if ordered else "argsort", plans.scan_tile(items))
+        if found.sort == "kernel" and label_itemsize > 4:
+            found = found._replace(sort="argsort")
+        return found
+
+    monkeypatch.setattr(plans, "plan", plan)
     if name == "steps":
-        monkeypatch.setattr(scans, "FUSED_ITEMS", 0)
-        monkeypatch.setattr(scans, "scan_tile", lambda items: {"BLOCK": 8, "num_warps": 4})
-        tile = groups.group_tile
-        monkeypatch.setattr(groups, "group_tile", lambda items, exact: {**tile(items, exact), "MEMBERS": 4})
+        monkeypatch.setattr(plans, "scan_tile", lambda items: {"BLOCK": 8, "num_warps": 4})
+        tile = plans.group_tile
+        small = {"SPAN": 4, "MEMBERS": 4}
+        monkeypatch.setattr(plans, "group_tile", lambda items, exact: {**tile(items, exact), **small})
     if name != "pairs":
-        monkeypatch.setattr(pairwise, "backward_tile", lambda items: {"LISTS": 2, "BLOCK": 8, "num_warps": 4})
+        monkeypatch.setattr(plans, "backward_tile", lambda items: {"LISTS": 2, "BLOCK": 8, "num_warps": 4})
 
 
 @pytest.fixture(params=PATHS)
@@ -99,7 +118,7 @@ def test_all_items_tied_and_all_different(ties: str) -> None:
 
 
 @pytest.mark.parametrize("label_dtype", [torch.int64, torch.uint8, torch.bool, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("path", ["pairs", "fused"])
+@pytest.mark.parametrize("path", ["pairs", "fused", "fused over threads"])
 def test_labels_of_any_dtype(label_dtype: torch.dtype, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     take_path(path, monkeypatch)
     check_all(make(3, 2, 7, levels=2 if label_dtype == torch.bool else 5, label_dtype=label_dtype))
@@ -263,26 +282,186 @@ def test_opcheck() -> None:
 # ---------------------------------------------------------------- the real sizes, and where the paths change
 
 
-def test_more_short_lists_than_one_program_holds() -> None:
-    lists = pairwise.pairwise_tile(2, 4)["LISTS"]
+def test_more_short_lists_than_one_program_holds(path: str) -> None:
+    lists = plans.plan(2, 4, "breslow", False, False, 4).tile["LISTS"] if path != "steps" else 3
     check_all(make(lists + 3, 2, 2, levels=2))
 
 
+@pytest.mark.parametrize("label_dtype", [torch.float32, torch.int64], ids=["32 bits", "64 bits"])
+@pytest.mark.parametrize("items", [2, 3, 4, 8, 9, 16, 17, 31, 33, 128, 129])
+def test_lists_of_every_plan(items: int, label_dtype: torch.dtype) -> None:
+    check_all(make(2, 2 if items < 33 else 1, items, levels=items // 2 + 1, scale=2, label_dtype=label_dtype))
+
+
+@pytest.mark.parametrize("items", [16, 17, 300])
+def test_partial_rankings_of_every_plan(items: int) -> None:
+    problem = make(2, 1, items, levels=9, scale=2, top_k=items // 3, last_group_free=True)
+    check_all(problem)
+    problem.options["order"] = best_first(problem).to(torch.int32)
+    check_all(problem)
+
+
+@pytest.mark.parametrize("items", [plans.PAIRWISE_ITEMS, plans.PAIRWISE_ITEMS + 1, 40, 128])
+def test_efron_on_both_sides_of_the_pairwise_limit(items: int) -> None:
+    check_all(make(2, 1, items, levels=9, scale=2, ties="efron"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [0, 1])
+def test_both_sides_of_the_fused_limit(more: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    items = 2048 + more
+    monkeypatch.setattr(plans, "fused_limit", lambda itemsize: 2048)  # the real one takes twice the time
+    problem = make(1, 1, items, levels=200, scale=3, masked=False)
+    problem.mask = torch.rand(1, items) < 0.9
+    check_all(problem, tolerance=4e-6)
+
+
+# ---------------------------------------------------------------- the order
+
+
+def sorted_by_kernel(labels: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    from mopl.ops.plackett_luce_triton import _sorted
+
+    order = _sorted(labels, mask).long()
+    assert torch.equal(order.sort(-1).values, torch.arange(labels.shape[-1]).expand(labels.shape))
+    return order
+
+
+@pytest.mark.parametrize("items", [2, 5, 40])
 @pytest.mark.parametrize(
-    ("items", "options"), [(16, {}), (17, {}), (40, {"ties": "efron"}), (128, {"ties": "efron"}), (128, {"top_k": 9})]
+    "dtype",
+    [torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool],
+    ids=str,
 )
-def test_pairs_of_any_length(items: int, options: dict) -> None:
-    check_all(make(2, 2, items, levels=9, scale=2, **options))
+def test_the_order_of_labels_of_any_dtype(dtype: torch.dtype, items: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their extremes, too: first what is largest, equal labels as they came, masked items last."""
+    tile = plans.order_tile
+    monkeypatch.setattr(plans, "order_tile", lambda items: {**tile(items), "LISTS": 4})
+    if dtype == torch.bool:
+        labels = torch.rand(3, 2, items) < 0.5
+    elif dtype.is_floating_point:
+        info = torch.finfo(dtype)
+        labels = torch.randn(3, 2, items).to(dtype)
+        labels[0, 0, :2] = torch.tensor([info.tiny, -info.tiny])
+        labels[0, 1, :2] = torch.tensor([-math.inf, info.min])
+        labels[1, 0, :2] = torch.tensor([info.max, math.inf])
+        labels[1, 1, :2] = torch.tensor([0.0, math.nan])
+    else:
+        info = torch.iinfo(dtype)
+        labels = torch.randint(info.min, info.max, (3, 2, items), dtype=dtype)
+        labels[0, 0, :2] = torch.tensor([info.min, info.max])
+        labels[2] = torch.randint(0, 3, (2, items)).to(dtype)
+    comparable = labels.double()
+    assert torch.equal(sorted_by_kernel(labels), comparable.argsort(dim=-1, descending=True, stable=True))
+    mask = torch.rand(3, items) < 0.7
+    mask[0] = False
+    hidden = torch.where(mask[:, None], -comparable.nan_to_num(math.inf, math.inf, -math.inf), math.inf)
+    found = sorted_by_kernel(labels, mask)
+    real = mask[:, None].expand_as(found).gather(-1, found)
+    assert torch.equal(real.sort(-1, descending=True).values, real), "a masked item before a real one"
+    values = hidden.gather(-1, found)
+    assert (values[..., 1:] >= values[..., :-1]).all()
 
 
-@pytest.mark.parametrize("options", [{}, {"ties": "efron"}])
-def test_both_sides_of_the_pairwise_limit(options: dict) -> None:
-    for items in (pairwise.PAIRWISE_ITEMS, pairwise.PAIRWISE_ITEMS + 1):
-        check_all(make(1, 1, items, levels=30, masked=False, **options))
+def test_the_lowest_label_comes_before_masked_items(path: str) -> None:
+    labels = torch.tensor([[[-math.inf, 1.0, torch.finfo(torch.float32).min, 0.0]]])
+    problem = Problem(
+        torch.randn(1, 4), labels, torch.ones(1, 1), torch.tensor([[True, True, True, False]]), torch.ones(1, 1)
+    )
+    if path == "steps":
+        problem.labels[..., 2] = -3.0  # PyTorch's sort is told -inf by the lowest finite label
+    expected = results(
+        reference.plackett_luce_nll, in_float64(replace(problem, labels=torch.tensor([[[1.0, 3, 2, 0]]])))
+    )
+    found = results(plackett_luce_nll, problem)
+    compare(found, expected, 2e-6)
 
 
-def test_both_sides_of_the_fused_limit() -> None:
-    for items in (scans.FUSED_ITEMS, scans.FUSED_ITEMS + 1):
-        problem = make(1, 1, items, levels=200, scale=3, masked=False)
-        problem.mask = torch.rand(1, items) < 0.9
-        check_all(problem, tolerance=4e-6)
+# ---------------------------------------------------------------- more programs than one dimension of a grid holds
+
+
+class Recorder:
+    """Stands for a kernel: takes its launches down instead of running them."""
+
+    def __init__(self) -> None:
+        self.grids: list[tuple[int, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]):
+        return lambda *_, **__: self.grids.append(grid)
+
+
+@pytest.mark.parametrize(("items", "ties"), [(2, "exact"), (20, "efron"), (2, "efron"), (2, "breslow")])
+def test_no_dimension_of_a_grid_reaches_2_to_the_31(items: int, ties: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mopl.ops import plackett_luce_triton as launcher
+
+    recorder = Recorder()
+    for module, name in (
+        (launcher.fused, "fused_kernel"), (launcher.scans, "suffix_kernel"), (launcher.scans, "chain_kernel"),
+        (launcher.groups, "group_kernel"), (launcher.list_order, "order_kernel"),
+        (launcher.pairwise, "pairwise_kernel"), (launcher.pairwise, "backward_kernel"),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, recorder)
+    batch, objectives = 2**31 + 5, 2
+    scores = torch.empty(batch, items, device="meta")
+    labels = torch.empty(batch, objectives, items, device="meta")
+    temperature = torch.empty(batch, objectives, device="meta")
+    loss, gradient, _ = launcher.launch_forward(scores, labels, temperature, None, None, None, None, ties, False, True)
+    launcher.launch_backward(loss, temperature, gradient)
+    assert len(recorder.grids) >= 2
+    assert all(grid[0] < 2**31 and (len(grid) == 1 or grid[1] < 2**16) for grid in recorder.grids)
+    if ties == "exact":
+        assert all(grid[0] * grid[1] >= batch * objectives for grid in recorder.grids[-4:-1])
+
+
+@pytest.mark.parametrize("ties", ["breslow", "efron", "exact"])
+def test_a_grid_of_several_rows(ties: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    take_path("steps", monkeypatch)
+    folded = plans.folded
+    monkeypatch.setattr(plans, "folded", lambda programs: folded(programs, 3))
+    check_all(make(2, 2, 9, levels=4, ties=ties))
+
+
+@pytest.mark.parametrize(("path", "ties"), [("fused", "breslow"), ("pairs", "efron"), ("steps", "efron")])
+def test_offsets_past_2_to_the_31(path: str, ties: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two lists that are 2^31 labels apart in memory: the second one is read where it is."""
+    take_path(path, monkeypatch)
+    problem = make(2, 1, 5, levels=3, masked=False, ties=ties, label_dtype=torch.uint8)
+    plain = results(plackett_luce_nll, problem)
+    far = torch.empty(2**31 + 8, dtype=torch.uint8).as_strided((2, 1, 5), (2**31, 5, 1))
+    far.copy_(problem.labels)
+    problem.labels = far
+    for name, value in results(plackett_luce_nll, problem).items():
+        assert torch.equal(value, plain[name]), name
+
+
+# ---------------------------------------------------------------- the plan
+
+
+def test_the_plan() -> None:
+    def chosen(*arguments) -> tuple[str, str]:
+        return plans.plan(*arguments)[:2]
+
+    for items in range(2, 17):
+        alone = "nobody" if items <= 8 else "argsort"
+        assert chosen(items, 4, "breslow", False, False, 8) == ("fused", alone), items
+        assert chosen(items, 4, "efron", False, False, 4) == chosen(items, 4, "breslow", True, False, 4)
+    for items in (9, 17, 120, 4096):
+        assert chosen(items, 4, "breslow", False, True, 8) == ("fused", "given")
+        assert chosen(items, 4, "breslow", False, False, 4) == ("fused", "kernel")
+        assert chosen(items, 4, "breslow", False, False, 8) == ("fused", "argsort")  # keys hold 33 bits of a label
+        assert chosen(items, 4, "efron", False, False, 2) == (
+            ("steps", "kernel") if items > 16 else ("pairs", "nobody")
+        )
+    assert chosen(4097, 4, "breslow", False, False, 4) == ("steps", "argsort")
+    assert chosen(4096, 8, "breslow", False, True, 8) == ("steps", "given")
+    assert chosen(16, 4, "efron", True, False, 4) == ("pairs", "nobody")
+    assert chosen(2, 4, "exact", False, False, 4) == ("steps", "kernel")
+
+
+@pytest.mark.parametrize("itemsize", [4, 8])
+@pytest.mark.parametrize("items", [1, 2, 3, 16, 17, 32, 33, 256, 257, 1000, 2048])
+def test_a_fused_tile_holds_a_list_and_no_thread_is_idle(items: int, itemsize: int) -> None:
+    tile = plans.fused_tile(items, itemsize)
+    assert items <= tile["ROWS"] * tile["LANES"] < 2 * max(items, 2)
+    assert tile["LISTS"] * tile["LANES"] == 32 * tile["num_warps"] <= 1024
+    assert tile["ROWS"] * itemsize <= 64
