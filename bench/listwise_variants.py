@@ -163,6 +163,34 @@ def listnet_variants(problem: Problem, compiled: bool = True) -> dict[str, Step]
     return variants
 
 
+def listnet_passes(problem: Problem) -> Step:
+    """Do the passes of `mopl` over one objective and nothing else: no checks, no autograd, no row done again."""
+    scores, labels = problem.scores.detach(), problem.position[:, 0].contiguous()
+    lists, items = scores.shape
+    step = max(1, min(lists, 262144 // items))
+    work, ones = torch.empty(step, items), torch.ones(items)
+
+    def row_sum(x: Tensor, out: Tensor) -> None:
+        torch.mv(x, ones, out=out) if items <= 64 else torch.sum(x, -1, out=out)
+
+    def run() -> Tensor:
+        logp, gradient = torch.empty_like(scores), torch.empty_like(scores)
+        loss, mass, hint = torch.empty(3, lists)
+        for s, z, rows, a, b, c in zip(*(t.split(step) for t in (scores, labels, logp, loss, mass, hint)), strict=True):
+            torch.log_softmax(s, -1, out=rows)
+            row_sum(torch.mul(z, rows, out=work[: len(z)]), a)
+            float(z.amin())
+            row_sum(z, b)
+            row_sum(rows, c)
+        share = mass.reciprocal().neg_()[:, None]
+        for z, rows, d, part in zip(*(t.split(step) for t in (labels, logp, gradient, share)), strict=True):
+            product = torch.mul(z, part, out=work[: len(z)])
+            torch.ops.aten._log_softmax_backward_data(product, rows, -1, rows.dtype, out=d)
+        return gradient
+
+    return run
+
+
 def copy_limit(problem: Problem) -> Step:
     """Move the bytes that cannot be avoided: read scores and labels, write one gradient."""
     p = problem
