@@ -11,12 +11,19 @@ from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from interpreting import BROKEN, REASON
+
 FOLDER = Path(__file__).resolve().parent / "interpreter"
 FILES = sorted(path.name for path in FOLDER.glob("test_*.py"))
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="this process is the interpreter's: it runs the files itself"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") == "1", reason="this process is the interpreter's: it runs the files itself"
+    ),
+    pytest.mark.skipif(BROKEN, reason=REASON),
+]
 
 
 def run(name: str) -> subprocess.CompletedProcess:

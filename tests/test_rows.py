@@ -230,6 +230,7 @@ def inputs_of_a_run(family: str, tmp_path) -> dict[str, str]:
 
 
 def test_a_run_that_would_pack_wrongly_is_refused_before_it_is_made(tmp_path) -> None:
+    pytest.importorskip("moocore")
     config = AlignConfig(**inputs_of_a_run("mamba", tmp_path), packing=True, lora_targets=("in_proj",))
     with pytest.raises(UnsupportedModelError, match="packing=False"):
         align(config, tmp_path / "run")
@@ -237,6 +238,7 @@ def test_a_run_that_would_pack_wrongly_is_refused_before_it_is_made(tmp_path) ->
 
 
 def test_a_run_whose_mixture_could_not_be_merged_is_refused_before_it_is_made(tmp_path) -> None:
+    pytest.importorskip("moocore")
     targets = {"conditioning": "lora-mixture", "lora_rank": 2, "lora_targets": ("q_proj", "dt_proj")}
     config = AlignConfig(**inputs_of_a_run("jamba", tmp_path), **targets)
     with pytest.raises(ValueError, match=r"adapters on dt_proj of .*target_modules=\['q_proj'\]"):
