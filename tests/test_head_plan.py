@@ -204,3 +204,9 @@ def test_the_toy_of_the_interpreter_cuts_its_tests() -> None:
     plan = make_plan(TOY, torch.float32, 11, 20, 107, "frozen")
     assert [c.stop - c.start for c in plan.chunks(0, 11, buffered=True)] == [8, 3]
     assert plan.columns(8, 107) == 48
+    for dtype, rows, area in itertools.product(
+        (torch.float64, torch.float32, BF16), (1, 3, 8, 11, 40), (1, 100, 384, 900)
+    ):
+        plan = make_plan(TOY, dtype, 11, 20, 107, "frozen")._replace(area=area)
+        columns = plan.columns(rows, 107)
+        assert columns == 107 or columns > 0 == columns % 16  # as kernels write

@@ -68,7 +68,7 @@ DEVICES = {
 }
 
 # For Triton's interpreter: several chunks and tiles at the sizes of its tests.
-TOY = Device(4, 1024, 2**36, 1e9, {2: 1e9, 4: 1e9, 8: 1e9}, block=(2, 8), height=8, tile=8 * 48 * 4)
+TOY = Device(4, 1024, 2**36, 1e9, {2: 1e9, 4: 1e9, 8: 1e9}, block=(2, 32), height=8, tile=8 * 48 * 4)
 
 
 def known_device(
@@ -104,14 +104,16 @@ class Plan(NamedTuple):
         return [slice(first, min(first + step, stop)) for first in range(start, stop, step)]
 
     def columns(self, rows: int, vocabulary: int) -> int:
-        """Return the columns of a tile for a chunk of some rows: as many whole waves as `area` has room for."""
+        """Return the columns of a tile for a chunk of some rows: as many whole waves as `area` has room for.
+
+        All of the vocabulary, or a multiple of 16: kernels write that many of a tile, beyond a ragged end zeros.
+        """
         high = -(-rows // self.block[0])
         room = max(1, self.area // (high * self.block[0] * self.block[1]))
         if room * self.block[1] >= vocabulary:
             return vocabulary
         waves = room * high // self.processors
-        wide = waves * self.processors // high if waves else room
-        return wide * self.block[1]
+        return (waves * self.processors // high or room) * self.block[1]
 
 
 def make_plan(

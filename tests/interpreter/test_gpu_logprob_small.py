@@ -24,7 +24,7 @@ globals().update({name: value for name, value in vars(module).items() if name.st
 @pytest.fixture(autouse=True)
 def small_and_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks and tiles, and conversions to bfloat16 that round to nearest."""
-    toy = TOY._replace(block=(8, 16), height=24, tile=24 * 48 * 4)
+    toy = TOY._replace(block=(8, 32), height=24, tile=24 * 48 * 4)
     monkeypatch.setattr(_device, "properties_of", lambda device: toy)
     convert = interpreter._convert_float
 
