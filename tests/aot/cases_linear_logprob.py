@@ -104,16 +104,18 @@ def _exp(
 
 
 def _redo(
-    operand: str, stored: str | None, moments: int = 0, softcap: float = 0.0, bent: bool = False, **more
+    operand: str, stored: str | None, moments: int = 0, softcap: float = 0.0, bent: bool = False, bias: bool = False,
+    **more,
 ) -> Case:  # fmt: skip
     tile = flagged.redo_tile(8 if operand == "fp64" else 4)
-    types = {"hidden": f"*{operand}", "weight": f"*{operand}"} | _sums(operand, stored, moments, bent, False)
+    types = {"hidden": f"*{operand}", "weight": f"*{operand}"} | _sums(operand, stored, moments, bent, bias)
     types |= dict.fromkeys(("size", "vocabulary", "hidden_stride", "weight_stride"), "i32")
     return _case(
-        f"redo {operand}{f' keep {stored}' if stored else ''} moments={moments}{' softcap' * bool(softcap)}",
+        f"redo {operand}{f' keep {stored}' if stored else ''} moments={moments}{' softcap' * bool(softcap)}"
+        f"{' bias' * bias}",
         flagged.redo_kernel,
         types,
-        {"SOFTCAP": softcap, "LOGIT_SCALE": 1.0, "BENT": bent},
+        {"SOFTCAP": softcap, "LOGIT_SCALE": 0.5 if bias else 1.0, "BENT": bent},
         tile,
         divisible=("size", "vocabulary", "hidden_stride", "weight_stride", "stored_stride"),
         wide=("weight",),
@@ -247,12 +249,14 @@ def cases() -> list[Case]:
         _redo("bf16", None),
         _redo("bf16", "bf16"),
         # Four registers in a kernel that works on the rare rows whose token was next to impossible.
-        _redo("fp16", "fp16", moments=1, bent=True, may_spill=("sm_90", "sm_100")),
-        _redo("fp32", "fp32", moments=1, may_spill=("sm_90", "sm_100")),
+        _redo("fp16", "fp16", moments=1, bent=True, bias=True, may_spill=("sm_90", "sm_100")),
+        _redo("fp32", "fp32", moments=1, bent=True, bias=True, may_spill=("sm_90", "sm_100")),
         _redo("bf16", "bf16", moments=2, softcap=30.0, bent=True),
-        _redo("fp64", "fp64", moments=2, softcap=30.0, bent=True),
+        _redo("bf16", "bf16", bias=True),
+        _redo("fp64", "fp64", moments=2, softcap=30.0, bent=True, bias=True),
         _combine("bf16", "bf16", 4096),
         _combine("fp16", "fp32", 4096),
+        _combine("fp16", "fp16", 4096),
         _combine("bf16", "bf16", 2048, moment=True, shared=True),
         _combine("fp32", "fp32", 1000),
         _combine("fp64", "fp64", 100, moment=True, shared=True),
@@ -263,8 +267,12 @@ def cases() -> list[Case]:
         _gradient("fp64"),
         _column_sum("bf16"),
         _column_sum("fp32"),
+        _column_sum("fp16"),
+        _column_sum("fp64"),
         _scale("bf16", 4096),
         _scale("fp32", 2048),
+        _scale("fp16", 2048),
+        _scale("fp64", 2048),
         _pivot("bf16"),
         _fused("bf16", "wide"),
         _fused("bf16", "square", softcap=30.0, bias=True),
