@@ -405,6 +405,7 @@ def test_normalization_refuses_what_it_cannot_do():
 
 def test_splits_of_the_front_door_do_not_leak_into_the_normalization():
     """Changing the features of the test lists changes nothing in the training split."""
+    pytest.importorskip("statsmodels")
     parts = travel().split(seed=0)
     train, _, test = load("travel", seed=0)
     wanted = FeatureNormalizer.fit("global", parts[0].features)
@@ -418,6 +419,7 @@ def test_splits_of_the_front_door_do_not_leak_into_the_normalization():
 
 def test_travel_reaches_greenes_conditional_logit():
     """Greene, Econometric Analysis, 7th edition, table 18.3 (statsmodels' reference values), by our listwise loss."""
+    pytest.importorskip("statsmodels")
     data = travel("conditional_logit")
     data = data.resolve_scales(data)
     assert data.feature_names == ("asc_air", "asc_train", "asc_bus", "gc", "ttme", "hinc_x_air")
@@ -444,6 +446,7 @@ def test_travel_reaches_greenes_conditional_logit():
 
 def test_travel_inputs_determine_no_objective():
     """The labels of an objective are no linear function of the inputs, within lists; waiting is one of Greene's."""
+    pytest.importorskip("statsmodels")
 
     def unexplained(data: RankingData, j: int) -> float:
         x = data.pad(data.features.double(), range(210))
@@ -459,6 +462,7 @@ def test_travel_inputs_determine_no_objective():
 
 
 def test_travel_objectives_turn_towards_less():
+    pytest.importorskip("statsmodels")
     data = travel().resolve_scales(travel())
     batch = data.batch(range(210))
     assert batch.mask.all() and batch.features.shape == (210, 4, 10) and batch.labels.shape == (210, 3, 4)
@@ -474,6 +478,7 @@ def test_travel_objectives_turn_towards_less():
 
 
 def test_the_front_door_selects_objectives_and_options():
+    pytest.importorskip("statsmodels")
     train, valid, test = load("travel", objectives="fast,cheap")
     assert [o.name for o in train.objectives] == ["fast", "cheap"] and (len(train), len(valid), len(test)) == (
         126,
@@ -518,6 +523,8 @@ def test_the_front_door_selects_objectives_and_options():
     ],
 )
 def test_the_front_door_says_what_it_cannot_do(data, options, error, message):
+    if data == "travel":
+        pytest.importorskip("statsmodels")
     with pytest.raises(error, match=message):
         load(data, **options)
 
