@@ -95,7 +95,7 @@ def _loss(mass, rest, spread, NORMALIZE: tl.constexpr):
         return mass * log1p(rest) + spread
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "temperature_stride", "temperature_objective_stride"])
 def forward_kernel(
     scores,  # (B, K)
     labels,  # (B, M, K)
@@ -192,7 +192,7 @@ def _peak_of_blocks(scores_row, mask_row, items, rate, dtype: tl.constexpr, BLOC
     return peak, top, tl.sum(total, axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "temperature_stride", "temperature_objective_stride"])
 def forward_loop_kernel(
     scores,
     labels,
@@ -263,7 +263,11 @@ def forward_loop_kernel(
         target += 1
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "batch", "grad_stride", "grad_objective_stride", "temperature_stride", "temperature_objective_stride",
+    ]
+)  # fmt: skip
 def backward_kernel(
     grad_loss,  # (B, M)
     scores,  # (B, K)
