@@ -8,9 +8,7 @@ A kernel whose figures are missing is predicted by its bytes alone, and the tabl
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,8 +20,6 @@ from torch import Tensor
 from mopl._files import write_file
 
 FILE = Path(__file__).with_name("kernel_instructions.json")
-READER = Path(__file__).resolve().parents[1] / "tests" / "aot" / "machine_code.py"
-
 
 # Sizes whose rows are aligned where they are multiples of 16.
 SIZES = ("items", "columns", "vocabulary", "size")
@@ -49,26 +45,16 @@ def recorded() -> dict[str, list[int]]:
     return json.loads(FILE.read_text()) if FILE.exists() else {}
 
 
-def _reader() -> types.ModuleType:
-    import sys
-
-    spec = importlib.util.spec_from_file_location("machine_code", READER)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules["machine_code"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def main() -> None:
     """Compile what ops launch at the goal sizes and note what is new."""
     import triton
     from triton.runtime.jit import JITFunction
 
-    from bench import recording
+    from bench import machine_code, recording
     from bench.cards import CARDS
     from bench.model_cases import cases
 
-    reader, tools = _reader(), Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     known, used, launch = recorded(), set(), JITFunction.run
     observe = recording.record_triton
 
@@ -81,7 +67,7 @@ def main() -> None:
             used.add(code)
             if code and code not in known:
                 compiled = launch(self, *args, grid=grid, warmup=True, **options)
-                program = reader.disassemble(compiled.asm["cubin"], tools)
+                program = machine_code.disassemble(compiled.asm["cubin"], tools)
                 loop = len(program.hot_path()) if program.loops else 0
                 known[code] = [len(program.path(0)), loop]
                 print(known[code], code, flush=True)

@@ -17,6 +17,17 @@ ROOT = Path(__file__).resolve().parents[2]
 # What a kernel with tl.dot on 16-bit operands must contain: the tensor core instruction of each target.
 TENSOR_CORES = {"sm_80": ("mma.sync",), "sm_90": ("wgmma",), "sm_100": ("tcgen05.mma",), "gfx942": ("v_mfma",)}
 
+# Shared memory that one block may have (KiB), from CUDA's table of compute capabilities and AMD's size of the LDS.
+SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}
+
+# What a kernel that reads (and writes) aligned rows must contain: accesses of 16 bytes a lane.
+WIDE_LOADS = {**dict.fromkeys(("sm_80", "sm_90", "sm_100"), ("ld.global.v4",)), "gfx942": ("global_load_dwordx4",)}
+WIDE_LOADS_AND_STORES = {
+    target: (*names, names[0].replace("ld.", "st.").replace("load", "store")) for target, names in WIDE_LOADS.items()
+}
+
+ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}  # bytes of an element, by its type in Triton's words
+
 # Approximate logarithms have a large relative error near 1, where the digits of tiny losses are. What NVIDIA's compiler
 # calls approximate, AMD's instruction is not: v_log_f32 is good to one unit in the last place.
 NO_APPROXIMATE_LOG = {target: ("lg2.approx",) for target in ("sm_80", "sm_90", "sm_100")}

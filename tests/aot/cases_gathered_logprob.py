@@ -1,21 +1,8 @@
 """The kernels of `gathered_logprob` as `mopl/ops/gathered_logprob_triton.py` launches them."""
 
-from case import Case, load_kernels
+from case import ITEMSIZE, NO_APPROXIMATE_LOG, WIDE_LOADS, WIDE_LOADS_AND_STORES, Case, load_kernels
 
 kernels = load_kernels("gathered_logprob")
-ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
-# Approximate logarithms have a large relative error near 1, where the digits of a confident row are.
-NO_APPROXIMATE_LOG = {target: ("lg2.approx",) for target in ("sm_80", "sm_90", "sm_100")}
-# A mask that is not constant over 16 bytes, or a row that is not aligned, would make every load one element wide.
-WIDE_LOADS = {
-    "sm_80": ("ld.global.v4",),
-    "sm_90": ("ld.global.v4",),
-    "sm_100": ("ld.global.v4",),
-    "gfx942": ("global_load_dwordx4",),
-}
-WIDE_LOADS_AND_STORES = {
-    target: (*names, names[0].replace("ld.", "st.").replace("load", "store")) for target, names in WIDE_LOADS.items()
-}
 
 
 def _case(

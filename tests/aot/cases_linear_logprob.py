@@ -1,26 +1,13 @@
 """The kernels of `linear_logprob` as `mopl/ops/linear_logprob_triton.py` launches them."""
 
-from case import TENSOR_CORES, Case, load_kernels
+from case import ITEMSIZE, SHARED_KIB, TENSOR_CORES, WIDE_LOADS, Case, load_kernels
 
 kernels = load_kernels("linear_logprob")
 backward = load_kernels("linear_logprob_backward")
 flagged = load_kernels("linear_logprob_flagged")
 fused = load_kernels("fused_logprob")
 
-ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
-# Shared memory of one block in bytes, and whether products read it while the next loads run (see `shared_bytes`).
-LIMITS = {
-    "sm_80": (163 * 1024, False),
-    "sm_90": (227 * 1024, True),
-    "sm_100": (227 * 1024, True),
-    "gfx942": (64 * 1024, False),
-}
-WIDE_LOADS = {
-    "sm_80": ("ld.global.v4",),
-    "sm_90": ("ld.global.v4",),
-    "sm_100": ("ld.global.v4",),
-    "gfx942": ("global_load_dwordx4",),
-}
+HOPPER_OR_LATER = ("sm_90", "sm_100")  # whose products read shared memory while the next loads run: `shared_bytes`
 
 
 def _case(name: str, kernel, types: dict[str, str], constants: dict[str, object], tile: dict[str, int], **more) -> Case:
@@ -203,8 +190,8 @@ def _fused(operand: str, name: str, softcap: float = 0.0, bias: bool = False) ->
     tile = fused.TILES[name]
     targets = [
         target
-        for target, (limit, every_stage) in LIMITS.items()
-        if name in fused.usable_tiles(ITEMSIZE[operand], limit, every_stage, softcap > 0)
+        for target, kib in SHARED_KIB.items()
+        if name in fused.usable_tiles(ITEMSIZE[operand], kib * 1024, target in HOPPER_OR_LATER, softcap > 0)
     ]
     types = {"hidden": f"*{operand}", "weight": f"*{operand}", "bias": f"*{operand}" if bias else None}
     types |= {"pivot": "*i64", "shift": "*fp32", "temperature": "*fp32", "count": "*i64"}

@@ -30,19 +30,19 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path[:0] = [str(folder) for folder in (Path(__file__).resolve().parent, Path(__file__).resolve().parents[2])]
 
-import machine_code
 import triton
-from case import Case
+from case import SHARED_KIB, Case
 from triton.backends.compiler import GPUTarget
 
-# Architecture and the shared memory of one block (KiB), from the vendors' tables of compute capabilities.
+from bench import machine_code
+
 TARGETS = {
-    "sm_80": (GPUTarget("cuda", 80, 32), 163),
-    "sm_90": (GPUTarget("cuda", 90, 32), 227),
-    "sm_100": (GPUTarget("cuda", 100, 32), 227),
-    "gfx942": (GPUTarget("hip", "gfx942", 64), 64),
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 THE_GPU_MACHINES = triton.__version__.split("+")[0] == "3.6.0"
 MACHINE_CODE = "sm_90"  # the one target that is disassembled: that of the GPU machines
@@ -101,7 +101,7 @@ def compile_case(case: Case, target: str) -> tuple[object, str]:
             sys.stdout.flush()
             os.dup2(printed.fileno(), 1)
             os.dup2(printed.fileno(), 2)
-            compiled, error = triton.compile(source, target=TARGETS[target][0], options=options), ""
+            compiled, error = triton.compile(source, target=TARGETS[target], options=options), ""
         except Exception as problem:
             compiled, error = None, f"{type(problem).__name__}: {problem}"
         finally:
@@ -196,7 +196,7 @@ def check(table: str, case: Case, target: str, recorded: dict | None) -> tuple[s
     used, spilled = registers(compiled)
     shared = compiled.metadata.shared
     violations, notes = [], []
-    limit = TARGETS[target][1] * 1024
+    limit = SHARED_KIB[target] * 1024
     if shared > limit:
         violations.append(f"{shared} bytes of shared memory, the target has {limit}")
     for wanted in case.instructions.get(target, ()):
