@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-_LABEL = re.compile(r"^\s*([.$][\w$.]+):")
+_LABEL = re.compile(r"^\s*([.$\w][\w$.]*):")
 _INSTRUCTION = re.compile(r"^\s*(?:/\*[0-9a-f]+\*/)?\s*(@!?%?\w+)?\s*([A-Za-z][\w.:]*)\s*(.*?)\s*;")
-_TARGET = re.compile(r"[.$][\w$.]+")
+_TARGET = re.compile(r"[.$][\w$.]+|\w+$")
 _REGISTER = re.compile(r"%[a-z]+\d+")
 # Shared memory (cp.async) is filled past the registers: 16 bytes at a time, or 4 to 8 where rows are not aligned.
 _ACCESS = re.compile(r"(ld|st)\.(?:\w+\.)?global\S*?(?:\.v(\d))?\.[a-z]+(\d+)$")
@@ -35,15 +35,15 @@ class Program:
 
     def __init__(self, text: str) -> None:
         self.instructions: list[Instruction] = []
-        labels: dict[str, int] = {}
+        labels: dict[str, list[int]] = {}
         for line in text.splitlines():
             if label := _LABEL.match(line):
-                labels[label[1]] = len(self.instructions)
+                labels.setdefault(label[1], []).append(len(self.instructions))
             elif found := _INSTRUCTION.match(line):
                 self.instructions.append(Instruction(found[1] or "", found[2], found[3]))
         self.successors = [self._next(i, labels) for i in range(len(self.instructions))]
 
-    def _next(self, index: int, labels: dict[str, int]) -> list[int]:
+    def _next(self, index: int, labels: dict[str, list[int]]) -> list[int]:
         one, following = self.instructions[index], [index + 1] if index + 1 < len(self.instructions) else []
         kind = one.name.upper().split(".")[0]
         if kind in ("EXIT", "RET"):
@@ -53,7 +53,9 @@ class Program:
         if kind == "BRA":  # with a second predicate, or one of divergence, before its target
             target = _TARGET.search(one.operands)
             conditional = one.guard or "," in one.operands
-            return [labels[target[0]], *(following if conditional else [])]
+            # Inline assembly may define a label such as waitLoop several times, each in a scope of a few lines.
+            nearest = min(labels[target[0]], key=lambda at: abs(at - index))
+            return [nearest, *(following if conditional else [])]
         return following
 
     def _works(self, body: Iterable[int]) -> dict[int, int]:

@@ -14,8 +14,12 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
-SCRIPT = Path(__file__).resolve().parent / "aot" / "compile_kernels.py"
+from bench.machine_code import Program
+
+SCRIPT = ROOT / "tests" / "aot" / "compile_kernels.py"
 
 
 def compile_all(python: str, cache: Path, *options: str) -> subprocess.CompletedProcess:
@@ -141,6 +145,13 @@ def test_the_checks_find_what_they_look_for(tmp_path: Path) -> None:
         assert any(problem in violation for violation in violations.pop(case)), (case, result.stdout)
     assert not violations, violations  # the good cases among them have none
     assert len(result.stdout.splitlines()) < 80, "a failing assembler prints a whole program"
+
+
+def test_labels_of_inline_assembly_are_followed() -> None:
+    # As Triton waits for a barrier on sm_100: the same label in one scope after another.
+    wait = "{\nwaitLoop:\n mbarrier.try_wait.b64 complete, [%r1], 0;\n @!complete bra.uni waitLoop;\n}\n"
+    program = Program(f"$L__BB0_1: // loop\n{2 * wait} @%p1 bra $L__BB0_1;\n ret;")
+    assert program.successors == [[1], [0, 2], [3], [2, 4], [0, 5], []]
 
 
 def test_a_change_of_the_instructions_an_element_is_found(tmp_path: Path) -> None:
