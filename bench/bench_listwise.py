@@ -1,4 +1,4 @@
-"""ListNet and Plackett–Luce, forward + backward, beside the peers and beside the limit. On a GPU: `bench.lists`.
+"""ListNet and Plackett–Luce on a CPU, forward + backward, beside the peers and the bytes; `bench.lists` is for a GPU.
 
     pytest bench/bench_listwise.py                          # the pytest-benchmark suite
     python bench/bench_listwise.py --json FILE              # one interleaved run and a table of ratios
@@ -34,7 +34,6 @@ from mopl._files import write_file
 
 SIZES = (2, 8, 32, 120, 1000)
 LOSSES = {"Plackett–Luce": plackett_luce_variants, "ListNet": listnet_variants}
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _parameters() -> list:
@@ -52,17 +51,11 @@ def _parameters() -> list:
 @pytest.mark.parametrize(("loss", "name", "items", "objectives"), _parameters())
 def test_listwise(benchmark, loss: str, name: str, items: int, objectives: int) -> None:
     """Time one variant; 1e5 items keep the whole suite short."""
-    problem = Problem.make(100_000 // items, objectives, items, DEVICE)
+    problem = Problem.make(100_000 // items, objectives, items)
     step = LOSSES[loss](problem, compiled=False)[name]
     benchmark.group = f"{loss} K={items} m={objectives}"
     benchmark.extra_info["items"] = problem.items
-
-    def run() -> None:
-        step()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-
-    benchmark(run)
+    benchmark(step)
 
 
 def interleaved(steps: dict, rounds: int) -> dict[str, float]:
@@ -72,8 +65,6 @@ def interleaved(steps: dict, rounds: int) -> dict[str, float]:
         for name, step in steps.items():
             start = time.perf_counter()
             step()
-            if DEVICE == "cuda":
-                torch.cuda.synchronize()
             if turn:  # the first round warms up, and compiles
                 times[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in times.items()}
@@ -142,7 +133,7 @@ def main() -> None:
 
     results: list[dict] = []
     machine = {
-        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else platform.processor() or platform.machine(),
+        "device": platform.processor() or platform.machine(),
         "threads": arguments.threads,
         "torch": torch.__version__,
         "command": " ".join(["python", "bench/bench_listwise.py", *sys.argv[1:]]),
@@ -156,14 +147,14 @@ def main() -> None:
     for loss, variants in LOSSES.items():
         for objectives in arguments.objectives:
             for size in arguments.sizes:
-                problem = Problem.make(arguments.items // size, objectives, size, DEVICE)
+                problem = Problem.make(arguments.items // size, objectives, size)
                 steps = variants(problem, compiled=not arguments.no_compile)
                 if objectives > 1:  # peers have one objective: m calls are what their users would write
                     keep = ("mopl", "logcumsumexp", "log_softmax")
                     steps = {name: step for name, step in steps.items() if name.startswith(keep)}
                 steps["limit: the bytes"] = copy_limit(problem)
                 seconds = interleaved(steps, arguments.rounds)
-                print(f"\n{loss}, K = {size}, m = {objectives}, {problem.items} items, {DEVICE}")
+                print(f"\n{loss}, K = {size}, m = {objectives}, {problem.items} items")
                 for name, value in seconds.items():
                     nanoseconds = value / problem.items * 1e9
                     ratio, limit = value / seconds["mopl"], value / seconds["limit: the bytes"]
