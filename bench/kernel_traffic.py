@@ -157,10 +157,6 @@ KERNELS: dict[str, Kernel] = {
         changed=("out",),
         elements={"stored": _area, "factor": lambda a: a.rows, "out": lambda a: a.columns},
     ),
-    # One entry a row.
-    "linear_logprob_backward.pivot_kernel": Kernel(
-        written=("stored",), elements={**_rows("stored", "pivot", "others")}
-    ),
     "linear_logprob_backward.scale_kernel": Kernel(written=("out",), elements={"factor": lambda a: a.out.shape[0]}),
     "fused_logprob.fused_sum_kernel": Kernel(
         turns=None, written=("partial", "flag"), product=lambda a: (a.rows, a.vocabulary, a.size)

@@ -1,8 +1,7 @@
 """What the backward pass of `linear_logprob` with a trainable head does beside its matrix products.
 
 Off the pivot the gradient of the logits is a row factor times the stored exponentials, which then go into the products
-as they are. At the pivot it is, for an upstream gradient of the row's log-probability alone, that same factor times
--others, so that `pivot_kernel` writes -others there, rounded as its neighbours are.
+as they are: 0 is stored at the pivot, whose entries are added to the results.
 """
 
 import triton
@@ -12,29 +11,11 @@ from .linear_logprob import LN2, padded
 
 GRADIENT_TILE = {"BLOCK": 2048, "num_warps": 4}
 COLUMN_SUM_TILE = {"ROWS": 32, "BLOCK": 128, "num_warps": 4}
-PIVOT_TILE = {"BLOCK": 256, "num_warps": 4}
 
 
 def scale_tile(size: int) -> dict[str, int]:
     """Return the tile of `scale_kernel`."""
     return {"BLOCK": min(2048, triton.next_power_of_2(size)), "num_warps": 4}
-
-
-@triton.jit(do_not_specialize=["first_row", "rows"])
-def pivot_kernel(
-    stored,  # (R, *): 0 at the pivots
-    pivot,  # (M,) int64, or -1
-    others,  # (M,)
-    first_row,
-    rows,  # R
-    stored_stride,
-    BLOCK: tl.constexpr,
-):
-    """Write -others at the pivots; each lane has a row."""
-    r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    q = tl.load(pivot + first_row + r, mask=r < rows, other=-1)
-    value = -tl.load(others + first_row + r, mask=r < rows, other=0.0)
-    tl.store(stored + r.to(tl.int64) * stored_stride + q, value.to(stored.dtype.element_ty), mask=q >= 0)
 
 
 @triton.jit(do_not_specialize=["first_row"])

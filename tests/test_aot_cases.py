@@ -114,8 +114,6 @@ def uses() -> Iterator[Callable[[], object]]:
         yield lambda dtype=dtype: head(dtype, scoring=True, rows=64, bias=True, softcap=30.0)
         yield lambda dtype=dtype: head(dtype, scoring=True, mask=draw(320, dtype=torch.bool))
 
-    yield lambda: head(torch.bfloat16, vocabulary=1 << 21, rows=64)  # a head so large that its pivots are stored
-
     def gathered(dtype: torch.dtype, targets: int, vocabulary: int, padding: int = 0, **options: object) -> None:
         logits = draw(64, vocabulary + padding, dtype=dtype, grad=True)[:, :vocabulary]
         target = torch.empty((64, targets) if targets > 1 else 64, dtype=torch.int64, device=DEVICE)

@@ -157,7 +157,7 @@ def test_goals_on_an_h200() -> None:
     assert predicted("scoring") == pytest.approx(24.1, abs=0.1)
     assert predicted("frozen") == pytest.approx(47.0, abs=0.1)  # the goal is 47.5
     assert kept(device, 16384, 128256) == 16384
-    assert predicted("trained", 16384) == pytest.approx(68.3, abs=0.1)  # the goal is 71
+    assert predicted("trained", 16384) == pytest.approx(69.0, abs=0.1)  # the goal is 71
     assert predicted("trained", 2**31 // (2 * 128256)) > 78  # with 2 GiB
     # As it was: 2048 columns a tile, rows cut evenly into 4096 and 2048.
     before = Plan("library", 4096, 2048, 4096 * 2048, (128, 256), 132)

@@ -266,9 +266,7 @@ def cost_of(
                 scan(chunk, True)
             steps.append(product_step(device, dtype, "dX", 1, many, size, vocabulary))
             steps.append(product_step(device, dtype, "dW", 1, vocabulary, size, many, added=chunk.start > 0))
-        if dtype.itemsize == 2 and (
-            keep < rows or narrow
-        ):  # where all bf16 rows are kept, one product rounds dW itself
+        if dtype.itemsize == 2:
             steps.append(pass_step(device, "dW in 16 bit", 1, vocabulary * size * (compute + dtype.itemsize)))
     seconds = sum(step.times * step.seconds for step in steps)
     return Cost(tuple(steps), 1e3 * max(seconds, HOST * sum(step.times for step in steps)))

@@ -201,7 +201,6 @@ def accumulate(
     directions: int,  # 0: no product with the weight; 1: weighted; 2: weighted and weighted_moment
     cache: Tensor,  # (keep_rows * cache_columns,): e_v of the first keep_rows rows; the layout is the backend's
     keep_rows: int,  # may exceed M
-    logprob_only: bool,  # upstream gradients will be those of one target a row alone: the cache may anticipate that
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Sum over the vocabulary, the pivot left out, with e_v = exp(u_v - shift).
 
@@ -289,7 +288,6 @@ def backward(
     coefficient: Tensor,  # (F,)
     cache: Tensor,  # as `accumulate` left it; never changed here
     keep_rows: int,
-    logprob_only: bool,  # as for `accumulate`
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,

@@ -94,12 +94,9 @@ def run_forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, row: Tensor | None, temperature: Tensor,
     softcap: float, logit_scale: float, want_entropy: bool, want_variance: bool, keep_direction: bool,
     keep_direction_logsumexp: bool, keep_direction_entropy: bool, keep_rows: int, max_rows: int,
-    logprob_only: bool = False, shard: VocabularyShard | None = None,
+    shard: VocabularyShard | None = None,
 ) -> Forward:  # fmt: skip
-    """Run the stages of the forward pass; `shard` adds the collectives of a vocabulary-parallel head.
-
-    `logprob_only` promises that nothing but the log-probability of one target a row will have an upstream gradient.
-    """
+    """Run the stages of the forward pass; `shard` adds the collectives of a vocabulary-parallel head."""
     backend, dtype = backend_of(hidden), compute_dtype(hidden, weight)
     entries, rows = len(target), len(hidden)
     chosen = select(target, row, rows, max_rows, not use_triton(hidden))
@@ -117,7 +114,7 @@ def run_forward(
     cache = hidden.new_empty((keep_rows * cache_columns(hidden, weight),), dtype=cache_dtype(hidden, weight))
     sums = backend.accumulate(
         hidden, weight, bias, local_pivot, pivot_logit, temperature, *head, chosen.count,
-        want_entropy + want_variance, keep_direction + keep_direction_entropy, cache, keep_rows, logprob_only,
+        want_entropy + want_variance, keep_direction + keep_direction_entropy, cache, keep_rows,
     )  # fmt: skip
     local_shift, others, moment1, moment2, weighted, weighted_moment = sums
     shift = local_shift
@@ -174,7 +171,7 @@ def run_backward(
     grad_logprob: Tensor | None, grad_logsumexp: Tensor | None, grad_entropy: Tensor | None,
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, row: Tensor | None, temperature: Tensor,
     saved: Forward, softcap: float, logit_scale: float, keep_rows: int, max_rows: int,
-    need_hidden: bool, need_weight: bool, need_bias: bool, logprob_only: bool = False,
+    need_hidden: bool, need_weight: bool, need_bias: bool,
     shard: VocabularyShard | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Run the backward pass of a trainable head; a gradient that is not needed is empty."""
@@ -202,7 +199,7 @@ def run_backward(
         chosen.count,
         gradient.alpha, gradient.gamma, local_column(gradient.column, weight, shard), gradient.position,
         gradient.coefficient,
-        saved.cache, keep_rows, logprob_only, need_hidden, need_weight, need_bias,
+        saved.cache, keep_rows, need_hidden, need_weight, need_bias,
         full if need_hidden and shard is None else wide,
     )  # fmt: skip
     if need_hidden:

@@ -2,7 +2,8 @@
 
 Each chunk of rows gives two products with what is stored of it: the gradient of the hidden states, whose rows are then
 finished by one pass (factor, pivot's row of the head, rounding), and that of the head, summed over chunks in float32.
-If all rows of a large head are kept, they hold the pivot's entry, and the second product writes bf16 at once.
+The entries at the pivots are added to that sum, which is then rounded once: no product may write it in 16 bit, since
+the pivots' entries among the stored exponentials would be rounded first (1.7 times the error of a float32 reference).
 """
 
 # Pyright takes a kernel for the plain function below `@triton.jit`.
@@ -24,7 +25,7 @@ from mopl.ops._products import product
 def backward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, pivot: Tensor, shift: Tensor, temperature: Tensor,
     softcap: float, logit_scale: float, count: Tensor | None, alpha: Tensor, gamma: Tensor | None, column: Tensor,
-    position: Tensor, coefficient: Tensor, cache: Tensor | None, keep_rows: int, logprob_only: bool, need_hidden: bool,
+    position: Tensor, coefficient: Tensor, cache: Tensor | None, keep_rows: int, need_hidden: bool,
     need_weight: bool, need_bias: bool, dtype: torch.dtype, plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the products with the gradient of the logits; see the CPU twin. `plan` is for who measures several."""
@@ -35,7 +36,6 @@ def backward(
     live = column >= 0
     coefficient = coefficient.masked_fill(~live, 0)
 
-    holds_pivot = head.holds_pivot(logprob_only, keep_rows)
     first = min(keep_rows, rows)
     # What is kept is one product, unless something has to be made of it row by row first.
     whole = [slice(0, first)] if first else []
@@ -52,7 +52,7 @@ def backward(
         return torch.empty(shape if wanted else (0,), dtype=dtype, device=hidden.device)
 
     grad_hidden = new(need_hidden, rows, size)
-    grad_weight = new(need_weight, vocabulary, size, dtype=weight.dtype if holds_pivot else head.dtype)
+    grad_weight = new(need_weight, vocabulary, size)
     grad_bias = new(need_bias, vocabulary).zero_()
 
     unit = alpha.new_ones(())
@@ -83,10 +83,7 @@ def backward(
             product(stored, head.weight, grad_hidden[chunk])
         if need_weight:
             inner = _scaled(head.hidden[chunk], factor, chunk.start) if plain else head.hidden[chunk]
-            if holds_pivot:
-                torch.mm(stored.T, inner, out=grad_weight)
-            else:
-                product(stored.T, inner, grad_weight, add=number > 0)
+            product(stored.T, inner, grad_weight, add=number > 0)
         if need_bias:
             kernels.column_sum_kernel[(-(-vocabulary // kernels.COLUMN_SUM_TILE["BLOCK"]),)](
                 stored, factor, grad_bias, chunk.start, part.stop, vocabulary, stored.stride(0),
@@ -95,9 +92,6 @@ def backward(
     if not chunks:
         grad_weight.zero_()
 
-    if holds_pivot and cache is not None:  # what rounding left, for the gradients that cost nothing to complete
-        stored = kept_exponentials(cache, keep_rows, vocabulary)[:rows].gather(1, pivot[:, None].clamp(min=0))
-        coefficient = coefficient - factor * stored[:, 0]
     # Entries that are off go, with coefficient 0, to columns of their own: all in one place would be added one by one.
     column = torch.where(live, column, torch.arange(len(column), device=column.device) % vocabulary)
     if need_hidden and rows:
@@ -112,7 +106,7 @@ def backward(
             values = values.masked_fill((apart == 0)[:, None], 0)
             # Accumulating, it sorts first: the same bits at every call.
             grad_hidden.index_put_((position[rows:],), values, accumulate=True)
-    if need_weight and not holds_pivot:
+    if need_weight:
         values = coefficient[:, None] * head.hidden[position].to(head.dtype)
         grad_weight.index_put_((column,), values, accumulate=True)
     if need_bias:

@@ -14,16 +14,12 @@ from torch import Tensor
 from mopl._arguments import compute_dtype
 from mopl.kernels import fused_logprob as fused_kernels
 from mopl.kernels import linear_logprob as kernels
-from mopl.kernels import linear_logprob_backward as backward_kernels
 from mopl.kernels import linear_logprob_flagged as flagged_kernels
 from mopl.ops._backend import INTERPRETED
 from mopl.ops._head_plan import Plan
 from mopl.ops._linear_logprob_rows import padded_columns
 from mopl.ops._products import product
 
-# Entries of dW from which on its product may round to 16 bit itself: 2^26 are 2048 tiles of 128 x 256, 15 waves on 132
-# processors. A smaller one may be cut along its rows, and the parts be added in 16 bit, which costs digits.
-DIRECT = 2**26
 HEADROOM = 8.0  # nats: normalised exponentials, and their products with u - shift, stay below float16's 65504
 
 
@@ -173,24 +169,6 @@ class Head:
         )  # fmt: skip
         torch.sum(partial, 0, out=sums.others)
         torch.amax(flag, 0, out=sums.flag)
-
-    def holds_pivot(self, logprob_only: bool, keep_rows: int) -> bool:
-        """Say whether -others is kept at the pivots, where that is the gradient but for the row's factor.
-
-        The product that gives dW then rounds to bf16 itself, and nothing is added to it: 1.2 ms less at V = 128256,
-        H = 4096 on an H200 (computed: 5.1 GB). It costs digits, because that entry is rounded as its neighbours are:
-        the error of dW is 1.75 times a float32 reference's rounded to bf16, where it is 1.01 times otherwise
-        (N = 192, H = 128, V = 300 in the interpreter). So only where it gains. float16 has no range for it.
-        """
-        rows, large = self.hidden.shape[0], self.weight.numel() >= DIRECT
-        return logprob_only and not self.softcap and large and keep_rows >= rows and self.hidden.dtype == torch.bfloat16
-
-    def store_pivot(self, rows: slice, sums: Sums, stored: Tensor) -> None:
-        """Write -others at the pivots of some rows."""
-        many, block = rows.stop - rows.start, backward_kernels.PIVOT_TILE["BLOCK"]
-        backward_kernels.pivot_kernel[(-(-many // block),)](
-            stored, self.pivot, sums.others, rows.start, many, stored.stride(0), **backward_kernels.PIVOT_TILE
-        )
 
     def exponentials(self, rows: slice, sums: Sums, stored: Tensor, stored_moment: Tensor | None, bent: bool) -> None:
         """Fill `stored` (R, V) and the sums; one more pass for float16, which has no range to spare."""

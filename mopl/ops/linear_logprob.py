@@ -208,8 +208,7 @@ def linear_logprob(
     )  # fmt: skip
     tensors = (hidden.reshape(-1, hidden.shape[-1]), weight, bias, flat_target, row, warmth)
     if shard is None:
-        logprob_only = row is None and not (return_logsumexp or return_entropy)
-        logprob, logsumexp, entropy = _linear_logprob(*tensors, *options, logprob_only)[:3]
+        logprob, logsumexp, entropy = _linear_logprob(*tensors, *options)[:3]
     else:
         logprob, logsumexp, entropy = vocab_parallel_logprob(shard, *tensors, *options)
     results = [logprob.view(target.shape)]
@@ -255,7 +254,6 @@ def _linear_logprob(
     keep_rows: int,
     max_rows: int,
     check_targets: bool,
-    logprob_only: bool = False,
 ) -> tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 ]:  # the fields of Forward
@@ -265,7 +263,7 @@ def _linear_logprob(
     return tuple(  # pyright: ignore[reportReturnType]
         run_forward(
             hidden, weight, bias, target, row, temperature, softcap, logit_scale, want_entropy, want_variance,
-            keep_direction, keep_direction_logsumexp, keep_direction_entropy, keep_rows, max_rows, logprob_only,
+            keep_direction, keep_direction_logsumexp, keep_direction_entropy, keep_rows, max_rows,
         )
     )  # fmt: skip
 
@@ -274,7 +272,6 @@ def _linear_logprob(
 def _(
     hidden, weight, bias, target, row, temperature, softcap, logit_scale, want_entropy, want_variance,
     keep_direction, keep_direction_logsumexp, keep_direction_entropy, keep_rows, max_rows, check_targets,
-    logprob_only=False,
 ):  # fmt: skip
     rows, size = hidden.shape
     dtype = compute_dtype(hidden, weight)
@@ -320,7 +317,6 @@ def _linear_logprob_backward(
     need_bias: bool,
     need_temperature: bool,
     hidden_dtype: torch.dtype,
-    logprob_only: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of hidden, weight, bias and temperature; one that is not needed is empty (0,)."""
     forward, rows = Forward(*saved), len(temperature)
@@ -331,7 +327,7 @@ def _linear_logprob_backward(
     elif hidden is not None and weight is not None and (need_hidden or need_weight or need_bias):
         grad_hidden, grad_weight, grad_bias = run_backward(
             grad_logprob, grad_logsumexp, grad_entropy, hidden, weight, bias, target, row, temperature, forward,
-            softcap, logit_scale, keep_rows, max_rows, need_hidden, need_weight, need_bias, logprob_only,
+            softcap, logit_scale, keep_rows, max_rows, need_hidden, need_weight, need_bias,
         )  # fmt: skip
     if need_temperature:
         grad_temperature = row_temperature_gradient(
@@ -344,7 +340,6 @@ def _linear_logprob_backward(
 def _(
     grad_logprob, grad_logsumexp, grad_entropy, hidden, weight, bias, target, row, temperature, saved, softcap,
     logit_scale, keep_rows, max_rows, need_hidden, need_weight, need_bias, need_temperature, hidden_dtype,
-    logprob_only=False,
 ):  # fmt: skip
     forward = Forward(*saved)
     size = forward.direction.shape[-1] if weight is None else weight.shape[-1]
@@ -376,8 +371,8 @@ def row_temperature_gradient(
 
 def _setup_context(ctx, inputs, output):
     hidden, weight, bias, target, row, temperature, ctx.softcap, ctx.logit_scale = inputs[:8]
-    keep_direction, ctx.keep_rows, ctx.max_rows, ctx.logprob_only = inputs[10], inputs[13], inputs[14], inputs[16]
-    ctx.mark_non_differentiable(*output[1 if ctx.logprob_only else 3 :])
+    keep_direction, ctx.keep_rows, ctx.max_rows = inputs[10], inputs[13], inputs[14]
+    ctx.mark_non_differentiable(*output[3:])
     ctx.set_materialize_grads(False)
     ctx.hidden_dtype = hidden.dtype
     operands = (None, None, None) if keep_direction else (hidden, weight, bias)
@@ -393,14 +388,14 @@ def _backward(ctx, grad_logprob, grad_logsumexp, grad_entropy, *_):
     def closed_form() -> list[Tensor | None]:
         found = _linear_logprob_backward(
             *upstream, hidden, weight, bias, target, row, temperature, saved,
-            ctx.softcap, ctx.logit_scale, ctx.keep_rows, ctx.max_rows, *need, ctx.hidden_dtype, ctx.logprob_only,
+            ctx.softcap, ctx.logit_scale, ctx.keep_rows, ctx.max_rows, *need, ctx.hidden_dtype,
         )  # fmt: skip
         return [g if needed else None for g, needed in zip(found, need, strict=True)]
 
     # The results stand for the hidden states, which a frozen head does not keep.
     inputs = (*upstream, hidden, weight, bias, temperature, *saved[:3])
     *heads, warmth = derivatives.once(closed_form, "linear_logprob", INSTEAD, *inputs)
-    return (*heads, None, None, warmth, *[None] * 11)
+    return (*heads, None, None, warmth, *[None] * 10)
 
 
 _linear_logprob.register_autograd(_backward, setup_context=_setup_context)

@@ -58,7 +58,7 @@ def target_logits(
 def accumulate(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, pivot: Tensor, shift: Tensor, temperature: Tensor,
     softcap: float, logit_scale: float, count: Tensor | None, moments: int, directions: int, cache: Tensor | None,
-    keep_rows: int, logprob_only: bool, plan: Plan | None = None,
+    keep_rows: int, plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Sum over the vocabulary; see the CPU twin for arguments and results. `plan` is for who measures several."""
     rows, vocabulary = hidden.shape[0], weight.shape[0]
@@ -76,8 +76,6 @@ def accumulate(
         # A trainable head needs e alone, and no directions: its backward pass multiplies by what it is given.
         for chunk in plan.chunks(0, first):
             head.exponentials(chunk, sums, kept[chunk], None, bent=False)
-            if head.holds_pivot(logprob_only, keep_rows):
-                head.store_pivot(chunk, sums, kept[chunk])
     if directions == 0:
         tiles = None if moments or first else choice.fused_tiles(plan)
         if tiles is not None:

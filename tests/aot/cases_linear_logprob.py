@@ -179,12 +179,6 @@ def _scale(operand: str, size: int) -> Case:
     )
 
 
-def _pivot(stored: str) -> Case:
-    types = {"stored": f"*{stored}", "pivot": "*i64", "others": "*fp32"}
-    types |= dict.fromkeys(("first_row", "rows", "stored_stride"), "i32")
-    return _case(f"pivot {stored}", backward.pivot_kernel, types, {}, backward.PIVOT_TILE, divisible=("stored_stride",))
-
-
 def _fused(operand: str, name: str, softcap: float = 0.0, bias: bool = False) -> Case | None:
     """Return the case of a tile for the targets that use it."""
     tile = fused.TILES[name]
@@ -260,7 +254,6 @@ def cases() -> list[Case]:
         _scale("fp32", 2048),
         _scale("fp16", 2048),
         _scale("fp64", 2048),
-        _pivot("bf16"),
         _fused("bf16", "wide"),
         _fused("bf16", "square", softcap=30.0, bias=True),
         _fused("fp16", "square", bias=True),
