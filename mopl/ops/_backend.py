@@ -17,7 +17,7 @@ OLDEST_TORCH = (2, 8)
 OLDEST_TRITON = (3, 4)
 # Programs of one launch: CUDA's limit of a grid's first dimension (Programming Guide, table of technical
 # specifications); HIP's is 2^32 threads (hipModuleLaunchKernel), 8 warps of 64 a program.
-PROGRAMS = 2**32 // 512 - 1 if torch.version.hip else 2**31 - 1
+MAX_PROGRAMS = 2**32 // 512 - 1 if torch.version.hip else 2**31 - 1
 
 
 def use_triton(tensor: Tensor) -> bool:

@@ -19,6 +19,7 @@ from mopl.ops._backend import INTERPRETED
 from mopl.ops._head_plan import Plan
 from mopl.ops._linear_logprob_rows import padded_columns
 from mopl.ops._products import product
+from mopl.ops._rows import rows_contiguous
 
 HEADROOM = 8.0  # nats: normalised exponentials, and their products with u - shift, stay below float16's 65504
 
@@ -55,11 +56,6 @@ def same_dtype(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         return hidden, weight
     dtype = compute_dtype(hidden, weight)
     return hidden.to(dtype), weight.to(dtype)
-
-
-def rows_contiguous(x: Tensor) -> Tensor:
-    """Return a matrix whose rows are contiguous."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 class Sums:

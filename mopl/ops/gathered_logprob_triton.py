@@ -12,18 +12,15 @@ from torch import Tensor
 
 from mopl._arguments import compute_dtype
 from mopl.kernels import gathered_logprob as kernels
-from mopl.ops._backend import PROGRAMS
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+from mopl.ops._backend import MAX_PROGRAMS
+from mopl.ops._rows import rows_contiguous
 
 
 def _launches(rows: int, *tensors: Tensor | None) -> list[tuple[int, Sequence[Tensor | None]]]:
     """Cut tensors of one entry a row into what one launch holds, a program a row; as a rule that is all."""
-    if rows <= PROGRAMS:
+    if rows <= MAX_PROGRAMS:
         return [(rows, tensors)]
-    parts = [slice(first, first + PROGRAMS) for first in range(0, rows, PROGRAMS)]
+    parts = [slice(first, first + MAX_PROGRAMS) for first in range(0, rows, MAX_PROGRAMS)]
     return [(len(range(rows)[part]), [None if x is None else x[part] for x in tensors]) for part in parts]
 
 
@@ -42,7 +39,7 @@ def launch_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return logprob (N, J), logsumexp (N,), entropy (N,), variance (N,); the last two are empty if not wanted."""
     (rows, vocabulary), targets, dtype = logits.shape, target.shape[1], compute_dtype(logits)
-    logits, target, temperature = _rows(logits), target.contiguous(), temperature.contiguous()
+    logits, target, temperature = rows_contiguous(logits), target.contiguous(), temperature.contiguous()
 
     def new(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=logits.device)
@@ -80,7 +77,7 @@ def launch_backward(
         return
     if grad.stride(-1) != 1:
         raise ValueError(f"grad has strides {grad.stride()} but its rows must be contiguous")
-    logits = _rows(logits)
+    logits = rows_contiguous(logits)
     tile = kernels.backward_tile(vocabulary, logits.element_size())
     # In place a program must have its row for itself: every one reads the pivot's logit.
     parts = 1 if grad.data_ptr() == logits.data_ptr() else kernels.backward_parts(rows, vocabulary, tile)

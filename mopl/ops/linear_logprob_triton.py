@@ -30,10 +30,10 @@ from mopl.ops._linear_logprob_triton_head import (
     combine,
     kept_exponentials,
     on_its_device,
-    rows_contiguous,
     wide_rows,
 )
 from mopl.ops._products import product
+from mopl.ops._rows import rows_contiguous
 
 __all__ = ["accumulate", "backward", "combine", "target_logits"]
 
@@ -60,7 +60,7 @@ def accumulate(
     softcap: float, logit_scale: float, count: Tensor | None, moments: int, directions: int, cache: Tensor | None,
     keep_rows: int, plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Sum over the vocabulary; see the CPU twin for arguments and results. `plan` is for who measures several."""
+    """Sum over the vocabulary; see the CPU twin for arguments and results. `plan` replaces the chosen one."""
     rows, vocabulary = hidden.shape[0], weight.shape[0]
     wanted = "frozen" if directions else "trained" if keep_rows else "scoring"
     plan = plan or choice.plan_for(hidden, weight, wanted, softcap > 0, buffers=max(directions, 1))

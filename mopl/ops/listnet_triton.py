@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mopl._arguments import compute_dtype
 from mopl.kernels import listnet as kernels
+from mopl.ops._rows import rows_contiguous
 
 
 def launch_forward(
@@ -28,7 +29,7 @@ def launch_forward(
     peak = torch.empty_like(rest, dtype=torch.int64)
     if batch == 0 or objectives == 0 or items == 0:
         return loss.zero_(), peak.zero_(), rest.zero_(), mass.zero_(), others.zero_()
-    scores, labels, mask = map(_item_contiguous, (scores, labels, mask))
+    scores, labels, mask = map(rows_contiguous, (scores, labels, mask))
     tile = kernels.forward_tile(items, loss.itemsize)
     kernel = kernels.forward_kernel
     if items > kernels.registers_limit(loss.itemsize):
@@ -58,7 +59,7 @@ def launch_backward(
         return dscores, dlabels, dtemperature
     if batch == 0 or objectives == 0 or items == 0:
         return dscores.zero_(), dlabels.zero_(), dtemperature.zero_()
-    scores, labels, mask = map(_item_contiguous, (scores, labels, mask))
+    scores, labels, mask = map(rows_contiguous, (scores, labels, mask))
     tile = kernels.backward_tile(items)
     blocks = triton.cdiv(items, tile["BLOCK"])
     partial = loss.new_empty((blocks, *temperature.shape)) if need_temperature else None
@@ -83,10 +84,3 @@ def _alignment(scores: Tensor, labels: Tensor, mask: Tensor | None) -> int:
     """
     strides = (scores.stride(0), *labels.stride()[:2], 0 if mask is None else mask.stride(0))
     return math.gcd(16, scores.shape[1], *strides)
-
-
-def _item_contiguous(tensor: Tensor | None) -> Tensor | None:
-    """Return the tensor with its last dimension contiguous; the kernels take any other stride as it is."""
-    if tensor is None:
-        return None
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

@@ -19,6 +19,7 @@ from mopl.kernels import plackett_luce_fused as fused
 from mopl.kernels import plackett_luce_groups as groups
 from mopl.kernels import plackett_luce_plan as plans
 from mopl.kernels import plackett_luce_sorted as scans
+from mopl.ops._rows import rows_contiguous
 
 
 def launch_forward(
@@ -45,13 +46,13 @@ def launch_forward(
     plan = plans.plan(
         items, loss.itemsize, ties, position_weights is not None, order is not None, labels.element_size()
     )
-    labels, mask = _item_contiguous(labels), _item_contiguous(mask)
+    labels, mask = rows_contiguous(labels), rows_contiguous(mask)
     if plan.sort == "argsort":
         order = _best_first(labels, mask)
     elif plan.sort == "kernel":
         order = _sorted(labels, mask)
-    scores, order = _item_contiguous(scores), _item_contiguous(order)
-    weights = None if position_weights is None else _item_contiguous(position_weights.expand(labels.shape))
+    scores, order = rows_contiguous(scores), rows_contiguous(order)
+    weights = None if position_weights is None else rows_contiguous(position_weights.expand(labels.shape))
     temperature = temperature.expand(batch, objectives)
     ranking = (scores, labels, temperature, mask, order)
     results = (loss, gradient if need_grad else None, temperature_gradient if need_grad else None)
@@ -159,10 +160,3 @@ def _best_first(labels: Tensor, mask: Tensor | None) -> Tensor:
         labels, below = labels.long(), torch.iinfo(torch.int64).min
         lowest = below + 1
     return labels.clamp(min=lowest).masked_fill(~mask[:, None], below).argsort(-1, descending=True)
-
-
-def _item_contiguous(tensor: Tensor | None) -> Tensor | None:
-    """Return the tensor with its last dimension contiguous; the kernels take any other stride as it is."""
-    if tensor is None:
-        return None
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
