@@ -33,13 +33,13 @@ from bench.measuring import about
 from bench.model_cases import TOY, Case, Sizes, cases
 from bench.recording import DEVICE, Launch, Recording, Touch, record
 from mopl._files import write_file
+from mopl.ops._head_plan import GAP
 
 NONE: Mapping[str, list[int]] = {}
 COUNTS = Path(__file__).with_name("model_counts.json")
 COMPARED = ("launches", "products", "flop", "bytes")
 
 # ---- constants of the model; every one is predicted, none was measured on a GPU unless it says so ----
-GAP = 3e-6  # s from the end of a kernel to the start of the next one's work, in one stream
 # Output tiles of the vendor's products and what they reach of the card's rate.
 TILES = ((128, 256, 1.0), (256, 128, 1.0), (128, 128, 0.9), (64, 64, 0.6))
 FUSED = 0.85  # of that rate: products in Triton

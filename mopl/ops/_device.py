@@ -1,6 +1,6 @@
-"""What ops ask about a GPU: the properties that a plan needs, and how much memory is unused. Nothing waits for it.
+"""What plans need to know of a GPU: its properties, and how much of its memory is unused. The host never waits.
 
-This is the one place that asks: who wants to plan for a GPU that is not here replaces `properties_of`.
+Plans take properties from `properties_of` alone, so that a tool can plan for an absent GPU by replacing it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import torch
 from mopl.ops._head_plan import DEVICES, TOY, Device, known_device
 
 GIB = 2**30
-SHARE = 32  # a 32nd of a GPU's memory: 4.4 GiB on an H200, where exponentials of 16384 x 128256 take 3.9 GiB
+# Of a GPU's memory: 4.4 GiB on an H200, where exponentials of 16384 x 128256 take 3.9 GiB.
+WORKSPACE_SHARE = 32
 
 
 def properties_of(device: torch.device) -> Device:
@@ -43,19 +44,25 @@ def _read(index: int) -> Device:
 
 
 def default_workspace(device: torch.device, wanted: int | None = None) -> int:
-    """Return how many bytes may be kept from a forward to a backward pass: 2 GiB on a CPU, a `SHARE` of a GPU's memory.
+    """Return how many bytes may be kept from a forward to a backward pass.
 
-    Half of what is unused where that is less and `wanted` bytes are more. Compiled code, deterministic
-    algorithms and a graph under capture take the share as it is, since what is unused is an accident of the moment.
+    2 GiB on a CPU. On a GPU a 32nd of its memory (`WORKSPACE_SHARE`), or half of what is unused if that is less.
+    Compiled code, deterministic algorithms and a graph under capture take the 32nd as it is: what is unused varies
+    from call to call, and results with it in their last bits.
+
+    Args:
+        device: where the operands are.
+        wanted: bytes that the call could use; a call that wants little is not worth a query. None: unknown.
     """
     if device.type != "cuda":
         return 2 * GIB
     if torch.compiler.is_compiling():
         # The compiler makes a constant of this call, but not of a cached one.
         there = torch.cuda.is_available()
-        return (torch.cuda.get_device_properties(device).total_memory if there else DEVICES["H100"].memory) // SHARE
-    share = properties_of(device).memory // SHARE
-    if wanted is not None and wanted * 16 <= share:  # too little to be worth asking
+        memory = torch.cuda.get_device_properties(device).total_memory if there else DEVICES["H100"].memory
+        return memory // WORKSPACE_SHARE
+    share = properties_of(device).memory // WORKSPACE_SHARE
+    if wanted is not None and wanted * 16 <= share:
         return share
     if torch.are_deterministic_algorithms_enabled() or not torch.cuda.is_available():
         return share

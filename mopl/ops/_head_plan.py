@@ -33,7 +33,7 @@ BUFFER_SHARE = 64  # a 64th of a GPU's memory may hold exponentials that are use
 class Device(NamedTuple):
     """What a plan needs to know of a GPU."""
 
-    processors: int
+    processors: int  # streaming multiprocessors; AMD's compute units
     l2: int  # bytes of the L2 cache
     memory: int  # bytes
     bandwidth: float  # bytes a second of a copy, those read and those written
@@ -41,7 +41,9 @@ class Device(NamedTuple):
     capability: tuple[int, int] = (0, 0)
     maker: str = "NVIDIA"
     block: tuple[int, int] = (128, 256)  # of a product's result that a processor computes at a time: an assumption
-    height: int = 4096  # rows of a chunk, roughly: above about 733 the float32 dW costs less than its product
+    # Rows of a chunk, roughly. Above 733 on an H200, adding to the float32 dW (8 bytes an entry at 4.3 TB/s) takes less
+    # time than its product (2 FLOP a row at 788 TFLOP/s).
+    height: int = 4096
     tile: int = 2**27  # bytes of a tile of logits in the compute dtype: 2^25 in float32
 
 
@@ -49,8 +51,11 @@ class Device(NamedTuple):
 REACHED_RATE, REACHED_BANDWIDTH = 0.80, 0.895
 
 
-def _sheet(processors, l2, memory, bandwidth, rate16, rate32, rate64, capability, maker="NVIDIA") -> Device:
-    """Return a device by its data sheet (MB, GB, TB/s and dense TFLOP/s)."""
+def _sheet(
+    processors: int, l2: float, memory: float, bandwidth: float, rate16: float, rate32: float, rate64: float,
+    capability: tuple[int, int], maker: str = "NVIDIA",
+) -> Device:  # fmt: skip
+    """Return a device by its data sheet: L2 in MB, memory in GB, bandwidth in TB/s, dense TFLOP/s by size of dtype."""
     rates = {size: rate * REACHED_RATE * 1e12 for size, rate in ((2, rate16), (4, rate32), (8, rate64))}
     bandwidth *= REACHED_BANDWIDTH * 1e12
     return Device(processors, int(l2 * 1e6), int(memory * 1e9), bandwidth, rates, capability, maker)
@@ -212,7 +217,7 @@ def product_step(
 
 
 def pass_step(device: Device, name: str, times: int, moved: int) -> Step:
-    """Return a kernel that only moves bytes."""
+    """Return a kernel whose time is that of moving `moved` bytes."""
     return Step(name, times, 0, 0, 0, 0, moved, moved / device.bandwidth + GAP)
 
 
@@ -221,7 +226,17 @@ def cost_of(
 ) -> Cost:
     """Return what a plan should cost, forward and backward: products, epilogues, and passes over matrices.
 
-    `keep` rows of a trained head are kept. What is proportional to N or to N H alone is left out.
+    What is proportional to N or to N H alone is left out.
+
+    Args:
+        plan: of `make_plan`, or an alternative to it.
+        device: the GPU.
+        dtype: of the operands.
+        rows: N.
+        size: H.
+        vocabulary: V.
+        wanted: as for `make_plan`.
+        keep: rows of a trained head whose exponentials are kept; ignored otherwise.
     """
     compute, narrow = max(4, dtype.itemsize), dtype == torch.float16
     steps: list[Step] = []

@@ -23,6 +23,9 @@ it was given; the backward pass computes the exponentials again. Rows without a 
 gradient is written as 0, and so is that of rows whose upstream gradients are all 0. The temperature's gradient needs
 no pass over the vocabulary: see `temperature_gradient`.
 
+On a GPU rows are read 16 bytes at a time where they begin at multiples of 16 elements, and element by element where
+they do not: logits of a ragged vocabulary, such as 50,257, are best views of a padded matrix.
+
 Backends: `_gathered_logprob_cpu` and `gathered_logprob_triton` have `launch_forward` and `launch_backward`, with the
 same arguments. `_gathered_logprob_formula` serves derivatives beyond the first.
 """

@@ -40,10 +40,11 @@ the pivot it is g_q (1 - p_q) - p_q (G - g_q) - h p_q (log p_q + H). See `logit_
 
 The temperature's gradient needs no pass over the vocabulary: see `temperature_gradient`.
 
-**Memory** on a GPU, beside operands and results: one tile of logits in the compute dtype, at most 128 MiB, and with
-gradients of a frozen head, or of rows that are not kept, their exponentials over the whole vocabulary for some
-thousand rows (1 GiB for 4224 bf16 rows and V = 128256), at most a 64th of the GPU's memory; a trained head also has
-its gradient in float32, and `workspace`. See `_head_plan`.
+**Memory** on a GPU, beside operands and results: one tile of logits in the compute dtype, at most 128 MiB (four times
+that if `tune` found it faster). Gradients of a frozen head, or of rows that are not kept, need the exponentials of a
+chunk of rows over the whole vocabulary: 1 GiB for 4224 bf16 rows and V = 128256, in all at most a 64th of the GPU's
+memory. A trained head has the kept exponentials (`workspace`), and its gradient is summed in float32 (V, H) and then
+rounded. See `_head_plan`.
 
 **Backends.** `_linear_logprob_cpu` and `linear_logprob_triton` have the same four functions with the same arguments:
 `target_logits`, `accumulate`, `combine`, `backward`. Rows that do not count never reach them (`select`): on a CPU by

@@ -31,6 +31,10 @@ with `temperature_gradient_bj = sum_i G_bji scores_bi`, computed as sum_i G_i (s
 ranking; labels then only say which neighbours in that order are tied. Lists with fewer than two items have loss 0 and
 gradient 0. A masked slot is never read into arithmetic. A score of -inf above other items makes the loss +inf and
 keeps a finite gradient, -W; at the bottom it costs nothing.
+
+On a GPU `mopl/kernels/plackett_luce_plan.py` says which kernels serve which lists. "breslow" without position weights
+takes one kernel for lists of up to 4096 items (2048 in float64); without a given order, lists of more than 8 items (4)
+are sorted by another one first.
 """
 
 from functools import partial
