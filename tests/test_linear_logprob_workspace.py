@@ -127,3 +127,13 @@ def test_tiles_of_a_gpu_without_an_index_are_those_of_the_current_one(
     choice.usable(CUDA, 2, False)
     choice._usable.cache_clear()
     assert asked == [3, 1, 2]
+
+
+@pytest.mark.parametrize("name", ["workspace", "max_rows"])
+def test_a_bound_that_is_no_whole_number_is_named(name: str) -> None:
+    operands = torch.ones(2, 3, requires_grad=True), torch.ones(5, 3, requires_grad=True), torch.tensor([1, 2])
+    for value in (1.5, 2e9, float("nan"), "2GB"):
+        with pytest.raises(TypeError, match=f"{name} is .* but must be a whole number"):
+            linear_logprob(*operands, **{name: value})
+    with pytest.raises(ValueError, match=f"{name} is -1 but must not be negative"):
+        linear_logprob(*operands, **{name: -1})

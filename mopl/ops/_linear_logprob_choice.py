@@ -223,6 +223,7 @@ def _step(
     from mopl.ops import linear_logprob_triton as backend
     from mopl.ops._linear_logprob_stages import cache_columns, cache_dtype
 
+    hidden, weight = hidden.detach(), weight.detach()  # the stages' products have no derivatives
     rows, device = hidden.shape[0], hidden.device
     pivot = torch.arange(rows, device=device) % weight.shape[0]
     ones = torch.ones(rows, dtype=compute_dtype(hidden, weight), device=device)
@@ -231,10 +232,10 @@ def _step(
     cache = hidden.new_empty(keep * cache_columns(hidden, weight), dtype=cache_dtype(hidden, weight))
 
     def step() -> object:
-        sums = backend.accumulate(*head, 0, int(wanted == "frozen"), cache, keep, True, plan)
+        sums = backend.accumulate(*head, 0, int(wanted == "frozen"), cache, keep, plan)
         if wanted != "trained":
             return sums
         upstream = (ones, None, pivot, torch.arange(rows, device=device), ones)
-        return backend.backward(*head, *upstream, cache, keep, True, True, True, False, hidden.dtype, plan)
+        return backend.backward(*head, *upstream, cache, keep, True, True, False, hidden.dtype, plan)
 
     return step

@@ -93,6 +93,14 @@ def check_scalar(value: float | None, name: str, *, positive: bool = True) -> fl
     return float(value)
 
 
+def check_bound(value: int | None, name: str) -> None:
+    """Raise unless an optional bound, in rows or bytes, is a whole number from 0 on."""
+    if not (value is None or isinstance(value, int) or hasattr(value, "__index__")):
+        raise TypeError(f"{name} is {value!r} but must be a whole number (an int) or None")
+    if value is not None and value < 0:
+        raise ValueError(f"{name} is {value} but must not be negative")
+
+
 def check_floating(value: Tensor, name: str, dims: str, like: Tensor) -> None:
     """Raise unless `value` is a floating-point tensor on the device of `like`."""
     if not isinstance(value, Tensor):

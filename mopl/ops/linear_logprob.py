@@ -74,6 +74,7 @@ from mopl.ops._linear_logprob_stages import (
     scale_directions,
 )
 from mopl.ops._logprob import (
+    check_bound,
     check_operands,
     check_row,
     check_row_range,
@@ -170,7 +171,7 @@ def linear_logprob(
         anything beyond is an error.
 
     Raises:
-        TypeError: wrong dtypes.
+        TypeError: wrong dtypes; a workspace or max_rows that is no whole number.
         ValueError: shapes or devices that do not fit, targets outside the vocabulary.
     """
     check_operands(hidden, weight, bias)
@@ -193,9 +194,8 @@ def linear_logprob(
     scale = check_scalar(logit_scale, "logit_scale")
     if check_targets is None:
         check_targets = not hidden.is_cuda
-    for name, bound in (("workspace", workspace), ("max_rows", max_rows)):
-        if bound is not None and bound < 0:
-            raise ValueError(f"{name} is {bound} but must not be negative")
+    check_bound(workspace, "workspace")
+    check_bound(max_rows, "max_rows")
 
     needs = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in (hidden, weight, bias, warmth)]
     need_hidden, need_head, need_temperature = needs[0], needs[1] or needs[2], needs[3]

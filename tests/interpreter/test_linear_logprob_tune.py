@@ -48,6 +48,12 @@ def test_time_ends_the_sweep(memory: Path, softcap: float | None) -> None:
     assert json.loads(memory.read_text()) == {f"0.0 bfloat16 H12 V30 N16{flags}": next(iter(found))}
 
 
+@pytest.mark.parametrize("wanted", ["scoring", "frozen", "trained"])
+def test_the_head_of_a_model_can_be_given_as_it_is(memory: Path, wanted: str) -> None:
+    hidden, weight = operands()
+    assert choice.tune(hidden.requires_grad_(), torch.nn.Parameter(weight), wanted=wanted, seconds=0)
+
+
 def test_float64_has_nothing_to_choose(memory: Path) -> None:
     with pytest.raises(ValueError, match="float64"):
         choice.tune(*operands(torch.float64))
