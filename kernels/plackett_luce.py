@@ -42,6 +42,12 @@ def distance_below(top, key, rate):
 
 
 @triton.jit
+def shrinkage(top, top_below, rate):
+    """Return the unit exp(top_below) in units of exp(top): finite also where nothing is below and the rate is 0."""
+    return tl.exp(-tl.where(rate == 0, 0.0, distance_below(top, top_below, rate)))
+
+
+@triton.jit
 def _row_part(value, chosen):
     """Return (LISTS, ROWS): for every row the entry of `value` (LISTS, BLOCK) in the one slot that `chosen` marks."""
     return tl.sum(tl.where(chosen, value[:, None, :], 0), axis=2)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ._math import log1p
-from .plackett_luce import comparable, distance_below
+from .plackett_luce import comparable, distance_below, shrinkage
 
 # Above the number of any item: added to that of a masked one, and in place of one where there is none.
 MASKED = tl.constexpr(1 << 20)
@@ -283,9 +283,9 @@ def fused_kernel(
         down = down + (way,)
         own = own + (tl.where(valid[r], tl.exp(-way), 0.0),)
         if r < ROWS - 1:
-            shrink = shrink + (tl.exp(-distance_below(top[r], top[r + 1], steep)),)
+            shrink = shrink + (shrinkage(top[r], top[r + 1], steep),)
         else:
-            shrink = shrink + (tl.exp(-distance_below(top[r], below, steep)),)
+            shrink = shrink + (shrinkage(top[r], below, steep),)
     mass = _chain_behind(shrink, own, lane, ROWS, LANES)
     rest = ()
     masses = ()

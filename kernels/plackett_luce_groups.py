@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ._math import log1p
-from .plackett_luce import distance_below
+from .plackett_luce import distance_below, shrinkage
 from .plackett_luce_sorted import label_at, program
 
 
@@ -138,7 +138,7 @@ def group_kernel(
             top_below = tl.load(top + target * items + stop, mask=stop < items, other=float("-inf"))
             mass_below = tl.load(mass + target * items + stop, mask=stop < items, other=0)
             if EFRON:
-                below = mass_below * tl.exp(-distance_below(top_here, top_below, tl.abs(rate)))
+                below = mass_below * shrinkage(top_here, top_below, tl.abs(rate))
                 total = tl.zeros((MEMBERS,), dtype)
                 inverse = tl.zeros((MEMBERS,), dtype)
                 own = tl.zeros((MEMBERS,), dtype)

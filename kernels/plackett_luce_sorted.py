@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from ._math import log1p
-from .plackett_luce import comparable, distance_below
+from .plackett_luce import comparable, distance_below, shrinkage
 
 
 @triton.jit
@@ -83,7 +83,7 @@ def _suffix(key, valid, lane, rate, top_after, mass_after, BLOCK: tl.constexpr):
     """Return (top, mass) of the items from each lane on, given that of the items behind the block."""
     top = tl.associative_scan(tl.where(valid, key, float("-inf")), 0, _larger, reverse=True)
     top = tl.maximum(top, top_after)
-    shrink = tl.exp(-distance_below(top, _next(top, lane, top_after, BLOCK), rate))
+    shrink = shrinkage(top, _next(top, lane, top_after, BLOCK), rate)
     own = tl.where(valid, tl.exp(-distance_below(top, key, rate)), 0.0)
     factor, mass = tl.associative_scan((shrink, own), 0, _compose, reverse=True)
     return top, factor * mass_after + mass
@@ -97,7 +97,7 @@ def _terms(key, size, rate, top, mass, top_below, mass_below):
     """
     down = distance_below(top, key, rate)
     own = tl.exp(-down)
-    below = mass_below * tl.exp(-distance_below(top, top_below, rate))
+    below = mass_below * shrinkage(top, top_below, rate)
     # own - 1 is exactly 0 where a lone item is the largest: a tiny cost keeps every digit.
     aside = tl.where(size == 1, below + (own - 1), mass - 1)
     return below / mass, own / mass, down + log1p(aside)

@@ -143,6 +143,13 @@ def test_negative_temperatures_turn_the_scores_around(ties: str) -> None:
     check_all(problem)
 
 
+def test_a_temperature_of_0_makes_all_items_equal(ties: str) -> None:
+    problem = make(3, 2, 9, levels=4, ties=ties)
+    problem.temperature *= torch.tensor([0.0, 1.0])
+    problem.mask[1, :6] = True
+    check_all(problem)
+
+
 @pytest.mark.parametrize("gap", [1.0, 10.0, 40.0, 80.0])
 def test_confident_rankings_keep_every_digit_of_every_gradient(gap: float, path: str) -> None:
     scores = torch.arange(7, 0, -1.0)[None] * gap
@@ -459,9 +466,9 @@ def test_the_plan() -> None:
 
 
 @pytest.mark.parametrize("itemsize", [4, 8])
-@pytest.mark.parametrize("items", [1, 2, 3, 16, 17, 32, 33, 256, 257, 1000, 2048])
+@pytest.mark.parametrize("items", [1, 2, 3, 16, 17, 32, 33, 256, 257, 1000, 2048, 4096])
 def test_a_fused_tile_holds_a_list_and_no_thread_is_idle(items: int, itemsize: int) -> None:
     tile = plans.fused_tile(items, itemsize)
     assert items <= tile["ROWS"] * tile["LANES"] < 2 * max(items, 2)
     assert tile["LISTS"] * tile["LANES"] == 32 * tile["num_warps"] <= 1024
-    assert tile["ROWS"] * itemsize <= 64
+    assert tile["ROWS"] <= 8  # 16 rows compile for more than 10 s
