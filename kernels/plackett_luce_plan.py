@@ -1,13 +1,13 @@
 """Which kernels serve a Plackett-Luce loss, and their tiles: pure functions of sizes, without a GPU and without Triton.
 
-Warp instructions an item and objective in the machine code of Triton 3.6.0 for sm_90, float32 (`python -m
-bench.instructions`; computed, not measured: no GPU was at hand). An H200 issues 0.9e12 a second; the bytes of the loss,
-about 30 an item, take as long as 6:
+Warp instructions an item and objective in the machine code of Triton 3.6.0 for sm_90, float32, m = 1 without a mask
+(counted by tests/aot/machine_code.py; computed, not measured: no GPU was at hand). An H200 issues 0.9e12 a second; the
+bytes of the loss, about 30 an item, take as long as 6:
 
     K                       2     4     8    16    32    64   128   256   512  1024  2048  4096
     pair by pair          7.3  12.6  24.4  64.3  96.8   287   537
-    fused, order given    4.7   4.5   4.4   5.2   5.6   5.7   5.9   6.0   5.7   6.7   6.9   7.3
-    fused, sorting itself 4.6   4.7   5.4
+    fused, order given    4.9   4.6   4.6   5.6   5.7   5.9   6.0   6.2   8.5   8.9   9.8  11.4
+    fused, sorting itself 4.8   5.0   5.5
     order_kernel                          2.2   2.7   3.9   5.4   6.9   9.3  11.9  15.4  18.1
 """
 
@@ -46,12 +46,13 @@ PAIRWISE_ITEMS = 16
 def fused_tile(items: int, itemsize: int) -> dict[str, int]:
     """Return ROWS, LISTS, LANES and num_warps of `fused_kernel`: ROWS * LANES places for the items of each list.
 
-    16 rows a thread take 220 of its 255 registers, 8 rows 120, so that twice as many warps hide the loads: 8 where a
-    list then fits a warp. Double precision holds half as many. A thread that holds a list alone sorts it, too: with 16
-    rows it would save 1 of 8 instructions an item for lists of 16, and compile for four times as long.
+    8 rows a thread take about 120 of its 255 registers, so that many warps hide the loads. 16 would save a third of the
+    instructions of lists above 256, but take 10 to 13 s of one core to compile where 8 take 2 (Triton 3.6.0 for sm_90,
+    nearly all in its pass TritonGPUCoalesce), in which the first call seems to hang. Numbers of double precision are
+    twice as large: 4 rows, and 8 only for lists that would need many warps.
     """
     block = max(power_of_2(items), 2)
-    rows = min(block, (8 if block <= 256 else 16) * 4 // itemsize)
+    rows = min(block, 8 if itemsize == 4 or block > 256 else 4)
     lanes = block // rows
     return {"ROWS": rows, "LISTS": max(128 // lanes, 1), "LANES": lanes, "num_warps": max(lanes // 32, 4)}
 
