@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -119,3 +121,32 @@ def test_past_the_dispatcher_and_through_it_are_equal_bit_for_bit() -> None:
         assert torch.equal(direct, dispatched)
     op = _listwise_cross_entropy(leaves[0].detach(), leaves[1].detach(), leaves[2].detach(), None, True)
     assert torch.equal(op[0], results[0][0])
+
+
+def test_a_trace_before_autograd_has_the_op_whole() -> None:
+    arguments = torch.rand(4, 40), torch.rand(4, 2, 40), torch.ones(4, 1)
+
+    def gradient(scores: Tensor, labels: Tensor, temperature: Tensor) -> Tensor:
+        leaf = scores.detach().requires_grad_()
+        return torch.autograd.grad(listwise_cross_entropy(leaf, labels, temperature).sum(), leaf)[0]
+
+    def loss(scores: Tensor, labels: Tensor, temperature: Tensor) -> Tensor:
+        return listwise_cross_entropy(scores, labels, temperature)
+
+    for function in (loss, gradient):
+        traced = make_fx(function, pre_dispatch=True)(*arguments)
+        assert "mopl.listwise_cross_entropy" in traced.code
+        assert torch.equal(traced(*arguments), function(*arguments))
+
+
+def test_a_mode_that_watches_functions_sees_the_op() -> None:
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    names: list[str] = []
+    with Watch():
+        listwise_cross_entropy(torch.rand(4, 40), torch.rand(4, 2, 40), torch.ones(4, 1))
+    assert not any("log_softmax" in name for name in names)
+    assert any("mopl.listwise_cross_entropy" in name for name in names)

@@ -38,7 +38,8 @@ def undispatched(*tensors: Tensor | None) -> bool:
         not torch.compiler.is_compiling()
         and torch._C._get_tracing_state() is None
         and not torch.autograd._profiler_enabled()  # pyright: ignore[reportPrivateImportUsage]
-        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == torch._C._len_torch_dispatch_stack() == 0
+        and torch._ops._len_torch_dispatch_stack_pre_dispatch() == 0
         and all(t is None or (type(t) in (Tensor, Parameter) and torch._C._dispatch_keys(t).has(_CPU)) for t in tensors)
     )
 
