@@ -130,6 +130,18 @@ def test_one_temperature_for_all_objectives_equals_the_same_temperature_for_each
     torch.testing.assert_close(one["temperature"], each["temperature"].sum(-1, keepdim=True), rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize("number", [1.0, 0.5])
+@pytest.mark.parametrize("items", [2, 5, 40, 300])
+def test_one_number_expanded_to_all_objectives_equals_the_same_number_for_each(items: int, number: float) -> None:
+    scores, labels, _, upstream, _ = problem(5, 3, items, scale=5)  # the scale makes some lists confident
+    one = torch.full((1, 1), number)
+    expanded = run(lambda s, z, t: listwise_cross_entropy(s, z, t.expand(5, 3)), scores, labels, one, upstream)
+    each = run(listwise_cross_entropy, scores, labels, one.repeat(5, 3), upstream)
+    for name in ("loss", "scores", "labels"):
+        assert error(expanded[name], each[name]) <= 1e-6
+    assert error(expanded["temperature"], each["temperature"].sum()) <= 1e-5
+
+
 def test_a_negative_or_zero_temperature_is_just_a_number() -> None:
     scores, labels, _, upstream, _ = problem(5, 2, 6, F64)
     temperature = torch.tensor([[-1.5, 0.0]], dtype=F64).repeat(5, 1)
@@ -265,6 +277,24 @@ def test_sixteen_bit_scores_give_the_float32_loss_of_the_rounded_scores() -> Non
     assert ours["scores"].dtype == BF16
     assert torch.equal(ours["loss"], full["loss"])
     assert torch.equal(ours["scores"], full["scores"].to(BF16))
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16, F32, torch.float64])
+@pytest.mark.parametrize("shape", [(6, 2, 3), (6, 8, 64), (1, 2, 30)])
+@pytest.mark.parametrize("common", [False, True])
+def test_a_temperature_of_another_dtype_is_taken_in_that_of_the_arithmetic(shape: tuple, common: bool, dtype) -> None:
+    scores, labels, temperature, upstream, _ = problem(*shape, scale=4)
+    scores, labels = (scores.float(), labels.float()) if dtype == torch.float64 else (scores.double(), labels.double())
+    temperature, upstream = temperature.bfloat16().to(dtype), upstream.to(scores.dtype)  # exact in every dtype
+
+    def op(s: Tensor, z: Tensor, t: Tensor) -> Tensor:
+        return listwise_cross_entropy(s, z, t[:1, :1].expand_as(t) if common else t)
+
+    ours = run(op, scores, labels, temperature, upstream)
+    same = run(op, scores, labels, temperature.to(scores.dtype), upstream)
+    for name in ("loss", "scores", "labels"):
+        assert torch.equal(ours[name], same[name])
+    torch.testing.assert_close(ours["temperature"], same["temperature"].to(dtype), rtol=0.02, atol=0.02)
 
 
 def test_integer_labels_are_weights_like_any_other() -> None:

@@ -47,7 +47,7 @@ def forward(
     peak = scores.new_full((batch, shared), -1, dtype=torch.int64)
     if nothing:
         return loss, peak, mass, logp
-    valid, rate = existing(mask), _rate(temperature)
+    valid, rate = existing(mask), _rate(temperature, dtype)
     # What shows which rows may be confident; `log_softmax` of two finite items needs no help.
     exact = valid is not None or size >= _LONG
     hint = None if size == 2 else scores.new_empty((batch, shared), dtype=dtype)
@@ -134,7 +134,7 @@ def _do_again(
     # One row is one softmax: list `item` with all objectives, or with objective `which` where temperatures differ.
     item, which = row // shared, slice(None) if shared == 1 else row % shared
     some = _part(valid, item)
-    rate = None if rate is None else rate if is_number(rate) else rate.reshape(-1, 1)[row]
+    rate = None if rate is None else rate if _is_one(rate) else rate.reshape(-1, 1)[row]
     logits = _logits(scores[item], rate, some, logp.dtype, careful=True)
     first = logits.max(-1, keepdim=True).indices
     rest = row_sum(logits.exp().scatter_(-1, first, 0))[..., None]
@@ -156,9 +156,21 @@ def _labels(labels: Tensor, valid: Tensor | None, dtype: torch.dtype) -> Tensor:
     return labels if valid is None else labels.masked_fill(~valid[:, None], 0)
 
 
-def _rate(temperature: Tensor) -> Tensor | None:
-    """Return the temperature, None where it is 1 throughout."""
-    return None if is_number(temperature) and float(temperature[0, 0]) == 1 else temperature
+def _rate(temperature: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Return the temperature in the dtype of the arithmetic, None where it is 1 throughout."""
+    return None if _is_one(temperature) and float(temperature[0, 0]) == 1 else _in(dtype, temperature)
+
+
+def _is_one(temperature: Tensor) -> bool:
+    """Say whether one number is the temperature of all lists; (B, m) has a softmax an objective all the same."""
+    return temperature.shape[1] == 1 and is_number(temperature)
+
+
+def _in(dtype: torch.dtype, temperature: Tensor) -> Tensor:
+    """Return the temperature in the dtype of the arithmetic; one number for all stays one number in memory."""
+    if temperature.dtype == dtype or not _is_one(temperature):
+        return temperature.to(dtype)
+    return temperature[:1, :1].to(dtype).expand_as(temperature)
 
 
 def _logits(
@@ -174,7 +186,7 @@ def _logits(
     if rate is None and not careful:
         return scores if valid is None else scores.masked_fill(~valid[:, None], lowest)
     if rate is not None:
-        rate = rate[0, 0] if is_number(rate) else rate[:, :, None]
+        rate = rate[0, 0] if _is_one(rate) else rate[:, :, None]
         if bool((rate < 0).any()):
             scores, rate = scores * rate.sign() + 0.0, rate.abs()
     if valid is not None:
@@ -230,7 +242,7 @@ def backward(
         s = s if mask is None else s.masked_fill(~mask, -torch.inf)
         away = s - s.amax(-1, keepdim=True) if size else s  # du sums to 0, so the origin of the scores is free
         dtemperature = torch.where(du == 0, 0, du * away[:, None]).sum(-1)
-    dscores = _times_temperature(du, temperature) if need_scores else du.new_empty(0)
+    dscores = _times_temperature(du, _in(dtype, temperature)) if need_scores else du.new_empty(0)
     return dscores.to(scores.dtype), dlabels, dtemperature.to(temperature.dtype)
 
 
@@ -239,7 +251,7 @@ def _times_temperature(du: Tensor, temperature: Tensor) -> Tensor:
     if du.shape[1] > 1:
         return merge(temperature, du)
     du = du[:, 0]
-    if is_number(temperature):
+    if _is_one(temperature):
         return du if float(temperature[0, 0]) == 1 else du.mul_(temperature[0, 0])
     return du.mul_(temperature)
 
