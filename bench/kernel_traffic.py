@@ -90,6 +90,17 @@ def _objectives(a: Arguments) -> int:
 LISTNET = ("loss", "peak", "rest", "mass", "others")
 RANKING = ("loss", "gradient", "temperature_gradient")
 
+FLAGS = Kernel(
+    turns=None,
+    elements={
+        "flag": lambda a: a.rows,
+        **_none(
+            "hidden", "weight", "bias", "pivot", "shift", "temperature", "stored", "stored_moment", "partial",
+            "partial_others", "partial_moment1", "partial_moment2", "others", "moment1", "moment2",
+        ),
+    },
+)  # fmt: skip
+
 KERNELS: dict[str, Kernel] = {
     # One pass over the logits; of the head itself nothing is read.
     "linear_logprob.exp_kernel": Kernel(
@@ -116,27 +127,10 @@ KERNELS: dict[str, Kernel] = {
             "temperature": lambda a: a.column.numel(),
         },
     ),
-    # Without a flagged row, which is the rule, it reads the flags.
-    "linear_logprob_flagged.redo_kernel": Kernel(
-        turns=None,
-        elements={
-            "flag": lambda a: a.rows,
-            **_none(
-                "hidden",
-                "weight",
-                "bias",
-                "pivot",
-                "shift",
-                "temperature",
-                "count",
-                "stored",
-                "stored_moment",
-                "others",
-                "moment1",
-                "moment2",
-            ),
-        },
-    ),
+    # Without a flagged row, which is the rule, they read the flags.
+    "linear_logprob_flagged.redo_top_kernel": FLAGS,
+    "linear_logprob_flagged.redo_sum_kernel": FLAGS,
+    "linear_logprob_flagged.redo_merge_kernel": FLAGS,
     "linear_logprob.combine_kernel": Kernel(
         written=("out",),
         elements={

@@ -8,8 +8,8 @@ of logits. For a row n with pivot q and shift s the pass turns a = <h, W_v> into
 
 adds e, e (u - s) and e (u - s)^2 up per row, and stores e, or e f with f = 1 - tanh^2 under a softcap, in the dtype of
 the next product. No maximum is needed, because s is known beforehand: the logit of the row's target. Where other
-tokens together are more than `LIMIT` times likelier than the target, the row is *flagged*, and `redo_kernel` computes
-it again with its true maximum before anything else reads it.
+tokens together are more than `LIMIT` times likelier than the target, the row is *flagged*, and the kernels of
+`linear_logprob_flagged` compute it again with its true maximum before anything else reads it.
 
 One program owns a row, columns are added in a fixed order: the same bits at every run, no atomics. The pass must cost
 few instructions to stay small beside the product (about 10 an element are 3 % of it at H = 4096 on an H100): lanes keep

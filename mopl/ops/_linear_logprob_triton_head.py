@@ -141,15 +141,27 @@ class Head:
         bent: bool = False,
     ) -> None:
         """Compute the flagged ones among some rows again, with their largest logit as shift."""
-        many = rows.stop - rows.start
-        moment1, moment2 = sums.optional()
-        programs = min(many, 4 if INTERPRETED else 1024)
-        flagged_kernels.redo_kernel[(programs,)](
-            self.hidden, self.weight, self.bias, self.pivot, self.shift, self.temperature, self.count, stored,
-            stored_moment, sums.others, moment1, moment2, sums.flag, rows.start, many, self.size, self.vocabulary,
-            self.hidden.stride(0), self.weight.stride(0), 0 if stored is None else stored.stride(0),
-            SOFTCAP=self.softcap, LOGIT_SCALE=self.logit_scale, BENT=bent,
-            **flagged_kernels.redo_tile(self.dtype.itemsize),
+        many, first = rows.stop - rows.start, rows.start
+        size, vocabulary, itemsize = self.size, self.vocabulary, self.dtype.itemsize
+        part = flagged_kernels.part_of(vocabulary, itemsize)
+        parts, slots = -(-vocabulary // part), -(-many // flagged_kernels.ROWS)
+        tile, merge = flagged_kernels.redo_tile(itemsize), flagged_kernels.merge_tile(parts)
+        partial = self.shift.new_empty(2 + sums.moments, parts, many).unbind()
+        top, sums_of_parts = partial[0], (*partial[1:], None, None)[:3]
+        head = {"SOFTCAP": self.softcap, "LOGIT_SCALE": self.logit_scale}
+        operands = (self.hidden, self.weight, self.bias, self.pivot)
+        strides = (self.hidden.stride(0), self.weight.stride(0))
+        flagged_kernels.redo_top_kernel[(slots, parts)](
+            *operands, sums.flag, top, first, many, size, vocabulary, part, *strides, **head, **tile
+        )
+        flagged_kernels.redo_sum_kernel[(slots, parts)](
+            *operands, self.temperature, sums.flag, top, stored, stored_moment, *sums_of_parts, first, many, size,
+            vocabulary, part, parts, *strides, 0 if stored is None else stored.stride(0), **head, BENT=bent,
+            PARTS=merge["PARTS"], **tile,
+        )  # fmt: skip
+        flagged_kernels.redo_merge_kernel[(slots,)](
+            self.temperature, sums.flag, top, *sums_of_parts, self.shift, sums.others, *sums.optional(), first, many,
+            parts, **head, **merge,
         )  # fmt: skip
 
     def fused(self, sums: Sums, tiles: dict[str, int]) -> None:

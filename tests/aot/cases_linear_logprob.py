@@ -93,22 +93,42 @@ def _exp(
 def _redo(
     operand: str, stored: str | None, moments: int = 0, softcap: float = 0.0, bent: bool = False, bias: bool = False,
     **more,
-) -> Case:  # fmt: skip
-    tile = flagged.redo_tile(8 if operand == "fp64" else 4)
-    types = {"hidden": f"*{operand}", "weight": f"*{operand}"} | _sums(operand, stored, moments, bent, bias)
-    types |= dict.fromkeys(("size", "vocabulary", "hidden_stride", "weight_stride"), "i32")
-    return _case(
-        f"redo {operand}{f' keep {stored}' if stored else ''} moments={moments}{' softcap' * bool(softcap)}"
-        f"{' bias' * bias}",
-        flagged.redo_kernel,
-        types,
-        {"SOFTCAP": softcap, "LOGIT_SCALE": 0.5 if bias else 1.0, "BENT": bent},
-        tile,
-        divisible=("size", "vocabulary", "hidden_stride", "weight_stride", "stored_stride"),
-        wide=("weight",),
-        elements=tile["BV"] * tile["BH"],
-        **more,
+) -> list[Case]:  # fmt: skip
+    exact, tile = _arithmetic(operand), flagged.redo_tile(8 if operand == "fp64" else 4)
+    merge = flagged.merge_tile(flagged.PARTS)
+    name = (
+        f"{operand}{f' keep {stored}' if stored else ''} moments={moments}{' softcap' * bool(softcap)}{' bias' * bias}"
     )
+    constants = {"SOFTCAP": softcap, "LOGIT_SCALE": 0.5 if bias else 1.0}
+    known = _sums(operand, stored, moments, bent, bias)
+    rows = {"temperature": exact, "flag": "*i8", "partial": exact}
+    partial = {f"partial_{sums}": known[sums] for sums in ("others", "moment1", "moment2")}
+    heads = {"hidden": f"*{operand}", "weight": f"*{operand}", "bias": f"*{operand}" if bias else None, "pivot": "*i64"}
+    sizes = ("first_row", "rows", "size", "vocabulary", "part", "hidden_stride", "weight_stride")
+    divisible = ("size", "vocabulary", "part", "hidden_stride", "weight_stride")
+    top = {**heads, "flag": "*i8", "partial": exact, **dict.fromkeys(sizes, "i32")}
+    sums = {**heads, **rows, **{part: known[part] for part in ("stored", "stored_moment")}, **partial}
+    sums |= dict.fromkeys((*sizes, "parts", "stored_stride"), "i32")
+    merged = {**rows, **partial, **{part: known[part] for part in ("shift", "others", "moment1", "moment2")}}
+    merged |= dict.fromkeys(("first_row", "rows", "parts"), "i32")
+    products = {"wide": ("weight",), "elements": tile["BV"] * tile["BH"], **more}
+    cases = [
+        _case(
+            f"redo {name}",
+            flagged.redo_sum_kernel,
+            sums,
+            constants | {"BENT": bent, "PARTS": merge["PARTS"]},
+            tile,
+            divisible=(*divisible, "stored_stride"),
+            **products,
+        )
+    ]
+    if stored != operand or moments or bias:
+        cases += [
+            _case(f"redo top {name}", flagged.redo_top_kernel, top, constants, tile, divisible=divisible, **products),
+            _case(f"redo merge {name}", flagged.redo_merge_kernel, merged, constants, merge),
+        ]
+    return cases
 
 
 def _combine(operand: str, out: str, size: int, moment: bool = False, shared: bool = False) -> Case:
@@ -227,14 +247,13 @@ def cases() -> list[Case]:
         _exp("bf16", stored="bf16", moments=2, softcap=30.0, bent=True, bias=True),
         _exp("fp32", stored="fp32", moments=1, bent=True, bias=True),
         _exp("fp64", stored="fp64", moments=2, softcap=30.0, bent=True, bias=True),
-        _redo("bf16", None),
-        _redo("bf16", "bf16"),
-        # Four registers in a kernel that works on the rare rows whose token was next to impossible.
-        _redo("fp16", "fp16", moments=1, bent=True, bias=True, may_spill=("sm_90", "sm_100")),
-        _redo("fp32", "fp32", moments=1, bent=True, bias=True, may_spill=("sm_90", "sm_100")),
-        _redo("bf16", "bf16", moments=2, softcap=30.0, bent=True),
-        _redo("bf16", "bf16", bias=True),
-        _redo("fp64", "fp64", moments=2, softcap=30.0, bent=True, bias=True),
+        *_redo("bf16", None),
+        *_redo("bf16", "bf16"),
+        *_redo("fp16", "fp16", moments=1, bent=True, bias=True),
+        *_redo("fp32", "fp32", moments=1, bent=True, bias=True),
+        *_redo("bf16", "bf16", moments=2, softcap=30.0, bent=True),
+        *_redo("bf16", "bf16", bias=True),
+        *_redo("fp64", "fp64", moments=2, softcap=30.0, bent=True, bias=True),
         _combine("bf16", "bf16", 4096),
         _combine("fp16", "fp32", 4096),
         _combine("fp16", "fp16", 4096),

@@ -25,8 +25,6 @@ def _case(
     types |= {"scores": f"*{scores}", "labels": f"*{labels}", "mask": "*i1", "peak": "*i64"}
     types |= {name: f"*{dtype}" for name in ("temperature", "loss", "rest", "mass", "others")}
     constants = {"M": objectives, "COMMON": common, "NORMALIZE": normalize}
-    # The last stride of what is contiguous is 1, and so is the first where there is one column.
-    constants |= {"temperature_objective_stride": 1} | ({"temperature_stride": 1} if common or objectives == 1 else {})
     if direction == "forward":
         kernel = kernels.forward_kernel
         if items > kernels.registers_limit(itemsize):
@@ -36,7 +34,6 @@ def _case(
         kernel, tile = kernels.backward_kernel, kernels.backward_tile(items)
         types |= {"grad_loss": f"*{dtype}", "dscores": f"*{scores}", "dtemperature": f"*{dtype}"}
         types |= {"grad_stride": "i32", "grad_objective_stride": "i32"}
-        constants |= {"grad_objective_stride": 1} | ({"grad_stride": 1} if objectives == 1 else {})
         if labels == "i64":
             constants["dlabels"] = None
         else:

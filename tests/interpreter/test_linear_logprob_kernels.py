@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mopl.kernels import linear_logprob_flagged as flagged
 from mopl.ops import _linear_logprob_choice as choice
 from mopl.ops.linear_logprob import linear_logprob
 
@@ -242,6 +243,24 @@ def test_an_unchecked_target_past_the_vocabulary_gives_nan_in_its_row_alone(
     if needs:
         (gradient,) = torch.autograd.grad(value.sum(), ours["hidden"])
         assert gradient[wild].isnan().all() and not gradient[others].isnan().any()
+
+
+def test_many_flagged_rows_in_several_programs_and_parts_of_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flagged, "ROWS", 4)
+    monkeypatch.setattr(flagged, "PARTS", 3)
+    p = problem(rows=10, vocabulary=200)
+    assert -(-200 // flagged.part_of(200, 4)) > 1
+    likely = (p["target"].clamp(min=0) + torch.tensor([150, 3])[torch.arange(10) % 2]) % 200
+    strong = 200 * p["weight"][likely] / p["weight"][likely].square().sum(1, keepdim=True)
+    p["hidden"] = torch.where(torch.arange(10)[:, None] % 3 != 1, strong, p["hidden"].nan_to_num())
+    given = p["hidden"], p["weight"], p["target"]
+    results = linear_logprob(*given, return_logsumexp=True, return_entropy=True)
+    again = linear_logprob(*given, return_logsumexp=True, return_entropy=True)
+    exact = reference(p["hidden"].double(), p["weight"].double(), None, p["target"], torch.ones(10).double())
+    assert int((exact[0] < -90).sum()) >= 4
+    for found, same, truth in zip(results, again, exact, strict=True):
+        assert torch.equal(found, same)
+        torch.testing.assert_close(found.double(), truth, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("shared", [False, True])
