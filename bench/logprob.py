@@ -34,6 +34,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bench import goals
 from bench.limits import rates, times_of
 from bench.logprob_peers import HEAD_MODES, HEADS, Peer, Run, float32_head, peers
 from bench.logprob_problems import exactly, logits_problem, problem, products, relative
@@ -42,7 +43,6 @@ from mopl.ops._backend import INTERPRETED
 
 PRODUCTS = {"forward": 2, "frozen": 4, "trained": 6}  # N V H multiply-adds, two FLOP each
 BYTES = {"gathered-forward": 2, "gathered": 6}  # a bf16 logit: read; read twice and written once
-GOAL_SHARE = {"forward": 0.88, "frozen": 0.92, "trained": 0.92, "gathered": 0.9}
 # Times of those who give a log-probability per token, over mopl's.
 GOAL_RATIO = (("frozen", 1.8), ("trained", 1.25))
 RIVALS = ("TRL chunked", "Liger scaled CE")
@@ -248,7 +248,7 @@ def complete(report: Report) -> None:
         if mopl and "ms" in mopl:
             row["x mopl"] = row["ms"] / mopl["ms"]
     report.targets.clear()
-    for mode, wanted in GOAL_SHARE.items():
+    for mode, wanted in goals.SHARE.items():
         goal = report.find(f"{mode} {SIZES[mode][0]}", "mopl")
         if ON_GPU and goal and "share" in goal:
             report.target(f"{mode} {SIZES[mode][0]}", SHARE, wanted, goal["share"])

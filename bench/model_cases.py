@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bench import goals
 from mopl.ops import gathered_logprob, linear_kl, linear_logprob, listwise_cross_entropy, plackett_luce_nll
 
 Step = Callable[[], object]
@@ -102,8 +103,10 @@ def _head_step(s: Sizes, mode: str, device: torch.device, extra: str = "", **opt
 def _head_cases(s: Sizes) -> Iterator[Case]:
     product = 2 * s.rows * s.vocabulary * s.hidden
     base = {
-        "scoring": (1, dict(share=0.88)), "frozen": (2, dict(ms=47.5)), "trained": (3, {}),
-    }  # fmt: skip
+        "scoring": (1, dict(share=goals.SHARE["forward"])),
+        "frozen": (2, dict(ms=goals.H200_MS["frozen"])),
+        "trained": (3, {}),
+    }
     for mode, (products, goal) in base.items():
         for extra in ("", "mask", "entropy", "softcap", "bias", "4 targets a row"):
             name = f"{mode}{', ' * bool(extra)}{extra}"
@@ -112,7 +115,10 @@ def _head_cases(s: Sizes) -> Iterator[Case]:
                 return _head_step(s, mode, device, extra)
 
             yield Case("linear_logprob", name, make, products * product, **(goal if not extra else {}))
-    for name, workspace, goal in (("all rows kept", 2 * s.rows * s.vocabulary, 71.0), ("2 GiB", 2 * GIB, None)):
+    all_rows = 2 * s.rows * s.vocabulary
+    for name, workspace, goal in (
+        ("all rows kept", all_rows, goals.H200_MS["trained"]), ("2 GiB", 2 * GIB, None),
+    ):  # fmt: skip
 
         def kept(device: torch.device, workspace: int = workspace) -> Step:
             return _head_step(s, "trained", device, workspace=workspace)
@@ -153,7 +159,7 @@ def _gathered_cases(s: Sizes) -> Iterator[Case]:
             def make(device: torch.device, backward: bool = backward, extra: str = extra) -> Step:
                 return _gathered_step(s, device, backward, extra)
 
-            goal = {"ms": 3.85} if backward and not extra else {}
+            goal = {"ms": goals.H200_MS["gathered"]} if backward and not extra else {}
             yield Case("gathered_logprob", name, make, bytes=once * (3 if backward else 1), **goal)
 
 

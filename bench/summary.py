@@ -11,10 +11,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from bench.device_stages import STAGES
+from bench.goals import H200_MS
 
-GOAL_MS = {  # on an H200 ; as shares of the limit in bench/logprob.py, so that they hold on other cards
-    "forward": None, "frozen": 47.5, "trained": 71.0, "gathered": 3.85,
-}  # fmt: skip
 WORDS = {
     "forward": "scoring", "frozen": "frozen head", "trained": "trained head", "gathered": "from logits, both passes",
     "gathered-forward": "from logits, forward",
@@ -69,7 +67,7 @@ def goals(found: dict[str, dict]) -> list[str]:
             row, again = rows[target["size"], "mopl"], rows.get((target["size"], "mopl, again"), {})
             drift = f", again {again['ms']:.2f}" if "ms" in again else ""
             wanted = f"≥ {target['at least']:.2f} of the limit"
-            wanted += f"; {GOAL_MS[mode]} ms on an H200" if GOAL_MS[mode] else ""
+            wanted += f"; {H200_MS[mode]} ms on an H200" if mode in H200_MS else ""
             measured = f"{target['measured']:.3f}; {row['ms']:.2f} ms{drift}"
             lines.append([f"{WORDS[mode]}, {size} ({stage})", wanted, measured, met])
     for loss, peers in {"plackett-luce": "logcumsumexp", "listnet": "log_softmax"}.items():
