@@ -28,7 +28,7 @@ def backward(
     position: Tensor, coefficient: Tensor, cache: Tensor | None, keep_rows: int, need_hidden: bool,
     need_weight: bool, need_bias: bool, dtype: torch.dtype, plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the products with the gradient of the logits; see the CPU twin. `plan` is for who measures several."""
+    """Return the products with the gradient of the logits; see the CPU twin. `plan` replaces the chosen one."""
     rows, (vocabulary, size) = hidden.shape[0], weight.shape
     plain = gamma is None and not softcap
     plan = plan or choice.plan_for(hidden, weight, "trained", softcap > 0, buffers=1 if plain else 2)

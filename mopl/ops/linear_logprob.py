@@ -40,11 +40,10 @@ the pivot it is g_q (1 - p_q) - p_q (G - g_q) - h p_q (log p_q + H). See `logit_
 
 The temperature's gradient needs no pass over the vocabulary: see `temperature_gradient`.
 
-**Memory** on a GPU, beside operands and results: one tile of logits in the compute dtype, at most 128 MiB (four times
-that if `tune` found it faster). Gradients of a frozen head, or of rows that are not kept, need the exponentials of a
-chunk of rows over the whole vocabulary: 1 GiB for 4224 bf16 rows and V = 128256, in all at most a 64th of the GPU's
-memory. A trained head has the kept exponentials (`workspace`), and its gradient is summed in float32 (V, H) and then
-rounded. See `_head_plan`.
+**Memory** on a GPU, beside operands and results: a tile of logits in the compute dtype, at most 128 MiB (512 if `tune`
+found that faster); for a frozen head's gradients, or rows that are not kept, the exponentials of a chunk of rows over
+the whole vocabulary, 1 GiB for 4224 bf16 rows and V = 128256 and at most a 64th of the GPU's memory; for a trained
+head the kept exponentials (`workspace`) and its gradient in float32 (V, H). See `_head_plan`.
 
 **Backends.** `_linear_logprob_cpu` and `linear_logprob_triton` have the same four functions with the same arguments:
 `target_logits`, `accumulate`, `combine`, `backward`. Rows that do not count never reach them (`select`): on a CPU by
@@ -151,10 +150,9 @@ def linear_logprob(
         workspace: bytes that may be kept between forward and backward to spare a trainable head the second
             computation of its logits. On a CPU at most half of the rows are kept. None: 2 GiB on a CPU; on a GPU a
             32nd of its memory (4.4 GiB on an H200, where 16384 bf16 rows of a vocabulary of 128256 take 3.9 GiB), or
-            half of what is unused at that moment if that is less. Gradients of rows that are kept and of rows that
-            are computed again may differ in their last bits, so where memory is short, runs repeat bit by bit only
-            with a number here, or with `torch.use_deterministic_algorithms(True)`, under which, as in compiled code,
-            what is unused is not asked for.
+            half of what is unused at that moment if that is less. How much is kept can change the last bits of
+            gradients: for runs that repeat bit by bit where memory is short, pass a number or call
+            `torch.use_deterministic_algorithms(True)`; it, compiled code and graph capture take the 32nd as it is.
         max_rows: an upper bound, known on the host, on the number of rows that count. On a GPU, where counting them
             would cost a synchronisation, rows beyond it are not computed; should more rows count, theirs are NaN. On
             a CPU more rows are an error.
