@@ -5,9 +5,9 @@ python -m bench.limits [OUT.json]
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 
@@ -92,12 +92,15 @@ def main() -> None:
     from bench.measuring import about
     from mopl._files import write_file
 
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", nargs="?", metavar="OUT.json", help="file to write")
+    out = parser.parse_args().out
     copy, product = rates()
     result = {**about(), "bytes_per_second": copy, "flop_per_second": product}
     print(json.dumps(result, indent=1))
     print(f"copy {copy / 1e12:.3f} TB/s, product {product / 1e12:.1f} TFLOP/s")
-    if len(sys.argv) > 1:
-        write_file(sys.argv[1], json.dumps(result, indent=1) + "\n")
+    if out:
+        write_file(out, json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
