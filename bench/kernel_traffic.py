@@ -163,7 +163,7 @@ KERNELS: dict[str, Kernel] = {
         written=("grad",),
         elements={"entropy": lambda a: 0 if a.grad_entropy is None else a.entropy.numel()},
     ),
-    "listnet.forward_kernel": Kernel(turns=_objectives, written=LISTNET),
+    "listnet.forward_kernel": Kernel(turns=_objectives, written=("loss",)),
     "listnet.forward_loop_kernel": Kernel(turns=_blocks("items", "BLOCK"), written=LISTNET),
     "listnet.backward_kernel": Kernel(
         turns=_objectives,

@@ -5,10 +5,12 @@ settled here. First, distances are taken between scores before they are multipli
 of close floats is exact, so a common offset of all scores costs no digits. Second, the *key* of an item is its score,
 or minus its score where the temperature is negative, so that the peak is the largest key for either sign.
 
-Forward has two kernels: whole lists in registers (several short ones a program), and a loop over blocks of one list
-for any length. Given the saved statistics, backward is elementwise but for the gradient of the temperature, so one
-kernel with a program for every block of items serves all lengths; partial sums of that gradient go to separate slots
-and are added afterwards in a fixed order.
+Forward has two kernels: whole lists in registers (several short ones a program), which leaves nothing but the loss,
+and a loop over blocks of one list for any length, which saves statistics. Backward computes those of a list that it
+holds in registers again: it reads scores and labels anyway, and of short lists the statistics would be more bytes than
+the difference to any other implementation. Given saved ones it is elementwise but for the gradient of the temperature,
+so a program for every block of items serves all lengths; partial sums of that gradient go to separate slots and are
+added afterwards in a fixed order.
 """
 
 import triton
@@ -16,30 +18,41 @@ import triton.language as tl
 
 from ._math import log1p
 
-TILE = (
-    512  # items a program holds where lists are short: more registers a thread would leave too few warps to hide loads
-)
+# Items that a program holds where lists are short.
+TILE = 512
 
 
 def registers_limit(itemsize: int) -> int:
-    """Return the longest list that one program holds in registers, for arithmetic in `itemsize` bytes."""
-    return 8192 if itemsize == 4 else 4096
+    """Return the longest list that one program holds in registers, for arithmetic in `itemsize` bytes.
+
+    Backward would spill registers for lists twice as long (Triton 3.6 for sm_90).
+    """
+    return 4096 if itemsize == 4 else 2048
+
+
+def _tile(block: int, items_a_warp: int) -> dict[str, int]:
+    """Return LISTS, BLOCK and num_warps.
+
+    With fewer items a warp, more instructions would be those of a program and not of an item, and more lists would be
+    added up across warps: with four times as many warps, lists of 256 items issue 1.4 times as many instructions on
+    sm_90. With more items, too few warps would fit to hide loads.
+    """
+    # Past 16 bytes a lane the warps of a program would share each list.
+    lists = (TILE if block <= 128 else max(block, items_a_warp)) // block
+    return {"LISTS": lists, "BLOCK": block, "num_warps": min(max(lists * block // items_a_warp, 1), 16)}
 
 
 def forward_tile(items: int, itemsize: int) -> dict[str, int]:
     """Return LISTS, BLOCK and num_warps of `forward_kernel` (or of `forward_loop_kernel` past the register limit)."""
-    limit = registers_limit(itemsize)
-    if items > limit:
-        return {"LISTS": 1, "BLOCK": limit // 2, "num_warps": 8}
-    block = max(triton.next_power_of_2(items), 2)
-    warps = min(max(block * itemsize // 2048, 4), 16)
-    return {"LISTS": max(TILE // block, 1), "BLOCK": block, "num_warps": warps}
+    if items > registers_limit(itemsize):
+        return {"LISTS": 1, "BLOCK": 16384 // itemsize, "num_warps": 8}
+    return _tile(max(triton.next_power_of_2(items), 2), 2048 // itemsize)
 
 
-def backward_tile(items: int) -> dict[str, int]:
+def backward_tile(items: int, itemsize: int) -> dict[str, int]:
     """Return LISTS, BLOCK and num_warps of `backward_kernel`."""
-    block = min(max(triton.next_power_of_2(items), 2), TILE)
-    return {"LISTS": TILE // block, "BLOCK": block, "num_warps": 4}
+    whole = items <= registers_limit(itemsize)
+    return _tile(max(triton.next_power_of_2(items), 2) if whole else TILE, 1024 // itemsize)
 
 
 @triton.jit
@@ -75,14 +88,26 @@ def _label(z, NORMALIZE: tl.constexpr):
 
 
 @triton.jit
-def _peak(score, valid, item, rate, BLOCK: tl.constexpr):
-    """Return the peak (LISTS,), every item's distance below it and the sum of exp(-distance) over the other items."""
+def _peak(score, valid, rate):
+    """Return the peak's key (LISTS,), which items have it, every item's distance below it and the rest (LISTS,).
+
+    Where several items share the peak's key all are marked. Of the rest all but one count as what they are, 1; nothing
+    that depends on which one it is matters then, because the rest is not below 1.
+    """
     key = _as_key(score, rate[:, None])
     top = tl.max(tl.where(valid, key, float("-inf")), axis=1)
-    peak = tl.min(tl.where(valid & (key == top[:, None]), item[None, :], BLOCK), axis=1)
+    at_peak = valid & (key == top[:, None])
     distance = _distance(top[:, None], key, tl.abs(rate)[:, None])
-    rest = tl.sum(tl.where(valid & (item[None, :] != peak[:, None]), tl.exp(-distance), 0.0), axis=1)
-    return peak, distance, rest
+    ties = tl.sum(tl.where(at_peak, 1.0, 0.0), axis=1)
+    rest = tl.sum(tl.where(valid & (key != top[:, None]), tl.exp(-distance), 0.0), axis=1)
+    return top, at_peak, distance, rest + tl.where(ties > 1, ties - 1, 0.0)
+
+
+@triton.jit
+def _mass(z, at_peak):
+    """Return the sum of the labels (LISTS,), and of those off the peak."""
+    off_peak = tl.sum(tl.where(at_peak, 0.0, z), axis=1)
+    return off_peak + tl.sum(tl.where(at_peak, z, 0.0), axis=1), off_peak
 
 
 @triton.jit
@@ -101,11 +126,7 @@ def forward_kernel(
     labels,  # (B, M, K)
     temperature,  # (B, M), or (B, 1) if COMMON
     mask,  # (B, K) or None
-    loss,  # (B, M); the dtype of the arithmetic, as all below
-    peak,  # like temperature, int64
-    rest,  # like temperature
-    mass,  # (B, M)
-    others,  # (B, M)
+    loss,  # (B, M); the dtype of the arithmetic
     batch,
     items,
     scores_stride,
@@ -121,7 +142,7 @@ def forward_kernel(
     LISTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write the loss and the statistics of LISTS whole lists; ALIGN divides `items` and the strides between lists."""
+    """Write the loss of LISTS whole lists; ALIGN divides `items` and the strides between lists."""
     items, scores_stride = _aligned(items, ALIGN), _aligned(scores_stride, ALIGN)
     labels_stride, labels_objective_stride = _aligned(labels_stride, ALIGN), _aligned(labels_objective_stride, ALIGN)
     mask_stride = _aligned(mask_stride, ALIGN)
@@ -136,9 +157,7 @@ def forward_kernel(
 
     if COMMON:
         rate = tl.load(temperature + row * temperature_stride, mask=real, other=1).to(dtype)
-        top, distance, total = _peak(score, valid, item, rate, BLOCK)
-        tl.store(peak + row, tl.minimum(top, items - 1), mask=real)
-        tl.store(rest + row, total, mask=real)
+        _, _, distance, total = _peak(score, valid, rate)
 
     source = row * labels_stride
     source_temperature = row * temperature_stride
@@ -146,16 +165,10 @@ def forward_kernel(
     for _ in range(M):
         if not COMMON:
             rate = tl.load(temperature + source_temperature, mask=real, other=1).to(dtype)
-            top, distance, total = _peak(score, valid, item, rate, BLOCK)
-            tl.store(peak + target, tl.minimum(top, items - 1), mask=real)
-            tl.store(rest + target, total, mask=real)
+            _, _, distance, total = _peak(score, valid, rate)
         z = _label(tl.load(labels + source[:, None] + item[None, :], mask=valid, other=0).to(dtype), NORMALIZE)
-        off_peak = tl.sum(tl.where(item[None, :] != top[:, None], z, 0.0), axis=1)
-        whole = off_peak + tl.sum(tl.where(item[None, :] == top[:, None], z, 0.0), axis=1)
         spread = tl.sum(tl.where(z == 0, 0.0, z * distance), axis=1)
-        tl.store(loss + target, _loss(whole, total, spread, NORMALIZE), mask=real)
-        tl.store(mass + target, whole, mask=real)
-        tl.store(others + target, off_peak, mask=real)
+        tl.store(loss + target, _loss(tl.sum(z, axis=1), total, spread, NORMALIZE), mask=real)
         source += labels_objective_stride
         source_temperature += temperature_objective_stride
         target += 1
@@ -199,10 +212,10 @@ def forward_loop_kernel(
     temperature,
     mask,
     loss,
-    peak,
-    rest,
-    mass,
-    others,
+    peak,  # like temperature, int64
+    rest,  # like temperature, in the dtype of the loss; as mass and others
+    mass,  # (B, M)
+    others,  # (B, M)
     batch,
     items,
     scores_stride,
@@ -218,7 +231,7 @@ def forward_loop_kernel(
     LISTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Do what `forward_kernel` does for one list of any length, block by block; arguments as there."""
+    """Write loss and statistics of one list of any length, block by block; arguments as for `forward_kernel`."""
     tl.static_assert(LISTS == 1)
     items, scores_stride = _aligned(items, ALIGN), _aligned(scores_stride, ALIGN)
     labels_stride, labels_objective_stride = _aligned(labels_stride, ALIGN), _aligned(labels_objective_stride, ALIGN)
@@ -274,8 +287,8 @@ def backward_kernel(
     labels,  # (B, M, K)
     temperature,  # (B, M), or (B, 1) if COMMON
     mask,  # (B, K) or None
-    loss,  # (B, M); this and the next four as `forward_kernel` wrote them
-    peak,
+    loss,  # (B, M); as forward wrote it
+    peak,  # this and the next three as `forward_loop_kernel` wrote them; None: BLOCK holds the whole list
     rest,
     mass,
     others,
@@ -315,6 +328,10 @@ def backward_kernel(
         valid = valid & (tl.load(mask + row[:, None] * mask_stride + item[None, :], mask=valid, other=0) != 0)
     score = tl.load(scores + row[:, None] * scores_stride + item[None, :], mask=valid, other=0).to(dtype)
 
+    if COMMON and peak is None:
+        rate = tl.load(temperature + row * temperature_stride, mask=real, other=1).to(dtype)
+        top, at_peak, distance, total = _peak(score, valid, rate)
+
     dscore = tl.zeros((LISTS, BLOCK), dtype)
     dshared = tl.zeros((LISTS,), dtype)
     source = row * labels_stride
@@ -325,13 +342,23 @@ def backward_kernel(
     statistics = row if COMMON else target
     for _ in range(M):
         upstream = tl.load(grad_loss + source_grad, mask=real, other=0).to(dtype)
-        rate = tl.load(temperature + source_temperature, mask=real, other=1).to(dtype)
-        top = tl.load(peak + statistics, mask=real, other=0)
-        total = tl.load(rest + statistics, mask=real, other=0)
-        whole = tl.load(mass + target, mask=real, other=0)
-        aside = tl.load(others + target, mask=real, other=0)
-        top_score = tl.load(scores + row * scores_stride + top, mask=real, other=0).to(dtype)
         z = tl.load(labels + source[:, None] + item[None, :], mask=valid, other=0).to(dtype)
+        if peak is None:
+            if not COMMON:
+                rate = tl.load(temperature + source_temperature, mask=real, other=1).to(dtype)
+                top, at_peak, distance, total = _peak(score, valid, rate)
+            whole, aside = _mass(_label(z, NORMALIZE), at_peak)
+            top_score = _as_key(top, rate)
+        else:
+            rate = tl.load(temperature + source_temperature, mask=real, other=1).to(dtype)
+            top = tl.load(peak + statistics, mask=real, other=0)
+            total = tl.load(rest + statistics, mask=real, other=0)
+            whole = tl.load(mass + target, mask=real, other=0)
+            aside = tl.load(others + target, mask=real, other=0)
+            top_score = tl.load(scores + row * scores_stride + top, mask=real, other=0).to(dtype)
+            key = _as_key(score, rate[:, None])
+            distance = _distance(_as_key(top_score, rate)[:, None], key, tl.abs(rate)[:, None])
+            at_peak = item[None, :] == top[:, None]
 
         live = valid
         scale = whole
@@ -341,9 +368,6 @@ def backward_kernel(
             z = z / divisor[:, None]
             aside = aside / divisor
             scale = tl.where(whole != whole, whole, 1.0)
-        key = _as_key(score, rate[:, None])
-        distance = _distance(_as_key(top_score, rate)[:, None], key, tl.abs(rate)[:, None])
-        at_peak = item[None, :] == top[:, None]
         share = scale / (1 + total)
         # At the peak of a confident list the plain difference would cancel.
         du = share[:, None] * tl.exp(-distance) - z
@@ -352,7 +376,7 @@ def backward_kernel(
             dscore += tl.where(live, (upstream * rate)[:, None] * du, 0.0)
         if dtemperature is not None:
             # The item's distance from the peak's score stands for the score itself, because du sums to 0.
-            moves = live & (at_peak == 0) & (du != 0)
+            moves = live & (score != top_score[:, None]) & (du != 0)
             drate = upstream * tl.sum(tl.where(moves, du * (score - top_score[:, None]), 0.0), axis=1)
             if COMMON:
                 dshared += drate

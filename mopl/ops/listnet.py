@@ -21,7 +21,8 @@ and a positive label makes the loss +inf and keeps a finite gradient.
 
 Forward also gives what backward needs: `peak` and `rest` of the shape of `temperature`, (B, 1) where it is common to
 all objectives, so that one softmax serves them all; `mass` (B, m), the sum of the labels as given, and `others` (B, m),
-the part of it off the peak. The kernels compute the exponentials again in backward. On CPU, where memory is not the
+the part of it off the peak. The kernels compute the exponentials again in backward, and of lists that one program
+holds in registers these four too: they are empty then. On CPU, where memory is not the
 limit, log softmax itself is kept, (B, 1, K) or (B, m, K): the plain formula with torch's fused softmax serves all lists
 in which no item is likely, and only the others, *confident* lists, are done again as above. There `peak` is -1 for a
 list that is not confident, and `rest` and `others` are empty, as `logp` is with the kernels.
@@ -131,8 +132,12 @@ _listwise_cross_entropy = torch.library.custom_op("mopl::listwise_cross_entropy"
 @_listwise_cross_entropy.register_fake
 def _(scores, labels, temperature, mask, normalize):
     batch, objectives, size = labels.shape
-    shared = (batch, temperature.shape[1])
     kernels, dtype = use_triton(scores), compute_dtype(scores)
+    shared, own = (batch, temperature.shape[1]), (batch, objectives)
+    if kernels:
+        from mopl.ops.listnet_triton import statistics_shapes
+
+        shared, own = statistics_shapes(labels, temperature, dtype.itemsize)
 
     def new(shape, dtype=dtype):
         return scores.new_empty(shape, dtype=dtype)
@@ -141,8 +146,8 @@ def _(scores, labels, temperature, mask, normalize):
         new((batch, objectives)),
         new(shared, torch.int64),
         new(shared if kernels else (0,)),
-        new((batch, objectives)),
-        new((batch, objectives) if kernels else (0,)),
+        new(own),
+        new(own if kernels else (0,)),
         new((0,) if kernels else (*shared, size)),
     )
 

@@ -14,6 +14,17 @@ from mopl.kernels import listnet as kernels
 from mopl.ops._rows import rows_contiguous
 
 
+def statistics_shapes(labels: Tensor, temperature: Tensor, itemsize: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shape of peak and rest, and that of mass and others, which only lists beyond the registers have.
+
+    `itemsize` is that of the arithmetic.
+    """
+    batch, objectives, items = labels.shape
+    if items <= kernels.registers_limit(itemsize):
+        return (0,), (0,)
+    return (batch, temperature.shape[1]), (batch, objectives)
+
+
 def launch_forward(
     scores: Tensor,  # (B, K)
     labels: Tensor,  # (B, m, K)
@@ -21,22 +32,22 @@ def launch_forward(
     mask: Tensor | None,  # (B, K)
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return (loss, peak, rest, mass, others)."""
+    """Return (loss, peak, rest, mass, others); all but the loss are empty (0,) where backward computes them again."""
     batch, objectives, items = labels.shape
     loss = torch.empty((batch, objectives), dtype=compute_dtype(scores), device=scores.device)
-    mass, others = torch.empty_like(loss), torch.empty_like(loss)
-    rest = loss.new_empty(temperature.shape)
-    peak = torch.empty_like(rest, dtype=torch.int64)
+    shared, own = statistics_shapes(labels, temperature, loss.itemsize)
+    peak, rest = loss.new_empty(shared, dtype=torch.int64), loss.new_empty(shared)
+    mass, others = loss.new_empty(own), loss.new_empty(own)
     if batch == 0 or objectives == 0 or items == 0:
         return loss.zero_(), peak.zero_(), rest.zero_(), mass.zero_(), others.zero_()
     scores, labels, mask = map(rows_contiguous, (scores, labels, mask))
     tile = kernels.forward_tile(items, loss.itemsize)
-    kernel = kernels.forward_kernel
+    kernel, saved = kernels.forward_kernel, ()
     if items > kernels.registers_limit(loss.itemsize):
-        kernel = kernels.forward_loop_kernel
+        kernel, saved = kernels.forward_loop_kernel, (peak, rest, mass, others)
     with torch.cuda.device_of(scores):
         kernel[(triton.cdiv(batch, tile["LISTS"]),)](
-            scores, labels, temperature, mask, loss, peak, rest, mass, others, batch, items,
+            scores, labels, temperature, mask, loss, *saved, batch, items,
             scores.stride(0), labels.stride(0), labels.stride(1), temperature.stride(0), temperature.stride(1),
             0 if mask is None else mask.stride(0),
             M=objectives, COMMON=temperature.shape[1] == 1, NORMALIZE=normalize,
@@ -60,12 +71,13 @@ def launch_backward(
     if batch == 0 or objectives == 0 or items == 0:
         return dscores.zero_(), dlabels.zero_(), dtemperature.zero_()
     scores, labels, mask = map(rows_contiguous, (scores, labels, mask))
-    tile = kernels.backward_tile(items)
+    tile = kernels.backward_tile(items, loss.itemsize)
     blocks = triton.cdiv(items, tile["BLOCK"])
+    saved = (peak, rest, mass, others) if items > kernels.registers_limit(loss.itemsize) else (None,) * 4
     partial = loss.new_empty((blocks, *temperature.shape)) if need_temperature else None
     with torch.cuda.device_of(scores):
         kernels.backward_kernel[(triton.cdiv(batch, tile["LISTS"]) * blocks,)](
-            grad_loss, scores, labels, temperature, mask, loss, peak, rest, mass, others,
+            grad_loss, scores, labels, temperature, mask, loss, *saved,
             dscores if need_scores else None, dlabels if need_labels else None, partial, batch, items,
             grad_loss.stride(0), grad_loss.stride(1), scores.stride(0), labels.stride(0), labels.stride(1),
             temperature.stride(0), temperature.stride(1), 0 if mask is None else mask.stride(0),

@@ -22,17 +22,22 @@ def _case(
 ) -> Case:
     dtype, itemsize = ("fp64", 8) if scores == "fp64" else ("fp32", 4)
     types = {name: "i32" for name in ("batch", "items", *STRIDES, *SMALL_STRIDES)}
-    types |= {"scores": f"*{scores}", "labels": f"*{labels}", "mask": "*i1", "peak": "*i64"}
-    types |= {name: f"*{dtype}" for name in ("temperature", "loss", "rest", "mass", "others")}
+    types |= {"scores": f"*{scores}", "labels": f"*{labels}", "mask": "*i1"}
+    types |= {name: f"*{dtype}" for name in ("temperature", "loss")}
+    saved = {"peak": "*i64"} | {name: f"*{dtype}" for name in ("rest", "mass", "others")}
     constants = {"M": objectives, "COMMON": common, "NORMALIZE": normalize}
     if direction == "forward":
         kernel = kernels.forward_kernel
         if items > kernels.registers_limit(itemsize):
-            kernel = kernels.forward_loop_kernel
+            kernel, types = kernels.forward_loop_kernel, types | saved
         tile = kernels.forward_tile(items, itemsize)
     else:
-        kernel, tile = kernels.backward_kernel, kernels.backward_tile(items)
+        kernel, tile = kernels.backward_kernel, kernels.backward_tile(items, itemsize)
         types |= {"grad_loss": f"*{dtype}", "dscores": f"*{scores}", "dtemperature": f"*{dtype}"}
+        if items > kernels.registers_limit(itemsize):
+            types |= saved
+        else:
+            constants |= dict.fromkeys(saved)
         types |= {"grad_stride": "i32", "grad_objective_stride": "i32"}
         if labels == "i64":
             constants["dlabels"] = None
@@ -75,11 +80,15 @@ def cases() -> list[Case]:
         _case("forward", 2048, 1, scores="fp16", labels="bf16", normalize=False, masked=False),
         _case("backward", 2048, 1, masked=False),
         _case("forward", 1000, 1, masked=False),  # a multiple of 8 alone
-        _case("forward", 8192, **unequal),
-        _case("forward", 4096, **double),
+        _case("forward", 4096, **unequal),
+        _case("backward", 4096, **unequal),
+        _case("forward", 2048, **double),
         _case("forward", 20000, **unequal),
         _case("forward", 20000, 1, scores="bf16", labels="bf16", normalize=False, masked=False),
         _case("forward", 20000, 3, scores="fp16", labels="i64", targets=few),
         _case("forward", 20000, **double),
         _case("backward", 1000, **double),
+        _case("backward", 2048, **double),
+        _case("backward", 20000, **double),
+        _case("backward", 20000, 1, scores="bf16", labels="bf16", normalize=False, masked=False),
     ]

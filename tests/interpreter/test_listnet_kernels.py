@@ -205,6 +205,24 @@ def test_opcheck() -> None:
     torch.library.opcheck(_listwise_cross_entropy, (*leaves, problem.mask, True))
 
 
+@pytest.mark.parametrize("common", [True, False])
+def test_only_lists_beyond_the_registers_save_statistics(common: bool, path: str) -> None:
+    """Of short lists they would be more bytes than anything else that the ops move, but for scores and labels."""
+    problem = make(4, 2, 5, common=common)
+    _, *saved = _listwise_cross_entropy(problem.scores, problem.labels, problem.temperature, problem.mask, True)
+    shared, own = ((4, 1) if common else (4, 2)), (4, 2)
+    expected = [shared, shared, own, own] if path == "blocks of a list" else [(0,)] * 4
+    assert [tuple(x.shape) for x in saved] == [*expected, (0,)]
+
+
+@pytest.mark.parametrize("rate", [1.0, -1.0])
+def test_items_that_share_the_peak(rate: float, path: str) -> None:
+    scores = rate * torch.tensor([[3.0, 3.0, -40.0, 3.0], [2.0, 2.0, 2.0, 2.0], [-60.0, 5.0, 5.0, -1.0]])
+    labels = torch.tensor([[[1.0, 0.0, 2.0, 0.5]], [[0.0, 3.0, 0.0, 1.0]], [[0.0, 1.0, 1.0, 0.0]]])
+    problem = Problem(scores, labels, torch.full((3, 1), rate), None, torch.ones(3, 1, dtype=torch.float64), {})
+    check(listwise_cross_entropy, reference.listwise_cross_entropy, problem, with_labels=True)
+
+
 def test_compare_can_fail() -> None:
     problem = make(4, 2, 7, normalize=True)
     expected = results(reference.listwise_cross_entropy, in_float64(problem))
