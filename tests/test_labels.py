@@ -9,10 +9,19 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mopl import losses as mopl_losses
 from mopl import ops
-from mopl.losses import approx_ndcg, lambda_loss, listwise_dpo, normalize_labels, pairwise_logistic, plackett_luce
+from mopl.losses import (
+    approx_ndcg,
+    lambda_loss,
+    listwise_dpo,
+    normalize_labels,
+    pairwise_logistic,
+    plackett_luce,
+    presort,
+)
 
 SCORES = torch.randn(4, 5)
 ONES = torch.ones(4, 2)
@@ -206,3 +215,19 @@ def test_labels_that_only_float32_would_make_equal_are_a_pair(dtype: torch.dtype
         torch.cat([scores, scores[:, :1]], 1), torch.cat([large, large[..., :1] - 7], -1), mask=garbage, gain="linear"
     )
     assert torch.equal(padded, gained)
+
+
+def test_a_random_order_is_drawn_where_the_labels_are() -> None:
+    copied = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._to_copy.default and args[0].device.type == "cpu":
+                copied.append((kwargs or {}).get("device"))
+            return func(*args, **(kwargs or {}))
+
+    # Copying numbers that were drawn on the host waits for a GPU, and a CUDA graph cannot capture it.
+    labels = torch.zeros(2, 3, device="meta")
+    with Copies():
+        assert presort(labels, ties="random").device == labels.device
+    assert not copied

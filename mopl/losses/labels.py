@@ -129,7 +129,7 @@ def presort(
         labels: (B, K) or (B, m, K), higher is better.
         mask: (B, K), true where an item exists; other items come last.
         ties: keep the order of tied items as it is, or draw it at random.
-        generator: source of the random order.
+        generator: source of the random order; None: the default one of the labels' device.
 
     Returns:
         int32 indices of shape (B, m, K).
@@ -141,7 +141,9 @@ def presort(
         key = key.masked_fill(~mask[:, None, :], 0)
     shuffle = None
     if ties == "random":
-        noise = torch.rand(key.shape, generator=generator, device=None if generator is None else generator.device)
+        # Where the labels are: numbers drawn on the host would be copied to a GPU, which waits, and which a CUDA graph
+        # cannot capture.
+        noise = torch.rand(key.shape, generator=generator, device=key.device if generator is None else generator.device)
         shuffle = noise.to(key.device).argsort(dim=-1)
         key = key.gather(-1, shuffle)
     order = torch.argsort(key, dim=-1, descending=True, stable=True)
