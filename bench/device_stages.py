@@ -52,7 +52,7 @@ def _lists(name: str, what: str, seconds: int, *arguments: str) -> Stage:
     return Stage(f"lists{name}", what, seconds, ("-m", "bench.lists", *arguments, "--json", "{out}"), toy)
 
 
-LISTS, LOGPROB = "tests/test_gpu_list_kernels.py", "tests/test_gpu_logprob.py"
+GRAPHS, LISTS, LOGPROB = (f"tests/test_gpu_{name}.py" for name in ("graphs", "list_kernels", "logprob"))
 FEW = ("2", "8", "32", "128", "1024", "4096")  # lengths of lists where every length would take minutes
 OURS = ("--variants", "its products alone", "mopl")
 STAGES = (
@@ -61,7 +61,7 @@ STAGES = (
     _logprob("frozen", "the goal's size: a frozen head", 75, "frozen"),
     _logprob("trained", "the goal's size: a trained head", 80, "trained"),
     _logprob("gathered", "the goal's size: from logits", 80, "gathered", "gathered-forward"),
-    _tests("lists", "kernels of the list losses against float64", 120, "gpu and not huge", (LISTS,), WORKERS),
+    _tests("lists", "list losses against float64, CUDA graphs", 130, "gpu and not huge", (LISTS, GRAPHS), WORKERS),
     _tests("logprob", "log-probabilities against float64", 150, "gpu and not huge", (LOGPROB,), WORKERS),
     _tests("huge", "the tests that need most of the memory", 70, "gpu and huge", (LISTS, LOGPROB), ()),
     _lists("", "list losses, one objective, K = 2 to 4096", 150, "--no-compile"),

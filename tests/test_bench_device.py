@@ -19,7 +19,7 @@ from bench import device, lists, logprob, measuring
 from bench.device_stages import COMMAND_MINUTES, MUST, PEERS, STAGES, Stage, commands, plan
 from bench.summary import summary
 
-FILES = ("tests/test_gpu_list_kernels.py", "tests/test_gpu_logprob.py")
+FILES = ("tests/test_gpu_graphs.py", "tests/test_gpu_list_kernels.py", "tests/test_gpu_logprob.py")
 
 
 def command(*arguments: str, limit: float = 900, **environment: str) -> subprocess.CompletedProcess[str]:
