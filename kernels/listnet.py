@@ -157,7 +157,7 @@ def forward_kernel(
 
     if COMMON:
         rate = tl.load(temperature + row * temperature_stride, mask=real, other=1).to(dtype)
-        _, _, distance, total = _peak(score, valid, rate)
+        _top, _at_peak, distance, total = _peak(score, valid, rate)
 
     source = row * labels_stride
     source_temperature = row * temperature_stride
@@ -165,7 +165,7 @@ def forward_kernel(
     for _ in range(M):
         if not COMMON:
             rate = tl.load(temperature + source_temperature, mask=real, other=1).to(dtype)
-            _, _, distance, total = _peak(score, valid, rate)
+            _top, _at_peak, distance, total = _peak(score, valid, rate)
         z = _label(tl.load(labels + source[:, None] + item[None, :], mask=valid, other=0).to(dtype), NORMALIZE)
         spread = tl.sum(tl.where(z == 0, 0.0, z * distance), axis=1)
         tl.store(loss + target, _loss(tl.sum(z, axis=1), total, spread, NORMALIZE), mask=real)

@@ -22,10 +22,10 @@ and a positive label makes the loss +inf and keeps a finite gradient.
 Forward also gives what backward needs: `peak` and `rest` of the shape of `temperature`, (B, 1) where it is common to
 all objectives, so that one softmax serves them all; `mass` (B, m), the sum of the labels as given, and `others` (B, m),
 the part of it off the peak. The kernels compute the exponentials again in backward, and of lists that one program
-holds in registers these four too: they are empty then. On CPU, where memory is not the
-limit, log softmax itself is kept, (B, 1, K) or (B, m, K): the plain formula with torch's fused softmax serves all lists
-in which no item is likely, and only the others, *confident* lists, are done again as above. There `peak` is -1 for a
-list that is not confident, and `rest` and `others` are empty, as `logp` is with the kernels.
+holds in registers these four too: they are empty then. On CPU, where memory is not the limit, log softmax itself is
+kept, (B, 1, K) or (B, m, K): the plain formula with torch's fused softmax serves all lists in which no item is likely,
+and only the others, *confident* lists, are done again as above. There `peak` is -1 for a list that is not confident,
+and `rest` and `others` are empty, as `logp` is with the kernels.
 """
 
 from collections.abc import Callable
