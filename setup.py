@@ -13,7 +13,7 @@ setup(
     package_dir={"": "."},
     package_data={
         "mopl": ["py.typed"],
-        "mopl.alignment": ["demo_prompts.json"],
+        "mopl.language_models": ["demo_prompts.json"],
         "mopl.report": ["page.html", "page.css", "page.js"],
     },
 )

@@ -45,10 +45,10 @@ trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 
 from mopl._files import write_file
-from mopl.alignment.tokenization import ReadReport, TokenizedData, TokenizedList
 from mopl.conditioning import HyperPrompt, HyperPromptModel
 from mopl.integrations._data import Examples, examples_of
 from mopl.integrations.trl import MultiObjectiveDPOConfig, MultiObjectiveDPOTrainer
+from mopl.language_models.tokenization import ReadReport, TokenizedData, TokenizedList
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MODELS = {

@@ -1,7 +1,7 @@
 """What the examples train on, so that they run offline in seconds: a random model, a tokenizer, conflicting labels.
 
 For real models take `AutoModelForCausalLM.from_pretrained(...)`, `AutoTokenizer.from_pretrained(...)` and a data set of
-`mopl.alignment.readers.load_preferences(...)` in their places; nothing else in the examples changes.
+`mopl.language_models.readers.load_preferences(...)` in their places; nothing else in the examples changes.
 """
 
 import os

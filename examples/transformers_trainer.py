@@ -5,9 +5,9 @@ import tempfile
 import tiny
 from peft import LoraConfig, get_peft_model
 
-from mopl.alignment.readers import load_preferences
 from mopl.conditioning import HyperPrompt, HyperPromptModel
 from mopl.integrations.transformers import MultiObjectiveConfig, MultiObjectiveTrainer
+from mopl.language_models import load_preferences
 
 model = get_peft_model(tiny.model(), LoraConfig(r=4, target_modules="all-linear", exclude_modules="lm_head"))
 model = HyperPromptModel(model, HyperPrompt(objectives=2, virtual_tokens=4, rank=2, hidden=64))

@@ -15,12 +15,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from tiny_language_models import build, prompt, tokenizer
 
-from mopl.alignment.export import export
-from mopl.alignment.generate import generate
-from mopl.alignment.models import load_causal_lm, load_tokenizer
 from mopl.alignment.runs import open_run
 from mopl.cli import main
 from mopl.conditioning import HyperPromptModel
+from mopl.language_models.export import export
+from mopl.language_models.generate import generate
+from mopl.language_models.models import load_causal_lm, load_tokenizer
 from mopl.pareto import Front
 
 TARGETS = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}

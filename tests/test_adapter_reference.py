@@ -16,10 +16,10 @@ peft = pytest.importorskip("peft")
 sys.path.insert(0, str(Path(__file__).parent))  # the tests' own helpers
 from tiny_language_models import VOCABULARY, build
 
-from mopl.alignment.adapter_reference import FILE, OwnReference, checksum, starts_at_base
-from mopl.alignment.tokenization import ReadReport, TokenizedData, TokenizedList
 from mopl.conditioning import HyperPrompt, HyperPromptModel, LoraMixture, ParameterMixture
 from mopl.integrations.transformers import MultiObjectiveConfig, MultiObjectiveTrainer
+from mopl.language_models.adapter_reference import FILE, OwnReference, checksum, starts_at_base
+from mopl.language_models.tokenization import ReadReport, TokenizedData, TokenizedList
 
 EMPTY = ("lora", "rank-stabilised", "biases", "embeddings", "whole head")  # do nothing before they are trained
 OBJECTIVES = ("helpful", "harmless")

@@ -25,12 +25,12 @@ from launching import launch_mopl
 
 from mopl import steering
 from mopl.alignment import AlignConfig, align, command, config, open_run, score_sequences
-from mopl.alignment.models import read_state, trained_parameters
 from mopl.alignment.recipe import RunInterrupted
 from mopl.alignment.runs import load_samples, run_fronts
 from mopl.alignment.trained import model_folder
 from mopl.cli import build_parser, main
 from mopl.conditioning import HyperPromptModel
+from mopl.language_models.models import read_state, trained_parameters
 from mopl.pareto import Front
 from mopl.training import TrainingDiverged, read_log
 
@@ -307,7 +307,7 @@ def test_a_soup_is_the_average_of_the_trained_parameters(run):
 
 def test_front_json_is_what_the_loaded_model_gives_on_the_held_out_lists(run):
     from mopl.alignment.recipe import load_data
-    from mopl.alignment.tokenization import tokenize
+    from mopl.language_models.tokenization import tokenize
     from mopl.losses import listwise_dpo
 
     opened = open_run(run)

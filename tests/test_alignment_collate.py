@@ -13,12 +13,12 @@ tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 
 from mopl import reference
-from mopl.alignment.collate import ListCollator, by_objective, to_lists
-from mopl.alignment.data import DataError, PreferenceData, PreferenceList, RowError
-from mopl.alignment.head import fuse, score_sequences
-from mopl.alignment.readers import load_preferences
-from mopl.alignment.token_batches import FixedBatches, TokenBatches, batches_by_tokens
-from mopl.alignment.tokenization import ListTokenizer, TokenizedList, tokenize, truncate
+from mopl.language_models.collate import ListCollator, by_objective, to_lists
+from mopl.language_models.data import DataError, PreferenceData, PreferenceList, RowError
+from mopl.language_models.head import fuse, score_sequences
+from mopl.language_models.readers import load_preferences
+from mopl.language_models.token_batches import FixedBatches, TokenBatches, batches_by_tokens
+from mopl.language_models.tokenization import ListTokenizer, TokenizedList, tokenize, truncate
 from mopl.losses import pairwise_logistic
 
 CHATML = (

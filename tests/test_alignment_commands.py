@@ -16,9 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from tiny_language_models import build, lora, prompt, tokenizer
 
-from mopl.alignment.generate import generate
 from mopl.cli import build_parser, main
 from mopl.conditioning import HyperPromptModel, TuningRecord
+from mopl.language_models.generate import generate
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ import sys
 import numpy as np
 import pytest
 
-from mopl.alignment.data import DataError, PreferenceData, PreferenceList, RowError, concatenate
-from mopl.alignment.readers import FORMATS, detect_format, load_preferences
+from mopl.language_models.data import DataError, PreferenceData, PreferenceList, RowError, concatenate
+from mopl.language_models.readers import FORMATS, detect_format, load_preferences
 
 USER = {"role": "user", "content": "Why is the sky blue?"}
 GOOD = {"role": "assistant", "content": "Rayleigh scattering."}
@@ -514,7 +514,7 @@ def test_a_name_that_is_no_path_is_loaded_from_the_hub(monkeypatch):
         return datasets.Dataset.from_list([SAFE])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr("mopl.alignment.readers.find", lambda name, kind, cached: True)  # the hub has it
+    monkeypatch.setattr("mopl.language_models.readers.find", lambda name, kind, cached: True)  # the hub has it
     data = load_preferences("PKU-Alignment/PKU-SafeRLHF", split="test", config="alpaca-7b", revision="abc")
     assert data.objectives == ("helpful", "harmless") and data.name == "PKU-Alignment/PKU-SafeRLHF"
     assert asked == [("PKU-Alignment/PKU-SafeRLHF", {"name": "alpaca-7b", "split": "test", "revision": "abc"})]

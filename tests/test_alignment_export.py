@@ -16,10 +16,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from tiny_language_models import CHAT, PROMPTS, TEMPLATE, VOCABULARY, K, build, conditioned, lora, prompt, tokenizer
 
 from mopl.alignment import fuse, is_fused
-from mopl.alignment._export_tokenizer import check_saved, prepare_tokenizer
-from mopl.alignment.export import export
-from mopl.alignment.generate import generate
 from mopl.conditioning import HyperPromptModel, TextPrompt, TuningRecord
+from mopl.language_models._export_tokenizer import check_saved, prepare_tokenizer
+from mopl.language_models.export import export
+from mopl.language_models.generate import generate
 
 W = [0.7, 0.3]
 PAIR = TextPrompt(("helpful", "harmless"), template="[{weights}] ")

@@ -14,10 +14,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from tiny_language_models import CHAT, PROMPTS, WEIGHTS, build, conditioned, lora, prompt, tokenizer
 
 from mopl.alignment import fuse, is_fused
-from mopl.alignment.generate import generate
-from mopl.alignment.reference_mixture import Reference, ReferenceMixture
-from mopl.alignment.tokenization import ListTokenizer
 from mopl.conditioning import HyperPromptModel, TextPrompt, TuningRecord
+from mopl.language_models.generate import generate
+from mopl.language_models.reference_mixture import Reference, ReferenceMixture
+from mopl.language_models.tokenization import ListTokenizer
 
 NEW, EOS = 5, 2
 LONG = {"max_new_tokens": NEW, "min_new_tokens": NEW}

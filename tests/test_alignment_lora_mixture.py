@@ -15,12 +15,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from test_alignment_commands import base, make_run, printed  # noqa: F401  # base is a fixture
 from test_alignment_training import NAMES, conditioned, folder, settings, source, tokenized  # noqa: F401
 
-from mopl.alignment import models, open_run
-from mopl.alignment.collate import ListCollator
-from mopl.alignment.generate import generate
+from mopl.alignment import open_run
 from mopl.alignment.methods import ListScores, ResponseLoss, scalarized_loss, score_batch
 from mopl.alignment.reference import score_lists
 from mopl.conditioning import HyperPromptModel, LoraMixture
+from mopl.language_models import models
+from mopl.language_models.collate import ListCollator
+from mopl.language_models.generate import generate
 from mopl.training import make_accelerator
 
 MIXTURE = settings(conditioning="lora-mixture")

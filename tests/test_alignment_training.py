@@ -17,9 +17,7 @@ pytest.importorskip("accelerate")
 
 from mopl import steering
 from mopl._rows import check_rows
-from mopl.alignment import AlignConfig, align, models
-from mopl.alignment.collate import ListCollator
-from mopl.alignment.data import PreferenceData, PreferenceList
+from mopl.alignment import AlignConfig, align, tuned
 from mopl.alignment.evaluate import HeldOut, evaluation_of, ordered_pairs, reference_point
 from mopl.alignment.methods import (
     AlignSource,
@@ -31,8 +29,11 @@ from mopl.alignment.methods import (
 )
 from mopl.alignment.reference import CHUNK, ReferenceStore, score_lists
 from mopl.alignment.stages import TextConditioner, optimizer_of, response_loss
-from mopl.alignment.tokenization import TokenizedList
 from mopl.conditioning import HyperPromptModel
+from mopl.language_models import models
+from mopl.language_models.collate import ListCollator
+from mopl.language_models.data import PreferenceData, PreferenceList
+from mopl.language_models.tokenization import TokenizedList
 from mopl.losses import DPOLoss, listwise_dpo
 from mopl.ranking.methods import box_temperatures, dirichlet_weights, fixed
 from mopl.training import TrainingInterrupted, make_accelerator, train
@@ -135,7 +136,7 @@ def base(folder):
 
 def conditioned(base, config=None, *, temperature=False, stirred=True) -> HyperPromptModel:
     torch.manual_seed(3)
-    made = models.new_model(base, config or settings(), NAMES, conditioned=True, temperature=temperature)
+    made = tuned.new_model(base, config or settings(), NAMES, conditioned=True, temperature=temperature)
     if stirred:  # away from the start, where half of the gradients are zero
         with torch.no_grad():
             for parameter in made.parameters():
@@ -290,7 +291,7 @@ def test_packed_batches_give_the_padded_loss(base, loss):
 @pytest.mark.parametrize("conditioned", [True, False])
 def test_what_is_trained_is_float32_whatever_dtype_the_model_is_stored_in(folder, conditioning, conditioned):
     base = models.load_causal_lm(str(folder), dtype="bfloat16")
-    model = models.new_model(base, settings(conditioning=conditioning), NAMES, conditioned=conditioned)
+    model = tuned.new_model(base, settings(conditioning=conditioning), NAMES, conditioned=conditioned)
     trained = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
     assert trained == {torch.float32} and base.get_input_embeddings().weight.dtype == torch.bfloat16
 
@@ -300,7 +301,7 @@ def test_mo_dpo_trains_the_anchor_on_the_reward_of_equation_17(base):
     parts = [ListScores(lists, torch.randn(27)) for _ in range(3)]
     batch = source(lists, weights=fixed(w, 6), temperature=fixed(torch.tensor([0.2, 0.1]), 6), reference=parts[0],
                    experts=parts[1:])(0)  # fmt: skip
-    model = models.new_model(base, settings(), NAMES, conditioned=False)
+    model = tuned.new_model(base, settings(), NAMES, conditioned=False)
     value, _ = modpo_loss(DENSE, 0, "low")(model, batch, 0)
     s = score_batch(model, batch.lists, batch.weights)
     r = (s - batch.reference - 0.4 * (batch.experts[:, 1] - batch.reference)) / 0.6
@@ -374,7 +375,7 @@ def test_equal_labels_of_a_pair_prefer_nothing():
 
 def test_weights_in_words_stand_before_the_prompt_and_leave_the_responses_alone(folder):
     tokenizer = models.load_tokenizer(str(folder))
-    prompt = models.text_prompt(NAMES)
+    prompt = tuned.text_prompt(NAMES)
     item = tokenized()[0]
     made = TextConditioner(tokenizer, prompt)(item, torch.tensor([0.25, 0.75]), torch.ones(2))
     added = tokenizer(prompt.render([0.25, 0.75]), add_special_tokens=False)["input_ids"]
@@ -446,7 +447,7 @@ def test_gradient_checkpointing_changes_nothing(base):
 
 
 def test_baselines_are_prompt_tuning_with_the_same_adapters(base):
-    model = models.new_model(base, settings(), NAMES, conditioned=False)
+    model = tuned.new_model(base, settings(), NAMES, conditioned=False)
     names = {
         name.split(".")[-1] if "hyper" in name else "lora" for name, p in model.named_parameters() if p.requires_grad
     }

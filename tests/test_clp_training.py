@@ -17,10 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from tiny_language_models import WORDS, build, tokenizer
 
-from mopl.alignment.head import fuse
-from mopl.alignment.models import fingerprint
 from mopl.alignment.recipe import RunInterrupted
-from mopl.alignment.tokenization import ListTokenizer
 from mopl.clp import ClpConfig, PolicyCollapsed, train_policies
 from mopl.clp.loss import ClpLoss, Guard
 from mopl.clp.policies import Policy, load_policy, new_policy, release, save_soup
@@ -29,6 +26,9 @@ from mopl.clp.reward_scale import RewardScale, RunningScale
 from mopl.clp.rollout import Rollout, RolloutStore, Sampler, roll
 from mopl.conditioning import LoraMixture, ParameterMixture
 from mopl.decoding import MixedLogits
+from mopl.language_models.head import fuse
+from mopl.language_models.models import fingerprint
+from mopl.language_models.tokenization import ListTokenizer
 from mopl.losses import policy_gradient
 from mopl.pareto import Front
 from mopl.rewards import FunctionReward, Rewards

@@ -14,8 +14,8 @@ from test_merging import build as of_family
 from test_merging import close, spread
 from tiny_language_models import HIDDEN, VOCABULARY, WEIGHTS, K, build, conditioned, lora, prompt, tokenizer
 
-from mopl.alignment.export import export
 from mopl.conditioning import HyperPrompt, HyperPromptModel, LoraMixture, ParameterMixture
+from mopl.language_models.export import export
 
 W = [0.7, 0.3]
 IDS = torch.tensor([[7, 8, 9, 10, 11], [20, 21, 22, 23, 24]])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers")
 
-from mopl.alignment.head import UnsupportedModelError, fuse, is_fused, score_sequences, unfuse
+from mopl.language_models.head import UnsupportedModelError, fuse, is_fused, score_sequences, unfuse
 
 VOCABULARY = 67
 COMMON = dict(
@@ -165,7 +165,7 @@ def test_every_other_call_is_as_before_and_unfuse_restores_the_model() -> None:
 
 
 def test_the_prompt_never_reaches_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    import mopl.alignment._head_scores as module
+    import mopl.language_models._head_scores as module
 
     seen = []
     original = module.linear_logprob

@@ -8,9 +8,9 @@ pytest.importorskip("transformers")
 from huggingface_hub import constants, errors
 
 from mopl import _hub
-from mopl.alignment.models import load_causal_lm, load_tokenizer
-from mopl.alignment.readers import load_preferences
 from mopl.cli import main
+from mopl.language_models.models import load_causal_lm, load_tokenizer
+from mopl.language_models.readers import load_preferences
 from mopl.rewards.classifier import ClassifierReward
 
 NAME = "nosuch/thing"

@@ -17,14 +17,14 @@ pytest.importorskip("accelerate")
 peft = pytest.importorskip("peft")
 
 from mopl import losses
-from mopl.alignment.collate import ListCollator
-from mopl.alignment.data import DataError, PreferenceData, PreferenceList
-from mopl.alignment.head import fuse, score_sequences
-from mopl.alignment.readers import load_preferences
-from mopl.alignment.tokenization import ReadReport, TokenizedData, TokenizedList
 from mopl.conditioning import HyperPrompt, HyperPromptModel, sample_weights
 from mopl.integrations._data import batch_of, examples_of, labels_of_pair
 from mopl.integrations.transformers import MultiObjectiveConfig, MultiObjectiveTrainer
+from mopl.language_models.collate import ListCollator
+from mopl.language_models.data import DataError, PreferenceData, PreferenceList
+from mopl.language_models.head import fuse, score_sequences
+from mopl.language_models.readers import load_preferences
+from mopl.language_models.tokenization import ReadReport, TokenizedData, TokenizedList
 from mopl.losses import listwise_dpo
 
 OBJECTIVES = ("helpful", "harmless")

@@ -11,11 +11,11 @@ datasets = pytest.importorskip("datasets")
 peft = pytest.importorskip("peft")
 trl = pytest.importorskip("trl")
 
-from mopl.alignment.head import is_fused
 from mopl.conditioning import HyperPrompt, HyperPromptModel
 from mopl.integrations._data import batch_of
 from mopl.integrations._pair_loss import PairLoss, pair_loss_of
 from mopl.integrations.trl import MultiObjectiveDPOConfig, MultiObjectiveDPOTrainer
+from mopl.language_models.head import is_fused
 from mopl.losses import bradley_terry
 
 CHARACTERS = ["<pad>", "<eos>", *"abcdefghijklmnopqrstuvwxyz .?!"]

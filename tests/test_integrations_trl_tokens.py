@@ -16,11 +16,11 @@ trl = pytest.importorskip("trl")
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny_language_models as tiny
 
-from mopl.alignment.data import DataError
-from mopl.alignment.tokenization import ListTokenizer
 from mopl.integrations._data import batch_of
 from mopl.integrations.transformers import MultiObjectiveConfig, MultiObjectiveTrainer
 from mopl.integrations.trl import MultiObjectiveDPOConfig, MultiObjectiveDPOTrainer
+from mopl.language_models.data import DataError
+from mopl.language_models.tokenization import ListTokenizer
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<user>", "<bot>", "<end>", "<think>", "</think>", "<sys>", "<tools>"]
 TEXTS = [

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from mopl.alignment.collate import ListCollator
 from mopl.alignment.config import AlignConfig
-from mopl.alignment.data import PreferenceData, PreferenceList
 from mopl.alignment.methods import ResponseLoss
 from mopl.alignment.stages import response_loss
-from mopl.alignment.tokenized import TokenizedList
 from mopl.cli import build_parser
+from mopl.language_models.collate import ListCollator
+from mopl.language_models.data import PreferenceData, PreferenceList
+from mopl.language_models.tokenized import TokenizedList
 from mopl.losses import approx_ndcg, lambda_loss, listwise_dpo, normalize_labels, plackett_luce
 
 NAMES = ("sparse", "reward")

@@ -13,12 +13,12 @@ pytest.importorskip("peft")
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny_language_models as tiny
 
-from mopl.alignment._generation_arguments import prompt_tokens
-from mopl.alignment.data import DataError, PreferenceData, PreferenceList, RowError
-from mopl.alignment.readers import load_preferences
-from mopl.alignment.tokenization import ListTokenizer, tokenize
 from mopl.clp.config import ClpConfig
 from mopl.clp.prompts import read_prompts, split_prompts
+from mopl.language_models._generation_arguments import prompt_tokens
+from mopl.language_models.data import DataError, PreferenceData, PreferenceList, RowError
+from mopl.language_models.readers import load_preferences
+from mopl.language_models.tokenization import ListTokenizer, tokenize
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<user>", "<bot>", "<end>", "<think>", "</think>"]
 TEXTS = [

@@ -68,8 +68,8 @@ def test_scoring_lists_gives_the_mode_back_after_an_error(monkeypatch):
     import numpy as np
 
     from mopl.alignment import reference
-    from mopl.alignment.collate import ListCollator
-    from mopl.alignment.tokenization import TokenizedList
+    from mopl.language_models.collate import ListCollator
+    from mopl.language_models.tokenization import TokenizedList
     from mopl.training import make_accelerator
 
     lists = [TokenizedList(np.array([3]), (np.array([4]), np.array([5])), np.zeros((1, 2), np.float32), 0)]
@@ -125,7 +125,7 @@ def test_a_failed_training_takes_its_adapters_out_of_the_language_model(tmp_path
     from tiny_language_models import build
 
     from mopl.alignment import AlignConfig, stages
-    from mopl.alignment.head import fuse
+    from mopl.language_models.head import fuse
     from mopl.training import make_accelerator
 
     base = fuse(build())

@@ -15,10 +15,10 @@ from mopl._restoring import generators_kept
 from mopl._rows import UnsupportedModelError, check_rows, finding, generation_keywords
 from mopl._rows.styles import Style
 from mopl.alignment import AlignConfig, align, fuse, score_sequences
-from mopl.alignment.collate import ListCollator
-from mopl.alignment.generate import generate
 from mopl.alignment.methods import score_batch
-from mopl.alignment.reference_mixture import Reference
+from mopl.language_models.collate import ListCollator
+from mopl.language_models.generate import generate
+from mopl.language_models.reference_mixture import Reference
 
 
 def forwards(model: nn.Module) -> list:

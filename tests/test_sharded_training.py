@@ -21,9 +21,10 @@ from sharded_training import fit
 from test_align_command import arguments, write_data
 from test_alignment_training import write_model
 
-from mopl.alignment import models, open_run
+from mopl.alignment import open_run
 from mopl.cli import main
 from mopl.conditioning import LoraMixture
+from mopl.language_models import models
 from mopl.pareto import Front
 from mopl.training import RunLog, make_accelerator, read_log
 from mopl.training.parallel import fsdp_plugin

@@ -121,7 +121,7 @@ def test_whatever_is_printed_in_a_command_is_escaped(capsys):
     with terminal():
         print(HOSTILE)
         print(HOSTILE, file=sys.stderr)
-        logging.getLogger("mopl.alignment.data").warning("rows of %s\nmopl: forged", HOSTILE)
+        logging.getLogger("mopl.language_models.data").warning("rows of %s\nmopl: forged", HOSTILE)
         sys.stderr.write(warnings.formatwarning(f"{HOSTILE}\nmopl: forged", UserWarning, "x.py", 1))
     out, err = capsys.readouterr()
     assert out == printable(HOSTILE) + "\n"

@@ -26,9 +26,9 @@ from mopl._lines import (
     text_fault,
     texts_of_arguments,
 )
-from mopl.alignment.data import DataError, PreferenceList, RowError
-from mopl.alignment.readers import load_preferences
 from mopl.clp.prompts import placed_prompts, read_prompts
+from mopl.language_models.data import DataError, PreferenceList, RowError
+from mopl.language_models.readers import load_preferences
 from mopl.training.logs import read_log
 
 BOM = b"\xef\xbb\xbf"
@@ -434,7 +434,7 @@ def strict_tokenizer(template=STRICT):
 
 
 def test_a_row_that_the_chat_template_refuses_is_named_by_its_line(tmp_path):
-    from mopl.alignment.tokenization import ListTokenizer, tokenize
+    from mopl.language_models.tokenization import ListTokenizer, tokenize
 
     lines = [row("w1"), row(SYSTEM), row([{"role": "user", "tool_calls": [{"a": 1}]}]), row("w3")]
     path = write(tmp_path / "d.jsonl", "\n\n".join(map(json.dumps, lines)))
@@ -461,11 +461,11 @@ def transformers_error():
 
 
 def test_prompts_that_the_chat_template_refuses_are_named_in_every_use(tmp_path):
-    from mopl.alignment.generate import generate
-    from mopl.alignment.tokenization import ListTokenizer
     from mopl.clp.config import ClpConfig
     from mopl.clp.prompts import split_prompts
     from mopl.integrations._data import examples_of
+    from mopl.language_models.generate import generate
+    from mopl.language_models.tokenization import ListTokenizer
 
     tokenizer = strict_tokenizer()
     model = tiny.build()

@@ -15,12 +15,12 @@ from tiny_language_models import WORDS, build
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from mopl._rows import finding
-from mopl.alignment.export import export
-from mopl.alignment.generate import generate
-from mopl.alignment.tokenization import ListTokenizer
-from mopl.alignment.turns import turn_ends
 from mopl.clp import ClpConfig
 from mopl.clp.rollout import Sampler
+from mopl.language_models.export import export
+from mopl.language_models.generate import generate
+from mopl.language_models.tokenization import ListTokenizer
+from mopl.language_models.turns import turn_ends
 
 MARKS = ["<pad>", "<s>", "</s>", "<unk>"]
 LOOP = "{% for m in messages %}"

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 import mopl
 from mopl.alignment import fuse, score_sequences
-from mopl.alignment.collate import ListCollator, to_lists
-from mopl.alignment.generate import generate
 from mopl.alignment.methods import score_batch
-from mopl.alignment.tokenization import TokenizedList
 from mopl.conditioning import HyperPrompt, HyperPromptModel
+from mopl.language_models.collate import ListCollator, to_lists
+from mopl.language_models.generate import generate
+from mopl.language_models.tokenization import TokenizedList
 
 RIGHT, REFUSED, WRONG, ERROR = "right", "refused", "wrong", "error"
 # Of a difference in a sum of log-probabilities, in nats. Rounding gives 1e-5, a neighbour's token whole nats.

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from bench.families.checks import FRONT, NEW_TOKENS, RIGHT, WRONG, Outcome, compared, tokenizer, with_prompt
-from mopl.alignment.export import export
 from mopl.conditioning import LoraMixture, ParameterMixture
+from mopl.language_models.export import export
 
 WEIGHTS = torch.tensor([0.3, 0.7])
 ROWS = torch.tensor([[0.9, 0.1], [0.3, 0.7]])

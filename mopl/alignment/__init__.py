@@ -8,22 +8,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mopl.alignment.config import AlignConfig
-    from mopl.alignment.head import FusedOutput, SequenceScores, fuse, is_fused, score_sequences, unfuse
-    from mopl.alignment.readers import load_preferences
     from mopl.alignment.recipe import align
     from mopl.alignment.runs import open_run
+    from mopl.language_models.head import FusedOutput, SequenceScores, fuse, is_fused, score_sequences, unfuse
+    from mopl.language_models.readers import load_preferences
 
 _HOMES = {
-    "AlignConfig": "config",
-    "FusedOutput": "head",
-    "SequenceScores": "head",
-    "align": "recipe",
-    "fuse": "head",
-    "is_fused": "head",
-    "load_preferences": "readers",
-    "open_run": "runs",
-    "score_sequences": "head",
-    "unfuse": "head",
+    "AlignConfig": "mopl.alignment.config",
+    "FusedOutput": "mopl.language_models",
+    "SequenceScores": "mopl.language_models",
+    "align": "mopl.alignment.recipe",
+    "fuse": "mopl.language_models",
+    "is_fused": "mopl.language_models",
+    "load_preferences": "mopl.language_models",
+    "open_run": "mopl.alignment.runs",
+    "score_sequences": "mopl.language_models",
+    "unfuse": "mopl.language_models",
 }
 
 __all__ = [
@@ -44,7 +44,7 @@ def __getattr__(name: str) -> Any:
     """Import the module of a name when it is first asked for."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

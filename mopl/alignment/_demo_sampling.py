@@ -23,7 +23,7 @@ from torch import Tensor
 from mopl._files import remove, remove_leftovers, write_file
 from mopl._records import DamagedFile, read_json
 from mopl._words import sentence_ends, words_of
-from mopl.alignment.turns import end_tokens
+from mopl.language_models.turns import end_tokens
 
 PLAN = "plan.json"
 COMPACT_AT = 0.75  # finished rows are dropped from the batch once no more than this share is left

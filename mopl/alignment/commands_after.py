@@ -210,9 +210,9 @@ def _open_run(
 ) -> Opened:  # fmt: skip
     import dataclasses
 
-    from mopl.alignment.reference_mixture import OWN_REFERENCE
     from mopl.alignment.runs import open_run
     from mopl.clp.runs import is_clp_run
+    from mopl.language_models.reference_mixture import OWN_REFERENCE
     from mopl.training.run_directory import read_run
 
     if is_clp_run(read_run(path)):
@@ -258,10 +258,10 @@ def _open_policy(
 
 
 def _open_model(path: Path, base_model: str | None, device: str) -> Opened:
-    from mopl.alignment import models
-    from mopl.alignment.tokenization import ListTokenizer
     from mopl.conditioning import TextPrompt
     from mopl.conditioning._saved import exported_at, read_kind, read_record
+    from mopl.language_models import models
+    from mopl.language_models.tokenization import ListTokenizer
 
     kind = read_kind(path)
     if kind == "export":
@@ -318,9 +318,9 @@ def run_generate(arguments: argparse.Namespace) -> int:
     prompts = texts_of_arguments(arguments.prompts)
     if not prompts:
         raise ValueError("there is no prompt; write one at the end, or - to read it from stdin")
-    from mopl.alignment import models
-    from mopl.alignment.generate import generate
-    from mopl.alignment.tokenization import ListTokenizer
+    from mopl.language_models import models
+    from mopl.language_models.generate import generate
+    from mopl.language_models.tokenization import ListTokenizer
 
     device = _device(arguments.device)
     opened = open_tuned(
@@ -366,8 +366,8 @@ def _as_record(answer: Any) -> dict[str, Any]:
 
 def run_export(arguments: argparse.Namespace) -> int:
     """Run `mopl export`."""
-    from mopl.alignment import models
-    from mopl.alignment.export import export
+    from mopl.language_models import models
+    from mopl.language_models.export import export
 
     directory = Path(arguments.directory)
     if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
@@ -382,7 +382,7 @@ def run_export(arguments: argparse.Namespace) -> int:
         # At other sums than 1 the answers are a mixture with the reference, which no plain model is.
         beta = [b / sum(opened.temperature) for b in opened.temperature]
     w = None if opened.fixed else arguments.weights
-    with models._quiet():
+    with models.quiet():
         export(
             opened.model, opened.tokenizer, w, directory, kind=arguments.kind, objective_temperature=beta,
             text_prompt=opened.text_prompt, keep_tied=arguments.keep_tied, origin=str(arguments.run),

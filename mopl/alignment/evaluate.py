@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from mopl import pareto, steering
-from mopl.alignment.collate import ListBatch, ListCollator
 from mopl.alignment.methods import ListScores, ResponseLoss, response_lengths
-from mopl.alignment.tokenization import TokenizedList
+from mopl.language_models.collate import ListBatch, ListCollator
+from mopl.language_models.tokenization import TokenizedList
 from mopl.ranking.metrics import bootstrap_interval, hypervolume_interval
 
 MAIN = "deviation"

@@ -22,19 +22,19 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from mopl import steering
 from mopl._arguments import check_choice
-from mopl.alignment.collate import ListBatch, ListCollator, by_objective, to_lists
 from mopl.alignment.config import LIST_LOSSES, LOSSES, PAIR_LOSSES, PER_TOKEN
-from mopl.alignment.head import score_sequences
-from mopl.alignment.tokenization import TokenizedList
 from mopl.conditioning import WeightedModel
 from mopl.conditioning.weighted import takes_temperature
+from mopl.language_models.collate import ListBatch, ListCollator, by_objective, to_lists
+from mopl.language_models.head import score_sequences
+from mopl.language_models.tokenization import TokenizedList
 from mopl.losses import bradley_terry, listwise_dpo, normalize_labels, plackett_luce, scalarize
 from mopl.ranking.methods import Sampler
 from mopl.training import part_of_batch, shuffled_indices
+from mopl.training.parallel import unwrapped
 
 Conditioner = Callable[[TokenizedList, Tensor, Tensor], TokenizedList]  # list, w (m,), β (m,) -> list
 StepLoss = Callable[[nn.Module, "AlignBatch", int], tuple[Tensor, dict[str, Tensor]]]
@@ -289,11 +289,6 @@ def response_lengths(items: Sequence[TokenizedList], batch: ListBatch) -> Tensor
     for row, item in enumerate(items):
         lengths[row, : len(item.responses)] = torch.tensor([float(len(response)) for response in item.responses])
     return lengths
-
-
-def unwrapped(model: nn.Module) -> Any:
-    """Return the model behind whatever DDP wraps around it."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def score_batch(

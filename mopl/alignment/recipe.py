@@ -26,12 +26,9 @@ from mopl import _terminal
 from mopl._extras import require_for
 from mopl._files import write_file
 from mopl._restoring import seeded
-from mopl.alignment import models
+from mopl.alignment import tuned
 from mopl.alignment.config import CONDITIONED, AlignConfig
-from mopl.alignment.data import PreferenceData, Text
 from mopl.alignment.evaluate import Evaluation, HeldOut, evaluation_of, make_front, reference_point
-from mopl.alignment.generate import generate
-from mopl.alignment.readers import load_preferences
 from mopl.alignment.reference import score_lists
 from mopl.alignment.runs import (
     EVALUATION,
@@ -44,9 +41,13 @@ from mopl.alignment.runs import (
     write_reports,
 )
 from mopl.alignment.stages import Split, Stages, response_loss
-from mopl.alignment.tokenization import tokenize
 from mopl.alignment.trained import load_trained, state_for
 from mopl.conditioning import HyperPromptModel
+from mopl.language_models import models
+from mopl.language_models.data import PreferenceData, Text
+from mopl.language_models.generate import generate
+from mopl.language_models.readers import load_preferences
+from mopl.language_models.tokenization import tokenize
 from mopl.pareto._volumes import check_affordable
 from mopl.ranking.evaluate import grid_of
 from mopl.training import RunLog, make_accelerator
@@ -267,7 +268,7 @@ def answers(stages: Stages, method: str, folder: Path, grid: Tensor, prompts: li
                 options["objective_temperature"] = stages.beta.tolist()
             if method in CONDITIONED and config.conditioning == "text":
                 temperature = method == "temperature-cos-dpo"
-                options["text_prompt"] = models.text_prompt(stages.objectives, temperature=temperature)
+                options["text_prompt"] = tuned.text_prompt(stages.objectives, temperature=temperature)
             found = [
                 generate(model, tokenizer, prompts, w.tolist(), **options)
                 for w, model in _models(stages, method, folder, grid)
@@ -291,7 +292,7 @@ def _sample_prompts(stages: Stages) -> list[Text]:
     """Return the first different prompts of held-out data, a random choice already, that leave room for an answer."""
     config, positions = stages.config, models.positions_of(stages.base)
     # What stands in front: virtual tokens, or words, of which no weights have more than these.
-    words = models.text_prompt(stages.objectives, temperature=True)
+    words = tuned.text_prompt(stages.objectives, temperature=True)
     ones = [1 / len(stages.objectives)] * len(stages.objectives)
     prompts: dict[str, Text] = {}
     test = stages.splits["test"]

@@ -19,10 +19,10 @@ from mopl._files import discard_folder, write_file
 from mopl._restoring import evaluating
 from mopl._tensor_files import opened, read_tensors
 from mopl._terminal import Progress, progress
-from mopl.alignment.collate import ListCollator
 from mopl.alignment.methods import Conditioner, ListScores, score_batch
-from mopl.alignment.token_batches import TokenBatches
-from mopl.alignment.tokenization import TokenizedList
+from mopl.language_models.collate import ListCollator
+from mopl.language_models.token_batches import TokenBatches
+from mopl.language_models.tokenization import TokenizedList
 
 CHUNK = 512  # lists of a chunk: seconds to minutes of work, whatever the model
 

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from mopl._files import write_file
 from mopl._records import damaged, read_json
 from mopl._terminal import shell
-from mopl.alignment import models
+from mopl.alignment import tuned
 from mopl.alignment.config import ALL, CONDITIONED, AlignConfig
-from mopl.alignment.tokenization import ListTokenizer
 from mopl.alignment.trained import load_trained
 from mopl.conditioning import TextPrompt
+from mopl.language_models import models
+from mopl.language_models.tokenization import ListTokenizer
 from mopl.pareto.front import Front, load_fronts
 from mopl.ranking.evaluate import grid_of
 from mopl.report import Metric
@@ -98,7 +99,7 @@ class OpenRun:
         """Return how weights are written into prompts, or None where a method takes them otherwise, or none."""
         if not self.is_conditioned(method) or self.config.conditioning != "text":
             return None
-        return models.text_prompt(self.objectives, temperature=self.takes_temperature(method))
+        return tuned.text_prompt(self.objectives, temperature=self.takes_temperature(method))
 
     def base_model(self, device: torch.device | str = "cpu") -> Any:
         """Return the language model that the run started from, fused, without dropout."""

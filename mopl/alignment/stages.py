@@ -24,10 +24,8 @@ from torch import Tensor, nn
 from mopl._files import discard_folder, write_file
 from mopl._restoring import seeded
 from mopl._rows import check_rows
-from mopl.alignment import models
-from mopl.alignment.collate import ListCollator
+from mopl.alignment import tuned
 from mopl.alignment.config import CONDITIONED, AlignConfig
-from mopl.alignment.data import PreferenceData
 from mopl.alignment.methods import (
     AlignSource,
     Conditioner,
@@ -38,9 +36,12 @@ from mopl.alignment.methods import (
     scalarized_loss,
 )
 from mopl.alignment.reference import ReferenceStore, score_lists
-from mopl.alignment.tokenization import ListTokenizer, TokenizedData, TokenizedList
 from mopl.alignment.trained import model_folder, vector_name
 from mopl.conditioning import LoraMixture, TextPrompt
+from mopl.language_models import models
+from mopl.language_models.collate import ListCollator
+from mopl.language_models.data import PreferenceData
+from mopl.language_models.tokenization import ListTokenizer, TokenizedData, TokenizedList
 from mopl.ranking.methods import box_temperatures, dirichlet_weights, fixed
 from mopl.training import RunLog, train
 from mopl.training.parallel import exists_on_main
@@ -135,7 +136,7 @@ class Stages:
         check_rows(base, packed=self.config.packing, virtual=virtual, generates=generates)
         if self.config.reference not in ("self", "precomputed"):
             models.load_tokenizer(self.config.reference)
-        model = models.new_model(
+        model = tuned.new_model(
             self.base, self.config, self.objectives, conditioned=True, start=self._start_of_prompt()
         )
         try:
@@ -240,7 +241,7 @@ class Stages:
         """Return what writes weights into prompts, where a method wants them there."""
         if method not in CONDITIONED or self.config.conditioning != "text":
             return None
-        prompt = models.text_prompt(self.objectives, temperature=method == "temperature-cos-dpo")
+        prompt = tuned.text_prompt(self.objectives, temperature=method == "temperature-cos-dpo")
         return TextConditioner(self.tokenizer.tokenizer, prompt)
 
     def _start_of_prompt(self) -> list[int]:
@@ -289,7 +290,7 @@ class Stages:
             return done["seconds"], done["parameters"]
         config = self.config
         with seeded(config.seed):  # every model of a kind starts from the same parameters
-            model = models.new_model(
+            model = tuned.new_model(
                 self.base, config, self.objectives, conditioned=conditioned, temperature=temperature,
                 start=self._start_of_prompt(),
             )  # fmt: skip
@@ -306,7 +307,7 @@ class Stages:
                 optimizer=optimizer_of(model, config, self.accelerator.device), save_frozen=False,
             )  # fmt: skip
             if self.accelerator.is_main_process:
-                models.save_model(model, folder, config, self.objectives, temperature=temperature)
+                tuned.save_model(model, folder, config, self.objectives, temperature=temperature)
                 record = {"steps": result.steps, "seconds": result.seconds, "parameters": count}
                 write_file(folder / DONE, json.dumps(record, indent=2) + "\n")
                 if (folder / "checkpoints").exists():

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from mopl import steering
-from mopl.alignment import models
 from mopl.alignment.config import CONDITIONED
 from mopl.conditioning import HyperPromptModel, check_weights
+from mopl.language_models import models
 
 
 def vector_name(weights: Sequence[float] | Tensor) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 from mopl import _terminal
 from mopl._extras import require_for
 from mopl._files import write_file
-from mopl.alignment import demo
+from mopl.language_models.demo_model import load_prompts, smollm2
 
 FOLDER = "runs/clp-demo-data"
 RUN = "runs/clp-demo"
@@ -74,8 +74,8 @@ def demo_settings(
 
     require_for("align", "peft")  # a missing package shows before anything is made
     make_rewards(SETTINGS["rewards"])
-    home = demo.smollm2(say) if model is None else Path(model)
-    pool = [prompt for group in demo.load_prompts().values() for prompt in group]
+    home = smollm2(say) if model is None else Path(model)
+    pool = [prompt for group in load_prompts().values() for prompt in group]
     chosen = [pool[i] for i in np.random.default_rng(0).permutation(len(pool))[:count]]
     text = "".join(json.dumps({"prompt": f"{prompt} {ASKED}"}, ensure_ascii=False) + "\n" for prompt in chosen)
     file = Path(folder) / PROMPTS

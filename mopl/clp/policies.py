@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from mopl._extras import require
 from mopl._restoring import generators_kept
 from mopl._tensor_files import read_tensors
-from mopl.alignment import models
 from mopl.clp.config import ClpConfig
 from mopl.clp.reward_scale import RunningScale
 from mopl.conditioning import (
@@ -42,6 +41,7 @@ from mopl.conditioning import (
 )
 from mopl.conditioning._parameter_mixture_parts import untie_head
 from mopl.conditioning._saved import REMEDY, check_adapter, check_adapter_state
+from mopl.language_models import models
 
 Conditioned = ParameterMixture | LoraMixture | HyperPromptModel
 
@@ -192,13 +192,13 @@ def new_policy(base: Any, config: ClpConfig, objectives: Sequence[str], kind: st
     model: Conditioned
     own: Any = None
     if scope == "lora":
-        with models._quiet():
+        with models.quiet():
             model = LoraMixture(base, len(names), config=_lora(config), coefficients=rule, record=record)
     elif scope == "prompt":
         require("peft")
         from peft import get_peft_model
 
-        with models._quiet():
+        with models.quiet():
             wrapped = get_peft_model(base, _lora(config))
         hidden = base.get_input_embeddings().weight.shape[1]
         prompt = HyperPrompt(len(names), config.virtual_tokens, config.prompt_rank, hidden)
@@ -252,7 +252,7 @@ def load_policy(folder: Path, base: Any, config: ClpConfig, objectives: Sequence
     takes_alpha = kind in ("clp", "prompting") and config.conditions_on_kl
     model: Conditioned
     own: Any = None
-    with models._quiet():
+    with models.quiet():
         if scope == "lora":
             model = LoraMixture.from_pretrained(folder, base)
         elif scope == "prompt":
@@ -276,7 +276,7 @@ def save_soup(folders: Sequence[Path], target: Path, base: Any, config: ClpConfi
         require("peft", "safetensors")
         from peft import set_peft_model_state_dict
 
-        with models._quiet():
+        with models.quiet():
             soup = LoraMixture(base, len(objectives), config=_lora(config), record=record)
             wrapped: Any = soup.model
             try:

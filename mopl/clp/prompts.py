@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from mopl._lines import TextError, byte_lines, decode, text_fault
-from mopl.alignment.data import DataError, OnError, ReadReport, RowError, Text
-from mopl.alignment.formats import unread_column
-from mopl.alignment.readers import detect_format, load_preferences, rows_of_json
-from mopl.alignment.tokenization import ListTokenizer
 from mopl.clp.config import ClpConfig
 from mopl.conditioning import sample_temperatures, sample_weights
+from mopl.language_models.data import DataError, OnError, ReadReport, RowError, Text
+from mopl.language_models.formats import unread_column
+from mopl.language_models.readers import detect_format, load_preferences, rows_of_json
+from mopl.language_models.tokenization import ListTokenizer
 from mopl.rewards import prompt_key
 from mopl.training import part_of_batch, shuffled_indices
 

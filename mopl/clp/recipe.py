@@ -30,8 +30,6 @@ from mopl._records import Finite, damaged, read_json
 from mopl._restoring import seeded
 from mopl._rows import check_rows
 from mopl._terminal import shell
-from mopl.alignment import models
-from mopl.alignment.adapter_reference import checksum
 from mopl.clp.config import ClpConfig
 from mopl.clp.evaluate import Evaluation, Evaluator, make_front
 from mopl.clp.policies import new_policy, release
@@ -53,6 +51,8 @@ from mopl.clp.runs import (
 )
 from mopl.clp.stages import Stages
 from mopl.conditioning import HyperPromptModel
+from mopl.language_models import models
+from mopl.language_models.adapter_reference import checksum
 from mopl.pareto._volumes import check_affordable
 from mopl.rewards import Rewards, prompt_key
 from mopl.training import RunLog, make_accelerator

@@ -25,15 +25,15 @@ from mopl._records import check, damaged
 from mopl._restoring import evaluating
 from mopl._rows import generation_keywords, takes_left_padding
 from mopl._tensor_files import load_pickled
-from mopl.alignment.collate import pad_left
-from mopl.alignment.data import Text
-from mopl.alignment.head import IGNORE_INDEX
-from mopl.alignment.tokenization import ListTokenizer
-from mopl.alignment.turns import TurnEnds, turn_ends
 from mopl.clp.config import ClpConfig
 from mopl.clp.policies import Policy
 from mopl.clp.prompts import PromptBatch
 from mopl.conditioning import HyperPromptModel
+from mopl.language_models.collate import pad_left
+from mopl.language_models.data import Text
+from mopl.language_models.head import IGNORE_INDEX
+from mopl.language_models.tokenization import ListTokenizer
+from mopl.language_models.turns import TurnEnds, turn_ends
 from mopl.rewards import Rewards
 from mopl.training.checkpoint import CheckpointFolder
 
@@ -78,7 +78,7 @@ class Sampler:
 
     @classmethod
     def of(cls, base: Any, tokenizer: Any, config: ClpConfig) -> Sampler:
-        """Return the sampler of a model: it ends where `mopl.alignment.turns.turn_ends` says.
+        """Return the sampler of a model: it ends where `mopl.language_models.turns.turn_ends` says.
 
         Raises:
             ValueError: If nothing ends a response.

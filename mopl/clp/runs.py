@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from mopl._files import write_file
 from mopl._records import damaged, read_json
 from mopl._terminal import shell
-from mopl.alignment import models
-from mopl.alignment.tokenization import ListTokenizer
 from mopl.clp.config import ALL, ClpConfig
 from mopl.clp.policies import load_policy, release, text_prompt
 from mopl.conditioning import HyperPromptModel, TextPrompt, check_weights
+from mopl.language_models import models
+from mopl.language_models.tokenization import ListTokenizer
 from mopl.pareto.front import Front, load_fronts
 from mopl.ranking.evaluate import grid_of
 from mopl.report import Metric

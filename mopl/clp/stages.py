@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from mopl._files import discard_folder, write_file
-from mopl.alignment import models
 from mopl.clp.config import ALL, ClpConfig
 from mopl.clp.loss import ClpLoss, Guard, SampleLog, size_of
 from mopl.clp.policies import Policy, load_policy, new_policy, release, save_soup
 from mopl.clp.prompts import Prompts, PromptSource
 from mopl.clp.reward_scale import RewardScale, RunningScale
 from mopl.clp.rollout import RolloutStore, Sampler
+from mopl.language_models import models
 from mopl.rewards import Rewards
 from mopl.training import CheckpointFolder, RunLog, train
 from mopl.training.parallel import exists_on_main

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mopl.alignment import formats
-from mopl.alignment.collate import ListBatch, ListCollator
-from mopl.alignment.data import OnError, PreferenceData, PreferenceList, ReadReport, RowError, collect
-from mopl.alignment.readers import detect_format, load_preferences
-from mopl.alignment.tokenization import ListTokenizer, TokenizedData, TokenizedList, tokenize
 from mopl.conditioning.sampling import check_weights
+from mopl.language_models import formats
+from mopl.language_models.collate import ListBatch, ListCollator
+from mopl.language_models.data import OnError, PreferenceData, PreferenceList, ReadReport, RowError, collect
+from mopl.language_models.readers import detect_format, load_preferences
+from mopl.language_models.tokenization import ListTokenizer, TokenizedData, TokenizedList, tokenize
 
 WEIGHTS, BETA = "objective_weights", "objective_beta"
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
@@ -103,7 +103,7 @@ def examples_of(
 
     Args:
         data: `PreferenceData`, a sequence of `PreferenceList`, `TokenizedData`, or rows (a `datasets.Dataset` or a
-            list of dictionaries) in TRL's preference format or any format of `mopl.alignment.readers`.
+            list of dictionaries) in TRL's preference format or any format of `mopl.language_models.readers`.
         processing_class: The tokenizer; not needed for `TokenizedData`.
         objectives: Names and order of the objectives. In TRL's format they name label columns, see `labels_of_pair`.
         max_length: Most tokens of prompt and response.
@@ -145,7 +145,7 @@ def _rows(data: Any) -> Sequence[Any]:
             f"the data set is a {type(data).__name__} but must be PreferenceData, TokenizedData, a datasets.Dataset or "
             "a list of rows; of a stream, take the rows that the training needs (max_steps times those of a step): "
             "datasets.Dataset.from_list(list(stream.take(rows))); hub names are read by "
-            "mopl.alignment.readers.load_preferences"
+            "mopl.language_models.readers.load_preferences"
         )
     if len(data) == 0:
         raise ValueError("the data set has no rows; give it at least one")

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from mopl._extras import require
 from mopl._hub import naming_own_code
 from mopl._tensor_files import load_state
-from mopl.alignment.collate import ListBatch
-from mopl.alignment.head import fuse
 from mopl.conditioning import LoraMixture, ParameterMixture
 from mopl.conditioning._adapter_base import base_of_adapter
 from mopl.conditioning._causal_lm import is_peft
 from mopl.conditioning._saved import ADAPTER_FILE, adapter_folder, check_adapter, check_adapter_state, read_record
 from mopl.conditioning.hyper_prompt_model import WEIGHTS_FILE, HyperPromptModel
 from mopl.conditioning.weighted import causal_lm_of
+from mopl.language_models.collate import ListBatch
+from mopl.language_models.head import fuse
 from mopl.training.parallel import distribution_of
 
 SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")  # no process has the whole model
@@ -50,7 +50,7 @@ def prepare_model(model: Any, peft_config: Any = None, model_init_kwargs: dict[s
     Raises:
         TypeError: If what was passed is no model or no configuration of adapters.
         ValueError: If there are options for loading a model that is loaded, or adapters for one that has some.
-        mopl.alignment.head.UnsupportedModelError: If the head cannot be fused.
+        mopl.language_models.head.UnsupportedModelError: If the head cannot be fused.
     """
     if isinstance(model, os.PathLike):
         model = os.fspath(model)
@@ -112,7 +112,7 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 
 
 def is_own_reference(model: nn.Module) -> bool:
-    """Say whether a model can become its reference: see `mopl.alignment.adapter_reference`."""
+    """Say whether a model can become its reference: see `mopl.language_models.adapter_reference`."""
     return isinstance(model, HyperPromptModel) or is_peft(model)
 
 

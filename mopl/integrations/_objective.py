@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from mopl import losses
-from mopl.alignment.collate import ListBatch, by_objective
 from mopl.integrations._pair_loss import PairLoss
 from mopl.integrations._scores import Scored
 from mopl.integrations._settings import ObjectiveArguments
+from mopl.language_models.collate import ListBatch, by_objective
 from mopl.losses import scalarize
 
 ListLoss = Callable[..., Tensor]

@@ -15,14 +15,14 @@ from transformers import Trainer
 
 from mopl._files import write_file
 from mopl._restoring import evaluating
-from mopl.alignment.adapter_reference import OwnReference, check_same_reference, checksum, write_reference
-from mopl.alignment.collate import ListBatch
 from mopl.conditioning.hyper_prompt_model import HyperPromptModel
 from mopl.integrations._data import ExampleCollator, Examples, Extras, batch_of
 from mopl.integrations._models import check_sharding, frozen_copy, is_own_reference, load_hyper_prompt
 from mopl.integrations._scores import Scoring
 from mopl.integrations._settings import ObjectiveArguments
 from mopl.integrations._setup import check_reference, with_width
+from mopl.language_models.adapter_reference import OwnReference, check_same_reference, checksum, write_reference
+from mopl.language_models.collate import ListBatch
 
 
 class ReferenceTrainer(Trainer):

@@ -11,8 +11,6 @@ from typing import Any
 import torch
 
 from mopl._rows import check_rows
-from mopl.alignment.adapter_reference import OwnReference
-from mopl.alignment.collate import ListCollator
 from mopl.conditioning.hyper_prompt_model import HyperPromptModel
 from mopl.conditioning.weighted import causal_lm_of
 from mopl.integrations._data import BETA, WEIGHTS, Example, Examples
@@ -21,6 +19,8 @@ from mopl.integrations._options import check_options
 from mopl.integrations._pair_loss import AVERAGED, LIKELIHOOD, PairLoss
 from mopl.integrations._scores import Scoring
 from mopl.integrations._settings import ObjectiveArguments
+from mopl.language_models.adapter_reference import OwnReference
+from mopl.language_models.collate import ListCollator
 from mopl.losses import approx_ndcg, lambda_loss, listwise_dpo
 from mopl.training.parallel import distribution_of
 from mopl.training.precision import rounding_of

@@ -1,11 +1,11 @@
 """Rows in TRL's preference format as the tokens that `trl.DPOTrainer` makes of them, to the id.
 
-TRL's rules differ from those of `mopl.alignment.tokenization`, and from release to release: texts are tokenised as they
-are, with the tokenizer's special tokens; what follows the end token stays; prompt and answer are tokenised together and
-parted where the prompt's own tokens end (to 1.13), or where the two first differ (from 1.14), which under tokens that
-merge across the seam are other places; each sequence is cut by itself. So none of them is written here: the installed
-release's own `DPOTrainer` prepares the rows, without being made. That method is private, but the same in all releases
-from 1.10 to 1.16; where a release lacks it, or gives something else, an error says so.
+TRL's rules differ from those of `mopl.language_models.tokenization`, and from release to release: texts are tokenised
+as they are, with the tokenizer's special tokens; what follows the end token stays; prompt and answer are tokenised
+together and parted where the prompt's own tokens end (to 1.13), or where the two first differ (from 1.14), which under
+tokens that merge across the seam are other places; each sequence is cut by itself. So none of them is written here: the
+installed release's own `DPOTrainer` prepares the rows, without being made. That method is private, but the same in all
+releases from 1.10 to 1.16; where a release lacks it, or gives something else, an error says so.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import numpy as np
 
 from mopl._extras import require
 from mopl._lines import text_fault
-from mopl.alignment import formats
-from mopl.alignment.data import DataError, OnError, PreferenceData, PreferenceList, ReadReport, RowError, collect
-from mopl.alignment.tokenization import TokenizedList
 from mopl.integrations._data import PREFERENCE, SIDES, Example, Examples, beside_of, is_pair, labels_of_pair
+from mopl.language_models import formats
+from mopl.language_models.data import DataError, OnError, PreferenceData, PreferenceList, ReadReport, RowError, collect
+from mopl.language_models.tokenization import TokenizedList
 
 TOKENIZATIONS = ("trl", "mopl")
 _ROW = "row_of_the_data"
@@ -46,12 +46,12 @@ def refuse_options(args: Any) -> None:
     if args.dataset_num_proc is not None:
         raise ValueError(
             f"dataset_num_proc is {args.dataset_num_proc} but only rows of pairs are tokenised by TRL, in several "
-            "processes; leave it out, or pass mopl.alignment.tokenization.TokenizedData that others made"
+            "processes; leave it out, or pass mopl.language_models.tokenization.TokenizedData that others made"
         )
     if args.truncation_mode != "keep_start":
         raise ValueError(
             f"truncation_mode is {args.truncation_mode!r} but only rows of pairs are cut by TRL; lists are cut as "
-            "mopl.alignment.tokenization says, the prompt first, responses at their end: leave it at 'keep_start'"
+            "mopl.language_models.tokenization says, the prompt first, responses at their end: leave it at 'keep_start'"
         )
 
 

@@ -36,8 +36,6 @@ from mopl._extras import require
 require("transformers", "accelerate", what="mopl.integrations.transformers")
 from transformers import TrainingArguments, set_seed
 
-from mopl.alignment.collate import ListBatch, ListCollator
-from mopl.alignment.data import OnError
 from mopl.conditioning.hyper_prompt_model import HyperPromptModel
 from mopl.conditioning.weighted import causal_lm_of
 from mopl.integrations import _models as models
@@ -56,6 +54,8 @@ from mopl.integrations._setup import (
     write_record,
 )
 from mopl.integrations._trainer import ListTrainer, lengths_of
+from mopl.language_models.collate import ListBatch, ListCollator
+from mopl.language_models.data import OnError
 
 __all__ = ["MultiObjectiveConfig", "MultiObjectiveTrainer"]
 
@@ -101,8 +101,8 @@ class MultiObjectiveTrainer(ListTrainer):
         data_collator: A `ListCollator`; by default one that pads with the tokenizer's padding token.
         train_dataset: `PreferenceData`, `TokenizedData`, or a `datasets.Dataset` or list of rows: `prompt`, `chosen`,
             `rejected` and a label column for each objective (see `mopl.integrations._data.labels_of_pair`), or any
-            format of `mopl.alignment.readers`. Columns `objective_weights`, `objective_beta` (m numbers a row) and
-            `ref_chosen_logps`, `ref_rejected_logps` replace what would be drawn or computed.
+            format of `mopl.language_models.readers`. Columns `objective_weights`, `objective_beta` (m numbers a row)
+            and `ref_chosen_logps`, `ref_rejected_logps` replace what would be drawn or computed.
         eval_dataset: The same, or a dictionary of them.
         processing_class: The tokenizer.
         compute_metrics: Called with the losses (L, n, m) and accuracies (L, n, m) of L lists at n points of the grid as
@@ -110,7 +110,7 @@ class MultiObjectiveTrainer(ListTrainer):
         callbacks: As in `Trainer`.
         optimizers: As in `Trainer`.
         ref_model: The reference; by default the model as it is passed, without prompt: see
-            `mopl.alignment.adapter_reference`, and a frozen copy of a plain model.
+            `mopl.language_models.adapter_reference`, and a frozen copy of a plain model.
         reference_adapter: Name of another adapter of a PEFT model that is the reference; it is never trained or saved.
         peft_config: Adapters to put on a model that has none.
         loss: A loss in place of `list_loss`: called as `mopl.losses.listwise_dpo`, it gives (B, m).
@@ -118,7 +118,7 @@ class MultiObjectiveTrainer(ListTrainer):
             by default that which it trains for.
         model_init_kwargs: Keywords of `from_pretrained` for models that are given by name; they are float32 unless
             `dtype` says another.
-        template: How lists are written as text, see `mopl.alignment.tokenization.ListTokenizer`.
+        template: How lists are written as text, see `mopl.language_models.tokenization.ListTokenizer`.
         on_error: `"raise"` refuses data with rows that cannot be used, `"skip"` leaves them out with a warning.
 
     Raises:

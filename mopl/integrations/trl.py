@@ -21,9 +21,10 @@ prefers `chosen`, and the default settings, tokens, loss and gradients are those
 
 Tokens are TRL's to the id where rows have its preference format (`chosen`, `rejected`, mostly `prompt`; texts or
 messages; `tools` and `chat_template_kwargs`): see `mopl.integrations._trl_tokens`. `tokenization="mopl"` reads the same
-rows as `mopl.alignment.tokenization` does everything else, lists of more than two responses above all: texts go through
-the chat template, a response ends at its end token, and all responses of a list keep the same prompt, cut at its left.
-A model that was trained on texts as they are is asked with `mopl.alignment.generate(..., template="plain")`.
+rows as `mopl.language_models.tokenization` does all others, above all lists of more than two responses: texts go
+through the chat template, a response ends at its end token, and all responses of a list keep the same prompt, cut at
+its left. A model that was trained on texts as they are is asked with `template="plain"`
+(`mopl.language_models.generate`).
 """
 
 from __future__ import annotations
@@ -42,9 +43,6 @@ require("trl", "transformers", "accelerate", what="mopl.integrations.trl", extra
 from trl import DPOConfig, SyncRefModelCallback  # type: ignore[attr-defined]
 
 from mopl._arguments import check_choice
-from mopl.alignment.collate import ListCollator
-from mopl.alignment.data import OnError
-from mopl.alignment.tokenization import TokenizedData
 from mopl.conditioning.hyper_prompt_model import HyperPromptModel
 from mopl.conditioning.weighted import causal_lm_of
 from mopl.integrations import _models as models
@@ -55,6 +53,9 @@ from mopl.integrations._pair_loss import PairLoss, pair_loss_of
 from mopl.integrations._settings import ObjectiveArguments
 from mopl.integrations._trl_tokens import TOKENIZATIONS, examples_of_pairs, is_pairs, refuse_options
 from mopl.integrations.transformers import MultiObjectiveTrainer
+from mopl.language_models.collate import ListCollator
+from mopl.language_models.data import OnError
+from mopl.language_models.tokenization import TokenizedData
 
 __all__ = ["MultiObjectiveDPOConfig", "MultiObjectiveDPOTrainer"]
 
@@ -69,7 +70,7 @@ class MultiObjectiveDPOConfig(ObjectiveArguments, DPOConfig):
 
     Args:
         tokenization: Of rows in TRL's preference format: `"trl"`, as the installed `trl.DPOTrainer` does it, or
-            `"mopl"`, as `mopl.alignment.tokenization` does it for all other data.
+            `"mopl"`, as `mopl.language_models.tokenization` does it for all other data.
     """
 
     tokenization: str = "trl"
@@ -89,8 +90,8 @@ class MultiObjectiveDPOTrainer(MultiObjectiveTrainer):
         args: `MultiObjectiveDPOConfig`, or a plain `DPOConfig`.
         data_collator: A mopl `ListCollator`.
         train_dataset: `PreferenceData`, `TokenizedData`, or a `datasets.Dataset` (or list of rows) in TRL's preference
-            format with a label column for each objective, or in any format of `mopl.alignment.readers`. `max_length`
-            cuts pairs as `truncation_mode` says and lists as `ListTokenizer` does.
+            format with a label column for each objective, or in any format of `mopl.language_models.readers`.
+            `max_length` cuts pairs as `truncation_mode` says and lists as `ListTokenizer` does.
         eval_dataset: The same, or a dictionary of them.
         processing_class: The tokenizer; by default that of the model's name.
         compute_metrics: See `MultiObjectiveTrainer`.
@@ -102,7 +103,7 @@ class MultiObjectiveDPOTrainer(MultiObjectiveTrainer):
         loss: A loss in place of `list_loss` and `loss_type`.
         eval_weights: (n, m) points of the grid of w for evaluation. A model without weights is measured at one point,
             by default that which it trains for.
-        template: Of data whose tokens are mopl's, see `mopl.alignment.tokenization.ListTokenizer`.
+        template: Of data whose tokens are mopl's, see `mopl.language_models.tokenization.ListTokenizer`.
         on_error: `"raise"` refuses data with rows that cannot be used, `"skip"` leaves them out with a warning.
 
     Raises:

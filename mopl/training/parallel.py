@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from mopl._extras import require
 
@@ -391,3 +392,8 @@ def _full(value: Any) -> Any:
     from torch.distributed.tensor import DTensor
 
     return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def unwrapped(model: nn.Module) -> Any:
+    """Return the model behind whatever DDP wraps around it."""
+    return model.module if isinstance(model, DistributedDataParallel) else model

@@ -12,10 +12,10 @@ import torch
 from ending import leave
 from test_clp_training import language_model, make_loss, parts, settings
 
-from mopl.alignment.models import fingerprint
 from mopl.clp.policies import new_policy
 from mopl.clp.prompts import PromptSource
 from mopl.clp.reward_scale import RewardScale, RunningScale
+from mopl.language_models.models import fingerprint
 from mopl.training import make_accelerator, train
 
 if __name__ == "__main__":

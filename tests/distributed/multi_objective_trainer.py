@@ -16,9 +16,9 @@ import peft
 import torch
 import transformers
 
-from mopl.alignment.tokenization import ReadReport, TokenizedData, TokenizedList
 from mopl.conditioning import HyperPrompt, HyperPromptModel
 from mopl.integrations.transformers import MultiObjectiveConfig, MultiObjectiveTrainer
+from mopl.language_models.tokenization import ReadReport, TokenizedData, TokenizedList
 
 MODELS = ("conditioned", "plain", "precomputed", "adapters", "precomputed adapters")
 

@@ -16,9 +16,9 @@ from test_alignment_training import DENSE, NAMES, conditioned, settings, source,
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from mopl.alignment import models
 from mopl.alignment.methods import scalarized_loss
 from mopl.alignment.stages import optimizer_of
+from mopl.language_models import models
 from mopl.training import RunLog, TrainingInterrupted, make_accelerator, train
 
 

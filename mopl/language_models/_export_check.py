@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from mopl._extras import require
 from mopl._restoring import evaluating, generators_kept
-from mopl.alignment.head import unfuse
 from mopl.conditioning import HyperPromptModel, LoraMixture, ParameterMixture
 from mopl.conditioning._causal_lm import is_peft
 from mopl.conditioning._merging import check_lora, lora_layers
 from mopl.conditioning.weighted import causal_lm_of
+from mopl.language_models.head import unfuse
 
 LENGTHS = (12, 5)
 # Largest ‖difference‖ of logits, of their own spread. In 16 bits weights with adapters merged in are rounded anew, and

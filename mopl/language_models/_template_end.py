@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mopl.alignment.data import RowError
+from mopl.language_models.data import RowError
 
 QUESTION, ANSWER, NEXT = "Qk7question", "Qk7answer", "Qk7next"  # words that templates neither cut nor look for
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from mopl._arguments import check_choice
 
-logger = logging.getLogger("mopl.alignment.data")
+logger = logging.getLogger("mopl.language_models.data")
 
 OnError = Literal["raise", "skip"]
 ON_ERROR = ("raise", "skip")

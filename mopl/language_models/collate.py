@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from mopl._arguments import check_choice, shape_of
-from mopl.alignment.tokenization import TokenizedList
+from mopl.language_models.tokenization import TokenizedList
 
 IGNORE_INDEX = -100
 

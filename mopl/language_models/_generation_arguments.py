@@ -11,11 +11,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from mopl._arguments import check_positive
-from mopl.alignment.data import RowError
-from mopl.alignment.tokenization import ListTokenizer
-from mopl.alignment.turns import TurnEnds, turn_ends
 from mopl.conditioning import TextPrompt, WeightedModel, check_weights
 from mopl.conditioning.weighted import causal_lm_of, takes_temperature
+from mopl.language_models.data import RowError
+from mopl.language_models.tokenization import ListTokenizer
+from mopl.language_models.turns import TurnEnds, turn_ends
 
 Prompt = str | Sequence[Mapping[str, Any]]
 Numbers = Tensor | Sequence[float] | Sequence[Sequence[float]]

@@ -33,9 +33,9 @@ import numpy as np
 
 from mopl._arguments import check_choice
 from mopl._lines import lone_surrogate
-from mopl.alignment._template_end import template_end
-from mopl.alignment.data import Message, OnError, PreferenceData, PreferenceList, ReadReport, RowError, Text
-from mopl.alignment.tokenized import TokenizedData, TokenizedList, truncate
+from mopl.language_models._template_end import template_end
+from mopl.language_models.data import Message, OnError, PreferenceData, PreferenceList, ReadReport, RowError, Text
+from mopl.language_models.tokenized import TokenizedData, TokenizedList, truncate
 
 __all__ = ["TEMPLATES", "ListTokenizer", "ReadReport", "TokenizedData", "TokenizedList", "tokenize", "truncate"]
 

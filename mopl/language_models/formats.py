@@ -19,7 +19,7 @@ from typing import Any
 
 from mopl._lines import TextError, parse_json
 from mopl._words import last_boundary
-from mopl.alignment.data import PreferenceList, RowError
+from mopl.language_models.data import PreferenceList, RowError
 
 Row = Mapping[str, Any]
 Draft = PreferenceList | RowError

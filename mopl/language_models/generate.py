@@ -35,7 +35,9 @@ from torch import Tensor, nn
 from mopl._arguments import check_choice
 from mopl._restoring import evaluating, seeded
 from mopl._rows import generation_keywords, takes_left_padding
-from mopl.alignment._generation_arguments import (
+from mopl.conditioning import HyperPromptModel, TextPrompt
+from mopl.conditioning.weighted import causal_lm_of
+from mopl.language_models._generation_arguments import (
     Condition,
     Numbers,
     Prompt,
@@ -44,14 +46,12 @@ from mopl.alignment._generation_arguments import (
     generate_options,
     prompt_tokens,
 )
-from mopl.alignment.collate import pad_left
-from mopl.alignment.head import IGNORE_INDEX, fuse, is_fused, score_sequences, unfuse
-from mopl.alignment.models import positions_of
-from mopl.alignment.reference_mixture import Reference, ReferenceMixture
-from mopl.alignment.tokenization import ListTokenizer
-from mopl.alignment.turns import TurnEnds
-from mopl.conditioning import HyperPromptModel, TextPrompt
-from mopl.conditioning.weighted import causal_lm_of
+from mopl.language_models.collate import pad_left
+from mopl.language_models.head import IGNORE_INDEX, fuse, is_fused, score_sequences, unfuse
+from mopl.language_models.models import positions_of
+from mopl.language_models.reference_mixture import Reference, ReferenceMixture
+from mopl.language_models.tokenization import ListTokenizer
+from mopl.language_models.turns import TurnEnds
 from mopl.steering import rescale
 
 RERANK = ("best", "resample")
@@ -87,7 +87,7 @@ class Generation:
         prompt: As it was passed.
         text: Without special tokens, and without what ended it.
         tokens: Its tokens, with the one that ended it.
-        finished: Whether it ended by itself: with a token or text of `mopl.alignment.turns`.
+        finished: Whether it ended by itself: with a token or text of `mopl.language_models.turns`.
         candidates: All samples, the largest score first; empty if there was one.
         effective_samples: 1 / Σ share² under `rerank="resample"`, between 1 and the number of candidates; else None.
     """

@@ -7,6 +7,7 @@ of another program. The model is dequantised to float32 once and kept in the use
 from __future__ import annotations
 
 import hashlib
+import importlib.resources
 import importlib.util
 import json
 import logging
@@ -176,3 +177,9 @@ class _quiet:
         self.notes.set_verbosity(self.level)
         if self.bars:
             self.notes.enable_progress_bar()
+
+
+def load_prompts() -> dict[str, list[str]]:
+    """Return the demo's prompts by topic."""
+    text = importlib.resources.files("mopl.language_models").joinpath("demo_prompts.json").read_text(encoding="utf-8")
+    return json.loads(text)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mopl._extras import require
-from mopl.alignment.tokenization import ListTokenizer
+from mopl.language_models.tokenization import ListTokenizer
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import Literal
 import numpy as np
 
 from mopl._arguments import check_choice
-from mopl.alignment.collate import ListBatch, ListCollator
-from mopl.alignment.tokenization import TokenizedList
+from mopl.language_models.collate import ListBatch, ListCollator
+from mopl.language_models.tokenization import TokenizedList
 from mopl.training.batches import part_of_batch, shuffled_indices
 
 BATCH_ORDER_STREAM = 1_000_000_021  # a stream of its own, far from the epochs, which take small integers

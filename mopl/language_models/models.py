@@ -1,24 +1,11 @@
-"""The models of an alignment run: the frozen language model, what is trained on top of it, and files of both.
-
-| model                 | what is trained                                                     | takes weights by |
-|-----------------------|---------------------------------------------------------------------|------------------|
-| COS-DPO, hyper-prompt | LoRA adapters, P and both networks of the `HyperPrompt`             | virtual tokens   |
-| COS-DPO, lora-mixture | m sets of LoRA adapters                                             | their mixture    |
-| COS-DPO, text         | LoRA adapters                                                       | words            |
-| baselines             | LoRA adapters and P: ordinary prompt tuning, as in section 4.2      | nothing          |
-
-The prompt of a baseline is a `HyperPrompt` at its start, where its mask is 1 for every w, with both networks frozen.
-So all models of one kind have the same parameters, and a soup can average them.
-"""
+"""Causal language models: loaded and fused, with what was trained around them, and files of both."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
-import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from mopl._extras import require
-from mopl._files import write_files
 from mopl._hub import loading
 from mopl._tensor_files import read_tensors, shapes_of
 from mopl._terminal import bars_wanted
-from mopl.alignment.config import AlignConfig
-from mopl.alignment.head import fuse, unfuse
-from mopl.conditioning import HyperPrompt, HyperPromptModel, LoraMixture, TextPrompt, TuningRecord, WeightedModel
+from mopl.conditioning import HyperPromptModel, LoraMixture, WeightedModel
 from mopl.conditioning._adapter_base import base_of_adapter, merge_adapter, naming_base
 from mopl.conditioning._saved import ADAPTER_FILE, CONFIG_FILE, REMEDY, load_adapters, read_kind, read_record
 from mopl.conditioning.hyper_prompt_model import WEIGHTS_FILE as PROMPT_FILE
+from mopl.language_models.head import fuse, unfuse
 
 TEXT_KIND, MIXTURE_KIND = "TextPromptModel", "LoraMixture"
-TEXT_TEMPLATE = "[{weights}]\n"
-TEXT_TEMPLATE_WITH_TEMPERATURES = "[{weights}; temperatures {temperatures}]\n"
 
 
 def load_tokenizer(name: str) -> Any:
@@ -80,7 +63,7 @@ def load_causal_lm(name: str, *, dtype: str = "auto", attention: str | None = No
     if (base := base_of_adapter(name)) is not None:
         with naming_base(name, base):
             model = unfuse(load_causal_lm(base, dtype=dtype, attention=attention))
-        with _quiet():
+        with quiet():
             return fuse(merge_adapter(name, model).requires_grad_(False))
     with loading(name, "configuration") as how:
         config = AutoConfig.from_pretrained(name, **how)
@@ -89,7 +72,7 @@ def load_causal_lm(name: str, *, dtype: str = "auto", attention: str | None = No
             setattr(config, setting, 0.0)
     options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
-    with _quiet(), loading(name) as how:
+    with quiet(), loading(name) as how:
         model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=kind, **options, **how)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -98,7 +81,7 @@ def load_causal_lm(name: str, *, dtype: str = "auto", attention: str | None = No
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep out of a log what says nothing about a run: warnings of PEFT's insides, progress bars without a terminal."""
     from transformers.utils import logging
 
@@ -118,72 +101,6 @@ def _quiet() -> Iterator[None]:
 def positions_of(model: Any) -> int | None:
     """Return how many tokens a causal language model can see, or None where it sets no limit."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
-def new_model(
-    base: nn.Module,
-    config: AlignConfig,
-    objectives: tuple[str, ...],
-    *,
-    conditioned: bool,
-    temperature: bool = False,
-    start: Sequence[int] = (),
-) -> nn.Module:
-    """Return an untrained model around `base`, which computes what `base` alone does but for the start of its prompt.
-
-    Args:
-        base: A fused causal language model; it is frozen, and gets LoRA layers until `release` takes them out.
-        config: Settings of the run.
-        objectives: Names of the m objectives.
-        conditioned: Whether it is to learn every trade-off, or one.
-        temperature: Whether it is conditioned on temperatures too.
-        start: Tokens whose embeddings the virtual tokens start at; small random vectors without any.
-
-    Returns:
-        A `HyperPromptModel`; a `LoraMixture` for a conditioned model that mixes adapters; or a PEFT model where it
-        takes its weights in words.
-    """
-    model = base.requires_grad_(False)
-    record = tuning_record(config, objectives, conditioned=conditioned, temperature=temperature)
-    if config.lora_rank:
-        require("peft")
-        from peft import LoraConfig, TaskType, get_peft_model
-
-        targets = config.lora_targets
-        settings = LoraConfig(
-            r=config.lora_rank,
-            lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
-            target_modules=targets[0] if len(targets) == 1 and targets[0] == "all-linear" else list(targets),
-            task_type=TaskType.CAUSAL_LM,
-        )
-        with _quiet():
-            if conditioned and config.conditioning == "lora-mixture":
-                return LoraMixture(base, len(objectives), config=settings, record=record)
-            model = get_peft_model(base, settings)  # type: ignore[arg-type]
-    if conditioned and config.conditioning == "text":
-        return model
-    hidden = base.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
-    prompt = HyperPrompt(
-        len(objectives), config.virtual_tokens, config.prompt_rank, hidden, temperature=conditioned and temperature
-    )
-    if not conditioned:
-        for network in (prompt.left, prompt.right):
-            network.requires_grad_(False)
-    wrapped = HyperPromptModel(model, prompt, record=record, positions=config.positions)
-    if start:
-        wrapped.set_prefix_from_tokens(start)
-    return wrapped
-
-
-def tuning_record(
-    config: AlignConfig, objectives: tuple[str, ...], *, conditioned: bool, temperature: bool
-) -> TuningRecord:
-    """Return what `mopl.json` says about a model of a run: objectives, reference, β and α."""
-    beta: Any = config.betas(len(objectives))
-    if temperature:
-        beta = tuple(tuple(factor * b for b in beta) for factor in config.beta_range)
-    reference = "self" if config.reference in ("auto", "self", "precomputed") else config.reference
-    return TuningRecord(objectives, reference, beta, config.alpha if conditioned else None)
 
 
 def recompute_activations(model: Any, on: bool) -> None:
@@ -207,32 +124,7 @@ def release(model: nn.Module) -> Any:
     return inner.unload() if hasattr(inner, "unload") else inner
 
 
-def text_prompt(objectives: tuple[str, ...], *, temperature: bool = False) -> TextPrompt:
-    """Return how weights are written into a prompt under `conditioning="text"`."""
-    return TextPrompt(objectives, TEXT_TEMPLATE_WITH_TEMPERATURES if temperature else TEXT_TEMPLATE)
-
-
 # ---------------------------------------------------------------- files
-
-
-def save_model(
-    model: Any, folder: Path, config: AlignConfig, objectives: tuple[str, ...], *, temperature: bool = False
-) -> None:
-    """Write what was trained into a folder, never the frozen model."""
-    if isinstance(model, WeightedModel):
-        model.save_pretrained(folder)
-        return
-    record = dataclasses.asdict(tuning_record(config, objectives, conditioned=True, temperature=temperature))
-    content = {
-        "kind": TEXT_KIND, **record, "base_model": config.model, "adapter": "default",
-        "template": text_prompt(objectives, temperature=temperature).template,
-    }  # fmt: skip
-
-    def fill(place: Path) -> None:
-        model.save_pretrained(str(place))
-        (place / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-    write_files(folder, fill, last=CONFIG_FILE)
 
 
 def load_model(folder: Path, base: nn.Module) -> nn.Module:
@@ -245,10 +137,10 @@ def load_model(folder: Path, base: nn.Module) -> nn.Module:
         raise FileNotFoundError(f"{folder} holds no trained model: it has no {CONFIG_FILE}")
     kind = read_kind(folder)
     if kind != TEXT_KIND:
-        with _quiet():
+        with quiet():
             return (LoraMixture if kind == MIXTURE_KIND else HyperPromptModel).from_pretrained(folder, base)
     read_record(folder, TEXT_KIND, ADAPTER_FILE)
-    with _quiet():
+    with quiet():
         return load_adapters(base, {"default": folder}).eval()
 
 
@@ -283,6 +175,7 @@ def set_state(model: HyperPromptModel, state: Mapping[str, Tensor]) -> None:
         parts[kind][key] = value
     model.hyper_prompt.load_state_dict(parts["prompt"], strict=True)
     if parts["adapter"]:
+        require("peft")
         from peft import set_peft_model_state_dict
 
         result = set_peft_model_state_dict(model.model, parts["adapter"])  # type: ignore[arg-type]

@@ -34,7 +34,14 @@ from torch import Tensor, nn
 from mopl._restoring import evaluating
 from mopl._rows import UnsupportedModelError, arranged
 from mopl._threads import Turns, in_turn
-from mopl.alignment._head_scores import IGNORE_INDEX, Transform, fit_transform, kl_of_hidden, numbers_of, score_hidden
+from mopl.language_models._head_scores import (
+    IGNORE_INDEX,
+    Transform,
+    fit_transform,
+    kl_of_hidden,
+    numbers_of,
+    score_hidden,
+)
 from mopl.ops import sequence_logprob
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mopl.alignment.data import ReadReport
+from mopl.language_models.data import ReadReport
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +94,7 @@ class TokenizedData(Sequence[TokenizedList]):
 def truncate(
     prompt: np.ndarray, responses: Sequence[np.ndarray], *, max_length: int, min_prompt: int, bos: int | None = None
 ) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
-    """Shorten a list to at most `max_length` tokens of prompt and longest response; see `mopl.alignment.tokenization`.
+    """Shorten a list to at most `max_length` tokens of prompt and longest response; see `ListTokenizer`.
 
     Args:
         prompt: (P,) tokens.

@@ -48,19 +48,6 @@ from torch import Tensor, nn
 from mopl import __version__
 from mopl._arguments import check_choice
 from mopl._files import write_folder
-from mopl.alignment._export_adapter import save_mixed_adapter, save_prompt
-from mopl.alignment._export_check import (
-    TOLERANCE,
-    check_adapters,
-    check_files,
-    compare,
-    logits_of_export,
-    logits_of_source,
-)
-from mopl.alignment._export_tokenizer import Front, check_saved, prepare_tokenizer
-from mopl.alignment.head import unfuse
-from mopl.alignment.tokenization import ListTokenizer
-from mopl.alignment.turns import write_turn_end
 from mopl.conditioning import (
     HyperPromptModel,
     LoraMixture,
@@ -73,6 +60,19 @@ from mopl.conditioning._adapter_base import base_of_adapter
 from mopl.conditioning._causal_lm import is_peft
 from mopl.conditioning._merging import merged, settle_merged, settle_ties
 from mopl.conditioning.weighted import causal_lm_of, takes_temperature
+from mopl.language_models._export_adapter import save_mixed_adapter, save_prompt
+from mopl.language_models._export_check import (
+    TOLERANCE,
+    check_adapters,
+    check_files,
+    compare,
+    logits_of_export,
+    logits_of_source,
+)
+from mopl.language_models._export_tokenizer import Front, check_saved, prepare_tokenizer
+from mopl.language_models.head import unfuse
+from mopl.language_models.tokenization import ListTokenizer
+from mopl.language_models.turns import write_turn_end
 
 KINDS = ("model", "adapter")
 CONFIG_FILE, KIND = "mopl.json", "export"

@@ -5,7 +5,7 @@ that answer (usually one of the assistant). Lists may differ in K. Labels are re
 
 A label may be missing. `None` and NaN mean the same: this response was not judged under this objective. An objective
 that is absent from a list's labels is missing for all its responses. Nothing is ever filled in: missing labels stay
-NaN in `PreferenceData.label_array`, and the collator turns them into masks (`mopl.alignment.collate`).
+NaN in `PreferenceData.label_array`, and the collator turns them into masks (`mopl.language_models.collate`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 
 from mopl._files import write_file
 from mopl._lines import text_fault
-from mopl.alignment._bad_rows import ON_ERROR, SHOWN, DataError, OnError, ReadReport, RowError
+from mopl.language_models._bad_rows import ON_ERROR, SHOWN, DataError, OnError, ReadReport, RowError
 
 __all__ = [
     "DataError",

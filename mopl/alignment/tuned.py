@@ -1,0 +1,123 @@
+"""What an alignment run trains on top of a frozen language model, and its files.
+
+| model                 | what is trained                                                     | takes weights by |
+|-----------------------|---------------------------------------------------------------------|------------------|
+| COS-DPO, hyper-prompt | LoRA adapters, P and both networks of the `HyperPrompt`             | virtual tokens   |
+| COS-DPO, lora-mixture | m sets of LoRA adapters                                             | their mixture    |
+| COS-DPO, text         | LoRA adapters                                                       | words            |
+| baselines             | LoRA adapters and P: ordinary prompt tuning, as in section 4.2      | nothing          |
+
+The prompt of a baseline is a `HyperPrompt` at its start, where its mask is 1 for every w, with both networks frozen.
+So all models of one kind have the same parameters, and a soup can average them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mopl._extras import require
+from mopl._files import write_files
+from mopl.alignment.config import AlignConfig
+from mopl.conditioning import HyperPrompt, HyperPromptModel, LoraMixture, TextPrompt, TuningRecord, WeightedModel
+from mopl.conditioning._saved import CONFIG_FILE
+from mopl.language_models.models import TEXT_KIND, quiet
+
+TEXT_TEMPLATE = "[{weights}]\n"
+TEXT_TEMPLATE_WITH_TEMPERATURES = "[{weights}; temperatures {temperatures}]\n"
+
+
+def new_model(
+    base: nn.Module,
+    config: AlignConfig,
+    objectives: tuple[str, ...],
+    *,
+    conditioned: bool,
+    temperature: bool = False,
+    start: Sequence[int] = (),
+) -> nn.Module:
+    """Return an untrained model around `base`, which computes what `base` alone does but for the start of its prompt.
+
+    Args:
+        base: A fused causal language model; it is frozen, and gets LoRA layers until `release` takes them out.
+        config: Settings of the run.
+        objectives: Names of the m objectives.
+        conditioned: Whether it is to learn every trade-off, or one.
+        temperature: Whether it is conditioned on temperatures too.
+        start: Tokens whose embeddings the virtual tokens start at; small random vectors without any.
+
+    Returns:
+        A `HyperPromptModel`; a `LoraMixture` for a conditioned model that mixes adapters; or a PEFT model where it
+        takes its weights in words.
+    """
+    model = base.requires_grad_(False)
+    record = tuning_record(config, objectives, conditioned=conditioned, temperature=temperature)
+    if config.lora_rank:
+        require("peft")
+        from peft import LoraConfig, TaskType, get_peft_model
+
+        targets = config.lora_targets
+        settings = LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
+            target_modules=targets[0] if len(targets) == 1 and targets[0] == "all-linear" else list(targets),
+            task_type=TaskType.CAUSAL_LM,
+        )
+        with quiet():
+            if conditioned and config.conditioning == "lora-mixture":
+                return LoraMixture(base, len(objectives), config=settings, record=record)
+            model = get_peft_model(base, settings)  # type: ignore[arg-type]
+    if conditioned and config.conditioning == "text":
+        return model
+    hidden = base.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
+    prompt = HyperPrompt(
+        len(objectives), config.virtual_tokens, config.prompt_rank, hidden, temperature=conditioned and temperature
+    )
+    if not conditioned:
+        for network in (prompt.left, prompt.right):
+            network.requires_grad_(False)
+    wrapped = HyperPromptModel(model, prompt, record=record, positions=config.positions)
+    if start:
+        wrapped.set_prefix_from_tokens(start)
+    return wrapped
+
+
+def tuning_record(
+    config: AlignConfig, objectives: tuple[str, ...], *, conditioned: bool, temperature: bool
+) -> TuningRecord:
+    """Return what `mopl.json` says about a model of a run: objectives, reference, β and α."""
+    beta: Any = config.betas(len(objectives))
+    if temperature:
+        beta = tuple(tuple(factor * b for b in beta) for factor in config.beta_range)
+    reference = "self" if config.reference in ("auto", "self", "precomputed") else config.reference
+    return TuningRecord(objectives, reference, beta, config.alpha if conditioned else None)
+
+
+def text_prompt(objectives: tuple[str, ...], *, temperature: bool = False) -> TextPrompt:
+    """Return how weights are written into a prompt under `conditioning="text"`."""
+    return TextPrompt(objectives, TEXT_TEMPLATE_WITH_TEMPERATURES if temperature else TEXT_TEMPLATE)
+
+
+def save_model(
+    model: Any, folder: Path, config: AlignConfig, objectives: tuple[str, ...], *, temperature: bool = False
+) -> None:
+    """Write what was trained into a folder, never the frozen model."""
+    if isinstance(model, WeightedModel):
+        model.save_pretrained(folder)
+        return
+    record = dataclasses.asdict(tuning_record(config, objectives, conditioned=True, temperature=temperature))
+    content = {
+        "kind": TEXT_KIND, **record, "base_model": config.model, "adapter": "default",
+        "template": text_prompt(objectives, temperature=temperature).template,
+    }  # fmt: skip
+
+    def fill(place: Path) -> None:
+        model.save_pretrained(str(place))
+        (place / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    write_files(folder, fill, last=CONFIG_FILE)
