@@ -3,7 +3,7 @@
 `mopl/kernels` is a link to `kernels/`, which must not hold an `__init__.py`: with one, Python at the root of a clone
 would find it in place of Hugging Face's package `kernels`. One root for all packages lets setuptools put that root on
 the path of an editable install; its other way, a finder behind all paths, loses to a folder named `mopl` (a clone, seen
-from the folder above). See tests/test_install.py.
+from the folder above). See tests/package/test_install.py.
 """
 
 from setuptools import find_namespace_packages, setup

@@ -52,7 +52,7 @@ def _lists(name: str, what: str, seconds: int, *arguments: str) -> Stage:
     return Stage(f"lists{name}", what, seconds, ("-m", "bench.lists", *arguments, "--json", "{out}"), toy)
 
 
-GRAPHS, LISTS, LOGPROB = (f"tests/test_gpu_{name}.py" for name in ("graphs", "list_kernels", "logprob"))
+GRAPHS, LISTS, LOGPROB = (f"tests/gpu/test_{name}.py" for name in ("graphs", "list_kernels", "logprob"))
 FEW = ("2", "8", "32", "128", "1024", "4096")  # lengths of lists where every length would take minutes
 OURS = ("--variants", "its products alone", "mopl")
 STAGES = (

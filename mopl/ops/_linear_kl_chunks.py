@@ -18,8 +18,8 @@ p_v - q_v for the forward direction. Neither pass holds more than a tile.
 
 On a GPU operands of 16 bit are multiplied as they are, with float32 sums. The gradient of the logits, which is float32,
 is then the sum of two bf16 numbers: with one, rows of bf16 gradients would have up to 2.7 times the error that 32-bit
-products leave them, with two they have the same (computed, tests/test_linear_kl.py). For float16 it stays float32, and
-the products with it as well: its entries would flush to 0.
+products leave them, with two they have the same (computed, tests/ops/test_linear_kl.py). For float16 it stays float32,
+and the products with it as well: its entries would flush to 0.
 """
 
 from __future__ import annotations

@@ -20,7 +20,6 @@ pytest.importorskip("peft")
 pytest.importorskip("accelerate")
 pytest.importorskip("moocore")
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 from launching import launch_mopl
 
 from mopl import steering

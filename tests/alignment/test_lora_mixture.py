@@ -1,7 +1,6 @@
 """COS-DPO with mixed adapters: trained like virtual tokens, exported as a plain model or as one adapter, exactly."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,10 +9,6 @@ import torch
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 pytest.importorskip("accelerate")
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from test_alignment_commands import base, make_run, printed  # noqa: F401  # base is a fixture
-from test_alignment_training import NAMES, conditioned, folder, settings, source, tokenized  # noqa: F401
 
 from mopl.alignment import open_run
 from mopl.alignment.methods import ListScores, ResponseLoss, scalarized_loss, score_batch
@@ -23,6 +18,8 @@ from mopl.language_models import models
 from mopl.language_models.collate import ListCollator
 from mopl.language_models.generate import generate
 from mopl.training import make_accelerator
+from tests.alignment.test_training import NAMES, conditioned, folder, settings, source, tokenized  # noqa: F401
+from tests.commands.test_generate_and_export import base, make_run, printed  # noqa: F401  # base is a fixture
 
 MIXTURE = settings(conditioning="lora-mixture")
 DENSE = ResponseLoss(labels=("softmax", "softmax"))

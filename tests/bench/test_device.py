@@ -12,14 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+ROOT = Path(__file__).resolve().parents[2]
 
 from bench import device, lists, logprob, measuring
 from bench.device_stages import COMMAND_MINUTES, MUST, PEERS, STAGES, Stage, commands, plan
 from bench.summary import summary
 
-FILES = ("tests/test_gpu_graphs.py", "tests/test_gpu_list_kernels.py", "tests/test_gpu_logprob.py")
+FILES = ("tests/gpu/test_graphs.py", "tests/gpu/test_list_kernels.py", "tests/gpu/test_logprob.py")
 
 
 def command(*arguments: str, limit: float = 900, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -55,7 +54,7 @@ pytest.main(["-o", "addopts=--import-mode=importlib", "-p", "no:cacheprovider", 
 
 
 def test_every_gpu_test_is_in_exactly_one_stage() -> None:
-    assert {str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_gpu_*.py")} == set(FILES)
+    assert {str(path.relative_to(ROOT)) for path in (ROOT / "tests/gpu").glob("test_*.py")} == set(FILES)
     found = subprocess.run(
         [sys.executable, "-c", COLLECT, *FILES], cwd=ROOT, capture_output=True, text=True,
         env={**os.environ, "PYTEST_ADDOPTS": ""},
@@ -199,7 +198,7 @@ def test_the_summary_holds_goals_tests_and_what_was_not_measured(tmp_path: Path)
     (tmp_path / "logprob-frozen.json").write_text(json.dumps(whole | {"targets": [target], "results": rows}))
     ratio = [{"size": "listnet m=1 K=8", "variant": "log_softmax", "ms": 1.0, "x mopl": 0.5}]
     (tmp_path / "lists.json").write_text(json.dumps(whole | {"targets": [], "results": ratio}))
-    failed = ["FAILED tests/test_gpu_logprob.py::test_linear_errors"]
+    failed = ["FAILED tests/gpu/test_logprob.py::test_linear_errors"]
     state = {"verdict": "failed with exit status 1", "seconds": 90.0, "command": "python -m pytest"}
     stages = {"tests-logprob": state | {"outcome": "1 failed, 99 passed in 80 s", "failed": failed}}
     (tmp_path / "stages.json").write_text(json.dumps(stages))

@@ -4,14 +4,13 @@
 """
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+ROOT = Path(__file__).resolve().parents[2]
+
 pytest.importorskip("triton")
 
 from bench.cards import CARDS

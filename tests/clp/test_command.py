@@ -11,7 +11,6 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from launching import launch_mopl
 from tiny_language_models import build, tokenizer

@@ -13,7 +13,6 @@ from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from tiny_language_models import WORDS, build, tokenizer
 
@@ -560,7 +559,7 @@ def test_several_epochs_begin_with_the_gradient_of_one(tmp_path):
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_two_processes_train_one_policy(tmp_path):
-    script = Path(__file__).parent / "distributed" / "clp_policies.py"
+    script = Path(__file__).parents[1] / "distributed" / "clp_policies.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -12,7 +12,6 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from tiny_language_models import build, lora, prompt, tokenizer
 

@@ -1,4 +1,4 @@
-"""Run by tests/test_clp_training.py on two gloo processes: both have a part of each rollout and train one policy."""
+"""Run by tests/clp/test_training.py on two gloo processes: both have a part of each rollout and train one policy."""
 
 import os
 import sys
@@ -6,11 +6,11 @@ from pathlib import Path
 
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / room) for room in ("clp", "")]
 
 import torch
 from ending import leave
-from test_clp_training import language_model, make_loss, parts, settings
+from test_training import language_model, make_loss, parts, settings
 
 from mopl.clp.policies import new_policy
 from mopl.clp.prompts import PromptSource

@@ -1,4 +1,4 @@
-"""Run by tests/test_fuse_distributed.py on two gloo processes: gradients of fused scores under DDP and FSDP2.
+"""Run by tests/language_models/test_fuse_distributed.py on two processes: gradients of fused scores, DDP and FSDP2.
 
 Each rank has its own half of the batch; the loss is the mean over the whole batch, and gradients must equal those of
 one process that sees all of it.

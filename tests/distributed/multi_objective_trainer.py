@@ -1,4 +1,4 @@
-"""Run by tests/test_integrations_transformers.py, on two gloo processes and on one: the same training.
+"""Run by tests/integrations/test_transformers.py, on two gloo processes and on one: the same training.
 
 Each process has its part of the batches; parameters after three steps of two parts each, the logged means and an
 evaluation of five lists (which two processes cannot share evenly) must be those of one process.

@@ -1,4 +1,4 @@
-"""Run by tests/test_sharded_training.py on two gloo processes under `accelerate launch --use_fsdp --fsdp_version 2`."""
+"""Run by tests/training/test_sharded_training.py on two processes, `accelerate launch --use_fsdp --fsdp_version 2`."""
 
 import dataclasses
 import os
@@ -8,11 +8,11 @@ from pathlib import Path
 
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / room) for room in ("alignment", "")]
 
 import torch
 from ending import leave
-from test_alignment_training import DENSE, NAMES, conditioned, settings, source, trained
+from test_training import DENSE, NAMES, conditioned, settings, source, trained
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 

@@ -1,4 +1,4 @@
-"""Run by tests/test_fuse_distributed.py on two processes where DeepSpeed is installed: fused scores under ZeRO-3.
+"""Run by tests/language_models/test_fuse_distributed.py on two processes with DeepSpeed: fused scores under ZeRO-3.
 
 As in `fuse_gradients.py`, each rank has half of the batch; gradients must equal those of one process with all of it.
 """

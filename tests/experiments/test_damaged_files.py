@@ -1,14 +1,12 @@
 """A damaged file of a run is named in one line, with the key: no traceback, no other exception, no hang."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("accelerate")
 pytest.importorskip("moocore")
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from damage import CONSTANTS, OTHERS, changed, complaint, fifo, paths, replaced, run, whole
 

@@ -4,7 +4,6 @@ import json
 import pickle
 import shutil
 import signal
-import sys
 import warnings
 from pathlib import Path
 
@@ -17,7 +16,6 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("accelerate")
 pytest.importorskip("moocore")
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from damage import changed, complaint, fifo, paths, replaced, run, whole
 from tiny_language_models import build, tokenizer

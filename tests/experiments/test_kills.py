@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("accelerate")
 pytest.importorskip("moocore")
-SCRIPT = str(Path(__file__).with_name("kill_runs.py"))
+SCRIPT = str(Path(__file__).parents[1] / "kill_runs.py")
 
 
 def kill(*options):

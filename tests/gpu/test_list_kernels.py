@@ -5,18 +5,13 @@ prove nothing there about a GPU, but no mistake in this file waits for one.
 """
 
 import math
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 from list_problems import Problem, best_first, compare, in_float64, make, padded, poisoned, results
+from torch import Tensor
 
 from mopl.ops.listnet import listwise_cross_entropy
 from mopl.ops.plackett_luce import _forward_cpu, plackett_luce_nll

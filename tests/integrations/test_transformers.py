@@ -718,7 +718,7 @@ def test_the_package_of_integrations_imports_no_trainer():
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_two_processes_do_what_one_does(tmp_path):
-    script = Path(__file__).parent / "distributed" / "multi_objective_trainer.py"
+    script = Path(__file__).parents[1] / "distributed" / "multi_objective_trainer.py"
     spec = importlib.util.spec_from_file_location("multi_objective_trainer", script)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -136,7 +136,7 @@ def test_every_option_stands_in_one_table():
 
 
 def test_the_table_of_the_docs_is_that_of_the_code():
-    path = Path(__file__).parents[1] / "docs" / "trl.md"
+    path = Path(__file__).parents[2] / "docs" / "trl.md"
     assert _options.table() in path.read_text(), "python -m mopl.integrations._options writes it"
 
 

@@ -1,8 +1,6 @@
 """`MultiObjectiveDPOTrainer` trains on the tokens of `trl.DPOTrainer`, to the id, whatever release is installed."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +11,6 @@ datasets = pytest.importorskip("datasets")
 pytest.importorskip("peft")
 trl = pytest.importorskip("trl")
 
-sys.path.insert(0, str(Path(__file__).parent))
 import tiny_language_models as tiny
 
 from mopl.integrations._data import batch_of

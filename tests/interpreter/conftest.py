@@ -1,19 +1,14 @@
 """Tests that run kernels on CPU tensors, in Triton's interpreter: collected only in a process that was started for it.
 
-`tests/test_interpreter_leg.py` starts such processes; by hand: `TRITON_INTERPRET=1 pytest tests/interpreter`.
+`tests/ops/test_interpreter_leg.py` starts such processes; by hand: `TRITON_INTERPRET=1 pytest tests/interpreter`.
 """
 
 import os
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from interpreting import BROKEN, REASON
 
 collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["*.py"]

@@ -1,4 +1,4 @@
-"""The logic of `tests/test_gpu_graphs.py` at toy sizes, so that no mistake in it waits for a GPU."""
+"""The logic of `tests/gpu/test_graphs.py` at toy sizes, so that no mistake in it waits for a GPU."""
 
 import importlib.util
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 from mopl.kernels import listnet, plackett_luce_plan
 
-spec = importlib.util.spec_from_file_location("gpu_graphs", Path(__file__).parents[1] / "test_gpu_graphs.py")
+spec = importlib.util.spec_from_file_location("gpu_graphs", Path(__file__).parents[1] / "gpu" / "test_graphs.py")
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 globals().update({name: value for name, value in vars(module).items() if name.startswith("test_")})

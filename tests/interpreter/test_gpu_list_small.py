@@ -1,4 +1,4 @@
-"""The logic of `tests/test_gpu_list_kernels.py` at toy sizes, so that no mistake in it waits for a GPU."""
+"""The logic of `tests/gpu/test_list_kernels.py` at toy sizes, so that no mistake in it waits for a GPU."""
 
 import importlib.util
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from mopl.kernels import listnet, plackett_luce_plan
 
 spec = importlib.util.spec_from_file_location(
-    "gpu_list_kernels", Path(__file__).parents[1] / "test_gpu_list_kernels.py"
+    "gpu_list_kernels", Path(__file__).parents[1] / "gpu" / "test_list_kernels.py"
 )
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)

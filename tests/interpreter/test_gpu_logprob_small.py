@@ -1,4 +1,4 @@
-"""The logic of `tests/test_gpu_logprob.py` at toy sizes, so that no mistake in it waits for a GPU.
+"""The logic of `tests/gpu/test_logprob.py` at toy sizes, so that no mistake in it waits for a GPU.
 
 The interpreter truncates to bfloat16 where a GPU rounds; here it is made to round, so that errors can be judged.
 """
@@ -15,7 +15,7 @@ from triton.runtime import interpreter
 from mopl.ops import _device
 from mopl.ops._head_plan import TOY
 
-spec = importlib.util.spec_from_file_location("gpu_logprob", Path(__file__).parents[1] / "test_gpu_logprob.py")
+spec = importlib.util.spec_from_file_location("gpu_logprob", Path(__file__).parents[1] / "gpu" / "test_logprob.py")
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 globals().update({name: value for name, value in vars(module).items() if name.startswith("test_")})

@@ -1,14 +1,10 @@
 """What the performance model says that a kernel moves is what it moves: counted address by address at small sizes."""
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bench.kernel_traffic import KERNELS, Arguments, kernel
 from mopl.ops import gathered_logprob, linear_logprob, listwise_cross_entropy, plackett_luce_nll

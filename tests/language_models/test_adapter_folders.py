@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from tiny_language_models import build, prompt, tokenizer
 

@@ -2,8 +2,6 @@
 
 import copy
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +11,6 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 peft = pytest.importorskip("peft")
 
-sys.path.insert(0, str(Path(__file__).parent))  # the tests' own helpers
 from tiny_language_models import VOCABULARY, build
 
 from mopl.conditioning import HyperPrompt, HyperPromptModel, LoraMixture, ParameterMixture

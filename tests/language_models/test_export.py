@@ -2,7 +2,6 @@
 
 import copy
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from tiny_language_models import CHAT, PROMPTS, TEMPLATE, VOCABULARY, K, build, conditioned, lora, prompt, tokenizer
 

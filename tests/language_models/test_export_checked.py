@@ -1,6 +1,5 @@
 """Every export is loaded again and has the logits of its source, or nothing is written."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -8,14 +7,13 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from test_merging import build as of_family
-from test_merging import close, spread
 from tiny_language_models import HIDDEN, VOCABULARY, WEIGHTS, K, build, conditioned, lora, prompt, tokenizer
 
 from mopl.conditioning import HyperPrompt, HyperPromptModel, LoraMixture, ParameterMixture
 from mopl.language_models.export import export
+from tests.conditioning.test_merging import build as of_family
+from tests.conditioning.test_merging import close, spread
 
 W = [0.7, 0.3]
 IDS = torch.tensor([[7, 8, 9, 10, 11], [20, 21, 22, 23, 24]])

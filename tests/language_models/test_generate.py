@@ -1,15 +1,11 @@
 """Generation at a trade-off: mixing with the reference by tokens, re-ranking by responses, files and errors."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from tiny_language_models import CHAT, PROMPTS, WEIGHTS, build, conditioned, lora, prompt, tokenizer
 

@@ -1,8 +1,6 @@
 """Where a prompt ends and a response begins and ends: training, generation and CLP read the same prompt."""
 
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +8,6 @@ import pytest
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-sys.path.insert(0, str(Path(__file__).parent))
 import tiny_language_models as tiny
 
 from mopl.clp.config import ClpConfig

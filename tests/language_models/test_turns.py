@@ -1,15 +1,12 @@
 """Generation ends where the chat template's turn ends, whatever its token is called and however many it takes."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from tiny_language_models import WORDS, build
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers

@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
-from torch.autograd import forward_ad
-
-sys.path.insert(0, str(Path(__file__).parent))  # the tests' own helpers
 from derivative_cases import (
     CASES,
     EXTREMES,
@@ -29,6 +23,8 @@ from derivative_cases import (
     tracked,
     with_oracle,
 )
+from torch import Tensor
+from torch.autograd import forward_ad
 
 import mopl.losses
 import mopl.ops

@@ -10,12 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 from interpreting import BROKEN, REASON
 
-FOLDER = Path(__file__).resolve().parent / "interpreter"
+FOLDER = Path(__file__).resolve().parents[1] / "interpreter"
 FILES = sorted(path.name for path in FOLDER.glob("test_*.py"))
 
 pytestmark = [

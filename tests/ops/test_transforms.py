@@ -4,16 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
-
-sys.path.insert(0, str(Path(__file__).parent))  # the tests' own helpers
 from derivative_cases import (
     CASES,
     EXTREMES,
@@ -30,6 +24,8 @@ from derivative_cases import (
     refused,
     tracked,
 )
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from mopl import losses, ops
 from mopl.conditioning.value_head import ValueHead

@@ -18,7 +18,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib  # pytest brings it
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # Packages that mopl or torch always bring, and Triton, which kernels ask for in a way of their own.
 ALWAYS = {"torch", "numpy", "msgspec", "triton", "mopl", "jinja2", "filelock"}
 COMMAND_LINES = {

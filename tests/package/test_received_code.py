@@ -9,7 +9,6 @@ import pytest
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from tiny_language_models import build, conditioned, tokenizer
 

@@ -1,7 +1,6 @@
 """What is switched for a moment comes back, also after an error: modes, generators, adapters in a language model."""
 
 import ast
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -121,7 +120,6 @@ def test_a_training_leaves_modes_and_generators_alone_even_if_it_fails():
 def test_a_failed_training_takes_its_adapters_out_of_the_language_model(tmp_path, monkeypatch):
     pytest.importorskip("peft")
     pytest.importorskip("accelerate")
-    sys.path.insert(0, str(Path(__file__).parent))
     from tiny_language_models import build
 
     from mopl.alignment import AlignConfig, stages

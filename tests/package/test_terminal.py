@@ -250,7 +250,6 @@ def test_no_command_of_rankers_shows_a_control_character_of_data(hostile, capsys
 
 def test_no_command_of_language_models_shows_a_control_character_of_data(tmp_path, capsys, monkeypatch):
     pytest.importorskip("peft")
-    monkeypatch.syspath_prepend(Path(__file__).parent)
     monkeypatch.chdir(tmp_path)
     from tiny_language_models import build, tokenizer
 

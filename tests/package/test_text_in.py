@@ -6,14 +6,12 @@ import io
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-sys.path.insert(0, str(Path(__file__).parent))
 import tiny_language_models as tiny
 
 from mopl._lines import (

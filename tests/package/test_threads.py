@@ -4,7 +4,6 @@ import copy
 import pickle
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ import torch
 pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 accelerate = pytest.importorskip("accelerate")
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from tiny_language_models import build
 

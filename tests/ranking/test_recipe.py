@@ -413,7 +413,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
     script = f"""
         import os, signal, sys
         sys.path.insert(0, {str(Path(__file__).parent)!r})
-        import test_ranking_recipe as t
+        import test_recipe as t
         from mopl.ranking.methods import ListSource
         real, calls = ListSource.__call__, iter(range(10 ** 6))
         def call(self, step, rank, world_size):

@@ -4,16 +4,11 @@ import dataclasses
 import json
 import os
 import signal
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("moocore")  # every run measures its front
-
-sys.path.insert(0, str(Path(__file__).parent))
-from test_ranking_recipe import TINY, bytes_of, interrupt_at, quiet
 
 from mopl.ranking.config import RankConfig
 from mopl.ranking.evaluate import Measure, evaluate, reference_scores
@@ -25,6 +20,7 @@ from mopl.ranking.runs import open_run, run_fronts
 from mopl.ranking.stages import Trained
 from mopl.ranking.validation import FEWEST_LISTS, MOST_LISTS, Validation, corners_and_centre
 from mopl.training import read_log
+from tests.ranking.test_recipe import TINY, bytes_of, interrupt_at, quiet
 
 DATA = "synthetic:queries=120,items=6,features=8,objectives=3"
 PATIENT = {"validate_every": 1, "patience": 2, "steps": 16, "base_steps": 12, "learning_rate": 0.02, "warmup": 2}

@@ -3,15 +3,13 @@
 import math
 import os
 import signal
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-from test_training import Source, config, launch, network, parameters, squared_error
+from launching import launch
+from small_training import Source, config, network, parameters, squared_error
 
 from mopl.training import CheckpointFolder, RunLog, Selection, TrainingInterrupted, read_log, train
 
@@ -158,10 +156,10 @@ def test_a_checkpoint_is_resumed_with_the_selection_it_was_made_with(tmp_path):
 
 DISTRIBUTED = """
     import sys
-    sys.path.insert(0, {tests!r})
+    sys.path[:0] = {folders!r}
     import torch
     from test_selection import Known, FIGURES
-    from test_training import Source, config, network, parameters, squared_error
+    from small_training import Source, config, network, parameters, squared_error
     from mopl.training import Selection, make_accelerator, train
 
     accelerator = make_accelerator(cpu=True)
@@ -181,7 +179,8 @@ DISTRIBUTED = """
 @pytest.mark.parametrize("sharded", [False, True])
 def test_all_processes_stop_at_and_keep_the_step_that_the_main_one_chose(tmp_path, sharded):
     script = tmp_path / "script.py"
-    script.write_text(textwrap.dedent(DISTRIBUTED.format(tests=str(Path(__file__).parent))))
+    folders = [str(folder) for folder in Path(__file__).parents[:2]]  # this room, and the helpers beside the rooms
+    script.write_text(textwrap.dedent(DISTRIBUTED.format(folders=folders)))
     fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if sharded else {}
     done = launch(2, str(script), str(tmp_path), **fsdp)
     assert done.returncode == 0, done.stderr[-3000:]

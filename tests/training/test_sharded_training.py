@@ -15,11 +15,9 @@ peft = pytest.importorskip("peft")
 accelerate = pytest.importorskip("accelerate")
 pytest.importorskip("moocore")
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent / "distributed")]
+sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 
 from sharded_training import fit
-from test_align_command import arguments, write_data
-from test_alignment_training import write_model
 
 from mopl.alignment import open_run
 from mopl.cli import main
@@ -28,6 +26,8 @@ from mopl.language_models import models
 from mopl.pareto import Front
 from mopl.training import RunLog, make_accelerator, read_log
 from mopl.training.parallel import fsdp_plugin
+from tests.alignment.test_command import arguments, write_data
+from tests.alignment.test_training import write_model
 
 
 def align(place: Path, run: str) -> list[str]:
@@ -40,7 +40,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded")
     write_model(folder)
     write_data(folder / "data.jsonl")
-    script = Path(__file__).resolve().parent / "distributed" / "sharded_training.py"
+    script = Path(__file__).parents[1] / "distributed" / "sharded_training.py"
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--use_fsdp", "--fsdp_version", "2"]
     launcher += ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     command = [*launcher, "--main_process_port", "0", str(script), str(folder), *align(folder, "two")]

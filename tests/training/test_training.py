@@ -14,10 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 from launching import launch
+from small_training import Source, config, network, parameters, squared_error
+from torch import nn
 
 from mopl.training import (
     CheckpointFolder,
@@ -34,43 +33,6 @@ from mopl.training import (
     write_folder,
 )
 from mopl.training.precision import rounding_of
-
-LISTS, BATCH = 20, 8
-
-
-class Source:
-    """Lists with random features and targets, and per-list weights drawn for the whole batch."""
-
-    def __init__(self, batch_size=BATCH, poison_at=None):
-        generator = torch.Generator().manual_seed(1)
-        self.x = torch.randn(LISTS, 5, generator=generator)
-        self.y = torch.randn(LISTS, 1, generator=generator)
-        self.batch_size, self.poison_at = batch_size, poison_at
-
-    def __call__(self, step, rank, world_size):
-        rows = part_of_batch(self.batch_size, rank, world_size)
-        index = torch.from_numpy(shuffled_indices(LISTS, self.batch_size, seed=3, step=step))[rows]
-        drawn = torch.from_numpy(np.random.default_rng([3, step]).random((self.batch_size, 1), dtype=np.float32))[rows]
-        y = self.y[index] * (math.nan if step == self.poison_at else 1.0)
-        return {"x": self.x[index], "y": y, "w": drawn}
-
-
-def squared_error(model, batch, step):
-    error = (batch["w"] * (model(batch["x"]) - batch["y"]) ** 2).mean()
-    return error, {"error": error}
-
-
-def network(dropout=0.0):
-    torch.manual_seed(7)
-    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Dropout(dropout), nn.Linear(6, 1))
-
-
-def parameters(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
-def config(**changes):
-    return TrainingConfig(**{"steps": 20, "learning_rate": 0.05, "log_every": 5, "checkpoint_every": 5, **changes})
 
 
 def test_one_update_is_adamw_on_the_gradient_of_the_mean_over_the_batch():
@@ -147,11 +109,12 @@ def test_stopping_and_resuming_gives_the_same_bits_as_training_in_one_go(tmp_pat
     assert [r["step"] for r in read_log(tmp_path / "log.jsonl")] == [5, 10, 15, 20]
 
 
+TESTS = str(Path(__file__).parents[1])
 SCRIPT = """
     import os, signal, sys
     sys.path.insert(0, {tests!r})
     import torch
-    from test_training import Source, config, network, parameters, squared_error
+    from small_training import Source, config, network, parameters, squared_error
     from mopl.training import RunLog, train
 
     folder, kill_at = sys.argv[1], int(sys.argv[2])
@@ -168,7 +131,7 @@ SCRIPT = """
 
 
 def run_script(folder, kill_at):
-    script = textwrap.dedent(SCRIPT.format(tests=str(Path(__file__).parent)))
+    script = textwrap.dedent(SCRIPT.format(tests=TESTS))
     return subprocess.run([sys.executable, "-c", script, str(folder), str(kill_at)], capture_output=True, text=True)
 
 
@@ -388,7 +351,7 @@ DISTRIBUTED = """
     import json, sys
     sys.path.insert(0, {tests!r})
     import torch
-    from test_training import Source, config, network, parameters, squared_error
+    from small_training import Source, config, network, parameters, squared_error
     from mopl.training import RunLog, make_accelerator, train
 
     accelerator = make_accelerator(cpu=True)
@@ -408,7 +371,7 @@ DISTRIBUTED = """
 @pytest.mark.distributed
 def test_two_processes_make_the_same_update_as_one(tmp_path):
     script = tmp_path / "script.py"
-    script.write_text(textwrap.dedent(DISTRIBUTED.format(tests=str(Path(__file__).parent))))
+    script.write_text(textwrap.dedent(DISTRIBUTED.format(tests=TESTS)))
     done = launch(2, str(script), str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
     single = network()
