@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from mopl._arguments import shape_of
 from mopl._extras import require
 from mopl._rows import arranged, generation_keywords
-from mopl.conditioning._causal_lm import mask_of_prompts
+from mopl.conditioning.causal_lm import mask_of_prompts
 from mopl.conditioning.sampling import check_weights
 from mopl.conditioning.weighted import causal_lm_of
 from mopl.steering import log_mix

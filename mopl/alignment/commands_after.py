@@ -259,7 +259,7 @@ def _open_policy(
 
 def _open_model(path: Path, base_model: str | None, device: str) -> Opened:
     from mopl.conditioning import TextPrompt
-    from mopl.conditioning._saved import exported_at, read_kind, read_record
+    from mopl.conditioning.saved_models import exported_at, read_kind, read_record
     from mopl.language_models import models
     from mopl.language_models.tokenization import ListTokenizer
 

@@ -48,7 +48,7 @@ from mopl.language_models.data import PreferenceData, Text
 from mopl.language_models.generate import generate
 from mopl.language_models.readers import load_preferences
 from mopl.language_models.tokenization import tokenize
-from mopl.pareto._volumes import check_affordable
+from mopl.pareto.volumes import check_affordable
 from mopl.ranking.evaluate import grid_of
 from mopl.training import RunLog, make_accelerator
 from mopl.training.parallel import exists_on_main, on_main

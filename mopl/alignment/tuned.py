@@ -25,7 +25,7 @@ from mopl._extras import require
 from mopl._files import write_files
 from mopl.alignment.config import AlignConfig
 from mopl.conditioning import HyperPrompt, HyperPromptModel, LoraMixture, TextPrompt, TuningRecord, WeightedModel
-from mopl.conditioning._saved import CONFIG_FILE
+from mopl.conditioning.saved_models import CONFIG_FILE
 from mopl.language_models.models import TEXT_KIND, quiet
 
 TEXT_TEMPLATE = "[{weights}]\n"

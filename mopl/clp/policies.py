@@ -39,8 +39,8 @@ from mopl.conditioning import (
     TuningRecord,
     ValueHead,
 )
-from mopl.conditioning._parameter_mixture_parts import untie_head
-from mopl.conditioning._saved import REMEDY, check_adapter, check_adapter_state
+from mopl.conditioning.causal_lm import untie_head
+from mopl.conditioning.saved_models import REMEDY, check_adapter, check_adapter_state
 from mopl.language_models import models
 
 Conditioned = ParameterMixture | LoraMixture | HyperPromptModel

@@ -53,7 +53,7 @@ from mopl.clp.stages import Stages
 from mopl.conditioning import HyperPromptModel
 from mopl.language_models import models
 from mopl.language_models.adapter_reference import checksum
-from mopl.pareto._volumes import check_affordable
+from mopl.pareto.volumes import check_affordable
 from mopl.rewards import Rewards, prompt_key
 from mopl.training import RunLog, make_accelerator
 from mopl.training.parallel import exists_on_main, on_main

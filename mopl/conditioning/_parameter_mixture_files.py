@@ -18,7 +18,7 @@ from mopl._hub import naming_own_code
 from mopl._records import damaged
 from mopl._tensor_files import check_shapes, read_tensors
 from mopl.conditioning._parameter_mixture_parts import CoefficientRule, rule_to_save, saved_rule
-from mopl.conditioning._saved import CONFIG_FILE, REMEDY, read_record
+from mopl.conditioning.saved_models import CONFIG_FILE, REMEDY, read_record
 
 WEIGHTS_FILE, MODEL_FOLDER = "parameter_mixture.safetensors", "architecture"
 

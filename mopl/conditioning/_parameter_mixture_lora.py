@@ -20,8 +20,15 @@ from mopl._extras import require
 from mopl._files import write_files
 from mopl._restoring import evaluating, generators_kept
 from mopl._threads import CallOfThread, Turns, in_turn
-from mopl.conditioning._causal_lm import DELEGATED, is_peft
-from mopl.conditioning._merging import (
+from mopl.conditioning._parameter_mixture_parts import (
+    AlphaCoefficients,
+    CoefficientRule,
+    coefficients_of,
+    rule_to_save,
+    saved_rule,
+)
+from mopl.conditioning.causal_lm import DELEGATED, is_peft
+from mopl.conditioning.merging import (
     check_lora,
     check_mixed_rows,
     linear_names,
@@ -36,14 +43,7 @@ from mopl.conditioning._merging import (
     short_name,
     weights_held,
 )
-from mopl.conditioning._parameter_mixture_parts import (
-    AlphaCoefficients,
-    CoefficientRule,
-    coefficients_of,
-    rule_to_save,
-    saved_rule,
-)
-from mopl.conditioning._saved import (
+from mopl.conditioning.saved_models import (
     CONFIG_FILE,
     TuningRecord,
     adapter_folder,
@@ -272,7 +272,7 @@ class LoraMixture(nn.Module):
     def check_merging(self) -> None:
         """Raise unless rows that are mixed have the logits of the merged model, by a probe of a few short rows.
 
-        `at` and `merge` do so the first time; runs do so before they begin. See `mopl.conditioning._merging`.
+        `at` and `merge` do so the first time; runs do so before they begin. See `mopl.conditioning.merging`.
 
         Raises:
             ValueError: With the modules that differ, and the targets that do not.

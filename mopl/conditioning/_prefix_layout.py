@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mopl._rows.styles import POSITION_EMBEDDINGS, positions_of
-from mopl.conditioning._causal_lm import text_config
+from mopl.conditioning.causal_lm import text_config
 
 _ROTARY_SETTINGS = ("rope_parameters", "rope_scaling", "rope_theta", "rotary_dim", "rotary_pct")
 NO_POSITION = -1

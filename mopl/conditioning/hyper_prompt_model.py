@@ -34,9 +34,11 @@ from mopl._extras import require
 from mopl._files import write_files
 from mopl._rows import arranged, check_from_zero, generation_keywords
 from mopl._tensor_files import check_fits, load_state, read_tensors
-from mopl.conditioning._causal_lm import DELEGATED, check_model, count_new_tokens, is_peft, mask_of_prompts
 from mopl.conditioning._prefix_layout import Layout, PackedLayout, check_paper_positions, silence_position_embedding
-from mopl.conditioning._saved import (
+from mopl.conditioning.causal_lm import DELEGATED, check_model, count_new_tokens, is_peft, mask_of_prompts
+from mopl.conditioning.hyper_prompt import HyperPrompt
+from mopl.conditioning.sampling import check_weights
+from mopl.conditioning.saved_models import (
     CONFIG_FILE,
     REMEDY,
     TuningRecord,
@@ -46,8 +48,6 @@ from mopl.conditioning._saved import (
     load_adapters,
     read_record,
 )
-from mopl.conditioning.hyper_prompt import HyperPrompt
-from mopl.conditioning.sampling import check_weights
 
 Positions = Literal["hf", "paper"]
 POSITIONS = ("hf", "paper")

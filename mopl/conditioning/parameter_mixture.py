@@ -33,8 +33,6 @@ from torch import Tensor, nn
 from mopl._arguments import compute_dtype
 from mopl._restoring import evaluating, generators_kept
 from mopl._threads import Turns, in_turn
-from mopl.conditioning._causal_lm import DELEGATED
-from mopl.conditioning._merging import check_mixed_rows, logits_of, probe_ids, settle_ties
 from mopl.conditioning._parameter_mixture_files import fill, read, save
 from mopl.conditioning._parameter_mixture_lora import LoraMixture
 from mopl.conditioning._parameter_mixture_parts import (
@@ -48,9 +46,10 @@ from mopl.conditioning._parameter_mixture_parts import (
     no_cache,
     select_parameters,
     take_rows,
-    untie_head,
 )
-from mopl.conditioning._saved import CONFIG_FILE, TuningRecord, fitting
+from mopl.conditioning.causal_lm import DELEGATED, untie_head
+from mopl.conditioning.merging import check_mixed_rows, logits_of, probe_ids, settle_ties
+from mopl.conditioning.saved_models import CONFIG_FILE, TuningRecord, fitting
 
 __all__ = ["AlphaCoefficients", "LoraMixture", "ParameterMixture"]
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from mopl.conditioning._causal_lm import is_peft
 from mopl.conditioning._parameter_mixture_lora import LoraMixture
+from mopl.conditioning.causal_lm import is_peft
 from mopl.conditioning.hyper_prompt_model import HyperPromptModel
 
 WeightedModel = HyperPromptModel | LoraMixture

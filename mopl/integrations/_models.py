@@ -16,10 +16,10 @@ from mopl._extras import require
 from mopl._hub import naming_own_code
 from mopl._tensor_files import load_state
 from mopl.conditioning import LoraMixture, ParameterMixture
-from mopl.conditioning._adapter_base import base_of_adapter
-from mopl.conditioning._causal_lm import is_peft
-from mopl.conditioning._saved import ADAPTER_FILE, adapter_folder, check_adapter, check_adapter_state, read_record
+from mopl.conditioning.adapter_base import base_of_adapter
+from mopl.conditioning.causal_lm import is_peft
 from mopl.conditioning.hyper_prompt_model import WEIGHTS_FILE, HyperPromptModel
+from mopl.conditioning.saved_models import ADAPTER_FILE, adapter_folder, check_adapter, check_adapter_state, read_record
 from mopl.conditioning.weighted import causal_lm_of
 from mopl.language_models.collate import ListBatch
 from mopl.language_models.head import fuse

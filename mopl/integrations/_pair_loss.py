@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mopl.losses import bradley_terry
-from mopl.losses._pair_formulas import LOSSES, WHOLE_BATCH, regularised
+from mopl.losses.pair_formulas import LOSSES, WHOLE_BATCH, regularised
 
 AVERAGED = ("ipo", "sigmoid_norm")  # TRL divides what it has summed over a response by the number of tokens
 LIKELIHOOD = "sft"

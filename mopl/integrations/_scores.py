@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mopl.conditioning._causal_lm import text_config
+from mopl.conditioning.causal_lm import text_config
 from mopl.conditioning.weighted import causal_lm_of
 from mopl.integrations._models import Conditions, model_keywords
 from mopl.integrations._options import default_of
-from mopl.language_models._head_scores import IGNORE_INDEX
 from mopl.language_models.collate import ListBatch, to_lists
-from mopl.language_models.head import FusedOutput, score_sequences
+from mopl.language_models.head import IGNORE_INDEX, FusedOutput, score_sequences
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mopl._extras import require
 from mopl.conditioning import HyperPromptModel, LoraMixture
-from mopl.conditioning._causal_lm import is_peft
+from mopl.conditioning.causal_lm import is_peft
 
 
 def save_mixed_adapter(model: LoraMixture, weights: Tensor, path: Path) -> None:

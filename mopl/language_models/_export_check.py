@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from mopl._extras import require
 from mopl._restoring import evaluating, generators_kept
 from mopl.conditioning import HyperPromptModel, LoraMixture, ParameterMixture
-from mopl.conditioning._causal_lm import is_peft
-from mopl.conditioning._merging import check_lora, lora_layers
+from mopl.conditioning.causal_lm import is_peft
+from mopl.conditioning.merging import check_lora, lora_layers
 from mopl.conditioning.weighted import causal_lm_of
 from mopl.language_models.head import unfuse
 

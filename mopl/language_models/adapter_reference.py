@@ -30,7 +30,7 @@ from mopl._files import write_file
 from mopl._records import read_json
 from mopl._restoring import evaluating, requires_grad_kept
 from mopl.conditioning import HyperPromptModel
-from mopl.conditioning._causal_lm import is_peft
+from mopl.conditioning.causal_lm import is_peft
 
 FILE = "reference.json"
 

@@ -56,9 +56,9 @@ from mopl.conditioning import (
     WeightedModel,
     check_weights,
 )
-from mopl.conditioning._adapter_base import base_of_adapter
-from mopl.conditioning._causal_lm import is_peft
-from mopl.conditioning._merging import merged, settle_merged, settle_ties
+from mopl.conditioning.adapter_base import base_of_adapter
+from mopl.conditioning.causal_lm import is_peft
+from mopl.conditioning.merging import merged, settle_merged, settle_ties
 from mopl.conditioning.weighted import causal_lm_of, takes_temperature
 from mopl.language_models._export_adapter import save_mixed_adapter, save_prompt
 from mopl.language_models._export_check import (

@@ -17,9 +17,9 @@ from mopl._hub import loading
 from mopl._tensor_files import read_tensors, shapes_of
 from mopl._terminal import bars_wanted
 from mopl.conditioning import HyperPromptModel, LoraMixture, WeightedModel
-from mopl.conditioning._adapter_base import base_of_adapter, merge_adapter, naming_base
-from mopl.conditioning._saved import ADAPTER_FILE, CONFIG_FILE, REMEDY, load_adapters, read_kind, read_record
+from mopl.conditioning.adapter_base import base_of_adapter, merge_adapter, naming_base
 from mopl.conditioning.hyper_prompt_model import WEIGHTS_FILE as PROMPT_FILE
+from mopl.conditioning.saved_models import ADAPTER_FILE, CONFIG_FILE, REMEDY, load_adapters, read_kind, read_record
 from mopl.language_models.head import fuse, unfuse
 
 TEXT_KIND, MIXTURE_KIND = "TextPromptModel", "LoraMixture"

@@ -22,7 +22,7 @@ from mopl._arguments import shape_of
 from mopl._extras import require
 from mopl._rows import arranged
 from mopl.conditioning import HyperPromptModel, WeightedModel
-from mopl.conditioning._causal_lm import is_peft
+from mopl.conditioning.causal_lm import is_peft
 from mopl.conditioning.weighted import causal_lm_of
 from mopl.steering import rescale
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mopl._arguments import REDUCTIONS, Reduction, check_choice, compute_dtype, shape_of, wide_dtype
-from mopl.ops._logprob import segment_sum
+from mopl.ops.segments import segment_sum
 
 Estimator = Literal["k1", "k2", "k3"]
 Level = Literal["token", "sequence"]

@@ -63,7 +63,7 @@ from mopl._arguments import (
     shape_of,
     weigh_and_reduce,
 )
-from mopl.losses._pair_formulas import LOSSES, Pair
+from mopl.losses.pair_formulas import LOSSES, Pair
 
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 LOSS_TYPES = tuple(LOSSES)

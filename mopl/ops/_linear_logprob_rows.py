@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mopl.ops._logprob import SKIP, segment_sum, slope, weighted_by_probability
+from mopl.ops._logprob import SKIP, slope, weighted_by_probability
+from mopl.ops.segments import segment_sum
 
 
 def padded_columns(columns: int, itemsize: int) -> int:

@@ -32,7 +32,7 @@ from mopl.ops._linear_logprob_rows import (
     target_logprob,
     variance,
 )
-from mopl.ops._logprob import segment_sum
+from mopl.ops.segments import segment_sum
 
 if TYPE_CHECKING:
     from mopl.ops._vocab_parallel import VocabularyShard

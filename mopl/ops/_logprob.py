@@ -211,17 +211,6 @@ def temperature_gradient(
     return (total / temperature).masked_fill(idle, 0)
 
 
-def segment_sum(values: Tensor, index: Tensor, size: int) -> Tensor:
-    """Return sums of `values` over equal `index` along dim 0, the same bits at every call.
-
-    On a CPU `index_add` adds in order; on a GPU it uses atomics, while an accumulating `index_put` sorts first.
-    """
-    result = values.new_zeros((size, *values.shape[1:]))
-    if values.is_cuda:
-        return result.index_put_((index,), values, accumulate=True)
-    return result.index_add_(0, index, values)
-
-
 def is_dtensor(tensor: Tensor) -> bool:
     """Say whether a tensor is a DTensor, without importing the distributed package for those that are not."""
     return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")

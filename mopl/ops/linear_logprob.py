@@ -83,9 +83,9 @@ from mopl.ops._logprob import (
     merge_targets,
     per_row,
     rows_that_count,
-    segment_sum,
     temperature_gradient,
 )
+from mopl.ops.segments import segment_sum
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

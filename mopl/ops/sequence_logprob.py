@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from mopl._arguments import shape_of
-from mopl.ops._logprob import as_index, segment_sum
+from mopl.ops._logprob import as_index
+from mopl.ops.segments import segment_sum
 
 
 def sequence_logprob(

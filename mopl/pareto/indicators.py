@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mopl._extras import require
 from mopl.pareto._exact import exponent, homogeneous, lengths, row_blocks, scaled_back
-from mopl.pareto._volumes import BOOTSTRAP, DIRECTIONS, patiently, seconds
+from mopl.pareto.volumes import BOOTSTRAP, DIRECTIONS, patiently, seconds
 
 Points: TypeAlias = Tensor | np.ndarray | Sequence[Sequence[float]]
 Maximise: TypeAlias = bool | Sequence[bool]

@@ -25,7 +25,7 @@ from mopl import _terminal
 from mopl._extras import require_for
 from mopl._files import write_file
 from mopl._restoring import seeded
-from mopl.pareto._volumes import check_affordable
+from mopl.pareto.volumes import check_affordable
 from mopl.ranking.config import RankConfig
 from mopl.ranking.data import RankingData
 from mopl.ranking.evaluate import (

@@ -11,7 +11,7 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 from mopl.conditioning import LoraMixture, ParameterMixture
-from mopl.conditioning._merging import settle_ties
+from mopl.conditioning.merging import settle_ties
 
 W = torch.tensor([0.3, 0.7])
 ROWS = torch.tensor([[0.9, 0.1], [0.3, 0.7]])

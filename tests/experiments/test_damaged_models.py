@@ -23,7 +23,7 @@ from tiny_language_models import build, tokenizer
 from mopl._records import DamagedFile
 from mopl._tensor_files import load_state, read_tensors
 from mopl.cli import main
-from mopl.conditioning._saved import read_record
+from mopl.conditioning.saved_models import read_record
 from mopl.training import read_log
 from mopl.training.run_directory import read_done
 

@@ -15,7 +15,7 @@ from torch.nn.functional import logsigmoid
 
 from mopl import reference as oracle
 from mopl.losses import DPOLoss, bradley_terry, pairwise_logistic
-from mopl.losses._pair_formulas import LOSSES
+from mopl.losses.pair_formulas import LOSSES
 from mopl.losses.pairwise import F_DIVERGENCES, LOSS_TYPES
 
 F64 = torch.float64

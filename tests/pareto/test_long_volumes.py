@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mopl import pareto
-from mopl.pareto import _volumes
+from mopl.pareto import volumes
 from mopl.ranking.metrics import bootstrap_interval, hypervolume_interval
 from mopl.report.table import as_text, summarise
 
@@ -95,11 +95,11 @@ def test_a_run_whose_front_would_take_hours_is_refused_before_it_trains(tmp_path
 def test_a_long_volume_is_announced_and_can_be_stopped(monkeypatch):
     points = np.sqrt(np.random.default_rng(0).dirichlet(np.ones(5), 20))
     plain = pareto.hypervolume(points, [0.0] * 5, maximise=True)
-    monkeypatch.setattr(_volumes, "LONG", 0.0)
+    monkeypatch.setattr(volumes, "LONG", 0.0)
     with pytest.warns(RuntimeWarning, match="hypervolume of 20 points in 5 objectives takes about 0 seconds"):
         assert pareto.hypervolume(points, [0.0] * 5, maximise=True) == plain
     with pytest.warns(RuntimeWarning), pytest.raises(MemoryError):
-        _volumes.patiently(lambda: (_ for _ in ()).throw(MemoryError()), 20, 5)
+        volumes.patiently(lambda: (_ for _ in ()).throw(MemoryError()), 20, 5)
     waiting = threading.Event()
 
     def stop(self, timeout=None):
@@ -107,11 +107,11 @@ def test_a_long_volume_is_announced_and_can_be_stopped(monkeypatch):
 
     monkeypatch.setattr(threading.Thread, "join", stop)
     with pytest.warns(RuntimeWarning), pytest.raises(KeyboardInterrupt):
-        _volumes.patiently(lambda: waiting.wait(20), 20, 5)
+        volumes.patiently(lambda: waiting.wait(20), 20, 5)
     waiting.set()
 
 
 def test_the_estimate_of_the_time_grows_as_the_algorithm_does():
-    assert _volumes.seconds(120, 8) == pytest.approx(2, rel=0.5) and _volumes.seconds(66, 10) < 15
-    assert math.isclose(_volumes.seconds(200, 8) / _volumes.seconds(100, 8), 2**5)
-    assert _volumes.seconds(10_000, 3) < 20
+    assert volumes.seconds(120, 8) == pytest.approx(2, rel=0.5) and volumes.seconds(66, 10) < 15
+    assert math.isclose(volumes.seconds(200, 8) / volumes.seconds(100, 8), 2**5)
+    assert volumes.seconds(10_000, 3) < 20

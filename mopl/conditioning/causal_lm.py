@@ -65,3 +65,37 @@ def count_new_tokens(kwargs: dict[str, Any], config: Any, length: int) -> None:
                 if total == "max_length" and value <= length:
                     raise ValueError(f"max_length is {value} but the prompts have {length} tokens already")
                 kwargs[new] = max(value - length, 0)
+
+
+def output_head(model: nn.Module) -> nn.Module:
+    """Return the module that makes logits."""
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if getter is not None else None
+    if not isinstance(head, nn.Module):
+        raise ValueError(
+            f"{type(model).__name__} names no output head (get_output_embeddings); pass a pattern of parameter names "
+            "as scope"
+        )
+    return head
+
+
+def untie_head(model: nn.Module) -> bool:
+    """Give the output head a weight of its own where it shares the embedding's; say whether it did."""
+    head: Any = output_head(model)
+    shared = [
+        module
+        for module in model.modules()
+        if module is not head and any(p is head.weight for p in module._parameters.values())
+    ]
+    if not shared:
+        return False
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
+    config: Any = getattr(model, "config", None)
+    for part in {id(c): c for c in (config, config.get_text_config() if config is not None else None)}.values():
+        if part is not None:
+            part.tie_word_embeddings = False
+    tied = getattr(model, "all_tied_weights_keys", None)
+    if isinstance(tied, dict):  # what transformers leaves out of its files
+        names = {name for name, p in model.named_parameters(remove_duplicate=False) if p is head.weight}
+        model.all_tied_weights_keys = {a: b for a, b in tied.items() if a not in names and b not in names}  # type: ignore
+    return True

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from mopl._records import read_json
-from mopl.conditioning._merging import merged, settle_merged
-from mopl.conditioning._saved import (
+from mopl.conditioning.merging import merged, settle_merged
+from mopl.conditioning.saved_models import (
     ADAPTER_CONFIG,
     CONFIG_FILE,
     REMEDY,

@@ -223,7 +223,7 @@ def base_model(
     require("transformers")
     from transformers import AutoModelForCausalLM
 
-    from mopl.conditioning._adapter_base import base_of_adapter, merge_adapter, naming_base
+    from mopl.conditioning.adapter_base import base_of_adapter, merge_adapter, naming_base
 
     name, options = record["base_model"], {"trust_remote_code": False, **options}
     if (base := base_of_adapter(name)) is not None:

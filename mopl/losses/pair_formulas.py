@@ -61,6 +61,7 @@ class Pair:
         return self.less_margin(self.temperature * self.difference)
 
     def less_margin(self, value: Tensor) -> Tensor:
+        """Return `value` less the margin, if there is one."""
         return value if self.margin is None else value - self.margin
 
 
@@ -174,6 +175,8 @@ def _aot_unpaired(pair: Pair) -> Tensor:
 
 
 class LossType(NamedTuple):
+    """One type of pair loss."""
+
     formula: Callable[[Pair], Tensor]
     options: frozenset[str]  # of bradley_terry's; any other one must stay at its default
     whole_batch: bool = False
