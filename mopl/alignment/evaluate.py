@@ -23,7 +23,7 @@ from mopl import pareto, steering
 from mopl.alignment.methods import ListScores, ResponseLoss, response_lengths
 from mopl.language_models.collate import ListBatch, ListCollator
 from mopl.language_models.tokenization import TokenizedList
-from mopl.ranking.metrics import bootstrap_interval, hypervolume_interval
+from mopl.pareto.bootstrap import bootstrap_interval, hypervolume_interval
 
 MAIN = "deviation"
 LISTS_PER_BATCH = 256

@@ -48,8 +48,8 @@ from mopl.language_models.data import PreferenceData, Text
 from mopl.language_models.generate import generate
 from mopl.language_models.readers import load_preferences
 from mopl.language_models.tokenization import tokenize
+from mopl.pareto import weight_grid
 from mopl.pareto.volumes import check_affordable
-from mopl.ranking.evaluate import grid_of
 from mopl.training import RunLog, make_accelerator
 from mopl.training.parallel import exists_on_main, on_main
 from mopl.training.run_directory import (
@@ -123,7 +123,7 @@ def _run(
     objectives = data["train"].objectives
     config.betas(len(objectives))
     response_loss(config, data["train"])
-    grid = grid_of(len(objectives), config.points)
+    grid = weight_grid(len(objectives), config.points, density="medium")
     check_affordable(*grid.shape)
     if len(config.reference_point) not in (0, 1, len(objectives)):
         raise ValueError(

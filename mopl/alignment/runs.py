@@ -26,8 +26,8 @@ from mopl.alignment.trained import load_trained
 from mopl.conditioning import TextPrompt
 from mopl.language_models import models
 from mopl.language_models.tokenization import ListTokenizer
+from mopl.pareto import weight_grid
 from mopl.pareto.front import Front, load_fronts
-from mopl.ranking.evaluate import grid_of
 from mopl.report import Metric
 from mopl.training.run_directory import CONFIG_FILE, DAMAGED_RUN, Sample, read_run, refresh, settings_of
 
@@ -60,7 +60,7 @@ class OpenRun:
     @property
     def grid(self) -> Tensor:
         """(n, m) float64, the weights of the run's fronts."""
-        return grid_of(len(self.objectives), self.config.points)
+        return weight_grid(len(self.objectives), self.config.points, density="medium")
 
     @property
     def methods(self) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ from mopl.clp.reward_scale import RewardScale
 from mopl.clp.rollout import Answers
 from mopl.clp.stages import Stages
 from mopl.losses.policy_gradient import reward_coefficient
-from mopl.ranking.metrics import bootstrap_interval, hypervolume_interval
+from mopl.pareto.bootstrap import bootstrap_interval, hypervolume_interval
 
 MAIN = "KL to the reference"
 

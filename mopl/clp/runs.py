@@ -25,8 +25,8 @@ from mopl.clp.policies import load_policy, release, text_prompt
 from mopl.conditioning import HyperPromptModel, TextPrompt, check_weights
 from mopl.language_models import models
 from mopl.language_models.tokenization import ListTokenizer
+from mopl.pareto import weight_grid
 from mopl.pareto.front import Front, load_fronts
-from mopl.ranking.evaluate import grid_of
 from mopl.report import Metric
 from mopl.training.run_directory import CONFIG_FILE, DAMAGED_RUN, Sample, read_run, refresh, settings_of
 
@@ -178,7 +178,7 @@ class OpenRun:
 
 def run_grid(config: ClpConfig, objectives: int) -> Tensor:
     """Return the grid of weights (n, m) of a run; one reward has one point, whatever is asked for."""
-    return grid_of(objectives, config.points if objectives > 1 else None)
+    return weight_grid(objectives, config.points if objectives > 1 else None, density="medium")
 
 
 def is_clp_run(record: dict[str, Any]) -> bool:

@@ -12,13 +12,8 @@ from torch import Tensor
 from mopl._extras import require
 from mopl.conditioning.sampling import check_weights
 from mopl.integrations._objective import Measured, trl_metrics
-from mopl.integrations._settings import EVAL_POINTS, EVAL_POINTS_ABOVE, TradeOffs
+from mopl.integrations._settings import TradeOffs
 from mopl.pareto.grid import weight_grid
-
-
-def default_grid(objectives: int, points: int | None) -> Tensor:  # (n, m)
-    """Return the grid of w; see `mopl.pareto.weight_grid` for which sizes there are."""
-    return weight_grid(objectives, EVAL_POINTS.get(objectives, EVAL_POINTS_ABOVE) if points is None else points)
 
 
 def evaluation_grid(trade_offs: TradeOffs, points: int | None, given: Any = None) -> Tensor:  # (n, m)
@@ -36,7 +31,7 @@ def evaluation_grid(trade_offs: TradeOffs, points: int | None, given: Any = None
     if not trade_offs.conditioned and points is None and given is None:
         assert trade_offs.fixed is not None
         return trade_offs.fixed.reshape(1, m)
-    grid = default_grid(m, points) if given is None else check_weights(given, m)
+    grid = weight_grid(m, points, density="coarse") if given is None else check_weights(given, m)
     grid = grid.float().reshape(-1, m)
     if not trade_offs.conditioned and len(grid) > 1:
         name = "eval_points" if given is None else "eval_weights"

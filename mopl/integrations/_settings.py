@@ -14,10 +14,6 @@ from mopl.conditioning.sampling import check_weights, sample_temperatures, sampl
 
 LIST_LOSSES = ("listwise_dpo", "plackett_luce", "pairwise_logistic", "lambda_loss", "approx_ndcg")
 SCALARIZATIONS = ("linear", "chebyshev", "smooth_chebyshev")
-# Points of the default evaluation grid by number of objectives: the smallest lattices with a point inside the simplex
-# for 2 and 3, with the middle of every edge for 4.
-EVAL_POINTS = {1: 1, 2: 5, 3: 10, 4: 10}
-EVAL_POINTS_ABOVE = 16
 
 
 @dataclass

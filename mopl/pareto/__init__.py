@@ -1,5 +1,6 @@
 """Fronts: grids of weights, hypervolume and its relatives, steerability, and the file `front.json`."""
 
+from mopl.pareto.bootstrap import Interval, bootstrap_interval, bootstrap_means, hypervolume_interval
 from mopl.pareto.front import Front, Point
 from mopl.pareto.grid import weight_grid
 from mopl.pareto.indicators import (
@@ -20,7 +21,11 @@ __all__ = [
     "Front",
     "Point",
     "weight_grid",
+    "bootstrap_interval",
+    "bootstrap_means",
+    "Interval",
     "hypervolume",
+    "hypervolume_interval",
     "hypervolume_of_resamples",
     "non_dominated",
     "epsilon_additive",

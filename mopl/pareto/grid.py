@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import math
 from itertools import combinations
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from mopl._arguments import check_choice
+
 LATTICE_OBJECTIVES = (
     4  # a lattice with fewer steps than objectives has no interior point, and 126 points give 4 at m = 5
 )
-DEFAULT_POINTS = {1: 1, 2: 11, 3: 66, 4: 84}
-DEFAULT_SOBOL_POINTS = 126
+Density = Literal["fine", "medium", "coarse"]
+# Points of the default grids for 1, 2, 3, 4 and more objectives. Coarse: the smallest lattices with a point inside the
+# simplex for 2 and 3, with the middle of every edge for 4. Medium: 11 points for 5 objectives are those of COS-DPO.
+DEFAULT_POINTS: dict[Density, tuple[int, ...]] = {
+    "fine": (1, 11, 66, 84, 126),
+    "medium": (1, 11, 15, 20, 11),
+    "coarse": (1, 5, 10, 10, 16),
+}
 
 
-def weight_grid(objectives: int, points: int | None = None) -> Tensor:
+def weight_grid(objectives: int, points: int | None = None, *, density: Density = "fine") -> Tensor:
     """Grid of weight vectors on the simplex, vertices included; the same at every call.
 
     Up to 4 objectives it is the simplex lattice of Das and Dennis (1998): all vectors of multiples of 1/p. Above, it
@@ -25,8 +34,12 @@ def weight_grid(objectives: int, points: int | None = None) -> Tensor:
 
     Args:
         objectives: m.
-        points: Number of vectors. Default 11 for m = 2 (0, 0.1, ..., 1), 66 for m = 3, 84 for m = 4, 126 above.
-            For m = 3 and 4 only sizes of lattices exist: C(p + m - 1, m - 1).
+        points: Number of vectors; None: as `density` says. For m = 3 and 4 only sizes of lattices exist:
+            C(p + m - 1, m - 1).
+        density: The default number of vectors for m = 2, 3, 4 and above. "fine": 11 (0, 0.1, ..., 1), 66, 84, 126, for
+            a model that is asked. "medium": 11, 15, 20, 11, which a method that trains a model for each can afford:
+            the grid of a run. "coarse": 5, 10, 10, 16, for an evaluation that is repeated while a model trains. Above
+            4 objectives at least m + 1.
 
     Returns:
         (points, m) float64. A lattice is in lexicographic order, so for m = 2 the first weight rises from 0 to 1; a
@@ -37,9 +50,12 @@ def weight_grid(objectives: int, points: int | None = None) -> Tensor:
     """
     if objectives < 1:
         raise ValueError(f"objectives is {objectives} but must be at least 1")
-    if objectives > LATTICE_OBJECTIVES:
-        return _sobol_spacings(objectives, DEFAULT_SOBOL_POINTS if points is None else points)
-    return _lattice(objectives, DEFAULT_POINTS[objectives] if points is None else points)
+    check_choice(density, tuple(DEFAULT_POINTS), "density")
+    if points is None:
+        defaults = DEFAULT_POINTS[density]
+        lattice = objectives <= LATTICE_OBJECTIVES
+        points = defaults[objectives - 1] if lattice else max(defaults[-1], objectives + 1)
+    return (_lattice if objectives <= LATTICE_OBJECTIVES else _sobol_spacings)(objectives, points)
 
 
 def _lattice(objectives: int, points: int) -> Tensor:

@@ -17,9 +17,10 @@ from mopl import pareto, steering
 from mopl._arguments import check_positive
 from mopl._renamed import renamed
 from mopl.conditioning import check_weights
+from mopl.pareto.bootstrap import bootstrap_interval, hypervolume_interval
 from mopl.ranking.data import Batch, RankingData
 from mopl.ranking.methods import ListLoss, Policy, Scorer
-from mopl.ranking.metrics import bootstrap_interval, hypervolume_interval, ndcg
+from mopl.ranking.metrics import ndcg
 from mopl.ranking.synthetic import distance_to_optimum, expected_losses, true_scores
 from mopl.report import Metric
 
@@ -310,16 +311,6 @@ def check_measurable(data: RankingData, measure: Measure) -> dict[str, float]:
                 "leave it out or give it other labels"
             )
     return dict(zip(names, shares.tolist(), strict=True))
-
-
-def grid_of(objectives: int, points: int | None) -> Tensor:
-    """Return the grid of weights of a run: the largest lattice of at most `points` vectors, or 11 Sobol points.
-
-    By default 11 vectors for m = 2 and 15 for m = 3, which a method that trains a model for each can afford; 20 for
-    m = 4 and, like the paper for m = 5, 11 above (m + 1 if that is more).
-    """
-    wanted = {1: 1, 2: 11, 3: 15, 4: 20}.get(objectives, max(11, objectives + 1)) if points is None else points
-    return pareto.weight_grid(objectives, wanted)
 
 
 def one_point(evaluation: Evaluation) -> tuple[float, list[float]]:

@@ -25,6 +25,7 @@ from mopl import _terminal
 from mopl._extras import require_for
 from mopl._files import write_file
 from mopl._restoring import seeded
+from mopl.pareto import weight_grid
 from mopl.pareto.volumes import check_affordable
 from mopl.ranking.config import RankConfig
 from mopl.ranking.data import RankingData
@@ -33,7 +34,6 @@ from mopl.ranking.evaluate import (
     check_measurable,
     distances_to_truth,
     evaluate,
-    grid_of,
     make_front,
     true_front,
 )
@@ -128,7 +128,7 @@ def _run(
     config.temperatures(len(splits["train"].objectives))
     check_measurable(splits["train"], config.measure)
     empty = check_measurable(splits["test"], config.measure)
-    grid = grid_of(len(splits["train"].objectives), config.points)
+    grid = weight_grid(len(splits["train"].objectives), config.points, density="medium")
     check_affordable(*grid.shape)
     if config.base is not None:
         check_base(config.base, splits["train"])

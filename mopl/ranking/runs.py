@@ -17,10 +17,10 @@ from mopl._files import write_file
 from mopl._records import Finite, damaged, read_json
 from mopl._tensor_files import opened, read_tensors
 from mopl._terminal import shell
+from mopl.pareto import weight_grid
 from mopl.pareto.front import Front, load_fronts
 from mopl.ranking.config import ALL, RankConfig
 from mopl.ranking.data import RankingData
-from mopl.ranking.evaluate import grid_of
 from mopl.ranking.loading import load
 from mopl.ranking.methods import Policy
 from mopl.ranking.normalization import FeatureNormalizer
@@ -67,7 +67,7 @@ class OpenRun:
     @property
     def grid(self) -> Tensor:
         """(n, m) the weights of the run's fronts."""
-        return grid_of(len(self.objectives), self.config.points)
+        return weight_grid(len(self.objectives), self.config.points, density="medium")
 
     @property
     def method_name(self) -> str:

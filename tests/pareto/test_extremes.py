@@ -8,8 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mopl import pareto, steering
-from mopl.pareto import _exact
-from mopl.ranking.metrics import bootstrap_interval, bootstrap_means
+from mopl.pareto import _exact, bootstrap_interval, bootstrap_means
 
 pytest.importorskip("moocore")
 

@@ -263,6 +263,16 @@ def test_impossible_grids_name_the_possible_sizes(arguments, message):
         weight_grid(*arguments)
 
 
+@pytest.mark.parametrize(
+    ("density", "sizes"),
+    [("fine", {20: 126, 130: 131}), ("medium", {1: 1, 2: 11, 3: 15, 4: 20, 5: 11, 12: 13}),
+     ("coarse", {1: 1, 2: 5, 3: 10, 4: 10, 5: 16, 20: 21})],
+)  # fmt: skip
+def test_a_default_grid_is_as_dense_as_its_use_affords(density, sizes):
+    for objectives, size in sizes.items():
+        assert weight_grid(objectives, density=density).shape == (size, objectives)
+
+
 def test_smallest_grids_are_the_vertices():
     assert weight_grid(2, 2).tolist() == [[0, 1], [1, 0]]
     assert torch.equal(weight_grid(5, 5), torch.eye(5, dtype=torch.float64))

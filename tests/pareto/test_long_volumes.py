@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from mopl import pareto
-from mopl.pareto import volumes
-from mopl.ranking.metrics import bootstrap_interval, hypervolume_interval
+from mopl.pareto import bootstrap_interval, hypervolume_interval, volumes
 from mopl.report.table import as_text, summarise
 
 pytest.importorskip("moocore")

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from mopl.pareto import hypervolume
-from mopl.ranking.metrics import bootstrap_interval, bootstrap_means, ndcg
+from mopl.pareto import bootstrap_interval, bootstrap_means, hypervolume
+from mopl.ranking.metrics import ndcg
 
 
 def ragged(seed=0, batch=12, length=15, levels=4):

@@ -17,10 +17,10 @@ pytest.importorskip("moocore")  # every run measures its front
 
 from mopl import steering
 from mopl.losses import listwise_dpo
-from mopl.pareto import Front, hypervolume
+from mopl.pareto import Front, hypervolume, weight_grid
 from mopl.ranking import stages
 from mopl.ranking.config import RankConfig
-from mopl.ranking.evaluate import Measure, distances_to_truth, evaluate, grid_of, score_items, true_front
+from mopl.ranking.evaluate import Measure, distances_to_truth, evaluate, score_items, true_front
 from mopl.ranking.loading import load
 from mopl.ranking.methods import (
     METHODS,
@@ -272,7 +272,7 @@ class Known:
 
 
 def test_the_best_possible_scores_have_distance_zero_and_the_true_hypervolume(data):
-    test, grid = data[2], grid_of(3, 6)
+    test, grid = data[2], weight_grid(3, 6)
     reference, measure = torch.randn(test.num_items), Measure(samples=0)
     policy = Known(test, lambda w: true_scores(test, w, 0.5, reference).float())
     (found,) = evaluate(policy, test, reference, grid, measure=measure, list_loss=ListLoss(), temperature=(0.5,) * 3)
@@ -285,7 +285,7 @@ def test_the_best_possible_scores_have_distance_zero_and_the_true_hypervolume(da
 
 
 def test_a_scaled_evaluation_is_that_of_the_rescaled_scores(data):
-    test, grid, reference = data[2], grid_of(3, 3), torch.randn(data[2].num_items)
+    test, grid, reference = data[2], weight_grid(3, 3), torch.randn(data[2].num_items)
     options = {"measure": Measure(samples=0), "list_loss": ListLoss(), "temperature": (1.0,) * 3}
     raw = torch.randn(test.num_items)
     scaled = evaluate(Known(test, lambda w: raw), test, reference, grid, scales=(1.0, 3.0), **options)
@@ -307,7 +307,7 @@ def test_scores_come_back_in_the_order_of_the_data(data):
 @pytest.mark.parametrize(("objectives", "points", "size"), [(1, None, 1), (2, None, 11), (3, None, 15), (4, None, 20),
                                                             (5, None, 11), (12, None, 13), (3, 6, 6)])  # fmt: skip
 def test_the_grid_holds_the_vertices_in_every_dimension(objectives, points, size):
-    grid = grid_of(objectives, points)
+    grid = weight_grid(objectives, points, density="medium")
     assert grid.shape == (size, objectives)
     assert all((grid == vertex).all(1).any() for vertex in torch.eye(objectives))
 
@@ -337,7 +337,7 @@ def test_front_json_has_the_promised_schema_and_its_own_hypervolume(finished):
                 "seed", "data"} <= content.keys()  # fmt: skip
         assert content["method"] == method and content["objectives"] == ["aux1", "aux2", "aux3"]
         trained = [p for p in content["points"] if p.get("scale", 1.0) == 1.0]
-        assert [p["weights"] for p in trained] == grid_of(3, 3).tolist() and len(content["points"]) == 4 * 3
+        assert [p["weights"] for p in trained] == weight_grid(3, 3).tolist() and len(content["points"]) == 4 * 3
         aux = [p["auxiliary"] for p in trained]
         assert content["hypervolume"] == pytest.approx(hypervolume(aux, [0, 0, 0], maximise=True))
         for point in content["points"]:
@@ -691,5 +691,5 @@ def test_one_conditioned_model_beats_soup_and_mo_dpo_at_a_fraction_of_the_time(t
 
 
 def test_stage_names_tell_trade_offs_apart():
-    grid = grid_of(5, 126)
+    grid = weight_grid(5, 126)
     assert len({stages.vector_name(w) for w in grid}) == 126
