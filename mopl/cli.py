@@ -217,11 +217,11 @@ def _report_parser(commands: Any) -> None:
 
 
 def _rank(arguments: argparse.Namespace) -> int:
+    from mopl.experiments.run_directory import read_run
     from mopl.ranking.config import RankConfig
     from mopl.ranking.recipe import check_resume, rank
     from mopl.ranking.runs import run_fronts
     from mopl.report import print_table
-    from mopl.training.run_directory import read_run
 
     given: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(arguments).items()}
     settings = {name: v for name, v in given.items() if name in RankConfig.__dataclass_fields__}
@@ -270,8 +270,8 @@ def _steer_table(figures: dict[str, Any]) -> str:
 
 
 def _report(arguments: argparse.Namespace) -> int:
+    from mopl.experiments.run_directory import read_run
     from mopl.report.plot import check_picture
-    from mopl.training.run_directory import read_run
 
     if arguments.png is not None:
         check_picture(arguments.png)  # before anything is read, printed or written

@@ -140,7 +140,7 @@ def start(folder: Path, command: str, kill_before: int | None = None) -> int:
             os.dup2(log.fileno(), 2)
         signal.alarm(LIMIT)
         time.perf_counter = lambda: 0.0
-        from mopl.training import run_directory
+        from mopl.experiments import run_directory
 
         run_directory._commit = lambda: None  # somebody may work in the checkout meanwhile
         sys.path.insert(0, str(folder.parent / "inputs"))
@@ -213,7 +213,7 @@ class Undisturbed:
 
 def undisturbed(case: Case, home: Path) -> Undisturbed:
     """Run a case twice: the first time it imports what the parent has not, which is imported here for all others."""
-    from mopl.training.run_directory import check_new_run
+    from mopl.experiments.run_directory import check_new_run
 
     before = home / f"{case.name}-before"
     before.mkdir()

@@ -187,8 +187,8 @@ def run(arguments: argparse.Namespace) -> int:
     from mopl.alignment.config import AlignConfig
     from mopl.alignment.recipe import align, check_resume
     from mopl.alignment.runs import metric_of, open_run, run_fronts
+    from mopl.experiments.run_directory import read_run
     from mopl.report import print_table
-    from mopl.training.run_directory import read_run
 
     on_rewards.refuse_strangers(given, AlignConfig.__dataclass_fields__)
     settings = {name: v for name, v in given.items() if name in AlignConfig.__dataclass_fields__}

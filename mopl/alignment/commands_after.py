@@ -212,8 +212,8 @@ def _open_run(
 
     from mopl.alignment.runs import open_run
     from mopl.clp.runs import is_clp_run
+    from mopl.experiments.run_directory import read_run
     from mopl.language_models.reference_mixture import OWN_REFERENCE
-    from mopl.training.run_directory import read_run
 
     if is_clp_run(read_run(path)):
         return _open_policy(path, weights, method, base_model, device, kl_weight)

@@ -32,10 +32,10 @@ from mopl import _terminal
 from mopl._extras import require, require_for
 from mopl._files import write_file
 from mopl.alignment._demo_sampling import Response, Sampling, sample_all, whole_sentences
+from mopl.experiments.run_lock import locked
 from mopl.language_models.data import PreferenceData, PreferenceList
 from mopl.language_models.demo_model import load_prompts, smollm2
 from mopl.rewards import Rewards, make_all
-from mopl.training.run_lock import locked
 
 REWARDS = ("sentiment", "brevity", "readability")
 OBJECTIVES = ("sentiment", "brevity")  # those that the demo trades off; the data is labelled for all of REWARDS

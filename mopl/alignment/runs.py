@@ -24,12 +24,12 @@ from mopl.alignment import tuned
 from mopl.alignment.config import ALL, CONDITIONED, AlignConfig
 from mopl.alignment.trained import load_trained
 from mopl.conditioning import TextPrompt
+from mopl.experiments.run_directory import CONFIG_FILE, DAMAGED_RUN, Sample, read_run, refresh, settings_of
 from mopl.language_models import models
 from mopl.language_models.tokenization import ListTokenizer
 from mopl.pareto import weight_grid
 from mopl.pareto.front import Front, load_fronts
 from mopl.report import Metric
-from mopl.training.run_directory import CONFIG_FILE, DAMAGED_RUN, Sample, read_run, refresh, settings_of
 
 FRONT, EVALUATION, SAMPLES = "front.json", "evaluation.json", "samples.json"
 KIND = "align"

@@ -38,6 +38,7 @@ from mopl.alignment.methods import (
 from mopl.alignment.reference import ReferenceStore, score_lists
 from mopl.alignment.trained import model_folder, vector_name
 from mopl.conditioning import LoraMixture, TextPrompt
+from mopl.experiments.run_directory import DONE, read_done
 from mopl.language_models import models
 from mopl.language_models.collate import ListCollator
 from mopl.language_models.data import PreferenceData
@@ -45,7 +46,6 @@ from mopl.language_models.tokenization import ListTokenizer, TokenizedData, Toke
 from mopl.ranking.methods import box_temperatures, dirichlet_weights, fixed
 from mopl.training import RunLog, train
 from mopl.training.parallel import exists_on_main
-from mopl.training.run_directory import DONE, read_done
 
 
 @dataclasses.dataclass

@@ -80,7 +80,7 @@ def is_wanted(given: dict[str, Any]) -> bool:
     file = Path(given["run"]) / "config.json" if given.get("resume") and given.get("run") else None
     if file is None or given.get("method") is not None or not file.exists():
         return False
-    from mopl.training.run_directory import read_run
+    from mopl.experiments.run_directory import read_run
 
     return read_run(given["run"]).get("kind") == "clp"
 
@@ -105,8 +105,8 @@ def run(given: dict[str, Any]) -> int:
     from mopl.clp.config import ClpConfig
     from mopl.clp.recipe import check_resume, train_policies
     from mopl.clp.runs import metric_of, open_run, run_fronts
+    from mopl.experiments.run_directory import read_run
     from mopl.report import print_table
-    from mopl.training.run_directory import read_run
 
     refuse_strangers(given, (*ClpConfig.__dataclass_fields__, "trust_rewards"))
     settings = {name: v for name, v in given.items() if name in ClpConfig.__dataclass_fields__}

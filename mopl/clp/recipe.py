@@ -51,13 +51,7 @@ from mopl.clp.runs import (
 )
 from mopl.clp.stages import Stages
 from mopl.conditioning import HyperPromptModel
-from mopl.language_models import models
-from mopl.language_models.adapter_reference import checksum
-from mopl.pareto.volumes import check_affordable
-from mopl.rewards import Rewards, prompt_key
-from mopl.training import RunLog, make_accelerator
-from mopl.training.parallel import exists_on_main, on_main
-from mopl.training.run_directory import (
+from mopl.experiments.run_directory import (
     RunInterrupted,
     command_line,
     create_run,
@@ -66,6 +60,12 @@ from mopl.training.run_directory import (
     resumable,
     version_changes,
 )
+from mopl.language_models import models
+from mopl.language_models.adapter_reference import checksum
+from mopl.pareto.volumes import check_affordable
+from mopl.rewards import Rewards, prompt_key
+from mopl.training import RunLog, make_accelerator
+from mopl.training.parallel import exists_on_main, on_main
 from mopl.training.settings import settings_to_resume
 
 # Settings that a resumed run may have otherwise: they change what is written or where, not what is computed.

@@ -23,12 +23,12 @@ from mopl._terminal import shell
 from mopl.clp.config import ALL, ClpConfig
 from mopl.clp.policies import load_policy, release, text_prompt
 from mopl.conditioning import HyperPromptModel, TextPrompt, check_weights
+from mopl.experiments.run_directory import CONFIG_FILE, DAMAGED_RUN, Sample, read_run, refresh, settings_of
 from mopl.language_models import models
 from mopl.language_models.tokenization import ListTokenizer
 from mopl.pareto import weight_grid
 from mopl.pareto.front import Front, load_fronts
 from mopl.report import Metric
-from mopl.training.run_directory import CONFIG_FILE, DAMAGED_RUN, Sample, read_run, refresh, settings_of
 
 FRONT, EVALUATION, SAMPLES = "front.json", "evaluation.json", "samples.json"
 KIND = "clp"

@@ -26,12 +26,12 @@ from mopl.clp.policies import Policy, load_policy, new_policy, release, save_sou
 from mopl.clp.prompts import Prompts, PromptSource
 from mopl.clp.reward_scale import RewardScale, RunningScale
 from mopl.clp.rollout import RolloutStore, Sampler
+from mopl.experiments.run_directory import DONE, read_done
 from mopl.language_models import models
 from mopl.rewards import Rewards
 from mopl.training import CheckpointFolder, RunLog, train
 from mopl.training.parallel import exists_on_main
 from mopl.training.precision import rounding_of
-from mopl.training.run_directory import DONE, read_done
 
 
 def expert_folder(path: Path, objective: str) -> Path:

@@ -25,6 +25,15 @@ from mopl import _terminal
 from mopl._extras import require_for
 from mopl._files import write_file
 from mopl._restoring import seeded
+from mopl.experiments.run_directory import (
+    RunInterrupted,
+    command_line,
+    create_run,
+    environment,
+    hold_run,
+    resumable,
+    version_changes,
+)
 from mopl.pareto import weight_grid
 from mopl.pareto.volumes import check_affordable
 from mopl.ranking.config import RankConfig
@@ -53,15 +62,6 @@ from mopl.ranking.stages import Stages, Trained, check_base, load_policy
 from mopl.ranking.validation import Validation
 from mopl.training import RunLog, make_accelerator
 from mopl.training.parallel import exists_on_main, on_main
-from mopl.training.run_directory import (
-    RunInterrupted,
-    command_line,
-    create_run,
-    environment,
-    hold_run,
-    resumable,
-    version_changes,
-)
 from mopl.training.settings import settings_to_resume
 
 __all__ = ["FREE_ON_RESUME", "RunInterrupted", "check_resume", "rank"]

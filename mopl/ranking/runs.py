@@ -17,6 +17,7 @@ from mopl._files import write_file
 from mopl._records import Finite, damaged, read_json
 from mopl._tensor_files import opened, read_tensors
 from mopl._terminal import shell
+from mopl.experiments.run_directory import CONFIG_FILE, read_run, refresh, settings_of
 from mopl.pareto import weight_grid
 from mopl.pareto.front import Front, load_fronts
 from mopl.ranking.config import ALL, RankConfig
@@ -25,7 +26,6 @@ from mopl.ranking.loading import load
 from mopl.ranking.methods import Policy
 from mopl.ranking.normalization import FeatureNormalizer
 from mopl.ranking.stages import REFERENCE, load_policy, read_references
-from mopl.training.run_directory import CONFIG_FILE, read_run, refresh, settings_of
 
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 FRONT, EVALUATION, NORMALIZER = "front.json", "evaluation.json", "normalizer.safetensors"

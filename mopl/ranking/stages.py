@@ -26,6 +26,7 @@ from mopl._extras import require
 from mopl._files import discard_folder, write_file
 from mopl._restoring import seeded
 from mopl._tensor_files import read_tensors
+from mopl.experiments.run_directory import DONE, read_done
 from mopl.ranking.batches import Batches
 from mopl.ranking.config import RankConfig
 from mopl.ranking.data import RankingData
@@ -47,7 +48,6 @@ from mopl.ranking.model import ListTransformer, RankingModel, RankingModelConfig
 from mopl.ranking.validation import Validation, corners_and_centre
 from mopl.training import BatchSource, RunLog, Selection, TrainingConfig, train
 from mopl.training.parallel import exists_on_main
-from mopl.training.run_directory import DONE, read_done
 
 REFERENCE = "reference.safetensors"
 

@@ -13,10 +13,10 @@ transformers = pytest.importorskip("transformers")
 
 from mopl.alignment import _demo_sampling, demo
 from mopl.alignment._demo_sampling import Response, Sampling, sample_all, sample_rows
+from mopl.experiments.run_lock import RunInUse, locked
 from mopl.language_models import demo_model
 from mopl.language_models.readers import load_preferences
 from mopl.losses import normalize_labels
-from mopl.training.run_lock import RunInUse, locked
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

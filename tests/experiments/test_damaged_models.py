@@ -24,8 +24,8 @@ from mopl._records import DamagedFile
 from mopl._tensor_files import load_state, read_tensors
 from mopl.cli import main
 from mopl.conditioning.saved_models import read_record
+from mopl.experiments.run_directory import read_done
 from mopl.training import read_log
-from mopl.training.run_directory import read_done
 
 RANK = [
     "--data", "synthetic:queries=60,items=6,features=8,objectives=2", "--hidden", "8", "--base-hidden", "8", "--heads",

@@ -19,10 +19,10 @@ from launching import launch
 from mopl import __version__
 from mopl.alignment import config as alignment
 from mopl.clp import config as clp
+from mopl.experiments import run_directory
+from mopl.experiments.run_directory import check_new_run, create_run, hold_run, next_run, refresh
+from mopl.experiments.run_lock import RunInUse, lock_file, locked
 from mopl.ranking.methods import METHODS
-from mopl.training import run_directory
-from mopl.training.run_directory import check_new_run, create_run, hold_run, next_run, refresh
-from mopl.training.run_lock import RunInUse, lock_file, locked
 
 RECORD = {"config": {}, "data": {}, "versions": {"mopl": __version__}}
 ALONE = SimpleNamespace(is_main_process=True, num_processes=1)
@@ -34,7 +34,7 @@ def names(folder):
 
 def holder(path):
     """Start a process that holds a run until it is killed."""
-    script = "import sys, time\nfrom mopl.training.run_lock import locked\nwith locked(sys.argv[1]):\n"
+    script = "import sys, time\nfrom mopl.experiments.run_lock import locked\nwith locked(sys.argv[1]):\n"
     script += "    print('held', flush=True)\n    time.sleep(100)\n"
     process = subprocess.Popen([sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "held\n"
@@ -216,7 +216,7 @@ PROCESSES = """
     import sys
     from pathlib import Path
     from mopl.training import make_accelerator
-    from mopl.training.run_directory import create_run, hold_run
+    from mopl.experiments.run_directory import create_run, hold_run
     from mopl.training.parallel import on_main
 
     accelerator = make_accelerator(cpu=True)

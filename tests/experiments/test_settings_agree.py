@@ -9,9 +9,9 @@ import pytest
 from mopl.alignment.config import AlignConfig
 from mopl.cli import build_parser
 from mopl.clp.config import ClpConfig
+from mopl.experiments.run_directory import environment, version_changes
 from mopl.ranking.config import RankConfig
 from mopl.training import TrainingConfig
-from mopl.training.run_directory import environment, version_changes
 
 NEEDED = {
     RankConfig: {},

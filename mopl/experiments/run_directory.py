@@ -2,7 +2,7 @@
 
 `config.json` holds the resolved settings, the command line, the versions and whatever describes the data. It is written
 before the directory gets its name, so a directory without it was not made by `mopl` and is never touched. One process
-at a time works in a run (`mopl.training.run_lock`).
+at a time works in a run (`mopl.experiments.run_lock`).
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from mopl import __version__, _terminal
 from mopl._disk import with_resume
 from mopl._files import TEMPORARY, discard_folder, remove_leftovers, write_file, write_folder
 from mopl._records import Count, Finite, Seconds, check, read_json, settings_from
+from mopl.experiments.run_lock import RunInUse, locked
 from mopl.training.loop import TrainingDiverged, TrainingInterrupted
 from mopl.training.parallel import on_main
-from mopl.training.run_lock import RunInUse, locked
 
 CONFIG_FILE = "config.json"
 DONE = "training.json"  # written beside a model when its training has ended
