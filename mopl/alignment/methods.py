@@ -27,12 +27,12 @@ from mopl import steering
 from mopl._arguments import check_choice
 from mopl.alignment.config import LIST_LOSSES, LOSSES, PAIR_LOSSES, PER_TOKEN
 from mopl.conditioning import WeightedModel
+from mopl.conditioning.samplers import Sampler
 from mopl.conditioning.weighted import takes_temperature
 from mopl.language_models.collate import ListBatch, ListCollator, by_objective, to_lists
 from mopl.language_models.head import score_sequences
 from mopl.language_models.tokenization import TokenizedList
 from mopl.losses import bradley_terry, listwise_dpo, normalize_labels, plackett_luce, scalarize
-from mopl.ranking.methods import Sampler
 from mopl.training import part_of_batch, shuffled_indices
 from mopl.training.parallel import unwrapped
 

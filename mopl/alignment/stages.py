@@ -38,12 +38,12 @@ from mopl.alignment.methods import (
 from mopl.alignment.reference import ReferenceStore, score_lists
 from mopl.alignment.trained import model_folder, vector_name
 from mopl.conditioning import LoraMixture, TextPrompt
+from mopl.conditioning.samplers import box_temperatures, dirichlet_weights, fixed
 from mopl.experiments.run_directory import DONE, read_done
 from mopl.language_models import models
 from mopl.language_models.collate import ListCollator
 from mopl.language_models.data import PreferenceData
 from mopl.language_models.tokenization import ListTokenizer, TokenizedData, TokenizedList
-from mopl.ranking.methods import box_temperatures, dirichlet_weights, fixed
 from mopl.training import RunLog, train
 from mopl.training.parallel import exists_on_main
 
@@ -205,7 +205,7 @@ class Stages:
             common_temperature=None if takes_temperature else self._common_beta(),
         )  # fmt: skip
         source = self._source(
-            dirichlet_weights(m, count, alpha=config.alpha, **per), temperature,
+            dirichlet_weights(m, count, concentration=config.alpha, **per), temperature,
             conditioner=self.conditioner(method),
         )  # fmt: skip
         return self._fit(method, folder / "model", source, loss, conditioned=True, temperature=takes_temperature)

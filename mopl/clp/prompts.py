@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from mopl._lines import TextError, byte_lines, decode, text_fault
 from mopl.clp.config import ClpConfig
-from mopl.conditioning import sample_temperatures, sample_weights
+from mopl.conditioning import samplers
 from mopl.language_models.data import DataError, OnError, ReadReport, RowError, Text
 from mopl.language_models.formats import unread_column
 from mopl.language_models.readers import detect_format, load_preferences, rows_of_json
@@ -257,34 +256,25 @@ class PromptSource:
     def __init__(
         self, prompts: Prompts, config: ClpConfig, objectives: int, *, fixed: Tensor | None = None, trade_offs: int = 1
     ) -> None:
-        self.prompts, self.config, self.objectives, self.fixed = prompts, config, objectives, fixed
-        self.batch_size = config.prompts_per_step
-        self.trade_offs = min(trade_offs, self.batch_size)
-
-    def trade_off(self, rollout: int) -> tuple[Tensor, Tensor]:
-        """Return the weights (P, m) and KL weights (P,) of a step's prompts."""
-        config, count = self.config, self.batch_size
-        choices = torch.tensor(config.kl_weight)
-        if self.fixed is not None:
-            return self.fixed.float().expand(count, -1), choices[:1].expand(count)
-        w = sample_weights(self.objectives, self.trade_offs, config.alpha, seed=config.seed, step=rollout)
-        uniform = (
-            sample_temperatures(1, self.trade_offs, 1.0, 2.0, seed=config.seed, step=rollout).temperature[:, 0] - 1
-        )
-        alpha = choices[(uniform * len(choices)).long().clamp(max=len(choices) - 1)]
+        self.prompts, self.config, self.batch_size = prompts, config, config.prompts_per_step
+        choices = config.kl_weight if fixed is None else config.kl_weight[:1]
         # Prompts of one trade-off stand side by side, so that they are generated together.
-        place = torch.arange(count) * self.trade_offs // count
-        return w[place], alpha[place]
+        self.kl_weight = samplers.one_of(choices, self.batch_size, per=trade_offs, seed=config.seed)
+        if fixed is not None:
+            self.weights = samplers.fixed(fixed, self.batch_size)
+        else:
+            self.weights = samplers.dirichlet_weights(
+                objectives, self.batch_size, concentration=config.alpha, per=trade_offs, seed=config.seed
+            )
 
     def __call__(self, step: int, rank: int = 0, world_size: int = 1) -> PromptBatch:
         """Return part `rank` of `world_size` of the prompts of `step`."""
         rollout = step // self.config.epochs
         rows = part_of_batch(self.batch_size, rank, world_size)
         chosen = shuffled_indices(len(self.prompts), self.batch_size, seed=self.config.seed, step=rollout)[rows]
-        w, alpha = self.trade_off(rollout)
         return PromptBatch(
             tuple(self.prompts.texts[i] for i in chosen), tuple(self.prompts.tokens[i] for i in chosen),
-            w[rows], alpha[rows], rollout * self.config.epochs, rank, world_size,
+            self.weights(rollout)[rows], self.kl_weight(rollout)[rows], rollout * self.config.epochs, rank, world_size,
         )  # fmt: skip
 
 

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from mopl import steering
 from mopl._arguments import check_choice, check_positive
-from mopl.conditioning import check_weights, sample_temperatures, sample_weights
+from mopl.conditioning import check_weights
+from mopl.conditioning.samplers import Sampler
 from mopl.losses import listwise_dpo, plackett_luce, scalarize
 from mopl.ranking.batches import Batches
 from mopl.ranking.data import Batch, RankingData
@@ -34,8 +35,6 @@ from mopl.training import part_of_batch
 
 METHODS = ("weight-cos-dpo", "temperature-cos-dpo", "dpo-ls", "dpo-soup", "mo-dpo")
 LOSSES = ("listnet", "plackett-luce")
-
-Sampler = Callable[[int], Tensor]  # step -> (B, m)
 
 
 @dataclass(frozen=True)
@@ -156,33 +155,6 @@ class ListSource:
             temperature=self.temperature(step)[rows],
             experts=experts,
         )
-
-
-def fixed(value: Tensor, batch_size: int) -> Sampler:
-    """Return a sampler that gives every list of every step the same (m,) vector."""
-    rows = value.float().expand(batch_size, -1)
-    return lambda step: rows
-
-
-def dirichlet_weights(objectives: int, batch_size: int, *, alpha: float, per: str, seed: int) -> Sampler:
-    """Return a sampler of weights from Dirichlet(alpha), one vector a `"list"` or, as in the paper, one a `"step"`."""
-    check_choice(per, ("list", "step"), "weights_per")
-    count = batch_size if per == "list" else 1
-    return lambda step: sample_weights(objectives, count, alpha, seed=seed, step=step).expand(batch_size, -1)
-
-
-def box_temperatures(
-    objectives: int, batch_size: int, *, low: Sequence[float], high: Sequence[float], per: str, seed: int
-) -> Sampler:
-    """Return a sampler of normalised temperatures β / ‖β‖₁, β uniform in the box from low to high."""
-    check_choice(per, ("list", "step"), "weights_per")
-    count = batch_size if per == "list" else 1
-
-    def draw(step: int) -> Tensor:
-        drawn = sample_temperatures(objectives, count, low, high, seed=seed, step=step)
-        return drawn.normalized.expand(batch_size, -1)
-
-    return draw
 
 
 def scalarized_loss(

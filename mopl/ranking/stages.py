@@ -26,6 +26,7 @@ from mopl._extras import require
 from mopl._files import discard_folder, write_file
 from mopl._restoring import seeded
 from mopl._tensor_files import read_tensors
+from mopl.conditioning.samplers import box_temperatures, dirichlet_weights, fixed
 from mopl.experiments.run_directory import DONE, read_done
 from mopl.ranking.batches import Batches
 from mopl.ranking.config import RankConfig
@@ -37,9 +38,6 @@ from mopl.ranking.methods import (
     ListSource,
     Policy,
     SoupPolicy,
-    box_temperatures,
-    dirichlet_weights,
-    fixed,
     main_loss,
     modpo_loss,
     scalarized_loss,
@@ -185,7 +183,7 @@ class Stages:
             temperature = box_temperatures(m, batch_size, low=low, high=high, **per)
         else:
             temperature = fixed(self.temperature, batch_size)
-        source = self._source(dirichlet_weights(m, batch_size, alpha=config.alpha, **per), temperature)
+        source = self._source(dirichlet_weights(m, batch_size, concentration=config.alpha, **per), temperature)
         common = None if takes_temperature else self._common_temperature()
         loss = scalarized_loss(
             config.list_loss, self.objectives, penalty=config.penalty, penalty_sign=config.penalty_sign,

@@ -30,12 +30,12 @@ from mopl.alignment.methods import (
 from mopl.alignment.reference import CHUNK, ReferenceStore, score_lists
 from mopl.alignment.stages import TextConditioner, optimizer_of, response_loss
 from mopl.conditioning import HyperPromptModel
+from mopl.conditioning.samplers import box_temperatures, dirichlet_weights, fixed
 from mopl.language_models import models
 from mopl.language_models.collate import ListCollator
 from mopl.language_models.data import PreferenceData, PreferenceList
 from mopl.language_models.tokenization import TokenizedList
 from mopl.losses import DPOLoss, listwise_dpo
-from mopl.ranking.methods import box_temperatures, dirichlet_weights, fixed
 from mopl.training import TrainingInterrupted, make_accelerator, train
 
 NAMES = ("low", "middle")
@@ -148,7 +148,7 @@ def conditioned(base, config=None, *, temperature=False, stirred=True) -> HyperP
 def source(lists=None, batch_size=6, **changes) -> AlignSource:
     parts = {
         "seed": 1,
-        "weights": dirichlet_weights(2, batch_size, alpha=0.7, per="list", seed=1),
+        "weights": dirichlet_weights(2, batch_size, concentration=0.7, per="list", seed=1),
         "temperature": box_temperatures(2, batch_size, low=[0.05, 0.1], high=[0.2, 0.3], per="list", seed=1),
     }  # fmt: skip
     return AlignSource(lists or tokenized(), batch_size, ListCollator(), **{**parts, **changes})

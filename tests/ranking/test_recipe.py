@@ -16,6 +16,7 @@ import torch
 pytest.importorskip("moocore")  # every run measures its front
 
 from mopl import steering
+from mopl.conditioning.samplers import box_temperatures, dirichlet_weights, fixed
 from mopl.losses import listwise_dpo
 from mopl.pareto import Front, hypervolume, weight_grid
 from mopl.ranking import stages
@@ -30,9 +31,6 @@ from mopl.ranking.methods import (
     ListLoss,
     ListSource,
     SoupPolicy,
-    box_temperatures,
-    dirichlet_weights,
-    fixed,
     modpo_loss,
     scalarized_loss,
 )
@@ -77,7 +75,7 @@ def source(data, m=3, batch_size=7, **changes):
     train = data[0]
     parts = {
         "seed": 1, "reference": torch.randn(train.num_items),
-        "weights": dirichlet_weights(m, batch_size, alpha=0.5, per="list", seed=1),
+        "weights": dirichlet_weights(m, batch_size, concentration=0.5, per="list", seed=1),
         "temperature": box_temperatures(m, batch_size, low=[0.5] * m, high=[2.0] * m, per="list", seed=1),
     }  # fmt: skip
     return ListSource(train, batch_size, **{**parts, **changes})
@@ -105,13 +103,6 @@ def test_parts_of_a_batch_are_cuts_of_the_same_lists_weights_and_temperatures(da
     assert not torch.equal(whole.weights, source(data)(6, 0, 1).weights)
     torch.testing.assert_close(whole.weights.sum(1), torch.ones(7))
     torch.testing.assert_close(whole.temperature.sum(1), torch.ones(7))
-
-
-def test_one_vector_a_step_is_what_the_papers_algorithm_draws(data):
-    drawn = dirichlet_weights(3, 7, alpha=1.0, per="step", seed=1)(4)
-    assert drawn.shape == (7, 3) and (drawn == drawn[0]).all()
-    with pytest.raises(ValueError, match="weights_per is 'epoch'"):
-        dirichlet_weights(3, 7, alpha=1.0, per="epoch", seed=1)
 
 
 def test_reference_and_expert_scores_reach_the_items_they_belong_to(data):
