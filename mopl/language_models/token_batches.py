@@ -1,17 +1,16 @@
-"""Which lists make up a batch: whole lists up to a budget of tokens, or a fixed number of lists.
+"""Which lists make up a batch: whole lists up to a budget of tokens.
 
 The step number is the whole state of the order: any step can be asked for at any time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 
 from mopl._arguments import check_choice
-from mopl.language_models.collate import ListBatch, ListCollator
 from mopl.language_models.tokenization import TokenizedList
 from mopl.training.batches import part_of_batch, shuffled_indices
 
@@ -115,57 +114,3 @@ class TokenBatches:
             bits = np.random.Philox(np.random.SeedSequence([self.seed, BATCH_ORDER_STREAM, epoch]))
             batches = [batches[number] for number in np.random.Generator(bits).permutation(len(batches))]
         return batches
-
-
-def batches_by_tokens(
-    lists: Sequence[TokenizedList],
-    budget: int,
-    *,
-    seed: int = 0,
-    shuffle: bool = True,
-    padded: bool = True,
-    window: int = 0,
-    oversized: Literal["error", "own"] = "error",
-    start: int = 0,
-    stop: int | None = None,
-) -> Iterator[np.ndarray]:
-    """Yield which lists make up the batches of steps `start` to `stop - 1`, by default without end; see `TokenBatches`.
-
-    Returns:
-        Iterator of int64 arrays of places in `lists`.
-    """
-    source = TokenBatches(lists, budget, seed=seed, shuffle=shuffle, padded=padded, window=window, oversized=oversized)
-    step = start
-    while stop is None or step < stop:
-        yield source(step)
-        step += 1
-
-
-class FixedBatches:
-    """Batches of a fixed number of lists: a batch source of `mopl.training`.
-
-    Args:
-        lists: the tokenised lists.
-        lists_per_batch: B; more than there are gives all of them in each step.
-        collator: makes the batches.
-        seed: of the permutations; epochs are laid end to end, so every batch is full.
-
-    Raises:
-        ValueError: if there is no list or `lists_per_batch` is below 1.
-    """
-
-    def __init__(
-        self, lists: Sequence[TokenizedList], lists_per_batch: int, collator: ListCollator, *, seed: int = 0
-    ) -> None:
-        if len(lists) == 0 or lists_per_batch < 1:
-            raise ValueError(
-                f"there are {len(lists)} lists and lists_per_batch is {lists_per_batch}; both must be >= 1"
-            )
-        self.lists, self.collator, self.seed = lists, collator, seed
-        self.batch_size = min(lists_per_batch, len(lists))
-
-    def __call__(self, step: int, rank: int = 0, world_size: int = 1) -> ListBatch:
-        """Return part `rank` of `world_size` of the batch of `step`."""
-        chosen = shuffled_indices(len(self.lists), self.batch_size, seed=self.seed, step=step)
-        part = chosen[part_of_batch(self.batch_size, rank, world_size)]
-        return self.collator([self.lists[int(number)] for number in part])

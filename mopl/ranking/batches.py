@@ -52,11 +52,6 @@ class Batches:
         self.data, self.seed, self.shuffle, self.bucket = data, seed, shuffle, bucket
         self.order, self.width = order, width
 
-    @property
-    def steps_per_epoch(self) -> float:
-        """How many steps pass over the data once; no whole number in general."""
-        return len(self.data) / self.batch_size
-
     def queries(self, step: int) -> Tensor:
         """Return (B,) int64, which lists of the data make up the batch of `step`, counted from 0 without end."""
         if step < 0:

@@ -17,7 +17,7 @@ from mopl.language_models.collate import ListCollator, by_objective, to_lists
 from mopl.language_models.data import DataError, PreferenceData, PreferenceList, RowError
 from mopl.language_models.head import fuse, score_sequences
 from mopl.language_models.readers import load_preferences
-from mopl.language_models.token_batches import FixedBatches, TokenBatches, batches_by_tokens
+from mopl.language_models.token_batches import TokenBatches
 from mopl.language_models.tokenization import ListTokenizer, TokenizedList, tokenize, truncate
 from mopl.losses import pairwise_logistic
 
@@ -508,18 +508,19 @@ def test_an_epoch_uses_every_list_once_and_no_batch_exceeds_the_budget(padded, w
 
 def test_a_batch_depends_on_the_step_alone_so_that_any_step_can_be_resumed_from():
     items = lists(count=40, seed=2)
-    run = list(batches_by_tokens(items, 150, seed=1, stop=60))
+    source = TokenBatches(items, 150, seed=1)
+    run = [source(step) for step in range(60)]
     for start in (0, 7, 33, 59):
-        rest = batches_by_tokens(items, 150, seed=1, start=start, stop=60)
-        assert [b.tolist() for b in rest] == [b.tolist() for b in run[start:]]
+        resumed = TokenBatches(items, 150, seed=1)
+        assert [resumed(step).tolist() for step in range(start, 60)] == [b.tolist() for b in run[start:]]
     backwards = TokenBatches(items, 150, seed=1)
     assert [backwards(step).tolist() for step in range(59, -1, -1)] == [b.tolist() for b in run[::-1]]
     assert backwards.locate(59)[0] >= 2  # several epochs were crossed
     end = backwards.locate(59)[0]  # of the epochs before it, the steps use every list once
     held = [batch for step, batch in enumerate(run) if backwards.locate(step)[0] < end]
     assert np.bincount(np.concatenate(held)).tolist() == [end] * 40
-    other = list(batches_by_tokens(items, 150, seed=2, stop=60))
-    assert [b.tolist() for b in other] != [b.tolist() for b in run]
+    other = TokenBatches(items, 150, seed=2)
+    assert [other(step).tolist() for step in range(60)] != [b.tolist() for b in run]
 
 
 def test_parts_of_a_step_are_whole_lists_and_make_up_the_step():
@@ -556,19 +557,6 @@ def test_budgets_steps_and_data_that_make_no_sense_are_refused():
         TokenBatches(items, 1000, oversized="drop")
     with pytest.raises(IndexError, match="steps count from 0"):
         TokenBatches(items, 1000)(-1)
-    with pytest.raises(ValueError, match="lists_per_batch is 0"):
-        FixedBatches(items, 0, ListCollator())
-
-
-def test_fixed_batches_are_the_same_however_a_step_is_split():
-    source = FixedBatches(lists(count=11), 4, ListCollator(), seed=3)
-    for step in range(6):
-        whole = source(step)
-        parts = [source(step, rank, 3) for rank in range(3)]
-        assert torch.cat([part.lists for part in parts]).tolist() == whole.lists.tolist()
-        assert len(whole) == source.batch_size == 4
-    seen = torch.cat([source(step).lists for step in range(11)])
-    assert torch.bincount(seen - 100).tolist() == [4] * 11
 
 
 # ---------------------------------------------------------------- real data from file to batch
