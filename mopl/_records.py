@@ -144,7 +144,7 @@ def check(value: Any, schema: Any, file: str | os.PathLike[str], key: str = "", 
     try:
         msgspec.convert(value, schema)
     except msgspec.ValidationError as error:
-        raise damaged(file, _in_words(error, value, key), remedy) from None
+        raise damaged(file, in_words(error, value, key), remedy) from None
     return value
 
 
@@ -164,7 +164,7 @@ def settings_from(
     Raises:
         ValueError: If a setting is unknown, has another type or is refused; `DamagedFile` with a file.
     """
-    values = up_to_date(values)
+    values = up_to_date(values, getattr(schema, "old_names", dict)())
     known = {field.name for field in dataclasses.fields(schema)}  # type: ignore[arg-type]
     try:
         if isinstance(values, Mapping) and (unknown := sorted(set(values) - known)):
@@ -174,13 +174,13 @@ def settings_from(
         return msgspec.convert({**before, **values} if before and isinstance(values, Mapping) else values, schema)
     except msgspec.ValidationError as error:
         # What __post_init__ raised is said already as it should be.
-        text = str(error.__cause__) if error.__cause__ is not None else _in_words(error, values, key)
+        text = str(error.__cause__) if error.__cause__ is not None else in_words(error, values, key)
         raise ValueError(text) if file is None else damaged(file, text, remedy) from None
     except ValueError as error:
         raise error if file is None else damaged(file, str(error), remedy) from None
 
 
-def _in_words(error: msgspec.ValidationError, value: Any, key: str) -> str:
+def in_words(error: msgspec.ValidationError, value: Any, key: str) -> str:
     """Return what msgspec found, with the key, what is there and what should be."""
     what, _, where = str(error).partition(" - at `$")
     steps = re.findall(r"\.([^.\[\]`]+)|\[(\d+|\.\.\.)\]", where)

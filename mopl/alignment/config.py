@@ -11,9 +11,9 @@ from mopl._arguments import check_choice
 from mopl._bounds import check_bounds
 from mopl._lines import lone_surrogate
 from mopl._records import settings_from
+from mopl.experiments.resume_settings import located_if_there
 from mopl.losses.pairwise import LOSS_TYPES
 from mopl.training import TrainingConfig
-from mopl.training.settings import located_if_there
 
 METHODS = ("weight-cos-dpo", "temperature-cos-dpo", "dpo-ls", "dpo-soup", "mo-dpo")
 ALL = "all"

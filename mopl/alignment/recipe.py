@@ -43,6 +43,7 @@ from mopl.alignment.runs import (
 from mopl.alignment.stages import Split, Stages, response_loss
 from mopl.alignment.trained import load_trained, state_for
 from mopl.conditioning import HyperPromptModel
+from mopl.experiments.resume_settings import settings_to_resume
 from mopl.experiments.run_directory import (
     RunInterrupted,
     command_line,
@@ -61,7 +62,6 @@ from mopl.pareto import weight_grid
 from mopl.pareto.volumes import check_affordable
 from mopl.training import RunLog, make_accelerator
 from mopl.training.parallel import exists_on_main, on_main
-from mopl.training.settings import settings_to_resume
 
 __all__ = ["FREE_ON_RESUME", "RunInterrupted", "align", "answers", "check_resume", "evaluate", "load_data"]
 

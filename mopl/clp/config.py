@@ -10,8 +10,8 @@ from typing import Any, Literal
 from mopl._arguments import check_choice
 from mopl._bounds import check_bounds
 from mopl._records import settings_from
+from mopl.experiments.resume_settings import located_if_there, located_inside
 from mopl.training import TrainingConfig
-from mopl.training.settings import located_if_there, located_inside
 
 METHODS = ("clp", "rewarded-soups", "prompting", "logit-mixing", "dera")
 TRAINED = ("clp", "rewarded-soups", "prompting")

@@ -51,6 +51,7 @@ from mopl.clp.runs import (
 )
 from mopl.clp.stages import Stages
 from mopl.conditioning import HyperPromptModel
+from mopl.experiments.resume_settings import settings_to_resume
 from mopl.experiments.run_directory import (
     RunInterrupted,
     command_line,
@@ -66,7 +67,6 @@ from mopl.pareto.volumes import check_affordable
 from mopl.rewards import Rewards, prompt_key
 from mopl.training import RunLog, make_accelerator
 from mopl.training.parallel import exists_on_main, on_main
-from mopl.training.settings import settings_to_resume
 
 # Settings that a resumed run may have otherwise: they change what is written or where, not what is computed.
 FREE_ON_RESUME = ("log_every", "checkpoint_every", "tensorboard", "device", "log_samples")

@@ -25,6 +25,7 @@ from mopl import _terminal
 from mopl._extras import require_for
 from mopl._files import write_file
 from mopl._restoring import seeded
+from mopl.experiments.resume_settings import settings_to_resume
 from mopl.experiments.run_directory import (
     RunInterrupted,
     command_line,
@@ -62,12 +63,11 @@ from mopl.ranking.stages import Stages, Trained, check_base, load_policy
 from mopl.ranking.validation import Validation
 from mopl.training import RunLog, make_accelerator
 from mopl.training.parallel import exists_on_main, on_main
-from mopl.training.settings import settings_to_resume
 
 __all__ = ["FREE_ON_RESUME", "RunInterrupted", "check_resume", "rank"]
 
 # Settings that a resumed run may have otherwise: they change what is written or where, not what is computed.
-FREE_ON_RESUME = ("log_every", "checkpoint_every", "tensorboard", "device")
+FREE_ON_RESUME = ("log_every", "checkpoint_every", "log_with", "device")
 
 
 def rank(
@@ -98,7 +98,7 @@ def rank(
         TrainingDiverged: If a loss is no longer a number.
         RunInterrupted: After Ctrl-C or SIGTERM, once a checkpoint is written.
     """
-    require_for("rank", *("tensorboard",) * config.tensorboard)
+    require_for("rank", *config.log_with)
     accelerator = make_accelerator(config.mixed_precision, cpu=config.device == "cpu")
     tell = say if accelerator.is_main_process else (lambda text: None)
     stem = f"rank-{_data_word(config)}-{config.method}"
@@ -125,7 +125,7 @@ def _run(
         for line in split.describe().split("\n") if name == "train" else [whole]:
             tell(line)
     config = config.resolved(len(splits["train"]))
-    config.temperatures(len(splits["train"].objectives))
+    config.betas(len(splits["train"].objectives))
     check_measurable(splits["train"], config.measure)
     empty = check_measurable(splits["test"], config.measure)
     grid = weight_grid(len(splits["train"].objectives), config.points, density="medium")
@@ -156,7 +156,7 @@ def _work(
     """Train, evaluate and report what is missing in a run directory."""
     train, test, device = splits["train"], splits["test"], accelerator.device
     main = accelerator.is_main_process
-    with_log = RunLog(path, enabled=main, tensorboard=config.tensorboard)
+    with_log = RunLog(path, enabled=main, tensorboard="tensorboard" in config.log_with)
     validation = Validation(splits["valid"], config)
     for note in validation.notes:
         tell(note)
@@ -165,7 +165,7 @@ def _work(
     references = stages.references(base, splits)
     stages.reference = references["train"]
     validation.take_reference(references["valid"])
-    temperature = config.temperatures(len(stages.objectives))
+    temperature = config.betas(len(stages.objectives))
     truth = true_front(test, references["test"], grid, temperature, config.measure)
     if main:
         save_normalizer(path, train)

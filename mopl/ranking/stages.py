@@ -121,7 +121,7 @@ class Stages:
         self.path, self.config, self.data, self.log, self.say = path, config, data, log, say
         self.accelerator, self.validation = accelerator, validation
         self.objectives = tuple(objective.name for objective in data.objectives)
-        self.temperature = torch.tensor(config.temperatures(len(self.objectives)))
+        self.temperature = torch.tensor(config.betas(len(self.objectives)))
         self.reference = torch.zeros(data.num_items)
 
     def base_model(self) -> ListTransformer:
@@ -179,11 +179,11 @@ class Stages:
         batch_size = Batches(self.data, config.batch_size).batch_size
         per: dict[str, Any] = {"per": config.weights_per, "seed": config.seed}
         if takes_temperature:
-            low, high = ((factor * self.temperature).tolist() for factor in config.temperature_range)
+            low, high = ((factor * self.temperature).tolist() for factor in config.beta_range)
             temperature = box_temperatures(m, batch_size, low=low, high=high, **per)
         else:
             temperature = fixed(self.temperature, batch_size)
-        source = self._source(dirichlet_weights(m, batch_size, concentration=config.alpha, **per), temperature)
+        source = self._source(dirichlet_weights(m, batch_size, concentration=config.concentration, **per), temperature)
         common = None if takes_temperature else self._common_temperature()
         loss = scalarized_loss(
             config.list_loss, self.objectives, penalty=config.penalty, penalty_sign=config.penalty_sign,

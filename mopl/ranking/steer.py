@@ -52,7 +52,7 @@ def steer(
     device = torch.device("cuda" if torch.cuda.is_available() and opened.config.device == "auto" else "cpu")
     policy = opened.policy(method, device)
     takes = isinstance(policy, ConditionedPolicy) and policy.model.config.temperature
-    beta = opened.config.temperatures(len(objectives)) if temperature is None else tuple(temperature)
+    beta = opened.config.betas(len(objectives)) if temperature is None else tuple(temperature)
     if len(beta) != len(objectives) or any(not b > 0 for b in beta):
         raise ValueError(
             f"temperature is {' '.join(f'{b:g}' for b in beta)} but must be one positive number for each of "

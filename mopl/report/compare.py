@@ -14,7 +14,7 @@ from mopl.report.plot import plot_front
 from mopl.report.records import BASE_METHOD, Metric
 from mopl.report.table import print_table
 
-SEED_ALONE = ("seed", "method", "log_every", "checkpoint_every", "log_samples", "tensorboard", "device")
+SEED_ALONE = ("seed", "method", "log_every", "checkpoint_every", "log_samples", "log_with", "device")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,7 +44,7 @@ def test_every_setting_is_a_flag_and_the_help_states_its_default():
     flags = rank_flags()
     special = {
         "steps": "10 epochs, at least 200", "base_steps": "3 epochs, at least 100", "objectives": "those of the data",
-        "normalize_features": "that of the data", "top_k": "all", "base": None, "tensorboard": None,
+        "normalize_features": "that of the data", "top_k": "all", "base": None, "log_with": None,
         "points": "11, 15, 20 for 2, 3, 4 objectives, 11 above",
         "validate_every": "a twentieth of the steps, at least 5",
     }  # fmt: skip
@@ -58,7 +58,7 @@ def test_every_setting_is_a_flag_and_the_help_states_its_default():
         else:
             stated = f"{default:g}" if isinstance(default, float) else str(default)
         assert stated is None or f"(default: {stated})" in help, (field.name, help)
-    others = {"help", "debug", "run", "resume", "overwrite"}
+    others = {"help", "debug", "run", "resume", "overwrite", "config", "print_config"}
     assert flags.keys() - others == {field.name for field in dataclasses.fields(RankConfig)}
     assert methods.METHODS == METHODS
 
@@ -118,7 +118,7 @@ def error_of(arguments, capsys):
         (["steer", "x", "--weights", "1", "--zzz"], "unrecognized arguments: --zzz; see mopl steer"),
         (["rank", "--data", "travle"], "travle: there is no such file or folder, nor an embedded data set"),
         (["rank", "--empty", "2"], "'2' is not skip, 0 or 1"),
-        (["rank", "--alpha", "-1"], "mopl rank: alpha is -1 but must be positive and finite"),
+        (["rank", "--concentration", "-1"], "mopl rank: concentration is -1 but must be positive and finite"),
         (["rank", "--resume"], "--resume needs the run to continue; name it with --run"),
         (["rank", "--run", "none", "--resume"], "there is no run at none: it has no config.json"),
         (["rank", "--data", "missing.txt"], "missing.txt"),

@@ -459,7 +459,7 @@ def test_a_given_base_model_is_used_and_not_trained(tmp_path, finished):
         {"loss": "plackett-luce", "ties": "random", "top_k": 3},
         {"penalty": 0.05, "penalty_sign": "cosmos"},
         {"parametrisation": "scratch", "method": "temperature-cos-dpo"},
-        {"temperature": (0.5, 1.0, 2.0)},
+        {"beta": (0.5, 1.0, 2.0)},
         {"weights_per": "step", "empty": 0},
         {"normalize_features": "query", "dropout": 0.1, "schedule": "linear"},
     ],
@@ -500,8 +500,8 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
 
 def test_a_resumed_run_must_have_the_settings_and_the_data_it_had(tmp_path):
     run = rank(config(), tmp_path / "run", say=quiet)
-    with pytest.raises(ValueError, match=r"other settings \(alpha was 0.5, is 0.9\)"):
-        rank(config(alpha=0.9), run, resume=True, say=quiet)
+    with pytest.raises(ValueError, match=r"other settings \(concentration was 0.5, is 0.9\)"):
+        rank(config(concentration=0.9), run, resume=True, say=quiet)
     rank(config(log_every=1), run, resume=True, say=quiet)
     record = json.loads((run / "config.json").read_text())
     record["data"]["fingerprint"] = "another"
@@ -538,7 +538,7 @@ def letor(path, *, nan=False, label=1):
         ("no labels", {"objectives": ("clicks=2",)}, r"objective 'relevance' has no label above 0"),
         ("grid", {"objectives": ("a=1", "b=2", "c=3"), "points": 7}, "points is 7"),
         ("least", {"objectives": ("a=1", "b=2", "c=3"), "points": 1}, "lattice of 3 objectives has at least 3 points"),
-        ("temperatures", {"objectives": ("a=1", "b=2"), "temperature": (1.0,) * 3}, "3 numbers but there are 2"),
+        ("betas", {"objectives": ("a=1", "b=2"), "beta": (1.0,) * 3}, "3 entries but there are 2"),
         ("no file", {"data": "missing.txt", "objectives": ("a=1",)}, "no such file"),
     ],
 )  # fmt: skip
@@ -568,11 +568,11 @@ def test_files_of_ones_own_run_and_are_found_from_another_directory(tmp_path, mo
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "ppo"}, "method is 'ppo' but must be one of"), ({"alpha": 0.0}, "alpha is 0 but must be positive"),
-        ({"temperature": (1.0, -1.0)}, "temperature is 1 -1"), ({"scales": (0.0,)}, "scales is 0"),
+        ({"method": "ppo"}, "method is 'ppo' but must be one of"), ({"concentration": 0.0}, "concentration is 0 but must be positive"),
+        ({"beta": (1.0, -1.0)}, "beta is 1 -1"), ({"scales": (0.0,)}, "scales is 0"),
         ({"penalty": float("nan")}, "penalty is nan"), ({"heads": 3}, "hidden is 8 but heads = 3 must divide it"),
         ({"steps": -1}, "steps is -1"), ({"base_steps": -2}, "steps is -2"), ({"k": 0}, "k is 0"),
-        ({"dropout": 1.0}, "dropout is 1.0"), ({"temperature_range": (2.0, 1.0)}, "temperature_range"),
+        ({"dropout": 1.0}, "dropout is 1.0"), ({"beta_range": (2.0, 1.0)}, "beta_range"),
         ({"loss": "hinge"}, "loss is 'hinge'"), ({"learning_rate": 0.0}, "learning_rate"),
     ],
 )  # fmt: skip
@@ -643,7 +643,7 @@ def test_every_method_can_be_steered_as_far_as_it_goes(finished):
 
 
 def test_runs_are_compared_in_one_table_by_method_and_seed(tmp_path, capsys):
-    runs = [rank(config(seed=s, alpha=a), tmp_path / n, say=quiet) for n, s, a in (("a", 0, 0.5), ("b", 1, 0.5),
+    runs = [rank(config(seed=s, concentration=a), tmp_path / n, say=quiet) for n, s, a in (("a", 0, 0.5), ("b", 1, 0.5),
                                                                                    ("c", 0, 0.9))]  # fmt: skip
     text = compare(runs, html=tmp_path / "all.html", png=tmp_path / "all.png", table=tmp_path / "all.txt")
     assert capsys.readouterr().out.startswith(text) and (tmp_path / "all.txt").read_text() == text
@@ -665,7 +665,7 @@ def test_one_conditioned_model_beats_soup_and_mo_dpo_at_a_fraction_of_the_time(t
     run = rank(
         config(
             data="synthetic:queries=1000,items=20,features=12,objectives=5", seed=seed, method="all", hidden=64,
-            heads=4, base_hidden=32, steps=250, base_steps=60, batch_size=32, learning_rate=4e-3, temperature=(0.25,),
+            heads=4, base_hidden=32, steps=250, base_steps=60, batch_size=32, learning_rate=4e-3, beta=(0.25,),
             points=points, bootstrap=0, log_every=250, checkpoint_every=0,
         ),
         tmp_path / "run", say=quiet,

@@ -1,0 +1,165 @@
+"""What `mopl rank`, `mopl align` and `mopl clp` do alike: their options are settings, and a run is made of them."""
+
+import argparse
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from mopl._terminal import say
+from mopl.experiments.settings import Settings, add_options, given
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What `--demo` brings.
+
+    Attributes:
+        settings: Settings; those that are given count more.
+        run: The run directory, where none is given.
+        after: Called with the run, its settings and `tell` once the run is finished.
+    """
+
+    settings: Mapping[str, Any]
+    run: str
+    after: Callable[[Path, Any, Tell], None] = lambda run, config, tell: None
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A command that trains.
+
+    Attributes:
+        name: Its name.
+        help: What it does, in a line.
+        examples: The end of its help.
+        settings: Its settings.
+        recipe: The module with `check_resume` and the function that trains, which `train` names.
+        train: That function's name.
+        folder: The run directory where none is given, in words.
+        finished: Returns the fronts of a run, their metric and a command to try next.
+        needed: Settings that have no default.
+        missing: What to pass if one of them is missing.
+        demo: Makes what `--demo` needs, from the settings that were given.
+        options: Options beside the settings, by group and flag, as `add_argument` takes them.
+        on_resume: Those of them that `check_resume` takes.
+    """
+
+    name: str
+    help: str
+    examples: str
+    settings: type[Settings]
+    recipe: str
+    train: str
+    folder: str
+    finished: Callable[[Path], tuple[Sequence[Any], Any, str]]
+    needed: tuple[str, ...] = ()
+    missing: str = ""
+    demo: Callable[[Mapping[str, Any], Tell], Demo] | None = None
+    options: Mapping[tuple[str, str], Mapping[str, Any]] = field(default_factory=dict)
+    on_resume: tuple[str, ...] = ()
+
+
+def add_experiment(commands: Any, experiment: Experiment) -> argparse.ArgumentParser:
+    """Add a command that trains to the commands and return its parser."""
+    parser = commands.add_parser(
+        experiment.name, help=experiment.help, description=experiment.help, epilog=experiment.examples,
+        allow_abbrev=False, argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    group = parser.add_argument_group("run")
+    if experiment.demo is not None:
+        group.add_argument("--demo", action="store_true", help="make model and data of the demo; other options still "
+                           "count, and the same command again goes on where it stopped")  # fmt: skip
+    group.add_argument("--run", metavar="DIR", help=f"run directory (default: {experiment.folder})")
+    group.add_argument("--resume", action="store_true", help="continue the run in --run")
+    group.add_argument("--overwrite", action="store_true", help="replace the run in --run")
+    group.add_argument("--config", metavar="FILE.yaml", help="a file of settings, by their names; options count more")
+    group.add_argument("--print-config", action="store_true", help="print the settings as such a file, and stop")
+    groups = add_options(parser, experiment.settings, {"run": group})
+    for (title, flag), options in experiment.options.items():
+        groups[title].add_argument(flag, **options)
+    parser.set_defaults(act=functools.partial(run, experiment))
+    return parser
+
+
+def run(experiment: Experiment, arguments: argparse.Namespace) -> int:
+    """Train what the options ask for, and print the table and what to do next.
+
+    Args:
+        experiment: The command.
+        arguments: What its parser returned.
+    """
+    options = vars(arguments)
+    settings = given(options, experiment.settings)
+    if "config" in options:
+        from mopl.experiments.settings_file import read_settings
+
+        settings = {**read_settings(options["config"], experiment.settings), **settings}
+    if options.get("print_config"):
+        from mopl.experiments.settings_file import dump_settings
+
+        say(dump_settings(_configuration(experiment, settings).to_dict()).rstrip())
+        return 0
+    where, resume, overwrite = options.get("run"), options.get("resume", False), options.get("overwrite", False)
+
+    def tell(text: str) -> None:
+        if process() == 0:
+            say(text)
+
+    demo = None
+    if options.get("demo") and experiment.demo is not None:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError("--demo makes what it needs with one process; run it once without the launcher")
+        demo = experiment.demo(settings, tell)
+        settings = {**demo.settings, **settings}
+        # The demo needs no name and no --resume: called again, it goes on where it stopped.
+        where = where or demo.run
+        resume = resume or (not overwrite and (Path(where) / "config.json").is_file())
+    if resume and where is None:
+        raise ValueError("--resume needs the run to continue; name it with --run")
+    recipe = import_module(experiment.recipe)
+    if resume:
+        from mopl.experiments.run_directory import read_run
+
+        more = {name: options[name] for name in experiment.on_resume if name in options}
+        config = recipe.check_resume(read_run(where), settings, Path(where), **more)
+    else:
+        config = _configuration(experiment, settings)
+    path = getattr(recipe, experiment.train)(config, where, resume=resume, overwrite=overwrite, say=tell)
+    if process() == 0:
+        from mopl.report import print_table
+
+        fronts, metric, hint = experiment.finished(path)
+        say()
+        print_table(fronts, metric=metric)
+        say("", f"{path}/report.html shows every trade-off; {path}/front.png and table.txt are the same in short")
+        say(*filter(None, [hint]))
+    if demo is not None:
+        demo.after(path, config, tell)
+    return 0
+
+
+def _configuration(experiment: Experiment, settings: Mapping[str, Any]) -> Settings:
+    for name in experiment.needed:
+        if name not in settings:
+            raise ValueError(f"--{name} is missing; {experiment.missing}")
+    return experiment.settings(**settings)
+
+
+def example_weights(objectives: int) -> list[str]:
+    """Return weights for a hint: a half for the first objective, the rest shared."""
+    if objectives == 1:
+        return ["1"]
+    rest = [round(0.5 / (objectives - 1), 2) for _ in range(objectives - 2)]
+    return [f"{w:g}" for w in (0.5, *rest, round(0.5 - sum(rest), 2))]
+
+
+def process() -> int:
+    """Return this process's number under a launcher, 0 alone."""
+    return int(os.environ.get("RANK", "0"))

@@ -1,0 +1,43 @@
+"""`mopl rank`: a ranker for every trade-off."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from mopl._terminal import shell
+from mopl.commands.experiment import Experiment, add_experiment, example_weights
+from mopl.ranking.config import RankConfig
+
+EXAMPLES = """
+examples:
+  mopl rank                                          the embedded data set `travel`, about a minute on two cores
+  mopl rank --method all                             COS-DPO beside its baselines, in one table
+  mopl rank --data synthetic --seed 1                generated data with a known optimum
+  mopl rank --data MSLR-WEB10K/Fold1                 LETOR files; the five auxiliary columns by name
+  mopl rank --data train.txt --objectives clicks=134 price=7:min:softmax --run runs/shop
+  mopl rank --config shop.yaml --steps 500           settings from a file; options count more
+  mopl rank --run runs/shop --resume                 continue after Ctrl-C or a crash, bit for bit
+  accelerate launch --num_processes 2 -m mopl.cli rank ...
+"""
+
+
+def _finished(path: Path) -> tuple[Any, Any, str]:
+    from mopl.experiments.run_directory import read_run
+    from mopl.ranking.runs import open_run, run_fronts
+
+    opened = open_run(path)
+    command = shell("mopl", "steer", path, "--weights", *example_weights(len(opened.objectives)))
+    metric = opened.config.measure.metric(read_run(path)["data"]["empty_share"])
+    return run_fronts(path), metric, f"{command}    ({', '.join(opened.objectives)})"
+
+
+RANK = Experiment(
+    name="rank", help="train a ranker for every trade-off, compare it with baselines, report", examples=EXAMPLES,
+    settings=RankConfig, recipe="mopl.ranking.recipe", train="rank", folder="runs/rank-DATA-METHOD-N",
+    finished=_finished,
+)  # fmt: skip
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """Add `mopl rank` to the commands and return its parser."""
+    return add_experiment(commands, RANK)

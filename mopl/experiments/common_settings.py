@@ -1,0 +1,209 @@
+"""Settings that mean the same in several applications, and the names that these share."""
+
+from typing import Any, Literal
+
+from mopl.experiments.resume_settings import located_if_there
+from mopl.experiments.settings import Settings, setting, settings, settings_of
+
+# The methods of COS-DPO, in the order of reports; those of them that train one model for every trade-off.
+METHODS = ("weight-cos-dpo", "temperature-cos-dpo", "dpo-ls", "dpo-soup", "mo-dpo")
+CONDITIONED = ("weight-cos-dpo", "temperature-cos-dpo")
+ALL = "all"  # of the methods
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab")
+
+
+@settings
+class RunSettings(Settings):
+    """What every run has."""
+
+    seed: int = setting(0, "seed of initialisation, batches, weights, temperatures and bootstrap", at_least=0)
+    device: Literal["auto", "cpu"] = setting("auto", "auto takes a GPU if there is one")
+    log_every: int = setting(10, "steps between log lines", at_least=1, metavar="STEPS")
+    checkpoint_every: int = setting(100, "steps between checkpoints", at_least=0, metavar="STEPS")
+    log_with: tuple[str, ...] = setting(
+        (), "trackers that also get the log", choices=TRACKERS, old="tensorboard", metavar="TRACKER"
+    )
+    data_seed: int = setting(
+        0, "seed of the split of the data; seed leaves it alone", at_least=0, group="data", metavar="SEED"
+    )
+    concentration: float = setting(
+        0.5,
+        "of the Dirichlet distribution of the weights; smaller trains the ends of the front more",
+        positive=True,
+        group="method",
+        old="alpha",
+    )
+    accumulation: int = setting(
+        1,
+        "parts of a batch, one after another; the result does not depend on it",
+        at_least=1,
+        group="training",
+        metavar="PARTS",
+    )
+    learning_rate: float = setting(1e-3, positive=True, group="training", metavar="RATE")
+    weight_decay: float = setting(0.0, "decoupled weight decay", group="training")
+    warmup: int | None = setting(0, "steps of linear warm-up", at_least=0, group="training", metavar="STEPS")
+    schedule: Literal["constant", "linear", "cosine"] = setting("cosine", "of the learning rate", group="training")
+    gradient_clip: float = setting(
+        1.0, "largest norm of the gradient; 0 for none", at_least=0, group="training", metavar="NORM"
+    )
+    points: int | None = setting(
+        None,
+        "size of the grid of weights",
+        unset="11, 15, 20 for 2, 3, 4 objectives, 11 above",
+        at_least=1,
+        group="evaluation",
+    )
+    bootstrap: int = setting(
+        1000, "resamples for intervals; 0 for none", at_least=0, group="evaluation", metavar="SAMPLES"
+    )
+
+    def _training(self, **changes: Any) -> Any:
+        """Return what `mopl.training.train` is told of these settings, with changes."""
+        from mopl.training import TrainingConfig
+
+        names = TrainingConfig.__dataclass_fields__.keys() & settings_of(type(self)).keys()
+        values = {name: getattr(self, name) for name in names} | {"gradient_clip": self.gradient_clip or None}
+        return TrainingConfig(**{**values, **changes})
+
+
+@settings
+class CosDpoSettings(RunSettings):
+    """What COS-DPO and its baselines have, on items or on responses."""
+
+    method: str = setting(
+        "weight-cos-dpo",
+        "what to train; all trains and compares every one",
+        choices=(*METHODS, ALL),
+        group="method",
+        metavar="METHOD",
+    )
+    ties: Literal["breslow", "efron", "exact", "random"] = setting(
+        "breslow", "equal labels under Plackett-Luce", group="method"
+    )
+    last_group: Literal["charged", "free"] = setting(
+        "charged",
+        "what has the lowest label under Plackett-Luce; free: it is unranked, as zeros of a sparse label are",
+        group="method",
+    )
+    top_k: int | None = setting(
+        None, "ranks that Plackett-Luce sees", unset="all", at_least=1, group="method", metavar="K"
+    )
+    beta: tuple[float, ...] = setting(
+        (0.1,), "β: one for all objectives, or one for each", positive=True, nonempty=True, group="method"
+    )
+    beta_range: tuple[float, float] = setting(
+        (0.67, 1.5),
+        "box from which temperature-cos-dpo draws β, as factors of beta (section 4.1)",
+        positive=True,
+        group="method",
+        metavar=("LOW", "HIGH"),
+    )
+    weights_per: Literal["list", "step"] = setting(
+        "list", "draw weights for each list, or one vector a step as in the paper's algorithm 1", group="method"
+    )
+    penalty: float = setting(0.0, "factor λ of the cosine penalty (appendix A.2)", group="method")
+    penalty_sign: Literal["as_printed", "cosmos"] = setting(
+        "as_printed", "the paper prints one sign and describes the other", group="method"
+    )
+    steps: int | None = setting(
+        None, "updates of each trained model", unset="three epochs, at least 100", at_least=0, group="training"
+    )
+    mixed_precision: Literal["no", "bf16", "fp16"] = setting("no", "autocast of the forward pass", group="training")
+    scales: tuple[float, ...] = setting(
+        (0.5, 2.0),
+        "distances from the base model, c of equation (14), at which the front is evaluated besides 1",
+        positive=True,
+        group="evaluation",
+        metavar="C",
+    )
+
+    def check_together(self) -> None:
+        """Raise if two settings do not go together."""
+        if self.beta_range[0] > self.beta_range[1]:
+            raise ValueError("beta_range needs a lower and then an upper end")
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods that are trained."""
+        return METHODS if self.method == ALL else (self.method,)
+
+    def betas(self, objectives: int) -> tuple[float, ...]:
+        """Return β, one for each of m objectives.
+
+        Raises:
+            ValueError: If there is neither one nor one for each objective.
+        """
+        return self._for_each("beta", objectives)
+
+    def _for_each(self, name: str, objectives: int) -> tuple[Any, ...]:
+        """Return the entries of a setting, one for each objective."""
+        values = getattr(self, name)
+        if len(values) not in (1, objectives):
+            raise ValueError(
+                f"{name} has {len(values)} entries but there are {objectives} objectives; "
+                "pass one for all, or one for each"
+            )
+        return values * objectives if len(values) == 1 else values
+
+
+@settings
+class LanguageModelSettings(RunSettings):
+    """What every run on a language model has."""
+
+    model: str = setting(
+        help="a causal language model: a directory (of a model, or of a PEFT adapter, which is merged into its base "
+        "model), or a name on the Hugging Face hub",
+        missing="name a language model, a path or a name on the Hugging Face hub",
+        convert=located_if_there,
+        group="model",
+        metavar="MODEL",
+        kw_only=False,
+    )
+    data: str = setting(
+        help="a file, a directory, or a name on the Hugging Face hub",
+        convert=located_if_there,
+        group="data",
+        metavar="DATA",
+        kw_only=False,
+    )
+    limit: int | None = setting(None, "read no more than this", unset="all", at_least=1, group="data")
+    on_error: Literal["raise", "skip"] = setting(
+        "raise", "unusable rows: refuse the data, or leave them out and say how many", group="data"
+    )
+    held_out: float = setting(
+        0.1, "share of the prompts to evaluate on", above=0, below=1, group="data", metavar="SHARE"
+    )
+    template: Literal["auto", "chat", "plain"] = setting(
+        "auto", "how prompts become text; auto: chat if the tokenizer has a chat template", group="data"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", "of the model", group="model")
+    attention: str | None = setting(
+        None, "attn_implementation of transformers", unset="its own choice", group="model", metavar="NAME"
+    )
+    virtual_tokens: int = setting(
+        8, "virtual tokens of the prompt (section 4.2)", at_least=1, group="model", metavar="K"
+    )
+    prompt_rank: int = setting(4, "rank of the prompt's mask (section 4.2)", at_least=1, group="model", metavar="R")
+    lora_rank: int = setting(4, "rank of the LoRA adapters", at_least=1, group="model", metavar="R")
+    lora_alpha: float = setting(8.0, "their scale", positive=True, group="model")
+    lora_targets: tuple[str, ...] = setting(
+        ("all-linear",),
+        "modules that get adapters, by PEFT's rules; all-linear takes all but the output head",
+        nonempty=True,
+        group="model",
+        metavar="MODULE",
+    )
+    reference_point: tuple[float, ...] = setting(
+        (), "of the hypervolume, one number for each objective", group="evaluation"
+    )
+    samples: int = setting(3, at_least=0, group="evaluation", metavar="PROMPTS")
+
+    def check_together(self) -> None:
+        """Raise if two settings do not go together."""
+        super().check_together()
+        if self.prompt_rank > self.virtual_tokens:
+            raise ValueError(
+                f"prompt_rank is {self.prompt_rank} but the mask has {self.virtual_tokens} rows (virtual_tokens); "
+                "take a smaller rank"
+            )

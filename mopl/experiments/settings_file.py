@@ -1,0 +1,116 @@
+"""Settings in a YAML file: `--config FILE.yaml` reads them, `--print-config` writes them.
+
+The types of words are those of YAML 1.2 (`no` is a text and `1e-4` a number; PyYAML alone takes them for a truth value
+and a text), and a key that stands twice is an error.
+"""
+
+import functools
+import os
+import re
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import msgspec
+
+from mopl._records import in_words, read_text
+from mopl._renamed import old_value, renamed, warn_renamed
+from mopl.experiments.settings import Setting, nearest, old_names, settings_of
+
+MOST_BYTES = 1 << 20
+_WORDS = {
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?(?:0|[1-9][0-9]*)",
+    "float": r"[-+]?(?:(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN)",
+    "null": r"~|null|Null|NULL|",
+}
+
+
+def read_settings(file: str | os.PathLike[str], kind: type) -> dict[str, Any]:
+    """Return the settings that a YAML file gives, by name.
+
+    Args:
+        file: The file: a mapping from names of settings, with dashes or underscores, to their values.
+        kind: The class of settings.
+
+    Raises:
+        FileNotFoundError: If it is not there.
+        ValueError: If it is no such file, or a setting is unknown, has another type or may not be so; the message names
+            file and key.
+    """
+    known, old = settings_of(kind), old_names(kind)
+    remedy = "name a file of settings, such as --print-config writes"
+    values = {}
+    for key, value in _mapping(read_text(file, most=MOST_BYTES, remedy=remedy), file).items():
+        name = str(key).replace("-", "_")
+        if name in old:
+            warn_renamed(name, old[name], stacklevel=2)
+            name, value = old[name], old_value(name, value)
+        if name not in known:
+            raise ValueError(f"{os.fspath(file)}: there is no setting {key}{nearest(name, known)}")
+        if name in values:
+            raise ValueError(f"{os.fspath(file)}: {name} is given twice; leave one out")
+        try:
+            values[name] = _value(known[name], value)
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(file)}: {error}") from None
+    return values
+
+
+def _value(known: Setting, value: Any) -> Any:
+    """Return the value of a setting, once it has its type and may be it."""
+    if known.many and not isinstance(value, (list, tuple)):
+        value = [value]
+    try:
+        value = msgspec.convert(renamed(known.name, value), known.type)
+    except msgspec.ValidationError as error:
+        raise ValueError(in_words(error, value, known.name)) from None
+    known.check(value)
+    return value
+
+
+def dump_settings(values: Mapping[str, Any]) -> str:
+    """Return settings as the YAML text that `read_settings` reads back.
+
+    Args:
+        values: By name, as `to_dict` gives them.
+    """
+    import yaml
+
+    return yaml.dump(dict(values), Dumper=_types()[1], sort_keys=False, allow_unicode=True, default_flow_style=None,
+                     width=110)  # fmt: skip
+
+
+def _mapping(text: str, file: str | os.PathLike[str]) -> Mapping[Any, Any]:
+    import yaml
+
+    try:
+        found = yaml.load(text, _types()[0])  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise ValueError(f"{os.fspath(file)} is no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(found or {}, Mapping):
+        raise ValueError(f"{os.fspath(file)} holds no settings but {found!r:.60}; write one a line, such as steps: 100")
+    return found or {}
+
+
+@functools.cache
+def _types() -> tuple[Any, Any]:
+    """Return a loader with the types of YAML 1.2, and a dumper that quotes texts that YAML 1.1 or 1.2 would take otherwise."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            for key in keys:
+                if keys.count(key) > 1:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key} stands twice", node.start_mark)
+            return super().construct_mapping(node, deep)
+
+    class Dumper(yaml.SafeDumper):
+        pass
+
+    for name, pattern in _WORDS.items():
+        for kind in (Loader, Dumper):
+            kind.add_implicit_resolver(f"tag:yaml.org,2002:{name}", re.compile(rf"^(?:{pattern})$"), None)
+    return Loader, Dumper
