@@ -34,7 +34,7 @@ def renamed(option: str, value: Any, *, stacklevel: int = 3) -> Any:
         value: Its value as given.
         stacklevel: How far up the caller is who gave it, as `warnings.warn` counts.
     """
-    today = VALUES[option].get(value) if isinstance(value, str) else None
+    today = VALUES.get(option, {}).get(value) if isinstance(value, str) else None
     if today is None:
         return value
     warnings.warn(f"{option}={value!r} is called {today!r} now; the old name will go", FutureWarning, stacklevel)

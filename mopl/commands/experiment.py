@@ -104,7 +104,7 @@ def run(experiment: Experiment, arguments: argparse.Namespace) -> int:
     if options.get("print_config"):
         from mopl.experiments.settings_file import dump_settings
 
-        say(dump_settings(_configuration(experiment, settings).to_dict()).rstrip())
+        say(*dump_settings(_configuration(experiment, settings).to_dict()).splitlines())
         return 0
     where, resume, overwrite = options.get("run"), options.get("resume", False), options.get("overwrite", False)
 

@@ -125,7 +125,9 @@ class Setting:
         """The type of the value, or of an entry of a list, without None."""
         inner = next(t for t in get_args(self.type) if t is not type(None)) if _is_union(self.type) else self.type
         inner = get_args(inner)[0] if get_origin(inner) is tuple else inner
-        return type(get_args(inner)[0]) if get_origin(inner) is Literal else inner
+        if get_origin(inner) is Literal:
+            return str if all(isinstance(choice, str) for choice in get_args(inner)) else object
+        return inner
 
     @property
     def many(self) -> bool:
@@ -314,9 +316,11 @@ def add_options(
     known = sorted(
         settings_of(kind).values(),
         key=lambda each: (
-            GROUPS.index(each.group), each.name != each.group, max(i for i, own in enumerate(homes) if each.name in own),
+            GROUPS.index(each.group),
+            each.name != each.group,
+            max(i for i, own in enumerate(homes) if each.name in own),
         ),
-    )  # fmt: skip
+    )
     found = dict(groups or {})
     for each in known:
         if each.group not in found:
@@ -337,12 +341,12 @@ def _add_option(group: argparse._ArgumentGroup, known: Setting) -> None:
             options["choices"] = known.choices
         elif known.choices:
             options["metavar"] = f"{{{','.join(map(str, known.choices))}}}"
-    group.add_argument(known.flag, **options)
     if known.old is not None:
-        options |= {"help": argparse.SUPPRESS, "action": _OldOption}
+        old = {**options, "help": argparse.SUPPRESS, "action": _OldOption}
         if known.old in known.choices:  # a switch that has become an entry of a list
-            options = {"dest": known.name, "help": argparse.SUPPRESS, "action": _OldOption, "nargs": 0}
-        group.add_argument(f"--{known.old.replace('_', '-')}", **options)
+            old = {"dest": known.name, "help": argparse.SUPPRESS, "action": _OldOption, "nargs": 0}
+        group.add_argument(f"--{known.old.replace('_', '-')}", **old)
+    group.add_argument(known.flag, **options)
 
 
 class _OldOption(argparse.Action):
@@ -366,7 +370,7 @@ def _reader(known: Setting) -> Callable[[str], Any]:
                 *others, last = chosen
                 raise argparse.ArgumentTypeError(f"{text!r} is not {', '.join(others)} or {last}")
             return chosen[text]
-        return renamed(known.name, text) if known.name in VALUES else known.entry(text)
+        return renamed(known.name, known.entry(text))
 
     read.__name__ = known.entry.__name__
     return read

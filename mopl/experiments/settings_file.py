@@ -60,8 +60,11 @@ def _value(known: Setting, value: Any) -> Any:
     """Return the value of a setting, once it has its type and may be it."""
     if known.many and not isinstance(value, (list, tuple)):
         value = [value]
+    value = renamed(known.name, value)
+    if known.choices:  # says more of a wrong choice than its type does
+        known.check(tuple(value) if known.many else value)
     try:
-        value = msgspec.convert(renamed(known.name, value), known.type)
+        value = msgspec.convert(value, known.type)
     except msgspec.ValidationError as error:
         raise ValueError(in_words(error, value, known.name)) from None
     known.check(value)
@@ -94,7 +97,7 @@ def _mapping(text: str, file: str | os.PathLike[str]) -> Mapping[Any, Any]:
 
 @functools.cache
 def _types() -> tuple[Any, Any]:
-    """Return a loader with the types of YAML 1.2, and a dumper that quotes texts that YAML 1.1 or 1.2 would take otherwise."""
+    """Return a loader with the types of YAML 1.2, and a dumper that quotes what YAML 1.1 or 1.2 takes for no text."""
     import yaml
 
     class Loader(yaml.SafeLoader):

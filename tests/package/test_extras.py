@@ -20,7 +20,7 @@ else:
 
 ROOT = Path(__file__).resolve().parents[2]
 # Packages that mopl or torch always bring, and Triton, which kernels ask for in a way of their own.
-ALWAYS = {"torch", "numpy", "msgspec", "triton", "mopl", "jinja2", "filelock"}
+ALWAYS = {"torch", "numpy", "msgspec", "triton", "mopl", "jinja2", "filelock", "yaml"}
 COMMAND_LINES = {
     "rank": ["rank", "--run", "new"],
     "steer": ["steer", "nowhere", "--weights", "1"],
