@@ -124,7 +124,7 @@ def run(experiment: Experiment, arguments: argparse.Namespace) -> int:
     if resume and where is None:
         raise ValueError("--resume needs the run to continue; name it with --run")
     recipe = import_module(experiment.recipe)
-    if resume:
+    if resume and where is not None:
         from mopl.experiments.run_directory import read_run
 
         more = {name: options[name] for name in experiment.on_resume if name in options}

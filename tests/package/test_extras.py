@@ -100,14 +100,14 @@ def test_options_are_asked_for_as_early(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     monkeypatch.setitem(sys.modules, "accelerate", None)
-    assert main(["rank", "--tensorboard", "--run", "new"]) == 2
+    assert main(["rank", "--log-with", "tensorboard", "--run", "new"]) == 2
     assert "accelerate and tensorboard, which are not installed; run: pip install" in (said := capsys.readouterr().err)
     assert said.endswith("[demo,tensorboard]'\n") or said.endswith("[demo,tensorboard]\n")
     monkeypatch.delitem(sys.modules, "accelerate")
     monkeypatch.setitem(sys.modules, "peft", None)
     demo = {"model": "nowhere", "data": "nowhere.jsonl"}
     for start in (
-        lambda: rank(RankConfig(tensorboard=True), "new"),
+        lambda: rank(RankConfig(log_with="tensorboard"), "new"),
         lambda: align(AlignConfig(**demo), "new"),
         lambda: train_policies(ClpConfig(**demo, rewards=("brevity",), scope="lora"), "new"),
     ):

@@ -568,7 +568,8 @@ def test_files_of_ones_own_run_and_are_found_from_another_directory(tmp_path, mo
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "ppo"}, "method is 'ppo' but must be one of"), ({"concentration": 0.0}, "concentration is 0 but must be positive"),
+        ({"method": "ppo"}, "method is 'ppo' but must be one of"),
+        ({"concentration": 0.0}, "concentration is 0 but must be positive"),
         ({"beta": (1.0, -1.0)}, "beta is 1 -1"), ({"scales": (0.0,)}, "scales is 0"),
         ({"penalty": float("nan")}, "penalty is nan"), ({"heads": 3}, "hidden is 8 but heads = 3 must divide it"),
         ({"steps": -1}, "steps is -1"), ({"base_steps": -2}, "steps is -2"), ({"k": 0}, "k is 0"),
