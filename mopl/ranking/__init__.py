@@ -7,8 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mopl.ranking.batch import Batch
     from mopl.ranking.config import RankConfig
-    from mopl.ranking.data import Batch, RankingData
+    from mopl.ranking.data import RankingData
     from mopl.ranking.loading import load
     from mopl.ranking.model import ListTransformer, RankingModel, RankingModelConfig
     from mopl.ranking.objectives import Objective
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from mopl.ranking.runs import open_run
 
 _HOMES = {
-    "Batch": "data",
+    "Batch": "batch",
     "ListTransformer": "model",
     "Objective": "objectives",
     "RankConfig": "config",

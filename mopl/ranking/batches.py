@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mopl.ranking.data import Batch, RankingData
+from mopl.ranking.batch import Batch
+from mopl.ranking.data import RankingData
 from mopl.training.batches import part_of_batch, shuffled_indices
 
 WINDOW_STREAM = 1_000_000_009  # see SPLIT_STREAM

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mopl._terminal import printable
+from mopl.ranking.batch import Batch
 from mopl.ranking.normalization import FeatureNormalizer
 from mopl.ranking.objectives import (
     Objective,
@@ -30,44 +31,6 @@ from mopl.ranking.objectives import (
 # Streams of random numbers are named, so that one seed never gives two of them the same numbers. The epochs of
 # mopl.training take the stream numbers of small integers; these are far away.
 SPLIT_STREAM = 1_000_000_007
-
-
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """Padded lists; masked places hold zeros.
-
-    Attributes:
-        features: (B, K, F) float32 inputs of the model.
-        labels: (B, m, K) float32 gains of the auxiliary objectives: raw, but turned so that higher is better.
-        targets: (B, m, K) float32, `labels` normalised by each objective's own rule to a distribution over the list
-            (all zeros where a list has no mass): pass them to a loss with `normalize=None`.
-        main: (B, K) float32 gains of the main objective.
-        main_targets: (B, K) float32, `main` normalised.
-        mask: (B, K) bool, true where an item exists.
-        queries: (B,) int64, which lists of the data these are.
-        order: (B, m, K) int64, items sorted by label, best first, equal labels in the order of the file, masked
-            places last; None unless asked for.
-    """
-
-    features: Tensor  # (B, K, F)
-    labels: Tensor  # (B, m, K)
-    targets: Tensor  # (B, m, K)
-    main: Tensor  # (B, K)
-    main_targets: Tensor  # (B, K)
-    mask: Tensor  # (B, K)
-    queries: Tensor  # (B,)
-    order: Tensor | None = None  # (B, m, K)
-
-    def __len__(self) -> int:
-        return self.mask.shape[0]
-
-    def to(self, device: torch.device | str) -> Batch:
-        """Return the batch on `device`."""
-        moved = {
-            f.name: value.to(device, non_blocking=True) if isinstance(value := getattr(self, f.name), Tensor) else value
-            for f in dataclasses.fields(self)
-        }
-        return Batch(**moved)
 
 
 @dataclasses.dataclass(frozen=True)

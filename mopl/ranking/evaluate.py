@@ -18,7 +18,8 @@ from mopl._arguments import check_positive
 from mopl._renamed import renamed
 from mopl.conditioning import check_weights
 from mopl.pareto.bootstrap import bootstrap_interval, hypervolume_interval
-from mopl.ranking.data import Batch, RankingData
+from mopl.ranking.batch import Batch
+from mopl.ranking.data import RankingData
 from mopl.ranking.methods import ListLoss, Policy, Scorer
 from mopl.ranking.metrics import ndcg
 from mopl.ranking.synthetic import distance_to_optimum, expected_losses, true_scores

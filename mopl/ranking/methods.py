@@ -28,8 +28,9 @@ from mopl._arguments import check_choice, check_positive
 from mopl.conditioning import check_weights
 from mopl.conditioning.samplers import Sampler
 from mopl.losses import listwise_dpo, plackett_luce, scalarize
+from mopl.ranking.batch import Batch
 from mopl.ranking.batches import Batches
-from mopl.ranking.data import Batch, RankingData
+from mopl.ranking.data import RankingData
 from mopl.ranking.model import RankingModel
 from mopl.training import part_of_batch
 

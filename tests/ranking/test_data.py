@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from mopl.ranking.batch import Batch
 from mopl.ranking.batches import Batches, batches
-from mopl.ranking.data import Batch, RankingData
+from mopl.ranking.data import RankingData
 from mopl.ranking.loading import load
 from mopl.ranking.normalization import METHODS, FeatureNormalizer
 from mopl.ranking.objectives import MSLR_OBJECTIVES, Objective, parse_objective, parse_objectives
