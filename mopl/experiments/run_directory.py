@@ -15,7 +15,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +26,7 @@ from mopl import __version__, _terminal
 from mopl._disk import with_resume
 from mopl._files import TEMPORARY, discard_folder, remove_leftovers, write_file, write_folder
 from mopl._records import Count, Finite, Seconds, check, read_json, settings_from
+from mopl.experiments.applications import APPLICATIONS, Application
 from mopl.experiments.run_lock import RunInUse, locked
 from mopl.training.loop import TrainingDiverged, TrainingInterrupted
 from mopl.training.parallel import on_main
@@ -34,18 +35,8 @@ CONFIG_FILE = "config.json"
 DONE = "training.json"  # written beside a model when its training has ended
 DAMAGED_RUN = "the run is damaged: take the file from a backup, or start another run"
 T = TypeVar("T")
-# What made a run, by the "kind" in its record, and what a finished run is for.
-_COMMANDS = {
-    None: ("mopl rank", "mopl steer"), "align": ("mopl align", "mopl generate"),
-    "clp": ("mopl align --method clp", "mopl generate"),
-}  # fmt: skip
-# Whose version may change what a run computes; by "kind" those that only some runs use.
+# Whose version may change what any run computes.
 _PACKAGES = ("torch", "numpy", "triton", "accelerate", "safetensors", "moocore")
-_LANGUAGE = ("transformers", "tokenizers", "peft", "trl", "datasets", "flash-attn")
-_PACKAGES_OF = {
-    None: ("scikit-learn", "statsmodels"), "align": _LANGUAGE,
-    "clp": (*_LANGUAGE, "vaderSentiment", "rouge-score", "pyphen", "glin-profanity"),
-}  # fmt: skip
 # What stands at the top of a run, of any command and version. Anything else is a person's, and is not deleted.
 _OWN = frozenset(
     "config.json log.jsonl front.json evaluation.json table.txt front.png report.html comparison.png comparison.html "
@@ -323,12 +314,27 @@ def check_kind(record: dict[str, Any], path: str | os.PathLike[str], kind: str |
     Raises:
         ValueError: If it was made by another command; the message says which, and what that run is for.
     """
-    found = record.get("kind")
-    if found == kind:
+    if record.get("kind") == kind:
         return
-    made, use = _COMMANDS.get(found, (f"something else ({found})", None))
-    remedy = f" or use this one with {use}" if use and use != _COMMANDS[kind][1] else ""
-    raise ValueError(f"{path} is a run of {made}, not of {_COMMANDS[kind][0]}; name another run{remedy}")
+    found, wanted = application_of(record, path), APPLICATIONS[kind]
+    remedy = f" or use this one with {found.used_with}" if found.used_with != wanted.used_with else ""
+    raise ValueError(f"{path} is a run of {found.made_by}, not of {wanted.made_by}; name another run{remedy}")
+
+
+def application_of(record: Mapping[str, Any], path: str | os.PathLike[str]) -> Application:
+    """Return the application that made a run.
+
+    Args:
+        record: What `read_run` gave.
+        path: The run, for the message.
+
+    Raises:
+        ValueError: If there is none of that kind.
+    """
+    found = record.get("kind")
+    if found not in APPLICATIONS:
+        raise ValueError(f"{path} is a run of something else ({found}); was it made by another version of mopl?")
+    return APPLICATIONS[found]
 
 
 def next_run(parent: str | os.PathLike[str], stem: str) -> Path:
@@ -349,7 +355,7 @@ def environment(kind: str | None = None) -> dict[str, Any]:
         kind: The "kind" that the run's record has; None for `mopl rank`.
     """
     versions: dict[str, Any] = {"python": platform.python_version(), "mopl": __version__}
-    for package in (*_PACKAGES, *_PACKAGES_OF.get(kind, ())):
+    for package in (*_PACKAGES, *APPLICATIONS[kind].packages):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

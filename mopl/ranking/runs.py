@@ -1,9 +1,10 @@
-"""Finished runs: their data, models and fronts, the reports of one and the comparison of several."""
+"""Finished runs of rankers: their data, models and figures."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,19 +17,29 @@ from mopl._extras import require
 from mopl._files import write_file
 from mopl._records import Finite, damaged, read_json
 from mopl._tensor_files import opened, read_tensors
-from mopl._terminal import shell
-from mopl.experiments.run_directory import CONFIG_FILE, read_run, refresh, settings_of
-from mopl.pareto import weight_grid
-from mopl.pareto.front import Front, load_fronts
-from mopl.ranking.config import ALL, RankConfig
+from mopl.experiments.run import EVALUATION, FRONT, FinishedRun, compare, method_folder, run_fronts, write_reports
+from mopl.ranking.config import RankConfig
 from mopl.ranking.data import RankingData
 from mopl.ranking.loading import load
 from mopl.ranking.methods import Policy
 from mopl.ranking.normalization import FeatureNormalizer
 from mopl.ranking.stages import REFERENCE, load_policy, read_references
+from mopl.report import Metric
+
+__all__ = [
+    "EVALUATION",
+    "FRONT",
+    "RankingRun",
+    "compare",
+    "load_normalizer",
+    "method_folder",
+    "open_run",
+    "run_fronts",
+    "write_reports",
+]
 
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
-FRONT, EVALUATION, NORMALIZER = "front.json", "evaluation.json", "normalizer.safetensors"
+NORMALIZER = "normalizer.safetensors"
 
 
 class _Named(msgspec.Struct):
@@ -44,47 +55,96 @@ class DataRecord(msgspec.Struct):
 
 
 @dataclass
-class OpenRun:
-    """A run that exists, with its data: what reports and steering need.
+class RankingRun(FinishedRun):
+    """A finished run of `mopl rank`."""
 
-    Attributes:
-        path: The run directory.
-        config: Its settings.
-        splits: Its data by split.
-        reference: The base model's scores (N,) by split.
-    """
+    KIND = None
+    CONFIG = RankConfig
+    DATA = DataRecord
 
-    path: Path
     config: RankConfig
-    splits: dict[str, RankingData]
-    reference: dict[str, Tensor]
+
+    @classmethod
+    def open(cls, path: str | Path) -> RankingRun:
+        """Open a finished run with its data.
+
+        Raises:
+            FileNotFoundError: If there is no run, it has no front yet, or its data is gone.
+            ValueError: If it is a run of another command or damaged, or the data changed since.
+        """
+        run = super().open(path)
+        _ = run.reference
+        return run
+
+    @functools.cached_property
+    def splits(self) -> dict[str, RankingData]:
+        """The data by split: train, valid, test.
+
+        Raises:
+            FileNotFoundError: If it is gone.
+            ValueError: If it changed since the run began.
+        """
+        splits = load_splits(self.config)
+        check_data(self.record, splits, self.path)
+        return splits
+
+    @functools.cached_property
+    def reference(self) -> dict[str, Tensor]:
+        """The base model's scores (N,) by split."""
+        return read_references(self.path / REFERENCE, self.splits)
 
     @property
     def objectives(self) -> tuple[str, ...]:
-        """Names of the auxiliary objectives."""
-        return tuple(objective.name for objective in self.splits["train"].objectives)
-
-    @property
-    def grid(self) -> Tensor:
-        """(n, m) the weights of the run's fronts."""
-        return weight_grid(len(self.objectives), self.config.points, density="medium")
-
-    @property
-    def method_name(self) -> str:
-        """The run's only method, or weight-cos-dpo where it has all."""
-        return "weight-cos-dpo" if self.config.method == ALL else self.config.method
+        """Names of the m auxiliary objectives."""
+        return tuple(objective["name"] for objective in self.record["data"]["objectives"][1:])
 
     def policy(self, method: str | None = None, device: torch.device | str = "cpu") -> Policy:
         """Return a trained method of the run, by default its only one or weight-cos-dpo.
 
         Raises:
+            FileNotFoundError: If it has no front yet.
             ValueError: If the run has no such method.
         """
-        method = method or self.method_name
-        if method not in self.config.methods:
-            raise ValueError(f"{self.path} has no {method}; it has {', '.join(self.config.methods)}")
-        folder = method_folder(self.path, self.config, method)
-        return load_policy(self.path, folder, method, self.config, self.objectives, self.grid, device)
+        method = self.check_method(method)
+        return load_policy(
+            self.path, self.folder(method), method, self.config, self.objectives, self.grid, device
+        )  # fmt: skip
+
+    @property
+    def metric(self) -> Metric:
+        """What the figures of the fronts are."""
+        return self.config.measure.metric(self.record["data"]["empty_share"])
+
+    @property
+    def measured(self) -> Mapping[str, Any]:
+        """The settings that say what a figure is: cut, gain, empty lists and ties of NDCG."""
+        measure = self.config.measure
+        return {"the cut k of NDCG": measure.k, "gain": measure.gain, "empty": measure.empty, "ties": measure.ties}
+
+    @property
+    def noted(self) -> Mapping[str, Any]:
+        """What else the figures depend on: where the labels are from."""
+        return {
+            f"where objective {each['name']} is from, and which way is better": (
+                each.get("column") or each.get("path"), each.get("maximise"),
+            )
+            for each in self.record["data"]["objectives"]
+        }  # fmt: skip
+
+    def true_front(self) -> list[list[float]] | None:
+        """Return the figures (n, m) of the optimum on the run's grid, which generated data has."""
+        m, done = len(self.objectives), [method for method in self.methods if method not in self.missing]
+        row = Annotated[list[Finite], msgspec.Meta(min_length=m, max_length=m)]
+        schema = msgspec.defstruct("Evaluation", [("true_auxiliary", list[row] | None, None)])
+        return read_json(self.folder(done[0]) / EVALUATION, schema).get("true_auxiliary")
+
+
+def open_run(path: str | Path) -> RankingRun:
+    """Open a finished run of `mopl rank`; see `RankingRun.open`."""
+    return RankingRun.open(path)
+
+
+config_of = RankingRun.config_of
 
 
 def load_splits(config: RankConfig) -> dict[str, RankingData]:
@@ -94,6 +154,23 @@ def load_splits(config: RankConfig) -> dict[str, RankingData]:
         seed=config.data_seed,
     )  # fmt: skip
     return dict(zip(("train", "valid", "test"), parts, strict=True))
+
+
+def check_data(record: dict[str, Any], splits: dict[str, RankingData], path: Path) -> None:
+    """Raise unless the data is what it was when the run began."""
+    if record["data"]["fingerprint"] != fingerprint(splits):
+        raise ValueError(
+            f"the data of {path} is not what it was when the run began (its fingerprint differs); put the old files "
+            "back, or start another run"
+        )
+
+
+def fingerprint(splits: dict[str, RankingData]) -> str:
+    """Return one fingerprint of all splits."""
+    digest = hashlib.sha256()
+    for name, split in sorted(splits.items()):
+        digest.update(f"{name}:{split.fingerprint}".encode())
+    return digest.hexdigest()
 
 
 def save_normalizer(path: Path, train: RankingData) -> None:
@@ -127,124 +204,3 @@ def load_normalizer(path: str | Path) -> FeatureNormalizer:
         return FeatureNormalizer(name, **tensors)
     except ValueError as error:
         raise damaged(file, str(error)) from None
-
-
-def method_folder(path: Path, config: RankConfig, method: str) -> Path:
-    """Return where a method's front and model are: the run itself, or a folder each under `--method all`."""
-    return path / method if config.method == ALL else path
-
-
-def run_fronts(path: str | Path) -> list[Front]:
-    """Return the fronts of a run, the base model's first.
-
-    Raises:
-        FileNotFoundError: If there is no run, or it has no front yet.
-    """
-    path = Path(path)
-    record = read_run(path)
-    config = config_of(record, path)
-    folders = {"base": path / "base", **{method: method_folder(path, config, method) for method in config.methods}}
-    files = {method: folder / FRONT for method, folder in folders.items() if (folder / FRONT).exists()}
-    if len(files) < 2:
-        command = shell("mopl", "rank", "--run", path, "--resume")
-        raise FileNotFoundError(f"the run {path} is not finished; continue it with: {command}")
-    objectives = [objective["name"] for objective in record["data"]["objectives"][1:]]
-    return load_fronts(files, objectives, path / CONFIG_FILE)
-
-
-def config_of(record: dict[str, Any], path: str | Path) -> RankConfig:
-    """Return the settings of a run.
-
-    Raises:
-        ValueError: If it is a run of another command.
-    """
-    return settings_of(record, path, None, RankConfig, DataRecord)
-
-
-def write_reports(path: Path) -> None:
-    """Write table.txt, front.png and report.html of a run from its fronts."""
-    from mopl.report import plot_front, write_page
-    from mopl.report.table import as_text, summarise
-
-    record = read_run(path)
-    config = config_of(record, path)
-    fronts = run_fronts(path)
-    metric = config.measure.metric(record["data"]["empty_share"])
-    folder = method_folder(path, config, config.methods[0])
-    m = len(fronts[0].objectives)
-    row = Annotated[list[Finite], msgspec.Meta(min_length=m, max_length=m)]
-    schema = msgspec.defstruct("Evaluation", [("true_auxiliary", list[row] | None, None)])
-    rows = read_json(folder / EVALUATION, schema).get("true_auxiliary")
-    write_file(path / "table.txt", as_text(summarise(fronts, metric)))
-    plot_front(fronts, path / "front.png", metric=metric, truth=rows)
-    write_page(fronts, path / "report.html", metric=metric, truth=rows, configuration=record)
-
-
-def open_run(path: str | Path) -> OpenRun:
-    """Open a finished run: settings, data and the base model's scores.
-
-    Raises:
-        FileNotFoundError: If there is no run, it is not finished, or its data is gone.
-        ValueError: If the data changed since.
-    """
-    path = Path(path)
-    record = read_run(path)
-    config = config_of(record, path)
-    run_fronts(path)
-    splits = load_splits(config)
-    check_data(record, splits, path)
-    return OpenRun(path, config, splits, read_references(path / REFERENCE, splits))
-
-
-def check_data(record: dict[str, Any], splits: dict[str, RankingData], path: Path) -> None:
-    """Raise unless the data is what it was when the run began."""
-    if record["data"]["fingerprint"] != fingerprint(splits):
-        raise ValueError(
-            f"the data of {path} is not what it was when the run began (its fingerprint differs); put the old files "
-            "back, or start another run"
-        )
-
-
-def fingerprint(splits: dict[str, RankingData]) -> str:
-    """Return one fingerprint of all splits."""
-    digest = hashlib.sha256()
-    for name, split in sorted(splits.items()):
-        digest.update(f"{name}:{split.fingerprint}".encode())
-    return digest.hexdigest()
-
-
-def compare(
-    runs: Sequence[str | Path],
-    *,
-    html: str | Path | None = None,
-    png: str | Path | None = None,
-    table: str | Path | None = None,
-) -> str:
-    """Print one table of several runs and write what is asked for; a single run gets its own files anew.
-
-    See `mopl.report.compare`.
-
-    Returns:
-        The table as text.
-
-    Raises:
-        FileNotFoundError: If a run is missing or not finished.
-        ValueError: If the runs have other objectives or are measured otherwise, or are of different commands.
-    """
-    from mopl.report.compare import Run, compare_runs
-
-    found = []
-    for path in runs:
-        record = read_run(path)
-        config = config_of(record, path)
-        measure, objectives = config.measure, record["data"]["objectives"]
-        measured = {"the cut k of NDCG": measure.k, "gain": measure.gain, "empty": measure.empty, "ties": measure.ties}
-        sources = {each["name"]: (each.get("column") or each.get("path"), each.get("maximise")) for each in objectives}
-        noted = {f"where objective {name} is from, and which way is better": source for name, source in sources.items()}
-        found.append(
-            Run(Path(path), record, run_fronts(path), measure.metric(record["data"]["empty_share"]), config.to_dict(),
-                measured, noted)
-        )  # fmt: skip
-    if len(runs) == 1 and not (html or png or table):
-        refresh(runs[0], write_reports)
-    return compare_runs(found, html=html, png=png, table=table)

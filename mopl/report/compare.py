@@ -29,6 +29,7 @@ class Run:
         settings: All settings; runs that agree in all but the seed are seeds of one method.
         measured: The settings that say what a figure is, by name: runs that differ in one are refused.
         noted: What else the figures depend on, by name: runs that differ in it are shown with a note.
+        notes: What a reader of its figures must know.
     """
 
     path: Path
@@ -38,6 +39,7 @@ class Run:
     settings: Mapping[str, Any]
     measured: Mapping[str, Any]
     noted: Mapping[str, Any]
+    notes: Sequence[str] = ()
 
 
 def compare_runs(
@@ -47,6 +49,7 @@ def compare_runs(
     png: str | Path | None = None,
     table: str | Path | None = None,
     samples: Any = None,
+    truth: Any = None,
 ) -> str:
     """Print one table of runs of one kind and write what is asked for.
 
@@ -59,6 +62,7 @@ def compare_runs(
         png: Where the picture goes.
         table: Where the table goes.
         samples: What `write_page` takes.
+        truth: What `write_page` and `plot_front` take.
 
     Returns:
         The table as text.
@@ -72,7 +76,7 @@ def compare_runs(
     runs = list(places.values())
     names = run_names([run.path for run in runs])
     check_comparable(runs, names)
-    notes = differences(runs, names)
+    notes = (*(note for run in runs for note in run.notes), *differences(runs, names))
     fronts, bases = named_fronts(runs, names)
     metric = runs[0].metric
     if any(run.metric.empty_share != metric.empty_share for run in runs):
@@ -81,11 +85,12 @@ def compare_runs(
     if table is not None:
         write_file(table, text)
     if png is not None:
-        plot_front(fronts, png, metric=metric, base=bases, notes=notes)
+        plot_front(fronts, png, metric=metric, base=bases, truth=truth, notes=notes)
     if html is not None:
         configuration = runs[0].record if len(runs) == 1 else [run.record for run in runs]
         write_page(
-            fronts, html, metric=metric, base=bases, notes=notes, configuration=configuration, samples=samples
+            fronts, html, metric=metric, base=bases, truth=truth, notes=notes, configuration=configuration,
+            samples=samples,
         )  # fmt: skip
     return text
 

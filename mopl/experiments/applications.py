@@ -1,0 +1,41 @@
+"""The applications that make runs, by the "kind" in a run's `config.json`, without importing any of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_LANGUAGE = ("transformers", "tokenizers", "peft", "trl", "datasets", "flash-attn")
+
+
+@dataclass(frozen=True)
+class Application:
+    """What makes runs of one kind.
+
+    Attributes:
+        made_by: The command that makes them.
+        used_with: The command that a finished one is for.
+        command: The command of `mopl` that resumes one.
+        run: Module and class of its finished runs, a `mopl.experiments.run.FinishedRun`.
+        packages: Packages of its own whose version may change what a run computes.
+    """
+
+    made_by: str
+    used_with: str
+    command: str
+    run: tuple[str, str]
+    packages: tuple[str, ...]
+
+
+# Runs of rankers were there before there were kinds, so their records have none.
+APPLICATIONS: dict[str | None, Application] = {
+    None: Application(
+        "mopl rank", "mopl steer", "rank", ("mopl.ranking.runs", "RankingRun"), ("scikit-learn", "statsmodels")
+    ),
+    "align": Application(
+        "mopl align", "mopl generate", "align", ("mopl.alignment.runs", "AlignmentRun"), _LANGUAGE
+    ),
+    "clp": Application(
+        "mopl align --method clp", "mopl generate", "align", ("mopl.clp.runs", "ClpRun"),
+        (*_LANGUAGE, "vaderSentiment", "rouge-score", "pyphen", "glin-profanity"),
+    ),
+}  # fmt: skip

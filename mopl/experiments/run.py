@@ -1,0 +1,321 @@
+"""Finished runs of every application: their settings, fronts, answers and reports, and the comparison of several.
+
+`open_run`, `run_fronts` and `compare` find out from a run's record which application made it; see
+`mopl.experiments.applications`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from torch import Tensor
+
+from mopl._files import write_file
+from mopl._records import damaged, read_json
+from mopl._terminal import shell
+from mopl.experiments.applications import APPLICATIONS
+from mopl.experiments.run_directory import (
+    CONFIG_FILE,
+    DAMAGED_RUN,
+    Sample,
+    application_of,
+    read_run,
+    refresh,
+    settings_of,
+)
+from mopl.pareto import Front, weight_grid
+from mopl.pareto.front import load_fronts
+
+if TYPE_CHECKING:
+    from mopl.report import Metric
+
+FRONT, EVALUATION, SAMPLES = "front.json", "evaluation.json", "samples.json"
+BASE = "base"  # the model before training: its folder, and the method of its front
+Self = TypeVar("Self", bound="FinishedRun")
+
+
+def method_folder(path: Path, config: Any, method: str) -> Path:
+    """Return where the front and the model of a method are in a run.
+
+    Args:
+        path: The run.
+        config: Its settings.
+        method: One of `config.methods`, or "base".
+
+    Returns:
+        The run itself where it has one method, or else a folder for each.
+    """
+    return path if method == config.method else path / method
+
+
+def run_grid(config: Any, objectives: int) -> Tensor:
+    """Return the weights (n, m) float64 at which the fronts of a run are evaluated.
+
+    Args:
+        config: The settings of the run, of which `points` is n; None for the default of `mopl.pareto.weight_grid`.
+            One objective has one point, whatever is asked for.
+        objectives: m.
+    """
+    return weight_grid(objectives, config.points if objectives > 1 else None, density="medium")
+
+
+@dataclass
+class FinishedRun:
+    """A run that has fronts; the base class of each application's own.
+
+    Attributes:
+        path: The run directory.
+        record: What its `config.json` holds.
+        config: Its settings, the application's dataclass.
+    """
+
+    KIND: ClassVar[str | None]  # the "kind" of its record
+    CONFIG: ClassVar[type]  # the dataclass of its settings
+    DATA: ClassVar[type]  # the `msgspec.Struct` of what is read from "data" in its record
+    MAIN_METHOD: ClassVar[str] = "weight-cos-dpo"  # what a run of all methods answers with unless another is named
+
+    path: Path
+    record: dict[str, Any]
+    config: Any
+
+    @classmethod
+    def read(cls: type[Self], path: str | Path) -> Self:
+        """Read the settings of a run, finished or not; data and models are left alone.
+
+        Raises:
+            FileNotFoundError: If there is no run.
+            ValueError: If it is a run of another command, or its record is damaged.
+        """
+        record = read_run(path)
+        return cls(Path(path), record, cls.config_of(record, path))
+
+    @classmethod
+    def open(cls: type[Self], path: str | Path) -> Self:
+        """Open a finished run.
+
+        Raises:
+            FileNotFoundError: If there is no run, or it has no front yet.
+            ValueError: If it is a run of another command, or it is damaged.
+        """
+        run = cls.read(path)
+        run.fronts()
+        return run
+
+    @classmethod
+    def config_of(cls, record: dict[str, Any], path: str | Path) -> Any:
+        """Return the settings in the record of a run.
+
+        Raises:
+            ValueError: If it is a run of another command, or its record is damaged.
+        """
+        return settings_of(record, path, cls.KIND, cls.CONFIG, cls.DATA)
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """Names of the m objectives that weights are for, in their order."""
+        return tuple(self.record["data"]["objectives"])
+
+    @property
+    def grid(self) -> Tensor:
+        """(n, m) float64, the weights of the run's fronts."""
+        return run_grid(self.config, len(self.objectives))
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods that the run trains."""
+        return self.config.methods
+
+    @property
+    def method_name(self) -> str:
+        """The run's only method, or the main one where it has all."""
+        return self.config.method if self.config.method in self.methods else self.MAIN_METHOD
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """The methods that have no front yet: none in a finished run."""
+        return tuple(method for method in self.methods if not (self.folder(method) / FRONT).exists())
+
+    def folder(self, method: str) -> Path:
+        """Return where the front and the model of a method are, or of "base"."""
+        return method_folder(self.path, self.config, method)
+
+    def check_method(self, method: str | None = None) -> str:
+        """Return the name of a method that has been trained, by default `method_name`.
+
+        Raises:
+            FileNotFoundError: If it has no front yet.
+            ValueError: If the run has no such method.
+        """
+        method = method or self.method_name
+        if method not in self.methods:
+            raise ValueError(f"{self.path} has no {method}; it has {', '.join(self.methods)}")
+        if method in self.missing:
+            raise FileNotFoundError(f"{self._unfinished(method)}; continue it with: {self._resume}")
+        return method
+
+    def fronts(self) -> list[Front]:
+        """Return the fronts of a run, that of the untrained model first; what `missing` names is not there.
+
+        Raises:
+            FileNotFoundError: If there is none of a trained model yet.
+        """
+        files = {method: self.folder(method) / FRONT for method in (BASE, *self.methods)}
+        there = {method: file for method, file in files.items() if file.exists()}
+        if BASE not in there or len(there) < 2:
+            raise FileNotFoundError(f"the run {self.path} is not finished; continue it with: {self._resume}")
+        return load_fronts(there, self.objectives, self.path / CONFIG_FILE)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of the fronts must know."""
+        return (self._unfinished(*self.missing),) if self.missing else ()
+
+    def _unfinished(self, *methods: str) -> str:
+        return f"the run {self.path} is not finished: {', '.join(methods)} {'have' if methods[1:] else 'has'} no front"
+
+    @property
+    def _resume(self) -> str:
+        return shell("mopl", APPLICATIONS[self.KIND].command, "--run", self.path, "--resume")
+
+    # ------------------------------------------------------------ what an application has of its own
+
+    @property
+    def metric(self) -> Metric:
+        """What the figures of the fronts are."""
+        raise NotImplementedError
+
+    @property
+    def measured(self) -> Mapping[str, Any]:
+        """The settings that say what a figure is, by name: runs that differ in one cannot be compared."""
+        return {}
+
+    @property
+    def noted(self) -> Mapping[str, Any]:
+        """What else the figures depend on, by name: runs that differ in it are compared with a note."""
+        return {}
+
+    def true_front(self) -> list[list[float]] | None:
+        """Return the figures (n, m) of the best possible model, or None where they are not known."""
+        return None
+
+    # ------------------------------------------------------------ what a person looks at
+
+    def samples(self, fronts: Sequence[Front]) -> dict[str, list[Any]] | None:
+        """Return the answers of a run as `mopl.report.write_page` takes them.
+
+        Args:
+            fronts: The run's fronts.
+
+        Returns:
+            By method, for each point of its front a list of `{"prompt", "text"}`; None without any.
+        """
+        found: dict[str, list[Any]] = {}
+        for front in fronts:
+            file, points = self.folder(front.method) / SAMPLES, len(front.points)
+            entries = read_json(file, list[Sample], remedy=DAMAGED_RUN) if file.exists() else []
+            if not entries:
+                continue
+            if max(len(entry["responses"]) for entry in entries) > points:
+                raise damaged(file, f"it has answers at more trade-offs than {FRONT}, {points}", DAMAGED_RUN)
+            # Points at other distances from the reference come after the grid and have no answers of their own.
+            found[front.method] = [
+                [{"prompt": e["prompt"], "text": e["responses"][place]} for e in entries if place < len(e["responses"])]
+                for place in range(points)
+            ]
+        return found or None
+
+    def write_reports(self) -> None:
+        """Write table.txt, front.png and report.html of a run from its fronts and answers."""
+        from mopl.report import plot_front, write_page
+        from mopl.report.table import as_text, summarise
+
+        fronts, metric, truth, notes = self.fronts(), self.metric, self.true_front(), self.notes
+        samples = self.samples(fronts)
+        write_file(self.path / "table.txt", as_text(summarise(fronts, metric, notes)))
+        plot_front(fronts, self.path / "front.png", metric=metric, truth=truth, notes=notes)
+        write_page(
+            fronts, self.path / "report.html", metric=metric, truth=truth, notes=notes, configuration=self.record,
+            samples=samples,
+        )  # fmt: skip
+
+
+def run_class(record: Mapping[str, Any], path: str | Path) -> type[FinishedRun]:
+    """Return the class of a run, which imports the application that made it.
+
+    Args:
+        record: What `read_run` gave.
+        path: The run, for the message.
+
+    Raises:
+        ValueError: If no application here makes such runs.
+    """
+    module, name = application_of(record, path).run
+    return getattr(importlib.import_module(module), name)
+
+
+def read_any(path: str | Path) -> FinishedRun:
+    """Read the settings of a run of any application, finished or not; see `FinishedRun.read`."""
+    return run_class(read_run(path), path).read(path)
+
+
+def open_run(path: str | Path) -> FinishedRun:
+    """Open a finished run of any application.
+
+    Raises:
+        FileNotFoundError: If there is no run, it has no front yet, or its data is gone.
+        ValueError: If it is damaged, or its data changed since.
+    """
+    return run_class(read_run(path), path).open(path)
+
+
+def run_fronts(path: str | Path) -> list[Front]:
+    """Return the fronts of a run of any application, that of the untrained model first; see `FinishedRun.fronts`.
+
+    Raises:
+        FileNotFoundError: If there is no run, or it has no front yet.
+    """
+    return read_any(path).fronts()
+
+
+def write_reports(path: str | Path) -> None:
+    """Write table.txt, front.png and report.html of a run of any application; see `FinishedRun.write_reports`."""
+    read_any(path).write_reports()
+
+
+def compare(
+    runs: Sequence[str | Path],
+    *,
+    html: str | Path | None = None,
+    png: str | Path | None = None,
+    table: str | Path | None = None,
+) -> str:
+    """Print one table of several runs and write what is asked for; a single run gets its own files anew.
+
+    See `mopl.report.compare`.
+
+    Returns:
+        The table as text.
+
+    Raises:
+        FileNotFoundError: If a run is missing or has no front yet.
+        ValueError: If the runs have other objectives or are measured otherwise, or are of different commands.
+    """
+    from mopl.report.compare import Run, compare_runs
+
+    kind = run_class(read_run(runs[0]), runs[0])
+    opened = [kind.read(path) for path in runs]
+    found = [
+        Run(run.path, run.record, run.fronts(), run.metric, run.config.to_dict(), run.measured, run.noted, run.notes)
+        for run in opened
+    ]
+    one = opened[0] if len(opened) == 1 else None
+    if one is not None and not (html or png or table):
+        refresh(one.path, lambda path: one.write_reports())
+    return compare_runs(
+        found, html=html, png=png, table=table, samples=one and one.samples(found[0].fronts),
+        truth=one and one.true_front(),
+    )  # fmt: skip
