@@ -20,7 +20,11 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "demo": (*_EVAL, "accelerate", "safetensors", "tqdm", "rich", "sklearn", "statsmodels"),
     "demo-lm": (*_HF, "peft", *_EVAL, *_REWARDS, "gguf", "tqdm", "rich"),
     "tensorboard": ("tensorboard",),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow",),
+    "trackio": ("trackio",),
 }
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")  # of `log_with`; each is the extra and the module of its name
 PACKAGES = {
     "huggingface_hub": "huggingface-hub",
     "sklearn": "scikit-learn",

@@ -141,7 +141,12 @@ def _run(
         if changes := version_changes(record):
             tell(f"note: versions changed since the run began ({'; '.join(changes)}); bits may differ")
     # The model is loaded before anything is written: most mistakes in settings show here.
-    log = RunLog(path, enabled=accelerator.is_main_process, tensorboard=config.tensorboard)
+    log = RunLog(
+        path,
+        enabled=accelerator.is_main_process,
+        log_with=("tensorboard",) * config.tensorboard,
+        settings=config.to_dict(),
+    )
     stages = Stages(path, config, splits, tokenizer, accelerator, log, tell)
     stages.check()
     accelerator.wait_for_everyone()

@@ -169,7 +169,12 @@ def _run(
             accelerator,
             lambda: create_run(path, {**content, "data": {**identity, "model": model}}, overwrite=overwrite),
         )
-    log = RunLog(path, enabled=accelerator.is_main_process, tensorboard=config.tensorboard)
+    log = RunLog(
+        path,
+        enabled=accelerator.is_main_process,
+        log_with=("tensorboard",) * config.tensorboard,
+        settings=config.to_dict(),
+    )
     stages = Stages(path, config, prompts, base.to(accelerator.device), sampler, judge, accelerator, log, tell)
     tell(f"run {path}")
     try:

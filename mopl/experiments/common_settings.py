@@ -2,6 +2,7 @@
 
 from typing import Any, Literal
 
+from mopl._extras import TRACKERS
 from mopl.experiments.resume_settings import located_if_there
 from mopl.experiments.settings import Settings, setting, settings, settings_of
 
@@ -9,7 +10,6 @@ from mopl.experiments.settings import Settings, setting, settings, settings_of
 METHODS = ("weight-cos-dpo", "temperature-cos-dpo", "dpo-ls", "dpo-soup", "mo-dpo")
 CONDITIONED = ("weight-cos-dpo", "temperature-cos-dpo")
 ALL = "all"  # of the methods
-TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab")
 
 
 @settings

@@ -42,6 +42,7 @@ _OWN = frozenset(
     "config.json log.jsonl front.json evaluation.json table.txt front.png report.html comparison.png comparison.html "
     "samples.json samples.jsonl rewards.json training.json model.json model.safetensors normalizer.safetensors "
     "reference.safetensors base model models reference checkpoints rollouts tensorboard "
+    "wandb trackers.json "
     "weight-cos-dpo temperature-cos-dpo dpo-ls dpo-soup mo-dpo clp rewarded-soups prompting logit-mixing dera".split()
 )
 _CLUTTER = (".DS_Store", "Thumbs.db", "desktop.ini")  # what file managers leave

@@ -156,7 +156,7 @@ def _work(
     """Train, evaluate and report what is missing in a run directory."""
     train, test, device = splits["train"], splits["test"], accelerator.device
     main = accelerator.is_main_process
-    with_log = RunLog(path, enabled=main, tensorboard="tensorboard" in config.log_with)
+    with_log = RunLog(path, enabled=main, log_with=config.log_with, settings=config.to_dict())
     validation = Validation(splits["valid"], config)
     for note in validation.notes:
         tell(note)

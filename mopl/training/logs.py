@@ -1,17 +1,19 @@
-"""The log of a run: one JSON object a line, TensorBoard beside it if asked for."""
+"""The log of a run: one JSON object a line, and what trackers are sent of it."""
 
 from __future__ import annotations
 
 import json
 import os
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from mopl._extras import require
 from mopl._files import write_file
 from mopl._records import check, damaged, parse_json, read_text
+from mopl.training.trackers import Trackers
 
 _MOST_BYTES = 1 << 32
 _REMEDY = "delete that line, or the file: nothing but the log is lost"
@@ -28,21 +30,41 @@ class RunLog:
     """Appends records to `log.jsonl`; a resumed stage first takes back what came after its checkpoint.
 
     Args:
-        directory: The run directory; `log.jsonl` (and `tensorboard/`) are made in it.
+        directory: The run directory; `log.jsonl` is made in it.
         enabled: False on every process but the main one: nothing is written there.
-        tensorboard: Also write scalars for TensorBoard (needs the package `tensorboard`).
+        log_with: Trackers that get the numbers, too, by name; see `mopl.training.trackers`.
+        settings: What these show as the run's settings.
+        tensorboard: An old name of `log_with=("tensorboard",)`.
+
+    Raises:
+        ImportError: If the package of a tracker is missing; the message says how to install it.
+        ValueError: If there is no such tracker.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], *, enabled: bool = True, tensorboard: bool = False) -> None:
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        enabled: bool = True,
+        log_with: Sequence[str] = (),
+        settings: Mapping[str, Any] | None = None,
+        tensorboard: bool | None = None,
+    ) -> None:
+        if tensorboard is not None:
+            warnings.warn(
+                'tensorboard=True is called log_with=("tensorboard",) now; the old name will go', FutureWarning, 2
+            )
+            log_with = (*log_with, *("tensorboard",) * tensorboard)
         self.path = Path(directory) / "log.jsonl"
         self.enabled = enabled
-        self._folder = Path(directory) / "tensorboard" if tensorboard and enabled else None
-        self._writers: dict[str, Any] = {}
+        self._trackers = Trackers(log_with if enabled else (), directory, settings)
 
     def rewind(self, stage: str, step: int) -> None:
-        """Drop the records of `stage` after `step`, and a last line that a killed process left unfinished."""
-        if self._folder is not None:
-            self._open_tensorboard(stage, step)
+        """Drop the records of `stage` after `step`, and a last line that a killed process left unfinished.
+
+        The trackers open the stage.
+        """
+        self._trackers.begin(stage, step)
         if not self.enabled or not self.path.exists():
             return
         kept = [r for r in read_log(self.path) if r.get("stage") != stage or r.get("step", 0) <= step]
@@ -54,28 +76,11 @@ class RunLog:
             return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-        writer = self._writers.get(str(record.get("stage")))
-        if writer is not None:
-            for name, value in record.items():
-                if isinstance(value, (int, float)) and name != "step":
-                    writer.add_scalar(name, value, record.get("step", 0))
-            writer.flush()
+        self._trackers.log(record)
 
     def close(self) -> None:
-        """Close the TensorBoard files, if any."""
-        for writer in self._writers.values():
-            writer.close()
-        self._writers.clear()
-
-    def _open_tensorboard(self, stage: str, step: int) -> None:
-        require("tensorboard", what="the log for TensorBoard")
-        from torch.utils.tensorboard import SummaryWriter
-
-        assert self._folder is not None
-        if stage in self._writers:
-            self._writers[stage].close()
-        # purge_step hides what a killed process wrote after its last checkpoint.
-        self._writers[stage] = SummaryWriter(str(self._folder / stage), purge_step=step + 1)
+        """End the trackers' runs, if any."""
+        self._trackers.close()
 
 
 def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -335,18 +335,6 @@ def test_rewinding_drops_later_records_of_the_stage_and_a_torn_line(tmp_path):
     assert [(r["stage"], r["step"]) for r in read_log(log.path)] == [("base", 1), ("base", 2), ("tuned", 1)]
 
 
-def test_tensorboard_gets_the_numbers_when_asked(tmp_path):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    log = RunLog(tmp_path, tensorboard=True)
-    train(network(), Source(), squared_error, config(), log=log, stage="base")
-    log.close()
-    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard" / "base"))
-    events.Reload()
-    seen = [(e.step, e.value) for e in events.Scalars("loss")]
-    written = [(r["step"], pytest.approx(r["loss"], rel=1e-6)) for r in read_log(tmp_path / "log.jsonl")]
-    assert seen == written and len(seen) == 4
-
-
 DISTRIBUTED = """
     import json, sys
     sys.path.insert(0, {tests!r})
