@@ -23,6 +23,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "wandb": ("wandb",),
     "mlflow": ("mlflow",),
     "trackio": ("trackio",),
+    "pandas": ("pandas",),
 }
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")  # of `log_with`; each is the extra and the module of its name
 PACKAGES = {

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mopl import pareto, steering
+from mopl import steering
 from mopl.alignment.methods import ListScores, ResponseLoss, response_lengths
 from mopl.language_models.collate import ListBatch, ListCollator
 from mopl.language_models.tokenization import TokenizedList
-from mopl.pareto.bootstrap import bootstrap_interval, hypervolume_interval
+from mopl.pareto import Front, spearman
 
 MAIN = "deviation"
 LISTS_PER_BATCH = 256
@@ -79,9 +79,9 @@ class Evaluation:
         if self.weights is not None and len(self.weights) > 1:
             figures["spearman"] = {
                 # How surely more weight gives more of an objective; losses are negated, so 1 is perfect in both.
-                "loss": [pareto.spearman(w, -loss) for w, loss in zip(self.weights.T, self.mean_losses.T, strict=True)],
+                "loss": [spearman(w, -loss) for w, loss in zip(self.weights.T, self.mean_losses.T, strict=True)],
                 "accuracy": [
-                    None if bool(found.isnan().any()) else pareto.spearman(w, found)
+                    None if bool(found.isnan().any()) else spearman(w, found)
                     for w, found in zip(self.weights.T, self.accuracy.T, strict=True)
                 ],
             }
@@ -194,66 +194,24 @@ def make_front(
     evaluations: Sequence[Evaluation],
     *,
     method: str,
-    objectives: Sequence[str],
     description: dict[str, Any],
-    reference_point: Sequence[float],
-    seconds: float,
-    parameters: int,
-    seed: int,
     bootstrap: int,
     scales: Sequence[float] = (1.0,),
-) -> pareto.Front:
-    """Return the front of a method: held-out losses, minimised, with bootstrap intervals over lists.
+    **said: Any,
+) -> Front:
+    """Return the front of a method: held-out losses, minimised.
 
     Args:
         evaluations: One for each scale.
         method: Name of the method.
-        objectives: Names of the objectives.
         description: What `front.json` says about the data.
-        reference_point: (m,), of the hypervolume.
-        seconds: Seconds of training.
-        parameters: Number of trained parameters, of all models that the front needs.
-        seed: Seed of the run.
         bootstrap: Resamples; 0 for no intervals.
-        scales: c of each evaluation; the first is 1. Only it counts in the hypervolume.
+        scales: c of each evaluation; the first is 1.
+        said: What `Front.of` takes besides.
     """
-    trained = evaluations[0]
-    volume, notes = hypervolume_interval(
-        trained.losses, reference_point, maximise=False, samples=bootstrap, seed=seed
+    first, *others = evaluations
+    return Front.of(
+        first.deviation, first.losses, method, main=MAIN, weights=first.weights, maximise=False, data=description,
+        samples=bootstrap, rescaled=[(c, e.deviation, e.losses) for c, e in zip(scales[1:], others, strict=True)],
+        **said,
     )  # fmt: skip
-    front = pareto.Front.measure(
-        method,
-        objectives=objectives,
-        main=MAIN,
-        weights=trained.weights,
-        main_values=trained.deviation.mean(0),
-        auxiliary_values=trained.mean_losses,
-        reference_point=reference_point,
-        seconds=seconds,
-        parameters=parameters,
-        seed=seed,
-        data=description,
-        maximise=False,
-        intervals=_intervals(trained, bootstrap, seed),
-        interval=volume,
-        notes=notes,
-    )
-    for scale, evaluation in zip(scales[1:], evaluations[1:], strict=True):
-        asked = [[]] * evaluation.losses.shape[1] if evaluation.weights is None else evaluation.weights.tolist()
-        means = zip(
-            asked, evaluation.deviation.mean(0).tolist(), evaluation.mean_losses.tolist(),
-            _intervals(evaluation, bootstrap, seed), strict=True,
-        )  # fmt: skip
-        front.points += [pareto.Point(w, main, losses, bounds, scale) for w, main, losses, bounds in means]
-    front.check()
-    return front
-
-
-def _intervals(evaluation: Evaluation, bootstrap: int, seed: int) -> list[dict[str, Any]]:
-    """Return for each trade-off the bootstrap intervals of the main figure and the losses."""
-    if not bootstrap:
-        return [{} for _ in range(evaluation.losses.shape[1])]
-    values = torch.cat([evaluation.deviation[..., None], evaluation.losses], -1)  # (Q, n, 1 + m)
-    found = bootstrap_interval(values, samples=bootstrap, seed=seed)
-    ends = torch.stack([found.low, found.high], -1).tolist()  # n x (1 + m) x 2
-    return [{"main": point[0], "auxiliary": point[1:]} for point in ends]

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mopl import pareto
 from mopl._restoring import seeded
 from mopl.clp.config import ClpConfig
 from mopl.clp.prompts import Prompts
@@ -29,7 +28,7 @@ from mopl.clp.reward_scale import RewardScale
 from mopl.clp.rollout import Answers
 from mopl.clp.stages import Stages
 from mopl.losses.policy_gradient import reward_coefficient
-from mopl.pareto.bootstrap import bootstrap_interval, hypervolume_interval
+from mopl.pareto import Front, hypervolume, spearman
 
 MAIN = "KL to the reference"
 
@@ -99,7 +98,7 @@ class Evaluation:
             "rewards": self.mean_rewards.tolist(), "kl": self.kl.mean(0).tolist(),
             "value": None if value is None else value.tolist(),
             "objective_values": values.tolist(),
-            "value_hypervolume": pareto.hypervolume(values, corner, maximise=True),
+            "value_hypervolume": hypervolume(values, corner, maximise=True),
             "value_reference_point": corner.tolist(),
             "missing": float(self.rewards.isnan().double().mean()),
             "model_runs_per_token": self.model_runs,
@@ -111,7 +110,7 @@ class Evaluation:
         if self.weights is not None and len(self.weights) > 1:
             rewards = self.mean_rewards
             # 1: the more a reward is asked for, the more of it there is. Its spread: from least to most asked for.
-            figures["spearman"] = [pareto.spearman(w, r) for w, r in zip(self.weights.T, rewards.T, strict=True)]
+            figures["spearman"] = [spearman(w, r) for w, r in zip(self.weights.T, rewards.T, strict=True)]
             figures["spread"] = [
                 float(r[int(w.argmax())] - r[int(w.argmin())]) for w, r in zip(self.weights.T, rewards.T, strict=True)
             ]
@@ -228,59 +227,23 @@ def kappa(alpha: float, config: ClpConfig) -> float:
 
 
 def make_front(
-    evaluations: Sequence[Evaluation],
-    *,
-    method: str,
-    config: ClpConfig,
-    objectives: Sequence[str],
-    description: dict[str, Any],
-    reference_point: Sequence[float],
-    seconds: float,
-    parameters: int,
-) -> pareto.Front:
+    evaluations: Sequence[Evaluation], *, method: str, config: ClpConfig, description: dict[str, Any], **said: Any
+) -> Front:
     """Return the front of a method: mean rewards, maximised, and the KL to the reference as main figure.
 
     Points at other KL weights α than the first have the scale κ(α_1)/κ(α), their distance from the reference
-    as in `mopl.steering.rescale`: above 1 closer to it. Only the first count in the hypervolume.
+    as in `mopl.steering.rescale`: above 1 closer to it.
 
     Args:
         evaluations: One for each KL weight.
         method: Name of the method.
         config: Settings of the run.
-        objectives: Names of the rewards.
         description: What `front.json` says about the prompts.
-        reference_point: (m,), of the hypervolume.
-        seconds: Of training.
-        parameters: Trained parameters, of all models that the front needs.
+        said: What `Front.of` takes besides.
     """
-    first = evaluations[0]
-    known = first.rewards[~first.rewards.isnan().any(-1).any(-1)]
-    resamples = config.bootstrap if len(known) > 1 else 0
-    volume, notes = hypervolume_interval(
-        known, reference_point, maximise=True, samples=resamples, seed=config.seed
+    first, *others = evaluations
+    trained = kappa(config.kl_weight[0], config)
+    return Front.of(
+        first.kl, first.rewards, method, main=MAIN, weights=first.weights, data=description, samples=config.bootstrap,
+        seed=config.seed, rescaled=[(trained / kappa(e.alpha, config), e.kl, e.rewards) for e in others], **said,
     )  # fmt: skip
-    front = pareto.Front.measure(
-        method, objectives=objectives, main=MAIN, weights=first.weights, main_values=first.kl.mean(0),
-        auxiliary_values=first.mean_rewards, reference_point=reference_point, seconds=seconds, parameters=parameters,
-        seed=config.seed, data=description, maximise=True, intervals=_intervals(first, config), interval=volume,
-        notes=notes,
-    )  # fmt: skip
-    for other in evaluations[1:]:
-        scale = kappa(config.kl_weight[0], config) / kappa(other.alpha, config)
-        asked = [[]] * other.rewards.shape[1] if other.weights is None else other.weights.tolist()
-        rows = zip(
-            asked, other.kl.mean(0).tolist(), other.mean_rewards.tolist(), _intervals(other, config), strict=True
-        )
-        front.points += [pareto.Point(w, main, rewards, bounds, scale) for w, main, rewards, bounds in rows]
-    front.check()
-    return front
-
-
-def _intervals(evaluation: Evaluation, config: ClpConfig) -> list[dict[str, Any]]:
-    """Return for each trade-off the bootstrap intervals over prompts of KL and rewards."""
-    values = torch.cat([evaluation.kl[..., None], evaluation.rewards], -1)  # (Q, n, 1 + m)
-    if not config.bootstrap or len(values) < 2:
-        return [{} for _ in range(values.shape[1])]
-    found = bootstrap_interval(values, samples=config.bootstrap, seed=config.seed)
-    ends = torch.stack([found.low, found.high], -1).tolist()
-    return [{"main": point[0], "auxiliary": point[1:]} for point in ends]

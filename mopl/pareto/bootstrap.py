@@ -103,7 +103,7 @@ def bootstrap_interval(
 
 def hypervolume_interval(
     values: Tensor,  # (Q, n, m)
-    reference: Sequence[float],
+    reference: Sequence[float] | Tensor,
     *,
     maximise: Maximise,
     level: float = 0.95,

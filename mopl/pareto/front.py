@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mopl._extras import require
 from mopl._files import write_file
 from mopl._records import damaged, parse_json, read_text
-from mopl.conditioning.sampling import check_weights
+from mopl.pareto._front_checks import check_front, known_keys
+from mopl.pareto._front_table import columns_of, write_csv
+from mopl.pareto.bootstrap import bootstrap_interval, hypervolume_interval
 from mopl.pareto.indicators import Maximise, Points, as_points, hypervolume
 from mopl.pareto.steerability import steerability
 
-_LARGEST = sys.float_info.max
+if TYPE_CHECKING:
+    import pandas
 
 
 @dataclass
@@ -42,6 +45,16 @@ class Point:
     interval: dict[str, Any] = field(default_factory=dict)
     scale: float = 1.0
 
+    @property
+    def figures(self) -> tuple[float, ...]:
+        """The main figure and the auxiliary ones, (1 + m,)."""
+        return (self.main, *self.auxiliary)
+
+    @property
+    def intervals(self) -> list[Sequence[float] | None]:
+        """The interval [low, high] of each of `figures`, None where there is none."""
+        return [self.interval.get("main"), *(self.interval.get("auxiliary") or [None] * len(self.auxiliary))]
+
 
 @dataclass
 class Front:
@@ -55,7 +68,7 @@ class Front:
         hypervolume: Hypervolume of the auxiliary figures of the points of scale 1.
         reference_point: (m,), the reference point of that hypervolume.
         seconds: Wall-clock seconds of training, validation included.
-        parameters: Number of parameters, of all models that the front needs.
+        parameters: Number of parameters that were trained, of all models.
         seed: Seed of the run.
         data: What it was trained on: a name or a description.
         maximise: Whether larger figures are better, a bool or one for each auxiliary objective.
@@ -64,6 +77,10 @@ class Front:
         steerability: The other figures of `mopl.pareto.steerability`.
         steps: Of each of its models the steps that were `done`, of at most `limit`, and the one that was `kept`.
         notes: What a reader of the figures must know, in words.
+        inference_parameters: Number of parameters that must be kept to answer every trade-off of the front, those of
+            the base model included. What several models share, such as a frozen base, counts once; a method with a
+            model for each point of a grid needs all of these, a soup its experts, a mixture of logits the models that
+            it mixes. None in files that do not say.
     """
 
     method: str
@@ -82,6 +99,75 @@ class Front:
     steerability: dict[str, Any] = field(default_factory=dict)
     steps: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    inference_parameters: int | None = None
+
+    @classmethod
+    def of(
+        cls,
+        main_values: Tensor,  # (L, n)
+        auxiliary_values: Tensor,  # (L, n, m)
+        /,
+        method: str,
+        *,
+        weights: Points | None,  # (n, m)
+        reference_point: Sequence[float] | Tensor,  # (m,)
+        seed: int,
+        maximise: Maximise = True,
+        rescaled: Sequence[tuple[float, Tensor, Tensor]] = (),
+        samples: int = 1000,
+        level: float = 0.95,
+        **said: Any,
+    ) -> Front:
+        """Make the front of a method from the figures of each list: means, bootstrap intervals, hypervolume.
+
+        Args:
+            main_values: (L, n), the main objective's figure of each list (or query, or prompt) at each trade-off; NaN
+                where a list does not count.
+            auxiliary_values: (L, n, m), those of the auxiliary objectives, NaN likewise.
+            method: Name of the method.
+            weights: (n, m), each on the simplex; None for a model that is not asked for a trade-off.
+            reference_point: (m,), fixed before the methods are compared.
+            seed: Seed of the run, and of the bootstrap.
+            maximise: Whether larger figures are better, a bool or one for each auxiliary objective.
+            rescaled: (c, main, auxiliary) with figures as above at other distances from the base model, see
+                `Point.scale`; the hypervolume is without them.
+            samples: Bootstrap resamples of the lists; 0 for no intervals. A single list has none.
+            level: Probability of the intervals.
+            said: What `measure` takes besides: objectives, main, seconds, parameters, data and the optional ones.
+
+        Returns:
+            The checked front.
+
+        Raises:
+            ImportError: If moocore is not installed.
+            ValueError: If shapes disagree, or an objective counts in no list.
+        """
+        samples = samples if len(main_values) > 1 else 0
+        bootstrap: dict[str, Any] = {"level": level, "samples": samples, "seed": seed}
+
+        def means(main: Tensor, auxiliary: Tensor) -> tuple[Tensor, Tensor, list[dict[str, Any]]]:
+            """Return main (n,), auxiliary (n, m) and the intervals of each point."""
+            bounds: list[dict[str, Any]] = [{} for _ in range(main.shape[1])]
+            if samples:
+                found = bootstrap_interval(torch.cat([main[..., None], auxiliary], -1), **bootstrap)
+                ends = torch.stack([found.low, found.high], -1).tolist()  # n x (1 + m) x 2
+                bounds = [{"main": point[0], "auxiliary": point[1:]} for point in ends]
+            return main.nanmean(0), auxiliary.nanmean(0), bounds
+
+        volume, notes = hypervolume_interval(auxiliary_values, reference_point, maximise=maximise, **bootstrap)
+        main_means, auxiliary_means, intervals = means(main_values, auxiliary_values)
+        front = cls.measure(
+            method, weights=weights, main_values=main_means, auxiliary_values=auxiliary_means, seed=seed,
+            reference_point=reference_point, maximise=maximise, intervals=intervals, interval=volume,
+            **{**said, "notes": [*said.get("notes", ()), *notes]},
+        )  # fmt: skip
+        asked = [list(point.weights) for point in front.points]
+        for scale, *values in rescaled:
+            main_means, auxiliary_means, intervals = means(*values)
+            rows = zip(asked, main_means.tolist(), auxiliary_means.tolist(), intervals, strict=True)
+            front.points += [Point(*row, scale) for row in rows]
+        front.check()
+        return front
 
     @classmethod
     def measure(
@@ -104,6 +190,7 @@ class Front:
         reference_front: Points | None = None,
         steps: Mapping[str, Any] | None = None,
         notes: Sequence[str] = (),
+        inference_parameters: int | None = None,
     ) -> Front:
         """Make a front from evaluated points; hypervolume and steerability are computed here.
 
@@ -116,7 +203,7 @@ class Front:
             auxiliary_values: (n, m), figures of the auxiliary objectives.
             reference_point: (m,), fixed before the methods are compared.
             seconds: Wall-clock seconds of training, validation included.
-            parameters: Number of parameters, of all models that the front needs.
+            parameters: Number of parameters that were trained, of all models.
             seed: Seed of the run.
             data: What it was trained on.
             maximise: Whether larger figures are better, a bool or one for each auxiliary objective.
@@ -125,6 +212,7 @@ class Front:
             reference_front: (r, m), the true front, for its distance in `steerability`.
             steps: What `Front.steps` holds.
             notes: What `Front.notes` holds.
+            inference_parameters: What `Front.inference_parameters` holds.
 
         Returns:
             The checked front.
@@ -171,9 +259,39 @@ class Front:
             steerability=figures,
             steps=dict(steps or {}),
             notes=list(notes),
+            inference_parameters=inference_parameters,
         )
         front.check()
         return front
+
+    @property
+    def rising(self) -> list[bool]:
+        """(m,), whether larger figures of each auxiliary objective are better."""
+        return self.maximise if isinstance(self.maximise, list) else [self.maximise] * len(self.objectives)
+
+    @property
+    def trained_points(self) -> list[Point]:
+        """The points of the model as trained, at scale 1; all of them where none is."""
+        return [point for point in self.points if point.scale == 1.0] or self.points
+
+    def to_frame(self) -> pandas.DataFrame:
+        """Return the points as a table of pandas, a row each.
+
+        Columns: method, seed, scale; `w_NAME`, the weight of each auxiliary objective; main, main_low, main_high;
+        `NAME`, `NAME_low`, `NAME_high` of each auxiliary objective. NaN is what a point lacks, and a name that is taken
+        already gets an underscore at its end.
+
+        Raises:
+            ImportError: If pandas is not installed.
+        """
+        require("pandas", what="a table of a front")
+        import pandas
+
+        return pandas.DataFrame(columns_of([self]))
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write the columns of `to_frame` as CSV, with every digit; folders that are missing are made."""
+        write_csv([self], path)
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return weights (n, m), main (n,) and auxiliary (n, m) of the points, float64."""
@@ -181,13 +299,16 @@ class Front:
         weights, main, auxiliary = (torch.tensor(column, dtype=torch.float64) for column in columns)
         return weights, main, auxiliary
 
-    def check(self) -> None:
+    def check(self, *, missing: bool = False) -> None:
         """Raise unless every field has its type and length and every number is finite.
+
+        Args:
+            missing: Whether figures (hypervolume, seconds, those of points) may be NaN, for what does not exist.
 
         Raises:
             ValueError: With the key that is wrong, such as `points[3].auxiliary[1]`.
         """
-        _check_front(self)
+        check_front(self, missing)
 
     def to_json(self) -> str:
         """Return the front as JSON: the keys of `front.json`, and the optional ones where they are set.
@@ -201,10 +322,10 @@ class Front:
         for point in content["points"]:
             if point["scale"] == 1.0:
                 del point["scale"]
-        optional = {"maximise": True, "interval": {}, "regret": None, "steerability": {}, "steps": {}, "notes": []}
-        for name, default in optional.items():
-            if content[name] == default:
-                del content[name]
+        for f in fields(self):
+            default = f.default if f.default_factory is MISSING else f.default_factory()
+            if content[f.name] == default:
+                del content[f.name]
         return json.dumps(content, indent=2, allow_nan=False) + "\n"
 
     @classmethod
@@ -218,10 +339,10 @@ class Front:
             content = parse_json(text)
         except ValueError as error:
             raise ValueError(f"front.json cannot be read: {error}") from error
-        values = _known_keys(content, cls, "")
+        values = known_keys(content, cls, "")
         if not isinstance(values["points"], list):
             raise ValueError("points must be a list of objects")
-        values["points"] = [Point(**_known_keys(p, Point, f"points[{i}].")) for i, p in enumerate(values["points"])]
+        values["points"] = [Point(**known_keys(p, Point, f"points[{i}].")) for i, p in enumerate(values["points"])]
         front = cls(**values)
         front.check()
         return front
@@ -275,115 +396,3 @@ def load_fronts(files: Mapping[str, Path], objectives: Sequence[str], record: Pa
 def _numbers(values: Sequence[float] | Tensor | np.ndarray) -> list[float]:
     """Return numbers or a tensor as a list of floats."""
     return [float(x) for x in values]
-
-
-def _known_keys(content: Any, cls: type[Front] | type[Point], where: str) -> dict[str, Any]:
-    """Return a JSON object whose keys are the fields of a dataclass, the required ones all there."""
-    if not isinstance(content, dict):
-        raise ValueError(f"{where.rstrip('.') or 'front.json'} must be an object, got {type(content).__name__}")
-    names = [f.name for f in fields(cls)]
-    for f in fields(cls):
-        if f.name not in content and f.default is MISSING and f.default_factory is MISSING:
-            raise ValueError(f"{where}{f.name} is missing")
-    for name in content:
-        if name not in names:
-            raise ValueError(f"{where}{name} is not a key of front.json; known are {', '.join(names)}")
-    return dict(content)
-
-
-def _check_front(front: Front) -> None:
-    """See `Front.check`."""
-    for name in ("method", "main"):
-        _require(isinstance(getattr(front, name), str), name, getattr(front, name), "a string")
-    names = front.objectives
-    texts = isinstance(names, list) and len(names) > 0 and all(isinstance(name, str) for name in names)
-    _require(texts, "objectives", names, "a list of at least one string")
-    m = len(names)
-    _require(isinstance(front.points, list) and len(front.points) > 0, "points", front.points, "at least one point")
-    for i, point in enumerate(front.points):
-        _check_point(point, m, f"points[{i}].")
-    for name in ("hypervolume", "seconds"):
-        _require(
-            _is_number(getattr(front, name)) and getattr(front, name) >= 0, name, getattr(front, name), "a number >= 0"
-        )
-    _check_vector(front.reference_point, m, "reference_point")
-    for name in ("parameters", "seed"):
-        value = getattr(front, name)
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        _require(whole and 0 <= value < 2**64, name, value, "an integer >= 0 and below 2^64")
-    _require(isinstance(front.data, (str, dict)), "data", front.data, "a string or an object")
-    flags = front.maximise if isinstance(front.maximise, list) else [front.maximise]
-    good = all(isinstance(flag, bool) for flag in flags) and len(flags) in ((m,) if flags is front.maximise else (1,))
-    _require(good, "maximise", front.maximise, f"true, false or a list of {m} of them")
-    _require(isinstance(front.interval, dict), "interval", front.interval, "an object")
-    for name, bounds in front.interval.items():
-        _check_interval(bounds, f"interval.{name}")
-    _require(front.regret is None or _is_number(front.regret), "regret", front.regret, "a number")
-    _require(isinstance(front.steerability, dict), "steerability", front.steerability, "an object")
-    _require(
-        front.steps == {} or _are_steps(front.steps), "steps", front.steps, "limit, and done and kept of each model"
-    )
-    texts = isinstance(front.notes, list) and all(isinstance(note, str) for note in front.notes)
-    _require(texts, "notes", front.notes, "a list of strings")
-    for name in ("data", "steerability", "steps"):
-        try:
-            json.dumps(getattr(front, name), allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{name} cannot be written as JSON: {error}") from error
-
-
-def _are_steps(steps: Any) -> bool:
-    """Return whether this is `Front.steps`: a limit, and as many steps done as kept, none of them beyond it."""
-    if not isinstance(steps, dict) or steps.keys() != {"limit", "done", "kept"}:
-        return False
-    limit, done, kept = steps["limit"], steps["done"], steps["kept"]
-    numbers = isinstance(done, list) and isinstance(kept, list) and len(done) == len(kept) > 0
-    if not numbers or not all(type(x) is int for x in (limit, *done, *kept)):
-        return False
-    return all(0 <= k <= d <= limit for k, d in zip(kept, done, strict=True))
-
-
-def _check_point(point: Point, m: int, where: str) -> None:
-    """Raise unless a point has m weights (or none) on the simplex, finite figures and ordered intervals."""
-    if not (isinstance(point.weights, (list, tuple)) and len(point.weights) == 0):
-        _check_vector(point.weights, m, f"{where}weights")
-        check_weights(point.weights, m, name=f"{where}weights")
-    _require(_is_number(point.main), f"{where}main", point.main, "a finite number")
-    _check_vector(point.auxiliary, m, f"{where}auxiliary")
-    _require(_is_number(point.scale) and point.scale > 0, f"{where}scale", point.scale, "a number > 0")
-    _require(isinstance(point.interval, dict), f"{where}interval", point.interval, "an object")
-    for name, bounds in point.interval.items():
-        if name == "main":
-            _check_interval(bounds, f"{where}interval.main")
-        elif name == "auxiliary":
-            several = isinstance(bounds, (list, tuple)) and len(bounds) == m
-            _require(several, f"{where}interval.auxiliary", bounds, f"a list of {m} intervals")
-            for j, each in enumerate(bounds):
-                if each is not None:
-                    _check_interval(each, f"{where}interval.auxiliary[{j}]")
-        else:
-            raise ValueError(f"{where}interval.{name} is not a key of front.json; known are main, auxiliary")
-
-
-def _check_vector(value: Any, length: int, where: str) -> None:
-    """Raise unless `value` is a list of `length` finite numbers."""
-    good = isinstance(value, (list, tuple)) and len(value) == length
-    _require(good, where, value, f"a list of {length} numbers, one an objective")
-    for j, entry in enumerate(value):
-        _require(_is_number(entry), f"{where}[{j}]", entry, "a finite number")
-
-
-def _check_interval(value: Any, where: str) -> None:
-    """Raise unless `value` is [low, high] with low <= high."""
-    good = isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_is_number, value))
-    _require(good and value[0] <= value[1], where, value, "[low, high] with low <= high")
-
-
-def _is_number(value: Any) -> bool:
-    # A whole number may be larger than any float.
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and -_LARGEST <= value <= _LARGEST
-
-
-def _require(good: bool, where: str, value: Any, wanted: str) -> None:
-    if not good:
-        raise ValueError(f"{where} is {value!r} but must be {wanted}")

@@ -13,11 +13,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mopl import pareto, steering
+from mopl import steering
 from mopl._arguments import check_positive
 from mopl._renamed import renamed
 from mopl.conditioning import check_weights
-from mopl.pareto.bootstrap import bootstrap_interval, hypervolume_interval
+from mopl.pareto import Front
 from mopl.ranking.batch import Batch
 from mopl.ranking.data import RankingData
 from mopl.ranking.methods import ListLoss, Policy, Scorer
@@ -226,14 +226,10 @@ def make_front(
     data: RankingData,
     description: dict[str, Any],
     measure: Measure,
-    seconds: float,
-    parameters: int,
-    seed: int,
     scales: Sequence[float] = (1.0,),
-    reference_front: Tensor | None = None,  # (r, m)
-    steps: dict[str, Any] | None = None,
-) -> pareto.Front:
-    """Return the front of a method: means over lists, bootstrap intervals, hypervolume from 0, steerability.
+    **said: Any,
+) -> Front:
+    """Return the front of a method: NDCG, maximised, hypervolume from 0.
 
     Args:
         evaluations: One for each scale.
@@ -241,54 +237,16 @@ def make_front(
         data: The lists that were evaluated.
         description: What `front.json` says about the data.
         measure: How rankings were measured.
-        seconds: Seconds of training.
-        parameters: Number of parameters.
-        seed: Seed of the run.
-        scales: c of each evaluation; the first is 1. Only it counts in the hypervolume.
-        reference_front: The true front, where it is known.
-        steps: What `Front.steps` holds.
+        scales: c of each evaluation; the first is 1.
+        said: What `Front.of` takes besides.
     """
     objectives = [objective.name for objective in data.objectives]
-    origin = [0.0] * len(objectives)
-    trained = evaluations[0]
-    volume, notes = hypervolume_interval(
-        trained.auxiliary, origin, maximise=True, level=measure.level, samples=measure.samples, seed=measure.seed
-    )
-    front = pareto.Front.measure(
-        method,
-        objectives=objectives,
-        main=data.main.name,
-        weights=trained.weights,
-        main_values=trained.main.nanmean(0),
-        auxiliary_values=trained.auxiliary.nanmean(0),
-        reference_point=origin,
-        seconds=seconds,
-        parameters=parameters,
-        seed=seed,
-        data=description,
-        intervals=_intervals(trained, measure),
-        interval=volume,
-        notes=notes,
-        reference_front=None if reference_front is None else reference_front.tolist(),
-        steps=steps,
-    )
-    for scale, evaluation in zip(scales[1:], evaluations[1:], strict=True):
-        weights = [[]] * evaluation.main.shape[1] if evaluation.weights is None else evaluation.weights.tolist()
-        figures = zip(weights, evaluation.main.nanmean(0).tolist(), evaluation.auxiliary.nanmean(0).tolist(),
-                      _intervals(evaluation, measure), strict=True)  # fmt: skip
-        front.points += [pareto.Point(w, main, auxiliary, bounds, scale) for w, main, auxiliary, bounds in figures]
-    front.check()
-    return front
-
-
-def _intervals(evaluation: Evaluation, measure: Measure) -> list[dict[str, Any]]:
-    """Return for each trade-off the bootstrap intervals of the main and the auxiliary figures."""
-    if not measure.samples:
-        return [{} for _ in range(evaluation.main.shape[1])]
-    values = torch.cat([evaluation.main[..., None], evaluation.auxiliary], -1)  # (Q, n, 1 + m)
-    found = bootstrap_interval(values, measure.level, measure.samples, measure.seed)
-    ends = torch.stack([found.low, found.high], -1).tolist()  # n x (1 + m) x 2
-    return [{"main": point[0], "auxiliary": point[1:]} for point in ends]
+    first, *others = evaluations
+    return Front.of(
+        first.main, first.auxiliary, method, objectives=objectives, main=data.main.name, weights=first.weights,
+        reference_point=[0.0] * len(objectives), data=description, samples=measure.samples, level=measure.level,
+        rescaled=[(c, e.main, e.auxiliary) for c, e in zip(scales[1:], others, strict=True)], **said,
+    )  # fmt: skip
 
 
 def labelled(data: RankingData) -> Tensor:

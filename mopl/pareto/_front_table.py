@@ -1,0 +1,49 @@
+"""The points of fronts as the columns of one table, for pandas and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from mopl._files import make_parents, write_file
+from mopl._terminal import printable
+
+if TYPE_CHECKING:
+    from mopl.pareto.front import Front
+
+
+def columns_of(fronts: Sequence[Front]) -> dict[str, list[Any]]:
+    """Return the columns of `Front.to_frame` of fronts that share their objectives, a row for each point."""
+    names = fronts[0].objectives
+    rows = []
+    for front in fronts:
+        for point in front.points:
+            row: list[Any] = [front.method, front.seed, point.scale, *(point.weights or [math.nan] * len(names))]
+            for figure, ends in zip(point.figures, point.intervals, strict=True):
+                row += [figure, *(ends or (math.nan, math.nan))]
+            rows.append(row)
+    headers: list[str] = []
+    figures = [f"{name}{end}" for name in ("main", *names) for end in ("", "_low", "_high")]
+    for name in ["method", "seed", "scale", *(f"w_{name}" for name in names), *figures]:
+        while name in headers:
+            name += "_"
+        headers.append(name)
+    return dict(zip(headers, map(list, zip(*rows, strict=True)), strict=True))
+
+
+def write_csv(fronts: Sequence[Front], path: str | os.PathLike[str]) -> None:
+    """Write the columns of fronts as CSV, whole or not at all; control characters in names are escaped."""
+    columns = columns_of(fronts)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(printable(name, keep="") for name in columns)
+    for row in zip(*columns.values(), strict=True):
+        writer.writerow(
+            printable(cell, keep="") if isinstance(cell, str) else "" if cell != cell else cell for cell in row
+        )
+    make_parents(path)
+    write_file(path, text.getvalue())
