@@ -14,60 +14,25 @@ See `mopl.ranking.stages` for the models of the baselines.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from mopl import _terminal
-from mopl._extras import require_for
-from mopl._files import write_file
 from mopl._restoring import seeded
+from mopl.experiments.driver import FREE_ON_RESUME, Measured, Recipe, execute, plain_word
 from mopl.experiments.resume_settings import settings_to_resume
-from mopl.experiments.run_directory import (
-    RunInterrupted,
-    command_line,
-    create_run,
-    environment,
-    hold_run,
-    resumable,
-    version_changes,
-)
-from mopl.pareto import weight_grid
+from mopl.experiments.run import run_grid
+from mopl.experiments.run_directory import RunInterrupted
 from mopl.pareto.volumes import check_affordable
 from mopl.ranking.config import RankConfig
-from mopl.ranking.data import RankingData
-from mopl.ranking.evaluate import (
-    Evaluation,
-    check_measurable,
-    distances_to_truth,
-    evaluate,
-    make_front,
-    true_front,
-)
+from mopl.ranking.evaluate import check_measurable, distances_to_truth, evaluate, make_front, true_front
 from mopl.ranking.methods import BasePolicy, Policy
-from mopl.ranking.runs import (
-    EVALUATION,
-    FRONT,
-    check_data,
-    config_of,
-    fingerprint,
-    load_splits,
-    method_folder,
-    save_normalizer,
-    write_reports,
-)
+from mopl.ranking.runs import RankingRun, fingerprint, load_splits, save_normalizer
 from mopl.ranking.stages import Stages, Trained, check_base, load_policy
 from mopl.ranking.validation import Validation
-from mopl.training import RunLog, make_accelerator
-from mopl.training.parallel import exists_on_main, on_main
 
 __all__ = ["FREE_ON_RESUME", "RunInterrupted", "check_resume", "rank"]
-
-# Settings that a resumed run may have otherwise: they change what is written or where, not what is computed.
-FREE_ON_RESUME = ("log_every", "checkpoint_every", "log_with", "device")
 
 
 def rank(
@@ -98,126 +63,126 @@ def rank(
         TrainingDiverged: If a loss is no longer a number.
         RunInterrupted: After Ctrl-C or SIGTERM, once a checkpoint is written.
     """
-    require_for("rank", *config.log_with)
-    accelerator = make_accelerator(config.mixed_precision, cpu=config.device == "cpu")
-    tell = say if accelerator.is_main_process else (lambda text: None)
-    stem = f"rank-{_data_word(config)}-{config.method}"
-    with hold_run(run, stem, accelerator, resume=resume, overwrite=overwrite) as (path, record):
-        _run(config, path, record, accelerator, tell, overwrite=overwrite)
-    return path
+    return execute(RankingRecipe(config), run, resume=resume, overwrite=overwrite, say=say)
 
 
-def _run(
-    config: RankConfig,
-    path: Path,
-    record: dict[str, Any] | None,
-    accelerator: Any,
-    tell: Callable[[str], None],
-    *,
-    overwrite: bool,
-) -> None:
-    """Check data and settings, begin the run unless there is a record of it, and work."""
-    if record is not None and "patience" not in record["config"] and config.patience == RankConfig.patience:
-        config = dataclasses.replace(config, patience=0)  # begun by a version that trained all steps
-    splits = load_splits(config)
-    for name, split in splits.items():
-        whole = f"{split.name}: {len(split)} queries, {split.num_items} items"
-        for line in split.describe().split("\n") if name == "train" else [whole]:
-            tell(line)
-    config = config.resolved(len(splits["train"]))
-    config.betas(len(splits["train"].objectives))
-    check_measurable(splits["train"], config.measure)
-    empty = check_measurable(splits["test"], config.measure)
-    grid = weight_grid(len(splits["train"].objectives), config.points, density="medium")
-    check_affordable(*grid.shape)
-    if config.base is not None:
-        check_base(config.base, splits["train"])
-    if record is not None:
-        _check_resume(record, config, splits, path)
-        if changes := version_changes(record):
-            tell(f"note: versions changed since the run began ({'; '.join(changes)}); bits may differ")
-    accelerator.wait_for_everyone()
-    if record is None:
-        on_main(accelerator, lambda: create_run(path, _record(config, splits), overwrite=overwrite))
-    tell(f"run {path}")
-    with resumable(path, "rank"):
-        _work(config, path, splits, grid, empty, accelerator, tell)
+class RankingRecipe(Recipe):
+    """What `mopl rank` does in a run."""
 
+    kind = None
 
-def _work(
-    config: RankConfig,
-    path: Path,
-    splits: dict[str, RankingData],
-    grid: Tensor,
-    empty: dict[str, float],
-    accelerator: Any,
-    tell: Callable[[str], None],
-) -> None:
-    """Train, evaluate and report what is missing in a run directory."""
-    train, test, device = splits["train"], splits["test"], accelerator.device
-    main = accelerator.is_main_process
-    with_log = RunLog(path, enabled=main, log_with=config.log_with, settings=config.to_dict())
-    validation = Validation(splits["valid"], config)
-    for note in validation.notes:
-        tell(note)
-    stages = Stages(path, config, train, validation, accelerator, with_log, tell)
-    base = stages.base_model()
-    references = stages.references(base, splits)
-    stages.reference = references["train"]
-    validation.take_reference(references["valid"])
-    temperature = config.betas(len(stages.objectives))
-    truth = true_front(test, references["test"], grid, temperature, config.measure)
-    if main:
-        save_normalizer(path, train)
+    @property
+    def stem(self) -> str:
+        """What the default name of the run begins with."""
+        data = self.config.data
+        word = Path(data).name if Path(data).exists() else data.split(":")[0]
+        return f"rank-{plain_word(word)}-{self.config.method}"
 
-    def finish(method: str, folder: Path, policy: Policy, trained: dict[str, Trained], parameters: int) -> None:
-        asked = None if method == "base" else grid
+    def read(self) -> dict[str, Any]:
+        """Read and describe the splits, complete the settings, check what can be measured with them."""
+        self.splits = load_splits(self.config)
+        train, test = self.splits["train"], self.splits["test"]
+        for name, split in self.splits.items():
+            whole = f"{split.name}: {len(split)} queries, {split.num_items} items"
+            for line in split.describe().split("\n") if name == "train" else [whole]:
+                self.say(line)
+        config = self.config = self.config.resolved(len(train))
+        self.temperature = config.betas(len(train.objectives))
+        check_measurable(train, config.measure)
+        self.empty_share = check_measurable(test, config.measure)
+        self.grid = run_grid(config, len(train.objectives))
+        check_affordable(*self.grid.shape)
+        if config.base is not None:
+            check_base(config.base, train)
+        self.description = {
+            "name": config.data, "split": "test", "queries": len(test), "items": test.num_items,
+            "fingerprint": fingerprint(self.splits),
+        }  # fmt: skip
+        return {
+            **self.description,
+            "empty_share": self.empty_share,
+            "splits": {name: split.statistics() for name, split in self.splits.items()},
+            "objectives": [objective.to_dict() for objective in (train.main, *train.objectives)],
+        }
+
+    def check_resume(self, record: dict[str, Any]) -> None:
+        """Raise unless the settings are those that the recorded run has."""
+        check_resume(record, self.config.to_dict(), self.path)
+
+    def prepare(self) -> None:
+        """Train the base model, score all splits with it, find the true front of generated data."""
+        config, train, test = self.config, self.splits["train"], self.splits["test"]
+        validation = Validation(self.splits["valid"], config)
+        for note in validation.notes:
+            self.say(note)
+        self.stages = Stages(self.path, config, train, validation, self.accelerator, self.log, self.say)
+        self.base_model = self.stages.base_model()
+        references = self.stages.references(self.base_model, self.splits)
+        self.stages.reference = references["train"]
+        validation.take_reference(references["valid"])
+        self.reference = references["test"]
+        self.truth = true_front(test, self.reference, self.grid, self.temperature, config.measure)
+        if self.accelerator.is_main_process:
+            save_normalizer(self.path, train)
+
+    def base(self) -> Measured:
+        """Evaluate the base model, which has no trade-off."""
+        trained = {"base": Trained.read(self.path / "base")}
+        size = sum(p.numel() for p in self.base_model.parameters())
+        return self._measure("base", BasePolicy(self.stages.objectives), trained, size)
+
+    def train(self, method: str, folder: Path) -> tuple[dict[str, Trained], int]:
+        """Train what a method needs; return its trainings by name and its number of parameters."""
+        return self.stages.train_method(method, folder, self.base_model, self.grid)
+
+    def evaluate(self, method: str, folder: Path, trained: tuple[dict[str, Trained], int]) -> Measured:
+        """Evaluate a trained method at each trade-off and each distance from the base model."""
+        policy = load_policy(
+            self.path, folder, method, self.config, self.stages.objectives, self.grid, self.accelerator.device
+        )
+        return self._measure(method, policy, *trained)
+
+    def _measure(self, method: str, policy: Policy, trained: dict[str, Trained], parameters: int) -> Measured:
+        config, test, truth = self.config, self.splits["test"], self.truth
+        asked = None if method == "base" else self.grid
         scales = (1.0,) if method == "base" else (1.0, *(c for c in config.scales if c != 1.0))
         with seeded(config.seed):  # ties="random" draws in the held-out losses too
             evaluations = evaluate(
-                policy, test, references["test"], asked,
-                measure=config.measure, list_loss=config.list_loss,
-                temperature=temperature, conditioned_on_temperature=method == "temperature-cos-dpo", scales=scales,
-                device=device,
+                policy, test, self.reference, asked,
+                measure=config.measure, list_loss=config.list_loss, temperature=self.temperature,
+                conditioned_on_temperature=method == "temperature-cos-dpo", scales=scales,
+                device=self.accelerator.device,
             )  # fmt: skip
+        done = list(trained.values())
         front = make_front(
-            evaluations, method=method, data=test, description=_describe(config, splits, test), measure=config.measure,
-            seconds=sum(done.seconds for done in trained.values()), parameters=parameters, seed=config.seed,
-            scales=scales, steps=_steps(trained),
+            evaluations, method=method, data=test, description=self.description, measure=config.measure,
+            seconds=sum(each.seconds for each in done), parameters=parameters, seed=config.seed, scales=scales,
+            steps={
+                "limit": max(each.limit for each in done), "done": [each.steps for each in done],
+                "kept": [each.kept for each in done],
+            },
             reference_front=None if method == "base" or truth is None else truth.auxiliary,
         )  # fmt: skip
-        figures = _evaluation(evaluations[0], config, empty)
-        figures["trainings"] = {name: dataclasses.asdict(done) for name, done in trained.items()}
+        first = evaluations[0]
+        figures: dict[str, Any] = {
+            "weights": None if first.weights is None else first.weights.tolist(),
+            "loss": config.loss,
+            "losses": first.losses.tolist(),
+            "metric": config.measure.metric().describe(),
+            "empty_share": self.empty_share,
+            "trainings": {name: dataclasses.asdict(each) for name, each in trained.items()},
+        }
         if truth is not None:
             figures["true_losses"] = truth.losses.tolist()
             figures["true_auxiliary"] = truth.auxiliary.tolist()
             if method != "base":
-                distances = distances_to_truth(evaluations[0], test, references["test"], temperature)
+                distances = distances_to_truth(first, test, self.reference, self.temperature)
                 figures["nats_above_the_optimum"] = distances
-                tell(f"{method}: {sum(distances) / len(distances):.4f} nats above the optimum, mean over the grid; "
-                     f"IGD+ to the true front {front.steerability['igd_plus']:.4f}")  # fmt: skip
-        if main:
-            write_file(folder / EVALUATION, json.dumps(figures, indent=2) + "\n")
-            front.save(folder / FRONT)  # last: where it is, the method is finished
-        accelerator.wait_for_everyone()
-
-    if not exists_on_main(accelerator, path / "base" / FRONT):
-        trained = {"base": Trained.read(path / "base")}
-        finish("base", path / "base", BasePolicy(stages.objectives), trained, sum(p.numel() for p in base.parameters()))
-    for method in config.methods:
-        folder = method_folder(path, config, method)
-        if exists_on_main(accelerator, folder / FRONT):
-            continue
-        if main:
-            folder.mkdir(exist_ok=True)
-        accelerator.wait_for_everyone()
-        trained, parameters = stages.train_method(method, folder, base, grid)
-        policy = load_policy(path, folder, method, config, stages.objectives, grid, device)
-        finish(method, folder, policy, trained, parameters)
-    with_log.close()
-    if main:
-        write_reports(path)
-    accelerator.wait_for_everyone()
+                self.say(
+                    f"{method}: {sum(distances) / len(distances):.4f} nats above the optimum, mean over the grid; "
+                    f"IGD+ to the true front {front.steerability['igd_plus']:.4f}"
+                )
+        return Measured(front, figures)
 
 
 def check_resume(record: dict[str, Any], changes: dict[str, Any], path: Path) -> RankConfig:
@@ -231,57 +196,4 @@ def check_resume(record: dict[str, Any], changes: dict[str, Any], path: Path) ->
     Raises:
         ValueError: If a setting that matters differs.
     """
-    return settings_to_resume(
-        config_of(record, path), record["config"], changes, path, free=FREE_ON_RESUME
-    )  # fmt: skip
-
-
-def _check_resume(record: dict[str, Any], config: RankConfig, splits: dict[str, RankingData], path: Path) -> None:
-    check_resume(record, {name: value for name, value in vars(config).items()}, path)
-    check_data(record, splits, path)
-
-
-def _record(config: RankConfig, splits: dict[str, RankingData]) -> dict[str, Any]:
-    """Return what `config.json` holds."""
-    return {
-        "command": command_line(),
-        "config": config.to_dict(),
-        **environment(),
-        "data": {
-            **_describe(config, splits, splits["test"]),
-            "empty_share": check_measurable(splits["test"], config.measure),
-            "splits": {name: split.statistics() for name, split in splits.items()},
-            "objectives": [o.to_dict() for o in (splits["train"].main, *splits["train"].objectives)],
-        },
-    }
-
-
-def _describe(config: RankConfig, splits: dict[str, RankingData], test: RankingData) -> dict[str, Any]:
-    """Return what `front.json` says about the data."""
-    return {
-        "name": config.data, "split": "test", "queries": len(test), "items": test.num_items,
-        "fingerprint": fingerprint(splits),
-    }  # fmt: skip
-
-
-def _evaluation(evaluation: Evaluation, config: RankConfig, empty: dict[str, float]) -> dict[str, Any]:
-    """Return what `evaluation.json` holds: figures that `front.json` has no place for."""
-    return {
-        "weights": None if evaluation.weights is None else evaluation.weights.tolist(),
-        "loss": config.loss,
-        "losses": evaluation.losses.tolist(),
-        "metric": config.measure.metric().describe(),
-        "empty_share": empty,
-    }
-
-
-def _steps(trained: dict[str, Trained]) -> dict[str, Any]:
-    """Return what `front.json` says of the steps of each model."""
-    done = list(trained.values())
-    return {"limit": max(d.limit for d in done), "done": [d.steps for d in done], "kept": [d.kept for d in done]}
-
-
-def _data_word(config: RankConfig) -> str:
-    """Return a short name of the data for the name of the run."""
-    word = Path(config.data).name if Path(config.data).exists() else config.data.split(":")[0]
-    return "".join(c if c.isalnum() or c in "._" else "-" for c in word).strip("-") or "data"
+    return settings_to_resume(RankingRun.config_of(record, path), record["config"], changes, path, free=FREE_ON_RESUME)

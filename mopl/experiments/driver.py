@@ -1,0 +1,314 @@
+"""One run of any application, from its settings to its report.
+
+    read      data, settings and whatever could stop the run later: nothing is written yet
+    begin     the run directory; or, of a run that goes on, the check that it is the same run
+    prepare   what all methods share: a base model, the scores of the reference
+    work      the untrained model and each method: trained, evaluated, recorded; `front.json` is the last of its files,
+              so that where it lies, the method is finished and is left alone when the run goes on
+    report    table, picture and page
+
+What is particular to an application is a class of `Recipe`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+from mopl import _terminal
+from mopl._extras import require_for
+from mopl._files import write_file
+from mopl.experiments.applications import APPLICATIONS
+from mopl.experiments.run import BASE, EVALUATION, FRONT, SAMPLES, method_folder, write_reports
+from mopl.experiments.run_directory import (
+    CONFIG_FILE,
+    RunInterrupted,
+    command_line,
+    create_run,
+    environment,
+    hold_run,
+    resumable,
+    version_changes,
+)
+from mopl.pareto import Front
+from mopl.training import RunLog, TrainingDiverged, make_accelerator
+from mopl.training.parallel import exists_on_main, on_main
+
+# Settings that a resumed run may have otherwise: they change what is written or where, not what is computed.
+FREE_ON_RESUME = ("log_every", "checkpoint_every", "log_with", "device")
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What is known of a method, or of the untrained model, once it is evaluated.
+
+    Attributes:
+        front: Its front.
+        figures: What `evaluation.json` holds: figures that the front has no place for.
+        samples: What `samples.json` holds: answers to held-out prompts; None for an application that has none.
+    """
+
+    front: Front
+    figures: Any
+    samples: list[dict[str, Any]] | None = None
+
+
+class Recipe(ABC):
+    """What an application does in a run; the driver calls the methods in the order in which they stand here.
+
+    Args:
+        config: The settings.
+
+    Attributes:
+        kind: What `config.json` says made the run; None for ranking.
+        fingerprints: By their keys in `data` those that a resumed run must find again, and of what they are.
+        config: The settings; once `read` has returned those of this run, with nothing left open.
+        path: The run directory.
+        record: `config.json` of the run that goes on; None of a new one.
+        accelerator: accelerate's `Accelerator`.
+        log: The log of the run.
+        say: Told, in a line, about each stage; silent on all processes but the main one.
+        data: What `config.json` remembers of the data.
+    """
+
+    kind: ClassVar[str | None]
+    fingerprints: ClassVar[Mapping[str, str]] = {"fingerprint": "data"}
+    path: Path
+    record: dict[str, Any] | None
+    accelerator: Any
+    log: RunLog
+    say: Callable[[str], None]
+    data: dict[str, Any]
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """Modules that the settings need beside those of the command."""
+        return ()
+
+    @property
+    @abstractmethod
+    def stem(self) -> str:
+        """What the default name of the run begins with."""
+
+    def make_accelerator(self) -> Any:
+        """Return the `Accelerator` of the run; nothing is loaded before."""
+        return make_accelerator(self.config.mixed_precision, cpu=self.config.device == "cpu")
+
+    @abstractmethod
+    def read(self) -> dict[str, Any]:
+        """Read the data, say what it is, complete the settings and check all that does not need the model.
+
+        Returns:
+            What `config.json` will remember of the data.
+
+        Raises:
+            FileNotFoundError: If there is no data.
+            ValueError: If a setting or the data is unsound.
+        """
+
+    @abstractmethod
+    def check_resume(self, record: dict[str, Any]) -> None:
+        """Raise a ValueError unless the settings are those that the recorded run has."""
+
+    def load(self) -> None:  # noqa: B027
+        """Load the model, where that shows what would stop the run later; nothing is written yet."""
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Compute what all methods share, or read what the run has of it."""
+
+    @abstractmethod
+    def base(self) -> Measured:
+        """Evaluate the untrained model."""
+
+    @abstractmethod
+    def train(self, method: str, folder: Path) -> Any:
+        """Train what a method needs, in its folder and beside it; return what `evaluate` wants to know of that."""
+
+    @abstractmethod
+    def evaluate(self, method: str, folder: Path, trained: Any) -> Measured:
+        """Evaluate a trained method on the grid."""
+
+    def remarks(self) -> Iterable[str]:
+        """Return what is to be said once all methods are there."""
+        return ()
+
+    def options_to_resume(self) -> tuple[str, ...]:
+        """Return the options that continue the run, beside `--run` and `--resume`."""
+        return ()
+
+
+def execute(
+    recipe: Recipe,
+    run: str | Path | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    say: Callable[[str], None] = _terminal.say,
+) -> Path:
+    """Train, evaluate and report; everything lands in one run directory.
+
+    Args:
+        recipe: The application with its settings.
+        run: The run directory; `runs/<stem>-<n>` with the next free n by default.
+        resume: Continue the run that is there, bit for bit as if it had never stopped.
+        overwrite: Replace the run that is there, once what is read is found sound.
+        say: Told, in a line, about each stage; on the main process only.
+
+    Returns:
+        The run directory.
+
+    Raises:
+        FileExistsError: If there is a run and neither `resume` nor `overwrite` is set.
+        FileNotFoundError: If there is no run to resume.
+        ImportError: If a package is missing; the message says how to install it.
+        ValueError: If a resumed run had other settings or data.
+        TrainingDiverged: If a loss is no longer a number.
+        RunInterrupted: After Ctrl-C or SIGTERM, once a checkpoint is written.
+    """
+    command = APPLICATIONS[recipe.kind].command
+    require_for(command, *recipe.packages, *recipe.config.log_with)
+    accelerator = recipe.accelerator = recipe.make_accelerator()
+    main = accelerator.is_main_process
+    recipe.say = say if main else (lambda text: None)
+    with hold_run(run, recipe.stem, accelerator, resume=resume, overwrite=overwrite) as (path, record):
+        recipe.path, recipe.record = path, record
+        if record is not None:
+            recipe.config = _as_begun(recipe.config, record)
+        recipe.data = recipe.read()
+        if record is not None:
+            _check_same_run(recipe, record)
+        config = recipe.config
+        with closing(RunLog(path, enabled=main, log_with=config.log_with, settings=config.to_dict())) as recipe.log:
+            recipe.load()
+            accelerator.wait_for_everyone()
+            with _begun(recipe, overwrite=overwrite):
+                recipe.say(f"run {path}")
+                _work(recipe)
+    return path
+
+
+@contextmanager
+def _begun(recipe: Recipe, *, overwrite: bool) -> Iterator[None]:
+    """Make the directory of a new run, and say of a run that stops inside the block what to do about what it leaves.
+
+    A new run that fails before it has computed anything is taken back: it would only be in the way of the next try.
+    """
+    path, accelerator = recipe.path, recipe.accelerator
+    begins, keep_folder = recipe.record is None, path.is_dir() and not any(path.iterdir())
+    if begins:
+        on_main(accelerator, lambda: create_run(path, _record(recipe), overwrite=overwrite))
+    try:
+        with resumable(path, APPLICATIONS[recipe.kind].command, *recipe.options_to_resume()):
+            yield
+    except (RunInterrupted, TrainingDiverged):
+        raise
+    except Exception:
+        if begins and accelerator.is_main_process and [entry.name for entry in path.iterdir()] == [CONFIG_FILE]:
+            (path / CONFIG_FILE).unlink()
+            if not keep_folder:
+                path.rmdir()
+        raise
+
+
+def _work(recipe: Recipe) -> None:
+    """Train, evaluate and report what is missing in the run directory."""
+    path, accelerator = recipe.path, recipe.accelerator
+    recipe.prepare()
+
+    for method in (BASE, *recipe.config.methods):
+        folder = method_folder(path, recipe.config, method)
+        if exists_on_main(accelerator, folder / FRONT):
+            continue
+        if accelerator.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+        accelerator.wait_for_everyone()
+
+        if method == BASE:
+            found = recipe.base()
+        else:
+            found = recipe.evaluate(method, folder, recipe.train(method, folder))
+
+        if accelerator.is_main_process:
+            write_file(folder / EVALUATION, json.dumps(found.figures, indent=2) + "\n")
+            if found.samples is not None:
+                write_file(folder / SAMPLES, json.dumps(found.samples, indent=2, ensure_ascii=False) + "\n")
+            found.front.save(folder / FRONT)
+        accelerator.wait_for_everyone()
+
+    for line in recipe.remarks():
+        recipe.say(line)
+    if accelerator.is_main_process:
+        write_reports(path)
+    accelerator.wait_for_everyone()
+
+
+def plain_word(text: str) -> str:
+    """Return a name of data as a part of a folder's name."""
+    return "".join(c if c.isalnum() or c in "._" else "-" for c in text).strip("-") or "data"
+
+
+# ---------------------------------------------------------------- what a run remembers
+
+
+def _record(recipe: Recipe) -> dict[str, Any]:
+    """Return what `config.json` holds."""
+    kind = recipe.kind
+    return {
+        "command": command_line(),
+        **({} if kind is None else {"kind": kind}),
+        "config": recipe.config.to_dict(),
+        **environment(kind),
+        "data": recipe.data,
+    }
+
+
+def _as_begun(config: Any, record: dict[str, Any]) -> Any:
+    """Return settings in which one that the run's version did not have means what that version did, unless it is given.
+
+    That is known of a setting that differs from its default only.
+    """
+    before = getattr(config, "WHERE_MISSING", {})
+    default = {name for name in before if getattr(config, name) == getattr(type(config), name)}
+    changes = {name: before[name] for name in default - record["config"].keys()}
+    return dataclasses.replace(config, **changes)
+
+
+def _check_same_run(recipe: Recipe, record: dict[str, Any]) -> None:
+    """Raise unless settings and data are those of the run that goes on; say if versions are not.
+
+    Raises:
+        ValueError: With what differs and what to do.
+    """
+    recipe.check_resume(record)
+    check_data(record, recipe.data, recipe.fingerprints, recipe.path)
+    if changes := version_changes(record):
+        recipe.say(f"note: versions changed since the run began ({'; '.join(changes)}); bits may differ")
+
+
+def check_data(record: dict[str, Any], found: Mapping[str, Any], fingerprints: Mapping[str, str], path: Path) -> None:
+    """Raise unless the data is what it was when a run began.
+
+    Args:
+        record: The run's `config.json`.
+        found: The fingerprints of now.
+        fingerprints: By their keys in both, of what they are.
+        path: The run, for the message.
+
+    Raises:
+        ValueError: With what changed.
+    """
+    for key, what in fingerprints.items():
+        if record["data"][key] != found[key]:
+            raise ValueError(
+                f"the {what} of {path} is not what it was when the run began (its fingerprint differs); put the old "
+                "files back, or start another run"
+            )
