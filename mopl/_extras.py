@@ -40,6 +40,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "steer": ("demo", ("safetensors", "moocore")),
     "report": ("demo", ("moocore", "matplotlib")),
     "align": ("demo-lm", ("transformers", *_TRAINING)),
+    "clp": ("demo-lm", ("transformers", *_TRAINING)),
     "generate": ("demo-lm", ("transformers", "safetensors")),
     "export": ("demo-lm", ("transformers", "safetensors")),
 }

@@ -2,6 +2,7 @@
 
     mopl rank                      train weight-cos-dpo on the embedded data set, with table, picture and page
     mopl align --demo              fine-tune a small language model for every trade-off
+    mopl clp --demo                train a small language model on rewards for every trade-off
     mopl generate RUN --weights .. answer prompts at any trade-off
     mopl export RUN --weights ..   one trade-off as a plain model for transformers and vLLM
     mopl steer RUN --weights ...   figures and scores for any trade-off of a finished run, without training
@@ -26,9 +27,8 @@ from typing import Any, NoReturn
 from mopl import __version__
 from mopl._extras import require_for
 from mopl._terminal import exit_status, is_terminal, one_line, print_traceback, printable, say, terminal
-from mopl.alignment.command import add_parser as add_align_parser
 from mopl.alignment.commands_after import add_export_parser, add_generate_parser
-from mopl.commands import rank
+from mopl.commands import align, rank
 from mopl.experiments.common_settings import METHODS
 
 STEER_EXAMPLES = """
@@ -62,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
     rank.add_parser(commands)
     _steer_parser(commands)
-    add_align_parser(commands)
+    align.add_parser(commands)
     add_generate_parser(commands)
     add_export_parser(commands)
     _report_parser(commands)
@@ -210,7 +210,7 @@ def _act(parsed: argparse.Namespace) -> int:
     """Do what was asked for; an error is said in a line."""
     try:
         # A table is drawn by rich on a terminal, at the end of a run.
-        drawn = parsed.command in ("rank", "align", "report") and is_terminal(sys.stdout)
+        drawn = parsed.command in ("rank", "align", "clp", "report") and is_terminal(sys.stdout)
         tables = ("rich",) * drawn
         require_for(parsed.command, *tables, *getattr(parsed, "log_with", ()))
         from mopl._hub import trusting

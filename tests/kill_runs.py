@@ -86,7 +86,7 @@ CASES = {
         Case("align-text", f"{ALIGN} --conditioning text"),
     ],
     "clp": [
-        Case("clp-all", f"{CLP} --method clp-all --scope lora"),
+        Case("clp-all", f"{CLP} --method clp-all --scope lora-mixture"),
         Case(
             "clp-epochs",
             f"{CLP} --method clp --scope full --epochs 2 --clip 0.2 --normalize running --checkpoint-every 2",

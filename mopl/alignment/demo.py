@@ -61,7 +61,7 @@ SETTINGS: dict[str, Any] = {
     # without an influence of w and in so few steps get little: losses part, answers hardly.
     "conditioning": "lora-mixture",
     "beta": (0.25,),  # with 0.1 so small a model leaves the language, with 0.4 its answers hardly change
-    "alpha": 0.5,
+    "concentration": 0.5,
     "steps": 32,
     "lists_per_batch": 4,
     "learning_rate": 9e-4,

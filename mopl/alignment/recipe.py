@@ -66,7 +66,7 @@ from mopl.training.parallel import exists_on_main, on_main
 __all__ = ["FREE_ON_RESUME", "RunInterrupted", "align", "answers", "check_resume", "evaluate", "load_data"]
 
 # Settings that a resumed run may have otherwise: they change what is written or where, not what is computed.
-FREE_ON_RESUME = ("log_every", "checkpoint_every", "tensorboard", "device")
+FREE_ON_RESUME = ("log_every", "checkpoint_every", "log_with", "device")
 
 
 def align(
@@ -97,7 +97,7 @@ def align(
         TrainingDiverged: If a loss is no longer a number.
         RunInterrupted: After Ctrl-C or SIGTERM, once a checkpoint is written.
     """
-    require_for("align", *("peft",) * (config.lora_rank > 0), *("tensorboard",) * config.tensorboard)
+    require_for("align", *("peft",) * (config.lora_rank > 0), *config.log_with)
     accelerator = make_accelerator(config.mixed_precision, cpu=config.device == "cpu")
     tell = say if accelerator.is_main_process else (lambda text: None)
     stem = f"align-{_data_word(config)}-{config.method}"
@@ -144,7 +144,7 @@ def _run(
     log = RunLog(
         path,
         enabled=accelerator.is_main_process,
-        log_with=("tensorboard",) * config.tensorboard,
+        log_with=config.log_with,
         settings=config.to_dict(),
     )
     stages = Stages(path, config, splits, tokenizer, accelerator, log, tell)

@@ -205,7 +205,7 @@ class Stages:
             common_temperature=None if takes_temperature else self._common_beta(),
         )  # fmt: skip
         source = self._source(
-            dirichlet_weights(m, count, concentration=config.alpha, **per), temperature,
+            dirichlet_weights(m, count, concentration=config.concentration, **per), temperature,
             conditioner=self.conditioner(method),
         )  # fmt: skip
         return self._fit(method, folder / "model", source, loss, conditioned=True, temperature=takes_temperature)

@@ -95,7 +95,7 @@ def tuning_record(
     if temperature:
         beta = tuple(tuple(factor * b for b in beta) for factor in config.beta_range)
     reference = "self" if config.reference in ("auto", "self", "precomputed") else config.reference
-    return TuningRecord(objectives, reference, beta, config.alpha if conditioned else None)
+    return TuningRecord(objectives, reference, beta, config.concentration if conditioned else None)
 
 
 def text_prompt(objectives: tuple[str, ...], *, temperature: bool = False) -> TextPrompt:

@@ -28,7 +28,7 @@ ASKED = "Answer in a sentence or two."
 SETTINGS: dict[str, Any] = {
     "rewards": ("sentiment", "brevity"),
     "method": "clp",
-    "scope": "lora",
+    "scope": "lora-mixture",
     "lora_rank": 8,
     "kl_weight": (0.15,),  # with 0.05 it soon answers in single words that are not always words
     "steps": 32,
@@ -37,7 +37,7 @@ SETTINGS: dict[str, Any] = {
     "max_new_tokens": 40,
     # At 1 a model of this size is half incoherent before it is trained at all.
     "temperature": 0.7,
-    "alpha": 0.5,
+    "concentration": 0.5,
     "learning_rate": 5e-4,
     "warmup": 3,
     "schedule": "linear",

@@ -187,14 +187,14 @@ def new_policy(base: Any, config: ClpConfig, objectives: Sequence[str], kind: st
     record = TuningRecord(names, beta=list(config.kl_weight) if takes_alpha else config.kl_weight[0])
     rule = None
     if clp and takes_alpha:
-        rule = AlphaCoefficients(min(config.kl_weight), config.kl_form, anchor=scope != "lora")
+        rule = AlphaCoefficients(min(config.kl_weight), config.kl_form, anchor=scope != "lora-mixture")
     torch.manual_seed(config.seed)  # every model of a kind starts from the same parameters
     model: Conditioned
     own: Any = None
-    if scope == "lora":
+    if scope == "lora-mixture":
         with models.quiet():
             model = LoraMixture(base, len(names), config=_lora(config), coefficients=rule, record=record)
-    elif scope == "prompt":
+    elif scope == "hyper-prompt":
         require("peft")
         from peft import get_peft_model
 
@@ -253,9 +253,9 @@ def load_policy(folder: Path, base: Any, config: ClpConfig, objectives: Sequence
     model: Conditioned
     own: Any = None
     with models.quiet():
-        if scope == "lora":
+        if scope == "lora-mixture":
             model = LoraMixture.from_pretrained(folder, base)
-        elif scope == "prompt":
+        elif scope == "hyper-prompt":
             model = HyperPromptModel.from_pretrained(folder, base)
         else:
             own, trained = base, copy.deepcopy(base)
@@ -272,7 +272,7 @@ def save_soup(folders: Sequence[Path], target: Path, base: Any, config: ClpConfi
     """Write the mixture whose sets are the experts of these folders, one for each objective."""
     record = TuningRecord(tuple(objectives), beta=config.kl_weight[0])
     scope = config.baseline_scope
-    if scope == "lora":
+    if scope == "lora-mixture":
         require("peft", "safetensors")
         from peft import set_peft_model_state_dict
 

@@ -264,7 +264,7 @@ class PromptSource:
             self.weights = samplers.fixed(fixed, self.batch_size)
         else:
             self.weights = samplers.dirichlet_weights(
-                objectives, self.batch_size, concentration=config.alpha, per=trade_offs, seed=config.seed
+                objectives, self.batch_size, concentration=config.concentration, per=trade_offs, seed=config.seed
             )
 
     def __call__(self, step: int, rank: int = 0, world_size: int = 1) -> PromptBatch:

@@ -69,7 +69,7 @@ from mopl.training import RunLog, make_accelerator
 from mopl.training.parallel import exists_on_main, on_main
 
 # Settings that a resumed run may have otherwise: they change what is written or where, not what is computed.
-FREE_ON_RESUME = ("log_every", "checkpoint_every", "tensorboard", "device", "log_samples")
+FREE_ON_RESUME = ("log_every", "checkpoint_every", "log_with", "device", "log_samples")
 REWARDS = "rewards.json"
 
 
@@ -104,8 +104,8 @@ def train_policies(
         TrainingDiverged: If a loss is no longer a number.
         RunInterrupted: After Ctrl-C or SIGTERM, once a checkpoint is written.
     """
-    adapters = ("peft",) * (config.scope in ("lora", "prompt"))
-    require_for("align", *adapters, *("tensorboard",) * config.tensorboard)
+    adapters = ("peft",) * (config.scope in ("lora-mixture", "hyper-prompt"))
+    require_for("align", *adapters, *config.log_with)
     # Rollouts generate with the policy itself, which a sharded one cannot do.
     accelerator = make_accelerator(cpu=config.device == "cpu", sharding=False)
     tell = say if accelerator.is_main_process else (lambda text: None)
@@ -172,7 +172,7 @@ def _run(
     log = RunLog(
         path,
         enabled=accelerator.is_main_process,
-        log_with=("tensorboard",) * config.tensorboard,
+        log_with=config.log_with,
         settings=config.to_dict(),
     )
     stages = Stages(path, config, prompts, base.to(accelerator.device), sampler, judge, accelerator, log, tell)
@@ -315,7 +315,7 @@ def _check_length(base: Any, config: ClpConfig, prompts: dict[str, Prompts]) -> 
     """Raise if the model has fewer positions than the longest prompt, what is put in front, and a response."""
     positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
     longest = max(len(tokens) for part in prompts.values() for tokens in part.tokens) + config.max_new_tokens
-    longest += config.virtual_tokens if config.scope == "prompt" else 0
+    longest += config.virtual_tokens if config.scope == "hyper-prompt" else 0
     if positions is not None and longest > positions:
         raise ValueError(
             f"prompts and responses have up to {longest} tokens but {config.model} knows {positions} positions; lower "
@@ -328,9 +328,9 @@ def _check_scope(base: Any, config: ClpConfig, objectives: tuple[str, ...]) -> N
 
     Also if the model cannot take the rows of a run.
     """
-    check_rows(base, virtual=config.scope == "prompt", generates=True)
-    # Experts of scope prompt are adapters, which are merged for soups and logit mixing.
-    for kind in ("clp", "expert") if config.scope == "prompt" else ("clp",):
+    check_rows(base, virtual=config.scope == "hyper-prompt", generates=True)
+    # Experts of scope hyper-prompt are adapters, which are merged for soups and logit mixing.
+    for kind in ("clp", "expert") if config.scope == "hyper-prompt" else ("clp",):
         policy = new_policy(base, config, objectives, kind, objectives[0])
         try:
             if not isinstance(policy.model, HyperPromptModel):

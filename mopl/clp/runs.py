@@ -81,9 +81,9 @@ class OpenRun:
         return list_tokenizer(self.config, self.tokenizer)
 
     def is_conditioned(self, method: str | None = None) -> bool:
-        """Whether the model of `load` still takes weights: of scope prompt, and words of the prompting baseline."""
+        """Whether the model of `load` takes weights: of scope hyper-prompt, and words of the prompting baseline."""
         method = self._method(method)
-        return method == "prompting" or (method == "clp" and self.config.scope == "prompt")
+        return method == "prompting" or (method == "clp" and self.config.scope == "hyper-prompt")
 
     def takes_temperature(self, method: str | None = None) -> bool:
         """Whether a model takes temperatures of objectives: none here does."""
@@ -126,7 +126,7 @@ class OpenRun:
                 run's first.
 
         Returns:
-            A plain causal language model, merged, that decodes at the cost of one; or for scope prompt a
+            A plain causal language model, merged, that decodes at the cost of one; or for scope hyper-prompt a
             `HyperPromptModel`, and for prompting the one model that `text_prompt` asks. Each call loads a model of its
             own.
 

@@ -14,6 +14,13 @@ from mopl.experiments.settings import Settings, add_options, given
 
 Tell = Callable[[str], None]
 
+TRUST_REMOTE_CODE: Mapping[tuple[str, str], Mapping[str, Any]] = {
+    ("model", "--trust-remote-code"): {
+        "action": "store_true",
+        "help": "run Python code that comes with a model; it is no setting of a run, so --resume needs it again",
+    }
+}
+
 
 @dataclass(frozen=True)
 class Demo:
@@ -150,6 +157,20 @@ def _configuration(experiment: Experiment, settings: Mapping[str, Any]) -> Setti
         if name not in settings:
             raise ValueError(f"--{name} is missing; {experiment.missing}")
     return experiment.settings(**settings)
+
+
+def refuse_options(
+    parsed: argparse.Namespace, unknown: list[str], other: argparse.ArgumentParser
+) -> tuple[argparse.Namespace, list[str]]:
+    """Return what a parser made of its arguments; if it does not know options that another one has, acting says so."""
+    foreign = [word.partition("=")[0] for word in unknown if word.partition("=")[0] in other._option_string_actions]
+
+    def act(arguments: argparse.Namespace) -> int:
+        raise ValueError(f"{', '.join(foreign)} has no part in this --method; leave it out")
+
+    if foreign:
+        parsed.act, unknown = act, []
+    return parsed, unknown
 
 
 def example_weights(objectives: int) -> list[str]:

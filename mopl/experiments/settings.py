@@ -226,8 +226,8 @@ def settings(kind: type[T]) -> type[T]:
 
     made.__init__ = __init__
     lines = [f"{name}: {known.text()}" for name, known in settings_of(made).items()]
-    wrapped = (textwrap.fill(x, 116, initial_indent=" " * 4, subsequent_indent=" " * 8) for x in lines)
-    made.__doc__ = "\n".join([made.__doc__ or "", "", "Args:", *wrapped])
+    wrap = textwrap.TextWrapper(116, initial_indent=" " * 4, subsequent_indent=" " * 8, break_on_hyphens=False)
+    made.__doc__ = "\n".join([made.__doc__ or "", "", "Args:", *map(wrap.fill, lines)])
     return made
 
 

@@ -56,6 +56,14 @@ def read_settings(file: str | os.PathLike[str], kind: type) -> dict[str, Any]:
     return values
 
 
+def method_in(file: str | os.PathLike[str]) -> Any:
+    """Return the method that a YAML file names, None if it names none or cannot be read, which `read_settings` says."""
+    try:
+        return _mapping(read_text(file, most=MOST_BYTES), file).get("method")
+    except (OSError, ValueError):
+        return None
+
+
 def _value(known: Setting, value: Any) -> Any:
     """Return the value of a setting, once it has its type and may be it."""
     if known.many and not isinstance(value, (list, tuple)):

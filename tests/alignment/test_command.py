@@ -1,6 +1,5 @@
 """`mopl align` from the command line to the report: what lands on disk, what it promises, what a stop costs."""
 
-import dataclasses
 import json
 import os
 import re
@@ -23,13 +22,14 @@ pytest.importorskip("moocore")
 from launching import launch_mopl
 
 from mopl import steering
-from mopl.alignment import AlignConfig, align, command, config, open_run, score_sequences
+from mopl.alignment import AlignConfig, align, config, open_run, score_sequences
 from mopl.alignment.recipe import RunInterrupted
 from mopl.alignment.runs import load_samples, run_fronts
 from mopl.alignment.trained import model_folder
 from mopl.cli import build_parser, main
 from mopl.conditioning import HyperPromptModel
 from mopl.language_models.models import read_state, trained_parameters
+from mopl.losses.pairwise import LOSS_TYPES
 from mopl.pareto import Front
 from mopl.training import TrainingDiverged, read_log
 
@@ -121,34 +121,8 @@ def quiet(text):
 # ---------------------------------------------------------------- the parser
 
 
-def align_flags():
-    (subparsers,) = (a for a in build_parser()._actions if a.dest == "command")
-    return {action.dest: action for action in subparsers.choices["align"]._actions}
-
-
-def test_every_setting_is_a_flag_and_the_help_states_its_default():
-    flags = align_flags()
-    special = {
-        "model": None, "data": None, "steps": "3 epochs, at least 100", "objectives": "all", "tensorboard": None,
-        "points": "11, 15, 20 for 2, 3, 4 objectives, 11 above", "top_k": "all", "limit": "all", "format": "auto, by",
-        "template": "auto: chat if", "min_prompt": "a quarter of --max-length", "dtype": "auto, as it is stored",
-        "attention": "its choice",
-            "prompt_text": "small random vectors", "reference": "auto: once if lists",
-            "gradient_checkpointing": None, "packing": None,
-        "prompt_learning_rate": "10 times that", "warmup": "a tenth of the steps",
-        "reference_point": "1.1 / ln 2 times the loss of the untrained model",
-    }  # fmt: skip
-    for field in dataclasses.fields(AlignConfig):
-        help, default = re.sub(r"\s+", " ", flags[field.name].help), field.default
-        if field.name in special:
-            stated = special[field.name]
-        elif isinstance(default, tuple):
-            stated = " ".join(f"{x:g}" if isinstance(x, float) else x for x in default)
-        else:
-            stated = f"{default:g}" if isinstance(default, float) else str(default)
-        assert stated is None or f"(default: {stated}" in help, (field.name, help)
-    assert {"debug", "run", "resume", "overwrite", "demo"} <= flags.keys()
-    assert (command.METHODS, command.LOSSES) == (config.METHODS, config.LOSSES)
+def test_the_pair_losses_are_those_of_bradley_terry_that_have_a_loss_of_one_list():
+    assert config.PAIR_LOSSES == tuple(name for name in LOSS_TYPES if not name.startswith("aot"))
 
 
 def test_help_has_examples_that_parse_and_needs_no_torch(capsys):

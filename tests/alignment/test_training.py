@@ -648,7 +648,7 @@ def test_one_conditioned_model_follows_its_weights_and_has_more_hypervolume_than
         soup = conditioning == "dpo-soup"
         changes = slower if conditioning == "lora-mixture" else {}
         common = {
-            "steps": 120, "lists_per_batch": 16, "beta": 0.5, "alpha": 0.3, "learning_rate": 5e-3,
+            "steps": 120, "lists_per_batch": 16, "beta": 0.5, "concentration": 0.3, "learning_rate": 5e-3,
             "prompt_learning_rate": 1e-2, "lora_rank": 8, "lora_alpha": 16.0, "held_out": 0.2, "points": 5,
             "bootstrap": 0, "samples": 0, "scales": (), "seed": seed, "device": "cpu", "max_length": 16,
             "method": "dpo-soup" if soup else "weight-cos-dpo",
@@ -676,8 +676,8 @@ def test_a_model_follows_weights_that_it_reads_as_words(tmp_path):
     conflicting(640, 2).write_jsonl(tmp_path / "data.jsonl")
     config = AlignConfig(
         str(words), str(tmp_path / "data.jsonl"), conditioning="text", steps=160, lists_per_batch=16, beta=0.5,
-        alpha=0.3, learning_rate=5e-3, lora_rank=8, lora_alpha=16.0, held_out=0.2, points=5, bootstrap=0, samples=0,
-        scales=(), seed=2, device="cpu", max_length=64,
+        concentration=0.3, learning_rate=5e-3, lora_rank=8, lora_alpha=16.0, held_out=0.2, points=5, bootstrap=0,
+        samples=0, scales=(), seed=2, device="cpu", max_length=64,
     )  # fmt: skip
     figures = figures_of(align(config, tmp_path / "run", say=lambda text: None))
     print(figures["spearman"], figures["accuracy"])

@@ -52,7 +52,7 @@ def align(*options: str) -> int:
     return main([*given, "--rewards", "tiny_rewards:first", "tiny_rewards:second", *options])
 
 
-@pytest.mark.parametrize(("scope", "count"), [("attention", True), ("lora", False)])
+@pytest.mark.parametrize(("scope", "count"), [("attention", True), ("lora-mixture", False)])
 def test_a_training_in_16_bit_says_so(place, capsys, scope, count):
     """Adapters are float32 whatever the model is."""
     assert align("--method", "clp", "--scope", scope, "--run", "run", "--dtype", "bfloat16", "--steps", "1") == 0
@@ -61,7 +61,7 @@ def test_a_training_in_16_bit_says_so(place, capsys, scope, count):
 
 
 def test_the_command_trains_evaluates_and_reports(place, capsys):
-    assert align("--method", "clp", "--scope", "lora", "--run", "run") == 0
+    assert align("--method", "clp", "--scope", "lora-mixture", "--run", "run") == 0
     printed = capsys.readouterr().out
     assert "mopl generate run --weights" in printed and "Aux. hypervolume" in printed
     assert "1 model(s) run for a token" in printed
@@ -126,13 +126,13 @@ def test_all_methods_share_one_table(place, capsys):
 
 @pytest.mark.parametrize("method", ["rewarded-soups", "prompting"])
 def test_baselines_generate_too(place, method):
-    assert align("--method", method, "--scope", "prompt", "--run", "run") == 0
+    assert align("--method", method, "--scope", "hyper-prompt", "--run", "run") == 0
     assert main(["generate", "run", "--weights", "0.25", "0.75", "--max-new-tokens", "3", "w1 w2"]) == 0
 
 
 def test_virtual_tokens_are_a_scope(place):
     options = ["--baseline", "value", "--kl-estimator", "exact", "--normalize", "running", "--normalize-decay", "0.9"]
-    assert align("--method", "clp", "--scope", "prompt", "--run", "run", *options) == 0
+    assert align("--method", "clp", "--scope", "hyper-prompt", "--run", "run", *options) == 0
     assert main(["generate", "run", "--weights", "0.25", "0.75", "--scale", "2", "--max-new-tokens", "3", "w1"]) == 0
 
 
@@ -182,7 +182,7 @@ def test_a_kl_weight_is_refused_where_nothing_is_conditioned_on_it(place, capsys
 
 
 def test_a_finished_run_is_resumed_without_training(place, capsys):
-    assert align("--method", "clp", "--scope", "lora", "--run", "run") == 0
+    assert align("--method", "clp", "--scope", "lora-mixture", "--run", "run") == 0
     (place / "run" / "table.txt").unlink()
     capsys.readouterr()
     assert main(["align", "--run", "run", "--resume", "--trust-rewards"]) == 0
@@ -201,10 +201,10 @@ def test_a_finished_run_is_resumed_without_training(place, capsys):
         (["--method", "clp", "--rewards", "nonsense"], "there is no reward 'nonsense'"),
         (["--method", "clp", "--rewards", "tiny_rewards:third"], "neither one of"),
         (["--method", "clp", "--epochs", "2"], "need clip"),
-        (["--method", "clp", "--scope", "lora", "--max-new-tokens", "100"], "64 positions"),
+        (["--method", "clp", "--scope", "lora-mixture", "--max-new-tokens", "100"], "64 positions"),
         (["--method", "dera"], "pass several in"),
         (["--method", "clp", "--scope", "no_such_part"], "names no parameter"),
-        (["--method", "clp", "--scope", "lora", "--lora-targets", "no_such_module"], "no_such_module"),
+        (["--method", "clp", "--scope", "lora-mixture", "--lora-targets", "no_such_module"], "no_such_module"),
         (["--method", "clp", "--data", "nowhere.jsonl"], "nowhere.jsonl"),
     ],
 )
@@ -246,7 +246,7 @@ def test_settings_survive_json():
         ({"kl_estimator": "exact", "kl_level": "sequence"}, "is of each position"),
         ({"trade_offs": 9}, "at one trade-off"),
         ({"epochs": 2, "clip": 0.2, "checkpoint_every": 3}, "take a multiple"),
-        ({"scope": "prompt", "kl_weight": (0.1, 0.2)}, "takes weights alone"),
+        ({"scope": "hyper-prompt", "kl_weight": (0.1, 0.2)}, "takes weights alone"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(settings, message):
@@ -277,12 +277,23 @@ def test_the_demo_runs_on_its_own_prompts(place, monkeypatch):
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_two_processes_make_one_run(place):
-    given = ["align", "--model", "model", "--data", "prompts.jsonl", "--device", "cpu", *BUDGET, "--scope", "lora"]
+    given = [
+        "align",
+        "--model",
+        "model",
+        "--data",
+        "prompts.jsonl",
+        "--device",
+        "cpu",
+        *BUDGET,
+        "--scope",
+        "lora-mixture",
+    ]
     given += ["--method", "clp-all", "--run", "two", "--rewards", "tiny_rewards:first", "tiny_rewards:second"]
     done = launch_mopl(*given, PYTHONPATH=os.pathsep.join([str(place), *sys.path]))
     assert done.returncode == 0, done.stdout + done.stderr[-5000:]
     assert done.stdout.count("clp: 2 steps") == 1  # one process speaks
-    assert align("--method", "clp-all", "--scope", "lora", "--run", "one") == 0
+    assert align("--method", "clp-all", "--scope", "lora-mixture", "--run", "one") == 0
     fronts = [{front.method: front.tensors()[1] for front in run_fronts(name)} for name in ("two", "one")]
     assert fronts[0].keys() == fronts[1].keys()
     assert torch.equal(fronts[0]["base"], fronts[1]["base"])

@@ -34,7 +34,7 @@ from mopl.rewards import FunctionReward, Rewards
 from mopl.training import CheckpointFolder, TrainingConfig, train
 
 PROMPTS = [f"w{i} w{i + 1}" for i in range(40)]
-SCOPES = ("full", "attention", "logits", "lora", "prompt")
+SCOPES = ("full", "attention", "logits", "lora-mixture", "hyper-prompt")
 LENGTH = 6
 
 
@@ -199,12 +199,18 @@ def full_kl(policy: Policy, sampler: Sampler, rollout: Rollout, temperature: flo
 
 @pytest.mark.parametrize(
     ("scope", "family"),
-    [("lora", "llama"), ("logits", "llama"), ("prompt", "llama"), ("full", "llama"), ("logits", "gemma2")],
+    [
+        ("lora-mixture", "llama"),
+        ("logits", "llama"),
+        ("hyper-prompt", "llama"),
+        ("full", "llama"),
+        ("logits", "gemma2"),
+    ],
 )
 def test_the_exact_kl_and_its_gradient_are_those_of_the_full_logits(scope, family):
     base = language_model(family=family)
     config = settings(
-        scope=scope, kl_estimator="exact", temperature=0.7, kl_weight=(0.05, 0.2)[: 1 + (scope == "lora")]
+        scope=scope, kl_estimator="exact", temperature=0.7, kl_weight=(0.05, 0.2)[: 1 + (scope == "lora-mixture")]
     )
     policy = disturbed(new_policy(base, config, ("first", "second"), "clp"))
     sampler = Sampler.of(base, tokenizer(), config)
@@ -226,7 +232,7 @@ def test_the_exact_kl_and_its_gradient_are_those_of_the_full_logits(scope, famil
     release(policy)
 
 
-@pytest.mark.parametrize("scope", ["lora", "logits", "prompt"])
+@pytest.mark.parametrize("scope", ["lora-mixture", "logits", "hyper-prompt"])
 @pytest.mark.parametrize("kl_in", ["reward", "loss"])
 def test_a_step_with_the_exact_kl_has_the_gradient_of_full_logits(tmp_path, scope, kl_in):
     base = language_model()
@@ -279,8 +285,8 @@ def test_a_step_changes_what_the_scope_names_and_nothing_else(tmp_path, scope, b
         "full": lambda n: True,
         "attention": lambda n: "self_attn" in n,
         "logits": lambda n: "lm_head" in n,
-        "lora": lambda n: "lora_B" in n,  # A has no gradient while B is 0
-        "prompt": lambda n: "lora_B" in n or "hyper_prompt" in n,
+        "lora-mixture": lambda n: "lora_B" in n,  # A has no gradient while B is 0
+        "hyper-prompt": lambda n: "lora_B" in n or "hyper_prompt" in n,
     }[scope]
     model = policy.model
     own = {n for n in changed if not n.startswith("value.")}
@@ -358,7 +364,7 @@ def test_guards_stop_a_training_before_the_update_and_name_the_last_checkpoint(t
     assert all(torch.equal(a, b) for a, b in zip(now, policy.parameters(), strict=True))
 
 
-@pytest.mark.parametrize(("scope", "steps"), [("attention", 1), ("lora", 3)])
+@pytest.mark.parametrize(("scope", "steps"), [("attention", 1), ("lora-mixture", 3)])
 def test_parameters_that_ran_away_stop_a_training_even_after_its_last_step(place, scope, steps):
     """Activations overflow and the policy is uniform or constant: nothing is NaN, its KL to a flat model is small."""
     config = at(place, scope=scope, learning_rate=1e9, steps=steps, kl_limit=0.0, entropy_floor=0.0)
@@ -432,7 +438,7 @@ def test_a_running_scale_forgets_a_beginning_that_was_otherwise_and_takes_a_rewa
 # ---------------------------------------------------------------- soups
 
 
-@pytest.mark.parametrize("scope", ["full", "attention", "logits", "lora"])
+@pytest.mark.parametrize("scope", ["full", "attention", "logits", "lora-mixture"])
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_soup_of_experts_is_the_average_of_their_parameters(tmp_path, scope, shared):
     base = language_model()
@@ -450,7 +456,7 @@ def test_a_soup_of_experts_is_the_average_of_their_parameters(tmp_path, scope, s
         release(expert)
     save_soup([tmp_path / "first", tmp_path / "second"], tmp_path / "soup", base, config, ("first", "second"))
     soup = load_policy(tmp_path / "soup", base, config, ("first", "second"), "soup")
-    assert isinstance(soup.model, LoraMixture if scope == "lora" else ParameterMixture)
+    assert isinstance(soup.model, LoraMixture if scope == "lora-mixture" else ParameterMixture)
     mixed = soup.model.merge([0.3, 0.7])
     for name, parameter in mixed.named_parameters():
         expected = 0.3 * merged[0].get_parameter(name) + 0.7 * merged[1].get_parameter(name)
@@ -477,7 +483,7 @@ def at(place: Path, **options) -> ClpConfig:
 @pytest.mark.parametrize(
     "options",
     [
-        {"scope": "lora", "normalize": "running"},
+        {"scope": "lora-mixture", "normalize": "running"},
         {
             "scope": "attention",
             "epochs": 2,
@@ -574,8 +580,8 @@ def test_rewards_follow_the_weights_and_fronts_and_values_are_no_worse_than_thos
     for seed in range(3):
         for method, steps in (("clp", 60), ("rewarded-soups", 30)):
             config = at(
-                place, method=method, scope="full", steps=steps, seed=seed, learning_rate=3e-3, alpha=0.3, trade_offs=1,
-                samples_per_prompt=4, points=5, eval_samples=8, log_samples=0, log_every=50,
+                place, method=method, scope="full", steps=steps, seed=seed, learning_rate=3e-3, concentration=0.3,
+                trade_offs=1, samples_per_prompt=4, points=5, eval_samples=8, log_samples=0, log_every=50,
             )  # fmt: skip
             run = place / f"{method}-{seed}"
             train_policies(config, run, rewards=judge(), say=lambda text: None)

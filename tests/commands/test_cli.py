@@ -1,6 +1,5 @@
 """The command line: what it promises in its help, one-line errors, exit codes, and the same work under a launcher."""
 
-import dataclasses
 import importlib.metadata
 import json
 import os
@@ -14,9 +13,7 @@ import pytest
 from launching import launch_mopl
 
 import mopl
-from mopl.cli import METHODS, as_flags, build_parser, main
-from mopl.ranking import methods
-from mopl.ranking.config import RankConfig
+from mopl.cli import as_flags, build_parser, main
 from mopl.ranking.methods import ListSource
 from mopl.ranking.runs import run_fronts
 
@@ -32,35 +29,6 @@ def run(tmp_path_factory):
     path = tmp_path_factory.mktemp("cli") / "run"
     assert main(["rank", "--run", str(path), *TINY]) == 0
     return path
-
-
-def rank_flags():
-    """Return the options of `mopl rank` by the name of their setting."""
-    (subparsers,) = (a for a in build_parser()._actions if a.dest == "command")
-    return {action.dest: action for action in subparsers.choices["rank"]._actions}
-
-
-def test_every_setting_is_a_flag_and_the_help_states_its_default():
-    flags = rank_flags()
-    special = {
-        "steps": "10 epochs, at least 200", "base_steps": "3 epochs, at least 100", "objectives": "those of the data",
-        "normalize_features": "that of the data", "top_k": "all", "base": None, "log_with": None,
-        "points": "11, 15, 20 for 2, 3, 4 objectives, 11 above",
-        "validate_every": "a twentieth of the steps, at least 5",
-    }  # fmt: skip
-    for field in dataclasses.fields(RankConfig):
-        help = re.sub(r"\s+", " ", flags[field.name].help)
-        default = field.default
-        if field.name in special:
-            stated = special[field.name]
-        elif isinstance(default, tuple):
-            stated = " ".join(f"{x:g}" for x in default)
-        else:
-            stated = f"{default:g}" if isinstance(default, float) else str(default)
-        assert stated is None or f"(default: {stated})" in help, (field.name, help)
-    others = {"help", "debug", "run", "resume", "overwrite", "config", "print_config"}
-    assert flags.keys() - others == {field.name for field in dataclasses.fields(RankConfig)}
-    assert methods.METHODS == METHODS
 
 
 @pytest.mark.parametrize("command", ["rank", "steer", "report"])

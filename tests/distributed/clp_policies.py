@@ -21,7 +21,7 @@ from mopl.training import make_accelerator, train
 if __name__ == "__main__":
     accelerator = make_accelerator(cpu=True)
     assert accelerator.num_processes == 2
-    for scope in ("attention", "lora", "prompt"):
+    for scope in ("attention", "lora-mixture", "hyper-prompt"):
         base = language_model()
         config = settings(scope=scope, baseline="value", epochs=2, clip=0.2, steps=4, accumulation=2)
         policy = new_policy(base, config, ("first", "second"), "clp")

@@ -176,7 +176,7 @@ def test_the_picture_has_a_star_for_each_base(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr("mopl.report.plot._legend", lambda figure, grid, scene: seen.append(scene.bases))
     for name, bases in (("same", (0.3, 0.3)), ("other", (0.2, 0.3))):
-        runs = [write_run(tmp_path / f"{name}-{i}", "rank", base=b, alpha=0.1 + i) for i, b in enumerate(bases)]
+        runs = [write_run(tmp_path / f"{name}-{i}", "rank", base=b, concentration=0.1 + i) for i, b in enumerate(bases)]
         compare_rank(runs, png=tmp_path / "a.png")
     assert [sorted(base.main for base, _ in found.values()) for found in seen] == [[0.3], [0.2, 0.3]]
     assert [one.label for _, one in seen[1].values()] == ["weight-cos-dpo (other-0)", "weight-cos-dpo (other-1)"]

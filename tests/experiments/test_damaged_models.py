@@ -70,8 +70,19 @@ def place(tmp_path_factory) -> Path:
     mixed = ["--conditioning", "lora-mixture"]
     assert main(["align", *model, *data, "--run", str(folder / "mixture"), *ALIGN, *mixed]) == 0
     prompts = ["--data", str(folder / "prompts.jsonl")]
-    for scope in ("lora", "attention"):
-        command = ["align", *model, *prompts, "--run", str(folder / scope), *CLP, "--method", "clp", "--scope", scope]
+    for name, scope in (("lora", "lora-mixture"), ("attention", "attention")):
+        command = [
+            "align",
+            *model,
+            *prompts,
+            "--run",
+            str(folder / name),
+            *CLP,
+            "--method",
+            "clp",
+            "--scope",
+            {"lora": "lora-mixture"}.get(scope, scope),
+        ]
         assert main(command) == 0
     return folder
 

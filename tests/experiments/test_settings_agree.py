@@ -1,8 +1,9 @@
 """A setting has one list of values: in its type, in the check of the dataclass, in the option of the command."""
 
 import argparse
+import re
 import typing
-from dataclasses import fields
+from dataclasses import MISSING, fields
 
 import pytest
 
@@ -19,7 +20,7 @@ NEEDED = {
     ClpConfig: {"model": "m", "data": "d", "rewards": ("brevity",)},
     TrainingConfig: {},
 }
-COMMANDS = {RankConfig: "rank", AlignConfig: "align", ClpConfig: "align"}
+COMMANDS = {RankConfig: "rank", AlignConfig: "align", ClpConfig: "clp"}
 
 
 def literals(config) -> dict[str, tuple]:
@@ -73,6 +74,21 @@ def test_every_setting_has_an_option(config):
     options = actions(COMMANDS[config])
     missing = {f.name for f in fields(config)} - set(options)
     assert not missing
+
+
+@pytest.mark.parametrize("config", COMMANDS, ids=lambda config: config.__name__)
+def test_help_and_documentation_say_what_a_setting_is_and_its_default(config):
+    options = actions(COMMANDS[config])
+    documented = re.sub(r"\s+", " ", config.__doc__)
+    for field in fields(config):
+        default, help = field.default, options[field.name].help.replace("%%", "%")
+        stated = " ".join(f"{x:g}" if isinstance(x, float) else str(x) for x in
+                          (default if isinstance(default, tuple) else (default,)))  # fmt: skip
+        if default in (None, ()):  # in words, but where the default is to do without
+            assert "(default: " in help or field.name in ("log_with", "rewards"), field.name
+        elif default is not MISSING and default is not False:
+            assert f"(default: {stated})" in help, field.name
+        assert len(help.split()) > 1 and f"{field.name}: {help}" in documented, field.name
 
 
 @pytest.mark.parametrize(

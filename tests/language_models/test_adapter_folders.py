@@ -160,7 +160,7 @@ def test_a_policy_on_rewards_starts_from_the_adapter(tmp_path, base, monkeypatch
     save_adapter(tmp_path / "adapter", base, KINDS["lora"]())
     (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "w{i} w{i + 1}"}}\n' for i in range(10)))
     command = (
-        "align --method clp --scope lora --model adapter --data prompts.jsonl --rewards length:target=3 "
+        "align --method clp --scope lora-mixture --model adapter --data prompts.jsonl --rewards length:target=3 "
         "--steps 1 --prompts-per-step 2 --samples-per-prompt 2 --max-new-tokens 4 --normalize none --log-every 1 "
         "--eval-prompts 2 --normalize-prompts 2 --bootstrap 5 --held-out 0.2 --device cpu --lora-rank 2 --run run"
     ).split()

@@ -109,7 +109,7 @@ def test_options_are_asked_for_as_early(monkeypatch, tmp_path, capsys):
     for start in (
         lambda: rank(RankConfig(log_with="tensorboard"), "new"),
         lambda: align(AlignConfig(**demo), "new"),
-        lambda: train_policies(ClpConfig(**demo, rewards=("brevity",), scope="lora"), "new"),
+        lambda: train_policies(ClpConfig(**demo, rewards=("brevity",), scope="lora-mixture"), "new"),
     ):
         with pytest.raises(ImportError, match=r"this needs (tensorboard|peft), which is not installed; run: pip"):
             start()

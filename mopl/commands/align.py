@@ -1,0 +1,141 @@
+"""`mopl align`: a language model for every trade-off, from labelled responses."""
+
+import argparse
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from mopl._terminal import say, shell
+from mopl.alignment.config import AlignConfig
+from mopl.clp.config import ALL, METHODS
+from mopl.commands import clp
+from mopl.commands.experiment import (
+    TRUST_REMOTE_CODE,
+    Demo,
+    Experiment,
+    Tell,
+    add_experiment,
+    example_weights,
+    process,
+    refuse_options,
+)
+
+DEMO_FOLDER = "runs/align-demo-data"
+EXAMPLES = """
+data are JSON lines {"prompt": ..., "responses": [...], "labels": {"helpful": [...], "harmless": [...]}}, or a public
+format: PKU-SafeRLHF, UltraFeedback, HelpSteer, Nectar, preference pairs of TRL, and others. Prompts without labels,
+and rewards: see mopl clp.
+
+examples:
+  mopl align --demo                                       a small model and conflicting rewards, on two cores
+  mopl align --model MODEL --data pairs.jsonl             every objective that the data has
+  mopl align --model MODEL --data PKU-Alignment/PKU-SafeRLHF --objectives helpful harmless
+  mopl align --model MODEL --data lists.jsonl --method all --run runs/chat
+  mopl align --config chat.yaml --steps 500               settings from a file; options count more
+  mopl align --run runs/chat --resume                     continue after Ctrl-C or a crash, bit for bit
+  accelerate launch --num_processes 2 -m mopl.cli align --model MODEL --data lists.jsonl
+"""
+
+
+def generate_hint(path: Path, objectives: Sequence[str]) -> str:
+    """Return a command that answers a prompt with the model of a run, and the names of its objectives."""
+    command = shell("mopl", "generate", path, "--weights", *example_weights(len(objectives)), "PROMPT")
+    return f"{command}    ({', '.join(objectives)})"
+
+
+def _finished(path: Path) -> tuple[Any, Any, str]:
+    from mopl.alignment.runs import metric_of, open_run, run_fronts
+
+    opened = open_run(path)
+    return run_fronts(path), metric_of(opened.config), generate_hint(path, opened.objectives)
+
+
+def _demo(settings: Mapping[str, Any], tell: Tell) -> Demo:
+    """Make the demo's model and data where they are not there; its baselines are trained once its run is finished."""
+    made = import_module("mopl.alignment.demo").prepare(Path(DEMO_FOLDER), tell)
+    given = {"model": str(made.model), "data": str(made.data), "objectives": tuple(made.objectives)}
+    baselines = () if "method" in settings else made.baselines
+    return Demo({**made.settings, **given}, "runs/align-demo", functools.partial(_baselines, baselines))
+
+
+def _baselines(baselines: Sequence[Mapping[str, Any]], path: Path, config: Any, tell: Tell) -> None:
+    """Train the demo's baselines beside its run, each in a folder of its own, and compare them with it."""
+    from mopl.alignment.recipe import align
+    from mopl.alignment.runs import compare
+
+    runs = [path]
+    for changes in baselines:
+        other = path.with_name(f"{path.name}-{changes['method']}")
+        found = (other / "config.json").is_file()
+        budget = ", ".join(f"{name} {value}" for name, value in changes.items() if name != "method")
+        tell("")
+        tell(f"baseline {changes['method']} on a smaller budget: {budget}")
+        runs.append(align(replace(config, **changes), other, resume=found, say=tell))
+    if baselines and process() == 0:
+        say()
+        compare(runs, png=path / "comparison.png", html=path / "comparison.html")
+        say("", f"{path}/comparison.html shows them together")
+
+
+ALIGN = Experiment(
+    name="align",
+    help="fine-tune a language model for every trade-off, compare it with baselines, report",
+    examples=EXAMPLES,
+    settings=AlignConfig,
+    recipe="mopl.alignment.recipe",
+    train="align",
+    folder="runs/align-DATA-METHOD-N",
+    finished=_finished,
+    needed=("model", "data"),
+    missing="pass --model and --data, or --demo",
+    demo=_demo,
+    options=TRUST_REMOTE_CODE,
+)
+
+
+def add_parser(commands: Any) -> None:
+    """Add `mopl clp` and `mopl align` to the commands; the latter also takes what the former does, by its --method."""
+    on_rewards = clp.add_parser(commands)
+    parser = add_experiment(commands, ALIGN)
+    own = parser.parse_known_args
+
+    def parse_known_args(args: Any = None, namespace: Any = None) -> Any:
+        if _is_for_rewards(args):
+            parsed, unknown = on_rewards.parse_known_args(args, namespace)
+            parsed.command = clp.CLP.name
+            return refuse_options(parsed, unknown, parser)
+        return refuse_options(*own(args, namespace), on_rewards)
+
+    parser.parse_known_args = parse_known_args  # type: ignore[method-assign]
+
+
+def _is_for_rewards(args: Sequence[str]) -> bool:
+    """Whether options of `mopl align` ask for a method on rewards, or to resume a run of one."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in ("--method", "--run", "--config"):
+        first.add_argument(flag)
+    first.add_argument("--resume", action="store_true")
+    try:
+        known, _ = first.parse_known_args(args)
+    except SystemExit:
+        return False  # an option without its value: the parser of the command says so
+    method = known.method
+    if method is None and known.config is not None:
+        from mopl.experiments.settings_file import method_in
+
+        method = method_in(known.config)
+    if method is None and known.resume and known.run is not None:
+        return _kind_of(Path(known.run)) == "clp"
+    return method in (*METHODS, ALL)
+
+
+def _kind_of(run: Path) -> str | None:
+    from mopl._records import Kind, read_json
+
+    try:
+        return read_json(run / "config.json", Kind).get("kind")
+    except (OSError, ValueError):
+        return None  # who opens the run says what is wrong with it

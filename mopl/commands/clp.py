@@ -1,0 +1,63 @@
+"""`mopl clp`: policies trained on rewards for every trade-off, and what they are compared with."""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mopl.clp.config import TRAINED, ClpConfig
+from mopl.commands.experiment import TRUST_REMOTE_CODE, Demo, Experiment, Tell, add_experiment
+
+EXAMPLES = """
+examples:
+  mopl clp --demo                                                          a small model, prompts and two rewards
+  mopl clp --model MODEL --data prompts.jsonl --rewards sentiment brevity
+  mopl clp --model MODEL --data prompts.txt --rewards module:function length:target=20 --method clp-all
+  mopl clp --config short.yaml --steps 500                                 settings from a file; options count more
+  mopl clp --run runs/short --resume --trust-rewards                       continue after Ctrl-C or a crash
+"""
+
+
+def _finished(path: Path) -> tuple[Any, Any, str]:
+    from mopl.clp.runs import metric_of, open_run, run_fronts
+    from mopl.commands.align import generate_hint
+
+    opened = open_run(path)
+    hint = generate_hint(path, opened.objectives) if opened.method_name in TRAINED else ""
+    return run_fronts(path), metric_of(opened.config), hint
+
+
+def _demo(settings: Mapping[str, Any], tell: Tell) -> Demo:
+    from mopl.clp.demo import RUN, demo_settings
+
+    made = {**demo_settings(tell), **settings}
+    return Demo(made, RUN if made.get("method", "clp") == "clp" else f"{RUN}-{made['method']}")
+
+
+CLP = Experiment(
+    name="clp",
+    help="train a language model on rewards for every trade-off, compare it with baselines, report",
+    examples=EXAMPLES,
+    settings=ClpConfig,
+    recipe="mopl.clp.recipe",
+    train="train_policies",
+    folder="runs/METHOD-DATA-N",
+    finished=_finished,
+    needed=("model", "data", "rewards"),
+    missing="pass --model, --data with prompts and --rewards, or --demo",
+    demo=_demo,
+    options={
+        **TRUST_REMOTE_CODE,
+        ("data", "--trust-rewards"): {
+            "action": "store_true",
+            "help": "with --resume: import the modules that the run names for its rewards; without it name them again "
+            "with --rewards",
+        },
+    },
+    on_resume=("trust_rewards",),
+)
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """Add `mopl clp` to the commands and return its parser."""
+    return add_experiment(commands, CLP)
