@@ -264,7 +264,7 @@ def test_the_demo_runs_on_its_own_prompts(place, monkeypatch):
     assert settings["rewards"] == ("sentiment", "brevity")
     assert len((place / "data" / "prompts.jsonl").read_text().splitlines()) == 12
     ClpConfig(**settings)
-    monkeypatch.setattr(demo.demo, "smollm2", lambda say: place / "model")
+    monkeypatch.setattr(demo, "smollm2", lambda say: place / "model")
     # A reward of words instead of sentiment: random words have none, which the run would refuse to scale.
     given = ["align", "--demo", "--method", "clp", "--device", "cpu", *BUDGET, "--run", "run", "--normalize", "none"]
     assert main([*given, "--limit", "12", "--max-new-tokens", "4"]) == 0
