@@ -37,8 +37,11 @@ else:
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put long tests first, so that several workers end together; skip GPU tests where there is no GPU."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Put long tests first, so that several workers end together; leave out what is not for every run or machine."""
+    if "claim" not in config.option.markexpr:
+        config.hook.pytest_deselected(items=[item for item in items if "claim" in item.keywords])
+        items[:] = [item for item in items if "claim" not in item.keywords]
     items.sort(key=lambda item: "slow" not in item.keywords)
     if torch.cuda.is_available():
         return

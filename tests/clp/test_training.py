@@ -3,12 +3,11 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launching import DISTRIBUTED, launch
 from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
@@ -565,9 +564,7 @@ def test_several_epochs_begin_with_the_gradient_of_one(tmp_path):
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_two_processes_train_one_policy(tmp_path):
-    script = Path(__file__).parents[1] / "distributed" / "clp_policies.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=300)
+    done = launch(2, str(DISTRIBUTED / "clp_policies.py"), str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "both processes have one policy" in done.stdout
 

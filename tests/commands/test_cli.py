@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launching import launch_mopl
+from launching import launch_by_accelerate, launch_mopl
 
 import mopl
 from mopl.cli import as_flags, build_parser, main
@@ -187,7 +187,7 @@ def test_report_makes_a_runs_files_again(run, capsys):
 @pytest.mark.distributed
 def test_two_processes_reach_the_front_of_one(run, tmp_path):
     command = ["rank", "--run", str(tmp_path / "two"), *TINY]
-    done = launch_mopl(*command)
+    done = launch_mopl(*command, start=launch_by_accelerate)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("nats above the optimum") == 1  # one process speaks
     for ours, theirs in zip(run_fronts(tmp_path / "two"), run_fronts(run), strict=True):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from launching import DISTRIBUTED, launch
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -718,13 +719,12 @@ def test_the_package_of_integrations_imports_no_trainer():
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_two_processes_do_what_one_does(tmp_path):
-    script = Path(__file__).parents[1] / "distributed" / "multi_objective_trainer.py"
+    script = DISTRIBUTED / "multi_objective_trainer.py"
     spec = importlib.util.spec_from_file_location("multi_objective_trainer", script)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*command, str(script), str(tmp_path)], capture_output=True, text=True, timeout=300)
+    done = launch(2, str(script), str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     for name in module.MODELS:
         expected = module.run(name, tmp_path / "one", processes=1)

@@ -1,4 +1,4 @@
-"""The kernels on CPU tensors in Triton's interpreter, each file of `tests/interpreter` in a process of its own.
+"""The kernels on CPU tensors in Triton's interpreter, the files of `tests/interpreter` in two processes.
 
 Triton reads TRITON_INTERPRET once, when it is imported, so its interpreter and its compiler cannot share a process.
 """
@@ -14,6 +14,7 @@ from interpreting import BROKEN, REASON
 
 FOLDER = Path(__file__).resolve().parents[1] / "interpreter"
 FILES = sorted(path.name for path in FOLDER.glob("test_*.py"))
+HALVES = {"first half": FILES[::2], "second half": FILES[1::2]}  # one a processor, and of about the same time
 
 pytestmark = [
     pytest.mark.skipif(
@@ -23,7 +24,7 @@ pytestmark = [
 ]
 
 
-def run(name: str) -> subprocess.CompletedProcess:
+def run(names: list[str]) -> subprocess.CompletedProcess:
     environment = {
         **os.environ,
         "TRITON_INTERPRET": "1",
@@ -32,20 +33,23 @@ def run(name: str) -> subprocess.CompletedProcess:
         "OMP_NUM_THREADS": "1",
         "PYTEST_ADDOPTS": "",
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", str(FOLDER / name)]
+    files = [str(FOLDER / name) for name in names]
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", *files]
     return subprocess.run(command, env=environment, cwd=FOLDER.parents[1], capture_output=True, text=True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FILES)
-def test_interpreter(name: str, capsys: pytest.CaptureFixture) -> None:
-    result = run(name)
+@pytest.mark.parametrize("half", HALVES)
+def test_interpreter(half: str, capsys: pytest.CaptureFixture) -> None:
+    result = run(HALVES[half])
     output = result.stdout + result.stderr
     passed = re.search(r"(\d+) passed.* in [\d.]+s", output)
     with capsys.disabled():
-        print(f"\n  interpreter/{name}: {passed[0] if passed else 'nothing passed'} ", end="", flush=True)
+        print(f"\n  interpreter, {half}: {passed[0] if passed else 'nothing passed'} ", end="", flush=True)
     assert result.returncode == 0, f"exit status {result.returncode} of the inner pytest:\n{output[-20000:]}"
     assert passed, f"no test ran:\n{output[-20000:]}"
+    silent = [name for name in HALVES[half] if not re.search(rf"{name} \S*\.", output)]
+    assert not silent, f"no test ran of {silent}:\n{output[-20000:]}"
 
 
 def test_there_are_files_to_run() -> None:

@@ -656,9 +656,12 @@ def test_runs_are_compared_in_one_table_by_method_and_seed(tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("seed", "points", "factor"), [(0, 11, 1.1), (1, 6, 1.03), (2, 6, 1.03)])
+@pytest.mark.parametrize(
+    ("seed", "points", "factor"),
+    [(1, 6, 1.03), *(pytest.param(*other, marks=pytest.mark.claim) for other in ((0, 11, 1.1), (2, 6, 1.03)))],
+)
 def test_one_conditioned_model_beats_soup_and_mo_dpo_at_a_fraction_of_the_time(tmp_path, seed, points, factor):
-    """Table 1 of the paper on generated data: m = 5, equal steps a model; 11 trade-offs, on later seeds 6 for time.
+    """Table 1 of the paper on generated data: m = 5, equal steps a model; 6 trade-offs for time, or the docs' 11.
 
     On lists of 20 with a low temperature, where mixing losses and mixing scores lead to very different fronts: their
     hypervolumes at the optimum are .043 and .023.
