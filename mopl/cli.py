@@ -178,19 +178,16 @@ def as_flags(text: str, command: str) -> str:
         text: A message of the library.
         command: The command whose options are meant.
     """
-    flags = {
-        action.dest: flag
-        for action in _parser_of(command, build_parser())._actions
-        for flag in action.option_strings
-        if flag == f"--{action.dest.replace('_', '-')}"
-    }
+    known = _parser_of(command, build_parser())._option_string_actions
+    flags = {a.dest: flag for flag, a in known.items() if flag == f"--{a.dest.replace('_', '-')}"}
 
     def flag_of(match: re.Match[str]) -> str:
         name, value = match["name"], match["value"]
         if name not in flags or (value is None and "_" not in name):
             return match[0]
         if value == "False":
-            return f"no {flags[name]}"
+            no = flags[name].replace("--", "--no-", 1)
+            return no if no in known else f"no {flags[name]}"
         return flags[name] + ("" if value is None or value == "True" else " " + value.strip("'"))
 
     # A bare word is taken for an option only if it has an underscore, and never inside a path or quotes.

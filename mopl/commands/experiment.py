@@ -148,7 +148,7 @@ def run(experiment: Experiment, arguments: argparse.Namespace) -> int:
         say("", f"{path}/report.html shows every trade-off; {path}/front.png and table.txt are the same in short")
         say(*filter(None, [hint]))
     if demo is not None:
-        demo.after(path, config, tell)
+        demo.after(path, experiment.settings(**settings), tell)
     return 0
 
 

@@ -87,8 +87,7 @@ def dump_settings(values: Mapping[str, Any]) -> str:
     """
     import yaml
 
-    return yaml.dump(dict(values), Dumper=_types()[1], sort_keys=False, allow_unicode=True, default_flow_style=None,
-                     width=110)  # fmt: skip
+    return yaml.dump(dict(values), Dumper=_types()[1], sort_keys=False, allow_unicode=True, width=110)
 
 
 def _mapping(text: str, file: str | os.PathLike[str]) -> Mapping[Any, Any]:
@@ -119,7 +118,8 @@ def _types() -> tuple[Any, Any]:
             return super().construct_mapping(node, deep)
 
     class Dumper(yaml.SafeDumper):
-        pass
+        def represent_sequence(self, tag: str, sequence: Any, flow_style: bool | None = None) -> Any:
+            return super().represent_sequence(tag, sequence, flow_style=True)
 
     for name, pattern in _WORDS.items():
         for kind in (Loader, Dumper):

@@ -198,7 +198,7 @@ def test_two_processes_reach_the_front_of_one(run, tmp_path):
 
 def test_messages_name_options_as_the_command_line_writes_them():
     said = as_flags("rows 3; pass on_error='skip', max_length=56 or packing=False, or raise held_out", "align")
-    assert said == "rows 3; pass --on-error skip, --max-length 56 or no --packing, or raise --held-out"
+    assert said == "rows 3; pass --on-error skip, --max-length 56 or --no-packing, or raise --held-out"
     for kept in ("/data/max_length/x.jsonl", "'held_out' is no objective", "the loss is nan", "chat_template=..."):
         assert as_flags(kept, "align") == kept
     assert as_flags("max_length=5", "steer") == "max_length=5"

@@ -1,13 +1,18 @@
 """Settings as a YAML file, under their names in earlier versions, and as options of the command that they belong to."""
 
 import argparse
+import re
+import runpy
+import shlex
 import warnings
+from pathlib import Path
 
 import pytest
 
 from mopl.alignment.config import AlignConfig
 from mopl.cli import build_parser, main
 from mopl.clp.config import ClpConfig
+from mopl.experiments.settings import given
 from mopl.experiments.settings_file import dump_settings, read_settings
 from mopl.ranking.config import RankConfig
 
@@ -140,12 +145,12 @@ def test_a_command_shows_the_options_of_its_methods_alone(capsys):
 def test_align_does_what_clp_does_where_its_method_is_one_on_rewards(tmp_path):
     (tmp_path / "c.yaml").write_text("method: dera\n")
     (tmp_path / "config.json").write_text('{"kind": "clp"}')
-    for given in (
+    for more in (
         ["--method", "clp-all", "--rewards", "brevity"],
         ["--config", str(tmp_path / "c.yaml"), "--rewards", "brevity"],
         ["--run", str(tmp_path), "--resume", "--trust-rewards"],
     ):
-        assert build_parser().parse_args(["align", *given]).command == "clp"
+        assert build_parser().parse_args(["align", *more]).command == "clp"
     assert build_parser().parse_args(["align", "--run", str(tmp_path / "none"), "--resume"]).command == "align"
 
 
@@ -162,3 +167,19 @@ def test_every_visible_option_belongs_to_a_group_of_the_help():
         titles = [group.title for group in commands.choices[name]._action_groups if group._group_actions]
         assert titles == ["options", "run", "data", *(["model"] if name != "rank" else []), "method", "training",
                           "evaluation"]  # fmt: skip
+
+
+def test_the_page_of_settings_is_that_of_the_code_and_its_examples_mean_what_the_commands_mean():
+    docs = Path(__file__).parents[2] / "docs"
+    page = runpy.run_path(str(docs / "make_settings.py"))["page"]()
+    assert (docs / "settings.md").read_text(encoding="utf-8") == page, "python docs/make_settings.py writes it"
+    assert page.count("```yaml") >= 8
+
+
+def test_a_file_of_an_example_gives_the_settings_of_its_command(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "settings.md").read_text(encoding="utf-8")
+    for command, text in re.findall(r"```\nmopl (.*)\n```\n```yaml\n([^`]*)```", page):
+        (tmp_path / "c.yaml").write_text(text)
+        parsed = build_parser().parse_args(shlex.split(command))
+        (kind,) = (config for config, words in COMMANDS.items() if words[0] == parsed.command)
+        assert read_settings(tmp_path / "c.yaml", kind) == given(parsed, kind)
