@@ -134,18 +134,11 @@ def _steer_table(figures: dict[str, Any]) -> str:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from mopl.experiments.run_directory import read_run
+    from mopl.experiments import compare
     from mopl.report.plot import check_picture
 
     if arguments.png is not None:
         check_picture(arguments.png)  # before anything is read, printed or written
-    kind = read_run(arguments.runs[0]).get("kind")
-    if kind == "align":
-        from mopl.alignment.runs import compare
-    elif kind == "clp":
-        from mopl.clp.runs import compare
-    else:
-        from mopl.ranking.runs import compare
     compare(arguments.runs, html=arguments.html, png=arguments.png, table=arguments.table)
     return 0
 

@@ -1,4 +1,4 @@
-"""Finished alignment runs: their models for any trade-off, their fronts, the reports of one and of several.
+"""Finished alignment runs: their models for any trade-off.
 
 >>> run = open_run("runs/align-helpful-1")                                            # doctest: +SKIP
 >>> model = run.load(weights=[0.7, 0.3])                                              # doctest: +SKIP
@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,22 +17,38 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from mopl._files import write_file
-from mopl._records import damaged, read_json
-from mopl._terminal import shell
 from mopl.alignment import tuned
-from mopl.alignment.config import ALL, CONDITIONED, AlignConfig
+from mopl.alignment.config import CONDITIONED, AlignConfig
 from mopl.alignment.trained import load_trained
 from mopl.conditioning import TextPrompt
-from mopl.experiments.run_directory import CONFIG_FILE, DAMAGED_RUN, Sample, read_run, refresh, settings_of
+from mopl.experiments.run import (
+    EVALUATION,
+    FRONT,
+    SAMPLES,
+    FinishedRun,
+    compare,
+    method_folder,
+    run_fronts,
+    write_reports,
+)
 from mopl.language_models import models
 from mopl.language_models.tokenization import ListTokenizer
-from mopl.pareto import weight_grid
-from mopl.pareto.front import Front, load_fronts
 from mopl.report import Metric
 
-FRONT, EVALUATION, SAMPLES = "front.json", "evaluation.json", "samples.json"
-KIND = "align"
+__all__ = [
+    "AlignmentRun",
+    "EVALUATION",
+    "FRONT",
+    "KIND",
+    "SAMPLES",
+    "compare",
+    "config_of",
+    "list_tokenizer",
+    "method_folder",
+    "open_run",
+    "run_fronts",
+    "write_reports",
+]
 
 
 class DataRecord(msgspec.Struct):
@@ -44,33 +60,14 @@ class DataRecord(msgspec.Struct):
 
 
 @dataclass
-class OpenRun:
-    """A finished run: what generation, export and reports need.
+class AlignmentRun(FinishedRun):
+    """A finished run of `mopl align`: what generation, export and reports need."""
 
-    Attributes:
-        path: The run directory.
-        config: Its settings, resolved.
-        objectives: Names of the m objectives, in the order of the weights.
-    """
+    KIND = "align"
+    CONFIG = AlignConfig
+    DATA = DataRecord
 
-    path: Path
     config: AlignConfig
-    objectives: tuple[str, ...]
-
-    @property
-    def grid(self) -> Tensor:
-        """(n, m) float64, the weights of the run's fronts."""
-        return weight_grid(len(self.objectives), self.config.points, density="medium")
-
-    @property
-    def methods(self) -> tuple[str, ...]:
-        """The methods that the run trained."""
-        return self.config.methods
-
-    @property
-    def method_name(self) -> str:
-        """The run's only method, or weight-cos-dpo where it has all."""
-        return "weight-cos-dpo" if self.config.method == ALL else self.config.method
 
     @property
     def beta(self) -> tuple[float, ...]:
@@ -89,11 +86,11 @@ class OpenRun:
 
     def is_conditioned(self, method: str | None = None) -> bool:
         """Whether a method has one model for every trade-off, so that `load` needs no weights."""
-        return self._method(method) in CONDITIONED
+        return self.check_method(method) in CONDITIONED
 
     def takes_temperature(self, method: str | None = None) -> bool:
         """Whether a method's model is conditioned on temperatures too."""
-        return self._method(method) == "temperature-cos-dpo"
+        return self.check_method(method) == "temperature-cos-dpo"
 
     def text_prompt(self, method: str | None = None) -> TextPrompt | None:
         """Return how weights are written into prompts, or None where a method takes them otherwise, or none."""
@@ -126,51 +123,56 @@ class OpenRun:
             nothing there); or the PEFT model that `text_prompt` conditions. Each call loads a model of its own.
 
         Raises:
+            FileNotFoundError: If the method has no front yet.
             ValueError: If the run has no such method, or a baseline got no weights, or none for these weights.
         """
-        method = self._method(method)
+        method = self.check_method(method)
         if method not in CONDITIONED and weights is None:
             raise ValueError(
                 f"{method} has a model of its own for each trade-off; pass weights, one for each of "
                 f"{', '.join(self.objectives)}"
             )
-        folder = method_folder(self.path, self.config, method)
+        folder = self.folder(method)
         model = load_trained(self.path, folder, method, self.objectives, self.grid, self.base_model(), weights)
         return model.to(device).eval()
 
-    def _method(self, method: str | None) -> str:
-        method = method or self.method_name
-        if method not in self.methods:
-            raise ValueError(f"{self.path} has no {method}; it has {', '.join(self.methods)}")
-        return method
+    @property
+    def metric(self) -> Metric:
+        """What the figures of the fronts are."""
+        loss = self.config.loss
+        scored = "averaged over tokens" if loss in ("ipo", "sigmoid_norm") else "summed over tokens"
+        return Metric(
+            "held-out loss",
+            f"{loss} of log-probabilities {scored}, in nats; main: mean |log p - log p0| of a response, in nats",
+            higher_is_better=False,
+            main_name="from the reference (nats)",
+        )
+
+    @property
+    def measured(self) -> Mapping[str, Any]:
+        """The settings that say what a figure is: the loss."""
+        return {"loss": self.config.loss}
+
+    @property
+    def noted(self) -> Mapping[str, Any]:
+        """What else the figures depend on."""
+        config = self.config
+        ranks = config.loss == "plackett-luce"
+        return {
+            "beta": self.beta,
+            "how labels become targets": config.labels,
+            "label smoothing": config.label_smoothing,
+            "partly labelled lists": config.partial,
+            "ties, last group and top k of Plackett-Luce": (
+                (config.ties, config.last_group, config.top_k) if ranks else "none"
+            ),
+            "the model before training": config.model,
+        }
 
 
-def is_align_run(record: dict[str, Any]) -> bool:
-    """Say whether the `config.json` of a run is one of `mopl align`."""
-    return record.get("kind") == KIND
-
-
-def open_run(path: str | Path) -> OpenRun:
-    """Open a finished run.
-
-    Raises:
-        FileNotFoundError: If there is no run, or it is not finished.
-        ValueError: If it is a run of another command.
-    """
-    path = Path(path)
-    record = read_run(path)
-    config = config_of(record, path)
-    run_fronts(path)
-    return OpenRun(path, config, tuple(record["data"]["objectives"]))
-
-
-def config_of(record: dict[str, Any], path: str | Path) -> AlignConfig:
-    """Return the settings of a run.
-
-    Raises:
-        ValueError: If it is a run of another command.
-    """
-    return settings_of(record, path, KIND, AlignConfig, DataRecord)
+def open_run(path: str | Path) -> AlignmentRun:
+    """Open a finished run of `mopl align`; see `AlignmentRun.open`."""
+    return AlignmentRun.open(path)
 
 
 def list_tokenizer(config: AlignConfig, tokenizer: Any) -> ListTokenizer:
@@ -180,112 +182,5 @@ def list_tokenizer(config: AlignConfig, tokenizer: Any) -> ListTokenizer:
     )  # fmt: skip
 
 
-def method_folder(path: Path, config: AlignConfig, method: str) -> Path:
-    """Return where a method's front is: the run itself, or a folder each under `--method all`."""
-    return path / method if config.method == ALL else path
-
-
-def run_fronts(path: str | Path) -> list[Front]:
-    """Return the fronts of a run, that of the untrained model first.
-
-    Raises:
-        FileNotFoundError: If there is no run, or it is not finished.
-    """
-    path = Path(path)
-    record = read_run(path)
-    config = config_of(record, path)
-    folders = {"base": path / "base", **{method: method_folder(path, config, method) for method in config.methods}}
-    files = {method: folder / FRONT for method, folder in folders.items()}
-    if any(not file.exists() for file in files.values()):
-        command = shell("mopl", "align", "--run", path, "--resume")
-        raise FileNotFoundError(f"the run {path} is not finished; continue it with: {command}")
-    return load_fronts(files, record["data"]["objectives"], path / CONFIG_FILE)
-
-
-def metric_of(config: AlignConfig) -> Metric:
-    """Return what the figures of a run's fronts are."""
-    scored = "averaged over tokens" if config.loss in ("ipo", "sigmoid_norm") else "summed over tokens"
-    return Metric(
-        "held-out loss",
-        f"{config.loss} of log-probabilities {scored}, in nats; main: mean |log p - log p0| of a response, in nats",
-        higher_is_better=False,
-        main_name="from the reference (nats)",
-    )
-
-
-def load_samples(path: Path, config: AlignConfig, fronts: Sequence[Front]) -> dict[str, list[Any]] | None:
-    """Return the answers of a run as the page takes them: for each method a list of texts a point; None without any."""
-    found: dict[str, list[Any]] = {}
-    lengths = {front.method: len(front.points) for front in fronts}
-    for method in ("base", *config.methods):
-        file = (path / "base" if method == "base" else method_folder(path, config, method)) / SAMPLES
-        entries = read_json(file, list[Sample], remedy=DAMAGED_RUN) if file.exists() else []
-        if not entries or method not in lengths:
-            continue
-        if max(len(entry["responses"]) for entry in entries) > lengths[method]:
-            raise damaged(file, f"it has answers at more trade-offs than front.json, {lengths[method]}", DAMAGED_RUN)
-        points: list[Any] = [[] for _ in range(lengths[method])]
-        for entry in entries:
-            # Points at other distances from the reference come after the grid and have no answers of their own.
-            for place, text in enumerate(entry["responses"]):
-                points[place].append({"prompt": entry["prompt"], "text": text})
-        found[method] = points
-    return found or None
-
-
-def write_reports(path: Path) -> None:
-    """Write table.txt, front.png and report.html of a run from its fronts and samples."""
-    from mopl.report import plot_front, write_page
-    from mopl.report.table import as_text, summarise
-
-    record = read_run(path)
-    config = config_of(record, path)
-    fronts, metric = run_fronts(path), metric_of(config)
-    write_file(path / "table.txt", as_text(summarise(fronts, metric)))
-    plot_front(fronts, path / "front.png", metric=metric)
-    samples = load_samples(path, config, fronts)
-    write_page(fronts, path / "report.html", metric=metric, configuration=record, samples=samples)
-
-
-def compare(
-    runs: Sequence[str | Path],
-    *,
-    html: str | Path | None = None,
-    png: str | Path | None = None,
-    table: str | Path | None = None,
-) -> str:
-    """Print one table of several runs and write what is asked for; a single run gets its own files anew.
-
-    See `mopl.report.compare`.
-
-    Returns:
-        The table as text.
-
-    Raises:
-        FileNotFoundError: If a run is missing or not finished.
-        ValueError: If the runs have other objectives or losses, or are of different commands.
-    """
-    from mopl.report.compare import Run, compare_runs
-
-    found = []
-    for path in runs:
-        record = read_run(path)
-        config = config_of(record, path)
-        measured: dict[str, Any] = {"loss": config.loss}
-        noted: dict[str, Any] = {
-            "beta": config.betas(len(record["data"]["objectives"])),
-            "how labels become targets": config.labels,
-            "label smoothing": config.label_smoothing,
-            "partly labelled lists": config.partial,
-            "ties, last group and top k of Plackett-Luce": (config.ties, config.last_group, config.top_k)
-            if config.loss == "plackett-luce"
-            else "none",
-            "the model before training": config.model,
-        }
-        found.append(
-            Run(Path(path), record, run_fronts(path), metric_of(config), config.to_dict(), measured, noted)
-        )  # fmt: skip
-    if len(runs) == 1 and not (html or png or table):
-        refresh(runs[0], write_reports)
-    samples = load_samples(Path(runs[0]), config, found[0].fronts) if len(runs) == 1 else None
-    return compare_runs(found, html=html, png=png, table=table, samples=samples)
+KIND = AlignmentRun.KIND
+config_of = AlignmentRun.config_of

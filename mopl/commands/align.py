@@ -47,10 +47,10 @@ def generate_hint(path: Path, objectives: Sequence[str]) -> str:
 
 
 def _finished(path: Path) -> tuple[Any, Any, str]:
-    from mopl.alignment.runs import metric_of, open_run, run_fronts
+    from mopl.alignment.runs import open_run
 
     opened = open_run(path)
-    return run_fronts(path), metric_of(opened.config), generate_hint(path, opened.objectives)
+    return opened.fronts(), opened.metric, generate_hint(path, opened.objectives)
 
 
 def _demo(settings: Mapping[str, Any], tell: Tell) -> Demo:

@@ -19,12 +19,12 @@ examples:
 
 
 def _finished(path: Path) -> tuple[Any, Any, str]:
-    from mopl.clp.runs import metric_of, open_run, run_fronts
+    from mopl.clp.runs import open_run
     from mopl.commands.align import generate_hint
 
     opened = open_run(path)
     hint = generate_hint(path, opened.objectives) if opened.method_name in TRAINED else ""
-    return run_fronts(path), metric_of(opened.config), hint
+    return opened.fronts(), opened.metric, hint
 
 
 def _demo(settings: Mapping[str, Any], tell: Tell) -> Demo:

@@ -22,13 +22,11 @@ examples:
 
 
 def _finished(path: Path) -> tuple[Any, Any, str]:
-    from mopl.experiments.run_directory import read_run
-    from mopl.ranking.runs import open_run, run_fronts
+    from mopl.ranking.runs import RankingRun
 
-    opened = open_run(path)
-    command = shell("mopl", "steer", path, "--weights", *example_weights(len(opened.objectives)))
-    metric = opened.config.measure.metric(read_run(path)["data"]["empty_share"])
-    return run_fronts(path), metric, f"{command}    ({', '.join(opened.objectives)})"
+    run = RankingRun.read(path)
+    command = shell("mopl", "steer", path, "--weights", *example_weights(len(run.objectives)))
+    return run.fronts(), run.metric, f"{command}    ({', '.join(run.objectives)})"
 
 
 RANK = Experiment(

@@ -35,7 +35,7 @@ APPLICATIONS: dict[str | None, Application] = {
         "mopl align", "mopl generate", "align", ("mopl.alignment.runs", "AlignmentRun"), _LANGUAGE
     ),
     "clp": Application(
-        "mopl align --method clp", "mopl generate", "align", ("mopl.clp.runs", "ClpRun"),
+        "mopl clp", "mopl generate", "clp", ("mopl.clp.runs", "ClpRun"),
         (*_LANGUAGE, "vaderSentiment", "rouge-score", "pyphen", "glin-profanity"),
     ),
 }  # fmt: skip

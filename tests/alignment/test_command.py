@@ -24,7 +24,7 @@ from launching import launch_mopl
 from mopl import steering
 from mopl.alignment import AlignConfig, align, config, open_run, score_sequences
 from mopl.alignment.recipe import RunInterrupted
-from mopl.alignment.runs import load_samples, run_fronts
+from mopl.alignment.runs import run_fronts
 from mopl.alignment.trained import model_folder
 from mopl.cli import build_parser, main
 from mopl.conditioning import HyperPromptModel
@@ -219,7 +219,7 @@ def test_terminal_output_ends_with_the_table_and_what_to_do_next(run, capsys):
     assert out.strip() in (run / "table.txt").read_text() and "deviation from the reference (nats) ↓" in out
     page = (run / "report.html").read_text()
     assert "held-out loss" in page and all(method in page for method in config.METHODS)
-    samples = load_samples(run, open_run(run).config, run_fronts(run)[1:])
+    samples = open_run(run).samples(run_fronts(run)[1:])
     assert samples["dpo-soup"][0][0]["prompt"] in page
 
 

@@ -17,7 +17,7 @@ from tiny_language_models import build, tokenizer
 
 from mopl.cli import main
 from mopl.clp import ClpConfig, open_run
-from mopl.clp.runs import load_samples, run_fronts
+from mopl.clp.runs import run_fronts
 from mopl.pareto import Front
 
 REWARDS = """
@@ -76,7 +76,7 @@ def test_the_command_trains_evaluates_and_reports(place, capsys):
     front = Front.load(place / "run" / "front.json")
     assert front.data["name"] == "prompts"
     assert "before training" in (place / "run" / "report.html").read_text()
-    assert load_samples(place / "run", open_run("run").config, run_fronts("run")).keys() == {"base", "clp"}
+    assert open_run("run").samples(run_fronts("run")).keys() == {"base", "clp"}
     assert front.objectives == ["first", "second"] and len(front.points) == 3 and front.maximise is True
     sample = json.loads((place / "run" / "samples.jsonl").read_text().splitlines()[0])
     assert set(sample) == {"stage", "step", "weights", "kl_weight", "prompt", "text", "rewards", "log_ratio"}
