@@ -26,7 +26,7 @@ class Problem:
     labels: Tensor  # (B, m, K), all different within a list
     order: Tensor  # (B, m, K), best first
     position: Tensor  # (B, m, K), every label's share of its list, for ListNet
-    temperatures: Tensor  # (m,), unequal
+    betas: Tensor  # (m,), unequal
 
     @classmethod
     def make(cls, lists: int, objectives: int, items: int, device: str = "cpu", seed: int = 0) -> Problem:
@@ -42,9 +42,7 @@ class Problem:
             labels=labels,
             order=order,
             position=labels / labels.sum(-1, keepdim=True),
-            temperatures=torch.linspace(0.5, 1.5, objectives).to(device)
-            if objectives > 1
-            else torch.ones(1, device=device),
+            betas=torch.linspace(0.5, 1.5, objectives).to(device) if objectives > 1 else torch.ones(1, device=device),
         )
 
     @property
@@ -151,8 +149,8 @@ def listnet_variants(problem: Problem, compiled: bool = True) -> dict[str, Step]
         "mopl, no normalisation": lambda: _backward(
             p.scores, mopl.losses.listwise_dpo(p.scores, p.position, normalize=None, reduction="sum")
         ),
-        "mopl, a temperature each": lambda: _backward(
-            p.scores, mopl.losses.listwise_dpo(p.scores, p.position, temperature=p.temperatures, reduction="sum")
+        "mopl, a beta each": lambda: _backward(
+            p.scores, mopl.losses.listwise_dpo(p.scores, p.position, beta=p.betas, reduction="sum")
         ),
         "log_softmax": lambda: _backward(p.scores, log_softmax_cross_entropy(p.scores, p.position)),
         "allRank listNet": lambda: _backward(p.scores, allrank_list_net(p.scores, p.labels)),

@@ -202,7 +202,7 @@ def _list_step(s: Sizes, items: int, device: torch.device, which: str, objective
     lists = s.items // items
     scores = torch.randn(lists, items, device=device).requires_grad_()
     labels = torch.rand(lists, objectives, items, device=device)
-    temperature = torch.ones(lists, objectives, device=device)
+    beta = torch.ones(lists, objectives, device=device)
     mask = torch.rand(lists, items, device=device) < 0.9 if extra == "mask" else None
     order = labels.argsort(-1, descending=True) if which in ("order given", "logcumsumexp") else None
     upstream = torch.randn(lists, objectives, device=device)
@@ -214,8 +214,8 @@ def _list_step(s: Sizes, items: int, device: torch.device, which: str, objective
         if which == "log_softmax":
             return log_softmax_cross_entropy(scores, labels)
         if which == "listnet":
-            return listwise_cross_entropy(scores, labels, temperature[:, :1], mask)
-        return plackett_luce_nll(scores, labels, temperature, mask, order)
+            return listwise_cross_entropy(scores, labels, beta[:, :1], mask)
+        return plackett_luce_nll(scores, labels, beta, mask, order)
 
     return lambda: _backward(loss(), upstream, scores)
 

@@ -1,10 +1,18 @@
-"""Options and values of options that have another name now: old ones are taken with one warning, in records without."""
+"""What has another name now: options and their values, keywords, attributes, names of modules.
+
+Old names are taken, with one warning; those in files of old runs without.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib
+import inspect
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 # By option: the old value and the one that means the same today.
 VALUES: dict[str, dict[str, str]] = {
@@ -64,3 +72,84 @@ def up_to_date(settings: Any, names: Mapping[str, str]) -> Any:
         name: VALUES[name].get(value, value) if name in VALUES and isinstance(value, str) else value
         for name, value in today.items()
     }
+
+
+_warned: set[str] = set()  # old names that this process was told of
+
+
+def _deprecated(old: str, remedy: str) -> None:
+    """Warn of an old name once in a process, at the line that uses it: two calls above the caller of this."""
+    if old not in _warned:
+        _warned.add(old)
+        warnings.warn(f"{old} is deprecated; {remedy}", DeprecationWarning, stacklevel=3)
+
+
+def renamed_keywords(**new_names: str) -> Callable[[Function], Function]:
+    """Return a decorator of functions that have keywords with other names now: `old="new"`.
+
+    The function is called as `help` and `inspect.signature` show it, with the new names; an old one is taken as the new
+    one. Under `torch.compile` there is no warning, which is no part of a graph.
+
+    Raises:
+        TypeError: A call passes an argument under both names.
+    """
+    pairs = tuple(new_names.items())
+
+    def decorate(function: Function) -> Function:
+        name = function.__qualname__.removesuffix(".__init__")
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            for old, new in pairs:
+                if old in kwargs:
+                    if new in kwargs:
+                        raise TypeError(f"{name}() got {new} and {old}, which is its old name; pass {new} only")
+                    if not _compiling():
+                        _deprecated(f"{old} of {name}()", f"pass {new}, its name now")
+                    kwargs[new] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return call  # pyright: ignore[reportReturnType]
+
+    return decorate
+
+
+def renamed_parameter(function: Callable[..., Any], old: str, new: str) -> str:
+    """Return how a function that somebody else wrote calls a parameter: by its old name, with a warning, or its new."""
+    try:
+        names = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # written in C
+        return new
+    if old not in names or new in names:
+        return new
+    name = getattr(function, "__qualname__", type(function).__name__)
+    _deprecated(f"the parameter {old} of {name}()", f"call it {new}, its name now")
+    return old
+
+
+def _compiling() -> bool:
+    import torch  # names of settings need no torch
+
+    return torch.compiler.is_compiling()
+
+
+def renamed_attribute(old: str, new: str) -> Any:
+    """Return a property for a class: what `old`, say "HyperPrompt.temperature", is called `new` now."""
+
+    def read(self: Any) -> Any:
+        _deprecated(old, f"read {new}, its name now")
+        return getattr(self, new)
+
+    return property(read, doc=f"Deprecated: the old name of `{new}`.")
+
+
+def renamed_names(module: str, **new_names: str) -> Callable[[str], Any]:
+    """Return the `__getattr__` of a module some of whose names are others now: `old="new"`."""
+
+    def read(name: str) -> Any:
+        if name not in new_names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        _deprecated(f"{module}.{name}", f"use {module}.{new_names[name]}")
+        return getattr(importlib.import_module(module), new_names[name])
+
+    return read

@@ -1,6 +1,6 @@
 """The plain formulas: slow, any dtype, differentiable by autograd. The specification, and the oracle of the tests.
 
-Shapes as everywhere: scores (B, K), labels (B, m, K), temperature (B, m) or (B, 1), mask (B, K), result (B, m).
+Shapes as everywhere: scores (B, K), labels (B, m, K), beta (B, m) or (B, 1), mask (B, K), result (B, m).
 Every function loops over lists and objectives and takes the existing items of a list before any arithmetic, so nothing
 here depends on how padding, blocks or scans are done elsewhere.
 """
@@ -14,6 +14,8 @@ from functools import cache
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
+
+from mopl._renamed import renamed_keywords
 
 
 def _softplus(x: Tensor) -> Tensor:
@@ -30,18 +32,18 @@ def _logsumexp(x: Tensor) -> Tensor:
 def _each_list(
     scores: Tensor,
     objectives: int,
-    temperature: Tensor,
+    beta: Tensor,
     mask: Tensor | None,
     loss: Callable[[Tensor, int, int, Tensor], Tensor],
 ) -> Tensor:
     """Return loss(u, b, j, items) as (B, m), with 0 for lists of fewer than two items."""
     batch, size = scores.shape
-    temperature = temperature.expand(batch, objectives)
+    beta = beta.expand(batch, objectives)
     rows = []
     for b in range(batch):
         items = torch.arange(size) if mask is None else mask[b].nonzero()[:, 0]
         for j in range(objectives):
-            u = temperature[b, j] * scores[b, items]
+            u = beta[b, j] * scores[b, items]
             rows.append(loss(u, b, j, items) if len(items) > 1 else u.new_zeros(()))
     return torch.stack(rows).reshape(batch, objectives) if rows else scores.new_zeros(batch, objectives)
 
@@ -50,10 +52,11 @@ def _each_list(
 # Listwise cross-entropy
 
 
+@renamed_keywords(temperature="beta")
 def listwise_cross_entropy(
-    scores: Tensor, labels: Tensor, temperature: Tensor, mask: Tensor | None = None, normalize: bool = True
+    scores: Tensor, labels: Tensor, beta: Tensor, mask: Tensor | None = None, normalize: bool = True
 ) -> Tensor:
-    """Return -sum_i z_i log softmax(temperature scores)_i with z the labels, divided by their sum if `normalize`.
+    """Return -sum_i z_i log softmax(beta scores)_i with z the labels, divided by their sum if `normalize`.
 
     Ren et al. 2025 (COS-DPO), equation 8; Cao et al. 2007 (ListNet). 0 where `normalize` finds no positive label sum.
     """
@@ -76,17 +79,18 @@ def listwise_cross_entropy(
                 terms.append(z[i] * _softplus(rest))
         return torch.stack(terms).sum() if terms else u.new_zeros(())
 
-    return _each_list(scores, labels.shape[1], temperature, mask, one)
+    return _each_list(scores, labels.shape[1], beta, mask, one)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Plackett-Luce
 
 
+@renamed_keywords(temperature="beta")
 def plackett_luce_nll(
     scores: Tensor,
     labels: Tensor,
-    temperature: Tensor,
+    beta: Tensor,
     mask: Tensor | None = None,
     order: Tensor | None = None,
     position_weights: Tensor | None = None,
@@ -120,7 +124,7 @@ def plackett_luce_nll(
                 total = total + weight * group_loss(u[start:end], u[end:])
         return total
 
-    return _each_list(scores, labels.shape[1], temperature, mask, one)
+    return _each_list(scores, labels.shape[1], beta, mask, one)
 
 
 def _choice(u: Tensor, below: Tensor) -> Tensor:
@@ -164,8 +168,9 @@ def _exact(group: Tensor, below: Tensor) -> Tensor:
 # Pairs of a list
 
 
+@renamed_keywords(temperature="beta")
 def pairwise_logistic(
-    scores: Tensor, labels: Tensor, temperature: Tensor, mask: Tensor | None = None, margin: Tensor | None = None
+    scores: Tensor, labels: Tensor, beta: Tensor, mask: Tensor | None = None, margin: Tensor | None = None
 ) -> Tensor:
     """Return the sum of -log sigmoid(u_i - u_j - margin) over label_i > label_j; Burges et al. 2005 (RankNet)."""
 
@@ -173,13 +178,14 @@ def pairwise_logistic(
         gamma = 0 if margin is None else margin.expand(labels.shape[:2])[b, j]
         return _sum_over_pairs(u, labels[b, j, items], lambda high, low: _softplus(u[low] - u[high] + gamma))
 
-    return _each_list(scores, labels.shape[1], temperature, mask, one)
+    return _each_list(scores, labels.shape[1], beta, mask, one)
 
 
+@renamed_keywords(temperature="beta")
 def lambda_loss(
     scores: Tensor,
     labels: Tensor,
-    temperature: Tensor,
+    beta: Tensor,
     mask: Tensor | None = None,
     gain: str = "exponential",
     normalize: bool = False,
@@ -208,11 +214,12 @@ def lambda_loss(
 
         return _sum_over_pairs(u, labels[b, j, items], pair)
 
-    return _each_list(scores, labels.shape[1], temperature, mask, one)
+    return _each_list(scores, labels.shape[1], beta, mask, one)
 
 
+@renamed_keywords(temperature="beta")
 def approx_ndcg(
-    scores: Tensor, labels: Tensor, temperature: Tensor, mask: Tensor | None = None, gain: str = "exponential"
+    scores: Tensor, labels: Tensor, beta: Tensor, mask: Tensor | None = None, gain: str = "exponential"
 ) -> Tensor:
     """Return 1 - NDCG with rank_i = 1 + sum_{j != i} sigmoid(u_j - u_i), 0 for equal labels; Qin, Liu, Li 2010."""
 
@@ -226,7 +233,7 @@ def approx_ndcg(
         dcg = torch.stack([g / torch.log2(1 + rank) for g, rank in zip(gains, ranks, strict=True)]).sum()
         return 1 - dcg / ideal
 
-    return _each_list(scores, labels.shape[1], temperature, mask, one)
+    return _each_list(scores, labels.shape[1], beta, mask, one)
 
 
 def _gain(labels: Tensor, gain: str) -> Tensor:

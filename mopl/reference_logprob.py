@@ -55,7 +55,7 @@ def linear_logprob(
     """Return log p(target) of target's shape; logsumexp and entropy of hidden's leading shape."""
     lead = hidden.shape[:-1]
     flat = hidden.reshape(-1, hidden.shape[-1])
-    warmth = torch.as_tensor(temperature, dtype=hidden.dtype).expand(lead).reshape(-1)
+    temperatures = torch.as_tensor(temperature, dtype=hidden.dtype).expand(lead).reshape(-1)
     keep = target != ignore_index
     keep = (keep if mask is None else keep & mask).reshape(-1)
     place = torch.arange(len(flat)) if row is None else row.reshape(-1)
@@ -66,11 +66,11 @@ def linear_logprob(
     # Every target reads its row's logits; the row's own values are read with a target that is always there.
     first = torch.where(used, 0, ignore_index)
     _, logsumexp, entropy = gathered_logprob(
-        logits, first, temperature=warmth, ignore_index=ignore_index, softcap=softcap
+        logits, first, temperature=temperatures, ignore_index=ignore_index, softcap=softcap
     )
     merged = torch.where(keep, target.reshape(-1), ignore_index)
     logprob, _, _ = gathered_logprob(
-        logits[place], merged, temperature=warmth[place], ignore_index=ignore_index, softcap=softcap
+        logits[place], merged, temperature=temperatures[place], ignore_index=ignore_index, softcap=softcap
     )
     return logprob.view(target.shape), logsumexp.view(lead), entropy.view(lead)
 

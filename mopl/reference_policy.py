@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mopl._renamed import renamed_keywords
+
 
 def kl(log_policy: Tensor, log_reference: Tensor) -> Tensor:
     """Return KL(π ‖ π_ref) over the last dimension, from log-probabilities."""
@@ -22,52 +24,83 @@ def kl(log_policy: Tensor, log_reference: Tensor) -> Tensor:
 
 
 def full_vocabulary_kl(
-    logits: Tensor, reference_logits: Tensor, *, temperature: float | Tensor = 1.0,
-    reference_temperature: float | Tensor | None = None, softcap: float | None = None, direction: str = "reverse",
-) -> Tensor:  # fmt: skip
+    logits: Tensor,
+    reference_logits: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    reference_temperature: float | Tensor | None = None,
+    softcap: float | None = None,
+    direction: str = "reverse",
+) -> Tensor:
     """Return KL(π ‖ π_ref) ("reverse") or KL(π_ref ‖ π) ("forward") of softmaxes of logits (N, V)."""
     second = temperature if reference_temperature is None else reference_temperature
     logs = []
-    for values, warmth in ((logits, temperature), (reference_logits, second)):
+    for values, divisor in ((logits, temperature), (reference_logits, second)):
         u = values if softcap is None else softcap * torch.tanh(values / softcap)
-        logs.append((u / torch.as_tensor(warmth, dtype=u.dtype).expand(u.shape[:-1])[..., None]).log_softmax(-1))
+        logs.append((u / torch.as_tensor(divisor, dtype=u.dtype).expand(u.shape[:-1])[..., None]).log_softmax(-1))
     return kl(*logs) if direction == "reverse" else kl(logs[1], logs[0])
 
 
-def reward_strength(alpha: float, kl_form: str = "complement") -> float:
+@renamed_keywords(alpha="kl_weight")
+def reward_strength(kl_weight: float, kl_form: str = "complement") -> float:
     """Return κ = c(α)/α, what multiplies the reward in the optimum's exponent."""
-    return ((1 - alpha) if kl_form == "complement" else 1.0) / alpha
+    return ((1 - kl_weight) if kl_form == "complement" else 1.0) / kl_weight
 
 
-def value(log_policy: Tensor, log_reference: Tensor, rewards: Tensor, weights: Tensor, alpha: float,
-          kl_form: str = "complement") -> Tensor:  # fmt: skip
+@renamed_keywords(alpha="kl_weight")
+def value(
+    log_policy: Tensor,
+    log_reference: Tensor,
+    rewards: Tensor,
+    weights: Tensor,
+    kl_weight: float,
+    kl_form: str = "complement",
+) -> Tensor:
     """Return V(π)."""
-    coefficient = alpha * reward_strength(alpha, kl_form)
-    return coefficient * (log_policy.exp() * (weights @ rewards)).sum(-1) - alpha * kl(log_policy, log_reference)
+    coefficient = kl_weight * reward_strength(kl_weight, kl_form)
+    return coefficient * (log_policy.exp() * (weights @ rewards)).sum(-1) - kl_weight * kl(log_policy, log_reference)
 
 
-def optimal_log_policy(log_reference: Tensor, rewards: Tensor, weights: Tensor, alpha: float,
-                       kl_form: str = "complement") -> Tensor:  # fmt: skip
+@renamed_keywords(alpha="kl_weight")
+def optimal_log_policy(
+    log_reference: Tensor, rewards: Tensor, weights: Tensor, kl_weight: float, kl_form: str = "complement"
+) -> Tensor:
     """Return log π*."""
-    return (log_reference + reward_strength(alpha, kl_form) * (weights @ rewards)).log_softmax(-1)
+    return (log_reference + reward_strength(kl_weight, kl_form) * (weights @ rewards)).log_softmax(-1)
 
 
-def optimal_value(log_reference: Tensor, rewards: Tensor, weights: Tensor, alpha: float,
-                  kl_form: str = "complement") -> Tensor:  # fmt: skip
+@renamed_keywords(alpha="kl_weight")
+def optimal_value(
+    log_reference: Tensor, rewards: Tensor, weights: Tensor, kl_weight: float, kl_form: str = "complement"
+) -> Tensor:
     """Return V*."""
-    return alpha * (log_reference + reward_strength(alpha, kl_form) * (weights @ rewards)).logsumexp(-1)
+    return kl_weight * (log_reference + reward_strength(kl_weight, kl_form) * (weights @ rewards)).logsumexp(-1)
 
 
-def returns(log_policy: Tensor, log_reference: Tensor, rewards: Tensor, weights: Tensor, alpha: float,
-            kl_form: str = "complement") -> Tensor:  # fmt: skip
+@renamed_keywords(alpha="kl_weight")
+def returns(
+    log_policy: Tensor,
+    log_reference: Tensor,
+    rewards: Tensor,
+    weights: Tensor,
+    kl_weight: float,
+    kl_form: str = "complement",
+) -> Tensor:
     """Return G of every response, (Y,)."""
-    coefficient = alpha * reward_strength(alpha, kl_form)
-    return coefficient * (weights @ rewards) - alpha * (log_policy - log_reference)
+    coefficient = kl_weight * reward_strength(kl_weight, kl_form)
+    return coefficient * (weights @ rewards) - kl_weight * (log_policy - log_reference)
 
 
-def value_gradient(log_policy: Tensor, log_reference: Tensor, rewards: Tensor, weights: Tensor, alpha: float,
-                   kl_form: str = "complement") -> Tensor:  # fmt: skip
+@renamed_keywords(alpha="kl_weight")
+def value_gradient(
+    log_policy: Tensor,
+    log_reference: Tensor,
+    rewards: Tensor,
+    weights: Tensor,
+    kl_weight: float,
+    kl_form: str = "complement",
+) -> Tensor:
     """Return ∂V/∂logits, (Y,)."""
-    g = returns(log_policy, log_reference, rewards, weights, alpha, kl_form)
+    g = returns(log_policy, log_reference, rewards, weights, kl_weight, kl_form)
     policy = log_policy.exp()
     return policy * (g - (policy * g).sum(-1, keepdim=True))

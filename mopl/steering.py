@@ -5,18 +5,18 @@
 | function                  | coefficients       | source                                                   |
 |---------------------------|--------------------|----------------------------------------------------------|
 | `rescale`                 | 1/c                | COS-DPO, equation (14): (1 - 1/c) s0 + s/c               |
-| `temperature_conditioned` | 1/‖β‖₁             | COS-DPO, equation (15)                                   |
+| `beta_conditioned`        | 1/‖β‖₁             | COS-DPO, equation (15)                                   |
 | `realign`                 | λ                  | DeRa (Liu et al., ICML 2024): p0^(1-λ) p^λ               |
 | `mix_experts`             | w_1..w_m, no s0    | multi-objective decoding: Π_i p_i^(w_i)                  |
 | `modpo_reward`            | 1/w_i and -w_j/w_i | MODPO and MO-DPO, COS-DPO's equation (17)                |
 
 Two knobs follow for a model conditioned on weights: w trades the auxiliary objectives against each other, c trades
-all of them against the base model. c > 1 is a larger temperature and closer to the base; c = 1 is the model as it was
+all of them against the base model. c > 1 is a larger β and closer to the base; c = 1 is the model as it was
 trained; c < 1 extrapolates beyond it.
 
 What the linear transformation property (COS-DPO, Proposition 3.1) promises, and what it does not:
 
-* It is about optima: if s is optimal at temperature β, the rescaled scores are optimal at c β, within a class of
+* It is about optima: if s is optimal at β, the rescaled scores are optimal at c β, within a class of
   functions that is closed under s -> s0 + (s - s0)/c. Free scores and the parametrisation s0 + network are closed; a
   network trained from scratch beside s0 is so only approximately.
 * It holds for every loss that sees only β_j (s - s0), up to a common factor: listwise DPO, Plackett-Luce, the pairwise
@@ -40,6 +40,7 @@ import torch
 from torch import Tensor
 
 from mopl._arguments import check_positive, compute_dtype, shape_of
+from mopl._renamed import renamed_keywords, renamed_names
 from mopl.conditioning.sampling import check_weights
 
 
@@ -111,12 +112,12 @@ def rescale(
     normalize: bool = False,
     mask: Tensor | None = None,  # (..., K) bool
 ) -> Tensor:  # (..., K)
-    """Move a model trained at temperature β to c β without training: (1 - 1/c) s0 + s/c (COS-DPO, equation 14).
+    """Move a model trained at β to c β without training: (1 - 1/c) s0 + s/c (COS-DPO, equation 14).
 
     Args:
         scores: Scores of the trained model, (..., K).
         reference: Scores of the base model, (..., K).
-        c: Factor of the temperature, positive: above 1 towards the base model, 1 as trained, below 1 away from it.
+        c: Factor of β, positive: above 1 towards the base model, 1 as trained, below 1 away from it.
         normalize: Return log-probabilities over the last dimension.
         mask: True where an item exists.
 
@@ -126,28 +127,29 @@ def rescale(
     Raises:
         ValueError: If c is not positive, or as `log_mix`.
     """
-    factor = check_positive(c, "c", "the factor of the temperature; larger stays closer to the reference")
+    factor = check_positive(c, "c", "the factor of β; larger stays closer to the reference")
     inverse = 1.0 / (factor.double() if factor.ndim or isinstance(c, Tensor) else float(factor))
     return log_mix(scores, inverse, reference=reference, normalize=normalize, mask=mask)
 
 
-def temperature_conditioned(
+@renamed_keywords(temperature="beta")
+def beta_conditioned(
     net_scores: Tensor,  # (..., K)
     reference: Tensor,  # (..., K)
-    temperature: Sequence[float] | Tensor,  # (m,) or (..., m)
+    beta: Sequence[float] | Tensor,  # (m,) or (..., m)
     *,
     normalize: bool = False,
     mask: Tensor | None = None,  # (..., K) bool
 ) -> Tensor:  # (..., K)
-    """Scores at temperatures β of a network conditioned on β / ‖β‖₁: (1 - 1/‖β‖₁) s0 + net/‖β‖₁ (COS-DPO, eq. 15).
+    """Scores at β of a network conditioned on β / ‖β‖₁: (1 - 1/‖β‖₁) s0 + net/‖β‖₁ (COS-DPO, eq. 15).
 
-    Then β_j (s - s0) = (β_j / ‖β‖₁) (net - s0), so the training loss is the loss of `net_scores` at the temperatures
+    Then β_j (s - s0) = (β_j / ‖β‖₁) (net - s0), so the training loss is the loss of `net_scores` at
     β / ‖β‖₁, and this function is needed only afterwards.
 
     Args:
         net_scores: Output of the network for β / ‖β‖₁, (..., K).
         reference: Scores of the base model, (..., K).
-        temperature: β, positive, one for each objective: (m,) or (..., m).
+        beta: β, positive, one for each objective: (m,) or (..., m).
         normalize: Return log-probabilities over the last dimension.
         mask: True where an item exists.
 
@@ -155,12 +157,12 @@ def temperature_conditioned(
         (..., K), as `log_mix`.
 
     Raises:
-        ValueError: If a temperature is not positive, or as `log_mix`.
+        ValueError: If a β is not positive, or as `log_mix`.
     """
-    beta = check_positive(temperature, "temperature", "one for each objective")
-    if beta.ndim == 0:
-        raise ValueError("temperature is one number but must hold one for each objective, (m,) or (..., m)")
-    return rescale(net_scores, reference, beta.double().sum(-1), normalize=normalize, mask=mask)
+    given = check_positive(beta, "beta", "one for each objective")
+    if given.ndim == 0:
+        raise ValueError("beta is one number but must hold one for each objective, (m,) or (..., m)")
+    return rescale(net_scores, reference, given.double().sum(-1), normalize=normalize, mask=mask)
 
 
 def realign(
@@ -227,7 +229,7 @@ def modpo_reward(
 
         r = (1/w_i) [ s - s0 - Σ_{j≠i} w_j (s_{e_j} - s0) ]
 
-    Pass it as the scores of a loss of the anchor objective i: `listwise_dpo(r, labels_i, temperature=beta_i)`. The
+    Pass it as the scores of a loss of the anchor objective i: `listwise_dpo(r, labels_i, beta=beta_i)`. The
     gradient grows like 1/w_i, so take an anchor with a large weight.
 
     Args:
@@ -359,3 +361,6 @@ def _per_list(value: float | Tensor, like: Tensor, dtype: torch.dtype, name: str
             f"or one value a list, {lists} or {(*lists, 1)}"
         ) from None
     return tensor
+
+
+__getattr__ = renamed_names(__name__, temperature_conditioned="beta_conditioned")

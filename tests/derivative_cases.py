@@ -35,7 +35,7 @@ class Case:
     function: Function
     shapes: dict[str, tuple[int, ...]]  # the differentiable arguments
     oracle: Function | None = None  # the same function in plain loops
-    positive: tuple[str, ...] = ("temperature", "labels", "alpha")
+    positive: tuple[str, ...] = ("beta", "temperature", "labels", "kl_weight")
     refused: bool = False  # everything beyond the first derivative in reverse mode is an error
     surrogate: bool = False  # a loss that holds parts of itself constant, as documented: no derivative of its value
     reads_values: bool = False  # checks values, which PyTorch refuses under vmap
@@ -52,19 +52,19 @@ class Case:
         return self.function(**dict(zip(self.shapes, leaves, strict=True)))
 
 
-LIST = {"scores": (B, K), "reference": (B, K), "temperature": (B, M), "weights": (B, M)}
-COMMON = LIST | {"temperature": (B, 1)}
+LIST = {"scores": (B, K), "reference": (B, K), "beta": (B, M), "weights": (B, M)}
+COMMON = LIST | {"beta": (B, 1)}
 
 
 def case(loss: Function, plain: Function | None, shapes: dict | None = None, **options) -> Case:
-    """Return a case of a list loss; its oracle is a plain formula on scores - reference with temperatures (B, m)."""
+    """Return a case of a list loss; its oracle is a plain formula on scores - reference with betas (B, m)."""
     shapes = shapes or LIST
     constants = {"labels": LABELS.double()} if "labels" not in shapes else {}
     oracle = None
     if plain is not None:
 
-        def oracle(scores, reference, temperature, weights, **more):
-            return weights * plain(scores - reference, temperature=temperature, mask=MASK, **constants, **more)
+        def oracle(scores, reference, beta, weights, **more):
+            return weights * plain(scores - reference, beta=beta, mask=MASK, **constants, **more)
 
     return Case(partial(loss, mask=MASK, reduction="none", **constants, **options), shapes, oracle)
 
@@ -101,8 +101,8 @@ def all_of_oracle(**leaves) -> Tensor:
     return torch.cat([part.reshape(-1) for part in results])
 
 
-def pairs(chosen: Tensor, rejected: Tensor, temperature: Tensor, **options) -> Tensor:
-    return losses.bradley_terry(chosen, rejected, temperature=temperature, reduction="none", **options)
+def pairs(chosen: Tensor, rejected: Tensor, beta: Tensor, **options) -> Tensor:
+    return losses.bradley_terry(chosen, rejected, beta=beta, reduction="none", **options)
 
 
 CASES = {
@@ -130,10 +130,10 @@ CASES = {
     "approx_ndcg": case(losses.approx_ndcg, reference.approx_ndcg),
     "approx_ndcg-labels": case(losses.approx_ndcg, None, LIST | {"labels": (B, M, K)}),
     "normalize_labels": Case(partial(losses.normalize_labels, mode="l1", mask=MASK), {"labels": (B, M, K)}),
-    "bradley_terry": Case(pairs, {"chosen": (B, M), "rejected": (B, M), "temperature": (B, M)}),
+    "bradley_terry": Case(pairs, {"chosen": (B, M), "rejected": (B, M), "beta": (B, M)}),
     "bradley_terry-hyperbolic": Case(
         partial(pairs, loss_type="discopop", f_divergence="js_divergence"),
-        {"chosen": (B, M), "rejected": (B, M), "temperature": (B, M)},
+        {"chosen": (B, M), "rejected": (B, M), "beta": (B, M)},
     ),
     "DPOLoss": Case(
         lambda chosen, rejected: losses.DPOLoss(0.5)(chosen, rejected, torch.ones(B), torch.zeros(B))[0],
@@ -141,7 +141,7 @@ CASES = {
     ),
     "policy_gradient": Case(
         lambda logprob: losses.policy_gradient(
-            logprob, torch.ones(3, 2), torch.tensor([0.4, 0.6]), alpha=0.3, reference=torch.zeros(3, 4, dtype=F64),
+            logprob, torch.ones(3, 2), torch.tensor([0.4, 0.6]), kl_weight=0.3, reference=torch.zeros(3, 4, dtype=F64),
             behaviour=torch.full((3, 4), -0.1, dtype=F64), mask=TOKEN_MASK, reduction="none",
         ).loss,
         TOKENS,
@@ -202,12 +202,12 @@ CASES = {
     ),
     "listwise_cross_entropy": Case(
         partial(ops.listwise_cross_entropy, mask=MASK),
-        {"scores": (B, K), "labels": (B, M, K), "temperature": (B, M)},
+        {"scores": (B, K), "labels": (B, M, K), "beta": (B, M)},
         partial(reference.listwise_cross_entropy, mask=MASK),
     ),
     "plackett_luce_nll": Case(
         partial(ops.plackett_luce_nll, labels=LABELS, mask=MASK),
-        {"scores": (B, K), "temperature": (B, M)},
+        {"scores": (B, K), "beta": (B, M)},
         partial(reference.plackett_luce_nll, labels=LABELS, mask=MASK),
     ),
     "steering": Case(

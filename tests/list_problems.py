@@ -22,7 +22,7 @@ class Problem:
 
     scores: Tensor
     labels: Tensor
-    temperature: Tensor
+    beta: Tensor
     mask: Tensor | None
     upstream: Tensor
     options: dict = field(default_factory=dict)
@@ -31,7 +31,7 @@ class Problem:
         def move(value):
             return value.to(device) if isinstance(value, Tensor) else value
 
-        moved = {name: move(getattr(self, name)) for name in ("scores", "labels", "temperature", "mask", "upstream")}
+        moved = {name: move(getattr(self, name)) for name in ("scores", "labels", "beta", "mask", "upstream")}
         return Problem(**moved, options={name: move(value) for name, value in self.options.items()})
 
 
@@ -71,11 +71,11 @@ def make(
         labels = torch.rand(batch, objectives, items, dtype=F64) * (torch.rand(batch, objectives, items) < 0.7)
     else:
         labels = torch.randint(0, levels, (batch, objectives, items))
-    temperature = torch.rand(batch, 1 if common else objectives, dtype=F64) + 0.2
+    beta = torch.rand(batch, 1 if common else objectives, dtype=F64) + 0.2
     return Problem(
         scores=scores,
         labels=labels.to(label_dtype),
-        temperature=temperature.to(torch.float64 if dtype == torch.float64 else torch.float32),
+        beta=beta.to(torch.float64 if dtype == torch.float64 else torch.float32),
         mask=random_mask(batch, items) if masked else None,
         upstream=torch.randn(batch, objectives, dtype=F64),
         options=options,
@@ -92,12 +92,12 @@ def best_first(problem: Problem) -> Tensor:
 
 def results(op: Callable[..., Tensor], problem: Problem, with_labels: bool = False) -> dict[str, Tensor]:
     """Return the loss (B, m) and the gradients of (upstream * loss).sum()."""
-    leaves = {"scores": problem.scores, "temperature": problem.temperature}
+    leaves = {"scores": problem.scores, "beta": problem.beta}
     if with_labels:
         leaves["labels"] = problem.labels
     leaves = {name: value.detach().requires_grad_() for name, value in leaves.items()}
     labels = leaves.get("labels", problem.labels)
-    loss = op(leaves["scores"], labels, leaves["temperature"], problem.mask, **problem.options)
+    loss = op(leaves["scores"], labels, leaves["beta"], problem.mask, **problem.options)
     found = {"loss": loss.detach()}
     if loss.requires_grad:
         gradients = torch.autograd.grad((loss * problem.upstream.to(loss.dtype)).sum(), list(leaves.values()))
@@ -109,12 +109,12 @@ def results(op: Callable[..., Tensor], problem: Problem, with_labels: bool = Fal
 
 def curvature(op: Callable[..., Tensor], problem: Problem) -> dict[str, Tensor]:
     """Return the gradients of <d, gradient of (upstream * loss).sum()> for a fixed direction d: second derivatives."""
-    leaves = [t.detach().requires_grad_() for t in (problem.scores, problem.temperature)]
+    leaves = [t.detach().requires_grad_() for t in (problem.scores, problem.beta)]
     loss = op(leaves[0], problem.labels, leaves[1], problem.mask, **problem.options)
     gradients = torch.autograd.grad(loss, leaves, problem.upstream.to(loss.dtype), create_graph=True)
     directions = [torch.linspace(-1, 2, g.numel(), dtype=F64).view_as(g).to(g.dtype) for g in gradients]
     total = sum((g * d).sum() for g, d in zip(gradients, directions, strict=True))
-    return dict(zip(("scores", "temperature"), torch.autograd.grad(total, leaves), strict=True))
+    return dict(zip(("scores", "beta"), torch.autograd.grad(total, leaves), strict=True))
 
 
 def in_float64(problem: Problem) -> Problem:
@@ -125,7 +125,7 @@ def in_float64(problem: Problem) -> Problem:
         problem,
         scores=problem.scores.double(),
         labels=labels,
-        temperature=problem.temperature.double(),
+        beta=problem.beta.double(),
         options=options,
     )
 
@@ -146,7 +146,7 @@ def poisoned(problem: Problem) -> Problem:
         problem,
         scores=padded(scores),
         labels=padded(labels),
-        temperature=padded(problem.temperature, gap=2),
+        beta=padded(problem.beta, gap=2),
         mask=mask,
         options=options,
     )
@@ -166,8 +166,8 @@ def compare(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: fl
         error = (actual - value).masked_fill(infinite | value.isnan(), 0).abs().flatten(1).amax(-1)
         size = value.masked_fill(infinite | value.isnan(), 0).abs().flatten(1).amax(-1)
         # Objectives of one list may cancel in the gradient of its scores: a list next to zero is judged by the others.
-        # The gradient of a temperature is a sum over items of both signs, so it is smaller than its terms.
-        limit = (4 if name == "temperature" else 1) * tolerance * (size + 5e-2 * size.max())
+        # The gradient of a beta is a sum over items of both signs, so it is smaller than its terms.
+        limit = (4 if name == "beta" else 1) * tolerance * (size + 5e-2 * size.max())
         worst = int((error - limit).argmax())
         assert bool((error <= limit).all()), (
             f"{name} of list {worst} is off by {float(error[worst]):.2e} where its largest entry is "
@@ -192,9 +192,9 @@ def check(
             tolerance = 2**-7 if problem.scores.dtype == torch.bfloat16 else 2**-10
     expected = results(reference, in_float64(problem), with_labels)
     hidden = poisoned(problem).to(device)
-    before = [t.clone() for t in (hidden.scores, hidden.labels, hidden.temperature)]
+    before = [t.clone() for t in (hidden.scores, hidden.labels, hidden.beta)]
     found = results(op, hidden, with_labels)
-    for kept, now in zip(before, (hidden.scores, hidden.labels, hidden.temperature), strict=True):
+    for kept, now in zip(before, (hidden.scores, hidden.labels, hidden.beta), strict=True):
         assert torch.equal(kept.nan_to_num(7), now.nan_to_num(7)), "an input was changed"
     compare(found, expected, tolerance)
     if problem.scores.dtype in (torch.bfloat16, torch.float16):

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from mopl.steering import log_mix, mix_experts, modpo_reward, realign, rescale, soup, temperature_conditioned
+from mopl.steering import beta_conditioned, log_mix, mix_experts, modpo_reward, realign, rescale, soup
 
 F64 = torch.float64
 LABELS = torch.softmax(torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 2.5]], dtype=F64), -1)  # zbar_1, zbar_2
@@ -130,18 +130,18 @@ def test_distance_from_the_base_falls_as_c_grows():
 
 
 @pytest.mark.parametrize("shape", [(3,), (7, 3)])
-def test_temperature_conditioned_scores_depend_on_beta_only_through_its_direction(shape):
+def test_beta_conditioned_scores_depend_on_beta_only_through_its_direction(shape):
     net, s0, beta = torch.randn(7, 5, dtype=F64), torch.randn(7, 5, dtype=F64), torch.rand(shape, dtype=F64) * 4 + 0.1
-    s = temperature_conditioned(net, s0, beta)
+    s = beta_conditioned(net, s0, beta)
     normalized = beta / beta.sum(-1, keepdim=True)
     close(beta[..., None] * (s - s0).unsqueeze(-2), normalized[..., None] * (net - s0).unsqueeze(-2))
 
 
-def test_temperature_conditioned_optimum_is_the_optimum():
+def test_beta_conditioned_optimum_is_the_optimum():
     s0, beta = torch.tensor([0.5, -1.0, 2.0], dtype=F64), [1.5, 0.75]
     direction = torch.tensor(beta, dtype=F64) / sum(beta)
     net = s0 + optimum(listnet, direction)
-    close(temperature_conditioned(net, s0, beta) - s0, optimum(listnet, torch.tensor(beta, dtype=F64)), atol=1e-9)
+    close(beta_conditioned(net, s0, beta) - s0, optimum(listnet, torch.tensor(beta, dtype=F64)), atol=1e-9)
 
 
 # --- policies ----------------------------------------------------------------------------------------------------
@@ -345,8 +345,8 @@ def test_inputs_are_not_changed():
         (lambda s: rescale(s, s[:1], 2.0), ValueError, r"reference has shape \(1, 3\) but must be .*\(2, 3\)"),
         (lambda s: rescale(s.long(), s, 2.0), TypeError, "scores must be a floating-point"),
         (lambda s: rescale(s, s.tolist(), 2.0), TypeError, "reference must be .* got list"),
-        (lambda s: temperature_conditioned(s, s, 1.0), ValueError, "one for each objective"),
-        (lambda s: temperature_conditioned(s, s, [1.0, 0.0]), ValueError, "temperature is .* must be positive"),
+        (lambda s: beta_conditioned(s, s, 1.0), ValueError, "one for each objective"),
+        (lambda s: beta_conditioned(s, s, [1.0, 0.0]), ValueError, "beta is .* must be positive"),
         (lambda s: mix_experts([s, s], [0.5, 0.6]), ValueError, "does not sum to 1"),
         (lambda s: mix_experts([s, s], [1.0]), ValueError, r"weights has shape \(1,\) but must be \(2,\)"),
         (lambda s: log_mix([s, s], [1.0]), ValueError, "2 score tensors and 1 coefficients"),

@@ -106,7 +106,7 @@ class ResponseLoss:
     def _together(self, scores: Tensor, lists: ListBatch, beta: Any, reference: Tensor | None, chosen: slice) -> Tensor:
         """All responses of a list count in every objective."""
         options: dict[str, Any] = {
-            "reference": reference, "temperature": beta, "mask": lists.mask, "reduction": "none",
+            "reference": reference, "beta": beta, "mask": lists.mask, "reduction": "none",
         }  # fmt: skip
         if self.loss == "listnet":
             return listwise_dpo(scores, self.targets(lists)[:, chosen], normalize=None, **options)
@@ -122,7 +122,7 @@ class ResponseLoss:
         s0 = None if reference is None else by_objective(reference, lists)[0][rows]
         if isinstance(beta, Tensor):
             beta = beta.expand(shape[:2]).reshape(-1, 1)
-        options: dict[str, Any] = {"reference": s0, "temperature": beta, "mask": mask, "reduction": "none"}
+        options: dict[str, Any] = {"reference": s0, "beta": beta, "mask": mask, "reduction": "none"}
         if self.loss == "listnet":
             targets = self.targets(lists)[:, chosen].reshape(-1, 1, shape[2])
             found = listwise_dpo(own, targets, normalize=None, **options)
@@ -164,7 +164,7 @@ class ResponseLoss:
         winner, loser = sides(scores)
         s0: tuple[Any, Any] = (None, None) if reference is None else sides(reference)
         vector = bradley_terry(
-            winner, loser, reference_chosen=s0[0], reference_rejected=s0[1], temperature=beta, loss_type=self.loss,
+            winner, loser, reference_chosen=s0[0], reference_rejected=s0[1], beta=beta, loss_type=self.loss,
             label_smoothing=self.label_smoothing, reduction="none",
         )  # fmt: skip
         return vector, preferred

@@ -38,7 +38,7 @@ from mopl.alignment.methods import (
 from mopl.alignment.reference import ReferenceStore, score_lists
 from mopl.alignment.trained import model_folder, vector_name
 from mopl.conditioning import LoraMixture, TextPrompt
-from mopl.conditioning.samplers import box_temperatures, dirichlet_weights, fixed
+from mopl.conditioning.samplers import box_betas, dirichlet_weights, fixed
 from mopl.experiments.run_directory import DONE, read_done
 from mopl.language_models import models
 from mopl.language_models.collate import ListCollator
@@ -197,7 +197,7 @@ class Stages:
         per: dict[str, Any] = {"per": config.weights_per, "seed": config.seed}
         if takes_temperature:
             low, high = ((factor * self.beta).tolist() for factor in config.beta_range)
-            temperature = box_temperatures(m, count, low=low, high=high, **per)
+            temperature = box_betas(m, count, low=low, high=high, **per)
         else:
             temperature = fixed(self.beta, count)
         loss = scalarized_loss(

@@ -179,7 +179,7 @@ class ClpLoss:
         baseline: Any = {"value": values, "none": None}.get(config.baseline, config.baseline)
         assert rollout.scaled is not None
         found = policy_gradient(
-            logprob, rollout.scaled.to(device), w, alpha=alpha, reference=rollout.reference.to(device),
+            logprob, rollout.scaled.to(device), w, kl_weight=alpha, reference=rollout.reference.to(device),
             behaviour=None if fresh else _on(rollout.behaviour, device), mask=counted,
             baseline=baseline.detach() if isinstance(baseline, Tensor) else baseline,
             group=config.samples_per_prompt if isinstance(baseline, str) else None, standardize=config.standardize,

@@ -1,10 +1,11 @@
-"""How the weights of the objectives (and the temperatures) enter a model."""
+"""How the weights of the objectives (and their betas) enter a model."""
 
+from mopl._renamed import renamed_names
 from mopl.conditioning.concat import ConcatCondition
 from mopl.conditioning.hyper_prompt import HyperPrompt
 from mopl.conditioning.hyper_prompt_model import HyperPromptModel
 from mopl.conditioning.parameter_mixture import AlphaCoefficients, LoraMixture, ParameterMixture
-from mopl.conditioning.sampling import Temperatures, check_weights, sample_temperatures, sample_weights
+from mopl.conditioning.sampling import Betas, check_weights, sample_betas, sample_weights
 from mopl.conditioning.saved_models import TuningRecord
 from mopl.conditioning.text_prompt import TextPrompt
 from mopl.conditioning.value_head import ValueHead
@@ -12,17 +13,19 @@ from mopl.conditioning.weighted import WeightedModel
 
 __all__ = [
     "AlphaCoefficients",
+    "Betas",
     "ConcatCondition",
     "HyperPrompt",
     "HyperPromptModel",
     "LoraMixture",
     "ParameterMixture",
-    "Temperatures",
     "TextPrompt",
     "TuningRecord",
     "ValueHead",
     "WeightedModel",
     "check_weights",
-    "sample_temperatures",
+    "sample_betas",
     "sample_weights",
 ]
+
+__getattr__ = renamed_names(__name__, Temperatures="Betas", sample_temperatures="sample_betas")

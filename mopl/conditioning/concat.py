@@ -6,61 +6,65 @@ import torch
 from torch import Tensor, nn
 
 from mopl._arguments import shape_of
+from mopl._renamed import renamed_attribute, renamed_keywords
 
 
 class ConcatCondition(nn.Module):
-    """Appends the weights, and on request the normalised temperatures, to the features of every item.
+    """Appends the weights, and on request the normalised betas, to the features of every item.
 
-    It has no parameters: a first layer of width H grows by m × H weights, or 2 m × H with temperatures.
+    It has no parameters: a first layer of width H grows by m × H weights, or 2 m × H with betas.
 
     Args:
         objectives: m.
-        temperature: Whether the model is also conditioned on temperatures.
+        takes_beta: Whether the model is also conditioned on β.
 
     Attributes:
         extra_features: Number of features that are appended.
     """
 
-    def __init__(self, objectives: int, *, temperature: bool = False):
+    temperature = renamed_attribute("ConcatCondition.temperature", "takes_beta")
+
+    @renamed_keywords(temperature="takes_beta")
+    def __init__(self, objectives: int, *, takes_beta: bool = False):
         super().__init__()
         if objectives < 1:
             raise ValueError(f"objectives is {objectives} but must be at least 1")
         self.objectives = objectives
-        self.temperature = temperature
-        self.extra_features = objectives * (2 if temperature else 1)
+        self.takes_beta = takes_beta
+        self.extra_features = objectives * (2 if takes_beta else 1)
 
+    @renamed_keywords(temperature="beta")
     def forward(
         self,
         features: Tensor,  # (B, K, F)
         weights: Tensor,  # (m,), (1, m) or (B, m)
-        temperature: Tensor | None = None,  # the same
+        beta: Tensor | None = None,  # the same
     ) -> Tensor:  # (B, K, F + m) or (B, K, F + 2 m)
         """Append the condition to the features.
 
         Args:
             features: (B, K, F) floating point.
             weights: (m,), (1, m) or (B, m).
-            temperature: β in the same shapes; only β / ‖β‖₁ is appended, so that the output cannot depend on ‖β‖₁
-                (equation 15). Required if and only if the module was made with `temperature=True`.
+            beta: β in the same shapes; only β / ‖β‖₁ is appended, so that the output cannot depend on ‖β‖₁
+                (equation 15). Required if and only if the module was made with `takes_beta=True`.
 
         Returns:
             (B, K, F + extra_features) in the dtype of `features`, differentiable in all three.
 
         Raises:
-            ValueError: If a shape is wrong, or `temperature` is missing or not expected.
+            ValueError: If a shape is wrong, or `beta` is missing or not expected.
         """
         if features.ndim != 3:
             raise ValueError(f"features has shape {shape_of(features)} but must be (B, K, F)")
-        if (temperature is not None) != self.temperature:
+        if (beta is not None) != self.takes_beta:
             raise ValueError(
-                "temperature is missing; pass one for each objective"
-                if self.temperature
-                else "temperature was passed to a model that is not conditioned on it; make it with temperature=True"
+                "beta is missing; pass one for each objective"
+                if self.takes_beta
+                else "beta was passed to a model that is not conditioned on it; make it with takes_beta=True"
             )
         parts = [features, self._per_item(weights, features, "weights")]
-        if temperature is not None:
-            normalized = temperature / temperature.sum(-1, keepdim=True)
-            parts.append(self._per_item(normalized, features, "temperature"))
+        if beta is not None:
+            parts.append(self._per_item(beta / beta.sum(-1, keepdim=True), features, "beta"))
         return torch.cat(parts, -1)
 
     def _per_item(self, condition: Tensor, features: Tensor, name: str) -> Tensor:
@@ -76,4 +80,4 @@ class ConcatCondition(nn.Module):
 
     def extra_repr(self) -> str:
         """Describe the module in its repr."""
-        return f"objectives={self.objectives}, temperature={self.temperature}"
+        return f"objectives={self.objectives}, takes_beta={self.takes_beta}"

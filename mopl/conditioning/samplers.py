@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mopl._arguments import check_choice
-from mopl.conditioning.sampling import sample_temperatures, sample_weights
+from mopl.conditioning.sampling import sample_betas, sample_weights
 
 Sampler = Callable[[int], Tensor]  # step -> (B, m)
 Per = Literal["list", "step"] | int
@@ -45,7 +45,7 @@ def dirichlet_weights(objectives: int, batch_size: int, *, concentration: float,
     )  # fmt: skip
 
 
-def box_temperatures(
+def box_betas(
     objectives: int, batch_size: int, *, low: Sequence[float], high: Sequence[float], per: Per, seed: int
 ) -> Sampler:
     """Return a sampler of β / ‖β‖₁ with β uniform in the box from `low` to `high`, (m,) each; see `dirichlet_weights`.
@@ -55,7 +55,7 @@ def box_temperatures(
     count = _draws(per, batch_size)
 
     def draw(step: int) -> Tensor:
-        drawn = sample_temperatures(objectives, count, low, high, seed=seed, step=step)
+        drawn = sample_betas(objectives, count, low, high, seed=seed, step=step)
         return _spread(drawn.normalized, batch_size)
 
     return draw
@@ -66,7 +66,7 @@ def one_of(values: Sequence[float], batch_size: int, *, per: Per, seed: int) -> 
     choices, count = torch.tensor(values), _draws(per, batch_size)
 
     def draw(step: int) -> Tensor:
-        uniform = sample_temperatures(1, count, 1.0, 2.0, seed=seed, step=step).temperature[:, 0] - 1
+        uniform = sample_betas(1, count, 1.0, 2.0, seed=seed, step=step).beta[:, 0] - 1
         return _spread(choices[(uniform * len(choices)).long().clamp(max=len(choices) - 1)], batch_size)
 
     return draw

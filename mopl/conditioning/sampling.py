@@ -1,4 +1,4 @@
-"""Trade-offs for training: weights from a Dirichlet distribution, temperatures from a box.
+"""Trade-offs for training: weights from a Dirichlet distribution, betas from a box.
 
 Draws are counter-based: they are a function of (seed, step, rank) and of nothing else. A resumed run therefore draws
 what the interrupted run would have drawn, and no global generator is read or moved. The first rows do not depend on
@@ -15,20 +15,23 @@ import torch
 from torch import Tensor
 
 from mopl._arguments import check_positive, shape_of
+from mopl._renamed import renamed_attribute, renamed_keywords, renamed_names
 
-_WEIGHTS, _TEMPERATURES = 1, 2  # the streams of one (seed, step, rank)
+_WEIGHTS, _BETAS = 1, 2  # the streams of one (seed, step, rank)
 
 
-class Temperatures(NamedTuple):
-    """Temperatures of each objective and what a network is conditioned on.
+class Betas(NamedTuple):
+    """β of each objective, and what a network is conditioned on.
 
     Attributes:
-        temperature: β, (count, m).
+        beta: β, (count, m).
         normalized: β / ‖β‖₁, (count, m), on the simplex.
     """
 
-    temperature: Tensor
+    beta: Tensor
     normalized: Tensor
+
+    temperature = renamed_attribute("Betas.temperature", "beta")
 
 
 def _generator(seed: int, step: int, rank: int, stream: int) -> np.random.Generator:
@@ -60,25 +63,26 @@ def _check_count(objectives: int, count: int) -> None:
         raise ValueError(f"objectives is {objectives} and count is {count} but they must be at least 1 and 0")
 
 
+@renamed_keywords(alpha="concentration")
 def sample_weights(
     objectives: int,
     count: int,
-    alpha: float | Sequence[float] | Tensor = 1.0,
+    concentration: float | Sequence[float] | Tensor = 1.0,
     *,
     seed: int,
     step: int,
     rank: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Draw weight vectors w ~ Dirichlet(alpha), as in Weight-COS-DPO (Ren et al., UAI 2025, equation 12).
+    """Draw weight vectors w ~ Dirichlet(α), as in Weight-COS-DPO (Ren et al., UAI 2025, equation 12).
 
     One vector a list has the same expectation as the paper's one vector a step, and less variance.
 
     Args:
         objectives: m.
         count: Number of vectors: 1 for one a step, B for one a list.
-        alpha: Concentration, positive: a number or one for each objective. 1 is uniform on the simplex, smaller
-            favours the vertices, larger the mean alpha / sum(alpha). However small it is, no draw is NaN.
+        concentration: α, positive: a number or one for each objective. 1 is uniform on the simplex, smaller favours
+            the vertices, larger the mean α / Σ α. However small it is, no draw is NaN.
         seed: Seed of the run.
         step: Step of the optimiser.
         rank: Process of a distributed run.
@@ -88,16 +92,16 @@ def sample_weights(
         (count, m) on the simplex, on the CPU.
 
     Raises:
-        ValueError: If alpha is not positive or has another length than m, or seed, step or rank is not an integer
-            from 0 to 2^64 - 1.
+        ValueError: If concentration is not positive or has another length than m, or seed, step or rank is not an
+            integer from 0 to 2^64 - 1.
     """
     _check_count(objectives, count)
-    concentration = _box(alpha, objectives, "alpha")
-    draws = _generator(seed, step, rank, _WEIGHTS).dirichlet(concentration, size=count)
+    parameters = _box(concentration, objectives, "concentration")
+    draws = _generator(seed, step, rank, _WEIGHTS).dirichlet(parameters, size=count)
     return torch.from_numpy(draws).to(dtype)
 
 
-def sample_temperatures(
+def sample_betas(
     objectives: int,
     count: int,
     low: float | Sequence[float] | Tensor,
@@ -107,11 +111,11 @@ def sample_temperatures(
     step: int,
     rank: int = 0,
     dtype: torch.dtype = torch.float32,
-) -> Temperatures:
-    """Draw temperatures uniformly from a box, as in Temperature-COS-DPO (Ren et al., UAI 2025, equation 16).
+) -> Betas:
+    """Draw β uniformly from a box, as in Temperature-COS-DPO (Ren et al., UAI 2025, equation 16).
 
     With the parametrisation of equation (15) the loss depends on β only through β / ‖β‖₁: train on `normalized` and
-    the raw output of the network; `mopl.steering.temperature_conditioned` brings ‖β‖₁ back afterwards. Take the box
+    the raw output of the network; `mopl.steering.beta_conditioned` brings ‖β‖₁ back afterwards. Take the box
     wider than the range that will be asked for; the paper uses [0.67, 1.5]^2.
 
     Args:
@@ -141,9 +145,9 @@ def sample_temperatures(
             f"low is {bottom.tolist()} and high is {top.tolist()}, of which {str(dtype).removeprefix('torch.')} makes "
             "0 or infinity; pass another dtype"
         )
-    uniform = _generator(seed, step, rank, _TEMPERATURES).random((count, objectives))
+    uniform = _generator(seed, step, rank, _BETAS).random((count, objectives))
     draws = torch.from_numpy(bottom + (top - bottom) * uniform)
-    return Temperatures(draws.to(dtype), (draws / draws.sum(-1, keepdim=True)).to(dtype))
+    return Betas(draws.to(dtype), (draws / draws.sum(-1, keepdim=True)).to(dtype))
 
 
 def check_weights(
@@ -188,3 +192,6 @@ def check_weights(
             entries = ", ".join(f"{x:g}" for x in rows[row].tolist())
             raise ValueError(f"{where} = ({entries}) must lie on the simplex but {remedy}")
     return tensor
+
+
+__getattr__ = renamed_names(__name__, Temperatures="Betas", sample_temperatures="sample_betas")

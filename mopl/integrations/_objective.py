@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mopl import losses
+from mopl._renamed import renamed_parameter
 from mopl.integrations._pair_loss import PairLoss
 from mopl.integrations._scores import Scored
 from mopl.integrations._settings import ObjectiveArguments
@@ -66,6 +67,7 @@ class Objective:
                 f"loss is {loss!r} but must be a function of mopl.losses or like one; list_loss takes names"
             )
         self.loss: ListLoss | PairLoss = getattr(losses, settings.list_loss) if loss is None else loss
+        self.name_of_beta = renamed_parameter(self.loss, "temperature", "beta")
 
     def __call__(
         self,
@@ -73,7 +75,7 @@ class Objective:
         batch: ListBatch,
         *,
         weights: Tensor,  # (B, m)
-        temperature: Tensor,  # broadcasts to (B, m)
+        beta: Tensor,  # broadcasts to (B, m)
         reference: Tensor | None,  # (B, K)
     ) -> Measured:
         """Return the losses of a batch; the arithmetic is in float32 at least, whatever the training's precision."""
@@ -82,7 +84,7 @@ class Objective:
             scores = scores / lengths.clamp(min=1)
             reference = None if reference is None else reference / lengths.clamp(min=1)
         with torch.autocast(scores.device.type, enabled=False):
-            vector = self._vector(scores, scored, batch, temperature, reference)
+            vector = self._vector(scores, scored, batch, beta, reference)
             if scored.confidence is not None:
                 vector = vector * scored.confidence
             vector = torch.where(batch.objective_mask, vector, 0.0)
@@ -100,9 +102,9 @@ class Objective:
                     value,
                     correct=(better & (difference > 0)).sum((-1, -2)).float(),
                     pairs=better.sum((-1, -2)).float(),
-                    margin=torch.where(better, difference, 0.0).sum((-1, -2)) * temperature,
+                    margin=torch.where(better, difference, 0.0).sum((-1, -2)) * beta,
                     log_ratio=torch.where(batch.mask, ratio, 0.0).sum(-1) / count,
-                    rewards=(chosen * temperature, rejected * temperature),
+                    rewards=(chosen * beta, rejected * beta),
                     logps=by_side(scored.scores, better),
                     router=scored.router,
                 )
@@ -122,7 +124,7 @@ class Objective:
         return value
 
     def _vector(
-        self, scores: Tensor, scored: Scored, batch: ListBatch, temperature: Tensor, reference: Tensor | None
+        self, scores: Tensor, scored: Scored, batch: ListBatch, beta: Tensor, reference: Tensor | None
     ) -> Tensor:
         if isinstance(self.loss, PairLoss):
             if batch.mask.shape[1] != 2:
@@ -135,21 +137,20 @@ class Objective:
                 batch.labels,
                 lengths=scored.lengths,
                 reference=reference,
-                temperature=temperature,
+                beta=beta,
                 tokens=scored.tokens,
                 likelihood=scored.likelihood,
             )
         options: dict[str, Any] = {"reduction": "none"}
         if not self.partial:
-            vector = self.loss(
-                scores, batch.labels, reference=reference, temperature=temperature, mask=batch.mask, **options
-            )
+            options[self.name_of_beta] = beta
+            vector = self.loss(scores, batch.labels, reference=reference, mask=batch.mask, **options)
             return _checked(vector, (batch.labels.shape[0], batch.labels.shape[1]))
         alone, labels, mask = by_objective(scores, batch)
         shape = (batch.labels.shape[0], batch.labels.shape[1])
         base = None if reference is None else by_objective(reference, batch)[0]
-        beta = temperature.expand(shape).reshape(-1, 1)
-        vector = self.loss(alone, labels, reference=base, temperature=beta, mask=mask, **options)
+        options[self.name_of_beta] = beta.expand(shape).reshape(-1, 1)
+        vector = self.loss(alone, labels, reference=base, mask=mask, **options)
         return _checked(vector, (shape[0] * shape[1], 1)).reshape(shape)
 
 

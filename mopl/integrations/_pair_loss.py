@@ -50,7 +50,7 @@ class PairLoss:
         *,
         lengths: Tensor,  # (B, 2)
         reference: Tensor | None,  # (B, 2)
-        temperature: Tensor,  # broadcasts to (B, m)
+        beta: Tensor,  # broadcasts to (B, m)
         tokens: Tensor | None = None,  # (B, 2)
         likelihood: Tensor | None = None,  # (B, 2)
     ) -> Tensor:  # (B, m)
@@ -61,7 +61,7 @@ class PairLoss:
             labels: Of the two responses under each objective.
             lengths: Tokens of the responses that are scored.
             reference: Scores of the reference.
-            temperature: β.
+            beta: β.
             tokens: Tokens of the responses; TRL's averages count one that nothing stands before.
             likelihood: The scores for `sft`, where they are others (see `ld_alpha`).
         """
@@ -80,14 +80,14 @@ class PairLoss:
                 value = -chosen * pairs / scored.clamp(min=1)
             else:
                 divisors = lengths if tokens is None else tokens
-                value = self._value(name, sides, scores, divisors, reference, temperature, tied)
+                value = self._value(name, sides, scores, divisors, reference, beta, tied)
             total = total + factor * value
         return torch.where(tied, 0.0, total)
 
     def _value(
-        self, name: str, sides: Any, scores: Tensor, lengths: Tensor, reference: Any, temperature: Tensor, tied: Tensor
+        self, name: str, sides: Any, scores: Tensor, lengths: Tensor, reference: Any, beta: Tensor, tied: Tensor
     ) -> Tensor:
-        options = {"temperature": temperature, "loss_type": name, **self.options.get(name, {})}
+        options = {"beta": beta, "loss_type": name, **self.options.get(name, {})}
         if name in AVERAGED:
             divergence = options.pop("f_divergence", "reverse_kl")
             if divergence != "reverse_kl":
@@ -103,16 +103,16 @@ class PairLoss:
             return bradley_terry(
                 chosen, rejected, reference_chosen=base[0], reference_rejected=base[1], reduction="none", **options
             )
-        if temperature.ndim == 2 and temperature.shape[0] > 1:
+        if beta.ndim == 2 and beta.shape[0] > 1:
             raise ValueError(
-                f"loss_type {name!r} sorts the pairs, after which none has a temperature of its own; leave out "
+                f"loss_type {name!r} sorts the pairs, after which none has a β of its own; leave out "
                 "beta_low, beta_high and the column objective_beta"
             )
         total = torch.zeros_like(chosen)
         for objective in range(chosen.shape[1]):
             rows = (~tied[:, objective]).nonzero()[:, 0]
             known = [None if part is None else part[rows, objective] for part in base]
-            options["temperature"] = temperature.expand(1, tied.shape[1])[0, objective : objective + 1]
+            options["beta"] = beta.expand(1, tied.shape[1])[0, objective : objective + 1]
             value = bradley_terry(
                 chosen[rows, objective],
                 rejected[rows, objective],

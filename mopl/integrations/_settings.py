@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mopl._arguments import check_choice
-from mopl.conditioning.sampling import check_weights, sample_temperatures, sample_weights
+from mopl.conditioning.sampling import check_weights, sample_betas, sample_weights
 
 LIST_LOSSES = ("listwise_dpo", "plackett_luce", "pairwise_logistic", "lambda_loss", "approx_ndcg")
 SCALARIZATIONS = ("linear", "chebyshev", "smooth_chebyshev")
@@ -152,8 +152,8 @@ class TradeOffs:
         weights = weights.expand(count, m)
         if settings.beta_low is None or settings.beta_high is None:
             return weights, self.beta, self.beta.expand(count, m)
-        drawn = sample_temperatures(m, rows, settings.beta_low, settings.beta_high, seed=self.seed, step=step)
-        seen = drawn.temperature[chosen].expand(count, m)
+        drawn = sample_betas(m, rows, settings.beta_low, settings.beta_high, seed=self.seed, step=step)
+        seen = drawn.beta[chosen].expand(count, m)
         return weights, drawn.normalized[chosen].expand(count, m), seen
 
     def at(self, weights: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:

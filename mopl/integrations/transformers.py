@@ -304,7 +304,7 @@ class MultiObjectiveTrainer(ListTrainer):
         weights, temperature, beta = self._trade_offs(batch, extras, offset)
         reference = self._reference(model, batch, extras)
         scored = self.scoring(model, batch, self.conditions, weights, beta)
-        measured = self.objective(scored, batch, weights=weights, temperature=temperature, reference=reference)
+        measured = self.objective(scored, batch, weights=weights, beta=temperature, reference=reference)
         if self.model.training:
             self._totals.add(measured, batch.objective_mask)
         loss = measured.value.sum() * factor
@@ -359,7 +359,7 @@ class MultiObjectiveTrainer(ListTrainer):
                 weights, temperature, beta = (value.to(device, non_blocking=True) for value in parts)
                 if scored is None or self.conditions.weights:
                     scored = self.scoring(model, batch, self.conditions, weights, beta)
-                grid.add(self.objective(scored, batch, weights=weights, temperature=temperature, reference=reference))
+                grid.add(self.objective(scored, batch, weights=weights, beta=temperature, reference=reference))
         return None, grid.read(), batch.objective_mask.float()
 
     def _grid_metrics(self, prediction: Any) -> dict[str, float]:

@@ -18,7 +18,7 @@ responses, over which nobody can sum. Two ways lead there:
   answers are distributed as p_c. The effective number of samples, 1 / Σ share², says how far n reached.
 
 A model conditioned on temperatures is run at β/‖β‖₁ and rescaled by c ‖β‖₁ in place of c (equation 15, as
-`mopl.steering.temperature_conditioned`).
+`mopl.steering.beta_conditioned`).
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Losses over all pairs of a list: pairwise logistic (RankNet), LambdaLoss (LiPO-λ), and ApproxNDCG.
 
-Scores are (B, K), labels (B, K) or (B, m, K) with higher better, and u = temperature * (scores - reference). Time is
+Scores are (B, K), labels (B, K) or (B, m, K) with higher better, and u = beta * (scores - reference). Time is
 O(K²) a list and objective, memory O(K): see `mopl.ops.pairs`. A pair counts where the labels differ; lists with fewer
 than two items, or with equal labels only, have loss 0 and gradient 0. Masked items are never read into arithmetic.
-A NaN in an existing item makes the losses of its list NaN and of no other. On a CPU a temperature that is not positive,
+A NaN in an existing item makes the losses of its list NaN and of no other. On a CPU a β that is not positive,
 or a label that is negative where NDCG is computed, raises an error; on a GPU, where reading would wait, and under
 `torch.compile` it makes its losses NaN.
 
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mopl import _arguments as arguments
 from mopl._arguments import Reduction, check_choice, per_objective, weigh_and_reduce, wide_dtype
+from mopl._renamed import renamed_keywords
 from mopl.losses.labels import not_negative, or_nan
 from mopl.ops import pairs
 
@@ -33,12 +34,13 @@ SHIFT = (
 )
 
 
+@renamed_keywords(temperature="beta")
 def pairwise_logistic(
     scores: Tensor,  # (B, K)
     labels: Tensor,  # (B, K) or (B, m, K)
     *,
     reference: Tensor | None = None,  # (B, K)
-    temperature: float | Tensor = 1.0,  # broadcasts to (B, m)
+    beta: float | Tensor = 1.0,  # broadcasts to (B, m)
     weights: float | Tensor | None = None,  # broadcasts to (B, m)
     mask: Tensor | None = None,  # (B, K) bool
     margin: float | Tensor = 0.0,  # broadcasts to (B, m)
@@ -53,10 +55,10 @@ def pairwise_logistic(
         scores: (B, K), log-probabilities or a ranker's output. Differentiable.
         labels: (B, K) or (B, m, K), any real numbers, infinite ones included: only their order within a list counts.
         reference: (B, K), the scores of the base model; None means 0. Differentiable.
-        temperature: β > 0, a number, (m,), (B, 1) or (B, m). Differentiable.
-        weights: what each loss is multiplied by, of any sign, shaped like `temperature`. Differentiable.
+        beta: β > 0, a number, (m,), (B, 1) or (B, m). Differentiable.
+        weights: what each loss is multiplied by, of any sign, shaped like `beta`. Differentiable.
         mask: (B, K), true where an item exists; None means everywhere.
-        margin: γ in nats, shaped like `temperature`. Differentiable.
+        margin: γ in nats, shaped like `beta`. Differentiable.
         reduction: "none" for (B, m), "sum", or "mean" over lists of the sum over objectives.
 
     Returns:
@@ -64,19 +66,20 @@ def pairwise_logistic(
 
     Raises:
         TypeError: scores are not floating point or the mask is not bool.
-        ValueError: shapes do not fit, or a temperature is not positive; the message says which and what to pass.
+        ValueError: shapes do not fit, or a β is not positive; the message says which and what to pass.
     """
-    _, u, y = _prepare(scores, labels, reference, temperature, mask)
+    _, u, y = _prepare(scores, labels, reference, beta, mask)
     loss = pairs.pairwise_logistic(u, _ranked(labels, y, mask), _narrow(margin, "margin", y, u))
     return weigh_and_reduce(or_nan(loss, y, mask), weights, reduction)
 
 
+@renamed_keywords(temperature="beta")
 def lambda_loss(
     scores: Tensor,  # (B, K)
     labels: Tensor,  # (B, K) or (B, m, K)
     *,
     reference: Tensor | None = None,  # (B, K)
-    temperature: float | Tensor = 1.0,  # broadcasts to (B, m)
+    beta: float | Tensor = 1.0,  # broadcasts to (B, m)
     weights: float | Tensor | None = None,  # broadcasts to (B, m)
     mask: Tensor | None = None,  # (B, K) bool
     gain: Gain = "exponential",
@@ -97,8 +100,8 @@ def lambda_loss(
         scores: (B, K), log-probabilities or a ranker's output. Differentiable.
         labels: (B, K) or (B, m, K), any real numbers; not negative with `normalize`.
         reference: (B, K), the scores of the base model; None means 0. Differentiable.
-        temperature: β > 0, a number, (m,), (B, 1) or (B, m). Differentiable.
-        weights: what each loss is multiplied by, of any sign, shaped like `temperature`. Differentiable.
+        beta: β > 0, a number, (m,), (B, 1) or (B, m). Differentiable.
+        weights: what each loss is multiplied by, of any sign, shaped like `beta`. Differentiable.
         mask: (B, K), true where an item exists; None means everywhere.
         gain: "exponential" for G = 2^label - 1, "linear" for G = label. Without `normalize`, exponential gains overflow
             in float32 above labels of 127: take linear ones for counts and times.
@@ -114,14 +117,14 @@ def lambda_loss(
 
     Raises:
         TypeError: scores are not floating point or the mask is not bool.
-        ValueError: shapes do not fit, an option is unknown, a temperature is not positive, or with `normalize` a label
+        ValueError: shapes do not fit, an option is unknown, a β is not positive, or with `normalize` a label
             is negative; the message says which and what to pass.
     """
     check_choice(gain, GAINS, "gain")
     check_choice(top_k_rule, ("either", "both"), "top_k_rule")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k is {top_k} but must be at least 1, or None for all items")
-    x, u, y = _prepare(scores, labels, reference, temperature, mask)
+    x, u, y = _prepare(scores, labels, reference, beta, mask)
     if normalize:
         y = _for_gains(y, mask)
     order = _ranked(labels, y, mask)
@@ -148,12 +151,13 @@ def lambda_loss(
     return weigh_and_reduce(or_nan(loss, y, mask), weights, reduction)
 
 
+@renamed_keywords(temperature="beta")
 def approx_ndcg(
     scores: Tensor,  # (B, K)
     labels: Tensor,  # (B, K) or (B, m, K)
     *,
     reference: Tensor | None = None,  # (B, K)
-    temperature: float | Tensor = 1.0,  # broadcasts to (B, m)
+    beta: float | Tensor = 1.0,  # broadcasts to (B, m)
     weights: float | Tensor | None = None,  # broadcasts to (B, m)
     mask: Tensor | None = None,  # (B, K) bool
     gain: Gain = "exponential",
@@ -164,15 +168,15 @@ def approx_ndcg(
         1 - (sum_i G_i / log2(1 + rank_i)) / (sum_i G_(i) / log2(1 + i)),   G_(1) >= G_(2) >= ...
 
     Qin, Liu, Li 2010, A general approximation framework for direct optimization of information retrieval measures.
-    `temperature` multiplies the scores: a smoothing temperature of 0.1, TF-Ranking's default, is `temperature=10`.
-    Large temperatures approach the metric and make most gradients vanish.
+    `beta` multiplies the scores: a smoothing temperature of 0.1, TF-Ranking's default, is `beta=10`.
+    A large β approaches the metric and makes most gradients vanish.
 
     Args:
         scores: (B, K), log-probabilities or a ranker's output. Differentiable.
         labels: (B, K) or (B, m, K), gains of NDCG and therefore not negative. Differentiable where floating point.
         reference: (B, K), the scores of the base model; None means 0. Differentiable.
-        temperature: β > 0, a number, (m,), (B, 1) or (B, m). Differentiable.
-        weights: what each loss is multiplied by, of any sign, shaped like `temperature`. Differentiable.
+        beta: β > 0, a number, (m,), (B, 1) or (B, m). Differentiable.
+        weights: what each loss is multiplied by, of any sign, shaped like `beta`. Differentiable.
         mask: (B, K), true where an item exists; None means everywhere.
         gain: "exponential" for G = 2^label - 1, which never overflows here, "linear" for G = label.
         reduction: "none" for (B, m), "sum", or "mean" over lists of the sum over objectives.
@@ -182,11 +186,11 @@ def approx_ndcg(
 
     Raises:
         TypeError: scores are not floating point or the mask is not bool.
-        ValueError: shapes do not fit, the gain is unknown, a temperature is not positive or a label negative; the
+        ValueError: shapes do not fit, the gain is unknown, a β is not positive or a label negative; the
             message says which and what to pass.
     """
     check_choice(gain, GAINS, "gain")
-    _, u, y = _prepare(scores, labels, reference, temperature, mask)
+    _, u, y = _prepare(scores, labels, reference, beta, mask)
     y = _for_gains(y, mask)
     gains = _gains(y, gain, mask, scaled=True)
     ideal = _ideal_dcg(gains, mask, None)  # (B, m, 1)
@@ -199,7 +203,7 @@ def approx_ndcg(
 
 
 def _prepare(
-    scores: Tensor, labels: Tensor, reference: Tensor | None, temperature: float | Tensor, mask: Tensor | None
+    scores: Tensor, labels: Tensor, reference: Tensor | None, beta: float | Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return scores - reference (B, K), u (B, m or 1, K) and labels (B, m, K), NaN where no item exists."""
     arguments.check_scores(scores)
@@ -212,7 +216,7 @@ def _prepare(
         x = torch.where(mask, x, 0)
     if reference is not None:
         x = x - (reference.to(dtype) if mask is None else torch.where(mask, reference.to(dtype), 0))
-    # Only differences count. Without a common offset the product with the temperature, and its gradient, are exact.
+    # Only differences count. Without a common offset the product with β, and its gradient, are exact.
     # The offset is the score of the smallest size: to subtract it rounds no score by more than its own last digit, so
     # that one large score costs the differences of the others nothing.
     centred = x
@@ -222,7 +226,7 @@ def _prepare(
         offset = x.detach().gather(1, size.argmin(1, keepdim=True))
         # The ranks are those of x itself: rounding the offset away could make scores equal that are not.
         centred = x - torch.where(offset.isfinite(), offset, 0)
-    u = _narrow(temperature, "temperature", y, x, arguments.POSITIVE)[..., None] * centred[:, None, :]
+    u = _narrow(beta, "beta", y, x, arguments.POSITIVE)[..., None] * centred[:, None, :]
     y = y.to(dtype)
     return x, u, y if mask is None else torch.where(mask[:, None, :], y, math.nan)
 

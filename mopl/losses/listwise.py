@@ -1,6 +1,6 @@
 """Listwise losses: the training loss of COS-DPO (listwise cross-entropy) and the Plackett–Luce likelihood.
 
-Both are functions of u = temperature * (scores - reference), so a model trained at temperature β answers for c β by
+Both are functions of u = beta * (scores - reference), so a model trained at β answers for c β by
 `mopl.steering.rescale` (COS-DPO, proposition 3.1). The arithmetic is in `mopl.ops`.
 """
 
@@ -24,6 +24,7 @@ from mopl._arguments import (
     shape_of,
     weigh_and_reduce,
 )
+from mopl._renamed import renamed_keywords
 from mopl.losses.labels import or_nan, presort, to_distributions
 from mopl.ops.listnet import listwise_cross_entropy
 from mopl.ops.plackett_luce import plackett_luce_nll
@@ -40,26 +41,27 @@ def _difference(scores: Tensor, reference: Tensor | None) -> Tensor:
     return scores.to(dtype) - reference.to(dtype)
 
 
-def _temperature(temperature: float | Tensor, shape: tuple[int, int], like: Tensor) -> Tensor:
-    """Return temperatures (B, m), or (B, 1) where all objectives of a list share one: then one softmax serves all."""
-    common = not isinstance(temperature, Tensor) or temperature.ndim == 0 or temperature.shape[-1] == 1
-    full = per_objective(temperature, "temperature", shape, like, POSITIVE)
+def _beta(beta: float | Tensor, shape: tuple[int, int], like: Tensor) -> Tensor:
+    """Return β as (B, m), or (B, 1) where all objectives of a list share one: then one softmax serves all."""
+    common = not isinstance(beta, Tensor) or beta.ndim == 0 or beta.shape[-1] == 1
+    full = per_objective(beta, "beta", shape, like, POSITIVE)
     return full[:, :1] if common else full
 
 
+@renamed_keywords(temperature="beta")
 def listwise_dpo(
     scores: Tensor,  # (B, K)
     labels: Tensor,  # (B, K) or (B, m, K)
     *,
     reference: Tensor | None = None,  # (B, K)
-    temperature: float | Tensor = 1.0,  # broadcasts to (B, m)
+    beta: float | Tensor = 1.0,  # broadcasts to (B, m)
     weights: float | Tensor | None = None,  # broadcasts to (B, m)
     mask: Tensor | None = None,  # (B, K) bool
     normalize: Literal["l1", "softmax"] | None = "l1",
     label_temperature: float | Tensor = 1.0,  # broadcasts to (B, m)
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Listwise cross-entropy of temperature-scaled scores with label distributions, the training loss of COS-DPO.
+    r"""Listwise cross-entropy of β-scaled scores with label distributions, the training loss of COS-DPO.
 
     .. math:: \ell_{bj} = -\sum_i \bar z_{bji} \log \mathrm{softmax}_i(\beta_{bj} (s_{bi} - s^0_{bi}))
 
@@ -72,7 +74,7 @@ def listwise_dpo(
         labels: (B, K) for one objective or (B, m, K), higher is better; which numbers they may be is said by
             `normalize`.
         reference: (B, K), the base model's scores.
-        temperature: β > 0, a number or a tensor that broadcasts to (B, m).
+        beta: β > 0, a number or a tensor that broadcasts to (B, m).
         weights: factors of any sign on the result, a number or a tensor that broadcasts to (B, m).
         mask: (B, K), true where an item exists; other items may hold anything.
         normalize: `"l1"` divides each list's labels by their sum: sparse labels such as clicks, never negative.
@@ -83,13 +85,13 @@ def listwise_dpo(
         reduction: `"none"` gives (B, m), `"sum"` its sum, `"mean"` the mean over lists of the sum over objectives.
 
     Returns:
-        Nats in float32 (float64 for float64); differentiable in scores, reference, temperature, weights and labels.
+        Nats in float32 (float64 for float64); differentiable in scores, reference, beta, weights and labels.
         Lists with fewer than two items, and with `"l1"` those whose labels are all 0, give 0 with gradient 0. A NaN
         among a list's labels gives NaN.
 
     Raises:
         TypeError: if scores are not floating point or the mask is not boolean.
-        ValueError: if a shape does not fit, `normalize` or `reduction` is unknown, or, on a CPU, a temperature is not
+        ValueError: if a shape does not fit, `normalize` or `reduction` is unknown, or, on a CPU, a β is not
             positive or a label is negative under `"l1"`. On a GPU, where reading would wait, and under `torch.compile`
             such an entry makes its losses NaN.
 
@@ -112,19 +114,20 @@ def listwise_dpo(
     loss = listwise_cross_entropy(
         difference,
         labels,
-        _temperature(temperature, (labels.shape[0], labels.shape[1]), difference),
+        _beta(beta, (labels.shape[0], labels.shape[1]), difference),
         mask,
         normalize == "l1",
     )
     return weigh_and_reduce(loss, weights, reduction)
 
 
+@renamed_keywords(temperature="beta")
 def plackett_luce(
     scores: Tensor,  # (B, K)
     labels: Tensor,  # (B, K) or (B, m, K)
     *,
     reference: Tensor | None = None,  # (B, K)
-    temperature: float | Tensor = 1.0,  # broadcasts to (B, m)
+    beta: float | Tensor = 1.0,  # broadcasts to (B, m)
     weights: float | Tensor | None = None,  # broadcasts to (B, m)
     mask: Tensor | None = None,  # (B, K) bool
     top_k: int | None = None,
@@ -152,7 +155,7 @@ def plackett_luce(
         labels: (B, K) for one objective or (B, m, K), higher is better, of any dtype and any real numbers or infinite:
             only their order and ties matter. A NaN gives NaN.
         reference: (B, K), the base model's scores.
-        temperature: β > 0, a number or a tensor that broadcasts to (B, m).
+        beta: β > 0, a number or a tensor that broadcasts to (B, m).
         weights: factors of any sign on the result, a number or a tensor that broadcasts to (B, m).
         mask: (B, K), true where an item exists; other items may hold anything.
         top_k: charge only items that fewer than this many items are better than; the rest are in the denominators.
@@ -167,12 +170,12 @@ def plackett_luce(
         reduction: `"none"` gives (B, m), `"sum"` its sum, `"mean"` the mean over lists of the sum over objectives.
 
     Returns:
-        Nats in float32 (float64 for float64); differentiable in scores, reference, temperature and weights.
+        Nats in float32 (float64 for float64); differentiable in scores, reference, beta and weights.
         Lists with fewer than two items give 0 with gradient 0.
 
     Raises:
         TypeError: if scores are not floating point, the mask is not boolean or the order is not integer.
-        ValueError: if a shape does not fit, `top_k` is below 1, a choice is unknown, or a temperature is not positive
+        ValueError: if a shape does not fit, `top_k` is below 1, a choice is unknown, or a β is not positive
             (on a GPU and under `torch.compile` its losses are NaN).
 
     >>> scores, labels = torch.tensor([[0.5, 0.3]]), torch.tensor([[1.0, 0.0]])
@@ -203,7 +206,7 @@ def plackett_luce(
     loss = plackett_luce_nll(
         difference,
         labels,
-        _temperature(temperature, (labels.shape[0], labels.shape[1]), difference),
+        _beta(beta, (labels.shape[0], labels.shape[1]), difference),
         mask,
         order,
         position_weights,

@@ -23,7 +23,7 @@ class Pair:
 
     policy: tuple[Tensor, Tensor]  # log-probabilities of chosen and rejected
     reference: tuple[Tensor, Tensor] | None
-    temperature: Tensor
+    beta: Tensor
     smoothing: Tensor | None  # None means 0
     margin: Tensor | None  # None means 0
     divergence: str
@@ -40,9 +40,9 @@ class Pair:
 
     @property
     def rewards(self) -> tuple[Tensor, Tensor]:
-        """The implicit rewards, temperature times log-ratio."""
+        """The implicit rewards, β times log-ratio."""
         chosen, rejected = self.ratios
-        return self.temperature * chosen, self.temperature * rejected
+        return self.beta * chosen, self.beta * rejected
 
     @property
     def difference(self) -> Tensor:
@@ -58,7 +58,7 @@ class Pair:
     @property
     def logit(self) -> Tensor:
         """The log-odds that chosen beats rejected."""
-        return self.less_margin(self.temperature * self.difference)
+        return self.less_margin(self.beta * self.difference)
 
     def less_margin(self, value: Tensor) -> Tensor:
         """Return `value` less the margin, if there is one."""
@@ -107,7 +107,7 @@ def _hinge(pair: Pair) -> Tensor:
 
 
 def _ipo(pair: Pair) -> Tensor:
-    return (pair.difference - 0.5 / pair.temperature).square()
+    return (pair.difference - 0.5 / pair.beta).square()
 
 
 def _exo_pair(pair: Pair) -> Tensor:
@@ -133,7 +133,7 @@ def _discopop(pair: Pair) -> Tensor:
 def _dpop(pair: Pair) -> Tensor:
     chosen, rejected = pair.ratios
     penalised = chosen - rejected - pair.penalty * torch.relu(-chosen)
-    return _logistic(pair.less_margin(pair.temperature * penalised), pair.smoothing)
+    return _logistic(pair.less_margin(pair.beta * penalised), pair.smoothing)
 
 
 def _nca_pair(pair: Pair) -> Tensor:
@@ -147,7 +147,7 @@ def _bco_pair(pair: Pair) -> Tensor:
 
 
 def _sppo_hard(pair: Pair) -> Tensor:
-    (chosen, rejected), half = pair.ratios, 0.5 / pair.temperature
+    (chosen, rejected), half = pair.ratios, 0.5 / pair.beta
     return (chosen - half).square() + (rejected + half).square()
 
 
@@ -157,21 +157,21 @@ def _apo_zero(pair: Pair) -> Tensor:
 
 
 def _apo_down(pair: Pair) -> Tensor:
-    # Ratios are subtracted before the temperature multiplies: the difference of close numbers is exact.
+    # Ratios are subtracted before β multiplies: the difference of close numbers is exact.
     chosen, rejected = pair.ratios
-    return _probability(pair.temperature * chosen) + _probability(pair.temperature * (rejected - chosen))
+    return _probability(pair.beta * chosen) + _probability(pair.beta * (rejected - chosen))
 
 
 def _aot(pair: Pair) -> Tensor:
     difference = (pair.policy[0] - pair.policy[1]).sort(0).values
     if pair.reference is not None:
         difference = difference - (pair.reference[0] - pair.reference[1]).sort(0).values
-    return _logistic(pair.temperature * difference, pair.smoothing)
+    return _logistic(pair.beta * difference, pair.smoothing)
 
 
 def _aot_unpaired(pair: Pair) -> Tensor:
     chosen, rejected = (ratio.sort(0).values for ratio in pair.ratios)
-    return _logistic(pair.temperature * (chosen - rejected), pair.smoothing)
+    return _logistic(pair.beta * (chosen - rejected), pair.smoothing)
 
 
 class LossType(NamedTuple):

@@ -1,7 +1,7 @@
 """Losses of a pair: Bradley–Terry, DPO, and every loss of four log-probabilities that TRL's `DPOTrainer` has.
 
 `l_w`, `l_l` are the log-probabilities (or scores) of the chosen and the rejected response, `l0_w`, `l0_l` those of the
-reference (0 without one). With temperature β, margin γ, label smoothing ε and s the logistic function:
+reference (0 without one). With β, margin γ, label smoothing ε and s the logistic function:
 
     delta_w = l_w - l0_w,   delta_l = l_l - l0_l,   d = delta_w - delta_l
     x = β d - γ,   r_w = β delta_w,   r_l = β delta_l
@@ -30,9 +30,9 @@ reverse KL. Losses that are settings of these:
 * cDPO: `sigmoid` with `label_smoothing`, the listwise loss of two items with labels (1-ε, ε).
 * SimPO (2405.14734): `sigmoid` without a reference, log-probabilities averaged over tokens, `margin` γ.
 * ODPO (2402.10571): `sigmoid` with a `margin` tensor, the offset of each pair.
-* MODPO (2310.03708): `temperature=β / w_k` and `margin` = the other objectives' weighted reward difference / w_k.
+* MODPO (2310.03708): `beta=β / w_k` and `margin` = the other objectives' weighted reward difference / w_k.
 * AlphaPO (2501.03884): SimPO with `f_divergence="alpha_divergence"`, `f_alpha=1 - α`.
-* WPO (2406.11827), β-DPO (2407.08639): `weights` or `temperature` of shape (B, 1).
+* WPO (2406.11827), β-DPO (2407.08639): `weights` or `beta` of shape (B, 1).
 * BCO's shift δ, the running mean of the rewards, is the caller's to keep and to pass as `margin`. TRL's `DPOTrainer`
   has no shift in `bco_pair`.
 
@@ -63,6 +63,7 @@ from mopl._arguments import (
     shape_of,
     weigh_and_reduce,
 )
+from mopl._renamed import renamed_keywords
 from mopl.losses.pair_formulas import LOSSES, Pair
 
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
@@ -81,13 +82,14 @@ _INSTEAD = {  # names that other trainers accept
 }
 
 
+@renamed_keywords(temperature="beta")
 def bradley_terry(
     chosen: Tensor,  # (B,) or (B, m)
     rejected: Tensor,  # (B,) or (B, m)
     *,
     reference_chosen: Tensor | None = None,  # (B,) or (B, m)
     reference_rejected: Tensor | None = None,  # (B,) or (B, m)
-    temperature: float | Tensor = 1.0,  # broadcasts to (B, m)
+    beta: float | Tensor = 1.0,  # broadcasts to (B, m)
     weights: float | Tensor | None = None,  # broadcasts to (B, m)
     loss_type: str = "sigmoid",
     label_smoothing: float | Tensor = 0.0,  # broadcasts to (B, m)
@@ -106,7 +108,7 @@ def bradley_terry(
     `sigmoid_norm` and `ipo` expect log-probabilities averaged over tokens, where TRL divides the summed ones itself.
     With an f-divergence these two differ from TRL's, which divides by the length after f' and not before.
     `aot` and `aot_unpaired` sort over the whole batch: row i of the result belongs to the i-th smallest difference and
-    not to pair i, so weights, temperature and label smoothing must not vary over the batch, and the result depends on
+    not to pair i, so weights, β and label smoothing must not vary over the batch, and the result depends on
     which pairs share it.
 
     Args:
@@ -114,7 +116,7 @@ def bradley_terry(
         rejected: those of the other responses.
         reference_chosen: those of the reference for the preferred responses; None (for both) means 0.
         reference_rejected: those of the reference for the other responses.
-        temperature: β > 0. Like all tensor options: a number, (m,), (B, 1) or (B, m), and differentiable. A tensor of
+        beta: β > 0. Like all tensor options: a number, (m,), (B, 1) or (B, m), and differentiable. A tensor of
             two dimensions may bring in the m objectives of a pair given as (B,).
         weights: what each loss is multiplied by.
         loss_type: one of `LOSS_TYPES`.
@@ -158,14 +160,14 @@ def bradley_terry(
         raise ValueError(f"f_alpha is the order of 'alpha_divergence' but f_divergence is {f_divergence!r}")
     _check_smoothing(label_smoothing, loss_type)
     if kind.whole_batch:
-        for name, value in (("weights", weights), ("temperature", temperature), ("label_smoothing", label_smoothing)):
+        for name, value in (("weights", weights), ("beta", beta), ("label_smoothing", label_smoothing)):
             if _is_matrix(value) and value.shape[0] > 1:
                 raise ValueError(
                     f"{name} has shape {shape_of(value)} but loss_type {loss_type!r} sorts the batch, after which a "
                     f"row is no longer a pair; pass a number or (m,)"
                 )
 
-    objectives = [t.shape[1] for t in (temperature, weights, label_smoothing, margin) if _is_matrix(t)]
+    objectives = [t.shape[1] for t in (beta, weights, label_smoothing, margin) if _is_matrix(t)]
     pairs = _as_pairs(
         [
             ("chosen", chosen),
@@ -186,7 +188,7 @@ def bradley_terry(
     pair = Pair(
         policy=(pairs[0], pairs[1]),
         reference=(pairs[2], pairs[3]) if len(pairs) == 4 else None,
-        temperature=per_objective(temperature, "temperature", shape, like, POSITIVE),
+        beta=per_objective(beta, "beta", shape, like, POSITIVE),
         smoothing=per_objective(label_smoothing, "label_smoothing", shape, like, _smoothing_of(loss_type))
         if given["label_smoothing"]
         else None,
@@ -206,7 +208,7 @@ class DPOLoss(torch.nn.Module):
     this in a function that returns `losses.mean(), chosen_rewards, rejected_rewards`.
 
     Args:
-        beta: the temperature.
+        beta: β, the factor of the log-ratios.
         label_smoothing: the rate of flipped labels, in [0, 1]; cDPO.
     """
 
@@ -247,7 +249,7 @@ class DPOLoss(torch.nn.Module):
             policy_rejected,
             reference_chosen=reference_chosen,
             reference_rejected=reference_rejected,
-            temperature=self.beta,
+            beta=self.beta,
             label_smoothing=self.label_smoothing,
             reduction="none",
         )[:, 0]

@@ -48,6 +48,7 @@ from mopl._arguments import (
     per_objective,
     shape_of,
 )
+from mopl._renamed import renamed_keywords
 from mopl.losses._policy_gradient_parts import (
     ESTIMATORS,
     LEVELS,
@@ -97,20 +98,22 @@ class PolicyGradient(NamedTuple):
     clip_share: Tensor
 
 
-def reward_coefficient(alpha: float | Tensor, kl_form: KLForm = "complement") -> float | Tensor:
+@renamed_keywords(alpha="kl_weight")
+def reward_coefficient(kl_weight: float | Tensor, kl_form: KLForm = "complement") -> float | Tensor:
     """Return c(α), what multiplies the reward: 1 - α for "complement", 1 for "penalty"."""
     check_choice(kl_form, KL_FORMS, "kl_form")
     if kl_form == "complement":
-        return 1 - alpha
-    return torch.ones_like(alpha) if isinstance(alpha, Tensor) else 1.0
+        return 1 - kl_weight
+    return torch.ones_like(kl_weight) if isinstance(kl_weight, Tensor) else 1.0
 
 
+@renamed_keywords(alpha="kl_weight")
 def policy_gradient(
     logprob: Tensor,  # (B, T)
     rewards: Tensor,  # (B, m)
     weights: Tensor,  # (m,) or (B, m)
     *,
-    alpha: float | Tensor,  # number or (B,)
+    kl_weight: float | Tensor,  # number or (B,)
     reference: Tensor | None = None,  # (B, T)
     behaviour: Tensor | None = None,  # (B, T)
     mask: Tensor | None = None,  # (B, T) bool
@@ -134,7 +137,7 @@ def policy_gradient(
             `exact_kl` that gets a gradient.
         rewards: R, (B, m), one value a response and objective.
         weights: w, (m,) or (B, m), not negative.
-        alpha: α, a number or one a response (B,): not negative, in [0, 1] for the complement form.
+        kl_weight: α, a number or one a response (B,): not negative, in [0, 1] for the complement form.
         reference: log π_ref of the same tokens, (B, T). Needed unless α is the number 0 or the KL is exact.
         behaviour: log-probabilities of the same tokens under the policy that sampled them, (B, T). None: π did.
         mask: True on sampled tokens. What it leaves out is not read; a response without tokens counts for nothing but
@@ -179,13 +182,13 @@ def policy_gradient(
     for value, name in ((reference, "reference"), (behaviour, "behaviour"), (exact_kl, "exact_kl")):
         check_tokens(value, logprob, name)
     exact = kl_estimator == "exact"
-    _check_options(alpha, reference, behaviour, exact_kl, exact, baseline, standardize, to_go, clip, ratio_level)
+    _check_options(kl_weight, reference, behaviour, exact_kl, exact, baseline, standardize, to_go, clip, ratio_level)
 
     dtype = compute_dtype(logprob, reference, behaviour, exact_kl)
     policy = torch.where(mask, logprob.to(dtype), 0)
     valid = mask.any(-1)
     reward = torch.where(valid, _weighted_reward(rewards, weights, policy), 0)
-    strength = _per_response(alpha, policy, _SHARE if kl_form == "complement" else NOT_NEGATIVE)
+    strength = _per_response(kl_weight, policy, _SHARE if kl_form == "complement" else NOT_NEGATIVE)
 
     # The KL of each position (B, T), or of each response (B, 1), without gradient; `local` has one.
     local, log_ratio = None, torch.zeros_like(policy)
@@ -314,14 +317,14 @@ def _weighted_reward(rewards: Tensor, weights: Tensor, policy: Tensor) -> Tensor
 def _per_response(value: float | Tensor, policy: Tensor, domain: Domain) -> Tensor:
     """Return a number or (B,) as a constant (B,)."""
     rows = policy.shape[0]
-    tensor = as_value(value, "alpha", policy, domain).detach()
+    tensor = as_value(value, "kl_weight", policy, domain).detach()
     if tensor.ndim > 1 or tensor.shape not in ((), (1,), (rows,)):
-        raise ValueError(f"alpha has shape {shape_of(tensor)}; pass a number or one value a response, ({rows},)")
+        raise ValueError(f"kl_weight has shape {shape_of(tensor)}; pass a number or one value a response, ({rows},)")
     return tensor.expand(rows)
 
 
 def _check_options(
-    alpha: float | Tensor,
+    kl_weight: float | Tensor,
     reference: Tensor | None,
     behaviour: Tensor | None,
     exact_kl: Tensor | None,
@@ -335,8 +338,8 @@ def _check_options(
     """Raise where options are missing or exclude each other."""
     if exact != (exact_kl is not None):
         raise ValueError("kl_estimator='exact' and exact_kl (B, T) belong together; pass both or neither")
-    if reference is None and not exact and (isinstance(alpha, Tensor) or alpha != 0):
-        raise ValueError("reference is missing; without log-probabilities of the reference alpha must be the number 0")
+    if reference is None and not exact and (isinstance(kl_weight, Tensor) or kl_weight != 0):
+        raise ValueError("reference is missing; without its log-probabilities kl_weight must be the number 0")
     if standardize and not (isinstance(baseline, str) and baseline == "group"):
         raise ValueError("standardize divides by a group's standard deviation; it needs baseline='group'")
     if behaviour is None and (clip is not None or ratio_level != "token"):

@@ -5,7 +5,7 @@ broadcasts to it. The result is (B,), or a scalar for (m,). Everything is differ
 and the ideal point.
 
 Two mixtures go by the name of weighting, and they have different optima. Weighting the *losses*, as here, is
-ARITHMETIC: with label distributions z_j and a common temperature β the optimal policy is
+ARITHMETIC: with label distributions z_j and a common β the optimal policy is
 `reference * (sum_j w_j z_j)^(1/β)`. Weighting the *rewards* or the scores (MODPO, soups of scores, logit mixing, CLP)
 is GEOMETRIC: `reference * prod_j z_j^(w_j/β)`. Measured in losses the arithmetic front dominates, measured in rewards
 the geometric one does: say which of the two a comparison measures.

@@ -35,11 +35,11 @@ _LONG = 256
 
 @in_full_precision
 def forward(
-    scores: Tensor, labels: Tensor, temperature: Tensor, mask: Tensor | None, normalize: bool
+    scores: Tensor, labels: Tensor, beta: Tensor, mask: Tensor | None, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return (loss, peak, mass, logp); `mass` is 0 without `normalize`."""
     batch, objectives, size = labels.shape
-    shared, dtype = temperature.shape[1], compute_dtype(scores)
+    shared, dtype = beta.shape[1], compute_dtype(scores)
     nothing = size < 2 or labels.numel() == 0
     new = scores.new_zeros if nothing else scores.new_empty
     loss, logp = new((batch, objectives), dtype=dtype), new((batch, shared, size), dtype=dtype)
@@ -47,7 +47,7 @@ def forward(
     peak = scores.new_full((batch, shared), -1, dtype=torch.int64)
     if nothing:
         return loss, peak, mass, logp
-    valid, rate = existing(mask), _rate(temperature, dtype)
+    valid, rate = existing(mask), _rate(beta, dtype)
     # What shows which rows may be confident; `log_softmax` of two finite items needs no help.
     exact = valid is not None or size >= _LONG
     hint = None if size == 2 else scores.new_empty((batch, shared), dtype=dtype)
@@ -131,7 +131,7 @@ def _do_again(
 ) -> None:  # fmt: skip
     """Write the results of some rows again, without a difference of close numbers."""
     batch, shared, size = logp.shape
-    # One row is one softmax: list `item` with all objectives, or with objective `which` where temperatures differ.
+    # One row is one softmax: list `item` with all objectives, or with objective `which` where β differs between them.
     item, which = row // shared, slice(None) if shared == 1 else row % shared
     some = _part(valid, item)
     rate = None if rate is None else rate if _is_one(rate) else rate.reshape(-1, 1)[row]
@@ -156,21 +156,21 @@ def _labels(labels: Tensor, valid: Tensor | None, dtype: torch.dtype) -> Tensor:
     return labels if valid is None else labels.masked_fill(~valid[:, None], 0)
 
 
-def _rate(temperature: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Return the temperature in the dtype of the arithmetic, None where it is 1 throughout."""
-    return None if _is_one(temperature) and float(temperature[0, 0]) == 1 else _in(dtype, temperature)
+def _rate(beta: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Return β in the dtype of the arithmetic, None where it is 1 throughout."""
+    return None if _is_one(beta) and float(beta[0, 0]) == 1 else _in(dtype, beta)
 
 
-def _is_one(temperature: Tensor) -> bool:
-    """Say whether one number is the temperature of all lists; (B, m) has a softmax an objective all the same."""
-    return temperature.shape[1] == 1 and is_number(temperature)
+def _is_one(beta: Tensor) -> bool:
+    """Say whether one number is the β of all lists; (B, m) has a softmax an objective all the same."""
+    return beta.shape[1] == 1 and is_number(beta)
 
 
-def _in(dtype: torch.dtype, temperature: Tensor) -> Tensor:
-    """Return the temperature in the dtype of the arithmetic; one number for all stays one number in memory."""
-    if temperature.dtype == dtype or not _is_one(temperature):
-        return temperature.to(dtype)
-    return temperature[:1, :1].to(dtype).expand_as(temperature)
+def _in(dtype: torch.dtype, beta: Tensor) -> Tensor:
+    """Return β in the dtype of the arithmetic; one number for all stays one number in memory."""
+    if beta.dtype == dtype or not _is_one(beta):
+        return beta.to(dtype)
+    return beta[:1, :1].to(dtype).expand_as(beta)
 
 
 def _logits(
@@ -178,7 +178,7 @@ def _logits(
 ) -> Tensor:
     """Return rate * scores (n, m, K) or (n, 1, K) up to a constant a row; `careful` makes the largest exactly 0.
 
-    The largest score is subtracted before the temperature multiplies: the difference of close floats is exact, so a
+    The largest score is subtracted before β multiplies: the difference of close floats is exact, so a
     common offset of all scores costs no digits. Masked slots hold a number that no sum can notice.
     """
     scores = scores.to(dtype)[:, None]
@@ -202,14 +202,14 @@ def _logits(
 
 @in_full_precision
 def backward(
-    grad_loss: Tensor, scores: Tensor, labels: Tensor, temperature: Tensor, mask: Tensor | None, loss: Tensor,
+    grad_loss: Tensor, scores: Tensor, labels: Tensor, beta: Tensor, mask: Tensor | None, loss: Tensor,
     peak: Tensor, mass: Tensor, logp: Tensor,
-    normalize: bool, need_scores: bool, need_labels: bool, need_temperature: bool,
+    normalize: bool, need_scores: bool, need_labels: bool, need_beta: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the gradients of scores, labels and temperature; one that is not needed is empty."""
-    shared, size, dtype = temperature.shape[1], labels.shape[2], loss.dtype
+    """Return the gradients of scores, labels and beta; one that is not needed is empty."""
+    shared, size, dtype = beta.shape[1], labels.shape[2], loss.dtype
     new = torch.zeros if size < 2 or labels.numel() == 0 else torch.empty
-    du = new((len(labels), shared, size), dtype=dtype)  # upstream gradient of u, summed over equal temperatures
+    du = new((len(labels), shared, size), dtype=dtype)  # upstream gradient of u, summed where they share β
     dlabels = new(labels.shape if need_labels else (0,), dtype=labels.dtype)
     if size >= 2 and labels.numel():
         valid = existing(mask)
@@ -220,7 +220,7 @@ def backward(
             without = bool(empty.any())
             share.div_(mass)
             share = share.masked_fill_(empty, 0) if without else share
-        need_du, work = need_scores or need_temperature, _work(labels, shared, shared, dtype)
+        need_du, work = need_scores or need_beta, _work(labels, shared, shared, dtype)
         own, written = (loss if normalize else None, dlabels) if need_labels else (None, None)
         for z, some, rows, part, d, own_part, dz in _blocks(labels, shared, valid, logp, share, du, own, written):
             if dz is not None:
@@ -236,24 +236,24 @@ def backward(
             _sharpen(du, peak)
             if without:
                 du[empty.all(-1)] = 0
-    dtemperature = du.new_empty(0)
-    if need_temperature:
+    dbeta = du.new_empty(0)
+    if need_beta:
         s = scores.to(dtype)
         s = s if mask is None else s.masked_fill(~mask, -torch.inf)
         away = s - s.amax(-1, keepdim=True) if size else s  # du sums to 0, so the origin of the scores is free
-        dtemperature = torch.where(du == 0, 0, du * away[:, None]).sum(-1)
-    dscores = _times_temperature(du, _in(dtype, temperature)) if need_scores else du.new_empty(0)
-    return dscores.to(scores.dtype), dlabels, dtemperature.to(temperature.dtype)
+        dbeta = torch.where(du == 0, 0, du * away[:, None]).sum(-1)
+    dscores = _times_beta(du, _in(dtype, beta)) if need_scores else du.new_empty(0)
+    return dscores.to(scores.dtype), dlabels, dbeta.to(beta.dtype)
 
 
-def _times_temperature(du: Tensor, temperature: Tensor) -> Tensor:
-    """Return sum_j temperature_j du_j (B, K); `du` may be overwritten."""
+def _times_beta(du: Tensor, beta: Tensor) -> Tensor:
+    """Return sum_j beta_j du_j (B, K); `du` may be overwritten."""
     if du.shape[1] > 1:
-        return merge(temperature, du)
+        return merge(beta, du)
     du = du[:, 0]
-    if _is_one(temperature):
-        return du if float(temperature[0, 0]) == 1 else du.mul_(temperature[0, 0])
-    return du.mul_(temperature)
+    if _is_one(beta):
+        return du if float(beta[0, 0]) == 1 else du.mul_(beta[0, 0])
+    return du.mul_(beta)
 
 
 def _sharpen(du: Tensor, peak: Tensor) -> None:

@@ -21,7 +21,7 @@ from mopl.ops._tie_integral import any_order_formula
 def formula(
     scores: Tensor,
     labels: Tensor,
-    temperature: Tensor,
+    beta: Tensor,
     mask: Tensor | None,
     order: Tensor | None,
     position_weights: Tensor | None,
@@ -40,7 +40,7 @@ def formula(
     top = s.detach().amax(-1, keepdim=True)
     s, beyond = derivatives.finite(s)
     away = torch.where(possible, s - torch.where(top.isinf(), 0, top), s)
-    u = temperature.to(dtype)[:, :, None] * away[:, None] + beyond[:, None]
+    u = beta.to(dtype)[:, :, None] * away[:, None] + beyond[:, None]
     ranked_labels, place, ranked = sort_items(labels, order, valid)
     u = u.expand(place.shape).gather(-1, place)
     possible = possible[:, None].expand(place.shape).gather(-1, place)

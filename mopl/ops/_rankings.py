@@ -30,7 +30,7 @@ def sort_items(labels: Tensor, order: Tensor | None, valid: Tensor | None) -> tu
 class Rankings(NamedTuple):
     """Presorted rankings as rows (R, K), best first, and how they are charged."""
 
-    u: Tensor  # (R, K) scores times temperature; 0 where masked
+    u: Tensor  # (R, K) scores times β; 0 where masked
     leads: Tensor | None  # (R, K) 0.0 where an item has the label of the one before it, else 1.0; None: no ties
     valid: Tensor | None  # (R, K) true where an item exists
     weight: Tensor | None  # (K,) or (R, K) position weights

@@ -117,7 +117,7 @@ def in_full_precision(function: Callable[..., Result]) -> Callable[..., Result]:
     return full_precision
 
 
-def check_list_op(scores: Tensor, labels: Tensor, temperature: Tensor, mask: Tensor | None) -> None:
+def check_list_op(scores: Tensor, labels: Tensor, beta: Tensor, mask: Tensor | None) -> None:
     """Raise unless the arguments that the list ops share have their shapes; the ops broadcast nothing."""
     check_mask(mask, check_scores(scores))
     if labels.ndim != 3 or labels.shape[0] != scores.shape[0] or labels.shape[2] != scores.shape[1]:
@@ -125,8 +125,8 @@ def check_list_op(scores: Tensor, labels: Tensor, temperature: Tensor, mask: Ten
             f"labels has shape {shape_of(labels)} but scores are {shape_of(scores)}; pass (B, m, K), "
             "for one objective labels[:, None]"
         )
-    if temperature.shape not in (labels.shape[:2], (labels.shape[0], 1)) or not temperature.is_floating_point():
+    if beta.shape not in (labels.shape[:2], (labels.shape[0], 1)) or not beta.is_floating_point():
         raise ValueError(
-            f"temperature is {temperature.dtype} of shape {shape_of(temperature)} but must be floating point of shape "
-            f"(B, m) = {tuple(labels.shape[:2])}, or (B, 1) = {(labels.shape[0], 1)} for one temperature a list"
+            f"beta is {beta.dtype} of shape {shape_of(beta)} but must be floating point of shape "
+            f"(B, m) = {tuple(labels.shape[:2])}, or (B, 1) = {(labels.shape[0], 1)} for one β a list"
         )

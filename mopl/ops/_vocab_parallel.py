@@ -148,7 +148,7 @@ class _VocabParallel(torch.autograd.Function):
 
         softcap, logit_scale, keep_rows, max_rows = ctx.constants
         need = ctx.needs_input_grad
-        grad_hidden = grad_weight = grad_bias = warmth = None
+        grad_hidden = grad_weight = grad_bias = by_temperature = None
         if hidden is None:
             grad_hidden = scale_directions(
                 grad_logprob, grad_logsumexp, grad_entropy, target, row, len(temperature), saved
@@ -160,8 +160,8 @@ class _VocabParallel(torch.autograd.Function):
                 softcap, logit_scale, keep_rows, max_rows, need[0], need[1], need[2], shard=ctx.shard,
             )  # fmt: skip
         if need[3]:
-            warmth = row_temperature_gradient(
+            by_temperature = row_temperature_gradient(
                 grad_logprob, grad_logsumexp, grad_entropy, target, row, temperature, saved
             )
-        gradients = (grad_hidden, grad_weight, grad_bias, warmth)
+        gradients = (grad_hidden, grad_weight, grad_bias, by_temperature)
         return [g if needed else None for g, needed in zip(gradients, need[:4], strict=True)]

@@ -121,15 +121,15 @@ def gathered_logprob(
     if target.device != logits.device:
         raise ValueError(f"target is on {target.device} but logits are on {logits.device}; move target there")
     flat_target = merged.reshape(math.prod(lead), math.prod(target.shape[len(lead) :]))
-    warmth = per_row(temperature, "temperature", lead, logits, lambda: (flat_target >= 0).any(1))
-    need_temperature = warmth.requires_grad and torch.is_grad_enabled()
+    divisor = per_row(temperature, "temperature", lead, logits, lambda: (flat_target >= 0).any(1))
+    need_temperature = divisor.requires_grad and torch.is_grad_enabled()
     flat = logits.reshape(-1, vocabulary)
     # Rows that share memory have none that could hold a gradient of their own; kernels want contiguous rows.
     apart = 0 not in flat.stride() and (flat.stride(-1) == 1 or not use_triton(flat))
     rows = (
         flat,
         flat_target,
-        warmth,
+        divisor,
     )
     cap = check_scalar(softcap, "softcap")
     if derivatives.transformed():
@@ -289,16 +289,16 @@ def _backward(ctx, grad_logprob, grad_logsumexp, grad_entropy, _):
     def closed_form() -> tuple[Tensor | None, Tensor | None]:
         given = (*upstream, logits, target, temperature, *statistics, ctx.softcap)
         if inplace:
-            warmth = _gathered_logprob_backward_(*given, need[1])
+            by_temperature = _gathered_logprob_backward_(*given, need[1])
             grad = logits.detach()
         else:
-            grad, warmth = _gathered_logprob_backward(*given, *need)
-        return grad if need[0] else None, warmth if need[1] else None
+            grad, by_temperature = _gathered_logprob_backward(*given, *need)
+        return grad if need[0] else None, by_temperature if need[1] else None
 
-    grad, warmth = derivatives.gradients(
+    grad, by_temperature = derivatives.gradients(
         closed_form, partial(formula, softcap=ctx.softcap), (logits, target, temperature), (0, 2), need, upstream
     )
-    return grad, None, warmth, *[None] * 5
+    return grad, None, by_temperature, *[None] * 5
 
 
 _gathered_logprob.register_autograd(_backward, setup_context=_setup_context)

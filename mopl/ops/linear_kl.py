@@ -105,8 +105,8 @@ def linear_kl(
             raise ValueError(f"{name} wants a gradient but is a constant here; pass {name}.detach()")
     like = torch.empty((), dtype=dtype, device=hidden.device)
     counts = (lambda: mask) if mask is not None else lambda: torch.ones(lead, dtype=torch.bool, device=hidden.device)
-    warmth = per_row(temperature, "temperature", lead, like, counts)
-    reference_warmth = per_row(reference_temperature, "reference_temperature", lead, like, counts)
+    divisor = per_row(temperature, "temperature", lead, like, counts)
+    reference_divisor = per_row(reference_temperature, "reference_temperature", lead, like, counts)
     return _linear_kl(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
@@ -114,8 +114,8 @@ def linear_kl(
         reference_hidden.detach().reshape(-1, reference_hidden.shape[-1]),
         reference_weight.detach(),
         None if reference_bias is None else reference_bias.detach(),
-        warmth,
-        reference_warmth,
+        divisor,
+        reference_divisor,
         None if mask is None else mask.reshape(-1),
         check_scalar(softcap, "softcap"),
         check_scalar(logit_scale, "logit_scale"),

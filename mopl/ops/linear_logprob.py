@@ -187,7 +187,7 @@ def linear_logprob(
     if target.device != hidden.device:
         raise ValueError(f"target is on {target.device} but hidden is on {hidden.device}; move target there")
     flat_target, like = merged.reshape(-1), hidden if hidden.dtype == torch.float64 else weight
-    warmth = per_row(temperature, "temperature", lead, like, lambda: rows_that_count(flat_target, row, rows))
+    divisor = per_row(temperature, "temperature", lead, like, lambda: rows_that_count(flat_target, row, rows))
     cap = check_scalar(softcap, "softcap")
     scale = check_scalar(logit_scale, "logit_scale")
     if check_targets is None:
@@ -195,7 +195,7 @@ def linear_logprob(
     check_bound(workspace, "workspace")
     check_bound(max_rows, "max_rows")
 
-    needs = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in (hidden, weight, bias, warmth)]
+    needs = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in (hidden, weight, bias, divisor)]
     need_hidden, need_head, need_temperature = needs[0], needs[1] or needs[2], needs[3]
     frozen = need_hidden and not need_head
     bound = rows if max_rows is None else min(max_rows, rows)
@@ -205,7 +205,7 @@ def linear_logprob(
         kept_rows(hidden, weight, bound, workspace, cap > 0) if need_head else 0,
         bound, check_targets,
     )  # fmt: skip
-    tensors = (hidden.reshape(-1, hidden.shape[-1]), weight, bias, flat_target, row, warmth)
+    tensors = (hidden.reshape(-1, hidden.shape[-1]), weight, bias, flat_target, row, divisor)
     if shard is None:
         logprob, logsumexp, entropy = _linear_logprob(*tensors, *options)[:3]
     else:
@@ -393,8 +393,8 @@ def _backward(ctx, grad_logprob, grad_logsumexp, grad_entropy, *_):
 
     # The results stand for the hidden states, which a frozen head does not keep.
     inputs = (*upstream, hidden, weight, bias, temperature, *saved[:3])
-    *heads, warmth = derivatives.once(closed_form, "linear_logprob", INSTEAD, *inputs)
-    return (*heads, None, None, warmth, *[None] * 10)
+    *heads, by_temperature = derivatives.once(closed_form, "linear_logprob", INSTEAD, *inputs)
+    return (*heads, None, None, by_temperature, *[None] * 10)
 
 
 _linear_logprob.register_autograd(_backward, setup_context=_setup_context)

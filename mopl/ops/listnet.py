@@ -1,9 +1,9 @@
 """Listwise cross-entropy (ListNet, the training loss of COS-DPO): m label distributions over one list of scores.
 
-For list b and objective j, with `u = temperature * scores` and `z` the labels (divided by their sum if `normalize`):
+For list b and objective j, with `u = beta * scores` and `z` the labels (divided by their sum if `normalize`):
 
     loss_bj = sum_i z_i (logsumexp(u) - u_i),   q = softmax(u),   M = sum_i z_i
-    dloss/du_i = M q_i - z_i,   dloss/dtemperature = sum_i (M q_i - z_i) scores_i,   dloss/dz_i = logsumexp(u) - u_i
+    dloss/du_i = M q_i - z_i,   dloss/dbeta = sum_i (M q_i - z_i) scores_i,   dloss/dz_i = logsumexp(u) - u_i
 
 Written so that a tiny loss keeps every digit. Let a be the first item with the largest u (the *peak*), `rest` the sum
 of exp(u_i - u_a) over the other items and `others` the sum of z_i over the other items. Then nothing below is a
@@ -12,14 +12,14 @@ difference of numbers that close in on each other as the model becomes confident
     loss = M log1p(rest) + sum_{i != a} z_i (u_a - u_i)
     dloss/du_i = M exp(u_i - u_a) / (1 + rest) - z_i       for i != a
     dloss/du_a = others - M rest / (1 + rest)   where rest < 1, else M / (1 + rest) - z_a
-    dloss/dtemperature = sum_{i != a} dloss/du_i (scores_i - scores_a)           (because the gradient sums to 0)
+    dloss/dbeta = sum_{i != a} dloss/du_i (scores_i - scores_a)           (because the gradient sums to 0)
 
 Lists with fewer than two items, and with `normalize` also lists whose labels are all 0, have loss 0 and gradient 0.
 Without `normalize` the loss is linear in the labels: no labels, no loss, and labels of either sign count. A masked slot
 is never read into arithmetic. A label of exactly 0 contributes 0 even where the score is -inf; an item with score -inf
 and a positive label makes the loss +inf and keeps a finite gradient.
 
-Forward also gives what backward needs: `peak` and `rest` of the shape of `temperature`, (B, 1) where it is common to
+Forward also gives what backward needs: `peak` and `rest` of the shape of `beta`, (B, 1) where it is common to
 all objectives, so that one softmax serves them all; `mass` (B, m), the sum of the labels as given, and `others` (B, m),
 the part of it off the peak. The kernels compute the exponentials again in backward, and of lists that one program
 holds in registers these four too: they are empty then. On CPU, where memory is not the limit, log softmax itself is
@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from mopl._arguments import compute_dtype
+from mopl._renamed import renamed_keywords
 from mopl.ops import _derivatives as derivatives
 from mopl.ops._backend import use_triton
 from mopl.ops._listnet_cpu import backward as _backward_cpu
@@ -42,20 +43,21 @@ from mopl.ops._listnet_cpu import forward as _forward_cpu
 from mopl.ops._rows import check_list_op, existing
 
 
+@renamed_keywords(temperature="beta")
 def listwise_cross_entropy(
     scores: Tensor,  # (B, K)
     labels: Tensor,  # (B, m, K)
-    temperature: Tensor,  # (B, m), or (B, 1) where it is common to all objectives
+    beta: Tensor,  # (B, m), or (B, 1) where it is common to all objectives
     mask: Tensor | None = None,  # (B, K) bool
     normalize: bool = True,
 ) -> Tensor:
-    """Return the listwise cross-entropy (B, m) in nats; differentiable in scores, labels and temperature.
+    """Return the listwise cross-entropy (B, m) in nats; differentiable in scores, labels and beta.
 
     Args:
         scores: (B, K), any floating dtype; arithmetic is in float32, in float64 for float64.
         labels: (B, m, K), the target weight of every item, not negative if `normalize`: a negative one is an error on
             a CPU, and makes the losses of its list NaN on a GPU and in the transforms of `torch.func`.
-        temperature: (B, m), or (B, 1) for one temperature a list: then one softmax serves all objectives.
+        beta: (B, m), or (B, 1) for one β a list: then one softmax serves all objectives.
         mask: (B, K), true where an item exists; None means everywhere.
         normalize: divide each list's labels by their sum.
 
@@ -66,15 +68,15 @@ def listwise_cross_entropy(
         TypeError: if scores are not floating point or the mask is not boolean.
         ValueError: if a shape does not fit, nothing is broadcast here; or if a label is negative with `normalize`.
     """
-    check_list_op(scores, labels, temperature, mask)
+    check_list_op(scores, labels, beta, mask)
     if derivatives.transformed():
-        return _formula(scores, labels, temperature, mask, normalize=normalize)
-    if derivatives.undispatched(scores, labels, temperature, mask):
-        return _Undispatched.apply(scores, labels, temperature, mask, normalize)[0]  # pyright: ignore[reportReturnType]
-    return _listwise_cross_entropy(scores, labels, temperature, mask, normalize)[0]
+        return _formula(scores, labels, beta, mask, normalize=normalize)
+    if derivatives.undispatched(scores, labels, beta, mask):
+        return _Undispatched.apply(scores, labels, beta, mask, normalize)[0]  # pyright: ignore[reportReturnType]
+    return _listwise_cross_entropy(scores, labels, beta, mask, normalize)[0]
 
 
-def _formula(scores: Tensor, labels: Tensor, temperature: Tensor, mask: Tensor | None, normalize: bool) -> Tensor:
+def _formula(scores: Tensor, labels: Tensor, beta: Tensor, mask: Tensor | None, normalize: bool) -> Tensor:
     """Return the loss in differentiable functions of PyTorch, for the derivatives that the op itself does not give."""
     dtype = compute_dtype(scores)
     if labels.shape[-1] < 2 or labels.numel() == 0:
@@ -91,7 +93,7 @@ def _formula(scores: Tensor, labels: Tensor, temperature: Tensor, mask: Tensor |
         z = torch.where(charged, z / torch.where(charged, mass, 1), 0)
     # Lists that cost nothing may hold NaN.
     s = torch.where(charged.any(1), s, 0)
-    rate = temperature.to(dtype)[:, :, None]
+    rate = beta.to(dtype)[:, :, None]
     # What lies infinitely far below the likeliest item costs infinitely much.
     way = s.detach()[:, None] * rate.detach().sign()
     if valid is not None:
@@ -114,15 +116,15 @@ def _formula(scores: Tensor, labels: Tensor, temperature: Tensor, mask: Tensor |
 
 
 def _forward(
-    scores: Tensor, labels: Tensor, temperature: Tensor, mask: Tensor | None, normalize: bool
+    scores: Tensor, labels: Tensor, beta: Tensor, mask: Tensor | None, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return loss, peak, rest, mass, others and logp."""
     if use_triton(scores):
         from mopl.ops.listnet_triton import launch_forward
 
-        loss, peak, rest, mass, others = launch_forward(scores, labels, temperature, mask, normalize)
+        loss, peak, rest, mass, others = launch_forward(scores, labels, beta, mask, normalize)
         return loss, peak, rest, mass, others, loss.new_empty(0)
-    loss, peak, mass, logp = _forward_cpu(scores, labels, temperature, mask, normalize)
+    loss, peak, mass, logp = _forward_cpu(scores, labels, beta, mask, normalize)
     return loss, peak, loss.new_empty(0), mass, loss.new_empty(0), logp
 
 
@@ -130,14 +132,14 @@ _listwise_cross_entropy = torch.library.custom_op("mopl::listwise_cross_entropy"
 
 
 @_listwise_cross_entropy.register_fake
-def _(scores, labels, temperature, mask, normalize):
+def _(scores, labels, beta, mask, normalize):
     batch, objectives, size = labels.shape
     kernels, dtype = use_triton(scores), compute_dtype(scores)
-    shared, own = (batch, temperature.shape[1]), (batch, objectives)
+    shared, own = (batch, beta.shape[1]), (batch, objectives)
     if kernels:
         from mopl.ops.listnet_triton import statistics_shapes
 
-        shared, own = statistics_shapes(labels, temperature, dtype.itemsize)
+        shared, own = statistics_shapes(labels, beta, dtype.itemsize)
 
     def new(shape, dtype=dtype):
         return scores.new_empty(shape, dtype=dtype)
@@ -156,7 +158,7 @@ def _gradients(
     grad_loss: Tensor,  # (B, m)
     scores: Tensor,
     labels: Tensor,
-    temperature: Tensor,
+    beta: Tensor,
     mask: Tensor | None,
     loss: Tensor,
     peak: Tensor,
@@ -167,11 +169,11 @@ def _gradients(
     normalize: bool,
     need_scores: bool,
     need_labels: bool,
-    need_temperature: bool,
+    need_beta: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of scores, labels and temperature in their dtypes; one that is not needed is empty (0,)."""
-    inputs = (grad_loss, scores, labels, temperature, mask)
-    need = (need_scores, need_labels, need_temperature)
+    """Return the gradients of scores, labels and beta in their dtypes; one that is not needed is empty (0,)."""
+    inputs = (grad_loss, scores, labels, beta, mask)
+    need = (need_scores, need_labels, need_beta)
     if use_triton(scores):
         from mopl.ops.listnet_triton import launch_backward
 
@@ -186,20 +188,20 @@ _listwise_cross_entropy_backward = torch.library.custom_op(
 
 @_listwise_cross_entropy_backward.register_fake
 def _(
-    grad_loss, scores, labels, temperature, mask, loss, peak, rest, mass, others, logp,
-    normalize, need_scores, need_labels, need_temperature,
+    grad_loss, scores, labels, beta, mask, loss, peak, rest, mass, others, logp,
+    normalize, need_scores, need_labels, need_beta,
 ):  # fmt: skip
     def like(tensor: Tensor, needed: bool) -> Tensor:
         return tensor.new_empty(tensor.shape if needed else (0,))
 
-    return like(scores, need_scores), like(labels, need_labels), like(temperature, need_temperature)
+    return like(scores, need_scores), like(labels, need_labels), like(beta, need_beta)
 
 
 def _setup_context(ctx, inputs, output):
-    scores, labels, temperature, mask, ctx.normalize = inputs
+    scores, labels, beta, mask, ctx.normalize = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(scores, labels, temperature, mask, *output)
+    ctx.save_for_backward(scores, labels, beta, mask, *output)
 
 
 def _backward(ctx, grad_loss, *_, compute: Callable = _listwise_cross_entropy_backward):

@@ -47,7 +47,7 @@ def pairwise_logistic(
     """Return the pairwise logistic loss (B, m) in nats; differentiable in scores and margin.
 
     Args:
-        scores: (B, m, K), or (B, 1, K) where one set serves all objectives; float32 or float64, temperature included.
+        scores: (B, m, K), or (B, 1, K) where one set serves all objectives; float32 or float64, β included.
         labels: (B, m, K). An item whose label is NaN takes part in no pair, whatever its score.
         margin: (B, m), or (B, 1), in the dtype of the scores.
         gains: (B, m, K); with `discounts` the pair weights are |gain_i - gain_j| |discount_i - discount_j|.
@@ -72,7 +72,7 @@ def smooth_ranks(
     """Return 1 + sum_{j != i} sigmoid(u_j - u_i) over the existing items, (B, m, K); differentiable in the scores.
 
     Args:
-        scores: (B, m, K), float32 or float64, temperature included.
+        scores: (B, m, K), float32 or float64, β included.
         mask: (B, K), true where an item exists; None means everywhere.
 
     Returns:

@@ -1,6 +1,6 @@
 """Plackett-Luce negative log-likelihood of m rankings of one list of scores, with ties, top-k and partial rankings.
 
-For list b and objective j, `u = temperature * scores` and the items fall into groups C_1 > C_2 > ... of equal label,
+For list b and objective j, `u = beta * scores` and the items fall into groups C_1 > C_2 > ... of equal label,
 best first. Group g has n_g items, T_g = sum of exp(u) in it and R_g = sum of exp(u) in all lower groups. The loss is
 
     loss_bj = sum_g W_g N_g,     W_g = mean of the position weights over the positions that the group occupies
@@ -24,8 +24,8 @@ The gradient is closed: with b_g = (dN_g / du_i) / exp(u_i) for any item i below
                 t_i = exp(y + u_i - log R_g), E over y with the integrand as density
 
 so the forward pass gives the gradient `G = dloss/du` (B, m, K), in the order of the items, along with the loss, and
-backward is `dscores_bi = sum_j grad_loss_bj temperature_bj G_bji` and `dtemperature = grad_loss * temperature_gradient`
-with `temperature_gradient_bj = sum_i G_bji scores_bi`, computed as sum_i G_i (scores_i - max scores): G sums to 0.
+backward is `dscores_bi = sum_j grad_loss_bj beta_bj G_bji` and `dbeta = grad_loss * beta_gradient`
+with `beta_gradient_bj = sum_i G_bji scores_bi`, computed as sum_i G_i (scores_i - max scores): G sums to 0.
 
 `order` (B, m, K) holds the items best first, masked items last: `labels.argsort(descending=True)`. It decides the
 ranking; labels then only say which neighbours in that order are tied. Lists with fewer than two items have loss 0 and
@@ -43,6 +43,7 @@ import torch
 from torch import Tensor
 
 from mopl._arguments import check_choice, compute_dtype, shape_of
+from mopl._renamed import renamed_keywords
 from mopl.ops import _derivatives as derivatives
 from mopl.ops._backend import use_triton
 from mopl.ops._plackett_luce_cpu import likelihood
@@ -53,10 +54,11 @@ from mopl.ops._rows import blocks, check_list_op, existing, in_full_precision, i
 TIES = ("breslow", "efron", "exact")
 
 
+@renamed_keywords(temperature="beta")
 def plackett_luce_nll(
     scores: Tensor,  # (B, K)
     labels: Tensor,  # (B, m, K)
-    temperature: Tensor,  # (B, m), or (B, 1) where it is common to all objectives
+    beta: Tensor,  # (B, m), or (B, 1) where it is common to all objectives
     mask: Tensor | None = None,  # (B, K) bool
     order: Tensor | None = None,  # (B, m, K) integer
     position_weights: Tensor | None = None,  # (K,) or (B, m, K), in the order of the positions
@@ -64,12 +66,12 @@ def plackett_luce_nll(
     ties: str = "breslow",
     last_group_free: bool = False,
 ) -> Tensor:
-    """Return the negative log-likelihood (B, m) in nats; differentiable in scores and temperature.
+    """Return the negative log-likelihood (B, m) in nats; differentiable in scores and beta.
 
     Args:
         scores: (B, K), any floating dtype; arithmetic is in float32, in float64 for float64.
         labels: (B, m, K) of any dtype, higher is better, equal is tied.
-        temperature: (B, m), or (B, 1) for one temperature a list.
+        beta: (B, m), or (B, 1) for one β a list.
         mask: (B, K), true where an item exists; None means everywhere.
         order: (B, m, K) indices of the items, best first, masked items last; None sorts the labels here.
         position_weights: (K,) or (B, m, K), the weight of the choice made at each position; None means 1.
@@ -84,7 +86,7 @@ def plackett_luce_nll(
         TypeError: if scores are not floating point or the mask is not boolean.
         ValueError: if a shape does not fit, nothing is broadcast here; or if `ties` is unknown.
     """
-    check_list_op(scores, labels, temperature, mask)
+    check_list_op(scores, labels, beta, mask)
     check_choice(ties, TIES, "ties")
     if order is not None and order.shape != labels.shape:
         raise ValueError(f"order has shape {shape_of(order)} but labels are {shape_of(labels)}; pass one index an item")
@@ -95,12 +97,10 @@ def plackett_luce_nll(
         )
     position_weights = None if position_weights is None else position_weights.detach()
     if derivatives.transformed():
-        return formula(
-            scores, labels.detach(), temperature, mask, order, position_weights, top_k, ties, last_group_free
-        )
-    need_grad = torch.is_grad_enabled() and (scores.requires_grad or temperature.requires_grad)
+        return formula(scores, labels.detach(), beta, mask, order, position_weights, top_k, ties, last_group_free)
+    need_grad = torch.is_grad_enabled() and (scores.requires_grad or beta.requires_grad)
     return _plackett_luce_nll(
-        scores, labels, temperature, mask, order, position_weights, top_k, ties, last_group_free, need_grad
+        scores, labels, beta, mask, order, position_weights, top_k, ties, last_group_free, need_grad
     )[0]
 
 
@@ -108,7 +108,7 @@ def plackett_luce_nll(
 def _plackett_luce_nll(
     scores: Tensor,
     labels: Tensor,
-    temperature: Tensor,
+    beta: Tensor,
     mask: Tensor | None,
     order: Tensor | None,
     position_weights: Tensor | None,
@@ -117,11 +117,11 @@ def _plackett_luce_nll(
     last_group_free: bool,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return loss (B, m), gradient (B, m, K), temperature_gradient (B, m); the last two are empty if not needed.
+    """Return loss (B, m), gradient (B, m, K), beta_gradient (B, m); the last two are empty if not needed.
 
-    On CPU the last is empty in any case: there it costs as much when the gradient of the temperature is asked for.
+    On CPU the last is empty in any case: there it costs as much when the gradient of β is asked for.
     """
-    inputs = (scores, labels, temperature, mask, order, position_weights, top_k, ties, last_group_free, need_grad)
+    inputs = (scores, labels, beta, mask, order, position_weights, top_k, ties, last_group_free, need_grad)
     if use_triton(scores):
         from mopl.ops.plackett_luce_triton import launch_forward
 
@@ -131,7 +131,7 @@ def _plackett_luce_nll(
 
 
 @_plackett_luce_nll.register_fake
-def _(scores, labels, temperature, mask, order, position_weights, top_k, ties, last_group_free, need_grad):
+def _(scores, labels, beta, mask, order, position_weights, top_k, ties, last_group_free, need_grad):
     batch, objectives, items = labels.shape
     dtype = compute_dtype(scores)
     loss = scores.new_empty((batch, objectives), dtype=dtype)
@@ -142,28 +142,28 @@ def _(scores, labels, temperature, mask, order, position_weights, top_k, ties, l
 @torch.library.custom_op("mopl::plackett_luce_nll_backward", mutates_args=())
 def _plackett_luce_nll_backward(
     grad_loss: Tensor,  # (B, m)
-    temperature: Tensor,  # (B, m) or (B, 1)
+    beta: Tensor,  # (B, m) or (B, 1)
     gradient: Tensor,  # (B, m, K)
 ) -> Tensor:
-    """Return sum_j grad_loss_bj temperature_bj gradient_bji: (B, K) in the dtype of `gradient`."""
+    """Return sum_j grad_loss_bj beta_bj gradient_bji: (B, K) in the dtype of `gradient`."""
     if use_triton(gradient):
         from mopl.ops.plackett_luce_triton import launch_backward as backward
     else:
         backward = _backward_cpu
-    return backward(grad_loss, temperature, gradient)
+    return backward(grad_loss, beta, gradient)
 
 
 @_plackett_luce_nll_backward.register_fake
-def _(grad_loss, temperature, gradient):
+def _(grad_loss, beta, gradient):
     return gradient.new_empty((gradient.shape[0], gradient.shape[2]))
 
 
 def _setup_context(ctx, inputs, output):
-    scores, labels, temperature, mask, order, position_weights, *options, ctx.need_grad = inputs
+    scores, labels, beta, mask, order, position_weights, *options, ctx.need_grad = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.options = dict(zip(("top_k", "ties", "last_group_free"), options, strict=True))
-    ctx.save_for_backward(scores, temperature, mask, *output[1:])
+    ctx.save_for_backward(scores, beta, mask, *output[1:])
     derivatives.keep(ctx, labels, order, position_weights)
 
 
@@ -172,29 +172,29 @@ def _backward(ctx, grad_loss, *_):
         return (None,) * 10
     if not ctx.need_grad:
         raise RuntimeError("plackett_luce_nll was called with need_grad=False, so it kept nothing for backward")
-    scores, temperature, mask, gradient, temperature_gradient = ctx.saved_tensors
+    scores, beta, mask, gradient, beta_gradient = ctx.saved_tensors
     labels, *rest = derivatives.kept(ctx)
     need = (ctx.needs_input_grad[0], ctx.needs_input_grad[2])
 
     def closed_form() -> tuple[Tensor | None, Tensor | None]:
-        dscores = dtemperature = None
+        dscores = dbeta = None
         if need[0]:
-            dscores = _plackett_luce_nll_backward(grad_loss, temperature, gradient).to(scores.dtype)
+            dscores = _plackett_luce_nll_backward(grad_loss, beta, gradient).to(scores.dtype)
         if need[1]:
-            of_temperature = temperature_gradient
+            of_beta = beta_gradient
             if not use_triton(scores) and gradient.shape[-1]:
                 centred = _load(scores.to(gradient.dtype), mask, centre=True)[:, None]
-                of_temperature = torch.where(gradient == 0, 0, gradient * centred).sum(-1)
+                of_beta = torch.where(gradient == 0, 0, gradient * centred).sum(-1)
             elif not use_triton(scores):
-                of_temperature = gradient.sum(-1)
-            dtemperature = (grad_loss * of_temperature).sum_to_size(temperature.shape).to(temperature.dtype)
-        return dscores, dtemperature
+                of_beta = gradient.sum(-1)
+            dbeta = (grad_loss * of_beta).sum_to_size(beta.shape).to(beta.dtype)
+        return dscores, dbeta
 
-    arguments = (scores, labels, temperature, mask, *rest)
-    dscores, dtemperature = derivatives.gradients(
+    arguments = (scores, labels, beta, mask, *rest)
+    dscores, dbeta = derivatives.gradients(
         closed_form, partial(formula, **ctx.options), arguments, (0, 2), need, (grad_loss,)
     )
-    return dscores, None, dtemperature, *(None,) * 7
+    return dscores, None, dbeta, *(None,) * 7
 
 
 _plackett_luce_nll.register_autograd(_backward, setup_context=_setup_context)
@@ -204,7 +204,7 @@ _plackett_luce_nll.register_autograd(_backward, setup_context=_setup_context)
 def _forward_cpu(
     scores: Tensor,
     labels: Tensor,
-    temperature: Tensor,
+    beta: Tensor,
     mask: Tensor | None,
     order: Tensor | None,
     position_weights: Tensor | None,
@@ -226,7 +226,7 @@ def _forward_cpu(
     valid = existing(mask)
     for part in blocks(batch, objectives * size):
         some = None if valid is None else valid[part]
-        rate = temperature[part]
+        rate = beta[part]
         plain = is_number(rate) and float(rate[0, 0]) == 1
         s = _load(scores[part].to(dtype), some, centre=not plain)
         place, leads, ranked = _rank(labels[part], None if order is None else order[part], some, dtype)
@@ -258,7 +258,7 @@ def _load(scores: Tensor, valid: Tensor | None, centre: bool) -> Tensor:
     """Return the scores (n, K), 0 where masked, without a common offset of all scores of a list if `centre`.
 
     An offset is subtracted where that is exact (Sterbenz: scores of one sign, within a factor of two of each other),
-    so that it costs no digits when the temperature multiplies and never costs any itself.
+    so that it costs no digits when β multiplies and never costs any itself.
     """
     if valid is not None:
         scores = scores.masked_fill(~valid, 0)
@@ -290,6 +290,6 @@ def _rank(
 
 
 @in_full_precision
-def _backward_cpu(grad_loss: Tensor, temperature: Tensor, gradient: Tensor) -> Tensor:
+def _backward_cpu(grad_loss: Tensor, beta: Tensor, gradient: Tensor) -> Tensor:
     """Return dscores (B, K)."""
-    return merge((grad_loss * temperature).to(gradient.dtype), gradient)
+    return merge((grad_loss * beta).to(gradient.dtype), gradient)

@@ -25,7 +25,7 @@ from mopl.ops._rows import rows_contiguous
 def launch_forward(
     scores: Tensor,  # (B, K)
     labels: Tensor,  # (B, m, K)
-    temperature: Tensor,  # (B, m) or (B, 1)
+    beta: Tensor,  # (B, m) or (B, 1)
     mask: Tensor | None,  # (B, K)
     order: Tensor | None,  # (B, m, K)
     position_weights: Tensor | None,  # (K,) or (B, m, K)
@@ -34,13 +34,13 @@ def launch_forward(
     last_group_free: bool,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return loss, gradient and temperature_gradient; the last two are empty if not needed."""
+    """Return loss, gradient and beta_gradient; the last two are empty if not needed."""
     batch, objectives, items = labels.shape
     loss = torch.empty((batch, objectives), dtype=compute_dtype(scores), device=scores.device)
     gradient = loss.new_empty(labels.shape if need_grad else (0,))
-    temperature_gradient = loss.new_empty(loss.shape if need_grad else (0,))
+    beta_gradient = loss.new_empty(loss.shape if need_grad else (0,))
     if labels.numel() == 0:
-        return loss.zero_(), gradient, temperature_gradient.zero_()
+        return loss.zero_(), gradient, beta_gradient.zero_()
     if order is not None:
         gradient.zero_()  # an order that leaves items out leaves their gradients unwritten
     plan = plans.plan(
@@ -53,12 +53,12 @@ def launch_forward(
         order = _sorted(labels, mask)
     scores, order = rows_contiguous(scores), rows_contiguous(order)
     weights = None if position_weights is None else rows_contiguous(position_weights.expand(labels.shape))
-    temperature = temperature.expand(batch, objectives)
-    ranking = (scores, labels, temperature, mask, order)
-    results = (loss, gradient if need_grad else None, temperature_gradient if need_grad else None)
+    beta = beta.expand(batch, objectives)
+    ranking = (scores, labels, beta, mask, order)
+    results = (loss, gradient if need_grad else None, beta_gradient if need_grad else None)
     # No list has more positions than items, so this top_k charges all of them.
     top_k = items if top_k is None else min(top_k, items)
-    strides = (scores.stride(0), *labels.stride()[:2], *temperature.stride(), 0 if mask is None else mask.stride(0))
+    strides = (scores.stride(0), *labels.stride()[:2], *beta.stride(), 0 if mask is None else mask.stride(0))
     strides += (0, 0) if order is None else order.stride()[:2]
     weight_strides = (0, 0) if weights is None else weights.stride()[:2]
     with torch.cuda.device_of(scores):
@@ -74,15 +74,15 @@ def launch_forward(
             )  # fmt: skip
         else:
             assert order is not None
-            ranking = (scores, labels, temperature, mask, order)
+            ranking = (scores, labels, beta, mask, order)
             _launch_by_steps(ranking, weights, results, top_k, strides, weight_strides, ties, last_group_free)
-    return loss, gradient, temperature_gradient
+    return loss, gradient, beta_gradient
 
 
 def _launch_by_steps(
-    ranking: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor],  # scores, labels, temperature, mask, order
+    ranking: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor],  # scores, labels, beta, mask, order
     weights: Tensor | None,
-    results: tuple[Tensor, Tensor | None, Tensor | None],  # loss, gradient, temperature_gradient
+    results: tuple[Tensor, Tensor | None, Tensor | None],  # loss, gradient, beta_gradient
     top_k: int,
     strides: tuple[int, ...],
     weight_strides: tuple[int, ...],
@@ -118,19 +118,19 @@ def _launch_by_steps(
     )  # fmt: skip
 
 
-def launch_backward(grad_loss: Tensor, temperature: Tensor, gradient: Tensor) -> Tensor:
-    """Return sum_j grad_loss_bj temperature_bj gradient_bji (B, K)."""
+def launch_backward(grad_loss: Tensor, beta: Tensor, gradient: Tensor) -> Tensor:
+    """Return sum_j grad_loss_bj beta_bj gradient_bji (B, K)."""
     batch, objectives, items = gradient.shape
     dscores = gradient.new_empty((batch, items))
     if gradient.numel() == 0:
         return dscores.zero_()
     gradient = gradient.contiguous()
-    temperature = temperature.expand(batch, objectives)
+    beta = beta.expand(batch, objectives)
     tile = plans.backward_tile(items)
     grid = (triton.cdiv(batch, tile["LISTS"]) * triton.cdiv(items, tile["BLOCK"]),)
     with torch.cuda.device_of(gradient):
         pairwise.backward_kernel[grid](
-            grad_loss, temperature, gradient, dscores, batch, items, *grad_loss.stride(), *temperature.stride(),
+            grad_loss, beta, gradient, dscores, batch, items, *grad_loss.stride(), *beta.stride(),
             M=objectives, **tile,
         )  # fmt: skip
     return dscores

@@ -74,7 +74,7 @@ class ListLoss:
     ) -> Tensor:  # (B, m), or (B, 1) for one objective
         """Return the loss vector of a batch; only that of `objective` where one is given."""
         chosen = slice(None) if objective is None else slice(objective, objective + 1)
-        options: dict[str, Any] = {"reference": reference, "temperature": temperature, "mask": lists.mask}
+        options: dict[str, Any] = {"reference": reference, "beta": temperature, "mask": lists.mask}
         if self.loss == "listnet":
             # The targets are normalised by each objective's own rule already.
             return listwise_dpo(scores, lists.targets[:, chosen], normalize=None, reduction="none", **options)

@@ -203,7 +203,7 @@ class RankingModel(nn.Module):
             )
         self.config = config
         self.condition = (
-            ConcatCondition(len(config.objectives), temperature=config.temperature) if config.conditioned else None
+            ConcatCondition(len(config.objectives), takes_beta=config.temperature) if config.conditioned else None
         )
         extra = self.condition.extra_features if self.condition is not None else 0
         self.network = ListTransformer(
@@ -299,7 +299,7 @@ class RankingModel(nn.Module):
             reference = self.reference(features, mask)
         scores = self(features, weights, temperature=temperature, mask=mask, reference=reference)
         if temperature is not None:
-            scores = steering.temperature_conditioned(scores, reference, temperature)
+            scores = steering.beta_conditioned(scores, reference, temperature)
         return steering.rescale(scores, reference, scale, mask=mask)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:

@@ -26,7 +26,7 @@ from mopl._extras import require
 from mopl._files import discard_folder, write_file
 from mopl._restoring import seeded
 from mopl._tensor_files import read_tensors
-from mopl.conditioning.samplers import box_temperatures, dirichlet_weights, fixed
+from mopl.conditioning.samplers import box_betas, dirichlet_weights, fixed
 from mopl.experiments.run_directory import DONE, read_done
 from mopl.ranking.batches import Batches
 from mopl.ranking.config import RankConfig
@@ -180,7 +180,7 @@ class Stages:
         per: dict[str, Any] = {"per": config.weights_per, "seed": config.seed}
         if takes_temperature:
             low, high = ((factor * self.temperature).tolist() for factor in config.beta_range)
-            temperature = box_temperatures(m, batch_size, low=low, high=high, **per)
+            temperature = box_betas(m, batch_size, low=low, high=high, **per)
         else:
             temperature = fixed(self.temperature, batch_size)
         source = self._source(dirichlet_weights(m, batch_size, concentration=config.concentration, **per), temperature)

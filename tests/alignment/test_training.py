@@ -30,7 +30,7 @@ from mopl.alignment.methods import (
 from mopl.alignment.reference import CHUNK, ReferenceStore, score_lists
 from mopl.alignment.stages import TextConditioner, optimizer_of, response_loss
 from mopl.conditioning import HyperPromptModel
-from mopl.conditioning.samplers import box_temperatures, dirichlet_weights, fixed
+from mopl.conditioning.samplers import box_betas, dirichlet_weights, fixed
 from mopl.language_models import models
 from mopl.language_models.collate import ListCollator
 from mopl.language_models.data import PreferenceData, PreferenceList
@@ -149,7 +149,7 @@ def source(lists=None, batch_size=6, **changes) -> AlignSource:
     parts = {
         "seed": 1,
         "weights": dirichlet_weights(2, batch_size, concentration=0.7, per="list", seed=1),
-        "temperature": box_temperatures(2, batch_size, low=[0.05, 0.1], high=[0.2, 0.3], per="list", seed=1),
+        "temperature": box_betas(2, batch_size, low=[0.05, 0.1], high=[0.2, 0.3], per="list", seed=1),
     }  # fmt: skip
     return AlignSource(lists or tokenized(), batch_size, ListCollator(), **{**parts, **changes})
 
@@ -214,7 +214,7 @@ def test_temperature_cos_dpo_trains_on_normalised_temperatures_and_the_raw_outpu
         with torch.no_grad(), model.reference():
             reference = score_batch(model, batch.lists, batch.weights, beta)
         net = score_batch(model, batch.lists, batch.weights, beta)
-        scores = steering.temperature_conditioned(net, reference, beta)
+        scores = steering.beta_conditioned(net, reference, beta)
         full = listwise_dpo(scores, batch.lists.labels, reference=reference, temperature=beta, weights=batch.weights,
                             mask=batch.lists.mask, normalize="softmax")  # fmt: skip
         torch.testing.assert_close(full, value, rtol=1e-4, atol=1e-4)

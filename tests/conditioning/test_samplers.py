@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mopl.conditioning import sample_weights
-from mopl.conditioning.samplers import box_temperatures, dirichlet_weights, fixed, one_of
+from mopl.conditioning.samplers import box_betas, dirichlet_weights, fixed, one_of
 
 
 def test_one_vector_a_step_is_what_the_papers_algorithm_draws():
@@ -25,7 +25,7 @@ def test_lists_that_share_a_vector_stand_side_by_side():
 
 def test_the_normalised_box_is_on_the_simplex_and_keeps_its_ratios():
     low, high = [0.5, 1.0], [1.0, 4.0]
-    drawn = torch.cat([box_temperatures(2, 50, low=low, high=high, per="list", seed=1)(step) for step in range(20)])
+    drawn = torch.cat([box_betas(2, 50, low=low, high=high, per="list", seed=1)(step) for step in range(20)])
     torch.testing.assert_close(drawn.sum(1), torch.ones(1000))
     ratio = drawn[:, 1] / drawn[:, 0]
     assert 1.0 <= ratio.min() < 1.3 and 6.0 < ratio.max() <= 8.0

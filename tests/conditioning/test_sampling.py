@@ -6,19 +6,19 @@ import numpy as np
 import pytest
 import torch
 
-from mopl.conditioning import ConcatCondition, check_weights, sample_temperatures, sample_weights, sampling
+from mopl.conditioning import ConcatCondition, check_weights, sample_betas, sample_weights, sampling
 
 N = 40_000
 
 
-def draw(m=3, count=N, alpha=1.0, seed=0, step=0, rank=0):
-    return sample_weights(m, count, alpha, seed=seed, step=step, rank=rank, dtype=torch.float64)
+def draw(m=3, count=N, concentration=1.0, seed=0, step=0, rank=0):
+    return sample_weights(m, count, concentration, seed=seed, step=step, rank=rank, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("alpha", [1.0, 0.2, 5.0, [0.3, 1.0, 2.5], 0.01])
-def test_weights_have_the_moments_of_the_dirichlet_distribution(alpha):
-    w = draw(alpha=alpha)
-    a = torch.as_tensor(alpha, dtype=torch.float64).expand(3)
+@pytest.mark.parametrize("concentration", [1.0, 0.2, 5.0, [0.3, 1.0, 2.5], 0.01])
+def test_weights_have_the_moments_of_the_dirichlet_distribution(concentration):
+    w = draw(concentration=concentration)
+    a = torch.as_tensor(concentration, dtype=torch.float64).expand(3)
     total = a.sum()
     mean = a / total
     covariance = (torch.diag(mean) - mean[:, None] * mean) / (total + 1)
@@ -29,7 +29,7 @@ def test_weights_have_the_moments_of_the_dirichlet_distribution(alpha):
     torch.testing.assert_close(w.sum(1), torch.ones(N, dtype=torch.float64), rtol=0, atol=1e-14)
 
 
-def test_weights_of_two_objectives_at_alpha_one_are_uniform():
+def test_weights_of_two_objectives_at_concentration_one_are_uniform():
     stats = pytest.importorskip("scipy.stats")
     assert stats.kstest(draw(2)[:, 0].numpy(), "uniform").pvalue > 1e-3
 
@@ -39,23 +39,25 @@ def test_one_objective_has_weight_one():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("alpha", [1e-3, 0.02, 0.3, 1.0, 50.0, 1e3, [1e-3, 1e3, 1.0], [1e-3, 1e-3, 0.2]])
-def test_every_draw_is_on_the_simplex_in_every_dtype(alpha, dtype):
-    w = sample_weights(3, 3000, alpha, seed=4, step=0, dtype=dtype)
+@pytest.mark.parametrize("concentration", [1e-3, 0.02, 0.3, 1.0, 50.0, 1e3, [1e-3, 1e3, 1.0], [1e-3, 1e-3, 0.2]])
+def test_every_draw_is_on_the_simplex_in_every_dtype(concentration, dtype):
+    w = sample_weights(3, 3000, concentration, seed=4, step=0, dtype=dtype)
     check_weights(w)
     assert ((w.double().sum(1) - 1).abs() <= 3 * torch.finfo(dtype).eps).all()
-    many = sample_weights(3000, 20, 1e-3 if isinstance(alpha, list) else alpha, seed=4, step=0, dtype=dtype)
+    many = sample_weights(
+        3000, 20, 1e-3 if isinstance(concentration, list) else concentration, seed=4, step=0, dtype=dtype
+    )
     assert ((many.double().sum(1) - 1).abs() <= 1e-2).all()
 
 
-@pytest.mark.parametrize("alpha", [1e-2, 1e-8, 1e-300, 5e-324, [1e-300, 1.0, 0.5], [1e-5, 1e-3, 0.09]])
-def test_tiny_alpha_gives_vertices_and_never_nan(alpha):
-    w = draw(alpha=alpha, count=5000)
+@pytest.mark.parametrize("concentration", [1e-2, 1e-8, 1e-300, 5e-324, [1e-300, 1.0, 0.5], [1e-5, 1e-3, 0.09]])
+def test_a_tiny_concentration_gives_vertices_and_never_nan(concentration):
+    w = draw(concentration=concentration, count=5000)
     assert w.isfinite().all() and ((w.sum(1) - 1).abs() < 1e-12).all()
-    if isinstance(alpha, float) and alpha >= 1e-300:  # the smallest number of all has no digits left for a third
-        assert (w.max(1).values > 0.999).double().mean() > (0.85 if alpha > 1e-3 else 0.9999)
+    if isinstance(concentration, float) and concentration >= 1e-300:  # the smallest number has no digits for a third
+        assert (w.max(1).values > 0.999).double().mean() > (0.85 if concentration > 1e-3 else 0.9999)
         assert (w.mean(0) - 1 / 3).abs().max() < 0.05
-    assert sample_weights(3, 50, alpha, seed=0, step=0).isfinite().all()  # float32
+    assert sample_weights(3, 50, concentration, seed=0, step=0).isfinite().all()  # float32
 
 
 def test_draws_depend_on_seed_step_and_rank_and_on_nothing_else():
@@ -72,8 +74,7 @@ def test_draws_depend_on_seed_step_and_rank_and_on_nothing_else():
 def test_a_resumed_run_draws_what_the_interrupted_one_would_have():
     def run(steps):
         return [
-            (sample_weights(4, 8, 0.7, seed=1, step=t), sample_temperatures(4, 8, 0.5, 2.0, seed=1, step=t))
-            for t in steps
+            (sample_weights(4, 8, 0.7, seed=1, step=t), sample_betas(4, 8, 0.5, 2.0, seed=1, step=t)) for t in steps
         ]
 
     whole, resumed = run(range(6)), run(range(3, 6))
@@ -81,21 +82,21 @@ def test_a_resumed_run_draws_what_the_interrupted_one_would_have():
         assert torch.equal(w, w_again) and all(map(torch.equal, t, t_again))
 
 
-@pytest.mark.parametrize("alpha", [1.0, 0.05])
-def test_the_first_rows_do_not_depend_on_the_count(alpha):
-    assert torch.equal(draw(count=100, alpha=alpha)[:9], draw(count=9, alpha=alpha))
-    temperatures = [sample_temperatures(3, n, 0.5, 2.0, seed=0, step=0).temperature for n in (9, 100)]
-    assert torch.equal(temperatures[1][:9], temperatures[0])
+@pytest.mark.parametrize("concentration", [1.0, 0.05])
+def test_the_first_rows_do_not_depend_on_the_count(concentration):
+    assert torch.equal(draw(count=100, concentration=concentration)[:9], draw(count=9, concentration=concentration))
+    betas = [sample_betas(3, n, 0.5, 2.0, seed=0, step=0).beta for n in (9, 100)]
+    assert torch.equal(betas[1][:9], betas[0])
 
 
 def correlation(a, b):
     return torch.stack([a.reshape(-1), b.reshape(-1)]).corrcoef()[0, 1].abs().item()
 
 
-def test_streams_of_neighbouring_seeds_steps_and_ranks_and_of_temperatures_are_independent():
+def test_streams_of_neighbouring_seeds_steps_and_ranks_and_of_betas_are_independent():
     streams = [draw(2, seed=s, step=t, rank=r)[:, 0] for s, t, r in itertools.product((0, 1), repeat=3)]
     streams += [draw(2, seed=2**64 - 1)[:, 0], draw(2, step=2**64 - 1)[:, 0], draw(2, rank=2**64 - 1)[:, 0]]
-    streams += [sample_temperatures(2, N, 1.0, 2.0, seed=s, step=0, dtype=torch.float64)[0][:, 0] for s in (0, 1)]
+    streams += [sample_betas(2, N, 1.0, 2.0, seed=s, step=0, dtype=torch.float64)[0][:, 0] for s in (0, 1)]
     for a, b in itertools.combinations(streams, 2):
         assert correlation(a, b) < 5 / N**0.5
         assert correlation(a[1:], b[:-1]) < 5 / N**0.5 and correlation(a[:-1], b[1:]) < 5 / N**0.5
@@ -103,7 +104,7 @@ def test_streams_of_neighbouring_seeds_steps_and_ranks_and_of_temperatures_are_i
 
 def test_no_two_streams_share_a_number():
     # The generators are private, but overlapping streams would hardly show in the draws that are made from them.
-    streams = itertools.product((0, 1, 2), (0, 1, 2), (0, 1, 2), (sampling._WEIGHTS, sampling._TEMPERATURES))
+    streams = itertools.product((0, 1, 2), (0, 1, 2), (0, 1, 2), (sampling._WEIGHTS, sampling._BETAS))
     raw = [sampling._generator(*which).integers(0, 2**64, size=256, dtype=np.uint64) for which in streams]
     assert len(np.unique(np.concatenate(raw))) == 3 * 3 * 3 * 2 * 256
 
@@ -115,9 +116,9 @@ def test_one_draw_a_step_is_as_random_as_one_draw_a_list():
     assert correlation(over_steps[1:], over_steps[:-1]) < 5 / 5000**0.5
 
 
-def test_temperatures_are_uniform_in_their_box_and_normalised():
+def test_betas_are_uniform_in_their_box_and_normalised():
     low, high = torch.tensor([0.67, 0.1], dtype=torch.float64), [1.5, 0.1]
-    beta, normalized = sample_temperatures(2, N, low, high, seed=0, step=0, dtype=torch.float64)
+    beta, normalized = sample_betas(2, N, low, high, seed=0, step=0, dtype=torch.float64)
     assert (beta[:, 0] >= 0.67).all() and (beta[:, 0] <= 1.5).all() and beta[:, 1].unique().numel() == 1
     assert abs(beta[:, 0].mean().item() - 1.085) < 5 * 0.83 / (12 * N) ** 0.5
     torch.testing.assert_close(normalized, beta / beta.sum(1, keepdim=True))
@@ -133,10 +134,10 @@ def test_default_dtype_is_float32_on_the_simplex():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"alpha": 0.0}, "alpha is 0.0 but must be positive"),
-        ({"alpha": [1.0, -1.0, 1.0]}, "alpha is .* must be positive"),
-        ({"alpha": float("nan")}, "alpha is nan"),
-        ({"alpha": [1.0, 1.0]}, r"alpha has shape \(2,\) but there are 3 objectives"),
+        ({"concentration": 0.0}, "concentration is 0.0 but must be positive"),
+        ({"concentration": [1.0, -1.0, 1.0]}, "concentration is .* must be positive"),
+        ({"concentration": float("nan")}, "concentration is nan"),
+        ({"concentration": [1.0, 1.0]}, r"concentration has shape \(2,\) but there are 3 objectives"),
         ({"m": 0}, "objectives is 0"),
         ({"seed": -1}, "seed is -1 but must be an integer"),
         ({"step": 1.5}, "step is 1.5"),
@@ -150,16 +151,16 @@ def test_bad_arguments_are_named(change, message):
 
 def test_bad_boxes_are_named():
     with pytest.raises(ValueError, match="pass high >= low"):
-        sample_temperatures(2, 1, 1.0, [2.0, 0.5], seed=0, step=0)
+        sample_betas(2, 1, 1.0, [2.0, 0.5], seed=0, step=0)
     with pytest.raises(ValueError, match="must be positive"):
-        sample_temperatures(2, 1, 0.0, 1.0, seed=0, step=0)
+        sample_betas(2, 1, 0.0, 1.0, seed=0, step=0)
 
 
 def test_a_box_that_the_dtype_cannot_hold_is_refused():
     for low, high in ((1e-9, 1.0), (1.0, 1e6)):
         with pytest.raises(ValueError, match="float16 makes 0 or infinity; pass another dtype"):
-            sample_temperatures(2, 3, low, high, seed=0, step=0, dtype=torch.float16)
-        assert (sample_temperatures(2, 3, low, high, seed=0, step=0).temperature > 0).all()
+            sample_betas(2, 3, low, high, seed=0, step=0, dtype=torch.float16)
+        assert (sample_betas(2, 3, low, high, seed=0, step=0).beta > 0).all()
 
 
 def test_weights_on_the_simplex_pass_and_numbers_become_float64():
@@ -191,8 +192,8 @@ def test_concatenation_appends_the_weights_to_every_item(shape):
     assert torch.equal(out[..., 7:], weights.expand(4, 3)[:, None].expand(4, 5, 3))
 
 
-def test_concatenation_knows_only_the_direction_of_the_temperature():
-    condition, features = ConcatCondition(2, temperature=True), torch.rand(3, 4, 5)
+def test_concatenation_knows_only_the_direction_of_beta():
+    condition, features = ConcatCondition(2, takes_beta=True), torch.rand(3, 4, 5)
     weights, beta = torch.rand(3, 2), torch.rand(3, 2) + 0.5
     out = condition(features, weights, beta)
     assert out.shape == (3, 4, 5 + condition.extra_features) and condition.extra_features == 4
@@ -202,7 +203,7 @@ def test_concatenation_knows_only_the_direction_of_the_temperature():
 
 
 def test_concatenation_is_differentiable_has_no_parameters_and_keeps_the_dtype():
-    condition = ConcatCondition(2, temperature=True)
+    condition = ConcatCondition(2, takes_beta=True)
     inputs = [torch.rand(2, 3, 4), torch.rand(2, 2), torch.rand(2, 2) + 0.5]
     inputs = [x.double().requires_grad_() for x in inputs]
     assert torch.autograd.gradcheck(condition, inputs)
@@ -223,11 +224,11 @@ def test_concatenation_names_bad_shapes():
         ConcatCondition(2)(features[0], torch.rand(2))
     with pytest.raises(ValueError, match=r"weights has shape \(3, 2\) but there are 4 lists and 2 objectives"):
         ConcatCondition(2)(features, torch.rand(3, 2))
-    with pytest.raises(ValueError, match=r"temperature has shape \(3,\)"):
-        ConcatCondition(2, temperature=True)(features, torch.rand(2), torch.rand(3))
-    with pytest.raises(ValueError, match="temperature is missing"):
-        ConcatCondition(2, temperature=True)(features, torch.rand(2))
-    with pytest.raises(ValueError, match="make it with temperature=True"):
+    with pytest.raises(ValueError, match=r"beta has shape \(3,\)"):
+        ConcatCondition(2, takes_beta=True)(features, torch.rand(2), torch.rand(3))
+    with pytest.raises(ValueError, match="beta is missing"):
+        ConcatCondition(2, takes_beta=True)(features, torch.rand(2))
+    with pytest.raises(ValueError, match="make it with takes_beta=True"):
         ConcatCondition(2)(features, torch.rand(2), torch.rand(2))
     with pytest.raises(ValueError, match="objectives is 0"):
         ConcatCondition(0)

@@ -33,7 +33,7 @@ class Lists:
     scores: Tensor
     labels: Tensor
     reference: Tensor | None
-    temperature: float | Tensor
+    beta: float | Tensor
     weights: float | Tensor | None
     mask: Tensor | None
     seed: int
@@ -83,7 +83,7 @@ def lists(draw: st.DrawFn, label_values: dict[str, list[float]], largest: int = 
     labels = torch.from_numpy(np.asarray(values)).clamp(-top, top).to(label_dtype)
     option = [1.0, 0.5, 3.0, 0.01, 100.0]
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    temperature = draw(broadcastable(batch, objectives, option, wide))
+    beta = draw(broadcastable(batch, objectives, option, wide))
     weights = draw(st.none() | broadcastable(batch, objectives, [1.0, 0.0, 0.3, 2.5, -1.0], wide))
     mask = draw(masks(batch, items))
     seed = draw(st.integers(0, 2**20))
@@ -91,7 +91,7 @@ def lists(draw: st.DrawFn, label_values: dict[str, list[float]], largest: int = 
         draw(laid_out(poison(scores, mask, seed))),
         draw(laid_out(poison(labels, mask, seed + 1))),
         None if reference is None else draw(laid_out(poison(reference, mask, seed + 2))),
-        temperature,
+        beta,
         weights,
         None if mask is None else draw(laid_out(mask)),
         seed,
@@ -101,20 +101,18 @@ def lists(draw: st.DrawFn, label_values: dict[str, list[float]], largest: int = 
 def judge(case: Lists, loss: Callable[..., Tensor], one_list: Callable[..., Any]) -> None:
     """Compare a loss, and its gradients for a random upstream gradient, with `one_list(case, b, j)`.
 
-    That returns the loss, its gradients by u = temperature * (scores - reference) and by the labels of each existing
+    That returns the loss, its gradients by u = beta * (scores - reference) and by the labels of each existing
     item, the latter None where it is not judged, and the gradient by the margin.
     """
     batch, objectives, items = case.shape
     weight = upstream((batch, objectives), case.seed, case.dtype)
-    leaves = {
-        name: getattr(case, name) for name in ("scores", "labels", "reference", "temperature", "weights", "margin")
-    }
+    leaves = {name: getattr(case, name) for name in ("scores", "labels", "reference", "beta", "weights", "margin")}
     if case.margin is None:
         del leaves["margin"]
     found = gradients(loss, leaves, weight, mask=case.mask, reduction="none", **case.options)
     assert found["value"].dtype == case.dtype
-    rates, shares = spread(case.temperature, batch, objectives), spread(case.weights, batch, objectives)
-    # Where temperature * scores is beyond the dtype, NaN is an answer too; a number must still be right.
+    rates, shares = spread(case.beta, batch, objectives), spread(case.weights, batch, objectives)
+    # Where beta * scores is beyond the dtype, NaN is an answer too; a number must still be right.
     limit = torch.finfo(case.dtype).max / 2
     with arithmetic(case.dtype):
         beyond = [
@@ -151,7 +149,7 @@ def judge(case: Lists, loss: Callable[..., Tensor], one_list: Callable[..., Any]
         if "labels" in found:
             expected = by_label if case.labels.ndim == 3 else [row[0] for row in by_label]
             agree(found["labels"], expected, "gradient of labels", beyond)
-        for name, expected in (("temperature", by_rate), ("weights", by_weight), ("margin", by_margin)):
+        for name, expected in (("beta", by_rate), ("weights", by_weight), ("margin", by_margin)):
             if isinstance(leaves.get(name), Tensor):
                 some = beyond if leaves[name].ndim == 2 else any(beyond)
                 agree(found.get(name, zeros[name]), summed(expected, leaves[name].shape), f"gradient of {name}", some)

@@ -48,7 +48,7 @@ def divergence(ratio: Dual, options: dict[str, Any]) -> Dual:
 def formula(kind: str, a: dict[str, Dual], options: dict[str, Any]) -> Dual:
     """Return the loss of one pair; the sources are those of the table in `mopl.losses.pairwise`."""
     w, l = (a[n] - a[f"reference_{n}"] if f"reference_{n}" in a else a[n] for n in ("chosen", "rejected"))
-    beta, margin, e = a["temperature"], a.get("margin", dual(0)), a.get("label_smoothing", dual(0))
+    beta, margin, e = a["beta"], a.get("margin", dual(0)), a.get("label_smoothing", dual(0))
     d = divergence(w, options) - divergence(l, options)
     x = beta * d - margin
     if kind in ("sigmoid", "sigmoid_norm"):
@@ -95,7 +95,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
             torch.finfo(wide).max / 4096, torch.finfo(dtype).max
         )  # for the factors: products beyond the dtype are NaN, which shows
         case[name] = draw(laid_out(draw(tensors(shape, dtype)).clamp(-room, room)))
-    case["temperature"] = draw(broadcastable(batch, objectives, [1.0, 0.1, 0.01, 3.0], wide))
+    case["beta"] = draw(broadcastable(batch, objectives, [1.0, 0.1, 0.01, 3.0], wide))
     case["weights"] = draw(st.none() | broadcastable(batch, objectives, [1.0, 0.0, 0.3, 2.5], wide))
     if kind in WITH_MARGIN and draw(st.booleans()):
         case["margin"] = draw(broadcastable(batch, objectives, [0.5, -2.0, 30.0], wide))
@@ -113,7 +113,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
     return case
 
 
-LEAVES = ("chosen", "rejected", "reference_chosen", "reference_rejected", "temperature", "margin", "label_smoothing")
+LEAVES = ("chosen", "rejected", "reference_chosen", "reference_rejected", "beta", "margin", "label_smoothing")
 
 
 @budget(150)

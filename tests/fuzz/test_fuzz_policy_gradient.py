@@ -44,14 +44,14 @@ def batches(draw: st.DrawFn) -> dict[str, Any]:
         "kl_level": draw(st.sampled_from(["sequence", "token"])),
         "reference": draw(st.sampled_from([close(logprob), None, close(logprob), close(logprob)])),
         "to_go": draw(st.booleans()),
-        "alpha": draw(st.sampled_from([0.1, 0.9, 0.5, 0.0])),
+        "kl_weight": draw(st.sampled_from([0.1, 0.9, 0.5, 0.0])),
         "baseline": draw(st.sampled_from([None, "leave_one_out", "group", "values"])),
         "ratio_level": "token",
     }
     if case["reference"] is None and case["kl_estimator"] != "exact":
-        case["alpha"] = 0.0
+        case["kl_weight"] = 0.0
     elif draw(st.booleans()):
-        case["alpha"] = torch.full((rows,), case["alpha"], dtype=wide)
+        case["kl_weight"] = torch.full((rows,), case["kl_weight"], dtype=wide)
     if case["kl_estimator"] == "exact":
         case["exact_kl"] = torch.from_numpy(g.gamma(1.0, 0.3, (rows, tokens))).to(wide)
     if case["baseline"] in ("leave_one_out", "group"):
@@ -89,7 +89,7 @@ def test_policy_gradient_by_definition(case: dict[str, Any]) -> None:
     by = torch.autograd.grad((found.loss * up).sum(), leaves, allow_unused=True)
     with arithmetic(wide):
         there = [[t for t in range(tokens) if case["mask"] is None or case["mask"][b, t]] for b in range(rows)]
-        alpha = torch.as_tensor(case["alpha"], dtype=torch.float64).expand(rows).tolist()
+        kl_weight = torch.as_tensor(case["kl_weight"], dtype=torch.float64).expand(rows).tolist()
         w = case["weights"].double().expand(rows, -1).tolist()
         policy = [[real(v) for v in row] for row in logprob.detach().tolist()]
         returns, penalties, x = [], [], []
@@ -99,7 +99,7 @@ def test_policy_gradient_by_definition(case: dict[str, Any]) -> None:
                 if there[b]
                 else real(0)
             )
-            earned = (1 - real(alpha[b]) if case["kl_form"] == "complement" else real(1)) * reward
+            earned = (1 - real(kl_weight[b]) if case["kl_form"] == "complement" else real(1)) * reward
             if exact is not None:
                 kl = {t: real(float(exact[b, t].detach())) for t in there[b]}
             elif case["reference"] is None:
@@ -112,9 +112,9 @@ def test_policy_gradient_by_definition(case: dict[str, Any]) -> None:
                 x.append(ratio)
             penalties.append(kl)
             counted = kl if case["kl_in"] == "reward" else {}
-            whole = earned - alpha[b] * total(counted.values())
+            whole = earned - kl_weight[b] * total(counted.values())
             later = {
-                t: earned - alpha[b] * total(k for s, k in counted.items() if s >= t)
+                t: earned - kl_weight[b] * total(k for s, k in counted.items() if s >= t)
                 if case["to_go"] and None not in counted
                 else whole
                 for t in there[b]
@@ -135,7 +135,7 @@ def test_policy_gradient_by_definition(case: dict[str, Any]) -> None:
             loss, importance = surrogate(case, b, own, advantages[b])
             if loss is None:
                 assume(False)
-            losses.append(loss + kl_term(case, b, own, importance, penalties[b], x[b] if x else {}, alpha[b]))
+            losses.append(loss + kl_term(case, b, own, importance, penalties[b], x[b] if x else {}, kl_weight[b]))
         agree(found.loss.detach(), [loss.value for loss in losses], "loss")
         for name, gradient in zip(("policy", "exact"), by, strict=False):
             expected = [
@@ -215,25 +215,25 @@ def kl_term(
     importance: dict[Any, Real],
     kl: dict[Any, Real],
     x: dict[Any, Real],
-    alpha: float,
+    kl_weight: float,
 ) -> Dual:
-    """Return alpha times the KL in the loss: the estimate with the gradient x grad log pi, times the ratio."""
+    """Return kl_weight times the KL in the loss: the estimate with the gradient x grad log pi, times the ratio."""
     exact = case.get("exact_kl")
     if exact is not None:
         terms = dual_total(Dual.leaf(f"exact{t}", float(exact[b, t].detach())) for t in own)
-        return dual(alpha) * (terms * dual(importance[None]) if None in importance else terms)
+        return dual(kl_weight) * (terms * dual(importance[None]) if None in importance else terms)
     if case["kl_in"] != "loss" or case["reference"] is None:
         return dual(0)
     policy = own if None not in kl else {None: dual_total(own.values())}
     terms = {t: Dual(kl[t], {n: s * x[t] for n, s in policy[t].slopes.items()}) for t in kl}
     if None in importance:
-        return dual(alpha) * dual_total(terms.values()) * dual(importance[None])
+        return dual(kl_weight) * dual_total(terms.values()) * dual(importance[None])
     if None in terms:
         whole = real(1)
         for ratio in importance.values():
             whole = whole * ratio
-        return dual(alpha) * terms[None] * dual(whole)
-    return dual(alpha) * dual_total(terms[t] * dual(importance[t]) for t in terms)
+        return dual(kl_weight) * terms[None] * dual(whole)
+    return dual(kl_weight) * dual_total(terms[t] * dual(importance[t]) for t in terms)
 
 
 @budget(40)

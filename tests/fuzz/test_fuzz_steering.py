@@ -15,7 +15,7 @@ from running import Dual, Real, arithmetic, dual_total, exp, log1p, real, total
 from torch import Tensor
 
 from mopl.losses import scalarize
-from mopl.steering import log_mix, mix_experts, modpo_reward, realign, rescale, temperature_conditioned
+from mopl.steering import beta_conditioned, log_mix, mix_experts, modpo_reward, realign, rescale
 
 
 def rows_of(values: Tensor) -> list[list[Real]]:
@@ -110,7 +110,7 @@ def test_rescaling_by_formula(case: dict[str, Any], kind: str, c: float) -> None
         found, share = realign(scores, reference, c, **options), c
     else:
         found, share = (
-            temperature_conditioned(scores, reference, [c / 4, 3 * c / 4], **options),
+            beta_conditioned(scores, reference, [c / 4, 3 * c / 4], **options),
             1 / (c / 4 + 3 * c / 4),
         )
     share = float(torch.tensor(share, dtype=wide))

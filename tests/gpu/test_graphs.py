@@ -225,7 +225,7 @@ def ranking(items: int, missing: float) -> Inputs:
         "labels": labels,
         "order": torch.argsort(key, dim=-1, descending=True, stable=True).to(torch.int32),
         "reference": normal(batch, items),
-        "temperature": torch.rand(batch, 2, device=DEVICE) + 0.5,
+        "beta": torch.rand(batch, 2, device=DEVICE) + 0.5,
         "weights": torch.rand(batch, 2, device=DEVICE),
         "mask": mask,
     }
@@ -241,13 +241,13 @@ def test_plackett_luce(items: int, sorts: str, ties: str) -> None:
     def run(p: Inputs) -> Tensor:
         order = p["order"] if sorts == "order given" else None
         return plackett_luce(
-            p["scores"], p["labels"], reference=p["reference"], temperature=p["temperature"], weights=p["weights"],
+            p["scores"], p["labels"], reference=p["reference"], beta=p["beta"], weights=p["weights"],
             mask=p["mask"], order=order, ties=ties,  # type: ignore[arg-type]
         )  # fmt: skip
 
     if ties == "exact" and items > size(100, 3):
         pytest.skip("integrals of longer lists take long, and their kernels are those of short ones")
-    check(run, ("scores", "temperature"), ranking(items, 0.1), ranking(items, 0.5))
+    check(run, ("scores", "beta"), ranking(items, 0.1), ranking(items, 0.5))
 
 
 def test_plackett_luce_draws_another_order_at_each_replay() -> None:
@@ -270,11 +270,11 @@ def test_plackett_luce_draws_another_order_at_each_replay() -> None:
 def test_listwise_cross_entropy(items: int, normalize: str | None) -> None:
     def run(p: Inputs) -> Tensor:
         return listwise_dpo(
-            p["scores"], p["labels"], reference=p["reference"], temperature=p["temperature"], weights=p["weights"],
+            p["scores"], p["labels"], reference=p["reference"], beta=p["beta"], weights=p["weights"],
             mask=p["mask"], normalize=normalize,  # type: ignore[arg-type]
         )  # fmt: skip
 
-    check(run, ("scores", "labels", "temperature"), ranking(items, 0.1), ranking(items, 0.5))
+    check(run, ("scores", "labels", "beta"), ranking(items, 0.1), ranking(items, 0.5))
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "aot"])
@@ -287,6 +287,6 @@ def test_bradley_terry(loss_type: str) -> None:
 
     def run(p: Inputs) -> Tensor:
         references = {name: p[name] for name in ("reference_chosen", "reference_rejected")}
-        return bradley_terry(p["chosen"], p["rejected"], **references, temperature=0.1, loss_type=loss_type)  # type: ignore[arg-type]
+        return bradley_terry(p["chosen"], p["rejected"], **references, beta=0.1, loss_type=loss_type)  # type: ignore[arg-type]
 
     check(run, ("chosen", "rejected"), problem(), problem())

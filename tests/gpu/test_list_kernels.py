@@ -41,11 +41,9 @@ def poison() -> Iterator[None]:
         torch.cuda.empty_cache()
 
 
-def listnet_formula(
-    scores: Tensor, labels: Tensor, temperature: Tensor, mask: Tensor | None, normalize: bool
-) -> Tensor:
+def listnet_formula(scores: Tensor, labels: Tensor, beta: Tensor, mask: Tensor | None, normalize: bool) -> Tensor:
     """Return the loss in float64 by log softmax."""
-    u = temperature[:, :, None] * scores[:, None]
+    u = beta[:, :, None] * scores[:, None]
     z = labels.to(u.dtype)
     if mask is not None:
         u, z = u.masked_fill(~mask[:, None], -1e30), z.masked_fill(~mask[:, None], 0)
@@ -59,13 +57,13 @@ def plackett_luce_results(problem: Problem) -> dict[str, Tensor]:
     p = in_float64(problem)
     options = {"order": None, "position_weights": None, "top_k": None, "ties": "breslow", "last_group_free": False}
     options |= p.options
-    loss, gradient = _forward_cpu(p.scores, p.labels, p.temperature, p.mask, *options.values(), True)
+    loss, gradient = _forward_cpu(p.scores, p.labels, p.beta, p.mask, *options.values(), True)
     present = p.scores if p.mask is None else p.scores.masked_fill(~p.mask, 0)
-    dtemperature = p.upstream * (gradient * present[:, None]).sum(-1)
+    dbeta = p.upstream * (gradient * present[:, None]).sum(-1)
     return {
         "loss": loss,
-        "scores": ((p.upstream * p.temperature)[:, :, None] * gradient).sum(1),
-        "temperature": dtemperature.sum_to_size(p.temperature.shape),
+        "scores": ((p.upstream * p.beta)[:, :, None] * gradient).sum(1),
+        "beta": dbeta.sum_to_size(p.beta.shape),
     }
 
 
@@ -181,7 +179,7 @@ def test_nothing_waits_for_the_gpu(op, items: int) -> None:
             if GPU:
                 torch.cuda.set_sync_debug_mode("error")
             leaf = problem.scores.clone().requires_grad_()
-            loss = op(leaf, problem.labels, problem.temperature, problem.mask, **options)
+            loss = op(leaf, problem.labels, problem.beta, problem.mask, **options)
             loss.backward(problem.upstream.to(loss.dtype))
         finally:
             if GPU:
@@ -197,8 +195,8 @@ def test_offsets_past_two_to_the_31st_in_listnet() -> None:
     require(batch * items * (4 + 4 + objectives * (2 + 2)) * 1.3)
     scores = torch.randn(batch, items, device=DEVICE)
     labels = torch.empty(batch, objectives, items, device=DEVICE, dtype=torch.bfloat16).uniform_()
-    temperature = torch.rand(batch, objectives, device=DEVICE) + 0.5
-    problem = Problem(scores, labels, temperature, None, torch.randn(batch, objectives, device=DEVICE))
+    beta = torch.rand(batch, objectives, device=DEVICE) + 0.5
+    problem = Problem(scores, labels, beta, None, torch.randn(batch, objectives, device=DEVICE))
     check_the_ends(listwise_cross_entropy, problem, with_labels=True)
 
 
@@ -219,7 +217,7 @@ def test_offsets_past_two_to_the_31st_in_plackett_luce(items: int, ties: str, or
     require(batch * items * (4 + 4 + objectives * (4 + state + ranking)))
     shape = (batch, objectives, items)
     scores = torch.randn(batch, items, device=DEVICE)
-    temperature = torch.rand(batch, objectives, device=DEVICE) + 0.5
+    beta = torch.rand(batch, objectives, device=DEVICE) + 0.5
     options: dict = {"ties": ties}
     if order is None:
         labels = torch.randint(0, 40, shape, device=DEVICE, dtype=torch.uint8)
@@ -228,7 +226,7 @@ def test_offsets_past_two_to_the_31st_in_plackett_luce(items: int, ties: str, or
         labels, options["order"] = falling.byte().expand(shape), torch.arange(items, device=DEVICE).expand(shape)
         if order == "own":
             labels, options["order"] = labels.contiguous(), options["order"].contiguous()
-    problem = Problem(scores, labels, temperature, None, torch.randn(batch, objectives, device=DEVICE), options)
+    problem = Problem(scores, labels, beta, None, torch.randn(batch, objectives, device=DEVICE), options)
     check_the_ends(plackett_luce_nll, problem)
 
 
@@ -244,7 +242,7 @@ def require(bytes_needed: float) -> None:
 def check_the_ends(op, problem: Problem, with_labels: bool = False) -> None:
     found = results(op, problem, with_labels)
     for part in (slice(0, 3), slice(-3, None)):
-        fields = ("scores", "labels", "temperature", "upstream")
+        fields = ("scores", "labels", "beta", "upstream")
         few = replace(problem, **{name: getattr(problem, name)[part].clone() for name in fields})
         few.options = {k: v[part].clone() if isinstance(v, Tensor) else v for k, v in problem.options.items()}
         expected = {name: value.double().cpu() for name, value in results(op, few, with_labels).items()}
@@ -256,11 +254,11 @@ def test_compiled_losses_equal_eager_ones() -> None:
         pytest.skip("the compiler of the CPU is tested elsewhere")
     problem = make(300, 3, 50, levels=5).to(str(DEVICE))
 
-    def loss(scores: Tensor, temperature: Tensor) -> Tensor:
-        both = listwise_cross_entropy(scores, problem.labels, temperature, problem.mask)
-        return (both + plackett_luce_nll(scores, problem.labels, temperature, problem.mask)).sum()
+    def loss(scores: Tensor, beta: Tensor) -> Tensor:
+        both = listwise_cross_entropy(scores, problem.labels, beta, problem.mask)
+        return (both + plackett_luce_nll(scores, problem.labels, beta, problem.mask)).sum()
 
-    leaves = [t.detach().requires_grad_() for t in (problem.scores, problem.temperature)]
+    leaves = [t.detach().requires_grad_() for t in (problem.scores, problem.beta)]
     plain = torch.autograd.grad(loss(*leaves), leaves)
     compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True)(*leaves), leaves)
     for a, b in zip(plain, compiled, strict=True):

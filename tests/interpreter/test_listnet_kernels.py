@@ -14,9 +14,9 @@ from mopl.ops.listnet import _listwise_cross_entropy, listwise_cross_entropy
 pytestmark = pytest.mark.usefixtures("careful_memory")
 
 
-def whole_lists(scores: Tensor, labels: Tensor, temperature: Tensor, mask: Tensor | None, normalize: bool) -> Tensor:
+def whole_lists(scores: Tensor, labels: Tensor, beta: Tensor, mask: Tensor | None, normalize: bool) -> Tensor:
     """Return the loss without the oracle's loop over items, whose cost is quadratic."""
-    u = temperature[:, :, None] * scores[:, None]
+    u = beta[:, :, None] * scores[:, None]
     z = labels.to(u.dtype)
     if mask is not None:
         u, z = u.masked_fill(~mask[:, None], -torch.inf), z.masked_fill(~mask[:, None], 0)
@@ -91,9 +91,9 @@ def test_extreme_scores(scale: float, path: str) -> None:
     check(listwise_cross_entropy, reference.listwise_cross_entropy, make(5, 2, 12, scale=scale, normalize=True))
 
 
-def test_negative_temperatures_turn_the_list_around(path: str) -> None:
+def test_negative_betas_turn_the_list_around(path: str) -> None:
     problem = make(5, 4, 9, scale=3, normalize=True)
-    problem.temperature *= torch.tensor([1.0, -1.0, -1.0, 1.0])
+    problem.beta *= torch.tensor([1.0, -1.0, -1.0, 1.0])
     check(listwise_cross_entropy, reference.listwise_cross_entropy, problem, with_labels=True)
 
 
@@ -156,7 +156,7 @@ def test_lists_without_labels_or_with_fewer_than_two_items_contribute_nothing(pa
 def test_only_the_gradients_that_are_asked_for(path: str) -> None:
     problem = make(4, 2, 9, normalize=True)
     expected = results(listwise_cross_entropy, problem, with_labels=True)
-    inputs = {"scores": problem.scores, "labels": problem.labels, "temperature": problem.temperature}
+    inputs = {"scores": problem.scores, "labels": problem.labels, "beta": problem.beta}
     for name, value in inputs.items():
         leaf = value.clone().requires_grad_()
         loss = listwise_cross_entropy(**{**inputs, name: leaf}, mask=problem.mask, normalize=True)
@@ -167,7 +167,7 @@ def test_only_the_gradients_that_are_asked_for(path: str) -> None:
 def test_backward_twice_gives_the_same_bits(path: str) -> None:
     problem = make(4, 3, 9, normalize=True)
     scores = problem.scores.clone().requires_grad_()
-    loss = listwise_cross_entropy(scores, problem.labels, problem.temperature, problem.mask)
+    loss = listwise_cross_entropy(scores, problem.labels, problem.beta, problem.mask)
     first = torch.autograd.grad(loss.sum(), scores, retain_graph=True)[0]
     assert torch.equal(first, torch.autograd.grad(loss.sum(), scores)[0])
 
@@ -175,11 +175,11 @@ def test_backward_twice_gives_the_same_bits(path: str) -> None:
 def test_expanded_and_permuted_inputs() -> None:
     problem = make(5, 3, 6, masked=False, normalize=True)
     labels = problem.labels.permute(1, 2, 0).contiguous().permute(2, 0, 1)
-    temperature = torch.tensor(0.7).expand(5, 3)
+    beta = torch.tensor(0.7).expand(5, 3)
     scores = padded(problem.scores)[::1]
-    plain = listwise_cross_entropy(problem.scores, problem.labels, temperature.contiguous())
-    assert torch.equal(listwise_cross_entropy(scores, labels, temperature), plain)
-    one = listwise_cross_entropy(problem.scores, problem.labels[:, :1].expand(5, 3, 6), temperature)
+    plain = listwise_cross_entropy(problem.scores, problem.labels, beta.contiguous())
+    assert torch.equal(listwise_cross_entropy(scores, labels, beta), plain)
+    one = listwise_cross_entropy(problem.scores, problem.labels[:, :1].expand(5, 3, 6), beta)
     assert torch.equal(one[:, 0], one[:, 2]) and torch.equal(one[:, 0], plain[:, 0])
 
 
@@ -201,7 +201,7 @@ def test_second_derivatives(common: bool) -> None:
 
 def test_opcheck() -> None:
     problem = make(4, 2, 5)
-    leaves = [t.requires_grad_() for t in (problem.scores, problem.labels, problem.temperature)]
+    leaves = [t.requires_grad_() for t in (problem.scores, problem.labels, problem.beta)]
     torch.library.opcheck(_listwise_cross_entropy, (*leaves, problem.mask, True))
 
 
@@ -209,7 +209,7 @@ def test_opcheck() -> None:
 def test_only_lists_beyond_the_registers_save_statistics(common: bool, path: str) -> None:
     """Of short lists they would be more bytes than anything else that the ops move, but for scores and labels."""
     problem = make(4, 2, 5, common=common)
-    _, *saved = _listwise_cross_entropy(problem.scores, problem.labels, problem.temperature, problem.mask, True)
+    _, *saved = _listwise_cross_entropy(problem.scores, problem.labels, problem.beta, problem.mask, True)
     shared, own = ((4, 1) if common else (4, 2)), (4, 2)
     expected = [shared, shared, own, own] if path == "blocks of a list" else [(0,)] * 4
     assert [tuple(x.shape) for x in saved] == [*expected, (0,)]
@@ -246,7 +246,7 @@ def test_a_negative_label_makes_its_losses_and_gradients_nan(common: bool, path:
         assert found[name][bad].isnan().all(), name
         assert torch.equal(found[name][~bad], fine[name][~bad]), name
     assert found["scores"][2].isnan().all() and torch.equal(found["scores"][:2], fine["scores"][:2])
-    assert found["temperature"][2, -1].isnan() and torch.equal(found["temperature"][:2], fine["temperature"][:2])
+    assert found["beta"][2, -1].isnan() and torch.equal(found["beta"][:2], fine["beta"][:2])
     problem.options["normalize"] = False  # as they are, labels of either sign count
     compare(
         results(listwise_cross_entropy, problem), results(reference.listwise_cross_entropy, in_float64(problem)), 2e-6

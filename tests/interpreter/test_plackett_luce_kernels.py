@@ -137,15 +137,15 @@ def test_extreme_scores(ties: str) -> None:
     check_all(problem)
 
 
-def test_negative_temperatures_turn_the_scores_around(ties: str) -> None:
+def test_negative_betas_turn_the_scores_around(ties: str) -> None:
     problem = make(2, 2, 9, levels=4, scale=3, masked=False, ties=ties)
-    problem.temperature *= torch.tensor([1.0, -1.0])
+    problem.beta *= torch.tensor([1.0, -1.0])
     check_all(problem)
 
 
-def test_a_temperature_of_0_makes_all_items_equal(ties: str) -> None:
+def test_a_beta_of_0_makes_all_items_equal(ties: str) -> None:
     problem = make(3, 2, 9, levels=4, ties=ties)
-    problem.temperature *= torch.tensor([0.0, 1.0])
+    problem.beta *= torch.tensor([0.0, 1.0])
     problem.mask[1, :6] = True
     check_all(problem)
 
@@ -158,7 +158,7 @@ def test_confident_rankings_keep_every_digit_of_every_gradient(gap: float, path:
     found = results(plackett_luce_nll, problem)
     expected = results(reference.plackett_luce_nll, in_float64(problem))
     assert torch.allclose(found["loss"].double(), expected["loss"], rtol=1e-6, atol=0)
-    assert torch.allclose(found["temperature"].double(), expected["temperature"], rtol=1e-5, atol=0)
+    assert torch.allclose(found["beta"].double(), expected["beta"], rtol=1e-5, atol=0)
     top, *_, bottom = scores[0].argsort(descending=True).tolist()
     for item in (top, bottom):  # the others are differences of two equal chances in the formula itself
         assert torch.allclose(found["scores"][0, item].double(), expected["scores"][0, item], rtol=1e-6, atol=0)
@@ -170,7 +170,7 @@ def test_a_tiny_loss_of_tied_items_in_any_order_keeps_its_digits(monkeypatch: py
     take_path("steps", monkeypatch)
     scores = torch.tensor([[30.0, 31.0, 0.0, -1.0], [80.0, 30.0, 0.0, 1.0]])
     problem = make(2, 1, 4, masked=False, ties="exact")
-    problem.scores, problem.temperature = scores, torch.ones(2, 1)
+    problem.scores, problem.beta = scores, torch.ones(2, 1)
     problem.labels = torch.tensor([1.0, 1.0, 0.0, 0.0]).expand(2, 1, 4)
     # Far above the rest, each item loses to it by chance: the loss is about the sum of the odds against.
     expected = [(1 + math.exp(-1)) * (math.exp(-30) + math.exp(-31)), (1 + math.e) * math.exp(-30)]
@@ -233,7 +233,7 @@ def test_lists_with_fewer_than_two_items_contribute_nothing(ties: str) -> None:
 
 def test_the_loss_without_gradients_is_the_same(ties: str) -> None:
     problem = make(2, 1, 9, levels=4, masked=False, ties=ties)
-    arguments = (problem.scores, problem.labels, problem.temperature, problem.mask)
+    arguments = (problem.scores, problem.labels, problem.beta, problem.mask)
     alone = plackett_luce_nll(*arguments, ties=ties)
     assert torch.equal(alone, results(plackett_luce_nll, problem)["loss"])
 
@@ -251,7 +251,7 @@ def test_an_order_that_leaves_masked_items_out(path: str) -> None:
 def test_backward_twice_gives_the_same_bits(path: str) -> None:
     problem = make(3, 2, 9, levels=4)
     scores = problem.scores.clone().requires_grad_()
-    loss = plackett_luce_nll(scores, problem.labels, problem.temperature, problem.mask)
+    loss = plackett_luce_nll(scores, problem.labels, problem.beta, problem.mask)
     first = torch.autograd.grad(loss.sum(), scores, retain_graph=True)[0]
     assert torch.equal(first, torch.autograd.grad(loss.sum(), scores)[0])
 
@@ -259,9 +259,9 @@ def test_backward_twice_gives_the_same_bits(path: str) -> None:
 def test_expanded_and_permuted_inputs(path: str) -> None:
     problem = make(4, 3, 6, levels=4, masked=False)
     labels = problem.labels.permute(1, 2, 0).contiguous().permute(2, 0, 1)
-    temperature = torch.tensor(0.7).expand(4, 3)
-    plain = plackett_luce_nll(problem.scores, problem.labels, temperature.contiguous())
-    assert torch.equal(plackett_luce_nll(padded(problem.scores), labels, temperature), plain)
+    beta = torch.tensor(0.7).expand(4, 3)
+    plain = plackett_luce_nll(problem.scores, problem.labels, beta.contiguous())
+    assert torch.equal(plackett_luce_nll(padded(problem.scores), labels, beta), plain)
 
 
 @pytest.mark.parametrize(("batch", "objectives", "items"), [(0, 2, 3), (2, 0, 3), (2, 2, 0)])
@@ -282,7 +282,7 @@ def test_second_derivatives(ties: str) -> None:
 
 def test_opcheck() -> None:
     problem = make(3, 2, 5, levels=3)
-    leaves = (problem.scores.requires_grad_(), problem.labels, problem.temperature.requires_grad_())
+    leaves = (problem.scores.requires_grad_(), problem.labels, problem.beta.requires_grad_())
     torch.library.opcheck(_plackett_luce_nll, (*leaves, problem.mask, None, None, 3, "efron", True, True))
 
 
@@ -411,9 +411,9 @@ def test_no_dimension_of_a_grid_reaches_2_to_the_31(items: int, ties: str, monke
     batch, objectives = 2**31 + 5, 2
     scores = torch.empty(batch, items, device="meta")
     labels = torch.empty(batch, objectives, items, device="meta")
-    temperature = torch.empty(batch, objectives, device="meta")
-    loss, gradient, _ = launcher.launch_forward(scores, labels, temperature, None, None, None, None, ties, False, True)
-    launcher.launch_backward(loss, temperature, gradient)
+    beta = torch.empty(batch, objectives, device="meta")
+    loss, gradient, _ = launcher.launch_forward(scores, labels, beta, None, None, None, None, ties, False, True)
+    launcher.launch_backward(loss, beta, gradient)
     assert len(recorder.grids) >= 2
     assert all(grid[0] < 2**31 and (len(grid) == 1 or grid[1] < 2**16) for grid in recorder.grids)
     if ties == "exact":

@@ -43,28 +43,26 @@ def centred(values: Tensor) -> Tensor:
     return values - values.mean(-1, keepdim=True)
 
 
-def weighted(scores: Tensor, temperature, weights: Tensor = WEIGHTS) -> Tensor:
-    return listwise_dpo(
-        scores, LABELS, reference=BASE, temperature=temperature, weights=weights, normalize="l1", reduction="sum"
-    )
+def weighted(scores: Tensor, beta, weights: Tensor = WEIGHTS) -> Tensor:
+    return listwise_dpo(scores, LABELS, reference=BASE, beta=beta, weights=weights, normalize="l1", reduction="sum")
 
 
 @pytest.mark.parametrize(
-    ("temperature", "distance"),
+    ("beta", "distance"),
     [
         (0.5, (-0.605937, -0.845315, 1.451252)),
         (1.0, (-0.302969, -0.422657, 0.725626)),
         (2.0, (-0.151484, -0.211329, 0.362813)),
     ],
 )
-def test_free_scores_reach_the_arithmetic_mixture_of_the_labels(temperature: float, distance) -> None:
-    """One temperature β: s - s0 = log(sum_j w_j z_j) / β up to a constant, and the losses do not depend on β or s0."""
-    scores = optimum(lambda s: weighted(s, temperature), (1, 3))
+def test_free_scores_reach_the_arithmetic_mixture_of_the_labels(beta: float, distance) -> None:
+    """One beta β: s - s0 = log(sum_j w_j z_j) / β up to a constant, and the losses do not depend on β or s0."""
+    scores = optimum(lambda s: weighted(s, beta), (1, 3))
     mixture = (WEIGHTS[:, :, None] * LABELS).sum(1)
     torch.testing.assert_close(mixture, torch.tensor([[0.213478, 0.189397, 0.597126]], dtype=F64), atol=1e-6, rtol=0)
-    torch.testing.assert_close(scores, centred(BASE + mixture.log() / temperature), atol=1e-6, rtol=0)
+    torch.testing.assert_close(scores, centred(BASE + mixture.log() / beta), atol=1e-6, rtol=0)
     torch.testing.assert_close(scores - centred(BASE), torch.tensor([distance], dtype=F64), atol=2e-6, rtol=0)
-    losses = listwise_dpo(scores, LABELS, reference=BASE, temperature=temperature, reduction="none")
+    losses = listwise_dpo(scores, LABELS, reference=BASE, beta=beta, reduction="none")
     torch.testing.assert_close(losses, torch.tensor([[1.480909, 0.776619]], dtype=F64), atol=1e-6, rtol=0)
 
 
@@ -99,17 +97,17 @@ def test_the_front_of_the_two_losses() -> None:
     w = torch.linspace(0, 1, 11, dtype=F64)
     weights = torch.stack([w, 1 - w], 1)
     scores = optimum(
-        lambda s: listwise_dpo(s, LABELS.expand(11, 2, 3), temperature=0.7, weights=weights, reduction="sum"), (11, 3)
+        lambda s: listwise_dpo(s, LABELS.expand(11, 2, 3), beta=0.7, weights=weights, reduction="sum"), (11, 3)
     )
-    losses = listwise_dpo(scores, LABELS.expand(11, 2, 3), temperature=0.7, reduction="none")
+    losses = listwise_dpo(scores, LABELS.expand(11, 2, 3), beta=0.7, reduction="none")
     torch.testing.assert_close(losses, torch.tensor([first, second], dtype=F64).T, atol=1e-6, rtol=0)
 
 
-def test_unequal_temperatures_reach_the_root_of_their_gradient_and_scale_as_one() -> None:
-    """c times the temperatures is a distance from the base divided by c (the linear transformation property)."""
+def test_unequal_betas_reach_the_root_of_their_gradient_and_scale_as_one() -> None:
+    """c times the betas is a distance from the base divided by c (the linear transformation property)."""
     scores = optimum(lambda s: weighted(s, torch.tensor([0.5, 2.0])), (1, 3)) - centred(BASE)
     torch.testing.assert_close(scores, torch.tensor([[-0.429771, -0.157445, 0.587216]], dtype=F64), atol=1e-6, rtol=0)
-    losses = listwise_dpo(scores, LABELS, temperature=torch.tensor([0.5, 2.0]), reduction="none")
+    losses = listwise_dpo(scores, LABELS, beta=torch.tensor([0.5, 2.0]), reduction="none")
     torch.testing.assert_close(losses, torch.tensor([[1.258173, 0.687310]], dtype=F64), atol=1e-6, rtol=0)
     tripled = optimum(lambda s: weighted(s, torch.tensor([1.5, 6.0])), (1, 3)) - centred(BASE)
     torch.testing.assert_close(tripled, scores / 3, atol=1e-7, rtol=0)
@@ -118,9 +116,9 @@ def test_unequal_temperatures_reach_the_root_of_their_gradient_and_scale_as_one(
 @pytest.mark.parametrize("objective", [0, 1])
 def test_at_a_vertex_of_the_weights_only_one_objective_counts(objective: int) -> None:
     weights = torch.eye(2, dtype=F64)[objective : objective + 1]
-    temperature = torch.tensor([0.5, 2.0])
-    scores = optimum(lambda s: weighted(s, temperature, weights), (1, 3)) - centred(BASE)
-    expected = centred(LABELS[:, objective].log() / temperature[objective])
+    beta = torch.tensor([0.5, 2.0])
+    scores = optimum(lambda s: weighted(s, beta, weights), (1, 3)) - centred(BASE)
+    expected = centred(LABELS[:, objective].log() / beta[objective])
     torch.testing.assert_close(scores, expected, atol=1e-6, rtol=0)
 
 
@@ -129,7 +127,7 @@ def test_softmax_labels_lead_to_the_policy_of_reinforcement_learning() -> None:
     rewards = torch.randn(4, 6, dtype=F64)
     base = torch.randn(4, 6, dtype=F64)
     scores = optimum(
-        lambda s: listwise_dpo(s, rewards, reference=base, temperature=0.4, normalize="softmax", reduction="sum"),
+        lambda s: listwise_dpo(s, rewards, reference=base, beta=0.4, normalize="softmax", reduction="sum"),
         (4, 6),
     )
     torch.testing.assert_close(scores, centred(base + rewards / 0.4), atol=1e-5, rtol=0)
@@ -138,7 +136,7 @@ def test_softmax_labels_lead_to_the_policy_of_reinforcement_learning() -> None:
 def test_two_responses_with_preference_rates_meet_at_the_logit_of_the_mean_rate() -> None:
     rates = torch.tensor([0.9, 0.3], dtype=F64)
     labels = torch.stack([rates, 1 - rates], 1)[None]
-    scores = optimum(lambda s: listwise_dpo(s, labels, temperature=0.1, weights=WEIGHTS, reduction="sum"), (1, 2))
+    scores = optimum(lambda s: listwise_dpo(s, labels, beta=0.1, weights=WEIGHTS, reduction="sum"), (1, 2))
     mean = float((WEIGHTS[0] * rates).sum())
     assert float(scores[0, 0] - scores[0, 1]) == pytest.approx(math.log(mean / (1 - mean)) / 0.1, rel=1e-6)
 
@@ -152,7 +150,7 @@ def test_the_population_plackett_luce_loss_is_smallest_at_the_true_utilities() -
     assert float(chance.sum()) == pytest.approx(1, rel=1e-12)
 
     def population(scores: Tensor) -> Tensor:
-        return plackett_luce(scores.expand(24, 4), labels, temperature=0.5, weights=chance, reduction="sum")
+        return plackett_luce(scores.expand(24, 4), labels, beta=0.5, weights=chance, reduction="sum")
 
     at_truth = (utilities / 0.5).requires_grad_()
     (gradient,) = torch.autograd.grad(population(at_truth), at_truth)
@@ -160,20 +158,20 @@ def test_the_population_plackett_luce_loss_is_smallest_at_the_true_utilities() -
     torch.testing.assert_close(optimum(population, (1, 4)), utilities / 0.5, atol=1e-6, rtol=0)
 
 
-def test_a_mixture_of_plackett_luce_objectives_scales_with_its_temperatures() -> None:
+def test_a_mixture_of_plackett_luce_objectives_scales_with_its_betas() -> None:
     labels = torch.randint(0, 4, (6, 2, 5))
     weights = torch.rand(6, 2, dtype=F64)
     # A little of every ranking keeps the optimum finite.
     reverse = 3 - labels
 
-    def loss(temperature: Tensor):
+    def loss(beta: Tensor):
         return lambda s: sum(
-            share * plackett_luce(s, z, temperature=temperature, weights=weights, reduction="sum")
+            share * plackett_luce(s, z, beta=beta, weights=weights, reduction="sum")
             for share, z in ((0.8, labels), (0.2, reverse))
         )
 
-    temperature = torch.tensor([0.5, 1.0], dtype=F64)
-    one, three = optimum(loss(temperature), (6, 5)), optimum(loss(3 * temperature), (6, 5))
+    beta = torch.tensor([0.5, 1.0], dtype=F64)
+    one, three = optimum(loss(beta), (6, 5)), optimum(loss(3 * beta), (6, 5))
     torch.testing.assert_close(three, one / 3, atol=1e-6, rtol=0)
 
 
@@ -191,7 +189,7 @@ def test_with_two_items_listwise_dpo_and_plackett_luce_are_dpo(beta: float) -> N
     margin = (scores - base)[:, 0] - (scores - base)[:, 1]
     dpo = -torch.nn.functional.logsigmoid(beta * margin)
     for loss in (listwise_dpo, plackett_luce):
-        found = loss(scores, labels, reference=base, temperature=beta, reduction="none")[:, 0]
+        found = loss(scores, labels, reference=base, beta=beta, reduction="none")[:, 0]
         torch.testing.assert_close(found, dpo, rtol=1e-12, atol=1e-15)
 
 
@@ -202,7 +200,7 @@ def test_labels_of_one_minus_epsilon_and_epsilon_are_conservative_dpo(smoothing:
     margin = 0.3 * ((scores - base)[:, 0] - (scores - base)[:, 1])
     logsigmoid = torch.nn.functional.logsigmoid
     conservative = -(1 - smoothing) * logsigmoid(margin) - smoothing * logsigmoid(-margin)
-    found = listwise_dpo(scores, labels, reference=base, temperature=0.3, reduction="none")[:, 0]
+    found = listwise_dpo(scores, labels, reference=base, beta=0.3, reduction="none")[:, 0]
     torch.testing.assert_close(found, conservative, rtol=1e-12, atol=1e-15)
 
 
@@ -220,9 +218,9 @@ def test_softmax_of_binary_labels_is_conservative_dpo_with_27_percent() -> None:
 def test_top_1_plackett_luce_is_listnet_with_a_one_hot_label() -> None:
     scores, base = torch.randn(20, 7, dtype=F64), torch.randn(20, 7, dtype=F64)
     labels = torch.nn.functional.one_hot(torch.randint(0, 7, (20,)), 7).to(F64)
-    listnet = listwise_dpo(scores, labels, reference=base, temperature=0.5, reduction="none")
+    listnet = listwise_dpo(scores, labels, reference=base, beta=0.5, reduction="none")
     for options in ({"top_k": 1}, {"last_group": "free"}):
-        top = plackett_luce(scores, labels, reference=base, temperature=0.5, reduction="none", **options)
+        top = plackett_luce(scores, labels, reference=base, beta=0.5, reduction="none", **options)
         torch.testing.assert_close(top, listnet, rtol=1e-12, atol=1e-15)
 
 

@@ -208,12 +208,12 @@ def test_tensorflow_rankings_documented_two_item_value(loss: Callable[..., Tenso
 
 
 def test_tensorflow_rankings_documented_ragged_values() -> None:
-    """TF-Ranking documents SoftmaxLoss 0.83911896 and ApproxNDCGLoss -0.655107 and -0.80536866 (temperature 0.1)."""
+    """TF-Ranking documents SoftmaxLoss 0.83911896 and ApproxNDCGLoss -0.655107 and -0.80536866 (beta 0.1)."""
     scores = torch.tensor([[0.6, 0.8, math.nan], [0.5, 0.8, 0.4]])
     labels = torch.tensor([[1.0, 0.0, math.nan], [0.0, 1.0, 0.0]])
     mask = torch.tensor([[True, True, False], [True, True, True]])
     assert float(listwise_dpo(scores, labels, mask=mask)) == pytest.approx(0.83911896, abs=1e-7)
-    smooth = approx_ndcg(scores, labels, mask=mask, temperature=10.0, reduction="none")[:, 0]
+    smooth = approx_ndcg(scores, labels, mask=mask, beta=10.0, reduction="none")[:, 0]
     shift = 1.0 if float(smooth.detach()[0]) > 0 else 0.0  # a loss may be written as 1 - NDCG or as -NDCG
     assert float(smooth[0]) - shift == pytest.approx(-0.655107, abs=1e-6)
     assert float(smooth.mean()) - shift == pytest.approx(-0.80536866, abs=1e-6)

@@ -67,10 +67,10 @@ def test_values_and_gradients_are_those_of_loops(
     monkeypatch.setattr(pairs, "_PAIRS_CPU", budget)
     scores, labels, reference, mask = ragged()
     lists, objectives = labels.shape[:2]
-    temperature = (0.3 + torch.rand(lists, 1 if common else objectives, dtype=F64)).requires_grad_()
+    beta = (0.3 + torch.rand(lists, 1 if common else objectives, dtype=F64)).requires_grad_()
     weights = torch.randn(lists, objectives, dtype=F64, requires_grad=True)
-    expected = weights * plain(scores - reference, labels, temperature, mask, **options)
-    leaves = [scores, reference, temperature, weights]
+    expected = weights * plain(scores - reference, labels, beta, mask, **options)
+    leaves = [scores, reference, beta, weights]
     upstream = torch.randn(lists, objectives, dtype=F64)
     wanted = torch.autograd.grad(expected, leaves, upstream)
 
@@ -79,13 +79,13 @@ def test_values_and_gradients_are_those_of_loops(
         junk_scores,
         spoil(labels, mask),
         reference=junk_reference,
-        temperature=temperature,
+        beta=beta,
         weights=weights,
         mask=mask,
         reduction="none",
         **options,
     )
-    got = torch.autograd.grad(ours, [junk_scores, junk_reference, temperature, weights], upstream)
+    got = torch.autograd.grad(ours, [junk_scores, junk_reference, beta, weights], upstream)
     torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
     assert not ours[:2].any()  # lists of no and of one item
@@ -99,9 +99,9 @@ def test_values_and_gradients_are_those_of_loops(
 def test_the_margin_of_pairwise_logistic(per_objective: bool) -> None:
     scores, labels, _, mask = ragged()
     margin = torch.randn(7, 3 if per_objective else 1, dtype=F64, requires_grad=True)
-    temperature = torch.tensor([0.4, 0.9, 1.3], dtype=F64)
-    expected = oracle.pairwise_logistic(scores, labels, temperature, mask, margin)
-    ours = pairwise_logistic(scores, labels, mask=mask, temperature=temperature, margin=margin, reduction="none")
+    beta = torch.tensor([0.4, 0.9, 1.3], dtype=F64)
+    expected = oracle.pairwise_logistic(scores, labels, beta, mask, margin)
+    ours = pairwise_logistic(scores, labels, mask=mask, beta=beta, margin=margin, reduction="none")
     torch.testing.assert_close(ours, expected)
     upstream = torch.randn(7, 3, dtype=F64)
     torch.testing.assert_close(
@@ -117,14 +117,14 @@ def test_the_margin_of_pairwise_logistic(per_objective: bool) -> None:
 def test_closed_form_gradients_against_differences(loss: Callable, plain: Callable, options: dict) -> None:
     scores, labels, reference, mask = ragged(lists=5, items=5, objectives=2)
     scores = (scores.detach() + 0.1 * torch.arange(5)).requires_grad_()  # no ties: there ranks jump
-    temperature = torch.tensor([0.7, 1.4], dtype=F64, requires_grad=True)
+    beta = torch.tensor([0.7, 1.4], dtype=F64, requires_grad=True)
     weights = torch.randn(5, 2, dtype=F64, requires_grad=True)
 
     def vector(s: Tensor, s0: Tensor, beta: Tensor, w: Tensor) -> Tensor:
-        return loss(s, labels, reference=s0, temperature=beta, weights=w, mask=mask, reduction="none", **options)
+        return loss(s, labels, reference=s0, beta=beta, weights=w, mask=mask, reduction="none", **options)
 
     reference = (0.01 * reference).detach().requires_grad_()
-    assert torch.autograd.gradcheck(vector, (scores, reference, temperature, weights))
+    assert torch.autograd.gradcheck(vector, (scores, reference, beta, weights))
 
 
 @pytest.mark.parametrize("gain", ["exponential", "linear"])
@@ -153,23 +153,23 @@ def test_scores_that_differ_by_less_than_an_ulp_of_the_best_one_are_still_ranked
         max_size=8,
     ),
     index=st.integers(0, len(SETTINGS) - 1),
-    temperature=st.sampled_from([0.0625, 0.5, 1.0, 8.0]),
+    beta=st.sampled_from([0.0625, 0.5, 1.0, 8.0]),
 )
 @settings(max_examples=150, deadline=None)
-def test_float32_against_float64_loops(data: list, index: int, temperature: float) -> None:
+def test_float32_against_float64_loops(data: list, index: int, beta: float) -> None:
     _, loss, plain, options = SETTINGS[index]
     scores = torch.tensor([[d[0] for d in data]], dtype=F64, requires_grad=True)
     labels = torch.tensor([[[d[1] for d in data]]], dtype=F64)
     mask = torch.tensor([[d[2] for d in data]], dtype=torch.bool)
     narrow = scores.detach().float().requires_grad_()
-    ours = loss(narrow, labels.float(), temperature=temperature, mask=mask, reduction="none", **options)
-    exact = plain(scores, labels, torch.tensor([[temperature]], dtype=F64), mask, **options)
+    ours = loss(narrow, labels.float(), beta=beta, mask=mask, reduction="none", **options)
+    exact = plain(scores, labels, torch.tensor([[beta]], dtype=F64), mask, **options)
     # In float32 u of 1e4 has steps of 1e-3, which no loss can give back.
-    steps = 1e-6 + 2e-7 * (float(scores.detach().abs().max()) * temperature if data else 0.0)
+    steps = 1e-6 + 2e-7 * (float(scores.detach().abs().max()) * beta if data else 0.0)
     torch.testing.assert_close(ours.double(), exact, rtol=2e-6, atol=10 * steps)
     if exact.requires_grad:
         got, wanted = torch.autograd.grad(ours.sum(), narrow)[0], torch.autograd.grad(exact.sum(), scores)[0]
-        torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=10 * temperature * steps)
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=10 * beta * steps)
 
 
 # ---------------------------------------------------------------- identities
@@ -178,19 +178,19 @@ def test_float32_against_float64_loops(data: list, index: int, temperature: floa
 def test_two_items_are_bradley_terry_and_lambda_weights_scale_it() -> None:
     chosen, rejected = torch.randn(2, 5, dtype=F64)
     scores, labels = torch.stack([rejected, chosen], 1), torch.tensor([[1.0, 3.0]]).expand(5, 2)
-    pair = bradley_terry(chosen, rejected, temperature=0.3, reduction="none")
-    torch.testing.assert_close(pairwise_logistic(scores, labels, temperature=0.3, reduction="none"), pair)
+    pair = bradley_terry(chosen, rejected, beta=0.3, reduction="none")
+    torch.testing.assert_close(pairwise_logistic(scores, labels, beta=0.3, reduction="none"), pair)
     swap = (2.0**3 - 2.0**1) * (1 - 1 / math.log2(3))
-    torch.testing.assert_close(lambda_loss(scores, labels, temperature=0.3, reduction="none"), swap * pair)
+    torch.testing.assert_close(lambda_loss(scores, labels, beta=0.3, reduction="none"), swap * pair)
     ideal = (2.0**3 - 1) + (2.0**1 - 1) / math.log2(3)
     torch.testing.assert_close(
-        lambda_loss(scores, labels, temperature=0.3, normalize=True, reduction="none"), swap / ideal * pair
+        lambda_loss(scores, labels, beta=0.3, normalize=True, reduction="none"), swap / ideal * pair
     )
 
 
 @pytest.mark.parametrize("c", [0.25, 3.0])
 @every_loss
-def test_temperature_c_on_transformed_scores_is_the_same_problem(
+def test_beta_c_on_transformed_scores_is_the_same_problem(
     loss: Callable, plain: Callable, options: dict, c: float
 ) -> None:
     """Equation 13 of COS-DPO; ranks are those of scores - reference, or LambdaLoss would not have the property."""
@@ -198,9 +198,7 @@ def test_temperature_c_on_transformed_scores_is_the_same_problem(
     beta = torch.tensor([0.5, 0.8, 2.0], dtype=F64)
     moved = (1 - 1 / c) * reference + scores / c
     common = {"reference": reference, "mask": mask, "reduction": "none", **options}
-    torch.testing.assert_close(
-        loss(moved, labels, temperature=c * beta, **common), loss(scores, labels, temperature=beta, **common)
-    )
+    torch.testing.assert_close(loss(moved, labels, beta=c * beta, **common), loss(scores, labels, beta=beta, **common))
 
 
 @every_loss
@@ -223,7 +221,7 @@ def test_approx_ndcg_tends_to_one_minus_ndcg(gain: str) -> None:
     scores = torch.rand(4, 12, dtype=F64)
     labels = torch.randint(0, 4, (4, 12))
     gains = labels if gain == "linear" else 2**labels - 1
-    ours = approx_ndcg(scores, labels, temperature=1e6, gain=gain, reduction="none")[:, 0]
+    ours = approx_ndcg(scores, labels, beta=1e6, gain=gain, reduction="none")[:, 0]
     for b in range(4):
         assert float(ours[b]) == pytest.approx(1 - ndcg_score(gains[b : b + 1], scores[b : b + 1]), abs=1e-12)
 
@@ -464,13 +462,13 @@ def test_neighbouring_ranks_deep_in_a_list_keep_their_weights() -> None:
     )
 
 
-def test_the_gradient_of_the_temperature_survives_a_common_offset() -> None:
+def test_the_gradient_of_the_beta_survives_a_common_offset() -> None:
     scores, labels, *_ = ragged(dtype=torch.float32)
     gradients = []
     for offset in (0.0, 8192.0):  # a power of two, so that adding it only rounds
         moved = (scores.detach() * 4).round() / 4 + offset
         beta = torch.tensor(0.7, requires_grad=True)
-        gradients.append(torch.autograd.grad(pairwise_logistic(moved, labels, temperature=beta), beta)[0])
+        gradients.append(torch.autograd.grad(pairwise_logistic(moved, labels, beta=beta), beta)[0])
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-6, atol=0)
 
 
@@ -479,7 +477,7 @@ def test_sixteen_bit_inputs_are_computed_in_float32(loss: Callable, plain: Calla
     scores = ragged()[0].detach().bfloat16().requires_grad_()
     labels = ragged()[1]
     wide = scores.detach().float().requires_grad_()
-    vector, expected = (loss(s, labels, temperature=0.3, reduction="none", **options) for s in (scores, wide))
+    vector, expected = (loss(s, labels, beta=0.3, reduction="none", **options) for s in (scores, wide))
     assert vector.dtype == torch.float32
     assert torch.equal(vector, expected)
     upstream = torch.randn_like(vector)
@@ -551,10 +549,10 @@ def test_without_gradient_the_value_is_the_same(loss: Callable, plain: Callable,
 def test_compiles_to_one_graph(loss: Callable, plain: Callable, options: dict) -> None:
     torch.compiler.reset()
     scores, labels, reference, mask = ragged()
-    temperature = torch.tensor([0.5, 1.0, 2.0], dtype=F64)
+    beta = torch.tensor([0.5, 1.0, 2.0], dtype=F64)
 
     def vector(s: Tensor) -> Tensor:
-        return loss(s, labels, reference=reference, temperature=temperature, mask=mask, reduction="none", **options)
+        return loss(s, labels, reference=reference, beta=beta, mask=mask, reduction="none", **options)
 
     expected, got = vector(scores), torch.compile(vector, fullgraph=True, backend="aot_eager")(scores)
     torch.testing.assert_close(got, expected)
@@ -605,7 +603,7 @@ def test_a_gpu_gives_the_same(loss: Callable, plain: Callable, options: dict) ->
     for device in ("cpu", "cuda"):
         s = scores.detach().to(device).requires_grad_()
         vector = loss(s, labels.to(device), reference=reference.to(device), mask=mask.to(device), reduction="none",
-                      temperature=torch.tensor([0.5, 1.0, 2.0], dtype=F64, device=device), **options)  # fmt: skip
+                      beta=torch.tensor([0.5, 1.0, 2.0], dtype=F64, device=device), **options)  # fmt: skip
         results.append((vector.cpu(), torch.autograd.grad(vector, s, upstream.to(device))[0].cpu()))
     torch.testing.assert_close(results[1], results[0], rtol=1e-10, atol=1e-12)
 
@@ -646,7 +644,7 @@ def test_labels_may_be_integers() -> None:
         ({"labels": torch.zeros(2, 5)}, ValueError, r"labels has shape \(2, 1, 5\) but scores are \(2, 4\)"),
         ({"reference": torch.zeros(2, 1)}, ValueError, "reference"),
         ({"mask": torch.ones(2, 4)}, TypeError, "mask has dtype"),
-        ({"temperature": torch.ones(2)}, ValueError, r"temperature\[:, None\]"),
+        ({"beta": torch.ones(2)}, ValueError, r"beta\[:, None\]"),
         ({"weights": torch.ones(2, 3)}, ValueError, "weights has shape"),
         ({"reduction": "batchmean"}, ValueError, "reduction"),
     ],

@@ -116,7 +116,7 @@ TRL_SMOOTHED = {"robust": (0.0, 0.1), "aot": (0.0, 0.1), "aot_unpaired": (0.0, 0
 @pytest.mark.parametrize(("loss_type", "smoothing"), [(t, e) for t in TRL_TYPES for e in TRL_SMOOTHED.get(t, (0.0,))])
 def test_every_type_is_trls_own_code(loss_type: str, smoothing: float, pairs: int) -> None:
     four = log_probabilities(pairs, scale=1.0)
-    ours = pair_loss(four, loss_type, temperature=0.3, label_smoothing=smoothing)
+    ours = pair_loss(four, loss_type, beta=0.3, label_smoothing=smoothing)
     theirs = trl_dpo(four, loss_types=[loss_type], beta=0.3, label_smoothing=smoothing)
     # TRL's exo_pair makes a float32 tensor of the smoothing, whatever the dtype of the log-probabilities.
     assert_same(ours, theirs, four, rtol=1e-6 if loss_type == "exo_pair" else 1e-11)
@@ -135,7 +135,7 @@ def test_trl_has_no_other_type_of_four_log_probabilities() -> None:
 def test_f_divergences_are_trls_own_code(loss_type: str, divergence: str) -> None:
     four = log_probabilities(dtype=torch.float32, scale=1.0)  # TRL's alpha divergence knows no float64
     for alpha in (0.5, 1.0, 1.7) if divergence == "alpha_divergence" else (0.5,):
-        ours = pair_loss(four, loss_type, temperature=0.3, f_divergence=divergence, f_alpha=alpha)
+        ours = pair_loss(four, loss_type, beta=0.3, f_divergence=divergence, f_alpha=alpha)
         theirs = trl_dpo(
             four,
             loss_types=[loss_type],
@@ -161,7 +161,7 @@ def test_averaged_log_probabilities_give_trls_length_normalised_types(loss_type:
     averaged = [four[0] / lengths[0], four[1] / lengths[1], four[2] / lengths[0], four[3] / lengths[1]]
     # TRL divides by the length of completion_mask, which is the number of completion tokens.
     assert_same(
-        pair_loss(averaged, loss_type, temperature=0.3),
+        pair_loss(averaged, loss_type, beta=0.3),
         trl_dpo(four, lengths, loss_types=[loss_type], beta=0.3),
         four,
     )
@@ -190,7 +190,7 @@ def test_simpo_alphapo_and_cpo_preference_terms_are_trls_own_code(
     theirs = cpo_trainer.CPOTrainer.cpo_loss(trainer, *four)[0]
     ours = bradley_terry(
         *four,
-        temperature=2.5,
+        beta=2.5,
         loss_type="sigmoid" if loss_type == "simpo" else loss_type,
         margin=0.7 if loss_type == "simpo" else 0.0,
         label_smoothing=smoothing,
@@ -217,11 +217,11 @@ def test_orpos_odds_ratio_term_is_trls_own_code(monkeypatch) -> None:
 def test_cdpo_is_the_listwise_loss_of_two_items_with_smoothed_labels() -> None:
     four = log_probabilities()
     rate = torch.rand(6, 2, dtype=F64)  # per pair and objective
-    temperature = 0.1 + torch.rand(6, 2, dtype=F64)
+    beta = 0.1 + torch.rand(6, 2, dtype=F64)
     scores = torch.stack([four[0] - four[2], four[1] - four[3]], 1)
     labels = torch.stack([1 - rate, rate], 2)  # (B, m, 2)
-    expected = oracle.listwise_cross_entropy(scores, labels, temperature)
-    ours = pair_loss(four, temperature=temperature, label_smoothing=rate, reduction="none")
+    expected = oracle.listwise_cross_entropy(scores, labels, beta)
+    ours = pair_loss(four, beta=beta, label_smoothing=rate, reduction="none")
     torch.testing.assert_close(ours, expected)
     upstream = torch.randn(6, 2, dtype=F64)
     torch.testing.assert_close(torch.autograd.grad(ours, four, upstream), torch.autograd.grad(expected, four, upstream))
@@ -229,13 +229,13 @@ def test_cdpo_is_the_listwise_loss_of_two_items_with_smoothed_labels() -> None:
 
 def test_dpo_is_the_pairwise_loss_of_a_list_of_two() -> None:
     four = log_probabilities()
-    temperature, margin = 0.1 + torch.rand(6, 1, dtype=F64), torch.randn(6, 1, dtype=F64)
-    ours = pair_loss(four, temperature=temperature, margin=margin, reduction="none")
+    beta, margin = 0.1 + torch.rand(6, 1, dtype=F64), torch.randn(6, 1, dtype=F64)
+    ours = pair_loss(four, beta=beta, margin=margin, reduction="none")
     listwise = pairwise_logistic(
         torch.stack(four[:2], 1),
         torch.tensor([[3.0, -1.0]]).expand(6, 2),
         reference=torch.stack(four[2:], 1),
-        temperature=temperature,
+        beta=beta,
         margin=margin,
         reduction="none",
     )
@@ -248,7 +248,7 @@ def test_dpop_penalises_only_a_chosen_response_below_the_reference() -> None:
     """Pal et al. 2024 (Smaug), equation 3, term by term."""
     zero = torch.zeros(2, dtype=F64)
     chosen, rejected = torch.tensor([0.5, -0.5], dtype=F64), torch.tensor([-1.0, -1.0], dtype=F64)
-    ours = pair_loss([chosen, rejected, zero, zero], "dpop", temperature=0.2, dpop_lambda=5.0, reduction="none")
+    ours = pair_loss([chosen, rejected, zero, zero], "dpop", beta=0.2, dpop_lambda=5.0, reduction="none")
     expected = [-math.log(1 / (1 + math.exp(-0.2 * d))) for d in (1.5, 0.5 - 5.0 * 0.5)]
     torch.testing.assert_close(ours[:, 0], torch.tensor(expected, dtype=F64))
 
@@ -258,21 +258,21 @@ def test_odpo_modpo_and_bco_shifts_are_margins() -> None:
     offset = torch.randn(6, 1, dtype=F64)
     d = (four[0] - four[2]) - (four[1] - four[3])
     torch.testing.assert_close(
-        pair_loss(four, temperature=0.5, margin=offset, reduction="none"), -logsigmoid(0.5 * d[:, None] - offset)
+        pair_loss(four, beta=0.5, margin=offset, reduction="none"), -logsigmoid(0.5 * d[:, None] - offset)
     )
     # MODPO, Zhou et al. 2023: r = (beta delta - w_other R_other) / w, -log s(r_w - r_l).
     weight, other = 0.3, torch.randn(2, 6, dtype=F64)
     r = (0.5 * torch.stack([four[0] - four[2], four[1] - four[3]]) - 0.7 * other) / weight
     torch.testing.assert_close(
-        pair_loss(
-            four, temperature=0.5 / weight, margin=0.7 / weight * (other[0] - other[1])[:, None], reduction="none"
-        )[:, 0],
+        pair_loss(four, beta=0.5 / weight, margin=0.7 / weight * (other[0] - other[1])[:, None], reduction="none")[
+            :, 0
+        ],
         -logsigmoid(r[0] - r[1]),
     )
     # BCO, Jung et al. 2024: -log s(r_w - delta) - log s(-(r_l - delta)).
     rewards = [0.5 * (four[0] - four[2]), 0.5 * (four[1] - four[3])]
     torch.testing.assert_close(
-        pair_loss(four, "bco_pair", temperature=0.5, margin=0.4, reduction="none")[:, 0],
+        pair_loss(four, "bco_pair", beta=0.5, margin=0.4, reduction="none")[:, 0],
         -logsigmoid(rewards[0] - 0.4) - logsigmoid(0.4 - rewards[1]),
     )
 
@@ -299,22 +299,20 @@ ZERO = torch.zeros(1, dtype=F64)
 
 
 def test_preference_rates_of_several_objectives_mix_arithmetically() -> None:
-    """Common temperature: the optimum of the weighted cDPO losses is logit(sum_j w_j p_j) / beta."""
+    """A common β: the optimum of the weighted cDPO losses is logit(sum_j w_j p_j) / beta."""
     rates, weights = torch.tensor([[0.9, 0.35]], dtype=F64), torch.tensor([[0.4, 0.6]], dtype=F64)
-    best = minimiser(lambda x: bradley_terry(one(x), ZERO, temperature=0.7, label_smoothing=1 - rates, weights=weights))
+    best = minimiser(lambda x: bradley_terry(one(x), ZERO, beta=0.7, label_smoothing=1 - rates, weights=weights))
     mixed = float((weights * rates).sum())
     assert best == pytest.approx(math.log(mixed / (1 - mixed)) / 0.7, rel=1e-12)
 
 
-def test_unequal_temperatures_meet_the_stationarity_condition_and_its_scaling() -> None:
-    """sum_j w_j beta_j (s(beta_j x) - p_j) = 0, and temperatures c beta have the solution x / c."""
+def test_unequal_betas_meet_the_stationarity_condition_and_its_scaling() -> None:
+    """sum_j w_j beta_j (s(beta_j x) - p_j) = 0, and betas c beta have the solution x / c."""
     rates, weights = torch.tensor([[0.9, 0.35]], dtype=F64), torch.tensor([[0.4, 0.6]], dtype=F64)
     beta = torch.tensor([[0.5, 2.0]], dtype=F64)
 
-    def solve(temperature: Tensor) -> float:
-        return minimiser(
-            lambda x: bradley_terry(one(x), ZERO, temperature=temperature, label_smoothing=1 - rates, weights=weights)
-        )
+    def solve(beta: Tensor) -> float:
+        return minimiser(lambda x: bradley_terry(one(x), ZERO, beta=beta, label_smoothing=1 - rates, weights=weights))
 
     best = solve(beta)
     assert abs(float((weights * beta * (torch.sigmoid(beta * best) - rates)).sum())) < 1e-14
@@ -330,9 +328,9 @@ def test_minimisers_of_the_one_pair_losses() -> None:
         "sppo_hard": 1 / (2 * beta),
     }.items():
         x = torch.tensor([expected], dtype=F64, requires_grad=True)
-        loss = bradley_terry(x, ZERO, temperature=beta, loss_type=loss_type, **DEFAULTS[loss_type])
+        loss = bradley_terry(x, ZERO, beta=beta, loss_type=loss_type, **DEFAULTS[loss_type])
         assert float(torch.autograd.grad(loss, x)[0]) == pytest.approx(0.0, abs=1e-12), loss_type
-    assert float(bradley_terry(ZERO + math.log(9) / beta, ZERO, temperature=beta, loss_type="exo_pair",
+    assert float(bradley_terry(ZERO + math.log(9) / beta, ZERO, beta=beta, loss_type="exo_pair",
                                label_smoothing=0.1)) == pytest.approx(0.0, abs=1e-15)  # fmt: skip
 
 
@@ -355,12 +353,12 @@ def transformed(four: list[Tensor], c: float) -> list[Tensor]:
 
 @pytest.mark.parametrize("c", [0.25, 0.5, 2.0, 7.0])
 @pytest.mark.parametrize("loss_type", [t for t in LOSS_TYPES if t != "aot"])
-def test_temperature_c_on_transformed_scores_is_the_same_problem(loss_type: str, c: float) -> None:
+def test_beta_c_on_transformed_scores_is_the_same_problem(loss_type: str, c: float) -> None:
     four, beta = log_probabilities(8), 0.2 + torch.rand(1, 2, dtype=F64)
     options = {"margin": 0.3} if "margin" in LOSSES[loss_type].options else {}
     factor = 1 / c**2 if loss_type in ("ipo", "sppo_hard") else 1.0
-    at_beta = pair_loss(four, loss_type, temperature=beta, reduction="none", **options)
-    at_c_beta = pair_loss(transformed(four, c), loss_type, temperature=c * beta, reduction="none", **options)
+    at_beta = pair_loss(four, loss_type, beta=beta, reduction="none", **options)
+    at_c_beta = pair_loss(transformed(four, c), loss_type, beta=c * beta, reduction="none", **options)
     torch.testing.assert_close(at_c_beta, factor * at_beta)
 
 
@@ -372,12 +370,12 @@ def test_the_property_fails_where_a_second_scale_enters() -> None:
     def differs(loss: Callable[[list[Tensor], float], Tensor]) -> bool:
         return not torch.allclose(loss(four, 0.4), loss(scaled, 0.4 * c), rtol=1e-3)
 
-    assert not differs(lambda s, beta: pair_loss(s, temperature=beta))  # the check can tell
-    assert differs(lambda s, beta: pair_loss(s, temperature=beta) - s[0].mean())
-    assert differs(lambda s, beta: bradley_terry(*(t - torch.log(-torch.expm1(t)) for t in s[:2]), temperature=beta))
-    assert differs(lambda s, beta: pair_loss(s, "aot", temperature=beta))
+    assert not differs(lambda s, beta: pair_loss(s, beta=beta))  # the check can tell
+    assert differs(lambda s, beta: pair_loss(s, beta=beta) - s[0].mean())
+    assert differs(lambda s, beta: bradley_terry(*(t - torch.log(-torch.expm1(t)) for t in s[:2]), beta=beta))
+    assert differs(lambda s, beta: pair_loss(s, "aot", beta=beta))
     for divergence in F_DIVERGENCES[1:]:
-        assert differs(lambda s, beta, f=divergence: pair_loss(s, temperature=beta, f_divergence=f)), divergence
+        assert differs(lambda s, beta, f=divergence: pair_loss(s, beta=beta, f_divergence=f)), divergence
 
 
 # ---------------------------------------------------------------- derivatives
@@ -388,12 +386,12 @@ def test_gradients_of_every_differentiable_argument(loss_type: str, divergence: 
     whole = loss_type in WHOLE_BATCH
     rows = 1 if whole else 4
     arguments = {
-        "temperature": 0.3 + torch.rand(rows, 2, dtype=F64),
+        "beta": 0.3 + torch.rand(rows, 2, dtype=F64),
         "weights": torch.randn(rows, 2, dtype=F64),
         "label_smoothing": 0.05 + 0.3 * torch.rand(rows, 2, dtype=F64),
         "margin": torch.randn(rows, 2, dtype=F64),
     }
-    names = [n for n in arguments if n in ("temperature", "weights") or n in LOSSES[loss_type].options]
+    names = [n for n in arguments if n in ("beta", "weights") or n in LOSSES[loss_type].options]
     leaves = [*log_probabilities(4, scale=0.7), *(arguments[n].requires_grad_() for n in names)]
 
     def loss(*values: Tensor) -> Tensor:
@@ -404,7 +402,7 @@ def test_gradients_of_every_differentiable_argument(loss_type: str, divergence: 
 
 
 def test_second_derivatives() -> None:
-    assert torch.autograd.gradgradcheck(lambda *four: pair_loss(list(four), temperature=0.5), log_probabilities(4))
+    assert torch.autograd.gradgradcheck(lambda *four: pair_loss(list(four), beta=0.5), log_probabilities(4))
 
 
 # ---------------------------------------------------------------- numbers
@@ -454,11 +452,11 @@ def test_an_impossible_rejected_response_costs_nothing_and_an_impossible_chosen_
     st.floats(-100, 100),
 )
 @settings(max_examples=200, deadline=None)
-def test_smoothed_loss_against_float64(four: list[float], rate: float, temperature: float, margin: float) -> None:
+def test_smoothed_loss_against_float64(four: list[float], rate: float, beta: float, margin: float) -> None:
     """Relative accuracy: neither term of (1-ε) softplus(-x) + ε softplus(x) loses digits to the other."""
-    options = {"temperature": temperature, "label_smoothing": rate, "margin": margin}
+    options = {"beta": beta, "label_smoothing": rate, "margin": margin}
     loss = float(pair_loss([torch.tensor([v], dtype=F64) for v in four], **options))
-    x = temperature * ((four[0] - four[2]) - (four[1] - four[3])) - margin
+    x = beta * ((four[0] - four[2]) - (four[1] - four[3])) - margin
     common = math.log1p(math.exp(-abs(x)))
     assert loss == pytest.approx((1 - rate) * (max(-x, 0) + common) + rate * (max(x, 0) + common), rel=1e-9, abs=1e-300)
 
@@ -467,7 +465,7 @@ def test_smoothed_loss_against_float64(four: list[float], rate: float, temperatu
 def test_sixteen_bit_inputs_are_computed_in_float32(loss_type: str) -> None:
     four = [t.detach().bfloat16().requires_grad_() for t in log_probabilities()]
     widened = [t.detach().float().requires_grad_() for t in four]
-    loss, expected = (pair_loss(f, loss_type, temperature=0.3, reduction="none") for f in (four, widened))
+    loss, expected = (pair_loss(f, loss_type, beta=0.3, reduction="none") for f in (four, widened))
     assert loss.dtype == torch.float32
     assert torch.equal(loss, expected)
     upstream = torch.randn_like(loss)
@@ -482,16 +480,14 @@ def test_sixteen_bit_inputs_are_computed_in_float32(loss_type: str) -> None:
 
 def test_objectives_broadcast_like_a_loop_over_pairs_and_objectives() -> None:
     four, m = log_probabilities(5), 3
-    temperature, weights = 0.2 + torch.rand(5, m, dtype=F64), torch.rand(m, dtype=F64)
+    beta, weights = 0.2 + torch.rand(5, m, dtype=F64), torch.rand(m, dtype=F64)
     rate, margin = 0.3 * torch.rand(5, 1, dtype=F64), torch.randn(5, m, dtype=F64)
-    ours = pair_loss(
-        four, temperature=temperature, weights=weights, label_smoothing=rate, margin=margin, reduction="none"
-    )
+    ours = pair_loss(four, beta=beta, weights=weights, label_smoothing=rate, margin=margin, reduction="none")
     for b in range(5):
         for j in range(m):
             single = pair_loss(
                 [t[b : b + 1] for t in four],
-                temperature=float(temperature[b, j]),
+                beta=float(beta[b, j]),
                 label_smoothing=float(rate[b, 0]),
                 margin=float(margin[b, j]),
             )
@@ -529,7 +525,7 @@ def test_options_given_as_traced_numbers() -> None:
     chosen, rejected = torch.tensor([0.5, -1.0]), torch.tensor([0.2, 0.4])
 
     def loss(option: float) -> torch.Tensor:
-        return bradley_terry(chosen, rejected, temperature=option, label_smoothing=option, margin=option)
+        return bradley_terry(chosen, rejected, beta=option, label_smoothing=option, margin=option)
 
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
     for option in (0.1, 0.2):
@@ -540,10 +536,10 @@ def test_options_given_as_traced_numbers() -> None:
 def test_whole_graph_compiles(loss_type: str) -> None:
     torch.compiler.reset()  # each type is a recompilation of one function, of which there may be only a few
     compiled = torch.compile(
-        lambda *four: pair_loss(list(four), loss_type, temperature=0.3), fullgraph=True, backend="aot_eager"
+        lambda *four: pair_loss(list(four), loss_type, beta=0.3), fullgraph=True, backend="aot_eager"
     )
     four = log_probabilities()
-    assert_same(compiled(*four), pair_loss(four, loss_type, temperature=0.3), four)
+    assert_same(compiled(*four), pair_loss(four, loss_type, beta=0.3), four)
 
 
 def test_options_that_a_type_does_not_have_are_errors() -> None:
@@ -588,7 +584,7 @@ def test_options_that_a_type_does_not_have_are_errors() -> None:
         ({"rejected": torch.zeros(6, 2), "reference_chosen": torch.zeros(6, 3)}, "3 objectives"),
         ({"chosen": torch.zeros(6, 1, 2)}, r"chosen has shape \(6, 1, 2\)"),
         ({"loss_type": "aot", "weights": torch.ones(6, 1)}, "sorts the batch"),
-        ({"loss_type": "aot_unpaired", "temperature": torch.ones(6, 2)}, "sorts the batch"),
+        ({"loss_type": "aot_unpaired", "beta": torch.ones(6, 2)}, "sorts the batch"),
         ({"reduction": "batchmean"}, "reduction is 'batchmean'"),
     ],
 )

@@ -240,8 +240,8 @@ def test_labels_of_any_dtype_rank_alike(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("ties", ["breslow", "efron", "exact"])
-@pytest.mark.parametrize("temperature_shape", [(), (2,), (3, 1), (3, 2)])
-def test_gradcheck_of_every_differentiable_argument(ties: str, temperature_shape) -> None:
+@pytest.mark.parametrize("beta_shape", [(), (2,), (3, 1), (3, 2)])
+def test_gradcheck_of_every_differentiable_argument(ties: str, beta_shape) -> None:
     def leaf(*shape: int) -> Tensor:
         return (torch.rand(shape, dtype=F64) * 2 + 0.2).requires_grad_()
 
@@ -250,10 +250,10 @@ def test_gradcheck_of_every_differentiable_argument(ties: str, temperature_shape
     )
     labels = torch.tensor([[[2, 1, 1, 0, 1], [4, 2, 3, 1, 0]]]).expand(3, 2, 5)
 
-    def loss(scores, base, temperature, weights):
+    def loss(scores, base, beta, weights):
         return plackett_luce(
-            scores, labels, reference=base, temperature=temperature, weights=weights, mask=mask, ties=ties,
+            scores, labels, reference=base, beta=beta, weights=weights, mask=mask, ties=ties,
             position_weights=torch.tensor([1.0, 0.7, 0.5, 0.4, 0.1]), reduction="none",
         )  # fmt: skip
 
-    assert torch.autograd.gradcheck(loss, (leaf(3, 5), leaf(3, 5), leaf(*temperature_shape), leaf(3, 2)))
+    assert torch.autograd.gradcheck(loss, (leaf(3, 5), leaf(3, 5), leaf(*beta_shape), leaf(3, 2)))

@@ -57,7 +57,7 @@ def mean_gradient(policy: list[Tensor], reference: Tensor, sampler: Tensor | Non
     """Mean over responses, drawn from the policy or from a `sampler` (9, 2), of the loss's gradient."""
     logprob = logprobs(policy)
     result = policy_gradient(
-        logprob, REWARDS, WEIGHTS, alpha=ALPHA, reference=reference, behaviour=sampler, reduction="none", **options
+        logprob, REWARDS, WEIGHTS, kl_weight=ALPHA, reference=reference, behaviour=sampler, reduction="none", **options
     )
     share = (logprob if sampler is None else sampler).detach().sum(-1).exp()
     return flat((share * result.loss).sum(), policy)
@@ -201,7 +201,7 @@ def test_token_clip_is_ppos_minimum(problem, low, high) -> None:
     logprob = logprobs(policy)
     clip = low if low == high else (low, high)
     result = policy_gradient(
-        logprob, REWARDS, WEIGHTS, alpha=ALPHA, reference=reference, behaviour=sampler, clip=clip, reduction="none"
+        logprob, REWARDS, WEIGHTS, kl_weight=ALPHA, reference=reference, behaviour=sampler, clip=clip, reduction="none"
     )
     a, ratio = result.advantages, (logprob - sampler).exp()
     expected = -torch.minimum(ratio * a, ratio.clamp(1 - low, 1 + high) * a).sum(-1)
@@ -219,7 +219,7 @@ def test_sequence_clip_is_ppos_minimum_of_one_ratio_a_response(problem, level) -
     sampler = logprobs([p + 0.5 * torch.randn_like(p) for p in policy]).detach()
     logprob = logprobs(policy)
     result = policy_gradient(
-        logprob, REWARDS, WEIGHTS, alpha=ALPHA, reference=reference, behaviour=sampler, clip=0.2, ratio_level=level,
+        logprob, REWARDS, WEIGHTS, kl_weight=ALPHA, reference=reference, behaviour=sampler, clip=0.2, ratio_level=level,
         reduction="none",
     )  # fmt: skip
     x = (logprob - sampler).sum(-1)
@@ -234,7 +234,7 @@ def test_sequence_clip_is_ppos_minimum_of_one_ratio_a_response(problem, level) -
 def test_a_clipped_ratio_that_overflows_gives_no_nan() -> None:
     logprob = torch.tensor([[-1.0], [-1.0]], requires_grad=True)
     behaviour = torch.tensor([[-300.0], [-1.0]])
-    result = policy_gradient(logprob, torch.ones(2, 1), torch.ones(1), alpha=0.0, behaviour=behaviour, clip=0.2)
+    result = policy_gradient(logprob, torch.ones(2, 1), torch.ones(1), kl_weight=0.0, behaviour=behaviour, clip=0.2)
     result.loss.backward()
     assert result.loss.isfinite() and logprob.grad.tolist() == [[0.0], [-0.5]]
 
@@ -253,7 +253,7 @@ def test_leave_one_out_is_unbiased_and_the_group_mean_shrinks_the_gradient(probl
     expected = -flat(objective(policy, reference), policy)
     for baseline, factor in (("leave_one_out", 1.0), ("group", 0.5)):
         result = policy_gradient(
-            logprob[pairs], REWARDS[pairs], WEIGHTS, alpha=ALPHA, reference=reference[pairs], baseline=baseline,
+            logprob[pairs], REWARDS[pairs], WEIGHTS, kl_weight=ALPHA, reference=reference[pairs], baseline=baseline,
             group=2, reduction="none",
         )  # fmt: skip
         exactly(flat((share * result.loss).sum(), policy), factor * expected)
@@ -271,35 +271,35 @@ def test_group_means_by_hand() -> None:
 def test_equal_returns_have_no_advantage_however_they_are_rounded() -> None:
     rewards = torch.full((6, 1), 0.1)
     for options in ({"baseline": "leave_one_out"}, {"baseline": "group", "standardize": True}):
-        result = policy_gradient(torch.randn(6, 2), rewards, torch.ones(1), alpha=0.0, group=3, **options)
+        result = policy_gradient(torch.randn(6, 2), rewards, torch.ones(1), kl_weight=0.0, group=3, **options)
         assert (result.advantages == 0).all()
 
 
 def test_standardized_advantages_are_grpos() -> None:
     rewards = torch.randn(8, 1)
-    options = dict(alpha=0.0, baseline="group", group=4, standardize=True)
+    options = dict(kl_weight=0.0, baseline="group", group=4, standardize=True)
     result = policy_gradient(torch.randn(8, 3), rewards, torch.ones(1), **options)
     of = rewards.view(2, 4)
     expected = (of - of.mean(-1, keepdim=True)) / (of.std(-1, correction=0, keepdim=True) + 1e-6)
     torch.testing.assert_close(result.advantages, expected.reshape(8, 1).expand(8, 3))
 
 
-# ---------------------------------------------------------------- weights, alpha, masks, figures
+# ---------------------------------------------------------------- weights, kl_weight, masks, figures
 
 
-def test_every_response_has_its_own_weights_and_alpha(problem) -> None:
+def test_every_response_has_its_own_weights_and_kl_weight(problem) -> None:
     policy, reference, _ = problem
     logprob = logprobs(policy)
-    w, alpha = torch.rand(9, 2).double(), torch.rand(9).double()
-    whole = policy_gradient(logprob, REWARDS, w, alpha=alpha, reference=reference, reduction="none")
+    w, kl_weight = torch.rand(9, 2).double(), torch.rand(9).double()
+    whole = policy_gradient(logprob, REWARDS, w, kl_weight=kl_weight, reference=reference, reduction="none")
     for i in range(9):
         one = slice(i, i + 1)
         alone = policy_gradient(
-            logprob[one], REWARDS[one], w[i], alpha=float(alpha[i]), reference=reference[one], reduction="none"
+            logprob[one], REWARDS[one], w[i], kl_weight=float(kl_weight[i]), reference=reference[one], reduction="none"
         )
         exactly(whole.loss[one], alone.loss)
         x = (logprob - reference)[i].sum().detach()
-        exactly(whole.sequence_returns[i], (1 - alpha[i]) * (w[i] @ REWARDS[i]) - alpha[i] * x)
+        exactly(whole.sequence_returns[i], (1 - kl_weight[i]) * (w[i] @ REWARDS[i]) - kl_weight[i] * x)
         exactly(whole.kl[i], x)
         exactly(whole.reward[i], w[i] @ REWARDS[i])
 
@@ -337,7 +337,7 @@ def test_what_is_masked_is_not_read(options, bad) -> None:
         if "kl_estimator" in options and options["kl_estimator"] == "exact":
             given["exact_kl"] = filled["exact_kl"]
         result = policy_gradient(
-            filled["logprob"], earned, torch.tensor([0.4, 0.6]), alpha=0.3, reduction="none", **given
+            filled["logprob"], earned, torch.tensor([0.4, 0.6]), kl_weight=0.3, reduction="none", **given
         )
         (result.loss * torch.tensor([1.0, -2.0, 0.5, 3.0])).sum().backward()
         gradient = filled["logprob"].grad
@@ -353,16 +353,16 @@ def test_what_is_masked_is_not_read(options, bad) -> None:
 def test_sixteen_bit_inputs_are_computed_in_float32() -> None:
     logprob = (-torch.rand(4, 5)).bfloat16().requires_grad_()
     reference = (-torch.rand(4, 5)).bfloat16()
-    result = policy_gradient(logprob, torch.randn(4, 2), WEIGHTS, alpha=0.1, reference=reference)
+    result = policy_gradient(logprob, torch.randn(4, 2), WEIGHTS, kl_weight=0.1, reference=reference)
     assert result.loss.dtype == torch.float32
-    expected = policy_gradient(logprob.float(), torch.zeros(4, 2), WEIGHTS, alpha=0.1, reference=reference.float())
+    expected = policy_gradient(logprob.float(), torch.zeros(4, 2), WEIGHTS, kl_weight=0.1, reference=reference.float())
     assert torch.equal(result.kl, expected.kl)
 
 
 def test_reductions_divide_by_the_number_of_responses_only() -> None:
     logprob, rewards = -torch.rand(5, 4), torch.randn(5, 2)
     mask = torch.rand(5, 4) > 0.4
-    options = dict(alpha=0.2, reference=-torch.rand(5, 4), mask=mask)
+    options = dict(kl_weight=0.2, reference=-torch.rand(5, 4), mask=mask)
     none = policy_gradient(logprob, rewards, torch.tensor([0.5, 0.5]), reduction="none", **options).loss
     for reduction, expected in (("sum", none.sum()), ("mean", none.sum() / 5)):
         actual = policy_gradient(logprob, rewards, torch.tensor([0.5, 0.5]), reduction=reduction, **options).loss
@@ -388,20 +388,20 @@ def test_value_head_learns_returns_that_depend_on_the_trade_off() -> None:
     head = ValueHead(6, 2, width=32)
     hidden = torch.randn(256, 6, requires_grad=True)
     w = torch.rand(256, 1)
-    w, alpha = torch.cat([w, 1 - w], -1), torch.rand(256)
-    returns = (1 - alpha) * (w * hidden.detach()[:, :2]).sum(-1)
-    assert (head(hidden, w, alpha) == 0).all()
+    w, kl_weight = torch.cat([w, 1 - w], -1), torch.rand(256)
+    returns = (1 - kl_weight) * (w * hidden.detach()[:, :2]).sum(-1)
+    assert (head(hidden, w, kl_weight) == 0).all()
     optimizer = torch.optim.Adam(head.parameters(), lr=0.02)
     for _ in range(300):
         optimizer.zero_grad()
-        loss = value_loss(head(hidden, w, alpha), returns)
+        loss = value_loss(head(hidden, w, kl_weight), returns)
         loss.backward()
         optimizer.step()
     assert loss < 0.1 * 0.5 * returns.square().mean()
     assert hidden.grad is None
     tokens = torch.randn(3, 4, 6)
-    each = torch.stack([head(tokens[:, t], w[:3], alpha[:3]) for t in range(4)], -1)
-    torch.testing.assert_close(head(tokens, w[:3], alpha[:3]), each)
+    each = torch.stack([head(tokens[:, t], w[:3], kl_weight[:3]) for t in range(4)], -1)
+    torch.testing.assert_close(head(tokens, w[:3], kl_weight[:3]), each)
 
 
 # ---------------------------------------------------------------- errors
@@ -412,8 +412,8 @@ def test_value_head_learns_returns_that_depend_on_the_trade_off() -> None:
     [
         ({"reference": None}, "reference is missing"),
         ({"reference": torch.zeros(4, 2)}, r"reference has shape \(4, 2\)"),
-        ({"alpha": torch.zeros(3)}, r"alpha has shape \(3,\)"),
-        ({"alpha": -1.0}, "must not be negative"),
+        ({"kl_weight": torch.zeros(3)}, r"kl_weight has shape \(3,\)"),
+        ({"kl_weight": -1.0}, "must not be negative"),
         ({"kl_estimator": "exact"}, "belong together"),
         ({"exact_kl": torch.zeros(4, 3)}, "belong together"),
         ({"kl_estimator": "k4"}, "kl_estimator is 'k4'"),
@@ -435,7 +435,7 @@ def test_errors_name_the_argument(options, message) -> None:
         logprob=torch.zeros(4, 3),
         rewards=torch.zeros(4, 2),
         weights=torch.ones(2),
-        alpha=0.5,
+        kl_weight=0.5,
         reference=torch.zeros(4, 3),
     )
     given.update(options)

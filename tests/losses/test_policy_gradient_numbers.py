@@ -80,7 +80,7 @@ def test_memory_is_linear_in_the_batch(baseline, group) -> None:
     logprob = torch.randn(4000, 3, requires_grad=True)
     with Largest() as made:
         policy_gradient(
-            logprob, torch.randn(4000, 2), torch.full((2,), 0.5), alpha=0.1, reference=logprob.detach(),
+            logprob, torch.randn(4000, 2), torch.full((2,), 0.5), kl_weight=0.1, reference=logprob.detach(),
             baseline=baseline, group=group, standardize=baseline == "group",
         ).loss.backward()  # fmt: skip
     assert made.elements <= 3 * 4000
@@ -100,7 +100,7 @@ def test_a_batch_without_rows_or_tokens_costs_nothing(rows: int, tokens: int) ->
     for option, baseline in itertools.product(options, baselines):
         behaviour = same if {"clip", "ratio_level"} & option.keys() else None
         found = policy_gradient(
-            logprob, torch.ones(rows, 2), torch.full((2,), 0.5), alpha=0.1, reference=same, behaviour=behaviour,
+            logprob, torch.ones(rows, 2), torch.full((2,), 0.5), kl_weight=0.1, reference=same, behaviour=behaviour,
             mask=mask, **option, **baseline,
         )  # fmt: skip
         (gradient,) = torch.autograd.grad(found.loss, logprob)
@@ -113,7 +113,7 @@ def test_a_batch_without_rows_or_tokens_costs_nothing(rows: int, tokens: int) ->
 def test_groups_compile_to_one_graph(group) -> None:
     def loss(logprob: Tensor) -> Tensor:
         return policy_gradient(
-            logprob, torch.arange(8.0).view(4, 2), torch.full((2,), 0.5), alpha=0.0, baseline="leave_one_out",
+            logprob, torch.arange(8.0).view(4, 2), torch.full((2,), 0.5), kl_weight=0.0, baseline="leave_one_out",
             group=group,
         ).loss  # fmt: skip
 

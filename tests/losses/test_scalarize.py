@@ -129,7 +129,7 @@ def test_nan_losses_are_not_hidden() -> None:
 
 @pytest.mark.parametrize(("sign", "direction"), [("as_printed", 1), ("cosmos", -1)])
 def test_the_two_signs_push_the_optimum_outwards_and_inwards(sign: str, direction: int) -> None:
-    """Free scores trained at w = (1, 0), lambda = 0.05, on label distributions z_1, z_2 at a common temperature.
+    """Free scores trained at w = (1, 0), lambda = 0.05, on label distributions z_1, z_2 at a common beta.
 
     The optimum is sum_j w'_j z_j with w'_j proportional to w_j ± lambda (w_j / (|w||L|) - cos L_j / |L|²): with the
     printed sign beyond the end of the front, with the other one short of it.

@@ -1,4 +1,4 @@
-"""Temperatures, weights and α where they enter: which numbers and which forms are taken, and what becomes of others."""
+"""β, temperatures, weights and KL weights: which numbers and forms are taken, and what becomes of the others."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mopl import _arguments, steering
-from mopl.conditioning import check_weights, sample_temperatures
+from mopl.conditioning import check_weights, sample_betas
 from mopl.losses import (
     DPOLoss,
     approx_ndcg,
@@ -33,8 +33,8 @@ LIST_LOSSES = (listwise_dpo, plackett_luce, pairwise_logistic, lambda_loss, appr
 
 # name -> what it does with one value a row (3,) or (3, 2), or with a number: results (3, ...)
 TEMPERATURES: dict[str, Callable[..., Tensor]] = {
-    **{f.__name__: lambda v, f=f: f(SCORES, LABELS, temperature=v, reduction="none") for f in LIST_LOSSES},
-    "bradley_terry": lambda v: bradley_terry(SCORES[:, :2], SCORES[:, 2:], temperature=v, reduction="none"),
+    **{f.__name__: lambda v, f=f: f(SCORES, LABELS, beta=v, reduction="none") for f in LIST_LOSSES},
+    "bradley_terry": lambda v: bradley_terry(SCORES[:, :2], SCORES[:, 2:], beta=v, reduction="none"),
     "gathered_logprob": lambda v: gathered_logprob(torch.randn(3, 5), TOKENS, temperature=_rows(v)),
     "linear_logprob": lambda v: linear_logprob(HIDDEN, HEAD, TOKENS, temperature=_rows(v)),
     "linear_kl": lambda v: linear_kl(HIDDEN, HEAD, 2 * HIDDEN, temperature=_rows(v)),
@@ -46,9 +46,9 @@ NOT_NEGATIVE: dict[str, Callable[..., Tensor]] = {
         f.__name__: lambda v, f=f: f(torch.rand(3, 2), v)
         for f in (scalarize.linear, scalarize.chebyshev, scalarize.smooth_chebyshev, scalarize.cosine_penalty)
     },
-    "policy_gradient": lambda v: GRADIENT(v, alpha=0.1).loss,
-    "alpha": lambda v: GRADIENT(torch.full((2,), 0.5), alpha=_rows(v), kl_form="penalty").loss,
-    "alpha in the complement form": lambda v: GRADIENT(torch.full((2,), 0.5), alpha=_rows(v)).loss,
+    "policy_gradient": lambda v: GRADIENT(v, kl_weight=0.1).loss,
+    "kl_weight": lambda v: GRADIENT(torch.full((2,), 0.5), kl_weight=_rows(v), kl_form="penalty").loss,
+    "kl_weight in the complement form": lambda v: GRADIENT(torch.full((2,), 0.5), kl_weight=_rows(v)).loss,
 }
 every_temperature = pytest.mark.parametrize("use", TEMPERATURES.values(), ids=TEMPERATURES.keys())
 every_weight = pytest.mark.parametrize("use", NOT_NEGATIVE.values(), ids=NOT_NEGATIVE.keys())
@@ -66,9 +66,11 @@ def in_the_second_row(bad: float) -> Tensor:
 
 @every_temperature
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf, -math.inf])
-def test_a_temperature_that_is_not_positive_is_refused(use: Callable[..., Tensor], bad: float) -> None:
+def test_a_beta_or_temperature_that_is_not_positive_is_refused(use: Callable[..., Tensor], bad: float) -> None:
     for value in (bad, np.float32(bad), np.array(bad), torch.tensor(bad), in_the_second_row(bad)):
-        with pytest.raises(ValueError, match=r"temperature (is|holds) (0|-1|nan|inf|-inf) but .*must be positive"):
+        with pytest.raises(
+            ValueError, match=r"(beta|temperature) (is|holds) (0|-1|nan|inf|-inf) but .*must be positive"
+        ):
             use(value)
 
 
@@ -76,16 +78,18 @@ def test_a_temperature_that_is_not_positive_is_refused(use: Callable[..., Tensor
 @pytest.mark.parametrize("bad", [-0.25, math.nan, -math.inf])
 def test_a_weight_that_is_negative_is_refused(use: Callable[..., Tensor], bad: float) -> None:
     for value in (bad, torch.tensor(bad), in_the_second_row(bad)):
-        with pytest.raises(ValueError, match=r"(weights|alpha) (is|holds) (-0.25|nan|-inf) but .*must not be negative"):
+        with pytest.raises(
+            ValueError, match=r"(weights|kl_weight) (is|holds) (-0.25|nan|-inf) but .*must not be negative"
+        ):
             use(value)
     use(torch.zeros(3, 2))
 
 
-def test_alpha_above_one_is_refused_in_the_complement_form_only() -> None:
+def test_a_kl_weight_above_one_is_refused_in_the_complement_form_only() -> None:
     for value in (1.5, torch.tensor([0.5, 1.5, 0.5])):
-        with pytest.raises(ValueError, match=r"alpha .* 1.5 but .*at most 1"):
-            GRADIENT(torch.full((2,), 0.5), alpha=value)
-        GRADIENT(torch.full((2,), 0.5), alpha=value, kl_form="penalty")
+        with pytest.raises(ValueError, match=r"kl_weight .* 1.5 but .*at most 1"):
+            GRADIENT(torch.full((2,), 0.5), kl_weight=value)
+        GRADIENT(torch.full((2,), 0.5), kl_weight=value, kl_form="penalty")
 
 
 @pytest.mark.parametrize("use", EVERYTHING.values(), ids=EVERYTHING.keys())
@@ -118,10 +122,10 @@ def test_where_values_cannot_be_read_the_row_is_nan_and_no_other(use: Callable[.
 
 
 @pytest.mark.parametrize("loss", [listwise_dpo, pairwise_logistic])
-def test_a_compiled_loss_is_nan_at_a_temperature_out_of_range(loss: Callable[..., Tensor]) -> None:
+def test_a_compiled_loss_is_nan_at_a_beta_out_of_range(loss: Callable[..., Tensor]) -> None:
     @partial(torch.compile, fullgraph=True, backend="aot_eager", dynamic=True)
-    def step(temperature) -> Tensor:
-        return loss(SCORES, LABELS, temperature=temperature, reduction="none")
+    def step(beta) -> Tensor:
+        return loss(SCORES, LABELS, beta=beta, reduction="none")
 
     assert step(torch.tensor([0.5, 1.0])).isfinite().all()
     bad = step(torch.tensor([0.5, -1.0]))
@@ -173,7 +177,7 @@ def test_label_smoothing_is_a_rate_in_every_form() -> None:
             DPOLoss(beta)
 
 
-def test_the_ops_of_lists_take_temperatures_of_any_sign_as_they_say() -> None:
+def test_the_ops_of_lists_take_betas_of_any_sign_as_they_say() -> None:
     for op in (listwise_cross_entropy, plackett_luce_nll):
         turned = op(-SCORES, LABELS, torch.full((3, 2), 2.0))
         torch.testing.assert_close(op(SCORES, LABELS, torch.full((3, 2), -2.0)), turned)
@@ -184,8 +188,8 @@ def test_what_steers_a_trained_model_is_checked_with_the_same_words(bad: float) 
     for use in (
         lambda: steering.rescale(SCORES, SCORES, bad),
         lambda: steering.rescale(SCORES, SCORES, torch.tensor([1.0, bad, 1.0])),
-        lambda: steering.temperature_conditioned(SCORES, SCORES, [1.0, bad]),
-        lambda: sample_temperatures(2, 3, [1.0, bad], 2.0, seed=0, step=0),
+        lambda: steering.beta_conditioned(SCORES, SCORES, [1.0, bad]),
+        lambda: sample_betas(2, 3, [1.0, bad], 2.0, seed=0, step=0),
     ):
         with pytest.raises(ValueError, match="must be positive and finite"):
             use()
@@ -198,11 +202,11 @@ def test_what_steers_a_trained_model_is_checked_with_the_same_words(bad: float) 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_is_not_waited_for() -> None:
     scores, labels = SCORES.cuda(), LABELS.cuda()
-    temperature = in_the_second_row(-1.0).cuda()
+    beta = in_the_second_row(-1.0).cuda()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        found = [f(scores, labels, temperature=temperature, weights=temperature, reduction="none") for f in LIST_LOSSES]
+        found = [f(scores, labels, beta=beta, weights=beta, reduction="none") for f in LIST_LOSSES]
     finally:
         torch.cuda.set_sync_debug_mode("default")
     for value in found:

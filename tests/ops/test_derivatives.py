@@ -88,7 +88,7 @@ def test_closed_forms_of_hessians() -> None:
     def matrix(loss: Function, **options) -> Tensor:
         return hessian(lambda s: loss(s, labels, **options), scores)[0, :, 0]  # type: ignore[index]
 
-    torch.testing.assert_close(matrix(losses.listwise_dpo, temperature=0.7), 0.49 * spread(0.7 * scores[0]))
+    torch.testing.assert_close(matrix(losses.listwise_dpo, beta=0.7), 0.49 * spread(0.7 * scores[0]))
     last = torch.zeros(3, 3, dtype=F64)
     last[1:, 1:] = spread(scores[0, 1:])
     torch.testing.assert_close(matrix(losses.plackett_luce), spread(scores[0]) + last)
@@ -141,22 +141,22 @@ def test_tied_groups_far_from_the_rest_in_any_order(distance: float) -> None:
 
 
 def test_items_that_cannot_be_chosen_take_no_part_in_second_derivatives() -> None:
-    """At the bottom of a ranking and without a label they cost nothing, in the temperature's derivatives either."""
+    """At the bottom of a ranking and without a label they cost nothing, in the beta's derivatives either."""
     labels = torch.tensor([[[3.0, 2.0, 1.0, 0.0, 0.0]] * 2] * 2)
     scores = torch.tensor([[0.3, -0.2, 0.9, -math.inf, -math.inf], [1e4, 0.0, 1.0, -math.inf, -math.inf]])
-    temperature = torch.tensor([[0.7, 1.3]] * 2)
+    beta = torch.tensor([[0.7, 1.3]] * 2)
     for loss, dtype in ((losses.listwise_dpo, torch.float32), (losses.plackett_luce, F64)):
 
         def value(s: Tensor, t: Tensor, loss=loss) -> Tensor:
-            return loss(s, labels[..., : s.shape[1]], temperature=t, reduction="none").sin()
+            return loss(s, labels[..., : s.shape[1]], beta=t, reduction="none").sin()
 
-        whole = contractions(value, (scores.to(dtype), temperature.to(dtype)), 2)
-        short = contractions(value, (scores[:, :3].to(dtype), temperature.to(dtype)), 1)
+        whole = contractions(value, (scores.to(dtype), beta.to(dtype)), 2)
+        short = contractions(value, (scores[:, :3].to(dtype), beta.to(dtype)), 1)
         torch.testing.assert_close(whole[0][1], short[0][1])
         assert all(part.isfinite().all() for part in whole[1])
         hessian = torch.func.hessian(lambda s, t, value=value: value(s, t).sum(), argnums=(0, 1))
-        found = hessian(scores.to(dtype), temperature.to(dtype))
-        expected = hessian(scores[:, :3].to(dtype), temperature.to(dtype))
+        found = hessian(scores.to(dtype), beta.to(dtype))
+        expected = hessian(scores[:, :3].to(dtype), beta.to(dtype))
         torch.testing.assert_close(found[1][1], expected[1][1])
         torch.testing.assert_close(found[0][1][:, :3], expected[0][1])
         assert not found[0][1][:, 3:].any()
@@ -171,16 +171,16 @@ def test_second_derivatives_in_float32_are_those_of_float64(scale: float) -> Non
     for name in ("listwise_dpo-common", "plackett_luce", "plackett_luce-efron", "plackett_luce-exact",
                  "lambda_loss-ndcg"):  # fmt: skip
         entry = CASES[name]
-        _, _, temperature, weights = entry.leaves()
+        _, _, beta, weights = entry.leaves()
         base = torch.zeros(B, K)
-        small = contractions(entry, (scores, base, temperature.float(), weights.float()), 2)
+        small = contractions(entry, (scores, base, beta.float(), weights.float()), 2)
         large = contractions(
             Case(entry.oracle, entry.shapes),  # type: ignore[arg-type]
-            (scores.double(), base.double(), temperature.float().double(), weights.float().double()),
+            (scores.double(), base.double(), beta.float().double(), weights.float().double()),
             2,
         )
         for argument, a, b in zip(entry.shapes, small[1], large[1], strict=False):
-            limit = 3e-5 * float(b.abs().max() + (scale if argument == "temperature" else 1))
+            limit = 3e-5 * float(b.abs().max() + (scale if argument == "beta" else 1))
             torch.testing.assert_close(
                 a.double(), b, rtol=0, atol=limit, msg=lambda text, n=name, g=argument: f"{n}, {g}: {text}"
             )
@@ -223,11 +223,11 @@ def test_a_tie_has_the_curvature_of_its_neighbours() -> None:
     """Where scores are equal, maxima and differences of 0 inside a formula could lose half of it."""
     for name in ("listwise_dpo-common", "plackett_luce", "plackett_luce-efron", "pairwise_logistic-common"):
         entry = CASES[name]
-        _, base, temperature, weights = entry.leaves()
+        _, base, beta, weights = entry.leaves()
         curves = []
         for offset in (0.0, 1e-6):
             scores = (base + offset * torch.arange(K)).clone()
-            curves.append(contractions(lambda s, e=entry, rest=(base, temperature, weights): e(s, *rest), (scores,), 2))
+            curves.append(contractions(lambda s, e=entry, rest=(base, beta, weights): e(s, *rest), (scores,), 2))
         torch.testing.assert_close(curves[0][1][0], curves[1][1][0], rtol=1e-4, atol=1e-4)
 
 

@@ -48,7 +48,7 @@ def test_the_memory_order_of_an_argument_does_not_matter(loss: Callable[..., Ten
     torch.manual_seed(0)
     values = {
         "scores": torch.randn(4, 5), "labels": torch.randint(0, 3, (4, 2, 5)).float(), "reference": torch.randn(4, 5),
-        "temperature": torch.rand(4, 2) + 0.5, "weights": torch.rand(4, 2),
+        "beta": torch.rand(4, 2) + 0.5, "weights": torch.rand(4, 2),
     }  # fmt: skip
     mask = torch.arange(5) < torch.tensor([5, 3, 2, 4])[:, None]
 
@@ -124,7 +124,7 @@ def test_nothing_depends_on_padding_or_on_what_it_holds(loss: Callable[..., Tens
     labels = torch.tensor([[[2.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 3.0]], [[1.0, 2.0, 3.0, 4.0], [0.0, 1.0, 0.0, 1.0]]])
     values = {
         "scores": torch.randn(2, 4), "labels": labels, "reference": torch.randn(2, 4),
-        "temperature": torch.rand(2, 2) + 0.5, "weights": torch.rand(2, 2),
+        "beta": torch.rand(2, 2) + 0.5, "weights": torch.rand(2, 2),
     }  # fmt: skip
     plain = differentiable(loss, values, None)
     for place in ([1, 2, 4, 6], [0, 1, 2, 3], [3, 4, 5, 6]):  # where the items stand among seven places
@@ -195,16 +195,16 @@ def test_labels_that_float32_cannot_tell_apart_still_rank(loss: Callable[..., Te
 
 
 @pytest.mark.parametrize("loss", [pairwise_logistic, lambda_loss, approx_ndcg], ids=["pairwise", "lambda", "approx"])
-@pytest.mark.parametrize("temperature", [0.1, 1.0, 3.0])
+@pytest.mark.parametrize("beta", [0.1, 1.0, 3.0])
 @pytest.mark.parametrize(
     "scores", [(1e3, 0.3, -0.3), (-1e5, 0.3, -0.3), (1e7, 0.3, -0.3), (-300.1, -300.2, -900.0), (0.1, 0.2, -1e4, 0.3)]
 )
-def test_one_large_score_costs_the_differences_of_the_others_no_digit(loss, scores, temperature) -> None:
+def test_one_large_score_costs_the_differences_of_the_others_no_digit(loss, scores, beta) -> None:
     found = []
     for dtype in (torch.float32, torch.float64):
         leaf = torch.tensor([scores]).to(dtype).requires_grad_()
-        rate = torch.tensor([[temperature]]).to(dtype).requires_grad_()
-        value = loss(leaf, torch.arange(len(scores))[None].flip(1), temperature=rate)
+        rate = torch.tensor([[beta]]).to(dtype).requires_grad_()
+        value = loss(leaf, torch.arange(len(scores))[None].flip(1), beta=rate)
         found.append((value.detach(), *torch.autograd.grad(value, (leaf, rate))))
     near_one = 1e-7 if loss is approx_ndcg else 0  # which is 1 minus what it computes
     for ours, exact in zip(*found, strict=True):
@@ -215,8 +215,8 @@ def test_one_large_score_costs_the_differences_of_the_others_no_digit(loss, scor
 def test_scores_of_two_sizes_are_rounded_by_no_more_than_their_own_last_digits(loss) -> None:
     scores = torch.tensor([[1000.5, 1000.25, 0.1, 0.2, 0.3]], requires_grad=True)
     wide = scores.detach().double().requires_grad_()
-    for temperature in (0.1, 3.0):
-        pairs = [loss(s, torch.arange(5)[None].flip(1), temperature=temperature) for s in (scores, wide)]
+    for beta in (0.1, 3.0):
+        pairs = [loss(s, torch.arange(5)[None].flip(1), beta=beta) for s in (scores, wide)]
         torch.testing.assert_close(pairs[0].double(), pairs[1], rtol=1e-5, atol=0)
         ours, exact = (torch.autograd.grad(value, leaf)[0] for value, leaf in zip(pairs, (scores, wide), strict=True))
         torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-6)

@@ -17,12 +17,12 @@ from mopl.ops import _rows
 from mopl.ops.listnet import _listwise_cross_entropy, listwise_cross_entropy
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
-NAMES = ("loss", "scores", "labels", "temperature")
+NAMES = ("loss", "scores", "labels", "beta")
 
 
-def run(op, scores: Tensor, labels: Tensor, temperature: Tensor, upstream: Tensor, *options) -> dict[str, Tensor]:
+def run(op, scores: Tensor, labels: Tensor, beta: Tensor, upstream: Tensor, *options) -> dict[str, Tensor]:
     """Return the loss and the gradients of (upstream * loss).sum()."""
-    leaves = [t.detach().clone().requires_grad_() for t in (scores, labels, temperature)]
+    leaves = [t.detach().clone().requires_grad_() for t in (scores, labels, beta)]
     loss = op(*leaves, *options)
     if not loss.requires_grad:  # the reference found nothing to charge
         return dict(zip(NAMES, (loss, *(torch.zeros_like(t) for t in leaves)), strict=True))
@@ -31,15 +31,15 @@ def run(op, scores: Tensor, labels: Tensor, temperature: Tensor, upstream: Tenso
 
 
 def problem(batch: int, objectives: int, items: int, dtype=F32, scale=1.0, common=False, masked=False):
-    """Return random scores, labels, temperature, upstream gradient and mask; masked slots hold NaN and inf."""
+    """Return random scores, labels, beta, upstream gradient and mask; masked slots hold NaN and inf."""
     scores = (torch.randn(batch, items, dtype=F64) * scale).to(dtype)
     labels = torch.rand(batch, objectives, items, dtype=F64).to(dtype) * (torch.rand(batch, objectives, items) < 0.7)
-    temperature = 2.0 ** torch.randint(-2, 3, (batch, 1 if common else objectives)).to(F64 if dtype == F64 else F32)
+    beta = 2.0 ** torch.randint(-2, 3, (batch, 1 if common else objectives)).to(F64 if dtype == F64 else F32)
     mask = None
     if masked:
         mask = torch.rand(batch, items) < torch.rand(batch, 1)
         scores[~mask], labels[~mask[:, None].expand_as(labels)] = math.nan, math.inf
-    return scores, labels, temperature, torch.randn(batch, objectives, dtype=F64), mask
+    return scores, labels, beta, torch.randn(batch, objectives, dtype=F64), mask
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
@@ -54,11 +54,11 @@ def error(actual: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize(("batch", "objectives", "items"), [(7, 1, 2), (7, 3, 3), (5, 2, 8), (4, 3, 40), (2, 2, 130)])
 def test_loss_and_gradients_equal_the_formula(batch, objectives, items, common, masked, normalize) -> None:
     for dtype, scale, tolerance in ((F64, 1, 1e-12), (F64, 100, 1e-12), (F32, 1, 2e-6), (F32, 100, 2e-6)):
-        scores, labels, temperature, upstream, mask = problem(
+        scores, labels, beta, upstream, mask = problem(
             batch, objectives, items, dtype, scale, common=common, masked=masked
         )
-        ours = run(listwise_cross_entropy, scores, labels, temperature, upstream, mask, normalize)
-        doubles = (t.double() for t in (scores, labels, temperature))
+        ours = run(listwise_cross_entropy, scores, labels, beta, upstream, mask, normalize)
+        doubles = (t.double() for t in (scores, labels, beta))
         theirs = run(reference.listwise_cross_entropy, *doubles, upstream, mask, normalize)
         for name in NAMES:
             assert error(ours[name], theirs[name].nan_to_num()) < tolerance, (name, dtype, scale)
@@ -83,9 +83,9 @@ def test_float32_keeps_six_digits_for_any_scores(kind: str, items: int, toleranc
     labels[:, 0, 0] = 1
     labels[:, 1] = torch.arange(items, 0, -1.0) ** 2
     labels[:, 2] = torch.rand(4, items)
-    temperature = torch.ones(4, 1)
+    beta = torch.ones(4, 1)
     for j in range(3):  # one at a time: the gradient of each is judged by its own largest entry
-        ours = run(listwise_cross_entropy, scores, labels[:, j : j + 1], temperature, torch.ones(4, 1))
+        ours = run(listwise_cross_entropy, scores, labels[:, j : j + 1], beta, torch.ones(4, 1))
         u = scores.double().requires_grad_()
         z = (labels[:, j] / labels[:, j].sum(-1, keepdim=True).double()).double()
         # lse of the others, by items: no digit is lost where one item has all the mass
@@ -114,20 +114,20 @@ def test_a_confident_list_keeps_every_digit_of_its_tiny_loss(items: int, gap: fl
 
 
 def test_the_loss_of_one_list_does_not_depend_on_its_neighbours_or_on_blocks(monkeypatch) -> None:
-    scores, labels, temperature, upstream, _ = problem(40, 3, 9, F64, scale=5)
-    whole = run(listwise_cross_entropy, scores, labels, temperature, upstream)
+    scores, labels, beta, upstream, _ = problem(40, 3, 9, F64, scale=5)
+    whole = run(listwise_cross_entropy, scores, labels, beta, upstream)
     monkeypatch.setattr(_rows, "_BLOCK_ITEMS", 64)
-    for name, value in run(listwise_cross_entropy, scores, labels, temperature, upstream).items():
+    for name, value in run(listwise_cross_entropy, scores, labels, beta, upstream).items():
         torch.testing.assert_close(value, whole[name], rtol=1e-13, atol=1e-15)
 
 
-def test_one_temperature_for_all_objectives_equals_the_same_temperature_for_each() -> None:
-    scores, labels, temperature, upstream, mask = problem(6, 4, 11, F64, common=True, masked=True)
-    one = run(listwise_cross_entropy, scores, labels, temperature, upstream, mask)
-    each = run(listwise_cross_entropy, scores, labels, temperature.repeat(1, 4), upstream, mask)
+def test_one_beta_for_all_objectives_equals_the_same_beta_for_each() -> None:
+    scores, labels, beta, upstream, mask = problem(6, 4, 11, F64, common=True, masked=True)
+    one = run(listwise_cross_entropy, scores, labels, beta, upstream, mask)
+    each = run(listwise_cross_entropy, scores, labels, beta.repeat(1, 4), upstream, mask)
     for name in ("loss", "scores", "labels"):
         torch.testing.assert_close(one[name], each[name], rtol=1e-12, atol=1e-15)
-    torch.testing.assert_close(one["temperature"], each["temperature"].sum(-1, keepdim=True), rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(one["beta"], each["beta"].sum(-1, keepdim=True), rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("number", [1.0, 0.5])
@@ -139,33 +139,33 @@ def test_one_number_expanded_to_all_objectives_equals_the_same_number_for_each(i
     each = run(listwise_cross_entropy, scores, labels, one.repeat(5, 3), upstream)
     for name in ("loss", "scores", "labels"):
         assert error(expanded[name], each[name]) <= 1e-6
-    assert error(expanded["temperature"], each["temperature"].sum()) <= 1e-5
+    assert error(expanded["beta"], each["beta"].sum()) <= 1e-5
 
 
-def test_a_negative_or_zero_temperature_is_just_a_number() -> None:
+def test_a_negative_or_zero_beta_is_just_a_number() -> None:
     scores, labels, _, upstream, _ = problem(5, 2, 6, F64)
-    temperature = torch.tensor([[-1.5, 0.0]], dtype=F64).repeat(5, 1)
-    ours = run(listwise_cross_entropy, scores, labels, temperature, upstream)
-    theirs = run(reference.listwise_cross_entropy, scores, labels, temperature, upstream)
+    beta = torch.tensor([[-1.5, 0.0]], dtype=F64).repeat(5, 1)
+    ours = run(listwise_cross_entropy, scores, labels, beta, upstream)
+    theirs = run(reference.listwise_cross_entropy, scores, labels, beta, upstream)
     for name in NAMES:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("normalize", ["l1", "softmax", None])
-@pytest.mark.parametrize("temperature_shape", [(), (2,), (3, 1), (3, 2)])
-def test_gradcheck_of_every_differentiable_argument(normalize, temperature_shape) -> None:
+@pytest.mark.parametrize("beta_shape", [(), (2,), (3, 1), (3, 2)])
+def test_gradcheck_of_every_differentiable_argument(normalize, beta_shape) -> None:
     def leaf(*shape: int) -> Tensor:
         return (torch.rand(shape, dtype=F64) + 0.2).requires_grad_()
 
     mask = torch.tensor([[True, True, True, True], [True, False, True, True], [True, True, False, False]])
 
-    def loss(scores, labels, base, temperature, weights):
+    def loss(scores, labels, base, beta, weights):
         return listwise_dpo(
-            scores, labels, reference=base, temperature=temperature, weights=weights, mask=mask,
+            scores, labels, reference=base, beta=beta, weights=weights, mask=mask,
             normalize=normalize, reduction="none",
         )  # fmt: skip
 
-    assert torch.autograd.gradcheck(loss, (leaf(3, 4), leaf(3, 2, 4), leaf(3, 4), leaf(*temperature_shape), leaf(3, 2)))
+    assert torch.autograd.gradcheck(loss, (leaf(3, 4), leaf(3, 2, 4), leaf(3, 4), leaf(*beta_shape), leaf(3, 2)))
 
 
 def test_reductions_and_weights() -> None:
@@ -183,9 +183,9 @@ def test_reductions_and_weights() -> None:
 def test_only_the_difference_to_the_reference_counts() -> None:
     scores, labels, _, _, _ = problem(4, 2, 6, F64)
     base = torch.randn(4, 6, dtype=F64)
-    with_reference = listwise_dpo(scores, labels, reference=base, temperature=0.3)
-    torch.testing.assert_close(with_reference, listwise_dpo(scores - base, labels, temperature=0.3))
-    shifted = listwise_dpo(scores, labels, reference=base + torch.randn(4, 1, dtype=F64), temperature=0.3)
+    with_reference = listwise_dpo(scores, labels, reference=base, beta=0.3)
+    torch.testing.assert_close(with_reference, listwise_dpo(scores - base, labels, beta=0.3))
+    shifted = listwise_dpo(scores, labels, reference=base + torch.randn(4, 1, dtype=F64), beta=0.3)
     torch.testing.assert_close(with_reference, shifted)
 
 
@@ -199,11 +199,11 @@ def test_padding_and_the_order_of_items_change_nothing(normalize) -> None:
     wide_labels = torch.full((5, 2, 9), -math.inf, dtype=F64).scatter(2, index, labels)
 
     def op(s, z, t, mask=None):
-        return listwise_dpo(s, z, temperature=t, mask=mask, normalize=normalize, reduction="none")
+        return listwise_dpo(s, z, beta=t, mask=mask, normalize=normalize, reduction="none")
 
-    temperature = torch.rand(5, 2, dtype=F64) + 0.5
-    plain = run(op, scores, labels, temperature, upstream)
-    padded = run(op, wide, wide_labels, temperature, upstream, mask)
+    beta = torch.rand(5, 2, dtype=F64) + 0.5
+    plain = run(op, scores, labels, beta, upstream)
+    padded = run(op, wide, wide_labels, beta, upstream, mask)
     torch.testing.assert_close(padded["loss"], plain["loss"], rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(padded["scores"].gather(1, place), plain["scores"], rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(padded["labels"].gather(2, index), plain["labels"], rtol=1e-12, atol=1e-14)
@@ -223,7 +223,7 @@ def test_short_lists_and_lists_without_labels_cost_nothing() -> None:
     assert not ours["scores"][:3].any()
     assert not ours["labels"][:3].any()
     assert not ours["labels"][3, 0].any()
-    assert not ours["temperature"][:3].any()
+    assert not ours["beta"][:3].any()
     for shape in ((2, 0), (2, 1), (0, 3)):
         empty = run(
             listwise_cross_entropy, torch.ones(shape), torch.ones(shape[0], 2, shape[1]),
@@ -248,10 +248,10 @@ def test_an_item_that_cannot_be_chosen() -> None:
 
 
 def test_nan_stays_in_its_own_list() -> None:
-    scores, labels, temperature, upstream, _ = problem(3, 2, 9)
-    clean = run(listwise_cross_entropy, scores, labels, temperature, upstream)
+    scores, labels, beta, upstream, _ = problem(3, 2, 9)
+    clean = run(listwise_cross_entropy, scores, labels, beta, upstream)
     scores[1, 4] = math.nan
-    ours = run(listwise_cross_entropy, scores, labels, temperature, upstream)
+    ours = run(listwise_cross_entropy, scores, labels, beta, upstream)
     for name in ("loss", "scores"):
         assert ours[name][1].isnan().all()
         torch.testing.assert_close(ours[name][::2], clean[name][::2], rtol=1e-6, atol=1e-6)
@@ -269,10 +269,10 @@ def test_signed_labels_that_are_taken_as_they_are() -> None:
 
 
 def test_sixteen_bit_scores_give_the_float32_loss_of_the_rounded_scores() -> None:
-    scores, labels, temperature, upstream, _ = problem(4, 2, 12, scale=4)
+    scores, labels, beta, upstream, _ = problem(4, 2, 12, scale=4)
     rounded = scores.to(BF16)
-    ours = run(listwise_cross_entropy, rounded, labels, temperature, upstream)
-    full = run(listwise_cross_entropy, rounded.float(), labels, temperature, upstream)
+    ours = run(listwise_cross_entropy, rounded, labels, beta, upstream)
+    full = run(listwise_cross_entropy, rounded.float(), labels, beta, upstream)
     assert ours["loss"].dtype == F32
     assert ours["scores"].dtype == BF16
     assert torch.equal(ours["loss"], full["loss"])
@@ -282,19 +282,19 @@ def test_sixteen_bit_scores_give_the_float32_loss_of_the_rounded_scores() -> Non
 @pytest.mark.parametrize("dtype", [BF16, torch.float16, F32, torch.float64])
 @pytest.mark.parametrize("shape", [(6, 2, 3), (6, 8, 64), (1, 2, 30)])
 @pytest.mark.parametrize("common", [False, True])
-def test_a_temperature_of_another_dtype_is_taken_in_that_of_the_arithmetic(shape: tuple, common: bool, dtype) -> None:
-    scores, labels, temperature, upstream, _ = problem(*shape, scale=4)
+def test_a_beta_of_another_dtype_is_taken_in_that_of_the_arithmetic(shape: tuple, common: bool, dtype) -> None:
+    scores, labels, beta, upstream, _ = problem(*shape, scale=4)
     scores, labels = (scores.float(), labels.float()) if dtype == torch.float64 else (scores.double(), labels.double())
-    temperature, upstream = temperature.bfloat16().to(dtype), upstream.to(scores.dtype)  # exact in every dtype
+    beta, upstream = beta.bfloat16().to(dtype), upstream.to(scores.dtype)  # exact in every dtype
 
     def op(s: Tensor, z: Tensor, t: Tensor) -> Tensor:
         return listwise_cross_entropy(s, z, t[:1, :1].expand_as(t) if common else t)
 
-    ours = run(op, scores, labels, temperature, upstream)
-    same = run(op, scores, labels, temperature.to(scores.dtype), upstream)
+    ours = run(op, scores, labels, beta, upstream)
+    same = run(op, scores, labels, beta.to(scores.dtype), upstream)
     for name in ("loss", "scores", "labels"):
         assert torch.equal(ours[name], same[name])
-    torch.testing.assert_close(ours["temperature"], same["temperature"].to(dtype), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(ours["beta"], same["beta"].to(dtype), rtol=0.02, atol=0.02)
 
 
 def test_integer_labels_are_weights_like_any_other() -> None:
@@ -316,8 +316,8 @@ def test_softmax_labels_are_the_softmax_of_the_existing_ones() -> None:
 
 
 def sample(masked: bool = True, common: bool = False):
-    scores, labels, temperature, _, mask = problem(5, 3, 7, common=common)
-    leaves = [t.requires_grad_() for t in (scores, labels, temperature)]
+    scores, labels, beta, _, mask = problem(5, 3, 7, common=common)
+    leaves = [t.requires_grad_() for t in (scores, labels, beta)]
     mask = torch.rand(5, 7) < 0.7 if masked else None
     return (*leaves, mask)
 
@@ -329,24 +329,24 @@ def test_opcheck(normalize: bool, common: bool) -> None:
     torch.library.opcheck(_listwise_cross_entropy, (*sample(masked=False, common=common), normalize))
 
 
-def _train(scores: Tensor, labels: Tensor, base: Tensor, temperature: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
-    return listwise_dpo(scores, labels, reference=base, temperature=temperature, weights=weights, mask=mask)
+def _train(scores: Tensor, labels: Tensor, base: Tensor, beta: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
+    return listwise_dpo(scores, labels, reference=base, beta=beta, weights=weights, mask=mask)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiles_to_one_graph(backend: str) -> None:
-    scores, labels, temperature, mask = sample()
-    arguments = (scores, labels, torch.randn(5, 7), temperature, torch.rand(5, 3), mask)
-    plain = torch.autograd.grad(_train(*arguments), (scores, labels, temperature))
+    scores, labels, beta, mask = sample()
+    arguments = (scores, labels, torch.randn(5, 7), beta, torch.rand(5, 3), mask)
+    plain = torch.autograd.grad(_train(*arguments), (scores, labels, beta))
     compiled = torch.compile(_train, fullgraph=True, backend=backend)
-    found = torch.autograd.grad(compiled(*arguments), (scores, labels, temperature))
+    found = torch.autograd.grad(compiled(*arguments), (scores, labels, beta))
     torch.testing.assert_close(found, plain)
 
 
 def test_runs_on_fake_tensors() -> None:
     with FakeTensorMode() as mode:
-        scores, labels, temperature, mask = (mode.from_tensor(t) for t in sample())
-        loss = listwise_cross_entropy(scores, labels, temperature, mask)
+        scores, labels, beta, mask = (mode.from_tensor(t) for t in sample())
+        loss = listwise_cross_entropy(scores, labels, beta, mask)
         loss.sum().backward()
         assert loss.shape == (5, 3)
         assert scores.grad is not None
@@ -354,23 +354,23 @@ def test_runs_on_fake_tensors() -> None:
 
 
 def test_backward_can_be_repeated_and_changes_nothing_it_was_given() -> None:
-    scores, labels, temperature, mask = sample()
-    before = [t.detach().clone() for t in (scores, labels, temperature, mask)]
-    loss = listwise_cross_entropy(scores, labels, temperature, mask)
+    scores, labels, beta, mask = sample()
+    before = [t.detach().clone() for t in (scores, labels, beta, mask)]
+    loss = listwise_cross_entropy(scores, labels, beta, mask)
     kept = loss.detach().clone()
     upstream = torch.randn_like(loss)
-    first = torch.autograd.grad(loss, (scores, labels, temperature), upstream, retain_graph=True)
-    second = torch.autograd.grad(loss, (scores, labels, temperature), upstream)
+    first = torch.autograd.grad(loss, (scores, labels, beta), upstream, retain_graph=True)
+    second = torch.autograd.grad(loss, (scores, labels, beta), upstream)
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
-    for a, b in zip(before, (scores, labels, temperature, mask), strict=True):
+    for a, b in zip(before, (scores, labels, beta, mask), strict=True):
         assert torch.equal(a, b)
     assert torch.equal(kept, loss)
 
 
 def test_results_are_equal_bit_for_bit_from_run_to_run() -> None:
-    scores, labels, temperature, upstream, mask = problem(300, 2, 50, masked=True)
-    runs = [run(listwise_cross_entropy, scores, labels, temperature, upstream, mask) for _ in range(3)]
+    scores, labels, beta, upstream, mask = problem(300, 2, 50, masked=True)
+    runs = [run(listwise_cross_entropy, scores, labels, beta, upstream, mask) for _ in range(3)]
     for name in NAMES:
         assert torch.equal(runs[0][name], runs[1][name])
         assert torch.equal(runs[0][name], runs[2][name])
@@ -382,18 +382,18 @@ def test_only_the_gradients_that_are_asked_for_are_computed(monkeypatch) -> None
     asked = []
     backward = listnet._backward_cpu
     monkeypatch.setattr(listnet, "_backward_cpu", lambda *a: asked.append(a[-3:]) or backward(*a))
-    scores, labels, temperature, mask = sample()
-    listwise_cross_entropy(scores, labels.detach(), temperature.detach(), mask).sum().backward()
-    listwise_cross_entropy(scores.detach(), labels, temperature.detach(), mask).sum().backward()
+    scores, labels, beta, mask = sample()
+    listwise_cross_entropy(scores, labels.detach(), beta.detach(), mask).sum().backward()
+    listwise_cross_entropy(scores.detach(), labels, beta.detach(), mask).sum().backward()
     assert asked == [(True, False, False), (False, True, False)]
 
 
 def test_autocast_leaves_the_arithmetic_alone() -> None:
-    scores, labels, temperature, upstream, mask = problem(40, 3, 4, common=True, masked=True)
-    plain = run(listwise_cross_entropy, scores, labels, temperature, upstream, mask)
+    scores, labels, beta, upstream, mask = problem(40, 3, 4, common=True, masked=True)
+    plain = run(listwise_cross_entropy, scores, labels, beta, upstream, mask)
     with torch.autocast("cpu", dtype=BF16):
         assert torch.equal(torch.ones(2, 2).mm(torch.full((2, 2), 1.001)), torch.full((2, 2), 2.0, dtype=BF16))
-        cast = run(listwise_cross_entropy, scores, labels, temperature, upstream, mask)
+        cast = run(listwise_cross_entropy, scores, labels, beta, upstream, mask)
     for name in NAMES:
         assert torch.equal(cast[name], plain[name])
 
@@ -402,13 +402,13 @@ def test_autocast_leaves_the_arithmetic_alone() -> None:
     ("changed", "words"),
     [
         ({"labels": torch.ones(4, 6)}, ["labels", "(4, 6)", "(B, m, K)", "labels[:, None]"]),
-        ({"temperature": torch.ones(3)}, ["temperature", "(3,)", "(4, 3)", "(4, 1)"]),
-        ({"temperature": torch.ones(4, 3, dtype=torch.int64)}, ["temperature", "int64", "floating point"]),
+        ({"beta": torch.ones(3)}, ["beta", "(3,)", "(4, 3)", "(4, 1)"]),
+        ({"beta": torch.ones(4, 3, dtype=torch.int64)}, ["beta", "int64", "floating point"]),
         ({"mask": torch.ones(4, 5, dtype=torch.bool)}, ["mask", "(4, 5)", "(4, 6)"]),
     ],
 )
 def test_the_op_itself_broadcasts_nothing(changed: dict, words: list[str]) -> None:
-    arguments = {"scores": torch.ones(4, 6), "labels": torch.ones(4, 3, 6), "temperature": torch.ones(4, 3)} | changed
+    arguments = {"scores": torch.ones(4, 6), "labels": torch.ones(4, 3, 6), "beta": torch.ones(4, 3)} | changed
     with pytest.raises(ValueError) as caught:
         listwise_cross_entropy(**arguments)
     for word in words:
@@ -431,12 +431,10 @@ def test_extreme_scores_give_what_float64_gives(data) -> None:
         [[data.draw(st.lists(st.sampled_from([0.0, 0.0, 1.0, 3.0]), min_size=items, max_size=items))]]
     )
     mask = torch.tensor([data.draw(st.lists(st.booleans(), min_size=items, max_size=items))])
-    temperature = torch.tensor([[data.draw(st.sampled_from([1.0, 0.5, 2.0]))]])
+    beta = torch.tensor([[data.draw(st.sampled_from([1.0, 0.5, 2.0]))]])
     upstream = torch.ones(1, 1)
-    ours = run(listwise_cross_entropy, scores, labels, temperature, upstream, mask)
-    theirs = run(
-        reference.listwise_cross_entropy, scores.double(), labels.double(), temperature.double(), upstream, mask
-    )
+    ours = run(listwise_cross_entropy, scores, labels, beta, upstream, mask)
+    theirs = run(reference.listwise_cross_entropy, scores.double(), labels.double(), beta.double(), upstream, mask)
     expected = theirs["loss"].clamp(max=torch.finfo(F32).max)
     torch.testing.assert_close(ours["loss"].double(), expected, rtol=3e-6, atol=1e-36)
     torch.testing.assert_close(ours["scores"].double(), theirs["scores"], rtol=3e-6, atol=2e-6)

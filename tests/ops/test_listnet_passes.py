@@ -34,14 +34,14 @@ class Passes(TorchDispatchMode):
 def passes(batch: int, objectives: int, items: int, normalize: bool = True, masked: bool = False) -> tuple[list, list]:
     """Return the names of the passes forward and backward over lists in which nothing is likely."""
     scores, labels = torch.rand(batch, items), torch.rand(batch, objectives, items)
-    temperature = torch.ones(()).expand(batch, 1)
+    beta = torch.ones(()).expand(batch, 1)
     mask = torch.ones(batch, items, dtype=torch.bool) if masked else None
     with Passes(batch * items) as forward:
-        loss, peak, mass, logp = _listnet_cpu.forward(scores, labels, temperature, mask, normalize)
+        loss, peak, mass, logp = _listnet_cpu.forward(scores, labels, beta, mask, normalize)
     assert (peak == -1).all()
     upstream, saved = torch.ones(batch, objectives), (loss, peak, mass, logp)
     with Passes(batch * items) as backward:
-        _listnet_cpu.backward(upstream, scores, labels, temperature, mask, *saved, normalize, True, False, False)
+        _listnet_cpu.backward(upstream, scores, labels, beta, mask, *saved, normalize, True, False, False)
     return forward.names, backward.names
 
 
@@ -126,12 +126,12 @@ def test_past_the_dispatcher_and_through_it_are_equal_bit_for_bit() -> None:
 def test_a_trace_before_autograd_has_the_op_whole() -> None:
     arguments = torch.rand(4, 40), torch.rand(4, 2, 40), torch.ones(4, 1)
 
-    def gradient(scores: Tensor, labels: Tensor, temperature: Tensor) -> Tensor:
+    def gradient(scores: Tensor, labels: Tensor, beta: Tensor) -> Tensor:
         leaf = scores.detach().requires_grad_()
-        return torch.autograd.grad(listwise_cross_entropy(leaf, labels, temperature).sum(), leaf)[0]
+        return torch.autograd.grad(listwise_cross_entropy(leaf, labels, beta).sum(), leaf)[0]
 
-    def loss(scores: Tensor, labels: Tensor, temperature: Tensor) -> Tensor:
-        return listwise_cross_entropy(scores, labels, temperature)
+    def loss(scores: Tensor, labels: Tensor, beta: Tensor) -> Tensor:
+        return listwise_cross_entropy(scores, labels, beta)
 
     for function in (loss, gradient):
         traced = make_fx(function, pre_dispatch=True)(*arguments)

@@ -19,13 +19,13 @@ from mopl.ops._rankings import Rankings
 from mopl.ops.plackett_luce import _plackett_luce_nll, plackett_luce_nll
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
-NAMES = ("loss", "scores", "temperature")
+NAMES = ("loss", "scores", "beta")
 TIES = ("breslow", "efron", "exact")
 
 
-def run(op, scores: Tensor, labels: Tensor, temperature: Tensor, upstream: Tensor, mask=None, **options):
+def run(op, scores: Tensor, labels: Tensor, beta: Tensor, upstream: Tensor, mask=None, **options):
     """Return the loss and the gradients of (upstream * loss).sum()."""
-    leaves = [t.detach().clone().requires_grad_() for t in (scores, temperature)]
+    leaves = [t.detach().clone().requires_grad_() for t in (scores, beta)]
     loss = op(leaves[0], labels, leaves[1], mask, **options)
     if not loss.requires_grad:  # the reference found nothing to charge
         return dict(zip(NAMES, (loss, *(torch.zeros_like(t) for t in leaves)), strict=True))
@@ -41,17 +41,17 @@ def value_and_gradient(scores: Tensor, labels: Tensor, **options) -> tuple[Tenso
 
 
 def problem(batch: int, objectives: int, items: int, dtype=F32, scale=1.0, levels=None, common=False, masked=False):
-    """Return random scores, labels, temperature, upstream gradient and mask; masked slots hold NaN and inf."""
+    """Return random scores, labels, beta, upstream gradient and mask; masked slots hold NaN and inf."""
     scores = (torch.randn(batch, items, dtype=F64) * scale).to(dtype)
     labels = torch.rand(batch, objectives, items)
     if levels:
         labels = torch.randint(levels, labels.shape).float()
-    temperature = 2.0 ** torch.randint(-2, 3, (batch, 1 if common else objectives)).to(F64 if dtype == F64 else F32)
+    beta = 2.0 ** torch.randint(-2, 3, (batch, 1 if common else objectives)).to(F64 if dtype == F64 else F32)
     mask = None
     if masked:
         mask = torch.rand(batch, items) < torch.rand(batch, 1)
         scores[~mask], labels[~mask[:, None].expand_as(labels)] = math.inf, math.nan
-    return scores, labels, temperature, torch.randn(batch, objectives, dtype=F64), mask
+    return scores, labels, beta, torch.randn(batch, objectives, dtype=F64), mask
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
@@ -85,18 +85,16 @@ def test_loss_and_gradients_equal_the_formula(batch, objectives, items, ties, le
         (F32, 30, 2e-6),
         (F32, 1e4, 2e-6),
     ):
-        scores, labels, temperature, upstream, mask = problem(
+        scores, labels, beta, upstream, mask = problem(
             batch, objectives, items, dtype, scale, levels, common=scale == 30, masked=masked
         )
         options = {"ties": ties, **OPTIONS[kind](labels.shape)}
-        ours = run(plackett_luce_nll, scores, labels, temperature, upstream, mask, **options)
+        ours = run(plackett_luce_nll, scores, labels, beta, upstream, mask, **options)
         options = {k: v.double() if isinstance(v, Tensor) else v for k, v in options.items()}
-        theirs = run(
-            reference.plackett_luce_nll, scores.double(), labels, temperature.double(), upstream, mask, **options
-        )
+        theirs = run(reference.plackett_luce_nll, scores.double(), labels, beta.double(), upstream, mask, **options)
         for name in NAMES:
-            # The gradient of the temperature is a sum of terms as large as scores are.
-            limit = tolerance * (5 if name == "temperature" else 1)
+            # The gradient of the beta is a sum of terms as large as scores are.
+            limit = tolerance * (5 if name == "beta" else 1)
             assert error(ours[name], theirs[name]) < limit, (name, dtype, scale)
 
 
@@ -147,25 +145,25 @@ def test_a_confident_ranking_keeps_every_digit_of_its_tiny_loss(gap: float) -> N
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("integer", [torch.int16, torch.int32, torch.int64])
 def test_a_presorted_order_gives_what_sorting_gives(integer: torch.dtype, masked: bool) -> None:
-    scores, labels, temperature, upstream, mask = problem(6, 3, 9, F64, levels=4, masked=masked)
+    scores, labels, beta, upstream, mask = problem(6, 3, 9, F64, levels=4, masked=masked)
     order = presort(labels, mask).to(integer)
     for ties in TIES:
-        sorted_here = run(plackett_luce_nll, scores, labels, temperature, upstream, mask, ties=ties)
-        presorted = run(plackett_luce_nll, scores, labels, temperature, upstream, mask, ties=ties, order=order)
+        sorted_here = run(plackett_luce_nll, scores, labels, beta, upstream, mask, ties=ties)
+        presorted = run(plackett_luce_nll, scores, labels, beta, upstream, mask, ties=ties, order=order)
         torch.testing.assert_close(presorted, sorted_here, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("ties", TIES)
 def test_padding_and_the_order_of_items_change_nothing(ties: str) -> None:
-    scores, labels, temperature, upstream, _ = problem(5, 2, 6, F64, levels=3)
+    scores, labels, beta, upstream, _ = problem(5, 2, 6, F64, levels=3)
     place = torch.rand(5, 9).argsort(-1)[:, :6]  # every list's items go to random slots of nine
     wide, mask = torch.full((5, 9), math.nan, dtype=F64).scatter(1, place, scores), torch.zeros(5, 9, dtype=torch.bool)
     mask.scatter_(1, place, True)
     wide_labels = torch.full((5, 2, 9), math.inf).scatter(2, place[:, None].expand(5, 2, 6), labels)
-    plain = run(plackett_luce_nll, scores, labels, temperature, upstream, ties=ties)
-    padded = run(plackett_luce_nll, wide, wide_labels, temperature, upstream, mask, ties=ties)
+    plain = run(plackett_luce_nll, scores, labels, beta, upstream, ties=ties)
+    padded = run(plackett_luce_nll, wide, wide_labels, beta, upstream, mask, ties=ties)
     torch.testing.assert_close(padded["loss"], plain["loss"], rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(padded["temperature"], plain["temperature"], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(padded["beta"], plain["beta"], rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(padded["scores"].gather(1, place), plain["scores"], rtol=1e-10, atol=1e-12)
     assert not padded["scores"][~mask].any()
 
@@ -185,8 +183,8 @@ def test_short_lists_cost_nothing_whatever_they_hold() -> None:
             assert not value[:3].any()
             assert value[3].any()
     for shape in ((2, 0), (2, 1), (0, 3)):
-        labels, temperature = torch.ones(shape[0], 2, shape[1]), torch.ones(shape[0], 2)
-        empty = run(plackett_luce_nll, torch.ones(shape), labels, temperature, torch.ones(shape[0], 2))
+        labels, beta = torch.ones(shape[0], 2, shape[1]), torch.ones(shape[0], 2)
+        empty = run(plackett_luce_nll, torch.ones(shape), labels, beta, torch.ones(shape[0], 2))
         assert empty["loss"].shape == (shape[0], 2)
         assert not any(bool(value.any()) for value in empty.values())
 
@@ -225,23 +223,23 @@ def test_an_infinite_part_that_is_not_charged_does_not_count() -> None:
 
 
 def test_nan_stays_in_its_own_list() -> None:
-    scores, labels, temperature, upstream, _ = problem(3, 2, 6, levels=3)
+    scores, labels, beta, upstream, _ = problem(3, 2, 6, levels=3)
     for ties in TIES:
         for bad in (math.nan, math.inf):
-            clean = run(plackett_luce_nll, scores, labels, temperature, upstream, ties=ties)
+            clean = run(plackett_luce_nll, scores, labels, beta, upstream, ties=ties)
             poisoned = scores.clone()
             poisoned[1, 4] = bad
-            ours = run(plackett_luce_nll, poisoned, labels, temperature, upstream, ties=ties)
+            ours = run(plackett_luce_nll, poisoned, labels, beta, upstream, ties=ties)
             for name in ("loss", "scores"):
                 assert ours[name][1].isnan().all()
                 torch.testing.assert_close(ours[name][::2], clean[name][::2], rtol=2e-6, atol=2e-6)
 
 
 def test_sixteen_bit_scores_give_the_float32_loss_of_the_rounded_scores() -> None:
-    scores, labels, temperature, upstream, _ = problem(4, 2, 12, scale=4, levels=5)
+    scores, labels, beta, upstream, _ = problem(4, 2, 12, scale=4, levels=5)
     rounded = scores.to(BF16)
-    ours = run(plackett_luce_nll, rounded, labels, temperature, upstream)
-    full = run(plackett_luce_nll, rounded.float(), labels, temperature, upstream)
+    ours = run(plackett_luce_nll, rounded, labels, beta, upstream)
+    full = run(plackett_luce_nll, rounded.float(), labels, beta, upstream)
     assert ours["loss"].dtype == F32
     assert ours["scores"].dtype == BF16
     assert torch.equal(ours["loss"], full["loss"])
@@ -279,23 +277,23 @@ def test_each_list_is_served_by_its_own_form(ties: str, monkeypatch) -> None:
     scores = torch.randn(8, 12) * scale[:, None]
     labels = torch.rand(8, 2, 12)
     labels[3:, :] = labels[3:, :].mul(4).floor()
-    temperature, upstream = torch.ones(8, 2), torch.randn(8, 2)
-    together = run(plackett_luce_nll, scores, labels, temperature, upstream, ties=ties)
+    beta, upstream = torch.ones(8, 2), torch.randn(8, 2)
+    together = run(plackett_luce_nll, scores, labels, beta, upstream, ties=ties)
     monkeypatch.setattr(_rows, "_BLOCK_ITEMS", 100)
-    blocks = run(plackett_luce_nll, scores, labels, temperature, upstream, ties=ties)
+    blocks = run(plackett_luce_nll, scores, labels, beta, upstream, ties=ties)
     torch.testing.assert_close(blocks, together, rtol=1e-6, atol=1e-6)
     for b in range(8):
         part = slice(b, b + 1)
-        alone = run(plackett_luce_nll, scores[part], labels[part], temperature[part], upstream[part], ties=ties)
+        alone = run(plackett_luce_nll, scores[part], labels[part], beta[part], upstream[part], ties=ties)
         for name in ("loss", "scores"):
             torch.testing.assert_close(together[name][part], alone[name], rtol=1e-6, atol=1e-6)
 
 
-def test_a_negative_or_zero_temperature_is_just_a_number() -> None:
+def test_a_negative_or_zero_beta_is_just_a_number() -> None:
     scores, labels, _, upstream, _ = problem(5, 2, 6, F64)
-    temperature = torch.tensor([[-1.5, 0.0]], dtype=F64).repeat(5, 1)
-    ours = run(plackett_luce_nll, scores, labels, temperature, upstream)
-    theirs = run(reference.plackett_luce_nll, scores, labels, temperature, upstream)
+    beta = torch.tensor([[-1.5, 0.0]], dtype=F64).repeat(5, 1)
+    ours = run(plackett_luce_nll, scores, labels, beta, upstream)
+    theirs = run(reference.plackett_luce_nll, scores, labels, beta, upstream)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
 
 
@@ -303,34 +301,32 @@ def test_a_negative_or_zero_temperature_is_just_a_number() -> None:
 
 
 def sample():
-    scores, labels, temperature, _, _ = problem(5, 3, 7, levels=4)
-    return scores.requires_grad_(), labels, temperature.requires_grad_(), torch.rand(5, 7) < 0.8
+    scores, labels, beta, _, _ = problem(5, 3, 7, levels=4)
+    return scores.requires_grad_(), labels, beta.requires_grad_(), torch.rand(5, 7) < 0.8
 
 
 @pytest.mark.parametrize("ties", TIES)
 def test_opcheck(ties: str) -> None:
-    scores, labels, temperature, mask = sample()
+    scores, labels, beta, mask = sample()
     order = presort(labels, mask)
-    torch.library.opcheck(
-        _plackett_luce_nll, (scores, labels, temperature, mask, order, torch.rand(7), 3, ties, True, True)
-    )
-    common = temperature.detach()[:, :1].clone().requires_grad_()
+    torch.library.opcheck(_plackett_luce_nll, (scores, labels, beta, mask, order, torch.rand(7), 3, ties, True, True))
+    common = beta.detach()[:, :1].clone().requires_grad_()
     torch.library.opcheck(
         _plackett_luce_nll, (scores, labels, common, None, None, torch.rand(5, 3, 7), None, ties, False, True)
     )
 
 
-def _train(scores: Tensor, labels: Tensor, base: Tensor, temperature: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
-    return plackett_luce(scores, labels, reference=base, temperature=temperature, weights=weights, mask=mask, top_k=4)
+def _train(scores: Tensor, labels: Tensor, base: Tensor, beta: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
+    return plackett_luce(scores, labels, reference=base, beta=beta, weights=weights, mask=mask, top_k=4)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiles_to_one_graph(backend: str) -> None:
-    scores, labels, temperature, mask = sample()
-    arguments = (scores, labels, torch.randn(5, 7), temperature, torch.rand(5, 3), mask)
-    plain = torch.autograd.grad(_train(*arguments), (scores, temperature))
+    scores, labels, beta, mask = sample()
+    arguments = (scores, labels, torch.randn(5, 7), beta, torch.rand(5, 3), mask)
+    plain = torch.autograd.grad(_train(*arguments), (scores, beta))
     compiled = torch.compile(_train, fullgraph=True, backend=backend)
-    found = torch.autograd.grad(compiled(*arguments), (scores, temperature))
+    found = torch.autograd.grad(compiled(*arguments), (scores, beta))
     torch.testing.assert_close(found, plain)
 
 
@@ -344,8 +340,8 @@ def test_random_ties_compile_to_one_graph() -> None:
 
 def test_runs_on_fake_tensors() -> None:
     with FakeTensorMode() as mode:
-        scores, labels, temperature, mask = (mode.from_tensor(t) for t in sample())
-        loss = plackett_luce_nll(scores, labels, temperature, mask)
+        scores, labels, beta, mask = (mode.from_tensor(t) for t in sample())
+        loss = plackett_luce_nll(scores, labels, beta, mask)
         loss.sum().backward()
         assert loss.shape == (5, 3)
         assert scores.grad is not None
@@ -353,22 +349,22 @@ def test_runs_on_fake_tensors() -> None:
 
 
 def test_backward_can_be_repeated_and_changes_nothing_it_was_given() -> None:
-    scores, labels, temperature, mask = sample()
+    scores, labels, beta, mask = sample()
     order, weights = presort(labels, mask), torch.rand(5, 3, 7)
-    given = (scores, labels, temperature, mask, order, weights)
+    given = (scores, labels, beta, mask, order, weights)
     before = [t.detach().clone() for t in given]
-    loss = plackett_luce_nll(scores, labels, temperature, mask, order, weights)
+    loss = plackett_luce_nll(scores, labels, beta, mask, order, weights)
     upstream = torch.randn_like(loss)
-    first = torch.autograd.grad(loss, (scores, temperature), upstream, retain_graph=True)
-    second = torch.autograd.grad(loss, (scores, temperature), upstream)
+    first = torch.autograd.grad(loss, (scores, beta), upstream, retain_graph=True)
+    second = torch.autograd.grad(loss, (scores, beta), upstream)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(before, given, strict=True))
 
 
 @pytest.mark.parametrize("ties", TIES)
 def test_results_are_equal_bit_for_bit_from_run_to_run(ties: str) -> None:
-    scores, labels, temperature, upstream, mask = problem(200, 2, 30, scale=20, levels=10, masked=True)
-    runs = [run(plackett_luce_nll, scores, labels, temperature, upstream, mask, ties=ties) for _ in range(2)]
+    scores, labels, beta, upstream, mask = problem(200, 2, 30, scale=20, levels=10, masked=True)
+    runs = [run(plackett_luce_nll, scores, labels, beta, upstream, mask, ties=ties) for _ in range(2)]
     for name in NAMES:
         assert torch.equal(runs[0][name], runs[1][name])
 
@@ -377,20 +373,20 @@ def test_without_gradients_none_are_made(monkeypatch) -> None:
     made = []
     likelihood = _plackett_luce_cpu.likelihood
     monkeypatch.setattr("mopl.ops.plackett_luce.likelihood", lambda r, need: made.append(need) or likelihood(r, need))
-    scores, labels, temperature, mask = sample()
+    scores, labels, beta, mask = sample()
     with torch.no_grad():
-        plackett_luce_nll(scores, labels, temperature, mask)
-    plackett_luce_nll(scores.detach(), labels, temperature.detach(), mask)
-    plackett_luce_nll(scores, labels, temperature.detach(), mask)
+        plackett_luce_nll(scores, labels, beta, mask)
+    plackett_luce_nll(scores.detach(), labels, beta.detach(), mask)
+    plackett_luce_nll(scores, labels, beta.detach(), mask)
     assert made == [False, False, True]
 
 
 def test_autocast_leaves_the_arithmetic_alone() -> None:
-    scores, labels, temperature, upstream, mask = problem(40, 3, 4, common=True, masked=True)
-    plain = run(plackett_luce_nll, scores, labels, temperature, upstream, mask)
+    scores, labels, beta, upstream, mask = problem(40, 3, 4, common=True, masked=True)
+    plain = run(plackett_luce_nll, scores, labels, beta, upstream, mask)
     with torch.autocast("cpu", dtype=BF16):
         assert torch.equal(torch.ones(2, 2).mm(torch.full((2, 2), 1.001)), torch.full((2, 2), 2.0, dtype=BF16))
-        cast = run(plackett_luce_nll, scores, labels, temperature, upstream, mask)
+        cast = run(plackett_luce_nll, scores, labels, beta, upstream, mask)
     for name in NAMES:
         assert torch.equal(cast[name], plain[name])
 
@@ -399,8 +395,8 @@ def test_autocast_leaves_the_arithmetic_alone() -> None:
     ("changed", "words"),
     [
         ({"labels": torch.ones(4, 6)}, ["labels", "(4, 6)", "(B, m, K)", "labels[:, None]"]),
-        ({"temperature": torch.ones(3)}, ["temperature", "(3,)", "(4, 3)", "(4, 1)"]),
-        ({"temperature": torch.ones(4, 3, dtype=torch.int64)}, ["temperature", "int64", "floating point"]),
+        ({"beta": torch.ones(3)}, ["beta", "(3,)", "(4, 3)", "(4, 1)"]),
+        ({"beta": torch.ones(4, 3, dtype=torch.int64)}, ["beta", "int64", "floating point"]),
         ({"mask": torch.ones(4, 5, dtype=torch.bool)}, ["mask", "(4, 5)", "(4, 6)"]),
         ({"ties": "random"}, ["ties", "'random'", "'breslow'", "'efron'", "'exact'"]),
         ({"order": torch.zeros(4, 6, dtype=torch.int64)}, ["order", "(4, 6)", "(4, 3, 6)"]),
@@ -408,7 +404,7 @@ def test_autocast_leaves_the_arithmetic_alone() -> None:
     ],
 )
 def test_the_op_itself_broadcasts_nothing(changed: dict, words: list[str]) -> None:
-    arguments = {"scores": torch.ones(4, 6), "labels": torch.ones(4, 3, 6), "temperature": torch.ones(4, 3)} | changed
+    arguments = {"scores": torch.ones(4, 6), "labels": torch.ones(4, 3, 6), "beta": torch.ones(4, 3)} | changed
     with pytest.raises(ValueError) as caught:
         plackett_luce_nll(**arguments)
     for word in words:
@@ -441,11 +437,11 @@ def test_extreme_scores_give_what_float64_gives(data) -> None:
         "last_group_free": data.draw(st.booleans()),
         "mask": torch.tensor([mask]),
     }
-    temperature, upstream = torch.tensor([[data.draw(st.sampled_from([1.0, 0.5, 2.0]))]]), torch.ones(1, 1)
+    beta, upstream = torch.tensor([[data.draw(st.sampled_from([1.0, 0.5, 2.0]))]]), torch.ones(1, 1)
     if options["ties"] == "exact":  # where the reference adds logarithms of probabilities, 1e30 swamps the others
         scores = scores.clamp(-1e5, 1e5)
-    ours = run(plackett_luce_nll, scores, labels, temperature, upstream, **options)
-    theirs = run(reference.plackett_luce_nll, scores.double(), labels, temperature.double(), upstream, **options)
+    ours = run(plackett_luce_nll, scores, labels, beta, upstream, **options)
+    theirs = run(reference.plackett_luce_nll, scores.double(), labels, beta.double(), upstream, **options)
     torch.testing.assert_close(ours["loss"].double(), theirs["loss"], rtol=3e-6, atol=1e-7)
     torch.testing.assert_close(ours["scores"].double(), theirs["scores"], rtol=3e-6, atol=2e-6)
     assert not ours["scores"][~options["mask"]].any()

@@ -94,7 +94,7 @@ def test_vmap_over_labels_and_masks(name: str) -> None:
     ("name", "options"),
     [
         ("listwise_dpo", {}),
-        ("listwise_dpo", {"temperature": -0.5}),
+        ("listwise_dpo", {"beta": -0.5}),
         ("plackett_luce", {}),
         ("plackett_luce", {"ties": "efron"}),
         ("plackett_luce", {"ties": "exact"}),
@@ -112,9 +112,9 @@ def test_extreme_scores_have_the_same_values_and_gradients_under_transforms(
     scores = torch.where(MASK, EXTREMES[kind].double(), math.nan)
     if name == "listwise_dpo":
         scores[1, 0] = math.nan
-        options = {"temperature": 1.0} | options
+        options = {"beta": 1.0} | options
         loss = ops.listwise_cross_entropy
-        rate = torch.full((B, 1), options["temperature"], dtype=F64)
+        rate = torch.full((B, 1), options["beta"], dtype=F64)
 
         def value(s: Tensor) -> Tensor:
             return loss(s, labels, rate, MASK)

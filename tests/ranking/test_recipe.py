@@ -16,7 +16,7 @@ import torch
 pytest.importorskip("moocore")  # every run measures its front
 
 from mopl import steering
-from mopl.conditioning.samplers import box_temperatures, dirichlet_weights, fixed
+from mopl.conditioning.samplers import box_betas, dirichlet_weights, fixed
 from mopl.losses import listwise_dpo
 from mopl.pareto import Front, hypervolume, weight_grid
 from mopl.ranking import stages
@@ -76,7 +76,7 @@ def source(data, m=3, batch_size=7, **changes):
     parts = {
         "seed": 1, "reference": torch.randn(train.num_items),
         "weights": dirichlet_weights(m, batch_size, concentration=0.5, per="list", seed=1),
-        "temperature": box_temperatures(m, batch_size, low=[0.5] * m, high=[2.0] * m, per="list", seed=1),
+        "temperature": box_betas(m, batch_size, low=[0.5] * m, high=[2.0] * m, per="list", seed=1),
     }  # fmt: skip
     return ListSource(train, batch_size, **{**parts, **changes})
 
@@ -144,7 +144,7 @@ def test_temperature_cos_dpo_trains_on_normalised_temperatures_and_the_raw_outpu
         beta = length * batch.temperature
         net = ranker(batch.lists.features, batch.weights, temperature=beta, mask=batch.lists.mask,
                      reference=batch.reference)  # fmt: skip
-        scores = steering.temperature_conditioned(net, batch.reference, beta)
+        scores = steering.beta_conditioned(net, batch.reference, beta)
         full = listwise_dpo(scores, batch.lists.targets, reference=batch.reference, temperature=beta,
                             weights=batch.weights, mask=batch.lists.mask, normalize=None)  # fmt: skip
         torch.testing.assert_close(full, value, rtol=1e-5, atol=1e-6)

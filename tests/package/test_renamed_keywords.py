@@ -1,0 +1,145 @@
+"""Every old name of a keyword, an attribute or a function still works, gives the same bits and warns once."""
+
+import inspect
+import pickle
+import warnings
+
+import pytest
+import torch
+
+from mopl import _renamed, conditioning, losses, ops, reference, reference_policy, steering
+from mopl.losses.policy_gradient import reward_coefficient
+
+SCORES, LABELS = torch.tensor([[0.3, -1.2, 0.8, 0.1]]), torch.tensor([[2.0, 0.0, 1.0, 1.0]])
+LOGPROB = torch.tensor([[-0.5, -1.0], [-2.0, -0.1]])
+BETA = torch.tensor([[0.7]])
+LIST_LOSSES = ("listwise_dpo", "plackett_luce", "pairwise_logistic", "lambda_loss", "approx_ndcg")
+POLICY = (torch.tensor([0.6, 0.4]).log(), torch.tensor([0.5, 0.5]).log(), torch.tensor([[1.0, 0.0]]), torch.ones(1))
+
+# what is called, the old keyword, the new one, the value
+KEYWORDS = {
+    **{
+        name: (lambda name=name, **beta: getattr(losses, name)(SCORES, LABELS, **beta), "temperature", "beta", 0.7)
+        for name in LIST_LOSSES
+    },
+    "bradley_terry": (
+        lambda **beta: losses.bradley_terry(SCORES, LABELS, reference_chosen=LABELS, reference_rejected=SCORES, **beta),
+        "temperature", "beta", 0.7,
+    ),
+    "policy_gradient": (
+        lambda **kl_weight: losses.policy_gradient(
+            LOGPROB, LABELS.view(2, 2), torch.tensor([0.3, 0.7]), reference=LOGPROB - 0.1, **kl_weight
+        ).loss,
+        "alpha", "kl_weight", 0.2,
+    ),
+    "reward_coefficient": (reward_coefficient, "alpha", "kl_weight", 0.2),
+    **{
+        f"ops.{name}": (
+            lambda name=name, **beta: getattr(ops, name)(SCORES, LABELS[:, None], **beta), "temperature", "beta", BETA
+        )
+        for name in ("listwise_cross_entropy", "plackett_luce_nll")
+    },
+    **{
+        f"reference.{name}": (
+            lambda name=name, **beta: getattr(reference, name)(SCORES, LABELS[:, None], **beta),
+            "temperature", "beta", BETA,
+        )
+        for name in ("listwise_cross_entropy", "plackett_luce_nll", "pairwise_logistic", "lambda_loss", "approx_ndcg")
+    },
+    "reference_policy.value": (
+        lambda **kl_weight: reference_policy.value(*POLICY, **kl_weight), "alpha", "kl_weight", 0.2
+    ),
+    "sample_weights": (
+        lambda **concentration: conditioning.sample_weights(3, 4, seed=1, step=2, **concentration),
+        "alpha", "concentration", 0.3,
+    ),
+    "ConcatCondition": (
+        lambda **takes: conditioning.ConcatCondition(1, **takes).extra_features, "temperature", "takes_beta", True
+    ),
+    "ConcatCondition()": (
+        lambda **beta: conditioning.ConcatCondition(1, takes_beta=True)(SCORES[:, :, None], torch.ones(1), **beta),
+        "temperature", "beta", torch.ones(1),
+    ),
+}  # fmt: skip
+NAMES = {
+    "sample_temperatures": (conditioning, "sample_betas"),
+    "Temperatures": (conditioning, "Betas"),
+    "temperature_conditioned": (steering, "beta_conditioned"),
+}
+
+
+@pytest.fixture(autouse=True)
+def nobody_was_warned(monkeypatch):
+    monkeypatch.setattr(_renamed, "_warned", set())
+
+
+def same(first, second) -> bool:
+    return torch.equal(first, second) if isinstance(first, torch.Tensor) else first == second
+
+
+@pytest.mark.parametrize("name", KEYWORDS)
+def test_an_old_keyword_gives_the_same_bits_and_warns_once(name):
+    call, old, new, value = KEYWORDS[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        expected = call(**{new: value})
+    with pytest.warns(DeprecationWarning, match=f"{old} of .* is deprecated; pass {new}, its name now") as seen:
+        assert same(call(**{old: value}), expected)
+        assert same(call(**{old: value}), expected)
+    assert len(seen) == 1
+    with pytest.raises(TypeError, match=f"got {new} and {old}, which is its old name; pass {new} only"):
+        call(**{old: value, new: value})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_old_name_of_a_module_is_the_new_one_and_warns_once(name):
+    module, new = NAMES[name]
+    with pytest.warns(DeprecationWarning, match=f"{name} is deprecated; use {module.__name__}.{new}") as seen:
+        assert getattr(module, name) is getattr(module, new)
+        assert getattr(module, name) is getattr(module, new)
+    assert len(seen) == 1 and seen[0].filename == __file__
+    with pytest.raises(AttributeError, match=r"has no attribute 'nothing'"):
+        module.nothing  # noqa: B018
+
+
+def test_an_old_attribute_is_the_new_one():
+    drawn = conditioning.sample_betas(2, 3, 0.5, 2.0, seed=0, step=0)
+    with pytest.warns(DeprecationWarning, match=r"Betas.temperature is deprecated; read beta"):
+        assert drawn.temperature is drawn.beta
+
+
+def test_a_warning_names_the_line_that_uses_the_old_name():
+    with pytest.warns(DeprecationWarning) as seen:
+        losses.listwise_dpo(SCORES, LABELS, temperature=0.7)
+    assert seen[0].filename == __file__
+
+
+def test_help_shows_the_new_name_and_pickle_finds_the_function():
+    assert "beta" in inspect.signature(losses.listwise_dpo).parameters
+    assert "temperature" not in inspect.signature(losses.listwise_dpo).parameters
+    assert pickle.loads(pickle.dumps(losses.listwise_dpo)) is losses.listwise_dpo
+
+
+@pytest.mark.parametrize("name", ["beta", "temperature"])
+def test_an_old_keyword_compiles_to_one_graph_and_transforms(name):
+    def loss(scores):
+        return losses.listwise_dpo(scores, LABELS, **{name: 0.7})
+
+    expected = losses.listwise_dpo(SCORES, LABELS, beta=0.7)
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(SCORES), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert torch.equal(torch.func.vmap(lambda s: loss(s[None]))(SCORES)[0], loss(SCORES))
+        assert torch.func.grad(loss)(SCORES).shape == SCORES.shape
+
+
+def test_a_function_of_someone_else_is_called_as_it_is_written():
+    with pytest.warns(DeprecationWarning, match=r"the parameter temperature of .*old\(\) is deprecated"):
+        assert _renamed.renamed_parameter(old, "temperature", "beta") == "temperature"
+    assert _renamed.renamed_parameter(losses.listwise_dpo, "temperature", "beta") == "beta"
+    assert _renamed.renamed_parameter(max, "temperature", "beta") == "beta"
+
+
+def old(scores, labels, *, temperature):
+    return scores
