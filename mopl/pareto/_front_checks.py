@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,17 @@ if TYPE_CHECKING:
 _LARGEST = sys.float_info.max
 
 
-def known_keys(content: Any, cls: type[Front] | type[Point], where: str) -> dict[str, Any]:
+def fields_of(content: Any, front: type[Front], point: type[Point], missing: bool) -> dict[str, Any]:
+    """Return what `Front.from_dict` makes a front of; see there."""
+    values = _known_keys(content, front, "", missing)
+    if not isinstance(values["points"], list):
+        raise ValueError("points must be a list of objects")
+    points = enumerate(values["points"])
+    values["points"] = [point(**_known_keys(each, point, f"points[{i}].", missing)) for i, each in points]
+    return values
+
+
+def _known_keys(content: Any, cls: type[Front] | type[Point], where: str, missing: bool) -> dict[str, Any]:
     """Return a JSON object whose keys are the fields of a dataclass, the required ones all there."""
     if not isinstance(content, dict):
         raise ValueError(f"{where.rstrip('.') or 'front.json'} must be an object, got {type(content).__name__}")
@@ -26,7 +37,26 @@ def known_keys(content: Any, cls: type[Front] | type[Point], where: str) -> dict
     for name in content:
         if name not in names:
             raise ValueError(f"{where}{name} is not a key of front.json; known are {', '.join(names)}")
-    return dict(content)
+    return {name: _or_missing(name, value) for name, value in content.items()} if missing else dict(content)
+
+
+def _or_missing(name: str, value: Any) -> Any:
+    """Return a field with NaN for figures that are None, and without intervals that lack an end."""
+
+    def whole(ends: Any) -> bool:
+        return not isinstance(ends, list) or None not in ends
+
+    if name in ("hypervolume", "seconds", "main") and value is None:
+        return math.nan
+    if name == "auxiliary" and isinstance(value, list):
+        return [math.nan if figure is None else figure for figure in value]
+    if name != "interval" or not isinstance(value, dict):
+        return value
+    several = value.get("auxiliary")
+    kept = {key: ends for key, ends in value.items() if whole(ends)}
+    if isinstance(several, list):
+        kept["auxiliary"] = [ends if whole(ends) else None for ends in several]
+    return kept
 
 
 def check_front(front: Front, missing: bool) -> None:

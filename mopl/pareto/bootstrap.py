@@ -6,7 +6,7 @@ Called queries here, as in retrieval: the rows that are drawn with replacement.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -129,6 +129,21 @@ def hypervolume_interval(
     volume, note = hypervolume_of_resamples(means, reference, maximise=maximise, samples=samples)
     bounds = bootstrap_interval(values, level, samples, seed, statistic=volume)
     return {"hypervolume": [float(bounds.low), float(bounds.high)]}, [] if note is None else [note]
+
+
+def point_intervals(
+    main: Tensor,  # (Q, n)
+    auxiliary: Tensor,  # (Q, n, m)
+    level: float = 0.95,
+    samples: int = 1000,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Bootstrap intervals over queries of the figures of n points, as `Point.interval` holds them; see above."""
+    if not samples:
+        return [{} for _ in range(main.shape[1])]
+    found = bootstrap_interval(torch.cat([main[..., None], auxiliary], -1), level, samples, seed)
+    ends = torch.stack([found.low, found.high], -1).tolist()  # n x (1 + m) x 2
+    return [{"main": point[0], "auxiliary": point[1:]} for point in ends]
 
 
 def _columns(values: Tensor) -> Tensor:

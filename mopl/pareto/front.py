@@ -16,9 +16,9 @@ from torch import Tensor
 from mopl._extras import require
 from mopl._files import write_file
 from mopl._records import damaged, parse_json, read_text
-from mopl.pareto._front_checks import check_front, known_keys
+from mopl.pareto._front_checks import check_front, fields_of
 from mopl.pareto._front_table import columns_of, write_csv
-from mopl.pareto.bootstrap import bootstrap_interval, hypervolume_interval
+from mopl.pareto.bootstrap import hypervolume_interval, point_intervals
 from mopl.pareto.indicators import Maximise, Points, as_points, hypervolume
 from mopl.pareto.steerability import steerability
 
@@ -142,29 +142,18 @@ class Front:
             ImportError: If moocore is not installed.
             ValueError: If shapes disagree, or an objective counts in no list.
         """
-        samples = samples if len(main_values) > 1 else 0
-        bootstrap: dict[str, Any] = {"level": level, "samples": samples, "seed": seed}
-
-        def means(main: Tensor, auxiliary: Tensor) -> tuple[Tensor, Tensor, list[dict[str, Any]]]:
-            """Return main (n,), auxiliary (n, m) and the intervals of each point."""
-            bounds: list[dict[str, Any]] = [{} for _ in range(main.shape[1])]
-            if samples:
-                found = bootstrap_interval(torch.cat([main[..., None], auxiliary], -1), **bootstrap)
-                ends = torch.stack([found.low, found.high], -1).tolist()  # n x (1 + m) x 2
-                bounds = [{"main": point[0], "auxiliary": point[1:]} for point in ends]
-            return main.nanmean(0), auxiliary.nanmean(0), bounds
-
-        volume, notes = hypervolume_interval(auxiliary_values, reference_point, maximise=maximise, **bootstrap)
-        main_means, auxiliary_means, intervals = means(main_values, auxiliary_values)
+        draws: dict[str, Any] = {"level": level, "samples": samples if len(main_values) > 1 else 0, "seed": seed}
+        volume, notes = hypervolume_interval(auxiliary_values, reference_point, maximise=maximise, **draws)
         front = cls.measure(
-            method, weights=weights, main_values=main_means, auxiliary_values=auxiliary_means, seed=seed,
-            reference_point=reference_point, maximise=maximise, intervals=intervals, interval=volume,
+            method, weights=weights, main_values=main_values.nanmean(0), auxiliary_values=auxiliary_values.nanmean(0),
+            reference_point=reference_point, maximise=maximise, seed=seed, interval=volume,
+            intervals=point_intervals(main_values, auxiliary_values, **draws),
             **{**said, "notes": [*said.get("notes", ()), *notes]},
         )  # fmt: skip
         asked = [list(point.weights) for point in front.points]
-        for scale, *values in rescaled:
-            main_means, auxiliary_means, intervals = means(*values)
-            rows = zip(asked, main_means.tolist(), auxiliary_means.tolist(), intervals, strict=True)
+        for scale, main, auxiliary in rescaled:
+            figures = main.nanmean(0).tolist(), auxiliary.nanmean(0).tolist()
+            rows = zip(asked, *figures, point_intervals(main, auxiliary, **draws), strict=True)
             front.points += [Point(*row, scale) for row in rows]
         front.check()
         return front
@@ -196,23 +185,23 @@ class Front:
 
         Args:
             method: Name of the method.
-            objectives: Names of the m auxiliary objectives.
-            main: Name of the main objective.
+            objectives: As in `Front`.
+            main: As in `Front`.
             weights: (n, m), each on the simplex; None for a model that is not asked for a trade-off.
             main_values: (n,), figures of the main objective.
             auxiliary_values: (n, m), figures of the auxiliary objectives.
             reference_point: (m,), fixed before the methods are compared.
-            seconds: Wall-clock seconds of training, validation included.
-            parameters: Number of parameters that were trained, of all models.
-            seed: Seed of the run.
-            data: What it was trained on.
-            maximise: Whether larger figures are better, a bool or one for each auxiliary objective.
+            seconds: As in `Front`.
+            parameters: As in `Front`.
+            seed: As in `Front`.
+            data: As in `Front`.
+            maximise: As in `Front`.
             intervals: For each point what `Point.interval` holds.
-            interval: What `Front.interval` holds.
+            interval: As in `Front`.
             reference_front: (r, m), the true front, for its distance in `steerability`.
-            steps: What `Front.steps` holds.
-            notes: What `Front.notes` holds.
-            inference_parameters: What `Front.inference_parameters` holds.
+            steps: As in `Front`.
+            notes: As in `Front`.
+            inference_parameters: As in `Front`.
 
         Returns:
             The checked front.
@@ -310,13 +299,8 @@ class Front:
         """
         check_front(self, missing)
 
-    def to_json(self) -> str:
-        """Return the front as JSON: the keys of `front.json`, and the optional ones where they are set.
-
-        Raises:
-            ValueError: As `check`.
-        """
-        self.check()
+    def to_dict(self) -> dict[str, Any]:
+        """Return the keys of `front.json`, and the optional ones where they are set."""
         content = {f.name: getattr(self, f.name) for f in fields(self)}
         content["points"] = [{f.name: getattr(p, f.name) for f in fields(p)} for p in self.points]
         for point in content["points"]:
@@ -326,26 +310,44 @@ class Front:
             default = f.default if f.default_factory is MISSING else f.default_factory()
             if content[f.name] == default:
                 del content[f.name]
-        return json.dumps(content, indent=2, allow_nan=False) + "\n"
+        return content
+
+    def to_json(self) -> str:
+        """Return the front as JSON.
+
+        Raises:
+            ValueError: As `check`.
+        """
+        self.check()
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_dict(cls, content: Any, *, missing: bool = False) -> Front:
+        """Read a front from what `to_dict` returns.
+
+        Args:
+            content: Plain Python, as JSON has it.
+            missing: As in `check`; None is NaN then, and an interval with such an end is none.
+
+        Raises:
+            ValueError: If a key is missing, unknown or wrong; the message names it.
+        """
+        front = cls(**fields_of(content, cls, Point, missing))
+        front.check(missing=missing)
+        return front
 
     @classmethod
     def from_json(cls, text: str) -> Front:
         """Read a front from JSON.
 
         Raises:
-            ValueError: If it is not JSON, or a key is missing, unknown or wrong; the message names it.
+            ValueError: If it is not JSON, or as `from_dict`.
         """
         try:
             content = parse_json(text)
         except ValueError as error:
             raise ValueError(f"front.json cannot be read: {error}") from error
-        values = known_keys(content, cls, "")
-        if not isinstance(values["points"], list):
-            raise ValueError("points must be a list of objects")
-        values["points"] = [Point(**known_keys(p, Point, f"points[{i}].")) for i, p in enumerate(values["points"])]
-        front = cls(**values)
-        front.check()
-        return front
+        return cls.from_dict(content)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the front to a file, whole or not at all: a reader never sees half of it.

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from mopl._terminal import printable
-from mopl.report.records import Metric, Record, base_points, data_names, is_base, jsonable, read_all, to_json, write
+from mopl.pareto import Front
+from mopl.report.records import Metric, base_points, data_names, is_base, jsonable, read_all, to_json, write
 from mopl.report.table import MISSING, Summary, summarise
 
 Samples = Sequence[Sequence[str | Mapping[str, str]]]
@@ -73,7 +74,7 @@ def write_page(
     if truth is not None and any(len(row) != m for row in truth):
         raise ValueError(f"truth must have one column for each of the {m} objectives: shape (n, {m})")
     data = {
-        "fronts": [record.raw for record in records],
+        "fronts": [record.to_dict() for record in records],
         "metric": {"name": metric.name, "main_name": metric.of_main, "higher_is_better": metric.higher_is_better},
         "bases": [None if o is None else {"main": o.main, "auxiliary": o.auxiliary} for o in origins],
         "is_base": [is_base(record) for record in records],
@@ -133,18 +134,17 @@ def _methods_table(summary: Summary) -> str:
     return _table(headers, rows)
 
 
-def _points_table(record: Record, metric: Metric) -> str:
+def _points_table(record: Front, metric: Metric) -> str:
     scaled = any(point.scale != 1.0 for point in record.points)
     headers = ["#", *(["scale"] if scaled else []), *(f"w {name}" for name in record.objectives)]
     headers += [f"{record.main} (main)", *record.objectives]
     rows = []
     for index, point in enumerate(record.points):
         weights = [f"{w:.3g}" for w in point.weights] or [MISSING] * len(record.objectives)
-        figures = [format_number(x) for x in (point.main, *point.auxiliary)]
+        figures = [format_number(x) for x in point.figures]
         cells = [str(index), *([f"{point.scale:.3g}"] if scaled else []), *weights, *figures]
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    seed = "" if record.seed is None else f", seed {record.seed}"
-    caption = f"<caption>{escape(record.method + seed)}: {escape(metric.name)}</caption>"
+    caption = f"<caption>{escape(record.method)}, seed {record.seed}: {escape(metric.name)}</caption>"
     return f'<div class="scroll" tabindex="0" role="region" aria-label="Points">{_table(headers, rows, caption)}</div>'
 
 
@@ -161,7 +161,7 @@ def _configuration(configuration: object) -> str:
     return f'<details class="card"><summary>Configuration of the run</summary><pre>{escape(text)}</pre></details>'
 
 
-def _samples(records: Sequence[Record], samples: Any) -> list[Any] | None:
+def _samples(records: Sequence[Front], samples: Any) -> list[Any] | None:
     """Return the samples as one entry for each front: None, or for each point a list of {"prompt", "text"}."""
     if samples is None:
         return None
@@ -188,7 +188,7 @@ def _samples(records: Sequence[Record], samples: Any) -> list[Any] | None:
     return [given.get(index) for index in range(len(records))]
 
 
-def _by_point(records: Sequence[Record], answers: Answers) -> dict[str, list[list[dict[str, str]]]]:
+def _by_point(records: Sequence[Front], answers: Answers) -> dict[str, list[list[dict[str, str]]]]:
     """Return answers to prompts as a list of {"prompt", "text"} for each point of each method's front."""
     found: dict[str, list[list[dict[str, str]]]] = {}
     for answer in answers:
@@ -222,7 +222,7 @@ def _sample(sample: object) -> dict[str, str]:
     raise ValueError(f'a sample must be a text or {{"prompt": ..., "text": ...}}, got {sample!r}')
 
 
-def _every_sample(records: Sequence[Record], samples: Sequence[Any] | None) -> str:
+def _every_sample(records: Sequence[Front], samples: Sequence[Any] | None) -> str:
     """Return all samples as text for readers without a script."""
     parts = []
     for record, points in zip(records, samples or [], strict=False):
@@ -237,8 +237,7 @@ def _every_sample(records: Sequence[Record], samples: Sequence[Any] | None) -> s
                 prompt = f'<span class="prompt">{escape(sample["prompt"])}</span>' if "prompt" in sample else ""
                 rows.append(f'<dd class="sample">{prompt}{escape(sample["text"])}</dd>')
         if rows:
-            seed = "" if record.seed is None else f", seed {record.seed}"
-            parts.append(f"<h2>{escape(record.method + seed)}</h2>\n<dl>" + "\n".join(rows) + "</dl>")
+            parts.append(f"<h2>{escape(record.method)}, seed {record.seed}</h2>\n<dl>" + "\n".join(rows) + "</dl>")
     if not parts:
         return ""
     return '<details class="card"><summary>Every sample</summary>\n' + "\n".join(parts) + "\n</details>"

@@ -18,11 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from mopl._extras import require
-from mopl.pareto import non_dominated
+from mopl.pareto import Front, Point, non_dominated
 from mopl.report.records import (
     Metric,
-    Point,
-    Record,
     base_points,
     by_method,
     clean,
@@ -57,7 +55,7 @@ class _Series:
 class _Scene:
     """Everything that a panel needs to know."""
 
-    record: Record  # for the names
+    front: Front  # for the names
     series: Sequence[_Series]
     truth: Sequence[Sequence[float]]
     metric: Metric
@@ -66,7 +64,7 @@ class _Scene:
     @property
     def pairs(self) -> bool:
         """Whether there are several panels."""
-        return len(self.record.objectives) > 2
+        return len(self.front.objectives) > 2
 
     @property
     def bases(self) -> dict[tuple[float, ...], tuple[Point, _Series]]:
@@ -79,7 +77,7 @@ class _Scene:
 
     def rising(self, index: int) -> bool:
         """Return whether more is better."""
-        return self.metric.higher_is_better if index == MAIN else self.record.maximise[index]
+        return self.metric.higher_is_better if index == MAIN else self.front.rising[index]
 
 
 def plot_front(
@@ -157,16 +155,16 @@ def _wrapped(text: str, columns: int) -> str:
     return "\n".join(plain(line) for line in lines)
 
 
-def _series(records: Sequence[Record], bases: Sequence[Point | None]) -> list[_Series]:
+def _series(records: Sequence[Front], bases: Sequence[Point | None]) -> list[_Series]:
     groups = {method: seeds for method, seeds in by_method(records).items() if not is_base(seeds[0])}
     if not groups:
         groups = by_method(records)
     base_of = {id(record): base for record, base in zip(records, bases, strict=True)}
     result = []
     for index, (method, seeds) in enumerate(groups.items()):
-        points = [record.at_training_scale() for record in seeds]
-        moved = [p for record in seeds for p in record.points if p not in record.at_training_scale()]
-        weights = {tuple(p.weights for p in front) for front in points}
+        points = [front.trained_points for front in seeds]
+        moved = [p for front in seeds for p in front.points if p not in front.trained_points]
+        weights = {tuple(tuple(p.weights) for p in front) for front in points}
         label = plain(method) + (f" ({len(seeds)} seeds)" if len(seeds) > 1 else "")
         if len(seeds) > 1 and len(weights) == 1:
             drawn = tuple(_mean_point(same) for same in zip(*points, strict=True))
@@ -185,8 +183,8 @@ def _mean_point(points: Sequence[Point]) -> Point:
     return Point(
         weights=points[0].weights,
         main=mean_and_std(p.main for p in points)[0],
-        auxiliary=tuple(mean for mean, _ in figures),
-        auxiliary_intervals=tuple((mean - std, mean + std) for mean, std in figures),
+        auxiliary=[mean for mean, _ in figures],
+        interval={"auxiliary": [[mean - std, mean + std] for mean, std in figures]},
     )
 
 
@@ -209,7 +207,7 @@ def _draw(scene: _Scene, title: str, notes: Sequence[str]) -> Any:
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    m, pairs = len(scene.record.objectives), scene.pairs
+    m, pairs = len(scene.front.objectives), scene.pairs
     side = max(m - 1, 1)
     figure = Figure(figsize=(8, 7.6 if pairs else 5.2), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06))
     FigureCanvasAgg(figure)
@@ -236,21 +234,15 @@ def _draw(scene: _Scene, title: str, notes: Sequence[str]) -> Any:
 
 
 def _axis_name(scene: _Scene, index: int) -> str:
-    name = scene.record.main if index == MAIN else scene.record.objectives[index]
+    name = scene.front.main if index == MAIN else scene.front.objectives[index]
     name = _wrapped(
-        f"{name} {'↑' if scene.rising(index) else '↓'}", max(12, 72 // max(len(scene.record.objectives) - 1, 1))
+        f"{name} {'↑' if scene.rising(index) else '↓'}", max(12, 72 // max(len(scene.front.objectives) - 1, 1))
     )
     return name if scene.pairs else f"{name}  ({plain(scene.metric.name)})"
 
 
 def _figure(point: Point, index: int) -> float:
-    return point.main if index == MAIN else point.auxiliary[index]
-
-
-def _bar(point: Point, index: int) -> tuple[float, float] | None:
-    if index == MAIN:
-        return point.main_interval
-    return point.auxiliary_intervals[index] if point.auxiliary_intervals else None
+    return point.figures[index + 1]  # MAIN is -1
 
 
 def _panel(axes: Any, scene: _Scene, x: int, y: int) -> None:
@@ -316,7 +308,7 @@ def _markers(
 def _whiskers(axes: Any, one: _Series, points: Sequence[Point], x: int, y: int, alpha: float) -> None:
     style = {"color": one.outline, "linewidth": 0.8, "alpha": alpha, "zorder": 2}
     for lines, along, across in ((axes.hlines, x, y), (axes.vlines, y, x)):
-        bars = [(_figure(p, across), *ends) for p in points if (ends := _bar(p, along)) is not None]
+        bars = [(_figure(p, across), *ends) for p in points if (ends := p.intervals[along + 1]) is not None]
         if bars:
             lines(*zip(*bars, strict=True), **style)
 
@@ -329,9 +321,9 @@ def _annotate(axes: Any, one: _Series, x: int, y: int) -> None:
     done = set()
     for index in sorted({0, len(line) // 2, len(line) - 1}) if line else ():
         point = line[index]
-        if point.auxiliary in done:
+        if point.figures[1:] in done:
             continue
-        done.add(point.auxiliary)
+        done.add(point.figures[1:])
         axes.annotate(
             "w = (" + ", ".join(f"{w:.2g}" for w in point.weights) + ")",
             (_figure(point, x), _figure(point, y)),
@@ -360,7 +352,7 @@ def _legend(figure: Any, grid: Any, scene: _Scene) -> None:
         entry(one.label, one.marker, one.outline, "-", markerfacecolor="#bbbbbb", linewidth=1)
     if scene.pairs:
         entry("small: not best in this pair", "o", markersize=2.5)
-    main = plain(scene.record.main)
+    main = plain(scene.front.main)
     for base, one in scene.bases.values():
         known = "" if math.isnan(base.main) else f" ({main} {base.main:.3f})"
         if len(scene.bases) == 1:
@@ -375,7 +367,7 @@ def _legend(figure: Any, grid: Any, scene: _Scene) -> None:
     if any(math.isnan(x) for x in mains):
         entry(f"{main} n/a", "o", "#555555", markerfacecolor=NOT_KNOWN)
     if not all(math.isnan(x) for x in mains):
-        label = f"{_wrapped(scene.record.main, 60)} {plain(scene.metric.of_main)} (main objective)"
+        label = f"{_wrapped(scene.front.main, 60)} {plain(scene.metric.of_main)} (main objective)"
         label += " ↑" if scene.rising(MAIN) else " ↓"
         where = {"ax": grid, "shrink": 0.7} if scene.pairs else {"ax": grid[0, 0]}
         figure.colorbar(scene.colours, label=label, pad=0.02, **where)

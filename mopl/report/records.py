@@ -1,8 +1,4 @@
-"""What every view of a front shares: reading a front, naming the metric, summarising seeds.
-
-A front arrives as a `mopl.pareto.Front` or as the mapping that `front.json` holds; views see only `Record`s, in
-which every optional part is either there or None.
-"""
+"""What every view of fronts shares: reading them, naming the metric, grouping and summarising seeds."""
 
 from __future__ import annotations
 
@@ -16,7 +12,7 @@ from typing import Any
 
 from mopl._files import make_parents, write_file
 from mopl._terminal import json_escaped, printable
-from mopl.pareto import Front
+from mopl.pareto import Front, Point
 
 BASE_METHOD = "base"
 
@@ -57,47 +53,6 @@ class Metric:
         return f"{line}; empty lists: {each}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Point:
-    """One evaluated trade-off of one method; NaN is a figure that does not exist."""
-
-    weights: tuple[float, ...]
-    main: float
-    auxiliary: tuple[float, ...]
-    main_interval: tuple[float, float] | None = None
-    auxiliary_intervals: tuple[tuple[float, float] | None, ...] = ()
-    scale: float = 1.0
-
-    @property
-    def figures(self) -> tuple[float, ...]:
-        """The main figure and the auxiliary ones."""
-        return (self.main, *self.auxiliary)
-
-
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """One front, checked: the points of one method and one seed."""
-
-    method: str
-    objectives: tuple[str, ...]
-    main: str
-    points: tuple[Point, ...]
-    hypervolume: float
-    hypervolume_interval: tuple[float, float] | None
-    reference_point: tuple[float, ...] | None
-    seconds: float
-    parameters: float
-    seed: object
-    data: object
-    regret: float
-    maximise: tuple[bool, ...]
-    raw: dict[str, Any]
-
-    def at_training_scale(self) -> tuple[Point, ...]:
-        """Return the points of the model as trained; all of them where none has scale 1."""
-        return tuple(p for p in self.points if p.scale == 1.0) or self.points
-
-
 def clean(text: str) -> str:
     """Return text with control characters, which could steer a terminal or break a row, made visible."""
     return printable(text, keep="")
@@ -125,90 +80,29 @@ def jsonable(value: Any) -> Any:
     return str(value)
 
 
-def interval(value: object, where: str) -> tuple[float, float] | None:
-    """Return (low, high), or None where either end is missing."""
-    if value is None:
-        return None
-    try:
-        low, high = (number(end) for end in value)  # type: ignore[attr-defined]
-    except (TypeError, ValueError):
-        raise ValueError(f"{where} is {value!r} but must be two numbers, low and high, or None") from None
-    return None if math.isnan(low) or math.isnan(high) else (low, high)
+def read(front: object) -> Front:
+    """Return a front, or a mapping with the fields of `front.json`, as a checked `Front`.
 
-
-def read_point(point: Mapping[str, Any], objectives: Sequence[str], where: str) -> Point:
-    """Return a point of `front.json` as a `Point`.
-
-    Raises:
-        ValueError: If the weights or the auxiliary figures are not one for each objective.
-    """
-    m = len(objectives)
-    auxiliary = tuple(number(x) for x in point["auxiliary"])
-    weights = tuple(number(x) for x in point.get("weights") or ())
-    for name, values in (("auxiliary", auxiliary), ("weights", weights or auxiliary)):
-        if len(values) != m:
-            raise ValueError(f"{name} of {where} has {len(values)} entries but there are {m} objectives; pass {m}")
-    given = point.get("interval") or {}
-    ends = given.get("auxiliary") or [None] * m
-    if len(ends) != m:
-        raise ValueError(f"interval['auxiliary'] of {where} has {len(ends)} entries but there are {m} objectives")
-    scale = point.get("scale")
-    return Point(
-        weights=weights,
-        main=number(point.get("main")),
-        auxiliary=auxiliary,
-        main_interval=interval(given.get("main"), f"interval['main'] of {where}"),
-        auxiliary_intervals=tuple(interval(end, f"interval['auxiliary'] of {where}") for end in ends),
-        scale=1.0 if scale is None else float(scale),
-    )
-
-
-def read(front: object) -> Record:
-    """Return a `Front` or a mapping with the fields of `front.json` as a checked `Record`.
+    Figures may be NaN, or None in a mapping: such as do not exist.
 
     Raises:
         TypeError: If `front` is neither.
-        ValueError: If a field is missing, there is no point, or a point has another number of objectives.
+        ValueError: If a field is missing, unknown or wrong.
     """
-    raw = json.loads(front.to_json()) if isinstance(front, Front) else jsonable(front)
-    if not isinstance(raw, dict):
+    if isinstance(front, Front):
+        front.check(missing=True)
+        return front
+    content = jsonable(front)
+    if not isinstance(content, dict):
         raise TypeError(f"a front must be a mopl.pareto.Front or a mapping like front.json, got {type(front).__name__}")
-    missing = [name for name in ("method", "objectives", "main", "points") if name not in raw]
-    if missing:
-        raise ValueError(f"a front lacks {', '.join(missing)}; pass a mopl.pareto.Front or the whole of front.json")
-    objectives = tuple(str(name) for name in raw["objectives"])
-    if not objectives or not raw["points"]:
-        raise ValueError(f"front {raw['method']!r} needs at least one objective and one point")
-    points = tuple(
-        read_point(point, objectives, f"point {i} of front {raw['method']!r}") for i, point in enumerate(raw["points"])
-    )
-    m = len(objectives)
-    maximise = raw.get("maximise", True)
-    flags = tuple(bool(flag) for flag in maximise) if isinstance(maximise, list) else (bool(maximise),) * m
-    if len(flags) != m:
-        raise ValueError(f"maximise of front {raw['method']!r} has {len(flags)} entries; pass a bool or {m} of them")
-    given = raw.get("interval") or {}
-    reference = raw.get("reference_point")
-    return Record(
-        method=str(raw["method"]),
-        objectives=objectives,
-        main=str(raw["main"]),
-        points=points,
-        hypervolume=number(raw.get("hypervolume")),
-        hypervolume_interval=interval(given.get("hypervolume"), f"interval['hypervolume'] of {raw['method']!r}"),
-        reference_point=None if reference is None else tuple(number(x) for x in reference),
-        seconds=number(raw.get("seconds")),
-        parameters=number(raw.get("parameters")),
-        seed=raw.get("seed"),
-        data=raw.get("data"),
-        regret=number(raw.get("regret")),
-        maximise=flags,
-        raw=raw,
-    )
+    try:
+        return Front.from_dict(content, missing=True)
+    except ValueError as error:
+        raise ValueError(f"front {content.get('method')!r} cannot be reported: {error}") from error
 
 
-def read_all(fronts: object) -> list[Record]:
-    """Return one front or a sequence of fronts as records that share their objectives.
+def read_all(fronts: object) -> list[Front]:
+    """Return one front or a sequence of fronts, checked, which share their objectives.
 
     Raises:
         ValueError: If there is no front, or two fronts name other objectives.
@@ -227,23 +121,23 @@ def read_all(fronts: object) -> list[Record]:
     return records
 
 
-def data_name(record: Record) -> str:
+def data_name(record: Front) -> str:
     """Return what the front was measured on: a name, the "name" of a description, or "Front" where nothing says."""
     data = record.data.get("name") if isinstance(record.data, dict) else record.data
     return str(data) if data else "Front"
 
 
-def data_names(records: Sequence[Record]) -> str:
+def data_names(records: Sequence[Front]) -> str:
     """Return what fronts were measured on, each name once."""
     return ", ".join(dict.fromkeys(data_name(record) for record in records))
 
 
-def is_base(record: Record) -> bool:
+def is_base(record: Front) -> bool:
     """Say whether a front is that of a base model: "base", or "base (RUN)" where several runs have other ones."""
     return record.method == BASE_METHOD or record.method.startswith(f"{BASE_METHOD} (")
 
 
-def base_points(records: Sequence[Record], base: object) -> list[Point | None]:
+def base_points(records: Sequence[Front], base: object) -> list[Point | None]:
     """Return for each front its base model as a point, or None where it is not known.
 
     Args:
@@ -254,13 +148,13 @@ def base_points(records: Sequence[Record], base: object) -> list[Point | None]:
     Raises:
         ValueError: If a sequence has not one entry for each front.
     """
-    names = records[0].objectives
+    like = records[0].to_dict()
     if isinstance(base, Sequence) and not isinstance(base, str):
         if len(base) != len(records):
             raise ValueError(f"base has {len(base)} entries but there are {len(records)} fronts; pass one for each")
-        return [None if each is None else read_point(jsonable(each), names, "base") for each in base]
+        return [None if each is None else _point(each, like) for each in base]
     if base is not None:
-        return [read_point(jsonable(base), names, "base")] * len(records)
+        return [_point(base, like)] * len(records)
     own = [r for r in records if is_base(r) and len(r.points) == 1]
     found: list[Point | None] = []
     for record in records:
@@ -269,9 +163,17 @@ def base_points(records: Sequence[Record], base: object) -> list[Point | None]:
     return found
 
 
-def by_method(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """Return the records of each method, its seeds, in order of first appearance."""
-    groups: dict[str, list[Record]] = {}
+def _point(given: Any, like: dict[str, Any]) -> Point:
+    """Return a point, given as one or as a mapping, that fits the objectives of a front."""
+    try:
+        return Front.from_dict({**like, "points": [{"weights": [], **jsonable(given)}]}, missing=True).points[0]
+    except ValueError as error:
+        raise ValueError(str(error).replace("points[0]", "base")) from error
+
+
+def by_method(records: Sequence[Front]) -> dict[str, list[Front]]:
+    """Return the fronts of each method, its seeds, in order of first appearance."""
+    groups: dict[str, list[Front]] = {}
     for record in records:
         groups.setdefault(record.method, []).append(record)
     return groups

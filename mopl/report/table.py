@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from mopl._extras import require
 from mopl._terminal import Stream, is_terminal, spelled
-from mopl.report.records import Metric, Record, by_method, clean, is_base, mean_and_std, read_all
+from mopl.pareto import Front
+from mopl.report.records import Metric, by_method, clean, is_base, mean_and_std, number, read_all
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,12 +45,12 @@ class Summary:
 class _Column:
     header: str
     sign: int  # +1: more is better, -1: less is better, 0: nothing is best
-    figure: Callable[[list[Record]], tuple[float, float]]  # seeds of a method -> value, spread (NaN: none)
+    figure: Callable[[list[Front]], tuple[float, float]]  # seeds of a method -> value, spread (NaN: none)
     digits: Callable[[float], str]
-    interval: bool = False  # a front brings an interval for this figure
+    main_sign: int = 0  # as `sign`, of the main figure without which this one is never the best; 0: it stands alone
 
 
-def _hypervolume_digits(records: Sequence[Record]) -> Callable[[float], str]:
+def _hypervolume_digits(records: Sequence[Front]) -> Callable[[float], str]:
     """Return one format for the column: four decimals, or one common power of ten where those would say nothing."""
     compared = [r for r in records if not is_base(r)] or records
     largest = max((abs(r.hypervolume) for r in compared if not math.isnan(r.hypervolume)), default=0.0)
@@ -59,43 +60,72 @@ def _hypervolume_digits(records: Sequence[Record]) -> Callable[[float], str]:
     return lambda x: f"{x / 10.0**exponent:.3f}e{exponent}"
 
 
-def _seconds_digits(records: Sequence[Record]) -> Callable[[float], str]:
+def _seconds_digits(records: Sequence[Front]) -> Callable[[float], str]:
     long = any(r.seconds >= 100 for r in records)
     return lambda x: f"{x:,.0f}" if long else f"{x:.1f}"
 
 
-def _over_seeds(attribute: str) -> Callable[[list[Record]], tuple[float, float]]:
-    def figure(seeds: list[Record]) -> tuple[float, float]:
-        mean, std = mean_and_std(getattr(r, attribute) for r in seeds)
+def _over_seeds(attribute: str) -> Callable[[list[Front]], tuple[float, float]]:
+    def figure(seeds: list[Front]) -> tuple[float, float]:
+        mean, std = mean_and_std(number(getattr(r, attribute)) for r in seeds)
         return mean, std if std > 0 else math.nan
 
     return figure
 
 
-def _main(seeds: list[Record]) -> tuple[float, float]:
-    grids = [mean_and_std(p.main for p in r.at_training_scale()) for r in seeds]
-    spread = mean_and_std(std for _, std in grids)[0] if len(seeds[0].at_training_scale()) > 1 else math.nan
+def _main(seeds: list[Front]) -> tuple[float, float]:
+    grids = [mean_and_std(p.main for p in r.trained_points) for r in seeds]
+    spread = mean_and_std(std for _, std in grids)[0] if len(seeds[0].trained_points) > 1 else math.nan
     return mean_and_std(mean for mean, _ in grids)[0], spread
 
 
-def _cell(column: _Column, seeds: list[Record], best: str | None) -> Cell:
+def _worst_main(seeds: list[Front], sign: int) -> float:
+    """Return the worse end of the interval of a method's main figure, or the figure itself where there is none.
+
+    It is the mean over the grid of the worse ends of its points, whose errors go together, since all are measured on
+    the same lists; or, where that is worse, one standard deviation over seeds from the mean.
+    """
+    means = [mean_and_std(p.main for p in front.trained_points)[0] for front in seeds]
+    mean, deviation = mean_and_std(means)
+    ends = [p.intervals[0] or (p.main, p.main) for front in seeds for p in front.trained_points]
+    measured = mean_and_std(low if sign > 0 else high for low, high in ends)[0]
+    return sign * min(sign * measured, sign * mean - deviation)
+
+
+def _cell(column: _Column, seeds: list[Front], best: bool) -> Cell:
     value, spread = column.figure(seeds)
     if math.isnan(value):
         return Cell(MISSING)
     text, detail = column.digits(value), ""
     if not math.isnan(spread):
         detail = f"± {column.digits(spread)}"
-    elif len(seeds) == 1 and column.interval and (ends := seeds[0].hypervolume_interval):
+    elif column.main_sign and len(seeds) == 1 and (ends := seeds[0].interval.get("hypervolume")):
         detail = f"[{column.digits(ends[0])}, {column.digits(ends[1])}]"
-    return Cell(text, detail, best is not None and text == best)
+    return Cell(text, detail, best)
 
 
-def _best(column: _Column, groups: Sequence[list[Record]]) -> str | None:
-    values = [column.figure(seeds)[0] for seeds in groups if not is_base(seeds[0])]
-    known = [value for value in values if not math.isnan(value)]
+def _best(column: _Column, groups: dict[str, list[Front]]) -> set[str]:
+    """Return the methods that a column marks; figures that are printed alike are equal."""
+    compared = {method: seeds for method, seeds in groups.items() if not is_base(seeds[0])}
+    values = {method: column.figure(seeds)[0] for method, seeds in compared.items()}
+    known = {method: column.sign * value for method, value in values.items() if not math.isnan(value)}
     if len(values) < 2 or not known or column.sign == 0:
-        return None
-    return column.digits(max(known) if column.sign > 0 else min(known))
+        return set()
+    sign = column.main_sign
+    if not sign:
+        best = column.digits(column.sign * max(known.values()))
+        return {method for method in known if column.digits(values[method]) == best}
+    mains = {method: sign * _main(compared[method])[0] for method in known}
+    floors = {method: sign * _worst_main(compared[method], sign) for method in known}
+
+    def beaten(method: str) -> bool:
+        return any(
+            value > known[method] and column.digits(values[other]) != column.digits(values[method])
+            and mains[other] >= floors[method]
+            for other, value in known.items()
+        )  # fmt: skip
+
+    return {method for method in known if not math.isnan(mains[method]) and not beaten(method)}
 
 
 def summarise(fronts: object, metric: Metric | None = None, notes: Sequence[str] = ()) -> Summary:
@@ -106,6 +136,14 @@ def summarise(fronts: object, metric: Metric | None = None, notes: Sequence[str]
     averaged over seeds. Points at a `scale` other than 1 (moved towards the base after training) are left out of it.
     A row "base" is shown but never marked best: it has no trade-off to offer.
 
+    A hypervolume is marked where no other method has both a larger one and a main figure at least within the interval
+    of this one's main figure. So it stands for nothing that was bought with the main objective: of two methods, one
+    with the larger hypervolume and one that keeps the main objective clearly better, both are marked. The interval is
+    that of the bootstrap, or one standard deviation over seeds where this is wider; without either it is the figure
+    itself. A method whose main figure is not known is not marked.
+
+    Parameters are `Front.inference_parameters`; where not every front says these, all are `Front.parameters`.
+
     Args:
         fronts: One `mopl.pareto.Front` (or mapping like front.json), or a sequence of them.
         metric: What the figures are.
@@ -114,7 +152,8 @@ def summarise(fronts: object, metric: Metric | None = None, notes: Sequence[str]
     metric = metric or Metric()
     records = read_all(fronts)
     groups = by_method(records)
-    references = {r.reference_point for r in records if not math.isnan(r.hypervolume)}
+    references = {tuple(r.reference_point) for r in records if not math.isnan(r.hypervolume)}
+    kept = all(r.inference_parameters is not None for r in records)
     better = 1 if metric.higher_is_better else -1
     columns = [
         _Column(
@@ -122,63 +161,67 @@ def summarise(fronts: object, metric: Metric | None = None, notes: Sequence[str]
             int(len(references) < 2),
             _over_seeds("hypervolume"),
             _hypervolume_digits(records),
-            interval=True,
+            main_sign=better,
         ),
         _Column(clean(f"{records[0].main} {metric.of_main}"), better, _main, lambda x: f"{x:.3f}"),
         _Column("Steering regret", -1, _over_seeds("regret"), lambda x: f"{x:.4f}"),
         _Column("Seconds", -1, _over_seeds("seconds"), _seconds_digits(records)),
-        _Column("Parameters", -1, _over_seeds("parameters"), lambda x: f"{x:,.0f}"),
+        _Column("Parameters", -1, _over_seeds("inference_parameters" if kept else "parameters"), lambda x: f"{x:,.0f}"),
     ]
     arrows = {1: " ↑", 0: "", -1: " ↓"}
-    best = [_best(column, list(groups.values())) for column in columns]
+    best = [_best(column, groups) for column in columns]
     rows = tuple(
         (
             clean(method) + (f" ({len(seeds)} seeds)" if len(seeds) > 1 else ""),
-            tuple(
-                _cell(column, seeds, None if is_base(seeds[0]) else mark)
-                for column, mark in zip(columns, best, strict=True)
-            ),
+            tuple(_cell(column, seeds, method in marked) for column, marked in zip(columns, best, strict=True)),
         )
         for method, seeds in groups.items()
     )
     headers = ("Method", *(column.header + arrows[column.sign] for column in columns))
-    own = [f"{record.method}: {note}" for record in records for note in record.raw.get("notes") or ()]
+    own = [f"{record.method}: {note}" for record in records for note in record.notes]
     notes = [*notes, *dict.fromkeys(own)]
-    return Summary(headers, rows, _note(records, groups, references, metric, any(best), notes))
+    return Summary(headers, rows, _note(records, groups, references, metric, best, kept, notes))
 
 
 def _note(
-    records: Sequence[Record],
-    groups: dict[str, list[Record]],
-    references: set[tuple[float, ...] | None],
+    records: Sequence[Front],
+    groups: dict[str, list[Front]],
+    references: set[tuple[float, ...]],
     metric: Metric,
-    marked: bool,
+    best: Sequence[set[str]],
+    kept: bool,
     notes: Sequence[str],
 ) -> str:
-    parts = ["* best of its column"] if marked else []
+    parts = ["* best of its column"] if any(best) else []
+    if best[0]:
+        main = clean(records[0].main)
+        parts.append(f"of hypervolumes: none is larger at {main} within the interval of this one's, or better")
     if any(not math.isnan(_main(seeds)[1]) for seeds in groups.values()):
-        grids = {len(r.at_training_scale()) for r in records if not is_base(r)}
+        grids = {len(r.trained_points) for r in records if not is_base(r)}
         over = f"the {grids.pop()} weights of the grid" if len(grids) == 1 else "the weights of the grid"
         parts.append(f"± of {clean(records[0].main)}: over {over}")
     if any(len(seeds) > 1 for seeds in groups.values()):
         parts.append("other ±: over seeds")
-    elif any(r.hypervolume_interval for r in records):
+    elif any("hypervolume" in r.interval for r in records):
         parts.append("[low, high]: bootstrap over lists")
-    if kept := [text for method, seeds in groups.items() if (text := _steps_kept(method, seeds))]:
-        parts.append(f"steps kept, of those done: {', '.join(kept)}")
+    if steps := [text for method, seeds in groups.items() if (text := _steps_kept(method, seeds))]:
+        parts.append(f"steps kept, of those done: {', '.join(steps)}")
     named = ", ".join(clean(name) for name in records[0].objectives)
     if len(references) > 1:
         parts.append("reference points differ, so hypervolumes cannot be compared")
-    elif references and (reference := next(iter(references))) is not None:
+    elif references:
+        reference = next(iter(references))
         parts.append(f"hypervolume of ({named}) from reference point ({', '.join(f'{x:g}' for x in reference)})")
     else:
         parts.append(f"hypervolume of ({named})")
+    counted = "kept to answer every trade-off, base included" if kept else "trained; not every front says what it keeps"
+    parts.append(f"parameters: {counted}")
     return clean("; ".join([*parts, metric.describe()]) + ".") + "".join(f"\nNote: {clean(note)}." for note in notes)
 
 
-def _steps_kept(method: str, seeds: list[Record]) -> str:
+def _steps_kept(method: str, seeds: list[Front]) -> str:
     """Return which steps of a method's models validation kept, in words; "" where it always was the last one."""
-    steps = [r.raw["steps"] for r in seeds if r.raw.get("steps")]
+    steps = [r.steps for r in seeds if r.steps]
     if not steps or all(s["kept"] == [s["limit"]] * len(s["kept"]) for s in steps):
         return ""
     kept, done = (sorted(x for s in steps for x in s[name]) for name in ("kept", "done"))

@@ -123,6 +123,72 @@ def test_seeds_of_a_method_become_mean_and_standard_deviation():
     assert "other ±: over seeds" in summarise(fronts).note and "bootstrap" not in summarise(fronts).note
 
 
+def marked(*fronts, metric=None):
+    """The methods whose hypervolume is marked."""
+    return [name.split(" (")[0] for name, cells in summarise(fronts, metric).rows if cells[0].best]
+
+
+def flat(method, hypervolume, main, width=0.02, seed=0):
+    """A front with one main figure, and an interval of that half width, at every point."""
+    made = front(method, seed=seed, hypervolume=hypervolume)
+    for point in made["points"]:
+        point.update(main=main, interval={"main": [main - width, main + width]} if width else {})
+    return made
+
+
+def test_a_hypervolume_is_best_unless_a_larger_one_keeps_the_main_objective_as_well():
+    ours = flat("ours", 0.20, 0.50)
+    assert marked(ours, flat("larger, main within", 0.21, 0.49)) == ["larger, main within"]
+    assert marked(ours, flat("larger, main better", 0.21, 0.60)) == ["larger, main better"]
+    assert marked(ours, flat("smaller, main better", 0.19, 0.60)) == ["ours", "smaller, main better"]
+    # What is bought with the main objective is not put above what keeps it.
+    collapsed = flat("collapsed", 0.30, 0.10)
+    assert marked(ours, collapsed) == ["ours", "collapsed"]
+    assert marked(ours, collapsed, flat("as ours, smaller", 0.18, 0.51)) == ["ours", "collapsed"]
+    assert marked(ours, collapsed, flat("between", 0.25, 0.49)) == ["collapsed", "between"]
+    assert marked(ours, flat("printed alike", 0.20004, 0.50)) == ["ours", "printed alike"]
+    assert marked(ours, flat("smaller", 0.19, 0.50), {**base(), "hypervolume": 0.9}) == ["ours"]
+    note = summarise([ours, collapsed]).note
+    assert "of hypervolumes: none is larger at relevance within the interval of this one's, or better" in note
+
+
+def test_a_main_loss_keeps_within_its_interval_from_above():
+    loss = Metric("loss", "", higher_is_better=False)
+    ours = flat("ours", 0.20, 0.50)
+    assert marked(ours, flat("larger, main within", 0.21, 0.51), metric=loss) == ["larger, main within"]
+    assert marked(ours, flat("larger, main better", 0.21, 0.40), metric=loss) == ["larger, main better"]
+    assert marked(ours, flat("collapsed", 0.21, 0.60), metric=loss) == ["ours", "collapsed"]
+
+
+def test_the_interval_of_several_seeds_is_the_wider_of_bootstrap_and_seeds():
+    def seeds(method, hypervolume, mains, width):
+        return [flat(method, hypervolume, main, width, seed) for seed, main in enumerate(mains)]
+
+    ours = seeds("ours", 0.20, [0.45, 0.50, 0.55], 0.001)  # ± 0.041
+    assert marked(*ours, *seeds("larger", 0.21, [0.47, 0.47], 0.001)) == ["larger"]
+    assert marked(*ours, *seeds("larger", 0.21, [0.45, 0.45], 0.001)) == ["ours", "larger"]
+    assert marked(*seeds("ours", 0.20, [0.5, 0.5], 0.1), *seeds("larger", 0.21, [0.42, 0.42], 0.0)) == ["larger"]
+
+
+def test_a_main_figure_without_an_interval_is_its_own_and_one_that_is_not_known_is_never_best():
+    ours = flat("ours", 0.20, 0.50, width=0)
+    assert marked(ours, flat("larger", 0.21, 0.4999)) == ["ours", "larger"]
+    assert marked(ours, flat("larger", 0.21, 0.5)) == ["larger"]
+    unknown = flat("unknown", 0.30, math.nan, width=0)
+    assert marked(ours, unknown) == ["ours"]
+
+
+def test_parameters_are_those_that_inference_keeps_where_every_front_says_them():
+    said = [{**f, "inference_parameters": 1000 * (1 + i)} for i, f in enumerate([base(), *several()])]
+    summary = summarise(said)
+    assert [cells[4].value for _, cells in summary.rows] == ["1,000", "2,000", "3,000", "4,000"]
+    assert [cells[4].best for _, cells in summary.rows] == [False, True, False, False]
+    assert "parameters: kept to answer every trade-off, base included" in summary.note
+    mixed = summarise([*said[:3], several()[2]])
+    assert [cells[4].value for _, cells in mixed.rows] == ["180,000", "50,432", "50,432", "50,432"]
+    assert "parameters: trained; not every front says what it keeps" in mixed.note
+
+
 def test_small_hypervolumes_share_one_power_of_ten_as_in_the_paper():
     volumes = {"dpo-ls": 1.648e-3, "dpo-soup": 1.468e-3, "mo-dpo": 1.263e-3, "weight-cos-dpo": 2.039e-3}
     rows = summarise([front(name, 5, hypervolume=v, interval={}) for name, v in volumes.items()]).rows
@@ -234,12 +300,13 @@ def test_missing_figures_are_shown_as_missing(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda f: f.pop("points"), "lacks points"),
-        (lambda f: f.update(points=[]), "at least one objective and one point"),
-        (lambda f: f["points"][3].update(auxiliary=[0.1]), "auxiliary of point 3.*1 entries but there are 2"),
-        (lambda f: f["points"][2].update(weights=[0.1, 0.2, 0.7]), "weights of point 2.*3 entries"),
-        (lambda f: f["points"][1]["interval"].update(main=[1.0]), r"interval\['main'\] of point 1"),
-        (lambda f: f.update(maximise=[True]), "maximise.*1 entries"),
+        (lambda f: f.pop("points"), "front 'weight-cos-dpo' .*points is missing"),
+        (lambda f: f.update(points=[]), r"points is \[\] but must be at least one point"),
+        (lambda f: f["points"][3].update(auxiliary=[0.1]), r"points\[3\].auxiliary is \[0.1\] .* list of 2 numbers"),
+        (lambda f: f["points"][2].update(weights=[0.1, 0.2, 0.7]), r"points\[2\].weights is .* list of 2 numbers"),
+        (lambda f: f["points"][1]["interval"].update(main=[1.0]), r"points\[1\].interval.main is \[1.0\]"),
+        (lambda f: f.update(maximise=[True]), r"maximise is \[True\] but must be true, false or a list of 2"),
+        (lambda f: f.update(volume=1), "volume is not a key of front.json"),
     ],
 )
 def test_a_front_that_does_not_fit_its_objectives_is_refused(change, words):
@@ -370,7 +437,8 @@ def test_the_embedded_json_is_the_input(tmp_path):
     fronts[1]["regret"] = 1 / 3
     before = copy.deepcopy(fronts)
     data, _ = embedded(write_page(fronts, tmp_path / "page.html").read_text("utf-8"))
-    assert data["fronts"] == fronts == before
+    assert [Front.from_dict(f) for f in data["fronts"]] == [Front.from_dict(f) for f in fronts]
+    assert fronts == before
     assert data["bases"] == [{"main": 0.4901, "auxiliary": [0.3002, 0.3002]}] * len(fronts)
     assert data["is_base"] == [True, *[False] * (len(fronts) - 1)]
 
