@@ -40,13 +40,13 @@ class AlignConfig(CosDpoSettings, LanguageModelSettings):
         missing="name preference data, a path or a name on the Hugging Face hub",
         kw_only=False,
     )
-    format: str = setting("auto", "of the data; auto: by its columns", group="data")
-    split: str = setting("train", "of a directory or of the hub", group="data")
+    format: str = setting("auto", "format of the data; auto: recognised by its columns", group="data")
+    split: str = setting("train", "split of a directory or of a data set on the hub", group="data")
     objectives: tuple[str, ...] = setting(
-        (), "which labels, in the order of the weights", unset="all", group="data", metavar="NAME"
+        (), "names of the objectives, in the order of the weights", unset="all", group="data", metavar="NAME"
     )
     max_length: int = setting(
-        1024, "most tokens of prompt and response together", at_least=2, group="data", metavar="TOKENS"
+        1024, "maximum tokens of prompt and response together", at_least=2, group="data", metavar="TOKENS"
     )
     min_prompt: int | None = setting(
         None,
@@ -99,7 +99,12 @@ class AlignConfig(CosDpoSettings, LanguageModelSettings):
         "drop", "objectives that label a part of a list: leave them out of it, or use that part", group="method"
     )
     label_smoothing: float = setting(
-        0.0, "of pair losses that have it", at_least=0, below=0.5, group="method", metavar="RATE"
+        0.0,
+        "rate of flipped labels, for the pair losses that have it",
+        at_least=0,
+        below=0.5,
+        group="method",
+        metavar="RATE",
     )
     reference: str = setting(
         "auto",
@@ -110,29 +115,35 @@ class AlignConfig(CosDpoSettings, LanguageModelSettings):
         metavar="HOW",
     )
     steps: int | None = setting(None, unset="3 epochs, at least 100", at_least=1)
-    lists_per_batch: int = setting(16, "lists of an update", at_least=1, group="training", metavar="LISTS")
-    learning_rate: float = setting(2e-4, "of the adapters")
+    lists_per_batch: int = setting(16, "lists per optimizer step", at_least=1, group="training", metavar="LISTS")
+    learning_rate: float = setting(2e-4, "learning rate of the adapters")
     prompt_learning_rate: float | None = setting(
         None,
-        "of the prompt",
+        "learning rate of the prompt",
         unset="10 times that of the adapters",
         positive=True,
         group="training",
         metavar="RATE",
     )
     warmup: int | None = setting(None, unset="a tenth of the steps")
-    gradient_checkpointing: bool = setting(False, "less memory, about a third more time", group="training")
+    gradient_checkpointing: bool = setting(
+        False, "recompute activations in the backward pass: less memory, about a third more time", group="training"
+    )
     packing: bool = setting(
-        False, "one row without padding; needs an attention that keeps packed sequences apart", group="training"
+        False,
+        "batches as one row without padding; needs an attention implementation that keeps packed sequences apart",
+        group="training",
     )
     reference_point: tuple[float, ...] = setting(
         (), unset="1.1 / ln 2 times the loss of the untrained model", positive=True, metavar="LOSS"
     )
     tokens_per_batch: int = setting(
-        8192, "most tokens of a forward pass outside training", at_least=1, group="evaluation", metavar="TOKENS"
+        8192, "maximum tokens of a forward pass outside training", at_least=1, group="evaluation", metavar="TOKENS"
     )
     samples: int = setting(3, "held-out prompts that are answered at every point of the grid")
-    sample_tokens: int = setting(64, "most of such an answer", at_least=1, group="evaluation", metavar="TOKENS")
+    sample_tokens: int = setting(
+        64, "maximum tokens of such an answer", at_least=1, group="evaluation", metavar="TOKENS"
+    )
 
     def check_together(self) -> None:
         """Raise if two settings do not go together."""

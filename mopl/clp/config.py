@@ -23,8 +23,10 @@ class ClpConfig(LanguageModelSettings):
         missing="name prompts, a path or a name on the Hugging Face hub",
         kw_only=False,
     )
-    limit: int | None = setting(None, "take no more prompts than this", at_least=2)
-    max_prompt: int = setting(512, "prompts of more tokens are left out", at_least=1, group="data", metavar="TOKENS")
+    limit: int | None = setting(None, "maximum number of prompts to take", at_least=2)
+    max_prompt: int = setting(
+        512, "maximum tokens of a prompt; longer ones are left out", at_least=1, group="data", metavar="TOKENS"
+    )
     rewards: tuple[str, ...] = setting(
         (),
         "names of `mopl.rewards`, with options as in length:target=20, or module:function of (texts, prompts); their "
@@ -53,7 +55,7 @@ class ClpConfig(LanguageModelSettings):
     )
     method: str = setting(
         "clp",
-        "what to train; clp-all compares all that can be",
+        "method to train; clp-all trains and compares all that can be compared",
         choices=(*METHODS, ALL),
         group="method",
         metavar="METHOD",
@@ -82,37 +84,43 @@ class ClpConfig(LanguageModelSettings):
     kl_form: Literal["complement", "penalty"] = setting(
         "complement", "(1 - α) w·R - α KL, or w·R - α KL", group="method"
     )
-    kl_in: Literal["reward", "loss"] = setting("reward", "where the KL enters", group="method")
+    kl_in: Literal["reward", "loss"] = setting("reward", "whether the KL enters the reward or the loss", group="method")
     kl_estimator: Literal["k1", "k2", "k3", "exact"] = setting(
-        "k1", "exact: over the whole vocabulary at each position, without the logits", group="method"
+        "k1",
+        "estimator of the KL; exact: over the whole vocabulary at each position, without the logits",
+        group="method",
     )
-    kl_level: Literal["token", "sequence"] = setting("token", "what a KL is of", group="method")
+    kl_level: Literal["token", "sequence"] = setting(
+        "token", "whether the KL is one of tokens or of the sequence", group="method"
+    )
     baseline: Literal["leave_one_out", "group", "value", "none"] = setting(
         "leave_one_out",
-        "of the policy gradient: over the samples of a prompt, or a learned value of weights and α",
+        "baseline of the policy gradient: over the samples of a prompt, or a learned value of weights and α",
         group="method",
     )
     standardize: bool = setting(
-        False, "divide by a group's deviation, as GRPO does; with baseline group", group="method"
+        False, "divide by the standard deviation of a group, as GRPO does; needs baseline group", group="method"
     )
-    to_go: bool = setting(False, "count for each token the KL from it on only", group="method")
-    value_learning_rate: float = setting(1e-3, "of the value head", positive=True, group="training", metavar="RATE")
+    to_go: bool = setting(False, "count for each token only the KL from that token on", group="method")
+    value_learning_rate: float = setting(
+        1e-3, "learning rate of the value head", positive=True, group="training", metavar="RATE"
+    )
     concentration: float = setting(1.0)
     trade_offs: int | None = setting(
         None,
-        "different trade-offs in a step",
+        "number of different trade-offs in a step",
         unset="2 where parameters are mixed, else one for each prompt",
         at_least=1,
         group="training",
         metavar="N",
     )
-    steps: int = setting(200, "updates of each trained model", at_least=1, group="training")
-    prompts_per_step: int = setting(8, "prompts of a rollout", at_least=1, group="training", metavar="N")
+    steps: int = setting(200, "optimizer steps of each trained model", at_least=1, group="training")
+    prompts_per_step: int = setting(8, "prompts per rollout", at_least=1, group="training", metavar="N")
     samples_per_prompt: int = setting(
-        4, "samples for each of them, at one trade-off", at_least=1, group="training", metavar="N"
+        4, "samples per prompt, all at one trade-off", at_least=1, group="training", metavar="N"
     )
     epochs: int = setting(
-        1, "updates on each rollout; more than one needs clip", at_least=1, group="training", metavar="N"
+        1, "optimizer steps on each rollout; more than one needs clip", at_least=1, group="training", metavar="N"
     )
     clip: float | None = setting(
         None,
@@ -123,27 +131,29 @@ class ClpConfig(LanguageModelSettings):
         metavar="EPSILON",
     )
     ratio_level: Literal["token", "sequence", "sequence_mean"] = setting(
-        "token", "what an importance ratio is of", group="training"
+        "token", "whether an importance ratio is one of tokens or of the sequence", group="training"
     )
-    max_new_tokens: int = setting(64, "most tokens of a response", at_least=1, group="training", metavar="TOKENS")
+    max_new_tokens: int = setting(64, "maximum tokens of a response", at_least=1, group="training", metavar="TOKENS")
     temperature: float = setting(
         1.0,
-        "divides logits: of policy and reference, in sampling, log-probabilities and evaluation",
+        "divides the logits of policy and reference, in sampling, log-probabilities and evaluation",
         positive=True,
         group="training",
         metavar="T",
     )
-    rows_at_once: int = setting(64, "responses generated together", at_least=1, group="training", metavar="N")
+    rows_at_once: int = setting(
+        64, "maximum number of responses that are generated together", at_least=1, group="training", metavar="N"
+    )
     accumulation: int = setting(1, "parts of a step's prompts, one after another; samples depend on it")
-    learning_rate: float = setting(1e-4, "of the policy")
+    learning_rate: float = setting(1e-4, "learning rate of the policy")
     warmup: int = setting(0)
     schedule: Literal["constant", "linear", "cosine"] = setting("constant")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
-        "float32", "of the model; what is mixed is trained in it"
+        "float32", "data type of the model; what is mixed is trained in it"
     )
     kl_limit: float = setting(
         100.0,
-        "stop above this mean KL of a step's responses; 0 for never",
+        "stop if the mean KL of a step's responses exceeds this; 0 for never",
         at_least=0,
         group="training",
         metavar="NATS",
@@ -157,7 +167,7 @@ class ClpConfig(LanguageModelSettings):
     )
     patience: int = setting(
         10,
-        "rollouts with too little entropy, or equal rewards, before a stop",
+        "number of rollouts with too little entropy, or with equal rewards, before a stop",
         at_least=1,
         group="training",
         metavar="N",
@@ -166,9 +176,15 @@ class ClpConfig(LanguageModelSettings):
         (), unset="mean of the untrained model's rewards minus twice their deviation", metavar="REWARD"
     )
     eval_prompts: int = setting(
-        64, "most held-out prompts that are answered for the front", at_least=1, group="evaluation", metavar="N"
+        64,
+        "maximum number of held-out prompts that are answered for the front",
+        at_least=1,
+        group="evaluation",
+        metavar="N",
     )
-    eval_samples: int = setting(1, "answers to each at a trade-off", at_least=1, group="evaluation", metavar="N")
+    eval_samples: int = setting(
+        1, "answers to each of them at every trade-off", at_least=1, group="evaluation", metavar="N"
+    )
     samples: int = setting(3, "held-out prompts whose answers the report shows")
     log_samples: int = setting(
         4,

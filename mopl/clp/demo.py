@@ -1,4 +1,4 @@
-"""Model, prompts and settings of `mopl align --demo --method clp`: the model and the prompts of `mopl align --demo`.
+"""Model, prompts and settings of `mopl clp --demo`: the model and the prompts of `mopl align --demo`.
 
 Each prompt asks for an answer in a sentence or two. Without that this model hardly ever ends an answer within the few
 tokens that two cores can afford, all answers are equally long, and there is nothing to learn about brevity.

@@ -1,4 +1,4 @@
-"""`mopl align --method clp` from prompts to report: policies, fronts, table, picture and page in one directory.
+"""`mopl clp` from prompts to report: policies, fronts, table, picture and page in one directory.
 
 config.json        settings, command line, seed, versions, what the prompts were
 log.jsonl          one line of figures every `log_every` steps: rewards, KL, entropy, lengths

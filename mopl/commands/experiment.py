@@ -3,6 +3,7 @@
 import argparse
 import functools
 import os
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -72,11 +73,18 @@ class Experiment:
     on_resume: tuple[str, ...] = ()
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Help whose lines never break inside a name such as lora-mixture."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+
 def add_experiment(commands: Any, experiment: Experiment) -> argparse.ArgumentParser:
     """Add a command that trains to the commands and return its parser."""
     parser = commands.add_parser(
         experiment.name, help=experiment.help, description=experiment.help, epilog=experiment.examples,
-        allow_abbrev=False, argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False, argument_default=argparse.SUPPRESS, formatter_class=_Help,
     )  # fmt: skip
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     group = parser.add_argument_group("run")

@@ -16,26 +16,28 @@ ALL = "all"  # of the methods
 class RunSettings(Settings):
     """What every run has."""
 
-    seed: int = setting(0, "seed of initialisation, batches, weights, temperatures and bootstrap", at_least=0)
-    device: Literal["auto", "cpu"] = setting("auto", "auto takes a GPU if there is one")
-    log_every: int = setting(10, "steps between log lines", at_least=1, metavar="STEPS")
+    seed: int = setting(
+        0, "random seed of initialisation, batches, weights, temperatures and the bootstrap", at_least=0
+    )
+    device: Literal["auto", "cpu"] = setting("auto", "where to compute; auto takes a GPU if there is one")
+    log_every: int = setting(10, "steps between lines of the log", at_least=1, metavar="STEPS")
     checkpoint_every: int = setting(100, "steps between checkpoints", at_least=0, metavar="STEPS")
     log_with: tuple[str, ...] = setting(
-        (), "trackers that also get the log", choices=TRACKERS, old="tensorboard", metavar="TRACKER"
+        (), "experiment trackers that also receive the log", choices=TRACKERS, old="tensorboard", metavar="TRACKER"
     )
     data_seed: int = setting(
-        0, "seed of the split of the data; seed leaves it alone", at_least=0, group="data", metavar="SEED"
+        0, "random seed of the data split, which seed leaves alone", at_least=0, group="data", metavar="SEED"
     )
     concentration: float = setting(
         0.5,
-        "of the Dirichlet distribution of the weights; smaller trains the ends of the front more",
+        "concentration of the Dirichlet distribution of the weights; smaller trains the ends of the front more",
         positive=True,
         group="method",
         old="alpha",
     )
     accumulation: int = setting(
         1,
-        "parts of a batch, one after another; the result does not depend on it",
+        "number of parts a batch is processed in; the result does not depend on it",
         at_least=1,
         group="training",
         metavar="PARTS",
@@ -43,19 +45,25 @@ class RunSettings(Settings):
     learning_rate: float = setting(1e-3, positive=True, group="training", metavar="RATE")
     weight_decay: float = setting(0.0, "decoupled weight decay", group="training")
     warmup: int | None = setting(0, "steps of linear warm-up", at_least=0, group="training", metavar="STEPS")
-    schedule: Literal["constant", "linear", "cosine"] = setting("cosine", "of the learning rate", group="training")
+    schedule: Literal["constant", "linear", "cosine"] = setting(
+        "cosine", "course of the learning rate after the warm-up", group="training"
+    )
     gradient_clip: float = setting(
-        1.0, "largest norm of the gradient; 0 for none", at_least=0, group="training", metavar="NORM"
+        1.0, "maximum norm of the gradient; 0 for no clipping", at_least=0, group="training", metavar="NORM"
     )
     points: int | None = setting(
         None,
-        "size of the grid of weights",
+        "number of weight vectors in the evaluation grid",
         unset="11, 15, 20 for 2, 3, 4 objectives, 11 above",
         at_least=1,
         group="evaluation",
     )
     bootstrap: int = setting(
-        1000, "resamples for intervals; 0 for none", at_least=0, group="evaluation", metavar="SAMPLES"
+        1000,
+        "bootstrap resamples for confidence intervals; 0 for none",
+        at_least=0,
+        group="evaluation",
+        metavar="SAMPLES",
     )
 
     def _training(self, **changes: Any) -> Any:
@@ -73,43 +81,49 @@ class CosDpoSettings(RunSettings):
 
     method: str = setting(
         "weight-cos-dpo",
-        "what to train; all trains and compares every one",
+        "method to train; all trains every one and compares them",
         choices=(*METHODS, ALL),
         group="method",
         metavar="METHOD",
     )
     ties: Literal["breslow", "efron", "exact", "random"] = setting(
-        "breslow", "equal labels under Plackett-Luce", group="method"
+        "breslow", "how Plackett-Luce treats equal labels", group="method"
     )
     last_group: Literal["charged", "free"] = setting(
         "charged",
-        "what has the lowest label under Plackett-Luce; free: it is unranked, as zeros of a sparse label are",
+        "whether Plackett-Luce charges what has the lowest label; free: it is unranked, as zeros of a sparse label are",
         group="method",
     )
     top_k: int | None = setting(
-        None, "ranks that Plackett-Luce sees", unset="all", at_least=1, group="method", metavar="K"
+        None, "number of ranks that Plackett-Luce sees", unset="all", at_least=1, group="method", metavar="K"
     )
     beta: tuple[float, ...] = setting(
-        (0.1,), "β: one for all objectives, or one for each", positive=True, nonempty=True, group="method"
+        (0.1,),
+        "β, the factor of scores or log-ratios in the loss: one for all objectives, or one for each",
+        positive=True,
+        nonempty=True,
+        group="method",
     )
     beta_range: tuple[float, float] = setting(
         (0.67, 1.5),
-        "box from which temperature-cos-dpo draws β, as factors of beta (section 4.1)",
+        "range that temperature-cos-dpo draws β from, as factors of beta (section 4.1)",
         positive=True,
         group="method",
         metavar=("LOW", "HIGH"),
     )
     weights_per: Literal["list", "step"] = setting(
-        "list", "draw weights for each list, or one vector a step as in the paper's algorithm 1", group="method"
+        "list", "draw weights for each list, or one vector per step as in the paper's algorithm 1", group="method"
     )
     penalty: float = setting(0.0, "factor λ of the cosine penalty (appendix A.2)", group="method")
     penalty_sign: Literal["as_printed", "cosmos"] = setting(
-        "as_printed", "the paper prints one sign and describes the other", group="method"
+        "as_printed", "sign of that penalty: the paper prints one and describes the other", group="method"
     )
     steps: int | None = setting(
-        None, "updates of each trained model", unset="three epochs, at least 100", at_least=0, group="training"
+        None, "optimizer steps of each trained model", unset="three epochs, at least 100", at_least=0, group="training"
     )
-    mixed_precision: Literal["no", "bf16", "fp16"] = setting("no", "autocast of the forward pass", group="training")
+    mixed_precision: Literal["no", "bf16", "fp16"] = setting(
+        "no", "autocast precision of the forward pass", group="training"
+    )
     scales: tuple[float, ...] = setting(
         (0.5, 2.0),
         "distances from the base model, c of equation (14), at which the front is evaluated besides 1",
@@ -167,26 +181,32 @@ class LanguageModelSettings(RunSettings):
         metavar="DATA",
         kw_only=False,
     )
-    limit: int | None = setting(None, "read no more than this", unset="all", at_least=1, group="data")
+    limit: int | None = setting(None, "maximum number of rows to read", unset="all", at_least=1, group="data")
     on_error: Literal["raise", "skip"] = setting(
-        "raise", "unusable rows: refuse the data, or leave them out and say how many", group="data"
+        "raise", "for unusable rows: refuse the data, or skip them and say how many", group="data"
     )
     held_out: float = setting(
-        0.1, "share of the prompts to evaluate on", above=0, below=1, group="data", metavar="SHARE"
+        0.1, "share of the prompts that is held out for evaluation", above=0, below=1, group="data", metavar="SHARE"
     )
     template: Literal["auto", "chat", "plain"] = setting(
         "auto", "how prompts become text; auto: chat if the tokenizer has a chat template", group="data"
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", "of the model", group="model")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "auto", "data type of the frozen model; auto: as it is stored", group="model"
+    )
     attention: str | None = setting(
-        None, "attn_implementation of transformers", unset="its own choice", group="model", metavar="NAME"
+        None,
+        "attention implementation, attn_implementation of transformers",
+        unset="that of transformers",
+        group="model",
+        metavar="NAME",
     )
     virtual_tokens: int = setting(
-        8, "virtual tokens of the prompt (section 4.2)", at_least=1, group="model", metavar="K"
+        8, "number of virtual tokens of the prompt (section 4.2)", at_least=1, group="model", metavar="K"
     )
     prompt_rank: int = setting(4, "rank of the prompt's mask (section 4.2)", at_least=1, group="model", metavar="R")
     lora_rank: int = setting(4, "rank of the LoRA adapters", at_least=1, group="model", metavar="R")
-    lora_alpha: float = setting(8.0, "their scale", positive=True, group="model")
+    lora_alpha: float = setting(8.0, "scale of the LoRA adapters", positive=True, group="model")
     lora_targets: tuple[str, ...] = setting(
         ("all-linear",),
         "modules that get adapters, by PEFT's rules; all-linear takes all but the output head",
@@ -195,7 +215,7 @@ class LanguageModelSettings(RunSettings):
         metavar="MODULE",
     )
     reference_point: tuple[float, ...] = setting(
-        (), "of the hypervolume, one number for each objective", group="evaluation"
+        (), "reference point of the hypervolume, one number for each objective", group="evaluation"
     )
     samples: int = setting(3, at_least=0, group="evaluation", metavar="PROMPTS")
 

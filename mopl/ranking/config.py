@@ -42,7 +42,7 @@ class RankConfig(CosDpoSettings):
         metavar="DATA",
         kw_only=False,
     )
-    data_seed: int = setting(0, "seed of drawn splits and of generated data; seed leaves these alone")
+    data_seed: int = setting(0, "random seed of drawn splits and of generated data, which seed leaves alone")
     objectives: tuple[str, ...] = setting(
         (),
         "auxiliary objectives, such as clicks=134 price=7:min:softmax dwell=@dwell.txt",
@@ -53,7 +53,7 @@ class RankConfig(CosDpoSettings):
     )
     normalize_features: str | None = setting(
         None,
-        "none, global, query or query-minmax, alone or after log1p+",
+        "how features are normalised: none, global, query or query-minmax, alone or after log1p+",
         unset="that of the data",
         group="data",
         metavar="HOW",
@@ -66,7 +66,7 @@ class RankConfig(CosDpoSettings):
         group="method",
         metavar="DIR",
     )
-    loss: Literal["listnet", "plackett-luce"] = setting("listnet", "list loss; the paper's is listnet", group="method")
+    loss: Literal["listnet", "plackett-luce"] = setting("listnet", "list loss; listnet is the paper's", group="method")
     beta: tuple[float, ...] = setting((1.0,), old="temperature")
     beta_range: tuple[float, float] = setting((0.67, 1.5), old="temperature_range")
     parametrisation: Literal["scratch", "augment"] = setting(
@@ -77,11 +77,11 @@ class RankConfig(CosDpoSettings):
     )
     steps: int | None = setting(None, unset="10 epochs, at least 200")
     base_steps: int | None = setting(
-        None, "updates of the base model", unset="3 epochs, at least 100", at_least=0, group="training"
+        None, "optimizer steps of the base model", unset="3 epochs, at least 100", at_least=0, group="training"
     )
     patience: int = setting(
         6,
-        "stop after so many validations without a better figure; the best step is kept. 0: all steps, the last is kept",
+        "validations without improvement before training stops; the best step is kept. 0: all steps, the last is kept",
         at_least=0,
         group="training",
         metavar="N",
@@ -94,21 +94,21 @@ class RankConfig(CosDpoSettings):
         group="training",
         metavar="STEPS",
     )
-    batch_size: int = setting(64, "lists in a batch", at_least=1, group="training", metavar="LISTS")
-    learning_rate: float = setting(3e-3, "of AdamW, after the warm-up")
+    batch_size: int = setting(64, "lists per batch", at_least=1, group="training", metavar="LISTS")
+    learning_rate: float = setting(3e-3, "learning rate of AdamW after the warm-up")
     warmup: int = setting(20)
     hidden: int = setting(64, "width of the tuned models (section 4.1)", at_least=1, group="training")
     layers: int = setting(2, "layers of the tuned models (section 4.1)", at_least=1, group="training")
-    heads: int = setting(4, "attention heads of all models", at_least=1, group="training")
-    dropout: float = setting(0.0, "of all models", at_least=0, below=1, group="training")
+    heads: int = setting(4, "attention heads of every model", at_least=1, group="training")
+    dropout: float = setting(0.0, "dropout of every model", at_least=0, below=1, group="training")
     base_hidden: int = setting(128, "width of the base model (section 4.1)", at_least=1, group="training")
     base_layers: int = setting(2, "layers of the base model (section 4.1)", at_least=1, group="training")
     scales: tuple[float, ...] = setting((0.5, 2.0, 5.0))
-    k: int = setting(10, "cut of NDCG", at_least=1, group="evaluation")
+    k: int = setting(10, "cutoff of NDCG", at_least=1, group="evaluation")
     gain: Literal["linear", "exponential"] = setting(
         "linear", "gain of NDCG: the label (equation 22), or 2^label - 1", group="evaluation"
     )
-    empty: Literal["skip", 0, 1] = setting("skip", "what a query without labels counts as in NDCG", group="evaluation")
+    empty: Literal["skip", 0, 1] = setting("skip", "NDCG of a query without labels", group="evaluation")
     log_every: int = setting(50)
     checkpoint_every: int = setting(200)
 
