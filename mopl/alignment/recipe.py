@@ -15,58 +15,34 @@ See `mopl.alignment.stages` for the models of the baselines.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from mopl import _terminal
-from mopl._extras import require_for
-from mopl._files import write_file
 from mopl._restoring import seeded
 from mopl.alignment import tuned
 from mopl.alignment.config import CONDITIONED, AlignConfig
 from mopl.alignment.evaluate import Evaluation, HeldOut, evaluation_of, make_front, reference_point
 from mopl.alignment.reference import score_lists
-from mopl.alignment.runs import (
-    EVALUATION,
-    FRONT,
-    KIND,
-    SAMPLES,
-    config_of,
-    list_tokenizer,
-    method_folder,
-    write_reports,
-)
+from mopl.alignment.runs import KIND, config_of, list_tokenizer
 from mopl.alignment.stages import Split, Stages, response_loss
 from mopl.alignment.trained import load_trained, state_for
 from mopl.conditioning import HyperPromptModel
+from mopl.experiments.driver import FREE_ON_RESUME, Measured, Recipe, execute, plain_word
 from mopl.experiments.resume_settings import settings_to_resume
-from mopl.experiments.run_directory import (
-    RunInterrupted,
-    command_line,
-    create_run,
-    environment,
-    hold_run,
-    resumable,
-    version_changes,
-)
+from mopl.experiments.run import BASE, run_grid
+from mopl.experiments.run_directory import RunInterrupted
 from mopl.language_models import models
 from mopl.language_models.data import PreferenceData, Text
 from mopl.language_models.generate import generate
 from mopl.language_models.readers import load_preferences
 from mopl.language_models.tokenization import tokenize
-from mopl.pareto import weight_grid
 from mopl.pareto.volumes import check_affordable
-from mopl.training import RunLog, make_accelerator
-from mopl.training.parallel import exists_on_main, on_main
 
 __all__ = ["FREE_ON_RESUME", "RunInterrupted", "align", "answers", "check_resume", "evaluate", "load_data"]
-
-# Settings that a resumed run may have otherwise: they change what is written or where, not what is computed.
-FREE_ON_RESUME = ("log_every", "checkpoint_every", "log_with", "device")
 
 
 def align(
@@ -97,68 +73,102 @@ def align(
         TrainingDiverged: If a loss is no longer a number.
         RunInterrupted: After Ctrl-C or SIGTERM, once a checkpoint is written.
     """
-    require_for("align", *("peft",) * (config.lora_rank > 0), *config.log_with)
-    accelerator = make_accelerator(config.mixed_precision, cpu=config.device == "cpu")
-    tell = say if accelerator.is_main_process else (lambda text: None)
-    stem = f"align-{_data_word(config)}-{config.method}"
-    with hold_run(run, stem, accelerator, resume=resume, overwrite=overwrite) as (path, record):
-        _run(config, path, record, accelerator, tell, overwrite=overwrite)
-    return path
+    return execute(AlignmentRecipe(config), run, resume=resume, overwrite=overwrite, say=say)
 
 
-def _run(
-    config: AlignConfig,
-    path: Path,
-    record: dict[str, Any] | None,
-    accelerator: Any,
-    tell: Callable[[str], None],
-    *,
-    overwrite: bool,
-) -> None:
-    """Check data and settings, begin the run unless there is a record of it, and work."""
-    data = load_data(config)
-    for line in _describe_data(data):
-        tell(line)
-    config = config.resolved(len(data["train"]))
-    objectives = data["train"].objectives
-    config.betas(len(objectives))
-    response_loss(config, data["train"])
-    grid = weight_grid(len(objectives), config.points, density="medium")
-    check_affordable(*grid.shape)
-    if len(config.reference_point) not in (0, 1, len(objectives)):
-        raise ValueError(
-            f"reference_point has {len(config.reference_point)} numbers but there are {len(objectives)} objectives; "
-            f"pass {len(objectives)}"
-        )
-    tokenizer = list_tokenizer(config, models.load_tokenizer(config.model))
-    splits = {}
-    for name, part in data.items():
-        splits[name] = Split(part, tokenize(part, tokenizer, on_error=config.on_error))
-        tell(_describe_tokens(name, splits[name]))
-    identity = _data_record(config, splits)
-    if record is not None:
-        _check_resume(record, config, identity, path)
-        if changes := version_changes(record):
-            tell(f"note: versions changed since the run began ({'; '.join(changes)}); bits may differ")
-    # The model is loaded before anything is written: most mistakes in settings show here.
-    log = RunLog(
-        path,
-        enabled=accelerator.is_main_process,
-        log_with=config.log_with,
-        settings=config.to_dict(),
-    )
-    stages = Stages(path, config, splits, tokenizer, accelerator, log, tell)
-    stages.check()
-    accelerator.wait_for_everyone()
-    if record is None:
-        content = {"command": command_line(), "kind": KIND, "config": config.to_dict(), **environment(KIND)}
-        on_main(accelerator, lambda: create_run(path, {**content, "data": identity}, overwrite=overwrite))
-    tell(f"run {path}")
-    try:
-        with resumable(path, "align"):
-            _work(config, path, stages, grid, identity, tell)
-    finally:
-        log.close()
+class AlignmentRecipe(Recipe):
+    """What `mopl align` does in a run."""
+
+    kind = KIND
+    fingerprints: ClassVar[dict[str, str]] = {"fingerprint": "data", "tokens": "tokenizer"}
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """PEFT, where there are adapters."""
+        return ("peft",) * (self.config.lora_rank > 0)
+
+    @property
+    def stem(self) -> str:
+        """What the default name of the run begins with."""
+        return f"align-{_data_word(self.config)}-{self.config.method}"
+
+    def read(self) -> dict[str, Any]:
+        """Read, describe and tokenise the data, complete the settings, check what they ask of it."""
+        data = load_data(self.config)
+        for line in _describe_data(data):
+            self.say(line)
+        config = self.config = self.config.resolved(len(data["train"]))
+        objectives = data["train"].objectives
+        m = len(objectives)
+        config.betas(m)
+        response_loss(config, data["train"])
+        self.grid = run_grid(config, m)
+        check_affordable(*self.grid.shape)
+        if len(config.reference_point) not in (0, 1, m):
+            raise ValueError(
+                f"reference_point has {len(config.reference_point)} numbers but there are {m} objectives; pass {m}"
+            )
+        self.tokenizer = list_tokenizer(config, models.load_tokenizer(config.model))
+        self.splits = splits = {}
+        for name, part in data.items():
+            splits[name] = Split(part, tokenize(part, self.tokenizer, on_error=config.on_error))
+            self.say(_describe_tokens(name, splits[name]))
+        return {
+            "objectives": list(objectives),
+            "fingerprint": "-".join(split.data.fingerprint()[:32] for split in splits.values()),
+            "tokens": "-".join(split.tokens.fingerprint()[:32] for split in splits.values()),
+            "splits": {name: {**split.data.describe(), **split.tokens.describe()} for name, split in splits.items()},
+        }
+
+    def check_resume(self, record: dict[str, Any]) -> None:
+        """Raise unless the settings are those that the recorded run has."""
+        check_resume(record, self.config.to_dict(), self.path)
+
+    def load(self) -> None:
+        """Load the model: most mistakes in settings show here."""
+        self.stages = Stages(
+            self.path, self.config, self.splits, self.tokenizer, self.accelerator, self.log, self.say
+        )  # fmt: skip
+        self.stages.check()
+
+    def prepare(self) -> None:
+        """Score the lists with the reference, and choose the prompts of samples."""
+        stages = self.stages
+        stages.prepare_references()
+        reference = stages.references["test"]
+        assert reference is not None
+        lists = stages.splits["test"].tokens.lists
+        self.held_out = HeldOut(lists, stages.collator, stages.loss, stages.beta, reference, stages.objectives)
+        self.untrained = evaluation_of(None, [self.held_out.figures(reference.values)])
+        self.reference_point = reference_point(self.untrained, self.config.reference_point)
+        self.prompts = _sample_prompts(stages)
+
+    def base(self) -> Measured:
+        """Evaluate the model before training, which is the reference or what training starts from."""
+        return self._measured(BASE, self.path / BASE, [self.untrained], 0.0, 0)
+
+    def train(self, method: str, folder: Path) -> tuple[float, int]:
+        """Train what a method needs; return its seconds and its number of trained parameters."""
+        return self.stages.train_method(method, folder, self.grid)
+
+    def evaluate(self, method: str, folder: Path, trained: tuple[float, int]) -> Measured:
+        """Evaluate a trained method on held-out lists, and let it answer prompts."""
+        self.say(f"{method}: evaluating {len(self.grid)} trade-offs on {len(self.held_out.lists)} lists")
+        found = evaluate(self.stages, method, folder, self.grid, self.held_out)
+        return self._measured(method, folder, found, *trained)
+
+    def _measured(
+        self, method: str, folder: Path, found: list[Evaluation], seconds: float, parameters: int
+    ) -> Measured:
+        config, stages, lists = self.config, self.stages, len(self.held_out.lists)
+        samples = answers(stages, method, folder, self.grid, self.prompts)
+        front = make_front(
+            found, method=method, objectives=stages.objectives, reference_point=self.reference_point, seed=config.seed,
+            description={"name": _data_word(config), "split": "test", "lists": lists, **self.data},
+            bootstrap=config.bootstrap, scales=_scales(config)[: len(found)], seconds=seconds, parameters=parameters,
+        )  # fmt: skip
+        figures = {"loss": config.loss, "beta": stages.beta.tolist(), **found[0].summary(stages.objectives)}
+        return Measured(front, figures, [{**entry, "method": method} for entry in samples])
 
 
 def load_data(config: AlignConfig) -> dict[str, PreferenceData]:
@@ -171,64 +181,9 @@ def load_data(config: AlignConfig) -> dict[str, PreferenceData]:
     return {"train": train, "test": test}
 
 
-def _work(
-    config: AlignConfig, path: Path, stages: Stages, grid: Tensor, identity: dict[str, Any], tell: Callable[[str], None]
-) -> None:
-    """Train, evaluate and report what is missing in a run directory."""
-    accelerator, main = stages.accelerator, stages.accelerator.is_main_process
-    stages.prepare_references()
-    test = stages.splits["test"]
-    reference = stages.references["test"]
-    assert reference is not None
-    held_out = HeldOut(
-        test.tokens.lists, stages.collator, stages.loss, stages.beta, reference, stages.objectives
-    )  # fmt: skip
-    base = evaluation_of(None, [held_out.figures(reference.values)])
-    corner = reference_point(base, config.reference_point)
-    prompts = _sample_prompts(stages)
-
-    def finish(method: str, folder: Path, evaluations: list[Evaluation], samples: list[Any], **cost: Any) -> None:
-        scales = (1.0, *_other_scales(config))[: len(evaluations)]
-        front = make_front(
-            evaluations, method=method, objectives=stages.objectives, reference_point=corner, seed=config.seed,
-            description={"name": _data_word(config), "split": "test", "lists": len(test.tokens), **identity},
-            bootstrap=config.bootstrap, scales=scales, **cost,
-        )  # fmt: skip
-        if main:
-            figures = {"loss": config.loss, "beta": stages.beta.tolist(), **evaluations[0].summary(stages.objectives)}
-            write_file(folder / EVALUATION, json.dumps(figures, indent=2) + "\n")
-            text = json.dumps([{**entry, "method": method} for entry in samples], indent=2, ensure_ascii=False)
-            write_file(folder / SAMPLES, text + "\n")
-            front.save(folder / FRONT)  # last: where it is, the method is finished
-        accelerator.wait_for_everyone()
-
-    def folder_of(method: str) -> Path:
-        folder = path / "base" if method == "base" else method_folder(path, config, method)
-        if main:
-            folder.mkdir(parents=True, exist_ok=True)
-        accelerator.wait_for_everyone()
-        return folder
-
-    if not exists_on_main(accelerator, path / "base" / FRONT):
-        samples = answers(stages, "base", path, grid, prompts)
-        finish("base", folder_of("base"), [base], samples, seconds=0.0, parameters=0)
-    for method in config.methods:
-        folder = folder_of(method)
-        if exists_on_main(accelerator, folder / FRONT):
-            continue
-        seconds, parameters = stages.train_method(method, folder, grid)
-        tell(f"{method}: evaluating {len(grid)} trade-offs on {len(test.tokens)} lists")
-        evaluations = evaluate(stages, method, folder, grid, held_out)
-        samples = answers(stages, method, folder, grid, prompts)
-        finish(method, folder, evaluations, samples, seconds=seconds, parameters=parameters)
-    if main:
-        write_reports(path)
-    accelerator.wait_for_everyone()
-
-
 def evaluate(stages: Stages, method: str, folder: Path, grid: Tensor, held_out: HeldOut) -> list[Evaluation]:
     """Return the held-out figures of a trained method at each trade-off of the grid, one evaluation for each scale."""
-    config, scales = stages.config, (1.0, *_other_scales(stages.config))
+    config, scales = stages.config, _scales(stages.config)
     columns: list[list[tuple[Tensor, ...]]] = [[] for _ in scales]
     for w, model in _models(stages, method, folder, grid):
         flat = score_lists(
@@ -316,11 +271,8 @@ def _sample_prompts(stages: Stages) -> list[Text]:
     return list(prompts.values())
 
 
-def _other_scales(config: AlignConfig) -> tuple[float, ...]:
-    return tuple(c for c in config.scales if c != 1.0)
-
-
-# ---------------------------------------------------------------- what a run remembers
+def _scales(config: AlignConfig) -> tuple[float, ...]:
+    return (1.0, *(c for c in config.scales if c != 1.0))
 
 
 def check_resume(record: dict[str, Any], changes: dict[str, Any], path: Path) -> AlignConfig:
@@ -337,26 +289,6 @@ def check_resume(record: dict[str, Any], changes: dict[str, Any], path: Path) ->
     return settings_to_resume(
         config_of(record, path), record["config"], changes, path, free=FREE_ON_RESUME, resolved={"reference": "auto"}
     )  # fmt: skip
-
-
-def _check_resume(record: dict[str, Any], config: AlignConfig, identity: dict[str, Any], path: Path) -> None:
-    check_resume(record, config.to_dict(), path)
-    for name, what in (("fingerprint", "data"), ("tokens", "tokenizer")):
-        if record["data"][name] != identity[name]:
-            raise ValueError(
-                f"the {what} of {path} is not what it was when the run began (its fingerprint differs); put the old "
-                "files back, or start another run"
-            )
-
-
-def _data_record(config: AlignConfig, splits: dict[str, Split]) -> dict[str, Any]:
-    """Return what a run remembers of its data."""
-    return {
-        "objectives": list(splits["train"].data.objectives),
-        "fingerprint": "-".join(split.data.fingerprint()[:32] for split in splits.values()),
-        "tokens": "-".join(split.tokens.fingerprint()[:32] for split in splits.values()),
-        "splits": {name: {**split.data.describe(), **split.tokens.describe()} for name, split in splits.items()},
-    }
 
 
 def _describe_data(data: dict[str, PreferenceData]) -> Iterator[str]:
@@ -383,4 +315,4 @@ def _describe_tokens(name: str, split: Split) -> str:
 def _data_word(config: AlignConfig) -> str:
     """Return a short name of the data for the name of the run."""
     word = Path(config.data).name.split(".")[0] if Path(config.data).exists() else config.data.split("/")[-1]
-    return "".join(c if c.isalnum() or c in "._" else "-" for c in word).strip("-") or "data"
+    return plain_word(word)

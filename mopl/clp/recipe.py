@@ -16,16 +16,16 @@ table.txt, front.png, report.html
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import msgspec
 import torch
 
 from mopl import _terminal
-from mopl._extras import require_for
-from mopl._files import discard_folder, write_file
+from mopl._files import write_file
 from mopl._records import Finite, damaged, read_json
 from mopl._restoring import seeded
 from mopl._rows import check_rows
@@ -37,39 +37,24 @@ from mopl.clp.prompts import Prompts, describe, placed_prompts, split_prompts
 from mopl.clp.reward_modules import is_module, make_rewards, place_of
 from mopl.clp.reward_scale import RewardScale, moments
 from mopl.clp.rollout import Sampler
-from mopl.clp.runs import (
-    CONFIG_FILE,
-    EVALUATION,
-    FRONT,
-    KIND,
-    SAMPLES,
-    config_of,
-    list_tokenizer,
-    method_folder,
-    run_grid,
-    write_reports,
-)
+from mopl.clp.runs import KIND, config_of, list_tokenizer
 from mopl.clp.stages import Stages
 from mopl.conditioning import HyperPromptModel
+from mopl.experiments.driver import FREE_ON_RESUME as FREE_IN_EVERY_RUN
+from mopl.experiments.driver import Measured, Recipe, execute, plain_word
 from mopl.experiments.resume_settings import settings_to_resume
-from mopl.experiments.run_directory import (
-    RunInterrupted,
-    command_line,
-    create_run,
-    environment,
-    hold_run,
-    resumable,
-    version_changes,
-)
+from mopl.experiments.run import BASE, run_grid
+from mopl.experiments.run_directory import CONFIG_FILE, RunInterrupted
 from mopl.language_models import models
 from mopl.language_models.adapter_reference import checksum
 from mopl.pareto.volumes import check_affordable
 from mopl.rewards import Rewards, prompt_key
-from mopl.training import RunLog, make_accelerator
-from mopl.training.parallel import exists_on_main, on_main
+from mopl.training import make_accelerator
+from mopl.training.parallel import exists_on_main
 
-# Settings that a resumed run may have otherwise: they change what is written or where, not what is computed.
-FREE_ON_RESUME = ("log_every", "checkpoint_every", "log_with", "device", "log_samples")
+__all__ = ["FREE_ON_RESUME", "RunInterrupted", "check_resume", "measure_rewards", "read_rewards", "train_policies"]
+
+FREE_ON_RESUME = (*FREE_IN_EVERY_RUN, "log_samples")
 REWARDS = "rewards.json"
 
 
@@ -104,142 +89,143 @@ def train_policies(
         TrainingDiverged: If a loss is no longer a number.
         RunInterrupted: After Ctrl-C or SIGTERM, once a checkpoint is written.
     """
-    adapters = ("peft",) * (config.scope in ("lora-mixture", "hyper-prompt"))
-    require_for("align", *adapters, *config.log_with)
-    # Rollouts generate with the policy itself, which a sharded one cannot do.
-    accelerator = make_accelerator(cpu=config.device == "cpu", sharding=False)
-    tell = say if accelerator.is_main_process else (lambda text: None)
-    stem = f"{config.method}-{Path(config.data).name.split('.')[0]}"
-    with hold_run(run, stem, accelerator, resume=resume, overwrite=overwrite) as (path, record):
-        _run(config, path, record, rewards, accelerator, tell, overwrite=overwrite)
-    return path
+    return execute(ClpRecipe(config, rewards), run, resume=resume, overwrite=overwrite, say=say)
 
 
-def _run(
-    config: ClpConfig,
-    path: Path,
-    record: dict[str, Any] | None,
-    rewards: Rewards | None,
-    accelerator: Any,
-    tell: Callable[[str], None],
-    *,
-    overwrite: bool,
-) -> None:
-    """Check prompts and settings, begin the run unless there is a record of it, and work."""
-    judge = make_rewards(config.rewards) if rewards is None else rewards
-    if len(judge) != len(config.rewards):
-        raise ValueError(f"rewards names {len(config.rewards)} rewards but {len(judge)} were passed; name each")
-    m = len(judge)
-    if len(config.reference_point) not in (0, 1, m):
-        raise ValueError(f"reference_point has {len(config.reference_point)} numbers for {m} rewards; pass {m}")
-    check_affordable(*run_grid(config, m).shape)
-    tokenizer = models.load_tokenizer(config.model)
-    placed = placed_prompts(config.data, limit=config.limit, on_error=config.on_error)
-    texts, places = [text for _, text in placed], [place for place, _ in placed]
-    prompts, long = split_prompts(texts, list_tokenizer(config, tokenizer), config, places)
-    tell(f"{len(prompts['train'])} prompts to train on, {len(prompts['test'])} to evaluate on"
-         + (f"; {long} of more than {config.max_prompt} tokens left out" if long else ""))  # fmt: skip
-    identity = {
-        "objectives": list(judge.names), "fingerprint": "-".join(p.fingerprint()[:32] for p in prompts.values()),
-        "splits": describe(prompts),
-    }  # fmt: skip
-    if record is not None:
-        check_resume(record, config.to_dict(), path)
-        if record["data"]["fingerprint"] != identity["fingerprint"]:
+class ClpRecipe(Recipe):
+    """What `mopl clp` does in a run.
+
+    Args:
+        config: The settings.
+        rewards: The rewards, named as in `config.rewards`; None makes them from these names.
+    """
+
+    kind = KIND
+    fingerprints: ClassVar[dict[str, str]] = {"fingerprint": "prompts"}
+
+    def __init__(self, config: ClpConfig, rewards: Rewards | None) -> None:
+        super().__init__(config)
+        self.given = rewards
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """PEFT, where there are adapters."""
+        return ("peft",) * (self.config.scope in ("lora-mixture", "hyper-prompt"))
+
+    @property
+    def stem(self) -> str:
+        """What the default name of the run begins with."""
+        return f"{self.config.method}-{_data_word(self.config)}"
+
+    def make_accelerator(self) -> Any:
+        """Return the `Accelerator`: rollouts generate with the policy itself, which a sharded one cannot do."""
+        return make_accelerator(cpu=self.config.device == "cpu", sharding=False)
+
+    def read(self) -> dict[str, Any]:
+        """Make the rewards, read and tokenise the prompts."""
+        config = self.config
+        self.rewards = rewards = make_rewards(config.rewards) if self.given is None else self.given
+        m = len(rewards)
+        if m != len(config.rewards):
+            raise ValueError(f"rewards names {len(config.rewards)} rewards but {m} were passed; name each")
+        if len(config.reference_point) not in (0, 1, m):
+            raise ValueError(f"reference_point has {len(config.reference_point)} numbers for {m} rewards; pass {m}")
+        self.grid = run_grid(config, m)
+        check_affordable(*self.grid.shape)
+        self.tokenizer = models.load_tokenizer(config.model)
+        placed = placed_prompts(config.data, limit=config.limit, on_error=config.on_error)
+        texts, places = [text for _, text in placed], [place for place, _ in placed]
+        self.prompts, long = split_prompts(texts, list_tokenizer(config, self.tokenizer), config, places)
+        self.say(
+            f"{len(self.prompts['train'])} prompts to train on, {len(self.prompts['test'])} to evaluate on"
+            + (f"; {long} of more than {config.max_prompt} tokens left out" if long else "")
+        )
+        return {
+            "objectives": list(rewards.names),
+            "fingerprint": "-".join(part.fingerprint()[:32] for part in self.prompts.values()),
+            "splits": describe(self.prompts),
+        }
+
+    def check_resume(self, record: dict[str, Any]) -> None:
+        """Raise unless the settings are those that the recorded run has."""
+        check_resume(record, self.config.to_dict(), self.path)
+
+    def load(self) -> None:
+        """Load the model: most mistakes in settings show here."""
+        config = self.config
+        base = models.load_causal_lm(config.model, dtype=config.dtype, attention=config.attention)
+        model = checksum(base.state_dict().items())
+        if self.record is not None and self.record["data"].get("model", model) != model:  # older runs do not say
             raise ValueError(
-                f"the prompts of {path} are not what they were when the run began (their fingerprint differs); put the "
-                "old files back, or start another run"
+                f"{config.model} is another model than when {self.path} began (its parameters differ), and the "
+                "policies there were trained from that one; put it back, or start another run"
             )
-        if changes := version_changes(record):
-            tell(f"note: versions changed since the run began ({'; '.join(changes)}); bits may differ")
-    base = models.load_causal_lm(config.model, dtype=config.dtype, attention=config.attention)
-    model = checksum(base.state_dict().items())
-    if record is not None and record["data"].get("model", model) != model:  # older runs do not say
-        raise ValueError(
-            f"{config.model} is another model than when {path} began (its parameters differ), and the policies there "
-            "were trained from that one; put it back, or start another run"
-        )
-    _check_length(base, config, prompts)
-    _check_scope(base, config, judge.names)
-    sampler = Sampler.of(base, tokenizer, config)
-    accelerator.wait_for_everyone()
-    if record is None:
-        content = {"command": command_line(), "kind": KIND, "config": config.to_dict(), **environment(KIND)}
-        on_main(
-            accelerator,
-            lambda: create_run(path, {**content, "data": {**identity, "model": model}}, overwrite=overwrite),
-        )
-    log = RunLog(
-        path,
-        enabled=accelerator.is_main_process,
-        log_with=config.log_with,
-        settings=config.to_dict(),
-    )
-    stages = Stages(path, config, prompts, base.to(accelerator.device), sampler, judge, accelerator, log, tell)
-    tell(f"run {path}")
-    try:
-        # Only who names a module of rewards has it imported; see `check_resume`.
-        again = ("--rewards", *config.rewards) if rewards is None and any(map(is_module, config.rewards)) else ()
-        with resumable(path, "align", *again):
-            _work(stages, identity)
-    except RunInterrupted:
-        raise
-    except Exception:
-        # A reward that never worked leaves nothing to continue, and nothing in the way of the next try.
-        if record is None and accelerator.is_main_process and not (path / REWARDS).is_file():
-            discard_folder(path)
-        raise
-    finally:
-        log.close()
-
-
-def _work(stages: Stages, identity: dict[str, Any]) -> None:
-    """Train, evaluate and report what is missing in a run directory."""
-    path, config, main = stages.path, stages.config, stages.accelerator.is_main_process
-    grid = run_grid(config, len(stages.objectives))
-    measured = measure_rewards(stages)
-    if config.normalize != "none":
-        stages.scale = measured
-    test = stages.prompts["test"].first(config.eval_prompts)
-    evaluator, base, word = Evaluator(stages, test), None, Path(config.data).name.split(".")[0]
-    given = config.reference_point or tuple((measured.mean - 2 * measured.deviation).tolist())
-    corner = [float(x) for x in (given * len(stages.objectives) if len(given) == 1 else given)]
-
-    def finish(method: str, folder: Path, found: list[Evaluation], **cost: Any) -> None:
-        front = make_front(
-            found, method=method, config=config, objectives=stages.objectives, reference_point=corner,
-            description={"name": word, "split": "test", "answered": len(test), **identity}, **cost,
+        self.described = dict(self.data)
+        self.data["model"] = model
+        _check_length(base, config, self.prompts)
+        _check_scope(base, config, self.rewards.names)
+        sampler = Sampler.of(base, self.tokenizer, config)
+        self.stages = Stages(
+            self.path, config, self.prompts, base.to(self.accelerator.device), sampler, self.rewards,
+            self.accelerator, self.log, self.say,
         )  # fmt: skip
-        if main:
-            folder.mkdir(parents=True, exist_ok=True)
-            figures: list[dict[str, Any]] = [
-                each.summary(stages.scale, config, stages.objectives, corner, base) for each in found
-            ]
-            write_file(folder / EVALUATION, json.dumps(figures, indent=2) + "\n")
-            entries = [
-                {"prompt": prompt_key(test.texts[q]), "responses": [texts[q] for texts in found[0].texts]}
-                for q in range(min(config.samples, len(test)))
-            ]
-            write_file(folder / SAMPLES, json.dumps(entries, indent=2, ensure_ascii=False) + "\n")
-            if found[0].weights is not None:
-                stages.say(_in_words(method, figures[0]))
-            front.save(folder / FRONT)  # last: where it is, the method is finished
-        stages.accelerator.wait_for_everyone()
 
-    todo = [(method, method_folder(path, config, method)) for method in config.methods]
-    todo = [(method, folder) for method, folder in todo if not exists_on_main(stages.accelerator, folder / FRONT)]
-    if todo or not exists_on_main(stages.accelerator, path / "base" / FRONT):
-        base = evaluator.base()  # again in a resumed run: the cost of decoding is relative to it
-        finish("base", path / "base", [base], seconds=0.0, parameters=0)
-    for method, folder in todo:
-        seconds, parameters = stages.train_method(method, folder)
-        stages.say(f"{method}: answering {len(test)} held-out prompts at {len(grid)} trade-offs")
-        finish(method, folder, evaluator.method(method, folder, grid), seconds=seconds, parameters=parameters)
-    for line in str(stages.rewards.report).splitlines() if stages.rewards.report.failed() else ():
-        stages.say(line)
-    if main:
-        write_reports(path)
-    stages.accelerator.wait_for_everyone()
+    def prepare(self) -> None:
+        """Measure the rewards of the untrained model, which are the scale of the training."""
+        config, stages = self.config, self.stages
+        measured = measure_rewards(stages)
+        if config.normalize != "none":
+            stages.scale = measured
+        given = config.reference_point or tuple((measured.mean - 2 * measured.deviation).tolist())
+        self.reference_point = [float(x) for x in (given * len(self.rewards) if len(given) == 1 else given)]
+        self.test = self.prompts["test"].first(config.eval_prompts)
+        self.evaluator = Evaluator(stages, self.test)
+
+    @cached_property
+    def untrained(self) -> Evaluation:
+        """The figures of the untrained model: in a resumed run again, for the cost of decoding is relative to it."""
+        return self.evaluator.base()
+
+    def base(self) -> Measured:
+        """Evaluate the untrained model."""
+        return self._measured(BASE, [self.untrained], 0.0, 0)
+
+    def train(self, method: str, folder: Path) -> tuple[float, int]:
+        """Train what a method needs; return its seconds and its number of trained parameters."""
+        _ = self.untrained  # while nothing has touched the model
+        return self.stages.train_method(method, folder)
+
+    def evaluate(self, method: str, folder: Path, trained: tuple[float, int]) -> Measured:
+        """Let a trained method answer the held-out prompts at each trade-off."""
+        self.say(f"{method}: answering {len(self.test)} held-out prompts at {len(self.grid)} trade-offs")
+        return self._measured(method, self.evaluator.method(method, folder, self.grid), *trained)
+
+    def _measured(self, method: str, found: list[Evaluation], seconds: float, parameters: int) -> Measured:
+        config, names, test, first = self.config, self.rewards.names, self.test, found[0]
+        front = make_front(
+            found, method=method, config=config, objectives=names, reference_point=self.reference_point,
+            description={"name": _data_word(config), "split": "test", "answered": len(test), **self.described},
+            seconds=seconds, parameters=parameters,
+        )  # fmt: skip
+        base = self.untrained
+        figures = [each.summary(self.stages.scale, config, names, self.reference_point, base) for each in found]
+        if first.weights is not None:
+            self.say(_in_words(method, figures[0]))
+        samples = [
+            {"prompt": prompt_key(test.texts[q]), "responses": [texts[q] for texts in first.texts]}
+            for q in range(min(config.samples, len(test)))
+        ]
+        return Measured(front, figures, samples)
+
+    def remarks(self) -> Iterable[str]:
+        """Return which rewards failed, and on how many answers."""
+        report = self.rewards.report
+        return str(report).splitlines() if report.failed() else ()
+
+    def options_to_resume(self) -> tuple[str, ...]:
+        """Return the rewards, where they are modules: only who names these has them imported; see `check_resume`."""
+        modules = self.given is None and any(map(is_module, self.config.rewards))
+        return ("--rewards", *self.config.rewards) if modules else ()
 
 
 def _in_words(method: str, figures: dict[str, Any]) -> str:
@@ -366,3 +352,8 @@ def check_resume(
             f"{shell('--rewards', *config.rewards)}), or pass trust_rewards=True"
         )
     return config
+
+
+def _data_word(config: ClpConfig) -> str:
+    """Return a short name of the prompts for the name of the run."""
+    return plain_word(Path(config.data).name.split(".")[0])

@@ -308,7 +308,8 @@ def check_data(record: dict[str, Any], found: Mapping[str, Any], fingerprints: M
     """
     for key, what in fingerprints.items():
         if record["data"][key] != found[key]:
+            is_not = "are not what they were" if what.endswith("s") else "is not what it was"
             raise ValueError(
-                f"the {what} of {path} is not what it was when the run began (its fingerprint differs); put the old "
-                "files back, or start another run"
+                f"the {what} of {path} {is_not} when the run began (another fingerprint); put the old files back, or "
+                "start another run"
             )
