@@ -32,6 +32,7 @@ def _become(arguments: Sequence[str], environment: dict[str, str], out: str, err
         file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, number)
         os.close(file)
+    tempfile.tempdir = None  # a folder that the environment names
     os.environ.clear()
     os.environ.update(environment)
     paths = environment.get("PYTHONPATH", "")

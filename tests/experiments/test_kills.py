@@ -1,23 +1,18 @@
 """A few kills wherever a run may be; `python tests/kill_runs.py --kills 200` is the whole of it."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from launching import python
 
 pytest.importorskip("accelerate")
 pytest.importorskip("moocore")
 SCRIPT = str(Path(__file__).parents[1] / "kill_runs.py")
 
 
-def kill(*options):
-    return subprocess.run([sys.executable, SCRIPT, *options], capture_output=True, text=True, timeout=300)
-
-
 @pytest.mark.slow
 def test_killed_rankers_become_what_they_would_have_become():
-    done = kill("--kills", "4", "--cases", "rank-all", "rank-letor")
+    done = python(SCRIPT, "--kills", "4", "--cases", "rank-all", "rank-letor")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -25,5 +20,5 @@ def test_killed_rankers_become_what_they_would_have_become():
 def test_killed_language_models_become_what_they_would_have_become():
     pytest.importorskip("transformers")
     pytest.importorskip("peft")
-    done = kill("--kills", "4", "--cases", "align-mixture", "clp-epochs")
+    done = python(SCRIPT, "--kills", "4", "--cases", "align-mixture", "clp-epochs")
     assert done.returncode == 0, done.stdout + done.stderr

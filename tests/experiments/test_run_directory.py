@@ -35,7 +35,7 @@ def names(folder):
 def holder(path):
     """Start a process that holds a run until it is killed."""
     script = "import sys, time\nfrom mopl.experiments.run_lock import locked\nwith locked(sys.argv[1]):\n"
-    script += "    print('held', flush=True)\n    time.sleep(100)\n"
+    script += "    print('held', flush=True)\n    time.sleep(1000)\n"
     process = subprocess.Popen([sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "held\n"
     return process

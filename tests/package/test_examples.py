@@ -1,13 +1,11 @@
 """Every script in examples/ runs offline as it stands and shows what it says: a trade-off chosen after training."""
 
 import importlib.util
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from launching import python
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples"
 NEEDS = {
@@ -18,16 +16,13 @@ NEEDS = {
 }
 
 
-def run(name: str, folder: Path) -> str:
+def run(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     for package in NEEDS[name]:
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"examples/{name}.py needs the package {package}; pip install {package}")
     offline = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    environment = {**os.environ, **offline, "PYTHONPATH": str(FOLDER.parent), "TMPDIR": str(folder)}
-    done = subprocess.run(
-        [sys.executable, str(FOLDER / f"{name}.py")], capture_output=True, text=True, timeout=300, env=environment,
-        cwd=folder,
-    )  # fmt: skip
+    monkeypatch.chdir(folder)
+    done = python(str(FOLDER / f"{name}.py"), PYTHONPATH=str(FOLDER.parent), TMPDIR=str(folder), **offline)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -38,8 +33,8 @@ def test_every_example_is_tested_here() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["losses_pytorch", "losses_lightning"])
-def test_an_example_of_losses_prints_a_front(name: str, tmp_path: Path) -> None:
-    rows = re.findall(r"weights (\S+): losses of the objectives (\S+), (\S+)", run(name, tmp_path))
+def test_an_example_of_losses_prints_a_front(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = re.findall(r"weights (\S+): losses of the objectives (\S+), (\S+)", run(name, tmp_path, monkeypatch))
     assert [row[0] for row in rows] == ["1.0,0.0", "0.5,0.5", "0.0,1.0"]
     first, second = ([float(row[column]) for row in rows] for column in (1, 2))
     assert first[0] < first[1] < first[2] and second[0] > second[1] > second[2]
@@ -47,8 +42,10 @@ def test_an_example_of_losses_prints_a_front(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["transformers_trainer", "trl_trainer"])
-def test_an_example_of_a_trainer_prints_what_each_weight_prefers(name: str, tmp_path: Path) -> None:
-    rows = re.findall(r"weights (\S+): (\d+)% as polite wants, (\d+)% as brief wants", run(name, tmp_path))
+def test_an_example_of_a_trainer_prints_what_each_weight_prefers(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = re.findall(r"weights (\S+): (\d+)% as polite wants, (\d+)% as brief wants", run(name, tmp_path, monkeypatch))
     assert [row[0] for row in rows] == ["1.00,0.00", "0.50,0.50", "0.00,1.00"]
     polite, brief = ([int(row[column]) for row in rows] for column in (1, 2))
     assert polite[0] >= 80 and brief[2] >= 80 and polite[2] <= 20 and brief[0] <= 20

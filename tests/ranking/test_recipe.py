@@ -4,14 +4,13 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from launching import python
 
 pytest.importorskip("moocore")  # every run measures its front
 
@@ -414,7 +413,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
         ListSource.__call__ = call
         t.rank(t.config(), {str(tmp_path / "killed")!r}, say=t.quiet)
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
+    done = python("-c", textwrap.dedent(script))
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not (tmp_path / "killed" / "front.json").exists()
     with pytest.raises(FileNotFoundError, match=r"not finished; continue it with: mopl rank --run"):

@@ -5,8 +5,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import textwrap
 import weakref
 from pathlib import Path
@@ -14,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launching import launch
+from launching import launch, python
 from small_training import Source, config, network, parameters, squared_error
 from torch import nn
 
@@ -132,7 +130,7 @@ SCRIPT = """
 
 def run_script(folder, kill_at):
     script = textwrap.dedent(SCRIPT.format(tests=TESTS))
-    return subprocess.run([sys.executable, "-c", script, str(folder), str(kill_at)], capture_output=True, text=True)
+    return python("-c", script, str(folder), str(kill_at))
 
 
 def test_a_kill_in_the_middle_of_writing_a_checkpoint_costs_only_the_steps_since_the_last_one(tmp_path):
