@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mopl import steering
 from mopl.alignment.methods import ListScores, ResponseLoss, response_lengths
@@ -188,6 +188,21 @@ def reference_point(base: Evaluation, given: Sequence[float]) -> list[float]:
     if len(given) not in (1, m):
         raise ValueError(f"reference_point has {len(given)} numbers but there are {m} objectives; pass {m}")
     return [float(x) for x in (given if len(given) == m else list(given) * m)]
+
+
+def kept_parameters(base: nn.Module, method: str, trained: int, *, objectives: int, points: int) -> int:
+    """Return `Front.inference_parameters`: those of the language model, once, and of all that was trained on it.
+
+    Args:
+        base: The language model.
+        method: Name of the method.
+        trained: Number of trained parameters.
+        objectives: m.
+        points: Number of trade-offs of the grid. mo-dpo trains m experts and as large a model for each of these, and
+            answers with the latter.
+    """
+    kept = trained if method != "mo-dpo" else trained // (objectives + points) * points
+    return sum(p.numel() for p in base.parameters()) + kept
 
 
 def make_front(

@@ -13,7 +13,7 @@ Shapes: `Q` prompts, `n` trade-offs, `m` rewards. Every trade-off is sampled wit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,12 @@ from torch import Tensor
 
 from mopl._restoring import seeded
 from mopl.clp.config import ClpConfig
+from mopl.clp.policies import new_policy, release
 from mopl.clp.prompts import Prompts
 from mopl.clp.reward_scale import RewardScale
 from mopl.clp.rollout import Answers
 from mopl.clp.stages import Stages
+from mopl.conditioning import ParameterMixture
 from mopl.losses.policy_gradient import reward_coefficient
 from mopl.pareto import Front, hypervolume, spearman
 
@@ -160,6 +162,24 @@ class Evaluator:
         # Adapters are out of the language model now, which is the reference again.
         return [self._evaluation(grid, alpha, asked, 1) for alpha, asked in rounds]
 
+    def kept_parameters(self, method: str) -> int:
+        """Return `Front.inference_parameters`; a soup and a mixture of logits both need every expert."""
+        base, m = self.stages.base, len(self.stages.objectives)
+        if method == "base":
+            return _count(base.parameters())
+        kind = {"clp": "clp", "dera": "clp", "prompting": "prompting"}.get(method, "expert")
+        policy = new_policy(base, self.config, self.stages.objectives, kind, self.stages.objectives[0])
+        try:
+            total = _count(policy.model.parameters())
+            if kind == "expert":  # what experts do not train, they share
+                total += (m - 1) * _count(p for p in policy.model.parameters() if p.requires_grad)
+            if method == "dera" and isinstance(policy.model, ParameterMixture):  # what the mixture replaces, too
+                names = set(policy.model.names)
+                total += _count(p for name, p in base.named_parameters() if name in names)
+        finally:
+            release(policy)
+        return total
+
     def _dera(self, grid: Tensor) -> list[Evaluation]:
         """Move the policy of the smallest α to the other ones by mixing it with the reference at every token."""
         config, strongest = self.config, min(self.config.kl_weight)
@@ -219,6 +239,10 @@ class Evaluator:
             weights, alpha, torch.stack(rewards, 1), torch.stack(kl, 1), [a.texts[::count] for a, _ in asked],
             sum(a.seconds for a, _ in asked), sum(len(t) for a, _ in asked for t in a.tokens), runs,
         )  # fmt: skip
+
+
+def _count(parameters: Iterable[Tensor]) -> int:
+    return sum(p.numel() for p in parameters)
 
 
 def kappa(alpha: float, config: ClpConfig) -> float:

@@ -1,5 +1,6 @@
 """Fronts: grids of weights, hypervolume and its relatives, steerability, and the file `front.json`."""
 
+from mopl.pareto._front_table import write_csv
 from mopl.pareto.bootstrap import Interval, bootstrap_interval, bootstrap_means, hypervolume_interval
 from mopl.pareto.front import Front, Point
 from mopl.pareto.grid import weight_grid
@@ -21,6 +22,7 @@ __all__ = [
     "Front",
     "Point",
     "weight_grid",
+    "write_csv",
     "bootstrap_interval",
     "bootstrap_means",
     "Interval",

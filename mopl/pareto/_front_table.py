@@ -36,7 +36,10 @@ def columns_of(fronts: Sequence[Front]) -> dict[str, list[Any]]:
 
 
 def write_csv(fronts: Sequence[Front], path: str | os.PathLike[str]) -> None:
-    """Write the columns of fronts as CSV, whole or not at all; control characters in names are escaped."""
+    """Write the points of fronts that share their objectives as CSV, whole or not at all; see `Front.to_frame`.
+
+    Control characters in names are escaped.
+    """
     columns = columns_of(fronts)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

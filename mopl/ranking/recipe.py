@@ -128,8 +128,7 @@ class RankingRecipe(Recipe):
     def base(self) -> Measured:
         """Evaluate the base model, which has no trade-off."""
         trained = {"base": Trained.read(self.path / "base")}
-        size = sum(p.numel() for p in self.base_model.parameters())
-        return self._measure("base", BasePolicy(self.stages.objectives), trained, size)
+        return self._measure("base", BasePolicy(self.stages.objectives), trained, self._base_size)
 
     def train(self, method: str, folder: Path) -> tuple[dict[str, Trained], int]:
         """Train what a method needs; return its trainings by name and its number of parameters."""
@@ -141,6 +140,22 @@ class RankingRecipe(Recipe):
             self.path, folder, method, self.config, self.stages.objectives, self.grid, self.accelerator.device
         )
         return self._measure(method, policy, *trained)
+
+    @property
+    def _base_size(self) -> int:
+        return sum(p.numel() for p in self.base_model.parameters())
+
+    def _kept_parameters(self, method: str, trained: int, models: int) -> int:
+        """Return `Front.inference_parameters`: scores are those of the base model and of a network added up.
+
+        Args:
+            method: Name of the method.
+            trained: Number of trained parameters.
+            models: Number of equal networks that they belong to; the experts of mo-dpo end with its training.
+        """
+        if method == "base":
+            return self._base_size
+        return self._base_size + (trained if method != "mo-dpo" else trained // models * len(self.grid))
 
     def _measure(self, method: str, policy: Policy, trained: dict[str, Trained], parameters: int) -> Measured:
         config, test, truth = self.config, self.splits["test"], self.truth
@@ -157,6 +172,7 @@ class RankingRecipe(Recipe):
         front = make_front(
             evaluations, method=method, data=test, description=self.description, measure=config.measure,
             seconds=sum(each.seconds for each in done), parameters=parameters, seed=config.seed, scales=scales,
+            inference_parameters=self._kept_parameters(method, parameters, len(done)),
             steps={
                 "limit": max(each.limit for each in done), "done": [each.steps for each in done],
                 "kept": [each.kept for each in done],

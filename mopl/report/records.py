@@ -13,6 +13,7 @@ from typing import Any
 from mopl._files import make_parents, write_file
 from mopl._terminal import json_escaped, printable
 from mopl.pareto import Front, Point
+from mopl.pareto import write_csv as write_points
 
 BASE_METHOD = "base"
 
@@ -119,6 +120,23 @@ def read_all(fronts: object) -> list[Front]:
                 f"{records[0].method!r} has {records[0].objectives} and {records[0].main!r}; report them separately"
             )
     return records
+
+
+def write_csv(fronts: object, path: str | os.PathLike[str]) -> Path:
+    """Write the points of fronts as CSV, a row each, with the columns of `mopl.pareto.Front.to_frame`.
+
+    Args:
+        fronts: One `mopl.pareto.Front` (or mapping like front.json), or a sequence of them.
+        path: The file; it appears whole or not at all. Missing folders are made.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: If the fronts do not belong together.
+    """
+    write_points(read_all(fronts), path)
+    return Path(path)
 
 
 def data_name(record: Front) -> str:

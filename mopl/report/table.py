@@ -195,7 +195,9 @@ def _note(
     parts = ["* best of its column"] if any(best) else []
     if best[0]:
         main = clean(records[0].main)
-        parts.append(f"of hypervolumes: none is larger at {main} within the interval of this one's, or better")
+        parts = [
+            f"* best of its column; of hypervolumes, where none is larger with {main} within its interval or better"
+        ]
     if any(not math.isnan(_main(seeds)[1]) for seeds in groups.values()):
         grids = {len(r.trained_points) for r in records if not is_base(r)}
         over = f"the {grids.pop()} weights of the grid" if len(grids) == 1 else "the weights of the grid"
@@ -214,7 +216,7 @@ def _note(
         parts.append(f"hypervolume of ({named}) from reference point ({', '.join(f'{x:g}' for x in reference)})")
     else:
         parts.append(f"hypervolume of ({named})")
-    counted = "kept to answer every trade-off, base included" if kept else "trained; not every front says what it keeps"
+    counted = "what every trade-off needs, base included" if kept else "those that were trained"
     parts.append(f"parameters: {counted}")
     return clean("; ".join([*parts, metric.describe()]) + ".") + "".join(f"\nNote: {clean(note)}." for note in notes)
 

@@ -340,6 +340,10 @@ def test_front_json_has_the_promised_schema_and_its_own_hypervolume(finished):
 def test_methods_have_the_parameters_of_table_1(finished):
     fronts = {front.method: front.parameters for front in run_fronts(finished)}
     one = sum(p.numel() for p in ListTransformer(8, hidden=8, heads=2).parameters())
+    kept = {front.method: front.inference_parameters for front in run_fronts(finished)}
+    # Scores are those of the base and of a network added up; mo-dpo's three experts end with its training.
+    assert kept["base"] == one and kept["dpo-soup"] == kept["dpo-ls"] == kept["mo-dpo"] == one + 3 * one
+    assert kept["weight-cos-dpo"] == one + fronts["weight-cos-dpo"]
     assert fronts == {
         "base": one, "weight-cos-dpo": one + 3 * 8, "temperature-cos-dpo": one + 6 * 8, "dpo-ls": 3 * one,
         "dpo-soup": 3 * one, "mo-dpo": 6 * one,

@@ -1,6 +1,7 @@
 """The table, the picture and the page of a front: the numbers shown are those of front.json."""
 
 import copy
+import csv
 import html
 import io
 import json
@@ -16,7 +17,7 @@ from html.parser import HTMLParser
 import pytest
 
 from mopl.pareto import Front, Point
-from mopl.report import Metric, plot_front, print_table, write_page
+from mopl.report import Metric, plot_front, print_table, write_csv, write_page
 from mopl.report.page import format_number
 from mopl.report.records import jsonable, read, to_json
 from mopl.report.table import summarise, width
@@ -149,7 +150,7 @@ def test_a_hypervolume_is_best_unless_a_larger_one_keeps_the_main_objective_as_w
     assert marked(ours, flat("printed alike", 0.20004, 0.50)) == ["ours", "printed alike"]
     assert marked(ours, flat("smaller", 0.19, 0.50), {**base(), "hypervolume": 0.9}) == ["ours"]
     note = summarise([ours, collapsed]).note
-    assert "of hypervolumes: none is larger at relevance within the interval of this one's, or better" in note
+    assert "of hypervolumes, where none is larger with relevance within its interval or better" in note
 
 
 def test_a_main_loss_keeps_within_its_interval_from_above():
@@ -183,10 +184,10 @@ def test_parameters_are_those_that_inference_keeps_where_every_front_says_them()
     summary = summarise(said)
     assert [cells[4].value for _, cells in summary.rows] == ["1,000", "2,000", "3,000", "4,000"]
     assert [cells[4].best for _, cells in summary.rows] == [False, True, False, False]
-    assert "parameters: kept to answer every trade-off, base included" in summary.note
+    assert "parameters: what every trade-off needs, base included" in summary.note
     mixed = summarise([*said[:3], several()[2]])
     assert [cells[4].value for _, cells in mixed.rows] == ["180,000", "50,432", "50,432", "50,432"]
-    assert "parameters: trained; not every front says what it keeps" in mixed.note
+    assert "parameters: those that were trained" in mixed.note
 
 
 def test_small_hypervolumes_share_one_power_of_ten_as_in_the_paper():
@@ -332,6 +333,22 @@ def test_a_missing_library_is_an_error_that_names_the_extra(monkeypatch, tmp_pat
     with pytest.raises(ImportError, match=rf"needs {module}, .* run: pip install .*\[{extra}\]'"):
         plot_front(front(), tmp_path / "front.png") if module == "matplotlib" else print_table(front())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_points_of_all_fronts_are_one_table_of_numbers(tmp_path):
+    fronts = [base(), *several(scales=(1.0, 1.5))]
+    fronts[1]["points"][2]["main"] = None
+    with write_csv(fronts, tmp_path / "new" / "fronts.csv").open() as lines:
+        rows = list(csv.DictReader(lines))
+    points = [(f["method"], point) for f in fronts for point in f["points"]]
+    assert [row["method"] for row in rows] == [method for method, _ in points]
+    for row, (_, point) in zip(rows, points, strict=True):
+        assert row["main"] == ("" if point["main"] is None else repr(point["main"]))
+        assert [float(row[name]) for name in NAMES[:2]] == point["auxiliary"]
+        assert [row[f"w_{name}"] for name in NAMES[:2]] == [str(w) for w in point["weights"] or ("", "")]
+    with pytest.raises(ValueError, match="report them separately"):
+        write_csv([front(), front(names=["other", "names"])], tmp_path / "none.csv")
+    assert not (tmp_path / "none.csv").exists()
 
 
 # --- the picture
