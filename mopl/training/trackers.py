@@ -68,7 +68,7 @@ class Trackers:
         self._settings = {name: _plain(value) for name, value in (settings or {}).items() if value is not None}
         self._stage = ""
         self._open: dict[str, Any] = {}
-        self._sent: dict[str, dict[str, dict[str, Any]]] | None = None  # by stage and tracker, once it is read
+        self._sent: dict[str, dict[str, Any]] = {}  # by stage and tracker
 
     def begin(self, stage: str, step: int) -> None:
         """Open a stage, which ends the one before.
@@ -82,9 +82,8 @@ class Trackers:
         self.close()
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-        if self._sent is None:
-            there = (self._run / STATE).exists()
-            self._sent = read_json(self._run / STATE, dict[str, dict[str, _Sent]], remedy=_REMEDY) if there else {}
+        if (self._run / STATE).exists():
+            self._sent = read_json(self._run / STATE, dict[str, dict[str, _Sent]], remedy=_REMEDY)
         self._stage = stage
         for name in self.names:
             sent = self._sent.get(stage, {}).get(name)
@@ -107,7 +106,6 @@ class Trackers:
         """Send the numbers of a record of the open stage to every tracker that has not had that step."""
         if not self._open:
             return
-        assert self._sent is not None
         step = record.get("step", 0)
         values = {n: v for n, v in record.items() if isinstance(v, (int, float)) and n != "step"}
         for name, tracker in self._open.items():
