@@ -292,6 +292,7 @@ def compare(
     html: str | Path | None = None,
     png: str | Path | None = None,
     table: str | Path | None = None,
+    csv: str | Path | None = None,
 ) -> str:
     """Print one table of several runs and write what is asked for; a single run gets its own files anew.
 
@@ -313,9 +314,9 @@ def compare(
         for run in opened
     ]
     one = opened[0] if len(opened) == 1 else None
-    if one is not None and not (html or png or table):
+    if one is not None and not (html or png or table or csv):
         refresh(one.path, lambda path: one.write_reports())
     return compare_runs(
-        found, html=html, png=png, table=table, samples=one and one.samples(found[0].fronts),
+        found, html=html, png=png, table=table, csv=csv, samples=one and one.samples(found[0].fronts),
         truth=one and one.true_front(),
     )  # fmt: skip

@@ -342,17 +342,18 @@ def _add_option(group: argparse._ArgumentGroup, known: Setting) -> None:
         elif known.choices:
             options["metavar"] = f"{{{','.join(map(str, known.choices))}}}"
     if known.old is not None:
-        old = {**options, "help": argparse.SUPPRESS, "action": _OldOption}
+        old = {**options, "help": argparse.SUPPRESS, "action": OldOption}
         if known.old in known.choices:  # a switch that has become an entry of a list
-            old = {"dest": known.name, "help": argparse.SUPPRESS, "action": _OldOption, "nargs": 0}
+            old = {"dest": known.name, "help": argparse.SUPPRESS, "action": OldOption, "nargs": 0}
         group.add_argument(f"--{known.old.replace('_', '-')}", **old)
     group.add_argument(known.flag, **options)
 
 
-class _OldOption(argparse.Action):
+class OldOption(argparse.Action):
     """An option under its name in earlier versions: taken, warned of, not shown."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        """Store what was given under the name of today."""
         name = (option_string or "").lstrip("-").replace("-", "_")
         warn_renamed(name, self.dest, stacklevel=6, flags=True)
         setattr(namespace, self.dest, old_value(name, True) if self.nargs == 0 else values)

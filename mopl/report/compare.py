@@ -9,6 +9,7 @@ from typing import Any
 
 from mopl._files import write_file
 from mopl.pareto import Front
+from mopl.pareto.front import write_csv
 from mopl.report.page import write_page
 from mopl.report.plot import plot_front
 from mopl.report.records import BASE_METHOD, Metric
@@ -48,6 +49,7 @@ def compare_runs(
     html: str | Path | None = None,
     png: str | Path | None = None,
     table: str | Path | None = None,
+    csv: str | Path | None = None,
     samples: Any = None,
     truth: Any = None,
 ) -> str:
@@ -61,6 +63,7 @@ def compare_runs(
         html: Where the page goes, if anywhere.
         png: Where the picture goes.
         table: Where the table goes.
+        csv: Where the points of all fronts go, as CSV.
         samples: What `write_page` takes.
         truth: What `write_page` and `plot_front` take.
 
@@ -84,6 +87,8 @@ def compare_runs(
     text = print_table(fronts, metric=metric, notes=notes)
     if table is not None:
         write_file(table, text)
+    if csv is not None:
+        write_csv(fronts, csv)
     if png is not None:
         plot_front(fronts, png, metric=metric, base=bases, truth=truth, notes=notes)
     if html is not None:

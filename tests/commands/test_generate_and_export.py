@@ -125,10 +125,12 @@ def test_a_run_answers_and_is_exported(base: Path, capsys, tmp_path: Path) -> No
     run = make_run(base, tmp_path, method="temperature-cos-dpo")
     common = [str(run), "--weights", "0.7", "0.3"]
     plain = printed(capsys, "generate", *common, "--max-new-tokens", "4", "w1 w2")
-    beta = printed(
-        capsys, "generate", *common, "--max-new-tokens", "4", "--objective-temperature", "0.1", "0.1", "w1 w2"
-    )
-    assert plain == beta
+    beta = ["--max-new-tokens", "4", "w1 w2", "--beta", "0.1", "0.1"]
+    assert plain == printed(capsys, "generate", *common, *beta)
+    with pytest.warns(FutureWarning, match="--objective-temperature is called --beta now") as warned:
+        old = ["--objective-temperature" if argument == "--beta" else argument for argument in beta]
+        assert plain == printed(capsys, "generate", *common, *old)
+    assert len([w for w in warned if "--beta" in str(w.message)]) == 1
     printed(capsys, "export", *common, str(tmp_path / "plain"))
     record = json.loads((tmp_path / "plain" / "mopl.json").read_text())
     assert record["objectives"] == ["short", "low"] and record["objective_temperature"] == [0.5, 0.5]

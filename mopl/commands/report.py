@@ -1,0 +1,38 @@
+"""`mopl report`: one table, picture and page of finished runs."""
+
+import argparse
+from typing import Any
+
+from mopl.commands.parser import add_command
+
+EXAMPLES = """
+examples:
+  mopl report runs/a                                 print its table, write table, picture and page again
+  mopl report runs/a runs/b runs/c --html compare.html --png compare.png
+  mopl report runs/a runs/b --csv fronts.csv         a row for each point of each front
+"""
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """Add `mopl report` to the commands and return its parser."""
+    parser = add_command(commands, "report", "one table, picture and page of one or several runs", EXAMPLES)
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="directories of finished runs")
+    parser.add_argument("--html", metavar="FILE", help="write the page there")
+    parser.add_argument("--png", metavar="FILE", help="write the picture there")
+    parser.add_argument("--table", metavar="FILE", help="write the table there")
+    parser.add_argument("--csv", metavar="FILE", help="write the points of all fronts there")
+    parser.set_defaults(act=run)
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run `mopl report`."""
+    from mopl.experiments import compare
+    from mopl.report.plot import check_picture
+
+    if arguments.png is not None:
+        check_picture(arguments.png)  # before anything is read, printed or written
+    compare(
+        arguments.runs, html=arguments.html, png=arguments.png, table=arguments.table, csv=arguments.csv
+    )  # fmt: skip
+    return 0

@@ -1,0 +1,65 @@
+"""`mopl steer`: figures and scores of a finished ranker for any trade-off."""
+
+import argparse
+import json
+from typing import Any
+
+from mopl._terminal import printable, say
+from mopl.commands.parser import add_command
+from mopl.experiments.settings import OldOption
+
+EXAMPLES = """
+examples:
+  mopl steer runs/rank-travel-weight-cos-dpo-1 --weights 0.6 0.3 0.1
+  mopl steer RUN --weights 0.5 0.5 --scale 2         closer to the base model (equation 14), without training
+  mopl steer RUN --weights 0.5 0.5 --beta 1.1 0.9    a model of temperature-cos-dpo
+  mopl steer RUN --weights 0.5 0.5 --output scores.tsv         the scores of every item of the test split
+"""
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """Add `mopl steer` to the commands and return its parser."""
+    help = "figures and scores of a finished run for any trade-off, without training"
+    parser = add_command(commands, "steer", help, EXAMPLES, options_anywhere=True)
+    parser.add_argument("run", metavar="RUN", help="directory of a finished run of mopl rank")
+    parser.add_argument("--weights", nargs="+", type=float, required=True, metavar="W",
+                        help="one for each objective, in the run's order; they must sum to 1")  # fmt: skip
+    parser.add_argument("--scale", type=float, metavar="C", default=1.0,
+                        help="above 1 closer to the base model, below 1 further away (default: 1)")  # fmt: skip
+    parser.add_argument("--beta", nargs="+", type=float, metavar="BETA",
+                        help="β, one for each objective, for temperature-cos-dpo (default: the run's)")  # fmt: skip
+    parser.add_argument("--temperature", dest="beta", nargs="+", type=float, action=OldOption,
+                        help=argparse.SUPPRESS)  # fmt: skip
+    parser.add_argument("--method", help="which method of a run of several (default: weight-cos-dpo)")
+    parser.add_argument("--split", choices=("train", "valid", "test"), default="test", help="(default: test)")
+    parser.add_argument("--output", metavar="FILE", help="write query, item and score of every item there")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.set_defaults(act=run)
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run `mopl steer`."""
+    from mopl.ranking.steer import steer
+
+    figures = steer(
+        arguments.run, arguments.weights, scale=arguments.scale, temperature=arguments.beta,
+        method=arguments.method, split=arguments.split, output=arguments.output,
+    )  # fmt: skip
+    print(json.dumps(figures, indent=2) if arguments.json else _table(figures))
+    if arguments.output and not arguments.json:
+        say(f"scores of the {figures['split']} split: {arguments.output}")
+    return 0
+
+
+def _table(figures: dict[str, Any]) -> str:
+    """Return the figures of `steer` as aligned text."""
+    header = ["", *(printable(name, keep="") for name in (f"{figures['main']} (main)", *figures["objectives"]))]
+    rows = [[name, *(f"{x:.4f}" for x in (row["main"], *row["auxiliary"]))] for name, row in figures["rows"].items()]
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in (header, *rows)
+    ]
+    title = f"{figures['method']} of {figures['run']}, {figures['split']} split, {figures['metric']}"
+    return "\n".join([printable(title, keep=""), *lines])

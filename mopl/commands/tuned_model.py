@@ -1,0 +1,193 @@
+"""The tuned language model that `mopl generate` and `mopl export` ask: of a finished run, or in a folder of its own."""
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mopl.commands.parser import Parser, add_command
+from mopl.experiments.settings import OldOption
+
+RUN_HELP = (
+    "directory of a finished run of mopl align or mopl clp, or a model that takes weights (HyperPromptModel, "
+    "LoraMixture)"
+)
+
+
+def add_model_command(commands: Any, name: str, help: str, examples: str) -> Parser:
+    """Add a command with the options of `load_tuned_model` and return its parser."""
+    parser = add_command(commands, name, help, examples, options_anywhere=True)
+    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
+    parser.add_argument("--weights", nargs="+", type=float, required=True, metavar="W",
+                        help="one for each objective, in the run's order; they must sum to 1")  # fmt: skip
+    parser.add_argument("--method", help="which method of a run of several (default: weight-cos-dpo, or clp)")
+    parser.add_argument("--beta", nargs="+", type=float, metavar="BETA",
+                        help="β, one for each objective, for temperature-cos-dpo (default: the run's; for export its "
+                        "direction)")  # fmt: skip
+    parser.add_argument("--objective-temperature", dest="beta", nargs="+", type=float, action=OldOption,
+                        help=argparse.SUPPRESS)  # fmt: skip
+    parser.add_argument("--kl-weight", type=float, metavar="WEIGHT", help="of a policy trained on rewards at several, "
+                        "anywhere between them (default: the run's first)")  # fmt: skip
+    parser.add_argument("--base-model", metavar="DIR", help="the language model it was tuned from, if that has moved")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
+    parser.add_argument("--device", choices=("auto", "cpu"), default="auto",
+                        help="auto takes a GPU if there is one (default: auto)")  # fmt: skip
+    return parser
+
+
+@dataclasses.dataclass
+class TunedModel:
+    """A model with what it needs to answer.
+
+    Attributes:
+        model: The model.
+        tokenizer: How prompts become tokens, a `ListTokenizer`.
+        objectives: Names of the objectives.
+        text_prompt: What writes weights into prompts, if the model takes them there.
+        beta: β, where the model is conditioned on it and has a default.
+        reference: Name of another model that stands for the reference; None where the model is its own.
+        takes_weights: False where the model is that of the weights already.
+    """
+
+    model: Any
+    tokenizer: Any
+    objectives: tuple[str, ...]
+    text_prompt: Any = None
+    beta: tuple[float, ...] | None = None
+    reference: str | None = None
+    takes_weights: bool = True
+
+
+def load_tuned_model(
+    path: str | Path,
+    weights: Sequence[float],
+    *,
+    method: str | None = None,
+    base_model: str | None = None,
+    device: str = "cpu",
+    kl_weight: float | None = None,
+) -> TunedModel:
+    """Load the model of a run of `mopl align` or `mopl clp`, or that of a folder.
+
+    Args:
+        path: The run or the folder.
+        weights: One for each objective, for methods with a model of their own for each trade-off.
+        method: A method of the run.
+        base_model: Where the model that it was tuned from is now.
+        device: Where the model goes.
+        kl_weight: Of a run on rewards.
+
+    Raises:
+        FileNotFoundError: If there is nothing of the kind.
+        ValueError: If it is something else, has no such method, or no model for these weights or this KL weight.
+    """
+    from mopl._records import read_json
+
+    path = Path(path)
+    is_run = (path / "config.json").exists() and not (path / "mopl.json").exists()
+    if is_run and "model_type" in read_json(path / "config.json"):
+        raise ValueError(f"{path} is a plain language model, which takes no weights; name a run of mopl align")
+    if is_run:
+        return _model_of_run(path, weights, method, base_model, device, kl_weight)
+    if not (path / "mopl.json").exists():
+        raise FileNotFoundError(
+            f"{path} is neither a run of mopl align nor a model: it has no config.json or mopl.json"
+        )
+    if method is not None:
+        raise ValueError(f"{path} is one model, not a run; leave out --method")
+    _check_kl_weight(path, kl_weight)
+    tuned = _model_of_folder(path, base_model, device)
+    _check_count(weights, tuned.objectives)
+    return tuned
+
+
+def _model_of_run(
+    path: Path, weights: Sequence[float], method: str | None, base_model: str | None, device: str,
+    kl_weight: float | None,
+) -> TunedModel:  # fmt: skip
+    from mopl.experiments.run import run_class
+    from mopl.experiments.run_directory import check_kind, read_run
+    from mopl.language_models.reference_mixture import OWN_REFERENCE
+
+    record = read_run(path)
+    on_rewards = record.get("kind") == "clp"
+    if not on_rewards:
+        check_kind(record, path, "align")
+        _check_kl_weight(path, kl_weight)
+    run: Any = run_class(record, path).open(path)
+    if base_model is not None:
+        run.config = dataclasses.replace(run.config, model=base_model)
+    _check_moved(run.config.model)
+    _check_count(weights, run.objectives)
+    if not on_rewards:
+        return TunedModel(
+            run.load(method, weights, device),
+            run.list_tokenizer,
+            run.objectives,
+            run.text_prompt(method),
+            run.beta if run.takes_temperature(method) else None,
+            None if run.config.reference in (*OWN_REFERENCE, "auto") else run.config.reference,
+        )
+    model, takes_weights = run.load(method, weights, device, kl_weight=kl_weight), run.is_conditioned(method)
+    words = run.text_prompt(method, kl_weight)
+    # A conditioned model here has virtual tokens, which can be switched off; every other one is a plain model.
+    reference = None if takes_weights and words is None else run.config.model
+    return TunedModel(
+        model, run.list_tokenizer, run.objectives, words, reference=reference, takes_weights=takes_weights
+    )  # fmt: skip
+
+
+def _model_of_folder(path: Path, base_model: str | None, device: str) -> TunedModel:
+    from mopl.conditioning import TextPrompt
+    from mopl.conditioning.saved_models import exported_at, read_kind, read_record
+    from mopl.language_models import models
+    from mopl.language_models.tokenization import ListTokenizer
+
+    kind = read_kind(path)
+    if kind == "export":
+        weights = " ".join(f"{w:g}" for w in exported_at(path))
+        raise ValueError(
+            f"{path} was exported at weights {weights} and has no others; load it with transformers or vLLM"
+        )
+    if kind not in ("HyperPromptModel", models.MIXTURE_KIND, models.TEXT_KIND):
+        raise ValueError(f"{path / 'mopl.json'} holds a {kind}, which is no conditioned language model")
+    record = read_record(path, kind)
+    name = base_model or record["base_model"]
+    if name is None:
+        raise ValueError(f"{path / 'mopl.json'} names no base model; pass --base-model")
+    _check_moved(str(name))
+    model: Any = models.load_model(path, models.load_causal_lm(name)).to(device)
+    home = path if (path / "tokenizer_config.json").is_file() else name
+    prompt = TextPrompt(tuple(record["objectives"]), record["template"]) if kind == models.TEXT_KIND else None
+    reference = record["reference"]
+    return TunedModel(
+        model,
+        ListTokenizer(models.load_tokenizer(str(home)), max_length=None, append_eos=False),
+        tuple(record["objectives"]),
+        prompt,
+        reference=None if reference in ("self", "precomputed") else reference,
+    )
+
+
+def _check_kl_weight(path: Path, kl_weight: float | None) -> None:
+    if kl_weight is not None:
+        raise ValueError(
+            f"--kl-weight is for runs of a method on rewards, which {path} is not; leave it out, or move answers "
+            "closer to the reference with --scale"
+        )
+
+
+def _check_moved(name: str) -> None:
+    """Raise if the directory of a base model is no longer there."""
+    if Path(name).is_absolute() and not Path(name).exists():
+        raise FileNotFoundError(
+            f"the language model that was tuned, {name}, is no longer there; name its new place with --base-model"
+        )
+
+
+def _check_count(weights: Sequence[float], objectives: Sequence[str]) -> None:
+    if len(weights) != len(objectives):
+        raise ValueError(
+            f"--weights has {len(weights)} numbers but there are {len(objectives)} objectives: {', '.join(objectives)}"
+        )
