@@ -145,7 +145,7 @@ def test_a_resumed_run_takes_its_own_settings_and_refuses_others(run, capsys):
 
 
 def test_steer_prints_the_figures_and_writes_the_scores(run, tmp_path, capsys):
-    arguments = ["steer", str(run), "--weights", "0.25", "0.75", "--scale", "2"]
+    arguments = ["steer", "--weights", "0.25", "0.75", str(run), "--scale", "2"]
     assert main([*arguments, "--output", str(tmp_path / "s.tsv")]) == 0
     title, header, base, trained, moved, written = capsys.readouterr().out.splitlines()
     assert (
@@ -166,7 +166,7 @@ def test_steer_prints_the_figures_and_writes_the_scores(run, tmp_path, capsys):
         (["--weights", "0.5", "0.6"], "does not sum to 1"),
         (["--weights", "1.5", "-0.5"], "has a negative entry"),
         (["--weights", "0.5", "0.5", "--scale", "-1"], "scale is -1 but must be positive"),
-        (["--weights", "0.5", "0.5", "--temperature", "1", "1"], "trained at one temperature; pass scale"),
+        (["--weights", "0.5", "0.5", "--beta", "1", "1"], "trained at one temperature; pass scale"),
         (["--weights", "0.5", "0.5", "--method", "dpo-ls"], "has no dpo-ls; it has weight-cos-dpo"),
     ],
 )  # fmt: skip

@@ -1,5 +1,6 @@
 """Several runs side by side: each with its own base, under names that tell them apart, if they can be compared."""
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -95,6 +96,22 @@ def test_each_run_has_its_own_base(kind, tmp_path):
     assert [front["method"] for front in data["fronts"]] == rows(text)
     assert [base["main"] for base in data["bases"]] == [0.2, 0.2, 0.3, 0.3]
     assert data["is_base"] == [True, False, True, False]
+
+
+def test_points_of_all_fronts_as_csv(kind, tmp_path):
+    one = write_run(tmp_path / "one", kind, base=0.2, tuned=0.4, learning_rate=1e-3)
+    two = write_run(tmp_path / "two", kind, base=0.2, tuned=0.45, learning_rate=1e-2)
+    page, table = tmp_path / "page.html", tmp_path / "new" / "fronts.csv"
+    assert main(["report", str(one), str(two), "--csv", str(table), "--html", str(page)]) == 0
+    lines = list(csv.DictReader(table.open(encoding="utf-8")))
+    method = METHOD[kind]
+    assert [line["method"] for line in lines] == ["base", *[f"{method} (one)"] * 3, *[f"{method} (two)"] * 3]
+    assert [(line["w_clear"], line["clear"]) for line in lines[1:4]] == [
+        ("0.0", "0.4"),
+        ("0.5", "0.45"),
+        ("1.0", "0.5"),
+    ]
+    assert not (one / "report.html").exists()
 
 
 def test_equal_bases_stand_there_once(kind, tmp_path):
