@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from mopl._terminal import say, shell
+from mopl._terminal import say
 from mopl.alignment.config import AlignConfig
 from mopl.clp.config import ALL, METHODS
 from mopl.commands import clp
@@ -18,9 +18,9 @@ from mopl.commands.experiment import (
     Experiment,
     Tell,
     add_experiment,
-    example_weights,
     process,
     refuse_options,
+    try_with,
 )
 
 DEMO_FOLDER = "runs/align-demo-data"
@@ -38,19 +38,6 @@ examples:
   mopl align --run runs/chat --resume                     continue after Ctrl-C or a crash, bit for bit
   accelerate launch --num_processes 2 -m mopl.cli align --model MODEL --data lists.jsonl
 """
-
-
-def generate_hint(path: Path, objectives: Sequence[str]) -> str:
-    """Return a command that answers a prompt with the model of a run, and the names of its objectives."""
-    command = shell("mopl", "generate", path, "--weights", *example_weights(len(objectives)), "PROMPT")
-    return f"{command}    ({', '.join(objectives)})"
-
-
-def _finished(path: Path) -> tuple[Any, Any, str]:
-    from mopl.alignment.runs import open_run
-
-    opened = open_run(path)
-    return opened.fronts(), opened.metric, generate_hint(path, opened.objectives)
 
 
 def _demo(settings: Mapping[str, Any], tell: Tell) -> Demo:
@@ -88,7 +75,7 @@ ALIGN = Experiment(
     recipe="mopl.alignment.recipe",
     train="align",
     folder="runs/align-DATA-METHOD-N",
-    finished=_finished,
+    hint=lambda run: try_with("generate", run, "PROMPT"),
     needed=("model", "data"),
     missing="pass --model and --data, or --demo",
     demo=_demo,

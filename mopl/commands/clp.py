@@ -2,11 +2,10 @@
 
 import argparse
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from mopl.clp.config import TRAINED, ClpConfig
-from mopl.commands.experiment import TRUST_REMOTE_CODE, Demo, Experiment, Tell, add_experiment
+from mopl.commands.experiment import TRUST_REMOTE_CODE, Demo, Experiment, Tell, add_experiment, try_with
 
 EXAMPLES = """
 examples:
@@ -16,15 +15,6 @@ examples:
   mopl clp --config short.yaml --steps 500                                 settings from a file; options count more
   mopl clp --run runs/short --resume --trust-rewards                       continue after Ctrl-C or a crash
 """
-
-
-def _finished(path: Path) -> tuple[Any, Any, str]:
-    from mopl.clp.runs import open_run
-    from mopl.commands.align import generate_hint
-
-    opened = open_run(path)
-    hint = generate_hint(path, opened.objectives) if opened.method_name in TRAINED else ""
-    return opened.fronts(), opened.metric, hint
 
 
 def _demo(settings: Mapping[str, Any], tell: Tell) -> Demo:
@@ -42,7 +32,7 @@ CLP = Experiment(
     recipe="mopl.clp.recipe",
     train="train_policies",
     folder="runs/METHOD-DATA-N",
-    finished=_finished,
+    hint=lambda run: try_with("generate", run, "PROMPT") if run.method_name in TRAINED else "",
     needed=("model", "data", "rewards"),
     missing="pass --model, --data with prompts and --rewards, or --demo",
     demo=_demo,

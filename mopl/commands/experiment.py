@@ -4,13 +4,13 @@ import argparse
 import functools
 import os
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from mopl._terminal import say
+from mopl._terminal import say, shell
 from mopl.experiments.settings import Settings, add_options, given
 
 Tell = Callable[[str], None]
@@ -50,7 +50,7 @@ class Experiment:
         recipe: The module with `check_resume` and the function that trains, which `train` names.
         train: That function's name.
         folder: The run directory where none is given, in words.
-        finished: Returns the fronts of a run, their metric and a command to try next.
+        hint: Returns what to try next with a finished run.
         needed: Settings that have no default.
         missing: What to pass if one of them is missing.
         demo: Makes what `--demo` needs, from the settings that were given.
@@ -65,7 +65,7 @@ class Experiment:
     recipe: str
     train: str
     folder: str
-    finished: Callable[[Path], tuple[Sequence[Any], Any, str]]
+    hint: Callable[[Any], str]
     needed: tuple[str, ...] = ()
     missing: str = ""
     demo: Callable[[Mapping[str, Any], Tell], Demo] | None = None
@@ -148,13 +148,14 @@ def run(experiment: Experiment, arguments: argparse.Namespace) -> int:
         config = _configuration(experiment, settings)
     path = getattr(recipe, experiment.train)(config, where, resume=resume, overwrite=overwrite, say=tell)
     if process() == 0:
+        from mopl.experiments.run import read_any
         from mopl.report import print_table
 
-        fronts, metric, hint = experiment.finished(path)
+        finished = read_any(path)
         say()
-        print_table(fronts, metric=metric)
+        print_table(finished.fronts(), metric=finished.metric)
         say("", f"{path}/report.html shows every trade-off; {path}/front.png and table.txt are the same in short")
-        say(*filter(None, [hint]))
+        say(*filter(None, [experiment.hint(finished)]))
     if demo is not None:
         demo.after(path, experiment.settings(**settings), tell)
     return 0
@@ -181,8 +182,15 @@ def refuse_options(
     return parsed, unknown
 
 
-def example_weights(objectives: int) -> list[str]:
-    """Return weights for a hint: a half for the first objective, the rest shared."""
+def try_with(command: str, run: Any, *more: str) -> str:
+    """Return a command that takes a finished run at some weights, and the names of its objectives."""
+    objectives = run.objectives
+    words = shell("mopl", command, run.path, "--weights", *_example_weights(len(objectives)), *more)
+    return f"{words}    ({', '.join(objectives)})"
+
+
+def _example_weights(objectives: int) -> list[str]:
+    """Return a half for the first objective, the rest shared."""
     if objectives == 1:
         return ["1"]
     rest = [round(0.5 / (objectives - 1), 2) for _ in range(objectives - 2)]

@@ -1,11 +1,9 @@
 """`mopl rank`: a ranker for every trade-off."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from mopl._terminal import shell
-from mopl.commands.experiment import Experiment, add_experiment, example_weights
+from mopl.commands.experiment import Experiment, add_experiment, try_with
 from mopl.ranking.config import RankConfig
 
 EXAMPLES = """
@@ -21,18 +19,10 @@ examples:
 """
 
 
-def _finished(path: Path) -> tuple[Any, Any, str]:
-    from mopl.ranking.runs import RankingRun
-
-    run = RankingRun.read(path)
-    command = shell("mopl", "steer", path, "--weights", *example_weights(len(run.objectives)))
-    return run.fronts(), run.metric, f"{command}    ({', '.join(run.objectives)})"
-
-
 RANK = Experiment(
     name="rank", help="train a ranker for every trade-off, compare it with baselines, report", examples=EXAMPLES,
     settings=RankConfig, recipe="mopl.ranking.recipe", train="rank", folder="runs/rank-DATA-METHOD-N",
-    finished=_finished,
+    hint=lambda run: try_with("steer", run),
 )  # fmt: skip
 
 
