@@ -64,7 +64,11 @@ def as_flags(text: str, command: str) -> str:
         command: The command whose options are meant.
     """
     known = _parser_of(command, build_parser())._option_string_actions
-    flags = {a.dest: flag for flag, a in known.items() if flag == f"--{a.dest.replace('_', '-')}"}
+    flags = {  # by every name of an option, also by that of earlier versions
+        name.removeprefix("--").replace("-", "_"): flag
+        for name, action in known.items()
+        if (flag := f"--{action.dest.replace('_', '-')}") in known and not name.startswith("--no-")
+    }
 
     def flag_of(match: re.Match[str]) -> str:
         name, value = match["name"], match["value"]

@@ -201,6 +201,7 @@ def test_messages_name_options_as_the_command_line_writes_them():
     assert said == "rows 3; pass --on-error skip, --max-length 56 or --no-packing, or raise --held-out"
     for kept in ("/data/max_length/x.jsonl", "'held_out' is no objective", "the loss is nan", "chat_template=..."):
         assert as_flags(kept, "align") == kept
+    assert as_flags("objective_temperature is missing", "generate") == "--beta is missing"
     assert as_flags("max_length=5", "steer") == "max_length=5"
 
 
