@@ -28,15 +28,15 @@ from mopl.experiments.run import BASE, EVALUATION, FRONT, SAMPLES, method_folder
 from mopl.experiments.run_directory import (
     CONFIG_FILE,
     RunInterrupted,
+    check_fingerprints,
     command_line,
     create_run,
     environment,
     hold_run,
-    resumable,
     version_changes,
 )
 from mopl.pareto import Front
-from mopl.training import RunLog, TrainingDiverged, make_accelerator
+from mopl.training import RunLog, TrainingDiverged, TrainingInterrupted, make_accelerator
 from mopl.training.parallel import exists_on_main, on_main
 
 # Settings that a resumed run may have otherwise: they change what is written or where, not what is computed.
@@ -201,16 +201,27 @@ def _begun(recipe: Recipe, *, overwrite: bool) -> Iterator[None]:
     """Make the directory of a new run, and say of a run that stops inside the block what to do about what it leaves.
 
     A new run that fails before it has computed anything is taken back: it would only be in the way of the next try.
+
+    Raises:
+        RunInterrupted: After Ctrl-C or SIGTERM; it says how to go on.
+        TrainingDiverged: If a loss is no longer a number.
     """
     path, accelerator = recipe.path, recipe.accelerator
     begins, keep_folder = recipe.record is None, path.is_dir() and not any(path.iterdir())
     if begins:
         on_main(accelerator, lambda: create_run(path, _record(recipe), overwrite=overwrite))
+    command, options = APPLICATIONS[recipe.kind].command, recipe.options_to_resume()
     try:
-        with resumable(path, APPLICATIONS[recipe.kind].command, *recipe.options_to_resume()):
-            yield
-    except (RunInterrupted, TrainingDiverged):
-        raise
+        yield
+    except TrainingInterrupted as stop:
+        raise RunInterrupted(path, f"in {stop.stage!r} after step {stop.step}", command, *options) from None
+    except KeyboardInterrupt:
+        raise RunInterrupted(path, "between two steps", command, *options) from None
+    except TrainingDiverged as error:
+        raise type(error)(
+            f"{error}; the run {path} stays as it is: pass other settings with --overwrite to replace it, or with "
+            "another --run (--resume takes no other settings, so it would end here again)"
+        ) from error
     except Exception:
         if begins and accelerator.is_main_process and [entry.name for entry in path.iterdir()] == [CONFIG_FILE]:
             (path / CONFIG_FILE).unlink()
@@ -289,27 +300,6 @@ def _check_same_run(recipe: Recipe, record: dict[str, Any]) -> None:
         ValueError: With what differs and what to do.
     """
     recipe.check_resume(record)
-    check_data(record, recipe.data, recipe.fingerprints, recipe.path)
+    check_fingerprints(record, recipe.data, recipe.fingerprints, recipe.path)
     if changes := version_changes(record):
         recipe.say(f"note: versions changed since the run began ({'; '.join(changes)}); bits may differ")
-
-
-def check_data(record: dict[str, Any], found: Mapping[str, Any], fingerprints: Mapping[str, str], path: Path) -> None:
-    """Raise unless the data is what it was when a run began.
-
-    Args:
-        record: The run's `config.json`.
-        found: The fingerprints of now.
-        fingerprints: By their keys in both, of what they are.
-        path: The run, for the message.
-
-    Raises:
-        ValueError: With what changed.
-    """
-    for key, what in fingerprints.items():
-        if record["data"][key] != found[key]:
-            is_not = "are not what they were" if what.endswith("s") else "is not what it was"
-            raise ValueError(
-                f"the {what} of {path} {is_not} when the run began (another fingerprint); put the old files back, or "
-                "start another run"
-            )

@@ -28,7 +28,6 @@ from mopl._files import TEMPORARY, discard_folder, remove_leftovers, write_file,
 from mopl._records import Count, Finite, Seconds, check, read_json, settings_from
 from mopl.experiments.applications import APPLICATIONS, Application
 from mopl.experiments.run_lock import RunInUse, locked
-from mopl.training.loop import TrainingDiverged, TrainingInterrupted
 from mopl.training.parallel import on_main
 
 CONFIG_FILE = "config.json"
@@ -238,32 +237,6 @@ class RunInterrupted(RuntimeError):
         self.path = path
 
 
-@contextmanager
-def resumable(path: Path, command: str, *options: str) -> Iterator[None]:
-    """Say of a run that stops inside the `with` block what to do about what it leaves.
-
-    Args:
-        path: The run.
-        command: The command of `mopl` that continues it.
-        *options: What it needs besides the run and `--resume`.
-
-    Raises:
-        RunInterrupted: After Ctrl-C or SIGTERM.
-        TrainingDiverged: If a loss is no longer a number.
-    """
-    try:
-        yield
-    except TrainingInterrupted as stop:
-        raise RunInterrupted(path, f"in {stop.stage!r} after step {stop.step}", command, *options) from None
-    except KeyboardInterrupt:
-        raise RunInterrupted(path, "between two steps", command, *options) from None
-    except TrainingDiverged as error:
-        raise type(error)(
-            f"{error}; the run {path} stays as it is: pass other settings with --overwrite to replace it, or with "
-            "another --run (--resume takes no other settings, so it would end here again)"
-        ) from error
-
-
 def read_run(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return the record of a run.
 
@@ -336,6 +309,29 @@ def application_of(record: Mapping[str, Any], path: str | os.PathLike[str]) -> A
     if found not in APPLICATIONS:
         raise ValueError(f"{path} is a run of something else ({found}); was it made by another version of mopl?")
     return APPLICATIONS[found]
+
+
+def check_fingerprints(
+    record: dict[str, Any], found: Mapping[str, Any], fingerprints: Mapping[str, str], path: Path
+) -> None:
+    """Raise unless the data is what it was when a run began.
+
+    Args:
+        record: The run's `config.json`.
+        found: The fingerprints of now.
+        fingerprints: By their keys in both, of what they are.
+        path: The run, for the message.
+
+    Raises:
+        ValueError: With what changed.
+    """
+    for key, what in fingerprints.items():
+        if record["data"][key] != found[key]:
+            is_not = "are not what they were" if what.endswith("s") else "is not what it was"
+            raise ValueError(
+                f"the {what} of {path} {is_not} when the run began (another fingerprint); put the old files back, or "
+                "start another run"
+            )
 
 
 def next_run(parent: str | os.PathLike[str], stem: str) -> Path:

@@ -18,6 +18,7 @@ from mopl._files import write_file
 from mopl._records import Finite, damaged, read_json
 from mopl._tensor_files import opened, read_tensors
 from mopl.experiments.run import EVALUATION, FRONT, FinishedRun, compare, method_folder, run_fronts, write_reports
+from mopl.experiments.run_directory import check_fingerprints
 from mopl.ranking.config import RankConfig
 from mopl.ranking.data import RankingData
 from mopl.ranking.loading import load
@@ -158,11 +159,7 @@ def load_splits(config: RankConfig) -> dict[str, RankingData]:
 
 def check_data(record: dict[str, Any], splits: dict[str, RankingData], path: Path) -> None:
     """Raise unless the data is what it was when the run began."""
-    if record["data"]["fingerprint"] != fingerprint(splits):
-        raise ValueError(
-            f"the data of {path} is not what it was when the run began (its fingerprint differs); put the old files "
-            "back, or start another run"
-        )
+    check_fingerprints(record, {"fingerprint": fingerprint(splits)}, {"fingerprint": "data"}, path)
 
 
 def fingerprint(splits: dict[str, RankingData]) -> str:

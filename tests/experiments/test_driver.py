@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("accelerate")
 pytest.importorskip("moocore")
 
+from mopl._files import write_file
 from mopl.experiments.driver import Measured, Recipe, execute
 from mopl.experiments.run_directory import RunInterrupted
 from mopl.pareto import Front
@@ -47,7 +48,9 @@ class Toy(Recipe):
         if stage == self.fails:
             raise self.error
 
-    stem = "toy"
+    @property
+    def stem(self):
+        return "toy"
 
     def read(self):
         self.at("read")
@@ -78,7 +81,7 @@ class Toy(Recipe):
         return self.measured("base")
 
     def train(self, method, folder):
-        assert folder.is_dir() and not (folder / "evaluation.json").exists()
+        assert folder.is_dir() and not (folder / "front.json").exists()
         self.at(f"train {method}")
         return method
 
@@ -130,6 +133,21 @@ def test_a_run_that_goes_on_does_what_is_missing(tmp_path):
     toy = Toy()
     execute(toy, tmp_path / "run", resume=True, say=quiet)
     assert toy.done == ["read", "check_resume", "load", "prepare", "train two", "evaluate two"]
+
+
+def test_a_method_counts_as_finished_only_once_all_its_files_are_there(tmp_path, monkeypatch):
+    def full(file, content):
+        if file.name == "samples.json" and file.parent.name == "one":
+            raise OSError("no space left on device")
+        write_file(file, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mopl.experiments.driver.write_file", full)
+        with pytest.raises(OSError, match="no space left"):
+            execute(Toy(), tmp_path / "run", say=quiet)
+    toy = Toy()
+    execute(toy, tmp_path / "run", resume=True, say=quiet)
+    assert [stage for stage in toy.done if stage.startswith("train")] == ["train one", "train two"]
 
 
 @pytest.mark.parametrize("stage", ["read", "load"])
