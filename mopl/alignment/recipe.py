@@ -25,7 +25,7 @@ from mopl import _terminal
 from mopl._restoring import seeded
 from mopl.alignment import tuned
 from mopl.alignment.config import CONDITIONED, AlignConfig
-from mopl.alignment.evaluate import Evaluation, HeldOut, evaluation_of, make_front, reference_point
+from mopl.alignment.evaluate import Evaluation, HeldOut, evaluation_of, kept_parameters, make_front, reference_point
 from mopl.alignment.reference import score_lists
 from mopl.alignment.runs import KIND, config_of, list_tokenizer
 from mopl.alignment.stages import Split, Stages, response_loss
@@ -166,6 +166,9 @@ class AlignmentRecipe(Recipe):
             found, method=method, objectives=stages.objectives, reference_point=self.reference_point, seed=config.seed,
             description={"name": _data_word(config), "split": "test", "lists": lists, **self.data},
             bootstrap=config.bootstrap, scales=_scales(config)[: len(found)], seconds=seconds, parameters=parameters,
+            inference_parameters=kept_parameters(
+                stages.base, method, parameters, objectives=len(stages.objectives), points=len(self.grid)
+            ),
         )  # fmt: skip
         figures = {"loss": config.loss, "beta": stages.beta.tolist(), **found[0].summary(stages.objectives)}
         return Measured(front, figures, [{**entry, "method": method} for entry in samples])

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mopl._restoring import seeded
 from mopl.clp.config import ClpConfig
@@ -162,24 +162,6 @@ class Evaluator:
         # Adapters are out of the language model now, which is the reference again.
         return [self._evaluation(grid, alpha, asked, 1) for alpha, asked in rounds]
 
-    def kept_parameters(self, method: str) -> int:
-        """Return `Front.inference_parameters`; a soup and a mixture of logits both need every expert."""
-        base, m = self.stages.base, len(self.stages.objectives)
-        if method == "base":
-            return _count(base.parameters())
-        kind = {"clp": "clp", "dera": "clp", "prompting": "prompting"}.get(method, "expert")
-        policy = new_policy(base, self.config, self.stages.objectives, kind, self.stages.objectives[0])
-        try:
-            total = _count(policy.model.parameters())
-            if kind == "expert":  # what experts do not train, they share
-                total += (m - 1) * _count(p for p in policy.model.parameters() if p.requires_grad)
-            if method == "dera" and isinstance(policy.model, ParameterMixture):  # what the mixture replaces, too
-                names = set(policy.model.names)
-                total += _count(p for name, p in base.named_parameters() if name in names)
-        finally:
-            release(policy)
-        return total
-
     def _dera(self, grid: Tensor) -> list[Evaluation]:
         """Move the policy of the smallest α to the other ones by mixing it with the reference at every token."""
         config, strongest = self.config, min(self.config.kl_weight)
@@ -239,6 +221,31 @@ class Evaluator:
             weights, alpha, torch.stack(rewards, 1), torch.stack(kl, 1), [a.texts[::count] for a, _ in asked],
             sum(a.seconds for a, _ in asked), sum(len(t) for a, _ in asked for t in a.tokens), runs,
         )  # fmt: skip
+
+
+def kept_parameters(base: nn.Module, config: ClpConfig, objectives: Sequence[str], method: str) -> int:
+    """Return `Front.inference_parameters`; a soup and a mixture of logits both need every expert.
+
+    Args:
+        base: The language model.
+        config: Settings of the run.
+        objectives: Names of the rewards.
+        method: Name of the method, or base.
+    """
+    if method == "base":
+        return _count(base.parameters())
+    kind = {"clp": "clp", "dera": "clp", "prompting": "prompting"}.get(method, "expert")
+    policy = new_policy(base, config, objectives, kind, objectives[0])
+    try:
+        total = _count(policy.model.parameters())
+        if kind == "expert":  # what experts do not train, they share
+            total += (len(objectives) - 1) * _count(p for p in policy.model.parameters() if p.requires_grad)
+        if method == "dera" and isinstance(policy.model, ParameterMixture):  # what the mixture replaces, too
+            names = set(policy.model.names)
+            total += _count(p for name, p in base.named_parameters() if name in names)
+    finally:
+        release(policy)
+    return total
 
 
 def _count(parameters: Iterable[Tensor]) -> int:

@@ -31,7 +31,7 @@ from mopl._restoring import seeded
 from mopl._rows import check_rows
 from mopl._terminal import shell
 from mopl.clp.config import ClpConfig
-from mopl.clp.evaluate import Evaluation, Evaluator, make_front
+from mopl.clp.evaluate import Evaluation, Evaluator, kept_parameters, make_front
 from mopl.clp.policies import new_policy, release
 from mopl.clp.prompts import Prompts, describe, placed_prompts, split_prompts
 from mopl.clp.reward_modules import is_module, make_rewards, place_of
@@ -206,6 +206,7 @@ class ClpRecipe(Recipe):
             found, method=method, config=config, objectives=names, reference_point=self.reference_point,
             description={"name": _data_word(config), "split": "test", "answered": len(test), **self.described},
             seconds=seconds, parameters=parameters,
+            inference_parameters=kept_parameters(self.stages.base, config, names, method),
         )  # fmt: skip
         base = self.untrained
         figures = [each.summary(self.stages.scale, config, names, self.reference_point, base) for each in found]
