@@ -12,7 +12,7 @@ import pytest
 from mopl.alignment.config import AlignConfig
 from mopl.cli import build_parser, main
 from mopl.clp.config import ClpConfig
-from mopl.experiments.settings import given
+from mopl.experiments.settings import given, settings_of
 from mopl.experiments.settings_file import dump_settings, read_settings
 from mopl.ranking.config import RankConfig
 
@@ -99,6 +99,9 @@ def test_old_names_are_taken_with_a_warning_and_in_records_without(config, neede
         warnings.simplefilter("error")
         assert config.from_dict({**record, **old}) == wanted
         assert config.from_dict(wanted.to_dict()) == wanted
+        # An old run that is resumed with a setting of today: that one counts, wherever the old name stands.
+        assert config.from_dict({**wanted.to_dict(), **dict.fromkeys(known.old for known in settings_of(config).values()
+                                                                     if known.old)}) == wanted  # fmt: skip
 
 
 def test_both_names_of_a_setting_at_once_are_refused():
