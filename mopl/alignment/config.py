@@ -5,7 +5,8 @@ import math
 from typing import TYPE_CHECKING, Any, Literal
 
 from mopl._lines import lone_surrogate
-from mopl.experiments.common_settings import ALL, CONDITIONED, METHODS, CosDpoSettings, LanguageModelSettings
+from mopl.experiments.common_settings import ALL, CosDpoSettings, LanguageModelSettings
+from mopl.experiments.methods import CONDITIONED, METHODS
 from mopl.experiments.resume_settings import located_if_there
 from mopl.experiments.settings import setting, settings
 

@@ -1,43 +1,33 @@
-"""COS-DPO and its baselines for language models: what a training step sees, and the loss of each objective.
+"""What language models bring to COS-DPO: the loss of each objective, the batch of a step, and scores of responses.
 
-| method                | models trained              | loss of a list                        | answers for       |
-|-----------------------|-----------------------------|---------------------------------------|-------------------|
-| `weight-cos-dpo`      | one, conditioned on w       | sum_j w_j L_j, w ~ Dirichlet(alpha)   | every w           |
-| `temperature-cos-dpo` | one, conditioned on w and β | the same at β / ‖β‖₁, β from a box    | every w and β     |
-| `dpo-ls`              | one for each w of the grid  | sum_j w_j L_j                         | the grid          |
-| `dpo-soup`            | m experts                   | L_j                                   | every w, averaged |
-| `mo-dpo`              | m experts, one for each w   | L_i of equation (17), w_i the largest | the grid          |
-
-Source: Ren et al., COS-DPO, UAI 2025: sections 3.1, 3.3 and 4.2, appendices A.1 and A.2. Scores are log-probabilities
-of whole responses, summed over their tokens; from there on everything is as for rankers (`mopl.ranking.methods`).
-All m objectives of a step share one forward and one backward pass.
+See `mopl.experiments.methods` for the methods and `mopl.experiments.cos_dpo` for what they compute. Scores are
+log-probabilities of whole responses, summed over their tokens; all m objectives of a step share one forward and one
+backward pass.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mopl import steering
 from mopl._arguments import check_choice
 from mopl.alignment.config import LIST_LOSSES, LOSSES, PAIR_LOSSES, PER_TOKEN
 from mopl.conditioning import WeightedModel
 from mopl.conditioning.samplers import Sampler
 from mopl.conditioning.weighted import takes_temperature
+from mopl.experiments.cos_dpo import Score, Scored, StepBatch, StepSource
 from mopl.language_models.collate import ListBatch, ListCollator, by_objective, to_lists
 from mopl.language_models.head import score_sequences
 from mopl.language_models.tokenization import TokenizedList
-from mopl.losses import bradley_terry, listwise_dpo, normalize_labels, plackett_luce, scalarize
-from mopl.training import part_of_batch, shuffled_indices
+from mopl.losses import bradley_terry, listwise_dpo, normalize_labels, plackett_luce
 from mopl.training.parallel import unwrapped
 
 Conditioner = Callable[[TokenizedList, Tensor, Tensor], TokenizedList]  # list, w (m,), β (m,) -> list
-StepLoss = Callable[[nn.Module, "AlignBatch", int], tuple[Tensor, dict[str, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -83,24 +73,22 @@ class ResponseLoss:
         self,
         scores: Tensor,  # (B, K)
         lists: ListBatch,
-        temperature: float | Tensor,  # number, (m,) or (B, m)
+        beta: float | Tensor,  # number, (m,) or (B, m)
         reference: Tensor | None = None,  # (B, K)
         objective: int | None = None,
     ) -> Tensor:  # (B, m), or (B, 1) for one objective
         """Return the loss vector of a batch, or that of one `objective`; exactly 0 where an objective has no labels."""
         chosen = slice(None) if objective is None else slice(objective, objective + 1)
         counts = lists.objective_mask[:, chosen]
-        if isinstance(temperature, Tensor) and temperature.ndim == 2:
-            temperature = temperature[:, chosen] if temperature.shape[1] > 1 else temperature
-        elif isinstance(temperature, Tensor) and temperature.ndim == 1:
-            temperature = temperature[chosen] if temperature.shape[0] > 1 else temperature
+        if isinstance(beta, Tensor) and beta.ndim > 0 and beta.shape[-1] > 1:
+            beta = beta[..., chosen]
         if self.loss in PAIR_LOSSES:
-            vector, preferred = self._pairs(scores, lists, temperature, reference, chosen)
+            vector, preferred = self._pairs(scores, lists, beta, reference, chosen)
             counts = counts & preferred
         elif self.by_objective:
-            vector = self._apart(scores, lists, temperature, reference, chosen)
+            vector = self._apart(scores, lists, beta, reference, chosen)
         else:
-            vector = self._together(scores, lists, temperature, reference, chosen)
+            vector = self._together(scores, lists, beta, reference, chosen)
         return torch.where(counts, vector, 0.0)
 
     def _together(self, scores: Tensor, lists: ListBatch, beta: Any, reference: Tensor | None, chosen: slice) -> Tensor:
@@ -177,33 +165,14 @@ def _rows_of(lists: ListBatch, chosen: slice) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class AlignBatch:
-    """One part of a step's batch with everything a loss needs.
+class AlignBatch(StepBatch):
+    """One part of a step's batch.
 
     Attributes:
-        lists: The lists.
-        weights: (B, m) the trade-off of each list.
-        temperature: (B, m) β, or β / ‖β‖₁ for `temperature-cos-dpo`.
-        reference: (B, K) log-probabilities of the reference; None if they are computed in the step.
-        experts: (B, m, K) log-probabilities of the experts, for `mo-dpo`.
         lengths: (B, K) tokens of each response, at least 1.
     """
 
-    lists: ListBatch
-    weights: Tensor
-    temperature: Tensor
-    lengths: Tensor
-    reference: Tensor | None = None
-    experts: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.lists)
-
-    def to(self, device: torch.device | str) -> AlignBatch:
-        """Return the batch on `device`."""
-        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        moved: dict[str, Any] = {k: None if value is None else value.to(device) for k, value in values.items()}
-        return AlignBatch(**moved)
+    lengths: Tensor | None = None
 
 
 class ListScores:
@@ -231,8 +200,8 @@ class ListScores:
         return self.values[place.clamp(max=len(self.values) - 1)].masked_fill(~batch.mask, fill)
 
 
-class AlignSource:
-    """The batches of a training: a function of the step, cut into parts in which nothing depends on the cut.
+class AlignSource(StepSource):
+    """The batches of a training.
 
     Args:
         lists: The tokenised lists.
@@ -240,7 +209,7 @@ class AlignSource:
         collator: Makes the batches.
         seed: Seed of the order of the lists.
         weights: step -> (B, m), drawn for the whole batch.
-        temperature: step -> (B, m), drawn for the whole batch.
+        beta: step -> (B, m), drawn for the whole batch.
         reference: Log-probabilities of the reference; None if they are computed in the step.
         experts: Those of the m experts, for `mo-dpo`.
         conditioner: Writes weights into a list's prompt.
@@ -254,32 +223,28 @@ class AlignSource:
         *,
         seed: int,
         weights: Sampler,
-        temperature: Sampler,
+        beta: Sampler,
         reference: ListScores | None = None,
         experts: Sequence[ListScores] | None = None,
         conditioner: Conditioner | None = None,
     ) -> None:
-        self.lists, self.collator, self.seed = lists, collator, seed
-        self.batch_size = min(lists_per_batch, len(lists))
-        self.weights, self.temperature = weights, temperature
+        super().__init__(len(lists), lists_per_batch, seed=seed, weights=weights, beta=beta)
+        self.lists, self.collator = lists, collator
         self.reference, self.experts, self.conditioner = reference, experts, conditioner
 
-    def __call__(self, step: int, rank: int = 0, world_size: int = 1) -> AlignBatch:
-        """Return part `rank` of `world_size` of the batch of `step`."""
-        rows = part_of_batch(self.batch_size, rank, world_size)
-        chosen = shuffled_indices(len(self.lists), self.batch_size, seed=self.seed, step=step)[rows]
-        w, beta = self.weights(step)[rows], self.temperature(step)[rows]
+    def batch(self, chosen: np.ndarray, weights: Tensor, beta: Tensor) -> AlignBatch:
+        """Return the batch of these lists."""
         items = [self.lists[int(number)] for number in chosen]
         if self.conditioner is not None:
-            items = [self.conditioner(*each) for each in zip(items, w, beta, strict=True)]
+            items = [self.conditioner(*each) for each in zip(items, weights, beta, strict=True)]
         batch = self.collator(items)
         return AlignBatch(
             lists=batch,
-            weights=w,
-            temperature=beta,
-            lengths=response_lengths(items, batch),
+            weights=weights,
+            beta=beta,
             reference=None if self.reference is None else self.reference.pad(batch),
             experts=None if self.experts is None else torch.stack([each.pad(batch) for each in self.experts], 1),
+            lengths=response_lengths(items, batch),
         )
 
 
@@ -322,70 +287,27 @@ def score_batch(
     return to_lists(score_sequences(model, inputs, **options).scores, batch)
 
 
-def _scores_and_reference(
-    loss: ResponseLoss, model: nn.Module, batch: AlignBatch
-) -> tuple[Tensor, Tensor]:  # (B, K), (B, K)
-    """Return what the loss compares: one forward pass of the model, and one of the reference if it is not known."""
-    scores = score_batch(model, batch.lists, batch.weights, batch.temperature)
-    reference = batch.reference
-    if reference is None:
-        inner = unwrapped(model)
-        if not isinstance(inner, WeightedModel):
-            raise ValueError("without a HyperPromptModel or LoraMixture the reference must be computed beforehand")
-        with torch.no_grad(), inner.reference():
-            reference = score_batch(model, batch.lists, batch.weights, batch.temperature)
-    if loss.per_token:
-        scores, reference = scores / batch.lengths, reference / batch.lengths
-    return scores, reference
-
-
-def scalarized_loss(
-    loss: ResponseLoss,
-    names: Sequence[str],
-    *,
-    penalty: float = 0.0,
-    penalty_sign: Literal["as_printed", "cosmos"] = "as_printed",
-    common_temperature: float | None = None,
-) -> StepLoss:
-    """Return the training loss sum_j w_j L_j + penalty * G, a mean over lists, of a model (equations 12, 16 and 18).
-
-    Args:
-        loss: The loss of each objective.
-        names: Names of the objectives, for the log.
-        penalty: λ, the factor of the cosine penalty of each list's own loss vector.
-        penalty_sign: See `mopl.losses.scalarize.cosine_penalty`.
-        common_temperature: β where it is one number: then one softmax serves all objectives.
+def scored_for(loss: ResponseLoss) -> Score:
+    """Return what gives `loss` the scores of a batch: one forward pass of the model, and one of the reference if its
+    log-probabilities are not known.
     """
 
-    def step_loss(model: nn.Module, batch: AlignBatch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        scores, reference = _scores_and_reference(loss, model, batch)
-        beta = batch.temperature if common_temperature is None else common_temperature
-        vector = loss(scores, batch.lists, beta, reference)
-        value = scalarize.linear(vector, batch.weights)
-        if penalty:
-            value = value + penalty * scalarize.cosine_penalty(vector, batch.weights, penalty_sign)
-        logs = {f"loss/{name}": mean for name, mean in zip(names, vector.detach().mean(0), strict=True)}
-        return value.mean(), logs | _deviation(scores, reference, batch)
+    def score(model: nn.Module, batch: AlignBatch) -> Scored:
+        scores = score_batch(model, batch.lists, batch.weights, batch.beta)
+        reference, experts = batch.reference, batch.experts
+        if reference is None:
+            inner = unwrapped(model)
+            if not isinstance(inner, WeightedModel):
+                raise ValueError("without a HyperPromptModel or LoraMixture the reference must be computed beforehand")
+            with torch.no_grad(), inner.reference():
+                reference = score_batch(model, batch.lists, batch.weights, batch.beta)
+        if loss.per_token:
+            assert batch.lengths is not None
+            scores, reference = scores / batch.lengths, reference / batch.lengths
+            experts = None if experts is None else experts / batch.lengths[:, None]
+        # The mean of log p - log p0 over responses tells at once when a model drifts away.
+        mask = batch.lists.mask
+        difference = (scores - reference).detach().masked_fill(~mask, 0.0)
+        return Scored(scores, reference, experts, {"log_ratio": difference.sum() / mask.sum()})
 
-    return step_loss
-
-
-def modpo_loss(loss: ResponseLoss, anchor: int, name: str) -> StepLoss:
-    """Return the training loss of MO-DPO: the anchor objective's, of the reward of equation (17)."""
-
-    def step_loss(model: nn.Module, batch: AlignBatch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        assert batch.experts is not None
-        scores, reference = _scores_and_reference(loss, model, batch)
-        experts = batch.experts / batch.lengths[:, None] if loss.per_token else batch.experts
-        reward = steering.modpo_reward(scores, reference, experts.unbind(1), batch.weights, anchor)
-        value = loss(reward, batch.lists, batch.temperature, objective=anchor).mean()
-        return value, {f"loss/{name}": value.detach(), **_deviation(scores, reference, batch)}
-
-    return step_loss
-
-
-def _deviation(scores: Tensor, reference: Tensor, batch: AlignBatch) -> dict[str, Tensor]:
-    """Return the mean of log p - log p0 over responses, which tells at once when a model drifts away."""
-    mask = batch.lists.mask
-    difference = (scores - reference).detach().masked_fill(~mask, 0.0)
-    return {"log_ratio": difference.sum() / mask.sum()}
+    return score

@@ -12,40 +12,30 @@ parameters; until then it holds `checkpoints/`, which are dropped at the end. No
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mopl._files import discard_folder, write_file
 from mopl._restoring import seeded
 from mopl._rows import check_rows
 from mopl.alignment import tuned
 from mopl.alignment.config import CONDITIONED, AlignConfig
-from mopl.alignment.methods import (
-    AlignSource,
-    Conditioner,
-    ListScores,
-    ResponseLoss,
-    StepLoss,
-    modpo_loss,
-    scalarized_loss,
-)
+from mopl.alignment.methods import AlignSource, Conditioner, ListScores, ResponseLoss, scored_for
 from mopl.alignment.reference import ReferenceStore, score_lists
-from mopl.alignment.trained import model_folder, vector_name
 from mopl.conditioning import LoraMixture, TextPrompt
-from mopl.conditioning.samplers import box_betas, dirichlet_weights, fixed
-from mopl.experiments.run_directory import DONE, read_done
+from mopl.experiments.cos_dpo import CosDpoStages, Part, model_folder, vertices
+from mopl.experiments.stages import Trained, Training, train_once
 from mopl.language_models import models
 from mopl.language_models.collate import ListCollator
 from mopl.language_models.data import PreferenceData
 from mopl.language_models.tokenization import ListTokenizer, TokenizedData, TokenizedList
-from mopl.training import RunLog, train
-from mopl.training.parallel import exists_on_main
+from mopl.training import RunLog
+from mopl.training.optimizer import adamw
 
 
 @dataclasses.dataclass
@@ -79,7 +69,7 @@ class TextConditioner:
         return dataclasses.replace(item, prompt=np.array(tokens, dtype=np.int64))
 
 
-class Stages:
+class Stages(CosDpoStages):
     """Trains the models of one run.
 
     Args:
@@ -92,6 +82,9 @@ class Stages:
         say: Told, in a line, about each stage.
     """
 
+    config: AlignConfig
+    loss: ResponseLoss
+
     def __init__(
         self,
         path: Path,
@@ -102,13 +95,16 @@ class Stages:
         log: RunLog,
         say: Callable[[str], None],
     ) -> None:
-        self.path, self.config, self.splits, self.log, self.say = path, config, splits, log, say
-        self.tokenizer, self.accelerator = tokenizer, accelerator
-        self.objectives = splits["train"].data.objectives
-        self.beta = torch.tensor(config.betas(len(self.objectives)))
-        self.loss = response_loss(config, splits["train"].data)
+        train = splits["train"]
+        loss = response_loss(config, train.data)
+        super().__init__(
+            path, config, train.data.objectives, torch.tensor(config.betas(len(train.data.objectives))),
+            min(config.lists_per_batch, len(train.tokens)), scored_for(loss), loss,
+        )  # fmt: skip
+        self.splits, self.tokenizer = splits, tokenizer
+        self.accelerator, self.log, self.say = accelerator, log, say
         self.collator = ListCollator(
-            packed=config.packing, pad_id=tokenizer.pad_id, partial=config.partial, order=self.loss.needs_order
+            packed=config.packing, pad_id=tokenizer.pad_id, partial=config.partial, order=loss.needs_order
         )
         self.base = models.load_causal_lm(config.model, dtype=config.dtype, attention=config.attention)
         check_length(self.base, config, splits)
@@ -177,60 +173,56 @@ class Stages:
 
     def train_method(self, method: str, folder: Path, grid: Tensor) -> tuple[float, int]:
         """Train what a method needs; return its seconds and its number of trained parameters."""
-        if method in CONDITIONED:
-            return self._conditioned(method, folder)
-        vertices = torch.eye(len(self.objectives), dtype=torch.float64)
-        # dpo-ls takes its vertices from the grid; the other two begin with an expert for each objective.
-        done = [] if method == "dpo-ls" else [self._fixed(w) for w in vertices]
-        if method == "dpo-ls":
-            done += [self._fixed(w) for w in grid]
-        elif method == "mo-dpo":
-            experts = self._expert_scores()
-            done += [self._fixed(w, experts) for w in grid]
-        return sum(seconds for seconds, _ in done), sum(count for _, count in done)
+        done = self.train(method, folder, grid).values()
+        return sum(each.seconds for each in done), sum(each.parameters for each in done)
 
-    def _conditioned(self, method: str, folder: Path) -> tuple[float, int]:
-        """Train the one model of a COS-DPO method."""
-        config, m = self.config, len(self.objectives)
-        takes_temperature = method == "temperature-cos-dpo"
-        count = self._batch_size
-        per: dict[str, Any] = {"per": config.weights_per, "seed": config.seed}
-        if takes_temperature:
-            low, high = ((factor * self.beta).tolist() for factor in config.beta_range)
-            temperature = box_betas(m, count, low=low, high=high, **per)
-        else:
-            temperature = fixed(self.beta, count)
-        loss = scalarized_loss(
-            self.loss, self.objectives, penalty=config.penalty, penalty_sign=config.penalty_sign,
-            common_temperature=None if takes_temperature else self._common_beta(),
+    def train_part(self, part: Part) -> Trained:
+        """Train one model of a method unless it is there."""
+        config, method, device = self.config, part.method, self.accelerator.device
+        kind: dict[str, bool] = {"temperature": method.takes_beta}
+        source = AlignSource(
+            self.splits["train"].tokens.lists, config.lists_per_batch, self.collator, seed=config.seed,
+            weights=part.sample_weights, beta=part.sample_beta, reference=self.references["train"],
+            experts=part.experts, conditioner=self.conditioner(part.name),
         )  # fmt: skip
-        source = self._source(
-            dirichlet_weights(m, count, concentration=config.concentration, **per), temperature,
-            conditioner=self.conditioner(method),
-        )  # fmt: skip
-        return self._fit(method, folder / "model", source, loss, conditioned=True, temperature=takes_temperature)
 
-    def _fixed(self, weights: Tensor, experts: Sequence[ListScores] | None = None) -> tuple[float, int]:
-        """Train for fixed weights: DPO on their sum, or MO-DPO where experts are given."""
-        kind = "w" if experts is None else "modpo"
-        folder = model_folder(self.path, "dpo-ls" if experts is None else "mo-dpo", weights)
-        if experts is None:
-            loss = scalarized_loss(self.loss, self.objectives, common_temperature=self._common_beta())
-        else:
-            anchor = int(weights.argmax())
-            loss = modpo_loss(self.loss, anchor, self.objectives[anchor])
-        source = self._source(fixed(weights, self._batch_size), fixed(self.beta, self._batch_size), experts)
-        return self._fit(f"{kind} {vector_name(weights)}", folder, source, loss, conditioned=False)
+        @contextmanager
+        def begin() -> Iterator[Training]:
+            with seeded(config.seed):  # every model of a kind starts from the same parameters
+                model = tuned.new_model(
+                    self.base, config, self.objectives, conditioned=method.conditioned, start=self._start_of_prompt(),
+                    **kind,
+                )  # fmt: skip
+            try:
+                model.to(device)
+                if config.gradient_checkpointing:
+                    # The other form of checkpointing would need inputs that take a gradient, which text has not.
+                    models.recompute_activations(model if isinstance(model, LoraMixture) else self.base, True)
+                assert config.steps is not None and config.prompt_learning_rate is not None
+                settings = config.training(config.steps)
+                yield Training(
+                    model, source, part.loss, settings,
+                    lambda folder: tuned.save_model(model, folder, config, self.objectives, **kind),
+                    optimizer=adamw(model, settings, device, {"hyper_prompt.": config.prompt_learning_rate}),
+                    save_frozen=False,
+                )  # fmt: skip
+            finally:
+                if config.gradient_checkpointing:
+                    models.recompute_activations(self.base, False)
+                models.release(model)
 
-    def _expert_scores(self) -> list[ListScores]:
+        folder = part.folder / "model" if method.conditioned else part.folder
+        return train_once(part.name, folder, begin, accelerator=self.accelerator, log=self.log, say=self.say)
+
+    def expert_scores(self) -> list[ListScores]:
         """Return the log-probabilities of the training lists under the expert of each objective."""
         lists, found = self.splits["train"].tokens.lists, []
-        for w in torch.eye(len(self.objectives)):
+        for w in vertices(len(self.objectives)):
             model = models.load_model(model_folder(self.path, "dpo-soup", w), self.base)
             try:
                 scores = score_lists(
                     model.to(self.accelerator.device), lists, collator=self.collator,
-                    tokens_per_batch=self.config.tokens_per_batch, accelerator=self.accelerator, weights=w,
+                    tokens_per_batch=self.config.tokens_per_batch, accelerator=self.accelerator, weights=w.float(),
                 )  # fmt: skip
             finally:
                 models.release(model)
@@ -252,73 +244,6 @@ class Stages:
         if not tokens:
             raise ValueError(f"prompt_text is {self.config.prompt_text!r}, which has no tokens; write some words")
         return tokens
-
-    @property
-    def _batch_size(self) -> int:
-        return min(self.config.lists_per_batch, len(self.splits["train"].tokens))
-
-    def _common_beta(self) -> float | None:
-        values = set(self.beta.tolist())
-        return values.pop() if len(values) == 1 else None
-
-    def _source(
-        self,
-        weights: Any,
-        temperature: Any,
-        experts: Sequence[ListScores] | None = None,
-        conditioner: Conditioner | None = None,
-    ) -> AlignSource:
-        return AlignSource(
-            self.splits["train"].tokens.lists, self.config.lists_per_batch, self.collator, seed=self.config.seed,
-            weights=weights, temperature=temperature, reference=self.references["train"], experts=experts,
-            conditioner=conditioner,
-        )  # fmt: skip
-
-    def _fit(
-        self,
-        name: str,
-        folder: Path,
-        source: AlignSource,
-        loss: StepLoss,
-        *,
-        conditioned: bool,
-        temperature: bool = False,
-    ) -> tuple[float, int]:
-        """Train and save a model unless it is there; return seconds, interruptions left out, and parameters."""
-        if exists_on_main(self.accelerator, folder / DONE):
-            done = read_done(folder / DONE)
-            return done["seconds"], done["parameters"]
-        config = self.config
-        with seeded(config.seed):  # every model of a kind starts from the same parameters
-            model = tuned.new_model(
-                self.base, config, self.objectives, conditioned=conditioned, temperature=temperature,
-                start=self._start_of_prompt(),
-            )  # fmt: skip
-        try:
-            model.to(self.accelerator.device)
-            if config.gradient_checkpointing:
-                # The other form of checkpointing would need inputs that take a gradient, which text has not.
-                models.recompute_activations(model if isinstance(model, LoraMixture) else self.base, True)
-            count = models.trained_parameters(model)
-            assert config.steps is not None
-            result = train(
-                model, source, loss, config.training(config.steps), accelerator=self.accelerator,
-                directory=folder / "checkpoints", resume=True, log=self.log, stage=name,
-                optimizer=optimizer_of(model, config, self.accelerator.device), save_frozen=False,
-            )  # fmt: skip
-            if self.accelerator.is_main_process:
-                tuned.save_model(model, folder, config, self.objectives, temperature=temperature)
-                record = {"steps": result.steps, "seconds": result.seconds, "parameters": count}
-                write_file(folder / DONE, json.dumps(record, indent=2) + "\n")
-                if (folder / "checkpoints").exists():
-                    discard_folder(folder / "checkpoints")
-            self.accelerator.wait_for_everyone()
-        finally:
-            if config.gradient_checkpointing:
-                models.recompute_activations(self.base, False)
-            models.release(model)
-        self.say(f"{name}: {result.steps} steps in {result.seconds:.1f} s")
-        return result.seconds, count
 
 
 def response_loss(config: AlignConfig, data: PreferenceData) -> ResponseLoss:
@@ -368,18 +293,3 @@ def check_length(base: Any, config: AlignConfig, splits: Mapping[str, Split]) ->
             f"the longest sequence has {longest} tokens and the prompt {config.virtual_tokens} virtual ones, but "
             f"{config.model} knows {positions} positions; pass max_length={positions - config.virtual_tokens} or less"
         )
-
-
-def optimizer_of(model: nn.Module, config: AlignConfig, device: torch.device) -> torch.optim.Optimizer:
-    """Return AdamW with the learning rates of the adapters and of the prompt."""
-    assert config.prompt_learning_rate is not None
-    groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            groups[name.startswith("hyper_prompt.")].append(parameter)
-    rates = {False: config.learning_rate, True: config.prompt_learning_rate}
-    return torch.optim.AdamW(
-        [{"params": parameters, "lr": rates[kind]} for kind, parameters in groups.items() if parameters],
-        weight_decay=config.weight_decay,
-        fused=device.type in ("cpu", "cuda"),
-    )

@@ -10,26 +10,25 @@ the end, and with several epochs `rollouts/`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from mopl._files import discard_folder, write_file
+from mopl._restoring import seeded
 from mopl.clp.config import ALL, ClpConfig
 from mopl.clp.loss import ClpLoss, Guard, SampleLog, size_of
 from mopl.clp.policies import Policy, load_policy, new_policy, release, save_soup
 from mopl.clp.prompts import Prompts, PromptSource
 from mopl.clp.reward_scale import RewardScale, RunningScale
 from mopl.clp.rollout import RolloutStore, Sampler
-from mopl.experiments.run_directory import DONE, read_done
-from mopl.language_models import models
+from mopl.experiments.run_directory import DONE
+from mopl.experiments.stages import CHECKPOINTS, ROLLOUTS, Trained, Training, record, train_once
 from mopl.rewards import Rewards
-from mopl.training import CheckpointFolder, RunLog, train
+from mopl.training import CheckpointFolder, RunLog, TrainingResult
+from mopl.training.optimizer import adamw
 from mopl.training.parallel import exists_on_main
 from mopl.training.precision import rounding_of
 
@@ -78,22 +77,27 @@ class Stages:
 
     def train_method(self, method: str, folder: Path) -> tuple[float, int]:
         """Train what a method needs; return its seconds and its number of trained parameters."""
+        done = self.train(method, folder).values()
+        return sum(each.seconds for each in done), sum(each.parameters for each in done)
+
+    def train(self, method: str, folder: Path) -> dict[str, Trained]:
+        """Train what a method needs; return its trainings by name."""
         if method in ("clp", "dera"):  # DeRa moves the policy of clp
-            return self._fit("clp", self.clp_folder / "model", "clp")
+            return {"clp": self._policy("clp", self.clp_folder / "model", "clp")}
         if method == "prompting":
-            return self._fit(method, folder / "model", method)
-        done = [
-            self._fit(f"expert {name}", expert_folder(self.path, name), "expert", expert=j)
-            for j, name in enumerate(self.objectives)
-        ]
-        if method == "rewarded-soups" and self.accelerator.is_main_process and not (folder / "model" / DONE).exists():
-            save_soup(
-                [expert_folder(self.path, name) for name in self.objectives], folder / "model", self.base, self.config,
-                self.objectives,
-            )  # fmt: skip
-            write_file(folder / "model" / DONE, "{}\n")
-        self.accelerator.wait_for_everyone()
-        return sum(seconds for seconds, _ in done), sum(count for _, count in done)
+            return {method: self._policy(method, folder / "model", method)}
+        experts = {name: expert_folder(self.path, name) for name in self.objectives}
+        done = {
+            f"expert {name}": self._policy(f"expert {name}", place, "expert", expert=j)
+            for j, (name, place) in enumerate(experts.items())
+        }
+        if method == "rewarded-soups" and not exists_on_main(self.accelerator, folder / "model" / DONE):
+
+            def save(target: Path) -> None:
+                save_soup(list(experts.values()), target, self.base, self.config, self.objectives)
+
+            record(folder / "model", save, Trained(0, 0.0), self.accelerator)
+        return done
 
     def _source(self, kind: str, expert: int | None) -> PromptSource:
         config, m = self.config, len(self.objectives)
@@ -103,53 +107,49 @@ class Stages:
             count = 2 if kind == "clp" and config.mixes_parameters else config.prompts_per_step
         return PromptSource(self.prompts["train"], config, m, fixed=fixed, trade_offs=count)
 
-    def _fit(self, name: str, folder: Path, kind: str, expert: int | None = None) -> tuple[float, int]:
-        """Train and save a policy unless it is there; return seconds, interruptions left out, and parameters."""
-        if exists_on_main(self.accelerator, folder / DONE):
-            done = read_done(folder / DONE)
-            return done["seconds"], done["parameters"]
-        config, main = self.config, self.accelerator.is_main_process
-        policy = new_policy(
-            self.base, config, self.objectives, kind, None if expert is None else self.objectives[expert]
-        )
-        if config.normalize == "running":
-            policy.running = RunningScale(self.scale, config.normalize_decay)
-        policy.to(self.accelerator.device)
-        if note := rounding_of(policy):
-            self.say(f"{name}: {note} (--dtype float32)")
-        count = models.trained_parameters(policy)
-        checkpoints = folder / "checkpoints"
-        samples = SampleLog(self.path, enabled=main)
-        latest = CheckpointFolder(checkpoints).latest()
-        samples.rewind(name, latest.step if latest else 0)
-        guard = Guard(config, name, checkpoints, size_of(policy.model))
-        loss = ClpLoss(
-            config, self.sampler, self.rewards, self.scale,
-            RolloutStore(folder / "rollouts", config.epochs, checkpoints), guard,
-            samples if config.log_samples else None, name,
-        )  # fmt: skip
-        try:
-            result = train(
-                policy, self._source(kind, expert), loss, config.training(), accelerator=self.accelerator,
-                directory=checkpoints, resume=True, log=self.log, stage=name,
-                optimizer=optimizer_of(policy, config, self.accelerator.device), save_frozen=False,
+    def _policy(self, name: str, folder: Path, kind: str, expert: int | None = None) -> Trained:
+        """Train a policy unless it is there."""
+        config = self.config
+
+        @contextmanager
+        def begin() -> Iterator[Training]:
+            with seeded(config.seed):  # every model of a kind starts from the same parameters
+                policy = new_policy(
+                    self.base, config, self.objectives, kind, None if expert is None else self.objectives[expert]
+                )
+            if config.normalize == "running":
+                policy.running = RunningScale(self.scale, config.normalize_decay)
+            policy.to(self.accelerator.device)
+            if note := rounding_of(policy):
+                self.say(f"{name}: {note} (--dtype float32)")
+            checkpoints, settings = folder / CHECKPOINTS, config.training()
+            samples = SampleLog(self.path, enabled=self.accelerator.is_main_process)
+            latest = CheckpointFolder(checkpoints).latest()
+            samples.rewind(name, latest.step if latest else 0)
+            guard = Guard(config, name, checkpoints, size_of(policy.model))
+            loss = ClpLoss(
+                config, self.sampler, self.rewards, self.scale,
+                RolloutStore(folder / ROLLOUTS, config.epochs, checkpoints), guard,
+                samples if config.log_samples else None, name,
             )  # fmt: skip
-            guard.check_size(policy.model, result.steps)  # no rollout has seen the last update
-            if main:
-                policy.model.save_pretrained(folder)
-                record: dict[str, Any] = {"steps": result.steps, "seconds": result.seconds, "parameters": count}
-                if policy.running is not None:
-                    running = policy.running
-                    record |= {"mean": running.mean.tolist(), "deviation": running.deviation.tolist()}
-                write_file(folder / DONE, json.dumps(record, indent=2) + "\n")
-                for part in (checkpoints, folder / "rollouts"):
-                    if part.exists():
-                        discard_folder(part)
-            self.accelerator.wait_for_everyone()
-        finally:
-            release(policy)
-        self.say(f"{name}: {result.steps} steps in {result.seconds:.1f} s")
-        return result.seconds, count
+
+            def ended(result: TrainingResult) -> dict[str, Any]:
+                guard.check_size(policy.model, result.steps)  # no rollout has seen the last update
+                scale = policy.running
+                if scale is None:
+                    return {}
+                return {"mean": tuple(scale.mean.tolist()), "deviation": tuple(scale.deviation.tolist())}
+
+            try:
+                yield Training(
+                    policy, self._source(kind, expert), loss, settings, policy.model.save_pretrained,
+                    optimizer=adamw(policy, settings, self.accelerator.device, {"value.": config.value_learning_rate}),
+                    save_frozen=False, ended=ended,
+                )  # fmt: skip
+            finally:
+                release(policy)
+
+        return train_once(name, folder, begin, accelerator=self.accelerator, log=self.log, say=self.say)
 
     # ------------------------------------------------------------ trained policies
 
@@ -180,17 +180,3 @@ def plain_expert(folder: Path, base: Any, config: ClpConfig, objectives: tuple[s
     finally:
         release(policy)
     return merged.to(next(base.parameters()).device).eval()
-
-
-def optimizer_of(policy: Policy, config: ClpConfig, device: torch.device) -> torch.optim.Optimizer:
-    """Return AdamW with the learning rates of the policy and of the value head."""
-    groups: dict[bool, list[Tensor]] = {False: [], True: []}
-    for name, parameter in policy.named_parameters():
-        if parameter.requires_grad:
-            groups[name.startswith("value.")].append(parameter)
-    rates = {False: config.learning_rate, True: config.value_learning_rate}
-    return torch.optim.AdamW(
-        [{"params": parameters, "lr": rates[kind]} for kind, parameters in groups.items() if parameters],
-        weight_decay=config.weight_decay,
-        fused=device.type in ("cpu", "cuda"),
-    )

@@ -3,12 +3,10 @@
 from typing import Any, Literal
 
 from mopl._extras import TRACKERS
+from mopl.experiments.methods import METHODS
 from mopl.experiments.resume_settings import located_if_there
 from mopl.experiments.settings import Settings, setting, settings, settings_of
 
-# The methods of COS-DPO, in the order of reports; those of them that train one model for every trade-off.
-METHODS = ("weight-cos-dpo", "temperature-cos-dpo", "dpo-ls", "dpo-soup", "mo-dpo")
-CONDITIONED = ("weight-cos-dpo", "temperature-cos-dpo")
 ALL = "all"  # of the methods
 
 

@@ -25,7 +25,7 @@ import msgspec
 from mopl import __version__, _terminal
 from mopl._disk import with_resume
 from mopl._files import TEMPORARY, discard_folder, remove_leftovers, write_file, write_folder
-from mopl._records import Count, Finite, Seconds, check, read_json, settings_from
+from mopl._records import check, read_json, settings_from
 from mopl.experiments.applications import APPLICATIONS, Application
 from mopl.experiments.run_lock import RunInUse, locked
 from mopl.training.parallel import on_main
@@ -139,34 +139,11 @@ class RunRecord(msgspec.Struct):
     commit: str = ""
 
 
-class Done(msgspec.Struct):
-    """What `training.json` says of a finished training; what has a default is not there for every kind and version."""
-
-    steps: Count
-    seconds: Seconds
-    kept: Count = 0
-    limit: Count = 0
-    validation: float | None = None
-    parameters: Count = 0
-    mean: list[Finite] = []
-    deviation: list[Finite] = []
-
-
 class Sample(msgspec.Struct):
     """An entry of `samples.json`: a prompt, and an answer for each trade-off."""
 
     prompt: str
     responses: list[str]
-
-
-def read_done(file: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return what `training.json` says of a finished training.
-
-    Raises:
-        DamagedFile: If it is damaged; the message names the key.
-    """
-    remedy = "take it from a backup, or delete it: --resume then trains that model again"
-    return read_json(file, Done, remedy=remedy)
 
 
 def check_new_run(path: str | os.PathLike[str], *, overwrite: bool = False) -> None:

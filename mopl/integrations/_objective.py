@@ -11,11 +11,11 @@ from torch import Tensor
 
 from mopl import losses
 from mopl._renamed import renamed_parameter
+from mopl.experiments.cos_dpo import scalarized
 from mopl.integrations._pair_loss import PairLoss
 from mopl.integrations._scores import Scored
 from mopl.integrations._settings import ObjectiveArguments
 from mopl.language_models.collate import ListBatch, by_objective
-from mopl.losses import scalarize
 
 ListLoss = Callable[..., Tensor]
 
@@ -112,16 +112,9 @@ class Objective:
     def scalarized(self, vector: Tensor, weights: Tensor) -> Tensor:  # (B, m), (B, m) -> (B,)
         """Return one number a list."""
         settings = self.settings
-        combine = {
-            "linear": scalarize.linear,
-            "chebyshev": scalarize.chebyshev,
-            "smooth_chebyshev": scalarize.smooth_chebyshev,
-        }[settings.scalarization]
-        value = combine(vector, weights)
-        if settings.cosine_penalty:
-            sign: Any = settings.cosine_sign
-            value = value + settings.cosine_penalty * scalarize.cosine_penalty(vector, weights, sign)
-        return value
+        how: Any = settings.scalarization
+        sign: Any = settings.cosine_sign
+        return scalarized(vector, weights, how=how, penalty=settings.cosine_penalty, penalty_sign=sign)
 
     def _vector(
         self, scores: Tensor, scored: Scored, batch: ListBatch, beta: Tensor, reference: Tensor | None

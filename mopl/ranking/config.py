@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from mopl._renamed import warn_renamed
-from mopl.experiments.common_settings import ALL, CONDITIONED, METHODS, CosDpoSettings
+from mopl.experiments.common_settings import ALL, CosDpoSettings
+from mopl.experiments.methods import CONDITIONED, METHODS
 from mopl.experiments.resume_settings import located, located_inside
 from mopl.experiments.settings import setting, settings
 

@@ -13,7 +13,6 @@ See `mopl.ranking.stages` for the models of the baselines.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,12 +23,13 @@ from mopl.experiments.driver import FREE_ON_RESUME, Measured, Recipe, execute, p
 from mopl.experiments.resume_settings import settings_to_resume
 from mopl.experiments.run import run_grid
 from mopl.experiments.run_directory import RunInterrupted
+from mopl.experiments.stages import Trained
 from mopl.pareto.volumes import check_affordable
 from mopl.ranking.config import RankConfig
 from mopl.ranking.evaluate import check_measurable, distances_to_truth, evaluate, make_front, true_front
 from mopl.ranking.methods import BasePolicy, Policy
 from mopl.ranking.runs import RankingRun, fingerprint, load_splits, save_normalizer
-from mopl.ranking.stages import Stages, Trained, check_base, load_policy
+from mopl.ranking.stages import Stages, check_base, load_policy
 from mopl.ranking.validation import Validation
 
 __all__ = ["FREE_ON_RESUME", "RunInterrupted", "check_resume", "rank"]
@@ -186,7 +186,7 @@ class RankingRecipe(Recipe):
             "losses": first.losses.tolist(),
             "metric": config.measure.metric().describe(),
             "empty_share": self.empty_share,
-            "trainings": {name: dataclasses.asdict(each) for name, each in trained.items()},
+            "trainings": {name: each.to_dict() for name, each in trained.items()},
         }
         if truth is not None:
             figures["true_losses"] = truth.losses.tolist()

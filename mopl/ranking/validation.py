@@ -127,9 +127,3 @@ class Validation:
     def _selection(self, validate: Callable[[nn.Module], float], steps: int) -> Selection:
         every = self.config.validate_every or max(5, steps // 20)
         return Selection(validate, every=every, patience=self.config.patience, maximise=True)
-
-
-def corners_and_centre(objectives: int) -> Tensor:
-    """Return the trade-offs (m + 1, m) at which a conditioned model is validated; the one that is for m = 1."""
-    corners = torch.eye(objectives, dtype=torch.float64)
-    return corners if objectives == 1 else torch.cat([corners, corners.mean(0, keepdim=True)])

@@ -30,6 +30,7 @@ from mopl.training.accumulation import LossFunction, accumulate, reduced
 from mopl.training.batches import BatchSource
 from mopl.training.checkpoint import Checkpoint, CheckpointFolder
 from mopl.training.logs import RunLog
+from mopl.training.optimizer import adamw
 from mopl.training.parallel import make_accelerator, prepare, whole_norm
 from mopl.training.selection import Selection, continue_selection
 
@@ -186,12 +187,7 @@ def train(
         checkpoint.load_model(model)
         states = checkpoint.load_optimizer()
         continue_selection(selection, states, checkpoint.path)
-    updater = optimizer
-    if updater is None:
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        # The fused update is one call for all parameters: for a small model most of a step is the cost of calls.
-        fused = accelerator.device.type in ("cpu", "cuda")
-        updater = torch.optim.AdamW(trainable, lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused)
+    updater = adamw(model, config, accelerator.device) if optimizer is None else optimizer
     rates = [group["lr"] for group in updater.param_groups]
     if checkpoint is not None:
         scaled = accelerator.scaler is not None

@@ -11,14 +11,22 @@ peft = pytest.importorskip("peft")
 pytest.importorskip("accelerate")
 
 from mopl.alignment import open_run
-from mopl.alignment.methods import ListScores, ResponseLoss, scalarized_loss, score_batch
+from mopl.alignment.methods import ListScores, ResponseLoss, score_batch
 from mopl.alignment.reference import score_lists
 from mopl.conditioning import HyperPromptModel, LoraMixture
 from mopl.language_models import models
 from mopl.language_models.collate import ListCollator
 from mopl.language_models.generate import generate
 from mopl.training import make_accelerator
-from tests.alignment.test_training import NAMES, conditioned, folder, settings, source, tokenized  # noqa: F401
+from tests.alignment.test_training import (  # noqa: F401
+    NAMES,
+    conditioned,
+    folder,
+    scalarized_loss,
+    settings,
+    source,
+    tokenized,
+)
 from tests.commands.test_generate_and_export import base, make_run, printed  # noqa: F401  # base is a fixture
 
 MIXTURE = settings(conditioning="lora-mixture")

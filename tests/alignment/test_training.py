@@ -23,20 +23,22 @@ from mopl.alignment.methods import (
     AlignSource,
     ListScores,
     ResponseLoss,
-    modpo_loss,
-    scalarized_loss,
     score_batch,
+    scored_for,
 )
 from mopl.alignment.reference import CHUNK, ReferenceStore, score_lists
-from mopl.alignment.stages import TextConditioner, optimizer_of, response_loss
+from mopl.alignment.stages import TextConditioner, response_loss
 from mopl.conditioning import HyperPromptModel
 from mopl.conditioning.samplers import box_betas, dirichlet_weights, fixed
+from mopl.experiments import cos_dpo
+from mopl.experiments.cos_dpo import modpo_loss
 from mopl.language_models import models
 from mopl.language_models.collate import ListCollator
 from mopl.language_models.data import PreferenceData, PreferenceList
 from mopl.language_models.tokenization import TokenizedList
 from mopl.losses import DPOLoss, listwise_dpo
 from mopl.training import TrainingInterrupted, make_accelerator, train
+from mopl.training.optimizer import adamw
 
 NAMES = ("low", "middle")
 VOCABULARY = 32
@@ -149,7 +151,7 @@ def source(lists=None, batch_size=6, **changes) -> AlignSource:
     parts = {
         "seed": 1,
         "weights": dirichlet_weights(2, batch_size, concentration=0.7, per="list", seed=1),
-        "temperature": box_betas(2, batch_size, low=[0.05, 0.1], high=[0.2, 0.3], per="list", seed=1),
+        "beta": box_betas(2, batch_size, low=[0.05, 0.1], high=[0.2, 0.3], per="list", seed=1),
     }  # fmt: skip
     return AlignSource(lists or tokenized(), batch_size, ListCollator(), **{**parts, **changes})
 
@@ -179,7 +181,7 @@ def test_parts_of_a_batch_are_cuts_of_the_same_lists_weights_and_temperatures(pa
     whole, cut = made(5, 0, 1), [made(5, part, parts) for part in range(parts)]
     assert torch.equal(torch.cat([c.lists.lists for c in cut]), whole.lists.lists)
     assert torch.equal(torch.cat([c.weights for c in cut]), whole.weights)
-    assert torch.equal(torch.cat([c.temperature for c in cut]), whole.temperature)
+    assert torch.equal(torch.cat([c.beta for c in cut]), whole.beta)
     assert not torch.equal(whole.weights[0], whole.weights[1])
     for row, index in enumerate(whole.lists.lists.tolist()):
         first, size = sum(len(lists[i].responses) for i in range(index)), len(lists[index].responses)
@@ -189,7 +191,7 @@ def test_parts_of_a_batch_are_cuts_of_the_same_lists_weights_and_temperatures(pa
 
 
 def test_the_training_loss_is_equation_12_with_each_lists_own_weights_and_the_models_own_logits(base):
-    model, batch = conditioned(base), source(temperature=fixed(torch.tensor([0.1, 0.3]), 6))(0)
+    model, batch = conditioned(base), source(beta=fixed(torch.tensor([0.1, 0.3]), 6))(0)
     lists = {item.index: item for item in tokenized()}
     value, logs = scalarized_loss(DENSE, NAMES)(model, batch, 0)
     expected = torch.zeros(6, 2)
@@ -207,18 +209,18 @@ def test_the_training_loss_is_equation_12_with_each_lists_own_weights_and_the_mo
 
 def test_temperature_cos_dpo_trains_on_normalised_temperatures_and_the_raw_output(base):
     model, batch = conditioned(base, temperature=True), source()(0)
-    torch.testing.assert_close(batch.temperature.sum(1), torch.ones(6))
+    torch.testing.assert_close(batch.beta.sum(1), torch.ones(6))
     value = scalarized_loss(DENSE, NAMES)(model, batch, 0)[0]
     for length in (1.0, 0.17):  # the loss of equation (16) at full temperatures and the scores of equation (15)
-        beta = length * batch.temperature
+        beta = length * batch.beta
         with torch.no_grad(), model.reference():
             reference = score_batch(model, batch.lists, batch.weights, beta)
         net = score_batch(model, batch.lists, batch.weights, beta)
         scores = steering.beta_conditioned(net, reference, beta)
-        full = listwise_dpo(scores, batch.lists.labels, reference=reference, temperature=beta, weights=batch.weights,
+        full = listwise_dpo(scores, batch.lists.labels, reference=reference, beta=beta, weights=batch.weights,
                             mask=batch.lists.mask, normalize="softmax")  # fmt: skip
         torch.testing.assert_close(full, value, rtol=1e-4, atol=1e-4)
-    moved = dataclasses.replace(batch, temperature=batch.temperature.flip(1))
+    moved = dataclasses.replace(batch, beta=batch.beta.flip(1))
     assert not torch.allclose(scalarized_loss(DENSE, NAMES)(model, moved, 0)[0], value)
 
 
@@ -227,7 +229,7 @@ def one_hot(random, size):
 
 
 def test_two_items_with_one_hot_labels_are_dpo_in_loss_and_gradient(base):
-    batch = source(tokenized(sizes=(2,), labels=one_hot), temperature=fixed(torch.tensor([0.1, 0.1]), 6))(0)
+    batch = source(tokenized(sizes=(2,), labels=one_hot), beta=fixed(torch.tensor([0.1, 0.1]), 6))(0)
     gradients = []
     for method in ("listnet", "sigmoid", "dpo"):
         models.release(base)
@@ -299,10 +301,10 @@ def test_what_is_trained_is_float32_whatever_dtype_the_model_is_stored_in(folder
 def test_mo_dpo_trains_the_anchor_on_the_reward_of_equation_17(base):
     lists, w = tokenized(), torch.tensor([0.6, 0.4])
     parts = [ListScores(lists, torch.randn(27)) for _ in range(3)]
-    batch = source(lists, weights=fixed(w, 6), temperature=fixed(torch.tensor([0.2, 0.1]), 6), reference=parts[0],
+    batch = source(lists, weights=fixed(w, 6), beta=fixed(torch.tensor([0.2, 0.1]), 6), reference=parts[0],
                    experts=parts[1:])(0)  # fmt: skip
     model = tuned.new_model(base, settings(), NAMES, conditioned=False)
-    value, _ = modpo_loss(DENSE, 0, "low")(model, batch, 0)
+    value, _ = modpo_loss(scored_for(DENSE), DENSE, 0, "low")(model, batch, 0)
     s = score_batch(model, batch.lists, batch.weights)
     r = (s - batch.reference - 0.4 * (batch.experts[:, 1] - batch.reference)) / 0.6
     mask = batch.lists.mask
@@ -320,7 +322,7 @@ def test_an_objective_without_labels_in_a_list_has_no_loss_and_no_gradient_there
     batch = source(tokenized(labels=missing))(0)
     scores = torch.randn(batch.lists.mask.shape, requires_grad=True)
     for loss in (DENSE, ResponseLoss("plackett-luce"), ResponseLoss(labels=("softmax", "softmax"), by_objective=True)):
-        vector = loss(scores, batch.lists, batch.temperature)
+        vector = loss(scores, batch.lists, batch.beta)
         assert (vector[~batch.lists.objective_mask] == 0).all() and (vector[batch.lists.objective_mask] > 0).all()
         (gradient,) = torch.autograd.grad((vector * ~batch.lists.objective_mask).sum(), scores)
         assert (gradient == 0).all()
@@ -355,14 +357,10 @@ def test_losses_of_one_objective_are_columns_of_the_loss_vector():
         ResponseLoss("ipo"),
         ResponseLoss("robust", label_smoothing=0.1),
     ):
-        vector = loss(scores, batch.lists, batch.temperature, s0)
+        vector = loss(scores, batch.lists, batch.beta, s0)
         for j in range(2):
-            torch.testing.assert_close(
-                loss(scores, batch.lists, batch.temperature, s0, objective=j)[:, 0], vector[:, j]
-            )
-            torch.testing.assert_close(
-                loss(scores, batch.lists, batch.temperature[0], s0, objective=j)[0, 0], vector[0, j]
-            )
+            torch.testing.assert_close(loss(scores, batch.lists, batch.beta, s0, objective=j)[:, 0], vector[:, j])
+            torch.testing.assert_close(loss(scores, batch.lists, batch.beta[0], s0, objective=j)[0, 0], vector[0, j])
 
 
 def test_equal_labels_of_a_pair_prefer_nothing():
@@ -385,6 +383,10 @@ def test_weights_in_words_stand_before_the_prompt_and_leave_the_responses_alone(
 # ---------------------------------------------------------------- updates
 
 
+def scalarized_loss(loss, names, **options):
+    return cos_dpo.scalarized_loss(scored_for(loss), loss, names, **options)
+
+
 def trained(model: HyperPromptModel) -> Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
 
@@ -401,8 +403,9 @@ def fit(base, *, steps=4, directory=None, accumulation=1, stop=None, made=None, 
 
     training = dataclasses.replace(config.training(steps), schedule="constant", warmup=0)
     try:
+        optimizer = adamw(model, training, torch.device("cpu"), {"hyper_prompt.": config.prompt_learning_rate})
         train(model, made or source(), loss, training, accelerator=make_accelerator(cpu=True), directory=directory,
-              optimizer=optimizer_of(model, config, torch.device("cpu")), save_frozen=False, resume=resume)  # fmt: skip
+              optimizer=optimizer, save_frozen=False, resume=resume)  # fmt: skip
         return trained(model)
     finally:
         models.release(model)

@@ -12,14 +12,13 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / room) for room in ("al
 
 import torch
 from ending import leave
-from test_training import DENSE, NAMES, conditioned, settings, source, trained
+from test_training import DENSE, NAMES, conditioned, scalarized_loss, settings, source, trained
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from mopl.alignment.methods import scalarized_loss
-from mopl.alignment.stages import optimizer_of
 from mopl.language_models import models
 from mopl.training import RunLog, TrainingInterrupted, make_accelerator, train
+from mopl.training.optimizer import adamw
 
 
 def fit(base: nn.Module, accelerator, *, sgd=False, recompute=False, stop=None, check=None, **options) -> Tensor:
@@ -35,7 +34,7 @@ def fit(base: nn.Module, accelerator, *, sgd=False, recompute=False, stop=None, 
             check(module)
         return inner(module, batch, step)
 
-    optimizer = optimizer_of(model, config, torch.device("cpu"))
+    optimizer = adamw(model, config.training(5), torch.device("cpu"), {"hyper_prompt.": config.prompt_learning_rate})
     if sgd:  # Adam hides a gradient of the wrong size
         optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1, momentum=0.9)
     training = dataclasses.replace(config.training(5), schedule="constant", warmup=0, gradient_clip=0.2, log_every=1)

@@ -24,7 +24,7 @@ from mopl._records import DamagedFile
 from mopl._tensor_files import load_state, read_tensors
 from mopl.cli import main
 from mopl.conditioning.saved_models import read_record
-from mopl.experiments.run_directory import read_done
+from mopl.experiments.stages import Trained
 from mopl.training import read_log
 
 RANK = [
@@ -217,7 +217,7 @@ def test_every_setting_of_a_language_model_run_may_be_anything(place, name):
 
 def test_a_finished_training_says_how_long_it_took_or_is_named(place):
     file = place / "rank" / "base" / "training.json"
-    assert read_done(file)["steps"] == 3
+    assert Trained.read(file.parent).steps == 3
     for content, said in (
         ('{"steps": 3}', "seconds is missing"), ('{"steps": -1, "seconds": 1}', "steps is -1 but must be int >= 0"),
         ('{"steps": 3, "seconds": NaN}', "seconds is NaN but must be float >= 0"),
@@ -227,7 +227,7 @@ def test_a_finished_training_says_how_long_it_took_or_is_named(place):
             replaced(file, content),
             pytest.raises(DamagedFile, match="--resume then trains that model again") as raised,
         ):
-            read_done(file)
+            Trained.read(file.parent)
         assert str(raised.value).startswith(f"{file}: {said}")
 
 

@@ -16,22 +16,21 @@ pytest.importorskip("moocore")  # every run measures its front
 
 from mopl import steering
 from mopl.conditioning.samplers import box_betas, dirichlet_weights, fixed
+from mopl.experiments.cos_dpo import modpo_loss, scalarized_loss, vector_name
+from mopl.experiments.methods import METHODS
 from mopl.losses import listwise_dpo
 from mopl.pareto import Front, hypervolume, weight_grid
-from mopl.ranking import stages
 from mopl.ranking.config import RankConfig
 from mopl.ranking.evaluate import Measure, distances_to_truth, evaluate, score_items, true_front
 from mopl.ranking.loading import load
 from mopl.ranking.methods import (
-    METHODS,
     BasePolicy,
     ConditionedPolicy,
     GridPolicy,
     ListLoss,
     ListSource,
     SoupPolicy,
-    modpo_loss,
-    scalarized_loss,
+    score_batch,
 )
 from mopl.ranking.model import ListTransformer, RankingModel, RankingModelConfig
 from mopl.ranking.recipe import RunInterrupted, rank
@@ -75,7 +74,7 @@ def source(data, m=3, batch_size=7, **changes):
     parts = {
         "seed": 1, "reference": torch.randn(train.num_items),
         "weights": dirichlet_weights(m, batch_size, concentration=0.5, per="list", seed=1),
-        "temperature": box_betas(m, batch_size, low=[0.5] * m, high=[2.0] * m, per="list", seed=1),
+        "beta": box_betas(m, batch_size, low=[0.5] * m, high=[2.0] * m, per="list", seed=1),
     }  # fmt: skip
     return ListSource(train, batch_size, **{**parts, **changes})
 
@@ -96,12 +95,12 @@ def test_parts_of_a_batch_are_cuts_of_the_same_lists_weights_and_temperatures(da
     whole, cut = source(data)(5, 0, 1), [source(data)(5, part, parts) for part in range(parts)]
     assert torch.equal(torch.cat([c.lists.queries for c in cut]), whole.lists.queries)
     assert torch.equal(torch.cat([c.weights for c in cut]), whole.weights)
-    assert torch.equal(torch.cat([c.temperature for c in cut]), whole.temperature)
+    assert torch.equal(torch.cat([c.beta for c in cut]), whole.beta)
     assert sum(len(c) for c in cut) == 7
     assert not torch.equal(whole.weights[0], whole.weights[1])
     assert not torch.equal(whole.weights, source(data)(6, 0, 1).weights)
     torch.testing.assert_close(whole.weights.sum(1), torch.ones(7))
-    torch.testing.assert_close(whole.temperature.sum(1), torch.ones(7))
+    torch.testing.assert_close(whole.beta.sum(1), torch.ones(7))
 
 
 def test_reference_and_expert_scores_reach_the_items_they_belong_to(data):
@@ -120,8 +119,8 @@ def test_reference_and_expert_scores_reach_the_items_they_belong_to(data):
 
 
 def test_the_training_loss_is_equation_12_with_each_lists_own_weights(data):
-    ranker, batch = model(), source(data, temperature=fixed(torch.full((3,), 0.7), 7))(0, 0, 1)
-    value, logs = scalarized_loss(ListLoss(), ("a", "b", "c"))(ranker, batch, 0)
+    ranker, batch = model(), source(data, beta=fixed(torch.full((3,), 0.7), 7))(0, 0, 1)
+    value, logs = scalarized_loss(score_batch, ListLoss(), ("a", "b", "c"))(ranker, batch, 0)
     scores = ranker(batch.lists.features, batch.weights, mask=batch.lists.mask, reference=batch.reference)
     expected = torch.zeros(7, 3)
     for b in range(7):
@@ -131,16 +130,16 @@ def test_the_training_loss_is_equation_12_with_each_lists_own_weights(data):
             expected[b, j] = -(batch.lists.targets[b, j, there] * log_p).sum()
     torch.testing.assert_close(value, (batch.weights * expected).sum(1).mean())
     torch.testing.assert_close(torch.stack([logs[f"loss/{n}"] for n in "abc"]), expected.mean(0))
-    common = scalarized_loss(ListLoss(), ("a", "b", "c"), common_temperature=0.7)(ranker, batch, 0)[0]
+    common = scalarized_loss(score_batch, ListLoss(), ("a", "b", "c"), common_beta=0.7)(ranker, batch, 0)[0]
     torch.testing.assert_close(common, value)
 
 
 def test_temperature_cos_dpo_trains_on_normalised_temperatures_and_the_raw_output(data):
     ranker, batch = model(temperature=True), source(data)(0, 0, 1)
-    value = scalarized_loss(ListLoss(), ("a", "b", "c"))(ranker, batch, 0)[0]
+    value = scalarized_loss(score_batch, ListLoss(), ("a", "b", "c"))(ranker, batch, 0)[0]
     # The loss of equation (16) at full temperatures and the scores of equation (15), for any length of them.
     for length in (1.0, 2.9):
-        beta = length * batch.temperature
+        beta = length * batch.beta
         net = ranker(batch.lists.features, batch.weights, temperature=beta, mask=batch.lists.mask,
                      reference=batch.reference)  # fmt: skip
         scores = steering.beta_conditioned(net, batch.reference, beta)
@@ -152,10 +151,12 @@ def test_temperature_cos_dpo_trains_on_normalised_temperatures_and_the_raw_outpu
 @pytest.mark.parametrize(("sign", "factor"), [("as_printed", 1.0), ("cosmos", -1.0)])
 def test_the_penalty_is_the_cosine_of_weights_and_losses_with_the_named_sign(data, sign, factor):
     ranker, batch = model(), source(data)(0, 0, 1)
-    plain = scalarized_loss(ListLoss(), ("a", "b", "c"))(ranker, batch, 0)[0]
-    value = scalarized_loss(ListLoss(), ("a", "b", "c"), penalty=0.3, penalty_sign=sign)(ranker, batch, 0)[0]
+    plain = scalarized_loss(score_batch, ListLoss(), ("a", "b", "c"))(ranker, batch, 0)[0]
+    value = scalarized_loss(score_batch, ListLoss(), ("a", "b", "c"), penalty=0.3, penalty_sign=sign)(ranker, batch, 0)[
+        0
+    ]
     scores = ranker(batch.lists.features, batch.weights, mask=batch.lists.mask, reference=batch.reference)
-    vector = ListLoss()(scores, batch.lists, batch.temperature, batch.reference)
+    vector = ListLoss()(scores, batch.lists, batch.beta, batch.reference)
     cosine = torch.nn.functional.cosine_similarity(vector, batch.weights)
     torch.testing.assert_close(value - plain, factor * 0.3 * cosine.mean(), rtol=1e-4, atol=1e-5)
     assert cosine.mean() > 0.1
@@ -170,33 +171,35 @@ def test_mo_dpo_at_a_vertex_is_the_experts_own_loss(data, loss):
     batch = source(data, weights=fixed(vertex, 7), experts=torch.randn(data[0].num_items, 3), order=loss.needs_order)(
         0, 0, 1
     )
-    own = scalarized_loss(loss, ("a", "b", "c"))(ranker, batch, 0)[0]
-    torch.testing.assert_close(modpo_loss(loss, 1, "b")(ranker, batch, 0)[0], own, rtol=1e-5, atol=1e-6)
+    own = scalarized_loss(score_batch, loss, ("a", "b", "c"))(ranker, batch, 0)[0]
+    torch.testing.assert_close(modpo_loss(score_batch, loss, 1, "b")(ranker, batch, 0)[0], own, rtol=1e-5, atol=1e-6)
 
 
 def test_mo_dpo_trains_the_anchor_on_the_reward_of_equation_17(data):
     ranker, w = model(conditioned=False), torch.tensor([0.5, 0.3, 0.2])
     batch = source(data, weights=fixed(w, 7), experts=torch.randn(data[0].num_items, 3))(0, 0, 1)
     s = ranker(batch.lists.features, mask=batch.lists.mask, reference=batch.reference)
-    s0, experts, beta = batch.reference, batch.experts, batch.temperature[:, :1]
+    s0, experts, beta = batch.reference, batch.experts, batch.beta[:, :1]
     r = (s - s0 - 0.3 * (experts[:, 1] - s0) - 0.2 * (experts[:, 2] - s0)) / 0.5
     log_p = torch.log_softmax((beta * r).masked_fill(~batch.lists.mask, -torch.inf), 1).masked_fill(
         ~batch.lists.mask, 0
     )
     expected = -(batch.lists.targets[:, 0] * log_p).sum(1).mean()
-    torch.testing.assert_close(modpo_loss(ListLoss(), 0, "a")(ranker, batch, 0)[0], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        modpo_loss(score_batch, ListLoss(), 0, "a")(ranker, batch, 0)[0], expected, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_plackett_luce_uses_the_presorted_order_of_the_labels(data):
     batch = source(data, order=True)(0, 0, 1)
     scores = torch.randn(batch.reference.shape)
     loss = ListLoss("plackett-luce", ties="breslow", last_group="free")
-    with_order = loss(scores, batch.lists, batch.temperature, batch.reference)
-    without = loss(scores, dataclasses.replace(batch.lists, order=None), batch.temperature, batch.reference)
+    with_order = loss(scores, batch.lists, batch.beta, batch.reference)
+    without = loss(scores, dataclasses.replace(batch.lists, order=None), batch.beta, batch.reference)
     torch.testing.assert_close(with_order, without)
     for j in range(3):
         torch.testing.assert_close(
-            loss(scores, batch.lists, batch.temperature[:, j : j + 1], batch.reference, objective=j),
+            loss(scores, batch.lists, batch.beta[:, j : j + 1], batch.reference, objective=j),
             with_order[:, j : j + 1],
         )
 
@@ -690,4 +693,4 @@ def test_one_conditioned_model_beats_soup_and_mo_dpo_at_a_fraction_of_the_time(t
 
 def test_stage_names_tell_trade_offs_apart():
     grid = weight_grid(5, 126)
-    assert len({stages.vector_name(w) for w in grid}) == 126
+    assert len({vector_name(w) for w in grid}) == 126

@@ -10,6 +10,8 @@ import torch
 
 pytest.importorskip("moocore")  # every run measures its front
 
+from mopl.experiments.cos_dpo import vertices_and_centre
+from mopl.experiments.stages import Trained
 from mopl.ranking.config import RankConfig
 from mopl.ranking.evaluate import Measure, evaluate, reference_scores
 from mopl.ranking.loading import load
@@ -17,8 +19,7 @@ from mopl.ranking.methods import ConditionedPolicy, GridPolicy, ListLoss
 from mopl.ranking.model import ListTransformer, RankingModel, RankingModelConfig
 from mopl.ranking.recipe import RunInterrupted, rank
 from mopl.ranking.runs import open_run, run_fronts
-from mopl.ranking.stages import Trained
-from mopl.ranking.validation import FEWEST_LISTS, MOST_LISTS, Validation, corners_and_centre
+from mopl.ranking.validation import FEWEST_LISTS, MOST_LISTS, Validation
 from mopl.training import read_log
 from tests.ranking.test_recipe import TINY, bytes_of, interrupt_at, quiet
 
@@ -75,7 +76,7 @@ def test_tuned_models_are_judged_by_the_weighted_ndcg_of_the_front_at_their_weig
     assert judge.of_tuned(w, torch.ones(3), 100).validate(fixed) == pytest.approx(
         float(mean_figures(policy, valid, reference, w)[0]), abs=1e-6
     )
-    conditioned, asked = ranker(data, conditioned=True), corners_and_centre(3)
+    conditioned, asked = ranker(data, conditioned=True), vertices_and_centre(3)
     figures = mean_figures(ConditionedPolicy(conditioned), valid, reference, asked)
     assert figures.std() > 0.01
     assert judge.of_tuned(asked, torch.ones(3), 100).validate(conditioned) == pytest.approx(
@@ -96,7 +97,7 @@ def test_many_lists_are_sampled_evenly_and_each_at_some_of_the_trade_offs(monkey
     model = ranker(parts, conditioned=True)
     score = model.score
     monkeypatch.setattr(model, "score", lambda f, w, **k: (seen.append(w), score(f, w, **k))[1])
-    judge.of_tuned(corners_and_centre(3), torch.ones(3), 100).validate(model)
+    judge.of_tuned(vertices_and_centre(3), torch.ones(3), 100).validate(model)
     asked = torch.cat(seen)
     assert len(asked) == MOST_LISTS  # not four times as many
     assert sorted(asked.unique(dim=0, return_counts=True)[1].tolist()) == [MOST_LISTS // 4] * 4
@@ -204,7 +205,7 @@ def test_the_model_of_a_run_has_the_figure_that_was_best(stopped):
     base = ListTransformer.from_pretrained(run / "base")
     assert judge.of_base(12).validate(base) == pytest.approx(Trained.read(run / "base").validation, abs=1e-6)
     model = RankingModel.from_pretrained(run / "weight-cos-dpo")
-    figure = judge.of_tuned(corners_and_centre(3), torch.ones(3), 16).validate(model)
+    figure = judge.of_tuned(vertices_and_centre(3), torch.ones(3), 16).validate(model)
     assert figure == pytest.approx(Trained.read(run / "weight-cos-dpo").validation, abs=1e-6)
 
 

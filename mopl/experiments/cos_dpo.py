@@ -1,0 +1,343 @@
+"""What COS-DPO and its baselines compute, whether scores are those of a ranker or log-probabilities of responses.
+
+`mopl.experiments.methods` has the table of the methods. An application brings what differs: the batch of a step
+(`StepSource`), the scores that a model gives it (`Scored`), the loss of each objective, and how one model is built,
+trained and saved (`CosDpoStages`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mopl import steering
+from mopl.conditioning.samplers import Sampler, box_betas, dirichlet_weights, fixed
+from mopl.experiments.common_settings import CosDpoSettings
+from mopl.experiments.methods import TABLE, Method
+from mopl.experiments.stages import Trained
+from mopl.losses import scalarize
+from mopl.training import part_of_batch, shuffled_indices
+
+B = TypeVar("B", bound="StepBatch")
+StepLoss = Callable[[nn.Module, Any, int], tuple[Tensor, dict[str, Tensor]]]  # model, batch, step -> mean, logs
+
+# ---------------------------------------------------------------- what a step sees
+
+
+@dataclass(frozen=True, eq=False)
+class StepBatch:
+    """One part of a step's batch with everything a loss needs.
+
+    Attributes:
+        lists: The lists, a batch that has `to` and a length.
+        weights: (B, m) w of each list.
+        beta: (B, m) β, or β / ‖β‖₁ for `temperature-cos-dpo`.
+        reference: (B, K) scores of the reference; None if they are computed in the step.
+        experts: (B, m, K) scores of the experts, for `mo-dpo`.
+    """
+
+    lists: Any
+    weights: Tensor
+    beta: Tensor
+    reference: Tensor | None = None
+    experts: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.lists)
+
+    def to(self: B, device: torch.device | str) -> B:
+        """Return the batch on `device`."""
+        values = ((each.name, getattr(self, each.name)) for each in dataclasses.fields(self))
+        moved: dict[str, Any] = {name: None if value is None else value.to(device) for name, value in values}
+        return type(self)(**moved)
+
+
+class StepSource(ABC):
+    """The batches of a training: a function of the step, cut into parts in which nothing depends on the cut.
+
+    Args:
+        count: Lists in the data.
+        batch_size: Lists in a step's batch; at most all of them.
+        seed: Seed of the order of the lists.
+        weights: step -> (B, m), drawn for the whole batch.
+        beta: step -> (B, m), drawn for the whole batch.
+    """
+
+    def __init__(self, count: int, batch_size: int, *, seed: int, weights: Sampler, beta: Sampler) -> None:
+        self.count, self.batch_size, self.seed = count, min(batch_size, count), seed
+        self.weights, self.beta = weights, beta
+
+    def __call__(self, step: int, rank: int = 0, world_size: int = 1) -> Any:
+        """Return part `rank` of `world_size` of the batch of `step`."""
+        rows = part_of_batch(self.batch_size, rank, world_size)
+        chosen = shuffled_indices(self.count, self.batch_size, seed=self.seed, step=step)[rows]
+        return self.batch(chosen, self.weights(step)[rows], self.beta(step)[rows])
+
+    @abstractmethod
+    def batch(self, chosen: np.ndarray, weights: Tensor, beta: Tensor) -> StepBatch:
+        """Return the batch of these lists, each of which has a row of `weights` and of `beta`, (B, m)."""
+
+
+# ---------------------------------------------------------------- losses
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a loss compares.
+
+    Attributes:
+        scores: (B, K) of the model.
+        reference: (B, K).
+        experts: (B, m, K), for `mo-dpo`.
+        logs: What else is logged.
+    """
+
+    scores: Tensor
+    reference: Tensor
+    experts: Tensor | None = None
+    logs: dict[str, Tensor] = field(default_factory=dict)
+
+
+Score = Callable[[nn.Module, Any], Scored]
+# scores (B, K), lists, β, reference (B, K) or None, objective=None -> (B, m), or (B, 1) of one objective
+VectorLoss = Callable[..., Tensor]
+
+
+def scalarized(
+    vector: Tensor,  # (B, m)
+    weights: Tensor,  # (B, m)
+    *,
+    how: Literal["linear", "chebyshev", "smooth_chebyshev"] = "linear",
+    penalty: float = 0.0,
+    penalty_sign: Literal["as_printed", "cosmos"] = "as_printed",
+) -> Tensor:  # (B,)
+    """Return one number a list: its losses combined by its weights, with the cosine penalty (equations 12, 16, 18).
+
+    Args:
+        vector: The loss of each objective.
+        weights: w.
+        how: See `mopl.losses.scalarize`.
+        penalty: λ, the factor of the penalty of each list's own loss vector, which so does not depend on how a batch
+            is split.
+        penalty_sign: See `mopl.losses.scalarize.cosine_penalty`.
+    """
+    combine = {
+        "linear": scalarize.linear,
+        "chebyshev": scalarize.chebyshev,
+        "smooth_chebyshev": scalarize.smooth_chebyshev,
+    }
+    value = combine[how](vector, weights)
+    return value + penalty * scalarize.cosine_penalty(vector, weights, penalty_sign) if penalty else value
+
+
+def scalarized_loss(
+    score: Score,
+    loss: VectorLoss,
+    names: Sequence[str],
+    *,
+    penalty: float = 0.0,
+    penalty_sign: Literal["as_printed", "cosmos"] = "as_printed",
+    common_beta: float | None = None,
+) -> StepLoss:
+    """Return the training loss of a model, the mean over lists of `scalarized`.
+
+    Args:
+        score: Gives the scores of a batch.
+        loss: The loss of each objective.
+        names: Names of the objectives, for the log.
+        penalty: As in `scalarized`.
+        penalty_sign: As in `scalarized`.
+        common_beta: β where it is one number: then one softmax serves all objectives.
+    """
+
+    def step_loss(model: nn.Module, batch: StepBatch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        found = score(model, batch)
+        vector = loss(found.scores, batch.lists, batch.beta if common_beta is None else common_beta, found.reference)
+        value = scalarized(vector, batch.weights, penalty=penalty, penalty_sign=penalty_sign)
+        logs = {f"loss/{name}": mean for name, mean in zip(names, vector.detach().mean(0), strict=True)}
+        return value.mean(), logs | found.logs
+
+    return step_loss
+
+
+def modpo_loss(score: Score, loss: VectorLoss, anchor: int, name: str) -> StepLoss:
+    """Return the training loss of MO-DPO: that of objective `anchor`, called `name`, of the reward of equation (17)."""
+
+    def step_loss(model: nn.Module, batch: StepBatch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        found = score(model, batch)
+        assert found.experts is not None
+        reward = steering.modpo_reward(found.scores, found.reference, found.experts.unbind(1), batch.weights, anchor)
+        value = loss(reward, batch.lists, batch.beta[:, anchor : anchor + 1], objective=anchor).mean()
+        return value, {f"loss/{name}": value.detach()} | found.logs
+
+    return step_loss
+
+
+# ---------------------------------------------------------------- models for fixed weights
+
+
+def vertices(objectives: int) -> Tensor:
+    """Return the weights of the experts, (m, m) float64."""
+    return torch.eye(objectives, dtype=torch.float64)
+
+
+def vertices_and_centre(objectives: int) -> Tensor:
+    """Return the weights that a conditioned model is validated at, (m + 1, m); the one that there is for m = 1."""
+    found = vertices(objectives)
+    return found if objectives == 1 else torch.cat([found, found.mean(0, keepdim=True)])
+
+
+def vector_name(weights: Sequence[float] | Tensor) -> str:
+    """Return weights as a part of a folder's name: `0.25-0.75`."""
+    return "-".join(f"{float(w):.4g}" for w in weights)
+
+
+def model_folder(run: Path, method: str, weights: Sequence[float] | Tensor) -> Path:
+    """Return where a run has the model that a baseline trained for these weights."""
+    return run / "models" / f"{TABLE[method].kind}-{vector_name(weights)}"
+
+
+def model_folders(run: Path, method: str, grid: Tensor) -> list[Path]:
+    """Return where the models are that a baseline answers with: the experts to be averaged, or those of the grid."""
+    trained = vertices(grid.shape[1]) if TABLE[method].averages else grid
+    return [model_folder(run, method, w) for w in trained]
+
+
+def place_in_grid(grid: Tensor, weights: Tensor, method: str = "this method") -> int:
+    """Return which row of a grid (n, m) some weights (m,) are, up to 1e-4 in all.
+
+    Raises:
+        ValueError: If they are none; the message names the nearest.
+    """
+    distance = (grid - weights).abs().sum(1)
+    nearest = int(distance.argmin())
+    if distance[nearest] > 1e-4:
+        known, asked = (" ".join(f"{x:.4g}" for x in w.tolist()) for w in (grid[nearest], weights))
+        raise ValueError(
+            f"{method} trained a model for each of {len(grid)} weight vectors, none for {asked}; the nearest is "
+            f"{known}. Only weight-cos-dpo takes any"
+        )
+    return nearest
+
+
+# ---------------------------------------------------------------- what a method trains
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One of the models that a method trains.
+
+    Attributes:
+        name: Of its training, in the log and in messages.
+        folder: The method's folder, where the model is conditioned; else the model's own.
+        method: What the method trains.
+        weights: (n, m) what it will be asked for: the weights it is trained for, or for a conditioned model the
+            vertices and the centre of the simplex.
+        sample_weights: Of a step.
+        sample_beta: Of a step.
+        loss: Its training loss.
+        experts: The experts' scores, for `mo-dpo`.
+    """
+
+    name: str
+    folder: Path
+    method: Method
+    weights: Tensor
+    sample_weights: Sampler
+    sample_beta: Sampler
+    loss: StepLoss
+    experts: Any = None
+
+
+class CosDpoStages(ABC):
+    """Trains the models of a run of COS-DPO or of a baseline.
+
+    Args:
+        path: The run directory.
+        config: Its settings.
+        objectives: Names of the m objectives.
+        beta: (m,) β.
+        batch_size: Lists in a step's batch.
+        score: Gives the scores of a batch.
+        loss: The loss of each objective.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        config: CosDpoSettings,
+        objectives: Sequence[str],
+        beta: Tensor,
+        batch_size: int,
+        score: Score,
+        loss: VectorLoss,
+    ) -> None:
+        self.path, self.objectives = path, tuple(objectives)
+        self.config: Any = config  # an application knows more of its own settings and loss
+        self.beta, self.batch_size, self.score = beta, batch_size, score
+        self.loss: Any = loss
+
+    @abstractmethod
+    def expert_scores(self) -> Any:
+        """Return the scores of all training lists under the m experts, which are trained."""
+
+    @abstractmethod
+    def train_part(self, part: Part) -> Trained:
+        """Train one model of a method unless it is there."""
+
+    def train(self, method: str, folder: Path, grid: Tensor) -> dict[str, Trained]:
+        """Train what a method needs; return its trainings by name."""
+        kind = TABLE[method]
+        if kind.conditioned:
+            return {method: self.train_part(self._conditioned(method, kind, folder))}
+        done: dict[str, Trained] = {}
+        if kind.experts:
+            done |= self._fixed("dpo-soup", vertices(len(self.objectives)))
+        if kind.grid:  # dpo-ls finds experts among these, if they are there already
+            done |= self._fixed(method, grid, self.expert_scores() if kind.experts else None)
+        return done
+
+    def _conditioned(self, method: str, kind: Method, folder: Path) -> Part:
+        config, m = self.config, len(self.objectives)
+        per: dict[str, Any] = {"per": config.weights_per, "seed": config.seed}
+        beta = fixed(self.beta, self.batch_size)
+        if kind.takes_beta:
+            low, high = ((factor * self.beta).tolist() for factor in config.beta_range)
+            beta = box_betas(m, self.batch_size, low=low, high=high, **per)
+        loss = scalarized_loss(
+            self.score, self.loss, self.objectives, penalty=config.penalty, penalty_sign=config.penalty_sign,
+            common_beta=None if kind.takes_beta else self._common_beta(),
+        )  # fmt: skip
+        weights = dirichlet_weights(m, self.batch_size, concentration=config.concentration, **per)
+        return Part(method, folder, kind, vertices_and_centre(m), weights, beta, loss)
+
+    def _fixed(self, method: str, grid: Tensor, experts: Any = None) -> dict[str, Trained]:
+        """Train a model for each row of `grid`: DPO on the weighted sum, or MO-DPO where experts are given."""
+        done: dict[str, Trained] = {}
+        kind, count = TABLE[method], self.batch_size
+        for w in grid:
+            if experts is None:
+                loss = scalarized_loss(self.score, self.loss, self.objectives, common_beta=self._common_beta())
+            else:
+                anchor = int(w.argmax())
+                loss = modpo_loss(self.score, self.loss, anchor, self.objectives[anchor])
+            name = f"{kind.kind} {vector_name(w)}"
+            done[name] = self.train_part(
+                Part(
+                    name, model_folder(self.path, method, w), kind, w[None], fixed(w, count), fixed(self.beta, count),
+                    loss, experts,
+                )
+            )  # fmt: skip
+        return done
+
+    def _common_beta(self) -> float | None:
+        values = set(self.beta.tolist())
+        return values.pop() if len(values) == 1 else None

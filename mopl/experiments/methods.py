@@ -1,0 +1,58 @@
+"""The methods of COS-DPO: which models each of them trains, and for which trade-offs these answer.
+
+| method                | models trained              | loss of a list                        | answers for       |
+|-----------------------|-----------------------------|---------------------------------------|-------------------|
+| `weight-cos-dpo`      | one, conditioned on w       | sum_j w_j L_j, w ~ Dirichlet          | every w           |
+| `temperature-cos-dpo` | one, conditioned on w and β | the same at β / ‖β‖₁, β from a box    | every w and β     |
+| `dpo-ls`              | one for each w of the grid  | sum_j w_j L_j                         | the grid          |
+| `dpo-soup`            | m experts                   | L_j                                   | every w, averaged |
+| `mo-dpo`              | m experts, one for each w   | L_i of equation (17), w_i the largest | the grid          |
+
+Source: Ren et al., COS-DPO, UAI 2025: sections 3.1, 3.3 and 4.2, appendices A.1 and A.2. Every model is trained for the
+same number of steps, from the same initialisation, on the same batches. The first three weight losses (an arithmetic
+mixture of the label distributions), `mo-dpo` and a soup weight scores (a geometric one): see `mopl.losses.scalarize`.
+
+The command line lists the methods, so nothing here needs torch; what they compute is in `mopl.experiments.cos_dpo`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a method trains.
+
+    Attributes:
+        conditioned: One model that takes w.
+        takes_beta: That model takes β too.
+        experts: A model for each objective alone: those at the vertices of the simplex.
+        grid: A model for each w of the run's grid; where there are experts, by MO-DPO.
+    """
+
+    conditioned: bool = False
+    takes_beta: bool = False
+    experts: bool = False
+    grid: bool = False
+
+    @property
+    def averages(self) -> bool:
+        """Whether it answers with the average of its experts."""
+        return self.experts and not self.grid
+
+    @property
+    def kind(self) -> str:
+        """What the folders of the models that answer for a fixed w begin with."""
+        return "modpo" if self.experts and self.grid else "w"
+
+
+TABLE: dict[str, Method] = {
+    "weight-cos-dpo": Method(conditioned=True),
+    "temperature-cos-dpo": Method(conditioned=True, takes_beta=True),
+    "dpo-ls": Method(grid=True),
+    "dpo-soup": Method(experts=True),
+    "mo-dpo": Method(experts=True, grid=True),
+}
+METHODS = tuple(TABLE)
+CONDITIONED = tuple(name for name, method in TABLE.items() if method.conditioned)

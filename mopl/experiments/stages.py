@@ -1,0 +1,158 @@
+"""One training of a run: done once, continued where it was interrupted, recorded last.
+
+While a model is trained, its folder holds `checkpoints/` (and what else a training keeps to go on). When it has ended,
+the model is saved, then `training.json` is written, then the checkpoints are dropped: a folder with `training.json` is
+finished and is only read from then on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mopl._files import discard_folder, write_file
+from mopl._records import Count, Finite, Seconds, read_json
+from mopl.experiments.run_directory import DONE
+from mopl.training import BatchSource, RunLog, Selection, TrainingConfig, TrainingResult, train
+from mopl.training.parallel import exists_on_main
+
+CHECKPOINTS, ROLLOUTS = "checkpoints", "rollouts"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What `training.json` says of a finished training.
+
+    Attributes:
+        steps: Steps that were done, of at most `limit`.
+        seconds: Seconds of all its parts, validation included.
+        kept: The step whose model was kept.
+        limit: Steps that were asked for.
+        validation: The best figure on validation data; None where none was taken.
+        parameters: How many parameters were trained; 0 in records of ranking runs of earlier versions.
+        mean: (m,) of the rewards, where the scale of the rewards was followed; see `mopl.clp`.
+        deviation: (m,), likewise.
+    """
+
+    steps: Count
+    seconds: Seconds
+    kept: Count = 0
+    limit: Count = 0
+    validation: float | None = None
+    parameters: Count = 0
+    mean: tuple[Finite, ...] = ()
+    deviation: tuple[Finite, ...] = ()
+
+    @classmethod
+    def read(cls, folder: Path) -> Trained:
+        """Read the record in a model's folder; those of earlier versions do not say what was kept and asked for.
+
+        Raises:
+            DamagedFile: If something else is there; the message names the key.
+        """
+        remedy = "take it from a backup, or delete it: --resume then trains that model again"
+        found = read_json(folder / DONE, cls, remedy=remedy)
+        known = {name: found[name] for name in cls.__dataclass_fields__ if name in found}
+        return cls(**{"kept": found["steps"], "limit": found["steps"], **known})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what there is to say, as plain values for JSON."""
+        optional = ("parameters", "mean", "deviation")
+        return {name: value for name, value in dataclasses.asdict(self).items() if value or name not in optional}
+
+    def describe(self, name: str, figure: str = "figure on validation") -> str:
+        """Return it as a line; `figure` says what `validation` is."""
+        line = f"{name}: {self.steps} steps in {self.seconds:.1f} s"
+        if self.validation is None:
+            return line
+        kept = f"{line}; kept step {self.kept} of {self.limit} ({figure} {self.validation:.4f})"
+        waited = self.steps - self.kept
+        return kept + (f", stopped at {self.steps}: no better for {waited} steps" if self.steps < self.limit else "")
+
+
+@dataclass
+class Training:
+    """A model and how it is trained, for `train_once`; see `mopl.training.train`.
+
+    Attributes:
+        model: The untrained model.
+        source: Its batches.
+        loss: Its loss.
+        settings: Steps, learning rate and so on.
+        save: Writes the trained model into a folder; called on the main process.
+        optimizer: AdamW on the trained parameters by default.
+        selection: Chooses the step that is kept.
+        figure: What is chosen by, in words.
+        save_frozen: Whether checkpoints hold parameters that are not trained.
+        ended: Called with the result when the last step is done, on every process; returns what else `Trained` says.
+    """
+
+    model: nn.Module
+    source: BatchSource
+    loss: Any
+    settings: TrainingConfig
+    save: Callable[[Path], None]
+    optimizer: torch.optim.Optimizer | None = None
+    selection: Selection | None = None
+    figure: str = "figure on validation"
+    save_frozen: bool = True
+    ended: Callable[[TrainingResult], dict[str, Any]] = lambda result: {}
+
+
+def train_once(
+    name: str,
+    folder: Path,
+    begin: Callable[[], AbstractContextManager[Training]],
+    *,
+    accelerator: Any,
+    log: RunLog,
+    say: Callable[[str], None],
+) -> Trained:
+    """Train and save a model unless it is there; return how that went, interruptions left out.
+
+    Args:
+        name: Of the training, in the log and in messages.
+        folder: Where the model goes.
+        begin: Makes the model and gives up what it holds when the block ends; called only if there is something to do.
+        accelerator: accelerate's `Accelerator`.
+        log: The log of the run.
+        say: Told in a line what was done.
+    """
+    if exists_on_main(accelerator, folder / DONE):
+        return Trained.read(folder)
+    with begin() as training:
+        parameters = sum(p.numel() for p in training.model.parameters() if p.requires_grad)
+        result = train(
+            training.model, training.source, training.loss, training.settings,
+            accelerator=accelerator, directory=folder / CHECKPOINTS, resume=True, log=log, stage=name,
+            optimizer=training.optimizer, save_frozen=training.save_frozen, selection=training.selection,
+        )  # fmt: skip
+        kept = {"kept": result.steps}
+        if training.selection is not None and result.kept is not None:
+            kept = {"kept": result.kept, "validation": training.selection.best}
+        done = Trained(
+            result.steps, result.seconds, limit=training.settings.steps, parameters=parameters, **kept,
+            **training.ended(result),
+        )  # fmt: skip
+        record(folder, training.save, done, accelerator)
+    say(done.describe(name, training.figure))
+    return done
+
+
+def record(folder: Path, save: Callable[[Path], None], done: Trained, accelerator: Any) -> None:
+    """Save a model that is finished, and say so last; every process must call it."""
+    if accelerator.is_main_process:
+        save(folder)
+        write_file(folder / DONE, json.dumps(done.to_dict(), indent=2) + "\n")
+        for name in (CHECKPOINTS, ROLLOUTS):
+            if (folder / name).exists():
+                discard_folder(folder / name)
+    accelerator.wait_for_everyone()
