@@ -143,7 +143,7 @@ def test_temperature_cos_dpo_trains_on_normalised_temperatures_and_the_raw_outpu
         net = ranker(batch.lists.features, batch.weights, temperature=beta, mask=batch.lists.mask,
                      reference=batch.reference)  # fmt: skip
         scores = steering.beta_conditioned(net, batch.reference, beta)
-        full = listwise_dpo(scores, batch.lists.targets, reference=batch.reference, temperature=beta,
+        full = listwise_dpo(scores, batch.lists.targets, reference=batch.reference, beta=beta,
                             weights=batch.weights, mask=batch.lists.mask, normalize=None)  # fmt: skip
         torch.testing.assert_close(full, value, rtol=1e-5, atol=1e-6)
 
