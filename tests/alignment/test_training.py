@@ -646,7 +646,7 @@ def test_one_conditioned_model_follows_its_weights_and_has_more_hypervolume_than
     conflicting(640, seed).write_jsonl(tmp_path / "data.jsonl")
     found = {}
     # Adapters that are mixed learn faster than virtual tokens: large rates carry them past the ends of the front.
-    slower = {"learning_rate": 3e-3, "lora_rank": 4, "lora_alpha": 8.0, "weight_decay": 0.1, "alpha": 1.0}
+    slower = {"learning_rate": 3e-3, "lora_rank": 4, "lora_alpha": 8.0, "weight_decay": 0.1, "concentration": 1.0}
     for conditioning in ("hyper-prompt", "lora-mixture", "dpo-soup"):  # all with the same steps: soup trains two
         soup = conditioning == "dpo-soup"
         changes = slower if conditioning == "lora-mixture" else {}

@@ -20,9 +20,9 @@ from mopl import __version__
 from mopl.alignment import config as alignment
 from mopl.clp import config as clp
 from mopl.experiments import run_directory
+from mopl.experiments.methods import METHODS
 from mopl.experiments.run_directory import check_new_run, create_run, hold_run, next_run, refresh
 from mopl.experiments.run_lock import RunInUse, lock_file, locked
-from mopl.ranking.methods import METHODS
 
 RECORD = {"config": {}, "data": {}, "versions": {"mopl": __version__}}
 ALONE = SimpleNamespace(is_main_process=True, num_processes=1)
