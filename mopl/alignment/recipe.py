@@ -27,7 +27,7 @@ from mopl.alignment import tuned
 from mopl.alignment.config import CONDITIONED, AlignConfig
 from mopl.alignment.evaluate import Evaluation, HeldOut, evaluation_of, kept_parameters, make_front, reference_point
 from mopl.alignment.reference import score_lists
-from mopl.alignment.runs import KIND, config_of, list_tokenizer
+from mopl.alignment.runs import AlignmentRun, list_tokenizer
 from mopl.alignment.stages import Split, Stages, response_loss
 from mopl.alignment.trained import load_trained, state_for
 from mopl.conditioning import HyperPromptModel
@@ -79,7 +79,7 @@ def align(
 class AlignmentRecipe(Recipe):
     """What `mopl align` does in a run."""
 
-    kind = KIND
+    kind = AlignmentRun.KIND
     fingerprints: ClassVar[dict[str, str]] = {"fingerprint": "data", "tokens": "tokenizer"}
 
     @property
@@ -290,7 +290,8 @@ def check_resume(record: dict[str, Any], changes: dict[str, Any], path: Path) ->
         ValueError: If a setting that matters differs, or it is a run of another command.
     """
     return settings_to_resume(
-        config_of(record, path), record["config"], changes, path, free=FREE_ON_RESUME, resolved={"reference": "auto"}
+        AlignmentRun.config_of(record, path), record["config"], changes, path, free=FREE_ON_RESUME,
+        resolved={"reference": "auto"},
     )  # fmt: skip
 
 

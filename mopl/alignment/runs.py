@@ -21,34 +21,12 @@ from mopl.alignment import tuned
 from mopl.alignment.config import CONDITIONED, AlignConfig
 from mopl.alignment.trained import load_trained
 from mopl.conditioning import TextPrompt
-from mopl.experiments.run import (
-    EVALUATION,
-    FRONT,
-    SAMPLES,
-    FinishedRun,
-    compare,
-    method_folder,
-    run_fronts,
-    write_reports,
-)
+from mopl.experiments.run import FinishedRun, compare, run_fronts
 from mopl.language_models import models
 from mopl.language_models.tokenization import ListTokenizer
 from mopl.report import Metric
 
-__all__ = [
-    "AlignmentRun",
-    "EVALUATION",
-    "FRONT",
-    "KIND",
-    "SAMPLES",
-    "compare",
-    "config_of",
-    "list_tokenizer",
-    "method_folder",
-    "open_run",
-    "run_fronts",
-    "write_reports",
-]
+__all__ = ["AlignmentRun", "compare", "list_tokenizer", "open_run", "run_fronts"]
 
 
 class DataRecord(msgspec.Struct):
@@ -180,7 +158,3 @@ def list_tokenizer(config: AlignConfig, tokenizer: Any) -> ListTokenizer:
     return ListTokenizer(
         tokenizer, max_length=config.max_length, min_prompt=config.min_prompt, template=config.template
     )  # fmt: skip
-
-
-KIND = AlignmentRun.KIND
-config_of = AlignmentRun.config_of

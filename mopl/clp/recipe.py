@@ -37,7 +37,7 @@ from mopl.clp.prompts import Prompts, describe, placed_prompts, split_prompts
 from mopl.clp.reward_modules import is_module, make_rewards, place_of
 from mopl.clp.reward_scale import RewardScale, moments
 from mopl.clp.rollout import Sampler
-from mopl.clp.runs import KIND, config_of, list_tokenizer
+from mopl.clp.runs import ClpRun, list_tokenizer
 from mopl.clp.stages import Stages
 from mopl.conditioning import HyperPromptModel
 from mopl.experiments.driver import FREE_ON_RESUME as FREE_IN_EVERY_RUN
@@ -100,7 +100,7 @@ class ClpRecipe(Recipe):
         rewards: The rewards, named as in `config.rewards`; None makes them from these names.
     """
 
-    kind = KIND
+    kind = ClpRun.KIND
     fingerprints: ClassVar[dict[str, str]] = {"fingerprint": "prompts"}
 
     def __init__(self, config: ClpConfig, rewards: Rewards | None) -> None:
@@ -342,7 +342,7 @@ def check_resume(
         PermissionError: If code would be imported that only the run folder asks for.
     """
     config = settings_to_resume(
-        config_of(record, path), record["config"], changes, path, free=FREE_ON_RESUME
+        ClpRun.config_of(record, path), record["config"], changes, path, free=FREE_ON_RESUME
     )  # fmt: skip
     named = tuple(changes.get("rewards") or ())
     foreign = [spec for spec in config.rewards if is_module(spec) and spec not in named]

@@ -20,38 +20,12 @@ from torch import Tensor, nn
 from mopl.clp.config import ClpConfig
 from mopl.clp.policies import load_policy, release, text_prompt
 from mopl.conditioning import HyperPromptModel, TextPrompt, check_weights
-from mopl.experiments.run import (
-    EVALUATION,
-    FRONT,
-    SAMPLES,
-    FinishedRun,
-    compare,
-    method_folder,
-    run_fronts,
-    run_grid,
-    write_reports,
-)
-from mopl.experiments.run_directory import CONFIG_FILE
+from mopl.experiments.run import FinishedRun, compare, run_fronts
 from mopl.language_models import models
 from mopl.language_models.tokenization import ListTokenizer
 from mopl.report import Metric
 
-__all__ = [
-    "CONFIG_FILE",
-    "ClpRun",
-    "EVALUATION",
-    "FRONT",
-    "KIND",
-    "SAMPLES",
-    "compare",
-    "config_of",
-    "list_tokenizer",
-    "method_folder",
-    "open_run",
-    "run_fronts",
-    "run_grid",
-    "write_reports",
-]
+__all__ = ["ClpRun", "compare", "list_tokenizer", "open_run", "run_fronts"]
 
 
 class DataRecord(msgspec.Struct):
@@ -206,11 +180,6 @@ class ClpRun(FinishedRun):
         }
 
 
-def is_clp_run(record: dict[str, Any]) -> bool:
-    """Say whether the `config.json` of a run is one of `mopl clp`."""
-    return record.get("kind") == ClpRun.KIND
-
-
 def open_run(path: str | Path) -> ClpRun:
     """Open a finished run of a method on rewards; see `ClpRun.open`."""
     return ClpRun.open(path)
@@ -219,7 +188,3 @@ def open_run(path: str | Path) -> ClpRun:
 def list_tokenizer(config: ClpConfig, tokenizer: Any) -> ListTokenizer:
     """Return how a run turns prompts into tokens."""
     return ListTokenizer(tokenizer, max_length=None, template=config.template, append_eos=False)
-
-
-KIND = ClpRun.KIND
-config_of = ClpRun.config_of

@@ -17,7 +17,7 @@ from mopl._extras import require
 from mopl._files import write_file
 from mopl._records import Finite, damaged, read_json
 from mopl._tensor_files import opened, read_tensors
-from mopl.experiments.run import EVALUATION, FRONT, FinishedRun, compare, method_folder, run_fronts, write_reports
+from mopl.experiments.run import EVALUATION, FinishedRun, compare, run_fronts
 from mopl.experiments.run_directory import check_fingerprints
 from mopl.ranking.config import RankConfig
 from mopl.ranking.data import RankingData
@@ -27,17 +27,7 @@ from mopl.ranking.normalization import FeatureNormalizer
 from mopl.ranking.stages import REFERENCE, load_policy, read_references
 from mopl.report import Metric
 
-__all__ = [
-    "EVALUATION",
-    "FRONT",
-    "RankingRun",
-    "compare",
-    "load_normalizer",
-    "method_folder",
-    "open_run",
-    "run_fronts",
-    "write_reports",
-]
+__all__ = ["RankingRun", "compare", "load_normalizer", "open_run", "run_fronts"]
 
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 NORMALIZER = "normalizer.safetensors"
@@ -86,7 +76,9 @@ class RankingRun(FinishedRun):
             ValueError: If it changed since the run began.
         """
         splits = load_splits(self.config)
-        check_data(self.record, splits, self.path)
+        check_fingerprints(
+            self.record, {"fingerprint": fingerprint(splits)}, {"fingerprint": "data"}, self.path
+        )  # fmt: skip
         return splits
 
     @functools.cached_property
@@ -145,9 +137,6 @@ def open_run(path: str | Path) -> RankingRun:
     return RankingRun.open(path)
 
 
-config_of = RankingRun.config_of
-
-
 def load_splits(config: RankConfig) -> dict[str, RankingData]:
     """Return the data of a run by split."""
     parts = load(
@@ -155,11 +144,6 @@ def load_splits(config: RankConfig) -> dict[str, RankingData]:
         seed=config.data_seed,
     )  # fmt: skip
     return dict(zip(("train", "valid", "test"), parts, strict=True))
-
-
-def check_data(record: dict[str, Any], splits: dict[str, RankingData], path: Path) -> None:
-    """Raise unless the data is what it was when the run began."""
-    check_fingerprints(record, {"fingerprint": fingerprint(splits)}, {"fingerprint": "data"}, path)
 
 
 def fingerprint(splits: dict[str, RankingData]) -> str:
