@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+Class = TypeVar("Class", bound=type)
 
 # By option: the old value and the one that means the same today.
 VALUES: dict[str, dict[str, str]] = {
@@ -77,11 +78,11 @@ def up_to_date(settings: Any, names: Mapping[str, str]) -> Any:
 _warned: set[str] = set()  # old names that this process was told of
 
 
-def _deprecated(old: str, remedy: str) -> None:
-    """Warn of an old name once in a process, at the line that uses it: two calls above the caller of this."""
+def deprecated(old: str, remedy: str, *, stacklevel: int = 3) -> None:
+    """Warn of an old name once in a process, at the line that uses it: by default two calls above."""
     if old not in _warned:
         _warned.add(old)
-        warnings.warn(f"{old} is deprecated; {remedy}", DeprecationWarning, stacklevel=3)
+        warnings.warn(f"{old} is deprecated; {remedy}", DeprecationWarning, stacklevel)
 
 
 def renamed_keywords(**new_names: str) -> Callable[[Function], Function]:
@@ -105,11 +106,22 @@ def renamed_keywords(**new_names: str) -> Callable[[Function], Function]:
                     if new in kwargs:
                         raise TypeError(f"{name}() got {new} and {old}, which is its old name; pass {new} only")
                     if not _compiling():
-                        _deprecated(f"{old} of {name}()", f"pass {new}, its name now")
+                        deprecated(f"{old} of {name}()", f"pass {new}, its name now")
                     kwargs[new] = kwargs.pop(old)
             return function(*args, **kwargs)
 
         return call  # pyright: ignore[reportReturnType]
+
+    return decorate
+
+
+def renamed_in_methods(*methods: str, **new_names: str) -> Callable[[Class], Class]:
+    """Return a decorator of classes several methods of which have such keywords; see `renamed_keywords`."""
+
+    def decorate(made: Class) -> Class:
+        for method in methods:
+            setattr(made, method, renamed_keywords(**new_names)(vars(made)[method]))
+        return made
 
     return decorate
 
@@ -123,7 +135,7 @@ def renamed_parameter(function: Callable[..., Any], old: str, new: str) -> str:
     if old not in names or new in names:
         return new
     name = getattr(function, "__qualname__", type(function).__name__)
-    _deprecated(f"the parameter {old} of {name}()", f"call it {new}, its name now")
+    deprecated(f"the parameter {old} of {name}()", f"call it {new}, its name now")
     return old
 
 
@@ -137,7 +149,7 @@ def renamed_attribute(old: str, new: str) -> Any:
     """Return a property for a class: what `old`, say "HyperPrompt.temperature", is called `new` now."""
 
     def read(self: Any) -> Any:
-        _deprecated(old, f"read {new}, its name now")
+        deprecated(old, f"read {new}, its name now")
         return getattr(self, new)
 
     return property(read, doc=f"Deprecated: the old name of `{new}`.")
@@ -149,7 +161,7 @@ def renamed_names(module: str, **new_names: str) -> Callable[[str], Any]:
     def read(name: str) -> Any:
         if name not in new_names:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        _deprecated(f"{module}.{name}", f"use {module}.{new_names[name]}")
+        deprecated(f"{module}.{name}", f"use {module}.{new_names[name]}")
         return getattr(importlib.import_module(module), new_names[name])
 
     return read

@@ -19,7 +19,7 @@ from mopl._arguments import check_choice
 from mopl.alignment.config import LIST_LOSSES, LOSSES, PAIR_LOSSES, PER_TOKEN
 from mopl.conditioning import WeightedModel
 from mopl.conditioning.samplers import Sampler
-from mopl.conditioning.weighted import takes_temperature
+from mopl.conditioning.weighted import takes_beta
 from mopl.experiments.cos_dpo import Score, Scored, StepBatch, StepSource
 from mopl.language_models.collate import ListBatch, ListCollator, by_objective, to_lists
 from mopl.language_models.head import score_sequences
@@ -280,10 +280,10 @@ def score_batch(
         if weights is None:
             raise ValueError("this model takes weights; pass (m,) or one row a list, (B, m)")
         options["weights"] = weights[of_sequence] if weights.ndim == 2 else weights
-        if takes_temperature(inner):
+        if takes_beta(inner):
             if temperature is None:
                 raise ValueError("this model takes temperatures; pass (m,) or one row a list, (B, m)")
-            options["objective_temperature"] = temperature[of_sequence] if temperature.ndim == 2 else temperature
+            options["beta"] = temperature[of_sequence] if temperature.ndim == 2 else temperature
     return to_lists(score_sequences(model, inputs, **options).scores, batch)
 
 

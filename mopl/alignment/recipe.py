@@ -228,7 +228,7 @@ def answers(stages: Stages, method: str, folder: Path, grid: Tensor, prompts: li
             found = [generate(stages.base, tokenizer, prompts, **options)]
         else:
             if method == "temperature-cos-dpo":
-                options["objective_temperature"] = stages.beta.tolist()
+                options["beta"] = stages.beta.tolist()
             if method in CONDITIONED and config.conditioning == "text":
                 temperature = method == "temperature-cos-dpo"
                 options["text_prompt"] = tuned.text_prompt(stages.objectives, temperature=temperature)

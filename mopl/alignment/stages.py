@@ -64,7 +64,7 @@ class TextConditioner:
 
     def __call__(self, item: TokenizedList, weights: Tensor, temperature: Tensor) -> TokenizedList:
         """Return the list with the weights in front."""
-        beta = temperature.tolist() if self.prompt.temperature else None
+        beta = temperature.tolist() if self.prompt.takes_beta else None
         tokens = self.prompt.prepend_ids(item.prompt.tolist(), weights, self.tokenizer, beta)
         return dataclasses.replace(item, prompt=np.array(tokens, dtype=np.int64))
 

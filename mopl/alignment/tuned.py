@@ -76,7 +76,7 @@ def new_model(
         return model
     hidden = base.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
     prompt = HyperPrompt(
-        len(objectives), config.virtual_tokens, config.prompt_rank, hidden, temperature=conditioned and temperature
+        len(objectives), config.virtual_tokens, config.prompt_rank, hidden, takes_beta=conditioned and temperature
     )
     if not conditioned:
         for network in (prompt.left, prompt.right):

@@ -74,8 +74,8 @@ class ClpConfig(LanguageModelSettings):
     lora_alpha: float = setting(16.0)
     kl_weight: tuple[float, ...] = setting(
         (0.05,),
-        "α, of the KL to the reference; several: the policy is conditioned on it (`AlphaCoefficients`), and the first "
-        "is that of the front's main points",
+        "α, of the KL to the reference; several: the policy is conditioned on it (`KLWeightCoefficients`), and the "
+        "first is that of the front's main points",
         positive=True,
         nonempty=True,
         group="method",

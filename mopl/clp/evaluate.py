@@ -41,7 +41,7 @@ class Evaluation:
 
     Attributes:
         weights: (n, m), or None for the untrained model.
-        alpha: The KL weight that was asked for.
+        kl_weight: The KL weight that was asked for.
         rewards: (Q, n, m) mean over a prompt's answers, NaN where a reward failed on all.
         kl: (Q, n), nats.
         texts: n x Q first answers.
@@ -51,7 +51,7 @@ class Evaluation:
     """
 
     weights: Tensor | None
-    alpha: float
+    kl_weight: float
     rewards: Tensor
     kl: Tensor
     texts: list[list[str]]
@@ -66,8 +66,8 @@ class Evaluation:
 
     def objective_values(self, scale: RewardScale, config: ClpConfig) -> Tensor:
         """Return V of each reward alone, c(α) R_j - α KL, (n, m), in the scale of the training."""
-        rewards = reward_coefficient(self.alpha, config.kl_form) * scale(self.mean_rewards)
-        return rewards - self.alpha * self.kl.mean(0)[:, None]
+        rewards = reward_coefficient(self.kl_weight, config.kl_form) * scale(self.mean_rewards)
+        return rewards - self.kl_weight * self.kl.mean(0)[:, None]
 
     def value(self, scale: RewardScale, config: ClpConfig) -> Tensor | None:
         """Return V_{α,w}, (n,), in the scale of the training: w times `objective_values`; None without weights."""
@@ -93,9 +93,9 @@ class Evaluation:
             base: The untrained model's figures, for the cost of decoding.
         """
         value, values = self.value(scale, config), self.objective_values(scale, config)
-        corner = reward_coefficient(self.alpha, config.kl_form) * scale(torch.tensor([list(reference_point)]))[0]
+        corner = reward_coefficient(self.kl_weight, config.kl_form) * scale(torch.tensor([list(reference_point)]))[0]
         figures: dict[str, Any] = {
-            "objectives": list(objectives), "kl_weight": self.alpha,
+            "objectives": list(objectives), "kl_weight": self.kl_weight,
             "weights": None if self.weights is None else self.weights.tolist(),
             "rewards": self.mean_rewards.tolist(), "kl": self.kl.mean(0).tolist(),
             "value": None if value is None else value.tolist(),
@@ -152,28 +152,28 @@ class Evaluator:
         several = method != "rewarded-soups"
         rounds: list[tuple[float, list[Any]]] = []
         with self.stages.policy(method, folder) as policy:
-            for alpha in self.config.kl_weight if several else self.config.kl_weight[:1]:
+            for kl_weight in self.config.kl_weight if several else self.config.kl_weight[:1]:
                 asked = []
                 for w in grid:
-                    own = [policy.tokens(tokens, w, alpha, self.sampler.tokenizer) for tokens in self.tokens]
-                    with policy.at(w, alpha) as (model, options):
+                    own = [policy.tokens(tokens, w, kl_weight, self.sampler.tokenizer) for tokens in self.tokens]
+                    with policy.at(w, kl_weight) as (model, options):
                         asked.append(self._ask(self._plain(model, policy.causal_lm, options), own))
-                rounds.append((alpha, asked))
+                rounds.append((kl_weight, asked))
         # Adapters are out of the language model now, which is the reference again.
-        return [self._evaluation(grid, alpha, asked, 1) for alpha, asked in rounds]
+        return [self._evaluation(grid, kl_weight, asked, 1) for kl_weight, asked in rounds]
 
     def _dera(self, grid: Tensor) -> list[Evaluation]:
         """Move the policy of the smallest α to the other ones by mixing it with the reference at every token."""
         config, strongest = self.config, min(self.config.kl_weight)
-        rounds: dict[float, list[Any]] = {alpha: [] for alpha in config.kl_weight}
+        rounds: dict[float, list[Any]] = {kl_weight: [] for kl_weight in config.kl_weight}
         for w in grid:
             with self.stages.policy("clp", self.stages.clp_folder) as policy:
                 model: Any = policy.model
                 merged = model.merge(w, strongest).eval()
-            for alpha in config.kl_weight:
-                share = kappa(alpha, config) / kappa(strongest, config)
-                rounds[alpha].append(self._ask(self._mixed([merged, self.stages.base], [share, 1 - share])))
-        return [self._evaluation(grid, alpha, asked, 2) for alpha, asked in rounds.items()]
+            for kl_weight in config.kl_weight:
+                share = kappa(kl_weight, config) / kappa(strongest, config)
+                rounds[kl_weight].append(self._ask(self._mixed([merged, self.stages.base], [share, 1 - share])))
+        return [self._evaluation(grid, kl_weight, asked, 2) for kl_weight, asked in rounds.items()]
 
     def _plain(self, model: Any, causal_lm: Any, options: dict[str, Any]) -> Ask:
         """Return how one model answers."""
@@ -207,7 +207,7 @@ class Evaluator:
         return answers, log_prob.cpu()
 
     def _evaluation(
-        self, weights: Tensor | None, alpha: float, asked: Sequence[tuple[Answers, Tensor]], runs: int
+        self, weights: Tensor | None, kl_weight: float, asked: Sequence[tuple[Answers, Tensor]], runs: int
     ) -> Evaluation:
         """Judge the answers of several trade-offs and compare them with the reference."""
         count, device, base = self.config.eval_samples, self.stages.accelerator.device, self.stages.base
@@ -218,7 +218,7 @@ class Evaluator:
             values = self.stages.rewards(answers.texts, self.texts).double()
             rewards.append(values.view(-1, count, values.shape[1]).nanmean(1))
         return Evaluation(
-            weights, alpha, torch.stack(rewards, 1), torch.stack(kl, 1), [a.texts[::count] for a, _ in asked],
+            weights, kl_weight, torch.stack(rewards, 1), torch.stack(kl, 1), [a.texts[::count] for a, _ in asked],
             sum(a.seconds for a, _ in asked), sum(len(t) for a, _ in asked for t in a.tokens), runs,
         )  # fmt: skip
 
@@ -252,9 +252,9 @@ def _count(parameters: Iterable[Tensor]) -> int:
     return sum(p.numel() for p in parameters)
 
 
-def kappa(alpha: float, config: ClpConfig) -> float:
+def kappa(kl_weight: float, config: ClpConfig) -> float:
     """Return κ(α) = c(α)/α, what multiplies the rewards in the exponent of the optimal policy."""
-    return float(reward_coefficient(alpha, config.kl_form)) / alpha
+    return float(reward_coefficient(kl_weight, config.kl_form)) / kl_weight
 
 
 def make_front(
@@ -276,5 +276,5 @@ def make_front(
     trained = kappa(config.kl_weight[0], config)
     return Front.of(
         first.kl, first.rewards, method, main=MAIN, weights=first.weights, data=description, samples=config.bootstrap,
-        seed=config.seed, rescaled=[(trained / kappa(e.alpha, config), e.kl, e.rewards) for e in others], **said,
+        seed=config.seed, rescaled=[(trained / kappa(e.kl_weight, config), e.kl, e.rewards) for e in others], **said,
     )  # fmt: skip

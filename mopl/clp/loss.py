@@ -167,10 +167,10 @@ class ClpLoss:
             rollout.scaled = self._scaled(policy, rollout.rewards)
         device = policy.device
         inputs, place, mask = self.sampler.inputs(rollout.prompts, rollout.responses, device)
-        w, alpha = rollout.weights.to(device), rollout.alpha.to(device)
+        w, kl_weight = rollout.weights.to(device), rollout.kl_weight.to(device)
         features = None if rollout.features is None else rollout.features.to(device)
         hidden = None if rollout.hidden is None else _in_place(rollout.hidden.to(device), inputs["targets"], mask)
-        every, values, every_kl = model(inputs, w, alpha, config.temperature, features, hidden)
+        every, values, every_kl = model(inputs, w, kl_weight, config.temperature, features, hidden)
         logprob = every.gather(1, place)
         raw = rollout.rewards
         # A response without one of its rewards counts for nothing, and not in another's baseline either.
@@ -179,7 +179,7 @@ class ClpLoss:
         baseline: Any = {"value": values, "none": None}.get(config.baseline, config.baseline)
         assert rollout.scaled is not None
         found = policy_gradient(
-            logprob, rollout.scaled.to(device), w, kl_weight=alpha, reference=rollout.reference.to(device),
+            logprob, rollout.scaled.to(device), w, kl_weight=kl_weight, reference=rollout.reference.to(device),
             behaviour=None if fresh else _on(rollout.behaviour, device), mask=counted,
             baseline=baseline.detach() if isinstance(baseline, Tensor) else baseline,
             group=config.samples_per_prompt if isinstance(baseline, str) else None, standardize=config.standardize,
@@ -236,7 +236,7 @@ class ClpLoss:
             values = [None if x != x else x for x in rollout.rewards[r].tolist()]
             self.log.write({
                 "stage": self.stage, "step": step, "weights": _rounded(rollout.weights[r]),
-                "kl_weight": round(float(rollout.alpha[r]), 6), "prompt": prompt_key(rollout.asked[r]),
+                "kl_weight": round(float(rollout.kl_weight[r]), 6), "prompt": prompt_key(rollout.asked[r]),
                 "text": rollout.texts[r], "rewards": dict(zip(names, values, strict=True)),
                 "log_ratio": round(float(log_ratio[r, : len(rollout.responses[r])].sum()), 4),
             })  # fmt: skip

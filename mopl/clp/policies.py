@@ -30,9 +30,9 @@ from mopl._tensor_files import read_tensors
 from mopl.clp.config import ClpConfig
 from mopl.clp.reward_scale import RunningScale
 from mopl.conditioning import (
-    AlphaCoefficients,
     HyperPrompt,
     HyperPromptModel,
+    KLWeightCoefficients,
     LoraMixture,
     ParameterMixture,
     TextPrompt,
@@ -56,7 +56,7 @@ class Policy(nn.Module):
         objectives: Names of the m rewards of the run.
         single: The model is one for all trade-offs, or for one: it takes neither w nor α.
         words: It reads w (and α) in front of the prompt.
-        takes_alpha: It is conditioned on α.
+        takes_kl_weight: It is conditioned on α.
         value: Value head on the reference's hidden state at the end of the prompt.
 
     Attributes:
@@ -73,14 +73,14 @@ class Policy(nn.Module):
         *,
         single: bool = False,
         words: bool = False,
-        takes_alpha: bool = False,
+        takes_kl_weight: bool = False,
         value: ValueHead | None = None,
     ) -> None:
         super().__init__()
         self.model, self.value, self.running = model, value, None
         self._base = (base,)  # in a tuple: the reference is no part of what is trained and saved
         self.objectives = tuple(objectives)
-        self.single, self.words, self.takes_alpha = single, words, takes_alpha
+        self.single, self.words, self.takes_kl_weight = single, words, takes_kl_weight
 
     @property
     def causal_lm(self) -> Any:
@@ -98,20 +98,20 @@ class Policy(nn.Module):
         """Where the policy is."""
         return next(self.model.parameters()).device
 
-    def arguments(self, weights: Tensor, alpha: Tensor) -> dict[str, Any]:  # (B, m), (B,)
+    def arguments(self, weights: Tensor, kl_weight: Tensor) -> dict[str, Any]:  # (B, m), (B,)
         """Return the keywords that tell the model its trade-offs."""
         if self.single:
             return {"weights": torch.ones(1, device=self.device)}
         given: dict[str, Any] = {"weights": weights.to(self.device)}
-        if self.takes_alpha and not self.words:
-            given["alpha"] = alpha.to(self.device)
+        if self.takes_kl_weight and not self.words:
+            given["kl_weight"] = kl_weight.to(self.device)
         return given
 
-    def tokens(self, prompt: Sequence[int], weights: Tensor, alpha: float, tokenizer: Any) -> list[int]:
+    def tokens(self, prompt: Sequence[int], weights: Tensor, kl_weight: float, tokenizer: Any) -> list[int]:
         """Return a prompt as this policy reads it."""
         if not self.words:
             return list(prompt)
-        writer = text_prompt(self.objectives, alpha if self.takes_alpha else None)
+        writer = text_prompt(self.objectives, kl_weight if self.takes_kl_weight else None)
         return writer.prepend_ids(prompt, weights, tokenizer)
 
     @contextlib.contextmanager
@@ -125,20 +125,20 @@ class Policy(nn.Module):
                 yield model
 
     @contextlib.contextmanager
-    def at(self, weights: Tensor, alpha: float) -> Iterator[tuple[Any, dict[str, Any]]]:
+    def at(self, weights: Tensor, kl_weight: float) -> Iterator[tuple[Any, dict[str, Any]]]:
         """Give the model of one trade-off, made once, with the keywords that its calls still need."""
         if isinstance(self.model, HyperPromptModel):
             yield self.model, {"weights": weights.to(self.device, torch.float32)}
             return
         w = torch.ones(1) if self.single else weights
-        with self.model.at(w, alpha if self.takes_alpha and not self.single else None) as model:
+        with self.model.at(w, kl_weight if self.takes_kl_weight and not self.single else None) as model:
             yield model, {}
 
     def forward(
         self,
         inputs: dict[str, Tensor],
         weights: Tensor,
-        alpha: Tensor,
+        kl_weight: Tensor,
         temperature: float,
         features: Tensor | None = None,
         reference_hidden: Tensor | None = None,
@@ -148,26 +148,27 @@ class Policy(nn.Module):
         Args:
             inputs: `input_ids`, `attention_mask` and `targets`, each (B, T).
             weights: (B, m).
-            alpha: (B,).
+            kl_weight: (B,).
             temperature: divides the logits.
             features: (B, H) hidden states of the reference at the ends of the prompts, for the value head.
             reference_hidden: (B, T, H) what the reference's head gets where the targets are predicted: the KL of each
                 of these positions to the reference is then taken over the whole vocabulary, without the logits.
         """
-        given = self.arguments(weights, alpha)
+        given = self.arguments(weights, kl_weight)
         if reference_hidden is not None:
             given |= {"reference_hidden": reference_hidden, "reference_head": self.reference_head}
         output = self.model(**inputs, temperature=temperature, **given)
         value = None
         if self.value is not None:
             assert features is not None
-            value = self.value(features, weights, alpha)
+            value = self.value(features, weights, kl_weight)
         return output.log_probs, value, output.kl
 
 
-def text_prompt(objectives: Sequence[str], alpha: float | None = None) -> TextPrompt:
+def text_prompt(objectives: Sequence[str], kl_weight: float | None = None) -> TextPrompt:
     """Return how a trade-off is written in front of a prompt."""
-    return TextPrompt(tuple(objectives), "[{weights}]\n" if alpha is None else f"[{{weights}}; KL weight {alpha:g}]\n")
+    more = "" if kl_weight is None else f"; KL weight {kl_weight:g}"
+    return TextPrompt(tuple(objectives), f"[{{weights}}{more}]\n")
 
 
 @generators_kept()
@@ -181,13 +182,13 @@ def new_policy(base: Any, config: ClpConfig, objectives: Sequence[str], kind: st
         kind: `"clp"`, `"expert"` or `"prompting"`.
         expert: Name of an expert's reward.
     """
-    clp, takes_alpha = kind == "clp", kind != "expert" and config.conditions_on_kl
+    clp, takes_kl_weight = kind == "clp", kind != "expert" and config.conditions_on_kl
     scope = config.scope if clp else config.baseline_scope
     names = tuple(objectives) if clp else (expert or kind,)
-    record = TuningRecord(names, beta=list(config.kl_weight) if takes_alpha else config.kl_weight[0])
+    record = TuningRecord(names, beta=list(config.kl_weight) if takes_kl_weight else config.kl_weight[0])
     rule = None
-    if clp and takes_alpha:
-        rule = AlphaCoefficients(min(config.kl_weight), config.kl_form, anchor=scope != "lora-mixture")
+    if clp and takes_kl_weight:
+        rule = KLWeightCoefficients(min(config.kl_weight), config.kl_form, anchor=scope != "lora-mixture")
     torch.manual_seed(config.seed)  # every model of a kind starts from the same parameters
     model: Conditioned
     own: Any = None
@@ -211,7 +212,7 @@ def new_policy(base: Any, config: ClpConfig, objectives: Sequence[str], kind: st
     if config.baseline == "value":
         value = ValueHead(base.get_input_embeddings().weight.shape[1], len(objectives))
     return Policy(
-        model, own, objectives, single=not clp, words=kind == "prompting", takes_alpha=takes_alpha, value=value
+        model, own, objectives, single=not clp, words=kind == "prompting", takes_kl_weight=takes_kl_weight, value=value
     )
 
 
@@ -249,7 +250,7 @@ def load_policy(folder: Path, base: Any, config: ClpConfig, objectives: Sequence
     """
     mixed = kind in ("clp", "soup")
     scope = config.scope if kind == "clp" else config.baseline_scope
-    takes_alpha = kind in ("clp", "prompting") and config.conditions_on_kl
+    takes_kl_weight = kind in ("clp", "prompting") and config.conditions_on_kl
     model: Conditioned
     own: Any = None
     with models.quiet():
@@ -263,7 +264,7 @@ def load_policy(folder: Path, base: Any, config: ClpConfig, objectives: Sequence
                 untie_head(trained)
             model = ParameterMixture.from_pretrained(folder, trained)
     return Policy(
-        model, own, objectives, single=not mixed, words=kind == "prompting", takes_alpha=takes_alpha
+        model, own, objectives, single=not mixed, words=kind == "prompting", takes_kl_weight=takes_kl_weight
     ).eval()  # fmt: skip
 
 

@@ -224,7 +224,7 @@ class PromptBatch:
         texts: P prompts.
         tokens: Their tokens.
         weights: (P, m) float32.
-        alpha: (P,) float32.
+        kl_weight: (P,) float32.
         step: The step whose rollout this is: the first of its `epochs`.
         part: Which part of the step it is, of `parts`.
         parts: Parts of the step.
@@ -233,7 +233,7 @@ class PromptBatch:
     texts: tuple[Text, ...]
     tokens: tuple[tuple[int, ...], ...]
     weights: Tensor
-    alpha: Tensor
+    kl_weight: Tensor
     step: int
     part: int
     parts: int

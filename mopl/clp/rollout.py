@@ -241,7 +241,7 @@ class Rollout:
         asked: The prompts.
         rewards: (R, m) in the rewards' own units, NaN where one failed.
         weights: (R, m).
-        alpha: (R,).
+        kl_weight: (R,).
         reference: (R, n) log-probabilities of the tokens under the reference.
         features: (R, H) the reference's hidden states at the ends of the prompts, if asked for.
         hidden: (R, n, H) its hidden states where it predicts each token of the responses, for the exact KL.
@@ -256,7 +256,7 @@ class Rollout:
     asked: list[Text]
     rewards: Tensor
     weights: Tensor
-    alpha: Tensor
+    kl_weight: Tensor
     reference: Tensor
     features: Tensor | None = None
     hidden: Tensor | None = None
@@ -267,14 +267,14 @@ class Rollout:
 def roll(policy: Policy, batch: PromptBatch, sampler: Sampler, rewards: Rewards, config: ClpConfig) -> Rollout:
     """Sample responses to a batch of prompts, each at its trade-off, and judge them."""
     rows = [i for i in range(len(batch)) for _ in range(config.samples_per_prompt)]
-    w, alpha = batch.weights[rows], batch.alpha[rows]
+    w, kl_weight = batch.weights[rows], batch.kl_weight[rows]
     plain = [list(batch.tokens[i]) for i in rows]
     own = [
-        policy.tokens(tokens, w[r], float(alpha[r]), sampler.tokenizer) for r, tokens in enumerate(plain)
+        policy.tokens(tokens, w[r], float(kl_weight[r]), sampler.tokenizer) for r, tokens in enumerate(plain)
     ]  # fmt: skip
     with evaluating(policy):
         answers = sampler.sample(
-            policy.model, policy.causal_lm, own, lambda part: policy.arguments(w[part], alpha[part])
+            policy.model, policy.causal_lm, own, lambda part: policy.arguments(w[part], kl_weight[part])
         )
         exact = config.kl_estimator == "exact"
         with policy.reference() as reference:
@@ -288,7 +288,7 @@ def roll(policy: Policy, batch: PromptBatch, sampler: Sampler, rewards: Rewards,
             )
     asked = [batch.texts[i] for i in rows]
     return Rollout(
-        batch.step, own, answers.tokens, answers.texts, asked, rewards(answers.texts, asked), w, alpha, base,
+        batch.step, own, answers.tokens, answers.texts, asked, rewards(answers.texts, asked), w, kl_weight, base,
         features=states[:, 0].clone() if states is not None and policy.value is not None else None,
         hidden=states if exact else None,
     )  # fmt: skip
@@ -304,7 +304,7 @@ class _RolloutFile(msgspec.Struct, forbid_unknown_fields=True):
     asked: list[Any]
     rewards: Any
     weights: Any
-    alpha: Any
+    alpha: Any  # the KL weights, under their first name
     reference: Any
     features: Any = None
     hidden: Any = None
@@ -365,7 +365,7 @@ class RolloutStore:
             optional = name in ("features", "hidden", "scaled", "behaviour")
             if not (isinstance(value, Tensor) and len(value) == rows) and not (value is None and optional):
                 raise damaged(file, f"{name} must be a tensor of {rows} rows", remedy)
-        return Rollout(**content)
+        return Rollout(kl_weight=content.pop("alpha"), **content)
 
     def keep(self, batch: PromptBatch, rollout: Rollout) -> None:
         """Remember a rollout whose `behaviour` is known for the steps to come."""
@@ -378,6 +378,7 @@ class RolloutStore:
             f.name: v.cpu() if isinstance(v := getattr(rollout, f.name), Tensor) else v
             for f in dataclasses.fields(rollout)
         }
+        content["alpha"] = content.pop("kl_weight")
         write_file(self._file(batch), lambda path: torch.save(content, path))
         oldest = min((c.step for c in self.checkpoints.all()), default=0) // self.epochs * self.epochs
         for file in self.folder.glob(f"step-*-part-{batch.part}-of-{batch.parts}.pt"):

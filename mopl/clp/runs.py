@@ -75,8 +75,8 @@ class ClpRun(FinishedRun):
         self._check_kl_weight(method, kl_weight)
         if method != "prompting":
             return None
-        alpha = self.config.kl_weight[0] if kl_weight is None else kl_weight
-        return text_prompt(self.objectives, alpha if self.config.conditions_on_kl else None)
+        kl_weight = self.config.kl_weight[0] if kl_weight is None else kl_weight
+        return text_prompt(self.objectives, kl_weight if self.config.conditions_on_kl else None)
 
     def base_model(self, device: torch.device | str = "cpu") -> Any:
         """Return the language model that the run started from, fused, without dropout."""
@@ -125,8 +125,8 @@ class ClpRun(FinishedRun):
         model: Any = policy.model
         if not isinstance(model, HyperPromptModel):
             w = torch.ones(1) if policy.single else check_weights(weights, len(self.objectives))  # type: ignore[arg-type]
-            alpha = self.config.kl_weight[0] if kl_weight is None else kl_weight
-            merged = model.merge(w, alpha if policy.takes_alpha and not policy.single else None)
+            kl_weight = self.config.kl_weight[0] if kl_weight is None else kl_weight
+            merged = model.merge(w, kl_weight if policy.takes_kl_weight and not policy.single else None)
             release(policy)
             model = merged
         return model.to(device).eval()

@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     with models.quiet():
         export(
             tuned.model, tuned.tokenizer, arguments.weights if tuned.takes_weights else None, directory,
-            kind=arguments.kind, objective_temperature=beta, text_prompt=tuned.text_prompt,
+            kind=arguments.kind, beta=beta, text_prompt=tuned.text_prompt,
             keep_tied=arguments.keep_tied, origin=str(arguments.run),
         )  # fmt: skip
     named = ", ".join(f"{name} {w:g}" for name, w in zip(tuned.objectives, arguments.weights, strict=True))

@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     sampling = {name: getattr(arguments, name) for name in ("temperature", "top_p")}
     answers = generate(
         tuned.model, tokenizer, prompts, arguments.weights if tuned.takes_weights else None, scale=arguments.scale,
-        objective_temperature=beta, reference=reference, max_new_tokens=arguments.max_new_tokens,
+        beta=beta, reference=reference, max_new_tokens=arguments.max_new_tokens,
         candidates=arguments.candidates, rerank=arguments.rerank, text_prompt=tuned.text_prompt, seed=arguments.seed,
         **{name: value for name, value in sampling.items() if value is not None},
     )  # fmt: skip

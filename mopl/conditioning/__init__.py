@@ -4,7 +4,7 @@ from mopl._renamed import renamed_names
 from mopl.conditioning.concat import ConcatCondition
 from mopl.conditioning.hyper_prompt import HyperPrompt
 from mopl.conditioning.hyper_prompt_model import HyperPromptModel
-from mopl.conditioning.parameter_mixture import AlphaCoefficients, LoraMixture, ParameterMixture
+from mopl.conditioning.parameter_mixture import KLWeightCoefficients, LoraMixture, ParameterMixture
 from mopl.conditioning.sampling import Betas, check_weights, sample_betas, sample_weights
 from mopl.conditioning.saved_models import TuningRecord
 from mopl.conditioning.text_prompt import TextPrompt
@@ -12,7 +12,7 @@ from mopl.conditioning.value_head import ValueHead
 from mopl.conditioning.weighted import WeightedModel
 
 __all__ = [
-    "AlphaCoefficients",
+    "KLWeightCoefficients",
     "Betas",
     "ConcatCondition",
     "HyperPrompt",
@@ -28,4 +28,6 @@ __all__ = [
     "sample_weights",
 ]
 
-__getattr__ = renamed_names(__name__, Temperatures="Betas", sample_temperatures="sample_betas")
+__getattr__ = renamed_names(
+    __name__, AlphaCoefficients="KLWeightCoefficients", Temperatures="Betas", sample_temperatures="sample_betas"
+)

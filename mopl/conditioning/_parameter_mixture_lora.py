@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from mopl._arguments import compute_dtype, shape_of
 from mopl._extras import require
 from mopl._files import write_files
+from mopl._renamed import renamed_in_methods
 from mopl._restoring import evaluating, generators_kept
 from mopl._threads import CallOfThread, Turns, in_turn
 from mopl.conditioning._parameter_mixture_parts import (
-    AlphaCoefficients,
     CoefficientRule,
+    KLWeightCoefficients,
     coefficients_of,
     rule_to_save,
     saved_rule,
@@ -56,6 +57,7 @@ from mopl.conditioning.saved_models import (
 Weights = Tensor | Sequence[float] | Sequence[Sequence[float]]
 
 
+@renamed_in_methods("coefficients_of", "forward", "generate", "at", "merge", alpha="kl_weight")
 class LoraMixture(nn.Module):
     """m LoRA adapters on a frozen model, mixed by weights: every row of a batch has its own mixture at no extra cost.
 
@@ -71,7 +73,7 @@ class LoraMixture(nn.Module):
         config: `peft.LoraConfig` of the adapters, for a plain model. Plain LoRA on linear layers: no DoRA, biases,
             embeddings or `modules_to_save`.
         coefficients: a function of weights (..., m) and α (...) or None to coefficients (..., sets), such as
-            `AlphaCoefficients(..., anchor=False)`; None: the weights themselves.
+            `KLWeightCoefficients(..., anchor=False)`; None: the weights themselves.
         sets: number of adapters, if it is not m (or what `coefficients.sets(m)` says).
         record: names of the objectives and how the model was trained; `objective_1`, ... by default.
 
@@ -98,7 +100,7 @@ class LoraMixture(nn.Module):
 
         super().__init__()
         if sets is None:
-            sets = coefficients.sets(objectives) if isinstance(coefficients, AlphaCoefficients) else objectives
+            sets = coefficients.sets(objectives) if isinstance(coefficients, KLWeightCoefficients) else objectives
         if objectives < 1 or (coefficients is None and sets != objectives):
             raise ValueError(
                 f"there are {sets} sets for {objectives} objectives; pass coefficients that map one to the other"
@@ -167,15 +169,15 @@ class LoraMixture(nn.Module):
             share = share.repeat_interleave(copies).view(-1, *[1] * (output.ndim - 1))
         return (output * share.to(compute_dtype(output))).to(output.dtype)
 
-    def coefficients_of(self, weights: Weights | None, alpha: float | Tensor | None = None) -> Tensor:
+    def coefficients_of(self, weights: Weights | None, kl_weight: float | Tensor | None = None) -> Tensor:
         """Return what multiplies the adapters, (sets,) or (B, sets)."""
         return coefficients_of(
-            self.coefficients, weights, alpha, self.objectives, len(self.adapters), self.record.objectives
+            self.coefficients, weights, kl_weight, self.objectives, len(self.adapters), self.record.objectives
         )
 
     @contextlib.contextmanager
-    def _mixing(self, weights: Weights | None, alpha: float | Tensor | None, rows: int | None) -> Iterator[None]:
-        coefficients = self.coefficients_of(weights, alpha)
+    def _mixing(self, weights: Weights | None, kl_weight: float | Tensor | None, rows: int | None) -> Iterator[None]:
+        coefficients = self.coefficients_of(weights, kl_weight)
         if coefficients.ndim == 2 and rows is not None and len(coefficients) not in (1, rows):
             raise ValueError(
                 f"weights has {len(coefficients)} rows but there are {rows}; pass (m,) or one for each row"
@@ -217,14 +219,14 @@ class LoraMixture(nn.Module):
 
     @in_turn
     def forward(
-        self, *args: Any, weights: Weights | None = None, alpha: float | Tensor | None = None, **kwargs: Any
+        self, *args: Any, weights: Weights | None = None, kl_weight: float | Tensor | None = None, **kwargs: Any
     ) -> Any:
         """Run the model, each row at its own mixture.
 
         Args:
             *args: of the model.
             weights: w, (m,) or (B, m), on the simplex. The reference ignores them.
-            alpha: α, a number or (B,), if the coefficients depend on it.
+            kl_weight: α, a number or (B,), if the coefficients depend on it.
             **kwargs: of the model.
 
         Returns:
@@ -237,7 +239,7 @@ class LoraMixture(nn.Module):
             return self.model(*args, **kwargs)
         tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim)
         rows = next((len(value) for value in tensors), None)
-        with self._mixing(weights, alpha, rows):
+        with self._mixing(weights, kl_weight, rows):
             return self.model(*args, **kwargs)
 
     @in_turn
@@ -248,15 +250,14 @@ class LoraMixture(nn.Module):
         attention_mask: Tensor | None = None,  # (B, T)
         *,
         weights: Weights | None = None,  # (m,) or (B, m)
-        alpha: float | Tensor | None = None,
+        kl_weight: float | Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Generate in one batch, each row at its own mixture; arguments as `forward`, and those of `generate`."""
-        model: Any = self.model
-        given = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
+        model, given = self.model, {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
         if self._layers[0].disable_adapters:
             return model.generate(**given)
-        with self._mixing(weights, alpha, len(input_ids)):
+        with self._mixing(weights, kl_weight, len(input_ids)):
             self._call.rows = None
             return model.generate(**given)
 
@@ -285,9 +286,9 @@ class LoraMixture(nn.Module):
         with self._standing(coefficients.to(ids.device), len(ids)):
             return logits_of(self.model, ids)
 
-    def _one(self, weights: Weights, alpha: float | Tensor | None) -> Tensor:
+    def _one(self, weights: Weights, kl_weight: float | Tensor | None) -> Tensor:
         """Return the coefficients (sets,) of one mixture."""
-        coefficients = self.coefficients_of(weights, alpha)
+        coefficients = self.coefficients_of(weights, kl_weight)
         if coefficients.ndim != 1:
             raise ValueError(f"weights are {len(coefficients)} vectors but one mixture has one; pass (m,)")
         return coefficients
@@ -297,7 +298,7 @@ class LoraMixture(nn.Module):
         return merged_weights(self._layers, self.adapters, coefficients.tolist())
 
     @contextlib.contextmanager
-    def at(self, weights: Weights, alpha: float | Tensor | None = None) -> Iterator[nn.Module]:
+    def at(self, weights: Weights, kl_weight: float | Tensor | None = None) -> Iterator[nn.Module]:
         """Be the plain model of one trade-off inside a `with` block: adapters are added to the weights for its time.
 
         Decoding then costs what the base model costs. Yields the language model without PEFT's wrapper.
@@ -305,14 +306,14 @@ class LoraMixture(nn.Module):
         Raises:
             ValueError: If the merged model is not the mixture; see `check_merging`.
         """
-        values = self._merged_weights(self._one(weights, alpha))
+        values = self._merged_weights(self._one(weights, kl_weight))
         self.check_merging()
         with self._turns.switched(self.model.disable_adapter(), weights_held(self._layers, values)):
             yield self.causal_lm
 
     @in_turn
     @torch.no_grad()
-    def merge(self, weights: Weights, alpha: float | Tensor | None = None) -> nn.Module:
+    def merge(self, weights: Weights, kl_weight: float | Tensor | None = None) -> nn.Module:
         """Return a copy of the base model with one trade-off's adapters added to its weights, without PEFT.
 
         A weight that other modules share is its own in the copy, whose configuration then says that nothing is tied: a
@@ -321,7 +322,7 @@ class LoraMixture(nn.Module):
         Raises:
             ValueError: If the merged model is not the mixture, or its files would load as another one.
         """
-        coefficients = self._one(weights, alpha)
+        coefficients = self._one(weights, kl_weight)
         values = self._merged_weights(coefficients)
         self.check_merging()
         model: Any = copy.deepcopy(self.model)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mopl._arguments import check_choice, shape_of
+from mopl._renamed import renamed_attribute, renamed_in_methods
 from mopl.conditioning.causal_lm import output_head
 from mopl.conditioning.sampling import check_weights
 from mopl.conditioning.saved_models import CONFIG_FILE, fitting
@@ -21,8 +22,10 @@ SCOPES = ("full", "attention", "logits")
 CoefficientRule = Callable[[Tensor, "Tensor | None"], Tensor]  # (..., m), (...) -> (..., sets)
 
 
+@renamed_in_methods("__init__", smallest_alpha="smallest_kl_weight")
+@renamed_in_methods("__call__", alpha="kl_weight")
 @dataclasses.dataclass(frozen=True)
-class AlphaCoefficients:
+class KLWeightCoefficients:
     """Coefficients that follow the KL weight: λ w_i with λ = κ(α) / κ(α_min), and 1 - λ for an anchor set.
 
     κ(α) = (1 - α)/α, or 1/α for the "penalty" form, is what multiplies the rewards in the optimal policy's exponent.
@@ -30,32 +33,36 @@ class AlphaCoefficients:
     once; mixing with α itself as a coefficient is not. CLP's own rule for α was not at hand: this one is ours.
 
     Args:
-        smallest_alpha: α_min, the strongest influence of the rewards that is asked for; λ = 1 there.
+        smallest_kl_weight: α_min, the strongest influence of the rewards that is asked for; λ = 1 there.
         kl_form: "complement" or "penalty", as in `mopl.losses.policy_gradient`.
         anchor: whether the last set takes 1 - λ. A LoRA mixture needs none: its base model is the anchor.
     """
 
-    smallest_alpha: float
+    smallest_kl_weight: float
     kl_form: str = "complement"
     anchor: bool = True
 
+    smallest_alpha = renamed_attribute("KLWeightCoefficients.smallest_alpha", "smallest_kl_weight")
+
     def __post_init__(self) -> None:
         check_choice(self.kl_form, ("complement", "penalty"), "kl_form")
-        if not 0 < self.smallest_alpha < (1 if self.kl_form == "complement" else float("inf")):
-            raise ValueError(f"smallest_alpha is {self.smallest_alpha} but must be above 0 (and below 1: complement)")
+        if not 0 < self.smallest_kl_weight < (1 if self.kl_form == "complement" else float("inf")):
+            raise ValueError(
+                f"smallest_kl_weight is {self.smallest_kl_weight} but must be above 0 (complement: below 1)"
+            )
 
     def sets(self, objectives: int) -> int:
         """Return the number of parameter sets."""
         return objectives + self.anchor
 
-    def _kappa(self, alpha: Any) -> Any:
-        return ((1 - alpha) if self.kl_form == "complement" else 1) / alpha
+    def _kappa(self, kl_weight: Any) -> Any:
+        return ((1 - kl_weight) if self.kl_form == "complement" else 1) / kl_weight
 
-    def __call__(self, weights: Tensor, alpha: Tensor | None) -> Tensor:
+    def __call__(self, weights: Tensor, kl_weight: Tensor | None) -> Tensor:
         """Return the coefficients (..., sets) of weights (..., m) and α (...)."""
-        if alpha is None:
-            raise ValueError("alpha is missing; the coefficients of this mixture depend on it")
-        share = (self._kappa(alpha) / self._kappa(self.smallest_alpha))[..., None]
+        if kl_weight is None:
+            raise ValueError("kl_weight is missing; the coefficients of this mixture depend on it")
+        share = (self._kappa(kl_weight) / self._kappa(self.smallest_kl_weight))[..., None]
         parts = [share * weights, 1 - share.expand(*weights.shape[:-1], 1)]
         return torch.cat(parts if self.anchor else parts[:1], -1)
 
@@ -63,7 +70,7 @@ class AlphaCoefficients:
 def coefficients_of(
     rule: CoefficientRule | None,
     weights: Tensor | Sequence[float] | Sequence[Sequence[float]] | None,
-    alpha: float | Tensor | None,
+    kl_weight: float | Tensor | None,
     objectives: int,
     sets: int,
     names: Sequence[str],
@@ -75,14 +82,14 @@ def coefficients_of(
     if w.ndim > 2:
         raise ValueError(f"weights has shape {shape_of(w)}; pass (m,) = ({objectives},) or (B, m)")
     if rule is None:
-        if alpha is not None:
-            raise ValueError("alpha is given but the coefficients of this mixture are the weights; leave it out")
+        if kl_weight is not None:
+            raise ValueError("kl_weight is given but the coefficients of this mixture are the weights; leave it out")
         return w
     strength = None
-    if alpha is not None:
-        strength = torch.as_tensor(alpha, dtype=w.dtype, device=w.device)
+    if kl_weight is not None:
+        strength = torch.as_tensor(kl_weight, dtype=w.dtype, device=w.device)
         if strength.ndim > 1 or (strength.ndim == 1 and w.ndim == 2 and len(strength) != len(w)):
-            raise ValueError(f"alpha has shape {shape_of(strength)} but weights {shape_of(w)}; pass a number or (B,)")
+            raise ValueError(f"kl_weight has shape {shape_of(strength)} but weights {shape_of(w)}; pass one or (B,)")
         if strength.ndim == 1 and w.ndim == 1:
             w = w.expand(len(strength), -1)
         strength = strength.expand(w.shape[:-1])
@@ -96,7 +103,9 @@ def coefficients_of(
 
 def rule_to_save(rule: CoefficientRule | None) -> Any:
     """Return what a folder says of coefficients: their numbers, that they are a function, or nothing."""
-    return dataclasses.asdict(rule) if isinstance(rule, AlphaCoefficients) else "custom" if rule else None
+    if isinstance(rule, KLWeightCoefficients):
+        return {"smallest_alpha": rule.smallest_kl_weight, "kl_form": rule.kl_form, "anchor": rule.anchor}
+    return "custom" if rule else None
 
 
 def saved_rule(saved: Any, given: CoefficientRule | None, folder: Path) -> CoefficientRule | None:
@@ -111,7 +120,8 @@ def saved_rule(saved: Any, given: CoefficientRule | None, folder: Path) -> Coeff
             raise ValueError(f"{folder} was trained with coefficients of its own; pass the function as coefficients")
         return given
     with fitting(folder / CONFIG_FILE):
-        rule = None if saved is None else AlphaCoefficients(**saved)
+        numbers = dict(saved or {})
+        rule = None if saved is None else KLWeightCoefficients(numbers.pop("smallest_alpha"), **numbers)
     if given is not None and given != rule:
         raise ValueError(
             f"coefficients is {given!r} but {folder} was trained with {rule or 'the weights themselves'}; "

@@ -19,19 +19,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mopl._arguments import compute_dtype, shape_of
+from mopl._renamed import renamed_attribute, renamed_keywords
 
 PREFIX_STD = 0.02  # the usual standard deviation of token embeddings at initialisation (GPT-2 and its heirs)
 
 
 class HyperPrompt(nn.Module):
-    """Maps weights of objectives, and on request normalised temperatures, to k virtual tokens.
+    """Maps weights of objectives, and on request normalised betas, to k virtual tokens.
 
     Args:
         objectives: m.
         virtual_tokens: k; the paper uses 8.
         rank: r, the largest rank of the mask, at most min(k, d); the paper uses 4.
         hidden: d, the width of the model's token embeddings.
-        temperature: Whether the prompt also depends on temperatures.
+        takes_beta: Whether the prompt also depends on β.
         width: Width of the hidden layers; max(32, 4 m) by default.
 
     Attributes:
@@ -41,6 +42,9 @@ class HyperPrompt(nn.Module):
         ValueError: If a size is below 1 or the rank is too large.
     """
 
+    temperature = renamed_attribute("HyperPrompt.temperature", "takes_beta")
+
+    @renamed_keywords(temperature="takes_beta")
     def __init__(
         self,
         objectives: int,
@@ -48,7 +52,7 @@ class HyperPrompt(nn.Module):
         rank: int = 4,
         hidden: int = 768,
         *,
-        temperature: bool = False,
+        takes_beta: bool = False,
         width: int | None = None,
     ) -> None:
         super().__init__()
@@ -63,8 +67,8 @@ class HyperPrompt(nn.Module):
                 f"pass rank <= {min(virtual_tokens, hidden)}"
             )
         self.objectives, self.virtual_tokens, self.rank, self.hidden = objectives, virtual_tokens, rank, hidden
-        self.temperature, self.width = temperature, width
-        inputs = objectives * (2 if temperature else 1)
+        self.takes_beta, self.width = takes_beta, width
+        inputs = objectives * (2 if takes_beta else 1)
         self.prefix = nn.Parameter(torch.randn(virtual_tokens, hidden) * PREFIX_STD)
         self.left = nn.Sequential(nn.Linear(inputs, width), nn.GELU(), nn.Linear(width, virtual_tokens * rank))
         self.right = nn.Sequential(nn.Linear(inputs, width), nn.GELU(), nn.Linear(width, rank * hidden))
@@ -97,41 +101,43 @@ class HyperPrompt(nn.Module):
         repeats = -(-self.virtual_tokens // values.shape[0])
         self.prefix.copy_(values.repeat(repeats, 1)[: self.virtual_tokens])
 
+    @renamed_keywords(temperature="beta")
     def mask(
         self,
         weights: Tensor,  # (m,) or (B, m)
-        temperature: Tensor | None = None,  # (m,), (1, m) or (B, m)
+        beta: Tensor | None = None,  # (m,), (1, m) or (B, m)
     ) -> Tensor:  # (B, k, d)
         """Return A(w) @ B(w), of rank at most r; arguments as in `forward`."""
-        condition = self._condition(weights, temperature)
+        condition = self._condition(weights, beta)
         # One precision for every caller: under autocast, or in a 16-bit model, a mask near 1 would lose its digits.
         with torch.autocast(condition.device.type, enabled=False):
             left = _network(self.left, condition).view(-1, self.virtual_tokens, self.rank)
             right = _network(self.right, condition).view(-1, self.rank, self.hidden)
             return left @ right
 
+    @renamed_keywords(temperature="beta")
     def forward(
         self,
         weights: Tensor,  # (m,) or (B, m)
-        temperature: Tensor | None = None,  # (m,), (1, m) or (B, m)
+        beta: Tensor | None = None,  # (m,), (1, m) or (B, m)
     ) -> Tensor:  # (B, k, d)
         """Return the virtual tokens of each weight vector.
 
         Args:
             weights: w, (m,) or (B, m). The values are not checked here; `check_weights` does that.
-            temperature: β, positive, (m,), (1, m) or (B, m); only β / ‖β‖₁ is used (equation 15). Required if and only
-                if the module was made with `temperature=True`.
+            beta: β, positive, (m,), (1, m) or (B, m); only β / ‖β‖₁ is used (equation 15). Required if and only
+                if the module was made with `takes_beta=True`.
 
         Returns:
             (B, k, d), with B = 1 for weights (m,), in float32 (float64 if the parameters are), differentiable in both.
 
         Raises:
-            ValueError: If a shape is wrong, or `temperature` is missing or not expected.
+            ValueError: If a shape is wrong, or `beta` is missing or not expected.
         """
-        mask = self.mask(weights, temperature)
+        mask = self.mask(weights, beta)
         return self.prefix.to(mask.dtype) * mask
 
-    def _condition(self, weights: Tensor, temperature: Tensor | None) -> Tensor:
+    def _condition(self, weights: Tensor, beta: Tensor | None) -> Tensor:
         """Return what the networks see, (B, m) or (B, 2 m)."""
         m = self.objectives
         if not isinstance(weights, Tensor) or weights.ndim not in (1, 2) or weights.shape[-1] != m:
@@ -139,29 +145,29 @@ class HyperPrompt(nn.Module):
             raise ValueError(
                 f"weights has {got} but must be a tensor (m,) or (B, m) with m = {m}, one number for each objective"
             )
-        if (temperature is not None) != self.temperature:
+        if (beta is not None) != self.takes_beta:
             raise ValueError(
-                "temperature is missing; pass one for each objective"
-                if self.temperature
-                else "temperature was passed to a prompt that is not conditioned on it; make it with temperature=True"
+                "beta is missing; pass one for each objective"
+                if self.takes_beta
+                else "beta was passed to a prompt that is not conditioned on it; make it with takes_beta=True"
             )
         dtype = compute_dtype(self.prefix)
         weights = weights.to(self.prefix.device, dtype).reshape(-1, m)
-        if temperature is None:
+        if beta is None:
             return weights
         batch = weights.shape[0]
-        if not isinstance(temperature, Tensor) or tuple(temperature.shape) not in ((m,), (1, m), (batch, m)):
-            got = shape_of(temperature) if isinstance(temperature, Tensor) else type(temperature).__name__
-            raise ValueError(f"temperature is {got} but must be (m,) = ({m},) or (B, m) = ({batch}, {m})")
-        temperature = temperature.to(weights)
-        normalized = temperature / temperature.sum(-1, keepdim=True)
+        if not isinstance(beta, Tensor) or tuple(beta.shape) not in ((m,), (1, m), (batch, m)):
+            got = shape_of(beta) if isinstance(beta, Tensor) else type(beta).__name__
+            raise ValueError(f"beta is {got} but must be (m,) = ({m},) or (B, m) = ({batch}, {m})")
+        beta = beta.to(weights)
+        normalized = beta / beta.sum(-1, keepdim=True)
         return torch.cat([weights, normalized.expand(batch, m)], -1)
 
     def extra_repr(self) -> str:
         """Describe the module in its repr."""
         return (
             f"objectives={self.objectives}, virtual_tokens={self.virtual_tokens}, rank={self.rank}, "
-            f"hidden={self.hidden}, temperature={self.temperature}, width={self.width}"
+            f"hidden={self.hidden}, takes_beta={self.takes_beta}, width={self.width}"
         )
 
 

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from mopl._arguments import check_choice, check_positive, shape_of
 from mopl._extras import require
 from mopl._files import write_files
+from mopl._renamed import renamed_keywords
 from mopl._rows import arranged, check_from_zero, generation_keywords
 from mopl._tensor_files import check_fits, load_state, read_tensors
 from mopl.conditioning._prefix_layout import Layout, PackedLayout, check_paper_positions, silence_position_embedding
@@ -46,6 +47,7 @@ from mopl.conditioning.saved_models import (
     base_model,
     fitting,
     load_adapters,
+    prompt_sizes,
     read_record,
 )
 
@@ -134,12 +136,13 @@ class HyperPromptModel(nn.Module):
         finally:
             self._is_reference = before
 
+    @renamed_keywords(objective_temperature="beta")
     def forward(
         self,
         input_ids: Tensor | None = None,  # (B, T)
         attention_mask: Tensor | None = None,  # (B, T)
         weights: Tensor | None = None,  # (m,) or (B, m)
-        objective_temperature: Tensor | None = None,  # (m,), (1, m) or (B, m)
+        beta: Tensor | None = None,  # (m,), (1, m) or (B, m)
         position_ids: Tensor | None = None,  # (B, T)
         labels: Tensor | None = None,  # (B, T)
         inputs_embeds: Tensor | None = None,  # (B, T, d)
@@ -154,8 +157,7 @@ class HyperPromptModel(nn.Module):
                 text of the cache too, as ever, and never the virtual tokens.
             weights: w, (m,) or (B, m), or (S, m) for S packed sequences. Required, but for the reference, where they
                 change nothing.
-            objective_temperature: β, for a prompt conditioned on temperatures. (`temperature` is the fused head's:
-                what logits are divided by.)
+            beta: β, for a prompt that takes it. (`temperature` is the fused head's: what logits are divided by.)
             position_ids: (B, T), positions of the text, counted from 0; from the mask by default. Without a mask they
                 mean a packed row (1, N), as everywhere in transformers: positions start again at 0 with each sequence,
                 and each sequence gets virtual tokens of its own.
@@ -184,7 +186,7 @@ class HyperPromptModel(nn.Module):
         layout = self._layout(content, attention_mask, position_ids, past, kwargs)
         text: dict[str, Any] = {"inputs_embeds" if input_ids is None else "input_ids": content}
         if layout.enters:
-            text = {"inputs_embeds": self._embed_with_prompt(content, layout, weights, objective_temperature)}
+            text = {"inputs_embeds": self._embed_with_prompt(content, layout, weights, beta)}
             labels = layout.shift_labels(labels)
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
         layout.adapt(kwargs)
@@ -199,13 +201,14 @@ class HyperPromptModel(nn.Module):
             kwargs = arranged(self.causal_lm, kwargs)
         return layout.cut(self.model(**kwargs))
 
+    @renamed_keywords(objective_temperature="beta")
     @torch.no_grad()
     def generate(
         self,
         input_ids: Tensor,  # (B, T)
         attention_mask: Tensor | None = None,  # (B, T)
         weights: Tensor | Sequence[float] | Sequence[Sequence[float]] | None = None,  # (m,) or (B, m)
-        objective_temperature: Tensor | Sequence[float] | None = None,
+        beta: Tensor | Sequence[float] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Generate with one weight vector for each row.
@@ -217,7 +220,7 @@ class HyperPromptModel(nn.Module):
             input_ids: (B, T), padded on the left.
             attention_mask: (B, T); may be left out where nothing is padded.
             weights: w, (m,) or (B, m), on the simplex.
-            objective_temperature: β, for a prompt conditioned on temperatures.
+            beta: β, for a prompt that takes it.
             **kwargs: Keywords of `generate` of transformers. `max_length` counts text, not virtual tokens.
 
         Returns:
@@ -239,9 +242,8 @@ class HyperPromptModel(nn.Module):
             return model.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         if weights is not None:
             weights = check_weights(weights, self.hyper_prompt.objectives)
-        if objective_temperature is not None:
-            beta = torch.as_tensor(objective_temperature)
-            objective_temperature = check_positive(beta, "objective_temperature")
+        if beta is not None:
+            beta = check_positive(torch.as_tensor(beta), "beta")
         options = ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size", "past_key_values")
         config = kwargs.get("generation_config") or self.causal_lm.generation_config
         for name in options:
@@ -249,7 +251,7 @@ class HyperPromptModel(nn.Module):
                 raise ValueError(f"{name} cannot be used with a prompt of virtual tokens; leave it out")
 
         layout = self._layout(input_ids, attention_mask, None, 0, kwargs)
-        embeds = self._embed_with_prompt(input_ids, layout, weights, objective_temperature)
+        embeds = self._embed_with_prompt(input_ids, layout, weights, beta)
         mask = layout.mask(required=True)
         assert mask is not None
         if self._takes_positions:
@@ -263,7 +265,7 @@ class HyperPromptModel(nn.Module):
     # ---------------------------------------------------------------- parts of the two
 
     def _embed_with_prompt(
-        self, content: Tensor, layout: Layout | PackedLayout, weights: Tensor | None, temperature: Tensor | None
+        self, content: Tensor, layout: Layout | PackedLayout, weights: Tensor | None, beta: Tensor | None
     ) -> Tensor:  # (B, k + T, d)
         """Return the embeddings of token ids (or embeddings) with the virtual tokens in place."""
         batch, m = layout.batch, self.hyper_prompt.objectives
@@ -274,9 +276,9 @@ class HyperPromptModel(nn.Module):
                 f"weights has shape {shape_of(weights)} but there are {batch} rows and {m} objectives; "
                 f"pass (m,) = ({m},) or (B, m) = ({batch}, {m})"
             )
-        if temperature is not None and tuple(temperature.shape) == (batch, m):
+        if beta is not None and tuple(beta.shape) == (batch, m):
             weights = weights.expand(batch, -1)
-        prefix = self.hyper_prompt(weights, temperature).expand(batch, -1, -1)
+        prefix = self.hyper_prompt(weights, beta).expand(batch, -1, -1)
         if content.ndim == 2:
             # The embedding module's output and not its weight: scales and adapters of embeddings are inside.
             embedding = self.causal_lm.get_input_embeddings()
@@ -342,7 +344,7 @@ class HyperPromptModel(nn.Module):
                 "virtual_tokens": prompt.virtual_tokens,
                 "rank": prompt.rank,
                 "hidden": prompt.hidden,
-                "temperature": prompt.temperature,
+                "temperature": prompt.takes_beta,
                 "width": prompt.width,
             },
         }
@@ -381,12 +383,12 @@ class HyperPromptModel(nn.Module):
         config = read_record(folder, "HyperPromptModel", WEIGHTS_FILE)
         weights = folder / WEIGHTS_FILE
         with fitting(folder / CONFIG_FILE):
-            check_fits(weights, lambda: HyperPrompt(**config["prompt"]), remedy=REMEDY)
+            check_fits(weights, lambda: HyperPrompt(**prompt_sizes(config)), remedy=REMEDY)
         model = base_model(config, folder, model, model_kwargs)
         with fitting(folder / CONFIG_FILE):
             if (adapter := config["adapter"]) is not None:
                 model = load_adapters(model, {adapter: adapter_folder(folder, adapter)}, trainable=trainable)
-            prompt = HyperPrompt(**config["prompt"])
+            prompt = HyperPrompt(**prompt_sizes(config))
             prompt.to(read_tensors(weights, remedy=REMEDY)["prefix"].dtype)
             load_state(prompt, weights, remedy=REMEDY)
             prompt.requires_grad_(trainable)

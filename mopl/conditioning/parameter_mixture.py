@@ -31,13 +31,14 @@ import torch
 from torch import Tensor, nn
 
 from mopl._arguments import compute_dtype
+from mopl._renamed import renamed_in_methods
 from mopl._restoring import evaluating, generators_kept
 from mopl._threads import Turns, in_turn
 from mopl.conditioning._parameter_mixture_files import fill, read, save
 from mopl.conditioning._parameter_mixture_lora import LoraMixture
 from mopl.conditioning._parameter_mixture_parts import (
-    AlphaCoefficients,
     CoefficientRule,
+    KLWeightCoefficients,
     check_batch,
     coefficients_of,
     group_rows,
@@ -51,11 +52,12 @@ from mopl.conditioning.causal_lm import DELEGATED, untie_head
 from mopl.conditioning.merging import check_mixed_rows, logits_of, probe_ids, settle_ties
 from mopl.conditioning.saved_models import CONFIG_FILE, TuningRecord, fitting
 
-__all__ = ["AlphaCoefficients", "LoraMixture", "ParameterMixture"]
+__all__ = ["KLWeightCoefficients", "LoraMixture", "ParameterMixture"]
 
 Weights = Tensor | Sequence[float] | Sequence[Sequence[float]]
 
 
+@renamed_in_methods("coefficients_of", "forward", "generate", "at", "merge", alpha="kl_weight")
 class ParameterMixture(nn.Module):
     """A model that runs with Σ_i c_i θ_S^i, c = w or a function of (w, α).
 
@@ -68,7 +70,7 @@ class ParameterMixture(nn.Module):
         objectives: m.
         scope: "full", "attention", "logits", or a regular expression on names of parameters.
         coefficients: a function of weights (..., m) and α (...) or None to coefficients (..., sets), such as
-            `AlphaCoefficients`; None: the weights themselves.
+            `KLWeightCoefficients`; None: the weights themselves.
         sets: number of parameter sets, if it is not m (or what `coefficients.sets(m)` says).
         record: names of the objectives and how the model was trained; `objective_1`, ... by default.
 
@@ -95,7 +97,7 @@ class ParameterMixture(nn.Module):
         if objectives < 1:
             raise ValueError(f"objectives is {objectives} but must be at least 1")
         if sets is None:
-            sets = coefficients.sets(objectives) if isinstance(coefficients, AlphaCoefficients) else objectives
+            sets = coefficients.sets(objectives) if isinstance(coefficients, KLWeightCoefficients) else objectives
         if coefficients is None and sets != objectives:
             raise ValueError(
                 f"there are {sets} sets for {objectives} objectives; pass coefficients, which map one to the other"
@@ -131,10 +133,10 @@ class ParameterMixture(nn.Module):
         others: Any = self.others
         return [own, *(list(other) for other in others)]
 
-    def coefficients_of(self, weights: Weights | None, alpha: float | Tensor | None = None) -> Tensor:
+    def coefficients_of(self, weights: Weights | None, kl_weight: float | Tensor | None = None) -> Tensor:
         """Return what multiplies the sets, (sets,) or (B, sets)."""
         return coefficients_of(
-            self.coefficients, weights, alpha, self.objectives, len(self.others) + 1, self.record.objectives
+            self.coefficients, weights, kl_weight, self.objectives, len(self.others) + 1, self.record.objectives
         )
 
     @in_turn
@@ -152,14 +154,14 @@ class ParameterMixture(nn.Module):
 
     @in_turn
     def forward(
-        self, *args: Any, weights: Weights | None = None, alpha: float | Tensor | None = None, **kwargs: Any
+        self, *args: Any, weights: Weights | None = None, kl_weight: float | Tensor | None = None, **kwargs: Any
     ) -> Any:
         """Run the model at the mixture of each row.
 
         Args:
             *args: of the model.
             weights: w, (m,) or (B, m), on the simplex. Not inside `at`, where the mixture is fixed.
-            alpha: α, a number or (B,), if the coefficients depend on it.
+            kl_weight: α, a number or (B,), if the coefficients depend on it.
             **kwargs: of the model. With (B, m), tensors whose first dimension is B are cut into rows.
 
         Returns:
@@ -170,8 +172,8 @@ class ParameterMixture(nn.Module):
             RuntimeError: If the model checkpoints gradients, which would run again with other parameters.
         """
         if self._inside:
-            if weights is not None or alpha is not None:
-                raise ValueError("the mixture is fixed inside `at`; leave weights and alpha out")
+            if weights is not None or kl_weight is not None:
+                raise ValueError("the mixture is fixed inside `at`; leave weights and kl_weight out")
             return self.model(*args, **kwargs)
         if torch.is_grad_enabled():
             self.clear_cache()
@@ -182,7 +184,7 @@ class ParameterMixture(nn.Module):
                     "gradient checkpointing would run the model again with the first set in the place of the mixture; "
                     "call gradient_checkpointing_disable(), or use LoraMixture"
                 )
-        return self._mix(self.coefficients_of(weights, alpha), args, kwargs)
+        return self._mix(self.coefficients_of(weights, kl_weight), args, kwargs)
 
     def _mix(self, coefficients: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Run the model at coefficients (sets,), or (B, sets) for each row."""
@@ -238,7 +240,7 @@ class ParameterMixture(nn.Module):
         self._checked = True
 
     @contextlib.contextmanager
-    def at(self, weights: Weights, alpha: float | Tensor | None = None) -> Iterator[nn.Module]:
+    def at(self, weights: Weights, kl_weight: float | Tensor | None = None) -> Iterator[nn.Module]:
         """Be the plain model of one trade-off inside a `with` block, at its cost; made once and kept for the next time.
 
         It takes |S| more parameters, until the sets are trained further or `clear_cache()`. Optimisers that write
@@ -246,13 +248,13 @@ class ParameterMixture(nn.Module):
 
         Args:
             weights: w, (m,).
-            alpha: α, a number.
+            kl_weight: α, a number.
 
         Yields:
             The wrapped model, with the mixture in place.
         """
         self.check_merging()
-        with self._turns.switched(self._holding(self.coefficients_of(weights, alpha))):
+        with self._turns.switched(self._holding(self.coefficients_of(weights, kl_weight))):
             yield self.model
 
     @contextlib.contextmanager
@@ -295,14 +297,14 @@ class ParameterMixture(nn.Module):
 
     @in_turn
     @torch.no_grad()
-    def merge(self, weights: Weights, alpha: float | Tensor | None = None) -> nn.Module:
+    def merge(self, weights: Weights, kl_weight: float | Tensor | None = None) -> nn.Module:
         """Return a copy of the model at one trade-off, with no trace of the mixture: save it, export it, serve it.
 
         Raises:
             ValueError: If its files would load as another model; see `check_merging` too.
         """
         self.check_merging()
-        values = self._materialise(self.coefficients_of(weights, alpha))
+        values = self._materialise(self.coefficients_of(weights, kl_weight))
         model = copy.deepcopy(self.model)
         for name, value in zip(self.names, values, strict=True):
             model.get_parameter(name).copy_(value)
@@ -317,7 +319,7 @@ class ParameterMixture(nn.Module):
         attention_mask: Tensor | None = None,  # (B, T)
         *,
         weights: Weights | None = None,  # (m,) or (B, m)
-        alpha: float | Tensor | None = None,
+        kl_weight: float | Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Generate at the mixture of each row; rows with equal coefficients together, one group after another.
@@ -326,7 +328,7 @@ class ParameterMixture(nn.Module):
             input_ids: (B, T), padded on the left.
             attention_mask: (B, T).
             weights: w, (m,) or (B, m). Not inside `at`.
-            alpha: α, a number or (B,), if the coefficients depend on it.
+            kl_weight: α, a number or (B,), if the coefficients depend on it.
             **kwargs: of the model's `generate`; tensors whose first dimension is B are cut into rows.
 
         Returns:
@@ -335,10 +337,10 @@ class ParameterMixture(nn.Module):
         model: Any = self.model
         given = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
         if self._inside:
-            if weights is not None or alpha is not None:
-                raise ValueError("the mixture is fixed inside `at`; leave weights and alpha out")
+            if weights is not None or kl_weight is not None:
+                raise ValueError("the mixture is fixed inside `at`; leave weights and kl_weight out")
             return model.generate(**given)
-        coefficients = self.coefficients_of(weights, alpha)
+        coefficients = self.coefficients_of(weights, kl_weight)
         rows = len(input_ids)
         if coefficients.ndim == 1:
             coefficients = coefficients.expand(rows, -1)

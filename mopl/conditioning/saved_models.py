@@ -34,7 +34,7 @@ class TuningRecord:
         reference: What the model was regularised towards: `"self"` (the model with adapters and prefix off) or a name.
         beta: β of the training: a number, one for each objective, or for a model conditioned on temperatures the box
             that they were drawn from, `(low, high)`.
-        alpha: Concentration of the Dirichlet distribution that weights were drawn from.
+        alpha: α, the concentration of the Dirichlet distribution that weights were drawn from.
     """
 
     objectives: tuple[str, ...]
@@ -316,3 +316,9 @@ def check_adapter_state(model: Any, name: str, file: Path) -> None:
     found = {key: shape for key, shape in shapes.items() if key in wanted or _plain(key) not in own}
     remedy = f"{REMEDY}; so with {file.parent / ADAPTER_CONFIG}, if that is what was changed"
     check_shapes(file, found, wanted, remedy=remedy)
+
+
+def prompt_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of the `HyperPrompt` in `mopl.json`, where `takes_beta` has its first name."""
+    sizes = dict(config["prompt"])
+    return {"takes_beta": sizes.pop("temperature", False), **sizes}

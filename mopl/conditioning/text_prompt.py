@@ -13,23 +13,26 @@ from typing import Any, Literal
 from torch import Tensor
 
 from mopl._arguments import check_choice, check_positive
+from mopl._renamed import renamed_attribute, renamed_in_methods
 from mopl.conditioning.sampling import check_weights
 
 Message = Mapping[str, Any]
 Numbers = Tensor | Sequence[float]
 PLACEMENTS = ("system", "user")
+_BETAS = ("betas", "temperatures")  # fields of a template; the second is what files of older releases say
 
 
+@renamed_in_methods("render", "apply", "prepend_ids", temperature="beta")
 @dataclass(frozen=True)
 class TextPrompt:
-    """Writes weights of objectives, and on request normalised temperatures, into a prompt.
+    """Writes weights of objectives, and on request normalised betas, into a prompt.
 
     With the defaults, weights (0.7, 0.3) of helpful and harmless become the line `[helpful: 0.70, harmless: 0.30]`.
 
     Args:
         objectives: Names of the m objectives, in the order of the weights.
-        template: What is put in front; `{weights}` stands for the list of names and numbers, `{temperatures}` for the
-            same of β / ‖β‖₁, which makes `temperature` a required argument.
+        template: What is put in front; `{weights}` stands for the list of names and numbers, `{betas}` for the same of
+            β / ‖β‖₁, which makes `beta` a required argument (`{temperatures}`, its old name, is taken too).
         item: One entry of the list, with `{value}` and, if it is to be named, `{name}`.
         separator: What stands between entries.
         digits: Digits after the point. Vectors that agree to so many digits give the same prompt.
@@ -54,42 +57,44 @@ class TextPrompt:
         if self.digits < 0:
             raise ValueError(f"digits is {self.digits} but must be at least 0")
         check_choice(self.placement, PLACEMENTS, "placement")
-        _check_fields(self.template, "template", required={"weights"}, optional={"temperatures"})
+        _check_fields(self.template, "template", required={"weights"}, optional=set(_BETAS))
         _check_fields(self.item, "item", required={"value"}, optional={"name"})
 
     @property
-    def temperature(self) -> bool:
-        """Whether the prompt also depends on temperatures."""
-        return "temperatures" in _fields(self.template)
+    def takes_beta(self) -> bool:
+        """Whether the prompt also depends on β."""
+        return not _fields(self.template).isdisjoint(_BETAS)
 
-    def render(self, weights: Numbers, temperature: Numbers | None = None) -> str:
+    temperature = renamed_attribute("TextPrompt.temperature", "takes_beta")
+
+    def render(self, weights: Numbers, beta: Numbers | None = None) -> str:
         """Return the text of one trade-off.
 
         Args:
             weights: w, (m,) on the simplex.
-            temperature: β, (m,), positive; required if and only if the template has `{temperatures}`.
+            beta: β, (m,), positive; required if and only if the template has `{betas}`.
 
         Returns:
             The text that goes in front of a prompt.
 
         Raises:
-            ValueError: If weights lie off the simplex, or shapes are wrong, or `temperature` is missing or unexpected.
+            ValueError: If weights lie off the simplex, or shapes are wrong, or `beta` is missing or unexpected.
         """
         w = check_weights(weights, len(self.objectives))
         if w.ndim != 1:
             raise ValueError(f"weights has shape {tuple(w.shape)} but one prompt takes one vector (m,); loop over rows")
-        if (temperature is not None) != self.temperature:
+        if (beta is not None) != self.takes_beta:
             raise ValueError(
-                "temperature is missing; pass one for each objective"
-                if self.temperature
-                else "temperature was passed but the template has no {temperatures}"
+                "beta is missing; pass one for each objective"
+                if self.takes_beta
+                else "beta was passed but the template has no {betas}"
             )
         values = {"weights": self._list(w)}
-        if temperature is not None:
-            beta = check_positive(temperature, "temperature", "positive numbers, one for each objective").double()
-            if beta.shape != (len(self.objectives),):
-                raise ValueError(f"temperature is {beta.tolist()} but must be {len(self.objectives)} positive numbers")
-            values["temperatures"] = self._list(beta / beta.sum())
+        if beta is not None:
+            each = check_positive(beta, "beta", "positive numbers, one for each objective").double()
+            if each.shape != (len(self.objectives),):
+                raise ValueError(f"beta is {each.tolist()} but must be {len(self.objectives)} positive numbers")
+            values |= dict.fromkeys(_BETAS, self._list(each / each.sum()))
         return self.template.format(**values)
 
     def _list(self, numbers: Tensor) -> str:
@@ -100,7 +105,7 @@ class TextPrompt:
         self,
         prompt: str | Sequence[Message],
         weights: Numbers,
-        temperature: Numbers | None = None,
+        beta: Numbers | None = None,
     ) -> Any:
         """Return a prompt with the trade-off written in front.
 
@@ -108,7 +113,7 @@ class TextPrompt:
             prompt: A text, or chat messages `{"role", "content"}`; content is a text or a list of parts of which the
                 first of type "text" is taken.
             weights: As in `render`.
-            temperature: As in `render`.
+            beta: As in `render`.
 
         Returns:
             A text, or a new list of messages; the one that was passed is not changed.
@@ -116,7 +121,7 @@ class TextPrompt:
         Raises:
             ValueError: As `render`; or if no message takes the text.
         """
-        text = self.render(weights, temperature)
+        text = self.render(weights, beta)
         if isinstance(prompt, str):
             return text + prompt
         messages: list[dict[str, Any]] = [dict(message) for message in prompt]
@@ -134,7 +139,7 @@ class TextPrompt:
         input_ids: Sequence[int] | Tensor,
         weights: Numbers,
         tokenizer: Any,
-        temperature: Numbers | None = None,
+        beta: Numbers | None = None,
     ) -> list[int]:
         """Return the tokens of a prompt with those of the trade-off in front, after a token that begins the text.
 
@@ -144,7 +149,7 @@ class TextPrompt:
             input_ids: (T,) tokens of one prompt.
             weights: As in `render`.
             tokenizer: A tokenizer of transformers.
-            temperature: As in `render`.
+            beta: As in `render`.
 
         Returns:
             The tokens, as a list.
@@ -157,7 +162,7 @@ class TextPrompt:
                 f"input_ids has shape {tuple(input_ids.shape)} but must be (T,), one prompt; loop over rows"
             )
         ids = input_ids.tolist() if isinstance(input_ids, Tensor) else list(input_ids)
-        extra = tokenizer(self.render(weights, temperature), add_special_tokens=False)["input_ids"]
+        extra = tokenizer(self.render(weights, beta), add_special_tokens=False)["input_ids"]
         bos = getattr(tokenizer, "bos_token_id", None)
         start = 1 if ids and bos is not None and ids[0] == bos else 0
         return [*ids[:start], *extra, *ids[start:]]

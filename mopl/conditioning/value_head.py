@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mopl._arguments import shape_of
+from mopl._renamed import renamed_attribute, renamed_keywords
 
 
 class ValueHead(nn.Module):
@@ -18,36 +19,47 @@ class ValueHead(nn.Module):
     Args:
         hidden: width of the hidden states.
         objectives: m.
-        alpha: whether α is an input.
+        takes_kl_weight: whether α is an input.
         width: of the hidden layer.
         train_hidden: let the regression's gradient flow into the hidden states.
     """
 
+    alpha = renamed_attribute("ValueHead.alpha", "takes_kl_weight")
+
+    @renamed_keywords(alpha="takes_kl_weight")
     def __init__(
-        self, hidden: int, objectives: int, *, alpha: bool = True, width: int = 128, train_hidden: bool = False
+        self,
+        hidden: int,
+        objectives: int,
+        *,
+        takes_kl_weight: bool = True,
+        width: int = 128,
+        train_hidden: bool = False,
     ) -> None:
         super().__init__()
         if min(hidden, objectives, width) < 1:
             raise ValueError(f"hidden, objectives and width are {hidden}, {objectives}, {width}; all must be positive")
-        self.hidden, self.objectives, self.alpha, self.train_hidden = hidden, objectives, alpha, train_hidden
+        self.hidden, self.objectives = hidden, objectives
+        self.takes_kl_weight, self.train_hidden = takes_kl_weight, train_hidden
         self.content = nn.Linear(hidden, width)
-        self.condition = nn.Linear(objectives + alpha, width, bias=False)
+        self.condition = nn.Linear(objectives + takes_kl_weight, width, bias=False)
         self.out = nn.Linear(width, 1)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
+    @renamed_keywords(alpha="kl_weight")
     def forward(
         self,
         hidden: Tensor,  # (..., H), first dimension B
         weights: Tensor,  # (m,) or (B, m)
-        alpha: float | Tensor | None = None,  # number or (B,)
+        kl_weight: float | Tensor | None = None,  # number or (B,)
     ) -> Tensor:  # (...)
         """Return V for each hidden state.
 
         Args:
             hidden: (B, T, H), the state before each sampled token, or (B, H), the state at the prompt's end.
             weights: w, (m,) or (B, m).
-            alpha: α, a number or (B,), if the head takes it.
+            kl_weight: α, a number or (B,), if the head takes it.
 
         Returns:
             hidden's leading shape; float32, or float64 for float64.
@@ -62,14 +74,16 @@ class ValueHead(nn.Module):
             raise ValueError(
                 f"weights has shape {shape_of(weights)}; pass ({self.objectives},) or ({rows}, {self.objectives})"
             )
-        if (alpha is None) == self.alpha:
-            raise ValueError("alpha is missing; pass a number or (B,)" if self.alpha else "alpha is no input here")
+        if (kl_weight is None) == self.takes_kl_weight:
+            raise ValueError(
+                "kl_weight is missing; pass a number or (B,)" if self.takes_kl_weight else "kl_weight is no input here"
+            )
         dtype = self.out.weight.dtype
         parts = [weights.to(hidden.device, dtype).expand(rows, -1)]
-        if alpha is not None:
-            strength = torch.as_tensor(alpha, dtype=dtype, device=hidden.device)
+        if kl_weight is not None:
+            strength = torch.as_tensor(kl_weight, dtype=dtype, device=hidden.device)
             if tuple(strength.shape) not in ((), (rows,)):
-                raise ValueError(f"alpha has shape {shape_of(strength)}; pass a number or ({rows},)")
+                raise ValueError(f"kl_weight has shape {shape_of(strength)}; pass a number or ({rows},)")
             parts.append(strength.reshape(-1, 1).expand(rows, 1))
         with torch.autocast(hidden.device.type, enabled=False):
             content = (hidden if self.train_hidden else hidden.detach()).to(dtype)

@@ -22,6 +22,6 @@ def causal_lm_of(model: Any) -> Any:
     return model.get_base_model() if is_peft(model) else model
 
 
-def takes_temperature(model: Any) -> bool:
-    """Say whether a model is conditioned on temperatures of the objectives too."""
-    return isinstance(model, HyperPromptModel) and model.hyper_prompt.temperature
+def takes_beta(model: Any) -> bool:
+    """Say whether a model is conditioned on β of the objectives too."""
+    return isinstance(model, HyperPromptModel) and model.hyper_prompt.takes_beta

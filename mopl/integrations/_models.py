@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mopl._extras import require
 from mopl._hub import naming_own_code
+from mopl._renamed import renamed_parameter
 from mopl._tensor_files import load_state
 from mopl.conditioning import LoraMixture, ParameterMixture
 from mopl.conditioning.adapter_base import base_of_adapter
@@ -30,18 +31,19 @@ SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")  # no process has the whole model
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a model's forward takes beside text: weights of objectives, temperatures."""
+    """What a model's forward takes beside text: weights of objectives, and β under a name of its own."""
 
     weights: bool
-    temperature: bool
+    beta: str | None
 
     @classmethod
     def of(cls, model: nn.Module) -> Conditions:
         """Read them off a model: `HyperPromptModel`, or any whose forward has an argument `weights`."""
         if isinstance(model, HyperPromptModel):
-            return cls(True, model.hyper_prompt.temperature)
-        names = inspect.signature(type(model).forward).parameters
-        return cls("weights" in names, "objective_temperature" in names)
+            return cls(True, "beta" if model.hyper_prompt.takes_beta else None)
+        forward = type(model).forward
+        names, beta = inspect.signature(forward).parameters, renamed_parameter(forward, "objective_temperature", "beta")
+        return cls("weights" in names, beta if beta in names else None)
 
 
 def prepare_model(model: Any, peft_config: Any = None, model_init_kwargs: dict[str, Any] | None = None) -> Any:
@@ -128,9 +130,9 @@ def model_keywords(
     if conditions is not None and conditions.weights:
         assert weights is not None
         options["weights"] = weights[rows]
-    if conditions is not None and conditions.temperature:
+    if conditions is not None and conditions.beta is not None:
         assert beta is not None
-        options["objective_temperature"] = beta[rows]
+        options[conditions.beta] = beta[rows]
     return options
 
 

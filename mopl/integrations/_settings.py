@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mopl._arguments import check_choice
+from mopl._renamed import deprecated
 from mopl.conditioning.sampling import check_weights, sample_betas, sample_weights
 
 LIST_LOSSES = ("listwise_dpo", "plackett_luce", "pairwise_logistic", "lambda_loss", "approx_ndcg")
@@ -26,12 +27,12 @@ class ObjectiveArguments:
             own. Labels must not be negative for "listwise_dpo" and "approx_ndcg"; for rewards pass
             `loss=functools.partial(mopl.losses.listwise_dpo, normalize="softmax", label_temperature=...)`.
         objective_beta: β of each objective, in place of one β for all.
-        beta_low: Lower end of the box that β is drawn from, for a model conditioned on temperatures; the loss then uses
+        beta_low: Lower end of the box that β is drawn from, for a model conditioned on it; the loss then uses
             β / ‖β‖₁ (Temperature-COS-DPO, Ren et al. 2025, equation 16).
         beta_high: Upper end of that box.
         objective_weights: One fixed w on the simplex. By default w is drawn for a model that takes `weights`, and is
             uniform for any other, whose optimum under drawn weights is that of their mean anyway.
-        weights_alpha: Concentration of the Dirichlet distribution that w is drawn from.
+        concentration: Of the Dirichlet distribution that w is drawn from.
         weights_per: Draw one w a `"list"`, or one a `"step"`.
         scalarization: How w makes one number of the loss vector, see `mopl.losses.scalarize`.
         cosine_penalty: λ, the factor of the cosine penalty.
@@ -41,6 +42,7 @@ class ObjectiveArguments:
         eval_points: Points of the grid of w for evaluation; sizes of lattices for m = 3 and 4. The trainers' argument
             `eval_weights` takes any points. None for a model that takes no weights, which is measured at those that it
             trains for.
+        weights_alpha: Deprecated: the old name of `concentration`.
     """
 
     objectives: list[str] | None = None
@@ -49,7 +51,7 @@ class ObjectiveArguments:
     beta_low: float | None = None
     beta_high: float | None = None
     objective_weights: list[float] | None = None
-    weights_alpha: float = 1.0
+    concentration: float = 1.0
     weights_per: str = "list"
     scalarization: str = "linear"
     cosine_penalty: float = 0.0
@@ -57,6 +59,7 @@ class ObjectiveArguments:
     length_normalized: bool = False
     reference_free: bool = False
     eval_points: int | None = None
+    weights_alpha: float | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.objectives, str):
@@ -69,8 +72,13 @@ class ObjectiveArguments:
             raise ValueError(f"beta_low is {self.beta_low} and beta_high is {self.beta_high}; pass both or neither")
         if self.beta_low is not None and self.objective_beta is not None:
             raise ValueError("objective_beta and the box beta_low, beta_high exclude each other; pass one of them")
-        if not self.weights_alpha > 0:
-            raise ValueError(f"weights_alpha is {self.weights_alpha} but must be positive")
+        if self.weights_alpha is not None:
+            if self.concentration != 1.0:
+                raise TypeError("weights_alpha is the old name of concentration, which is given too; pass that only")
+            deprecated("weights_alpha", "pass concentration, its name now", stacklevel=5)
+            self.concentration, self.weights_alpha = self.weights_alpha, None
+        if not self.concentration > 0:
+            raise ValueError(f"concentration is {self.concentration} but must be positive")
         # The arguments of transformers and of TRL come after this class in the order of inheritance.
         other = getattr(super(), "__post_init__", None)
         if other is not None:
@@ -84,7 +92,7 @@ def settings_of(args: Any) -> ObjectiveArguments:
 
 
 class TradeOffs:
-    """The weights and temperatures of lists: a function of (seed, step, place of the list in the step's batch).
+    """The weights and β of lists: a function of (seed, step, place of the list in the step's batch).
 
     So nothing depends on how a batch is split into processes and accumulation steps, and a resumed training draws what
     the interrupted one would have drawn.
@@ -95,10 +103,10 @@ class TradeOffs:
         beta: β where neither the settings nor the data have others.
         seed: Seed of the draws.
         conditioned: Whether the model takes weights.
-        temperature: Whether the model takes temperatures.
+        takes_beta: Whether the model takes β.
 
     Raises:
-        ValueError: If the number of weights or temperatures is not m, or a box is there without a model that takes it.
+        ValueError: If the number of weights or betas is not m, or a box is there without a model that takes it.
     """
 
     def __init__(
@@ -109,16 +117,16 @@ class TradeOffs:
         beta: float,
         seed: int,
         conditioned: bool,
-        temperature: bool,
+        takes_beta: bool,
     ) -> None:
         self.settings, self.objectives, self.seed = settings, objectives, seed
-        self.conditioned, self.temperature = conditioned, temperature
-        if temperature and settings.beta_low is None:
-            raise ValueError("the model is conditioned on temperatures; pass the box beta_low and beta_high")
-        if not temperature and settings.beta_low is not None:
+        self.conditioned, self.takes_beta = conditioned, takes_beta
+        if takes_beta and settings.beta_low is None:
+            raise ValueError("the model is conditioned on β; pass the box beta_low and beta_high")
+        if not takes_beta and settings.beta_low is not None:
             raise ValueError(
-                "beta_low and beta_high are for a model conditioned on temperatures "
-                "(HyperPrompt(..., temperature=True)); pass beta or objective_beta"
+                "beta_low and beta_high are for a model conditioned on β "
+                "(HyperPrompt(..., takes_beta=True)); pass beta or objective_beta"
             )
         given = settings.objective_beta
         if given is not None and len(given) != objectives:
@@ -139,14 +147,14 @@ class TradeOffs:
         """Return what lists `offset` to `offset + count - 1` of a step's batch train for, on the CPU.
 
         Returns:
-            w (count, m), the temperature of the loss (count or 1, m or 1), and the β that the model sees (count, m).
+            w (count, m), the β of the loss (count or 1, m or 1), and the β that the model sees (count, m).
         """
         settings, m = self.settings, self.objectives
         once = settings.weights_per == "step"
         rows = 1 if once else offset + count  # the first rows do not depend on how many are drawn
         chosen = slice(None) if once else slice(offset, offset + count)
         if self.fixed is None:
-            weights = sample_weights(m, rows, settings.weights_alpha, seed=self.seed, step=step)[chosen]
+            weights = sample_weights(m, rows, settings.concentration, seed=self.seed, step=step)[chosen]
         else:
             weights = self.fixed[None]
         weights = weights.expand(count, m)
@@ -157,7 +165,7 @@ class TradeOffs:
         return weights, drawn.normalized[chosen].expand(count, m), seen
 
     def at(self, weights: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the same three for one w (m,); a box of temperatures is represented by its middle."""
+        """Return the same three for one w (m,); a box of β is represented by its middle."""
         settings, m = self.settings, self.objectives
         weights = weights.float().expand(count, m)
         if settings.beta_low is None or settings.beta_high is None:

@@ -202,7 +202,7 @@ class MultiObjectiveTrainer(ListTrainer):
             beta=beta,
             seed=args.seed,
             conditioned=self.conditions.weights,
-            temperature=self.conditions.temperature,
+            takes_beta=self.conditions.beta is not None,
         )
         check_fit(args, settings, self.objective.loss, self.scoring, self.conditions, model, sets)
         self.eval_weights: Tensor = evaluation_grid(self.trade_offs, settings.eval_points, eval_weights)
@@ -301,10 +301,10 @@ class MultiObjectiveTrainer(ListTrainer):
         """
         batch, extras = batch_of(inputs)
         offset, factor = self._place(len(batch)) if self.model.training else (0, 1.0 / len(batch))
-        weights, temperature, beta = self._trade_offs(batch, extras, offset)
+        weights, beta, seen = self._trade_offs(batch, extras, offset)
         reference = self._reference(model, batch, extras)
-        scored = self.scoring(model, batch, self.conditions, weights, beta)
-        measured = self.objective(scored, batch, weights=weights, beta=temperature, reference=reference)
+        scored = self.scoring(model, batch, self.conditions, weights, seen)
+        measured = self.objective(scored, batch, weights=weights, beta=beta, reference=reference)
         if self.model.training:
             self._totals.add(measured, batch.objective_mask)
         loss = measured.value.sum() * factor
@@ -314,15 +314,15 @@ class MultiObjectiveTrainer(ListTrainer):
         return loss, outputs
 
     def _trade_offs(self, batch: ListBatch, extras: Extras, offset: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return w (B, m), the temperature of the loss and the β that the model sees, on the batch's device."""
+        """Return w (B, m), the β of the loss and the β that the model sees, on the batch's device."""
         drawn = self.trade_offs.draw(self.state.global_step, offset, len(batch))
-        weights, temperature, beta = (value.to(batch.labels.device, non_blocking=True) for value in drawn)
+        weights, beta, seen = (value.to(batch.labels.device, non_blocking=True) for value in drawn)
         if extras.weights is not None:
             weights = extras.weights
         if extras.beta is not None:
-            beta = extras.beta
-            temperature = beta / beta.sum(-1, keepdim=True) if self.conditions.temperature else beta
-        return weights, temperature, beta
+            seen = extras.beta
+            beta = seen / seen.sum(-1, keepdim=True) if self.conditions.beta else seen
+        return weights, beta, seen
 
     # ---------------------------------------------------------------- evaluation
 
@@ -356,10 +356,10 @@ class MultiObjectiveTrainer(ListTrainer):
             reference = self._reference(model, batch, extras)
             for point in self.eval_weights:
                 parts = self.trade_offs.at(point, len(batch))
-                weights, temperature, beta = (value.to(device, non_blocking=True) for value in parts)
+                weights, beta, seen = (value.to(device, non_blocking=True) for value in parts)
                 if scored is None or self.conditions.weights:
-                    scored = self.scoring(model, batch, self.conditions, weights, beta)
-                grid.add(self.objective(scored, batch, weights=weights, beta=temperature, reference=reference))
+                    scored = self.scoring(model, batch, self.conditions, weights, seen)
+                grid.add(self.objective(scored, batch, weights=weights, beta=beta, reference=reference))
         return None, grid.read(), batch.objective_mask.float()
 
     def _grid_metrics(self, prediction: Any) -> dict[str, float]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mopl._arguments import check_positive
 from mopl.conditioning import TextPrompt, WeightedModel, check_weights
-from mopl.conditioning.weighted import causal_lm_of, takes_temperature
+from mopl.conditioning.weighted import causal_lm_of, takes_beta
 from mopl.language_models.data import RowError
 from mopl.language_models.tokenization import ListTokenizer
 from mopl.language_models.turns import TurnEnds, turn_ends
@@ -40,7 +40,7 @@ class Condition:
     """What each of B prompts is answered at: w (B, m), β (B, m), c (B,) float64 with ‖β‖₁ inside."""
 
     weights: Tensor | None
-    temperature: Tensor | None
+    beta: Tensor | None
     c: Tensor
 
 
@@ -67,19 +67,19 @@ def prompt_tokens(encoder: ListTokenizer, prompt: Prompt, number: int) -> list[i
 
 
 def condition_of(
-    model: nn.Module, weights: Any, temperature: Any, scale: Any, text_prompt: TextPrompt | None, count: int
+    model: nn.Module, weights: Any, beta: Any, scale: Any, text_prompt: TextPrompt | None, count: int
 ) -> Condition:
     """Check what the prompts are answered at, and give each prompt its own."""
     if isinstance(model, WeightedModel):
-        names, wants_temperature = model.record.objectives, takes_temperature(model)
+        names, wants_beta = model.record.objectives, takes_beta(model)
         if text_prompt is not None:
             raise ValueError(
                 f"text_prompt was passed but the model is a {type(model).__name__}, which takes weights by itself"
             )
     elif text_prompt is not None:
-        names, wants_temperature = text_prompt.objectives, text_prompt.temperature
+        names, wants_beta = text_prompt.objectives, text_prompt.takes_beta
     else:
-        names, wants_temperature = (), False
+        names, wants_beta = (), False
     if (weights is not None) != bool(names):
         raise ValueError(
             f"weights are missing; pass one for each of {', '.join(names)}"
@@ -87,21 +87,18 @@ def condition_of(
             else "weights were passed but the model has none: pass a HyperPromptModel or a LoraMixture, or "
             "text_prompt with a model that was trained with it"
         )
-    if (temperature is not None) != wants_temperature:
+    if (beta is not None) != wants_beta:
         raise ValueError(
-            "objective_temperature is missing: the model is conditioned on temperatures; pass one for each objective"
-            if wants_temperature
-            else "objective_temperature was passed but the model is not conditioned on temperatures; to move closer to "
-            "the reference pass scale"
+            "beta is missing: the model is conditioned on it; pass one number for each objective"
+            if wants_beta
+            else "beta was passed but the model is not conditioned on it; to move closer to the reference pass scale"
         )
     c = check_positive(scale, "scale", "above 1 is closer to the reference").double().cpu()
     if c.ndim > 1 or (c.ndim == 1 and len(c) != count):
         raise ValueError(f"scale has shape {tuple(c.shape)} but there are {count} prompts; pass a number or one each")
     w = None if weights is None else _each(check_weights(weights, len(names)), "weights", len(names), count)
-    beta = None
-    if temperature is not None:
-        beta = check_positive(temperature, "objective_temperature").double()
-        beta = _each(beta, "objective_temperature", len(names), count)
+    if beta is not None:
+        beta = _each(check_positive(beta, "beta").double(), "beta", len(names), count)
         c = c * beta.sum(-1).cpu()
     return Condition(w, beta, c.expand(count))
 

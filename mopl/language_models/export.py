@@ -48,6 +48,7 @@ from torch import Tensor, nn
 from mopl import __version__
 from mopl._arguments import check_choice
 from mopl._files import write_folder
+from mopl._renamed import renamed_keywords
 from mopl.conditioning import (
     HyperPromptModel,
     LoraMixture,
@@ -59,7 +60,7 @@ from mopl.conditioning import (
 from mopl.conditioning.adapter_base import base_of_adapter
 from mopl.conditioning.causal_lm import is_peft
 from mopl.conditioning.merging import merged, settle_merged, settle_ties
-from mopl.conditioning.weighted import causal_lm_of, takes_temperature
+from mopl.conditioning.weighted import causal_lm_of, takes_beta
 from mopl.language_models._export_adapter import save_mixed_adapter, save_prompt
 from mopl.language_models._export_check import (
     TOLERANCE,
@@ -79,6 +80,7 @@ CONFIG_FILE, KIND = "mopl.json", "export"
 NEVER = -1e4  # a logit below any other, within float16
 
 
+@renamed_keywords(objective_temperature="beta")
 def export(
     model: nn.Module,
     tokenizer: Any,
@@ -86,7 +88,7 @@ def export(
     directory: str | os.PathLike[str],
     *,
     kind: Literal["model", "adapter"] = "model",
-    objective_temperature: Tensor | Sequence[float] | None = None,
+    beta: Tensor | Sequence[float] | None = None,
     text_prompt: TextPrompt | None = None,
     keep_tied: bool = False,
     origin: str | None = None,
@@ -102,7 +104,7 @@ def export(
         weights: w, (m,) on the simplex; None for a model with fixed weights.
         directory: A path where nothing is, or an empty directory.
         kind: `"model"` or `"adapter"`, see above.
-        objective_temperature: β of a model conditioned on temperatures, (m,), with Σ β = 1: other sums mix the model
+        beta: β of a model conditioned on it, (m,), with Σ β = 1: other sums mix the model
             with its reference (equation 15), which is two models.
         text_prompt: What writes weights into prompts.
         keep_tied: Leave a head that is tied to the embeddings tied, see above.
@@ -125,8 +127,8 @@ def export(
             f"a {type(tokenizer).__name__} cannot be told to write tokens in front; load a tokenizer of the tokenizers "
             "library (use_fast=True)"
         )
-    w, beta = _condition(model, weights, objective_temperature, text_prompt)
-    record = _record(model, kind, w, beta, text_prompt, origin)
+    w, each_beta = _condition(model, weights, beta, text_prompt)
+    record = _record(model, kind, w, each_beta, text_prompt, origin)
     if isinstance(model, HyperPromptModel) and model.positions != "hf":
         raise ValueError(
             f"the model was trained with positions={model.positions!r}, which no plain model has: virtual tokens "
@@ -145,10 +147,10 @@ def export(
     made, front, prefix = tokenizer, None, None
     if text_prompt is not None:
         assert w is not None
-        front = prepare_tokenizer(tokenizer, text=text_prompt.render(w, beta))
+        front = prepare_tokenizer(tokenizer, text=text_prompt.render(w, each_beta))
     elif isinstance(model, HyperPromptModel):
         with torch.no_grad():
-            prefix = model.hyper_prompt(w, beta)[0].detach()  # type: ignore[arg-type]
+            prefix = model.hyper_prompt(w, each_beta)[0].detach()  # type: ignore[arg-type]
         if kind == "model":
             front = prepare_tokenizer(tokenizer, prefix.shape[0])
             record["virtual_tokens"] = {"ids": front.ids, "tokens": front.tokens}
@@ -157,7 +159,7 @@ def export(
     vocabulary = virtual[0] if virtual else base.get_input_embeddings().weight.shape[0]
     check = None if front is None else (tokenizer, front)
     if kind == "adapter":
-        logits = logits_of_source(model, vocabulary, w, beta)
+        logits = logits_of_source(model, vocabulary, w, each_beta)
 
         def save(path: Path) -> None:
             if isinstance(model, HyperPromptModel):
@@ -185,7 +187,7 @@ def export(
         logits = logits_of_export(plain[0], vocabulary, virtual)
     except IndexError as error:  # a second table of embeddings, say, which has not grown
         raise ValueError(f"{name} fails on a short text ({error}), so nothing was exported; {remedy}") from error
-    compare(logits, logits_of_source(model, vocabulary, w, beta), TOLERANCE[base.dtype], name, remedy)
+    compare(logits, logits_of_source(model, vocabulary, w, each_beta), TOLERANCE[base.dtype], name, remedy)
 
     def save_model(path: Path) -> None:
         plain.pop().save_pretrained(str(path))
@@ -206,16 +208,16 @@ def _plain_model(model: Any, weights: Tensor | None) -> Any:
 
 
 def _condition(
-    model: nn.Module, weights: Any, temperature: Any, text_prompt: TextPrompt | None
+    model: nn.Module, weights: Any, beta: Any, text_prompt: TextPrompt | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Check and return w (m,) and β (m,)."""
     names: Sequence[str] = ()
-    wants_temperature = False
+    wants_beta = False
     if isinstance(model, (WeightedModel, ParameterMixture)):
         record: Any = model.record
-        names, wants_temperature = record.objectives, takes_temperature(model)
+        names, wants_beta = record.objectives, takes_beta(model)
     elif text_prompt is not None:
-        names, wants_temperature = text_prompt.objectives, text_prompt.temperature
+        names, wants_beta = text_prompt.objectives, text_prompt.takes_beta
     if (weights is not None) != bool(names):
         raise ValueError(
             f"weights are missing; pass one for each of {', '.join(names)}"
@@ -223,25 +225,25 @@ def _condition(
             else "weights were passed but the model has none: pass a HyperPromptModel or a mixture, or "
             "text_prompt with a model that was trained with it"
         )
-    if (temperature is not None) != wants_temperature:
+    if (beta is not None) != wants_beta:
         raise ValueError(
-            f"objective_temperature is {'missing' if wants_temperature else 'passed'} but the model is "
-            f"{'' if wants_temperature else 'not '}conditioned on temperatures"
+            f"beta is {'missing' if wants_beta else 'passed'} but the model is "
+            f"{'' if wants_beta else 'not '}conditioned on it"
         )
     if weights is None:
         return None, None
     w = check_weights(weights, len(names))
     if w.ndim != 1:
         raise ValueError(f"weights has shape {tuple(w.shape)} but one export has one trade-off; pass ({len(names)},)")
-    if temperature is None:
+    if beta is None:
         return w, None
-    beta = torch.as_tensor(temperature, dtype=torch.float64)
+    beta = torch.as_tensor(beta, dtype=torch.float64)
     if beta.shape != w.shape or not bool((beta.isfinite() & (beta > 0)).all()):
-        raise ValueError(f"objective_temperature is {beta.tolist()} but must be {len(names)} positive numbers")
+        raise ValueError(f"beta is {beta.tolist()} but must be {len(names)} positive numbers")
     total = float(beta.sum())
     if abs(total - 1) > 1e-4:
         raise ValueError(
-            f"objective_temperature sums to {total:g}: at other sums than 1 answers are a mixture with the reference, "
+            f"beta sums to {total:g}: at other sums than 1 answers are a mixture with the reference, "
             f"which one plain model is not. Export at {', '.join(f'{b / total:.4g}' for b in beta.tolist())}, or "
             "generate with mopl"
         )

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from mopl._arguments import check_choice
+from mopl._renamed import renamed_keywords
 from mopl._restoring import evaluating, seeded
 from mopl._rows import generation_keywords, takes_left_padding
 from mopl.conditioning import HyperPromptModel, TextPrompt
@@ -100,6 +101,7 @@ class Generation:
     effective_samples: float | None = None
 
 
+@renamed_keywords(objective_temperature="beta")
 def generate(
     model: nn.Module,
     tokenizer: Any,
@@ -107,7 +109,7 @@ def generate(
     weights: Numbers | None = None,  # (m,) or (B, m)
     *,
     scale: float | Sequence[float] | Tensor = 1.0,  # number or (B,)
-    objective_temperature: Numbers | None = None,  # (m,) or (B, m)
+    beta: Numbers | None = None,  # (m,) or (B, m)
     reference: nn.Module | None = None,
     max_new_tokens: int = 128,
     candidates: int = 1,
@@ -132,7 +134,7 @@ def generate(
             training (`ListTokenizer.prompt_tokens`) and are never cut.
         weights: w on the simplex, one for all prompts (m,) or one each (B, m); None for a model with fixed weights.
         scale: c > 0, one for all prompts or one each: above 1 towards the reference, below 1 away from it.
-        objective_temperature: β > 0 of a model conditioned on temperatures, (m,) or (B, m).
+        beta: β > 0 of a model conditioned on it, (m,) or (B, m).
         reference: The model that is p0; None: the model itself with adapters and prompt off.
         max_new_tokens: Most tokens of a response. p and p0 are then those of responses that stop there.
         candidates: Samples for each prompt, n.
@@ -160,7 +162,7 @@ def generate(
     else:
         encoder = ListTokenizer(tokenizer, max_length=None, template=template, append_eos=False)
     options, ends = generate_options(model, encoder, dict(kwargs), candidates, rerank, max_new_tokens)
-    condition = condition_of(model, weights, objective_temperature, scale, text_prompt, count)
+    condition = condition_of(model, weights, beta, scale, text_prompt, count)
     needs_reference = bool((condition.c != 1).any())
     base = Reference(model, reference) if needs_reference else None
     tokens = [prompt_tokens(encoder, prompt, number) for number, prompt in enumerate(conversations)]
@@ -196,22 +198,22 @@ class _Rows:
         self.plain = [tokens[i] for i in chosen]
         select = slice(chosen.start, chosen.stop)
         self.weights = None if condition.weights is None else condition.weights[select]
-        self.temperature = None if condition.temperature is None else condition.temperature[select]
+        self.beta = None if condition.beta is None else condition.beta[select]
         self.c = condition.c[select]
         self.own = self.plain
         # What a model takes as keywords; to any other model the condition is part of the text.
         self.arguments: dict[str, Tensor] = {}
         if text_prompt is not None:
             assert self.weights is not None
-            beta: list[Any] = [None] * len(chosen) if self.temperature is None else list(self.temperature)
+            beta: list[Any] = [None] * len(chosen) if self.beta is None else list(self.beta)
             self.own = [
                 text_prompt.prepend_ids(tokens, w, encoder.tokenizer, b)
                 for tokens, w, b in zip(self.plain, self.weights, beta, strict=True)
             ]
         elif self.weights is not None:
             self.arguments["weights"] = self.weights
-            if self.temperature is not None:
-                self.arguments["objective_temperature"] = self.temperature
+            if self.beta is not None:
+                self.arguments["beta"] = self.beta
 
 
 def _check_room(model: nn.Module, rows: _Rows, max_new_tokens: int) -> None:

@@ -228,7 +228,7 @@ def scores_of(model, run, weights=None, beta=None):
     labels = ids.masked_fill(torch.arange(5) < 2, -100)
     options = {} if weights is None else {"weights": torch.tensor(weights)}
     if beta is not None:
-        options["objective_temperature"] = torch.tensor(beta)
+        options["beta"] = torch.tensor(beta)
     batch = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
     with torch.no_grad():
         return score_sequences(model, batch, **options).scores
@@ -297,7 +297,7 @@ def test_front_json_is_what_the_loaded_model_gives_on_the_held_out_lists(run):
                 x[first:].gather(-1, row[0, first + 1 :, None]).sum() for x, row in zip(logits, rows, strict=True)
             ]))  # fmt: skip
         losses.append(
-            listwise_dpo(found[0][None], torch.tensor(item.labels)[None], reference=found[1][None], temperature=0.1,
+            listwise_dpo(found[0][None], torch.tensor(item.labels)[None], reference=found[1][None], beta=0.1,
                          normalize="softmax", reduction="none").detach()
         )  # fmt: skip
     front = Front.load(run / "weight-cos-dpo" / "front.json")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mopl import reference_policy as exact
-from mopl.conditioning import AlphaCoefficients, ParameterMixture
+from mopl.conditioning import KLWeightCoefficients, ParameterMixture
 from mopl.losses import policy_gradient, value_loss
 from mopl.steering import log_mix, mix_experts, realign
 
@@ -36,7 +36,7 @@ def gradient_loss(logits: Tensor, weights: Tensor, alpha: float, kl_form: str = 
     result = policy_gradient(
         logp.reshape(-1, 1), REWARDS.T.repeat(contexts, 1), weights.expand(*logits.shape[:-1], -1)
         .reshape(contexts, -1).repeat_interleave(responses, 0),
-        alpha=alpha, reference=REFERENCE.repeat(contexts)[:, None], kl_form=kl_form, reduction="none", **options,
+        kl_weight=alpha, reference=REFERENCE.repeat(contexts)[:, None], kl_form=kl_form, reduction="none", **options,
     )  # fmt: skip
     return (share * result.loss).sum()
 
@@ -128,7 +128,7 @@ def test_sampled_gradients_are_unbiased_and_baselines_lower_their_variance() -> 
 
     # A value baseline as it is learned: one parameter, by gradient descent on the value loss.
     learned = torch.zeros((), dtype=F64, requires_grad=True)
-    options = dict(alpha=alpha, reference=reference[samples][:, None], reduction="none")
+    options = dict(kl_weight=alpha, reference=reference[samples][:, None], reduction="none")
     returns = policy_gradient(logp[samples][:, None], rewards.T[samples], w, **options).sequence_returns
     for start in range(0, 20_000, 100):
         value_loss(learned.expand(100), returns[start : start + 100]).backward()
@@ -271,7 +271,7 @@ def test_stochastic_training_with_the_loss_approaches_the_optimum_for_every_weig
         logp = mixture(torch.zeros(prompts, 1), weights=w)
         y = torch.multinomial(logp.detach().exp(), group, replacement=True)
         result = policy_gradient(
-            logp.gather(1, y).reshape(-1, 1), REWARDS.T[y.reshape(-1)], w.repeat_interleave(group, 0), alpha=alpha,
+            logp.gather(1, y).reshape(-1, 1), REWARDS.T[y.reshape(-1)], w.repeat_interleave(group, 0), kl_weight=alpha,
             reference=REFERENCE[y].reshape(-1, 1), baseline="leave_one_out", group=group,
         )  # fmt: skip
         optimizer.zero_grad()
@@ -285,12 +285,12 @@ def test_stochastic_training_with_the_loss_approaches_the_optimum_for_every_weig
 
 @pytest.mark.parametrize("kl_form", FORMS)
 def test_alpha_coefficients_are_exact_for_every_weighting_and_kl_weight(kl_form: str) -> None:
-    mixture = ParameterMixture(Tabular(REFERENCE), 2, scope="full", coefficients=AlphaCoefficients(0.1, kl_form))
+    mixture = ParameterMixture(Tabular(REFERENCE), 2, scope="full", coefficients=KLWeightCoefficients(0.1, kl_form))
     with torch.no_grad():
         for i, (logits,) in enumerate(mixture.sets[:2]):
             logits.copy_(REFERENCE + exact.reward_strength(0.1, kl_form) * REWARDS[i])
     for alpha in (0.1, 0.2, 0.5, 0.9):
-        logp = mixture(torch.zeros(11, 1), weights=GRID, alpha=alpha)
+        logp = mixture(torch.zeros(11, 1), weights=GRID, kl_weight=alpha)
         assert regret(logp, GRID, alpha, kl_form=kl_form).abs().max() < 1e-12
         # α itself as the coefficient is not exact.
         share = (1 - alpha) / 0.9

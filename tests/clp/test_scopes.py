@@ -79,7 +79,7 @@ def train(model: nn.Module, seed: int, steps: int, rate: float, fixed: Tensor | 
         else:
             w = fixed
             logp = logprob(model, prompts, y)
-        loss = policy_gradient(logp, rewards(y), w, alpha=ALPHA, reference=base_logprob, reduction="none").loss
+        loss = policy_gradient(logp, rewards(y), w, kl_weight=ALPHA, reference=base_logprob, reduction="none").loss
         optimizer.zero_grad()
         (logp.detach().sum(-1).exp() * loss).sum().div(contexts).backward()
         optimizer.step()

@@ -125,7 +125,7 @@ def test_a_step_is_the_same_however_often_it_is_asked_for_and_however_it_is_cut(
     assert sum((part.texts for part in cut), ()) == whole.texts
     assert torch.equal(torch.cat([part.weights for part in cut]), whole.weights)
     assert len(torch.unique(whole.weights, dim=0)) == 3
-    drawn = torch.cat([source(2 * r).alpha for r in range(60)])
+    drawn = torch.cat([source(2 * r).kl_weight for r in range(60)])
     assert set(drawn.tolist()) == set(torch.tensor(config.kl_weight).tolist())
 
 
@@ -189,7 +189,7 @@ def full_kl(policy: Policy, sampler: Sampler, rollout: Rollout, temperature: flo
     text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     with torch.no_grad(), policy.reference() as reference:
         log_q = (reference(**text).logits / temperature).log_softmax(-1)
-    logits = policy.model(**text, **policy.arguments(rollout.weights, rollout.alpha)).logits
+    logits = policy.model(**text, **policy.arguments(rollout.weights, rollout.kl_weight)).logits
     log_p = (logits / temperature).log_softmax(-1)
     kl = (log_p.exp() * (log_p - log_q)).sum(-1)[rows, place].masked_fill(~exists, 0.0)
     logprob = log_p.gather(-1, inputs["targets"].clamp(min=0)[..., None])[..., 0][rows, place]
@@ -219,7 +219,7 @@ def test_the_exact_kl_and_its_gradient_are_those_of_the_full_logits(scope, famil
     inputs, place, _ = sampler.inputs(rollout.prompts, rollout.responses, "cpu")
     hidden = torch.zeros(*inputs["targets"].shape, rollout.hidden.shape[-1])
     hidden[inputs["targets"] >= 0] = rollout.hidden[exists]
-    every = policy(inputs, rollout.weights, rollout.alpha, 0.7, None, hidden)[2]
+    every = policy(inputs, rollout.weights, rollout.kl_weight, 0.7, None, hidden)[2]
     found = every.gather(1, place).masked_fill(~exists, 0.0)
     assert expected[exists].min() > 1e-3 and torch.allclose(found, expected, atol=1e-5, rtol=1e-4)
     assert (every[inputs["targets"] < 0] == 0).all()
@@ -247,8 +247,8 @@ def test_a_step_with_the_exact_kl_has_the_gradient_of_full_logits(tmp_path, scop
     rollout = roll(policy, batch, loss.sampler, judge(), config)
     logprob, kl, exists = full_kl(policy, loss.sampler, rollout, 1.0)
     expected = policy_gradient(
-        logprob, rollout.rewards, rollout.weights, alpha=rollout.alpha, mask=exists, baseline="leave_one_out", group=2,
-        kl_in=kl_in, kl_estimator="exact", exact_kl=kl,
+        logprob, rollout.rewards, rollout.weights, kl_weight=rollout.kl_weight, mask=exists,
+        baseline="leave_one_out", group=2, kl_in=kl_in, kl_estimator="exact", exact_kl=kl,
     )  # fmt: skip
     assert float(logs["kl"]) == pytest.approx(float(expected.kl.mean()), rel=1e-4)
     for a, b in zip(found, torch.autograd.grad(expected.loss, trained), strict=True):

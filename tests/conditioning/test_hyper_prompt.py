@@ -78,11 +78,11 @@ def text(padding: str = "right") -> dict[str, Tensor]:
 # ---------------------------------------------------------------- the prompt
 
 
-@pytest.mark.parametrize("temperature", [False, True])
-def test_the_mask_starts_at_exactly_one_for_every_w_and_the_prompt_at_p(temperature: bool) -> None:
-    prompt = HyperPrompt(3, 8, 4, 32, temperature=temperature)
+@pytest.mark.parametrize("takes_beta", [False, True])
+def test_the_mask_starts_at_exactly_one_for_every_w_and_the_prompt_at_p(takes_beta: bool) -> None:
+    prompt = HyperPrompt(3, 8, 4, 32, takes_beta=takes_beta)
     w = sample_weights(3, 50, 0.3, seed=0, step=0)
-    beta = torch.rand(50, 3) + 0.1 if temperature else None
+    beta = torch.rand(50, 3) + 0.1 if takes_beta else None
     assert prompt.mask(w, beta).shape == (50, 8, 32) and bool((prompt.mask(w, beta) == 1).all())
     assert torch.equal(prompt(w, beta), prompt.prefix.expand(50, 8, 32))
     assert abs(float(prompt.prefix.detach().std()) - 0.02) < 0.005 and prompt.width == 32
@@ -113,7 +113,7 @@ def test_training_leaves_the_mask_of_rank_r_and_not_of_rank_one() -> None:
 
 
 def test_only_the_direction_of_beta_enters() -> None:
-    prompt = trained_prompt(temperature=True)
+    prompt = trained_prompt(takes_beta=True)
     beta = torch.tensor([0.7, 1.4])
     torch.testing.assert_close(prompt(WEIGHTS, beta), prompt(WEIGHTS, 7 * beta))
     assert not torch.allclose(prompt(WEIGHTS, beta), prompt(WEIGHTS, beta.flip(0)))
@@ -143,9 +143,9 @@ def test_set_prefix_cuts_or_repeats() -> None:
         (lambda: HyperPrompt(2, 4, 5, 32), "rank is 5"),
         (lambda: HyperPrompt(0, 4, 2, 32), "objectives is 0"),
         (lambda: HyperPrompt(2, 4, 2, 32)(torch.ones(3)), r"m = 2"),
-        (lambda: HyperPrompt(2, 4, 2, 32)(torch.ones(2), torch.ones(2)), "temperature=True"),
-        (lambda: HyperPrompt(2, 4, 2, 32, temperature=True)(torch.ones(2)), "temperature is missing"),
-        (lambda: HyperPrompt(2, 4, 2, 32, temperature=True)(torch.ones(3, 2), torch.ones(2, 2)), "temperature is"),
+        (lambda: HyperPrompt(2, 4, 2, 32)(torch.ones(2), torch.ones(2)), "takes_beta=True"),
+        (lambda: HyperPrompt(2, 4, 2, 32, takes_beta=True)(torch.ones(2)), "beta is missing"),
+        (lambda: HyperPrompt(2, 4, 2, 32, takes_beta=True)(torch.ones(3, 2), torch.ones(2, 2)), "beta is"),
     ],
 )
 def test_bad_prompts_are_named(call, message: str) -> None:

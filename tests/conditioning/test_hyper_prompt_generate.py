@@ -183,14 +183,14 @@ def test_processors_of_generate_see_the_tokens_of_the_prompt() -> None:
         assert not set(row.tolist()) & (set(text.tolist()) - {EOS, PAD})
 
 
-def test_temperatures_condition_generation() -> None:
-    model = HyperPromptModel(build(), trained_prompt(temperature=True)).eval()
-    one = model.generate(**prompts(), weights=WEIGHTS, objective_temperature=[0.7, 1.5], **GREEDY)
-    same = model.generate(**prompts(), weights=WEIGHTS, objective_temperature=torch.tensor([[1.4, 3.0]]), **GREEDY)
-    other = model.generate(**prompts(), weights=WEIGHTS, objective_temperature=[1.5, 0.7], **GREEDY)
+def test_betas_condition_generation() -> None:
+    model = HyperPromptModel(build(), trained_prompt(takes_beta=True)).eval()
+    one = model.generate(**prompts(), weights=WEIGHTS, beta=[0.7, 1.5], **GREEDY)
+    same = model.generate(**prompts(), weights=WEIGHTS, beta=torch.tensor([[1.4, 3.0]]), **GREEDY)
+    other = model.generate(**prompts(), weights=WEIGHTS, beta=[1.5, 0.7], **GREEDY)
     assert torch.equal(one, same) and not torch.equal(one, other)
     rows = torch.tensor([[1.0, 2.0], [2.0, 1.0], [1.0, 1.0]])
-    assert model(**prompts(), weights=WEIGHTS[0], objective_temperature=rows).logits.shape[0] == 3
+    assert model(**prompts(), weights=WEIGHTS[0], beta=rows).logits.shape[0] == 3
 
 
 # ---------------------------------------------------------------- files
@@ -268,7 +268,7 @@ def test_a_plain_model_rejects_weights() -> None:
         ({}, "weights are missing; pass one for each of objective_1, objective_2"),
         ({"weights": WEIGHTS[:2]}, "3 rows and 2 objectives"),
         ({"weights": torch.ones(3)}, "m = 2"),
-        ({"weights": WEIGHTS, "objective_temperature": torch.ones(2)}, "not conditioned on it"),
+        ({"weights": WEIGHTS, "beta": torch.ones(2)}, "not conditioned on it"),
         ({"weights": WEIGHTS, "attention_mask": torch.ones(3, 13)}, "attention_mask covers 13"),
         ({"weights": WEIGHTS, "attention_mask": torch.ones(3, 1, 12, 12)}, "attention_mask has shape"),
         ({"weights": WEIGHTS, "attention_mask": None, "position_ids": torch.arange(12)[None]}, r"one row \(1, N\)"),

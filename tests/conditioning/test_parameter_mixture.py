@@ -12,7 +12,7 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 from mopl.alignment import fuse, score_sequences
-from mopl.conditioning import AlphaCoefficients, LoraMixture, ParameterMixture
+from mopl.conditioning import KLWeightCoefficients, LoraMixture, ParameterMixture
 from mopl.steering import soup
 
 COMMON = dict(
@@ -340,31 +340,31 @@ def test_rows_generate_at_their_own_mixture() -> None:
     assert twice.shape[0] == 8 and torch.equal(twice[::2, :5], IDS) and torch.equal(twice[1::2, :5], IDS)
 
 
-# ---------------------------------------------------------------- alpha
+# ---------------------------------------------------------------- KL weight
 
 
-def test_alpha_coefficients_by_hand() -> None:
-    rule = AlphaCoefficients(0.1)  # κ = 9
+def test_coefficients_of_kl_weights_by_hand() -> None:
+    rule = KLWeightCoefficients(0.1)  # κ = 9
     w = torch.tensor([[0.25, 0.75], [0.5, 0.5]]).double()
     torch.testing.assert_close(rule(w, torch.tensor([0.1, 0.5]).double()), torch.tensor(
         [[0.25, 0.75, 0.0], [0.5 / 9, 0.5 / 9, 8 / 9]]).double())  # fmt: skip
-    penalty = AlphaCoefficients(0.5, "penalty", anchor=False)
+    penalty = KLWeightCoefficients(0.5, "penalty", anchor=False)
     torch.testing.assert_close(penalty(w, torch.tensor([1.0, 2.0]).double()), w * torch.tensor([[0.5], [0.25]]))
 
 
-def test_alpha_moves_the_mixture_between_the_anchor_and_the_sets() -> None:
-    mixture = mixed("full", coefficients=AlphaCoefficients(0.1))
+def test_the_kl_weight_moves_the_mixture_between_the_anchor_and_the_sets() -> None:
+    mixture = mixed("full", coefficients=KLWeightCoefficients(0.1))
     assert len(mixture.sets) == 3
     plain = averaged(mixture, torch.tensor([0.3 / 9, 0.7 / 9, 8 / 9]))
-    torch.testing.assert_close(logits(mixture, weights=W, alpha=0.5), logits(plain), rtol=1e-4, atol=1e-5)
-    rows = logits(mixture, weights=W, alpha=torch.tensor([0.5, 0.1, 0.5, 1.0]))
+    torch.testing.assert_close(logits(mixture, weights=W, kl_weight=0.5), logits(plain), rtol=1e-4, atol=1e-5)
+    rows = logits(mixture, weights=W, kl_weight=torch.tensor([0.5, 0.1, 0.5, 1.0]))
     torch.testing.assert_close(rows[3:], logits(set_model(mixture, 2))[3:], rtol=1e-4, atol=1e-5)
     with mixture.at(W, 0.5) as model:
         torch.testing.assert_close(logits(model), logits(plain), rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="alpha is missing"):
+    with pytest.raises(ValueError, match="kl_weight is missing"):
         mixture(input_ids=IDS, weights=W)
     with pytest.raises(ValueError, match="leave it out"):
-        mixed()(input_ids=IDS, weights=W, alpha=0.5)
+        mixed()(input_ids=IDS, weights=W, kl_weight=0.5)
 
 
 def test_coefficients_may_be_any_function() -> None:
@@ -380,8 +380,8 @@ def test_coefficients_may_be_any_function() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("scope", SCOPES)
 def test_saved_mixture_comes_back_bit_for_bit(scope: str, family: str, tmp_path) -> None:
-    rule = AlphaCoefficients(0.2) if scope == "attention" else None
-    given = {} if rule is None else {"alpha": 0.4}
+    rule = KLWeightCoefficients(0.2) if scope == "attention" else None
+    given = {} if rule is None else {"kl_weight": 0.4}
     mixture = mixed(scope, family, coefficients=rule, record=["helpful", "short"])
     mixture.save_pretrained(tmp_path)
     for model in (None, build(family)):
@@ -405,11 +405,11 @@ def test_files_that_do_not_fit_are_refused(tmp_path) -> None:
         LoraMixture.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("rule", [None, AlphaCoefficients(0.2)])
+@pytest.mark.parametrize("rule", [None, KLWeightCoefficients(0.2)])
 def test_other_coefficients_than_those_of_the_training_are_refused(rule, tmp_path) -> None:
     mixed("logits", coefficients=rule).save_pretrained(tmp_path)
     assert ParameterMixture.from_pretrained(tmp_path, coefficients=rule).coefficients == rule
-    for other in (AlphaCoefficients(0.1), lambda w, alpha: w):
+    for other in (KLWeightCoefficients(0.1), lambda w, alpha: w):
         with pytest.raises(ValueError, match=r"was trained with .*leave coefficients out"):
             ParameterMixture.from_pretrained(tmp_path, coefficients=other)
 
@@ -566,8 +566,8 @@ def test_lora_rows_generate_in_one_batch() -> None:
 
 
 def test_lora_alpha_scales_the_adapters() -> None:
-    mixture = lora(coefficients=AlphaCoefficients(0.1, anchor=False))
-    actual = logits(mixture, weights=W, alpha=torch.tensor([0.1, 0.5, 1.0, 0.5]))
+    mixture = lora(coefficients=KLWeightCoefficients(0.1, anchor=False))
+    actual = logits(mixture, weights=W, kl_weight=torch.tensor([0.1, 0.5, 1.0, 0.5]))
     expected = logits(added(mixture, W / 9))
     torch.testing.assert_close(actual[1::2], expected[1::2], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(actual[2], logits(build())[2], rtol=1e-4, atol=1e-5)

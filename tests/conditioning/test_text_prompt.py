@@ -30,12 +30,12 @@ def test_vectors_that_agree_to_the_digits_give_the_same_prompt_and_others_do_not
     assert prompt.render((1.0, 0.0)) != prompt.render((0.0, 1.0))
 
 
-def test_braces_and_temperatures_in_a_template() -> None:
-    prompt = TextPrompt(HELPFUL, template="{{w}} {weights} | {temperatures} ")
-    assert prompt.temperature and not TextPrompt(HELPFUL).temperature
-    text = prompt.render((0.5, 0.5), temperature=(1.0, 3.0))
+def test_braces_and_betas_in_a_template() -> None:
+    prompt = TextPrompt(HELPFUL, template="{{w}} {weights} | {betas} ")
+    assert prompt.takes_beta and not TextPrompt(HELPFUL).takes_beta
+    text = prompt.render((0.5, 0.5), beta=(1.0, 3.0))
     assert text == "{w} helpful: 0.50, harmless: 0.50 | helpful: 0.25, harmless: 0.75 "
-    assert text == prompt.render((0.5, 0.5), temperature=torch.tensor([2.0, 6.0]))
+    assert text == prompt.render((0.5, 0.5), beta=torch.tensor([2.0, 6.0]))
 
 
 def test_chat_messages_take_the_text_in_the_system_message() -> None:
@@ -106,10 +106,10 @@ def test_it_survives_json() -> None:
         (lambda: TextPrompt(HELPFUL).render((0.5, 0.6)), "does not sum to 1"),
         (lambda: TextPrompt(HELPFUL).render((0.2, 0.3, 0.5)), r"must be \(2,\)"),
         (lambda: TextPrompt(HELPFUL).render(torch.tensor([[0.5, 0.5]])), "loop over rows"),
-        (lambda: TextPrompt(HELPFUL).render((0.5, 0.5), (1.0, 1.0)), "no {temperatures}"),
-        (lambda: TextPrompt(HELPFUL, template="{weights}{temperatures}").render((0.5, 0.5)), "temperature is missing"),
+        (lambda: TextPrompt(HELPFUL).render((0.5, 0.5), (1.0, 1.0)), "no {betas}"),
+        (lambda: TextPrompt(HELPFUL, template="{weights}{betas}").render((0.5, 0.5)), "beta is missing"),
         (
-            lambda: TextPrompt(HELPFUL, template="{weights}{temperatures}").render((0.5, 0.5), (1.0, 0.0)),
+            lambda: TextPrompt(HELPFUL, template="{weights}{betas}").render((0.5, 0.5), (1.0, 0.0)),
             "positive numbers",
         ),
     ],

@@ -138,7 +138,7 @@ def test_the_loss_is_that_of_mopl_losses_on_scores_and_weights_of_the_step(tmp_p
         labels = batch.labels[number, :, : int(rows.sum())]
         total += float(
             listwise_dpo(
-                scores[rows][None], labels[None], reference=reference[rows][None], temperature=0.5,
+                scores[rows][None], labels[None], reference=reference[rows][None], beta=0.5,
                 weights=weights[number][None],
             )
         )  # fmt: skip
@@ -212,7 +212,7 @@ def test_every_list_loss_takes_part_by_name_and_as_a_function(tmp_path, name):
     loss, outputs = trainer.compute_loss(trainer.model.eval(), inputs, return_outputs=True)
     batch, _ = batch_of(inputs)
     vector = function(
-        outputs["scores"], batch.labels, reference=outputs["reference"], temperature=0.5, mask=batch.mask,
+        outputs["scores"], batch.labels, reference=outputs["reference"], beta=0.5, mask=batch.mask,
         reduction="none",
     )  # fmt: skip
     torch.testing.assert_close(outputs["loss_vector"], vector)
@@ -245,7 +245,7 @@ def test_partly_labelled_lists_count_with_the_labelled_responses_alone(tmp_path)
     scores, reference = outputs["scores"], outputs["reference"]
     expected = [
         losses.plackett_luce(
-            scores[:, :k], batch.labels[:, j, :k], reference=reference[:, :k], temperature=0.5, reduction="none"
+            scores[:, :k], batch.labels[:, j, :k], reference=reference[:, :k], beta=0.5, reduction="none"
         )
         for j, k in ((0, 3), (1, 4))
     ]
@@ -387,14 +387,14 @@ def test_an_unconditioned_model_has_uniform_weights_unless_others_are_given(tmp_
     assert fixed.tolist() == [[0.25, 0.75]]
 
 
-# ---------------------------------------------------------------- temperatures
+# ---------------------------------------------------------------- betas
 
 
-def test_a_model_conditioned_on_temperatures_sees_beta_and_its_loss_the_normalised_one(tmp_path):
-    trainer = make(tmp_path, conditioned(temperature=True), beta_low=0.5, beta_high=2.0)
-    _, temperature, beta = trainer.trade_offs.draw(0, 0, 5)
-    assert bool(((beta >= 0.5) & (beta <= 2.0)).all()) and beta.unique().numel() == 10
-    torch.testing.assert_close(temperature, beta / beta.sum(-1, keepdim=True))
+def test_a_model_conditioned_on_beta_sees_it_and_its_loss_the_normalised_one(tmp_path):
+    trainer = make(tmp_path, conditioned(takes_beta=True), beta_low=0.5, beta_high=2.0)
+    _, beta, seen = trainer.trade_offs.draw(0, 0, 5)
+    assert bool(((seen >= 0.5) & (seen <= 2.0)).all()) and seen.unique().numel() == 10
+    torch.testing.assert_close(beta, seen / seen.sum(-1, keepdim=True))
     before = trainable(trainer.model)
     trainer.train()
     assert_moved(trainable(trainer.model), before)
@@ -402,7 +402,7 @@ def test_a_model_conditioned_on_temperatures_sees_beta_and_its_loss_the_normalis
     assert trainer.evaluate(token_lists(3))["eval_loss"] > 0
 
 
-def test_temperatures_of_objectives_and_of_rows_enter_the_loss(tmp_path):
+def test_betas_of_objectives_and_of_rows_enter_the_loss(tmp_path):
     rows = [
         {"prompt": "a", "chosen": "b", "rejected": "c", "objective_beta": [0.3, 2.0], "objective_weights": [0.9, 0.1]},
         {"prompt": "d", "chosen": "ef", "rejected": "g", "objective_beta": [1.0, 0.1], "objective_weights": [0.2, 0.8]},
@@ -448,9 +448,7 @@ def test_evaluation_measures_every_point_of_the_grid_and_leaves_out_dropout(tmp_
             scores, _ = lists_of(model, batch, weights)
             with model.reference(adapters=True):
                 reference, _ = lists_of(model, batch, None)
-        vector = listwise_dpo(
-            scores, batch.labels, reference=reference, temperature=0.5, mask=batch.mask, reduction="none"
-        )
+        vector = listwise_dpo(scores, batch.labels, reference=reference, beta=0.5, mask=batch.mask, reduction="none")
         at = ",".join(f"{x:.2f}" for x in point)
         assert abs(found[f"eval_helpful_loss@{at}"] - float(vector[:, 0].mean())) < 1e-5
         ratio, correct, pairs = scores - reference, 0, 0
@@ -577,7 +575,7 @@ def test_a_reference_free_loss_has_none(tmp_path):
     lengths = (batch.inputs["labels"] != -100).sum(-1)
     average = outputs["scores"].clone()
     average[batch.index[:, 0], batch.index[:, 1]] /= lengths
-    vector = listwise_dpo(average, batch.labels, temperature=0.5, mask=batch.mask, reduction="none")
+    vector = listwise_dpo(average, batch.labels, beta=0.5, mask=batch.mask, reduction="none")
     torch.testing.assert_close(outputs["loss_vector"], vector)
 
 
@@ -661,7 +659,7 @@ def test_reference_columns_replace_the_reference(tmp_path):
         ({"include_for_metrics": ["inputs"]}, "include_for_metrics"),
         ({"list_loss": "dpo"}, "list_loss is 'dpo'"),
         ({"beta_low": 0.5}, "beta_high is None"),
-        ({"beta_low": 0.5, "beta_high": 1.0}, "for a model conditioned on temperatures"),
+        ({"beta_low": 0.5, "beta_high": 1.0}, "for a model conditioned on β"),
         ({"objective_beta": [0.1]}, "objective_beta has 1 numbers but there are 2"),
         ({"objective_weights": [0.4, 0.4]}, "does not sum to 1"),
         ({"beta": 0.0}, "beta is .* must be positive"),
@@ -685,7 +683,7 @@ def test_other_mistakes_say_the_remedy(tmp_path):
     with pytest.raises(ValueError, match="name the same objectives"):
         make(tmp_path, data=token_lists(objectives=1))
     with pytest.raises(ValueError, match="pass the box beta_low and beta_high"):
-        make(tmp_path, conditioned(temperature=True))
+        make(tmp_path, conditioned(takes_beta=True))
     model = tiny_llama()
     with pytest.raises(ValueError, match="one object"):
         make(tmp_path, model, ref_model=model)

@@ -321,10 +321,8 @@ def test_a_loss_of_pairs_refuses_lists_and_skips_ties(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="lists with more than two responses"):
         ours(tokenizer, tmp_path, rows, loss_type=["ipo"])
     scores, labels = torch.tensor([[0.2, -0.4]], requires_grad=True), torch.tensor([[[1.0, 1.0], [0.0, 2.0]]])
-    vector = PairLoss(["hinge"])(
-        scores, labels, lengths=torch.ones(1, 2), reference=None, temperature=torch.tensor(0.5)
-    )
-    expected = bradley_terry(scores[:, 1], scores[:, 0], temperature=0.5, loss_type="hinge", reduction="none")
+    vector = PairLoss(["hinge"])(scores, labels, lengths=torch.ones(1, 2), reference=None, beta=torch.tensor(0.5))
+    expected = bradley_terry(scores[:, 1], scores[:, 0], beta=0.5, loss_type="hinge", reduction="none")
     assert vector[0, 0] == 0 and vector[0, 1] == expected[0, 0]
     vector[0, 0].backward()
     assert scores.grad is not None and not scores.grad.any()

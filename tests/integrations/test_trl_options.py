@@ -202,7 +202,7 @@ def test_types_of_a_whole_batch_take_for_each_objective_the_pairs_that_it_orders
     torch.manual_seed(0)
     scores, reference, lengths = torch.randn(5, 2), torch.randn(5, 2), torch.randint(1, 9, (5, 2)).float()
     labels = torch.tensor([[[1, 0], [0, 1]], [[0, 1], [1, 1]], [[1, 1], [1, 0]], [[2, 1], [0, 3]], [[0, 1], [1, 0]]])
-    parts = dict(lengths=lengths, reference=reference, temperature=torch.tensor([[0.4, 0.9]]))
+    parts = dict(lengths=lengths, reference=reference, beta=torch.tensor([[0.4, 0.9]]))
     found = PairLoss([name])(scores.requires_grad_(), labels.float(), **parts)
     for objective, beta in enumerate((0.4, 0.9)):
         order = labels[:, objective]
@@ -224,7 +224,7 @@ def test_types_of_a_whole_batch_take_for_each_objective_the_pairs_that_it_orders
             expected = -torch.nn.functional.logsigmoid(beta * (chosen - rejected)).sum()
         torch.testing.assert_close(found[:, objective].sum(), expected)
     with pytest.raises(ValueError, match="leave out beta_low"):
-        PairLoss(["aot"])(scores, labels.float(), **{**parts, "temperature": torch.ones(5, 2)})
+        PairLoss(["aot"])(scores, labels.float(), **{**parts, "beta": torch.ones(5, 2)})
 
 
 def test_the_auxiliary_loss_of_a_mixture_of_experts_is_that_of_trl(tokenizer, tmp_path):

@@ -167,16 +167,16 @@ def test_half_precision_keeps_its_dtype_and_nearly_its_logits(tmp_path: Path) ->
 
 
 def test_a_direction_of_temperatures_can_be_exported_and_other_sums_cannot(tmp_path: Path) -> None:
-    model = conditioned(temperature=True)
+    model = conditioned(takes_beta=True)
     beta = [0.75, 0.25]
-    plain, made = load(export(model, tokenizer(), W, tmp_path / "plain", objective_temperature=beta))
+    plain, made = load(export(model, tokenizer(), W, tmp_path / "plain", beta=beta))
     ids = torch.tensor([tokenizer()(PROMPTS[0])["input_ids"]])
     with torch.no_grad():
-        wanted = model(ids, weights=torch.tensor(W), objective_temperature=torch.tensor(beta)).logits
+        wanted = model(ids, weights=torch.tensor(W), beta=torch.tensor(beta)).logits
         given = plain(torch.tensor([made(PROMPTS[0])["input_ids"]])).logits[:, K:, :VOCABULARY]
     torch.testing.assert_close(given, wanted, atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match=r"sums to 2.*Export at 0\.75, 0\.25"):
-        export(model, tokenizer(), W, tmp_path / "other", objective_temperature=[1.5, 0.5])
+        export(model, tokenizer(), W, tmp_path / "other", beta=[1.5, 0.5])
 
 
 # ---------------------------------------------------------------- words
@@ -336,8 +336,8 @@ def test_nothing_is_overwritten_and_nothing_is_left_behind(tmp_path: Path) -> No
         (conditioned, {"weights": None}, "weights are missing; pass one for each of helpful, harmless"),
         (conditioned, {"weights": [0.9, 0.3]}, "does not sum to 1"),
         (conditioned, {"weights": [[0.7, 0.3]]}, "one trade-off"),
-        (conditioned, {"objective_temperature": [0.5, 0.5]}, "not conditioned on temperatures"),
-        (lambda: conditioned(temperature=True), {}, "objective_temperature is missing"),
+        (conditioned, {"beta": [0.5, 0.5]}, "not conditioned on it"),
+        (lambda: conditioned(takes_beta=True), {}, "beta is missing"),
         (lambda: lora(build()), {}, "weights were passed but the model has none"),
         (build, {"weights": None, "kind": "adapter"}, "has no adapter"),
         (lambda: conditioned(vocabulary=20), {}, "are they of one model"),

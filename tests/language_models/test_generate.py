@@ -28,7 +28,7 @@ def next_log_probs(model: nn.Module, ids: list[int], weights=None, beta=None) ->
     """Log-probabilities (V,) of the token after `ids`: one row, no padding, no cache."""
     options = {} if weights is None else {"weights": torch.tensor(weights)}
     if beta is not None:
-        options["objective_temperature"] = torch.tensor(beta)
+        options["beta"] = torch.tensor(beta)
     with torch.no_grad():
         return model(torch.tensor([ids]), use_cache=False, **options).logits[0, -1].double().log_softmax(-1)
 
@@ -162,13 +162,13 @@ def test_another_model_can_be_the_reference() -> None:
 
 
 def test_temperatures_enter_by_their_direction_and_rescale_by_their_sum() -> None:
-    model = conditioned(temperature=True)
+    model = conditioned(takes_beta=True)
     beta, c = [1.8, 0.6], 1.5
-    answer = generate(model, tokenizer(), PROMPTS[0], WEIGHTS[0], objective_temperature=beta, scale=c, **LONG)[0]
+    answer = generate(model, tokenizer(), PROMPTS[0], WEIGHTS[0], beta=beta, scale=c, **LONG)[0]
     condition = {"weights": WEIGHTS[0], "beta": [0.75, 0.25]}
     expected, _ = by_hand(model, base_of(model), ids_of(PROMPTS[0]), c * 2.4, NEW, **condition)
     assert list(answer.tokens) == expected
-    one = generate(model, tokenizer(), PROMPTS[0], WEIGHTS[0], objective_temperature=[0.75, 0.25], **LONG)[0]
+    one = generate(model, tokenizer(), PROMPTS[0], WEIGHTS[0], beta=[0.75, 0.25], **LONG)[0]
     assert list(one.tokens) == by_hand(model, base_of(model), ids_of(PROMPTS[0]), 1.0, NEW, **condition)[0]
 
 
@@ -391,7 +391,7 @@ def test_the_best_candidate_depends_on_the_scale() -> None:
         ({"candidates": 2, "rerank": "resample", "top_k": 5}, "top_k would change"),
         ({"num_return_sequences": 2}, "use candidates=n"),
         ({"max_length": 20}, "use max_new_tokens"),
-        ({"objective_temperature": [1.0, 1.0]}, "not conditioned on temperatures"),
+        ({"beta": [1.0, 1.0]}, "not conditioned on it"),
         ({"text_prompt": PAIR}, "takes weights by itself"),
         ({"template": "chat"}, "no chat template"),
         ({"unknown_option": 1}, "unknown_option"),
@@ -413,8 +413,8 @@ def test_models_without_a_reference_or_without_weights_are_named() -> None:
         generate(foreign, tokenizer(), PROMPTS, WEIGHTS, scale=2.0)
     with pytest.raises(ValueError, match="share one vocabulary"):
         generate(lora(build()), tokenizer(), PROMPTS, scale=2.0, reference=build(vocabulary=70), **LONG)
-    with pytest.raises(ValueError, match="objective_temperature is missing"):
-        generate(conditioned(temperature=True), tokenizer(), PROMPTS, WEIGHTS)
+    with pytest.raises(ValueError, match="beta is missing"):
+        generate(conditioned(takes_beta=True), tokenizer(), PROMPTS, WEIGHTS)
     with pytest.raises(ValueError, match="one token to the same rows"):
         generate(lora(build()), tokenizer(), PROMPTS[0], scale=2.0, prompt_lookup_num_tokens=2, max_new_tokens=9)
     with pytest.raises(ValueError, match="prompt 1 has no tokens"):

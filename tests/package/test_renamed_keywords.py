@@ -16,6 +16,9 @@ BETA = torch.tensor([[0.7]])
 LIST_LOSSES = ("listwise_dpo", "plackett_luce", "pairwise_logistic", "lambda_loss", "approx_ndcg")
 POLICY = (torch.tensor([0.6, 0.4]).log(), torch.tensor([0.5, 0.5]).log(), torch.tensor([[1.0, 0.0]]), torch.ones(1))
 
+PROMPT = conditioning.HyperPrompt(2, 2, 1, 3, takes_beta=True)
+WORDS = conditioning.TextPrompt(("helpful", "short"), template="{weights} {betas}")
+
 # what is called, the old keyword, the new one, the value
 KEYWORDS = {
     **{
@@ -60,8 +63,36 @@ KEYWORDS = {
         lambda **beta: conditioning.ConcatCondition(1, takes_beta=True)(SCORES[:, :, None], torch.ones(1), **beta),
         "temperature", "beta", torch.ones(1),
     ),
+    "HyperPrompt": (
+        lambda **takes: conditioning.HyperPrompt(1, 2, 1, 3, **takes).takes_beta, "temperature", "takes_beta", True
+    ),
+    "HyperPrompt()": (
+        lambda **beta: PROMPT(torch.tensor([0.2, 0.8]), **beta), "temperature", "beta", torch.tensor([1.0, 3.0])
+    ),
+    "TextPrompt": (lambda **beta: WORDS.render((0.5, 0.5), **beta), "temperature", "beta", (1.0, 3.0)),
+    "ValueHead": (
+        lambda **takes: conditioning.ValueHead(2, 1, **takes).takes_kl_weight, "alpha", "takes_kl_weight", False
+    ),
+    "ValueHead()": (
+        lambda **kl_weight: conditioning.ValueHead(2, 1)(torch.ones(1, 2), torch.ones(1), **kl_weight),
+        "alpha", "kl_weight", 0.2,
+    ),
+    "KLWeightCoefficients": (
+        conditioning.KLWeightCoefficients, "smallest_alpha", "smallest_kl_weight", 0.1
+    ),
+    "KLWeightCoefficients()": (
+        lambda **kl_weight: conditioning.KLWeightCoefficients(0.1)(torch.tensor([0.3, 0.7]), **kl_weight),
+        "alpha", "kl_weight", torch.tensor(0.2),
+    ),
+    "ParameterMixture": (
+        lambda **kl_weight: conditioning.ParameterMixture(
+            torch.nn.Linear(2, 2), 2, scope="full", coefficients=conditioning.KLWeightCoefficients(0.1)
+        ).coefficients_of((0.5, 0.5), **kl_weight),
+        "alpha", "kl_weight", 0.2,
+    ),
 }  # fmt: skip
 NAMES = {
+    "AlphaCoefficients": (conditioning, "KLWeightCoefficients"),
     "sample_temperatures": (conditioning, "sample_betas"),
     "Temperatures": (conditioning, "Betas"),
     "temperature_conditioned": (steering, "beta_conditioned"),
@@ -102,10 +133,26 @@ def test_an_old_name_of_a_module_is_the_new_one_and_warns_once(name):
         module.nothing  # noqa: B018
 
 
-def test_an_old_attribute_is_the_new_one():
-    drawn = conditioning.sample_betas(2, 3, 0.5, 2.0, seed=0, step=0)
-    with pytest.warns(DeprecationWarning, match=r"Betas.temperature is deprecated; read beta"):
-        assert drawn.temperature is drawn.beta
+@pytest.mark.parametrize(
+    ("value", "old", "new"),
+    [
+        (conditioning.sample_betas(2, 3, 0.5, 2.0, seed=0, step=0), "temperature", "beta"),
+        (PROMPT, "temperature", "takes_beta"),
+        (conditioning.ConcatCondition(2), "temperature", "takes_beta"),
+        (WORDS, "temperature", "takes_beta"),
+        (conditioning.ValueHead(2, 1), "alpha", "takes_kl_weight"),
+        (conditioning.KLWeightCoefficients(0.1), "smallest_alpha", "smallest_kl_weight"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_an_old_attribute_is_the_new_one(value, old, new):
+    with pytest.warns(DeprecationWarning, match=rf"{type(value).__name__}.{old} is deprecated; read {new}"):
+        assert same(getattr(value, old), getattr(value, new))
+
+
+def test_a_template_of_an_older_release_is_read():
+    older = conditioning.TextPrompt(WORDS.objectives, template="{weights} {temperatures}")
+    assert older.render((0.5, 0.5), (1.0, 3.0)) == WORDS.render((0.5, 0.5), (1.0, 3.0))
 
 
 def test_a_warning_names_the_line_that_uses_the_old_name():
