@@ -473,7 +473,7 @@ def lists_of(model, batch, weights):
     from mopl.integrations._models import Conditions
     from mopl.integrations._scores import Scoring
 
-    found = Scoring()(model, batch, None if weights is None else Conditions(True, False), weights)
+    found = Scoring()(model, batch, None if weights is None else Conditions(True, None), weights)
     return found.scores, found.lengths
 
 
