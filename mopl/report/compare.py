@@ -9,10 +9,9 @@ from typing import Any
 
 from mopl._files import write_file
 from mopl.pareto import Front
-from mopl.pareto.front import write_csv
 from mopl.report.page import write_page
 from mopl.report.plot import plot_front
-from mopl.report.records import BASE_METHOD, Metric
+from mopl.report.records import BASE_METHOD, Metric, write_csv
 from mopl.report.table import print_table
 
 SEED_ALONE = ("seed", "method", "log_every", "checkpoint_every", "log_samples", "log_with", "device")

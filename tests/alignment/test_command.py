@@ -184,8 +184,11 @@ def test_a_run_holds_everything_that_it_promises(run):
     assert sorted(path.name for path in (run / "models").iterdir()) == [
         "modpo-0-1", "modpo-0.5-0.5", "modpo-1-0", "w-0-1", "w-0.5-0.5", "w-1-0",
     ]  # fmt: skip
+    base = Front.load(run / "base" / "front.json")
     for method in config.METHODS:
         front = Front.load(run / method / "front.json")
+        answering = front.parameters * 3 // 5 if method == "mo-dpo" else front.parameters  # without its two experts
+        assert front.inference_parameters == base.inference_parameters + answering
         assert front.maximise is False and front.objectives == ["low", "middle"] and front.parameters > 0
         assert len([p for p in front.points if p.scale == 1.0]) == 3 and len(front.points) == 9
         samples = json.loads((run / method / "samples.json").read_text())
