@@ -125,10 +125,12 @@ def launch(processes: int, *script: str, **environment: str) -> subprocess.Compl
     return _run([script] * processes, ranks)
 
 
-def launch_by_accelerate(processes: int, *script: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def launch_by_accelerate(
+    processes: int, *script: str, options: Sequence[str] = ("--multi_gpu",), **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Do what `launch` does as a person would, with accelerate's launcher, which starts new processes by torchrun."""
     # `--multi_gpu` is how the launcher is told to start processes by torchrun; `--cpu` would start a single one.
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", *options, "--num_processes", str(processes)]
     launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **environment}
     command = [*launcher, str(DISTRIBUTED / "ending.py"), *script]

@@ -1,13 +1,14 @@
 """Compile every kernel ahead of time for GPUs that need not be here, and fail on what can be known without one.
 
-    python tests/aot/compile_kernels.py [--only listnet] [--targets sm_90,gfx942] [--jobs 2] [--cases FOLDER]
+    python tests/aot/compile_kernels.py [--only listnet] [--targets sm_90,gfx942] [--brief] [--jobs 2] [--cases FOLDER]
     python tests/aot/compile_kernels.py --record [--only listnet]
 
 A violation is: the compiler refuses; more shared memory than the target has; a missing or an unwanted instruction;
 narrow accesses of tensors that should have wide ones; a missing barrier; and, with the Triton of the GPU machines
 (3.6.0), registers spilled to memory, and on sm_90 instructions an element that are not within 10 % of those in
 `recorded.json` beside the case tables. Other versions only report spills: theirs belong to a flag that they pass to
-ptxas. Prints one row a compilation; exits with 1 after any violation. `--record` writes `recorded.json` anew.
+ptxas. Prints one row a compilation; exits with 1 after any violation. `--record` writes `recorded.json` anew, `--brief`
+leaves out what a second Triton need not compile.
 
 What is recorded of a case: `instructions` that a thread issues for one element in the hot loop (the issue slots of a
 warp are a 32nd of that) and for the whole `program`, every loop run once; `registers` of a thread; bytes of `shared`
@@ -45,6 +46,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 THE_GPU_MACHINES = triton.__version__.split("+")[0] == "3.6.0"
+BACKENDS = ("sm_90", "gfx942")  # a target of each of Triton's compilers
 MACHINE_CODE = "sm_90"  # the one target that is disassembled: that of the GPU machines
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 if triton.__version__.startswith("3.4."):
@@ -229,7 +231,7 @@ def _check_number(job: tuple[int, str, dict | None]) -> tuple[str, list[str], di
 
 
 def compile_all(
-    targets: list[str], jobs: int, recorded: dict | None
+    targets: list[str], jobs: int, recorded: dict | None, brief: bool = False
 ) -> tuple[int, list[str], dict[str, dict[str, dict]]]:
     """Compile `_CASES`, printing a row each; return how many compilations that was, violations and figures."""
     work = [
@@ -237,6 +239,7 @@ def compile_all(
         for index, (_, case) in enumerate(_CASES)
         for target in targets
         if case.targets is None or target in case.targets
+        if not brief or target in BACKENDS or target in case.instructions
     ]
     policy = "spills fail" if THE_GPU_MACHINES else "spills are reported"
     print(f"triton {triton.__version__}, {len(work)} compilations, {policy}")
@@ -266,6 +269,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", help="compile only the case tables whose name contains this")
     parser.add_argument("--targets", help="comma-separated; all of " + ", ".join(TARGETS) + " by default")
+    parser.add_argument(
+        "--brief", action="store_true", help="compile for targets other than " + " and ".join(BACKENDS) + " only what "
+        "must contain an instruction of theirs, such as those of tensor cores: another Triton compiles the rest",
+    )  # fmt: skip
     parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 8))
     parser.add_argument("--cases", type=Path, default=Path(__file__).resolve().parent, help="folder of case tables")
     parser.add_argument("--figures", action="store_true", help="compare with recorded.json whatever the Triton")
@@ -282,7 +289,7 @@ def main() -> int:
     compared = {} if options.record else recorded if THE_GPU_MACHINES or options.figures else None
     if options.record:
         chosen = [MACHINE_CODE]
-    count, violations, costs = compile_all(chosen, options.jobs, compared)
+    count, violations, costs = compile_all(chosen, options.jobs, compared, options.brief)
     if options.record:
         write(costs if options.only is None else recorded | costs, file)
         violations = [v for v in violations if RECORD not in v]

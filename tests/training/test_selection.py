@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import launch
+from launching import launch, launch_by_accelerate
 from small_training import Source, config, network, parameters, squared_error
 
 from mopl.training import CheckpointFolder, RunLog, Selection, TrainingInterrupted, read_log, train
@@ -181,8 +181,11 @@ def test_all_processes_stop_at_and_keep_the_step_that_the_main_one_chose(tmp_pat
     script = tmp_path / "script.py"
     folders = [str(folder) for folder in Path(__file__).parents[:2]]  # this room, and the helpers beside the rooms
     script.write_text(textwrap.dedent(DISTRIBUTED.format(folders=folders)))
-    fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if sharded else {}
-    done = launch(2, str(script), str(tmp_path), **fsdp)
+    if sharded:  # as a person would: the other sharded test tells its processes what this launcher tells them
+        options = ("--use_fsdp", "--fsdp_version", "2")
+        done = launch_by_accelerate(2, str(script), str(tmp_path), options=options)
+    else:
+        done = launch(2, str(script), str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in range(2):
         steps, kept, found = torch.load(tmp_path / f"rank{rank}.pt")

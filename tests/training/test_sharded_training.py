@@ -1,14 +1,13 @@
 """Training with FSDP2 under accelerate's launcher: sharded over two processes, equal to one."""
 
 import copy
-import os
-import subprocess
 import sys
 import types
 from pathlib import Path
 
 import pytest
 import torch
+from launching import launch
 
 pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -41,11 +40,7 @@ def place(tmp_path_factory):
     write_model(folder)
     write_data(folder / "data.jsonl")
     script = Path(__file__).parents[1] / "distributed" / "sharded_training.py"
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--use_fsdp", "--fsdp_version", "2"]
-    launcher += ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command = [*launcher, "--main_process_port", "0", str(script), str(folder), *align(folder, "two")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    done = launch(2, str(script), str(folder), *align(folder, "two"), ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
     assert done.returncode == 0, done.stdout + done.stderr[-5000:]
     assert "sharded trainings are done" in done.stdout
     return folder
