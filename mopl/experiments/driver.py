@@ -16,7 +16,7 @@ import dataclasses
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -223,10 +223,11 @@ def _begun(recipe: Recipe, *, overwrite: bool) -> Iterator[None]:
             "another --run (--resume takes no other settings, so it would end here again)"
         ) from error
     except Exception:
-        if begins and accelerator.is_main_process and [entry.name for entry in path.iterdir()] == [CONFIG_FILE]:
-            (path / CONFIG_FILE).unlink()
-            if not keep_folder:
-                path.rmdir()
+        with suppress(OSError):  # what is said is the failure, not that its traces stay
+            if begins and accelerator.is_main_process and [entry.name for entry in path.iterdir()] == [CONFIG_FILE]:
+                (path / CONFIG_FILE).unlink()
+                if not keep_folder:
+                    path.resolve().rmdir()  # of a link, what it points to
         raise
 
 

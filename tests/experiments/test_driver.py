@@ -166,6 +166,8 @@ def test_a_new_run_that_fails_before_it_has_computed_anything_is_taken_back(tmp_
     assert not failing(tmp_path / "new", "prepare").exists()
     (tmp_path / "empty").mkdir()
     assert not list(failing(tmp_path / "empty", "prepare").iterdir())
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    assert failing(tmp_path / "link", "prepare").is_symlink() and not (tmp_path / "elsewhere").exists()
     # What was computed stays, and so does what its error says stays.
     assert (failing(tmp_path / "begun", "base") / "config.json").is_file()
     assert (failing(tmp_path / "wild", "prepare", error=TrainingDiverged("no number")) / "config.json").is_file()
