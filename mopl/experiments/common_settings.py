@@ -132,6 +132,7 @@ class CosDpoSettings(RunSettings):
 
     def check_together(self) -> None:
         """Raise if two settings do not go together."""
+        super().check_together()
         if self.beta_range[0] > self.beta_range[1]:
             raise ValueError("beta_range needs a lower and then an upper end")
 

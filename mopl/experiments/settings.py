@@ -158,7 +158,7 @@ class Setting:
         """Return a value as a configuration keeps it: lists as tuples, paths absolute."""
         if self.many:
             value = (value,) if isinstance(value, (str, int, float)) else tuple(value)
-        if self.convert is None or value is None:
+        if self.convert is None or not value:  # the path of an empty text would be the current folder
             return value
         return tuple(map(self.convert, value)) if self.many else self.convert(str(value))
 
