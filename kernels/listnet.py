@@ -18,8 +18,7 @@ import triton.language as tl
 
 from ._math import log1p
 
-# Items that a program holds where lists are short.
-TILE = 512
+TILE = 512  # items that a program holds where lists are short
 
 
 def registers_limit(itemsize: int) -> int:
