@@ -32,9 +32,9 @@ from mopl.alignment.stages import Split, Stages, response_loss
 from mopl.alignment.trained import load_trained, state_for
 from mopl.conditioning import HyperPromptModel
 from mopl.experiments.driver import FREE_ON_RESUME, Measured, Recipe, execute, plain_word
-from mopl.experiments.resume_settings import settings_to_resume
 from mopl.experiments.run import BASE, run_grid
 from mopl.experiments.run_directory import RunInterrupted
+from mopl.experiments.stages import Trained
 from mopl.language_models import models
 from mopl.language_models.data import PreferenceData, Text
 from mopl.language_models.generate import generate
@@ -80,6 +80,8 @@ class AlignmentRecipe(Recipe):
     """What `mopl align` does in a run."""
 
     kind = AlignmentRun.KIND
+    finished = AlignmentRun
+    chosen: ClassVar[dict[str, str]] = {"reference": "auto"}
     fingerprints: ClassVar[dict[str, str]] = {"fingerprint": "data", "tokens": "tokenizer"}
 
     @property
@@ -120,10 +122,6 @@ class AlignmentRecipe(Recipe):
             "splits": {name: {**split.data.describe(), **split.tokens.describe()} for name, split in splits.items()},
         }
 
-    def check_resume(self, record: dict[str, Any]) -> None:
-        """Raise unless the settings are those that the recorded run has."""
-        check_resume(record, self.config.to_dict(), self.path)
-
     def load(self) -> None:
         """Load the model: most mistakes in settings show here."""
         self.stages = Stages(
@@ -145,33 +143,36 @@ class AlignmentRecipe(Recipe):
 
     def base(self) -> Measured:
         """Evaluate the model before training, which is the reference or what training starts from."""
-        return self._measured(BASE, self.path / BASE, [self.untrained], 0.0, 0)
+        return self._measured(BASE, self.path / BASE, [self.untrained], {})
 
-    def train(self, method: str, folder: Path) -> tuple[float, int]:
-        """Train what a method needs; return its seconds and its number of trained parameters."""
-        return self.stages.train_method(method, folder, self.grid)
+    def train(self, method: str, folder: Path) -> dict[str, Trained]:
+        """Train what a method needs; return its trainings by name."""
+        return self.stages.train(method, folder, self.grid)
 
-    def evaluate(self, method: str, folder: Path, trained: tuple[float, int]) -> Measured:
+    def evaluate(self, method: str, folder: Path, trained: dict[str, Trained]) -> Measured:
         """Evaluate a trained method on held-out lists, and let it answer prompts."""
         self.say(f"{method}: evaluating {len(self.grid)} trade-offs on {len(self.held_out.lists)} lists")
         found = evaluate(self.stages, method, folder, self.grid, self.held_out)
-        return self._measured(method, folder, found, *trained)
+        return self._measured(method, folder, found, trained)
 
-    def _measured(
-        self, method: str, folder: Path, found: list[Evaluation], seconds: float, parameters: int
-    ) -> Measured:
+    def _measured(self, method: str, folder: Path, found: list[Evaluation], trained: dict[str, Trained]) -> Measured:
         config, stages, lists = self.config, self.stages, len(self.held_out.lists)
         samples = answers(stages, method, folder, self.grid, self.prompts)
+        parameters = sum(each.parameters for each in trained.values())
         front = make_front(
             found, method=method, objectives=stages.objectives, reference_point=self.reference_point, seed=config.seed,
             description={"name": _data_word(config), "split": "test", "lists": lists, **self.data},
-            bootstrap=config.bootstrap, scales=_scales(config)[: len(found)], seconds=seconds, parameters=parameters,
+            bootstrap=config.bootstrap, scales=_scales(config)[: len(found)], parameters=parameters,
+            seconds=sum(each.seconds for each in trained.values()),
             inference_parameters=kept_parameters(
                 stages.base, method, parameters, objectives=len(stages.objectives), points=len(self.grid)
             ),
         )  # fmt: skip
         figures = {"loss": config.loss, "beta": stages.beta.tolist(), **found[0].summary(stages.objectives)}
         return Measured(front, figures, [{**entry, "method": method} for entry in samples])
+
+
+check_resume = AlignmentRecipe.settings_to_resume
 
 
 def load_data(config: AlignConfig) -> dict[str, PreferenceData]:
@@ -276,23 +277,6 @@ def _sample_prompts(stages: Stages) -> list[Text]:
 
 def _scales(config: AlignConfig) -> tuple[float, ...]:
     return (1.0, *(c for c in config.scales if c != 1.0))
-
-
-def check_resume(record: dict[str, Any], changes: dict[str, Any], path: Path) -> AlignConfig:
-    """Return the settings of a run to resume, with the free ones among `changes` applied.
-
-    Args:
-        record: The run's `config.json`.
-        changes: Settings that were given again.
-        path: The run, for the message.
-
-    Raises:
-        ValueError: If a setting that matters differs, or it is a run of another command.
-    """
-    return settings_to_resume(
-        AlignmentRun.config_of(record, path), record["config"], changes, path, free=FREE_ON_RESUME,
-        resolved={"reference": "auto"},
-    )  # fmt: skip
 
 
 def _describe_data(data: dict[str, PreferenceData]) -> Iterator[str]:

@@ -171,11 +171,6 @@ class Stages(CosDpoStages):
 
     # ------------------------------------------------------------ trainings
 
-    def train_method(self, method: str, folder: Path, grid: Tensor) -> tuple[float, int]:
-        """Train what a method needs; return its seconds and its number of trained parameters."""
-        done = self.train(method, folder, grid).values()
-        return sum(each.seconds for each in done), sum(each.parameters for each in done)
-
     def train_part(self, part: Part) -> Trained:
         """Train one model of a method unless it is there."""
         config, method, device = self.config, part.method, self.accelerator.device

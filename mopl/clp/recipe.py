@@ -16,7 +16,7 @@ table.txt, front.png, report.html
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -42,9 +42,9 @@ from mopl.clp.stages import Stages
 from mopl.conditioning import HyperPromptModel
 from mopl.experiments.driver import FREE_ON_RESUME as FREE_IN_EVERY_RUN
 from mopl.experiments.driver import Measured, Recipe, execute, plain_word
-from mopl.experiments.resume_settings import settings_to_resume
 from mopl.experiments.run import BASE, run_grid
 from mopl.experiments.run_directory import CONFIG_FILE, RunInterrupted
+from mopl.experiments.stages import Trained
 from mopl.language_models import models
 from mopl.language_models.adapter_reference import checksum
 from mopl.pareto.volumes import check_affordable
@@ -101,6 +101,8 @@ class ClpRecipe(Recipe):
     """
 
     kind = ClpRun.KIND
+    finished = ClpRun
+    free = FREE_ON_RESUME
     fingerprints: ClassVar[dict[str, str]] = {"fingerprint": "prompts"}
 
     def __init__(self, config: ClpConfig, rewards: Rewards | None) -> None:
@@ -146,9 +148,32 @@ class ClpRecipe(Recipe):
             "splits": describe(self.prompts),
         }
 
-    def check_resume(self, record: dict[str, Any]) -> None:
-        """Raise unless the settings are those that the recorded run has."""
-        check_resume(record, self.config.to_dict(), self.path)
+    @classmethod
+    def settings_to_resume(
+        cls, record: dict[str, Any], changes: Mapping[str, Any], path: Path, *, trust_rewards: bool = False
+    ) -> ClpConfig:
+        """Return the settings of a run to resume, with the free ones among `changes` applied; see `Recipe`.
+
+        Args:
+            record: The run's `config.json`.
+            changes: Settings that were given again.
+            path: The run, for the message.
+            trust_rewards: Modules of rewards may be imported though `changes` does not name them again.
+
+        Raises:
+            ValueError: If a setting that matters differs, or it is a run of another command.
+            PermissionError: If code would be imported that only the run folder asks for.
+        """
+        config = super().settings_to_resume(record, changes, path)
+        named = tuple(changes.get("rewards") or ())
+        foreign = [spec for spec in config.rewards if is_module(spec) and spec not in named]
+        if foreign and not trust_rewards:
+            raise PermissionError(
+                f"{path / CONFIG_FILE} asks for the reward {foreign[0]!r}, for which {place_of(foreign[0])} would be "
+                "imported, and so run; a run folder is data and may come from anyone. Name the rewards again ("
+                f"{shell('--rewards', *config.rewards)}), or pass trust_rewards=True"
+            )
+        return config
 
     def load(self) -> None:
         """Load the model: most mistakes in settings show here."""
@@ -188,24 +213,25 @@ class ClpRecipe(Recipe):
 
     def base(self) -> Measured:
         """Evaluate the untrained model."""
-        return self._measured(BASE, [self.untrained], 0.0, 0)
+        return self._measured(BASE, [self.untrained], {})
 
-    def train(self, method: str, folder: Path) -> tuple[float, int]:
-        """Train what a method needs; return its seconds and its number of trained parameters."""
+    def train(self, method: str, folder: Path) -> dict[str, Trained]:
+        """Train what a method needs; return its trainings by name."""
         _ = self.untrained  # while nothing has touched the model
-        return self.stages.train_method(method, folder)
+        return self.stages.train(method, folder)
 
-    def evaluate(self, method: str, folder: Path, trained: tuple[float, int]) -> Measured:
+    def evaluate(self, method: str, folder: Path, trained: dict[str, Trained]) -> Measured:
         """Let a trained method answer the held-out prompts at each trade-off."""
         self.say(f"{method}: answering {len(self.test)} held-out prompts at {len(self.grid)} trade-offs")
-        return self._measured(method, self.evaluator.method(method, folder, self.grid), *trained)
+        return self._measured(method, self.evaluator.method(method, folder, self.grid), trained)
 
-    def _measured(self, method: str, found: list[Evaluation], seconds: float, parameters: int) -> Measured:
+    def _measured(self, method: str, found: list[Evaluation], trained: dict[str, Trained]) -> Measured:
         config, names, test, first = self.config, self.rewards.names, self.test, found[0]
         front = make_front(
             found, method=method, config=config, objectives=names, reference_point=self.reference_point,
             description={"name": _data_word(config), "split": "test", "answered": len(test), **self.described},
-            seconds=seconds, parameters=parameters,
+            seconds=sum(each.seconds for each in trained.values()),
+            parameters=sum(each.parameters for each in trained.values()),
             inference_parameters=kept_parameters(self.stages.base, config, names, method),
         )  # fmt: skip
         base = self.untrained
@@ -224,9 +250,12 @@ class ClpRecipe(Recipe):
         return str(report).splitlines() if report.failed() else ()
 
     def options_to_resume(self) -> tuple[str, ...]:
-        """Return the rewards, where they are modules: only who names these has them imported; see `check_resume`."""
+        """Return the rewards, where they are modules: only who names them again has them imported."""
         modules = self.given is None and any(map(is_module, self.config.rewards))
         return ("--rewards", *self.config.rewards) if modules else ()
+
+
+check_resume = ClpRecipe.settings_to_resume
 
 
 def _in_words(method: str, figures: dict[str, Any]) -> str:
@@ -324,35 +353,6 @@ def _check_scope(base: Any, config: ClpConfig, objectives: tuple[str, ...]) -> N
                 policy.model.check_merging()
         finally:
             release(policy)
-
-
-def check_resume(
-    record: dict[str, Any], changes: dict[str, Any], path: Path, *, trust_rewards: bool = False
-) -> ClpConfig:
-    """Return the settings of a run to resume, with the free ones among `changes` applied.
-
-    Args:
-        record: The run's `config.json`.
-        changes: Settings that were given again.
-        path: The run, for the message.
-        trust_rewards: Modules of rewards may be imported though `changes` does not name them again.
-
-    Raises:
-        ValueError: If a setting that matters differs, or it is a run of another command.
-        PermissionError: If code would be imported that only the run folder asks for.
-    """
-    config = settings_to_resume(
-        ClpRun.config_of(record, path), record["config"], changes, path, free=FREE_ON_RESUME
-    )  # fmt: skip
-    named = tuple(changes.get("rewards") or ())
-    foreign = [spec for spec in config.rewards if is_module(spec) and spec not in named]
-    if foreign and not trust_rewards:
-        raise PermissionError(
-            f"{path / CONFIG_FILE} asks for the reward {foreign[0]!r}, for which {place_of(foreign[0])} would be "
-            "imported, and so run; a run folder is data and may come from anyone. Name the rewards again ("
-            f"{shell('--rewards', *config.rewards)}), or pass trust_rewards=True"
-        )
-    return config
 
 
 def _data_word(config: ClpConfig) -> str:

@@ -75,11 +75,6 @@ class Stages:
         """Where the policy of clp is."""
         return self.path / "clp" if self.config.method == ALL else self.path
 
-    def train_method(self, method: str, folder: Path) -> tuple[float, int]:
-        """Train what a method needs; return its seconds and its number of trained parameters."""
-        done = self.train(method, folder).values()
-        return sum(each.seconds for each in done), sum(each.parameters for each in done)
-
     def train(self, method: str, folder: Path) -> dict[str, Trained]:
         """Train what a method needs; return its trainings by name."""
         if method in ("clp", "dera"):  # DeRa moves the policy of clp

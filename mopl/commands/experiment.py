@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mopl._terminal import say, shell
+from mopl.commands.parser import add_command
 from mopl.experiments.settings import Settings, add_options, given
 
 Tell = Callable[[str], None]
@@ -82,11 +83,10 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 def add_experiment(commands: Any, experiment: Experiment) -> argparse.ArgumentParser:
     """Add a command that trains to the commands and return its parser."""
-    parser = commands.add_parser(
-        experiment.name, help=experiment.help, description=experiment.help, epilog=experiment.examples,
-        allow_abbrev=False, argument_default=argparse.SUPPRESS, formatter_class=_Help,
+    parser = add_command(
+        commands, experiment.name, experiment.help, experiment.examples, argument_default=argparse.SUPPRESS,
+        formatter_class=_Help,
     )  # fmt: skip
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     group = parser.add_argument_group("run")
     if experiment.demo is not None:
         group.add_argument("--demo", action="store_true", help="make model and data of the demo; other options still "

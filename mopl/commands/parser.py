@@ -65,10 +65,8 @@ def add_command(commands: Any, name: str, help: str, examples: str, **options: A
         examples: The end of its help.
         **options: Further arguments of `Parser`.
     """
-    parser = commands.add_parser(
-        name, help=help, description=help, epilog=examples, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter, **options,
-    )  # fmt: skip
+    options = {"formatter_class": argparse.RawDescriptionHelpFormatter, **options}
+    parser = commands.add_parser(name, help=help, description=help, epilog=examples, allow_abbrev=False, **options)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 

@@ -24,7 +24,8 @@ from mopl import _terminal
 from mopl._extras import require_for
 from mopl._files import write_file
 from mopl.experiments.applications import APPLICATIONS
-from mopl.experiments.run import BASE, EVALUATION, FRONT, SAMPLES, method_folder, write_reports
+from mopl.experiments.resume_settings import settings_to_resume
+from mopl.experiments.run import BASE, EVALUATION, FRONT, SAMPLES, FinishedRun, method_folder, write_reports
 from mopl.experiments.run_directory import (
     CONFIG_FILE,
     RunInterrupted,
@@ -66,6 +67,9 @@ class Recipe(ABC):
 
     Attributes:
         kind: What `config.json` says made the run; None for ranking.
+        finished: What its finished runs are.
+        free: Settings that a resumed run may have otherwise.
+        chosen: By name the value that leaves a setting to the run, which keeps what it has chosen.
         fingerprints: By their keys in `data` those that a resumed run must find again, and of what they are.
         config: The settings; once `read` has returned those of this run, with nothing left open.
         path: The run directory.
@@ -77,6 +81,9 @@ class Recipe(ABC):
     """
 
     kind: ClassVar[str | None]
+    finished: ClassVar[type[FinishedRun]]
+    free: ClassVar[tuple[str, ...]] = FREE_ON_RESUME
+    chosen: ClassVar[Mapping[str, Any]] = {}
     fingerprints: ClassVar[Mapping[str, str]] = {"fingerprint": "data"}
     path: Path
     record: dict[str, Any] | None
@@ -114,9 +121,24 @@ class Recipe(ABC):
             ValueError: If a setting or the data is unsound.
         """
 
-    @abstractmethod
+    @classmethod
+    def settings_to_resume(cls, record: dict[str, Any], changes: Mapping[str, Any], path: Path) -> Any:
+        """Return the settings of a run to resume, with the free ones among `changes` applied.
+
+        Args:
+            record: The run's `config.json`.
+            changes: Settings that were given again.
+            path: The run, for the message.
+
+        Raises:
+            ValueError: If a setting that matters differs, or it is a run of another command.
+        """
+        config = cls.finished.config_of(record, path)
+        return settings_to_resume(config, record["config"], changes, path, free=cls.free, resolved=cls.chosen)
+
     def check_resume(self, record: dict[str, Any]) -> None:
         """Raise a ValueError unless the settings are those that the recorded run has."""
+        self.settings_to_resume(record, self.config.to_dict(), self.path)
 
     def load(self) -> None:  # noqa: B027
         """Load the model, where that shows what would stop the run later; nothing is written yet."""

@@ -20,7 +20,6 @@ from typing import Any
 from mopl import _terminal
 from mopl._restoring import seeded
 from mopl.experiments.driver import FREE_ON_RESUME, Measured, Recipe, execute, plain_word
-from mopl.experiments.resume_settings import settings_to_resume
 from mopl.experiments.run import run_grid
 from mopl.experiments.run_directory import RunInterrupted
 from mopl.experiments.stages import Trained
@@ -69,7 +68,8 @@ def rank(
 class RankingRecipe(Recipe):
     """What `mopl rank` does in a run."""
 
-    kind = None
+    kind = RankingRun.KIND
+    finished = RankingRun
 
     @property
     def stem(self) -> str:
@@ -105,10 +105,6 @@ class RankingRecipe(Recipe):
             "objectives": [objective.to_dict() for objective in (train.main, *train.objectives)],
         }
 
-    def check_resume(self, record: dict[str, Any]) -> None:
-        """Raise unless the settings are those that the recorded run has."""
-        check_resume(record, self.config.to_dict(), self.path)
-
     def prepare(self) -> None:
         """Train the base model, score all splits with it, find the true front of generated data."""
         config, train, test = self.config, self.splits["train"], self.splits["test"]
@@ -116,8 +112,8 @@ class RankingRecipe(Recipe):
         for note in validation.notes:
             self.say(note)
         self.stages = Stages(self.path, config, train, validation, self.accelerator, self.log, self.say)
-        self.base_model = self.stages.base_model()
-        references = self.stages.references(self.base_model, self.splits)
+        self.stages.prepare_base()
+        references = self.stages.references(self.splits)
         self.stages.reference = references["train"]
         validation.take_reference(references["valid"])
         self.reference = references["test"]
@@ -128,36 +124,30 @@ class RankingRecipe(Recipe):
     def base(self) -> Measured:
         """Evaluate the base model, which has no trade-off."""
         trained = {"base": Trained.read(self.path / "base")}
-        return self._measure("base", BasePolicy(self.stages.objectives), trained, self._base_size)
+        return self._measure("base", BasePolicy(self.stages.objectives), trained)
 
-    def train(self, method: str, folder: Path) -> tuple[dict[str, Trained], int]:
-        """Train what a method needs; return its trainings by name and its number of parameters."""
-        return self.stages.train_method(method, folder, self.base_model, self.grid)
+    def train(self, method: str, folder: Path) -> dict[str, Trained]:
+        """Train what a method needs; return its trainings by name."""
+        return self.stages.train(method, folder, self.grid)
 
-    def evaluate(self, method: str, folder: Path, trained: tuple[dict[str, Trained], int]) -> Measured:
+    def evaluate(self, method: str, folder: Path, trained: dict[str, Trained]) -> Measured:
         """Evaluate a trained method at each trade-off and each distance from the base model."""
         policy = load_policy(
             self.path, folder, method, self.config, self.stages.objectives, self.grid, self.accelerator.device
         )
-        return self._measure(method, policy, *trained)
+        return self._measure(method, policy, trained)
 
-    @property
-    def _base_size(self) -> int:
-        return sum(p.numel() for p in self.base_model.parameters())
+    def _parameters(self, method: str, trained: list[Trained]) -> tuple[int, int]:
+        """Return `Front.parameters` and `Front.inference_parameters`.
 
-    def _kept_parameters(self, method: str, trained: int, models: int) -> int:
-        """Return `Front.inference_parameters`: scores are those of the base model and of a network added up.
-
-        Args:
-            method: Name of the method.
-            trained: Number of trained parameters.
-            models: Number of equal networks that they belong to; the experts of mo-dpo end with its training.
+        Scores are those of the base model and of a network added up; the experts of mo-dpo end with its training.
         """
+        base, added = sum(p.numel() for p in self.stages.base.parameters()), sum(each.parameters for each in trained)
         if method == "base":
-            return self._base_size
-        return self._base_size + (trained if method != "mo-dpo" else trained // models * len(self.grid))
+            return base, base
+        return added, base + (added if method != "mo-dpo" else added // len(trained) * len(self.grid))
 
-    def _measure(self, method: str, policy: Policy, trained: dict[str, Trained], parameters: int) -> Measured:
+    def _measure(self, method: str, policy: Policy, trained: dict[str, Trained]) -> Measured:
         config, test, truth = self.config, self.splits["test"], self.truth
         asked = None if method == "base" else self.grid
         scales = (1.0,) if method == "base" else (1.0, *(c for c in config.scales if c != 1.0))
@@ -169,10 +159,11 @@ class RankingRecipe(Recipe):
                 device=self.accelerator.device,
             )  # fmt: skip
         done = list(trained.values())
+        parameters, kept = self._parameters(method, done)
         front = make_front(
             evaluations, method=method, data=test, description=self.description, measure=config.measure,
             seconds=sum(each.seconds for each in done), parameters=parameters, seed=config.seed, scales=scales,
-            inference_parameters=self._kept_parameters(method, parameters, len(done)),
+            inference_parameters=kept,
             steps={
                 "limit": max(each.limit for each in done), "done": [each.steps for each in done],
                 "kept": [each.kept for each in done],
@@ -201,15 +192,4 @@ class RankingRecipe(Recipe):
         return Measured(front, figures)
 
 
-def check_resume(record: dict[str, Any], changes: dict[str, Any], path: Path) -> RankConfig:
-    """Return the settings of a run to resume, with the free ones among `changes` applied.
-
-    Args:
-        record: The run's `config.json`.
-        changes: Settings that were given again.
-        path: The run, for the message.
-
-    Raises:
-        ValueError: If a setting that matters differs.
-    """
-    return settings_to_resume(RankingRun.config_of(record, path), record["config"], changes, path, free=FREE_ON_RESUME)
+check_resume = RankingRecipe.settings_to_resume

@@ -84,8 +84,8 @@ class Stages(CosDpoStages):
         self.accelerator, self.log, self.say = accelerator, log, say
         self.reference = torch.zeros(data.num_items)
 
-    def base_model(self) -> ListTransformer:
-        """Return the base model: the given one, or one trained on the main objective."""
+    def prepare_base(self) -> None:
+        """Make `base`, the base model: the given one, or one trained on the main objective."""
         folder, config = self.path / "base", self.config
         if config.base is not None and not exists_on_main(self.accelerator, folder / DONE):
             given = check_base(config.base, self.data)
@@ -108,29 +108,21 @@ class Stages(CosDpoStages):
             )  # fmt: skip
 
         train_once("base", folder, begin, accelerator=self.accelerator, log=self.log, say=self.say)
-        return ListTransformer.from_pretrained(folder)
+        self.base = ListTransformer.from_pretrained(folder)
 
-    def references(self, base: ListTransformer, splits: dict[str, RankingData]) -> dict[str, Tensor]:
+    def references(self, splits: dict[str, RankingData]) -> dict[str, Tensor]:
         """Return the base model's scores of every split; they are computed once and kept in the run."""
         require("safetensors", extra="demo")
         from safetensors.torch import save_file
 
         file = self.path / REFERENCE
         if not exists_on_main(self.accelerator, file):
-            model = base.to(self.accelerator.device).eval()
+            model = self.base.to(self.accelerator.device).eval()
             found = {name: reference_scores(model, split, self.accelerator.device) for name, split in splits.items()}
             if self.accelerator.is_main_process:
                 write_file(file, lambda path: save_file(found, str(path)))
             self.accelerator.wait_for_everyone()
         return read_references(file, splits)
-
-    def train_method(
-        self, method: str, folder: Path, base: ListTransformer, grid: Tensor
-    ) -> tuple[dict[str, Trained], int]:
-        """Train what a method needs; return its trainings by name and its number of parameters."""
-        self.base = base
-        trained = self.train(method, folder, grid)
-        return trained, sum(done.parameters for done in trained.values())
 
     def train_part(self, part: Part) -> Trained:
         """Train one model of a method unless it is there."""
