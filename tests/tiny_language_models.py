@@ -95,6 +95,6 @@ def conditioned(
     family: str = "llama", *, adapters: bool = True, takes_beta: bool = False, positions="hf", **options
 ) -> HyperPromptModel:
     model = build(family, **options)
-    record = TuningRecord(("helpful", "harmless"), beta=[0.1, 0.1], alpha=0.5)
+    record = TuningRecord(("helpful", "harmless"), beta=[0.1, 0.1], concentration=0.5)
     made = lora(model) if adapters else model
     return HyperPromptModel(made, prompt(takes_beta=takes_beta), record=record, positions=positions).eval()

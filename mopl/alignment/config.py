@@ -174,7 +174,7 @@ class AlignConfig(CosDpoSettings, LanguageModelSettings):
                 raise ValueError("conditioning='lora-mixture' mixes adapters, so lora_rank must be at least 1")
             if "temperature-cos-dpo" in self.methods:
                 raise ValueError(
-                    "temperature-cos-dpo is conditioned on temperatures, which conditioning='lora-mixture' cannot "
+                    "temperature-cos-dpo is conditioned on β, which conditioning='lora-mixture' cannot "
                     "take; pass conditioning='hyper-prompt', or method='weight-cos-dpo'"
                 )
             if self.packing:

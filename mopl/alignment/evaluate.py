@@ -99,7 +99,7 @@ class HeldOut:
         lists: The tokenised lists.
         collator: Makes the batches.
         loss: The loss of each objective.
-        temperature: β (m,) of the loss.
+        beta: β (m,) of the loss.
         reference: Log-probabilities of the reference.
 
     Raises:
@@ -111,11 +111,11 @@ class HeldOut:
         lists: Sequence[TokenizedList],
         collator: ListCollator,
         loss: ResponseLoss,
-        temperature: Tensor,
+        beta: Tensor,
         reference: ListScores,
         objectives: Sequence[str],
     ) -> None:
-        self.loss, self.temperature, self.reference, self.lists = loss, temperature, reference, lists
+        self.loss, self.beta, self.reference, self.lists = loss, beta, reference, lists
         self.batches: list[tuple[ListBatch, Tensor]] = []
         for first in range(0, len(lists), LISTS_PER_BATCH):
             chunk = lists[first : first + LISTS_PER_BATCH]
@@ -142,7 +142,7 @@ class HeldOut:
             s = steering.rescale(scores.pad(batch), base, scale)
             difference = (s - base).masked_fill(~batch.mask, 0.0)
             own, s0 = (s / lengths, base / lengths) if self.loss.per_token else (s, base)
-            loss = self.loss(own, batch, self.temperature, s0).masked_fill(~batch.objective_mask, torch.nan)
+            loss = self.loss(own, batch, self.beta, s0).masked_fill(~batch.objective_mask, torch.nan)
             found.append((
                 loss, difference.abs().sum(1) / batch.mask.sum(1), *ordered_pairs(difference, batch),
                 difference[batch.mask],

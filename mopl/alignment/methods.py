@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mopl._arguments import check_choice
+from mopl._renamed import renamed_keywords
 from mopl.alignment.config import LIST_LOSSES, LOSSES, PAIR_LOSSES, PER_TOKEN
 from mopl.conditioning import WeightedModel
 from mopl.conditioning.samplers import Sampler
@@ -256,11 +257,12 @@ def response_lengths(items: Sequence[TokenizedList], batch: ListBatch) -> Tensor
     return lengths
 
 
+@renamed_keywords(temperature="beta")
 def score_batch(
     model: nn.Module,
     batch: ListBatch,
     weights: Tensor | None = None,  # (m,) or (B, m)
-    temperature: Tensor | None = None,  # (m,) or (B, m)
+    beta: Tensor | None = None,  # (m,) or (B, m)
 ) -> Tensor:  # (B, K)
     """Return the summed log-probabilities of the responses of a batch, in nats, in one forward pass.
 
@@ -268,11 +270,8 @@ def score_batch(
         model: A fused model, or a `WeightedModel` around one, which takes the weights of each list.
         batch: The lists.
         weights: w, if the model takes it.
-        temperature: β, if the model takes it.
+        beta: β, if the model takes it.
     """
-    inputs = dict(batch.inputs)
-    if "segments" in inputs:
-        inputs["sequences"] = inputs.pop("segments")
     of_sequence = batch.index[:, 0]
     options: dict[str, Any] = {}
     inner = unwrapped(model)
@@ -281,10 +280,10 @@ def score_batch(
             raise ValueError("this model takes weights; pass (m,) or one row a list, (B, m)")
         options["weights"] = weights[of_sequence] if weights.ndim == 2 else weights
         if takes_beta(inner):
-            if temperature is None:
-                raise ValueError("this model takes temperatures; pass (m,) or one row a list, (B, m)")
-            options["beta"] = temperature[of_sequence] if temperature.ndim == 2 else temperature
-    return to_lists(score_sequences(model, inputs, **options).scores, batch)
+            if beta is None:
+                raise ValueError("this model takes β; pass (m,) or one row a list, (B, m)")
+            options["beta"] = beta[of_sequence] if beta.ndim == 2 else beta
+    return to_lists(score_sequences(model, batch.inputs, **options).scores, batch)
 
 
 def scored_for(loss: ResponseLoss) -> Score:

@@ -192,7 +192,7 @@ def evaluate(stages: Stages, method: str, folder: Path, grid: Tensor, held_out: 
     for w, model in _models(stages, method, folder, grid):
         flat = score_lists(
             model, held_out.lists, collator=stages.collator, tokens_per_batch=config.tokens_per_batch,
-            accelerator=stages.accelerator, weights=w, temperature=stages.beta, conditioner=stages.conditioner(method),
+            accelerator=stages.accelerator, weights=w, beta=stages.beta, conditioner=stages.conditioner(method),
         )  # fmt: skip
         if method == "temperature-cos-dpo":
             # Equation (15): the network answers for β / ‖β‖₁.
@@ -231,8 +231,8 @@ def answers(stages: Stages, method: str, folder: Path, grid: Tensor, prompts: li
             if method == "temperature-cos-dpo":
                 options["beta"] = stages.beta.tolist()
             if method in CONDITIONED and config.conditioning == "text":
-                temperature = method == "temperature-cos-dpo"
-                options["text_prompt"] = tuned.text_prompt(stages.objectives, temperature=temperature)
+                takes_beta = method == "temperature-cos-dpo"
+                options["text_prompt"] = tuned.text_prompt(stages.objectives, takes_beta=takes_beta)
             found = [
                 generate(model, tokenizer, prompts, w.tolist(), **options)
                 for w, model in _models(stages, method, folder, grid)
@@ -256,7 +256,7 @@ def _sample_prompts(stages: Stages) -> list[Text]:
     """Return the first different prompts of held-out data, a random choice already, that leave room for an answer."""
     config, positions = stages.config, models.positions_of(stages.base)
     # What stands in front: virtual tokens, or words, of which no weights have more than these.
-    words = tuned.text_prompt(stages.objectives, temperature=True)
+    words = tuned.text_prompt(stages.objectives, takes_beta=True)
     ones = [1 / len(stages.objectives)] * len(stages.objectives)
     prompts: dict[str, Text] = {}
     test = stages.splits["test"]

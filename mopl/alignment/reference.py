@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mopl._extras import require
 from mopl._files import discard_folder, write_file
+from mopl._renamed import renamed_keywords
 from mopl._restoring import evaluating
 from mopl._tensor_files import opened, read_tensors
 from mopl._terminal import Progress, progress
@@ -27,6 +28,7 @@ from mopl.language_models.tokenization import TokenizedList
 CHUNK = 512  # lists of a chunk: seconds to minutes of work, whatever the model
 
 
+@renamed_keywords(temperature="beta")
 @torch.no_grad()
 def score_lists(
     model: nn.Module,
@@ -36,7 +38,7 @@ def score_lists(
     tokens_per_batch: int,
     accelerator: Any,
     weights: Tensor | None = None,
-    temperature: Tensor | None = None,
+    beta: Tensor | None = None,
     conditioner: Conditioner | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
@@ -51,7 +53,7 @@ def score_lists(
         tokens_per_batch: Most tokens of a batch, padding included; a longer list is a batch of its own.
         accelerator: accelerate's `Accelerator`.
         weights: (m,), for a model that takes them.
-        temperature: (m,), for a model that takes them.
+        beta: (m,), for a model that takes it.
         conditioner: Writes both into a list's prompt.
         progress: Told how many lists are done.
 
@@ -60,8 +62,7 @@ def score_lists(
     """
     if conditioner is not None:
         assert weights is not None
-        beta = weights if temperature is None else temperature
-        lists = [conditioner(item, weights, beta) for item in lists]
+        lists = [conditioner(item, weights, weights if beta is None else beta) for item in lists]
     counts = torch.tensor([len(item.responses) for item in lists])
     start = counts.cumsum(0) - counts
     flat = torch.zeros(int(counts.sum()))
@@ -70,7 +71,7 @@ def score_lists(
         lists, tokens_per_batch, shuffle=False, padded=padded, window=len(lists), oversized="own"
     ).epoch(0)
     device = accelerator.device
-    there = [None if value is None else value.float().to(device) for value in (weights, temperature)]
+    there = [None if value is None else value.float().to(device) for value in (weights, beta)]
     with evaluating(model):
         for number, places in enumerate(batches):
             if number % accelerator.num_processes == accelerator.process_index:

@@ -17,6 +17,7 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
+from mopl._renamed import renamed_attribute
 from mopl.alignment import tuned
 from mopl.alignment.config import CONDITIONED, AlignConfig
 from mopl.alignment.trained import load_trained
@@ -66,15 +67,17 @@ class AlignmentRun(FinishedRun):
         """Whether a method has one model for every trade-off, so that `load` needs no weights."""
         return self.check_method(method) in CONDITIONED
 
-    def takes_temperature(self, method: str | None = None) -> bool:
-        """Whether a method's model is conditioned on temperatures too."""
+    def takes_beta(self, method: str | None = None) -> bool:
+        """Whether a method's model is conditioned on β too."""
         return self.check_method(method) == "temperature-cos-dpo"
+
+    takes_temperature = renamed_attribute("AlignmentRun.takes_temperature", "takes_beta")
 
     def text_prompt(self, method: str | None = None) -> TextPrompt | None:
         """Return how weights are written into prompts, or None where a method takes them otherwise, or none."""
         if not self.is_conditioned(method) or self.config.conditioning != "text":
             return None
-        return tuned.text_prompt(self.objectives, temperature=self.takes_temperature(method))
+        return tuned.text_prompt(self.objectives, takes_beta=self.takes_beta(method))
 
     def base_model(self, device: torch.device | str = "cpu") -> Any:
         """Return the language model that the run started from, fused, without dropout."""

@@ -62,10 +62,10 @@ class TextConditioner:
     def __init__(self, tokenizer: Any, prompt: TextPrompt) -> None:
         self.tokenizer, self.prompt = tokenizer, prompt
 
-    def __call__(self, item: TokenizedList, weights: Tensor, temperature: Tensor) -> TokenizedList:
+    def __call__(self, item: TokenizedList, weights: Tensor, beta: Tensor) -> TokenizedList:
         """Return the list with the weights in front."""
-        beta = temperature.tolist() if self.prompt.takes_beta else None
-        tokens = self.prompt.prepend_ids(item.prompt.tolist(), weights, self.tokenizer, beta)
+        betas = beta.tolist() if self.prompt.takes_beta else None
+        tokens = self.prompt.prepend_ids(item.prompt.tolist(), weights, self.tokenizer, betas)
         return dataclasses.replace(item, prompt=np.array(tokens, dtype=np.int64))
 
 
@@ -174,7 +174,7 @@ class Stages(CosDpoStages):
     def train_part(self, part: Part) -> Trained:
         """Train one model of a method unless it is there."""
         config, method, device = self.config, part.method, self.accelerator.device
-        kind: dict[str, bool] = {"temperature": method.takes_beta}
+        kind: dict[str, bool] = {"takes_beta": method.takes_beta}
         source = AlignSource(
             self.splits["train"].tokens.lists, config.lists_per_batch, self.collator, seed=config.seed,
             weights=part.sample_weights, beta=part.sample_beta, reference=self.references["train"],
@@ -228,7 +228,7 @@ class Stages(CosDpoStages):
         """Return what writes weights into prompts, where a method wants them there."""
         if method not in CONDITIONED or self.config.conditioning != "text":
             return None
-        prompt = tuned.text_prompt(self.objectives, temperature=method == "temperature-cos-dpo")
+        prompt = tuned.text_prompt(self.objectives, takes_beta=method == "temperature-cos-dpo")
         return TextConditioner(self.tokenizer.tokenizer, prompt)
 
     def _start_of_prompt(self) -> list[int]:

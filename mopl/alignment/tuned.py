@@ -13,7 +13,6 @@ So all models of one kind have the same parameters, and a soup can average them.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,13 +22,14 @@ from torch import nn
 
 from mopl._extras import require
 from mopl._files import write_files
+from mopl._renamed import renamed_keywords
 from mopl.alignment.config import AlignConfig
 from mopl.conditioning import HyperPrompt, HyperPromptModel, LoraMixture, TextPrompt, TuningRecord, WeightedModel
 from mopl.conditioning.saved_models import CONFIG_FILE
 from mopl.language_models.models import TEXT_KIND, quiet
 
 TEXT_TEMPLATE = "[{weights}]\n"
-TEXT_TEMPLATE_WITH_TEMPERATURES = "[{weights}; temperatures {temperatures}]\n"
+TEXT_TEMPLATE_WITH_BETA = "[{weights}; temperatures {temperatures}]\n"
 
 
 def new_model(
@@ -38,7 +38,7 @@ def new_model(
     objectives: tuple[str, ...],
     *,
     conditioned: bool,
-    temperature: bool = False,
+    takes_beta: bool = False,
     start: Sequence[int] = (),
 ) -> nn.Module:
     """Return an untrained model around `base`, which computes what `base` alone does but for the start of its prompt.
@@ -48,7 +48,7 @@ def new_model(
         config: Settings of the run.
         objectives: Names of the m objectives.
         conditioned: Whether it is to learn every trade-off, or one.
-        temperature: Whether it is conditioned on temperatures too.
+        takes_beta: Whether it is conditioned on β too.
         start: Tokens whose embeddings the virtual tokens start at; small random vectors without any.
 
     Returns:
@@ -56,7 +56,7 @@ def new_model(
         takes its weights in words.
     """
     model = base.requires_grad_(False)
-    record = tuning_record(config, objectives, conditioned=conditioned, temperature=temperature)
+    record = tuning_record(config, objectives, conditioned=conditioned, takes_beta=takes_beta)
     if config.lora_rank:
         require("peft")
         from peft import LoraConfig, TaskType, get_peft_model
@@ -76,7 +76,7 @@ def new_model(
         return model
     hidden = base.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
     prompt = HyperPrompt(
-        len(objectives), config.virtual_tokens, config.prompt_rank, hidden, takes_beta=conditioned and temperature
+        len(objectives), config.virtual_tokens, config.prompt_rank, hidden, takes_beta=conditioned and takes_beta
     )
     if not conditioned:
         for network in (prompt.left, prompt.right):
@@ -88,32 +88,33 @@ def new_model(
 
 
 def tuning_record(
-    config: AlignConfig, objectives: tuple[str, ...], *, conditioned: bool, temperature: bool
+    config: AlignConfig, objectives: tuple[str, ...], *, conditioned: bool, takes_beta: bool
 ) -> TuningRecord:
-    """Return what `mopl.json` says about a model of a run: objectives, reference, β and α."""
+    """Return what `mopl.json` says about a model of a run: objectives, reference, β, concentration."""
     beta: Any = config.betas(len(objectives))
-    if temperature:
+    if takes_beta:
         beta = tuple(tuple(factor * b for b in beta) for factor in config.beta_range)
     reference = "self" if config.reference in ("auto", "self", "precomputed") else config.reference
     return TuningRecord(objectives, reference, beta, config.concentration if conditioned else None)
 
 
-def text_prompt(objectives: tuple[str, ...], *, temperature: bool = False) -> TextPrompt:
+@renamed_keywords(temperature="takes_beta")
+def text_prompt(objectives: tuple[str, ...], *, takes_beta: bool = False) -> TextPrompt:
     """Return how weights are written into a prompt under `conditioning="text"`."""
-    return TextPrompt(objectives, TEXT_TEMPLATE_WITH_TEMPERATURES if temperature else TEXT_TEMPLATE)
+    return TextPrompt(objectives, TEXT_TEMPLATE_WITH_BETA if takes_beta else TEXT_TEMPLATE)
 
 
 def save_model(
-    model: Any, folder: Path, config: AlignConfig, objectives: tuple[str, ...], *, temperature: bool = False
+    model: Any, folder: Path, config: AlignConfig, objectives: tuple[str, ...], *, takes_beta: bool = False
 ) -> None:
     """Write what was trained into a folder, never the frozen model."""
     if isinstance(model, WeightedModel):
         model.save_pretrained(folder)
         return
-    record = dataclasses.asdict(tuning_record(config, objectives, conditioned=True, temperature=temperature))
+    record = tuning_record(config, objectives, conditioned=True, takes_beta=takes_beta).to_dict()
     content = {
         "kind": TEXT_KIND, **record, "base_model": config.model, "adapter": "default",
-        "template": text_prompt(objectives, temperature=temperature).template,
+        "template": text_prompt(objectives, takes_beta=takes_beta).template,
     }  # fmt: skip
 
     def fill(place: Path) -> None:

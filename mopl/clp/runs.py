@@ -17,6 +17,7 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
+from mopl._renamed import renamed_attribute
 from mopl.clp.config import ClpConfig
 from mopl.clp.policies import load_policy, release, text_prompt
 from mopl.conditioning import HyperPromptModel, TextPrompt, check_weights
@@ -61,9 +62,11 @@ class ClpRun(FinishedRun):
         method = self.check_method(method)
         return method == "prompting" or (method == "clp" and self.config.scope == "hyper-prompt")
 
-    def takes_temperature(self, method: str | None = None) -> bool:
-        """Whether a model takes temperatures of objectives: none here does."""
+    def takes_beta(self, method: str | None = None) -> bool:
+        """Whether a model takes β: none here does."""
         return False
+
+    takes_temperature = renamed_attribute("ClpRun.takes_temperature", "takes_beta")
 
     def text_prompt(self, method: str | None = None, kl_weight: float | None = None) -> TextPrompt | None:
         """Return how weights are written into prompts, or None where a method takes them otherwise.

@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     from mopl.ranking.steer import steer
 
     figures = steer(
-        arguments.run, arguments.weights, scale=arguments.scale, temperature=arguments.beta,
+        arguments.run, arguments.weights, scale=arguments.scale, beta=arguments.beta,
         method=arguments.method, split=arguments.split, output=arguments.output,
     )  # fmt: skip
     print(json.dumps(figures, indent=2) if arguments.json else _table(figures))

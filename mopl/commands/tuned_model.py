@@ -126,7 +126,7 @@ def _model_of_run(
             run.list_tokenizer,
             run.objectives,
             run.text_prompt(method),
-            run.beta if run.takes_temperature(method) else None,
+            run.beta if run.takes_beta(method) else None,
             None if run.config.reference in (*OWN_REFERENCE, "auto") else run.config.reference,
         )
     model, takes_weights = run.load(method, weights, device, kl_weight=kl_weight), run.is_conditioned(method)

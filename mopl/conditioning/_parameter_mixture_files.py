@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ def save(mixture: Any, directory: str | os.PathLike[str]) -> None:
     model = mixture.model
     config = {
         "kind": "ParameterMixture",
-        **asdict(mixture.record),
+        **mixture.record.to_dict(),
         "scope": mixture.scope,
         "sets": len(mixture.others) + 1,
         "coefficients": rule_to_save(mixture.coefficients),

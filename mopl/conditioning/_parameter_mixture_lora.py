@@ -8,7 +8,6 @@ import functools
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -350,7 +349,7 @@ class LoraMixture(nn.Module):
         """Write the adapters, each in a folder of its name, and `mopl.json`; never the frozen base model."""
         config = {
             "kind": "LoraMixture",
-            **asdict(self.record),
+            **self.record.to_dict(),
             "adapters": self.adapters,
             "coefficients": rule_to_save(self.coefficients),
             "base_model": getattr(self.causal_lm, "name_or_path", "") or None,

@@ -22,7 +22,6 @@ import inspect
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -335,7 +334,7 @@ class HyperPromptModel(nn.Module):
         prompt = self.hyper_prompt
         config = {
             "kind": "HyperPromptModel",
-            **asdict(self.record),
+            **self.record.to_dict(),
             "base_model": getattr(self.causal_lm, "name_or_path", "") or None,
             "adapter": adapter,
             "positions": self.positions,

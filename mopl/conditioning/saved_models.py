@@ -16,6 +16,7 @@ from mopl._bounds import check_bounds
 from mopl._extras import require
 from mopl._hub import naming_own_code
 from mopl._records import DamagedFile, Finite, Kind, damaged, read_json
+from mopl._renamed import renamed_attribute, renamed_in_methods
 from mopl._tensor_files import check_shapes, read_tensors, shapes_of
 
 CONFIG_FILE = "mopl.json"
@@ -25,6 +26,7 @@ REMEDY = "take it from a backup, or make the model again"
 Names = Annotated[list[str], msgspec.Meta(min_length=1)]
 
 
+@renamed_in_methods("__init__", alpha="concentration")
 @dataclass(frozen=True)
 class TuningRecord:
     """What the weights of a conditioned model mean; it is saved beside them.
@@ -32,15 +34,17 @@ class TuningRecord:
     Args:
         objectives: Names of the m objectives, in the order of the weights.
         reference: What the model was regularised towards: `"self"` (the model with adapters and prefix off) or a name.
-        beta: β of the training: a number, one for each objective, or for a model conditioned on temperatures the box
-            that they were drawn from, `(low, high)`.
-        alpha: α, the concentration of the Dirichlet distribution that weights were drawn from.
+        beta: β of the training: a number, one for each objective, or for a model conditioned on β the box that it
+            was drawn from, `(low, high)`.
+        concentration: α of the Dirichlet distribution that weights were drawn from.
     """
 
     objectives: tuple[str, ...]
     reference: str = "self"
     beta: Any = None
-    alpha: Any = None
+    concentration: Any = None
+
+    alpha = renamed_attribute("TuningRecord.alpha", "concentration")
 
     @classmethod
     def of(cls, given: TuningRecord | Sequence[str] | None, objectives: int) -> TuningRecord:
@@ -58,8 +62,14 @@ class TuningRecord:
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> TuningRecord:
-        """Return what a `mopl.json` says."""
+        """Return what a `mopl.json` says, where `concentration` has its first name, `alpha`."""
         return cls(tuple(config["objectives"]), config["reference"], config["beta"], config["alpha"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `read` reads."""
+        return {
+            "objectives": self.objectives, "reference": self.reference, "beta": self.beta, "alpha": self.concentration,
+        }  # fmt: skip
 
 
 class Record(msgspec.Struct):

@@ -14,9 +14,7 @@ ALL = "all"  # of the methods
 class RunSettings(Settings):
     """What every run has."""
 
-    seed: int = setting(
-        0, "random seed of initialisation, batches, weights, temperatures and the bootstrap", at_least=0
-    )
+    seed: int = setting(0, "random seed of initialisation, batches, weights, β and the bootstrap", at_least=0)
     device: Literal["auto", "cpu"] = setting("auto", "where to compute; auto takes a GPU if there is one")
     log_every: int = setting(10, "steps between lines of the log", at_least=1, metavar="STEPS")
     checkpoint_every: int = setting(100, "steps between checkpoints", at_least=0, metavar="STEPS")

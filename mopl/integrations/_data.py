@@ -1,7 +1,7 @@
 """What trainers are given, as lists of tokens; and batches as the dictionaries of tensors that trainers pass around.
 
 Three things may stand beside a list: precomputed log-probabilities of the reference, weights of the objectives and
-temperatures of its own. They come from columns of a data set's rows and end as entries of the batch.
+β of its own. They come from columns of a data set's rows and end as entries of the batch.
 """
 
 from __future__ import annotations
@@ -306,7 +306,7 @@ class ExampleCollator:
         """Make a batch of these lists.
 
         Raises:
-            ValueError: If only some lists have a reference, weights or temperatures of their own.
+            ValueError: If only some lists have a reference, weights or β of their own.
         """
         batch = self.collator([example.tokens for example in examples])
         flat: dict[str, Any] = {}
@@ -341,8 +341,5 @@ def batch_of(inputs: Mapping[str, Any]) -> tuple[ListBatch, Extras]:
     parts: dict[str, Any] = {name: inputs.get(key) for key, name in _FIELDS.items()}
     known = {*_FIELDS, *_EXTRAS, _TOKEN_LABELS}
     tokens = {key: value for key, value in inputs.items() if key not in known}
-    if "segments" in tokens:
-        # `score_sequences` takes the number of sequences, so that it need not wait for a GPU to count them.
-        tokens["sequences"] = tokens.pop("segments")
     tokens["labels"] = inputs[_TOKEN_LABELS]
     return ListBatch(inputs=tokens, **parts), Extras(**{name: inputs.get(key) for key, name in _EXTRAS.items()})

@@ -47,7 +47,7 @@ def write_record(
         objectives=objectives,
         reference=reference,
         beta=box or settings.objective_beta or beta,
-        alpha=settings.concentration if settings.objective_weights is None else None,
+        concentration=settings.concentration if settings.objective_weights is None else None,
     )
 
 

@@ -39,7 +39,7 @@ class ListBatch:
         inputs: what `score_sequences` takes. Padded: `input_ids`, `labels` (-100 on prompt and padding) and
             `attention_mask`, int64 (N, T), with `position_ids` if padded on the left. Packed: `input_ids`, `labels`,
             `position_ids` (restarting with each sequence) and `segment` (the number of each token's sequence), int64
-            (1, T), and the number `segments` = N.
+            (1, T), and the number `sequences` = N, so that nothing waits for a GPU to count them.
         labels: (B, m, K) float32 preference labels, 0 where missing.
         mask: (B, K) bool, true where a response exists.
         label_mask: (B, m, K) bool, true where a label counts.
@@ -231,7 +231,7 @@ class ListCollator:
             "segment": np.repeat(np.arange(len(lengths)), lengths),
         }
         inputs: dict[str, Any] = {key: torch.from_numpy(value)[None] for key, value in arrays.items()}
-        inputs["segments"] = len(lengths)
+        inputs["sequences"] = len(lengths)
         return inputs
 
 

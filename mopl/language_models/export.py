@@ -268,7 +268,7 @@ def _record(
     if isinstance(model, (WeightedModel, ParameterMixture)):
         tuning = model.record
         record |= {"objectives": list(tuning.objectives), "reference": tuning.reference}
-        record |= {"beta": tuning.beta, "alpha": tuning.alpha}
+        record |= {"beta": tuning.beta, "alpha": tuning.concentration}
     elif text_prompt is not None:
         assert w is not None
         record |= {"objectives": list(text_prompt.objectives), "text": text_prompt.render(w, beta)}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mopl import steering
 from mopl._arguments import check_positive
-from mopl._renamed import renamed
+from mopl._renamed import renamed, renamed_keywords
 from mopl.conditioning import check_weights
 from mopl.pareto import Front
 from mopl.ranking.batch import Batch
@@ -122,6 +122,7 @@ def _scored(
     return scores.masked_fill(~lists.mask, 0.0), base, lists.mask
 
 
+@renamed_keywords(temperature="beta", conditioned_on_temperature="conditioned_on_beta")
 @torch.no_grad()
 def evaluate(
     policy: Policy,
@@ -131,8 +132,8 @@ def evaluate(
     *,
     measure: Measure,
     list_loss: ListLoss,
-    temperature: Sequence[float],
-    conditioned_on_temperature: bool = False,
+    beta: Sequence[float],
+    conditioned_on_beta: bool = False,
     scales: Sequence[float] = (1.0,),
     device: torch.device | str = "cpu",
 ) -> list[Evaluation]:
@@ -145,8 +146,8 @@ def evaluate(
         weights: (n, m) trade-offs; None for a policy that takes none.
         measure: How rankings are measured.
         list_loss: The loss whose held-out values are given.
-        temperature: β (m,): that of the held-out losses, and of the scores if the policy takes temperatures.
-        conditioned_on_temperature: Whether the policy takes temperatures.
+        beta: β (m,): that of the held-out losses, and of the scores if the policy takes β.
+        conditioned_on_beta: Whether the policy takes β.
         scales: c of equation (14); scores at other distances cost no further pass of the model.
         device: Where the policy's models are.
 
@@ -154,10 +155,10 @@ def evaluate(
         One evaluation for each scale.
     """
     asked: list[Tensor | None] = [None] if weights is None else list(weights)
-    beta = check_positive(temperature, "temperature").float()
+    betas = check_positive(beta, "beta").float()
     columns: list[list[tuple[Tensor, ...]]] = [[] for _ in scales]
     for w in asked:
-        scorer = policy.at(w, beta if conditioned_on_temperature else None)  # type: ignore[arg-type]
+        scorer = policy.at(w, betas if conditioned_on_beta else None)  # type: ignore[arg-type]
         parts: list[list[tuple[Tensor, ...]]] = [[] for _ in scales]
         for lists in in_batches(data):
             if list_loss.needs_order:
@@ -165,7 +166,7 @@ def evaluate(
             scores, base, mask = _scored(scorer, lists, data, reference, device)
             for found, scale in zip(parts, scales, strict=True):
                 at_scale = steering.rescale(scores, base, scale)
-                loss = list_loss(at_scale, lists, beta, base)
+                loss = list_loss(at_scale, lists, betas, base)
                 found.append((*_figures(at_scale, lists, measure), loss, at_scale[mask]))
         for column, found in zip(columns, parts, strict=True):
             column.append(tuple(torch.cat(each) for each in zip(*found, strict=True)))
@@ -196,27 +197,27 @@ class TrueFront:
 
 
 def true_front(
-    data: RankingData, reference: Tensor, weights: Tensor, temperature: Sequence[float], measure: Measure
+    data: RankingData, reference: Tensor, weights: Tensor, beta: Sequence[float], measure: Measure
 ) -> TrueFront | None:
-    """Return the true front, or None where it is not known: real data, or temperatures that are not equal."""
-    if data.truth is None or len(set(temperature)) > 1:
+    """Return the true front, or None where it is not known: real data, or entries of β that are not equal."""
+    if data.truth is None or len(set(beta)) > 1:
         return None
     auxiliary, losses = [], []
     for w in weights:
-        scores = true_scores(data, w, temperature[0], reference)
+        scores = true_scores(data, w, beta[0], reference)
         parts = [_figures(data.pad(scores, lists.queries), lists, measure)[1] for lists in in_batches(data)]
         auxiliary.append(torch.cat(parts).nanmean(0))
-        losses.append(expected_losses(data, scores, temperature[0], reference))
+        losses.append(expected_losses(data, scores, beta[0], reference))
     return TrueFront(torch.stack(auxiliary), torch.stack(losses))
 
 
 def distances_to_truth(
-    evaluation: Evaluation, data: RankingData, reference: Tensor, temperature: Sequence[float]
+    evaluation: Evaluation, data: RankingData, reference: Tensor, beta: Sequence[float]
 ) -> list[float]:
     """Return, for each trade-off, how many nats of expected weighted loss its scores lose against the optimum."""
     assert evaluation.weights is not None
     pairs = zip(evaluation.scores, evaluation.weights, strict=True)
-    return [distance_to_optimum(data, scores, w, temperature[0], reference) for scores, w in pairs]
+    return [distance_to_optimum(data, scores, w, beta[0], reference) for scores, w in pairs]
 
 
 def make_front(

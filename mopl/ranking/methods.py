@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mopl import steering
 from mopl._arguments import check_choice, check_positive
+from mopl._renamed import renamed_in_methods
 from mopl.conditioning import check_weights
 from mopl.conditioning.samplers import Sampler
 from mopl.experiments.cos_dpo import Scored, StepBatch, StepSource, place_in_grid
@@ -116,7 +117,7 @@ def score_batch(model: nn.Module, batch: StepBatch) -> Scored:
     scores = model(
         lists.features,
         batch.weights if config.conditioned else None,
-        temperature=batch.beta if config.temperature else None,
+        beta=batch.beta if config.takes_beta else None,
         mask=lists.mask,
         reference=batch.reference,
     )
@@ -137,25 +138,27 @@ class Policy(Protocol):
         """Names of the objectives."""
         ...
 
-    def at(self, weights: Sequence[float] | Tensor, temperature: Sequence[float] | Tensor | None = None) -> Scorer:
-        """Return the scorer for weights (m,) and, where the method is conditioned on it, temperatures (m,)."""
+    def at(self, weights: Sequence[float] | Tensor, beta: Sequence[float] | Tensor | None = None) -> Scorer:
+        """Return the scorer for weights (m,) and, where the method is conditioned on it, β (m,)."""
         ...
 
 
 Scorer = Callable[[Tensor, Tensor, Tensor], Tensor]  # features (B, K, F), mask (B, K), reference (B, K) -> (B, K)
 
 
+@renamed_in_methods("at", temperature="beta")
 @dataclass
 class BasePolicy:
     """The base model: the same scores for every trade-off."""
 
     objectives: tuple[str, ...]
 
-    def at(self, weights: Any = None, temperature: Any = None) -> Scorer:
+    def at(self, weights: Any = None, beta: Any = None) -> Scorer:
         """Return a scorer that gives the reference scores."""
         return lambda features, mask, reference: reference
 
 
+@renamed_in_methods("at", temperature="beta")
 @dataclass
 class ConditionedPolicy:
     """One model that takes the trade-off as an input."""
@@ -167,25 +170,25 @@ class ConditionedPolicy:
         """Names of the objectives."""
         return self.model.config.objectives
 
-    def at(self, weights: Sequence[float] | Tensor, temperature: Sequence[float] | Tensor | None = None) -> Scorer:
-        """Return the scorer for any weights, and for any temperatures if the model takes them."""
+    def at(self, weights: Sequence[float] | Tensor, beta: Sequence[float] | Tensor | None = None) -> Scorer:
+        """Return the scorer for any weights, and for any β if the model takes it."""
         device = next(self.model.parameters()).device
         w = check_weights(weights, len(self.objectives)).float().to(device)
-        if self.model.config.temperature and temperature is None:
-            raise ValueError("this model is conditioned on temperatures; pass one for each objective")
-        if temperature is not None and not self.model.config.temperature:
+        if self.model.config.takes_beta and beta is None:
+            raise ValueError("this model is conditioned on β; pass beta, one for each objective")
+        if beta is not None and not self.model.config.takes_beta:
             raise ValueError(
-                "this model was trained at one temperature; pass scale (c of equation 14) instead, or train "
-                "temperature-cos-dpo"
+                "this model was trained at one β; pass scale (c of equation 14) instead, or train temperature-cos-dpo"
             )
-        beta = None if temperature is None else check_positive(temperature, "temperature").float().to(device)
+        betas = None if beta is None else check_positive(beta, "beta").float().to(device)
 
         def score(features: Tensor, mask: Tensor, reference: Tensor) -> Tensor:
-            return self.model.score(features, w, temperature=beta, mask=mask, reference=reference)
+            return self.model.score(features, w, beta=betas, mask=mask, reference=reference)
 
         return score
 
 
+@renamed_in_methods("at", temperature="beta")
 @dataclass
 class FixedPolicy:
     """Networks that were trained for fixed weights; what scores is one of them, or their average."""
@@ -201,10 +204,10 @@ class FixedPolicy:
         """Return the parameters that answer for weights (m,)."""
         raise NotImplementedError
 
-    def at(self, weights: Sequence[float] | Tensor, temperature: Any = None) -> Scorer:
+    def at(self, weights: Sequence[float] | Tensor, beta: Any = None) -> Scorer:
         """Return the scorer for weights (m,)."""
-        if temperature is not None:
-            raise ValueError("this method was trained at one temperature; pass scale (c of equation 14) instead")
+        if beta is not None:
+            raise ValueError("this method was trained at one β; pass scale (c of equation 14) instead")
         state = self.state(check_weights(weights, len(self.objectives)))
 
         def score(features: Tensor, mask: Tensor, reference: Tensor) -> Tensor:

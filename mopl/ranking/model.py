@@ -25,6 +25,7 @@ from mopl._bounds import check_bounds
 from mopl._extras import require
 from mopl._files import write_files
 from mopl._records import DamagedFile, Kind, check, damaged, read_json, settings_from
+from mopl._renamed import renamed_attribute, renamed_in_methods
 from mopl._tensor_files import check_fits, load_state
 from mopl.conditioning import ConcatCondition
 
@@ -147,6 +148,7 @@ class ListTransformer(nn.Module):
         return _load(directory, "ListTransformer", _ListTransformerRecord, lambda record, _: cls(**record["network"]))
 
 
+@renamed_in_methods("__init__", temperature="takes_beta")
 @dataclass(frozen=True)
 class RankingModelConfig:
     """Settings of a `RankingModel`.
@@ -162,7 +164,7 @@ class RankingModelConfig:
         parametrisation: `"scratch"`: the network gives the scores; `"augment"`: it gives what is added to the base
             model's scores, and starts at 0 (COS-DPO, appendix A.6.3).
         conditioned: Whether weights are appended to the features; false for a model of one fixed trade-off.
-        temperature: Whether normalised temperatures are appended too.
+        takes_beta: Whether β / ‖β‖₁ is appended too.
     """
 
     features: int
@@ -174,19 +176,22 @@ class RankingModelConfig:
     dropout: float = 0.0
     parametrisation: Parametrisation = "scratch"
     conditioned: bool = True
-    temperature: bool = False
+    takes_beta: bool = False
+
+    temperature = renamed_attribute("RankingModelConfig.temperature", "takes_beta")
 
     def __post_init__(self) -> None:
         check_bounds(self)
         check_choice(self.parametrisation, PARAMETRISATIONS, "parametrisation")
-        if self.temperature and not self.conditioned:
-            raise ValueError("temperature=True needs conditioned=True: temperatures are appended beside the weights")
+        if self.takes_beta and not self.conditioned:
+            raise ValueError("takes_beta=True needs conditioned=True: β is appended beside the weights")
 
 
+@renamed_in_methods("forward", "score", temperature="beta")
 class RankingModel(nn.Module):
     """A ranker that takes the trade-off as an input, together with the frozen base model that it stays close to.
 
-    The weights (and normalised temperatures) are appended to the features of every item, so the network has exactly
+    The weights (and β / ‖β‖₁) are appended to the features of every item, so the network has exactly
     m × hidden (2 m × hidden) parameters more than one without them (COS-DPO, section 4.1).
 
     Args:
@@ -203,7 +208,7 @@ class RankingModel(nn.Module):
             )
         self.config = config
         self.condition = (
-            ConcatCondition(len(config.objectives), takes_beta=config.temperature) if config.conditioned else None
+            ConcatCondition(len(config.objectives), takes_beta=config.takes_beta) if config.conditioned else None
         )
         extra = self.condition.extra_features if self.condition is not None else 0
         self.network = ListTransformer(
@@ -238,7 +243,7 @@ class RankingModel(nn.Module):
         features: Tensor,  # (B, K, F)
         weights: Tensor | None = None,  # (m,) or (B, m)
         *,
-        temperature: Tensor | None = None,  # (m,) or (B, m)
+        beta: Tensor | None = None,  # (m,) or (B, m)
         mask: Tensor | None = None,  # (B, K) bool
         reference: Tensor | None = None,  # (B, K)
     ) -> Tensor:  # (B, K)
@@ -247,23 +252,23 @@ class RankingModel(nn.Module):
         Args:
             features: (B, K, F).
             weights: w on the simplex; required if and only if the model is conditioned.
-            temperature: β; only β / ‖β‖₁ reaches the network. Required if and only if it is conditioned on it.
+            beta: β; only β / ‖β‖₁ reaches the network. Required if and only if it is conditioned on it.
             mask: (B, K), true where an item exists.
             reference: s0, if it is known already; it is computed where it is needed otherwise.
 
         Returns:
-            Scores (B, K), 0 in masked places. A model conditioned on temperatures gives the raw output of equation
-            (15), the scores at temperatures that sum to 1; `score` gives those at the temperatures themselves.
+            Scores (B, K), 0 in masked places. A model conditioned on β gives the raw output of equation (15), the
+            scores at a β that sums to 1; `score` gives those at β itself.
 
         Raises:
-            ValueError: If weights or temperatures are missing, not expected or of a wrong shape.
+            ValueError: If weights or β are missing, not expected or of a wrong shape.
         """
         if self.condition is not None:
             if weights is None:
                 raise ValueError(f"weights are missing; pass one for each of {', '.join(self.config.objectives)}")
-            inputs = self.condition(features, weights, temperature)
-        elif temperature is not None:
-            raise ValueError("temperature was passed to a model that is not conditioned on it")
+            inputs = self.condition(features, weights, beta)
+        elif beta is not None:
+            raise ValueError("beta was passed to a model that is not conditioned on it")
         else:
             inputs = features
         scores = self.network(inputs, mask)
@@ -278,7 +283,7 @@ class RankingModel(nn.Module):
         weights: Tensor | None = None,  # (m,) or (B, m)
         *,
         scale: float = 1.0,
-        temperature: Tensor | None = None,  # (m,) or (B, m)
+        beta: Tensor | None = None,  # (m,) or (B, m)
         mask: Tensor | None = None,  # (B, K) bool
         reference: Tensor | None = None,  # (B, K)
     ) -> Tensor:  # (B, K)
@@ -288,7 +293,7 @@ class RankingModel(nn.Module):
             features: (B, K, F).
             weights: w on the simplex.
             scale: c of equation (14): above 1 closer to the base model, below 1 further away.
-            temperature: β, for a model conditioned on temperatures (equation 15).
+            beta: β, for a model conditioned on it (equation 15).
             mask: (B, K), true where an item exists.
             reference: s0, if it is known already.
 
@@ -297,15 +302,16 @@ class RankingModel(nn.Module):
         """
         if reference is None:
             reference = self.reference(features, mask)
-        scores = self(features, weights, temperature=temperature, mask=mask, reference=reference)
-        if temperature is not None:
-            scores = steering.beta_conditioned(scores, reference, temperature)
+        scores = self(features, weights, beta=beta, mask=mask, reference=reference)
+        if beta is not None:
+            scores = steering.beta_conditioned(scores, reference, beta)
         return steering.rescale(scores, reference, scale, mask=mask)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write `model.safetensors` (network and base model) and `model.json` into a folder."""
-        config = {"network": dataclasses.asdict(self.config), "base": self.base.settings}
-        _save(self, {"kind": "RankingModel", **config}, directory)
+        network = dataclasses.asdict(self.config)
+        network["temperature"] = network.pop("takes_beta")  # its first name, which the file keeps
+        _save(self, {"kind": "RankingModel", "network": network, "base": self.base.settings}, directory)
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str]) -> RankingModel:
@@ -317,7 +323,10 @@ class RankingModel(nn.Module):
         """
 
         def make(record: dict[str, Any], file: Path) -> RankingModel:
-            settings = settings_from(RankingModelConfig, record["network"], file, "network")
+            network = dict(record["network"])
+            if "temperature" in network:
+                network["takes_beta"] = network.pop("temperature")
+            settings = settings_from(RankingModelConfig, network, file, "network")
             return cls(settings, ListTransformer(**record["base"]))
 
         return _load(directory, "RankingModel", _RankingModelRecord, make)

@@ -87,7 +87,7 @@ class RankingRecipe(Recipe):
             for line in split.describe().split("\n") if name == "train" else [whole]:
                 self.say(line)
         config = self.config = self.config.resolved(len(train))
-        self.temperature = config.betas(len(train.objectives))
+        self.beta = config.betas(len(train.objectives))
         check_measurable(train, config.measure)
         self.empty_share = check_measurable(test, config.measure)
         self.grid = run_grid(config, len(train.objectives))
@@ -117,7 +117,7 @@ class RankingRecipe(Recipe):
         self.stages.reference = references["train"]
         validation.take_reference(references["valid"])
         self.reference = references["test"]
-        self.truth = true_front(test, self.reference, self.grid, self.temperature, config.measure)
+        self.truth = true_front(test, self.reference, self.grid, self.beta, config.measure)
         if self.accelerator.is_main_process:
             save_normalizer(self.path, train)
 
@@ -154,8 +154,8 @@ class RankingRecipe(Recipe):
         with seeded(config.seed):  # ties="random" draws in the held-out losses too
             evaluations = evaluate(
                 policy, test, self.reference, asked,
-                measure=config.measure, list_loss=config.list_loss, temperature=self.temperature,
-                conditioned_on_temperature=method == "temperature-cos-dpo", scales=scales,
+                measure=config.measure, list_loss=config.list_loss, beta=self.beta,
+                conditioned_on_beta=method == "temperature-cos-dpo", scales=scales,
                 device=self.accelerator.device,
             )  # fmt: skip
         done = list(trained.values())
@@ -183,7 +183,7 @@ class RankingRecipe(Recipe):
             figures["true_losses"] = truth.losses.tolist()
             figures["true_auxiliary"] = truth.auxiliary.tolist()
             if method != "base":
-                distances = distances_to_truth(first, test, self.reference, self.temperature)
+                distances = distances_to_truth(first, test, self.reference, self.beta)
                 figures["nats_above_the_optimum"] = distances
                 self.say(
                     f"{method}: {sum(distances) / len(distances):.4f} nats above the optimum, mean over the grid; "

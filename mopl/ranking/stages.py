@@ -165,7 +165,7 @@ class Stages(CosDpoStages):
         method = part.method
         settings = model_config(
             self.config, self.data.num_features, self.objectives, conditioned=method.conditioned,
-            temperature=method.takes_beta,
+            takes_beta=method.takes_beta,
         )  # fmt: skip
         return RankingModel(settings, self.base)
 

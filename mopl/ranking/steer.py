@@ -9,18 +9,20 @@ from typing import Any
 import torch
 
 from mopl._files import write_file
+from mopl._renamed import renamed_keywords
 from mopl.ranking.data import RankingData
 from mopl.ranking.evaluate import check_trade_off, evaluate, one_point, score_items
 from mopl.ranking.methods import BasePolicy, ConditionedPolicy
 from mopl.ranking.runs import open_run
 
 
+@renamed_keywords(temperature="beta")
 def steer(
     run: str | Path,
     weights: Sequence[float],
     *,
     scale: float = 1.0,
-    temperature: Sequence[float] | None = None,
+    beta: Sequence[float] | None = None,
     method: str | None = None,
     split: str = "test",
     output: str | Path | None = None,
@@ -31,7 +33,7 @@ def steer(
         run: The run directory.
         weights: w, one for each objective, on the simplex.
         scale: c of equation (14): above 1 closer to the base model, below 1 further away.
-        temperature: β for a model of temperature-cos-dpo; the run's by default.
+        beta: β for a model of temperature-cos-dpo; the run's by default.
         method: Which method of an `all` run.
         split: `"train"`, `"valid"` or `"test"`.
         output: A file for the scores, one line an item in the order of the data: query id, item from 1, score.
@@ -42,7 +44,7 @@ def steer(
 
     Raises:
         FileNotFoundError: If there is no finished run.
-        ValueError: If weights, scale or temperature do not fit the run.
+        ValueError: If weights, scale or β do not fit the run.
     """
     opened = open_run(run)
     objectives = opened.objectives
@@ -51,21 +53,21 @@ def steer(
         raise ValueError(f"scale is {scale:g} but must be positive: above 1 is closer to the base model")
     device = torch.device("cuda" if torch.cuda.is_available() and opened.config.device == "auto" else "cpu")
     policy = opened.policy(method, device)
-    takes = isinstance(policy, ConditionedPolicy) and policy.model.config.temperature
-    beta = opened.config.betas(len(objectives)) if temperature is None else tuple(temperature)
-    if len(beta) != len(objectives) or any(not b > 0 for b in beta):
+    takes = isinstance(policy, ConditionedPolicy) and policy.model.config.takes_beta
+    of_lists = opened.config.betas(len(objectives)) if beta is None else tuple(beta)
+    if len(of_lists) != len(objectives) or any(not b > 0 for b in of_lists):
         raise ValueError(
-            f"temperature is {' '.join(f'{b:g}' for b in beta)} but must be one positive number for each of "
+            f"beta is {' '.join(f'{b:g}' for b in of_lists)} but must be one positive number for each of "
             f"{', '.join(objectives)}"
         )
-    scorer = policy.at(w, beta if takes or temperature is not None else None)
+    scorer = policy.at(w, of_lists if takes or beta is not None else None)
     data, reference = opened.splits[split], opened.reference[split]
     options: dict[str, Any] = {
-        "measure": opened.config.measure, "list_loss": opened.config.list_loss, "temperature": beta, "device": device,
+        "measure": opened.config.measure, "list_loss": opened.config.list_loss, "beta": of_lists, "device": device,
     }  # fmt: skip
     (base,) = evaluate(BasePolicy(objectives), data, reference, None, **options)
     scales = (1.0,) if scale == 1.0 else (1.0, scale)
-    found = evaluate(policy, data, reference, w[None], conditioned_on_temperature=takes, scales=scales, **options)
+    found = evaluate(policy, data, reference, w[None], conditioned_on_beta=takes, scales=scales, **options)
     rows = {"base model": base} | {
         f"w = {' '.join(f'{x:.4g}' for x in w.tolist())}, c = {c:g}": each
         for c, each in zip(scales, found, strict=True)
@@ -78,7 +80,8 @@ def steer(
         "run": str(run), "method": method or opened.method_name, "split": split,
         "metric": opened.config.measure.metric().name,
         "main": data.main.name, "objectives": list(objectives), "weights": w.tolist(), "scale": scale,
-        "temperature": list(beta), "rows": points,
+        "beta": list(of_lists), "temperature": list(of_lists),  # its first name, for who reads it
+        "rows": points,
     }  # fmt: skip
 
 

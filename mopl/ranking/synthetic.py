@@ -4,7 +4,7 @@ For each objective j a utility f_j(item, query) is fixed, partly linear and part
 between the objectives, and p_j = softmax(f_j) over the list. A list has n_j labels in all: none with probability
 1 - r_j, else a heavy-tailed number that does not depend on anything; these are dealt to the items by a multinomial
 draw from p_j. So a list's l1-normalised labels have the expectation p_j, given that there are any, and the expected
-loss at weights w and temperature b (COS-DPO, eqs 8 and 11, a list without labels counting 0) is
+loss at weights w and β = b (COS-DPO, eqs 8 and 11, a list without labels counting 0) is
 
     sum_j w_j r_j CE(p_j, softmax(b (s - s0)))    with CE(p, q) = -sum_i p_i log q_i.
 
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from mopl._arguments import check_choice
+from mopl._renamed import renamed_keywords
 from mopl.ranking.data import RankingData, Truth
 from mopl.ranking.objectives import Objective
 
@@ -188,15 +189,14 @@ def true_mixture(data: RankingData, weights: Tensor) -> Tensor:
     return torch.logsumexp(truth.log_probs + (shares / shares.sum()).log(), dim=1)
 
 
-def true_scores(
-    data: RankingData, weights: Tensor, temperature: float = 1.0, reference: Tensor | None = None
-) -> Tensor:
+@renamed_keywords(temperature="beta")
+def true_scores(data: RankingData, weights: Tensor, beta: float = 1.0, reference: Tensor | None = None) -> Tensor:
     """Return the scores that minimise the expected loss: s0 + (1/b) log p_w, see the head of this file.
 
     Args:
         data: with `truth`; a subset or split too.
         weights: (m,) on the simplex.
-        temperature: b, common to all objectives.
+        beta: b, common to all objectives.
         reference: (N,) scores s0 of the base model; default 0.
 
     Returns:
@@ -205,28 +205,28 @@ def true_scores(
     Raises:
         ValueError: if the data has no known truth, or weights or reference have the wrong shape.
     """
-    return _reference(data, reference) + true_mixture(data, weights) / temperature
+    return _reference(data, reference) + true_mixture(data, weights) / beta
 
 
-def expected_losses(
-    data: RankingData, scores: Tensor, temperature: float = 1.0, reference: Tensor | None = None
-) -> Tensor:
+@renamed_keywords(temperature="beta")
+def expected_losses(data: RankingData, scores: Tensor, beta: float = 1.0, reference: Tensor | None = None) -> Tensor:
     """Return (m,) float64, the expectation over labels of each objective's loss, averaged over lists, in nats.
 
     With `scores=true_scores(...)` these are the points of the true front. Arguments as of `true_scores`; lists of one
     item count 0.
     """
     truth = _truth(data)
-    log_q = _segment_log_softmax(temperature * (_flat(data, scores, "scores") - _reference(data, reference)), data)
+    log_q = _segment_log_softmax(beta * (_flat(data, scores, "scores") - _reference(data, reference)), data)
     cross_entropy = -_list_mean(truth.log_probs.exp() * log_q[:, None], data)
     return truth.rates * cross_entropy
 
 
+@renamed_keywords(temperature="beta")
 def distance_to_optimum(
     data: RankingData,
     scores: Tensor,
     weights: Tensor,
-    temperature: float = 1.0,
+    beta: float = 1.0,
     reference: Tensor | None = None,
 ) -> float:
     """Return what scores (N,) lose against the optimum in expected weighted loss, in nats, averaged over lists.
@@ -236,7 +236,7 @@ def distance_to_optimum(
     """
     total = _shares(_truth(data), weights).sum()
     log_p = true_mixture(data, weights)
-    log_q = _segment_log_softmax(temperature * (_flat(data, scores, "scores") - _reference(data, reference)), data)
+    log_q = _segment_log_softmax(beta * (_flat(data, scores, "scores") - _reference(data, reference)), data)
     return max(float(total * _list_mean((log_p.exp() * (log_p - log_q))[:, None], data)[0]), 0.0)
 
 

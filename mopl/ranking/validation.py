@@ -84,13 +84,13 @@ class Validation:
 
         return self._selection(validate, steps) if self._of_base else None
 
-    def of_tuned(self, weights: Tensor, temperature: Tensor, steps: int) -> Selection | None:
+    def of_tuned(self, weights: Tensor, beta: Tensor, steps: int) -> Selection | None:
         """Return the selection of the training of a `RankingModel`; None where all steps are done.
 
         Args:
             weights: (n, m) the trade-offs it is validated at. If they are too many for `MOST_LISTS`, each list is
                 ranked at some of them, in turn.
-            temperature: (m,) β, for a model that takes temperatures.
+            beta: (m,) β, for a model that takes it.
             steps: Steps of the training, at most.
         """
         turns = min(len(weights), max(1, MOST_LISTS // len(self.data)))
@@ -100,7 +100,7 @@ class Validation:
             for lists in in_batches(self.data):
                 for turn in range(turns):
                     w = weights[(lists.queries + turn) % len(weights)].float()
-                    figures = self._tuned_figures(model, lists, w, temperature)
+                    figures = self._tuned_figures(model, lists, w, beta)
                     there = w * torch.isfinite(figures)
                     totals += (w * figures.nan_to_num()).sum(0)
                     shares += there.sum(0)
@@ -110,7 +110,7 @@ class Validation:
 
         return self._selection(validate, steps) if self._of_tuned else None
 
-    def _tuned_figures(self, model: Any, lists: Any, weights: Tensor, temperature: Tensor) -> Tensor:
+    def _tuned_figures(self, model: Any, lists: Any, weights: Tensor, beta: Tensor) -> Tensor:
         """Return NDCG (B, m) of the auxiliary objectives, each list ranked at its own weights (B, m)."""
         base = self.data.pad(self._reference, lists.queries)
         there = lists.to(next(model.parameters()).device)
@@ -118,7 +118,7 @@ class Validation:
         scores = model.score(
             there.features,
             weights.to(device) if takes.conditioned else None,
-            temperature=temperature.to(device) if takes.temperature else None,
+            beta=beta.to(device) if takes.takes_beta else None,
             mask=there.mask,
             reference=base.to(device),
         )

@@ -13,7 +13,7 @@ class BatchSource(Protocol):
 
     A step's batch has `batch_size` lists, the same ones however it is split. The source is asked for one part of it at
     a time: part `rank` of `world_size`, which must hold exactly the lists `part_of_batch(batch_size, rank,
-    world_size)` of the batch. Whatever is drawn at random for a batch (weights, temperatures) is drawn for the whole
+    world_size)` of the batch. Whatever is drawn at random for a batch (weights, β) is drawn for the whole
     batch from (seed, step) and cut in the same way, so that no update depends on how a batch is split.
     """
 

@@ -249,7 +249,7 @@ def test_open_run_loads_every_method_for_its_weights(run):
         assert (
             isinstance(model, HyperPromptModel) and not model.training and model.record.objectives == opened.objectives
         )
-        beta = opened.beta if opened.takes_temperature(method) else None
+        beta = opened.beta if opened.takes_beta(method) else None
         seen[method] = scores_of(model, run, w, beta)
         assert not torch.equal(seen[method], reference)
         with model.reference():

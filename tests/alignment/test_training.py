@@ -136,9 +136,9 @@ def base(folder):
     return models.load_causal_lm(str(folder))
 
 
-def conditioned(base, config=None, *, temperature=False, stirred=True) -> HyperPromptModel:
+def conditioned(base, config=None, *, takes_beta=False, stirred=True) -> HyperPromptModel:
     torch.manual_seed(3)
-    made = tuned.new_model(base, config or settings(), NAMES, conditioned=True, temperature=temperature)
+    made = tuned.new_model(base, config or settings(), NAMES, conditioned=True, takes_beta=takes_beta)
     if stirred:  # away from the start, where half of the gradients are zero
         with torch.no_grad():
             for parameter in made.parameters():
@@ -174,7 +174,7 @@ def in_sentences(model, item: TokenizedList, **conditions) -> Tensor:
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4, 6])
-def test_parts_of_a_batch_are_cuts_of_the_same_lists_weights_and_temperatures(parts):
+def test_parts_of_a_batch_are_cuts_of_the_same_lists_weights_and_beta(parts):
     lists = tokenized()
     scores = ListScores(lists, torch.arange(27.0))
     made = source(lists, reference=scores, experts=[scores, scores])
@@ -207,11 +207,11 @@ def test_the_training_loss_is_equation_12_with_each_lists_own_weights_and_the_mo
     torch.testing.assert_close(torch.stack([logs[f"loss/{n}"] for n in NAMES]), expected.mean(0), rtol=1e-5, atol=1e-5)
 
 
-def test_temperature_cos_dpo_trains_on_normalised_temperatures_and_the_raw_output(base):
-    model, batch = conditioned(base, temperature=True), source()(0)
+def test_temperature_cos_dpo_trains_on_normalised_beta_and_the_raw_output(base):
+    model, batch = conditioned(base, takes_beta=True), source()(0)
     torch.testing.assert_close(batch.beta.sum(1), torch.ones(6))
     value = scalarized_loss(DENSE, NAMES)(model, batch, 0)[0]
-    for length in (1.0, 0.17):  # the loss of equation (16) at full temperatures and the scores of equation (15)
+    for length in (1.0, 0.17):  # the loss of equation (16) at full β and the scores of equation (15)
         beta = length * batch.beta
         with torch.no_grad(), model.reference():
             reference = score_batch(model, batch.lists, batch.weights, beta)

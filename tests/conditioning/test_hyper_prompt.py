@@ -341,7 +341,7 @@ def test_packed_sequences_each_with_its_w_equal_padded_rows(family: str) -> None
     heat = 0.5 + torch.rand(3, 12)
     for inputs, hot in (
         ({**batch, "labels": labels}, heat),
-        ({**packed, "labels": labels[kept][None], "segment": segment, "segments": 3}, heat[kept][None]),
+        ({**packed, "labels": labels[kept][None], "segment": segment, "sequences": 3}, heat[kept][None]),
     ):
         model.zero_grad()
         scores.append(score_sequences(model, {**inputs, "weights": WEIGHTS}, temperature=hot).scores)

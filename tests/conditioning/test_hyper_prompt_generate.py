@@ -199,7 +199,7 @@ def test_betas_condition_generation() -> None:
 @pytest.mark.parametrize("adapter", [None, "default", "helpful"])
 @pytest.mark.parametrize("positions", ["hf", "paper"])
 def test_save_and_load(tmp_path: Path, adapter: str | None, positions: str) -> None:
-    record = TuningRecord(("helpful", "harmless"), beta=[0.1, 0.2], alpha=1.0)
+    record = TuningRecord(("helpful", "harmless"), beta=[0.1, 0.2], concentration=1.0)
     base = build()
     plain = copy.deepcopy(base)
     model = HyperPromptModel(

@@ -521,7 +521,7 @@ def test_the_best_model_is_loaded_at_the_end_and_a_saved_one_answers_the_same(tm
     assert trainer.state.best_metric == min(losses_seen)
     base = fuse(tiny_llama())
     loaded = HyperPromptModel.from_pretrained(best, base)
-    assert loaded.record.objectives == OBJECTIVES and loaded.record.beta == 0.5 and loaded.record.alpha == 1.0
+    assert loaded.record.objectives == OBJECTIVES and loaded.record.beta == 0.5 and loaded.record.concentration == 1.0
     ids = torch.randint(3, VOCABULARY, (2, 6))
     w = torch.tensor([[0.2, 0.8], [1.0, 0.0]])
     with torch.no_grad():

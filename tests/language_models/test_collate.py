@@ -307,7 +307,7 @@ def test_packed_batches_have_no_padding():
     items = lists()
     inputs = ListCollator(packed=True)(items).inputs
     assert inputs["input_ids"].shape == (1, sum(int(item.lengths.sum()) for item in items))
-    assert inputs["segments"] == sum(len(item.responses) for item in items)
+    assert inputs["sequences"] == sum(len(item.responses) for item in items)
     assert "attention_mask" not in inputs
 
 
@@ -420,7 +420,7 @@ def test_presorted_order_puts_missing_labels_after_labelled_ones_and_padding_las
 def test_a_batch_moves_whole():
     batch = ListCollator(packed=True, order=True)(lists())
     moved = batch.to("meta")
-    assert len(moved) == 5 and moved.inputs["segments"] == batch.inputs["segments"]
+    assert len(moved) == 5 and moved.inputs["sequences"] == batch.inputs["sequences"]
     held = [moved.labels, moved.mask, moved.label_mask, moved.objective_mask, moved.index, moved.lists, moved.order]
     held += [value for value in moved.inputs.values() if isinstance(value, torch.Tensor)]
     assert len(held) == 11 and all(tensor is not None and tensor.device.type == "meta" for tensor in held)

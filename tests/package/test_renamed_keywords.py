@@ -1,6 +1,7 @@
 """Every old name of a keyword, an attribute or a function still works, gives the same bits and warns once."""
 
 import inspect
+import json
 import pickle
 import warnings
 
@@ -8,7 +9,17 @@ import pytest
 import torch
 
 from mopl import _renamed, conditioning, losses, ops, reference, reference_policy, steering
+from mopl.alignment import tuned
+from mopl.alignment.methods import score_batch
+from mopl.alignment.reference import score_lists
+from mopl.alignment.runs import AlignmentRun
+from mopl.clp.runs import ClpRun
 from mopl.losses.policy_gradient import reward_coefficient
+from mopl.ranking import ListTransformer, RankingModel, RankingModelConfig
+from mopl.ranking.evaluate import evaluate
+from mopl.ranking.methods import BasePolicy, ConditionedPolicy, FixedPolicy
+from mopl.ranking.steer import steer
+from mopl.ranking.synthetic import distance_to_optimum, expected_losses, true_scores
 
 SCORES, LABELS = torch.tensor([[0.3, -1.2, 0.8, 0.1]]), torch.tensor([[2.0, 0.0, 1.0, 1.0]])
 LOGPROB = torch.tensor([[-0.5, -1.0], [-2.0, -0.1]])
@@ -18,6 +29,10 @@ POLICY = (torch.tensor([0.6, 0.4]).log(), torch.tensor([0.5, 0.5]).log(), torch.
 
 PROMPT = conditioning.HyperPrompt(2, 2, 1, 3, takes_beta=True)
 WORDS = conditioning.TextPrompt(("helpful", "short"), template="{weights} {betas}")
+torch.manual_seed(0)
+RANKER = RankingModel(RankingModelConfig(3, ("a", "b"), hidden=8, takes_beta=True), ListTransformer(3, 8)).eval()
+LISTS, BETAS = torch.rand(1, 4, 3), torch.tensor([0.5, 2.0])
+RECORD = conditioning.TuningRecord(("a", "b"), concentration=0.3)
 
 # what is called, the old keyword, the new one, the value
 KEYWORDS = {
@@ -90,6 +105,15 @@ KEYWORDS = {
         ).coefficients_of((0.5, 0.5), **kl_weight),
         "alpha", "kl_weight", 0.2,
     ),
+    "TuningRecord": (lambda **of: conditioning.TuningRecord(("a", "b"), **of), "alpha", "concentration", 0.3),
+    "RankingModelConfig": (lambda **of: RankingModelConfig(3, ("a", "b"), **of), "temperature", "takes_beta", True),
+    "RankingModel()": (lambda **beta: RANKER(LISTS, BETAS / 2.5, **beta), "temperature", "beta", BETAS),
+    "RankingModel.score": (lambda **beta: RANKER.score(LISTS, BETAS / 2.5, **beta), "temperature", "beta", BETAS),
+    "ConditionedPolicy.at": (
+        lambda **beta: ConditionedPolicy(RANKER).at([0.2, 0.8], **beta)(LISTS, torch.ones(1, 4).bool(), SCORES),
+        "temperature", "beta", (0.5, 2.0),
+    ),
+    "text_prompt": (lambda **takes: tuned.text_prompt(("a", "b"), **takes), "temperature", "takes_beta", True),
 }  # fmt: skip
 NAMES = {
     "AlphaCoefficients": (conditioning, "KLWeightCoefficients"),
@@ -122,6 +146,39 @@ def test_an_old_keyword_gives_the_same_bits_and_warns_once(name):
         call(**{old: value, new: value})
 
 
+@pytest.mark.parametrize(
+    ("function", "old", "new"),
+    [
+        *((function, "temperature", "beta") for function in (
+            evaluate, steer, BasePolicy.at, FixedPolicy.at, true_scores, expected_losses, distance_to_optimum,
+            score_batch, score_lists,
+        )),
+        (evaluate, "conditioned_on_temperature", "conditioned_on_beta"),
+    ],
+)  # fmt: skip
+def test_what_needs_a_run_or_data_takes_its_old_keyword_as_the_new_one(function, old, new):
+    assert new in inspect.signature(function).parameters and old not in inspect.signature(function).parameters
+    with pytest.raises(TypeError, match=f"got {new} and {old}, which is its old name; pass {new} only"):
+        function(**{old: 1, new: 1})
+
+
+@pytest.mark.parametrize("run", [AlignmentRun, ClpRun])
+def test_a_finished_run_answers_under_the_old_name(run):
+    opened = object.__new__(run)
+    opened.check_method = lambda method: method
+    with pytest.warns(DeprecationWarning, match=f"{run.__name__}.takes_temperature is deprecated; read takes_beta"):
+        assert opened.takes_temperature("temperature-cos-dpo") is opened.takes_beta("temperature-cos-dpo")
+
+
+def test_files_keep_the_first_names_of_what_is_called_otherwise_now(tmp_path):
+    RANKER.save_pretrained(tmp_path)
+    network = json.loads((tmp_path / "model.json").read_text())["network"]
+    assert network["temperature"] is True and "takes_beta" not in network
+    assert RankingModel.from_pretrained(tmp_path).config == RANKER.config
+    assert RECORD.to_dict()["alpha"] == 0.3 and "concentration" not in RECORD.to_dict()
+    assert conditioning.TuningRecord.read(RECORD.to_dict()) == RECORD
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_an_old_name_of_a_module_is_the_new_one_and_warns_once(name):
     module, new = NAMES[name]
@@ -141,6 +198,8 @@ def test_an_old_name_of_a_module_is_the_new_one_and_warns_once(name):
         (conditioning.ConcatCondition(2), "temperature", "takes_beta"),
         (WORDS, "temperature", "takes_beta"),
         (conditioning.ValueHead(2, 1), "alpha", "takes_kl_weight"),
+        (RECORD, "alpha", "concentration"),
+        (RANKER.config, "temperature", "takes_beta"),
         (conditioning.KLWeightCoefficients(0.1), "smallest_alpha", "smallest_kl_weight"),
     ],
     ids=lambda value: type(value).__name__,

@@ -77,13 +77,13 @@ def test_a_batch_of_empty_lists_is_finite_with_no_gradient():
 
 
 @pytest.mark.parametrize(
-    ("objectives", "temperature", "extra"), [(5, False, 5 * 64), (5, True, 10 * 64), (2, False, 128)]
+    ("objectives", "takes_beta", "extra"), [(5, False, 5 * 64), (5, True, 10 * 64), (2, False, 128)]
 )
-def test_conditioning_adds_exactly_m_times_hidden_parameters(objectives, temperature, extra):
+def test_conditioning_adds_exactly_m_times_hidden_parameters(objectives, takes_beta, extra):
     # The check of Table 1 of the paper: 50,432 = 50,112 + 5 x 64.
     names = tuple(f"o{j}" for j in range(objectives))
     base = ListTransformer(131, hidden=128)
-    conditioned = RankingModel(RankingModelConfig(131, names, temperature=temperature), base)
+    conditioned = RankingModel(RankingModelConfig(131, names, takes_beta=takes_beta), base)
     plain = RankingModel(RankingModelConfig(131, names, conditioned=False), base)
     assert conditioned.num_parameters - plain.num_parameters == extra
     assert plain.num_parameters == sum(p.numel() for p in ListTransformer(131, hidden=64).parameters())
@@ -99,16 +99,16 @@ def test_weights_change_the_scores_and_each_list_has_its_own():
     assert not torch.allclose(scores[0], ranker(features, W, mask=mask)[0], atol=1e-4)
 
 
-def test_only_the_direction_of_the_temperatures_reaches_the_network():
-    ranker, (features, mask) = model(temperature=True), ragged()
+def test_only_the_direction_of_beta_reaches_the_network():
+    ranker, (features, mask) = model(takes_beta=True), ragged()
     beta = torch.tensor([0.7, 1.1, 1.4])
-    raw = ranker(features, W, temperature=beta, mask=mask)
-    torch.testing.assert_close(ranker(features, W, temperature=3 * beta, mask=mask), raw, rtol=1e-5, atol=1e-6)
-    assert not torch.allclose(ranker(features, W, temperature=beta.flip(0), mask=mask), raw, atol=1e-4)
+    raw = ranker(features, W, beta=beta, mask=mask)
+    torch.testing.assert_close(ranker(features, W, beta=3 * beta, mask=mask), raw, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(ranker(features, W, beta=beta.flip(0), mask=mask), raw, atol=1e-4)
     # Equation (15): (1 - 1/|beta|) s0 + net/|beta|.
     base = ranker.reference(features, mask)
     expected = ((1 - 1 / 3.2) * base + raw / 3.2).masked_fill(~mask, -torch.inf)
-    torch.testing.assert_close(ranker.score(features, W, temperature=beta, mask=mask), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ranker.score(features, W, beta=beta, mask=mask), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("parametrisation", ["scratch", "augment"])
@@ -133,13 +133,13 @@ def test_augment_starts_at_the_base_model_and_learns_only_what_is_added():
     torch.testing.assert_close(known, base + 1.0)
 
 
-@pytest.mark.parametrize("changes", [{}, {"parametrisation": "augment"}, {"temperature": True}, {"conditioned": False}])
+@pytest.mark.parametrize("changes", [{}, {"parametrisation": "augment"}, {"takes_beta": True}, {"conditioned": False}])
 def test_a_saved_model_comes_back_with_the_same_scores(tmp_path, changes):
     ranker, (features, mask) = model(**changes), ragged()
     ranker.save_pretrained(tmp_path)
     again = RankingModel.from_pretrained(tmp_path)
     condition = () if not ranker.config.conditioned else (W,)
-    options = {"temperature": torch.ones(3)} if ranker.config.temperature else {}
+    options = {"beta": torch.ones(3)} if ranker.config.takes_beta else {}
     assert again.config == ranker.config and not again.training
     for c in (1.0, 2.0):
         before = ranker.score(features, *condition, scale=c, mask=mask, **options)
@@ -167,7 +167,7 @@ def test_errors_name_what_is_wrong(tmp_path):
     with pytest.raises(ValueError, match=r"mask is torch.float32"):
         ranker(features, W, mask=mask.float())
     with pytest.raises(ValueError, match="not conditioned"):
-        model(conditioned=False)(features, temperature=W, mask=mask)
+        model(conditioned=False)(features, beta=W, mask=mask)
     with pytest.raises(ValueError, match="trained on 7 features but the data has 8"):
         RankingModel(dataclasses.replace(ranker.config, features=8), ListTransformer(F, hidden=8))
     with pytest.raises(ValueError, match="heads must divide hidden"):

@@ -79,9 +79,9 @@ def source(data, m=3, batch_size=7, **changes):
     return ListSource(train, batch_size, **{**parts, **changes})
 
 
-def model(conditioned=True, temperature=False, **changes):
+def model(conditioned=True, takes_beta=False, **changes):
     settings = RankingModelConfig(8, ("aux1", "aux2", "aux3"), hidden=8, heads=2, conditioned=conditioned,
-                                  temperature=temperature, **changes)  # fmt: skip
+                                  takes_beta=takes_beta, **changes)  # fmt: skip
     made = RankingModel(settings, ListTransformer(8, hidden=8, heads=2))
     torch.nn.init.normal_(made.network.output.weight)
     return made
@@ -91,7 +91,7 @@ def model(conditioned=True, temperature=False, **changes):
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 7])
-def test_parts_of_a_batch_are_cuts_of_the_same_lists_weights_and_temperatures(data, parts):
+def test_parts_of_a_batch_are_cuts_of_the_same_lists_weights_and_beta(data, parts):
     whole, cut = source(data)(5, 0, 1), [source(data)(5, part, parts) for part in range(parts)]
     assert torch.equal(torch.cat([c.lists.queries for c in cut]), whole.lists.queries)
     assert torch.equal(torch.cat([c.weights for c in cut]), whole.weights)
@@ -134,13 +134,13 @@ def test_the_training_loss_is_equation_12_with_each_lists_own_weights(data):
     torch.testing.assert_close(common, value)
 
 
-def test_temperature_cos_dpo_trains_on_normalised_temperatures_and_the_raw_output(data):
-    ranker, batch = model(temperature=True), source(data)(0, 0, 1)
+def test_temperature_cos_dpo_trains_on_normalised_beta_and_the_raw_output(data):
+    ranker, batch = model(takes_beta=True), source(data)(0, 0, 1)
     value = scalarized_loss(score_batch, ListLoss(), ("a", "b", "c"))(ranker, batch, 0)[0]
-    # The loss of equation (16) at full temperatures and the scores of equation (15), for any length of them.
+    # The loss of equation (16) at full β and the scores of equation (15), for any length of them.
     for length in (1.0, 2.9):
         beta = length * batch.beta
-        net = ranker(batch.lists.features, batch.weights, temperature=beta, mask=batch.lists.mask,
+        net = ranker(batch.lists.features, batch.weights, beta=beta, mask=batch.lists.mask,
                      reference=batch.reference)  # fmt: skip
         scores = steering.beta_conditioned(net, batch.reference, beta)
         full = listwise_dpo(scores, batch.lists.targets, reference=batch.reference, beta=beta,
@@ -242,10 +242,10 @@ def test_policies_refuse_what_they_cannot_answer():
         grid.at([0.4, 0.6, 0.0])
     with pytest.raises(ValueError, match="does not sum to 1"):
         ConditionedPolicy(model()).at([0.4, 0.4, 0.4])
-    with pytest.raises(ValueError, match="trained at one temperature; pass scale"):
+    with pytest.raises(ValueError, match="trained at one β; pass scale"):
         ConditionedPolicy(model()).at([1.0, 0.0, 0.0], [1.0, 1.0, 1.0])
     with pytest.raises(ValueError, match="pass one for each objective"):
-        ConditionedPolicy(model(temperature=True)).at([1.0, 0.0, 0.0])
+        ConditionedPolicy(model(takes_beta=True)).at([1.0, 0.0, 0.0])
 
 
 # Evaluation
@@ -259,7 +259,7 @@ class Known:
     def __init__(self, data, scores):
         self.data, self.scores = data, scores
 
-    def at(self, weights, temperature=None):
+    def at(self, weights, beta=None):
         lists = iter([self.data.pad(self.scores(weights), torch.arange(len(self.data)))])
         return lambda features, mask, reference: next(lists)
 
@@ -268,7 +268,7 @@ def test_the_best_possible_scores_have_distance_zero_and_the_true_hypervolume(da
     test, grid = data[2], weight_grid(3, 6)
     reference, measure = torch.randn(test.num_items), Measure(samples=0)
     policy = Known(test, lambda w: true_scores(test, w, 0.5, reference).float())
-    (found,) = evaluate(policy, test, reference, grid, measure=measure, list_loss=ListLoss(), temperature=(0.5,) * 3)
+    (found,) = evaluate(policy, test, reference, grid, measure=measure, list_loss=ListLoss(), beta=(0.5,) * 3)
     truth = true_front(test, reference, grid, (0.5,) * 3, measure)
     assert max(distances_to_truth(found, test, reference, (0.5,) * 3)) < 1e-6
     torch.testing.assert_close(found.auxiliary.nanmean(0), truth.auxiliary, atol=1e-6, rtol=0)
@@ -279,7 +279,7 @@ def test_the_best_possible_scores_have_distance_zero_and_the_true_hypervolume(da
 
 def test_a_scaled_evaluation_is_that_of_the_rescaled_scores(data):
     test, grid, reference = data[2], weight_grid(3, 3), torch.randn(data[2].num_items)
-    options = {"measure": Measure(samples=0), "list_loss": ListLoss(), "temperature": (1.0,) * 3}
+    options = {"measure": Measure(samples=0), "list_loss": ListLoss(), "beta": (1.0,) * 3}
     raw = torch.randn(test.num_items)
     scaled = evaluate(Known(test, lambda w: raw), test, reference, grid, scales=(1.0, 3.0), **options)
     moved = 2 / 3 * reference + raw / 3
@@ -632,8 +632,8 @@ def test_every_method_can_be_steered_as_far_as_it_goes(finished):
     for method in METHODS:
         assert steer(finished, [1.0, 0.0, 0.0], method=method)["method"] == method
     beta = [0.5, 1.0, 2.0]
-    figures = steer(finished, [0.2, 0.3, 0.5], method="temperature-cos-dpo", temperature=beta)
-    assert figures["temperature"] == beta
+    figures = steer(finished, [0.2, 0.3, 0.5], method="temperature-cos-dpo", beta=beta)
+    assert figures["beta"] == figures["temperature"] == beta
     for message, options in {
         "there are 2 weights but 3 objectives; pass one for each of aux1, aux2, aux3": {"weights": [0.5, 0.5]},
         "does not sum to 1": {"weights": [0.5, 0.5, 0.5]},
@@ -641,8 +641,8 @@ def test_every_method_can_be_steered_as_far_as_it_goes(finished):
         "must be finite": {"weights": [float("nan"), 0.5, 0.5]},
         "scale is 0 but must be positive": {"weights": [1.0, 0.0, 0.0], "scale": 0.0},
         "trained a model for each of 3": {"weights": [0.5, 0.5, 0.0], "method": "dpo-ls"},
-        "was trained at one temperature": {"weights": [1.0, 0.0, 0.0], "temperature": beta},
-        "one positive number for each": {"weights": [1.0, 0.0, 0.0], "temperature": [1.0]},
+        "was trained at one β": {"weights": [1.0, 0.0, 0.0], "beta": beta},
+        "one positive number for each": {"weights": [1.0, 0.0, 0.0], "beta": [1.0]},
     }.items():
         weights = options.pop("weights")
         with pytest.raises(ValueError, match=message):
@@ -669,7 +669,7 @@ def test_runs_are_compared_in_one_table_by_method_and_seed(tmp_path, capsys):
 def test_one_conditioned_model_beats_soup_and_mo_dpo_at_a_fraction_of_the_time(tmp_path, seed, points, factor):
     """Table 1 of the paper on generated data: m = 5, equal steps a model; 6 trade-offs for time, or the docs' 11.
 
-    On lists of 20 with a low temperature, where mixing losses and mixing scores lead to very different fronts: their
+    On lists of 20 with a low β, where mixing losses and mixing scores lead to very different fronts: their
     hypervolumes at the optimum are .043 and .023.
     """
     run = rank(

@@ -11,12 +11,12 @@ from mopl.ranking.travel import travel
 WEIGHTS = torch.tensor([[0.2, 0.3, 0.5], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.05, 0.9, 0.05]], dtype=torch.float64)
 
 
-def listwise_losses(data, scores, temperature, reference):
+def listwise_losses(data, scores, beta, reference):
     """(Q, m): the l1 listwise loss of the data's own labels, in plain torch, without the targets of the data."""
     queries = range(len(data))
     mask = data.pad(torch.ones(data.num_items, dtype=torch.bool), queries)
     labels = data.pad(data.raw_auxiliary.double(), queries).movedim(-1, 1)
-    u = data.pad(temperature * (scores - reference), queries).masked_fill(~mask, -torch.inf)
+    u = data.pad(beta * (scores - reference), queries).masked_fill(~mask, -torch.inf)
     log_q = torch.log_softmax(u, dim=1).masked_fill(~mask, 0.0)
     mass = labels.sum(-1, keepdim=True)
     zbar = torch.where(mass > 0, labels / mass.clamp(min=1), 0.0)
@@ -96,24 +96,24 @@ def test_the_gradient_of_the_loss_vanishes_at_the_optimum_on_average(labels):
     p = data.truth.log_probs.exp()
     directions = torch.cat([data.features[:, :4].double(), p, data.features[:, :1].double() ** 2], dim=1)
 
-    def errors(scores, weights, temperature):
+    def errors(scores, weights, beta):
         """|mean| / standard error of the directional derivative over lists, one for each direction."""
         scores = scores.clone().requires_grad_()
-        loss = (listwise_losses(data, scores, temperature, reference) * weights).sum()
+        loss = (listwise_losses(data, scores, beta, reference) * weights).sum()
         (gradient,) = torch.autograd.grad(loss, scores)
         per_list = torch.zeros(len(data), directions.shape[1], dtype=torch.float64)
         per_list.index_add_(0, data.owner, gradient[:, None] * directions)
         return per_list.mean(0).abs() / (per_list.std(0) / len(data) ** 0.5)
 
-    for weights, temperature in zip(WEIGHTS, (1.0, 0.5, 3.0, 1.0), strict=True):
-        at_optimum = errors(true_scores(data, weights, temperature, reference), weights, temperature)
+    for weights, beta in zip(WEIGHTS, (1.0, 0.5, 3.0, 1.0), strict=True):
+        at_optimum = errors(true_scores(data, weights, beta, reference), weights, beta)
         assert at_optimum.max() < 4, (weights, at_optimum)
-        assert errors(reference, weights, temperature).max() > 20
+        assert errors(reference, weights, beta).max() > 20
         assert (
             errors(
-                true_scores(data, weights.flip(0) * 0.5 + weights.roll(1) * 0.5, temperature, reference),
+                true_scores(data, weights.flip(0) * 0.5 + weights.roll(1) * 0.5, beta, reference),
                 weights,
-                temperature,
+                beta,
             ).max()
             > 15
         )

@@ -49,7 +49,7 @@ def ranker(data, conditioned):
 
 def mean_figures(policy, valid, reference, weights):
     """Return sum_j w_j NDCG_j as the front would have it, for each trade-off."""
-    options = {"measure": Measure(samples=0), "list_loss": ListLoss(), "temperature": (1.0,) * 3}
+    options = {"measure": Measure(samples=0), "list_loss": ListLoss(), "beta": (1.0,) * 3}
     (found,) = evaluate(policy, valid, reference, weights, **options)
     return (weights * found.auxiliary.nanmean(0)).sum(1)
 
