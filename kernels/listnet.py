@@ -9,8 +9,7 @@ Forward has two kernels: whole lists in registers (several short ones a program)
 and a loop over blocks of one list for any length, which saves statistics. Backward computes those of a list that it
 holds in registers again: it reads scores and labels anyway, and of short lists the statistics would be more bytes than
 the difference to any other implementation. Given saved ones it is elementwise but for the gradient of the temperature,
-so a program for every block of items serves all lengths; partial sums of that gradient go to separate slots and are
-added afterwards in a fixed order.
+so a program for every block of items serves all lengths; partial sums of that gradient are added in a fixed order.
 """
 
 import triton

@@ -140,9 +140,9 @@ def prepare(
     if samples < 2:
         raise ValueError(f"samples is {samples} but a list needs at least 2 answers")
     require_for("align", "peft")  # before anything is sampled, what the training will need; so do the rewards
-    judge = Rewards(make_all(rewards))
-    if unknown := [name for name in objectives if name not in judge.names]:
-        raise ValueError(f"objectives has {', '.join(unknown)} but the rewards are {', '.join(judge.names)}")
+    all_rewards = Rewards(make_all(rewards))
+    if unknown := [name for name in objectives if name not in all_rewards.names]:
+        raise ValueError(f"objectives has {', '.join(unknown)} but the rewards are {', '.join(all_rewards.names)}")
     folder = smollm2(say, cache=None if cache is None else Path(cache)) if model is None else Path(model)
     chosen = [pool[place] for place in np.random.default_rng(seed).permutation(len(pool))[:lists]]
     sampling = Sampling(seed=seed) if sampling is None else Sampling(**{**vars(sampling), "seed": seed})
@@ -160,11 +160,11 @@ def prepare(
     kept = [(prompt, texts) for prompt, texts in zip(chosen, answers, strict=True) if len(texts) > 1]
     if len(kept) < 2:
         raise ValueError("the model gave hardly any prompt two different answers; sample with a higher temperature")
-    data, summary = _label(kept, judge)
+    data, summary = _label(kept, all_rewards)
     summary |= {"prompts": lists, "lists": len(kept), "responses_cut": sum(not r.finished for r in responses)}
     _write_if_new(directory / DATA, data)
     write_file(directory / SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-    for line in _describe(summary, kept, data, judge):
+    for line in _describe(summary, kept, data, all_rewards):
         say(line)
     return DemoFiles(folder, directory / DATA, tuple(objectives), dict(SETTINGS), BASELINES)
 
@@ -206,35 +206,35 @@ def _has_emoji(text: str) -> bool:
 # ---------------------------------------------------------------- labels
 
 
-def _label(answers: Sequence[tuple[str, list[str]]], judge: Rewards) -> tuple[PreferenceData, dict[str, Any]]:
+def _label(answers: Sequence[tuple[str, list[str]]], all_rewards: Rewards) -> tuple[PreferenceData, dict[str, Any]]:
     """Return the lists with labels, and figures about the rewards."""
     texts = [text for _, responses in answers for text in responses]
     prompts = [prompt for prompt, responses in answers for _ in responses]
-    values = judge(texts, prompts).double()  # (N, m)
+    values = all_rewards(texts, prompts).double()  # (N, m)
     sizes = [len(responses) for _, responses in answers]
     centred = torch.cat([part - part.nanmean(0) for part in values.split(sizes)])
     scale = centred.square().nanmean(0).sqrt()
     labels = SHARPNESS * centred / torch.where(scale > 0, scale, 1)
     rows = labels.split(sizes)
     lists = [
-        PreferenceList(prompt, tuple(responses), _columns(part, judge.names))
+        PreferenceList(prompt, tuple(responses), _columns(part, all_rewards.names))
         for (prompt, responses), part in zip(answers, rows, strict=True)
         if not part.isnan().all()
     ]
     figures = {
         "responses": len(texts),
-        "missing": judge.report.failures,
+        "missing": all_rewards.report.failures,
         "rewards": {
             name: {"mean": _rounded(values[:, j].nanmean()), "std_within_lists": _rounded(scale[j])}
-            for j, name in enumerate(judge.names)
+            for j, name in enumerate(all_rewards.names)
         },
         "correlation_within_lists": {
-            f"{judge.names[i]}, {judge.names[j]}": _rounded(_correlation(centred[:, i], centred[:, j]))
-            for i in range(len(judge))
+            f"{all_rewards.names[i]}, {all_rewards.names[j]}": _rounded(_correlation(centred[:, i], centred[:, j]))
+            for i in range(len(all_rewards))
             for j in range(i)
         },
     }
-    return PreferenceData(lists, judge.names, name="demo"), figures
+    return PreferenceData(lists, all_rewards.names, name="demo"), figures
 
 
 def _columns(labels: Tensor, names: Sequence[str]) -> dict[str, tuple[float | None, ...]]:
@@ -263,15 +263,15 @@ def _write_if_new(path: Path, data: PreferenceData) -> None:
 
 
 def _describe(
-    summary: dict[str, Any], answers: Sequence[tuple[str, list[str]]], data: PreferenceData, judge: Rewards
+    summary: dict[str, Any], answers: Sequence[tuple[str, list[str]]], data: PreferenceData, all_rewards: Rewards
 ) -> list[str]:
     """Return lines that show what was made: figures, and one list as an example."""
     lines = [f"{summary['lists']} lists with {summary['responses']} answers; rewards (mean, spread within lists):"]
     lines += [f"  {name}: {r['mean']:.3g}, {r['std_within_lists']:.3g}" for name, r in summary["rewards"].items()]
     pairs = "; ".join(f"{pair} {value:+.2f}" for pair, value in summary["correlation_within_lists"].items())
     lines.append(f"  correlation within lists: {pairs}")
-    if judge.report.failed():
-        lines.append(str(judge.report))
+    if all_rewards.report.failed():
+        lines.append(str(all_rewards.report))
     item = data[0]
     lines.append(f"for example {item.prompt!r}, labels {', '.join(data.objectives)}:")
     for k, response in enumerate(item.responses):

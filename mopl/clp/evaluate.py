@@ -93,15 +93,17 @@ class Evaluation:
             base: The untrained model's figures, for the cost of decoding.
         """
         value, values = self.value(scale, config), self.objective_values(scale, config)
-        corner = reward_coefficient(self.kl_weight, config.kl_form) * scale(torch.tensor([list(reference_point)]))[0]
+        value_reference = (
+            reward_coefficient(self.kl_weight, config.kl_form) * scale(torch.tensor([list(reference_point)]))[0]
+        )
         figures: dict[str, Any] = {
             "objectives": list(objectives), "kl_weight": self.kl_weight,
             "weights": None if self.weights is None else self.weights.tolist(),
             "rewards": self.mean_rewards.tolist(), "kl": self.kl.mean(0).tolist(),
             "value": None if value is None else value.tolist(),
             "objective_values": values.tolist(),
-            "value_hypervolume": hypervolume(values, corner, maximise=True),
-            "value_reference_point": corner.tolist(),
+            "value_hypervolume": hypervolume(values, value_reference, maximise=True),
+            "value_reference_point": value_reference.tolist(),
             "missing": float(self.rewards.isnan().double().mean()),
             "model_runs_per_token": self.model_runs,
             "seconds_per_token": self.seconds / max(self.tokens, 1),
@@ -209,7 +211,7 @@ class Evaluator:
     def _evaluation(
         self, weights: Tensor | None, kl_weight: float, asked: Sequence[tuple[Answers, Tensor]], runs: int
     ) -> Evaluation:
-        """Judge the answers of several trade-offs and compare them with the reference."""
+        """Score the answers of several trade-offs and compare them with the reference."""
         count, device, base = self.config.eval_samples, self.stages.accelerator.device, self.stages.base
         rewards, kl = [], []
         for answers, log_prob in asked:

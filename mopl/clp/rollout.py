@@ -265,7 +265,7 @@ class Rollout:
 
 
 def roll(policy: Policy, batch: PromptBatch, sampler: Sampler, rewards: Rewards, config: ClpConfig) -> Rollout:
-    """Sample responses to a batch of prompts, each at its trade-off, and judge them."""
+    """Sample responses to a batch of prompts, each at its trade-off, and score them."""
     rows = [i for i in range(len(batch)) for _ in range(config.samples_per_prompt)]
     w, kl_weight = batch.weights[rows], batch.kl_weight[rows]
     plain = [list(batch.tokens[i]) for i in rows]

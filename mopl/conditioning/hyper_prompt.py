@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from mopl._arguments import compute_dtype, shape_of
 from mopl._renamed import renamed_attribute, renamed_keywords
 
-PREFIX_STD = 0.02  # the usual standard deviation of token embeddings at initialisation (GPT-2 and its heirs)
+PREFIX_STD = 0.02  # the usual standard deviation of token embeddings at initialisation (GPT-2 and its successors)
 
 
 class HyperPrompt(nn.Module):

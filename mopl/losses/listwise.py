@@ -161,7 +161,7 @@ def plackett_luce(
         top_k: charge only items that fewer than this many items are better than; the rest are in the denominators.
         ties: the rule for equal labels.
         last_group: `"charged"`, or `"free"`: the lowest label group is an unranked tail that is never charged (the
-            crowd of irrelevant documents, say). It costs 0 under `"exact"` anyway.
+            irrelevant documents, say). It costs 0 under `"exact"` anyway.
         position_weights: (K,) or (B, m, K), the weight of the choice made at each position (p-ListMLE:
             `2 ** (K - k) - 1`), averaged over the positions of a tied group. Not differentiable.
         order: (B, m, K), or (B, K) for one objective, items best first and masked ones last, as `presort` gives them;

@@ -86,9 +86,9 @@ def hypervolume(points: Points, reference: Sequence[float] | Tensor | np.ndarray
     """
     array = as_points(points)
     m = array.shape[1]
-    corner = _vector(reference, m, "reference")
+    reference_point = _vector(reference, m, "reference")
     signs = directions(maximise, m)
-    ahead = array[(array * signs > corner * signs).all(axis=1)]
+    ahead = array[(array * signs > reference_point * signs).all(axis=1)]
     if not len(ahead):
         return 0.0
     # All points are passed on, as ever; what counts for the time are those that add something.
@@ -97,12 +97,12 @@ def hypervolume(points: Points, reference: Sequence[float] | Tensor | np.ndarray
     def exact(points: np.ndarray, reference: np.ndarray) -> float:
         return patiently(lambda: float(_moocore().hypervolume(points, reference, maximise=maximise)), n, m)
 
-    value = exact(array, corner)
+    value = exact(array, reference_point)
     if 0.0 < value < np.inf:
         return value
     # A product on the way left the range of float64: once more with every objective between -1 and 1.
-    by = [exponent(array[:, j], corner[j]) for j in range(m)]
-    value = exact(np.ldexp(array, np.negative(by)), np.ldexp(corner, np.negative(by)))
+    by = [exponent(array[:, j], reference_point[j]) for j in range(m)]
+    value = exact(np.ldexp(array, np.negative(by)), np.ldexp(reference_point, np.negative(by)))
     value = scaled_back(value, sum(by), "hypervolume")
     if not value > 0.0:
         raise ValueError("the hypervolume of these points is below the smallest float64; multiply them by a constant")
@@ -141,11 +141,11 @@ def hypervolume_of_resamples(
     approximate = getattr(_moocore(), "hv_approx", None)
     if approximate is None:
         raise ImportError("a bootstrap of this hypervolume needs moocore 0.3 or later; run: pip install -U moocore")
-    corner = _vector(reference, m, "reference")
+    reference_point = _vector(reference, m, "reference")
 
     def directions_of(points: Points) -> float:
         options: dict[str, Any] = {"maximise": maximise, "nsamples": DIRECTIONS, "method": "Rphi-FWE+"}
-        return float(approximate(as_points(points, objectives=m), corner, **options))
+        return float(approximate(as_points(points, objectives=m), reference_point, **options))
 
     known, rough = exact(array), directions_of(array)
     if known == 0.0:

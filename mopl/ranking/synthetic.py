@@ -127,13 +127,13 @@ def synthetic(
 def _directions(generator: np.random.Generator, objectives: int, size: int) -> np.ndarray:
     """Return unit directions (1 + m, size), the main one first, in a random orientation.
 
-    Those of the objectives are the corners of a regular simplex, each pair at the widest possible angle
-    (cosine -1/(m - 1)); the main direction leans towards the odd corners and away from the even ones.
+    Those of the objectives are the vertices of a regular simplex, each pair at the widest possible angle
+    (cosine -1/(m - 1)); the main direction leans towards the odd vertices and away from the even ones.
     """
     basis = np.linalg.qr(generator.standard_normal((size, size)))[0].T
-    corners = np.eye(objectives) - (1 / objectives if objectives > 1 else 0)
-    corners /= np.linalg.norm(corners, axis=1, keepdims=True)
-    auxiliary = corners @ basis[:objectives]
+    vertices = np.eye(objectives) - (1 / objectives if objectives > 1 else 0)
+    vertices /= np.linalg.norm(vertices, axis=1, keepdims=True)
+    auxiliary = vertices @ basis[:objectives]
     lean = np.where(np.arange(objectives) % 2 == 0, 1.0, -1.0) @ auxiliary
     main = _MAIN_ALIGNMENT * lean / np.linalg.norm(lean) + np.sqrt(1 - _MAIN_ALIGNMENT**2) * basis[objectives]
     return np.concatenate([main[None], auxiliary])

@@ -6,7 +6,7 @@ Every training is judged by NDCG as the run measures it, larger being better:
 |----------------------------|---------------------------------------------------------------------------------|
 | base model                 | NDCG of the main objective                                                      |
 | networks for fixed weights | sum_j w_j NDCG_j of the auxiliary objectives                                    |
-| conditioned models         | the mean of that over the corners and the centre of the simplex of the weights  |
+| conditioned models         | the mean of that over the vertices and the centre of the simplex of the weights |
 
 Tuned models move away from the main objective by design, so its NDCG would keep their first step. Their own held-out
 loss would keep an early one as well: on few lists it rises by overconfidence long before the rankings are at their

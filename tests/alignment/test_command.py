@@ -465,9 +465,9 @@ def test_another_model_can_be_the_reference_if_it_knows_the_same_tokens(place, t
     a, b = (load_file(each / "reference" / "test.safetensors")["scores"] for each in (path, own))
     assert not torch.equal(a, b)
     assert json.loads((path / "model" / "mopl.json").read_text())["reference"] == str(other)
-    stranger = write_model(tmp_path, "stranger", words=40)
+    foreign = write_model(tmp_path, "foreign", words=40)
     with pytest.raises(ValueError, match="another vocabulary"):
-        align(tiny(place, reference=str(stranger)), tmp_path / "fails", say=quiet)
+        align(tiny(place, reference=str(foreign)), tmp_path / "fails", say=quiet)
 
 
 def test_pairs_train_with_pair_losses_and_packed_batches(tmp_path, place):

@@ -43,7 +43,7 @@ def share(low: int, high: int, name: str) -> FunctionReward:
     return FunctionReward(lambda texts, prompts: [sum(w in words for w in t.split()) / LENGTH for t in texts], name)
 
 
-def judge() -> Rewards:
+def make_rewards() -> Rewards:
     return Rewards([share(0, 20, "first"), share(20, 40, "second")])
 
 
@@ -67,7 +67,7 @@ def parts(config: ClpConfig):
 def make_loss(base, config: ClpConfig, folder: Path, rewards: Rewards | None = None) -> ClpLoss:
     checkpoints = folder / "checkpoints"
     return ClpLoss(
-        config, Sampler.of(base, tokenizer(), config), rewards or judge(),
+        config, Sampler.of(base, tokenizer(), config), rewards or make_rewards(),
         RewardScale(torch.zeros(2), torch.ones(2)), RolloutStore(folder / "rollouts", config.epochs, checkpoints),
         Guard(config, "clp", checkpoints), None, "clp",
     )  # fmt: skip
@@ -214,7 +214,7 @@ def test_the_exact_kl_and_its_gradient_are_those_of_the_full_logits(scope, famil
     policy = disturbed(new_policy(base, config, ("first", "second"), "clp"))
     sampler = Sampler.of(base, tokenizer(), config)
     batch = PromptSource(parts(config)["train"], config, 2, trade_offs=3)(0)
-    rollout = roll(policy, batch, sampler, judge(), config)
+    rollout = roll(policy, batch, sampler, make_rewards(), config)
     _, expected, exists = full_kl(policy, sampler, rollout, 0.7)
     inputs, place, _ = sampler.inputs(rollout.prompts, rollout.responses, "cpu")
     hidden = torch.zeros(*inputs["targets"].shape, rollout.hidden.shape[-1])
@@ -244,7 +244,7 @@ def test_a_step_with_the_exact_kl_has_the_gradient_of_full_logits(tmp_path, scop
     trained = [p for p in policy.parameters() if p.requires_grad]
     found = torch.autograd.grad(value, trained)
     torch.manual_seed(3)  # the same rollout again
-    rollout = roll(policy, batch, loss.sampler, judge(), config)
+    rollout = roll(policy, batch, loss.sampler, make_rewards(), config)
     logprob, kl, exists = full_kl(policy, loss.sampler, rollout, 1.0)
     expected = policy_gradient(
         logprob, rollout.rewards, rollout.weights, kl_weight=rollout.kl_weight, mask=exists,
@@ -368,12 +368,12 @@ def test_parameters_that_ran_away_stop_a_training_even_after_its_last_step(place
     """Activations overflow and the policy is uniform or constant: nothing is NaN, its KL to a flat model is small."""
     config = at(place, scope=scope, learning_rate=1e9, steps=steps, kl_limit=0.0, entropy_floor=0.0)
     with pytest.raises(PolicyCollapsed, match=r"times as large as at the start .* after step 1: .* lower lea") as stop:
-        train_policies(config, place / "run", rewards=judge(), say=lambda text: None)
+        train_policies(config, place / "run", rewards=make_rewards(), say=lambda text: None)
     assert f"the run {place / 'run'} stays as it is: pass other settings with --overwrite" in str(stop.value)
     assert not (place / "run" / "model" / "training.json").exists()
     if steps == 1:  # resumed at its end, it fails as it did
         with pytest.raises(PolicyCollapsed, match="times as large as at the start"):
-            train_policies(config, place / "run", resume=True, rewards=judge(), say=lambda text: None)
+            train_policies(config, place / "run", resume=True, rewards=make_rewards(), say=lambda text: None)
 
 
 def test_rewards_are_scaled_by_the_answers_of_the_untrained_model():
@@ -505,7 +505,7 @@ def at(place: Path, **options) -> ClpConfig:
 )
 def test_a_stopped_training_continues_bit_for_bit_even_between_rollouts(place, options):
     config = at(place, **{"steps": 6, "log_every": 1, "checkpoint_every": 2, **options})
-    whole = train_policies(config, place / "whole", rewards=judge(), say=lambda text: None)
+    whole = train_policies(config, place / "whole", rewards=make_rewards(), say=lambda text: None)
     calls = 0
     parts_of_step = config.accumulation
 
@@ -522,7 +522,7 @@ def test_a_stopped_training_continues_bit_for_bit_even_between_rollouts(place, o
         train_policies(config, place / "parts", rewards=stopping, say=lambda text: None)
     stopped = CheckpointFolder(place / "parts" / "model" / "checkpoints").latest()
     assert stopped is not None and stopped.step == config.epochs + 1
-    parts = train_policies(config, place / "parts", resume=True, rewards=judge(), say=lambda text: None)
+    parts = train_policies(config, place / "parts", resume=True, rewards=make_rewards(), say=lambda text: None)
     for file in sorted((whole / "model").rglob("*.safetensors")):
         assert file.read_bytes() == (parts / file.relative_to(whole)).read_bytes(), file.name
 
@@ -581,7 +581,7 @@ def test_rewards_follow_the_weights_and_fronts_and_values_are_no_worse_than_thos
                 trade_offs=1, samples_per_prompt=4, points=5, eval_samples=8, log_samples=0, log_every=50,
             )  # fmt: skip
             run = place / f"{method}-{seed}"
-            train_policies(config, run, rewards=judge(), say=lambda text: None)
+            train_policies(config, run, rewards=make_rewards(), say=lambda text: None)
             front = Front.load(run / "front.json")
             volumes[method] = volumes.get(method, 0.0) + front.hypervolume
             figures = json.loads((run / "evaluation.json").read_text())[0]

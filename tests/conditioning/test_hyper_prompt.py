@@ -338,13 +338,13 @@ def test_packed_sequences_each_with_its_w_equal_padded_rows(family: str) -> None
         torch.testing.assert_close(logits, model(**batch, weights=WEIGHTS).logits[kept], atol=2e-5, rtol=1e-4)
     upstream, gradients = torch.tensor([0.3, -2.0, 1.1]), []
     scores = []
-    heat = 0.5 + torch.rand(3, 12)
-    for inputs, hot in (
-        ({**batch, "labels": labels}, heat),
-        ({**packed, "labels": labels[kept][None], "segment": segment, "sequences": 3}, heat[kept][None]),
+    temperatures = 0.5 + torch.rand(3, 12)
+    for inputs, temperature in (
+        ({**batch, "labels": labels}, temperatures),
+        ({**packed, "labels": labels[kept][None], "segment": segment, "sequences": 3}, temperatures[kept][None]),
     ):
         model.zero_grad()
-        scores.append(score_sequences(model, {**inputs, "weights": WEIGHTS}, temperature=hot).scores)
+        scores.append(score_sequences(model, {**inputs, "weights": WEIGHTS}, temperature=temperature).scores)
         (scores[-1] * upstream).sum().backward()
         gradients.append([p.grad.clone() for p in model.hyper_prompt.parameters()])
     torch.testing.assert_close(*scores, atol=1e-4, rtol=1e-5)

@@ -1,6 +1,7 @@
 """Settings as a YAML file, under their names in earlier versions, and as options of the command that they belong to."""
 
 import argparse
+import inspect
 import re
 import runpy
 import shlex
@@ -14,7 +15,9 @@ from mopl.cli import build_parser, main
 from mopl.clp.config import ClpConfig
 from mopl.experiments.settings import given, settings_of
 from mopl.experiments.settings_file import dump_settings, read_settings
+from mopl.losses import plackett_luce
 from mopl.ranking.config import RankConfig
+from mopl.ranking.metrics import ndcg
 
 LANGUAGE = ["--model", "m", "--data", "d"]
 COMMANDS = {
@@ -186,3 +189,16 @@ def test_a_file_of_an_example_gives_the_settings_of_its_command(tmp_path):
         parsed = build_parser().parse_args(shlex.split(command))
         (kind,) = (config for config, words in COMMANDS.items() if words[0] == parsed.command)
         assert read_settings(tmp_path / "c.yaml", kind) == given(parsed, kind)
+
+
+@pytest.mark.parametrize(
+    ("config", "function", "names"),
+    [
+        (RankConfig(), plackett_luce, ("ties", "last_group", "top_k")),
+        (AlignConfig("m", "d"), plackett_luce, ("ties", "last_group", "top_k")),
+        (RankConfig(), ndcg, ("gain", "empty")),
+    ],
+)  # fmt: skip
+def test_an_option_of_a_command_has_the_name_and_the_default_of_its_function(config, function, names):
+    of_function = inspect.signature(function).parameters
+    assert {name: getattr(config, name) for name in names} == {name: of_function[name].default for name in names}

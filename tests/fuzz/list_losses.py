@@ -98,7 +98,7 @@ def lists(draw: st.DrawFn, label_values: dict[str, list[float]], largest: int = 
     )
 
 
-def judge(case: Lists, loss: Callable[..., Tensor], one_list: Callable[..., Any]) -> None:
+def check_losses(case: Lists, loss: Callable[..., Tensor], one_list: Callable[..., Any]) -> None:
     """Compare a loss, and its gradients for a random upstream gradient, with `one_list(case, b, j)`.
 
     That returns the loss, its gradients by u = beta * (scores - reference) and by the labels of each existing

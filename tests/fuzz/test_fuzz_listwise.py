@@ -10,7 +10,7 @@ import torch
 from hostile import agree, budget, laid_out
 from hypothesis import given
 from hypothesis import strategies as st
-from list_losses import DENSE, RANKED, WEIGHTS, Lists, judge, lists
+from list_losses import DENSE, RANKED, WEIGHTS, Lists, check_losses, lists
 from mpmath import mp
 from running import Real, arithmetic, exp, log, log1p, real, total, unit
 
@@ -59,7 +59,7 @@ def cross_entropy(case: Lists, b: int, j: int, exists: list[int], x: list[Real],
 @given(lists(WEIGHTS))
 def test_listwise_dpo_by_sums(case: Lists) -> None:
     case.options["normalize"] = "l1"
-    judge(case, listwise_dpo, cross_entropy)
+    check_losses(case, listwise_dpo, cross_entropy)
 
 
 @budget(60)
@@ -68,7 +68,7 @@ def test_listwise_dpo_of_dense_labels(case: Lists, mode: str | None, sharpness: 
     case.options["normalize"] = mode
     if mode == "softmax":
         case.options["label_temperature"] = sharpness
-    judge(case, listwise_dpo, cross_entropy)
+    check_losses(case, listwise_dpo, cross_entropy)
 
 
 # ---------------------------------------------------------------- Plackett–Luce
@@ -194,7 +194,7 @@ def rankings(draw: st.DrawFn) -> Lists:
 @budget(80)
 @given(rankings())
 def test_plackett_luce_by_choices(case: Lists) -> None:
-    judge(case, plackett_luce, ranking_likelihood)
+    check_losses(case, plackett_luce, ranking_likelihood)
 
 
 # ---------------------------------------------------------------- labels

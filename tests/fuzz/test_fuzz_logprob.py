@@ -110,7 +110,7 @@ def vocabularies(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-def judge(
+def check_values(
     found: dict[str, Tensor], case: dict[str, Any], rows: list[list[Real | None]], scale: float, weights: list[Tensor]
 ) -> list[dict[int, Real]]:
     """Compare values and temperature's gradient; return the gradient of each row's logits, before the scale's chain."""
@@ -119,16 +119,16 @@ def judge(
     keep = flat != -100
     if mask is not None:
         keep = keep & (mask if mask.ndim == 2 else mask[:, None])
-    warmth = torch.as_tensor(case["temperature"], dtype=torch.float64).expand(len(rows)).tolist()
-    values, by_logits, by_warmth = [], [], []
+    temperatures = torch.as_tensor(case["temperature"], dtype=torch.float64).expand(len(rows)).tolist()
+    values, by_logits, by_temperature = [], [], []
     for n, logits in enumerate(rows):
         counted = [(k, int(flat[n, k])) for k in range(flat.shape[1]) if keep[n, k]]
         if not counted:
             values.append([real(0)] * (flat.shape[1] + 2))
             by_logits.append({})
-            by_warmth.append(real(0))
+            by_temperature.append(real(0))
             continue
-        row = Softmax(logits, warmth[n], case["softcap"], scale)
+        row = Softmax(logits, temperatures[n], case["softcap"], scale)
         row.seen_from([y for _, y in counted])
         logprob: list[Any] = [real(0)] * flat.shape[1]
         by_target: dict[int, Real] = {}
@@ -143,7 +143,7 @@ def judge(
         by_logits.append({} if impossible else {v: g * row.slope[v] for v, g in by_u.items()})
         if impossible:
             by_logits[-1] = None
-        by_warmth.append(None if impossible else row.by_temperature(by_target, g_lse, g_entropy))
+        by_temperature.append(None if impossible else row.by_temperature(by_target, g_lse, g_entropy))
     j = flat.shape[1]
     agree(found["value"].reshape(flat.shape), [v[:j] for v in values], "logprob")
     if "logsumexp" in found:
@@ -151,8 +151,8 @@ def judge(
     if "entropy" in found:
         agree(found["entropy"], [v[j + 1] for v in values], "entropy")
     if "temperature" in found:
-        some = None if any(t is None for t in by_warmth) else total(by_warmth)
-        agree(found["temperature"], by_warmth if found["temperature"].ndim else some, "gradient of temperature")
+        some = None if any(t is None for t in by_temperature) else total(by_temperature)
+        agree(found["temperature"], by_temperature if found["temperature"].ndim else some, "gradient of temperature")
     return by_logits
 
 
@@ -191,7 +191,7 @@ def test_gathered_logprob_by_softmax(case: dict[str, Any]) -> None:
     found, weights = called(gathered_logprob, leaves, case)
     assert found["value"].dtype == dtype
     with arithmetic(dtype):
-        by = judge(found, case, _exact_rows(case["logits"]), 1.0, weights)
+        by = check_values(found, case, _exact_rows(case["logits"]), 1.0, weights)
         size = case["logits"].shape[1]
         expected = [[None] * size if row is None else [row.get(v, real(0)) for v in range(size)] for row in by]
         agree(found["logits"], expected, "gradient of logits")
@@ -229,7 +229,7 @@ def test_linear_logprob_by_softmax(case: dict[str, Any], width: int, biased: boo
             [total([real(x) * y for x, y in zip(row, col, strict=True)]) + c for col, c in zip(w, b, strict=True)]
             for row in h
         ]
-        by = judge(found, case, logits, scale, weights)
+        by = check_values(found, case, logits, scale, weights)
         agree(
             found["hidden"],
             [[total(g * w[v][i] for v, g in row.items()) for i in range(width)] for row in by],
@@ -301,7 +301,7 @@ def test_linear_kl_by_sums(case: dict[str, Any]) -> None:
         def distributions(name: str, shared: str) -> list[Softmax]:
             head, bias = case[f"{shared}weight"].tolist(), case[f"{shared}bias"]
             bias = [0.0] * size if bias is None else bias.tolist()
-            warmth = torch.as_tensor(case[f"{name}temperature"], dtype=torch.float64).expand(rows).tolist()
+            temperatures = torch.as_tensor(case[f"{name}temperature"], dtype=torch.float64).expand(rows).tolist()
             logits = [
                 [
                     total(real(x) * y for x, y in zip(row, column, strict=True)) + c
@@ -310,7 +310,8 @@ def test_linear_kl_by_sums(case: dict[str, Any]) -> None:
                 for row in case[f"{name}hidden"].tolist()
             ]
             return [
-                Softmax(row, t, case["softcap"], case["logit_scale"]) for row, t in zip(logits, warmth, strict=True)
+                Softmax(row, t, case["softcap"], case["logit_scale"])
+                for row, t in zip(logits, temperatures, strict=True)
             ]
 
         ps = distributions("", "")

@@ -8,7 +8,7 @@ import torch
 from hostile import broadcastable, budget
 from hypothesis import given
 from hypothesis import strategies as st
-from list_losses import RANKED, Lists, judge, lists
+from list_losses import RANKED, Lists, check_losses, lists
 from running import Real, absolute, exp, expm1, log, real, sigmoid, softplus, total
 
 from mopl.losses import approx_ndcg, lambda_loss, pairwise_logistic
@@ -48,7 +48,7 @@ def ranknet(case: Lists, b: int, j: int, exists: list[int], x: list[Real], rate:
 @given(lists(RANKED), st.data())
 def test_pairwise_logistic_by_pairs(case: Lists, data: st.DataObject) -> None:
     case.margin = data.draw(broadcastable(*case.shape[:2], [0.0, 0.5, -1.0, 10.0, 300.0], case.dtype))
-    judge(case, pairwise_logistic, ranknet)
+    check_losses(case, pairwise_logistic, ranknet)
 
 
 def _gain(label: float, gain: str) -> Real:
@@ -98,7 +98,7 @@ GRADES = {"binary": [0.0, 1.0], "grades": [0.0, 1.0, 2.0, 3.0, 4.0], "shares": [
 )
 def test_lambda_loss_by_pairs(case: Lists, options: dict[str, Any]) -> None:
     case.options = options
-    judge(case, lambda_loss, lambdarank)
+    check_losses(case, lambda_loss, lambdarank)
 
 
 def smooth_ndcg(case: Lists, b: int, j: int, exists: list[int], x: list[Real], rate: float) -> Any:
@@ -143,4 +143,4 @@ def _scaled_gain(label: float, high: Real) -> Real:
 @given(lists(GRADES | {"huge": [0.0, 1.0, 500.0, 1000.0, 30000.0]}), st.sampled_from(["linear", "exponential"]))
 def test_approx_ndcg_by_pairs(case: Lists, gain: str) -> None:
     case.options = {"gain": gain}
-    judge(case, approx_ndcg, smooth_ndcg)
+    check_losses(case, approx_ndcg, smooth_ndcg)

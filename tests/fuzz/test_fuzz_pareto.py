@@ -57,12 +57,12 @@ def near(found: float, expected: Fraction, size: Fraction | float, unit: float =
 def test_hypervolume_by_inclusion_and_exclusion(data: st.DataObject, m: int) -> None:
     points = data.draw(fronts(m))
     maximise = data.draw(st.lists(st.booleans(), min_size=m, max_size=m))
-    corner = data.draw(fronts(m, 1, 1))[0]
+    reference = data.draw(fronts(m, 1, 1))[0]
     if len(points) and data.draw(st.booleans()):
-        corner = np.where(maximise, points.min(0), points.max(0)) - np.where(maximise, 1, -1) * abs(points).max(0)
+        reference = np.where(maximise, points.min(0), points.max(0)) - np.where(maximise, 1, -1) * abs(points).max(0)
     signs = [1 if up else -1 for up in maximise]
     boxes = [
-        [s * (p - Fraction(c)) for s, p, c in zip(signs, row, corner.tolist(), strict=True)]
+        [s * (p - Fraction(c)) for s, p, c in zip(signs, row, reference.tolist(), strict=True)]
         for row in fractions(points)
     ]
     boxes = [box for box in boxes if min(box) > 0]
@@ -73,12 +73,12 @@ def test_hypervolume_by_inclusion_and_exclusion(data: st.DataObject, m: int) -> 
     )
     if volume and not Fraction(1, 10**305) < volume < Fraction(10**308):
         try:
-            found = hypervolume(points, corner.tolist(), maximise=maximise)
+            found = hypervolume(points, reference.tolist(), maximise=maximise)
         except ValueError as error:
             assert "float64" in str(error)
             return
     else:
-        found = hypervolume(points, corner.tolist(), maximise=maximise)
+        found = hypervolume(points, reference.tolist(), maximise=maximise)
     near(found, Fraction(volume), volume, 1e-9)
 
 

@@ -81,9 +81,9 @@ def head_exactly(p: dict[str, Tensor], softcap: float | None = None) -> dict[str
     for c in chunks(len(p["hidden"])):
         counts = p["target"][c] >= 0
         hidden = p["hidden"][c].double().masked_fill(~counts[:, None], 0)
-        warmth = p["temperature"][c].double()[:, None]
+        temperatures = p["temperature"][c].double()[:, None]
         a = hidden @ weight.T
-        u = capped(a, softcap) / warmth
+        u = capped(a, softcap) / temperatures
         index = p["target"][c].clamp(min=0)[:, None]
         # Relative to the target: u - logsumexp would lose 1 - p below 1e-16 even in float64.
         e = (u - u.gather(1, index)).exp_().scatter_(1, index, 0)
@@ -91,7 +91,7 @@ def head_exactly(p: dict[str, Tensor], softcap: float | None = None) -> dict[str
         logprob = -others.log1p()
         found["logprob"].append(logprob[:, 0].where(counts, 0))
         found["logsumexp"].append((u.gather(1, index) - logprob)[:, 0].where(counts, 0))
-        upstream = p["upstream"][c].double().where(counts, 0)[:, None] / warmth
+        upstream = p["upstream"][c].double().where(counts, 0)[:, None] / temperatures
         share = upstream / (1 + others)
         grad = e.mul_(-share).scatter_(1, index, share * others)
         if softcap is not None:
@@ -116,12 +116,12 @@ def head_plainly(p: dict[str, Tensor], softcap: float | None = None) -> dict[str
         counts = p["target"][c] >= 0
         hidden = p["hidden"][c].masked_fill(~counts[:, None], 0)
         a = wide_product(hidden, weight.T)
-        warmth = p["temperature"][c][:, None]
-        log_p = F.log_softmax(capped(a, softcap) / warmth, -1)
+        temperatures = p["temperature"][c][:, None]
+        log_p = F.log_softmax(capped(a, softcap) / temperatures, -1)
         index = p["target"][c].clamp(min=0)[:, None]
         found["logprob"].append(log_p.gather(1, index)[:, 0].where(counts, 0))
         upstream = p["upstream"][c].where(counts, 0)[:, None]
-        grad = log_p.exp_().mul_(-upstream).scatter_add_(1, index, upstream).div_(warmth)
+        grad = log_p.exp_().mul_(-upstream).scatter_add_(1, index, upstream).div_(temperatures)
         if softcap is not None:
             grad *= 1 - torch.tanh(a / softcap).square()
         found["hidden"].append((grad @ weight.float()).to(p["hidden"].dtype))

@@ -74,21 +74,25 @@ def check(loss: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Tensor) -> 
 def test_linear_logprob(device: str, dtype: torch.dtype, layout: str, train: str, shared: bool) -> None:
     make, many, size, vocabulary = LAYOUTS[layout], 6, 5, 19
     hidden, weight = (make(torch.randn(n, size, dtype=dtype, device=device)) for n in (many, vocabulary))
-    bias, warmth = LAYOUTS["sliced"](torch.randn(vocabulary, device=device)), torch.rand(1, device=device) + 0.5
-    bias, warmth = bias if layout == "sliced" else bias.contiguous(), warmth.expand(many)
+    bias, temperature = LAYOUTS["sliced"](torch.randn(vocabulary, device=device)), torch.rand(1, device=device) + 0.5
+    bias, temperature = bias if layout == "sliced" else bias.contiguous(), temperature.expand(many)
     row = torch.tensor([0, 0, 1, 4, 5, 5, 5], device=device) if shared else None
     target = torch.randint(vocabulary, (many if row is None else len(row),), device=device)
     target[1] = -100
 
     def loss(*given: Tensor) -> tuple[Tensor, ...]:
-        values = dict(zip("hwbt", (hidden, weight, bias, warmth), strict=True), **dict(zip(train, given, strict=True)))
+        values = dict(
+            zip("hwbt", (hidden, weight, bias, temperature), strict=True), **dict(zip(train, given, strict=True))
+        )
         results = linear_logprob(
             values["h"], values["w"], target, bias=values["b"], temperature=values["t"], row=row, return_entropy=True,
             return_logsumexp=True, workspace=2 * vocabulary * 4,
         )  # fmt: skip
         return results
 
-    seen = check(loss, *(t.detach() for t, n in zip((hidden, weight, bias, warmth), "hwbt", strict=True) if n in train))
+    seen = check(
+        loss, *(t.detach() for t, n in zip((hidden, weight, bias, temperature), "hwbt", strict=True) if n in train)
+    )
     assert seen == {"mopl::linear_logprob", "mopl::linear_logprob_backward"}
 
 
@@ -122,7 +126,7 @@ def test_linear_kl(device: str, layout: str, masked: bool) -> None:
 @pytest.mark.parametrize("inplace", [False, True])
 def test_gathered_logprob(device: str, dtype: torch.dtype, layout: str, inplace: bool) -> None:
     base = torch.randn(5, 13, dtype=dtype, device=device).requires_grad_()
-    warmth = (torch.rand(1, device=device) + 0.5).expand(5)
+    temperature = (torch.rand(1, device=device) + 0.5).expand(5)
     for target in (torch.randint(13, (5,), device=device), torch.randint(13, (2, 5), device=device).t()):
 
         def loss(given: Tensor, t: Tensor, target: Tensor = target) -> tuple[Tensor, ...]:
@@ -130,7 +134,7 @@ def test_gathered_logprob(device: str, dtype: torch.dtype, layout: str, inplace:
             options = dict(return_logsumexp=True, return_entropy=True, inplace_backward=inplace)
             return gathered_logprob(logits, target, temperature=t, **options)
 
-        seen = check(loss, base.detach(), warmth.detach())
+        seen = check(loss, base.detach(), temperature.detach())
         assert "mopl::gathered_logprob" in seen and len(seen) == 2, seen
 
 
@@ -142,12 +146,12 @@ def test_list_ops(device: str, dtype: torch.dtype, layout: str, common: bool, it
     make, batch, objectives = LAYOUTS[layout], 2, 3
     scores = make(torch.randn(batch, items, dtype=dtype, device=device))
     labels = make(torch.rand(batch, objectives, items, device=device))
-    warmth = make(torch.rand(batch, 1 if common else objectives, device=device) + 0.5)
+    temperature = make(torch.rand(batch, 1 if common else objectives, device=device) + 0.5)
     mask = make(torch.ones(batch, items, device=device)).bool()
-    seen = check(lambda s, y, t: listwise_cross_entropy(s, y, t, mask, normalize=True), scores, labels, warmth)
+    seen = check(lambda s, y, t: listwise_cross_entropy(s, y, t, mask, normalize=True), scores, labels, temperature)
     assert seen == {"mopl::listwise_cross_entropy", "mopl::listwise_cross_entropy_backward"}
     for ties in ("breslow", "efron"):
-        seen = check(lambda s, t, ties=ties: plackett_luce_nll(s, labels, t, mask, ties=ties), scores, warmth)
+        seen = check(lambda s, t, ties=ties: plackett_luce_nll(s, labels, t, mask, ties=ties), scores, temperature)
         assert seen == {"mopl::plackett_luce_nll", "mopl::plackett_luce_nll_backward"}
 
 

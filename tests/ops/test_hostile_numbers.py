@@ -84,11 +84,11 @@ def test_the_memory_order_of_logits_and_heads_does_not_matter(view: Callable[[Te
     def run(arrange: Callable[[Tensor], Tensor]) -> list[Tensor]:
         leaves = [t.clone().requires_grad_() for t in (logits, hidden, weight)]
         u, h, w = map(arrange, leaves)
-        y, m, warmth = arrange(target), arrange(mask), arrange(torch.tensor([[0.5, 1.0, 2.0], [1.0, 1.5, 1.0]]))
+        y, m, temperature = arrange(target), arrange(mask), arrange(torch.tensor([[0.5, 1.0, 2.0], [1.0, 1.5, 1.0]]))
         results = [
-            *gathered_logprob(u, y, mask=m, temperature=warmth, return_logsumexp=True, return_entropy=True),
-            *linear_logprob(h, w, y, mask=m, temperature=warmth, return_logsumexp=True, return_entropy=True),
-            linear_kl(h, w, 2 * h.detach(), mask=m, temperature=warmth),
+            *gathered_logprob(u, y, mask=m, temperature=temperature, return_logsumexp=True, return_entropy=True),
+            *linear_logprob(h, w, y, mask=m, temperature=temperature, return_logsumexp=True, return_entropy=True),
+            linear_kl(h, w, 2 * h.detach(), mask=m, temperature=temperature),
             sequence_logprob(gathered_logprob(u, y, mask=m), arrange(segment), sequences=3),
         ]  # fmt: skip
         return [*results, *torch.autograd.grad(sum(r.square().sum() for r in results), leaves)]  # type: ignore[union-attr]

@@ -44,8 +44,8 @@ def test_a_longer_bootstrap_is_approximate_says_so_and_is_right(monkeypatch):
         assert one != other and abs(one - other) < 0.1 * width
     assert rough == hypervolume_interval(values, origin, maximise=True, samples=200)[0]
     # Losses: smaller is better, and the reference point is above.
-    losses, corner = 2 - values, [2.0] * 6
-    lower, _ = hypervolume_interval(losses, corner, maximise=False, samples=200)
+    losses, reference = 2 - values, [2.0] * 6
+    lower, _ = hypervolume_interval(losses, reference, maximise=False, samples=200)
     assert lower["hypervolume"] == pytest.approx(rough["hypervolume"], rel=1e-6)
 
 

@@ -69,17 +69,17 @@ def test_the_base_model_is_judged_by_the_figure_that_the_report_shows(data):
 
 def test_tuned_models_are_judged_by_the_weighted_ndcg_of_the_front_at_their_weights(data):
     valid, reference = data[1], torch.randn(data[1].num_items)
-    judge = Validation(valid, config())
-    judge.take_reference(reference)
+    validation = Validation(valid, config())
+    validation.take_reference(reference)
     fixed, w = ranker(data, conditioned=False), torch.tensor([[0.5, 0.2, 0.3]], dtype=torch.float64)
     policy = GridPolicy(fixed, w, [fixed.network.state_dict()])
-    assert judge.of_tuned(w, torch.ones(3), 100).validate(fixed) == pytest.approx(
+    assert validation.of_tuned(w, torch.ones(3), 100).validate(fixed) == pytest.approx(
         float(mean_figures(policy, valid, reference, w)[0]), abs=1e-6
     )
     conditioned, asked = ranker(data, conditioned=True), vertices_and_centre(3)
     figures = mean_figures(ConditionedPolicy(conditioned), valid, reference, asked)
     assert figures.std() > 0.01
-    assert judge.of_tuned(asked, torch.ones(3), 100).validate(conditioned) == pytest.approx(
+    assert validation.of_tuned(asked, torch.ones(3), 100).validate(conditioned) == pytest.approx(
         float(figures.mean()), abs=1e-6
     )
 
@@ -87,25 +87,25 @@ def test_tuned_models_are_judged_by_the_weighted_ndcg_of_the_front_at_their_weig
 def test_many_lists_are_sampled_evenly_and_each_at_some_of_the_trade_offs(monkeypatch):
     parts = load("synthetic:queries=1600,items=4,features=8,objectives=3", fractions=(0.1, 0.8, 0.1))
     valid, seen = parts[1], []
-    judge = Validation(valid, config())
-    assert len(judge.data) == MOST_LISTS < len(valid)
-    judge.take_reference(torch.arange(valid.num_items).float())
-    first, last = judge.data.query_ids[[0, -1]].tolist()
+    validation = Validation(valid, config())
+    assert len(validation.data) == MOST_LISTS < len(valid)
+    validation.take_reference(torch.arange(valid.num_items).float())
+    first, last = validation.data.query_ids[[0, -1]].tolist()
     assert first == int(valid.query_ids[0]) and last >= int(valid.query_ids[-3])
-    rows = torch.isin(valid.query_ids[valid.owner], judge.data.query_ids)
-    assert torch.equal(judge._reference, torch.arange(valid.num_items)[rows].float())
+    rows = torch.isin(valid.query_ids[valid.owner], validation.data.query_ids)
+    assert torch.equal(validation._reference, torch.arange(valid.num_items)[rows].float())
     model = ranker(parts, conditioned=True)
     score = model.score
     monkeypatch.setattr(model, "score", lambda f, w, **k: (seen.append(w), score(f, w, **k))[1])
-    judge.of_tuned(vertices_and_centre(3), torch.ones(3), 100).validate(model)
+    validation.of_tuned(vertices_and_centre(3), torch.ones(3), 100).validate(model)
     asked = torch.cat(seen)
     assert len(asked) == MOST_LISTS  # not four times as many
     assert sorted(asked.unique(dim=0, return_counts=True)[1].tolist()) == [MOST_LISTS // 4] * 4
 
 
 def test_validation_is_taken_twenty_times_a_training_but_not_more_often_than_every_fifth_step(data):
-    judge = Validation(data[1], config())
-    assert [judge.of_base(steps).every for steps in (20, 100, 200, 2000)] == [5, 5, 10, 100]
+    validation = Validation(data[1], config())
+    assert [validation.of_base(steps).every for steps in (20, 100, 200, 2000)] == [5, 5, 10, 100]
     assert Validation(data[1], config(validate_every=7)).of_base(2000).every == 7
     for settings, message in (({"patience": -1}, "patience is -1"), ({"validate_every": 0}, "validate_every is 0")):
         with pytest.raises(ValueError, match=message):
@@ -200,12 +200,12 @@ def test_files_and_table_of_a_run_say_which_steps_were_kept(stopped):
 def test_the_model_of_a_run_has_the_figure_that_was_best(stopped):
     run, _ = stopped
     opened = open_run(run)
-    judge = Validation(opened.splits["valid"], opened.config)
-    judge.take_reference(opened.reference["valid"])
+    validation = Validation(opened.splits["valid"], opened.config)
+    validation.take_reference(opened.reference["valid"])
     base = ListTransformer.from_pretrained(run / "base")
-    assert judge.of_base(12).validate(base) == pytest.approx(Trained.read(run / "base").validation, abs=1e-6)
+    assert validation.of_base(12).validate(base) == pytest.approx(Trained.read(run / "base").validation, abs=1e-6)
     model = RankingModel.from_pretrained(run / "weight-cos-dpo")
-    figure = judge.of_tuned(vertices_and_centre(3), torch.ones(3), 16).validate(model)
+    figure = validation.of_tuned(vertices_and_centre(3), torch.ones(3), 16).validate(model)
     assert figure == pytest.approx(Trained.read(run / "weight-cos-dpo").validation, abs=1e-6)
 
 
