@@ -6,6 +6,7 @@ python docs/make_settings.py
 import re
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from mopl.cli import build_parser
@@ -22,16 +23,17 @@ Written by `python docs/make_settings.py` from the fields of `RankConfig`, `Alig
 
 A setting has one name: `learning_rate` is a field of the class, a key of a YAML file and of a run's `config.json`, \
 and the option `--learning-rate`. Lists are written `--beta 0.1 0.2` and `beta: [0.1, 0.2]`; switches `--packing` or \
-`--no-packing` and `packing: true`; a number that may be left to the run takes `none`.
+`--no-packing` and `packing: true`; a number that may be left to the run takes `none` \
+(in a file also `null`). Sections, equations and appendices are those of the COS-DPO paper (arXiv 2410.08316).
 
 ```
 mopl rank --data my.txt --steps 500 --print-config > my.yaml    # all settings, as the run would have them
-mopl rank --config my.yaml --seed 1                             # options count more than the file
+mopl rank --config my.yaml --seed 1                             # options override the file
 ```
 
-Paths in a file are found from the folder in which the command runs. `mopl align` takes the options and files of \
-`mopl clp`, too, where `--method` is one of its methods. Names in brackets are those of earlier versions: they are \
-taken with a warning.
+Relative paths in a file are relative to the folder in which the command runs. `mopl align` also takes the options and \
+files of `mopl clp` if `--method` is one of its methods. Names in brackets are those of earlier versions and \
+still work, with a warning.
 
 Completion in a shell, with the package [shtab](https://pypi.org/project/shtab/): `shtab --shell=bash -u \
 mopl.cli.build_parser > ~/.local/share/bash-completion/completions/mopl` (or `--shell=zsh`, `tcsh`).
@@ -42,24 +44,25 @@ def page() -> str:
     """Return the page as Markdown."""
     parts = [INTRODUCTION]
     for experiment in EXPERIMENTS:
-        parts += [f"## mopl {experiment.name}\n", _table(experiment.settings), ""]
+        parts += [f"## mopl {experiment.name}\n", _table(experiment.settings, experiment.needed), ""]
     return "\n".join([*parts, "## Examples as YAML\n", *_examples()])
 
 
-def _table(kind: type) -> str:
-    lines = ["| setting | values | default | what it is |", "|---|---|---|---|"]
+def _table(kind: type, needed: Sequence[str]) -> str:
+    lines = ["| setting | values | default | meaning |", "|---|---|---|---|"]
     for name, known in settings_of(kind).items():
         old = f" [{known.old}]" if known.old else ""
-        cells = (f"`{name}`{old}", _values(known), known.stated_default, known.help)
+        default = "required" if name in needed else "false" if known.default is False else known.stated_default
+        cells = (f"`{name}`{old}", _values(known), default, known.help)
         lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("*", "\\*") for cell in cells) + " |")
     return "\n".join(lines)
 
 
 def _values(known: Setting) -> str:
-    entry = {int: "whole number", float: "number", bool: "true, false"}.get(known.entry, "text")
+    entry = {int: "integer", float: "number", bool: "true, false"}.get(known.entry, "string")
     text = ", ".join(map(str, known.choices)) if known.choices else entry
     if known.many:
-        text = f"{known.length or 'list'} of {text}"
+        text = f"{known.length} {text}s" if known.length else f"list of {text}" + "s" * (not known.choices)
     return text
 
 

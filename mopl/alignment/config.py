@@ -47,11 +47,11 @@ class AlignConfig(CosDpoSettings, LanguageModelSettings):
         (), "names of the objectives, in the order of the weights", unset="all", group="data", metavar="NAME"
     )
     max_length: int = setting(
-        1024, "maximum tokens of prompt and response together", at_least=2, group="data", metavar="TOKENS"
+        1024, "maximum number of tokens of prompt and response together", at_least=2, group="data", metavar="TOKENS"
     )
     min_prompt: int | None = setting(
         None,
-        "tokens that a longer prompt is never cut below",
+        "number of tokens that a prompt is never truncated below",
         unset="a quarter of max_length",
         at_least=1,
         group="data",
@@ -68,7 +68,7 @@ class AlignConfig(CosDpoSettings, LanguageModelSettings):
     )
     prompt_text: str | None = setting(
         None,
-        "words whose embeddings the virtual tokens start at, cut or repeated",
+        "words whose embeddings initialise the virtual tokens, truncated or repeated to fit",
         unset="small random vectors",
         group="model",
         metavar="WORDS",
@@ -84,24 +84,26 @@ class AlignConfig(CosDpoSettings, LanguageModelSettings):
     labels: tuple[Literal["auto", "l1", "softmax"], ...] = setting(
         ("auto",),
         "how ListNet turns labels into targets (section 2.2), for all objectives or for each; auto: l1 where all are 0 "
-        "or 1",
+        "or 1, else softmax",
         nonempty=True,
         group="method",
     )
     label_temperature: tuple[float, ...] = setting(
         (1.0,),
-        "what labels are divided by before their softmax, for all objectives or for each",
+        "divides labels before their softmax, one number for all objectives or one for each",
         positive=True,
         nonempty=True,
         group="method",
         metavar="T",
     )
     partial: Literal["drop", "keep"] = setting(
-        "drop", "objectives that label a part of a list: leave them out of it, or use that part", group="method"
+        "drop",
+        "what to do where an objective labels only part of a list: drop the objective for that list, or keep that part",
+        group="method",
     )
     label_smoothing: float = setting(
         0.0,
-        "rate of flipped labels, for the pair losses that have it",
+        "assumed rate of flipped preferences, for the pair losses that support it",
         at_least=0,
         below=0.5,
         group="method",
@@ -120,7 +122,7 @@ class AlignConfig(CosDpoSettings, LanguageModelSettings):
     learning_rate: float = setting(2e-4, "learning rate of the adapters")
     prompt_learning_rate: float | None = setting(
         None,
-        "learning rate of the prompt",
+        "learning rate of the virtual tokens",
         unset="10 times that of the adapters",
         positive=True,
         group="training",
@@ -132,18 +134,27 @@ class AlignConfig(CosDpoSettings, LanguageModelSettings):
     )
     packing: bool = setting(
         False,
-        "batches as one row without padding; needs an attention implementation that keeps packed sequences apart",
+        "pack each batch into one row without padding; needs an attention implementation that keeps packed sequences "
+        "apart",
         group="training",
     )
     reference_point: tuple[float, ...] = setting(
         (), unset="1.1 / ln 2 times the loss of the untrained model", positive=True, metavar="LOSS"
     )
     tokens_per_batch: int = setting(
-        8192, "maximum tokens of a forward pass outside training", at_least=1, group="evaluation", metavar="TOKENS"
+        8192,
+        "maximum number of tokens of a forward pass outside training",
+        at_least=1,
+        group="evaluation",
+        metavar="TOKENS",
     )
-    samples: int = setting(3, "held-out prompts that are answered at every point of the grid")
+    samples: int = setting(3, "number of held-out prompts that are answered at every point of the grid")
     sample_tokens: int = setting(
-        64, "maximum tokens of such an answer", at_least=1, group="evaluation", metavar="TOKENS"
+        64,
+        "maximum number of tokens of an answer to a held-out prompt",
+        at_least=1,
+        group="evaluation",
+        metavar="TOKENS",
     )
 
     def check_together(self) -> None:

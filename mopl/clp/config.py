@@ -19,13 +19,18 @@ class ClpConfig(LanguageModelSettings):
     """Settings of a run of CLP. Every default is ours: the full text of the paper was not at hand."""
 
     data: str = setting(
-        help='prompts: a text file with one a line, JSON lines with "prompt", or preference data for its prompts',
+        help='prompts: a text file with one per line, JSON lines with "prompt", or preference data, whose prompts are '
+        "used",
         missing="name prompts, a path or a name on the Hugging Face hub",
         kw_only=False,
     )
     limit: int | None = setting(None, "maximum number of prompts to take", at_least=2)
     max_prompt: int = setting(
-        512, "maximum tokens of a prompt; longer ones are left out", at_least=1, group="data", metavar="TOKENS"
+        512,
+        "maximum number of tokens of a prompt; longer ones are left out",
+        at_least=1,
+        group="data",
+        metavar="TOKENS",
     )
     rewards: tuple[str, ...] = setting(
         (),
@@ -38,20 +43,25 @@ class ClpConfig(LanguageModelSettings):
     )
     normalize: Literal["base", "running", "none"] = setting(
         "base",
-        "train on rewards with mean 0 and deviation 1 over answers of the untrained model; running: also over those of "
-        "the training so far. Fronts are always in the rewards' own units",
+        "train on rewards with mean 0 and standard deviation 1 over answers of the untrained model; running: and over "
+        "those of the training so far. Fronts are always in the rewards' own units",
         group="training",
     )
     normalize_decay: float = setting(
         1.0,
-        "what earlier rewards count after each rollout, with running; 0.99: a mean over about the last 100",
+        "factor on the weight of earlier rewards at each rollout, for normalize running; 0.99 averages over about 100 "
+        "rollouts",
         above=0,
         at_most=1,
         group="training",
         metavar="RATE",
     )
     normalize_prompts: int = setting(
-        64, "prompts that the untrained model answers for that", at_least=1, group="training", metavar="PROMPTS"
+        64,
+        "number of prompts that the untrained model answers to set the scale of the rewards",
+        at_least=1,
+        group="training",
+        metavar="PROMPTS",
     )
     method: str = setting(
         "clp",
@@ -67,15 +77,13 @@ class ClpConfig(LanguageModelSettings):
         missing="name what is mixed, such as attention",
         group="model",
     )
-    train_shared: bool = setting(
-        False, "also train what is outside of the scope, shared by all trade-offs", group="model"
-    )
+    train_shared: bool = setting(False, "also train what is outside the scope, shared by all trade-offs", group="model")
     lora_rank: int = setting(8)
     lora_alpha: float = setting(16.0)
     kl_weight: tuple[float, ...] = setting(
         (0.05,),
-        "α, of the KL to the reference; several: the policy is conditioned on it (`KLWeightCoefficients`), and the "
-        "first is that of the front's main points",
+        "α, the weight of the KL to the reference; several: the policy is conditioned on it (`KLWeightCoefficients`), "
+        "and the first is that of the front's main points",
         positive=True,
         nonempty=True,
         group="method",
@@ -91,7 +99,7 @@ class ClpConfig(LanguageModelSettings):
         group="method",
     )
     kl_level: Literal["token", "sequence"] = setting(
-        "token", "whether the KL is one of tokens or of the sequence", group="method"
+        "token", "whether the KL is taken per token or per sequence", group="method"
     )
     baseline: Literal["leave_one_out", "group", "value", "none"] = setting(
         "leave_one_out",
@@ -99,7 +107,9 @@ class ClpConfig(LanguageModelSettings):
         group="method",
     )
     standardize: bool = setting(
-        False, "divide by the standard deviation of a group, as GRPO does; needs baseline group", group="method"
+        False,
+        "divide advantages by the standard deviation of their group, as GRPO does; needs baseline group",
+        group="method",
     )
     to_go: bool = setting(False, "count for each token only the KL from that token on", group="method")
     value_learning_rate: float = setting(
@@ -108,7 +118,7 @@ class ClpConfig(LanguageModelSettings):
     concentration: float = setting(1.0)
     trade_offs: int | None = setting(
         None,
-        "number of different trade-offs in a step",
+        "number of distinct trade-offs in a step",
         unset="2 where parameters are mixed, else one for each prompt",
         at_least=1,
         group="training",
@@ -131,9 +141,11 @@ class ClpConfig(LanguageModelSettings):
         metavar="EPSILON",
     )
     ratio_level: Literal["token", "sequence", "sequence_mean"] = setting(
-        "token", "whether an importance ratio is one of tokens or of the sequence", group="training"
+        "token", "whether importance ratios are taken per token or per sequence", group="training"
     )
-    max_new_tokens: int = setting(64, "maximum tokens of a response", at_least=1, group="training", metavar="TOKENS")
+    max_new_tokens: int = setting(
+        64, "maximum number of tokens of a response", at_least=1, group="training", metavar="TOKENS"
+    )
     temperature: float = setting(
         1.0,
         "divides the logits of policy and reference, in sampling, log-probabilities and evaluation",
@@ -142,9 +154,9 @@ class ClpConfig(LanguageModelSettings):
         metavar="T",
     )
     rows_at_once: int = setting(
-        64, "maximum number of responses that are generated together", at_least=1, group="training", metavar="N"
+        64, "maximum number of responses generated at once", at_least=1, group="training", metavar="N"
     )
-    accumulation: int = setting(1, "parts of a step's prompts, one after another; samples depend on it")
+    accumulation: int = setting(1, "number of parts in which a step's prompts are processed; the samples depend on it")
     learning_rate: float = setting(1e-4, "learning rate of the policy")
     warmup: int = setting(0)
     schedule: Literal["constant", "linear", "cosine"] = setting("constant")
@@ -160,35 +172,39 @@ class ClpConfig(LanguageModelSettings):
     )
     entropy_floor: float = setting(
         1e-3,
-        "stop if the entropy of a token stays below this; 0 for never",
+        "stop if the mean entropy per token stays below this; 0 for never",
         at_least=0,
         group="training",
         metavar="NATS",
     )
     patience: int = setting(
         10,
-        "number of rollouts with too little entropy, or with equal rewards, before a stop",
+        "number of rollouts with too little entropy, or with equal rewards, before training stops",
         at_least=1,
         group="training",
         metavar="N",
     )
     reference_point: tuple[float, ...] = setting(
-        (), unset="mean of the untrained model's rewards minus twice their deviation", metavar="REWARD"
+        (), unset="mean of the untrained model's rewards minus twice their standard deviation", metavar="REWARD"
     )
     eval_prompts: int = setting(
         64,
-        "maximum number of held-out prompts that are answered for the front",
+        "maximum number of held-out prompts that are answered to measure the front",
         at_least=1,
         group="evaluation",
         metavar="N",
     )
     eval_samples: int = setting(
-        1, "answers to each of them at every trade-off", at_least=1, group="evaluation", metavar="N"
+        1,
+        "number of answers to each held-out prompt at every trade-off",
+        at_least=1,
+        group="evaluation",
+        metavar="N",
     )
-    samples: int = setting(3, "held-out prompts whose answers the report shows")
+    samples: int = setting(3, "number of held-out prompts whose answers the report shows")
     log_samples: int = setting(
         4,
-        "responses of a rollout that samples.jsonl keeps, every log_every steps",
+        "number of responses that samples.jsonl keeps of a rollout, every log_every steps",
         at_least=0,
         group="run",
         metavar="N",

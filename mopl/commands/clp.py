@@ -12,7 +12,7 @@ examples:
   mopl clp --demo                                                          a small model, prompts and two rewards
   mopl clp --model MODEL --data prompts.jsonl --rewards sentiment brevity
   mopl clp --model MODEL --data prompts.txt --rewards module:function length:target=20 --method clp-all
-  mopl clp --config short.yaml --steps 500                                 settings from a file; options count more
+  mopl clp --config short.yaml --steps 500                                 settings from a file; options override it
   mopl clp --run runs/short --resume --trust-rewards                       continue after Ctrl-C or a crash
 """
 

@@ -16,10 +16,11 @@ from mopl.experiments.settings import Settings, add_options, given
 
 Tell = Callable[[str], None]
 
+PAPER = "Sections, equations and appendices are those of the COS-DPO paper (arXiv 2410.08316)."
 TRUST_REMOTE_CODE: Mapping[tuple[str, str], Mapping[str, Any]] = {
     ("model", "--trust-remote-code"): {
         "action": "store_true",
-        "help": "run Python code that comes with a model; it is no setting of a run, so --resume needs it again",
+        "help": "run Python code that comes with a model; it is not saved with a run, so --resume needs it again",
     }
 }
 
@@ -84,18 +85,18 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 def add_experiment(commands: Any, experiment: Experiment) -> argparse.ArgumentParser:
     """Add a command that trains to the commands and return its parser."""
     parser = add_command(
-        commands, experiment.name, experiment.help, experiment.examples, argument_default=argparse.SUPPRESS,
-        formatter_class=_Help,
+        commands, experiment.name, experiment.help, f"{PAPER}\n{experiment.examples}",
+        argument_default=argparse.SUPPRESS, formatter_class=_Help,
     )  # fmt: skip
     group = parser.add_argument_group("run")
     if experiment.demo is not None:
-        group.add_argument("--demo", action="store_true", help="make model and data of the demo; other options still "
-                           "count, and the same command again goes on where it stopped")  # fmt: skip
+        group.add_argument("--demo", action="store_true", help="run the demo, whose model and data are made first; "
+                           "other options still apply, and the same command continues an interrupted demo")  # fmt: skip
     group.add_argument("--run", metavar="DIR", help=f"run directory (default: {experiment.folder})")
     group.add_argument("--resume", action="store_true", help="continue the run in --run")
     group.add_argument("--overwrite", action="store_true", help="replace the run in --run")
-    group.add_argument("--config", metavar="FILE.yaml", help="a file of settings, by their names; options count more")
-    group.add_argument("--print-config", action="store_true", help="print the settings as such a file, and stop")
+    group.add_argument("--config", metavar="FILE.yaml", help="YAML file of settings by name; options override it")
+    group.add_argument("--print-config", action="store_true", help="print the settings as such a file and exit")
     groups = add_options(parser, experiment.settings, {"run": group})
     for (title, flag), options in experiment.options.items():
         groups[title].add_argument(flag, **options)

@@ -24,8 +24,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     help = "write the model of one trade-off as a plain directory that transformers and vLLM load"
     parser = add_model_command(commands, "export", help, EXAMPLES)
     parser.add_argument("directory", metavar="DIR", help="where to write; nothing may be there")
-    parser.add_argument("--kind", choices=("model", "adapter"), default="model", help="adapter: for PEFT, of models "
-                        "that take weights in words, or have a prompt and no LoRA (default: model)")  # fmt: skip
+    parser.add_argument("--kind", choices=("model", "adapter"), default="model", help="adapter: a PEFT "
+                        "adapter, of a mixture of adapters, a model that takes weights in words, or a prompt without "
+                        "LoRA (default: model)")  # fmt: skip
     parser.add_argument("--keep-tied", action="store_true", help="leave an output head that is tied to the embeddings "
                         "tied, for loaders that need it; then rule out the new tokens with logit_bias")  # fmt: skip
     parser.set_defaults(act=run)

@@ -31,17 +31,23 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
                         help="sample N responses and re-rank them as whole responses (default: 1)")  # fmt: skip
     parser.add_argument("--rerank", choices=("best", "resample"), default="best", help="best: the most probable at "
                         "--scale; resample: one of them, drawn as at --scale (default: best)")  # fmt: skip
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="(default: 128)")
-    parser.add_argument("--temperature", type=float, metavar="T", help="of sampling; without it and --top-p "
-                        "the most probable token is taken each time")  # fmt: skip
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=128,
+        metavar="N",
+        help="maximum number of tokens of a response (default: 128)",
+    )
+    parser.add_argument("--temperature", type=float, metavar="T", help="sampling temperature; without it and "
+                        "--top-p, decoding is greedy")  # fmt: skip
     parser.add_argument("--top-p", type=float, metavar="P", help="sample from the most probable tokens of this mass")
-    parser.add_argument("--seed", type=int, help="of the samples (default: another each time)")
+    parser.add_argument("--seed", type=int, help="random seed for sampling (default: a new one each time)")
     template = parser.add_mutually_exclusive_group()
     template.add_argument("--chat", dest="template", action="store_const", const="chat", help="write the prompt with "
                           "the tokenizer's chat template (default: as in training)")  # fmt: skip
     template.add_argument("--raw", dest="template", action="store_const", const="plain",
                           help="let the model continue the prompt as it is")  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print one JSON object a prompt, with all candidates")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per prompt, with all candidates")
     parser.set_defaults(act=run)
     return parser
 

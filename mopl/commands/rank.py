@@ -13,7 +13,7 @@ examples:
   mopl rank --data synthetic --seed 1                generated data with a known optimum
   mopl rank --data MSLR-WEB10K/Fold1                 LETOR files; the five auxiliary columns by name
   mopl rank --data train.txt --objectives clicks=134 price=7:min:softmax --run runs/shop
-  mopl rank --config shop.yaml --steps 500           settings from a file; options count more
+  mopl rank --config shop.yaml --steps 500           settings from a file; options override it
   mopl rank --run runs/shop --resume                 continue after Ctrl-C or a crash, bit for bit
   accelerate launch --num_processes 2 -m mopl.cli rank ...
 """

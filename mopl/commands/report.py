@@ -17,10 +17,10 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Add `mopl report` to the commands and return its parser."""
     parser = add_command(commands, "report", "one table, picture and page of one or several runs", EXAMPLES)
     parser.add_argument("runs", metavar="RUN", nargs="+", help="directories of finished runs")
-    parser.add_argument("--html", metavar="FILE", help="write the page there")
-    parser.add_argument("--png", metavar="FILE", help="write the picture there")
-    parser.add_argument("--table", metavar="FILE", help="write the table there")
-    parser.add_argument("--csv", metavar="FILE", help="write the points of all fronts there")
+    parser.add_argument("--html", metavar="FILE", help="write the page to FILE")
+    parser.add_argument("--png", metavar="FILE", help="write the picture to FILE")
+    parser.add_argument("--table", metavar="FILE", help="write the table to FILE")
+    parser.add_argument("--csv", metavar="FILE", help="write the points of all fronts to FILE")
     parser.set_defaults(act=run)
     return parser
 

@@ -23,16 +23,18 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser = add_command(commands, "steer", help, EXAMPLES, options_anywhere=True)
     parser.add_argument("run", metavar="RUN", help="directory of a finished run of mopl rank")
     parser.add_argument("--weights", nargs="+", type=float, required=True, metavar="W",
-                        help="one for each objective, in the run's order; they must sum to 1")  # fmt: skip
+                        help="weights, one for each objective in the run's order; they must sum to 1")  # fmt: skip
     parser.add_argument("--scale", type=float, metavar="C", default=1.0,
                         help="above 1 closer to the base model, below 1 further away (default: 1)")  # fmt: skip
     parser.add_argument("--beta", nargs="+", type=float, metavar="BETA",
                         help="β, one for each objective, for temperature-cos-dpo (default: the run's)")  # fmt: skip
     parser.add_argument("--temperature", dest="beta", nargs="+", type=float, action=OldOption,
                         help=argparse.SUPPRESS)  # fmt: skip
-    parser.add_argument("--method", help="which method of a run of several (default: weight-cos-dpo)")
-    parser.add_argument("--split", choices=("train", "valid", "test"), default="test", help="(default: test)")
-    parser.add_argument("--output", metavar="FILE", help="write query, item and score of every item there")
+    parser.add_argument("--method", help="method of a run that has several (default: weight-cos-dpo)")
+    parser.add_argument(
+        "--split", choices=("train", "valid", "test"), default="test", help="split to evaluate (default: test)"
+    )
+    parser.add_argument("--output", metavar="FILE", help="write query, item and score of every item to FILE")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.set_defaults(act=run)
     return parser

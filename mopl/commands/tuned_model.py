@@ -20,19 +20,19 @@ def add_model_command(commands: Any, name: str, help: str, examples: str) -> Par
     parser = add_command(commands, name, help, examples, options_anywhere=True)
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
     parser.add_argument("--weights", nargs="+", type=float, required=True, metavar="W",
-                        help="one for each objective, in the run's order; they must sum to 1")  # fmt: skip
-    parser.add_argument("--method", help="which method of a run of several (default: weight-cos-dpo, or clp)")
+                        help="weights, one for each objective in the run's order; they must sum to 1")  # fmt: skip
+    parser.add_argument("--method", help="method of a run that has several (default: weight-cos-dpo, or clp)")
     parser.add_argument("--beta", nargs="+", type=float, metavar="BETA",
                         help="β, one for each objective, for temperature-cos-dpo (default: the run's; for export its "
                         "direction)")  # fmt: skip
     parser.add_argument("--objective-temperature", dest="beta", nargs="+", type=float, action=OldOption,
                         help=argparse.SUPPRESS)  # fmt: skip
-    parser.add_argument("--kl-weight", type=float, metavar="WEIGHT", help="of a policy trained on rewards at several, "
-                        "anywhere between them (default: the run's first)")  # fmt: skip
-    parser.add_argument("--base-model", metavar="DIR", help="the language model it was tuned from, if that has moved")
+    parser.add_argument("--kl-weight", type=float, metavar="WEIGHT", help="for a policy trained with several KL "
+                        "weights: any number between them (default: the run's first)")  # fmt: skip
+    parser.add_argument("--base-model", metavar="DIR", help="the language model that was tuned, if it has moved")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto",
-                        help="auto takes a GPU if there is one (default: auto)")  # fmt: skip
+                        help="auto uses a GPU if there is one (default: auto)")  # fmt: skip
     return parser
 
 

@@ -14,26 +14,33 @@ ALL = "all"  # of the methods
 class RunSettings(Settings):
     """What every run has."""
 
-    seed: int = setting(0, "random seed of initialisation, batches, weights, β and the bootstrap", at_least=0)
-    device: Literal["auto", "cpu"] = setting("auto", "where to compute; auto takes a GPU if there is one")
+    seed: int = setting(
+        0, "random seed for initialisation, batches, trade-offs, sampling and the bootstrap", at_least=0
+    )
+    device: Literal["auto", "cpu"] = setting("auto", "where to compute; auto uses a GPU if there is one")
     log_every: int = setting(10, "steps between lines of the log", at_least=1, metavar="STEPS")
     checkpoint_every: int = setting(100, "steps between checkpoints", at_least=0, metavar="STEPS")
     log_with: tuple[str, ...] = setting(
-        (), "experiment trackers that also receive the log", choices=TRACKERS, old="tensorboard", metavar="TRACKER"
+        (),
+        "experiment trackers that also receive the log",
+        unset="none",
+        choices=TRACKERS,
+        old="tensorboard",
+        metavar="TRACKER",
     )
     data_seed: int = setting(
-        0, "random seed of the data split, which seed leaves alone", at_least=0, group="data", metavar="SEED"
+        0, "random seed for the data split, which does not depend on seed", at_least=0, group="data", metavar="SEED"
     )
     concentration: float = setting(
         0.5,
-        "concentration of the Dirichlet distribution of the weights; smaller trains the ends of the front more",
+        "concentration of the Dirichlet distribution of the weights; smaller values train the ends of the front more",
         positive=True,
         group="method",
         old="alpha",
     )
     accumulation: int = setting(
         1,
-        "number of parts a batch is processed in; the result does not depend on it",
+        "number of micro-batches that a batch is split into; the result does not depend on it",
         at_least=1,
         group="training",
         metavar="PARTS",
@@ -42,7 +49,7 @@ class RunSettings(Settings):
     weight_decay: float = setting(0.0, "decoupled weight decay", group="training")
     warmup: int | None = setting(0, "steps of linear warm-up", at_least=0, group="training", metavar="STEPS")
     schedule: Literal["constant", "linear", "cosine"] = setting(
-        "cosine", "course of the learning rate after the warm-up", group="training"
+        "cosine", "schedule of the learning rate after the warm-up", group="training"
     )
     gradient_clip: float = setting(
         1.0, "maximum norm of the gradient; 0 for no clipping", at_least=0, group="training", metavar="NORM"
@@ -50,7 +57,7 @@ class RunSettings(Settings):
     points: int | None = setting(
         None,
         "number of weight vectors in the evaluation grid",
-        unset="11, 15, 20 for 2, 3, 4 objectives, 11 above",
+        unset="11, 15, 20 for 2, 3, 4 objectives, at least 11 for more",
         at_least=1,
         group="evaluation",
     )
@@ -87,11 +94,12 @@ class CosDpoSettings(RunSettings):
     )
     last_group: Literal["charged", "free"] = setting(
         "charged",
-        "whether Plackett-Luce charges what has the lowest label; free: it is unranked, as zeros of a sparse label are",
+        "how Plackett-Luce treats the items with the lowest label; charged: as one more tied group; free: as unranked, "
+        "which suits sparse labels",
         group="method",
     )
     top_k: int | None = setting(
-        None, "number of ranks that Plackett-Luce sees", unset="all", at_least=1, group="method", metavar="K"
+        None, "number of top ranks that Plackett-Luce counts", unset="all", at_least=1, group="method", metavar="K"
     )
     beta: tuple[float, ...] = setting(
         (0.1,),
@@ -112,7 +120,7 @@ class CosDpoSettings(RunSettings):
     )
     penalty: float = setting(0.0, "factor λ of the cosine penalty (appendix A.2)", group="method")
     penalty_sign: Literal["as_printed", "cosmos"] = setting(
-        "as_printed", "sign of that penalty: the paper prints one and describes the other", group="method"
+        "as_printed", "sign of the cosine penalty: the paper prints one and describes the other", group="method"
     )
     steps: int | None = setting(
         None, "optimizer steps of each trained model", unset="three epochs, at least 100", at_least=0, group="training"
@@ -122,7 +130,7 @@ class CosDpoSettings(RunSettings):
     )
     scales: tuple[float, ...] = setting(
         (0.5, 2.0),
-        "distances from the base model, c of equation (14), at which the front is evaluated besides 1",
+        "distances from the base model, c of equation (14), at which the front is evaluated in addition to 1",
         positive=True,
         group="evaluation",
         metavar="C",
@@ -180,10 +188,10 @@ class LanguageModelSettings(RunSettings):
     )
     limit: int | None = setting(None, "maximum number of rows to read", unset="all", at_least=1, group="data")
     on_error: Literal["raise", "skip"] = setting(
-        "raise", "for unusable rows: refuse the data, or skip them and say how many", group="data"
+        "raise", "what to do about unusable rows: refuse the data, or skip the rows and report how many", group="data"
     )
     held_out: float = setting(
-        0.1, "share of the prompts that is held out for evaluation", above=0, below=1, group="data", metavar="SHARE"
+        0.1, "share of the prompts held out for evaluation", above=0, below=1, group="data", metavar="SHARE"
     )
     template: Literal["auto", "chat", "plain"] = setting(
         "auto", "how prompts become text; auto: chat if the tokenizer has a chat template", group="data"
@@ -193,7 +201,7 @@ class LanguageModelSettings(RunSettings):
     )
     attention: str | None = setting(
         None,
-        "attention implementation, attn_implementation of transformers",
+        "attention implementation (attn_implementation in transformers)",
         unset="that of transformers",
         group="model",
         metavar="NAME",
@@ -203,10 +211,12 @@ class LanguageModelSettings(RunSettings):
     )
     prompt_rank: int = setting(4, "rank of the prompt's mask (section 4.2)", at_least=1, group="model", metavar="R")
     lora_rank: int = setting(4, "rank of the LoRA adapters", at_least=1, group="model", metavar="R")
-    lora_alpha: float = setting(8.0, "scale of the LoRA adapters", positive=True, group="model")
+    lora_alpha: float = setting(
+        8.0, "alpha of the LoRA adapters, which are scaled by alpha / rank", positive=True, group="model"
+    )
     lora_targets: tuple[str, ...] = setting(
         ("all-linear",),
-        "modules that get adapters, by PEFT's rules; all-linear takes all but the output head",
+        "modules that get adapters, as PEFT's target_modules; all-linear: all linear layers but the output head",
         nonempty=True,
         group="model",
         metavar="MODULE",

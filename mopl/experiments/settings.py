@@ -42,6 +42,7 @@ else:
 T = TypeVar("T")
 MISSING = dataclasses.MISSING
 GROUPS = ("run", "data", "model", "method", "training", "evaluation")
+UNSET = ("none", "all")  # words for None where a setting may be it and is no text
 _LIMITS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 
 
@@ -363,7 +364,7 @@ def _reader(known: Setting) -> Callable[[str], Any]:
     """Return what makes a value of a word of the command line; argparse says its name in errors."""
 
     def read(text: str) -> Any:
-        if known.optional and known.entry is not str and text in ("none", "all"):
+        if known.optional and known.entry is not str and text in UNSET:
             return None
         if known.choices and known.entry is not str:
             chosen = {str(choice): choice for choice in known.choices}

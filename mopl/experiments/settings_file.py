@@ -14,7 +14,7 @@ import msgspec
 
 from mopl._records import in_words, read_text
 from mopl._renamed import old_value, renamed, warn_renamed
-from mopl.experiments.settings import Setting, nearest, old_names, settings_of
+from mopl.experiments.settings import UNSET, Setting, nearest, old_names, settings_of
 
 MOST_BYTES = 1 << 20
 _WORDS = {
@@ -66,6 +66,8 @@ def method_in(file: str | os.PathLike[str]) -> Any:
 
 def _value(known: Setting, value: Any) -> Any:
     """Return the value of a setting, once it has its type and may be it."""
+    if value in UNSET and known.optional and known.entry is not str:
+        return None
     if known.many and not isinstance(value, (list, tuple)):
         value = [value]
     value = renamed(known.name, value)

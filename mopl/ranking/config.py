@@ -43,7 +43,7 @@ class RankConfig(CosDpoSettings):
         metavar="DATA",
         kw_only=False,
     )
-    data_seed: int = setting(0, "random seed of drawn splits and of generated data, which seed leaves alone")
+    data_seed: int = setting(0, "random seed for drawn splits and generated data, which do not depend on seed")
     objectives: tuple[str, ...] = setting(
         (),
         "auxiliary objectives, such as clicks=134 price=7:min:softmax dwell=@dwell.txt",
@@ -61,7 +61,7 @@ class RankConfig(CosDpoSettings):
     )
     base: str | None = setting(
         None,
-        "a trained base model: a run, or a folder with a model",
+        "trained base model: a run, or a folder with a model",
         unset="one is trained",
         convert=located,
         group="method",
@@ -82,7 +82,8 @@ class RankConfig(CosDpoSettings):
     )
     patience: int = setting(
         6,
-        "validations without improvement before training stops; the best step is kept. 0: all steps, the last is kept",
+        "validations without improvement before training stops; the best step is kept. 0: train for all "
+        "steps and keep the last",
         at_least=0,
         group="training",
         metavar="N",
@@ -109,7 +110,9 @@ class RankConfig(CosDpoSettings):
     gain: Literal["linear", "exponential"] = setting(
         "linear", "gain of NDCG: the label (equation 22), or 2^label - 1", group="evaluation"
     )
-    empty: Literal["skip", 0, 1] = setting("skip", "NDCG of a query without labels", group="evaluation")
+    empty: Literal["skip", 0, 1] = setting(
+        "skip", "NDCG of a query without labels; skip leaves the query out", group="evaluation"
+    )
     log_every: int = setting(50)
     checkpoint_every: int = setting(200)
 

@@ -192,20 +192,21 @@ def _note(
     kept: bool,
     notes: Sequence[str],
 ) -> str:
-    parts = ["* best of its column"] if any(best) else []
+    parts = ["* best in its column"] if any(best) else []
     if best[0]:
-        main = clean(records[0].main)
+        main = clean(f"{records[0].main} {metric.of_main}")
         parts = [
-            f"* best of its column; of hypervolumes, where none is larger with {main} within its interval or better"
+            f"* best in its column; for hypervolume: no other method has both a larger one and a {main} as good as "
+            "this method's, to within its interval"
         ]
     if any(not math.isnan(_main(seeds)[1]) for seeds in groups.values()):
         grids = {len(r.trained_points) for r in records if not is_base(r)}
         over = f"the {grids.pop()} weights of the grid" if len(grids) == 1 else "the weights of the grid"
-        parts.append(f"± of {clean(records[0].main)}: over {over}")
+        parts.append(f"± of {clean(records[0].main)}: standard deviation over {over}")
     if any(len(seeds) > 1 for seeds in groups.values()):
-        parts.append("other ±: over seeds")
+        parts.append("other ±: standard deviation over seeds")
     elif any("hypervolume" in r.interval for r in records):
-        parts.append("[low, high]: bootstrap over lists")
+        parts.append("[low, high]: bootstrap interval over lists")
     if steps := [text for method, seeds in groups.items() if (text := _steps_kept(method, seeds))]:
         parts.append(f"steps kept, of those done: {', '.join(steps)}")
     named = ", ".join(clean(name) for name in records[0].objectives)
@@ -216,7 +217,11 @@ def _note(
         parts.append(f"hypervolume of ({named}) from reference point ({', '.join(f'{x:g}' for x in reference)})")
     else:
         parts.append(f"hypervolume of ({named})")
-    counted = "what every trade-off needs, base included" if kept else "those that were trained"
+    if any(not math.isnan(number(r.regret)) for r in records):
+        parts.append(
+            "steering regret: how far asking for weights falls short of the method's best point for them, on average"
+        )
+    counted = "all that must be kept for every trade-off, base included" if kept else "those that were trained"
     parts.append(f"parameters: {counted}")
     return clean("; ".join([*parts, metric.describe()]) + ".") + "".join(f"\nNote: {clean(note)}." for note in notes)
 

@@ -166,7 +166,7 @@ def test_steer_prints_the_figures_and_writes_the_scores(run, tmp_path, capsys):
         (["--weights", "0.5", "0.6"], "does not sum to 1"),
         (["--weights", "1.5", "-0.5"], "has a negative entry"),
         (["--weights", "0.5", "0.5", "--scale", "-1"], "scale is -1 but must be positive"),
-        (["--weights", "0.5", "0.5", "--beta", "1", "1"], "trained at one temperature; pass scale"),
+        (["--weights", "0.5", "0.5", "--beta", "1", "1"], "trained at one β; pass scale"),
         (["--weights", "0.5", "0.5", "--method", "dpo-ls"], "has no dpo-ls; it has weight-cos-dpo"),
     ],
 )  # fmt: skip

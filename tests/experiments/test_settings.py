@@ -51,9 +51,12 @@ def test_what_print_config_prints_reads_back_to_the_same_settings(config, tmp_pa
 
 
 def test_words_of_a_file_have_the_types_of_yaml_1_2(tmp_path):
-    (tmp_path / "c.yaml").write_text("mixed_precision: no\nlearning-rate: 1e-4\nbeta: 2\nsteps: ~\ndata: travel\n")
+    (tmp_path / "c.yaml").write_text(
+        "mixed_precision: no\nlearning-rate: 1e-4\nbeta: 2\nsteps: ~\ndata: travel\npoints: none\ntop_k: all\n"
+    )
     assert read_settings(tmp_path / "c.yaml", RankConfig) == {
         "mixed_precision": "no", "learning_rate": 1e-4, "beta": (2.0,), "steps": None, "data": "travel",
+        "points": None, "top_k": None,
     }  # fmt: skip
 
 

@@ -121,7 +121,9 @@ def test_seeds_of_a_method_become_mean_and_standard_deviation():
     assert (cells[0].value, cells[0].detail) == ("0.2200", f"± {0.02 * math.sqrt(2 / 3):.4f}")
     assert (cells[3].value, cells[3].detail) == ("31.0", "± 0.8")
     assert (cells[4].value, cells[4].detail) == ("50,432", "")
-    assert "other ±: over seeds" in summarise(fronts).note and "bootstrap" not in summarise(fronts).note
+    assert (
+        "other ±: standard deviation over seeds" in summarise(fronts).note and "bootstrap" not in summarise(fronts).note
+    )
 
 
 def marked(*fronts, metric=None):
@@ -150,7 +152,7 @@ def test_a_hypervolume_is_best_unless_a_larger_one_keeps_the_main_objective_as_w
     assert marked(ours, flat("printed alike", 0.20004, 0.50)) == ["ours", "printed alike"]
     assert marked(ours, flat("smaller", 0.19, 0.50), {**base(), "hypervolume": 0.9}) == ["ours"]
     note = summarise([ours, collapsed]).note
-    assert "of hypervolumes, where none is larger with relevance within its interval or better" in note
+    assert "no other method has both a larger one and a relevance NDCG@10 as good" in note
 
 
 def test_a_main_loss_keeps_within_its_interval_from_above():
@@ -184,7 +186,7 @@ def test_parameters_are_those_that_inference_keeps_where_every_front_says_them()
     summary = summarise(said)
     assert [cells[4].value for _, cells in summary.rows] == ["1,000", "2,000", "3,000", "4,000"]
     assert [cells[4].best for _, cells in summary.rows] == [False, True, False, False]
-    assert "parameters: what every trade-off needs, base included" in summary.note
+    assert "parameters: all that must be kept for every trade-off, base included" in summary.note
     mixed = summarise([*said[:3], several()[2]])
     assert [cells[4].value for _, cells in mixed.rows] == ["180,000", "50,432", "50,432", "50,432"]
     assert "parameters: those that were trained" in mixed.note
