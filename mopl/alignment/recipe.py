@@ -124,9 +124,7 @@ class AlignmentRecipe(Recipe):
 
     def load(self) -> None:
         """Load the model: most mistakes in settings show here."""
-        self.stages = Stages(
-            self.path, self.config, self.splits, self.tokenizer, self.accelerator, self.log, self.say
-        )  # fmt: skip
+        self.stages = Stages(self, self.splits, self.tokenizer)
         self.stages.check()
 
     def prepare(self) -> None:

@@ -12,9 +12,8 @@ parameters; until then it holds `checkpoints/`, which are dropped at the end. No
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,12 +28,12 @@ from mopl.alignment.methods import AlignSource, Conditioner, ListScores, Respons
 from mopl.alignment.reference import ReferenceStore, score_lists
 from mopl.conditioning import LoraMixture, TextPrompt
 from mopl.experiments.cos_dpo import CosDpoStages, Part, model_folder, vertices
-from mopl.experiments.stages import Trained, Training, train_once
+from mopl.experiments.driver import Recipe
+from mopl.experiments.stages import Trained, Training
 from mopl.language_models import models
 from mopl.language_models.collate import ListCollator
 from mopl.language_models.data import PreferenceData
 from mopl.language_models.tokenization import ListTokenizer, TokenizedData, TokenizedList
-from mopl.training import RunLog
 from mopl.training.optimizer import adamw
 
 
@@ -73,36 +72,22 @@ class Stages(CosDpoStages):
     """Trains the models of one run.
 
     Args:
-        path: The run directory.
-        config: Settings of the run, resolved.
+        run: The run, its settings resolved.
         splits: `"train"` and `"test"`.
         tokenizer: How they were tokenised.
-        accelerator: accelerate's `Accelerator`.
-        log: The log of the run.
-        say: Told, in a line, about each stage.
     """
 
     config: AlignConfig
     loss: ResponseLoss
 
-    def __init__(
-        self,
-        path: Path,
-        config: AlignConfig,
-        splits: dict[str, Split],
-        tokenizer: ListTokenizer,
-        accelerator: Any,
-        log: RunLog,
-        say: Callable[[str], None],
-    ) -> None:
-        train = splits["train"]
+    def __init__(self, run: Recipe, splits: dict[str, Split], tokenizer: ListTokenizer) -> None:
+        config, train = run.config, splits["train"]
         loss = response_loss(config, train.data)
         super().__init__(
-            path, config, train.data.objectives, torch.tensor(config.betas(len(train.data.objectives))),
+            run, train.data.objectives, torch.tensor(config.betas(len(train.data.objectives))),
             min(config.lists_per_batch, len(train.tokens)), scored_for(loss), loss,
         )  # fmt: skip
         self.splits, self.tokenizer = splits, tokenizer
-        self.accelerator, self.log, self.say = accelerator, log, say
         self.collator = ListCollator(
             packed=config.packing, pad_id=tokenizer.pad_id, partial=config.partial, order=loss.needs_order
         )
@@ -207,7 +192,7 @@ class Stages(CosDpoStages):
                 models.release(model)
 
         folder = part.folder / "model" if method.conditioned else part.folder
-        return train_once(part.name, folder, begin, accelerator=self.accelerator, log=self.log, say=self.say)
+        return self.train_once(part.name, folder, begin)
 
     def expert_scores(self) -> list[ListScores]:
         """Return the log-probabilities of the training lists under the expert of each objective."""

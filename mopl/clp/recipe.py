@@ -190,10 +190,7 @@ class ClpRecipe(Recipe):
         _check_length(base, config, self.prompts)
         _check_scope(base, config, self.rewards.names)
         sampler = Sampler.of(base, self.tokenizer, config)
-        self.stages = Stages(
-            self.path, config, self.prompts, base.to(self.accelerator.device), sampler, self.rewards,
-            self.accelerator, self.log, self.say,
-        )  # fmt: skip
+        self.stages = Stages(self, self.prompts, base.to(self.accelerator.device), sampler, self.rewards)
 
     def prepare(self) -> None:
         """Measure the rewards of the untrained model, which are the scale of the training."""

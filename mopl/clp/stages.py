@@ -10,7 +10,7 @@ the end, and with several epochs `rollouts/`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,11 @@ from mopl.clp.policies import Policy, load_policy, new_policy, release, save_sou
 from mopl.clp.prompts import Prompts, PromptSource
 from mopl.clp.reward_scale import RewardScale, RunningScale
 from mopl.clp.rollout import RolloutStore, Sampler
+from mopl.experiments.driver import Recipe
 from mopl.experiments.run_directory import DONE
-from mopl.experiments.stages import CHECKPOINTS, ROLLOUTS, Trained, Training, record, train_once
+from mopl.experiments.stages import CHECKPOINTS, ROLLOUTS, RunStages, Trained, Training
 from mopl.rewards import Rewards
-from mopl.training import CheckpointFolder, RunLog, TrainingResult
+from mopl.training import CheckpointFolder, TrainingResult
 from mopl.training.optimizer import adamw
 from mopl.training.parallel import exists_on_main
 from mopl.training.precision import rounding_of
@@ -38,35 +39,22 @@ def expert_folder(path: Path, objective: str) -> Path:
     return path / "models" / ("expert-" + "".join(c if c.isalnum() or c in "._" else "-" for c in objective))
 
 
-class Stages:
+class Stages(RunStages):
     """Trains and loads the policies of one run.
 
     Args:
-        path: The run directory.
-        config: Settings.
+        run: The run.
         prompts: `"train"` and `"test"`.
         base: The fused, frozen language model, on the accelerator's device.
         sampler: Samples and scores.
         rewards: The m rewards.
-        accelerator: accelerate's `Accelerator`.
-        log: The log of the run.
-        say: Told, in a line, about each stage.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        config: ClpConfig,
-        prompts: dict[str, Prompts],
-        base: Any,
-        sampler: Sampler,
-        rewards: Rewards,
-        accelerator: Any,
-        log: RunLog,
-        say: Callable[[str], None],
-    ) -> None:
-        self.path, self.config, self.prompts, self.base = path, config, prompts, base
-        self.sampler, self.rewards, self.accelerator, self.log, self.say = sampler, rewards, accelerator, log, say
+    config: ClpConfig
+
+    def __init__(self, run: Recipe, prompts: dict[str, Prompts], base: Any, sampler: Sampler, rewards: Rewards) -> None:
+        super().__init__(run)
+        self.prompts, self.base, self.sampler, self.rewards = prompts, base, sampler, rewards
         self.objectives = rewards.names
         self.scale = RewardScale(torch.zeros(len(rewards)), torch.ones(len(rewards)))  # replaced by the recipe
 
@@ -91,7 +79,7 @@ class Stages:
             def save(target: Path) -> None:
                 save_soup(list(experts.values()), target, self.base, self.config, self.objectives)
 
-            record(folder / "model", save, Trained(0, 0.0), self.accelerator)
+            self.record(folder / "model", save, Trained(0, 0.0))
         return done
 
     def _source(self, kind: str, expert: int | None) -> PromptSource:
@@ -144,7 +132,7 @@ class Stages:
             finally:
                 release(policy)
 
-        return train_once(name, folder, begin, accelerator=self.accelerator, log=self.log, say=self.say)
+        return self.train_once(name, folder, begin)
 
     # ------------------------------------------------------------ trained policies
 

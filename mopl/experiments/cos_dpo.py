@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -20,11 +20,13 @@ from torch import Tensor, nn
 
 from mopl import steering
 from mopl.conditioning.samplers import Sampler, box_betas, dirichlet_weights, fixed
-from mopl.experiments.common_settings import CosDpoSettings
 from mopl.experiments.methods import TABLE, Method
-from mopl.experiments.stages import Trained
+from mopl.experiments.stages import RunStages, Trained
 from mopl.losses import scalarize
 from mopl.training import part_of_batch, shuffled_indices
+
+if TYPE_CHECKING:
+    from mopl.experiments.driver import Recipe
 
 B = TypeVar("B", bound="StepBatch")
 StepLoss = Callable[[nn.Module, Any, int], tuple[Tensor, dict[str, Tensor]]]  # model, batch, step -> mean, logs
@@ -257,12 +259,11 @@ class Part:
     experts: Any = None
 
 
-class CosDpoStages(ABC):
+class CosDpoStages(RunStages, ABC):
     """Trains the models of a run of COS-DPO or of a baseline.
 
     Args:
-        path: The run directory.
-        config: Its settings.
+        run: The run.
         objectives: Names of the m objectives.
         beta: (m,) β.
         batch_size: Lists in a step's batch.
@@ -272,18 +273,17 @@ class CosDpoStages(ABC):
 
     def __init__(
         self,
-        path: Path,
-        config: CosDpoSettings,
+        run: Recipe,
         objectives: Sequence[str],
         beta: Tensor,
         batch_size: int,
         score: Score,
         loss: VectorLoss,
     ) -> None:
-        self.path, self.objectives = path, tuple(objectives)
-        self.config: Any = config  # an application knows more of its own settings and loss
+        super().__init__(run)
+        self.objectives = tuple(objectives)
         self.beta, self.batch_size, self.score = beta, batch_size, score
-        self.loss: Any = loss
+        self.loss: Any = loss  # an application knows more of its own
 
     @abstractmethod
     def expert_scores(self) -> Any:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -21,8 +21,11 @@ from torch import nn
 from mopl._files import discard_folder, write_file
 from mopl._records import Count, Finite, Seconds, read_json
 from mopl.experiments.run_directory import DONE
-from mopl.training import BatchSource, RunLog, Selection, TrainingConfig, TrainingResult, train
+from mopl.training import BatchSource, Selection, TrainingConfig, TrainingResult, train
 from mopl.training.parallel import exists_on_main
+
+if TYPE_CHECKING:
+    from mopl.experiments.driver import Recipe
 
 CHECKPOINTS, ROLLOUTS = "checkpoints", "rollouts"
 
@@ -80,7 +83,7 @@ class Trained:
 
 @dataclass
 class Training:
-    """A model and how it is trained, for `train_once`; see `mopl.training.train`.
+    """A model and how it is trained, for `RunStages.train_once`; see `mopl.training.train`.
 
     Attributes:
         model: The untrained model.
@@ -107,52 +110,54 @@ class Training:
     ended: Callable[[TrainingResult], dict[str, Any]] = lambda result: {}
 
 
-def train_once(
-    name: str,
-    folder: Path,
-    begin: Callable[[], AbstractContextManager[Training]],
-    *,
-    accelerator: Any,
-    log: RunLog,
-    say: Callable[[str], None],
-) -> Trained:
-    """Train and save a model unless it is there; return how that went, interruptions left out.
+class RunStages:
+    """Does the trainings of a run; the base class of each application's own.
 
     Args:
-        name: Of the training, in the log and in messages.
-        folder: Where the model goes.
-        begin: Makes the model and gives up what it holds when the block ends; called only if there is something to do.
-        accelerator: accelerate's `Accelerator`.
-        log: The log of the run.
-        say: Told in a line what was done.
+        run: The run: its directory, settings, accelerator and log, and who is told what was done.
     """
-    if exists_on_main(accelerator, folder / DONE):
-        return Trained.read(folder)
-    with begin() as training:
-        parameters = sum(p.numel() for p in training.model.parameters() if p.requires_grad)
-        result = train(
-            training.model, training.source, training.loss, training.settings,
-            accelerator=accelerator, directory=folder / CHECKPOINTS, resume=True, log=log, stage=name,
-            optimizer=training.optimizer, save_frozen=training.save_frozen, selection=training.selection,
-        )  # fmt: skip
-        kept = {"kept": result.steps}
-        if training.selection is not None and result.kept is not None:
-            kept = {"kept": result.kept, "validation": training.selection.best}
-        done = Trained(
-            result.steps, result.seconds, limit=training.settings.steps, parameters=parameters, **kept,
-            **training.ended(result),
-        )  # fmt: skip
-        record(folder, training.save, done, accelerator)
-    say(done.describe(name, training.figure))
-    return done
 
+    config: Any
 
-def record(folder: Path, save: Callable[[Path], None], done: Trained, accelerator: Any) -> None:
-    """Save a model that is finished, and say so last; every process must call it."""
-    if accelerator.is_main_process:
-        save(folder)
-        write_file(folder / DONE, json.dumps(done.to_dict(), indent=2) + "\n")
-        for name in (CHECKPOINTS, ROLLOUTS):
-            if (folder / name).exists():
-                discard_folder(folder / name)
-    accelerator.wait_for_everyone()
+    def __init__(self, run: Recipe) -> None:
+        self.path, self.config, self.accelerator = run.path, run.config, run.accelerator
+        self.log, self.say = run.log, run.say
+
+    def train_once(self, name: str, folder: Path, begin: Callable[[], AbstractContextManager[Training]]) -> Trained:
+        """Train and save a model unless it is there; return how that went, interruptions left out.
+
+        Args:
+            name: Of the training, in the log and in messages.
+            folder: Where the model goes.
+            begin: Makes the model and gives up what it holds when the block ends; called only if there is something
+                to do.
+        """
+        if exists_on_main(self.accelerator, folder / DONE):
+            return Trained.read(folder)
+        with begin() as training:
+            parameters = sum(p.numel() for p in training.model.parameters() if p.requires_grad)
+            result = train(
+                training.model, training.source, training.loss, training.settings,
+                accelerator=self.accelerator, directory=folder / CHECKPOINTS, resume=True, log=self.log, stage=name,
+                optimizer=training.optimizer, save_frozen=training.save_frozen, selection=training.selection,
+            )  # fmt: skip
+            kept = {"kept": result.steps}
+            if training.selection is not None and result.kept is not None:
+                kept = {"kept": result.kept, "validation": training.selection.best}
+            done = Trained(
+                result.steps, result.seconds, limit=training.settings.steps, parameters=parameters, **kept,
+                **training.ended(result),
+            )  # fmt: skip
+            self.record(folder, training.save, done)
+        self.say(done.describe(name, training.figure))
+        return done
+
+    def record(self, folder: Path, save: Callable[[Path], None], done: Trained) -> None:
+        """Save a model that is finished, and say so last; every process must call it."""
+        if self.accelerator.is_main_process:
+            save(folder)
+            write_file(folder / DONE, json.dumps(done.to_dict(), indent=2) + "\n")
+            for name in (CHECKPOINTS, ROLLOUTS):
+                if (folder / name).exists():
+                    discard_folder(folder / name)
+        self.accelerator.wait_for_everyone()

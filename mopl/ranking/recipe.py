@@ -111,7 +111,7 @@ class RankingRecipe(Recipe):
         validation = Validation(self.splits["valid"], config)
         for note in validation.notes:
             self.say(note)
-        self.stages = Stages(self.path, config, train, validation, self.accelerator, self.log, self.say)
+        self.stages = Stages(self, train, validation)
         self.stages.prepare_base()
         references = self.stages.references(self.splits)
         self.stages.reference = references["train"]

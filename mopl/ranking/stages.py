@@ -13,7 +13,7 @@ was kept; until then it holds `checkpoints/`, which are dropped at the end.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,10 @@ from mopl._files import write_file
 from mopl._restoring import seeded
 from mopl._tensor_files import read_tensors
 from mopl.experiments.cos_dpo import CosDpoStages, Part, model_folder, model_folders, vertices
+from mopl.experiments.driver import Recipe
 from mopl.experiments.methods import TABLE
 from mopl.experiments.run_directory import DONE
-from mopl.experiments.stages import Trained, Training, record, train_once
+from mopl.experiments.stages import Trained, Training
 from mopl.ranking.batches import Batches
 from mopl.ranking.config import RankConfig
 from mopl.ranking.data import RankingData
@@ -44,7 +45,6 @@ from mopl.ranking.methods import (
 )
 from mopl.ranking.model import ListTransformer, RankingModel, RankingModelConfig
 from mopl.ranking.validation import Validation
-from mopl.training import RunLog
 from mopl.training.parallel import exists_on_main
 
 REFERENCE = "reference.safetensors"
@@ -54,34 +54,20 @@ class Stages(CosDpoStages):
     """Trains the models of one run.
 
     Args:
-        path: The run directory.
-        config: Settings of the run.
+        run: The run.
         data: The training split.
         validation: How trainings are validated.
-        accelerator: accelerate's `Accelerator`.
-        log: The log of the run.
-        say: Told, in a line, about each stage.
     """
 
     config: RankConfig
 
-    def __init__(
-        self,
-        path: Path,
-        config: RankConfig,
-        data: RankingData,
-        validation: Validation,
-        accelerator: Any,
-        log: RunLog,
-        say: Callable[[str], None],
-    ) -> None:
-        objectives = tuple(objective.name for objective in data.objectives)
+    def __init__(self, run: Recipe, data: RankingData, validation: Validation) -> None:
+        config, objectives = run.config, tuple(objective.name for objective in data.objectives)
         super().__init__(
-            path, config, objectives, torch.tensor(config.betas(len(objectives))),
+            run, objectives, torch.tensor(config.betas(len(objectives))),
             min(config.batch_size, len(data)), score_batch, config.list_loss,
         )  # fmt: skip
         self.data, self.validation = data, validation
-        self.accelerator, self.log, self.say = accelerator, log, say
         self.reference = torch.zeros(data.num_items)
 
     def prepare_base(self) -> None:
@@ -89,7 +75,7 @@ class Stages(CosDpoStages):
         folder, config = self.path / "base", self.config
         if config.base is not None and not exists_on_main(self.accelerator, folder / DONE):
             given = check_base(config.base, self.data)
-            record(folder, given.save_pretrained, Trained(0, 0.0), self.accelerator)
+            self.record(folder, given.save_pretrained, Trained(0, 0.0))
 
         def build() -> ListTransformer:
             return ListTransformer(
@@ -107,7 +93,7 @@ class Stages(CosDpoStages):
                 figure="main NDCG on validation",
             )  # fmt: skip
 
-        train_once("base", folder, begin, accelerator=self.accelerator, log=self.log, say=self.say)
+        self.train_once("base", folder, begin)
         self.base = ListTransformer.from_pretrained(folder)
 
     def references(self, splits: dict[str, RankingData]) -> dict[str, Tensor]:
@@ -143,7 +129,7 @@ class Stages(CosDpoStages):
                 selection=selection, figure="auxiliary NDCG on validation",
             )  # fmt: skip
 
-        done = train_once(part.name, part.folder, begin, accelerator=self.accelerator, log=self.log, say=self.say)
+        done = self.train_once(part.name, part.folder, begin)
         if not done.parameters:  # records of earlier versions do not say
             done = dataclasses.replace(done, parameters=self._new_model(part).num_parameters)
         return done
