@@ -23,11 +23,11 @@ from typing import Any
 import torch
 
 from bench.measuring import about
+from mopl.experiments import run_fronts
 from mopl.pareto import Front
 from mopl.ranking.config import RankConfig
 from mopl.ranking.loading import load
 from mopl.ranking.recipe import rank
-from mopl.ranking.runs import run_fronts
 from mopl.ranking.stages import Trained
 
 FIXED = (20, 50, 100, 150, 200)

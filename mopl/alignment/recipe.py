@@ -160,7 +160,7 @@ class AlignmentRecipe(Recipe):
         front = make_front(
             found, method=method, objectives=stages.objectives, reference_point=self.reference_point, seed=config.seed,
             description={"name": _data_word(config), "split": "test", "lists": lists, **self.data},
-            bootstrap=config.bootstrap, scales=_scales(config)[: len(found)], parameters=parameters,
+            bootstrap=config.bootstrap, scales=config.all_scales[: len(found)], parameters=parameters,
             seconds=sum(each.seconds for each in trained.values()),
             inference_parameters=kept_parameters(
                 stages.base, method, parameters, objectives=len(stages.objectives), points=len(self.grid)
@@ -185,7 +185,7 @@ def load_data(config: AlignConfig) -> dict[str, PreferenceData]:
 
 def evaluate(stages: Stages, method: str, folder: Path, grid: Tensor, held_out: HeldOut) -> list[Evaluation]:
     """Return the held-out figures of a trained method at each trade-off of the grid, one evaluation for each scale."""
-    config, scales = stages.config, _scales(stages.config)
+    config, scales = stages.config, stages.config.all_scales
     columns: list[list[tuple[Tensor, ...]]] = [[] for _ in scales]
     for w, model in _models(stages, method, folder, grid):
         flat = score_lists(
@@ -271,10 +271,6 @@ def _sample_prompts(stages: Stages) -> list[Text]:
     if config.samples and not prompts:
         stages.say(f"no held-out prompt leaves room for {config.sample_tokens} tokens: there are no samples")
     return list(prompts.values())
-
-
-def _scales(config: AlignConfig) -> tuple[float, ...]:
-    return (1.0, *(c for c in config.scales if c != 1.0))
 
 
 def _describe_data(data: dict[str, PreferenceData]) -> Iterator[str]:

@@ -22,12 +22,10 @@ from mopl.alignment import tuned
 from mopl.alignment.config import CONDITIONED, AlignConfig
 from mopl.alignment.trained import load_trained
 from mopl.conditioning import TextPrompt
-from mopl.experiments.run import FinishedRun, compare, run_fronts
+from mopl.experiments.run import FinishedRun
 from mopl.language_models import models
 from mopl.language_models.tokenization import ListTokenizer
 from mopl.report import Metric
-
-__all__ = ["AlignmentRun", "compare", "list_tokenizer", "open_run", "run_fronts"]
 
 
 class DataRecord(msgspec.Struct):

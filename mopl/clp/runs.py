@@ -21,12 +21,10 @@ from mopl._renamed import renamed_attribute
 from mopl.clp.config import ClpConfig
 from mopl.clp.policies import load_policy, release, text_prompt
 from mopl.conditioning import HyperPromptModel, TextPrompt, check_weights
-from mopl.experiments.run import FinishedRun, compare, run_fronts
+from mopl.experiments.run import FinishedRun
 from mopl.language_models import models
 from mopl.language_models.tokenization import ListTokenizer
 from mopl.report import Metric
-
-__all__ = ["ClpRun", "compare", "list_tokenizer", "open_run", "run_fronts"]
 
 
 class DataRecord(msgspec.Struct):

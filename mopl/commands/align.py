@@ -51,7 +51,7 @@ def _demo(settings: Mapping[str, Any], tell: Tell) -> Demo:
 def _baselines(baselines: Sequence[Mapping[str, Any]], path: Path, config: Any, tell: Tell) -> None:
     """Train the demo's baselines beside its run, each in a folder of its own, and compare them with it."""
     from mopl.alignment.recipe import align
-    from mopl.alignment.runs import compare
+    from mopl.experiments import compare
 
     runs = [path]
     for changes in baselines:

@@ -147,6 +147,11 @@ class CosDpoSettings(RunSettings):
         """The methods that are trained."""
         return METHODS if self.method == ALL else (self.method,)
 
+    @property
+    def all_scales(self) -> tuple[float, ...]:
+        """The distances from the base model at which a front is evaluated: 1, as trained, and the other `scales`."""
+        return (1.0, *(c for c in self.scales if c != 1.0))
+
     def betas(self, objectives: int) -> tuple[float, ...]:
         """Return β, one for each of m objectives.
 

@@ -1,10 +1,8 @@
-"""Learning to rank with one model for every trade-off.
+"""Learning to rank with one model for every trade-off."""
 
-Names are imported on first use, so that the command line can list its options without loading torch.
-"""
+from typing import TYPE_CHECKING
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from mopl._lazy import names_of
 
 if TYPE_CHECKING:
     from mopl.ranking.batch import Batch
@@ -15,19 +13,6 @@ if TYPE_CHECKING:
     from mopl.ranking.objectives import Objective
     from mopl.ranking.recipe import rank
     from mopl.ranking.runs import open_run
-
-_HOMES = {
-    "Batch": "batch",
-    "ListTransformer": "model",
-    "Objective": "objectives",
-    "RankConfig": "config",
-    "RankingData": "data",
-    "RankingModel": "model",
-    "RankingModelConfig": "model",
-    "load": "loading",
-    "open_run": "runs",
-    "rank": "recipe",
-}
 
 __all__ = [
     "Batch",
@@ -42,14 +27,16 @@ __all__ = [
     "rank",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Import the module of a name when it is first asked for."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    """List the names beside what is loaded."""
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = names_of(
+    __name__,
+    {
+        ".batch": ("Batch",),
+        ".model": ("ListTransformer", "RankingModel", "RankingModelConfig"),
+        ".objectives": ("Objective",),
+        ".config": ("RankConfig",),
+        ".data": ("RankingData",),
+        ".loading": ("load",),
+        ".runs": ("open_run",),
+        ".recipe": ("rank",),
+    },
+)

@@ -150,7 +150,7 @@ class RankingRecipe(Recipe):
     def _measure(self, method: str, policy: Policy, trained: dict[str, Trained]) -> Measured:
         config, test, truth = self.config, self.splits["test"], self.truth
         asked = None if method == "base" else self.grid
-        scales = (1.0,) if method == "base" else (1.0, *(c for c in config.scales if c != 1.0))
+        scales = (1.0,) if method == "base" else config.all_scales
         with seeded(config.seed):  # ties="random" draws in the held-out losses too
             evaluations = evaluate(
                 policy, test, self.reference, asked,

@@ -17,7 +17,7 @@ from mopl._extras import require
 from mopl._files import write_file
 from mopl._records import Finite, damaged, read_json
 from mopl._tensor_files import opened, read_tensors
-from mopl.experiments.run import EVALUATION, FinishedRun, compare, run_fronts
+from mopl.experiments.run import EVALUATION, FinishedRun
 from mopl.experiments.run_directory import check_fingerprints
 from mopl.ranking.config import RankConfig
 from mopl.ranking.data import RankingData
@@ -26,8 +26,6 @@ from mopl.ranking.methods import Policy
 from mopl.ranking.normalization import FeatureNormalizer
 from mopl.ranking.stages import REFERENCE, load_policy, read_references
 from mopl.report import Metric
-
-__all__ = ["RankingRun", "compare", "load_normalizer", "open_run", "run_fronts"]
 
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 NORMALIZER = "normalizer.safetensors"

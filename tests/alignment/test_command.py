@@ -24,9 +24,9 @@ from launching import launch_mopl
 from mopl import steering
 from mopl.alignment import AlignConfig, align, config, open_run, score_sequences
 from mopl.alignment.recipe import RunInterrupted
-from mopl.alignment.runs import run_fronts
 from mopl.cli import build_parser, main
 from mopl.conditioning import HyperPromptModel
+from mopl.experiments import run_fronts
 from mopl.experiments.cos_dpo import model_folder
 from mopl.language_models.models import read_state, trained_parameters
 from mopl.losses.pairwise import LOSS_TYPES

@@ -17,7 +17,7 @@ from tiny_language_models import build, tokenizer
 
 from mopl.cli import main
 from mopl.clp import ClpConfig, open_run
-from mopl.clp.runs import run_fronts
+from mopl.experiments import run_fronts
 from mopl.pareto import Front
 
 REWARDS = """

@@ -14,8 +14,8 @@ from launching import launch_by_accelerate, launch_mopl
 
 import mopl
 from mopl.cli import as_flags, build_parser, main
+from mopl.experiments import run_fronts
 from mopl.ranking.methods import ListSource
-from mopl.ranking.runs import run_fronts
 
 DATA = "synthetic:queries=60,items=6,features=8,objectives=2"
 TINY = [

@@ -12,17 +12,15 @@ pytest.importorskip("accelerate")
 
 from mopl import pareto
 from mopl.alignment.config import AlignConfig
-from mopl.alignment.runs import compare as compare_align
 from mopl.cli import main
 from mopl.clp.config import ClpConfig
-from mopl.clp.runs import compare as compare_clp
+from mopl.experiments import compare
 from mopl.ranking.config import RankConfig
-from mopl.ranking.runs import compare as compare_rank
 from mopl.report.compare import run_names
 from mopl.report.plot import plot_front
 
 NAMES = ("clear", "short")
-KINDS = {"rank": compare_rank, "align": compare_align, "clp": compare_clp}
+KINDS = ("rank", "align", "clp")
 METHOD = {"rank": "weight-cos-dpo", "align": "weight-cos-dpo", "clp": "clp"}
 
 
@@ -89,7 +87,7 @@ def test_each_run_has_its_own_base(kind, tmp_path):
     one = write_run(tmp_path / "one", kind, base=0.2, tuned=0.4, learning_rate=1e-3)
     two = write_run(tmp_path / "two", kind, base=0.3, tuned=0.45, learning_rate=1e-2)
     page, method = tmp_path / "page.html", METHOD[kind]
-    text = KINDS[kind]([one, two], html=page, png=tmp_path / "a.png", table=tmp_path / "table.txt")
+    text = compare([one, two], html=page, png=tmp_path / "a.png", table=tmp_path / "table.txt")
     assert rows(text) == ["base (one)", f"{method} (one)", "base (two)", f"{method} (two)"]
     assert (tmp_path / "table.txt").read_text() == text
     data = embedded(page)
@@ -118,26 +116,26 @@ def test_equal_bases_stand_there_once(kind, tmp_path):
     one = write_run(tmp_path / "one", kind, learning_rate=1e-3)
     two = write_run(tmp_path / "two", kind, tuned=0.4, learning_rate=1e-2)
     page, method = tmp_path / "page.html", METHOD[kind]
-    assert rows(KINDS[kind]([one, two], html=page)) == ["base", f"{method} (one)", f"{method} (two)"]
+    assert rows(compare([one, two], html=page)) == ["base", f"{method} (one)", f"{method} (two)"]
     assert [base["main"] for base in embedded(page)["bases"]] == [0.3] * 3
-    assert rows(KINDS[kind]([one, one])) == ["base", method]
+    assert rows(compare([one, one])) == ["base", method]
 
 
 def test_runs_that_differ_in_the_seed_alone_are_seeds(kind, tmp_path):
     runs = [write_run(tmp_path / f"run-{seed}", kind, base=0.2 + 0.1 * seed, seed=seed) for seed in (0, 1)]
     page, method = tmp_path / "page.html", METHOD[kind]
-    assert rows(KINDS[kind](runs, html=page)) == ["base (2 seeds)", f"{method} (2 seeds)"]
+    assert rows(compare(runs, html=page)) == ["base (2 seeds)", f"{method} (2 seeds)"]
     assert [round(base["main"], 3) for base in embedded(page)["bases"]] == [0.2, 0.2, 0.3, 0.3]
     # Other settings are no other seed, even where the seeds differ.
     other = write_run(tmp_path / "other", kind, base=0.2, seed=7, learning_rate=0.5)
-    text = KINDS[kind]([runs[0], other])
+    text = compare([runs[0], other])
     assert rows(text) == ["base", f"{method} (run-0)", f"{method} (other)"]
 
 
 def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
     paths = [write_run(tmp_path / a / "run", "rank", base=b, learning_rate=c)
              for a, b, c in (("a", 0.1, 1e-3), ("b", 0.2, 1e-2))]  # fmt: skip
-    assert rows(compare_rank(paths)) == [
+    assert rows(compare(paths)) == [
         "base (a/run)", "weight-cos-dpo (a/run)", "base (b/run)", "weight-cos-dpo (b/run)",
     ]  # fmt: skip
     assert run_names([Path("/x/a"), Path("/x/b"), Path("/y/b")]) == ["a", "x/b", "y/b"]
@@ -157,7 +155,7 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
 def test_figures_that_mean_something_else_are_refused(kind, changes, message, tmp_path, capsys):
     runs = [write_run(tmp_path / "one", kind), write_run(tmp_path / "two", kind, **changes)]
     with pytest.raises(ValueError, match=f"measured differently: {message}.*report them separately"):
-        KINDS[kind](runs, html=tmp_path / "page.html")
+        compare(runs, html=tmp_path / "page.html")
     assert main(["report", *map(str, runs), "--html", str(tmp_path / "page.html")]) == 2
     assert not (tmp_path / "page.html").exists() and not capsys.readouterr().out
 
@@ -175,10 +173,10 @@ def test_figures_that_mean_something_else_are_refused(kind, changes, message, tm
 )
 def test_what_else_differs_is_noted_in_table_and_page(kind, changes, note, tmp_path):
     runs = [write_run(tmp_path / "one", kind), write_run(tmp_path / "two", kind, **changes)]
-    text = KINDS[kind](runs, html=tmp_path / "page.html", png=tmp_path / "a.png")
+    text = compare(runs, html=tmp_path / "page.html", png=tmp_path / "a.png")
     assert "Note: " in text and note in text and note in (tmp_path / "page.html").read_text()
     runs[1] = write_run(tmp_path / "three", kind)
-    assert "Note:" not in KINDS[kind](runs, png=tmp_path / "b.png")
+    assert "Note:" not in compare(runs, png=tmp_path / "b.png")
     assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
 
 
@@ -194,7 +192,7 @@ def test_the_picture_has_a_star_for_each_base(tmp_path, monkeypatch):
     monkeypatch.setattr("mopl.report.plot._legend", lambda figure, grid, scene: seen.append(scene.bases))
     for name, bases in (("same", (0.3, 0.3)), ("other", (0.2, 0.3))):
         runs = [write_run(tmp_path / f"{name}-{i}", "rank", base=b, concentration=0.1 + i) for i, b in enumerate(bases)]
-        compare_rank(runs, png=tmp_path / "a.png")
+        compare(runs, png=tmp_path / "a.png")
     assert [sorted(base.main for base, _ in found.values()) for found in seen] == [[0.3], [0.2, 0.3]]
     assert [one.label for _, one in seen[1].values()] == ["weight-cos-dpo (other-0)", "weight-cos-dpo (other-1)"]
 
@@ -232,4 +230,4 @@ def test_seeds_of_one_setting_are_never_averaged_with_those_of_another(kind, tmp
     ]
     method = METHOD[kind]
     named = [f"{method} ({name}-0, {name}-1) (2 seeds)" for name in rates]
-    assert rows(KINDS[kind](runs)) == ["base", *named]
+    assert rows(compare(runs)) == ["base", *named]

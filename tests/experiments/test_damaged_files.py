@@ -14,8 +14,8 @@ from mopl import _records
 from mopl._bounds import check_bounds
 from mopl._records import DamagedFile
 from mopl.cli import main
+from mopl.experiments import run_fronts
 from mopl.ranking.config import RankConfig
-from mopl.ranking.runs import run_fronts
 
 TINY = [
     "--data", "synthetic:queries=60,items=6,features=8,objectives=2", "--hidden", "8", "--base-hidden", "8", "--heads",

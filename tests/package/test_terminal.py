@@ -24,7 +24,7 @@ import mopl
 from mopl import _terminal
 from mopl._terminal import Stream, json_line, one_line, printable, say, shell, spelled, terminal
 from mopl.cli import main
-from mopl.ranking.runs import run_fronts
+from mopl.experiments import run_fronts
 from mopl.report import print_table
 
 TITLE, CLEAR, CSI, OVERRIDE = "\x1b]0;pwn\x07", "\x1b[2J", "\x9b31m", "\u202egnp"

@@ -16,6 +16,7 @@ pytest.importorskip("moocore")  # every run measures its front
 
 from mopl import steering
 from mopl.conditioning.samplers import box_betas, dirichlet_weights, fixed
+from mopl.experiments import compare, run_fronts
 from mopl.experiments.cos_dpo import modpo_loss, scalarized_loss, vector_name
 from mopl.experiments.methods import METHODS
 from mopl.losses import listwise_dpo
@@ -34,7 +35,7 @@ from mopl.ranking.methods import (
 )
 from mopl.ranking.model import ListTransformer, RankingModel, RankingModelConfig
 from mopl.ranking.recipe import RunInterrupted, rank
-from mopl.ranking.runs import compare, load_normalizer, open_run, run_fronts
+from mopl.ranking.runs import load_normalizer, open_run
 from mopl.ranking.steer import steer
 from mopl.ranking.synthetic import true_scores
 from mopl.training import read_log

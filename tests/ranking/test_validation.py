@@ -10,6 +10,7 @@ import torch
 
 pytest.importorskip("moocore")  # every run measures its front
 
+from mopl.experiments import run_fronts
 from mopl.experiments.cos_dpo import vertices_and_centre
 from mopl.experiments.stages import Trained
 from mopl.ranking.config import RankConfig
@@ -18,7 +19,7 @@ from mopl.ranking.loading import load
 from mopl.ranking.methods import ConditionedPolicy, GridPolicy, ListLoss
 from mopl.ranking.model import ListTransformer, RankingModel, RankingModelConfig
 from mopl.ranking.recipe import RunInterrupted, rank
-from mopl.ranking.runs import open_run, run_fronts
+from mopl.ranking.runs import open_run
 from mopl.ranking.validation import FEWEST_LISTS, MOST_LISTS, Validation
 from mopl.training import read_log
 from tests.ranking.test_recipe import TINY, bytes_of, interrupt_at, quiet
