@@ -51,7 +51,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parsed, unknown = parser.parse_known_args(arguments)
     if unknown:
         parser = _parser_of(parsed.command, parser)
-        near = get_close_matches(unknown[0].partition("=")[0], parser._option_string_actions, 1)
+        shown = [name for name, action in parser._option_string_actions.items() if action.help != argparse.SUPPRESS]
+        near = get_close_matches(unknown[0].partition("=")[0], shown, 1)
         parser.error(f"unrecognized arguments: {' '.join(unknown)}" + "".join(f" (did you mean {o}?)" for o in near))
     return parsed
 
@@ -89,7 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with terminal() as out:
         parsed = _parse(arguments)
         status = _act(parsed)
-    return exit_status(status, out, output_is_the_result=parsed.command in ("steer", "generate", "report"))
+    printed = parsed.command in ("steer", "generate", "report") or getattr(parsed, "print_config", False)
+    return exit_status(status, out, output_is_the_result=printed)
 
 
 def _act(parsed: argparse.Namespace) -> int:

@@ -81,7 +81,9 @@ class AlignmentRecipe(Recipe):
 
     kind = AlignmentRun.KIND
     finished = AlignmentRun
-    chosen: ClassVar[dict[str, str]] = {"reference": "auto"}
+    chosen: ClassVar[dict[str, Any]] = {"reference": "auto"} | dict.fromkeys(
+        ("steps", "warmup", "prompt_learning_rate")
+    )
     fingerprints: ClassVar[dict[str, str]] = {"fingerprint": "data", "tokens": "tokenizer"}
 
     @property

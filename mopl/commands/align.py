@@ -103,12 +103,9 @@ def _is_for_rewards(args: Sequence[str]) -> bool:
     """Whether options of `mopl align` ask for a method on rewards, or to resume a run of one."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("--method", "--run", "--config"):
-        first.add_argument(flag)
+        first.add_argument(flag, nargs="?")  # an option without its value: the parser of the command says so
     first.add_argument("--resume", action="store_true")
-    try:
-        known, _ = first.parse_known_args(args)
-    except SystemExit:
-        return False  # an option without its value: the parser of the command says so
+    known, _ = first.parse_known_args(args)
     method = known.method
     if method is None and known.config is not None:
         from mopl.experiments.settings_file import method_in

@@ -3,6 +3,7 @@
 import argparse
 import functools
 import os
+import sys
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from mopl._terminal import say, shell
+from mopl._terminal import printable, say, shell, spelled
 from mopl.commands.parser import add_command
 from mopl.experiments.settings import Settings, add_options, given
 
@@ -117,18 +118,16 @@ def run(experiment: Experiment, arguments: argparse.Namespace) -> int:
         from mopl.experiments.settings_file import read_settings
 
         settings = {**read_settings(options["config"], experiment.settings), **settings}
-    if options.get("print_config"):
-        from mopl.experiments.settings_file import dump_settings
-
-        say(*dump_settings(_configuration(experiment, settings).to_dict()).splitlines())
-        return 0
     where, resume, overwrite = options.get("run"), options.get("resume", False), options.get("overwrite", False)
 
     def tell(text: str) -> None:
         if process() == 0:
             say(text)
 
+    only_print = options.get("print_config", False)
     demo = None
+    if only_print and options.get("demo"):
+        raise ValueError("--demo makes its settings with its model; config.json of its run has them")
     if options.get("demo") and experiment.demo is not None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError("--demo makes what it needs with one process; run it once without the launcher")
@@ -139,14 +138,18 @@ def run(experiment: Experiment, arguments: argparse.Namespace) -> int:
         resume = resume or (not overwrite and (Path(where) / "config.json").is_file())
     if resume and where is None:
         raise ValueError("--resume needs the run to continue; name it with --run")
-    recipe = import_module(experiment.recipe)
     if resume and where is not None:
         from mopl.experiments.run_directory import read_run
 
         more = {name: options[name] for name in experiment.on_resume if name in options}
+        recipe = import_module(experiment.recipe)
         config = recipe.check_resume(read_run(where), settings, Path(where), **more)
     else:
         config = _configuration(experiment, settings)
+    if only_print:
+        _print_settings(config)
+        return 0
+    recipe = import_module(experiment.recipe)
     path = getattr(recipe, experiment.train)(config, where, resume=resume, overwrite=overwrite, say=tell)
     if process() == 0:
         from mopl.experiments.run import read_any
@@ -160,6 +163,15 @@ def run(experiment: Experiment, arguments: argparse.Namespace) -> int:
     if demo is not None:
         demo.after(path, experiment.settings(**settings), tell)
     return 0
+
+
+def _print_settings(config: Settings) -> None:
+    """Print settings as a file that reads back to them, also where a terminal cannot show a character as it is."""
+    from mopl.experiments.settings_file import dump_settings
+
+    text = dump_settings(config.to_dict())
+    shown = spelled(printable(text), getattr(sys.stdout, "encoding", None))
+    say(*(text if shown == text else dump_settings(config.to_dict(), ascii=True)).splitlines())
 
 
 def _configuration(experiment: Experiment, settings: Mapping[str, Any]) -> Settings:

@@ -158,7 +158,9 @@ class Setting:
     def normal(self, value: Any) -> Any:
         """Return a value as a configuration keeps it: lists as tuples, paths absolute."""
         if self.many:
-            value = (value,) if isinstance(value, (str, int, float)) else tuple(value)
+            if value is None:
+                raise ValueError(f"{self.name} is None but must be a list; leave it out for its default")
+            value = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
         if self.convert is None or not value:  # the path of an empty text would be the current folder
             return value
         return tuple(map(self.convert, value)) if self.many else self.convert(str(value))

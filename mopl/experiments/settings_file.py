@@ -7,6 +7,8 @@ and a text), and a key that stands twice is an error.
 import functools
 import os
 import re
+import reprlib
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -71,7 +73,8 @@ def _value(known: Setting, value: Any) -> Any:
     if known.many and not isinstance(value, (list, tuple)):
         value = [value]
     value = renamed(known.name, value)
-    if known.choices:  # says more of a wrong choice than its type does
+    flat = not any(isinstance(x, (list, dict)) for x in (value if isinstance(value, list) else [value]))
+    if known.choices and flat:  # says more of a wrong choice than its type does
         known.check(tuple(value) if known.many else value)
     try:
         value = msgspec.convert(value, known.type)
@@ -81,15 +84,16 @@ def _value(known: Setting, value: Any) -> Any:
     return value
 
 
-def dump_settings(values: Mapping[str, Any]) -> str:
+def dump_settings(values: Mapping[str, Any], *, ascii: bool = False) -> str:
     """Return settings as the YAML text that `read_settings` reads back.
 
     Args:
         values: By name, as `to_dict` gives them.
+        ascii: Whether other characters are escaped.
     """
     import yaml
 
-    return yaml.dump(dict(values), Dumper=_types()[1], sort_keys=False, allow_unicode=True, width=110)
+    return yaml.dump(dict(values), Dumper=_types()[1], sort_keys=False, allow_unicode=not ascii, width=110)
 
 
 def _mapping(text: str, file: str | os.PathLike[str]) -> Mapping[Any, Any]:
@@ -97,10 +101,13 @@ def _mapping(text: str, file: str | os.PathLike[str]) -> Mapping[Any, Any]:
 
     try:
         found = yaml.load(text, _types()[0])  # a SafeLoader
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # a number of 5000 digits is none of YAML's errors
         raise ValueError(f"{os.fspath(file)} is no YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ValueError(f"{os.fspath(file)} is nested too deep for settings") from None
     if not isinstance(found or {}, Mapping):
-        raise ValueError(f"{os.fspath(file)} holds no settings but {found!r:.60}; write one a line, such as steps: 100")
+        shown = f"{reprlib.repr(found):.60}"
+        raise ValueError(f"{os.fspath(file)} holds no settings but {shown}; write one a line, such as steps: 100")
     return found or {}
 
 
@@ -111,13 +118,20 @@ def _types() -> tuple[Any, Any]:
 
     class Loader(yaml.SafeLoader):
         yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+        # A tag such as !!binary, !!set or !!timestamp makes what is no value of a setting.
+        yaml_constructors: ClassVar[dict[Any, Any]] = {
+            tag: make
+            for tag, make in yaml.SafeLoader.yaml_constructors.items()
+            if tag is None or tag.rpartition(":")[2] in ("null", "bool", "int", "float", "str", "seq", "map")
+        }
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-            for key in keys:
-                if keys.count(key) > 1:
-                    raise yaml.constructor.ConstructorError(None, None, f"{key} stands twice", node.start_mark)
-            return super().construct_mapping(node, deep)
+            found = super().construct_mapping(node, deep)
+            if len(found) < len(node.value):
+                keys = Counter(self.construct_object(key, deep=True) for key, _ in node.value)
+                twice = next(key for key, times in keys.items() if times > 1)
+                raise yaml.constructor.ConstructorError(None, None, f"{twice} stands twice", node.start_mark)
+            return found
 
     class Dumper(yaml.SafeDumper):
         def represent_sequence(self, tag: str, sequence: Any, flow_style: bool | None = None) -> Any:

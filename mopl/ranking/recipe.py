@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from mopl import _terminal
 from mopl._restoring import seeded
@@ -70,6 +70,7 @@ class RankingRecipe(Recipe):
 
     kind = RankingRun.KIND
     finished = RankingRun
+    chosen: ClassVar[dict[str, Any]] = dict.fromkeys(("steps", "base_steps"))
 
     @property
     def stem(self) -> str:

@@ -1,5 +1,6 @@
 """A run goes on when it is given again what it was begun with, in whatever way a path is written."""
 
+import json
 import os
 from pathlib import Path
 
@@ -9,6 +10,7 @@ pytest.importorskip("accelerate")
 
 from mopl.alignment.config import AlignConfig
 from mopl.alignment.recipe import check_resume as resume_align
+from mopl.cli import main
 from mopl.clp.config import ClpConfig
 from mopl.clp.recipe import check_resume as resume_clp
 from mopl.ranking.config import RankConfig
@@ -119,3 +121,22 @@ def test_what_was_left_to_the_run_may_be_left_to_it_again(place):
     assert resume_align(record, {"reference": "auto"}, RUN).reference == "precomputed"
     with pytest.raises(ValueError, match="reference was 'precomputed', is 'self'"):
         resume_align(record, {"reference": "self"}, RUN)
+
+
+@pytest.mark.parametrize("config", [RankConfig, AlignConfig], ids=lambda config: config.__name__)
+def test_a_file_of_all_settings_resumes_the_run_that_it_began(place, config):
+    record = begun(config, {})
+    begun_with = config.from_dict(record["config"])
+    resolved = begun_with.resolved(10)
+    record["config"] = resolved.to_dict()
+    assert resolved != begun_with and RESUME[config](record, begun_with.to_dict(), RUN) == resolved
+    with pytest.raises(ValueError, match="steps was"):
+        RESUME[config](record, {**begun_with.to_dict(), "steps": 7}, RUN)
+
+
+def test_print_config_of_a_run_that_goes_on_prints_its_settings(place, capsys):
+    record = begun(RankConfig, {"steps": 7, "concentration": 0.3})
+    (place / "run").mkdir()
+    (place / "run" / "config.json").write_text(json.dumps(record))
+    assert main(["rank", "--run", str(place / "run"), "--resume", "--log-every", "3", "--print-config"]) == 0
+    assert {"steps: 7", "concentration: 0.3", "log_every: 3"} <= set(capsys.readouterr().out.splitlines())

@@ -2,12 +2,16 @@
 
 import argparse
 import inspect
+import io
 import re
 import runpy
 import shlex
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mopl.alignment.config import AlignConfig
@@ -60,6 +64,10 @@ def test_words_of_a_file_have_the_types_of_yaml_1_2(tmp_path):
     }  # fmt: skip
 
 
+# Ten lists, each of nine times the one before: written out, it would fill any memory.
+LAUGHS = "[" + ", ".join(f"&a{i} [{', '.join([f'*a{i - 1}' if i else 'x'] * 9)}]" for i in range(11)) + "]"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -73,6 +81,14 @@ def test_words_of_a_file_have_the_types_of_yaml_1_2(tmp_path):
         ("learning_rate: 1\nlearning-rate: 2", "c.yaml: learning_rate is given twice"),
         ("- 1", "c.yaml holds no settings but [1]"),
         ("a: [1", "c.yaml is no YAML"),
+        ("beta: {low: 1}", "c.yaml: beta[0] is an object of 1 but must be float"),
+        ("[" * 3000, "c.yaml is nested too deep for settings"),
+        ("seed: " + "9" * 5000, "c.yaml is no YAML"),
+        ("data: !!binary aGVsbG8=", "could not determine a constructor for the tag"),
+        ("data: !!timestamp today", "could not determine a constructor for the tag"),
+        (f"method: {LAUGHS}", "c.yaml: method is a list of 11 but must be str"),
+        (f"log_with: {LAUGHS}", "c.yaml: --log-with[0] is a list of 9 but must be str"),
+        (LAUGHS, "c.yaml holds no settings but [['x', 'x'"),
     ],
 )
 def test_a_fault_of_a_file_names_file_and_key(tmp_path, monkeypatch, capsys, text, message):
@@ -108,6 +124,47 @@ def test_old_names_are_taken_with_a_warning_and_in_records_without(config, neede
         # An old run that is resumed with a setting of today: that one counts, wherever the old name stands.
         assert config.from_dict({**wanted.to_dict(), **dict.fromkeys(known.old for known in settings_of(config).values()
                                                                      if known.old)}) == wanted  # fmt: skip
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_print_config_is_read_back_where_a_terminal_cannot_show_a_text(tmp_path, monkeypatch, encoding):
+    text = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    objectives = ["größe=1", "right\u202eleft", "line\u2028break", "tab\tand\\x"]
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", text)
+        assert main(["rank", "--objectives", *objectives, "--print-config"]) == 0
+    text.flush()
+    (tmp_path / "c.yaml").write_bytes(text.buffer.getvalue())
+    assert read_settings(tmp_path / "c.yaml", RankConfig)["objectives"] == tuple(objectives)
+
+
+def test_print_config_that_cannot_be_written_is_an_error():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "mopl.cli", "rank", "--print-config"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 2 and "not all of the output could be written" in done.stderr
+
+
+def test_settings_of_a_demo_are_not_there_to_print(capsys):
+    assert "mopl align: --demo makes its settings with its model" in error_of(
+        ["align", "--demo", "--print-config"], capsys
+    )
+
+
+def test_an_option_without_its_value_is_one_error(capsys):
+    assert "argument --method: expected one argument" in error_of(["align", "--method"], capsys)
+    assert "argument --run: expected one argument" in error_of(["align", "--run", "--resume"], capsys)
+
+
+def test_a_suggestion_names_no_option_of_an_earlier_version(capsys):
+    assert "--temprature" in (said := error_of(["rank", "--temprature", "3"], capsys)) and "--temperature" not in said
+
+
+def test_no_list_is_an_error_that_names_the_setting():
+    with pytest.raises(ValueError, match="log_with is None but must be a list"):
+        RankConfig(log_with=None)
+    assert RankConfig(beta=np.float32(2)).beta == (2.0,)
 
 
 def test_both_names_of_a_setting_at_once_are_refused():
