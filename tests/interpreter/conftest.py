@@ -3,6 +3,7 @@
 `tests/ops/test_interpreter_leg.py` starts such processes; by hand: `TRITON_INTERPRET=1 pytest tests/interpreter`.
 """
 
+import functools
 import os
 from collections.abc import Iterator
 
@@ -19,6 +20,46 @@ def pytest_configure(config: pytest.Config) -> None:
     if BROKEN and os.environ.get("TRITON_INTERPRET") == "1":
         pytest.exit(REASON, returncode=1)
     config.addinivalue_line("filterwarnings", "ignore:.* encountered in .*:RuntimeWarning")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        _repeat_less()
+
+
+def _repeat_less() -> None:
+    """Keep what the interpreter makes anew all the time, which is a third of its time.
+
+    It replaces the functions of `triton.language` for a launch, and all of them again in every call of a device
+    function; and it writes the table of NumPy's types down for every look into it.
+    """
+    from triton import language
+    from triton.runtime import interpreter
+
+    of_scalar = functools.cache(interpreter._get_np_dtype)  # the types of blocks and pointers have no hash
+    pointer = np.dtype(np.uint64)
+
+    def numpy_type(kind):
+        kind = kind.element_ty if isinstance(kind, language.block_type) else kind
+        return pointer if isinstance(kind, language.pointer_type) else of_scalar(kind)
+
+    interpreter._get_np_dtype = numpy_type
+    if not hasattr(interpreter, "_LangPatchScope"):  # an early Triton, which does not say when a launch ends
+        return
+    patch, replaced = interpreter._patch_lang, set()
+
+    class Launch(interpreter._LangPatchScope):
+        def restore(self) -> None:
+            replaced.clear()
+            self.scope.restore()
+
+    def once(function):
+        modules = {value for value in function.__globals__.values() if value is language or value is language.core}
+        if modules and modules <= replaced:
+            return None  # a call of a device function, which asks for nothing
+        launch = Launch()
+        launch.scope = patch(function)
+        replaced.update(modules)
+        return launch
+
+    interpreter._patch_lang = once
 
 
 class _Launch:

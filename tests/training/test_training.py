@@ -1,5 +1,6 @@
 """The loop: independence of the split, exact resume, checkpoints that are complete or absent, stops and divergence."""
 
+import contextlib
 import gc
 import json
 import math
@@ -8,6 +9,7 @@ import signal
 import textwrap
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,6 +32,7 @@ from mopl.training import (
     write_file,
     write_folder,
 )
+from mopl.training.accumulation import accumulate
 from mopl.training.precision import rounding_of
 
 
@@ -53,6 +56,24 @@ def test_the_update_does_not_depend_on_how_the_batch_is_split(accumulation, batc
         train(model, Source(batch_size), squared_error, settings, optimizer=sgd)
     torch.testing.assert_close(parameters(split), parameters(whole), rtol=1e-5, atol=1e-6)
     assert not torch.allclose(parameters(whole), parameters(network()), atol=1e-3)
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_the_parts_of_two_processes_add_up_to_the_batch(accumulation):
+    """What each of them does, one after the other; DDP then averages their gradients."""
+    whole, source = network(), Source(11)
+    expected, _ = squared_error(whole, source(0, 0, 1), 0)
+    expected.backward()
+    losses, gradients = [], []
+    for rank in range(2):
+        model, cpu = network(), torch.device("cpu")
+        process = SimpleNamespace(num_processes=2, process_index=rank, device=cpu, backward=torch.Tensor.backward)
+        prepared = SimpleNamespace(model=model, no_sync=contextlib.nullcontext)
+        loss, _ = accumulate(process, prepared, source, squared_error, config(accumulation=accumulation), 0)
+        losses.append(loss)
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    torch.testing.assert_close(sum(losses), expected.detach())
+    torch.testing.assert_close(sum(gradients) / 2, torch.cat([p.grad.flatten() for p in whole.parameters()]))
 
 
 def test_clipping_bounds_the_length_of_the_update_and_keeps_its_direction():
