@@ -153,10 +153,13 @@ SIZES = [(1500, 1024, 50257), (507, 252, 123)] if GPU else [(27, 21, 75)]
 
 @pytest.mark.parametrize("softcap", [None, 15.0])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.parametrize("kind", ["flat", "peaked"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [(k, d) for d in DTYPES for k in ("flat", "peaked") if GPU or k == "peaked" or d == torch.bfloat16],
+    ids=str,
+)
 def test_linear_errors_are_at_most_twice_those_of_a_float32_reference(
-    dtype: torch.dtype, kind: str, sizes: tuple[int, int, int], softcap: float | None
+    kind: str, dtype: torch.dtype, sizes: tuple[int, int, int], softcap: float | None
 ) -> None:
     p = problem(kind, dtype, *sizes)
     exact, plain = head_exactly(p, softcap), head_plainly(p, softcap)

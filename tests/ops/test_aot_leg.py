@@ -1,8 +1,8 @@
 """Every kernel compiled ahead of time for sm_80, sm_90, sm_100 and gfx942, in a process without the interpreter.
 
 Once with this Triton, and once with the one of the Python that MOPL_TRITON_PYTHON names, where spills are an error; see
-`tests/aot/compile_kernels.py`. Where both compile, this Triton leaves to the other what says least: kernels without an
-instruction of sm_80 or sm_100, for those two. The other tests make sure that the checks can fail.
+`tests/aot/compile_kernels.py`. Where both compile, this Triton leaves to the other what says least: kernels without
+products on tensor cores, for sm_80 and sm_100. The other tests make sure that the checks can fail.
 """
 
 import json
