@@ -26,6 +26,7 @@ COMMAND_LINES = {
     "steer": ["steer", "nowhere", "--weights", "1"],
     "report": ["report", "nowhere"],
     "align": ["align", "--model", "nowhere", "--data", "nowhere.jsonl", "--run", "new"],
+    "clp": ["clp", "--model", "nowhere", "--data", "nowhere.txt", "--rewards", "brevity", "--run", "new"],
     "generate": ["generate", "nowhere", "--weights", "1", "hello"],
     "export": ["export", "nowhere", "--weights", "1", "new"],
 }
