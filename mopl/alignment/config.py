@@ -199,7 +199,7 @@ class AlignConfig(CosDpoSettings, LanguageModelSettings):
     def training(self, steps: int) -> "TrainingConfig":
         """Return the settings of a training of `steps` updates."""
         warmup = max(1, steps // 10) if self.warmup is None else self.warmup
-        return self._training(steps=steps, warmup=warmup)
+        return super().training(steps, warmup=warmup)
 
     def label_modes(self, objectives: int) -> tuple[str, ...]:
         """Return how labels become targets, one entry for each of m objectives; errors as `betas`."""

@@ -1,13 +1,10 @@
 """The settings of `mopl clp` in one dataclass: checked before anything is read, loaded or written."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from mopl.experiments.common_settings import LanguageModelSettings
 from mopl.experiments.resume_settings import located_inside
 from mopl.experiments.settings import setting, settings
-
-if TYPE_CHECKING:
-    from mopl.training import TrainingConfig
 
 METHODS = ("clp", "rewarded-soups", "prompting", "logit-mixing", "dera")
 TRAINED = ("clp", "rewarded-soups", "prompting")
@@ -279,7 +276,3 @@ class ClpConfig(LanguageModelSettings):
     def baseline_scope(self) -> str:
         """What experts and the prompting baseline train: the same parameters, but no virtual tokens."""
         return "lora-mixture" if self.scope == "hyper-prompt" else self.scope
-
-    def training(self) -> "TrainingConfig":
-        """Return the settings of one training."""
-        return self._training()

@@ -1,11 +1,14 @@
 """Settings that mean the same in several applications, and the names that these share."""
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mopl._extras import TRACKERS
 from mopl.experiments.methods import METHODS
 from mopl.experiments.resume_settings import located_if_there
 from mopl.experiments.settings import Settings, setting, settings, settings_of
+
+if TYPE_CHECKING:
+    from mopl.training import TrainingConfig
 
 ALL = "all"  # of the methods
 
@@ -69,13 +72,13 @@ class RunSettings(Settings):
         metavar="SAMPLES",
     )
 
-    def _training(self, **changes: Any) -> Any:
-        """Return what `mopl.training.train` is told of these settings, with changes."""
+    def training(self, steps: int | None = None, **changes: Any) -> "TrainingConfig":
+        """Return the settings of a training of `steps` updates, by default of its own number, with other changes."""
         from mopl.training import TrainingConfig
 
         names = TrainingConfig.__dataclass_fields__.keys() & settings_of(type(self)).keys()
         values = {name: getattr(self, name) for name in names} | {"gradient_clip": self.gradient_clip or None}
-        return TrainingConfig(**{**values, **changes})
+        return TrainingConfig(**{**values, **({} if steps is None else {"steps": steps}), **changes})
 
 
 @settings

@@ -190,8 +190,3 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def trained_parameters(model: nn.Module) -> int:
-    """Return how many parameters are trained."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)

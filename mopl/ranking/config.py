@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from mopl.ranking.evaluate import Measure
     from mopl.ranking.methods import ListLoss
-    from mopl.training import TrainingConfig
 
 __all__ = ["ALL", "CONDITIONED", "EMBEDDED", "METHODS", "RankConfig"]
 
@@ -122,10 +121,6 @@ class RankConfig(CosDpoSettings):
         for name in ("hidden", "base_hidden"):
             if getattr(self, name) % self.heads:
                 raise ValueError(f"{name} is {getattr(self, name)} but heads = {self.heads} must divide it")
-
-    def training(self, steps: int | None) -> "TrainingConfig":
-        """Return the settings of a training of `steps` updates."""
-        return self._training(**({} if steps is None else {"steps": steps}))
 
     def temperatures(self, objectives: int) -> tuple[float, ...]:
         """Return `betas`, whose name this was."""
