@@ -164,7 +164,8 @@ def settings_from(
     Raises:
         ValueError: If a setting is unknown, has another type or is refused; `DamagedFile` with a file.
     """
-    values = up_to_date(values, getattr(schema, "old_names", dict)())
+    recorded, old_names = values, getattr(schema, "old_names", dict)()
+    values = up_to_date(recorded, old_names)
     known = {field.name for field in dataclasses.fields(schema)}  # type: ignore[arg-type]
     try:
         if isinstance(values, Mapping) and (unknown := sorted(set(values) - known)):
@@ -175,7 +176,13 @@ def settings_from(
     except msgspec.ValidationError as error:
         # What __post_init__ raised is said already as it should be.
         text = str(error.__cause__) if error.__cause__ is not None else in_words(error, values, key)
-        raise ValueError(text) if file is None else damaged(file, text, remedy) from None
+        if file is None:
+            raise ValueError(text) from None
+        there = recorded.keys() if isinstance(recorded, Mapping) else ()
+        for old, name in old_names.items():  # who mends the file looks for the key that it has
+            if old in there and name not in there and re.search(rf"\b{name}\b", text):
+                text += f" ({name} is called {old} there)"
+        raise damaged(file, text, remedy) from None
     except ValueError as error:
         raise error if file is None else damaged(file, str(error), remedy) from None
 

@@ -115,6 +115,17 @@ def test_what_is_wrong_is_said_with_key_value_type_and_remedy(ranking):
         assert str(raised.value).startswith(f"{file}: {said}"), raised.value
 
 
+@pytest.mark.parametrize("value", ["x", [0.0]])
+def test_what_is_wrong_in_an_older_run_has_the_name_that_the_file_has_for_it(ranking, value):
+    file = ranking / "config.json"
+    record = json.loads(file.read_text())
+    record["config"]["temperature"] = value
+    del record["config"]["beta"]
+    said = r"beta is .* \(beta is called temperature there\)"
+    with replaced(file, json.dumps(record)), pytest.raises(DamagedFile, match=said):
+        run_fronts(ranking)
+
+
 def test_a_run_of_an_older_version_opens_with_the_defaults_of_newer_settings(ranking):
     file = ranking / "config.json"
     for name in json.loads(file.read_text())["config"]:
