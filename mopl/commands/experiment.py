@@ -4,7 +4,6 @@ import argparse
 import functools
 import os
 import sys
-import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -76,18 +75,11 @@ class Experiment:
     on_resume: tuple[str, ...] = ()
 
 
-class _Help(argparse.RawDescriptionHelpFormatter):
-    """Help whose lines never break inside a name such as lora-mixture."""
-
-    def _split_lines(self, text: str, width: int) -> list[str]:
-        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
-
-
 def add_experiment(commands: Any, experiment: Experiment) -> argparse.ArgumentParser:
     """Add a command that trains to the commands and return its parser."""
     parser = add_command(
         commands, experiment.name, experiment.help, f"{PAPER}\n{experiment.examples}",
-        argument_default=argparse.SUPPRESS, formatter_class=_Help,
+        argument_default=argparse.SUPPRESS,
     )  # fmt: skip
     group = parser.add_argument_group("run")
     if experiment.demo is not None:

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -55,6 +56,13 @@ class Parser(argparse.ArgumentParser):
         return [*options, "--", *positionals] if positionals else options
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Help whose lines never break inside a name such as lora-mixture."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+
 def add_command(commands: Any, name: str, help: str, examples: str, **options: Any) -> Parser:
     """Add a command and return its parser.
 
@@ -65,8 +73,9 @@ def add_command(commands: Any, name: str, help: str, examples: str, **options: A
         examples: The end of its help.
         **options: Further arguments of `Parser`.
     """
-    options = {"formatter_class": argparse.RawDescriptionHelpFormatter, **options}
-    parser = commands.add_parser(name, help=help, description=help, epilog=examples, allow_abbrev=False, **options)
+    parser = commands.add_parser(
+        name, help=help, description=help, epilog=examples, allow_abbrev=False, formatter_class=_Help, **options
+    )  # fmt: skip
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 

@@ -262,3 +262,12 @@ def test_a_run_on_a_relative_path_is_resumed_with_the_same_command(tmp_path, mon
     assert main(command) == 0
     assert main([*command, "--resume"]) == 0
     capsys.readouterr()
+
+
+def test_help_never_breaks_a_name_at_its_hyphens(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    for command in ("rank", "align", "clp", "generate", "export", "steer", "report"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        options = capsys.readouterr().out.split("options:")[1].split("examples:")[0]
+        assert not [line for line in options.splitlines() if line.endswith("-")], command
