@@ -338,6 +338,7 @@ def test_damaged_rollouts_are_named(tmp_path):
         0, [[1]], [[2]], ["w"], ["w"], torch.zeros(1, 2), torch.ones(1, 2) / 2, torch.ones(1), torch.ones(1)
     )
     content = {name: getattr(rollout, name) for name in Rollout.__dataclass_fields__}
+    content["alpha"] = content.pop("kl_weight")  # the files keep their first name
     file = tmp_path / "step.pt"
     torch.save(content, file)
     assert RolloutStore._read(file).texts == ["w"]

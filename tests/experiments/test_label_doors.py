@@ -60,7 +60,7 @@ def test_each_objective_has_targets_by_its_own_rule_and_label_temperature() -> N
     [
         ({"label_temperature": 0.0}, "label_temperature is 0 but must be positive and finite"),
         ({"label_temperature": (1.0, -2.0)}, "label_temperature is 1 -2 but must be positive"),
-        ({"label_temperature": ()}, "label_temperature need an entry"),
+        ({"label_temperature": ()}, "label_temperature needs an entry"),
         ({"label_temperature": 2.0, "loss": "plackett-luce"}, "label_temperature has no part in loss 'plackett-luce'"),
     ],
 )

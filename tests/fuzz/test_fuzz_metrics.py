@@ -13,7 +13,8 @@ from hostile import budget, laid_out, masks, poison
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mopl.ranking.metrics import bootstrap_means, ndcg
+from mopl.pareto import bootstrap_means
+from mopl.ranking.metrics import ndcg
 
 
 @budget(120)

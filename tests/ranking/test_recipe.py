@@ -245,7 +245,7 @@ def test_policies_refuse_what_they_cannot_answer():
         ConditionedPolicy(model()).at([0.4, 0.4, 0.4])
     with pytest.raises(ValueError, match="trained at one β; pass scale"):
         ConditionedPolicy(model()).at([1.0, 0.0, 0.0], [1.0, 1.0, 1.0])
-    with pytest.raises(ValueError, match="pass one for each objective"):
+    with pytest.raises(ValueError, match="conditioned on β; pass beta, one for each objective"):
         ConditionedPolicy(model(takes_beta=True)).at([1.0, 0.0, 0.0])
 
 
