@@ -48,7 +48,7 @@ def _logprob(name: str, what: str, seconds: int, *arguments: str) -> Stage:
 
 
 def _lists(name: str, what: str, seconds: int, *arguments: str) -> Stage:
-    toy = ("--sizes", "4", "--variants", "mopl", "log_softmax")
+    toy = ("--sizes", "4", "--objectives", "1", "3", "--variants", "mopl", "log_softmax")
     return Stage(f"lists{name}", what, seconds, ("-m", "bench.lists", *arguments, "--json", "{out}"), toy)
 
 
