@@ -37,11 +37,6 @@ else:
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def pytest_xdist_auto_num_workers() -> int:
-    """Return one worker more than there are processors: a quarter of the time a test waits for its own processes."""
-    return (os.cpu_count() or 1) + 1
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Put long tests first, so that several workers end together; leave out what is not for every run or machine."""
     if "claim" not in config.option.markexpr:
