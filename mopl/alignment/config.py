@@ -13,6 +13,7 @@ from mopl.experiments.settings import setting, settings
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from mopl.language_models.tokenization import ListTokenizer
     from mopl.training import TrainingConfig
 
 __all__ = ["ALL", "CONDITIONED", "LIST_LOSSES", "LOSSES", "METHODS", "PAIR_LOSSES", "PER_TOKEN", "AlignConfig"]
@@ -202,12 +203,20 @@ class AlignConfig(CosDpoSettings, LanguageModelSettings):
         return super().training(steps, warmup=warmup)
 
     def label_modes(self, objectives: int) -> tuple[str, ...]:
-        """Return how labels become targets, one entry for each of m objectives; errors as `betas`."""
-        return self._for_each("labels", objectives)
+        """Return how labels become targets, one entry for each of m objectives; errors as `for_each`."""
+        return self.for_each("labels", objectives)
 
     def label_temperatures(self, objectives: int) -> tuple[float, ...]:
-        """Return what labels are divided by, one entry for each of m objectives; errors as `betas`."""
-        return self._for_each("label_temperature", objectives)
+        """Return what labels are divided by, one entry for each of m objectives; errors as `for_each`."""
+        return self.for_each("label_temperature", objectives)
+
+    def list_tokenizer(self, tokenizer: Any) -> "ListTokenizer":
+        """Return how the run turns texts into tokens."""
+        from mopl.language_models.tokenization import ListTokenizer
+
+        return ListTokenizer(
+            tokenizer, max_length=self.max_length, min_prompt=self.min_prompt, template=self.template
+        )  # fmt: skip
 
     def resolved(self, lists: int) -> "Self":
         """Return the settings with what depends on the number of training lists, where it was not given."""

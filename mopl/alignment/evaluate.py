@@ -23,7 +23,7 @@ from mopl import steering
 from mopl.alignment.methods import ListScores, ResponseLoss, response_lengths
 from mopl.language_models.collate import ListBatch, ListCollator
 from mopl.language_models.tokenization import TokenizedList
-from mopl.pareto import Front, spearman
+from mopl.pareto import spearman
 
 MAIN = "deviation"
 LISTS_PER_BATCH = 256
@@ -176,18 +176,9 @@ def evaluation_of(weights: Tensor | None, columns: Sequence[tuple[Tensor, ...]])
     )
 
 
-def reference_point(base: Evaluation, given: Sequence[float]) -> list[float]:
-    """Return the reference point of the hypervolume: as given, or from the losses of the untrained model.
-
-    Raises:
-        ValueError: If there is not one number for each objective.
-    """
-    m = base.losses.shape[2]
-    if not given:
-        return (REFERENCE_FACTOR * base.mean_losses[0]).tolist()
-    if len(given) not in (1, m):
-        raise ValueError(f"reference_point has {len(given)} numbers but there are {m} objectives; pass {m}")
-    return [float(x) for x in (given if len(given) == m else list(given) * m)]
+def reference_point(base: Evaluation) -> list[float]:
+    """Return the reference point of the hypervolume that the losses of the untrained model ask for."""
+    return (REFERENCE_FACTOR * base.mean_losses[0]).tolist()
 
 
 def kept_parameters(base: nn.Module, method: str, trained: int, *, objectives: int, points: int) -> int:
@@ -203,30 +194,3 @@ def kept_parameters(base: nn.Module, method: str, trained: int, *, objectives: i
     """
     kept = trained if method != "mo-dpo" else trained // (objectives + points) * points
     return sum(p.numel() for p in base.parameters()) + kept
-
-
-def make_front(
-    evaluations: Sequence[Evaluation],
-    *,
-    method: str,
-    description: dict[str, Any],
-    bootstrap: int,
-    scales: Sequence[float] = (1.0,),
-    **said: Any,
-) -> Front:
-    """Return the front of a method: held-out losses, minimised.
-
-    Args:
-        evaluations: One for each scale.
-        method: Name of the method.
-        description: What `front.json` says about the data.
-        bootstrap: Resamples; 0 for no intervals.
-        scales: c of each evaluation; the first is 1.
-        said: What `Front.of` takes besides.
-    """
-    first, *others = evaluations
-    return Front.of(
-        first.deviation, first.losses, method, main=MAIN, weights=first.weights, maximise=False, data=description,
-        samples=bootstrap, rescaled=[(c, e.deviation, e.losses) for c, e in zip(scales[1:], others, strict=True)],
-        **said,
-    )  # fmt: skip

@@ -25,14 +25,14 @@ from mopl import _terminal
 from mopl._restoring import seeded
 from mopl.alignment import tuned
 from mopl.alignment.config import CONDITIONED, AlignConfig
-from mopl.alignment.evaluate import Evaluation, HeldOut, evaluation_of, kept_parameters, make_front, reference_point
+from mopl.alignment.evaluate import MAIN, Evaluation, HeldOut, evaluation_of, kept_parameters, reference_point
 from mopl.alignment.reference import score_lists
-from mopl.alignment.runs import AlignmentRun, list_tokenizer
+from mopl.alignment.runs import AlignmentRun
 from mopl.alignment.stages import Split, Stages, response_loss
 from mopl.alignment.trained import load_trained, state_for
 from mopl.conditioning import HyperPromptModel
 from mopl.experiments.driver import FREE_ON_RESUME, Measured, Recipe, execute, plain_word
-from mopl.experiments.run import BASE, run_grid
+from mopl.experiments.run import BASE
 from mopl.experiments.run_directory import RunInterrupted
 from mopl.experiments.stages import Trained
 from mopl.language_models import models
@@ -40,7 +40,6 @@ from mopl.language_models.data import PreferenceData, Text
 from mopl.language_models.generate import generate
 from mopl.language_models.readers import load_preferences
 from mopl.language_models.tokenization import tokenize
-from mopl.pareto.volumes import check_affordable
 
 __all__ = ["FREE_ON_RESUME", "RunInterrupted", "align", "answers", "check_resume", "evaluate", "load_data"]
 
@@ -106,13 +105,9 @@ class AlignmentRecipe(Recipe):
         m = len(objectives)
         config.betas(m)
         response_loss(config, data["train"])
-        self.grid = run_grid(config, m)
-        check_affordable(*self.grid.shape)
-        if len(config.reference_point) not in (0, 1, m):
-            raise ValueError(
-                f"reference_point has {len(config.reference_point)} numbers but there are {m} objectives; pass {m}"
-            )
-        self.tokenizer = list_tokenizer(config, models.load_tokenizer(config.model))
+        self.plan(m)
+        self.reference_point = config.for_each("reference_point", m)
+        self.tokenizer = config.list_tokenizer(config.load_tokenizer())
         self.splits = splits = {}
         for name, part in data.items():
             splits[name] = Split(part, tokenize(part, self.tokenizer, on_error=config.on_error))
@@ -138,16 +133,12 @@ class AlignmentRecipe(Recipe):
         lists = stages.splits["test"].tokens.lists
         self.held_out = HeldOut(lists, stages.collator, stages.loss, stages.beta, reference, stages.objectives)
         self.untrained = evaluation_of(None, [self.held_out.figures(reference.values)])
-        self.reference_point = reference_point(self.untrained, self.config.reference_point)
+        self.reference_point = self.reference_point or reference_point(self.untrained)
         self.prompts = _sample_prompts(stages)
 
     def base(self) -> Measured:
         """Evaluate the model before training, which is the reference or what training starts from."""
         return self._measured(BASE, self.path / BASE, [self.untrained], {})
-
-    def train(self, method: str, folder: Path) -> dict[str, Trained]:
-        """Train what a method needs; return its trainings by name."""
-        return self.stages.train(method, folder, self.grid)
 
     def evaluate(self, method: str, folder: Path, trained: dict[str, Trained]) -> Measured:
         """Evaluate a trained method on held-out lists, and let it answer prompts."""
@@ -159,11 +150,11 @@ class AlignmentRecipe(Recipe):
         config, stages, lists = self.config, self.stages, len(self.held_out.lists)
         samples = answers(stages, method, folder, self.grid, self.prompts)
         parameters = sum(each.parameters for each in trained.values())
-        front = make_front(
-            found, method=method, objectives=stages.objectives, reference_point=self.reference_point, seed=config.seed,
-            description={"name": _data_word(config), "split": "test", "lists": lists, **self.data},
-            bootstrap=config.bootstrap, scales=config.all_scales[: len(found)], parameters=parameters,
-            seconds=sum(each.seconds for each in trained.values()),
+        front = self.front(
+            method, [(c, each.deviation, each.losses) for c, each in zip(config.all_scales, found, strict=False)],
+            trained, objectives=stages.objectives, main=MAIN, weights=found[0].weights, maximise=False,
+            reference_point=self.reference_point,
+            data={"name": _data_word(config), "split": "test", "lists": lists, **self.data},
             inference_parameters=kept_parameters(
                 stages.base, method, parameters, objectives=len(stages.objectives), points=len(self.grid)
             ),

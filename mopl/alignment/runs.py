@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +21,7 @@ from mopl.alignment import tuned
 from mopl.alignment.config import CONDITIONED, AlignConfig
 from mopl.alignment.trained import load_trained
 from mopl.conditioning import TextPrompt
-from mopl.experiments.run import FinishedRun
-from mopl.language_models import models
-from mopl.language_models.tokenization import ListTokenizer
+from mopl.experiments.run import LanguageModelRun
 from mopl.report import Metric
 
 
@@ -37,7 +34,7 @@ class DataRecord(msgspec.Struct):
 
 
 @dataclass
-class AlignmentRun(FinishedRun):
+class AlignmentRun(LanguageModelRun):
     """A finished run of `mopl align`: what generation, export and reports need."""
 
     KIND = "align"
@@ -50,16 +47,6 @@ class AlignmentRun(FinishedRun):
     def beta(self) -> tuple[float, ...]:
         """β of the training, one for each objective; for temperature-cos-dpo the middle of its box."""
         return self.config.betas(len(self.objectives))
-
-    @functools.cached_property
-    def tokenizer(self) -> Any:
-        """The tokenizer of the language model."""
-        return models.load_tokenizer(self.config.model)
-
-    @property
-    def list_tokenizer(self) -> ListTokenizer:
-        """How the run turned texts into tokens: template and lengths."""
-        return list_tokenizer(self.config, self.tokenizer)
 
     def is_conditioned(self, method: str | None = None) -> bool:
         """Whether a method has one model for every trade-off, so that `load` needs no weights."""
@@ -76,12 +63,6 @@ class AlignmentRun(FinishedRun):
         if not self.is_conditioned(method) or self.config.conditioning != "text":
             return None
         return tuned.text_prompt(self.objectives, takes_beta=self.takes_beta(method))
-
-    def base_model(self, device: torch.device | str = "cpu") -> Any:
-        """Return the language model that the run started from, fused, without dropout."""
-        return models.load_causal_lm(
-            self.config.model, dtype=self.config.dtype, attention=self.config.attention
-        ).to(device)  # fmt: skip
 
     def load(
         self,
@@ -152,10 +133,3 @@ class AlignmentRun(FinishedRun):
 def open_run(path: str | Path) -> AlignmentRun:
     """Open a finished run of `mopl align`; see `AlignmentRun.open`."""
     return AlignmentRun.open(path)
-
-
-def list_tokenizer(config: AlignConfig, tokenizer: Any) -> ListTokenizer:
-    """Return how a run turns texts into tokens."""
-    return ListTokenizer(
-        tokenizer, max_length=config.max_length, min_prompt=config.min_prompt, template=config.template
-    )  # fmt: skip

@@ -91,7 +91,7 @@ class Stages(CosDpoStages):
         self.collator = ListCollator(
             packed=config.packing, pad_id=tokenizer.pad_id, partial=config.partial, order=loss.needs_order
         )
-        self.base = models.load_causal_lm(config.model, dtype=config.dtype, attention=config.attention)
+        self.base = config.load_model()
         check_length(self.base, config, splits)
         self.references: dict[str, ListScores | None] = {}
 

@@ -1,10 +1,13 @@
 """The settings of `mopl clp` in one dataclass: checked before anything is read, loaded or written."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mopl.experiments.common_settings import LanguageModelSettings
 from mopl.experiments.resume_settings import located_inside
 from mopl.experiments.settings import setting, settings
+
+if TYPE_CHECKING:
+    from mopl.language_models.tokenization import ListTokenizer
 
 METHODS = ("clp", "rewarded-soups", "prompting", "logit-mixing", "dera")
 TRAINED = ("clp", "rewarded-soups", "prompting")
@@ -271,6 +274,12 @@ class ClpConfig(LanguageModelSettings):
     def mixes_parameters(self) -> bool:
         """Whether a trade-off is a sum of whole parameters, so that each one needs a run of its own."""
         return self.scope not in ("lora-mixture", "hyper-prompt")
+
+    def list_tokenizer(self, tokenizer: Any) -> "ListTokenizer":
+        """Return how the run turns prompts into tokens."""
+        from mopl.language_models.tokenization import ListTokenizer
+
+        return ListTokenizer(tokenizer, max_length=None, template=self.template, append_eos=False)
 
     @property
     def baseline_scope(self) -> str:

@@ -30,7 +30,7 @@ from mopl.clp.rollout import Answers
 from mopl.clp.stages import Stages
 from mopl.conditioning import ParameterMixture
 from mopl.losses.policy_gradient import reward_coefficient
-from mopl.pareto import Front, hypervolume, spearman
+from mopl.pareto import hypervolume, spearman
 
 MAIN = "KL to the reference"
 
@@ -257,26 +257,3 @@ def _count(parameters: Iterable[Tensor]) -> int:
 def kappa(kl_weight: float, config: ClpConfig) -> float:
     """Return κ(α) = c(α)/α, what multiplies the rewards in the exponent of the optimal policy."""
     return float(reward_coefficient(kl_weight, config.kl_form)) / kl_weight
-
-
-def make_front(
-    evaluations: Sequence[Evaluation], *, method: str, config: ClpConfig, description: dict[str, Any], **said: Any
-) -> Front:
-    """Return the front of a method: mean rewards, maximised, and the KL to the reference as main figure.
-
-    Points at other KL weights α than the first have the scale κ(α_1)/κ(α), their distance from the reference
-    as in `mopl.steering.rescale`: above 1 closer to it.
-
-    Args:
-        evaluations: One for each KL weight.
-        method: Name of the method.
-        config: Settings of the run.
-        description: What `front.json` says about the prompts.
-        said: What `Front.of` takes besides.
-    """
-    first, *others = evaluations
-    trained = kappa(config.kl_weight[0], config)
-    return Front.of(
-        first.kl, first.rewards, method, main=MAIN, weights=first.weights, data=description, samples=config.bootstrap,
-        seed=config.seed, rescaled=[(trained / kappa(e.kl_weight, config), e.kl, e.rewards) for e in others], **said,
-    )  # fmt: skip

@@ -31,23 +31,21 @@ from mopl._restoring import seeded
 from mopl._rows import check_rows
 from mopl._terminal import shell
 from mopl.clp.config import ClpConfig
-from mopl.clp.evaluate import Evaluation, Evaluator, kept_parameters, make_front
+from mopl.clp.evaluate import MAIN, Evaluation, Evaluator, kappa, kept_parameters
 from mopl.clp.policies import new_policy, release
 from mopl.clp.prompts import Prompts, describe, placed_prompts, split_prompts
 from mopl.clp.reward_modules import is_module, make_rewards, place_of
 from mopl.clp.reward_scale import RewardScale, moments
 from mopl.clp.rollout import Sampler
-from mopl.clp.runs import ClpRun, list_tokenizer
+from mopl.clp.runs import ClpRun
 from mopl.clp.stages import Stages
 from mopl.conditioning import HyperPromptModel
 from mopl.experiments.driver import FREE_ON_RESUME as FREE_IN_EVERY_RUN
 from mopl.experiments.driver import Measured, Recipe, execute, plain_word
-from mopl.experiments.run import BASE, run_grid
+from mopl.experiments.run import BASE
 from mopl.experiments.run_directory import CONFIG_FILE, RunInterrupted
 from mopl.experiments.stages import Trained
-from mopl.language_models import models
 from mopl.language_models.adapter_reference import checksum
-from mopl.pareto.volumes import check_affordable
 from mopl.rewards import Rewards, prompt_key
 from mopl.training import make_accelerator
 from mopl.training.parallel import exists_on_main
@@ -130,14 +128,12 @@ class ClpRecipe(Recipe):
         m = len(rewards)
         if m != len(config.rewards):
             raise ValueError(f"rewards names {len(config.rewards)} rewards but {m} were passed; name each")
-        if len(config.reference_point) not in (0, 1, m):
-            raise ValueError(f"reference_point has {len(config.reference_point)} numbers for {m} rewards; pass {m}")
-        self.grid = run_grid(config, m)
-        check_affordable(*self.grid.shape)
-        self.tokenizer = models.load_tokenizer(config.model)
+        self.reference_point = config.for_each("reference_point", m)
+        self.plan(m)
+        self.tokenizer = config.load_tokenizer()
         placed = placed_prompts(config.data, limit=config.limit, on_error=config.on_error)
         texts, places = [text for _, text in placed], [place for place, _ in placed]
-        self.prompts, long = split_prompts(texts, list_tokenizer(config, self.tokenizer), config, places)
+        self.prompts, long = split_prompts(texts, config.list_tokenizer(self.tokenizer), config, places)
         self.say(
             f"{len(self.prompts['train'])} prompts to train on, {len(self.prompts['test'])} to evaluate on"
             + (f"; {long} of more than {config.max_prompt} tokens left out" if long else "")
@@ -178,7 +174,7 @@ class ClpRecipe(Recipe):
     def load(self) -> None:
         """Load the model: most mistakes in settings show here."""
         config = self.config
-        base = models.load_causal_lm(config.model, dtype=config.dtype, attention=config.attention)
+        base = config.load_model()
         model = checksum(base.state_dict().items())
         if self.record is not None and self.record["data"].get("model", model) != model:  # older runs do not say
             raise ValueError(
@@ -198,8 +194,7 @@ class ClpRecipe(Recipe):
         measured = measure_rewards(stages)
         if config.normalize != "none":
             stages.scale = measured
-        given = config.reference_point or tuple((measured.mean - 2 * measured.deviation).tolist())
-        self.reference_point = [float(x) for x in (given * len(self.rewards) if len(given) == 1 else given)]
+        self.reference_point = self.reference_point or (measured.mean - 2 * measured.deviation).tolist()
         self.test = self.prompts["test"].first(config.eval_prompts)
         self.evaluator = Evaluator(stages, self.test)
 
@@ -215,7 +210,7 @@ class ClpRecipe(Recipe):
     def train(self, method: str, folder: Path) -> dict[str, Trained]:
         """Train what a method needs; return its trainings by name."""
         _ = self.untrained  # while nothing has touched the model
-        return self.stages.train(method, folder)
+        return super().train(method, folder)
 
     def evaluate(self, method: str, folder: Path, trained: dict[str, Trained]) -> Measured:
         """Let a trained method answer the held-out prompts at each trade-off."""
@@ -224,11 +219,12 @@ class ClpRecipe(Recipe):
 
     def _measured(self, method: str, found: list[Evaluation], trained: dict[str, Trained]) -> Measured:
         config, names, test, first = self.config, self.rewards.names, self.test, found[0]
-        front = make_front(
-            found, method=method, config=config, objectives=names, reference_point=self.reference_point,
-            description={"name": _data_word(config), "split": "test", "answered": len(test), **self.described},
-            seconds=sum(each.seconds for each in trained.values()),
-            parameters=sum(each.parameters for each in trained.values()),
+        # As in `mopl.steering.rescale`: above 1 closer to the reference.
+        scales = [kappa(config.kl_weight[0], config) / kappa(each.kl_weight, config) for each in found]
+        front = self.front(
+            method, [(c, each.kl, each.rewards) for c, each in zip(scales, found, strict=True)], trained,
+            objectives=names, main=MAIN, weights=first.weights, reference_point=self.reference_point,
+            data={"name": _data_word(config), "split": "test", "answered": len(test), **self.described},
             inference_parameters=kept_parameters(self.stages.base, config, names, method),
         )  # fmt: skip
         base = self.untrained

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +20,7 @@ from mopl._renamed import renamed_attribute
 from mopl.clp.config import ClpConfig
 from mopl.clp.policies import load_policy, release, text_prompt
 from mopl.conditioning import HyperPromptModel, TextPrompt, check_weights
-from mopl.experiments.run import FinishedRun
-from mopl.language_models import models
-from mopl.language_models.tokenization import ListTokenizer
+from mopl.experiments.run import LanguageModelRun
 from mopl.report import Metric
 
 
@@ -35,7 +32,7 @@ class DataRecord(msgspec.Struct):
 
 
 @dataclass
-class ClpRun(FinishedRun):
+class ClpRun(LanguageModelRun):
     """A finished run of `mopl clp`: what generation and reports need."""
 
     KIND = "clp"
@@ -44,16 +41,6 @@ class ClpRun(FinishedRun):
     MAIN_METHOD = "clp"
 
     config: ClpConfig
-
-    @functools.cached_property
-    def tokenizer(self) -> Any:
-        """The tokenizer of the language model."""
-        return models.load_tokenizer(self.config.model)
-
-    @property
-    def list_tokenizer(self) -> ListTokenizer:
-        """How the run turned prompts into tokens."""
-        return list_tokenizer(self.config, self.tokenizer)
 
     def is_conditioned(self, method: str | None = None) -> bool:
         """Whether the model of `load` takes weights: of scope hyper-prompt, and words of the prompting baseline."""
@@ -78,12 +65,6 @@ class ClpRun(FinishedRun):
             return None
         kl_weight = self.config.kl_weight[0] if kl_weight is None else kl_weight
         return text_prompt(self.objectives, kl_weight if self.config.conditions_on_kl else None)
-
-    def base_model(self, device: torch.device | str = "cpu") -> Any:
-        """Return the language model that the run started from, fused, without dropout."""
-        return models.load_causal_lm(
-            self.config.model, dtype=self.config.dtype, attention=self.config.attention
-        ).to(device)  # fmt: skip
 
     def load(
         self,
@@ -184,8 +165,3 @@ class ClpRun(FinishedRun):
 def open_run(path: str | Path) -> ClpRun:
     """Open a finished run of a method on rewards; see `ClpRun.open`."""
     return ClpRun.open(path)
-
-
-def list_tokenizer(config: ClpConfig, tokenizer: Any) -> ListTokenizer:
-    """Return how a run turns prompts into tokens."""
-    return ListTokenizer(tokenizer, max_length=None, template=config.template, append_eos=False)

@@ -8,6 +8,7 @@ from mopl.experiments.resume_settings import located_if_there
 from mopl.experiments.settings import Settings, setting, settings, settings_of
 
 if TYPE_CHECKING:
+    from mopl.language_models.tokenization import ListTokenizer
     from mopl.training import TrainingConfig
 
 ALL = "all"  # of the methods
@@ -79,6 +80,20 @@ class RunSettings(Settings):
         names = TrainingConfig.__dataclass_fields__.keys() & settings_of(type(self)).keys()
         values = {name: getattr(self, name) for name in names} | {"gradient_clip": self.gradient_clip or None}
         return TrainingConfig(**{**values, **({} if steps is None else {"steps": steps}), **changes})
+
+    def for_each(self, name: str, objectives: int) -> tuple[Any, ...]:
+        """Return the entries of a setting, one for each of m objectives; none where it has none.
+
+        Raises:
+            ValueError: If there is neither one nor one for each objective.
+        """
+        values = getattr(self, name)
+        if len(values) not in (0, 1, objectives):
+            raise ValueError(
+                f"{name} has {len(values)} entries but there are {objectives} objectives; "
+                "pass one for all, or one for each"
+            )
+        return values * objectives if len(values) == 1 else values
 
 
 @settings
@@ -156,22 +171,8 @@ class CosDpoSettings(RunSettings):
         return (1.0, *(c for c in self.scales if c != 1.0))
 
     def betas(self, objectives: int) -> tuple[float, ...]:
-        """Return β, one for each of m objectives.
-
-        Raises:
-            ValueError: If there is neither one nor one for each objective.
-        """
-        return self._for_each("beta", objectives)
-
-    def _for_each(self, name: str, objectives: int) -> tuple[Any, ...]:
-        """Return the entries of a setting, one for each objective."""
-        values = getattr(self, name)
-        if len(values) not in (1, objectives):
-            raise ValueError(
-                f"{name} has {len(values)} entries but there are {objectives} objectives; "
-                "pass one for all, or one for each"
-            )
-        return values * objectives if len(values) == 1 else values
+        """Return β, one for each of m objectives; errors as `for_each`."""
+        return self.for_each("beta", objectives)
 
 
 @settings
@@ -242,3 +243,19 @@ class LanguageModelSettings(RunSettings):
                 f"prompt_rank is {self.prompt_rank} but the mask has {self.virtual_tokens} rows (virtual_tokens); "
                 "take a smaller rank"
             )
+
+    def load_tokenizer(self) -> Any:
+        """Return the tokenizer of the language model."""
+        from mopl.language_models.models import load_tokenizer
+
+        return load_tokenizer(self.model)
+
+    def list_tokenizer(self, tokenizer: Any) -> "ListTokenizer":
+        """Return how the run turns texts into tokens."""
+        raise NotImplementedError
+
+    def load_model(self) -> Any:
+        """Return the language model, fused, without dropout."""
+        from mopl.language_models.models import load_causal_lm
+
+        return load_causal_lm(self.model, dtype=self.dtype, attention=self.attention)

@@ -259,7 +259,7 @@ class Part:
     experts: Any = None
 
 
-class CosDpoStages(RunStages, ABC):
+class CosDpoStages(RunStages):
     """Trains the models of a run of COS-DPO or of a baseline.
 
     Args:
@@ -281,7 +281,7 @@ class CosDpoStages(RunStages, ABC):
         loss: VectorLoss,
     ) -> None:
         super().__init__(run)
-        self.objectives = tuple(objectives)
+        self.objectives, self.grid = tuple(objectives), run.grid
         self.beta, self.batch_size, self.score = beta, batch_size, score
         self.loss: Any = loss  # an application knows more of its own
 
@@ -293,8 +293,8 @@ class CosDpoStages(RunStages, ABC):
     def train_part(self, part: Part) -> Trained:
         """Train one model of a method unless it is there."""
 
-    def train(self, method: str, folder: Path, grid: Tensor) -> dict[str, Trained]:
-        """Train what a method needs; return its trainings by name."""
+    def train(self, method: str, folder: Path) -> dict[str, Trained]:
+        """Train the model of a conditioned method, or those that a baseline answers with."""
         kind = TABLE[method]
         if kind.conditioned:
             return {method: self.train_part(self._conditioned(method, kind, folder))}
@@ -302,7 +302,7 @@ class CosDpoStages(RunStages, ABC):
         if kind.experts:
             done |= self._fixed("dpo-soup", vertices(len(self.objectives)))
         if kind.grid:  # dpo-ls finds experts among these, if they are there already
-            done |= self._fixed(method, grid, self.expert_scores() if kind.experts else None)
+            done |= self._fixed(method, self.grid, self.expert_scores() if kind.experts else None)
         return done
 
     def _conditioned(self, method: str, kind: Method, folder: Path) -> Part:

@@ -15,17 +15,19 @@ from __future__ import annotations
 import dataclasses
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
+
+from torch import Tensor
 
 from mopl import _terminal
 from mopl._extras import require_for
 from mopl._files import write_file
 from mopl.experiments.applications import APPLICATIONS
 from mopl.experiments.resume_settings import settings_to_resume
-from mopl.experiments.run import BASE, EVALUATION, FRONT, SAMPLES, FinishedRun, method_folder, write_reports
+from mopl.experiments.run import BASE, EVALUATION, FRONT, SAMPLES, FinishedRun, method_folder, run_grid, write_reports
 from mopl.experiments.run_directory import (
     CONFIG_FILE,
     RunInterrupted,
@@ -36,7 +38,9 @@ from mopl.experiments.run_directory import (
     hold_run,
     version_changes,
 )
+from mopl.experiments.stages import Trained
 from mopl.pareto import Front
+from mopl.pareto.volumes import check_affordable
 from mopl.training import RunLog, TrainingDiverged, TrainingInterrupted, make_accelerator
 from mopl.training.parallel import exists_on_main, on_main
 
@@ -78,6 +82,8 @@ class Recipe(ABC):
         log: The log of the run.
         say: Told, in a line, about each stage; silent on all processes but the main one.
         data: What `config.json` remembers of the data.
+        grid: (n, m) float64, the weights at which methods are evaluated; `plan` makes it.
+        stages: The trainings of the run, a `RunStages`, from `load` or `prepare` on.
     """
 
     kind: ClassVar[str | None]
@@ -91,6 +97,8 @@ class Recipe(ABC):
     log: RunLog
     say: Callable[[str], None]
     data: dict[str, Any]
+    grid: Tensor
+    stages: Any
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -120,6 +128,15 @@ class Recipe(ABC):
             FileNotFoundError: If there is no data.
             ValueError: If a setting or the data is unsound.
         """
+
+    def plan(self, objectives: int) -> None:
+        """Set the grid for m objectives.
+
+        Raises:
+            ValueError: If the hypervolume of so many points takes too long.
+        """
+        self.grid = run_grid(self.config, objectives)
+        check_affordable(*self.grid.shape)
 
     @classmethod
     def settings_to_resume(cls, record: dict[str, Any], changes: Mapping[str, Any], path: Path) -> Any:
@@ -151,13 +168,36 @@ class Recipe(ABC):
     def base(self) -> Measured:
         """Evaluate the untrained model."""
 
-    @abstractmethod
-    def train(self, method: str, folder: Path) -> Any:
-        """Train what a method needs, in its folder and beside it; return what `evaluate` wants to know of that."""
+    def train(self, method: str, folder: Path) -> dict[str, Trained]:
+        """Train what a method needs, in its folder and beside it; return its trainings by name."""
+        return self.stages.train(method, folder)
 
     @abstractmethod
-    def evaluate(self, method: str, folder: Path, trained: Any) -> Measured:
+    def evaluate(self, method: str, folder: Path, trained: dict[str, Trained]) -> Measured:
         """Evaluate a trained method on the grid."""
+
+    def front(
+        self,
+        method: str,
+        figures: Sequence[tuple[float, Tensor, Tensor]],
+        trained: Mapping[str, Trained],
+        **said: Any,
+    ) -> Front:
+        """Return the front of a method; seed, resamples, seconds and parameters are those of the run.
+
+        Args:
+            method: Its name, or "base".
+            figures: Scale c, main (L, n) and auxiliary (L, n, m) of each evaluation, c = 1 first; see `Front.of`.
+            trained: Its trainings by name.
+            said: What `Front.of` takes besides.
+        """
+        (_, main, auxiliary), *rescaled = figures
+        seconds = sum(each.seconds for each in trained.values())
+        said = {"parameters": sum(each.parameters for each in trained.values()), **said}
+        return Front.of(
+            main, auxiliary, method, rescaled=rescaled, seconds=seconds, seed=self.config.seed,
+            samples=self.config.bootstrap, **said,
+        )  # fmt: skip
 
     def remarks(self) -> Iterable[str]:
         """Return what is to be said once all methods are there."""
@@ -176,25 +216,9 @@ def execute(
     overwrite: bool = False,
     say: Callable[[str], None] = _terminal.say,
 ) -> Path:
-    """Train, evaluate and report; everything lands in one run directory.
+    """Train, evaluate and report; everything lands in one run directory, which is returned.
 
-    Args:
-        recipe: The application with its settings.
-        run: The run directory; `runs/<stem>-<n>` with the next free n by default.
-        resume: Continue the run that is there, bit for bit as if it had never stopped.
-        overwrite: Replace the run that is there, once what is read is found sound.
-        say: Told, in a line, about each stage; on the main process only.
-
-    Returns:
-        The run directory.
-
-    Raises:
-        FileExistsError: If there is a run and neither `resume` nor `overwrite` is set.
-        FileNotFoundError: If there is no run to resume.
-        ImportError: If a package is missing; the message says how to install it.
-        ValueError: If a resumed run had other settings or data.
-        TrainingDiverged: If a loss is no longer a number.
-        RunInterrupted: After Ctrl-C or SIGTERM, once a checkpoint is written.
+    `recipe` is the application with its settings; the other arguments and the errors are as in `mopl.ranking.rank`.
     """
     command = APPLICATIONS[recipe.kind].command
     require_for(command, *recipe.packages, *recipe.config.log_with)

@@ -6,18 +6,21 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor
 
 from mopl._files import write_file
 from mopl._records import damaged, read_json
 from mopl._terminal import shell
 from mopl.experiments.applications import APPLICATIONS
+from mopl.experiments.common_settings import LanguageModelSettings
 from mopl.experiments.run_directory import (
     CONFIG_FILE,
     DAMAGED_RUN,
@@ -31,6 +34,7 @@ from mopl.pareto import Front, weight_grid
 from mopl.pareto.front import load_fronts
 
 if TYPE_CHECKING:
+    from mopl.language_models.tokenization import ListTokenizer
     from mopl.report import Metric
 
 FRONT, EVALUATION, SAMPLES = "front.json", "evaluation.json", "samples.json"
@@ -241,6 +245,27 @@ class FinishedRun:
             fronts, self.path / "report.html", metric=metric, truth=truth, notes=notes, configuration=self.record,
             samples=samples,
         )  # fmt: skip
+
+
+@dataclass
+class LanguageModelRun(FinishedRun):
+    """A finished run on a language model; the base class of those applications' own."""
+
+    config: LanguageModelSettings
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the language model."""
+        return self.config.load_tokenizer()
+
+    @property
+    def list_tokenizer(self) -> ListTokenizer:
+        """How the run turned texts into tokens: template and lengths."""
+        return self.config.list_tokenizer(self.tokenizer)
+
+    def base_model(self, device: torch.device | str = "cpu") -> Any:
+        """Return the language model that the run started from, fused, without dropout."""
+        return self.config.load_model().to(device)
 
 
 def run_class(record: Mapping[str, Any], path: str | Path) -> type[FinishedRun]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -110,7 +111,7 @@ class Training:
     ended: Callable[[TrainingResult], dict[str, Any]] = lambda result: {}
 
 
-class RunStages:
+class RunStages(ABC):
     """Does the trainings of a run; the base class of each application's own.
 
     Args:
@@ -122,6 +123,10 @@ class RunStages:
     def __init__(self, run: Recipe) -> None:
         self.path, self.config, self.accelerator = run.path, run.config, run.accelerator
         self.log, self.say = run.log, run.say
+
+    @abstractmethod
+    def train(self, method: str, folder: Path) -> dict[str, Trained]:
+        """Train what a method needs, in its folder and beside it; return its trainings by name."""
 
     def train_once(self, name: str, folder: Path, begin: Callable[[], AbstractContextManager[Training]]) -> Trained:
         """Train and save a model unless it is there; return how that went, interruptions left out.

@@ -17,7 +17,6 @@ from mopl import steering
 from mopl._arguments import check_positive
 from mopl._renamed import renamed, renamed_keywords
 from mopl.conditioning import check_weights
-from mopl.pareto import Front
 from mopl.ranking.batch import Batch
 from mopl.ranking.data import RankingData
 from mopl.ranking.methods import ListLoss, Policy, Scorer
@@ -218,36 +217,6 @@ def distances_to_truth(
     assert evaluation.weights is not None
     pairs = zip(evaluation.scores, evaluation.weights, strict=True)
     return [distance_to_optimum(data, scores, w, beta[0], reference) for scores, w in pairs]
-
-
-def make_front(
-    evaluations: Sequence[Evaluation],
-    *,
-    method: str,
-    data: RankingData,
-    description: dict[str, Any],
-    measure: Measure,
-    scales: Sequence[float] = (1.0,),
-    **said: Any,
-) -> Front:
-    """Return the front of a method: NDCG, maximised, hypervolume from 0.
-
-    Args:
-        evaluations: One for each scale.
-        method: Name of the method.
-        data: The lists that were evaluated.
-        description: What `front.json` says about the data.
-        measure: How rankings were measured.
-        scales: c of each evaluation; the first is 1.
-        said: What `Front.of` takes besides.
-    """
-    objectives = [objective.name for objective in data.objectives]
-    first, *others = evaluations
-    return Front.of(
-        first.main, first.auxiliary, method, objectives=objectives, main=data.main.name, weights=first.weights,
-        reference_point=[0.0] * len(objectives), data=description, samples=measure.samples, level=measure.level,
-        rescaled=[(c, e.main, e.auxiliary) for c, e in zip(scales[1:], others, strict=True)], **said,
-    )  # fmt: skip
 
 
 def labelled(data: RankingData) -> Tensor:

@@ -20,12 +20,10 @@ from typing import Any, ClassVar
 from mopl import _terminal
 from mopl._restoring import seeded
 from mopl.experiments.driver import FREE_ON_RESUME, Measured, Recipe, execute, plain_word
-from mopl.experiments.run import run_grid
 from mopl.experiments.run_directory import RunInterrupted
 from mopl.experiments.stages import Trained
-from mopl.pareto.volumes import check_affordable
 from mopl.ranking.config import RankConfig
-from mopl.ranking.evaluate import check_measurable, distances_to_truth, evaluate, make_front, true_front
+from mopl.ranking.evaluate import check_measurable, distances_to_truth, evaluate, true_front
 from mopl.ranking.methods import BasePolicy, Policy
 from mopl.ranking.runs import RankingRun, fingerprint, load_splits, save_normalizer
 from mopl.ranking.stages import Stages, check_base, load_policy
@@ -91,8 +89,7 @@ class RankingRecipe(Recipe):
         self.beta = config.betas(len(train.objectives))
         check_measurable(train, config.measure)
         self.empty_share = check_measurable(test, config.measure)
-        self.grid = run_grid(config, len(train.objectives))
-        check_affordable(*self.grid.shape)
+        self.plan(len(train.objectives))
         if config.base is not None:
             check_base(config.base, train)
         self.description = {
@@ -127,10 +124,6 @@ class RankingRecipe(Recipe):
         trained = {"base": Trained.read(self.path / "base")}
         return self._measure("base", BasePolicy(self.stages.objectives), trained)
 
-    def train(self, method: str, folder: Path) -> dict[str, Trained]:
-        """Train what a method needs; return its trainings by name."""
-        return self.stages.train(method, folder, self.grid)
-
     def evaluate(self, method: str, folder: Path, trained: dict[str, Trained]) -> Measured:
         """Evaluate a trained method at each trade-off and each distance from the base model."""
         policy = load_policy(
@@ -161,17 +154,17 @@ class RankingRecipe(Recipe):
             )  # fmt: skip
         done = list(trained.values())
         parameters, kept = self._parameters(method, done)
-        front = make_front(
-            evaluations, method=method, data=test, description=self.description, measure=config.measure,
-            seconds=sum(each.seconds for each in done), parameters=parameters, seed=config.seed, scales=scales,
-            inference_parameters=kept,
+        first = evaluations[0]
+        front = self.front(
+            method, [(c, each.main, each.auxiliary) for c, each in zip(scales, evaluations, strict=True)], trained,
+            objectives=self.stages.objectives, main=test.main.name, weights=first.weights, data=self.description,
+            reference_point=[0.0] * len(self.stages.objectives), parameters=parameters, inference_parameters=kept,
             steps={
                 "limit": max(each.limit for each in done), "done": [each.steps for each in done],
                 "kept": [each.kept for each in done],
             },
             reference_front=None if method == "base" or truth is None else truth.auxiliary,
         )  # fmt: skip
-        first = evaluations[0]
         figures: dict[str, Any] = {
             "weights": None if first.weights is None else first.weights.tolist(),
             "loss": config.loss,
