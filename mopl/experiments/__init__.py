@@ -5,13 +5,15 @@ from typing import TYPE_CHECKING
 from mopl._lazy import names_of
 
 if TYPE_CHECKING:
-    from mopl.experiments.run import FinishedRun, compare, open_run, run_fronts
+    from mopl.experiments.comparison import compare
+    from mopl.experiments.run import FinishedRun, open_run, run_fronts
 
 __all__ = ["FinishedRun", "compare", "open_run", "run_fronts"]
 
 __getattr__, __dir__ = names_of(
     __name__,
     {
-        ".run": ("FinishedRun", "compare", "open_run", "run_fronts"),
+        ".comparison": ("compare",),
+        ".run": ("FinishedRun", "open_run", "run_fronts"),
     },
 )

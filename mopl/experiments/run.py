@@ -1,7 +1,6 @@
-"""Finished runs of every application: their settings, fronts, answers and reports, and the comparison of several.
+"""Finished runs of every application: their settings, fronts, answers and reports.
 
-`open_run`, `run_fronts` and `compare` find out from a run's record which application made it; see
-`mopl.experiments.applications`.
+`open_run` and `run_fronts` find out from a run's record which application made it; see `mopl.experiments.applications`.
 """
 
 from __future__ import annotations
@@ -27,7 +26,6 @@ from mopl.experiments.run_directory import (
     Sample,
     application_of,
     read_run,
-    refresh,
     settings_of,
 )
 from mopl.pareto import Front, weight_grid
@@ -309,39 +307,3 @@ def run_fronts(path: str | Path) -> list[Front]:
 def write_reports(path: str | Path) -> None:
     """Write table.txt, front.png and report.html of a run of any application; see `FinishedRun.write_reports`."""
     read_any(path).write_reports()
-
-
-def compare(
-    runs: Sequence[str | Path],
-    *,
-    html: str | Path | None = None,
-    png: str | Path | None = None,
-    table: str | Path | None = None,
-    csv: str | Path | None = None,
-) -> str:
-    """Print one table of several runs and write what is asked for; a single run gets its own files anew.
-
-    See `mopl.report.compare`.
-
-    Returns:
-        The table as text.
-
-    Raises:
-        FileNotFoundError: If a run is missing or has no front yet.
-        ValueError: If the runs have other objectives or are measured otherwise, or are of different commands.
-    """
-    from mopl.report.compare import Run, compare_runs
-
-    kind = run_class(read_run(runs[0]), runs[0])
-    opened = [kind.read(path) for path in runs]
-    found = [
-        Run(run.path, run.record, run.fronts(), run.metric, run.config.to_dict(), run.measured, run.noted, run.notes)
-        for run in opened
-    ]
-    one = opened[0] if len(opened) == 1 else None
-    if one is not None and not (html or png or table or csv):
-        refresh(one.path, lambda path: one.write_reports())
-    return compare_runs(
-        found, html=html, png=png, table=table, csv=csv, samples=one and one.samples(found[0].fronts),
-        truth=one and one.true_front(),
-    )  # fmt: skip

@@ -15,8 +15,8 @@ from mopl.alignment.config import AlignConfig
 from mopl.cli import main
 from mopl.clp.config import ClpConfig
 from mopl.experiments import compare
+from mopl.experiments.comparison import run_names
 from mopl.ranking.config import RankConfig
-from mopl.report.compare import run_names
 from mopl.report.plot import plot_front
 
 NAMES = ("clear", "short")
