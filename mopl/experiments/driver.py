@@ -26,7 +26,7 @@ from mopl import _terminal
 from mopl._extras import require_for
 from mopl._files import write_file
 from mopl.experiments.applications import APPLICATIONS
-from mopl.experiments.resume_settings import settings_to_resume
+from mopl.experiments.resume_settings import same
 from mopl.experiments.run import BASE, EVALUATION, FRONT, SAMPLES, FinishedRun, method_folder, run_grid, write_reports
 from mopl.experiments.run_directory import (
     CONFIG_FILE,
@@ -144,18 +144,26 @@ class Recipe(ABC):
 
         Args:
             record: The run's `config.json`.
-            changes: Settings that were given again.
+            changes: Settings as a user gives them again: what the run was begun with is no change.
             path: The run, for the message.
 
         Raises:
             ValueError: If a setting that matters differs, or it is a run of another command.
         """
-        config = cls.finished.config_of(record, path)
-        return settings_to_resume(config, record["config"], changes, path, free=cls.free, resolved=cls.chosen)
-
-    def check_resume(self, record: dict[str, Any]) -> None:
-        """Raise a ValueError unless the settings are those that the recorded run has."""
-        self.settings_to_resume(record, self.config.to_dict(), self.path)
+        config, kind = cls.finished.config_of(record, path), cls.finished.CONFIG
+        again = {name: value for name, value in changes.items() if name not in cls.chosen or value != cls.chosen[name]}
+        given = kind.from_dict({**record["config"], **again})
+        differ = [
+            f"{name} was {getattr(config, name)!r}, is {getattr(given, name)!r}"
+            for name in again
+            if name not in cls.free and not same(getattr(config, name), getattr(given, name))
+        ]
+        if differ:
+            raise ValueError(
+                f"{path} was started with other settings ({'; '.join(differ)}); leave them out to resume it, or start "
+                "another run"
+            )
+        return kind.from_dict({**record["config"], **{name: again[name] for name in again if name in cls.free}})
 
     def load(self) -> None:  # noqa: B027
         """Load the model, where that shows what would stop the run later; nothing is written yet."""
@@ -346,7 +354,7 @@ def _check_same_run(recipe: Recipe, record: dict[str, Any]) -> None:
     Raises:
         ValueError: With what differs and what to do.
     """
-    recipe.check_resume(record)
+    recipe.settings_to_resume(record, recipe.config.to_dict(), recipe.path)
     check_fingerprints(record, recipe.data, recipe.fingerprints, recipe.path)
     if changes := version_changes(record):
         recipe.say(f"note: versions changed since the run began ({'; '.join(changes)}); bits may differ")

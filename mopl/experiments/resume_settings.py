@@ -1,24 +1,12 @@
-"""Settings that name places, and settings of a run that goes on: what counts as the same."""
+"""Settings that name places: absolute once a run begins, and the same if they lead to the same place."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
-
-class Settings(Protocol):
-    """A dataclass of settings, as `config.json` holds it."""
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Any:
-        """Read back the fields, normalised as when a run begins."""
-        ...
-
-
-Config = TypeVar("Config", bound=Settings)
 # A path inside a longer text: a label file of an objective, the directory of a reward.
 _INSIDE = re.compile(r"(?P<key>=@|[:,]directory=)(?P<path>[^:,]+)")
 
@@ -64,41 +52,3 @@ def _real(text: str) -> str:
         ),
         text,
     )
-
-
-def settings_to_resume(
-    config: Config,
-    recorded: Mapping[str, Any],
-    changes: Mapping[str, Any],
-    path: str | os.PathLike[str],
-    *,
-    free: Collection[str],
-    resolved: Mapping[str, Any] | None = None,
-) -> Config:
-    """Return the settings of a run to resume, with the free ones among `changes` applied.
-
-    Args:
-        config: The run's settings.
-        recorded: The same as its `config.json` has them.
-        changes: Settings that were given again, as a user gives them: what the run was begun with is no change.
-        path: The run, for the message.
-        free: Settings that may differ: they change what is written or where, not what is computed.
-        resolved: By name the value that leaves a setting to the run, which keeps what it has chosen.
-
-    Raises:
-        ValueError: If a setting that matters differs.
-    """
-    left = resolved or {}
-    again = {name: value for name, value in changes.items() if name not in left or value != left[name]}
-    given = type(config).from_dict({**recorded, **again})
-    differ = [
-        f"{name} was {getattr(config, name)!r}, is {getattr(given, name)!r}"
-        for name in again
-        if name not in free and not same(getattr(config, name), getattr(given, name))
-    ]
-    if differ:
-        raise ValueError(
-            f"{path} was started with other settings ({'; '.join(differ)}); leave them out to resume it, or start "
-            "another run"
-        )
-    return type(config).from_dict({**recorded, **{name: value for name, value in again.items() if name in free}})

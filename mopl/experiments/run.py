@@ -28,6 +28,7 @@ from mopl.experiments.run_directory import (
     read_run,
     settings_of,
 )
+from mopl.experiments.settings import Settings
 from mopl.pareto import Front, weight_grid
 from mopl.pareto.front import load_fronts
 
@@ -76,7 +77,7 @@ class FinishedRun:
     """
 
     KIND: ClassVar[str | None]  # the "kind" of its record
-    CONFIG: ClassVar[type]  # the dataclass of its settings
+    CONFIG: ClassVar[type[Settings]]  # of its settings
     DATA: ClassVar[type]  # the `msgspec.Struct` of what is read from "data" in its record
     MAIN_METHOD: ClassVar[str] = "weight-cos-dpo"  # what a run of all methods answers with unless another is named
 

@@ -46,30 +46,28 @@ UNSET = ("none", "all")  # words for None where a setting may be it and is no te
 _LIMITS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 
 
-def setting(
-    default: Any = MISSING,
-    help: str | None = None,
-    *,
-    unset: str | None = None,
-    choices: tuple[Any, ...] | None = None,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
-    positive: bool | None = None,
-    nonempty: bool | None = None,
-    missing: str | None = None,
-    group: str | None = None,
-    metavar: str | tuple[str, ...] | None = None,
-    old: str | None = None,
-    convert: Callable[[str], str] | None = None,
-    kw_only: bool = True,
-) -> Any:
+def setting(default: Any = MISSING, help: str | None = None, *, kw_only: bool = True, **told: Any) -> Any:
     """Return a field for a dataclass of settings.
 
     Args:
         default: Its default; none makes it required.
         help: What it is, in a sentence or two for the help of the command, the class and the page of settings.
+        kw_only: Whether the constructor takes it by name alone.
+        told: What else there is to say of it, see `Setting`.
+    """
+    said = {name: value for name, value in {"help": help, **told}.items() if value is not None}
+    return dataclasses.field(default=default, kw_only=kw_only, metadata=said)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One setting of a class: its name, type and default beside what `setting` was told.
+
+    Attributes:
+        name: Its name.
+        type: Its annotation.
+        default: Its default, `MISSING` where it is required.
+        help: What it is.
         unset: What None or an empty list means, for these.
         choices: What it may be, if its type is no `Literal`; of a list: its entries.
         at_least: Smallest value.
@@ -83,15 +81,7 @@ def setting(
         metavar: What stands for the value in the help.
         old: Its name in earlier versions, which is taken with a warning.
         convert: Applied to a text, or to each entry, when a configuration is made.
-        kw_only: Whether the constructor takes it by name alone.
     """
-    given = {name: value for name, value in locals().items() if value is not None}
-    return dataclasses.field(default=given.pop("default", None), kw_only=given.pop("kw_only"), metadata=given)
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """One setting of a class: its name, type and default beside what `setting` was told."""
 
     name: str
     type: Any
@@ -234,9 +224,9 @@ def settings(kind: type[T]) -> type[T]:
     return made
 
 
-def _under_new_names(kind: type, given: dict[str, Any]) -> dict[str, Any]:
+def _under_new_names(kind: Any, given: dict[str, Any]) -> dict[str, Any]:
     """Return arguments of a constructor under their names and with their values of today, and warn of old ones."""
-    old = old_names(kind)
+    old = kind.old_names()
     for name in [name for name in given if name in old]:
         if old[name] in given:
             raise TypeError(f"{name} is called {old[name]} now; pass one of them")
@@ -245,11 +235,6 @@ def _under_new_names(kind: type, given: dict[str, Any]) -> dict[str, Any]:
     for name in given.keys() & VALUES.keys():
         given[name] = renamed(name, given[name], stacklevel=4)
     return given
-
-
-def old_names(kind: type) -> dict[str, str]:
-    """Return by names of earlier versions those of today."""
-    return {known.old: name for name, known in settings_of(kind).items() if known.old}
 
 
 class Settings:
@@ -272,7 +257,7 @@ class Settings:
 
     def __getattr__(self, name: str) -> Any:
         """Return a setting that is asked for under its name in earlier versions."""
-        if name not in (old := old_names(type(self))):
+        if name not in (old := self.old_names()):
             raise AttributeError(f"{type(self).__name__} has no setting {name}{nearest(name, vars(self))}")
         warn_renamed(name, old[name], stacklevel=2)
         return getattr(self, old[name])
@@ -280,7 +265,7 @@ class Settings:
     @classmethod
     def old_names(cls) -> dict[str, str]:
         """Return by names of earlier versions, which records may have, those of today."""
-        return old_names(cls)
+        return {known.old: name for name, known in settings_of(cls).items() if known.old}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain values for JSON."""

@@ -16,7 +16,7 @@ import msgspec
 
 from mopl._records import in_words, read_text
 from mopl._renamed import old_value, renamed, warn_renamed
-from mopl.experiments.settings import UNSET, Setting, nearest, old_names, settings_of
+from mopl.experiments.settings import UNSET, Setting, Settings, nearest, settings_of
 
 MOST_BYTES = 1 << 20
 _WORDS = {
@@ -27,7 +27,7 @@ _WORDS = {
 }
 
 
-def read_settings(file: str | os.PathLike[str], kind: type) -> dict[str, Any]:
+def read_settings(file: str | os.PathLike[str], kind: type[Settings]) -> dict[str, Any]:
     """Return the settings that a YAML file gives, by name.
 
     Args:
@@ -39,7 +39,7 @@ def read_settings(file: str | os.PathLike[str], kind: type) -> dict[str, Any]:
         ValueError: If it is no such file, or a setting is unknown, has another type or may not be so; the message names
             file and key.
     """
-    known, old = settings_of(kind), old_names(kind)
+    known, old = settings_of(kind), kind.old_names()
     remedy = "name a file of settings, such as --print-config writes"
     values = {}
     for key, value in _mapping(read_text(file, most=MOST_BYTES, remedy=remedy), file).items():

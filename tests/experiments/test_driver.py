@@ -56,8 +56,8 @@ class Toy(Recipe):
         self.at("read")
         return {"fingerprint": "f", "tokens": self.tokens}
 
-    def check_resume(self, record):
-        self.at("check_resume")
+    def settings_to_resume(self, record, changes, path):
+        self.at("settings_to_resume")
 
     def load(self):
         self.at("load")
@@ -132,7 +132,7 @@ def test_a_run_that_goes_on_does_what_is_missing(tmp_path):
         execute(Toy(fails="train two", error=error), tmp_path / "run", say=quiet)
     toy = Toy()
     execute(toy, tmp_path / "run", resume=True, say=quiet)
-    assert toy.done == ["read", "check_resume", "load", "prepare", "train two", "evaluate two"]
+    assert toy.done == ["read", "settings_to_resume", "load", "prepare", "train two", "evaluate two"]
 
 
 def test_a_method_counts_as_finished_only_once_all_its_files_are_there(tmp_path, monkeypatch):
@@ -198,7 +198,7 @@ def test_a_run_goes_on_with_the_data_it_began_with_before_any_model_is_loaded(tm
     toy = Toy()
     with pytest.raises(ValueError, match=f"the {what} of .*run is not what it was when the run began"):
         execute(toy, run, resume=True, say=quiet)
-    assert toy.done == ["read", "check_resume"]
+    assert toy.done == ["read", "settings_to_resume"]
 
 
 def test_other_versions_are_noted_and_a_setting_they_did_not_have_means_what_they_did(tmp_path):
