@@ -20,7 +20,6 @@ from mopl._renamed import renamed_keywords
 from mopl.alignment.config import LIST_LOSSES, LOSSES, PAIR_LOSSES, PER_TOKEN
 from mopl.conditioning import WeightedModel
 from mopl.conditioning.samplers import Sampler
-from mopl.conditioning.weighted import takes_beta
 from mopl.experiments.cos_dpo import Score, Scored, StepBatch, StepSource
 from mopl.language_models.collate import ListBatch, ListCollator, by_objective, to_lists
 from mopl.language_models.head import score_sequences
@@ -279,7 +278,7 @@ def score_batch(
         if weights is None:
             raise ValueError("this model takes weights; pass (m,) or one row a list, (B, m)")
         options["weights"] = weights[of_sequence] if weights.ndim == 2 else weights
-        if takes_beta(inner):
+        if inner.takes_beta:
             if beta is None:
                 raise ValueError("this model takes β; pass (m,) or one row a list, (B, m)")
             options["beta"] = beta[of_sequence] if beta.ndim == 2 else beta

@@ -85,8 +85,7 @@ class Policy(nn.Module):
     @property
     def causal_lm(self) -> Any:
         """The causal language model inside."""
-        model: Any = self.model
-        return model.model if isinstance(model, ParameterMixture) else model.causal_lm
+        return self.model.causal_lm
 
     @property
     def reference_head(self) -> Any:

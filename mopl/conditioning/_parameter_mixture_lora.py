@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,18 +14,11 @@ from torch import Tensor, nn
 
 from mopl._arguments import compute_dtype, shape_of
 from mopl._extras import require
-from mopl._files import write_files
 from mopl._renamed import renamed_in_methods
 from mopl._restoring import evaluating, generators_kept
-from mopl._threads import CallOfThread, Turns, in_turn
-from mopl.conditioning._parameter_mixture_parts import (
-    CoefficientRule,
-    KLWeightCoefficients,
-    coefficients_of,
-    rule_to_save,
-    saved_rule,
-)
-from mopl.conditioning.causal_lm import DELEGATED, is_peft
+from mopl._threads import CallOfThread, in_turn
+from mopl.conditioning._mixture import CoefficientRule, Mixture
+from mopl.conditioning.causal_lm import is_peft
 from mopl.conditioning.merging import (
     check_lora,
     check_mixed_rows,
@@ -43,6 +34,7 @@ from mopl.conditioning.merging import (
     short_name,
     weights_held,
 )
+from mopl.conditioning.sampling import Weights
 from mopl.conditioning.saved_models import (
     CONFIG_FILE,
     TuningRecord,
@@ -50,14 +42,12 @@ from mopl.conditioning.saved_models import (
     base_model,
     fitting,
     load_adapters,
-    read_record,
 )
+from mopl.conditioning.weighted import WeightedModel
 
-Weights = Tensor | Sequence[float] | Sequence[Sequence[float]]
 
-
-@renamed_in_methods("coefficients_of", "forward", "generate", "at", "merge", alpha="kl_weight")
-class LoraMixture(nn.Module):
+@renamed_in_methods("forward", "generate", "merge", alpha="kl_weight")
+class LoraMixture(Mixture, WeightedModel):
     """m LoRA adapters on a frozen model, mixed by weights: every row of a batch has its own mixture at no extra cost.
 
         h = W x + Σ_i c_i (lora_alpha / r) B_i A_i x,        c = w or a function of (w, α)
@@ -84,6 +74,8 @@ class LoraMixture(nn.Module):
         ValueError: If numbers of adapters or objectives do not fit, or an adapter is more than plain LoRA.
     """
 
+    KIND = "LoraMixture"
+
     def __init__(
         self,
         model: nn.Module,
@@ -97,14 +89,8 @@ class LoraMixture(nn.Module):
         require("peft")
         import peft
 
-        super().__init__()
-        if sets is None:
-            sets = coefficients.sets(objectives) if isinstance(coefficients, KLWeightCoefficients) else objectives
-        if objectives < 1 or (coefficients is None and sets != objectives):
-            raise ValueError(
-                f"there are {sets} sets for {objectives} objectives; pass coefficients that map one to the other"
-            )
-        self.record = TuningRecord.of(record, objectives)
+        super().__init__(objectives, coefficients, sets, record)
+        sets = self._count
         wrapped: Any = model
         if is_peft(model):
             if config is not None:
@@ -127,26 +113,13 @@ class LoraMixture(nn.Module):
             for name in self.adapters[1:]:
                 wrapped.add_adapter(name, copy.deepcopy(config))
         self.model = wrapped
-        self.objectives, self.coefficients = objectives, coefficients
-        self._call, self._turns = CallOfThread(), Turns()
-        self._checked = False  # that merged weights compute what mixed rows do
+        self._call = CallOfThread()
         self._layers = plain_layers(wrapped, self.adapters)
         wrapped.base_model.set_adapter(self.adapters)
         for layer in self._layers:
             for i, name in enumerate(self.adapters):
                 # No closure: a deep copy of the mixture must read its own coefficients.
                 layer.lora_B[name].register_forward_hook(functools.partial(self._scale, i))
-
-    def __getattr__(self, name: str) -> Any:
-        """Read from the causal language model what trainers ask of a model."""
-        if name in DELEGATED:
-            return getattr(self.causal_lm, name)
-        return super().__getattr__(name)
-
-    @property
-    def causal_lm(self) -> Any:
-        """The language model itself, without PEFT's wrapper."""
-        return self.model.get_base_model()
 
     def _scale(self, adapter: int, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         """Multiply an adapter's output with its coefficient in each row; a forward hook."""
@@ -167,12 +140,6 @@ class LoraMixture(nn.Module):
             # Beams, and several samples of a row, follow one another.
             share = share.repeat_interleave(copies).view(-1, *[1] * (output.ndim - 1))
         return (output * share.to(compute_dtype(output))).to(output.dtype)
-
-    def coefficients_of(self, weights: Weights | None, kl_weight: float | Tensor | None = None) -> Tensor:
-        """Return what multiplies the adapters, (sets,) or (B, sets)."""
-        return coefficients_of(
-            self.coefficients, weights, kl_weight, self.objectives, len(self.adapters), self.record.objectives
-        )
 
     @contextlib.contextmanager
     def _mixing(self, weights: Weights | None, kl_weight: float | Tensor | None, rows: int | None) -> Iterator[None]:
@@ -285,30 +252,12 @@ class LoraMixture(nn.Module):
         with self._standing(coefficients.to(ids.device), len(ids)):
             return logits_of(self.model, ids)
 
-    def _one(self, weights: Weights, kl_weight: float | Tensor | None) -> Tensor:
-        """Return the coefficients (sets,) of one mixture."""
-        coefficients = self.coefficients_of(weights, kl_weight)
-        if coefficients.ndim != 1:
-            raise ValueError(f"weights are {len(coefficients)} vectors but one mixture has one; pass (m,)")
-        return coefficients
-
     @torch.no_grad()
     def _merged_weights(self, coefficients: Tensor) -> list[Tensor]:
         return merged_weights(self._layers, self.adapters, coefficients.tolist())
 
-    @contextlib.contextmanager
-    def at(self, weights: Weights, kl_weight: float | Tensor | None = None) -> Iterator[nn.Module]:
-        """Be the plain model of one trade-off inside a `with` block: adapters are added to the weights for its time.
-
-        Decoding then costs what the base model costs. Yields the language model without PEFT's wrapper.
-
-        Raises:
-            ValueError: If the merged model is not the mixture; see `check_merging`.
-        """
-        values = self._merged_weights(self._one(weights, kl_weight))
-        self.check_merging()
-        with self._turns.switched(self.model.disable_adapter(), weights_held(self._layers, values)):
-            yield self.causal_lm
+    def _in_place(self, coefficients: Tensor) -> Sequence[contextlib.AbstractContextManager[Any]]:
+        return self.model.disable_adapter(), weights_held(self._layers, self._merged_weights(coefficients))
 
     @in_turn
     @torch.no_grad()
@@ -344,56 +293,20 @@ class LoraMixture(nn.Module):
 
     # ---------------------------------------------------------------- files
 
-    @in_turn
-    def save_pretrained(self, directory: str | os.PathLike[str], **_: Any) -> None:
-        """Write the adapters, each in a folder of its name, and `mopl.json`; never the frozen base model."""
-        config = {
-            "kind": "LoraMixture",
-            **self.record.to_dict(),
-            "adapters": self.adapters,
-            "coefficients": rule_to_save(self.coefficients),
-            "base_model": getattr(self.causal_lm, "name_or_path", "") or None,
-        }
-        model: Any = self.model
+    def _described(self) -> dict[str, Any]:
+        return {"adapters": self.adapters, "coefficients": self._saved_rule, "base_model": self._base_name}
 
-        def fill(folder: Path) -> None:
-            model.save_pretrained(str(folder), selected_adapters=self.adapters)
-            (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-        write_files(directory, fill, last=CONFIG_FILE)
+    def _write(self, folder: Path) -> None:
+        self.model.save_pretrained(str(folder), selected_adapters=self.adapters)
 
     @classmethod
-    def from_pretrained(
-        cls,
-        directory: str | os.PathLike[str],
-        model: nn.Module | None = None,
-        *,
-        coefficients: CoefficientRule | None = None,
-        trainable: bool = False,
-        **model_kwargs: Any,
+    def _load(
+        cls, folder: Path, config: dict[str, Any], model: nn.Module | None, options: dict[str, Any], trainable: bool
     ) -> LoraMixture:
-        """Load what `save_pretrained` wrote, in evaluation mode.
-
-        Args:
-            directory: The folder.
-            model: The base model without adapters; loaded by the name in `mopl.json` if None.
-            coefficients: The function of (w, α), if it was none that a file can hold.
-            trainable: Whether the adapters are to be trained further.
-            **model_kwargs: Keywords of `AutoModelForCausalLM.from_pretrained`.
-
-        Raises:
-            FileNotFoundError: If the folder holds no such model.
-            ValueError: If it holds another kind, or a model or coefficients are needed and missing.
-        """
-        folder = Path(directory)
-        config = read_record(folder, "LoraMixture")
-        coefficients = saved_rule(config["coefficients"], coefficients, folder)
-        model = base_model(config, folder, model, model_kwargs)
+        model = base_model(config, folder, model, options)
         with fitting(folder / CONFIG_FILE):
             paths = {name: adapter_folder(folder, name) for name in config["adapters"]}
             wrapped = load_adapters(model, paths, trainable=trainable)
-            record = TuningRecord.read(config)
-            mixture = cls(wrapped, len(record.objectives), coefficients=coefficients, sets=len(paths), record=record)
-        if not trainable:
-            mixture.requires_grad_(False)
-        return mixture.eval()
+            record, rule = TuningRecord.read(config), config["coefficients"]
+            mixture = cls(wrapped, len(record.objectives), coefficients=rule, sets=len(paths), record=record)
+        return mixture if trainable else mixture.requires_grad_(False)

@@ -1,136 +1,20 @@
-"""Parts of parameter mixtures: what a scope names, coefficients from (w, α), rows that share a mixture."""
+"""Parts of parameter mixtures: what a scope names, and rows that share a mixture."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mopl._arguments import check_choice, shape_of
-from mopl._renamed import renamed_attribute, renamed_in_methods
+from mopl._arguments import shape_of
 from mopl.conditioning.causal_lm import output_head
-from mopl.conditioning.sampling import check_weights
-from mopl.conditioning.saved_models import CONFIG_FILE, fitting
 
 SCOPES = ("full", "attention", "logits")
-CoefficientRule = Callable[[Tensor, "Tensor | None"], Tensor]  # (..., m), (...) -> (..., sets)
-
-
-@renamed_in_methods("__init__", smallest_alpha="smallest_kl_weight")
-@renamed_in_methods("__call__", alpha="kl_weight")
-@dataclasses.dataclass(frozen=True)
-class KLWeightCoefficients:
-    """Coefficients that follow the KL weight: λ w_i with λ = κ(α) / κ(α_min), and 1 - λ for an anchor set.
-
-    κ(α) = (1 - α)/α, or 1/α for the "penalty" form, is what multiplies the rewards in the optimal policy's exponent.
-    Mixing logits of a tabular policy with these coefficients, the anchor at the reference, is exact for every (w, α) at
-    once; mixing with α itself as a coefficient is not. CLP's own rule for α was not at hand: this one is ours.
-
-    Args:
-        smallest_kl_weight: α_min, the strongest influence of the rewards that is asked for; λ = 1 there.
-        kl_form: "complement" or "penalty", as in `mopl.losses.policy_gradient`.
-        anchor: whether the last set takes 1 - λ. A LoRA mixture needs none: its base model is the anchor.
-    """
-
-    smallest_kl_weight: float
-    kl_form: str = "complement"
-    anchor: bool = True
-
-    smallest_alpha = renamed_attribute("KLWeightCoefficients.smallest_alpha", "smallest_kl_weight")
-
-    def __post_init__(self) -> None:
-        check_choice(self.kl_form, ("complement", "penalty"), "kl_form")
-        if not 0 < self.smallest_kl_weight < (1 if self.kl_form == "complement" else float("inf")):
-            raise ValueError(
-                f"smallest_kl_weight is {self.smallest_kl_weight} but must be above 0 (complement: below 1)"
-            )
-
-    def sets(self, objectives: int) -> int:
-        """Return the number of parameter sets."""
-        return objectives + self.anchor
-
-    def _kappa(self, kl_weight: Any) -> Any:
-        return ((1 - kl_weight) if self.kl_form == "complement" else 1) / kl_weight
-
-    def __call__(self, weights: Tensor, kl_weight: Tensor | None) -> Tensor:
-        """Return the coefficients (..., sets) of weights (..., m) and α (...)."""
-        if kl_weight is None:
-            raise ValueError("kl_weight is missing; the coefficients of this mixture depend on it")
-        share = (self._kappa(kl_weight) / self._kappa(self.smallest_kl_weight))[..., None]
-        parts = [share * weights, 1 - share.expand(*weights.shape[:-1], 1)]
-        return torch.cat(parts if self.anchor else parts[:1], -1)
-
-
-def coefficients_of(
-    rule: CoefficientRule | None,
-    weights: Tensor | Sequence[float] | Sequence[Sequence[float]] | None,
-    kl_weight: float | Tensor | None,
-    objectives: int,
-    sets: int,
-    names: Sequence[str],
-) -> Tensor:
-    """Return the coefficients (sets,) or (B, sets), float64 for numbers, of (w, α)."""
-    if weights is None:
-        raise ValueError(f"weights are missing; pass one for each of {', '.join(names)}")
-    w = check_weights(weights, objectives)
-    if w.ndim > 2:
-        raise ValueError(f"weights has shape {shape_of(w)}; pass (m,) = ({objectives},) or (B, m)")
-    if rule is None:
-        if kl_weight is not None:
-            raise ValueError("kl_weight is given but the coefficients of this mixture are the weights; leave it out")
-        return w
-    strength = None
-    if kl_weight is not None:
-        strength = torch.as_tensor(kl_weight, dtype=w.dtype, device=w.device)
-        if strength.ndim > 1 or (strength.ndim == 1 and w.ndim == 2 and len(strength) != len(w)):
-            raise ValueError(f"kl_weight has shape {shape_of(strength)} but weights {shape_of(w)}; pass one or (B,)")
-        if strength.ndim == 1 and w.ndim == 1:
-            w = w.expand(len(strength), -1)
-        strength = strength.expand(w.shape[:-1])
-    result = rule(w, strength)
-    if tuple(result.shape) != (*w.shape[:-1], sets):
-        raise ValueError(
-            f"coefficients gave {shape_of(result)} but must give {(*w.shape[:-1], sets)}, one for each set"
-        )
-    return result
-
-
-def rule_to_save(rule: CoefficientRule | None) -> Any:
-    """Return what a folder says of coefficients: their numbers, that they are a function, or nothing."""
-    if isinstance(rule, KLWeightCoefficients):
-        return {"smallest_alpha": rule.smallest_kl_weight, "kl_form": rule.kl_form, "anchor": rule.anchor}
-    return "custom" if rule else None
-
-
-def saved_rule(saved: Any, given: CoefficientRule | None, folder: Path) -> CoefficientRule | None:
-    """Return the coefficients of a mixture in a folder.
-
-    Raises:
-        ValueError: If they are a function, which no file holds, and `given` is None; or if `given` is another rule than
-            the one that the sets were trained with.
-    """
-    if saved == "custom":
-        if given is None:
-            raise ValueError(f"{folder} was trained with coefficients of its own; pass the function as coefficients")
-        return given
-    with fitting(folder / CONFIG_FILE):
-        numbers = dict(saved or {})
-        rule = None if saved is None else KLWeightCoefficients(numbers.pop("smallest_alpha"), **numbers)
-    if given is not None and given != rule:
-        raise ValueError(
-            f"coefficients is {given!r} but {folder} was trained with {rule or 'the weights themselves'}; "
-            "leave coefficients out"
-        )
-    return rule
-
-
-# ---------------------------------------------------------------- which parameters
 
 
 def select_parameters(model: nn.Module, scope: str) -> list[str]:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,14 +29,13 @@ from torch import Tensor, nn
 
 from mopl._arguments import check_choice, check_positive, shape_of
 from mopl._extras import require
-from mopl._files import write_files
 from mopl._renamed import renamed_keywords
 from mopl._rows import arranged, check_from_zero, generation_keywords
 from mopl._tensor_files import check_fits, load_state, read_tensors
 from mopl.conditioning._prefix_layout import Layout, PackedLayout, check_paper_positions, silence_position_embedding
-from mopl.conditioning.causal_lm import DELEGATED, check_model, count_new_tokens, is_peft, mask_of_prompts
+from mopl.conditioning.causal_lm import check_model, count_new_tokens, is_peft, mask_of_prompts
 from mopl.conditioning.hyper_prompt import HyperPrompt
-from mopl.conditioning.sampling import check_weights
+from mopl.conditioning.sampling import Weights, check_weights
 from mopl.conditioning.saved_models import (
     CONFIG_FILE,
     REMEDY,
@@ -46,16 +44,16 @@ from mopl.conditioning.saved_models import (
     base_model,
     fitting,
     load_adapters,
-    prompt_sizes,
     read_record,
 )
+from mopl.conditioning.weighted import WeightedModel
 
 Positions = Literal["hf", "paper"]
 POSITIONS = ("hf", "paper")
 WEIGHTS_FILE = "hyper_prompt.safetensors"
 
 
-class HyperPromptModel(nn.Module):
+class HyperPromptModel(WeightedModel):
     """A causal language model that takes weights of objectives.
 
     The base model is frozen. What is trained is the prompt, and the adapters if the model is a PEFT model (LoRA and its
@@ -71,6 +69,8 @@ class HyperPromptModel(nn.Module):
         ValueError: If widths or numbers of objectives differ, or the model takes no embeddings as inputs, carries a
             prompt of its own, or knows no positions that `"paper"` could set.
     """
+
+    KIND, LAST_FILE = "HyperPromptModel", WEIGHTS_FILE
 
     def __init__(
         self,
@@ -100,17 +100,10 @@ class HyperPromptModel(nn.Module):
         # The prompt lives where the embeddings are; its precision is its own.
         hyper_prompt.to(base.get_input_embeddings().weight.device)
 
-    def __getattr__(self, name: str) -> Any:
-        """Read from the causal language model what trainers ask of a model."""
-        if name in DELEGATED:
-            return getattr(self.causal_lm, name)
-        return super().__getattr__(name)
-
     @property
-    def causal_lm(self) -> Any:
-        """The causal language model itself, without PEFT's wrapper."""
-        model: Any = self.model
-        return model.get_base_model() if is_peft(model) else model
+    def takes_beta(self) -> bool:
+        """Whether the prompt also depends on β."""
+        return self.hyper_prompt.takes_beta
 
     @torch.no_grad()
     def set_prefix_from_tokens(self, token_ids: Tensor | Sequence[int]) -> None:
@@ -127,10 +120,10 @@ class HyperPromptModel(nn.Module):
 
         Calls may still pass weights; they change nothing. Gradients and dropout are as the caller sets them.
         """
-        model: Any = self.model
         before, self._is_reference = self._is_reference, True
+        off = is_peft(self.model) and not adapters
         try:
-            with model.disable_adapter() if is_peft(model) and not adapters else contextlib.nullcontext():
+            with self.model.disable_adapter() if off else contextlib.nullcontext():
                 yield self
         finally:
             self._is_reference = before
@@ -206,7 +199,7 @@ class HyperPromptModel(nn.Module):
         self,
         input_ids: Tensor,  # (B, T)
         attention_mask: Tensor | None = None,  # (B, T)
-        weights: Tensor | Sequence[float] | Sequence[Sequence[float]] | None = None,  # (m,) or (B, m)
+        weights: Weights | None = None,  # (m,) or (B, m)
         beta: Tensor | Sequence[float] | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -231,14 +224,13 @@ class HyperPromptModel(nn.Module):
         """
         if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
             raise ValueError("input_ids must be a tensor (B, T)")
-        model: Any = self.model
         if attention_mask is None:
             attention_mask = mask_of_prompts(input_ids, self.causal_lm.generation_config.pad_token_id)
         elif bool((attention_mask[:, -1] == 0).any()):
             raise ValueError("rows are padded on the right; generation needs padding_side='left'")
         if self._is_reference:
             kwargs |= generation_keywords(self.causal_lm, attention_mask)
-            return model.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+            return self.model.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         if weights is not None:
             weights = check_weights(weights, self.hyper_prompt.objectives)
         if beta is not None:
@@ -259,7 +251,7 @@ class HyperPromptModel(nn.Module):
         if self.positions == "hf":
             kwargs |= first
         count_new_tokens(kwargs, config, layout.length)
-        return model.generate(input_ids=input_ids, inputs_embeds=embeds, attention_mask=mask, **kwargs)
+        return self.model.generate(input_ids=input_ids, inputs_embeds=embeds, attention_mask=mask, **kwargs)
 
     # ---------------------------------------------------------------- parts of the two
 
@@ -324,38 +316,26 @@ class HyperPromptModel(nn.Module):
 
     # ---------------------------------------------------------------- files
 
-    def save_pretrained(self, directory: str | os.PathLike[str], **_: Any) -> None:
-        """Write the prompt, the adapter if there is one, and `mopl.json` into a folder; never the frozen base model."""
+    @property
+    def _adapter(self) -> str | None:
+        return self.model.active_adapter if is_peft(self.model) else None
+
+    def _described(self) -> dict[str, Any]:
+        prompt = self.hyper_prompt
+        sizes = {name: getattr(prompt, name) for name in ("objectives", "virtual_tokens", "rank", "hidden")}
+        return {
+            "base_model": self._base_name, "adapter": self._adapter, "positions": self.positions,
+            "prompt": {**sizes, "temperature": prompt.takes_beta, "width": prompt.width},
+        }  # fmt: skip
+
+    def _write(self, folder: Path) -> None:
         require("safetensors")
         from safetensors.torch import save_file
 
-        model: Any = self.model
-        adapter = model.active_adapter if is_peft(model) else None
-        prompt = self.hyper_prompt
-        config = {
-            "kind": "HyperPromptModel",
-            **self.record.to_dict(),
-            "base_model": getattr(self.causal_lm, "name_or_path", "") or None,
-            "adapter": adapter,
-            "positions": self.positions,
-            "prompt": {
-                "objectives": prompt.objectives,
-                "virtual_tokens": prompt.virtual_tokens,
-                "rank": prompt.rank,
-                "hidden": prompt.hidden,
-                "temperature": prompt.takes_beta,
-                "width": prompt.width,
-            },
-        }
-        state = {name: value.detach().cpu().contiguous() for name, value in prompt.state_dict().items()}
-
-        def fill(folder: Path) -> None:
-            if adapter is not None:
-                model.save_pretrained(str(folder), selected_adapters=[adapter])
-            (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            save_file(state, str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
-
-        write_files(directory, fill, last=WEIGHTS_FILE)
+        if self._adapter is not None:
+            self.model.save_pretrained(str(folder), selected_adapters=[self._adapter])
+        state = {name: value.detach().cpu().contiguous() for name, value in self.hyper_prompt.state_dict().items()}
+        save_file(state, str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
 
     @classmethod
     def from_pretrained(
@@ -379,18 +359,18 @@ class HyperPromptModel(nn.Module):
             ValueError: If it holds another kind, names no base model and none was passed, or the base does not fit.
         """
         folder = Path(directory)
-        config = read_record(folder, "HyperPromptModel", WEIGHTS_FILE)
-        weights = folder / WEIGHTS_FILE
+        config = read_record(folder, cls.KIND, cls.LAST_FILE)
+        weights, sizes = folder / WEIGHTS_FILE, dict(config["prompt"])
+        sizes["takes_beta"] = sizes.pop("temperature", False)  # its first name
         with fitting(folder / CONFIG_FILE):
-            check_fits(weights, lambda: HyperPrompt(**prompt_sizes(config)), remedy=REMEDY)
+            check_fits(weights, lambda: HyperPrompt(**sizes), remedy=REMEDY)
         model = base_model(config, folder, model, model_kwargs)
         with fitting(folder / CONFIG_FILE):
             if (adapter := config["adapter"]) is not None:
                 model = load_adapters(model, {adapter: adapter_folder(folder, adapter)}, trainable=trainable)
-            prompt = HyperPrompt(**prompt_sizes(config))
+            prompt = HyperPrompt(**sizes)
             prompt.to(read_tensors(weights, remedy=REMEDY)["prefix"].dtype)
             load_state(prompt, weights, remedy=REMEDY)
             prompt.requires_grad_(trainable)
-            record = TuningRecord.read(config)
             assert model is not None
-            return cls(model, prompt, record=record, positions=config["positions"]).eval()
+            return cls(model, prompt, record=TuningRecord.read(config), positions=config["positions"]).eval()

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,16 +30,16 @@ import torch
 from torch import Tensor, nn
 
 from mopl._arguments import compute_dtype
+from mopl._records import damaged
 from mopl._renamed import renamed_in_methods
 from mopl._restoring import evaluating, generators_kept
-from mopl._threads import Turns, in_turn
-from mopl.conditioning._parameter_mixture_files import fill, read, save
+from mopl._tensor_files import check_shapes, read_tensors
+from mopl._threads import in_turn
+from mopl.conditioning._mixture import CoefficientRule, KLWeightCoefficients, Mixture
+from mopl.conditioning._parameter_mixture_files import WEIGHTS_FILE, new_model, write
 from mopl.conditioning._parameter_mixture_lora import LoraMixture
 from mopl.conditioning._parameter_mixture_parts import (
-    CoefficientRule,
-    KLWeightCoefficients,
     check_batch,
-    coefficients_of,
     group_rows,
     join_generated,
     join_rows,
@@ -48,17 +47,16 @@ from mopl.conditioning._parameter_mixture_parts import (
     select_parameters,
     take_rows,
 )
-from mopl.conditioning.causal_lm import DELEGATED, untie_head
+from mopl.conditioning.causal_lm import untie_head
 from mopl.conditioning.merging import check_mixed_rows, logits_of, probe_ids, settle_ties
-from mopl.conditioning.saved_models import CONFIG_FILE, TuningRecord, fitting
+from mopl.conditioning.sampling import Weights
+from mopl.conditioning.saved_models import CONFIG_FILE, REMEDY, TuningRecord, check_options, fitting
 
 __all__ = ["KLWeightCoefficients", "LoraMixture", "ParameterMixture"]
 
-Weights = Tensor | Sequence[float] | Sequence[Sequence[float]]
 
-
-@renamed_in_methods("coefficients_of", "forward", "generate", "at", "merge", alpha="kl_weight")
-class ParameterMixture(nn.Module):
+@renamed_in_methods("forward", "generate", "merge", alpha="kl_weight")
+class ParameterMixture(Mixture):
     """A model that runs with Σ_i c_i θ_S^i, c = w or a function of (w, α).
 
     All sets start at the wrapped model's parameters. The model is changed: its own parameters become the first set, and
@@ -83,6 +81,8 @@ class ParameterMixture(nn.Module):
         ValueError: If the scope names no parameter, or numbers of sets or objectives do not fit.
     """
 
+    KIND, LAST_FILE = "ParameterMixture", WEIGHTS_FILE
+
     def __init__(
         self,
         model: nn.Module,
@@ -93,35 +93,23 @@ class ParameterMixture(nn.Module):
         sets: int | None = None,
         record: TuningRecord | Sequence[str] | None = None,
     ) -> None:
-        super().__init__()
-        if objectives < 1:
-            raise ValueError(f"objectives is {objectives} but must be at least 1")
-        if sets is None:
-            sets = coefficients.sets(objectives) if isinstance(coefficients, KLWeightCoefficients) else objectives
-        if coefficients is None and sets != objectives:
-            raise ValueError(
-                f"there are {sets} sets for {objectives} objectives; pass coefficients, which map one to the other"
-            )
-        self.record = TuningRecord.of(record, objectives)
+        super().__init__(objectives, coefficients, sets, record)
         self.untied = untie_head(model) if scope == "logits" else False
         self.model = model
-        self.objectives, self.scope, self.coefficients = objectives, scope, coefficients
+        self.scope = scope
         self.names = select_parameters(model, scope)
         own = [model.get_parameter(name) for name in self.names]
         for parameter in own:
             parameter.requires_grad_(True)
-        copies = ([nn.Parameter(p.detach().clone()) for p in own] for _ in range(sets - 1))
+        copies = ([nn.Parameter(p.detach().clone()) for p in own] for _ in range(self._count - 1))
         self.others = nn.ModuleList(nn.ParameterList(each) for each in copies)
-        self._turns = Turns()  # a mixture is in the model for the time of a call
         self._inside = False  # a mixture is in the model, for a call or a block of `at`
-        self._checked = False  # that a mixture in the model computes what mixed rows do
         self._cache: tuple[Any, list[Tensor]] | None = None
 
-    def __getattr__(self, name: str) -> Any:
-        """Read from the model what trainers ask of a model."""
-        if name in DELEGATED:
-            return getattr(self.model, name)
-        return super().__getattr__(name)
+    @property
+    def causal_lm(self) -> Any:
+        """The model inside, of whatever kind."""
+        return self.model
 
     @property
     @in_turn
@@ -132,12 +120,6 @@ class ParameterMixture(nn.Module):
         own = [self.model.get_parameter(name) for name in self.names]
         others: Any = self.others
         return [own, *(list(other) for other in others)]
-
-    def coefficients_of(self, weights: Weights | None, kl_weight: float | Tensor | None = None) -> Tensor:
-        """Return what multiplies the sets, (sets,) or (B, sets)."""
-        return coefficients_of(
-            self.coefficients, weights, kl_weight, self.objectives, len(self.others) + 1, self.record.objectives
-        )
 
     @in_turn
     def mixed(self, coefficients: Tensor) -> list[Tensor]:
@@ -171,9 +153,7 @@ class ParameterMixture(nn.Module):
             ValueError: If weights are missing or do not fit, or outputs of different rows cannot be put together.
             RuntimeError: If the model checkpoints gradients, which would run again with other parameters.
         """
-        if self._inside:
-            if weights is not None or kl_weight is not None:
-                raise ValueError("the mixture is fixed inside `at`; leave weights and kl_weight out")
+        if self._fixed(weights, kl_weight):
             return self.model(*args, **kwargs)
         if torch.is_grad_enabled():
             self.clear_cache()
@@ -185,6 +165,12 @@ class ParameterMixture(nn.Module):
                     "call gradient_checkpointing_disable(), or use LoraMixture"
                 )
         return self._mix(self.coefficients_of(weights, kl_weight), args, kwargs)
+
+    def _fixed(self, weights: Weights | None, kl_weight: float | Tensor | None) -> bool:
+        """Say whether this is a call inside `at`; raise if it has weights of its own."""
+        if self._inside and (weights is not None or kl_weight is not None):
+            raise ValueError("the mixture is fixed inside `at`; leave weights and kl_weight out")
+        return self._inside
 
     def _mix(self, coefficients: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Run the model at coefficients (sets,), or (B, sets) for each row."""
@@ -221,8 +207,7 @@ class ParameterMixture(nn.Module):
         """
         if self._checked or self._inside or (ids := probe_ids(self.model)) is None:
             return
-        sets = len(self.others) + 1
-        shares = torch.rand(len(ids), sets, generator=torch.Generator().manual_seed(0)) * 2 / sets
+        shares = torch.rand(len(ids), self._count, generator=torch.Generator().manual_seed(0)) * 2 / self._count
         with evaluating(self), generators_kept():
             try:
                 plain = logits_of(self.model, ids)
@@ -239,23 +224,8 @@ class ParameterMixture(nn.Module):
         check_mixed_rows(type(self.model).__name__, torch.cat(found), torch.cat(merged), plain, remedy, dtype)
         self._checked = True
 
-    @contextlib.contextmanager
-    def at(self, weights: Weights, kl_weight: float | Tensor | None = None) -> Iterator[nn.Module]:
-        """Be the plain model of one trade-off inside a `with` block, at its cost; made once and kept for the next time.
-
-        It takes |S| more parameters, until the sets are trained further or `clear_cache()`. Optimisers that write
-        through `.data` outside of this module's forward pass need that call.
-
-        Args:
-            weights: w, (m,).
-            kl_weight: α, a number.
-
-        Yields:
-            The wrapped model, with the mixture in place.
-        """
-        self.check_merging()
-        with self._turns.switched(self._holding(self.coefficients_of(weights, kl_weight))):
-            yield self.model
+    def _in_place(self, coefficients: Tensor) -> Sequence[contextlib.AbstractContextManager[Any]]:
+        return (self._holding(coefficients),)
 
     @contextlib.contextmanager
     def _holding(self, coefficients: Tensor) -> Iterator[None]:
@@ -281,13 +251,14 @@ class ParameterMixture(nn.Module):
 
     @in_turn
     def clear_cache(self) -> None:
-        """Forget the mixture that `at` keeps."""
+        """Forget the mixture that `at` keeps until the sets are trained further, in |S| more parameters.
+
+        Optimisers that write through `.data` outside of this module's forward pass need that call.
+        """
         self._cache = None
 
     @torch.no_grad()
     def _materialise(self, coefficients: Tensor) -> list[Tensor]:
-        if coefficients.ndim != 1:
-            raise ValueError(f"weights are {len(coefficients)} vectors but one mixture has one; pass (m,)")
         state = tuple((p._version, p.data_ptr(), p.dtype, p.device) for each in self.sets for p in each)
         key = (tuple(coefficients.double().tolist()), state)
         if self._cache is None or self._cache[0] != key:
@@ -304,7 +275,7 @@ class ParameterMixture(nn.Module):
             ValueError: If its files would load as another model; see `check_merging` too.
         """
         self.check_merging()
-        values = self._materialise(self.coefficients_of(weights, kl_weight))
+        values = self._materialise(self._one(weights, kl_weight))
         model = copy.deepcopy(self.model)
         for name, value in zip(self.names, values, strict=True):
             model.get_parameter(name).copy_(value)
@@ -336,9 +307,7 @@ class ParameterMixture(nn.Module):
         """
         model: Any = self.model
         given = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
-        if self._inside:
-            if weights is not None or kl_weight is not None:
-                raise ValueError("the mixture is fixed inside `at`; leave weights and kl_weight out")
+        if self._fixed(weights, kl_weight):
             return model.generate(**given)
         coefficients = self.coefficients_of(weights, kl_weight)
         rows = len(input_ids)
@@ -358,43 +327,47 @@ class ParameterMixture(nn.Module):
 
     # ---------------------------------------------------------------- files
 
-    @in_turn
-    def save_pretrained(self, directory: str | os.PathLike[str], **_: Any) -> None:
-        """Write all sets, the shared part, the model's configuration and `mopl.json` into a folder."""
-        if self._inside:
-            raise RuntimeError("the model holds a mixture; leave the `with mixture.at(...)` block first")
-        save(self, directory)
+    def _described(self) -> dict[str, Any]:
+        return {
+            "scope": self.scope, "sets": len(self.sets), "coefficients": self._saved_rule, "untied": self.untied,
+            "base_model": self._base_name,
+        }  # fmt: skip
+
+    def _write(self, folder: Path) -> None:
+        write(folder, self.model, self._named_tensors(), untied=self.untied)
+
+    def _named_tensors(self) -> dict[str, Tensor]:
+        """Return every parameter and buffer under the name that files have, tied ones once."""
+        state, seen = {}, set()
+        for name, value in self.model.state_dict(keep_vars=True).items():
+            if id(value) not in seen:
+                seen.add(id(value))
+                state[f"model.{name}"] = value
+        for i, parameters in enumerate(self.sets[1:], start=2):
+            state |= {f"set_{i}.{name}": p for name, p in zip(self.names, parameters, strict=True)}
+        return state
 
     @classmethod
-    def from_pretrained(
-        cls,
-        directory: str | os.PathLike[str],
-        model: nn.Module | None = None,
-        *,
-        coefficients: CoefficientRule | None = None,
-        trainable: bool = False,
-        **model_kwargs: Any,
+    @torch.no_grad()
+    def _load(
+        cls, folder: Path, config: dict[str, Any], model: nn.Module | None, options: dict[str, Any], trainable: bool
     ) -> ParameterMixture:
-        """Load what `save_pretrained` wrote, in evaluation mode.
-
-        Args:
-            directory: The folder.
-            model: A model of the same architecture, whose values are replaced; made from the saved configuration
-                (causal language models of transformers) if None.
-            coefficients: The function of (w, α), if it was none that a file can hold.
-            trainable: Whether the sets and the shared part are to be trained further.
-            **model_kwargs: Keywords of `AutoModelForCausalLM.from_config`, such as `dtype`.
-
-        Raises:
-            FileNotFoundError: If the folder holds no such model.
-            ValueError: If it holds another kind, or model or coefficients are needed and missing, or do not fit.
-        """
-        config, state, model, coefficients = read(directory, model, coefficients, model_kwargs)
-        record = TuningRecord.read(config)
-        with fitting(Path(directory) / CONFIG_FILE):
+        file, record = folder / WEIGHTS_FILE, TuningRecord.read(config)
+        state = read_tensors(file, remedy=REMEDY)
+        sets = len({name.partition(".")[0] for name in state if name.startswith("set_")}) + 1
+        if config["sets"] != sets:
+            text = f"it has {sets} sets but {folder / CONFIG_FILE} says {config['sets']}"
+            raise damaged(file, f"{text}, so they do not fit", REMEDY)
+        check_options(model, options)
+        model = new_model(folder, state, options) if model is None else model
+        with fitting(folder / CONFIG_FILE):
             mixture = cls(
-                model, len(record.objectives), scope=config["scope"], coefficients=coefficients, sets=config["sets"],
+                model, len(record.objectives), scope=config["scope"], coefficients=config["coefficients"], sets=sets,
                 record=record,
             )  # fmt: skip
-        fill(mixture, state, directory)
-        return mixture.requires_grad_(trainable).eval()
+        own = mixture._named_tensors()
+        shapes, wanted = ({name: value.shape for name, value in each.items()} for each in (state, own))
+        check_shapes(file, shapes, wanted, remedy=REMEDY)
+        for name, value in state.items():
+            own[name].copy_(value)
+        return mixture.requires_grad_(trainable)

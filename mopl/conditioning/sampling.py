@@ -17,6 +17,7 @@ from torch import Tensor
 from mopl._arguments import check_positive, shape_of
 from mopl._renamed import renamed_attribute, renamed_keywords, renamed_names
 
+Weights = Tensor | Sequence[float] | Sequence[Sequence[float]]
 _WEIGHTS, _BETAS = 1, 2  # the streams of one (seed, step, rank)
 
 
@@ -151,7 +152,7 @@ def sample_betas(
 
 
 def check_weights(
-    weights: Tensor | Sequence[float] | Sequence[Sequence[float]],
+    weights: Weights,
     objectives: int | None = None,
     *,
     name: str = "weights",

@@ -197,7 +197,7 @@ def read_record(directory: str | os.PathLike[str], kind: str, *files: str) -> di
     # The kind comes first: another kind has other files.
     if (folder / CONFIG_FILE).exists() and (found := read_kind(folder)) != kind:
         raise ValueError(f"{folder / CONFIG_FILE} holds a {found} but a {kind} was asked for")
-    missing = [name for name in (CONFIG_FILE, *files) if not (folder / name).exists()]
+    missing = [name for name in dict.fromkeys((CONFIG_FILE, *files)) if not (folder / name).exists()]
     if missing:
         raise FileNotFoundError(f"{folder} holds no {' and no '.join(missing)}; name a folder of save_pretrained")
     file = folder / CONFIG_FILE
@@ -216,6 +216,12 @@ def read_record(directory: str | os.PathLike[str], kind: str, *files: str) -> di
     return record
 
 
+def check_options(model: nn.Module | None, options: Mapping[str, Any]) -> None:
+    """Raise where options for loading were passed beside a model."""
+    if model is not None and options:
+        raise ValueError(f"{sorted(options)} are for a model that is loaded here, but model was passed")
+
+
 def base_model(
     record: Mapping[str, Any], directory: str | os.PathLike[str], model: nn.Module | None, options: Mapping[str, Any]
 ) -> Any:
@@ -224,9 +230,8 @@ def base_model(
     Raises:
         ValueError: If there is neither, or options for loading were passed beside a model.
     """
+    check_options(model, options)
     if model is not None:
-        if options:
-            raise ValueError(f"{sorted(options)} are for a model that is loaded here, but model was passed")
         return model
     if record["base_model"] is None:
         raise ValueError(f"{Path(directory) / CONFIG_FILE} names no base model; pass it as model")
@@ -326,9 +331,3 @@ def check_adapter_state(model: Any, name: str, file: Path) -> None:
     found = {key: shape for key, shape in shapes.items() if key in wanted or _plain(key) not in own}
     remedy = f"{REMEDY}; so with {file.parent / ADAPTER_CONFIG}, if that is what was changed"
     check_shapes(file, found, wanted, remedy=remedy)
-
-
-def prompt_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of the `HyperPrompt` in `mopl.json`, where `takes_beta` has its first name."""
-    sizes = dict(config["prompt"])
-    return {"takes_beta": sizes.pop("temperature", False), **sizes}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mopl._arguments import check_positive
 from mopl.conditioning import TextPrompt, WeightedModel, check_weights
-from mopl.conditioning.weighted import causal_lm_of, takes_beta
+from mopl.conditioning.weighted import causal_lm_of
 from mopl.language_models.data import RowError
 from mopl.language_models.tokenization import ListTokenizer
 from mopl.language_models.turns import TurnEnds, turn_ends
@@ -71,7 +71,7 @@ def condition_of(
 ) -> Condition:
     """Check what the prompts are answered at, and give each prompt its own."""
     if isinstance(model, WeightedModel):
-        names, wants_beta = model.record.objectives, takes_beta(model)
+        names, wants_beta = model.record.objectives, model.takes_beta
         if text_prompt is not None:
             raise ValueError(
                 f"text_prompt was passed but the model is a {type(model).__name__}, which takes weights by itself"

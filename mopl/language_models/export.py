@@ -60,7 +60,7 @@ from mopl.conditioning import (
 from mopl.conditioning.adapter_base import base_of_adapter
 from mopl.conditioning.causal_lm import is_peft
 from mopl.conditioning.merging import merged, settle_merged, settle_ties
-from mopl.conditioning.weighted import causal_lm_of, takes_beta
+from mopl.conditioning.weighted import causal_lm_of
 from mopl.language_models._export_adapter import save_mixed_adapter, save_prompt
 from mopl.language_models._export_check import (
     TOLERANCE,
@@ -215,7 +215,7 @@ def _condition(
     wants_beta = False
     if isinstance(model, (WeightedModel, ParameterMixture)):
         record: Any = model.record
-        names, wants_beta = record.objectives, takes_beta(model)
+        names, wants_beta = record.objectives, model.takes_beta
     elif text_prompt is not None:
         names, wants_beta = text_prompt.objectives, text_prompt.takes_beta
     if (weights is not None) != bool(names):

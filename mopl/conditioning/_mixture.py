@@ -1,0 +1,225 @@
+"""What mixtures of parameters and of adapters have in common: coefficients from (w, α), one mixture, files."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from mopl._arguments import check_choice, shape_of
+from mopl._renamed import renamed_attribute, renamed_in_methods
+from mopl._threads import Turns, in_turn
+from mopl.conditioning.sampling import Weights, check_weights
+from mopl.conditioning.saved_models import CONFIG_FILE, TuningRecord, fitting, read_record
+from mopl.conditioning.weighted import Conditioned
+
+CoefficientRule = Callable[[Tensor, "Tensor | None"], Tensor]  # (..., m), (...) -> (..., sets)
+
+
+@renamed_in_methods("__init__", smallest_alpha="smallest_kl_weight")
+@renamed_in_methods("__call__", alpha="kl_weight")
+@dataclasses.dataclass(frozen=True)
+class KLWeightCoefficients:
+    """Coefficients that follow the KL weight: λ w_i with λ = κ(α) / κ(α_min), and 1 - λ for an anchor set.
+
+    κ(α) = (1 - α)/α, or 1/α for the "penalty" form, is what multiplies the rewards in the optimal policy's exponent.
+    Mixing logits of a tabular policy with these coefficients, the anchor at the reference, is exact for every (w, α) at
+    once; mixing with α itself as a coefficient is not. CLP's own rule for α was not at hand: this one is ours.
+
+    Args:
+        smallest_kl_weight: α_min, the strongest influence of the rewards that is asked for; λ = 1 there.
+        kl_form: "complement" or "penalty", as in `mopl.losses.policy_gradient`.
+        anchor: whether the last set takes 1 - λ. A LoRA mixture needs none: its base model is the anchor.
+    """
+
+    smallest_kl_weight: float
+    kl_form: str = "complement"
+    anchor: bool = True
+
+    smallest_alpha = renamed_attribute("KLWeightCoefficients.smallest_alpha", "smallest_kl_weight")
+
+    def __post_init__(self) -> None:
+        check_choice(self.kl_form, ("complement", "penalty"), "kl_form")
+        if not 0 < self.smallest_kl_weight < (1 if self.kl_form == "complement" else float("inf")):
+            raise ValueError(
+                f"smallest_kl_weight is {self.smallest_kl_weight} but must be above 0 (complement: below 1)"
+            )
+
+    def sets(self, objectives: int) -> int:
+        """Return the number of parameter sets."""
+        return objectives + self.anchor
+
+    def _kappa(self, kl_weight: Any) -> Any:
+        return ((1 - kl_weight) if self.kl_form == "complement" else 1) / kl_weight
+
+    def __call__(self, weights: Tensor, kl_weight: Tensor | None) -> Tensor:
+        """Return the coefficients (..., sets) of weights (..., m) and α (...)."""
+        if kl_weight is None:
+            raise ValueError("kl_weight is missing; the coefficients of this mixture depend on it")
+        share = (self._kappa(kl_weight) / self._kappa(self.smallest_kl_weight))[..., None]
+        parts = [share * weights, 1 - share.expand(*weights.shape[:-1], 1)]
+        return torch.cat(parts if self.anchor else parts[:1], -1)
+
+
+@renamed_in_methods("coefficients_of", "at", alpha="kl_weight")
+class Mixture(Conditioned):
+    """A model that runs with Σ_i c_i of its sets, c = w or a function of (w, α)."""
+
+    def __init__(
+        self,
+        objectives: int,
+        coefficients: CoefficientRule | None,
+        sets: int | None,
+        record: TuningRecord | Sequence[str] | None,
+    ) -> None:
+        super().__init__()
+        if objectives < 1:
+            raise ValueError(f"objectives is {objectives} but must be at least 1")
+        if sets is None:
+            sets = coefficients.sets(objectives) if isinstance(coefficients, KLWeightCoefficients) else objectives
+        if coefficients is None and sets != objectives:
+            raise ValueError(
+                f"there are {sets} sets for {objectives} objectives; pass coefficients, which map one to the other"
+            )
+        self.record = TuningRecord.of(record, objectives)
+        self.objectives, self.coefficients, self._count = objectives, coefficients, sets
+        self._turns = Turns()
+        self._checked = False  # that one mixture computes what mixed rows do
+
+    def coefficients_of(self, weights: Weights | None, kl_weight: float | Tensor | None = None) -> Tensor:
+        """Return what multiplies the sets, (sets,) or (B, sets): float64 for numbers."""
+        if weights is None:
+            raise ValueError(f"weights are missing; pass one for each of {', '.join(self.record.objectives)}")
+        w = check_weights(weights, self.objectives)
+        if w.ndim > 2:
+            raise ValueError(f"weights has shape {shape_of(w)}; pass (m,) = ({self.objectives},) or (B, m)")
+        if self.coefficients is None:
+            if kl_weight is not None:
+                raise ValueError(
+                    "kl_weight is given but the coefficients of this mixture are the weights; leave it out"
+                )
+            return w
+        strength = None
+        if kl_weight is not None:
+            strength = torch.as_tensor(kl_weight, dtype=w.dtype, device=w.device)
+            if strength.ndim > 1 or (strength.ndim == 1 and w.ndim == 2 and len(strength) != len(w)):
+                raise ValueError(
+                    f"kl_weight has shape {shape_of(strength)} but weights {shape_of(w)}; pass one or (B,)"
+                )
+            if strength.ndim == 1 and w.ndim == 1:
+                w = w.expand(len(strength), -1)
+            strength = strength.expand(w.shape[:-1])
+        result, wanted = self.coefficients(w, strength), (*w.shape[:-1], self._count)
+        if tuple(result.shape) != wanted:
+            raise ValueError(f"coefficients gave {shape_of(result)} but must give {wanted}, one for each set")
+        return result
+
+    def _one(self, weights: Weights, kl_weight: float | Tensor | None) -> Tensor:
+        """Return the coefficients (sets,) of one mixture."""
+        coefficients = self.coefficients_of(weights, kl_weight)
+        if coefficients.ndim != 1:
+            raise ValueError(f"weights are {len(coefficients)} vectors but one mixture has one; pass (m,)")
+        return coefficients
+
+    def check_merging(self) -> None:
+        """Raise unless rows that are mixed have the logits of the model with the mixture in place."""
+        raise NotImplementedError
+
+    @contextlib.contextmanager
+    def at(self, weights: Weights, kl_weight: float | Tensor | None = None) -> Iterator[nn.Module]:
+        """Be the plain model of one trade-off inside a `with` block, at its cost.
+
+        Args:
+            weights: w, (m,).
+            kl_weight: α, a number, if the coefficients depend on it.
+
+        Yields:
+            The language model, with the mixture in place: of parameters, which is made once and kept for the next time,
+            or of adapters, which are added to the weights.
+
+        Raises:
+            ValueError: If that model is not the mixture; see `check_merging`.
+        """
+        self.check_merging()
+        with self._turns.switched(*self._in_place(self._one(weights, kl_weight))):
+            yield self.causal_lm
+
+    def _in_place(self, coefficients: Tensor) -> Sequence[contextlib.AbstractContextManager[Any]]:
+        """Return what puts the mixture of coefficients (sets,) into the model."""
+        raise NotImplementedError
+
+    # ---------------------------------------------------------------- files
+
+    @in_turn
+    def save_pretrained(self, directory: str | os.PathLike[str], **_: Any) -> None:
+        """Write sets or adapters, and `mopl.json`, into a folder; of adapters never the frozen base model."""
+        super().save_pretrained(directory)
+
+    @property
+    def _saved_rule(self) -> Any:
+        """What a folder says of the coefficients: their numbers, that they are a function, or nothing."""
+        rule = self.coefficients
+        if isinstance(rule, KLWeightCoefficients):
+            return {"smallest_alpha": rule.smallest_kl_weight, "kl_form": rule.kl_form, "anchor": rule.anchor}
+        return "custom" if rule else None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | os.PathLike[str],
+        model: nn.Module | None = None,
+        *,
+        coefficients: CoefficientRule | None = None,
+        trainable: bool = False,
+        **model_kwargs: Any,
+    ) -> Self:
+        """Load what `save_pretrained` wrote, in evaluation mode.
+
+        Args:
+            directory: The folder.
+            model: Of a mixture of adapters the base model without them, loaded by the name in `mopl.json` if None; of a
+                mixture of parameters a model of the same architecture, whose values are replaced, made from the saved
+                configuration (causal language models of transformers) if None.
+            coefficients: The function of (w, α), if it was none that a file can hold.
+            trainable: Whether adapters, or sets and shared part, are to be trained further.
+            **model_kwargs: Keywords of `AutoModelForCausalLM.from_pretrained`, or of `from_config`, such as `dtype`.
+
+        Raises:
+            FileNotFoundError: If the folder holds no such model.
+            ValueError: If it holds another kind, or a model or coefficients are needed and missing, or do not fit.
+        """
+        folder = Path(directory)
+        config = read_record(folder, cls.KIND, cls.LAST_FILE)
+        config["coefficients"] = _rule(config["coefficients"], coefficients, folder)
+        return cls._load(folder, config, model, model_kwargs, trainable).eval()
+
+    @classmethod
+    def _load(
+        cls, folder: Path, config: dict[str, Any], model: nn.Module | None, options: dict[str, Any], trainable: bool
+    ) -> Self:
+        """Return the mixture of a folder, whose `mopl.json` says `config`, with the rule in place of its numbers."""
+        raise NotImplementedError
+
+
+def _rule(saved: Any, given: CoefficientRule | None, folder: Path) -> CoefficientRule | None:
+    """Return the coefficients of a folder; raise where they were a function, or `given` is another rule."""
+    if saved == "custom":
+        if given is None:
+            raise ValueError(f"{folder} was trained with coefficients of its own; pass the function as coefficients")
+        return given
+    with fitting(folder / CONFIG_FILE):
+        numbers = dict(saved or {})
+        rule = None if saved is None else KLWeightCoefficients(numbers.pop("smallest_alpha"), **numbers)
+    if given is not None and given != rule:
+        raise ValueError(
+            f"coefficients is {given!r} but {folder} was trained with {rule or 'the weights themselves'}; "
+            "leave coefficients out"
+        )
+    return rule
