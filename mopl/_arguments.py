@@ -10,7 +10,7 @@ transform of `torch.func` there is nothing to read: what depends on such an entr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -36,17 +36,25 @@ def wide_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def check_floating(value: Any, name: str, shape: str) -> None:
+    """Raise unless `value` is a floating-point tensor; `shape` is what it should have."""
+    if not isinstance(value, Tensor):
+        got = f"got {type(value).__name__}; pass a torch.Tensor"
+    elif not value.is_floating_point():
+        got = f"but {name} has dtype {value.dtype}; pass {name}.float()"
+    else:
+        return
+    raise TypeError(f"{name} must be a floating-point tensor of shape {shape}, {got}")
+
+
 def check_scores(scores: Tensor, name: str = "scores") -> Tensor:
     """Raise unless `scores` is a floating-point tensor of shape (B, K); return it."""
-    if not isinstance(scores, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor of shape (B, K), got {type(scores).__name__}")
+    check_floating(scores, name, "(B, K)")
     if scores.ndim != 2:
         raise ValueError(
             f"{name} has shape {shape_of(scores)} but must be (B, K), one row a list; "
             "for a single list pass scores[None]"
         )
-    if not scores.is_floating_point():
-        raise TypeError(f"{name} has dtype {scores.dtype} but must be floating point; pass {name}.float()")
     return scores
 
 
@@ -68,6 +76,19 @@ def check_mask(mask: Tensor | None, scores: Tensor) -> Tensor | None:
             f"mask has dtype {mask.dtype} but must be torch.bool, true where an item exists; pass mask.bool()"
         )
     return mask
+
+
+def check_mask_of(mask: Tensor | None, like: Tensor, name: str, entry: str) -> None:
+    """Raise unless `mask` is None or boolean with an entry for each of `like`, which its caller knows by `name`."""
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"mask is {got} but must be torch.bool, true where a {entry} counts; pass mask.bool()")
+    if mask.shape != like.shape:
+        raise ValueError(
+            f"mask has shape {shape_of(mask)} but {name} has {shape_of(like)}; pass one mask entry a {entry}"
+        )
 
 
 def as_labels(labels: Tensor, scores: Tensor, name: str = "labels") -> Tensor:
@@ -205,7 +226,7 @@ def refuse_negative(labels: Tensor, where: str, remedy: str = SOFTMAX, first: in
 
 
 def per_objective(
-    value: float | Tensor, name: str, shape: tuple[int, int], like: Tensor, domain: Domain | None = None
+    value: float | Tensor, name: str, shape: Sequence[int], like: Tensor, domain: Domain | None = None
 ) -> Tensor:
     """Return a number or a tensor that broadcasts to (B, m) as an expanded (B, m) tensor in `like`'s compute dtype.
 
@@ -237,7 +258,12 @@ def weigh_and_reduce(loss: Tensor, weights: float | Tensor | None, reduction: Re
     """
     check_choice(reduction, REDUCTIONS, "reduction")
     if weights is not None:
-        loss = loss * per_objective(weights, "weights", (loss.shape[0], loss.shape[1]), loss)
+        loss = loss * per_objective(weights, "weights", loss.shape, loss)
+    return reduced(loss, reduction)
+
+
+def reduced(loss: Tensor, reduction: Reduction) -> Tensor:
+    """Return a loss (B, ...) as it is, its sum, or its sum divided by B."""
     if reduction == "none":
         return loss
     total = loss.sum()

@@ -7,7 +7,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mopl._arguments import REDUCTIONS, Reduction, check_choice, compute_dtype, shape_of, wide_dtype
+from mopl._arguments import (
+    REDUCTIONS,
+    Reduction,
+    check_choice,
+    check_floating,
+    check_mask_of,
+    compute_dtype,
+    reduced,
+    shape_of,
+    wide_dtype,
+)
 from mopl.ops.segments import segment_sum
 
 Estimator = Literal["k1", "k2", "k3"]
@@ -16,39 +26,41 @@ ESTIMATORS = ("k1", "k2", "k3")
 LEVELS = ("token", "sequence")
 
 
-def check_tokens(value: Tensor | None, like: Tensor, name: str) -> Tensor | None:
-    """Raise unless `value` is None or a floating-point (B, T) like `logprob`; return it."""
+def check_tokens(value: Tensor | None, like: Tensor, name: str) -> None:
+    """Raise unless `value` is None or a floating-point (B, T) like `logprob`."""
     if value is None:
-        return None
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        got = f"dtype {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{name} must be a floating-point torch.Tensor of shape (B, T), got {got}")
+        return
+    check_floating(value, name, "(B, T)")
     if value.shape != like.shape:
         raise ValueError(f"{name} has shape {shape_of(value)} but logprob has {shape_of(like)}; pass one value a token")
-    return value
 
 
 def check_logprob(logprob: Tensor, mask: Tensor | None) -> Tensor:
     """Raise unless `logprob` is a floating-point (B, T) and `mask` None or boolean like it; return the mask."""
-    if not isinstance(logprob, Tensor) or not logprob.is_floating_point():
-        got = f"dtype {logprob.dtype}" if isinstance(logprob, Tensor) else type(logprob).__name__
-        raise TypeError(f"logprob must be a floating-point torch.Tensor of shape (B, T), got {got}")
+    check_floating(logprob, "logprob", "(B, T)")
     if logprob.ndim != 2:
         raise ValueError(
             f"logprob has shape {shape_of(logprob)} but must be (B, T), one row a sampled response; "
             "for log-probabilities of whole responses pass logprob[:, None]"
         )
-    if mask is None:
-        return torch.ones_like(logprob, dtype=torch.bool)
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"mask is {got} but must be torch.bool, true on sampled tokens; pass mask.bool()")
-    if mask.shape != logprob.shape:
-        raise ValueError(f"mask has shape {shape_of(mask)} but logprob has {shape_of(logprob)}; pass one entry a token")
-    return mask
+    check_mask_of(mask, logprob, "logprob", "token")
+    return torch.ones_like(logprob, dtype=torch.bool) if mask is None else mask
 
 
-def estimate(log_ratio: Tensor, estimator: Estimator) -> Tensor:
+def log_ratio_to(reference: Tensor, policy: Tensor, mask: Tensor, level: str) -> Tensor:
+    """Return log(π/π_ref) of each token (B, T) or at level "sequence" of each response (B, 1), without gradient."""
+    log_ratio = policy.detach() - torch.where(mask, reference.detach().to(policy.dtype), 0)
+    return log_ratio if level == "token" else log_ratio.sum(-1, keepdim=True)
+
+
+def with_gradient_of_kl(value: Tensor, log_ratio: Tensor, policy: Tensor) -> Tensor:
+    """Return `value` with the gradient x ∇log π; both are of tokens (B, T) or of responses (B, 1), as x is."""
+    if log_ratio.shape != policy.shape:
+        policy = policy.sum(-1, keepdim=True)
+    return value + log_ratio * (policy - policy.detach())
+
+
+def estimate(log_ratio: Tensor, estimator: str) -> Tensor:
     """Return k1, k2 or k3 of log(π/π_ref) at samples of π, elementwise."""
     if estimator == "k1":
         return log_ratio
@@ -105,11 +117,8 @@ def kl_estimate(
     check_tokens(reference, logprob, "reference")
     dtype = compute_dtype(logprob, reference)
     policy = torch.where(mask, logprob.to(dtype), 0)
-    log_ratio = policy.detach() - torch.where(mask, reference.detach().to(dtype), 0)
-    if level == "sequence":
-        policy, log_ratio = policy.sum(-1, keepdim=True), log_ratio.sum(-1, keepdim=True)
-    # log_ratio * (policy - its own value) is 0 with the gradient log_ratio * grad policy.
-    return (estimate(log_ratio, estimator) + log_ratio * (policy - policy.detach())).sum(-1)
+    log_ratio = log_ratio_to(reference, policy, mask, level)
+    return with_gradient_of_kl(estimate(log_ratio, estimator), log_ratio, policy).sum(-1)
 
 
 def group_ids(group: int | Tensor | None, rows: int, device: torch.device) -> Tensor:
@@ -208,16 +217,13 @@ def value_loss(
         ValueError: shapes that do not fit.
     """
     check_choice(reduction, REDUCTIONS, "reduction")
-    if not isinstance(values, Tensor) or not values.is_floating_point() or values.ndim not in (1, 2):
-        got = f"{values.dtype} {shape_of(values)}" if isinstance(values, Tensor) else type(values).__name__
-        raise TypeError(f"values must be a floating-point torch.Tensor of shape (B,) or (B, T), got {got}")
+    check_floating(values, "values", "(B,) or (B, T)")
+    if values.ndim not in (1, 2):
+        raise TypeError(f"values has shape {shape_of(values)} but must be (B,) or (B, T)")
     if values.ndim == 1:
         values, returns, mask = values[:, None], returns[..., None], None if mask is None else mask[..., None]
     mask = check_logprob(values, mask)
     check_tokens(returns, values, "returns")
     dtype = compute_dtype(values, returns)
     error = torch.where(mask, values.to(dtype), 0) - torch.where(mask, returns.detach().to(dtype), 0)
-    loss = 0.5 * error.square().sum(-1) / mask.sum(-1).clamp(min=1)
-    if reduction == "none":
-        return loss
-    return loss.sum() if reduction == "sum" else loss.sum() / max(loss.shape[0], 1)
+    return reduced(0.5 * error.square().sum(-1) / mask.sum(-1).clamp(min=1), reduction)

@@ -20,9 +20,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mopl import _arguments as arguments
-from mopl._arguments import Reduction, check_choice, per_objective, weigh_and_reduce, wide_dtype
+from mopl._arguments import POSITIVE, Reduction, as_labels, check_choice, compute_dtype, weigh_and_reduce, wide_dtype
 from mopl._renamed import renamed_keywords
+from mopl.losses._scores import check_lists, less_reference, shared_by_objectives
 from mopl.losses.labels import not_negative, or_nan
 from mopl.ops import pairs
 
@@ -69,7 +69,7 @@ def pairwise_logistic(
         ValueError: shapes do not fit, or a β is not positive; the message says which and what to pass.
     """
     _, u, y = _prepare(scores, labels, reference, beta, mask)
-    loss = pairs.pairwise_logistic(u, _ranked(labels, y, mask), _narrow(margin, "margin", y, u))
+    loss = pairs.pairwise_logistic(u, _ranked(labels, y, mask), shared_by_objectives(margin, "margin", y, u))
     return weigh_and_reduce(or_nan(loss, y, mask), weights, reduction)
 
 
@@ -206,16 +206,11 @@ def _prepare(
     scores: Tensor, labels: Tensor, reference: Tensor | None, beta: float | Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return scores - reference (B, K), u (B, m or 1, K) and labels (B, m, K), NaN where no item exists."""
-    arguments.check_scores(scores)
-    arguments.check_like_scores(reference, scores, "reference")
-    arguments.check_mask(mask, scores)
-    y = arguments.as_labels(labels, scores)
-    dtype = arguments.compute_dtype(scores, reference)
-    x = scores.to(dtype)
+    y = check_lists(scores, labels, reference, mask)
+    dtype = compute_dtype(scores, reference)
+    x = less_reference(scores, reference).to(dtype)
     if mask is not None:
         x = torch.where(mask, x, 0)
-    if reference is not None:
-        x = x - (reference.to(dtype) if mask is None else torch.where(mask, reference.to(dtype), 0))
     # Only differences count. Without a common offset the product with β, and its gradient, are exact.
     # The offset is the score of the smallest size: to subtract it rounds no score by more than its own last digit, so
     # that one large score costs the differences of the others nothing.
@@ -226,9 +221,13 @@ def _prepare(
         offset = x.detach().gather(1, size.argmin(1, keepdim=True))
         # The ranks are those of x itself: rounding the offset away could make scores equal that are not.
         centred = x - torch.where(offset.isfinite(), offset, 0)
-    u = _narrow(beta, "beta", y, x, arguments.POSITIVE)[..., None] * centred[:, None, :]
-    y = y.to(dtype)
-    return x, u, y if mask is None else torch.where(mask[:, None, :], y, math.nan)
+    u = shared_by_objectives(beta, "beta", y, x, POSITIVE)[..., None] * centred[:, None, :]
+    return x, u, _filled(y.to(dtype), mask, math.nan)
+
+
+def _filled(values: Tensor, mask: Tensor | None, nothing: float) -> Tensor:
+    """Return values (B, m, K) with `nothing` where no item exists."""
+    return values if mask is None else torch.where(mask[:, None, :], values, nothing)
 
 
 def _ranked(labels: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
@@ -236,17 +235,8 @@ def _ranked(labels: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
     wide = labels.dtype in (torch.float64, torch.int64, torch.int32) and y.dtype != torch.float64
     if not wide or wide_dtype(y.device) != torch.float64:
         return y
-    exact = arguments.as_labels(labels, y[:, 0]).detach().double()
-    return exact if mask is None else torch.where(mask[:, None, :], exact, math.nan)
-
-
-def _narrow(
-    value: float | Tensor, name: str, labels: Tensor, like: Tensor, domain: arguments.Domain | None = None
-) -> Tensor:
-    """Return an option as (B, m), or as (B, 1) where one serves all objectives: so does one set of pairs then."""
-    full = per_objective(value, name, (labels.shape[0], labels.shape[1]), like, domain)
-    shape = value.shape if isinstance(value, Tensor) else ()
-    return full[:, :1] if not shape or shape[-1] == 1 else full
+    exact = as_labels(labels, y[:, 0]).detach().double()
+    return _filled(exact, mask, math.nan)
 
 
 def _ranks(scores: Tensor, mask: Tensor | None) -> Tensor:
@@ -262,18 +252,13 @@ def _extremes(labels: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     if labels.shape[-1] == 0:
         empty = labels.new_full((*labels.shape[:2], 1), math.inf)
         return -empty, empty
-    if mask is None:
-        return labels.amax(-1, keepdim=True), labels.amin(-1, keepdim=True)
-    exists = mask[:, None, :]
-    highest = torch.where(exists, labels, -math.inf).amax(-1, keepdim=True)
-    return highest, torch.where(exists, labels, math.inf).amin(-1, keepdim=True)
+    highest = _filled(labels, mask, -math.inf).amax(-1, keepdim=True)
+    return highest, _filled(labels, mask, math.inf).amin(-1, keepdim=True)
 
 
 def _for_gains(labels: Tensor, mask: Tensor | None) -> Tensor:
     """Return labels (B, m, K) that NDCG is defined for: none is negative."""
-    exists = None if mask is None else mask[:, None, :]
-    y = not_negative(labels if exists is None else torch.where(exists, labels, 0), "NDCG, whose gains they are", SHIFT)
-    return y if exists is None else torch.where(exists, y, math.nan)
+    return _filled(not_negative(_filled(labels, mask, 0), "NDCG, whose gains they are", SHIFT), mask, math.nan)
 
 
 def _gains(labels: Tensor, gain: str, mask: Tensor | None, scaled: bool) -> Tensor:
@@ -281,8 +266,7 @@ def _gains(labels: Tensor, gain: str, mask: Tensor | None, scaled: bool) -> Tens
 
     Whoever divides by the ideal DCG may scale, and then labels of any size have finite gains.
     """
-    exists = None if mask is None else mask[:, None, :]
-    y = labels if exists is None else torch.where(exists, labels, 0)
+    y = _filled(labels, mask, 0)
     if gain == "linear":
         return y
     if not scaled:
@@ -295,7 +279,7 @@ def _gains(labels: Tensor, gain: str, mask: Tensor | None, scaled: bool) -> Tens
 def _ideal_dcg(gains: Tensor, mask: Tensor | None, top_k: int | None) -> Tensor:
     """Return the DCG of the best order of the existing items, of its first `top_k` of them, as (B, m, 1)."""
     # Behind all others a place without an item takes no position from an item whose gain is 0.
-    keyed = gains.detach() if mask is None else torch.where(mask[:, None, :], gains.detach(), -math.inf)
+    keyed = _filled(gains.detach(), mask, -math.inf)
     best = gains.gather(-1, keyed.argsort(dim=-1, descending=True, stable=True))[..., :top_k]
     positions = torch.arange(2, best.shape[-1] + 2, device=best.device, dtype=best.dtype)
     return (best / torch.log2(positions)).sum(-1, keepdim=True)

@@ -11,41 +11,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mopl._arguments import (
-    POSITIVE,
-    Reduction,
-    as_labels,
-    check_choice,
-    check_like_scores,
-    check_mask,
-    check_scores,
-    compute_dtype,
-    per_objective,
-    shape_of,
-    weigh_and_reduce,
-)
+from mopl._arguments import POSITIVE, Reduction, check_choice, compute_dtype, weigh_and_reduce
 from mopl._renamed import renamed_keywords
+from mopl.losses._scores import check_lists, less_reference, shared_by_objectives
 from mopl.losses.labels import or_nan, presort, to_distributions
 from mopl.ops.listnet import listwise_cross_entropy
-from mopl.ops.plackett_luce import plackett_luce_nll
+from mopl.ops.plackett_luce import check_positions, plackett_luce_nll
 
 Ties = Literal["breslow", "efron", "exact", "random"]
-
-
-def _difference(scores: Tensor, reference: Tensor | None) -> Tensor:
-    """Return scores - reference in the dtype of the arithmetic."""
-    check_like_scores(reference, scores, "reference")
-    if reference is None:
-        return scores
-    dtype = compute_dtype(scores, reference)
-    return scores.to(dtype) - reference.to(dtype)
-
-
-def _beta(beta: float | Tensor, shape: tuple[int, int], like: Tensor) -> Tensor:
-    """Return β as (B, m), or (B, 1) where all objectives of a list share one: then one softmax serves all."""
-    common = not isinstance(beta, Tensor) or beta.ndim == 0 or beta.shape[-1] == 1
-    full = per_objective(beta, "beta", shape, like, POSITIVE)
-    return full[:, :1] if common else full
 
 
 @renamed_keywords(temperature="beta")
@@ -99,11 +72,9 @@ def listwise_dpo(
     >>> round(float(listwise_dpo(scores, labels)), 6)
     0.798139
     """
-    check_scores(scores)
-    labels = as_labels(labels, scores)
-    check_mask(mask, scores)
+    labels = check_lists(scores, labels, reference, mask)
     check_choice(normalize, ("l1", "softmax", None), "normalize")
-    difference = _difference(scores, reference)
+    difference = less_reference(scores, reference)
     if normalize == "softmax":
         dtype = compute_dtype(difference, labels)
         labels = to_distributions(labels, "softmax", mask, label_temperature, dtype, "normalize")
@@ -111,13 +82,8 @@ def listwise_dpo(
         raise ValueError(
             f"label_temperature has no part in normalize={normalize!r}; pass normalize='softmax', or leave it out"
         )
-    loss = listwise_cross_entropy(
-        difference,
-        labels,
-        _beta(beta, (labels.shape[0], labels.shape[1]), difference),
-        mask,
-        normalize == "l1",
-    )
+    rate = shared_by_objectives(beta, "beta", labels, difference, POSITIVE)
+    loss = listwise_cross_entropy(difference, labels, rate, mask, normalize == "l1")
     return weigh_and_reduce(loss, weights, reduction)
 
 
@@ -182,18 +148,17 @@ def plackett_luce(
     >>> round(float(plackett_luce(scores, labels)), 6)
     0.598139
     """
-    check_scores(scores)
-    labels = as_labels(labels, scores)
-    check_mask(mask, scores)
+    labels = check_lists(scores, labels, reference, mask)
     check_choice(ties, ("breslow", "efron", "exact", "random"), "ties")
     check_choice(last_group, ("charged", "free"), "last_group")
     if top_k is not None and (isinstance(top_k, float) or top_k < 1):
         raise ValueError(f"top_k is {top_k} but must be an integer of at least 1; pass None to charge every position")
     if generator is not None and ties != "random":
         raise ValueError(f'generator is given but ties={ties!r} draws nothing; pass ties="random", or no generator')
-    given, order = labels, _check_order(order, labels)
-    _check_position_weights(position_weights, labels)
-    difference = _difference(scores, reference)
+    if isinstance(order, Tensor) and order.ndim == 2 and labels.shape[1] == 1:
+        order = order[:, None]
+    check_positions(order, position_weights, labels)
+    given, difference = labels, less_reference(scores, reference)
     free = last_group == "free"
     if ties == "random":
         if order is not None:
@@ -203,47 +168,9 @@ def plackett_luce(
             position_weights, free = _without_last_group(labels, mask, order, position_weights, difference), False
         labels = _strict_labels(order)
         ties = "breslow"
-    loss = plackett_luce_nll(
-        difference,
-        labels,
-        _beta(beta, (labels.shape[0], labels.shape[1]), difference),
-        mask,
-        order,
-        position_weights,
-        top_k,
-        ties,
-        free,
-    )
+    rate = shared_by_objectives(beta, "beta", labels, difference, POSITIVE)
+    loss = plackett_luce_nll(difference, labels, rate, mask, order, position_weights, top_k, ties, free)
     return weigh_and_reduce(or_nan(loss, given, mask), weights, reduction)
-
-
-def _check_order(order: Tensor | None, labels: Tensor) -> Tensor | None:
-    if order is None:
-        return None
-    if not isinstance(order, Tensor) or order.dtype == torch.bool or order.is_floating_point() or order.is_complex():
-        kind = f"dtype {order.dtype}" if isinstance(order, Tensor) else f"type {type(order).__name__}"
-        raise TypeError(f"order has {kind} but must be a tensor of integer indices; use mopl.losses.presort")
-    if order.ndim == 2 and labels.shape[1] == 1:
-        order = order[:, None]
-    if order.shape != labels.shape:
-        raise ValueError(
-            f"order has shape {shape_of(order)} but labels are {shape_of(labels)}; "
-            "pass presort(labels, mask), one index an item and objective"
-        )
-    return order
-
-
-def _check_position_weights(position_weights: Tensor | None, labels: Tensor) -> None:
-    if position_weights is None:
-        return
-    if isinstance(position_weights, Tensor) and position_weights.shape in (labels.shape, labels.shape[-1:]):
-        return
-    is_tensor = isinstance(position_weights, Tensor)
-    got = f"has shape {shape_of(position_weights)}" if is_tensor else f"is a {type(position_weights).__name__}"
-    raise ValueError(
-        f"position_weights {got} but labels are {shape_of(labels)}; "
-        f"pass a tensor (K,) = ({labels.shape[-1]},) or (B, m, K) = {shape_of(labels)}"
-    )
 
 
 def _strict_labels(order: Tensor) -> Tensor:

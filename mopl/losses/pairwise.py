@@ -58,6 +58,7 @@ from mopl._arguments import (
     Reduction,
     as_value,
     check_choice,
+    check_floating,
     compute_dtype,
     per_objective,
     shape_of,
@@ -168,16 +169,11 @@ def bradley_terry(
                 )
 
     objectives = [t.shape[1] for t in (beta, weights, label_smoothing, margin) if _is_matrix(t)]
-    pairs = _as_pairs(
-        [
-            ("chosen", chosen),
-            ("rejected", rejected),
-            ("reference_chosen", reference_chosen),
-            ("reference_rejected", reference_rejected),
-        ],
-        max([1, *objectives]),
-    )
-    like, shape = pairs[0], (pairs[0].shape[0], pairs[0].shape[1])
+    named = {"chosen": chosen, "rejected": rejected}
+    if reference_chosen is not None and reference_rejected is not None:
+        named |= {"reference_chosen": reference_chosen, "reference_rejected": reference_rejected}
+    pairs = _as_pairs(named, max([1, *objectives]))
+    like, shape = pairs[0], pairs[0].shape
     for option, value, domain in (
         ("f_alpha", f_alpha, _FINITE),
         ("discopop_tau", discopop_tau, POSITIVE),
@@ -291,30 +287,22 @@ def _check_smoothing(value: float | Tensor, loss_type: str) -> None:
     as_value(value, "label_smoothing", torch.empty(()), None if isinstance(value, Tensor) else _smoothing_of(loss_type))
 
 
-def _as_pairs(named: list[tuple[str, Tensor | None]], objectives: int) -> list[Tensor]:
-    """Return the tensors that are given as (B, m) in the dtype of the arithmetic."""
-    tensors: list[tuple[str, Tensor]] = []
-    given: dict[str, Tensor] = {}
-    for name, value in named:
-        if value is None:
-            continue
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            got = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"{name} must be a floating-point tensor of shape (B,) or (B, m), got {got}")
+def _as_pairs(named: dict[str, Tensor], objectives: int) -> list[Tensor]:
+    """Return tensors as (B, m) in the dtype of the arithmetic."""
+    for name, value in named.items():
+        check_floating(value, name, "(B,) or (B, m)")
         if value.ndim not in (1, 2):
             raise ValueError(
                 f"{name} has shape {shape_of(value)} but must be (B,) or (B, m): one log-probability a response, "
                 "summed or averaged over tokens"
             )
-        given[name] = value
-        tensors.append((name, value if value.ndim == 2 else value[:, None]))
-    dtype = compute_dtype(*(tensor for _, tensor in tensors))
-    batch = tensors[0][1].shape[0]
-    objectives = max(objectives, *(tensor.shape[1] for _, tensor in tensors))
-    for name, tensor in tensors:
+    tensors = [value if value.ndim == 2 else value[:, None] for value in named.values()]
+    batch, objectives = len(tensors[0]), max(objectives, *(tensor.shape[1] for tensor in tensors))
+    for name, tensor in zip(named, tensors, strict=True):
         if tensor.shape[0] != batch or tensor.shape[1] not in (1, objectives):
             raise ValueError(
-                f"{name} has shape {shape_of(given[name])} but there are {batch} pairs and {objectives} "
+                f"{name} has shape {shape_of(named[name])} but there are {batch} pairs and {objectives} "
                 f"objectives; pass ({batch},) or ({batch}, {objectives})"
             )
-    return [tensor.to(dtype).expand(batch, objectives) for _, tensor in tensors]
+    dtype = compute_dtype(*tensors)
+    return [tensor.to(dtype).expand(batch, objectives) for tensor in tensors]

@@ -46,6 +46,7 @@ from mopl._arguments import (
     check_choice,
     compute_dtype,
     per_objective,
+    reduced,
     shape_of,
 )
 from mopl._renamed import renamed_keywords
@@ -60,7 +61,9 @@ from mopl.losses._policy_gradient_parts import (
     group_deviation,
     group_mean,
     kl_estimate,
+    log_ratio_to,
     value_loss,
+    with_gradient_of_kl,
 )
 
 __all__ = ["PolicyGradient", "group_mean", "kl_estimate", "policy_gradient", "reward_coefficient", "value_loss"]
@@ -198,9 +201,8 @@ def policy_gradient(
     elif reference is None:
         kl = torch.zeros_like(policy)
     else:
-        log_ratio = policy.detach() - torch.where(mask, reference.detach().to(dtype), 0)
-        log_ratio = log_ratio if kl_level == "token" else log_ratio.sum(-1, keepdim=True)
-        kl = estimate(log_ratio, kl_estimator)  # type: ignore[arg-type]
+        log_ratio = log_ratio_to(reference, policy, mask, kl_level)
+        kl = estimate(log_ratio, kl_estimator)
 
     earned = torch.where(valid, reward_coefficient(strength, kl_form) * reward, 0)
     penalty = kl if kl_in == "reward" else torch.zeros_like(kl)
@@ -222,11 +224,9 @@ def policy_gradient(
         loss = loss + strength * (term * importance if importance.ndim == 1 else term)
     elif kl_in == "loss" and reference is not None:
         loss = loss + strength * _kl_term(policy, log_ratio, kl, importance)
-    if reduction != "none":
-        loss = loss.sum() if reduction == "sum" else loss.sum() / max(loss.shape[0], 1)
     counted = valid.sum() if ratio.ndim == 1 else mask.sum()
     return PolicyGradient(
-        loss,
+        reduced(loss, reduction),
         advantages,
         torch.where(mask, returns, 0),
         sequence_returns,
@@ -239,9 +239,7 @@ def policy_gradient(
 
 def _kl_term(policy: Tensor, log_ratio: Tensor, kl: Tensor, importance: Tensor) -> Tensor:
     """Return the KL of each response (B,) with its value from the estimator and the gradient x ∇log π, times ρ."""
-    if log_ratio.shape != policy.shape:
-        policy = policy.sum(-1, keepdim=True)
-    term = kl + log_ratio * (policy - policy.detach())
+    term = with_gradient_of_kl(kl, log_ratio, policy)
     if importance.ndim == 1:
         return term.sum(-1) * importance
     if term.shape != importance.shape:  # a response's estimate with ratios of tokens: the ratio of the response
@@ -309,7 +307,7 @@ def _weighted_reward(rewards: Tensor, weights: Tensor, policy: Tensor) -> Tensor
             f"rewards is {got} but logprob has {shape_of(policy)}; pass one value a response and objective, (B, m)"
         )
     values = rewards.detach().to(policy.device, policy.dtype)
-    w = per_objective(weights, "weights", (values.shape[0], values.shape[1]), policy, NOT_NEGATIVE).detach()
+    w = per_objective(weights, "weights", values.shape, policy, NOT_NEGATIVE).detach()
     # A reward that is not asked for may be NaN or infinite.
     return torch.where(w == 0, 0, w * values).sum(-1)
 

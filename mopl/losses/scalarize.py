@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mopl._arguments import NOT_NEGATIVE, check_choice, compute_dtype, per_objective, shape_of
+from mopl._arguments import NOT_NEGATIVE, check_choice, check_floating, compute_dtype, per_objective, shape_of
 
 CosineSign = Literal["as_printed", "cosmos"]
 
@@ -70,7 +70,7 @@ def chebyshev(
     if not rho >= 0:
         raise ValueError(f"rho is {rho} but must not be negative")
     losses, w = _lift(loss_vector, weights)
-    value = (w * (losses - _broadcast(ideal, "ideal", losses))).amax(1)
+    value = (w * (losses - per_objective(ideal, "ideal", losses.shape, losses))).amax(1)
     if rho:
         value = value + rho * (w * losses).sum(1)
     return _lower(value, loss_vector)
@@ -103,7 +103,7 @@ def smooth_chebyshev(
     if not mu > 0:
         raise ValueError(f"mu is {mu} but must be positive; for mu = 0 take chebyshev")
     losses, w = _lift(loss_vector, weights)
-    terms = w * (losses - _broadcast(ideal, "ideal", losses))
+    terms = w * (losses - per_objective(ideal, "ideal", losses.shape, losses))
     # The largest is taken out before the division by mu, which would round its digits away from the differences.
     top = terms.detach().amax(1, keepdim=True)
     top = torch.where(top.isfinite(), top, 0)
@@ -151,20 +151,14 @@ def _direction(vector: Tensor) -> Tensor:
 
 def _lift(loss_vector: Tensor, weights: float | Tensor) -> tuple[Tensor, Tensor]:
     """Return the loss vector and the weights as (B, m)."""
-    if not isinstance(loss_vector, Tensor) or not loss_vector.is_floating_point():
-        got = f"a tensor of {loss_vector.dtype}" if isinstance(loss_vector, Tensor) else type(loss_vector).__name__
-        raise TypeError(f"loss_vector must be a floating-point tensor of shape (B, m) or (m,), got {got}")
+    check_floating(loss_vector, "loss_vector", "(B, m) or (m,)")
     if loss_vector.ndim not in (1, 2) or loss_vector.shape[-1] == 0:
         raise ValueError(
             f"loss_vector has shape {shape_of(loss_vector)} but must be (B, m) or (m,) with m >= 1; "
             'losses give it with reduction="none"'
         )
     losses = (loss_vector if loss_vector.ndim == 2 else loss_vector[None]).to(compute_dtype(loss_vector))
-    return losses, per_objective(weights, "weights", (losses.shape[0], losses.shape[1]), losses, NOT_NEGATIVE)
-
-
-def _broadcast(value: float | Tensor, name: str, losses: Tensor) -> Tensor:
-    return per_objective(value, name, (losses.shape[0], losses.shape[1]), losses)
+    return losses, per_objective(weights, "weights", losses.shape, losses, NOT_NEGATIVE)
 
 
 def _lower(value: Tensor, loss_vector: Tensor) -> Tensor:

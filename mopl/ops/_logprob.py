@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mopl._arguments import POSITIVE, as_value, shape_of
+from mopl._arguments import POSITIVE, as_value, check_floating, check_mask_of, shape_of
 
 SKIP = -1  # a target that does not count, once mask and ignore_index are applied
 
@@ -40,15 +40,8 @@ def merge_targets(target: Tensor, mask: Tensor | None, ignore_index: int, vocabu
     target = as_index(target, "target", "token ids")
     merged = torch.where(target < 0, vocabulary, target)
     keep = target != ignore_index
-    if mask is not None:
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-            raise TypeError(f"mask is {got} but must be torch.bool, true where a target counts; pass mask.bool()")
-        if mask.shape != target.shape:
-            raise ValueError(
-                f"mask has shape {shape_of(mask)} but target has {shape_of(target)}; pass one mask entry a target"
-            )
-        keep = keep & mask
+    check_mask_of(mask, target, "target", "target")
+    keep = keep if mask is None else keep & mask
     return torch.where(keep, merged, SKIP)
 
 
@@ -82,13 +75,13 @@ def per_row(value: float | Tensor, name: str, shape: torch.Size, like: Tensor, c
         ) from None
 
 
-def check_scalar(value: float | None, name: str, *, positive: bool = True) -> float:
+def check_scalar(value: float | None, name: str) -> float:
     """Return an optional host number as float, 0.0 for None; raise unless it is positive."""
     if value is None:
         return 0.0
     if isinstance(value, Tensor):
         raise TypeError(f"{name} must be a Python number, a constant of the model; got a tensor")
-    if positive and not POSITIVE.holds(value):
+    if not POSITIVE.holds(value):
         raise ValueError(f"{name} is {value} but {POSITIVE.words}; pass None to leave it out")
     return float(value)
 
@@ -101,20 +94,14 @@ def check_bound(value: int | None, name: str) -> None:
         raise ValueError(f"{name} is {value} but must not be negative")
 
 
-def check_floating(value: Tensor, name: str, dims: str, like: Tensor) -> None:
-    """Raise unless `value` is a floating-point tensor on the device of `like`."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor of shape {dims}, got {type(value).__name__}")
-    if not value.is_floating_point():
-        raise TypeError(f"{name} has dtype {value.dtype} but must be floating point; pass {name}.float()")
-    if value.device != like.device:
-        raise ValueError(f"{name} is on {value.device} but hidden is on {like.device}; move them to one device")
-
-
 def check_operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Raise unless hidden (..., H), weight (V, H) and bias (V,) fit each other."""
-    check_floating(hidden, "hidden", "(..., H)", hidden)
-    check_floating(weight, "weight", "(V, H)", hidden)
+    given = [(hidden, "hidden", "(..., H)"), (weight, "weight", "(V, H)")]
+    given += [] if bias is None else [(bias, "bias", "(V,)")]
+    for value, name, shape in given:
+        check_floating(value, name, shape)
+        if value.device != hidden.device:
+            raise ValueError(f"{name} is on {value.device} but hidden is on {hidden.device}; move {name} there")
     if is_dtensor(hidden):
         raise TypeError(
             "hidden is a DTensor but must be a plain tensor with the same rows on every rank of group; "
@@ -127,10 +114,7 @@ def check_operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         )
     if weight.shape[0] == 0:
         raise ValueError(f"weight has shape {shape_of(weight)}: there is no vocabulary; pass at least one row")
-    if bias is None:
-        return
-    check_floating(bias, "bias", "(V,)", hidden)
-    if bias.shape != weight.shape[:1]:
+    if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(
             f"bias has shape {shape_of(bias)} but weight has {shape_of(weight)}; pass one bias a row of weight, "
             f"({weight.shape[0]},)"

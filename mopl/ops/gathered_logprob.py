@@ -39,18 +39,12 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from mopl._arguments import compute_dtype, shape_of
+from mopl._arguments import check_floating, compute_dtype, shape_of
 from mopl.ops import _derivatives as derivatives
 from mopl.ops import _gathered_logprob_cpu
 from mopl.ops._backend import use_triton
 from mopl.ops._gathered_logprob_formula import formula
-from mopl.ops._logprob import (
-    check_scalar,
-    check_target_range,
-    merge_targets,
-    per_row,
-    temperature_gradient,
-)
+from mopl.ops._logprob import check_scalar, check_target_range, merge_targets, per_row, temperature_gradient
 
 
 @overload
@@ -105,10 +99,7 @@ def gathered_logprob(
         TypeError: wrong dtypes.
         ValueError: shapes or devices that do not fit, targets outside the vocabulary.
     """
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"logits must be a torch.Tensor of shape (..., V), got {type(logits).__name__}")
-    if not logits.is_floating_point():
-        raise TypeError(f"logits have dtype {logits.dtype} but must be floating point; pass logits.float()")
+    check_floating(logits, "logits", "(..., V)")
     if logits.ndim < 1 or logits.shape[-1] == 0:
         raise ValueError(f"logits have shape {shape_of(logits)} but must be (..., V) with at least one token")
     lead, vocabulary = logits.shape[:-1], logits.shape[-1]
@@ -126,11 +117,7 @@ def gathered_logprob(
     flat = logits.reshape(-1, vocabulary)
     # Rows that share memory have none that could hold a gradient of their own; kernels want contiguous rows.
     apart = 0 not in flat.stride() and (flat.stride(-1) == 1 or not use_triton(flat))
-    rows = (
-        flat,
-        flat_target,
-        divisor,
-    )
+    rows = (flat, flat_target, divisor)
     cap = check_scalar(softcap, "softcap")
     if derivatives.transformed():
         # No transform lets values be read: a target outside the vocabulary gives NaN.

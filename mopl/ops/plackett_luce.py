@@ -83,18 +83,12 @@ def plackett_luce_nll(
         (B, m) in the dtype of the arithmetic.
 
     Raises:
-        TypeError: if scores are not floating point or the mask is not boolean.
+        TypeError: if scores are not floating point, the mask is not boolean or the order is not integer.
         ValueError: if a shape does not fit, nothing is broadcast here; or if `ties` is unknown.
     """
     check_list_op(scores, labels, beta, mask)
     check_choice(ties, TIES, "ties")
-    if order is not None and order.shape != labels.shape:
-        raise ValueError(f"order has shape {shape_of(order)} but labels are {shape_of(labels)}; pass one index an item")
-    if position_weights is not None and position_weights.shape not in (labels.shape, labels.shape[-1:]):
-        raise ValueError(
-            f"position_weights has shape {shape_of(position_weights)} but labels are {shape_of(labels)}; "
-            "pass (K,) or (B, m, K)"
-        )
+    check_positions(order, position_weights, labels)
     position_weights = None if position_weights is None else position_weights.detach()
     if derivatives.transformed():
         return formula(scores, labels.detach(), beta, mask, order, position_weights, top_k, ties, last_group_free)
@@ -102,6 +96,28 @@ def plackett_luce_nll(
     return _plackett_luce_nll(
         scores, labels, beta, mask, order, position_weights, top_k, ties, last_group_free, need_grad
     )[0]
+
+
+def check_positions(order: Tensor | None, position_weights: Tensor | None, labels: Tensor) -> None:
+    """Raise unless an order and weights of positions are tensors that fit labels (B, m, K)."""
+    if order is not None:
+        is_tensor = isinstance(order, Tensor)
+        if not is_tensor or order.dtype == torch.bool or order.is_floating_point() or order.is_complex():
+            kind = f"dtype {order.dtype}" if is_tensor else f"type {type(order).__name__}"
+            raise TypeError(f"order has {kind} but must be a tensor of integer indices; use mopl.losses.presort")
+        if order.shape != labels.shape:
+            raise ValueError(
+                f"order has shape {shape_of(order)} but labels are {shape_of(labels)}; "
+                "pass presort(labels, mask), one index an item and objective"
+            )
+    if position_weights is not None:
+        is_tensor = isinstance(position_weights, Tensor)
+        if not is_tensor or position_weights.shape not in (labels.shape, labels.shape[-1:]):
+            got = f"has shape {shape_of(position_weights)}" if is_tensor else f"is a {type(position_weights).__name__}"
+            raise ValueError(
+                f"position_weights {got} but labels are {shape_of(labels)}; "
+                f"pass a tensor (K,) = ({labels.shape[-1]},) or (B, m, K) = {shape_of(labels)}"
+            )
 
 
 @torch.library.custom_op("mopl::plackett_luce_nll", mutates_args=())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mopl._arguments import shape_of
+from mopl._arguments import check_floating, check_mask_of, compute_dtype, shape_of
 from mopl.ops._logprob import as_index
 from mopl.ops.segments import segment_sum
 
@@ -45,24 +45,16 @@ def sequence_logprob(
         TypeError: wrong dtypes.
         ValueError: shapes that do not fit, or more than one grouping.
     """
-    if not isinstance(logprob, Tensor) or not logprob.is_floating_point():
-        got = logprob.dtype if isinstance(logprob, Tensor) else type(logprob).__name__
-        raise TypeError(f"logprob is {got} but must be a floating-point tensor of log-probabilities")
+    check_floating(logprob, "logprob", "(..., T)")
     if logprob.ndim < 1:
         raise ValueError("logprob has shape () but must be (..., T); pass logprob[None] for a single token")
     if segment is not None and cu_seqlens is not None:
         raise ValueError("segment and cu_seqlens both say which sequence a token belongs to; pass one of them")
     if sequences is not None and segment is None:
         raise ValueError("sequences is the number of sequences that segment speaks of; pass it with segment only")
-    values = logprob.to(torch.float64 if logprob.dtype == torch.float64 else torch.float32)
+    check_mask_of(mask, logprob, "logprob", "token")
+    values = logprob.to(compute_dtype(logprob))
     if mask is not None:
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-            raise TypeError(f"mask is {got} but must be torch.bool, true where a token counts; pass mask.bool()")
-        if mask.shape != logprob.shape:
-            raise ValueError(
-                f"mask has shape {shape_of(mask)} but logprob has {shape_of(logprob)}; pass one mask entry a token"
-            )
         values = torch.where(mask, values, 0)
     if segment is None and cu_seqlens is None:
         total = values.sum(-1)
@@ -78,10 +70,8 @@ def sequence_logprob(
                 f"segment has shape {shape_of(place)} but logprob has {shape_of(logprob)}; "
                 "pass the number of one sequence a token"
             )
-        size = sequences
-        if size is None:
-            size = int(place.max()) + 1 if place.numel() else 0
-        size = max(size, 0)
+        found = sequences if sequences is not None else int(place.max()) + 1 if place.numel() else 0
+        size = max(found, 0)
     else:
         place, size = _segments(cu_seqlens, logprob)
     place, values = place.reshape(-1), values.reshape(-1)
@@ -91,9 +81,8 @@ def sequence_logprob(
     # One slot more for tokens of no sequence, one for numbers that are too large.
     slot = torch.where(keep, place.clamp(max=size + 1), size)
     slot = torch.where(keep & (place >= size), size + 1, slot)
-    sums = segment_sum(torch.where(keep, values, 0).double(), slot, size + 2)
+    total = segment_sum(torch.where(keep, values, 0).double(), slot, size + 2)[:size]
     counts = segment_sum(keep.double(), slot, size + 2)
-    total = sums[:size]
     if average:
         total = total / counts[:size].clamp(min=1)
     lost = counts[size + 1] > 0
