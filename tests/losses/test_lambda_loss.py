@@ -640,7 +640,7 @@ def test_labels_may_be_integers() -> None:
     ("change", "error", "message"),
     [
         ({"scores": torch.zeros(4)}, ValueError, r"scores has shape \(4,\)"),
-        ({"scores": torch.zeros(2, 4, dtype=torch.long)}, TypeError, "floating point"),
+        ({"scores": torch.zeros(2, 4, dtype=torch.long)}, TypeError, "floating-point"),
         ({"labels": torch.zeros(2, 5)}, ValueError, r"labels has shape \(2, 1, 5\) but scores are \(2, 4\)"),
         ({"reference": torch.zeros(2, 1)}, ValueError, "reference"),
         ({"mask": torch.ones(2, 4)}, TypeError, "mask has dtype"),
