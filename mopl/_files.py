@@ -9,7 +9,6 @@ why the temporary thing is a folder.)
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import os
@@ -48,9 +47,10 @@ def write_file(path: str | os.PathLike[str], content: str | bytes | Callable[[Pa
     Raises:
         OSError: If there is no such folder, a folder of that name, or something that is not written into.
     """
-    path = target = Path(path)
-    try:
+    path = Path(path)
+    with _naming(path, path):
         target, descriptor = _destination(path)
+    with _naming(path, target):
         if descriptor is not None:
             _write_through(descriptor, content, path.name)
             return
@@ -68,8 +68,6 @@ def write_file(path: str | os.PathLike[str], content: str | bytes | Callable[[Pa
             if target.exists():
                 _set_mode(file, stat.S_IMODE(target.stat().st_mode))
             os.replace(file, target)
-    except OSError as error:
-        raise _as_asked(error, path, target) from None
 
 
 def write_folder(final: str | os.PathLike[str], fill: Callable[[Path], None], *, replace: bool = True) -> None:
@@ -88,37 +86,34 @@ def write_folder(final: str | os.PathLike[str], fill: Callable[[Path], None], *,
     final = Path(final)
     make_parents(final)
     target = Path(os.path.realpath(final))
-    with contextlib.suppress(FileNotFoundError):  # asked once: another process may take it away between two questions
+    with suppress(FileNotFoundError):  # asked once: another process may take it away between two questions
         if not stat.S_ISDIR(target.stat().st_mode):
             raise NotADirectoryError(f"{final} cannot be written: it is a file; name another place")
-    try:
-        with _folder_beside(target) as temporary:
-            new = temporary / target.name
-            new.mkdir()
-            fill(new)
-            _settle_all(new)
-            if not replace:
-                with suppress(OSError):
-                    target.rmdir()  # which takes an empty folder only
-            while True:
-                old = temporary / secrets.token_hex(8)
-                try:
-                    if replace:
-                        with suppress(FileNotFoundError):
-                            os.replace(target, old)
-                    os.replace(new, target)
-                    break
-                except BaseException as error:  # Ctrl-C, too, must not come between the two and lose both
-                    there = isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST)
-                    if there and not replace:
-                        raise FileExistsError(f"{final} exists and is not empty; name another place") from None
-                    if not there:  # else another process has put its own there in the meantime
-                        if old.exists() and not target.exists():
-                            os.replace(old, target)
-                        raise
-            flush(target.parent)
-    except OSError as error:
-        raise _as_asked(error, final, target) from None
+    with _naming(final, target), _folder_beside(target) as temporary:
+        new = temporary / target.name
+        new.mkdir()
+        fill(new)
+        _settle_all(new)
+        if not replace:
+            with suppress(OSError):
+                target.rmdir()  # which takes an empty folder only
+        while True:
+            old = temporary / secrets.token_hex(8)
+            try:
+                if replace:
+                    with suppress(FileNotFoundError):
+                        os.replace(target, old)
+                os.replace(new, target)
+                break
+            except BaseException as error:  # Ctrl-C, too, must not come between the two and lose both
+                there = isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST)
+                if there and not replace:
+                    raise FileExistsError(f"{final} exists and is not empty; name another place") from None
+                if not there:  # else another process has put its own there in the meantime
+                    if old.exists() and not target.exists():
+                        os.replace(old, target)
+                    raise
+        flush(target.parent)
 
 
 def write_files(folder: str | os.PathLike[str], fill: Callable[[Path], None], *, last: str) -> None:
@@ -133,23 +128,17 @@ def write_files(folder: str | os.PathLike[str], fill: Callable[[Path], None], *,
         OSError: If they cannot be written.
     """
     folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise NotADirectoryError(f"{folder} cannot be written: a file is in the way; name another place") from None
-    try:
-        with _folder_beside(folder / "files") as temporary:
-            if (folder / CARD).is_file():  # PEFT and transformers add to the one that is there, which may be a person's
-                shutil.copy(folder / CARD, temporary / CARD)
-            fill(temporary)
-            files = _settle_all(temporary)
-            (folder / last).unlink(missing_ok=True)
-            for file in sorted(files, key=lambda file: file == temporary / last):
-                place = folder / file.relative_to(temporary)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(file, place)
-    except OSError as error:
-        raise _as_asked(error, folder, folder / "files") from None
+    make_parents(folder / last)
+    with _naming(folder, folder / "files"), _folder_beside(folder / "files") as temporary:
+        if (folder / CARD).is_file():  # PEFT and transformers add to the one that is there, which may be a person's
+            shutil.copy(folder / CARD, temporary / CARD)
+        fill(temporary)
+        files = _settle_all(temporary)
+        (folder / last).unlink(missing_ok=True)
+        for file in sorted(files, key=lambda file: file == temporary / last):
+            place = folder / file.relative_to(temporary)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, place)
 
 
 def discard_folder(path: str | os.PathLike[str]) -> None:
@@ -160,11 +149,7 @@ def discard_folder(path: str | os.PathLike[str]) -> None:
 
 
 def make_parents(path: str | os.PathLike[str]) -> None:
-    """Make the folder that `path` will be in.
-
-    Raises:
-        NotADirectoryError: If a file is in the way.
-    """
+    """Make the folder that `path` will be in; a `NotADirectoryError` if a file is in the way."""
     parent = Path(path).parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -250,11 +235,8 @@ def _folder_beside(path: Path) -> Iterator[Path]:
 
 
 def _hold(folder: Path, *, own: bool = False) -> int | None:
-    """Return a descriptor that shows others that a folder's process lives; None if another's does, or it is gone.
-
-    Where there are no such locks, one's own folder is taken for held and any other for a living process's.
-    """
-    if fcntl is None:
+    """Return a descriptor that shows others that a folder's process lives; None if another's does, or it is gone."""
+    if fcntl is None:  # without such locks one's own folder is held, and any other a living process's
         return os.open(os.devnull, os.O_RDONLY) if own else None
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -346,13 +328,17 @@ def _write_through(descriptor: int, content: str | bytes | Callable[[Path], None
                 shutil.copyfileobj(made, stream)
 
 
-def _as_asked(error: OSError, path: Path, target: Path) -> OSError:
-    """Return an error about a temporary name, or about none, as one about the name that was asked for."""
-    if error.strerror is not None and is_full(error, target.parent) and not target.is_char_device():
-        return no_room(path)
-    here = error.filename is not None and os.fspath(error.filename).startswith(f"{target.parent / TEMPORARY}")
-    if error.errno is None or not (here or error.filename is None):
-        return error
-    said = type(error)(f"{path} cannot be written: {error.strerror}; name another place")
-    said.errno = error.errno
-    return said
+@contextmanager
+def _naming(path: Path, target: Path) -> Iterator[None]:
+    """Say of an error about a temporary name, or about none, the name that was asked for."""
+    try:
+        yield
+    except OSError as error:
+        if error.strerror is not None and is_full(error, target.parent) and not target.is_char_device():
+            raise no_room(path) from None
+        here = error.filename is not None and os.fspath(error.filename).startswith(f"{target.parent / TEMPORARY}")
+        if error.errno is None or not (here or error.filename is None):
+            raise
+        said = type(error)(f"{path} cannot be written: {error.strerror}; name another place")
+        said.errno = error.errno
+        raise said from None

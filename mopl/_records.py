@@ -50,16 +50,11 @@ def damaged(file: str | os.PathLike[str], what: str, remedy: str = REMEDY) -> Da
 
 
 def check_file(file: str | os.PathLike[str], *, most: int | None = None, remedy: str = REMEDY) -> Path:
-    """Raise unless a file can be read as a whole; nothing of it is read, so nothing can block.
-
-    Args:
-        file: The file; links are followed.
-        most: Largest size in bytes; None for any.
-        remedy: What the message says to do.
+    """Return the path of a file that can be read as a whole; nothing of it is read, so nothing can block.
 
     Raises:
         FileNotFoundError: If nothing is there.
-        DamagedFile: If it is a folder, a pipe or a device, or larger than that.
+        DamagedFile: If it is a folder, a pipe or a device, or has more than `most` bytes.
     """
     file = Path(file)
     try:
@@ -75,12 +70,7 @@ def check_file(file: str | os.PathLike[str], *, most: int | None = None, remedy:
 
 
 def read_text(file: str | os.PathLike[str], *, most: int = MOST_BYTES, remedy: str = REMEDY) -> str:
-    """Return a file of UTF-8 text, with or without a byte order mark.
-
-    Raises:
-        FileNotFoundError: If nothing is there.
-        DamagedFile: As `check_file`, or if it is not UTF-8.
-    """
+    """Return a file of UTF-8 text, with or without a byte order mark; errors as `check_file`."""
     file = check_file(file, most=most, remedy=remedy)
     try:
         return file.read_bytes().decode("utf-8-sig")
@@ -108,18 +98,7 @@ def parse_json(text: str) -> Any:
 def read_json(
     file: str | os.PathLike[str], schema: Any = dict[str, Any], *, most: int = MOST_BYTES, remedy: str = REMEDY
 ) -> Any:
-    """Return what a JSON file holds, as plain values, once it fits a schema.
-
-    Args:
-        file: The file.
-        schema: A `msgspec.Struct`, or a dict or list of such; keys that it does not have are let through.
-        most: Largest size in bytes.
-        remedy: What errors say to do.
-
-    Raises:
-        FileNotFoundError: If nothing is there.
-        DamagedFile: If it cannot be read, is not JSON or does not fit; the message names the key.
-    """
+    """Return what a JSON file holds, as plain values, once it fits a schema; errors as `check_file` and `check`."""
     text = read_text(file, most=most, remedy=remedy)
     try:
         value = parse_json(text)
@@ -129,17 +108,14 @@ def read_json(
 
 
 def check(value: Any, schema: Any, file: str | os.PathLike[str], key: str = "", *, remedy: str = REMEDY) -> Any:
-    """Return a value that was read from a file, as it is, once it fits a schema.
+    """Return plain values that were read from a file, as they are, once they fit a schema.
 
     Args:
-        value: Plain values.
-        schema: As in `read_json`.
-        file: Where it is from, for errors.
-        key: Where in the file, for errors.
+        value: The values.
+        schema: A `msgspec.Struct`, or a dict or list of such; keys that it does not have are let through.
+        file: Where they are from, and `key` where in the file, for the `DamagedFile`.
+        key: See `file`.
         remedy: What errors say to do.
-
-    Raises:
-        DamagedFile: If it does not fit.
     """
     try:
         msgspec.convert(value, schema)
@@ -151,18 +127,13 @@ def check(value: Any, schema: Any, file: str | os.PathLike[str], key: str = "", 
 def settings_from(
     schema: type[T], values: Any, file: str | os.PathLike[str] | None = None, key: str = "", *, remedy: str = REMEDY
 ) -> T:
-    """Make a dataclass of settings from plain values; what is missing takes its default, or what the dataclass's
-    `WHERE_MISSING` says that it meant when there was no such setting.
+    """Make a dataclass of settings from plain values by name.
 
-    Args:
-        schema: The dataclass; its annotations are the types, its `__post_init__` checks the rest.
-        values: By name.
-        file: Where they are from, for errors; None where they are from no file.
-        key: Where in the file, for errors.
-        remedy: What errors about a file say to do.
+    What is missing takes its default, or what the dataclass's `WHERE_MISSING` says that it meant when there was no such
+    setting. Its annotations are the types, its `__post_init__` checks the rest.
 
     Raises:
-        ValueError: If a setting is unknown, has another type or is refused; `DamagedFile` with a file.
+        ValueError: If a setting is unknown, has another type or is refused; a `DamagedFile` where they are from a file.
     """
     recorded, old_names = values, getattr(schema, "old_names", dict)()
     values = up_to_date(recorded, old_names)
