@@ -167,9 +167,6 @@ def as_value(
         domain: where its entries must lie; see the top of the file for what becomes of the others.
         excused: says which of the entries that lie outside do not count; called only where there are some.
 
-    Returns:
-        A tensor of the value's shape.
-
     Raises:
         TypeError: It is neither a number nor a tensor.
         ValueError: An entry that can be read lies outside the domain.
@@ -209,14 +206,7 @@ SOFTMAX = (
 
 
 def refuse_negative(labels: Tensor, where: str, remedy: str = SOFTMAX, first: int = 0) -> None:
-    """Raise if a label is negative; reads the values.
-
-    Args:
-        labels: (B, ..., K) floating point, 0 where no item exists.
-        where: what asks for labels that are not negative.
-        remedy: what to do.
-        first: number of the first list.
-    """
+    """Raise if a label (B, ..., K) is negative, which `where` asks for; reads the values. `first` numbers the lists."""
     # NaN, which passes, hides the lowest label.
     if not labels.numel() or float(labels.amin()) >= 0 or not bool((labels < 0).any()):
         return

@@ -31,14 +31,7 @@ _UNLIMITED = ("gradient_clip", "kl_limit")
 
 
 def check_bounds(settings: Any) -> None:
-    """Raise if a whole number among settings is larger than its name allows, or another one is NaN or infinite.
-
-    Args:
-        settings: A dataclass, or a mapping from names; what is no number is left alone.
-
-    Raises:
-        ValueError: With name, value and bound.
-    """
+    """Raise if a whole number of a dataclass or mapping is larger than its name allows, or another NaN or infinite."""
     values = vars(settings) if dataclasses.is_dataclass(settings) else settings
     assert isinstance(values, Mapping)
     for name, value in values.items():

@@ -12,11 +12,9 @@ _LEAST = 1 << 16  # bytes; a disk with less is full: file systems keep the last 
 
 
 def is_full(error: BaseException | None, folder: str | os.PathLike[str]) -> bool:
-    """Return whether an error of writing into `folder` says that there was no room; asked before anything is deleted.
+    """Say whether an error of writing into `folder`, or what it was raised from, says that there was no room there.
 
-    Args:
-        error: The error; what it was raised from counts too.
-        folder: Where was written.
+    To be asked before anything is deleted.
     """
     while error is not None:
         said = str(error)
@@ -32,12 +30,7 @@ def is_full(error: BaseException | None, folder: str | os.PathLike[str]) -> bool
 
 
 def no_room(path: str | os.PathLike[str], also: str = "") -> OSError:
-    """Return the error of a full disk.
-
-    Args:
-        path: What should have been written.
-        also: What to do after space was made.
-    """
+    """Return the error of a full disk, with what to do after space was made."""
     error = OSError(f"no space is left on the device while writing {path}; free some space{also}")
     error.errno = errno.ENOSPC
     return error

@@ -68,15 +68,7 @@ def require(*modules: str, what: str = "this", extra: str | None = None) -> None
 
 
 def require_for(command: str, *more: str) -> None:
-    """Check what a command of `mopl` needs before it reads or writes anything.
-
-    Args:
-        command: A key of `COMMANDS`.
-        more: Further modules that its options ask for.
-
-    Raises:
-        ImportError: If any is missing.
-    """
+    """Check what a command of `mopl`, and its options, need before it reads or writes anything; see `require`."""
     extra, modules = COMMANDS[command]
     require(*modules, *more, extra=extra)
 

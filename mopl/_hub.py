@@ -13,7 +13,8 @@ from mopl._extras import require
 
 _SECONDS = 10.0  # to wait for an answer
 _TRUSTED = contextvars.ContextVar("trust_remote_code", default=False)
-_LOGIN = "log in with `hf auth login` if it is private"
+# By kind of repository, what it is called and a file that it has.
+_KINDS = {"model": ("model", "config.json"), "dataset": ("data set", "README.md")}
 
 
 @contextlib.contextmanager
@@ -28,11 +29,7 @@ def trusting(code: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def naming_own_code(name: str) -> Iterator[None]:
-    """Say of a model that comes with Python code of its own how it is allowed; transformers says what, not where.
-
-    Raises:
-        PermissionError: If `from_pretrained` refused to run such code inside the `with` block.
-    """
+    """Say by a `PermissionError` how a model's own Python code is allowed where `from_pretrained` refuses to run it."""
     try:
         yield
     except ValueError as error:
@@ -46,7 +43,7 @@ def naming_own_code(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def loading(name: str, what: str = "model") -> Iterator[dict[str, Any]]:
-    """Say which model could not be read; transformers' own messages speak of the network, or of a file inside.
+    """Say by an `OSError` which model could not be read: transformers speaks of the network, or of a file inside.
 
     Args:
         name: Directory of a model, or its name on the hub.
@@ -54,9 +51,6 @@ def loading(name: str, what: str = "model") -> Iterator[dict[str, Any]]:
 
     Yields:
         Options for `from_pretrained`.
-
-    Raises:
-        OSError: If there is no such model, or it cannot be read, or has code of its own that is not trusted.
     """
     require("safetensors")
     from safetensors import SafetensorError
@@ -88,21 +82,25 @@ def loading(name: str, what: str = "model") -> Iterator[dict[str, Any]]:
 
 
 def find(name: str, kind: str = "model", *, cached: Callable[[], bool] = lambda: False) -> bool:
-    """Ask the hub for a name, once.
+    """Ask the hub for a name, once; return whether it can be asked for more: not where a cache has to do.
 
     Args:
         name: "name" or "owner/name".
         kind: "model" or "dataset".
         cached: Whether there is a copy in another cache than the hub's.
 
-    Returns:
-        Whether the hub can be asked for more; False where it cannot be reached but a copy is in a cache.
-
     Raises:
         FileNotFoundError: If the hub has no such name, or cannot be reached and no copy is there.
         PermissionError: If it asks for a login.
     """
-    return _find(name, kind) or _has_copy(name, kind, cached)
+    if _find(name, kind):
+        return True
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if cached() or isinstance(try_to_load_from_cache(name, _KINDS[kind][1], repo_type=kind), str):
+        return False
+    reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
+    raise FileNotFoundError(_missing(name, kind, f"{reason}, and no copy is in the cache"))
 
 
 @functools.lru_cache
@@ -112,10 +110,9 @@ def _find(name: str, kind: str) -> bool:
 
     if constants.HF_HUB_OFFLINE:
         return False
-    what = "model" if kind == "model" else "data set"
+    what, file = _KINDS[kind]
     try:
-        url = hf_hub_url(name, "config.json" if kind == "model" else "README.md", repo_type=kind)
-        get_hf_file_metadata(url, timeout=_SECONDS)
+        get_hf_file_metadata(hf_hub_url(name, file, repo_type=kind), timeout=_SECONDS)
     except errors.GatedRepoError:
         place = f"https://huggingface.co/{'' if kind == 'model' else 'datasets/'}{name}"
         raise PermissionError(
@@ -123,9 +120,10 @@ def _find(name: str, kind: str) -> bool:
             "in with `hf auth login`, or name another"
         ) from None
     except errors.RepositoryNotFoundError:
-        raise FileNotFoundError(_missing(name, what, f"it has none; {_LOGIN}")) from None
+        reason = "it has none; log in with `hf auth login` if it is private"
+        raise FileNotFoundError(_missing(name, kind, reason)) from None
     except errors.HFValidationError as error:
-        raise FileNotFoundError(_missing(name, what, " ".join(str(error).split()))) from None
+        raise FileNotFoundError(_missing(name, kind, " ".join(str(error).split()))) from None
     except (errors.EntryNotFoundError, errors.HfHubHTTPError):
         return True  # it is there without this file, or the hub is busy and what reads it tries again
     except Exception:  # no connection: the class depends on the version of the library
@@ -133,21 +131,9 @@ def _find(name: str, kind: str) -> bool:
     return True
 
 
-def _has_copy(name: str, kind: str, cached: Callable[[], bool]) -> bool:
-    """Return False, if a copy of what the hub cannot be asked for is in a cache; raise otherwise."""
-    from huggingface_hub import constants, try_to_load_from_cache
-
-    file = "config.json" if kind == "model" else "README.md"
-    if cached() or isinstance(try_to_load_from_cache(name, file, repo_type=kind), str):
-        return False
-    reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
-    what = "model" if kind == "model" else "data set"
-    raise FileNotFoundError(_missing(name, what, f"{reason}, and no copy is in the cache"))
-
-
-def _missing(name: str, what: str, reason: str) -> str:
-    here = "directory" if what == "model" else "file or directory"
+def _missing(name: str, kind: str, reason: str) -> str:
+    here = "directory" if kind == "model" else "file or directory"
     return (
-        f"there is no {here} {name}, and no {what} of that name could be loaded from the Hugging Face hub ({reason}); "
-        f"correct the name, or name a {here}"
+        f"there is no {here} {name}, and no {_KINDS[kind][0]} of that name could be loaded from the Hugging Face hub "
+        f"({reason}); correct the name, or name a {here}"
     )

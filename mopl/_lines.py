@@ -37,10 +37,7 @@ class TextError(ValueError):
 
 @contextlib.contextmanager
 def open_bytes(path: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """Open a text file behind its byte order mark, decompressing by its name.
-
-    Args:
-        path: The file; it must be one that can be read from the start again.
+    """Open a text file behind its byte order mark, decompressing by its name; it must be one that can be read again.
 
     Yields:
         The file as it lies on the disk, whose position tells the progress, and the stream of its text.
@@ -74,22 +71,14 @@ def open_bytes(path: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, BinaryI
 
 
 def byte_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, bytes]]:
-    """Yield the lines of a file with their numbers from 1, without their ends, before they are decoded.
-
-    Raises:
-        TextError: See `open_bytes`.
-    """
+    """Yield the lines of a file with their numbers from 1, without their ends, before they are decoded."""
     with open_bytes(path) as (_, stream):
         for number, line in enumerate(stream, 1):
             yield number, line.removesuffix(b"\n").removesuffix(b"\r")
 
 
 def read_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, str]]:
-    """Yield the lines of a file with their numbers from 1, without their ends.
-
-    Raises:
-        TextError: If a line is not UTF-8, with file and line; or see `open_bytes`.
-    """
+    """Yield what `byte_lines` does as text, or raise a `TextError` that names file and line."""
     for number, line in byte_lines(path):
         try:
             yield number, decode(line)
@@ -98,20 +87,12 @@ def read_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, str]]:
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    r"""Return the whole text of a file, its lines ended by `\n`.
-
-    Raises:
-        TextError: As for `read_lines`.
-    """
+    r"""Return the whole text of a file, its lines ended by `\n`; errors as `read_lines`."""
     return "\n".join(line for _, line in read_lines(path))
 
 
 def decode(line: bytes) -> str:
-    """Return a line, or any bytes, as text.
-
-    Raises:
-        TextError: If it is not UTF-8, or has NUL bytes, which UTF-16 and binary files have and no text.
-    """
+    """Return a line, or any bytes, as text; a `TextError` if they are no UTF-8, or have NUL bytes, as no text has."""
     if b"\0" in line:
         raise TextError("it holds a NUL byte, as UTF-16 and binary files do; save the file as UTF-8")
     try:
@@ -148,11 +129,7 @@ def text_fault(value: Any) -> str | None:
 
 
 def texts_inside(value: Any) -> Iterator[str]:
-    """Yield every text in a value, names of keys among them, whatever it is nested in.
-
-    Raises:
-        TextError: If it is nested more than 100 deep.
-    """
+    """Yield every text in a value, names of keys among them; a `TextError` where it is nested more than 100 deep."""
     waiting = [(value, 0)]
     while waiting:
         part, depth = waiting.pop()
@@ -167,11 +144,7 @@ def texts_inside(value: Any) -> Iterator[str]:
 
 
 def texts_of_arguments(arguments: Sequence[str]) -> list[str]:
-    """Return the texts that a command was given, where `-` stands for the standard input.
-
-    Raises:
-        TextError: If one is no UTF-8 text; the message counts them from 0.
-    """
+    """Return the texts that a command was given, where `-` stands for the standard input; each must be UTF-8."""
     texts = []
     for number, text in enumerate(arguments):
         text = _standard_input() if text == "-" else text
@@ -228,18 +201,11 @@ class _Decoder(json.JSONDecoder):
 
 
 def _skip(text: str, place: int) -> int:
-    match = _WHITESPACE.match(text, place)
-    assert match is not None
-    return match.end()
+    return _WHITESPACE.match(text, place).end()  # type: ignore[union-attr]  # of no characters, perhaps
 
 
 def parse_json(text: str) -> Any:
-    """Return the value of a JSON text.
-
-    Raises:
-        TextError: If it is none, a key stands twice in an object, or it is nested too deeply or has a number that is
-            too long to be read.
-    """
+    """Return the value of a JSON text; a `TextError` if it is none, or cannot be read without a guess."""
     found, end = _Decoder().value(text)
     if end < len(text):
         raise TextError(f"there is more after its end, at character {end + 1}")

@@ -23,26 +23,13 @@ VALUES: dict[str, dict[str, str]] = {
 
 
 def warn_renamed(old: str, new: str, *, stacklevel: int, flags: bool = False) -> None:
-    """Warn that an option has another name, once for a place that uses the old one.
-
-    Args:
-        old: Its name as it was given.
-        new: Its name of today.
-        stacklevel: How far up the caller is who gave it, as `warnings.warn` counts.
-        flags: Whether it was given on the command line.
-    """
+    """Warn that an option has another name, once for a place that uses the old one; `flags`: of the command line."""
     names = [f"--{name.replace('_', '-')}" if flags else name for name in (old, new)]
     warnings.warn(f"{names[0]} is called {names[1]} now; the old name will go", FutureWarning, stacklevel + 1)
 
 
 def renamed(option: str, value: Any, *, stacklevel: int = 3) -> Any:
-    """Return the value of an option under its name of today; an old name is warned of, once for a place that uses it.
-
-    Args:
-        option: Name of the option.
-        value: Its value as given.
-        stacklevel: How far up the caller is who gave it, as `warnings.warn` counts.
-    """
+    """Return the value of an option under its name of today; an old one is warned of, once for a place that uses it."""
     today = VALUES.get(option, {}).get(value) if isinstance(value, str) else None
     if today is None:
         return value
@@ -58,9 +45,7 @@ def old_value(name: str, value: Any) -> Any:
 def up_to_date(settings: Any, names: Mapping[str, str]) -> Any:
     """Return recorded settings with names and values of today, without a warning: nobody can change them.
 
-    Args:
-        settings: By name; anything else is returned as it is.
-        names: By old names those of today. Where both are there, the old one is left out.
+    Where an old name and its name of today are both there, the old one is left out; what is no mapping stays as it is.
     """
     if not isinstance(settings, Mapping):
         return settings

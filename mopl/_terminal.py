@@ -40,12 +40,7 @@ _SECONDS_BETWEEN_LINES = 30.0
 
 
 def printable(text: object, keep: str = "\n\t") -> str:
-    r"""Return text with control characters escaped as in a Python string: `\x1b`, `\u202e`.
-
-    Args:
-        text: Any object; its `str` is taken.
-        keep: Control characters that stay as they are; "" for text that must stay on its line.
-    """
+    r"""Return text with control characters escaped as in Python, `\x1b`, but those of `keep`: "" leaves it on a line."""
     return _CONTROL.sub(lambda m: m[0] if m[0] in keep else m[0].encode("unicode_escape").decode(), str(text))
 
 
@@ -74,12 +69,7 @@ codecs.register_error("mopl.spelled", _spell)
 
 
 def say(*lines: object, file: TextIO | None = None) -> None:
-    """Print each argument on a line of its own, with control characters escaped, line ends among them.
-
-    Args:
-        *lines: Objects; none prints an empty line.
-        file: A text stream; default standard output.
-    """
+    """Print each argument on a line of its own, control characters and line ends escaped; none prints an empty line."""
     stream = sys.stdout if file is None else file
     if stream is None:  # closed before Python started
         return
@@ -334,14 +324,9 @@ class Progress:
 
 @contextlib.contextmanager
 def progress(name: str, total: int, unit: str, *, start: int = 0, show: bool = True) -> Iterator[Progress]:
-    """Show how far long work is, on standard error.
+    """Show on standard error how far long work is: of `total` units, named in the plural or "B" for bytes.
 
-    Args:
-        name: What is done.
-        total: How many there are.
-        unit: What is counted, in the plural; "B" for bytes.
-        start: How many were done before.
-        show: False shows nothing: for all processes but one.
+    `start` of them were done before; `show=False` shows nothing, for all processes but one.
     """
     if not (show and bars_wanted()):
         yield Progress(name, total, unit, start=start, show=show and sys.stderr is not None)

@@ -47,11 +47,7 @@ def _pattern(text: str) -> Any:
 
 
 def words_of(text: str) -> list[str]:
-    """Return the words of a text; see the module's text.
-
-    Raises:
-        ImportError: If regex is not installed.
-    """
+    """Return the words of a text; see the module's text."""
     return _pattern(rf"{_CHARACTER}|{_LETTERS}(?:['’\-׳״·]{_LETTERS})*").findall(text)
 
 
@@ -79,9 +75,7 @@ def sentence_ends(text: str) -> Iterator[int]:
 def last_boundary(text: str, following: tuple[str, ...]) -> int:
     """Return the last place in a text of a script without spaces where a word ends, whatever follows; 0 if none does.
 
-    Args:
-        text: The text.
-        following: What comes after it, in each of its continuations: a mark there belongs to the last character.
+    What comes `following` in each of its continuations may begin with a mark, which belongs to the last character.
     """
     marked = any(unicodedata.category(after[0]).startswith("M") for after in following if after)
     ends = [match.end() for match in _pattern(_CHARACTER).finditer(text)]
