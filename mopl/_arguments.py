@@ -240,6 +240,13 @@ def check_choice(value: object, choices: tuple[object, ...], name: str) -> None:
         raise ValueError(f"{name} is {value!r} but must be one of {', '.join(map(repr, choices))}")
 
 
+def check_beta_given(beta: object, takes_beta: bool, unwanted: str) -> None:
+    """Raise unless β is given where, and only where, a model takes it; `unwanted` says why another does not."""
+    if (beta is not None) != takes_beta:
+        remedy = "is missing; pass one for each objective" if takes_beta else f"was passed {unwanted}"
+        raise ValueError(f"beta {remedy}")
+
+
 def weigh_and_reduce(loss: Tensor, weights: float | Tensor | None, reduction: Reduction) -> Tensor:
     """Apply `weights` to a loss vector (B, m) and reduce it; they are factors of any sign, NaN gives NaN.
 

@@ -40,7 +40,7 @@ _SECONDS_BETWEEN_LINES = 30.0
 
 
 def printable(text: object, keep: str = "\n\t") -> str:
-    r"""Return text with control characters escaped as in Python, `\x1b`, but those of `keep`: "" leaves it on a line."""
+    r"""Return text with control characters escaped as in Python, `\x1b`, but for those of `keep`: "" for one line."""
     return _CONTROL.sub(lambda m: m[0] if m[0] in keep else m[0].encode("unicode_escape").decode(), str(text))
 
 

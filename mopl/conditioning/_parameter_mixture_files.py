@@ -25,7 +25,7 @@ def write(folder: Path, model: Any, tensors: Mapping[str, Tensor], *, untied: bo
         if untied:
             # As the model came: its other ties, under the same switch, are there still, and the mixture that is made
             # from it unties the head again.
-            for part in {id(c): c for c in (architecture, architecture.get_text_config())}.values():
+            for part in (architecture, architecture.get_text_config()):
                 part.tie_word_embeddings = True
         architecture.save_pretrained(str(folder / MODEL_FOLDER))
         if getattr(model, "generation_config", None) is not None:

@@ -22,14 +22,13 @@ from mopl.conditioning.causal_lm import is_peft
 from mopl.conditioning.merging import (
     check_lora,
     check_mixed_rows,
-    linear_names,
     logits_of,
     lora_layers,
     merged_weights,
+    naming_targets,
     own_weights,
     plain_layers,
     probe_ids,
-    refused_by_peft,
     settle_ties,
     short_name,
     weights_held,
@@ -105,11 +104,8 @@ class LoraMixture(Mixture, WeightedModel):
             self.adapters = [name.replace(".", "_") for name in names]
             if len(set(self.adapters)) != sets:
                 raise ValueError(f"the adapters would be called {self.adapters}; give the objectives different names")
-            linear = linear_names(model)  # PEFT may stop halfway
-            try:
+            with naming_targets(model):
                 wrapped = peft.get_peft_model(model, config, adapter_name=self.adapters[0])  # type: ignore[arg-type]
-            except ValueError as error:
-                raise ValueError(refused_by_peft(model, linear, error)) from error
             for name in self.adapters[1:]:
                 wrapped.add_adapter(name, copy.deepcopy(config))
         self.model = wrapped

@@ -82,18 +82,13 @@ def output_head(model: nn.Module) -> nn.Module:
 def untie_head(model: nn.Module) -> bool:
     """Give the output head a weight of its own where it shares the embedding's; say whether it did."""
     head: Any = output_head(model)
-    shared = [
-        module
-        for module in model.modules()
-        if module is not head and any(p is head.weight for p in module._parameters.values())
-    ]
-    if not shared:
+    others = (p for module in model.modules() if module is not head for p in module._parameters.values())
+    if not any(p is head.weight for p in others):
         return False
     head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
     config: Any = getattr(model, "config", None)
-    for part in {id(c): c for c in (config, config.get_text_config() if config is not None else None)}.values():
-        if part is not None:
-            part.tie_word_embeddings = False
+    for part in () if config is None else (config, config.get_text_config()):
+        part.tie_word_embeddings = False
     tied = getattr(model, "all_tied_weights_keys", None)
     if isinstance(tied, dict):  # what transformers leaves out of its files
         names = {name for name, p in model.named_parameters(remove_duplicate=False) if p is head.weight}

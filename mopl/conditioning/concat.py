@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mopl._arguments import shape_of
+from mopl._arguments import check_beta_given, shape_of
 from mopl._renamed import renamed_attribute, renamed_keywords
 
 
@@ -56,12 +56,8 @@ class ConcatCondition(nn.Module):
         """
         if features.ndim != 3:
             raise ValueError(f"features has shape {shape_of(features)} but must be (B, K, F)")
-        if (beta is not None) != self.takes_beta:
-            raise ValueError(
-                "beta is missing; pass one for each objective"
-                if self.takes_beta
-                else "beta was passed to a model that is not conditioned on it; make it with takes_beta=True"
-            )
+        unwanted = "to a model that is not conditioned on it; make it with takes_beta=True"
+        check_beta_given(beta, self.takes_beta, unwanted)
         parts = [features, self._per_item(weights, features, "weights")]
         if beta is not None:
             parts.append(self._per_item(beta / beta.sum(-1, keepdim=True), features, "beta"))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mopl._arguments import compute_dtype, shape_of
+from mopl._arguments import check_beta_given, compute_dtype, shape_of
 from mopl._renamed import renamed_attribute, renamed_keywords
 
 PREFIX_STD = 0.02  # the usual standard deviation of token embeddings at initialisation (GPT-2 and its successors)
@@ -145,12 +145,8 @@ class HyperPrompt(nn.Module):
             raise ValueError(
                 f"weights has {got} but must be a tensor (m,) or (B, m) with m = {m}, one number for each objective"
             )
-        if (beta is not None) != self.takes_beta:
-            raise ValueError(
-                "beta is missing; pass one for each objective"
-                if self.takes_beta
-                else "beta was passed to a prompt that is not conditioned on it; make it with takes_beta=True"
-            )
+        unwanted = "to a prompt that is not conditioned on it; make it with takes_beta=True"
+        check_beta_given(beta, self.takes_beta, unwanted)
         dtype = compute_dtype(self.prefix)
         weights = weights.to(self.prefix.device, dtype).reshape(-1, m)
         if beta is None:

@@ -67,8 +67,10 @@ def settle_ties(model: Any) -> bool:
         return False  # none of transformers, whose files are the caller's
     ties, changed = model.get_expanded_tied_weights_keys(all_submodels=True), False
     if any(_memory(a) != _memory(b) for a, b in _pairs(model, ties)):
-        for config in _configurations(model):
-            config.tie_word_embeddings = False
+        configs: list[Any] = [module.config for module in model.modules() if hasattr(module, "config")]
+        for config in [*configs, *(each.get_text_config() for each in configs if hasattr(each, "get_text_config"))]:
+            if hasattr(config, "tie_word_embeddings"):
+                config.tie_word_embeddings = False
         ties, changed = model.get_expanded_tied_weights_keys(all_submodels=True), True
         wrong = [pair for pair, (a, b) in zip(ties.items(), _pairs(model, ties), strict=True) if not torch.equal(a, b)]
         if wrong:
@@ -93,12 +95,6 @@ def settle_ties(model: Any) -> bool:
 def _pairs(model: nn.Module, ties: dict[str, str]) -> list[tuple[Tensor, Tensor]]:
     state = model.state_dict(keep_vars=True)
     return [(state[a], state[b]) for a, b in ties.items()]
-
-
-def _configurations(model: nn.Module) -> list[Any]:
-    found: list[Any] = [module.config for module in model.modules() if hasattr(module, "config")]
-    found += [config.get_text_config() for config in found if hasattr(config, "get_text_config")]
-    return [config for config in {id(c): c for c in found}.values() if hasattr(config, "tie_word_embeddings")]
 
 
 # ---------------------------------------------------------------- adapters in weights
@@ -178,7 +174,8 @@ def not_linear(layers: dict[str, Any]) -> list[str]:
         if weight is None:
             found.append(name)
             continue
-        if type(base).forward in (nn.Linear.forward, Conv1D.forward) or weight.is_meta or weight.dtype not in _DTYPES:
+        quantised = weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+        if type(base).forward in (nn.Linear.forward, Conv1D.forward) or weight.is_meta or quantised:
             continue
         try:
             with torch.no_grad():
@@ -190,9 +187,6 @@ def not_linear(layers: dict[str, Any]) -> list[str]:
     return found
 
 
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
 def other_targets(layers: Iterable[str], bad: Iterable[str], what: str | None = None) -> str:
     """Return what to pass as the adapters' targets in the place of some that cannot be."""
     without = {short_name(name) for name in bad}
@@ -201,17 +195,18 @@ def other_targets(layers: Iterable[str], bad: Iterable[str], what: str | None = 
     return f"leave out {said}: target_modules={rest} (lora_targets of a run)"
 
 
-def linear_names(model: Any) -> list[str]:
-    """Return the names of a model's linear layers but the output head."""
+@contextlib.contextmanager
+def naming_targets(model: Any) -> Iterator[None]:
+    """Say of modules that PEFT refuses inside the `with` block which linear layers, but the output head, are left."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
-
-
-def refused_by_peft(model: nn.Module, linear: Iterable[str], error: ValueError) -> str:
-    """Return what PEFT said of the modules of a model, with the linear layers that are left where it named some."""
-    bad = re.findall(r"'([\w.]+)'", str(error).partition("Incompatible modules:")[2])
-    said = f"PEFT puts no such adapters on {type(model).__name__}: {error}"
-    return f"{said} {other_targets(linear, bad)}" if bad else said
+    # Asked before: PEFT may stop halfway.
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+    try:
+        yield
+    except ValueError as error:
+        bad = re.findall(r"'([\w.]+)'", str(error).partition("Incompatible modules:")[2])
+        said = f"PEFT puts no such adapters on {type(model).__name__}: {error}"
+        raise ValueError(f"{said} {other_targets(linear, bad)}" if bad else said) from error
 
 
 def plain_layers(model: Any, adapters: Sequence[str]) -> list[Any]:
@@ -275,16 +270,14 @@ def check_lora(model: Any, adapters: Sequence[str], mixed: Callable[[Tensor, Ten
     """Raise unless LoRA adapters of a PEFT model compute what the weights do that they are merged into.
 
     A few short rows go through the model with adapters of random values, once a model and not for each trade-off.
-    Modes of modules and generators stay as they are, and nothing is run where weights are elsewhere.
+    Modes of modules and generators stay as they are, and nothing is run where weights are elsewhere. The error names
+    the modules that differ, and the targets that do not.
 
     Args:
         model: The PEFT model.
         adapters: Names of its adapters.
         mixed: Called with ids (2, T) and coefficients (2, adapters) for the logits of rows with mixtures of their own;
             None: the model's forward, whose adapters count once each.
-
-    Raises:
-        ValueError: With the modules that differ, and the targets that do not.
     """
     layers, base = lora_layers(model), model.get_base_model()
     ids = probe_ids(base)
@@ -313,8 +306,8 @@ def check_lora(model: Any, adapters: Sequence[str], mixed: Callable[[Tensor, Ten
             return _share(found, torch.stack(merged), plain, tolerance)
 
         try:
-            exact = base.dtype in (torch.float32, torch.float64)
-            tolerance = TOLERANCE if exact else TOLERANCE_16_BIT
+            tolerance = _tolerance(base.dtype)
+            exact = tolerance == TOLERANCE
             if exact and differs(layers, tolerance) is None:
                 return
             shares_of = {name: differs(some, tolerance) for name, some in groups.items()}
@@ -331,6 +324,10 @@ def check_lora(model: Any, adapters: Sequence[str], mixed: Callable[[Tensor, Ten
             f"rows differ by {max(bad.values(), default=1):.0%} of what the adapters change): the model uses these "
             f"weights past the adapter, or twice; {other_targets(groups, names)}"
         )
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    return TOLERANCE if dtype in (torch.float32, torch.float64) else TOLERANCE_16_BIT
 
 
 def _share(found: Tensor, merged: Tensor, plain: Tensor, tolerance: float) -> float | None:
@@ -370,8 +367,7 @@ def _random_updates(
 
 def check_mixed_rows(name: str, found: Tensor, merged: Tensor, plain: Tensor, remedy: str, dtype: torch.dtype) -> None:
     """Raise unless rows that were mixed have the logits of rows that were merged, beside those of the plain model."""
-    tolerance = TOLERANCE if dtype in (torch.float32, torch.float64) else TOLERANCE_16_BIT
-    if (share := _share(found, merged, plain, tolerance)) is not None:
+    if (share := _share(found, merged, plain, _tolerance(dtype))) is not None:
         raise ValueError(
             f"the merged {name} does not compute what the mixture does (short rows differ by {share:.0%} of what the "
             f"mixture changes): the model uses these weights past their module; {remedy}"

@@ -40,9 +40,7 @@ def dirichlet_weights(objectives: int, batch_size: int, *, concentration: float,
         ValueError: If `per` is none of these.
     """
     count = _draws(per, batch_size)
-    return lambda step: _spread(
-        sample_weights(objectives, count, concentration, seed=seed, step=step), batch_size
-    )  # fmt: skip
+    return lambda step: _spread(sample_weights(objectives, count, concentration, seed=seed, step=step), batch_size)
 
 
 def box_betas(
@@ -53,12 +51,7 @@ def box_betas(
     Equation (16) of Ren et al., COS-DPO, UAI 2025.
     """
     count = _draws(per, batch_size)
-
-    def draw(step: int) -> Tensor:
-        drawn = sample_betas(objectives, count, low, high, seed=seed, step=step)
-        return _spread(drawn.normalized, batch_size)
-
-    return draw
+    return lambda step: _spread(sample_betas(objectives, count, low, high, seed=seed, step=step).normalized, batch_size)
 
 
 def one_of(values: Sequence[float], batch_size: int, *, per: Per, seed: int) -> Sampler:

@@ -48,11 +48,7 @@ class TuningRecord:
 
     @classmethod
     def of(cls, given: TuningRecord | Sequence[str] | None, objectives: int) -> TuningRecord:
-        """Return what a model with m objectives was given: a record, names, or None for `objective_1`, ...
-
-        Raises:
-            ValueError: If it is for another number of objectives.
-        """
+        """Return what a model was given for its m objectives: a record, names, or None for `objective_1`, ..."""
         if given is None:
             given = [f"objective_{j + 1}" for j in range(objectives)]
         record = given if isinstance(given, TuningRecord) else cls(tuple(given))
@@ -164,11 +160,7 @@ def fitting(file: Path) -> Iterator[None]:
 
 
 def read_kind(folder: Path) -> str | None:
-    """Return the "kind" in a folder's `mopl.json`.
-
-    Raises:
-        DamagedFile: If it is damaged.
-    """
+    """Return the "kind" in a folder's `mopl.json`."""
     return read_json(folder / CONFIG_FILE, Kind, remedy=REMEDY).get("kind")
 
 
@@ -182,12 +174,7 @@ def exported_at(folder: Path) -> list[float]:
 
 
 def read_record(directory: str | os.PathLike[str], kind: str, *files: str) -> dict[str, Any]:
-    """Return what the `mopl.json` of a folder says of a model of this kind.
-
-    Args:
-        directory: The folder.
-        kind: A key of `SCHEMAS`.
-        *files: What else must be there.
+    """Return what the `mopl.json` of a folder says of a model of this kind, which `files` must lie beside.
 
     Raises:
         FileNotFoundError: If the folder holds no such model.
@@ -225,11 +212,7 @@ def check_options(model: nn.Module | None, options: Mapping[str, Any]) -> None:
 def base_model(
     record: Mapping[str, Any], directory: str | os.PathLike[str], model: nn.Module | None, options: Mapping[str, Any]
 ) -> Any:
-    """Return the base model that was passed, or the one that a record names.
-
-    Raises:
-        ValueError: If there is neither, or options for loading were passed beside a model.
-    """
+    """Return the base model that was passed, or the one that a record names; a `ValueError` if there is neither."""
     check_options(model, options)
     if model is not None:
         return model
@@ -257,11 +240,6 @@ def load_adapters(model: Any, paths: Mapping[str, Path], *, trainable: bool = Fa
     """Return a base model with adapters, each from a folder that PEFT wrote.
 
     PEFT leaves out what it misses in a file, and what it does not know, with a warning; here both are errors.
-
-    Args:
-        model: The base model.
-        paths: The adapters' folders, by name.
-        trainable: Whether they are to be trained further.
 
     Raises:
         FileNotFoundError: If a file is missing; PEFT would ask the hub for it.
@@ -314,11 +292,7 @@ def _plain(key: str) -> str:
 
 
 def check_adapter_state(model: Any, name: str, file: Path) -> None:
-    """Raise unless a file of an adapter has everything that a PEFT model has under this name.
-
-    Raises:
-        DamagedFile: With what only one of them has, or a shape that differs.
-    """
+    """Raise a `DamagedFile` unless a file of an adapter has all that a PEFT model has under this name, and no more."""
     from peft import get_peft_model_state_dict
 
     if not file.exists():

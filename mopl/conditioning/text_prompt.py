@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from mopl._arguments import check_choice, check_positive
+from mopl._arguments import check_beta_given, check_choice, check_positive
 from mopl._renamed import renamed_attribute, renamed_in_methods
 from mopl.conditioning.sampling import check_weights
 
@@ -83,12 +83,7 @@ class TextPrompt:
         w = check_weights(weights, len(self.objectives))
         if w.ndim != 1:
             raise ValueError(f"weights has shape {tuple(w.shape)} but one prompt takes one vector (m,); loop over rows")
-        if (beta is not None) != self.takes_beta:
-            raise ValueError(
-                "beta is missing; pass one for each objective"
-                if self.takes_beta
-                else "beta was passed but the template has no {betas}"
-            )
+        check_beta_given(beta, self.takes_beta, "but the template has no {betas}")
         values = {"weights": self._list(w)}
         if beta is not None:
             each = check_positive(beta, "beta", "positive numbers, one for each objective").double()
