@@ -1,6 +1,18 @@
 """What every test needs before torch is imported."""
 
 import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# A process that finds no bytecode compiles all that it imports, the tests or torch: for ten seconds and more. Where
+# none may be written beside the sources, this process and those that it starts keep theirs in the cache of pytest.
+if sys.dont_write_bytecode:
+    sys.dont_write_bytecode = False
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    os.environ.setdefault("PYTHONPYCACHEPREFIX", str(ROOT / ".pytest_cache" / "bytecode"))
+    sys.pycache_prefix = os.environ["PYTHONPYCACHEPREFIX"]
 
 # Processors that advertise AMX but trap its instructions (some virtual machines) kill the process on the first
 # bf16 matrix product. The library itself never sets this: on sound machines it would only be slower.
@@ -17,7 +29,6 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
 
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -33,8 +44,6 @@ else:
     settings.register_profile("search", max_examples=1000, print_blob=True)
     settings.register_profile("night", max_examples=1000, print_blob=True)
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
