@@ -11,18 +11,19 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mopl._arguments import shape_of
 from mopl._terminal import printable
 from mopl.ranking.batch import Batch
 from mopl.ranking.normalization import FeatureNormalizer
 from mopl.ranking.objectives import (
     Objective,
     check_objectives,
-    list_of_item,
     normalized_targets,
     resolve_scale,
     turned_labels,
@@ -83,16 +84,19 @@ class RankingData:
     def __post_init__(self) -> None:
         check_objectives(self.objectives)
         items, lists, m = self.features.shape[0], self.query_ids.shape[0], len(self.objectives)
-        wanted = {"raw_main": (items,), "raw_auxiliary": (items, m), "offsets": (lists + 1,), "query_ids": (lists,)}
+        wanted = [
+            ("raw_main", self.raw_main, (items,)),
+            ("raw_auxiliary", self.raw_auxiliary, (items, m)),
+            ("offsets", self.offsets, (lists + 1,)),
+            ("query_ids", self.query_ids, (lists,)),
+        ]
         if self.truth is not None:
-            wanted["truth.log_probs"] = (items, m)
-        for key, shape in wanted.items():
-            got = tuple(
-                self.truth.log_probs.shape if key == "truth.log_probs" and self.truth else getattr(self, key).shape
-            )
-            if got != shape:
+            wanted.append(("truth.log_probs", self.truth.log_probs, (items, m)))
+        for name, tensor, shape in wanted:
+            if tensor.shape != shape:
                 raise ValueError(
-                    f"{key} has shape {got} but must be {shape}: {items} items, {lists} lists, {m} objectives"
+                    f"{name} has shape {shape_of(tensor)} but must be {shape}: "
+                    f"{items} items, {lists} lists, {m} objectives"
                 )
         if lists == 0:
             raise ValueError(f"{self.name} has no query; give it at least one")
@@ -122,8 +126,7 @@ class RankingData:
                 raise ValueError(
                     f"{which} of {self._where(row)} is {values[row, column].item()}; replace it by a finite number"
                 )
-        columns = zip((self.main, *self.objectives), (self.raw_main, *self.raw_auxiliary.unbind(1)), strict=True)
-        for objective, values in columns:
+        for values, objective in self._columns():
             if objective.normalize == "l1" and objective.maximise and bool((values < 0).any()):
                 row = int((values < 0).nonzero()[0, 0])
                 raise ValueError(
@@ -158,18 +161,19 @@ class RankingData:
     @cached_property
     def owner(self) -> Tensor:
         """(N,) int64, the list of each item."""
-        return list_of_item(self.offsets)
+        return torch.repeat_interleave(torch.arange(len(self)), self.lengths)
 
     @cached_property
     def labels(self) -> Tensor:
         """(N, m) float32, non-negative, higher is better."""
-        return torch.stack([turned_labels(z, o, self.offsets) for z, o in self._columns()], dim=1).float()
+        _, *columns = self._columns()
+        return torch.stack([turned_labels(z, o, self.offsets) for z, o in columns], dim=1).float()
 
     @cached_property
     def targets(self) -> Tensor:
         """(N, m) float32, labels normalised to a distribution over each list, each by its objective's rule."""
-        columns = ((turned_labels(z.double(), o, self.offsets), o) for z, o in self._columns())
-        return torch.stack([normalized_targets(z, o, self.offsets) for z, o in columns], dim=1).float()
+        _, *columns = self._columns()
+        return torch.stack([self._targets(z, o) for z, o in columns], dim=1).float()
 
     @cached_property
     def main_labels(self) -> Tensor:
@@ -179,9 +183,16 @@ class RankingData:
     @cached_property
     def main_targets(self) -> Tensor:
         """(N,) float32, main labels normalised."""
-        return normalized_targets(
-            turned_labels(self.raw_main.double(), self.main, self.offsets), self.main, self.offsets
-        ).float()
+        return self._targets(self.raw_main, self.main).float()
+
+    def _targets(self, raw: Tensor, objective: Objective) -> Tensor:
+        return normalized_targets(turned_labels(raw.double(), objective, self.offsets), objective, self.offsets)
+
+    @cached_property
+    def labelled(self) -> Tensor:
+        """(Q, 1 + m) bool, whether a list has any label above 0: of the main objective, of each auxiliary one."""
+        columns = torch.cat([self.main_labels[:, None], self.labels], 1)
+        return torch.zeros(len(self), columns.shape[1]).index_add_(0, self.owner, (columns > 0).float()) > 0
 
     @cached_property
     def order(self) -> Tensor:
@@ -196,7 +207,9 @@ class RankingData:
         return torch.from_numpy(np.stack(columns, axis=1))
 
     def _columns(self) -> Iterator[tuple[Tensor, Objective]]:
-        yield from zip(self.raw_auxiliary.unbind(1), self.objectives, strict=True)
+        """Give the raw labels (N,) of each objective, the main one first."""
+        raw = (self.raw_main, *self.raw_auxiliary.unbind(1))
+        yield from zip(raw, (self.main, *self.objectives), strict=True)
 
     def items_of(self, queries: Sequence[int] | Tensor) -> Tensor:
         """Return the items of the given lists, list after list, as int64 indices into `features`."""
@@ -303,9 +316,8 @@ class RankingData:
 
     def resolve_scales(self, train: RankingData) -> RankingData:
         """Return this data with every `scale="std"` measured on `train`."""
-        objectives = tuple(resolve_scale(o, z, train.offsets) for z, o in train._columns())
-        main = resolve_scale(train.main, train.raw_main, train.offsets)
-        return dataclasses.replace(self, main=main, objectives=objectives)
+        main, *objectives = (resolve_scale(o, z, train.offsets) for z, o in train._columns())
+        return dataclasses.replace(self, main=main, objectives=tuple(objectives))
 
     def normalized(self, normalizer: FeatureNormalizer) -> RankingData:
         """Return this data with its features transformed.
@@ -317,11 +329,10 @@ class RankingData:
             raise ValueError(f"{self.name} has gone through normalization {self.normalizer.name!r} already")
         return dataclasses.replace(self, features=normalizer(self.features, self.offsets), normalizer=normalizer)
 
-    def statistics(self) -> dict[str, object]:
+    def statistics(self) -> dict[str, Any]:
         """Return plain figures about the data for a report: sizes, and how sparse each objective is."""
-        positive = torch.zeros(len(self), 1 + len(self.objectives), dtype=torch.int64)
-        labels = torch.cat([self.main_labels[:, None], self.labels], dim=1)
-        positive.index_add_(0, self.owner, (labels > 0).long())
+        objectives = (self.main, *self.objectives)
+        columns = zip(objectives, (self.main_labels, *self.labels.unbind(1)), self.labelled.unbind(1), strict=True)
         return {
             "name": self.name,
             "queries": len(self),
@@ -331,26 +342,26 @@ class RankingData:
             "single_item_queries": int((self.lengths < 2).sum()),
             "objectives": {
                 o.name: {
-                    "role": "main" if j == 0 else "auxiliary",
+                    "role": "main" if o is self.main else "auxiliary",
                     "direction": o.direction,
                     "normalize": o.normalize,
-                    "positive_items": (labels[:, j] > 0).double().mean().item(),
-                    "empty_queries": (positive[:, j] == 0).double().mean().item(),
-                    "largest": labels[:, j].max().item(),
+                    "positive_items": (labels > 0).double().mean().item(),
+                    "empty_queries": (~labelled).double().mean().item(),
+                    "largest": labels.max().item(),
                 }
-                for j, o in enumerate((self.main, *self.objectives))
+                for o, labels, labelled in columns
             },
         }
 
     def describe(self) -> str:
         """Return the figures of `statistics` as a few lines of text."""
         s = self.statistics()
-        least, mean, most = s["items_per_query"]  # type: ignore[misc]
+        least, mean, most = s["items_per_query"]
         lines = [
             f"{s['name']}: {s['queries']} queries, {s['items']} items ({least} to {most} a query, mean {mean:.1f}), "
             f"{s['features']} features"
         ]
-        for name, o in s["objectives"].items():  # type: ignore[union-attr]
+        for name, o in s["objectives"].items():
             lines.append(
                 f"  {o['role']:9} {name} ({o['direction']}, {o['normalize']}): {o['positive_items']:.1%} of the items "
                 f"above 0, {o['empty_queries']:.1%} of the queries without labels, largest {o['largest']:g}"

@@ -5,7 +5,6 @@ Shapes: `Q` lists, `n` trade-offs, `m` objectives.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,7 +15,6 @@ from torch import Tensor
 from mopl import steering
 from mopl._arguments import check_positive
 from mopl._renamed import renamed, renamed_keywords
-from mopl.conditioning import check_weights
 from mopl.ranking.batch import Batch
 from mopl.ranking.data import RankingData
 from mopl.ranking.methods import ListLoss, Policy, Scorer
@@ -219,45 +217,18 @@ def distances_to_truth(
     return [distance_to_optimum(data, scores, w, beta[0], reference) for scores, w in pairs]
 
 
-def labelled(data: RankingData) -> Tensor:
-    """Return (Q, 1 + m) bool, whether a list has any label above 0: of the main objective, of each auxiliary one."""
-    columns = torch.cat([data.main_labels[:, None], data.labels], 1)
-    return torch.zeros(len(data), columns.shape[1]).index_add_(0, data.owner, (columns > 0).float()) > 0
-
-
 def check_measurable(data: RankingData, measure: Measure) -> dict[str, float]:
     """Return the share of lists without any label of each objective; raise if one has labels nowhere.
 
     Raises:
         ValueError: If every list of an objective is skipped, so that its figure would be a mean over nothing.
     """
-    shares = 1.0 - labelled(data).double().mean(0)
-    names = [data.main.name, *(objective.name for objective in data.objectives)]
-    for name, share in zip(names, shares.tolist(), strict=True):
+    names = (objective.name for objective in (data.main, *data.objectives))
+    shares = dict(zip(names, (1.0 - data.labelled.double().mean(0)).tolist(), strict=True))
+    for name, share in shares.items():
         if share == 1.0 and measure.empty == "skip":
             raise ValueError(
                 f"objective {name!r} has no label above 0 in any list of {data.name}, so there is nothing to measure; "
                 "leave it out or give it other labels"
             )
-    return dict(zip(names, shares.tolist(), strict=True))
-
-
-def one_point(evaluation: Evaluation) -> tuple[float, list[float]]:
-    """Return the means over lists of an evaluation of one trade-off: main, auxiliary."""
-    return float(evaluation.main.nanmean()), evaluation.auxiliary.nanmean(0)[0].tolist()
-
-
-def check_trade_off(weights: Sequence[float], objectives: Sequence[str]) -> Tensor:
-    """Return weights (m,) given on the command line, checked against the names of the objectives.
-
-    Raises:
-        ValueError: If their number is wrong or they are off the simplex.
-    """
-    if len(weights) != len(objectives):
-        raise ValueError(
-            f"there are {len(weights)} weights but {len(objectives)} objectives; pass one for each of "
-            f"{', '.join(objectives)}, in this order"
-        )
-    if any(not math.isfinite(w) for w in weights):
-        raise ValueError(f"weights are {list(weights)} but must be finite numbers that sum to 1")
-    return check_weights(torch.tensor(weights, dtype=torch.float64), len(objectives))
+    return shares

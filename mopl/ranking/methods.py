@@ -23,6 +23,7 @@ from mopl.losses import listwise_dpo, plackett_luce
 from mopl.ranking.batch import Batch
 from mopl.ranking.data import RankingData
 from mopl.ranking.model import RankingModel
+from mopl.training.batches import part_of_batch, shuffled_indices
 from mopl.training.parallel import unwrapped
 
 LOSSES = ("listnet", "plackett-luce")
@@ -71,6 +72,18 @@ class ListLoss:
         order = None if lists.order is None or not self.needs_order else lists.order[:, chosen]
         options |= {"top_k": self.top_k, "ties": self.ties, "last_group": self.last_group, "order": order}
         return plackett_luce(scores, lists.labels[:, chosen], reduction="none", **options)
+
+
+class Batches:
+    """The batches of the base model's training: a `mopl.training` batch source of `lists_per_batch` lists at most."""
+
+    def __init__(self, data: RankingData, lists_per_batch: int, *, seed: int) -> None:
+        self.data, self.seed, self.batch_size = data, seed, min(lists_per_batch, len(data))
+
+    def __call__(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:
+        """Return part `rank` of `world_size` of the batch of `step`."""
+        chosen = shuffled_indices(len(self.data), self.batch_size, seed=self.seed, step=step)
+        return self.data.batch(torch.from_numpy(chosen[part_of_batch(self.batch_size, rank, world_size)]))
 
 
 class ListSource(StepSource):
@@ -130,28 +143,20 @@ def main_loss(model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[s
     return listwise_dpo(model(batch.features, batch.mask), targets, mask=batch.mask, normalize=None), {}
 
 
+Scorer = Callable[[Tensor, Tensor, Tensor], Tensor]  # features (B, K, F), mask (B, K), reference (B, K) -> (B, K)
+
+
 class Policy(Protocol):
     """A trained method: gives, for a trade-off, a function that scores lists."""
-
-    @property
-    def objectives(self) -> tuple[str, ...]:
-        """Names of the objectives."""
-        ...
 
     def at(self, weights: Sequence[float] | Tensor, beta: Sequence[float] | Tensor | None = None) -> Scorer:
         """Return the scorer for weights (m,) and, where the method is conditioned on it, β (m,)."""
         ...
 
 
-Scorer = Callable[[Tensor, Tensor, Tensor], Tensor]  # features (B, K, F), mask (B, K), reference (B, K) -> (B, K)
-
-
 @renamed_in_methods("at", temperature="beta")
-@dataclass
 class BasePolicy:
     """The base model: the same scores for every trade-off."""
-
-    objectives: tuple[str, ...]
 
     def at(self, weights: Any = None, beta: Any = None) -> Scorer:
         """Return a scorer that gives the reference scores."""
@@ -165,18 +170,13 @@ class ConditionedPolicy:
 
     model: RankingModel
 
-    @property
-    def objectives(self) -> tuple[str, ...]:
-        """Names of the objectives."""
-        return self.model.config.objectives
-
     def at(self, weights: Sequence[float] | Tensor, beta: Sequence[float] | Tensor | None = None) -> Scorer:
         """Return the scorer for any weights, and for any β if the model takes it."""
-        device = next(self.model.parameters()).device
-        w = check_weights(weights, len(self.objectives)).float().to(device)
-        if self.model.config.takes_beta and beta is None:
+        config, device = self.model.config, next(self.model.parameters()).device
+        w = check_weights(weights, len(config.objectives)).float().to(device)
+        if config.takes_beta and beta is None:
             raise ValueError("this model is conditioned on β; pass beta, one for each objective")
-        if beta is not None and not self.model.config.takes_beta:
+        if beta is not None and not config.takes_beta:
             raise ValueError(
                 "this model was trained at one β; pass scale (c of equation 14) instead, or train temperature-cos-dpo"
             )
@@ -195,11 +195,6 @@ class FixedPolicy:
 
     template: RankingModel
 
-    @property
-    def objectives(self) -> tuple[str, ...]:
-        """Names of the objectives."""
-        return self.template.config.objectives
-
     def state(self, weights: Tensor) -> Mapping[str, Tensor]:
         """Return the parameters that answer for weights (m,)."""
         raise NotImplementedError
@@ -208,7 +203,7 @@ class FixedPolicy:
         """Return the scorer for weights (m,)."""
         if beta is not None:
             raise ValueError("this method was trained at one β; pass scale (c of equation 14) instead")
-        state = self.state(check_weights(weights, len(self.objectives)))
+        state = self.state(check_weights(weights, len(self.template.config.objectives)))
 
         def score(features: Tensor, mask: Tensor, reference: Tensor) -> Tensor:
             # Loaded at each call: two scorers of one policy share the network.

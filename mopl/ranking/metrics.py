@@ -200,14 +200,11 @@ def _ranking(
         return order, factors
 
     # The mean over all orders of a tied group equals giving each of its documents the mean factor of its ranks.
-    ranked, there = scores.take_along_dim(order, -1), exists.take_along_dim(order, -1)
-    starts_group = torch.ones_like(there)
-    starts_group[..., 1:] = (ranked[..., 1:] != ranked[..., :-1]) | (there[..., 1:] != there[..., :-1])
-    rank = torch.arange(order.shape[-1], device=order.device).expand_as(order)
-    start = rank.masked_fill(~starts_group, 0).cummax(-1).values
-    ends_group = torch.ones_like(there)
-    ends_group[..., :-1] = starts_group[..., 1:]
-    last = rank.masked_fill(~ends_group, order.shape[-1]).flip(-1).cummin(-1).values.flip(-1)
+    ascending = -scores.take_along_dim(order, -1)
+    start = torch.searchsorted(ascending, ascending)
+    stop = torch.searchsorted(ascending, ascending, right=True)
+    stop = stop.minimum(exists.sum(-1, keepdim=True))  # a score of -inf is not tied with an absent document
+    count = (stop - start).clamp(min=1)
     total = torch.cat([factors.new_zeros(1), factors.cumsum(0)])
-    mean = (total[last + 1] - total[start]) / (last + 1 - start)
-    return order, torch.where(starts_group & ends_group, factors, mean)  # an untied document keeps its factor exactly
+    mean = (total[stop] - total[start]) / count
+    return order, torch.where(count == 1, factors, mean)  # an untied document keeps its factor exactly

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from mopl.ranking.objectives import reduce_lists
+from mopl.ranking.objectives import of_its_list
 
 METHODS = ("none", "global", "query", "query-minmax")
 _COLUMNS_AT_ONCE = 16  # float64 copies of this many columns at a time, not of the whole matrix
@@ -52,7 +51,6 @@ class FeatureNormalizer:
         Raises:
             ValueError: if there is no such normalisation.
         """
-        check_normalization(name)
         if name.removeprefix("log1p+") != "global":
             return cls(name)
         shifts, scales = [], []
@@ -91,16 +89,13 @@ class FeatureNormalizer:
             return (columns - self.shift[which]) / self.scale[which]
         if self.method in ("none", "log1p"):
             return columns
-
-        def within(values: Tensor, how: Literal["mean", "amax", "amin"]) -> Tensor:
-            return torch.repeat_interleave(reduce_lists(values, offsets, how), offsets.diff(), dim=0)
-
         if self.method == "query":
-            centred = columns - within(columns, "mean")
-            spread = within(centred.square(), "mean").sqrt()
-            return torch.where(spread > _CONSTANT * within(columns.abs(), "amax"), centred / spread, 0.0)
-        least = within(columns, "amin")
-        spread = within(columns, "amax") - least
+            centred = columns - of_its_list(columns, offsets, "mean")
+            spread = of_its_list(centred.square(), offsets, "mean").sqrt()
+            largest = of_its_list(columns.abs(), offsets, "amax")
+            return torch.where(spread > _CONSTANT * largest, centred / spread, 0.0)
+        least = of_its_list(columns, offsets, "amin")
+        spread = of_its_list(columns, offsets, "amax") - least
         return torch.where(spread > 0, (columns - least) / spread, 0.0)
 
     def tensors(self) -> dict[str, Tensor]:

@@ -168,42 +168,22 @@ def check_objectives(objectives: Sequence[Objective]) -> None:
         raise ValueError(f"two objectives have the same name in {names}; name them apart")
 
 
-def list_of_item(offsets: Tensor) -> Tensor:
-    """Return (N,) the list that each item belongs to, from offsets (Q + 1,)."""
-    lengths = offsets.diff()
-    return torch.repeat_interleave(torch.arange(lengths.shape[0]), lengths)
-
-
-_REDUCTIONS = {"sum": np.add, "amax": np.maximum, "amin": np.minimum}
-
-
-def reduce_lists(values: Tensor, offsets: Tensor, how: Literal["sum", "mean", "amax", "amin"]) -> Tensor:
-    """Reduce values (N, ...) within each list to (Q, ...), in their dtype. No list may be empty.
-
-    Args:
-        values: one row an item, on the CPU.
-        offsets: (Q + 1,) int64, where the lists begin and end.
-        how: the reduction.
-
-    Returns:
-        (Q, ...), one row a list.
-    """
-    operation = _REDUCTIONS["sum" if how == "mean" else how]
+def of_its_list(values: Tensor, offsets: Tensor, how: Literal["sum", "mean", "amax", "amin"]) -> Tensor:
+    """Give every item the reduction over its list of values (N, ...), in their dtype, on the CPU. No list is empty."""
+    operation = {"sum": np.add, "mean": np.add, "amax": np.maximum, "amin": np.minimum}[how]
     reduced = torch.from_numpy(operation.reduceat(values.numpy(), offsets[:-1].numpy(), axis=0))
-    return reduced / offsets.diff().view(-1, *[1] * (values.ndim - 1)) if how == "mean" else reduced
-
-
-def _spread_over_lists(reduced: Tensor, offsets: Tensor) -> Tensor:
-    """Give every item (N, ...) the value of its list (Q, ...)."""
-    return torch.repeat_interleave(reduced, offsets.diff(), dim=0)
+    lengths = offsets.diff()
+    if how == "mean":
+        reduced = reduced / lengths.view(-1, *[1] * (values.ndim - 1))
+    return torch.repeat_interleave(reduced, lengths, dim=0)
 
 
 def turned_labels(raw: Tensor, objective: Objective, offsets: Tensor) -> Tensor:
     """Return labels (N,), non-negative and higher better, of raw labels (N,); see the head of this file."""
     if not objective.maximise:
-        return _spread_over_lists(reduce_lists(raw, offsets, "amax"), offsets) - raw
+        return of_its_list(raw, offsets, "amax") - raw
     if bool((raw < 0).any()):
-        return raw - _spread_over_lists(reduce_lists(raw, offsets, "amin").clamp(max=0), offsets)
+        return raw - of_its_list(raw, offsets, "amin").clamp(max=0)
     return raw
 
 
@@ -216,8 +196,8 @@ def normalized_targets(labels: Tensor, objective: Objective, offsets: Tensor) ->
                 f"objective {objective.name!r} has scale='std', which is measured on the training split; "
                 "call resolve_scales(train) first, as mopl.ranking.load does"
             )
-        wide = ((wide - _spread_over_lists(reduce_lists(wide, offsets, "amax"), offsets)) / objective.scale).exp()
-    mass = _spread_over_lists(reduce_lists(wide, offsets, "sum"), offsets)
+        wide = ((wide - of_its_list(wide, offsets, "amax")) / objective.scale).exp()
+    mass = of_its_list(wide, offsets, "sum")
     return torch.where(mass > 0, wide / mass.clamp(min=torch.finfo(torch.float64).tiny), 0.0).to(labels.dtype)
 
 
@@ -229,6 +209,6 @@ def resolve_scale(objective: Objective, raw: Tensor, offsets: Tensor) -> Objecti
     if objective.scale != "std":
         return objective
     wide = raw.double()
-    centred = wide - _spread_over_lists(reduce_lists(wide, offsets, "mean"), offsets)
+    centred = wide - of_its_list(wide, offsets, "mean")
     deviation = centred.square().mean().sqrt().item()
     return dataclasses.replace(objective, scale=deviation if deviation > 0 else 1.0)

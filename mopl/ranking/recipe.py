@@ -122,14 +122,11 @@ class RankingRecipe(Recipe):
     def base(self) -> Measured:
         """Evaluate the base model, which has no trade-off."""
         trained = {"base": Trained.read(self.path / "base")}
-        return self._measure("base", BasePolicy(self.stages.objectives), trained)
+        return self._measure("base", BasePolicy(), trained)
 
     def evaluate(self, method: str, folder: Path, trained: dict[str, Trained]) -> Measured:
         """Evaluate a trained method at each trade-off and each distance from the base model."""
-        policy = load_policy(
-            self.path, folder, method, self.config, self.stages.objectives, self.grid, self.accelerator.device
-        )
-        return self._measure(method, policy, trained)
+        return self._measure(method, load_policy(self.stages, method, self.accelerator.device), trained)
 
     def _parameters(self, method: str, trained: list[Trained]) -> tuple[int, int]:
         """Return `Front.parameters` and `Front.inference_parameters`.

@@ -96,10 +96,7 @@ class RankingRun(FinishedRun):
             FileNotFoundError: If it has no front yet.
             ValueError: If the run has no such method.
         """
-        method = self.check_method(method)
-        return load_policy(
-            self.path, self.folder(method), method, self.config, self.objectives, self.grid, device
-        )  # fmt: skip
+        return load_policy(self, self.check_method(method), device)
 
     @property
     def metric(self) -> Metric:

@@ -16,7 +16,6 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,16 +24,17 @@ from mopl._extras import require
 from mopl._files import write_file
 from mopl._restoring import seeded
 from mopl._tensor_files import read_tensors
-from mopl.experiments.cos_dpo import CosDpoStages, Part, model_folder, model_folders, vertices
+from mopl.experiments.cos_dpo import CosDpoStages, Part, model_folders, vertices
 from mopl.experiments.driver import Recipe
-from mopl.experiments.methods import TABLE
+from mopl.experiments.methods import TABLE, Method
+from mopl.experiments.run import FinishedRun, method_folder
 from mopl.experiments.run_directory import DONE
 from mopl.experiments.stages import Trained, Training
-from mopl.ranking.batches import Batches
 from mopl.ranking.config import RankConfig
 from mopl.ranking.data import RankingData
 from mopl.ranking.evaluate import reference_scores, score_items
 from mopl.ranking.methods import (
+    Batches,
     ConditionedPolicy,
     GridPolicy,
     ListSource,
@@ -77,16 +77,13 @@ class Stages(CosDpoStages):
             given = check_base(config.base, self.data)
             self.record(folder, given.save_pretrained, Trained(0, 0.0))
 
-        def build() -> ListTransformer:
-            return ListTransformer(
-                self.data.num_features, config.base_hidden, config.base_layers, config.heads, dropout=config.dropout
-            )
-
         @contextmanager
         def begin() -> Iterator[Training]:
             settings = config.training(config.base_steps)
             with seeded(config.seed):
-                model = build()
+                model = ListTransformer(
+                    self.data.num_features, config.base_hidden, config.base_layers, config.heads, dropout=config.dropout
+                )
             yield Training(
                 model, Batches(self.data, config.batch_size, seed=config.seed), main_loss, settings,
                 model.save_pretrained, selection=self.validation.of_base(settings.steps),
@@ -123,7 +120,7 @@ class Stages(CosDpoStages):
             settings = config.training(config.steps)
             selection = self.validation.of_tuned(part.weights, self.beta, settings.steps)
             with seeded(config.seed):  # every model of a method starts from the same parameters
-                model = self._new_model(part)
+                model = untrained(config, self.objectives, self.base, part.method)
             yield Training(
                 model, source, part.loss, settings, (model if conditioned else model.network).save_pretrained,
                 selection=selection, figure="auxiliary NDCG on validation",
@@ -131,29 +128,16 @@ class Stages(CosDpoStages):
 
         done = self.train_once(part.name, part.folder, begin)
         if not done.parameters:  # records of earlier versions do not say
-            done = dataclasses.replace(done, parameters=self._new_model(part).num_parameters)
+            model = untrained(config, self.objectives, self.base, part.method)
+            done = dataclasses.replace(done, parameters=model.num_parameters)
         return done
 
     def expert_scores(self) -> Tensor:
         """Return the experts' scores (N, m) of the training split."""
-        device, grid = self.accelerator.device, vertices(len(self.objectives))
-        template = (
-            RankingModel(
-                model_config(self.config, self.data.num_features, self.objectives, conditioned=False), self.base
-            )
-            .to(device)
-            .eval()
-        )
-        policy = GridPolicy(template, grid, [network_state(model_folder(self.path, "dpo-soup", w)) for w in grid])
-        return torch.stack([score_items(policy.at(w), self.data, self.reference, device=device) for w in grid], 1)
-
-    def _new_model(self, part: Part) -> RankingModel:
-        method = part.method
-        settings = model_config(
-            self.config, self.data.num_features, self.objectives, conditioned=method.conditioned,
-            takes_beta=method.takes_beta,
-        )  # fmt: skip
-        return RankingModel(settings, self.base)
+        device = self.accelerator.device
+        policy = load_policy(self, "dpo-soup", device)
+        scorers = [policy.at(w) for w in vertices(len(self.objectives))]
+        return torch.stack([score_items(each, self.data, self.reference, device=device) for each in scorers], 1)
 
 
 def read_references(file: Path, splits: dict[str, RankingData]) -> dict[str, Tensor]:
@@ -166,12 +150,13 @@ def read_references(file: Path, splits: dict[str, RankingData]) -> dict[str, Ten
     return read_tensors(file, {name: (split.num_items,) for name, split in splits.items()}, remedy=remedy)
 
 
-def model_config(config: RankConfig, features: int, objectives: tuple[str, ...], **changes: Any) -> RankingModelConfig:
-    """Return the settings of a tuned model of a run."""
-    return RankingModelConfig(
-        features, objectives, config.hidden, config.layers, config.heads, dropout=config.dropout,
-        parametrisation=config.parametrisation, **changes,
+def untrained(config: RankConfig, objectives: tuple[str, ...], base: ListTransformer, method: Method) -> RankingModel:
+    """Return a model that a method of a run trains, as it is before."""
+    settings = RankingModelConfig(
+        base.settings["features"], objectives, config.hidden, config.layers, config.heads, dropout=config.dropout,
+        parametrisation=config.parametrisation, conditioned=method.conditioned, takes_beta=method.takes_beta,
     )  # fmt: skip
+    return RankingModel(settings, base)
 
 
 def load_base(path: str | Path) -> ListTransformer:
@@ -200,35 +185,12 @@ def check_base(path: str | Path, data: RankingData) -> ListTransformer:
     return base
 
 
-def network_state(folder: Path) -> dict[str, Tensor]:
-    """Return the parameters of a network that was trained for fixed weights."""
-    return ListTransformer.from_pretrained(folder).state_dict()
-
-
-def load_policy(
-    path: Path,
-    folder: Path,
-    method: str,
-    config: RankConfig,
-    objectives: tuple[str, ...],
-    grid: Tensor,
-    device: torch.device | str = "cpu",
-) -> Policy:
-    """Return a trained method of a run.
-
-    Args:
-        path: The run.
-        folder: The method's folder in it.
-        method: Name of the method.
-        config: Settings of the run.
-        objectives: Names of the objectives.
-        grid: (n, m) weights of the run's grid.
-        device: Where its models go.
-    """
+def load_policy(run: Stages | FinishedRun, method: str, device: torch.device | str = "cpu") -> Policy:
+    """Return a trained method of a run, with its models on a device."""
     if TABLE[method].conditioned:
+        folder = method_folder(run.path, run.config, method)
         return ConditionedPolicy(RankingModel.from_pretrained(folder).to(device))
-    base = load_base(path)
-    settings = model_config(config, base.settings["features"], objectives, conditioned=False)
-    template = RankingModel(settings, base).eval().to(device)
-    states = [network_state(place) for place in model_folders(path, method, grid)]
-    return SoupPolicy(template, states) if TABLE[method].averages else GridPolicy(template, grid, states)
+    template = untrained(run.config, run.objectives, load_base(run.path), TABLE[method]).eval().to(device)
+    folders = model_folders(run.path, method, run.grid)
+    states = [ListTransformer.from_pretrained(folder).state_dict() for folder in folders]
+    return SoupPolicy(template, states) if TABLE[method].averages else GridPolicy(template, run.grid, states)

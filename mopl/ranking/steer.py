@@ -10,8 +10,9 @@ import torch
 
 from mopl._files import write_file
 from mopl._renamed import renamed_keywords
+from mopl.conditioning import check_weights
 from mopl.ranking.data import RankingData
-from mopl.ranking.evaluate import check_trade_off, evaluate, one_point, score_items
+from mopl.ranking.evaluate import evaluate, score_items
 from mopl.ranking.methods import BasePolicy, ConditionedPolicy
 from mopl.ranking.runs import open_run
 
@@ -48,7 +49,12 @@ def steer(
     """
     opened = open_run(run)
     objectives = opened.objectives
-    w = check_trade_off(weights, objectives)
+    if len(weights) != len(objectives):
+        raise ValueError(
+            f"there are {len(weights)} weights but {len(objectives)} objectives; pass one for each of "
+            f"{', '.join(objectives)}, in this order"
+        )
+    w = check_weights(weights)
     if not scale > 0:
         raise ValueError(f"scale is {scale:g} but must be positive: above 1 is closer to the base model")
     device = torch.device("cuda" if torch.cuda.is_available() and opened.config.device == "auto" else "cpu")
@@ -65,7 +71,7 @@ def steer(
     options: dict[str, Any] = {
         "measure": opened.config.measure, "list_loss": opened.config.list_loss, "beta": of_lists, "device": device,
     }  # fmt: skip
-    (base,) = evaluate(BasePolicy(objectives), data, reference, None, **options)
+    (base,) = evaluate(BasePolicy(), data, reference, None, **options)
     scales = (1.0,) if scale == 1.0 else (1.0, scale)
     found = evaluate(policy, data, reference, w[None], conditioned_on_beta=takes, scales=scales, **options)
     rows = {"base model": base} | {
@@ -75,7 +81,10 @@ def steer(
     if output is not None:
         scores = score_items(scorer, data, reference, scale=scale, device=device)
         write_file(output, _scores_text(data, scores))
-    points = {name: dict(zip(("main", "auxiliary"), one_point(each), strict=True)) for name, each in rows.items()}
+    points = {
+        name: {"main": float(each.main.nanmean()), "auxiliary": each.auxiliary.nanmean(0)[0].tolist()}
+        for name, each in rows.items()
+    }
     return {
         "run": str(run), "method": method or opened.method_name, "split": split,
         "metric": opened.config.measure.metric().name,

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mopl.ranking.evaluate import in_batches, labelled, reference_scores
+from mopl.ranking.evaluate import in_batches, reference_scores
 from mopl.training import Selection
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Validation:
         self.data, self._items, self.config = data.subset(kept), data.items_of(kept), config
         self._reference = torch.zeros(self.data.num_items)
         self.notes: list[str] = []
-        main, *auxiliary = labelled(self.data).sum(0).tolist()
+        main, *auxiliary = self.data.labelled.sum(0).tolist()
         self._of_base = self._enough("the base model does", [data.main.name], [main])
         names = [objective.name for objective in data.objectives]
         self._of_tuned = self._enough("tuned models do", names, auxiliary)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from mopl.ranking.batch import Batch
-from mopl.ranking.batches import Batches, batches
 from mopl.ranking.data import RankingData
 from mopl.ranking.loading import load
+from mopl.ranking.methods import Batches
 from mopl.ranking.normalization import METHODS, FeatureNormalizer
 from mopl.ranking.objectives import MSLR_OBJECTIVES, Objective, parse_objective, parse_objectives
 from mopl.ranking.travel import travel
@@ -201,38 +201,21 @@ def test_sequential_gives_every_list_once():
     assert [b.queries.tolist() for b in data.sequential(4)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
 
 
-@pytest.mark.parametrize("bucket", [1, 4])
-@pytest.mark.parametrize("shuffle", [True, False])
-def test_any_step_can_be_had_at_any_time(bucket, shuffle):
+def test_any_step_can_be_had_at_any_time():
     data = make(tuple(np.random.default_rng(0).integers(1, 9, 23)))
-    options = {"seed": 5, "bucket": bucket, "shuffle": shuffle, "order": True}
-    run = [b for b, _ in zip(batches(data, 5, **options), range(30), strict=False)]
-    for start in (0, 7, 22):
-        again = list(batches(data, 5, start=start, stop=start + 3, **options))
-        assert all(equal(a, b) for a, b in zip(again, run[start : start + 3], strict=True))
-    assert equal(Batches(data, 5, **options)(29), run[29])
-    assert (
-        any(not equal(a, b) for a, b in zip(run, batches(data, 5, **(options | {"seed": 6})), strict=False)) == shuffle
-    )
+    source = Batches(data, 5, seed=5)
+    run = [source(step) for step in range(30)]
+    assert all(equal(Batches(data, 5, seed=5)(step), run[step]) for step in (29, 0, 7, 22))
+    assert any(not equal(Batches(data, 5, seed=6)(step), run[step]) for step in range(30))
 
 
-@pytest.mark.parametrize("bucket", [1, 4])
-def test_every_list_is_used_equally_often(bucket):
+def test_every_list_is_used_equally_often():
     data = make(tuple(np.random.default_rng(0).integers(1, 9, 20)))
-    source = Batches(data, 5, bucket=bucket)
+    source = Batches(data, 5, seed=0)
     for epoch in range(3):
-        used = torch.cat([source.queries(4 * epoch + i) for i in range(4)])
+        used = torch.cat([source(4 * epoch + i).queries for i in range(4)])
         assert sorted(used.tolist()) == list(range(20))
-    assert not torch.equal(source.queries(0), source.queries(4))
-
-
-def test_buckets_save_padding_without_a_fixed_order():
-    lengths = np.random.default_rng(0).integers(1, 200, 400)
-    data = make(tuple(lengths))
-    area = {b: sum(Batches(data, 10, bucket=b)(s).mask.numel() for s in range(40)) for b in (1, 40)}
-    assert area[40] < 1.1 * lengths.sum() < 0.7 * area[1]
-    longest = [int(Batches(data, 10, bucket=40)(s).mask.shape[1]) for s in range(40)]
-    assert longest != sorted(longest)
+    assert not torch.equal(source(0).queries, source(4).queries)
 
 
 def test_parts_of_a_batch_make_up_the_batch():
@@ -240,17 +223,14 @@ def test_parts_of_a_batch_make_up_the_batch():
     source = Batches(data, 5, seed=2)
     for step in range(4):
         parts = [source(step, rank, 3).queries.tolist() for rank in range(3)]
-        assert [q for part in parts for q in part] == source.queries(step).tolist()
+        assert [q for part in parts for q in part] == source(step).queries.tolist()
 
 
 def test_a_batch_never_has_more_lists_than_the_data():
-    source = Batches(make(), 64)
-    assert source.batch_size == 4 and sorted(source.queries(3).tolist()) == [0, 1, 2, 3]
-    for wrong in ({"lists_per_batch": 0}, {"lists_per_batch": 2, "bucket": 0}):
-        with pytest.raises(ValueError, match="must be at least 1"):
-            Batches(make(), **wrong)
-    with pytest.raises(IndexError, match="steps count from 0"):
-        source.queries(-1)
+    source = Batches(make(), 64, seed=0)
+    assert source.batch_size == 4 and sorted(source(3).queries.tolist()) == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="must be at least 1"):
+        Batches(make(), 0, seed=0)(0)
 
 
 # --- splits, subsets, checks ----------------------------------------------------------------------------------------

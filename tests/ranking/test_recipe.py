@@ -287,7 +287,7 @@ def test_a_scaled_evaluation_is_that_of_the_rescaled_scores(data):
     (direct,) = evaluate(Known(test, lambda w: moved), test, reference, grid, **options)
     torch.testing.assert_close(scaled[1].auxiliary, direct.auxiliary, equal_nan=True)
     torch.testing.assert_close(scaled[1].scores, direct.scores)
-    (base,) = evaluate(BasePolicy(("a", "b", "c")), test, reference, None, **options)
+    (base,) = evaluate(BasePolicy(), test, reference, None, **options)
     assert base.weights is None and base.main.shape == (len(test), 1)
 
 
