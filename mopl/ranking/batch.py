@@ -39,8 +39,5 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on `device`."""
-        moved = {
-            f.name: value.to(device, non_blocking=True) if isinstance(value := getattr(self, f.name), Tensor) else value
-            for f in dataclasses.fields(self)
-        }
-        return Batch(**moved)
+        tensors = {name: None if x is None else x.to(device, non_blocking=True) for name, x in vars(self).items()}
+        return Batch(**tensors)

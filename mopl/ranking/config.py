@@ -139,7 +139,7 @@ class RankConfig(CosDpoSettings):
         """How rankings are measured."""
         from mopl.ranking.evaluate import Measure
 
-        return Measure(k=self.k, gain=self.gain, empty=self.empty, samples=self.bootstrap, seed=self.seed)
+        return Measure(k=self.k, gain=self.gain, empty=self.empty)
 
     def resolved(self, lists: int) -> "Self":
         """Return the settings with the numbers of steps that `lists` training lists ask for, where none were given."""

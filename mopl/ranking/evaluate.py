@@ -35,18 +35,12 @@ class Measure:
         gain: `"linear"` or `"exponential"`.
         ties: What documents of equal score count, see `mopl.ranking.metrics.ndcg`.
         empty: What a list without any label counts: `"skip"`, 0 or 1.
-        samples: Bootstrap resamples of the lists; 0 for no intervals.
-        level: Probability of the intervals.
-        seed: Seed of the bootstrap.
     """
 
     k: int = 10
     gain: Literal["linear", "exponential"] = "linear"
     ties: Literal["average", "first", "worst"] = "average"
     empty: Literal["skip", 0, 1] = "skip"
-    samples: int = 1000
-    level: float = 0.95
-    seed: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "gain", renamed("gain", self.gain, stacklevel=4))
@@ -82,26 +76,19 @@ class Evaluation:
     scores: Tensor
 
 
+@torch.no_grad()
 def reference_scores(scorer: Any, data: RankingData, device: torch.device | str = "cpu") -> Tensor:
     """Return the scores (N,) that a model `scorer(features, mask) -> (B, K)` gives all items of the data."""
-    flat = torch.zeros(data.num_items)
-    with torch.no_grad():
-        for lists in in_batches(data):
-            on_device = lists.to(device)
-            scores = scorer(on_device.features, on_device.mask)
-            flat[data.items_of(lists.queries)] = scores[on_device.mask].float().cpu()
-    return flat
+    batches = (lists.to(device) for lists in in_batches(data))
+    return torch.cat([scorer(lists.features, lists.mask)[lists.mask].float().cpu() for lists in batches])
 
 
 def score_items(
     scorer: Scorer, data: RankingData, reference: Tensor, *, scale: float = 1.0, device: torch.device | str = "cpu"
 ) -> Tensor:
     """Return the scores (N,) of all items of the data for one trade-off, `scale` being c of equation (14)."""
-    flat = torch.zeros(data.num_items)
-    for lists in in_batches(data):
-        scores, base, mask = _scored(scorer, lists, data, reference, device)
-        flat[data.items_of(lists.queries)] = steering.rescale(scores, base, scale)[mask].float()
-    return flat
+    parts = (_scored(scorer, lists, data, reference, device) for lists in in_batches(data))
+    return torch.cat([steering.rescale(scores, base, scale)[mask].float() for scores, base, mask in parts])
 
 
 def in_batches(data: RankingData) -> Iterator[Batch]:
@@ -164,7 +151,8 @@ def evaluate(
             for found, scale in zip(parts, scales, strict=True):
                 at_scale = steering.rescale(scores, base, scale)
                 loss = list_loss(at_scale, lists, betas, base)
-                found.append((*_figures(at_scale, lists, measure), loss, at_scale[mask]))
+                figures = (measure.ndcg(at_scale, labels, mask) for labels in (lists.main, lists.labels))
+                found.append((*figures, loss, at_scale[mask]))
         for column, found in zip(columns, parts, strict=True):
             column.append(tuple(torch.cat(each) for each in zip(*found, strict=True)))
     results = []
@@ -173,11 +161,6 @@ def evaluate(
         means = torch.stack([loss.double().mean(0) for loss in losses])
         results.append(Evaluation(weights, torch.stack(main, 1), torch.stack(auxiliary, 1), means, torch.stack(scores)))
     return results
-
-
-def _figures(scores: Tensor, lists: Batch, measure: Measure) -> tuple[Tensor, Tensor]:
-    """Return NDCG of the main objective (B,) and of the auxiliary ones (B, m)."""
-    return measure.ndcg(scores, lists.main, lists.mask), measure.ndcg(scores, lists.labels, lists.mask)
 
 
 @dataclass(frozen=True)
@@ -202,7 +185,7 @@ def true_front(
     auxiliary, losses = [], []
     for w in weights:
         scores = true_scores(data, w, beta[0], reference)
-        parts = [_figures(data.pad(scores, lists.queries), lists, measure)[1] for lists in in_batches(data)]
+        parts = [measure.ndcg(data.pad(scores, lists.queries), lists.labels, lists.mask) for lists in in_batches(data)]
         auxiliary.append(torch.cat(parts).nanmean(0))
         losses.append(expected_losses(data, scores, beta[0], reference))
     return TrueFront(torch.stack(auxiliary), torch.stack(losses))

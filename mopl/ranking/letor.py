@@ -160,18 +160,17 @@ def _ranking_data(
     several: bool,
 ) -> RankingData:
     """Make one split out of one file."""
-    labels = {main.name: _checked(file.labels, main, file)}
-    for objective in objectives:
+
+    def labels_of(objective: Objective) -> np.ndarray:
         if objective.column is not None:
-            labels[objective.name] = _checked(_columns(file.features, [objective.column])[:, 0], objective, file)
-        else:
-            source = _label_path(objective, split, file.path, several=several)
-            values = read_label_file(source, len(file.labels), file.path)
-            labels[objective.name] = _checked(values, objective, file, source)
+            return _checked(_columns(file.features, [objective.column])[:, 0], objective, file)
+        source = _label_path(objective, split, file.path, several=several)
+        return _checked(read_label_file(source, len(file.labels), file.path), objective, file, source)
+
     return RankingData(
         features=torch.from_numpy(_columns(file.features, inputs)),
-        raw_main=torch.from_numpy(labels.pop(main.name)),
-        raw_auxiliary=torch.from_numpy(np.stack([labels[o.name] for o in objectives], axis=1)),
+        raw_main=torch.from_numpy(_checked(file.labels, main, file)),
+        raw_auxiliary=torch.from_numpy(np.stack([labels_of(objective) for objective in objectives], axis=1)),
         offsets=torch.from_numpy(file.offsets),
         query_ids=torch.from_numpy(file.query_ids),
         main=main,

@@ -191,19 +191,28 @@ class ConditionedPolicy:
 @renamed_in_methods("at", temperature="beta")
 @dataclass
 class FixedPolicy:
-    """Networks that were trained for fixed weights; what scores is one of them, or their average."""
+    """Networks that were trained for fixed weights.
+
+    Attributes:
+        template: A model whose network takes their parameters.
+        states: The parameters of the n networks.
+        grid: (n, m) the weights that each of them answers for, and no others; None for m experts, one an objective,
+            whose parameters are averaged with any weights.
+    """
 
     template: RankingModel
-
-    def state(self, weights: Tensor) -> Mapping[str, Tensor]:
-        """Return the parameters that answer for weights (m,)."""
-        raise NotImplementedError
+    states: Sequence[Mapping[str, Tensor]]
+    grid: Tensor | None = None
 
     def at(self, weights: Sequence[float] | Tensor, beta: Any = None) -> Scorer:
         """Return the scorer for weights (m,)."""
         if beta is not None:
             raise ValueError("this method was trained at one β; pass scale (c of equation 14) instead")
-        state = self.state(check_weights(weights, len(self.template.config.objectives)))
+        w = check_weights(weights, len(self.template.config.objectives))
+        if self.grid is None:
+            state = steering.soup(self.states, w)
+        else:
+            state = self.states[place_in_grid(self.grid, w.double())]
 
         def score(features: Tensor, mask: Tensor, reference: Tensor) -> Tensor:
             # Loaded at each call: two scorers of one policy share the network.
@@ -211,26 +220,3 @@ class FixedPolicy:
             return self.template.score(features, mask=mask, reference=reference)
 
         return score
-
-
-@dataclass
-class SoupPolicy(FixedPolicy):
-    """Experts whose parameters are averaged with the weights."""
-
-    experts: Sequence[Mapping[str, Tensor]]  # state dicts of the networks, one an objective
-
-    def state(self, weights: Tensor) -> Mapping[str, Tensor]:
-        """Return the average for any weights (m,)."""
-        return steering.soup(self.experts, weights)
-
-
-@dataclass
-class GridPolicy(FixedPolicy):
-    """One model for each trade-off of a grid, and none between them."""
-
-    grid: Tensor  # (n, m)
-    states: Sequence[Mapping[str, Tensor]]
-
-    def state(self, weights: Tensor) -> Mapping[str, Tensor]:
-        """Return the model that was trained for exactly these weights (m,)."""
-        return self.states[place_in_grid(self.grid, weights.double())]

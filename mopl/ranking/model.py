@@ -82,19 +82,19 @@ class ListTransformer(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        check_bounds({"features": features, "hidden": hidden, "layers": layers, "heads": heads,
-                      "feedforward": feedforward, "dropout": dropout})  # fmt: skip
-        if min(features, hidden, layers, heads, feedforward or 1) < 1 or hidden % heads or not 0 <= dropout < 1:
+        feedforward = feedforward or hidden
+        self.settings: dict[str, Any] = {
+            "features": features, "hidden": hidden, "layers": layers, "heads": heads,
+            "feedforward": feedforward, "dropout": dropout,
+        }  # fmt: skip
+        check_bounds(self.settings)
+        if min(features, hidden, layers, heads, feedforward) < 1 or hidden % heads or not 0 <= dropout < 1:
             raise ValueError(
                 f"features, hidden, layers, heads are {features}, {hidden}, {layers}, {heads}; all must be at least 1 "
                 f"and heads must divide hidden; dropout is {dropout}, which must be at least 0 and below 1"
             )
-        self.settings: dict[str, Any] = {
-            "features": features, "hidden": hidden, "layers": layers, "heads": heads,
-            "feedforward": feedforward or hidden, "dropout": dropout,
-        }  # fmt: skip
         self.input = nn.Linear(features, hidden)
-        self.blocks = nn.ModuleList(_Block(hidden, heads, feedforward or hidden, dropout) for _ in range(layers))
+        self.blocks = nn.ModuleList(_Block(hidden, heads, feedforward, dropout) for _ in range(layers))
         self.output_norm = nn.LayerNorm(hidden)
         # No bias: every list loss ignores a shift of all scores, so nothing would ever train it.
         self.output = nn.Linear(hidden, 1, bias=False)

@@ -36,10 +36,9 @@ from mopl.ranking.evaluate import reference_scores, score_items
 from mopl.ranking.methods import (
     Batches,
     ConditionedPolicy,
-    GridPolicy,
+    FixedPolicy,
     ListSource,
     Policy,
-    SoupPolicy,
     main_loss,
     score_batch,
 )
@@ -193,4 +192,4 @@ def load_policy(run: Stages | FinishedRun, method: str, device: torch.device | s
     template = untrained(run.config, run.objectives, load_base(run.path), TABLE[method]).eval().to(device)
     folders = model_folders(run.path, method, run.grid)
     states = [ListTransformer.from_pretrained(folder).state_dict() for folder in folders]
-    return SoupPolicy(template, states) if TABLE[method].averages else GridPolicy(template, run.grid, states)
+    return FixedPolicy(template, states, None if TABLE[method].averages else run.grid)

@@ -11,9 +11,10 @@ import torch
 from mopl._files import write_file
 from mopl._renamed import renamed_keywords
 from mopl.conditioning import check_weights
+from mopl.experiments.methods import TABLE
 from mopl.ranking.data import RankingData
-from mopl.ranking.evaluate import evaluate, score_items
-from mopl.ranking.methods import BasePolicy, ConditionedPolicy
+from mopl.ranking.evaluate import evaluate
+from mopl.ranking.methods import BasePolicy
 from mopl.ranking.runs import open_run
 
 
@@ -58,35 +59,34 @@ def steer(
     if not scale > 0:
         raise ValueError(f"scale is {scale:g} but must be positive: above 1 is closer to the base model")
     device = torch.device("cuda" if torch.cuda.is_available() and opened.config.device == "auto" else "cpu")
+    method = opened.check_method(method)
     policy = opened.policy(method, device)
-    takes = isinstance(policy, ConditionedPolicy) and policy.model.config.takes_beta
     of_lists = opened.config.betas(len(objectives)) if beta is None else tuple(beta)
     if len(of_lists) != len(objectives) or any(not b > 0 for b in of_lists):
         raise ValueError(
             f"beta is {' '.join(f'{b:g}' for b in of_lists)} but must be one positive number for each of "
             f"{', '.join(objectives)}"
         )
-    scorer = policy.at(w, of_lists if takes or beta is not None else None)
     data, reference = opened.splits[split], opened.reference[split]
     options: dict[str, Any] = {
         "measure": opened.config.measure, "list_loss": opened.config.list_loss, "beta": of_lists, "device": device,
     }  # fmt: skip
     (base,) = evaluate(BasePolicy(), data, reference, None, **options)
     scales = (1.0,) if scale == 1.0 else (1.0, scale)
-    found = evaluate(policy, data, reference, w[None], conditioned_on_beta=takes, scales=scales, **options)
+    asked = TABLE[method].takes_beta or beta is not None  # a policy that does not take β says so
+    found = evaluate(policy, data, reference, w[None], conditioned_on_beta=asked, scales=scales, **options)
     rows = {"base model": base} | {
         f"w = {' '.join(f'{x:.4g}' for x in w.tolist())}, c = {c:g}": each
         for c, each in zip(scales, found, strict=True)
     }
     if output is not None:
-        scores = score_items(scorer, data, reference, scale=scale, device=device)
-        write_file(output, _scores_text(data, scores))
+        write_file(output, _scores_text(data, found[-1].scores[0]))
     points = {
         name: {"main": float(each.main.nanmean()), "auxiliary": each.auxiliary.nanmean(0)[0].tolist()}
         for name, each in rows.items()
     }
     return {
-        "run": str(run), "method": method or opened.method_name, "split": split,
+        "run": str(run), "method": method, "split": split,
         "metric": opened.config.measure.metric().name,
         "main": data.main.name, "objectives": list(objectives), "weights": w.tolist(), "scale": scale,
         "beta": list(of_lists), "temperature": list(of_lists),  # its first name, for who reads it

@@ -10,6 +10,7 @@ where some are 2^63 or more. Leading zeros mean nothing; so an id that is writte
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ _PROGRESS_FROM_BYTES = 20_000_000
 _MOST_COLUMNS = 100_000  # read into a dense matrix; a larger column number is taken for a fault
 _ID = re.compile(rb"qid:([+-]?)([0-9]+)")
 _ARRAYS = ("features", "labels", "offsets", "query_ids")
+_BEYOND = f"above {_MOST_COLUMNS}, the most that is read; renumber it"
 
 
 class LetorError(ValueError):
@@ -107,7 +109,6 @@ def read_groups(path: Path, items: int, data: Path) -> np.ndarray:
     """
     sizes: list[int] = []
     for number, text in _text_lines(path):
-        text = text.strip()
         if not text:
             continue
         if not (text.isascii() and text.isdigit()):
@@ -122,7 +123,7 @@ def read_groups(path: Path, items: int, data: Path) -> np.ndarray:
             f"{path}: the {len(sizes)} groups have {sum(sizes)} documents together but {data} has {items}; "
             "make them agree"
         )
-    return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64)
+    return np.cumsum([0, *sizes], dtype=np.int64)
 
 
 def read_label_file(path: Path, items: int, data: Path) -> np.ndarray:
@@ -131,8 +132,8 @@ def read_label_file(path: Path, items: int, data: Path) -> np.ndarray:
     Raises:
         LetorError: if a line is no finite number, or there are not `items` lines.
     """
-    values = np.empty(items)
-    lines = list(_text_lines(path))
+    values: list[float] = []
+    lines = _text_lines(path)
     if len(lines) != items:
         raise LetorError(
             f"{path}: it has {len(lines)} lines but {data} has {items} documents; write one label a document, in the "
@@ -140,19 +141,25 @@ def read_label_file(path: Path, items: int, data: Path) -> np.ndarray:
         )
     for number, text in lines:
         try:
-            values[number - 1] = _number(text)
+            values.append(_number(text))
         except ValueError:
-            raise LetorError(f"{path}:{number}: {text.strip()!r} is not a number") from None
-        if not np.isfinite(values[number - 1]):
-            raise LetorError(f"{path}:{number}: the label is {text.strip()}; replace it by a finite number")
-    return values
+            raise LetorError(f"{path}:{number}: {text!r} is not a number") from None
+        if not math.isfinite(values[-1]):
+            raise LetorError(f"{path}:{number}: the label is {text}; replace it by a finite number")
+    return np.array(values)
 
 
-def _text_lines(path: Path) -> Iterator[tuple[int, str]]:
+@contextlib.contextmanager
+def _faults_of_text() -> Iterator[None]:
     try:
-        yield from read_lines(path)
+        yield
     except TextError as error:
-        raise LetorError(str(error)) from None
+        raise LetorError(str(error)) from error
+
+
+@_faults_of_text()
+def _text_lines(path: Path) -> list[tuple[int, str]]:
+    return [(number, text.strip()) for number, text in read_lines(path)]
 
 
 def _number(text: str) -> float:
@@ -168,10 +175,8 @@ def _number(text: str) -> float:
 
 def _side_file(path: Path) -> Path | None:
     """Return the file of group sizes beside `path`, if there is one."""
-    names = [f"{path.name}.query"]
-    if path.suffix in (".gz", ".bz2"):
-        names.append(f"{path.stem}.query")
-    return next((p for name in names if (p := path.with_name(name)).is_file()), None)
+    names = (path.name, path.stem) if path.suffix in (".gz", ".bz2") else (path.name,)
+    return next((side for name in names if (side := path.with_name(f"{name}.query")).is_file()), None)
 
 
 # --- parsing --------------------------------------------------------------------------------------------------------
@@ -276,15 +281,6 @@ class _Lines:
         return LetorError(f"{self.path}:{self.line}: {message}")
 
 
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    try:
-        with open_bytes(path) as streams:
-            yield streams
-    except TextError as error:
-        raise LetorError(str(error)) from error
-
-
 def _parse(path: Path) -> dict[str, np.ndarray]:
     """Parse a file into features, labels, offsets and query_ids (the last two empty if it has no ids)."""
     require("sklearn", what="reading SVMlight files")
@@ -296,7 +292,7 @@ def _parse(path: Path) -> dict[str, np.ndarray]:
     labels: list[np.ndarray] = []
     size = path.stat().st_size
     shown = progress(f"reading {path.name}", size, "B", show=size >= _PROGRESS_FROM_BYTES)
-    with _opened(path) as (raw, stream), shown as bar:
+    with _faults_of_text(), open_bytes(path) as (raw, stream), shown as bar:
         lines = _Lines(path, stream)
         while not lines.ended:
             try:
@@ -334,24 +330,23 @@ def _check_chunk(lines: _Lines, matrix: Any, labels: np.ndarray) -> None:
     def at(row: int, message: str) -> LetorError:
         return LetorError(f"{lines.path}:{lines.rows[row]}: {message}")
 
+    def row_of(place: int) -> int:
+        return int(np.searchsorted(matrix.indptr, place, side="right")) - 1
+
     bad = ~np.isfinite(labels)
     if bad.any():
         raise at(int(bad.argmax()), f"the label is {labels[bad.argmax()]}; replace it by a finite number")
     bad = ~np.isfinite(matrix.data)
     if bad.any():
         place = int(bad.argmax())
-        row = int(np.searchsorted(matrix.indptr, place, side="right")) - 1
         raise at(
-            row,
+            row_of(place),
             f"feature {matrix.indices[place] + 1} is {matrix.data[place]}; replace it by a number of float32's range "
             "or leave it out, which means 0",
         )
     if matrix.shape[1] > _MOST_COLUMNS:
         place = int(matrix.indices.argmax())
-        row = int(np.searchsorted(matrix.indptr, place, side="right")) - 1
-        raise at(
-            row, f"column {matrix.indices[place] + 1} is above {_MOST_COLUMNS}, the most that is read; renumber it"
-        )
+        raise at(row_of(place), f"column {matrix.indices[place] + 1} is {_BEYOND}")
 
 
 def explain_line(line: bytes) -> str | None:
@@ -371,17 +366,16 @@ def explain_line(line: bytes) -> str | None:
             return f"{feature!r} has no colon; write COLUMN:VALUE"
         if not (column.isascii() and column.isdigit()):
             return f"{feature!r} has no column number before the colon"
-        if len(column.lstrip("0")) > 10:
-            return f"column {column[:60]} is above {_MOST_COLUMNS}, the most that is read; renumber it"
-        if int(column) == 0:
+        number = int(column.lstrip("0")[:11] or 0)  # of 11 digits no number is in range
+        if number == 0:
             return "column 0 is used but columns are counted from 1; add 1 to all"
-        if int(column) <= last:
+        if number <= last:
             return f"column {column} comes after column {last}; columns must rise along the line"
-        if int(column) > _MOST_COLUMNS:
-            return f"column {column} is above {_MOST_COLUMNS}, the most that is read; renumber it"
+        if number > _MOST_COLUMNS:
+            return f"column {column[:60]} is {_BEYOND}"
         try:
             _number(value)
         except ValueError:
             return f"{feature!r} has no number after the colon"
-        last = int(column)
+        last = number
     return None

@@ -216,8 +216,7 @@ def expected_losses(data: RankingData, scores: Tensor, beta: float = 1.0, refere
     item count 0.
     """
     truth = _truth(data)
-    log_q = _segment_log_softmax(beta * (_flat(data, scores, "scores") - _reference(data, reference)), data)
-    cross_entropy = -_list_mean(truth.log_probs.exp() * log_q[:, None], data)
+    cross_entropy = -(truth.log_probs.exp() * _log_q(data, scores, beta, reference)[:, None]).sum(0) / len(data)
     return truth.rates * cross_entropy
 
 
@@ -236,8 +235,8 @@ def distance_to_optimum(
     """
     total = _shares(_truth(data), weights).sum()
     log_p = true_mixture(data, weights)
-    log_q = _segment_log_softmax(beta * (_flat(data, scores, "scores") - _reference(data, reference)), data)
-    return max(float(total * _list_mean((log_p.exp() * (log_p - log_q))[:, None], data)[0]), 0.0)
+    divergence = (log_p.exp() * (log_p - _log_q(data, scores, beta, reference))).sum() / len(data)
+    return max(float(total * divergence), 0.0)
 
 
 def _truth(data: RankingData) -> Truth:
@@ -263,15 +262,11 @@ def _flat(data: RankingData, values: Tensor, name: str) -> Tensor:
 
 
 def _reference(data: RankingData, reference: Tensor | None) -> Tensor:
-    return (
-        torch.zeros(data.num_items, dtype=torch.float64) if reference is None else _flat(data, reference, "reference")
-    )
+    zeros = torch.zeros(data.num_items, dtype=torch.float64)
+    return zeros if reference is None else _flat(data, reference, "reference")
 
 
-def _segment_log_softmax(values: Tensor, data: RankingData) -> Tensor:
-    return torch.from_numpy(_log_softmax(values.numpy(), data.offsets.numpy()))
-
-
-def _list_mean(values: Tensor, data: RankingData) -> Tensor:
-    """Sum values (N, c) over items and average over lists: (c,)."""
-    return values.sum(0) / len(data)
+def _log_q(data: RankingData, scores: Tensor, beta: float, reference: Tensor | None) -> Tensor:
+    """Return log softmax(b (s - s0)) within each list, (N,) float64."""
+    moved = beta * (_flat(data, scores, "scores") - _reference(data, reference))
+    return torch.from_numpy(_log_softmax(moved.numpy(), data.offsets.numpy()))

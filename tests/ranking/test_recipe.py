@@ -27,10 +27,9 @@ from mopl.ranking.loading import load
 from mopl.ranking.methods import (
     BasePolicy,
     ConditionedPolicy,
-    GridPolicy,
+    FixedPolicy,
     ListLoss,
     ListSource,
-    SoupPolicy,
     score_batch,
 )
 from mopl.ranking.model import ListTransformer, RankingModel, RankingModelConfig
@@ -211,7 +210,7 @@ def test_plackett_luce_uses_the_presorted_order_of_the_labels(data):
 def test_a_soup_is_its_expert_at_a_vertex_and_the_average_between(data):
     template = model(conditioned=False)
     experts = [model(conditioned=False).network.state_dict() for _ in range(3)]
-    policy, lists = SoupPolicy(template, experts), data[2].batch(range(4))
+    policy, lists = FixedPolicy(template, experts), data[2].batch(range(4))
     reference = torch.randn(lists.mask.shape)
 
     def alone(state):
@@ -228,7 +227,7 @@ def test_a_soup_is_its_expert_at_a_vertex_and_the_average_between(data):
 
 def test_two_scorers_of_one_policy_do_not_disturb_each_other(data):
     states = [model(conditioned=False).network.state_dict() for _ in range(2)]
-    policy = GridPolicy(model(conditioned=False), torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]).double(), states)
+    policy = FixedPolicy(model(conditioned=False), states, torch.eye(3)[:2].double())
     lists = data[2].batch(range(4))
     first, second = policy.at([1.0, 0.0, 0.0]), policy.at([0.0, 1.0, 0.0])
     reference = torch.zeros(lists.mask.shape)
@@ -238,7 +237,7 @@ def test_two_scorers_of_one_policy_do_not_disturb_each_other(data):
 
 
 def test_policies_refuse_what_they_cannot_answer():
-    grid = GridPolicy(model(conditioned=False), torch.tensor([[0.5, 0.5, 0.0]]).double(), [])
+    grid = FixedPolicy(model(conditioned=False), [], torch.tensor([[0.5, 0.5, 0.0]]).double())
     with pytest.raises(ValueError, match=r"none for 0.4 0.6 0; the nearest is 0.5 0.5 0"):
         grid.at([0.4, 0.6, 0.0])
     with pytest.raises(ValueError, match="does not sum to 1"):
@@ -267,7 +266,7 @@ class Known:
 
 def test_the_best_possible_scores_have_distance_zero_and_the_true_hypervolume(data):
     test, grid = data[2], weight_grid(3, 6)
-    reference, measure = torch.randn(test.num_items), Measure(samples=0)
+    reference, measure = torch.randn(test.num_items), Measure()
     policy = Known(test, lambda w: true_scores(test, w, 0.5, reference).float())
     (found,) = evaluate(policy, test, reference, grid, measure=measure, list_loss=ListLoss(), beta=(0.5,) * 3)
     truth = true_front(test, reference, grid, (0.5,) * 3, measure)
@@ -280,7 +279,7 @@ def test_the_best_possible_scores_have_distance_zero_and_the_true_hypervolume(da
 
 def test_a_scaled_evaluation_is_that_of_the_rescaled_scores(data):
     test, grid, reference = data[2], weight_grid(3, 3), torch.randn(data[2].num_items)
-    options = {"measure": Measure(samples=0), "list_loss": ListLoss(), "beta": (1.0,) * 3}
+    options = {"measure": Measure(), "list_loss": ListLoss(), "beta": (1.0,) * 3}
     raw = torch.randn(test.num_items)
     scaled = evaluate(Known(test, lambda w: raw), test, reference, grid, scales=(1.0, 3.0), **options)
     moved = 2 / 3 * reference + raw / 3
@@ -639,7 +638,7 @@ def test_every_method_can_be_steered_as_far_as_it_goes(finished):
         "there are 2 weights but 3 objectives; pass one for each of aux1, aux2, aux3": {"weights": [0.5, 0.5]},
         "does not sum to 1": {"weights": [0.5, 0.5, 0.5]},
         "has a negative entry": {"weights": [1.5, -0.5, 0.0]},
-        "must be finite": {"weights": [float("nan"), 0.5, 0.5]},
+        "has an entry that is not finite": {"weights": [float("nan"), 0.5, 0.5]},
         "scale is 0 but must be positive": {"weights": [1.0, 0.0, 0.0], "scale": 0.0},
         "trained a model for each of 3": {"weights": [0.5, 0.5, 0.0], "method": "dpo-ls"},
         "was trained at one β": {"weights": [1.0, 0.0, 0.0], "beta": beta},

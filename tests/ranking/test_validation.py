@@ -16,7 +16,7 @@ from mopl.experiments.stages import Trained
 from mopl.ranking.config import RankConfig
 from mopl.ranking.evaluate import Measure, evaluate, reference_scores
 from mopl.ranking.loading import load
-from mopl.ranking.methods import ConditionedPolicy, GridPolicy, ListLoss
+from mopl.ranking.methods import ConditionedPolicy, FixedPolicy, ListLoss
 from mopl.ranking.model import ListTransformer, RankingModel, RankingModelConfig
 from mopl.ranking.recipe import RunInterrupted, rank
 from mopl.ranking.runs import open_run
@@ -50,7 +50,7 @@ def ranker(data, conditioned):
 
 def mean_figures(policy, valid, reference, weights):
     """Return sum_j w_j NDCG_j as the front would have it, for each trade-off."""
-    options = {"measure": Measure(samples=0), "list_loss": ListLoss(), "beta": (1.0,) * 3}
+    options = {"measure": Measure(), "list_loss": ListLoss(), "beta": (1.0,) * 3}
     (found,) = evaluate(policy, valid, reference, weights, **options)
     return (weights * found.auxiliary.nanmean(0)).sum(1)
 
@@ -73,7 +73,7 @@ def test_tuned_models_are_judged_by_the_weighted_ndcg_of_the_front_at_their_weig
     validation = Validation(valid, config())
     validation.take_reference(reference)
     fixed, w = ranker(data, conditioned=False), torch.tensor([[0.5, 0.2, 0.3]], dtype=torch.float64)
-    policy = GridPolicy(fixed, w, [fixed.network.state_dict()])
+    policy = FixedPolicy(fixed, [fixed.network.state_dict()], w)
     assert validation.of_tuned(w, torch.ones(3), 100).validate(fixed) == pytest.approx(
         float(mean_figures(policy, valid, reference, w)[0]), abs=1e-6
     )
