@@ -104,7 +104,8 @@ def _act(parsed: argparse.Namespace) -> int:
         from mopl._hub import trusting
 
         with trusting(getattr(parsed, "trust_remote_code", False)):
-            return parsed.act(parsed)
+            parsed.act(parsed)
+        return 0
     except KeyboardInterrupt:
         say("mopl: stopped", file=sys.stderr)
         return 130

@@ -85,7 +85,7 @@ ALIGN = Experiment(
 
 def add_parser(commands: Any) -> None:
     """Add `mopl clp` and `mopl align` to the commands; the latter also takes what the former does, by its --method."""
-    on_rewards = clp.add_parser(commands)
+    on_rewards = add_experiment(commands, clp.CLP)
     parser = add_experiment(commands, ALIGN)
     own = parser.parse_known_args
 

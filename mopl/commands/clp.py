@@ -1,11 +1,10 @@
 """`mopl clp`: policies trained on rewards for every trade-off, and what they are compared with."""
 
-import argparse
 from collections.abc import Mapping
 from typing import Any
 
 from mopl.clp.config import TRAINED, ClpConfig
-from mopl.commands.experiment import TRUST_REMOTE_CODE, Demo, Experiment, Tell, add_experiment, try_with
+from mopl.commands.experiment import TRUST_REMOTE_CODE, Demo, Experiment, Tell, try_with
 
 EXAMPLES = """
 examples:
@@ -46,8 +45,3 @@ CLP = Experiment(
     },
     on_resume=("trust_rewards",),
 )
-
-
-def add_parser(commands: Any) -> argparse.ArgumentParser:
-    """Add `mopl clp` to the commands and return its parser."""
-    return add_experiment(commands, CLP)

@@ -78,8 +78,8 @@ class Experiment:
 def add_experiment(commands: Any, experiment: Experiment) -> argparse.ArgumentParser:
     """Add a command that trains to the commands and return its parser."""
     parser = add_command(
-        commands, experiment.name, experiment.help, f"{PAPER}\n{experiment.examples}",
-        argument_default=argparse.SUPPRESS,
+        commands, experiment.name, functools.partial(run, experiment), experiment.help,
+        f"{PAPER}\n{experiment.examples}", argument_default=argparse.SUPPRESS,
     )  # fmt: skip
     group = parser.add_argument_group("run")
     if experiment.demo is not None:
@@ -93,17 +93,11 @@ def add_experiment(commands: Any, experiment: Experiment) -> argparse.ArgumentPa
     groups = add_options(parser, experiment.settings, {"run": group})
     for (title, flag), options in experiment.options.items():
         groups[title].add_argument(flag, **options)
-    parser.set_defaults(act=functools.partial(run, experiment))
     return parser
 
 
-def run(experiment: Experiment, arguments: argparse.Namespace) -> int:
-    """Train what the options ask for, and print the table and what to do next.
-
-    Args:
-        experiment: The command.
-        arguments: What its parser returned.
-    """
+def run(experiment: Experiment, arguments: argparse.Namespace) -> None:
+    """Train what the options of a command ask for, and print the table and what to do next."""
     options = vars(arguments)
     settings = given(options, experiment.settings)
     if "config" in options:
@@ -128,19 +122,21 @@ def run(experiment: Experiment, arguments: argparse.Namespace) -> int:
         # The demo needs no name and no --resume: called again, it goes on where it stopped.
         where = where or demo.run
         resume = resume or (not overwrite and (Path(where) / "config.json").is_file())
-    if resume and where is None:
-        raise ValueError("--resume needs the run to continue; name it with --run")
-    if resume and where is not None:
+    if resume:
+        if where is None:
+            raise ValueError("--resume needs the run to continue; name it with --run")
         from mopl.experiments.run_directory import read_run
 
         more = {name: options[name] for name in experiment.on_resume if name in options}
         recipe = import_module(experiment.recipe)
         config = recipe.check_resume(read_run(where), settings, Path(where), **more)
     else:
-        config = _configuration(experiment, settings)
+        if missing := [name for name in experiment.needed if name not in settings]:
+            raise ValueError(f"--{missing[0]} is missing; {experiment.missing}")
+        config = experiment.settings(**settings)
     if only_print:
         _print_settings(config)
-        return 0
+        return
     recipe = import_module(experiment.recipe)
     path = getattr(recipe, experiment.train)(config, where, resume=resume, overwrite=overwrite, say=tell)
     if process() == 0:
@@ -154,7 +150,6 @@ def run(experiment: Experiment, arguments: argparse.Namespace) -> int:
         say(*filter(None, [experiment.hint(finished)]))
     if demo is not None:
         demo.after(path, experiment.settings(**settings), tell)
-    return 0
 
 
 def _print_settings(config: Settings) -> None:
@@ -166,20 +161,13 @@ def _print_settings(config: Settings) -> None:
     say(*(text if shown == text else dump_settings(config.to_dict(), ascii=True)).splitlines())
 
 
-def _configuration(experiment: Experiment, settings: Mapping[str, Any]) -> Settings:
-    for name in experiment.needed:
-        if name not in settings:
-            raise ValueError(f"--{name} is missing; {experiment.missing}")
-    return experiment.settings(**settings)
-
-
 def refuse_options(
     parsed: argparse.Namespace, unknown: list[str], other: argparse.ArgumentParser
 ) -> tuple[argparse.Namespace, list[str]]:
     """Return what a parser made of its arguments; if it does not know options that another one has, acting says so."""
     foreign = [word.partition("=")[0] for word in unknown if word.partition("=")[0] in other._option_string_actions]
 
-    def act(arguments: argparse.Namespace) -> int:
+    def act(arguments: argparse.Namespace) -> None:
         raise ValueError(f"{', '.join(foreign)} has no part in this --method; leave it out")
 
     if foreign:

@@ -19,21 +19,19 @@ examples:
 """
 
 
-def add_parser(commands: Any) -> argparse.ArgumentParser:
-    """Add `mopl export` to the commands and return its parser."""
+def add_parser(commands: Any) -> None:
+    """Add `mopl export` to the commands."""
     help = "write the model of one trade-off as a plain directory that transformers and vLLM load"
-    parser = add_model_command(commands, "export", help, EXAMPLES)
+    parser = add_model_command(commands, "export", run, help, EXAMPLES)
     parser.add_argument("directory", metavar="DIR", help="where to write; nothing may be there")
     parser.add_argument("--kind", choices=("model", "adapter"), default="model", help="adapter: a PEFT "
                         "adapter, of a mixture of adapters, a model that takes weights in words, or a prompt without "
                         "LoRA (default: model)")  # fmt: skip
     parser.add_argument("--keep-tied", action="store_true", help="leave an output head that is tied to the embeddings "
                         "tied, for loaders that need it; then rule out the new tokens with logit_bias")  # fmt: skip
-    parser.set_defaults(act=run)
-    return parser
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> None:
     """Run `mopl export`."""
     from mopl.language_models import models
     from mopl.language_models.export import export
@@ -41,10 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     directory = Path(arguments.directory)
     if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
         raise FileExistsError(f"{directory} exists and is not an empty directory; name another")
-    tuned = load_tuned_model(
-        arguments.run, arguments.weights, method=arguments.method, base_model=arguments.base_model,
-        kl_weight=arguments.kl_weight,
-    )  # fmt: skip
+    tuned = load_tuned_model(arguments)
     beta = arguments.beta
     if beta is None and tuned.beta is not None:
         # At other sums than 1 the answers are a mixture with the reference, which no plain model is.
@@ -61,4 +56,3 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.kind == "model":
         load = f"AutoModelForCausalLM.from_pretrained({str(directory)!r})"
         say(f"{shell('vllm', 'serve', directory)}    or transformers: {load}")
-    return 0

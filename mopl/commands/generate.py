@@ -21,10 +21,10 @@ SCALE_HELP = (
 )
 
 
-def add_parser(commands: Any) -> argparse.ArgumentParser:
-    """Add `mopl generate` to the commands and return its parser."""
+def add_parser(commands: Any) -> None:
+    """Add `mopl generate` to the commands."""
     help = "answer prompts at any trade-off, and at any distance from the reference, without training"
-    parser = add_model_command(commands, "generate", help, EXAMPLES)
+    parser = add_model_command(commands, "generate", run, help, EXAMPLES)
     parser.add_argument("prompts", metavar="PROMPT", nargs="*", help="texts to answer; - reads one from stdin")
     parser.add_argument("--scale", type=float, default=1.0, metavar="C", help=SCALE_HELP)
     parser.add_argument("--candidates", type=int, default=1, metavar="N",
@@ -48,11 +48,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     template.add_argument("--raw", dest="template", action="store_const", const="plain",
                           help="let the model continue the prompt as it is")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object per prompt, with all candidates")
-    parser.set_defaults(act=run)
-    return parser
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> None:
     """Run `mopl generate`."""
     prompts = texts_of_arguments(arguments.prompts)
     if not prompts:
@@ -64,10 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     from mopl.language_models.tokenization import ListTokenizer
 
     device = "cuda" if arguments.device == "auto" and torch.cuda.is_available() else "cpu"
-    tuned = load_tuned_model(
-        arguments.run, arguments.weights, method=arguments.method, base_model=arguments.base_model, device=device,
-        kl_weight=arguments.kl_weight,
-    )  # fmt: skip
+    tuned = load_tuned_model(arguments, device)
     beta = arguments.beta or tuned.beta
     tokenizer = tuned.tokenizer
     if arguments.template is not None:
@@ -91,7 +86,6 @@ def run(arguments: argparse.Namespace) -> int:
         if len(answers) > 1:
             say(*([""] if number else []), f"> {answer.prompt}")
         print(answer.text)
-    return 0
 
 
 def _as_record(answer: Any) -> dict[str, Any]:

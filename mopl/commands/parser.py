@@ -3,7 +3,7 @@
 import argparse
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from mopl._terminal import one_line, say
@@ -63,12 +63,15 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
 
-def add_command(commands: Any, name: str, help: str, examples: str, **options: Any) -> Parser:
+def add_command(
+    commands: Any, name: str, act: Callable[[argparse.Namespace], None], help: str, examples: str, **options: Any
+) -> Parser:
     """Add a command and return its parser.
 
     Args:
         commands: What `add_subparsers` returned.
         name: The command's name.
+        act: Does what its options ask for.
         help: What it does, in a line.
         examples: The end of its help.
         **options: Further arguments of `Parser`.
@@ -77,6 +80,7 @@ def add_command(commands: Any, name: str, help: str, examples: str, **options: A
         name, help=help, description=help, epilog=examples, allow_abbrev=False, formatter_class=_Help, **options
     )  # fmt: skip
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.set_defaults(act=act)
     return parser
 
 

@@ -1,6 +1,5 @@
 """`mopl rank`: a ranker for every trade-off."""
 
-import argparse
 from typing import Any
 
 from mopl.commands.experiment import Experiment, add_experiment, try_with
@@ -26,6 +25,6 @@ RANK = Experiment(
 )  # fmt: skip
 
 
-def add_parser(commands: Any) -> argparse.ArgumentParser:
-    """Add `mopl rank` to the commands and return its parser."""
-    return add_experiment(commands, RANK)
+def add_parser(commands: Any) -> None:
+    """Add `mopl rank` to the commands."""
+    add_experiment(commands, RANK)

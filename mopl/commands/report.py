@@ -13,19 +13,17 @@ examples:
 """
 
 
-def add_parser(commands: Any) -> argparse.ArgumentParser:
-    """Add `mopl report` to the commands and return its parser."""
-    parser = add_command(commands, "report", "one table, picture and page of one or several runs", EXAMPLES)
+def add_parser(commands: Any) -> None:
+    """Add `mopl report` to the commands."""
+    parser = add_command(commands, "report", run, "one table, picture and page of one or several runs", EXAMPLES)
     parser.add_argument("runs", metavar="RUN", nargs="+", help="directories of finished runs")
     parser.add_argument("--html", metavar="FILE", help="write the page to FILE")
     parser.add_argument("--png", metavar="FILE", help="write the picture to FILE")
     parser.add_argument("--table", metavar="FILE", help="write the table to FILE")
     parser.add_argument("--csv", metavar="FILE", help="write the points of all fronts to FILE")
-    parser.set_defaults(act=run)
-    return parser
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> None:
     """Run `mopl report`."""
     from mopl.experiments import compare
     from mopl.report.plot import check_picture
@@ -35,4 +33,3 @@ def run(arguments: argparse.Namespace) -> int:
     compare(
         arguments.runs, html=arguments.html, png=arguments.png, table=arguments.table, csv=arguments.csv
     )  # fmt: skip
-    return 0

@@ -17,10 +17,10 @@ examples:
 """
 
 
-def add_parser(commands: Any) -> argparse.ArgumentParser:
-    """Add `mopl steer` to the commands and return its parser."""
+def add_parser(commands: Any) -> None:
+    """Add `mopl steer` to the commands."""
     help = "figures and scores of a finished run for any trade-off, without training"
-    parser = add_command(commands, "steer", help, EXAMPLES, options_anywhere=True)
+    parser = add_command(commands, "steer", run, help, EXAMPLES, options_anywhere=True)
     parser.add_argument("run", metavar="RUN", help="directory of a finished run of mopl rank")
     parser.add_argument("--weights", nargs="+", type=float, required=True, metavar="W",
                         help="weights, one for each objective in the run's order; they must sum to 1")  # fmt: skip
@@ -36,11 +36,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", metavar="FILE", help="write query, item and score of every item to FILE")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.set_defaults(act=run)
-    return parser
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> None:
     """Run `mopl steer`."""
     from mopl.ranking.steer import steer
 
@@ -51,7 +49,6 @@ def run(arguments: argparse.Namespace) -> int:
     print(json.dumps(figures, indent=2) if arguments.json else _table(figures))
     if arguments.output and not arguments.json:
         say(f"scores of the {figures['split']} split: {arguments.output}")
-    return 0
 
 
 def _table(figures: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ RUN_HELP = (
 )
 
 
-def add_model_command(commands: Any, name: str, help: str, examples: str) -> Parser:
+def add_model_command(
+    commands: Any, name: str, act: Callable[[argparse.Namespace], None], help: str, examples: str
+) -> Parser:
     """Add a command with the options of `load_tuned_model` and return its parser."""
-    parser = add_command(commands, name, help, examples, options_anywhere=True)
+    parser = add_command(commands, name, act, help, examples, options_anywhere=True)
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
     parser.add_argument("--weights", nargs="+", type=float, required=True, metavar="W",
                         help="weights, one for each objective in the run's order; they must sum to 1")  # fmt: skip
@@ -59,24 +61,8 @@ class TunedModel:
     takes_weights: bool = True
 
 
-def load_tuned_model(
-    path: str | Path,
-    weights: Sequence[float],
-    *,
-    method: str | None = None,
-    base_model: str | None = None,
-    device: str = "cpu",
-    kl_weight: float | None = None,
-) -> TunedModel:
-    """Load the model of a run of `mopl align` or `mopl clp`, or that of a folder.
-
-    Args:
-        path: The run or the folder.
-        weights: One for each objective, for methods with a model of their own for each trade-off.
-        method: A method of the run.
-        base_model: Where the model that it was tuned from is now.
-        device: Where the model goes.
-        kl_weight: Of a run on rewards.
+def load_tuned_model(arguments: argparse.Namespace, device: str = "cpu") -> TunedModel:
+    """Load the model of a run of `mopl align` or `mopl clp`, or that of a folder, from options of `add_model_command`.
 
     Raises:
         FileNotFoundError: If there is nothing of the kind.
@@ -84,40 +70,37 @@ def load_tuned_model(
     """
     from mopl._records import read_json
 
-    path = Path(path)
+    path = Path(arguments.run)
     is_run = (path / "config.json").exists() and not (path / "mopl.json").exists()
     if is_run and "model_type" in read_json(path / "config.json"):
         raise ValueError(f"{path} is a plain language model, which takes no weights; name a run of mopl align")
     if is_run:
-        return _model_of_run(path, weights, method, base_model, device, kl_weight)
+        return _model_of_run(path, arguments, device)
     if not (path / "mopl.json").exists():
         raise FileNotFoundError(
             f"{path} is neither a run of mopl align nor a model: it has no config.json or mopl.json"
         )
-    if method is not None:
+    if arguments.method is not None:
         raise ValueError(f"{path} is one model, not a run; leave out --method")
-    _check_kl_weight(path, kl_weight)
-    tuned = _model_of_folder(path, base_model, device)
-    _check_count(weights, tuned.objectives)
+    _check_kl_weight(path, arguments.kl_weight)
+    tuned = _model_of_folder(path, arguments.base_model, device)
+    _check_count(arguments.weights, tuned.objectives)
     return tuned
 
 
-def _model_of_run(
-    path: Path, weights: Sequence[float], method: str | None, base_model: str | None, device: str,
-    kl_weight: float | None,
-) -> TunedModel:  # fmt: skip
+def _model_of_run(path: Path, arguments: argparse.Namespace, device: str) -> TunedModel:
     from mopl.experiments.run import run_class
     from mopl.experiments.run_directory import check_kind, read_run
     from mopl.language_models.reference_mixture import OWN_REFERENCE
 
-    record = read_run(path)
+    record, method, weights, kl_weight = read_run(path), arguments.method, arguments.weights, arguments.kl_weight
     on_rewards = record.get("kind") == "clp"
     if not on_rewards:
         check_kind(record, path, "align")
         _check_kl_weight(path, kl_weight)
     run: Any = run_class(record, path).open(path)
-    if base_model is not None:
-        run.config = dataclasses.replace(run.config, model=base_model)
+    if arguments.base_model is not None:
+        run.config = dataclasses.replace(run.config, model=arguments.base_model)
     _check_moved(run.config.model)
     _check_count(weights, run.objectives)
     if not on_rewards:
