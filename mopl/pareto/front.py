@@ -183,28 +183,9 @@ class Front:
     ) -> Front:
         """Make a front from evaluated points; hypervolume and steerability are computed here.
 
-        Args:
-            method: Name of the method.
-            objectives: As in `Front`.
-            main: As in `Front`.
-            weights: (n, m), each on the simplex; None for a model that is not asked for a trade-off.
-            main_values: (n,), figures of the main objective.
-            auxiliary_values: (n, m), figures of the auxiliary objectives.
-            reference_point: (m,), fixed before the methods are compared.
-            seconds: As in `Front`.
-            parameters: As in `Front`.
-            seed: As in `Front`.
-            data: As in `Front`.
-            maximise: As in `Front`.
-            intervals: For each point what `Point.interval` holds.
-            interval: As in `Front`.
-            reference_front: (r, m), the true front, for its distance in `steerability`.
-            steps: As in `Front`.
-            notes: As in `Front`.
-            inference_parameters: As in `Front`.
-
-        Returns:
-            The checked front.
+        `weights` are None for a model that is not asked for a trade-off; the reference point is fixed before methods
+        are compared; `intervals` has for each point what `Point.interval` holds; `reference_front`, (r, m), is the true
+        front, for its distance in `steerability`. The rest is as in `Front`. The front is checked.
 
         Raises:
             ImportError: If moocore is not installed.
@@ -216,11 +197,7 @@ class Front:
             volume = hypervolume(auxiliary, reference_point, maximise=maximise)
         else:
             figures = steerability(
-                weights,
-                auxiliary,
-                maximise=maximise,
-                reference_point=reference_point,
-                reference_front=reference_front,
+                weights, auxiliary, maximise=maximise, reference_point=reference_point, reference_front=reference_front
             )
             volume = figures.pop("hypervolume")
         asked = [[] for _ in auxiliary] if weights is None else as_points(weights, "weights").tolist()

@@ -29,9 +29,8 @@ def as_points(points: Points, name: str = "points", objectives: int | None = Non
     Raises:
         ValueError: If the shape is not (n, m), or a point is NaN or infinite.
     """
-    source = points.detach().cpu().double().numpy() if isinstance(points, Tensor) else points
     try:
-        array = np.asarray(source, dtype=np.float64)
+        array = _float64(points)
     except (TypeError, ValueError):
         raise ValueError(f"{name} must be (n, m) numbers, one row a point, all of one length") from None
     if array.ndim != 2 or (objectives is not None and array.shape[1] != objectives) or array.shape[1] == 0:
@@ -193,68 +192,48 @@ def epsilon_additive(points: Points, front: Points, *, maximise: Maximise) -> fl
         ImportError: If moocore is not installed.
         ValueError: If a set is empty, a shape is wrong, a point is NaN or infinite, or the distance is beyond float64.
     """
-    a, f = _two_sets(points, front, maximise)
-    return homogeneous(lambda a, f: float(_moocore().epsilon_additive(a, f, maximise=maximise)), "shift", a, f)
+    return _distance(
+        "shift", lambda a, f: _moocore().epsilon_additive(a, f, maximise=maximise), points, front, maximise
+    )
 
 
 def igd_plus(points: Points, front: Points, *, maximise: Maximise) -> float:
-    """IGD+ (Ishibuchi et al. 2015): mean over a reference front of how far the points fall short of it.
+    """IGD+ (Ishibuchi et al. 2015): mean over a reference front of how far the points fall short of it, at least 0.
 
-    It is small only if the points are near the whole front.
-
-    Args:
-        points: (n, m).
-        front: (r, m), the reference front.
-        maximise: Whether larger is better, a bool or one for each objective.
-
-    Returns:
-        The mean distance, at least 0; only what is worse than the front counts.
-
-    Raises:
-        ImportError: If moocore is not installed.
-        ValueError: If a set is empty, a shape is wrong, a point is NaN or infinite, or the distance is beyond float64.
+    It is small only if the points are near the whole front. Arguments and errors as in `epsilon_additive`.
     """
-    a, f = _two_sets(points, front, maximise)
-    return homogeneous(lambda a, f: float(_moocore().igd_plus(a, f, maximise=maximise)), "IGD+", a, f)
+    return _distance("IGD+", lambda a, f: _moocore().igd_plus(a, f, maximise=maximise), points, front, maximise)
 
 
 def gd_plus(points: Points, front: Points, *, maximise: Maximise) -> float:
-    """GD+: mean over the points of how far they fall short of a reference front.
+    """GD+: mean over the points of how far they fall short of a reference front, at least 0.
 
-    It is small if every point is near the front, even if they are all in one place.
-
-    Args:
-        points: (n, m).
-        front: (r, m), the reference front.
-        maximise: Whether larger is better, a bool or one for each objective.
-
-    Returns:
-        The mean distance, at least 0; only what is worse than the front counts.
-
-    Raises:
-        ImportError: If moocore is not installed.
-        ValueError: If a set is empty, a shape is wrong, a point is NaN or infinite, or the distance is beyond float64.
+    It is small if every point is near the front, even if they are all in one place. Arguments and errors as in
+    `epsilon_additive`.
     """
-    a, f = _two_sets(points, front, maximise)
+
     # With the roles and the direction exchanged IGD+ measures, from each point, how far the front is ahead of it.
-    flipped = (directions(maximise, a.shape[1]) < 0).tolist()
-    return homogeneous(lambda a, f: float(_moocore().igd_plus(f, a, maximise=flipped)), "GD+", a, f)
+    def exchanged(a: np.ndarray, f: np.ndarray) -> float:
+        return _moocore().igd_plus(f, a, maximise=(directions(maximise, a.shape[1]) < 0).tolist())
+
+    return _distance("GD+", exchanged, points, front, maximise)
+
+
+def _distance(what: str, measure: Callable[..., float], points: Points, front: Points, maximise: Maximise) -> float:
+    """Return what `measure` gives for two checked sets of points of one width, neither of them empty."""
+    array = as_points(points)
+    reference = as_points(front, "front", array.shape[1])
+    directions(maximise, array.shape[1])
+    for name, value in (("points", array), ("front", reference)):
+        if len(value) == 0:
+            raise ValueError(f"{name} is empty; a distance needs at least one point")
+    return homogeneous(lambda a, f: float(measure(a, f)), what, array, reference)
 
 
 def front_distance(points: Points, front: Points, *, maximise: Maximise) -> dict[str, float]:
     """Distances of points to a known front: `epsilon_additive`, `igd_plus` and `gd_plus` under their names.
 
-    Args:
-        points: (n, m).
-        front: (r, m), the known front, densely sampled.
-        maximise: Whether larger is better, a bool or one for each objective.
-
-    Returns:
-        The three distances.
-
-    Raises:
-        ImportError: If moocore is not installed.
-        ValueError: If a set is empty, a shape is wrong, a point is NaN or infinite, or the distance is beyond float64.
+    The front should be densely sampled; arguments and errors are as in `epsilon_additive`.
     """
     measures = {"epsilon_additive": epsilon_additive, "igd_plus": igd_plus, "gd_plus": gd_plus}
     return {name: measure(points, front, maximise=maximise) for name, measure in measures.items()}
@@ -350,21 +329,13 @@ def attainment(
     return surfaces
 
 
-def _two_sets(points: Points, front: Points, maximise: Maximise) -> tuple[np.ndarray, np.ndarray]:
-    """Return points and front as checked arrays of one width, neither empty."""
-    array = as_points(points)
-    reference = as_points(front, "front", array.shape[1])
-    directions(maximise, array.shape[1])
-    for name, value in (("points", array), ("front", reference)):
-        if len(value) == 0:
-            raise ValueError(f"{name} is empty; a distance needs at least one point")
-    return array, reference
-
-
 def _vector(value: Sequence[float] | Tensor | np.ndarray, objectives: int, name: str) -> np.ndarray:
     """Return a finite (m,) float64 array."""
-    source = value.detach().cpu().double().numpy() if isinstance(value, Tensor) else value
-    array = np.asarray(source, dtype=np.float64)
+    array = _float64(value)
     if array.shape != (objectives,) or not np.isfinite(array).all():
         raise ValueError(f"{name} is {array.tolist()} but must be {objectives} finite numbers, one an objective")
     return array
+
+
+def _float64(values: Any) -> np.ndarray:
+    return np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values, dtype=np.float64)
