@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any, Literal
 
+from mopl.experiments.applications import APPLICATIONS
 from mopl.experiments.common_settings import LanguageModelSettings
 from mopl.experiments.resume_settings import located_inside
 from mopl.experiments.settings import setting, settings
@@ -9,7 +10,7 @@ from mopl.experiments.settings import setting, settings
 if TYPE_CHECKING:
     from mopl.language_models.tokenization import ListTokenizer
 
-METHODS = ("clp", "rewarded-soups", "prompting", "logit-mixing", "dera")
+METHODS = APPLICATIONS["clp"].methods
 TRAINED = ("clp", "rewarded-soups", "prompting")
 ALL = "clp-all"
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mopl.experiments.methods import METHODS
+
 _LANGUAGE = ("transformers", "tokenizers", "peft", "trl", "datasets", "flash-attn")
 
 
@@ -16,6 +18,7 @@ class Application:
         used_with: The command that a finished one is for.
         command: The command of `mopl` that resumes one.
         run: Module and class of its finished runs, a `mopl.experiments.run.FinishedRun`.
+        methods: Names of its methods.
         packages: Packages of its own whose version may change what a run computes.
     """
 
@@ -23,19 +26,22 @@ class Application:
     used_with: str
     command: str
     run: tuple[str, str]
+    methods: tuple[str, ...]
     packages: tuple[str, ...]
 
 
 # Runs of rankers were there before there were kinds, so their records have none.
 APPLICATIONS: dict[str | None, Application] = {
     None: Application(
-        "mopl rank", "mopl steer", "rank", ("mopl.ranking.runs", "RankingRun"), ("scikit-learn", "statsmodels")
+        "mopl rank", "mopl steer", "rank", ("mopl.ranking.runs", "RankingRun"), METHODS,
+        ("scikit-learn", "statsmodels"),
     ),
     "align": Application(
-        "mopl align", "mopl generate", "align", ("mopl.alignment.runs", "AlignmentRun"), _LANGUAGE
+        "mopl align", "mopl generate", "align", ("mopl.alignment.runs", "AlignmentRun"), METHODS, _LANGUAGE
     ),
     "clp": Application(
         "mopl clp", "mopl generate", "clp", ("mopl.clp.runs", "ClpRun"),
+        ("clp", "rewarded-soups", "prompting", "logit-mixing", "dera"),
         (*_LANGUAGE, "vaderSentiment", "rouge-score", "pyphen", "glin-profanity"),
     ),
 }  # fmt: skip

@@ -42,27 +42,12 @@ Self = TypeVar("Self", bound="FinishedRun")
 
 
 def method_folder(path: Path, config: Any, method: str) -> Path:
-    """Return where the front and the model of a method are in a run.
-
-    Args:
-        path: The run.
-        config: Its settings.
-        method: One of `config.methods`, or "base".
-
-    Returns:
-        The run itself where it has one method, or else a folder for each.
-    """
+    """Return where a method, or "base", has its front and its model: a folder of its own unless there is one method."""
     return path if method == config.method else path / method
 
 
 def run_grid(config: Any, objectives: int) -> Tensor:
-    """Return the weights (n, m) float64 at which the fronts of a run are evaluated.
-
-    Args:
-        config: The settings of the run, of which `points` is n; None for the default of `mopl.pareto.weight_grid`.
-            One objective has one point, whatever is asked for.
-        objectives: m.
-    """
+    """Return the weights (n, m) float64 at which the fronts of a run are evaluated; one objective has one point."""
     return weight_grid(objectives, config.points if objectives > 1 else None, density="medium")
 
 
@@ -268,15 +253,7 @@ class LanguageModelRun(FinishedRun):
 
 
 def run_class(record: Mapping[str, Any], path: str | Path) -> type[FinishedRun]:
-    """Return the class of a run, which imports the application that made it.
-
-    Args:
-        record: What `read_run` gave.
-        path: The run, for the message.
-
-    Raises:
-        ValueError: If no application here makes such runs.
-    """
+    """Return the class of a run, which imports the application that made it; errors as `application_of`."""
     module, name = application_of(record, path).run
     return getattr(importlib.import_module(module), name)
 

@@ -16,7 +16,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,10 +40,8 @@ _PACKAGES = ("torch", "numpy", "triton", "accelerate", "safetensors", "moocore")
 _OWN = frozenset(
     "config.json log.jsonl front.json evaluation.json table.txt front.png report.html comparison.png comparison.html "
     "samples.json samples.jsonl rewards.json training.json model.json model.safetensors normalizer.safetensors "
-    "reference.safetensors base model models reference checkpoints rollouts tensorboard "
-    "wandb trackers.json "
-    "weight-cos-dpo temperature-cos-dpo dpo-ls dpo-soup mo-dpo clp rewarded-soups prompting logit-mixing dera".split()
-)
+    "reference.safetensors base model models reference checkpoints rollouts tensorboard wandb trackers.json".split()
+).union(*(each.methods for each in APPLICATIONS.values()))
 _CLUTTER = (".DS_Store", "Thumbs.db", "desktop.ini")  # what file managers leave
 
 
@@ -53,17 +51,9 @@ def hold_run(
 ) -> Iterator[tuple[Path, dict[str, Any] | None]]:
     """Give the directory of a run to begin or to resume, held against other processes until the block ends.
 
-    Under a launcher the main process holds it, and every process gets its path or its error.
-
-    Args:
-        run: The directory; None takes `runs/<stem>-<n>` with the next free n.
-        stem: What the default name begins with.
-        accelerator: accelerate's `Accelerator`.
-        resume: Whether a run must be there.
-        overwrite: Whether one may be there.
-
-    Yields:
-        The directory, not made yet, and the record of the run that is resumed, or None.
+    It is not made yet; with it comes the record of the run that is resumed, or None. The default directory is
+    `runs/<stem>-<n>` with the next free n. Under a launcher the main process holds it, and every process gets its path
+    or its error.
 
     Raises:
         FileExistsError: As `check_new_run`.
@@ -235,14 +225,7 @@ def read_run(path: str | os.PathLike[str]) -> dict[str, Any]:
 def settings_of(
     record: dict[str, Any], path: str | os.PathLike[str], kind: str | None, settings: type[T], data: type
 ) -> T:
-    """Return the settings in the record of a run, once what it says of its data fits, too.
-
-    Args:
-        record: What `read_run` gave.
-        path: The run.
-        kind: As in `check_kind`.
-        settings: The dataclass of the settings.
-        data: The `msgspec.Struct` of what the command reads from `record["data"]`.
+    """Return the settings in the record of a run, once its "data" fits the `msgspec.Struct` of what is read of that.
 
     Raises:
         DamagedFile: If a key is missing or is something else than it was; the message names it.
@@ -255,16 +238,7 @@ def settings_of(
 
 
 def check_kind(record: dict[str, Any], path: str | os.PathLike[str], kind: str | None) -> None:
-    """Raise unless a run was made by the command that is asked for it.
-
-    Args:
-        record: What `read_run` gave.
-        path: The run, for the message.
-        kind: The "kind" that its record should have; None for `mopl rank`.
-
-    Raises:
-        ValueError: If it was made by another command; the message says which, and what that run is for.
-    """
+    """Raise a ValueError unless a run was made by the command of that kind; it says by which, and what it is for."""
     if record.get("kind") == kind:
         return
     found, wanted = application_of(record, path), APPLICATIONS[kind]
@@ -273,15 +247,7 @@ def check_kind(record: dict[str, Any], path: str | os.PathLike[str], kind: str |
 
 
 def application_of(record: Mapping[str, Any], path: str | os.PathLike[str]) -> Application:
-    """Return the application that made a run.
-
-    Args:
-        record: What `read_run` gave.
-        path: The run, for the message.
-
-    Raises:
-        ValueError: If there is none of that kind.
-    """
+    """Return the application that made a run, or raise a ValueError if there is none of its kind."""
     found = record.get("kind")
     if found not in APPLICATIONS:
         raise ValueError(f"{path} is a run of something else ({found}); was it made by another version of mopl?")
@@ -291,16 +257,9 @@ def application_of(record: Mapping[str, Any], path: str | os.PathLike[str]) -> A
 def check_fingerprints(
     record: dict[str, Any], found: Mapping[str, Any], fingerprints: Mapping[str, str], path: Path
 ) -> None:
-    """Raise unless the data is what it was when a run began.
+    """Raise a ValueError unless the fingerprints of now are those in a run's record.
 
-    Args:
-        record: The run's `config.json`.
-        found: The fingerprints of now.
-        fingerprints: By their keys in both, of what they are.
-        path: The run, for the message.
-
-    Raises:
-        ValueError: With what changed.
+    `fingerprints` has by their keys in both of what they are.
     """
     for key, what in fingerprints.items():
         if record["data"][key] != found[key]:
@@ -322,18 +281,12 @@ def next_run(parent: str | os.PathLike[str], stem: str) -> Path:
     return parent / f"{stem}-{max(taken) + 1}"
 
 
-def environment(kind: str | None = None) -> dict[str, Any]:
-    """Return the versions that a run depends on, and the commit of the checkout that the package lies in, if any.
-
-    Args:
-        kind: The "kind" that the run's record has; None for `mopl rank`.
-    """
+def environment(kind: str | None) -> dict[str, Any]:
+    """Return the versions that a run of a kind depends on, and the commit of the checkout that this is, if any."""
     versions: dict[str, Any] = {"python": platform.python_version(), "mopl": __version__}
     for package in (*_PACKAGES, *APPLICATIONS[kind].packages):
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     commit = _commit()
     return {"versions": versions, "platform": platform.platform(), **({"commit": commit} if commit else {})}
 
@@ -345,11 +298,9 @@ def _commit() -> str | None:
         return None
 
     def git(*arguments: str) -> str | None:
-        try:
+        with suppress(OSError, subprocess.TimeoutExpired):
             done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
+            return done.stdout.strip() if done.returncode == 0 else None
 
     commit = git("rev-parse", "HEAD")
     changed = git("status", "--porcelain", "--untracked-files=no") if commit else None
