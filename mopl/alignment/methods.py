@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,49 +20,42 @@ from mopl._renamed import renamed_keywords
 from mopl.alignment.config import LIST_LOSSES, LOSSES, PAIR_LOSSES, PER_TOKEN
 from mopl.conditioning import WeightedModel
 from mopl.conditioning.samplers import Sampler
-from mopl.experiments.cos_dpo import Score, Scored, StepBatch, StepSource
+from mopl.experiments.cos_dpo import ListLoss, Score, Scored, StepBatch, StepSource
 from mopl.language_models.collate import ListBatch, ListCollator, by_objective, to_lists
 from mopl.language_models.head import score_sequences
 from mopl.language_models.tokenization import TokenizedList
-from mopl.losses import bradley_terry, listwise_dpo, normalize_labels, plackett_luce
+from mopl.losses import bradley_terry, normalize_labels
 from mopl.training.parallel import unwrapped
 
 Conditioner = Callable[[TokenizedList, Tensor, Tensor], TokenizedList]  # list, w (m,), β (m,) -> list
 
 
 @dataclass(frozen=True)
-class ResponseLoss:
-    """The loss of each objective of each list, on scores `(B, K)`.
+class ResponseLoss(ListLoss):
+    """The loss of each objective of each list of responses, on scores `(B, K)`.
 
     Args:
-        loss: `"listnet"`, `"plackett-luce"`, or a type of `mopl.losses.bradley_terry` for lists of two.
-        labels: How ListNet turns the labels of each objective into targets: `"l1"` or `"softmax"`, one or m times.
-        label_temperature: What labels are divided by before their softmax, one or m times.
-        ties: How Plackett-Luce treats equal labels.
+        loss: As in `ListLoss`, or a type of `mopl.losses.bradley_terry` for lists of two.
+        ties: As in `ListLoss`; so are the next two.
         last_group: Whether Plackett-Luce charges the responses of the lowest label.
         top_k: How many ranks Plackett-Luce sees; None for all.
+        labels: How ListNet turns the labels of each objective into targets: `"l1"` or `"softmax"`, one or m times.
+        label_temperature: What labels are divided by before their softmax, one or m times.
         label_smoothing: Rate of flipped labels, for the pair losses that have it.
         by_objective: Some lists have labels of an objective for a part of their responses only.
     """
 
-    loss: str = "listnet"
+    CHOICES: ClassVar[tuple[str, ...]] = LOSSES
+
     labels: tuple[str, ...] = ("l1",)
     label_temperature: tuple[float, ...] = (1.0,)
-    ties: Literal["breslow", "efron", "exact", "random"] = "breslow"
-    last_group: Literal["charged", "free"] = "charged"
-    top_k: int | None = None
     label_smoothing: float = 0.0
     by_objective: bool = False
 
     def __post_init__(self) -> None:
-        check_choice(self.loss, LOSSES, "loss")
+        super().__post_init__()
         for entry in self.labels:
             check_choice(entry, ("l1", "softmax"), "labels")
-
-    @property
-    def needs_order(self) -> bool:
-        """Whether batches should bring the responses sorted by label."""
-        return self.loss == "plackett-luce" and self.ties != "random"
 
     @property
     def per_token(self) -> bool:
@@ -88,19 +81,8 @@ class ResponseLoss:
         elif self.by_objective:
             vector = self._apart(scores, lists, beta, reference, chosen)
         else:
-            vector = self._together(scores, lists, beta, reference, chosen)
+            vector = super().__call__(scores, lists, beta, reference, objective)
         return torch.where(counts, vector, 0.0)
-
-    def _together(self, scores: Tensor, lists: ListBatch, beta: Any, reference: Tensor | None, chosen: slice) -> Tensor:
-        """All responses of a list count in every objective."""
-        options: dict[str, Any] = {
-            "reference": reference, "beta": beta, "mask": lists.mask, "reduction": "none",
-        }  # fmt: skip
-        if self.loss == "listnet":
-            return listwise_dpo(scores, self.targets(lists)[:, chosen], normalize=None, **options)
-        order = None if lists.order is None or not self.needs_order else lists.order[:, chosen]
-        options |= {"top_k": self.top_k, "ties": self.ties, "last_group": self.last_group, "order": order}
-        return plackett_luce(scores, lists.labels[:, chosen], **options)
 
     def _apart(self, scores: Tensor, lists: ListBatch, beta: Any, reference: Tensor | None, chosen: slice) -> Tensor:
         """Every objective of every list is a list of its own."""
@@ -110,15 +92,8 @@ class ResponseLoss:
         s0 = None if reference is None else by_objective(reference, lists)[0][rows]
         if isinstance(beta, Tensor):
             beta = beta.expand(shape[:2]).reshape(-1, 1)
-        options: dict[str, Any] = {"reference": s0, "beta": beta, "mask": mask, "reduction": "none"}
-        if self.loss == "listnet":
-            targets = self.targets(lists)[:, chosen].reshape(-1, 1, shape[2])
-            found = listwise_dpo(own, targets, normalize=None, **options)
-        else:
-            found = plackett_luce(
-                own, labels, top_k=self.top_k, ties=self.ties, last_group=self.last_group, **options
-            )  # fmt: skip
-        return found.view(shape[0], shape[1])
+        targets = self.targets(lists)[:, chosen].reshape(-1, 1, shape[2]) if self.loss == "listnet" else None
+        return self.vector(own, labels, targets, reference=s0, beta=beta, mask=mask).view(shape[:2])
 
     def targets(self, lists: ListBatch) -> Tensor:
         """Return the target distributions (B, m, K) of ListNet; 0 throughout where an objective has no labels."""

@@ -260,7 +260,7 @@ def response_loss(config: AlignConfig, data: PreferenceData) -> ResponseLoss:
         )
     partly = config.partial == "keep" and any(entry["partial"] for entry in counts["objectives"].values())
     return ResponseLoss(
-        config.loss, tuple(modes), rates, config.ties, config.last_group, config.top_k, config.label_smoothing, partly
+        config.loss, config.ties, config.last_group, config.top_k, tuple(modes), rates, config.label_smoothing, partly
     )
 
 

@@ -12,17 +12,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mopl import steering
+from mopl._arguments import check_choice
 from mopl.conditioning.samplers import Sampler, box_betas, dirichlet_weights, fixed
 from mopl.experiments.methods import TABLE, Method
 from mopl.experiments.stages import RunStages, Trained
-from mopl.losses import scalarize
+from mopl.losses import listwise_dpo, plackett_luce, scalarize
 from mopl.training import part_of_batch, shuffled_indices
 
 if TYPE_CHECKING:
@@ -113,6 +114,63 @@ Score = Callable[[nn.Module, Any], Scored]
 VectorLoss = Callable[..., Tensor]
 
 
+@dataclass(frozen=True)
+class ListLoss:
+    """The loss of each objective of each list, on scores (B, K).
+
+    Args:
+        loss: `"listnet"`: `mopl.losses.listwise_dpo`, the loss of the paper; `"plackett-luce"`: the likelihood of the
+            whole ranking by labels.
+        ties: How Plackett-Luce treats equal labels.
+        last_group: Whether Plackett-Luce charges the items of the lowest label; `"free"` takes them as unranked,
+            which is what zeros of a sparse label mean.
+        top_k: How many ranks Plackett-Luce sees; None for all.
+    """
+
+    CHOICES: ClassVar[tuple[str, ...]] = ("listnet", "plackett-luce")
+
+    loss: str = "listnet"
+    ties: Literal["breslow", "efron", "exact", "random"] = "breslow"
+    last_group: Literal["charged", "free"] = "charged"
+    top_k: int | None = None
+
+    def __post_init__(self) -> None:
+        check_choice(self.loss, self.CHOICES, "loss")
+
+    @property
+    def needs_order(self) -> bool:
+        """Whether batches should bring the items sorted by label."""
+        return self.loss == "plackett-luce" and self.ties != "random"
+
+    def __call__(
+        self,
+        scores: Tensor,  # (B, K)
+        lists: Any,
+        beta: float | Tensor,  # number or (B, m)
+        reference: Tensor | None = None,  # (B, K)
+        objective: int | None = None,
+    ) -> Tensor:  # (B, m), or (B, 1) for one objective
+        """Return the loss vector of a batch; only that of `objective` where one is given."""
+        chosen = slice(None) if objective is None else slice(objective, objective + 1)
+        targets = self.targets(lists)[:, chosen] if self.loss == "listnet" else None
+        order = lists.order[:, chosen] if self.needs_order and lists.order is not None else None
+        options: dict[str, Any] = {"reference": reference, "beta": beta, "mask": lists.mask}
+        return self.vector(scores, lists.labels[:, chosen], targets, order=order, **options)
+
+    def targets(self, lists: Any) -> Tensor:
+        """Return the distributions (B, m, K) that ListNet compares with, normalised already."""
+        return lists.targets
+
+    def vector(
+        self, scores: Tensor, labels: Tensor, targets: Tensor | None, *, order: Tensor | None = None, **options: Any
+    ) -> Tensor:
+        """Return ListNet's loss of the targets (B, m, K), or where there are none Plackett-Luce's of the labels."""
+        if targets is not None:
+            return listwise_dpo(scores, targets, normalize=None, reduction="none", **options)
+        options |= {"top_k": self.top_k, "ties": self.ties, "last_group": self.last_group, "order": order}
+        return plackett_luce(scores, labels, reduction="none", **options)
+
+
 def scalarized(
     vector: Tensor,  # (B, m)
     weights: Tensor,  # (B, m)
@@ -149,15 +207,9 @@ def scalarized_loss(
     penalty_sign: Literal["as_printed", "cosmos"] = "as_printed",
     common_beta: float | None = None,
 ) -> StepLoss:
-    """Return the training loss of a model, the mean over lists of `scalarized`.
+    """Return the training loss of a model, the mean over lists of `scalarized`; `names` are those of the objectives.
 
-    Args:
-        score: Gives the scores of a batch.
-        loss: The loss of each objective.
-        names: Names of the objectives, for the log.
-        penalty: As in `scalarized`.
-        penalty_sign: As in `scalarized`.
-        common_beta: β where it is one number: then one softmax serves all objectives.
+    Where β is one number, `common_beta`, one softmax serves all objectives.
     """
 
     def step_loss(model: nn.Module, batch: StepBatch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -260,16 +312,7 @@ class Part:
 
 
 class CosDpoStages(RunStages):
-    """Trains the models of a run of COS-DPO or of a baseline.
-
-    Args:
-        run: The run.
-        objectives: Names of the m objectives.
-        beta: (m,) β.
-        batch_size: Lists in a step's batch.
-        score: Gives the scores of a batch.
-        loss: The loss of each objective.
-    """
+    """Trains the models of a run of COS-DPO or of a baseline; `beta` is (m,), `batch_size` that of a step."""
 
     def __init__(
         self,

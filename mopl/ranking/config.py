@@ -14,8 +14,8 @@ from mopl.experiments.settings import setting, settings
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from mopl.experiments.cos_dpo import ListLoss
     from mopl.ranking.evaluate import Measure
-    from mopl.ranking.methods import ListLoss
 
 __all__ = ["ALL", "CONDITIONED", "EMBEDDED", "METHODS", "RankConfig"]
 
@@ -130,7 +130,7 @@ class RankConfig(CosDpoSettings):
     @property
     def list_loss(self) -> "ListLoss":
         """The list loss."""
-        from mopl.ranking.methods import ListLoss
+        from mopl.experiments.cos_dpo import ListLoss
 
         return ListLoss(self.loss, self.ties, self.last_group, self.top_k)
 

@@ -15,9 +15,10 @@ from torch import Tensor
 from mopl import steering
 from mopl._arguments import check_positive
 from mopl._renamed import renamed, renamed_keywords
+from mopl.experiments.cos_dpo import ListLoss
 from mopl.ranking.batch import Batch
 from mopl.ranking.data import RankingData
-from mopl.ranking.methods import ListLoss, Policy, Scorer
+from mopl.ranking.methods import Policy, Scorer
 from mopl.ranking.metrics import ndcg
 from mopl.ranking.synthetic import distance_to_optimum, expected_losses, true_scores
 from mopl.report import Metric

@@ -7,71 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mopl import steering
-from mopl._arguments import check_choice, check_positive
+from mopl._arguments import check_positive
 from mopl._renamed import renamed_in_methods
 from mopl.conditioning import check_weights
 from mopl.conditioning.samplers import Sampler
 from mopl.experiments.cos_dpo import Scored, StepBatch, StepSource, place_in_grid
-from mopl.losses import listwise_dpo, plackett_luce
+from mopl.losses import listwise_dpo
 from mopl.ranking.batch import Batch
 from mopl.ranking.data import RankingData
 from mopl.ranking.model import RankingModel
 from mopl.training.batches import part_of_batch, shuffled_indices
 from mopl.training.parallel import unwrapped
-
-LOSSES = ("listnet", "plackett-luce")
-
-
-@dataclass(frozen=True)
-class ListLoss:
-    """The list loss of every objective.
-
-    Args:
-        loss: `"listnet"`: `mopl.losses.listwise_dpo`, the loss of the paper; `"plackett-luce"`: the likelihood of the
-            whole ranking by labels.
-        ties: How Plackett-Luce treats equal labels.
-        last_group: Whether Plackett-Luce charges the items of the lowest label; `"free"` takes them as unranked,
-            which is what zeros of a sparse label mean.
-        top_k: How many ranks Plackett-Luce sees; None for all.
-    """
-
-    loss: Literal["listnet", "plackett-luce"] = "listnet"
-    ties: Literal["breslow", "efron", "exact", "random"] = "breslow"
-    last_group: Literal["charged", "free"] = "charged"
-    top_k: int | None = None
-
-    def __post_init__(self) -> None:
-        check_choice(self.loss, LOSSES, "loss")
-
-    @property
-    def needs_order(self) -> bool:
-        """Whether batches should bring the items sorted by label."""
-        return self.loss == "plackett-luce" and self.ties != "random"
-
-    def __call__(
-        self,
-        scores: Tensor,  # (B, K)
-        lists: Batch,
-        beta: float | Tensor,  # number or (B, m)
-        reference: Tensor | None = None,  # (B, K)
-        objective: int | None = None,
-    ) -> Tensor:  # (B, m), or (B, 1) for one objective
-        """Return the loss vector of a batch; only that of `objective` where one is given."""
-        chosen = slice(None) if objective is None else slice(objective, objective + 1)
-        options: dict[str, Any] = {"reference": reference, "beta": beta, "mask": lists.mask}
-        if self.loss == "listnet":
-            # The targets are normalised by each objective's own rule already.
-            return listwise_dpo(scores, lists.targets[:, chosen], normalize=None, reduction="none", **options)
-        order = None if lists.order is None or not self.needs_order else lists.order[:, chosen]
-        options |= {"top_k": self.top_k, "ties": self.ties, "last_group": self.last_group, "order": order}
-        return plackett_luce(scores, lists.labels[:, chosen], reduction="none", **options)
 
 
 class Batches:

@@ -12,9 +12,9 @@ from mopl._renamed import VALUES
 from mopl.alignment.config import AlignConfig
 from mopl.alignment.methods import ResponseLoss
 from mopl.cli import build_parser
+from mopl.experiments.cos_dpo import ListLoss
 from mopl.ranking.config import RankConfig
 from mopl.ranking.evaluate import Measure
-from mopl.ranking.methods import ListLoss
 from mopl.ranking.metrics import ndcg
 
 SCORES, LABELS = torch.tensor([[0.1, 0.9, 0.3]]), torch.tensor([[2.0, 0.0, 1.0]])

@@ -17,7 +17,7 @@ pytest.importorskip("moocore")  # every run measures its front
 from mopl import steering
 from mopl.conditioning.samplers import box_betas, dirichlet_weights, fixed
 from mopl.experiments import compare, run_fronts
-from mopl.experiments.cos_dpo import modpo_loss, scalarized_loss, vector_name
+from mopl.experiments.cos_dpo import ListLoss, modpo_loss, scalarized_loss, vector_name
 from mopl.experiments.methods import METHODS
 from mopl.losses import listwise_dpo
 from mopl.pareto import Front, hypervolume, weight_grid
@@ -28,7 +28,6 @@ from mopl.ranking.methods import (
     BasePolicy,
     ConditionedPolicy,
     FixedPolicy,
-    ListLoss,
     ListSource,
     score_batch,
 )
