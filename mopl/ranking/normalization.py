@@ -53,14 +53,13 @@ class FeatureNormalizer:
         """
         if name.removeprefix("log1p+") != "global":
             return cls(name)
-        shifts, scales = [], []
-        for columns in _columns(features, name):
-            shift = columns.mean(0)
-            scale = (columns - shift).square().mean(0).sqrt()
-            shifts.append(shift)
-            scales.append(torch.where(scale > _CONSTANT * columns.abs().amax(0), scale, 1.0))
-        empty = features.new_zeros(0, dtype=torch.float64)
-        return cls(name, torch.cat([empty, *shifts]), torch.cat([empty, *scales]))
+        shift = torch.zeros(features.shape[1], dtype=torch.float64)
+        scale = torch.zeros_like(shift)
+        for which, columns in _columns(features, name):
+            shift[which] = columns.mean(0)
+            spread = (columns - shift[which]).square().mean(0).sqrt()
+            scale[which] = torch.where(spread > _CONSTANT * columns.abs().amax(0), spread, 1.0)
+        return cls(name, shift, scale)
 
     def __call__(self, features: Tensor, offsets: Tensor) -> Tensor:
         """Return the features (N, F) of lists `offsets` (Q + 1,) transformed, in their dtype.
@@ -75,11 +74,9 @@ class FeatureNormalizer:
                 f"features has {features.shape[1]} columns but normalization {self.name!r} was measured on "
                 f"{self.shift.shape[0]}; give the same columns"
             )
-        out, start = torch.empty_like(features), 0
-        for columns in _columns(features, self.name):
-            stop = start + columns.shape[1]
-            out[:, start:stop] = self._transform(columns, slice(start, stop), offsets)
-            start = stop
+        out = torch.empty_like(features)
+        for which, columns in _columns(features, self.name):
+            out[:, which] = self._transform(columns, which, offsets)
         return out
 
     def _transform(self, columns: Tensor, which: slice, offsets: Tensor) -> Tensor:
@@ -110,8 +107,9 @@ def check_normalization(name: str) -> None:
         raise ValueError(f"normalization is {name!r} but must be one of {', '.join(known)}")
 
 
-def _columns(features: Tensor, name: str) -> Iterator[Tensor]:
-    """Yield the features in float64, some columns at a time, after log1p if `name` asks for it."""
+def _columns(features: Tensor, name: str) -> Iterator[tuple[slice, Tensor]]:
+    """Yield some columns at a time: which, and they in float64, after log1p if `name` asks for it."""
     for start in range(0, features.shape[1], _COLUMNS_AT_ONCE):
-        columns = features[:, start : start + _COLUMNS_AT_ONCE].double()
-        yield columns.sign() * columns.abs().log1p() if name.startswith("log1p") else columns
+        which = slice(start, start + _COLUMNS_AT_ONCE)
+        columns = features[:, which].double()
+        yield which, columns.sign() * columns.abs().log1p() if name.startswith("log1p") else columns

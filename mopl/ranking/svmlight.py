@@ -68,8 +68,7 @@ def read_letor(path: str | os.PathLike[str], *, cache: bool | str | os.PathLike[
     Args:
         path: the file; names in .gz or .bz2 are decompressed.
         cache: true keeps the cache beside the file, or in the user's cache folder if that cannot be written; a path is
-            the folder to keep it in; false neither reads nor writes one. It is written whole or not at all, and is
-            valid for the size, modification time and both ends of the file.
+            the folder to keep it in; false neither reads nor writes one. See `mopl.ranking.array_cache`.
 
     Returns:
         The file's matrix, labels and queries.
