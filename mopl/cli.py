@@ -58,12 +58,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def as_flags(text: str, command: str) -> str:
-    """Return a message with settings written as options of the command: the library says `max_length=56`.
-
-    Args:
-        text: A message of the library.
-        command: The command whose options are meant.
-    """
+    """Return a message with settings written as options of a command: the library says `max_length=56`."""
     known = _parser_of(command, build_parser())._option_string_actions
     flags = {  # by every name of an option, also by that of earlier versions
         name.removeprefix("--").replace("-", "_"): flag

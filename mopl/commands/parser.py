@@ -12,11 +12,8 @@ from mopl._terminal import one_line, say
 class Parser(argparse.ArgumentParser):
     """A parser that says what is wrong in one line.
 
-    Args:
-        *args: As `argparse.ArgumentParser`.
-        options_anywhere: Whether positional arguments may follow an option that takes several numbers, as in
-            `--weights 0.7 0.3 "a prompt"`: argparse would give it all that follows.
-        **kwargs: As `argparse.ArgumentParser`.
+    With `options_anywhere` positional arguments may follow an option that takes several numbers, as in
+    `--weights 0.7 0.3 "a prompt"`: argparse would give it all that follows.
     """
 
     def __init__(self, *args: Any, options_anywhere: bool = False, **kwargs: Any) -> None:
@@ -66,16 +63,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 def add_command(
     commands: Any, name: str, act: Callable[[argparse.Namespace], None], help: str, examples: str, **options: Any
 ) -> Parser:
-    """Add a command and return its parser.
-
-    Args:
-        commands: What `add_subparsers` returned.
-        name: The command's name.
-        act: Does what its options ask for.
-        help: What it does, in a line.
-        examples: The end of its help.
-        **options: Further arguments of `Parser`.
-    """
+    """Add a command, whose options `act` is called with, to what `add_subparsers` returned, and return its parser."""
     parser = commands.add_parser(
         name, help=help, description=help, epilog=examples, allow_abbrev=False, formatter_class=_Help, **options
     )  # fmt: skip

@@ -30,6 +30,4 @@ def run(arguments: argparse.Namespace) -> None:
 
     if arguments.png is not None:
         check_picture(arguments.png)  # before anything is read, printed or written
-    compare(
-        arguments.runs, html=arguments.html, png=arguments.png, table=arguments.table, csv=arguments.csv
-    )  # fmt: skip
+    compare(arguments.runs, html=arguments.html, png=arguments.png, table=arguments.table, csv=arguments.csv)

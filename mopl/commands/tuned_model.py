@@ -62,12 +62,7 @@ class TunedModel:
 
 
 def load_tuned_model(arguments: argparse.Namespace, device: str = "cpu") -> TunedModel:
-    """Load the model of a run of `mopl align` or `mopl clp`, or that of a folder, from options of `add_model_command`.
-
-    Raises:
-        FileNotFoundError: If there is nothing of the kind.
-        ValueError: If it is something else, has no such method, or no model for these weights or this KL weight.
-    """
+    """Load the model of a run on a language model, or of a folder, that options of `add_model_command` name."""
     from mopl._records import read_json
 
     path = Path(arguments.run)

@@ -202,11 +202,7 @@ def distances_to_truth(
 
 
 def check_measurable(data: RankingData, measure: Measure) -> dict[str, float]:
-    """Return the share of lists without any label of each objective; raise if one has labels nowhere.
-
-    Raises:
-        ValueError: If every list of an objective is skipped, so that its figure would be a mean over nothing.
-    """
+    """Return the share of lists without any label of each objective; a `ValueError` if there is nothing to measure."""
     names = (objective.name for objective in (data.main, *data.objectives))
     shares = dict(zip(names, (1.0 - data.labelled.double().mean(0)).tolist(), strict=True))
     for name, share in shares.items():

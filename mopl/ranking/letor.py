@@ -90,12 +90,7 @@ def load_letor(
 
 
 def find_files(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> dict[str, Path]:
-    """Return the data files by split: `all`, or `train` and `test`, or those and `valid`.
-
-    Raises:
-        ValueError: if a split has two files or none, or the sequence has another length than 1, 2 or 3.
-        FileNotFoundError: if a file or folder does not exist.
-    """
+    """Return the data files by split: `all`, or `train` and `test`, or those and `valid`; errors as `load_letor`."""
     if not isinstance(path, (str, os.PathLike)):
         names = {1: ("all",), 2: ("train", "test"), 3: SPLITS}.get(len(path))
         if names is None:

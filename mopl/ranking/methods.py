@@ -40,15 +40,11 @@ class Batches:
 
 
 class ListSource(StepSource):
-    """The batches of a training.
+    """The batches of a training; beside what `StepSource` takes:
 
     Args:
         data: The lists.
-        batch_size: Lists in a step's batch; at most all of them.
-        seed: Seed of the order of the lists.
         reference: (N,) the base model's scores.
-        weights: step -> (B, m), drawn for the whole batch.
-        beta: step -> (B, m), drawn for the whole batch.
         experts: (N, m) the experts' scores, for `mo-dpo`.
         order: Bring the items sorted by label.
     """

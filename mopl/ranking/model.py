@@ -210,7 +210,7 @@ class RankingModel(nn.Module):
         self.condition = (
             ConcatCondition(len(config.objectives), takes_beta=config.takes_beta) if config.conditioned else None
         )
-        extra = self.condition.extra_features if self.condition is not None else 0
+        extra = 0 if self.condition is None else self.condition.extra_features
         self.network = ListTransformer(
             config.features + extra, config.hidden, config.layers, config.heads, config.feedforward, config.dropout
         )

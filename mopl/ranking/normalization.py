@@ -46,11 +46,7 @@ class FeatureNormalizer:
 
     @classmethod
     def fit(cls, name: str, features: Tensor) -> FeatureNormalizer:
-        """Measure what `name` needs on the features (N, F) of the training split, and of that alone.
-
-        Raises:
-            ValueError: if there is no such normalisation.
-        """
+        """Measure what `name` needs on the features (N, F) of the training split, and of that alone."""
         if name.removeprefix("log1p+") != "global":
             return cls(name)
         shift = torch.zeros(features.shape[1], dtype=torch.float64)
@@ -62,11 +58,7 @@ class FeatureNormalizer:
         return cls(name, shift, scale)
 
     def __call__(self, features: Tensor, offsets: Tensor) -> Tensor:
-        """Return the features (N, F) of lists `offsets` (Q + 1,) transformed, in their dtype.
-
-        Raises:
-            ValueError: if the number of features is not that of the training split.
-        """
+        """Return the features (N, F) of lists `offsets` (Q + 1,) transformed, in their dtype; F is that of `fit`."""
         if self.name == "none":
             return features
         if self.shift is not None and features.shape[1] != self.shift.shape[0]:

@@ -144,11 +144,7 @@ def parse_objective(spec: str) -> Objective:
 
 
 def parse_objectives(specs: str | Objective | Iterable[str | Objective]) -> tuple[Objective, ...]:
-    """Read several objectives: a comma-separated text, or any mixture of texts and `Objective`s.
-
-    Raises:
-        ValueError: if a text is malformed, none is given, or two have the same name.
-    """
+    """Read several objectives of different names: a comma-separated text, or any mixture of texts and `Objective`s."""
     if isinstance(specs, (str, Objective)):
         specs = [specs]
     objectives: list[Objective] = []

@@ -55,28 +55,16 @@ class RankingRun(FinishedRun):
 
     @classmethod
     def open(cls, path: str | Path) -> RankingRun:
-        """Open a finished run with its data.
-
-        Raises:
-            FileNotFoundError: If there is no run, it has no front yet, or its data is gone.
-            ValueError: If it is a run of another command or damaged, or the data changed since.
-        """
+        """Open a finished run with its data, which must be there, unchanged; other errors as `FinishedRun.open`."""
         run = super().open(path)
         _ = run.reference
         return run
 
     @functools.cached_property
     def splits(self) -> dict[str, RankingData]:
-        """The data by split: train, valid, test.
-
-        Raises:
-            FileNotFoundError: If it is gone.
-            ValueError: If it changed since the run began.
-        """
+        """The data by split: train, valid, test; a `ValueError` if it changed since the run began."""
         splits = load_splits(self.config)
-        check_fingerprints(
-            self.record, {"fingerprint": fingerprint(splits)}, {"fingerprint": "data"}, self.path
-        )  # fmt: skip
+        check_fingerprints(self.record, {"fingerprint": fingerprint(splits)}, {"fingerprint": "data"}, self.path)
         return splits
 
     @functools.cached_property
@@ -90,12 +78,7 @@ class RankingRun(FinishedRun):
         return tuple(objective["name"] for objective in self.record["data"]["objectives"][1:])
 
     def policy(self, method: str | None = None, device: torch.device | str = "cpu") -> Policy:
-        """Return a trained method of the run, by default its only one or weight-cos-dpo.
-
-        Raises:
-            FileNotFoundError: If it has no front yet.
-            ValueError: If the run has no such method.
-        """
+        """Return a trained method of the run, by default its only one or weight-cos-dpo; errors as `check_method`."""
         return load_policy(self, self.check_method(method), device)
 
     @property
@@ -163,11 +146,7 @@ def save_normalizer(path: Path, train: RankingData) -> None:
 
 
 def load_normalizer(path: str | Path) -> FeatureNormalizer:
-    """Return the normalisation of features that the models of a run expect: apply it to raw features (N, F).
-
-    Raises:
-        FileNotFoundError: If there is none.
-    """
+    """Return the normalisation of features that the models of a run expect: apply it to raw features (N, F)."""
     file = Path(path) / NORMALIZER
     if not file.exists():
         raise FileNotFoundError(f"there is no {NORMALIZER} in {path}; name the directory of a finished run")

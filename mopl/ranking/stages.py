@@ -140,11 +140,7 @@ class Stages(CosDpoStages):
 
 
 def read_references(file: Path, splits: dict[str, RankingData]) -> dict[str, Tensor]:
-    """Return the base model's scores (N,) of every split, as a run keeps them.
-
-    Raises:
-        DamagedFile: If the file is damaged, or has other splits or other numbers of items.
-    """
+    """Return the base model's scores (N,) of every split, as a run keeps them; errors as `read_tensors`."""
     remedy = "take it from a backup, or delete it: --resume then computes it again"
     return read_tensors(file, {name: (split.num_items,) for name, split in splits.items()}, remedy=remedy)
 
@@ -159,22 +155,13 @@ def untrained(config: RankConfig, objectives: tuple[str, ...], base: ListTransfo
 
 
 def load_base(path: str | Path) -> ListTransformer:
-    """Return the base model in a folder: of a run, or written by `ListTransformer.save_pretrained`.
-
-    Raises:
-        FileNotFoundError: If there is none.
-    """
+    """Return the base model in a folder: of a run, or written by `ListTransformer.save_pretrained`."""
     folder = Path(path)
     return ListTransformer.from_pretrained(folder / "base" if (folder / "base").is_dir() else folder)
 
 
 def check_base(path: str | Path, data: RankingData) -> ListTransformer:
-    """Return the base model in a folder; raise unless it fits the data.
-
-    Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If it takes another number of features.
-    """
+    """Return the base model in a folder; raise a `ValueError` unless it takes the features of the data."""
     base = load_base(path)
     if base.settings["features"] != data.num_features:
         raise ValueError(

@@ -101,11 +101,7 @@ def read_letor(path: str | os.PathLike[str], *, cache: bool | str | os.PathLike[
 
 
 def read_groups(path: Path, items: int, data: Path) -> np.ndarray:
-    """Return offsets (Q + 1,) from a file of group sizes, one a line.
-
-    Raises:
-        LetorError: if a size is no number above 0, or they do not add up to `items`.
-    """
+    """Return offsets (Q + 1,) from a file of group sizes, one a line, which add up to the items of the file `data`."""
     sizes: list[int] = []
     for number, text in _text_lines(path):
         if not text:
@@ -126,11 +122,7 @@ def read_groups(path: Path, items: int, data: Path) -> np.ndarray:
 
 
 def read_label_file(path: Path, items: int, data: Path) -> np.ndarray:
-    """Return (N,) float64 labels, one a line, for the items of the file `data` in its order.
-
-    Raises:
-        LetorError: if a line is no finite number, or there are not `items` lines.
-    """
+    """Return (N,) float64 labels, a finite number a line, for the items of the file `data` in its order."""
     values: list[float] = []
     lines = _text_lines(path)
     if len(lines) != items:
@@ -162,11 +154,7 @@ def _text_lines(path: Path) -> list[tuple[int, str]]:
 
 
 def _number(text: str) -> float:
-    """Return a number as everybody writes it: Python's own also takes `1_000`.
-
-    Raises:
-        ValueError: if it is none.
-    """
+    """Return a number as everybody writes it: Python's own also takes `1_000`, a `ValueError` here."""
     if "_" in text:
         raise ValueError(f"{text!r} has a line below")
     return float(text)

@@ -179,11 +179,7 @@ def _counts(
 
 
 def true_mixture(data: RankingData, weights: Tensor) -> Tensor:
-    """Return (N,) float64 log p_w, the log of the distribution that is optimal at weights (m,) on the simplex.
-
-    Raises:
-        ValueError: if the data has no known truth, or the weights are not m numbers of which one is above 0.
-    """
+    """Return (N,) float64 log p_w, the log of what is optimal at weights (m,); errors as `true_scores`."""
     truth = _truth(data)
     shares = _shares(truth, weights)
     return torch.logsumexp(truth.log_probs + (shares / shares.sum()).log(), dim=1)

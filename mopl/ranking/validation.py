@@ -68,7 +68,7 @@ class Validation:
         return bool(self.config.patience) and fewest >= FEWEST_LISTS
 
     def take_reference(self, reference: Tensor) -> None:
-        """Take the base model's scores (N,), one for each item of the whole validation split."""
+        """Take the base model's scores (N,) of the whole validation split."""
         self._reference = reference[self._items]
 
     def of_base(self, steps: int) -> Selection | None:
