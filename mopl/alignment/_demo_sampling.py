@@ -1,4 +1,4 @@
-"""Responses for the demo: sampled with a key-value cache, many rows at once, and kept on disk chunk by chunk.
+"""Responses for the demo: sampled many at once, and kept on disk chunk by chunk.
 
 A chunk's random numbers come from (seed, number of the chunk), so a run that was stopped goes on with the chunk that is
 missing and ends with the same files, bit for bit.
@@ -22,11 +22,13 @@ from torch import Tensor
 
 from mopl._files import remove, remove_leftovers, write_file
 from mopl._records import DamagedFile, read_json
+from mopl._rows import generation_keywords
 from mopl._words import sentence_ends, words_of
-from mopl.language_models.turns import end_tokens
+from mopl.language_models.collate import pad_left
+from mopl.language_models.tokenization import ListTokenizer
+from mopl.language_models.turns import turn_ends
 
 PLAN = "plan.json"
-COMPACT_AT = 0.75  # finished rows are dropped from the batch once no more than this share is left
 
 
 @dataclass(frozen=True)
@@ -83,58 +85,37 @@ def sample_rows(
     Returns:
         B responses.
     """
+    from transformers import GenerationConfig, LogitsProcessorList
+
     device = model.get_input_embeddings().weight.device
-    rows = [_ids(tokenizer, conversation) for conversation in conversations]
-    longest, batch = max(map(len, rows)), len(rows)
-    ids = torch.zeros(batch, longest, dtype=torch.long)
-    mask = torch.zeros(batch, longest, dtype=torch.long)
-    for place, row in enumerate(rows):  # on the left, so that all rows go on at the same position of the batch
-        ids[place, longest - len(row) :] = torch.tensor(row)
-        mask[place, longest - len(row) :] = 1
-    # One uniform number for each token, whatever rows are still in the batch.
-    uniform = np.random.default_rng([sampling.seed, chunk]).random((batch, sampling.max_new_tokens))
-    uniform = torch.from_numpy(uniform).float().to(device)
-    ids, mask = ids.to(device), mask.to(device)
-    ends = torch.tensor(_end_tokens(model, tokenizer), device=device)
-    written: list[list[int]] = [[] for _ in rows]
-    finished = [False] * batch
-    stops = list(one_sentence) or [False] * batch
-    active = torch.arange(batch, device=device)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    cache: Any = None
-    for step in range(sampling.max_new_tokens):
-        output = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
-                       use_cache=True, logits_to_keep=1)  # fmt: skip
-        cache = output.past_key_values
-        tokens = _choose(output.logits[:, -1].float(), uniform[active, step], sampling)
-        going = torch.ones(len(active), dtype=torch.bool, device=device)
-        ended = torch.isin(tokens, ends).tolist()
-        for place, (row, token) in enumerate(zip(active.tolist(), tokens.tolist(), strict=True)):
-            if finished[row]:
-                going[place] = False
-            elif ended[place]:
-                finished[row], going[place] = True, False
-            else:
-                written[row].append(token)
-                # What follows a sentence shows that it is one: "3.5" has a full stop inside.
-                text = tokenizer.decode(written[row], skip_special_tokens=True).strip() if stops[row] else ""
-                if len(first_sentence(text)) < len(text):
-                    finished[row], going[place] = True, False
-        left = int(going.sum())
-        if left == 0:
-            break
-        if left <= COMPACT_AT * len(active):
-            keep = going.nonzero().squeeze(-1)
-            cache.batch_select_indices(keep)
-            active, tokens, mask, positions = active[keep], tokens[keep], mask[keep], positions[keep]
-        ids = tokens[:, None]
-        mask = torch.cat([mask, mask.new_ones(len(active), 1)], -1)
-        positions = positions[:, -1:] + 1
-    texts = (text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True))
-    return [
-        Response(first_sentence(text) if stop else text, done)
-        for text, done, stop in zip(texts, finished, stops, strict=True)
-    ]
+    encoder = ListTokenizer(tokenizer, max_length=None, template="chat", append_eos=False)
+    ends = turn_ends(encoder, model.generation_config)
+    prompts = [encoder.prompt_tokens(tuple(conversation)).tolist() for conversation in conversations]
+    ids, mask = pad_left(prompts, ends.ids[0], device)
+    # One uniform number for each token, whatever else is drawn.
+    uniform = np.random.default_rng([sampling.seed, chunk]).random((len(prompts), sampling.max_new_tokens))
+    numbers = iter(torch.from_numpy(uniform).float().to(device).T)
+
+    def draw(input_ids: Tensor, logits: Tensor) -> Tensor:
+        """Leave each row the one token that its number chooses."""
+        chosen = _choose(logits.float(), next(numbers), sampling)
+        return torch.full_like(logits, -torch.inf).scatter(-1, chosen[:, None], 0.0)
+
+    output = model.generate(
+        input_ids=ids, attention_mask=mask, logits_processor=LogitsProcessorList([draw]),
+        generation_config=GenerationConfig(
+            do_sample=False, max_new_tokens=sampling.max_new_tokens, eos_token_id=list(ends.ids),
+            pad_token_id=ends.ids[0],
+        ),
+        **generation_keywords(model, mask),
+    )  # fmt: skip
+    written, ended = zip(*(ends.cut(row) for row in output[:, ids.shape[1] :].tolist()), strict=True)
+    found = []
+    for text, end, stop in zip(ends.texts(written), ended, one_sentence or [False] * len(ended), strict=True):
+        whole = text.strip()
+        shown = first_sentence(whole) if stop else whole
+        found.append(Response(shown, end or shown != whole))
+    return found
 
 
 def first_sentence(text: str) -> str:
@@ -152,17 +133,6 @@ def whole_sentences(text: str) -> str:
     # "1." at the start of a line is the number of an item that never came.
     shorter = re.sub(r"\s*\n\s*\d+\.$", "", text[:end].rstrip())
     return shorter if re.search(r"\w", shorter) else text
-
-
-def _ids(tokenizer: Any, conversation: Sequence[dict[str, str]]) -> list[int]:
-    text = tokenizer.apply_chat_template(list(conversation), tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    return sorted(
-        {*end_tokens(model.generation_config), *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}
-    )
 
 
 def _choose(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
@@ -213,38 +183,38 @@ def sample_all(
             chunk.unlink()
         remove(plan_file)
         write_file(plan_file, json.dumps({"sha256": key}) + "\n")
-    starts = range(0, len(conversations), sampling.rows)
-
-    def size(chunk: int) -> int:
-        return len(conversations[starts[chunk] : starts[chunk] + sampling.rows])
-
-    missing = [chunk for chunk in range(len(starts)) if _read(folder, chunk, size(chunk), say) is None]
+    parts = [slice(start, start + sampling.rows) for start in range(0, len(conversations), sampling.rows)]
+    files = [folder / f"chunk-{number:04d}.json" for number in range(len(parts))]
+    found = [
+        _cached(file, _responses(len(conversations[rows])), say) for file, rows in zip(files, parts, strict=True)
+    ]  # fmt: skip
+    missing = [number for number, responses in enumerate(found) if responses is None]
     if missing:
         say(
-            f"sampling {len(conversations)} responses, {len(missing)} of {len(starts)} chunks to go; after Ctrl-C the "
+            f"sampling {len(conversations)} responses, {len(missing)} of {len(parts)} chunks to go; after Ctrl-C the "
             "same command goes on from here"
         )
         model, tokenizer = load()
         began = time.monotonic()
-        for count, chunk in enumerate(missing, 1):
-            start = starts[chunk]
-            rows = slice(start, start + sampling.rows)
-            found = sample_rows(model, tokenizer, conversations[rows], sampling, chunk, stops[rows])
-            content = json.dumps([vars(response) for response in found], ensure_ascii=False, indent=1)
-            remove(_file(folder, chunk))
-            write_file(_file(folder, chunk), content + "\n")
+        for count, number in enumerate(missing, 1):
+            rows = parts[number]
+            responses = sample_rows(model, tokenizer, conversations[rows], sampling, number, stops[rows])
+            found[number] = [vars(response) for response in responses]
+            remove(files[number])
+            write_file(files[number], json.dumps(found[number], ensure_ascii=False, indent=1) + "\n")
             spent = time.monotonic() - began
             left = spent / count * (len(missing) - count)
-            say(f"  chunk {chunk + 1} of {len(starts)}, {spent:.0f} s, about {left:.0f} s left")
-    return [response for chunk in range(len(starts)) for response in _read(folder, chunk, size(chunk), say) or []]
-
-
-def _file(folder: Path, chunk: int) -> Path:
-    return folder / f"chunk-{chunk:04d}.json"
+            say(f"  chunk {number + 1} of {len(parts)}, {spent:.0f} s, about {left:.0f} s left")
+    return [Response(**entry) for responses in found for entry in responses]
 
 
 class _Plan(msgspec.Struct):
     sha256: str
+
+
+def _responses(count: int) -> Any:
+    """Return the schema of a chunk."""
+    return Annotated[list[Response], msgspec.Meta(min_length=count, max_length=count)]
 
 
 def _cached(file: Path, schema: Any, say: Callable[[str], None]) -> Any:
@@ -256,10 +226,3 @@ def _cached(file: Path, schema: Any, say: Callable[[str], None]) -> Any:
     except DamagedFile as error:
         say(f"note: {error}")
         return None
-
-
-def _read(folder: Path, chunk: int, size: int, say: Callable[[str], None]) -> list[Response] | None:
-    """Return a chunk, or None if it is not there."""
-    schema = Annotated[list[Response], msgspec.Meta(min_length=size, max_length=size)]
-    entries = _cached(_file(folder, chunk), schema, say)
-    return None if entries is None else [Response(**entry) for entry in entries]

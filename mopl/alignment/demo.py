@@ -20,7 +20,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,13 @@ import torch
 from torch import Tensor
 
 from mopl import _terminal
-from mopl._extras import require, require_for
+from mopl._extras import require_for
 from mopl._files import write_file
 from mopl.alignment._demo_sampling import Response, Sampling, sample_all, whole_sentences
 from mopl.experiments.run_lock import locked
+from mopl.language_models import models
 from mopl.language_models.data import PreferenceData, PreferenceList
-from mopl.language_models.demo_model import load_prompts, smollm2
+from mopl.language_models.demo_model import load_prompts, smollm2, write_lines
 from mopl.rewards import Rewards, make_all
 
 REWARDS = ("sentiment", "brevity", "readability")
@@ -74,26 +75,7 @@ SETTINGS: dict[str, Any] = {
     "sample_tokens": 40,
     "bootstrap": 200,
 }
-BASELINES: tuple[dict[str, Any], ...] = ({"method": "dpo-soup", "steps": 12},)
-
-
-@dataclass(frozen=True)
-class DemoFiles:
-    """What `prepare` made.
-
-    Attributes:
-        model: Directory of the model.
-        data: JSON lines of lists with labels for `REWARDS`.
-        objectives: Those that the demo trades off, in the order of the weights.
-        settings: Overrides of `AlignConfig` for the demo's run.
-        baselines: Further overrides of these settings, one set for each baseline, with smaller budgets.
-    """
-
-    model: Path
-    data: Path
-    objectives: tuple[str, ...]
-    settings: dict[str, Any] = field(default_factory=dict)
-    baselines: tuple[dict[str, Any], ...] = ()
+BASELINES: tuple[dict[str, Any], ...] = ({"method": "dpo-soup", "steps": 12},)  # changes of these, a smaller budget
 
 
 def prepare(
@@ -108,9 +90,10 @@ def prepare(
     rewards: Sequence[str] = REWARDS,
     objectives: Sequence[str] = OBJECTIVES,
     sampling: Sampling | None = None,
-    cache: str | Path | None = None,
-) -> DemoFiles:
-    """Make the demo's model and data, or find what is there; what was interrupted goes on where it stopped.
+) -> dict[str, Any]:
+    """Return settings of `AlignConfig` for the demo; its model and data are made where they are not there yet.
+
+    What was interrupted goes on where it stopped.
 
     Args:
         directory: For the data, a few hundred kilobytes.
@@ -123,10 +106,6 @@ def prepare(
         rewards: What answers are labelled with; see `mopl.rewards.make`.
         objectives: Those of the rewards that the demo trades off.
         sampling: Lengths, temperature and chunks; its seed is replaced by `seed`.
-        cache: Folder for the converted model; default the user's cache folder.
-
-    Returns:
-        The files.
 
     Raises:
         ValueError: If there are fewer prompts than lists, fewer than two samples, or objectives that are no rewards.
@@ -143,18 +122,17 @@ def prepare(
     all_rewards = Rewards(make_all(rewards))
     if unknown := [name for name in objectives if name not in all_rewards.names]:
         raise ValueError(f"objectives has {', '.join(unknown)} but the rewards are {', '.join(all_rewards.names)}")
-    folder = smollm2(say, cache=None if cache is None else Path(cache)) if model is None else Path(model)
+    folder = smollm2(say) if model is None else Path(model)
     chosen = [pool[place] for place in np.random.default_rng(seed).permutation(len(pool))[:lists]]
-    sampling = Sampling(seed=seed) if sampling is None else Sampling(**{**vars(sampling), "seed": seed})
+    sampling = replace(sampling or Sampling(), seed=seed)
+    styles = [STYLES[k % len(STYLES)] for k in range(samples)]
     conversations = [
-        [{"role": "user", "content": f"{prompt} {STYLES[k % len(STYLES)][0]}".strip()}]
-        for prompt in chosen
-        for k in range(samples)
+        [{"role": "user", "content": f"{prompt} {asked}".strip()}] for prompt in chosen for asked, _ in styles
     ]
     with locked(directory):
         responses = sample_all(
             lambda: _load(folder), conversations, directory / CHUNKS, sampling, say, model_key=_model_key(folder),
-            one_sentence=[STYLES[k % len(STYLES)][1] for _ in chosen for k in range(samples)],
+            one_sentence=[stops for _ in chosen for _, stops in styles],
         )  # fmt: skip
     answers = [_distinct(responses[i * samples : (i + 1) * samples]) for i in range(lists)]
     kept = [(prompt, texts) for prompt, texts in zip(chosen, answers, strict=True) if len(texts) > 1]
@@ -162,23 +140,20 @@ def prepare(
         raise ValueError("the model gave hardly any prompt two different answers; sample with a higher temperature")
     data, summary = _label(kept, all_rewards)
     summary |= {"prompts": lists, "lists": len(kept), "responses_cut": sum(not r.finished for r in responses)}
-    _write_if_new(directory / DATA, data)
+    write_lines(directory / DATA, (item.to_json() for item in data))
     write_file(directory / SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     for line in _describe(summary, kept, data, all_rewards):
         say(line)
-    return DemoFiles(folder, directory / DATA, tuple(objectives), dict(SETTINGS), BASELINES)
+    made = {"model": str(folder), "data": str(directory / DATA), "objectives": tuple(objectives)}
+    return {**SETTINGS, **made}
 
 
 # ---------------------------------------------------------------- answers
 
 
 def _load(folder: Path) -> tuple[Any, Any]:
-    require("transformers", what="the demo", extra="demo-lm")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, trust_remote_code=False)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device).eval(), AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    model = models.load_causal_lm(str(folder), dtype="float32")
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), models.load_tokenizer(str(folder))
 
 
 def _model_key(folder: Path) -> str:
@@ -252,14 +227,6 @@ def _correlation(a: Tensor, b: Tensor) -> Tensor:
 
 def _rounded(value: Tensor) -> float:
     return round(float(value), 4)
-
-
-def _write_if_new(path: Path, data: PreferenceData) -> None:
-    """Write the lists, but leave a file with the same lists alone: a run may be reading it."""
-    text = "".join(json.dumps(item.to_json(), ensure_ascii=False, allow_nan=False) + "\n" for item in data)
-    if not path.is_file() or path.read_bytes() != text.encode():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, text)
 
 
 def _describe(

@@ -6,7 +6,6 @@ tokens that two cores can afford, all answers are equally long, and there is not
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,7 @@ import numpy as np
 
 from mopl import _terminal
 from mopl._extras import require_for
-from mopl._files import write_file
-from mopl.language_models.demo_model import load_prompts, smollm2
+from mopl.language_models.demo_model import load_prompts, smollm2, write_lines
 
 FOLDER = "runs/clp-demo-data"
 RUN = "runs/clp-demo"
@@ -77,9 +75,6 @@ def demo_settings(
     home = smollm2(say) if model is None else Path(model)
     pool = [prompt for group in load_prompts().values() for prompt in group]
     chosen = [pool[i] for i in np.random.default_rng(0).permutation(len(pool))[:count]]
-    text = "".join(json.dumps({"prompt": f"{prompt} {ASKED}"}, ensure_ascii=False) + "\n" for prompt in chosen)
     file = Path(folder) / PROMPTS
-    if not file.is_file() or file.read_bytes() != text.encode():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_file(file, text)
+    write_lines(file, ({"prompt": f"{prompt} {ASKED}"} for prompt in chosen))
     return {**SETTINGS, "model": str(home), "data": str(file)}

@@ -42,10 +42,9 @@ examples:
 
 def _demo(settings: Mapping[str, Any], tell: Tell) -> Demo:
     """Make the demo's model and data where they are not there; its baselines are trained once its run is finished."""
-    made = import_module("mopl.alignment.demo").prepare(Path(DEMO_FOLDER), tell)
-    given = {"model": str(made.model), "data": str(made.data), "objectives": tuple(made.objectives)}
-    baselines = () if "method" in settings else made.baselines
-    return Demo({**made.settings, **given}, "runs/align-demo", functools.partial(_baselines, baselines))
+    demo = import_module("mopl.alignment.demo")
+    baselines = () if "method" in settings else demo.BASELINES
+    return Demo(demo.prepare(Path(DEMO_FOLDER), tell), "runs/align-demo", functools.partial(_baselines, baselines))
 
 
 def _baselines(baselines: Sequence[Mapping[str, Any]], path: Path, config: Any, tell: Tell) -> None:

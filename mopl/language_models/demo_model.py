@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +177,14 @@ class _quiet:
         self.notes.set_verbosity(self.level)
         if self.bars:
             self.notes.enable_progress_bar()
+
+
+def write_lines(path: Path, rows: Iterable[Any]) -> None:
+    """Write JSON lines, but leave a file with the same ones alone: a run may be reading it."""
+    text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+    if not path.is_file() or path.read_bytes() != text.encode():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, text)
 
 
 def load_prompts() -> dict[str, list[str]]:

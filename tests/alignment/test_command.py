@@ -514,11 +514,11 @@ def test_sequences_longer_than_the_model_are_refused_before_anything_is_written(
 
 def test_the_demo_brings_model_data_and_settings_and_options_still_count(place, tmp_path, monkeypatch, capsys):
     demo = types.ModuleType("mopl.alignment.demo")
-    made = types.SimpleNamespace(
-        model=place / "model", data=place / "data.jsonl", objectives=("middle", "low"),
-        settings={"steps": 2, "lists_per_batch": 4, "points": 2, "samples": 0, "bootstrap": 0, "beta": (0.3,)},
-        baselines=({"method": "dpo-soup", "steps": 1},),
-    )  # fmt: skip
+    made = {
+        "model": str(place / "model"), "data": str(place / "data.jsonl"), "objectives": ("middle", "low"),
+        "steps": 2, "lists_per_batch": 4, "points": 2, "samples": 0, "bootstrap": 0, "beta": (0.3,),
+    }  # fmt: skip
+    demo.BASELINES = ({"method": "dpo-soup", "steps": 1},)
     demo.prepare = lambda directory, say: (say(f"made in {directory}"), made)[1]
     monkeypatch.setitem(sys.modules, "mopl.alignment.demo", demo)
     monkeypatch.chdir(tmp_path)
