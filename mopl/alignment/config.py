@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from mopl.language_models.tokenization import ListTokenizer
-    from mopl.training import TrainingConfig
 
 __all__ = ["ALL", "CONDITIONED", "LIST_LOSSES", "LOSSES", "METHODS", "PAIR_LOSSES", "PER_TOKEN", "AlignConfig"]
 
@@ -197,11 +196,6 @@ class AlignConfig(CosDpoSettings, LanguageModelSettings):
         if self.packing and self.positions == "paper":
             raise ValueError("packed sequences need positions that count up; pass positions='hf' or packing=False")
 
-    def training(self, steps: int) -> "TrainingConfig":
-        """Return the settings of a training of `steps` updates."""
-        warmup = max(1, steps // 10) if self.warmup is None else self.warmup
-        return super().training(steps, warmup=warmup)
-
     def label_modes(self, objectives: int) -> tuple[str, ...]:
         """Return how labels become targets, one entry for each of m objectives; errors as `for_each`."""
         return self.for_each("labels", objectives)
@@ -226,8 +220,10 @@ class AlignConfig(CosDpoSettings, LanguageModelSettings):
         if reference == "auto":
             once = self.method in CONDITIONED and steps * batch <= lists and self.conditioning != "text"
             reference = "self" if once else "precomputed"
-        changes: dict[str, Any] = {
-            "warmup": max(1, steps // 10) if self.warmup is None else self.warmup,
-            "prompt_learning_rate": self.prompt_learning_rate or 10 * self.learning_rate,
-        }
-        return dataclasses.replace(self, steps=steps, reference=reference, **changes)
+        return dataclasses.replace(
+            self,
+            steps=steps,
+            reference=reference,
+            warmup=max(1, steps // 10) if self.warmup is None else self.warmup,
+            prompt_learning_rate=self.prompt_learning_rate or 10 * self.learning_rate,
+        )

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mopl import steering
 from mopl.alignment.methods import ListScores, ResponseLoss, response_lengths
@@ -179,18 +179,3 @@ def evaluation_of(weights: Tensor | None, columns: Sequence[tuple[Tensor, ...]])
 def reference_point(base: Evaluation) -> list[float]:
     """Return the reference point of the hypervolume that the losses of the untrained model ask for."""
     return (REFERENCE_FACTOR * base.mean_losses[0]).tolist()
-
-
-def kept_parameters(base: nn.Module, method: str, trained: int, *, objectives: int, points: int) -> int:
-    """Return `Front.inference_parameters`: those of the language model, once, and of all that was trained on it.
-
-    Args:
-        base: The language model.
-        method: Name of the method.
-        trained: Number of trained parameters.
-        objectives: m.
-        points: Number of trade-offs of the grid. mo-dpo trains m experts and as large a model for each of these, and
-            answers with the latter.
-    """
-    kept = trained if method != "mo-dpo" else trained // (objectives + points) * points
-    return sum(p.numel() for p in base.parameters()) + kept

@@ -86,10 +86,13 @@ class ResponseLoss(ListLoss):
 
     def _apart(self, scores: Tensor, lists: ListBatch, beta: Any, reference: Tensor | None, chosen: slice) -> Tensor:
         """Every objective of every list is a list of its own."""
-        shape = lists.labels[:, chosen].shape  # (B, c, K)
-        rows = slice(None) if shape[1] == lists.labels.shape[1] else _rows_of(lists, chosen)
-        own, labels, mask = (each[rows] for each in by_objective(scores, lists))
-        s0 = None if reference is None else by_objective(reference, lists)[0][rows]
+        every, shape = lists.labels.shape[:2], lists.labels[:, chosen].shape  # (B, m), (B, c, K)
+
+        def of_chosen(flat: Tensor) -> Tensor:
+            return flat.unflatten(0, every)[:, chosen].flatten(0, 1)
+
+        own, labels, mask = map(of_chosen, by_objective(scores, lists))
+        s0 = None if reference is None else of_chosen(by_objective(reference, lists)[0])
         if isinstance(beta, Tensor):
             beta = beta.expand(shape[:2]).reshape(-1, 1)
         targets = self.targets(lists)[:, chosen].reshape(-1, 1, shape[2]) if self.loss == "listnet" else None
@@ -133,12 +136,6 @@ class ResponseLoss(ListLoss):
         return vector, preferred
 
 
-def _rows_of(lists: ListBatch, chosen: slice) -> Tensor:
-    """Return which rows of `by_objective` belong to the chosen objective."""
-    count, objectives = lists.objective_mask.shape
-    return torch.arange(count * objectives, device=lists.mask.device).view(count, objectives)[:, chosen].reshape(-1)
-
-
 @dataclass(frozen=True, eq=False)
 class AlignBatch(StepBatch):
     """One part of a step's batch.
@@ -178,13 +175,9 @@ class ListScores:
 class AlignSource(StepSource):
     """The batches of a training.
 
-    Args:
+    Args, besides those of `StepSource`:
         lists: The tokenised lists.
-        lists_per_batch: Lists in a step's batch; at most all of them.
         collator: Makes the batches.
-        seed: Seed of the order of the lists.
-        weights: step -> (B, m), drawn for the whole batch.
-        beta: step -> (B, m), drawn for the whole batch.
         reference: Log-probabilities of the reference; None if they are computed in the step.
         experts: Those of the m experts, for `mo-dpo`.
         conditioner: Writes weights into a list's prompt.

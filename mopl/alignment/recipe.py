@@ -15,7 +15,7 @@ See `mopl.alignment.stages` for the models of the baselines.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,14 +24,14 @@ from torch import Tensor
 from mopl import _terminal
 from mopl._restoring import seeded
 from mopl.alignment import tuned
-from mopl.alignment.config import CONDITIONED, AlignConfig
-from mopl.alignment.evaluate import MAIN, Evaluation, HeldOut, evaluation_of, kept_parameters, reference_point
+from mopl.alignment.config import AlignConfig
+from mopl.alignment.evaluate import MAIN, Evaluation, HeldOut, evaluation_of, reference_point
 from mopl.alignment.reference import score_lists
 from mopl.alignment.runs import AlignmentRun
 from mopl.alignment.stages import Split, Stages, response_loss
-from mopl.alignment.trained import load_trained, state_for
-from mopl.conditioning import HyperPromptModel
+from mopl.alignment.trained import load_trained, set_weights
 from mopl.experiments.driver import FREE_ON_RESUME, Measured, Recipe, execute, plain_word
+from mopl.experiments.methods import TABLE
 from mopl.experiments.run import BASE
 from mopl.experiments.run_directory import RunInterrupted
 from mopl.experiments.stages import Trained
@@ -149,15 +149,15 @@ class AlignmentRecipe(Recipe):
     def _measured(self, method: str, folder: Path, found: list[Evaluation], trained: dict[str, Trained]) -> Measured:
         config, stages, lists = self.config, self.stages, len(self.held_out.lists)
         samples = answers(stages, method, folder, self.grid, self.prompts)
-        parameters = sum(each.parameters for each in trained.values())
+        kept = sum(each.parameters for each in trained.values())
+        if method == "mo-dpo":  # m experts and as large a model for each trade-off, which alone are asked
+            kept = kept // (len(stages.objectives) + len(self.grid)) * len(self.grid)
         front = self.front(
             method, [(c, each.deviation, each.losses) for c, each in zip(config.all_scales, found, strict=False)],
             trained, objectives=stages.objectives, main=MAIN, weights=found[0].weights, maximise=False,
             reference_point=self.reference_point,
             data={"name": _data_word(config), "split": "test", "lists": lists, **self.data},
-            inference_parameters=kept_parameters(
-                stages.base, method, parameters, objectives=len(stages.objectives), points=len(self.grid)
-            ),
+            inference_parameters=sum(p.numel() for p in stages.base.parameters()) + kept,
         )  # fmt: skip
         figures = {"loss": config.loss, "beta": stages.beta.tolist(), **found[0].summary(stages.objectives)}
         return Measured(front, figures, [{**entry, "method": method} for entry in samples])
@@ -183,9 +183,9 @@ def evaluate(stages: Stages, method: str, folder: Path, grid: Tensor, held_out: 
     for w, model in _models(stages, method, folder, grid):
         flat = score_lists(
             model, held_out.lists, collator=stages.collator, tokens_per_batch=config.tokens_per_batch,
-            accelerator=stages.accelerator, weights=w, beta=stages.beta, conditioner=stages.conditioner(method),
+            accelerator=stages.accelerator, weights=w, beta=stages.beta, conditioner=stages.conditioner(TABLE[method]),
         )  # fmt: skip
-        if method == "temperature-cos-dpo":
+        if TABLE[method].takes_beta:
             # Equation (15): the network answers for β / ‖β‖₁.
             base = held_out.reference.values
             flat = base + (flat - base) / stages.beta.sum()
@@ -197,13 +197,12 @@ def evaluate(stages: Stages, method: str, folder: Path, grid: Tensor, held_out: 
 
 def _models(stages: Stages, method: str, folder: Path, grid: Tensor) -> Iterator[tuple[Tensor, Any]]:
     """Yield each trade-off of the grid with the model that answers for it, on the accelerator's device."""
-    model: Any = load_trained(stages.path, folder, method, stages.objectives, grid, stages.base)
+    model = load_trained(stages.path, folder, method, grid, stages.base)
     try:
         model.to(stages.accelerator.device).eval()
         for w in grid:
-            if method not in CONDITIONED:
-                assert isinstance(model, HyperPromptModel)
-                models.set_state(model, state_for(stages.path, method, stages.objectives, grid, w))
+            if not TABLE[method].conditioned:
+                set_weights(model, stages.path, method, grid, w)
             yield w, model
     finally:
         models.release(model)
@@ -211,30 +210,21 @@ def _models(stages: Stages, method: str, folder: Path, grid: Tensor) -> Iterator
 
 def answers(stages: Stages, method: str, folder: Path, grid: Tensor, prompts: list[Text]) -> list[dict[str, Any]]:
     """Return greedy answers to prompts: `{"prompt", "responses": [a text for each trade-off]}`; one for the base."""
-    config = stages.config
-    responses: list[list[str]] = [[] for _ in prompts]
+    config, found = stages.config, []
     if prompts and stages.accelerator.is_main_process:
         options: dict[str, Any] = {"max_new_tokens": config.sample_tokens, "batch_size": 8}
-        tokenizer = stages.tokenizer
-        if method == "base":
-            found = [generate(stages.base, tokenizer, prompts, **options)]
-        else:
-            if method == "temperature-cos-dpo":
+        asked: Iterable[tuple[Any, Any]] = [(None, stages.base)]
+        if method != BASE:
+            asked = ((w.tolist(), model) for w, model in _models(stages, method, folder, grid))
+            options["text_prompt"] = tuned.prompt_of(config, TABLE[method], stages.objectives)
+            if TABLE[method].takes_beta:
                 options["beta"] = stages.beta.tolist()
-            if method in CONDITIONED and config.conditioning == "text":
-                takes_beta = method == "temperature-cos-dpo"
-                options["text_prompt"] = tuned.text_prompt(stages.objectives, takes_beta=takes_beta)
-            found = [
-                generate(model, tokenizer, prompts, w.tolist(), **options)
-                for w, model in _models(stages, method, folder, grid)
-            ]
-        for texts in found:
-            for kept, answer in zip(responses, texts, strict=True):
-                kept.append(answer.text)
+        found = [generate(model, stages.tokenizer, prompts, w, **options) for w, model in asked]
     stages.accelerator.wait_for_everyone()
     return [
-        {"prompt": _as_text(prompt), "responses": texts} for prompt, texts in zip(prompts, responses, strict=True)
-    ]  # fmt: skip
+        {"prompt": _as_text(prompt), "responses": [each[number].text for each in found]}
+        for number, prompt in enumerate(prompts)
+    ]
 
 
 def _as_text(prompt: Text) -> str:

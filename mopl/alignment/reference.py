@@ -99,53 +99,42 @@ class ReferenceStore:
     def __init__(self, folder: Path, identity: dict[str, str], accelerator: Any) -> None:
         self.folder, self.identity, self.accelerator = folder, identity, accelerator
 
-    def load(self, name: str, lists: Sequence[TokenizedList], identity: dict[str, str]) -> ListScores | None:
-        """Return what is stored for these lists, or None if nothing is.
+    def load_or_compute(
+        self, name: str, lists: Sequence[TokenizedList], identity: dict[str, str], model: nn.Module, **options: Any
+    ) -> ListScores:
+        """Return what is stored for these lists, computing what is missing with `score_lists(model, ..., **options)`.
 
         Args:
             name: Of the part of the data.
             lists: The lists.
             identity: Fingerprints of the lists, by name.
+            model: The reference.
+            options: Of `score_lists`.
 
         Raises:
             ValueError: If what is stored belongs to other data, other tokens or another model; `DamagedFile` if it
                 cannot be read.
         """
-        values = self._read(self.folder / f"{name}.safetensors", lists, {**self.identity, **identity})
-        return None if values is None else ListScores(lists, values)
-
-    def load_or_compute(
-        self,
-        name: str,
-        lists: Sequence[TokenizedList],
-        identity: dict[str, str],
-        model: nn.Module,
-        **options: Any,
-    ) -> ListScores:
-        """Return what is stored for these lists, computing what is missing with `score_lists(model, ..., **options)`.
-
-        Raises:
-            ValueError: As `load`.
-        """
-        found = self.load(name, lists, identity)
+        identity = self.identity | identity
+        whole = self.folder / f"{name}.safetensors"
+        found = self._read(whole, lists, identity)
         if found is not None:
-            return found
-        identity = {**self.identity, **identity, "chunk": str(CHUNK)}
+            return ListScores(lists, found)
+        of_chunk = identity | {"chunk": str(CHUNK)}
         parts = self.folder / f"{name}.parts"
         values = []
         show = self.accelerator.is_main_process
         with progress(f"reference, {name}", len(lists), "lists", show=show) as bar:
             for number, first in enumerate(range(0, len(lists), CHUNK)):
                 chunk, file = lists[first : first + CHUNK], parts / f"{number:05d}.safetensors"
-                scores = self._read(file, chunk, identity)
+                scores = self._read(file, chunk, of_chunk)
                 if scores is None:
                     scores = score_lists(model, chunk, accelerator=self.accelerator, progress=bar, **options)
-                    self._write(file, scores, identity)
+                    self._write(file, scores, of_chunk)
                 else:
                     bar.update(len(chunk))
                 values.append(scores)
-        del identity["chunk"]
-        self._write(self.folder / f"{name}.safetensors", torch.cat(values), identity)
+        self._write(whole, torch.cat(values), identity)
         if self.accelerator.is_main_process and parts.exists():
             discard_folder(parts)
         self.accelerator.wait_for_everyone()

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from mopl._renamed import renamed_attribute
 from mopl.alignment import tuned
-from mopl.alignment.config import CONDITIONED, AlignConfig
-from mopl.alignment.trained import load_trained
+from mopl.alignment.config import PER_TOKEN, AlignConfig
+from mopl.alignment.trained import load_trained, set_weights
 from mopl.conditioning import TextPrompt
+from mopl.experiments.methods import TABLE
 from mopl.experiments.run import LanguageModelRun
 from mopl.report import Metric
 
@@ -50,19 +51,17 @@ class AlignmentRun(LanguageModelRun):
 
     def is_conditioned(self, method: str | None = None) -> bool:
         """Whether a method has one model for every trade-off, so that `load` needs no weights."""
-        return self.check_method(method) in CONDITIONED
+        return TABLE[self.check_method(method)].conditioned
 
     def takes_beta(self, method: str | None = None) -> bool:
         """Whether a method's model is conditioned on β too."""
-        return self.check_method(method) == "temperature-cos-dpo"
+        return TABLE[self.check_method(method)].takes_beta
 
     takes_temperature = renamed_attribute("AlignmentRun.takes_temperature", "takes_beta")
 
     def text_prompt(self, method: str | None = None) -> TextPrompt | None:
         """Return how weights are written into prompts, or None where a method takes them otherwise, or none."""
-        if not self.is_conditioned(method) or self.config.conditioning != "text":
-            return None
-        return tuned.text_prompt(self.objectives, takes_beta=self.takes_beta(method))
+        return tuned.prompt_of(self.config, TABLE[self.check_method(method)], self.objectives)
 
     def load(
         self,
@@ -87,20 +86,21 @@ class AlignmentRun(LanguageModelRun):
             ValueError: If the run has no such method, or a baseline got no weights, or none for these weights.
         """
         method = self.check_method(method)
-        if method not in CONDITIONED and weights is None:
+        if weights is None and not self.is_conditioned(method):
             raise ValueError(
                 f"{method} has a model of its own for each trade-off; pass weights, one for each of "
                 f"{', '.join(self.objectives)}"
             )
-        folder = self.folder(method)
-        model = load_trained(self.path, folder, method, self.objectives, self.grid, self.base_model(), weights)
+        model = load_trained(self.path, self.folder(method), method, self.grid, self.base_model())
+        if not self.is_conditioned(method):
+            set_weights(model, self.path, method, self.grid, weights)
         return model.to(device).eval()
 
     @property
     def metric(self) -> Metric:
         """What the figures of the fronts are."""
         loss = self.config.loss
-        scored = "averaged over tokens" if loss in ("ipo", "sigmoid_norm") else "summed over tokens"
+        scored = "averaged over tokens" if loss in PER_TOKEN else "summed over tokens"
         return Metric(
             "held-out loss",
             f"{loss} of log-probabilities {scored}, in nats; main: mean |log p - log p0| of a response, in nats",

@@ -23,12 +23,13 @@ from torch import Tensor
 from mopl._restoring import seeded
 from mopl._rows import check_rows
 from mopl.alignment import tuned
-from mopl.alignment.config import CONDITIONED, AlignConfig
+from mopl.alignment.config import CONDITIONED, LIST_LOSSES, AlignConfig
 from mopl.alignment.methods import AlignSource, Conditioner, ListScores, ResponseLoss, scored_for
 from mopl.alignment.reference import ReferenceStore, score_lists
 from mopl.conditioning import LoraMixture, TextPrompt
 from mopl.experiments.cos_dpo import CosDpoStages, Part, model_folder, vertices
 from mopl.experiments.driver import Recipe
+from mopl.experiments.methods import Method
 from mopl.experiments.stages import Trained, Training
 from mopl.language_models import models
 from mopl.language_models.collate import ListCollator
@@ -50,22 +51,15 @@ class Split:
         return {"data": self.data.fingerprint(), "tokenizer": self.tokens.fingerprint()}
 
 
-class TextConditioner:
-    """Writes a trade-off in front of a tokenised prompt, on top of `max_length`, so that truncation never cuts it.
+def text_conditioner(tokenizer: Any, prompt: TextPrompt) -> Conditioner:
+    """Return what writes a trade-off before a tokenised prompt, on top of `max_length`, so that nothing cuts it off."""
 
-    Args:
-        tokenizer: A tokenizer of transformers.
-        prompt: How weights are written.
-    """
-
-    def __init__(self, tokenizer: Any, prompt: TextPrompt) -> None:
-        self.tokenizer, self.prompt = tokenizer, prompt
-
-    def __call__(self, item: TokenizedList, weights: Tensor, beta: Tensor) -> TokenizedList:
-        """Return the list with the weights in front."""
-        betas = beta.tolist() if self.prompt.takes_beta else None
-        tokens = self.prompt.prepend_ids(item.prompt.tolist(), weights, self.tokenizer, betas)
+    def write(item: TokenizedList, weights: Tensor, beta: Tensor) -> TokenizedList:
+        betas = beta.tolist() if prompt.takes_beta else None
+        tokens = prompt.prepend_ids(item.prompt.tolist(), weights, tokenizer, betas)
         return dataclasses.replace(item, prompt=np.array(tokens, dtype=np.int64))
+
+    return write
 
 
 class Stages(CosDpoStages):
@@ -163,7 +157,7 @@ class Stages(CosDpoStages):
         source = AlignSource(
             self.splits["train"].tokens.lists, config.lists_per_batch, self.collator, seed=config.seed,
             weights=part.sample_weights, beta=part.sample_beta, reference=self.references["train"],
-            experts=part.experts, conditioner=self.conditioner(part.name),
+            experts=part.experts, conditioner=self.conditioner(method),
         )  # fmt: skip
 
         @contextmanager
@@ -178,8 +172,8 @@ class Stages(CosDpoStages):
                 if config.gradient_checkpointing:
                     # The other form of checkpointing would need inputs that take a gradient, which text has not.
                     models.recompute_activations(model if isinstance(model, LoraMixture) else self.base, True)
-                assert config.steps is not None and config.prompt_learning_rate is not None
-                settings = config.training(config.steps)
+                assert config.prompt_learning_rate is not None
+                settings = config.training()
                 yield Training(
                     model, source, part.loss, settings,
                     lambda folder: tuned.save_model(model, folder, config, self.objectives, **kind),
@@ -209,12 +203,10 @@ class Stages(CosDpoStages):
             found.append(ListScores(lists, scores))
         return found
 
-    def conditioner(self, method: str) -> Conditioner | None:
+    def conditioner(self, method: Method) -> Conditioner | None:
         """Return what writes weights into prompts, where a method wants them there."""
-        if method not in CONDITIONED or self.config.conditioning != "text":
-            return None
-        prompt = tuned.text_prompt(self.objectives, takes_beta=method == "temperature-cos-dpo")
-        return TextConditioner(self.tokenizer.tokenizer, prompt)
+        prompt = tuned.prompt_of(self.config, method, self.objectives)
+        return None if prompt is None else text_conditioner(self.tokenizer.tokenizer, prompt)
 
     def _start_of_prompt(self) -> list[int]:
         """Return the tokens whose embeddings the virtual tokens start at."""
@@ -253,7 +245,7 @@ def response_loss(config: AlignConfig, data: PreferenceData) -> ResponseLoss:
         modes.append(mode)
     counts = data.describe()
     sizes = counts["list_sizes"]
-    if config.loss not in ("listnet", "plackett-luce") and set(sizes) != {2}:
+    if config.loss not in LIST_LOSSES and set(sizes) != {2}:
         raise ValueError(
             f"loss {config.loss!r} compares two responses but {data.name} has lists of "
             f"{', '.join(map(str, sizes))}; take loss 'listnet' or 'plackett-luce'"

@@ -20,13 +20,13 @@ from typing import Any
 
 from torch import nn
 
-from mopl._extras import require
 from mopl._files import write_files
 from mopl._renamed import renamed_keywords
 from mopl.alignment.config import AlignConfig
 from mopl.conditioning import HyperPrompt, HyperPromptModel, LoraMixture, TextPrompt, TuningRecord, WeightedModel
 from mopl.conditioning.saved_models import CONFIG_FILE
-from mopl.language_models.models import TEXT_KIND, quiet
+from mopl.experiments.methods import Method
+from mopl.language_models.models import TEXT_KIND, lora_config, quiet
 
 TEXT_TEMPLATE = "[{weights}]\n"
 TEXT_TEMPLATE_WITH_BETA = "[{weights}; temperatures {temperatures}]\n"
@@ -58,16 +58,9 @@ def new_model(
     model = base.requires_grad_(False)
     record = tuning_record(config, objectives, conditioned=conditioned, takes_beta=takes_beta)
     if config.lora_rank:
-        require("peft")
-        from peft import LoraConfig, TaskType, get_peft_model
+        settings = lora_config(config)
+        from peft import get_peft_model
 
-        targets = config.lora_targets
-        settings = LoraConfig(
-            r=config.lora_rank,
-            lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
-            target_modules=targets[0] if len(targets) == 1 and targets[0] == "all-linear" else list(targets),
-            task_type=TaskType.CAUSAL_LM,
-        )
         with quiet():
             if conditioned and config.conditioning == "lora-mixture":
                 return LoraMixture(base, len(objectives), config=settings, record=record)
@@ -102,6 +95,13 @@ def tuning_record(
 def text_prompt(objectives: tuple[str, ...], *, takes_beta: bool = False) -> TextPrompt:
     """Return how weights are written into a prompt under `conditioning="text"`."""
     return TextPrompt(objectives, TEXT_TEMPLATE_WITH_BETA if takes_beta else TEXT_TEMPLATE)
+
+
+def prompt_of(config: AlignConfig, method: Method, objectives: tuple[str, ...]) -> TextPrompt | None:
+    """Return how a method's model reads its weights in words, or None where it takes them otherwise, or none."""
+    if not method.conditioned or config.conditioning != "text":
+        return None
+    return text_prompt(objectives, takes_beta=method.takes_beta)
 
 
 def save_model(

@@ -98,6 +98,20 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def lora_config(settings: Any) -> Any:
+    """Return the `peft.LoraConfig` that the settings of a run ask for: `lora_rank`, `lora_alpha`, `lora_targets`."""
+    require("peft")
+    from peft import LoraConfig, TaskType
+
+    targets = settings.lora_targets
+    return LoraConfig(
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,
+        target_modules=targets[0] if tuple(targets) == ("all-linear",) else list(targets),
+        task_type=TaskType.CAUSAL_LM,
+    )
+
+
 def positions_of(model: Any) -> int | None:
     """Return how many tokens a causal language model can see, or None where it sets no limit."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)

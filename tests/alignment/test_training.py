@@ -27,7 +27,7 @@ from mopl.alignment.methods import (
     scored_for,
 )
 from mopl.alignment.reference import CHUNK, ReferenceStore, score_lists
-from mopl.alignment.stages import TextConditioner, response_loss
+from mopl.alignment.stages import response_loss, text_conditioner
 from mopl.conditioning import HyperPromptModel
 from mopl.conditioning.samplers import box_betas, dirichlet_weights, fixed
 from mopl.experiments import cos_dpo
@@ -375,7 +375,7 @@ def test_weights_in_words_stand_before_the_prompt_and_leave_the_responses_alone(
     tokenizer = models.load_tokenizer(str(folder))
     prompt = tuned.text_prompt(NAMES)
     item = tokenized()[0]
-    made = TextConditioner(tokenizer, prompt)(item, torch.tensor([0.25, 0.75]), torch.ones(2))
+    made = text_conditioner(tokenizer, prompt)(item, torch.tensor([0.25, 0.75]), torch.ones(2))
     added = tokenizer(prompt.render([0.25, 0.75]), add_special_tokens=False)["input_ids"]
     assert made.prompt.tolist() == [*added, *item.prompt] and made.responses is item.responses
 
@@ -401,7 +401,7 @@ def fit(base, *, steps=4, directory=None, accumulation=1, stop=None, made=None, 
             os.kill(os.getpid(), 15)
         return inner(module, batch, step)
 
-    training = dataclasses.replace(config.training(steps), schedule="constant", warmup=0)
+    training = config.training(steps, schedule="constant", warmup=0)
     try:
         optimizer = adamw(model, training, torch.device("cpu"), {"hyper_prompt.": config.prompt_learning_rate})
         train(model, made or source(), loss, training, accelerator=make_accelerator(cpu=True), directory=directory,
@@ -489,10 +489,10 @@ def test_a_stored_reference_is_refused_for_other_data_another_tokenizer_or_anoth
     store = ReferenceStore(tmp_path, {"model": models.fingerprint(base)}, accelerator)
     identity = {"data": "d1", "tokenizer": "t1"}
     made = store.load_or_compute("train", lists, identity, base, **options)
-    assert torch.equal(store.load("train", lists, identity).values, made.values)
+    assert torch.equal(store.load_or_compute("train", lists, identity, None).values, made.values)
     for name in identity:
         with pytest.raises(ValueError, match=f"log-probabilities of another {name} .*delete the file"):
-            store.load("train", lists, {**identity, name: "other"})
+            store.load_or_compute("train", lists, {**identity, name: "other"}, None)
     with torch.no_grad():
         base.lm_head.weight[3, 4] += 1e-3
     other = ReferenceStore(tmp_path, {"model": models.fingerprint(base)}, accelerator)
