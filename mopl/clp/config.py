@@ -282,7 +282,10 @@ class ClpConfig(LanguageModelSettings):
 
         return ListTokenizer(tokenizer, max_length=None, template=self.template, append_eos=False)
 
-    @property
-    def baseline_scope(self) -> str:
-        """What experts and the prompting baseline train: the same parameters, but no virtual tokens."""
-        return "lora-mixture" if self.scope == "hyper-prompt" else self.scope
+    def scope_of(self, kind: str) -> str:
+        """Return what a policy trains: experts, soups and prompting the parameters of clp, but no virtual tokens."""
+        return "lora-mixture" if self.scope == "hyper-prompt" and kind != "clp" else self.scope
+
+    def takes_kl_weight(self, kind: str) -> bool:
+        """Whether a policy is conditioned on the KL weight."""
+        return self.conditions_on_kl and kind in ("clp", "prompting")

@@ -13,7 +13,7 @@ Shapes: `Q` prompts, `n` trade-offs, `m` rewards. Every trade-off is sampled wit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,17 +64,6 @@ class Evaluation:
         """(n, m)."""
         return self.rewards.nanmean(0)
 
-    def objective_values(self, scale: RewardScale, config: ClpConfig) -> Tensor:
-        """Return V of each reward alone, c(α) R_j - α KL, (n, m), in the scale of the training."""
-        rewards = reward_coefficient(self.kl_weight, config.kl_form) * scale(self.mean_rewards)
-        return rewards - self.kl_weight * self.kl.mean(0)[:, None]
-
-    def value(self, scale: RewardScale, config: ClpConfig) -> Tensor | None:
-        """Return V_{α,w}, (n,), in the scale of the training: w times `objective_values`; None without weights."""
-        if self.weights is None:
-            return None
-        return (self.weights * self.objective_values(scale, config)).sum(-1)
-
     def summary(
         self,
         scale: RewardScale,
@@ -92,15 +81,14 @@ class Evaluation:
             reference_point: Of the hypervolume of mean rewards; that of values is its own value at KL 0.
             base: The untrained model's figures, for the cost of decoding.
         """
-        value, values = self.value(scale, config), self.objective_values(scale, config)
-        value_reference = (
-            reward_coefficient(self.kl_weight, config.kl_form) * scale(torch.tensor([list(reference_point)]))[0]
-        )
+        factor = reward_coefficient(self.kl_weight, config.kl_form)
+        values = factor * scale(self.mean_rewards) - self.kl_weight * self.kl.mean(0)[:, None]  # (n, m)
+        value_reference = factor * scale(torch.tensor([list(reference_point)]))[0]
         figures: dict[str, Any] = {
             "objectives": list(objectives), "kl_weight": self.kl_weight,
             "weights": None if self.weights is None else self.weights.tolist(),
             "rewards": self.mean_rewards.tolist(), "kl": self.kl.mean(0).tolist(),
-            "value": None if value is None else value.tolist(),
+            "value": None if self.weights is None else (self.weights * values).sum(-1).tolist(),
             "objective_values": values.tolist(),
             "value_hypervolume": hypervolume(values, value_reference, maximise=True),
             "value_reference_point": value_reference.tolist(),
@@ -121,9 +109,6 @@ class Evaluation:
         return figures
 
 
-Ask = Callable[[list[list[int]]], tuple[Answers, Tensor]]  # prompts -> answers, log π (R,)
-
-
 class Evaluator:
     """Answers the held-out prompts of a run.
 
@@ -140,82 +125,72 @@ class Evaluator:
 
     def base(self) -> Evaluation:
         """Return the figures of the untrained model."""
-        asked = [self._ask(self._plain(self.stages.base, self.stages.base, {}))]
-        return self._evaluation(None, self.config.kl_weight[0], asked, 1)
+        base = self.stages.base
+        return self._evaluation(None, self.config.kl_weight[0], [self._plain(base, base, self.tokens, {})], 1)
 
     def method(self, method: str, folder: Path, grid: Tensor) -> list[Evaluation]:
         """Return the figures of a method on a grid of weights (n, m), one evaluation for each of its KL weights."""
         if method == "logit-mixing":
             experts = self.stages.experts()
-            asked = [self._ask(self._mixed(experts, w)) for w in grid]
+            asked = [self._mixed(experts, w) for w in grid]
             return [self._evaluation(grid, self.config.kl_weight[0], asked, len(experts))]
         if method == "dera":
             return self._dera(grid)
-        several = method != "rewarded-soups"
-        rounds: list[tuple[float, list[Any]]] = []
-        with self.stages.policy(method, folder) as policy:
-            for kl_weight in self.config.kl_weight if several else self.config.kl_weight[:1]:
-                asked = []
+        kl_weights = self.config.kl_weight[:1] if method == "rewarded-soups" else self.config.kl_weight
+        rounds: dict[float, list[Any]] = {kl_weight: [] for kl_weight in kl_weights}
+        kind = "soup" if method == "rewarded-soups" else method
+        with self.stages.policy(kind, folder / "model") as policy:
+            for kl_weight in kl_weights:
                 for w in grid:
                     own = [policy.tokens(tokens, w, kl_weight, self.sampler.tokenizer) for tokens in self.tokens]
                     with policy.at(w, kl_weight) as (model, options):
-                        asked.append(self._ask(self._plain(model, policy.causal_lm, options), own))
-                rounds.append((kl_weight, asked))
+                        rounds[kl_weight].append(self._plain(model, policy.causal_lm, own, options))
         # Adapters are out of the language model now, which is the reference again.
-        return [self._evaluation(grid, kl_weight, asked, 1) for kl_weight, asked in rounds]
+        return [self._evaluation(grid, kl_weight, asked, 1) for kl_weight, asked in rounds.items()]
 
     def _dera(self, grid: Tensor) -> list[Evaluation]:
         """Move the policy of the smallest α to the other ones by mixing it with the reference at every token."""
         config, strongest = self.config, min(self.config.kl_weight)
         rounds: dict[float, list[Any]] = {kl_weight: [] for kl_weight in config.kl_weight}
         for w in grid:
-            with self.stages.policy("clp", self.stages.clp_folder) as policy:
-                model: Any = policy.model
-                merged = model.merge(w, strongest).eval()
+            with self.stages.policy("clp", self.stages.clp_folder / "model") as policy:
+                merged = policy.merge(w, strongest)
             for kl_weight in config.kl_weight:
                 share = kappa(kl_weight, config) / kappa(strongest, config)
-                rounds[kl_weight].append(self._ask(self._mixed([merged, self.stages.base], [share, 1 - share])))
+                rounds[kl_weight].append(self._mixed([merged, self.stages.base], [share, 1 - share]))
         return [self._evaluation(grid, kl_weight, asked, 2) for kl_weight, asked in rounds.items()]
 
-    def _plain(self, model: Any, causal_lm: Any, options: dict[str, Any]) -> Ask:
-        """Return how one model answers."""
-
-        def ask(prompts: list[list[int]]) -> tuple[Answers, Tensor]:
+    @torch.no_grad()
+    def _plain(
+        self, model: Any, causal_lm: Any, prompts: list[list[int]], options: dict[str, Any]
+    ) -> tuple[Answers, Tensor]:
+        """Return how one model answers the prompts as it reads them, and log π of each answer (R,)."""
+        with seeded(self.config.seed):
             answers = self.sampler.sample(model, causal_lm, prompts, lambda rows: dict(options))
-            device = causal_lm.get_input_embeddings().weight.device
-            return answers, self.sampler.score(model, prompts, answers.tokens, device, options)[0].double().sum(1)
+            return answers, self.sampler.score(model, prompts, answers.tokens, options)[0].double().sum(1).cpu()
 
-        return ask
-
-    def _mixed(self, several: Sequence[Any], coefficients: Any) -> Ask:
-        """Return how a mixture of models at every token answers."""
+    @torch.no_grad()
+    def _mixed(self, several: Sequence[Any], coefficients: Any) -> tuple[Answers, Tensor]:
+        """Return the same of a mixture of models at every token."""
         from mopl.decoding import MixedLogits
 
         shares = torch.as_tensor(coefficients, dtype=torch.float64)
-
-        def ask(prompts: list[list[int]]) -> tuple[Answers, Tensor]:
+        with seeded(self.config.seed):
             answers = self.sampler.sample(
-                several[0], several[0], prompts,
+                several[0], several[0], self.tokens,
                 processor=lambda mask: MixedLogits(several[1:], shares.to(mask.device), mask),
             )  # fmt: skip
-            assert answers.log_prob is not None
-            return answers, answers.log_prob
-
-        return ask
-
-    def _ask(self, ask: Ask, own: list[list[int]] | None = None) -> tuple[Answers, Tensor]:
-        with seeded(self.config.seed), torch.no_grad():
-            answers, log_prob = ask(self.tokens if own is None else own)
-        return answers, log_prob.cpu()
+        assert answers.log_prob is not None
+        return answers, answers.log_prob
 
     def _evaluation(
         self, weights: Tensor | None, kl_weight: float, asked: Sequence[tuple[Answers, Tensor]], runs: int
     ) -> Evaluation:
         """Score the answers of several trade-offs and compare them with the reference."""
-        count, device, base = self.config.eval_samples, self.stages.accelerator.device, self.stages.base
+        count, base = self.config.eval_samples, self.stages.base
         rewards, kl = [], []
         for answers, log_prob in asked:
-            log_p0 = self.sampler.score(base, self.tokens, answers.tokens, device)[0].double().sum(1).cpu()
+            log_p0 = self.sampler.score(base, self.tokens, answers.tokens)[0].double().sum(1).cpu()
             kl.append((log_prob - log_p0).view(-1, count).mean(1))
             values = self.stages.rewards(answers.texts, self.texts).double()
             rewards.append(values.view(-1, count, values.shape[1]).nanmean(1))

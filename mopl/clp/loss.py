@@ -30,14 +30,6 @@ class PolicyCollapsed(TrainingDiverged):
     """A guard stopped the training: the policy ran away, became deterministic, or earns the same whatever it says."""
 
 
-class SampleLog(RunLog):
-    """`samples.jsonl`: responses of rollouts as text."""
-
-    def __init__(self, directory: Path, *, enabled: bool = True) -> None:
-        super().__init__(directory, enabled=enabled)
-        self.path = Path(directory) / "samples.jsonl"
-
-
 # Trained parameters that are this many times as large as at the start are no policy any more. AdamW moves a parameter
 # by about the learning rate in a step at most, so it takes a rate that is out of all proportion.
 GROWTH = 100.0
@@ -128,6 +120,7 @@ class Guard:
         )
 
 
+@dataclass(eq=False)
 class ClpLoss:
     """The loss function of a training: `loss(model, batch, step)`.
 
@@ -142,19 +135,14 @@ class ClpLoss:
         stage: Name of the training.
     """
 
-    def __init__(
-        self,
-        config: ClpConfig,
-        sampler: Sampler,
-        rewards: Rewards,
-        scale: RewardScale,
-        store: RolloutStore,
-        guard: Guard,
-        log: SampleLog | None,
-        stage: str,
-    ) -> None:
-        self.config, self.sampler, self.rewards, self.scale = config, sampler, rewards, scale
-        self.store, self.guard, self.log, self.stage = store, guard, log, stage
+    config: ClpConfig
+    sampler: Sampler
+    rewards: Rewards
+    scale: RewardScale
+    store: RolloutStore
+    guard: Guard
+    log: RunLog | None
+    stage: str
 
     def __call__(self, model: nn.Module, batch: PromptBatch, step: int) -> tuple[Tensor, dict[str, Any]]:
         """Return the loss of a step and its figures."""
@@ -167,20 +155,20 @@ class ClpLoss:
             rollout.scaled = self._scaled(policy, rollout.rewards)
         device = policy.device
         inputs, place, mask = self.sampler.inputs(rollout.prompts, rollout.responses, device)
-        w, kl_weight = rollout.weights.to(device), rollout.kl_weight.to(device)
-        features = None if rollout.features is None else rollout.features.to(device)
-        hidden = None if rollout.hidden is None else _in_place(rollout.hidden.to(device), inputs["targets"], mask)
-        every, values, every_kl = model(inputs, w, kl_weight, config.temperature, features, hidden)
+        here = rollout.to(device)
+        w, kl_weight = here.weights, here.kl_weight
+        hidden = None if here.hidden is None else _in_place(here.hidden, inputs["targets"], mask)
+        every, values, every_kl = model(inputs, w, kl_weight, config.temperature, here.features, hidden)
         logprob = every.gather(1, place)
         raw = rollout.rewards
         # A response without one of its rewards counts for nothing, and not in another's baseline either.
         usable = ~(raw.isnan() & (rollout.weights > 0)).any(1).to(device)
         counted = mask & usable[:, None]
         baseline: Any = {"value": values, "none": None}.get(config.baseline, config.baseline)
-        assert rollout.scaled is not None
+        assert here.scaled is not None
         found = policy_gradient(
-            logprob, rollout.scaled.to(device), w, kl_weight=kl_weight, reference=rollout.reference.to(device),
-            behaviour=None if fresh else _on(rollout.behaviour, device), mask=counted,
+            logprob, here.scaled, w, kl_weight=kl_weight, reference=here.reference,
+            behaviour=None if fresh else here.behaviour, mask=counted,
             baseline=baseline.detach() if isinstance(baseline, Tensor) else baseline,
             group=config.samples_per_prompt if isinstance(baseline, str) else None, standardize=config.standardize,
             kl_form=config.kl_form, kl_in=config.kl_in, kl_estimator=config.kl_estimator, kl_level=config.kl_level,
@@ -203,7 +191,7 @@ class ClpLoss:
             ):  # fmt: skip
                 logs |= {f"mean/{name}": mean, f"deviation/{name}": deviation}
         if fresh:
-            estimate = (logprob.detach() - rollout.reference.to(device)).masked_fill(~mask, 0.0).sum(1).mean()
+            estimate = (logprob.detach() - here.reference).masked_fill(~mask, 0.0).sum(1).mean()
             self.guard(step, raw, estimate, entropy, self.rewards.names)
             rollout.behaviour = logprob.detach()
             self.store.keep(batch, rollout)
@@ -235,7 +223,7 @@ class ClpLoss:
         for r in chosen:
             values = [None if x != x else x for x in rollout.rewards[r].tolist()]
             self.log.write({
-                "stage": self.stage, "step": step, "weights": _rounded(rollout.weights[r]),
+                "stage": self.stage, "step": step, "weights": [round(x, 4) for x in rollout.weights[r].tolist()],
                 "kl_weight": round(float(rollout.kl_weight[r]), 6), "prompt": prompt_key(rollout.asked[r]),
                 "text": rollout.texts[r], "rewards": dict(zip(names, values, strict=True)),
                 "log_ratio": round(float(log_ratio[r, : len(rollout.responses[r])].sum()), 4),
@@ -248,11 +236,3 @@ def _in_place(hidden: Tensor, targets: Tensor, exists: Tensor) -> Tensor:  # (R,
     # Both name the tokens of all responses in the same order.
     found[targets != IGNORE_INDEX] = hidden[exists]
     return found
-
-
-def _on(value: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if value is None else value.to(device)
-
-
-def _rounded(values: Tensor) -> list[float]:
-    return [round(x, 4) for x in values.tolist()]

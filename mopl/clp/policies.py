@@ -24,9 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mopl._extras import require
 from mopl._restoring import generators_kept
-from mopl._tensor_files import read_tensors
 from mopl.clp.config import ClpConfig
 from mopl.clp.reward_scale import RunningScale
 from mopl.conditioning import (
@@ -40,7 +38,7 @@ from mopl.conditioning import (
     ValueHead,
 )
 from mopl.conditioning.causal_lm import untie_head
-from mopl.conditioning.saved_models import REMEDY, check_adapter, check_adapter_state
+from mopl.conditioning.saved_models import adapter_folder, load_adapters
 from mopl.language_models import models
 
 Conditioned = ParameterMixture | LoraMixture | HyperPromptModel
@@ -51,15 +49,17 @@ class Policy(nn.Module):
 
     Args:
         model: What is trained.
-        base: The language model that it started from, when that is another module; None: the model itself, with what
-            was trained switched off.
+        base: The language model that it started from. It is the reference of a `ParameterMixture`; any other model is
+            its own, with what was trained switched off.
+        config: Settings of the run.
         objectives: Names of the m rewards of the run.
-        single: The model is one for all trade-offs, or for one: it takes neither w nor α.
-        words: It reads w (and α) in front of the prompt.
-        takes_kl_weight: It is conditioned on α.
+        kind: `"clp"`, `"expert"`, `"prompting"` or `"soup"`.
         value: Value head on the reference's hidden state at the end of the prompt.
 
     Attributes:
+        single: The model is one for all trade-offs, or for one: it takes neither w nor α.
+        words: It reads w (and α) in front of the prompt.
+        takes_kl_weight: It is conditioned on α.
         running: The scale of the rewards where the training follows it: a part of the policy, so of its checkpoints.
     """
 
@@ -69,18 +69,18 @@ class Policy(nn.Module):
         self,
         model: Conditioned,
         base: Any,
+        config: ClpConfig,
         objectives: Sequence[str],
-        *,
-        single: bool = False,
-        words: bool = False,
-        takes_kl_weight: bool = False,
+        kind: str,
         value: ValueHead | None = None,
     ) -> None:
         super().__init__()
         self.model, self.value, self.running = model, value, None
-        self._base = (base,)  # in a tuple: the reference is no part of what is trained and saved
+        # In a tuple: the reference is no part of what is trained and saved.
+        self._base = (base if isinstance(model, ParameterMixture) else None,)
         self.objectives = tuple(objectives)
-        self.single, self.words, self.takes_kl_weight = single, words, takes_kl_weight
+        self.single, self.words = kind not in ("clp", "soup"), kind == "prompting"
+        self.takes_kl_weight = config.takes_kl_weight(kind)
 
     @property
     def causal_lm(self) -> Any:
@@ -129,9 +129,19 @@ class Policy(nn.Module):
         if isinstance(self.model, HyperPromptModel):
             yield self.model, {"weights": weights.to(self.device, torch.float32)}
             return
-        w = torch.ones(1) if self.single else weights
-        with self.model.at(w, kl_weight if self.takes_kl_weight and not self.single else None) as model:
+        with self.model.at(*self._one(weights, kl_weight)) as model:
             yield model, {}
+
+    def merge(self, weights: Tensor | None, kl_weight: float) -> Any:
+        """Return the plain model of one trade-off, not for virtual tokens; weights (m,) are needed unless `single`."""
+        model: Any = self.model
+        return model.merge(*self._one(weights, kl_weight)).eval()
+
+    def _one(self, weights: Any, kl_weight: float) -> tuple[Any, float | None]:
+        """Return what a mixture takes of one trade-off."""
+        if self.single:
+            return torch.ones(1), None
+        return weights, kl_weight if self.takes_kl_weight else None
 
     def forward(
         self,
@@ -170,6 +180,14 @@ def text_prompt(objectives: Sequence[str], kl_weight: float | None = None) -> Te
     return TextPrompt(tuple(objectives), f"[{{weights}}{more}]\n")
 
 
+def _copy(base: Any, scope: str) -> Any:
+    """Return a copy of the language model whose parameters are mixed."""
+    trained = copy.deepcopy(base)
+    if scope == "logits":
+        untie_head(trained)
+    return trained
+
+
 @generators_kept()
 def new_policy(base: Any, config: ClpConfig, objectives: Sequence[str], kind: str, expert: str | None = None) -> Policy:
     """Return an untrained policy around a fused, frozen language model; it computes what that does.
@@ -181,57 +199,37 @@ def new_policy(base: Any, config: ClpConfig, objectives: Sequence[str], kind: st
         kind: `"clp"`, `"expert"` or `"prompting"`.
         expert: Name of an expert's reward.
     """
-    clp, takes_kl_weight = kind == "clp", kind != "expert" and config.conditions_on_kl
-    scope = config.scope if clp else config.baseline_scope
-    names = tuple(objectives) if clp else (expert or kind,)
+    scope, takes_kl_weight = config.scope_of(kind), config.takes_kl_weight(kind)
+    names = tuple(objectives) if kind == "clp" else (expert or kind,)
     record = TuningRecord(names, beta=list(config.kl_weight) if takes_kl_weight else config.kl_weight[0])
     rule = None
-    if clp and takes_kl_weight:
+    if kind == "clp" and takes_kl_weight:
         rule = KLWeightCoefficients(min(config.kl_weight), config.kl_form, anchor=scope != "lora-mixture")
     torch.manual_seed(config.seed)  # every model of a kind starts from the same parameters
+    hidden = base.get_input_embeddings().weight.shape[1]
     model: Conditioned
-    own: Any = None
     if scope == "lora-mixture":
         with models.quiet():
-            model = LoraMixture(base, len(names), config=_lora(config), coefficients=rule, record=record)
+            model = LoraMixture(base, len(names), config=models.lora_config(config), coefficients=rule, record=record)
     elif scope == "hyper-prompt":
-        require("peft")
+        settings = models.lora_config(config)
         from peft import get_peft_model
 
         with models.quiet():
-            wrapped = get_peft_model(base, _lora(config))
-        hidden = base.get_input_embeddings().weight.shape[1]
+            wrapped = get_peft_model(base, settings)
         prompt = HyperPrompt(len(names), config.virtual_tokens, config.prompt_rank, hidden)
         model = HyperPromptModel(wrapped, prompt, record=record)
     else:
-        own = base
         trained = copy.deepcopy(base).requires_grad_(config.train_shared)
         model = ParameterMixture(trained, len(names), scope=scope, coefficients=rule, record=record)
-    value = None
-    if config.baseline == "value":
-        value = ValueHead(base.get_input_embeddings().weight.shape[1], len(objectives))
-    return Policy(
-        model, own, objectives, single=not clp, words=kind == "prompting", takes_kl_weight=takes_kl_weight, value=value
-    )
-
-
-def _lora(config: ClpConfig) -> Any:
-    from peft import LoraConfig, TaskType
-
-    targets = config.lora_targets
-    return LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
-        target_modules=targets[0] if len(targets) == 1 and targets[0] == "all-linear" else list(targets),
-        task_type=TaskType.CAUSAL_LM,
-    )
+    value = ValueHead(hidden, len(objectives)) if config.baseline == "value" else None
+    return Policy(model, base, config, objectives, kind, value)
 
 
 def release(policy: Policy) -> None:
     """Take adapters out of the language model again."""
     if not isinstance(policy.model, ParameterMixture):
-        inner: Any = policy.model.model
-        inner.unload()
+        models.release(policy.model)
 
 
 def load_policy(folder: Path, base: Any, config: ClpConfig, objectives: Sequence[str], kind: str) -> Policy:
@@ -247,62 +245,38 @@ def load_policy(folder: Path, base: Any, config: ClpConfig, objectives: Sequence
     Raises:
         FileNotFoundError: If the folder holds no model.
     """
-    mixed = kind in ("clp", "soup")
-    scope = config.scope if kind == "clp" else config.baseline_scope
-    takes_kl_weight = kind in ("clp", "prompting") and config.conditions_on_kl
+    scope = config.scope_of(kind)
     model: Conditioned
-    own: Any = None
     with models.quiet():
         if scope == "lora-mixture":
             model = LoraMixture.from_pretrained(folder, base)
         elif scope == "hyper-prompt":
             model = HyperPromptModel.from_pretrained(folder, base)
         else:
-            own, trained = base, copy.deepcopy(base)
-            if scope == "logits":
-                untie_head(trained)
-            model = ParameterMixture.from_pretrained(folder, trained)
-    return Policy(
-        model, own, objectives, single=not mixed, words=kind == "prompting", takes_kl_weight=takes_kl_weight
-    ).eval()  # fmt: skip
+            model = ParameterMixture.from_pretrained(folder, _copy(base, scope))
+    return Policy(model, base, config, objectives, kind).eval()
 
 
 @torch.no_grad()
 def save_soup(folders: Sequence[Path], target: Path, base: Any, config: ClpConfig, objectives: Sequence[str]) -> None:
     """Write the mixture whose sets are the experts of these folders, one for each objective."""
     record = TuningRecord(tuple(objectives), beta=config.kl_weight[0])
-    scope = config.baseline_scope
+    scope = config.scope_of("soup")
     if scope == "lora-mixture":
-        require("peft", "safetensors")
-        from peft import set_peft_model_state_dict
-
+        names = [objective.replace(".", "_") for objective in objectives]
         with models.quiet():
-            soup = LoraMixture(base, len(objectives), config=_lora(config), record=record)
-            wrapped: Any = soup.model
+            wrapped = load_adapters(
+                base, {name: adapter_folder(folder, name) for name, folder in zip(names, folders, strict=True)}
+            )
             try:
-                for name, folder, objective in zip(soup.adapters, folders, objectives, strict=True):
-                    own = folder if objective == "default" else folder / objective.replace(".", "_")
-                    check_adapter(own)
-                    check_adapter_state(wrapped, name, own / models.ADAPTER_FILE)
-                    state = read_tensors(own / models.ADAPTER_FILE, remedy=REMEDY)
-                    result = set_peft_model_state_dict(wrapped, state, adapter_name=name)
-                    if result.unexpected_keys:
-                        raise ValueError(f"the adapter of {own} does not fit: {', '.join(result.unexpected_keys[:3])}")
-                soup.save_pretrained(target)
+                LoraMixture(wrapped, len(objectives), record=record).save_pretrained(target)
             finally:
                 wrapped.unload()
         return
-    trained = copy.deepcopy(base)
-    if scope == "logits":
-        untie_head(trained)
-    mixture = ParameterMixture(
-        trained, len(objectives), scope="full" if config.train_shared else scope, record=record
-    )  # fmt: skip
+    whole = "full" if config.train_shared else scope
+    mixture = ParameterMixture(_copy(base, scope), len(objectives), scope=whole, record=record)
     for own, folder in zip(mixture.sets, folders, strict=True):
-        expert = copy.deepcopy(base)
-        if scope == "logits":
-            untie_head(expert)
-        expert = ParameterMixture.from_pretrained(folder, expert).model
+        expert = ParameterMixture.from_pretrained(folder, _copy(base, scope)).model
         for name, parameter in zip(mixture.names, own, strict=True):
             parameter.copy_(expert.get_parameter(name))
     mixture.save_pretrained(target)

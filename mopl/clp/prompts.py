@@ -55,8 +55,8 @@ class Prompts:
         return Prompts(self.texts[:count], self.tokens[:count])
 
 
-def read_prompts(source: str, *, limit: int | None = None, on_error: OnError = "raise") -> list[Text]:
-    """Return the different prompts of a source, in its order.
+def placed_prompts(source: str, *, limit: int | None = None, on_error: OnError = "raise") -> list[tuple[str, Text]]:
+    """Return the different prompts of a source, in its order, each behind the place where it was read.
 
     Args:
         source: A `.txt` file with a prompt a line; a `.jsonl` file of objects with `"prompt"` (a text or messages) and
@@ -69,11 +69,6 @@ def read_prompts(source: str, *, limit: int | None = None, on_error: OnError = "
         FileNotFoundError: If a path does not exist.
         ValueError: If there are no prompts, or lines without one (see `on_error`).
     """
-    return [text for _, text in placed_prompts(source, limit=limit, on_error=on_error)]
-
-
-def placed_prompts(source: str, *, limit: int | None = None, on_error: OnError = "raise") -> list[tuple[str, Text]]:
-    """Return prompts as `read_prompts` does, each behind the place where it was read."""
     path = Path(source)
     found: list[tuple[str, Text]] | None = None
     if path.suffix == ".txt" and path.is_file():

@@ -46,6 +46,7 @@ from mopl.experiments.run import BASE
 from mopl.experiments.run_directory import CONFIG_FILE, RunInterrupted
 from mopl.experiments.stages import Trained
 from mopl.language_models.adapter_reference import checksum
+from mopl.language_models.models import positions_of
 from mopl.rewards import Rewards, prompt_key
 from mopl.training import make_accelerator
 from mopl.training.parallel import exists_on_main
@@ -148,7 +149,7 @@ class ClpRecipe(Recipe):
     def settings_to_resume(
         cls, record: dict[str, Any], changes: Mapping[str, Any], path: Path, *, trust_rewards: bool = False
     ) -> ClpConfig:
-        """Return the settings of a run to resume, with the free ones among `changes` applied; see `Recipe`.
+        """Return the settings of a run to resume as `Recipe` does.
 
         Args:
             record: The run's `config.json`.
@@ -157,7 +158,6 @@ class ClpRecipe(Recipe):
             trust_rewards: Modules of rewards may be imported though `changes` does not name them again.
 
         Raises:
-            ValueError: If a setting that matters differs, or it is a run of another command.
             PermissionError: If code would be imported that only the run folder asks for.
         """
         config = super().settings_to_resume(record, changes, path)
@@ -185,7 +185,7 @@ class ClpRecipe(Recipe):
         self.data["model"] = model
         _check_length(base, config, self.prompts)
         _check_scope(base, config, self.rewards.names)
-        sampler = Sampler.of(base, self.tokenizer, config)
+        sampler = Sampler(base, self.tokenizer, config)
         self.stages = Stages(self, self.prompts, base.to(self.accelerator.device), sampler, self.rewards)
 
     def prepare(self) -> None:
@@ -286,13 +286,10 @@ def measure_rewards(stages: Stages) -> RewardScale:
             }  # fmt: skip
             write_file(file, json.dumps(content, indent=2) + "\n")
         stages.accelerator.wait_for_everyone()
-    found = read_rewards(file, stages.objectives)
-    each = zip(found["objectives"], found["mean"], found["deviation"], strict=True)
+    scale = read_rewards(file, stages.objectives)
+    each = zip(stages.objectives, scale.mean.tolist(), scale.deviation.tolist(), strict=True)
     stages.say("untrained model: " + ", ".join(f"{name} {mean:.4g} ± {spread:.4g}" for name, mean, spread in each))
-    counts = found.get("counts")  # older runs do not have them, and do not need them
-    return RewardScale(
-        torch.tensor(found["mean"]), torch.tensor(found["deviation"]), None if counts is None else torch.tensor(counts)
-    )  # fmt: skip
+    return scale
 
 
 class _Scale(msgspec.Struct):
@@ -304,8 +301,8 @@ class _Scale(msgspec.Struct):
     counts: list[Annotated[float, msgspec.Meta(ge=0)]] | None = None
 
 
-def read_rewards(file: Path, objectives: Sequence[str]) -> dict[str, Any]:
-    """Return what the `rewards.json` of a run says of these rewards.
+def read_rewards(file: Path, objectives: Sequence[str]) -> RewardScale:
+    """Return the scale of these rewards from the `rewards.json` of a run.
 
     Raises:
         DamagedFile: If it is damaged, or of other rewards.
@@ -317,12 +314,15 @@ def read_rewards(file: Path, objectives: Sequence[str]) -> dict[str, Any]:
     for name in ("mean", "deviation", "counts"):
         if found.get(name) is not None and len(found[name]) != len(objectives):
             raise damaged(file, f"{name} has {len(found[name])} numbers for {len(objectives)} rewards", remedy)
-    return found
+    counts = found.get("counts")
+    return RewardScale(
+        torch.tensor(found["mean"]), torch.tensor(found["deviation"]), None if counts is None else torch.tensor(counts)
+    )
 
 
 def _check_length(base: Any, config: ClpConfig, prompts: dict[str, Prompts]) -> None:
     """Raise if the model has fewer positions than the longest prompt, what is put in front, and a response."""
-    positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    positions = positions_of(base)
     longest = max(len(tokens) for part in prompts.values() for tokens in part.tokens) + config.max_new_tokens
     longest += config.virtual_tokens if config.scope == "hyper-prompt" else 0
     if positions is not None and longest > positions:

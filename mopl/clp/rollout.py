@@ -8,9 +8,8 @@ generation_config, which may ask for top-p or penalties, is out of force meanwhi
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,10 +29,8 @@ from mopl.clp.policies import Policy
 from mopl.clp.prompts import PromptBatch
 from mopl.conditioning import HyperPromptModel
 from mopl.language_models.collate import pad_left
-from mopl.language_models.data import Text
 from mopl.language_models.head import IGNORE_INDEX
-from mopl.language_models.tokenization import ListTokenizer
-from mopl.language_models.turns import TurnEnds, turn_ends
+from mopl.language_models.turns import turn_ends
 from mopl.rewards import Rewards
 from mopl.training.checkpoint import CheckpointFolder
 
@@ -59,35 +56,28 @@ class Sampler:
     """Samples from language models at a run's temperature.
 
     Args:
-        tokenizer: The model's tokenizer.
-        ends: What ends a response.
+        base: The model that the run starts from: its `generation_config` says what ends a response.
+        tokenizer: Its tokenizer.
         config: Settings.
+
+    Raises:
+        ValueError: If nothing ends a response; see `mopl.language_models.turns.turn_ends`.
     """
 
-    def __init__(self, tokenizer: Any, ends: TurnEnds, config: ClpConfig) -> None:
+    def __init__(self, base: Any, tokenizer: Any, config: ClpConfig) -> None:
         require("transformers")
         from transformers import GenerationConfig
 
-        self.tokenizer, self.ends, self.config = tokenizer, ends, config
+        self.tokenizer, self.config = tokenizer, config
+        self.ends = turn_ends(config.list_tokenizer(tokenizer), base.generation_config)
+        if not self.ends.ids:
+            raise ValueError("neither model nor tokenizer has an end-of-sequence token, so responses cannot end")
         pad = tokenizer.pad_token_id
         self.pad = int(pad if pad is not None else self.ends.ids[0])
         self._plain = GenerationConfig(
             do_sample=True, temperature=config.temperature, top_k=0, top_p=1.0, max_new_tokens=config.max_new_tokens,
             eos_token_id=list(self.ends.ids), pad_token_id=self.pad, use_cache=True,
         )  # fmt: skip
-
-    @classmethod
-    def of(cls, base: Any, tokenizer: Any, config: ClpConfig) -> Sampler:
-        """Return the sampler of a model: it ends where `mopl.language_models.turns.turn_ends` says.
-
-        Raises:
-            ValueError: If nothing ends a response.
-        """
-        encoder = ListTokenizer(tokenizer, max_length=None, template=config.template, append_eos=False)
-        ends = turn_ends(encoder, base.generation_config)
-        if not ends.ids:
-            raise ValueError("neither model nor tokenizer has an end-of-sequence token, so responses cannot end")
-        return cls(tokenizer, ends, config)
 
     @torch.no_grad()
     def sample(
@@ -179,7 +169,6 @@ class Sampler:
         model: Any,
         prompts: Sequence[Sequence[int]],
         responses: Sequence[Sequence[int]],
-        device: Any,
         arguments: dict[str, Any] | None = None,
         head: Any = None,
     ) -> tuple[Tensor, Tensor | None]:
@@ -189,48 +178,37 @@ class Sampler:
             model: The model.
             prompts: R prompts as it reads them.
             responses: R responses, the longest of n tokens.
-            device: Where it is.
             arguments: Keywords of its forward.
             head: Its output head, to also return what it got at the positions of the responses.
 
         Returns:
             (R, n) float32; and (R, n, H), where the first is at the end of the prompt, or None.
         """
-        n = max(map(len, responses))
+        n, device = max(map(len, responses)), next(model.parameters()).device
         columns, states = [], []
-        for first in range(0, len(prompts), self.config.rows_at_once):
-            rows = slice(first, first + self.config.rows_at_once)
-            inputs, place, exists = self.inputs(prompts[rows], responses[rows], device)
-            with _captured(head) as seen:
+        seen: list[Tensor] = []
+        hook = contextlib.nullcontext()
+        if head is not None:
+            hook = head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
+        with hook:
+            for first in range(0, len(prompts), self.config.rows_at_once):
+                rows = slice(first, first + self.config.rows_at_once)
+                inputs, place, exists = self.inputs(prompts[rows], responses[rows], device)
                 output = model(**inputs, temperature=self.config.temperature, **(arguments or {}))
-            values = output.log_probs.gather(1, place).masked_fill(~exists, 0.0)
-            columns.append(torch.nn.functional.pad(values, (0, n - values.shape[1])))
-            if head is not None:
-                # The last, for a model that is measured at its first pass gets other rows before.
-                found = seen[-1][torch.arange(len(place), device=place.device)[:, None], place]
-                states.append(torch.nn.functional.pad(found, (0, 0, 0, n - found.shape[1])))
+                values = output.log_probs.gather(1, place).masked_fill(~exists, 0.0)
+                columns.append(torch.nn.functional.pad(values, (0, n - values.shape[1])))
+                if head is not None:
+                    # The last, for a model that is measured at its first pass gets other rows before.
+                    found = seen[-1][torch.arange(len(place), device=place.device)[:, None], place]
+                    states.append(torch.nn.functional.pad(found, (0, 0, 0, n - found.shape[1])))
+                    seen.clear()
         return torch.cat(columns), torch.cat(states) if states else None
-
-
-@contextlib.contextmanager
-def _captured(head: Any) -> Iterator[list[Tensor]]:
-    """Collect what an output head gets inside a `with` block."""
-    seen: list[Tensor] = []
-    if head is None:
-        yield seen
-        return
-    handle = head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
-    try:
-        yield seen
-    finally:
-        handle.remove()
 
 
 # ---------------------------------------------------------------- a rollout
 
 
-@dataclass
-class Rollout:
+class Rollout(msgspec.Struct, forbid_unknown_fields=True):
     """R responses, S for each of P prompts, in the order of the prompts.
 
     Attributes:
@@ -253,15 +231,21 @@ class Rollout:
     prompts: list[list[int]]
     responses: list[list[int]]
     texts: list[str]
-    asked: list[Text]
+    asked: list[Any]
     rewards: Tensor
     weights: Tensor
-    kl_weight: Tensor
+    kl_weight: Tensor = msgspec.field(name="alpha")  # in files, under its first name
     reference: Tensor
     features: Tensor | None = None
     hidden: Tensor | None = None
     scaled: Tensor | None = None
     behaviour: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> Rollout:
+        """Return the rollout with its tensors on a device."""
+        values = msgspec.structs.asdict(self)
+        moved = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
+        return msgspec.structs.replace(self, **moved)
 
 
 def roll(policy: Policy, batch: PromptBatch, sampler: Sampler, rewards: Rewards, config: ClpConfig) -> Rollout:
@@ -269,9 +253,7 @@ def roll(policy: Policy, batch: PromptBatch, sampler: Sampler, rewards: Rewards,
     rows = [i for i in range(len(batch)) for _ in range(config.samples_per_prompt)]
     w, kl_weight = batch.weights[rows], batch.kl_weight[rows]
     plain = [list(batch.tokens[i]) for i in rows]
-    own = [
-        policy.tokens(tokens, w[r], float(kl_weight[r]), sampler.tokenizer) for r, tokens in enumerate(plain)
-    ]  # fmt: skip
+    own = [policy.tokens(tokens, w[r], float(kl_weight[r]), sampler.tokenizer) for r, tokens in enumerate(plain)]
     with evaluating(policy):
         answers = sampler.sample(
             policy.model, policy.causal_lm, own, lambda part: policy.arguments(w[part], kl_weight[part])
@@ -280,11 +262,7 @@ def roll(policy: Policy, batch: PromptBatch, sampler: Sampler, rewards: Rewards,
         with policy.reference() as reference:
             head = policy.reference_head or policy.causal_lm.get_output_embeddings()
             base, states = sampler.score(
-                reference,
-                plain,
-                answers.tokens,
-                policy.device,
-                head=head if exact or policy.value is not None else None,
+                reference, plain, answers.tokens, head=head if exact or policy.value is not None else None
             )
     asked = [batch.texts[i] for i in rows]
     return Rollout(
@@ -292,24 +270,6 @@ def roll(policy: Policy, batch: PromptBatch, sampler: Sampler, rewards: Rewards,
         features=states[:, 0].clone() if states is not None and policy.value is not None else None,
         hidden=states if exact else None,
     )  # fmt: skip
-
-
-class _RolloutFile(msgspec.Struct, forbid_unknown_fields=True):
-    """What the file of a `Rollout` holds; tensors are looked at where it is read."""
-
-    step: int
-    prompts: list[list[int]]
-    responses: list[list[int]]
-    texts: list[str]
-    asked: list[Any]
-    rewards: Any
-    weights: Any
-    alpha: Any  # the KL weights, under their first name
-    reference: Any
-    features: Any = None
-    hidden: Any = None
-    scaled: Any = None
-    behaviour: Any = None
 
 
 class RolloutStore:
@@ -358,14 +318,12 @@ class RolloutStore:
         """
         remedy = "delete it and the newest checkpoint: --resume then goes on from an older one"
         content = load_pickled(file, remedy=remedy)
-        check(content, _RolloutFile, file, remedy=remedy)
+        check(content, Rollout, file, remedy=remedy)
         rows = len(content["responses"])
-        for name in ("rewards", "weights", "alpha", "reference", "features", "hidden", "scaled", "behaviour"):
-            value = content.get(name)
-            optional = name in ("features", "hidden", "scaled", "behaviour")
-            if not (isinstance(value, Tensor) and len(value) == rows) and not (value is None and optional):
+        for name, value in content.items():
+            if isinstance(value, Tensor) and value.shape[:1] != (rows,):
                 raise damaged(file, f"{name} must be a tensor of {rows} rows", remedy)
-        return Rollout(kl_weight=content.pop("alpha"), **content)
+        return msgspec.convert(content, Rollout)
 
     def keep(self, batch: PromptBatch, rollout: Rollout) -> None:
         """Remember a rollout whose `behaviour` is known for the steps to come."""
@@ -374,10 +332,7 @@ class RolloutStore:
         self._kept = {key: kept for key, kept in self._kept.items() if key[0] == batch.step}
         self._kept[batch.step, batch.part] = rollout
         self.folder.mkdir(parents=True, exist_ok=True)
-        content = {
-            f.name: v.cpu() if isinstance(v := getattr(rollout, f.name), Tensor) else v
-            for f in dataclasses.fields(rollout)
-        }
+        content = msgspec.structs.asdict(rollout.to("cpu"))
         content["alpha"] = content.pop("kl_weight")
         write_file(self._file(batch), lambda path: torch.save(content, path))
         oldest = min((c.step for c in self.checkpoints.all()), default=0) // self.epochs * self.epochs

@@ -106,11 +106,9 @@ class ClpRun(LanguageModelRun):
         policy = load_policy(folder, self.base_model(), self.config, self.objectives, kind)
         model: Any = policy.model
         if not isinstance(model, HyperPromptModel):
-            w = torch.ones(1) if policy.single else check_weights(weights, len(self.objectives))  # type: ignore[arg-type]
-            kl_weight = self.config.kl_weight[0] if kl_weight is None else kl_weight
-            merged = model.merge(w, kl_weight if policy.takes_kl_weight and not policy.single else None)
+            w = None if policy.single else check_weights(weights, len(self.objectives))  # type: ignore[arg-type]
+            model = policy.merge(w, self.config.kl_weight[0] if kl_weight is None else kl_weight)
             release(policy)
-            model = merged
         return model.to(device).eval()
 
     def _check_kl_weight(self, method: str, kl_weight: float | None) -> None:

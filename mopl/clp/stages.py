@@ -19,7 +19,7 @@ import torch
 
 from mopl._restoring import seeded
 from mopl.clp.config import ALL, ClpConfig
-from mopl.clp.loss import ClpLoss, Guard, SampleLog, size_of
+from mopl.clp.loss import ClpLoss, Guard, size_of
 from mopl.clp.policies import Policy, load_policy, new_policy, release, save_soup
 from mopl.clp.prompts import Prompts, PromptSource
 from mopl.clp.reward_scale import RewardScale, RunningScale
@@ -28,7 +28,7 @@ from mopl.experiments.driver import Recipe
 from mopl.experiments.run_directory import DONE
 from mopl.experiments.stages import CHECKPOINTS, ROLLOUTS, RunStages, Trained, Training
 from mopl.rewards import Rewards
-from mopl.training import CheckpointFolder, TrainingResult
+from mopl.training import CheckpointFolder, RunLog, TrainingResult
 from mopl.training.optimizer import adamw
 from mopl.training.parallel import exists_on_main
 from mopl.training.precision import rounding_of
@@ -71,8 +71,8 @@ class Stages(RunStages):
             return {method: self._policy(method, folder / "model", method)}
         experts = {name: expert_folder(self.path, name) for name in self.objectives}
         done = {
-            f"expert {name}": self._policy(f"expert {name}", place, "expert", expert=j)
-            for j, (name, place) in enumerate(experts.items())
+            f"expert {name}": self._policy(f"expert {name}", place, "expert", expert=name)
+            for name, place in experts.items()
         }
         if method == "rewarded-soups" and not exists_on_main(self.accelerator, folder / "model" / DONE):
 
@@ -82,31 +82,27 @@ class Stages(RunStages):
             self.record(folder / "model", save, Trained(0, 0.0))
         return done
 
-    def _source(self, kind: str, expert: int | None) -> PromptSource:
+    def _policy(self, name: str, folder: Path, kind: str, expert: str | None = None) -> Trained:
+        """Train a policy unless it is there; `expert` names the reward of one."""
         config, m = self.config, len(self.objectives)
-        fixed = None if expert is None else torch.eye(m)[expert]
-        count = config.trade_offs
-        if count is None:
-            count = 2 if kind == "clp" and config.mixes_parameters else config.prompts_per_step
-        return PromptSource(self.prompts["train"], config, m, fixed=fixed, trade_offs=count)
-
-    def _policy(self, name: str, folder: Path, kind: str, expert: int | None = None) -> Trained:
-        """Train a policy unless it is there."""
-        config = self.config
+        count = 2 if kind == "clp" and config.mixes_parameters else config.prompts_per_step
+        source = PromptSource(
+            self.prompts["train"], config, m, trade_offs=config.trade_offs or count,
+            fixed=None if expert is None else torch.eye(m)[self.objectives.index(expert)],
+        )  # fmt: skip
 
         @contextmanager
         def begin() -> Iterator[Training]:
             with seeded(config.seed):  # every model of a kind starts from the same parameters
-                policy = new_policy(
-                    self.base, config, self.objectives, kind, None if expert is None else self.objectives[expert]
-                )
+                policy = new_policy(self.base, config, self.objectives, kind, expert)
             if config.normalize == "running":
                 policy.running = RunningScale(self.scale, config.normalize_decay)
             policy.to(self.accelerator.device)
             if note := rounding_of(policy):
                 self.say(f"{name}: {note} (--dtype float32)")
             checkpoints, settings = folder / CHECKPOINTS, config.training()
-            samples = SampleLog(self.path, enabled=self.accelerator.is_main_process)
+            samples = RunLog(self.path, enabled=self.accelerator.is_main_process)
+            samples.path = self.path / "samples.jsonl"
             latest = CheckpointFolder(checkpoints).latest()
             samples.rewind(name, latest.step if latest else 0)
             guard = Guard(config, name, checkpoints, size_of(policy.model))
@@ -125,7 +121,7 @@ class Stages(RunStages):
 
             try:
                 yield Training(
-                    policy, self._source(kind, expert), loss, settings, policy.model.save_pretrained,
+                    policy, source, loss, settings, policy.model.save_pretrained,
                     optimizer=adamw(policy, settings, self.accelerator.device, {"value.": config.value_learning_rate}),
                     save_frozen=False, ended=ended,
                 )  # fmt: skip
@@ -137,10 +133,9 @@ class Stages(RunStages):
     # ------------------------------------------------------------ trained policies
 
     @contextmanager
-    def policy(self, method: str, folder: Path) -> Iterator[Policy]:
-        """Give the trained policy of a method inside a `with` block."""
-        kind = "soup" if method == "rewarded-soups" else method
-        policy = load_policy(folder / "model", self.base, self.config, self.objectives, kind)
+    def policy(self, kind: str, folder: Path) -> Iterator[Policy]:
+        """Give the trained policy in a folder inside a `with` block; its kind is as in `load_policy`."""
+        policy = load_policy(folder, self.base, self.config, self.objectives, kind)
         try:
             yield policy.to(self.accelerator.device).eval()
         finally:
@@ -148,18 +143,8 @@ class Stages(RunStages):
 
     def experts(self) -> list[Any]:
         """Return the experts as plain models of their own, fused, on the accelerator's device."""
-        return [
-            plain_expert(expert_folder(self.path, name), self.base, self.config, self.objectives)
-            for name in self.objectives
-        ]
-
-
-def plain_expert(folder: Path, base: Any, config: ClpConfig, objectives: tuple[str, ...]) -> Any:
-    """Return the expert of a folder as a plain model of its own, in evaluation mode, on the base's device."""
-    policy = load_policy(folder, base, config, objectives, "expert")
-    try:
-        model: Any = policy.model
-        merged = model.merge(torch.ones(1))
-    finally:
-        release(policy)
-    return merged.to(next(base.parameters()).device).eval()
+        found = []
+        for name in self.objectives:
+            with self.policy("expert", expert_folder(self.path, name)) as policy:
+                found.append(policy.merge(None, self.config.kl_weight[0]))
+        return found

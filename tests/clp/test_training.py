@@ -19,7 +19,7 @@ from mopl.alignment.recipe import RunInterrupted
 from mopl.clp import ClpConfig, PolicyCollapsed, train_policies
 from mopl.clp.loss import ClpLoss, Guard
 from mopl.clp.policies import Policy, load_policy, new_policy, release, save_soup
-from mopl.clp.prompts import PromptSource, read_prompts, split_prompts
+from mopl.clp.prompts import PromptSource, placed_prompts, split_prompts
 from mopl.clp.reward_scale import RewardScale, RunningScale
 from mopl.clp.rollout import Rollout, RolloutStore, Sampler, roll
 from mopl.conditioning import LoraMixture, ParameterMixture
@@ -67,13 +67,17 @@ def parts(config: ClpConfig):
 def make_loss(base, config: ClpConfig, folder: Path, rewards: Rewards | None = None) -> ClpLoss:
     checkpoints = folder / "checkpoints"
     return ClpLoss(
-        config, Sampler.of(base, tokenizer(), config), rewards or make_rewards(),
+        config, Sampler(base, tokenizer(), config), rewards or make_rewards(),
         RewardScale(torch.zeros(2), torch.ones(2)), RolloutStore(folder / "rollouts", config.epochs, checkpoints),
         Guard(config, "clp", checkpoints), None, "clp",
     )  # fmt: skip
 
 
 # ---------------------------------------------------------------- prompts
+
+
+def read_prompts(path, **options):
+    return [text for _, text in placed_prompts(path, **options)]
 
 
 def test_prompts_are_read_from_text_json_lines_and_preference_data(tmp_path):
@@ -143,14 +147,14 @@ def test_log_probabilities_are_of_the_distribution_that_was_sampled_from(scope):
         for parameter in policy.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn_like(parameter))
-    sampler = Sampler.of(base, tokenizer(), config)
+    sampler = Sampler(base, tokenizer(), config)
     prompts = [[1, 7, 8, 9], [1, 20], [1, 30, 31]]
     w = torch.tensor([0.2, 0.8])
     with policy.at(w, 0.05) as (model, options):
         answers = sampler.sample(
             model, policy.causal_lm, prompts, lambda rows: dict(options), lambda mask: lambda ids, scores: scores
         )
-        alone, _ = sampler.score(model, prompts, answers.tokens, "cpu", options)
+        alone, _ = sampler.score(model, prompts, answers.tokens, options)
     inputs, place, exists = sampler.inputs(prompts, answers.tokens, "cpu")
     logprob, *_ = policy(inputs, w.expand(3, 2), torch.full((3,), 0.05), 0.7)
     together = logprob.gather(1, place).masked_fill(~exists, 0.0).sum(1).double()
@@ -162,12 +166,12 @@ def test_log_probabilities_are_of_the_distribution_that_was_sampled_from(scope):
 def test_mixing_one_model_with_nothing_of_another_scores_as_that_model():
     config = settings()
     one, other = language_model(), language_model(hidden_size=16)
-    sampler = Sampler.of(one, tokenizer(), config)
+    sampler = Sampler(one, tokenizer(), config)
     prompts = [[1, 7, 8, 9], [1, 20]]
     answers = sampler.sample(
         one, one, prompts, processor=lambda mask: MixedLogits([other], torch.tensor([1.0, 0.0]), mask)
     )
-    scores, _ = sampler.score(one, prompts, answers.tokens, "cpu")
+    scores, _ = sampler.score(one, prompts, answers.tokens)
     assert torch.allclose(answers.log_prob, scores.sum(1).double(), atol=1e-4)
 
 
@@ -212,7 +216,7 @@ def test_the_exact_kl_and_its_gradient_are_those_of_the_full_logits(scope, famil
         scope=scope, kl_estimator="exact", temperature=0.7, kl_weight=(0.05, 0.2)[: 1 + (scope == "lora-mixture")]
     )
     policy = disturbed(new_policy(base, config, ("first", "second"), "clp"))
-    sampler = Sampler.of(base, tokenizer(), config)
+    sampler = Sampler(base, tokenizer(), config)
     batch = PromptSource(parts(config)["train"], config, 2, trade_offs=3)(0)
     rollout = roll(policy, batch, sampler, make_rewards(), config)
     _, expected, exists = full_kl(policy, sampler, rollout, 0.7)

@@ -7,6 +7,7 @@ import signal
 import warnings
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -337,7 +338,7 @@ def test_damaged_rollouts_are_named(tmp_path):
     rollout = Rollout(
         0, [[1]], [[2]], ["w"], ["w"], torch.zeros(1, 2), torch.ones(1, 2) / 2, torch.ones(1), torch.ones(1)
     )
-    content = {name: getattr(rollout, name) for name in Rollout.__dataclass_fields__}
+    content = msgspec.structs.asdict(rollout)
     content["alpha"] = content.pop("kl_weight")  # the files keep their first name
     file = tmp_path / "step.pt"
     torch.save(content, file)

@@ -11,7 +11,7 @@ pytest.importorskip("peft")
 import tiny_language_models as tiny
 
 from mopl.clp.config import ClpConfig
-from mopl.clp.prompts import read_prompts, split_prompts
+from mopl.clp.prompts import placed_prompts, split_prompts
 from mopl.language_models._generation_arguments import prompt_tokens
 from mopl.language_models.data import DataError, PreferenceData, PreferenceList, RowError
 from mopl.language_models.readers import load_preferences
@@ -161,7 +161,7 @@ def test_columns_that_would_change_a_prompt_are_refused_in_files(tmp_path, colum
         for value, good in ((None, True), ([], True), ({}, True), ("[]", True), ("x", False), ([{"a": 1}], False)):
             rows = [{**first, "prompt": "other"}, {**first, column: value}]
             path.write_text("\n".join(map(json.dumps, rows)))
-            read = read_prompts if first == {"prompt": "q"} else load_preferences
+            read = placed_prompts if first == {"prompt": "q"} else load_preferences
             if good:
                 assert len(read(str(path))) == 2
             else:

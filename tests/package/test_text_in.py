@@ -24,7 +24,7 @@ from mopl._lines import (
     text_fault,
     texts_of_arguments,
 )
-from mopl.clp.prompts import placed_prompts, read_prompts
+from mopl.clp.prompts import placed_prompts
 from mopl.language_models.data import DataError, PreferenceList, RowError
 from mopl.language_models.readers import load_preferences
 from mopl.training.logs import read_log
@@ -342,7 +342,7 @@ def test_prompts_in_text_and_json_lines_are_whole(tmp_path, mark):
     path = write(tmp_path / "p.txt", mark + f"{text}\r\n\r\ntwo\r\n".encode())
     assert placed_prompts(str(path)) == [("line 1", text), ("line 3", "two")]
     path = write(tmp_path / "p.jsonl", mark + '{"prompt": "one\u2028\u0085"}\r\n{"prompt": "two"}\r\n'.encode())
-    assert read_prompts(str(path)) == ["one\u2028\u0085", "two"]
+    assert placed_prompts(str(path)) == [("line 1", "one\u2028\u0085"), ("line 2", "two")]
 
 
 @pytest.mark.parametrize(
@@ -362,8 +362,8 @@ def test_bad_prompts_are_named_by_their_line_and_refused_or_skipped(tmp_path, na
     with pytest.raises(
         ValueError, match=rf"{name}: 2 prompts from 3 rows; 1 could not be used\n  1 x {reason} \(line 2: "
     ):
-        read_prompts(str(path))
-    assert read_prompts(str(path), on_error="skip") == ["one", "two"]
+        placed_prompts(str(path))
+    assert placed_prompts(str(path), on_error="skip") == [("line 1", "one"), ("line 3", "two")]
 
 
 def test_arguments_and_the_standard_input_are_texts(monkeypatch):
