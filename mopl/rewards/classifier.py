@@ -14,9 +14,6 @@ from mopl._extras import require
 from mopl._hub import loading
 from mopl.rewards.reward import Prompt
 
-INPUTS = ("text", "pair", "chat")
-ACTIVATIONS = ("none", "sigmoid", "softmax")
-
 
 class ClassifierReward:
     """One output of a sequence-classification model.
@@ -56,8 +53,8 @@ class ClassifierReward:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_choice(activation, ACTIVATIONS, "activation")
-        check_choice(inputs, INPUTS, "inputs")
+        check_choice(activation, ("none", "sigmoid", "softmax"), "activation")
+        check_choice(inputs, ("text", "pair", "chat"), "inputs")
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size} but must be at least 1")
         require("transformers", what=f"the reward {name}")

@@ -215,22 +215,18 @@ class Rewards:
 
     def _column(self, index: int, keys: list[bytes], texts: Sequence[str], prompts: Sequence[Prompt]) -> list[float]:
         reward, cache = self.rewards[index], self._caches[index]
-        remember = self.cache_size > 0 and getattr(reward, "cacheable", True)
-        # Positions of the texts to judge; of equal ones only the first, unless the reward may answer differently.
-        todo = list(range(len(keys)))
-        if remember:
-            first: dict[bytes, int] = {}
-            for place, key in enumerate(keys):
+        if not self.cache_size or not getattr(reward, "cacheable", True):
+            # Equal texts may be judged differently: each is one of its own, and nothing is remembered.
+            keys, cache = [str(place).encode() for place in range(len(keys))], {}
+        first: dict[bytes, int] = {}
+        for place, key in enumerate(keys):
+            if key not in cache:
                 first.setdefault(key, place)
-            todo = [place for key, place in first.items() if key not in cache]
-        fresh: dict[Any, float] = {}
+        todo, fresh = list(first.values()), {}
         for start in range(0, len(todo), self.batch_size):
             places = todo[start : start + self.batch_size]
             values = self._judge(reward, [texts[p] for p in places], [prompts[p] for p in places])
-            for place, value in zip(places, values, strict=True):
-                fresh[keys[place] if remember else place] = value
-        if not remember:
-            return [fresh[place] for place in range(len(keys))]
+            fresh |= {keys[place]: value for place, value in zip(places, values, strict=True)}
         column = [fresh[key] if key in fresh else cache[key] for key in keys]
         # A failure may be a passing one: it is tried again next time.
         cache.update((key, value) for key, value in fresh.items() if value == value)

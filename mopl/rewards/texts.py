@@ -10,9 +10,6 @@ from mopl._extras import require
 from mopl._words import count_sentences, is_foreign_to_latin, tokens_of, words_of
 from mopl.rewards.reward import Prompt, TextReward, prompt_key
 
-ROUGE_VARIANTS = ("rouge1", "rouge2", "rouge3", "rougeL", "rougeLsum")
-ROUGE_MEASURES = ("fmeasure", "precision", "recall")
-
 
 class Sentiment(TextReward):
     """VADER's compound sentiment, from -1 (all negative) to 1 (all positive); 0 without any word that has a sentiment.
@@ -210,8 +207,8 @@ class Rouge(TextReward):
         measure: Literal["fmeasure", "precision", "recall"] = "fmeasure",
         stem: bool = True,
     ) -> None:
-        check_choice(variant, ROUGE_VARIANTS, "variant")
-        check_choice(measure, ROUGE_MEASURES, "measure")
+        check_choice(variant, ("rouge1", "rouge2", "rouge3", "rougeL", "rougeLsum"), "variant")
+        check_choice(measure, ("fmeasure", "precision", "recall"), "measure")
         require("rouge_score", "regex", what=f"the reward {self.name}")
         from rouge_score.rouge_scorer import RougeScorer
 
