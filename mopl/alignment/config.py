@@ -172,17 +172,14 @@ class AlignConfig(CosDpoSettings, LanguageModelSettings):
             raise ValueError(
                 f"label_temperature has no part in loss {self.loss!r}; leave it out, or take loss='listnet'"
             )
-        if self.conditioning == "text":
-            if self.lora_rank == 0:
-                raise ValueError("conditioning='text' trains the adapters alone, so lora_rank must be at least 1")
-            if self.reference == "self":
-                raise ValueError(
-                    "reference='self' sees the tokens of the step, but with conditioning='text' these hold the "
-                    "weights, which a reference must not see; pass reference='precomputed'"
-                )
+        if self.conditioning != "hyper-prompt" and self.lora_rank == 0:
+            raise ValueError(f"conditioning={self.conditioning!r} trains adapters, so lora_rank must be at least 1")
+        if self.conditioning == "text" and self.reference == "self":
+            raise ValueError(
+                "reference='self' sees the tokens of the step, but with conditioning='text' these hold the weights, "
+                "which a reference must not see; pass reference='precomputed'"
+            )
         if self.conditioning == "lora-mixture":
-            if self.lora_rank == 0:
-                raise ValueError("conditioning='lora-mixture' mixes adapters, so lora_rank must be at least 1")
             if "temperature-cos-dpo" in self.methods:
                 raise ValueError(
                     "temperature-cos-dpo is conditioned on β, which conditioning='lora-mixture' cannot "

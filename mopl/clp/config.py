@@ -244,13 +244,11 @@ class ClpConfig(LanguageModelSettings):
             raise ValueError("clip and ratio_level are about several epochs on a rollout; raise epochs, or leave them")
         if self.ratio_level != "token" and self.to_go:
             raise ValueError("to_go gives tokens advantages of their own, which a sequence's ratio cannot weigh")
-        if self.checkpoint_every % self.epochs:
-            raise ValueError(
-                f"checkpoint_every is {self.checkpoint_every} but a rollout serves {self.epochs} steps (epochs); "
-                "take a multiple of that"
-            )
-        if self.steps % self.epochs:
-            raise ValueError(f"steps is {self.steps} but a rollout serves {self.epochs} of them; take a multiple")
+        for name in ("checkpoint_every", "steps"):
+            if (value := getattr(self, name)) % self.epochs:
+                raise ValueError(
+                    f"{name} is {value} but a rollout serves {self.epochs} steps (epochs); take a multiple of that"
+                )
         if self.scope == "hyper-prompt" and self.conditions_on_kl and {"clp", "dera"} & set(self.methods):
             raise ValueError(
                 "scope 'hyper-prompt' takes weights alone, so several kl_weight cannot be asked for; pass one, or "

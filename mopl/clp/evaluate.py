@@ -119,9 +119,8 @@ class Evaluator:
 
     def __init__(self, stages: Stages, prompts: Prompts) -> None:
         self.stages, self.config, self.sampler = stages, stages.config, stages.sampler
-        rows = [i for i in range(len(prompts)) for _ in range(self.config.eval_samples)]
-        self.texts = [prompts.texts[i] for i in rows]
-        self.tokens = [list(prompts.tokens[i]) for i in rows]
+        asked = prompts.repeated(self.config.eval_samples)
+        self.texts, self.tokens = asked.texts, asked.tokens
 
     def base(self) -> Evaluation:
         """Return the figures of the untrained model."""
@@ -162,7 +161,7 @@ class Evaluator:
 
     @torch.no_grad()
     def _plain(
-        self, model: Any, causal_lm: Any, prompts: list[list[int]], options: dict[str, Any]
+        self, model: Any, causal_lm: Any, prompts: Sequence[Sequence[int]], options: dict[str, Any]
     ) -> tuple[Answers, Tensor]:
         """Return how one model answers the prompts as it reads them, and log π of each answer (R,)."""
         with seeded(self.config.seed):

@@ -50,9 +50,18 @@ class Prompts:
             digest.update(json.dumps([prompt_key(text), list(tokens)]).encode())
         return digest.hexdigest()
 
+    def at(self, places: Iterable[int]) -> Prompts:
+        """Return those at these places, in this order."""
+        rows = list(places)
+        return Prompts(tuple(self.texts[i] for i in rows), tuple(self.tokens[i] for i in rows))
+
     def first(self, count: int) -> Prompts:
         """Return the first of them, at most `count`."""
-        return Prompts(self.texts[:count], self.tokens[:count])
+        return self.at(range(min(count, len(self))))
+
+    def repeated(self, times: int) -> Prompts:
+        """Return each of them several times, side by side."""
+        return self.at(i for i in range(len(self)) for _ in range(times))
 
 
 def placed_prompts(source: str, *, limit: int | None = None, on_error: OnError = "raise") -> list[tuple[str, Text]]:
@@ -168,23 +177,23 @@ def _what_is_wrong(row: Any) -> str | None:
 
 
 def split_prompts(
-    texts: Sequence[Text], tokenizer: ListTokenizer, config: ClpConfig, places: Sequence[str] = ()
+    placed: Sequence[tuple[str, Text]], tokenizer: ListTokenizer, config: ClpConfig
 ) -> tuple[dict[str, Prompts], int]:
     """Return the prompts of training and of evaluation as `"train"` and `"test"`, and how many were too long.
 
     Args:
-        texts: The prompts.
+        placed: The prompts, each behind the place where it was read.
         tokenizer: How they become tokens.
         config: Settings; its `on_error` says what becomes of prompts that have no tokens or that the chat template
             refuses.
-        places: Where each was read, for messages.
 
     Raises:
         ValueError: If prompts cannot be answered (see `on_error`), or fewer than two are short enough.
     """
-    kept: list[tuple[Text, tuple[int, ...]]] = []
-    report = ReadReport(f"{config.data} (tokens)", rows=len(texts), what="prompts")
-    for number, text in enumerate(texts):
+    texts: list[Text] = []
+    kept: list[tuple[int, ...]] = []
+    report = ReadReport(f"{config.data} (tokens)", rows=len(placed), what="prompts")
+    for place, text in placed:
         try:
             tokens = tuple(int(t) for t in tokenizer.prompt_tokens(text))
             if not tokens:
@@ -192,11 +201,12 @@ def split_prompts(
                     "empty prompt", f"{prompt_key(text)!r} has no tokens, and the tokenizer adds none in front"
                 )
         except RowError as error:
-            report.add(places[number] if places else f"prompt {number}", error)
+            report.add(place, error)
             continue
         report.lists += 1
         if len(tokens) <= config.max_prompt:
-            kept.append((text, tokens))
+            texts.append(text)
+            kept.append(tokens)
     if report.errors:
         report.settle(config.on_error)
     if len(kept) < 2:
@@ -206,9 +216,8 @@ def split_prompts(
     order = np.random.default_rng(config.data_seed).permutation(len(kept))
     held = min(max(1, round(config.held_out * len(kept))), len(kept) - 1)
     parts = {"train": sorted(order[held:].tolist()), "test": order[:held].tolist()}
-    return {
-        name: Prompts(tuple(kept[i][0] for i in rows), tuple(kept[i][1] for i in rows)) for name, rows in parts.items()
-    }, report.lists - len(kept)
+    whole = Prompts(tuple(texts), tuple(kept))
+    return {name: whole.at(rows) for name, rows in parts.items()}, report.lists - len(kept)
 
 
 @dataclass(frozen=True)
@@ -216,8 +225,7 @@ class PromptBatch:
     """One part of a step's prompts with the trade-offs at which they are answered.
 
     Attributes:
-        texts: P prompts.
-        tokens: Their tokens.
+        prompts: P prompts.
         weights: (P, m) float32.
         kl_weight: (P,) float32.
         step: The step whose rollout this is: the first of its `epochs`.
@@ -225,8 +233,7 @@ class PromptBatch:
         parts: Parts of the step.
     """
 
-    texts: tuple[Text, ...]
-    tokens: tuple[tuple[int, ...], ...]
+    prompts: Prompts
     weights: Tensor
     kl_weight: Tensor
     step: int
@@ -234,7 +241,7 @@ class PromptBatch:
     parts: int
 
     def __len__(self) -> int:
-        return len(self.texts)
+        return len(self.prompts)
 
 
 class PromptSource:
@@ -268,7 +275,7 @@ class PromptSource:
         rows = part_of_batch(self.batch_size, rank, world_size)
         chosen = shuffled_indices(len(self.prompts), self.batch_size, seed=self.config.seed, step=rollout)[rows]
         return PromptBatch(
-            tuple(self.prompts.texts[i] for i in chosen), tuple(self.prompts.tokens[i] for i in chosen),
+            self.prompts.at(chosen),
             self.weights(rollout)[rows], self.kl_weight(rollout)[rows], rollout * self.config.epochs, rank, world_size,
         )  # fmt: skip
 

@@ -133,8 +133,7 @@ class ClpRecipe(Recipe):
         self.plan(m)
         self.tokenizer = config.load_tokenizer()
         placed = placed_prompts(config.data, limit=config.limit, on_error=config.on_error)
-        texts, places = [text for _, text in placed], [place for place, _ in placed]
-        self.prompts, long = split_prompts(texts, config.list_tokenizer(self.tokenizer), config, places)
+        self.prompts, long = split_prompts(placed, config.list_tokenizer(self.tokenizer), config)
         self.say(
             f"{len(self.prompts['train'])} prompts to train on, {len(self.prompts['test'])} to evaluate on"
             + (f"; {long} of more than {config.max_prompt} tokens left out" if long else "")
@@ -267,11 +266,10 @@ def measure_rewards(stages: Stages) -> RewardScale:
     """Return mean and deviation of the rewards over answers of the untrained model, computed once in a run."""
     file, config = stages.path / REWARDS, stages.config
     if not exists_on_main(stages.accelerator, file):
-        chosen = stages.prompts["train"].first(config.normalize_prompts)
-        rows = [i for i in range(len(chosen)) for _ in range(max(2, config.samples_per_prompt))]
+        chosen = stages.prompts["train"].first(config.normalize_prompts).repeated(max(2, config.samples_per_prompt))
         with seeded(config.seed), torch.no_grad():
-            answers = stages.sampler.sample(stages.base, stages.base, [chosen.tokens[i] for i in rows])
-        values = stages.rewards(answers.texts, [chosen.texts[i] for i in rows])
+            answers = stages.sampler.sample(stages.base, stages.base, chosen.tokens)
+        values = stages.rewards(answers.texts, chosen.texts)
         names = stages.objectives
         if config.normalize == "none":
             counts, mean, squares = moments(values)
@@ -282,7 +280,7 @@ def measure_rewards(stages: Stages) -> RewardScale:
         if stages.accelerator.is_main_process:
             content = {
                 "objectives": list(names), "mean": scale.mean.tolist(), "deviation": scale.deviation.tolist(),
-                "counts": scale.counts.tolist(), "answers": len(rows), "used": config.normalize != "none",
+                "counts": scale.counts.tolist(), "answers": len(chosen), "used": config.normalize != "none",
             }  # fmt: skip
             write_file(file, json.dumps(content, indent=2) + "\n")
         stages.accelerator.wait_for_everyone()

@@ -250,10 +250,10 @@ class Rollout(msgspec.Struct, forbid_unknown_fields=True):
 
 def roll(policy: Policy, batch: PromptBatch, sampler: Sampler, rewards: Rewards, config: ClpConfig) -> Rollout:
     """Sample responses to a batch of prompts, each at its trade-off, and score them."""
-    rows = [i for i in range(len(batch)) for _ in range(config.samples_per_prompt)]
-    w, kl_weight = batch.weights[rows], batch.kl_weight[rows]
-    plain = [list(batch.tokens[i]) for i in rows]
-    own = [policy.tokens(tokens, w[r], float(kl_weight[r]), sampler.tokenizer) for r, tokens in enumerate(plain)]
+    samples = config.samples_per_prompt
+    w, kl_weight = batch.weights.repeat_interleave(samples, 0), batch.kl_weight.repeat_interleave(samples)
+    asked = batch.prompts.repeated(samples)
+    own = [policy.tokens(tokens, w[r], float(kl_weight[r]), sampler.tokenizer) for r, tokens in enumerate(asked.tokens)]
     with evaluating(policy):
         answers = sampler.sample(
             policy.model, policy.causal_lm, own, lambda part: policy.arguments(w[part], kl_weight[part])
@@ -262,11 +262,11 @@ def roll(policy: Policy, batch: PromptBatch, sampler: Sampler, rewards: Rewards,
         with policy.reference() as reference:
             head = policy.reference_head or policy.causal_lm.get_output_embeddings()
             base, states = sampler.score(
-                reference, plain, answers.tokens, head=head if exact or policy.value is not None else None
+                reference, asked.tokens, answers.tokens, head=head if exact or policy.value is not None else None
             )
-    asked = [batch.texts[i] for i in rows]
+    values = rewards(answers.texts, asked.texts)
     return Rollout(
-        batch.step, own, answers.tokens, answers.texts, asked, rewards(answers.texts, asked), w, kl_weight, base,
+        batch.step, own, answers.tokens, answers.texts, list(asked.texts), values, w, kl_weight, base,
         features=states[:, 0].clone() if states is not None and policy.value is not None else None,
         hidden=states if exact else None,
     )  # fmt: skip

@@ -61,7 +61,8 @@ def language_model(**options):
 
 
 def parts(config: ClpConfig):
-    return split_prompts(PROMPTS, ListTokenizer(tokenizer(), max_length=None, append_eos=False), config)[0]
+    placed = [(f"line {number}", prompt) for number, prompt in enumerate(PROMPTS, 1)]
+    return split_prompts(placed, ListTokenizer(tokenizer(), max_length=None, append_eos=False), config)[0]
 
 
 def make_loss(base, config: ClpConfig, folder: Path, rewards: Rewards | None = None) -> ClpLoss:
@@ -124,9 +125,9 @@ def test_a_step_is_the_same_however_often_it_is_asked_for_and_however_it_is_cut(
     config = settings(prompts_per_step=5, trade_offs=3, kl_weight=(0.05, 0.2, 0.4), epochs=2, clip=0.2, steps=2)
     source = PromptSource(parts(config)["train"], config, 2, trade_offs=3)
     whole = source(6)
-    assert whole.step == 6 and source(7).step == 6 and source(7).texts == whole.texts
+    assert whole.step == 6 and source(7).step == 6 and source(7).prompts == whole.prompts
     cut = [source(6, rank, 3) for rank in range(3)]
-    assert sum((part.texts for part in cut), ()) == whole.texts
+    assert sum((part.prompts.texts for part in cut), ()) == whole.prompts.texts
     assert torch.equal(torch.cat([part.weights for part in cut]), whole.weights)
     assert len(torch.unique(whole.weights, dim=0)) == 3
     drawn = torch.cat([source(2 * r).kl_weight for r in range(60)])

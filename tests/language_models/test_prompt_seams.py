@@ -47,7 +47,7 @@ def run(encoder: ListTokenizer, prompt, *responses):
 def prompts_of(encoder: ListTokenizer, prompt) -> list[list[int]]:
     """The tokens of a prompt in training, in generation and in CLP."""
     config = ClpConfig(model="m", data="d", rewards=("brevity", "sentiment"), max_prompt=64)
-    parts, _ = split_prompts([prompt, "how?"], encoder, config)
+    parts, _ = split_prompts([("first", prompt), ("second", "how?")], encoder, config)
     clp = {text: tokens for part in parts.values() for text, tokens in zip(part.texts, part.tokens, strict=True)}
     return [run(encoder, prompt, "a", "b").prompt.tolist(), prompt_tokens(encoder, prompt, 0), list(clp[prompt])]
 

@@ -485,14 +485,14 @@ def test_prompts_that_the_chat_template_refuses_are_named_in_every_use(tmp_path)
         )
     lines = [{"prompt": "w1"}, {"prompt": SYSTEM}, {"prompt": "w2"}, {"prompt": "w3"}]
     path = write(tmp_path / "p.jsonl", "\n".join(map(json.dumps, lines)))
-    places, texts = zip(*placed_prompts(str(path)), strict=True)
+    placed = placed_prompts(str(path))
     settings = {"model": "m", "data": str(path), "rewards": ("brevity",)}
     encoder = ListTokenizer(tokenizer, max_length=None, append_eos=False)
     with pytest.raises(
         DataError, match=r"p\.jsonl \(tokens\): 3 prompts from 4 rows.*\n.*refused by the chat template \(line 2: "
     ):
-        split_prompts(texts, encoder, ClpConfig(**settings), places)
-    kept, long = split_prompts(texts, encoder, ClpConfig(**settings, on_error="skip"), places)
+        split_prompts(placed, encoder, ClpConfig(**settings))
+    kept, long = split_prompts(placed, encoder, ClpConfig(**settings, on_error="skip"))
     assert sorted((*kept["train"].texts, *kept["test"].texts)) == ["w1", "w2", "w3"] and long == 0
 
 
