@@ -72,18 +72,15 @@ def sample_rows(
     chunk: int,
     one_sentence: Sequence[bool] = (),
 ) -> list[Response]:
-    """Sample one response for each conversation.
+    """Sample one response for each conversation, all of which end with the user.
 
     Args:
         model: A causal language model in evaluation mode.
         tokenizer: Its tokenizer.
-        conversations: B conversations that end with the user.
+        conversations: B conversations.
         sampling: How.
         chunk: Number of the chunk, for the random numbers.
-        one_sentence: Which responses end after their first sentence, whatever the model would add.
-
-    Returns:
-        B responses.
+        one_sentence: Which responses end after their first sentence, whatever the model would add; none by default.
     """
     from transformers import GenerationConfig, LogitsProcessorList
 
@@ -163,9 +160,6 @@ def sample_all(
         say: Told about the progress.
         model_key: Names the model.
         one_sentence: As in `sample_rows`, for all conversations.
-
-    Returns:
-        The responses, in order.
     """
     stops = list(one_sentence) or [False] * len(conversations)
     plan = json.dumps(

@@ -204,7 +204,7 @@ def _label(answers: Sequence[tuple[str, list[str]]], all_rewards: Rewards) -> tu
             for j, name in enumerate(all_rewards.names)
         },
         "correlation_within_lists": {
-            f"{all_rewards.names[i]}, {all_rewards.names[j]}": _rounded(_correlation(centred[:, i], centred[:, j]))
+            f"{all_rewards.names[i]}, {all_rewards.names[j]}": _rounded(_correlation(centred[:, [i, j]]))
             for i in range(len(all_rewards))
             for j in range(i)
         },
@@ -219,10 +219,8 @@ def _columns(labels: Tensor, names: Sequence[str]) -> dict[str, tuple[float | No
     }
 
 
-def _correlation(a: Tensor, b: Tensor) -> Tensor:
-    known = ~(a.isnan() | b.isnan())
-    a, b = a[known], b[known]
-    return (a * b).sum() / (a.square().sum() * b.square().sum()).sqrt().clamp_min(1e-300)
+def _correlation(centred: Tensor) -> Tensor:  # (N, 2)
+    return torch.cosine_similarity(*centred[~centred.isnan().any(1)].T, dim=0)
 
 
 def _rounded(value: Tensor) -> float:

@@ -112,7 +112,7 @@ class Stages(CosDpoStages):
         if self.config.reference not in ("self", "precomputed"):
             models.load_tokenizer(self.config.reference)
         model = tuned.new_model(
-            self.base, self.config, self.objectives, conditioned=True, start=self._start_of_prompt()
+            self.base, self.config, self.objectives, Method(conditioned=True), self._start_of_prompt()
         )
         try:
             if isinstance(model, LoraMixture):
@@ -153,7 +153,6 @@ class Stages(CosDpoStages):
     def train_part(self, part: Part) -> Trained:
         """Train one model of a method unless it is there."""
         config, method, device = self.config, part.method, self.accelerator.device
-        kind: dict[str, bool] = {"takes_beta": method.takes_beta}
         source = AlignSource(
             self.splits["train"].tokens.lists, config.lists_per_batch, self.collator, seed=config.seed,
             weights=part.sample_weights, beta=part.sample_beta, reference=self.references["train"],
@@ -163,10 +162,7 @@ class Stages(CosDpoStages):
         @contextmanager
         def begin() -> Iterator[Training]:
             with seeded(config.seed):  # every model of a kind starts from the same parameters
-                model = tuned.new_model(
-                    self.base, config, self.objectives, conditioned=method.conditioned, start=self._start_of_prompt(),
-                    **kind,
-                )  # fmt: skip
+                model = tuned.new_model(self.base, config, self.objectives, method, self._start_of_prompt())
             try:
                 model.to(device)
                 if config.gradient_checkpointing:
@@ -176,7 +172,7 @@ class Stages(CosDpoStages):
                 settings = config.training()
                 yield Training(
                     model, source, part.loss, settings,
-                    lambda folder: tuned.save_model(model, folder, config, self.objectives, **kind),
+                    lambda folder: tuned.save_model(model, folder, config, self.objectives, method),
                     optimizer=adamw(model, settings, device, {"hyper_prompt.": config.prompt_learning_rate}),
                     save_frozen=False,
                 )  # fmt: skip

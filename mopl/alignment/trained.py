@@ -16,17 +16,9 @@ from mopl.language_models import models
 
 
 def load_trained(path: Path, folder: Path, method: str, grid: Tensor, base: nn.Module) -> nn.Module:
-    """Return the model of a method around its fused base model, in evaluation mode.
+    """Return the conditioned model of a method's folder in a run, around its fused base model, in evaluation mode.
 
-    Args:
-        path: The run.
-        folder: The method's folder in it.
-        method: Name of the method.
-        grid: (n, m) weights of the run's grid.
-        base: The base model.
-
-    Returns:
-        The conditioned model; of a baseline one of its models, which `set_weights` makes that of some weights.
+    Of a baseline it is one of the models that the run has, which `set_weights` makes that of some weights.
     """
     place = folder / "model" if TABLE[method].conditioned else model_folders(path, method, grid)[0]
     return models.load_model(place, base)

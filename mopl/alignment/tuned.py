@@ -33,13 +33,7 @@ TEXT_TEMPLATE_WITH_BETA = "[{weights}; temperatures {temperatures}]\n"
 
 
 def new_model(
-    base: nn.Module,
-    config: AlignConfig,
-    objectives: tuple[str, ...],
-    *,
-    conditioned: bool,
-    takes_beta: bool = False,
-    start: Sequence[int] = (),
+    base: nn.Module, config: AlignConfig, objectives: tuple[str, ...], method: Method, start: Sequence[int] = ()
 ) -> nn.Module:
     """Return an untrained model around `base`, which computes what `base` alone does but for the start of its prompt.
 
@@ -47,8 +41,7 @@ def new_model(
         base: A fused causal language model; it is frozen, and gets LoRA layers until `release` takes them out.
         config: Settings of the run.
         objectives: Names of the m objectives.
-        conditioned: Whether it is to learn every trade-off, or one.
-        takes_beta: Whether it is conditioned on β too.
+        method: What it is to learn: every trade-off, for every β or one, or a single trade-off.
         start: Tokens whose embeddings the virtual tokens start at; small random vectors without any.
 
     Returns:
@@ -56,22 +49,22 @@ def new_model(
         takes its weights in words.
     """
     model = base.requires_grad_(False)
-    record = tuning_record(config, objectives, conditioned=conditioned, takes_beta=takes_beta)
+    record = tuning_record(config, objectives, method)
     if config.lora_rank:
         settings = lora_config(config)
         from peft import get_peft_model
 
         with quiet():
-            if conditioned and config.conditioning == "lora-mixture":
+            if method.conditioned and config.conditioning == "lora-mixture":
                 return LoraMixture(base, len(objectives), config=settings, record=record)
             model = get_peft_model(base, settings)  # type: ignore[arg-type]
-    if conditioned and config.conditioning == "text":
+    if method.conditioned and config.conditioning == "text":
         return model
     hidden = base.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
     prompt = HyperPrompt(
-        len(objectives), config.virtual_tokens, config.prompt_rank, hidden, takes_beta=conditioned and takes_beta
+        len(objectives), config.virtual_tokens, config.prompt_rank, hidden, takes_beta=method.takes_beta
     )
-    if not conditioned:
+    if not method.conditioned:
         for network in (prompt.left, prompt.right):
             network.requires_grad_(False)
     wrapped = HyperPromptModel(model, prompt, record=record, positions=config.positions)
@@ -80,15 +73,13 @@ def new_model(
     return wrapped
 
 
-def tuning_record(
-    config: AlignConfig, objectives: tuple[str, ...], *, conditioned: bool, takes_beta: bool
-) -> TuningRecord:
+def tuning_record(config: AlignConfig, objectives: tuple[str, ...], method: Method) -> TuningRecord:
     """Return what `mopl.json` says about a model of a run: objectives, reference, β, concentration."""
     beta: Any = config.betas(len(objectives))
-    if takes_beta:
+    if method.takes_beta:
         beta = tuple(tuple(factor * b for b in beta) for factor in config.beta_range)
     reference = "self" if config.reference in ("auto", "self", "precomputed") else config.reference
-    return TuningRecord(objectives, reference, beta, config.concentration if conditioned else None)
+    return TuningRecord(objectives, reference, beta, config.concentration if method.conditioned else None)
 
 
 @renamed_keywords(temperature="takes_beta")
@@ -104,17 +95,14 @@ def prompt_of(config: AlignConfig, method: Method, objectives: tuple[str, ...]) 
     return text_prompt(objectives, takes_beta=method.takes_beta)
 
 
-def save_model(
-    model: Any, folder: Path, config: AlignConfig, objectives: tuple[str, ...], *, takes_beta: bool = False
-) -> None:
+def save_model(model: Any, folder: Path, config: AlignConfig, objectives: tuple[str, ...], method: Method) -> None:
     """Write what was trained into a folder, never the frozen model."""
     if isinstance(model, WeightedModel):
         model.save_pretrained(folder)
         return
-    record = tuning_record(config, objectives, conditioned=True, takes_beta=takes_beta).to_dict()
     content = {
-        "kind": TEXT_KIND, **record, "base_model": config.model, "adapter": "default",
-        "template": text_prompt(objectives, takes_beta=takes_beta).template,
+        "kind": TEXT_KIND, **tuning_record(config, objectives, method).to_dict(), "base_model": config.model,
+        "adapter": "default", "template": text_prompt(objectives, takes_beta=method.takes_beta).template,
     }  # fmt: skip
 
     def fill(place: Path) -> None:

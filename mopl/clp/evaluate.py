@@ -200,14 +200,7 @@ class Evaluator:
 
 
 def kept_parameters(base: nn.Module, config: ClpConfig, objectives: Sequence[str], method: str) -> int:
-    """Return `Front.inference_parameters`; a soup and a mixture of logits both need every expert.
-
-    Args:
-        base: The language model.
-        config: Settings of the run.
-        objectives: Names of the rewards.
-        method: Name of the method, or base.
-    """
+    """Return `Front.inference_parameters` of a method, or of "base"; soups and mixtures of logits need every expert."""
     if method == "base":
         return _count(base.parameters())
     kind = {"clp": "clp", "dera": "clp", "prompting": "prompting"}.get(method, "expert")

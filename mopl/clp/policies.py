@@ -192,11 +192,8 @@ def _copy(base: Any, scope: str) -> Any:
 def new_policy(base: Any, config: ClpConfig, objectives: Sequence[str], kind: str, expert: str | None = None) -> Policy:
     """Return an untrained policy around a fused, frozen language model; it computes what that does.
 
-    Args:
+    Args, besides those of `Policy`:
         base: The language model. Adapters are put into it (until `release`); mixtures of parameters take a copy.
-        config: Settings of the run.
-        objectives: Names of the m rewards.
-        kind: `"clp"`, `"expert"` or `"prompting"`.
         expert: Name of an expert's reward.
     """
     scope, takes_kl_weight = config.scope_of(kind), config.takes_kl_weight(kind)
@@ -233,14 +230,7 @@ def release(policy: Policy) -> None:
 
 
 def load_policy(folder: Path, base: Any, config: ClpConfig, objectives: Sequence[str], kind: str) -> Policy:
-    """Return a trained policy, or the soup of `save_soup`, in evaluation mode.
-
-    Args:
-        folder: Where it was saved.
-        base: As in `new_policy`.
-        config: Settings of the run.
-        objectives: Names of the m rewards.
-        kind: `"clp"`, `"expert"`, `"prompting"` or `"soup"`.
+    """Return a policy that was trained, or the soup of `save_soup`, in evaluation mode; arguments as in `Policy`.
 
     Raises:
         FileNotFoundError: If the folder holds no model.

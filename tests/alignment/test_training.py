@@ -32,6 +32,7 @@ from mopl.conditioning import HyperPromptModel
 from mopl.conditioning.samplers import box_betas, dirichlet_weights, fixed
 from mopl.experiments import cos_dpo
 from mopl.experiments.cos_dpo import modpo_loss
+from mopl.experiments.methods import Method
 from mopl.language_models import models
 from mopl.language_models.collate import ListCollator
 from mopl.language_models.data import PreferenceData, PreferenceList
@@ -138,7 +139,7 @@ def base(folder):
 
 def conditioned(base, config=None, *, takes_beta=False, stirred=True) -> HyperPromptModel:
     torch.manual_seed(3)
-    made = tuned.new_model(base, config or settings(), NAMES, conditioned=True, takes_beta=takes_beta)
+    made = tuned.new_model(base, config or settings(), NAMES, Method(conditioned=True, takes_beta=takes_beta))
     if stirred:  # away from the start, where half of the gradients are zero
         with torch.no_grad():
             for parameter in made.parameters():
@@ -293,7 +294,7 @@ def test_packed_batches_give_the_padded_loss(base, loss):
 @pytest.mark.parametrize("conditioned", [True, False])
 def test_what_is_trained_is_float32_whatever_dtype_the_model_is_stored_in(folder, conditioning, conditioned):
     base = models.load_causal_lm(str(folder), dtype="bfloat16")
-    model = tuned.new_model(base, settings(conditioning=conditioning), NAMES, conditioned=conditioned)
+    model = tuned.new_model(base, settings(conditioning=conditioning), NAMES, Method(conditioned=conditioned))
     trained = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
     assert trained == {torch.float32} and base.get_input_embeddings().weight.dtype == torch.bfloat16
 
@@ -303,7 +304,7 @@ def test_mo_dpo_trains_the_anchor_on_the_reward_of_equation_17(base):
     parts = [ListScores(lists, torch.randn(27)) for _ in range(3)]
     batch = source(lists, weights=fixed(w, 6), beta=fixed(torch.tensor([0.2, 0.1]), 6), reference=parts[0],
                    experts=parts[1:])(0)  # fmt: skip
-    model = tuned.new_model(base, settings(), NAMES, conditioned=False)
+    model = tuned.new_model(base, settings(), NAMES, Method())
     value, _ = modpo_loss(scored_for(DENSE), DENSE, 0, "low")(model, batch, 0)
     s = score_batch(model, batch.lists, batch.weights)
     r = (s - batch.reference - 0.4 * (batch.experts[:, 1] - batch.reference)) / 0.6
@@ -450,7 +451,7 @@ def test_gradient_checkpointing_changes_nothing(base):
 
 
 def test_baselines_are_prompt_tuning_with_the_same_adapters(base):
-    model = tuned.new_model(base, settings(), NAMES, conditioned=False)
+    model = tuned.new_model(base, settings(), NAMES, Method())
     names = {
         name.split(".")[-1] if "hyper" in name else "lora" for name, p in model.named_parameters() if p.requires_grad
     }
