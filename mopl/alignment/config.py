@@ -193,14 +193,6 @@ class AlignConfig(CosDpoSettings, LanguageModelSettings):
         if self.packing and self.positions == "paper":
             raise ValueError("packed sequences need positions that count up; pass positions='hf' or packing=False")
 
-    def label_modes(self, objectives: int) -> tuple[str, ...]:
-        """Return how labels become targets, one entry for each of m objectives; errors as `for_each`."""
-        return self.for_each("labels", objectives)
-
-    def label_temperatures(self, objectives: int) -> tuple[float, ...]:
-        """Return what labels are divided by, one entry for each of m objectives; errors as `for_each`."""
-        return self.for_each("label_temperature", objectives)
-
     def list_tokenizer(self, tokenizer: Any) -> "ListTokenizer":
         """Return how the run turns texts into tokens."""
         from mopl.language_models.tokenization import ListTokenizer

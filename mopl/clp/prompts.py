@@ -79,11 +79,8 @@ def placed_prompts(source: str, *, limit: int | None = None, on_error: OnError =
         ValueError: If there are no prompts, or lines without one (see `on_error`).
     """
     path = Path(source)
-    found: list[tuple[str, Text]] | None = None
-    if path.suffix == ".txt" and path.is_file():
-        found = _settled(path, _text_rows(path), on_error)
-    elif path.suffix == ".jsonl" and path.is_file():
-        found = _settled(path, _prompt_rows(path), on_error)
+    rows = {".txt": _text_rows, ".jsonl": _prompt_rows}.get(path.suffix)
+    found = _settled(path, rows(path), on_error) if rows is not None and path.is_file() else None
     if found is None:
         found = [(item.place, item.prompt) for item in load_preferences(source, on_error=on_error)]
     different: dict[str, tuple[str, Text]] = {}

@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from mopl._extras import require
 from mopl._files import write_file
@@ -148,19 +149,16 @@ class Sampler:
             `input_ids`, `attention_mask`, `targets` (R, T), padded on the right; the place (R, n) in T of what predicts
             each token of a response; which of these (R, n) exist.
         """
-        whole = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
-        width, longest = max(map(len, whole)), max(map(len, responses))
-        ids = torch.full((len(whole), width), self.pad)
-        mask, targets = torch.zeros_like(ids), torch.full_like(ids, IGNORE_INDEX)
-        for row, (prompt, tokens) in enumerate(zip(prompts, whole, strict=True)):
-            ids[row, : len(tokens)], mask[row, : len(tokens)] = torch.tensor(tokens), 1
-            targets[row, len(prompt) - 1 : len(tokens) - 1] = torch.tensor(tokens[len(prompt) :])
-        starts = torch.tensor([len(prompt) - 1 for prompt in prompts])
-        lengths = torch.tensor([len(response) for response in responses])
-        step = torch.arange(longest)
-        exists = step < lengths[:, None]
-        place = torch.where(exists, starts[:, None] + step, 0)
-        found = {"input_ids": ids, "attention_mask": mask, "targets": targets}
+        rows = zip(prompts, responses, strict=True)
+        ids = pad_sequence([torch.tensor([*prompt, *response]) for prompt, response in rows], True, self.pad)
+        first = torch.tensor([len(prompt) - 1 for prompt in prompts])[:, None]  # predicts the first token
+        lengths = torch.tensor([len(response) for response in responses])[:, None]
+        column, step = torch.arange(ids.shape[1]), torch.arange(int(lengths.max()))
+        predicts = (first <= column) & (column < first + lengths)
+        targets = torch.where(predicts, ids.roll(-1, 1), IGNORE_INDEX)
+        exists = step < lengths
+        place = torch.where(exists, first + step, 0)
+        found = {"input_ids": ids, "attention_mask": (column <= first + lengths).long(), "targets": targets}
         return {k: v.to(device) for k, v in found.items()}, place.to(device), exists.to(device)
 
     @torch.no_grad()
