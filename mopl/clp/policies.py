@@ -83,11 +83,6 @@ class Policy(nn.Module):
         self.takes_kl_weight = config.takes_kl_weight(kind)
 
     @property
-    def causal_lm(self) -> Any:
-        """The causal language model inside."""
-        return self.model.causal_lm
-
-    @property
     def reference_head(self) -> Any:
         """The output head of the reference where it is another module than the policy's; else None."""
         return None if self._base[0] is None else self._base[0].get_output_embeddings()

@@ -268,7 +268,7 @@ def measure_rewards(stages: Stages) -> RewardScale:
     if not exists_on_main(stages.accelerator, file):
         chosen = stages.prompts["train"].first(config.normalize_prompts).repeated(max(2, config.samples_per_prompt))
         with seeded(config.seed), torch.no_grad():
-            answers = stages.sampler.sample(stages.base, stages.base, chosen.tokens)
+            answers = stages.sampler.sample(stages.base, chosen.tokens)
         values = stages.rewards(answers.texts, chosen.texts)
         names = stages.objectives
         if config.normalize == "none":

@@ -29,6 +29,7 @@ from mopl.clp.config import ClpConfig
 from mopl.clp.policies import Policy
 from mopl.clp.prompts import PromptBatch
 from mopl.conditioning import HyperPromptModel
+from mopl.conditioning.weighted import Conditioned
 from mopl.language_models.collate import pad_left
 from mopl.language_models.head import IGNORE_INDEX
 from mopl.language_models.turns import turn_ends
@@ -84,7 +85,6 @@ class Sampler:
     def sample(
         self,
         model: Any,
-        causal_lm: Any,
         prompts: Sequence[Sequence[int]],
         arguments: Callable[[slice], dict[str, Any]] = lambda rows: {},
         processor: Callable[[Tensor], Any] | None = None,
@@ -93,12 +93,12 @@ class Sampler:
 
         Args:
             model: What generates.
-            causal_lm: The language model inside it.
             prompts: Tokens of R prompts.
             arguments: Gives the keywords of `generate` for some of the rows.
             processor: Makes a logits processor from an attention mask; log-probabilities are then recorded.
         """
         began = time.perf_counter()
+        causal_lm = model.causal_lm if isinstance(model, Conditioned) else model
         together = self.config.rows_at_once
         if not takes_left_padding(causal_lm, embeds=isinstance(model, HyperPromptModel)):
             together = 1  # with nothing to pad
@@ -253,12 +253,10 @@ def roll(policy: Policy, batch: PromptBatch, sampler: Sampler, rewards: Rewards,
     asked = batch.prompts.repeated(samples)
     own = [policy.tokens(tokens, w[r], float(kl_weight[r]), sampler.tokenizer) for r, tokens in enumerate(asked.tokens)]
     with evaluating(policy):
-        answers = sampler.sample(
-            policy.model, policy.causal_lm, own, lambda part: policy.arguments(w[part], kl_weight[part])
-        )
+        answers = sampler.sample(policy.model, own, lambda part: policy.arguments(w[part], kl_weight[part]))
         exact = config.kl_estimator == "exact"
         with policy.reference() as reference:
-            head = policy.reference_head or policy.causal_lm.get_output_embeddings()
+            head = policy.reference_head or policy.model.get_output_embeddings()
             base, states = sampler.score(
                 reference, asked.tokens, answers.tokens, head=head if exact or policy.value is not None else None
             )

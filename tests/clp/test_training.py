@@ -152,9 +152,7 @@ def test_log_probabilities_are_of_the_distribution_that_was_sampled_from(scope):
     prompts = [[1, 7, 8, 9], [1, 20], [1, 30, 31]]
     w = torch.tensor([0.2, 0.8])
     with policy.at(w, 0.05) as (model, options):
-        answers = sampler.sample(
-            model, policy.causal_lm, prompts, lambda rows: dict(options), lambda mask: lambda ids, scores: scores
-        )
+        answers = sampler.sample(model, prompts, lambda rows: dict(options), lambda mask: lambda ids, scores: scores)
         alone, _ = sampler.score(model, prompts, answers.tokens, options)
     inputs, place, exists = sampler.inputs(prompts, answers.tokens, "cpu")
     logprob, *_ = policy(inputs, w.expand(3, 2), torch.full((3,), 0.05), 0.7)
@@ -169,9 +167,7 @@ def test_mixing_one_model_with_nothing_of_another_scores_as_that_model():
     one, other = language_model(), language_model(hidden_size=16)
     sampler = Sampler(one, tokenizer(), config)
     prompts = [[1, 7, 8, 9], [1, 20]]
-    answers = sampler.sample(
-        one, one, prompts, processor=lambda mask: MixedLogits([other], torch.tensor([1.0, 0.0]), mask)
-    )
+    answers = sampler.sample(one, prompts, processor=lambda mask: MixedLogits([other], torch.tensor([1.0, 0.0]), mask))
     scores, _ = sampler.score(one, prompts, answers.tokens)
     assert torch.allclose(answers.log_prob, scores.sum(1).double(), atol=1e-4)
 

@@ -163,7 +163,7 @@ def test_policies_on_rewards_are_sampled_to_the_end_of_their_turn_and_scored_wit
     model = scripted(size, [*answer, *ending, 9, 9])
     encoder = ListTokenizer(tokenizer, max_length=None, append_eos=False)
     prompts = [encoder.prompt_tokens("w3").tolist()] * 2
-    answers = Sampler(model, tokenizer, config).sample(model, model, prompts)
+    answers = Sampler(model, tokenizer, config).sample(model, prompts)
     assert answers.tokens == [[*answer, *ending]] * 2
     assert [text.strip() for text in answers.texts] == ["w1 w2"] * 2
     # As training data have it, up to the white space that follows.
