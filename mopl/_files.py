@@ -43,9 +43,6 @@ def write_file(path: str | os.PathLike[str], content: str | bytes | Callable[[Pa
     Args:
         path: The file; an existing one is replaced.
         content: Text, bytes, or a function that writes the file at the path that it is given.
-
-    Raises:
-        OSError: If there is no such folder, a folder of that name, or something that is not written into.
     """
     path = Path(path)
     with _naming(path, path):
@@ -71,17 +68,10 @@ def write_file(path: str | os.PathLike[str], content: str | bytes | Callable[[Pa
 
 
 def write_folder(final: str | os.PathLike[str], fill: Callable[[Path], None], *, replace: bool = True) -> None:
-    """Make the folder `final` with what `fill` writes, all of it or nothing.
+    """Make the folder `final` with what `fill` writes into the one that it is given, all of it or nothing.
 
-    Args:
-        final: The folder.
-        fill: Writes into the folder that it is given.
-        replace: Replace a folder that is there, which stays until the new one is whole; whether it may be deleted is
-            the caller's to know. False takes the place of an empty folder only.
-
-    Raises:
-        FileExistsError: If something is there that is not to be replaced.
-        OSError: If the folder cannot be made.
+    A folder that is there stays until the new one is whole; whether it may be deleted is the caller's to know. With
+    `replace=False` only an empty one may be there, else this is a `FileExistsError`.
     """
     final = Path(final)
     make_parents(final)
@@ -117,15 +107,9 @@ def write_folder(final: str | os.PathLike[str], fill: Callable[[Path], None], *,
 
 
 def write_files(folder: str | os.PathLike[str], fill: Callable[[Path], None], *, last: str) -> None:
-    """Write what `fill` writes into a folder that may hold other things, each file whole or not at all.
+    """Write what `fill` writes into a folder, which may hold other things or be made: each file whole or not at all.
 
-    Args:
-        folder: The folder; made if it is not there.
-        fill: Writes into the folder that it is given.
-        last: The file that comes last: where it is, all are there and of one version.
-
-    Raises:
-        OSError: If they cannot be written.
+    The file `last` comes last: where it is, all are there and of one version.
     """
     folder = Path(folder)
     make_parents(folder / last)

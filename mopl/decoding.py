@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from mopl._arguments import shape_of
 from mopl._extras import require
 from mopl._rows import arranged, generation_keywords
+from mopl._rows.styles import positions_of
 from mopl.conditioning.causal_lm import mask_of_prompts
 from mopl.conditioning.sampling import check_weights
 from mopl.conditioning.weighted import causal_lm_of
@@ -60,7 +61,7 @@ class _Follower:
         mask = torch.cat([mask, mask.new_ones(rows, length - mask.shape[1])], 1)
         options: dict[str, Any] = {}
         if self.takes_positions:
-            options["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, known:]
+            options["position_ids"] = positions_of(mask)[:, known:]
         options |= {"input_ids": tokens[:, known:], "attention_mask": mask}
         options = arranged(causal_lm_of(self.model), options)
         output = self.model(past_key_values=self.past, use_cache=True, **options)

@@ -137,17 +137,14 @@ class LoraMixture(Mixture, WeightedModel):
             share = share.repeat_interleave(copies).view(-1, *[1] * (output.ndim - 1))
         return (output * share.to(compute_dtype(output))).to(output.dtype)
 
-    @contextlib.contextmanager
-    def _mixing(self, weights: Weights | None, kl_weight: float | Tensor | None, rows: int | None) -> Iterator[None]:
+    def _of_rows(self, weights: Weights | None, kl_weight: float | Tensor | None, rows: int | None) -> Tensor:
+        """Return coefficients (sets,), or one vector for each of some rows."""
         coefficients = self.coefficients_of(weights, kl_weight)
         if coefficients.ndim == 2 and rows is not None and len(coefficients) not in (1, rows):
             raise ValueError(
                 f"weights has {len(coefficients)} rows but there are {rows}; pass (m,) or one for each row"
             )
-        if coefficients.ndim == 2 and len(coefficients) == 1:
-            coefficients = coefficients[0]
-        with self._standing(coefficients, rows):
-            yield
+        return coefficients[0] if coefficients.ndim == 2 and len(coefficients) == 1 else coefficients
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """Compute activations again in the backward pass, each layer with the coefficients of its forward pass.
@@ -201,7 +198,7 @@ class LoraMixture(Mixture, WeightedModel):
             return self.model(*args, **kwargs)
         tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim)
         rows = next((len(value) for value in tensors), None)
-        with self._mixing(weights, kl_weight, rows):
+        with self._standing(self._of_rows(weights, kl_weight, rows), rows):
             return self.model(*args, **kwargs)
 
     @in_turn
@@ -216,12 +213,11 @@ class LoraMixture(Mixture, WeightedModel):
         **kwargs: Any,
     ) -> Any:
         """Generate in one batch, each row at its own mixture; arguments as `forward`, and those of `generate`."""
-        model, given = self.model, {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
         if self._layers[0].disable_adapters:
-            return model.generate(**given)
-        with self._mixing(weights, kl_weight, len(input_ids)):
-            self._call.rows = None
-            return model.generate(**given)
+            return self.model.generate(**given)
+        with self._standing(self._of_rows(weights, kl_weight, len(input_ids))):  # beams are more rows than these
+            return self.model.generate(**given)
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[LoraMixture]:
@@ -236,9 +232,6 @@ class LoraMixture(Mixture, WeightedModel):
         """Raise unless rows that are mixed have the logits of the merged model, by a probe of a few short rows.
 
         `at` and `merge` do so the first time; runs do so before they begin. See `mopl.conditioning.merging`.
-
-        Raises:
-            ValueError: With the modules that differ, and the targets that do not.
         """
         if not self._checked:
             check_lora(self.model, self.adapters, self._mixed_logits)
@@ -248,12 +241,9 @@ class LoraMixture(Mixture, WeightedModel):
         with self._standing(coefficients.to(ids.device), len(ids)):
             return logits_of(self.model, ids)
 
-    @torch.no_grad()
-    def _merged_weights(self, coefficients: Tensor) -> list[Tensor]:
-        return merged_weights(self._layers, self.adapters, coefficients.tolist())
-
     def _in_place(self, coefficients: Tensor) -> Sequence[contextlib.AbstractContextManager[Any]]:
-        return self.model.disable_adapter(), weights_held(self._layers, self._merged_weights(coefficients))
+        values = merged_weights(self._layers, self.adapters, coefficients.tolist())
+        return self.model.disable_adapter(), weights_held(self._layers, values)
 
     @in_turn
     @torch.no_grad()
@@ -267,9 +257,9 @@ class LoraMixture(Mixture, WeightedModel):
             ValueError: If the merged model is not the mixture, or its files would load as another one.
         """
         coefficients = self._one(weights, kl_weight)
-        values = self._merged_weights(coefficients)
+        values = merged_weights(self._layers, self.adapters, coefficients.tolist())
         self.check_merging()
-        model: Any = copy.deepcopy(self.model)
+        model = copy.deepcopy(self.model)
         layers = lora_layers(model)
         bases = [layer.get_base_layer() for layer in layers.values()]
         own_weights(model, bases)

@@ -12,6 +12,7 @@ from mopl._rows.styles import POSITION_EMBEDDINGS, positions_of
 from mopl.conditioning.causal_lm import text_config
 
 _ROTARY_SETTINGS = ("rope_parameters", "rope_scaling", "rope_theta", "rotary_dim", "rotary_pct")
+OfPrefix = Literal["count", "zero", "none"]  # the positions of virtual tokens
 NO_POSITION = -1
 IGNORE_INDEX = -100
 
@@ -81,13 +82,7 @@ class Layout:
             return torch.ones(self.batch, length, dtype=torch.long, device=self.device)
         return self.join(self.text_mask.new_ones(self.text_mask.shape[0], self.virtual), self.text_mask)
 
-    def positions(
-        self,
-        position_ids: Tensor | None,
-        *,
-        offset: int,
-        of_prefix: Literal["count", "zero", "none"],
-    ) -> Tensor | None:
+    def positions(self, position_ids: Tensor | None, *, of_prefix: OfPrefix) -> Tensor | None:
         """Return the positions of what is new in this call, or None where the model's own count is the same."""
         if self.text_mask is None and of_prefix == "count":
             return None
@@ -98,12 +93,13 @@ class Layout:
         else:
             text = torch.arange(self.text_before, self.text_before + self.length, device=self.device)
             text = text.expand(self.batch, -1)
-        text = text + offset
+        front = torch.arange(self.virtual, device=self.device)
+        if of_prefix == "count":
+            text = text + self.virtual
+        else:
+            front = torch.full_like(front, 0 if of_prefix == "zero" else NO_POSITION)
         if not self.enters:
             return text
-        front = torch.arange(self.virtual, device=self.device)
-        if of_prefix != "count":
-            front = torch.full_like(front, 0 if of_prefix == "zero" else NO_POSITION)
         return self.join(front.expand(self.batch, -1), text)
 
     def cut(self, output: Any) -> Any:
@@ -173,8 +169,8 @@ class PackedLayout:
     def mask(self, *, required: bool) -> None:
         """Return no mask."""
 
-    def positions(self) -> Tensor:
-        """Return positions (1, N + S k) that start again with each sequence's first virtual token."""
+    def positions(self, position_ids: Tensor | None, *, of_prefix: OfPrefix) -> Tensor:
+        """Return positions (1, N + S k) that start again with each sequence's first virtual token, and count it."""
         front = torch.arange(self.virtual, device=self.text.device).expand(self.batch, -1)
         return self.join(front, self.text + self.virtual)
 

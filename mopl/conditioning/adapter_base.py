@@ -23,11 +23,7 @@ from mopl.conditioning.saved_models import (
 
 
 def base_of_adapter(name: str) -> str | None:
-    """Return the base model of a folder that holds a PEFT adapter; None for anything else.
-
-    Raises:
-        ValueError: If the folder names no base model, or the adapter is a part of a conditioned model.
-    """
+    """Return the base model that the PEFT adapter in a folder names; None for anything else than such a folder."""
     folder = Path(name)
     if not (folder / ADAPTER_CONFIG).is_file():
         return None
@@ -66,15 +62,9 @@ def naming_base(name: str, base: str) -> Iterator[None]:
 
 @torch.no_grad()
 def merge_adapter(name: str, model: Any) -> Any:
-    """Return a base model with the adapter of a folder merged in, in its own dtype: summed in float32, rounded once.
+    """Return a base model, not fused, with the adapter of a folder merged in; it is changed.
 
-    Args:
-        name: The folder.
-        model: The base model, not fused; it is changed.
-
-    Raises:
-        ValueError: If its parameters are quantised, or the adapter is of a kind that cannot be merged.
-        DamagedFile: If the adapter does not fit the model.
+    In its own dtype: summed in float32, rounded once. What is quantised, or a kind that cannot be merged, is an error.
     """
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(f"the adapter of {name} cannot be merged into quantised parameters; write another base model")

@@ -277,12 +277,10 @@ class HyperPromptModel(WeightedModel):
         return layout.join(prefix.to(content), content)
 
     def _positions(self, layout: Layout | PackedLayout, position_ids: Tensor | None) -> Tensor | None:
-        if isinstance(layout, PackedLayout):
-            if self.positions == "paper" and layout.enters:
-                raise ValueError("packed sequences need positions that count up; use positions='hf' or pad")
-            return layout.positions()
         if self.positions == "hf" or self._is_reference:
-            return layout.positions(position_ids, offset=layout.virtual, of_prefix="count")
+            return layout.positions(position_ids, of_prefix="count")
+        if isinstance(layout, PackedLayout):
+            raise ValueError("packed sequences need positions that count up; use positions='hf' or pad")
         implementation = getattr(self.causal_lm.config, "_attn_implementation", None) or ""
         if "flash" in implementation:
             raise ValueError(
@@ -290,7 +288,7 @@ class HyperPromptModel(WeightedModel):
                 "do not count up for packed sequences; load the model with 'sdpa', or use positions='hf'"
             )
         check_from_zero(self.causal_lm)
-        return layout.positions(position_ids, offset=0, of_prefix="none" if self._absolute else "zero")
+        return layout.positions(position_ids, of_prefix="none" if self._absolute else "zero")
 
     def _layout(
         self, text: Tensor, mask: Tensor | None, position_ids: Tensor | None, past: int, kwargs: dict[str, Any]

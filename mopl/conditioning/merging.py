@@ -58,10 +58,8 @@ def settle_ties(model: Any) -> bool:
     """Let the configuration of a model say which of its weights are shared; say whether it had to change.
 
     Configurations know one switch for all: where some weights that it ties are no longer one, all are untied, and those
-    that are still shared get copies of their own, or files would leave them out.
-
-    Raises:
-        ValueError: If a loaded model would tie weights that differ here, whatever the configuration says.
+    that are still shared get copies of their own, or files would leave them out. What ties weights that differ here
+    whatever the configuration says is an error.
     """
     if not hasattr(model, "get_expanded_tied_weights_keys"):
         return False  # none of transformers, whose files are the caller's
@@ -125,6 +123,7 @@ def lora_layers(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
+@torch.no_grad()
 def merged_weights(layers: Iterable[Any], adapters: Sequence[str], shares: Sequence[float]) -> list[Tensor]:
     """Return W + Σ_i c_i ΔW_i of every layer, summed in float32 and rounded once."""
     result = []

@@ -239,11 +239,8 @@ def adapter_folder(folder: Path, name: str) -> Path:
 def load_adapters(model: Any, paths: Mapping[str, Path], *, trainable: bool = False) -> Any:
     """Return a base model with adapters, each from a folder that PEFT wrote.
 
-    PEFT leaves out what it misses in a file, and what it does not know, with a warning; here both are errors.
-
-    Raises:
-        FileNotFoundError: If a file is missing; PEFT would ask the hub for it.
-        DamagedFile: If a file is damaged, or does not fit the model.
+    PEFT leaves out what it misses in a file, and what it does not know, with a warning, and asks the hub for a missing
+    file; here all of these are errors.
     """
     require("peft")
     from peft import PeftModel
@@ -266,12 +263,7 @@ def load_adapters(model: Any, paths: Mapping[str, Path], *, trainable: bool = Fa
 
 
 def check_adapter(path: Path) -> None:
-    """Raise unless a folder holds an adapter whose files can be read and agree on its size.
-
-    Raises:
-        FileNotFoundError: If a file is missing.
-        DamagedFile: If one is damaged.
-    """
+    """Raise unless a folder holds an adapter whose files can be read and agree on its size."""
     if (path / "adapter_model.bin").is_file() and not (path / ADAPTER_FILE).exists():
         return  # a pickle of an old version of PEFT, which reads it without code
     if not (path / ADAPTER_FILE).exists():
