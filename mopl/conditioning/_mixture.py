@@ -68,7 +68,7 @@ class KLWeightCoefficients:
         return torch.cat(parts if self.anchor else parts[:1], -1)
 
 
-@renamed_in_methods("coefficients_of", "at", alpha="kl_weight")
+@renamed_in_methods("coefficients_of", "forward", "generate", "at", "merge", alpha="kl_weight")
 class Mixture(Conditioned):
     """A model that runs with Σ_i c_i of its sets, c = w or a function of (w, α)."""
 
@@ -128,6 +128,56 @@ class Mixture(Conditioned):
             raise ValueError(f"weights are {len(coefficients)} vectors but one mixture has one; pass (m,)")
         return coefficients
 
+    @in_turn
+    def forward(
+        self, *args: Any, weights: Weights | None = None, kl_weight: float | Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        """Run the model at the mixture of each row.
+
+        Args:
+            *args: of the model.
+            weights: w, (m,) or (B, m), on the simplex. Not inside `at`, where the mixture is fixed; the reference
+                ignores them.
+            kl_weight: α, a number or (B,), if the coefficients depend on it.
+            **kwargs: of the model. A mixture of parameters cuts tensors whose first dimension is B into rows.
+
+        Returns:
+            What the model returns; the tensors of rows that were cut are put together again.
+
+        Raises:
+            ValueError: If weights are missing or do not fit, or outputs of different rows cannot be put together.
+            RuntimeError: If a mixture of parameters checkpoints gradients: it would run again with other parameters.
+        """
+        return self._forward(weights, kl_weight, args, kwargs)
+
+    @in_turn
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,  # (B, T)
+        attention_mask: Tensor | None = None,  # (B, T)
+        *,
+        weights: Weights | None = None,  # (m,) or (B, m)
+        kl_weight: float | Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Generate at the mixture of each row: of adapters in one batch, of parameters in groups of equal coefficients.
+
+        Args:
+            input_ids: (B, T), padded on the left.
+            attention_mask: (B, T).
+            weights: As in `forward`.
+            kl_weight: As in `forward`.
+            **kwargs: of the model's `generate`; cut as in `forward`.
+
+        Returns:
+            (B * num_return_sequences, T + new), padded on the right; what `generate` returns for a single mixture.
+        """
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
+        return self._generate(weights, kl_weight, given)
+
+    # ---------------------------------------------------------------- one mixture
+
     def check_merging(self) -> None:
         """Raise unless rows that are mixed have the logits of the model with the mixture in place."""
         raise NotImplementedError
@@ -151,8 +201,31 @@ class Mixture(Conditioned):
         with self._turns.switched(*self._in_place(self._one(weights, kl_weight))):
             yield self.causal_lm
 
+    @in_turn
+    @torch.no_grad()
+    def merge(self, weights: Weights, kl_weight: float | Tensor | None = None) -> nn.Module:
+        """Return a copy of the model at one trade-off, with no trace of the mixture: save it, export it, serve it.
+
+        A weight that other modules share and that adapters are added to is its own in the copy, whose configuration
+        then says that nothing is tied: a head with adapters, say, and embeddings without.
+
+        Raises:
+            ValueError: If the merged model is not the mixture, or its files would load as another one.
+        """
+        self.check_merging()
+        return self._merged(self._one(weights, kl_weight))
+
+    def _forward(self, weights: Any, kl_weight: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        raise NotImplementedError
+
+    def _generate(self, weights: Any, kl_weight: Any, given: dict[str, Any]) -> Any:
+        raise NotImplementedError
+
     def _in_place(self, coefficients: Tensor) -> Sequence[contextlib.AbstractContextManager[Any]]:
         """Return what puts the mixture of coefficients (sets,) into the model."""
+        raise NotImplementedError
+
+    def _merged(self, coefficients: Tensor) -> nn.Module:
         raise NotImplementedError
 
     # ---------------------------------------------------------------- files

@@ -9,12 +9,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from mopl._arguments import compute_dtype, shape_of
 from mopl._extras import require
-from mopl._renamed import renamed_in_methods
 from mopl._restoring import evaluating, generators_kept
 from mopl._threads import CallOfThread, in_turn
 from mopl.conditioning._mixture import CoefficientRule, Mixture
@@ -45,7 +43,6 @@ from mopl.conditioning.saved_models import (
 from mopl.conditioning.weighted import WeightedModel
 
 
-@renamed_in_methods("forward", "generate", "merge", alpha="kl_weight")
 class LoraMixture(Mixture, WeightedModel):
     """m LoRA adapters on a frozen model, mixed by weights: every row of a batch has its own mixture at no extra cost.
 
@@ -176,24 +173,7 @@ class LoraMixture(Mixture, WeightedModel):
         finally:
             call.coefficients, call.rows = before
 
-    @in_turn
-    def forward(
-        self, *args: Any, weights: Weights | None = None, kl_weight: float | Tensor | None = None, **kwargs: Any
-    ) -> Any:
-        """Run the model, each row at its own mixture.
-
-        Args:
-            *args: of the model.
-            weights: w, (m,) or (B, m), on the simplex. The reference ignores them.
-            kl_weight: α, a number or (B,), if the coefficients depend on it.
-            **kwargs: of the model.
-
-        Returns:
-            What the model returns.
-
-        Raises:
-            ValueError: If weights are missing or do not fit.
-        """
+    def _forward(self, weights: Any, kl_weight: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         if self._layers[0].disable_adapters:
             return self.model(*args, **kwargs)
         tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim)
@@ -201,22 +181,11 @@ class LoraMixture(Mixture, WeightedModel):
         with self._standing(self._of_rows(weights, kl_weight, rows), rows):
             return self.model(*args, **kwargs)
 
-    @in_turn
-    @torch.no_grad()
-    def generate(
-        self,
-        input_ids: Tensor,  # (B, T)
-        attention_mask: Tensor | None = None,  # (B, T)
-        *,
-        weights: Weights | None = None,  # (m,) or (B, m)
-        kl_weight: float | Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Generate in one batch, each row at its own mixture; arguments as `forward`, and those of `generate`."""
-        given = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
+    def _generate(self, weights: Any, kl_weight: Any, given: dict[str, Any]) -> Any:
         if self._layers[0].disable_adapters:
             return self.model.generate(**given)
-        with self._standing(self._of_rows(weights, kl_weight, len(input_ids))):  # beams are more rows than these
+        coefficients = self._of_rows(weights, kl_weight, len(given["input_ids"]))
+        with self._standing(coefficients):  # of more rows than these, where there are beams
             return self.model.generate(**given)
 
     @contextlib.contextmanager
@@ -245,20 +214,8 @@ class LoraMixture(Mixture, WeightedModel):
         values = merged_weights(self._layers, self.adapters, coefficients.tolist())
         return self.model.disable_adapter(), weights_held(self._layers, values)
 
-    @in_turn
-    @torch.no_grad()
-    def merge(self, weights: Weights, kl_weight: float | Tensor | None = None) -> nn.Module:
-        """Return a copy of the base model with one trade-off's adapters added to its weights, without PEFT.
-
-        A weight that other modules share is its own in the copy, whose configuration then says that nothing is tied: a
-        head with adapters, say, and embeddings without.
-
-        Raises:
-            ValueError: If the merged model is not the mixture, or its files would load as another one.
-        """
-        coefficients = self._one(weights, kl_weight)
+    def _merged(self, coefficients: Tensor) -> nn.Module:
         values = merged_weights(self._layers, self.adapters, coefficients.tolist())
-        self.check_merging()
         model = copy.deepcopy(self.model)
         layers = lora_layers(model)
         bases = [layer.get_base_layer() for layer in layers.values()]

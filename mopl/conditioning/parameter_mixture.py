@@ -31,7 +31,6 @@ from torch import Tensor, nn
 
 from mopl._arguments import compute_dtype
 from mopl._records import damaged
-from mopl._renamed import renamed_in_methods
 from mopl._restoring import evaluating, generators_kept
 from mopl._tensor_files import check_shapes, read_tensors
 from mopl._threads import in_turn
@@ -55,7 +54,6 @@ from mopl.conditioning.saved_models import CONFIG_FILE, REMEDY, TuningRecord, ch
 __all__ = ["KLWeightCoefficients", "LoraMixture", "ParameterMixture"]
 
 
-@renamed_in_methods("forward", "generate", "merge", alpha="kl_weight")
 class ParameterMixture(Mixture):
     """A model that runs with Σ_i c_i θ_S^i, c = w or a function of (w, α).
 
@@ -134,25 +132,7 @@ class ParameterMixture(Mixture):
             result.append(total.to(each[0].dtype))
         return result
 
-    @in_turn
-    def forward(
-        self, *args: Any, weights: Weights | None = None, kl_weight: float | Tensor | None = None, **kwargs: Any
-    ) -> Any:
-        """Run the model at the mixture of each row.
-
-        Args:
-            *args: of the model.
-            weights: w, (m,) or (B, m), on the simplex. Not inside `at`, where the mixture is fixed.
-            kl_weight: α, a number or (B,), if the coefficients depend on it.
-            **kwargs: of the model. With (B, m), tensors whose first dimension is B are cut into rows.
-
-        Returns:
-            What the model returns; with (B, m), its tensors put together again.
-
-        Raises:
-            ValueError: If weights are missing or do not fit, or outputs of different rows cannot be put together.
-            RuntimeError: If the model checkpoints gradients, which would run again with other parameters.
-        """
+    def _forward(self, weights: Any, kl_weight: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         if self._fixed(weights, kl_weight):
             return self.model(*args, **kwargs)
         if torch.is_grad_enabled():
@@ -266,63 +246,31 @@ class ParameterMixture(Mixture):
             self._cache = (key, self.mixed(coefficients))
         return self._cache[1]
 
-    @in_turn
-    @torch.no_grad()
-    def merge(self, weights: Weights, kl_weight: float | Tensor | None = None) -> nn.Module:
-        """Return a copy of the model at one trade-off, with no trace of the mixture: save it, export it, serve it.
-
-        Raises:
-            ValueError: If its files would load as another model; see `check_merging` too.
-        """
-        self.check_merging()
-        values = self._materialise(self._one(weights, kl_weight))
+    def _merged(self, coefficients: Tensor) -> nn.Module:
+        values = self._materialise(coefficients)
         model = copy.deepcopy(self.model)
         for name, value in zip(self.names, values, strict=True):
             model.get_parameter(name).copy_(value)
         settle_ties(model)
         return model
 
-    @in_turn
-    @torch.no_grad()
-    def generate(
-        self,
-        input_ids: Tensor,  # (B, T)
-        attention_mask: Tensor | None = None,  # (B, T)
-        *,
-        weights: Weights | None = None,  # (m,) or (B, m)
-        kl_weight: float | Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Generate at the mixture of each row; rows with equal coefficients together, one group after another.
-
-        Args:
-            input_ids: (B, T), padded on the left.
-            attention_mask: (B, T).
-            weights: w, (m,) or (B, m). Not inside `at`.
-            kl_weight: α, a number or (B,), if the coefficients depend on it.
-            **kwargs: of the model's `generate`; tensors whose first dimension is B are cut into rows.
-
-        Returns:
-            (B * num_return_sequences, T + new), padded on the right; what `generate` returns for a single mixture.
-        """
-        model: Any = self.model
-        given = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
+    def _generate(self, weights: Any, kl_weight: Any, given: dict[str, Any]) -> Any:
         if self._fixed(weights, kl_weight):
-            return model.generate(**given)
+            return self.model.generate(**given)
         coefficients = self.coefficients_of(weights, kl_weight)
-        rows = len(input_ids)
+        rows = len(given["input_ids"])
         if coefficients.ndim == 1:
             coefficients = coefficients.expand(rows, -1)
-        check_batch([input_ids], len(coefficients))
+        check_batch([given["input_ids"]], len(coefficients))
         parts, (distinct, groups) = [], group_rows(coefficients)
         for one, index in zip(distinct, groups, strict=True):
             with self._holding(one):
-                parts.append(model.generate(**{k: take_rows(v, index, rows) for k, v in given.items()}))
+                parts.append(self.model.generate(**{k: take_rows(v, index, rows) for k, v in given.items()}))
         if len(groups) == 1:
             return parts[0]
-        pad = kwargs.get("pad_token_id")
+        pad = given.get("pad_token_id")
         if pad is None:
-            pad = getattr(kwargs.get("generation_config") or model.generation_config, "pad_token_id", None)
+            pad = getattr(given.get("generation_config") or self.model.generation_config, "pad_token_id", None)
         return join_generated(parts, groups, pad)
 
     # ---------------------------------------------------------------- files
