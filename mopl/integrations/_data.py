@@ -1,7 +1,7 @@
 """What trainers are given, as lists of tokens; and batches as the dictionaries of tensors that trainers pass around.
 
-Three things may stand beside a list: precomputed log-probabilities of the reference, weights of the objectives and
-β of its own. They come from columns of a data set's rows and end as entries of the batch.
+Log-probabilities of the reference, weights of the objectives and β of its own may stand beside a list. They come from
+columns of a data set's rows and end as entries of the batch.
 """
 
 from __future__ import annotations
@@ -31,29 +31,16 @@ SIDES = ("chosen", "rejected")
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """One list of tokens and what stands beside it.
-
-    Attributes:
-        tokens: The list.
-        reference: (K,) float32, log-probabilities under the reference in nats.
-        weights: (m,) its own w.
-        beta: (m,) its own β.
-    """
+    """One list of tokens and what stands beside it, if anything does."""
 
     tokens: TokenizedList
-    reference: np.ndarray | None = None
-    weights: np.ndarray | None = None
-    beta: np.ndarray | None = None
+    reference: np.ndarray | None = None  # (K,) float32, log-probabilities under the reference in nats
+    weights: np.ndarray | None = None  # (m,) its own w
+    beta: np.ndarray | None = None  # (m,) its own β
 
 
 class Examples(torch.utils.data.Dataset):
-    """Lists of tokens for m objectives; the data set that the trainers run on.
-
-    Args:
-        lists: The lists.
-        objectives: Names.
-        rows: Rows of the data set, whose number a list's `index` is; by default there are as many as lists.
-    """
+    """The data set that the trainers run on: lists of tokens for m objectives, made of so many `rows`."""
 
     def __init__(self, lists: Sequence[Example], objectives: Sequence[str], *, rows: int | None = None) -> None:
         if len(lists) == 0:
@@ -99,16 +86,7 @@ def examples_of(
     template: str = "auto",
     on_error: OnError = "raise",
 ) -> Examples:
-    """Turn what a trainer was given into lists of tokens.
-
-    Args:
-        data: `PreferenceData`, a sequence of `PreferenceList`, `TokenizedData`, or rows (a `datasets.Dataset` or a
-            list of dictionaries) in TRL's preference format or any format of `mopl.language_models.readers`.
-        processing_class: The tokenizer; not needed for `TokenizedData`.
-        objectives: Names and order of the objectives. In TRL's format they name label columns, see `labels_of_pair`.
-        max_length: Most tokens of prompt and response.
-        template: See `ListTokenizer`.
-        on_error: `"raise"` refuses data with rows that cannot be used, `"skip"` leaves them out with a warning.
+    """Turn what a trainer was given into lists of tokens; see `MultiObjectiveTrainer` for the arguments.
 
     Raises:
         TypeError: If the data is of another kind.
@@ -139,8 +117,13 @@ def examples_of(
     return Examples([Example(item, **extra[item.index]) for item in tokens], tokens.objectives, rows=len(lists))
 
 
+def is_rows(data: Any) -> bool:
+    """Say whether data are a sequence of rows that can be counted, not a stream, a name or a mapping."""
+    return not isinstance(data, (str, Mapping)) and hasattr(data, "__len__") and hasattr(data, "__getitem__")
+
+
 def _rows(data: Any) -> Sequence[Any]:
-    if isinstance(data, (str, Mapping)) or not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
+    if not is_rows(data):
         raise TypeError(
             f"the data set is a {type(data).__name__} but must be PreferenceData, TokenizedData, a datasets.Dataset or "
             "a list of rows; of a stream, take the rows that the training needs (max_steps times those of a step): "
@@ -264,40 +247,19 @@ def _beside(row: Mapping[str, Any], objectives: int, number: int) -> dict[str, A
 
 @dataclass(frozen=True, eq=False)
 class Extras:
-    """What stands beside the lists of a batch.
+    """What stands beside the lists of a batch."""
 
-    Attributes:
-        reference: (B, K) float32, 0 where no response is.
-        weights: (B, m).
-        beta: (B, m).
-    """
-
-    reference: Tensor | None = None
-    weights: Tensor | None = None
-    beta: Tensor | None = None
+    reference: Tensor | None = None  # (B, K) float32, 0 where no response is
+    weights: Tensor | None = None  # (B, m)
+    beta: Tensor | None = None  # (B, m)
 
 
-# A tensor with one row a list comes first: trainers read the size of a batch from the first entry.
-_FIELDS = {
-    "list_mask": "mask",
-    "list_labels": "labels",
-    "label_mask": "label_mask",
-    "objective_mask": "objective_mask",
-    "list_index": "index",
-    "list_number": "lists",
-    "list_order": "order",
-}
-_EXTRAS = {"list_reference": "reference", WEIGHTS: "weights", BETA: "beta"}
-# "labels" would be taken for targets of a language model by transformers.
-_TOKEN_LABELS = "token_labels"
+_FIELDS = tuple(entry.name for entry in dataclasses.fields(ListBatch) if entry.name != "inputs")
+_EXTRAS = tuple(entry.name for entry in dataclasses.fields(Extras))
 
 
 class ExampleCollator:
-    """Makes the dictionary of a batch; `batch_of` reads it.
-
-    Args:
-        collator: How lists are arranged.
-    """
+    """Makes the dictionary of a batch, whose lists a `ListCollator` arranges; `batch_of` reads it."""
 
     def __init__(self, collator: ListCollator) -> None:
         self.collator = collator
@@ -309,11 +271,9 @@ class ExampleCollator:
             ValueError: If only some lists have a reference, weights or β of their own.
         """
         batch = self.collator([example.tokens for example in examples])
-        flat: dict[str, Any] = {}
-        for key, name in _FIELDS.items():
-            if getattr(batch, name) is not None:
-                flat[key] = getattr(batch, name)
-        for key, name in _EXTRAS.items():
+        # A tensor with one row a list comes first: trainers read the size of a batch from the first entry.
+        flat = {f"list_{name}": value for name in _FIELDS if (value := getattr(batch, name)) is not None}
+        for name in _EXTRAS:
             values = [getattr(example, name) for example in examples]
             if all(value is None for value in values):
                 continue
@@ -323,10 +283,9 @@ class ExampleCollator:
             padded = np.zeros((len(values), width), dtype=np.float32)
             for row, value in enumerate(values):
                 padded[row, : len(value)] = value
-            flat[key] = torch.from_numpy(padded)
-        for key, value in batch.inputs.items():
-            flat[_TOKEN_LABELS if key == "labels" else key] = value
-        return flat
+            flat[f"list_{name}"] = torch.from_numpy(padded)
+        # "labels" would be taken for targets of a language model by transformers.
+        return flat | {"token_labels" if key == "labels" else key: value for key, value in batch.inputs.items()}
 
 
 def batch_of(inputs: Mapping[str, Any]) -> tuple[ListBatch, Extras]:
@@ -335,11 +294,10 @@ def batch_of(inputs: Mapping[str, Any]) -> tuple[ListBatch, Extras]:
     Raises:
         ValueError: If the dictionary has another maker.
     """
-    missing = [key for key in _FIELDS if key not in inputs and key != "list_order"]
+    missing = [f"list_{name}" for name in _FIELDS if f"list_{name}" not in inputs and name != "order"]
     if missing:
         raise ValueError(f"the batch has no {', '.join(missing)}; leave data_collator out, or pass a ListCollator")
-    parts: dict[str, Any] = {name: inputs.get(key) for key, name in _FIELDS.items()}
-    known = {*_FIELDS, *_EXTRAS, _TOKEN_LABELS}
-    tokens = {key: value for key, value in inputs.items() if key not in known}
-    tokens["labels"] = inputs[_TOKEN_LABELS]
-    return ListBatch(inputs=tokens, **parts), Extras(**{name: inputs.get(key) for key, name in _EXTRAS.items()})
+    lists, beside = ({name: inputs.get(f"list_{name}") for name in names} for names in (_FIELDS, _EXTRAS))
+    tokens = {key: value for key, value in inputs.items() if not key.startswith("list_")}
+    tokens["labels"] = tokens.pop("token_labels")
+    return ListBatch(inputs=tokens, **lists), Extras(**beside)

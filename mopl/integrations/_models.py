@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import os
 from dataclasses import dataclass
@@ -44,6 +43,11 @@ class Conditions:
         forward = type(model).forward
         names, beta = inspect.signature(forward).parameters, renamed_parameter(forward, "objective_temperature", "beta")
         return cls("weights" in names, beta if beta in names else None)
+
+    def keywords(self, batch: ListBatch, weights: Any, beta: Any) -> dict[str, Tensor]:
+        """Return that of a batch, one row a sequence, from w and β of its lists, (B, m) each."""
+        of_lists = ({"weights": weights} if self.weights else {}) | ({self.beta: beta} if self.beta else {})
+        return {name: value[batch.index[:, 0]] for name, value in of_lists.items()}
 
 
 def prepare_model(model: Any, peft_config: Any = None, model_init_kwargs: dict[str, Any] | None = None) -> Any:
@@ -98,42 +102,6 @@ def prepare_model(model: Any, peft_config: Any = None, model_init_kwargs: dict[s
         )
     fuse(causal_lm_of(model))
     return model
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout of a model to 0."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-
-
-def frozen_copy(model: nn.Module) -> nn.Module:
-    """Return a copy that is never trained, to be the reference of a model that cannot be its own."""
-    reference = copy.deepcopy(model)
-    return reference.requires_grad_(False).eval()
-
-
-def is_own_reference(model: nn.Module) -> bool:
-    """Say whether a model can become its reference: see `mopl.language_models.adapter_reference`."""
-    return isinstance(model, HyperPromptModel) or is_peft(model)
-
-
-def model_keywords(
-    batch: ListBatch,
-    conditions: Conditions | None = None,
-    weights: Tensor | None = None,  # (B, m)
-    beta: Tensor | None = None,  # (B, m)
-) -> dict[str, Any]:
-    """Return what a model's forward takes beside text, one row a sequence."""
-    rows = batch.index[:, 0]
-    options: dict[str, Any] = {}
-    if conditions is not None and conditions.weights:
-        assert weights is not None
-        options["weights"] = weights[rows]
-    if conditions is not None and conditions.beta is not None:
-        assert beta is not None
-        options[conditions.beta] = beta[rows]
-    return options
 
 
 def load_hyper_prompt(model: HyperPromptModel, folder: str | Path) -> None:

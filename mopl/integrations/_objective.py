@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mopl import losses
+from mopl._extras import require
 from mopl._renamed import renamed_parameter
 from mopl.experiments.cos_dpo import scalarized
 from mopl.integrations._pair_loss import PairLoss
@@ -22,30 +24,17 @@ ListLoss = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Measured:
-    """What a batch gave.
+    """What a batch gave. Its pairs are those of responses with different labels."""
 
-    Attributes:
-        vector: (B, m), the loss of each list and objective, without weights.
-        value: (B,), the scalarised loss.
-        correct: (B, m), how many pairs of responses are ordered as their labels.
-        pairs: (B, m), how many pairs have different labels.
-        margin: (B, m), the sum over these pairs of β times the difference of their log-ratios.
-        log_ratio: (B,), mean over responses of log(policy / reference), or of the scores without a reference.
-        rewards: Two of (B, m), the sums over these pairs of β times the log-ratio of the preferred response, and of the
-            other.
-        logps: The same of their log-probabilities.
-        router: The auxiliary loss of a mixture of experts, without its coefficient.
-    """
-
-    vector: Tensor
-    value: Tensor
-    correct: Tensor
-    pairs: Tensor
-    margin: Tensor
-    log_ratio: Tensor
-    rewards: tuple[Tensor, Tensor]
-    logps: tuple[Tensor, Tensor]
-    router: Tensor | None = None
+    vector: Tensor  # (B, m), the loss of each list and objective, without weights
+    value: Tensor  # (B,), the scalarised loss
+    correct: Tensor  # (B, m), how many pairs are ordered as their labels
+    pairs: Tensor  # (B, m), how many there are
+    margin: Tensor  # (B, m), the sum over them of β times the difference of their log-ratios
+    log_ratio: Tensor  # (B,), mean over responses of log(policy / reference), or of the scores without a reference
+    rewards: tuple[Tensor, Tensor]  # (B, m), sums over pairs of β times the log-ratio: of the preferred, of the other
+    logps: tuple[Tensor, Tensor]  # the same of log-probabilities
+    router: Tensor | None = None  # the auxiliary loss of a mixture of experts, without its coefficient
 
 
 class Objective:
@@ -88,7 +77,14 @@ class Objective:
             if scored.confidence is not None:
                 vector = vector * scored.confidence
             vector = torch.where(batch.objective_mask, vector, 0.0)
-            value = self.scalarized(vector, weights * batch.objective_mask)
+            settings = self.settings
+            value = scalarized(
+                vector,
+                weights * batch.objective_mask,
+                how=settings.scalarization,  # type: ignore[arg-type]
+                penalty=settings.cosine_penalty,
+                penalty_sign=settings.cosine_sign,  # type: ignore[arg-type]
+            )
             if scored.router is not None:
                 value = value + scored.router_coefficient * scored.router
             with torch.no_grad():
@@ -109,13 +105,6 @@ class Objective:
                     router=scored.router,
                 )
 
-    def scalarized(self, vector: Tensor, weights: Tensor) -> Tensor:  # (B, m), (B, m) -> (B,)
-        """Return one number a list."""
-        settings = self.settings
-        how: Any = settings.scalarization
-        sign: Any = settings.cosine_sign
-        return scalarized(vector, weights, how=how, penalty=settings.cosine_penalty, penalty_sign=sign)
-
     def _vector(
         self, scores: Tensor, scored: Scored, batch: ListBatch, beta: Tensor, reference: Tensor | None
     ) -> Tensor:
@@ -134,26 +123,21 @@ class Objective:
                 tokens=scored.tokens,
                 likelihood=scored.likelihood,
             )
-        options: dict[str, Any] = {"reduction": "none"}
-        if not self.partial:
-            options[self.name_of_beta] = beta
-            vector = self.loss(scores, batch.labels, reference=reference, mask=batch.mask, **options)
-            return _checked(vector, (batch.labels.shape[0], batch.labels.shape[1]))
-        alone, labels, mask = by_objective(scores, batch)
-        shape = (batch.labels.shape[0], batch.labels.shape[1])
-        base = None if reference is None else by_objective(reference, batch)[0]
-        options[self.name_of_beta] = beta.expand(shape).reshape(-1, 1)
-        vector = self.loss(alone, labels, reference=base, mask=mask, **options)
-        return _checked(vector, (shape[0] * shape[1], 1)).reshape(shape)
-
-
-def _checked(vector: Tensor, shape: tuple[int, int]) -> Tensor:
-    if tuple(vector.shape) != shape:
-        raise ValueError(
-            f"loss gave a tensor of shape {tuple(vector.shape)} but must give {shape}, one value for each list and "
-            "objective, when it is called with reduction='none'"
-        )
-    return vector
+        shape = wanted = tuple(batch.objective_mask.shape)  # (B, m)
+        labels, mask = batch.labels, batch.mask
+        if self.partial:  # every objective of every list is a list of its own
+            wanted = (shape[0] * shape[1], 1)
+            reference = None if reference is None else by_objective(reference, batch)[0]
+            scores, labels, mask = by_objective(scores, batch)
+            beta = beta.expand(shape).reshape(wanted)
+        options: dict[str, Any] = {self.name_of_beta: beta, "reduction": "none"}
+        vector = self.loss(scores, labels, reference=reference, mask=mask, **options)
+        if tuple(vector.shape) != wanted:
+            raise ValueError(
+                f"loss gave a tensor of shape {tuple(vector.shape)} but must give {wanted}, one value for each list "
+                "and objective, when it is called with reduction='none'"
+            )
+        return vector.reshape(shape)
 
 
 def preferred(batch: ListBatch) -> Tensor:
@@ -169,11 +153,7 @@ def by_side(values: Tensor, better: Tensor) -> tuple[Tensor, Tensor]:  # (B, K),
 
 
 class Totals:
-    """Sums of what batches gave since they were last read; adding to them does not wait for a GPU.
-
-    Args:
-        objectives: Names.
-    """
+    """Sums of what batches gave since they were last read; adding to them does not wait for a GPU."""
 
     def __init__(self, objectives: Sequence[str]) -> None:
         self.objectives = tuple(objectives)
@@ -184,16 +164,12 @@ class Totals:
         """Add a batch."""
         with torch.no_grad():
             count = objective_mask.float()
-            by_objective = [measured.vector, count, measured.correct, measured.pairs, measured.margin]
-            columns = [column.sum(0) for column in (*by_objective, *measured.rewards, *measured.logps)]
-            router = measured.log_ratio.new_zeros(()) if measured.router is None else measured.router
-            rest = [
-                measured.log_ratio.sum(),
-                torch.ones_like(measured.log_ratio).sum(),
-                router,
-                torch.ones_like(router),
-            ]
-            row = torch.cat([*columns, torch.stack(rest)]).detach().float()
+            of_objectives = [measured.vector, count, measured.correct, measured.pairs, measured.margin]
+            columns = [column.sum(0) for column in (*of_objectives, *measured.rewards, *measured.logps)]
+            ratio = measured.log_ratio
+            router = ratio.new_zeros(()) if measured.router is None else measured.router
+            rest = torch.stack([ratio.sum(), torch.ones_like(ratio).sum(), router, torch.ones_like(router)])
+            row = torch.cat([*columns, rest]).detach().float()
             self._has_router = measured.router is not None
             self._sums = row if self._sums is None else self._sums + row
 
@@ -230,3 +206,47 @@ def trl_metrics(
         "logps/chosen": chosen / pairs,
         "logps/rejected": rejected / pairs,
     }
+
+
+def grid_table(points: Sequence[Measured]) -> Tensor:
+    """Return what a batch gave at each of n points, in one tensor that processes can gather: (B, n, 7 m + 1)."""
+    rows = [[each.vector, each.correct, each.pairs, *each.rewards, *each.logps, each.value[:, None]] for each in points]
+    return torch.stack([torch.cat([part.float() for part in row], 1) for row in rows], 1)
+
+
+def grid_metrics(
+    prediction: Any, grid: Tensor, objectives: Sequence[str], user_metrics: Any = None
+) -> dict[str, float]:
+    """Return means over lists by name, and what a user's `compute_metrics` gives.
+
+    Args:
+        prediction: An `EvalPrediction` of tables (L, n, 7 m + 1) and of which objectives count (L, m).
+        grid: (n, m).
+        objectives: Names.
+        user_metrics: That `compute_metrics`, or None.
+    """
+    table, mask = np.asarray(prediction.predictions, dtype=np.float64), np.asarray(prediction.label_ids)
+    m = len(objectives)
+    loss, correct, pairs = (table[..., n * m : (n + 1) * m] for n in range(3))  # (L, n, m)
+    count = np.maximum(mask.sum(0), 1)
+    losses = loss.sum(0) / count  # (n, m)
+    accuracies = correct.sum(0) / np.maximum(pairs.sum(0), 1)
+    found: dict[str, float] = {"loss": float(table[..., -1].mean())}
+    for j, name in enumerate(objectives):
+        found[f"{name}_loss"] = float(losses[:, j].mean())
+        found[f"{name}_accuracy"] = float(accuracies[:, j].mean())
+    for n, point in enumerate(grid.tolist()):
+        at = ",".join(f"{x:.2f}" for x in point)
+        found[f"loss@{at}"] = float(table[:, n, -1].mean())
+        for j, name in enumerate(objectives):
+            found[f"{name}_loss@{at}"] = float(losses[n, j])
+            found[f"{name}_accuracy@{at}"] = float(accuracies[n, j])
+    found |= trl_metrics(pairs.sum(), correct.sum(), *(table[..., k * m : (k + 1) * m].sum() for k in range(3, 7)))
+    if user_metrics is not None:
+        require("transformers")
+        from transformers import EvalPrediction
+
+        each = np.divide(correct, pairs, out=np.zeros_like(correct), where=pairs > 0)
+        tables: Any = (loss, each)
+        found |= user_metrics(EvalPrediction(predictions=tables, label_ids=mask))
+    return found

@@ -10,34 +10,23 @@ from torch import Tensor, nn
 
 from mopl.conditioning.causal_lm import text_config
 from mopl.conditioning.weighted import causal_lm_of
-from mopl.integrations._models import Conditions, model_keywords
+from mopl.integrations._models import Conditions
 from mopl.integrations._options import default_of
 from mopl.language_models.collate import ListBatch, to_lists
-from mopl.language_models.head import IGNORE_INDEX, FusedOutput, score_sequences
+from mopl.language_models.head import IGNORE_INDEX, SequenceScores, score_sequences
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What one forward pass over a batch gave.
+    """What one forward pass over a batch gave."""
 
-    Attributes:
-        scores: (B, K) sums over tokens of log-probabilities in nats, weighted if `ld_alpha` is set.
-        lengths: (B, K) numbers of tokens that are scored.
-        tokens: (B, K) numbers of tokens: one more where nothing stands before a response, whose first token then has
-            no score.
-        likelihood: (B, K) the sums without weights, where the scores have some.
-        confidence: (B, 1) by what the losses of a pair are multiplied (WPO).
-        router: The auxiliary loss of a mixture of experts.
-        router_coefficient: Its factor in the loss.
-    """
-
-    scores: Tensor
-    lengths: Tensor
-    tokens: Tensor
-    likelihood: Tensor | None = None
-    confidence: Tensor | None = None
-    router: Tensor | None = None
-    router_coefficient: float = 0.0
+    scores: Tensor  # (B, K) sums over tokens of log-probabilities in nats, weighted if `ld_alpha` is set
+    lengths: Tensor  # (B, K) numbers of tokens that are scored
+    tokens: Tensor  # (B, K) of all tokens; the first of a response that nothing stands before has no score
+    likelihood: Tensor | None = None  # (B, K) the sums without weights, where the scores have some
+    confidence: Tensor | None = None  # (B, 1) by what the losses of a pair are multiplied (WPO)
+    router: Tensor | None = None  # the auxiliary loss of a mixture of experts
+    router_coefficient: float = 0.0  # its factor in the loss
 
 
 @dataclass(frozen=True)
@@ -93,10 +82,10 @@ class Scoring:
         beta: Tensor | None = None,  # (B, m)
     ) -> Scored:
         """Score a batch with a model, which is called as it is given: DDP, FSDP and the like see their own forward."""
-        keywords = model_keywords(batch, conditions, weights, beta)
+        keywords = {} if conditions is None else conditions.keywords(batch, weights, beta)
         asked = {"output_router_logits": True} if self.router else {}
         found = score_sequences(model, batch.inputs, **keywords, **asked)
-        scores, lengths = self._weighed(found.output, found.scores, found.lengths, batch)
+        scores, lengths = self._weighed(found, batch)
         confidence = router = None
         if self.weighting:
             # log Σ p² = lse(2 z) - 2 lse(z) and log p = z - lse(z), so log p - log Σ p² is the log-probability at
@@ -118,21 +107,20 @@ class Scoring:
 
     def reference(self, model: nn.Module, batch: ListBatch) -> Tensor:
         """Return the scores (B, K) of a reference."""
-        found = score_sequences(model, batch.inputs, **model_keywords(batch))
-        return self._weighed(found.output, found.scores, found.lengths, batch)[0]
+        return self._weighed(score_sequences(model, batch.inputs), batch)[0]
 
-    def _weighed(
-        self, output: FusedOutput, sums: Tensor, counts: Tensor, batch: ListBatch
-    ) -> tuple[Tensor, Tensor]:  # (N, T), (N,), (N,) -> (B, K), (B, K)
-        lengths = to_lists(counts.to(sums.dtype), batch)
+    def _weighed(self, found: SequenceScores, batch: ListBatch) -> tuple[Tensor, Tensor]:  # (B, K), (B, K)
+        """Return scores and lengths."""
+        lengths = to_lists(found.lengths.to(found.scores.dtype), batch)
         if self.ld_alpha is None:
-            return to_lists(sums, batch), lengths
+            return to_lists(found.scores, batch), lengths
+        log_probs = found.output.log_probs  # (N, T)
         shared = torch.where(batch.mask, lengths, torch.inf).amin(-1)[batch.index[:, 0]]  # (N,)
-        counted = torch.zeros_like(output.log_probs)
+        counted = torch.zeros_like(log_probs)
         counted[:, :-1] = batch.inputs["labels"][:, 1:] != IGNORE_INDEX
         beyond = counted.cumsum(-1) > shared[:, None]
         kept = torch.where(beyond, self.ld_alpha, 1.0) * counted
-        return to_lists((output.log_probs * kept).sum(-1), batch), lengths
+        return to_lists((log_probs * kept).sum(-1), batch), lengths
 
 
 def _tokens(batch: ListBatch) -> Tensor:

@@ -12,6 +12,8 @@ from torch import Tensor
 from mopl._arguments import check_choice
 from mopl._renamed import deprecated
 from mopl.conditioning.sampling import check_weights, sample_betas, sample_weights
+from mopl.integrations._models import Conditions
+from mopl.pareto.grid import weight_grid
 
 LIST_LOSSES = ("listwise_dpo", "plackett_luce", "pairwise_logistic", "lambda_loss", "approx_ndcg")
 SCALARIZATIONS = ("linear", "chebyshev", "smooth_chebyshev")
@@ -100,27 +102,19 @@ class TradeOffs:
     Args:
         settings: The settings.
         objectives: m.
+        conditions: What the model takes.
         beta: β where neither the settings nor the data have others.
         seed: Seed of the draws.
-        conditioned: Whether the model takes weights.
-        takes_beta: Whether the model takes β.
 
     Raises:
         ValueError: If the number of weights or betas is not m, or a box is there without a model that takes it.
     """
 
     def __init__(
-        self,
-        settings: ObjectiveArguments,
-        objectives: int,
-        *,
-        beta: float,
-        seed: int,
-        conditioned: bool,
-        takes_beta: bool,
+        self, settings: ObjectiveArguments, objectives: int, conditions: Conditions, *, beta: float, seed: int
     ) -> None:
         self.settings, self.objectives, self.seed = settings, objectives, seed
-        self.conditioned, self.takes_beta = conditioned, takes_beta
+        self.conditioned, takes_beta = conditions.weights, conditions.beta is not None
         if takes_beta and settings.beta_low is None:
             raise ValueError("the model is conditioned on β; pass the box beta_low and beta_high")
         if not takes_beta and settings.beta_low is not None:
@@ -135,12 +129,11 @@ class TradeOffs:
         if not all(math.isfinite(value) and value > 0 for value in beta_of_each):
             raise ValueError(f"beta is {beta_of_each} but must be positive")
         # (1, 1) where all objectives share one: then one softmax serves them all.
-        shared = torch.tensor([[beta]]) if given is None else torch.tensor([given], dtype=torch.float32)
-        self.beta: Tensor = shared
-        self.fixed: Tensor | None = None
+        self.beta = torch.tensor([[beta]] if given is None else [given], dtype=torch.float32)
+        self.fixed: Tensor | None = None  # (m,)
         if settings.objective_weights is not None:
             self.fixed = check_weights(settings.objective_weights, objectives, name="objective_weights").float()
-        elif not conditioned:
+        elif not self.conditioned:
             self.fixed = torch.full((objectives,), 1.0 / objectives)
 
     def draw(self, step: int, offset: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,19 +149,43 @@ class TradeOffs:
         if self.fixed is None:
             weights = sample_weights(m, rows, settings.concentration, seed=self.seed, step=step)[chosen]
         else:
-            weights = self.fixed[None]
+            weights = self.fixed
         weights = weights.expand(count, m)
         if settings.beta_low is None or settings.beta_high is None:
             return weights, self.beta, self.beta.expand(count, m)
         drawn = sample_betas(m, rows, settings.beta_low, settings.beta_high, seed=self.seed, step=step)
-        seen = drawn.beta[chosen].expand(count, m)
-        return weights, drawn.normalized[chosen].expand(count, m), seen
+        return weights, drawn.normalized[chosen].expand(count, m), drawn.beta[chosen].expand(count, m)
 
     def at(self, weights: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return the same three for one w (m,); a box of β is represented by its middle."""
-        settings, m = self.settings, self.objectives
-        weights = weights.float().expand(count, m)
+        settings, shape = self.settings, (count, self.objectives)
+        weights = weights.float().expand(shape)
         if settings.beta_low is None or settings.beta_high is None:
-            return weights, self.beta, self.beta.expand(count, m)
-        middle = torch.full((count, m), 0.5 * (settings.beta_low + settings.beta_high))
+            return weights, self.beta, self.beta.expand(shape)
+        middle = torch.full(shape, 0.5 * (settings.beta_low + settings.beta_high))
         return weights, middle / middle.sum(-1, keepdim=True), middle
+
+    def grid(self, points: int | None, given: Any = None) -> Tensor:  # (n, m)
+        """Return the weights that an evaluation measures; of a model without weights those that it trains for.
+
+        Args:
+            points: The number of points that was asked for, if any.
+            given: The points themselves, if they were.
+
+        Raises:
+            ValueError: If there are several points for a model whose scores are the same at each.
+        """
+        m = self.objectives
+        if not self.conditioned and points is None and given is None:
+            assert self.fixed is not None
+            return self.fixed.reshape(1, m)
+        grid = weight_grid(m, points, density="coarse") if given is None else check_weights(given, m)
+        grid = grid.float().reshape(-1, m)
+        if not self.conditioned and len(grid) > 1:
+            name = "eval_points" if given is None else "eval_weights"
+            raise ValueError(
+                f"{name} asks for {len(grid)} trade-offs, but the model takes no weights, so that it is the same "
+                f"model at each of them; leave {name} out to measure it at those it trains for, or pass one point, or "
+                "a model that takes weights, such as a HyperPromptModel"
+            )
+        return grid

@@ -21,6 +21,7 @@ from mopl.integrations._scores import Scoring
 from mopl.integrations._settings import ObjectiveArguments
 from mopl.language_models.adapter_reference import OwnReference
 from mopl.language_models.collate import ListCollator
+from mopl.language_models.tokenization import pad_token
 from mopl.losses import approx_ndcg, lambda_loss, listwise_dpo
 from mopl.training.parallel import distribution_of
 from mopl.training.precision import rounding_of
@@ -29,11 +30,7 @@ from mopl.training.precision import rounding_of
 def write_record(
     model: HyperPromptModel, objectives: tuple[str, ...], settings: ObjectiveArguments, beta: float, reference: str
 ) -> None:
-    """Note in a model what its weights mean, for `save_pretrained`.
-
-    Raises:
-        ValueError: If it is for other objectives.
-    """
+    """Note in a model what its weights mean, for `save_pretrained`; raise if it is for other objectives."""
     record = model.record
     unnamed = tuple(f"objective_{j + 1}" for j in range(len(record.objectives)))
     if len(record.objectives) != len(objectives) or record.objectives not in (unnamed, objectives):
@@ -108,11 +105,7 @@ def check_fit(
 
 
 def check_labels(loss: Any, sets: Sequence[Examples]) -> None:
-    """Raise if a loss of shares or gains is given negative labels; losses of the caller's own judge for themselves.
-
-    Raises:
-        ValueError: Naming the row, the objective and the remedy.
-    """
+    """Raise if a loss of shares or gains is given negative labels; losses of the caller's own judge for themselves."""
     function, options = (loss.func, loss.keywords) if isinstance(loss, functools.partial) else (loss, {})
     shares = function is listwise_dpo and options.get("normalize", "l1") == "l1"
     gains = function is approx_ndcg or (function is lambda_loss and options.get("normalize", False))
@@ -177,19 +170,13 @@ def reference_name(own: OwnReference | None, ref_model: Any) -> str:
 def default_collator(args: Any, processing_class: Any, sets: Sequence[Examples]) -> ListCollator:
     multiple = getattr(args, "pad_to_multiple_of", None)
     packed = getattr(args, "padding_free", False)
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    tokens = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
-    token = next((token for token in tokens if token is not None), 0)
+    pad = pad_token(getattr(processing_class, "tokenizer", processing_class))
     some = any(_partly_labelled(example) for value in sets for example in value.lists)
-    return ListCollator(packed=packed, pad_id=token, pad_to_multiple_of=multiple, partial="keep" if some else "drop")
+    return ListCollator(packed=packed, pad_id=pad, pad_to_multiple_of=multiple, partial="keep" if some else "drop")
 
 
 def check_model_rows(model: Any, collator: ListCollator, accelerator: Any) -> None:
-    """Raise where a model cannot take the rows of a training. A sharded model says so in its first step.
-
-    Raises:
-        UnsupportedModelError: With the reason and the remedy.
-    """
+    """Raise where a model cannot take the rows of a training. A sharded model says so in its first step."""
     if distribution_of(accelerator) not in SHARDED:
         check_rows(causal_lm_of(model), packed=collator.packed, virtual=isinstance(model, HyperPromptModel))
 
@@ -197,13 +184,3 @@ def check_model_rows(model: Any, collator: ListCollator, accelerator: Any) -> No
 def _partly_labelled(example: Example) -> bool:
     missing = example.tokens.labels != example.tokens.labels  # NaN
     return bool((missing.any(-1) & ~missing.all(-1)).any())
-
-
-def with_width(collator: ListCollator, width: int) -> ListCollator:
-    return ListCollator(
-        packed=collator.packed,
-        padding_side=collator.padding_side,  # type: ignore[arg-type]
-        pad_id=collator.pad_id,
-        pad_to_multiple_of=collator.pad_to_multiple_of,
-        width=width,
-    )

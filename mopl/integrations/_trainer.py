@@ -1,25 +1,153 @@
-"""What `transformers.Trainer` does beside the loss and checkpoints, for lists: samplers."""
+"""What `transformers.Trainer` does beside the loss, for lists: the reference of a training, checkpoints, samplers."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from mopl._extras import require
 
-require("transformers", what="mopl.integrations.transformers")
+require("transformers", "accelerate", what="mopl.integrations.transformers")
+from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from mopl.integrations._data import Examples
-from mopl.integrations._references import ReferenceTrainer
+from mopl._files import write_file
+from mopl._restoring import evaluating
+from mopl.conditioning.hyper_prompt_model import HyperPromptModel
+from mopl.integrations._data import ExampleCollator, Examples, Extras, batch_of
+from mopl.integrations._models import check_sharding, is_peft, load_hyper_prompt
+from mopl.integrations._scores import Scoring
+from mopl.integrations._settings import ObjectiveArguments
+from mopl.integrations._setup import check_reference
+from mopl.language_models.adapter_reference import OwnReference, check_same_reference, checksum, write_reference
+from mopl.language_models.collate import ListBatch
 
 
-class ListTrainer(ReferenceTrainer):
-    """A `Trainer` whose data sets are `Examples`."""
+class ListTrainer(Trainer):
+    """A `Trainer` of lists that has a reference, and knows the checkpoints of a `HyperPromptModel`."""
 
+    model: Any
+    ref_model: Any
+    data_collator: Any
+    settings: ObjectiveArguments
+    scoring: Scoring
+    own: OwnReference | None = None  # the reference that the policy carries in itself, if no other model is it
+    reference_is: str | None = None  # what tells it from others; None where it is a model that the user passed
     row_lengths: Sequence[int] | None = None  # a data set's own column of lengths
+    _precompute: bool
+
+    # ---------------------------------------------------------------- reference
+
+    def choose_reference(self, model: Any, ref_model: Any, adapter: str | None, added: bool, given: bool) -> Any:
+        """Choose the reference of a training; return it where it is a model of its own, else None.
+
+        The policy's adapters were `added` by the trainer; the data have (`given`) the reference's log-probabilities.
+        """
+        check_reference(model, ref_model, adapter, self.settings.reference_free)
+        if ref_model is not None or self.settings.reference_free:
+            return ref_model
+        if adapter is not None or isinstance(model, HyperPromptModel) or is_peft(model):
+            self.own = OwnReference(model, adapter=adapter, added=added)
+        if given:
+            return None
+        if self.own is not None:
+            self.reference_is = self.own.fingerprint(model)
+            return None
+        self.reference_is = f"model {checksum(model.named_parameters())}"
+        return None if self._precompute else copy.deepcopy(model)
+
+    def check_reference_placement(self, ref_model: Any) -> None:
+        """Raise where the reference would have to be sharded; give all processes the same one."""
+        within = self.own is not None and self.own.kind != "base" and not self._precompute
+        if isinstance(self.model, HyperPromptModel) or ref_model is not None or within:
+            check_sharding(self.accelerator)
+        if self.own is not None:
+            self.own.spread(self.accelerator)
+
+    @torch.no_grad()
+    def _reference(self, model: nn.Module, batch: ListBatch, extras: Extras) -> Any:
+        """Return the reference's scores (B, K), or None where the loss has no reference."""
+        if self.settings.reference_free:
+            return None
+        if extras.reference is not None:
+            return extras.reference
+        if self.ref_model is not None:
+            return self.scoring.reference(self.ref_model, batch)
+        if self.own is None and self.state.global_step > 0:
+            raise ValueError("the data has no reference log-probabilities and there is no ref_model to compute them")
+        inner = self.accelerator.unwrap_model(model)
+        with evaluating(inner) if self.own is None else self.own.active(inner):
+            return self.scoring.reference(model, batch)
+
+    def _with_reference(self, data: Examples, batch_size: int) -> Examples:
+        """Return data with the reference's log-probabilities beside each list, where they are to be computed once."""
+        if not self._precompute or data.has_reference:
+            return data
+        if self.ref_model is None and self.own is None and self.state.global_step > 0:
+            raise ValueError(
+                "the reference's log-probabilities of a new data set cannot be computed after training has begun, "
+                "because the model was its own reference; pass the data as eval_dataset, or pass ref_model"
+            )
+        collator = copy.copy(self.data_collator.collator)
+        collator.width = data.width
+        loader = torch.utils.data.DataLoader(
+            data,
+            batch_size=getattr(self.args, "precompute_ref_batch_size", None) or batch_size,
+            collate_fn=ExampleCollator(collator),
+            num_workers=self.args.dataloader_num_workers,
+        )
+        found = []
+        for inputs in self.accelerator.prepare(loader):
+            batch, _ = batch_of(self._prepare_inputs(inputs))
+            with self.accelerator.autocast():
+                reference = self._reference(self.model, batch, Extras())
+            gathered: Any = self.accelerator.gather_for_metrics(reference)
+            found.append(gathered.cpu())
+        return data.with_reference(torch.cat(found))
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            write_reference(folder, self.reference_is)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        adapter = None if self.own is None else self.own.adapter
+        if not isinstance(self.model, HyperPromptModel) and adapter is None:
+            return super()._save(output_dir, state_dict)
+        folder = output_dir if output_dir is not None else self.args.output_dir
+        assert folder is not None
+        if not self.args.should_save:
+            return
+        if isinstance(self.model, HyperPromptModel):
+            self.model.save_pretrained(folder)
+        else:  # the reference is no policy, and no part of what was trained
+            trained = [name for name in self.model.peft_config if name != adapter]
+            self.model.save_pretrained(folder, state_dict=state_dict, selected_adapters=trained)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        write_file(Path(folder) / "training_args.bin", lambda path: torch.save(self.args, path))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        check_same_reference(Path(resume_from_checkpoint), self.reference_is)
+        if not isinstance(self.model, HyperPromptModel):
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_hyper_prompt(self.model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if not isinstance(self.model, HyperPromptModel):
+            return super()._load_best_model()
+        assert self.state.best_model_checkpoint is not None
+        load_hyper_prompt(self.model, self.state.best_model_checkpoint)
+
+    # ---------------------------------------------------------------- training and samplers
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, as `Trainer` does it.
@@ -33,8 +161,6 @@ class ListTrainer(ReferenceTrainer):
                 "is_trainable=True (PEFT freezes them otherwise), or call model.requires_grad_(True)"
             )
         return super().train(*args, **kwargs)
-
-    # ---------------------------------------------------------------- samplers
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         data = self.train_dataset if train_dataset is None else train_dataset
@@ -68,11 +194,8 @@ def lengths_of(data: Any, args: Any) -> Sequence[int] | None:
     """Return the column of lengths that a data set of rows has for sampling, if it is asked for."""
     if getattr(args, "train_sampling_strategy", "random") != "group_by_length":
         return None
-    return (
-        data[args.length_column_name]
-        if args.length_column_name in (getattr(data, "column_names", None) or ())
-        else None
-    )
+    there = args.length_column_name in (getattr(data, "column_names", None) or ())
+    return data[args.length_column_name] if there else None
 
 
 def _tokens(data: Examples) -> list[int]:

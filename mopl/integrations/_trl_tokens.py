@@ -18,7 +18,7 @@ import numpy as np
 
 from mopl._extras import require
 from mopl._lines import text_fault
-from mopl.integrations._data import PREFERENCE, SIDES, Example, Examples, beside_of, is_pair, labels_of_pair
+from mopl.integrations._data import PREFERENCE, SIDES, Example, Examples, beside_of, is_pair, is_rows, labels_of_pair
 from mopl.language_models import formats
 from mopl.language_models.data import DataError, OnError, PreferenceData, PreferenceList, ReadReport, RowError, collect
 from mopl.language_models.tokenization import TokenizedList
@@ -32,17 +32,11 @@ logger = logging.getLogger(__name__)
 
 def is_pairs(data: Any) -> bool:
     """Say whether data are rows that TRL's `DPOTrainer` would read."""
-    if isinstance(data, (str, Mapping)) or not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
-        return False
-    return len(data) > 0 and isinstance(data[0], Mapping) and is_pair(data[0])
+    return is_rows(data) and len(data) > 0 and isinstance(data[0], Mapping) and is_pair(data[0])
 
 
 def refuse_options(args: Any) -> None:
-    """Raise for an option of TRL's preparation of pairs that is set for other data, or for mopl's tokens.
-
-    Raises:
-        ValueError: If there is one.
-    """
+    """Raise for an option of TRL's preparation of pairs that is set for other data, or for mopl's tokens."""
     if args.dataset_num_proc is not None:
         raise ValueError(
             f"dataset_num_proc is {args.dataset_num_proc} but only rows of pairs are tokenised by TRL, in several "
@@ -66,14 +60,7 @@ def examples_of_pairs(
     """Turn rows of pairs into the tokens that `trl.DPOTrainer` would train on with the same arguments.
 
     Rows that TRL leaves out, because with `truncation_mode="keep_start"` their prompt alone fills `max_length`, are
-    left out with a warning.
-
-    Args:
-        rows: A `datasets.Dataset`, or a sequence of dictionaries.
-        args: `trl.DPOConfig`: `max_length`, `truncation_mode`, `dataset_num_proc` (of a `datasets.Dataset`).
-        processing_class: The tokenizer.
-        objectives: Names and order of the objectives, see `labels_of_pair`.
-        on_error: `"raise"` refuses data with rows that cannot be used, `"skip"` leaves them out with a warning.
+    left out with a warning. Of the arguments `max_length`, `truncation_mode` and `dataset_num_proc` are read.
 
     Raises:
         ValueError: If the tokenizer is missing or has no end token, images stand beside the text, labels cannot be

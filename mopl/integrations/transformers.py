@@ -38,10 +38,9 @@ from transformers import TrainingArguments, set_seed
 
 from mopl.conditioning.hyper_prompt_model import HyperPromptModel
 from mopl.conditioning.weighted import causal_lm_of
-from mopl.integrations import _models as models
 from mopl.integrations._data import ExampleCollator, Examples, Extras, batch_of, examples_of
-from mopl.integrations._grid import GridResults, evaluation_grid
-from mopl.integrations._objective import ListLoss, Objective, PairLoss, Totals
+from mopl.integrations._models import Conditions, is_peft, prepare_model
+from mopl.integrations._objective import ListLoss, Measured, Objective, PairLoss, Totals, grid_metrics, grid_table
 from mopl.integrations._scores import Scoring
 from mopl.integrations._settings import ObjectiveArguments, TradeOffs, settings_of
 from mopl.integrations._setup import (
@@ -56,6 +55,7 @@ from mopl.integrations._setup import (
 from mopl.integrations._trainer import ListTrainer, lengths_of
 from mopl.language_models.collate import ListBatch, ListCollator
 from mopl.language_models.data import OnError
+from mopl.language_models.models import disable_dropout
 
 __all__ = ["MultiObjectiveConfig", "MultiObjectiveTrainer"]
 
@@ -157,12 +157,12 @@ class MultiObjectiveTrainer(ListTrainer):
         set_seed(args.seed)  # adapters are initialised at random
         if ref_model is model and isinstance(model, nn.Module):
             raise ValueError("model and ref_model are one object; leave ref_model out to get a frozen copy")
-        model = models.prepare_model(model, peft_config, model_init_kwargs)
+        model = prepare_model(model, peft_config, model_init_kwargs)
         if ref_model is not None:
-            ref_model = models.prepare_model(ref_model, None, model_init_kwargs if isinstance(ref_model, str) else None)
+            ref_model = prepare_model(ref_model, None, model_init_kwargs if isinstance(ref_model, str) else None)
         # The second name is the older one of the same argument.
         checkpointing = any(getattr(args, f"{name}_checkpointing", False) for name in ("activation", "gradient"))
-        if checkpointing and models.is_peft(model):
+        if checkpointing and is_peft(model):
             # Reentrant checkpointing passes no gradient on if no input needs one, and frozen embeddings need none.
             model.enable_input_require_grads()
 
@@ -193,22 +193,15 @@ class MultiObjectiveTrainer(ListTrainer):
         # ---- objective and model
         self.objective = Objective(settings, loss, collator.partial == "keep")
         self.scoring = Scoring.of(args, model)
-        m, beta = len(self.objectives), getattr(args, "beta", 0.1)
+        beta = getattr(args, "beta", 0.1)
         inner = model if isinstance(model, HyperPromptModel) else causal_lm_of(model)
-        self.conditions = models.Conditions.of(inner)
-        self.trade_offs = TradeOffs(
-            settings,
-            m,
-            beta=beta,
-            seed=args.seed,
-            conditioned=self.conditions.weights,
-            takes_beta=self.conditions.beta is not None,
-        )
+        self.conditions = Conditions.of(inner)
+        self.trade_offs = TradeOffs(settings, len(names), self.conditions, beta=beta, seed=args.seed)
         check_fit(args, settings, self.objective.loss, self.scoring, self.conditions, model, sets)
-        self.eval_weights: Tensor = evaluation_grid(self.trade_offs, settings.eval_points, eval_weights)
+        self.eval_weights = self.trade_offs.grid(settings.eval_points, eval_weights)
         self._user_metrics = compute_metrics
         if getattr(args, "disable_dropout", True):
-            models.disable_dropout(model)
+            disable_dropout(model)
         self._precompute = getattr(args, "precompute_ref_log_probs", False) and not settings.reference_free
         given = all(value.has_reference for value in sets)
         ref_model = self.choose_reference(model, ref_model, reference_adapter, peft_config is not None, given)
@@ -350,8 +343,8 @@ class MultiObjectiveTrainer(ListTrainer):
         are no logits that `prediction_loss_only` could leave out.
         """
         batch, extras = batch_of(self._prepare_inputs(inputs))
-        grid, device = GridResults(), batch.labels.device
-        scored = None
+        points: list[Measured] = []
+        scored, device = None, batch.labels.device
         with torch.no_grad(), self.compute_loss_context_manager():
             reference = self._reference(model, batch, extras)
             for point in self.eval_weights:
@@ -359,11 +352,11 @@ class MultiObjectiveTrainer(ListTrainer):
                 weights, beta, seen = (value.to(device, non_blocking=True) for value in parts)
                 if scored is None or self.conditions.weights:
                     scored = self.scoring(model, batch, self.conditions, weights, seen)
-                grid.add(self.objective(scored, batch, weights=weights, beta=beta, reference=reference))
-        return None, grid.read(), batch.objective_mask.float()
+                points.append(self.objective(scored, batch, weights=weights, beta=beta, reference=reference))
+        return None, grid_table(points), batch.objective_mask.float()
 
     def _grid_metrics(self, prediction: Any) -> dict[str, float]:
-        return GridResults.metrics(prediction, self.eval_weights, self.objectives, self._user_metrics)
+        return grid_metrics(prediction, self.eval_weights, self.objectives, self._user_metrics)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, with each objective's loss, accuracy and margin since the last time."""

@@ -74,10 +74,15 @@ def load_causal_lm(name: str, *, dtype: str = "auto", attention: str | None = No
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
     with quiet(), loading(name) as how:
         model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=kind, **options, **how)
+    disable_dropout(model)
+    return fuse(model.eval().requires_grad_(False))
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout of a model to 0."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    return fuse(model.eval().requires_grad_(False))
 
 
 @contextlib.contextmanager

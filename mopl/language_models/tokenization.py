@@ -105,10 +105,7 @@ class ListTokenizer:
     @property
     def pad_id(self) -> int:
         """The token to pad with; never seen by a model, because padding is masked."""
-        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
-            if token is not None:
-                return int(token)
-        return 0
+        return pad_token(self.tokenizer)
 
     def __call__(self, item: PreferenceList, labels: np.ndarray, index: int = 0) -> TokenizedList:
         """Tokenise one list.
@@ -268,6 +265,12 @@ class ListTokenizer:
             if together[: len(before)] == before:
                 return np.array(together[len(before) :], dtype=np.int64)
         return np.array(self._ids(text), dtype=np.int64)
+
+
+def pad_token(tokenizer: Any) -> int:
+    """Return the token to pad with: the tokenizer's, or else its end-of-sequence token, or 0."""
+    tokens = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
+    return next((int(token) for token in tokens if token is not None), 0)
 
 
 def _as_messages(text: Text, role: str) -> tuple[Message, ...]:
