@@ -99,12 +99,12 @@ def check_adapters(model: Any) -> None:
         check_lora(inner, names)
 
 
-def check_files(path: Path, source: Any, kind: str, given: list[Tensor], vocabulary: int, front: list[int]) -> None:
+def check_files(path: Path, inner: Any, kind: str, given: list[Tensor], vocabulary: int, front: list[int]) -> None:
     """Raise unless what is loaded from a folder has the logits that it had in memory.
 
     Args:
         path: The folder.
-        source: The model that was exported, for its class, device, dtype and attention.
+        inner: The model that was exported, without what gives it weights: for its class, device, dtype and attention.
         kind: `"model"`, or `"adapter"`, which goes on a copy of the source's base model.
         given: The logits in memory: of the plain model, or of the source.
         vocabulary: How many of them count.
@@ -113,7 +113,6 @@ def check_files(path: Path, source: Any, kind: str, given: list[Tensor], vocabul
     Raises:
         ValueError: With the largest difference.
     """
-    inner: Any = source.model if isinstance(source, (HyperPromptModel, LoraMixture, ParameterMixture)) else source
     base = causal_lm_of(inner)
     gc.collect()  # what was merged holds itself
     remedy = "the files of this architecture do not hold what the model in memory does: generate with mopl"

@@ -1,4 +1,4 @@
-"""What `generate` was called with: checks of its arguments and the keywords that transformers gets."""
+"""What `generate`, or `export`, was called with: checks of arguments, and the keywords that transformers gets."""
 
 from __future__ import annotations
 
@@ -66,11 +66,17 @@ def prompt_tokens(encoder: ListTokenizer, prompt: Prompt, number: int) -> list[i
     return tokens
 
 
-def condition_of(
-    model: nn.Module, weights: Any, beta: Any, scale: Any, text_prompt: TextPrompt | None, count: int
-) -> Condition:
-    """Check what the prompts are answered at, and give each prompt its own."""
-    if isinstance(model, WeightedModel):
+def objectives_of(
+    model: Any, weights: Any, beta: Any, text_prompt: TextPrompt | None, kinds: Any = WeightedModel
+) -> tuple[str, ...]:
+    """Raise unless weights and β were passed just where a model of these `kinds`, or its text, takes them.
+
+    Returns:
+        The names of the objectives.
+    """
+    names: Sequence[str] = ()
+    wants_beta = False
+    if isinstance(model, kinds):
         names, wants_beta = model.record.objectives, model.takes_beta
         if text_prompt is not None:
             raise ValueError(
@@ -78,21 +84,27 @@ def condition_of(
             )
     elif text_prompt is not None:
         names, wants_beta = text_prompt.objectives, text_prompt.takes_beta
-    else:
-        names, wants_beta = (), False
     if (weights is not None) != bool(names):
         raise ValueError(
             f"weights are missing; pass one for each of {', '.join(names)}"
             if names
-            else "weights were passed but the model has none: pass a HyperPromptModel or a LoraMixture, or "
+            else "weights were passed but the model has none: pass a HyperPromptModel or a mixture, or "
             "text_prompt with a model that was trained with it"
         )
     if (beta is not None) != wants_beta:
         raise ValueError(
             "beta is missing: the model is conditioned on it; pass one number for each objective"
             if wants_beta
-            else "beta was passed but the model is not conditioned on it; to move closer to the reference pass scale"
+            else "beta was passed but the model is not conditioned on it; scale is what moves answers to the reference"
         )
+    return tuple(names)
+
+
+def condition_of(
+    model: nn.Module, weights: Any, beta: Any, scale: Any, text_prompt: TextPrompt | None, count: int
+) -> Condition:
+    """Check what the prompts are answered at, and give each prompt its own."""
+    names = objectives_of(model, weights, beta, text_prompt)
     c = check_positive(scale, "scale", "above 1 is closer to the reference").double().cpu()
     if c.ndim > 1 or (c.ndim == 1 and len(c) != count):
         raise ValueError(f"scale has shape {tuple(c.shape)} but there are {count} prompts; pass a number or one each")

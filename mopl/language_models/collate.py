@@ -186,9 +186,10 @@ class ListCollator:
             for number, item in enumerate(lists)
             for slot, response in enumerate(item.responses)
         ]
-        arrange = self._pack if self.packed else self._pad
+        pairs = [(prompt, response) for prompt, response, _ in sequences]
+        left, multiple = self.padding_side == "left", self.pad_to_multiple_of or 1
         return ListBatch(
-            inputs=arrange([(prompt, response) for prompt, response, _ in sequences]),
+            inputs=packed(pairs) if self.packed else padded(pairs, self.pad_id, left=left, multiple=multiple),
             labels=torch.from_numpy(np.where(label_mask, labels, np.float32(0))),
             mask=torch.from_numpy(mask),
             label_mask=torch.from_numpy(label_mask),
@@ -198,41 +199,46 @@ class ListCollator:
             order=None if order is None else torch.from_numpy(order),
         )
 
-    def _pad(self, sequences: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
-        length = max(len(prompt) + len(response) for prompt, response in sequences)
-        if self.pad_to_multiple_of is not None:
-            length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        shape = (len(sequences), length)
-        input_ids = np.full(shape, self.pad_id, dtype=np.int64)
-        labels = np.full(shape, IGNORE_INDEX, dtype=np.int64)
-        attention_mask = np.zeros(shape, dtype=np.int64)
-        for row, (prompt, response) in enumerate(sequences):
-            used = len(prompt) + len(response)
-            start = length - used if self.padding_side == "left" else 0
-            input_ids[row, start : start + len(prompt)] = prompt
-            input_ids[row, start + len(prompt) : start + used] = response
-            labels[row, start + len(prompt) : start + used] = response
-            attention_mask[row, start : start + used] = 1
-        arrays = {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
-        if self.padding_side == "left":
-            # transformers counts positions from the left edge, padding included; models with learned positions
-            # would see a shifted sequence.
-            arrays["position_ids"] = np.maximum(attention_mask.cumsum(-1) - 1, 0)
-        return {key: torch.from_numpy(value) for key, value in arrays.items()}
 
-    def _pack(self, sequences: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
-        lengths = [len(prompt) + len(response) for prompt, response in sequences]
-        arrays = {
-            "input_ids": np.concatenate([part for pair in sequences for part in pair]),
-            "labels": np.concatenate(
-                [part for p, r in sequences for part in (np.full(len(p), IGNORE_INDEX, dtype=np.int64), r)]
-            ),
-            "position_ids": np.concatenate([np.arange(length) for length in lengths]),
-            "segment": np.repeat(np.arange(len(lengths)), lengths),
-        }
-        inputs: dict[str, Any] = {key: torch.from_numpy(value)[None] for key, value in arrays.items()}
-        inputs["sequences"] = len(lengths)
-        return inputs
+Pair = tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]  # the tokens of a prompt and of a response
+
+
+def padded(
+    sequences: Sequence[Pair], pad: int, *, left: bool = False, multiple: int = 1, length: int = 0
+) -> dict[str, Tensor]:
+    """Return the inputs of `score_sequences`, a row a sequence, at least `length` long; see `ListBatch`."""
+    length = max(length, *(len(prompt) + len(response) for prompt, response in sequences))
+    length = -(-length // multiple) * multiple
+    input_ids = np.full((len(sequences), length), pad, dtype=np.int64)
+    labels = np.full_like(input_ids, IGNORE_INDEX)
+    attention_mask = np.zeros_like(input_ids)
+    for row, (prompt, response) in enumerate(sequences):
+        used = len(prompt) + len(response)
+        start = length - used if left else 0
+        input_ids[row, start : start + len(prompt)] = prompt
+        input_ids[row, start + len(prompt) : start + used] = response
+        labels[row, start + len(prompt) : start + used] = response
+        attention_mask[row, start : start + used] = 1
+    arrays = {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
+    if left:
+        # transformers counts positions from the left edge, padding included; models with learned positions would see
+        # a shifted sequence.
+        arrays["position_ids"] = np.maximum(attention_mask.cumsum(-1) - 1, 0)
+    return {key: torch.from_numpy(value) for key, value in arrays.items()}
+
+
+def packed(sequences: Sequence[Pair]) -> dict[str, Any]:
+    """Return the inputs of `score_sequences`, all sequences in one row; see `ListBatch`."""
+    lengths = [len(prompt) + len(response) for prompt, response in sequences]
+    labels = [part for p, r in sequences for part in (np.full(len(p), IGNORE_INDEX, dtype=np.int64), r)]
+    arrays = {
+        "input_ids": np.concatenate([part for pair in sequences for part in pair]),
+        "labels": np.concatenate(labels),
+        "position_ids": np.concatenate([np.arange(length) for length in lengths]),
+        "segment": np.repeat(np.arange(len(lengths)), lengths),
+    }
+    inputs: dict[str, Any] = {key: torch.from_numpy(value)[None] for key, value in arrays.items()}
+    return inputs | {"sequences": len(lengths)}
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad: int, device: Any) -> tuple[Tensor, Tensor]:

@@ -49,14 +49,7 @@ from mopl import __version__
 from mopl._arguments import check_choice
 from mopl._files import write_folder
 from mopl._renamed import renamed_keywords
-from mopl.conditioning import (
-    HyperPromptModel,
-    LoraMixture,
-    ParameterMixture,
-    TextPrompt,
-    WeightedModel,
-    check_weights,
-)
+from mopl.conditioning import HyperPromptModel, LoraMixture, ParameterMixture, TextPrompt, WeightedModel, check_weights
 from mopl.conditioning.adapter_base import base_of_adapter
 from mopl.conditioning.causal_lm import is_peft
 from mopl.conditioning.merging import merged, settle_merged, settle_ties
@@ -71,12 +64,14 @@ from mopl.language_models._export_check import (
     logits_of_source,
 )
 from mopl.language_models._export_tokenizer import Front, check_saved, prepare_tokenizer
+from mopl.language_models._generation_arguments import objectives_of
 from mopl.language_models.head import unfuse
 from mopl.language_models.tokenization import ListTokenizer
 from mopl.language_models.turns import write_turn_end
 
 KINDS = ("model", "adapter")
 CONFIG_FILE, KIND = "mopl.json", "export"
+CONDITIONED = WeightedModel | ParameterMixture
 NEVER = -1e4  # a logit below any other, within float16
 
 
@@ -128,13 +123,12 @@ def export(
             "library (use_fast=True)"
         )
     w, each_beta = _condition(model, weights, beta, text_prompt)
-    record = _record(model, kind, w, each_beta, text_prompt, origin)
     if isinstance(model, HyperPromptModel) and model.positions != "hf":
         raise ValueError(
             f"the model was trained with positions={model.positions!r}, which no plain model has: virtual tokens "
             "there stand at no position of their own. Generate with mopl, or train with positions='hf'"
         )
-    inner: Any = model.model if isinstance(model, (WeightedModel, ParameterMixture)) else model
+    inner: Any = model.model if isinstance(model, CONDITIONED) else model
     if kind == "adapter" and not isinstance(model, HyperPromptModel) and not is_peft(inner):
         raise ValueError(f"a plain {type(inner).__name__} has no adapter; pass kind='model'")
     base = causal_lm_of(inner)
@@ -144,7 +138,8 @@ def export(
             f"the model started from {source}, itself a PEFT adapter, and the base of an adapter must be a plain "
             "model; pass kind='model'"
         )
-    made, front, prefix = tokenizer, None, None
+    record = _record(model, kind, w, each_beta, text_prompt, {"base_model": source or None, "origin": origin})
+    front, prefix = None, None
     if text_prompt is not None:
         assert w is not None
         front = prepare_tokenizer(tokenizer, text=text_prompt.render(w, each_beta))
@@ -154,46 +149,45 @@ def export(
         if kind == "model":
             front = prepare_tokenizer(tokenizer, prefix.shape[0])
             record["virtual_tokens"] = {"ids": front.ids, "tokens": front.tokens}
-    made = tokenizer if front is None else front.tokenizer
     virtual = front.ids if front is not None and not front.after_bos else []
     vocabulary = virtual[0] if virtual else base.get_input_embeddings().weight.shape[0]
-    check = None if front is None else (tokenizer, front)
+    plain: list[Any] = []  # from which it is taken to be saved, so that it is freed before its files are loaded
     if kind == "adapter":
         logits = logits_of_source(model, vocabulary, w, each_beta)
+    else:
+        plain.append(_plain_model(model, w))
+        if prefix is not None and front is not None:
+            _add_virtual_tokens(plain[0], prefix, front, keep_tied)
+        check_adapters(model)
+        write_turn_end(plain[0], tokenizer)
+        name = f"the plain {type(plain[0]).__name__}"
+        remedy = (
+            "this architecture does something to embeddings, positions or adapted weights that is not known here: "
+            "generate with mopl"
+        )
+        try:
+            logits = logits_of_export(plain[0], vocabulary, virtual)
+        except IndexError as error:  # a second table of embeddings, say, which has not grown
+            raise ValueError(f"{name} fails on a short text ({error}), so nothing was exported; {remedy}") from error
+        compare(logits, logits_of_source(model, vocabulary, w, each_beta), TOLERANCE[base.dtype], name, remedy)
 
-        def save(path: Path) -> None:
-            if isinstance(model, HyperPromptModel):
-                assert prefix is not None
-                save_prompt(model, prefix, path)
-            elif isinstance(model, LoraMixture):
-                assert w is not None
-                save_mixed_adapter(model, w, path)
-            else:
-                inner.save_pretrained(str(path))
-            check_files(path, model, kind, logits, vocabulary, [])
+    def fill(path: Path) -> None:
+        if plain:
+            plain.pop().save_pretrained(str(path))
+        elif prefix is not None:
+            save_prompt(model, prefix, path)  # type: ignore[arg-type]
+        elif isinstance(model, LoraMixture):
+            save_mixed_adapter(model, w, path)  # type: ignore[arg-type]
+        else:
+            inner.save_pretrained(str(path))
+        check_files(path, inner, kind, logits, vocabulary, virtual)
+        (tokenizer if front is None else front.tokenizer).save_pretrained(str(path))
+        if front is not None:
+            check_saved(path, tokenizer, front)
+        (path / CONFIG_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
-        return _write(folder, record, made, save, check)
-    plain = [_plain_model(model, w)]
-    if prefix is not None and front is not None:
-        _add_virtual_tokens(plain[0], prefix, front, keep_tied)
-    check_adapters(model)
-    write_turn_end(plain[0], tokenizer)
-    name = f"the plain {type(plain[0]).__name__}"
-    remedy = (
-        "this architecture does something to embeddings, positions or adapted weights that is not known here: generate "
-        "with mopl"
-    )
-    try:
-        logits = logits_of_export(plain[0], vocabulary, virtual)
-    except IndexError as error:  # a second table of embeddings, say, which has not grown
-        raise ValueError(f"{name} fails on a short text ({error}), so nothing was exported; {remedy}") from error
-    compare(logits, logits_of_source(model, vocabulary, w, each_beta), TOLERANCE[base.dtype], name, remedy)
-
-    def save_model(path: Path) -> None:
-        plain.pop().save_pretrained(str(path))
-        check_files(path, model, kind, logits, vocabulary, virtual)
-
-    return _write(folder, record, made, save_model, check)
+    write_folder(folder, fill, replace=False)
+    return folder
 
 
 def _plain_model(model: Any, weights: Tensor | None) -> Any:
@@ -211,25 +205,7 @@ def _condition(
     model: nn.Module, weights: Any, beta: Any, text_prompt: TextPrompt | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Check and return w (m,) and β (m,)."""
-    names: Sequence[str] = ()
-    wants_beta = False
-    if isinstance(model, (WeightedModel, ParameterMixture)):
-        record: Any = model.record
-        names, wants_beta = record.objectives, model.takes_beta
-    elif text_prompt is not None:
-        names, wants_beta = text_prompt.objectives, text_prompt.takes_beta
-    if (weights is not None) != bool(names):
-        raise ValueError(
-            f"weights are missing; pass one for each of {', '.join(names)}"
-            if names
-            else "weights were passed but the model has none: pass a HyperPromptModel or a mixture, or "
-            "text_prompt with a model that was trained with it"
-        )
-    if (beta is not None) != wants_beta:
-        raise ValueError(
-            f"beta is {'missing' if wants_beta else 'passed'} but the model is "
-            f"{'' if wants_beta else 'not '}conditioned on it"
-        )
+    names = objectives_of(model, weights, beta, text_prompt, CONDITIONED)
     if weights is None:
         return None, None
     w = check_weights(weights, len(names))
@@ -251,21 +227,18 @@ def _condition(
 
 
 def _record(
-    model: Any, kind: str, w: Tensor | None, beta: Tensor | None, text_prompt: TextPrompt | None, origin: str | None
+    model: Any, kind: str, w: Tensor | None, beta: Tensor | None, text_prompt: TextPrompt | None, origin: dict[str, Any]
 ) -> dict[str, Any]:
     """Return what `mopl.json` says."""
-    inner: Any = model.model if isinstance(model, (WeightedModel, ParameterMixture)) else model
-    base = causal_lm_of(inner)
     record: dict[str, Any] = {
         "kind": KIND,
         "form": kind,
         "mopl": __version__,
         "weights": None if w is None else w.tolist(),
         "objective_temperature": None if beta is None else beta.tolist(),
-        "base_model": getattr(base, "name_or_path", "") or None,
-        "origin": origin,
+        **origin,
     }
-    if isinstance(model, (WeightedModel, ParameterMixture)):
+    if isinstance(model, CONDITIONED):
         tuning = model.record
         record |= {"objectives": list(tuning.objectives), "reference": tuning.reference}
         record |= {"beta": tuning.beta, "alpha": tuning.concentration}
@@ -348,22 +321,3 @@ def _set_embeddings(embedding: Any, ids: Tensor, prefix: Tensor, name: str) -> N
     tolerance = 4 * torch.finfo(wanted.dtype).eps
     if not torch.allclose(embedding(ids), wanted, rtol=tolerance, atol=tolerance * float(wanted.abs().max())):
         raise ValueError(f"{name} does more to embeddings than to scale them, so virtual tokens cannot become tokens")
-
-
-# ---------------------------------------------------------------- files
-
-
-def _write(
-    folder: Path, record: dict[str, Any], tokenizer: Any, save: Any, check: tuple[Any, Front] | None = None
-) -> Path:
-    """Write everything beside `folder` and give it its name at the end."""
-
-    def fill(path: Path) -> None:
-        save(path)
-        tokenizer.save_pretrained(str(path))
-        if check is not None:
-            check_saved(path, *check)
-        (path / CONFIG_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-
-    write_folder(folder, fill, replace=False)
-    return folder

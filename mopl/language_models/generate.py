@@ -47,8 +47,8 @@ from mopl.language_models._generation_arguments import (
     generate_options,
     prompt_tokens,
 )
-from mopl.language_models.collate import pad_left
-from mopl.language_models.head import IGNORE_INDEX, fuse, is_fused, score_sequences, unfuse
+from mopl.language_models.collate import pad_left, padded
+from mopl.language_models.head import fuse, is_fused, score_sequences, unfuse
 from mopl.language_models.models import positions_of
 from mopl.language_models.reference_mixture import Reference, ReferenceMixture
 from mopl.language_models.tokenization import ListTokenizer
@@ -347,21 +347,13 @@ def _log_probs(
 ) -> Tensor:
     """Return log p(response | prompt), (B, n)."""
     device, n = next(model.parameters()).device, len(grouped[0])
-    whole = [[*prompt, *tokens] for prompt, group in zip(prompts, grouped, strict=True) for tokens in group]
-    starts = [len(prompt) for prompt in prompts for _ in range(n)]
+    pairs = [(prompt, tokens) for prompt, group in zip(prompts, grouped, strict=True) for tokens in group]
     of_row = {name: value.repeat_interleave(n, 0) for name, value in arguments.items()}
-    width = max(len(tokens) for tokens in whole)
+    width = max(len(prompt) + len(tokens) for prompt, tokens in pairs)
     rows = max(TOKENS_PER_PASS // width, 1)
     scores = []
-    for first in range(0, len(whole), rows):
-        part = whole[first : first + rows]
-        ids = torch.full((len(part), width), pad)
-        mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORE_INDEX)
-        for row, (start, tokens) in enumerate(zip(starts[first : first + rows], part, strict=True)):
-            text = torch.tensor(tokens)
-            ids[row, : len(tokens)], mask[row, : len(tokens)] = text, 1
-            labels[row, start : len(tokens)] = text[start:]
-        batch = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "labels": labels.to(device)}
-        batch |= {name: value[first : first + rows] for name, value in of_row.items()}
+    for part in (slice(first, first + rows) for first in range(0, len(pairs), rows)):
+        batch = {name: value.to(device) for name, value in padded(pairs[part], pad, length=width).items()}
+        batch |= {name: value[part] for name, value in of_row.items()}
         scores.append(score_sequences(model, batch).scores.double().cpu())
     return torch.cat(scores).view(-1, n)
