@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,6 +122,11 @@ def is_rows(data: Any) -> bool:
     return not isinstance(data, (str, Mapping)) and hasattr(data, "__len__") and hasattr(data, "__getitem__")
 
 
+def is_pairs(data: Any) -> bool:
+    """Say whether data are rows that TRL's `DPOTrainer` would read."""
+    return is_rows(data) and len(data) > 0 and isinstance(data[0], Mapping) and is_pair(data[0])
+
+
 def _rows(data: Any) -> Sequence[Any]:
     if not is_rows(data):
         raise TypeError(
@@ -143,7 +148,8 @@ def _read_rows(
         raise TypeError(f"rows of the data set are {type(rows[0]).__name__} but must be dictionaries or PreferenceList")
     if is_pair(rows[0]):
         report = ReadReport("rows", rows=len(rows))
-        lists = collect(_pairs(rows, objectives or (PREFERENCE,)), report, objectives=objectives, on_error=on_error)
+        drafts = drafts_of(rows, lambda row: _pair(row, objectives or (PREFERENCE,)))
+        lists = collect(drafts, report, objectives=objectives, on_error=on_error)
     else:
         lists = load_preferences(rows, objectives=objectives, on_error=on_error)
     return lists, beside_of(rows, len(lists.objectives), len(lists))
@@ -174,18 +180,22 @@ def is_pair(row: Mapping[str, Any]) -> bool:
     return set(row) >= set(SIDES) and ("prompt" in row or detect_format(row) == "pairs")
 
 
-def _pairs(rows: Sequence[Any], objectives: Sequence[str]) -> Iterator[tuple[str, PreferenceList | RowError]]:
+def _pair(row: Mapping[str, Any], objectives: Sequence[str]) -> PreferenceList:
+    if error := formats.unread_column(row):
+        raise error
+    found: Any = next(formats.parse_pair(row))
+    return dataclasses.replace(found, labels={name: labels_of_pair(row, name) for name in objectives})
+
+
+def drafts_of(
+    rows: Iterable[Any], make: Callable[[Any], PreferenceList]
+) -> Iterator[tuple[str, PreferenceList | RowError]]:
+    """Yield where each row stands, and the list that is made of it or why it cannot be used."""
     for number, row in enumerate(rows, 1):
-        draft: PreferenceList | RowError
         try:
-            draft = formats.unread_column(row) or next(formats.parse_pair([row]))
-            if isinstance(draft, PreferenceList):
-                draft = PreferenceList(
-                    draft.prompt, draft.responses, {name: labels_of_pair(row, name) for name in objectives}
-                )
+            yield f"row {number}", make(row)
         except RowError as error:
-            draft = error
-        yield f"row {number}", draft
+            yield f"row {number}", error
 
 
 def labels_of_pair(row: Mapping[str, Any], objective: str) -> tuple[float | None, float | None]:

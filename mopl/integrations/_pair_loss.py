@@ -26,17 +26,11 @@ _SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired", "dpop")
 
 @dataclass(frozen=True)
 class PairLoss:
-    """Losses of pairs by the names of TRL's `loss_type`, and their weights.
+    """Losses of pairs by the names of TRL's `loss_type`, and their weights."""
 
-    Attributes:
-        types: Names in `mopl.losses.bradley_terry`, or `sft`.
-        weights: One factor each.
-        options: Options for the types that have them.
-    """
-
-    types: Sequence[str] = ("sigmoid",)
-    weights: Sequence[float] = (1.0,)
-    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    types: Sequence[str] = ("sigmoid",)  # names in `mopl.losses.bradley_terry`, or `sft`
+    weights: Sequence[float] = (1.0,)  # a factor each
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # for the types that have them
 
     @property
     def sorts(self) -> bool:
@@ -45,26 +39,16 @@ class PairLoss:
 
     def __call__(
         self,
-        scores: Tensor,  # (B, 2)
+        scores: Tensor,  # (B, 2) log-probabilities of the responses in nats, summed over tokens
         labels: Tensor,  # (B, m, 2)
         *,
-        lengths: Tensor,  # (B, 2)
+        lengths: Tensor,  # (B, 2) tokens that are scored
         reference: Tensor | None,  # (B, 2)
         beta: Tensor,  # broadcasts to (B, m)
-        tokens: Tensor | None = None,  # (B, 2)
-        likelihood: Tensor | None = None,  # (B, 2)
+        tokens: Tensor | None = None,  # (B, 2) all tokens; TRL's averages count one that nothing stands before
+        likelihood: Tensor | None = None,  # (B, 2) the scores for `sft`, where they are others (see `ld_alpha`)
     ) -> Tensor:  # (B, m)
-        """Return the loss of each pair and objective; 0 where an objective does not prefer either response.
-
-        Args:
-            scores: Log-probabilities of the responses in nats, summed over tokens.
-            labels: Of the two responses under each objective.
-            lengths: Tokens of the responses that are scored.
-            reference: Scores of the reference.
-            beta: β.
-            tokens: Tokens of the responses; TRL's averages count one that nothing stands before.
-            likelihood: The scores for `sft`, where they are others (see `ld_alpha`).
-        """
+        """Return the loss of each pair and objective; 0 where an objective does not prefer either response."""
         first = labels[..., 0] > labels[..., 1]
         tied = labels[..., 0] == labels[..., 1]
 

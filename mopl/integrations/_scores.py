@@ -31,18 +31,12 @@ class Scored:
 
 @dataclass(frozen=True)
 class Scoring:
-    """How a batch is scored.
+    """How a batch is scored."""
 
-    Attributes:
-        ld_alpha: Weight of those tokens of a pair's longer response that the shorter one has no counterpart for
-            (LD-DPO, 2409.06411).
-        weighting: Whether to weigh pairs by the policy's confidence (WPO, 2406.11827, equation 2).
-        router: Coefficient of the auxiliary loss of a mixture of experts; 0 for none.
-    """
-
+    # Weight of the tokens of a pair's longer response that the shorter one has no counterpart for (LD-DPO, 2409.06411).
     ld_alpha: float | None = None
-    weighting: bool = False
-    router: float = 0.0
+    weighting: bool = False  # whether to weigh pairs by the policy's confidence (WPO, 2406.11827, equation 2)
+    router: float = 0.0  # coefficient of the auxiliary loss of a mixture of experts; 0 for none
 
     @classmethod
     def of(cls, args: Any, model: Any) -> Scoring:

@@ -18,7 +18,7 @@ import numpy as np
 
 from mopl._extras import require
 from mopl._lines import text_fault
-from mopl.integrations._data import PREFERENCE, SIDES, Example, Examples, beside_of, is_pair, is_rows, labels_of_pair
+from mopl.integrations._data import PREFERENCE, SIDES, Example, Examples, beside_of, drafts_of, labels_of_pair
 from mopl.language_models import formats
 from mopl.language_models.data import DataError, OnError, PreferenceData, PreferenceList, ReadReport, RowError, collect
 from mopl.language_models.tokenization import TokenizedList
@@ -28,11 +28,6 @@ _ROW = "row_of_the_data"
 _OPTIONS = ("tools", "chat_template_kwargs")
 
 logger = logging.getLogger(__name__)
-
-
-def is_pairs(data: Any) -> bool:
-    """Say whether data are rows that TRL's `DPOTrainer` would read."""
-    return is_rows(data) and len(data) > 0 and isinstance(data[0], Mapping) and is_pair(data[0])
 
 
 def refuse_options(args: Any) -> None:
@@ -119,18 +114,14 @@ def _labels(rows: Any, objectives: Sequence[str] | None, on_error: OnError) -> t
     """
     first = rows[0]
 
-    def drafts() -> Iterator[tuple[str, PreferenceList | RowError]]:
-        for number, row in enumerate(rows, 1):
-            try:
-                _check(row, first)
-                labels = {name: labels_of_pair(row, name) for name in objectives or (PREFERENCE,)}
-                # Only labels are wanted, with their checks: TRL trains on texts that a list may not have.
-                yield f"row {number}", PreferenceList("prompt", SIDES, labels)
-            except RowError as error:
-                yield f"row {number}", error
+    def labelled(row: Mapping[str, Any]) -> PreferenceList:
+        _check(row, first)
+        labels = {name: labels_of_pair(row, name) for name in objectives or (PREFERENCE,)}
+        # Only labels are wanted, with their checks: TRL trains on texts that a list may not have.
+        return PreferenceList("prompt", SIDES, labels)
 
     report = ReadReport("rows", rows=len(rows))
-    lists = collect(drafts(), report, objectives=objectives, on_error=on_error)
+    lists = collect(drafts_of(rows, labelled), report, objectives=objectives, on_error=on_error)
     numbers = {f"row {number + 1}": number for number in range(len(rows))}
     return lists, [numbers[item.place] for item in lists]
 

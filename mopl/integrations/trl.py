@@ -46,12 +46,12 @@ from mopl._arguments import check_choice
 from mopl.conditioning.causal_lm import is_peft
 from mopl.conditioning.hyper_prompt_model import HyperPromptModel
 from mopl.conditioning.weighted import causal_lm_of
-from mopl.integrations._data import Examples
+from mopl.integrations._data import Examples, is_pairs
 from mopl.integrations._objective import ListLoss
 from mopl.integrations._options import check_options
 from mopl.integrations._pair_loss import PairLoss, pair_loss_of
 from mopl.integrations._settings import ObjectiveArguments
-from mopl.integrations._trl_tokens import TOKENIZATIONS, examples_of_pairs, is_pairs, refuse_options
+from mopl.integrations._trl_tokens import TOKENIZATIONS, examples_of_pairs, refuse_options
 from mopl.integrations.transformers import MultiObjectiveTrainer
 from mopl.language_models.collate import ListCollator
 from mopl.language_models.data import OnError

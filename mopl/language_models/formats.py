@@ -35,7 +35,7 @@ class Format:
     Attributes:
         name: by which it is asked for.
         columns: columns that a row must have; they also tell the format when it is not named.
-        parse: makes lists of the rows that belong together; options are keywords of it.
+        parse: makes lists of a row, or of the rows that belong together; options are keywords of it.
         group: the key by which consecutive rows belong together; None: every row by itself.
         about: where the format is met, for messages.
     """
@@ -45,14 +45,6 @@ class Format:
     parse: Callable[..., Iterator[Draft]]
     group: Callable[[Row], Any] | None = None
     about: str = ""
-
-
-def draft(prompt: Any, responses: Any, labels: Any) -> Draft:
-    """Make a list, or the error that says why it cannot be one."""
-    try:
-        return PreferenceList(prompt, responses, labels)
-    except RowError as error:
-        return error
 
 
 def from_json(value: Any, what: str) -> Any:
@@ -91,18 +83,16 @@ def unread_column(row: Row, columns: Sequence[str] = tuple(BESIDE_THE_TEXT)) -> 
 # ---------------------------------------------------------------- mopl's own
 
 
-def parse_lists(rows: Sequence[Row]) -> Iterator[Draft]:
+def parse_lists(row: Row) -> Iterator[Draft]:
     """`{"prompt", "responses": [...], "labels": {objective: [...]}}`; JSON texts in CSV files."""
-    row = rows[0]
-    yield draft(row["prompt"], from_json(row["responses"], "responses"), from_json(row["labels"], "labels"))
+    yield PreferenceList(row["prompt"], from_json(row["responses"], "responses"), from_json(row["labels"], "labels"))
 
 
 # ---------------------------------------------------------------- two objectives on pairs
 
 
-def parse_safe_rlhf(rows: Sequence[Row]) -> Iterator[Draft]:
+def parse_safe_rlhf(row: Row) -> Iterator[Draft]:
     """PKU-SafeRLHF: which response is better and which is safer; no id or None is a missing label."""
-    row = rows[0]
     labels = {}
     for objective, column in (("helpful", "better_response_id"), ("harmless", "safer_response_id")):
         chosen = row.get(column)
@@ -113,23 +103,22 @@ def parse_safe_rlhf(rows: Sequence[Row]) -> Iterator[Draft]:
         if chosen not in (0, 1):
             raise RowError("unknown response id", f"{column} is {chosen!r} but must be 0 or 1")
         labels[objective] = (float(chosen == 0), float(chosen == 1))
-    yield draft(row["prompt"], (row["response_0"], row["response_1"]), labels)
+    yield PreferenceList(row["prompt"], (row["response_0"], row["response_1"]), labels)
 
 
 # ---------------------------------------------------------------- ratings
 
 
-def parse_ultrafeedback(rows: Sequence[Row], *, aspects: Sequence[str] = ULTRAFEEDBACK) -> Iterator[Draft]:
+def parse_ultrafeedback(row: Row, *, aspects: Sequence[str] = ULTRAFEEDBACK) -> Iterator[Draft]:
     """UltraFeedback: an instruction and completions with a rating of each aspect; "N/A" is a missing label.
 
     The system prompts by which single completions were made are not part of the prompt, which all responses share.
     """
-    row = rows[0]
     completions = from_json(row["completions"], "completions")
     if not isinstance(completions, Sequence) or not all(isinstance(c, Mapping) for c in completions):
         raise RowError("wrong type", "completions must be a list of records")
     labels = {aspect: tuple(_aspect_rating(completion, aspect) for completion in completions) for aspect in aspects}
-    yield draft(row["instruction"], [completion.get("response") for completion in completions], labels)
+    yield PreferenceList(row["instruction"], [completion.get("response") for completion in completions], labels)
 
 
 def _aspect_rating(completion: Row, aspect: str) -> float | None:
@@ -143,11 +132,10 @@ def _aspect_rating(completion: Row, aspect: str) -> float | None:
         raise RowError("label is not a number", f"the rating of {aspect} is {rating!r}") from None
 
 
-def parse_generations(rows: Sequence[Row]) -> Iterator[Draft]:
+def parse_generations(row: Row) -> Iterator[Draft]:
     """Lists of distilabel: `generations` and one rating of each."""
-    row = rows[0]
     generations, ratings = from_json(row["generations"], "generations"), from_json(row["ratings"], "ratings")
-    yield draft(row["instruction"], generations, {"rating": ratings})
+    yield PreferenceList(row["instruction"], generations, {"rating": ratings})
 
 
 def parse_attributes(
@@ -159,7 +147,7 @@ def parse_attributes(
         raise RowError("wrong type", f"{scores} must be a record of numbers")
     names = attributes if attributes is not None else tuple(dict.fromkeys(n for record in records for n in record))
     labels = {name: tuple(record.get(name) for record in records) for name in names}
-    yield draft(_turns_of(rows[0][prompt]), [row[response] for row in rows], labels)
+    yield PreferenceList(_turns_of(rows[0][prompt]), [row[response] for row in rows], labels)
 
 
 _HELPSTEER_TURN = re.compile(r"\n<extra_id_1>(User|Assistant)\n")
@@ -175,12 +163,11 @@ def _turns_of(prompt: Any) -> Any:
     return messages
 
 
-def parse_helpsteer_preference(rows: Sequence[Row]) -> Iterator[Draft]:
+def parse_helpsteer_preference(row: Row) -> Iterator[Draft]:
     """HelpSteer2/3 preferences: -3 (the first is much better) to 3 (the second is much better).
 
     The labels are the strength for the preferred response and 0 for the other; a tie is 1 for both.
     """
-    row = rows[0]
     strength = row.get("overall_preference", row.get("preference_strength"))
     if strength is None:
         raise RowError("no labels", "the preference is missing")
@@ -190,7 +177,7 @@ def parse_helpsteer_preference(rows: Sequence[Row]) -> Iterator[Draft]:
     tied = float(strength == 0)
     labels = (max(-float(strength), tied), max(float(strength), tied))
     prompt = row["context"] if "context" in row else _turns_of(row["prompt"])
-    yield draft(prompt, (first, second), {"preference": labels})
+    yield PreferenceList(prompt, (first, second), {"preference": labels})
 
 
 # ---------------------------------------------------------------- rankings
@@ -205,19 +192,18 @@ def labels_of_ranks(ranks: Sequence[Any]) -> tuple[float | None, ...]:
     return tuple(None if rank is None else float(worst + 1 - rank) for rank in ranks)
 
 
-def parse_ranked_answers(rows: Sequence[Row]) -> Iterator[Draft]:
+def parse_ranked_answers(row: Row) -> Iterator[Draft]:
     """Nectar: a prompt and answers with their ranks, 1 the best."""
-    row = rows[0]
     answers = from_json(row["answers"], "answers")
     if not isinstance(answers, Sequence) or not all(isinstance(answer, Mapping) for answer in answers):
         raise RowError("wrong type", "answers must be a list of records")
     labels = {"preference": labels_of_ranks([answer.get("rank") for answer in answers])}
-    yield draft(transcript(row["prompt"]), [answer.get("answer") for answer in answers], labels)
+    yield PreferenceList(transcript(row["prompt"]), [answer.get("answer") for answer in answers], labels)
 
 
-def parse_oasst_tree(rows: Sequence[Row]) -> Iterator[Draft]:
+def parse_oasst_tree(row: Row) -> Iterator[Draft]:
     """Open Assistant trees: every message whose assistant replies were ranked is a list; deleted ones are left out."""
-    root = from_json(rows[0]["prompt"], "prompt")
+    root = from_json(row["prompt"], "prompt")
     if not isinstance(root, Mapping):
         raise RowError("wrong type", "prompt must be the first message of a tree")
     yield from _ranked_replies(root, ())
@@ -234,10 +220,9 @@ def _ranked_replies(node: Row, before: tuple[Row, ...]) -> Iterator[Draft]:
     if len(ranked) > 1:  # one ranked reply says nothing; most messages of a tree have none
         try:
             labels = {"preference": labels_of_ranks([reply["rank"] for reply in ranked])}
+            yield PreferenceList(prompt, [reply.get("text") for reply in ranked], labels)
         except RowError as error:
             yield error
-        else:
-            yield draft(prompt, [reply.get("text") for reply in ranked], labels)
     for reply in replies:
         yield from _ranked_replies(reply, prompt)
 
@@ -275,14 +260,13 @@ def transcript(text: Any) -> Any:
     return messages
 
 
-def parse_pair(rows: Sequence[Row], *, objective: str = "preference") -> Iterator[Draft]:
+def parse_pair(row: Row, *, objective: str = "preference") -> Iterator[Draft]:
     """Anthropic HH, and every preference data set of TRL: chosen and rejected, as texts or messages.
 
     Without a prompt, or with whole conversations in chosen and rejected, the prompt is what both begin with: whole
     messages, and in plain text whole words (the space before the first different word goes to the responses); whole
     characters, where both begin without a space in a script that has none.
     """
-    row = rows[0]
     prompt, pair = row.get("prompt"), [row["chosen"], row["rejected"]]
     labels = {objective: (1.0, 0.0)}
     for what, value in zip(("chosen", "rejected"), pair, strict=True):
@@ -296,7 +280,7 @@ def parse_pair(rows: Sequence[Row], *, objective: str = "preference") -> Iterato
         ends = [text.rfind(marker) for text in pair]
         if min(ends) > 0 and pair[0][: ends[0]] == pair[1][: ends[1]]:
             replies = [text[end + len(marker) :].strip() for text, end in zip(pair, ends, strict=True)]
-            yield draft(transcript(pair[0][: ends[0]]), replies, labels)
+            yield PreferenceList(transcript(pair[0][: ends[0]]), replies, labels)
             return
         pair = [transcript(text) for text in pair]
     if isinstance(pair[0], str) != isinstance(pair[1], str):
@@ -306,7 +290,7 @@ def parse_pair(rows: Sequence[Row], *, objective: str = "preference") -> Iterato
             prompt, pair = _common_words(*pair)
         else:
             prompt = transcript(prompt)
-        yield draft(prompt, pair, labels)
+        yield PreferenceList(prompt, pair, labels)
         return
     whole = pair[0][0].get("role") != "assistant"
     if prompt is None or whole:
@@ -319,7 +303,7 @@ def parse_pair(rows: Sequence[Row], *, objective: str = "preference") -> Iterato
         prompt, pair = pair[0][:common], [messages[common:] for messages in pair]
         if any(messages[0].get("role") != "assistant" for messages in pair):
             raise RowError("no common prompt", f"they part at message {common}, which is not the assistant's")
-    yield draft(prompt, pair, labels)
+    yield PreferenceList(prompt, pair, labels)
 
 
 def _common_words(chosen: str, rejected: str) -> tuple[str, list[str]]:
@@ -346,26 +330,20 @@ def _sharegpt(message: Any) -> dict[str, Any]:
     return {"role": _SHAREGPT_ROLES[message["from"]], "content": message.get("value")}
 
 
-def parse_sharegpt_pair(rows: Sequence[Row], *, objective: str = "preference") -> Iterator[Draft]:
+def parse_sharegpt_pair(row: Row, *, objective: str = "preference") -> Iterator[Draft]:
     """LLaMA-Factory's preferences in ShareGPT style: conversations, and chosen and rejected messages."""
-    row = rows[0]
     prompt = [_sharegpt(message) for message in from_json(row["conversations"], "conversations")]
     if row.get("system"):
         prompt.insert(0, {"role": "system", "content": row["system"]})
     pair = [(_sharegpt(from_json(row[side], side)),) for side in ("chosen", "rejected")]
-    if pair[0] == pair[1]:
-        raise RowError("equal responses", "chosen and rejected are the same")
-    yield draft(prompt, pair, {objective: (1.0, 0.0)})
+    yield PreferenceList(prompt, pair, {objective: (1.0, 0.0)})
 
 
-def parse_alpaca_pair(rows: Sequence[Row], *, objective: str = "preference") -> Iterator[Draft]:
+def parse_alpaca_pair(row: Row, *, objective: str = "preference") -> Iterator[Draft]:
     """LLaMA-Factory's preferences in Alpaca style: instruction, input, system, history, chosen, rejected."""
-    row = rows[0]
     content = "\n".join(part for part in (row["instruction"], row.get("input")) if part)
     prompt = [{"role": "system", "content": row["system"]}] if row.get("system") else []
     for question, answer in row.get("history") or ():
         prompt += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    if row["chosen"] == row["rejected"]:
-        raise RowError("equal responses", "chosen and rejected are the same")
     prompt.append({"role": "user", "content": content})
-    yield draft(prompt, (row["chosen"], row["rejected"]), {objective: (1.0, 0.0)})
+    yield PreferenceList(prompt, (row["chosen"], row["rejected"]), {objective: (1.0, 0.0)})

@@ -370,7 +370,7 @@ def _parse(
 
 @functools.cache
 def _options_of(entry: Format) -> tuple[str, ...]:
-    return tuple(name for name in inspect.signature(entry.parse).parameters if name != "rows")
+    return tuple(inspect.signature(entry.parse).parameters)[1:]
 
 
 def _drafts(entry: Format, rows: Sequence[Row], options: Mapping[str, Any]) -> Iterator[PreferenceList | RowError]:
@@ -379,7 +379,7 @@ def _drafts(entry: Format, rows: Sequence[Row], options: Mapping[str, Any]) -> I
         has = f"it has {', '.join(known)}" if known else "it has none"
         raise ValueError(f"format {entry.name} has no option {', '.join(unknown)}; {has}")
     try:
-        yield from entry.parse(rows, **options)
+        yield from entry.parse(rows[0] if entry.group is None else rows, **options)
     except RowError as error:
         yield error
     except _OTHER_SHAPE as error:
