@@ -66,11 +66,7 @@ def logits_of_export(model: Any, vocabulary: int, front: list[int]) -> list[Tens
 
 
 def compare(given: list[Tensor], wanted: list[Tensor], tolerance: float, what: str, remedy: str) -> None:
-    """Raise where logits differ by more than a share of their spread.
-
-    Raises:
-        ValueError: With the largest difference.
-    """
+    """Raise where logits differ by more than a share of their spread."""
     a, b = torch.cat(given), torch.cat(wanted)
     error, spread = (a - b).norm(), (b - b.mean(-1, keepdim=True)).norm()
     if not bool(error <= tolerance * spread):
@@ -102,16 +98,8 @@ def check_adapters(model: Any) -> None:
 def check_files(path: Path, inner: Any, kind: str, given: list[Tensor], vocabulary: int, front: list[int]) -> None:
     """Raise unless what is loaded from a folder has the logits that it had in memory.
 
-    Args:
-        path: The folder.
-        inner: The model that was exported, without what gives it weights: for its class, device, dtype and attention.
-        kind: `"model"`, or `"adapter"`, which goes on a copy of the source's base model.
-        given: The logits in memory: of the plain model, or of the source.
-        vocabulary: How many of them count.
-        front: Tokens in front of a text.
-
-    Raises:
-        ValueError: With the largest difference.
+    Class, device, dtype and attention are those of `inner`, the source without what gives it weights; an adapter goes
+    on a copy of its base model.
     """
     base = causal_lm_of(inner)
     gc.collect()  # what was merged holds itself

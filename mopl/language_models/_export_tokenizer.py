@@ -18,19 +18,12 @@ CHAT = [{"role": "user", "content": "Hello there"}]
 
 @dataclass(frozen=True)
 class Front:
-    """A tokenizer and what it writes in front.
-
-    Attributes:
-        tokenizer: A copy of the tokenizer that was passed.
-        ids: The tokens in front.
-        tokens: Their texts.
-        after_bos: Whether they stand after a beginning-of-sequence token: words do, virtual tokens do not.
-    """
+    """A tokenizer, a copy, and what it writes in front."""
 
     tokenizer: Any
     ids: list[int]
-    tokens: list[str]
-    after_bos: bool
+    tokens: list[str]  # their texts
+    after_bos: bool  # whether they stand after a beginning-of-sequence token: words do, virtual tokens do not
 
 
 def prepare_tokenizer(tokenizer: Any, virtual: int = 0, *, text: str | None = None) -> Front:
@@ -85,34 +78,31 @@ def _extend_post_processor(tokenizer: Any, ids: list[int], names: list[str], aft
 
     backend = tokenizer.backend_tokenizer
     whole = json.loads(backend.to_str())
-    processor = whole.get("post_processor")
-    parts = processor["processors"] if processor is not None and processor["type"] == "Sequence" else [processor]
-    template = next((part for part in parts if part is not None and part["type"] == "TemplateProcessing"), None)
-    entry = {"id": PLACE, "ids": ids, "tokens": names}
+    processor = whole.get("post_processor") or {"type": "Sequence", "processors": []}
+    parts = processor["processors"] if processor["type"] == "Sequence" else [processor]
+    template = next((part for part in parts if part["type"] == "TemplateProcessing"), None)
+    entry, token = {"id": PLACE, "ids": ids, "tokens": names}, {"SpecialToken": {"id": PLACE, "type_id": 0}}
     if template is not None:
         for name in ("single", "pair"):
             pieces = template[name]
             place = next(i for i, piece in enumerate(pieces) if "Sequence" in piece) if after_bos else 0
-            pieces.insert(place, {"SpecialToken": {"id": PLACE, "type_id": 0}})
+            pieces.insert(place, token)
         template["special_tokens"][PLACE] = entry
     else:
-        other = next((part for part in parts if part is not None and part["type"] != "ByteLevel"), None)
+        other = next((part for part in parts if part["type"] != "ByteLevel"), None)
         if other is not None:
             raise ValueError(
                 f"the tokenizer's post-processor is a {other['type']}, into which nothing can be inserted; give it a "
                 "TemplateProcessing that does the same"
             )
-        token, text, second = ({"SpecialToken": {"id": PLACE, "type_id": 0}}, *(
-            {"Sequence": {"id": name, "type_id": number}} for number, name in enumerate("AB")
-        ))  # fmt: skip
+        text, second = ({"Sequence": {"id": name, "type_id": number}} for number, name in enumerate("AB"))
         added = {
             "type": "TemplateProcessing",
             "single": [token, text],
             "pair": [token, text, second],
             "special_tokens": {PLACE: entry},
         }
-        kept = [part for part in parts if part is not None]
-        whole["post_processor"] = {"type": "Sequence", "processors": [*kept, added]} if kept else added
+        whole["post_processor"] = {"type": "Sequence", "processors": [*parts, added]} if parts else added
     backend.post_processor = Tokenizer.from_str(json.dumps(whole)).post_processor
 
 

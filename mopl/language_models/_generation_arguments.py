@@ -43,6 +43,10 @@ class Condition:
     beta: Tensor | None
     c: Tensor
 
+    def of(self, rows: slice) -> Condition:
+        """Return that of some of the prompts."""
+        return Condition(*(None if each is None else each[rows] for each in (self.weights, self.beta, self.c)))  # type: ignore[arg-type]
+
 
 def as_list(prompts: Any) -> list[Prompt]:
     if isinstance(prompts, str):

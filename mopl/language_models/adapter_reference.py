@@ -149,17 +149,11 @@ def _check_adapter_name(model: Any, adapter: str) -> None:
     if adapter not in model.peft_config:
         there = ", ".join(map(repr, model.peft_config))
         raise ValueError(f"reference_adapter is {adapter!r} but the model has the adapters {there}; name one of them")
-    if adapter in active_adapters(model):
+    if adapter in model.active_adapters:
         raise ValueError(
             f"reference_adapter is {adapter!r}, which is active and would be trained; activate another with "
             "model.set_adapter, or leave reference_adapter out: the reference is then the adapter as it is now"
         )
-
-
-def active_adapters(model: Any) -> list[str]:
-    """Return the names of the adapters of a PEFT model that are active."""
-    found = getattr(model, "active_adapters", None) or model.active_adapter
-    return [found] if isinstance(found, str) else list(found)
 
 
 # ---------------------------------------------------------------- whether adapters do nothing yet
@@ -174,7 +168,7 @@ def starts_at_base(model: nn.Module) -> bool:
         from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 
         peft_model: Any = model
-        active = active_adapters(peft_model)
+        active = peft_model.active_adapters
         kinds = [str(getattr(peft_model.peft_config[name].peft_type, "value", "")) for name in active]
         if any(kind != "LORA" for kind in kinds):
             return False
@@ -235,7 +229,7 @@ def _moves_base(model: Any) -> bool:
 
 @contextlib.contextmanager
 def _adapter_active(model: Any, name: str) -> Iterator[None]:
-    before, several = model.active_adapter, active_adapters(model)
+    before, several = model.active_adapter, model.active_adapters
     model.set_adapter(name)
     try:
         yield

@@ -6,17 +6,17 @@ of another program. The model is dequantised to float32 once and kept in the use
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.resources
 import importlib.util
 import json
-import logging
 import os
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -163,20 +163,20 @@ def _sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
-class _quiet:
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
     """Keep transformers' progress bars and notes about saving out of the demo's lines."""
+    from transformers.utils import logging
 
-    def __enter__(self) -> None:
-        from transformers.utils import logging as notes
-
-        self.notes, self.level, self.bars = notes, notes.get_verbosity(), notes.is_progress_bar_enabled()
-        notes.set_verbosity(logging.ERROR)
-        notes.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        self.notes.set_verbosity(self.level)
-        if self.bars:
-            self.notes.enable_progress_bar()
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def write_lines(path: Path, rows: Iterable[Any]) -> None:

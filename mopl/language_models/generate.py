@@ -171,9 +171,8 @@ def generate(
         batch_size = 1  # with nothing to pad
     answers: list[Generation] = []
     with evaluating(model, reference), seeded(seed), torch.no_grad():
-        for first in range(0, count, batch_size):
-            chosen = range(first, min(first + batch_size, count))
-            rows = _Rows(encoder, conversations, tokens, condition, chosen, text_prompt)
+        for chosen in (slice(first, first + batch_size) for first in range(0, count, batch_size)):
+            rows = _Rows(encoder, conversations[chosen], tokens[chosen], condition.of(chosen), text_prompt)
             _check_room(model, rows, max_new_tokens)
             answers += _answer(model, base, ends, rows, options, candidates, rerank)
     return answers
@@ -188,32 +187,23 @@ class _Rows:
     def __init__(
         self,
         encoder: ListTokenizer,
-        conversations: Sequence[Prompt],
+        prompts: Sequence[Prompt],
         tokens: Sequence[list[int]],
         condition: Condition,
-        chosen: range,
         text_prompt: TextPrompt | None,
     ) -> None:
-        self.prompts = [conversations[i] for i in chosen]
-        self.plain = [tokens[i] for i in chosen]
-        select = slice(chosen.start, chosen.stop)
-        self.weights = None if condition.weights is None else condition.weights[select]
-        self.beta = None if condition.beta is None else condition.beta[select]
-        self.c = condition.c[select]
-        self.own = self.plain
+        self.prompts, self.plain, self.own, self.c = prompts, tokens, tokens, condition.c
         # What a model takes as keywords; to any other model the condition is part of the text.
-        self.arguments: dict[str, Tensor] = {}
+        given = {"weights": condition.weights, "beta": condition.beta}
+        self.arguments = {name: value for name, value in given.items() if value is not None}
         if text_prompt is not None:
-            assert self.weights is not None
-            beta: list[Any] = [None] * len(chosen) if self.beta is None else list(self.beta)
+            self.arguments = {}
+            assert condition.weights is not None
+            beta = [None] * len(tokens) if condition.beta is None else condition.beta
             self.own = [
-                text_prompt.prepend_ids(tokens, w, encoder.tokenizer, b)
-                for tokens, w, b in zip(self.plain, self.weights, beta, strict=True)
+                text_prompt.prepend_ids(ids, w, encoder.tokenizer, b)
+                for ids, w, b in zip(tokens, condition.weights, beta, strict=True)
             ]
-        elif self.weights is not None:
-            self.arguments["weights"] = self.weights
-            if self.beta is not None:
-                self.arguments["beta"] = self.beta
 
 
 def _check_room(model: nn.Module, rows: _Rows, max_new_tokens: int) -> None:

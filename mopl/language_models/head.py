@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from mopl._restoring import evaluating
 from mopl._rows import UnsupportedModelError, arranged
 from mopl._threads import Turns, in_turn
+from mopl.conditioning.causal_lm import is_peft
 from mopl.language_models._head_scores import (
     IGNORE_INDEX,
     Transform,
@@ -224,27 +225,26 @@ class _FusedForward:
         return self.transform
 
     @in_turn
-    def __call__(
+    def __call__(self, *args: Any, targets: Tensor | None = None, **kwargs: Any) -> Any:
+        if targets is None:
+            return self.original(*args, **kwargs)
+        if torch.is_inference_mode_enabled():
+            # Its tensors count no versions, by which a change of the head's output is seen.
+            with torch.inference_mode(False), torch.no_grad():
+                return self._scored(targets, *args, **kwargs)
+        return self._scored(targets, *args, **kwargs)
+
+    def _scored(
         self,
+        targets: Tensor,
         *args: Any,
-        targets: Tensor | None = None,
         temperature: float | Tensor = 1.0,
         return_logsumexp: bool = False,
         return_entropy: bool = False,
         reference_hidden: Tensor | None = None,
         reference_head: nn.Module | None = None,
         **kwargs: Any,
-    ) -> Any:
-        if targets is None:
-            return self.original(*args, **kwargs)
-        if torch.is_inference_mode_enabled():
-            # Its tensors count no versions, by which a change of the head's output is seen below.
-            with torch.inference_mode(False), torch.no_grad():
-                return self(
-                    *args, targets=targets, temperature=temperature, return_logsumexp=return_logsumexp,
-                    return_entropy=return_entropy, reference_hidden=reference_hidden, reference_head=reference_head,
-                    **kwargs,
-                )  # fmt: skip
+    ) -> FusedOutput:
         transform, name = self.measure(), type(self.model).__name__
         kwargs = arranged(self.model, {**dict(zip(self.__signature__.parameters, args, strict=False)), **kwargs})
         current = _find_head(self.model)
@@ -302,8 +302,7 @@ def fuse(model: nn.Module) -> nn.Module:
     """
     if is_fused(model):
         return model
-    # Not by `base_model`: every model of transformers has that, the one inside PEFT's wrapper too.
-    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+    if is_peft(model):
         raise UnsupportedModelError(
             "this is a PEFT model: fuse the causal language model before wrapping it, "
             "or call fuse(model.get_base_model())"
