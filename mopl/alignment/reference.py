@@ -21,8 +21,7 @@ from mopl._restoring import evaluating
 from mopl._tensor_files import opened, read_tensors
 from mopl._terminal import Progress, progress
 from mopl.alignment.methods import Conditioner, ListScores, score_batch
-from mopl.language_models.collate import ListCollator
-from mopl.language_models.token_batches import TokenBatches
+from mopl.language_models.collate import ListCollator, token_batches
 from mopl.language_models.tokenization import TokenizedList
 
 CHUNK = 512  # lists of a chunk: seconds to minutes of work, whatever the model
@@ -66,10 +65,7 @@ def score_lists(
     counts = torch.tensor([len(item.responses) for item in lists])
     start = counts.cumsum(0) - counts
     flat = torch.zeros(int(counts.sum()))
-    padded = not collator.packed
-    batches = TokenBatches(
-        lists, tokens_per_batch, shuffle=False, padded=padded, window=len(lists), oversized="own"
-    ).epoch(0)
+    batches = token_batches(lists, tokens_per_batch, padded=not collator.packed)
     device = accelerator.device
     there = [None if value is None else value.float().to(device) for value in (weights, beta)]
     with evaluating(model):

@@ -200,6 +200,35 @@ class ListCollator:
         )
 
 
+def token_batches(lists: Sequence[TokenizedList], budget: int, *, padded: bool) -> list[np.ndarray]:
+    """Return which lists make up each batch: whole lists of like length, as many as fit a budget of tokens.
+
+    Args:
+        lists: the tokenised lists; only their lengths are read.
+        budget: most tokens of a batch; a longer list is a batch of its own.
+        padded: count what padding adds: number of sequences times the longest one.
+
+    Returns:
+        int64 arrays of places in `lists`, each of which is in one of them.
+
+    Raises:
+        ValueError: if the budget is below 1.
+    """
+    if budget < 1:
+        raise ValueError(f"budget is {budget} but must be at least 1 token")
+    lengths = [item.lengths for item in lists]
+    batches: list[list[int]] = []
+    sequences = tokens = 0
+    for place in sorted(range(len(lists)), key=lambda place: lengths[place].max()):
+        own = lengths[place]
+        sequences, tokens = sequences + len(own), tokens + own.sum()
+        if not batches or (sequences * own.max() if padded else tokens) > budget:
+            batches.append([])
+            sequences, tokens = len(own), own.sum()
+        batches[-1].append(place)
+    return [np.array(batch) for batch in batches]
+
+
 Pair = tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]  # the tokens of a prompt and of a response
 
 

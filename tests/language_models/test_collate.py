@@ -13,11 +13,10 @@ tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 
 from mopl import reference
-from mopl.language_models.collate import ListCollator, by_objective, to_lists
+from mopl.language_models.collate import ListCollator, by_objective, to_lists, token_batches
 from mopl.language_models.data import DataError, PreferenceData, PreferenceList, RowError
 from mopl.language_models.head import fuse, score_sequences
 from mopl.language_models.readers import load_preferences
-from mopl.language_models.token_batches import TokenBatches
 from mopl.language_models.tokenization import ListTokenizer, TokenizedList, tokenize, truncate
 from mopl.losses import pairwise_logistic
 
@@ -487,76 +486,31 @@ def cost(items, chosen, padded):
     return len(lengths) * lengths.max() if padded else lengths.sum()
 
 
-@pytest.mark.parametrize(
-    ("padded", "window", "shuffle"), list(itertools.product([True, False], [0, 16], [True, False]))
-)
-def test_an_epoch_uses_every_list_once_and_no_batch_exceeds_the_budget(padded, window, shuffle):
+@pytest.mark.parametrize("padded", [True, False])
+def test_batches_use_every_list_once_and_none_exceeds_the_budget(padded):
     items = lists(count=101, seed=1)
-    source = TokenBatches(items, 200, padded=padded, window=window, shuffle=shuffle, seed=5)
-    orders = []
-    for epoch in range(3):
-        batches = source.epoch(epoch)
-        assert sorted(np.concatenate(batches)) == list(range(101))
-        assert all(0 < cost(items, batch, padded) <= 200 for batch in batches)
-        orders.append(np.concatenate(batches).tolist())
-    assert (orders[0] == orders[1]) == (not shuffle)
-    if not window:  # greedy: the next list would not have fitted
-        stream = source.epoch(0)
-        for batch, following in itertools.pairwise(stream):
-            assert cost(items, [*batch, following[0]], padded) > 200
+    batches = token_batches(items, 200, padded=padded)
+    assert sorted(np.concatenate(batches)) == list(range(101))
+    assert all(0 < cost(items, batch, padded) <= 200 for batch in batches)
+    for batch, following in itertools.pairwise(batches):  # greedy: the next list would not have fitted
+        assert cost(items, [*batch, following[0]], padded) > 200
 
 
-def test_a_batch_depends_on_the_step_alone_so_that_any_step_can_be_resumed_from():
-    items = lists(count=40, seed=2)
-    source = TokenBatches(items, 150, seed=1)
-    run = [source(step) for step in range(60)]
-    for start in (0, 7, 33, 59):
-        resumed = TokenBatches(items, 150, seed=1)
-        assert [resumed(step).tolist() for step in range(start, 60)] == [b.tolist() for b in run[start:]]
-    backwards = TokenBatches(items, 150, seed=1)
-    assert [backwards(step).tolist() for step in range(59, -1, -1)] == [b.tolist() for b in run[::-1]]
-    assert backwards.locate(59)[0] >= 2  # several epochs were crossed
-    end = backwards.locate(59)[0]  # of the epochs before it, the steps use every list once
-    held = [batch for step, batch in enumerate(run) if backwards.locate(step)[0] < end]
-    assert np.bincount(np.concatenate(held)).tolist() == [end] * 40
-    other = TokenBatches(items, 150, seed=2)
-    assert [other(step).tolist() for step in range(60)] != [b.tolist() for b in run]
-
-
-def test_parts_of_a_step_are_whole_lists_and_make_up_the_step():
-    source = TokenBatches(lists(count=40, seed=2), 300)
-    for step in range(5):
-        parts = [source(step, rank, 3) for rank in range(3)]
-        assert np.concatenate(parts).tolist() == source(step).tolist()
-
-
-def test_sorting_within_windows_saves_padding():
+def test_lists_of_like_length_go_together_which_saves_padding():
     items = lists(count=400, seed=4, longest=40)
-    plain, sorted_ = (TokenBatches(items, 1000, window=window) for window in (0, 100))
-    used = sum(int(item.lengths.sum()) for item in items)
-    waste = [sum(cost(items, b, True) for b in source.epoch(0)) / used for source in (plain, sorted_)]
+    batches = token_batches(items, 1000, padded=True)
+    longest = [int(items[place].lengths.max()) for place in np.concatenate(batches)]
+    assert longest == sorted(longest)
+    in_order = np.array_split(np.arange(400), len(batches))
+    waste = [sum(cost(items, batch, True) for batch in each) for each in (in_order, batches)]
     assert waste[1] < waste[0]
 
 
-def test_a_list_longer_than_the_budget_is_an_error_or_its_own_batch():
+def test_a_list_longer_than_the_budget_is_a_batch_of_its_own():
     items = [with_labels([1, 0]), with_labels(list(range(9))), with_labels([0, 1])]
-    message = r"1 of 3 lists.*budget of 20: list 1 has 45 \(9 sequences, the longest of 5\)"
-    with pytest.raises(ValueError, match=message):
-        TokenBatches(items, 20)
-    source = TokenBatches(items, 20, oversized="own", shuffle=False)
-    assert [batch.tolist() for batch in source.epoch(0)] == [[0], [1], [2]]
-
-
-def test_budgets_steps_and_data_that_make_no_sense_are_refused():
-    items = lists()
-    with pytest.raises(ValueError, match="budget is 0 and window is 0"):
-        TokenBatches(items, 0)
-    with pytest.raises(ValueError, match="there is no list"):
-        TokenBatches([], 10)
-    with pytest.raises(ValueError, match="oversized is 'drop'"):
-        TokenBatches(items, 1000, oversized="drop")
-    with pytest.raises(IndexError, match="steps count from 0"):
-        TokenBatches(items, 1000)(-1)
+    assert [batch.tolist() for batch in token_batches(items, 20, padded=True)] == [[0], [1], [2]]
+    with pytest.raises(ValueError, match="budget is 0"):
+        token_batches(items, 0, padded=True)
 
 
 # ---------------------------------------------------------------- real data from file to batch
@@ -575,7 +529,7 @@ def test_real_data_go_from_file_to_batches_within_the_budget(shared_data, name, 
     assert tokens.describe()["longest_sequence"] <= 256 and tokens.describe()["prompts_cut"] > 0
     collator = ListCollator(packed=True)
     seen = []
-    for chosen in TokenBatches(tokens, 4096, padded=False).epoch(0):
+    for chosen in token_batches(tokens, 4096, padded=False):
         batch = collator([tokens[int(i)] for i in chosen])
         assert batch.inputs["input_ids"].shape[1] <= 4096
         counted = torch.zeros(len(batch.index)).index_add_(
