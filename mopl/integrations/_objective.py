@@ -36,6 +36,11 @@ class Measured:
     logps: tuple[Tensor, Tensor]  # the same of log-probabilities
     router: Tensor | None = None  # the auxiliary loss of a mixture of experts, without its coefficient
 
+    @property
+    def of_objectives(self) -> list[Tensor]:
+        """Seven of (B, m)."""
+        return [self.vector, self.correct, self.pairs, *self.rewards, *self.logps]
+
 
 class Objective:
     """The loss of lists under trade-offs.
@@ -163,9 +168,7 @@ class Totals:
     def add(self, measured: Measured, objective_mask: Tensor) -> None:
         """Add a batch."""
         with torch.no_grad():
-            count = objective_mask.float()
-            of_objectives = [measured.vector, count, measured.correct, measured.pairs, measured.margin]
-            columns = [column.sum(0) for column in (*of_objectives, *measured.rewards, *measured.logps)]
+            columns = [each.sum(0) for each in (*measured.of_objectives, measured.margin, objective_mask.float())]
             ratio = measured.log_ratio
             router = ratio.new_zeros(()) if measured.router is None else measured.router
             rest = torch.stack([ratio.sum(), torch.ones_like(ratio).sum(), router, torch.ones_like(router)])
@@ -179,7 +182,7 @@ class Totals:
             return {}
         values, m = reduce(self._sums).tolist(), len(self.objectives)
         self._sums = None
-        loss, count, correct, pairs, margin = (values[n * m : (n + 1) * m] for n in range(5))
+        loss, correct, pairs, *of_sides, margin, count = (values[n * m : (n + 1) * m] for n in range(9))
         logs: dict[str, float] = {}
         for j, name in enumerate(self.objectives):
             logs[f"loss/{name}"] = loss[j] / max(count[j], 1)
@@ -187,7 +190,7 @@ class Totals:
             logs[f"margin/{name}"] = margin[j] / max(pairs[j], 1)
         log_ratio, lists, router, batches = values[9 * m :]
         logs["log_ratio"] = log_ratio / max(lists, 1)
-        logs |= trl_metrics(sum(pairs), sum(correct), *(sum(values[n * m : (n + 1) * m]) for n in range(5, 9)))
+        logs |= trl_metrics(sum(pairs), sum(correct), *map(sum, of_sides))
         if self._has_router:
             logs["aux_loss"] = router / max(batches, 1)
         return logs
@@ -210,7 +213,7 @@ def trl_metrics(
 
 def grid_table(points: Sequence[Measured]) -> Tensor:
     """Return what a batch gave at each of n points, in one tensor that processes can gather: (B, n, 7 m + 1)."""
-    rows = [[each.vector, each.correct, each.pairs, *each.rewards, *each.logps, each.value[:, None]] for each in points]
+    rows = [[*point.of_objectives, point.value[:, None]] for point in points]
     return torch.stack([torch.cat([part.float() for part in row], 1) for row in rows], 1)
 
 
@@ -227,7 +230,7 @@ def grid_metrics(
     """
     table, mask = np.asarray(prediction.predictions, dtype=np.float64), np.asarray(prediction.label_ids)
     m = len(objectives)
-    loss, correct, pairs = (table[..., n * m : (n + 1) * m] for n in range(3))  # (L, n, m)
+    loss, correct, pairs, *of_sides = (table[..., n * m : (n + 1) * m] for n in range(7))  # (L, n, m)
     count = np.maximum(mask.sum(0), 1)
     losses = loss.sum(0) / count  # (n, m)
     accuracies = correct.sum(0) / np.maximum(pairs.sum(0), 1)
@@ -241,7 +244,7 @@ def grid_metrics(
         for j, name in enumerate(objectives):
             found[f"{name}_loss@{at}"] = float(losses[n, j])
             found[f"{name}_accuracy@{at}"] = float(accuracies[n, j])
-    found |= trl_metrics(pairs.sum(), correct.sum(), *(table[..., k * m : (k + 1) * m].sum() for k in range(3, 7)))
+    found |= trl_metrics(pairs.sum(), correct.sum(), *(part.sum() for part in of_sides))
     if user_metrics is not None:
         require("transformers")
         from transformers import EvalPrediction

@@ -24,7 +24,8 @@ What is not as in any other subclass of `Trainer`, and why:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,14 +82,6 @@ class MultiObjectiveConfig(ObjectiveArguments, TrainingArguments):
     precompute_ref_batch_size: int | None = None
     padding_free: bool = False
     pad_to_multiple_of: int | None = None
-
-
-@dataclass
-class _Step:
-    """Where the parts of one process stand in the batch of a step."""
-
-    places: list[tuple[int, float]]  # offset of the part, factor on the sum of its losses
-    next: int = 0
 
 
 class MultiObjectiveTrainer(ListTrainer):
@@ -233,7 +226,8 @@ class MultiObjectiveTrainer(ListTrainer):
             ref_model.requires_grad_(False).eval()
             self.ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
         self._totals = Totals(self.objectives)
-        self._step: _Step | None = None
+        # Where the next parts of this process stand in the step's batch, and the factors on the sums of their losses.
+        self._places: Iterator[tuple[int, float]] = iter(())
         if self._precompute:
             if self.train_dataset is not None:
                 self.train_dataset = self._with_reference(self.train_dataset, args.per_device_train_batch_size)
@@ -270,16 +264,8 @@ class MultiObjectiveTrainer(ListTrainer):
             before = sum(sum(row[:turn]) for row in table) + sum(row[turn] for row in table[:rank])
             # Trainer divides by the number of parts, DDP by the number of processes.
             places.append((before, processes * len(counts) / total))
-        self._step = _Step(places)
+        self._places = iter(places)
         return samples, items
-
-    def _place(self, count: int) -> tuple[int, float]:
-        """Return offset and factor of the next part; a batch that no step fetched stands alone."""
-        step = self._step
-        if step is None or step.next >= len(step.places):
-            return 0, 1.0 / count
-        step.next += 1
-        return step.places[step.next - 1]
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -293,7 +279,8 @@ class MultiObjectiveTrainer(ListTrainer):
             num_items_in_batch: Not used; the step's batch is counted in lists.
         """
         batch, extras = batch_of(inputs)
-        offset, factor = self._place(len(batch)) if self.model.training else (0, 1.0 / len(batch))
+        alone = (0, 1.0 / len(batch))  # of a batch that no step fetched
+        offset, factor = next(self._places, alone) if self.model.training else alone
         weights, beta, seen = self._trade_offs(batch, extras, offset)
         reference = self._reference(model, batch, extras)
         scored = self.scoring(model, batch, self.conditions, weights, seen)
@@ -361,8 +348,5 @@ class MultiObjectiveTrainer(ListTrainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, with each objective's loss, accuracy and margin since the last time."""
         if "loss" in logs:
-            logs = {**logs, **self._totals.read(self._sum_over_processes)}
+            logs = {**logs, **self._totals.read(functools.partial(self.accelerator.reduce, reduction="sum"))}
         super().log(logs, *args, **kwargs)
-
-    def _sum_over_processes(self, sums: Tensor) -> Any:
-        return self.accelerator.reduce(sums, "sum")

@@ -47,6 +47,7 @@ from torch import Tensor, nn
 
 from mopl import __version__
 from mopl._arguments import check_choice
+from mopl._extras import require
 from mopl._files import write_folder
 from mopl._renamed import renamed_keywords
 from mopl.conditioning import HyperPromptModel, LoraMixture, ParameterMixture, TextPrompt, WeightedModel, check_weights
@@ -54,7 +55,6 @@ from mopl.conditioning.adapter_base import base_of_adapter
 from mopl.conditioning.causal_lm import is_peft
 from mopl.conditioning.merging import merged, settle_merged, settle_ties
 from mopl.conditioning.weighted import causal_lm_of
-from mopl.language_models._export_adapter import save_mixed_adapter, save_prompt
 from mopl.language_models._export_check import (
     TOLERANCE,
     check_adapters,
@@ -175,9 +175,9 @@ def export(
         if plain:
             plain.pop().save_pretrained(str(path))
         elif prefix is not None:
-            save_prompt(model, prefix, path)  # type: ignore[arg-type]
+            _save_prompt(model, prefix, path)  # type: ignore[arg-type]
         elif isinstance(model, LoraMixture):
-            save_mixed_adapter(model, w, path)  # type: ignore[arg-type]
+            _save_mixed_adapter(model, w, path)  # type: ignore[arg-type]
         else:
             inner.save_pretrained(str(path))
         check_files(path, inner, kind, logits, vocabulary, virtual)
@@ -321,3 +321,58 @@ def _set_embeddings(embedding: Any, ids: Tensor, prefix: Tensor, name: str) -> N
     tolerance = 4 * torch.finfo(wanted.dtype).eps
     if not torch.allclose(embedding(ids), wanted, rtol=tolerance, atol=tolerance * float(wanted.abs().max())):
         raise ValueError(f"{name} does more to embeddings than to scale them, so virtual tokens cannot become tokens")
+
+
+# ---------------------------------------------------------------- adapters
+
+
+def _save_mixed_adapter(model: LoraMixture, weights: Tensor, path: Path) -> None:
+    """Write Σ w_i B_i A_i as one LoRA adapter, exactly: its factors are those of the m adapters side by side.
+
+    The rank is the sum of theirs, so no factorisation is needed and nothing is lost.
+
+    Raises:
+        ValueError: If an adapter's scale is not what PEFT can carry over.
+    """
+    name, peft_model = "mopl_mixture", model.model
+    coefficients = model.coefficients_of(weights).tolist()
+    tuner = peft_model.base_model
+    tuner.add_weighted_adapter(model.adapters, coefficients, adapter_name=name, combination_type="cat")
+    try:
+        if any(layer.scaling[name] != 1 for layer in model._layers):
+            raise ValueError("the adapters use a scale of another kind than lora_alpha / r; pass kind='model'")
+        peft_model.save_pretrained(str(path), selected_adapters=[name])
+    finally:
+        tuner.delete_adapter(name)
+        tuner.set_adapter(model.adapters)
+    # PEFT puts every adapter but the one called "default" into a folder of its name; loaders look for it above.
+    for file in sorted((path / name).iterdir()):
+        file.rename(path / file.name)
+    (path / name).rmdir()
+
+
+def _save_prompt(model: HyperPromptModel, prefix: Tensor, path: Path) -> None:
+    """Write a prompt as PEFT's prompt tuning."""
+    require("peft", "safetensors")
+    from peft import PromptTuningConfig, TaskType
+    from safetensors.torch import save_file
+
+    if is_peft(model.model):
+        raise ValueError(
+            "the model has a prompt and adapters, and a PEFT adapter is one or the other; pass kind='model', which "
+            "merges the adapters and writes the prompt into the vocabulary"
+        )
+    config: Any = model.causal_lm.config.get_text_config()
+    adapter = PromptTuningConfig(
+        task_type=TaskType.CAUSAL_LM,
+        base_model_name_or_path=getattr(model.causal_lm, "name_or_path", "") or None,  # type: ignore[arg-type]
+        num_virtual_tokens=prefix.shape[0],
+        token_dim=prefix.shape[1],
+        num_transformer_submodules=1,
+        num_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        inference_mode=True,
+    )
+    adapter.save_pretrained(str(path))
+    tensors = {"prompt_embeddings": prefix.cpu().contiguous()}
+    save_file(tensors, str(path / "adapter_model.safetensors"), metadata={"format": "pt"})

@@ -33,13 +33,13 @@ import numpy as np
 
 from mopl._arguments import check_choice
 from mopl._lines import lone_surrogate
-from mopl.language_models._template_end import template_end
 from mopl.language_models.data import Message, OnError, PreferenceData, PreferenceList, ReadReport, RowError, Text
 from mopl.language_models.tokenized import TokenizedData, TokenizedList, truncate
 
 __all__ = ["TEMPLATES", "ListTokenizer", "ReadReport", "TokenizedData", "TokenizedList", "tokenize", "truncate"]
 
 TEMPLATES = ("auto", "chat", "plain")
+QUESTION, ANSWER, NEXT = "Qk7question", "Qk7answer", "Qk7next"  # words that templates neither cut nor look for
 
 
 class ListTokenizer:
@@ -99,8 +99,43 @@ class ListTokenizer:
 
     @functools.cached_property
     def turn_end(self) -> int | str | None:
-        """The token, or where there is none the text, with which the chat template ends the assistant's turn."""
-        return template_end(self) if self.chat else None
+        r"""The token, or where there is none the text, with which the chat template ends the assistant's turn.
+
+        It is often not the tokenizer's `eos_token`. It is found by writing a conversation and reading what follows the
+        answer, as it stands in training data:
+
+            ... <|assistant|>\nANSWER<|end|>\n<|endoftext|>    the first token after the answer that is no text: <|end|>
+            ... [/INST] ANSWER ###END                          no such token: the text itself, "###END"
+            ... Assistant: ANSWER                              nothing: only the end-of-sequence token ends a response
+        """
+        if not self.chat:
+            return None
+        question, answer = {"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}
+        try:
+            tail = self._write([question, answer]).rpartition(ANSWER)[2]
+            found = self._first_mark(tail)
+            if found is not None or tail.strip():
+                return self._text_end(tail.strip()) if found is None else found
+            # Some templates write the end only where another turn follows, and then its opening.
+            following = self._write([question, answer, {"role": "user", "content": NEXT}])
+            between = following.rpartition(ANSWER)[2].partition(NEXT)[0]
+            opening = self._write([question]).partition(QUESTION)[0]
+        except RowError:  # a template that writes no answers has no end of one
+            return None
+        return None if opening.endswith(between) else self._first_mark(between)
+
+    def _first_mark(self, text: str) -> int | None:
+        """Return the first token of a text that is no text: a special or an added one, but white space."""
+        tokenizer = self.tokenizer
+        marks = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", ())} - {tokenizer.unk_token_id}
+        found = (token for token in self._encode(text).tolist() if token in marks and tokenizer.decode([token]).strip())
+        return next(found, None)
+
+    def _text_end(self, text: str) -> int | str | None:
+        tokens = self._encode(text).tolist()
+        if self.tokenizer.unk_token_id in tokens:
+            return None  # no model can write it
+        return tokens[0] if len(tokens) == 1 else text
 
     @property
     def pad_id(self) -> int:
