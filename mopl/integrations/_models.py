@@ -15,12 +15,11 @@ from mopl._extras import require
 from mopl._hub import naming_own_code
 from mopl._renamed import renamed_parameter
 from mopl._tensor_files import load_state
-from mopl.conditioning import LoraMixture, ParameterMixture
 from mopl.conditioning.adapter_base import base_of_adapter
 from mopl.conditioning.causal_lm import is_peft
 from mopl.conditioning.hyper_prompt_model import WEIGHTS_FILE, HyperPromptModel
 from mopl.conditioning.saved_models import ADAPTER_FILE, adapter_folder, check_adapter, check_adapter_state, read_record
-from mopl.conditioning.weighted import causal_lm_of
+from mopl.conditioning.weighted import Conditioned, causal_lm_of
 from mopl.language_models.collate import ListBatch
 from mopl.language_models.head import fuse
 from mopl.training.parallel import distribution_of
@@ -95,7 +94,7 @@ def prepare_model(model: Any, peft_config: Any = None, model_init_kwargs: dict[s
                 f"peft_config is a {type(peft_config).__name__} but must be a peft.PeftConfig, such as peft.LoraConfig"
             )
         model = get_peft_model(model, peft_config)
-    if isinstance(model, (LoraMixture, ParameterMixture)):
+    if isinstance(model, Conditioned) and not isinstance(model, HyperPromptModel):
         raise ValueError(
             f"model is a {type(model).__name__}, whose reference at each w the trainers do not know; use "
             "`mopl align --conditioning lora-mixture` (on rewards: --method clp), or a HyperPromptModel"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from mopl._extras import require
 from mopl._restoring import evaluating, generators_kept
-from mopl.conditioning import HyperPromptModel, LoraMixture, ParameterMixture
+from mopl.conditioning import HyperPromptModel
 from mopl.conditioning.causal_lm import is_peft
 from mopl.conditioning.merging import check_lora, lora_layers
 from mopl.conditioning.weighted import causal_lm_of
@@ -36,30 +37,14 @@ def texts(vocabulary: int, device: torch.device) -> list[Tensor]:
 
 
 @torch.no_grad()
-def logits_of_source(model: Any, vocabulary: int, weights: Tensor | None, beta: Tensor | None) -> list[Tensor]:
-    """Return the logits (T, vocabulary) of a model at a trade-off, for each text, in float32 on the CPU."""
-    found = []
-    with evaluating(model), generators_kept():
-        for text in texts(vocabulary, next(model.parameters()).device):
-            if isinstance(model, HyperPromptModel):
-                output = model(text, torch.ones_like(text), weights, beta)
-            elif weights is not None and isinstance(model, (LoraMixture, ParameterMixture)):
-                output = model(input_ids=text, weights=weights)
-            else:
-                output = model(input_ids=text)
-            found.append(output.logits[0, :, :vocabulary].float().cpu())
-    return found
-
-
-@torch.no_grad()
-def logits_of_export(model: Any, vocabulary: int, front: list[int]) -> list[Tensor]:
-    """Return the same of a plain model, or PEFT's, whose texts have tokens in front."""
+def logits_of(model: Any, vocabulary: int, front: Sequence[int] = (), **trade_off: Tensor) -> list[Tensor]:
+    """Return the logits (T, vocabulary) of each text, with tokens in front, in float32 on the CPU."""
     found = []
     device = model.get_input_embeddings().weight.device
     with evaluating(model), generators_kept():
         for text in texts(vocabulary, device):
-            whole = torch.cat([torch.tensor([front], dtype=text.dtype, device=device), text], 1)
-            output = model(input_ids=whole, attention_mask=torch.ones_like(whole))
+            whole = torch.cat([torch.tensor([list(front)], dtype=text.dtype, device=device), text], 1)
+            output = model(input_ids=whole, attention_mask=torch.ones_like(whole), **trade_off)
             # PEFT's prompt tuning puts virtual tokens in front by itself.
             found.append(output.logits[0, -text.shape[1] :, :vocabulary].float().cpu())
     return found
@@ -112,7 +97,7 @@ def check_files(path: Path, inner: Any, kind: str, given: list[Tensor], vocabula
             f"the {kind} does not load from its files ({said}), so nothing was exported; {remedy}"
         ) from error
     tolerance = SAME * torch.finfo(base.dtype).eps if kind == "model" else TOLERANCE[base.dtype]
-    found = logits_of_export(loaded, vocabulary, front)
+    found = logits_of(loaded, vocabulary, front)
     compare(found, given, tolerance, f"the {kind} that is loaded from its files", remedy)
 
 

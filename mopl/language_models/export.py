@@ -50,18 +50,17 @@ from mopl._arguments import check_choice
 from mopl._extras import require
 from mopl._files import write_folder
 from mopl._renamed import renamed_keywords
-from mopl.conditioning import HyperPromptModel, LoraMixture, ParameterMixture, TextPrompt, WeightedModel, check_weights
+from mopl.conditioning import HyperPromptModel, LoraMixture, TextPrompt, check_weights
 from mopl.conditioning.adapter_base import base_of_adapter
 from mopl.conditioning.causal_lm import is_peft
 from mopl.conditioning.merging import merged, settle_merged, settle_ties
-from mopl.conditioning.weighted import causal_lm_of
+from mopl.conditioning.weighted import Conditioned, causal_lm_of
 from mopl.language_models._export_check import (
     TOLERANCE,
     check_adapters,
     check_files,
     compare,
-    logits_of_export,
-    logits_of_source,
+    logits_of,
 )
 from mopl.language_models._export_tokenizer import Front, check_saved, prepare_tokenizer
 from mopl.language_models._generation_arguments import objectives_of
@@ -71,7 +70,6 @@ from mopl.language_models.turns import write_turn_end
 
 KINDS = ("model", "adapter")
 CONFIG_FILE, KIND = "mopl.json", "export"
-CONDITIONED = WeightedModel | ParameterMixture
 NEVER = -1e4  # a logit below any other, within float16
 
 
@@ -128,7 +126,7 @@ def export(
             f"the model was trained with positions={model.positions!r}, which no plain model has: virtual tokens "
             "there stand at no position of their own. Generate with mopl, or train with positions='hf'"
         )
-    inner: Any = model.model if isinstance(model, CONDITIONED) else model
+    inner: Any = model.model if isinstance(model, Conditioned) else model
     if kind == "adapter" and not isinstance(model, HyperPromptModel) and not is_peft(inner):
         raise ValueError(f"a plain {type(inner).__name__} has no adapter; pass kind='model'")
     base = causal_lm_of(inner)
@@ -151,9 +149,12 @@ def export(
             record["virtual_tokens"] = {"ids": front.ids, "tokens": front.tokens}
     virtual = front.ids if front is not None and not front.after_bos else []
     vocabulary = virtual[0] if virtual else base.get_input_embeddings().weight.shape[0]
+    trade_off: dict[str, Any] = {"weights": w} if isinstance(model, Conditioned) else {}
+    if trade_off and each_beta is not None:
+        trade_off["beta"] = each_beta
     plain: list[Any] = []  # from which it is taken to be saved, so that it is freed before its files are loaded
     if kind == "adapter":
-        logits = logits_of_source(model, vocabulary, w, each_beta)
+        logits = logits_of(model, vocabulary, **trade_off)
     else:
         plain.append(_plain_model(model, w))
         if prefix is not None and front is not None:
@@ -166,10 +167,10 @@ def export(
             "generate with mopl"
         )
         try:
-            logits = logits_of_export(plain[0], vocabulary, virtual)
+            logits = logits_of(plain[0], vocabulary, virtual)
         except IndexError as error:  # a second table of embeddings, say, which has not grown
             raise ValueError(f"{name} fails on a short text ({error}), so nothing was exported; {remedy}") from error
-        compare(logits, logits_of_source(model, vocabulary, w, each_beta), TOLERANCE[base.dtype], name, remedy)
+        compare(logits, logits_of(model, vocabulary, **trade_off), TOLERANCE[base.dtype], name, remedy)
 
     def fill(path: Path) -> None:
         if plain:
@@ -192,10 +193,9 @@ def export(
 
 def _plain_model(model: Any, weights: Tensor | None) -> Any:
     """Return the causal language model of a trade-off as a plain one, a copy."""
-    if isinstance(model, (LoraMixture, ParameterMixture)):
-        assert weights is not None
-        return without_traces(model.merge(weights))
-    return merged_copy(model.model if isinstance(model, HyperPromptModel) else model)
+    if isinstance(model, HyperPromptModel) or not isinstance(model, Conditioned):
+        return merged_copy(model.model if isinstance(model, HyperPromptModel) else model)
+    return without_traces(model.merge(weights))
 
 
 # ---------------------------------------------------------------- what is asked for
@@ -205,7 +205,7 @@ def _condition(
     model: nn.Module, weights: Any, beta: Any, text_prompt: TextPrompt | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Check and return w (m,) and β (m,)."""
-    names = objectives_of(model, weights, beta, text_prompt, CONDITIONED)
+    names = objectives_of(model, weights, beta, text_prompt, Conditioned)
     if weights is None:
         return None, None
     w = check_weights(weights, len(names))
@@ -238,7 +238,7 @@ def _record(
         "objective_temperature": None if beta is None else beta.tolist(),
         **origin,
     }
-    if isinstance(model, CONDITIONED):
+    if isinstance(model, Conditioned):
         tuning = model.record
         record |= {"objectives": list(tuning.objectives), "reference": tuning.reference}
         record |= {"beta": tuning.beta, "alpha": tuning.concentration}
