@@ -86,12 +86,7 @@ def examples_of(
     template: str = "auto",
     on_error: OnError = "raise",
 ) -> Examples:
-    """Turn what a trainer was given into lists of tokens; see `MultiObjectiveTrainer` for the arguments.
-
-    Raises:
-        TypeError: If the data is of another kind.
-        ValueError: If the tokenizer is missing, objectives do not fit, or rows cannot be used.
-    """
+    """Turn what a trainer was given into lists of tokens; see `MultiObjectiveTrainer` for the arguments."""
     if isinstance(data, Examples):
         return data
     if isinstance(data, TokenizedData):
@@ -156,11 +151,7 @@ def _read_rows(
 
 
 def beside_of(rows: Sequence[Any], objectives: int, lists: int) -> list[dict[str, Any]]:
-    """Return what stands beside each list that rows made, as keywords of `Example`.
-
-    Raises:
-        ValueError: If there are such columns and the rows made another number of lists, or a value cannot be used.
-    """
+    """Return what stands beside each list that rows made, as keywords of `Example`; raise where that is unknown."""
     names = [name for name in (WEIGHTS, BETA, *REFERENCE_COLUMNS) if name in rows[0]]
     if not names:
         return [{} for _ in range(lists)]
@@ -203,10 +194,7 @@ def labels_of_pair(row: Mapping[str, Any], objective: str) -> tuple[float | None
 
     In the columns `<objective>_chosen` and `<objective>_rejected`, two numbers. Else in the column `<objective>`: two
     numbers, or one, whose sign says which response is better (positive: chosen) and whose size by how much. None and
-    NaN are missing labels. Without a column, the objective `preference` prefers chosen.
-
-    Raises:
-        RowError: If there is no such column, or it holds something else.
+    NaN are missing labels. Without a column, the objective `preference` prefers chosen, and others are a `RowError`.
     """
     columns = [f"{objective}_{side}" for side in SIDES]
     if all(column in row for column in columns):
@@ -275,11 +263,7 @@ class ExampleCollator:
         self.collator = collator
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
-        """Make a batch of these lists.
-
-        Raises:
-            ValueError: If only some lists have a reference, weights or β of their own.
-        """
+        """Make a batch of these lists; raise if only some have a reference, weights or β of their own."""
         batch = self.collator([example.tokens for example in examples])
         # A tensor with one row a list comes first: trainers read the size of a batch from the first entry.
         flat = {f"list_{name}": value for name in _FIELDS if (value := getattr(batch, name)) is not None}
@@ -299,11 +283,7 @@ class ExampleCollator:
 
 
 def batch_of(inputs: Mapping[str, Any]) -> tuple[ListBatch, Extras]:
-    """Return the batch, and what stands beside its lists, from the dictionary of an `ExampleCollator`.
-
-    Raises:
-        ValueError: If the dictionary has another maker.
-    """
+    """Return the batch, and what stands beside its lists, from the dictionary of an `ExampleCollator`."""
     missing = [f"list_{name}" for name in _FIELDS if f"list_{name}" not in inputs and name != "order"]
     if missing:
         raise ValueError(f"the batch has no {', '.join(missing)}; leave data_collator out, or pass a ListCollator")

@@ -50,13 +50,7 @@ class Conditions:
 
 
 def prepare_model(model: Any, peft_config: Any = None, model_init_kwargs: dict[str, Any] | None = None) -> Any:
-    """Load a model that is given by name, wrap it with adapters if asked for, and fuse its head.
-
-    Raises:
-        TypeError: If what was passed is no model or no configuration of adapters.
-        ValueError: If there are options for loading a model that is loaded, or adapters for one that has some.
-        mopl.language_models.head.UnsupportedModelError: If the head cannot be fused.
-    """
+    """Load a model that is given by name, wrap it with adapters if asked for, and fuse its head."""
     if isinstance(model, os.PathLike):
         model = os.fspath(model)
     if not isinstance(model, (str, nn.Module)):
@@ -104,11 +98,7 @@ def prepare_model(model: Any, peft_config: Any = None, model_init_kwargs: dict[s
 
 
 def load_hyper_prompt(model: HyperPromptModel, folder: str | Path) -> None:
-    """Load what `save_pretrained` wrote into a model that is there already, so that its optimizer stays valid.
-
-    Raises:
-        ValueError: If the folder holds no such model, or one of other sizes.
-    """
+    """Load what `save_pretrained` wrote into a model that is there already, so that its optimizer stays valid."""
     folder = Path(folder)
     if not (folder / WEIGHTS_FILE).exists():
         raise ValueError(f"{folder} is no checkpoint of a HyperPromptModel: it has no {WEIGHTS_FILE}")

@@ -43,13 +43,10 @@ class Measured:
 
 
 class Objective:
-    """The loss of lists under trade-offs.
+    """The loss of lists under trade-offs; if `partial`, objectives may label some responses of a list only.
 
-    Args:
-        settings: The settings.
-        loss: A loss with the arguments of `mopl.losses.listwise_dpo` (a `functools.partial` of one, or one's own),
-            or a `PairLoss`; the settings' `list_loss` by default.
-        partial: Whether objectives may label a part of a list's responses.
+    A `loss` has the arguments of `mopl.losses.listwise_dpo` (a `functools.partial` of one, or one's own), or is a
+    `PairLoss`; by default it is the settings' `list_loss`.
     """
 
     def __init__(
@@ -220,13 +217,9 @@ def grid_table(points: Sequence[Measured]) -> Tensor:
 def grid_metrics(
     prediction: Any, grid: Tensor, objectives: Sequence[str], user_metrics: Any = None
 ) -> dict[str, float]:
-    """Return means over lists by name, and what a user's `compute_metrics` gives.
+    """Return means over lists by name, and what a user's `compute_metrics`, if there is one, gives.
 
-    Args:
-        prediction: An `EvalPrediction` of tables (L, n, 7 m + 1) and of which objectives count (L, m).
-        grid: (n, m).
-        objectives: Names.
-        user_metrics: That `compute_metrics`, or None.
+    The prediction has tables (L, n, 7 m + 1), as `grid_table` gives them, and which objectives count (L, m).
     """
     table, mask = np.asarray(prediction.predictions, dtype=np.float64), np.asarray(prediction.label_ids)
     m = len(objectives)

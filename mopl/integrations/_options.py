@@ -91,16 +91,7 @@ REFUSED: dict[str, str] = {
 
 
 def check_options(args: Any, kind: type) -> None:
-    """Raise for an option that is set and that the trainers do not obey.
-
-    Args:
-        args: A trainer's arguments.
-        kind: Whose options are meant: `TrainingArguments`, or `DPOConfig`, which has all of these and its own.
-
-    Raises:
-        TypeError: If they are no arguments of that kind.
-        ValueError: If there is one.
-    """
+    """Raise for an option of `kind`, `TrainingArguments` or `DPOConfig`, that is set and that no trainer obeys."""
     if not isinstance(args, kind):
         own = "MultiObjectiveConfig" if kind.__name__ == "TrainingArguments" else "MultiObjectiveDPOConfig"
         raise TypeError(f"args is a {type(args).__name__} but must be a {kind.__name__}, such as mopl's {own}")

@@ -112,11 +112,7 @@ class PairLoss:
 def pair_loss_of(args: Any) -> PairLoss | None:
     """Return the loss of pairs that `loss_type` and its options ask for; None where a list loss is the same.
 
-    Args:
-        args: A `trl.DPOConfig`.
-
-    Raises:
-        ValueError: If a type is unknown, or an option is set that TRL refuses or has no use for.
+    Raises for a type that is unknown, and for an option that TRL refuses or has no use for.
     """
     types = [args.loss_type] if isinstance(args.loss_type, str) else list(args.loss_type)
     weights = [1.0] * len(types) if args.loss_weights is None else list(args.loss_weights)

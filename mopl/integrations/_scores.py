@@ -40,11 +40,7 @@ class Scoring:
 
     @classmethod
     def of(cls, args: Any, model: Any) -> Scoring:
-        """Read it off a trainer's arguments and the model.
-
-        Raises:
-            ValueError: If options are out of range or exclude one another.
-        """
+        """Read it off a trainer's arguments and the model; raise where options exclude one another."""
         ld_alpha, weighting = getattr(args, "ld_alpha", None), getattr(args, "use_weighting", False)
         if ld_alpha is not None:
             if not 0 <= ld_alpha <= 1:
@@ -131,9 +127,6 @@ def router_coefficient(args: Any, model: Any) -> float:
 
     With `router_aux_loss_coef` in the arguments (TRL's) it is that, or the config's where it is None; else it is the
     config's where that asks for the loss (`output_router_logits`), as in transformers.
-
-    Raises:
-        ValueError: If there is a coefficient and the model has no such loss.
     """
     config = text_config(model)
     own = getattr(config, "router_aux_loss_coef", None) or 0.0

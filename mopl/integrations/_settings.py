@@ -97,17 +97,7 @@ class TradeOffs:
     """The weights and β of lists: a function of (seed, step, place of the list in the step's batch).
 
     So nothing depends on how a batch is split into processes and accumulation steps, and a resumed training draws what
-    the interrupted one would have drawn.
-
-    Args:
-        settings: The settings.
-        objectives: m.
-        conditions: What the model takes.
-        beta: β where neither the settings nor the data have others.
-        seed: Seed of the draws.
-
-    Raises:
-        ValueError: If the number of weights or betas is not m, or a box is there without a model that takes it.
+    the interrupted one would have drawn. `beta` is that where neither the settings nor the data have others.
     """
 
     def __init__(
@@ -166,15 +156,7 @@ class TradeOffs:
         return weights, middle / middle.sum(-1, keepdim=True), middle
 
     def grid(self, points: int | None, given: Any = None) -> Tensor:  # (n, m)
-        """Return the weights that an evaluation measures; of a model without weights those that it trains for.
-
-        Args:
-            points: The number of points that was asked for, if any.
-            given: The points themselves, if they were.
-
-        Raises:
-            ValueError: If there are several points for a model whose scores are the same at each.
-        """
+        """Return the weights that an evaluation measures: so many `points`, or those `given`, where either is set."""
         m = self.objectives
         if not self.conditioned and points is None and given is None:
             assert self.fixed is not None

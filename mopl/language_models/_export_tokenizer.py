@@ -27,11 +27,7 @@ class Front:
 
 
 def prepare_tokenizer(tokenizer: Any, virtual: int = 0, *, text: str | None = None) -> Front:
-    """Return a copy that puts `virtual` new tokens before every text, or the tokens of `text` after its first token.
-
-    Raises:
-        ValueError: If it has such tokens already, or its post-processing cannot be extended.
-    """
+    """Return a copy that puts `virtual` new tokens before every text, or the tokens of `text` after its first token."""
     original, tokenizer = tokenizer, copy.deepcopy(tokenizer)
     if text is None:
         require("tokenizers")
@@ -110,10 +106,8 @@ def check_saved(path: Path, original: Any, front: Front) -> None:
     """Make a saved tokenizer one that every version loads as it was written, and raise unless it does what it should.
 
     Classes of single models (LlamaTokenizer and others) make their post-processor anew when they are loaded, so the
-    files name the plain class, which takes what tokenizer.json says.
-
-    Raises:
-        ValueError: If the tokenizer, read back, does not write the front before the original's tokens.
+    files name the plain class, which takes what tokenizer.json says. It should write the front before the original's
+    tokens.
     """
     require("transformers")
     from transformers import AutoTokenizer

@@ -56,11 +56,7 @@ def as_list(prompts: Any) -> list[Prompt]:
 
 
 def prompt_tokens(encoder: ListTokenizer, prompt: Prompt, number: int) -> list[int]:
-    """Return the tokens of a prompt.
-
-    Raises:
-        ValueError: If it has none, is no Unicode text, or the chat template refuses it; the message names the prompt.
-    """
+    """Return the tokens of a prompt; errors of the tokenizer, and its having no token, name it by number."""
     try:
         tokens = encoder.prompt_tokens(prompt).tolist()  # type: ignore[arg-type]
     except RowError as error:
@@ -73,11 +69,7 @@ def prompt_tokens(encoder: ListTokenizer, prompt: Prompt, number: int) -> list[i
 def objectives_of(
     model: Any, weights: Any, beta: Any, text_prompt: TextPrompt | None, kinds: Any = WeightedModel
 ) -> tuple[str, ...]:
-    """Raise unless weights and β were passed just where a model of these `kinds`, or its text, takes them.
-
-    Returns:
-        The names of the objectives.
-    """
+    """Return the objectives of a model of these `kinds`, or of its text; raise unless it gets just what it takes."""
     names: Sequence[str] = ()
     wants_beta = False
     if isinstance(model, kinds):

@@ -330,9 +330,6 @@ def _save_mixed_adapter(model: LoraMixture, weights: Tensor, path: Path) -> None
     """Write Σ w_i B_i A_i as one LoRA adapter, exactly: its factors are those of the m adapters side by side.
 
     The rank is the sum of theirs, so no factorisation is needed and nothing is lost.
-
-    Raises:
-        ValueError: If an adapter's scale is not what PEFT can carry over.
     """
     name, peft_model = "mopl_mixture", model.model
     coefficients = model.coefficients_of(weights).tolist()
