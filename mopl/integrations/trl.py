@@ -92,19 +92,12 @@ class MultiObjectiveDPOTrainer(MultiObjectiveTrainer):
         train_dataset: `PreferenceData`, `TokenizedData`, or a `datasets.Dataset` (or list of rows) in TRL's preference
             format with a label column for each objective, or in any format of `mopl.language_models.readers`.
             `max_length` cuts pairs as `truncation_mode` says and lists as `ListTokenizer` does.
-        eval_dataset: The same, or a dictionary of them.
         processing_class: The tokenizer; by default that of the model's name.
-        compute_metrics: See `MultiObjectiveTrainer`.
-        callbacks: As in TRL.
-        optimizers: As in TRL.
         quantization_config: For a model that is given by name.
-        peft_config: Adapters to put on a model that has none.
-        reference_adapter: Name of another adapter of a PEFT model that is the reference.
         loss: A loss in place of `list_loss` and `loss_type`.
-        eval_weights: (n, m) points of the grid of w for evaluation. A model without weights is measured at one point,
-            by default that which it trains for.
         template: Of data whose tokens are mopl's, see `mopl.language_models.tokenization.ListTokenizer`.
-        on_error: `"raise"` refuses data with rows that cannot be used, `"skip"` leaves them out with a warning.
+
+    The other arguments are those of `MultiObjectiveTrainer`.
 
     Raises:
         ValueError: If an option of `DPOConfig` cannot be obeyed, or arguments do not fit.

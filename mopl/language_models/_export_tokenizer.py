@@ -119,7 +119,7 @@ def check_saved(path: Path, original: Any, front: Front) -> None:
         settings.pop(name, None)
     file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     made = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
-    pairs = [(text, _plain(made, text), _plain(original, text)) for text in SAMPLES]
+    pairs = [(text, *(list(each(text)["input_ids"]) for each in (made, original))) for text in SAMPLES]
     if original.chat_template:
         pairs.append((CHAT_NAME, _chat(made), _chat(original)))
     for text, found, before in pairs:
@@ -134,10 +134,6 @@ def check_saved(path: Path, original: Any, front: Front) -> None:
                 f"the exported tokenizer gives {found[:24]} for {text!r} but the model was trained on {wanted[:24]}: "
                 f"here the beginning of a text changes the tokens after it; {remedy}"
             )
-
-
-def _plain(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text)["input_ids"])
 
 
 def _chat(tokenizer: Any) -> list[int]:

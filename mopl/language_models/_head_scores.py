@@ -65,43 +65,6 @@ def _tidy(value: float) -> float:
     return short if abs(short - value) <= 2e-6 * abs(value) else value
 
 
-def score_hidden(
-    head: Any,
-    hidden: Tensor,  # (N, k + T, H)
-    targets: Tensor,  # (N, T)
-    transform: Transform,
-    temperature: float | Tensor,
-    return_logsumexp: bool,
-    return_entropy: bool,
-) -> list[Tensor]:
-    """Run `linear_logprob` on the last T positions of what the model handed to its head."""
-    if hidden.ndim != 3 or targets.ndim != 2 or hidden.shape[0] != targets.shape[0]:
-        raise ValueError(
-            f"targets has shape {tuple(targets.shape)} but the head got hidden states {tuple(hidden.shape)}; "
-            "pass targets (N, T) for input_ids (N, T)"
-        )
-    length = targets.shape[1]
-    if hidden.shape[1] < length:
-        raise ValueError(
-            f"targets has {length} positions but only {hidden.shape[1]} reached the head; do not pass logits_to_keep"
-        )
-    hidden, weight, bias = _operands(head, hidden[:, -length:])
-    targets = targets.to(weight.device)
-    parts = linear_logprob(
-        hidden,
-        weight,
-        targets,
-        bias=bias,
-        temperature=temperature,
-        softcap=transform.softcap,
-        logit_scale=transform.logit_scale,
-        ignore_index=IGNORE_INDEX,
-        return_logsumexp=return_logsumexp,
-        return_entropy=return_entropy,
-    )
-    return list(parts) if isinstance(parts, tuple) else [parts]
-
-
 def _operands(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return hidden states, weight and bias as the head itself would multiply them: on its device, in one dtype."""
     weight, bias = head.weight, getattr(head, "bias", None)
@@ -112,33 +75,62 @@ def _operands(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]
     return hidden.to(weight.dtype), weight, bias
 
 
-def kl_of_hidden(
+def score_hidden(
     head: Any,
     hidden: Tensor,  # (N, k + T, H)
     targets: Tensor,  # (N, T)
     transform: Transform,
     temperature: float | Tensor,
-    reference_hidden: Tensor,  # (N, T, H')
+    *,
+    return_logsumexp: bool,
+    return_entropy: bool,
+    reference_hidden: Tensor | None,  # (N, T, H')
     reference_head: Any,
-) -> Tensor:  # (N, T)
-    """Return KL(model ‖ reference) of the last T positions, 0 where targets are ignored."""
+) -> list[Tensor]:  # (N, T) each
+    """Run `linear_logprob`, and `linear_kl` where there is a reference, on the last T positions that a head was given.
+
+    Returns:
+        Log-probabilities, and what else is asked for of logsumexp, entropy and KL(model ‖ reference), in this order.
+    """
+    if hidden.ndim != 3 or targets.ndim != 2 or hidden.shape[0] != targets.shape[0]:
+        raise ValueError(
+            f"targets has shape {tuple(targets.shape)} but the head got hidden states {tuple(hidden.shape)}; "
+            "pass targets (N, T) for input_ids (N, T)"
+        )
+    length = targets.shape[1]
+    if hidden.shape[1] < length:
+        raise ValueError(
+            f"targets has {length} positions but only {hidden.shape[1]} reached the head; do not pass logits_to_keep"
+        )
+    own, weight, bias = _operands(head, hidden[:, -length:])
+    targets = targets.to(weight.device)
+    options: dict[str, Any] = {
+        "bias": bias,
+        "temperature": temperature,
+        "softcap": transform.softcap,
+        "logit_scale": transform.logit_scale,
+    }
+    parts = linear_logprob(
+        own,
+        weight,
+        targets,
+        ignore_index=IGNORE_INDEX,
+        return_logsumexp=return_logsumexp,
+        return_entropy=return_entropy,
+        **options,
+    )
+    found = list(parts) if isinstance(parts, tuple) else [parts]
+    if reference_hidden is None:
+        return found
     if reference_hidden.shape[:-1] != targets.shape:
         raise ValueError(
             f"reference_hidden has shape {tuple(reference_hidden.shape)} but targets {tuple(targets.shape)}; pass what "
             "the head of the reference got at the same positions, (N, T, H)"
         )
-    hidden, weight, bias = _operands(head, hidden[:, -targets.shape[1] :])
-    other = _operands(head if reference_head is None else reference_head, reference_hidden)
+    # A cast of its own, so that gradients of the two are not added up in 16 bits.
+    own, weight, options["bias"] = _operands(head, hidden[:, -length:])
+    *other, other_bias = _operands(head if reference_head is None else reference_head, reference_hidden)
     if reference_head is None and any(p.requires_grad for p in (weight, bias) if p is not None):
         raise ValueError("the model's head is trained, so it is not that of the reference; pass reference_head")
-    return linear_kl(
-        hidden,
-        weight,
-        *other[:2],
-        bias=bias,
-        reference_bias=other[2],
-        temperature=temperature,
-        softcap=transform.softcap,
-        logit_scale=transform.logit_scale,
-        mask=targets.to(weight.device) != IGNORE_INDEX,
-    )
+    mask = targets != IGNORE_INDEX
+    return [*found, linear_kl(own, weight, *other, reference_bias=other_bias, mask=mask, **options)]

@@ -77,20 +77,16 @@ class OwnReference:
             ValueError: If something is trained that was not when this was made, or the model is sharded by now.
         """
         inner = _inner(model)
+        switched: Any = contextlib.nullcontext()
+        if self.kind == "start":
+            switched = self._restored(inner)
+        elif self.adapter is not None:
+            switched = _adapter_active(inner, self.adapter)
+        elif is_peft(inner):
+            switched = inner.disable_adapter()
         prompt_off = model.reference(adapters=True) if isinstance(model, HyperPromptModel) else contextlib.nullcontext()
-        with evaluating(model), prompt_off:
-            if self.kind == "start":
-                with self._restored(inner):
-                    yield
-            elif self.kind == "adapter":
-                assert self.adapter is not None
-                with requires_grad_kept(inner), _adapter_active(inner, self.adapter):
-                    yield
-            elif is_peft(inner):
-                with requires_grad_kept(inner), inner.disable_adapter():
-                    yield
-            else:
-                yield
+        with evaluating(model), prompt_off, requires_grad_kept(inner), switched:
+            yield
 
     @contextlib.contextmanager
     def _restored(self, model: nn.Module) -> Iterator[None]:

@@ -35,14 +35,7 @@ from mopl._restoring import evaluating
 from mopl._rows import UnsupportedModelError, arranged
 from mopl._threads import Turns, in_turn
 from mopl.conditioning.causal_lm import is_peft
-from mopl.language_models._head_scores import (
-    IGNORE_INDEX,
-    Transform,
-    fit_transform,
-    kl_of_hidden,
-    numbers_of,
-    score_hidden,
-)
+from mopl.language_models._head_scores import IGNORE_INDEX, Transform, fit_transform, numbers_of, score_hidden
 from mopl.ops import sequence_logprob
 
 
@@ -250,10 +243,17 @@ class _FusedForward:
         current = _find_head(self.model)
 
         def head_forward(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-            parts = score_hidden(current, hidden, targets, transform, temperature, return_logsumexp, return_entropy)
-            if reference_hidden is not None:
-                reference = reference_hidden, reference_head
-                parts.append(kl_of_hidden(current, hidden, targets, transform, temperature, *reference))
+            parts = score_hidden(
+                current,
+                hidden,
+                targets,
+                transform,
+                temperature,
+                return_logsumexp=return_logsumexp,
+                return_entropy=return_entropy,
+                reference_hidden=reference_hidden,
+                reference_head=reference_head,
+            )
             return torch.stack(parts, -1)
 
         kwargs.setdefault("use_cache", False)
