@@ -18,12 +18,12 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from mopl._files import write_file
 from mopl._restoring import evaluating
+from mopl.conditioning.causal_lm import is_peft
 from mopl.conditioning.hyper_prompt_model import HyperPromptModel
 from mopl.integrations._data import ExampleCollator, Examples, Extras, batch_of
-from mopl.integrations._models import check_sharding, is_peft, load_hyper_prompt
 from mopl.integrations._scores import Scoring
 from mopl.integrations._settings import ObjectiveArguments
-from mopl.integrations._setup import check_reference
+from mopl.integrations._setup import check_reference, check_sharding, load_hyper_prompt
 from mopl.language_models.adapter_reference import OwnReference, check_same_reference, checksum, write_reference
 from mopl.language_models.collate import ListBatch
 

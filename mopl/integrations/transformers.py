@@ -37,18 +37,19 @@ from mopl._extras import require
 require("transformers", "accelerate", what="mopl.integrations.transformers")
 from transformers import TrainingArguments, set_seed
 
+from mopl.conditioning.causal_lm import is_peft
 from mopl.conditioning.hyper_prompt_model import HyperPromptModel
 from mopl.conditioning.weighted import causal_lm_of
 from mopl.integrations._data import ExampleCollator, Examples, Extras, batch_of, examples_of
-from mopl.integrations._models import Conditions, is_peft, prepare_model
 from mopl.integrations._objective import ListLoss, Measured, Objective, PairLoss, Totals, grid_metrics, grid_table
-from mopl.integrations._scores import Scoring
+from mopl.integrations._scores import Conditions, Scoring
 from mopl.integrations._settings import ObjectiveArguments, TradeOffs, settings_of
 from mopl.integrations._setup import (
     check_fit,
     check_model_rows,
     default_collator,
     prepare_arguments,
+    prepare_model,
     reference_name,
     warn_of_rounding,
     write_record,

@@ -470,8 +470,7 @@ def inputs_of_data(trainer, data):
 
 
 def lists_of(model, batch, weights):
-    from mopl.integrations._models import Conditions
-    from mopl.integrations._scores import Scoring
+    from mopl.integrations._scores import Conditions, Scoring
 
     found = Scoring()(model, batch, None if weights is None else Conditions(True, None), weights)
     return found.scores, found.lengths
