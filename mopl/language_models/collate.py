@@ -272,7 +272,5 @@ def packed(sequences: Sequence[Pair]) -> dict[str, Any]:
 
 def pad_left(rows: Sequence[Sequence[int]], pad: int, device: Any) -> tuple[Tensor, Tensor]:
     """Return prompts as (B, T), padded on the left as generation needs it, and their mask."""
-    width = max(len(row) for row in rows)
-    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    return ids, mask
+    found = padded([(row, ()) for row in rows], pad, left=True)
+    return found["input_ids"].to(device), found["attention_mask"].to(device)
