@@ -287,7 +287,8 @@ def batch_of(inputs: Mapping[str, Any]) -> tuple[ListBatch, Extras]:
     missing = [f"list_{name}" for name in _FIELDS if f"list_{name}" not in inputs and name != "order"]
     if missing:
         raise ValueError(f"the batch has no {', '.join(missing)}; leave data_collator out, or pass a ListCollator")
-    lists, beside = ({name: inputs.get(f"list_{name}") for name in names} for names in (_FIELDS, _EXTRAS))
+    lists: dict[str, Any] = {name: inputs.get(f"list_{name}") for name in _FIELDS}
+    beside = {name: inputs.get(f"list_{name}") for name in _EXTRAS}
     tokens = {key: value for key, value in inputs.items() if not key.startswith("list_")}
     tokens["labels"] = tokens.pop("token_labels")
     return ListBatch(inputs=tokens, **lists), Extras(**beside)

@@ -34,7 +34,7 @@ class Conditions:
         names, beta = inspect.signature(forward).parameters, renamed_parameter(forward, "objective_temperature", "beta")
         return cls("weights" in names, beta if beta in names else None)
 
-    def keywords(self, batch: ListBatch, weights: Any, beta: Any) -> dict[str, Tensor]:
+    def keywords(self, batch: ListBatch, weights: Any, beta: Any) -> dict[str, Any]:
         """Return that of a batch, one row a sequence, from w and β of its lists, (B, m) each."""
         of_lists = ({"weights": weights} if self.weights else {}) | ({self.beta: beta} if self.beta else {})
         return {name: value[batch.index[:, 0]] for name, value in of_lists.items()}

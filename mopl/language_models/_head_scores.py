@@ -119,7 +119,7 @@ def score_hidden(
         return_entropy=return_entropy,
         **options,
     )
-    found = list(parts) if isinstance(parts, tuple) else [parts]
+    found: list[Tensor] = list(parts) if isinstance(parts, tuple) else [parts]
     if reference_hidden is None:
         return found
     if reference_hidden.shape[:-1] != targets.shape:

@@ -23,6 +23,7 @@ from mopl.language_models.data import PreferenceList, RowError
 
 Row = Mapping[str, Any]
 Draft = PreferenceList | RowError
+make_list: Callable[..., PreferenceList] = PreferenceList  # which takes sequences of any kind
 
 ULTRAFEEDBACK = ("helpfulness", "honesty", "instruction_following", "truthfulness")
 HELPSTEER = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
@@ -85,7 +86,7 @@ def unread_column(row: Row, columns: Sequence[str] = tuple(BESIDE_THE_TEXT)) -> 
 
 def parse_lists(row: Row) -> Iterator[Draft]:
     """`{"prompt", "responses": [...], "labels": {objective: [...]}}`; JSON texts in CSV files."""
-    yield PreferenceList(row["prompt"], from_json(row["responses"], "responses"), from_json(row["labels"], "labels"))
+    yield make_list(row["prompt"], from_json(row["responses"], "responses"), from_json(row["labels"], "labels"))
 
 
 # ---------------------------------------------------------------- two objectives on pairs
@@ -103,7 +104,7 @@ def parse_safe_rlhf(row: Row) -> Iterator[Draft]:
         if chosen not in (0, 1):
             raise RowError("unknown response id", f"{column} is {chosen!r} but must be 0 or 1")
         labels[objective] = (float(chosen == 0), float(chosen == 1))
-    yield PreferenceList(row["prompt"], (row["response_0"], row["response_1"]), labels)
+    yield make_list(row["prompt"], (row["response_0"], row["response_1"]), labels)
 
 
 # ---------------------------------------------------------------- ratings
@@ -118,7 +119,7 @@ def parse_ultrafeedback(row: Row, *, aspects: Sequence[str] = ULTRAFEEDBACK) -> 
     if not isinstance(completions, Sequence) or not all(isinstance(c, Mapping) for c in completions):
         raise RowError("wrong type", "completions must be a list of records")
     labels = {aspect: tuple(_aspect_rating(completion, aspect) for completion in completions) for aspect in aspects}
-    yield PreferenceList(row["instruction"], [completion.get("response") for completion in completions], labels)
+    yield make_list(row["instruction"], [completion.get("response") for completion in completions], labels)
 
 
 def _aspect_rating(completion: Row, aspect: str) -> float | None:
@@ -135,7 +136,7 @@ def _aspect_rating(completion: Row, aspect: str) -> float | None:
 def parse_generations(row: Row) -> Iterator[Draft]:
     """Lists of distilabel: `generations` and one rating of each."""
     generations, ratings = from_json(row["generations"], "generations"), from_json(row["ratings"], "ratings")
-    yield PreferenceList(row["instruction"], generations, {"rating": ratings})
+    yield make_list(row["instruction"], generations, {"rating": ratings})
 
 
 def parse_attributes(
@@ -147,7 +148,7 @@ def parse_attributes(
         raise RowError("wrong type", f"{scores} must be a record of numbers")
     names = attributes if attributes is not None else tuple(dict.fromkeys(n for record in records for n in record))
     labels = {name: tuple(record.get(name) for record in records) for name in names}
-    yield PreferenceList(_turns_of(rows[0][prompt]), [row[response] for row in rows], labels)
+    yield make_list(_turns_of(rows[0][prompt]), [row[response] for row in rows], labels)
 
 
 _HELPSTEER_TURN = re.compile(r"\n<extra_id_1>(User|Assistant)\n")
@@ -177,7 +178,7 @@ def parse_helpsteer_preference(row: Row) -> Iterator[Draft]:
     tied = float(strength == 0)
     labels = (max(-float(strength), tied), max(float(strength), tied))
     prompt = row["context"] if "context" in row else _turns_of(row["prompt"])
-    yield PreferenceList(prompt, (first, second), {"preference": labels})
+    yield make_list(prompt, (first, second), {"preference": labels})
 
 
 # ---------------------------------------------------------------- rankings
@@ -198,7 +199,7 @@ def parse_ranked_answers(row: Row) -> Iterator[Draft]:
     if not isinstance(answers, Sequence) or not all(isinstance(answer, Mapping) for answer in answers):
         raise RowError("wrong type", "answers must be a list of records")
     labels = {"preference": labels_of_ranks([answer.get("rank") for answer in answers])}
-    yield PreferenceList(transcript(row["prompt"]), [answer.get("answer") for answer in answers], labels)
+    yield make_list(transcript(row["prompt"]), [answer.get("answer") for answer in answers], labels)
 
 
 def parse_oasst_tree(row: Row) -> Iterator[Draft]:
@@ -220,7 +221,7 @@ def _ranked_replies(node: Row, before: tuple[Row, ...]) -> Iterator[Draft]:
     if len(ranked) > 1:  # one ranked reply says nothing; most messages of a tree have none
         try:
             labels = {"preference": labels_of_ranks([reply["rank"] for reply in ranked])}
-            yield PreferenceList(prompt, [reply.get("text") for reply in ranked], labels)
+            yield make_list(prompt, [reply.get("text") for reply in ranked], labels)
         except RowError as error:
             yield error
     for reply in replies:
@@ -280,7 +281,7 @@ def parse_pair(row: Row, *, objective: str = "preference") -> Iterator[Draft]:
         ends = [text.rfind(marker) for text in pair]
         if min(ends) > 0 and pair[0][: ends[0]] == pair[1][: ends[1]]:
             replies = [text[end + len(marker) :].strip() for text, end in zip(pair, ends, strict=True)]
-            yield PreferenceList(transcript(pair[0][: ends[0]]), replies, labels)
+            yield make_list(transcript(pair[0][: ends[0]]), replies, labels)
             return
         pair = [transcript(text) for text in pair]
     if isinstance(pair[0], str) != isinstance(pair[1], str):
@@ -290,7 +291,7 @@ def parse_pair(row: Row, *, objective: str = "preference") -> Iterator[Draft]:
             prompt, pair = _common_words(*pair)
         else:
             prompt = transcript(prompt)
-        yield PreferenceList(prompt, pair, labels)
+        yield make_list(prompt, pair, labels)
         return
     whole = pair[0][0].get("role") != "assistant"
     if prompt is None or whole:
@@ -303,7 +304,7 @@ def parse_pair(row: Row, *, objective: str = "preference") -> Iterator[Draft]:
         prompt, pair = pair[0][:common], [messages[common:] for messages in pair]
         if any(messages[0].get("role") != "assistant" for messages in pair):
             raise RowError("no common prompt", f"they part at message {common}, which is not the assistant's")
-    yield PreferenceList(prompt, pair, labels)
+    yield make_list(prompt, pair, labels)
 
 
 def _common_words(chosen: str, rejected: str) -> tuple[str, list[str]]:
@@ -336,7 +337,7 @@ def parse_sharegpt_pair(row: Row, *, objective: str = "preference") -> Iterator[
     if row.get("system"):
         prompt.insert(0, {"role": "system", "content": row["system"]})
     pair = [(_sharegpt(from_json(row[side], side)),) for side in ("chosen", "rejected")]
-    yield PreferenceList(prompt, pair, {objective: (1.0, 0.0)})
+    yield make_list(prompt, pair, {objective: (1.0, 0.0)})
 
 
 def parse_alpaca_pair(row: Row, *, objective: str = "preference") -> Iterator[Draft]:
@@ -346,4 +347,4 @@ def parse_alpaca_pair(row: Row, *, objective: str = "preference") -> Iterator[Dr
     for question, answer in row.get("history") or ():
         prompt += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     prompt.append({"role": "user", "content": content})
-    yield PreferenceList(prompt, (row["chosen"], row["rejected"]), {objective: (1.0, 0.0)})
+    yield make_list(prompt, (row["chosen"], row["rejected"]), {objective: (1.0, 0.0)})
