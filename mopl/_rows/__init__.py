@@ -51,22 +51,17 @@ def arranged(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         return kwargs
     if mask is None:
         if positions is None or content.shape[0] != 1 or kwargs.get("past_key_values") is not None:
-            found = finding(model, "alone", embeds=embeds)
-            return kwargs if found.style is not None else _refuse(model, found)
+            _style(model, finding(model, "alone", embeds=embeds))
+            return kwargs
         found = finding(model, "packed", embeds=embeds)
-        if found.style is None:
-            if bool((positions[:, 1:] == 0).any()):
-                _refuse(model, found)
-            return {name: value for name, value in kwargs.items() if name != "position_ids"}  # one sequence only
+        if found.style is None and not bool((positions[:, 1:] == 0).any()):  # one sequence only
+            return {name: value for name, value in kwargs.items() if name != "position_ids"}
         rest = {name: value for name, value in kwargs.items() if name not in ("position_ids", "attention_mask")}
-        return rest | packed_keywords(model, found.style, positions)
+        return rest | packed_keywords(model, _style(model, found), positions)
     _check_holes(mask)
-    found = finding(model, "padded" if positions is None else "positioned", embeds=embeds)
-    if found.style is None or (not found.left and bool((mask[:, 0] == 0).any())):
-        _refuse(model, found)
-    assert found.style is not None
+    style = _style(model, finding(model, "padded" if positions is None else "positioned", embeds=embeds), mask)
     counted = positions_of(mask)[:, -content.shape[1] :]
-    if found.style.first is None:
+    if style.first is None:
         if positions is not None and bool(
             (positions.expand_as(counted) != counted)[mask[:, -content.shape[1] :] > 0].any()
         ):
@@ -74,20 +69,17 @@ def arranged(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
                 f"{type(model).__name__} does not heed position_ids; leave them out, and its own count is used"
             )
         return {name: value for name, value in kwargs.items() if name != "position_ids"}
-    return {**kwargs, "position_ids": (counted if positions is None else positions) + found.style.first}
+    return {**kwargs, "position_ids": (counted if positions is None else positions) + style.first}
 
 
 def check_rows(model: Any, *, packed: bool = False, virtual: bool = False, generates: bool = False) -> None:
-    """Raise before a run is made where its rows would be refused in it.
+    """Raise an `UnsupportedModelError` before a run is made where its rows would be refused in it.
 
     Args:
         model: A causal language model of transformers.
         packed: Whether rows are packed, or padded on the right.
         virtual: Whether virtual tokens come in front of them; without these the model is its own reference.
         generates: Whether it generates.
-
-    Raises:
-        UnsupportedModelError: With the reason and the remedy.
     """
     weight = embedding_of(model).weight
     if not _measurable(model) or weight.shape != getattr(weight, "ds_shape", weight.shape):
@@ -95,9 +87,7 @@ def check_rows(model: Any, *, packed: bool = False, virtual: bool = False, gener
     of_rows = "packed" if packed else "positioned" if virtual else "padded"
     rows = [(of_rows, False), (of_rows, True)][: 1 + virtual]
     for kind, embeds in rows + [("generate", virtual)] * generates:
-        found = finding(model, kind, embeds=embeds)
-        if found.style is None:
-            _refuse(model, found)
+        _style(model, finding(model, kind, embeds=embeds))
 
 
 def generation_keywords(model: Any, attention_mask: Tensor, *, embeds: bool = False) -> dict[str, Tensor]:
@@ -108,11 +98,7 @@ def generation_keywords(model: Any, attention_mask: Tensor, *, embeds: bool = Fa
     """
     if not _measurable(model):
         return {}
-    found = finding(model, "generate", embeds=embeds)
-    if found.style is None or (not found.left and bool((attention_mask[:, 0] == 0).any())):
-        _refuse(model, found)
-    assert found.style is not None
-    first = found.style.first
+    first = _style(model, finding(model, "generate", embeds=embeds), attention_mask).first
     return {} if first is None else {"position_ids": positions_of(attention_mask) + first}
 
 
@@ -122,11 +108,7 @@ def takes_left_padding(model: Any, *, embeds: bool = False) -> bool:
 
 
 def check_from_zero(model: Any) -> None:
-    """Raise where positions that are passed with a text do not count from 0, so that nothing can stand at none.
-
-    Raises:
-        ValueError: If so.
-    """
+    """Raise where positions that are passed with a text do not count from 0, so that nothing can stand at none."""
     if _measurable(model) and finding(model, "positioned", embeds=True).style != Style(first=0):
         raise ValueError(
             f"positions='paper' needs positions that count from 0, which those of {type(model).__name__} do not; "
@@ -149,8 +131,11 @@ def finding(model: Any, kind: str, *, embeds: bool = False) -> Finding:
     return known[key]
 
 
-def _refuse(model: Any, found: Finding) -> Any:
-    raise UnsupportedModelError(f"{type(model).__name__} {found.reason}")
+def _style(model: Any, found: Finding, mask: Tensor | None = None) -> Style:
+    """Return how an arrangement is said; raise where it cannot be, or not where a mask pads on the left."""
+    if found.style is None or (mask is not None and not found.left and bool((mask[:, 0] == 0).any())):
+        raise UnsupportedModelError(f"{type(model).__name__} {found.reason}")
+    return found.style
 
 
 def _check_holes(mask: Tensor) -> None:

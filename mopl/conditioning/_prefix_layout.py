@@ -147,8 +147,6 @@ class PackedLayout:
         self.batch = int(segment[-1]) + 1 if self.length else 0
         device = position_ids.device
         self.place = torch.arange(self.length, device=device) + virtual * (segment + 1)  # of text, in the whole row
-        if not virtual:
-            self.place = torch.arange(self.length, device=device)
         first = torch.searchsorted(segment, torch.arange(self.batch, device=device))  # of each sequence, in the text
         before = first + virtual * torch.arange(self.batch, device=device)
         self.front_place = (before[:, None] + torch.arange(virtual, device=device)).reshape(-1)
