@@ -18,6 +18,7 @@ from mopl._threads import CallOfThread, in_turn
 from mopl.conditioning._mixture import CoefficientRule, Mixture
 from mopl.conditioning.causal_lm import is_peft
 from mopl.conditioning.merging import (
+    bases_of,
     check_lora,
     check_mixed_rows,
     logits_of,
@@ -212,13 +213,13 @@ class LoraMixture(Mixture, WeightedModel):
 
     def _in_place(self, coefficients: Tensor) -> Sequence[contextlib.AbstractContextManager[Any]]:
         values = merged_weights(self._layers, self.adapters, coefficients.tolist())
-        return self.model.disable_adapter(), weights_held(self._layers, values)
+        return self.model.disable_adapter(), weights_held(bases_of(self._layers), values)
 
     def _merged(self, coefficients: Tensor) -> nn.Module:
         values = merged_weights(self._layers, self.adapters, coefficients.tolist())
         model = copy.deepcopy(self.model)
         layers = lora_layers(model)
-        bases = [layer.get_base_layer() for layer in layers.values()]
+        bases = bases_of(layers.values())
         own_weights(model, bases)
         for base, value in zip(bases, values, strict=True):
             base.weight.copy_(value)

@@ -23,34 +23,27 @@ def select_parameters(model: nn.Module, scope: str) -> list[str]:
     "full" are all, "attention" those inside modules whose class is an attention, "logits" those of the output head,
     and anything else is a regular expression that some of a parameter's names must match (`re.search`).
     """
-    aliases: dict[int, list[str]] = {}
-    tensors: dict[int, nn.Parameter] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        aliases.setdefault(id(parameter), []).append(name)
-        tensors[id(parameter)] = parameter
+    every = list(model.named_parameters(remove_duplicate=False))
     if scope == "attention":
-        prefixes = [name for name, module in model.named_modules() if "attention" in type(module).__name__.lower()]
-        chosen = [any(n.startswith(f"{p}." if p else "") for p in prefixes for n in a) for a in aliases.values()]
+        modules = (name for name, module in model.named_modules() if "attention" in type(module).__name__.lower())
+        prefixes = tuple(f"{name}." if name else "" for name in modules)
+        chosen = {id(parameter) for name, parameter in every if name.startswith(prefixes)}
     elif scope == "logits":
-        own = {id(parameter) for parameter in output_head(model).parameters()}
-        chosen = [key in own for key in aliases]
+        chosen = {id(parameter) for parameter in output_head(model).parameters()}
     elif scope == "full":
-        chosen = [True] * len(aliases)
+        chosen = {id(parameter) for _, parameter in every}
     else:
         try:
             pattern = re.compile(scope)
         except re.error as error:
             raise ValueError(f"scope is {scope!r}, neither of {', '.join(SCOPES)} nor a pattern: {error}") from None
-        chosen = [any(pattern.search(name) for name in names) for names in aliases.values()]
-    names = [
-        names[0]
-        for (key, names), wanted in zip(aliases.items(), chosen, strict=True)
-        if wanted and tensors[key].is_floating_point()
-    ]
+        chosen = {id(parameter) for name, parameter in every if pattern.search(name)}
+    first = dict(model.named_parameters())
+    names = [name for name, parameter in first.items() if id(parameter) in chosen and parameter.is_floating_point()]
     if not names:
         raise ValueError(
             f"scope={scope!r} names no parameter of {type(model).__name__}; its parameters are "
-            f"{', '.join(n[0] for n in list(aliases.values())[:8])}, ..."
+            f"{', '.join(list(first)[:8])}, ..."
         )
     return names
 

@@ -104,7 +104,7 @@ def merged(model: Any, dtype: torch.dtype) -> Any:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    own_weights(model, [layer.get_base_layer() for layer in layers])
+    own_weights(model, bases_of(layers))
     return model.to(torch.promote_types(dtype, torch.float32)).merge_and_unload(safe_merge=True).to(dtype)
 
 
@@ -139,18 +139,22 @@ def merged_weights(layers: Iterable[Any], adapters: Sequence[str], shares: Seque
     return result
 
 
+def bases_of(layers: Iterable[Any]) -> list[Any]:
+    """Return the modules that adapters are on."""
+    return [layer.get_base_layer() for layer in layers]
+
+
 @contextlib.contextmanager
-def weights_held(layers: Iterable[Any], values: Sequence[Tensor]) -> Iterator[None]:
-    """Put weights in the place of those of layers inside a `with` block: each layer's own, shared or not."""
-    bases = [layer.get_base_layer() for layer in layers]
-    before = [base._parameters["weight"] for base in bases]
+def weights_held(modules: Sequence[Any], values: Sequence[Tensor]) -> Iterator[None]:
+    """Put weights in the place of those of modules inside a `with` block: each module's own, shared or not."""
+    before = [module._parameters["weight"] for module in modules]
     try:
-        for base, value in zip(bases, values, strict=True):
-            base._parameters["weight"] = nn.Parameter(value, requires_grad=False)
+        for module, value in zip(modules, values, strict=True):
+            module._parameters["weight"] = nn.Parameter(value, requires_grad=False)
         yield
     finally:
-        for base, parameter in zip(bases, before, strict=True):
-            base._parameters["weight"] = parameter
+        for module, parameter in zip(modules, before, strict=True):
+            module._parameters["weight"] = parameter
 
 
 def short_name(name: str) -> str:
@@ -280,7 +284,7 @@ def check_lora(model: Any, adapters: Sequence[str], mixed: Callable[[Tensor, Ten
     """
     layers, base = lora_layers(model), model.get_base_model()
     ids = probe_ids(base)
-    if ids is None or any(not w.is_floating_point() for w in (la.get_base_layer().weight for la in layers.values())):
+    if ids is None or any(not module.weight.is_floating_point() for module in bases_of(layers.values())):
         return
     generator = torch.Generator().manual_seed(0)
     shares = torch.ones(ROWS, len(adapters)) if mixed is None else torch.rand(ROWS, len(adapters), generator=generator)
@@ -296,11 +300,11 @@ def check_lora(model: Any, adapters: Sequence[str], mixed: Callable[[Tensor, Ten
             groups.setdefault(short_name(name), {})[name] = layer
 
         def differs(some: dict[str, Any], tolerance: float) -> float | None:
-            with _random_updates(layers, some, adapters, generator):
+            with weights_held(*_random_updates(layers, some, adapters, generator)):
                 found, merged = run(ids, shares), []
                 for row, coefficients in enumerate(shares.tolist()):
                     values = merged_weights(some.values(), adapters, coefficients)
-                    with model.disable_adapter(), weights_held(some.values(), values):
+                    with model.disable_adapter(), weights_held(bases_of(some.values()), values):
                         merged.append(logits_of(base, ids)[row])
             return _share(found, torch.stack(merged), plain, tolerance)
 
@@ -339,29 +343,24 @@ def _share(found: Tensor, merged: Tensor, plain: Tensor, tolerance: float) -> fl
     return share if share > tolerance else None
 
 
-@contextlib.contextmanager
 def _random_updates(
     layers: dict[str, Any], some: dict[str, Any], adapters: Sequence[str], generator: torch.Generator
-) -> Iterator[None]:
-    """Give adapters of some layers random factors B, so that ‖scale B A‖ is about ‖W‖, and those of the others 0."""
-    before = []
-    try:
-        for name, layer in layers.items():
-            weight = layer.get_base_layer().weight
-            for adapter in adapters:
-                if adapter not in layer.lora_B:
-                    continue
-                holder, own = layer.lora_B[adapter], layer.lora_B[adapter].weight
-                before.append((holder, own))
-                value = torch.zeros_like(own)
-                if name in some:
-                    spread = abs(layer.scaling[adapter]) * len(own) ** 0.5 * float(layer.lora_A[adapter].weight.norm())
-                    value = torch.randn(own.shape, generator=generator) * (float(weight.norm()) / max(spread, 1e-12))
-                holder._parameters["weight"] = nn.Parameter(value.to(own), requires_grad=False)
-        yield
-    finally:
-        for holder, own in before:
-            holder._parameters["weight"] = own
+) -> tuple[list[Any], list[Tensor]]:
+    """Return factors B of adapters: random for some layers, so that ‖scale B A‖ is about ‖W‖, and 0 for the others."""
+    modules, values = [], []
+    for name, layer in layers.items():
+        weight = layer.get_base_layer().weight
+        for adapter in adapters:
+            if adapter not in layer.lora_B:
+                continue
+            own = layer.lora_B[adapter].weight
+            value = torch.zeros_like(own)
+            if name in some:
+                spread = abs(layer.scaling[adapter]) * len(own) ** 0.5 * float(layer.lora_A[adapter].weight.norm())
+                value = torch.randn(own.shape, generator=generator) * (float(weight.norm()) / max(spread, 1e-12))
+            modules.append(layer.lora_B[adapter])
+            values.append(value.to(own))
+    return modules, values
 
 
 def check_mixed_rows(name: str, found: Tensor, merged: Tensor, plain: Tensor, remedy: str, dtype: torch.dtype) -> None:

@@ -307,10 +307,10 @@ class ParameterMixture(Mixture):
             text = f"it has {sets} sets but {folder / CONFIG_FILE} says {config['sets']}"
             raise damaged(file, f"{text}, so they do not fit", REMEDY)
         check_options(model, options)
-        model = new_model(folder, state, options) if model is None else model
+        made = new_model(folder, state, options) if model is None else model
         with fitting(folder / CONFIG_FILE):
             mixture = cls(
-                model, len(record.objectives), scope=config["scope"], coefficients=config["coefficients"], sets=sets,
+                made, len(record.objectives), scope=config["scope"], coefficients=config["coefficients"], sets=sets,
                 record=record,
             )  # fmt: skip
         own = mixture._named_tensors()
