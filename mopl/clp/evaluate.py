@@ -70,7 +70,7 @@ class Evaluation:
         config: ClpConfig,
         objectives: Sequence[str],
         reference_point: Sequence[float],
-        base: Evaluation | None,
+        base: Evaluation,
     ) -> dict[str, Any]:
         """Return what `evaluation.json` holds.
 
@@ -96,9 +96,8 @@ class Evaluation:
             "model_runs_per_token": self.model_runs,
             "seconds_per_token": self.seconds / max(self.tokens, 1),
         }  # fmt: skip
-        if base is not None:
-            own = base.seconds / max(base.tokens, 1)
-            figures["seconds_relative_to_base"] = figures["seconds_per_token"] / own if own else None
+        own = base.seconds / max(base.tokens, 1)
+        figures["seconds_relative_to_base"] = figures["seconds_per_token"] / own if own else None
         if self.weights is not None and len(self.weights) > 1:
             rewards = self.mean_rewards
             # 1: the more a reward is asked for, the more of it there is. Its spread: from least to most asked for.

@@ -108,15 +108,11 @@ class Policy(nn.Module):
         writer = text_prompt(self.objectives, kl_weight if self.takes_kl_weight else None)
         return writer.prepend_ids(prompt, weights, tokenizer)
 
-    @contextlib.contextmanager
-    def reference(self) -> Iterator[Any]:
+    def reference(self) -> contextlib.AbstractContextManager[Any]:
         """Give the reference inside a `with` block; it takes tokens alone."""
-        if self._base[0] is not None:
-            yield self._base[0]
-        else:
-            assert not isinstance(self.model, ParameterMixture)
-            with self.model.reference() as model:
-                yield model
+        if isinstance(self.model, ParameterMixture):
+            return contextlib.nullcontext(self._base[0])
+        return self.model.reference()
 
     @contextlib.contextmanager
     def at(self, weights: Tensor, kl_weight: float) -> Iterator[tuple[Any, dict[str, Any]]]:

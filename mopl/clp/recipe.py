@@ -258,7 +258,7 @@ def _in_words(method: str, figures: dict[str, Any]) -> str:
     if "spearman" in figures:
         line += f"; Spearman of rewards and weights {' '.join(f'{x:.2f}' for x in figures['spearman'])}"
     line += f"; {figures['model_runs_per_token']} model(s) run for a token"
-    relative = figures.get("seconds_relative_to_base")
+    relative = figures["seconds_relative_to_base"]
     return line if relative is None else f"{line}, {relative:.2f} times the seconds of the untrained model"
 
 

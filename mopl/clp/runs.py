@@ -60,10 +60,9 @@ class ClpRun(LanguageModelRun):
             ValueError: If the run has no such method, or it was not trained for this KL weight.
         """
         method = self.check_method(method)
-        self._check_kl_weight(method, kl_weight)
+        kl_weight = self._kl_weight(method, kl_weight)
         if method != "prompting":
             return None
-        kl_weight = self.config.kl_weight[0] if kl_weight is None else kl_weight
         return text_prompt(self.objectives, kl_weight if self.config.conditions_on_kl else None)
 
     def load(
@@ -97,7 +96,7 @@ class ClpRun(LanguageModelRun):
         method = self.check_method(method)
         if method in ("logit-mixing", "dera"):
             raise ValueError(f"{method} mixes models while it decodes and has none of its own; see mopl.decoding")
-        self._check_kl_weight(method, kl_weight)
+        kl_weight = self._kl_weight(method, kl_weight)
         conditioned = self.is_conditioned(method)
         if weights is None and not conditioned:
             raise ValueError(f"weights are missing; pass one for each of {', '.join(self.objectives)}")
@@ -107,14 +106,14 @@ class ClpRun(LanguageModelRun):
         model: Any = policy.model
         if not isinstance(model, HyperPromptModel):
             w = None if policy.single else check_weights(weights, len(self.objectives))  # type: ignore[arg-type]
-            model = policy.merge(w, self.config.kl_weight[0] if kl_weight is None else kl_weight)
+            model = policy.merge(w, kl_weight)
             release(policy)
         return model.to(device).eval()
 
-    def _check_kl_weight(self, method: str, kl_weight: float | None) -> None:
-        """Raise unless a method answers for a KL weight, or none is asked for."""
+    def _kl_weight(self, method: str, kl_weight: float | None) -> float:
+        """Return the KL weight that a method is asked for, the run's first by default; raise if it has no answer."""
         if kl_weight is None:
-            return
+            return self.config.kl_weight[0]
         trained = self.config.kl_weight if method in ("clp", "prompting") else self.config.kl_weight[:1]
         if len(trained) == 1:
             raise ValueError(
@@ -126,6 +125,7 @@ class ClpRun(LanguageModelRun):
                 f"kl_weight is {kl_weight:g} but {method} of {self.path} was trained for those from {min(trained):g} "
                 f"to {max(trained):g}; pass one of them, or one in between"
             )
+        return kl_weight
 
     @property
     def metric(self) -> Metric:
