@@ -88,7 +88,8 @@ def sample_rows(
     encoder = ListTokenizer(tokenizer, max_length=None, template="chat", append_eos=False)
     ends = turn_ends(encoder, model.generation_config)
     prompts = [encoder.prompt_tokens(tuple(conversation)).tolist() for conversation in conversations]
-    ids, mask = pad_left(prompts, ends.ids[0], device)
+    pad = ends.ids[0] if ends.ids else 0
+    ids, mask = pad_left(prompts, pad, device)
     # One uniform number for each token, whatever else is drawn.
     uniform = np.random.default_rng([sampling.seed, chunk]).random((len(prompts), sampling.max_new_tokens))
     numbers = iter(torch.from_numpy(uniform).float().to(device).T)
@@ -101,8 +102,8 @@ def sample_rows(
     output = model.generate(
         input_ids=ids, attention_mask=mask, logits_processor=LogitsProcessorList([draw]),
         generation_config=GenerationConfig(
-            do_sample=False, max_new_tokens=sampling.max_new_tokens, eos_token_id=list(ends.ids),
-            pad_token_id=ends.ids[0],
+            do_sample=False, max_new_tokens=sampling.max_new_tokens, eos_token_id=list(ends.ids) or None,
+            pad_token_id=pad,
         ),
         **generation_keywords(model, mask),
     )  # fmt: skip

@@ -92,7 +92,7 @@ class AlignmentRun(LanguageModelRun):
                 f"{', '.join(self.objectives)}"
             )
         model = load_trained(self.path, self.folder(method), method, self.grid, self.base_model())
-        if not self.is_conditioned(method):
+        if weights is not None and not self.is_conditioned(method):
             set_weights(model, self.path, method, self.grid, weights)
         return model.to(device).eval()
 
