@@ -170,7 +170,7 @@ def sample_all(
     plan_file = folder / PLAN
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
-    if _cached(plan_file, _Plan, say) != {"sha256": key}:
+    if _cached(plan_file, dict[str, str], say) != {"sha256": key}:
         old = list(folder.glob("chunk-[0-9][0-9][0-9][0-9].json"))
         if old and not plan_file.exists():
             raise FileExistsError(f"{folder} holds chunks but no {PLAN} that says of what; name another folder")
@@ -201,10 +201,6 @@ def sample_all(
             left = spent / count * (len(missing) - count)
             say(f"  chunk {number + 1} of {len(parts)}, {spent:.0f} s, about {left:.0f} s left")
     return [Response(**entry) for responses in found for entry in responses]
-
-
-class _Plan(msgspec.Struct):
-    sha256: str
 
 
 def _responses(count: int) -> Any:
