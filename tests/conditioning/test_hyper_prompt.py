@@ -9,60 +9,19 @@ from torch import Tensor, nn
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
 import peft
+from tiny_language_models import VOCABULARY, K, build, lora
+from tiny_language_models import prompt as trained_prompt
 
 from mopl.alignment import fuse, score_sequences
 from mopl.conditioning import HyperPrompt, HyperPromptModel, sample_weights
 
-VOCABULARY, K = 61, 5
-COMMON = dict(
-    vocab_size=VOCABULARY,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=64,
-    initializer_range=0.3,  # so that attention is peaked and positions matter
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
-FAMILIES = {
-    "llama": ("LlamaConfig", {}),
-    "gpt2": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
-    "gemma2": ("Gemma2Config", {"query_pre_attn_scalar": 8, "sliding_window": 8, "final_logit_softcapping": 20.0}),
-    "opt": ("OPTConfig", {"ffn_dim": 48, "word_embed_proj_dim": 16}),
-}
+FAMILIES = ("llama", "gpt2", "gemma2", "opt")
 WEIGHTS = torch.tensor([[0.2, 0.8], [0.7, 0.3], [1.0, 0.0]])
-
-
-def build(family: str = "llama") -> nn.Module:
-    name, extra = FAMILIES[family]
-    torch.manual_seed(0)
-    return transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**{**COMMON, **extra})).eval()
-
-
-def trained_prompt(hidden: int = 32, **kwargs) -> HyperPrompt:
-    """A prompt away from its start: every part of it depends on w."""
-    torch.manual_seed(1)
-    prompt = HyperPrompt(2, K, 3, hidden, **kwargs)
-    with torch.no_grad():
-        for parameter in prompt.parameters():
-            parameter.add_(0.5 * torch.randn_like(parameter))
-    return prompt
 
 
 def conditioned(family: str = "llama", **kwargs) -> HyperPromptModel:
     model = build(family)
     return HyperPromptModel(model, trained_prompt(model.get_input_embeddings().weight.shape[1]), **kwargs).eval()
-
-
-def lora(model: nn.Module) -> nn.Module:
-    torch.manual_seed(2)
-    return peft.get_peft_model(
-        model, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
-    )
 
 
 def text(padding: str = "right") -> dict[str, Tensor]:
