@@ -62,8 +62,9 @@ def measure(variant: str, case: str) -> dict:
     """Measure one variant in this process."""
     loss, objectives, items = parse(case)
     problem = Problem.make(max(1, ITEMS // items // objectives), objectives, items, DEVICE.type)
-    torch._dynamo.reset()  # it compiles a function eight times, then no more
-    steps = {BYTES: bytes_alone(problem)} if variant == BYTES else LOSSES[loss](problem)
+    if compiled := variant in COMPILED.values():  # whose import takes seconds
+        torch._dynamo.reset()  # it compiles a function eight times, then no more
+    steps = {BYTES: bytes_alone(problem)} if variant == BYTES else LOSSES[loss](problem, compiled)
     step = steps[variant.removesuffix(", again")]
     step()
     memory = extra_memory(step)
@@ -73,11 +74,10 @@ def measure(variant: str, case: str) -> dict:
 
 def variants(loss: str, objectives: int) -> list[str]:
     """Return the names of what is measured, torch.compile last: it compiles for seconds at every size."""
-    every = list(LOSSES[loss](Problem.make(2, 1, 2)))
+    every = list(LOSSES[loss](Problem.make(2, 1, 2), compiled=False))
     if objectives > 1:  # peers have one objective: m calls are what their users would write
-        every = [name for name in every if name.startswith(("mopl", PLAIN[loss], COMPILED[loss]))]
-    every.sort(key=lambda name: name == COMPILED[loss])
-    return [BYTES, *every[:-1], AGAIN, every[-1]]
+        every = [name for name in every if name.startswith(("mopl", PLAIN[loss]))]
+    return [BYTES, *every, AGAIN, COMPILED[loss]]
 
 
 def complete(report: Report) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from launching import python
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -21,22 +22,17 @@ from bench.summary import summary
 FILES = ("tests/gpu/test_graphs.py", "tests/gpu/test_list_kernels.py", "tests/gpu/test_logprob.py")
 
 
-def command(*arguments: str, limit: float = 900, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "bench.device", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=limit,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-    )  # fmt: skip
-
-
-def test_without_a_gpu_it_says_so_and_does_nothing(tmp_path: Path) -> None:
-    done = command("--out", str(tmp_path), CUDA_VISIBLE_DEVICES="", HIP_VISIBLE_DEVICES="")
+def test_without_a_gpu_it_says_so_and_does_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    done = python("-m", "bench.device", "--out", str(tmp_path), CUDA_VISIBLE_DEVICES="", HIP_VISIBLE_DEVICES="")
     assert done.returncode == 1
     assert "no GPU here" in done.stderr and "--toy" in done.stderr
     assert not list(tmp_path.iterdir())
 
 
-def test_a_stage_that_does_not_exist_is_named() -> None:
-    done = command("limits", "logprob-sideways")
+def test_a_stage_that_does_not_exist_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    done = python("-m", "bench.device", "limits", "logprob-sideways")
     assert done.returncode == 2 and "no stage logprob-sideways" in done.stderr
 
 
@@ -214,7 +210,10 @@ def test_the_summary_holds_goals_tests_and_what_was_not_measured(tmp_path: Path)
 def test_every_kind_of_stage_runs_at_toy_sizes(tmp_path: Path) -> None:
     """One of the stages that run the same code, because each process takes seconds to start."""
     stages = ("limits", "logprob-frozen", "logprob-tune", "lists")
-    done, folder = command("--toy", "--out", str(tmp_path), "tests-huge", *stages), tmp_path / "toy"
+    line = [sys.executable, "-m", "bench.device", "--toy", "--out", str(tmp_path), "tests-huge", *stages]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    folder = tmp_path / "toy"
     assert done.returncode == 0, done.stdout + done.stderr
     states = json.loads((folder / "stages.json").read_text())
     assert set(states) == {"tests-huge", *stages} and {state["verdict"] for state in states.values()} == {"done"}
