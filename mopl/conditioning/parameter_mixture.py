@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,13 @@ import torch
 from torch import Tensor, nn
 
 from mopl._arguments import compute_dtype
+from mopl._extras import require
+from mopl._hub import naming_own_code
 from mopl._records import damaged
 from mopl._restoring import evaluating, generators_kept
 from mopl._tensor_files import check_shapes, read_tensors
 from mopl._threads import in_turn
 from mopl.conditioning._mixture import CoefficientRule, KLWeightCoefficients, Mixture
-from mopl.conditioning._parameter_mixture_files import WEIGHTS_FILE, new_model, write
 from mopl.conditioning._parameter_mixture_lora import LoraMixture
 from mopl.conditioning._parameter_mixture_parts import (
     check_batch,
@@ -52,6 +53,8 @@ from mopl.conditioning.sampling import Weights
 from mopl.conditioning.saved_models import CONFIG_FILE, REMEDY, TuningRecord, check_options, fitting
 
 __all__ = ["KLWeightCoefficients", "LoraMixture", "ParameterMixture"]
+
+WEIGHTS_FILE, MODEL_FOLDER = "parameter_mixture.safetensors", "architecture"
 
 
 class ParameterMixture(Mixture):
@@ -282,7 +285,22 @@ class ParameterMixture(Mixture):
         }  # fmt: skip
 
     def _write(self, folder: Path) -> None:
-        write(folder, self.model, self._named_tensors(), untied=self.untied)
+        require("safetensors")
+        from safetensors.torch import save_file
+
+        model = self.model
+        if hasattr(model, "config") and hasattr(model.config, "save_pretrained"):
+            architecture = copy.deepcopy(model.config)
+            if self.untied:
+                # As the model came: its other ties, under the same switch, are there still, and the mixture that is
+                # made from it unties the head again.
+                for part in (architecture, architecture.get_text_config()):
+                    part.tie_word_embeddings = True
+            architecture.save_pretrained(str(folder / MODEL_FOLDER))
+            if getattr(model, "generation_config", None) is not None:
+                model.generation_config.save_pretrained(str(folder / MODEL_FOLDER))
+        state = {name: value.detach().cpu().contiguous() for name, value in self._named_tensors().items()}
+        save_file(state, str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
 
     def _named_tensors(self) -> dict[str, Tensor]:
         """Return every parameter and buffer under the name that files have, tied ones once."""
@@ -307,7 +325,7 @@ class ParameterMixture(Mixture):
             text = f"it has {sets} sets but {folder / CONFIG_FILE} says {config['sets']}"
             raise damaged(file, f"{text}, so they do not fit", REMEDY)
         check_options(model, options)
-        made = new_model(folder, state, options) if model is None else model
+        made = _new_model(folder, state, options) if model is None else model
         with fitting(folder / CONFIG_FILE):
             mixture = cls(
                 made, len(record.objectives), scope=config["scope"], coefficients=config["coefficients"], sets=sets,
@@ -319,3 +337,21 @@ class ParameterMixture(Mixture):
         for name, value in state.items():
             own[name].copy_(value)
         return mixture.requires_grad_(trainable)
+
+
+def _new_model(folder: Path, tensors: Mapping[str, Tensor], options: Mapping[str, Any]) -> Any:
+    """Return a causal language model of the configuration in a folder, in the dtype of its tensors."""
+    source = folder / MODEL_FOLDER
+    if not source.is_dir():
+        raise ValueError(f"{folder} holds no configuration of a model; pass the model")
+    require("transformers")
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    dtype = next((value.dtype for name, value in tensors.items() if name.startswith("model.")), None)
+    options = {"dtype": dtype, "trust_remote_code": False, **options}
+    with naming_own_code(str(source)):
+        known = AutoConfig.from_pretrained(str(source), trust_remote_code=options["trust_remote_code"])
+        model = AutoModelForCausalLM.from_config(known, **options)
+    if (source / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(source))
+    return model
