@@ -13,9 +13,11 @@ See `mopl.ranking.stages` for the models of the baselines.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
+
+from torch import Tensor
 
 from mopl import _terminal
 from mopl._restoring import seeded
@@ -122,11 +124,12 @@ class RankingRecipe(Recipe):
     def base(self) -> Measured:
         """Evaluate the base model, which has no trade-off."""
         trained = {"base": Trained.read(self.path / "base")}
-        return self._measure("base", BasePolicy(), trained)
+        return self._measure("base", BasePolicy(), trained, None, (1.0,))
 
     def evaluate(self, method: str, folder: Path, trained: dict[str, Trained]) -> Measured:
         """Evaluate a trained method at each trade-off and each distance from the base model."""
-        return self._measure(method, load_policy(self.stages, method, self.accelerator.device), trained)
+        policy = load_policy(self.stages, method, self.accelerator.device)
+        return self._measure(method, policy, trained, self.grid, self.config.all_scales)
 
     def _parameters(self, method: str, trained: list[Trained]) -> tuple[int, int]:
         """Return `Front.parameters` and `Front.inference_parameters`.
@@ -138,32 +141,31 @@ class RankingRecipe(Recipe):
             return base, base
         return added, base + (added if method != "mo-dpo" else added // len(trained) * len(self.grid))
 
-    def _measure(self, method: str, policy: Policy, trained: dict[str, Trained]) -> Measured:
+    def _measure(
+        self, method: str, policy: Policy, trained: dict[str, Trained], weights: Tensor | None, scales: Sequence[float]
+    ) -> Measured:
         config, test, truth = self.config, self.splits["test"], self.truth
-        asked = None if method == "base" else self.grid
-        scales = (1.0,) if method == "base" else config.all_scales
         with seeded(config.seed):  # ties="random" draws in the held-out losses too
             evaluations = evaluate(
-                policy, test, self.reference, asked,
+                policy, test, self.reference, weights,
                 measure=config.measure, list_loss=config.list_loss, beta=self.beta,
-                conditioned_on_beta=method == "temperature-cos-dpo", scales=scales,
-                device=self.accelerator.device,
+                conditioned_on_beta=method == "temperature-cos-dpo", scales=scales, device=self.accelerator.device,
             )  # fmt: skip
         done = list(trained.values())
         parameters, kept = self._parameters(method, done)
         first = evaluations[0]
         front = self.front(
             method, [(c, each.main, each.auxiliary) for c, each in zip(scales, evaluations, strict=True)], trained,
-            objectives=self.stages.objectives, main=test.main.name, weights=first.weights, data=self.description,
+            objectives=self.stages.objectives, main=test.main.name, weights=weights, data=self.description,
             reference_point=[0.0] * len(self.stages.objectives), parameters=parameters, inference_parameters=kept,
             steps={
                 "limit": max(each.limit for each in done), "done": [each.steps for each in done],
                 "kept": [each.kept for each in done],
             },
-            reference_front=None if method == "base" or truth is None else truth.auxiliary,
+            reference_front=None if weights is None or truth is None else truth.auxiliary,
         )  # fmt: skip
         figures: dict[str, Any] = {
-            "weights": None if first.weights is None else first.weights.tolist(),
+            "weights": None if weights is None else weights.tolist(),
             "loss": config.loss,
             "losses": first.losses.tolist(),
             "metric": config.measure.metric().describe(),
@@ -173,7 +175,7 @@ class RankingRecipe(Recipe):
         if truth is not None:
             figures["true_losses"] = truth.losses.tolist()
             figures["true_auxiliary"] = truth.auxiliary.tolist()
-            if method != "base":
+            if weights is not None:
                 distances = distances_to_truth(first, test, self.reference, self.beta)
                 figures["nats_above_the_optimum"] = distances
                 self.say(
