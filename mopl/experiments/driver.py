@@ -13,6 +13,7 @@ What is particular to an application is a class of `Recipe`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -61,6 +62,13 @@ class Measured:
     front: Front
     figures: Any
     samples: list[dict[str, Any]] | None = None
+
+    def save(self, folder: Path) -> None:
+        """Write it into the folder of the method, the front last."""
+        write_file(folder / EVALUATION, json.dumps(self.figures, indent=2) + "\n")
+        if self.samples is not None:
+            write_file(folder / SAMPLES, json.dumps(self.samples, indent=2, ensure_ascii=False) + "\n")
+        self.front.save(folder / FRONT)
 
 
 class Recipe(ABC):
@@ -294,27 +302,15 @@ def _work(recipe: Recipe) -> None:
         folder = method_folder(path, recipe.config, method)
         if exists_on_main(accelerator, folder / FRONT):
             continue
-        if accelerator.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
-        accelerator.wait_for_everyone()
-
+        on_main(accelerator, functools.partial(folder.mkdir, parents=True, exist_ok=True))
         if method == BASE:
             found = recipe.base()
         else:
             found = recipe.evaluate(method, folder, recipe.train(method, folder))
-
-        if accelerator.is_main_process:
-            write_file(folder / EVALUATION, json.dumps(found.figures, indent=2) + "\n")
-            if found.samples is not None:
-                write_file(folder / SAMPLES, json.dumps(found.samples, indent=2, ensure_ascii=False) + "\n")
-            found.front.save(folder / FRONT)
-        accelerator.wait_for_everyone()
-
+        on_main(accelerator, functools.partial(found.save, folder))
     for line in recipe.remarks():
         recipe.say(line)
-    if accelerator.is_main_process:
-        write_reports(path)
-    accelerator.wait_for_everyone()
+    on_main(accelerator, lambda: write_reports(path))
 
 
 def plain_word(text: str) -> str:

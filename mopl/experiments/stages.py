@@ -23,7 +23,7 @@ from mopl._files import discard_folder, write_file
 from mopl._records import Count, Finite, Seconds, read_json
 from mopl.experiments.run_directory import DONE
 from mopl.training import BatchSource, Selection, TrainingConfig, TrainingResult, train
-from mopl.training.parallel import exists_on_main
+from mopl.training.parallel import exists_on_main, on_main
 
 if TYPE_CHECKING:
     from mopl.experiments.driver import Recipe
@@ -159,10 +159,12 @@ class RunStages(ABC):
 
     def record(self, folder: Path, save: Callable[[Path], None], done: Trained) -> None:
         """Save a model that is finished, and say so last; every process must call it."""
-        if self.accelerator.is_main_process:
+
+        def write() -> None:
             save(folder)
             write_file(folder / DONE, json.dumps(done.to_dict(), indent=2) + "\n")
             for name in (CHECKPOINTS, ROLLOUTS):
                 if (folder / name).exists():
                     discard_folder(folder / name)
-        self.accelerator.wait_for_everyone()
+
+        on_main(self.accelerator, write)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,15 +13,10 @@ from torch import Tensor, nn
 from mopl.training.batches import BatchSource, part_of_batch
 from mopl.training.parallel import ShardedModel, WholeModel
 
+if TYPE_CHECKING:
+    from mopl.training.loop import TrainingConfig
+
 LossFunction = Callable[[nn.Module, Any, int], tuple[Tensor, dict[str, Any]]]
-
-
-class _Config(Protocol):
-    @property
-    def accumulation(self) -> int: ...
-
-    @property
-    def seed(self) -> int: ...
 
 
 def accumulate(
@@ -29,7 +24,7 @@ def accumulate(
     prepared: WholeModel | ShardedModel,
     source: BatchSource,
     loss: LossFunction,
-    config: _Config,
+    config: TrainingConfig,
     step: int,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Add up the gradient of the mean over the whole batch; return this process's share of the loss and the logs."""

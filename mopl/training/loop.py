@@ -24,6 +24,7 @@ from torch import nn
 
 from mopl._arguments import check_choice
 from mopl._bounds import check_bounds
+from mopl._files import remove_leftovers
 from mopl._restoring import generators_kept, modes_kept
 from mopl._terminal import progress
 from mopl.training.accumulation import LossFunction, accumulate, reduced
@@ -182,16 +183,14 @@ def train(
     if directory is not None:
         folder = CheckpointFolder(directory, config.keep_checkpoints, save_frozen=save_frozen)
     checkpoint = _checkpoint_to_resume(folder, resume, config, stage)
+    updater = adamw(model, config, accelerator.device) if optimizer is None else optimizer
+    rates = [group["lr"] for group in updater.param_groups]
     states: dict[str, Any] = {}
     if checkpoint is not None:
         checkpoint.load_model(model)
         states = checkpoint.load_optimizer()
         continue_selection(selection, states, checkpoint.path)
-    updater = adamw(model, config, accelerator.device) if optimizer is None else optimizer
-    rates = [group["lr"] for group in updater.param_groups]
-    if checkpoint is not None:
-        scaled = accelerator.scaler is not None
-        checkpoint.check_optimizer(states, model, updater.param_groups, scaler=scaled)
+        checkpoint.check_optimizer(states, model, updater.param_groups, scaler=accelerator.scaler is not None)
     prepared = prepare(accelerator, model, updater)
     stepper = prepared.optimizer
     start, spent = 0, 0.0
@@ -201,7 +200,7 @@ def train(
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(states["scaler"])
     if accelerator.is_main_process and folder is not None:
-        folder.remove_leftovers()
+        remove_leftovers(folder.path)
     if log is not None:
         log.rewind(stage, start)
 
@@ -291,8 +290,8 @@ def _checkpoint_to_resume(
             "pass resume=True to continue it, or another directory"
         )
     then, now = checkpoint.state()["config"], asdict(config)
-    changed = [f"{k} was {then.get(k)!r}, is {v!r}" for k, v in now.items() if then.get(k) != v]
-    changed = [text for text in changed if text.split()[0] not in _FREE_SETTINGS]
+    differ = [name for name in now if then.get(name) != now[name] and name not in _FREE_SETTINGS]
+    changed = [f"{name} was {then.get(name)!r}, is {now[name]!r}" for name in differ]
     if changed:
         raise ValueError(
             f"the checkpoint {checkpoint.path} of {stage!r} was made with other settings ({'; '.join(changed)}); "

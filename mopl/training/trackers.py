@@ -80,14 +80,12 @@ class Trackers:
         if not self.names:
             return
         self.close()
-        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-
         if (self._run / STATE).exists():
             self._sent = read_json(self._run / STATE, dict[str, dict[str, _Sent]], remedy=_REMEDY)
         self._stage = stage
         for name in self.names:
             sent = self._sent.get(stage, {}).get(name)
-            tracker = LOGGER_TYPE_TO_CLASS[name](*self._place(name), **self._options(name, sent, step))
+            tracker = self._tracker(name, sent, step)
             tracker.start()
             self._open[name] = tracker
             if name == "tensorboard":
@@ -122,28 +120,25 @@ class Trackers:
         while self._open:
             self._open.popitem()[1].finish()
 
-    def _place(self, name: str) -> tuple[Any, ...]:
-        """Return the positional arguments of a tracker's class: the project, and a folder where it takes one."""
+    def _tracker(self, name: str, sent: Mapping[str, Any] | None, step: int) -> Any:
+        """Return a tracker for a run of its own that begins or goes on."""
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
+        kind, group, title = LOGGER_TYPE_TO_CLASS[name], self._run.name, f"{self._run.name}/{self._stage}"
         if name == "tensorboard":
-            return self._stage, self._run / "tensorboard"
-        project = (os.environ.get("WANDB_PROJECT") if name == "wandb" else None) or "mopl"
-        return (project, self._run / name) if LOGGER_TYPE_TO_CLASS[name].requires_logging_directory else (project,)
-
-    def _options(self, name: str, sent: Mapping[str, Any] | None, step: int) -> dict[str, Any]:
-        """Return the keywords of a tracker's class, for a run of its own that begins or goes on."""
-        title, group = f"{self._run.name}/{self._stage}", self._run.name
-        if name == "tensorboard":
-            return {"purge_step": step + 1}
+            return kind(self._stage, self._run / "tensorboard", purge_step=step + 1)
+        project, options = "mopl", {}
         if name == "wandb":
-            place = {} if os.environ.get("WANDB_DIR") else {"dir": str(self._run)}
-            return {"name": title, "group": group, "id": sent and sent["id"], "resume": "allow", **place}
-        if name == "mlflow":
-            return {"run_id": sent["id"]} if sent else {"run_name": title, "tags": {"group": group}}
-        if name == "trackio":
-            return {"name": title, "group": group, "resume": "allow" if sent else "never"}
-        return {}
+            project = os.environ.get("WANDB_PROJECT") or project
+            options = {"name": title, "group": group, "id": sent and sent["id"], "resume": "allow"}
+            if not os.environ.get("WANDB_DIR"):
+                options["dir"] = str(self._run)
+        elif name == "mlflow":
+            options = {"run_id": sent["id"]} if sent else {"run_name": title, "tags": {"group": group}}
+        elif name == "trackio":
+            options = {"name": title, "group": group, "resume": "allow" if sent else "never"}
+        place = (self._run / name,) if kind.requires_logging_directory else ()
+        return kind(project, *place, **options)
 
     def _save(self) -> None:
         if self._sent:
