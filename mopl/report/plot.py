@@ -219,13 +219,13 @@ def _draw(scene: _Scene, title: str, notes: Sequence[str]) -> Any:
         if column > row:
             axes.set_visible(False)
             continue
-        x, y = column, (row + 1 if m > 1 else MAIN)
-        _panel(axes, scene, x, y)
+        panel = _Panel(axes, scene, column, row + 1 if m > 1 else MAIN)
+        panel.draw()
         axes.label_outer()
         if row == side - 1:
-            axes.set_xlabel(_axis_name(scene, x))
+            axes.set_xlabel(panel.name(panel.x))
         if column == 0:
-            axes.set_ylabel(_axis_name(scene, y))
+            axes.set_ylabel(panel.name(panel.y))
     _legend(figure, grid, scene)
     figure.suptitle(title)
     if notes:
@@ -233,106 +233,104 @@ def _draw(scene: _Scene, title: str, notes: Sequence[str]) -> Any:
     return figure
 
 
-def _axis_name(scene: _Scene, index: int) -> str:
-    name = scene.front.main if index == MAIN else scene.front.objectives[index]
-    name = _wrapped(
-        f"{name} {'↑' if scene.rising(index) else '↓'}", max(12, 72 // max(len(scene.front.objectives) - 1, 1))
-    )
-    return name if scene.pairs else f"{name}  ({plain(scene.metric.name)})"
+@dataclasses.dataclass(frozen=True)
+class _Panel:
+    """One pair of objectives, the one across and the one upwards."""
 
+    axes: Any
+    scene: _Scene
+    x: int
+    y: int
 
-def _figure(point: Point, index: int) -> float:
-    return point.figures[index + 1]  # MAIN is -1
+    def name(self, index: int) -> str:
+        """Return what an axis is called."""
+        front = self.scene.front
+        name = front.main if index == MAIN else front.objectives[index]
+        arrow = "↑" if self.scene.rising(index) else "↓"
+        name = _wrapped(f"{name} {arrow}", max(12, 72 // max(len(front.objectives) - 1, 1)))
+        return name if self.scene.pairs else f"{name}  ({plain(self.scene.metric.name)})"
 
+    def at(self, point: Point) -> tuple[float, float]:
+        """Return where a point is."""
+        return point.figures[self.x + 1], point.figures[self.y + 1]  # MAIN is -1
 
-def _panel(axes: Any, scene: _Scene, x: int, y: int) -> None:
-    size = 4.5 if scene.pairs else 8
-    axes.grid(color="#dddddd", linewidth=0.6)
-    axes.margins(0.08)
-    axes.locator_params(nbins=4 if scene.pairs else 6)
-    if scene.truth and y != MAIN:
-        line = zip(*sorted((row[x], row[y]) for row in scene.truth), strict=True)
-        style = {"linestyle": "", "marker": ".", "ms": 1.5} if scene.pairs else {"linestyle": "--", "linewidth": 1.2}
-        axes.plot(*line, color="#888888", zorder=1, **style)
-    for one in scene.series:
-        line = _edge(scene, one.points, x, y) if scene.pairs else sorted(one.points, key=lambda p: p.weights)
-        rest = [point for point in one.points if point not in line]
-        _whiskers(axes, one, line, x, y, alpha=0.18 if scene.pairs else 0.35)
-        axes.plot([_figure(p, x) for p in line], [_figure(p, y) for p in line], color=one.outline, lw=1, alpha=0.6)
-        _markers(axes, scene, one, one.moved, x, y, 0.6 * size, alpha=0.35)
-        _markers(axes, scene, one, rest, x, y, 0.45 * size, outlined=False, alpha=0.7)
-        _markers(axes, scene, one, line, x, y, size)
-    for base, one in scene.bases.values():
-        at = _figure(base, x), _figure(base, y)
-        colour = "black" if len(scene.bases) == 1 else one.outline
-        axes.plot(*at, "*", color=colour, markersize=size * 2, mec="white", mew=0.6, zorder=5)
-    if not scene.pairs and y != MAIN:
-        outermost = max(scene.series, key=lambda s: -math.inf if math.isnan(s.hypervolume) else s.hypervolume)
-        _annotate(axes, outermost, x, y)
+    def draw(self) -> None:
+        """Draw the true front, every method and every base."""
+        axes, scene, pairs = self.axes, self.scene, self.scene.pairs
+        size = 4.5 if pairs else 8
+        axes.grid(color="#dddddd", linewidth=0.6)
+        axes.margins(0.08)
+        axes.locator_params(nbins=4 if pairs else 6)
+        if scene.truth and self.y != MAIN:
+            line = zip(*sorted((row[self.x], row[self.y]) for row in scene.truth), strict=True)
+            style = {"linestyle": "", "marker": ".", "ms": 1.5} if pairs else {"linestyle": "--", "linewidth": 1.2}
+            axes.plot(*line, color="#888888", zorder=1, **style)
+        for one in scene.series:
+            line = self.edge(one.points) if pairs else sorted(one.points, key=lambda p: p.weights)
+            rest = [point for point in one.points if point not in line]
+            self.whiskers(one, line, alpha=0.18 if pairs else 0.35)
+            axes.plot([self.at(p)[0] for p in line], [self.at(p)[1] for p in line], color=one.outline, lw=1, alpha=0.6)
+            self.markers(one, one.moved, 0.6 * size, alpha=0.35)
+            self.markers(one, rest, 0.45 * size, outlined=False, alpha=0.7)
+            self.markers(one, line, size)
+        for base, one in scene.bases.values():
+            colour = "black" if len(scene.bases) == 1 else one.outline
+            axes.plot(*self.at(base), "*", color=colour, markersize=size * 2, mec="white", mew=0.6, zorder=5)
+        if not pairs and self.y != MAIN:
+            self.annotate(max(scene.series, key=lambda s: -math.inf if math.isnan(s.hypervolume) else s.hypervolume))
 
+    def edge(self, points: Sequence[Point]) -> list[Point]:
+        """Return the points that are best in this pair of objectives, along the first: what the pair allows."""
+        known = [point for point in points if not any(map(math.isnan, self.at(point)))]
+        if not known:
+            return []
+        rising = [self.scene.rising(self.x), self.scene.rising(self.y)]
+        flags = non_dominated([self.at(p) for p in known], maximise=rising)
+        return sorted((p for p, best in zip(known, flags.tolist(), strict=True) if best), key=lambda p: self.at(p)[0])
 
-def _edge(scene: _Scene, points: Sequence[Point], x: int, y: int) -> list[Point]:
-    """Return the points that are best in this pair of objectives, along the first: what the pair allows."""
-    known = [p for p in points if not math.isnan(_figure(p, x)) and not math.isnan(_figure(p, y))]
-    if not known:
-        return []
-    flags = non_dominated([[_figure(p, x), _figure(p, y)] for p in known], maximise=[scene.rising(x), scene.rising(y)])
-    return sorted((p for p, best in zip(known, flags.tolist(), strict=True) if best), key=lambda p: _figure(p, x))
-
-
-def _markers(
-    axes: Any,
-    scene: _Scene,
-    one: _Series,
-    points: Sequence[Point],
-    x: int,
-    y: int,
-    size: float,
-    *,
-    outlined: bool = True,
-    alpha: float = 1.0,
-) -> None:
-    axes.scatter(
-        [_figure(p, x) for p in points],
-        [_figure(p, y) for p in points],
-        s=size**2,
-        marker=one.marker,
-        facecolors=[NOT_KNOWN if math.isnan(p.main) else scene.colours.to_rgba(p.main) for p in points],
-        edgecolors=one.outline if outlined else "none",
-        linewidths=0.7 if scene.pairs else 1.2,
-        alpha=alpha,
-        zorder=3 if outlined else 1.5,
-    )
-
-
-def _whiskers(axes: Any, one: _Series, points: Sequence[Point], x: int, y: int, alpha: float) -> None:
-    style = {"color": one.outline, "linewidth": 0.8, "alpha": alpha, "zorder": 2}
-    for lines, along, across in ((axes.hlines, x, y), (axes.vlines, y, x)):
-        bars = [(_figure(p, across), *ends) for p in points if (ends := p.intervals[along + 1]) is not None]
-        if bars:
-            lines(*zip(*bars, strict=True), **style)
-
-
-def _annotate(axes: Any, one: _Series, x: int, y: int) -> None:
-    """Print the weights of both ends and of the middle of one method."""
-    from matplotlib.patheffects import withStroke
-
-    line = sorted((p for p in one.points if p.weights), key=lambda p: p.weights)
-    done = set()
-    for index in sorted({0, len(line) // 2, len(line) - 1}) if line else ():
-        point = line[index]
-        if point.figures[1:] in done:
-            continue
-        done.add(point.figures[1:])
-        axes.annotate(
-            "w = (" + ", ".join(f"{w:.2g}" for w in point.weights) + ")",
-            (_figure(point, x), _figure(point, y)),
-            xytext=(8, 8),
-            textcoords="offset points",
-            fontsize=8,
-            path_effects=[withStroke(linewidth=2.5, foreground="white")],
-            zorder=2.5,  # a label must not hide another method's point
+    def markers(
+        self, one: _Series, points: Sequence[Point], size: float, *, outlined: bool = True, alpha: float = 1.0
+    ) -> None:
+        """Draw points of a method, filled with the colour of their main figure."""
+        self.axes.scatter(
+            [self.at(p)[0] for p in points],
+            [self.at(p)[1] for p in points],
+            s=size**2,
+            marker=one.marker,
+            facecolors=[NOT_KNOWN if math.isnan(p.main) else self.scene.colours.to_rgba(p.main) for p in points],
+            edgecolors=one.outline if outlined else "none",
+            linewidths=0.7 if self.scene.pairs else 1.2,
+            alpha=alpha,
+            zorder=3 if outlined else 1.5,
         )
+
+    def whiskers(self, one: _Series, points: Sequence[Point], alpha: float) -> None:
+        """Draw the intervals of points."""
+        style = {"color": one.outline, "linewidth": 0.8, "alpha": alpha, "zorder": 2}
+        for lines, along, across in ((self.axes.hlines, self.x, 1), (self.axes.vlines, self.y, 0)):
+            bars = [(self.at(p)[across], *ends) for p in points if (ends := p.intervals[along + 1]) is not None]
+            if bars:
+                lines(*zip(*bars, strict=True), **style)
+
+    def annotate(self, one: _Series) -> None:
+        """Print the weights of both ends and of the middle of one method."""
+        from matplotlib.patheffects import withStroke
+
+        line = sorted((p for p in one.points if p.weights), key=lambda p: p.weights)
+        done: list[list[float]] = []
+        for point in (line[0], line[len(line) // 2], line[-1]) if line else ():
+            if point.auxiliary in done:
+                continue
+            done.append(point.auxiliary)
+            self.axes.annotate(
+                "w = (" + ", ".join(f"{w:.2g}" for w in point.weights) + ")",
+                self.at(point),
+                xytext=(8, 8),
+                textcoords="offset points",
+                fontsize=8,
+                path_effects=[withStroke(linewidth=2.5, foreground="white")],
+                zorder=2.5,  # a label must not hide another method's point
+            )
 
 
 def _columns(handles: Sequence[Any]) -> int:
