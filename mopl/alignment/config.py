@@ -8,7 +8,7 @@ from mopl._lines import lone_surrogate
 from mopl.experiments.common_settings import ALL, CosDpoSettings, LanguageModelSettings
 from mopl.experiments.methods import CONDITIONED, METHODS
 from mopl.experiments.resume_settings import located_if_there
-from mopl.experiments.settings import setting, settings
+from mopl.experiments.settings import in_data, in_evaluation, in_method, in_model, in_training, setting, settings
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -41,120 +41,101 @@ class AlignConfig(CosDpoSettings, LanguageModelSettings):
         missing="name preference data, a path or a name on the Hugging Face hub",
         kw_only=False,
     )
-    format: str = setting("auto", "format of the data; auto: recognised by its columns", group="data")
-    split: str = setting("train", "split of a directory or of a data set on the hub", group="data")
-    objectives: tuple[str, ...] = setting(
-        (), "names of the objectives, in the order of the weights", unset="all", group="data", metavar="NAME"
+    format: str = in_data("auto", "format of the data; auto: recognised by its columns")
+    split: str = in_data("train", "split of a directory or of a data set on the hub")
+    objectives: tuple[str, ...] = in_data(
+        (), "names of the objectives, in the order of the weights", unset="all", metavar="NAME"
     )
-    max_length: int = setting(
-        1024, "maximum number of tokens of prompt and response together", at_least=2, group="data", metavar="TOKENS"
+    max_length: int = in_data(
+        1024, "maximum number of tokens of prompt and response together", at_least=2, metavar="TOKENS"
     )
-    min_prompt: int | None = setting(
+    min_prompt: int | None = in_data(
         None,
         "number of tokens that a prompt is never truncated below",
         unset="a quarter of max_length",
         at_least=1,
-        group="data",
         metavar="TOKENS",
     )
-    conditioning: Literal["hyper-prompt", "lora-mixture", "text"] = setting(
+    conditioning: Literal["hyper-prompt", "lora-mixture", "text"] = in_model(
         "hyper-prompt",
         "how weights enter the model of COS-DPO: virtual tokens (section 4.2); a set of adapters for each objective, "
         "mixed by the weights; or words",
-        group="model",
     )
-    positions: Literal["hf", "paper"] = setting(
-        "hf", "positions of virtual tokens; see `mopl.conditioning.HyperPromptModel`", group="model"
+    positions: Literal["hf", "paper"] = in_model(
+        "hf", "positions of virtual tokens; see `mopl.conditioning.HyperPromptModel`"
     )
-    prompt_text: str | None = setting(
+    prompt_text: str | None = in_model(
         None,
         "words whose embeddings initialise the virtual tokens, truncated or repeated to fit",
         unset="small random vectors",
-        group="model",
         metavar="WORDS",
     )
     lora_rank: int = setting(4, "rank of the LoRA adapters (section 4.2); 0 for none", at_least=0)
-    loss: str = setting(
+    loss: str = in_method(
         "listnet",
         "listnet (the paper's; DPO on pairs), plackett-luce, or for pairs a type of `mopl.losses.bradley_terry`",
         choices=LOSSES,
-        group="method",
         metavar="LOSS",
     )
-    labels: tuple[Literal["auto", "l1", "softmax"], ...] = setting(
+    labels: tuple[Literal["auto", "l1", "softmax"], ...] = in_method(
         ("auto",),
         "how ListNet turns labels into targets (section 2.2), for all objectives or for each; auto: l1 where all are 0 "
         "or 1, else softmax",
         nonempty=True,
-        group="method",
     )
-    label_temperature: tuple[float, ...] = setting(
+    label_temperature: tuple[float, ...] = in_method(
         (1.0,),
         "divides labels before their softmax, one number for all objectives or one for each",
         positive=True,
         nonempty=True,
-        group="method",
         metavar="T",
     )
-    partial: Literal["drop", "keep"] = setting(
+    partial: Literal["drop", "keep"] = in_method(
         "drop",
         "what to do where an objective labels only part of a list: drop the objective for that list, or keep that part",
-        group="method",
     )
-    label_smoothing: float = setting(
+    label_smoothing: float = in_method(
         0.0,
         "assumed rate of flipped preferences, for the pair losses that support it",
         at_least=0,
         below=0.5,
-        group="method",
         metavar="RATE",
     )
-    reference: str = setting(
+    reference: str = in_method(
         "auto",
         "log-probabilities of the reference: self, computed in every step; precomputed, once; or another model; auto: "
         "once if lists are seen more than once",
         convert=_located_reference,
-        group="method",
         metavar="HOW",
     )
     steps: int | None = setting(None, unset="3 epochs, at least 100", at_least=1)
-    lists_per_batch: int = setting(16, "lists per optimizer step", at_least=1, group="training", metavar="LISTS")
+    lists_per_batch: int = in_training(16, "lists per optimizer step", at_least=1, metavar="LISTS")
     learning_rate: float = setting(2e-4, "learning rate of the adapters")
-    prompt_learning_rate: float | None = setting(
+    prompt_learning_rate: float | None = in_training(
         None,
         "learning rate of the virtual tokens",
         unset="10 times that of the adapters",
         positive=True,
-        group="training",
         metavar="RATE",
     )
     warmup: int | None = setting(None, unset="a tenth of the steps")
-    gradient_checkpointing: bool = setting(
-        False, "recompute activations in the backward pass: less memory, about a third more time", group="training"
+    gradient_checkpointing: bool = in_training(
+        False, "recompute activations in the backward pass: less memory, about a third more time"
     )
-    packing: bool = setting(
+    packing: bool = in_training(
         False,
         "pack each batch into one row without padding; needs an attention implementation that keeps packed sequences "
         "apart",
-        group="training",
     )
     reference_point: tuple[float, ...] = setting(
         (), unset="1.1 / ln 2 times the loss of the untrained model", positive=True, metavar="LOSS"
     )
-    tokens_per_batch: int = setting(
-        8192,
-        "maximum number of tokens of a forward pass outside training",
-        at_least=1,
-        group="evaluation",
-        metavar="TOKENS",
+    tokens_per_batch: int = in_evaluation(
+        8192, "maximum number of tokens of a forward pass outside training", at_least=1, metavar="TOKENS"
     )
     samples: int = setting(3, "number of held-out prompts that are answered at every point of the grid")
-    sample_tokens: int = setting(
-        64,
-        "maximum number of tokens of an answer to a held-out prompt",
-        at_least=1,
-        group="evaluation",
-        metavar="TOKENS",
+    sample_tokens: int = in_evaluation(
+        64, "maximum number of tokens of an answer to a held-out prompt", at_least=1, metavar="TOKENS"
     )
 
     def check_together(self) -> None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from mopl.experiments.applications import APPLICATIONS
 from mopl.experiments.common_settings import LanguageModelSettings
 from mopl.experiments.resume_settings import located_inside
-from mopl.experiments.settings import setting, settings
+from mopl.experiments.settings import in_data, in_evaluation, in_method, in_model, in_training, setting, settings
 
 if TYPE_CHECKING:
     from mopl.language_models.tokenization import ListTokenizer
@@ -26,137 +26,100 @@ class ClpConfig(LanguageModelSettings):
         kw_only=False,
     )
     limit: int | None = setting(None, "maximum number of prompts to take", at_least=2)
-    max_prompt: int = setting(
-        512,
-        "maximum number of tokens of a prompt; longer ones are left out",
-        at_least=1,
-        group="data",
-        metavar="TOKENS",
+    max_prompt: int = in_data(
+        512, "maximum number of tokens of a prompt; longer ones are left out", at_least=1, metavar="TOKENS"
     )
-    rewards: tuple[str, ...] = setting(
+    rewards: tuple[str, ...] = in_data(
         (),
         "names of `mopl.rewards`, with options as in length:target=20, or module:function of (texts, prompts); their "
         "names are the objectives, in the order of the weights",
         missing="name at least one of mopl.rewards, or module:function",
         convert=located_inside,
-        group="data",
         metavar="REWARD",
     )
-    normalize: Literal["base", "running", "none"] = setting(
+    normalize: Literal["base", "running", "none"] = in_training(
         "base",
         "train on rewards with mean 0 and standard deviation 1 over answers of the untrained model; running: and over "
         "those of the training so far. Fronts are always in the rewards' own units",
-        group="training",
     )
-    normalize_decay: float = setting(
+    normalize_decay: float = in_training(
         1.0,
         "factor on the weight of earlier rewards at each rollout, for normalize running; 0.99 averages over about 100 "
         "rollouts",
         above=0,
         at_most=1,
-        group="training",
         metavar="RATE",
     )
-    normalize_prompts: int = setting(
+    normalize_prompts: int = in_training(
         64,
         "number of prompts that the untrained model answers to set the scale of the rewards",
         at_least=1,
-        group="training",
         metavar="PROMPTS",
     )
-    method: str = setting(
+    method: str = in_method(
         "clp",
         "method to train; clp-all trains and compares all that can be compared",
         choices=(*METHODS, ALL),
-        group="method",
         metavar="METHOD",
     )
-    scope: str = setting(
+    scope: str = in_model(
         "attention",
         "what is mixed: full, attention, logits or a pattern of names of parameters (`ParameterMixture`); "
         "lora-mixture: adapters (`LoraMixture`); hyper-prompt: LoRA and virtual tokens, no parameters",
         missing="name what is mixed, such as attention",
-        group="model",
     )
-    train_shared: bool = setting(False, "also train what is outside the scope, shared by all trade-offs", group="model")
+    train_shared: bool = in_model(False, "also train what is outside the scope, shared by all trade-offs")
     lora_rank: int = setting(8)
     lora_alpha: float = setting(16.0)
-    kl_weight: tuple[float, ...] = setting(
+    kl_weight: tuple[float, ...] = in_method(
         (0.05,),
         "α, the weight of the KL to the reference; several: the policy is conditioned on it (`KLWeightCoefficients`), "
         "and the first is that of the front's main points",
         positive=True,
         nonempty=True,
-        group="method",
         metavar="WEIGHT",
     )
-    kl_form: Literal["complement", "penalty"] = setting(
-        "complement", "(1 - α) w·R - α KL, or w·R - α KL", group="method"
+    kl_form: Literal["complement", "penalty"] = in_method("complement", "(1 - α) w·R - α KL, or w·R - α KL")
+    kl_in: Literal["reward", "loss"] = in_method("reward", "whether the KL enters the reward or the loss")
+    kl_estimator: Literal["k1", "k2", "k3", "exact"] = in_method(
+        "k1", "estimator of the KL; exact: over the whole vocabulary at each position, without the logits"
     )
-    kl_in: Literal["reward", "loss"] = setting("reward", "whether the KL enters the reward or the loss", group="method")
-    kl_estimator: Literal["k1", "k2", "k3", "exact"] = setting(
-        "k1",
-        "estimator of the KL; exact: over the whole vocabulary at each position, without the logits",
-        group="method",
-    )
-    kl_level: Literal["token", "sequence"] = setting(
-        "token", "whether the KL is taken per token or per sequence", group="method"
-    )
-    baseline: Literal["leave_one_out", "group", "value", "none"] = setting(
+    kl_level: Literal["token", "sequence"] = in_method("token", "whether the KL is taken per token or per sequence")
+    baseline: Literal["leave_one_out", "group", "value", "none"] = in_method(
         "leave_one_out",
         "baseline of the policy gradient: over the samples of a prompt, or a learned value of weights and α",
-        group="method",
     )
-    standardize: bool = setting(
-        False,
-        "divide advantages by the standard deviation of their group, as GRPO does; needs baseline group",
-        group="method",
+    standardize: bool = in_method(
+        False, "divide advantages by the standard deviation of their group, as GRPO does; needs baseline group"
     )
-    to_go: bool = setting(False, "count for each token only the KL from that token on", group="method")
-    value_learning_rate: float = setting(
-        1e-3, "learning rate of the value head", positive=True, group="training", metavar="RATE"
-    )
+    to_go: bool = in_method(False, "count for each token only the KL from that token on")
+    value_learning_rate: float = in_training(1e-3, "learning rate of the value head", positive=True, metavar="RATE")
     concentration: float = setting(1.0)
-    trade_offs: int | None = setting(
+    trade_offs: int | None = in_training(
         None,
         "number of distinct trade-offs in a step",
         unset="2 where parameters are mixed, else one for each prompt",
         at_least=1,
-        group="training",
         metavar="N",
     )
-    steps: int = setting(200, "optimizer steps of each trained model", at_least=1, group="training")
-    prompts_per_step: int = setting(8, "prompts per rollout", at_least=1, group="training", metavar="N")
-    samples_per_prompt: int = setting(
-        4, "samples per prompt, all at one trade-off", at_least=1, group="training", metavar="N"
+    steps: int = in_training(200, "optimizer steps of each trained model", at_least=1)
+    prompts_per_step: int = in_training(8, "prompts per rollout", at_least=1, metavar="N")
+    samples_per_prompt: int = in_training(4, "samples per prompt, all at one trade-off", at_least=1, metavar="N")
+    epochs: int = in_training(1, "optimizer steps on each rollout; more than one needs clip", at_least=1, metavar="N")
+    clip: float | None = in_training(
+        None, "ε of the clipped importance ratio, with several epochs", unset="none", positive=True, metavar="EPSILON"
     )
-    epochs: int = setting(
-        1, "optimizer steps on each rollout; more than one needs clip", at_least=1, group="training", metavar="N"
+    ratio_level: Literal["token", "sequence", "sequence_mean"] = in_training(
+        "token", "whether importance ratios are taken per token or per sequence"
     )
-    clip: float | None = setting(
-        None,
-        "ε of the clipped importance ratio, with several epochs",
-        unset="none",
-        positive=True,
-        group="training",
-        metavar="EPSILON",
-    )
-    ratio_level: Literal["token", "sequence", "sequence_mean"] = setting(
-        "token", "whether importance ratios are taken per token or per sequence", group="training"
-    )
-    max_new_tokens: int = setting(
-        64, "maximum number of tokens of a response", at_least=1, group="training", metavar="TOKENS"
-    )
-    temperature: float = setting(
+    max_new_tokens: int = in_training(64, "maximum number of tokens of a response", at_least=1, metavar="TOKENS")
+    temperature: float = in_training(
         1.0,
         "divides the logits of policy and reference, in sampling, log-probabilities and evaluation",
         positive=True,
-        group="training",
         metavar="T",
     )
-    rows_at_once: int = setting(
-        64, "maximum number of responses generated at once", at_least=1, group="training", metavar="N"
-    )
+    rows_at_once: int = in_training(64, "maximum number of responses generated at once", at_least=1, metavar="N")
     accumulation: int = setting(1, "number of parts in which a step's prompts are processed; the samples depend on it")
     learning_rate: float = setting(1e-4, "learning rate of the policy")
     warmup: int = setting(0)
@@ -164,51 +127,30 @@ class ClpConfig(LanguageModelSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "float32", "data type of the model; what is mixed is trained in it"
     )
-    kl_limit: float = setting(
-        100.0,
-        "stop if the mean KL of a step's responses exceeds this; 0 for never",
-        at_least=0,
-        group="training",
-        metavar="NATS",
+    kl_limit: float = in_training(
+        100.0, "stop if the mean KL of a step's responses exceeds this; 0 for never", at_least=0, metavar="NATS"
     )
-    entropy_floor: float = setting(
-        1e-3,
-        "stop if the mean entropy per token stays below this; 0 for never",
-        at_least=0,
-        group="training",
-        metavar="NATS",
+    entropy_floor: float = in_training(
+        1e-3, "stop if the mean entropy per token stays below this; 0 for never", at_least=0, metavar="NATS"
     )
-    patience: int = setting(
+    patience: int = in_training(
         10,
         "number of rollouts with too little entropy, or with equal rewards, before training stops",
         at_least=1,
-        group="training",
         metavar="N",
     )
     reference_point: tuple[float, ...] = setting(
         (), unset="mean of the untrained model's rewards minus twice their standard deviation", metavar="REWARD"
     )
-    eval_prompts: int = setting(
-        64,
-        "maximum number of held-out prompts that are answered to measure the front",
-        at_least=1,
-        group="evaluation",
-        metavar="N",
+    eval_prompts: int = in_evaluation(
+        64, "maximum number of held-out prompts that are answered to measure the front", at_least=1, metavar="N"
     )
-    eval_samples: int = setting(
-        1,
-        "number of answers to each held-out prompt at every trade-off",
-        at_least=1,
-        group="evaluation",
-        metavar="N",
+    eval_samples: int = in_evaluation(
+        1, "number of answers to each held-out prompt at every trade-off", at_least=1, metavar="N"
     )
     samples: int = setting(3, "number of held-out prompts whose answers the report shows")
     log_samples: int = setting(
-        4,
-        "number of responses that samples.jsonl keeps of a rollout, every log_every steps",
-        at_least=0,
-        group="run",
-        metavar="N",
+        4, "number of responses that samples.jsonl keeps of a rollout, every log_every steps", at_least=0, metavar="N"
     )
     checkpoint_every: int = setting(100, at_least=1)
 

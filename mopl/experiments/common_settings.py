@@ -5,7 +5,17 @@ from typing import TYPE_CHECKING, Any, Literal
 from mopl._extras import TRACKERS
 from mopl.experiments.methods import METHODS
 from mopl.experiments.resume_settings import located_if_there
-from mopl.experiments.settings import Settings, setting, settings, settings_of
+from mopl.experiments.settings import (
+    Settings,
+    in_data,
+    in_evaluation,
+    in_method,
+    in_model,
+    in_training,
+    setting,
+    settings,
+    settings_of,
+)
 
 if TYPE_CHECKING:
     from mopl.language_models.tokenization import ListTokenizer
@@ -32,45 +42,38 @@ class RunSettings(Settings):
         old="tensorboard",
         metavar="TRACKER",
     )
-    data_seed: int = setting(
-        0, "random seed for the data split, which does not depend on seed", at_least=0, group="data", metavar="SEED"
+    data_seed: int = in_data(
+        0, "random seed for the data split, which does not depend on seed", at_least=0, metavar="SEED"
     )
-    concentration: float = setting(
+    concentration: float = in_method(
         0.5,
         "concentration of the Dirichlet distribution of the weights; smaller values train the ends of the front more",
         positive=True,
-        group="method",
         old="alpha",
     )
-    accumulation: int = setting(
+    accumulation: int = in_training(
         1,
         "number of micro-batches that a batch is split into; the result does not depend on it",
         at_least=1,
-        group="training",
         metavar="PARTS",
     )
-    learning_rate: float = setting(1e-3, positive=True, group="training", metavar="RATE")
-    weight_decay: float = setting(0.0, "decoupled weight decay", group="training")
-    warmup: int | None = setting(0, "steps of linear warm-up", at_least=0, group="training", metavar="STEPS")
-    schedule: Literal["constant", "linear", "cosine"] = setting(
-        "cosine", "schedule of the learning rate after the warm-up", group="training"
+    learning_rate: float = in_training(1e-3, positive=True, metavar="RATE")
+    weight_decay: float = in_training(0.0, "decoupled weight decay")
+    warmup: int | None = in_training(0, "steps of linear warm-up", at_least=0, metavar="STEPS")
+    schedule: Literal["constant", "linear", "cosine"] = in_training(
+        "cosine", "schedule of the learning rate after the warm-up"
     )
-    gradient_clip: float = setting(
-        1.0, "maximum norm of the gradient; 0 for no clipping", at_least=0, group="training", metavar="NORM"
+    gradient_clip: float = in_training(
+        1.0, "maximum norm of the gradient; 0 for no clipping", at_least=0, metavar="NORM"
     )
-    points: int | None = setting(
+    points: int | None = in_evaluation(
         None,
         "number of weight vectors in the evaluation grid",
         unset="11, 15, 20 for 2, 3, 4 objectives, at least 11 for more",
         at_least=1,
-        group="evaluation",
     )
-    bootstrap: int = setting(
-        1000,
-        "bootstrap resamples for confidence intervals; 0 for none",
-        at_least=0,
-        group="evaluation",
-        metavar="SAMPLES",
+    bootstrap: int = in_evaluation(
+        1000, "bootstrap resamples for confidence intervals; 0 for none", at_least=0, metavar="SAMPLES"
     )
 
     def training(self, steps: int | None = None, **changes: Any) -> "TrainingConfig":
@@ -100,57 +103,48 @@ class RunSettings(Settings):
 class CosDpoSettings(RunSettings):
     """What COS-DPO and its baselines have, on items or on responses."""
 
-    method: str = setting(
+    method: str = in_method(
         "weight-cos-dpo",
         "method to train; all trains every one and compares them",
         choices=(*METHODS, ALL),
-        group="method",
         metavar="METHOD",
     )
-    ties: Literal["breslow", "efron", "exact", "random"] = setting(
-        "breslow", "how Plackett-Luce treats equal labels", group="method"
-    )
-    last_group: Literal["charged", "free"] = setting(
+    ties: Literal["breslow", "efron", "exact", "random"] = in_method("breslow", "how Plackett-Luce treats equal labels")
+    last_group: Literal["charged", "free"] = in_method(
         "charged",
         "how Plackett-Luce treats the items with the lowest label; charged: as one more tied group; free: as unranked, "
         "which suits sparse labels",
-        group="method",
     )
-    top_k: int | None = setting(
-        None, "number of top ranks that Plackett-Luce counts", unset="all", at_least=1, group="method", metavar="K"
+    top_k: int | None = in_method(
+        None, "number of top ranks that Plackett-Luce counts", unset="all", at_least=1, metavar="K"
     )
-    beta: tuple[float, ...] = setting(
+    beta: tuple[float, ...] = in_method(
         (0.1,),
         "β, the factor of scores or log-ratios in the loss: one for all objectives, or one for each",
         positive=True,
         nonempty=True,
-        group="method",
     )
-    beta_range: tuple[float, float] = setting(
+    beta_range: tuple[float, float] = in_method(
         (0.67, 1.5),
         "range that temperature-cos-dpo draws β from, as factors of beta (section 4.1)",
         positive=True,
-        group="method",
         metavar=("LOW", "HIGH"),
     )
-    weights_per: Literal["list", "step"] = setting(
-        "list", "draw weights for each list, or one vector per step as in the paper's algorithm 1", group="method"
+    weights_per: Literal["list", "step"] = in_method(
+        "list", "draw weights for each list, or one vector per step as in the paper's algorithm 1"
     )
-    penalty: float = setting(0.0, "factor λ of the cosine penalty (appendix A.2)", group="method")
-    penalty_sign: Literal["as_printed", "cosmos"] = setting(
-        "as_printed", "sign of the cosine penalty: the paper prints one and describes the other", group="method"
+    penalty: float = in_method(0.0, "factor λ of the cosine penalty (appendix A.2)")
+    penalty_sign: Literal["as_printed", "cosmos"] = in_method(
+        "as_printed", "sign of the cosine penalty: the paper prints one and describes the other"
     )
-    steps: int | None = setting(
-        None, "optimizer steps of each trained model", unset="three epochs, at least 100", at_least=0, group="training"
+    steps: int | None = in_training(
+        None, "optimizer steps of each trained model", unset="three epochs, at least 100", at_least=0
     )
-    mixed_precision: Literal["no", "bf16", "fp16"] = setting(
-        "no", "autocast precision of the forward pass", group="training"
-    )
-    scales: tuple[float, ...] = setting(
+    mixed_precision: Literal["no", "bf16", "fp16"] = in_training("no", "autocast precision of the forward pass")
+    scales: tuple[float, ...] = in_evaluation(
         (0.5, 2.0),
         "distances from the base model, c of equation (14), at which the front is evaluated in addition to 1",
         positive=True,
-        group="evaluation",
         metavar="C",
     )
 
@@ -195,45 +189,37 @@ class LanguageModelSettings(RunSettings):
         metavar="DATA",
         kw_only=False,
     )
-    limit: int | None = setting(None, "maximum number of rows to read", unset="all", at_least=1, group="data")
-    on_error: Literal["raise", "skip"] = setting(
-        "raise", "what to do about unusable rows: refuse the data, or skip the rows and report how many", group="data"
+    limit: int | None = in_data(None, "maximum number of rows to read", unset="all", at_least=1)
+    on_error: Literal["raise", "skip"] = in_data(
+        "raise", "what to do about unusable rows: refuse the data, or skip the rows and report how many"
     )
-    held_out: float = setting(
-        0.1, "share of the prompts held out for evaluation", above=0, below=1, group="data", metavar="SHARE"
+    held_out: float = in_data(0.1, "share of the prompts held out for evaluation", above=0, below=1, metavar="SHARE")
+    template: Literal["auto", "chat", "plain"] = in_data(
+        "auto", "how prompts become text; auto: chat if the tokenizer has a chat template"
     )
-    template: Literal["auto", "chat", "plain"] = setting(
-        "auto", "how prompts become text; auto: chat if the tokenizer has a chat template", group="data"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = in_model(
+        "auto", "data type of the frozen model; auto: as it is stored"
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
-        "auto", "data type of the frozen model; auto: as it is stored", group="model"
-    )
-    attention: str | None = setting(
+    attention: str | None = in_model(
         None,
         "attention implementation (attn_implementation in transformers)",
         unset="that of transformers",
-        group="model",
         metavar="NAME",
     )
-    virtual_tokens: int = setting(
-        8, "number of virtual tokens of the prompt (section 4.2)", at_least=1, group="model", metavar="K"
-    )
-    prompt_rank: int = setting(4, "rank of the prompt's mask (section 4.2)", at_least=1, group="model", metavar="R")
-    lora_rank: int = setting(4, "rank of the LoRA adapters", at_least=1, group="model", metavar="R")
-    lora_alpha: float = setting(
-        8.0, "alpha of the LoRA adapters, which are scaled by alpha / rank", positive=True, group="model"
-    )
-    lora_targets: tuple[str, ...] = setting(
+    virtual_tokens: int = in_model(8, "number of virtual tokens of the prompt (section 4.2)", at_least=1, metavar="K")
+    prompt_rank: int = in_model(4, "rank of the prompt's mask (section 4.2)", at_least=1, metavar="R")
+    lora_rank: int = in_model(4, "rank of the LoRA adapters", at_least=1, metavar="R")
+    lora_alpha: float = in_model(8.0, "alpha of the LoRA adapters, which are scaled by alpha / rank", positive=True)
+    lora_targets: tuple[str, ...] = in_model(
         ("all-linear",),
         "modules that get adapters, as PEFT's target_modules; all-linear: all linear layers but the output head",
         nonempty=True,
-        group="model",
         metavar="MODULE",
     )
-    reference_point: tuple[float, ...] = setting(
-        (), "reference point of the hypervolume, one number for each objective", group="evaluation"
+    reference_point: tuple[float, ...] = in_evaluation(
+        (), "reference point of the hypervolume, one number for each objective"
     )
-    samples: int = setting(3, at_least=0, group="evaluation", metavar="PROMPTS")
+    samples: int = in_evaluation(3, at_least=0, metavar="PROMPTS")
 
     def check_together(self) -> None:
         """Raise if two settings do not go together."""

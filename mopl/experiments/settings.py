@@ -59,6 +59,12 @@ def setting(default: Any = MISSING, help: str | None = None, *, kw_only: bool = 
     return dataclasses.field(default=default, kw_only=kw_only, metadata=said)
 
 
+# The same for a setting that stands in another group of the help than that of the run.
+in_data, in_model, in_method, in_training, in_evaluation = (
+    functools.partial(setting, group=group) for group in GROUPS[1:]
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Setting:
     """One setting of a class: its name, type and default beside what `setting` was told.

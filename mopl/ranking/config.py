@@ -9,7 +9,7 @@ from mopl._renamed import warn_renamed
 from mopl.experiments.common_settings import ALL, CosDpoSettings
 from mopl.experiments.methods import CONDITIONED, METHODS
 from mopl.experiments.resume_settings import located, located_inside
-from mopl.experiments.settings import setting, settings
+from mopl.experiments.settings import in_data, in_evaluation, in_method, in_training, setting, settings
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -43,75 +43,63 @@ class RankConfig(CosDpoSettings):
         kw_only=False,
     )
     data_seed: int = setting(0, "random seed for drawn splits and generated data, which do not depend on seed")
-    objectives: tuple[str, ...] = setting(
+    objectives: tuple[str, ...] = in_data(
         (),
         "auxiliary objectives, such as clicks=134 price=7:min:softmax dwell=@dwell.txt",
         unset="those of the data",
         convert=located_inside,
-        group="data",
         metavar="SPEC",
     )
-    normalize_features: str | None = setting(
+    normalize_features: str | None = in_data(
         None,
         "how features are normalised: none, global, query or query-minmax, alone or after log1p+",
         unset="that of the data",
-        group="data",
         metavar="HOW",
     )
-    base: str | None = setting(
+    base: str | None = in_method(
         None,
         "trained base model: a run, or a folder with a model",
         unset="one is trained",
         convert=located,
-        group="method",
         metavar="DIR",
     )
-    loss: Literal["listnet", "plackett-luce"] = setting("listnet", "list loss; listnet is the paper's", group="method")
+    loss: Literal["listnet", "plackett-luce"] = in_method("listnet", "list loss; listnet is the paper's")
     beta: tuple[float, ...] = setting((1.0,), old="temperature")
     beta_range: tuple[float, float] = setting((0.67, 1.5), old="temperature_range")
-    parametrisation: Literal["scratch", "augment"] = setting(
+    parametrisation: Literal["scratch", "augment"] = in_method(
         "augment",
         "augment: the network's output is added to the base model's scores, which needs fewer steps and is "
         "closed under equation (14); scratch: it is the scores (appendix A.6.3 has both)",
-        group="method",
     )
     steps: int | None = setting(None, unset="10 epochs, at least 200")
-    base_steps: int | None = setting(
-        None, "optimizer steps of the base model", unset="3 epochs, at least 100", at_least=0, group="training"
+    base_steps: int | None = in_training(
+        None, "optimizer steps of the base model", unset="3 epochs, at least 100", at_least=0
     )
-    patience: int = setting(
+    patience: int = in_training(
         6,
         "validations without improvement before training stops; the best step is kept. 0: train for all "
         "steps and keep the last",
         at_least=0,
-        group="training",
         metavar="N",
     )
-    validate_every: int | None = setting(
-        None,
-        "steps between validations",
-        unset="a twentieth of the steps, at least 5",
-        at_least=1,
-        group="training",
-        metavar="STEPS",
+    validate_every: int | None = in_training(
+        None, "steps between validations", unset="a twentieth of the steps, at least 5", at_least=1, metavar="STEPS"
     )
-    batch_size: int = setting(64, "lists per batch", at_least=1, group="training", metavar="LISTS")
+    batch_size: int = in_training(64, "lists per batch", at_least=1, metavar="LISTS")
     learning_rate: float = setting(3e-3, "learning rate of AdamW after the warm-up")
     warmup: int = setting(20)
-    hidden: int = setting(64, "width of the tuned models (section 4.1)", at_least=1, group="training")
-    layers: int = setting(2, "layers of the tuned models (section 4.1)", at_least=1, group="training")
-    heads: int = setting(4, "attention heads of every model", at_least=1, group="training")
-    dropout: float = setting(0.0, "dropout of every model", at_least=0, below=1, group="training")
-    base_hidden: int = setting(128, "width of the base model (section 4.1)", at_least=1, group="training")
-    base_layers: int = setting(2, "layers of the base model (section 4.1)", at_least=1, group="training")
+    hidden: int = in_training(64, "width of the tuned models (section 4.1)", at_least=1)
+    layers: int = in_training(2, "layers of the tuned models (section 4.1)", at_least=1)
+    heads: int = in_training(4, "attention heads of every model", at_least=1)
+    dropout: float = in_training(0.0, "dropout of every model", at_least=0, below=1)
+    base_hidden: int = in_training(128, "width of the base model (section 4.1)", at_least=1)
+    base_layers: int = in_training(2, "layers of the base model (section 4.1)", at_least=1)
     scales: tuple[float, ...] = setting((0.5, 2.0, 5.0))
-    k: int = setting(10, "cutoff of NDCG", at_least=1, group="evaluation")
-    gain: Literal["linear", "exponential"] = setting(
-        "linear", "gain of NDCG: the label (equation 22), or 2^label - 1", group="evaluation"
+    k: int = in_evaluation(10, "cutoff of NDCG", at_least=1)
+    gain: Literal["linear", "exponential"] = in_evaluation(
+        "linear", "gain of NDCG: the label (equation 22), or 2^label - 1"
     )
-    empty: Literal["skip", 0, 1] = setting(
-        "skip", "NDCG of a query without labels; skip leaves the query out", group="evaluation"
-    )
+    empty: Literal["skip", 0, 1] = in_evaluation("skip", "NDCG of a query without labels; skip leaves the query out")
     log_every: int = setting(50)
     checkpoint_every: int = setting(200)
 
