@@ -221,21 +221,23 @@ def _step(
 ) -> Callable[[], object]:
     """Return a call of the stages that depend on a plan."""
     from mopl.ops import linear_logprob_triton as backend
+    from mopl.ops._linear_logprob_rows import Batch, Head, LogitGradient
     from mopl.ops._linear_logprob_stages import cache_columns, cache_dtype
 
     hidden, weight = hidden.detach(), weight.detach()  # the stages' products have no derivatives
     rows, device = hidden.shape[0], hidden.device
     pivot = torch.arange(rows, device=device) % weight.shape[0]
     ones = torch.ones(rows, dtype=compute_dtype(hidden, weight), device=device)
-    shift = backend.target_logits(hidden, weight, None, pivot, None, ones, softcap, 1.0)
-    head = (hidden, weight, None, pivot, shift, ones, softcap, 1.0, None)
+    head, batch = Head(weight, None, softcap, 1.0), Batch(hidden, ones, None)
+    shift = backend.target_logits(head, batch, pivot, None)
     cache = hidden.new_empty(keep * cache_columns(hidden, weight), dtype=cache_dtype(hidden, weight))
 
     def step() -> object:
-        sums = backend.accumulate(*head, 0, int(wanted == "frozen"), cache, keep, plan)
+        sums = backend.accumulate(head, batch, pivot, shift, 0, int(wanted == "frozen"), cache, keep, plan)
         if wanted != "trained":
             return sums
-        upstream = (ones, None, pivot, torch.arange(rows, device=device), ones)
-        return backend.backward(*head, *upstream, cache, keep, True, True, False, hidden.dtype, plan)
+        gradient = LogitGradient(ones, None, pivot, torch.arange(rows, device=device), ones)
+        need = (True, True, False)
+        return backend.backward(head, batch, pivot, shift, gradient, cache, keep, need, hidden.dtype, plan)
 
     return step

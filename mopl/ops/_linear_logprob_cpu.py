@@ -11,11 +11,13 @@ matrix instructions they are faster there as well.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from mopl.ops._linear_logprob_rows import Batch, Coefficients, Head, LogitGradient
 
 # A float32 tile of logits is 16 MiB, small beside the weight and wide enough for the matrix product.
 COLUMNS = 2048
@@ -29,7 +31,7 @@ HEADROOM_MOMENTS = 4.0
 FLOOR = -1e4
 
 
-class _Head(NamedTuple):
+class _Logits(NamedTuple):
     """Everything that turns rows and a tile of the vocabulary into logits u."""
 
     rows: Tensor  # (M, H) in the compute dtype, factors that commute with the product included
@@ -40,27 +42,23 @@ class _Head(NamedTuple):
     bend: Tensor | None  # (M, 1): temperature / softcap, so that tanh = u * bend
 
     @staticmethod
-    def of(
-        hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: Tensor, softcap: float, logit_scale: float
-    ) -> _Head:
+    def of(head: Head, batch: Batch) -> _Logits:
         """Prepare a head; a factor is folded into the rows unless a bias stands between."""
-        factor = logit_scale / (softcap * torch.ones_like(temperature) if softcap else temperature)
-        factor = factor[:, None]
-        rows = hidden.to(temperature.dtype)
-        inner = None
-        if bias is not None:
-            bias, inner = bias.to(temperature.dtype), factor
+        temperature, softcap = batch.temperature[:, None], head.softcap
+        factor = head.logit_scale / (softcap * torch.ones_like(temperature) if softcap else temperature)
+        rows, bias, inner = batch.hidden.to(temperature.dtype), None, None
+        if head.bias is not None:
+            bias, inner = head.bias.to(temperature.dtype), factor
         elif not bool((factor == 1).all()):
             rows = rows * factor
-        if not softcap:
-            return _Head(rows, weight, bias, inner, None, None)
-        return _Head(rows, weight, bias, inner, (softcap / temperature)[:, None], (temperature / softcap)[:, None])
+        outer, bend = (softcap / temperature, temperature / softcap) if softcap else (None, None)
+        return _Logits(rows, head.weight, bias, inner, outer, bend)
 
     def tile(self, start: int) -> Tensor:
         """Return the rows of the weight (C, H) from `start` on, in the compute dtype."""
         return self.weight[start : start + COLUMNS].to(self.rows.dtype)
 
-    def logits(self, rows: slice | Tensor, start: int, tile: Tensor, out: Tensor) -> Tensor:
+    def at(self, rows: slice | Tensor, start: int, tile: Tensor, out: Tensor) -> Tensor:
         """Write u of some rows and a tile into `out` and return it."""
         torch.mm(self.rows[rows], tile.t(), out=out)
         if self.bias is not None and self.inner is not None:
@@ -86,23 +84,20 @@ def _clear_pivot(e: Tensor, pivot: Tensor, start: int) -> None:
 
 
 def target_logits(
-    hidden: Tensor,  # (M, H)
-    weight: Tensor,  # (V, H)
-    bias: Tensor | None,  # (V,)
+    head: Head,
+    batch: Batch,
     column: Tensor,  # (F,) int64: vocabulary index, or -1
     position: Tensor | None,  # (F,) int64: row of each target; None means F = M, target i belongs to row i
-    temperature: Tensor,  # (M,)
-    softcap: float,  # 0.0: none
-    logit_scale: float,
 ) -> Tensor:
     """Return u at the targets (F,), 0 where column is -1."""
+    weight, bias, softcap, temperature = head.weight, head.bias, head.softcap, batch.temperature
     result = temperature.new_zeros(len(column))
     for part in torch.arange(len(column)).split(GATHER):
         rows = part if position is None else position[part]
         found = column[part].clamp(min=0)
-        product = (hidden[rows].to(result.dtype) * weight[found].to(result.dtype)).sum(-1)
+        product = (batch.hidden[rows].to(result.dtype) * weight[found].to(result.dtype)).sum(-1)
         product = product if bias is None else product + bias[found].to(result.dtype)
-        product = product * logit_scale
+        product = product * head.logit_scale
         product = softcap * torch.tanh(product / softcap) if softcap else product
         result[part] = (product / temperature[rows]).masked_fill(column[part] < 0, 0)
     return result
@@ -163,9 +158,9 @@ def _make_room(top: Tensor, rows: slice, sums: _Sums, cache: Tensor, kept: int, 
             _cached(cache, kept, done, COLUMNS)[index] *= factor[:, None]
 
 
-def _add_tile(head: _Head, u: Tensor, rows: slice, start: int, tile: Tensor, pivot: Tensor, sums: _Sums) -> None:
+def _add_tile(logits: _Logits, u: Tensor, rows: slice, start: int, tile: Tensor, pivot: Tensor, sums: _Sums) -> None:
     """Add a tile of logits to the sums; `u` becomes exp(u - shift), 0 at the pivots."""
-    bent = head.bent(u, rows) if head.bend is not None and len(sums.weighted) else None
+    bent = logits.bent(u, rows) if logits.bend is not None and len(sums.weighted) else None
     shift = sums.shift[rows, None]
     shifted = u.sub_(shift.masked_fill(shift == -torch.inf, 0))  # all logits so far -inf: nothing to shift
     shifted = shifted.clamp(min=FLOOR) if len(sums.moment1) else None
@@ -188,15 +183,10 @@ def _add_tile(head: _Head, u: Tensor, rows: slice, start: int, tile: Tensor, piv
 
 
 def accumulate(
-    hidden: Tensor,  # (M, H)
-    weight: Tensor,  # (V, H)
-    bias: Tensor | None,  # (V,)
+    head: Head,
+    batch: Batch,
     pivot: Tensor,  # (M,) int64: the column that every sum leaves out, or -1
     shift: Tensor,  # (M,): u at the pivot
-    temperature: Tensor,  # (M,)
-    softcap: float,
-    logit_scale: float,
-    count: Tensor | None,  # () int64: only the first `count` rows hold data; None means all
     moments: int,  # 0, 1 or 2
     directions: int,  # 0: no product with the weight; 1: weighted; 2: weighted and weighted_moment
     cache: Tensor,  # (keep_rows * cache_columns,): e_v of the first keep_rows rows; the layout is the backend's
@@ -212,56 +202,53 @@ def accumulate(
             with f_v = 1 - tanh^2 under a softcap, else 1.
         Those not asked for are empty (0,). others, moment1 and moment2 may be wider than the compute dtype.
     """
-    head = _Head.of(hidden, weight, bias, temperature, softcap, logit_scale)
-    size, vocabulary, kept = len(hidden), len(weight), min(keep_rows, len(hidden))
-    sums = _Sums.zeros(shift, hidden.shape[1], moments, directions)
-    tile_buffer = head.rows.new_empty(min(size, ROWS) * min(vocabulary, COLUMNS))
+    logits, (size, width), vocabulary = _Logits.of(head, batch), batch.hidden.shape, len(head.weight)
+    kept = min(keep_rows, size)
+    sums = _Sums.zeros(shift, width, moments, directions)
+    tile_buffer = logits.rows.new_empty(min(size, ROWS) * min(vocabulary, COLUMNS))
     for start in range(0, vocabulary, COLUMNS):
-        tile = head.tile(start)
+        tile = logits.tile(start)
         for rows in (*_chunks(0, kept), *_chunks(kept, size)):
             shape = (rows.stop - rows.start, len(tile))
             if rows.start < kept:
                 out = _cached(cache, kept, start, len(tile))[rows]
             else:
                 out = tile_buffer[: shape[0] * shape[1]].view(shape)
-            u = head.logits(rows, start, tile, out)
+            u = logits.at(rows, start, tile, out)
             _make_room(u.amax(1), rows, sums, cache, kept, start)
-            _add_tile(head, u, rows, start, tile, pivot, sums)
-    return sums.shift, sums.others, sums.moment1, sums.moment2, sums.weighted, sums.weighted_moment
+            _add_tile(logits, u, rows, start, tile, pivot, sums)
+    return tuple(sums)
 
 
 def combine(
-    weight: Tensor,  # (V, H)
+    head: Head,
     weighted: Tensor,  # (M, H)
     weighted_moment: Tensor | None,  # (M, H)
     pivot: Tensor,  # (M,) int64, or -1: that term is left out
-    pivot_coefficient: Tensor,  # (M,); with `column` (F,)
-    weighted_coefficient: Tensor,  # (M,)
-    moment_coefficient: Tensor | None,  # (M,)
+    part: Coefficients,
     column: Tensor | None,  # (F,) int64, or -1: that term is left out
     position: Tensor | None,  # (F,) int64
-    own_coefficient: Tensor | None,  # (F,)
     dtype: torch.dtype,  # of the result
 ) -> Tensor:
-    """Return directions (M, H), row i being
+    """Return directions (M, H), row i being, with the coefficients of `part`,
 
-        pivot_coefficient_i W[pivot_i] + weighted_coefficient_i weighted_i + moment_coefficient_i weighted_moment_i
+        pivot_i W[pivot_i] + weighted_i weighted_i + moment_i weighted_moment_i
 
     With `column`, return (F, H), row k being, with i = position_k,
 
-        own_coefficient_k W[column_k] + pivot_coefficient_k W[pivot_i] + weighted_coefficient_i weighted_i + ...
+        own_k W[column_k] + pivot_k W[pivot_i] + weighted_i weighted_i + ...
     """
-    count = len(weighted) if position is None else len(position)
+    weight, count = head.weight, len(weighted) if position is None else len(position)
     result = weighted.new_empty((count, weight.shape[1]), dtype=dtype)
-    for part in torch.arange(count).split(GATHER):
-        rows = part if position is None else position[part]
-        terms = weighted[rows].mul_(weighted_coefficient[rows, None])
-        if weighted_moment is not None and moment_coefficient is not None:
-            terms.addcmul_(weighted_moment[rows], moment_coefficient[rows, None])
-        _add_rows(terms, weight, pivot[rows], pivot_coefficient[part])
-        if column is not None and own_coefficient is not None:
-            _add_rows(terms, weight, column[part], own_coefficient[part])
-        result[part] = terms.to(dtype)
+    for some in torch.arange(count).split(GATHER):
+        rows = some if position is None else position[some]
+        terms = weighted[rows].mul_(part.weighted[rows, None])
+        if weighted_moment is not None and part.moment is not None:
+            terms.addcmul_(weighted_moment[rows], part.moment[rows, None])
+        _add_rows(terms, weight, pivot[rows], part.pivot[some])
+        if column is not None and part.own is not None:
+            _add_rows(terms, weight, column[some], part.own[some])
+        result[some] = terms.to(dtype)
     return result
 
 
@@ -272,25 +259,14 @@ def _add_rows(terms: Tensor, weight: Tensor, column: Tensor, coefficient: Tensor
 
 
 def backward(
-    hidden: Tensor,  # (M, H)
-    weight: Tensor,  # (V, H)
-    bias: Tensor | None,  # (V,)
+    head: Head,
+    batch: Batch,
     pivot: Tensor,  # (M,) int64, or -1
     shift: Tensor,  # (M,): as `accumulate` returned it
-    temperature: Tensor,  # (M,)
-    softcap: float,
-    logit_scale: float,
-    count: Tensor | None,  # () int64
-    alpha: Tensor,  # (M,)
-    gamma: Tensor | None,  # (M,)
-    column: Tensor,  # (F,) int64, or -1
-    position: Tensor,  # (F,) int64
-    coefficient: Tensor,  # (F,)
+    gradient: LogitGradient,
     cache: Tensor,  # as `accumulate` left it; never changed here
     keep_rows: int,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
+    need: Sequence[bool],  # of hidden, weight and bias
     dtype: torch.dtype,  # of the gradient of hidden
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Products with the gradient of the logits a, which is never held whole:
@@ -302,18 +278,21 @@ def backward(
         G W (M, H) in `dtype` and G^T hidden (V, H) in the weight's, accumulated in the compute dtype and rounded once;
         column sums of G (V,) in the bias's dtype. Empty (0,) where not needed.
     """
+    weight, bias, (need_hidden, need_weight, need_bias) = head.weight, head.bias, need
+    alpha, gamma, column, position, coefficient = gradient
     # Rows without upstream gradient take no part in the products.
     live = alpha != 0 if gamma is None else (alpha != 0) | (gamma != 0)
     index = None if bool(live.all()) else live.nonzero()[:, 0]
-    every, everywhere = len(hidden), hidden.to(shift.dtype)
+    every, everywhere = len(batch.hidden), batch.hidden.to(shift.dtype)
     kept = min(keep_rows, every)
     reused = kept if index is None else int((index < kept).sum())
     if index is not None:
-        hidden, pivot, shift, temperature, alpha = (t[index] for t in (everywhere, pivot, shift, temperature, alpha))
+        batch = Batch(everywhere[index], batch.temperature[index], None)
+        pivot, shift, alpha = (t[index] for t in (pivot, shift, alpha))
         gamma = None if gamma is None else gamma[index]
-    head = _Head.of(hidden, weight, bias, temperature, softcap, logit_scale)
+    logits, hidden = _Logits.of(head, batch), batch.hidden
     # Without softcap and entropy the gradient is a factor a row times e: the factor scales (M, H) matrices instead.
-    elementwise = gamma is not None or head.bend is not None
+    elementwise = gamma is not None or logits.bend is not None
     right = hidden.to(shift.dtype)
     right = right if elementwise or not need_weight else right * -alpha[:, None]
 
@@ -327,7 +306,7 @@ def backward(
     bounds = torch.searchsorted(column[order], torch.arange(0, len(weight) + COLUMNS, COLUMNS)).tolist()
 
     for number, start in enumerate(range(0, len(weight), COLUMNS)):
-        tile = head.tile(start)
+        tile = logits.tile(start)
         shape = slice(start, start + len(tile))
         columns = shift.new_zeros(len(tile))
         products = rounded[: len(tile)] if len(rounded) else grad_weight[shape]
@@ -339,11 +318,11 @@ def backward(
             else:
                 out = buffer[: (rows.stop - rows.start) * len(tile)].view(-1, len(tile))
                 lift = shift[rows, None]
-                u = head.logits(rows, start, tile, out).sub_(lift.masked_fill(lift == -torch.inf, 0))
+                u = logits.at(rows, start, tile, out).sub_(lift.masked_fill(lift == -torch.inf, 0))
                 shifted = u.clone() if elementwise else None
                 e = u.exp_()
                 _clear_pivot(e, pivot[rows], start)
-            g = e if shifted is None else _gradient_tile(head, e, shifted, shift, alpha, gamma, rows)
+            g = e if shifted is None else _gradient_tile(logits, e, shifted, shift, alpha, gamma, rows)
             if need_hidden:
                 grad_hidden[rows].addmm_(g, tile)
             if need_weight:
@@ -371,11 +350,11 @@ def backward(
 
 
 def _gradient_tile(
-    head: _Head, e: Tensor, shifted: Tensor, shift: Tensor, alpha: Tensor, gamma: Tensor | None, rows: slice
+    logits: _Logits, e: Tensor, shifted: Tensor, shift: Tensor, alpha: Tensor, gamma: Tensor | None, rows: slice
 ) -> Tensor:
     """Return -e f (alpha + gamma (u - shift)); `shifted` = u - shift is overwritten, `e` is not."""
     shifted.clamp_(min=FLOOR)
-    bent = None if head.bend is None else head.bent(shifted + shift[rows, None], rows)
+    bent = None if logits.bend is None else logits.bent(shifted + shift[rows, None], rows)
     if gamma is None:
         factor = shifted.copy_(alpha[rows, None].expand_as(shifted))
     else:

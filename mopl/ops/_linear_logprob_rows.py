@@ -1,4 +1,4 @@
-"""What stands between `linear_logprob` and its backends: which rows are in play, and the formulas on vectors.
+"""What stands between `linear_logprob` and its backends: records, which rows are in play, and the formulas on vectors.
 
 Plain PyTorch on vectors of length N (rows), M (rows in play), E (targets) or F (targets in play). The formulas are
 derived in `linear_logprob`.
@@ -6,13 +6,82 @@ derived in `linear_logprob`.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mopl.ops._logprob import SKIP, slope, weighted_by_probability
+from mopl.ops._logprob import SKIP, Upstream, weighted_by_probability
 from mopl.ops.segments import segment_sum
+
+if TYPE_CHECKING:
+    from mopl.ops._vocab_parallel import VocabularyShard
+
+
+class Head(NamedTuple):
+    """A language-model head; with `shard` this rank's part of one."""
+
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+    softcap: float  # 0.0: none
+    logit_scale: float
+    shard: VocabularyShard | None = None
+
+    @property
+    def vocabulary(self) -> int | Tensor:
+        """The size of the whole vocabulary."""
+        return len(self.weight) if self.shard is None else self.shard.vocabulary
+
+    def local(self, column: Tensor) -> Tensor:
+        """Return indices into the rows of `weight`, -1 for what is not there: other ranks' tokens and mistakes."""
+        if self.shard is not None:
+            return self.shard.local(column)
+        return torch.where(column < len(self.weight), column, -1)
+
+    def slope(self, u: Tensor, temperature: Tensor) -> Tensor:
+        """Return du/da at logits u: logit_scale / temperature, times 1 - tanh^2 under a softcap."""
+        factor = self.logit_scale / temperature
+        if not self.softcap:
+            return factor.expand(u.shape)
+        bent = u * (temperature / self.softcap)
+        return factor * ((1 - bent) * (1 + bent))
+
+
+class Batch(NamedTuple):
+    """The rows in play."""
+
+    hidden: Tensor  # (M, H)
+    temperature: Tensor  # (M,)
+    count: Tensor | None  # () int64: only the first `count` rows hold data; None means all
+
+
+class Want(NamedTuple):
+    """What a forward pass finds besides log-probabilities and logsumexps, and what it keeps for the backward pass."""
+
+    entropy: bool
+    variance: bool
+    direction: bool  # of the log-probabilities; with a frozen head alone, and the hidden states are not kept then
+    direction_logsumexp: bool
+    direction_entropy: bool
+    keep_rows: int  # whose exponentials are kept, of a trainable head
+    max_rows: int
+
+
+class Forward(NamedTuple):
+    """Results and saved tensors of the forward pass, rows and targets that do not count being 0 everywhere."""
+
+    logprob: Tensor  # (E,)
+    logsumexp: Tensor  # (N,)
+    entropy: Tensor  # (N,) or empty
+    variance: Tensor  # (N,) or empty: of u under p
+    direction: Tensor  # (E, H) or empty: d logprob / d hidden
+    direction_logsumexp: Tensor  # (N, H) or empty
+    direction_entropy: Tensor  # (N, H) or empty
+    shift: Tensor  # (N,)
+    total: Tensor  # (N,); 0 for rows that took no part
+    pivot: Tensor  # (N,) int64; empty without `row`: the target
+    pivot_logprob: Tensor  # (N,); empty without `row`: logprob
+    cache: Tensor  # (keep_rows * cache_columns,) in `cache_dtype`, or empty
 
 
 def padded_columns(columns: int, itemsize: int) -> int:
@@ -213,35 +282,33 @@ class Coefficients(NamedTuple):
 
 
 def logprob_direction(
-    stats: Statistics, logits: Tensor, pivot: Tensor, selection: Selection, temperature: Tensor,
-    softcap: float, logit_scale: float,
-) -> Coefficients:  # fmt: skip
+    stats: Statistics, logits: Tensor, pivot: Tensor, selection: Selection, temperature: Tensor, head: Head
+) -> Coefficients:
     """Factors of d logprob / d hidden, one row a target."""
-    pivot_slope = slope(stats.pivot_logit, temperature, softcap, logit_scale)
-    weighted = -logit_scale / temperature / stats.total
+    pivot_slope = head.slope(stats.pivot_logit, temperature)
+    weighted = -head.logit_scale / temperature / stats.total
     sure = pivot_slope * (stats.others / stats.total)
     if selection.position is None:
         return Coefficients(sure, weighted, None, None)
     position = selection.position
     unsure = -pivot_slope * stats.pivot_logprob.exp()
     is_pivot = selection.column == pivot[position]
-    own = slope(logits, temperature[position], softcap, logit_scale).masked_fill(is_pivot, 0)
+    own = head.slope(logits, temperature[position]).masked_fill(is_pivot, 0)
     return Coefficients(torch.where(is_pivot, sure[position], unsure[position]), weighted, None, own)
 
 
-def logsumexp_direction(stats: Statistics, temperature: Tensor, softcap: float, logit_scale: float) -> Coefficients:
+def logsumexp_direction(stats: Statistics, temperature: Tensor, head: Head) -> Coefficients:
     """Factors of d logsumexp / d hidden = sum_v p_v f_v W_v, one row a row."""
-    pivot_slope = slope(stats.pivot_logit, temperature, softcap, logit_scale)
-    return Coefficients(pivot_slope * stats.pivot_logprob.exp(), logit_scale / temperature / stats.total, None, None)
+    pivot_slope = head.slope(stats.pivot_logit, temperature)
+    share = head.logit_scale / temperature / stats.total
+    return Coefficients(pivot_slope * stats.pivot_logprob.exp(), share, None, None)
 
 
-def entropy_direction(
-    stats: Statistics, entropy: Tensor, temperature: Tensor, softcap: float, logit_scale: float
-) -> Coefficients:
+def entropy_direction(stats: Statistics, entropy: Tensor, temperature: Tensor, head: Head) -> Coefficients:
     """Factors of d entropy / d hidden = -sum_v p_v (log p_v + H) f_v W_v, one row a row."""
-    pivot_slope = slope(stats.pivot_logit, temperature, softcap, logit_scale)
+    pivot_slope = head.slope(stats.pivot_logit, temperature)
     own = weighted_by_probability(stats.pivot_logprob + entropy, stats.pivot_logprob)
-    share = logit_scale / temperature / stats.total
+    share = head.logit_scale / temperature / stats.total
     return Coefficients(-pivot_slope * own, share * (stats.log_total - entropy), -share, None)
 
 
@@ -250,49 +317,41 @@ class LogitGradient(NamedTuple):
 
     alpha: Tensor  # (M,)
     gamma: Tensor | None  # (M,)
-    column: Tensor
-    position: Tensor
+    column: Tensor  # (F,) int64, or -1; with several targets a row (M + F,), first the pivots
+    position: Tensor  # int64
     coefficient: Tensor
 
 
 def logit_gradient(
-    grad_logprob: Tensor | None,  # (F,)
-    grad_logsumexp: Tensor | None,  # (M,)
-    grad_entropy: Tensor | None,  # (M,)
-    selection: Selection,
-    pivot: Tensor,  # (M,)
-    pivot_logprob: Tensor,  # (M,)
-    logprob: Tensor,  # (F,)
-    logsumexp: Tensor,  # (M,)
-    entropy: Tensor | None,  # (M,); None without grad_entropy
-    shift: Tensor,  # (M,)
-    total: Tensor,  # (M,)
-    temperature: Tensor,  # (M,)
-    softcap: float,
-    logit_scale: float,
+    upstream: Upstream, selection: Selection, saved: Forward, temperature: Tensor, head: Head
 ) -> LogitGradient:
-    """Turn upstream gradients into the few numbers a row that describe the gradient of its logits."""
-    zero = torch.zeros_like(shift)
-    upstream = torch.zeros_like(logprob) if grad_logprob is None else grad_logprob
+    """Turn upstream gradients into the few numbers a row that describe the gradient of its logits.
+
+    All are of the rows and targets in play; of `saved`, pivots are there without `row`, too.
+    """
+    grad_logprob, grad_logsumexp, grad_entropy = upstream
+    pivot, pivot_logprob, logprob, logsumexp = saved.pivot, saved.pivot_logprob, saved.logprob, saved.logsumexp
+    zero = torch.zeros_like(saved.shift)
+    on_target = torch.zeros_like(logprob) if grad_logprob is None else grad_logprob
     off_pivot = zero if grad_logsumexp is None else -grad_logsumexp  # what multiplies -p at the pivot beside 1 - p
-    on_pivot, position, elsewhere = upstream, selection.position, upstream
+    on_pivot, position, elsewhere = on_target, selection.position, on_target
     if position is not None:
         is_pivot = selection.column == pivot[position]
-        elsewhere = torch.where(is_pivot, 0, upstream)
+        elsewhere = torch.where(is_pivot, 0, on_target)
         # Float64, because many upstream gradients of one row may cancel.
         off_pivot = off_pivot + segment_sum(elsewhere.double(), position, len(pivot)).to(zero.dtype)
-        on_pivot = segment_sum((upstream - elsewhere).double(), position, len(pivot)).to(zero.dtype)
-    share = logit_scale / temperature / total
+        on_pivot = segment_sum((on_target - elsewhere).double(), position, len(pivot)).to(zero.dtype)
+    share = head.logit_scale / temperature / saved.total
     alpha = share * (on_pivot + off_pivot)
     coefficient = -on_pivot * pivot_logprob.expm1() - weighted_by_probability(off_pivot, pivot_logprob)
     gamma = None
-    if grad_entropy is not None and entropy is not None:
+    if grad_entropy is not None:
         gamma = share * grad_entropy
         # log(total) is logsumexp - shift, which has lost digits to the size of the logits. It is infinite on a rank
         # whose part of the vocabulary has no probability.
-        alpha = alpha + torch.where(share == 0, 0, gamma * (entropy - total.log()))
-        coefficient = coefficient - grad_entropy * weighted_by_probability(pivot_logprob + entropy, pivot_logprob)
-    coefficient = coefficient * slope(pivot_logprob + logsumexp, temperature, softcap, logit_scale)
+        alpha = alpha + torch.where(share == 0, 0, gamma * (saved.entropy - saved.total.log()))
+        coefficient = coefficient - grad_entropy * weighted_by_probability(pivot_logprob + saved.entropy, pivot_logprob)
+    coefficient = coefficient * head.slope(pivot_logprob + logsumexp, temperature)
     if selection.valid is not None:
         alpha, coefficient = (t.masked_fill(~selection.valid, 0) for t in (alpha, coefficient))
         gamma = None if gamma is None else gamma.masked_fill(~selection.valid, 0)
@@ -300,6 +359,6 @@ def logit_gradient(
     if position is None:
         return LogitGradient(alpha, gamma, pivot, rows, coefficient)
     # At targets that are pivots the row's own entry holds everything: theirs is 0.
-    apart = elsewhere * slope(logprob + logsumexp[position], temperature[position], softcap, logit_scale)
+    apart = elsewhere * head.slope(logprob + logsumexp[position], temperature[position])
     columns, rows = torch.cat([pivot, selection.column]), torch.cat([rows, position])
     return LogitGradient(alpha, gamma, columns, rows, torch.cat([coefficient, apart]))

@@ -11,28 +11,31 @@ the pivots' entries among the stored exponentials would be rounded first (1.7 ti
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from mopl.kernels import linear_logprob_backward as kernels
 from mopl.ops import _linear_logprob_choice as choice
 from mopl.ops._head_plan import Plan
-from mopl.ops._linear_logprob_triton_head import Head, Sums, combine, kept_exponentials, on_its_device, wide_rows
+from mopl.ops._linear_logprob_rows import Batch, Coefficients, Head, LogitGradient
+from mopl.ops._linear_logprob_triton_head import Scan, Sums, combine, kept_exponentials, on_its_device, wide_rows
 from mopl.ops._products import product
 
 
 @on_its_device
 def backward(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, pivot: Tensor, shift: Tensor, temperature: Tensor,
-    softcap: float, logit_scale: float, count: Tensor | None, alpha: Tensor, gamma: Tensor | None, column: Tensor,
-    position: Tensor, coefficient: Tensor, cache: Tensor | None, keep_rows: int, need_hidden: bool,
-    need_weight: bool, need_bias: bool, dtype: torch.dtype, plan: Plan | None = None,
+    head: Head, batch: Batch, pivot: Tensor, shift: Tensor, gradient: LogitGradient, cache: Tensor, keep_rows: int,
+    need: Sequence[bool], dtype: torch.dtype, plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the products with the gradient of the logits; see the CPU twin. `plan` replaces the chosen one."""
-    rows, (vocabulary, size) = hidden.shape[0], weight.shape
-    plain = gamma is None and not softcap
-    plan = plan or choice.plan_for(hidden, weight, "trained", softcap > 0, buffers=1 if plain else 2)
-    head = Head(hidden, weight, bias, pivot, shift.clone(), temperature, softcap, logit_scale, count, plan)
+    alpha, gamma, column, position, coefficient = gradient
+    need_hidden, need_weight, need_bias = need
+    rows, (vocabulary, size) = len(batch.hidden), head.weight.shape
+    plain = gamma is None and not head.softcap
+    plan = plan or choice.plan_for(batch.hidden, head.weight, "trained", head.softcap > 0, buffers=1 if plain else 2)
+    scan = Scan(head, batch, pivot, shift, plan)
     live = column >= 0
     coefficient = coefficient.masked_fill(~live, 0)
 
@@ -42,21 +45,21 @@ def backward(
     chunks = [(c, True) for c in (whole if plain else plan.chunks(0, first, buffered=True))]
     chunks += [(c, False) for c in plan.chunks(first, rows, buffered=True)]
     height = max((c.stop - c.start for c, kept in chunks if not kept), default=0)
-    buffer, sums = wide_rows(height, vocabulary, head.hidden), Sums(rows, 0, head.dtype, hidden.device)
+    buffer, sums = wide_rows(height, vocabulary, scan.hidden), Sums(rows, 0, scan.dtype, shift.device)
     scratch = None
     if not plain:
         tallest = max((c.stop - c.start for c, _ in chunks), default=0)
-        scratch = wide_rows(tallest, vocabulary, head.hidden)
+        scratch = wide_rows(tallest, vocabulary, scan.hidden)
 
-    def new(wanted: bool, *shape: int, dtype: torch.dtype = head.dtype) -> Tensor:
-        return torch.empty(shape if wanted else (0,), dtype=dtype, device=hidden.device)
+    def new(wanted: bool, *shape: int) -> Tensor:
+        return torch.empty(shape if wanted else (0,), dtype=scan.dtype, device=shift.device)
 
     grad_hidden = new(need_hidden, rows, size)
     grad_weight = new(need_weight, vocabulary, size)
     grad_bias = new(need_bias, vocabulary).zero_()
 
     unit = alpha.new_ones(())
-    if head.narrow and rows:
+    if scan.narrow and rows:
         # Upstream gradients of a mean are small: multiplied by them, float16 operands would flush to zero.
         unit = alpha.abs().amax() if gamma is None else torch.maximum(alpha.abs().amax(), gamma.abs().amax())
         unit = torch.where((unit > 0) & unit.isfinite(), unit, 1)
@@ -67,22 +70,21 @@ def backward(
     for number, (chunk, kept) in enumerate(chunks):
         part = slice(0, chunk.stop - chunk.start)
         if kept:
-            assert cache is not None
             stored = kept_exponentials(cache, keep_rows, vocabulary)[chunk]
         else:
             stored = buffer[part]
-            head.scan(chunk, sums, stored)
+            scan.once(chunk, sums, stored)
         if scratch is not None:
             columns = -(-vocabulary // kernels.GRADIENT_TILE["BLOCK"])
             kernels.logit_gradient_kernel[(part.stop, columns)](
-                stored, alpha, gamma, head.shift, temperature, scratch[part], chunk.start, vocabulary,
-                stored.stride(0), scratch.stride(0), SOFTCAP=softcap, **kernels.GRADIENT_TILE,
+                stored, alpha, gamma, scan.shift, scan.temperature, scratch[part], chunk.start, vocabulary,
+                stored.stride(0), scratch.stride(0), SOFTCAP=head.softcap, **kernels.GRADIENT_TILE,
             )  # fmt: skip
             stored = scratch[part]
         if need_hidden:
-            product(stored, head.weight, grad_hidden[chunk])
+            product(stored, scan.weight, grad_hidden[chunk])
         if need_weight:
-            inner = _scaled(head.hidden[chunk], factor, chunk.start) if plain else head.hidden[chunk]
+            inner = _scaled(scan.hidden[chunk], factor, chunk.start) if plain else scan.hidden[chunk]
             product(stored.T, inner, grad_weight, add=number > 0)
         if need_bias:
             kernels.column_sum_kernel[(-(-vocabulary // kernels.COLUMN_SUM_TILE["BLOCK"]),)](
@@ -98,23 +100,25 @@ def backward(
         # The first M entries are the pivots, one a row in order; only shared rows have more.
         apart = coefficient[rows:]
         grad_hidden = combine(
-            head.weight, grad_hidden, None, torch.where(live[:rows], column[:rows], -1), coefficient[:rows] * unit,
-            factor * unit, None, None, None, None, head.dtype if len(apart) else dtype,
+            head._replace(weight=scan.weight), grad_hidden, None, torch.where(live[:rows], column[:rows], -1),
+            Coefficients(coefficient[:rows] * unit, factor * unit, None, None), None, None,
+            scan.dtype if len(apart) else dtype,
         )  # fmt: skip
         if len(apart):
-            values = (apart * unit)[:, None] * head.weight[column[rows:]].to(head.dtype)
+            values = (apart * unit)[:, None] * scan.weight[column[rows:]].to(scan.dtype)
             values = values.masked_fill((apart == 0)[:, None], 0)
             # Accumulating, it sorts first: the same bits at every call.
             grad_hidden.index_put_((position[rows:],), values, accumulate=True)
     if need_weight:
-        values = coefficient[:, None] * head.hidden[position].to(head.dtype)
+        values = coefficient[:, None] * scan.hidden[position].to(scan.dtype)
         grad_weight.index_put_((column,), values, accumulate=True)
     if need_bias:
         grad_bias.index_put_((column,), coefficient, accumulate=True)
-    if head.narrow:
-        grad_weight = torch.mul(grad_weight, unit, out=torch.empty_like(grad_weight, dtype=weight.dtype))
+    of_weight, of_bias = head.weight.dtype, scan.dtype if head.bias is None else head.bias.dtype
+    if scan.narrow:
+        grad_weight = torch.mul(grad_weight, unit, out=torch.empty_like(grad_weight, dtype=of_weight))
         grad_bias = grad_bias * unit
-    return grad_hidden.to(dtype), grad_weight.to(weight.dtype), grad_bias.to(head.dtype if bias is None else bias.dtype)
+    return grad_hidden.to(dtype), grad_weight.to(of_weight), grad_bias.to(of_bias)
 
 
 def _scaled(x: Tensor, factor: Tensor, first: int) -> Tensor:

@@ -17,7 +17,7 @@ from mopl.kernels import linear_logprob as kernels
 from mopl.kernels import linear_logprob_flagged as flagged_kernels
 from mopl.ops._backend import INTERPRETED
 from mopl.ops._head_plan import Plan
-from mopl.ops._linear_logprob_rows import padded_columns
+from mopl.ops._linear_logprob_rows import Batch, Coefficients, Head, padded_columns
 from mopl.ops._products import product
 from mopl.ops._rows import rows_contiguous
 
@@ -25,12 +25,12 @@ HEADROOM = 8.0  # nats: normalised exponentials, and their products with u - shi
 
 
 def on_its_device(stage: Callable) -> Callable:
-    """Run a stage on the GPU of its first argument, which Triton would not look at."""
+    """Run a stage on the GPU of its head, which Triton would not look at."""
 
     @functools.wraps(stage)
-    def run(first: Tensor, *rest: object):
-        with torch.cuda.device_of(first):
-            return stage(first, *rest)
+    def run(head: Head, *rest: object):
+        with torch.cuda.device_of(head.weight):
+            return stage(head, *rest)
 
     return run
 
@@ -90,22 +90,19 @@ class Sums:
         return (self.moment1 if self.moments > 0 else None, self.moment2 if self.moments > 1 else None)
 
 
-class Head:
-    """What every launch needs to know of the head and of the rows."""
+class Scan:
+    """Passes over the vocabulary, and what every launch needs to know of the head and of the rows."""
 
-    def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, pivot: Tensor, shift: Tensor, temperature: Tensor,
-        softcap: float, logit_scale: float, count: Tensor | None, plan: Plan,
-    ) -> None:  # fmt: skip
-        self.hidden, self.weight = (rows_contiguous(x) for x in same_dtype(hidden, weight))
-        self.plan = plan
-        self.bias, self.pivot, self.shift, self.temperature = bias, pivot, shift, temperature
-        self.softcap, self.logit_scale, self.count = softcap, logit_scale, count
-        self.dtype = compute_dtype(hidden, weight)
-        self.vocabulary, self.size = weight.shape
+    def __init__(self, head: Head, batch: Batch, pivot: Tensor, shift: Tensor, plan: Plan) -> None:
+        self.hidden, self.weight = (rows_contiguous(x) for x in same_dtype(batch.hidden, head.weight))
+        self.bias, self.pivot, self.temperature, self.count = head.bias, pivot, batch.temperature, batch.count
+        self.shift, self.plan = shift.clone(), plan
+        self.scales = {"SOFTCAP": head.softcap, "LOGIT_SCALE": head.logit_scale}
+        self.dtype = compute_dtype(batch.hidden, head.weight)
+        self.vocabulary, self.size = head.weight.shape
         self.narrow = self.hidden.dtype == torch.float16
 
-    def scan(
+    def once(
         self,
         rows: slice,
         sums: Sums,
@@ -129,7 +126,7 @@ class Head:
                 None if stored_moment is None else stored_moment[:, column:],
                 sums.others, moment1, moment2, sums.flag, first, many, column, columns, logits.stride(0),
                 0 if stored is None else stored.stride(0),
-                SOFTCAP=self.softcap, LOGIT_SCALE=self.logit_scale, BENT=bent, LIMIT=kernels.LIMIT, **shape,
+                **self.scales, BENT=bent, LIMIT=kernels.LIMIT, **shape,
             )  # fmt: skip
 
     def redo(
@@ -148,20 +145,19 @@ class Head:
         tile, merge = flagged_kernels.redo_tile(itemsize), flagged_kernels.merge_tile(parts)
         partial = self.shift.new_empty(2 + sums.moments, parts, many).unbind()
         top, sums_of_parts = partial[0], (*partial[1:], None, None)[:3]
-        head = {"SOFTCAP": self.softcap, "LOGIT_SCALE": self.logit_scale}
         operands = (self.hidden, self.weight, self.bias, self.pivot)
         strides = (self.hidden.stride(0), self.weight.stride(0))
         flagged_kernels.redo_top_kernel[(slots, parts)](
-            *operands, sums.flag, top, first, many, size, vocabulary, part, *strides, **head, **tile
+            *operands, sums.flag, top, first, many, size, vocabulary, part, *strides, **self.scales, **tile
         )
         flagged_kernels.redo_sum_kernel[(slots, parts)](
             *operands, self.temperature, sums.flag, top, stored, stored_moment, *sums_of_parts, first, many, size,
-            vocabulary, part, parts, *strides, 0 if stored is None else stored.stride(0), **head, BENT=bent,
+            vocabulary, part, parts, *strides, 0 if stored is None else stored.stride(0), **self.scales, BENT=bent,
             PARTS=merge["PARTS"], **tile,
         )  # fmt: skip
         flagged_kernels.redo_merge_kernel[(slots,)](
             self.temperature, sums.flag, top, *sums_of_parts, self.shift, sums.others, *sums.optional(), first, many,
-            parts, **head, **merge,
+            parts, **self.scales, **merge,
         )  # fmt: skip
 
     def fused(self, sums: Sums, tiles: dict[str, int]) -> None:
@@ -172,8 +168,8 @@ class Head:
         flag = torch.empty(width, rows, dtype=torch.int8, device=self.hidden.device)
         fused_kernels.fused_sum_kernel[(height * width,)](
             self.hidden, self.weight, self.bias, self.pivot, self.shift, self.temperature, self.count, partial, flag,
-            rows, self.size, self.vocabulary, self.hidden.stride(0), self.weight.stride(0), SOFTCAP=self.softcap,
-            LOGIT_SCALE=self.logit_scale, LIMIT=kernels.LIMIT, UPCAST=INTERPRETED, **tiles,
+            rows, self.size, self.vocabulary, self.hidden.stride(0), self.weight.stride(0), **self.scales,
+            LIMIT=kernels.LIMIT, UPCAST=INTERPRETED, **tiles,
         )  # fmt: skip
         torch.sum(partial, 0, out=sums.others)
         torch.amax(flag, 0, out=sums.flag)
@@ -182,28 +178,26 @@ class Head:
         """Fill `stored` (R, V) and the sums; one more pass for float16, which has no range to spare."""
         if self.narrow:
             first = Sums(len(self.shift), 0, self.dtype, stored.device)
-            self.scan(rows, first)
+            self.once(rows, first)
             self.redo(rows, first)
             first.normalise(rows, self.shift)
-        self.scan(rows, sums, stored, stored_moment, bent)
+        self.once(rows, sums, stored, stored_moment, bent)
         self.redo(rows, sums, stored, stored_moment, bent)
 
 
 @on_its_device
 def combine(
-    weight: Tensor, weighted: Tensor, weighted_moment: Tensor | None, pivot: Tensor, pivot_coefficient: Tensor,
-    weighted_coefficient: Tensor, moment_coefficient: Tensor | None, column: Tensor | None, position: Tensor | None,
-    own_coefficient: Tensor | None, dtype: torch.dtype,
+    head: Head, weighted: Tensor, weighted_moment: Tensor | None, pivot: Tensor, part: Coefficients,
+    column: Tensor | None, position: Tensor | None, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """Return rows of directions; see the CPU twin."""
-    many = len(pivot) if position is None else len(position)
-    weight = rows_contiguous(weight)
-    out = torch.empty(many, weight.shape[1], dtype=dtype, device=weight.device)
+    weight, many = rows_contiguous(head.weight), len(pivot) if position is None else len(position)
+    size = weight.shape[1]
+    out = torch.empty(many, size, dtype=dtype, device=weight.device)
     if out.numel():
-        size = weight.shape[1]
         tile = kernels.combine_tile(size)
         kernels.combine_kernel[(many, -(-size // tile["BLOCK"]))](
-            weight, weighted, weighted_moment, pivot, pivot_coefficient, weighted_coefficient, moment_coefficient,
-            column, position, own_coefficient, out, size, weight.stride(0), weighted.stride(0), **tile,
+            weight, weighted, weighted_moment, pivot, *part[:3], column, position, part.own, out, size,
+            weight.stride(0), weighted.stride(0), **tile,
         )  # fmt: skip
     return out

@@ -9,6 +9,7 @@ softcap and temperature:
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -154,26 +155,25 @@ def check_row(row: Tensor | None, target: Tensor, hidden: Tensor) -> Tensor | No
     return place.reshape(-1)
 
 
-def slope(u: Tensor, temperature: Tensor, softcap: float, logit_scale: float) -> Tensor:
-    """Return du/da at logits u: logit_scale / temperature, times 1 - tanh^2 under a softcap."""
-    factor = logit_scale / temperature
-    if not softcap:
-        return factor.expand(u.shape)
-    bent = u * (temperature / softcap)
-    return factor * ((1 - bent) * (1 + bent))
-
-
 def weighted_by_probability(value: Tensor, logprob: Tensor) -> Tensor:
     """Return exp(logprob) * value, 0 where the probability is 0 even if the value is infinite."""
     probability = logprob.exp()
     return torch.where(probability == 0, 0, probability * value)
 
 
+class Upstream(NamedTuple):
+    """Upstream gradients of a log-probability op; None where there is none."""
+
+    logprob: Tensor | None  # one a target
+    logsumexp: Tensor | None  # (N,)
+    entropy: Tensor | None  # (N,)
+
+
 def temperature_gradient(
-    grad_logprob: Tensor | None,  # (N,): for several targets a row, their sum
-    grad_logprob_times: Tensor | None,  # (N,): sum over a row's targets of grad_logprob * logprob
-    grad_logsumexp: Tensor | None,  # (N,)
-    grad_entropy: Tensor | None,  # (N,)
+    upstream: Upstream,
+    target: Tensor,  # one a target: negative where it does not count
+    logprob: Tensor,  # one a target
+    of_rows: Callable[[Tensor], Tensor],  # sums over the targets of each row: (N,)
     temperature: Tensor,  # (N,)
     logsumexp: Tensor,  # (N,)
     entropy: Tensor,  # (N,)
@@ -186,12 +186,13 @@ def temperature_gradient(
     d entropy/dT = Var_p(u)/T.
     """
     total = torch.zeros_like(temperature)
-    if grad_logprob is not None and grad_logprob_times is not None:
-        total = total - grad_logprob_times - grad_logprob * entropy
-    if grad_logsumexp is not None:
-        total = total - grad_logsumexp * (logsumexp - entropy)
-    if grad_entropy is not None:
-        total = total + grad_entropy * variance
+    if upstream.logprob is not None:
+        counts = upstream.logprob.masked_fill(target < 0, 0)
+        total = total - of_rows(torch.where(counts == 0, 0, counts * logprob)) - of_rows(counts) * entropy
+    if upstream.logsumexp is not None:
+        total = total - upstream.logsumexp * (logsumexp - entropy)
+    if upstream.entropy is not None:
+        total = total + upstream.entropy * variance
     return (total / temperature).masked_fill(idle, 0)
 
 

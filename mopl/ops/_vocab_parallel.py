@@ -14,9 +14,9 @@ from torch import Tensor
 
 from mopl._arguments import shape_of
 from mopl.ops import _derivatives as derivatives
-from mopl.ops._linear_logprob_rows import scaled_by
-from mopl.ops._linear_logprob_stages import Forward, run_backward, run_forward, scale_directions
-from mopl.ops._logprob import check_row_range, check_target_range, is_dtensor
+from mopl.ops._linear_logprob_rows import Forward, Head, Want, scaled_by
+from mopl.ops._linear_logprob_stages import INSTEAD, gradients, run_forward
+from mopl.ops._logprob import Upstream, check_row_range, check_target_range, is_dtensor
 
 
 class VocabularyShard:
@@ -96,72 +96,37 @@ def _to_local(value: Tensor | None, name: str, group: dist.ProcessGroup) -> Tens
 
 
 def vocab_parallel_logprob(
-    shard: VocabularyShard,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    row: Tensor | None,
-    temperature: Tensor,
-    *options: float,
+    head: Head, hidden: Tensor, target: Tensor, row: Tensor | None, temperature: Tensor, want: Want, check_targets: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return logprob (E,), logsumexp (N,) and entropy (N,); the options are those of the op `mopl::linear_logprob`."""
-    *options, check_targets = options  # type: ignore[assignment]
+    """Return logprob (E,), logsumexp (N,) and entropy (N,)."""
     if check_targets:
-        check_target_range(target, int(shard.vocabulary))
+        check_target_range(target, int(head.vocabulary))
         check_row_range(row, len(hidden))
-    return _VocabParallel.apply(hidden, weight, bias, temperature, shard, target, row, tuple(options))  # type: ignore[return-value]
+    return _VocabParallel.apply(hidden, head.weight, head.bias, temperature, head, target, row, want)  # type: ignore[return-value]
 
 
 class _VocabParallel(torch.autograd.Function):
     """A plain Function: collectives inside a custom op would hide them from tools that trace communication."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, temperature, shard, target, row, options):
-        softcap, logit_scale, keep_direction, keep_rows, max_rows = (options[i] for i in (0, 1, 4, 7, 8))
-        saved = run_forward(hidden, weight, bias, target, row, temperature, *options, shard=shard)
-        operands = (None, None, None) if keep_direction else (hidden, weight, bias)
+    def forward(ctx, hidden, weight, bias, temperature, head, target, row, want):
+        saved = run_forward(head._replace(weight=weight, bias=bias), hidden, target, row, temperature, want)
+        operands = (None, None, None) if want.direction else (hidden, weight, bias)
         ctx.save_for_backward(*operands, target, row, temperature, *saved)
-        ctx.constants = (softcap, logit_scale, keep_rows, max_rows)
-        ctx.shard, ctx.hidden_dtype = shard, hidden.dtype
+        ctx.head, ctx.bounds = head[2:], (want.keep_rows, want.max_rows)
+        ctx.hidden_dtype = hidden.dtype
         ctx.set_materialize_grads(False)
         return saved.logprob, saved.logsumexp, saved.entropy
 
     @staticmethod
-    def backward(ctx, grad_logprob, grad_logsumexp, grad_entropy):  # type: ignore[override]
-        from mopl.ops.linear_logprob import INSTEAD
-
+    def backward(ctx, *upstream):  # type: ignore[override]
         hidden, weight, bias, target, row, temperature, *saved = ctx.saved_tensors
-        inputs = (grad_logprob, grad_logsumexp, grad_entropy, hidden, weight, bias, temperature, *saved[:3])
 
         def closed_form() -> list[Tensor | None]:
-            return _VocabParallel.gradients(ctx, *inputs[:7], target, row, Forward(*saved))
-
-        return *derivatives.once(closed_form, "linear_logprob", INSTEAD, *inputs), *[None] * 4
-
-    @staticmethod
-    def gradients(
-        ctx, grad_logprob, grad_logsumexp, grad_entropy, hidden, weight, bias, temperature, target, row, saved
-    ) -> list[Tensor | None]:
-        """Return the gradients of hidden, weight, bias and temperature, None where not needed."""
-        from mopl.ops.linear_logprob import row_temperature_gradient
-
-        softcap, logit_scale, keep_rows, max_rows = ctx.constants
-        need = ctx.needs_input_grad
-        grad_hidden = grad_weight = grad_bias = by_temperature = None
-        if hidden is None:
-            grad_hidden = scale_directions(
-                grad_logprob, grad_logsumexp, grad_entropy, target, row, len(temperature), saved
-            )
-            grad_hidden = ctx.shard.sum(grad_hidden).to(ctx.hidden_dtype)
-        elif any(need[:3]):
-            grad_hidden, grad_weight, grad_bias = run_backward(
-                grad_logprob, grad_logsumexp, grad_entropy, hidden, weight, bias, target, row, temperature, saved,
-                softcap, logit_scale, keep_rows, max_rows, need[0], need[1], need[2], shard=ctx.shard,
+            return gradients(
+                Upstream(*upstream), Head(weight, bias, *ctx.head), hidden, target, row, temperature, Forward(*saved),
+                *ctx.bounds, ctx.needs_input_grad[:4], ctx.hidden_dtype,
             )  # fmt: skip
-        if need[3]:
-            by_temperature = row_temperature_gradient(
-                grad_logprob, grad_logsumexp, grad_entropy, target, row, temperature, saved
-            )
-        gradients = (grad_hidden, grad_weight, grad_bias, by_temperature)
-        return [g if needed else None for g, needed in zip(gradients, need[:4], strict=True)]
+
+        inputs = (*upstream, hidden, weight, bias, temperature, *saved[:3])
+        return *derivatives.once(closed_form, "linear_logprob", INSTEAD, *inputs), *[None] * 4

@@ -44,7 +44,7 @@ from mopl.ops import _derivatives as derivatives
 from mopl.ops import _gathered_logprob_cpu
 from mopl.ops._backend import use_triton
 from mopl.ops._gathered_logprob_formula import formula
-from mopl.ops._logprob import check_scalar, check_target_range, merge_targets, per_row, temperature_gradient
+from mopl.ops._logprob import Upstream, check_scalar, check_target_range, merge_targets, per_row, temperature_gradient
 
 
 @overload
@@ -212,12 +212,14 @@ def _gathered_logprob_backward(
     need_temperature: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of logits (N, V) and temperature (N,); one that is not needed is empty."""
-    upstream = (grad_logprob, grad_logsumexp, grad_entropy)
+    upstream = Upstream(grad_logprob, grad_logsumexp, grad_entropy)
     statistics = (logprob, logsumexp, entropy)
     grad = _empty_gradient(logits, need_logits)
     if need_logits:
         _backward_of(logits)(*upstream, logits, target, temperature, *statistics, softcap, grad)
-    return grad, _temperature_gradient(*upstream, target, temperature, *statistics, variance, need_temperature)
+    if not need_temperature:
+        return grad, temperature.new_empty(0)
+    return grad, _temperature_gradient(upstream, target, temperature, *statistics, variance)
 
 
 @_gathered_logprob_backward.register_fake
@@ -245,10 +247,12 @@ def _gathered_logprob_backward_(
     need_temperature: bool,
 ) -> Tensor:
     """Write the gradient of the logits over them; return that of the temperature (N,), empty if not needed."""
-    upstream = (grad_logprob, grad_logsumexp, grad_entropy)
+    upstream = Upstream(grad_logprob, grad_logsumexp, grad_entropy)
     statistics = (logprob, logsumexp, entropy)
     _backward_of(logits)(*upstream, logits, target, temperature, *statistics, softcap, logits)
-    return _temperature_gradient(*upstream, target, temperature, *statistics, variance, need_temperature)
+    if not need_temperature:
+        return temperature.new_empty(0)
+    return _temperature_gradient(upstream, target, temperature, *statistics, variance)
 
 
 @_gathered_logprob_backward_.register_fake
@@ -292,16 +296,7 @@ _gathered_logprob.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _temperature_gradient(
-    grad_logprob: Tensor | None, grad_logsumexp: Tensor | None, grad_entropy: Tensor | None, target: Tensor,
-    temperature: Tensor, logprob: Tensor, logsumexp: Tensor, entropy: Tensor, variance: Tensor, needed: bool,
-) -> Tensor:  # fmt: skip
-    if not needed:
-        return temperature.new_empty(0)
-    total = times = None
-    if grad_logprob is not None:
-        upstream = grad_logprob.masked_fill(target < 0, 0)
-        total, times = upstream.sum(-1), torch.where(upstream == 0, 0, upstream * logprob).sum(-1)
+    upstream: Upstream, target: Tensor, temperature: Tensor, logprob: Tensor, *statistics: Tensor
+) -> Tensor:
     idle = (target < 0).all(-1)
-    return temperature_gradient(
-        total, times, grad_logsumexp, grad_entropy, temperature, logsumexp, entropy, variance, idle
-    )
+    return temperature_gradient(upstream, target, logprob, lambda t: t.sum(-1), temperature, *statistics, idle)

@@ -62,17 +62,17 @@ from torch import Tensor
 from mopl._arguments import compute_dtype
 from mopl.ops import _derivatives as derivatives
 from mopl.ops._device import default_workspace
+from mopl.ops._linear_logprob_rows import Forward, Head, Want
 from mopl.ops._linear_logprob_stages import (
-    Forward,
+    INSTEAD,
     cache_columns,
     cache_dtype,
     direction_dtype,
-    idle_rows,
-    run_backward,
+    gradients,
     run_forward,
-    scale_directions,
 )
 from mopl.ops._logprob import (
+    Upstream,
     check_bound,
     check_operands,
     check_row,
@@ -83,17 +83,10 @@ from mopl.ops._logprob import (
     merge_targets,
     per_row,
     rows_that_count,
-    temperature_gradient,
 )
-from mopl.ops.segments import segment_sum
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-# What has the derivatives that are refused here.
-INSTEAD = (
-    "take mopl.ops.gathered_logprob of the logits, logit_scale * (hidden @ weight.T + bias), or detach the operands"
-)
 
 
 @overload
@@ -199,17 +192,21 @@ def linear_logprob(
     need_hidden, need_head, need_temperature = needs[0], needs[1] or needs[2], needs[3]
     frozen = need_hidden and not need_head
     bound = rows if max_rows is None else min(max_rows, rows)
-    options = (
-        cap, scale, return_entropy or need_temperature, return_entropy and need_temperature,
-        frozen, frozen and return_logsumexp, frozen and return_entropy,
-        kept_rows(hidden, weight, bound, workspace, cap > 0) if need_head else 0,
-        bound, check_targets,
-    )  # fmt: skip
-    tensors = (hidden.reshape(-1, hidden.shape[-1]), weight, bias, flat_target, row, divisor)
+    want = Want(
+        entropy=return_entropy or need_temperature,
+        variance=return_entropy and need_temperature,
+        direction=frozen,
+        direction_logsumexp=frozen and return_logsumexp,
+        direction_entropy=frozen and return_entropy,
+        keep_rows=kept_rows(hidden, weight, bound, workspace, cap > 0) if need_head else 0,
+        max_rows=bound,
+    )
+    flat, rest = hidden.reshape(-1, hidden.shape[-1]), (flat_target, row, divisor)
     if shard is None:
-        logprob, logsumexp, entropy = _linear_logprob(*tensors, *options)[:3]
+        logprob, logsumexp, entropy = _linear_logprob(flat, weight, bias, *rest, cap, scale, *want, check_targets)[:3]
     else:
-        logprob, logsumexp, entropy = vocab_parallel_logprob(shard, *tensors, *options)
+        head = Head(weight, bias, cap, scale, shard)
+        logprob, logsumexp, entropy = vocab_parallel_logprob(head, flat, *rest, want, check_targets)
     results = [logprob.view(target.shape)]
     if return_logsumexp:
         results.append(logsumexp.view(lead))
@@ -259,12 +256,12 @@ def _linear_logprob(
     if check_targets:
         check_target_range(target, len(weight))
         check_row_range(row, len(hidden))
-    return tuple(  # pyright: ignore[reportReturnType]
-        run_forward(
-            hidden, weight, bias, target, row, temperature, softcap, logit_scale, want_entropy, want_variance,
-            keep_direction, keep_direction_logsumexp, keep_direction_entropy, keep_rows, max_rows,
-        )
+    want = Want(
+        want_entropy, want_variance, keep_direction, keep_direction_logsumexp, keep_direction_entropy, keep_rows,
+        max_rows,
     )  # fmt: skip
+    head = Head(weight, bias, softcap, logit_scale)
+    return tuple(run_forward(head, hidden, target, row, temperature, want))  # pyright: ignore[reportReturnType]
 
 
 @_linear_logprob.register_fake
@@ -318,21 +315,20 @@ def _linear_logprob_backward(
     hidden_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of hidden, weight, bias and temperature; one that is not needed is empty (0,)."""
-    forward, rows = Forward(*saved), len(temperature)
-    grad_hidden, grad_weight, grad_bias, grad_temperature = (temperature.new_empty(0) for _ in range(4))
-    if need_hidden and (hidden is None or weight is None):
-        grad_hidden = scale_directions(grad_logprob, grad_logsumexp, grad_entropy, target, row, rows, forward)
-        grad_hidden = grad_hidden.to(hidden_dtype)
-    elif hidden is not None and weight is not None and (need_hidden or need_weight or need_bias):
-        grad_hidden, grad_weight, grad_bias = run_backward(
-            grad_logprob, grad_logsumexp, grad_entropy, hidden, weight, bias, target, row, temperature, forward,
-            softcap, logit_scale, keep_rows, max_rows, need_hidden, need_weight, need_bias,
-        )  # fmt: skip
-    if need_temperature:
-        grad_temperature = row_temperature_gradient(
-            grad_logprob, grad_logsumexp, grad_entropy, target, row, temperature, forward
-        )
-    return grad_hidden, grad_weight, grad_bias, grad_temperature
+    found = gradients(
+        Upstream(grad_logprob, grad_logsumexp, grad_entropy),
+        Head(weight, bias, softcap, logit_scale),  # pyright: ignore[reportArgumentType]
+        hidden,
+        target,
+        row,
+        temperature,
+        Forward(*saved),
+        keep_rows,
+        max_rows,
+        (need_hidden, need_weight, need_bias, need_temperature),
+        hidden_dtype,
+    )
+    return tuple(temperature.new_empty(0) if g is None else g for g in found)  # pyright: ignore[reportReturnType]
 
 
 @_linear_logprob_backward.register_fake
@@ -351,30 +347,14 @@ def _(
     )
 
 
-def row_temperature_gradient(
-    grad_logprob: Tensor | None, grad_logsumexp: Tensor | None, grad_entropy: Tensor | None,
-    target: Tensor, row: Tensor | None, temperature: Tensor, saved: Forward,
-) -> Tensor:  # fmt: skip
-    """Return the gradient of the temperature (N,)."""
-    total = times = None
-    if grad_logprob is not None:
-        total = grad_logprob.masked_fill(target < 0, 0)
-        times = torch.where(total == 0, 0, total * saved.logprob)
-        if row is not None:
-            total, times = (segment_sum(t, row, len(temperature)) for t in (total, times))
-    return temperature_gradient(
-        total, times, grad_logsumexp, grad_entropy,
-        temperature, saved.logsumexp, saved.entropy, saved.variance, idle_rows(saved),
-    )  # fmt: skip
-
-
 def _setup_context(ctx, inputs, output):
-    hidden, weight, bias, target, row, temperature, ctx.softcap, ctx.logit_scale = inputs[:8]
-    keep_direction, ctx.keep_rows, ctx.max_rows = inputs[10], inputs[13], inputs[14]
+    hidden, weight, bias, target, row, temperature, ctx.softcap, ctx.logit_scale, *wanted, _ = inputs
+    want = Want(*wanted)
+    ctx.keep_rows, ctx.max_rows = want.keep_rows, want.max_rows
     ctx.mark_non_differentiable(*output[3:])
     ctx.set_materialize_grads(False)
     ctx.hidden_dtype = hidden.dtype
-    operands = (None, None, None) if keep_direction else (hidden, weight, bias)
+    operands = (None, None, None) if want.direction else (hidden, weight, bias)
     ctx.save_for_backward(*operands, target, row, temperature, *output)
 
 

@@ -19,6 +19,7 @@ from mopl.ops import (
     gathered_logprob_triton,
     linear_logprob_triton,
 )
+from mopl.ops._linear_logprob_rows import Batch, Coefficients, Head
 
 STRIDE = 2**30 + 64  # elements between rows; from the third row on offsets pass 2^31
 ROWS, FAR = 4, 3
@@ -54,10 +55,11 @@ def test_stored_exponentials_and_everything_that_reads_them() -> None:
     hidden, weight = torch.randn(ROWS, size), torch.randn(vocabulary, size)
     pivot, ones = torch.randint(0, vocabulary, (ROWS,)), torch.ones(ROWS)
     plan = _linear_logprob_choice.plan_for(hidden, weight, "trained", softcap=False)
-    head = _linear_logprob_triton_head.Head(hidden, weight, None, pivot, torch.zeros(ROWS), ones, 0.0, 1.0, None, plan)
+    head, batch = Head(weight, None, 0.0, 1.0), Batch(hidden, ones, None)
+    scan = _linear_logprob_triton_head.Scan(head, batch, pivot, torch.zeros(ROWS), plan)
     stored = apart(torch.full((ROWS, vocabulary), math.nan).bfloat16())
     sums = _linear_logprob_triton_head.Sums(ROWS, 0, torch.float32, hidden.device)
-    head.scan(slice(0, ROWS), sums, stored)
+    scan.once(slice(0, ROWS), sums, stored)
     exact = (hidden.double() @ weight.double().T).exp()
     exact[torch.arange(ROWS), pivot] = 0
     torch.testing.assert_close(stored.double(), exact, rtol=2**-7, atol=1e-6)
@@ -74,11 +76,11 @@ def test_stored_exponentials_and_everything_that_reads_them() -> None:
     )  # fmt: skip
     torch.testing.assert_close(out.double(), -stored.double(), rtol=2**-7, atol=0)
     # A shift of -inf flags every row, which are then computed again in place.
-    head.shift.fill_(-math.inf)
+    scan.shift.fill_(-math.inf)
     stored.fill_(math.nan)
     sums.flag.fill_(1)
-    head.redo(slice(0, ROWS), sums, stored)
-    exact = (hidden.double() @ weight.double().T - head.shift.double()[:, None]).exp()
+    scan.redo(slice(0, ROWS), sums, stored)
+    exact = (hidden.double() @ weight.double().T - scan.shift.double()[:, None]).exp()
     exact[torch.arange(ROWS), pivot] = 0
     torch.testing.assert_close(stored.double(), exact, rtol=2**-7, atol=1e-6)
 
@@ -88,7 +90,8 @@ def test_hidden_states_and_heads_with_rows_far_apart() -> None:
     hidden, weight = apart(torch.randn(ROWS, size).bfloat16()), apart(torch.randn(vocabulary, size).bfloat16())
     pivot, ones = torch.arange(ROWS), torch.ones(ROWS)
     exact = hidden.double() @ weight.double().T
-    logits = linear_logprob_triton.target_logits(hidden, weight, None, pivot, None, ones, 0.0, 1.0)
+    head = Head(weight, None, 0.0, 1.0)
+    logits = linear_logprob_triton.target_logits(head, Batch(hidden, ones, None), pivot, None)
     torch.testing.assert_close(logits.double(), exact.diagonal(), rtol=1e-5, atol=1e-5)
     partial, flag = torch.empty(1, ROWS), torch.empty(1, ROWS, dtype=torch.int8)
     tile = {"BM": 16, "BV": 16, "BH": 16, "GROUP": 1, "num_warps": 4, "num_stages": 2}
@@ -99,6 +102,6 @@ def test_hidden_states_and_heads_with_rows_far_apart() -> None:
     others = (exact - exact.diagonal()[:, None]).exp().fill_diagonal_(0).sum(1)
     torch.testing.assert_close(partial[0].double(), others, rtol=1e-5, atol=0)
     direction = linear_logprob_triton.combine(
-        weight, torch.zeros(ROWS, size), None, pivot, ones, ones, None, None, None, None, torch.float32
+        head, torch.zeros(ROWS, size), None, pivot, Coefficients(ones, ones, None, None), None, None, torch.float32
     )
     torch.testing.assert_close(direction, weight.float(), rtol=0, atol=0)

@@ -12,7 +12,9 @@ from mopl import reference_logprob
 from mopl.ops import _linear_logprob_cpu as cpu
 from mopl.ops import _linear_logprob_stages as stages
 from mopl.ops import linear_logprob
+from mopl.ops._linear_logprob_rows import Head, Want
 from mopl.ops._linear_logprob_stages import run_backward, run_forward
+from mopl.ops._logprob import Upstream
 
 ALL = dict(return_logsumexp=True, return_entropy=True)
 
@@ -46,15 +48,12 @@ def products(train: str, mask: Tensor | None = None, keep_rows: int = 0, upstrea
     target = target if mask is None else torch.where(mask, target, -1)
     frozen, upstream = train == "h", torch.randn(rows) if upstream is None else upstream
     with Products() as counter:
-        saved = run_forward(
-            hidden, weight, None, target, None, torch.ones(rows), 0.0, 1.0, False, False, frozen, False, False,
-            keep_rows, rows,
-        )  # fmt: skip
+        head, ones = Head(weight, None, 0.0, 1.0), torch.ones(rows)
+        want = Want(False, False, frozen, False, False, keep_rows, rows)
+        saved = run_forward(head, hidden, target, None, ones, want)
         if train and not frozen:
-            run_backward(
-                upstream, None, None, hidden, weight, None, target, None, torch.ones(rows), saved, 0.0, 1.0,
-                keep_rows, rows, "h" in train, "w" in train, False,
-            )  # fmt: skip
+            given, need = Upstream(upstream, None, None), ("h" in train, "w" in train, False)
+            run_backward(given, head, hidden, target, None, ones, saved, keep_rows, rows, need)
     return counter.count / (counted * vocabulary * size)
 
 
