@@ -28,12 +28,12 @@ from pathlib import Path
 import torch
 
 from bench.cards import CARDS, Card
+from bench.head_costs import GAP
 from bench.instructions import recorded as recorded_instructions
 from bench.measuring import about
 from bench.model_cases import TOY, Case, Sizes, cases
 from bench.recording import DEVICE, Launch, Recording, Touch, record
 from mopl._files import write_file
-from mopl.ops._head_plan import GAP
 
 NONE: Mapping[str, list[int]] = {}
 COUNTS = Path(__file__).with_name("model_counts.json")
@@ -100,7 +100,7 @@ def product_seconds(launch: Launch, card: Card) -> tuple[float, float]:
         waves = math.ceil(tiles / processors)
         seconds = waves * 2 * height * width * k / (reached * rate / processors)
         # The last wave's results are written when there is nothing left to multiply.
-        seconds += min(tiles, processors) * height * width * 4 / card.plan.bandwidth
+        seconds += min(tiles, processors) * height * width * 4 / card.bandwidth
         if best is None or seconds < best[0]:
             best = seconds, m * n * launch.batch / (waves * processors * height * width)
     assert best is not None
@@ -135,7 +135,7 @@ def device_seconds(
 ) -> tuple[float, float | None]:
     """Return the time of all kernels one after another, and how full the products' waves are."""
     cache, total, slots, filled = Cache(card.cached * L2_SHARE), 0.0, 0.0, 0.0
-    bandwidth, slots_a_second = card.plan.bandwidth, ISSUED * card.clock * card.plan.processors
+    bandwidth, slots_a_second = card.bandwidth, ISSUED * card.clock * card.plan.processors
     for launch in recording.launches:
         far = near = 0.0
         for one in launch.touched:
@@ -156,11 +156,11 @@ def device_seconds(
 
 def evaluate(case: Case, card: Card) -> tuple[Result, Recording | None]:
     """Record a case and predict its time on a card."""
-    limit = max(case.flop / card.rate(2), case.bytes / card.plan.bandwidth)
+    limit = max(case.flop / card.rate(2), case.bytes / card.bandwidth)
     result = Result(case.op, case.name, limit_ms=1e3 * limit)
     if case.make is None:
         result.bytes, result.launches = case.traffic, 2
-        result.device_ms = 1e3 * (case.traffic / card.plan.bandwidth + 2 * GAP)
+        result.device_ms = 1e3 * (case.traffic / card.bandwidth + 2 * GAP)
         result.host_ms = 2e3 * COMPILED_HOST
         return result, None
     make = case.make
@@ -277,7 +277,7 @@ def main() -> None:
     if options.measure:
         measure(chosen, results, device, options.seconds)
     judge(results, chosen, card)
-    rate, bandwidth = card.rate(2) / 1e12, card.plan.bandwidth / 1e12
+    rate, bandwidth = card.rate(2) / 1e12, card.bandwidth / 1e12
     print(f"{card.name}: {rate:.0f} TFLOP/s, {bandwidth:.2f} TB/s; times in ms, predicted")
     print(table(results))
     if any(r.uncounted for r in results):

@@ -286,7 +286,7 @@ def card(card: Card, held: int = 0) -> Iterator[None]:
     )  # fmt: skip
     properties = types.SimpleNamespace(
         name=card.name, major=plan.capability[0], minor=plan.capability[1], multi_processor_count=plan.processors,
-        total_memory=plan.memory, L2_cache_size=plan.l2, warp_size=target.warp_size,
+        total_memory=plan.memory, L2_cache_size=card.l2, warp_size=target.warp_size,
         shared_memory_per_block_optin=card.shared,
     )  # fmt: skip
 

@@ -9,7 +9,7 @@ import functools
 
 import torch
 
-from mopl.ops._head_plan import DEVICES, TOY, Device, known_device
+from mopl.ops._head_plan import H100, TOY, Device
 
 GIB = 2**30
 # Of a GPU's memory: 4.4 GiB on an H200, where exponentials of 16384 x 128256 take 3.9 GiB.
@@ -25,7 +25,7 @@ def properties_of(device: torch.device) -> Device:
     if device.type != "cuda":
         return TOY
     if not torch.cuda.is_available():
-        return DEVICES["H100"]
+        return H100
     return _read(index_of(device))
 
 
@@ -37,10 +37,8 @@ def index_of(device: torch.device) -> int:
 @functools.lru_cache
 def _read(index: int) -> Device:
     found = torch.cuda.get_device_properties(index)
-    return known_device(
-        found.name, found.multi_processor_count, found.L2_cache_size, found.total_memory,
-        (found.major, found.minor), "AMD" if torch.version.hip else "NVIDIA",
-    )  # fmt: skip
+    maker = "AMD" if torch.version.hip else "NVIDIA"
+    return Device(found.multi_processor_count, found.total_memory, (found.major, found.minor), maker)
 
 
 def default_workspace(device: torch.device, wanted: int | None = None) -> int:
@@ -59,14 +57,15 @@ def default_workspace(device: torch.device, wanted: int | None = None) -> int:
     if torch.compiler.is_compiling():
         # The compiler makes a constant of this call, but not of a cached one.
         there = torch.cuda.is_available()
-        memory = torch.cuda.get_device_properties(device).total_memory if there else DEVICES["H100"].memory
+        memory = torch.cuda.get_device_properties(device).total_memory if there else H100.memory
         return memory // WORKSPACE_SHARE
     share = properties_of(device).memory // WORKSPACE_SHARE
-    if wanted is not None and wanted * 16 <= share:
-        return share
-    if torch.are_deterministic_algorithms_enabled() or not torch.cuda.is_available():
-        return share
-    if torch.cuda.is_current_stream_capturing():
+    if (
+        (wanted is not None and wanted * 16 <= share)
+        or torch.are_deterministic_algorithms_enabled()
+        or not torch.cuda.is_available()
+        or torch.cuda.is_current_stream_capturing()
+    ):
         return share
     return min(share, unused_bytes(device) // 2)
 

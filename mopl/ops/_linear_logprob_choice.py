@@ -9,6 +9,7 @@ power of two, never by the exact number of rows.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import re
@@ -28,7 +29,7 @@ from mopl._records import DamagedFile, read_json
 from mopl.kernels import fused_logprob as kernels
 from mopl.ops import _device
 from mopl.ops._backend import use_triton
-from mopl.ops._head_plan import LIBRARY, Plan, Wanted, cost_of, make_plan
+from mopl.ops._head_plan import LIBRARY, Plan, Wanted, make_plan
 
 SECONDS = 3.0  # how long `tune` measures, the compilation of kernels not counted
 
@@ -139,13 +140,13 @@ def _milliseconds(step: Callable[[], object], device: torch.device) -> float:
 
 
 def _alternatives(plan: Plan, fits: tuple[str, ...]) -> Iterator[Plan]:
-    """Yield what may beat a plan: other heights and areas, then the fused kernel."""
-    high = plan.rows // plan.block[0]
-    for rows in (plan.block[0] * n for n in (high, high // 2, high * 2) if n):
-        for area in (plan.area, plan.area // 2, plan.area * 2, plan.area // 4):
-            yield plan._replace(algorithm=LIBRARY, rows=rows, buffer_rows=min(rows, plan.buffer_rows), area=area)
+    """Yield what may beat a plan, what is nearest to it first: the fused kernel, then other heights and areas."""
     for name in fits:
         yield plan._replace(algorithm=name)
+    high = plan.rows // plan.block[0]
+    for area in (plan.area, plan.area * 2, plan.area // 2, plan.area // 4):
+        for rows in (plan.block[0] * n for n in (high, high // 2, high * 2) if n):
+            yield plan._replace(algorithm=LIBRARY, rows=rows, buffer_rows=min(rows, plan.buffer_rows), area=area)
 
 
 def tune(
@@ -155,7 +156,7 @@ def tune(
     """Measure alternatives to the plan of a call on these tensors, remember the fastest, and return milliseconds.
 
     Rows of a chunk by columns of a tile; for scoring each tile of the fused kernel, too; for a trained head, also fewer
-    rows kept. The likeliest come first, and none is begun after `seconds`.
+    rows kept. Those nearest to the plan come first, and none is begun after `seconds`.
 
     Args:
         hidden: (N, H) on a GPU (in Triton's interpreter on a CPU, to try the code: such times mean nothing).
@@ -176,25 +177,18 @@ def tune(
         raise ValueError("tune measures on a GPU; hidden is on the CPU")
     if hidden.dtype == torch.float64:
         raise ValueError("hidden is torch.float64, for which there is nothing to choose; pass 16-bit or float32")
-    about, capped, rows = _device.properties_of(hidden.device), softcap is not None, hidden.shape[0]
+    capped, rows = softcap is not None, hidden.shape[0]
     fits = tuple(usable(hidden.device, hidden.itemsize, capped)) if wanted == "scoring" else ()
-    plan = make_plan(about, hidden.dtype, rows, weight.shape[1], weight.shape[0], wanted)
+    plan = make_plan(_device.properties_of(hidden.device), hidden.dtype, rows, weight.shape[1], weight.shape[0], wanted)
     keep = 0
     if wanted == "trained":
         row = weight.shape[0] * hidden.itemsize
         keep = min(rows, (_device.default_workspace(hidden.device) if workspace is None else workspace) // row)
 
-    def predicted(case: tuple[Plan, int]) -> float:
-        return cost_of(
-            case[0], about, hidden.dtype, rows, weight.shape[1], weight.shape[0], wanted, case[1]
-        ).milliseconds
-
     kept = [keep, *([keep // plan.rows * plan.rows] if keep % plan.rows and keep > plan.rows else [])]
-    cases = [(other, many) for other in _alternatives(plan, fits) for many in kept]
-    cases.sort(key=predicted)
     measured, begin = {}, time.monotonic()
-    for number, (other, many) in enumerate(cases):
-        if number and time.monotonic() - begin > seconds:
+    for other, many in itertools.product(_alternatives(plan, fits), kept):
+        if measured and time.monotonic() - begin > seconds:
             break
         step = _step(hidden, weight, softcap or 0.0, wanted, other, many)
         first = time.monotonic()

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from bench.cards import CARDS
 from mopl.ops import _device
-from mopl.ops._head_plan import DEVICES, Plan
+from mopl.ops._head_plan import Plan
 from mopl.ops.linear_logprob import kept_rows
 
 choice = pytest.importorskip("mopl.ops._linear_logprob_choice", reason="Triton is not installed")
@@ -19,7 +20,7 @@ KEY = "9.0 bfloat16 H4096 V128256 N16384"
 def remember(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Return a function that fills the memory of an H200 whose fused kernel has two tiles."""
     monkeypatch.setenv("MOPL_CACHE", str(tmp_path))
-    monkeypatch.setattr(_device, "properties_of", lambda device: DEVICES["H200"])
+    monkeypatch.setattr(_device, "properties_of", lambda device: CARDS["H200"].plan)
     monkeypatch.setattr(choice, "usable", lambda *_: ["wide", "short"])
 
     def fill(**choices: str) -> None:

@@ -108,7 +108,7 @@ def test_compiled_code_takes_the_share_as_a_constant(dynamic: bool | None, monke
 
 def test_fake_tensors_where_there_is_no_gpu_are_planned_for_an_h100() -> None:
     """Without gradients: autograd needs a GPU for its streams."""
-    assert kept(16384) == _device.DEVICES["H100"].memory // 32 // (128256 * 2)
+    assert kept(16384) == _device.H100.memory // 32 // (128256 * 2)
     with FakeTensorMode(), torch.device("cuda"), torch.no_grad():
         logprob = linear_logprob(torch.empty(9, 64), torch.empty(99, 64), torch.zeros(9, dtype=torch.int64))
     assert logprob.shape == (9,) and logprob.device.type == "cuda"
