@@ -160,16 +160,8 @@ def as_value(
 ) -> Tensor:
     """Return a number or a tensor of any shape on the device and in the compute dtype of `like`, in its domain.
 
-    Args:
-        value: what the caller gave.
-        name: of the argument, in errors.
-        like: what it is used with.
-        domain: where its entries must lie; see the top of the file for what becomes of the others.
-        excused: says which of the entries that lie outside do not count; called only where there are some.
-
-    Raises:
-        TypeError: It is neither a number nor a tensor.
-        ValueError: An entry that can be read lies outside the domain.
+    The top of the file says what becomes of entries outside of it; `excused`, called only where there are some, says
+    which of them do not count.
     """
     dtype, reading = compute_dtype(like), not torch.compiler.is_compiling()
     if not isinstance(value, Tensor):

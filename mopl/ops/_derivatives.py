@@ -54,16 +54,8 @@ def gradients(
 ) -> Tensors:
     """Return the gradients of an op in its backward pass, themselves differentiable where that may be asked for.
 
-    Args:
-        closed_form: computes the gradients, one for each of `places`, None where it is not wanted.
-        formula: the op as a differentiable function of `arguments`.
-        arguments: what the formula takes.
-        places: which of the arguments the op is differentiable in.
-        need: for each of `places`, whether its gradient is wanted.
-        upstream: gradients of the formula's results; None where there is none.
-
-    Returns:
-        A gradient or None for each of `places`.
+    `closed_form` computes one for each of `places`, the arguments of `formula` that the op is differentiable in; None
+    where `need` says that it is not wanted. `upstream` are the gradients of the formula's results.
     """
     if not torch.is_grad_enabled() and not transformed():
         return closed_form()
@@ -129,16 +121,21 @@ def _versions(tensors: Tensors) -> list[int | None]:
     return [None if t is None or t.is_inference() else t._version for t in tensors]
 
 
+def _with(tensors: Tensors, places: Sequence[int], values: Tensors) -> list:
+    """Return tensors with `values` at some places."""
+    given = list(tensors)
+    for place, value in zip(places, values, strict=True):
+        given[place] = value
+    return given
+
+
 def _pull_back(
     formula: Callable[..., Tensor | tuple[Tensor, ...]], arguments: Tensors, places: Sequence[int], upstream: Tensors
 ) -> tuple[Tensor, ...]:
     """Return the gradients at some arguments of a formula, by PyTorch's derivative of it."""
 
     def results(*values: Tensor) -> tuple[Tensor, ...]:
-        given = list(arguments)
-        for place, value in zip(places, values, strict=True):
-            given[place] = value
-        found = formula(*given)
+        found = formula(*_with(arguments, places, values))
         found = found if isinstance(found, tuple) else (found,)
         return tuple(part for part, g in zip(found, upstream, strict=True) if g is not None)
 
@@ -163,18 +160,15 @@ class _Gradients(torch.autograd.Function):
         live = [k for k, g in enumerate(upstream) if g is not None]
 
         def first(*values: Tensor) -> tuple[Tensor, ...]:
-            given = list(tensors)
-            for place, value in zip(need, values, strict=True):
-                given[place] = value
+            given = _with(tensors, need, values)
             wanted = [ctx.places[k] for k in live]
             return _pull_back(ctx.formula, given[ctx.count :], wanted, given[: ctx.count])
 
-        result: list[Tensor | None] = [None] * len(tensors)
+        result: Tensors = [None] * len(tensors)
         if need and live:
             values, pull = torch.func.vjp(first, *(tensors[i] for i in need))  # type: ignore[misc]
             found = pull(tuple(upstream[k].to(v.dtype) for k, v in zip(live, values, strict=True)))
-            for place, value in zip(need, found, strict=True):
-                result[place] = value
+            result = _with(result, need, found)
         return None, None, None, None, *result
 
 

@@ -46,11 +46,7 @@ def default_workspace(device: torch.device, wanted: int | None = None) -> int:
 
     2 GiB on a CPU. On a GPU a 32nd of its memory (`WORKSPACE_SHARE`), or half of what is unused if that is less.
     Compiled code, deterministic algorithms and a graph under capture take the 32nd as it is: what is unused varies
-    from call to call, and results with it in their last bits.
-
-    Args:
-        device: where the operands are.
-        wanted: bytes that the call could use; a call that wants little is not worth a query. None: unknown.
+    from call to call, and results with it in their last bits. A call that `wanted` few bytes is not worth a query.
     """
     if device.type != "cuda":
         return 2 * GIB

@@ -77,17 +77,10 @@ def make_plan(
     device: Device, dtype: torch.dtype, rows: int, size: int, vocabulary: int, wanted: Wanted,
     fits: tuple[str, ...] = (), buffers: int = 1,
 ) -> Plan:  # fmt: skip
-    """Return the plan of a call: `rows` of `size` columns times a head of `vocabulary` rows.
+    """Return the plan of a call: `rows` of `size` columns times a head of `vocabulary` rows, operands of one `dtype`.
 
-    Args:
-        device: the GPU.
-        dtype: of the operands.
-        rows: N.
-        size: H.
-        vocabulary: V.
-        wanted: sums alone (scoring), the directions of a frozen head, or all that a trained one needs.
-        fits: tiles of the fused kernel that the device has room for.
-        buffers: how many matrices of exponentials are held at a time.
+    `wanted` are sums alone (scoring), the directions of a frozen head, or all that a trained one needs; `fits` tiles of
+    the fused kernel that the device has room for; `buffers` matrices of exponentials are held at a time.
     """
     block = block_of(device, dtype)
     compute = max(4, dtype.itemsize)

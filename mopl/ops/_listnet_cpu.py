@@ -95,10 +95,6 @@ def _work(labels: Tensor, rows: int, shared: int, dtype: torch.dtype) -> Tensor:
     return labels.new_empty((min(len(labels), _step(labels, shared)), rows, labels.shape[2]), dtype=dtype)
 
 
-def _part(x: Tensor | None, part: slice | Tensor) -> Tensor | None:
-    return None if x is None else x[part]
-
-
 def _doubtful(dot: Tensor, logp: Tensor, hint: Tensor | None, exact: bool) -> Tensor | None:
     """Return the rows that the plain formula does not serve: confident ones, and any that hold -inf, inf or NaN.
 
@@ -133,7 +129,7 @@ def _do_again(
     batch, shared, size = logp.shape
     # One row is one softmax: list `item` with all objectives, or with objective `which` where β differs between them.
     item, which = row // shared, slice(None) if shared == 1 else row % shared
-    some = _part(valid, item)
+    some = None if valid is None else valid[item]
     rate = None if rate is None else rate if _is_one(rate) else rate.reshape(-1, 1)[row]
     logits = _logits(scores[item], rate, some, logp.dtype, careful=True)
     first = logits.max(-1, keepdim=True).indices

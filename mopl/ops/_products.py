@@ -29,13 +29,8 @@ SCRATCH = 2**26  # entries of a scratch, 256 MiB: 16384 rows of a product 4096 w
 def product(a: Tensor, b: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
     """Return a @ b in the compute dtype, into `out` if given and on top of what it holds if `add`.
 
-    The result of 16-bit operands is never rounded to 16 bit. On a CPU (and Triton's interpreter) operands are upcast.
-
-    Args:
-        a: (M, K), float64, float32 or 16 bit.
-        b: (K, N), of any of these.
-        out: (M, N) in the compute dtype: float64 if an operand is, else float32.
-        add: add to `out`, which must be given then.
+    Operands are float64, float32 or 16 bit, `out` is in the compute dtype: float64 if an operand is, else float32. The
+    result of 16-bit operands is never rounded to 16 bit. On a CPU (and Triton's interpreter) operands are upcast.
     """
     dtype = compute_dtype(a, b)
     if out is None:

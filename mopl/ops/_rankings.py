@@ -16,15 +16,21 @@ def sort_items(labels: Tensor, order: Tensor | None, valid: Tensor | None) -> tu
     # Sorting keeps the order of the memory, and callers want neighbours of a row to be neighbours there.
     labels = (labels if labels.is_floating_point() else labels.long()).contiguous()
     if order is None:
-        if valid is not None:
-            lowest = torch.finfo(labels.dtype).min if labels.is_floating_point() else torch.iinfo(torch.int64).min + 1
-            below = -torch.inf if labels.is_floating_point() else lowest - 1
-            labels = labels.clamp(min=lowest).masked_fill(~valid[:, None], below)
-        labels, place = labels.sort(-1, descending=True)
+        labels, place = (labels if valid is None else masked_lowest(labels, valid)).sort(-1, descending=True)
     else:
         place = order.long()
         labels = labels.gather(-1, place)
     return labels, place, None if valid is None else valid[:, None].expand(place.shape).gather(-1, place)
+
+
+def masked_lowest(labels: Tensor, valid: Tensor) -> Tensor:
+    """Return labels (n, m, K) with masked items below all others: real ones of the lowest value move up by one."""
+    if labels.is_floating_point():
+        lowest, below = torch.finfo(labels.dtype).min, -torch.inf
+    else:
+        labels, below = labels.long(), torch.iinfo(torch.int64).min
+        lowest = below + 1
+    return labels.clamp(min=lowest).masked_fill(~valid[:, None], below)
 
 
 class Rankings(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -59,6 +60,18 @@ def _factors(y: Tensor, odds: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
     return product, t.mul_(1 - win).div_(win)
 
 
+def _bisected(
+    low: Tensor, high: Tensor, steps: int, is_low: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the interval that is left after halvings of [low, high], and the place of the last one."""
+    middle = low
+    for _ in range(steps):
+        middle = (low + high) / 2
+        up = is_low(middle)
+        low, high = torch.where(up, middle, low), torch.where(up, high, middle)
+    return low, high, middle
+
+
 def _window(odds: Tensor, group: Tensor, size: Tensor, drop: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return the ends (J,) of the interval that holds the integral, and which groups are far above the rest."""
     size = size.to(odds.dtype)
@@ -66,27 +79,16 @@ def _window(odds: Tensor, group: Tensor, size: Tensor, drop: float) -> tuple[Ten
     def log_integrand(y: Tensor) -> Tensor:
         return y - y.exp() + _factors(y[:, None], odds, group)[0][:, 0]
 
+    def slope_is_positive(y: Tensor) -> Tensor:
+        return (1 - y.exp()).index_add_(0, group, _factors(y[:, None], odds, group)[1][:, 0]) > 0
+
     # The integrand peaks at y in [0, log(1 + size)]: the slope of its log is 1 - exp(y) + sum_i phi_i, phi in [0, 1].
-    low, high = torch.zeros_like(size), torch.log1p(size)
-    for _ in range(6):
-        peak = (low + high) / 2
-        slope = (1 - peak.exp()).index_add_(0, group, _factors(peak[:, None], odds, group)[1][:, 0])
-        low, high = torch.where(slope > 0, peak, low), torch.where(slope > 0, high, peak)
+    _, _, peak = _bisected(torch.zeros_like(size), torch.log1p(size), 6, slope_is_positive)
     floor = log_integrand(peak) - drop
     # Left end: by peak - drop - 1 the factor exp(y) alone has fallen that far.
-    low, high = peak - drop - 1, peak
-    for _ in range(7):
-        left = (low + high) / 2
-        outside = log_integrand(left) < floor
-        low, high = torch.where(outside, left, low), torch.where(outside, high, left)
-    left = low
+    left, _, _ = _bisected(peak - drop - 1, peak, 7, lambda y: log_integrand(y) < floor)
     # Right end: exp(-exp(y)) against a rise of at most exp(size * y).
-    low, high = peak, torch.log(4 * (size + drop))
-    for _ in range(5):
-        right = (low + high) / 2
-        outside = log_integrand(right) < floor
-        low, high = torch.where(outside, low, right), torch.where(outside, right, high)
-    right = high
+    _, right, _ = _bisected(peak, torch.log(4 * (size + drop)), 5, lambda y: ~(log_integrand(y) < floor))
     # A group far above the rest: P is close to 1, and 1 - P and phi have their mass around y = -lowest. Integrating
     # those instead of P keeps every digit of a tiny loss.
     lowest = torch.full_like(size, torch.inf).scatter_reduce_(0, group, odds, "amin")

@@ -181,14 +181,12 @@ def _backward_of(logits: Tensor):
     return backward
 
 
-def _empty_gradient(logits: Tensor, needed: bool) -> Tensor:
-    """Return memory for the gradient of the logits (N, V), or (0,).
+def _empty_gradient(logits: Tensor) -> Tensor:
+    """Return memory for the gradient of the logits (N, V).
 
     On a GPU its rows begin at multiples of 16 elements where those of the logits do, whatever the vocabulary: stores
     are then as wide as loads, and so are the accesses of the product that comes next.
     """
-    if not needed:
-        return logits.new_empty(0)
     rows, vocabulary = logits.shape
     if use_triton(logits) and vocabulary % 16 != 0 and logits.stride(0) % 16 == 0:
         return logits.new_empty(rows, -(-vocabulary // 16) * 16)[:, :vocabulary]
@@ -206,29 +204,18 @@ def _gathered_logprob_backward(
     logprob: Tensor,
     logsumexp: Tensor,
     entropy: Tensor,
-    variance: Tensor,
     softcap: float,
-    need_logits: bool,
-    need_temperature: bool,
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients of logits (N, V) and temperature (N,); one that is not needed is empty."""
-    upstream = Upstream(grad_logprob, grad_logsumexp, grad_entropy)
-    statistics = (logprob, logsumexp, entropy)
-    grad = _empty_gradient(logits, need_logits)
-    if need_logits:
-        _backward_of(logits)(*upstream, logits, target, temperature, *statistics, softcap, grad)
-    if not need_temperature:
-        return grad, temperature.new_empty(0)
-    return grad, _temperature_gradient(upstream, target, temperature, *statistics, variance)
+) -> Tensor:
+    """Return the gradient of the logits (N, V)."""
+    upstream, statistics = (grad_logprob, grad_logsumexp, grad_entropy), (logprob, logsumexp, entropy)
+    grad = _empty_gradient(logits)
+    _backward_of(logits)(*upstream, logits, target, temperature, *statistics, softcap, grad)
+    return grad
 
 
 @_gathered_logprob_backward.register_fake
-def _(
-    grad_logprob, grad_logsumexp, grad_entropy, logits, target, temperature, logprob, logsumexp, entropy, variance,
-    softcap, need_logits, need_temperature,
-):  # fmt: skip
-    rows = temperature.shape[0]
-    return _empty_gradient(logits, need_logits), temperature.new_empty(rows if need_temperature else 0)
+def _(grad_logprob, grad_logsumexp, grad_entropy, logits, *_):
+    return _empty_gradient(logits)
 
 
 @torch.library.custom_op("mopl::gathered_logprob_backward_", mutates_args=("logits",))
@@ -242,25 +229,16 @@ def _gathered_logprob_backward_(
     logprob: Tensor,
     logsumexp: Tensor,
     entropy: Tensor,
-    variance: Tensor,
     softcap: float,
-    need_temperature: bool,
-) -> Tensor:
-    """Write the gradient of the logits over them; return that of the temperature (N,), empty if not needed."""
-    upstream = Upstream(grad_logprob, grad_logsumexp, grad_entropy)
-    statistics = (logprob, logsumexp, entropy)
+) -> None:
+    """Write the gradient of the logits over them."""
+    upstream, statistics = (grad_logprob, grad_logsumexp, grad_entropy), (logprob, logsumexp, entropy)
     _backward_of(logits)(*upstream, logits, target, temperature, *statistics, softcap, logits)
-    if not need_temperature:
-        return temperature.new_empty(0)
-    return _temperature_gradient(upstream, target, temperature, *statistics, variance)
 
 
 @_gathered_logprob_backward_.register_fake
-def _(
-    grad_logprob, grad_logsumexp, grad_entropy, logits, target, temperature, logprob, logsumexp, entropy, variance,
-    softcap, need_temperature,
-):  # fmt: skip
-    return temperature.new_empty(temperature.shape[0] if need_temperature else 0)
+def _(*_):
+    return None
 
 
 def _setup_context(ctx, inputs, output):
@@ -272,19 +250,25 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_logprob, grad_logsumexp, grad_entropy, _):
     need = (ctx.needs_input_grad[0], ctx.needs_input_grad[2])
-    logits, target, temperature, *statistics = ctx.saved_tensors
-    upstream = (grad_logprob, grad_logsumexp, grad_entropy)
+    logits, target, temperature, logprob, logsumexp, entropy, variance = ctx.saved_tensors
+    upstream = Upstream(grad_logprob, grad_logsumexp, grad_entropy)
     # Derivatives of the gradient read the logits again, so that nothing may be written over them.
-    inplace = ctx.inplace and need[0] and not torch.is_grad_enabled()
+    inplace = ctx.inplace and not torch.is_grad_enabled()
 
     def closed_form() -> tuple[Tensor | None, Tensor | None]:
-        given = (*upstream, logits, target, temperature, *statistics, ctx.softcap)
-        if inplace:
-            by_temperature = _gathered_logprob_backward_(*given, need[1])
+        grad = by_temperature = None
+        given = (*upstream, logits, target, temperature, logprob, logsumexp, entropy, ctx.softcap)
+        if need[0] and inplace:
+            _gathered_logprob_backward_(*given)
             grad = logits.detach()
-        else:
-            grad, by_temperature = _gathered_logprob_backward(*given, *need)
-        return grad if need[0] else None, by_temperature if need[1] else None
+        elif need[0]:
+            grad = _gathered_logprob_backward(*given)
+        if need[1]:
+            by_temperature = temperature_gradient(
+                upstream, target, logprob, lambda t: t.sum(-1), temperature, logsumexp, entropy, variance,
+                (target < 0).all(-1),
+            )  # fmt: skip
+        return grad, by_temperature
 
     grad, by_temperature = derivatives.gradients(
         closed_form, partial(formula, softcap=ctx.softcap), (logits, target, temperature), (0, 2), need, upstream
@@ -293,10 +277,3 @@ def _backward(ctx, grad_logprob, grad_logsumexp, grad_entropy, _):
 
 
 _gathered_logprob.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _temperature_gradient(
-    upstream: Upstream, target: Tensor, temperature: Tensor, logprob: Tensor, *statistics: Tensor
-) -> Tensor:
-    idle = (target < 0).all(-1)
-    return temperature_gradient(upstream, target, logprob, lambda t: t.sum(-1), temperature, *statistics, idle)

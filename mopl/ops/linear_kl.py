@@ -123,26 +123,22 @@ def linear_kl(
     )[0].view(lead)
 
 
-def _heads(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None,
-    reference_hidden: Tensor, reference_weight: Tensor, reference_bias: Tensor | None,
-    temperature: Tensor, reference_temperature: Tensor, mask: Tensor | None, softcap: float, logit_scale: float,
-) -> tuple[Head, Head, Tensor | None]:  # fmt: skip
+def _counting(heads: tuple[Head, Head], mask: Tensor | None) -> tuple[Head, Head, Tensor | None]:
     """Return both heads with the rows that count, and their index if they were gathered.
 
     On a CPU rows are left out. On a GPU, where counting them would wait for it, they are 0 in place.
     """
-    index = None
-    if mask is not None:
-        if mask.device.type == "cpu":
-            index = mask.nonzero()[:, 0]
-            hidden, reference_hidden = hidden[index], reference_hidden[index]
-            temperature, reference_temperature = temperature[index], reference_temperature[index]
-        else:
-            hidden, reference_hidden = (torch.where(mask[:, None], h, 0) for h in (hidden, reference_hidden))
-            temperature, reference_temperature = (torch.where(mask, t, 1) for t in (temperature, reference_temperature))
-    policy = Head(hidden, weight, bias, temperature, softcap, logit_scale)
-    reference = Head(reference_hidden, reference_weight, reference_bias, reference_temperature, softcap, logit_scale)
+    if mask is None:
+        return *heads, None
+    index = mask.nonzero()[:, 0] if mask.device.type == "cpu" else None
+
+    def counting(head: Head) -> Head:
+        if index is not None:
+            return head._replace(rows=head.rows[index], temperature=head.temperature[index])
+        rows, temperature = torch.where(mask[:, None], head.rows, 0), torch.where(mask, head.temperature, 1)
+        return head._replace(rows=rows, temperature=temperature)
+
+    policy, reference = map(counting, heads)
     return policy, reference, index
 
 
@@ -171,21 +167,17 @@ def _linear_kl(
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the KL (N,) and the fields of `Sums`, of the rows that count first, each (N,)."""
+    policy = Head(hidden, weight, bias, temperature, softcap, logit_scale)
+    reference = Head(reference_hidden, reference_weight, reference_bias, reference_temperature, softcap, logit_scale)
     with torch.autocast(hidden.device.type, enabled=False):
-        policy, reference, index = _heads(
-            hidden, weight, bias, reference_hidden, reference_weight, reference_bias,
-            temperature, reference_temperature, mask, softcap, logit_scale,
-        )  # fmt: skip
+        policy, reference, index = _counting((policy, reference), mask)
         kl, sums = forward(policy, reference, reverse)
         rows = len(hidden)
         return tuple(_spread(part, index, mask, rows) for part in (kl, *sums))  # pyright: ignore[reportReturnType]
 
 
 @_linear_kl.register_fake
-def _(
-    hidden, weight, bias, reference_hidden, reference_weight, reference_bias, temperature, reference_temperature, mask,
-    softcap, logit_scale, reverse,
-):  # fmt: skip
+def _(hidden, weight, bias, reference_hidden, reference_weight, reference_bias, temperature, *_):
     rows, wide = hidden.shape[0], wide_dtype(hidden.device)
     dtypes = (temperature.dtype, temperature.dtype, wide, temperature.dtype, wide, wide)
     return tuple(hidden.new_empty((rows,), dtype=dtype) for dtype in dtypes)
@@ -212,11 +204,10 @@ def _linear_kl_backward(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of hidden, weight and bias; one that is not needed is empty (0,)."""
+    policy = Head(hidden, weight, bias, temperature, softcap, logit_scale)
+    reference = Head(reference_hidden, reference_weight, reference_bias, reference_temperature, softcap, logit_scale)
     with torch.autocast(hidden.device.type, enabled=False):
-        policy, reference, index = _heads(
-            hidden, weight, bias, reference_hidden, reference_weight, reference_bias,
-            temperature, reference_temperature, mask, softcap, logit_scale,
-        )  # fmt: skip
+        policy, reference, index = _counting((policy, reference), mask)
         if index is not None:
             grad, saved = grad[index], [part[index] for part in saved]
         elif mask is not None:
@@ -253,9 +244,8 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad, *_):
     if grad is None:
         return (None,) * 12
-    *tensors, top, total, reference_top, reference_total, mean = ctx.saved_tensors
+    tensors, sums = ctx.saved_tensors[:-5], list(ctx.saved_tensors[-5:])
     need = ctx.needs_input_grad[:3]
-    sums = [top, total, reference_top, reference_total, mean]
 
     def closed_form() -> list[Tensor | None]:
         found = _linear_kl_backward(grad, *tensors, sums, ctx.softcap, ctx.logit_scale, ctx.reverse, *need)

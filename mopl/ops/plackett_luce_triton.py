@@ -19,6 +19,7 @@ from mopl.kernels import plackett_luce_fused as fused
 from mopl.kernels import plackett_luce_groups as groups
 from mopl.kernels import plackett_luce_plan as plans
 from mopl.kernels import plackett_luce_sorted as scans
+from mopl.ops._rankings import masked_lowest
 from mopl.ops._rows import rows_contiguous
 
 
@@ -153,10 +154,4 @@ def _best_first(labels: Tensor, mask: Tensor | None) -> Tensor:
     """Return the order (B, m, K) of falling labels, masked items last."""
     if mask is None:
         return (labels.to(torch.uint8) if labels.dtype == torch.bool else labels).argsort(-1, descending=True)
-    # A real label of the lowest value must still come before masked items: move it up by one.
-    if labels.is_floating_point():
-        lowest, below = torch.finfo(labels.dtype).min, -torch.inf
-    else:
-        labels, below = labels.long(), torch.iinfo(torch.int64).min
-        lowest = below + 1
-    return labels.clamp(min=lowest).masked_fill(~mask[:, None], below).argsort(-1, descending=True)
+    return masked_lowest(labels, mask).argsort(-1, descending=True)
