@@ -32,54 +32,53 @@ _CACHE = "_mopl_rows"
 def arranged(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the keywords of a forward pass, changed so that each row has the outputs that it has alone.
 
-    Args:
-        model: A causal language model of transformers.
-        kwargs: Keywords of its forward. Positions count from 0, as everywhere in this package. Without a mask, a row
-            with positions is packed: they start again at 0 with each sequence.
+    Positions count from 0, as everywhere in this package. Without a mask, a row with positions is packed: they start
+    again at 0 with each sequence.
 
     Raises:
         UnsupportedModelError: If the model cannot take such rows.
         ValueError: If a mask has holes.
     """
-    content = kwargs.get("inputs_embeds")
-    embeds = content is not None
-    content = content if embeds else kwargs.get("input_ids")
+    embeds = kwargs.get("inputs_embeds") is not None
+    content = kwargs.get("inputs_embeds" if embeds else "input_ids")
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    if not isinstance(content, Tensor) or (mask is not None and mask.ndim != 2) or not _measurable(model):
+    if (
+        not isinstance(content, Tensor)
+        or not _measurable(model)
+        or any(given is not None and given.ndim != 2 for given in (mask, positions))
+    ):
         return kwargs
-    if positions is not None and positions.ndim != 2:
-        return kwargs
+    without_positions = {name: value for name, value in kwargs.items() if name != "position_ids"}
     if mask is None:
         if positions is None or content.shape[0] != 1 or kwargs.get("past_key_values") is not None:
-            _style(model, finding(model, "alone", embeds=embeds))
+            _style(model, "alone", embeds)
             return kwargs
-        found = finding(model, "packed", embeds=embeds)
-        if found.style is None and not bool((positions[:, 1:] == 0).any()):  # one sequence only
-            return {name: value for name, value in kwargs.items() if name != "position_ids"}
-        rest = {name: value for name, value in kwargs.items() if name not in ("position_ids", "attention_mask")}
-        return rest | packed_keywords(model, _style(model, found), positions)
+        if finding(model, "packed", embeds=embeds).style is None and not bool((positions[:, 1:] == 0).any()):
+            return without_positions  # one sequence only
+        without_positions.pop("attention_mask", None)
+        return without_positions | packed_keywords(model, _style(model, "packed", embeds), positions)
     _check_holes(mask)
-    style = _style(model, finding(model, "padded" if positions is None else "positioned", embeds=embeds), mask)
+    style = _style(model, "padded" if positions is None else "positioned", embeds, mask)
     counted = positions_of(mask)[:, -content.shape[1] :]
-    if style.first is None:
-        if positions is not None and bool(
-            (positions.expand_as(counted) != counted)[mask[:, -content.shape[1] :] > 0].any()
-        ):
-            raise UnsupportedModelError(
-                f"{type(model).__name__} does not heed position_ids; leave them out, and its own count is used"
-            )
-        return {name: value for name, value in kwargs.items() if name != "position_ids"}
-    return {**kwargs, "position_ids": (counted if positions is None else positions) + style.first}
+    if style.first is not None:
+        return {**kwargs, "position_ids": (counted if positions is None else positions) + style.first}
+    if positions is not None and bool(
+        (positions.expand_as(counted) != counted)[mask[:, -content.shape[1] :] > 0].any()
+    ):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not heed position_ids; leave them out, and its own count is used"
+        )
+    return without_positions
 
 
 def check_rows(model: Any, *, packed: bool = False, virtual: bool = False, generates: bool = False) -> None:
-    """Raise an `UnsupportedModelError` before a run is made where its rows would be refused in it.
+    """Raise before a run is made where its rows would be refused in it, with the reason and the remedy.
 
-    Args:
-        model: A causal language model of transformers.
-        packed: Whether rows are packed, or padded on the right.
-        virtual: Whether virtual tokens come in front of them; without these the model is its own reference.
-        generates: Whether it generates.
+    Rows are `packed`, or padded on the right; with `virtual` tokens in front, without which the model is its own
+    reference.
+
+    Raises:
+        UnsupportedModelError: If one of them would be.
     """
     weight = embedding_of(model).weight
     if not _measurable(model) or weight.shape != getattr(weight, "ds_shape", weight.shape):
@@ -87,7 +86,7 @@ def check_rows(model: Any, *, packed: bool = False, virtual: bool = False, gener
     of_rows = "packed" if packed else "positioned" if virtual else "padded"
     rows = [(of_rows, False), (of_rows, True)][: 1 + virtual]
     for kind, embeds in rows + [("generate", virtual)] * generates:
-        _style(model, finding(model, kind, embeds=embeds))
+        _style(model, kind, embeds)
 
 
 def generation_keywords(model: Any, attention_mask: Tensor, *, embeds: bool = False) -> dict[str, Tensor]:
@@ -98,7 +97,7 @@ def generation_keywords(model: Any, attention_mask: Tensor, *, embeds: bool = Fa
     """
     if not _measurable(model):
         return {}
-    first = _style(model, finding(model, "generate", embeds=embeds), attention_mask).first
+    first = _style(model, "generate", embeds, attention_mask).first
     return {} if first is None else {"position_ids": positions_of(attention_mask) + first}
 
 
@@ -117,22 +116,20 @@ def check_from_zero(model: Any) -> None:
 
 
 def finding(model: Any, kind: str, *, embeds: bool = False) -> Finding:
-    """Return what is known of an arrangement, measuring it the first time.
+    """Return what is known of an arrangement, measuring it the first time; with `embeds` texts come as embeddings.
 
-    Args:
-        model: A causal language model of transformers.
-        kind: `"alone"`, `"padded"` (a mask alone), `"positioned"` (a mask and positions), `"packed"`, `"generate"`.
-        embeds: Whether the text comes as embeddings.
+    Kinds are `"alone"`, `"padded"` (a mask alone), `"positioned"` (a mask and positions), `"packed"`, `"generate"`.
     """
     key = (kind, embeds, getattr(model.config, "_attn_implementation", None), embedding_of(model).weight.device.type)
     known: dict[Any, Finding] = model.__dict__.setdefault(_CACHE, {})
     if key not in known:
-        known[key] = measured(model, model.forward, kind, embeds)
+        known[key] = measured(model, kind, embeds)
     return known[key]
 
 
-def _style(model: Any, found: Finding, mask: Tensor | None = None) -> Style:
-    """Return how an arrangement is said; raise where it cannot be, or not where a mask pads on the left."""
+def _style(model: Any, kind: str, embeds: bool, mask: Tensor | None = None) -> Style:
+    """Return how an arrangement is said; raise where it cannot be, or not with the padding that a mask has."""
+    found = finding(model, kind, embeds=embeds)
     if found.style is None or (mask is not None and not found.left and bool((mask[:, 0] == 0).any())):
         raise UnsupportedModelError(f"{type(model).__name__} {found.reason}")
     return found.style

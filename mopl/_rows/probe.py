@@ -16,7 +16,7 @@ tokens is one at the edge of 4 tokens too.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,10 +37,11 @@ _LEAK = 1e-6
 
 
 @_disable_dynamo  # torch.compiler.disable would import the compiler, and Triton with it, along with this module
-def measured(model: Any, forward: Callable[..., Any], kind: str, embeds: bool) -> Finding:
+def measured(model: Any, kind: str, embeds: bool) -> Finding:
     """Return what becomes of an arrangement; see `mopl._rows.finding`."""
-    with evaluating(model), generators_kept(), torch.no_grad(), _short_windows(model), _without_adapters(model):
-        probe = _Probe(model, forward, embeds)
+    changes = _short_windows(model) + _adapters_off(model)
+    with evaluating(model), generators_kept(), torch.no_grad(), _changed(changes):
+        probe = _Probe(model, embeds)
         if fault := probe.ahead():
             return Finding(
                 None,
@@ -55,12 +56,15 @@ def measured(model: Any, forward: Callable[..., Any], kind: str, embeds: bool) -
             try:
                 faults = measure(style)
             except Exception as error:  # whatever a family raises where it is told what it does not know
-                words = f"fail ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-                faults = _Faults(words, words)
+                faults = _Faults(_failure(error), _failure(error))
             if not faults.right and not faults.left:
                 return Finding(style)
             tried.append((style, faults))
     return _refusal(kind, embeds, tried)
+
+
+def _failure(error: Exception) -> str:
+    return f"fail ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
 
 
 def _refusal(kind: str, embeds: bool, tried: list[tuple[Style, _Faults]]) -> Finding:
@@ -100,8 +104,8 @@ class _Faults:
 class _Probe:
     """Two short rows, what a model gives for each alone, and how far other ways of passing them are off."""
 
-    def __init__(self, model: Any, forward: Callable[..., Any], embeds: bool) -> None:
-        self.model, self.forward, self.embeds = model, forward, embeds
+    def __init__(self, model: Any, embeds: bool) -> None:
+        self.model, self.embeds = model, embeds
         self.device, self.dtypes = embedding_of(model).weight.device, {compute_dtype(model)}
         known = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
         self.long = min(_LONG, known // 2) if known > 4 else _LONG
@@ -117,7 +121,7 @@ class _Probe:
         inputs = {
             name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in keywords.items()
         }
-        logits = self.forward(**inputs, use_cache=False).logits
+        logits = self.model.forward(**inputs, use_cache=False).logits
         self.dtypes.add(logits.dtype)
         return logits.detach().double().cpu()
 
@@ -232,18 +236,14 @@ class _Probe:
         from transformers import GenerationConfig
 
         ids, mask = self._rows(self.around[0])
-        before = self.model.generation_config
-        self.model.generation_config = GenerationConfig(pad_token_id=0)
-        try:
+        with _changed([(self.model, "generation_config", GenerationConfig(pad_token_id=0))]):
             right = self._continued(ids[:1], mask[:1], style)
             if right:
                 return _Faults(right, right)
             try:
                 return _Faults("", self._continued(ids[[0, 2]], mask[[0, 2]], style))
             except Exception as error:  # a cache that knows no padding
-                return _Faults("", f"fail ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
-        finally:
-            self.model.generation_config = before
+                return _Faults("", _failure(error))
 
     def _continued(self, ids: Tensor, mask: Tensor, style: Style) -> str:
         keywords = {"input_ids": ids, "attention_mask": mask}
@@ -283,36 +283,33 @@ def _plain_tokens(model: Any) -> Tensor:
     return torch.tensor((plain * _LONG)[:_LONG])
 
 
-@contextlib.contextmanager
-def _short_windows(model: Any) -> Iterator[None]:
-    """Make the windows of a model shorter than the probe's rows inside a `with` block."""
-    config = model.config.get_text_config()
-    changed: list[tuple[Any, str, int]] = []
-    try:
-        for owner in (config, *model.modules()):
-            for name in _WINDOWS:
-                value = owner.__dict__.get(name)
-                if isinstance(value, int) and not isinstance(value, bool) and value > _WINDOW:
-                    changed.append((owner, name, value))
-                    setattr(owner, name, _WINDOW)
-        yield
-    finally:
-        for owner, name, value in changed:
-            setattr(owner, name, value)
+def _short_windows(model: Any) -> list[tuple[Any, str, Any]]:
+    """Return what makes the windows of a model shorter than the probe's rows."""
+    return [
+        (owner, name, _WINDOW)
+        for owner in (model.config.get_text_config(), *model.modules())
+        for name in _WINDOWS
+        if type(value := owner.__dict__.get(name)) is int and value > _WINDOW
+    ]
 
 
-@contextlib.contextmanager
-def _without_adapters(model: Any) -> Iterator[None]:
-    """Switch the adapters of PEFT off inside a `with` block: mixed ones belong to the rows of another batch."""
-    layers = [
-        module
+def _adapters_off(model: Any) -> list[tuple[Any, str, Any]]:
+    """Return what switches the adapters of PEFT off: mixed ones belong to the rows of another batch."""
+    return [
+        (module, "_disable_adapters", True)
         for module in model.modules()
         if getattr(module, "_disable_adapters", None) is False and not getattr(module, "merged", False)
     ]
+
+
+@contextlib.contextmanager
+def _changed(attributes: list[tuple[Any, str, Any]]) -> Iterator[None]:
+    """Give objects other attributes inside a `with` block."""
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in attributes]
     try:
-        for layer in layers:
-            layer._disable_adapters = True
+        for owner, name, value in attributes:
+            setattr(owner, name, value)
         yield
     finally:
-        for layer in layers:
-            layer._disable_adapters = False
+        for owner, name, value in before:
+            setattr(owner, name, value)

@@ -22,11 +22,9 @@ SKIP = -1  # a target that does not count, once mask and ignore_index are applie
 def as_index(value: Tensor, name: str, meaning: str) -> Tensor:
     """Return an integer tensor as int64; raise if it is no integer tensor."""
     if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
-        got, remedy = (
-            (value.dtype, f"{name}.long()")
-            if isinstance(value, Tensor)
-            else (type(value).__name__, f"torch.tensor({name})")
-        )
+        is_tensor = isinstance(value, Tensor)
+        got = value.dtype if is_tensor else type(value).__name__
+        remedy = f"{name}.long()" if is_tensor else f"torch.tensor({name})"
         raise TypeError(f"{name} is {got} but must be an integer tensor of {meaning}; pass {remedy}")
     index: Tensor = value.long()
     return index

@@ -144,14 +144,14 @@ def _find_runs(r: Rankings, leads: Tensor) -> _Runs:
     weight = None
     if r.weight is not None:
         weight = torch.zeros_like(size).index_add_(0, run, r.weight.expand_as(r.u).reshape(-1)) / size
-    if r.top_k is not None and r.top_k < items:
-        charged = (first % items < r.top_k).to(size.dtype)
+    if r.rule.top_k is not None and r.rule.top_k < items:
+        charged = (first % items < r.rule.top_k).to(size.dtype)
         weight = charged if weight is None else weight * charged
-    if r.bottom_free or r.ties == "exact":
+    if r.rule.bottom_free or r.rule.ties == "exact":
         charged = (~r.bottom(last)).to(size.dtype)
         weight = charged if weight is None else weight * charged
     hard = first[:0]
-    if r.ties == "exact":
+    if r.rule.ties == "exact":
         assert weight is not None
         tied = size > 1
         hard = first[tied & (weight != 0)] // items
@@ -178,7 +178,7 @@ def _linear(r: Rankings, exponent: Tensor, runs: _Runs | None, need_grad: bool) 
         x[:, -1] = 0
     else:
         weight = None if runs.weight is None else runs.each(runs.weight)
-        others, share = _others(runs, below, efron=r.ties == "efron")
+        others, share = _others(runs, below, efron=r.rule.ties == "efron")
         x = others / divisor
         denominator = others.add_(e)
     if present is not None:

@@ -13,7 +13,7 @@ from torch.nn.functional import logsigmoid, pad
 
 from mopl._arguments import compute_dtype
 from mopl.ops import _derivatives as derivatives
-from mopl.ops._rankings import sort_items
+from mopl.ops._rankings import Rule, sort_items
 from mopl.ops._rows import existing
 from mopl.ops._tie_integral import any_order_formula
 
@@ -25,11 +25,10 @@ def formula(
     mask: Tensor | None,
     order: Tensor | None,
     position_weights: Tensor | None,
-    top_k: int | None,
-    ties: str,
-    last_group_free: bool,
+    rule: Rule,
 ) -> Tensor:
     """Return the loss (B, m); the arguments are those of `plackett_luce_nll`."""
+    top_k, ties, last_group_free = rule
     result_dtype, dtype, size = compute_dtype(scores), torch.float64, labels.shape[-1]
     if size < 2 or labels.numel() == 0:
         return scores.new_zeros(labels.shape[:2], dtype=result_dtype)

@@ -51,11 +51,11 @@ def scaled(r: Rankings, need_grad: bool) -> tuple[Tensor, Tensor | None]:
         # Where everything below is -inf the group is certain, and its own order cannot be seen.
         empty = torch.where(groups.bottom, 0, s.view(-1)[after]) == 0
         hopeless = s.view(-1)[groups.first] == 0
-        skip = hopeless | empty if r.ties == "exact" else hopeless
+        skip = hopeless | empty if r.rule.ties == "exact" else hopeless
         groups = groups._replace(weight=groups.weight.masked_fill(skip, 0))
         part, own, passed = _charge(
             groups,
-            r.ties,
+            r.rule.ties,
             u.view(-1)[groups.items] - first_top[groups.group],
             s.view(-1)[groups.first],
             rest,
@@ -129,9 +129,9 @@ def _tied_groups(r: Rankings, follows: Tensor) -> Groups:
     if r.weight is not None:
         each = r.weight[items % size] if r.weight.ndim == 1 else r.weight.reshape(-1)[items]
         charge = groups.total(each) / count
-    if r.top_k is not None:
-        charge = charge * (first % size < r.top_k)
-    if r.bottom_free or r.ties == "exact":  # in any order, the lowest group is certain to come last
+    if r.rule.top_k is not None:
+        charge = charge * (first % size < r.rule.top_k)
+    if r.rule.bottom_free or r.rule.ties == "exact":  # in any order, the lowest group is certain to come last
         charge = charge * ~bottom
     return groups._replace(weight=charge)
 

@@ -33,6 +33,14 @@ def masked_lowest(labels: Tensor, valid: Tensor) -> Tensor:
     return labels.clamp(min=lowest).masked_fill(~valid[:, None], below)
 
 
+class Rule(NamedTuple):
+    """How rankings are charged."""
+
+    top_k: int | None  # groups that start before this position alone; None: all
+    ties: str
+    bottom_free: bool  # the lowest group is not charged
+
+
 class Rankings(NamedTuple):
     """Presorted rankings as rows (R, K), best first, and how they are charged."""
 
@@ -40,9 +48,7 @@ class Rankings(NamedTuple):
     leads: Tensor | None  # (R, K) 0.0 where an item has the label of the one before it, else 1.0; None: no ties
     valid: Tensor | None  # (R, K) true where an item exists
     weight: Tensor | None  # (K,) or (R, K) position weights
-    top_k: int | None
-    ties: str
-    bottom_free: bool
+    rule: Rule
 
     def take(self, rows: Tensor) -> Rankings:
         """Return some of the rankings."""
@@ -59,9 +65,9 @@ class Rankings(NamedTuple):
 
     def charge(self) -> Tensor | None:
         """Return the weight of every position, (K,) or (R, K), for items that are not tied; None means 1."""
-        if self.top_k is None or self.top_k >= self.u.shape[1]:
+        if self.rule.top_k is None or self.rule.top_k >= self.u.shape[1]:
             return self.weight
-        charged = torch.arange(self.u.shape[1], device=self.u.device) < self.top_k
+        charged = torch.arange(self.u.shape[1], device=self.u.device) < self.rule.top_k
         return charged.to(self.u.dtype) if self.weight is None else self.weight * charged
 
     def bottom(self, last: Tensor) -> Tensor:

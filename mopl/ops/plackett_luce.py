@@ -48,7 +48,7 @@ from mopl.ops import _derivatives as derivatives
 from mopl.ops._backend import use_triton
 from mopl.ops._plackett_luce_cpu import likelihood
 from mopl.ops._plackett_luce_formula import formula
-from mopl.ops._rankings import Rankings, sort_items
+from mopl.ops._rankings import Rankings, Rule, sort_items
 from mopl.ops._rows import blocks, check_list_op, existing, in_full_precision, is_number, merge
 
 TIES = ("breslow", "efron", "exact")
@@ -91,7 +91,8 @@ def plackett_luce_nll(
     check_positions(order, position_weights, labels)
     position_weights = None if position_weights is None else position_weights.detach()
     if derivatives.transformed():
-        return formula(scores, labels.detach(), beta, mask, order, position_weights, top_k, ties, last_group_free)
+        rule = Rule(top_k, ties, last_group_free)
+        return formula(scores, labels.detach(), beta, mask, order, position_weights, rule)
     need_grad = torch.is_grad_enabled() and (scores.requires_grad or beta.requires_grad)
     return _plackett_luce_nll(
         scores, labels, beta, mask, order, position_weights, top_k, ties, last_group_free, need_grad
@@ -116,7 +117,7 @@ def check_positions(order: Tensor | None, position_weights: Tensor | None, label
             got = f"has shape {shape_of(position_weights)}" if is_tensor else f"is a {type(position_weights).__name__}"
             raise ValueError(
                 f"position_weights {got} but labels are {shape_of(labels)}; "
-                f"pass a tensor (K,) = ({labels.shape[-1]},) or (B, m, K) = {shape_of(labels)}"
+                f"pass a tensor (K,) or (B, m, K): ({labels.shape[-1]},) or {shape_of(labels)}"
             )
 
 
@@ -137,7 +138,8 @@ def _plackett_luce_nll(
 
     On CPU the last is empty in any case: there it costs as much when the gradient of β is asked for.
     """
-    inputs = (scores, labels, beta, mask, order, position_weights, top_k, ties, last_group_free, need_grad)
+    rule = Rule(top_k, ties, last_group_free)
+    inputs = (scores, labels, beta, mask, order, position_weights, rule, need_grad)
     if use_triton(scores):
         from mopl.ops.plackett_luce_triton import launch_forward
 
@@ -178,7 +180,7 @@ def _setup_context(ctx, inputs, output):
     scores, labels, beta, mask, order, position_weights, *options, ctx.need_grad = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.options = dict(zip(("top_k", "ties", "last_group_free"), options, strict=True))
+    ctx.rule = Rule(*options)
     ctx.save_for_backward(scores, beta, mask, *output[1:])
     derivatives.keep(ctx, labels, order, position_weights)
 
@@ -198,17 +200,15 @@ def _backward(ctx, grad_loss, *_):
             dscores = _plackett_luce_nll_backward(grad_loss, beta, gradient).to(scores.dtype)
         if need[1]:
             of_beta = beta_gradient
-            if not use_triton(scores) and gradient.shape[-1]:
+            if not use_triton(scores):
                 centred = _load(scores.to(gradient.dtype), mask, centre=True)[:, None]
                 of_beta = torch.where(gradient == 0, 0, gradient * centred).sum(-1)
-            elif not use_triton(scores):
-                of_beta = gradient.sum(-1)
             dbeta = (grad_loss * of_beta).sum_to_size(beta.shape).to(beta.dtype)
         return dscores, dbeta
 
     arguments = (scores, labels, beta, mask, *rest)
     dscores, dbeta = derivatives.gradients(
-        closed_form, partial(formula, **ctx.options), arguments, (0, 2), need, (grad_loss,)
+        closed_form, partial(formula, rule=ctx.rule), arguments, (0, 2), need, (grad_loss,)
     )
     return dscores, None, dbeta, *(None,) * 7
 
@@ -224,9 +224,7 @@ def _forward_cpu(
     mask: Tensor | None,
     order: Tensor | None,
     position_weights: Tensor | None,
-    top_k: int | None,
-    ties: str,
-    last_group_free: bool,
+    rule: Rule,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return loss and gradient."""
@@ -259,9 +257,7 @@ def _forward_cpu(
             None if leads is None else leads.view(-1, size),
             None if ranked is None else ranked.view(-1, size),
             None if weight is None else weight if weight.ndim == 1 else weight.reshape(-1, size),
-            top_k,
-            ties,
-            last_group_free,
+            rule,
         )
         some_loss, du = likelihood(rows, need_grad)
         loss[part] = some_loss.view(-1, objectives)

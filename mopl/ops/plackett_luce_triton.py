@@ -19,7 +19,7 @@ from mopl.kernels import plackett_luce_fused as fused
 from mopl.kernels import plackett_luce_groups as groups
 from mopl.kernels import plackett_luce_plan as plans
 from mopl.kernels import plackett_luce_sorted as scans
-from mopl.ops._rankings import masked_lowest
+from mopl.ops._rankings import Rule, masked_lowest
 from mopl.ops._rows import rows_contiguous
 
 
@@ -30,13 +30,11 @@ def launch_forward(
     mask: Tensor | None,  # (B, K)
     order: Tensor | None,  # (B, m, K)
     position_weights: Tensor | None,  # (K,) or (B, m, K)
-    top_k: int | None,
-    ties: str,
-    last_group_free: bool,
+    rule: Rule,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return loss, gradient and beta_gradient; the last two are empty if not needed."""
-    batch, objectives, items = labels.shape
+    (top_k, ties, last_group_free), (batch, objectives, items) = rule, labels.shape
     loss = torch.empty((batch, objectives), dtype=compute_dtype(scores), device=scores.device)
     gradient = loss.new_empty(labels.shape if need_grad else (0,))
     beta_gradient = loss.new_empty(loss.shape if need_grad else (0,))

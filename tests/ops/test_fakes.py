@@ -52,8 +52,8 @@ class FakesAgree(TorchDispatchMode):
         return real
 
 
-def _tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return result if isinstance(result, tuple) else (result,)
+def _tuple(result: Tensor | tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else () if result is None else (result,)
 
 
 def check(loss: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Tensor) -> set[str]:

@@ -15,7 +15,7 @@ from mopl import reference
 from mopl.losses import plackett_luce, presort
 from mopl.ops import _plackett_luce_cpu, _rows
 from mopl.ops._plackett_luce_scaled import scaled
-from mopl.ops._rankings import Rankings
+from mopl.ops._rankings import Rankings, Rule
 from mopl.ops.plackett_luce import _plackett_luce_nll, plackett_luce_nll
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
@@ -261,9 +261,7 @@ def test_plain_sums_and_scaled_sums_agree(ties: str) -> None:
             tied,
             valid,
             torch.rand(30, dtype=F64),
-            12,
-            ties,
-            False,
+            Rule(12, ties, False),
         )
         torch.testing.assert_close(
             _plackett_luce_cpu.likelihood(rankings, True), scaled(rankings, True), rtol=1e-10, atol=1e-13
