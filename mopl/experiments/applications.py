@@ -11,23 +11,14 @@ _LANGUAGE = ("transformers", "tokenizers", "peft", "trl", "datasets", "flash-att
 
 @dataclass(frozen=True)
 class Application:
-    """What makes runs of one kind.
+    """What makes runs of one kind."""
 
-    Attributes:
-        made_by: The command that makes them.
-        used_with: The command that a finished one is for.
-        command: The command of `mopl` that resumes one.
-        run: Module and class of its finished runs, a `mopl.experiments.run.FinishedRun`.
-        methods: Names of its methods.
-        packages: Packages of its own whose version may change what a run computes.
-    """
-
-    made_by: str
-    used_with: str
-    command: str
-    run: tuple[str, str]
-    methods: tuple[str, ...]
-    packages: tuple[str, ...]
+    made_by: str  # the command that makes them
+    used_with: str  # the command that a finished one is for
+    command: str  # the command of `mopl` that resumes one
+    run: tuple[str, str]  # module and class of its finished runs, a `mopl.experiments.run.FinishedRun`
+    methods: tuple[str, ...]  # names of its methods
+    packages: tuple[str, ...]  # packages of its own whose version may change what a run computes
 
 
 # Runs of rankers were there before there were kinds, so their records have none.

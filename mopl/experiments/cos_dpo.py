@@ -37,21 +37,13 @@ StepLoss = Callable[[nn.Module, Any, int], tuple[Tensor, dict[str, Tensor]]]  # 
 
 @dataclass(frozen=True, eq=False)
 class StepBatch:
-    """One part of a step's batch with everything a loss needs.
+    """One part of a step's batch with everything a loss needs."""
 
-    Attributes:
-        lists: The lists, a batch that has `to` and a length.
-        weights: (B, m) w of each list.
-        beta: (B, m) β, or β / ‖β‖₁ for `temperature-cos-dpo`.
-        reference: (B, K) scores of the reference; None if they are computed in the step.
-        experts: (B, m, K) scores of the experts, for `mo-dpo`.
-    """
-
-    lists: Any
-    weights: Tensor
-    beta: Tensor
-    reference: Tensor | None = None
-    experts: Tensor | None = None
+    lists: Any  # the lists, a batch that has `to` and a length
+    weights: Tensor  # (B, m) w of each list
+    beta: Tensor  # (B, m) β, or β / ‖β‖₁ for `temperature-cos-dpo`
+    reference: Tensor | None = None  # (B, K) scores of the reference; None if they are computed in the step
+    experts: Tensor | None = None  # (B, m, K) scores of the experts, for `mo-dpo`
 
     def __len__(self) -> int:
         return len(self.lists)
@@ -94,19 +86,12 @@ class StepSource(ABC):
 
 @dataclass(frozen=True)
 class Scored:
-    """What a loss compares.
+    """What a loss compares."""
 
-    Attributes:
-        scores: (B, K) of the model.
-        reference: (B, K).
-        experts: (B, m, K), for `mo-dpo`.
-        logs: What else is logged.
-    """
-
-    scores: Tensor
-    reference: Tensor
-    experts: Tensor | None = None
-    logs: dict[str, Tensor] = field(default_factory=dict)
+    scores: Tensor  # (B, K) of the model
+    reference: Tensor  # (B, K)
+    experts: Tensor | None = None  # (B, m, K), for `mo-dpo`
+    logs: dict[str, Tensor] = field(default_factory=dict)  # what else is logged
 
 
 Score = Callable[[nn.Module, Any], Scored]
@@ -287,28 +272,16 @@ def place_in_grid(grid: Tensor, weights: Tensor, method: str = "this method") ->
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """One of the models that a method trains.
+    """One of the models that a method trains."""
 
-    Attributes:
-        name: Of its training, in the log and in messages.
-        folder: The method's folder, where the model is conditioned; else the model's own.
-        method: What the method trains.
-        weights: (n, m) what it will be asked for: the weights it is trained for, or for a conditioned model the
-            vertices and the centre of the simplex.
-        sample_weights: Of a step.
-        sample_beta: Of a step.
-        loss: Its training loss.
-        experts: The experts' scores, for `mo-dpo`.
-    """
-
-    name: str
-    folder: Path
+    name: str  # of its training, in the log and in messages
+    folder: Path  # the method's folder, where the model is conditioned; else the model's own
     method: Method
-    weights: Tensor
-    sample_weights: Sampler
-    sample_beta: Sampler
+    weights: Tensor  # (n, m) it is trained for; of a conditioned model the vertices and the centre of the simplex
+    sample_weights: Sampler  # of a step
+    sample_beta: Sampler  # of a step
     loss: StepLoss
-    experts: Any = None
+    experts: Any = None  # the experts' scores, for `mo-dpo`
 
 
 class CosDpoStages(RunStages):

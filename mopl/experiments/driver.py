@@ -51,17 +51,11 @@ FREE_ON_RESUME = ("log_every", "checkpoint_every", "log_with", "device")
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What is known of a method, or of the untrained model, once it is evaluated.
-
-    Attributes:
-        front: Its front.
-        figures: What `evaluation.json` holds: figures that the front has no place for.
-        samples: What `samples.json` holds: answers to held-out prompts; None for an application that has none.
-    """
+    """What is known of a method, or of the untrained model, once it is evaluated."""
 
     front: Front
-    figures: Any
-    samples: list[dict[str, Any]] | None = None
+    figures: Any  # for `evaluation.json`: what the front has no place for
+    samples: list[dict[str, Any]] | None = None  # for `samples.json`: answers to held-out prompts, if there are any
 
     def save(self, folder: Path) -> None:
         """Write it into the folder of the method, the front last."""
@@ -72,44 +66,25 @@ class Measured:
 
 
 class Recipe(ABC):
-    """What an application does in a run; the driver calls the methods in the order in which they stand here.
+    """What an application does in a run; the driver calls the methods in the order in which they stand here."""
 
-    Args:
-        config: The settings.
-
-    Attributes:
-        kind: What `config.json` says made the run; None for ranking.
-        finished: What its finished runs are.
-        free: Settings that a resumed run may have otherwise.
-        chosen: By name the value that leaves a setting to the run, which keeps what it has chosen.
-        fingerprints: By their keys in `data` those that a resumed run must find again, and of what they are.
-        config: The settings; once `read` has returned those of this run, with nothing left open.
-        path: The run directory.
-        record: `config.json` of the run that goes on; None of a new one.
-        accelerator: accelerate's `Accelerator`.
-        log: The log of the run.
-        say: Told, in a line, about each stage; silent on all processes but the main one.
-        data: What `config.json` remembers of the data.
-        grid: (n, m) float64, the weights at which methods are evaluated; `plan` makes it.
-        stages: The trainings of the run, a `RunStages`, from `load` or `prepare` on.
-    """
-
-    kind: ClassVar[str | None]
+    kind: ClassVar[str | None]  # what `config.json` says made the run; None for ranking
     finished: ClassVar[type[FinishedRun]]
-    free: ClassVar[tuple[str, ...]] = FREE_ON_RESUME
-    chosen: ClassVar[Mapping[str, Any]] = {}
+    free: ClassVar[tuple[str, ...]] = FREE_ON_RESUME  # settings that a resumed run may have otherwise
+    chosen: ClassVar[Mapping[str, Any]] = {}  # by name the value that leaves a setting to the run
+    # By their keys in `data` those that a resumed run must find again, and of what they are.
     fingerprints: ClassVar[Mapping[str, str]] = {"fingerprint": "data"}
-    path: Path
-    record: dict[str, Any] | None
+    path: Path  # the run directory
+    record: dict[str, Any] | None  # `config.json` of the run that goes on; None of a new one
     accelerator: Any
     log: RunLog
-    say: Callable[[str], None]
-    data: dict[str, Any]
-    grid: Tensor
-    stages: Any
+    say: Callable[[str], None]  # told, in a line, about each stage; silent on all processes but the main one
+    data: dict[str, Any]  # what `config.json` remembers of it
+    grid: Tensor  # (n, m) float64, the weights at which methods are evaluated; `plan` makes it
+    stages: Any  # the trainings of the run, a `RunStages`, from `load` or `prepare` on
 
     def __init__(self, config: Any) -> None:
-        self.config = config
+        self.config = config  # once `read` has returned with nothing left open
 
     @property
     def packages(self) -> tuple[str, ...]:

@@ -22,19 +22,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Method:
-    """What a method trains.
+    """What a method trains."""
 
-    Attributes:
-        conditioned: One model that takes w.
-        takes_beta: That model takes β too.
-        experts: A model for each objective alone: those at the vertices of the simplex.
-        grid: A model for each w of the run's grid; where there are experts, by MO-DPO.
-    """
-
-    conditioned: bool = False
-    takes_beta: bool = False
-    experts: bool = False
-    grid: bool = False
+    conditioned: bool = False  # one model that takes w
+    takes_beta: bool = False  # that model takes β too
+    experts: bool = False  # a model for each objective alone: those at the vertices of the simplex
+    grid: bool = False  # a model for each w of the run's grid; where there are experts, by MO-DPO
 
     @property
     def averages(self) -> bool:

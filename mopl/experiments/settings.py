@@ -67,45 +67,25 @@ in_data, in_model, in_method, in_training, in_evaluation = (
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One setting of a class: its name, type and default beside what `setting` was told.
-
-    Attributes:
-        name: Its name.
-        type: Its annotation.
-        default: Its default, `MISSING` where it is required.
-        help: What it is.
-        unset: What None or an empty list means, for these.
-        choices: What it may be, if its type is no `Literal`; of a list: its entries.
-        at_least: Smallest value.
-        above: Largest value that is too small.
-        at_most: Largest value.
-        below: Smallest value that is too large.
-        positive: Whether it, or each entry, must be positive and finite.
-        nonempty: Whether a list needs an entry.
-        missing: What to do if an empty text or list was given, for the error; such a value is refused then.
-        group: Where it stands in the help, one of `GROUPS`.
-        metavar: What stands for the value in the help.
-        old: Its name in earlier versions, which is taken with a warning.
-        convert: Applied to a text, or to each entry, when a configuration is made.
-    """
+    """One setting of a class: its name, type and default beside what `setting` was told."""
 
     name: str
-    type: Any
-    default: Any
-    help: str = ""
-    unset: str = ""
-    choices: tuple[Any, ...] = ()
-    at_least: float | None = None
-    above: float | None = None
-    at_most: float | None = None
-    below: float | None = None
-    positive: bool = False
-    nonempty: bool = False
-    missing: str = ""
-    group: str = "run"
-    metavar: str | tuple[str, ...] | None = None
-    old: str | None = None
-    convert: Callable[[str], str] | None = None
+    type: Any  # its annotation
+    default: Any  # its default, `MISSING` where it is required
+    help: str = ""  # what it is
+    unset: str = ""  # what None or an empty list means, for these
+    choices: tuple[Any, ...] = ()  # what it may be, if its type is no `Literal`; of a list: its entries
+    at_least: float | None = None  # smallest value
+    above: float | None = None  # largest value that is too small
+    at_most: float | None = None  # largest value
+    below: float | None = None  # smallest value that is too large
+    positive: bool = False  # whether it, or each entry, must be positive and finite
+    nonempty: bool = False  # whether a list needs an entry
+    missing: str = ""  # what to do if an empty text or list was given, for the error; such a value is refused then
+    group: str = "run"  # where it stands in the help, one of `GROUPS`
+    metavar: str | tuple[str, ...] | None = None  # what stands for the value in the help
+    old: str | None = None  # its name in earlier versions, which is taken with a warning
+    convert: Callable[[str], str] | None = None  # applied to a text, or to each entry, when a configuration is made
 
     @property
     def flag(self) -> str:

@@ -33,27 +33,16 @@ CHECKPOINTS, ROLLOUTS = "checkpoints", "rollouts"
 
 @dataclass(frozen=True)
 class Trained:
-    """What `training.json` says of a finished training.
+    """What `training.json` says of a finished training."""
 
-    Attributes:
-        steps: Steps that were done, of at most `limit`.
-        seconds: Seconds of all its parts, validation included.
-        kept: The step whose model was kept.
-        limit: Steps that were asked for.
-        validation: The best figure on validation data; None where none was taken.
-        parameters: How many parameters were trained; 0 in records of ranking runs of earlier versions.
-        mean: (m,) of the rewards, where the scale of the rewards was followed; see `mopl.clp`.
-        deviation: (m,), likewise.
-    """
-
-    steps: Count
-    seconds: Seconds
-    kept: Count = 0
-    limit: Count = 0
-    validation: float | None = None
-    parameters: Count = 0
-    mean: tuple[Finite, ...] = ()
-    deviation: tuple[Finite, ...] = ()
+    steps: Count  # steps that were done, of at most `limit`
+    seconds: Seconds  # seconds of all its parts, validation included
+    kept: Count = 0  # the step whose model was kept
+    limit: Count = 0  # steps that were asked for
+    validation: float | None = None  # the best figure on validation data; None where none was taken
+    parameters: Count = 0  # how many parameters were trained; 0 in records of ranking runs of earlier versions
+    mean: tuple[Finite, ...] = ()  # (m,) of the rewards, where the scale of the rewards was followed; see `mopl.clp`
+    deviation: tuple[Finite, ...] = ()  # (m,), likewise
 
     @classmethod
     def read(cls, folder: Path) -> Trained:
@@ -84,30 +73,18 @@ class Trained:
 
 @dataclass
 class Training:
-    """A model and how it is trained, for `RunStages.train_once`; see `mopl.training.train`.
+    """A model and how it is trained, for `RunStages.train_once`; see `mopl.training.train`."""
 
-    Attributes:
-        model: The untrained model.
-        source: Its batches.
-        loss: Its loss.
-        settings: Steps, learning rate and so on.
-        save: Writes the trained model into a folder; called on the main process.
-        optimizer: AdamW on the trained parameters by default.
-        selection: Chooses the step that is kept.
-        figure: What is chosen by, in words.
-        save_frozen: Whether checkpoints hold parameters that are not trained.
-        ended: Called with the result when the last step is done, on every process; returns what else `Trained` says.
-    """
-
-    model: nn.Module
+    model: nn.Module  # untrained
     source: BatchSource
     loss: Any
     settings: TrainingConfig
-    save: Callable[[Path], None]
-    optimizer: torch.optim.Optimizer | None = None
-    selection: Selection | None = None
-    figure: str = "figure on validation"
-    save_frozen: bool = True
+    save: Callable[[Path], None]  # writes the trained model into a folder; called on the main process
+    optimizer: torch.optim.Optimizer | None = None  # AdamW on the trained parameters by default
+    selection: Selection | None = None  # chooses the step that is kept
+    figure: str = "figure on validation"  # what it is chosen by, in words
+    save_frozen: bool = True  # whether checkpoints hold parameters that are not trained
+    # Called with the result when the last step is done, on every process; returns what else `Trained` says.
     ended: Callable[[TrainingResult], dict[str, Any]] = lambda result: {}
 
 
