@@ -8,6 +8,7 @@ processes of `subprocess`, and so is how a process ends: these leave as `ending.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -28,6 +29,7 @@ CONTEXT.set_forkserver_preload(["torch.distributed.tensor", "transformers.modeli
 
 def _become(arguments: Sequence[str], environment: dict[str, str], out: str, err: str) -> None:
     """Do in this fork what `python ARGUMENTS` does: a script, `-m MODULE` or `-c CODE`, with arguments of its own."""
+    gc.freeze()  # what the server has imported is no garbage
     for number, name in ((1, out), (2, err)):
         file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, number)
