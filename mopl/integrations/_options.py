@@ -100,10 +100,10 @@ def check_options(args: Any, kind: type) -> None:
             continue
         value = getattr(args, entry.name)
         if value != default_of(entry):
-            reason = f"{entry.name} is {value!r} but has no meaning here"
-            if entry.name not in REFUSED:
-                reason = f"{entry.name} is {value!r} but this release of mopl does not know what it does"
-            raise ValueError(f"{reason}; {REFUSED.get(entry.name, 'leave it at its default, or update mopl')}")
+            unknown = "this release of mopl does not know what it does; leave it at its default, or update mopl"
+            remedy = REFUSED.get(entry.name)
+            why = unknown if remedy is None else f"has no meaning here; {remedy}"
+            raise ValueError(f"{entry.name} is {value!r} but {why}")
     _check_values(args)
 
 

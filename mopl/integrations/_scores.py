@@ -72,14 +72,10 @@ class Scoring:
             for name in ("padding_free", "length_normalized"):
                 if getattr(args, name, False):
                     raise ValueError(f"ld_alpha is {ld_alpha} and {name} is True; leave one of them out")
-        if weighting and not getattr(args, "disable_dropout", True):
-            raise ValueError(
-                "use_weighting is True, which needs a second, equal forward pass; pass disable_dropout=True"
-            )
-        if weighting and getattr(args, "neftune_noise_alpha", None):
-            raise ValueError(
-                "use_weighting is True, which needs a second, equal forward pass; leave neftune_noise_alpha out"
-            )
+        remedy = None if getattr(args, "disable_dropout", True) else "pass disable_dropout=True"
+        remedy = "leave neftune_noise_alpha out" if getattr(args, "neftune_noise_alpha", None) else remedy
+        if weighting and remedy:
+            raise ValueError(f"use_weighting is True, which needs a second, equal forward pass; {remedy}")
         return cls(ld_alpha, weighting, router_coefficient(args, causal_lm_of(model)))
 
     @property

@@ -31,22 +31,18 @@ TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.1, torc
 SAME = 16  # of the dtype's spacing: the same weights twice
 
 
-def texts(vocabulary: int, device: torch.device) -> list[Tensor]:
-    """Return short rows of tokens, each (1, T)."""
-    return [torch.arange(7, 7 + length * 5, 5, device=device)[None] % vocabulary for length in LENGTHS]
-
-
 @torch.no_grad()
 def logits_of(model: Any, vocabulary: int, front: Sequence[int] = (), **trade_off: Tensor) -> list[Tensor]:
-    """Return the logits (T, vocabulary) of each text, with tokens in front, in float32 on the CPU."""
+    """Return the logits (T, vocabulary) of texts of some lengths, with tokens in front, in float32 on the CPU."""
     found = []
     device = model.get_input_embeddings().weight.device
     with evaluating(model), generators_kept():
-        for text in texts(vocabulary, device):
+        for length in LENGTHS:
+            text = torch.arange(7, 7 + length * 5, 5, device=device)[None] % vocabulary
             whole = torch.cat([torch.tensor([list(front)], dtype=text.dtype, device=device), text], 1)
             output = model(input_ids=whole, attention_mask=torch.ones_like(whole), **trade_off)
             # PEFT's prompt tuning puts virtual tokens in front by itself.
-            found.append(output.logits[0, -text.shape[1] :, :vocabulary].float().cpu())
+            found.append(output.logits[0, -length:, :vocabulary].float().cpu())
     return found
 
 

@@ -14,6 +14,7 @@ import gzip
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -295,10 +296,9 @@ class PreferenceData(Sequence[PreferenceList]):
         Returns:
             `{"lists", "responses", "list_sizes": {K: count}, "objectives": {name: {"complete", "partial", "missing"}}}`
         """
-        sizes: dict[int, int] = {}
+        sizes = Counter(len(item) for item in self.lists)
         objectives = {objective: {"complete": 0, "partial": 0, "missing": 0} for objective in self.objectives}
         for item in self.lists:
-            sizes[len(item)] = sizes.get(len(item), 0) + 1
             for objective, counts in objectives.items():
                 labelled = sum(value is not None for value in item.labels.get(objective, ()))
                 counts["missing" if labelled == 0 else "complete" if labelled == len(item) else "partial"] += 1

@@ -191,13 +191,6 @@ def export(
     return folder
 
 
-def _plain_model(model: Any, weights: Tensor | None) -> Any:
-    """Return the causal language model of a trade-off as a plain one, a copy."""
-    if isinstance(model, HyperPromptModel) or not isinstance(model, Conditioned):
-        return merged_copy(model.model if isinstance(model, HyperPromptModel) else model)
-    return without_traces(model.merge(weights))
-
-
 # ---------------------------------------------------------------- what is asked for
 
 
@@ -251,29 +244,28 @@ def _record(
 # ---------------------------------------------------------------- the model
 
 
-def merged_copy(model: Any) -> Any:
-    """Return a copy of a model with its adapters merged in, in its own dtype; PEFT and `fuse` leave no trace.
+def _plain_model(model: Any, weights: Tensor | None) -> Any:
+    """Return the causal language model of a trade-off as a plain one: a copy, with no trace of PEFT and `fuse`.
 
     Raises:
         ValueError: If its parameters are quantised, or its adapters cannot be merged.
     """
-    base = causal_lm_of(model)
-    if getattr(base, "is_quantized", False) or getattr(base, "hf_quantizer", None) is not None:
-        raise ValueError(
-            "adapters cannot be merged into quantised parameters; load the base model without quantisation"
-        )
-    dtype = base.dtype
-    made = copy.deepcopy(model)
-    if is_peft(made):
-        if not hasattr(made, "merge_and_unload"):
-            kinds = ", ".join(type(config).__name__ for config in made.peft_config.values())
-            raise ValueError(f"adapters of {kinds} cannot be merged; pass kind='adapter'")
-        made = merged(made, dtype)
-    return without_traces(made)
-
-
-def without_traces(made: Any) -> Any:
-    """Take off a merged copy what PEFT and `fuse` left on it."""
+    if isinstance(model, Conditioned) and not isinstance(model, HyperPromptModel):
+        made = model.merge(weights)  # type: ignore[attr-defined]
+    else:
+        inner: Any = model.model if isinstance(model, HyperPromptModel) else model
+        base = causal_lm_of(inner)
+        if getattr(base, "is_quantized", False) or getattr(base, "hf_quantizer", None) is not None:
+            raise ValueError(
+                "adapters cannot be merged into quantised parameters; load the base model without quantisation"
+            )
+        dtype = base.dtype
+        made = copy.deepcopy(inner)
+        if is_peft(made):
+            if not hasattr(made, "merge_and_unload"):
+                kinds = ", ".join(type(config).__name__ for config in made.peft_config.values())
+                raise ValueError(f"adapters of {kinds} cannot be merged; pass kind='adapter'")
+            made = merged(made, dtype)
     made = unfuse(made).eval()
     settle_merged(made)
     return made
