@@ -27,10 +27,10 @@ class Conditions:
 
     @classmethod
     def of(cls, model: nn.Module) -> Conditions:
-        """Read them off a model: `HyperPromptModel`, or any whose forward has an argument `weights`."""
+        """Read them off a model: a `HyperPromptModel`, or any whose forward has an argument `weights`."""
         if isinstance(model, HyperPromptModel):
             return cls(True, "beta" if model.hyper_prompt.takes_beta else None)
-        forward = type(model).forward
+        forward = type(causal_lm_of(model)).forward
         names, beta = inspect.signature(forward).parameters, renamed_parameter(forward, "objective_temperature", "beta")
         return cls("weights" in names, beta if beta in names else None)
 

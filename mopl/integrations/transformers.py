@@ -39,7 +39,6 @@ from transformers import TrainingArguments, set_seed
 
 from mopl.conditioning.causal_lm import is_peft
 from mopl.conditioning.hyper_prompt_model import HyperPromptModel
-from mopl.conditioning.weighted import causal_lm_of
 from mopl.integrations._data import ExampleCollator, Examples, Extras, batch_of, examples_of
 from mopl.integrations._objective import ListLoss, Measured, Objective, PairLoss, Totals, grid_metrics, grid_table
 from mopl.integrations._scores import Conditions, Scoring
@@ -164,21 +163,22 @@ class MultiObjectiveTrainer(ListTrainer):
         length = getattr(args, "max_length", 1024)
         self._reading: dict[str, Any] = {"max_length": length, "template": template, "on_error": on_error}
         self.row_lengths = lengths_of(train_dataset, args)
-        names: Sequence[str] | None = settings.objectives
+        sets: list[Examples] = []
+
+        def read(data: Any) -> Examples:
+            sets.append(self._examples(data, sets[0].objectives if sets else settings.objectives))
+            return sets[-1]
+
         if train_dataset is not None:
-            train_dataset = self._examples(train_dataset, names)
-            names = train_dataset.objectives
+            train_dataset = read(train_dataset)
         if isinstance(eval_dataset, dict):
-            eval_dataset = {key: self._examples(value, names) for key, value in eval_dataset.items()}
-            names = names or next(iter(eval_dataset.values())).objectives
+            eval_dataset = {key: read(value) for key, value in eval_dataset.items()}
         elif eval_dataset is not None:
-            eval_dataset = self._examples(eval_dataset, names)
-            names = names or eval_dataset.objectives
+            eval_dataset = read(eval_dataset)
+        names = sets[0].objectives if sets else settings.objectives
         if names is None:
             raise ValueError("there is no data set to read the objectives from; pass train_dataset, or name objectives")
         self.objectives = tuple(names)
-        given = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
-        sets: list[Examples] = [value for value in given if value is not None]
         if data_collator is not None and not isinstance(data_collator, ListCollator):
             raise TypeError(f"data_collator is a {type(data_collator).__name__} but must be a mopl ListCollator")
         collator = data_collator or default_collator(args, processing_class, sets)
@@ -187,8 +187,7 @@ class MultiObjectiveTrainer(ListTrainer):
         self.objective = Objective(settings, loss, collator.partial == "keep")
         self.scoring = Scoring.of(args, model)
         beta = getattr(args, "beta", 0.1)
-        inner = model if isinstance(model, HyperPromptModel) else causal_lm_of(model)
-        self.conditions = Conditions.of(inner)
+        self.conditions = Conditions.of(model)
         self.trade_offs = TradeOffs(settings, len(names), self.conditions, beta=beta, seed=args.seed)
         check_fit(args, settings, self.objective.loss, self.scoring, self.conditions, model, sets)
         self.eval_weights = self.trade_offs.grid(settings.eval_points, eval_weights)

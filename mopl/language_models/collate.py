@@ -181,12 +181,8 @@ class ListCollator:
         label_mask &= enough[..., None]
         # Infinity sorts what has no label after every label; padding stays behind it because the sort is stable.
         order = np.argsort(np.where(label_mask, -labels, np.inf), axis=-1, kind="stable") if self.order else None
-        sequences = [
-            (item.prompt_of(slot), response, (number, slot))
-            for number, item in enumerate(lists)
-            for slot, response in enumerate(item.responses)
-        ]
-        pairs = [(prompt, response) for prompt, response, _ in sequences]
+        index = [(number, slot) for number, item in enumerate(lists) for slot in range(len(item.responses))]
+        pairs = [(lists[number].prompt_of(slot), lists[number].responses[slot]) for number, slot in index]
         left, multiple = self.padding_side == "left", self.pad_to_multiple_of or 1
         return ListBatch(
             inputs=packed(pairs) if self.packed else padded(pairs, self.pad_id, left=left, multiple=multiple),
@@ -194,7 +190,7 @@ class ListCollator:
             mask=torch.from_numpy(mask),
             label_mask=torch.from_numpy(label_mask),
             objective_mask=torch.from_numpy(enough),
-            index=torch.tensor([place for _, _, place in sequences], dtype=torch.long),
+            index=torch.tensor(index, dtype=torch.long),
             lists=torch.tensor([item.index for item in lists], dtype=torch.long),
             order=None if order is None else torch.from_numpy(order),
         )

@@ -160,23 +160,12 @@ class ListTokenizer:
         for number, response in enumerate(responses):
             if len(response) == 0:
                 raise RowError("empty response", f"response {number} has no tokens")
-        whole = (prompt, responses)
+        kept, shorter = prompt, tuple(responses)
         if self.max_length is not None:
-            prompt, responses = truncate(
-                prompt,
-                responses,
-                max_length=self.max_length,
-                min_prompt=self.min_prompt,
-                bos=self.tokenizer.bos_token_id,
-            )
-        return TokenizedList(
-            prompt,
-            tuple(responses),
-            labels,
-            index,
-            len(whole[0]) - len(prompt),
-            tuple(len(before) - len(after) for before, after in zip(whole[1], responses, strict=True)),
-        )
+            bos, least = self.tokenizer.bos_token_id, self.min_prompt
+            kept, shorter = truncate(prompt, responses, max_length=self.max_length, min_prompt=least, bos=bos)
+        cut = tuple(len(before) - len(after) for before, after in zip(responses, shorter, strict=True))
+        return TokenizedList(kept, shorter, labels, index, len(prompt) - len(kept), cut)
 
     # ------------------------------------------------------------ writing
 
