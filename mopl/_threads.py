@@ -60,15 +60,10 @@ def in_turn(method: Method) -> Method:
 
 
 class CallOfThread(threading.local):
-    """The mixture of the call that this thread is in; a copy or a pickle has none.
+    """The mixture of the call that this thread is in; a copy or a pickle has none."""
 
-    Attributes:
-        coefficients: (sets,) or (B, sets), or None outside of a call.
-        rows: B, where beams and samples do not make the batch larger.
-    """
-
-    coefficients: Tensor | None = None
-    rows: int | None = None
+    coefficients: Tensor | None = None  # (sets,) or (B, sets), or None outside of a call
+    rows: int | None = None  # b, where beams and samples do not make the batch larger
 
     def __reduce__(self) -> tuple[type[CallOfThread], tuple[()]]:
         return CallOfThread, ()

@@ -36,17 +36,11 @@ class Style:
 
 @dataclass(frozen=True)
 class Finding:
-    """What became of an arrangement.
+    """What became of an arrangement."""
 
-    Attributes:
-        style: How it is said; None if it cannot be.
-        left: Whether rows may be padded on the left.
-        reason: Why not, where something is refused.
-    """
-
-    style: Style | None
-    left: bool = True
-    reason: str = ""
+    style: Style | None  # how it is said; None if it cannot be
+    left: bool = True  # whether rows may be padded on the left
+    reason: str = ""  # why not, where something is refused
 
 
 def embedding_of(model: Any) -> Any:

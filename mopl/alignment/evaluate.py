@@ -33,23 +33,14 @@ REFERENCE_FACTOR = 1.1 / 0.6931471805599453
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures at each trade-off; NaN where an objective does not count in a list.
+    """Figures at each trade-off; NaN where an objective does not count in a list."""
 
-    Attributes:
-        weights: (n, m), or None for a model without a trade-off.
-        losses: (Q, n, m) loss of each list, in nats.
-        deviation: (Q, n) mean of |log p - log p0| over the responses of a list, in nats.
-        right: (Q, n, m) pairs with different labels that are ordered as the labels are.
-        pairs: (Q, m) pairs with different labels.
-        log_ratio: (n, S) log p - log p0 of each response.
-    """
-
-    weights: Tensor | None
-    losses: Tensor
-    deviation: Tensor
-    right: Tensor
-    pairs: Tensor
-    log_ratio: Tensor
+    weights: Tensor | None  # (n, m), or None for a model without a trade-off
+    losses: Tensor  # (Q, n, m) loss of each list, in nats
+    deviation: Tensor  # (Q, n) mean of |log p - log p0| over the responses of a list, in nats
+    right: Tensor  # (Q, n, m) pairs with different labels that are ordered as the labels are
+    pairs: Tensor  # (Q, m) pairs with different labels
+    log_ratio: Tensor  # (n, S) log p - log p0 of each response
 
     @property
     def mean_losses(self) -> Tensor:

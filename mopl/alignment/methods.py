@@ -138,13 +138,9 @@ class ResponseLoss(ListLoss):
 
 @dataclass(frozen=True, eq=False)
 class AlignBatch(StepBatch):
-    """One part of a step's batch.
+    """One part of a step's batch."""
 
-    Attributes:
-        lengths: (B, K) tokens of each response, at least 1.
-    """
-
-    lengths: Tensor | None = None
+    lengths: Tensor | None = None  # (B, K) tokens of each response, at least 1
 
 
 class ListScores:

@@ -30,15 +30,10 @@ WANTED = (
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts of one part of the data.
+    """Prompts of one part of the data."""
 
-    Attributes:
-        texts: Texts, or chat messages.
-        tokens: The tokens of each, as the model gets them to answer.
-    """
-
-    texts: tuple[Text, ...]
-    tokens: tuple[tuple[int, ...], ...]
+    texts: tuple[Text, ...]  # texts, or chat messages
+    tokens: tuple[tuple[int, ...], ...]  # the tokens of each, as the model gets them to answer
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -219,23 +214,14 @@ def split_prompts(
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """One part of a step's prompts with the trade-offs at which they are answered.
+    """One part of a step's prompts with the trade-offs at which they are answered."""
 
-    Attributes:
-        prompts: P prompts.
-        weights: (P, m) float32.
-        kl_weight: (P,) float32.
-        step: The step whose rollout this is: the first of its `epochs`.
-        part: Which part of the step it is, of `parts`.
-        parts: Parts of the step.
-    """
-
-    prompts: Prompts
-    weights: Tensor
-    kl_weight: Tensor
-    step: int
-    part: int
-    parts: int
+    prompts: Prompts  # p prompts
+    weights: Tensor  # (P, m) float32
+    kl_weight: Tensor  # (P,) float32
+    step: int  # the step whose rollout this is: the first of its `epochs`
+    part: int  # which part of the step it is, of `parts`
+    parts: int  # parts of the step
 
     def __len__(self) -> int:
         return len(self.prompts)

@@ -15,17 +15,11 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class RewardScale:
-    """R becomes (R - mean) / deviation, for each of m rewards.
+    """R becomes (R - mean) / deviation, for each of m rewards."""
 
-    Attributes:
-        mean: (m,).
-        deviation: (m,).
-        counts: (m,), rewards that both were computed from, where that is known.
-    """
-
-    mean: Tensor
-    deviation: Tensor
-    counts: Tensor | None = None
+    mean: Tensor  # (m,)
+    deviation: Tensor  # (m,)
+    counts: Tensor | None = None  # (m,), rewards that both were computed from, where that is known
 
     def __call__(self, rewards: Tensor) -> Tensor:
         """Return the rewards (R, m) in the scale of the training."""

@@ -39,19 +39,12 @@ from mopl.training.checkpoint import CheckpointFolder
 
 @dataclass(frozen=True)
 class Answers:
-    """Sampled responses to R prompts, one each.
+    """Sampled responses to R prompts, one each."""
 
-    Attributes:
-        tokens: Tokens of each response, with the one that ended it.
-        texts: Without special tokens, and without what ended them.
-        log_prob: (R,) log-probability of each, where the generation recorded it.
-        seconds: Of the generation.
-    """
-
-    tokens: list[list[int]]
-    texts: list[str]
-    log_prob: Tensor | None = None
-    seconds: float = 0.0
+    tokens: list[list[int]]  # tokens of each response, with the one that ended it
+    texts: list[str]  # without special tokens, and without what ended them
+    log_prob: Tensor | None = None  # (R,) log-probability of each, where the generation recorded it
+    seconds: float = 0.0  # of the generation
 
 
 class Sampler:
@@ -207,37 +200,22 @@ class Sampler:
 
 
 class Rollout(msgspec.Struct, forbid_unknown_fields=True):
-    """R responses, S for each of P prompts, in the order of the prompts.
+    """R responses, S for each of P prompts, in the order of the prompts."""
 
-    Attributes:
-        step: The step they were sampled at.
-        prompts: Tokens of the prompts as the policy reads them, R.
-        responses: Tokens of the responses, R.
-        texts: The responses.
-        asked: The prompts.
-        rewards: (R, m) in the rewards' own units, NaN where one failed.
-        weights: (R, m).
-        kl_weight: (R,).
-        reference: (R, n) log-probabilities of the tokens under the reference.
-        features: (R, H) the reference's hidden states at the ends of the prompts, if asked for.
-        hidden: (R, n, H) its hidden states where it predicts each token of the responses, for the exact KL.
-        scaled: (R, m) the rewards in the scale of the objective, once it is known.
-        behaviour: (R, n) log-probabilities under the policy that sampled, once they are known.
-    """
-
-    step: int
-    prompts: list[list[int]]
-    responses: list[list[int]]
-    texts: list[str]
-    asked: list[Any]
-    rewards: Tensor
-    weights: Tensor
-    kl_weight: Tensor = msgspec.field(name="alpha")  # in files, under its first name
-    reference: Tensor
-    features: Tensor | None = None
+    step: int  # the step they were sampled at
+    prompts: list[list[int]]  # tokens of the prompts as the policy reads them, R
+    responses: list[list[int]]  # tokens of the responses, R
+    texts: list[str]  # the responses
+    asked: list[Any]  # the prompts
+    rewards: Tensor  # (R, m) in the rewards' own units, NaN where one failed
+    weights: Tensor  # (R, m)
+    kl_weight: Tensor = msgspec.field(name="alpha")  # (R,); in files under its first name
+    reference: Tensor  # (R, n) log-probabilities of the tokens under the reference
+    features: Tensor | None = None  # (R, H) the reference's hidden states at the ends of the prompts, if asked for
+    # (R, n, H) its hidden states where it predicts each token of the responses, for the exact KL.
     hidden: Tensor | None = None
-    scaled: Tensor | None = None
-    behaviour: Tensor | None = None
+    scaled: Tensor | None = None  # (R, m) the rewards in the scale of the objective, once it is known
+    behaviour: Tensor | None = None  # (R, n) log-probabilities under the policy that sampled, once they are known
 
     def to(self, device: torch.device | str) -> Rollout:
         """Return the rollout with its tensors on a device."""

@@ -27,52 +27,33 @@ TRUST_REMOTE_CODE: Mapping[tuple[str, str], Mapping[str, Any]] = {
 
 @dataclass(frozen=True)
 class Demo:
-    """What `--demo` brings.
+    """What `--demo` brings."""
 
-    Attributes:
-        settings: Settings; those that are given count more.
-        run: The run directory, where none is given.
-        after: Called with the run, its settings and `tell` once the run is finished.
-    """
-
-    settings: Mapping[str, Any]
-    run: str
+    settings: Mapping[str, Any]  # settings; those that are given count more
+    run: str  # the run directory, where none is given
+    # Called with the run, its settings and `tell` once the run is finished.
     after: Callable[[Path, Any, Tell], None] = lambda run, config, tell: None
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A command that trains.
+    """A command that trains."""
 
-    Attributes:
-        name: Its name.
-        help: What it does, in a line.
-        examples: The end of its help.
-        settings: Its settings.
-        recipe: The module with `check_resume` and the function that trains, which `train` names.
-        train: That function's name.
-        folder: The run directory where none is given, in words.
-        hint: Returns what to try next with a finished run.
-        needed: Settings that have no default.
-        missing: What to pass if one of them is missing.
-        demo: Makes what `--demo` needs, from the settings that were given.
-        options: Options beside the settings, by group and flag, as `add_argument` takes them.
-        on_resume: Those of them that `check_resume` takes.
-    """
-
-    name: str
-    help: str
-    examples: str
-    settings: type[Settings]
-    recipe: str
-    train: str
-    folder: str
-    hint: Callable[[Any], str]
-    needed: tuple[str, ...] = ()
-    missing: str = ""
+    name: str  # its name
+    help: str  # what it does, in a line
+    examples: str  # the end of its help
+    settings: type[Settings]  # its settings
+    recipe: str  # the module with `check_resume` and the function that trains, which `train` names
+    train: str  # that function's name
+    folder: str  # the run directory where none is given, in words
+    hint: Callable[[Any], str]  # returns what to try next with a finished run
+    needed: tuple[str, ...] = ()  # settings that have no default
+    missing: str = ""  # what to pass if one of them is missing
+    # Makes what `--demo` needs, from the settings that were given.
     demo: Callable[[Mapping[str, Any], Tell], Demo] | None = None
+    # Options beside the settings, by group and flag, as `add_argument` takes them.
     options: Mapping[tuple[str, str], Mapping[str, Any]] = field(default_factory=dict)
-    on_resume: tuple[str, ...] = ()
+    on_resume: tuple[str, ...] = ()  # those of them that `check_resume` takes
 
 
 def add_experiment(commands: Any, experiment: Experiment) -> argparse.ArgumentParser:

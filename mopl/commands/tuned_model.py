@@ -40,25 +40,15 @@ def add_model_command(
 
 @dataclasses.dataclass
 class TunedModel:
-    """A model with what it needs to answer.
+    """A model with what it needs to answer."""
 
-    Attributes:
-        model: The model.
-        tokenizer: How prompts become tokens, a `ListTokenizer`.
-        objectives: Names of the objectives.
-        text_prompt: What writes weights into prompts, if the model takes them there.
-        beta: β, where the model is conditioned on it and has a default.
-        reference: Name of another model that stands for the reference; None where the model is its own.
-        takes_weights: False where the model is that of the weights already.
-    """
-
-    model: Any
-    tokenizer: Any
-    objectives: tuple[str, ...]
-    text_prompt: Any = None
-    beta: tuple[float, ...] | None = None
-    reference: str | None = None
-    takes_weights: bool = True
+    model: Any  # the model
+    tokenizer: Any  # how prompts become tokens, a `ListTokenizer`
+    objectives: tuple[str, ...]  # names of the objectives
+    text_prompt: Any = None  # what writes weights into prompts, if the model takes them there
+    beta: tuple[float, ...] | None = None  # β, where the model is conditioned on it and has a default
+    reference: str | None = None  # name of another model that stands for the reference; None where the model is its own
+    takes_weights: bool = True  # False where the model is that of the weights already
 
 
 def load_tuned_model(arguments: argparse.Namespace, device: str = "cpu") -> TunedModel:

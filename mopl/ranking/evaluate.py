@@ -60,21 +60,13 @@ class Measure:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures of each list at each trade-off.
+    """Figures of each list at each trade-off."""
 
-    Attributes:
-        weights: (n, m), or None for a policy without a trade-off.
-        main: (Q, n) NDCG of the main objective, NaN where a list is skipped.
-        auxiliary: (Q, n, m) NDCG of the auxiliary objectives, NaN likewise.
-        losses: (n, m) mean held-out loss of each objective.
-        scores: (n, N) the scores of all items.
-    """
-
-    weights: Tensor | None
-    main: Tensor
-    auxiliary: Tensor
-    losses: Tensor
-    scores: Tensor
+    weights: Tensor | None  # (n, m), or None for a policy without a trade-off
+    main: Tensor  # (Q, n) NDCG of the main objective, NaN where a list is skipped
+    auxiliary: Tensor  # (Q, n, m) NDCG of the auxiliary objectives, NaN likewise
+    losses: Tensor  # (n, m) mean held-out loss of each objective
+    scores: Tensor  # (n, N) the scores of all items
 
 
 @torch.no_grad()
@@ -166,15 +158,10 @@ def evaluate(
 
 @dataclass(frozen=True)
 class TrueFront:
-    """What the best possible scores of generated data reach at each trade-off, on the same lists.
+    """What the best possible scores of generated data reach at each trade-off, on the same lists."""
 
-    Attributes:
-        auxiliary: (n, m) NDCG of the auxiliary objectives.
-        losses: (n, m) expected losses, in nats.
-    """
-
-    auxiliary: Tensor
-    losses: Tensor
+    auxiliary: Tensor  # (n, m) NDCG of the auxiliary objectives
+    losses: Tensor  # (n, m) expected losses, in nats
 
 
 def true_front(
