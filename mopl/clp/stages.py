@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from mopl._restoring import seeded
 from mopl.clp.config import ALL, ClpConfig
 from mopl.clp.loss import ClpLoss, Guard, size_of
 from mopl.clp.policies import Policy, load_policy, new_policy, release, save_soup
@@ -93,8 +92,7 @@ class Stages(RunStages):
 
         @contextmanager
         def begin() -> Iterator[Training]:
-            with seeded(config.seed):  # every model of a kind starts from the same parameters
-                policy = new_policy(self.base, config, self.objectives, kind, expert)
+            policy = new_policy(self.base, config, self.objectives, kind, expert)
             if config.normalize == "running":
                 policy.running = RunningScale(self.scale, config.normalize_decay)
             policy.to(self.accelerator.device)
