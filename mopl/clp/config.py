@@ -226,6 +226,6 @@ class ClpConfig(LanguageModelSettings):
         """Return what a policy trains: experts, soups and prompting the parameters of clp, but no virtual tokens."""
         return "lora-mixture" if self.scope == "hyper-prompt" and kind != "clp" else self.scope
 
-    def takes_kl_weight(self, kind: str) -> bool:
-        """Whether a policy is conditioned on the KL weight."""
-        return self.conditions_on_kl and kind in ("clp", "prompting")
+    def kl_weights(self, kind: str) -> tuple[float, ...]:
+        """Return the KL weights that a policy answers for: all of them, or the first alone."""
+        return self.kl_weight if kind in ("clp", "prompting") else self.kl_weight[:1]

@@ -134,15 +134,13 @@ class Evaluator:
             return [self._evaluation(grid, self.config.kl_weight[0], asked, len(experts))]
         if method == "dera":
             return self._dera(grid)
-        kl_weights = self.config.kl_weight[:1] if method == "rewarded-soups" else self.config.kl_weight
-        rounds: dict[float, list[Any]] = {kl_weight: [] for kl_weight in kl_weights}
-        kind = "soup" if method == "rewarded-soups" else method
-        with self.stages.policy(kind, folder / "model") as policy:
-            for kl_weight in kl_weights:
+        rounds: dict[float, list[Any]] = {kl_weight: [] for kl_weight in self.config.kl_weights(method)}
+        with self.stages.policy(method, folder / "model") as policy:
+            for kl_weight, asked in rounds.items():
                 for w in grid:
                     own = [policy.tokens(tokens, w, kl_weight, self.sampler.tokenizer) for tokens in self.tokens]
                     with policy.at(w, kl_weight) as (model, options):
-                        rounds[kl_weight].append(self._plain(model, own, options))
+                        asked.append(self._plain(model, own, options))
         # Adapters are out of the language model now, which is the reference again.
         return [self._evaluation(grid, kl_weight, asked, 1) for kl_weight, asked in rounds.items()]
 

@@ -53,7 +53,7 @@ class Policy(nn.Module):
             its own, with what was trained switched off.
         config: Settings of the run.
         objectives: Names of the m rewards of the run.
-        kind: `"clp"`, `"expert"`, `"prompting"` or `"soup"`.
+        kind: `"clp"`, `"expert"`, `"prompting"` or `"rewarded-soups"`.
         value: Value head on the reference's hidden state at the end of the prompt.
 
     Attributes:
@@ -79,8 +79,8 @@ class Policy(nn.Module):
         # In a tuple: the reference is no part of what is trained and saved.
         self._base = (base if isinstance(model, ParameterMixture) else None,)
         self.objectives = tuple(objectives)
-        self.single, self.words = kind not in ("clp", "soup"), kind == "prompting"
-        self.takes_kl_weight = config.takes_kl_weight(kind)
+        self.single, self.words = kind not in ("clp", "rewarded-soups"), kind == "prompting"
+        self.takes_kl_weight = len(config.kl_weights(kind)) > 1
 
     @property
     def reference_head(self) -> Any:
@@ -187,12 +187,12 @@ def new_policy(base: Any, config: ClpConfig, objectives: Sequence[str], kind: st
         base: The language model. Adapters are put into it (until `release`); mixtures of parameters take a copy.
         expert: Name of an expert's reward.
     """
-    scope, takes_kl_weight = config.scope_of(kind), config.takes_kl_weight(kind)
+    scope, kl_weights = config.scope_of(kind), config.kl_weights(kind)
     names = tuple(objectives) if kind == "clp" else (expert or kind,)
-    record = TuningRecord(names, beta=list(config.kl_weight) if takes_kl_weight else config.kl_weight[0])
+    record = TuningRecord(names, beta=list(kl_weights) if len(kl_weights) > 1 else kl_weights[0])
     rule = None
-    if kind == "clp" and takes_kl_weight:
-        rule = KLWeightCoefficients(min(config.kl_weight), config.kl_form, anchor=scope != "lora-mixture")
+    if kind == "clp" and len(kl_weights) > 1:
+        rule = KLWeightCoefficients(min(kl_weights), config.kl_form, anchor=scope != "lora-mixture")
     torch.manual_seed(config.seed)  # every model of a kind starts from the same parameters
     hidden = base.get_input_embeddings().weight.shape[1]
     model: Conditioned
@@ -242,7 +242,7 @@ def load_policy(folder: Path, base: Any, config: ClpConfig, objectives: Sequence
 def save_soup(folders: Sequence[Path], target: Path, base: Any, config: ClpConfig, objectives: Sequence[str]) -> None:
     """Write the mixture whose sets are the experts of these folders, one for each objective."""
     record = TuningRecord(tuple(objectives), beta=config.kl_weight[0])
-    scope = config.scope_of("soup")
+    scope = config.scope_of("rewarded-soups")
     if scope == "lora-mixture":
         names = [objective.replace(".", "_") for objective in objectives]
         with models.quiet():

@@ -100,9 +100,8 @@ class ClpRun(LanguageModelRun):
         conditioned = self.is_conditioned(method)
         if weights is None and not conditioned:
             raise ValueError(f"weights are missing; pass one for each of {', '.join(self.objectives)}")
-        kind = "soup" if method == "rewarded-soups" else method
         folder = self.folder(method) / "model"
-        policy = load_policy(folder, self.base_model(), self.config, self.objectives, kind)
+        policy = load_policy(folder, self.base_model(), self.config, self.objectives, method)
         model: Any = policy.model
         if not isinstance(model, HyperPromptModel):
             w = None if policy.single else check_weights(weights, len(self.objectives))  # type: ignore[arg-type]
@@ -114,7 +113,7 @@ class ClpRun(LanguageModelRun):
         """Return the KL weight that a method is asked for, the run's first by default; raise if it has no answer."""
         if kl_weight is None:
             return self.config.kl_weight[0]
-        trained = self.config.kl_weight if method in ("clp", "prompting") else self.config.kl_weight[:1]
+        trained = self.config.kl_weights(method)
         if len(trained) == 1:
             raise ValueError(
                 f"{method} of {self.path} was trained at the KL weight {trained[0]:g} alone, so no other one can be "

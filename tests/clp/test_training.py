@@ -455,7 +455,7 @@ def test_a_soup_of_experts_is_the_average_of_their_parameters(tmp_path, scope, s
         merged.append(expert.model.merge([1.0]))
         release(expert)
     save_soup([tmp_path / "first", tmp_path / "second"], tmp_path / "soup", base, config, ("first", "second"))
-    soup = load_policy(tmp_path / "soup", base, config, ("first", "second"), "soup")
+    soup = load_policy(tmp_path / "soup", base, config, ("first", "second"), "rewarded-soups")
     assert isinstance(soup.model, LoraMixture if scope == "lora-mixture" else ParameterMixture)
     mixed = soup.model.merge([0.3, 0.7])
     for name, parameter in mixed.named_parameters():
