@@ -47,15 +47,9 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 def require(*modules: str, what: str = "this", extra: str | None = None) -> None:
-    """Check that optional modules are installed, without importing them.
+    """Check that optional modules, top-level names such as `"sklearn"`, are installed, without importing them.
 
-    Args:
-        modules: Top-level names, such as `"sklearn"`.
-        what: What needs them, for the message.
-        extra: An extra to name for those modules that it has.
-
-    Raises:
-        ImportError: If any is missing; the message names all of them and the command that installs them.
+    The ImportError says what needs them and how to install all that are missing: by `extra`, where it has them.
     """
     missing = [name for name in dict.fromkeys(modules) if not _is_there(name)]
     if not missing:

@@ -38,11 +38,8 @@ def write_file(path: str | os.PathLike[str], content: str | bytes | Callable[[Pa
     """Write a file all at once: into a temporary name in the same folder, flushed, then renamed.
 
     A link stays a link and what it points to is replaced. A device, a pipe and an open file such as /dev/stdout cannot
-    be replaced: the content is written into them. An existing file keeps its permissions.
-
-    Args:
-        path: The file; an existing one is replaced.
-        content: Text, bytes, or a function that writes the file at the path that it is given.
+    be replaced: the content is written into them. An existing file keeps its permissions. The content may be a function
+    that writes the file at the path that it is given.
     """
     path = Path(path)
     with _naming(path, path):

@@ -82,16 +82,10 @@ def loading(name: str, what: str = "model") -> Iterator[dict[str, Any]]:
 
 
 def find(name: str, kind: str = "model", *, cached: Callable[[], bool] = lambda: False) -> bool:
-    """Ask the hub for a name, once; return whether it can be asked for more: not where a cache has to do.
+    """Ask the hub for a "model" or "dataset", once; return whether it can be asked for more: not where a copy serves.
 
-    Args:
-        name: "name" or "owner/name".
-        kind: "model" or "dataset".
-        cached: Whether there is a copy in another cache than the hub's.
-
-    Raises:
-        FileNotFoundError: If the hub has no such name, or cannot be reached and no copy is there.
-        PermissionError: If it asks for a login.
+    A FileNotFoundError says that the hub has no such name, or cannot be reached while no copy is in its cache or in
+    another one, as `cached` says; a PermissionError that it asks for a login.
     """
     if _find(name, kind):
         return True

@@ -11,12 +11,7 @@ from typing import Any
 def names_of(
     package: str, modules: Mapping[str, tuple[str, ...]]
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Return `__getattr__` and `__dir__` of a package.
-
-    Args:
-        package: Its `__name__`.
-        modules: Its names by the module that has them, as `import_module` takes it from inside the package.
-    """
+    """Return `__getattr__` and `__dir__` of a package, given its names by the module that has them (`.module`)."""
     homes = {name: module for module, names in modules.items() for name in names}
 
     def get(name: str) -> Any:

@@ -108,14 +108,9 @@ def read_json(
 
 
 def check(value: Any, schema: Any, file: str | os.PathLike[str], key: str = "", *, remedy: str = REMEDY) -> Any:
-    """Return plain values that were read from a file, as they are, once they fit a schema.
+    """Return plain values that were read from a file, at a key in it, as they are, once they fit a schema.
 
-    Args:
-        value: The values.
-        schema: A `msgspec.Struct`, or a dict or list of such; keys that it does not have are let through.
-        file: Where they are from, and `key` where in the file, for the `DamagedFile`.
-        key: See `file`.
-        remedy: What errors say to do.
+    That is a `msgspec.Struct`, or a dict or list of such; keys that it does not have are let through.
     """
     try:
         msgspec.convert(value, schema)

@@ -26,18 +26,10 @@ def fixed(value: Tensor, batch_size: int) -> Sampler:
 
 
 def dirichlet_weights(objectives: int, batch_size: int, *, concentration: float, per: Per, seed: int) -> Sampler:
-    """Return a sampler of weights w ~ Dirichlet(concentration), on the simplex.
+    """Return a sampler of weights w ~ Dirichlet(concentration), on the simplex, for the lists of a step.
 
-    Args:
-        objectives: m.
-        batch_size: B, lists in a step.
-        concentration: Of the distribution; see `mopl.conditioning.sample_weights`.
-        per: One vector a `"list"`; one a `"step"`, as in algorithm 1 of Ren et al. (COS-DPO, UAI 2025); or how many
-            different vectors a step has, each of them for lists that stand side by side.
-        seed: Seed of the run.
-
-    Raises:
-        ValueError: If `per` is none of these.
+    One vector is drawn `per` "list"; one per "step", as in algorithm 1 of Ren et al. (COS-DPO, UAI 2025); or `per` is
+    how many different vectors a step has, each of them for lists that stand side by side.
     """
     count = _draws(per, batch_size)
     return lambda step: _spread(sample_weights(objectives, count, concentration, seed=seed, step=step), batch_size)
