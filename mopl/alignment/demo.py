@@ -142,7 +142,7 @@ def prepare(
     summary |= {"prompts": lists, "lists": len(kept), "responses_cut": sum(not r.finished for r in responses)}
     write_lines(directory / DATA, (item.to_json() for item in data))
     write_file(directory / SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-    for line in _describe(summary, kept, data, all_rewards):
+    for line in _describe(summary, data, all_rewards):
         say(line)
     made = {"model": str(folder), "data": str(directory / DATA), "objectives": tuple(objectives)}
     return {**SETTINGS, **made}
@@ -190,10 +190,9 @@ def _label(answers: Sequence[tuple[str, list[str]]], all_rewards: Rewards) -> tu
     centred = torch.cat([part - part.nanmean(0) for part in values.split(sizes)])
     scale = centred.square().nanmean(0).sqrt()
     labels = SHARPNESS * centred / torch.where(scale > 0, scale, 1)
-    rows = labels.split(sizes)
     lists = [
         PreferenceList(prompt, tuple(responses), _columns(part, all_rewards.names))
-        for (prompt, responses), part in zip(answers, rows, strict=True)
+        for (prompt, responses), part in zip(answers, labels.split(sizes), strict=True)
         if not part.isnan().all()
     ]
     figures = {
@@ -227,9 +226,7 @@ def _rounded(value: Tensor) -> float:
     return round(float(value), 4)
 
 
-def _describe(
-    summary: dict[str, Any], answers: Sequence[tuple[str, list[str]]], data: PreferenceData, all_rewards: Rewards
-) -> list[str]:
+def _describe(summary: dict[str, Any], data: PreferenceData, all_rewards: Rewards) -> list[str]:
     """Return lines that show what was made: figures, and one list as an example."""
     lines = [f"{summary['lists']} lists with {summary['responses']} answers; rewards (mean, spread within lists):"]
     lines += [f"  {name}: {r['mean']:.3g}, {r['std_within_lists']:.3g}" for name, r in summary["rewards"].items()]

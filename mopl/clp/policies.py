@@ -189,7 +189,7 @@ def new_policy(base: Any, config: ClpConfig, objectives: Sequence[str], kind: st
     """
     scope, kl_weights = config.scope_of(kind), config.kl_weights(kind)
     names = tuple(objectives) if kind == "clp" else (expert or kind,)
-    record = TuningRecord(names, beta=list(kl_weights) if len(kl_weights) > 1 else kl_weights[0])
+    record = TuningRecord(names, beta=list(kl_weights) if len(kl_weights) > 1 else config.kl_weight[0])
     rule = None
     if kind == "clp" and len(kl_weights) > 1:
         rule = KLWeightCoefficients(min(kl_weights), config.kl_form, anchor=scope != "lora-mixture")
