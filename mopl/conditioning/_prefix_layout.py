@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mopl._rows.styles import POSITION_EMBEDDINGS, positions_of
 from mopl.conditioning.causal_lm import text_config
@@ -21,24 +21,15 @@ class Layout:
     """Virtual tokens right before the first token of each row.
 
     Args:
-        batch: B.
-        length: T, positions of text in this call.
+        text: (B, T) or (B, T, d), the text of this call.
         virtual: k; 0 for the reference.
         attention_mask: (B, T'), over the text of this call and of the cache; None if nothing is padded.
         past: Positions in the cache, virtual tokens included.
-        device: Where the text is.
     """
 
-    def __init__(
-        self,
-        batch: int,
-        length: int,
-        virtual: int,
-        attention_mask: Tensor | None,
-        past: int,
-        device: torch.device,
-    ) -> None:
-        self.batch, self.length, self.virtual, self.past, self.device = batch, length, virtual, past, device
+    def __init__(self, text: Tensor, virtual: int, attention_mask: Tensor | None, past: int) -> None:
+        self.batch, length = text.shape[:2]
+        self.length, self.virtual, self.past, self.device = length, virtual, past, text.device
         self.text_mask = attention_mask
         text_before = max(past - virtual, 0)
         if attention_mask is not None and attention_mask.shape[1] != text_before + length:
@@ -203,30 +194,26 @@ def _map_outputs(output: Any, names: tuple[str, ...], select: Callable[[Tensor],
     return output
 
 
-def check_paper_positions(model: Any, takes_positions: bool) -> bool:
-    """Return whether a model embeds absolute positions (else it is rotary); raise if it does neither."""
-    name = type(model).__name__
+def silence_positions(model: Any, takes_positions: bool) -> bool:
+    """Let a model's embedding of absolute positions give 0, exactly, for tokens at `NO_POSITION`.
+
+    Say whether it has one, or else is rotary; raise if it is neither.
+    """
     config = text_config(model)
     if takes_positions and not getattr(config, "alibi", False):
-        if _position_embedding(model) is not None:
+        embeddings = (m for name, m in model.named_modules() if name.rpartition(".")[2] in POSITION_EMBEDDINGS)
+        if (module := next(embeddings, None)) is not None:
+            if not getattr(module, "_mopl_silenced", False):
+                module.register_forward_pre_hook(_before_positions, with_kwargs=True)
+                module.register_forward_hook(_after_positions)
+                module._mopl_silenced = True
             return True
         if any(getattr(config, setting, None) is not None for setting in _ROTARY_SETTINGS):
             return False
-    raise ValueError(f"positions='paper' needs absolute or rotary positions, which {name} has not; use positions='hf'")
-
-
-def _position_embedding(model: nn.Module) -> nn.Module | None:
-    return next((m for name, m in model.named_modules() if name.rpartition(".")[2] in POSITION_EMBEDDINGS), None)
-
-
-def silence_position_embedding(model: nn.Module) -> None:
-    """Let the position embedding give 0, exactly, for tokens at `NO_POSITION`."""
-    module = _position_embedding(model)
-    assert module is not None
-    if not getattr(module, "_mopl_silenced", False):
-        module.register_forward_pre_hook(_before_positions, with_kwargs=True)
-        module.register_forward_hook(_after_positions)
-        module._mopl_silenced = True  # type: ignore[assignment]
+    raise ValueError(
+        f"positions='paper' needs absolute or rotary positions, which {type(model).__name__} has not; use "
+        "positions='hf'"
+    )
 
 
 def _before_positions(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:

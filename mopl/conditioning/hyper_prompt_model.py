@@ -32,7 +32,7 @@ from mopl._extras import require
 from mopl._renamed import renamed_keywords
 from mopl._rows import arranged, check_from_zero, generation_keywords
 from mopl._tensor_files import check_fits, load_state, read_tensors
-from mopl.conditioning._prefix_layout import Layout, PackedLayout, check_paper_positions, silence_position_embedding
+from mopl.conditioning._prefix_layout import Layout, PackedLayout, silence_positions
 from mopl.conditioning.causal_lm import check_model, count_new_tokens, is_peft, mask_of_prompts
 from mopl.conditioning.hyper_prompt import HyperPrompt
 from mopl.conditioning.sampling import Weights, check_weights
@@ -90,11 +90,7 @@ class HyperPromptModel(WeightedModel):
         base = self.causal_lm
         check_model(model, base, hyper_prompt)
         self._takes_positions = "position_ids" in inspect.signature(type(base).forward).parameters
-        self._absolute = False
-        if positions == "paper":
-            self._absolute = check_paper_positions(base, self._takes_positions)
-            if self._absolute:
-                silence_position_embedding(base)
+        self._absolute = positions == "paper" and silence_positions(base, self._takes_positions)
         if not is_peft(model):
             model.requires_grad_(False)
         # The prompt lives where the embeddings are; its precision is its own.
@@ -310,7 +306,7 @@ class HyperPromptModel(WeightedModel):
         virtual = 0 if self._is_reference else self.hyper_prompt.virtual_tokens
         if mask is None and position_ids is not None:
             return PackedLayout(position_ids.to(text.device), virtual)
-        return Layout(shape[0], shape[1], virtual, mask, past, text.device)
+        return Layout(text, virtual, mask, past)
 
     # ---------------------------------------------------------------- files
 
