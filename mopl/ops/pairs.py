@@ -44,7 +44,7 @@ def pairwise_logistic(
     top: Tensor | None = None,  # (B, K) bool
     both_in_top: bool = False,
 ) -> Tensor:
-    """Return the pairwise logistic loss (B, m) in nats; differentiable in scores and margin.
+    """Return the pairwise logistic loss (B, m) in nats and in the scores' dtype; differentiable in scores and margin.
 
     Args:
         scores: (B, m, K), or (B, 1, K) where one set serves all objectives; float32 or float64, β included.
@@ -54,9 +54,6 @@ def pairwise_logistic(
         discounts: (B, K); float64 keeps the differences of neighbouring ranks exact.
         top: (B, K), true for the items of the top k: pairs of two others are dropped.
         both_in_top: drop also the pairs of which only one item is in `top`.
-
-    Returns:
-        (B, m) in the dtype of the scores.
     """
     with_gradient = torch.is_grad_enabled() and (scores.requires_grad or margin.requires_grad)
     gains = None if gains is None else gains.detach()
@@ -69,14 +66,9 @@ def smooth_ranks(
     scores: Tensor,  # (B, m, K)
     mask: Tensor | None = None,  # (B, K) bool
 ) -> Tensor:
-    """Return 1 + sum_{j != i} sigmoid(u_j - u_i) over the existing items, (B, m, K); differentiable in the scores.
+    """Return 1 + sum_{j != i} sigmoid(u_j - u_i) over the existing items, (B, m, K), and 1 where no item exists.
 
-    Args:
-        scores: (B, m, K), float32 or float64, β included.
-        mask: (B, K), true where an item exists; None means everywhere.
-
-    Returns:
-        (B, m, K) in the dtype of the scores; 1 where no item exists.
+    Scores are float32 or float64, β included; the result has their dtype and is differentiable in them.
     """
     if derivatives.transformed():
         return _smooth_ranks_formula(scores, mask)
@@ -132,32 +124,11 @@ def _(scores, labels, margin, gains, discounts, top, both_in_top, with_gradient)
     return loss, scores.new_empty(by_score), scores.new_empty(by_margin)
 
 
-@torch.library.custom_op("mopl::pairwise_logistic_backward", mutates_args=())
-def _pairwise_logistic_backward(
-    grad_loss: Tensor, by_score: Tensor, by_margin: Tensor, common_scores: bool, common_margin: bool
-) -> tuple[Tensor, Tensor]:
-    grad_scores, grad_margin = grad_loss[..., None] * by_score, grad_loss * by_margin
-    if common_scores:
-        grad_scores = grad_scores.sum(1, keepdim=True)
-    return grad_scores, grad_margin.sum(1, keepdim=True) if common_margin else grad_margin
-
-
-@_pairwise_logistic_backward.register_fake
-def _(grad_loss, by_score, by_margin, common_scores, common_margin):
-    batch, objectives, items = by_score.shape
-    return (
-        by_score.new_empty((batch, 1 if common_scores else objectives, items)),
-        by_margin.new_empty((batch, 1 if common_margin else objectives)),
-    )
-
-
 def _pairwise_logistic_setup(ctx, inputs, output):
     scores, labels, margin, gains, discounts, top, ctx.both_in_top, with_gradient = inputs
     _, by_score, by_margin = output
     if not with_gradient:
         raise RuntimeError("mopl::pairwise_logistic was called without gradient; pass with_gradient=True")
-    ctx.common_scores = scores.shape[1] != labels.shape[1]
-    ctx.common_margin = margin.shape[1] != labels.shape[1]
     ctx.mark_non_differentiable(by_score, by_margin)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(by_score, by_margin, scores, margin)
@@ -172,8 +143,8 @@ def _pairwise_logistic_grad(ctx, grad_loss, *_):
     need = ctx.needs_input_grad
 
     def closed_form() -> tuple[Tensor | None, Tensor | None]:
-        grads = _pairwise_logistic_backward(grad_loss, by_score, by_margin, ctx.common_scores, ctx.common_margin)
-        return grads[0] if need[0] else None, grads[1] if need[2] else None
+        of_scores = (grad_loss[..., None] * by_score).sum_to_size(scores.shape) if need[0] else None
+        return of_scores, (grad_loss * by_margin).sum_to_size(margin.shape) if need[2] else None
 
     formula = partial(_pairwise_formula, both_in_top=ctx.both_in_top)
     arguments = (scores, labels, margin, *weights)

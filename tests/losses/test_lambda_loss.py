@@ -590,8 +590,6 @@ def test_registrations_of_the_ops(common: bool) -> None:
     torch.library.opcheck(torch.ops.mopl.smooth_ranks, (u, mask))
     torch.library.opcheck(torch.ops.mopl.smooth_ranks, (u, None))
     torch.library.opcheck(torch.ops.mopl.smooth_ranks_backward, (torch.randn_like(u), u.detach(), mask))
-    loss, by_score, by_margin = torch.randn(7, 3), torch.randn(7, 3, 9), torch.randn(7, 3)
-    torch.library.opcheck(torch.ops.mopl.pairwise_logistic_backward, (loss, by_score, by_margin, common, not common))
 
 
 @pytest.mark.gpu
