@@ -23,14 +23,11 @@ class UnsupportedModelError(RuntimeError):
 class Style:
     """One way of saying how rows are arranged.
 
-    Args:
-        first: The position of a row's first token, passed as `position_ids`; None: none are passed.
-        packed: Of a packed row: `"positions"` that start again alone, `"varlen"` keywords of flash-attention and of
-            state-space kernels beside them, transformers' own `"masks"` of each kind of layer, or a `"block"` diagonal
-            mask (1, 1, N, N).
+    A packed row has `"positions"` that start again alone, `"varlen"` keywords of flash-attention and of state-space
+    kernels beside them, transformers' own `"masks"` of each kind of layer, or a `"block"` diagonal mask (1, 1, N, N).
     """
 
-    first: int | None = None
+    first: int | None = None  # the position of a row's first token, passed as `position_ids`; None: none are passed
     packed: str | None = None
 
 

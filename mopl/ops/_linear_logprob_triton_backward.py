@@ -20,7 +20,7 @@ from mopl.kernels import linear_logprob_backward as kernels
 from mopl.ops import _linear_logprob_choice as choice
 from mopl.ops._head_plan import Plan
 from mopl.ops._linear_logprob_rows import Batch, Coefficients, Head, LogitGradient
-from mopl.ops._linear_logprob_triton_head import Scan, Sums, combine, kept_exponentials, on_its_device, wide_rows
+from mopl.ops._linear_logprob_triton_head import Kept, Scan, Sums, combine, kept_exponentials, on_its_device, wide_rows
 from mopl.ops._products import product
 
 
@@ -73,7 +73,7 @@ def backward(
             stored = kept_exponentials(cache, keep_rows, vocabulary)[chunk]
         else:
             stored = buffer[part]
-            scan.once(chunk, sums, stored)
+            scan.once(chunk, sums, Kept(stored, None, False))
         if scratch is not None:
             columns = -(-vocabulary // kernels.GRADIENT_TILE["BLOCK"])
             kernels.logit_gradient_kernel[(part.stop, columns)](

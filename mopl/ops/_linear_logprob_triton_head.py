@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -90,6 +91,21 @@ class Sums:
         return (self.moment1 if self.moments > 0 else None, self.moment2 if self.moments > 1 else None)
 
 
+class Kept(NamedTuple):
+    """Where a pass over the vocabulary leaves the exponentials (R, V) of some rows."""
+
+    e: Tensor | None
+    moment: Tensor | None  # times u - shift
+    bent: bool  # whether both are times f = 1 - tanh^2
+
+    @property
+    def stride(self) -> int:
+        return 0 if self.e is None else self.e.stride(0)
+
+
+NOTHING = Kept(None, None, False)
+
+
 class Scan:
     """Passes over the vocabulary, and what every launch needs to know of the head and of the rows."""
 
@@ -102,14 +118,7 @@ class Scan:
         self.vocabulary, self.size = head.weight.shape
         self.narrow = self.hidden.dtype == torch.float16
 
-    def once(
-        self,
-        rows: slice,
-        sums: Sums,
-        stored: Tensor | None = None,
-        stored_moment: Tensor | None = None,
-        bent: bool = False,
-    ) -> None:
+    def once(self, rows: slice, sums: Sums, kept: Kept = NOTHING) -> None:
         """Pass once over the vocabulary for some rows: add up the sums and store exponentials (R, V) if asked."""
         first, many = rows.start, rows.stop - rows.start
         part = self.hidden[rows]
@@ -122,21 +131,12 @@ class Scan:
             logits = product(part, self.weight[column : column + columns].T, tile[:, :columns])
             kernels.exp_kernel[(-(-many // shape["ROWS"]),)](
                 logits, self.bias, self.pivot, self.shift, self.temperature, self.count,
-                None if stored is None else stored[:, column:],
-                None if stored_moment is None else stored_moment[:, column:],
+                *(None if x is None else x[:, column:] for x in kept[:2]),
                 sums.others, moment1, moment2, sums.flag, first, many, column, columns, logits.stride(0),
-                0 if stored is None else stored.stride(0),
-                **self.scales, BENT=bent, LIMIT=kernels.LIMIT, **shape,
+                kept.stride, **self.scales, BENT=kept.bent, LIMIT=kernels.LIMIT, **shape,
             )  # fmt: skip
 
-    def redo(
-        self,
-        rows: slice,
-        sums: Sums,
-        stored: Tensor | None = None,
-        stored_moment: Tensor | None = None,
-        bent: bool = False,
-    ) -> None:
+    def redo(self, rows: slice, sums: Sums, kept: Kept = NOTHING) -> None:
         """Compute the flagged ones among some rows again, with their largest logit as shift."""
         many, first = rows.stop - rows.start, rows.start
         size, vocabulary, itemsize = self.size, self.vocabulary, self.dtype.itemsize
@@ -151,8 +151,8 @@ class Scan:
             *operands, sums.flag, top, first, many, size, vocabulary, part, *strides, **self.scales, **tile
         )
         flagged_kernels.redo_sum_kernel[(slots, parts)](
-            *operands, self.temperature, sums.flag, top, stored, stored_moment, *sums_of_parts, first, many, size,
-            vocabulary, part, parts, *strides, 0 if stored is None else stored.stride(0), **self.scales, BENT=bent,
+            *operands, self.temperature, sums.flag, top, *kept[:2], *sums_of_parts, first, many, size,
+            vocabulary, part, parts, *strides, kept.stride, **self.scales, BENT=kept.bent,
             PARTS=merge["PARTS"], **tile,
         )  # fmt: skip
         flagged_kernels.redo_merge_kernel[(slots,)](
@@ -174,15 +174,15 @@ class Scan:
         torch.sum(partial, 0, out=sums.others)
         torch.amax(flag, 0, out=sums.flag)
 
-    def exponentials(self, rows: slice, sums: Sums, stored: Tensor, stored_moment: Tensor | None, bent: bool) -> None:
-        """Fill `stored` (R, V) and the sums; one more pass for float16, which has no range to spare."""
+    def exponentials(self, rows: slice, sums: Sums, kept: Kept) -> None:
+        """Fill the sums and what is kept; one more pass for float16, which has no range to spare."""
         if self.narrow:
-            first = Sums(len(self.shift), 0, self.dtype, stored.device)
+            first = Sums(len(self.shift), 0, self.dtype, self.shift.device)
             self.once(rows, first)
             self.redo(rows, first)
             first.normalise(rows, self.shift)
-        self.once(rows, sums, stored, stored_moment, bent)
-        self.redo(rows, sums, stored, stored_moment, bent)
+        self.once(rows, sums, kept)
+        self.redo(rows, sums, kept)
 
 
 @on_its_device

@@ -25,7 +25,7 @@ from mopl.ops import _linear_logprob_choice as choice
 from mopl.ops._head_plan import Plan
 from mopl.ops._linear_logprob_rows import Batch, Head
 from mopl.ops._linear_logprob_triton_backward import backward
-from mopl.ops._linear_logprob_triton_head import Scan, Sums, combine, kept_exponentials, on_its_device, wide_rows
+from mopl.ops._linear_logprob_triton_head import Kept, Scan, Sums, combine, kept_exponentials, on_its_device, wide_rows
 from mopl.ops._products import product
 from mopl.ops._rows import rows_contiguous
 
@@ -64,7 +64,7 @@ def accumulate(
         kept = kept_exponentials(cache, keep_rows, vocabulary)
         # A trainable head needs e alone, and no directions: its backward pass multiplies by what it is given.
         for chunk in plan.chunks(0, first):
-            scan.exponentials(chunk, sums, kept[chunk], None, bent=False)
+            scan.exponentials(chunk, sums, Kept(kept[chunk], None, False))
     if directions == 0:
         tiles = None if moments or first else choice.fused_tiles(plan)
         if tiles is not None:
@@ -83,7 +83,7 @@ def accumulate(
         for chunk in plan.chunks(first, rows, buffered=True):
             part = slice(0, chunk.stop - chunk.start)
             moment = None if buffer_moment is None else buffer_moment[part]
-            scan.exponentials(chunk, sums, buffer[part], moment, bent=True)
+            scan.exponentials(chunk, sums, Kept(buffer[part], moment, True))
             product(buffer[part], scan.weight, weighted[chunk])
             if moment is not None:
                 product(moment, scan.weight, weighted_moment[chunk])

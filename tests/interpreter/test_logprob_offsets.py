@@ -59,7 +59,8 @@ def test_stored_exponentials_and_everything_that_reads_them() -> None:
     scan = _linear_logprob_triton_head.Scan(head, batch, pivot, torch.zeros(ROWS), plan)
     stored = apart(torch.full((ROWS, vocabulary), math.nan).bfloat16())
     sums = _linear_logprob_triton_head.Sums(ROWS, 0, torch.float32, hidden.device)
-    scan.once(slice(0, ROWS), sums, stored)
+    kept = _linear_logprob_triton_head.Kept(stored, None, False)
+    scan.once(slice(0, ROWS), sums, kept)
     exact = (hidden.double() @ weight.double().T).exp()
     exact[torch.arange(ROWS), pivot] = 0
     torch.testing.assert_close(stored.double(), exact, rtol=2**-7, atol=1e-6)
@@ -79,7 +80,7 @@ def test_stored_exponentials_and_everything_that_reads_them() -> None:
     scan.shift.fill_(-math.inf)
     stored.fill_(math.nan)
     sums.flag.fill_(1)
-    scan.redo(slice(0, ROWS), sums, stored)
+    scan.redo(slice(0, ROWS), sums, kept)
     exact = (hidden.double() @ weight.double().T - scan.shift.double()[:, None]).exp()
     exact[torch.arange(ROWS), pivot] = 0
     torch.testing.assert_close(stored.double(), exact, rtol=2**-7, atol=1e-6)
