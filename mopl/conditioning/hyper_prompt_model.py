@@ -176,14 +176,11 @@ class HyperPromptModel(WeightedModel):
         if layout.enters:
             text = {"inputs_embeds": self._embed_with_prompt(content, layout, weights, beta)}
             labels = layout.shift_labels(labels)
+        kwargs |= {"labels": labels, "past_key_values": past_key_values}
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
         layout.adapt(kwargs)
         if self._takes_positions or isinstance(layout, PackedLayout):
             kwargs["position_ids"] = self._positions(layout, position_ids)
-        if labels is not None:
-            kwargs["labels"] = labels
-        if past_key_values is not None:
-            kwargs["past_key_values"] = past_key_values
         kwargs |= {**text, "attention_mask": layout.mask(required=self.positions == "paper")}
         if "targets" not in kwargs:  # a fused model arranges by itself
             kwargs = arranged(self.causal_lm, kwargs)
