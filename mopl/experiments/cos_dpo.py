@@ -56,14 +56,10 @@ class StepBatch:
 
 
 class StepSource(ABC):
-    """The batches of a training: a function of the step, cut into parts in which nothing depends on the cut.
+    """The batches of a training on `count` lists: a function of the step, cut into parts that the cut does not change.
 
-    Args:
-        count: Lists in the data.
-        batch_size: Lists in a step's batch; at most all of them.
-        seed: Seed of the order of the lists.
-        weights: step -> (B, m), drawn for the whole batch.
-        beta: step -> (B, m), drawn for the whole batch.
+    A step's batch has at most all lists, in an order drawn from `seed`; `weights` and `beta` of a step are (B, m),
+    drawn for the whole batch.
     """
 
     def __init__(self, count: int, batch_size: int, *, seed: int, weights: Sampler, beta: Sampler) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -278,8 +278,7 @@ class Front:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the keys of `front.json`, and the optional ones where they are set."""
-        content = {f.name: getattr(self, f.name) for f in fields(self)}
-        content["points"] = [{f.name: getattr(p, f.name) for f in fields(p)} for p in self.points]
+        content = asdict(self)
         for point in content["points"]:
             if point["scale"] == 1.0:
                 del point["scale"]

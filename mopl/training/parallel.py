@@ -145,9 +145,15 @@ class ShardedModel:
         }
         self._optimizer.load_state_dict({**state, "state": shares})
 
+    @torch.no_grad()
     def plain(self) -> nn.Module:
-        """Return the plain model, on the CPU, as it stands; every process must call it."""
-        self._gather()
+        """Return the plain model, on the CPU, with what was trained so far; every process must call it."""
+        plain, buffers = dict(self._plain.named_parameters()), dict(self._plain.named_buffers())
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                plain[name].copy_(_full(parameter))
+        for name, buffer in self.model.named_buffers():
+            buffers[name].copy_(buffer)
         return self._plain
 
     @torch.no_grad()
@@ -156,8 +162,7 @@ class ShardedModel:
 
         The optimizer's state is on the main process only.
         """
-        self._gather()
-        state = self._optimizer.state_dict()
+        plain, state = self.plain(), self._optimizer.state_dict()
         whole: dict[Any, dict[str, Any]] = {}
         for number, values in state["state"].items():
             whole[number] = {}
@@ -165,7 +170,7 @@ class ShardedModel:
                 value = _full(value)  # every process takes part, one keeps it
                 if self._accelerator.is_main_process:
                     whole[number][name] = value.cpu() if isinstance(value, Tensor) else value
-        return self._plain, {**state, "state": whole}
+        return plain, {**state, "state": whole}
 
     def finish(self, *, gather: bool) -> None:
         """Give model and optimizer back to the caller: whole, on the device; the optimizer begins anew.
@@ -175,23 +180,13 @@ class ShardedModel:
                 the others cannot take part, and the model stays as it was at the last checkpoint.
         """
         if gather:
-            self._gather()
+            self.plain()
         for group, own in zip(self._optimizer.param_groups, self._own, strict=True):
             group["params"] = own
         self._optimizer.state.clear()
         self.model = self._plain
         gc.collect()  # the shards hang in cycles; their memory is needed for the whole model
         self._plain.to(self._accelerator.device)
-
-    @torch.no_grad()
-    def _gather(self) -> None:
-        """Copy trained parameters and buffers into the plain model."""
-        plain, buffers = dict(self._plain.named_parameters()), dict(self._plain.named_buffers())
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                plain[name].copy_(_full(parameter))
-        for name, buffer in self.model.named_buffers():
-            buffers[name].copy_(buffer)
 
 
 def on_main(accelerator: Any, act: Callable[[], Any]) -> Any:
