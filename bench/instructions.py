@@ -69,7 +69,7 @@ def main() -> None:
             used.add(code)
             if code and code not in known:
                 compiled = launch(self, *args, grid=grid, warmup=True, **options)
-                program = machine_code.disassemble(compiled.asm["cubin"], tools)
+                [program] = machine_code.disassemble([compiled.asm["cubin"]], tools)
                 loop = len(program.hot_path()) if program.loops else 0
                 known[code] = [len(program.path(0)), loop]
                 print(known[code], code, flush=True)

@@ -6,6 +6,7 @@ Both have labels, branches and guards, so that one parser and one control flow g
 from __future__ import annotations
 
 import re
+import struct
 import subprocess
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -214,10 +215,42 @@ def accesses(program: Program, parameters: Sequence[str]) -> dict[str, list[Acce
     return found
 
 
-def disassemble(binary: bytes, tools: Path) -> Program:
-    """Return the SASS of a cubin that holds one kernel."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary)
+def _section(binary: bytes) -> bytes:
+    """Return the machine code of a cubin that holds one kernel: the section `.text.NAME` of an ELF file."""
+    (table,) = struct.unpack_from("<Q", binary, 40)
+    count, names = struct.unpack_from("<HH", binary, 60)
+    entries = [struct.unpack_from("<I4xQQQQ", binary, table + 64 * index) for index in range(count)]
+    name_table = entries[names][3]
+    found = [
+        binary[offset : offset + size]
+        for name, _, _, offset, size in entries
+        if binary.startswith(b".text.", name_table + name)
+    ]
+    if len(found) != 1:
+        raise ValueError(f"a cubin with {len(found)} kernels, not 1")
+    return found[0]
+
+
+def disassemble(binaries: Sequence[bytes], tools: Path) -> list[Program]:
+    """Return the SASS of each cubin, built for sm_90 with one kernel; all at once, since nvdisasm takes long to start.
+
+    It takes one file: the code of all kernels, one after another, without the labels that a cubin would have.
+    """
+    sections = [_section(binary) for binary in binaries]
+    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
+        file.write(b"".join(sections))
         file.flush()
-        listing = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True)
-    return Program(listing.stdout)
+        command = [tools / "nvdisasm", "--binary", "SM90a", file.name]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    lines = [  # every address is a label, written as branches write it
+        f"{int(address, 16):#x}:\n{instruction}"
+        for address, instruction in re.findall(r"^\s*/\*([0-9a-f]+)\*/(.*)", listing, re.MULTILINE)
+    ]
+    programs, start = [], 0
+    for section in sections:
+        end = start + len(section) // 16  # bytes of an instruction
+        programs.append(Program("\n".join(lines[start:end])))
+        start = end
+    if start != len(lines):
+        raise ValueError(f"{start} instructions in the cubins, {len(lines)} disassembled")
+    return programs

@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -159,15 +160,12 @@ def wide_accesses(case: Case, program: machine_code.Program) -> list[str]:
     return violations
 
 
-def figures(case: Case, compiled, used: int) -> dict[str, float]:
-    """Return what is recorded of a case."""
+def figures(case: Case, program: machine_code.Program) -> dict[str, float]:
+    """Return what is recorded of the machine code of a case."""
     threads = 32 * case.num_warps
-    program = machine_code.disassemble(compiled.asm["cubin"], TOOLS)
     return {
         "instructions": float(f"{len(program.hot_path()) * threads / (case.elements or threads):.4g}"),
         "program": len(program.path(0)),
-        "registers": used,
-        "shared": compiled.metadata.shared,
     }
 
 
@@ -186,14 +184,32 @@ def compare(now: dict[str, float], recorded: dict[str, float] | None) -> list[st
     return violations
 
 
-def check(table: str, case: Case, target: str, recorded: dict | None) -> tuple[str, list[str], dict | None]:
-    """Return the row to print, the violations, and the figures of a case that was disassembled."""
+@dataclass(frozen=True)
+class Result:
+    """What one compilation has shown: a row to print, violations, and what follows only where it compiled.
+
+    `binary` is the cubin of a case whose machine code is counted.
+    """
+
+    row: str
+    violations: list[str]
+    registers: int = 0
+    shared: int = 0
+    binary: bytes | None = None
+
+
+def label_of(table: str, case: Case, target: str) -> str:
+    return f"{table:<16} {case.name:<46} {target:<7}"
+
+
+def check(table: str, case: Case, target: str, counted: bool) -> Result:
+    """Compile a case and check all but how many instructions that are."""
     start = time.perf_counter()
     compiled, printed = compile_case(case, target)
-    label = f"{table:<16} {case.name:<46} {target:<7}"
+    label = label_of(table, case, target)
     if compiled is None:
         lines = [line for line in printed.splitlines() if line.strip()]
-        return f"{label} does not compile", [f"{label.strip()}: " + "\n    ".join(lines[:3] + lines[3:][-5:])], None
+        return Result(f"{label} does not compile", [f"{label.strip()}: " + "\n    ".join(lines[:3] + lines[3:][-5:])])
     text = assembly(compiled)
     used, spilled = registers(compiled)
     shared = compiled.metadata.shared
@@ -212,50 +228,68 @@ def check(table: str, case: Case, target: str, recorded: dict | None) -> tuple[s
     if spilled:
         fails = THE_GPU_MACHINES and target not in case.may_spill
         (violations if fails else notes).append(f"{spilled} bytes of spilled registers")
-    cost = None
-    if recorded is not None and target == MACHINE_CODE:
-        cost = figures(case, compiled, used)
-        violations += compare(cost, recorded.get(table, {}).get(case.name))
-        notes.append(f"{cost['instructions']} instructions an element, {cost['program']} in all")
     seconds = time.perf_counter() - start
     remarks = "; ".join([*(violations or ["ok"]), *notes])
     row = f"{label} {used:>4} registers {shared / 1024:>6.1f} KiB shared {case.num_warps:>2} warps {seconds:>5.1f} s"
-    return f"{row}  {remarks}", [f"{label.strip()}: {v}" for v in violations], cost
+    binary = compiled.asm["cubin"] if counted and target == MACHINE_CODE else None
+    return Result(f"{row}  {remarks}", [f"{label.strip()}: {v}" for v in violations], used, shared, binary)
 
 
 _CASES: list[tuple[str, Case]] = []
 
 
-def _check_number(job: tuple[int, str, dict | None]) -> tuple[str, list[str], dict | None]:
+def _check_number(job: tuple[int, str, bool]) -> Result:
     return check(*_CASES[job[0]], *job[1:])
+
+
+def count_instructions(
+    results: list[tuple[int, Result]], recorded: dict
+) -> tuple[list[str], dict[str, dict[str, dict]]]:
+    """Print the instructions of all cases that have machine code; return violations and figures."""
+    violations, costs = [], {}
+    binaries = [(index, result) for index, result in results if result.binary]
+    programs = machine_code.disassemble([result.binary for _, result in binaries], TOOLS) if binaries else []
+    for (index, result), program in zip(binaries, programs, strict=True):
+        table, case = _CASES[index]
+        label = label_of(table, case, MACHINE_CODE)
+        cost = figures(case, program) | {"registers": result.registers, "shared": result.shared}
+        print(f"{label} {cost['instructions']} instructions an element, {cost['program']} in all")
+        violations += [f"{label.strip()}: {v}" for v in compare(cost, recorded.get(table, {}).get(case.name))]
+        costs.setdefault(table, {})[case.name] = cost
+    return violations, costs
+
+
+def chosen_work(targets: list[str], brief: bool, counted: bool) -> list[tuple[int, str, bool]]:
+    """Return what is compiled of `_CASES` for which targets."""
+    work, kernels = [], set()
+    for index, (_, case) in enumerate(_CASES):
+        # A brief run has for AMD every kernel once, in its first case, and what only a target's own products can do.
+        first = case.kernel.fn not in kernels
+        kernels.add(case.kernel.fn)
+        for target in targets:
+            products = set(case.instructions.get(target, ())) - set(WIDE_LOADS_AND_STORES[target])
+            wanted = not brief or target == MACHINE_CODE or products or (first and target in BACKENDS)
+            if wanted and (case.targets is None or target in case.targets):
+                work.append((index, target, counted))
+    return work
 
 
 def compile_all(
     targets: list[str], jobs: int, recorded: dict | None, brief: bool = False
 ) -> tuple[int, list[str], dict[str, dict[str, dict]]]:
     """Compile `_CASES`, printing a row each; return how many compilations that was, violations and figures."""
-    work = [
-        (index, target, recorded)
-        for index, (_, case) in enumerate(_CASES)
-        for target in targets
-        if case.targets is None or target in case.targets
-        if not brief
-        or target in BACKENDS
-        or set(case.instructions.get(target, ())) - set(WIDE_LOADS_AND_STORES[target])
-    ]
+    work = chosen_work(targets, brief, recorded is not None)
     policy = "spills fail" if THE_GPU_MACHINES else "spills are reported"
     print(f"triton {triton.__version__}, {len(work)} compilations, {policy}")
-    violations, costs = [], {}
+    results = []
     start = time.perf_counter()
     with ProcessPoolExecutor(jobs, mp_context=get_context("fork")) as pool:
-        for (index, *_), (row, found, cost) in zip(work, pool.map(_check_number, work), strict=True):
-            print(row, flush=True)
-            violations += found
-            if cost is not None:
-                table, case = _CASES[index]
-                costs.setdefault(table, {})[case.name] = cost
+        for (index, *_), result in zip(work, pool.map(_check_number, work), strict=True):
+            print(result.row, flush=True)
+            results.append((index, result))
+    violations, costs = count_instructions(results, recorded or {})
     print(f"{len(work)} compilations in {time.perf_counter() - start:.0f} s", end=", ")
-    return len(work), violations, costs
+    return len(work), [v for _, result in results for v in result.violations] + violations, costs
 
 
 def write(recorded: dict[str, dict[str, dict]], file: Path) -> None:
@@ -272,8 +306,9 @@ def main() -> int:
     parser.add_argument("--only", help="compile only the case tables whose name contains this")
     parser.add_argument("--targets", help="comma-separated; all of " + ", ".join(TARGETS) + " by default")
     parser.add_argument(
-        "--brief", action="store_true", help="compile for targets other than " + " and ".join(BACKENDS) + " only what "
-        "must contain instructions of tensor cores, each target's own: another Triton compiles the rest",
+        "--brief", action="store_true", help=f"compile for targets other than {MACHINE_CODE} only what must contain "
+        f"instructions of tensor cores, each target's own, and for {BACKENDS[1]} each kernel once: another Triton "
+        "compiles the rest",
     )  # fmt: skip
     parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 8))
     parser.add_argument("--cases", type=Path, default=Path(__file__).resolve().parent, help="folder of case tables")
