@@ -191,7 +191,7 @@ def accumulate(
     directions: int,  # 0: no product with the weight; 1: weighted; 2: weighted and weighted_moment
     cache: Tensor,  # (keep_rows * cache_columns,): e_v of the first keep_rows rows; the layout is the backend's
     keep_rows: int,  # may exceed M
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> _Sums:
     """Sum over the vocabulary, the pivot left out, with e_v = exp(u_v - shift).
 
     Returns:
@@ -217,7 +217,7 @@ def accumulate(
             u = logits.at(rows, start, tile, out)
             _make_room(u.amax(1), rows, sums, cache, kept, start)
             _add_tile(logits, u, rows, start, tile, pivot, sums)
-    return tuple(sums)
+    return sums
 
 
 def combine(

@@ -113,7 +113,7 @@ class _VocabParallel(torch.autograd.Function):
         saved = run_forward(head._replace(weight=weight, bias=bias), hidden, target, row, temperature, want)
         operands = (None, None, None) if want.direction else (hidden, weight, bias)
         ctx.save_for_backward(*operands, target, row, temperature, *saved)
-        ctx.head, ctx.bounds = head[2:], (want.keep_rows, want.max_rows)
+        ctx.head, ctx.keep_rows, ctx.max_rows = head[2:], want.keep_rows, want.max_rows
         ctx.hidden_dtype = hidden.dtype
         ctx.set_materialize_grads(False)
         return saved.logprob, saved.logsumexp, saved.entropy
@@ -125,7 +125,7 @@ class _VocabParallel(torch.autograd.Function):
         def closed_form() -> list[Tensor | None]:
             return gradients(
                 Upstream(*upstream), Head(weight, bias, *ctx.head), hidden, target, row, temperature, Forward(*saved),
-                *ctx.bounds, ctx.needs_input_grad[:4], ctx.hidden_dtype,
+                ctx.keep_rows, ctx.max_rows, ctx.needs_input_grad[:4], ctx.hidden_dtype,
             )  # fmt: skip
 
         inputs = (*upstream, hidden, weight, bias, temperature, *saved[:3])
