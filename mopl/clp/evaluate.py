@@ -37,27 +37,16 @@ MAIN = "KL to the reference"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures at each trade-off.
+    """Figures at each trade-off."""
 
-    Attributes:
-        weights: (n, m), or None for the untrained model.
-        kl_weight: The KL weight that was asked for.
-        rewards: (Q, n, m) mean over a prompt's answers, NaN where a reward failed on all.
-        kl: (Q, n), nats.
-        texts: n x Q first answers.
-        seconds: Of generation, of all of it.
-        tokens: Generated.
-        model_runs: Models that run for a token.
-    """
-
-    weights: Tensor | None
-    kl_weight: float
-    rewards: Tensor
-    kl: Tensor
-    texts: list[list[str]]
-    seconds: float
-    tokens: int
-    model_runs: int = 1
+    weights: Tensor | None  # (n, m), or None for the untrained model
+    kl_weight: float  # the KL weight that was asked for
+    rewards: Tensor  # (Q, n, m) mean over a prompt's answers, NaN where a reward failed on all
+    kl: Tensor  # (Q, n), nats
+    texts: list[list[str]]  # n x Q first answers
+    seconds: float  # of generation, of all of it
+    tokens: int  # generated
+    model_runs: int = 1  # models that run for a token
 
     @property
     def mean_rewards(self) -> Tensor:

@@ -15,16 +15,11 @@ from mopl.language_models.tokenization import ListTokenizer
 
 @dataclass(frozen=True)
 class TurnEnds:
-    """What ends a response.
+    """What ends a response."""
 
-    Attributes:
-        tokenizer: A tokenizer of transformers.
-        ids: Tokens, each of which ends it.
-        text: A text that ends it, where a template writes its end in tokens that also occur within answers.
-    """
-
-    tokenizer: Any
-    ids: tuple[int, ...]
+    tokenizer: Any  # a tokenizer of transformers
+    ids: tuple[int, ...]  # tokens, each of which ends it
+    # A text that ends it, where a template writes its end in tokens that also occur within answers.
     text: str | None = None
 
     def cut(self, tokens: Sequence[int]) -> tuple[list[int], bool]:

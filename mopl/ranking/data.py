@@ -36,15 +36,10 @@ SPLIT_STREAM = 1_000_000_007
 
 @dataclasses.dataclass(frozen=True)
 class Truth:
-    """The distribution from which generated labels were drawn: the optimum is known from it (`mopl.ranking.synthetic`).
+    """The distribution that generated labels were drawn from: it tells the optimum (`mopl.ranking.synthetic`)."""
 
-    Attributes:
-        log_probs: (N, m) float64, log p_j(item | list): the expectation of the targets of a list that has labels.
-        rates: (m,) float64, the probability that a list has labels of objective j at all.
-    """
-
-    log_probs: Tensor  # (N, m)
-    rates: Tensor  # (m,)
+    log_probs: Tensor  # (N, m) float64, log p_j(item | list): the expectation of the targets of a list that has labels
+    rates: Tensor  # (m,) float64, the probability that a list has labels of objective j at all
 
 
 @dataclasses.dataclass(frozen=True)
