@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mopl._extras import require
 from mopl._files import remove, remove_leftovers, write_file
 from mopl._records import DamagedFile, read_json
 from mopl._rows import generation_keywords
@@ -82,6 +83,7 @@ def sample_rows(
         chunk: Number of the chunk, for the random numbers.
         one_sentence: Which responses end after their first sentence, whatever the model would add; none by default.
     """
+    require("transformers")
     from transformers import GenerationConfig, LogitsProcessorList
 
     device = model.get_input_embeddings().weight.device

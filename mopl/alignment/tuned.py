@@ -26,7 +26,7 @@ from mopl.alignment.config import AlignConfig
 from mopl.conditioning import HyperPrompt, HyperPromptModel, LoraMixture, TextPrompt, TuningRecord, WeightedModel
 from mopl.conditioning.saved_models import CONFIG_FILE
 from mopl.experiments.methods import Method
-from mopl.language_models.models import TEXT_KIND, lora_config, quiet
+from mopl.language_models.models import TEXT_KIND, lora_config, quiet, with_adapter
 
 TEXT_TEMPLATE = "[{weights}]\n"
 TEXT_TEMPLATE_WITH_BETA = "[{weights}; temperatures {temperatures}]\n"
@@ -51,13 +51,10 @@ def new_model(
     model = base.requires_grad_(False)
     record = tuning_record(config, objectives, method)
     if config.lora_rank:
-        settings = lora_config(config)
-        from peft import get_peft_model
-
-        with quiet():
-            if method.conditioned and config.conditioning == "lora-mixture":
-                return LoraMixture(base, len(objectives), config=settings, record=record)
-            model = get_peft_model(base, settings)  # type: ignore[arg-type]
+        if method.conditioned and config.conditioning == "lora-mixture":
+            with quiet():
+                return LoraMixture(base, len(objectives), config=lora_config(config), record=record)
+        model = with_adapter(base, config)
     if method.conditioned and config.conditioning == "text":
         return model
     hidden = base.get_input_embeddings().weight.shape[1]  # type: ignore[operator]

@@ -200,11 +200,7 @@ def new_policy(base: Any, config: ClpConfig, objectives: Sequence[str], kind: st
         with models.quiet():
             model = LoraMixture(base, len(names), config=models.lora_config(config), coefficients=rule, record=record)
     elif scope == "hyper-prompt":
-        settings = models.lora_config(config)
-        from peft import get_peft_model
-
-        with models.quiet():
-            wrapped = get_peft_model(base, settings)
+        wrapped = models.with_adapter(base, config)
         prompt = HyperPrompt(len(names), config.virtual_tokens, config.prompt_rank, hidden)
         model = HyperPromptModel(wrapped, prompt, record=record)
     else:

@@ -117,6 +117,15 @@ def lora_config(settings: Any) -> Any:
     )
 
 
+def with_adapter(base: Any, settings: Any) -> Any:
+    """Return the base with the new adapter of `lora_config`, as a PEFT model."""
+    config = lora_config(settings)
+    from peft import get_peft_model
+
+    with quiet():
+        return get_peft_model(base, config)
+
+
 def positions_of(model: Any) -> int | None:
     """Return how many tokens a causal language model can see, or None where it sets no limit."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
