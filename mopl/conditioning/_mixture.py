@@ -7,11 +7,10 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from mopl._arguments import check_choice, shape_of
 from mopl._renamed import renamed_attribute, renamed_in_methods
@@ -19,6 +18,9 @@ from mopl._threads import Turns, in_turn
 from mopl.conditioning.sampling import Weights, check_weights
 from mopl.conditioning.saved_models import CONFIG_FILE, TuningRecord, fitting, read_record
 from mopl.conditioning.weighted import Conditioned
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 CoefficientRule = Callable[[Tensor, "Tensor | None"], Tensor]  # (..., m), (...) -> (..., sets)
 
