@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from mopl.cli import main
 
 DEEP = "[" * 100_000
@@ -73,6 +75,17 @@ def run(command: list[str], seconds: int = 20) -> tuple[int, str]:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
     return status, said.getvalue()
+
+
+def error_of(command: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Return the one line on stderr of a command that fails with status 2."""
+    try:
+        status = main(command)
+    except SystemExit as stop:
+        status = stop.code
+    err = capsys.readouterr().err
+    assert status == 2 and err.count("\n") == 1 and err.endswith("\n"), err
+    return err
 
 
 def complaint(command: list[str], file: Path, *, named: bool = True) -> str | None:

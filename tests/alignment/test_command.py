@@ -19,6 +19,7 @@ pytest.importorskip("peft")
 pytest.importorskip("accelerate")
 pytest.importorskip("moocore")
 
+from damage import error_of
 from launching import launch_mopl
 
 from mopl import steering
@@ -138,17 +139,6 @@ def test_help_has_examples_that_parse_and_needs_no_torch(capsys):
         f"import sys, contextlib\ntry:\n    exec({code!r})\nexcept SystemExit:\n    assert 'torch' not in sys.modules"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
-
-
-def error_of(given, capsys):
-    """Return the one line on stderr of a command that fails with status 2."""
-    try:
-        status = main(given)
-    except SystemExit as stop:
-        status = stop.code
-    err = capsys.readouterr().err
-    assert status == 2 and err.count("\n") == 1 and err.endswith("\n"), err
-    return err
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from damage import error_of
 from launching import launch_by_accelerate, launch_mopl
 
 import mopl
@@ -64,17 +65,6 @@ def test_rank_prints_the_table_and_what_to_do_next(tmp_path, capsys, monkeypatch
     assert "nats above the optimum" in out and "Traceback" not in err
     (hint,) = (line for line in out.splitlines() if line.startswith("mopl steer"))
     assert main(hint.split("    ")[0].split()[1:]) == 0
-
-
-def error_of(arguments, capsys):
-    """Return the one line on stderr of a command that fails with status 2."""
-    try:
-        status = main(arguments)
-    except SystemExit as stop:
-        status = stop.code
-    err = capsys.readouterr().err
-    assert status == 2 and err.count("\n") == 1 and err.endswith("\n"), err
-    return err
 
 
 @pytest.mark.parametrize(

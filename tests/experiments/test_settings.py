@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from damage import error_of
 
 from mopl.alignment.config import AlignConfig
 from mopl.cli import build_parser, main
@@ -29,17 +30,6 @@ COMMANDS = {
     AlignConfig: ["align", *LANGUAGE, "--prompt-text", "yes", "--beta", "0.1", "1e-9", "--packing"],
     ClpConfig: ["clp", *LANGUAGE, "--rewards", "brevity", "--kl-weight", "0.05", "0.2", "--scope", "on"],
 }
-
-
-def error_of(arguments, capsys):
-    """Return the one line on stderr of a command that fails with status 2."""
-    try:
-        status = main(arguments)
-    except SystemExit as stop:
-        status = stop.code
-    err = capsys.readouterr().err
-    assert status == 2 and err.count("\n") == 1, err
-    return err
 
 
 @pytest.mark.parametrize("config", COMMANDS, ids=lambda config: config.__name__)
