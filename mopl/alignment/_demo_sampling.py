@@ -23,7 +23,7 @@ from torch import Tensor
 from mopl._extras import require
 from mopl._files import remove, remove_leftovers, write_file
 from mopl._records import DamagedFile, read_json
-from mopl._rows import generation_keywords
+from mopl._rows import generation_keywords, takes_left_padding
 from mopl._words import sentence_ends, words_of
 from mopl.language_models.collate import pad_left
 from mopl.language_models.tokenization import ListTokenizer
@@ -91,25 +91,26 @@ def sample_rows(
     ends = turn_ends(encoder, model.generation_config)
     prompts = [encoder.prompt_tokens(tuple(conversation)).tolist() for conversation in conversations]
     pad = ends.ids[0] if ends.ids else 0
-    ids, mask = pad_left(prompts, pad, device)
+    together = len(prompts) if takes_left_padding(model) else 1
     # One uniform number for each token, whatever else is drawn.
     uniform = np.random.default_rng([sampling.seed, chunk]).random((len(prompts), sampling.max_new_tokens))
-    numbers = iter(torch.from_numpy(uniform).float().to(device).T)
-
-    def draw(input_ids: Tensor, logits: Tensor) -> Tensor:
-        """Leave each row the one token that its number chooses."""
-        chosen = _choose(logits.float(), next(numbers), sampling)
-        return torch.full_like(logits, -torch.inf).scatter(-1, chosen[:, None], 0.0)
-
-    output = model.generate(
-        input_ids=ids, attention_mask=mask, logits_processor=LogitsProcessorList([draw]),
-        generation_config=GenerationConfig(
-            do_sample=False, max_new_tokens=sampling.max_new_tokens, eos_token_id=list(ends.ids) or None,
-            pad_token_id=pad,
-        ),
-        **generation_keywords(model, mask),
+    numbers = torch.from_numpy(uniform).float().to(device)
+    tokens: list[list[int]] = []
+    # In place of the model's own, which may ask for beams or penalties.
+    before, model.generation_config = model.generation_config, GenerationConfig(
+        do_sample=False, max_new_tokens=sampling.max_new_tokens, eos_token_id=list(ends.ids) or None, pad_token_id=pad
     )  # fmt: skip
-    written, ended = zip(*(ends.cut(row) for row in output[:, ids.shape[1] :].tolist()), strict=True)
+    try:
+        for first in range(0, len(prompts), together):
+            rows = slice(first, first + together)
+            ids, mask = pad_left(prompts[rows], pad, device)
+            options = {**generation_keywords(model, mask), **ends.criteria(ids.shape[1])}
+            draw = LogitsProcessorList([_draw(numbers[rows], sampling)])
+            output = model.generate(input_ids=ids, attention_mask=mask, logits_processor=draw, **options)
+            tokens += output[:, ids.shape[1] :].tolist()
+    finally:
+        model.generation_config = before
+    written, ended = zip(*(ends.cut(row) for row in tokens), strict=True)
     found = []
     for text, end, stop in zip(ends.texts(written), ended, one_sentence or [False] * len(ended), strict=True):
         whole = text.strip()
@@ -133,6 +134,17 @@ def whole_sentences(text: str) -> str:
     # "1." at the start of a line is the number of an item that never came.
     shorter = re.sub(r"\s*\n\s*\d+\.$", "", text[:end].rstrip())
     return shorter if re.search(r"\w", shorter) else text
+
+
+def _draw(uniform: Tensor, sampling: Sampling) -> Callable[[Tensor, Tensor], Tensor]:  # (B, steps)
+    """Return a logits processor that leaves each row the one token that its number of the step chooses."""
+    numbers = iter(uniform.T)
+
+    def draw(input_ids: Tensor, logits: Tensor) -> Tensor:
+        chosen = _choose(logits.float(), next(numbers), sampling)
+        return torch.full_like(logits, -torch.inf).scatter(-1, chosen[:, None], 0.0)
+
+    return draw
 
 
 def _choose(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:

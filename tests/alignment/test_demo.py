@@ -128,6 +128,27 @@ def test_rows_that_end_early_leave_the_others_as_they_were(loaded):
         assert sample_rows(model, tokenizer, talks[:rows], sampling, 0) == found[:rows]
 
 
+def test_what_a_model_asks_of_generation_has_no_part_in_the_answers(loaded, monkeypatch):
+    model, tokenizer = loaded
+    sampling, talks = Sampling(max_new_tokens=8, temperature=3.0, top_k=20), conversations(*PROMPTS[:4])
+    expected = sample_rows(model, tokenizer, talks, sampling, 0)
+    for wish in ({"repetition_penalty": 9.0}, {"num_beams": 2}, {"min_new_tokens": 8}, {"no_repeat_ngram_size": 1}):
+        own = transformers.GenerationConfig(eos_token_id=2, pad_token_id=2, **wish)
+        monkeypatch.setattr(model, "generation_config", own)
+        assert sample_rows(model, tokenizer, talks, sampling, 0) == expected, wish
+        assert model.generation_config is own
+
+
+def test_prompts_that_a_model_cannot_take_padded_on_the_left_are_answered_one_by_one(loaded, monkeypatch):
+    model, tokenizer = loaded
+    sampling, talks = Sampling(max_new_tokens=8, temperature=3.0, top_k=20), conversations(*PROMPTS[:3])
+    expected, asked = sample_rows(model, tokenizer, talks, sampling, 0), []
+    monkeypatch.setattr(_demo_sampling, "takes_left_padding", lambda model: False)
+    inner = model.generate
+    monkeypatch.setattr(model, "generate", lambda **given: asked.append(len(given["input_ids"])) or inner(**given))
+    assert sample_rows(model, tokenizer, talks, sampling, 0) == expected and asked == [1, 1, 1]
+
+
 def test_sampling_that_was_stopped_goes_on_bit_for_bit(loaded, tmp_path):
     sampling, talks, said = Sampling(max_new_tokens=6, rows=2, seed=1), conversations(*PROMPTS[:7]), []
     whole = sample_all(lambda: loaded, talks, tmp_path / "whole", sampling, said.append, model_key="m")
