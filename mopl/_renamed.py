@@ -79,36 +79,38 @@ def renamed_keywords(**new_names: str) -> Callable[[Function], Function]:
     Raises:
         TypeError: A call passes an argument under both names.
     """
-    pairs = tuple(new_names.items())
-
-    def decorate(function: Function) -> Function:
-        name = function.__qualname__.removesuffix(".__init__")
-
-        @functools.wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            for old, new in pairs:
-                if old in kwargs:
-                    if new in kwargs:
-                        raise TypeError(f"{name}() got {new} and {old}, which is its old name; pass {new} only")
-                    if not _compiling():
-                        deprecated(f"{old} of {name}()", f"pass {new}, its name now")
-                    kwargs[new] = kwargs.pop(old)
-            return function(*args, **kwargs)
-
-        return call  # pyright: ignore[reportReturnType]
-
-    return decorate
+    return lambda function: _with_old_names(function, function.__qualname__, new_names)
 
 
 def renamed_in_methods(*methods: str, **new_names: str) -> Callable[[Class], Class]:
-    """Return a decorator of classes several methods of which have such keywords; see `renamed_keywords`."""
+    """Return a decorator of classes several methods of which, inherited or not, have such keywords.
+
+    Messages name the class that is decorated, which is the one that users know; see `renamed_keywords`.
+    """
 
     def decorate(made: Class) -> Class:
         for method in methods:
-            setattr(made, method, renamed_keywords(**new_names)(vars(made)[method]))
+            setattr(made, method, _with_old_names(getattr(made, method), f"{made.__qualname__}.{method}", new_names))
         return made
 
     return decorate
+
+
+def _with_old_names(function: Function, name: str, new_names: Mapping[str, str]) -> Function:
+    name, pairs = name.removesuffix(".__init__"), tuple(new_names.items())
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        for old, new in pairs:
+            if old in kwargs:
+                if new in kwargs:
+                    raise TypeError(f"{name}() got {new} and {old}, which is its old name; pass {new} only")
+                if not _compiling():
+                    deprecated(f"{old} of {name}()", f"pass {new}, its name now")
+                kwargs[new] = kwargs.pop(old)
+        return function(*args, **kwargs)
+
+    return call  # pyright: ignore[reportReturnType]
 
 
 def renamed_parameter(function: Callable[..., Any], old: str, new: str) -> str:

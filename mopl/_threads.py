@@ -63,7 +63,7 @@ class CallOfThread(threading.local):
     """The mixture of the call that this thread is in; a copy or a pickle has none."""
 
     coefficients: Tensor | None = None  # (sets,) or (B, sets), or None outside of a call
-    rows: int | None = None  # b, where beams and samples do not make the batch larger
+    rows: int | None = None  # B, where beams and samples do not make the batch larger
 
     def __reduce__(self) -> tuple[type[CallOfThread], tuple[()]]:
         return CallOfThread, ()

@@ -70,7 +70,10 @@ class KLWeightCoefficients:
         return torch.cat(parts if self.anchor else parts[:1], -1)
 
 
-@renamed_in_methods("coefficients_of", "forward", "generate", "at", "merge", alpha="kl_weight")
+# Around each kind of mixture: messages name what they are around.
+renamed_in_mixture = renamed_in_methods("coefficients_of", "forward", "generate", "at", "merge", alpha="kl_weight")
+
+
 class Mixture(Conditioned):
     """A model that runs with Σ_i c_i of its sets, c = w or a function of (w, α)."""
 
@@ -141,7 +144,8 @@ class Mixture(Conditioned):
             weights: w, (m,) or (B, m), on the simplex. Not inside `at`, where the mixture is fixed; the reference
                 ignores them.
             kl_weight: α, a number or (B,), if the coefficients depend on it.
-            **kwargs: of the model. A mixture of parameters cuts tensors whose first dimension is B into rows.
+            **kwargs: of the model. With (B, m) a mixture of parameters cuts tensors whose first dimension is B into
+                rows.
 
         Returns:
             What the model returns; the tensors of rows that were cut are put together again.
@@ -181,7 +185,7 @@ class Mixture(Conditioned):
     # ---------------------------------------------------------------- one mixture
 
     def check_merging(self) -> None:
-        """Raise unless rows that are mixed have the logits of the model with the mixture in place."""
+        """Raise a ValueError unless rows that are mixed have the logits of the model with the mixture in place."""
         raise NotImplementedError
 
     @contextlib.contextmanager
@@ -194,13 +198,15 @@ class Mixture(Conditioned):
 
         Yields:
             The language model, with the mixture in place: of parameters, which is made once and kept for the next time,
-            or of adapters, which are added to the weights.
+            in |S| more parameters, until the sets are trained further or `clear_cache()`; or of adapters, which are
+            added to the weights for the time of the block.
 
         Raises:
-            ValueError: If that model is not the mixture; see `check_merging`.
+            ValueError: If weights do not fit, or that model is not the mixture; see `check_merging`.
         """
+        coefficients = self._one(weights, kl_weight)
         self.check_merging()
-        with self._turns.switched(*self._in_place(self._one(weights, kl_weight))):
+        with self._turns.switched(*self._in_place(coefficients)):
             yield self.causal_lm
 
     @in_turn
@@ -212,10 +218,11 @@ class Mixture(Conditioned):
         then says that nothing is tied: a head with adapters, say, and embeddings without.
 
         Raises:
-            ValueError: If the merged model is not the mixture, or its files would load as another one.
+            ValueError: If weights do not fit, the merged model is not the mixture, or its files would load as another.
         """
+        coefficients = self._one(weights, kl_weight)
         self.check_merging()
-        return self._merged(self._one(weights, kl_weight))
+        return self._merged(coefficients)
 
     def _forward(self, weights: Any, kl_weight: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         raise NotImplementedError
@@ -234,7 +241,11 @@ class Mixture(Conditioned):
 
     @in_turn
     def save_pretrained(self, directory: str | os.PathLike[str], **_: Any) -> None:
-        """Write sets or adapters, and `mopl.json`, into a folder; of adapters never the frozen base model."""
+        """Write `mopl.json` and what it speaks of into a folder.
+
+        Of parameters these are all sets, the shared part and the model's configuration; of adapters a folder for each
+        and never the frozen base model.
+        """
         super().save_pretrained(directory)
 
     @property

@@ -15,7 +15,7 @@ from mopl._arguments import compute_dtype, shape_of
 from mopl._extras import require
 from mopl._restoring import evaluating, generators_kept
 from mopl._threads import CallOfThread, in_turn
-from mopl.conditioning._mixture import CoefficientRule, Mixture
+from mopl.conditioning._mixture import CoefficientRule, Mixture, renamed_in_mixture
 from mopl.conditioning.causal_lm import is_peft
 from mopl.conditioning.merging import (
     bases_of,
@@ -44,6 +44,7 @@ from mopl.conditioning.saved_models import (
 from mopl.conditioning.weighted import WeightedModel
 
 
+@renamed_in_mixture
 class LoraMixture(Mixture, WeightedModel):
     """m LoRA adapters on a frozen model, mixed by weights: every row of a batch has its own mixture at no extra cost.
 
@@ -202,6 +203,9 @@ class LoraMixture(Mixture, WeightedModel):
         """Raise unless rows that are mixed have the logits of the merged model, by a probe of a few short rows.
 
         `at` and `merge` do so the first time; runs do so before they begin. See `mopl.conditioning.merging`.
+
+        Raises:
+            ValueError: With the modules that differ, and the targets that do not.
         """
         if not self._checked:
             check_lora(self.model, self.adapters, self._mixed_logits)

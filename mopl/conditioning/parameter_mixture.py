@@ -36,7 +36,7 @@ from mopl._records import damaged
 from mopl._restoring import evaluating, generators_kept
 from mopl._tensor_files import check_shapes, read_tensors
 from mopl._threads import in_turn
-from mopl.conditioning._mixture import CoefficientRule, KLWeightCoefficients, Mixture
+from mopl.conditioning._mixture import CoefficientRule, KLWeightCoefficients, Mixture, renamed_in_mixture
 from mopl.conditioning._parameter_mixture_lora import LoraMixture
 from mopl.conditioning._parameter_mixture_parts import (
     check_batch,
@@ -57,6 +57,7 @@ __all__ = ["KLWeightCoefficients", "LoraMixture", "ParameterMixture"]
 WEIGHTS_FILE, MODEL_FOLDER = "parameter_mixture.safetensors", "architecture"
 
 
+@renamed_in_mixture
 class ParameterMixture(Mixture):
     """A model that runs with Σ_i c_i θ_S^i, c = w or a function of (w, α).
 
@@ -234,7 +235,7 @@ class ParameterMixture(Mixture):
 
     @in_turn
     def clear_cache(self) -> None:
-        """Forget the mixture that `at` keeps until the sets are trained further, in |S| more parameters.
+        """Forget the mixture that `at` keeps.
 
         Optimisers that write through `.data` outside of this module's forward pass need that call.
         """

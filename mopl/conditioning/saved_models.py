@@ -48,7 +48,11 @@ class TuningRecord:
 
     @classmethod
     def of(cls, given: TuningRecord | Sequence[str] | None, objectives: int) -> TuningRecord:
-        """Return what a model was given for its m objectives: a record, names, or None for `objective_1`, ..."""
+        """Return what a model with m objectives was given: a record, names, or None for `objective_1`, ...
+
+        Raises:
+            ValueError: If it is for another number of objectives.
+        """
         if given is None:
             given = [f"objective_{j + 1}" for j in range(objectives)]
         record = given if isinstance(given, TuningRecord) else cls(tuple(given))

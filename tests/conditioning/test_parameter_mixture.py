@@ -437,6 +437,11 @@ def test_weights_off_the_simplex_are_refused() -> None:
             mixture(input_ids=IDS, weights=torch.tensor([0.9, 0.9]))
         with pytest.raises(ValueError, match="weights are missing; pass one for each of objective_1, objective_2"):
             mixture(input_ids=IDS)
+        mixture.check_merging = lambda: pytest.fail("a model was probed for weights that are none")
+        with pytest.raises(ValueError, match="are 4 vectors but one mixture has one"):
+            mixture.merge(ROWS)
+        with pytest.raises(ValueError, match="are 4 vectors but one mixture has one"), mixture.at(ROWS):
+            pass
 
 
 # ---------------------------------------------------------------- LoRA

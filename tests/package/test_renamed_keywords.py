@@ -162,6 +162,13 @@ def test_what_needs_a_run_or_data_takes_its_old_keyword_as_the_new_one(function,
         function(**{old: 1, new: 1})
 
 
+@pytest.mark.parametrize("method", ["coefficients_of", "forward", "generate", "at", "merge"])
+@pytest.mark.parametrize("kind", [conditioning.ParameterMixture, conditioning.LoraMixture])
+def test_an_inherited_method_is_named_with_the_class_that_users_know(kind, method):
+    with pytest.raises(TypeError, match=rf"^{kind.__name__}\.{method}\(\) got kl_weight and alpha"):
+        getattr(kind, method)(None, alpha=1, kl_weight=1)
+
+
 @pytest.mark.parametrize("run", [AlignmentRun, ClpRun])
 def test_a_finished_run_answers_under_the_old_name(run):
     opened = object.__new__(run)
