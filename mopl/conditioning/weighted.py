@@ -44,10 +44,10 @@ class Conditioned(nn.Module):
     @property
     def causal_lm(self) -> Any:
         """The causal language model itself, without PEFT's wrapper."""
-        return causal_lm_of(self.model)
+        return self.model.get_base_model() if is_peft(self.model) else self.model
 
     def save_pretrained(self, directory: str | os.PathLike[str], **_: Any) -> None:
-        """Write what is trained, and `mopl.json`, into a folder; of a frozen base model its name alone."""
+        """Write what is trained, prompt and adapter, and `mopl.json` into a folder; never the frozen base model."""
         described = json.dumps({"kind": self.KIND, **self.record.to_dict(), **self._described()}, indent=2) + "\n"
 
         def fill(folder: Path) -> None:

@@ -15,7 +15,7 @@ from tiny_language_models import VOCABULARY, K, build, lora
 from tiny_language_models import prompt as trained_prompt
 
 from mopl.alignment import fuse, score_sequences
-from mopl.conditioning import HyperPromptModel, TuningRecord
+from mopl.conditioning import HyperPromptModel, LoraMixture, TuningRecord
 
 PAD, EOS = 0, 2
 FAMILIES = ("llama", "gpt2", "gemma2", "opt")
@@ -281,6 +281,9 @@ def test_models_that_cannot_be_conditioned_are_named() -> None:
         HyperPromptModel(build(), trained_prompt(), positions="both")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="takes no inputs_embeds"):
         HyperPromptModel(Bare(), trained_prompt())
+    mixture = LoraMixture(build(), 2, config=peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"LoraMixture\.forward takes no inputs_embeds"):
+        HyperPromptModel(mixture, trained_prompt())
     bloom = transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=1))
     with pytest.raises(ValueError, match="absolute or rotary"):
         HyperPromptModel(bloom, trained_prompt(), positions="paper")
