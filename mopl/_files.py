@@ -109,7 +109,10 @@ def write_files(folder: str | os.PathLike[str], fill: Callable[[Path], None], *,
     The file `last` comes last: where it is, all are there and of one version.
     """
     folder = Path(folder)
-    make_parents(folder / last)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise NotADirectoryError(f"{folder} cannot be written: a file is in the way; name another place") from None
     with _naming(folder, folder / "files"), _folder_beside(folder / "files") as temporary:
         if (folder / CARD).is_file():  # PEFT and transformers add to the one that is there, which may be a person's
             shutil.copy(folder / CARD, temporary / CARD)

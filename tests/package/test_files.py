@@ -158,6 +158,8 @@ def test_what_may_not_be_replaced_is_refused(tmp_path, content, monkeypatch):
     (tmp_path / "file").write_text("old")
     with pytest.raises(NotADirectoryError, match="it is a file; name another place"):
         write_folder(tmp_path / "file", lambda folder: None)
+    with pytest.raises(NotADirectoryError, match="file/in cannot be written: a file is in the way; name another place"):
+        write_files(tmp_path / "file" / "in", lambda folder: None, last="x")
     monkeypatch.chdir(tmp_path)  # the name of a socket must be short
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind("socket")
