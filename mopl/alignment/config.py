@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from mopl.language_models.tokenization import ListTokenizer
+    from mopl.training import TrainingConfig
 
 __all__ = ["ALL", "CONDITIONED", "LIST_LOSSES", "LOSSES", "METHODS", "PAIR_LOSSES", "PER_TOKEN", "AlignConfig"]
 
@@ -174,6 +175,22 @@ class AlignConfig(CosDpoSettings, LanguageModelSettings):
         if self.packing and self.positions == "paper":
             raise ValueError("packed sequences need positions that count up; pass positions='hf' or packing=False")
 
+    def label_modes(self, objectives: int) -> tuple[str, ...]:
+        """Return how labels become targets, one entry for each of m objectives; errors as `betas`."""
+        return self.for_each("labels", objectives)
+
+    def label_temperatures(self, objectives: int) -> tuple[float, ...]:
+        """Return what labels are divided by, one entry for each of m objectives; errors as `betas`."""
+        return self.for_each("label_temperature", objectives)
+
+    def training(self, steps: int | None = None, **changes: Any) -> "TrainingConfig":
+        """Return the settings of a training of `steps` updates, by default of its own number, with other changes."""
+        count = self.steps if steps is None else steps
+        return super().training(count, **{"warmup": self._warmup(count), **changes})
+
+    def _warmup(self, steps: int | None) -> int | None:
+        return max(1, steps // 10) if self.warmup is None and steps is not None else self.warmup
+
     def list_tokenizer(self, tokenizer: Any) -> "ListTokenizer":
         """Return how the run turns texts into tokens."""
         from mopl.language_models.tokenization import ListTokenizer
@@ -194,6 +211,6 @@ class AlignConfig(CosDpoSettings, LanguageModelSettings):
             self,
             steps=steps,
             reference=reference,
-            warmup=max(1, steps // 10) if self.warmup is None else self.warmup,
+            warmup=self._warmup(steps),
             prompt_learning_rate=self.prompt_learning_rate or 10 * self.learning_rate,
         )

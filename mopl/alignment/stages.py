@@ -221,9 +221,8 @@ def response_loss(config: AlignConfig, data: PreferenceData) -> ResponseLoss:
         ValueError: If l1 is asked for labels that are negative or are divided by a temperature, or a pair loss for
             lists of other lengths.
     """
-    given, rates = (config.for_each(name, len(data.objectives)) for name in ("labels", "label_temperature"))
-    modes = []
-    for j, (name, mode) in enumerate(zip(data.objectives, given, strict=True)):
+    modes, rates = [], config.label_temperatures(len(data.objectives))
+    for j, (name, mode) in enumerate(zip(data.objectives, config.label_modes(len(data.objectives)), strict=True)):
         values = {float(x) for i in range(len(data)) for x in data.label_array(i)[j] if x == x}
         if mode == "auto":
             mode = "l1" if values <= {0.0, 1.0} else "softmax"

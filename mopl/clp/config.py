@@ -222,9 +222,14 @@ class ClpConfig(LanguageModelSettings):
 
         return ListTokenizer(tokenizer, max_length=None, template=self.template, append_eos=False)
 
+    @property
+    def baseline_scope(self) -> str:
+        """What experts and the prompting baseline train: the same parameters, but no virtual tokens."""
+        return "lora-mixture" if self.scope == "hyper-prompt" else self.scope
+
     def scope_of(self, kind: str) -> str:
-        """Return what a policy trains: experts, soups and prompting the parameters of clp, but no virtual tokens."""
-        return "lora-mixture" if self.scope == "hyper-prompt" and kind != "clp" else self.scope
+        """Return what a policy of a kind trains."""
+        return self.scope if kind == "clp" else self.baseline_scope
 
     def kl_weights(self, kind: str) -> tuple[float, ...]:
         """Return the KL weights that a policy answers for: all of them, or the first alone."""

@@ -304,7 +304,7 @@ def test_settings_are_those_of_an_alignment_run(directory, tmp_path):
     made = demo.prepare(tmp_path, lambda _: None, model=directory, **OPTIONS)
     for overrides in ({}, *demo.BASELINES):
         config = AlignConfig(**{**made, **overrides})
-        assert config.for_each("labels", 2) == ("softmax", "softmax")
+        assert config.label_modes(2) == ("softmax", "softmax")
 
 
 def test_bad_arguments_say_what_to_do(directory, tmp_path):

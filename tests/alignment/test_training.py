@@ -611,6 +611,13 @@ def test_the_reference_is_precomputed_where_lists_are_seen_more_than_once():
     assert again.resolved(50) == again
 
 
+def test_a_tenth_of_the_steps_warms_up_where_nothing_else_is_asked_for():
+    config = AlignConfig("m", "d")
+    assert config.training(70).warmup == 7 and config.training(70, warmup=3).warmup == 3
+    assert dataclasses.replace(config, warmup=0).training(70).warmup == 0
+    assert config.label_modes(2) == ("auto", "auto") and config.label_temperatures(2) == (1.0, 1.0)
+
+
 def test_labels_become_targets_by_what_they_are():
     lists = [PreferenceList("q", ("a", "b"), {"low": (1, 0), "middle": (-0.5, 2)})] * 2
     data = PreferenceData(lists, NAMES)
