@@ -38,8 +38,14 @@ def write_file(path: str | os.PathLike[str], content: str | bytes | Callable[[Pa
     """Write a file all at once: into a temporary name in the same folder, flushed, then renamed.
 
     A link stays a link and what it points to is replaced. A device, a pipe and an open file such as /dev/stdout cannot
-    be replaced: the content is written into them. An existing file keeps its permissions. The content may be a function
-    that writes the file at the path that it is given.
+    be replaced: the content is written into them. An existing file keeps its permissions.
+
+    Args:
+        path: The file; an existing one is replaced.
+        content: Text, bytes, or a function that writes the file at the path that it is given.
+
+    Raises:
+        OSError: If there is no such folder, a folder of that name, or something that is not written into.
     """
     path = Path(path)
     with _naming(path, path):
@@ -65,10 +71,17 @@ def write_file(path: str | os.PathLike[str], content: str | bytes | Callable[[Pa
 
 
 def write_folder(final: str | os.PathLike[str], fill: Callable[[Path], None], *, replace: bool = True) -> None:
-    """Make the folder `final` with what `fill` writes into the one that it is given, all of it or nothing.
+    """Make the folder `final` with what `fill` writes, all of it or nothing.
 
-    A folder that is there stays until the new one is whole; whether it may be deleted is the caller's to know. With
-    `replace=False` only an empty one may be there, else this is a `FileExistsError`.
+    Args:
+        final: The folder.
+        fill: Writes into the folder that it is given.
+        replace: Replace a folder that is there, which stays until the new one is whole; whether it may be deleted is
+            the caller's to know. False takes the place of an empty folder only.
+
+    Raises:
+        FileExistsError: If something is there that is not to be replaced.
+        OSError: If the folder cannot be made.
     """
     final = Path(final)
     make_parents(final)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -183,9 +183,28 @@ class Front:
     ) -> Front:
         """Make a front from evaluated points; hypervolume and steerability are computed here.
 
-        `weights` are None for a model that is not asked for a trade-off; the reference point is fixed before methods
-        are compared; `intervals` has for each point what `Point.interval` holds; `reference_front`, (r, m), is the true
-        front, for its distance in `steerability`. The rest is as in `Front`. The front is checked.
+        Args:
+            method: Name of the method.
+            objectives: As in `Front`.
+            main: As in `Front`.
+            weights: (n, m), each on the simplex; None for a model that is not asked for a trade-off.
+            main_values: (n,), figures of the main objective.
+            auxiliary_values: (n, m), figures of the auxiliary objectives.
+            reference_point: (m,), fixed before the methods are compared.
+            seconds: As in `Front`.
+            parameters: As in `Front`.
+            seed: As in `Front`.
+            data: As in `Front`.
+            maximise: As in `Front`.
+            intervals: For each point what `Point.interval` holds.
+            interval: As in `Front`.
+            reference_front: (r, m), the true front, for its distance in `steerability`.
+            steps: As in `Front`.
+            notes: As in `Front`.
+            inference_parameters: As in `Front`.
+
+        Returns:
+            The checked front.
 
         Raises:
             ImportError: If moocore is not installed.
@@ -278,7 +297,9 @@ class Front:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the keys of `front.json`, and the optional ones where they are set."""
-        content = asdict(self)
+        # `asdict` would copy what the caller gave as data, and fails on a `Counter` or a `defaultdict`.
+        content = {f.name: getattr(self, f.name) for f in fields(self)}
+        content["points"] = [{f.name: getattr(p, f.name) for f in fields(p)} for p in self.points]
         for point in content["points"]:
             if point["scale"] == 1.0:
                 del point["scale"]

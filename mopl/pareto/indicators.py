@@ -338,4 +338,5 @@ def _vector(value: Sequence[float] | Tensor | np.ndarray, objectives: int, name:
 
 
 def _float64(values: Any) -> np.ndarray:
-    return np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values, dtype=np.float64)
+    # NumPy has no bfloat16, so torch widens.
+    return np.asarray(values.detach().cpu().double() if isinstance(values, Tensor) else values, dtype=np.float64)

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from mopl._extras import require
-from mopl._files import discard_folder, write_folder
+from mopl._files import discard_folder, remove_leftovers, write_folder
 from mopl._records import Count, Seconds, check, damaged, read_json
 from mopl._tensor_files import check_numbers, check_shapes, load_pickled, load_state, read_tensors
 
@@ -198,6 +198,10 @@ class CheckpointFolder:
         for old in self.all()[: -self.keep]:
             discard_folder(old.path)
         return Checkpoint(final, step)
+
+    def remove_leftovers(self) -> None:
+        """Delete what a killed process left half-written or half-deleted."""
+        remove_leftovers(self.path)
 
 
 def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -24,7 +24,6 @@ from torch import nn
 
 from mopl._arguments import check_choice
 from mopl._bounds import check_bounds
-from mopl._files import remove_leftovers
 from mopl._restoring import generators_kept, modes_kept
 from mopl._terminal import progress
 from mopl.training.accumulation import LossFunction, accumulate, reduced
@@ -200,7 +199,7 @@ def train(
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(states["scaler"])
     if accelerator.is_main_process and folder is not None:
-        remove_leftovers(folder.path)
+        folder.remove_leftovers()
     if log is not None:
         log.rewind(stage, start)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from mopl.alignment.config import AlignConfig
 from mopl.alignment.methods import ResponseLoss
 from mopl.alignment.stages import response_loss
 from mopl.cli import build_parser
+from mopl.clp.config import ClpConfig
+from mopl.clp.recipe import ClpRecipe
 from mopl.language_models.collate import ListCollator
 from mopl.language_models.data import PreferenceData, PreferenceList
 from mopl.language_models.tokenized import TokenizedList
@@ -75,6 +78,20 @@ def test_a_label_temperature_belongs_to_softmax_and_to_each_objective() -> None:
     assert response_loss(settings(label_temperature=(1.0, 2.0)), data()).label_temperature == (1.0, 2.0)
     with pytest.raises(ValueError, match="label_temperature has 3 entries but there are 2 objectives"):
         response_loss(settings(label_temperature=(1.0, 2.0, 3.0)), data())
+
+
+@pytest.mark.parametrize("given", [(1.0, 2.0), (1.0,) * 4])
+def test_a_reference_point_has_one_entry_for_all_objectives_or_one_for_each(given: tuple[float, ...]) -> None:
+    config = ClpConfig("model", "data", rewards=("a", "b", "c"), reference_point=given)
+    words = f"reference_point has {len(given)} entries but there are 3 objectives; pass one for all, or one for each"
+    rewards: Any = (len,) * 3
+    with pytest.raises(ValueError, match=words):
+        ClpRecipe(config, rewards).read()  # before anything is loaded
+    assert settings(reference_point=(2.0,)).for_each("reference_point", 3) == (2.0,) * 3
+    assert settings(reference_point=given).for_each("reference_point", len(given)) == given
+    assert settings().for_each("reference_point", 3) == ()  # the run sets its own
+    with pytest.raises(ValueError, match=words):
+        settings(reference_point=given).for_each("reference_point", 3)
 
 
 def test_the_command_takes_it_and_a_run_without_it_divides_by_one() -> None:

@@ -1,5 +1,6 @@
 """`front.json`: what goes in comes out, nothing wrong gets in, and no reader sees half a file."""
 
+import collections
 import copy
 import json
 import math
@@ -49,6 +50,13 @@ def test_optional_keys_survive_the_round_trip():
     front.points.append(Point([0.5, 0.5], 0.3, [0.4, 0.4], scale=2.0))
     again = Front.from_json(front.to_json())
     assert again == front and again.points[-1].scale == 2.0 and again.interval == {"hypervolume": [0.5, 0.9]}
+
+
+def test_data_of_any_mapping_is_written_as_it_is():
+    counts = collections.Counter(a=2, b=1)
+    assert json.loads(measured(data=counts).to_json())["data"] == counts
+    front = measured(data=collections.defaultdict(list, {"queries": [5]}))
+    assert json.loads(front.to_json())["data"] == {"queries": [5]}
 
 
 def test_a_measured_front_holds_its_hypervolume_and_its_regret():

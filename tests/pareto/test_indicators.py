@@ -117,6 +117,13 @@ def test_points_beyond_the_reference_point_and_no_points_have_no_volume():
     assert hypervolume([[0.25], [0.5]], [1], maximise=False) == 0.75
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int64])
+def test_points_and_reference_points_of_any_dtype_are_widened(dtype):
+    points = torch.tensor([[1, 3], [2, 1]], dtype=dtype)
+    assert hypervolume(points, torch.zeros(2, dtype=dtype), maximise=True) == 4.0
+    assert igd_plus(points, points, maximise=True) == 0.0
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_point_that_is_not_finite_is_an_error_that_names_it(bad):
     points = torch.tensor([[0.1, 0.2], [0.3, bad], [bad, 0.1]])
