@@ -30,7 +30,7 @@ if __name__ == "__main__":
         loss = make_loss(base, config, Path(sys.argv[1]) / scope)
         seen = []
         roll = loss.sampler.sample
-        loss.sampler.sample = lambda *a, roll=roll, seen=seen: (seen.append(len(a[2])), roll(*a))[1]
+        loss.sampler.sample = lambda *a, roll=roll, seen=seen: (seen.append(len(a[1])), roll(*a))[1]
         source = PromptSource(parts(config)["train"], config, 2, trade_offs=2)
         result = train(policy, source, loss, config.training(), accelerator=accelerator)
         # 4 prompts, 2 samples of each, over 2 processes and 2 parts; 2 rollouts for 4 steps.
