@@ -297,7 +297,8 @@ def _as_pairs(named: dict[str, Tensor], objectives: int) -> list[Tensor]:
                 "summed or averaged over tokens"
             )
     tensors = [value if value.ndim == 2 else value[:, None] for value in named.values()]
-    batch, objectives = len(tensors[0]), max(objectives, *(tensor.shape[1] for tensor in tensors))
+    # Its length is a number, which non-strict torch.export would make a constant of; its shape may be a symbol.
+    batch, objectives = tensors[0].shape[0], max(objectives, *(tensor.shape[1] for tensor in tensors))
     for name, tensor in zip(named, tensors, strict=True):
         if tensor.shape[0] != batch or tensor.shape[1] not in (1, objectives):
             raise ValueError(

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import logsigmoid
 
 from mopl import reference as oracle
@@ -540,6 +541,15 @@ def test_whole_graph_compiles(loss_type: str) -> None:
     )
     four = log_probabilities()
     assert_same(compiled(*four), pair_loss(four, loss_type, beta=0.3), four)
+
+
+def test_a_traced_batch_may_have_any_size() -> None:
+    """As in torch.export without dynamo: what is computed of the batch is a symbol, and no number of the example."""
+    traced = make_fx(lambda *four: pair_loss(list(four), reduction="none"), tracing_mode="symbolic")(
+        *log_probabilities(4)
+    )
+    four = log_probabilities(6)
+    torch.testing.assert_close(traced(*four), pair_loss(four, reduction="none"))
 
 
 def test_options_that_a_type_does_not_have_are_errors() -> None:
