@@ -219,7 +219,9 @@ def value_loss(
     check_choice(reduction, REDUCTIONS, "reduction")
     check_floating(values, "values", "(B,) or (B, T)")
     if values.ndim not in (1, 2):
-        raise TypeError(f"values has shape {shape_of(values)} but must be (B,) or (B, T)")
+        raise TypeError(
+            f"values has shape {shape_of(values)} but must be (B,) or (B, T); pass one value a response or a token"
+        )
     if values.ndim == 1:
         values, returns, mask = values[:, None], returns[..., None], None if mask is None else mask[..., None]
     mask = check_logprob(values, mask)

@@ -71,7 +71,8 @@ def linear_kl(
 
     Raises:
         TypeError: wrong dtypes, or a sharded (DTensor) operand.
-        ValueError: shapes or devices that do not fit, an unknown direction, or a temperature that wants a gradient.
+        ValueError: shapes or devices that do not fit, a mask that is no boolean tensor, an unknown direction, or a
+            temperature that wants a gradient.
     """
     check_choice(direction, ("reverse", "forward"), "direction")
     check_operands(hidden, weight, bias)
