@@ -312,6 +312,7 @@ class HyperPromptModel(WeightedModel):
         return self.model.active_adapter if is_peft(self.model) else None
 
     def _described(self) -> dict[str, Any]:
+        require("safetensors")  # before a folder is made
         prompt = self.hyper_prompt
         sizes = {name: getattr(prompt, name) for name in ("objectives", "virtual_tokens", "rank", "hidden")}
         return {
@@ -320,7 +321,6 @@ class HyperPromptModel(WeightedModel):
         }  # fmt: skip
 
     def _write(self, folder: Path) -> None:
-        require("safetensors")
         from safetensors.torch import save_file
 
         if self._adapter is not None:

@@ -280,13 +280,13 @@ class ParameterMixture(Mixture):
     # ---------------------------------------------------------------- files
 
     def _described(self) -> dict[str, Any]:
+        require("safetensors")  # before a folder is made
         return {
             "scope": self.scope, "sets": len(self.sets), "coefficients": self._saved_rule, "untied": self.untied,
             "base_model": self._base_name,
         }  # fmt: skip
 
     def _write(self, folder: Path) -> None:
-        require("safetensors")
         from safetensors.torch import save_file
 
         model = self.model

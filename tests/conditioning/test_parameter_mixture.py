@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -391,6 +392,13 @@ def test_saved_mixture_comes_back_bit_for_bit(scope: str, family: str, tmp_path)
         assert torch.equal(logits(loaded, weights=ROWS, **given), logits(mixture, weights=ROWS, **given))
     trainable = ParameterMixture.from_pretrained(tmp_path, trainable=True)
     assert all(p.requires_grad for p in trainable.parameters())
+
+
+def test_no_folder_is_made_where_nothing_could_be_written(tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(ImportError, match="safetensors"):
+        ParameterMixture(nn.Linear(2, 2), 2, scope="full").save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_files_that_do_not_fit_are_refused(tmp_path) -> None:
