@@ -23,6 +23,7 @@ DELEGATED = frozenset(
 
 def is_peft(model: nn.Module) -> bool:
     """Say whether a model is PEFT's wrapper around a causal language model."""
+    # Not by `base_model`: every model of transformers has that, the one inside PEFT's wrapper too.
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 

@@ -72,10 +72,12 @@ class Scoring:
             for name in ("padding_free", "length_normalized"):
                 if getattr(args, name, False):
                     raise ValueError(f"ld_alpha is {ld_alpha} and {name} is True; leave one of them out")
-        remedy = None if getattr(args, "disable_dropout", True) else "pass disable_dropout=True"
-        remedy = "leave neftune_noise_alpha out" if getattr(args, "neftune_noise_alpha", None) else remedy
-        if weighting and remedy:
-            raise ValueError(f"use_weighting is True, which needs a second, equal forward pass; {remedy}")
+        for noise, remedy in (
+            (not getattr(args, "disable_dropout", True), "pass disable_dropout=True"),
+            (getattr(args, "neftune_noise_alpha", None), "leave neftune_noise_alpha out"),
+        ):
+            if weighting and noise:
+                raise ValueError(f"use_weighting is True, which needs a second, equal forward pass; {remedy}")
         return cls(ld_alpha, weighting, router_coefficient(args, causal_lm_of(model)))
 
     @property

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mopl._arguments import check_positive
 from mopl.conditioning import TextPrompt, WeightedModel, check_weights
-from mopl.conditioning.weighted import causal_lm_of
+from mopl.conditioning.weighted import Conditioned, causal_lm_of
 from mopl.language_models.data import RowError
 from mopl.language_models.tokenization import ListTokenizer
 from mopl.language_models.turns import TurnEnds, turn_ends
@@ -67,9 +67,18 @@ def prompt_tokens(encoder: ListTokenizer, prompt: Prompt, number: int) -> list[i
 
 
 def objectives_of(
-    model: Any, weights: Any, beta: Any, text_prompt: TextPrompt | None, kinds: Any = WeightedModel
+    model: Any,
+    weights: Any,
+    beta: Any,
+    text_prompt: TextPrompt | None,
+    kinds: type[Conditioned] = WeightedModel,
+    mixture: str = "LoraMixture",
+    without_beta: str = "to move closer to the reference pass scale",
 ) -> tuple[str, ...]:
-    """Return the objectives of a model of these `kinds`, or of its text; raise unless it gets just what it takes."""
+    """Return the objectives of a model of these `kinds`, or of its text; raise unless it gets just what it takes.
+
+    Errors name the `mixture` that the caller takes, and what to do `without_beta`.
+    """
     names: Sequence[str] = ()
     wants_beta = False
     if isinstance(model, kinds):
@@ -84,14 +93,14 @@ def objectives_of(
         raise ValueError(
             f"weights are missing; pass one for each of {', '.join(names)}"
             if names
-            else "weights were passed but the model has none: pass a HyperPromptModel or a mixture, or "
+            else f"weights were passed but the model has none: pass a HyperPromptModel or a {mixture}, or "
             "text_prompt with a model that was trained with it"
         )
     if (beta is not None) != wants_beta:
         raise ValueError(
             "beta is missing: the model is conditioned on it; pass one number for each objective"
             if wants_beta
-            else "beta was passed but the model is not conditioned on it; scale is what moves answers to the reference"
+            else f"beta was passed but the model is not conditioned on it; {without_beta}"
         )
     return tuple(names)
 

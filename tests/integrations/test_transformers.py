@@ -491,6 +491,24 @@ def test_user_metrics_get_losses_and_accuracies_of_all_points(tmp_path):
     assert {"eval_a_helpful_loss@0.25,0.75", "eval_b_harmless_accuracy"} <= set(found)
 
 
+def test_sets_that_are_measured_without_a_training_are_read_with_the_objectives_of_the_first(tmp_path):
+    first = PreferenceList("a", ("b", "c"), {"helpful": (1, 0), "harmless": (0, 3)})
+    second = PreferenceList("a", ("b", "c"), {"harmless": (0, 2), "brief": (5, 4), "helpful": (1, 0)})
+
+    def measuring(**sets):
+        return MultiObjectiveTrainer(
+            tiny_llama(), arguments(tmp_path), eval_dataset=sets, processing_class=byte_tokenizer()
+        )
+
+    trainer = measuring(one=PreferenceData([first]), other=PreferenceData([second]))
+    assert trainer.objectives == OBJECTIVES
+    np.testing.assert_array_equal(trainer.eval_dataset["other"].lists[0].tokens.labels, [[1, 0], [0, 2]])
+    with pytest.raises(ValueError, match="no list of data has labels for brief"):
+        measuring(one=PreferenceData([second]), other=PreferenceData([first]))
+    with pytest.raises(ValueError, match="there is no data set to read the objectives from"):
+        measuring()
+
+
 @pytest.mark.parametrize("adapters", [False, True])
 def test_a_model_without_weights_is_measured_at_those_it_trains_for_and_shows_no_grid(adapters: bool, tmp_path):
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")

@@ -290,7 +290,8 @@ def test_both_trainers_can_have_one_model(tokenizer, theirs, tmp_path):
     [
         ({"ld_alpha": 1.5}, r"ld_alpha is 1.5 but must lie in \[0, 1\]"),
         ({"use_weighting": True, "loss_type": ["sft"]}, "no value for each pair that it could weigh"),
-        ({"use_weighting": True, "disable_dropout": False}, "pass disable_dropout=True"),
+        ({"use_weighting": True, "disable_dropout": False, "neftune_noise_alpha": 5.0}, "pass disable_dropout=True"),
+        ({"use_weighting": True, "neftune_noise_alpha": 5.0}, "leave neftune_noise_alpha out"),
         ({"sync_ref_model": True, "precompute_ref_log_probs": True}, "a reference that moves is needed"),
         ({"activation_offloading": True}, "use gradient_checkpointing"),
         ({"router_aux_loss_coef": 0.5}, "router_aux_loss_coef is 0.5"),

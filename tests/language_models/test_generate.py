@@ -10,7 +10,7 @@ pytest.importorskip("peft")
 from tiny_language_models import CHAT, PROMPTS, WEIGHTS, build, conditioned, lora, prompt, tokenizer
 
 from mopl.alignment import fuse, is_fused
-from mopl.conditioning import HyperPromptModel, TextPrompt, TuningRecord
+from mopl.conditioning import HyperPromptModel, ParameterMixture, TextPrompt, TuningRecord
 from mopl.language_models.generate import generate
 from mopl.language_models.reference_mixture import Reference, ReferenceMixture
 from mopl.language_models.tokenization import ListTokenizer
@@ -391,7 +391,7 @@ def test_the_best_candidate_depends_on_the_scale() -> None:
         ({"candidates": 2, "rerank": "resample", "top_k": 5}, "top_k would change"),
         ({"num_return_sequences": 2}, "use candidates=n"),
         ({"max_length": 20}, "use max_new_tokens"),
-        ({"beta": [1.0, 1.0]}, "not conditioned on it"),
+        ({"beta": [1.0, 1.0]}, "not conditioned on it; to move closer to the reference pass scale"),
         ({"text_prompt": PAIR}, "takes weights by itself"),
         ({"template": "chat"}, "no chat template"),
         ({"unknown_option": 1}, "unknown_option"),
@@ -405,8 +405,9 @@ def test_bad_calls_are_named(arguments: dict, message: str) -> None:
 def test_models_without_a_reference_or_without_weights_are_named() -> None:
     with pytest.raises(ValueError, match="plain LlamaForCausalLM holds no reference"):
         generate(build(), tokenizer(), PROMPTS, scale=2.0)
-    with pytest.raises(ValueError, match="weights were passed but the model has none"):
-        generate(build(), tokenizer(), PROMPTS, [0.5, 0.5])
+    for model in (build(), ParameterMixture(build(), 2)):
+        with pytest.raises(ValueError, match="has none: pass a HyperPromptModel or a LoraMixture, or text_prompt"):
+            generate(model, tokenizer(), PROMPTS, [0.5, 0.5])
     record = TuningRecord(("a", "b"), reference="some/model")
     foreign = HyperPromptModel(build(), prompt(), record=record).eval()
     with pytest.raises(ValueError, match="regularised towards 'some/model'"):
