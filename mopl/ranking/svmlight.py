@@ -124,7 +124,7 @@ def read_groups(path: Path, items: int, data: Path) -> np.ndarray:
 def read_label_file(path: Path, items: int, data: Path) -> np.ndarray:
     """Return (N,) float64 labels, a finite number a line, for the items of the file `data` in its order."""
     values: list[float] = []
-    lines = _text_lines(path)
+    lines = list(_text_lines(path))
     if len(lines) != items:
         raise LetorError(
             f"{path}: it has {len(lines)} lines but {data} has {items} documents; write one label a document, in the "
@@ -148,9 +148,10 @@ def _faults_of_text() -> Iterator[None]:
         raise LetorError(str(error)) from error
 
 
-@_faults_of_text()
-def _text_lines(path: Path) -> list[tuple[int, str]]:
-    return [(number, text.strip()) for number, text in read_lines(path)]
+def _text_lines(path: Path) -> Iterator[tuple[int, str]]:
+    with _faults_of_text():
+        for number, text in read_lines(path):  # one by one: of two faults the first in the file is named
+            yield number, text.strip()
 
 
 def _number(text: str) -> float:

@@ -377,6 +377,7 @@ def test_label_and_group_files_are_read_as_all_text(tmp_path):
         ("²\n1\n", "d.txt.query:1: '²' is not the size of a group"),
         ("9" * 5000, "d.txt.query:1: no group has 999"),
         (b"\xff", "d.txt.query:1: its byte 1 (0xff) is not UTF-8"),
+        (b"x\n\xff\n", "d.txt.query:1: 'x' is not the size of a group"),
     ):
         write(tmp_path / "d.txt.query", content)
         assert fault(data).startswith(message)
