@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from mopl._restoring import generators_kept
+from mopl._tensor_files import read_tensors
 from mopl.clp.config import ClpConfig
 from mopl.clp.reward_scale import RunningScale
 from mopl.conditioning import (
@@ -38,7 +39,7 @@ from mopl.conditioning import (
     ValueHead,
 )
 from mopl.conditioning.causal_lm import untie_head
-from mopl.conditioning.saved_models import adapter_folder, load_adapters
+from mopl.conditioning.saved_models import REMEDY, adapter_folder, check_adapter, check_adapter_state
 from mopl.language_models import models
 
 Conditioned = ParameterMixture | LoraMixture | HyperPromptModel
@@ -240,13 +241,20 @@ def save_soup(folders: Sequence[Path], target: Path, base: Any, config: ClpConfi
     record = TuningRecord(tuple(objectives), beta=config.kl_weight[0])
     scope = config.scope_of("rewarded-soups")
     if scope == "lora-mixture":
-        names = [objective.replace(".", "_") for objective in objectives]
+        settings = models.lora_config(config)
+        from peft import set_peft_model_state_dict
+
         with models.quiet():
-            wrapped = load_adapters(
-                base, {name: adapter_folder(folder, name) for name, folder in zip(names, folders, strict=True)}
-            )
+            soup = LoraMixture(base, len(objectives), config=settings, record=record)
+            wrapped: Any = soup.model
             try:
-                LoraMixture(wrapped, len(objectives), record=record).save_pretrained(target)
+                for name, folder in zip(soup.adapters, folders, strict=True):
+                    own = adapter_folder(folder, name)
+                    check_adapter(own)
+                    check_adapter_state(wrapped, name, own / models.ADAPTER_FILE)
+                    state = read_tensors(own / models.ADAPTER_FILE, remedy=REMEDY)
+                    set_peft_model_state_dict(wrapped, state, adapter_name=name)
+                soup.save_pretrained(target)
             finally:
                 wrapped.unload()
         return

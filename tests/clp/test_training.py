@@ -438,6 +438,19 @@ def test_a_running_scale_forgets_a_beginning_that_was_otherwise_and_takes_a_rewa
 # ---------------------------------------------------------------- soups
 
 
+def test_a_soup_that_cannot_be_made_says_why_and_leaves_the_language_model_as_it_was(tmp_path):
+    base, config = language_model(), settings(scope="lora-mixture")
+    with pytest.raises(ValueError, match=r"would be called \['a_b', 'a_b'\]; give the objectives different names"):
+        save_soup([tmp_path, tmp_path], tmp_path / "soup", base, config, ("a.b", "a_b"))
+    expert = new_policy(base, config, ("first", "second"), "expert", "first")
+    expert.model.save_pretrained(tmp_path / "first")
+    release(expert)
+    before = set(base.state_dict())
+    with pytest.raises(FileNotFoundError, match="second holds no adapter_model"):
+        save_soup([tmp_path / "first", tmp_path / "second"], tmp_path / "soup", base, config, ("first", "second"))
+    assert set(base.state_dict()) == before
+
+
 @pytest.mark.parametrize("scope", ["full", "attention", "logits", "lora-mixture"])
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_soup_of_experts_is_the_average_of_their_parameters(tmp_path, scope, shared):
