@@ -47,6 +47,7 @@ class FeatureNormalizer:
     @classmethod
     def fit(cls, name: str, features: Tensor) -> FeatureNormalizer:
         """Measure what `name` needs on the features (N, F) of the training split, and of that alone."""
+        check_normalization(name)
         if name.removeprefix("log1p+") != "global":
             return cls(name)
         shift = torch.zeros(features.shape[1], dtype=torch.float64)

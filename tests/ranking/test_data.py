@@ -373,6 +373,8 @@ def test_constant_features_are_harmless(name, value):
 def test_normalization_refuses_what_it_cannot_do():
     with pytest.raises(ValueError, match="normalization is 'zscore' but must be one of none, global, query"):
         FeatureNormalizer.fit("zscore", torch.zeros(3, 2))
+    with pytest.raises(ValueError, match="normalization is None but must be one of none"):
+        FeatureNormalizer.fit(None, torch.zeros(3, 2))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="needs shift and scale"):
         FeatureNormalizer("global")
     data = make()
