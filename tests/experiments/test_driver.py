@@ -14,6 +14,7 @@ from mopl.experiments.driver import Measured, Recipe, execute
 from mopl.experiments.run_directory import RunInterrupted
 from mopl.pareto import Front
 from mopl.training import RunLog, TrainingDiverged, TrainingInterrupted
+from mopl.training.parallel import on_main
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +111,23 @@ def reports(monkeypatch):
     written = []
     monkeypatch.setattr("mopl.experiments.driver.write_reports", written.append)
     return written
+
+
+def test_what_is_written_for_all_goes_through_the_door_that_passes_errors_on_to_every_process(tmp_path, monkeypatch):
+    open_doors, written = [], []
+
+    def door(accelerator, act):
+        open_doors.append(act)
+        try:
+            return on_main(accelerator, act)
+        finally:
+            open_doors.pop()
+
+    monkeypatch.setattr("mopl.experiments.driver.on_main", door)
+    for place in ("mopl.experiments.driver.Measured.save", "mopl.experiments.driver.write_reports"):
+        monkeypatch.setattr(place, lambda *_: written.append(len(open_doors)))
+    execute(Toy(), tmp_path / "run", say=quiet)
+    assert written == [1] * 4  # base, two methods, reports
 
 
 def test_stages_follow_each_other_and_every_method_has_a_folder_with_its_files(tmp_path, reports):
