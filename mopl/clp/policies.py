@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mopl._extras import require
 from mopl._restoring import generators_kept
 from mopl._tensor_files import read_tensors
 from mopl.clp.config import ClpConfig
@@ -241,11 +242,11 @@ def save_soup(folders: Sequence[Path], target: Path, base: Any, config: ClpConfi
     record = TuningRecord(tuple(objectives), beta=config.kl_weight[0])
     scope = config.scope_of("rewarded-soups")
     if scope == "lora-mixture":
-        settings = models.lora_config(config)
+        require("peft")
         from peft import set_peft_model_state_dict
 
         with models.quiet():
-            soup = LoraMixture(base, len(objectives), config=settings, record=record)
+            soup = LoraMixture(base, len(objectives), config=models.lora_config(config), record=record)
             wrapped: Any = soup.model
             try:
                 for name, folder in zip(soup.adapters, folders, strict=True):

@@ -13,6 +13,7 @@ import torch
 from list_problems import Problem, best_first, compare, in_float64, make, padded, poisoned, results
 from torch import Tensor
 
+from mopl.ops._rankings import Rule
 from mopl.ops.listnet import listwise_cross_entropy
 from mopl.ops.plackett_luce import _forward_cpu, plackett_luce_nll
 
@@ -61,8 +62,8 @@ def plackett_luce_results(problem: Problem) -> dict[str, Tensor]:
     """Return what `results` would, in float64 from the CPU path, which has its own tests against plain formulas."""
     p = in_float64(problem)
     options = {"order": None, "position_weights": None, "top_k": None, "ties": "breslow", "last_group_free": False}
-    options |= p.options
-    loss, gradient = _forward_cpu(p.scores, p.labels, p.beta, p.mask, *options.values(), True)
+    order, position_weights, *rule = (options | p.options).values()
+    loss, gradient = _forward_cpu(p.scores, p.labels, p.beta, p.mask, order, position_weights, Rule(*rule), True)
     present = p.scores if p.mask is None else p.scores.masked_fill(~p.mask, 0)
     dbeta = p.upstream * (gradient * present[:, None]).sum(-1)
     return {

@@ -9,6 +9,7 @@ from list_problems import Problem, best_first, check, compare, curvature, in_flo
 
 from mopl import reference
 from mopl.kernels import plackett_luce_plan as plans
+from mopl.ops._rankings import Rule
 from mopl.ops.plackett_luce import _plackett_luce_nll, plackett_luce_nll
 
 pytestmark = pytest.mark.usefixtures("careful_memory")
@@ -412,7 +413,7 @@ def test_no_dimension_of_a_grid_reaches_2_to_the_31(items: int, ties: str, monke
     scores = torch.empty(batch, items, device="meta")
     labels = torch.empty(batch, objectives, items, device="meta")
     beta = torch.empty(batch, objectives, device="meta")
-    loss, gradient, _ = launcher.launch_forward(scores, labels, beta, None, None, None, None, ties, False, True)
+    loss, gradient, _ = launcher.launch_forward(scores, labels, beta, None, None, None, Rule(None, ties, False), True)
     launcher.launch_backward(loss, beta, gradient)
     assert len(recorder.grids) >= 2
     assert all(grid[0] < 2**31 and (len(grid) == 1 or grid[1] < 2**16) for grid in recorder.grids)
