@@ -57,8 +57,6 @@ class Case:
             bytes) and the first write to the second, all warps of the program must meet.
         elements: elements that a program works on in one iteration of its hot loop, or at all without a loop: what
             instructions are counted by; by default one a thread.
-        repeats: other, smaller cases of the kernel take each of its branches, so that a second Triton need not compile
-            this one.
     """
 
     name: str
@@ -76,7 +74,6 @@ class Case:
     wide: Sequence[str] = ()
     barrier: Mapping[str, str] = field(default_factory=dict)
     elements: int | None = None
-    repeats: bool = False
 
 
 def load_kernels(name: str) -> types.ModuleType:

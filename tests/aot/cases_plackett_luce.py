@@ -20,7 +20,6 @@ def _case(
     order: str = "i64",
     absent: tuple[str, ...] = (),
     targets: tuple[str, ...] | None = None,
-    repeats: bool = False,
     **flags: bool,
 ) -> Case:
     """Return the case with pointers for all arguments but those in `absent`."""
@@ -54,7 +53,6 @@ def _case(
         absent=NO_APPROXIMATE_LOG,
         targets=targets,
         elements=elements,
-        repeats=repeats,
     )
 
 
@@ -90,9 +88,9 @@ def cases() -> list[Case]:
         _fused(8, 5, "order", labels="i64", free=True, targets=few),
         _fused(3, 3, "order", scores="fp64", labels="fp64", targets=few),
         _fused(120, 1, "mask", order="u8", labels="bf16", scores="bf16", targets=few),
-        _fused(1000, 1, labels="i64", targets=("sm_90",)),
-        _fused(4096, 1, order="i16", free=True, targets=few, repeats=True),
-        _fused(2048, 3, scores="fp64", labels="fp64", targets=few, repeats=True),
+        _fused(1000, 1, labels="i64", targets=few),
+        _fused(4096, 1, order="i16", free=True, targets=few),
+        _fused(2048, 3, scores="fp64", labels="fp64", targets=few),
         _order(20, "mask", labels="i1", order="u8"),
         _order(4096, order="i16", targets=few),
         _case("suffix_kernel", plans.scan_tile(10000), 10000, 2),

@@ -269,7 +269,6 @@ def chosen_work(targets: list[str], brief: bool, counted: bool) -> list[tuple[in
         for target in targets:
             products = set(case.instructions.get(target, ())) - set(WIDE_LOADS_AND_STORES[target])
             wanted = not brief or target == MACHINE_CODE or products or (first and target in BACKENDS)
-            wanted = wanted and not (brief and case.repeats)
             if wanted and (case.targets is None or target in case.targets):
                 work.append((index, target, counted))
     return work
@@ -308,8 +307,8 @@ def main() -> int:
     parser.add_argument("--targets", help="comma-separated; all of " + ", ".join(TARGETS) + " by default")
     parser.add_argument(
         "--brief", action="store_true", help=f"compile for targets other than {MACHINE_CODE} only what must contain "
-        f"instructions of tensor cores, each target's own, and for {BACKENDS[1]} each kernel once, and leave out cases "
-        "that repeat smaller ones: another Triton compiles the rest",
+        f"instructions of tensor cores, each target's own, and for {BACKENDS[1]} each kernel once: another Triton "
+        "compiles the rest",
     )  # fmt: skip
     parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 8))
     parser.add_argument("--cases", type=Path, default=Path(__file__).resolve().parent, help="folder of case tables")
