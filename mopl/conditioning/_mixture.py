@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
-from mopl._arguments import check_choice, shape_of
+from mopl._arguments import check_beta_given, check_choice, shape_of
+from mopl._records import Finite
 from mopl._renamed import renamed_attribute, renamed_in_methods
-from mopl._threads import Turns, in_turn
+from mopl._threads import in_turn
 from mopl.conditioning.sampling import Weights, check_weights
-from mopl.conditioning.saved_models import CONFIG_FILE, TuningRecord, fitting, read_record
-from mopl.conditioning.weighted import Conditioned
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from mopl.conditioning.saved_models import CONFIG_FILE, Record, TuningRecord, fitting
+from mopl.conditioning.weighted import WeightedModel
 
 CoefficientRule = Callable[[Tensor, "Tensor | None"], Tensor]  # (..., m), (...) -> (..., sets)
 
@@ -74,7 +72,19 @@ class KLWeightCoefficients:
 renamed_in_mixture = renamed_in_methods("coefficients_of", "forward", "generate", "at", "merge", alpha="kl_weight")
 
 
-class Mixture(Conditioned):
+class _Coefficients(msgspec.Struct, forbid_unknown_fields=True):
+    smallest_alpha: Finite
+    kl_form: str = "complement"
+    anchor: bool = True
+
+
+class MixtureRecord(Record):
+    """What `mopl.json` says of a mixture."""
+
+    coefficients: _Coefficients | Literal["custom"] | None
+
+
+class Mixture(WeightedModel):
     """A model that runs with Σ_i c_i of its sets, c = w or a function of (w, α)."""
 
     def __init__(
@@ -95,7 +105,6 @@ class Mixture(Conditioned):
             )
         self.record = TuningRecord.of(record, objectives)
         self.objectives, self.coefficients, self._count = objectives, coefficients, sets
-        self._turns = Turns()
         self._checked = False  # that one mixture computes what mixed rows do
 
     def coefficients_of(self, weights: Weights | None, kl_weight: float | Tensor | None = None) -> Tensor:
@@ -126,8 +135,19 @@ class Mixture(Conditioned):
             raise ValueError(f"coefficients gave {shape_of(result)} but must give {wanted}, one for each set")
         return result
 
-    def _one(self, weights: Weights, kl_weight: float | Tensor | None) -> Tensor:
+    @property
+    def takes_kl_weight(self) -> bool:
+        """Whether the coefficients are a function of (w, α)."""
+        return self.coefficients is not None
+
+    def conditions(self, weights: Weights | None, beta: Any = None, kl_weight: Any = None) -> dict[str, Any]:
+        """Return the keywords of a trade-off, checked as the coefficients are; see `WeightedModel.conditions`."""
+        self.coefficients_of(weights, kl_weight)
+        return super().conditions(weights, beta, kl_weight)
+
+    def _one(self, weights: Weights, beta: Any, kl_weight: float | Tensor | None) -> Tensor:
         """Return the coefficients (sets,) of one mixture."""
+        check_beta_given(beta, False, "to a mixture, which is not conditioned on it; leave it out")
         coefficients = self.coefficients_of(weights, kl_weight)
         if coefficients.ndim != 1:
             raise ValueError(f"weights are {len(coefficients)} vectors but one mixture has one; pass (m,)")
@@ -189,12 +209,13 @@ class Mixture(Conditioned):
         raise NotImplementedError
 
     @contextlib.contextmanager
-    def at(self, weights: Weights, kl_weight: float | Tensor | None = None) -> Iterator[nn.Module]:
+    def at(self, weights: Weights, kl_weight: float | Tensor | None = None, *, beta: Any = None) -> Iterator[nn.Module]:
         """Be the plain model of one trade-off inside a `with` block, at its cost.
 
         Args:
             weights: w, (m,).
             kl_weight: α, a number, if the coefficients depend on it.
+            beta: None; no mixture is conditioned on β.
 
         Yields:
             The language model, with the mixture in place: of parameters, which is made once and kept for the next time,
@@ -204,14 +225,14 @@ class Mixture(Conditioned):
         Raises:
             ValueError: If weights do not fit, or that model is not the mixture; see `check_merging`.
         """
-        coefficients = self._one(weights, kl_weight)
+        coefficients = self._one(weights, beta, kl_weight)
         self.check_merging()
         with self._turns.switched(*self._in_place(coefficients)):
             yield self.causal_lm
 
     @in_turn
     @torch.no_grad()
-    def merge(self, weights: Weights, kl_weight: float | Tensor | None = None) -> nn.Module:
+    def merge(self, weights: Weights, kl_weight: float | Tensor | None = None, *, beta: Any = None) -> nn.Module:
         """Return a copy of the model at one trade-off, with no trace of the mixture: save it, export it, serve it.
 
         A weight that other modules share and that adapters are added to is its own in the copy, whose configuration
@@ -220,7 +241,7 @@ class Mixture(Conditioned):
         Raises:
             ValueError: If weights do not fit, the merged model is not the mixture, or its files would load as another.
         """
-        coefficients = self._one(weights, kl_weight)
+        coefficients = self._one(weights, beta, kl_weight)
         self.check_merging()
         return self._merged(coefficients)
 
@@ -239,15 +260,6 @@ class Mixture(Conditioned):
 
     # ---------------------------------------------------------------- files
 
-    @in_turn
-    def save_pretrained(self, directory: str | os.PathLike[str], **_: Any) -> None:
-        """Write `mopl.json` and what it speaks of into a folder.
-
-        Of parameters these are all sets, the shared part and the model's configuration; of adapters a folder for each
-        and never the frozen base model.
-        """
-        super().save_pretrained(directory)
-
     @property
     def _saved_rule(self) -> Any:
         """What a folder says of the coefficients: their numbers, that they are a function, or nothing."""
@@ -257,40 +269,30 @@ class Mixture(Conditioned):
         return "custom" if rule else None
 
     @classmethod
-    def from_pretrained(
+    def _load(
         cls,
-        directory: str | os.PathLike[str],
-        model: nn.Module | None = None,
+        folder: Path,
+        config: dict[str, Any],
+        model: nn.Module | None,
         *,
+        trainable: bool,
         coefficients: CoefficientRule | None = None,
-        trainable: bool = False,
-        **model_kwargs: Any,
-    ) -> Self:
-        """Load what `save_pretrained` wrote, in evaluation mode.
-
-        Args:
-            directory: The folder.
-            model: Of a mixture of adapters the base model without them, loaded by the name in `mopl.json` if None; of a
-                mixture of parameters a model of the same architecture, whose values are replaced, made from the saved
-                configuration (causal language models of transformers) if None.
-            coefficients: The function of (w, α), if it was none that a file can hold.
-            trainable: Whether adapters, or sets and shared part, are to be trained further.
-            **model_kwargs: Keywords of `AutoModelForCausalLM.from_pretrained`, or of `from_config`, such as `dtype`.
-
-        Raises:
-            FileNotFoundError: If the folder holds no such model.
-            ValueError: If it holds another kind, or a model or coefficients are needed and missing, or do not fit.
-        """
-        folder = Path(directory)
-        config = read_record(folder, cls.KIND, cls.LAST_FILE)
-        config["coefficients"] = _rule(config["coefficients"], coefficients, folder)
-        return cls._load(folder, config, model, model_kwargs, trainable).eval()
+        **options: Any,
+    ) -> Mixture:
+        rule = _rule(config["coefficients"], coefficients, folder)
+        return cls._of_files(folder, config, rule, model, options, trainable)
 
     @classmethod
-    def _load(
-        cls, folder: Path, config: dict[str, Any], model: nn.Module | None, options: dict[str, Any], trainable: bool
-    ) -> Self:
-        """Return the mixture of a folder, whose `mopl.json` says `config`, with the rule in place of its numbers."""
+    def _of_files(
+        cls,
+        folder: Path,
+        config: dict[str, Any],
+        rule: CoefficientRule | None,
+        model: nn.Module | None,
+        options: dict[str, Any],
+        trainable: bool,
+    ) -> Mixture:
+        """Return the mixture of a folder, whose `mopl.json` says `config`."""
         raise NotImplementedError
 
 

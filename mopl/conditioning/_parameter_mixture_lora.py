@@ -15,7 +15,7 @@ from mopl._arguments import compute_dtype, shape_of
 from mopl._extras import require
 from mopl._restoring import evaluating, generators_kept
 from mopl._threads import CallOfThread, in_turn
-from mopl.conditioning._mixture import CoefficientRule, Mixture, renamed_in_mixture
+from mopl.conditioning._mixture import CoefficientRule, Mixture, MixtureRecord, renamed_in_mixture
 from mopl.conditioning.causal_lm import is_peft
 from mopl.conditioning.merging import (
     bases_of,
@@ -35,17 +35,21 @@ from mopl.conditioning.merging import (
 from mopl.conditioning.sampling import Weights
 from mopl.conditioning.saved_models import (
     CONFIG_FILE,
+    Names,
     TuningRecord,
     adapter_folder,
     base_model,
     fitting,
     load_adapters,
 )
-from mopl.conditioning.weighted import WeightedModel
+
+
+class _Record(MixtureRecord):
+    adapters: Names
 
 
 @renamed_in_mixture
-class LoraMixture(Mixture, WeightedModel):
+class LoraMixture(Mixture):
     """m LoRA adapters on a frozen model, mixed by weights: every row of a batch has its own mixture at no extra cost.
 
         h = W x + Σ_i c_i (lora_alpha / r) B_i A_i x,        c = w or a function of (w, α)
@@ -72,7 +76,7 @@ class LoraMixture(Mixture, WeightedModel):
         ValueError: If numbers of adapters or objectives do not fit, or an adapter is more than plain LoRA.
     """
 
-    KIND = "LoraMixture"
+    KIND, SCHEMA = "LoraMixture", _Record
 
     def __init__(
         self,
@@ -191,8 +195,8 @@ class LoraMixture(Mixture, WeightedModel):
             return self.model.generate(**given)
 
     @contextlib.contextmanager
-    def reference(self) -> Iterator[LoraMixture]:
-        """Be the base model inside a `with` block: adapters off, weights ignored."""
+    def reference(self, *, adapters: bool = False) -> Iterator[LoraMixture]:
+        """Be the base model inside a `with` block: adapters off, which are what it is conditioned by."""
         with self._turns.switched(self.model.disable_adapter()):
             yield self
 
@@ -244,17 +248,17 @@ class LoraMixture(Mixture, WeightedModel):
     def _described(self) -> dict[str, Any]:
         return {"adapters": self.adapters, "coefficients": self._saved_rule, "base_model": self._base_name}
 
-    def _write(self, folder: Path) -> None:
-        self.model.save_pretrained(str(folder), selected_adapters=self.adapters)
+    @property
+    def _adapters(self) -> list[str]:
+        return self.adapters
 
     @classmethod
-    def _load(
-        cls, folder: Path, config: dict[str, Any], model: nn.Module | None, options: dict[str, Any], trainable: bool
+    def _of_files(
+        cls, folder: Path, config: dict[str, Any], rule: Any, model: Any, options: dict[str, Any], trainable: bool
     ) -> LoraMixture:
         model = base_model(config, folder, model, options)
         with fitting(folder / CONFIG_FILE):
             paths = {name: adapter_folder(folder, name) for name in config["adapters"]}
-            wrapped = load_adapters(model, paths, trainable=trainable)
-            record, rule = TuningRecord.read(config), config["coefficients"]
+            wrapped, record = load_adapters(model, paths, trainable=trainable), TuningRecord.read(config)
             mixture = cls(wrapped, len(record.objectives), coefficients=rule, sets=len(paths), record=record)
         return mixture if trainable else mixture.requires_grad_(False)

@@ -15,7 +15,6 @@ from mopl.conditioning.saved_models import (
     ADAPTER_CONFIG,
     CONFIG_FILE,
     REMEDY,
-    SCHEMAS,
     AdapterRecord,
     load_adapters,
     read_kind,
@@ -27,7 +26,7 @@ def base_of_adapter(name: str) -> str | None:
     folder = Path(name)
     if not (folder / ADAPTER_CONFIG).is_file():
         return None
-    if (folder / CONFIG_FILE).is_file() and (kind := read_kind(folder)) in SCHEMAS:
+    if (folder / CONFIG_FILE).is_file() and (kind := read_kind(folder)) not in (None, "export"):
         raise ValueError(
             f"{name} holds a {kind}, whose adapter is a part of what it does; write its model of one trade-off with "
             "mopl export and name that"

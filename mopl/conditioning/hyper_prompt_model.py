@@ -17,18 +17,17 @@ Two conventions of positions (`positions=`):
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
 from mopl._arguments import check_choice, check_positive, shape_of
-from mopl._extras import require
+from mopl._bounds import check_bounds
 from mopl._renamed import renamed_keywords
 from mopl._rows import arranged, check_from_zero, generation_keywords
 from mopl._tensor_files import check_fits, load_state, read_tensors
@@ -39,18 +38,40 @@ from mopl.conditioning.sampling import Weights, check_weights
 from mopl.conditioning.saved_models import (
     CONFIG_FILE,
     REMEDY,
+    Record,
     TuningRecord,
     adapter_folder,
     base_model,
     fitting,
     load_adapters,
-    read_record,
 )
 from mopl.conditioning.weighted import WeightedModel
 
 Positions = Literal["hf", "paper"]
 POSITIONS = ("hf", "paper")
 WEIGHTS_FILE = "hyper_prompt.safetensors"
+
+
+class _Prompt(msgspec.Struct, forbid_unknown_fields=True):
+    objectives: int
+    virtual_tokens: int
+    rank: int
+    hidden: int
+    temperature: bool = False
+    width: int | None = None
+
+
+class _Record(Record):
+    adapter: str | None
+    positions: str
+    prompt: _Prompt
+
+    @staticmethod
+    def check(record: Mapping[str, Any]) -> None:
+        sizes, objectives = record["prompt"], len(record["objectives"])
+        if sizes["objectives"] != objectives:
+            raise ValueError(f"prompt.objectives is {sizes['objectives']} but there are {objectives} objectives")
+        check_bounds(sizes)
 
 
 class HyperPromptModel(WeightedModel):
@@ -70,7 +91,7 @@ class HyperPromptModel(WeightedModel):
             prompt of its own, or knows no positions that `"paper"` could set.
     """
 
-    KIND, LAST_FILE = "HyperPromptModel", WEIGHTS_FILE
+    KIND, SCHEMA, WEIGHTS_FILE = "HyperPromptModel", _Record, WEIGHTS_FILE
 
     def __init__(
         self,
@@ -86,7 +107,6 @@ class HyperPromptModel(WeightedModel):
         self.model = model
         self.hyper_prompt = hyper_prompt
         self.positions: Positions = positions
-        self._is_reference = False
         base = self.causal_lm
         check_model(model, base, hyper_prompt)
         self._takes_positions = "position_ids" in inspect.signature(type(base).forward).parameters
@@ -101,6 +121,21 @@ class HyperPromptModel(WeightedModel):
         """Whether the prompt also depends on β."""
         return self.hyper_prompt.takes_beta
 
+    @property
+    def virtual_tokens(self) -> int:
+        """k, the positions in front of each row."""
+        return self.hyper_prompt.virtual_tokens
+
+    @property
+    def takes_embeddings(self) -> bool:
+        """The model inside is called with embeddings: those of the prompt are no tokens'."""
+        return True
+
+    @property
+    def arranges_rows(self) -> bool:
+        """Positions follow from the mask and the virtual tokens."""
+        return True
+
     @torch.no_grad()
     def set_prefix_from_tokens(self, token_ids: Tensor | Sequence[int]) -> None:
         """Start P at the model's own embeddings of tokens: cut to k of them, or repeated until there are k."""
@@ -109,20 +144,6 @@ class HyperPromptModel(WeightedModel):
         if ids.ndim != 1:
             raise ValueError(f"token_ids has shape {shape_of(ids)} but must be (n,)")
         self.hyper_prompt.set_prefix(embedding(ids))
-
-    @contextlib.contextmanager
-    def reference(self, *, adapters: bool = False) -> Iterator[HyperPromptModel]:
-        """Be the reference inside a `with` block: prompt off, and adapters off unless `adapters`.
-
-        Calls may still pass weights; they change nothing. Gradients and dropout are as the caller sets them.
-        """
-        before, self._is_reference = self._is_reference, True
-        off = is_peft(self.model) and not adapters
-        try:
-            with self.model.disable_adapter() if off else contextlib.nullcontext():
-                yield self
-        finally:
-            self._is_reference = before
 
     @renamed_keywords(objective_temperature="beta")
     def forward(
@@ -171,10 +192,11 @@ class HyperPromptModel(WeightedModel):
                 f"the text has shape {shape_of(content)}; pass input_ids (B, T) or inputs_embeds (B, T, d)"
             )
         past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        given = self._unless_fixed(weights=weights, beta=beta)
         layout = self._layout(content, attention_mask, position_ids, past, kwargs)
         text: dict[str, Any] = {"inputs_embeds" if input_ids is None else "input_ids": content}
         if layout.enters:
-            text = {"inputs_embeds": self._embed_with_prompt(content, layout, weights, beta)}
+            text = {"inputs_embeds": self._embed_with_prompt(content, layout, **given)}
             labels = layout.shift_labels(labels)
         kwargs |= {"labels": labels, "past_key_values": past_key_values}
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
@@ -224,10 +246,11 @@ class HyperPromptModel(WeightedModel):
         if self._is_reference:
             kwargs |= generation_keywords(self.causal_lm, attention_mask)
             return self.model.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        if weights is not None:
-            weights = check_weights(weights, self.hyper_prompt.objectives)
-        if beta is not None:
-            beta = check_positive(torch.as_tensor(beta), "beta")
+        given = self._unless_fixed(weights=weights, beta=beta)
+        if "weights" in given:
+            given["weights"] = check_weights(given["weights"], self.hyper_prompt.objectives)
+        if "beta" in given:
+            given["beta"] = check_positive(torch.as_tensor(given["beta"]), "beta")
         options = ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size", "past_key_values")
         config = kwargs.get("generation_config") or self.causal_lm.generation_config
         for name in options:
@@ -235,7 +258,7 @@ class HyperPromptModel(WeightedModel):
                 raise ValueError(f"{name} cannot be used with a prompt of virtual tokens; leave it out")
 
         layout = self._layout(input_ids, attention_mask, None, 0, kwargs)
-        embeds = self._embed_with_prompt(input_ids, layout, weights, beta)
+        embeds = self._embed_with_prompt(input_ids, layout, **given)
         mask = layout.mask(required=True)
         assert mask is not None
         if self._takes_positions:
@@ -249,7 +272,11 @@ class HyperPromptModel(WeightedModel):
     # ---------------------------------------------------------------- parts of the two
 
     def _embed_with_prompt(
-        self, content: Tensor, layout: Layout | PackedLayout, weights: Tensor | None, beta: Tensor | None
+        self,
+        content: Tensor,
+        layout: Layout | PackedLayout,
+        weights: Tensor | None = None,
+        beta: Tensor | None = None,
     ) -> Tensor:  # (B, k + T, d)
         """Return the embeddings of token ids (or embeddings) with the virtual tokens in place."""
         batch, m = layout.batch, self.hyper_prompt.objectives
@@ -307,55 +334,26 @@ class HyperPromptModel(WeightedModel):
 
     # ---------------------------------------------------------------- files
 
-    @property
-    def _adapter(self) -> str | None:
-        return self.model.active_adapter if is_peft(self.model) else None
+    def _state(self) -> dict[str, Tensor]:
+        return self.hyper_prompt.state_dict()
 
     def _described(self) -> dict[str, Any]:
-        require("safetensors")  # before a folder is made
         prompt = self.hyper_prompt
         sizes = {name: getattr(prompt, name) for name in ("objectives", "virtual_tokens", "rank", "hidden")}
         return {
-            "base_model": self._base_name, "adapter": self._adapter, "positions": self.positions,
+            "base_model": self._base_name, "adapter": next(iter(self._adapters), None), "positions": self.positions,
             "prompt": {**sizes, "temperature": prompt.takes_beta, "width": prompt.width},
         }  # fmt: skip
 
-    def _write(self, folder: Path) -> None:
-        from safetensors.torch import save_file
-
-        if self._adapter is not None:
-            self.model.save_pretrained(str(folder), selected_adapters=[self._adapter])
-        state = {name: value.detach().cpu().contiguous() for name, value in self.hyper_prompt.state_dict().items()}
-        save_file(state, str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
-
     @classmethod
-    def from_pretrained(
-        cls,
-        directory: str | os.PathLike[str],
-        model: nn.Module | None = None,
-        *,
-        trainable: bool = False,
-        **model_kwargs: Any,
+    def _load(
+        cls, folder: Path, config: dict[str, Any], model: nn.Module | None, *, trainable: bool, **options: Any
     ) -> HyperPromptModel:
-        """Load what `save_pretrained` wrote, in evaluation mode.
-
-        Args:
-            directory: The folder.
-            model: The base model, plain or fused, without adapters; loaded by the name in `mopl.json` if None.
-            trainable: Whether the prompt and the adapter are to be trained further.
-            **model_kwargs: Keywords of `AutoModelForCausalLM.from_pretrained`.
-
-        Raises:
-            FileNotFoundError: If the folder holds no such model.
-            ValueError: If it holds another kind, names no base model and none was passed, or the base does not fit.
-        """
-        folder = Path(directory)
-        config = read_record(folder, cls.KIND, cls.LAST_FILE)
         weights, sizes = folder / WEIGHTS_FILE, dict(config["prompt"])
         sizes["takes_beta"] = sizes.pop("temperature", False)  # its first name
         with fitting(folder / CONFIG_FILE):
             check_fits(weights, lambda: HyperPrompt(**sizes), remedy=REMEDY)
-        model = base_model(config, folder, model, model_kwargs)
+        model = base_model(config, folder, model, options)
         with fitting(folder / CONFIG_FILE):
             if (adapter := config["adapter"]) is not None:
                 model = load_adapters(model, {adapter: adapter_folder(folder, adapter)}, trainable=trainable)
@@ -364,4 +362,4 @@ class HyperPromptModel(WeightedModel):
             load_state(prompt, weights, remedy=REMEDY)
             prompt.requires_grad_(trainable)
             assert model is not None
-            return cls(model, prompt, record=TuningRecord.read(config), positions=config["positions"]).eval()
+            return cls(model, prompt, record=TuningRecord.read(config), positions=config["positions"])

@@ -30,13 +30,20 @@ import torch
 from torch import Tensor, nn
 
 from mopl._arguments import compute_dtype
+from mopl._bounds import check_bounds
 from mopl._extras import require
 from mopl._hub import naming_own_code
 from mopl._records import damaged
 from mopl._restoring import evaluating, generators_kept
 from mopl._tensor_files import check_shapes, read_tensors
 from mopl._threads import in_turn
-from mopl.conditioning._mixture import CoefficientRule, KLWeightCoefficients, Mixture, renamed_in_mixture
+from mopl.conditioning._mixture import (
+    CoefficientRule,
+    KLWeightCoefficients,
+    Mixture,
+    MixtureRecord,
+    renamed_in_mixture,
+)
 from mopl.conditioning._parameter_mixture_lora import LoraMixture
 from mopl.conditioning._parameter_mixture_parts import (
     check_batch,
@@ -55,6 +62,15 @@ from mopl.conditioning.saved_models import CONFIG_FILE, REMEDY, TuningRecord, ch
 __all__ = ["KLWeightCoefficients", "LoraMixture", "ParameterMixture"]
 
 WEIGHTS_FILE, MODEL_FOLDER = "parameter_mixture.safetensors", "architecture"
+
+
+class _Record(MixtureRecord):
+    scope: str
+    sets: int
+
+    @staticmethod
+    def check(record: Mapping[str, Any]) -> None:
+        check_bounds({"sets": record["sets"]})
 
 
 @renamed_in_mixture
@@ -83,7 +99,7 @@ class ParameterMixture(Mixture):
         ValueError: If the scope names no parameter, or numbers of sets or objectives do not fit.
     """
 
-    KIND, LAST_FILE = "ParameterMixture", WEIGHTS_FILE
+    KIND, SCHEMA, WEIGHTS_FILE = "ParameterMixture", _Record, WEIGHTS_FILE
 
     def __init__(
         self,
@@ -112,6 +128,20 @@ class ParameterMixture(Mixture):
     def causal_lm(self) -> Any:
         """The model inside, of whatever kind."""
         return self.model
+
+    @property
+    def decodes_rows(self) -> bool:
+        """A mixture of parameters has one trade-off at a time; see `at`."""
+        return False
+
+    @contextlib.contextmanager
+    def reference(self, *, adapters: bool = False) -> Iterator[ParameterMixture]:
+        """Raise a ValueError: the sets are the model's own parameters, and what they were is no longer here."""
+        raise ValueError(
+            "a ParameterMixture trains the parameters of the model itself, so it cannot be what it was tuned from; "
+            "keep a copy of the model from before it was wrapped"
+        )
+        yield self  # a context manager's function is a generator
 
     @property
     @in_turn
@@ -280,15 +310,12 @@ class ParameterMixture(Mixture):
     # ---------------------------------------------------------------- files
 
     def _described(self) -> dict[str, Any]:
-        require("safetensors")  # before a folder is made
         return {
             "scope": self.scope, "sets": len(self.sets), "coefficients": self._saved_rule, "untied": self.untied,
             "base_model": self._base_name,
         }  # fmt: skip
 
     def _write(self, folder: Path) -> None:
-        from safetensors.torch import save_file
-
         model = self.model
         if hasattr(model, "config") and hasattr(model.config, "save_pretrained"):
             architecture = copy.deepcopy(model.config)
@@ -300,10 +327,13 @@ class ParameterMixture(Mixture):
             architecture.save_pretrained(str(folder / MODEL_FOLDER))
             if getattr(model, "generation_config", None) is not None:
                 model.generation_config.save_pretrained(str(folder / MODEL_FOLDER))
-        state = {name: value.detach().cpu().contiguous() for name, value in self._named_tensors().items()}
-        save_file(state, str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
+        super()._write(folder)
 
-    def _named_tensors(self) -> dict[str, Tensor]:
+    @property
+    def _adapters(self) -> list[str]:
+        return []  # parameters as all others
+
+    def _state(self) -> dict[str, Tensor]:
         """Return every parameter and buffer under the name that files have, tied ones once."""
         state, seen = {}, set()
         for name, value in self.model.state_dict(keep_vars=True).items():
@@ -316,8 +346,8 @@ class ParameterMixture(Mixture):
 
     @classmethod
     @torch.no_grad()
-    def _load(
-        cls, folder: Path, config: dict[str, Any], model: nn.Module | None, options: dict[str, Any], trainable: bool
+    def _of_files(
+        cls, folder: Path, config: dict[str, Any], rule: Any, model: Any, options: dict[str, Any], trainable: bool
     ) -> ParameterMixture:
         file, record = folder / WEIGHTS_FILE, TuningRecord.read(config)
         state = read_tensors(file, remedy=REMEDY)
@@ -329,10 +359,10 @@ class ParameterMixture(Mixture):
         made = _new_model(folder, state, options) if model is None else model
         with fitting(folder / CONFIG_FILE):
             mixture = cls(
-                made, len(record.objectives), scope=config["scope"], coefficients=config["coefficients"], sets=sets,
+                made, len(record.objectives), scope=config["scope"], coefficients=rule, sets=sets,
                 record=record,
             )  # fmt: skip
-        own = mixture._named_tensors()
+        own = mixture._state()
         shapes, wanted = ({name: value.shape for name, value in each.items()} for each in (state, own))
         check_shapes(file, shapes, wanted, remedy=REMEDY)
         for name, value in state.items():

@@ -7,12 +7,11 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import msgspec
 from torch import nn
 
-from mopl._bounds import check_bounds
 from mopl._extras import require
 from mopl._hub import naming_own_code
 from mopl._records import DamagedFile, Finite, Kind, damaged, read_json
@@ -73,7 +72,7 @@ class TuningRecord:
 
 
 class Record(msgspec.Struct):
-    """What `mopl.json` says of every conditioned model."""
+    """What `mopl.json` says of every conditioned model; kinds that say more have a schema of their own."""
 
     objectives: Names
     base_model: str | None
@@ -81,42 +80,9 @@ class Record(msgspec.Struct):
     beta: Any
     alpha: Any
 
-
-class _Prompt(msgspec.Struct, forbid_unknown_fields=True):
-    objectives: int
-    virtual_tokens: int
-    rank: int
-    hidden: int
-    temperature: bool = False
-    width: int | None = None
-
-
-class _Coefficients(msgspec.Struct, forbid_unknown_fields=True):
-    smallest_alpha: Finite
-    kl_form: str = "complement"
-    anchor: bool = True
-
-
-class _HyperPromptModel(Record):
-    adapter: str | None
-    positions: str
-    prompt: _Prompt
-
-
-class _LoraMixture(Record):
-    adapters: Names
-    coefficients: _Coefficients | Literal["custom"] | None
-
-
-class _ParameterMixture(Record):
-    scope: str
-    sets: int
-    coefficients: _Coefficients | Literal["custom"] | None
-
-
-class _Text(Record):
-    template: str
-    adapter: str | None = None
+    @staticmethod
+    def check(record: Mapping[str, Any]) -> None:
+        """Raise a ValueError where parts of a record that fits do not fit one another."""
 
 
 class AdapterRecord(msgspec.Struct):
@@ -146,10 +112,12 @@ class AdapterRecord(msgspec.Struct):
     use_rslora: bool = False
 
 
-SCHEMAS: dict[str, type[Record]] = {
-    "HyperPromptModel": _HyperPromptModel, "LoraMixture": _LoraMixture, "ParameterMixture": _ParameterMixture,
-    "TextPromptModel": _Text,
-}  # fmt: skip
+class _Text(Record):
+    template: str
+    adapter: str | None = None
+
+
+SCHEMAS: dict[str, type[Record]] = {"TextPromptModel": _Text}  # by kind of model; each registers its own
 
 
 @contextlib.contextmanager
@@ -193,18 +161,20 @@ def read_record(directory: str | os.PathLike[str], kind: str, *files: str) -> di
         raise FileNotFoundError(f"{folder} holds no {' and no '.join(missing)}; name a folder of save_pretrained")
     file = folder / CONFIG_FILE
     record = read_json(file, SCHEMAS[kind], remedy=REMEDY)
-    prompt = record.get("prompt") if kind == "HyperPromptModel" else None
-    if prompt is not None and prompt["objectives"] != len(record["objectives"]):
-        text = f"prompt.objectives is {prompt['objectives']} but there are {len(record['objectives'])} objectives"
-        raise damaged(file, text, REMEDY)
-    for name in (*record.get("adapters", ()), record.get("adapter") or "default"):
+    for name in adapters_of(record):
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise damaged(file, f"the adapter {name!r} lies outside of the folder", REMEDY)
     try:
-        check_bounds(prompt or {"sets": record.get("sets")})
+        SCHEMAS[kind].check(record)
     except ValueError as error:
         raise damaged(file, str(error), REMEDY) from None
     return record
+
+
+def adapters_of(record: Mapping[str, Any]) -> list[str]:
+    """Return the names of the adapters that a record speaks of."""
+    one = record.get("adapter")
+    return [*record.get("adapters", ()), *([] if one is None else [one])]
 
 
 def check_options(model: nn.Module | None, options: Mapping[str, Any]) -> None:
@@ -264,6 +234,22 @@ def load_adapters(model: Any, paths: Mapping[str, Path], *, trainable: bool = Fa
             raise damaged(file, text, f"{REMEDY}; or pass the base model it is for") from None
         check_adapter_state(wrapped, name, path / ADAPTER_FILE)
     return wrapped
+
+
+def load_adapter_values(model: Any, folder: Path, names: Sequence[str]) -> None:
+    """Load adapters from a folder of `save_pretrained` into those of a PEFT model, once all of them fit."""
+    if not names:
+        return
+    require("peft")
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    for name in names:
+        check_adapter(adapter_folder(folder, name))
+        check_adapter_state(model, name, adapter_folder(folder, name) / ADAPTER_FILE)
+    device = str(next(model.parameters()).device)
+    for name in names:
+        values = load_peft_weights(str(adapter_folder(folder, name)), device=device)
+        set_peft_model_state_dict(model, values, adapter_name=name)
 
 
 def check_adapter(path: Path) -> None:

@@ -81,7 +81,7 @@ def objectives_of(
     """
     names: Sequence[str] = ()
     wants_beta = False
-    if isinstance(model, kinds):
+    if isinstance(model, kinds) and (model.decodes_rows or mixture == "mixture"):
         names, wants_beta = model.record.objectives, model.takes_beta
         if text_prompt is not None:
             raise ValueError(
