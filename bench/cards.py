@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from mopl.ops._head_plan import Device
+from mopl.ops.linear_logprob.plan import Device
 
 
 @dataclass(frozen=True)

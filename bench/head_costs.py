@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from bench.cards import Card
-from mopl.ops._head_plan import LIBRARY, Plan, Wanted, block_of
+from mopl.ops.linear_logprob.plan import LIBRARY, Plan, Wanted, block_of
 
 # Seconds between dependent kernels (3 to 4 microseconds in published traces of an H100), and of the host for
 # one launch (half of the 55 microseconds of a tile, on a machine where kernels were counted and not run).

@@ -196,7 +196,7 @@ def measure_errors(peer: Peer, size: str) -> dict:
 
 def measure_choices(size: str) -> dict:
     """Let mopl measure other chunks, tiles and algorithms than its own, and remember the fastest."""
-    from mopl.ops import _linear_logprob_choice as choice
+    from mopl.ops.linear_logprob import choice
 
     shape, wanted = size.split(" ")
     hidden, weight, _, _ = problem("flat", *parse(shape))

@@ -271,7 +271,7 @@ def card(card: Card, held: int = 0) -> Iterator[None]:
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    from mopl.ops import _device
+    from mopl.ops.linear_logprob import device as _device
 
     plan = card.plan
     utils = types.SimpleNamespace(

@@ -1,4 +1,4 @@
-"""The kernels of `linear_logprob` as `mopl/ops/linear_logprob_triton.py` launches them."""
+"""The kernels of `linear_logprob` as `mopl/ops/linear_logprob/gpu.py` launches them."""
 
 from case import ITEMSIZE, SHARED_KIB, TENSOR_CORES, WIDE_LOADS, Case, load_kernels
 

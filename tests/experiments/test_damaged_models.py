@@ -322,7 +322,7 @@ def test_a_damaged_cache_is_made_again_with_a_note(tmp_path):
 
 
 def test_a_damaged_cache_of_measured_kernels_is_left_out_with_a_note(tmp_path):
-    choice = pytest.importorskip("mopl.ops._linear_logprob_choice")
+    choice = pytest.importorskip("mopl.ops.linear_logprob.choice")
     file = tmp_path / "linear_logprob.json"
     for content in ("[]", '{"key": 1}', "[" * 100_000, "\0"):
         file.write_text(content)

@@ -2,7 +2,7 @@
 
 A replay gives the bits of an eager call: what capture records depends on shapes and options alone, and the number of
 rows that count, the order of a list or a row that needs a larger shift is found on the GPU. Sizes are small enough for
-the default workspace to be the same in both, see `mopl.ops._device.default_workspace`.
+the default workspace to be the same in both, see `mopl.ops.linear_logprob.device.default_workspace`.
 
 `tests/interpreter/test_gpu_graphs_small.py` runs the same tests on a CPU in Triton's interpreter, at toy sizes and
 without a graph: they prove nothing there about capture, but no mistake in this file waits for a GPU.

@@ -331,7 +331,7 @@ def test_linear_fused_kernel_beside_the_librarys_product(
     rows: int, softcap: float | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mopl.kernels.fused_logprob import TILES
-    from mopl.ops import _linear_logprob_choice as choice
+    from mopl.ops.linear_logprob import choice
 
     p = problem("peaked", dtype, rows, size(516, 20), size(32001, 75))
     p["target"][rows // 3], p["hidden"][rows // 3] = 5, 0.0

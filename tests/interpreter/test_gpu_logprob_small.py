@@ -12,8 +12,8 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-from mopl.ops import _device
-from mopl.ops._head_plan import TOY
+from mopl.ops.linear_logprob import device as _device
+from mopl.ops.linear_logprob.plan import TOY
 
 spec = importlib.util.spec_from_file_location("gpu_logprob", Path(__file__).parents[1] / "gpu" / "test_logprob.py")
 module = importlib.util.module_from_spec(spec)

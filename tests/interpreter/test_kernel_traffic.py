@@ -96,7 +96,7 @@ def test_linear_logprob(mode: str, options: dict, launches: list[Counted]) -> No
 
 
 def test_the_fused_product(launches: list[Counted], monkeypatch: pytest.MonkeyPatch) -> None:
-    from mopl.ops import _linear_logprob_choice as choice
+    from mopl.ops.linear_logprob import choice
 
     tiles = {"BM": 16, "BV": 32, "BH": 16, "GROUP": 2, "num_warps": 4, "num_stages": 2}
     monkeypatch.setattr(choice, "fused_tiles", lambda plan: tiles)

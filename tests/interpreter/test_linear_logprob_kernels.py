@@ -1,15 +1,13 @@
 """`linear_logprob` through its kernels in Triton's interpreter, against float64 autograd: every mode, every path."""
 
 import math
-import sys
 
 import pytest
 import torch
 from torch import Tensor
 
 from mopl.kernels import linear_logprob_flagged as flagged
-from mopl.ops import _linear_logprob_choice as choice
-from mopl.ops.linear_logprob import linear_logprob
+from mopl.ops.linear_logprob import choice, function, linear_logprob
 
 SMALL_TILES = {"BM": 16, "BV": 32, "BH": 16, "GROUP": 2, "num_warps": 4, "num_stages": 2}
 
@@ -299,7 +297,7 @@ def test_memory_that_nobody_wrote_changes_nothing(
 def test_the_gradient_of_a_bf16_head_has_the_error_of_its_last_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     """With all rows kept, for any upstream gradient: the pivots' entries, the largest ones, are rounded but once."""
     # As on a GPU; on a CPU, which this is, at most half of the rows are kept.
-    monkeypatch.setattr(sys.modules["mopl.ops.linear_logprob"], "kept_rows", lambda hidden, weight, rows, *_: rows)
+    monkeypatch.setattr(function, "kept_rows", lambda hidden, weight, rows, *_: rows)
     p = problem(rows=16, size=16, vocabulary=64, scale=0.05)
     hidden, weight = (p[name].nan_to_num().bfloat16().requires_grad_() for name in ("hidden", "weight"))
     logprob = linear_logprob(hidden, weight, p["target"], temperature=p["temperature"])

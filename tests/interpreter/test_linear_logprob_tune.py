@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mopl.ops import _linear_logprob_choice as choice
+from mopl.ops.linear_logprob import choice
 
 
 @pytest.fixture

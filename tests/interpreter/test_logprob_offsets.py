@@ -13,13 +13,9 @@ from torch import Tensor
 from mopl.kernels import fused_logprob
 from mopl.kernels import linear_logprob as kernels
 from mopl.kernels import linear_logprob_backward as backward_kernels
-from mopl.ops import (
-    _linear_logprob_choice,
-    _linear_logprob_triton_head,
-    gathered_logprob_triton,
-    linear_logprob_triton,
-)
-from mopl.ops._linear_logprob_rows import Batch, Coefficients, Head
+from mopl.ops import gathered_logprob_triton
+from mopl.ops.linear_logprob import choice, gpu, gpu_head
+from mopl.ops.linear_logprob.rows import Batch, Coefficients, Head
 
 STRIDE = 2**30 + 64  # elements between rows; from the third row on offsets pass 2^31
 ROWS, FAR = 4, 3
@@ -54,12 +50,12 @@ def test_stored_exponentials_and_everything_that_reads_them() -> None:
     vocabulary, size = 48, 16  # rows have no padding here
     hidden, weight = torch.randn(ROWS, size), torch.randn(vocabulary, size)
     pivot, ones = torch.randint(0, vocabulary, (ROWS,)), torch.ones(ROWS)
-    plan = _linear_logprob_choice.plan_for(hidden, weight, "trained", softcap=False)
+    plan = choice.plan_for(hidden, weight, "trained", softcap=False)
     head, batch = Head(weight, None, 0.0, 1.0), Batch(hidden, ones, None)
-    scan = _linear_logprob_triton_head.Scan(head, batch, pivot, torch.zeros(ROWS), plan)
+    scan = gpu_head.Scan(head, batch, pivot, torch.zeros(ROWS), plan)
     stored = apart(torch.full((ROWS, vocabulary), math.nan).bfloat16())
-    sums = _linear_logprob_triton_head.Sums(ROWS, 0, torch.float32, hidden.device)
-    kept = _linear_logprob_triton_head.Kept(stored, None, False)
+    sums = gpu_head.Sums(ROWS, 0, torch.float32, hidden.device)
+    kept = gpu_head.Kept(stored, None, False)
     scan.once(slice(0, ROWS), sums, kept)
     exact = (hidden.double() @ weight.double().T).exp()
     exact[torch.arange(ROWS), pivot] = 0
@@ -92,7 +88,7 @@ def test_hidden_states_and_heads_with_rows_far_apart() -> None:
     pivot, ones = torch.arange(ROWS), torch.ones(ROWS)
     exact = hidden.double() @ weight.double().T
     head = Head(weight, None, 0.0, 1.0)
-    logits = linear_logprob_triton.target_logits(head, Batch(hidden, ones, None), pivot, None)
+    logits = gpu.target_logits(head, Batch(hidden, ones, None), pivot, None)
     torch.testing.assert_close(logits.double(), exact.diagonal(), rtol=1e-5, atol=1e-5)
     partial, flag = torch.empty(1, ROWS), torch.empty(1, ROWS, dtype=torch.int8)
     tile = {"BM": 16, "BV": 16, "BH": 16, "GROUP": 1, "num_warps": 4, "num_stages": 2}
@@ -102,7 +98,7 @@ def test_hidden_states_and_heads_with_rows_far_apart() -> None:
     )  # fmt: skip
     others = (exact - exact.diagonal()[:, None]).exp().fill_diagonal_(0).sum(1)
     torch.testing.assert_close(partial[0].double(), others, rtol=1e-5, atol=0)
-    direction = linear_logprob_triton.combine(
+    direction = gpu.combine(
         head, torch.zeros(ROWS, size), None, pivot, Coefficients(ones, ones, None, None), None, None, torch.float32
     )
     torch.testing.assert_close(direction, weight.float(), rtol=0, atol=0)

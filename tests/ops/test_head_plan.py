@@ -9,7 +9,7 @@ import torch
 
 from bench.cards import CARDS
 from bench.head_costs import cost_of, pass_step, product_step
-from mopl.ops._head_plan import TOY, Device, Plan, make_plan
+from mopl.ops.linear_logprob.plan import TOY, Device, Plan, make_plan
 
 SIZES = [
     (16384, 4096, 128256),

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mopl import reference_logprob
-from mopl.ops import _linear_logprob_cpu as cpu
 from mopl.ops import linear_logprob
+from mopl.ops.linear_logprob import cpu
 
 ALL = dict(return_logsumexp=True, return_entropy=True)
 

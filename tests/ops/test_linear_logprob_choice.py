@@ -8,11 +8,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.cards import CARDS
-from mopl.ops import _device
-from mopl.ops._head_plan import Plan
-from mopl.ops.linear_logprob import kept_rows
+from mopl.ops.linear_logprob import device as _device
+from mopl.ops.linear_logprob.function import kept_rows
+from mopl.ops.linear_logprob.plan import Plan
 
-choice = pytest.importorskip("mopl.ops._linear_logprob_choice", reason="Triton is not installed")
+choice = pytest.importorskip("mopl.ops.linear_logprob.choice", reason="Triton is not installed")
 KEY = "9.0 bfloat16 H4096 V128256 N16384"
 
 

@@ -9,12 +9,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from mopl import reference_logprob
-from mopl.ops import _linear_logprob_cpu as cpu
-from mopl.ops import _linear_logprob_stages as stages
 from mopl.ops import linear_logprob
-from mopl.ops._linear_logprob_rows import Head, Want
-from mopl.ops._linear_logprob_stages import run_backward, run_forward
 from mopl.ops._logprob import Upstream
+from mopl.ops.linear_logprob import cpu, stages
+from mopl.ops.linear_logprob.rows import Head, Want
+from mopl.ops.linear_logprob.stages import run_backward, run_forward
 
 ALL = dict(return_logsumexp=True, return_entropy=True)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mopl.ops._linear_logprob_rows import (
+from mopl.ops.linear_logprob.rows import (
     choose_pivots,
     gather,
     gather_entries,

@@ -11,8 +11,8 @@ import torch
 import torch._dynamo  # before anything of torch.cuda is replaced: it collects those functions
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mopl.ops import _device
-from mopl.ops.linear_logprob import kept_rows, linear_logprob
+from mopl.ops.linear_logprob import device as _device
+from mopl.ops.linear_logprob.function import kept_rows, linear_logprob
 
 GIB = 2**30
 CUDA = torch.device("cuda")
@@ -117,7 +117,7 @@ def test_fake_tensors_where_there_is_no_gpu_are_planned_for_an_h100() -> None:
 def test_tiles_of_a_gpu_without_an_index_are_those_of_the_current_one(
     gpu: Gpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    choice = pytest.importorskip("mopl.ops._linear_logprob_choice")
+    choice = pytest.importorskip("mopl.ops.linear_logprob.choice")
     asked = []
     utils = SimpleNamespace(get_device_properties=lambda index: asked.append(index) or {"max_shared_mem": 232448})
     monkeypatch.setattr(choice, "driver", SimpleNamespace(active=SimpleNamespace(utils=utils)))

@@ -1,13 +1,13 @@
 """The four stages of `linear_logprob` on a GPU: products by the vendor's library, everything around them in Triton.
 
-The same functions as `_linear_logprob_cpu`, whose docstrings say what each argument and result is; what the stages
-share is in `_linear_logprob_triton_head`, the backward pass in `_linear_logprob_triton_backward`. Here:
+The same functions as `cpu`, whose docstrings say what each argument and result is; what the stages
+share is in `gpu_head`, the backward pass in `gpu_backward`. Here:
 
 * Products of 16-bit operands write float32 (`_products`), so logits are never rounded to 16 bit.
 * The exponentials kept for the second and third product are bf16: it has float32's range, and its rounding is that of
   any 16-bit gradient. float16 operands have no such range to offer: their rows are summed once first and then
   normalised, which costs one more product, but no digits; and upstream gradients are scaled by their largest.
-* Rows are processed in chunks, logits in tiles of constant area: see `_head_plan`.
+* Rows are processed in chunks, logits in tiles of constant area: see `plan`.
 * Nothing here waits for the GPU: rows that do not count are at the end, and kernels leave them out by `count`.
 """
 
@@ -21,13 +21,13 @@ from torch import Tensor
 
 from mopl._arguments import compute_dtype
 from mopl.kernels import linear_logprob as kernels
-from mopl.ops import _linear_logprob_choice as choice
-from mopl.ops._head_plan import Plan
-from mopl.ops._linear_logprob_rows import Batch, Head
-from mopl.ops._linear_logprob_triton_backward import backward
-from mopl.ops._linear_logprob_triton_head import Kept, Scan, Sums, combine, kept_exponentials, on_its_device, wide_rows
 from mopl.ops._products import product
 from mopl.ops._rows import rows_contiguous
+from mopl.ops.linear_logprob import choice
+from mopl.ops.linear_logprob.gpu_backward import backward
+from mopl.ops.linear_logprob.gpu_head import Kept, Scan, Sums, combine, kept_exponentials, on_its_device, wide_rows
+from mopl.ops.linear_logprob.plan import Plan
+from mopl.ops.linear_logprob.rows import Batch, Head
 
 __all__ = ["accumulate", "backward", "combine", "target_logits"]
 

@@ -1,7 +1,7 @@
 """How one call of `linear_logprob` on a GPU is cut, and by which algorithm: planned by a rule, or as it was measured.
 
 Below about 256 rows reading the head bounds the time, and the fused kernel reads it once and writes nothing. Above,
-the library multiplies, in chunks and tiles that `_head_plan` chooses. `tune` measures the alternatives and remembers
+the library multiplies, in chunks and tiles that `plan` chooses. `tune` measures the alternatives and remembers
 the winner on disk, by architecture, dtype, sizes of the head, what is wanted and the number of rows rounded up to a
 power of two, never by the exact number of rows.
 """
@@ -27,9 +27,9 @@ from mopl._arguments import compute_dtype
 from mopl._files import write_file
 from mopl._records import DamagedFile, read_json
 from mopl.kernels import fused_logprob as kernels
-from mopl.ops import _device
 from mopl.ops._backend import use_triton
-from mopl.ops._head_plan import LIBRARY, Plan, Wanted, make_plan
+from mopl.ops.linear_logprob import device as _device
+from mopl.ops.linear_logprob.plan import LIBRARY, Plan, Wanted, make_plan
 
 SECONDS = 3.0  # how long `tune` measures, the compilation of kernels not counted
 
@@ -214,9 +214,9 @@ def _step(
     hidden: Tensor, weight: Tensor, softcap: float, wanted: Wanted, plan: Plan, keep: int
 ) -> Callable[[], object]:
     """Return a call of the stages that depend on a plan."""
-    from mopl.ops import linear_logprob_triton as backend
-    from mopl.ops._linear_logprob_rows import Batch, Head, LogitGradient
-    from mopl.ops._linear_logprob_stages import cache_columns, cache_dtype
+    from mopl.ops.linear_logprob import gpu as backend
+    from mopl.ops.linear_logprob.rows import Batch, Head, LogitGradient
+    from mopl.ops.linear_logprob.stages import cache_columns, cache_dtype
 
     hidden, weight = hidden.detach(), weight.detach()  # the stages' products have no derivatives
     rows, device = hidden.shape[0], hidden.device

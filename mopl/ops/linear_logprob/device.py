@@ -9,7 +9,7 @@ import functools
 
 import torch
 
-from mopl.ops._head_plan import H100, TOY, Device
+from mopl.ops.linear_logprob.plan import H100, TOY, Device
 
 GIB = 2**30
 # Of a GPU's memory: 4.4 GiB on an H200, where exponentials of 16384 x 128256 take 3.9 GiB.

@@ -17,10 +17,10 @@ from mopl.kernels import fused_logprob as fused_kernels
 from mopl.kernels import linear_logprob as kernels
 from mopl.kernels import linear_logprob_flagged as flagged_kernels
 from mopl.ops._backend import INTERPRETED
-from mopl.ops._head_plan import Plan
-from mopl.ops._linear_logprob_rows import Batch, Coefficients, Head, padded_columns
 from mopl.ops._products import product
 from mopl.ops._rows import rows_contiguous
+from mopl.ops.linear_logprob.plan import Plan
+from mopl.ops.linear_logprob.rows import Batch, Coefficients, Head, padded_columns
 
 HEADROOM = 8.0  # nats: normalised exponentials, and their products with u - shift, stay below float16's 65504
 
@@ -88,6 +88,7 @@ class Sums:
         shift[rows] += delta
 
     def optional(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return both moments, None for what is not asked for."""
         return (self.moment1 if self.moments > 0 else None, self.moment2 if self.moments > 1 else None)
 
 
@@ -100,6 +101,7 @@ class Kept(NamedTuple):
 
     @property
     def stride(self) -> int:
+        """Elements between rows."""
         return 0 if self.e is None else self.e.stride(0)
 
 

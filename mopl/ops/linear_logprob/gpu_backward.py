@@ -1,4 +1,4 @@
-"""The backward pass of `linear_logprob` with a trainable head on a GPU; see `linear_logprob_triton`.
+"""The backward pass of `linear_logprob` with a trainable head on a GPU; see `gpu`.
 
 Each chunk of rows gives two products with what is stored of it: the gradient of the hidden states, whose rows are then
 finished by one pass (factor, pivot's row of the head, rounding), and that of the head, summed over chunks in float32.
@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from mopl.kernels import linear_logprob_backward as kernels
-from mopl.ops import _linear_logprob_choice as choice
-from mopl.ops._head_plan import Plan
-from mopl.ops._linear_logprob_rows import Batch, Coefficients, Head, LogitGradient
-from mopl.ops._linear_logprob_triton_head import Kept, Scan, Sums, combine, kept_exponentials, on_its_device, wide_rows
 from mopl.ops._products import product
+from mopl.ops.linear_logprob import choice
+from mopl.ops.linear_logprob.gpu_head import Kept, Scan, Sums, combine, kept_exponentials, on_its_device, wide_rows
+from mopl.ops.linear_logprob.plan import Plan
+from mopl.ops.linear_logprob.rows import Batch, Coefficients, Head, LogitGradient
 
 
 @on_its_device

@@ -1,4 +1,4 @@
-"""The four stages of `linear_logprob` in chunked PyTorch; `linear_logprob_triton` has the same four functions.
+"""The four stages of `linear_logprob` in chunked PyTorch; `gpu` has the same four functions.
 
 M rows in play, F targets in play. All rows count, but for a tail where rows were compacted without a synchronisation
 (see `count`): the tail's rows of `hidden` are 0, its columns -1, and its results are ignored. All arithmetic, the
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mopl.ops._linear_logprob_rows import Batch, Coefficients, Head, LogitGradient
+from mopl.ops.linear_logprob.rows import Batch, Coefficients, Head, LogitGradient
 
 # A float32 tile of logits is 16 MiB, small beside the weight and wide enough for the matrix product.
 COLUMNS = 2048

@@ -43,9 +43,9 @@ The temperature's gradient needs no pass over the vocabulary: see `temperature_g
 **Memory** on a GPU, beside operands and results: a tile of logits in the compute dtype, at most 128 MiB (512 if `tune`
 found that faster); for a frozen head's gradients, or rows that are not kept, the exponentials of a chunk of rows over
 the whole vocabulary, 1 GiB for 4224 bf16 rows and V = 128256 and at most a 64th of the GPU's memory; for a trained
-head the kept exponentials (`workspace`) and its gradient in float32 (V, H). See `_head_plan`.
+head the kept exponentials (`workspace`) and its gradient in float32 (V, H). See `plan`.
 
-**Backends.** `_linear_logprob_cpu` and `linear_logprob_triton` have the same four functions with the same arguments:
+**Backends.** `cpu` and `gpu` have the same four functions with the same arguments:
 `target_logits`, `accumulate`, `combine`, `backward`. Rows that do not count never reach them (`select`): on a CPU by
 index, on a GPU by a stable sort of the mask, with the number of rows that count known on the device only; `max_rows`
 bounds it on the host. The vocabulary-parallel form runs the same four functions on each rank's shard.
@@ -61,16 +61,6 @@ from torch import Tensor
 
 from mopl._arguments import compute_dtype
 from mopl.ops import _derivatives as derivatives
-from mopl.ops._device import default_workspace
-from mopl.ops._linear_logprob_rows import Forward, Head, Want
-from mopl.ops._linear_logprob_stages import (
-    INSTEAD,
-    cache_columns,
-    cache_dtype,
-    direction_dtype,
-    gradients,
-    run_forward,
-)
 from mopl.ops._logprob import (
     Upstream,
     check_bound,
@@ -83,6 +73,16 @@ from mopl.ops._logprob import (
     merge_targets,
     per_row,
     rows_that_count,
+)
+from mopl.ops.linear_logprob.device import default_workspace
+from mopl.ops.linear_logprob.rows import Forward, Head, Want
+from mopl.ops.linear_logprob.stages import (
+    INSTEAD,
+    cache_columns,
+    cache_dtype,
+    direction_dtype,
+    gradients,
+    run_forward,
 )
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ def linear_logprob(
     derivatives.refuse_transforms("linear_logprob", INSTEAD, hidden, weight, bias, warm)
     shard, vocabulary = None, weight.shape[0]
     if group is not None or is_dtensor(weight):
-        from mopl.ops._vocab_parallel import check_shard, vocab_parallel_logprob
+        from mopl.ops.linear_logprob.shard import check_shard, vocab_parallel_logprob
 
         shard, weight, bias = check_shard(hidden, weight, bias, group)
         vocabulary = shard.vocabulary
@@ -226,7 +226,7 @@ def kept_rows(hidden: Tensor, weight: Tensor, rows: int, workspace: int | None, 
     if not hidden.is_cuda:
         return min((rows + 1) // 2, fit)
     if workspace is None and not torch.compiler.is_compiling():
-        from mopl.ops._linear_logprob_choice import rows_worth_keeping
+        from mopl.ops.linear_logprob.choice import rows_worth_keeping
 
         rows = rows_worth_keeping(hidden, weight, rows, softcap)
     return min(rows, fit)

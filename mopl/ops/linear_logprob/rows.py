@@ -15,7 +15,7 @@ from mopl.ops._logprob import SKIP, Upstream, weighted_by_probability
 from mopl.ops.segments import segment_sum
 
 if TYPE_CHECKING:
-    from mopl.ops._vocab_parallel import VocabularyShard
+    from mopl.ops.linear_logprob.shard import VocabularyShard
 
 
 class Head(NamedTuple):
@@ -225,6 +225,7 @@ class Statistics(NamedTuple):
 
     @property
     def logsumexp(self) -> Tensor:
+        """The log of the normaliser of the logits."""
         return self.shift + self.log_total
 
     def entropy(self) -> Tensor:

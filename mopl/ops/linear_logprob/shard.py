@@ -14,9 +14,9 @@ from torch import Tensor
 
 from mopl._arguments import shape_of
 from mopl.ops import _derivatives as derivatives
-from mopl.ops._linear_logprob_rows import Forward, Head, Want, scaled_by
-from mopl.ops._linear_logprob_stages import INSTEAD, gradients, run_forward
 from mopl.ops._logprob import Upstream, check_row_range, check_target_range, is_dtensor
+from mopl.ops.linear_logprob.rows import Forward, Head, Want, scaled_by
+from mopl.ops.linear_logprob.stages import INSTEAD, gradients, run_forward
 
 
 class VocabularyShard:

@@ -1,7 +1,7 @@
 """The order of the stages of `linear_logprob`, the same for every backend and for a vocabulary-parallel head.
 
-What is computed, and why so, is explained in `linear_logprob`; the stages are in `_linear_logprob_cpu` and
-`linear_logprob_triton`.
+What is computed, and why so, is explained in `linear_logprob`; the stages are in `cpu` and
+`gpu`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from mopl._arguments import compute_dtype
 from mopl.ops._backend import use_triton
-from mopl.ops._linear_logprob_rows import (
+from mopl.ops._logprob import Upstream, temperature_gradient
+from mopl.ops.linear_logprob.rows import (
     Batch,
     Coefficients,
     Forward,
@@ -36,7 +37,6 @@ from mopl.ops._linear_logprob_rows import (
     target_logprob,
     variance,
 )
-from mopl.ops._logprob import Upstream, temperature_gradient
 from mopl.ops.segments import segment_sum
 
 # What has the derivatives that are refused here.
@@ -48,9 +48,9 @@ INSTEAD = (
 def backend_of(tensor: Tensor) -> ModuleType:
     """Return the module with the four stages for tensors like this one."""
     if use_triton(tensor):
-        from mopl.ops import linear_logprob_triton as backend
+        from mopl.ops.linear_logprob import gpu as backend
     else:
-        from mopl.ops import _linear_logprob_cpu as backend
+        from mopl.ops.linear_logprob import cpu as backend
     return backend
 
 
