@@ -8,6 +8,7 @@ from mopl.conditioning.parameter_mixture import KLWeightCoefficients, LoraMixtur
 from mopl.conditioning.sampling import Betas, check_weights, sample_betas, sample_weights
 from mopl.conditioning.saved_models import TuningRecord
 from mopl.conditioning.text_prompt import TextPrompt
+from mopl.conditioning.text_prompt_model import TextPromptModel
 from mopl.conditioning.value_head import ValueHead
 from mopl.conditioning.weighted import WeightedModel
 
@@ -20,6 +21,7 @@ __all__ = [
     "LoraMixture",
     "ParameterMixture",
     "TextPrompt",
+    "TextPromptModel",
     "TuningRecord",
     "ValueHead",
     "WeightedModel",

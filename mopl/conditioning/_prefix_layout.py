@@ -95,7 +95,7 @@ class Layout:
 
     def cut(self, output: Any) -> Any:
         """Drop what the virtual tokens gave. (A fused head scores the last T positions by itself.)"""
-        return _map_outputs(output, ("logits",), lambda tensor: tensor[:, -self.length :])
+        return map_outputs(output, ("logits",), lambda tensor: tensor[:, -self.length :])
 
     def adapt(self, kwargs: dict[str, Any]) -> None:
         """Adapt keywords that count positions: `logits_to_keep`, and `targets` of a fused model."""
@@ -166,7 +166,7 @@ class PackedLayout:
     def cut(self, output: Any) -> Any:
         """Drop what the virtual tokens gave."""
         names = ("logits", "log_probs", "logsumexp", "entropy")
-        return _map_outputs(output, names, lambda tensor: tensor[:, self.place.to(tensor.device)])
+        return map_outputs(output, names, lambda tensor: tensor[:, self.place.to(tensor.device)])
 
     def adapt(self, kwargs: dict[str, Any]) -> None:
         """Adapt keywords that count positions."""
@@ -185,7 +185,7 @@ class PackedLayout:
         return self._spread(labels.masked_fill(self.text.to(labels.device) == 0, IGNORE_INDEX), IGNORE_INDEX)
 
 
-def _map_outputs(output: Any, names: tuple[str, ...], select: Callable[[Tensor], Tensor]) -> Any:
+def map_outputs(output: Any, names: tuple[str, ...], select: Callable[[Tensor], Tensor]) -> Any:
     for name in names:
         if getattr(output, name, None) is not None:
             setattr(output, name, select(getattr(output, name)))

@@ -1,4 +1,4 @@
-"""What `HyperPromptModel` asks of a causal language model of transformers, and of PEFT's wrapper around one."""
+"""What models that take weights ask of a causal language model of transformers, and of PEFT's wrapper around one."""
 
 from __future__ import annotations
 
@@ -32,11 +32,16 @@ def text_config(model: Any) -> Any:
     return model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
 
 
+def check_no_prompt(model: Any) -> None:
+    """Raise where PEFT puts virtual tokens of its own in front of a model's input."""
+    if is_peft(model) and any(config.is_prompt_learning for config in model.peft_config.values()):
+        raise ValueError("the PEFT model has a prompt of its own; pass a plain model, or one with LoRA or the like")
+
+
 def check_model(model: nn.Module, base: Any, prompt: HyperPrompt) -> None:
     """Raise where a prompt could not be put in front of the model's input."""
     name = type(base).__name__
-    if is_peft(model) and any(config.is_prompt_learning for config in model.peft_config.values()):  # type: ignore[union-attr]
-        raise ValueError("the PEFT model has a prompt of its own; pass a plain model, or one with LoRA or the like")
+    check_no_prompt(model)
     if getattr(base, "_hf_peft_config_loaded", False):
         raise ValueError(f"{name} carries adapters of add_adapter; wrap it with peft.get_peft_model instead")
     if not hasattr(base, "get_input_embeddings") or base.get_input_embeddings() is None:
@@ -48,6 +53,17 @@ def check_model(model: nn.Module, base: Any, prompt: HyperPrompt) -> None:
     width = base.get_input_embeddings().weight.shape[1]
     if width != prompt.hidden:
         raise ValueError(f"hyper_prompt has hidden={prompt.hidden} but {name} embeds tokens in {width}; pass that")
+
+
+def check_prompts(input_ids: Any, mask: Tensor | None, config: Any) -> Tensor:
+    """Return the mask of prompts (B, T), all ones where there is none; raise where they may be padded on the right."""
+    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
+        raise ValueError("input_ids must be a tensor (B, T)")
+    if mask is not None:
+        if bool((mask[:, -1] == 0).any()):
+            raise ValueError("rows are padded on the right; generation needs padding_side='left'")
+        return mask
+    return mask_of_prompts(input_ids, config.pad_token_id)
 
 
 def mask_of_prompts(input_ids: Tensor, pad: int | None) -> Tensor:  # (B, T) -> (B, T)

@@ -32,7 +32,7 @@ from mopl._renamed import renamed_keywords
 from mopl._rows import arranged, check_from_zero, generation_keywords
 from mopl._tensor_files import check_fits, load_state, read_tensors
 from mopl.conditioning._prefix_layout import Layout, PackedLayout, silence_positions
-from mopl.conditioning.causal_lm import check_model, count_new_tokens, is_peft, mask_of_prompts
+from mopl.conditioning.causal_lm import check_model, check_prompts, count_new_tokens, is_peft
 from mopl.conditioning.hyper_prompt import HyperPrompt
 from mopl.conditioning.sampling import Weights, check_weights
 from mopl.conditioning.saved_models import (
@@ -237,12 +237,7 @@ class HyperPromptModel(WeightedModel):
             ValueError: If weights are missing or off the simplex, rows are padded on the right, or an option cannot
                 work with a prompt (assisted decoding, chunked prefill).
         """
-        if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
-            raise ValueError("input_ids must be a tensor (B, T)")
-        if attention_mask is None:
-            attention_mask = mask_of_prompts(input_ids, self.causal_lm.generation_config.pad_token_id)
-        elif bool((attention_mask[:, -1] == 0).any()):
-            raise ValueError("rows are padded on the right; generation needs padding_side='left'")
+        attention_mask = check_prompts(input_ids, attention_mask, self.causal_lm.generation_config)
         if self._is_reference:
             kwargs |= generation_keywords(self.causal_lm, attention_mask)
             return self.model.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)

@@ -315,7 +315,7 @@ class ParameterMixture(Mixture):
             "base_model": self._base_name,
         }  # fmt: skip
 
-    def _write(self, folder: Path) -> None:
+    def _write(self, folder: Path, **_: Any) -> None:
         model = self.model
         if hasattr(model, "config") and hasattr(model.config, "save_pretrained"):
             architecture = copy.deepcopy(model.config)

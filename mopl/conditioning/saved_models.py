@@ -112,12 +112,7 @@ class AdapterRecord(msgspec.Struct):
     use_rslora: bool = False
 
 
-class _Text(Record):
-    template: str
-    adapter: str | None = None
-
-
-SCHEMAS: dict[str, type[Record]] = {"TextPromptModel": _Text}  # by kind of model; each registers its own
+SCHEMAS: dict[str, type[Record]] = {}  # by kind of model; each registers its own
 
 
 @contextlib.contextmanager

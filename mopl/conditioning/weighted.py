@@ -34,6 +34,7 @@ from mopl.conditioning.saved_models import (
     read_kind,
     read_record,
 )
+from mopl.conditioning.text_prompt import TextPrompt
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -52,6 +53,7 @@ class WeightedModel(nn.Module):
     KIND: ClassVar[str]  # as `mopl.json` says
     SCHEMA: ClassVar[type[Record]] = Record  # of what `mopl.json` says
     WEIGHTS_FILE: ClassVar[str | None] = None  # of what is trained and no adapter
+    text_prompt: TextPrompt | None = None  # what writes the trade-off into prompts, where it is told in words
     model: Any
     record: TuningRecord
 
@@ -228,15 +230,21 @@ class WeightedModel(nn.Module):
     # ---------------------------------------------------------------- files
 
     @in_turn
-    def save_pretrained(self, directory: str | os.PathLike[str], **_: Any) -> None:
-        """Write `mopl.json` and what was trained into a folder; never a frozen base model."""
+    def save_pretrained(self, directory: str | os.PathLike[str], **options: Any) -> None:
+        """Write `mopl.json` and what was trained into a folder; never a frozen base model.
+
+        Args:
+            directory: The folder.
+            **options: `tokenizer=False` of a `TextPromptModel` leaves its tokenizer out, for where the base model has
+                the same. What else trainers pass to models of transformers changes nothing.
+        """
         if self.WEIGHTS_FILE is not None:
             require("safetensors")  # before a folder is made
         described = json.dumps({"kind": self.KIND, **self.record.to_dict(), **self._described()}, indent=2) + "\n"
 
         def fill(folder: Path) -> None:
             (folder / CONFIG_FILE).write_text(described, encoding="utf-8")
-            self._write(folder)
+            self._write(folder, **options)
 
         # Where the last one is, all are.
         write_files(directory, fill, last=self.WEIGHTS_FILE or CONFIG_FILE)
@@ -258,7 +266,8 @@ class WeightedModel(nn.Module):
                 `ParameterMixture` a model of the same architecture, whose values are replaced, made from the saved
                 configuration (causal language models of transformers) if None.
             trainable: Whether what was trained is to be trained further.
-            **options: `coefficients` of a mixture: the function of (w, α), if it was none that a file can hold; and
+            **options: `coefficients` of a mixture: the function of (w, α), if it was none that a file can hold;
+                `tokenizer` of a `TextPromptModel`, if it is neither in the folder nor with the base model; and
                 keywords of `AutoModelForCausalLM.from_pretrained`, or of `from_config`, such as `dtype`.
 
         Raises:
@@ -310,7 +319,7 @@ class WeightedModel(nn.Module):
         """Return what `mopl.json` says of this kind of model alone."""
         raise NotImplementedError
 
-    def _write(self, folder: Path) -> None:
+    def _write(self, folder: Path, **_: Any) -> None:
         """Write the other files."""
         if self._adapters:
             self.model.save_pretrained(str(folder), selected_adapters=self._adapters)
