@@ -1,8 +1,8 @@
 """Plackett-Luce likelihood of m rankings, short lists: every pair of a list in registers.
 
-The formulas and the rules for special values are those of `mopl/ops/plackett_luce.py`. Item k is chosen from its *risk
-set*, the items that rank no higher than k (a tied group included), which a comparison of ranks finds: no sort, no scan
-and no gather. With t = the largest score of the risk set,
+The formulas and the rules for special values are those of `mopl/ops/plackett_luce/function.py`. Item k is chosen from
+its *risk set*, the items that rank no higher than k (a tied group included), which a comparison of ranks finds: no
+sort, no scan and no gather. With t = the largest score of the risk set,
 
     D_k = sum_i a_ki exp(u_i - u_t),  a_ki = 1 for lower items; for tied ones 1 (Breslow) or 1 - r_k / n_k (Efron, with
           r_k the number of tied items in an earlier slot and n_k the size of the group); the item itself counts as tied

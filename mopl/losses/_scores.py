@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from mopl._arguments import (
+    POSITIVE,
     Domain,
     as_labels,
     check_like_scores,
@@ -15,21 +16,20 @@ from mopl._arguments import (
 )
 
 
-def check_lists(scores: Tensor, labels: Tensor, reference: Tensor | None, mask: Tensor | None) -> Tensor:
-    """Raise unless scores, reference and mask are (B, K) and labels fit them; return labels (B, m, K)."""
+def prepare(
+    scores: Tensor, labels: Tensor, reference: Tensor | None, beta: float | Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Check what every loss of lists is given; return scores - reference (B, K), labels (B, m, K) and β, shared or not.
+
+    The difference is in the dtype of the arithmetic; without a reference it is the scores as they are.
+    """
     check_scores(scores)
     labels = as_labels(labels, scores)
     check_mask(mask, scores)
-    check_like_scores(reference, scores, "reference")
-    return labels
-
-
-def less_reference(scores: Tensor, reference: Tensor | None) -> Tensor:
-    """Return scores - reference (B, K) in the dtype of the arithmetic; without a reference scores as they are."""
-    if reference is None:
-        return scores
-    dtype = compute_dtype(scores, reference)
-    return scores.to(dtype) - reference.to(dtype)
+    if check_like_scores(reference, scores, "reference") is not None:
+        dtype = compute_dtype(scores, reference)
+        scores = scores.to(dtype) - reference.to(dtype)
+    return scores, labels, shared_by_objectives(beta, "beta", labels, scores, POSITIVE)
 
 
 def shared_by_objectives(

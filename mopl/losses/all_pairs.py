@@ -20,9 +20,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mopl._arguments import POSITIVE, Reduction, as_labels, check_choice, compute_dtype, weigh_and_reduce, wide_dtype
+from mopl._arguments import Reduction, as_labels, check_choice, compute_dtype, weigh_and_reduce, wide_dtype
 from mopl._renamed import renamed_keywords
-from mopl.losses._scores import check_lists, less_reference, shared_by_objectives
+from mopl.losses._scores import prepare, shared_by_objectives
 from mopl.losses.labels import not_negative, or_nan
 from mopl.ops import pairs
 
@@ -206,9 +206,9 @@ def _prepare(
     scores: Tensor, labels: Tensor, reference: Tensor | None, beta: float | Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return scores - reference (B, K), u (B, m or 1, K) and labels (B, m, K), NaN where no item exists."""
-    y = check_lists(scores, labels, reference, mask)
-    dtype = compute_dtype(scores, reference)
-    x = less_reference(scores, reference).to(dtype)
+    x, y, rate = prepare(scores, labels, reference, beta, mask)
+    dtype = compute_dtype(x)
+    x = x.to(dtype)
     if mask is not None:
         x = torch.where(mask, x, 0)
     # Only differences count. Without a common offset the product with β, and its gradient, are exact.
@@ -221,8 +221,7 @@ def _prepare(
         offset = x.detach().gather(1, size.argmin(1, keepdim=True))
         # The ranks are those of x itself: rounding the offset away could make scores equal that are not.
         centred = x - torch.where(offset.isfinite(), offset, 0)
-    u = shared_by_objectives(beta, "beta", y, x, POSITIVE)[..., None] * centred[:, None, :]
-    return x, u, _filled(y.to(dtype), mask, math.nan)
+    return x, rate[..., None] * centred[:, None, :], _filled(y.to(dtype), mask, math.nan)
 
 
 def _filled(values: Tensor, mask: Tensor | None, nothing: float) -> Tensor:

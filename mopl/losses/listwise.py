@@ -11,12 +11,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mopl._arguments import POSITIVE, Reduction, check_choice, compute_dtype, weigh_and_reduce
+from mopl._arguments import Reduction, check_choice, compute_dtype, weigh_and_reduce
 from mopl._renamed import renamed_keywords
-from mopl.losses._scores import check_lists, less_reference, shared_by_objectives
+from mopl.losses._scores import prepare
 from mopl.losses.labels import or_nan, presort, to_distributions
-from mopl.ops.listnet import listwise_cross_entropy
-from mopl.ops.plackett_luce import check_positions, plackett_luce_nll
+from mopl.ops.listnet import cross_entropy
+from mopl.ops.plackett_luce import Rule, check_positions, nll
 
 Ties = Literal["breslow", "efron", "exact", "random"]
 
@@ -72,9 +72,8 @@ def listwise_dpo(
     >>> round(float(listwise_dpo(scores, labels)), 6)
     0.798139
     """
-    labels = check_lists(scores, labels, reference, mask)
     check_choice(normalize, ("l1", "softmax", None), "normalize")
-    difference = less_reference(scores, reference)
+    difference, labels, rate = prepare(scores, labels, reference, beta, mask)
     if normalize == "softmax":
         dtype = compute_dtype(difference, labels)
         labels = to_distributions(labels, "softmax", mask, label_temperature, dtype, "normalize")
@@ -82,8 +81,7 @@ def listwise_dpo(
         raise ValueError(
             f"label_temperature has no part in normalize={normalize!r}; pass normalize='softmax', or leave it out"
         )
-    rate = shared_by_objectives(beta, "beta", labels, difference, POSITIVE)
-    loss = listwise_cross_entropy(difference, labels, rate, mask, normalize == "l1")
+    loss = cross_entropy(difference, labels, rate, mask, normalize == "l1")
     return weigh_and_reduce(loss, weights, reduction)
 
 
@@ -148,7 +146,7 @@ def plackett_luce(
     >>> round(float(plackett_luce(scores, labels)), 6)
     0.598139
     """
-    labels = check_lists(scores, labels, reference, mask)
+    difference, labels, rate = prepare(scores, labels, reference, beta, mask)
     check_choice(ties, ("breslow", "efron", "exact", "random"), "ties")
     check_choice(last_group, ("charged", "free"), "last_group")
     if top_k is not None and (isinstance(top_k, float) or top_k < 1):
@@ -158,8 +156,7 @@ def plackett_luce(
     if isinstance(order, Tensor) and order.ndim == 2 and labels.shape[1] == 1:
         order = order[:, None]
     check_positions(order, position_weights, labels)
-    given, difference = labels, less_reference(scores, reference)
-    free = last_group == "free"
+    given, free = labels, last_group == "free"
     if ties == "random":
         if order is not None:
             raise ValueError('order is given but ties="random" draws one; pass another rule for ties, or no order')
@@ -168,8 +165,7 @@ def plackett_luce(
             position_weights, free = _without_last_group(labels, mask, order, position_weights, difference), False
         labels = _strict_labels(order)
         ties = "breslow"
-    rate = shared_by_objectives(beta, "beta", labels, difference, POSITIVE)
-    loss = plackett_luce_nll(difference, labels, rate, mask, order, position_weights, top_k, ties, free)
+    loss = nll(difference, labels, rate, mask, order, position_weights, Rule(top_k, ties, free))
     return weigh_and_reduce(or_nan(loss, given, mask), weights, reduction)
 
 

@@ -24,6 +24,11 @@ def rows_contiguous(x: Given) -> Given:
     return x if x is None or x.stride(-1) == 1 else x.contiguous()  # pyright: ignore[reportReturnType]
 
 
+def list_strides(scores: Tensor, labels: Tensor, beta: Tensor, mask: Tensor | None) -> tuple[int, ...]:
+    """Return the distances between lists and objectives, in the order in which kernels of lists take them."""
+    return (scores.stride(0), *labels.stride()[:2], *beta.stride(), 0 if mask is None else mask.stride(0))
+
+
 def blocks(lists: int, items_per_list: int) -> Iterator[slice]:
     """Cut the lists of a batch into slices that the threads of this process can hold in their caches."""
     step = block_lists(items_per_list)

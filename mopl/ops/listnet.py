@@ -69,6 +69,11 @@ def listwise_cross_entropy(
         ValueError: if a shape does not fit, nothing is broadcast here; or if a label is negative with `normalize`.
     """
     check_list_op(scores, labels, beta, mask)
+    return cross_entropy(scores, labels, beta, mask, normalize)
+
+
+def cross_entropy(scores: Tensor, labels: Tensor, beta: Tensor, mask: Tensor | None, normalize: bool) -> Tensor:
+    """Return what `listwise_cross_entropy` does, of arguments that its caller has checked."""
     if derivatives.transformed():
         return _formula(scores, labels, beta, mask, normalize=normalize)
     if derivatives.undispatched(scores, labels, beta, mask):

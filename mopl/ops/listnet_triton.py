@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mopl._arguments import compute_dtype
 from mopl.kernels import listnet as kernels
-from mopl.ops._rows import rows_contiguous
+from mopl.ops._rows import list_strides, rows_contiguous
 
 
 def statistics_shapes(labels: Tensor, beta: Tensor, itemsize: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -48,9 +48,7 @@ def launch_forward(
     with torch.cuda.device_of(scores):
         kernel[(triton.cdiv(batch, tile["LISTS"]),)](
             scores, labels, beta, mask, loss, *saved, batch, items,
-            scores.stride(0), labels.stride(0), labels.stride(1), beta.stride(0), beta.stride(1),
-            0 if mask is None else mask.stride(0),
-            M=objectives, COMMON=beta.shape[1] == 1, NORMALIZE=normalize,
+            *list_strides(scores, labels, beta, mask), M=objectives, COMMON=beta.shape[1] == 1, NORMALIZE=normalize,
             ALIGN=_alignment(scores, labels, mask), **tile,
         )  # fmt: skip
     return loss, peak, rest, mass, others
@@ -79,8 +77,7 @@ def launch_backward(
         kernels.backward_kernel[(triton.cdiv(batch, tile["LISTS"]) * blocks,)](
             grad_loss, scores, labels, beta, mask, loss, *saved,
             dscores if need_scores else None, dlabels if need_labels else None, partial, batch, items,
-            grad_loss.stride(0), grad_loss.stride(1), scores.stride(0), labels.stride(0), labels.stride(1),
-            beta.stride(0), beta.stride(1), 0 if mask is None else mask.stride(0),
+            *grad_loss.stride(), *list_strides(scores, labels, beta, mask),
             M=objectives, COMMON=beta.shape[1] == 1, NORMALIZE=normalize,
             ALIGN=_alignment(scores, labels, mask), **tile,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The kernels of Plackett-Luce as `mopl/ops/plackett_luce_triton.py` launches them."""
+"""The kernels of Plackett-Luce as `mopl/ops/plackett_luce/gpu.py` launches them."""
 
 from case import NO_APPROXIMATE_LOG, Case, load_kernels
 

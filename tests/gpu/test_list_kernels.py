@@ -13,9 +13,8 @@ import torch
 from list_problems import Problem, best_first, compare, in_float64, make, padded, poisoned, results
 from torch import Tensor
 
-from mopl.ops._rankings import Rule
 from mopl.ops.listnet import listwise_cross_entropy
-from mopl.ops.plackett_luce import _forward_cpu, plackett_luce_nll
+from mopl.ops.plackett_luce import Rule, cpu, plackett_luce_nll
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GPU = DEVICE.type == "cuda"
@@ -63,7 +62,7 @@ def plackett_luce_results(problem: Problem) -> dict[str, Tensor]:
     p = in_float64(problem)
     options = {"order": None, "position_weights": None, "top_k": None, "ties": "breslow", "last_group_free": False}
     order, position_weights, *rule = (options | p.options).values()
-    loss, gradient = _forward_cpu(p.scores, p.labels, p.beta, p.mask, order, position_weights, Rule(*rule), True)
+    loss, gradient, _ = cpu.forward(p.scores, p.labels, p.beta, p.mask, order, position_weights, Rule(*rule), True)
     present = p.scores if p.mask is None else p.scores.masked_fill(~p.mask, 0)
     dbeta = p.upstream * (gradient * present[:, None]).sum(-1)
     return {

@@ -9,8 +9,8 @@ from list_problems import Problem, best_first, check, compare, curvature, in_flo
 
 from mopl import reference
 from mopl.kernels import plackett_luce_plan as plans
-from mopl.ops._rankings import Rule
-from mopl.ops.plackett_luce import _plackett_luce_nll, plackett_luce_nll
+from mopl.ops.plackett_luce import Rule, plackett_luce_nll
+from mopl.ops.plackett_luce.function import _plackett_luce_nll
 
 pytestmark = pytest.mark.usefixtures("careful_memory")
 PATHS = ["pairs", "pairs in rows", "fused", "fused over threads", "fused over warps", "steps"]
@@ -328,7 +328,7 @@ def test_both_sides_of_the_fused_limit(more: int, monkeypatch: pytest.MonkeyPatc
 
 
 def sorted_by_kernel(labels: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    from mopl.ops.plackett_luce_triton import _sorted
+    from mopl.ops.plackett_luce.gpu import _sorted
 
     order = _sorted(labels, mask).long()
     assert torch.equal(order.sort(-1).values, torch.arange(labels.shape[-1]).expand(labels.shape))
@@ -400,7 +400,7 @@ class Recorder:
 
 @pytest.mark.parametrize(("items", "ties"), [(2, "exact"), (20, "efron"), (2, "efron"), (2, "breslow")])
 def test_no_dimension_of_a_grid_reaches_2_to_the_31(items: int, ties: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mopl.ops import plackett_luce_triton as launcher
+    from mopl.ops.plackett_luce import gpu as launcher
 
     recorder = Recorder()
     for module, name in (
@@ -413,8 +413,8 @@ def test_no_dimension_of_a_grid_reaches_2_to_the_31(items: int, ties: str, monke
     scores = torch.empty(batch, items, device="meta")
     labels = torch.empty(batch, objectives, items, device="meta")
     beta = torch.empty(batch, objectives, device="meta")
-    loss, gradient, _ = launcher.launch_forward(scores, labels, beta, None, None, None, Rule(None, ties, False), True)
-    launcher.launch_backward(loss, beta, gradient)
+    loss, gradient, _ = launcher.forward(scores, labels, beta, None, None, None, Rule(None, ties, False), True)
+    launcher.backward(loss, beta, gradient)
     assert len(recorder.grids) >= 2
     assert all(grid[0] < 2**31 and (len(grid) == 1 or grid[1] < 2**16) for grid in recorder.grids)
     if ties == "exact":

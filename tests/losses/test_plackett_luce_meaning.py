@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mopl.losses import plackett_luce, presort
-from mopl.ops._tie_integral import any_order
+from mopl.ops.plackett_luce.exact_ties import any_order
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 TIES = ("breslow", "efron", "exact")

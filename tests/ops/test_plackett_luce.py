@@ -13,10 +13,11 @@ from torch._subclasses import FakeTensorMode
 
 from mopl import reference
 from mopl.losses import plackett_luce, presort
-from mopl.ops import _plackett_luce_cpu, _rows
-from mopl.ops._plackett_luce_scaled import scaled
-from mopl.ops._rankings import Rankings, Rule
-from mopl.ops.plackett_luce import _plackett_luce_nll, plackett_luce_nll
+from mopl.ops import _rows
+from mopl.ops.plackett_luce import Rule, cpu, plackett_luce_nll
+from mopl.ops.plackett_luce.function import _plackett_luce_nll
+from mopl.ops.plackett_luce.rankings import Rankings
+from mopl.ops.plackett_luce.scaled import scaled
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 NAMES = ("loss", "scores", "beta")
@@ -263,9 +264,7 @@ def test_plain_sums_and_scaled_sums_agree(ties: str) -> None:
             torch.rand(30, dtype=F64),
             Rule(12, ties, False),
         )
-        torch.testing.assert_close(
-            _plackett_luce_cpu.likelihood(rankings, True), scaled(rankings, True), rtol=1e-10, atol=1e-13
-        )
+        torch.testing.assert_close(cpu.likelihood(rankings, True), scaled(rankings, True), rtol=1e-10, atol=1e-13)
 
 
 @pytest.mark.parametrize("ties", TIES)
@@ -369,8 +368,10 @@ def test_results_are_equal_bit_for_bit_from_run_to_run(ties: str) -> None:
 
 def test_without_gradients_none_are_made(monkeypatch) -> None:
     made = []
-    likelihood = _plackett_luce_cpu.likelihood
-    monkeypatch.setattr("mopl.ops.plackett_luce.likelihood", lambda r, need: made.append(need) or likelihood(r, need))
+    likelihood = cpu.likelihood
+    monkeypatch.setattr(
+        "mopl.ops.plackett_luce.cpu.likelihood", lambda r, need: made.append(need) or likelihood(r, need)
+    )
     scores, labels, beta, mask = sample()
     with torch.no_grad():
         plackett_luce_nll(scores, labels, beta, mask)

@@ -38,7 +38,7 @@ class Rule(NamedTuple):
 
     top_k: int | None  # groups that start before this position alone; None: all
     ties: str
-    bottom_free: bool  # the lowest group is not charged
+    last_group_free: bool  # the lowest group is not charged
 
 
 class Rankings(NamedTuple):
@@ -69,6 +69,20 @@ class Rankings(NamedTuple):
             return self.weight
         charged = torch.arange(self.u.shape[1], device=self.u.device) < self.rule.top_k
         return charged.to(self.u.dtype) if self.weight is None else self.weight * charged
+
+    def charge_of_groups(self, mean: Tensor | None, first: Tensor, last: Tensor) -> Tensor | None:
+        """Return what groups are charged, None for 1 each, given the mean weight of the positions that each occupies.
+
+        `first` and `last` are their ends, places of the flattened rows.
+        """
+        size, counts = self.u.shape[1], []
+        if self.rule.top_k is not None and self.rule.top_k < size:
+            counts.append(first % size < self.rule.top_k)
+        if self.rule.last_group_free or self.rule.ties == "exact":  # in any order, the lowest is certain to come last
+            counts.append(~self.bottom(last))
+        for charged in counts:
+            mean = charged.to(self.u.dtype) if mean is None else mean * charged
+        return mean
 
     def bottom(self, last: Tensor) -> Tensor:
         """Say of groups that end at the places `last` of the flattened rows whether nothing stands below."""

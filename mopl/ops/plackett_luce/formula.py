@@ -1,6 +1,6 @@
 """The Plackett-Luce likelihood in differentiable functions of PyTorch, for the derivatives that the op does not give.
 
-Formulas and names are those of `mopl/ops/plackett_luce.py`. Sums over the items below are logarithms of sums of
+Formulas and names are those of `function.py`. Sums over the items below are logarithms of sums of
 exponentials, found for all items at once by log2(K) doublings; sums over tied groups are scattered to the group. All in
 float64: beside a score that is 1e4 higher, the differences of close ones would be rounded to 1e-3 in float32.
 """
@@ -13,9 +13,9 @@ from torch.nn.functional import logsigmoid, pad
 
 from mopl._arguments import compute_dtype
 from mopl.ops import _derivatives as derivatives
-from mopl.ops._rankings import Rule, sort_items
 from mopl.ops._rows import existing
-from mopl.ops._tie_integral import any_order_formula
+from mopl.ops.plackett_luce.exact_ties import any_order_formula
+from mopl.ops.plackett_luce.rankings import Rule, sort_items
 
 
 def formula(

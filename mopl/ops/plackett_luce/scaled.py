@@ -1,6 +1,6 @@
 """The CPU path of Plackett-Luce for scores of any size: sums kept relative to their largest term.
 
-Rankings lie as rows (R, K), best first; formulas and names are those of `mopl/ops/plackett_luce.py`. Items of tied
+Rankings lie as rows (R, K), best first; formulas and names are those of `function.py`. Items of tied
 groups are addressed by their place in the flattened rows.
 """
 
@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mopl.ops._rankings import Rankings
-from mopl.ops._tie_integral import any_order
+from mopl.ops.plackett_luce.exact_ties import any_order
+from mopl.ops.plackett_luce.rankings import Rankings
 
 
 def scaled(r: Rankings, need_grad: bool) -> tuple[Tensor, Tensor | None]:
@@ -114,7 +114,6 @@ class Groups(NamedTuple):
 
 def _tied_groups(r: Rankings, follows: Tensor) -> Groups:
     """Collect the groups of two or more items and what each is charged; `follows` marks items tied with the last."""
-    size = r.u.shape[1]
     member = follows.clone()
     member[:-1] |= follows[1:]
     items = member.nonzero()[:, 0]
@@ -123,17 +122,11 @@ def _tied_groups(r: Rankings, follows: Tensor) -> Groups:
     first = items[starts]
     count = torch.bincount(group, minlength=len(first))
     last = first + count - 1
-    bottom = r.bottom(last)
-    groups = Groups(items, group, first, last, count, bottom, torch.ones_like(first, dtype=r.u.dtype))
-    charge = groups.weight
+    groups = Groups(items, group, first, last, count, r.bottom(last), torch.ones_like(first, dtype=r.u.dtype))
+    mean = groups.weight
     if r.weight is not None:
-        each = r.weight[items % size] if r.weight.ndim == 1 else r.weight.reshape(-1)[items]
-        charge = groups.total(each) / count
-    if r.rule.top_k is not None:
-        charge = charge * (first % size < r.rule.top_k)
-    if r.rule.bottom_free or r.rule.ties == "exact":  # in any order, the lowest group is certain to come last
-        charge = charge * ~bottom
-    return groups._replace(weight=charge)
+        mean = groups.total(r.weight.expand_as(r.u).reshape(-1)[items]) / count
+    return groups._replace(weight=r.charge_of_groups(mean, first, last))
 
 
 def _charge(

@@ -38,6 +38,7 @@ are sorted by another one first.
 """
 
 from functools import partial
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -46,10 +47,10 @@ from mopl._arguments import check_choice, compute_dtype, shape_of
 from mopl._renamed import renamed_keywords
 from mopl.ops import _derivatives as derivatives
 from mopl.ops._backend import use_triton
-from mopl.ops._plackett_luce_cpu import likelihood
-from mopl.ops._plackett_luce_formula import formula
-from mopl.ops._rankings import Rankings, Rule, sort_items
-from mopl.ops._rows import blocks, check_list_op, existing, in_full_precision, is_number, merge
+from mopl.ops._rows import check_list_op
+from mopl.ops.plackett_luce import cpu
+from mopl.ops.plackett_luce.formula import formula
+from mopl.ops.plackett_luce.rankings import Rule
 
 TIES = ("breslow", "efron", "exact")
 
@@ -89,14 +90,7 @@ def plackett_luce_nll(
     check_list_op(scores, labels, beta, mask)
     check_choice(ties, TIES, "ties")
     check_positions(order, position_weights, labels)
-    position_weights = None if position_weights is None else position_weights.detach()
-    if derivatives.transformed():
-        rule = Rule(top_k, ties, last_group_free)
-        return formula(scores, labels.detach(), beta, mask, order, position_weights, rule)
-    need_grad = torch.is_grad_enabled() and (scores.requires_grad or beta.requires_grad)
-    return _plackett_luce_nll(
-        scores, labels, beta, mask, order, position_weights, top_k, ties, last_group_free, need_grad
-    )[0]
+    return nll(scores, labels, beta, mask, order, position_weights, Rule(top_k, ties, last_group_free))
 
 
 def check_positions(order: Tensor | None, position_weights: Tensor | None, labels: Tensor) -> None:
@@ -121,6 +115,32 @@ def check_positions(order: Tensor | None, position_weights: Tensor | None, label
             )
 
 
+def nll(
+    scores: Tensor,
+    labels: Tensor,
+    beta: Tensor,
+    mask: Tensor | None,
+    order: Tensor | None,
+    position_weights: Tensor | None,
+    rule: Rule,
+) -> Tensor:
+    """Return what `plackett_luce_nll` does, of arguments that its caller has checked."""
+    position_weights = None if position_weights is None else position_weights.detach()
+    if derivatives.transformed():
+        return formula(scores, labels.detach(), beta, mask, order, position_weights, rule)
+    need_grad = torch.is_grad_enabled() and (scores.requires_grad or beta.requires_grad)
+    return _plackett_luce_nll(scores, labels, beta, mask, order, position_weights, *rule, need_grad)[0]
+
+
+def _path(tensor: Tensor) -> ModuleType:
+    """Return the module whose `forward` and `backward` serve a tensor."""
+    if not use_triton(tensor):
+        return cpu
+    from mopl.ops.plackett_luce import gpu
+
+    return gpu
+
+
 @torch.library.custom_op("mopl::plackett_luce_nll", mutates_args=())
 def _plackett_luce_nll(
     scores: Tensor,
@@ -139,13 +159,7 @@ def _plackett_luce_nll(
     On CPU the last is empty in any case: there it costs as much when the gradient of β is asked for.
     """
     rule = Rule(top_k, ties, last_group_free)
-    inputs = (scores, labels, beta, mask, order, position_weights, rule, need_grad)
-    if use_triton(scores):
-        from mopl.ops.plackett_luce_triton import launch_forward
-
-        return launch_forward(*inputs)
-    loss, gradient = _forward_cpu(*inputs)
-    return loss, gradient, loss.new_empty(0)
+    return _path(scores).forward(scores, labels, beta, mask, order, position_weights, rule, need_grad)
 
 
 @_plackett_luce_nll.register_fake
@@ -164,11 +178,7 @@ def _plackett_luce_nll_backward(
     gradient: Tensor,  # (B, m, K)
 ) -> Tensor:
     """Return sum_j grad_loss_bj beta_bj gradient_bji: (B, K) in the dtype of `gradient`."""
-    if use_triton(gradient):
-        from mopl.ops.plackett_luce_triton import launch_backward as backward
-    else:
-        backward = _backward_cpu
-    return backward(grad_loss, beta, gradient)
+    return _path(gradient).backward(grad_loss, beta, gradient)
 
 
 @_plackett_luce_nll_backward.register_fake
@@ -199,10 +209,7 @@ def _backward(ctx, grad_loss, *_):
         if need[0]:
             dscores = _plackett_luce_nll_backward(grad_loss, beta, gradient).to(scores.dtype)
         if need[1]:
-            of_beta = beta_gradient
-            if not use_triton(scores):
-                centred = _load(scores.to(gradient.dtype), mask, centre=True)[:, None]
-                of_beta = torch.where(gradient == 0, 0, gradient * centred).sum(-1)
+            of_beta = beta_gradient if use_triton(scores) else cpu.beta_gradient(gradient, scores, mask)
             dbeta = (grad_loss * of_beta).sum_to_size(beta.shape).to(beta.dtype)
         return dscores, dbeta
 
@@ -214,94 +221,3 @@ def _backward(ctx, grad_loss, *_):
 
 
 _plackett_luce_nll.register_autograd(_backward, setup_context=_setup_context)
-
-
-@in_full_precision
-def _forward_cpu(
-    scores: Tensor,
-    labels: Tensor,
-    beta: Tensor,
-    mask: Tensor | None,
-    order: Tensor | None,
-    position_weights: Tensor | None,
-    rule: Rule,
-    need_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    """Return loss and gradient."""
-    batch, objectives, size = labels.shape
-    dtype = compute_dtype(scores)
-    empty = size < 2 or labels.numel() == 0
-    loss = scores.new_zeros((batch, objectives), dtype=dtype)
-    # Zeros, so that an order that names an item twice cannot leave another one's gradient to chance.
-    new = scores.new_empty if order is None and not empty else scores.new_zeros
-    gradient = new(labels.shape if need_grad else (0,), dtype=dtype)
-    if empty:
-        return loss, gradient
-    valid = existing(mask)
-    for part in blocks(batch, objectives * size):
-        some = None if valid is None else valid[part]
-        rate = beta[part]
-        plain = is_number(rate) and float(rate[0, 0]) == 1
-        s = _load(scores[part].to(dtype), some, centre=not plain)
-        place, leads, ranked = _rank(labels[part], None if order is None else order[part], some, dtype)
-        u = s[:, None].expand(place.shape).gather(-1, place)
-        if not plain:
-            u.mul_(rate[0, 0] if is_number(rate) else rate[:, :, None])
-        weight = position_weights
-        if weight is not None:
-            weight = weight.to(dtype) if weight.ndim == 1 else weight[part].to(dtype)
-            if weight.ndim == 3 and ranked is not None:
-                weight = weight.masked_fill(~ranked, 0)
-        rows = Rankings(
-            u.view(-1, size),
-            None if leads is None else leads.view(-1, size),
-            None if ranked is None else ranked.view(-1, size),
-            None if weight is None else weight if weight.ndim == 1 else weight.reshape(-1, size),
-            rule,
-        )
-        some_loss, du = likelihood(rows, need_grad)
-        loss[part] = some_loss.view(-1, objectives)
-        if du is not None:
-            gradient[part].scatter_(-1, place, du.view(place.shape))
-    return loss, gradient
-
-
-def _load(scores: Tensor, valid: Tensor | None, centre: bool) -> Tensor:
-    """Return the scores (n, K), 0 where masked, without a common offset of all scores of a list if `centre`.
-
-    An offset is subtracted where that is exact (Sterbenz: scores of one sign, within a factor of two of each other),
-    so that it costs no digits when β multiplies and never costs any itself.
-    """
-    if valid is not None:
-        scores = scores.masked_fill(~valid, 0)
-    if not centre or not scores.shape[1]:
-        return scores
-    top = scores if valid is None else torch.where(valid, scores, -torch.inf)
-    bottom = scores if valid is None else torch.where(valid, scores, torch.inf)
-    top, bottom = top.amax(-1, keepdim=True), bottom.amin(-1, keepdim=True)
-    offset = ((bottom > 0) & (bottom >= top / 2)) | ((top < 0) & (top <= bottom / 2))
-    scores = scores - torch.where(offset & bottom.isfinite() & top.isfinite(), top, 0)
-    return scores if valid is None else scores.masked_fill(~valid, 0)
-
-
-def _rank(
-    labels: Tensor, order: Tensor | None, valid: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return the order (n, m, K), 0.0 where a rank is tied with the one before it, and where a rank exists.
-
-    The second is 1.0 elsewhere, and None if nothing is tied; the third is None without a mask.
-    """
-    labels, place, ranked = sort_items(labels, order, valid)
-    # Neighbours in memory, and a result in floating point: each is several times faster than its alternative.
-    leads = torch.empty(labels.shape, dtype=dtype, device=labels.device)
-    torch.ne(labels.view(-1)[1:], labels.view(-1)[:-1], out=leads.view(-1)[1:])
-    leads[..., 0] = 1
-    if ranked is not None:
-        leads.masked_fill_(~ranked, 1)
-    return place, leads if float(leads.amin()) == 0 else None, ranked
-
-
-@in_full_precision
-def _backward_cpu(grad_loss: Tensor, beta: Tensor, gradient: Tensor) -> Tensor:
-    """Return dscores (B, K)."""
-    return merge((grad_loss * beta).to(gradient.dtype), gradient)

@@ -1,4 +1,4 @@
-"""Launches the Triton kernels of `mopl.ops.plackett_luce`; the argument lists are those of its CPU twins.
+"""The GPU path of Plackett-Luce: launches of its Triton kernels; arguments and results are those of `cpu.py`.
 
 `mopl/kernels/plackett_luce_plan.py` says which kernel serves which list: one that holds whole lists in registers along
 their order (given, or found on the GPU), one that takes short lists pair by pair and needs no order, and three that go
@@ -19,11 +19,11 @@ from mopl.kernels import plackett_luce_fused as fused
 from mopl.kernels import plackett_luce_groups as groups
 from mopl.kernels import plackett_luce_plan as plans
 from mopl.kernels import plackett_luce_sorted as scans
-from mopl.ops._rankings import Rule, masked_lowest
-from mopl.ops._rows import rows_contiguous
+from mopl.ops._rows import list_strides, rows_contiguous
+from mopl.ops.plackett_luce.rankings import Rule, masked_lowest
 
 
-def launch_forward(
+def forward(
     scores: Tensor,  # (B, K)
     labels: Tensor,  # (B, m, K)
     beta: Tensor,  # (B, m) or (B, 1)
@@ -34,7 +34,7 @@ def launch_forward(
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return loss, gradient and beta_gradient; the last two are empty if not needed."""
-    (top_k, ties, last_group_free), (batch, objectives, items) = rule, labels.shape
+    batch, objectives, items = labels.shape
     loss = torch.empty((batch, objectives), dtype=compute_dtype(scores), device=scores.device)
     gradient = loss.new_empty(labels.shape if need_grad else (0,))
     beta_gradient = loss.new_empty(loss.shape if need_grad else (0,))
@@ -43,7 +43,7 @@ def launch_forward(
     if order is not None:
         gradient.zero_()  # an order that leaves items out leaves their gradients unwritten
     plan = plans.plan(
-        items, loss.itemsize, ties, position_weights is not None, order is not None, labels.element_size()
+        items, loss.itemsize, rule.ties, position_weights is not None, order is not None, labels.element_size()
     )
     labels, mask = rows_contiguous(labels), rows_contiguous(mask)
     if plan.sort == "argsort":
@@ -56,68 +56,62 @@ def launch_forward(
     ranking = (scores, labels, beta, mask, order)
     results = (loss, gradient if need_grad else None, beta_gradient if need_grad else None)
     # No list has more positions than items, so this top_k charges all of them.
-    top_k = items if top_k is None else min(top_k, items)
-    strides = (scores.stride(0), *labels.stride()[:2], *beta.stride(), 0 if mask is None else mask.stride(0))
-    strides += (0, 0) if order is None else order.stride()[:2]
+    top_k = items if rule.top_k is None else min(rule.top_k, items)
+    strides = list_strides(scores, labels, beta, mask) + ((0, 0) if order is None else order.stride()[:2])
     weight_strides = (0, 0) if weights is None else weights.stride()[:2]
     with torch.cuda.device_of(scores):
         if plan.kernel == "pairs":
             pairwise.pairwise_kernel[(triton.cdiv(batch, plan.tile["LISTS"]),)](
                 *ranking, weights, *results, batch, items, top_k, *strides, *weight_strides,
-                M=objectives, EFRON=ties == "efron", LAST_GROUP_FREE=last_group_free, **plan.tile,
+                M=objectives, EFRON=rule.ties == "efron", LAST_GROUP_FREE=rule.last_group_free, **plan.tile,
             )  # fmt: skip
         elif plan.kernel == "fused":
             fused.fused_kernel[(triton.cdiv(batch * objectives, plan.tile["LISTS"]),)](
                 *ranking, *results, batch * objectives, items, top_k, *strides,
-                M=objectives, LAST_GROUP_FREE=last_group_free, **plan.tile,
+                M=objectives, LAST_GROUP_FREE=rule.last_group_free, **plan.tile,
             )  # fmt: skip
         else:
-            assert order is not None
-            ranking = (scores, labels, beta, mask, order)
-            _launch_by_steps(ranking, weights, results, top_k, strides, weight_strides, ties, last_group_free)
+            _by_steps(ranking, weights, results, rule._replace(top_k=top_k), strides, weight_strides)
     return loss, gradient, beta_gradient
 
 
-def _launch_by_steps(
-    ranking: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor],  # scores, labels, beta, mask, order
+def _by_steps(
+    ranking: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],  # scores, labels, beta, mask, order
     weights: Tensor | None,
     results: tuple[Tensor, Tensor | None, Tensor | None],  # loss, gradient, beta_gradient
-    top_k: int,
+    rule: Rule,
     strides: tuple[int, ...],
     weight_strides: tuple[int, ...],
-    ties: str,
-    last_group_free: bool,
 ) -> None:
     """Write `results` by one kernel for each of the steps that `plackett_luce_sorted.py` describes."""
     labels, loss = ranking[1], results[0]
     batch, objectives, items = labels.shape
-    exact = ties == "exact"
+    efron, exact = rule.ties == "efron", rule.ties == "exact"
 
     def state(wanted: bool = True, dtype: torch.dtype = loss.dtype) -> Tensor | None:
         return torch.empty(labels.shape, dtype=dtype, device=loss.device) if wanted else None
 
-    lists = batch * objectives
+    lists, tied = batch * objectives, efron or exact
     masses = (state(), state(), state(dtype=torch.int32))
+    terms = (state(tied), state(tied), state(efron), state(weights is not None), state(exact))
     scans.suffix_kernel[plans.folded(lists)](
         *ranking, *masses, lists, items, *strides, M=objectives, **plans.scan_tile(items)
     )
-    tied = ties != "breslow"
-    terms = (state(tied), state(tied), state(ties == "efron"), state(weights is not None), state(exact))
     if tied or weights is not None:
         tile = plans.group_tile(items, exact)
         programs = lists * triton.cdiv(items, tile["SPAN"])
         groups.group_kernel[plans.folded(programs)](
-            *ranking, weights, *masses, *terms, programs, items, top_k, *strides, *weight_strides,
-            M=objectives, EFRON=ties == "efron", EXACT=exact, **tile,
+            *ranking, weights, *masses, *terms, programs, items, rule.top_k, *strides, *weight_strides,
+            M=objectives, EFRON=efron, EXACT=exact, **tile,
         )  # fmt: skip
     scans.chain_kernel[plans.folded(lists)](
-        *ranking, weights, *masses, *terms, *results, lists, items, top_k, *strides, *weight_strides,
+        *ranking, weights, *masses, *terms, *results, lists, items, rule.top_k, *strides, *weight_strides,
         # In any order the lowest group comes last: ties="exact" never charges it.
-        M=objectives, BOTTOM_FREE=last_group_free or exact, **plans.scan_tile(items),
+        M=objectives, BOTTOM_FREE=rule.last_group_free or exact, **plans.scan_tile(items),
     )  # fmt: skip
 
 
-def launch_backward(grad_loss: Tensor, beta: Tensor, gradient: Tensor) -> Tensor:
+def backward(grad_loss: Tensor, beta: Tensor, gradient: Tensor) -> Tensor:
     """Return sum_j grad_loss_bj beta_bj gradient_bji (B, K)."""
     batch, objectives, items = gradient.shape
     dscores = gradient.new_empty((batch, items))
