@@ -437,7 +437,9 @@ def test_extreme_scores_give_what_float64_gives(data) -> None:
         "mask": torch.tensor([mask]),
     }
     beta, upstream = torch.tensor([[data.draw(st.sampled_from([1.0, 0.5, 2.0]))]]), torch.ones(1, 1)
-    if options["ties"] == "exact":  # where the reference adds logarithms of probabilities, 1e30 swamps the others
+    huge = scores[options["mask"] & (scores.abs() > 1e5)]
+    # Where the reference adds logarithms of probabilities, 1e30 swamps the others; and log 2 where two items have it.
+    if options["ties"] == "exact" or len(huge.unique()) < len(huge):
         scores = scores.clamp(-1e5, 1e5)
     ours = run(plackett_luce_nll, scores, labels, beta, upstream, **options)
     theirs = run(reference.plackett_luce_nll, scores.double(), labels, beta.double(), upstream, **options)
