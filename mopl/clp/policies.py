@@ -87,7 +87,10 @@ class Policy(nn.Module):
     @property
     def reference_head(self) -> Any:
         """The output head of the reference where it is another module than the policy's; else None."""
-        return None if self._base[0] is None else self._base[0].get_output_embeddings()
+        if self._base[0] is not None:
+            return self._base[0].get_output_embeddings()
+        # Adapters may have copies of it.
+        return getattr(self.model.get_output_embeddings(), "original_module", None)
 
     @property
     def device(self) -> torch.device:

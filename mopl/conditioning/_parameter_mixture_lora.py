@@ -4,36 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from mopl._arguments import compute_dtype, shape_of
 from mopl._extras import require
-from mopl._restoring import evaluating, generators_kept
+from mopl._files import write_files
+from mopl._restoring import evaluating, generators_kept, requires_grad_kept
 from mopl._threads import CallOfThread, in_turn
+from mopl.conditioning._adapter_checks import adapted_parts, check_config, naming_targets, short_name
 from mopl.conditioning._mixture import CoefficientRule, Mixture, MixtureRecord, renamed_in_mixture
+from mopl.conditioning.adapted import held, one_adapter, parts_of, places_of
 from mopl.conditioning.causal_lm import is_peft
-from mopl.conditioning.merging import (
-    bases_of,
-    check_lora,
-    check_mixed_rows,
-    logits_of,
-    lora_layers,
-    merged_weights,
-    naming_targets,
-    own_weights,
-    plain_layers,
-    probe_ids,
-    settle_ties,
-    short_name,
-    weights_held,
-)
+from mopl.conditioning.merging import check_lora, check_mixed_rows, logits_of, own_weights, probe_ids, settle_ties
 from mopl.conditioning.sampling import Weights
 from mopl.conditioning.saved_models import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
     CONFIG_FILE,
     Names,
     TuningRecord,
@@ -58,11 +48,17 @@ class LoraMixture(Mixture):
     times that of the mixture. They start as PEFT starts them: B = 0, so every mixture is the base model. Calls in
     several threads take turns; `at` and `reference` hold for all of them.
 
+    Adapters may be of rsLoRA or DoRA, have `rank_pattern`, `alpha_pattern`, `lora_bias` and `layers_to_transform`, and
+    differ in these, their ranks and their targets: `mopl.conditioning.adapted` says what each of them adds.
+    `modules_to_save` gives every objective a whole copy of a module, and a mixture has the copies' weighted sum: a row
+    costs m products with them, and the copies m times their memory. They must be linear in their parameters (linear
+    layers, embeddings, norms), and are trained in the data type of the base model.
+
     Args:
         model: A model of transformers without adapters, or a PEFT model whose adapters are the sets.
         objectives: m.
-        config: `peft.LoraConfig` of the adapters, for a plain model. Plain LoRA on linear layers: no DoRA, biases,
-            embeddings or `modules_to_save`.
+        config: `peft.LoraConfig` of the adapters, for a plain model, on linear layers. Not `bias`, other variants of
+            PEFT, or initialisations that change the base model (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA).
         coefficients: a function of weights (..., m) and α (...) or None to coefficients (..., sets), such as
             `KLWeightCoefficients(..., anchor=False)`; None: the weights themselves.
         sets: number of adapters, if it is not m (or what `coefficients.sets(m)` says).
@@ -73,7 +69,7 @@ class LoraMixture(Mixture):
         adapters: the adapters' names: those of the objectives, and `set_<i>` beyond.
 
     Raises:
-        ValueError: If numbers of adapters or objectives do not fit, or an adapter is more than plain LoRA.
+        ValueError: If numbers of adapters or objectives do not fit, or an adapter is what cannot be mixed.
     """
 
     KIND, SCHEMA = "LoraMixture", _Record
@@ -107,38 +103,21 @@ class LoraMixture(Mixture):
             self.adapters = [name.replace(".", "_") for name in names]
             if len(set(self.adapters)) != sets:
                 raise ValueError(f"the adapters would be called {self.adapters}; give the objectives different names")
+            check_config(self.adapters[0], config)
             with naming_targets(model):
                 wrapped = peft.get_peft_model(model, config, adapter_name=self.adapters[0])  # type: ignore[arg-type]
             for name in self.adapters[1:]:
                 wrapped.add_adapter(name, copy.deepcopy(config))
         self.model = wrapped
         self._call = CallOfThread()
-        self._layers = plain_layers(wrapped, self.adapters)
-        wrapped.base_model.set_adapter(self.adapters)
-        for layer in self._layers:
-            for i, name in enumerate(self.adapters):
-                # No closure: a deep copy of the mixture must read its own coefficients.
-                layer.lora_B[name].register_forward_hook(functools.partial(self._scale, i))
+        self._parts = adapted_parts(wrapped, self.adapters)
+        wrapped.base_model.active_adapter = self.adapters
+        for part in self._parts.values():
+            part.mix(self.adapters, self._call, whole=coefficients is None)
 
-    def _scale(self, adapter: int, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        """Multiply an adapter's output with its coefficient in each row; a forward hook."""
-        call = self._call
-        if call.coefficients is None:
-            raise RuntimeError(
-                "the adapters have no coefficients: call the mixture with weights and not the model inside it, and "
-                "turn gradient checkpointing on through the mixture's own gradient_checkpointing_enable()"
-            )
-        share = call.coefficients[..., adapter].to(output.device)
-        if share.ndim:
-            copies, rest = divmod(output.shape[0], len(share))
-            # Tokens of all rows one after another are fine; anything else in the first place is no row.
-            if rest or (output.ndim > 2 and output.shape[0] != (call.rows or output.shape[0])):
-                raise ValueError(
-                    f"weights has {len(share)} rows but a layer sees {shape_of(output)}; pass one weight vector (m,)"
-                )
-            # Beams, and several samples of a row, follow one another.
-            share = share.repeat_interleave(copies).view(-1, *[1] * (output.ndim - 1))
-        return (output * share.to(compute_dtype(output))).to(output.dtype)
+    @property
+    def _adapters_off(self) -> bool:
+        return next(iter(self._parts.values())).layer.disable_adapters
 
     def _of_rows(self, weights: Weights | None, kl_weight: float | Tensor | None, rows: int | None) -> Tensor:
         """Return coefficients (sets,), or one vector for each of some rows."""
@@ -180,7 +159,7 @@ class LoraMixture(Mixture):
             call.coefficients, call.rows = before
 
     def _forward(self, weights: Any, kl_weight: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        if self._layers[0].disable_adapters:
+        if self._adapters_off:
             return self.model(*args, **kwargs)
         tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim)
         rows = next((len(value) for value in tensors), None)
@@ -188,7 +167,7 @@ class LoraMixture(Mixture):
             return self.model(*args, **kwargs)
 
     def _generate(self, weights: Any, kl_weight: Any, given: dict[str, Any]) -> Any:
-        if self._layers[0].disable_adapters:
+        if self._adapters_off:
             return self.model.generate(**given)
         coefficients = self._of_rows(weights, kl_weight, len(given["input_ids"]))
         with self._standing(coefficients):  # of more rows than these, where there are beams
@@ -197,7 +176,7 @@ class LoraMixture(Mixture):
     @contextlib.contextmanager
     def reference(self, *, adapters: bool = False) -> Iterator[LoraMixture]:
         """Be the base model inside a `with` block: adapters off, which are what it is conditioned by."""
-        with self._turns.switched(self.model.disable_adapter()):
+        with self._turns.switched(requires_grad_kept(self.model), self.model.disable_adapter()):
             yield self
 
     # ---------------------------------------------------------------- one mixture
@@ -212,7 +191,7 @@ class LoraMixture(Mixture):
             ValueError: With the modules that differ, and the targets that do not.
         """
         if not self._checked:
-            check_lora(self.model, self.adapters, self._mixed_logits)
+            check_lora(self.model, self.adapters, self._mixed_logits, whole=self.coefficients is None)
             self._checked = True
 
     def _mixed_logits(self, ids: Tensor, coefficients: Tensor) -> Tensor:
@@ -220,17 +199,15 @@ class LoraMixture(Mixture):
             return logits_of(self.model, ids)
 
     def _in_place(self, coefficients: Tensor) -> Sequence[contextlib.AbstractContextManager[Any]]:
-        values = merged_weights(self._layers, self.adapters, coefficients.tolist())
-        return self.model.disable_adapter(), weights_held(bases_of(self._layers), values)
+        places = places_of(self._parts.values(), self.adapters, coefficients.tolist())
+        return requires_grad_kept(self.model), self.model.disable_adapter(), held(places)
 
     def _merged(self, coefficients: Tensor) -> nn.Module:
-        values = merged_weights(self._layers, self.adapters, coefficients.tolist())
         model = copy.deepcopy(self.model)
-        layers = lora_layers(model)
-        bases = bases_of(layers.values())
-        own_weights(model, bases)
-        for base, value in zip(bases, values, strict=True):
-            base.weight.copy_(value)
+        parts = parts_of(model).values()
+        own_weights(model, [part.base for part in parts])
+        for module, name, value in places_of(parts, self.adapters, coefficients.tolist()):
+            module.get_parameter(name).copy_(value)
         merged = model.unload()
         if settle_ties(merged) and (ids := probe_ids(merged)) is not None:
             # Some models do more to a head that is tied than to use its weight.
@@ -238,12 +215,37 @@ class LoraMixture(Mixture):
                 found, given = self._mixed_logits(ids, coefficients), logits_of(merged, ids)
                 with self.reference():
                     plain = logits_of(self.model, ids)
-            names = ", ".join(sorted({short_name(name) for name in layers}))
+            names = ", ".join(sorted({short_name(name) for name in self._parts}))
             remedy = f"leave the tied ones of {names} out of target_modules, or generate with weights"
             check_mixed_rows(type(merged).__name__, found, given, plain, remedy, merged.dtype)
         return merged
 
     # ---------------------------------------------------------------- files
+
+    def save_adapter(
+        self, weights: Weights, directory: str | os.PathLike[str], kl_weight: float | Tensor | None = None
+    ) -> None:
+        """Write one trade-off as one LoRA adapter of PEFT, exactly: its rank is the sum of those of the sets.
+
+        rsLoRA, patterns and biases are in its factors, so servers need know nothing of them; copies of
+        `modules_to_save` are mixed.
+
+        Raises:
+            ValueError: If weights do not fit, or the adapters are of DoRA.
+        """
+        require("safetensors")
+        from safetensors.torch import save_file
+
+        coefficients = self._one(weights, None, kl_weight).tolist()
+        config, tensors = one_adapter(self.model, self._parts, self.adapters, coefficients)
+        config.base_model_name_or_path = self._base_name
+
+        def fill(folder: Path) -> None:
+            save_file(tensors, str(folder / ADAPTER_FILE), metadata={"format": "pt"})
+            config.save_pretrained(str(folder))
+            self.model.create_or_update_model_card(str(folder))
+
+        write_files(directory, fill, last=ADAPTER_CONFIG)
 
     def _described(self) -> dict[str, Any]:
         return {"adapters": self.adapters, "coefficients": self._saved_rule, "base_model": self._base_name}

@@ -11,18 +11,17 @@ short rows through the model with adapters and through the merged weights, and c
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mopl._arguments import compute_dtype
 from mopl._extras import require
-from mopl._restoring import evaluating, generators_kept
+from mopl._restoring import evaluating, generators_kept, requires_grad_kept
+from mopl.conditioning._adapter_checks import other_targets, short_name
+from mopl.conditioning.adapted import Part, held, parts_of, places_of
 
 ROWS, LENGTH = 2, 8  # of the probe: longer than no window that matters, and rows with weights of their own
 # Of ‖mixed - merged‖ / ‖mixed - plain‖. Random adapters, as large as the weights, make the denominator that of an
@@ -103,8 +102,7 @@ def merged(model: Any, dtype: torch.dtype) -> Any:
     require("peft")
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    own_weights(model, bases_of(layers))
+    own_weights(model, [module.get_base_layer() for module in model.modules() if isinstance(module, BaseTunerLayer)])
     return model.to(torch.promote_types(dtype, torch.float32)).merge_and_unload(safe_merge=True).to(dtype)
 
 
@@ -113,139 +111,6 @@ def settle_merged(model: Any) -> None:
     settle_ties(model)
     for name in ("peft_config", "_hf_peft_config_loaded"):
         model.__dict__.pop(name, None)
-
-
-def lora_layers(model: nn.Module) -> dict[str, Any]:
-    """Return the layers that carry LoRA adapters, by name."""
-    require("peft")
-    from peft.tuners.lora import LoraLayer
-
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-
-
-@torch.no_grad()
-def merged_weights(layers: Iterable[Any], adapters: Sequence[str], shares: Sequence[float]) -> list[Tensor]:
-    """Return W + Σ_i c_i ΔW_i of every layer, summed in float32 and rounded once."""
-    result = []
-    for layer in layers:
-        weight = layer.get_base_layer().weight
-        if not weight.is_floating_point():
-            raise ValueError(f"a weight is {weight.dtype}, quantised, and takes no adapter in; use generate(weights=)")
-        wide = compute_dtype(weight)
-        total = weight.to(wide)
-        for share, name in zip(shares, adapters, strict=True):
-            total = total + share * layer.get_delta_weight(name).to(weight.device, wide)
-        result.append(total.to(weight.dtype))
-    return result
-
-
-def bases_of(layers: Iterable[Any]) -> list[Any]:
-    """Return the modules that adapters are on."""
-    return [layer.get_base_layer() for layer in layers]
-
-
-@contextlib.contextmanager
-def weights_held(modules: Sequence[Any], values: Sequence[Tensor]) -> Iterator[None]:
-    """Put weights in the place of those of modules inside a `with` block: each module's own, shared or not."""
-    before = [module._parameters["weight"] for module in modules]
-    try:
-        for module, value in zip(modules, values, strict=True):
-            module._parameters["weight"] = nn.Parameter(value, requires_grad=False)
-        yield
-    finally:
-        for module, parameter in zip(modules, before, strict=True):
-            module._parameters["weight"] = parameter
-
-
-def short_name(name: str) -> str:
-    """Return the last part of a module's name that is no number: what `target_modules` takes."""
-    return next((part for part in reversed(name.split(".")) if not part.isdigit()), name)
-
-
-def not_linear(layers: dict[str, Any]) -> list[str]:
-    """Return the names of layers whose base does something else to its input than to multiply it with its weight.
-
-    Subclasses of a linear layer are asked with one input; those of a quantised weight are PEFT's business.
-    """
-    require("transformers")
-    from transformers.pytorch_utils import Conv1D
-
-    found = []
-    for name, layer in layers.items():
-        base = layer.get_base_layer()
-        weight = getattr(base, "weight", None)
-        if weight is None:
-            found.append(name)
-            continue
-        quantised = weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-        if type(base).forward in (nn.Linear.forward, Conv1D.forward) or weight.is_meta or quantised:
-            continue
-        try:
-            with torch.no_grad():
-                given = base(weight.new_zeros(1, layer.in_features))
-        except Exception:
-            given = None
-        if not isinstance(given, Tensor) or given.shape != (1, layer.out_features):
-            found.append(name)
-    return found
-
-
-def other_targets(layers: Iterable[str], bad: Iterable[str], what: str | None = None) -> str:
-    """Return what to pass as the adapters' targets in the place of some that cannot be."""
-    without = {short_name(name) for name in bad}
-    rest = sorted({short_name(name) for name in layers} - without)
-    said = what or ", ".join(sorted(without))
-    return f"leave out {said}: target_modules={rest} (lora_targets of a run)"
-
-
-@contextlib.contextmanager
-def naming_targets(model: Any) -> Iterator[None]:
-    """Say of modules that PEFT refuses inside the `with` block which linear layers, but the output head, are left."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    # Asked before: PEFT may stop halfway.
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
-    try:
-        yield
-    except ValueError as error:
-        bad = re.findall(r"'([\w.]+)'", str(error).partition("Incompatible modules:")[2])
-        said = f"PEFT puts no such adapters on {type(model).__name__}: {error}"
-        raise ValueError(f"{said} {other_targets(linear, bad)}" if bad else said) from error
-
-
-def plain_layers(model: Any, adapters: Sequence[str]) -> list[Any]:
-    """Return the layers that carry adapters; raise where one of them is no plain LoRA on a linear layer."""
-    require("peft")
-    from peft.tuners.lora import ParamWrapper
-
-    layers = lora_layers(model)
-    experts = [name for name, layer in layers.items() if isinstance(layer, ParamWrapper)]
-    bad = not_linear({name: layer for name, layer in layers.items() if name not in experts})
-    for name, config in model.peft_config.items():
-        kind = str(getattr(config.peft_type, "value", config.peft_type))
-        if experts:
-            # PEFT puts adapters there by itself where experts are fused into one parameter.
-            raise ValueError(
-                f"adapter {name!r} is on parameters of experts ({', '.join(sorted(config.target_parameters))}), which "
-                f"rows cannot mix; {other_targets(layers, [*experts, *bad], 'the experts')}"
-            )
-        options = ("use_dora", "modules_to_save", "lora_bias", "trainable_token_indices")
-        extra = [option for option in options if getattr(config, option, None)]
-        if kind != "LORA" or extra or getattr(config, "bias", "none") != "none":
-            extra = [kind] if kind != "LORA" else extra or ["bias"]
-            raise ValueError(f"adapter {name!r} uses {', '.join(extra)}, which cannot be mixed; use plain LoRA")
-    for layer in layers.values():
-        if any(name not in layer.lora_B or layer.lora_variant.get(name) for name in adapters):
-            base = type(layer.get_base_layer()).__name__
-            raise ValueError(f"an adapter on a {base} is no plain LoRA on a linear layer; leave it out of the targets")
-    if bad:
-        kinds = sorted({type(layers[name].get_base_layer()).__name__ for name in bad})
-        raise ValueError(
-            f"an adapter on a {', '.join(kinds)} ({bad[0]}) is none on a linear layer, which that is not; "
-            f"{other_targets(layers, bad)}"
-        )
-    if not layers:
-        raise ValueError("the model has no LoRA layers; check target_modules of the config")
-    return list(layers.values())
 
 
 # ---------------------------------------------------------------- the probe
@@ -269,7 +134,13 @@ def logits_of(model: Any, ids: Tensor, **kwargs: Any) -> Tensor:
 
 
 @torch.no_grad()
-def check_lora(model: Any, adapters: Sequence[str], mixed: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
+def check_lora(
+    model: Any,
+    adapters: Sequence[str],
+    mixed: Callable[[Tensor, Tensor], Tensor] | None = None,
+    *,
+    whole: bool = False,
+) -> None:
     """Raise unless LoRA adapters of a PEFT model compute what the weights do that they are merged into.
 
     A few short rows go through the model with adapters of random values, once a model and not for each trade-off.
@@ -281,37 +152,39 @@ def check_lora(model: Any, adapters: Sequence[str], mixed: Callable[[Tensor, Ten
         adapters: Names of its adapters.
         mixed: Called with ids (2, T) and coefficients (2, adapters) for the logits of rows with mixtures of their own;
             None: the model's forward, whose adapters count once each.
+        whole: The coefficients that it is called with sum to 1.
     """
-    layers, base = lora_layers(model), model.get_base_model()
+    parts, base = parts_of(model), model.get_base_model()
     ids = probe_ids(base)
-    if ids is None or any(not module.weight.is_floating_point() for module in bases_of(layers.values())):
+    if ids is None or any(not p.is_floating_point() for part in parts.values() for p in part.base.parameters()):
         return
     generator = torch.Generator().manual_seed(0)
     shares = torch.ones(ROWS, len(adapters)) if mixed is None else torch.rand(ROWS, len(adapters), generator=generator)
+    shares = shares / shares.sum(-1, keepdim=True) if whole else shares
     run = mixed or (lambda ids, _: logits_of(model, ids))
-    with evaluating(model), generators_kept():
+    with evaluating(model), generators_kept(), requires_grad_kept(model):
         try:
             with model.disable_adapter():
                 plain = logits_of(base, ids)
         except Exception:
             return  # it needs more than input_ids
-        groups: dict[str, dict[str, Any]] = {}
-        for name, layer in layers.items():
-            groups.setdefault(short_name(name), {})[name] = layer
+        groups: dict[str, dict[str, Part]] = {}
+        for name, part in parts.items():
+            groups.setdefault(short_name(name), {})[name] = part
 
-        def differs(some: dict[str, Any], tolerance: float) -> float | None:
-            with weights_held(*_random_updates(layers, some, adapters, generator)):
+        def differs(some: dict[str, Part], tolerance: float) -> float | None:
+            probes = [part.probe(adapters, generator if name in some else None) for name, part in parts.items()]
+            with held([place for places in probes for place in places]):
                 found, merged = run(ids, shares), []
                 for row, coefficients in enumerate(shares.tolist()):
-                    values = merged_weights(some.values(), adapters, coefficients)
-                    with model.disable_adapter(), weights_held(bases_of(some.values()), values):
+                    with model.disable_adapter(), held(places_of(some.values(), adapters, coefficients)):
                         merged.append(logits_of(base, ids)[row])
             return _share(found, torch.stack(merged), plain, tolerance)
 
         try:
             tolerance = _tolerance(base.dtype)
             exact = tolerance == TOLERANCE
-            if exact and differs(layers, tolerance) is None:
+            if exact and differs(parts, tolerance) is None:
                 return
             shares_of = {name: differs(some, tolerance) for name, some in groups.items()}
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
@@ -341,26 +214,6 @@ def _share(found: Tensor, merged: Tensor, plain: Tensor, tolerance: float) -> fl
         return None  # float16 that overflows says nothing, and an adapter that changes nothing is merged rightly
     share = float(error / moved)
     return share if share > tolerance else None
-
-
-def _random_updates(
-    layers: dict[str, Any], some: dict[str, Any], adapters: Sequence[str], generator: torch.Generator
-) -> tuple[list[Any], list[Tensor]]:
-    """Return factors B of adapters: random for some layers, so that ‖scale B A‖ is about ‖W‖, and 0 for the others."""
-    modules, values = [], []
-    for name, layer in layers.items():
-        weight = layer.get_base_layer().weight
-        for adapter in adapters:
-            if adapter not in layer.lora_B:
-                continue
-            own = layer.lora_B[adapter].weight
-            value = torch.zeros_like(own)
-            if name in some:
-                spread = abs(layer.scaling[adapter]) * len(own) ** 0.5 * float(layer.lora_A[adapter].weight.norm())
-                value = torch.randn(own.shape, generator=generator) * (float(weight.norm()) / max(spread, 1e-12))
-            modules.append(layer.lora_B[adapter])
-            values.append(value.to(own))
-    return modules, values
 
 
 def check_mixed_rows(name: str, found: Tensor, merged: Tensor, plain: Tensor, remedy: str, dtype: torch.dtype) -> None:

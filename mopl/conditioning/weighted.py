@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from mopl._arguments import check_beta_given, check_positive, shape_of
 from mopl._extras import require
 from mopl._files import write_files
+from mopl._restoring import requires_grad_kept
 from mopl._tensor_files import read_tensors
 from mopl._threads import Turns, in_turn
+from mopl.conditioning._adapter_checks import check_initialisation
 from mopl.conditioning.causal_lm import DELEGATED, is_peft
 from mopl.conditioning.sampling import Weights, check_weights
 from mopl.conditioning.saved_models import (
@@ -218,11 +220,17 @@ class WeightedModel(nn.Module):
 
         Args:
             adapters: Whether adapters stay that are not what it is conditioned by.
+
+        Raises:
+            ValueError: If an adapter took a part of the base model's weights when it was made (PiSSA, OLoRA, ...).
         """
         before, self._is_reference = self._is_reference, True
         off = is_peft(self.model) and not adapters
         try:
-            with self.model.disable_adapter() if off else contextlib.nullcontext():
+            if off:
+                for name, config in self.model.peft_config.items():
+                    check_initialisation(name, config)
+            with requires_grad_kept(self.model), self.model.disable_adapter() if off else contextlib.nullcontext():
                 yield self
         finally:
             self._is_reference = before

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from mopl._extras import require
 from mopl._restoring import evaluating, generators_kept
 from mopl.conditioning import HyperPromptModel
+from mopl.conditioning.adapted import lora_layers
 from mopl.conditioning.causal_lm import is_peft
-from mopl.conditioning.merging import check_lora, lora_layers
+from mopl.conditioning.merging import check_lora
 from mopl.conditioning.weighted import causal_lm_of
 from mopl.language_models.head import unfuse
 

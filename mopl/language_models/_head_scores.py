@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mopl.conditioning.adapted import mixed_copies
 from mopl.ops import linear_kl, linear_logprob
 
 IGNORE_INDEX = -100
@@ -32,7 +33,8 @@ def numbers_of(model: Any) -> list[Any]:
     among its parameters and buffers; private ones and the counters of DeepSpeed are not. It takes some microseconds.
     """
     config: Any = getattr(model, "config", None)
-    holders = [model, *model._modules.values(), config]
+    # A wrapper of PEFT has the numbers of what it is around, and is around something of the same kind.
+    holders = [model, *(getattr(part, "original_module", part) for part in model._modules.values()), config]
     if hasattr(config, "get_text_config"):
         holders.append(config.get_text_config())
     found: list[Any] = [
@@ -69,6 +71,9 @@ def _operands(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]
     """Return hidden states, weight and bias as the head itself would multiply them: on its device, in one dtype."""
     weight, bias = head.weight, getattr(head, "bias", None)
     hidden = hidden.to(weight.device)
+    if (copies := mixed_copies(head)) is not None:
+        hidden, weight = copies.operands(hidden)
+        bias = None
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)

@@ -178,7 +178,7 @@ def export(
         elif prefix is not None:
             _save_prompt(model, prefix, path)  # type: ignore[arg-type]
         elif isinstance(model, LoraMixture):
-            _save_mixed_adapter(model, w, path)  # type: ignore[arg-type]
+            model.save_adapter(w, path)  # type: ignore[arg-type]
         else:
             inner.save_pretrained(str(path))
         check_files(path, inner, kind, logits, vocabulary, virtual)
@@ -316,28 +316,6 @@ def _set_embeddings(embedding: Any, ids: Tensor, prefix: Tensor, name: str) -> N
 
 
 # ---------------------------------------------------------------- adapters
-
-
-def _save_mixed_adapter(model: LoraMixture, weights: Tensor, path: Path) -> None:
-    """Write Σ w_i B_i A_i as one LoRA adapter, exactly: its factors are those of the m adapters side by side.
-
-    The rank is the sum of theirs, so no factorisation is needed and nothing is lost.
-    """
-    name, peft_model = "mopl_mixture", model.model
-    coefficients = model.coefficients_of(weights).tolist()
-    tuner = peft_model.base_model
-    tuner.add_weighted_adapter(model.adapters, coefficients, adapter_name=name, combination_type="cat")
-    try:
-        if any(layer.scaling[name] != 1 for layer in model._layers):
-            raise ValueError("the adapters use a scale of another kind than lora_alpha / r; pass kind='model'")
-        peft_model.save_pretrained(str(path), selected_adapters=[name])
-    finally:
-        tuner.delete_adapter(name)
-        tuner.set_adapter(model.adapters)
-    # PEFT puts every adapter but the one called "default" into a folder of its name; loaders look for it above.
-    for file in sorted((path / name).iterdir()):
-        file.rename(path / file.name)
-    (path / name).rmdir()
 
 
 def _save_prompt(model: HyperPromptModel, prefix: Tensor, path: Path) -> None:

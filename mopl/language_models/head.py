@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from mopl._restoring import evaluating
 from mopl._rows import UnsupportedModelError, arranged
 from mopl._threads import Turns, in_turn
+from mopl.conditioning.adapted import mixed_copies
 from mopl.conditioning.causal_lm import is_peft
 from mopl.language_models._head_scores import IGNORE_INDEX, Transform, fit_transform, numbers_of, score_hidden
 from mopl.ops import sequence_logprob
@@ -90,7 +91,7 @@ def _find_head(model: nn.Module) -> Any:
             f"{type(model).__name__} names no output head: get_output_embeddings() gives None. "
             "Pass a causal language model (AutoModelForCausalLM)"
         )
-    if hasattr(head, "modules_to_save") and hasattr(head, "active_adapters"):
+    if hasattr(head, "modules_to_save") and hasattr(head, "active_adapters") and mixed_copies(head) is None:
         disabled = getattr(head, "disable_adapters", False)
         adapters = [name for name in head.active_adapters if name in head.modules_to_save and not disabled]
         head = head.modules_to_save[adapters[0]] if adapters else head.original_module

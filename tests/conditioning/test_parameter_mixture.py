@@ -488,8 +488,8 @@ def test_lora_rows_have_their_own_mixtures(family: str) -> None:
 def test_lora_gradient_of_adapter_i_is_w_i_times_that_of_one_adapter() -> None:
     mixture = lora()
     with torch.no_grad():  # equal adapters: a mixture is the adapter, and the gradients are shares of its gradient
-        for layer in mixture._layers:
-            for part in (layer.lora_A, layer.lora_B):
+        for adapted in mixture._parts.values():
+            for part in (adapted.layer.lora_A, adapted.layer.lora_B):
                 part[mixture.adapters[1]].weight.copy_(part[mixture.adapters[0]].weight)
     upstream = torch.randn(4, 5, COMMON["vocab_size"])
     (logits(mixture, weights=W) * upstream).sum().backward()
@@ -589,8 +589,7 @@ def test_lora_alpha_scales_the_adapters() -> None:
 def test_lora_refuses_what_cannot_be_mixed() -> None:
     config = peft.LoraConfig(r=2, target_modules=["q_proj"])
     for changes, message in (
-        ({"use_dora": True}, "use_dora"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"bias": "lora_only"}, "bias='lora_only'"),
         ({"target_modules": ["embed_tokens"]}, "Embedding"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -144,6 +144,13 @@ def test_files_that_load_as_another_model_are_refused_and_taken_away(
             "save_pretrained",
             lambda self, path: (setattr(self, "num_virtual_tokens", K - 1), save(self, path)),
         )
+    elif source == "mixture":
+        save = peft.LoraConfig.save_pretrained
+        monkeypatch.setattr(
+            peft.LoraConfig,
+            "save_pretrained",
+            lambda self, path: (setattr(self, "lora_alpha", 3 * self.r), save(self, path)),
+        )
     else:
         forget(monkeypatch, peft.PeftModel)
     with pytest.raises(ValueError, match=r"that is loaded from its files differs by|does not load from its files"):
