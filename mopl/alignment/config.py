@@ -156,6 +156,10 @@ class AlignConfig(CosDpoSettings, LanguageModelSettings):
             )
         if self.conditioning != "hyper-prompt" and self.lora_rank == 0:
             raise ValueError(f"conditioning={self.conditioning!r} trains adapters, so lora_rank must be at least 1")
+        if self.lora_rank == 0 and self.adapter_options:
+            raise ValueError(
+                f"{self.adapter_options[0]} is about adapters, which lora_rank=0 leaves out; raise lora_rank"
+            )
         if self.conditioning == "text" and self.reference == "self":
             raise ValueError(
                 "reference='self' sees the tokens of the step, but with conditioning='text' these hold the weights, "

@@ -191,6 +191,11 @@ class ClpConfig(LanguageModelSettings):
                 raise ValueError(
                     f"{name} is {value} but a rollout serves {self.epochs} steps (epochs); take a multiple of that"
                 )
+        if self.mixes_parameters and self.adapter_options:
+            raise ValueError(
+                f"{self.adapter_options[0]} is about adapters, which scope={self.scope!r} has none of; pass "
+                "scope='lora-mixture' or 'hyper-prompt'"
+            )
         if self.scope == "hyper-prompt" and self.conditions_on_kl and {"clp", "dera"} & set(self.methods):
             raise ValueError(
                 "scope 'hyper-prompt' takes weights alone, so several kl_weight cannot be asked for; pass one, or "

@@ -15,9 +15,9 @@ from mopl._extras import require
 from mopl._files import write_files
 from mopl._restoring import evaluating, generators_kept, requires_grad_kept
 from mopl._threads import CallOfThread, in_turn
-from mopl.conditioning._adapter_checks import adapted_parts, check_config, naming_targets, short_name
 from mopl.conditioning._mixture import CoefficientRule, Mixture, MixtureRecord, renamed_in_mixture
 from mopl.conditioning.adapted import held, one_adapter, parts_of, places_of
+from mopl.conditioning.adapter_checks import adapted_parts, check_config, check_names, naming_targets, short_name
 from mopl.conditioning.causal_lm import is_peft
 from mopl.conditioning.merging import check_lora, check_mixed_rows, logits_of, own_weights, probe_ids, settle_ties
 from mopl.conditioning.sampling import Weights
@@ -108,6 +108,7 @@ class LoraMixture(Mixture):
                 wrapped = peft.get_peft_model(model, config, adapter_name=self.adapters[0])  # type: ignore[arg-type]
             for name in self.adapters[1:]:
                 wrapped.add_adapter(name, copy.deepcopy(config))
+            check_names(wrapped, self.adapters)
         self.model = wrapped
         self._call = CallOfThread()
         self._parts = adapted_parts(wrapped, self.adapters)

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from mopl._extras import require
 from mopl._restoring import evaluating, generators_kept, requires_grad_kept
-from mopl.conditioning._adapter_checks import other_targets, short_name
 from mopl.conditioning.adapted import Part, held, parts_of, places_of
+from mopl.conditioning.adapter_checks import other_targets, short_name
 
 ROWS, LENGTH = 2, 8  # of the probe: longer than no window that matters, and rows with weights of their own
 # Of ‖mixed - merged‖ / ‖mixed - plain‖. Random adapters, as large as the weights, make the denominator that of an

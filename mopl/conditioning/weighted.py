@@ -22,7 +22,7 @@ from mopl._files import write_files
 from mopl._restoring import requires_grad_kept
 from mopl._tensor_files import read_tensors
 from mopl._threads import Turns, in_turn
-from mopl.conditioning._adapter_checks import check_initialisation
+from mopl.conditioning.adapter_checks import check_initialisation
 from mopl.conditioning.causal_lm import DELEGATED, is_peft
 from mopl.conditioning.sampling import Weights, check_weights
 from mopl.conditioning.saved_models import (

@@ -1,5 +1,6 @@
 """Settings that mean the same in several applications, and the names that these share."""
 
+import math
 from typing import TYPE_CHECKING, Any, Literal
 
 from mopl._extras import TRACKERS
@@ -210,10 +211,28 @@ class LanguageModelSettings(RunSettings):
     prompt_rank: int = in_model(4, "rank of the prompt's mask (section 4.2)", at_least=1, metavar="R")
     lora_rank: int = in_model(4, "rank of the LoRA adapters", at_least=1, metavar="R")
     lora_alpha: float = in_model(8.0, "alpha of the LoRA adapters, which are scaled by alpha / rank", positive=True)
+    lora_rslora: bool = in_model(False, "scale the LoRA adapters by alpha / √rank (rsLoRA) instead of alpha / rank")
+    lora_dora: bool = in_model(False, "also train the norm of each row of the adapted weights (DoRA)")
+    lora_rank_pattern: tuple[str, ...] = in_model(
+        (),
+        "ranks of some modules, as PEFT's rank_pattern: the end of a module's name, or a regular expression for it",
+        unset="none",
+        metavar="MODULE=RANK",
+    )
+    lora_alpha_pattern: tuple[str, ...] = in_model(
+        (), "alpha of some modules, as PEFT's alpha_pattern", unset="none", metavar="MODULE=ALPHA"
+    )
     lora_targets: tuple[str, ...] = in_model(
         ("all-linear",),
         "modules that get adapters, as PEFT's target_modules; all-linear: all linear layers but the output head",
         nonempty=True,
+        metavar="MODULE",
+    )
+    lora_modules_to_save: tuple[str, ...] = in_model(
+        (),
+        "modules that are trained whole beside the adapters, such as lm_head, as PEFT's modules_to_save; where "
+        "adapters are mixed, a copy for each objective",
+        unset="none",
         metavar="MODULE",
     )
     reference_point: tuple[float, ...] = in_evaluation(
@@ -229,6 +248,34 @@ class LanguageModelSettings(RunSettings):
                 f"prompt_rank is {self.prompt_rank} but the mask has {self.virtual_tokens} rows (virtual_tokens); "
                 "take a smaller rank"
             )
+        for name in ("lora_rank_pattern", "lora_alpha_pattern"):
+            self.pattern(name)
+
+    @property
+    def adapter_options(self) -> tuple[str, ...]:
+        """Names of the settings of adapters, besides ranks and targets, that have another value than their default."""
+        names = (
+            "lora_rslora", "lora_dora", "lora_rank_pattern", "lora_alpha_pattern", "lora_modules_to_save",
+        )  # fmt: skip
+        return tuple(name for name in names if getattr(self, name))
+
+    def pattern(self, name: str) -> dict[str, int | float]:
+        """Return the numbers of a setting of `MODULE=NUMBER` entries, by module.
+
+        Raises:
+            ValueError: If an entry is not such a text, or its number not positive, or no integer where it is a rank.
+        """
+        kind, found = int if "rank" in name else float, {}
+        for entry in getattr(self, name):
+            module, _, number = entry.rpartition("=")
+            try:
+                found[module] = kind(number)
+            except ValueError:
+                module = ""
+            if not module or not 0 < found[module] < math.inf:
+                what = "a rank, a positive integer" if kind is int else "a positive number"
+                raise ValueError(f"{name} has {entry!r} but an entry is MODULE=NUMBER, with {what}, such as q_proj=16")
+        return found
 
     def load_tokenizer(self) -> Any:
         """Return the tokenizer of the language model."""

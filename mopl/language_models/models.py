@@ -18,6 +18,7 @@ from mopl._tensor_files import read_tensors, shapes_of
 from mopl._terminal import bars_wanted
 from mopl.conditioning import HyperPromptModel, LoraMixture, WeightedModel
 from mopl.conditioning.adapter_base import base_of_adapter, merge_adapter, naming_base
+from mopl.conditioning.adapter_checks import check_names
 from mopl.conditioning.hyper_prompt_model import WEIGHTS_FILE as PROMPT_FILE
 from mopl.conditioning.saved_models import ADAPTER_FILE, CONFIG_FILE, REMEDY, load_adapters, read_kind, read_record
 from mopl.language_models.head import fuse, unfuse
@@ -104,7 +105,7 @@ def quiet() -> Iterator[None]:
 
 
 def lora_config(settings: Any) -> Any:
-    """Return the `peft.LoraConfig` that the settings of a run ask for: `lora_rank`, `lora_alpha`, `lora_targets`."""
+    """Return the `peft.LoraConfig` that the settings of a run ask for: those that begin with `lora_`."""
     require("peft")
     from peft import LoraConfig, TaskType
 
@@ -113,6 +114,11 @@ def lora_config(settings: Any) -> Any:
         r=settings.lora_rank,
         lora_alpha=settings.lora_alpha,
         target_modules=targets[0] if tuple(targets) == ("all-linear",) else list(targets),
+        use_rslora=settings.lora_rslora,
+        use_dora=settings.lora_dora,
+        rank_pattern=settings.pattern("lora_rank_pattern"),
+        alpha_pattern=settings.pattern("lora_alpha_pattern"),
+        modules_to_save=list(settings.lora_modules_to_save) or None,
         task_type=TaskType.CAUSAL_LM,
     )
 
@@ -123,7 +129,9 @@ def with_adapter(base: Any, settings: Any) -> Any:
     from peft import get_peft_model
 
     with quiet():
-        return get_peft_model(base, config)
+        model = get_peft_model(base, config)
+    check_names(model, list(model.peft_config))
+    return model
 
 
 def positions_of(model: Any) -> int | None:

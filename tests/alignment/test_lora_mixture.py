@@ -86,8 +86,15 @@ def test_recomputed_activations_give_the_same_gradients(mixture) -> None:
         torch.testing.assert_close(gradient, plain[name], atol=1e-6, rtol=1e-5)
 
 
-def test_a_run_is_loaded_asked_and_exported_both_ways(base: Path, capsys, tmp_path: Path) -> None:  # noqa: F811
-    run = make_run(base, tmp_path, conditioning="lora-mixture", learning_rate=0.1)
+OPTIONS = {
+    "lora_rslora": True, "lora_rank_pattern": ["q_proj=1"], "lora_alpha_pattern": ["v_proj=3.5"],
+    "lora_modules_to_save": ["lm_head", "norm"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{}, OPTIONS])
+def test_a_run_is_loaded_asked_and_exported_both_ways(base: Path, capsys, tmp_path: Path, options) -> None:  # noqa: F811
+    run = make_run(base, tmp_path, conditioning="lora-mixture", learning_rate=0.1, **options)
     opened = open_run(run)
     model = opened.load()
     assert isinstance(model, LoraMixture) and model.record.objectives == ("short", "low")
@@ -122,10 +129,31 @@ def test_a_run_is_loaded_asked_and_exported_both_ways(base: Path, capsys, tmp_pa
     assert not (tmp_path / "adapter" / "mopl_mixture").exists()
 
 
+def test_a_soup_averages_adapters_of_any_kind_and_what_is_trained_whole(base: Path, tmp_path: Path) -> None:  # noqa: F811
+    options = {**OPTIONS, "lora_dora": True, "lora_rank_pattern": []}
+    run = open_run(make_run(base, tmp_path, method="dpo-soup", learning_rate=0.1, **options))
+    ids = torch.tensor([[7, 8, 9, 10]])
+    states = []
+    for weights in ([1.0, 0.0], [0.0, 1.0], [0.25, 0.75]):
+        model = run.load(weights=weights)
+        states.append({name: p.detach().clone() for name, p in model.named_parameters()})
+        with torch.no_grad(), model.reference():
+            plain = transformers.AutoModelForCausalLM.from_pretrained(base)
+            assert torch.equal(model(ids).logits, plain(ids).logits)
+    first, second, mixed = states
+    moved = [name for name in first if not torch.equal(first[name], second[name])]
+    assert any("magnitude" in n for n in moved) and any("lm_head" in n for n in moved), moved
+    for name in first:
+        torch.testing.assert_close(mixed[name], 0.25 * first[name] + 0.75 * second[name])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"lora_rank": 0}, "lora_rank must be at least 1"),
+        ({"lora_rank_pattern": ["q_proj"]}, "an entry is MODULE=NUMBER, with a rank"),
+        ({"lora_rank_pattern": ["q_proj=1.5"]}, "'q_proj=1.5' but an entry is MODULE=NUMBER"),
+        ({"lora_alpha_pattern": ["q_proj=-1"]}, "'q_proj=-1' but an entry is MODULE=NUMBER, with a positive number"),
         ({"method": "temperature-cos-dpo"}, "conditioning='hyper-prompt'"),
         ({"method": "all"}, "conditioning='hyper-prompt'"),
         ({"packing": True}, "packing=False"),

@@ -247,6 +247,7 @@ def test_settings_survive_json():
         ({"trade_offs": 9}, "at one trade-off"),
         ({"epochs": 2, "clip": 0.2, "checkpoint_every": 3}, "take a multiple"),
         ({"scope": "hyper-prompt", "kl_weight": (0.1, 0.2)}, "takes weights alone"),
+        ({"lora_modules_to_save": ("lm_head",)}, "about adapters, which scope='attention' has none of"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(settings, message):

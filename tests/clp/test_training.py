@@ -197,21 +197,25 @@ def full_kl(policy: Policy, sampler: Sampler, rollout: Rollout, temperature: flo
     return logprob, kl, exists
 
 
+COPIED = {"lora_modules_to_save": ("lm_head", "norm"), "lora_rslora": True}
+
+
 @pytest.mark.parametrize(
-    ("scope", "family"),
+    ("scope", "family", "options"),
     [
-        ("lora-mixture", "llama"),
-        ("logits", "llama"),
-        ("hyper-prompt", "llama"),
-        ("full", "llama"),
-        ("logits", "gemma2"),
+        ("lora-mixture", "llama", {}),
+        ("lora-mixture", "phi", {"lora_modules_to_save": ("lm_head",)}),
+        ("logits", "llama", {}),
+        ("hyper-prompt", "llama", {}),
+        ("hyper-prompt", "llama", COPIED),
+        ("full", "llama", {}),
+        ("logits", "gemma2", {}),
     ],
 )
-def test_the_exact_kl_and_its_gradient_are_those_of_the_full_logits(scope, family):
+def test_the_exact_kl_and_its_gradient_are_those_of_the_full_logits(scope, family, options):
     base = language_model(family=family)
-    config = settings(
-        scope=scope, kl_estimator="exact", temperature=0.7, kl_weight=(0.05, 0.2)[: 1 + (scope == "lora-mixture")]
-    )
+    kl_weights = (0.05, 0.2)[: 1 + (scope == "lora-mixture")]
+    config = settings(scope=scope, kl_estimator="exact", temperature=0.7, kl_weight=kl_weights, **options)
     policy = disturbed(new_policy(base, config, ("first", "second"), "clp"))
     sampler = Sampler(base, tokenizer(), config)
     batch = PromptSource(parts(config)["train"], config, 2, trade_offs=3)(0)
@@ -451,11 +455,18 @@ def test_a_soup_that_cannot_be_made_says_why_and_leaves_the_language_model_as_it
     assert set(base.state_dict()) == before
 
 
-@pytest.mark.parametrize("scope", ["full", "attention", "logits", "lora-mixture"])
-@pytest.mark.parametrize("shared", [False, True])
-def test_a_soup_of_experts_is_the_average_of_their_parameters(tmp_path, scope, shared):
+@pytest.mark.parametrize(
+    ("scope", "options"),
+    [
+        *((scope, {"train_shared": shared}) for shared in (False, True) for scope in ("full", "attention", "logits")),
+        ("lora-mixture", {}),
+        ("lora-mixture", {**COPIED, "lora_rank_pattern": ("q_proj=3",), "lora_alpha_pattern": ("v_proj=2.5",)}),
+        ("lora-mixture", {"lora_dora": True}),
+    ],
+)
+def test_a_soup_of_experts_is_the_average_of_their_parameters(tmp_path, scope, options):
     base = language_model()
-    config = settings(scope=scope, train_shared=shared)
+    config = settings(scope=scope, **options)
     merged = []
     for seed, name in enumerate(("first", "second")):
         expert = new_policy(base, config, ("first", "second"), "expert", name)

@@ -278,6 +278,13 @@ def test_a_trade_off_is_exported_as_one_adapter_of_scale_1(kind: str, tmp_path: 
         ("llama", {"init_lora_weights": "mica"}, "is of PEFT's MiCALinearVariant"),
         ("llama", {"modules_to_save": ["mlp"]}, r"mlp, a LlamaMLP of several modules.*'gate_proj', 'up_proj'"),
         ("tied", {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, "leave it out"),
+        (
+            "llama",
+            {"rank_pattern": {"q_prj": 4}},
+            "rank_pattern names 'q_prj', which no .* are down_proj, q_proj",
+        ),
+        ("llama", {"alpha_pattern": {"k_proj": 4}}, "alpha_pattern names 'k_proj'"),
+        ("llama", {"modules_to_save": ["norm", "heads"]}, "modules_to_save names 'heads', which no module"),
         ("llama", {"target_modules": ["embed_tokens"]}, "Embedding is no LoRA .* name it in modules_to_save"),
     ],
 )

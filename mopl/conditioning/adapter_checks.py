@@ -60,6 +60,24 @@ def check_config(name: str, config: Any) -> None:
         raise ValueError(f"adapter {name!r} uses {', '.join(extra)}, which cannot be mixed; use LoRA or DoRA")
 
 
+def check_names(model: Any, adapters: Sequence[str]) -> None:
+    """Raise where a pattern or `modules_to_save` of an adapter names nothing in the model, which PEFT ignores."""
+    for adapter in adapters:
+        config = model.peft_config[adapter]
+        layers = [name.removeprefix("base_model.model.") for name in lora_layers(model)]
+        copies = [name for name, module in copied_modules(model).items() if adapter in module.modules_to_save]
+        for option in ("rank_pattern", "alpha_pattern"):
+            for key in getattr(config, option, None) or ():
+                if not any(re.match(rf"(.*\.)?({key})$", name) for name in layers):
+                    raise ValueError(
+                        f"{option} names {key!r}, which no adapted module is called; those are "
+                        f"{', '.join(sorted(set(map(short_name, layers))))}"
+                    )
+        for key in config.modules_to_save or ():
+            if not any(name.endswith(key) for name in copies):
+                raise ValueError(f"modules_to_save names {key!r}, which no module of the model is called")
+
+
 def adapted_parts(model: Any, adapters: Sequence[str]) -> dict[str, Part]:
     """Return what adapters of a PEFT model change, by name; raise where rows cannot mix one of them."""
     require("peft")
