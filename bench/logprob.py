@@ -196,11 +196,11 @@ def measure_errors(peer: Peer, size: str) -> dict:
 
 def measure_choices(size: str) -> dict:
     """Let mopl measure other chunks, tiles and algorithms than its own, and remember the fastest."""
-    from mopl.ops.linear_logprob import choice
+    from mopl.ops.linear_logprob.tune import tune
 
     shape, wanted = size.split(" ")
     hidden, weight, _, _ = problem("flat", *parse(shape))
-    measured = choice.tune(hidden, weight, wanted="scoring" if wanted == "forward" else wanted)
+    measured = tune(hidden, weight, wanted="scoring" if wanted == "forward" else wanted)
     fastest = min(measured, key=lambda name: measured[name])
     return {"ms": measured[fastest], "fastest": fastest, "measured": measured}
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mopl.ops.linear_logprob import choice
+from mopl.ops.linear_logprob.tune import tune
 
 
 @pytest.fixture
@@ -27,10 +28,10 @@ def operands(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Te
 def test_every_kind_is_measured_and_remembered(memory: Path) -> None:
     hidden, weight = operands()
     key = "0.0 float32 H12 V30 N16"
-    found = choice.tune(hidden, weight, seconds=99)
+    found = tune(hidden, weight, seconds=99)
     assert "few" in found and all(name == "few" or name.startswith("library ") for name in found)
     assert len(found) > 6 and all(value > 0 for value in found.values())
-    kept = choice.tune(hidden, weight, wanted="trained", workspace=9 * 30 * 4, seconds=99)
+    kept = tune(hidden, weight, wanted="trained", workspace=9 * 30 * 4, seconds=99)
     assert {name.partition(" keep ")[2] for name in kept} == {"9", "8"}  # what fits, and whole chunks of it
     choices = json.loads(memory.read_text())
     assert set(choices) == {key, f"{key} trained"}
@@ -42,7 +43,7 @@ def test_every_kind_is_measured_and_remembered(memory: Path) -> None:
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_time_ends_the_sweep(memory: Path, softcap: float | None) -> None:
     hidden, weight = operands(torch.bfloat16)
-    found = choice.tune(hidden, weight, softcap, "frozen", seconds=0)
+    found = tune(hidden, weight, softcap, "frozen", seconds=0)
     assert len(found) == 1
     flags = " softcap frozen" if softcap else " frozen"
     assert json.loads(memory.read_text()) == {f"0.0 bfloat16 H12 V30 N16{flags}": next(iter(found))}
@@ -51,9 +52,9 @@ def test_time_ends_the_sweep(memory: Path, softcap: float | None) -> None:
 @pytest.mark.parametrize("wanted", ["scoring", "frozen", "trained"])
 def test_the_head_of_a_model_can_be_given_as_it_is(memory: Path, wanted: str) -> None:
     hidden, weight = operands()
-    assert choice.tune(hidden.requires_grad_(), torch.nn.Parameter(weight), wanted=wanted, seconds=0)
+    assert tune(hidden.requires_grad_(), torch.nn.Parameter(weight), wanted=wanted, seconds=0)
 
 
 def test_float64_has_nothing_to_choose(memory: Path) -> None:
     with pytest.raises(ValueError, match="float64"):
-        choice.tune(*operands(torch.float64))
+        tune(*operands(torch.float64))

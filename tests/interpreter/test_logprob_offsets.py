@@ -14,8 +14,8 @@ from mopl.kernels import fused_logprob
 from mopl.kernels import linear_logprob as kernels
 from mopl.kernels import linear_logprob_backward as backward_kernels
 from mopl.ops import gathered_logprob_triton
-from mopl.ops.linear_logprob import choice, gpu, gpu_head
-from mopl.ops.linear_logprob.rows import Batch, Coefficients, Head
+from mopl.ops.linear_logprob import choice, gpu
+from mopl.ops.linear_logprob.records import Batch, Coefficients, Head
 
 STRIDE = 2**30 + 64  # elements between rows; from the third row on offsets pass 2^31
 ROWS, FAR = 4, 3
@@ -52,10 +52,10 @@ def test_stored_exponentials_and_everything_that_reads_them() -> None:
     pivot, ones = torch.randint(0, vocabulary, (ROWS,)), torch.ones(ROWS)
     plan = choice.plan_for(hidden, weight, "trained", softcap=False)
     head, batch = Head(weight, None, 0.0, 1.0), Batch(hidden, ones, None)
-    scan = gpu_head.Scan(head, batch, pivot, torch.zeros(ROWS), plan)
+    scan = gpu.Scan(head, batch, pivot, torch.zeros(ROWS), plan)
     stored = apart(torch.full((ROWS, vocabulary), math.nan).bfloat16())
-    sums = gpu_head.Sums(ROWS, 0, torch.float32, hidden.device)
-    kept = gpu_head.Kept(stored, None, False)
+    sums = gpu.Running(ROWS, 0, torch.float32, hidden.device)
+    kept = gpu.Kept(stored, None, False)
     scan.once(slice(0, ROWS), sums, kept)
     exact = (hidden.double() @ weight.double().T).exp()
     exact[torch.arange(ROWS), pivot] = 0
@@ -98,7 +98,5 @@ def test_hidden_states_and_heads_with_rows_far_apart() -> None:
     )  # fmt: skip
     others = (exact - exact.diagonal()[:, None]).exp().fill_diagonal_(0).sum(1)
     torch.testing.assert_close(partial[0].double(), others, rtol=1e-5, atol=0)
-    direction = gpu.combine(
-        head, torch.zeros(ROWS, size), None, pivot, Coefficients(ones, ones, None, None), None, None, torch.float32
-    )
+    direction = gpu.combine(head, torch.zeros(ROWS, size), None, pivot, Coefficients(ones, ones), torch.float32)
     torch.testing.assert_close(direction, weight.float(), rtol=0, atol=0)

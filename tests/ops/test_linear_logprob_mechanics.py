@@ -12,7 +12,7 @@ from mopl import reference_logprob
 from mopl.ops import linear_logprob
 from mopl.ops._logprob import Upstream
 from mopl.ops.linear_logprob import cpu, stages
-from mopl.ops.linear_logprob.rows import Head, Want
+from mopl.ops.linear_logprob.records import Head, Inputs, Want
 from mopl.ops.linear_logprob.stages import run_backward, run_forward
 
 ALL = dict(return_logsumexp=True, return_entropy=True)
@@ -47,12 +47,12 @@ def products(train: str, mask: Tensor | None = None, keep_rows: int = 0, upstrea
     target = target if mask is None else torch.where(mask, target, -1)
     frozen, upstream = train == "h", torch.randn(rows) if upstream is None else upstream
     with Products() as counter:
-        head, ones = Head(weight, None, 0.0, 1.0), torch.ones(rows)
+        head, inputs = Head(weight, None, 0.0, 1.0), Inputs(hidden, torch.ones(rows), target, None)
         want = Want(False, False, frozen, False, False, keep_rows, rows)
-        saved = run_forward(head, hidden, target, None, ones, want)
+        saved = run_forward(head, inputs, want)
         if train and not frozen:
-            given, need = Upstream(upstream, None, None), ("h" in train, "w" in train, False)
-            run_backward(given, head, hidden, target, None, ones, saved, keep_rows, rows, need)
+            need = ("h" in train, "w" in train, False, False)
+            run_backward(head, inputs, want, saved, Upstream(upstream, None, None), need)
     return counter.count / (counted * vocabulary * size)
 
 
@@ -201,19 +201,9 @@ def test_opcheck(train: str, dtype: torch.dtype) -> None:
     temperature = leaf(torch.rand(5) + 0.5, "t" in train)
     frozen = train == "h"
     for row in (None, torch.tensor([0, 0, 3, 4, 4])):
-        arguments = (
-            hidden,
-            weight,
-            bias,
-            torch.tensor([1, 8, -1, 0, 4]),
-            row,
-            temperature,
-            3.0,
-            1.5,
-            True,
-            "t" in train,
-        )
-        arguments += (frozen, frozen, frozen, 2 if "w" in train else 0, 5, True)
+        target = torch.tensor([1, 8, -1, 0, 4])
+        want = Want(True, True, frozen, "t" in train, True, 2 if "w" in train else 0, 5)
+        arguments = (hidden, weight, bias, temperature, target, row, 3.0, 1.5, want.numbers())
         torch.library.opcheck(torch.ops.mopl.linear_logprob.default, arguments)
 
 

@@ -6,14 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mopl.ops.linear_logprob.rows import (
-    choose_pivots,
-    gather,
-    gather_entries,
-    scatter_entries,
-    scatter_rows,
-    select,
-)
+from mopl.ops.linear_logprob.formulas import choose_pivots
+from mopl.ops.linear_logprob.rows import select
 
 
 @pytest.mark.parametrize("bound", [0, 1, 2, 5])
@@ -31,8 +25,9 @@ def test_compaction_without_a_synchronisation(bound: int, rows: int, targets: in
     chosen = select(target, row, rows, min(bound, rows), on_host=False)
     where = torch.arange(many) if row is None else row
     counting = sorted(set(where[target >= 0].tolist()))
-    index, count, valid = chosen.index, chosen.count, chosen.valid
-    assert index is not None and count is not None and valid is not None
+    index, count, blank = chosen.rows.index, chosen.count, chosen.rows.blank
+    assert index is not None and count is not None and blank is not None
+    valid = ~blank
     held = counting[:bound]
     assert int(count) == len(held) == int(valid.sum())
     assert len(index) == len(valid) <= min(bound, rows, many)
@@ -42,7 +37,7 @@ def test_compaction_without_a_synchronisation(bound: int, rows: int, targets: in
     position = torch.arange(len(index)) if chosen.position is None else chosen.position
     assert ((position >= 0) & (position < max(len(index), 1))).all() and len(position) == len(chosen.column)
     live = chosen.column >= 0
-    entry = torch.arange(many) if chosen.entry is None else chosen.entry
+    entry = torch.arange(many) if chosen.entries.index is None else chosen.entries.index
     assert torch.equal(index[position[live]], where[entry[live]])
     assert torch.equal(chosen.column[live], target[entry[live]])
     assert sorted(entry[live].tolist()) == [k for k in range(many) if target[k] >= 0 and int(where[k]) in held]
@@ -50,14 +45,14 @@ def test_compaction_without_a_synchronisation(bound: int, rows: int, targets: in
     # What is scattered comes back to its place; NaN stands where a row that counts has none.
     values, entries = torch.arange(1.0, rows + 1), torch.arange(1.0, many + 1)
     lost = [n for n in counting if n not in held]
-    back = scatter_rows(gather(values, chosen), chosen, rows)
+    back = chosen.rows.put(chosen.rows.take(values))
     expected = torch.zeros(rows)
     expected[held], expected[lost] = values[held], torch.nan
     torch.testing.assert_close(back, expected, equal_nan=True)
     expected = torch.tensor(
         [0.0 if target[k] < 0 else float(entries[k]) if int(where[k]) in held else torch.nan for k in range(many)]
     )
-    found = scatter_entries(gather_entries(entries, chosen), chosen, many)
+    found = chosen.entries.put(chosen.entries.take(entries))
     torch.testing.assert_close(found, expected, equal_nan=True)
 
     logits = torch.randn(len(chosen.column))
@@ -72,6 +67,6 @@ def test_host_and_device_choose_the_same_rows() -> None:
         row: Tensor | None = torch.randint(7, (9,)) if shared else None
         target = torch.randint(-3, 9, (9 if shared else 7,)).clamp(min=-1)
         here, there = (select(target, row, 7, 7, on_host=on_host) for on_host in (True, False))
-        held = torch.arange(7) if here.index is None else here.index
-        assert there.index is not None and there.valid is not None
-        assert torch.equal(there.index[there.valid], held)
+        held = torch.arange(7) if here.rows.index is None else here.rows.index
+        assert there.rows.index is not None and there.rows.blank is not None
+        assert torch.equal(there.rows.index[~there.rows.blank], held)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mopl.ops.linear_logprob.rows import Batch, Coefficients, Head, LogitGradient
+from mopl.ops.linear_logprob.records import Batch, Coefficients, Head, LogitGradient, Sums, Want
 
 # A float32 tile of logits is 16 MiB, small beside the weight and wide enough for the matrix product.
 COLUMNS = 2048
@@ -103,29 +103,19 @@ def target_logits(
     return result
 
 
-class _Sums(NamedTuple):
-    """Running sums over the vocabulary, changed in place; empty where not asked for."""
-
-    shift: Tensor  # (M,)
-    others: Tensor  # (M,)
-    moment1: Tensor  # (M,)
-    moment2: Tensor  # (M,)
-    weighted: Tensor  # (M, H)
-    weighted_moment: Tensor  # (M, H)
-
-    @staticmethod
-    def zeros(shift: Tensor, width: int, moments: int, directions: int) -> _Sums:
-        rows = len(shift)
-        # A variance is a difference of these sums: they keep their digits in float64.
-        wide = torch.float64 if moments > 1 else shift.dtype
-        return _Sums(
-            shift.clone(),
-            shift.new_zeros(rows, dtype=wide),
-            shift.new_zeros(rows if moments > 0 else 0, dtype=wide),
-            shift.new_zeros(rows if moments > 1 else 0, dtype=wide),
-            shift.new_zeros((rows, width) if directions > 0 else 0),
-            shift.new_zeros((rows, width) if directions > 1 else 0),
-        )
+def _no_sums(shift: Tensor, width: int, want: Want) -> Sums:
+    """Return sums to add to in place."""
+    rows = len(shift)
+    # A variance is a difference of these sums: they keep their digits in float64.
+    wide = torch.float64 if want.moments > 1 else shift.dtype
+    return Sums(
+        shift.clone(),
+        shift.new_zeros(rows, dtype=wide),
+        shift.new_zeros(rows if want.moments > 0 else 0, dtype=wide),
+        shift.new_zeros(rows if want.moments > 1 else 0, dtype=wide),
+        shift.new_zeros((rows, width) if want.directions > 0 else 0),
+        shift.new_zeros((rows, width) if want.directions > 1 else 0),
+    )
 
 
 def _cached(cache: Tensor, kept: int, start: int, width: int) -> Tensor:
@@ -133,7 +123,7 @@ def _cached(cache: Tensor, kept: int, start: int, width: int) -> Tensor:
     return cache[start * kept : (start + width) * kept].view(kept, width)
 
 
-def _make_room(top: Tensor, rows: slice, sums: _Sums, cache: Tensor, kept: int, start: int) -> None:
+def _make_room(top: Tensor, rows: slice, sums: Sums, cache: Tensor, kept: int, start: int) -> None:
     """Raise the shift of rows whose largest logit in this tile would overflow, and rescale what was summed so far."""
     headroom = HEADROOM_MOMENTS if len(sums.moment1) else HEADROOM
     high = (top > sums.shift[rows] + headroom).nonzero()[:, 0]
@@ -158,7 +148,7 @@ def _make_room(top: Tensor, rows: slice, sums: _Sums, cache: Tensor, kept: int, 
             _cached(cache, kept, done, COLUMNS)[index] *= factor[:, None]
 
 
-def _add_tile(logits: _Logits, u: Tensor, rows: slice, start: int, tile: Tensor, pivot: Tensor, sums: _Sums) -> None:
+def _add_tile(logits: _Logits, u: Tensor, rows: slice, start: int, tile: Tensor, pivot: Tensor, sums: Sums) -> None:
     """Add a tile of logits to the sums; `u` becomes exp(u - shift), 0 at the pivots."""
     bent = logits.bent(u, rows) if logits.bend is not None and len(sums.weighted) else None
     shift = sums.shift[rows, None]
@@ -187,11 +177,9 @@ def accumulate(
     batch: Batch,
     pivot: Tensor,  # (M,) int64: the column that every sum leaves out, or -1
     shift: Tensor,  # (M,): u at the pivot
-    moments: int,  # 0, 1 or 2
-    directions: int,  # 0: no product with the weight; 1: weighted; 2: weighted and weighted_moment
+    want: Want,  # its moments, its directions, and keep_rows, which may exceed M
     cache: Tensor,  # (keep_rows * cache_columns,): e_v of the first keep_rows rows; the layout is the backend's
-    keep_rows: int,  # may exceed M
-) -> _Sums:
+) -> Sums:
     """Sum over the vocabulary, the pivot left out, with e_v = exp(u_v - shift).
 
     Returns:
@@ -203,8 +191,8 @@ def accumulate(
         Those not asked for are empty (0,). others, moment1 and moment2 may be wider than the compute dtype.
     """
     logits, (size, width), vocabulary = _Logits.of(head, batch), batch.hidden.shape, len(head.weight)
-    kept = min(keep_rows, size)
-    sums = _Sums.zeros(shift, width, moments, directions)
+    kept = min(want.keep_rows, size)
+    sums = _no_sums(shift, width, want)
     tile_buffer = logits.rows.new_empty(min(size, ROWS) * min(vocabulary, COLUMNS))
     for start in range(0, vocabulary, COLUMNS):
         tile = logits.tile(start)
@@ -226,19 +214,17 @@ def combine(
     weighted_moment: Tensor | None,  # (M, H)
     pivot: Tensor,  # (M,) int64, or -1: that term is left out
     part: Coefficients,
-    column: Tensor | None,  # (F,) int64, or -1: that term is left out
-    position: Tensor | None,  # (F,) int64
     dtype: torch.dtype,  # of the result
 ) -> Tensor:
     """Return directions (M, H), row i being, with the coefficients of `part`,
 
         pivot_i W[pivot_i] + weighted_i weighted_i + moment_i weighted_moment_i
 
-    With `column`, return (F, H), row k being, with i = position_k,
+    With the columns of targets, return (F, H), row k being, with i = position_k,
 
         own_k W[column_k] + pivot_k W[pivot_i] + weighted_i weighted_i + ...
     """
-    weight, count = head.weight, len(weighted) if position is None else len(position)
+    weight, position, count = head.weight, part.position, len(part.pivot)
     result = weighted.new_empty((count, weight.shape[1]), dtype=dtype)
     for some in torch.arange(count).split(GATHER):
         rows = some if position is None else position[some]
@@ -246,8 +232,8 @@ def combine(
         if weighted_moment is not None and part.moment is not None:
             terms.addcmul_(weighted_moment[rows], part.moment[rows, None])
         _add_rows(terms, weight, pivot[rows], part.pivot[some])
-        if column is not None and part.own is not None:
-            _add_rows(terms, weight, column[some], part.own[some])
+        if part.column is not None and part.own is not None:
+            _add_rows(terms, weight, part.column[some], part.own[some])
         result[some] = terms.to(dtype)
     return result
 

@@ -66,27 +66,25 @@ from mopl.ops._logprob import (
     check_bound,
     check_operands,
     check_row,
-    check_row_range,
     check_scalar,
-    check_target_range,
     is_dtensor,
     merge_targets,
     per_row,
     rows_that_count,
 )
 from mopl.ops.linear_logprob.device import default_workspace
-from mopl.ops.linear_logprob.rows import Forward, Head, Want
-from mopl.ops.linear_logprob.stages import (
-    INSTEAD,
-    cache_columns,
-    cache_dtype,
-    direction_dtype,
-    gradients,
-    run_forward,
-)
+from mopl.ops.linear_logprob.records import Forward, Head, Inputs, Want, cache_columns, cache_dtype, direction_dtype
+from mopl.ops.linear_logprob.stages import run_backward, run_forward
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+    from mopl.ops.linear_logprob.shard import VocabularyShard
+
+# What has the derivatives that are refused here.
+INSTEAD = (
+    "take mopl.ops.gathered_logprob of the logits, logit_scale * (hidden @ weight.T + bias), or detach the operands"
+)
 
 
 @overload
@@ -170,7 +168,7 @@ def linear_logprob(
     derivatives.refuse_transforms("linear_logprob", INSTEAD, hidden, weight, bias, warm)
     shard, vocabulary = None, weight.shape[0]
     if group is not None or is_dtensor(weight):
-        from mopl.ops.linear_logprob.shard import check_shard, vocab_parallel_logprob
+        from mopl.ops.linear_logprob.shard import check_shard
 
         shard, weight, bias = check_shard(hidden, weight, bias, group)
         vocabulary = shard.vocabulary
@@ -183,30 +181,27 @@ def linear_logprob(
     divisor = per_row(temperature, "temperature", lead, like, lambda: rows_that_count(flat_target, row, rows))
     cap = check_scalar(softcap, "softcap")
     scale = check_scalar(logit_scale, "logit_scale")
-    if check_targets is None:
-        check_targets = not hidden.is_cuda
     check_bound(workspace, "workspace")
     check_bound(max_rows, "max_rows")
 
-    needs = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in (hidden, weight, bias, divisor)]
-    need_hidden, need_head, need_temperature = needs[0], needs[1] or needs[2], needs[3]
-    frozen = need_hidden and not need_head
+    need_hidden, need_weight, need_bias, need_temperature = (
+        t is not None and t.requires_grad and torch.is_grad_enabled() for t in (hidden, weight, bias, divisor)
+    )
+    need_head = need_weight or need_bias
     bound = rows if max_rows is None else min(max_rows, rows)
     want = Want(
-        entropy=return_entropy or need_temperature,
-        variance=return_entropy and need_temperature,
-        direction=frozen,
-        direction_logsumexp=frozen and return_logsumexp,
-        direction_entropy=frozen and return_entropy,
+        logsumexp=return_logsumexp,
+        entropy=return_entropy,
+        frozen=need_hidden and not need_head,
+        temperature=need_temperature,
+        check_targets=not hidden.is_cuda if check_targets is None else check_targets,
         keep_rows=kept_rows(hidden, weight, bound, workspace, cap > 0) if need_head else 0,
         max_rows=bound,
     )
-    flat, rest = hidden.reshape(-1, hidden.shape[-1]), (flat_target, row, divisor)
-    if shard is None:
-        logprob, logsumexp, entropy = _linear_logprob(flat, weight, bias, *rest, cap, scale, *want, check_targets)[:3]
-    else:
-        head = Head(weight, bias, cap, scale, shard)
-        logprob, logsumexp, entropy = vocab_parallel_logprob(head, flat, *rest, want, check_targets)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    arguments = (flat, weight, bias, divisor, flat_target, row, cap, scale, want.numbers())
+    found = _linear_logprob(*arguments) if shard is None else _Sharded.apply(*arguments, shard)
+    logprob, logsumexp, entropy, *_ = found  # type: ignore[misc]
     results = [logprob.view(target.shape)]
     if return_logsumexp:
         results.append(logsumexp.view(lead))
@@ -232,149 +227,121 @@ def kept_rows(hidden: Tensor, weight: Tensor, rows: int, workspace: int | None, 
     return min(rows, fit)
 
 
+def _records(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: Tensor, target: Tensor, row: Tensor | None,
+    softcap: float, logit_scale: float, want: list[int], shard: VocabularyShard | None = None,
+) -> tuple[Head, Inputs, Want]:  # fmt: skip
+    """Return the records of the flat arguments of an operator; torch wants them so."""
+    head = Head(weight, bias, softcap, logit_scale, shard)
+    return head, Inputs(hidden, temperature, target, row), Want(*want)  # type: ignore[arg-type]
+
+
 @torch.library.custom_op("mopl::linear_logprob", mutates_args=())
 def _linear_logprob(
-    hidden: Tensor,  # (N, H)
-    weight: Tensor,  # (V, H)
-    bias: Tensor | None,  # (V,)
-    target: Tensor,  # (E,) int64, negative where it does not count
-    row: Tensor | None,  # (E,) int64; None: E = N
-    temperature: Tensor,  # (N,)
-    softcap: float,  # 0.0: none
-    logit_scale: float,
-    want_entropy: bool,
-    want_variance: bool,
-    keep_direction: bool,
-    keep_direction_logsumexp: bool,
-    keep_direction_entropy: bool,
-    keep_rows: int,
-    max_rows: int,
-    check_targets: bool,
-) -> tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
-]:  # the fields of Forward
-    if check_targets:
-        check_target_range(target, len(weight))
-        check_row_range(row, len(hidden))
-    want = Want(
-        want_entropy, want_variance, keep_direction, keep_direction_logsumexp, keep_direction_entropy, keep_rows,
-        max_rows,
-    )  # fmt: skip
-    head = Head(weight, bias, softcap, logit_scale)
-    return tuple(run_forward(head, hidden, target, row, temperature, want))  # pyright: ignore[reportReturnType]
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: Tensor, target: Tensor, row: Tensor | None,
+    softcap: float, logit_scale: float, want: list[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the fields of Forward."""
+    records = _records(hidden, weight, bias, temperature, target, row, softcap, logit_scale, want)
+    return tuple(run_forward(*records))  # pyright: ignore[reportReturnType]
 
 
 @_linear_logprob.register_fake
-def _(
-    hidden, weight, bias, target, row, temperature, softcap, logit_scale, want_entropy, want_variance,
-    keep_direction, keep_direction_logsumexp, keep_direction_entropy, keep_rows, max_rows, check_targets,
-):  # fmt: skip
-    rows, size = hidden.shape
-    dtype = compute_dtype(hidden, weight)
+def _(*arguments):
+    head, inputs, want = _records(*arguments)
+    operands, shared = (inputs.hidden, head.weight), inputs.row is not None
+    (rows, size), (targets,) = inputs.hidden.shape, inputs.target.shape
+    wide, narrow = compute_dtype(*operands), direction_dtype(*operands)
 
-    def new(*shape: int, wanted: bool = True, dtype: torch.dtype = dtype) -> Tensor:
-        return hidden.new_empty(shape if wanted else (0,), dtype=dtype)
+    def new(*shape: int, wanted: bool = True, dtype: torch.dtype = wide) -> Tensor:
+        return inputs.hidden.new_empty(shape if wanted else (0,), dtype=dtype)
 
-    directions = direction_dtype(hidden, weight)
-    return (
-        new(target.shape[0]),
-        new(rows),
-        new(rows, wanted=want_entropy),
-        new(rows, wanted=want_variance),
-        new(target.shape[0], size, wanted=keep_direction, dtype=directions),
-        new(rows, size, wanted=keep_direction_logsumexp, dtype=directions),
-        new(rows, size, wanted=keep_direction_entropy, dtype=directions),
-        new(rows),
-        new(rows),
-        new(rows, wanted=row is not None, dtype=torch.int64),
-        new(rows, wanted=row is not None),
-        new(keep_rows * cache_columns(hidden, weight), dtype=cache_dtype(hidden, weight)),
+    return tuple(
+        Forward(
+            logprob=new(targets),
+            logsumexp=new(rows),
+            entropy=new(rows, wanted=want.moments > 0),
+            variance=new(rows, wanted=want.moments > 1),
+            direction=new(targets, size, wanted=want.frozen, dtype=narrow),
+            direction_logsumexp=new(rows, size, wanted=want.frozen and want.logsumexp, dtype=narrow),
+            direction_entropy=new(rows, size, wanted=want.frozen and want.entropy, dtype=narrow),
+            shift=new(rows),
+            total=new(rows),
+            pivot=new(rows, wanted=shared, dtype=torch.int64),
+            pivot_logprob=new(rows, wanted=shared),
+            cache=new(want.keep_rows * cache_columns(*operands), dtype=cache_dtype(*operands)),
+        )
     )
 
 
 @torch.library.custom_op("mopl::linear_logprob_backward", mutates_args=())
 def _linear_logprob_backward(
-    grad_logprob: Tensor | None,  # (E,)
-    grad_logsumexp: Tensor | None,  # (N,)
-    grad_entropy: Tensor | None,  # (N,)
-    hidden: Tensor | None,  # None with a frozen head
-    weight: Tensor | None,  # None with a frozen head
-    bias: Tensor | None,
-    target: Tensor,
-    row: Tensor | None,
-    temperature: Tensor,
-    saved: list[Tensor],  # the fields of Forward
-    softcap: float,
-    logit_scale: float,
-    keep_rows: int,
-    max_rows: int,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-    need_temperature: bool,
-    hidden_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None, temperature: Tensor, target: Tensor,
+    row: Tensor | None, softcap: float, logit_scale: float, want: list[int], saved: list[Tensor],
+    upstream: list[Tensor | None], need: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of hidden, weight, bias and temperature; one that is not needed is empty (0,)."""
-    found = gradients(
-        Upstream(grad_logprob, grad_logsumexp, grad_entropy),
-        Head(weight, bias, softcap, logit_scale),  # pyright: ignore[reportArgumentType]
-        hidden,
-        target,
-        row,
-        temperature,
-        Forward(*saved),
-        keep_rows,
-        max_rows,
-        (need_hidden, need_weight, need_bias, need_temperature),
-        hidden_dtype,
-    )
+    records = _records(hidden, weight, bias, temperature, target, row, softcap, logit_scale, want)  # type: ignore[arg-type]
+    found = run_backward(*records, Forward(*saved), Upstream(*upstream), need)
     return tuple(temperature.new_empty(0) if g is None else g for g in found)  # pyright: ignore[reportReturnType]
 
 
 @_linear_logprob_backward.register_fake
-def _(
-    grad_logprob, grad_logsumexp, grad_entropy, hidden, weight, bias, target, row, temperature, saved, softcap,
-    logit_scale, keep_rows, max_rows, need_hidden, need_weight, need_bias, need_temperature, hidden_dtype,
-):  # fmt: skip
-    forward = Forward(*saved)
-    size = forward.direction.shape[-1] if weight is None else weight.shape[-1]
-    nothing = temperature.new_empty
-    return (
-        nothing((temperature.shape[0], size), dtype=hidden_dtype) if need_hidden else nothing(0),
-        weight.new_empty(weight.shape) if need_weight and weight is not None else nothing(0),
-        bias.new_empty(bias.shape) if need_bias and bias is not None else nothing(0),
-        nothing(temperature.shape) if need_temperature else nothing(0),
+def _(hidden, weight, bias, temperature, target, row, softcap, logit_scale, want, saved, upstream, need):
+    if hidden is None:
+        hidden = temperature.new_empty((temperature.shape[0], Forward(*saved).direction.shape[-1]))
+    return tuple(
+        like.new_empty(like.shape) if needed and like is not None else temperature.new_empty(0)
+        for like, needed in zip((hidden, weight, bias, temperature), need, strict=True)
     )
 
 
-def _setup_context(ctx, inputs, output):
-    hidden, weight, bias, target, row, temperature, ctx.softcap, ctx.logit_scale, *wanted, _ = inputs
-    want = Want(*wanted)
-    ctx.keep_rows, ctx.max_rows = want.keep_rows, want.max_rows
-    ctx.mark_non_differentiable(*output[3:])
+def _keep(ctx, head: Head, inputs: Inputs, want: Want, saved: Forward) -> None:
+    """Keep what the backward pass needs: with a frozen head directions, in place of the hidden states and the head."""
     ctx.set_materialize_grads(False)
-    ctx.hidden_dtype = hidden.dtype
-    operands = (None, None, None) if want.direction else (hidden, weight, bias)
-    ctx.save_for_backward(*operands, target, row, temperature, *output)
+    hidden, temperature, target, row = inputs
+    operands = (None, None, None) if want.frozen else (hidden, head.weight, head.bias)
+    ctx.save_for_backward(*operands, temperature, target, row, *saved)
+    ctx.options = head.softcap, head.logit_scale, want.numbers(), head.shard
 
 
-def _backward(ctx, grad_logprob, grad_logsumexp, grad_entropy, *_):
-    need = ctx.needs_input_grad
-    need = (need[0], need[1], need[2], need[5])
-    hidden, weight, bias, target, row, temperature, *saved = ctx.saved_tensors
-    upstream = (grad_logprob, grad_logsumexp, grad_entropy)
+def _pull_back(
+    ctx, logprob: Tensor | None, logsumexp: Tensor | None, entropy: Tensor | None, *_: None
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of all arguments of an operator; there are some for its first four."""
+    hidden, weight, bias, temperature, target, row, *saved = ctx.saved_tensors
+    softcap, logit_scale, want, shard = ctx.options
+    arguments = hidden, weight, bias, temperature, target, row, softcap, logit_scale, want
+    need, others = ctx.needs_input_grad[:4], ctx.needs_input_grad[4:]
+    upstream = [logprob, logsumexp, entropy]
 
     def closed_form() -> list[Tensor | None]:
-        found = _linear_logprob_backward(
-            *upstream, hidden, weight, bias, target, row, temperature, saved,
-            ctx.softcap, ctx.logit_scale, ctx.keep_rows, ctx.max_rows, *need, ctx.hidden_dtype,
-        )  # fmt: skip
+        if shard is not None:
+            return run_backward(*_records(*arguments, shard), Forward(*saved), Upstream(*upstream), need)
+        found = _linear_logprob_backward(*arguments, saved, upstream, list(need))
         return [g if needed else None for g, needed in zip(found, need, strict=True)]
 
     # The results stand for the hidden states, which a frozen head does not keep.
     inputs = (*upstream, hidden, weight, bias, temperature, *saved[:3])
-    *heads, by_temperature = derivatives.once(closed_form, "linear_logprob", INSTEAD, *inputs)
-    return (*heads, None, None, by_temperature, *[None] * 10)
+    return *derivatives.once(closed_form, "linear_logprob", INSTEAD, *inputs), *(None for _ in others)
 
 
-_linear_logprob.register_autograd(_backward, setup_context=_setup_context)
+def _setup_context(ctx, inputs, output):
+    ctx.mark_non_differentiable(*output[3:])
+    _keep(ctx, *_records(*inputs), Forward(*output))
+
+
+_linear_logprob.register_autograd(_pull_back, setup_context=_setup_context)
+
+
+class _Sharded(torch.autograd.Function):
+    """The same for a sharded head, as a plain Function: an operator would hide collectives from what traces them."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        records = _records(*arguments)
+        saved = run_forward(*records)
+        _keep(ctx, *records, saved)
+        return saved.logprob, saved.logsumexp, saved.entropy
+
+    backward = staticmethod(_pull_back)

@@ -13,10 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mopl._arguments import shape_of
-from mopl.ops import _derivatives as derivatives
-from mopl.ops._logprob import Upstream, check_row_range, check_target_range, is_dtensor
-from mopl.ops.linear_logprob.rows import Forward, Head, Want, scaled_by
-from mopl.ops.linear_logprob.stages import INSTEAD, gradients, run_forward
+from mopl.ops._logprob import is_dtensor
+from mopl.ops.linear_logprob.formulas import scaled_by
+from mopl.ops.linear_logprob.records import Sums
 
 
 class VocabularyShard:
@@ -43,21 +42,18 @@ class VocabularyShard:
         own = column - self.start
         return torch.where((own >= 0) & (own < self.size), own, -1)
 
-    def merge(
-        self, shift: Tensor, others: Tensor, moment1: Tensor, moment2: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the shift that all ranks share, and the sums over the whole vocabulary relative to it."""
-        common = shift.clone()
+    def merge(self, sums: Sums) -> Sums:
+        """Return the sums over the whole vocabulary, relative to the shift that all ranks share."""
+        common = sums.shift.clone()
         dist.all_reduce(common, dist.ReduceOp.MAX, group=self.group)
-        factor, step = scaled_by(shift, common)
-        parts = [others * factor]
-        if len(moment1):
-            parts.append((moment1 + step * others) * factor)
-        if len(moment2):
-            parts.append((moment2 + 2 * step * moment1 + step.square() * others) * factor)
-        sums = self.sum(torch.stack(parts))
-        nothing = shift.new_empty(0)
-        return common, sums[0], sums[1] if len(moment1) else nothing, sums[2] if len(moment2) else nothing
+        factor, step = scaled_by(sums.shift, common)
+        parts = [sums.others * factor]
+        if len(sums.moment1):
+            parts.append((sums.moment1 + step * sums.others) * factor)
+        if len(sums.moment2):
+            parts.append((sums.moment2 + 2 * step * sums.moment1 + step.square() * sums.others) * factor)
+        names = ("others", "moment1", "moment2")  # moments that were not asked for stay empty
+        return sums._replace(shift=common, **dict(zip(names, self.sum(torch.stack(parts)), strict=False)))
 
 
 def check_shard(
@@ -93,40 +89,3 @@ def _to_local(value: Tensor | None, name: str, group: dist.ProcessGroup) -> Tens
     if dist.get_process_group_ranks(value.device_mesh.get_group()) != dist.get_process_group_ranks(group):
         raise ValueError(f"group is not the group over which {name} is sharded; pass {name}.device_mesh.get_group()")
     return value.to_local()
-
-
-def vocab_parallel_logprob(
-    head: Head, hidden: Tensor, target: Tensor, row: Tensor | None, temperature: Tensor, want: Want, check_targets: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return logprob (E,), logsumexp (N,) and entropy (N,)."""
-    if check_targets:
-        check_target_range(target, int(head.vocabulary))
-        check_row_range(row, len(hidden))
-    return _VocabParallel.apply(hidden, head.weight, head.bias, temperature, head, target, row, want)  # type: ignore[return-value]
-
-
-class _VocabParallel(torch.autograd.Function):
-    """A plain Function: collectives inside a custom op would hide them from tools that trace communication."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, temperature, head, target, row, want):
-        saved = run_forward(head._replace(weight=weight, bias=bias), hidden, target, row, temperature, want)
-        operands = (None, None, None) if want.direction else (hidden, weight, bias)
-        ctx.save_for_backward(*operands, target, row, temperature, *saved)
-        ctx.head, ctx.keep_rows, ctx.max_rows = head[2:], want.keep_rows, want.max_rows
-        ctx.hidden_dtype = hidden.dtype
-        ctx.set_materialize_grads(False)
-        return saved.logprob, saved.logsumexp, saved.entropy
-
-    @staticmethod
-    def backward(ctx, *upstream):  # type: ignore[override]
-        hidden, weight, bias, target, row, temperature, *saved = ctx.saved_tensors
-
-        def closed_form() -> list[Tensor | None]:
-            return gradients(
-                Upstream(*upstream), Head(weight, bias, *ctx.head), hidden, target, row, temperature, Forward(*saved),
-                ctx.keep_rows, ctx.max_rows, ctx.needs_input_grad[:4], ctx.hidden_dtype,
-            )  # fmt: skip
-
-        inputs = (*upstream, hidden, weight, bias, temperature, *saved[:3])
-        return *derivatives.once(closed_form, "linear_logprob", INSTEAD, *inputs), *[None] * 4

@@ -1,7 +1,6 @@
 """The order of the stages of `linear_logprob`, the same for every backend and for a vocabulary-parallel head.
 
-What is computed, and why so, is explained in `linear_logprob`; the stages are in `cpu` and
-`gpu`.
+What is computed, and why so, is explained in `function`; the stages are in `cpu` and `gpu`.
 """
 
 from __future__ import annotations
@@ -14,35 +13,31 @@ from torch import Tensor
 
 from mopl._arguments import compute_dtype
 from mopl.ops._backend import use_triton
-from mopl.ops._logprob import Upstream, temperature_gradient
-from mopl.ops.linear_logprob.rows import (
-    Batch,
-    Coefficients,
-    Forward,
-    Head,
-    Want,
+from mopl.ops._logprob import Upstream, check_row_range, check_target_range, temperature_gradient
+from mopl.ops.linear_logprob.formulas import (
     choose_pivots,
     entropy_direction,
-    gather,
-    gather_entries,
     logit_gradient,
     logprob_direction,
     logsumexp_direction,
-    padded_columns,
     scaled_by,
-    scatter_entries,
-    scatter_rows,
-    select,
     statistics,
     target_logprob,
     variance,
 )
-from mopl.ops.segments import segment_sum
-
-# What has the derivatives that are refused here.
-INSTEAD = (
-    "take mopl.ops.gathered_logprob of the logits, logit_scale * (hidden @ weight.T + bias), or detach the operands"
+from mopl.ops.linear_logprob.records import (
+    Batch,
+    Coefficients,
+    Forward,
+    Head,
+    Inputs,
+    Want,
+    cache_columns,
+    cache_dtype,
+    direction_dtype,
 )
+from mopl.ops.linear_logprob.rows import Selection, select
+from mopl.ops.segments import segment_sum
 
 
 def backend_of(tensor: Tensor) -> ModuleType:
@@ -54,36 +49,22 @@ def backend_of(tensor: Tensor) -> ModuleType:
     return backend
 
 
-def cache_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """Dtype of the kept exponentials: where Triton runs, that of 16-bit operands, which then need no conversion."""
-    narrow = use_triton(hidden) and hidden.dtype == weight.dtype and hidden.itemsize == 2
-    return hidden.dtype if narrow else compute_dtype(hidden, weight)
+def in_play(inputs: Inputs, want: Want) -> tuple[Selection, Batch]:
+    """Return which rows and targets are in play, and what a backend takes of the rows."""
+    hidden, temperature, target, row = inputs
+    chosen = select(target, row, len(hidden), want.max_rows, not use_triton(hidden))
+    return chosen, Batch(chosen.rows.take(hidden), chosen.rows.take(temperature, fill=1), chosen.count)
 
 
-def cache_columns(hidden: Tensor, weight: Tensor) -> int:
-    """Return how many entries a row of kept exponentials takes: V, padded where Triton runs."""
-    vocabulary = weight.shape[0]
-    return padded_columns(vocabulary, cache_dtype(hidden, weight).itemsize) if use_triton(hidden) else vocabulary
-
-
-def direction_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """Dtype of saved directions: that of bfloat16 hidden states where Triton runs, whose place they take.
-
-    Float16 has no range for the small directions of confident rows.
-    """
-    narrow = use_triton(hidden) and hidden.dtype == weight.dtype == torch.bfloat16
-    return torch.bfloat16 if narrow else compute_dtype(hidden, weight)
-
-
-def run_forward(
-    head: Head, hidden: Tensor, target: Tensor, row: Tensor | None, temperature: Tensor, want: Want
-) -> Forward:
+def run_forward(head: Head, inputs: Inputs, want: Want) -> Forward:
     """Run the stages of the forward pass, with the collectives of a vocabulary-parallel head where it is one."""
-    backend, shard, dtype = backend_of(hidden), head.shard, compute_dtype(hidden, head.weight)
-    entries, rows = len(target), len(hidden)
-    chosen = select(target, row, rows, want.max_rows, not use_triton(hidden))
-    temperature = gather(temperature, chosen, fill=1)
-    batch = Batch(gather(hidden, chosen), temperature, chosen.count)
+    hidden, shard = inputs.hidden, head.shard
+    if want.check_targets:
+        check_target_range(inputs.target, int(head.vocabulary))
+        check_row_range(inputs.row, len(hidden))
+    backend, dtype = backend_of(hidden), compute_dtype(hidden, head.weight)
+    chosen, batch = in_play(inputs, want)
+    rows, entries = chosen.rows, chosen.entries
 
     column = head.local(chosen.column)
     logits = backend.target_logits(head, batch, column, chosen.position)
@@ -92,129 +73,111 @@ def run_forward(
     pivot, pivot_logit = choose_pivots(logits, chosen, len(batch.hidden))
     local_pivot = head.local(pivot)
 
-    columns, narrow = cache_columns(hidden, head.weight), direction_dtype(hidden, head.weight)
-    cache = hidden.new_empty((want.keep_rows * columns,), dtype=cache_dtype(hidden, head.weight))
-    local_shift, others, moment1, moment2, weighted, weighted_moment = backend.accumulate(
-        head, batch, local_pivot, pivot_logit, want.entropy + want.variance, want.direction + want.direction_entropy,
-        cache, want.keep_rows,
-    )  # fmt: skip
-    shift = local_shift
-    if shard is not None:
-        shift, others, moment1, moment2 = shard.merge(local_shift, others, moment1, moment2)
-    stats = statistics(shift, others, moment1, pivot_logit)
-    scale, step = scaled_by(local_shift, stats.shift)
+    narrow, columns = direction_dtype(hidden, head.weight), cache_columns(hidden, head.weight)
+    cache = hidden.new_empty(want.keep_rows * columns, dtype=cache_dtype(hidden, head.weight))
+    own = backend.accumulate(head, batch, local_pivot, pivot_logit, want, cache)
+    sums = own if shard is None else shard.merge(own)
+    stats = statistics(sums, pivot_logit)
+    scale, step = scaled_by(own.shift, stats.shift)
 
-    def directions(part: Coefficients, column: Tensor | None = None, position: Tensor | None = None) -> Tensor:
-        scaled, moment = part.weighted * scale, None
+    def directions(part: Coefficients) -> Tensor:
+        weighted, moment = part.weighted * scale, None
         if part.moment is not None:
             moment = part.moment * scale
-            scaled = scaled + moment * step
-        part = part._replace(weighted=scaled, moment=moment)
-        return backend.combine(head, weighted, weighted_moment, local_pivot, part, column, position, narrow)
-
-    def back(values: Tensor) -> Tensor:
-        return scatter_rows(values, chosen, rows)
+            weighted = weighted + moment * step
+        part = part._replace(weighted=weighted, moment=moment)
+        return backend.combine(head, own.weighted, own.weighted_moment, local_pivot, part, narrow)
 
     def nothing(dtype: torch.dtype = dtype) -> Tensor:
         return hidden.new_empty(0, dtype=dtype)
 
-    entropy = stats.entropy() if want.entropy else nothing()
+    entropy = stats.entropy() if want.moments else nothing()
     of_logprob, of_logsumexp, of_entropy = (nothing(narrow) for _ in range(3))
-    if want.direction:
-        part = logprob_direction(stats, logits, pivot, chosen, temperature, head)
-        own = (None, None) if chosen.position is None else (column, chosen.position)
-        of_logprob = scatter_entries(directions(part, *own), chosen, entries)
-    if want.direction_logsumexp:
-        of_logsumexp = back(directions(logsumexp_direction(stats, temperature, head)))
-    if want.direction_entropy:
-        of_entropy = back(directions(entropy_direction(stats, entropy, temperature, head)))
+    if want.frozen:
+        part = logprob_direction(stats, logits, pivot, chosen, batch.temperature, head)
+        if chosen.position is not None:
+            part = part._replace(column=column, position=chosen.position)
+        of_logprob = entries.put(directions(part))
+        if want.logsumexp:
+            of_logsumexp = rows.put(directions(logsumexp_direction(stats, batch.temperature, head)))
+        if want.entropy:
+            of_entropy = rows.put(directions(entropy_direction(stats, entropy, batch.temperature, head)))
     return Forward(
-        logprob=scatter_entries(target_logprob(stats, logits, chosen), chosen, entries),
-        logsumexp=back(stats.logsumexp),
-        entropy=back(entropy) if want.entropy else entropy,
-        variance=back(variance(shift, others, moment1, moment2, pivot_logit)) if want.variance else nothing(),
+        logprob=entries.put(target_logprob(stats, logits, chosen)),
+        logsumexp=rows.put(stats.logsumexp),
+        entropy=rows.put(entropy) if want.moments else entropy,
+        variance=rows.put(variance(sums, pivot_logit)) if want.moments > 1 else nothing(),
         direction=of_logprob,
         direction_logsumexp=of_logsumexp,
         direction_entropy=of_entropy,
-        shift=back(local_shift),
-        total=back(stats.total / scale),
-        pivot=nothing(torch.int64) if row is None else back(pivot),
-        pivot_logprob=nothing() if row is None else back(stats.pivot_logprob),
+        shift=rows.put(own.shift),
+        total=rows.put(stats.total / scale),
+        pivot=nothing(torch.int64) if inputs.row is None else rows.put(pivot),
+        pivot_logprob=nothing() if inputs.row is None else rows.put(stats.pivot_logprob),
         cache=cache,
     )
 
 
-def gradients(
-    upstream: Upstream,
-    head: Head,
-    hidden: Tensor | None,  # None with a frozen head, whose weight is then not looked at
-    target: Tensor,
-    row: Tensor | None,
-    temperature: Tensor,
-    saved: Forward,
-    keep_rows: int,
-    max_rows: int,
-    need: Sequence[bool],
-    dtype: torch.dtype,  # of the hidden states
+def run_backward(
+    head: Head, inputs: Inputs, want: Want, saved: Forward, upstream: Upstream, need: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Return the gradients of hidden, weight, bias and temperature, None where not needed."""
+    """Return the gradients of hidden, weight, bias and temperature, None where not needed.
+
+    With a frozen head, where neither hidden states nor weight are kept, the gradient of the hidden states is in the
+    compute dtype; autograd rounds it.
+    """
+    row = inputs.row
     found: list[Tensor | None] = [None] * 4
-    if hidden is not None and any(need[:3]):
-        found[:3] = run_backward(upstream, head, hidden, target, row, temperature, saved, keep_rows, max_rows, need[:3])
-    elif need[0]:
-        grad_hidden = scale_directions(upstream, target, row, saved)
-        found[0] = (grad_hidden if head.shard is None else head.shard.sum(grad_hidden)).to(dtype)
+    if want.frozen and need[0]:
+        found[0] = scale_directions(head, inputs, saved, upstream)
+    elif any(need[:3]):
+        found[:3] = trained_head(head, inputs, want, saved, upstream, need[:3])
     if need[3]:
         found[3] = temperature_gradient(
-            upstream, target, saved.logprob, lambda t: t if row is None else segment_sum(t, row, len(temperature)),
-            temperature, saved.logsumexp, saved.entropy, saved.variance, saved.total == 0,
+            upstream, inputs.target, saved.logprob,
+            lambda t: t if row is None else segment_sum(t, row, len(saved.total)), inputs.temperature,
+            saved.logsumexp, saved.entropy, saved.variance, saved.total == 0,
         )  # fmt: skip
     return [g if needed else None for g, needed in zip(found, need, strict=True)]
 
 
-def run_backward(
-    upstream: Upstream, head: Head, hidden: Tensor, target: Tensor, row: Tensor | None, temperature: Tensor,
-    saved: Forward, keep_rows: int, max_rows: int, need: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Run the backward pass of a trainable head; a gradient that is not needed is empty."""
-    rows, wide = len(hidden), compute_dtype(hidden, head.weight)
-    chosen = select(target, row, rows, max_rows, not use_triton(hidden))
-    temperature = gather(temperature, chosen, fill=1)
-    logprob = gather_entries(saved.logprob, chosen)
+def trained_head(
+    head: Head, inputs: Inputs, want: Want, saved: Forward, upstream: Upstream, need: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of hidden, weight and bias of a trainable head; one that is not needed is empty."""
+    hidden, shard = inputs.hidden, head.shard
+    chosen, batch = in_play(inputs, want)
+    rows, entries = chosen.rows, chosen.entries
+    logprob = entries.take(saved.logprob)
     inner = saved._replace(
         logprob=logprob,
-        logsumexp=gather(saved.logsumexp, chosen),
-        entropy=saved.entropy if upstream.entropy is None else gather(saved.entropy, chosen),
-        shift=gather(saved.shift, chosen),
-        total=gather(saved.total, chosen, fill=1),
-        pivot=chosen.column if row is None else gather(saved.pivot, chosen),
-        pivot_logprob=logprob if row is None else gather(saved.pivot_logprob, chosen),
+        logsumexp=rows.take(saved.logsumexp),
+        entropy=saved.entropy if upstream.entropy is None else rows.take(saved.entropy),
+        shift=rows.take(saved.shift),
+        total=rows.take(saved.total, fill=1),
+        pivot=chosen.column if inputs.row is None else rows.take(saved.pivot),
+        pivot_logprob=logprob if inputs.row is None else rows.take(saved.pivot_logprob),
     )
     upstream = Upstream(
-        None if upstream.logprob is None else gather_entries(upstream.logprob, chosen),
-        *(None if values is None else gather(values, chosen) for values in upstream[1:]),
+        None if upstream.logprob is None else entries.take(upstream.logprob),
+        *(None if values is None else rows.take(values) for values in upstream[1:]),
     )
-    gradient = logit_gradient(upstream, chosen, inner, temperature, head)
+    gradient = logit_gradient(upstream, chosen, inner, batch.temperature, head)
+    gradient = gradient._replace(column=head.local(gradient.column))
+    # What is summed over ranks is rounded once, after that.
+    dtype = hidden.dtype if shard is None else saved.shift.dtype
     grad_hidden, grad_weight, grad_bias = backend_of(hidden).backward(
-        head,
-        Batch(gather(hidden, chosen), temperature, chosen.count),
-        head.local(inner.pivot),
-        inner.shift,
-        gradient._replace(column=head.local(gradient.column)),
-        saved.cache,
-        keep_rows,
-        need,
-        hidden.dtype if need[0] and head.shard is None else wide,
+        head, batch, head.local(inner.pivot), inner.shift, gradient, saved.cache, want.keep_rows, need, dtype
     )
     if need[0]:
-        grad_hidden = grad_hidden if head.shard is None else head.shard.sum(grad_hidden)
-        grad_hidden = scatter_rows(grad_hidden.to(hidden.dtype), chosen, rows)
+        grad_hidden = grad_hidden if shard is None else shard.sum(grad_hidden)
+        grad_hidden = rows.put(grad_hidden.to(hidden.dtype))
     return grad_hidden, grad_weight, grad_bias
 
 
-def scale_directions(upstream: Upstream, target: Tensor, row: Tensor | None, saved: Forward) -> Tensor:
-    """Return the gradient of the hidden states (N, H) of a frozen head, in the compute dtype."""
-    rows = len(saved.shift)
+def scale_directions(head: Head, inputs: Inputs, saved: Forward, upstream: Upstream) -> Tensor:
+    """Return the gradient of the hidden states (N, H) of a frozen head."""
+    rows, target, row = len(saved.shift), inputs.target, inputs.row
     result = saved.shift.new_zeros((rows, saved.direction.shape[-1]))
     if upstream.logprob is not None:
         scaled = saved.direction * upstream.logprob.masked_fill(target < 0, 0)[:, None]
@@ -223,4 +186,4 @@ def scale_directions(upstream: Upstream, target: Tensor, row: Tensor | None, sav
     for values, direction in zip(upstream[1:], directions, strict=True):
         if values is not None:
             result.addcmul_(direction, values.masked_fill(saved.total == 0, 0)[:, None])
-    return result
+    return result if head.shard is None else head.shard.sum(result)
