@@ -7,6 +7,8 @@ equal, so the order of equal labels, too, is always the same.
 import triton
 import triton.language as tl
 
+from ._list_rows import existing
+
 
 @triton.jit
 def _rank(label):
@@ -46,9 +48,8 @@ def order_kernel(
     row, objective = target // M, target % M
     item = tl.arange(0, BLOCK)[None, :]
     inside = real[:, None] & (item < items)
-    valid = inside
-    if mask is not None:
-        valid = valid & (tl.load(mask + (row * mask_stride)[:, None] + item, mask=valid, other=0) != 0)
+    mask_rows = mask if mask is None else mask + (row * mask_stride)[:, None]
+    valid = existing(mask_rows, item, inside)
     labels_row = labels + (row * labels_stride + objective * labels_objective_stride)[:, None]
     rank = _rank(tl.load(labels_row + item, mask=valid, other=0))
     # 12 bits for the item's number; a masked item goes behind every rank.

@@ -1,9 +1,7 @@
 """Listwise cross-entropy (ListNet): all m objectives of a list in one program, the scores read once.
 
-The formulas, the saved statistics and the rules for special values are those of `mopl/ops/listnet.py`. Two points are
-settled here. First, distances are taken between scores before they are multiplied by the temperature: the difference
-of close floats is exact, so a common offset of all scores costs no digits. Second, the *key* of an item is its score,
-or minus its score where the temperature is negative, so that the peak is the largest key for either sign.
+The formulas, the saved statistics and the rules for special values are those of `mopl/ops/listnet.py`; keys and
+distances are those of `_list_rows.py`.
 
 Forward has two kernels: whole lists in registers (several short ones a program), which leaves nothing but the loss,
 and a loop over blocks of one list for any length, which saves statistics. Backward computes those of a list that it
@@ -15,6 +13,7 @@ so a program for every block of items serves all lengths; partial sums of that g
 import triton
 import triton.language as tl
 
+from ._list_rows import as_key, distance_below, existing, key_at
 from ._math import log1p
 
 TILE = 512  # items that a program holds where lists are short
@@ -66,17 +65,6 @@ def _aligned(size, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def _distance(top, key, rate):
-    """Return rate * (top - key), the distance of an item below the peak in nats; 0 for equal scores of -inf or +inf."""
-    return tl.where(key == top, 0.0, rate * (top - key))
-
-
-@triton.jit
-def _as_key(score, temperature):
-    return tl.where(temperature < 0, -score, score)
-
-
-@triton.jit
 def _label(z, NORMALIZE: tl.constexpr):
     """Return labels, NaN where one is negative and has no share: the mass, and so all of the list, is NaN then."""
     if NORMALIZE:
@@ -86,19 +74,20 @@ def _label(z, NORMALIZE: tl.constexpr):
 
 
 @triton.jit
-def _peak(score, valid, rate):
-    """Return the peak's key (LISTS,), which items have it, every item's distance below it and the rest (LISTS,).
+def _peak(rates, real, score, valid):
+    """Return the temperature and the peak's key (LISTS,), the items that have it, their distances, the rest (LISTS,).
 
     Where several items share the peak's key all are marked. Of the rest all but one count as what they are, 1; nothing
     that depends on which one it is matters then, because the rest is not below 1.
     """
-    key = _as_key(score, rate[:, None])
+    rate = tl.load(rates, mask=real, other=1).to(score.dtype)
+    key = as_key(score, rate[:, None])
     top = tl.max(tl.where(valid, key, float("-inf")), axis=1)
     at_peak = valid & (key == top[:, None])
-    distance = _distance(top[:, None], key, tl.abs(rate)[:, None])
+    distance = distance_below(top[:, None], key, tl.abs(rate)[:, None])
     ties = tl.sum(tl.where(at_peak, 1.0, 0.0), axis=1)
     rest = tl.sum(tl.where(valid & (key != top[:, None]), tl.exp(-distance), 0.0), axis=1)
-    return top, at_peak, distance, rest + tl.where(ties > 1, ties - 1, 0.0)
+    return rate, top, at_peak, distance, rest + tl.where(ties > 1, ties - 1, 0.0)
 
 
 @triton.jit
@@ -148,22 +137,19 @@ def forward_kernel(
     row = tl.program_id(0).to(tl.int64) * LISTS + tl.arange(0, LISTS)
     item = tl.arange(0, BLOCK)
     real = row < batch
-    valid = real[:, None] & (item < items)[None, :]
-    if mask is not None:
-        valid = valid & (tl.load(mask + row[:, None] * mask_stride + item[None, :], mask=valid, other=0) != 0)
+    mask_rows = mask if mask is None else mask + row[:, None] * mask_stride
+    valid = existing(mask_rows, item[None, :], real[:, None] & (item < items)[None, :])
     score = tl.load(scores + row[:, None] * scores_stride + item[None, :], mask=valid, other=0).to(dtype)
 
     if COMMON:
-        rate = tl.load(temperature + row * temperature_stride, mask=real, other=1).to(dtype)
-        _top, _at_peak, distance, total = _peak(score, valid, rate)
+        _rate, _top, _at_peak, distance, total = _peak(temperature + row * temperature_stride, real, score, valid)
 
     source = row * labels_stride
     source_temperature = row * temperature_stride
     target = row * M
     for _ in range(M):
         if not COMMON:
-            rate = tl.load(temperature + source_temperature, mask=real, other=1).to(dtype)
-            _top, _at_peak, distance, total = _peak(score, valid, rate)
+            _rate, _top, _at_peak, distance, total = _peak(temperature + source_temperature, real, score, valid)
         z = _label(tl.load(labels + source[:, None] + item[None, :], mask=valid, other=0).to(dtype), NORMALIZE)
         spread = tl.sum(tl.where(z == 0, 0.0, z * distance), axis=1)
         tl.store(loss + target, _loss(tl.sum(z, axis=1), total, spread, NORMALIZE), mask=real)
@@ -173,12 +159,11 @@ def forward_kernel(
 
 
 @triton.jit
-def _load_block(scores_row, mask_row, start, items, dtype, BLOCK: tl.constexpr):
+def _keys(scores_row, mask_row, start, items, rate, dtype: tl.constexpr, BLOCK: tl.constexpr):
+    """Return the items of a block, which of them exist, and their keys."""
     item = start + tl.arange(0, BLOCK)
-    valid = item < items
-    if mask_row is not None:
-        valid = valid & (tl.load(mask_row + item, mask=valid, other=0) != 0)
-    return item, valid, tl.load(scores_row + item, mask=valid, other=0).to(dtype)
+    valid = existing(mask_row, item, item < items)
+    return item, valid, key_at(scores_row, item, valid, rate, dtype)
 
 
 @triton.jit
@@ -187,8 +172,8 @@ def _peak_of_blocks(scores_row, mask_row, items, rate, dtype: tl.constexpr, BLOC
     highest = tl.full((BLOCK,), float("-inf"), dtype)
     first = tl.full((BLOCK,), 2**31 - 1, tl.int32)
     for start in range(0, items, BLOCK):
-        item, valid, score = _load_block(scores_row, mask_row, start, items, dtype, BLOCK)
-        key = tl.where(valid, _as_key(score, rate), float("-inf"))
+        item, valid, key = _keys(scores_row, mask_row, start, items, rate, dtype, BLOCK)
+        key = tl.where(valid, key, float("-inf"))
         # Also takes a first item of score -inf, so that a list of nothing else has a peak.
         better = (key > highest) | (valid & (key == highest) & (first > item))
         highest = tl.where(better, key, highest)
@@ -197,8 +182,8 @@ def _peak_of_blocks(scores_row, mask_row, items, rate, dtype: tl.constexpr, BLOC
     peak = tl.min(tl.where(highest == top, first, 2**31 - 1), axis=0)
     total = tl.zeros((BLOCK,), dtype)
     for start in range(0, items, BLOCK):
-        item, valid, score = _load_block(scores_row, mask_row, start, items, dtype, BLOCK)
-        distance = _distance(top, _as_key(score, rate), tl.abs(rate))
+        item, valid, key = _keys(scores_row, mask_row, start, items, rate, dtype, BLOCK)
+        distance = distance_below(top, key, tl.abs(rate))
         total += tl.where(valid & (item != peak), tl.exp(-distance), 0.0)
     return peak, top, tl.sum(total, axis=0)
 
@@ -237,9 +222,7 @@ def forward_loop_kernel(
     dtype: tl.constexpr = loss.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     scores_row = scores + row * scores_stride
-    mask_row = mask
-    if mask is not None:
-        mask_row = mask + row * mask_stride
+    mask_row = mask if mask is None else mask + row * mask_stride
     if COMMON:
         rate = tl.load(temperature + row * temperature_stride).to(dtype)
         peak_item, top, total = _peak_of_blocks(scores_row, mask_row, items, rate, dtype, BLOCK)
@@ -258,9 +241,9 @@ def forward_loop_kernel(
         off_peak = tl.zeros((BLOCK,), dtype)
         spread = tl.zeros((BLOCK,), dtype)
         for start in range(0, items, BLOCK):
-            item, valid, score = _load_block(scores_row, mask_row, start, items, dtype, BLOCK)
+            item, valid, key = _keys(scores_row, mask_row, start, items, rate, dtype, BLOCK)
             z = _label(tl.load(labels_row + item, mask=valid, other=0).to(dtype), NORMALIZE)
-            distance = _distance(top, _as_key(score, rate), tl.abs(rate))
+            distance = distance_below(top, key, tl.abs(rate))
             spread += tl.where(z == 0, 0.0, z * distance)
             at_peak += tl.where(item == peak_item, z, 0.0)
             off_peak += tl.where(item != peak_item, z, 0.0)
@@ -321,14 +304,12 @@ def backward_kernel(
     item = block * BLOCK + tl.arange(0, BLOCK)
     real = row < batch
     inside = real[:, None] & (item < items)[None, :]
-    valid = inside
-    if mask is not None:
-        valid = valid & (tl.load(mask + row[:, None] * mask_stride + item[None, :], mask=valid, other=0) != 0)
+    mask_rows = mask if mask is None else mask + row[:, None] * mask_stride
+    valid = existing(mask_rows, item[None, :], inside)
     score = tl.load(scores + row[:, None] * scores_stride + item[None, :], mask=valid, other=0).to(dtype)
 
     if COMMON and peak is None:
-        rate = tl.load(temperature + row * temperature_stride, mask=real, other=1).to(dtype)
-        top, at_peak, distance, total = _peak(score, valid, rate)
+        rate, top, at_peak, distance, total = _peak(temperature + row * temperature_stride, real, score, valid)
 
     dscore = tl.zeros((LISTS, BLOCK), dtype)
     dshared = tl.zeros((LISTS,), dtype)
@@ -343,10 +324,9 @@ def backward_kernel(
         z = tl.load(labels + source[:, None] + item[None, :], mask=valid, other=0).to(dtype)
         if peak is None:
             if not COMMON:
-                rate = tl.load(temperature + source_temperature, mask=real, other=1).to(dtype)
-                top, at_peak, distance, total = _peak(score, valid, rate)
+                rate, top, at_peak, distance, total = _peak(temperature + source_temperature, real, score, valid)
             whole, aside = _mass(_label(z, NORMALIZE), at_peak)
-            top_score = _as_key(top, rate)
+            top_score = as_key(top, rate)
         else:
             rate = tl.load(temperature + source_temperature, mask=real, other=1).to(dtype)
             top = tl.load(peak + statistics, mask=real, other=0)
@@ -354,8 +334,8 @@ def backward_kernel(
             whole = tl.load(mass + target, mask=real, other=0)
             aside = tl.load(others + target, mask=real, other=0)
             top_score = tl.load(scores + row * scores_stride + top, mask=real, other=0).to(dtype)
-            key = _as_key(score, rate[:, None])
-            distance = _distance(_as_key(top_score, rate)[:, None], key, tl.abs(rate)[:, None])
+            key = as_key(score, rate[:, None])
+            distance = distance_below(as_key(top_score, rate)[:, None], key, tl.abs(rate)[:, None])
             at_peak = item[None, :] == top[:, None]
 
         live = valid

@@ -11,7 +11,7 @@ sort, no scan and no gather. With t = the largest score of the risk set,
 
 so that every exponent is <= 0, and no digit is lost where an item is nearly certain: log D_k is then log1p of the other
 items' sum, and G has no difference of close numbers. v_k is the charge of k: the mean position weight of its group, or
-0. As in `listnet.py`, differences are taken between scores, and a negative temperature turns the scores around.
+0. Keys and distances are those of `_list_rows.py`.
 
 The rank is the label, or with `order` the number of label changes before the item's position; items are then addressed
 through `order`. `backward_kernel` at the end serves lists of any length; `plackett_luce_plan.py` says which kernel
@@ -21,30 +21,8 @@ serves which forward.
 import triton
 import triton.language as tl
 
+from ._list_rows import as_key, comparable, distance_below, existing
 from ._math import log1p
-
-
-@triton.jit
-def comparable(label):
-    """Return labels in a dtype in which comparisons are exact wherever the kernel runs (16-bit floats are not)."""
-    if label.dtype.is_floating() and label.dtype.primitive_bitwidth == 16:
-        return label.to(tl.float32)
-    elif label.dtype.primitive_bitwidth < 32:
-        return label.to(tl.int32)
-    else:
-        return label
-
-
-@triton.jit
-def distance_below(top, key, rate):
-    """Return rate * (top - key) in nats; 0 for equal scores of -inf or +inf."""
-    return tl.where(key == top, 0.0, rate * (top - key))
-
-
-@triton.jit
-def shrinkage(top, top_below, rate):
-    """Return the unit exp(top_below) in units of exp(top): finite also where nothing is below and the rate is 0."""
-    return tl.exp(-tl.where(rate == 0, 0.0, distance_below(top, top_below, rate)))
 
 
 @triton.jit
@@ -90,11 +68,10 @@ def pairwise_kernel(
     slot = tl.arange(0, BLOCK)
     real = row < batch
     inside = real[:, None] & (slot < items)[None, :]
+    mask_rows = mask if mask is None else mask + row[:, None] * mask_stride
     if order is None:
         item = tl.broadcast_to(slot[None, :], (LISTS, BLOCK))
-        valid = inside
-        if mask is not None:
-            valid = valid & (tl.load(mask + row[:, None] * mask_stride + item, mask=valid, other=0) != 0)
+        valid = existing(mask_rows, item, inside)
         score = tl.load(scores + row[:, None] * scores_stride + item, mask=valid, other=0).to(dtype)
 
     source_labels = row * labels_stride
@@ -108,8 +85,7 @@ def pairwise_kernel(
             item = tl.load(places, mask=inside, other=-1).to(tl.int32)
             valid = (item >= 0) & (item < items)
             before = tl.load(places - 1, mask=valid & (slot > 0)[None, :], other=-1).to(tl.int32)
-            if mask is not None:
-                valid = valid & (tl.load(mask + row[:, None] * mask_stride + item, mask=valid, other=0) != 0)
+            valid = existing(mask_rows, item, valid)
             score = tl.load(scores + row[:, None] * scores_stride + item, mask=valid, other=0).to(dtype)
             label = tl.load(labels + source_labels[:, None] + item, mask=valid, other=0)
             previous = tl.load(
@@ -120,7 +96,7 @@ def pairwise_kernel(
         else:
             rank = comparable(tl.load(labels + source_labels[:, None] + item, mask=valid, other=0))
         rate = tl.load(temperature + source_temperature, mask=real, other=1).to(dtype)
-        key = tl.where((rate < 0)[:, None], -score, score)
+        key = as_key(score, rate[:, None])
         steep = tl.abs(rate)[:, None]
         if weights is not None:
             weight = tl.load(weights + source_weights[:, None] + slot[None, :], mask=inside, other=0).to(dtype)
@@ -176,7 +152,7 @@ def pairwise_kernel(
             top_key = tl.max(tl.where(valid, key, float("-inf")), axis=1)
             moves = valid & (du != 0)
             drate = tl.sum(tl.where(moves, du * (key - top_key[:, None]), 0.0), axis=1)
-            tl.store(temperature_gradient + target, tl.where(rate < 0, -drate, drate), mask=real)
+            tl.store(temperature_gradient + target, as_key(drate, rate), mask=real)
         source_labels += labels_objective_stride
         source_temperature += temperature_objective_stride
         source_order += order_objective_stride

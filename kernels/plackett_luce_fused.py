@@ -12,23 +12,12 @@ by one, every step of every scan would be an exchange for every item.
 import triton
 import triton.language as tl
 
+from ._list_rows import as_key, comparable, compose, distance_below, existing, key_at, larger, shrinkage
 from ._math import log1p
-from .plackett_luce import comparable, distance_below, shrinkage
 
 # Above the number of any item: added to that of a masked one, and in place of one where there is none.
 MASKED = tl.constexpr(1 << 20)
 ABSENT = tl.constexpr(1 << 21)
-
-
-@triton.jit
-def _larger(a, b):
-    return tl.maximum(a, b)
-
-
-@triton.jit
-def _compose(a, b, then_a, then_b):
-    """Return x -> then_a (a x + b) + then_b as (factor, constant)."""
-    return a * then_a, then_a * b + then_b
 
 
 @triton.jit
@@ -37,74 +26,45 @@ def _remember(a_value, a_beside, a_several, b_value, b_beside, b_several):
 
 
 @triton.jit
-def _before(values, default, lane, LANES: tl.constexpr):
-    """Return what the thread before this one has, `default` for the first of a list."""
+def _neighbour(values, default, lane, LANES: tl.constexpr, BEHIND: tl.constexpr):
+    """Return what the thread before this one has, or that BEHIND it; `default` where the list has none there."""
+    edge = LANES - 1 if BEHIND else 0
     if LANES == 1:
-        return tl.zeros(values.shape, values.dtype) + default
+        found = tl.zeros(values.shape, values.dtype)
     elif LANES <= 32:
-        index = tl.broadcast_to(tl.maximum(lane - 1, 0), values.shape)
-        return tl.where(lane == 0, default, tl.gather(values, index, 0))
+        other = tl.minimum(lane + 1, edge) if BEHIND else tl.maximum(lane - 1, edge)
+        found = tl.gather(values, tl.broadcast_to(other, values.shape), 0)
     else:
         # A gather beyond a warp would give each warp the whole list.
         none = tl.zeros(values.shape, tl.int32)
-        _, found, _ = tl.associative_scan((values, values, none), 0, _remember)
-        return tl.where(lane == 0, default, found)
+        _, found, _ = tl.associative_scan((values, values, none), 0, _remember, reverse=BEHIND)
+    return tl.where(lane == edge, default, found)
 
 
 @triton.jit
-def _behind(values, default, lane, LANES: tl.constexpr):
-    """Return what the thread behind this one has, `default` for the last of a list."""
-    if LANES == 1:
-        return tl.zeros(values.shape, values.dtype) + default
-    elif LANES <= 32:
-        index = tl.broadcast_to(tl.minimum(lane + 1, LANES - 1), values.shape)
-        return tl.where(lane == LANES - 1, default, tl.gather(values, index, 0))
-    else:
-        none = tl.zeros(values.shape, tl.int32)
-        _, found, _ = tl.associative_scan((values, values, none), 0, _remember, reverse=True)
-        return tl.where(lane == LANES - 1, default, found)
-
-
-@triton.jit
-def _largest_before(values, default, lane, LANES: tl.constexpr):
-    """Return the largest of the threads before this one."""
+def _largest(values, default, lane, LANES: tl.constexpr, BEHIND: tl.constexpr):
+    """Return the largest of the threads before this one, or of those BEHIND it."""
     if LANES > 1:
-        values = tl.associative_scan(values, 0, _larger)
-    return _before(values, default, lane, LANES)
+        values = tl.associative_scan(values, 0, larger, reverse=BEHIND)
+    return _neighbour(values, default, lane, LANES, BEHIND)
 
 
 @triton.jit
-def _largest_behind(values, default, lane, LANES: tl.constexpr):
-    if LANES > 1:
-        values = tl.associative_scan(values, 0, _larger, reverse=True)
-    return _behind(values, default, lane, LANES)
+def _chain(factors, constants, lane, ROWS: tl.constexpr, LANES: tl.constexpr, BEHIND: tl.constexpr):
+    """Return y where this thread begins, from 0 and with y = factor y + constant at every position before it.
 
-
-@triton.jit
-def _chain_before(factors, constants, lane, ROWS: tl.constexpr, LANES: tl.constexpr):
-    """Return y behind the threads before this one, where y = factor y + constant at every position, from 0."""
+    Or where it ends, the positions BEHIND it taken from the last one up.
+    """
     constant = tl.zeros(factors[0].shape, factors[0].dtype)
     if LANES > 1:
-        factor = factors[0]
-        constant = constants[0]
-        for r in tl.static_range(1, ROWS):
-            factor *= factors[r]
-            constant = factors[r] * constant + constants[r]
-        _, constant = tl.associative_scan((factor, constant), 0, _compose)
-    return _before(constant, 0.0, lane, LANES)
-
-
-@triton.jit
-def _chain_behind(factors, constants, lane, ROWS: tl.constexpr, LANES: tl.constexpr):
-    constant = tl.zeros(factors[0].shape, factors[0].dtype)
-    if LANES > 1:
-        factor = factors[ROWS - 1]
-        constant = constants[ROWS - 1]
-        for r in tl.static_range(ROWS - 2, -1, -1):
-            factor *= factors[r]
-            constant = factors[r] * constant + constants[r]
-        _, constant = tl.associative_scan((factor, constant), 0, _compose, reverse=True)
-    return _behind(constant, 0.0, lane, LANES)
+        factor = factors[ROWS - 1 if BEHIND else 0]
+        constant = constants[ROWS - 1 if BEHIND else 0]
+        for step in tl.static_range(1, ROWS):
+            factor *= factors[ROWS - 1 - step if BEHIND else step]
+            constant = factors[ROWS - 1 - step if BEHIND else step] * constant
+            constant += constants[ROWS - 1 - step if BEHIND else step]
+        _, constant = tl.associative_scan((factor, constant), 0, compose, reverse=BEHIND)
+    return _neighbour(constant, 0.0, lane, LANES, BEHIND)
 
 
 @triton.jit
@@ -185,18 +145,13 @@ def fused_kernel(
     row, objective = target // M, target % M
     lane = tl.arange(0, LANES)[:, None]
     first = tl.broadcast_to(lane * ROWS, (LANES, LISTS))
-    order_row = order
-    if order is not None:
-        order_row = order + (row * order_stride + objective * order_objective_stride)[None, :]
+    order_row = order if order is None else order + (row * order_stride + objective * order_objective_stride)[None, :]
     labels_row = labels + (row * labels_stride + objective * labels_objective_stride)[None, :]
     scores_row = scores + (row * scores_stride)[None, :]
-    mask_row = mask
-    if mask is not None:
-        mask_row = mask + (row * mask_stride)[None, :]
+    mask_row = mask if mask is None else mask + (row * mask_stride)[None, :]
     rate = tl.load(
         temperature + row * temperature_stride + objective * temperature_objective_stride, mask=real, other=1
     ).to(dtype)
-    turned = (rate < 0)[None, :]
     steep = tl.abs(rate)[None, :]
 
     item = ()
@@ -209,7 +164,7 @@ def fused_kernel(
             here = here & (one >= 0) & (one < items)
         one = tl.where(here, one, ABSENT)
         if mask is not None:
-            here = here & (tl.load(mask_row + one, mask=here, other=0) != 0)
+            here = existing(mask_row, one, here)
             one = tl.where(here, one, one | MASKED)
         item = item + (one,)
         label = label + (comparable(tl.load(labels_row + one, mask=here, other=0)),)
@@ -220,12 +175,12 @@ def fused_kernel(
         valid = valid + (item[r] < MASKED,)
     key = ()
     for r in tl.static_range(ROWS):
-        score = tl.load(scores_row + item[r], mask=valid[r], other=0).to(dtype)
-        key = key + (tl.where(valid[r], tl.where(turned, -score, score), float("-inf")),)
+        own_key = key_at(scores_row, item[r], valid[r], rate[None, :], dtype)
+        key = key + (tl.where(valid[r], own_key, float("-inf")),)
 
     # Where each position's group of equal labels begins and ends. An invalid one is a group of its own.
     start = ()
-    before = _before(label[ROWS - 1], 0, lane, LANES)
+    before = _neighbour(label[ROWS - 1], 0, lane, LANES, BEHIND=False)
     for r in tl.static_range(ROWS):
         changes = (label[r] != before) | (valid[r] == 0)
         if r == 0:
@@ -235,15 +190,15 @@ def fused_kernel(
     close = ()
     for r in tl.static_range(1, ROWS):
         close = close + (start[r],)
-    close = close + (_behind(start[0].to(tl.int32), 1, lane, LANES) != 0,)
+    close = close + (_neighbour(start[0].to(tl.int32), 1, lane, LANES, BEHIND=True) != 0,)
     latest = tl.zeros((LANES, LISTS), tl.int32)
     soonest = tl.full((LANES, LISTS), -ROWS * LANES, tl.int32)
     if LANES > 1:
         for r in tl.static_range(ROWS):
             latest = tl.where(start[r], first + r, latest)
             soonest = tl.where(close[ROWS - 1 - r], -(first + (ROWS - r)), soonest)
-    latest = _largest_before(latest, 0, lane, LANES)
-    soonest = -_largest_behind(soonest, -ROWS * LANES, lane, LANES)
+    latest = _largest(latest, 0, lane, LANES, BEHIND=False)
+    soonest = -_largest(soonest, -ROWS * LANES, lane, LANES, BEHIND=True)
     begin = ()
     for r in tl.static_range(ROWS):
         latest = tl.where(start[r], first + r, latest)
@@ -258,7 +213,7 @@ def fused_kernel(
     for r in tl.static_range(1, ROWS):
         largest = tl.maximum(largest, key[r])
     highest = tl.max(largest, axis=0)[None, :]
-    largest = _largest_behind(largest, float("-inf"), lane, LANES)
+    largest = _largest(largest, float("-inf"), lane, LANES, BEHIND=True)
     suffix = ()
     for r in tl.static_range(ROWS):
         largest = tl.maximum(largest, key[ROWS - 1 - r])
@@ -267,7 +222,7 @@ def fused_kernel(
     if LANES > 1:
         for r in tl.static_range(ROWS):
             least = tl.where(start[r], -suffix[ROWS - 1 - r], least)
-    least = -_largest_before(least, float("-inf"), lane, LANES)
+    least = -_largest(least, float("-inf"), lane, LANES, BEHIND=False)
     top = ()
     for r in tl.static_range(ROWS):
         least = tl.where(start[r], suffix[ROWS - 1 - r], least)
@@ -277,7 +232,7 @@ def fused_kernel(
     shrink = ()
     own = ()
     down = ()
-    below = _behind(top[0], float("-inf"), lane, LANES)
+    below = _neighbour(top[0], float("-inf"), lane, LANES, BEHIND=True)
     for r in tl.static_range(ROWS):
         way = distance_below(top[r], key[r], steep)
         down = down + (way,)
@@ -286,7 +241,7 @@ def fused_kernel(
             shrink = shrink + (shrinkage(top[r], top[r + 1], steep),)
         else:
             shrink = shrink + (shrinkage(top[r], below, steep),)
-    mass = _chain_behind(shrink, own, lane, ROWS, LANES)
+    mass = _chain(shrink, own, lane, ROWS, LANES, BEHIND=True)
     rest = ()
     masses = ()
     for r in tl.static_range(ROWS):
@@ -302,8 +257,8 @@ def fused_kernel(
         for r in tl.static_range(ROWS):
             mass = tl.where(start[r], masses[ROWS - 1 - r], mass)
             keep = tl.where(start[r], 0.0, keep)
-        _, mass = tl.associative_scan((keep, mass), 0, _compose)
-    mass = _before(mass, 0.0, lane, LANES)
+        _, mass = tl.associative_scan((keep, mass), 0, compose)
+    mass = _neighbour(mass, 0.0, lane, LANES, BEHIND=False)
     if LAST_GROUP_FREE:
         reach = tl.zeros((LANES, LISTS), tl.int32)
         for r in tl.static_range(ROWS):
@@ -337,7 +292,7 @@ def fused_kernel(
             passed = passed + (tl.where(last & charged, n * stay, 0.0),)
     tl.store(loss + target, tl.sum(total, axis=0), mask=real)
     if gradient is not None:
-        carried = _chain_before(factor, passed, lane, ROWS, LANES)
+        carried = _chain(factor, passed, lane, ROWS, LANES, BEHIND=False)
         gradient_row = gradient + (target * items)[None, :]
         drate = tl.zeros((LANES, LISTS), dtype)
         for r in tl.static_range(ROWS):
@@ -349,4 +304,4 @@ def fused_kernel(
                 tl.store(gradient_row + (item[r] & ~MASKED), du, mask=item[r] < ABSENT)
             drate += tl.where(du == 0, 0.0, du * (key[r] - highest))
         change = tl.sum(drate, axis=0)
-        tl.store(temperature_gradient + target, tl.where(rate < 0, -change, change), mask=real)
+        tl.store(temperature_gradient + target, as_key(change, rate), mask=real)

@@ -6,9 +6,8 @@ One program for every SPAN positions of a ranking; it takes the groups that star
 import triton
 import triton.language as tl
 
+from ._list_rows import distance_below, key_at, label_at, program, shrinkage
 from ._math import log1p
-from .plackett_luce import distance_below, shrinkage
-from .plackett_luce_sorted import label_at, program
 
 
 @triton.jit
@@ -29,29 +28,26 @@ def _factors(y, odds):
 
 
 @triton.jit
-def _odds(scores_row, order_row, position, stop, items, rate, top_below, log_below):
+def _odds(ranking, position, stop):
     """Return u_i - log R of the members at `position` in float64, raised to at least -1e4, and by how much.
 
     Below that log(1 - exp(-t)) is y + odds to the last digit, so that raising the odds only moves the integrand's log.
     """
+    scores_row, order_row, rate, top_below, log_below = ranking
     inside = position < stop
     item = tl.load(order_row + position, mask=inside, other=0).to(tl.int32)
-    score = tl.load(scores_row + item, mask=inside, other=0).to(tl.float64)
-    key = tl.where(rate < 0, -score, score)
+    key = key_at(scores_row, item, inside, rate, tl.float64)
     odds = -distance_below(top_below, key, tl.abs(rate)) - log_below
     lift = tl.where(odds < -1e4, -1e4 - odds, tl.where(odds == odds, 0.0, odds))  # NaN stays NaN
     return tl.minimum(tl.maximum(odds, -1e4), 1e300), inside, lift
 
 
 @triton.jit
-def _log_product(
-    y, scores_row, order_row, start, stop, items, rate, top_below, log_below, MEMBERS: tl.constexpr, NODES: tl.constexpr
-):
+def _log_product(y, ranking, start, stop, MEMBERS: tl.constexpr, NODES: tl.constexpr):
     """Return sum_i log(1 - exp(-t_i)) over the group for every node."""
     total = tl.zeros((NODES,), tl.float64)
     for first in range(start, stop, MEMBERS):
-        position = first + tl.arange(0, MEMBERS)
-        odds, inside, _ = _odds(scores_row, order_row, position, stop, items, rate, top_below, log_below)
+        odds, inside, _ = _odds(ranking, first + tl.arange(0, MEMBERS), stop)
         log_win, _ = _factors(y, odds)
         total += tl.sum(tl.where(inside[:, None], log_win, 0.0), axis=0)
     return total
@@ -115,9 +111,7 @@ def group_kernel(
     labels_row = labels + row * labels_stride + objective * labels_objective_stride
     order_row = order + row * order_stride + objective * order_objective_stride
     scores_row = scores + row * scores_stride
-    mask_row = mask
-    if mask is not None:
-        mask_row = mask + row * mask_stride
+    mask_row = mask if mask is None else mask + row * mask_stride
     span = (number % spans).to(tl.int32) * SPAN
     start = _next_group(labels_row, order_row, mask_row, end + target * items, span, span - 1, items, top_k, SPAN)
     for _ in range(0, SPAN):  # of one turn where registers are scarce: a loop would spill
@@ -146,8 +140,7 @@ def group_kernel(
                     member = first + tl.arange(0, MEMBERS)
                     inside = member < stop
                     item = tl.load(order_row + member, mask=inside, other=0).to(tl.int32)
-                    score = tl.load(scores_row + item, mask=inside, other=0).to(dtype)
-                    key = tl.where(rate < 0, -score, score)
+                    key = key_at(scores_row, item, inside, rate, dtype)
                     part = 1 - (member - start).to(dtype) / size
                     # R + part * T as a sum of positive numbers: T itself would be a difference.
                     denominator = tl.where(inside, part * mass_here + (1 - part) * below, 1.0)
@@ -159,19 +152,14 @@ def group_kernel(
                 tl.store(share + here, tl.sum(own, axis=0))
             if EXACT:
                 if mass_below != 0:
-                    _any_order(
-                        scores_row, order_row, start, stop, items, rate.to(tl.float64), top_below.to(tl.float64),
-                        tl.log(mass_below.to(tl.float64)), cost + here, passed + here, phi + target * items,
-                        MEMBERS, NODES,
-                    )  # fmt: skip
+                    log_below = tl.log(mass_below.to(tl.float64))
+                    ranking = (scores_row, order_row, rate.to(tl.float64), top_below.to(tl.float64), log_below)
+                    _any_order(ranking, start, stop, cost + here, passed + here, phi + target * items, MEMBERS, NODES)
             start = _next_group(labels_row, order_row, mask_row, end + target * items, span, start, items, top_k, SPAN)
 
 
 @triton.jit
-def _any_order(
-    scores_row, order_row, start, stop, items, rate, top_below, log_below, cost, passed, phi,
-    MEMBERS: tl.constexpr, NODES: tl.constexpr,
-):  # fmt: skip
+def _any_order(ranking, start, stop, cost, passed, phi, MEMBERS: tl.constexpr, NODES: tl.constexpr):
     """Write -log P(the group's items come, in any order, before all items below), sum_i E[phi_i], and every E[phi_i].
 
     P = int exp(y - exp(y)) prod_i (1 - exp(-t_i)) dy with t_i = exp(y + u_i - log R) (Kalbfleisch and Prentice 1973).
@@ -184,8 +172,7 @@ def _any_order(
     lowest = tl.full((MEMBERS,), float("inf"), tl.float64)
     raised = tl.zeros((MEMBERS,), tl.float64)
     for first in range(start, stop, MEMBERS):
-        position = first + tl.arange(0, MEMBERS)
-        odds, inside, lift = _odds(scores_row, order_row, position, stop, items, rate, top_below, log_below)
+        odds, inside, lift = _odds(ranking, first + tl.arange(0, MEMBERS), stop)
         lowest = tl.minimum(lowest, tl.where(inside, odds, float("inf")))
         raised += tl.where(inside, lift, 0.0)
     worst = tl.min(lowest, axis=0)
@@ -193,9 +180,7 @@ def _any_order(
     # The peak is in [0, log(1 + n)], so this holds all that counts; the nodes above the threshold give the interval.
     right = tl.log(4 * (size + 38))
     y = -40 + (right + 40) * node
-    value = y - tl.exp(y) + _log_product(
-        y, scores_row, order_row, start, stop, items, rate, top_below, log_below, MEMBERS, NODES
-    )  # fmt: skip
+    value = y - tl.exp(y) + _log_product(y, ranking, start, stop, MEMBERS, NODES)
     counts = value > tl.max(value, axis=0) - 38
     step = (right + 40) / (NODES - 1)
     left = tl.min(tl.where(counts, y, float("inf")), axis=0) - step
@@ -207,7 +192,7 @@ def _any_order(
     right = tl.where(far, tl.log(38 + tl.log(size)) - worst, right)
     y = left + (right - left) * node
     step = (right - left) / (NODES - 1)
-    product = _log_product(y, scores_row, order_row, start, stop, items, rate, top_below, log_below, MEMBERS, NODES)
+    product = _log_product(y, ranking, start, stop, MEMBERS, NODES)
     value = y - tl.exp(y)
     miss = tl.sum(tl.exp(value) * _expm1_negative(-product), axis=0) * step
     value += product
@@ -218,7 +203,7 @@ def _any_order(
     total = tl.zeros((MEMBERS,), tl.float64)
     for first in range(start, stop, MEMBERS):
         position = first + tl.arange(0, MEMBERS)
-        odds, inside, _ = _odds(scores_row, order_row, position, stop, items, rate, top_below, log_below)
+        odds, inside, _ = _odds(ranking, position, stop)
         _, factor = _factors(y, odds)
         expected = tl.sum(factor * density[None, :], axis=1)
         tl.store(phi + position, expected, mask=inside)

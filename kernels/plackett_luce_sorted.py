@@ -22,30 +22,13 @@ its list in blocks; between them the state lies in memory.
 import triton
 import triton.language as tl
 
+from ._list_rows import as_key, compose, distance_below, item_at, key_at, label_at, larger, program, shrinkage
 from ._math import log1p
-from .plackett_luce import comparable, distance_below, shrinkage
-
-
-@triton.jit
-def program():
-    """Return this program's number: `plackett_luce_plan.folded` cuts a grid of 2^31 programs, which is refused."""
-    return tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-
-
-@triton.jit
-def _larger(a, b):
-    return tl.maximum(a, b)
 
 
 @triton.jit
 def _smaller(a, b):
     return tl.minimum(a, b)
-
-
-@triton.jit
-def _compose(a, b, then_a, then_b):
-    """Return x -> then_a (a x + b) + then_b as (factor, constant)."""
-    return a * then_a, then_a * b + then_b
 
 
 @triton.jit
@@ -61,31 +44,13 @@ def _previous(values, lane, first):
 
 
 @triton.jit
-def item_at(order_row, mask_row, position, items):
-    """Return the item at each position and whether there is one."""
-    within = (position >= 0) & (position < items)
-    item = tl.load(order_row + position, mask=within, other=-1).to(tl.int32)
-    valid = within & (item >= 0) & (item < items)
-    if mask_row is not None:
-        valid = valid & (tl.load(mask_row + item, mask=valid, other=0) != 0)
-    return item, valid
-
-
-@triton.jit
-def label_at(labels_row, order_row, mask_row, position, items):
-    """Return the label of the item at each position, comparable, and whether there is one."""
-    item, valid = item_at(order_row, mask_row, position, items)
-    return comparable(tl.load(labels_row + item, mask=valid, other=0)), valid
-
-
-@triton.jit
 def _suffix(key, valid, lane, rate, top_after, mass_after, BLOCK: tl.constexpr):
     """Return (top, mass) of the items from each lane on, given that of the items behind the block."""
-    top = tl.associative_scan(tl.where(valid, key, float("-inf")), 0, _larger, reverse=True)
+    top = tl.associative_scan(tl.where(valid, key, float("-inf")), 0, larger, reverse=True)
     top = tl.maximum(top, top_after)
     shrink = shrinkage(top, _next(top, lane, top_after, BLOCK), rate)
     own = tl.where(valid, tl.exp(-distance_below(top, key, rate)), 0.0)
-    factor, mass = tl.associative_scan((shrink, own), 0, _compose, reverse=True)
+    factor, mass = tl.associative_scan((shrink, own), 0, compose, reverse=True)
     return top, factor * mass_after + mass
 
 
@@ -134,9 +99,7 @@ def suffix_kernel(
     row, objective = target // M, target % M
     labels_row = labels + row * labels_stride + objective * labels_objective_stride
     order_row = order + row * order_stride + objective * order_objective_stride
-    mask_row = mask
-    if mask is not None:
-        mask_row = mask + row * mask_stride
+    mask_row = mask if mask is None else mask + row * mask_stride
     rate = tl.load(temperature + row * temperature_stride + objective * temperature_objective_stride).to(dtype)
     lane = tl.arange(0, BLOCK)
     top_after = tl.full((), float("-inf"), dtype)
@@ -148,8 +111,7 @@ def suffix_kernel(
         item, valid = item_at(order_row, mask_row, position, items)
         label, _ = label_at(labels_row, order_row, mask_row, position, items)
         after, more = label_at(labels_row, order_row, mask_row, position + 1, items)
-        score = tl.load(scores + row * scores_stride + item, mask=valid, other=0).to(dtype)
-        key = tl.where(rate < 0, -score, score)
+        key = key_at(scores + row * scores_stride, item, valid, rate, dtype)
         top_here, mass_here = _suffix(key, valid, lane, tl.abs(rate), top_after, mass_after, BLOCK)
         closes = (more == 0) | (label != after)
         stop = tl.associative_scan(tl.where(closes, position + 1, 2**31 - 1), 0, _smaller, reverse=True)
@@ -207,9 +169,7 @@ def chain_kernel(
     row, objective = target // M, target % M
     labels_row = labels + row * labels_stride + objective * labels_objective_stride
     order_row = order + row * order_stride + objective * order_objective_stride
-    mask_row = mask
-    if mask is not None:
-        mask_row = mask + row * mask_stride
+    mask_row = mask if mask is None else mask + row * mask_stride
     rate = tl.load(temperature + row * temperature_stride + objective * temperature_objective_stride).to(dtype)
     steep = tl.abs(rate)
     base = target * items
@@ -225,7 +185,7 @@ def chain_kernel(
         label, _ = label_at(labels_row, order_row, mask_row, position, items)
         before, _ = label_at(labels_row, order_row, mask_row, position - 1, items)
         starts = (position == 0) | (label != before)
-        begin = tl.associative_scan(tl.where(starts, position, 0), 0, _larger)
+        begin = tl.associative_scan(tl.where(starts, position, 0), 0, larger)
         begin = tl.maximum(begin, begin_before)
         begin_before = tl.max(begin, axis=0)
         stop = tl.load(end + base + position, mask=valid, other=0)
@@ -237,8 +197,7 @@ def chain_kernel(
         mass_here = tl.load(mass + base + begin, mask=valid, other=1)
         top_below = tl.load(top + base + stop, mask=more, other=float("-inf"))
         mass_below = tl.load(mass + base + stop, mask=more, other=0)
-        score = tl.load(scores + row * scores_stride + item, mask=valid, other=0).to(dtype)
-        key = tl.where(rate < 0, -score, score)
+        key = key_at(scores + row * scores_stride, item, valid, rate, dtype)
         stay, chance, price = _terms(key, size, steep, top_here, mass_here, top_below, mass_below)
         charge = tl.where(valid & (begin < top_k), 1.0, 0.0).to(dtype)
         if BOTTOM_FREE:
@@ -265,7 +224,7 @@ def chain_kernel(
                 own = size * chance - 1
             own = tl.where(lone, -stay, own)
             handed = tl.where(last & (charge != 0), charge * handed, 0.0)
-            factor, carried = tl.associative_scan((tl.where(last, stay, 1.0), handed), 0, _compose)
+            factor, carried = tl.associative_scan((tl.where(last, stay, 1.0), handed), 0, compose)
             carried += factor * carried_before
             arrived = _previous(carried, lane, carried_before)
             carried_before = tl.sum(tl.where(lane == BLOCK - 1, carried, 0.0), axis=0)
@@ -276,4 +235,4 @@ def chain_kernel(
     tl.store(loss + target, tl.sum(total, axis=0))
     if gradient is not None:
         change = tl.sum(drate, axis=0)
-        tl.store(temperature_gradient + target, tl.where(rate < 0, -change, change))
+        tl.store(temperature_gradient + target, as_key(change, rate))
