@@ -105,6 +105,7 @@ class Mixture(WeightedModel):
             )
         self.record = TuningRecord.of(record, objectives)
         self.objectives, self.coefficients, self._count = objectives, coefficients, sets
+        self._inside = False  # a mixture is in the model, for a call or a block of `at`
         self._checked = False  # that one mixture computes what mixed rows do
 
     def coefficients_of(self, weights: Weights | None, kl_weight: float | Tensor | None = None) -> Tensor:
@@ -152,6 +153,16 @@ class Mixture(WeightedModel):
         if coefficients.ndim != 1:
             raise ValueError(f"weights are {len(coefficients)} vectors but one mixture has one; pass (m,)")
         return coefficients
+
+    def _fixed(self, weights: Weights | None, kl_weight: float | Tensor | None) -> bool:
+        """Say whether this is a call inside `at`; raise if it has weights of its own."""
+        if self._inside and (weights is not None or kl_weight is not None):
+            raise ValueError("the mixture is fixed inside `at`; leave weights and kl_weight out")
+        return self._inside
+
+    def _check_outside(self) -> None:
+        if self._inside:
+            raise RuntimeError("the model holds a mixture; leave the `with mixture.at(...)` block first")
 
     @in_turn
     def forward(
@@ -226,6 +237,7 @@ class Mixture(WeightedModel):
             ValueError: If weights do not fit, or that model is not the mixture; see `check_merging`.
         """
         coefficients = self._one(weights, beta, kl_weight)
+        self._check_outside()
         self.check_merging()
         with self._turns.switched(*self._in_place(coefficients)):
             yield self.causal_lm
@@ -242,6 +254,7 @@ class Mixture(WeightedModel):
             ValueError: If weights do not fit, the merged model is not the mixture, or its files would load as another.
         """
         coefficients = self._one(weights, beta, kl_weight)
+        self._check_outside()
         self.check_merging()
         return self._merged(coefficients)
 

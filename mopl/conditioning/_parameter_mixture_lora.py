@@ -17,7 +17,14 @@ from mopl._restoring import evaluating, generators_kept, requires_grad_kept
 from mopl._threads import CallOfThread, in_turn
 from mopl.conditioning._mixture import CoefficientRule, Mixture, MixtureRecord, renamed_in_mixture
 from mopl.conditioning.adapted import held, one_adapter, parts_of, places_of
-from mopl.conditioning.adapter_checks import adapted_parts, check_config, check_names, naming_targets, short_name
+from mopl.conditioning.adapter_checks import (
+    adapted_parts,
+    check_config,
+    check_names,
+    names_in,
+    naming_targets,
+    short_name,
+)
 from mopl.conditioning.causal_lm import is_peft
 from mopl.conditioning.merging import check_lora, check_mixed_rows, logits_of, own_weights, probe_ids, settle_ties
 from mopl.conditioning.sampling import Weights
@@ -90,6 +97,7 @@ class LoraMixture(Mixture):
         super().__init__(objectives, coefficients, sets, record)
         sets = self._count
         wrapped: Any = model
+        named: dict[str, list[str]] = {}
         if is_peft(model):
             if config is not None:
                 raise ValueError("the model has adapters already; leave config out, or pass the model without them")
@@ -104,14 +112,15 @@ class LoraMixture(Mixture):
             if len(set(self.adapters)) != sets:
                 raise ValueError(f"the adapters would be called {self.adapters}; give the objectives different names")
             check_config(self.adapters[0], config)
+            named = names_in(config)  # PEFT may change it
             with naming_targets(model):
                 wrapped = peft.get_peft_model(model, config, adapter_name=self.adapters[0])  # type: ignore[arg-type]
             for name in self.adapters[1:]:
                 wrapped.add_adapter(name, copy.deepcopy(config))
-            check_names(wrapped, self.adapters)
         self.model = wrapped
         self._call = CallOfThread()
         self._parts = adapted_parts(wrapped, self.adapters)
+        check_names(wrapped, named)
         wrapped.base_model.active_adapter = self.adapters
         for part in self._parts.values():
             part.mix(self.adapters, self._call, whole=coefficients is None)
@@ -160,7 +169,7 @@ class LoraMixture(Mixture):
             call.coefficients, call.rows = before
 
     def _forward(self, weights: Any, kl_weight: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        if self._adapters_off:
+        if self._fixed(weights, kl_weight) or self._adapters_off:
             return self.model(*args, **kwargs)
         tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim)
         rows = next((len(value) for value in tensors), None)
@@ -168,7 +177,7 @@ class LoraMixture(Mixture):
             return self.model(*args, **kwargs)
 
     def _generate(self, weights: Any, kl_weight: Any, given: dict[str, Any]) -> Any:
-        if self._adapters_off:
+        if self._fixed(weights, kl_weight) or self._adapters_off:
             return self.model.generate(**given)
         coefficients = self._of_rows(weights, kl_weight, len(given["input_ids"]))
         with self._standing(coefficients):  # of more rows than these, where there are beams
@@ -177,6 +186,7 @@ class LoraMixture(Mixture):
     @contextlib.contextmanager
     def reference(self, *, adapters: bool = False) -> Iterator[LoraMixture]:
         """Be the base model inside a `with` block: adapters off, which are what it is conditioned by."""
+        self._check_outside()
         with self._turns.switched(requires_grad_kept(self.model), self.model.disable_adapter()):
             yield self
 
@@ -201,7 +211,15 @@ class LoraMixture(Mixture):
 
     def _in_place(self, coefficients: Tensor) -> Sequence[contextlib.AbstractContextManager[Any]]:
         places = places_of(self._parts.values(), self.adapters, coefficients.tolist())
-        return requires_grad_kept(self.model), self.model.disable_adapter(), held(places)
+        return requires_grad_kept(self.model), self.model.disable_adapter(), held(places), self._marked_inside()
+
+    @contextlib.contextmanager
+    def _marked_inside(self) -> Iterator[None]:
+        self._inside = True
+        try:
+            yield
+        finally:
+            self._inside = False
 
     def _merged(self, coefficients: Tensor) -> nn.Module:
         model = copy.deepcopy(self.model)

@@ -60,22 +60,25 @@ def check_config(name: str, config: Any) -> None:
         raise ValueError(f"adapter {name!r} uses {', '.join(extra)}, which cannot be mixed; use LoRA or DoRA")
 
 
-def check_names(model: Any, adapters: Sequence[str]) -> None:
-    """Raise where a pattern or `modules_to_save` of an adapter names nothing in the model, which PEFT ignores."""
-    for adapter in adapters:
-        config = model.peft_config[adapter]
-        layers = [name.removeprefix("base_model.model.") for name in lora_layers(model)]
-        copies = [name for name, module in copied_modules(model).items() if adapter in module.modules_to_save]
-        for option in ("rank_pattern", "alpha_pattern"):
-            for key in getattr(config, option, None) or ():
-                if not any(re.match(rf"(.*\.)?({key})$", name) for name in layers):
-                    raise ValueError(
-                        f"{option} names {key!r}, which no adapted module is called; those are "
-                        f"{', '.join(sorted(set(map(short_name, layers))))}"
-                    )
-        for key in config.modules_to_save or ():
-            if not any(name.endswith(key) for name in copies):
-                raise ValueError(f"modules_to_save names {key!r}, which no module of the model is called")
+def names_in(config: Any) -> dict[str, list[str]]:
+    """Return the modules that a configuration names by an option which PEFT ignores where there is no such module."""
+    options = ("rank_pattern", "alpha_pattern", "modules_to_save")
+    return {option: list(getattr(config, option, None) or ()) for option in options}
+
+
+def check_names(model: Any, given: dict[str, list[str]]) -> None:
+    """Raise where what `names_in` found in a configuration is nothing in the PEFT model that was made by it."""
+    layers, copies = lora_layers(model), copied_modules(model)
+    experts = [f"{name}.{layer.parameter_name}" for name, layer in layers.items() if hasattr(layer, "parameter_name")]
+    adapted = [*layers, *experts]
+    for option, keys in given.items():
+        for key in keys:
+            if option == "modules_to_save":
+                if not any(name.endswith(key) for name in copies):
+                    raise ValueError(f"modules_to_save names {key!r}, but no module of the model is called so")
+            elif not any(re.match(rf"(.*\.)?({key})$", name) for name in adapted):
+                on = ", ".join(sorted(set(map(short_name, adapted))))
+                raise ValueError(f"{option} names {key!r}, but no module with adapters is called so; these are {on}")
 
 
 def adapted_parts(model: Any, adapters: Sequence[str]) -> dict[str, Part]:

@@ -56,7 +56,6 @@ from mopl.conditioning._parameter_mixture_parts import (
 )
 from mopl.conditioning.causal_lm import untie_head
 from mopl.conditioning.merging import check_mixed_rows, logits_of, probe_ids, settle_ties
-from mopl.conditioning.sampling import Weights
 from mopl.conditioning.saved_models import CONFIG_FILE, REMEDY, TuningRecord, check_options, fitting
 
 __all__ = ["KLWeightCoefficients", "LoraMixture", "ParameterMixture"]
@@ -121,7 +120,6 @@ class ParameterMixture(Mixture):
             parameter.requires_grad_(True)
         copies = ([nn.Parameter(p.detach().clone()) for p in own] for _ in range(self._count - 1))
         self.others = nn.ModuleList(nn.ParameterList(each) for each in copies)
-        self._inside = False  # a mixture is in the model, for a call or a block of `at`
         self._cache: tuple[Any, list[Tensor]] | None = None
 
     @property
@@ -147,8 +145,7 @@ class ParameterMixture(Mixture):
     @in_turn
     def sets(self) -> list[list[nn.Parameter]]:
         """The parameter sets θ_S^1, θ_S^2, ...: each in the order of `names`."""
-        if self._inside:
-            raise RuntimeError("the model holds a mixture; leave the `with mixture.at(...)` block first")
+        self._check_outside()
         own = [self.model.get_parameter(name) for name in self.names]
         others: Any = self.others
         return [own, *(list(other) for other in others)]
@@ -179,12 +176,6 @@ class ParameterMixture(Mixture):
                     "call gradient_checkpointing_disable(), or use LoraMixture"
                 )
         return self._mix(self.coefficients_of(weights, kl_weight), args, kwargs)
-
-    def _fixed(self, weights: Weights | None, kl_weight: float | Tensor | None) -> bool:
-        """Say whether this is a call inside `at`; raise if it has weights of its own."""
-        if self._inside and (weights is not None or kl_weight is not None):
-            raise ValueError("the mixture is fixed inside `at`; leave weights and kl_weight out")
-        return self._inside
 
     def _mix(self, coefficients: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Run the model at coefficients (sets,), or (B, sets) for each row."""

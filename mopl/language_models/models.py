@@ -18,7 +18,7 @@ from mopl._tensor_files import read_tensors, shapes_of
 from mopl._terminal import bars_wanted
 from mopl.conditioning import HyperPromptModel, LoraMixture, WeightedModel
 from mopl.conditioning.adapter_base import base_of_adapter, merge_adapter, naming_base
-from mopl.conditioning.adapter_checks import check_names
+from mopl.conditioning.adapter_checks import check_names, names_in
 from mopl.conditioning.hyper_prompt_model import WEIGHTS_FILE as PROMPT_FILE
 from mopl.conditioning.saved_models import ADAPTER_FILE, CONFIG_FILE, REMEDY, load_adapters, read_kind, read_record
 from mopl.language_models.head import fuse, unfuse
@@ -128,9 +128,10 @@ def with_adapter(base: Any, settings: Any) -> Any:
     config = lora_config(settings)
     from peft import get_peft_model
 
+    named = names_in(config)  # PEFT may change it
     with quiet():
         model = get_peft_model(base, config)
-    check_names(model, list(model.peft_config))
+    check_names(model, named)
     return model
 
 

@@ -146,6 +146,21 @@ def test_the_reference_is_the_base_model_and_what_is_trained_stays_so(kind: str,
     assert {name for name, p in other.named_parameters() if p.requires_grad} == trained
 
 
+def test_inside_at_nothing_else_is_asked_for() -> None:
+    """The weights of the base model are those of the mixture there: with other weights they would count twice."""
+    mixed = mixture("rslora")
+    with mixed.at(W) as model:
+        assert torch.equal(logits(mixed), logits(model))
+        with pytest.raises(ValueError, match="the mixture is fixed inside `at`"):
+            mixed(input_ids=IDS, weights=ROWS)
+        with pytest.raises(ValueError, match="the mixture is fixed inside `at`"):
+            mixed.generate(IDS, weights=ROWS)
+        for inner in (lambda: mixed.merge(W), mixed.at(W).__enter__, mixed.reference().__enter__):
+            with pytest.raises(RuntimeError, match=r"leave the `with mixture\.at"):
+                inner()
+    close(logits(mixed.merge(W)), logits(mixed, weights=W))
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("kind", ["rslora-patterns", "dora", "lora-bias", "head-bias", "embeddings"])
 def test_gradients_are_shares_of_those_of_one_adapter_also_with_checkpoints(kind: str) -> None:
@@ -281,10 +296,10 @@ def test_a_trade_off_is_exported_as_one_adapter_of_scale_1(kind: str, tmp_path: 
         (
             "llama",
             {"rank_pattern": {"q_prj": 4}},
-            "rank_pattern names 'q_prj', which no .* are down_proj, q_proj",
+            "rank_pattern names 'q_prj', but no .* these are down_proj, q_proj",
         ),
         ("llama", {"alpha_pattern": {"k_proj": 4}}, "alpha_pattern names 'k_proj'"),
-        ("llama", {"modules_to_save": ["norm", "heads"]}, "modules_to_save names 'heads', which no module"),
+        ("llama", {"modules_to_save": ["norm", "heads"]}, "modules_to_save names 'heads', but no module"),
         ("llama", {"target_modules": ["embed_tokens"]}, "Embedding is no LoRA .* name it in modules_to_save"),
     ],
 )
