@@ -26,6 +26,11 @@ SIXTEEN = (torch.bfloat16, torch.float16)
 SCRATCH = 2**26  # entries of a scratch, 256 MiB: 16384 rows of a product 4096 wide, which still fill a GPU
 
 
+def operand_dtype(a: Tensor, b: Tensor) -> torch.dtype:
+    """Return the dtype in which a GPU multiplies two tensors: theirs if it is one of 16 bit, else the compute dtype."""
+    return a.dtype if a.dtype == b.dtype and a.dtype in SIXTEEN else compute_dtype(a, b)
+
+
 def product(a: Tensor, b: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
     """Return a @ b in the compute dtype, into `out` if given and on top of what it holds if `add`.
 

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.cards import CARDS
 from mopl.ops.linear_logprob import device as _device
-from mopl.ops.linear_logprob.function import kept_rows
+from mopl.ops.linear_logprob.keeping import kept_rows
 from mopl.ops.linear_logprob.plan import Plan
 
 choice = pytest.importorskip("mopl.ops.linear_logprob.choice", reason="Triton is not installed")

@@ -12,7 +12,8 @@ import torch._dynamo  # before anything of torch.cuda is replaced: it collects t
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mopl.ops.linear_logprob import device as _device
-from mopl.ops.linear_logprob.function import kept_rows, linear_logprob
+from mopl.ops.linear_logprob import linear_logprob
+from mopl.ops.linear_logprob.keeping import kept_rows
 
 GIB = 2**30
 CUDA = torch.device("cuda")

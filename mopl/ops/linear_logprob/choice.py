@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from triton.runtime import driver
 
-from mopl._arguments import compute_dtype
 from mopl._files import write_file
 from mopl._records import DamagedFile, read_json
 from mopl.kernels import fused_logprob as kernels
+from mopl.ops._products import operand_dtype
 from mopl.ops.linear_logprob import device as gpus
 from mopl.ops.linear_logprob.plan import LIBRARY, Plan, Wanted, make_plan
 
@@ -58,14 +58,9 @@ def key_of(hidden: Tensor, weight: Tensor, rows: int, wanted: Wanted, softcap: b
     maker = "hip " if about.maker == "AMD" else ""
     major, minor = about.capability
     rows = 1 << max(rows - 1, 0).bit_length()
-    dtype = str(dtype_of(hidden, weight)).removeprefix("torch.")
+    dtype = str(operand_dtype(hidden, weight)).removeprefix("torch.")
     flags = " softcap" * softcap + f" {wanted}" * (wanted != "scoring")
     return f"{maker}{major}.{minor} {dtype} H{weight.shape[1]} V{weight.shape[0]} N{rows}{flags}"
-
-
-def dtype_of(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """Return the dtype of the operands of the products."""
-    return hidden.dtype if hidden.dtype == weight.dtype else compute_dtype(hidden, weight)
 
 
 def usable(device: torch.device, itemsize: int, softcap: bool) -> list[str]:
@@ -84,7 +79,7 @@ def _usable(index: int, itemsize: int, softcap: bool) -> list[str]:
 
 def plan_for(hidden: Tensor, weight: Tensor, wanted: Wanted, softcap: bool, buffers: int = 1) -> Plan:
     """Return how a call is cut: as `make_plan` says, and where `tune` has measured it as was fastest."""
-    dtype = dtype_of(hidden, weight)
+    dtype = operand_dtype(hidden, weight)
     fits = ()
     if hidden.is_cuda and dtype != torch.float64 and wanted == "scoring":
         fits = usable(hidden.device, dtype.itemsize, softcap)

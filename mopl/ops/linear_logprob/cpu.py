@@ -178,7 +178,7 @@ def accumulate(
     pivot: Tensor,  # (M,) int64: the column that every sum leaves out, or -1
     shift: Tensor,  # (M,): u at the pivot
     want: Want,  # its moments, its directions, and keep_rows, which may exceed M
-    cache: Tensor,  # (keep_rows * cache_columns,): e_v of the first keep_rows rows; the layout is the backend's
+    cache: Tensor,  # (keep_rows * columns,): e_v of the first keep_rows rows; the layout is the backend's
 ) -> Sums:
     """Sum over the vocabulary, the pivot left out, with e_v = exp(u_v - shift).
 

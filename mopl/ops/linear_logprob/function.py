@@ -59,10 +59,8 @@ from typing import TYPE_CHECKING, Literal, overload
 import torch
 from torch import Tensor
 
-from mopl._arguments import compute_dtype
 from mopl.ops import _derivatives as derivatives
 from mopl.ops._logprob import (
-    Upstream,
     check_bound,
     check_operands,
     check_row,
@@ -72,19 +70,13 @@ from mopl.ops._logprob import (
     per_row,
     rows_that_count,
 )
-from mopl.ops.linear_logprob.device import default_workspace
-from mopl.ops.linear_logprob.records import Forward, Head, Inputs, Want, cache_columns, cache_dtype, direction_dtype
-from mopl.ops.linear_logprob.stages import run_backward, run_forward
+from mopl.ops.linear_logprob.keeping import kept_rows
+from mopl.ops.linear_logprob.operators import INSTEAD, differentiable
+from mopl.ops.linear_logprob.records import Head, Inputs, Want
+from mopl.ops.linear_logprob.shard import check_shard
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-    from mopl.ops.linear_logprob.shard import VocabularyShard
-
-# What has the derivatives that are refused here.
-INSTEAD = (
-    "take mopl.ops.gathered_logprob of the logits, logit_scale * (hidden @ weight.T + bias), or detach the operands"
-)
 
 
 @overload
@@ -168,8 +160,6 @@ def linear_logprob(
     derivatives.refuse_transforms("linear_logprob", INSTEAD, hidden, weight, bias, warm)
     shard, vocabulary = None, weight.shape[0]
     if group is not None or is_dtensor(weight):
-        from mopl.ops.linear_logprob.shard import check_shard
-
         shard, weight, bias = check_shard(hidden, weight, bias, group)
         vocabulary = shard.vocabulary
     lead, rows = hidden.shape[:-1], math.prod(hidden.shape[:-1])
@@ -198,150 +188,12 @@ def linear_logprob(
         keep_rows=kept_rows(hidden, weight, bound, workspace, cap > 0) if need_head else 0,
         max_rows=bound,
     )
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    arguments = (flat, weight, bias, divisor, flat_target, row, cap, scale, want.numbers())
-    found = _linear_logprob(*arguments) if shard is None else _Sharded.apply(*arguments, shard)
-    logprob, logsumexp, entropy, *_ = found  # type: ignore[misc]
+    head = Head(weight, bias, cap, scale, shard)
+    inputs = Inputs(hidden.reshape(-1, hidden.shape[-1]), divisor, flat_target, row)
+    logprob, logsumexp, entropy = differentiable(head, inputs, want)
     results = [logprob.view(target.shape)]
     if return_logsumexp:
         results.append(logsumexp.view(lead))
     if return_entropy:
         results.append(entropy.view(lead))
     return results[0] if len(results) == 1 else tuple(results)
-
-
-def kept_rows(hidden: Tensor, weight: Tensor, rows: int, workspace: int | None, softcap: bool = False) -> int:
-    """Return for how many rows the exponentials are kept between the forward and the backward pass.
-
-    On a CPU at most half of them: in float32 that is a sixth of what autograd keeps of full logits, and costs half of
-    one product of four.
-    """
-    row = max(1, cache_columns(hidden, weight) * cache_dtype(hidden, weight).itemsize)
-    fit = (default_workspace(hidden.device, rows * row) if workspace is None else workspace) // row
-    if not hidden.is_cuda:
-        return min((rows + 1) // 2, fit)
-    if workspace is None and not torch.compiler.is_compiling():
-        from mopl.ops.linear_logprob.choice import rows_worth_keeping
-
-        rows = rows_worth_keeping(hidden, weight, rows, softcap)
-    return min(rows, fit)
-
-
-def _records(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: Tensor, target: Tensor, row: Tensor | None,
-    softcap: float, logit_scale: float, want: list[int], shard: VocabularyShard | None = None,
-) -> tuple[Head, Inputs, Want]:  # fmt: skip
-    """Return the records of the flat arguments of an operator; torch wants them so."""
-    head = Head(weight, bias, softcap, logit_scale, shard)
-    return head, Inputs(hidden, temperature, target, row), Want(*want)  # type: ignore[arg-type]
-
-
-@torch.library.custom_op("mopl::linear_logprob", mutates_args=())
-def _linear_logprob(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: Tensor, target: Tensor, row: Tensor | None,
-    softcap: float, logit_scale: float, want: list[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the fields of Forward."""
-    records = _records(hidden, weight, bias, temperature, target, row, softcap, logit_scale, want)
-    return tuple(run_forward(*records))  # pyright: ignore[reportReturnType]
-
-
-@_linear_logprob.register_fake
-def _(*arguments):
-    head, inputs, want = _records(*arguments)
-    operands, shared = (inputs.hidden, head.weight), inputs.row is not None
-    (rows, size), (targets,) = inputs.hidden.shape, inputs.target.shape
-    wide, narrow = compute_dtype(*operands), direction_dtype(*operands)
-
-    def new(*shape: int, wanted: bool = True, dtype: torch.dtype = wide) -> Tensor:
-        return inputs.hidden.new_empty(shape if wanted else (0,), dtype=dtype)
-
-    return tuple(
-        Forward(
-            logprob=new(targets),
-            logsumexp=new(rows),
-            entropy=new(rows, wanted=want.moments > 0),
-            variance=new(rows, wanted=want.moments > 1),
-            direction=new(targets, size, wanted=want.frozen, dtype=narrow),
-            direction_logsumexp=new(rows, size, wanted=want.frozen and want.logsumexp, dtype=narrow),
-            direction_entropy=new(rows, size, wanted=want.frozen and want.entropy, dtype=narrow),
-            shift=new(rows),
-            total=new(rows),
-            pivot=new(rows, wanted=shared, dtype=torch.int64),
-            pivot_logprob=new(rows, wanted=shared),
-            cache=new(want.keep_rows * cache_columns(*operands), dtype=cache_dtype(*operands)),
-        )
-    )
-
-
-@torch.library.custom_op("mopl::linear_logprob_backward", mutates_args=())
-def _linear_logprob_backward(
-    hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None, temperature: Tensor, target: Tensor,
-    row: Tensor | None, softcap: float, logit_scale: float, want: list[int], saved: list[Tensor],
-    upstream: list[Tensor | None], need: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the gradients of hidden, weight, bias and temperature; one that is not needed is empty (0,)."""
-    records = _records(hidden, weight, bias, temperature, target, row, softcap, logit_scale, want)  # type: ignore[arg-type]
-    found = run_backward(*records, Forward(*saved), Upstream(*upstream), need)
-    return tuple(temperature.new_empty(0) if g is None else g for g in found)  # pyright: ignore[reportReturnType]
-
-
-@_linear_logprob_backward.register_fake
-def _(hidden, weight, bias, temperature, target, row, softcap, logit_scale, want, saved, upstream, need):
-    if hidden is None:
-        hidden = temperature.new_empty((temperature.shape[0], Forward(*saved).direction.shape[-1]))
-    return tuple(
-        like.new_empty(like.shape) if needed and like is not None else temperature.new_empty(0)
-        for like, needed in zip((hidden, weight, bias, temperature), need, strict=True)
-    )
-
-
-def _keep(ctx, head: Head, inputs: Inputs, want: Want, saved: Forward) -> None:
-    """Keep what the backward pass needs: with a frozen head directions, in place of the hidden states and the head."""
-    ctx.set_materialize_grads(False)
-    hidden, temperature, target, row = inputs
-    operands = (None, None, None) if want.frozen else (hidden, head.weight, head.bias)
-    ctx.save_for_backward(*operands, temperature, target, row, *saved)
-    ctx.options = head.softcap, head.logit_scale, want.numbers(), head.shard
-
-
-def _pull_back(
-    ctx, logprob: Tensor | None, logsumexp: Tensor | None, entropy: Tensor | None, *_: None
-) -> tuple[Tensor | None, ...]:
-    """Return the gradients of all arguments of an operator; there are some for its first four."""
-    hidden, weight, bias, temperature, target, row, *saved = ctx.saved_tensors
-    softcap, logit_scale, want, shard = ctx.options
-    arguments = hidden, weight, bias, temperature, target, row, softcap, logit_scale, want
-    need, others = ctx.needs_input_grad[:4], ctx.needs_input_grad[4:]
-    upstream = [logprob, logsumexp, entropy]
-
-    def closed_form() -> list[Tensor | None]:
-        if shard is not None:
-            return run_backward(*_records(*arguments, shard), Forward(*saved), Upstream(*upstream), need)
-        found = _linear_logprob_backward(*arguments, saved, upstream, list(need))
-        return [g if needed else None for g, needed in zip(found, need, strict=True)]
-
-    # The results stand for the hidden states, which a frozen head does not keep.
-    inputs = (*upstream, hidden, weight, bias, temperature, *saved[:3])
-    return *derivatives.once(closed_form, "linear_logprob", INSTEAD, *inputs), *(None for _ in others)
-
-
-def _setup_context(ctx, inputs, output):
-    ctx.mark_non_differentiable(*output[3:])
-    _keep(ctx, *_records(*inputs), Forward(*output))
-
-
-_linear_logprob.register_autograd(_pull_back, setup_context=_setup_context)
-
-
-class _Sharded(torch.autograd.Function):
-    """The same for a sharded head, as a plain Function: an operator would hide collectives from what traces them."""
-
-    @staticmethod
-    def forward(ctx, *arguments):
-        records = _records(*arguments)
-        saved = run_forward(*records)
-        _keep(ctx, *records, saved)
-        return saved.logprob, saved.logsumexp, saved.entropy
-
-    backward = staticmethod(_pull_back)

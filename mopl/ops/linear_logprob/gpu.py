@@ -33,11 +33,12 @@ from mopl.kernels import linear_logprob as kernels
 from mopl.kernels import linear_logprob_backward as backward_kernels
 from mopl.kernels import linear_logprob_flagged as flagged_kernels
 from mopl.ops._backend import INTERPRETED
-from mopl.ops._products import product
+from mopl.ops._products import operand_dtype, product
 from mopl.ops._rows import rows_contiguous
 from mopl.ops.linear_logprob import choice
+from mopl.ops.linear_logprob.keeping import padded_columns
 from mopl.ops.linear_logprob.plan import Plan
-from mopl.ops.linear_logprob.records import Batch, Coefficients, Head, LogitGradient, Sums, Want, padded_columns
+from mopl.ops.linear_logprob.records import Batch, Coefficients, Head, LogitGradient, Sums, Want
 
 HEADROOM = 8.0  # nats: normalised exponentials, and their products with u - shift, stay below float16's 65504
 
@@ -66,14 +67,6 @@ def wide_rows(rows: int, columns: int, like: Tensor, dtype: torch.dtype | None =
 def kept_exponentials(cache: Tensor, keep_rows: int, vocabulary: int) -> Tensor:
     """Return the kept exponentials as rows (keep_rows, V) of padded memory."""
     return cache.view(keep_rows, padded_columns(vocabulary, cache.element_size()))[:, :vocabulary]
-
-
-def same_dtype(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return both as they are if they share a dtype, else upcast to the compute dtype."""
-    if hidden.dtype == weight.dtype:
-        return hidden, weight
-    dtype = compute_dtype(hidden, weight)
-    return hidden.to(dtype), weight.to(dtype)
 
 
 class Running:
@@ -129,7 +122,8 @@ class Scan:
     """Passes over the vocabulary, and what every launch needs to know of the head and of the rows."""
 
     def __init__(self, head: Head, batch: Batch, pivot: Tensor, shift: Tensor, plan: Plan) -> None:
-        self.hidden, self.weight = (rows_contiguous(x) for x in same_dtype(batch.hidden, head.weight))
+        dtype = operand_dtype(batch.hidden, head.weight)
+        self.hidden, self.weight = (rows_contiguous(x.to(dtype)) for x in (batch.hidden, head.weight))
         self.bias, self.pivot, self.temperature, self.count = head.bias, pivot, batch.temperature, batch.count
         self.shift, self.plan = shift.clone(), plan
         self.scales = {"SOFTCAP": head.softcap, "LOGIT_SCALE": head.logit_scale}
@@ -150,7 +144,7 @@ class Scan:
             logits = product(part, self.weight[column : column + columns].T, tile[:, :columns])
             kernels.exp_kernel[(-(-many // shape["ROWS"]),)](
                 logits, self.bias, self.pivot, self.shift, self.temperature, self.count,
-                *(None if x is None else x[:, column:] for x in kept[:2]),
+                *(None if x is None else x[:, column:] for x in (kept.e, kept.moment)),
                 sums.others, moment1, moment2, sums.flag, first, many, column, columns, logits.stride(0),
                 kept.stride, **self.scales, BENT=kept.bent, LIMIT=kernels.LIMIT, **shape,
             )  # fmt: skip
@@ -162,15 +156,15 @@ class Scan:
         part = flagged_kernels.part_of(vocabulary, itemsize)
         parts, slots = -(-vocabulary // part), -(-many // flagged_kernels.ROWS)
         tile, merge = flagged_kernels.redo_tile(itemsize), flagged_kernels.merge_tile(parts)
-        partial = self.shift.new_empty(2 + sums.moments, parts, many).unbind()
-        top, sums_of_parts = partial[0], (*partial[1:], None, None)[:3]
+        top, *partial = self.shift.new_empty(2 + sums.moments, parts, many).unbind()
+        sums_of_parts = (*partial, None, None)[:3]
         operands = (self.hidden, self.weight, self.bias, self.pivot)
         strides = (self.hidden.stride(0), self.weight.stride(0))
         flagged_kernels.redo_top_kernel[(slots, parts)](
             *operands, sums.flag, top, first, many, size, vocabulary, part, *strides, **self.scales, **tile
         )
         flagged_kernels.redo_sum_kernel[(slots, parts)](
-            *operands, self.temperature, sums.flag, top, *kept[:2], *sums_of_parts, first, many, size,
+            *operands, self.temperature, sums.flag, top, kept.e, kept.moment, *sums_of_parts, first, many, size,
             vocabulary, part, parts, *strides, kept.stride, **self.scales, BENT=kept.bent,
             PARTS=merge["PARTS"], **tile,
         )  # fmt: skip

@@ -7,9 +7,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from mopl._arguments import compute_dtype
-from mopl.ops._backend import use_triton
-
 if TYPE_CHECKING:
     from mopl.ops.linear_logprob.shard import VocabularyShard
 
@@ -112,7 +109,7 @@ class Forward(NamedTuple):
     total: Tensor  # (N,); 0 for rows that took no part
     pivot: Tensor  # (N,) int64; empty without `row`: the target
     pivot_logprob: Tensor  # (N,); empty without `row`: logprob
-    cache: Tensor  # (keep_rows * cache_columns,) in `cache_dtype`, or empty
+    cache: Tensor  # (keep_rows * columns,), or empty: e_v as the backend lays it out, see `cache_layout`
 
 
 class Coefficients(NamedTuple):
@@ -134,30 +131,3 @@ class LogitGradient(NamedTuple):
     column: Tensor  # (F,) int64, or -1; with several targets a row (M + F,), first the pivots
     position: Tensor  # int64
     coefficient: Tensor
-
-
-def cache_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """Dtype of the kept exponentials: where Triton runs, that of 16-bit operands, which then need no conversion."""
-    narrow = use_triton(hidden) and hidden.dtype == weight.dtype and hidden.itemsize == 2
-    return hidden.dtype if narrow else compute_dtype(hidden, weight)
-
-
-def cache_columns(hidden: Tensor, weight: Tensor) -> int:
-    """Return how many entries a row of kept exponentials takes: V, padded where Triton runs."""
-    vocabulary = weight.shape[0]
-    return padded_columns(vocabulary, cache_dtype(hidden, weight).itemsize) if use_triton(hidden) else vocabulary
-
-
-def padded_columns(columns: int, itemsize: int) -> int:
-    """Return how many entries a row of the kernels takes: it begins at a multiple of 128 bytes, a line of the cache."""
-    step = 128 // itemsize
-    return -(-columns // step) * step
-
-
-def direction_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """Dtype of saved directions: that of bfloat16 hidden states where Triton runs, whose place they take.
-
-    Float16 has no range for the small directions of confident rows.
-    """
-    narrow = use_triton(hidden) and hidden.dtype == weight.dtype == torch.bfloat16
-    return torch.bfloat16 if narrow else compute_dtype(hidden, weight)

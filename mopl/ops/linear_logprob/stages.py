@@ -25,17 +25,8 @@ from mopl.ops.linear_logprob.formulas import (
     target_logprob,
     variance,
 )
-from mopl.ops.linear_logprob.records import (
-    Batch,
-    Coefficients,
-    Forward,
-    Head,
-    Inputs,
-    Want,
-    cache_columns,
-    cache_dtype,
-    direction_dtype,
-)
+from mopl.ops.linear_logprob.keeping import cache_layout, direction_dtype
+from mopl.ops.linear_logprob.records import Batch, Coefficients, Forward, Head, Inputs, Want
 from mopl.ops.linear_logprob.rows import Selection, select
 from mopl.ops.segments import segment_sum
 
@@ -62,7 +53,9 @@ def run_forward(head: Head, inputs: Inputs, want: Want) -> Forward:
     if want.check_targets:
         check_target_range(inputs.target, int(head.vocabulary))
         check_row_range(inputs.row, len(hidden))
-    backend, dtype = backend_of(hidden), compute_dtype(hidden, head.weight)
+    backend, operands = backend_of(hidden), (hidden, head.weight)
+    dtype, narrow = compute_dtype(*operands), direction_dtype(*operands)
+    columns, cache_dtype = cache_layout(*operands)
     chosen, batch = in_play(inputs, want)
     rows, entries = chosen.rows, chosen.entries
 
@@ -73,8 +66,7 @@ def run_forward(head: Head, inputs: Inputs, want: Want) -> Forward:
     pivot, pivot_logit = choose_pivots(logits, chosen, len(batch.hidden))
     local_pivot = head.local(pivot)
 
-    narrow, columns = direction_dtype(hidden, head.weight), cache_columns(hidden, head.weight)
-    cache = hidden.new_empty(want.keep_rows * columns, dtype=cache_dtype(hidden, head.weight))
+    cache = hidden.new_empty(want.keep_rows * columns, dtype=cache_dtype)
     own = backend.accumulate(head, batch, local_pivot, pivot_logit, want, cache)
     sums = own if shard is None else shard.merge(own)
     stats = statistics(sums, pivot_logit)

@@ -13,8 +13,9 @@ from mopl._arguments import compute_dtype
 from mopl.ops._backend import use_triton
 from mopl.ops.linear_logprob import choice, gpu
 from mopl.ops.linear_logprob import device as gpus
+from mopl.ops.linear_logprob.keeping import cache_layout
 from mopl.ops.linear_logprob.plan import LIBRARY, Plan, Wanted, make_plan
-from mopl.ops.linear_logprob.records import Batch, Head, LogitGradient, Want, cache_columns, cache_dtype
+from mopl.ops.linear_logprob.records import Batch, Head, LogitGradient, Want
 
 SECONDS = 3.0  # how long `tune` measures, the compilation of kernels not counted
 
@@ -114,7 +115,8 @@ def _step(
         logsumexp=False, entropy=False, frozen=wanted == "frozen", temperature=False, check_targets=False,
         keep_rows=keep, max_rows=rows,
     )  # fmt: skip
-    cache = hidden.new_empty(keep * cache_columns(hidden, weight), dtype=cache_dtype(hidden, weight))
+    columns, dtype = cache_layout(hidden, weight)
+    cache = hidden.new_empty(keep * columns, dtype=dtype)
 
     def step() -> object:
         sums = gpu.accumulate(head, batch, pivot, shift, want, cache, plan)
