@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from mopl._lines import lone_surrogate
 from mopl.experiments.common_settings import ALL, CosDpoSettings, LanguageModelSettings
 from mopl.experiments.methods import CONDITIONED, METHODS
-from mopl.experiments.resume_settings import located_if_there
+from mopl.experiments.resume_settings import located, located_if_there
 from mopl.experiments.settings import in_data, in_evaluation, in_method, in_model, in_training, setting, settings
 
 if TYPE_CHECKING:
@@ -105,9 +105,16 @@ class AlignConfig(CosDpoSettings, LanguageModelSettings):
     reference: str = in_method(
         "auto",
         "log-probabilities of the reference: self, computed in every step; precomputed, once; or another model; auto: "
-        "once if lists are seen more than once",
+        "once if lists are seen more than once or there is a reference_store",
         convert=_located_reference,
         metavar="HOW",
+    )
+    reference_store: str | None = in_method(
+        None,
+        "folder in which runs, trainers and other programs share log-probabilities of references",
+        unset="the run's own",
+        convert=located,
+        metavar="FOLDER",
     )
     steps: int | None = setting(None, unset="3 epochs, at least 100", at_least=1)
     lists_per_batch: int = in_training(16, "lists per optimizer step", at_least=1, metavar="LISTS")
@@ -210,7 +217,7 @@ class AlignConfig(CosDpoSettings, LanguageModelSettings):
         reference = self.reference
         if reference == "auto":
             once = self.method in CONDITIONED and steps * batch <= lists and self.conditioning != "text"
-            reference = "self" if once else "precomputed"
+            reference = "self" if once and self.reference_store is None else "precomputed"
         return dataclasses.replace(
             self,
             steps=steps,

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from mopl import steering
-from mopl.alignment.methods import ListScores, ResponseLoss, response_lengths
+from mopl.alignment.methods import ResponseLoss
 from mopl.language_models.collate import ListBatch, ListCollator
+from mopl.language_models.scoring import ListScores, response_lengths
 from mopl.language_models.tokenization import TokenizedList
 from mopl.pareto import spearman
 
@@ -109,9 +110,8 @@ class HeldOut:
         self.loss, self.beta, self.reference, self.lists = loss, beta, reference, lists
         self.batches: list[tuple[ListBatch, Tensor]] = []
         for first in range(0, len(lists), LISTS_PER_BATCH):
-            chunk = lists[first : first + LISTS_PER_BATCH]
-            batch = collator(chunk)
-            self.batches.append((dataclasses.replace(batch, inputs={}), response_lengths(chunk, batch)))
+            batch = collator(lists[first : first + LISTS_PER_BATCH])
+            self.batches.append((dataclasses.replace(batch, inputs={}), response_lengths(batch).clamp(min=1)))
         counts = torch.cat([batch.objective_mask for batch, _ in self.batches]).sum(0)
         for name, count in zip(objectives, counts.tolist(), strict=True):
             if count == 0:

@@ -7,7 +7,7 @@ backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,18 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from mopl._arguments import check_choice
-from mopl._renamed import renamed_keywords
 from mopl.alignment.config import LIST_LOSSES, LOSSES, PAIR_LOSSES, PER_TOKEN
 from mopl.conditioning import WeightedModel
 from mopl.conditioning.samplers import Sampler
 from mopl.experiments.cos_dpo import ListLoss, Score, Scored, StepBatch, StepSource
-from mopl.language_models.collate import ListBatch, ListCollator, by_objective, to_lists
-from mopl.language_models.head import score_sequences
+from mopl.language_models.collate import ListBatch, ListCollator, by_objective
+from mopl.language_models.scoring import Conditioner, ListScores, response_lengths, score_batch
 from mopl.language_models.tokenization import TokenizedList
 from mopl.losses import bradley_terry, normalize_labels
 from mopl.training.parallel import unwrapped
-
-Conditioner = Callable[[TokenizedList, Tensor, Tensor], TokenizedList]  # list, w (m,), β (m,) -> list
 
 
 @dataclass(frozen=True)
@@ -136,38 +133,6 @@ class ResponseLoss(ListLoss):
         return vector, preferred
 
 
-@dataclass(frozen=True, eq=False)
-class AlignBatch(StepBatch):
-    """One part of a step's batch."""
-
-    lengths: Tensor | None = None  # (B, K) tokens of each response, at least 1
-
-
-class ListScores:
-    """One number for each response of tokenised lists, found again by the places of the lists in the data.
-
-    Args:
-        lists: The lists, whose `index` is that place.
-        values: (S,), in the order of the lists and of their responses.
-
-    Raises:
-        ValueError: If there is not one value a response.
-    """
-
-    def __init__(self, lists: Sequence[TokenizedList], values: Tensor) -> None:
-        counts = torch.tensor([len(item.responses) for item in lists])
-        if values.shape != (int(counts.sum()),):
-            raise ValueError(f"there are {int(counts.sum())} responses but values are {tuple(values.shape)}")
-        self.values = values
-        self._start = torch.zeros(max(item.index for item in lists) + 1, dtype=torch.long)
-        self._start[torch.tensor([item.index for item in lists])] = counts.cumsum(0) - counts
-
-    def pad(self, batch: ListBatch, fill: float = 0.0) -> Tensor:
-        """Return the values of a batch's lists as (B, K), `fill` in masked places."""
-        place = self._start[batch.lists][:, None] + torch.arange(batch.mask.shape[1])
-        return self.values[place.clamp(max=len(self.values) - 1)].masked_fill(~batch.mask, fill)
-
-
 class AlignSource(StepSource):
     """The batches of a training.
 
@@ -196,57 +161,19 @@ class AlignSource(StepSource):
         self.lists, self.collator = lists, collator
         self.reference, self.experts, self.conditioner = reference, experts, conditioner
 
-    def batch(self, chosen: np.ndarray, weights: Tensor, beta: Tensor) -> AlignBatch:
+    def batch(self, chosen: np.ndarray, weights: Tensor, beta: Tensor) -> StepBatch:
         """Return the batch of these lists."""
         items = [self.lists[int(number)] for number in chosen]
         if self.conditioner is not None:
             items = [self.conditioner(*each) for each in zip(items, weights, beta, strict=True)]
         batch = self.collator(items)
-        return AlignBatch(
+        return StepBatch(
             lists=batch,
             weights=weights,
             beta=beta,
             reference=None if self.reference is None else self.reference.pad(batch),
             experts=None if self.experts is None else torch.stack([each.pad(batch) for each in self.experts], 1),
-            lengths=response_lengths(items, batch),
         )
-
-
-def response_lengths(items: Sequence[TokenizedList], batch: ListBatch) -> Tensor:
-    """Return how many tokens each response has, (B, K) float32; 1 in masked places, so that it may be divided by."""
-    lengths = torch.ones(batch.mask.shape)
-    for row, item in enumerate(items):
-        lengths[row, : len(item.responses)] = torch.tensor([float(len(response)) for response in item.responses])
-    return lengths
-
-
-@renamed_keywords(temperature="beta")
-def score_batch(
-    model: nn.Module,
-    batch: ListBatch,
-    weights: Tensor | None = None,  # (m,) or (B, m)
-    beta: Tensor | None = None,  # (m,) or (B, m)
-) -> Tensor:  # (B, K)
-    """Return the summed log-probabilities of the responses of a batch, in nats, in one forward pass.
-
-    Args:
-        model: A fused model, or a `WeightedModel` around one, which takes the weights of each list.
-        batch: The lists.
-        weights: w, if the model takes it.
-        beta: β, if the model takes it.
-    """
-    of_sequence = batch.index[:, 0]
-    options: dict[str, Any] = {}
-    inner = unwrapped(model)
-    if isinstance(inner, WeightedModel):
-        if weights is None:
-            raise ValueError("this model takes weights; pass (m,) or one row a list, (B, m)")
-        options["weights"] = weights[of_sequence] if weights.ndim == 2 else weights
-        if inner.takes_beta:
-            if beta is None:
-                raise ValueError("this model takes β; pass (m,) or one row a list, (B, m)")
-            options["beta"] = beta[of_sequence] if beta.ndim == 2 else beta
-    return to_lists(score_sequences(model, batch.inputs, **options).scores, batch)
 
 
 def scored_for(loss: ResponseLoss) -> Score:
@@ -254,7 +181,7 @@ def scored_for(loss: ResponseLoss) -> Score:
     log-probabilities are not known.
     """
 
-    def score(model: nn.Module, batch: AlignBatch) -> Scored:
+    def score(model: nn.Module, batch: StepBatch) -> Scored:
         scores = score_batch(model, batch.lists, batch.weights, batch.beta)
         reference, experts = batch.reference, batch.experts
         if reference is None:
@@ -264,9 +191,9 @@ def scored_for(loss: ResponseLoss) -> Score:
             with torch.no_grad(), inner.reference():
                 reference = score_batch(model, batch.lists, batch.weights, batch.beta)
         if loss.per_token:
-            assert batch.lengths is not None
-            scores, reference = scores / batch.lengths, reference / batch.lengths
-            experts = None if experts is None else experts / batch.lengths[:, None]
+            lengths = response_lengths(batch.lists).clamp(min=1)
+            scores, reference = scores / lengths, reference / lengths
+            experts = None if experts is None else experts / lengths[:, None]
         # The mean of log p - log p0 over responses tells at once when a model drifts away.
         mask = batch.lists.mask
         difference = (scores - reference).detach().masked_fill(~mask, 0.0)

@@ -26,11 +26,11 @@ from mopl._restoring import seeded
 from mopl.alignment import tuned
 from mopl.alignment.config import AlignConfig
 from mopl.alignment.evaluate import MAIN, Evaluation, HeldOut, evaluation_of, reference_point
-from mopl.alignment.reference import score_lists
 from mopl.alignment.runs import AlignmentRun
 from mopl.alignment.stages import Split, Stages, response_loss
 from mopl.alignment.trained import load_trained, set_weights
-from mopl.experiments.driver import FREE_ON_RESUME, Measured, Recipe, execute, plain_word
+from mopl.experiments.driver import FREE_ON_RESUME as FREE_IN_EVERY_RUN
+from mopl.experiments.driver import Measured, Recipe, execute, plain_word
 from mopl.experiments.methods import TABLE
 from mopl.experiments.run import BASE
 from mopl.experiments.run_directory import RunInterrupted
@@ -39,9 +39,12 @@ from mopl.language_models import models
 from mopl.language_models.data import PreferenceData, Text
 from mopl.language_models.generate import generate
 from mopl.language_models.readers import load_preferences
+from mopl.language_models.scoring import score_lists
 from mopl.language_models.tokenization import tokenize
 
 __all__ = ["FREE_ON_RESUME", "RunInterrupted", "align", "answers", "check_resume", "evaluate", "load_data"]
+
+FREE_ON_RESUME = (*FREE_IN_EVERY_RUN, "reference_store")
 
 
 def align(
@@ -80,6 +83,7 @@ class AlignmentRecipe(Recipe):
 
     kind = AlignmentRun.KIND
     finished = AlignmentRun
+    free = FREE_ON_RESUME
     chosen: ClassVar[dict[str, Any]] = {"reference": "auto"} | dict.fromkeys(
         ("steps", "warmup", "prompt_learning_rate")
     )

@@ -24,8 +24,7 @@ from mopl._restoring import seeded
 from mopl._rows import check_rows
 from mopl.alignment import tuned
 from mopl.alignment.config import CONDITIONED, LIST_LOSSES, AlignConfig
-from mopl.alignment.methods import AlignSource, Conditioner, ListScores, ResponseLoss, scored_for
-from mopl.alignment.reference import ReferenceStore, score_lists
+from mopl.alignment.methods import AlignSource, ResponseLoss, scored_for
 from mopl.conditioning import LoraMixture, TextPrompt
 from mopl.experiments.cos_dpo import CosDpoStages, Part, model_folder, vertices
 from mopl.experiments.driver import Recipe
@@ -34,6 +33,9 @@ from mopl.experiments.stages import Trained, Training
 from mopl.language_models import models
 from mopl.language_models.collate import ListCollator
 from mopl.language_models.data import PreferenceData
+from mopl.language_models.model_identity import identity_of
+from mopl.language_models.reference_store import ReferenceStore
+from mopl.language_models.scoring import Conditioner, ListScores, score_lists
 from mopl.language_models.tokenization import ListTokenizer, TokenizedData, TokenizedList
 from mopl.training.optimizer import adamw
 
@@ -44,11 +46,6 @@ class Split:
 
     data: PreferenceData
     tokens: TokenizedData
-
-    @property
-    def identity(self) -> dict[str, str]:
-        """What log-probabilities of these lists depend on."""
-        return {"data": self.data.fingerprint(), "tokenizer": self.tokens.fingerprint()}
 
 
 def text_conditioner(tokenizer: Any, prompt: TextPrompt) -> Conditioner:
@@ -125,18 +122,20 @@ class Stages(CosDpoStages):
         config = self.config
         own = config.reference in ("self", "precomputed")
         model = self.base if own else self._other_reference(config.reference)
-        identity = {"model": models.fingerprint(model), "precision": f"{config.dtype} {config.mixed_precision}"}
-        store = ReferenceStore(self.path / "reference", identity, self.accelerator)
+        shared = config.reference_store
+        store, identity = ReferenceStore(shared or self.path / "reference"), identity_of(model)
         self.base.to(self.accelerator.device)
         model.to(self.accelerator.device)
         for name, split in self.splits.items():
             if name == "train" and config.reference == "self":
                 self.references[name] = None
                 continue
-            self.references[name] = store.load_or_compute(
-                name, split.tokens.lists, split.identity, model,
+            lists = split.tokens.lists
+            found = store.load_or_compute(
+                lists, model, name=None if shared else name, identity=identity, accelerator=self.accelerator,
                 collator=self.collator, tokens_per_batch=config.tokens_per_batch,
             )  # fmt: skip
+            self.references[name] = ListScores(lists, found)
 
     def _other_reference(self, name: str) -> Any:
         """Return another model to be the reference; it must know the same tokens."""

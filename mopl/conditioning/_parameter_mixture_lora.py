@@ -126,7 +126,8 @@ class LoraMixture(Mixture):
             part.mix(self.adapters, self._call, whole=coefficients is None)
 
     @property
-    def _adapters_off(self) -> bool:
+    def is_reference(self) -> bool:
+        """Whether its adapters are off, which is so inside of `reference()`."""
         return next(iter(self._parts.values())).layer.disable_adapters
 
     def _of_rows(self, weights: Weights | None, kl_weight: float | Tensor | None, rows: int | None) -> Tensor:
@@ -169,7 +170,7 @@ class LoraMixture(Mixture):
             call.coefficients, call.rows = before
 
     def _forward(self, weights: Any, kl_weight: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        if self._fixed(weights, kl_weight) or self._adapters_off:
+        if self._fixed(weights, kl_weight) or self.is_reference:
             return self.model(*args, **kwargs)
         tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim)
         rows = next((len(value) for value in tensors), None)
@@ -177,7 +178,7 @@ class LoraMixture(Mixture):
             return self.model(*args, **kwargs)
 
     def _generate(self, weights: Any, kl_weight: Any, given: dict[str, Any]) -> Any:
-        if self._fixed(weights, kl_weight) or self._adapters_off:
+        if self._fixed(weights, kl_weight) or self.is_reference:
             return self.model.generate(**given)
         coefficients = self._of_rows(weights, kl_weight, len(given["input_ids"]))
         with self._standing(coefficients):  # of more rows than these, where there are beams

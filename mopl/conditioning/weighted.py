@@ -90,6 +90,11 @@ class WeightedModel(nn.Module):
         return self.model.get_base_model() if is_peft(self.model) else self.model
 
     @property
+    def is_reference(self) -> bool:
+        """Whether it is the model that it was tuned from now, which is so inside of `reference()`."""
+        return self._is_reference
+
+    @property
     def takes_beta(self) -> bool:
         """Whether it is conditioned on β of the objectives, too."""
         return False

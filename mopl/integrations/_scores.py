@@ -16,6 +16,7 @@ from mopl.conditioning.weighted import causal_lm_of
 from mopl.integrations._options import default_of
 from mopl.language_models.collate import ListBatch, to_lists
 from mopl.language_models.head import IGNORE_INDEX, SequenceScores, score_sequences
+from mopl.language_models.scoring import response_lengths
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class Scoring:
                 )
             router = auxiliary.to(scores.device)
         plain = None if self.ld_alpha is None else to_lists(found.scores, batch)
-        return Scored(scores, lengths, _tokens(batch).to(lengths), plain, confidence, router, self.router)
+        return Scored(scores, lengths, response_lengths(batch).to(lengths), plain, confidence, router, self.router)
 
     def reference(self, model: nn.Module, batch: ListBatch) -> Tensor:
         """Return the scores (B, K) of a reference."""
@@ -133,15 +134,6 @@ class Scoring:
         beyond = counted.cumsum(-1) > shared[:, None]
         kept = torch.where(beyond, self.ld_alpha, 1.0) * counted
         return to_lists((log_probs * kept).sum(-1), batch), lengths
-
-
-def _tokens(batch: ListBatch) -> Tensor:
-    """Return how many tokens the responses have, (B, K) int64."""
-    written, segment = batch.inputs["labels"] != IGNORE_INDEX, batch.inputs.get("segment")
-    if segment is None:
-        return to_lists(written.sum(-1), batch)
-    counts = written.new_zeros(len(batch.index), dtype=torch.long)
-    return to_lists(counts.index_add(0, segment[0], written[0].long()), batch)
 
 
 def router_coefficient(args: Any, model: Any) -> float:

@@ -44,6 +44,9 @@ class ObjectiveArguments:
         eval_points: Points of the grid of w for evaluation; sizes of lattices for m = 3 and 4. The trainers' argument
             `eval_weights` takes any points. None for a model that takes no weights, which is measured at those that it
             trains for.
+        reference_store: Folder of a `mopl.language_models.ReferenceStore`, from which the log-probabilities of
+            `precompute_ref_log_probs` are read and to which those that it lacks are written; other trainings,
+            `mopl align` and any other program may share it. By default they are kept for this training only.
         weights_alpha: Deprecated: the old name of `concentration`.
     """
 
@@ -61,6 +64,7 @@ class ObjectiveArguments:
     length_normalized: bool = False
     reference_free: bool = False
     eval_points: int | None = None
+    reference_store: str | None = None
     weights_alpha: float | None = None
 
     def __post_init__(self) -> None:

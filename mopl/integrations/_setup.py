@@ -257,6 +257,22 @@ def check_reference(model: Any, ref_model: Any, adapter: str | None, reference_f
             )
 
 
+def check_store(settings: ObjectiveArguments, precompute: bool, scoring: Scoring) -> None:
+    """Raise where there is nothing that a store of references could keep."""
+    if settings.reference_store is None:
+        return
+    given = f"reference_store is {settings.reference_store!r}"
+    if settings.reference_free:
+        raise ValueError(f"{given} but reference_free is True, so there is no reference; leave one of them out")
+    if not precompute:
+        raise ValueError(f"{given} but the reference is computed in each step; pass precompute_ref_log_probs=True")
+    if scoring.ld_alpha is not None:
+        raise ValueError(
+            f"{given} but ld_alpha is {scoring.ld_alpha}, which weighs the tokens of a response by the length of the "
+            "other one, and a store has plain sums; leave one of them out"
+        )
+
+
 def reference_name(own: OwnReference | None, ref_model: Any) -> str:
     """Return what a `TuningRecord` says of the reference."""
     if ref_model is not None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from mopl._extras import require
 
@@ -20,12 +22,15 @@ from mopl._files import write_file
 from mopl._restoring import evaluating
 from mopl.conditioning.causal_lm import is_peft
 from mopl.conditioning.hyper_prompt_model import HyperPromptModel
-from mopl.integrations._data import ExampleCollator, Examples, Extras, batch_of
+from mopl.integrations._data import Examples, Extras
 from mopl.integrations._scores import Scoring
 from mopl.integrations._settings import ObjectiveArguments
-from mopl.integrations._setup import check_reference, check_sharding, load_hyper_prompt
-from mopl.language_models.adapter_reference import OwnReference, check_same_reference, checksum, write_reference
+from mopl.integrations._setup import check_reference, check_sharding, check_store, load_hyper_prompt
+from mopl.language_models.adapter_reference import OwnReference, check_same_reference, write_reference
 from mopl.language_models.collate import ListBatch
+from mopl.language_models.model_identity import checksum, identity_of
+from mopl.language_models.reference_store import ReferenceStore
+from mopl.language_models.scoring import score_lists
 
 
 class ListTrainer(Trainer):
@@ -49,6 +54,7 @@ class ListTrainer(Trainer):
         The policy's adapters were `added` by the trainer; the data have (`given`) the reference's log-probabilities.
         """
         check_reference(model, ref_model, adapter, self.settings.reference_free)
+        check_store(self.settings, self._precompute, self.scoring)
         if ref_model is not None or self.settings.reference_free:
             return ref_model
         if adapter is not None or isinstance(model, HyperPromptModel) or is_peft(model):
@@ -76,39 +82,44 @@ class ListTrainer(Trainer):
             return None
         if extras.reference is not None:
             return extras.reference
+        with self._as_reference(model) as reference:
+            return self.scoring.reference(reference, batch)
+
+    @contextlib.contextmanager
+    def _as_reference(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Yield the reference: a model of its own, or the policy as it was when its training began."""
         if self.ref_model is not None:
-            return self.scoring.reference(self.ref_model, batch)
+            yield self.ref_model
+            return
         if self.own is None and self.state.global_step > 0:
-            raise ValueError("the data has no reference log-probabilities and there is no ref_model to compute them")
+            raise ValueError(
+                "the data has no reference log-probabilities, and they cannot be computed after training has begun, "
+                "because the model was its own reference; pass the data as eval_dataset, or pass ref_model"
+            )
         inner = self.accelerator.unwrap_model(model)
         with evaluating(inner) if self.own is None else self.own.active(inner):
-            return self.scoring.reference(model, batch)
+            yield model
 
     def _with_reference(self, data: Examples, batch_size: int) -> Examples:
         """Return data with the reference's log-probabilities beside each list, where they are to be computed once."""
         if not self._precompute or data.has_reference:
             return data
-        if self.ref_model is None and self.own is None and self.state.global_step > 0:
-            raise ValueError(
-                "the reference's log-probabilities of a new data set cannot be computed after training has begun, "
-                "because the model was its own reference; pass the data as eval_dataset, or pass ref_model"
-            )
-        collator = copy.copy(self.data_collator.collator)
-        collator.width = data.width
-        loader = torch.utils.data.DataLoader(
-            data,
-            batch_size=getattr(self.args, "precompute_ref_batch_size", None) or batch_size,
-            collate_fn=ExampleCollator(collator),
-            num_workers=self.args.dataloader_num_workers,
-        )
-        found = []
-        for inputs in self.accelerator.prepare(loader):
-            batch, _ = batch_of(self._prepare_inputs(inputs))
-            with self.accelerator.autocast():
-                reference = self._reference(self.model, batch, Extras())
-            gathered: Any = self.accelerator.gather_for_metrics(reference)
-            found.append(gathered.cpu())
-        return data.with_reference(torch.cat(found))
+        lists = [example.tokens for example in data.lists]
+        options: dict[str, Any] = {
+            "collator": self.data_collator.collator,
+            "lists_per_batch": getattr(self.args, "precompute_ref_batch_size", None) or batch_size,
+            "accelerator": self.accelerator,
+            "score": self.scoring.reference,
+        }
+        folder = self.settings.reference_store
+        with self._as_reference(self.model) as model:
+            if folder is None:
+                flat = score_lists(model, lists, **options)
+            else:
+                identity = identity_of(self.accelerator.unwrap_model(model))
+                flat = ReferenceStore(folder).load_or_compute(lists, model, identity=identity, **options)
+        rows = flat.split([len(item.responses) for item in lists])
+        return data.with_reference(pad_sequence(rows, batch_first=True))
 
     # ---------------------------------------------------------------- checkpoints
 

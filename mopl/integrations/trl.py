@@ -46,7 +46,7 @@ from mopl._arguments import check_choice
 from mopl.conditioning.causal_lm import is_peft
 from mopl.conditioning.hyper_prompt_model import HyperPromptModel
 from mopl.conditioning.weighted import causal_lm_of
-from mopl.integrations._data import Examples, is_pairs
+from mopl.integrations._data import REFERENCE_COLUMNS, Examples, is_pairs
 from mopl.integrations._objective import ListLoss
 from mopl.integrations._options import check_options
 from mopl.integrations._pair_loss import PairLoss, pair_loss_of
@@ -55,9 +55,10 @@ from mopl.integrations._trl_tokens import TOKENIZATIONS, examples_of_pairs, refu
 from mopl.integrations.transformers import MultiObjectiveTrainer
 from mopl.language_models.collate import ListCollator
 from mopl.language_models.data import OnError
-from mopl.language_models.tokenization import TokenizedData
+from mopl.language_models.reference_store import ReferenceStore
+from mopl.language_models.tokenization import TokenizedData, pad_token
 
-__all__ = ["MultiObjectiveDPOConfig", "MultiObjectiveDPOTrainer"]
+__all__ = ["MultiObjectiveDPOConfig", "MultiObjectiveDPOTrainer", "with_reference_logps"]
 
 
 @dataclass
@@ -216,6 +217,53 @@ class MultiObjectiveDPOTrainer(MultiObjectiveTrainer):
         if not isinstance(data, Examples):  # which were made here
             refuse_options(args)
         return super()._examples(data, objectives)
+
+
+def with_reference_logps(
+    dataset: Any,
+    model: Any,
+    args: DPOConfig | None = None,
+    *,
+    processing_class: Any,
+    reference_store: str | os.PathLike[str],
+    **options: Any,
+) -> Any:
+    """Return rows of pairs with columns `ref_chosen_logps` and `ref_rejected_logps`, kept in a store of references.
+
+    The trainers here, and `trl.DPOTrainer`, read these columns; see docs/reference_store.md.
+
+    Args:
+        dataset: A `datasets.Dataset` or a list of rows in TRL's preference format.
+        model: The reference: a causal language model, plain or with PEFT's adapters. Its head is fused in place.
+        args: What `max_length`, `truncation_mode` and `dataset_num_proc` are read from; by default TRL's defaults.
+        processing_class: The tokenizer.
+        reference_store: Folder of a `mopl.language_models.ReferenceStore`.
+        **options: Of `ReferenceStore.load_or_compute`, such as `tokens_per_batch` or `accelerator`.
+
+    Returns:
+        The same kind of rows; those that TRL would leave out, because their prompt alone fills `max_length`, are not
+        among them.
+
+    Raises:
+        ValueError: If `ld_alpha` is set, whose weights of tokens a store does not have, or as `examples_of_pairs`.
+    """
+    args = DPOConfig("unused", use_cpu=True, bf16=False) if args is None else args
+    if args.ld_alpha is not None:
+        raise ValueError(
+            f"ld_alpha is {args.ld_alpha}, which weighs tokens, and a store of references has plain sums; leave it out"
+        )
+    tokens = [item.tokens for item in examples_of_pairs(dataset, args, processing_class=processing_class).lists]
+    collator = ListCollator(pad_id=pad_token(processing_class))
+    flat = ReferenceStore(os.fspath(reference_store)).load_or_compute(tokens, model, collator=collator, **options)
+    columns = dict(zip(REFERENCE_COLUMNS, flat.view(-1, 2).T.tolist(), strict=True))
+    places = [item.index for item in tokens]
+    if not hasattr(dataset, "add_column"):
+        beside = (dict(zip(columns, pair, strict=True)) for pair in zip(*columns.values(), strict=True))
+        return [{**dataset[place], **pair} for place, pair in zip(places, beside, strict=True)]
+    dataset = dataset.select(places).remove_columns([name for name in columns if name in dataset.column_names])
+    for name, values in columns.items():
+        dataset = dataset.add_column(name, values)
+    return dataset
 
 
 class _MovingReference(SyncRefModelCallback):

@@ -16,7 +16,6 @@ of the model, so no optimizer, checkpoint or `save_pretrained` sees it.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from mopl._records import read_json
 from mopl._restoring import evaluating, requires_grad_kept
 from mopl.conditioning import HyperPromptModel
 from mopl.conditioning.causal_lm import is_peft
+from mopl.language_models.model_identity import checksum
 
 FILE = "reference.json"
 
@@ -236,17 +236,6 @@ def _adapter_active(model: Any, name: str) -> Iterator[None]:
 
 
 # ---------------------------------------------------------------- the same reference in a resumed training
-
-
-def checksum(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Return a short fingerprint of tensors by name: exact sums of their bits, taken where they are."""
-    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors, key=lambda entry: entry[0]):
-        bits = tensor.detach().contiguous()
-        bits = bits.to(torch.uint8) if bits.dtype == torch.bool else bits.view(kinds[bits.element_size()])
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {int(bits.sum(dtype=torch.int64))}".encode())
-    return digest.hexdigest()[:32]
 
 
 class _Record(msgspec.Struct):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from mopl.conditioning.adapter_checks import check_names, names_in
 from mopl.conditioning.hyper_prompt_model import WEIGHTS_FILE as PROMPT_FILE
 from mopl.conditioning.saved_models import ADAPTER_FILE, CONFIG_FILE, REMEDY, load_adapters, read_kind, read_record
 from mopl.language_models.head import fuse, unfuse
+from mopl.language_models.model_identity import fingerprint as fingerprint
 
 TEXT_KIND, MIXTURE_KIND = "TextPromptModel", "LoraMixture"
 
@@ -218,12 +218,3 @@ def set_state(model: HyperPromptModel, state: Mapping[str, Tensor]) -> None:
         result = set_peft_model_state_dict(model.model, parts["adapter"])  # type: ignore[arg-type]
         if result.unexpected_keys:
             raise ValueError(f"the adapter has no {', '.join(result.unexpected_keys[:3])}; was it made for this model?")
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Return a SHA-256 of the names, types and values of all parameters and buffers."""
-    digest = hashlib.sha256(type(model).__name__.encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()

@@ -71,13 +71,7 @@ class TokenizedData(Sequence[TokenizedList]):
 
     def fingerprint(self) -> str:
         """Return a SHA-256 of all tokens and of where responses begin: equal exactly if a model sees the same."""
-        digest = hashlib.sha256()
-        for item in self.lists:
-            starts = [np.array(item.prompt_starts)] if item.prompt_starts else []
-            for tokens in (item.prompt, *item.responses, *starts):
-                digest.update(len(tokens).to_bytes(8, "little") + tokens.astype("<i8").tobytes())
-            digest.update(b"|")
-        return digest.hexdigest()
+        return fingerprint_of(self.lists)
 
     def describe(self) -> dict[str, int]:
         """Return how many lists, sequences and tokens there are and how many truncation touched."""
@@ -89,6 +83,17 @@ class TokenizedData(Sequence[TokenizedList]):
             "prompts_cut": sum(item.prompt_cut > 0 for item in self.lists),
             "responses_cut": sum(cut > 0 for item in self.lists for cut in item.response_cut),
         }
+
+
+def fingerprint_of(lists: Sequence[TokenizedList]) -> str:
+    """Return a SHA-256 of all tokens of lists and of where responses begin: equal exactly if a model sees the same."""
+    digest = hashlib.sha256()
+    for item in lists:
+        starts = [np.array(item.prompt_starts)] if item.prompt_starts else []
+        for tokens in (item.prompt, *item.responses, *starts):
+            digest.update(len(tokens).to_bytes(8, "little") + tokens.astype("<i8").tobytes())
+        digest.update(b"|")
+    return digest.hexdigest()
 
 
 def truncate(

@@ -26,7 +26,7 @@ from mopl.alignment.methods import (
     score_batch,
     scored_for,
 )
-from mopl.alignment.reference import CHUNK, ReferenceStore, score_lists
+from mopl.alignment.reference import score_lists
 from mopl.alignment.stages import response_loss, text_conditioner
 from mopl.conditioning import HyperPromptModel
 from mopl.conditioning.samplers import box_betas, dirichlet_weights, fixed
@@ -36,6 +36,7 @@ from mopl.experiments.methods import Method
 from mopl.language_models import models
 from mopl.language_models.collate import ListCollator
 from mopl.language_models.data import PreferenceData, PreferenceList
+from mopl.language_models.scoring import response_lengths
 from mopl.language_models.tokenization import TokenizedList
 from mopl.losses import DPOLoss, listwise_dpo
 from mopl.training import TrainingInterrupted, make_accelerator, train
@@ -188,7 +189,8 @@ def test_parts_of_a_batch_are_cuts_of_the_same_lists_weights_and_beta(parts):
         first, size = sum(len(lists[i].responses) for i in range(index)), len(lists[index].responses)
         assert whole.reference[row, :size].tolist() == list(range(first, first + size))
         assert (whole.reference[row, size:] == 0).all() and torch.equal(whole.experts[row, 1], whole.reference[row])
-        assert whole.lengths[row, :size].tolist() == [len(response) for response in lists[index].responses]
+        lengths = response_lengths(whole.lists)[row].tolist()
+        assert lengths[:size] == [len(response) for response in lists[index].responses] and not any(lengths[size:])
 
 
 def test_the_training_loss_is_equation_12_with_each_lists_own_weights_and_the_models_own_logits(base):
@@ -482,45 +484,6 @@ def test_precomputed_log_probabilities_are_those_of_the_step(base, packed):
     torch.testing.assert_close(precomputed.pad(batch.lists), in_step, rtol=1e-5, atol=1e-4)
     with_both = [scalarized_loss(DENSE, NAMES)(model, source(lists, reference=r)(3), 3)[0] for r in (None, precomputed)]
     torch.testing.assert_close(with_both[0], with_both[1], rtol=1e-5, atol=1e-6)
-
-
-def test_a_stored_reference_is_refused_for_other_data_another_tokenizer_or_another_model(base, tmp_path):
-    lists, accelerator = tokenized(), make_accelerator(cpu=True)
-    options = {"collator": ListCollator(), "tokens_per_batch": 100}
-    store = ReferenceStore(tmp_path, {"model": models.fingerprint(base)}, accelerator)
-    identity = {"data": "d1", "tokenizer": "t1"}
-    made = store.load_or_compute("train", lists, identity, base, **options)
-    assert torch.equal(store.load_or_compute("train", lists, identity, None).values, made.values)
-    for name in identity:
-        with pytest.raises(ValueError, match=f"log-probabilities of another {name} .*delete the file"):
-            store.load_or_compute("train", lists, {**identity, name: "other"}, None)
-    with torch.no_grad():
-        base.lm_head.weight[3, 4] += 1e-3
-    other = ReferenceStore(tmp_path, {"model": models.fingerprint(base)}, accelerator)
-    with pytest.raises(ValueError, match="another model"):
-        other.load_or_compute("train", lists, identity, base, **options)
-
-
-def test_computing_the_reference_continues_after_the_last_whole_chunk(base, tmp_path, monkeypatch):
-    monkeypatch.setattr("mopl.alignment.reference.CHUNK", 4)
-    lists, accelerator, calls = tokenized(), make_accelerator(cpu=True), []
-
-    def counting(model, chunk, **options):
-        calls.append(len(chunk))
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return score_lists(model, chunk, **options)
-
-    monkeypatch.setattr("mopl.alignment.reference.score_lists", counting)
-    store = ReferenceStore(tmp_path, {"model": "m"}, accelerator)
-    arguments = ("train", lists, {"data": "d"}, base)
-    options = {"collator": ListCollator(), "tokens_per_batch": 100}
-    with pytest.raises(KeyboardInterrupt):
-        store.load_or_compute(*arguments, **options)
-    made = store.load_or_compute(*arguments, **options)
-    assert calls == [4, 4, 1, 1] and CHUNK == 512
-    torch.testing.assert_close(made.values, scored(base, lists), rtol=1e-5, atol=1e-4)
-    assert [path.name for path in tmp_path.iterdir()] == ["train.safetensors"]
 
 
 # ---------------------------------------------------------------- evaluation

@@ -66,7 +66,7 @@ def test_scoring_lists_gives_the_mode_back_after_an_error(monkeypatch):
     pytest.importorskip("accelerate")
     import numpy as np
 
-    from mopl.alignment import reference
+    from mopl.language_models import scoring
     from mopl.language_models.collate import ListCollator
     from mopl.language_models.tokenization import TokenizedList
     from mopl.training import make_accelerator
@@ -78,10 +78,10 @@ def test_scoring_lists_gives_the_mode_back_after_an_error(monkeypatch):
         seen.append(modes(model))
         fail()
 
-    monkeypatch.setattr(reference, "score_batch", score)
+    monkeypatch.setattr(scoring, "score_batch", score)
     before = modes(model)
     with pytest.raises(MemoryError):
-        reference.score_lists(
+        scoring.score_lists(
             model, lists, collator=ListCollator(), tokens_per_batch=8, accelerator=make_accelerator(cpu=True)
         )
     assert seen == [[False] * 5] and modes(model) == before

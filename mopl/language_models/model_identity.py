@@ -1,0 +1,152 @@
+"""What tells a model from others whose log-probabilities differ: parameters, configuration, adapters, attention.
+
+A model with adapters has the `"model"` of its base model without them, so that one whose adapters are off, or one that
+never had any, is the same reference.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mopl._extras import require
+from mopl.conditioning.causal_lm import is_peft
+from mopl.conditioning.weighted import WeightedModel, causal_lm_of
+
+# Of configurations of models and adapters: names, versions, and what only a training or a generation reads.
+_WITHOUT_EFFECT = (
+    "_name_or_path", "architectures", "auto_map", "auto_mapping", "base_model_name_or_path", "dtype", "id2label",
+    "inference_mode", "init_lora_weights", "initializer_range", "label2id", "peft_version", "revision",
+    "runtime_config", "torch_dtype", "transformers_version", "use_cache",
+)  # fmt: skip
+
+# Where PEFT's wrappers have what they are around: a layer, the tokens of an embedding, a module that is trained whole.
+_WRAPPED = ("base_layer", "token_adapter", "original_module")
+
+
+def identity_of(model: Any) -> dict[str, str]:
+    """Return what the log-probabilities of a model depend on besides the tokens, as it stands now.
+
+    Batches, packing and the machine are no part of it: they change rounding alone.
+
+    Args:
+        model: A causal language model, plain or with PEFT's adapters, which count if they are on; or a `WeightedModel`
+            inside of `with model.reference():`.
+
+    Returns:
+        Fingerprints by name: `"model"`, of all parameters and buffers without adapters; `"config"`; `"adapter"`, of the
+        active ones with their settings, or `"none"`; and `"attention"`, the name of its implementation.
+
+    Raises:
+        ValueError: If the log-probabilities depend on weights of objectives.
+        NotImplementedError: If the parameters are not here whole: sharded, or on no device.
+    """
+    if isinstance(model, WeightedModel):
+        if not model.is_reference:
+            raise ValueError(
+                f"the log-probabilities of a {type(model).__name__} depend on the weights w, so they cannot be stored "
+                "for all of them; ask inside of `with model.reference():` for those of the model that it was tuned "
+                "from, pass model.merge(w) for those at one w, or compute the reference in each step"
+            )
+        model = model.model
+    inner = causal_lm_of(model)
+    settings = inner.config.to_diff_dict() if hasattr(inner, "config") else {}
+    adapters = [_adapter(model, name) for name in _active_adapters(model)]
+    return {
+        "model": fingerprint(inner),
+        "config": _digest(settings),
+        "adapter": _digest(adapters) if adapters else "none",
+        "attention": str(getattr(getattr(inner, "config", None), "_attn_implementation", None)),
+    }
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Return a SHA-256 of the names, types and values of all parameters and buffers but those of adapters."""
+    digest = hashlib.sha256(type(model).__name__.encode())
+    _update(digest, _without_adapters(model).items())
+    return digest.hexdigest()
+
+
+def checksum(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Return a short fingerprint of tensors by name: exact sums of their bits, taken where they are.
+
+    It costs no copy from a GPU, and does not see values that change places. Checkpoints of trainings hold it.
+    """
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda entry: entry[0]):
+        bits = tensor.detach().contiguous()
+        bits = bits.to(torch.uint8) if bits.dtype == torch.bool else bits.view(kinds[bits.element_size()])
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {int(bits.sum(dtype=torch.int64))}".encode())
+    return digest.hexdigest()[:32]
+
+
+def _update(digest: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    for name, tensor in sorted(tensors, key=lambda entry: entry[0]):
+        if tensor.is_meta or hasattr(tensor, "ds_shape") or hasattr(tensor, "full_tensor"):
+            raise NotImplementedError(
+                f"{name} is sharded or on no device, so the model cannot be told from others; compute its "
+                "log-probabilities before it is sharded, in a process that has it whole"
+            )
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _without_adapters(model: nn.Module) -> dict[str, Tensor]:
+    """Return the state of a model by the names that it has before PEFT wraps parts of it."""
+    state: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    for path, module in reversed(list(model.named_modules())):
+        kept = next((name for name in _WRAPPED if name in module._modules), None)
+        if kept is None or not hasattr(module, "active_adapters"):
+            continue
+        own, inside = f"{path}.", f"{path}.{kept}."
+        state = {
+            own + name[len(inside) :] if name.startswith(inside) else name: tensor
+            for name, tensor in state.items()
+            if name.startswith(inside) or not name.startswith(own)
+        }
+    return state
+
+
+def _active_adapters(model: Any) -> list[str]:
+    """Return the adapters by which a PEFT model computes now."""
+    if not is_peft(model) or getattr(model, "_adapters_disabled", False):
+        return []
+    if any(getattr(module, "disable_adapters", False) is True for module in model.modules()):
+        return []
+    return list(model.active_adapters)
+
+
+def _adapter(model: Any, name: str) -> list[Any]:
+    """Return what tells an adapter from others, whatever its name is: its settings and a SHA-256 of its parameters."""
+    require("peft")
+    from peft import get_peft_model_state_dict
+
+    digest = hashlib.sha256()
+    _update(digest, get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False).items())
+    return [model.peft_config[name].to_dict(), digest.hexdigest()]
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(_plain(content), sort_keys=True).encode()).hexdigest()
+
+
+def _plain(content: Any) -> Any:
+    """Return settings as JSON has them, without those that have no part in a forward pass without dropout."""
+    if isinstance(content, Mapping):
+        names = (name for name in content if name not in _WITHOUT_EFFECT)
+        return {
+            str(name): _plain(content[name])
+            for name in names
+            if "drop" not in str(name) and not str(name).endswith("_token_id")
+        }
+    if isinstance(content, (set, frozenset)):
+        return sorted(map(_plain, content), key=str)
+    if isinstance(content, (list, tuple)):
+        return [_plain(each) for each in content]
+    return content if isinstance(content, (str, int, float, bool)) or content is None else str(content)
