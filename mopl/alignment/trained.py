@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mopl import steering
@@ -34,8 +35,14 @@ def set_weights(model: Any, path: Path, method: str, grid: Tensor, weights: Sequ
     """
     w = check_weights(weights, grid.shape[1]).double()
     folders = model_folders(path, method, grid)
-    if TABLE[method].averages:
-        state = steering.soup([models.read_state(folder, like=folders[0]) for folder in folders], w)
-    else:
-        state = models.read_state(folders[place_in_grid(grid, w, method)], like=folders[0])
-    models.set_state(model, state)
+    if not TABLE[method].averages:
+        model.load_weights(folders[place_in_grid(grid, w, method)])
+        return
+    experts = []
+    for folder in folders:
+        model.load_weights(folder)
+        experts.append({name: value.clone() for name, value in model.trained_state().items()})
+    own = model.trained_state()
+    with torch.no_grad():
+        for name, value in steering.soup(experts, w).items():
+            own[name].copy_(value)

@@ -294,6 +294,17 @@ class WeightedModel(nn.Module):
         config = read_record(folder, kind.KIND, kind.WEIGHTS_FILE or CONFIG_FILE)
         return kind._load(folder, config, model, trainable=trainable, **options).eval()  # type: ignore[return-value]
 
+    def trained_state(self) -> dict[str, Tensor]:
+        """Return what was trained by name, adapters as PEFT's files have it: the tensors are those of the model."""
+        state = dict(self._state())
+        if self._adapters:
+            require("peft")
+            from peft import get_peft_model_state_dict
+        for adapter in self._adapters:
+            own = get_peft_model_state_dict(self.model, adapter_name=adapter, save_embedding_layers=False)
+            state |= {f"{adapter}/{name}": value for name, value in own.items()}
+        return state
+
     @in_turn
     @torch.no_grad()
     def load_weights(self, directory: str | os.PathLike[str]) -> None:

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mopl._extras import require
 from mopl._hub import loading
-from mopl._tensor_files import read_tensors, shapes_of
 from mopl._terminal import bars_wanted
-from mopl.conditioning import HyperPromptModel, LoraMixture, WeightedModel
+from mopl.conditioning import LoraMixture, WeightedModel
 from mopl.conditioning.adapter_base import base_of_adapter, merge_adapter, naming_base
 from mopl.conditioning.adapter_checks import check_names, names_in
-from mopl.conditioning.hyper_prompt_model import WEIGHTS_FILE as PROMPT_FILE
-from mopl.conditioning.saved_models import ADAPTER_FILE, CONFIG_FILE, REMEDY, load_adapters, read_kind, read_record
+from mopl.conditioning.saved_models import ADAPTER_FILE, CONFIG_FILE, load_adapters, read_kind, read_record
 from mopl.language_models.head import fuse, unfuse
 from mopl.language_models.model_identity import fingerprint as fingerprint
 
@@ -172,49 +170,9 @@ def load_model(folder: Path, base: nn.Module) -> nn.Module:
     """
     if not (folder / CONFIG_FILE).exists():
         raise FileNotFoundError(f"{folder} holds no trained model: it has no {CONFIG_FILE}")
-    kind = read_kind(folder)
-    if kind != TEXT_KIND:
+    if read_kind(folder) != TEXT_KIND:
         with quiet():
-            return (LoraMixture if kind == MIXTURE_KIND else HyperPromptModel).from_pretrained(folder, base)
+            return WeightedModel.from_pretrained(folder, base)
     read_record(folder, TEXT_KIND, ADAPTER_FILE)
     with quiet():
         return load_adapters(base, {"default": folder}).eval()
-
-
-def read_state(folder: Path, like: Path | None = None) -> dict[str, Tensor]:
-    """Return what was trained as tensors by name: `adapter/...` and `prompt/...`.
-
-    Args:
-        folder: Where it was saved.
-        like: Another folder, whose files have the same names and shapes.
-
-    Raises:
-        DamagedFile: If a file is damaged, or has other names or shapes than the other folder's.
-    """
-    state: dict[str, Tensor] = {}
-    for kind, name in (("adapter", ADAPTER_FILE), ("prompt", PROMPT_FILE)):
-        if (folder / name).exists() or (like is not None and (like / name).exists()):
-            wanted = None if like is None else shapes_of(like / name, remedy=REMEDY)
-            tensors = read_tensors(folder / name, wanted, remedy=REMEDY)
-            state |= {f"{kind}/{key}": value for key, value in tensors.items()}
-    return state
-
-
-def set_state(model: HyperPromptModel, state: Mapping[str, Tensor]) -> None:
-    """Put what `read_state` gave, or an average of several, into a model of the same kind.
-
-    Raises:
-        ValueError: If the names do not fit.
-    """
-    parts: dict[str, dict[str, Tensor]] = {"adapter": {}, "prompt": {}}
-    for name, value in state.items():
-        kind, _, key = name.partition("/")
-        parts[kind][key] = value
-    model.hyper_prompt.load_state_dict(parts["prompt"], strict=True)
-    if parts["adapter"]:
-        require("peft")
-        from peft import set_peft_model_state_dict
-
-        result = set_peft_model_state_dict(model.model, parts["adapter"])  # type: ignore[arg-type]
-        if result.unexpected_keys:
-            raise ValueError(f"the adapter has no {', '.join(result.unexpected_keys[:3])}; was it made for this model?")

@@ -29,7 +29,6 @@ from mopl.cli import build_parser, main
 from mopl.conditioning import HyperPromptModel
 from mopl.experiments import run_fronts
 from mopl.experiments.cos_dpo import model_folder
-from mopl.language_models.models import read_state
 from mopl.losses.pairwise import LOSS_TYPES
 from mopl.pareto import Front
 from mopl.training import TrainingDiverged, read_log
@@ -261,13 +260,17 @@ def test_open_run_loads_every_method_for_its_weights(run):
 
 def test_a_soup_is_the_average_of_the_trained_parameters(run):
     opened = open_run(run)
-    experts = [read_state(model_folder(run, "dpo-soup", w)) for w in ((1, 0), (0, 1))]
+    from safetensors.torch import load_file
+
+    folders = [model_folder(run, "dpo-soup", w) for w in ((1, 0), (0, 1))]
+    files = ("adapter_model.safetensors", "hyper_prompt.safetensors")
+    experts = [load_file(folder / files[0]) | load_file(folder / files[1]) for folder in folders]
     mixed = steering.soup(experts, [0.3, 0.7])
     model = opened.load("dpo-soup", [0.3, 0.7])
-    torch.testing.assert_close(model.hyper_prompt.prefix.detach(), mixed["prompt/prefix"])
+    torch.testing.assert_close(model.hyper_prompt.prefix.detach(), mixed["prefix"])
     key = next(name for name in mixed if name.endswith("lora_B.weight"))
     own = dict(model.model.named_parameters())
-    (value,) = (p for name, p in own.items() if name.replace(".default", "") == key.removeprefix("adapter/"))
+    (value,) = (p for name, p in own.items() if name.replace(".default", "") == key)
     torch.testing.assert_close(value.detach(), mixed[key])
 
 
