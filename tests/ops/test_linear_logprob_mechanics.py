@@ -12,7 +12,7 @@ from mopl import reference_logprob
 from mopl.ops import linear_logprob
 from mopl.ops._logprob import Upstream
 from mopl.ops.linear_logprob import cpu, stages
-from mopl.ops.linear_logprob.records import Head, Inputs, Want
+from mopl.ops.linear_logprob.records import Head, Inputs, Need, Want
 from mopl.ops.linear_logprob.stages import run_backward, run_forward
 
 ALL = dict(return_logsumexp=True, return_entropy=True)
@@ -51,7 +51,7 @@ def products(train: str, mask: Tensor | None = None, keep_rows: int = 0, upstrea
         want = Want(False, False, frozen, False, False, keep_rows, rows)
         saved = run_forward(head, inputs, want)
         if train and not frozen:
-            need = ("h" in train, "w" in train, False, False)
+            need = Need("h" in train, "w" in train, False, False)
             run_backward(head, inputs, want, saved, Upstream(upstream, None, None), need)
     return counter.count / (counted * vocabulary * size)
 

@@ -11,13 +11,13 @@ matrix instructions they are faster there as well.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mopl.ops.linear_logprob.records import Batch, Coefficients, Head, LogitGradient, Sums, Want
+from mopl.ops.linear_logprob.records import Batch, Coefficients, Head, LogitGradient, Need, Sums, Want
 
 # A float32 tile of logits is 16 MiB, small beside the weight and wide enough for the matrix product.
 COLUMNS = 2048
@@ -252,7 +252,7 @@ def backward(
     gradient: LogitGradient,
     cache: Tensor,  # as `accumulate` left it; never changed here
     keep_rows: int,
-    need: Sequence[bool],  # of hidden, weight and bias
+    need: Need,
     dtype: torch.dtype,  # of the gradient of hidden
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Products with the gradient of the logits a, which is never held whole:
@@ -264,7 +264,7 @@ def backward(
         G W (M, H) in `dtype` and G^T hidden (V, H) in the weight's, accumulated in the compute dtype and rounded once;
         column sums of G (V,) in the bias's dtype. Empty (0,) where not needed.
     """
-    weight, bias, (need_hidden, need_weight, need_bias) = head.weight, head.bias, need
+    weight, bias = head.weight, head.bias
     alpha, gamma, column, position, coefficient = gradient
     # Rows without upstream gradient take no part in the products.
     live = alpha != 0 if gamma is None else (alpha != 0) | (gamma != 0)
@@ -280,14 +280,14 @@ def backward(
     # Without softcap and entropy the gradient is a factor a row times e: the factor scales (M, H) matrices instead.
     elementwise = gamma is not None or logits.bend is not None
     right = hidden.to(shift.dtype)
-    right = right if elementwise or not need_weight else right * -alpha[:, None]
+    right = right if elementwise or not need.weight else right * -alpha[:, None]
 
-    grad_hidden = shift.new_zeros(hidden.shape if need_hidden else 0)
-    grad_weight = weight.new_empty(weight.shape) if need_weight else shift.new_empty(0)
-    grad_bias = bias.new_empty(bias.shape) if need_bias and bias is not None else shift.new_empty(0)
+    grad_hidden = shift.new_zeros(hidden.shape if need.hidden else 0)
+    grad_weight = weight.new_empty(weight.shape) if need.weight else shift.new_empty(0)
+    grad_bias = bias.new_empty(bias.shape) if need.bias and bias is not None else shift.new_empty(0)
     width = min(len(weight), COLUMNS)
     buffer = shift.new_empty(min(len(hidden), ROWS) * width)
-    rounded = shift.new_empty((width, weight.shape[1]) if need_weight and weight.dtype != shift.dtype else 0)
+    rounded = shift.new_empty((width, weight.shape[1]) if need.weight and weight.dtype != shift.dtype else 0)
     order = column.argsort(stable=True)
     bounds = torch.searchsorted(column[order], torch.arange(0, len(weight) + COLUMNS, COLUMNS)).tolist()
 
@@ -309,22 +309,22 @@ def backward(
                 e = u.exp_()
                 _clear_pivot(e, pivot[rows], start)
             g = e if shifted is None else _gradient_tile(logits, e, shifted, shift, alpha, gamma, rows)
-            if need_hidden:
+            if need.hidden:
                 grad_hidden[rows].addmm_(g, tile)
-            if need_weight:
+            if need.weight:
                 products.addmm_(g.t(), right[rows])
-            if need_bias:
+            if need.bias:
                 columns += g.sum(0) if elementwise else -alpha[rows] @ g
         single = order[bounds[number] : bounds[number + 1]]
-        if need_weight:
+        if need.weight:
             terms = everywhere[position[single]] * coefficient[single, None]
             products.index_add_(0, column[single] - start, terms)
             if len(rounded):
                 grad_weight[shape] = products.to(weight.dtype)
-        if need_bias:
+        if need.bias:
             grad_bias[shape] = columns.index_add_(0, column[single] - start, coefficient[single]).to(grad_bias.dtype)
 
-    if need_hidden:
+    if need.hidden:
         if not elementwise:
             grad_hidden.mul_(-alpha[:, None])
         if index is not None:

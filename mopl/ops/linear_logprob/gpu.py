@@ -15,13 +15,10 @@ The same functions as in `cpu`, whose docstrings say what each argument and resu
   error of a float32 reference).
 """
 
-# Pyright takes a kernel for the plain function below `@triton.jit`.
-# pyright: reportIndexIssue=false
-
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -38,7 +35,7 @@ from mopl.ops._rows import rows_contiguous
 from mopl.ops.linear_logprob import choice
 from mopl.ops.linear_logprob.keeping import padded_columns
 from mopl.ops.linear_logprob.plan import Plan
-from mopl.ops.linear_logprob.records import Batch, Coefficients, Head, LogitGradient, Sums, Want
+from mopl.ops.linear_logprob.records import Batch, Coefficients, Head, LogitGradient, Need, Sums, Want
 
 HEADROOM = 8.0  # nats: normalised exponentials, and their products with u - shift, stay below float16's 65504
 
@@ -274,11 +271,10 @@ def combine(
 @on_its_device
 def backward(
     head: Head, batch: Batch, pivot: Tensor, shift: Tensor, gradient: LogitGradient, cache: Tensor, keep_rows: int,
-    need: Sequence[bool], dtype: torch.dtype, plan: Plan | None = None,
+    need: Need, dtype: torch.dtype, plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the products with the gradient of the logits; see the CPU twin. `plan` replaces the chosen one."""
     alpha, gamma, column, position, coefficient = gradient
-    need_hidden, need_weight, need_bias = need
     rows, (vocabulary, size) = len(batch.hidden), head.weight.shape
     plain = gamma is None and not head.softcap
     plan = plan or choice.plan_for(batch.hidden, head.weight, "trained", head.softcap > 0, buffers=1 if plain else 2)
@@ -301,9 +297,9 @@ def backward(
     def new(wanted: bool, *shape: int) -> Tensor:
         return torch.empty(shape if wanted else (0,), dtype=scan.dtype, device=shift.device)
 
-    grad_hidden = new(need_hidden, rows, size)
-    grad_weight = new(need_weight, vocabulary, size)
-    grad_bias = new(need_bias, vocabulary).zero_()
+    grad_hidden = new(need.hidden, rows, size)
+    grad_weight = new(need.weight, vocabulary, size)
+    grad_bias = new(need.bias, vocabulary).zero_()
 
     unit = alpha.new_ones(())
     if scan.narrow and rows:
@@ -328,12 +324,12 @@ def backward(
                 stored.stride(0), scratch.stride(0), SOFTCAP=head.softcap, **backward_kernels.GRADIENT_TILE,
             )  # fmt: skip
             stored = scratch[part]
-        if need_hidden:
+        if need.hidden:
             product(stored, scan.weight, grad_hidden[chunk])
-        if need_weight:
+        if need.weight:
             inner = _scaled(scan.hidden[chunk], factor, chunk.start) if plain else scan.hidden[chunk]
             product(stored.T, inner, grad_weight, add=number > 0)
-        if need_bias:
+        if need.bias:
             backward_kernels.column_sum_kernel[(-(-vocabulary // backward_kernels.COLUMN_SUM_TILE["BLOCK"]),)](
                 stored, factor, grad_bias, chunk.start, part.stop, vocabulary, stored.stride(0),
                 **backward_kernels.COLUMN_SUM_TILE,
@@ -343,7 +339,7 @@ def backward(
 
     # Entries that are off go, with coefficient 0, to columns of their own: all in one place would be added one by one.
     column = torch.where(live, column, torch.arange(len(column), device=column.device) % vocabulary)
-    if need_hidden and rows:
+    if need.hidden and rows:
         # The first M entries are the pivots, one a row in order; only shared rows have more.
         apart = coefficient[rows:]
         grad_hidden = combine(
@@ -355,10 +351,10 @@ def backward(
             values = values.masked_fill((apart == 0)[:, None], 0)
             # Accumulating, it sorts first: the same bits at every call.
             grad_hidden.index_put_((position[rows:],), values, accumulate=True)
-    if need_weight:
+    if need.weight:
         values = coefficient[:, None] * scan.hidden[position].to(scan.dtype)
         grad_weight.index_put_((column,), values, accumulate=True)
-    if need_bias:
+    if need.bias:
         grad_bias.index_put_((column,), coefficient, accumulate=True)
     of_weight, of_bias = head.weight.dtype, scan.dtype if head.bias is None else head.bias.dtype
     if scan.narrow:

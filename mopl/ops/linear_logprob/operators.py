@@ -9,7 +9,7 @@ from mopl._arguments import compute_dtype
 from mopl.ops import _derivatives as derivatives
 from mopl.ops._logprob import Upstream
 from mopl.ops.linear_logprob.keeping import cache_layout, direction_dtype
-from mopl.ops.linear_logprob.records import Forward, Head, Inputs, Want
+from mopl.ops.linear_logprob.records import Forward, Head, Inputs, Need, Want
 from mopl.ops.linear_logprob.shard import VocabularyShard
 from mopl.ops.linear_logprob.stages import run_backward, run_forward
 
@@ -83,7 +83,7 @@ def _linear_logprob_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of hidden, weight, bias and temperature; one that is not needed is empty (0,)."""
     records = _records(hidden, weight, bias, temperature, target, row, softcap, logit_scale, want)  # type: ignore[arg-type]
-    found = run_backward(*records, Forward(*saved), Upstream(*upstream), need)
+    found = run_backward(*records, Forward(*saved), Upstream(*upstream), Need(*need))
     return tuple(temperature.new_empty(0) if g is None else g for g in found)  # pyright: ignore[reportReturnType]
 
 
@@ -112,19 +112,20 @@ def _pull_back(
     """Return the gradients of all arguments of an operator; there are some for its first four."""
     hidden, weight, bias, temperature, target, row, *saved = ctx.saved_tensors
     softcap, logit_scale, want, shard = ctx.options
-    arguments = hidden, weight, bias, temperature, target, row, softcap, logit_scale, want
-    need, others = ctx.needs_input_grad[:4], ctx.needs_input_grad[4:]
-    upstream = [logprob, logsumexp, entropy]
+    flat = hidden, weight, bias, temperature, target, row, softcap, logit_scale, want
+    upstream, results = Upstream(logprob, logsumexp, entropy), Forward(*saved)
+    need = Need(*ctx.needs_input_grad[:4])
 
     def closed_form() -> list[Tensor | None]:
         if shard is not None:
-            return run_backward(*_records(*arguments, shard), Forward(*saved), Upstream(*upstream), need)
-        found = _linear_logprob_backward(*arguments, saved, upstream, list(need))
+            return run_backward(*_records(*flat, shard), results, upstream, need)
+        found = _linear_logprob_backward(*flat, saved, list(upstream), list(need))
         return [g if needed else None for g, needed in zip(found, need, strict=True)]
 
     # The results stand for the hidden states, which a frozen head does not keep.
-    inputs = (*upstream, hidden, weight, bias, temperature, *saved[:3])
-    return *derivatives.once(closed_form, "linear_logprob", INSTEAD, *inputs), *(None for _ in others)
+    inputs = hidden, weight, bias, temperature, results.logprob, results.logsumexp, results.entropy
+    gradients = derivatives.once(closed_form, "linear_logprob", INSTEAD, *upstream, *inputs)
+    return *gradients, *[None] * (len(ctx.needs_input_grad) - len(need))
 
 
 def _setup_context(ctx, inputs, output):

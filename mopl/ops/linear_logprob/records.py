@@ -76,6 +76,15 @@ class Want(NamedTuple):
         return self.frozen * (1 + self.entropy)
 
 
+class Need(NamedTuple):
+    """Which gradients a backward pass has to find."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+    temperature: bool
+
+
 class Batch(NamedTuple):
     """The rows in play."""
 

@@ -5,7 +5,6 @@ What is computed, and why so, is explained in `function`; the stages are in `cpu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -26,7 +25,7 @@ from mopl.ops.linear_logprob.formulas import (
     variance,
 )
 from mopl.ops.linear_logprob.keeping import cache_layout, direction_dtype
-from mopl.ops.linear_logprob.records import Batch, Coefficients, Forward, Head, Inputs, Want
+from mopl.ops.linear_logprob.records import Batch, Coefficients, Forward, Head, Inputs, Need, Want
 from mopl.ops.linear_logprob.rows import Selection, select
 from mopl.ops.segments import segment_sum
 
@@ -111,30 +110,30 @@ def run_forward(head: Head, inputs: Inputs, want: Want) -> Forward:
 
 
 def run_backward(
-    head: Head, inputs: Inputs, want: Want, saved: Forward, upstream: Upstream, need: Sequence[bool]
+    head: Head, inputs: Inputs, want: Want, saved: Forward, upstream: Upstream, need: Need
 ) -> list[Tensor | None]:
     """Return the gradients of hidden, weight, bias and temperature, None where not needed.
 
     With a frozen head, where neither hidden states nor weight are kept, the gradient of the hidden states is in the
     compute dtype; autograd rounds it.
     """
-    row = inputs.row
-    found: list[Tensor | None] = [None] * 4
-    if want.frozen and need[0]:
-        found[0] = scale_directions(head, inputs, saved, upstream)
-    elif any(need[:3]):
-        found[:3] = trained_head(head, inputs, want, saved, upstream, need[:3])
-    if need[3]:
-        found[3] = temperature_gradient(
-            upstream, inputs.target, saved.logprob,
-            lambda t: t if row is None else segment_sum(t, row, len(saved.total)), inputs.temperature,
-            saved.logsumexp, saved.entropy, saved.variance, saved.total == 0,
+    of_hidden = of_weight = of_bias = of_temperature = None
+    if want.frozen and need.hidden:
+        of_hidden = scale_directions(head, inputs, saved, upstream)
+    elif need.hidden or need.weight or need.bias:
+        of_hidden, of_weight, of_bias = trained_head(head, inputs, want, saved, upstream, need)
+    if need.temperature:
+        row, rows = inputs.row, len(saved.total)
+        of_temperature = temperature_gradient(
+            upstream, inputs.target, saved.logprob, lambda t: t if row is None else segment_sum(t, row, rows),
+            inputs.temperature, saved.logsumexp, saved.entropy, saved.variance, saved.total == 0,
         )  # fmt: skip
+    found = (of_hidden, of_weight, of_bias, of_temperature)
     return [g if needed else None for g, needed in zip(found, need, strict=True)]
 
 
 def trained_head(
-    head: Head, inputs: Inputs, want: Want, saved: Forward, upstream: Upstream, need: Sequence[bool]
+    head: Head, inputs: Inputs, want: Want, saved: Forward, upstream: Upstream, need: Need
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of hidden, weight and bias of a trainable head; one that is not needed is empty."""
     hidden, shard = inputs.hidden, head.shard
@@ -151,8 +150,9 @@ def trained_head(
         pivot_logprob=logprob if inputs.row is None else rows.take(saved.pivot_logprob),
     )
     upstream = Upstream(
-        None if upstream.logprob is None else entries.take(upstream.logprob),
-        *(None if values is None else rows.take(values) for values in upstream[1:]),
+        logprob=None if upstream.logprob is None else entries.take(upstream.logprob),
+        logsumexp=None if upstream.logsumexp is None else rows.take(upstream.logsumexp),
+        entropy=None if upstream.entropy is None else rows.take(upstream.entropy),
     )
     gradient = logit_gradient(upstream, chosen, inner, batch.temperature, head)
     gradient = gradient._replace(column=head.local(gradient.column))
@@ -161,7 +161,7 @@ def trained_head(
     grad_hidden, grad_weight, grad_bias = backend_of(hidden).backward(
         head, batch, head.local(inner.pivot), inner.shift, gradient, saved.cache, want.keep_rows, need, dtype
     )
-    if need[0]:
+    if need.hidden:
         grad_hidden = grad_hidden if shard is None else shard.sum(grad_hidden)
         grad_hidden = rows.put(grad_hidden.to(hidden.dtype))
     return grad_hidden, grad_weight, grad_bias
@@ -174,8 +174,9 @@ def scale_directions(head: Head, inputs: Inputs, saved: Forward, upstream: Upstr
     if upstream.logprob is not None:
         scaled = saved.direction * upstream.logprob.masked_fill(target < 0, 0)[:, None]
         result = scaled if row is None else segment_sum(scaled, row, rows)
-    directions = (saved.direction_logsumexp, saved.direction_entropy)
-    for values, direction in zip(upstream[1:], directions, strict=True):
+    for values, direction in (
+        (upstream.logsumexp, saved.direction_logsumexp), (upstream.entropy, saved.direction_entropy)
+    ):  # fmt: skip
         if values is not None:
             result.addcmul_(direction, values.masked_fill(saved.total == 0, 0)[:, None])
     return result if head.shard is None else head.shard.sum(result)
