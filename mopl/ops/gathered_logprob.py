@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from types import ModuleType
 from typing import Literal, overload
 
 import torch
@@ -156,11 +157,7 @@ def _gathered_logprob(
     """
     if check_targets:
         check_target_range(target, logits.shape[-1])
-    if use_triton(logits):
-        from mopl.ops.gathered_logprob_triton import launch_forward as forward
-    else:
-        forward = _gathered_logprob_cpu.launch_forward
-    return forward(logits, target, temperature, softcap, want_entropy, want_variance)
+    return _backend_of(logits).launch_forward(logits, target, temperature, softcap, want_entropy, want_variance)
 
 
 @_gathered_logprob.register_fake
@@ -173,12 +170,13 @@ def _(logits, target, temperature, softcap, want_entropy, want_variance, inplace
     return new(rows, target.shape[1]), new(rows), new(rows, wanted=want_entropy), new(rows, wanted=want_variance)
 
 
-def _backward_of(logits: Tensor):
+def _backend_of(logits: Tensor) -> ModuleType:
+    """Return the module with the two passes for tensors like this one."""
     if use_triton(logits):
-        from mopl.ops.gathered_logprob_triton import launch_backward as backward
+        from mopl.ops import gathered_logprob_triton as backend
     else:
-        backward = _gathered_logprob_cpu.launch_backward
-    return backward
+        backend = _gathered_logprob_cpu
+    return backend
 
 
 def _empty_gradient(logits: Tensor) -> Tensor:
@@ -195,45 +193,31 @@ def _empty_gradient(logits: Tensor) -> Tensor:
 
 @torch.library.custom_op("mopl::gathered_logprob_backward", mutates_args=())
 def _gathered_logprob_backward(
-    grad_logprob: Tensor | None,  # (N, J)
-    grad_logsumexp: Tensor | None,  # (N,)
-    grad_entropy: Tensor | None,  # (N,)
+    upstream: list[Tensor | None],  # of logprob (N, J), logsumexp (N,) and entropy (N,)
     logits: Tensor,
     target: Tensor,
     temperature: Tensor,
-    logprob: Tensor,
-    logsumexp: Tensor,
-    entropy: Tensor,
+    results: list[Tensor],  # logprob, logsumexp and entropy
     softcap: float,
 ) -> Tensor:
     """Return the gradient of the logits (N, V)."""
-    upstream, statistics = (grad_logprob, grad_logsumexp, grad_entropy), (logprob, logsumexp, entropy)
     grad = _empty_gradient(logits)
-    _backward_of(logits)(*upstream, logits, target, temperature, *statistics, softcap, grad)
+    _backend_of(logits).launch_backward(*upstream, logits, target, temperature, *results, softcap, grad)
     return grad
 
 
 @_gathered_logprob_backward.register_fake
-def _(grad_logprob, grad_logsumexp, grad_entropy, logits, *_):
+def _(upstream, logits, *_):
     return _empty_gradient(logits)
 
 
 @torch.library.custom_op("mopl::gathered_logprob_backward_", mutates_args=("logits",))
 def _gathered_logprob_backward_(
-    grad_logprob: Tensor | None,
-    grad_logsumexp: Tensor | None,
-    grad_entropy: Tensor | None,
-    logits: Tensor,  # becomes its own gradient
-    target: Tensor,
-    temperature: Tensor,
-    logprob: Tensor,
-    logsumexp: Tensor,
-    entropy: Tensor,
+    upstream: list[Tensor | None], logits: Tensor, target: Tensor, temperature: Tensor, results: list[Tensor],
     softcap: float,
-) -> None:
+) -> None:  # fmt: skip
     """Write the gradient of the logits over them."""
-    upstream, statistics = (grad_logprob, grad_logsumexp, grad_entropy), (logprob, logsumexp, entropy)
-    _backward_of(logits)(*upstream, logits, target, temperature, *statistics, softcap, logits)
+    _backend_of(logits).launch_backward(*upstream, logits, target, temperature, *results, softcap, logits)
 
 
 @_gathered_logprob_backward_.register_fake
@@ -257,7 +241,7 @@ def _backward(ctx, grad_logprob, grad_logsumexp, grad_entropy, _):
 
     def closed_form() -> tuple[Tensor | None, Tensor | None]:
         grad = by_temperature = None
-        given = (*upstream, logits, target, temperature, logprob, logsumexp, entropy, ctx.softcap)
+        given = ([*upstream], logits, target, temperature, [logprob, logsumexp, entropy], ctx.softcap)
         if need[0] and inplace:
             _gathered_logprob_backward_(*given)
             grad = logits.detach()

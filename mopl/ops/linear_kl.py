@@ -112,10 +112,10 @@ def linear_kl(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         bias,
+        divisor,
         reference_hidden.detach().reshape(-1, reference_hidden.shape[-1]),
         reference_weight.detach(),
         None if reference_bias is None else reference_bias.detach(),
-        divisor,
         reference_divisor,
         None if mask is None else mask.reshape(-1),
         check_scalar(softcap, "softcap"),
@@ -124,23 +124,26 @@ def linear_kl(
     )[0].view(lead)
 
 
-def _counting(heads: tuple[Head, Head], mask: Tensor | None) -> tuple[Head, Head, Tensor | None]:
-    """Return both heads with the rows that count, and their index if they were gathered.
+def _heads(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: Tensor, reference_hidden: Tensor,
+    reference_weight: Tensor, reference_bias: Tensor | None, reference_temperature: Tensor, mask: Tensor | None,
+    softcap: float, logit_scale: float,
+) -> tuple[Head, Head, Tensor | None]:  # fmt: skip
+    """Return policy and reference with the rows that count, and the index of these if they were gathered.
 
     On a CPU rows are left out. On a GPU, where counting them would wait for it, they are 0 in place.
     """
-    if mask is None:
-        return *heads, None
-    index = mask.nonzero()[:, 0] if mask.device.type == "cpu" else None
+    index = mask.nonzero()[:, 0] if mask is not None and mask.device.type == "cpu" else None
 
-    def counting(head: Head) -> Head:
+    def counting(rows: Tensor, weight: Tensor, bias: Tensor | None, temperature: Tensor) -> Head:
         if index is not None:
-            return head._replace(rows=head.rows[index], temperature=head.temperature[index])
-        rows, temperature = torch.where(mask[:, None], head.rows, 0), torch.where(mask, head.temperature, 1)
-        return head._replace(rows=rows, temperature=temperature)
+            rows, temperature = rows[index], temperature[index]
+        elif mask is not None:
+            rows, temperature = torch.where(mask[:, None], rows, 0), torch.where(mask, temperature, 1)
+        return Head(rows, weight, bias, temperature, softcap, logit_scale)
 
-    policy, reference = map(counting, heads)
-    return policy, reference, index
+    reference = counting(reference_hidden, reference_weight, reference_bias, reference_temperature)
+    return counting(hidden, weight, bias, temperature), reference, index
 
 
 def _spread(value: Tensor, index: Tensor | None, mask: Tensor | None, rows: int) -> Tensor:
@@ -154,31 +157,23 @@ def _spread(value: Tensor, index: Tensor | None, mask: Tensor | None, rows: int)
 
 @torch.library.custom_op("mopl::linear_kl", mutates_args=())
 def _linear_kl(
-    hidden: Tensor,  # (N, H)
-    weight: Tensor,  # (V, H)
-    bias: Tensor | None,  # (V,)
-    reference_hidden: Tensor,  # (N, H')
-    reference_weight: Tensor,  # (V, H')
-    reference_bias: Tensor | None,  # (V,)
-    temperature: Tensor,  # (N,)
-    reference_temperature: Tensor,  # (N,)
-    mask: Tensor | None,  # (N,)
-    softcap: float,  # 0.0: none
-    logit_scale: float,
-    reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: Tensor, reference_hidden: Tensor,
+    reference_weight: Tensor, reference_bias: Tensor | None, reference_temperature: Tensor, mask: Tensor | None,
+    softcap: float, logit_scale: float, reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the KL (N,) and the fields of `Sums`, of the rows that count first, each (N,)."""
-    policy = Head(hidden, weight, bias, temperature, softcap, logit_scale)
-    reference = Head(reference_hidden, reference_weight, reference_bias, reference_temperature, softcap, logit_scale)
     with torch.autocast(hidden.device.type, enabled=False):
-        policy, reference, index = _counting((policy, reference), mask)
+        policy, reference, index = _heads(
+            hidden, weight, bias, temperature, reference_hidden, reference_weight, reference_bias,
+            reference_temperature, mask, softcap, logit_scale,
+        )  # fmt: skip
         kl, sums = forward(policy, reference, reverse)
         rows = len(hidden)
         return tuple(_spread(part, index, mask, rows) for part in (kl, *sums))  # pyright: ignore[reportReturnType]
 
 
 @_linear_kl.register_fake
-def _(hidden, weight, bias, reference_hidden, reference_weight, reference_bias, temperature, *_):
+def _(hidden, weight, bias, temperature, *_):
     rows, wide = hidden.shape[0], wide_dtype(hidden.device)
     dtypes = (temperature.dtype, temperature.dtype, wide, temperature.dtype, wide, wide)
     return tuple(hidden.new_empty((rows,), dtype=dtype) for dtype in dtypes)
@@ -186,29 +181,17 @@ def _(hidden, weight, bias, reference_hidden, reference_weight, reference_bias, 
 
 @torch.library.custom_op("mopl::linear_kl_backward", mutates_args=())
 def _linear_kl_backward(
-    grad: Tensor,  # (N,)
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    reference_hidden: Tensor,
-    reference_weight: Tensor,
-    reference_bias: Tensor | None,
-    temperature: Tensor,
-    reference_temperature: Tensor,
-    mask: Tensor | None,
-    saved: list[Tensor],  # the fields of Sums
-    softcap: float,
-    logit_scale: float,
-    reverse: bool,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of hidden, weight and bias; one that is not needed is empty (0,)."""
-    policy = Head(hidden, weight, bias, temperature, softcap, logit_scale)
-    reference = Head(reference_hidden, reference_weight, reference_bias, reference_temperature, softcap, logit_scale)
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: Tensor, reference_hidden: Tensor,
+    reference_weight: Tensor, reference_bias: Tensor | None, reference_temperature: Tensor, mask: Tensor | None,
+    softcap: float, logit_scale: float, reverse: bool, saved: list[Tensor], grad: Tensor, need: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the gradients of hidden, weight and bias for `grad` (N,); one that is not needed is empty (0,)."""
+    need_hidden, need_weight, need_bias = need
     with torch.autocast(hidden.device.type, enabled=False):
-        policy, reference, index = _counting((policy, reference), mask)
+        policy, reference, index = _heads(
+            hidden, weight, bias, temperature, reference_hidden, reference_weight, reference_bias,
+            reference_temperature, mask, softcap, logit_scale,
+        )  # fmt: skip
         if index is not None:
             grad, saved = grad[index], [part[index] for part in saved]
         elif mask is not None:
@@ -224,32 +207,31 @@ def _linear_kl_backward(
 
 
 @_linear_kl_backward.register_fake
-def _(
-    grad, hidden, weight, bias, reference_hidden, reference_weight, reference_bias, temperature, reference_temperature,
-    mask, saved, softcap, logit_scale, reverse, need_hidden, need_weight, need_bias,
-):  # fmt: skip
-    return (
-        hidden.new_empty(hidden.shape) if need_hidden else grad.new_empty(0),
-        weight.new_empty(weight.shape) if need_weight else grad.new_empty(0),
-        bias.new_empty(bias.shape) if need_bias and bias is not None else grad.new_empty(0),
+def _(hidden, weight, bias, *arguments):
+    *_, grad, need = arguments
+    return tuple(
+        like.new_empty(like.shape) if needed and like is not None else grad.new_empty(0)
+        for like, needed in zip((hidden, weight, bias), need, strict=True)
     )
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.softcap, ctx.logit_scale, ctx.reverse = inputs
-    ctx.mark_non_differentiable(*output[1:])
+    *tensors, softcap, logit_scale, reverse = inputs
+    _, *sums = output
+    ctx.options = softcap, logit_scale, reverse
+    ctx.mark_non_differentiable(*sums)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.save_for_backward(*tensors, *sums)
 
 
 def _backward(ctx, grad, *_):
     if grad is None:
         return (None,) * 12
-    tensors, sums = ctx.saved_tensors[:-5], list(ctx.saved_tensors[-5:])
-    need = ctx.needs_input_grad[:3]
+    *tensors, top, total, reference_top, reference_total, mean = ctx.saved_tensors
+    sums, need = [top, total, reference_top, reference_total, mean], [*ctx.needs_input_grad[:3]]
 
     def closed_form() -> list[Tensor | None]:
-        found = _linear_kl_backward(grad, *tensors, sums, ctx.softcap, ctx.logit_scale, ctx.reverse, *need)
+        found = _linear_kl_backward(*tensors, *ctx.options, sums, grad, need)
         return [g if needed else None for g, needed in zip(found, need, strict=True)]
 
     return *derivatives.once(closed_form, "linear_kl", INSTEAD, grad, *tensors[:3]), *(None,) * 9

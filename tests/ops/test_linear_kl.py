@@ -224,7 +224,7 @@ def test_opcheck(masked: bool) -> None:
     mask = torch.tensor([1, 0, 1, 1, 0]).bool() if masked else None
     torch.library.opcheck(
         _linear_kl,
-        (hidden, weight, bias, torch.randn(5, 3).double(), torch.randn(9, 3).double(), None, torch.ones(5).double(),
+        (hidden, weight, bias, torch.ones(5).double(), torch.randn(5, 3).double(), torch.randn(9, 3).double(), None,
          torch.ones(5).double(), mask, 0.0, 1.0, True),
         raise_exception=True,
     )  # fmt: skip
