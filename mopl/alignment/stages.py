@@ -166,7 +166,7 @@ class Stages(CosDpoStages):
                 model.to(device)
                 if config.gradient_checkpointing:
                     # The other form of checkpointing would need inputs that take a gradient, which text has not.
-                    models.recompute_activations(model if isinstance(model, LoraMixture) else self.base, True)
+                    models.recompute_activations(model, True)
                 assert config.prompt_learning_rate is not None
                 settings = config.training()
                 yield Training(

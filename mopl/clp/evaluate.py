@@ -113,7 +113,7 @@ class Evaluator:
     def base(self) -> Evaluation:
         """Return the figures of the untrained model."""
         base = self.stages.base
-        return self._evaluation(None, self.config.kl_weight[0], [self._plain(base, self.tokens, {})], 1)
+        return self._evaluation(None, self.config.kl_weight[0], [self._plain(base, self.tokens)], 1)
 
     def method(self, method: str, folder: Path, grid: Tensor) -> list[Evaluation]:
         """Return the figures of a method on a grid of weights (n, m), one evaluation for each of its KL weights."""
@@ -128,8 +128,8 @@ class Evaluator:
             for kl_weight, asked in rounds.items():
                 for w in grid:
                     own = [policy.tokens(tokens, w, kl_weight, self.sampler.tokenizer) for tokens in self.tokens]
-                    with policy.at(w, kl_weight) as (model, options):
-                        asked.append(self._plain(model, own, options))
+                    with policy.at(w, kl_weight) as model:
+                        asked.append(self._plain(model, own))
         # Adapters are out of the language model now, which is the reference again.
         return [self._evaluation(grid, kl_weight, asked, 1) for kl_weight, asked in rounds.items()]
 
@@ -146,11 +146,11 @@ class Evaluator:
         return [self._evaluation(grid, kl_weight, asked, 2) for kl_weight, asked in rounds.items()]
 
     @torch.no_grad()
-    def _plain(self, model: Any, prompts: Sequence[Sequence[int]], options: dict[str, Any]) -> tuple[Answers, Tensor]:
+    def _plain(self, model: Any, prompts: Sequence[Sequence[int]]) -> tuple[Answers, Tensor]:
         """Return how one model answers the prompts as it reads them, and log π of each answer (R,)."""
         with seeded(self.config.seed):
-            answers = self.sampler.sample(model, prompts, lambda rows: dict(options))
-            return answers, self.sampler.score(model, prompts, answers.tokens, options)[0].double().sum(1).cpu()
+            answers = self.sampler.sample(model, prompts)
+            return answers, self.sampler.score(model, prompts, answers.tokens)[0].double().sum(1).cpu()
 
     @torch.no_grad()
     def _mixed(self, several: Sequence[Any], coefficients: Any) -> tuple[Answers, Tensor]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,14 +119,9 @@ class Policy(nn.Module):
             return contextlib.nullcontext(self._base[0])
         return self.model.reference()
 
-    @contextlib.contextmanager
-    def at(self, weights: Tensor, kl_weight: float) -> Iterator[tuple[Any, dict[str, Any]]]:
-        """Give the model of one trade-off, made once, with the keywords that its calls still need."""
-        if isinstance(self.model, HyperPromptModel):
-            yield self.model, {"weights": weights.to(self.device, torch.float32)}
-            return
-        with self.model.at(*self._one(weights, kl_weight)) as model:
-            yield model, {}
+    def at(self, weights: Tensor, kl_weight: float) -> contextlib.AbstractContextManager[Any]:
+        """Give the model of one trade-off, made once, inside a `with` block."""
+        return self.model.at(*self._one(weights, kl_weight))
 
     def merge(self, weights: Tensor | None, kl_weight: float) -> Any:
         """Return the plain model of one trade-off, not for virtual tokens; weights (m,) are needed unless `single`."""

@@ -139,12 +139,15 @@ class LoraMixture(Mixture):
             )
         return coefficients[0] if coefficients.ndim == 2 and len(coefficients) == 1 else coefficients
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
         """Compute activations again in the backward pass, each layer with the coefficients of its forward pass.
 
         Args:
             gradient_checkpointing_kwargs: Keywords of `torch.utils.checkpoint`, but for `use_reentrant=True` and
                 `context_fn`, which carries the coefficients.
+            **options: What the language model's own method takes besides.
 
         Raises:
             ValueError: If one of those two is passed.
@@ -153,7 +156,15 @@ class LoraMixture(Mixture):
         if kwargs["use_reentrant"] or "context_fn" in kwargs:
             raise ValueError("context_fn carries the coefficients and needs use_reentrant=False; leave both out")
         kwargs["context_fn"] = self._checkpoint_contexts
-        self.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+        model = self.causal_lm
+        newer = getattr(model, "activation_checkpointing_enable", None)
+        (newer or model.gradient_checkpointing_enable)(kwargs, **options)
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """Do as `gradient_checkpointing_enable`, under the name that transformers has for it since version 5."""
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **options)
 
     def _checkpoint_contexts(self) -> tuple[Any, Any]:
         """Return what surrounds a layer's forward pass, and its second one with the coefficients of now."""

@@ -14,7 +14,7 @@ from torch import nn
 from mopl._extras import require
 from mopl._hub import loading
 from mopl._terminal import bars_wanted
-from mopl.conditioning import LoraMixture, WeightedModel
+from mopl.conditioning import WeightedModel
 from mopl.conditioning.adapter_base import base_of_adapter, merge_adapter, naming_base
 from mopl.conditioning.adapter_checks import check_names, names_in
 from mopl.conditioning.saved_models import ADAPTER_FILE, CONFIG_FILE, load_adapters, read_kind, read_record
@@ -139,13 +139,7 @@ def positions_of(model: Any) -> int | None:
 
 
 def recompute_activations(model: Any, on: bool) -> None:
-    """Switch gradient checkpointing of a causal language model, under the newer of its two names where it is known.
-
-    A `LoraMixture` has its own, which carries the weights of the batch into the second forward pass.
-    """
-    if isinstance(model, LoraMixture) and on:
-        model.gradient_checkpointing_enable()
-        return
+    """Switch gradient checkpointing of a model, under the newer of its two names where it is known."""
     prefix = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     if on:
         getattr(model, f"{prefix}_checkpointing_enable")({"use_reentrant": False})

@@ -151,9 +151,9 @@ def test_log_probabilities_are_of_the_distribution_that_was_sampled_from(scope):
     sampler = Sampler(base, tokenizer(), config)
     prompts = [[1, 7, 8, 9], [1, 20], [1, 30, 31]]
     w = torch.tensor([0.2, 0.8])
-    with policy.at(w, 0.05) as (model, options):
-        answers = sampler.sample(model, prompts, lambda rows: dict(options), lambda mask: lambda ids, scores: scores)
-        alone, _ = sampler.score(model, prompts, answers.tokens, options)
+    with policy.at(w, 0.05) as model:
+        answers = sampler.sample(model, prompts, processor=lambda mask: lambda ids, scores: scores)
+        alone, _ = sampler.score(model, prompts, answers.tokens)
     inputs, place, exists = sampler.inputs(prompts, answers.tokens, "cpu")
     logprob, *_ = policy(inputs, w.expand(3, 2), torch.full((3,), 0.05), 0.7)
     together = logprob.gather(1, place).masked_fill(~exists, 0.0).sum(1).double()

@@ -161,7 +161,6 @@ def test_inside_at_nothing_else_is_asked_for() -> None:
     close(logits(mixed.merge(W)), logits(mixed, weights=W))
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("kind", ["rslora-patterns", "dora", "lora-bias", "head-bias", "embeddings"])
 def test_gradients_are_shares_of_those_of_one_adapter_also_with_checkpoints(kind: str) -> None:
     upstream = torch.randn(4, 6, VOCABULARY, generator=torch.Generator().manual_seed(1))
@@ -174,7 +173,7 @@ def test_gradients_are_shares_of_those_of_one_adapter_also_with_checkpoints(kind
                 if ".objective_1" in name:
                     state[name.replace(".objective_1", ".objective_2")].copy_(parameter)
         if checkpointing:
-            mixed.gradient_checkpointing_enable()
+            mixed.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         outputs = [mixed(input_ids=IDS, weights=weights).logits for weights in (W, ROWS)]
         sum((output * upstream).sum() for output in outputs[:1]).backward()
         found.append({name: p.grad for name, p in state.items() if p.requires_grad})
