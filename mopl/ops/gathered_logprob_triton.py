@@ -1,8 +1,5 @@
 """Launches of the kernels of `gathered_logprob`; the arguments are those of the CPU functions there."""
 
-# Pyright takes a kernel for the plain function below `@triton.jit`.
-# pyright: reportIndexIssue=false
-
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -55,7 +55,7 @@ def test_stored_exponentials_and_everything_that_reads_them() -> None:
     scan = gpu.Scan(head, batch, pivot, torch.zeros(ROWS), plan)
     stored = apart(torch.full((ROWS, vocabulary), math.nan).bfloat16())
     sums = gpu.Running(ROWS, 0, torch.float32, hidden.device)
-    kept = gpu.Kept(stored, None, False)
+    kept = gpu.Kept(stored)
     scan.once(slice(0, ROWS), sums, kept)
     exact = (hidden.double() @ weight.double().T).exp()
     exact[torch.arange(ROWS), pivot] = 0

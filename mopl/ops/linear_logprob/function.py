@@ -45,10 +45,13 @@ found that faster); for a frozen head's gradients, or rows that are not kept, th
 the whole vocabulary, 1 GiB for 4224 bf16 rows and V = 128256 and at most a 64th of the GPU's memory; for a trained
 head the kept exponentials (`workspace`) and its gradient in float32 (V, H). See `plan`.
 
-**Backends.** `cpu` and `gpu` have the same four functions with the same arguments:
-`target_logits`, `accumulate`, `combine`, `backward`. Rows that do not count never reach them (`select`): on a CPU by
-index, on a GPU by a stable sort of the mask, with the number of rows that count known on the device only; `max_rows`
-bounds it on the host. The vocabulary-parallel form runs the same four functions on each rank's shard.
+**Backends.** `cpu` and `gpu` have the same four functions with the same arguments: `target_logits`, `accumulate`,
+`combine`, `backward`. Rows that do not count never reach them (`rows`): on a CPU by index, on a GPU by a stable sort of
+the mask, with the number of rows that count known on the device only; `max_rows` bounds it on the host. The
+vocabulary-parallel form runs the same four functions on each rank's shard.
+
+**From here** `hidden` goes through `operators` (autograd) to `stages` (the order of things), which takes the rows in
+play to a backend and puts what comes back in its place.
 """
 
 from __future__ import annotations

@@ -102,9 +102,9 @@ class Running:
 class Kept(NamedTuple):
     """Where a pass over the vocabulary leaves the exponentials (R, V) of some rows."""
 
-    e: Tensor | None
-    moment: Tensor | None  # times u - shift
-    bent: bool  # whether both are times f = 1 - tanh^2
+    e: Tensor | None = None
+    moment: Tensor | None = None  # times u - shift
+    bent: bool = False  # whether both are times f = 1 - tanh^2
 
     @property
     def stride(self) -> int:
@@ -112,7 +112,7 @@ class Kept(NamedTuple):
         return 0 if self.e is None else self.e.stride(0)
 
 
-NOTHING = Kept(None, None, False)
+NOTHING = Kept()
 
 
 class Scan:
@@ -226,7 +226,7 @@ def accumulate(
         kept = kept_exponentials(cache, want.keep_rows, vocabulary)
         # A trainable head needs e alone, and no directions: its backward pass multiplies by what it is given.
         for chunk in plan.chunks(0, first):
-            scan.exponentials(chunk, sums, Kept(kept[chunk], None, False))
+            scan.exponentials(chunk, sums, Kept(kept[chunk]))
     if directions == 0:
         tiles = None if want.moments or first else choice.fused_tiles(plan)
         if tiles is not None:
@@ -245,7 +245,7 @@ def accumulate(
         for chunk in plan.chunks(first, rows, buffered=True):
             part = slice(0, chunk.stop - chunk.start)
             moment = None if buffer_moment is None else buffer_moment[part]
-            scan.exponentials(chunk, sums, Kept(buffer[part], moment, True))
+            scan.exponentials(chunk, sums, Kept(buffer[part], moment, bent=True))
             product(buffer[part], scan.weight, weighted[chunk])
             if moment is not None:
                 product(moment, scan.weight, weighted_moment[chunk])
@@ -316,7 +316,7 @@ def backward(
             stored = kept_exponentials(cache, keep_rows, vocabulary)[chunk]
         else:
             stored = buffer[part]
-            scan.once(chunk, sums, Kept(stored, None, False))
+            scan.once(chunk, sums, Kept(stored))
         if scratch is not None:
             columns = -(-vocabulary // backward_kernels.GRADIENT_TILE["BLOCK"])
             backward_kernels.logit_gradient_kernel[(part.stop, columns)](
