@@ -50,11 +50,11 @@ from mopl._arguments import check_choice
 from mopl._extras import require
 from mopl._files import write_folder
 from mopl._renamed import renamed_keywords
-from mopl.conditioning import HyperPromptModel, LoraMixture, TextPrompt, check_weights
+from mopl.conditioning import HyperPromptModel, LoraMixture, TextPrompt, TuningRecord, check_weights
 from mopl.conditioning.adapter_base import base_of_adapter
 from mopl.conditioning.causal_lm import is_peft
 from mopl.conditioning.merging import merged, settle_merged, settle_ties
-from mopl.conditioning.weighted import Conditioned, causal_lm_of
+from mopl.conditioning.weighted import WeightedModel, causal_lm_of
 from mopl.language_models._export_check import (
     TOLERANCE,
     check_adapters,
@@ -91,8 +91,9 @@ def export(
     The directory holds model or adapter, tokenizer, and `mopl.json` with weights, objectives and where it comes from.
 
     Args:
-        model: A `HyperPromptModel` with positions="hf"; a `LoraMixture`; or a causal language model or PEFT model that
-            is conditioned by `text_prompt`, or has weights of its own, fixed by training. It is not changed.
+        model: A `HyperPromptModel` with positions="hf"; a `TextPromptModel`; a mixture, or another model that takes
+            weights and that `merge` makes a plain one of; or a causal language model or PEFT model that is conditioned
+            by `text_prompt`, or has weights of its own, fixed by training. It is not changed.
         tokenizer: Its tokenizer, one of the tokenizers library ("fast"), or a `ListTokenizer`.
         weights: w, (m,) on the simplex; None for a model with fixed weights.
         directory: A path where nothing is, or an empty directory.
@@ -121,12 +122,15 @@ def export(
             "library (use_fast=True)"
         )
     w, each_beta = _condition(model, weights, beta, text_prompt)
+    tuning = model.record if isinstance(model, WeightedModel) else None
+    if isinstance(model, WeightedModel) and model.text_prompt is not None:
+        model, text_prompt = model.model, model.text_prompt  # the tokenizer will write the words
     if isinstance(model, HyperPromptModel) and model.positions != "hf":
         raise ValueError(
             f"the model was trained with positions={model.positions!r}, which no plain model has: virtual tokens "
             "there stand at no position of their own. Generate with mopl, or train with positions='hf'"
         )
-    inner: Any = model.model if isinstance(model, Conditioned) else model
+    inner: Any = model.model if isinstance(model, WeightedModel) else model
     if kind == "adapter" and not isinstance(model, HyperPromptModel) and not is_peft(inner):
         raise ValueError(f"a plain {type(inner).__name__} has no adapter; pass kind='model'")
     base = causal_lm_of(inner)
@@ -136,7 +140,7 @@ def export(
             f"the model started from {source}, itself a PEFT adapter, and the base of an adapter must be a plain "
             "model; pass kind='model'"
         )
-    record = _record(model, kind, w, each_beta, text_prompt, {"base_model": source or None, "origin": origin})
+    record = _record(tuning, kind, w, each_beta, text_prompt, {"base_model": source or None, "origin": origin})
     front, prefix = None, None
     if text_prompt is not None:
         assert w is not None
@@ -149,7 +153,7 @@ def export(
             record["virtual_tokens"] = {"ids": front.ids, "tokens": front.tokens}
     virtual = front.ids if front is not None and not front.after_bos else []
     vocabulary = virtual[0] if virtual else base.get_input_embeddings().weight.shape[0]
-    trade_off: dict[str, Any] = {"weights": w} if isinstance(model, Conditioned) else {}
+    trade_off: dict[str, Any] = {"weights": w} if isinstance(model, WeightedModel) else {}
     if trade_off and each_beta is not None:
         trade_off["beta"] = each_beta
     plain: list[Any] = []  # from which it is taken to be saved, so that it is freed before its files are loaded
@@ -198,7 +202,7 @@ def _condition(
     model: nn.Module, weights: Any, beta: Any, text_prompt: TextPrompt | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Check and return w (m,) and β (m,)."""
-    names = objectives_of(model, weights, beta, text_prompt, Conditioned, "mixture", "leave it out")
+    names = objectives_of(model, weights, beta, text_prompt, WeightedModel, "mixture", "leave it out")
     if weights is None:
         return None, None
     w = check_weights(weights, len(names))
@@ -220,7 +224,12 @@ def _condition(
 
 
 def _record(
-    model: Any, kind: str, w: Tensor | None, beta: Tensor | None, text_prompt: TextPrompt | None, origin: dict[str, Any]
+    tuning: TuningRecord | None,
+    kind: str,
+    w: Tensor | None,
+    beta: Tensor | None,
+    text_prompt: TextPrompt | None,
+    origin: dict[str, Any],
 ) -> dict[str, Any]:
     """Return what `mopl.json` says."""
     record: dict[str, Any] = {
@@ -231,11 +240,9 @@ def _record(
         "objective_temperature": None if beta is None else beta.tolist(),
         **origin,
     }
-    if isinstance(model, Conditioned):
-        tuning = model.record
-        record |= {"objectives": list(tuning.objectives), "reference": tuning.reference}
-        record |= {"beta": tuning.beta, "alpha": tuning.concentration}
-    elif text_prompt is not None:
+    if tuning is not None:
+        record |= {**tuning.to_dict(), "objectives": list(tuning.objectives)}
+    if text_prompt is not None:
         assert w is not None
         record |= {"objectives": list(text_prompt.objectives), "text": text_prompt.render(w, beta)}
     return record
@@ -250,7 +257,7 @@ def _plain_model(model: Any, weights: Tensor | None) -> Any:
     Raises:
         ValueError: If its parameters are quantised, or its adapters cannot be merged.
     """
-    if isinstance(model, Conditioned) and not isinstance(model, HyperPromptModel):
+    if isinstance(model, WeightedModel) and not isinstance(model, HyperPromptModel):
         made = model.merge(weights)  # type: ignore[attr-defined]
     else:
         inner: Any = model.model if isinstance(model, HyperPromptModel) else model

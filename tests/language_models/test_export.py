@@ -14,7 +14,7 @@ peft = pytest.importorskip("peft")
 from tiny_language_models import CHAT, PROMPTS, TEMPLATE, VOCABULARY, K, build, conditioned, lora, prompt, tokenizer
 
 from mopl.alignment import fuse, is_fused
-from mopl.conditioning import HyperPromptModel, TextPrompt, TuningRecord
+from mopl.conditioning import HyperPromptModel, TextPrompt, TextPromptModel, TuningRecord
 from mopl.language_models._export_tokenizer import check_saved, prepare_tokenizer
 from mopl.language_models.export import export
 from mopl.language_models.generate import generate
@@ -183,9 +183,13 @@ def test_a_direction_of_temperatures_can_be_exported_and_other_sums_cannot(tmp_p
 
 
 @pytest.mark.parametrize("bos", [True, False])
-def test_weights_in_words_are_written_by_the_tokenizer(tmp_path: Path, bos: bool) -> None:
+@pytest.mark.parametrize("around", [True, False])
+def test_weights_in_words_are_written_by_the_tokenizer(tmp_path: Path, bos: bool, around: bool) -> None:
     model, words = lora(build()), tokenizer(chat=True, bos=bos)
-    plain, made = load(export(model, words, W, tmp_path / "plain", text_prompt=PAIR))
+    # Words may also be written by a model around that one.
+    source = TextPromptModel(model, PAIR, words) if around else model
+    options = {} if around else {"text_prompt": PAIR}
+    plain, made = load(export(source, words, W, tmp_path / "plain", **options))
     ids = words("w1 w2")["input_ids"]
     wanted = PAIR.prepend_ids(ids, W, words)
     assert made("w1 w2")["input_ids"] == wanted and len(wanted) == len(ids) + 4
@@ -196,7 +200,15 @@ def test_weights_in_words_are_written_by_the_tokenizer(tmp_path: Path, bos: bool
             plain(torch.tensor([wanted])).logits, model(torch.tensor([wanted])).logits, atol=1e-5, rtol=1e-5
         )
     assert json.loads((tmp_path / "plain" / "mopl.json").read_text())["text"] == "[helpful: 0.70, harmless: 0.30] "
-    folder = export(model, words, W, tmp_path / "adapter", kind="adapter", text_prompt=PAIR)
+    if around:
+        text = torch.tensor([ids])
+        with torch.no_grad():
+            given = source(text, weights=torch.tensor(W)).logits
+            torch.testing.assert_close(
+                plain(torch.tensor([wanted])).logits[:, -2:], given[:, -2:], atol=1e-5, rtol=1e-5
+            )
+        assert json.loads((tmp_path / "plain" / "mopl.json").read_text())["reference"] == "self"
+    folder = export(source, words, W, tmp_path / "adapter", kind="adapter", **options)
     adapted = peft.PeftModel.from_pretrained(build(), folder).eval()
     made = transformers.AutoTokenizer.from_pretrained(folder)
     assert made("w1 w2")["input_ids"] == wanted
