@@ -126,6 +126,11 @@ class LoraMixture(Mixture):
             part.mix(self.adapters, self._call, whole=coefficients is None)
 
     @property
+    def varies_with_weights(self) -> bool:
+        """Adapters differ from their start on, but for those that add nothing yet."""
+        return True
+
+    @property
     def is_reference(self) -> bool:
         """Whether its adapters are off, which is so inside of `reference()`."""
         return next(iter(self._parts.values())).layer.disable_adapters

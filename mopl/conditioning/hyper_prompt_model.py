@@ -136,6 +136,11 @@ class HyperPromptModel(WeightedModel):
         """Positions follow from the mask and the virtual tokens."""
         return True
 
+    @property
+    def takes_packed_rows(self) -> bool:
+        """Each sequence has virtual tokens of its own."""
+        return True
+
     @torch.no_grad()
     def set_prefix_from_tokens(self, token_ids: Tensor | Sequence[int]) -> None:
         """Start P at the model's own embeddings of tokens: cut to k of them, or repeated until there are k."""

@@ -132,6 +132,13 @@ class ParameterMixture(Mixture):
         """A mixture of parameters has one trade-off at a time; see `at`."""
         return False
 
+    @property
+    def varies_with_weights(self) -> bool:
+        """Whether sets differ, or their coefficients need not sum to 1."""
+        own, *others = self.sets
+        same = all(torch.equal(a, b) for other in others for a, b in zip(own, other, strict=True))
+        return self.coefficients is not None or not same
+
     @contextlib.contextmanager
     def reference(self, *, adapters: bool = False) -> Iterator[ParameterMixture]:
         """Raise a ValueError: the sets are the model's own parameters, and what they were is no longer here."""

@@ -105,6 +105,11 @@ class TextPromptModel(WeightedModel):
         """Rows are arranged once the words are in."""
         return True
 
+    @property
+    def takes_packed_rows(self) -> bool:
+        """Words are written into each sequence."""
+        return True
+
     def write_weights(self, input_ids: Sequence[int] | Tensor, weights: Weights, beta: Any = None) -> list[int]:
         """Return the tokens of a prompt with the trade-off written into them; see `TextPrompt.prepend_ids`."""
         return self.text_prompt.prepend_ids(input_ids, weights, self.tokenizer, beta)  # type: ignore[arg-type]

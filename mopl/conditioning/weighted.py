@@ -124,6 +124,16 @@ class WeightedModel(nn.Module):
         """Whether rows with weights of their own are decoded together, with one cache; else one trade-off at a time."""
         return True
 
+    @property
+    def takes_packed_rows(self) -> bool:
+        """Whether each sequence of a packed row (1, N) may have weights of its own, (S, m)."""
+        return False
+
+    @property
+    def varies_with_weights(self) -> bool:
+        """Whether what is trained are sets of parameters that differ: at its start, too, it is what the weights say."""
+        return False
+
     def write_weights(self, input_ids: list[int], weights: Weights, beta: Any = None) -> list[int]:
         """Return the tokens of a prompt as the model inside reads them: with the trade-off, if it is told in words."""
         return input_ids

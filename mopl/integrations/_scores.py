@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from mopl._renamed import renamed_parameter
 from mopl.conditioning.causal_lm import text_config
-from mopl.conditioning.hyper_prompt_model import HyperPromptModel
-from mopl.conditioning.weighted import causal_lm_of
+from mopl.conditioning.weighted import WeightedModel, causal_lm_of
 from mopl.integrations._options import default_of
 from mopl.language_models.collate import ListBatch, to_lists
 from mopl.language_models.head import IGNORE_INDEX, SequenceScores, score_sequences
@@ -28,9 +27,9 @@ class Conditions:
 
     @classmethod
     def of(cls, model: nn.Module) -> Conditions:
-        """Read them off a model: a `HyperPromptModel`, or any whose forward has an argument `weights`."""
-        if isinstance(model, HyperPromptModel):
-            return cls(True, "beta" if model.hyper_prompt.takes_beta else None)
+        """Read them off a model: a `WeightedModel`, or any whose forward has an argument `weights`."""
+        if isinstance(model, WeightedModel):
+            return cls(True, "beta" if model.takes_beta else None)
         forward = type(causal_lm_of(model)).forward
         names, beta = inspect.signature(forward).parameters, renamed_parameter(forward, "objective_temperature", "beta")
         return cls("weights" in names, beta if beta in names else None)
@@ -118,9 +117,9 @@ class Scoring:
         plain = None if self.ld_alpha is None else to_lists(found.scores, batch)
         return Scored(scores, lengths, response_lengths(batch).to(lengths), plain, confidence, router, self.router)
 
-    def reference(self, model: nn.Module, batch: ListBatch) -> Tensor:
-        """Return the scores (B, K) of a reference."""
-        return self._weighed(score_sequences(model, batch.inputs), batch)[0]
+    def reference(self, model: nn.Module, batch: ListBatch, **keywords: Any) -> Tensor:
+        """Return the scores (B, K) of a reference; `keywords` are its conditions, where it has some."""
+        return self._weighed(score_sequences(model, batch.inputs, **keywords), batch)[0]
 
     def _weighed(self, found: SequenceScores, batch: ListBatch) -> tuple[Tensor, Tensor]:  # (B, K), (B, K)
         """Return scores and lengths."""

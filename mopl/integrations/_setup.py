@@ -7,7 +7,6 @@ import functools
 import os
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,12 +15,9 @@ from torch import nn
 from mopl._extras import require
 from mopl._hub import naming_own_code
 from mopl._rows import check_rows
-from mopl._tensor_files import load_state
 from mopl.conditioning.adapter_base import base_of_adapter
 from mopl.conditioning.causal_lm import is_peft
-from mopl.conditioning.hyper_prompt_model import WEIGHTS_FILE, HyperPromptModel
-from mopl.conditioning.saved_models import ADAPTER_FILE, adapter_folder, check_adapter, check_adapter_state, read_record
-from mopl.conditioning.weighted import Conditioned, causal_lm_of
+from mopl.conditioning.weighted import WeightedModel, causal_lm_of
 from mopl.integrations._data import BETA, WEIGHTS, Example, Examples
 from mopl.integrations._options import check_options
 from mopl.integrations._pair_loss import AVERAGED, LIKELIHOOD, PairLoss
@@ -66,10 +62,10 @@ def prepare_model(model: Any, peft_config: Any = None, model_init_kwargs: dict[s
     elif model_init_kwargs:
         raise ValueError("model_init_kwargs are for a model that is loaded here by name, but model is loaded already")
     if peft_config is not None:
-        if isinstance(model, HyperPromptModel) or is_peft(model):
+        if isinstance(model, WeightedModel) or is_peft(model):
             raise ValueError(
                 f"peft_config was passed with a {type(model).__name__}; wrap the causal language model with "
-                "peft.get_peft_model first and pass the result (or a HyperPromptModel around it)"
+                "peft.get_peft_model first and pass the result, or a model that takes weights around it"
             )
         require("peft")
         from peft import PeftConfig, get_peft_model
@@ -79,57 +75,33 @@ def prepare_model(model: Any, peft_config: Any = None, model_init_kwargs: dict[s
                 f"peft_config is a {type(peft_config).__name__} but must be a peft.PeftConfig, such as peft.LoraConfig"
             )
         model = get_peft_model(model, peft_config)
-    if isinstance(model, Conditioned) and not isinstance(model, HyperPromptModel):
+    if isinstance(model, WeightedModel) and model.takes_kl_weight:
         raise ValueError(
-            f"model is a {type(model).__name__}, whose reference at each w the trainers do not know; use "
-            "`mopl align --conditioning lora-mixture` (on rewards: --method clp), or a HyperPromptModel"
+            f"model is a {type(model).__name__} that is conditioned on the KL weight, which the trainers do not draw; "
+            "leave its coefficients out, or train it on rewards with `mopl clp`"
         )
     fuse(causal_lm_of(model))
     return model
 
 
-def load_hyper_prompt(model: HyperPromptModel, folder: str | Path) -> None:
-    """Load what `save_pretrained` wrote into a model that is there already, so that its optimizer stays valid."""
-    folder = Path(folder)
-    if not (folder / WEIGHTS_FILE).exists():
-        raise ValueError(f"{folder} is no checkpoint of a HyperPromptModel: it has no {WEIGHTS_FILE}")
-    config = read_record(folder, "HyperPromptModel")
-    objectives = tuple(config["objectives"])
-    if objectives != model.record.objectives:
-        raise ValueError(f"{folder} was trained on {objectives} but the model is for {model.record.objectives}")
-    load_state(model.hyper_prompt, folder / WEIGHTS_FILE)
-    adapter = config["adapter"]
-    if (adapter is not None) != is_peft(model.model):
-        raise ValueError(f"{folder} has {'an' if adapter else 'no'} adapter but the model differs in that")
-    if adapter is not None:
-        require("peft")
-        from peft import load_peft_weights, set_peft_model_state_dict
-
-        path = adapter_folder(folder, adapter)
-        device = str(next(model.parameters()).device)
-        peft_model: Any = model.model
-        check_adapter(path)
-        check_adapter_state(peft_model, adapter, path / ADAPTER_FILE)
-        set_peft_model_state_dict(peft_model, load_peft_weights(str(path), device=device), adapter_name=adapter)
-
-
 def check_sharding(accelerator: Any) -> None:
-    """Raise where a `HyperPromptModel`, or a reference that is more than adapters off, would have to be sharded."""
+    """Raise where a `WeightedModel`, or a reference that is more than adapters off, would have to be sharded."""
     if (kind := distribution_of(accelerator)) in SHARDED:
         raise NotImplementedError(
             f"training under {kind} works for a plain model, or one with PEFT adapters, that is its own reference with "
-            "adapters off or has precompute_ref_log_probs; a HyperPromptModel, a separate ref_model, and adapters that "
-            "were trained before or have a reference_adapter train on one device or under DDP"
+            "adapters off or has precompute_ref_log_probs; a model that takes weights, a separate ref_model, and "
+            "adapters that were trained before or have a reference_adapter train on one device or under DDP"
         )
 
 
 def write_record(
-    model: HyperPromptModel, objectives: tuple[str, ...], settings: ObjectiveArguments, beta: float, reference: str
+    model: WeightedModel, objectives: tuple[str, ...], settings: ObjectiveArguments, beta: float, reference: str
 ) -> None:
     """Note in a model what its weights mean, for `save_pretrained`; raise if it is for other objectives."""
     record = model.record
     unnamed = tuple(f"objective_{j + 1}" for j in range(len(record.objectives)))
-    if len(record.objectives) != len(objectives) or record.objectives not in (unnamed, objectives):
+    allowed = (objectives,) if model.text_prompt is not None else (unnamed, objectives)  # words have the names in them
+    if len(record.objectives) != len(objectives) or record.objectives not in allowed:
         raise ValueError(
             f"the model is for {', '.join(record.objectives)} but the data has {', '.join(objectives)}; "
             "name the same objectives, in the same order"
@@ -196,10 +168,10 @@ def check_fit(
     check_labels(loss, sets)
     check_vocabulary(model, sets)
     pushes = getattr(args, "push_to_hub", False) and str(getattr(args.hub_strategy, "value", args.hub_strategy))
-    if pushes and pushes != "end" and isinstance(model, HyperPromptModel):
+    if pushes and pushes != "end" and isinstance(model, WeightedModel):
         raise ValueError(
             f"hub_strategy is {pushes!r}, by which transformers pushes files of plain models and adapters only, and "
-            "this is a HyperPromptModel; pass hub_strategy='end'"
+            f"this is a {type(model).__name__}; pass hub_strategy='end'"
         )
 
 
@@ -273,10 +245,12 @@ def check_store(settings: ObjectiveArguments, precompute: bool, scoring: Scoring
         )
 
 
-def reference_name(own: OwnReference | None, ref_model: Any) -> str:
-    """Return what a `TuningRecord` says of the reference."""
+def reference_name(model: WeightedModel, own: OwnReference | None, ref_model: Any, reference_free: bool) -> str:
+    """Return what a `TuningRecord` says of the reference: what a training has in `own`, or the one that was passed."""
     if ref_model is not None:
         return getattr(ref_model, "name_or_path", "") or f"the {type(ref_model).__name__} that was passed as ref_model"
+    if own is None and not reference_free:  # all of the model is trained
+        return getattr(model, "name_or_path", "") or "the model as training began"
     if own is None or own.kind == "base":
         return "self"
     return f"the adapter {own.adapter}" if own.adapter else "the adapters as training began"
@@ -292,8 +266,15 @@ def default_collator(args: Any, processing_class: Any, sets: Sequence[Examples])
 
 def check_model_rows(model: Any, collator: ListCollator, accelerator: Any) -> None:
     """Raise where a model cannot take the rows of a training. A sharded model says so in its first step."""
+    weighted = model if isinstance(model, WeightedModel) else None
+    if weighted is not None and collator.packed and not weighted.takes_packed_rows:
+        raise ValueError(
+            f"a {type(model).__name__} has one trade-off for each row, and a packed row holds many lists; pass "
+            "padding_free=False"
+        )
     if distribution_of(accelerator) not in SHARDED:
-        check_rows(causal_lm_of(model), packed=collator.packed, virtual=isinstance(model, HyperPromptModel))
+        virtual = weighted is not None and weighted.takes_embeddings
+        check_rows(causal_lm_of(model), packed=collator.packed, virtual=virtual)
 
 
 def _partly_labelled(example: Example) -> bool:

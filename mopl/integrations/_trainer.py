@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from mopl._extras import require
@@ -21,11 +21,12 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from mopl._files import write_file
 from mopl._restoring import evaluating
 from mopl.conditioning.causal_lm import is_peft
-from mopl.conditioning.hyper_prompt_model import HyperPromptModel
+from mopl.conditioning.saved_models import CONFIG_FILE
+from mopl.conditioning.weighted import WeightedModel
 from mopl.integrations._data import Examples, Extras
-from mopl.integrations._scores import Scoring
+from mopl.integrations._scores import Conditions, Scoring
 from mopl.integrations._settings import ObjectiveArguments
-from mopl.integrations._setup import check_reference, check_sharding, check_store, load_hyper_prompt
+from mopl.integrations._setup import check_reference, check_sharding, check_store
 from mopl.language_models.adapter_reference import OwnReference, check_same_reference, write_reference
 from mopl.language_models.collate import ListBatch
 from mopl.language_models.model_identity import checksum, identity_of
@@ -34,7 +35,7 @@ from mopl.language_models.scoring import score_lists
 
 
 class ListTrainer(Trainer):
-    """A `Trainer` of lists that has a reference, and knows the checkpoints of a `HyperPromptModel`."""
+    """A `Trainer` of lists that has a reference, and knows the checkpoints of a `WeightedModel`."""
 
     model: Any
     ref_model: Any
@@ -42,6 +43,7 @@ class ListTrainer(Trainer):
     settings: ObjectiveArguments
     scoring: Scoring
     own: OwnReference | None = None  # the reference that the policy carries in itself, if no other model is it
+    reference_conditions: Conditions | None = None  # what the reference takes, where it is another one for each w
     reference_is: str | None = None  # what tells it from others; None where it is a model that the user passed
     row_lengths: Sequence[int] | None = None  # a data set's own column of lengths
     _precompute: bool
@@ -56,34 +58,63 @@ class ListTrainer(Trainer):
         check_reference(model, ref_model, adapter, self.settings.reference_free)
         check_store(self.settings, self._precompute, self.scoring)
         if ref_model is not None or self.settings.reference_free:
+            if isinstance(ref_model, WeightedModel) and not given:
+                self._take_conditions(ref_model)
             return ref_model
-        if adapter is not None or isinstance(model, HyperPromptModel) or is_peft(model):
+        inner = model.model if isinstance(model, WeightedModel) else model
+        frozen = inner is not model and not any(parameter.requires_grad for parameter in inner.parameters())
+        if adapter is not None or is_peft(inner) or frozen:
             self.own = OwnReference(model, adapter=adapter, added=added)
         if given:
             return None
         if self.own is not None:
+            if self.own.varies_with_weights:
+                self._take_conditions(model)
             self.reference_is = self.own.fingerprint(model)
             return None
-        self.reference_is = f"model {checksum(model.named_parameters())}"
-        return None if self._precompute else copy.deepcopy(model)
+        # All of the model is trained. Where its start does not depend on w it is that of the model inside.
+        if inner is not model and model.varies_with_weights:
+            self._take_conditions(model)
+            inner = model
+        self.reference_is = f"model {checksum(inner.named_parameters())}"
+        return None if self._precompute else copy.deepcopy(inner)
+
+    def _take_conditions(self, reference: WeightedModel) -> None:
+        """Note that the reference takes weights; raise where it is to be computed once for all of them."""
+        if self._precompute:
+            raise ValueError(
+                f"precompute_ref_log_probs is True but the reference is a {type(reference).__name__}, whose "
+                "log-probabilities depend on the weights w; leave precompute_ref_log_probs out"
+            )
+        self.reference_conditions = Conditions.of(reference)
 
     def check_reference_placement(self, ref_model: Any) -> None:
         """Raise where the reference would have to be sharded; give all processes the same one."""
         within = self.own is not None and self.own.kind != "base" and not self._precompute
-        if isinstance(self.model, HyperPromptModel) or ref_model is not None or within:
+        if isinstance(self.model, WeightedModel) or ref_model is not None or within:
             check_sharding(self.accelerator)
         if self.own is not None:
             self.own.spread(self.accelerator)
 
     @torch.no_grad()
-    def _reference(self, model: nn.Module, batch: ListBatch, extras: Extras) -> Any:
-        """Return the reference's scores (B, K), or None where the loss has no reference."""
+    def _reference(self, model: nn.Module, batch: ListBatch, extras: Extras, weights: Tensor, beta: Tensor) -> Any:
+        """Return the reference's scores (B, K), or None where the loss has no reference.
+
+        Args:
+            model: The policy, as it is wrapped.
+            batch: The lists.
+            extras: What stands beside them.
+            weights: w (B, m), for a reference that depends on it.
+            beta: β (B, m), likewise.
+        """
         if self.settings.reference_free:
             return None
         if extras.reference is not None:
             return extras.reference
+        conditions = self.reference_conditions
+        keywords = {} if conditions is None else conditions.keywords(batch, weights, beta)
         with self._as_reference(model) as reference:
-            return self.scoring.reference(reference, batch)
+            return self.scoring.reference(reference, batch, **keywords)
 
     @contextlib.contextmanager
     def _as_reference(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -131,13 +162,13 @@ class ListTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         adapter = None if self.own is None else self.own.adapter
-        if not isinstance(self.model, HyperPromptModel) and adapter is None:
+        if not isinstance(self.model, WeightedModel) and adapter is None:
             return super()._save(output_dir, state_dict)
         folder = output_dir if output_dir is not None else self.args.output_dir
         assert folder is not None
         if not self.args.should_save:
             return
-        if isinstance(self.model, HyperPromptModel):
+        if isinstance(self.model, WeightedModel):
             self.model.save_pretrained(folder)
         else:  # the reference is no policy, and no part of what was trained
             trained = [name for name in self.model.peft_config if name != adapter]
@@ -148,15 +179,21 @@ class ListTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         check_same_reference(Path(resume_from_checkpoint), self.reference_is)
-        if not isinstance(self.model, HyperPromptModel):
+        if not isinstance(self.model, WeightedModel):
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        load_hyper_prompt(self.model, resume_from_checkpoint)
+        self._load_weights(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        if not isinstance(self.model, HyperPromptModel):
+        if not isinstance(self.model, WeightedModel):
             return super()._load_best_model()
         assert self.state.best_model_checkpoint is not None
-        load_hyper_prompt(self.model, self.state.best_model_checkpoint)
+        self._load_weights(self.state.best_model_checkpoint)
+
+    def _load_weights(self, folder: str) -> None:
+        file = self.model.WEIGHTS_FILE or CONFIG_FILE
+        if not (Path(folder) / file).exists():
+            raise ValueError(f"{folder} is no checkpoint of a {type(self.model).__name__}: it has no {file}")
+        self.model.load_weights(folder)
 
     # ---------------------------------------------------------------- training and samplers
 

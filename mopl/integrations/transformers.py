@@ -38,7 +38,7 @@ require("transformers", "accelerate", what="mopl.integrations.transformers")
 from transformers import TrainingArguments, set_seed
 
 from mopl.conditioning.causal_lm import is_peft
-from mopl.conditioning.hyper_prompt_model import HyperPromptModel
+from mopl.conditioning.weighted import WeightedModel, causal_lm_of
 from mopl.integrations._data import ExampleCollator, Examples, Extras, batch_of, examples_of
 from mopl.integrations._objective import ListLoss, Measured, Objective, PairLoss, Totals, grid_metrics, grid_table
 from mopl.integrations._scores import Conditions, Scoring
@@ -154,9 +154,9 @@ class MultiObjectiveTrainer(ListTrainer):
             ref_model = prepare_model(ref_model, None, model_init_kwargs if isinstance(ref_model, str) else None)
         # The second name is the older one of the same argument.
         checkpointing = any(getattr(args, f"{name}_checkpointing", False) for name in ("activation", "gradient"))
-        if checkpointing and is_peft(model):
+        if checkpointing and is_peft(getattr(model, "model", model) if isinstance(model, WeightedModel) else model):
             # Reentrant checkpointing passes no gradient on if no input needs one, and frozen embeddings need none.
-            model.enable_input_require_grads()
+            causal_lm_of(model).enable_input_require_grads()
 
         # ---- data
         self._tokenizer = processing_class
@@ -196,9 +196,11 @@ class MultiObjectiveTrainer(ListTrainer):
             disable_dropout(model)
         self._precompute = getattr(args, "precompute_ref_log_probs", False) and not settings.reference_free
         given = all(value.has_reference for value in sets)
-        ref_model = self.choose_reference(model, ref_model, reference_adapter, peft_config is not None, given)
-        if isinstance(model, HyperPromptModel):
-            write_record(model, self.objectives, settings, beta, reference_name(self.own, ref_model))
+        passed = ref_model
+        ref_model = self.choose_reference(model, passed, reference_adapter, peft_config is not None, given)
+        if isinstance(model, WeightedModel):
+            reference = reference_name(model, self.own, passed, settings.reference_free)
+            write_record(model, self.objectives, settings, beta, reference)
 
         super().__init__(
             model=model,
@@ -281,7 +283,7 @@ class MultiObjectiveTrainer(ListTrainer):
         alone = (0, 1.0 / len(batch))  # of a batch that no step fetched
         offset, factor = next(self._places, alone) if self.model.training else alone
         weights, beta, seen = self._trade_offs(batch, extras, offset)
-        reference = self._reference(model, batch, extras)
+        reference = self._reference(model, batch, extras, weights, seen)
         scored = self.scoring(model, batch, self.conditions, weights, seen)
         measured = self.objective(scored, batch, weights=weights, beta=beta, reference=reference)
         if self.model.training:
@@ -332,10 +334,12 @@ class MultiObjectiveTrainer(ListTrainer):
         points: list[Measured] = []
         scored, device = None, batch.labels.device
         with torch.no_grad(), self.compute_loss_context_manager():
-            reference = self._reference(model, batch, extras)
+            reference = None
             for point in self.eval_weights:
                 parts = self.trade_offs.at(point, len(batch))
                 weights, beta, seen = (value.to(device, non_blocking=True) for value in parts)
+                if reference is None or self.reference_conditions is not None:
+                    reference = self._reference(model, batch, extras, weights, seen)
                 if scored is None or self.conditions.weights:
                     scored = self.scoring(model, batch, self.conditions, weights, seen)
                 points.append(self.objective(scored, batch, weights=weights, beta=beta, reference=reference))

@@ -44,8 +44,7 @@ from trl import DPOConfig, SyncRefModelCallback  # type: ignore[attr-defined]
 
 from mopl._arguments import check_choice
 from mopl.conditioning.causal_lm import is_peft
-from mopl.conditioning.hyper_prompt_model import HyperPromptModel
-from mopl.conditioning.weighted import causal_lm_of
+from mopl.conditioning.weighted import WeightedModel, causal_lm_of
 from mopl.integrations._data import REFERENCE_COLUMNS, Examples, is_pairs
 from mopl.integrations._objective import ListLoss
 from mopl.integrations._options import check_options
@@ -280,7 +279,7 @@ class _MovingReference(SyncRefModelCallback):
 
 def _check_moving_reference(model: Any, args: DPOConfig, peft_config: Any) -> None:
     """Raise where there is no reference of its own that `sync_ref_model` could move."""
-    if isinstance(model, HyperPromptModel) or is_peft(model) or peft_config is not None:
+    if isinstance(model, WeightedModel) or is_peft(model) or peft_config is not None:
         raise ValueError(
             "sync_ref_model is True but a model with adapters or a prompt is its own reference without them, and TRL "
             "raises there too; leave it out, or train a whole model"

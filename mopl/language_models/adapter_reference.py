@@ -8,9 +8,10 @@
 |                                              | does so with a second adapter, "ref"             | is trained       |
 | any, with `adapter=`                         | the model with that adapter in place of its own  | nothing          |
 
-The prompt of a `HyperPromptModel` is off in all of them. The copy is of parameters and not of an adapter, so it is
-right for every kind: DoRA's magnitudes, `modules_to_save`, several active adapters, biases, prefixes. And it is no part
-of the model, so no optimizer, checkpoint or `save_pretrained` sees it.
+What conditions a `WeightedModel` is off in all of them, but for sets of adapters that were trained before: their start
+is another model for each w, which is asked with the weights of each row. The copy is of parameters and not of an
+adapter, so it is right for every kind: DoRA's magnitudes, `modules_to_save`, several active adapters, biases, prefixes.
+And it is no part of the model, so no optimizer, checkpoint or `save_pretrained` sees it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from mopl._extras import require
 from mopl._files import write_file
 from mopl._records import read_json
 from mopl._restoring import evaluating, requires_grad_kept
-from mopl.conditioning import HyperPromptModel
+from mopl.conditioning import WeightedModel
 from mopl.conditioning.causal_lm import is_peft
 from mopl.language_models.model_identity import checksum
 
@@ -36,7 +37,7 @@ FILE = "reference.json"
 
 
 class OwnReference:
-    """The reference inside a PEFT model or a `HyperPromptModel`, fixed when this object is made.
+    """The reference inside a PEFT model or a `WeightedModel`, fixed when this object is made.
 
     Args:
         model: The policy, before its first step.
@@ -45,6 +46,7 @@ class OwnReference:
 
     Attributes:
         kind: `"base"`, `"start"` or `"adapter"`.
+        varies_with_weights: Whether it is another one for each w: the start of sets of adapters that differ.
 
     Raises:
         ValueError: If there is no such adapter, or it is the one to be trained.
@@ -65,6 +67,8 @@ class OwnReference:
         else:
             self.kind = "start"
             self._start = {n: p.detach().clone() for n, p in inner.named_parameters() if p.requires_grad}
+        weighted = model if isinstance(model, WeightedModel) else None
+        self.varies_with_weights = self.kind == "start" and weighted is not None and weighted.varies_with_weights
 
     @contextlib.contextmanager
     def active(self, model: Any) -> Iterator[None]:
@@ -82,10 +86,12 @@ class OwnReference:
             switched = self._restored(inner)
         elif self.adapter is not None:
             switched = _adapter_active(inner, self.adapter)
-        elif is_peft(inner):
+        elif is_peft(inner) and inner is model:
             switched = inner.disable_adapter()
-        prompt_off = model.reference(adapters=True) if isinstance(model, HyperPromptModel) else contextlib.nullcontext()
-        with evaluating(model), prompt_off, requires_grad_kept(inner), switched:
+        unconditioned: Any = contextlib.nullcontext()
+        if inner is not model and not self.varies_with_weights:
+            unconditioned = model.reference(adapters=self.kind != "base")
+        with evaluating(model), unconditioned, requires_grad_kept(inner), switched:
             yield
 
     @contextlib.contextmanager
@@ -133,7 +139,7 @@ class OwnReference:
 
 
 def _inner(model: Any) -> Any:
-    return model.model if isinstance(model, HyperPromptModel) else model
+    return model.model if isinstance(model, WeightedModel) else model
 
 
 def _check_adapter_name(model: Any, adapter: str) -> None:

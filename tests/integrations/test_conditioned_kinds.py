@@ -1,0 +1,309 @@
+"""The trainers with every kind of model that takes weights: its reference, its checkpoints, evaluation, rows."""
+
+import copy
+
+import numpy as np
+import peft
+import pytest
+import tiny_language_models as tiny
+import torch
+from torch import nn
+
+pytest.importorskip("accelerate")
+
+from mopl.conditioning import (
+    HyperPromptModel,
+    LoraMixture,
+    ParameterMixture,
+    TextPrompt,
+    TextPromptModel,
+    WeightedModel,
+    check_weights,
+    sample_weights,
+)
+from mopl.conditioning.causal_lm import is_peft
+from mopl.integrations._data import batch_of
+from mopl.integrations.transformers import MultiObjectiveConfig, MultiObjectiveTrainer
+from mopl.language_models.head import fuse, score_sequences
+from mopl.language_models.tokenization import ReadReport, TokenizedData, TokenizedList
+
+OBJECTIVES = ("helpful", "harmless")
+
+
+class ShiftedEmbeddings(WeightedModel):
+    """A fifth kind: w adds a vector to the embedding of every token."""
+
+    KIND, WEIGHTS_FILE = "ShiftedEmbeddings", "shift.safetensors"
+
+    def __init__(self, model, record=OBJECTIVES):
+        super().__init__()
+        self.model, self.record = model, tiny.TuningRecord.of(record, len(OBJECTIVES))
+        model.requires_grad_(False)
+        self.shift = nn.Parameter(0.3 * torch.randn(2, tiny.HIDDEN, generator=torch.Generator().manual_seed(4)))
+        self.causal_lm.get_input_embeddings().register_forward_hook(self._add)
+        self._added = None
+
+    def _add(self, module, inputs, output):
+        return output if self._added is None else output + self._added[:, None]
+
+    def forward(self, *args, weights=None, **kwargs):
+        if not self.is_reference:
+            weights = check_weights(self._unless_fixed(weights=weights)["weights"], 2)
+            self._added = weights.float().expand(len(kwargs["input_ids"]), 2) @ self.shift
+        try:
+            return self.model(*args, **kwargs)
+        finally:
+            self._added = None
+
+    def _state(self):
+        return {"shift": self.shift}
+
+    def _described(self):
+        return {"base_model": None}
+
+    @classmethod
+    def _load(cls, folder, config, model, *, trainable, **options):
+        made = cls(model, tuple(config["objectives"]))
+        made.load_weights(folder)
+        return made
+
+
+def shaken(model):
+    """The model with what it trains away from its start, each parameter its own way."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def adapters(**options):
+    return peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **options)
+
+
+def make_model(kind: str, dropout: float = 0.0):
+    model = tiny.build()
+    torch.manual_seed(5)
+    if kind.startswith("lora mixture"):
+        mixture = LoraMixture(model, 2, config=adapters(lora_dropout=dropout), record=OBJECTIVES)
+        return shaken(mixture) if "trained" in kind else mixture
+    if kind.startswith("parameter mixture"):
+        mixture = ParameterMixture(model, 2, scope="attention", record=OBJECTIVES)
+        return shaken(mixture) if "trained" in kind else mixture
+    if kind.startswith("text"):
+        inside = peft.get_peft_model(model, adapters(lora_dropout=dropout)) if "adapters" in kind else model
+        return TextPromptModel(inside, TextPrompt(OBJECTIVES, "[{weights}] "), tiny.tokenizer())
+    if kind == "prompt":
+        return HyperPromptModel(model, tiny.prompt(), record=OBJECTIVES)
+    return ShiftedEmbeddings(model)
+
+
+KINDS = [
+    "lora mixture", "lora mixture, trained", "parameter mixture", "parameter mixture, trained", "text", "text, adapters",
+    "own",
+]  # fmt: skip
+VARYING = ("lora mixture, trained", "parameter mixture, trained")
+
+
+def data(count: int = 10) -> TokenizedData:
+    draw = np.random.default_rng(3)
+    lists = []
+    for number in range(count):
+        size = 2 + number % 3
+        labels = draw.integers(0, 4, (2, size)).astype(np.float32)
+        labels[:, 0] += 1
+        responses = tuple(draw.integers(6, tiny.VOCABULARY, draw.integers(2, 6)) for _ in range(size))
+        prompt = np.concatenate([[1], draw.integers(6, tiny.VOCABULARY, draw.integers(1, 4))])
+        lists.append(TokenizedList(prompt, responses, labels, number))
+    return TokenizedData(tuple(lists), OBJECTIVES, "random", ReadReport("random"))
+
+
+def make(folder, model, **options):
+    own = {name: options.pop(name) for name in ("ref_model", "eval_dataset", "peft_config") if name in options}
+    defaults = dict(
+        report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no", per_device_train_batch_size=4,
+        per_device_eval_batch_size=5, learning_rate=0.05, optim="sgd", lr_scheduler_type="constant", max_grad_norm=1e6,
+        logging_steps=1, max_steps=3, beta=0.5, dataloader_pin_memory=False,
+    )  # fmt: skip
+    args = MultiObjectiveConfig(str(folder), **{**defaults, **options})
+    tokenizer = tiny.tokenizer()
+    return MultiObjectiveTrainer(model, args, train_dataset=data(), processing_class=tokenizer, **own)
+
+
+def trainable(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def scores_of(model, batch, **options):
+    """Scores of each sequence alone, padding cut off."""
+    found = []
+    for row, (list_, place) in enumerate(batch.index.tolist()):
+        kept = batch.inputs["attention_mask"][row].bool()
+        inputs = {name: value[row : row + 1, kept] for name, value in batch.inputs.items()}
+        own = {name: value[list_] for name, value in options.items()}
+        found.append((list_, place, score_sequences(model, inputs, **own).scores[0]))
+    table = torch.zeros(batch.mask.shape)
+    for list_, place, score in found:
+        table[list_, place] = score
+    return table
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_policy_and_reference_are_those_of_single_rows_and_the_reference_stays(kind, tmp_path):
+    """The reference is what the model was when training began: without conditioning, or the sets at the w of the row."""
+    policy = make_model(kind)
+    start = copy.deepcopy(policy)
+    fuse(start.causal_lm)
+    trainer = make(tmp_path, policy)
+    before = trainable(policy)
+    for _ in range(2):  # at the start, and when it was trained
+        policy.eval()
+        inputs = trainer.data_collator([trainer.train_dataset[number] for number in range(5)])
+        with torch.no_grad():
+            _, outputs = trainer.compute_loss(policy, inputs, return_outputs=True)
+            batch, _ = batch_of(inputs)
+            weights = outputs["weights"]
+            torch.testing.assert_close(outputs["scores"], scores_of(policy, batch, weights=weights))
+            if kind in VARYING:
+                expected = scores_of(start, batch, weights=weights)
+            elif kind == "parameter mixture":
+                expected = scores_of(fuse(tiny.build()), batch)
+            else:
+                with start.reference():
+                    expected = scores_of(start, batch)
+                torch.testing.assert_close(expected, scores_of(fuse(tiny.build()), batch))
+            torch.testing.assert_close(outputs["reference"], expected)
+        if trainer.state.global_step == 0:
+            expected_w = sample_weights(2, 5, seed=trainer.args.seed, step=0)
+            torch.testing.assert_close(weights, expected_w)
+            trainer.train()
+    after = trainable(policy)
+    assert before.keys() == after.keys() and all(not torch.equal(after[name], before[name]) for name in after)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(kind, tmp_path):
+    options = dict(
+        max_steps=4, save_strategy="steps", save_steps=2, optim="adamw_torch", learning_rate=1e-2,
+        gradient_accumulation_steps=2, per_device_train_batch_size=2, disable_dropout=False,
+    )  # fmt: skip
+    whole = make(tmp_path / "whole", make_model(kind, dropout=0.2), **options)
+    whole.train()
+    resumed = make(tmp_path / "resumed", make_model(kind, dropout=0.2), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert resumed.state.global_step == 4
+    expected, found = trainable(whole.model), trainable(resumed.model)
+    assert expected.keys() == found.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_best_model_is_loaded_and_its_folder_answers_the_same(kind, tmp_path):
+    trainer = make(
+        tmp_path, make_model(kind), eval_dataset=data(4), max_steps=2, save_strategy="steps", save_steps=1,
+        eval_strategy="steps", eval_steps=1, load_best_model_at_end=True, learning_rate=3.0, eval_points=3,
+    )  # fmt: skip
+    trainer.train()
+    measured = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert trainer.state.best_metric == min(entry["eval_loss"] for entry in measured)
+    at = [measured[0][f"eval_helpful_loss@{w}"] for w in ("1.00,0.00", "0.50,0.50", "0.00,1.00")]
+    assert len(set(at)) == 3, at
+    folder = trainer.state.best_model_checkpoint
+    loaded = WeightedModel.from_pretrained(folder, fuse(tiny.build()))
+    assert type(loaded) is type(trainer.model) and loaded.record.objectives == OBJECTIVES
+    assert loaded.record.beta == 0.5 and loaded.record.concentration == 1.0
+    ids, w = torch.randint(6, tiny.VOCABULARY, (2, 6)), torch.tensor([[0.2, 0.8], [1.0, 0.0]])
+    with torch.no_grad():
+        torch.testing.assert_close(
+            loaded(input_ids=ids, weights=w).logits, trainer.model.eval()(input_ids=ids, weights=w).logits
+        )
+
+
+@pytest.mark.parametrize("kind", ["lora mixture", "parameter mixture, trained", "text, adapters"])
+def test_an_update_does_not_depend_on_how_the_batch_is_split(kind, tmp_path):
+    results = []
+    for size, parts in ((8, 1), (2, 4)):
+        trainer = make(
+            tmp_path, make_model(kind), per_device_train_batch_size=size, gradient_accumulation_steps=parts, max_steps=2
+        )
+        trainer.train()
+        results.append(trainable(trainer.model))
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["lora mixture", "text, adapters"])
+def test_recomputed_activations_have_the_weights_of_their_rows(kind, tmp_path):
+    results = []
+    for recompute in (False, True):
+        trainer = make(tmp_path, make_model(kind), gradient_checkpointing=recompute, max_steps=2)
+        trainer.train()
+        results.append(trainable(trainer.model))
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_packed_rows_have_words_and_mixtures_refuse_them(tmp_path):
+    results = []
+    for packed in (False, True):
+        trainer = make(tmp_path, make_model("text, adapters"), padding_free=packed, max_steps=2)
+        trainer.train()
+        results.append(trainable(trainer.model))
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, rtol=1e-3, atol=1e-5)
+    for kind in ("lora mixture", "parameter mixture"):
+        with pytest.raises(ValueError, match="one trade-off for each row.*padding_free=False"):
+            make(tmp_path, make_model(kind), padding_free=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_reference_that_does_not_depend_on_w_is_computed_once(kind, tmp_path):
+    if kind in VARYING:
+        with pytest.raises(ValueError, match="depend on the weights w; leave precompute_ref_log_probs out"):
+            make(tmp_path, make_model(kind), precompute_ref_log_probs=True)
+        return
+    results = []
+    for once in (False, True):
+        trainer = make(tmp_path, make_model(kind), precompute_ref_log_probs=once)
+        assert (trainer.train_dataset.lists[0].reference is not None) == once
+        trainer.train()
+        results.append(trainable(trainer.model))
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_a_reference_that_was_passed_takes_the_weights_of_the_rows(tmp_path):
+    policy, reference = make_model("prompt"), make_model("lora mixture, trained")
+    alone = copy.deepcopy(reference)
+    fuse(alone.causal_lm)
+    trainer = make(tmp_path, policy, ref_model=reference)
+    inputs = trainer.data_collator([trainer.train_dataset[number] for number in range(4)])
+    with torch.no_grad():
+        _, outputs = trainer.compute_loss(trainer.model.eval(), inputs, return_outputs=True)
+        batch, _ = batch_of(inputs)
+        torch.testing.assert_close(outputs["reference"], scores_of(alone.eval(), batch, weights=outputs["weights"]))
+
+
+def test_what_a_kind_cannot_do_is_said(tmp_path):
+    from mopl.conditioning import KLWeightCoefficients
+
+    rule = KLWeightCoefficients(0.1)
+    with pytest.raises(ValueError, match="conditioned on the KL weight.*mopl clp"):
+        make(tmp_path, ParameterMixture(tiny.build(), 2, coefficients=rule, record=OBJECTIVES))
+    with pytest.raises(ValueError, match="wrap the causal language model"):
+        make(tmp_path, make_model("lora mixture"), peft_config=adapters())
+    with pytest.raises(ValueError, match="name the same objectives"):
+        other = TextPrompt(("objective_1", "objective_2"), "[{weights}] ")
+        make(tmp_path, TextPromptModel(tiny.build(), other, tiny.tokenizer()))
+    with pytest.raises(RuntimeError, match="use LoraMixture"):
+        make(tmp_path, make_model("parameter mixture"), gradient_checkpointing=True).train()
+    assert is_peft(make_model("lora mixture").model)
+
+
+@pytest.mark.parametrize(("kind", "name"), [
+    ("lora mixture", "self"), ("lora mixture, trained", "the adapters as training began"),
+    ("parameter mixture", "the model as training began"), ("text", "the model as training began"),
+    ("text, adapters", "self"), ("own", "self"),
+])  # fmt: skip
+def test_the_record_names_the_reference(kind, name, tmp_path):
+    assert make(tmp_path, make_model(kind)).model.record.reference == name
