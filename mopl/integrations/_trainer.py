@@ -129,7 +129,8 @@ class ListTrainer(Trainer):
             )
         inner = self.accelerator.unwrap_model(model)
         with evaluating(inner) if self.own is None else self.own.active(inner):
-            yield model
+            # Where all of a model that takes weights is trained, its start is the model inside.
+            yield inner.model if self.own is None and isinstance(inner, WeightedModel) else model
 
     def _with_reference(self, data: Examples, batch_size: int) -> Examples:
         """Return data with the reference's log-probabilities beside each list, where they are to be computed once."""

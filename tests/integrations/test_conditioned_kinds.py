@@ -7,6 +7,8 @@ import peft
 import pytest
 import tiny_language_models as tiny
 import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
 pytest.importorskip("accelerate")
@@ -63,9 +65,20 @@ class ShiftedEmbeddings(WeightedModel):
 
     @classmethod
     def _load(cls, folder, config, model, *, trainable, **options):
-        made = cls(model, tuple(config["objectives"]))
+        made = cls(model, tiny.TuningRecord.read(config))
         made.load_weights(folder)
         return made
+
+
+def tokenizer():
+    """One that knows letters and digits, so that words of other weights are other tokens."""
+    letters = sorted(set(f"[{', '.join(OBJECTIVES)}]:.0123456789"))
+    backend = Tokenizer(models.WordLevel({t: i for i, t in enumerate([*tiny.SPECIAL, *letters])}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.add_special_tokens(tiny.SPECIAL)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
+    )
 
 
 def shaken(model):
@@ -86,14 +99,14 @@ def make_model(kind: str, dropout: float = 0.0):
     model = tiny.build()
     torch.manual_seed(5)
     if kind.startswith("lora mixture"):
-        mixture = LoraMixture(model, 2, config=adapters(lora_dropout=dropout), record=OBJECTIVES)
+        mixture = LoraMixture(fuse(model), 2, config=adapters(lora_dropout=dropout), record=OBJECTIVES)
         return shaken(mixture) if "trained" in kind else mixture
     if kind.startswith("parameter mixture"):
         mixture = ParameterMixture(model, 2, scope="attention", record=OBJECTIVES)
         return shaken(mixture) if "trained" in kind else mixture
     if kind.startswith("text"):
         inside = peft.get_peft_model(model, adapters(lora_dropout=dropout)) if "adapters" in kind else model
-        return TextPromptModel(inside, TextPrompt(OBJECTIVES, "[{weights}] "), tiny.tokenizer())
+        return TextPromptModel(inside, TextPrompt(OBJECTIVES, "[{weights}] "), tokenizer())
     if kind == "prompt":
         return HyperPromptModel(model, tiny.prompt(), record=OBJECTIVES)
     return ShiftedEmbeddings(model)
@@ -127,8 +140,7 @@ def make(folder, model, **options):
         logging_steps=1, max_steps=3, beta=0.5, dataloader_pin_memory=False,
     )  # fmt: skip
     args = MultiObjectiveConfig(str(folder), **{**defaults, **options})
-    tokenizer = tiny.tokenizer()
-    return MultiObjectiveTrainer(model, args, train_dataset=data(), processing_class=tokenizer, **own)
+    return MultiObjectiveTrainer(model, args, train_dataset=data(), processing_class=tokenizer(), **own)
 
 
 def trainable(model) -> dict[str, torch.Tensor]:
@@ -294,7 +306,7 @@ def test_what_a_kind_cannot_do_is_said(tmp_path):
         make(tmp_path, make_model("lora mixture"), peft_config=adapters())
     with pytest.raises(ValueError, match="name the same objectives"):
         other = TextPrompt(("objective_1", "objective_2"), "[{weights}] ")
-        make(tmp_path, TextPromptModel(tiny.build(), other, tiny.tokenizer()))
+        make(tmp_path, TextPromptModel(tiny.build(), other, tokenizer()))
     with pytest.raises(RuntimeError, match="use LoraMixture"):
         make(tmp_path, make_model("parameter mixture"), gradient_checkpointing=True).train()
     assert is_peft(make_model("lora mixture").model)
