@@ -34,7 +34,7 @@ _BY_TRAINER = """
 # Obeyed, and something is to be said about how.
 _WITH_A_NOTE = {
     "average_tokens_across_devices": "no effect, as in TRL: a step's loss is a mean over its lists, not its tokens",
-    "hub_strategy": "a `HyperPromptModel` needs `end`: `Trainer` copies only files of plain models and adapters "
+    "hub_strategy": "a model that takes weights needs `end`: `Trainer` copies only files of plain models and adapters "
     "between",
     "label_names": "no effect, as in TRL: no loss is computed from labels of a batch",
     "length_column_name": "this column, or else the number of tokens of a list's longest sequence",

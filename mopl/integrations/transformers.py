@@ -88,7 +88,7 @@ class MultiObjectiveTrainer(ListTrainer):
     """Trains a causal language model on lists of responses with labels for m objectives.
 
     Args:
-        model: A `HyperPromptModel` (takes w), a PEFT model, a causal language model, or the name of one. Its head is
+        model: A `WeightedModel` (takes w), a PEFT model, a causal language model, or the name of one. Its head is
             fused in place (`mopl.alignment.fuse`).
         args: `MultiObjectiveConfig`, or any `TrainingArguments`, whose missing settings have their defaults.
         data_collator: A `ListCollator`; by default one that pads with the tokenizer's padding token.

@@ -11,7 +11,7 @@
 It takes the arguments of `trl.DPOTrainer` and a `trl.DPOConfig`, but it is a `transformers.Trainer` and not a subclass
 of `DPOTrainer`, for four reasons. `DPOTrainer.__init__` accepts only data sets of pairs and tokenises them as pairs. It
 patches the model's forward with its own head, so that there would be two. It takes any model that is no PEFT model to
-need a second model as its reference, loaded by name, which neither a `HyperPromptModel` nor a model from memory can
+need a second model as its reference, loaded by name, which neither a `WeightedModel` nor a model from memory can
 give. And what a subclass would override (`_compute_loss`, `_metrics`, `_precompute_ref_logps`) is private and differs
 from release to release. All that would be left to inherit is the wrapping of a model in adapters and the log.
 
@@ -84,7 +84,7 @@ class MultiObjectiveDPOTrainer(MultiObjectiveTrainer):
     """Trains on pairs or lists with labels for m objectives, with the arguments of TRL's `DPOTrainer`.
 
     Args:
-        model: A `HyperPromptModel` (takes w), a PEFT model, a causal language model, or the name of one.
+        model: A `WeightedModel` (takes w), a PEFT model, a causal language model, or the name of one.
         ref_model: The reference; by default the model as it is passed, without prompt: adapters that were trained
             before are in it as they were, as in TRL.
         args: `MultiObjectiveDPOConfig`, or a plain `DPOConfig`.

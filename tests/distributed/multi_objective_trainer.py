@@ -16,11 +16,13 @@ import peft
 import torch
 import transformers
 
-from mopl.conditioning import HyperPrompt, HyperPromptModel
+from mopl.conditioning import HyperPrompt, HyperPromptModel, LoraMixture, ParameterMixture
 from mopl.integrations.transformers import MultiObjectiveConfig, MultiObjectiveTrainer
+from mopl.language_models.head import fuse
 from mopl.language_models.tokenization import ReadReport, TokenizedData, TokenizedList
 
-MODELS = ("conditioned", "plain", "precomputed", "adapters", "precomputed adapters")
+ADAPTERS = ("adapters", "precomputed adapters")
+MODELS = ("conditioned", "plain", "precomputed", *ADAPTERS, "lora mixture", "parameter mixture")
 
 
 def data(count):
@@ -42,6 +44,11 @@ def build(name):
         num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2, pad_token_id=0,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config)
+    if name == "lora mixture":  # whose reference depends on w
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+        return LoraMixture(fuse(model), 2, config=config)
+    if name == "parameter mixture":
+        return ParameterMixture(model, 2)
     if "adapters" in name:  # which are no copies of the base, so their reference is what they begin with
         config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
         return peft.get_peft_model(model, config)

@@ -112,11 +112,8 @@ def make_model(kind: str, dropout: float = 0.0):
     return ShiftedEmbeddings(model)
 
 
-KINDS = [
-    "lora mixture", "lora mixture, trained", "parameter mixture", "parameter mixture, trained", "text", "text, adapters",
-    "own",
-]  # fmt: skip
 VARYING = ("lora mixture, trained", "parameter mixture, trained")
+KINDS = ["lora mixture", "parameter mixture", *VARYING, "text", "text, adapters", "own"]
 
 
 def data(count: int = 10) -> TokenizedData:
@@ -163,7 +160,7 @@ def scores_of(model, batch, **options):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_policy_and_reference_are_those_of_single_rows_and_the_reference_stays(kind, tmp_path):
-    """The reference is what the model was when training began: without conditioning, or the sets at the w of the row."""
+    """The reference is what the model was when training began: not conditioned, or the sets at the w of the row."""
     policy = make_model(kind)
     start = copy.deepcopy(policy)
     fuse(start.causal_lm)
@@ -264,7 +261,7 @@ def test_packed_rows_have_words_and_mixtures_refuse_them(tmp_path):
     for name, value in results[0].items():
         torch.testing.assert_close(results[1][name], value, rtol=1e-3, atol=1e-5)
     for kind in ("lora mixture", "parameter mixture"):
-        with pytest.raises(ValueError, match="one trade-off for each row.*padding_free=False"):
+        with pytest.raises(ValueError, match=r"one trade-off for each row.*padding_free=False"):
             make(tmp_path, make_model(kind), padding_free=True)
 
 
@@ -300,7 +297,7 @@ def test_what_a_kind_cannot_do_is_said(tmp_path):
     from mopl.conditioning import KLWeightCoefficients
 
     rule = KLWeightCoefficients(0.1)
-    with pytest.raises(ValueError, match="conditioned on the KL weight.*mopl clp"):
+    with pytest.raises(ValueError, match=r"conditioned on the KL weight.*mopl clp"):
         make(tmp_path, ParameterMixture(tiny.build(), 2, coefficients=rule, record=OBJECTIVES))
     with pytest.raises(ValueError, match="wrap the causal language model"):
         make(tmp_path, make_model("lora mixture"), peft_config=adapters())
