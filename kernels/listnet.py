@@ -1,7 +1,7 @@
 """Listwise cross-entropy (ListNet): all m objectives of a list in one program, the scores read once.
 
-The formulas, the saved statistics and the rules for special values are those of `mopl/ops/listnet.py`; keys and
-distances are those of `_list_rows.py`.
+The formulas, the saved statistics and the rules for special values are those of `mopl/ops/listnet/function.py`; keys
+and distances are those of `_list_rows.py`.
 
 Forward has two kernels: whole lists in registers (several short ones a program), which leaves nothing but the loss,
 and a loop over blocks of one list for any length, which saves statistics. Backward computes those of a list that it

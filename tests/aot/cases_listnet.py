@@ -1,4 +1,4 @@
-"""The kernels of listwise cross-entropy as `mopl/ops/listnet_triton.py` launches them."""
+"""The kernels of listwise cross-entropy as `mopl/ops/listnet/gpu.py` launches them."""
 
 import math
 

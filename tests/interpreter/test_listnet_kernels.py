@@ -9,7 +9,8 @@ from torch import Tensor
 
 from mopl import reference
 from mopl.kernels import listnet as kernels
-from mopl.ops.listnet import _listwise_cross_entropy, listwise_cross_entropy
+from mopl.ops.listnet import listwise_cross_entropy
+from mopl.ops.listnet.function import _listwise_cross_entropy
 
 pytestmark = pytest.mark.usefixtures("careful_memory")
 

@@ -11,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mopl.losses import listwise_dpo
-from mopl.ops import _listnet_cpu, _rows
-from mopl.ops.listnet import _listwise_cross_entropy, listwise_cross_entropy
+from mopl.ops import _rows
+from mopl.ops.listnet import cpu, listwise_cross_entropy
+from mopl.ops.listnet.function import _listwise_cross_entropy
 
 
 class Passes(TorchDispatchMode):
@@ -37,11 +38,11 @@ def passes(batch: int, objectives: int, items: int, normalize: bool = True, mask
     beta = torch.ones(()).expand(batch, 1)
     mask = torch.ones(batch, items, dtype=torch.bool) if masked else None
     with Passes(batch * items) as forward:
-        loss, peak, mass, logp = _listnet_cpu.forward(scores, labels, beta, mask, normalize)
-    assert (peak == -1).all()
-    upstream, saved = torch.ones(batch, objectives), (loss, peak, mass, logp)
+        loss, saved = cpu.forward(scores, labels, beta, mask, normalize)
+    assert (saved[0] == -1).all()
+    upstream = torch.ones(batch, objectives)
     with Passes(batch * items) as backward:
-        _listnet_cpu.backward(upstream, scores, labels, beta, mask, *saved, normalize, True, False, False)
+        cpu.backward(upstream, scores, labels, beta, mask, loss, saved, normalize, [True, False, False])
     return forward.names, backward.names
 
 
@@ -70,8 +71,8 @@ def test_five_objectives_read_their_labels_four_times_and_share_one_softmax(item
 
 def test_only_confident_lists_are_done_again(monkeypatch) -> None:
     rows = []
-    again = _listnet_cpu._do_again
-    monkeypatch.setattr(_listnet_cpu, "_do_again", lambda row, *more: rows.extend(row.tolist()) or again(row, *more))
+    again = cpu._do_again
+    monkeypatch.setattr(cpu, "_do_again", lambda row, *more: rows.extend(row.tolist()) or again(row, *more))
     torch.manual_seed(0)
     for items in (3, 8, 40, 300):
         for masked in (False, True):

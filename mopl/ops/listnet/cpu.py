@@ -1,4 +1,4 @@
-"""The CPU path of the listwise cross-entropy; formulas and names are those of `mopl/ops/listnet.py`.
+"""The CPU path of the listwise cross-entropy; formulas and names are those of `function.py`.
 
 The plain formula with torch's fused softmax serves all lists in few more passes than it has itself. Only lists that may
 lose digits in it, those where an item is likely or an entry is not finite, are done again.
@@ -7,7 +7,7 @@ lose digits in it, those where an item is likely or an entry is not finite, are 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import repeat
 
 import torch
@@ -33,20 +33,24 @@ _CONFIDENT = -0.1
 _LONG = 256
 
 
+def new_saved(loss: Tensor, labels: Tensor, beta: Tensor) -> list[Tensor]:
+    """Return peak, rest, mass, others and logp, not yet written; `mass` stays 0 without `normalize`."""
+    peak, nothing = loss.new_full(beta.shape, -1, dtype=torch.int64), (loss.new_empty(0), loss.new_empty(0))
+    return [peak, nothing[0], loss.new_zeros(loss.shape), nothing[1], loss.new_empty((*beta.shape, labels.shape[2]))]
+
+
 @in_full_precision
 def forward(
     scores: Tensor, labels: Tensor, beta: Tensor, mask: Tensor | None, normalize: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return (loss, peak, mass, logp); `mass` is 0 without `normalize`."""
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the loss, and what `new_saved` says."""
     batch, objectives, size = labels.shape
     shared, dtype = beta.shape[1], compute_dtype(scores)
-    nothing = size < 2 or labels.numel() == 0
-    new = scores.new_zeros if nothing else scores.new_empty
-    loss, logp = new((batch, objectives), dtype=dtype), new((batch, shared, size), dtype=dtype)
-    mass = (new if normalize else scores.new_zeros)((batch, objectives), dtype=dtype)
-    peak = scores.new_full((batch, shared), -1, dtype=torch.int64)
-    if nothing:
-        return loss, peak, mass, logp
+    loss = scores.new_empty((batch, objectives), dtype=dtype)
+    saved = peak, _, mass, _, logp = new_saved(loss, labels, beta)
+    if size < 2 or labels.numel() == 0:
+        logp.zero_()
+        return loss.zero_(), saved
     valid, rate = existing(mask), _rate(beta, dtype)
     # What shows which rows may be confident; `log_softmax` of two finite items needs no help.
     exact = valid is not None or size >= _LONG
@@ -69,7 +73,7 @@ def forward(
     if row is not None and len(row):
         for some in row.split(_lists_at_once(size)):
             _do_again(some, scores, labels, rate, valid, normalize, loss, peak, mass, logp)
-    return loss, peak, mass, logp
+    return loss, saved
 
 
 def _lists_at_once(items_per_list: int) -> int:
@@ -199,10 +203,10 @@ def _logits(
 @in_full_precision
 def backward(
     grad_loss: Tensor, scores: Tensor, labels: Tensor, beta: Tensor, mask: Tensor | None, loss: Tensor,
-    peak: Tensor, mass: Tensor, logp: Tensor,
-    normalize: bool, need_scores: bool, need_labels: bool, need_beta: bool,
+    saved: Sequence[Tensor], normalize: bool, need: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of scores, labels and beta; one that is not needed is empty."""
+    (peak, _, mass, _, logp), (need_scores, need_labels, need_beta) = saved, need
     shared, size, dtype = beta.shape[1], labels.shape[2], loss.dtype
     new = torch.zeros if size < 2 or labels.numel() == 0 else torch.empty
     du = new((len(labels), shared, size), dtype=dtype)  # upstream gradient of u, summed where they share β

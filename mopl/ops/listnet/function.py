@@ -19,17 +19,18 @@ Without `normalize` the loss is linear in the labels: no labels, no loss, and la
 is never read into arithmetic. A label of exactly 0 contributes 0 even where the score is -inf; an item with score -inf
 and a positive label makes the loss +inf and keeps a finite gradient.
 
-Forward also gives what backward needs: `peak` and `rest` of the shape of `beta`, (B, 1) where it is common to
-all objectives, so that one softmax serves them all; `mass` (B, m), the sum of the labels as given, and `others` (B, m),
-the part of it off the peak. The kernels compute the exponentials again in backward, and of lists that one program
-holds in registers these four too: they are empty then. On CPU, where memory is not the limit, log softmax itself is
-kept, (B, 1, K) or (B, m, K): the plain formula with torch's fused softmax serves all lists in which no item is likely,
-and only the others, *confident* lists, are done again as above. There `peak` is -1 for a list that is not confident,
-and `rest` and `others` are empty, as `logp` is with the kernels.
+Forward also *saves* what backward needs: `peak` of the shape of `beta`, (B, 1) where it is common to all objectives, so
+that one softmax serves them all, and `mass` (B, m), the sum of the labels as given. The kernels save `rest`, like
+`peak`, and `others` (B, m), the labels off the peak, too, and compute the exponentials again in backward; of lists that
+one program holds in registers these four too: they are empty then. On CPU, where memory is not the limit, log softmax
+itself is kept, `logp` (B, 1, K) or (B, m, K): the plain formula with torch's fused softmax serves all lists in which no
+item is likely, and only the others, *confident* lists, are done again as above. There `peak` is -1 for a list that is
+not confident, and `rest` and `others` are empty, as `logp` is with the kernels.
 """
 
 from collections.abc import Callable
 from functools import partial
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -38,9 +39,8 @@ from mopl._arguments import compute_dtype
 from mopl._renamed import renamed_keywords
 from mopl.ops import _derivatives as derivatives
 from mopl.ops._backend import use_triton
-from mopl.ops._listnet_cpu import backward as _backward_cpu
-from mopl.ops._listnet_cpu import forward as _forward_cpu
 from mopl.ops._rows import check_list_op, existing
+from mopl.ops.listnet import cpu
 
 
 @renamed_keywords(temperature="beta")
@@ -120,17 +120,21 @@ def _formula(scores: Tensor, labels: Tensor, beta: Tensor, mask: Tensor | None, 
     return torch.where(charged[..., 0], lost - (z * logp).sum(-1), 0)
 
 
+def _path(tensor: Tensor) -> ModuleType:
+    """Return the module whose `forward` and `backward` serve a tensor, and whose `new_saved` is what they share."""
+    if not use_triton(tensor):
+        return cpu
+    from mopl.ops.listnet import gpu
+
+    return gpu
+
+
 def _forward(
     scores: Tensor, labels: Tensor, beta: Tensor, mask: Tensor | None, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return loss, peak, rest, mass, others and logp."""
-    if use_triton(scores):
-        from mopl.ops.listnet_triton import launch_forward
-
-        loss, peak, rest, mass, others = launch_forward(scores, labels, beta, mask, normalize)
-        return loss, peak, rest, mass, others, loss.new_empty(0)
-    loss, peak, mass, logp = _forward_cpu(scores, labels, beta, mask, normalize)
-    return loss, peak, loss.new_empty(0), mass, loss.new_empty(0), logp
+    loss, saved = _path(scores).forward(scores, labels, beta, mask, normalize)
+    return loss, *saved
 
 
 _listwise_cross_entropy = torch.library.custom_op("mopl::listwise_cross_entropy", _forward, mutates_args=())
@@ -138,25 +142,8 @@ _listwise_cross_entropy = torch.library.custom_op("mopl::listwise_cross_entropy"
 
 @_listwise_cross_entropy.register_fake
 def _(scores, labels, beta, mask, normalize):
-    batch, objectives, size = labels.shape
-    kernels, dtype = use_triton(scores), compute_dtype(scores)
-    shared, own = (batch, beta.shape[1]), (batch, objectives)
-    if kernels:
-        from mopl.ops.listnet_triton import statistics_shapes
-
-        shared, own = statistics_shapes(labels, beta, dtype.itemsize)
-
-    def new(shape, dtype=dtype):
-        return scores.new_empty(shape, dtype=dtype)
-
-    return (
-        new((batch, objectives)),
-        new(shared, torch.int64),
-        new(shared if kernels else (0,)),
-        new(own),
-        new(own if kernels else (0,)),
-        new((0,) if kernels else (*shared, size)),
-    )
+    loss = scores.new_empty(labels.shape[:2], dtype=compute_dtype(scores))
+    return loss, *_path(scores).new_saved(loss, labels, beta)
 
 
 def _gradients(
@@ -177,13 +164,8 @@ def _gradients(
     need_beta: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of scores, labels and beta in their dtypes; one that is not needed is empty (0,)."""
-    inputs = (grad_loss, scores, labels, beta, mask)
-    need = (need_scores, need_labels, need_beta)
-    if use_triton(scores):
-        from mopl.ops.listnet_triton import launch_backward
-
-        return launch_backward(*inputs, loss, peak, rest, mass, others, normalize, *need)
-    return _backward_cpu(*inputs, loss, peak, mass, logp, normalize, *need)
+    saved, need = (peak, rest, mass, others, logp), (need_scores, need_labels, need_beta)
+    return _path(scores).backward(grad_loss, scores, labels, beta, mask, loss, saved, normalize, need)
 
 
 _listwise_cross_entropy_backward = torch.library.custom_op(
@@ -192,14 +174,10 @@ _listwise_cross_entropy_backward = torch.library.custom_op(
 
 
 @_listwise_cross_entropy_backward.register_fake
-def _(
-    grad_loss, scores, labels, beta, mask, loss, peak, rest, mass, others, logp,
-    normalize, need_scores, need_labels, need_beta,
-):  # fmt: skip
-    def like(tensor: Tensor, needed: bool) -> Tensor:
-        return tensor.new_empty(tensor.shape if needed else (0,))
-
-    return like(scores, need_scores), like(labels, need_labels), like(beta, need_beta)
+def _(grad_loss, scores, labels, beta, mask, loss, peak, rest, mass, others, logp, normalize, *need):
+    return tuple(
+        x.new_empty(x.shape if needed else (0,)) for x, needed in zip((scores, labels, beta), need, strict=True)
+    )
 
 
 def _setup_context(ctx, inputs, output):
