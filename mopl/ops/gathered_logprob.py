@@ -191,32 +191,39 @@ def _empty_gradient(logits: Tensor) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
+# Their tensors are no lists, for which vmap has no rule: upstream gradients may be batched (`is_grads_batched`).
 @torch.library.custom_op("mopl::gathered_logprob_backward", mutates_args=())
 def _gathered_logprob_backward(
-    upstream: list[Tensor | None],  # of logprob (N, J), logsumexp (N,) and entropy (N,)
+    grad_logprob: Tensor | None,  # (N, J)
+    grad_logsumexp: Tensor | None,  # (N,)
+    grad_entropy: Tensor | None,  # (N,)
     logits: Tensor,
     target: Tensor,
     temperature: Tensor,
-    results: list[Tensor],  # logprob, logsumexp and entropy
+    logprob: Tensor,
+    logsumexp: Tensor,
+    entropy: Tensor,
     softcap: float,
 ) -> Tensor:
     """Return the gradient of the logits (N, V)."""
+    upstream, results = (grad_logprob, grad_logsumexp, grad_entropy), (logprob, logsumexp, entropy)
     grad = _empty_gradient(logits)
     _backend_of(logits).launch_backward(*upstream, logits, target, temperature, *results, softcap, grad)
     return grad
 
 
 @_gathered_logprob_backward.register_fake
-def _(upstream, logits, *_):
+def _(grad_logprob, grad_logsumexp, grad_entropy, logits, *_):
     return _empty_gradient(logits)
 
 
 @torch.library.custom_op("mopl::gathered_logprob_backward_", mutates_args=("logits",))
 def _gathered_logprob_backward_(
-    upstream: list[Tensor | None], logits: Tensor, target: Tensor, temperature: Tensor, results: list[Tensor],
-    softcap: float,
+    grad_logprob: Tensor | None, grad_logsumexp: Tensor | None, grad_entropy: Tensor | None, logits: Tensor,
+    target: Tensor, temperature: Tensor, logprob: Tensor, logsumexp: Tensor, entropy: Tensor, softcap: float,
 ) -> None:  # fmt: skip
     """Write the gradient of the logits over them."""
+    upstream, results = (grad_logprob, grad_logsumexp, grad_entropy), (logprob, logsumexp, entropy)
     _backend_of(logits).launch_backward(*upstream, logits, target, temperature, *results, softcap, logits)
 
 
@@ -241,7 +248,7 @@ def _backward(ctx, grad_logprob, grad_logsumexp, grad_entropy, _):
 
     def closed_form() -> tuple[Tensor | None, Tensor | None]:
         grad = by_temperature = None
-        given = ([*upstream], logits, target, temperature, [logprob, logsumexp, entropy], ctx.softcap)
+        given = (*upstream, logits, target, temperature, logprob, logsumexp, entropy, ctx.softcap)
         if need[0] and inplace:
             _gathered_logprob_backward_(*given)
             grad = logits.detach()
