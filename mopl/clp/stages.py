@@ -30,7 +30,6 @@ from mopl.rewards import Rewards
 from mopl.training import CheckpointFolder, RunLog, TrainingResult
 from mopl.training.optimizer import adamw
 from mopl.training.parallel import exists_on_main
-from mopl.training.precision import rounding_of
 
 
 def expert_folder(path: Path, objective: str) -> Path:
@@ -96,8 +95,6 @@ class Stages(RunStages):
             if config.normalize == "running":
                 policy.running = RunningScale(self.scale, config.normalize_decay)
             policy.to(self.accelerator.device)
-            if note := rounding_of(policy):
-                self.say(f"{name}: {note} (--dtype float32)")
             checkpoints, settings = folder / CHECKPOINTS, config.training()
             samples = RunLog(self.path, enabled=self.accelerator.is_main_process)
             samples.path = self.path / "samples.jsonl"

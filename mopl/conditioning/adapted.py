@@ -273,9 +273,11 @@ class MixedCopies:
                 f"a {kind} gives a {type(outputs[0]).__name__}, of which no mixture can be made; leave it out of "
                 "modules_to_save"
             )
-        wide = compute_dtype(outputs[0])
-        terms = [share.to(wide) * each for share, each in zip(self.shares(outputs[0]), outputs, strict=True)]
-        return torch.stack(terms).sum(0).to(outputs[0].dtype)
+        wide, shares = compute_dtype(outputs[0]), self.shares(outputs[0])
+        total = shares[0].to(wide) * outputs[0]
+        for share, output in zip(shares[1:], outputs[1:], strict=True):  # one after another: logits are large
+            total = total + share.to(wide) * output
+        return total.to(outputs[0].dtype)
 
     def operands(self, hidden: Tensor) -> tuple[Tensor, Tensor]:  # (B, T, H) -> (B, T, H'), (V, H')
         """Return a linear layer's product at the mixture of each row as one of wider operands, without a bias."""

@@ -24,6 +24,7 @@ from mopl._records import Count, Finite, Seconds, read_json
 from mopl.experiments.run_directory import DONE
 from mopl.training import BatchSource, Selection, TrainingConfig, TrainingResult, train
 from mopl.training.parallel import exists_on_main, on_main
+from mopl.training.precision import rounding_of
 
 if TYPE_CHECKING:
     from mopl.experiments.driver import Recipe
@@ -117,6 +118,8 @@ class RunStages(ABC):
         if exists_on_main(self.accelerator, folder / DONE):
             return Trained.read(folder)
         with begin() as training:
+            if note := rounding_of(training.model):
+                self.say(f"{name}: {note} (--dtype float32)")
             parameters = sum(p.numel() for p in training.model.parameters() if p.requires_grad)
             result = train(
                 training.model, training.source, training.loss, training.settings,

@@ -147,6 +147,17 @@ def test_a_soup_averages_adapters_of_any_kind_and_what_is_trained_whole(base: Pa
         torch.testing.assert_close(mixed[name], 0.25 * first[name] + 0.75 * second[name])
 
 
+def test_what_is_trained_whole_in_16_bit_is_said(base: Path, tmp_path: Path) -> None:  # noqa: F811
+    said: list[str] = []
+    options = {"conditioning": "lora-mixture", "dtype": "bfloat16", "say": said.append}
+    make_run(base, tmp_path, lora_modules_to_save=["norm"], **options)
+    assert any("trained parameters are bfloat16" in line and "--dtype float32" in line for line in said), said
+    said.clear()
+    (tmp_path / "plain").mkdir()
+    make_run(base, tmp_path / "plain", **options)
+    assert not any("bfloat16" in line for line in said), said
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

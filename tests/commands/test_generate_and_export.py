@@ -38,7 +38,7 @@ def tuned(base: Path, tmp_path_factory) -> Path:
     return folder
 
 
-def make_run(base: Path, folder: Path, **settings) -> Path:
+def make_run(base: Path, folder: Path, say=lambda text: None, **settings) -> Path:
     """A run of two steps."""
     from mopl.alignment import AlignConfig, align
 
@@ -55,7 +55,7 @@ def make_run(base: Path, folder: Path, **settings) -> Path:
         sample_tokens=2, max_length=32, warmup=0, device="cpu", virtual_tokens=2, prompt_rank=2, lora_rank=2,
         **settings,
     )  # fmt: skip
-    return align(config, folder / "run", say=lambda text: None)
+    return align(config, folder / "run", say=say)
 
 
 def printed(capsys, *arguments: str) -> str:
