@@ -24,11 +24,12 @@ from tiny_language_models import VOCABULARY, build, tokenizer
 from mopl._records import DamagedFile
 from mopl.alignment import AlignConfig, align
 from mopl.alignment.recipe import load_data
-from mopl.conditioning import HyperPrompt, HyperPromptModel, LoraMixture, ParameterMixture
+from mopl.conditioning import HyperPrompt, HyperPromptModel, LoraMixture, ParameterMixture, TextPrompt, TextPromptModel
 from mopl.integrations.transformers import MultiObjectiveConfig, MultiObjectiveTrainer
 from mopl.language_models import ReferenceStore, identity_of, reference_store, score_lists
 from mopl.language_models.head import fuse
 from mopl.language_models.model_identity import fingerprint
+from mopl.language_models.scoring import score_batch
 from mopl.language_models.tokenization import ReadReport, TokenizedData, TokenizedList, tokenize
 
 TARGETS = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
@@ -234,6 +235,9 @@ def test_a_model_whose_adapters_are_off_is_its_base_model(tmp_path, kind, passes
         found = store.load_or_compute(LISTS, model)
     assert passes.of(lambda: store.load_or_compute(LISTS, base)) == 0
     assert_right(found, base)
+    if hasattr(model.base_model, "disable_adapter_layers"):
+        model.base_model.disable_adapter_layers()
+        assert identity_of(model) == identity_of(base)
 
 
 def test_the_name_of_an_adapter_is_no_part_of_it_and_files_keep_its_identity(tmp_path):
@@ -301,8 +305,14 @@ def test_computing_continues_after_the_last_whole_chunk(tmp_path, monkeypatch):
         assert_right(store.load_or_compute(LISTS, model, name=name), model)
         assert calls == [4, 4, 1, 1]
     calls.clear()
-    store.load_or_compute(lists_of(5, seed=5), model, lists_per_batch=3)
-    assert calls == [3, 2]  # no batch lies in two chunks
+    batches = []
+
+    def score(model, batch):
+        batches.append(batch.lists.tolist())
+        return score_batch(model, batch)
+
+    store.load_or_compute(lists_of(5, seed=5), model, lists_per_batch=3, score=score)
+    assert calls == [3, 2] and batches == [[0, 1, 2], [3, 4]]  # no batch lies in two chunks
     assert {path.name for path in tmp_path.iterdir() if "-" not in path.name} == {"train.safetensors"}
 
 
@@ -334,8 +344,9 @@ def test_files_of_earlier_versions_are_read(tmp_path, passes):
 def test_damaged_files_are_named_and_others_are_left_alone(tmp_path):
     model, store = fuse(build()), ReferenceStore(tmp_path)
     save_file({"a": torch.zeros(2)}, str(tmp_path / "adapter_model.safetensors"))
+    (tmp_path / ".writing-0123456789abcdef-a.safetensors").mkdir()  # of another process, or one that was killed
     store.load_or_compute(LISTS, model)
-    (file,) = (path for path in tmp_path.iterdir() if path.name != "adapter_model.safetensors")
+    (file,) = (path for path in tmp_path.iterdir() if "-" in path.name and path.is_file())
     whole, tensors = file.read_bytes(), load_file(file)
     file.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DamagedFile, match=re.escape(str(file)) + ".*delete it to compute it again"):
@@ -416,6 +427,11 @@ POLICIES = {
     "plain": lambda model: model,
     "adapters that do nothing yet": lambda model: peft.get_peft_model(model, ADAPTERS["lora"]()),
     "prompt": lambda model: HyperPromptModel(model, HyperPrompt(2, 4, 2, 32)),
+    "mixture of adapters": lambda model: LoraMixture(model, 2, config=ADAPTERS["lora"]()),
+    "mixture of parameters": lambda model: ParameterMixture(model, 2),
+    "words": lambda model: TextPromptModel(
+        peft.get_peft_model(model, ADAPTERS["lora"]()), TextPrompt(("helpful", "harmless")), tokenizer()
+    ),
 }
 
 
@@ -480,6 +496,40 @@ def test_a_store_that_would_not_be_used_is_refused(tmp_path, options, message):
     args = MultiObjectiveConfig(str(tmp_path), report_to="none", use_cpu=True, reference_store="store", **options)
     with pytest.raises(ValueError, match=f"reference_store is 'store' .*{message}"):
         MultiObjectiveTrainer(build(), args, train_dataset=TokenizedData(LISTS, ("a", "b"), "x", ReadReport("x")))
+
+
+def test_weighted_sums_of_tokens_are_not_stored(tmp_path):
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    from mopl.integrations.trl import MultiObjectiveDPOConfig, MultiObjectiveDPOTrainer, with_reference_logps
+
+    rows = datasets.Dataset.from_list([{"prompt": "w1", "chosen": " w2", "rejected": " w3"}])
+    options = dict(report_to="none", use_cpu=True, bf16=False, ld_alpha=0.5)
+    args = MultiObjectiveDPOConfig(str(tmp_path), precompute_ref_log_probs=True, reference_store="store", **options)
+    with pytest.raises(ValueError, match=r"reference_store is 'store' but ld_alpha is 0\.5.*leave one of them out"):
+        MultiObjectiveDPOTrainer(build(), args=args, train_dataset=rows, processing_class=tokenizer())
+    with pytest.raises(ValueError, match=r"ld_alpha is 0\.5.*plain sums; leave it out"):
+        args = trl.DPOConfig(str(tmp_path), **options)
+        with_reference_logps(rows, build(), args, processing_class=tokenizer(), reference_store=tmp_path / "store")
+
+
+def test_rows_that_trl_leaves_out_are_left_out_and_lists_of_rows_stay_lists(tmp_path):
+    trl = pytest.importorskip("trl")
+    from mopl.integrations.trl import with_reference_logps
+
+    rows = [{"prompt": "w1 w2 " * n, "chosen": " w2", "rejected": " w3"} for n in (1, 9, 2)]
+    args = trl.DPOConfig(str(tmp_path), report_to="none", use_cpu=True, bf16=False, max_length=12)
+    store = {"processing_class": tokenizer(), "reference_store": tmp_path / "store"}
+    found = with_reference_logps(rows, build(), args, **store)
+    assert [row["prompt"] for row in found] == [rows[0]["prompt"], rows[2]["prompt"]]
+    again = with_reference_logps(found[1:], build(), args, **store)
+    assert again == found[1:] and again[0]["ref_chosen_logps"] != again[0]["ref_rejected_logps"]
+
+
+def test_a_run_with_a_store_computes_its_reference_once():
+    options = dict(method="weight-cos-dpo", steps=1, lists_per_batch=4)
+    assert AlignConfig("m", "d", **options).resolved(20).reference == "self"
+    assert AlignConfig("m", "d", reference_store="store", **options).resolved(20).reference == "precomputed"
+    assert AlignConfig("m", "d", reference_store="store", reference="self", **options).resolved(20).reference == "self"
 
 
 @pytest.mark.slow
