@@ -1,18 +1,28 @@
 """Log-probabilities from hidden states on a CPU: plain formulas, exactness, what does not count, errors."""
 
+import importlib
 import itertools
 import math
+import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import mopl
 from mopl import reference_logprob
 from mopl.ops import linear_logprob
 from mopl.ops.linear_logprob import cpu
 
 ALL = dict(return_logsumexp=True, return_entropy=True)
+
+
+def test_the_function_bears_the_name_of_its_package() -> None:
+    """And is found by either way of importing it, by pickle, too."""
+    package = importlib.import_module("mopl.ops.linear_logprob")
+    assert package.linear_logprob is mopl.ops.linear_logprob is mopl.linear_logprob
+    assert pickle.loads(pickle.dumps(linear_logprob)) is linear_logprob
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from torch import Tensor
 from mopl.ops._logprob import SKIP, Upstream, weighted_by_probability
 from mopl.ops.linear_logprob.records import Coefficients, Forward, Head, LogitGradient, Sums
 from mopl.ops.linear_logprob.rows import Selection
+from mopl.ops.linear_logprob.shard import VocabularyShard
 from mopl.ops.segments import segment_sum
 
 
@@ -32,6 +33,26 @@ def choose_pivots(logits: Tensor, selection: Selection, rows: int) -> tuple[Tens
     found = first < logits.numel()
     first = first.clamp(max=logits.numel() - 1)
     return torch.where(found, selection.column[first], SKIP), torch.where(found, logits[first], largest)
+
+
+def scaled_by(shift: Tensor, common: Tensor) -> tuple[Tensor, Tensor]:
+    """Return exp(shift - common) and shift - common for common >= shift; (0, 0) where nothing is left of a sum."""
+    step = torch.where(shift == common, 0, shift - common)
+    factor = step.exp()
+    return factor, torch.where(factor == 0, 0, step)
+
+
+def over_ranks(own: Sums, shard: VocabularyShard) -> Sums:
+    """Return the sums over the whole vocabulary, relative to the shift that all ranks share."""
+    common = shard.max(own.shift)
+    factor, step = scaled_by(own.shift, common)
+    parts = [own.others * factor]
+    if len(own.moment1):
+        parts.append((own.moment1 + step * own.others) * factor)
+    if len(own.moment2):
+        parts.append((own.moment2 + 2 * step * own.moment1 + step.square() * own.others) * factor)
+    names = ("others", "moment1", "moment2")  # moments that were not asked for stay empty
+    return own._replace(shift=common, **dict(zip(names, shard.sum(torch.stack(parts)), strict=False)))
 
 
 class Statistics(NamedTuple):
@@ -79,13 +100,6 @@ def variance(sums: Sums, pivot_logit: Tensor) -> Tensor:
     within = (sums.moment2 - mean * sums.moment1) / total
     between = torch.where(peak == 0, 0, others * peak / total.square() * (shifted - mean).square())
     return torch.where(others == 0, 0, within + between).to(sums.shift.dtype)
-
-
-def scaled_by(shift: Tensor, common: Tensor) -> tuple[Tensor, Tensor]:
-    """Return exp(shift - common) and shift - common for common >= shift; (0, 0) where nothing is left of a sum."""
-    step = torch.where(shift == common, 0, shift - common)
-    factor = step.exp()
-    return factor, torch.where(factor == 0, 0, step)
 
 
 def target_logprob(stats: Statistics, logits: Tensor, selection: Selection) -> Tensor:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from mopl.ops.linear_logprob.shard import VocabularyShard
+from mopl.ops.linear_logprob.shard import VocabularyShard
 
 
 class Head(NamedTuple):

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from mopl._arguments import shape_of
 from mopl.ops._logprob import is_dtensor
-from mopl.ops.linear_logprob.formulas import scaled_by
-from mopl.ops.linear_logprob.records import Sums
 
 
 class VocabularyShard:
@@ -37,23 +35,16 @@ class VocabularyShard:
         dist.all_reduce(values, dist.ReduceOp.SUM, group=self.group)
         return values
 
+    def max(self, values: Tensor) -> Tensor:
+        """Return the largest of all ranks."""
+        largest = values.clone()
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
+        return largest
+
     def local(self, column: Tensor) -> Tensor:
         """Return indices into this rank's part of the vocabulary, -1 for those of other ranks."""
         own = column - self.start
         return torch.where((own >= 0) & (own < self.size), own, -1)
-
-    def merge(self, sums: Sums) -> Sums:
-        """Return the sums over the whole vocabulary, relative to the shift that all ranks share."""
-        common = sums.shift.clone()
-        dist.all_reduce(common, dist.ReduceOp.MAX, group=self.group)
-        factor, step = scaled_by(sums.shift, common)
-        parts = [sums.others * factor]
-        if len(sums.moment1):
-            parts.append((sums.moment1 + step * sums.others) * factor)
-        if len(sums.moment2):
-            parts.append((sums.moment2 + 2 * step * sums.moment1 + step.square() * sums.others) * factor)
-        names = ("others", "moment1", "moment2")  # moments that were not asked for stay empty
-        return sums._replace(shift=common, **dict(zip(names, self.sum(torch.stack(parts)), strict=False)))
 
 
 def check_shard(

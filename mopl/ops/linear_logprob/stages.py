@@ -19,6 +19,7 @@ from mopl.ops.linear_logprob.formulas import (
     logit_gradient,
     logprob_direction,
     logsumexp_direction,
+    over_ranks,
     scaled_by,
     statistics,
     target_logprob,
@@ -67,7 +68,7 @@ def run_forward(head: Head, inputs: Inputs, want: Want) -> Forward:
 
     cache = hidden.new_empty(want.keep_rows * columns, dtype=cache_dtype)
     own = backend.accumulate(head, batch, local_pivot, pivot_logit, want, cache)
-    sums = own if shard is None else shard.merge(own)
+    sums = own if shard is None else over_ranks(own, shard)
     stats = statistics(sums, pivot_logit)
     scale, step = scaled_by(own.shift, stats.shift)
 
