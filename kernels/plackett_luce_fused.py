@@ -171,10 +171,9 @@ def fused_kernel(
     if order is None:
         item, label = _sorted(item, label, ROWS)
     valid = ()
-    for r in tl.static_range(ROWS):
-        valid = valid + (item[r] < MASKED,)
     key = ()
     for r in tl.static_range(ROWS):
+        valid = valid + (item[r] < MASKED,)
         own_key = key_at(scores_row, item[r], valid[r], rate[None, :], dtype)
         key = key + (tl.where(valid[r], own_key, float("-inf")),)
 
@@ -200,11 +199,10 @@ def fused_kernel(
     latest = _largest(latest, 0, lane, LANES, BEHIND=False)
     soonest = -_largest(soonest, -ROWS * LANES, lane, LANES, BEHIND=True)
     begin = ()
+    end = ()  # from the last position up, as all that is built backwards
     for r in tl.static_range(ROWS):
         latest = tl.where(start[r], first + r, latest)
         begin = begin + (latest,)
-    end = ()  # from the last position up, as all that is built backwards
-    for r in tl.static_range(ROWS):
         soonest = tl.where(close[ROWS - 1 - r], first + (ROWS - r), soonest)
         end = end + (soonest,)
 

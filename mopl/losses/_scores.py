@@ -26,7 +26,8 @@ def prepare(
     check_scores(scores)
     labels = as_labels(labels, scores)
     check_mask(mask, scores)
-    if check_like_scores(reference, scores, "reference") is not None:
+    check_like_scores(reference, scores, "reference")
+    if reference is not None:
         dtype = compute_dtype(scores, reference)
         scores = scores.to(dtype) - reference.to(dtype)
     return scores, labels, shared_by_objectives(beta, "beta", labels, scores, POSITIVE)
