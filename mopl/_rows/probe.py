@@ -27,6 +27,7 @@ from torch._compile import _disable_dynamo
 from mopl._extras import require
 from mopl._restoring import evaluating, generators_kept
 from mopl._rows.styles import Finding, Style, compute_dtype, embedding_of, packed_keywords, positions_of, styles
+from mopl._threads import measuring
 
 # The second row is the beginning of the first, 17 tokens, which shows whether a model reads ahead. Lengths are odd, or
 # a fault of chunks could hide behind their multiples.
@@ -40,7 +41,7 @@ _LEAK = 1e-6
 def measured(model: Any, kind: str, embeds: bool) -> Finding:
     """Return what becomes of an arrangement; see `mopl._rows.finding`."""
     changes = _short_windows(model) + _adapters_off(model)
-    with evaluating(model), generators_kept(), torch.no_grad(), _changed(changes):
+    with evaluating(model), generators_kept(), torch.no_grad(), measuring(), _changed(changes):
         probe = _Probe(model, embeds)
         if fault := probe.ahead():
             return Finding(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mopl._extras import require
 from mopl._files import write_files
 from mopl._restoring import evaluating, generators_kept, requires_grad_kept
-from mopl._threads import CallOfThread, in_turn
+from mopl._threads import in_turn
 from mopl.conditioning._mixture import CoefficientRule, Mixture, MixtureRecord, renamed_in_mixture
 from mopl.conditioning.adapted import held, one_adapter, parts_of, places_of
 from mopl.conditioning.adapter_checks import (
@@ -26,6 +26,7 @@ from mopl.conditioning.adapter_checks import (
     short_name,
 )
 from mopl.conditioning.causal_lm import is_peft
+from mopl.conditioning.hooked import HookedModel
 from mopl.conditioning.merging import check_lora, check_mixed_rows, logits_of, own_weights, probe_ids, settle_ties
 from mopl.conditioning.sampling import Weights
 from mopl.conditioning.saved_models import (
@@ -46,7 +47,7 @@ class _Record(MixtureRecord):
 
 
 @renamed_in_mixture
-class LoraMixture(Mixture):
+class LoraMixture(Mixture, HookedModel):
     """m LoRA adapters on a frozen model, mixed by weights: every row of a batch has its own mixture at no extra cost.
 
         h = W x + Σ_i c_i (lora_alpha / r) B_i A_i x,        c = w or a function of (w, α)
@@ -79,7 +80,7 @@ class LoraMixture(Mixture):
         ValueError: If numbers of adapters or objectives do not fit, or an adapter is what cannot be mixed.
     """
 
-    KIND, SCHEMA = "LoraMixture", _Record
+    KIND, SCHEMA, WEIGHTS_FILE = "LoraMixture", _Record, None
 
     def __init__(
         self,
@@ -118,7 +119,6 @@ class LoraMixture(Mixture):
             for name in self.adapters[1:]:
                 wrapped.add_adapter(name, copy.deepcopy(config))
         self.model = wrapped
-        self._call = CallOfThread()
         self._parts = adapted_parts(wrapped, self.adapters)
         check_names(wrapped, named)
         wrapped.base_model.active_adapter = self.adapters
@@ -135,70 +135,23 @@ class LoraMixture(Mixture):
         """Whether its adapters are off, which is so inside of `reference()`."""
         return next(iter(self._parts.values())).layer.disable_adapters
 
-    def _of_rows(self, weights: Weights | None, kl_weight: float | Tensor | None, rows: int | None) -> Tensor:
-        """Return coefficients (sets,), or one vector for each of some rows."""
-        coefficients = self.coefficients_of(weights, kl_weight)
-        if coefficients.ndim == 2 and rows is not None and len(coefficients) not in (1, rows):
-            raise ValueError(
-                f"weights has {len(coefficients)} rows but there are {rows}; pass (m,) or one for each row"
-            )
-        return coefficients[0] if coefficients.ndim == 2 and len(coefficients) == 1 else coefficients
-
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
-    ) -> None:
-        """Compute activations again in the backward pass, each layer with the coefficients of its forward pass.
-
-        Args:
-            gradient_checkpointing_kwargs: Keywords of `torch.utils.checkpoint`, but for `use_reentrant=True` and
-                `context_fn`, which carries the coefficients.
-            **options: What the language model's own method takes besides.
-
-        Raises:
-            ValueError: If one of those two is passed.
-        """
-        kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-        if kwargs["use_reentrant"] or "context_fn" in kwargs:
-            raise ValueError("context_fn carries the coefficients and needs use_reentrant=False; leave both out")
-        kwargs["context_fn"] = self._checkpoint_contexts
-        model = self.causal_lm
-        newer = getattr(model, "activation_checkpointing_enable", None)
-        (newer or model.gradient_checkpointing_enable)(kwargs, **options)
-
-    def activation_checkpointing_enable(
-        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
-    ) -> None:
-        """Do as `gradient_checkpointing_enable`, under the name that transformers has for it since version 5."""
-        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **options)
-
-    def _checkpoint_contexts(self) -> tuple[Any, Any]:
-        """Return what surrounds a layer's forward pass, and its second one with the coefficients of now."""
-        return contextlib.nullcontext(), self._standing(self._call.coefficients, self._call.rows)
-
-    @contextlib.contextmanager
-    def _standing(self, coefficients: Tensor | None, rows: int | None = None) -> Iterator[None]:
-        call = self._call
-        before = call.coefficients, call.rows
-        call.coefficients, call.rows = coefficients, rows
-        try:
-            yield
-        finally:
-            call.coefficients, call.rows = before
-
     def _forward(self, weights: Any, kl_weight: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         if self._fixed(weights, kl_weight) or self.is_reference:
             return self.model(*args, **kwargs)
-        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim)
-        rows = next((len(value) for value in tensors), None)
-        with self._standing(self._of_rows(weights, kl_weight, rows), rows):
+        with self._standing_for(self._coefficients(weights, kl_weight), args, kwargs):
             return self.model(*args, **kwargs)
 
     def _generate(self, weights: Any, kl_weight: Any, given: dict[str, Any]) -> Any:
         if self._fixed(weights, kl_weight) or self.is_reference:
             return self.model.generate(**given)
-        coefficients = self._of_rows(weights, kl_weight, len(given["input_ids"]))
+        coefficients = self._coefficients(weights, kl_weight)
+        self._check_count(coefficients, len(given["input_ids"]))
         with self._standing(coefficients):  # of more rows than these, where there are beams
             return self.model.generate(**given)
+
+    def _coefficients(self, weights: Any, kl_weight: Any) -> dict[str, Tensor]:
+        values = self.coefficients_of(weights, kl_weight)
+        return {"coefficients": values[0] if values.ndim == 2 and len(values) == 1 else values}
 
     @contextlib.contextmanager
     def reference(self, *, adapters: bool = False) -> Iterator[LoraMixture]:
@@ -223,7 +176,7 @@ class LoraMixture(Mixture):
             self._checked = True
 
     def _mixed_logits(self, ids: Tensor, coefficients: Tensor) -> Tensor:
-        with self._standing(coefficients.to(ids.device), len(ids)):
+        with self._standing({"coefficients": coefficients}, len(ids)):
             return logits_of(self.model, ids)
 
     def _in_place(self, coefficients: Tensor) -> Sequence[contextlib.AbstractContextManager[Any]]:

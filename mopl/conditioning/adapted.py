@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mopl._arguments import compute_dtype, shape_of
+from mopl._arguments import compute_dtype
 from mopl._extras import require
 from mopl._threads import CallOfThread
 
@@ -62,23 +62,9 @@ def _scaled(adapter: int, call: CallOfThread, module: nn.Module, inputs: Any, ou
 
 
 def _share(output: Tensor, adapter: int, call: CallOfThread) -> Tensor:
-    """Return what multiplies the rows of an adapter's output, () or (rows, 1, ...)."""
-    if call.coefficients is None:
-        raise RuntimeError(
-            "the adapters have no coefficients: call the mixture with weights and not the model inside it, and "
-            "turn gradient checkpointing on through the mixture's own gradient_checkpointing_enable()"
-        )
-    share = call.coefficients[..., adapter].to(output.device)
-    if not share.ndim:
-        return share
-    copies, rest = divmod(output.shape[0], len(share))
-    # Tokens of all rows one after another are fine; anything else in the first place is no row.
-    if rest or (output.ndim > 2 and output.shape[0] != (call.rows or output.shape[0])):
-        raise ValueError(
-            f"weights has {len(share)} rows but a layer sees {shape_of(output)}; pass one weight vector (m,)"
-        )
-    # Beams, and several samples of a row, follow one another.
-    return share.repeat_interleave(copies).view(-1, *[1] * (output.ndim - 1))
+    """Return what multiplies the rows of an adapter's output, (1,) or (rows, 1, ...)."""
+    given = call.for_rows(output)
+    return output.new_ones(()) if given is None else given["coefficients"][..., adapter, None]
 
 
 # ---------------------------------------------------------------- one module

@@ -40,10 +40,8 @@ from mopl.conditioning.saved_models import (
     REMEDY,
     Record,
     TuningRecord,
-    adapter_folder,
-    base_model,
+    base_with_adapter,
     fitting,
-    load_adapters,
 )
 from mopl.conditioning.weighted import WeightedModel
 
@@ -353,13 +351,10 @@ class HyperPromptModel(WeightedModel):
         sizes["takes_beta"] = sizes.pop("temperature", False)  # its first name
         with fitting(folder / CONFIG_FILE):
             check_fits(weights, lambda: HyperPrompt(**sizes), remedy=REMEDY)
-        model = base_model(config, folder, model, options)
+        model = base_with_adapter(config, folder, model, options, trainable=trainable)
         with fitting(folder / CONFIG_FILE):
-            if (adapter := config["adapter"]) is not None:
-                model = load_adapters(model, {adapter: adapter_folder(folder, adapter)}, trainable=trainable)
             prompt = HyperPrompt(**sizes)
             prompt.to(read_tensors(weights, remedy=REMEDY)["prefix"].dtype)
             load_state(prompt, weights, remedy=REMEDY)
             prompt.requires_grad_(trainable)
-            assert model is not None
             return cls(model, prompt, record=TuningRecord.read(config), positions=config["positions"])

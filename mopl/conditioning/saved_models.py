@@ -112,6 +112,13 @@ class AdapterRecord(msgspec.Struct):
     use_rslora: bool = False
 
 
+class SettingsRecord(Record):
+    """What `mopl.json` says of a kind that has no schema of its own."""
+
+    settings: dict[str, Any]
+    adapter: str | None = None
+
+
 SCHEMAS: dict[str, type[Record]] = {}  # by kind of model; each registers its own
 
 
@@ -200,6 +207,17 @@ def base_model(
         return AutoModelForCausalLM.from_pretrained(name, **options)
 
 
+def base_with_adapter(
+    record: Mapping[str, Any], folder: Path, model: Any, options: Mapping[str, Any], *, trainable: bool
+) -> Any:
+    """Return the base model, as `base_model` does, with the one adapter of a record, if it speaks of one."""
+    model = base_model(record, folder, model, options)
+    if (adapter := record.get("adapter")) is None:
+        return model
+    with fitting(folder / CONFIG_FILE):
+        return load_adapters(model, {adapter: adapter_folder(folder, adapter)}, trainable=trainable)
+
+
 def adapter_folder(folder: Path, name: str) -> Path:
     """Return where PEFT puts an adapter: one that is called "default" into the folder itself."""
     return folder if name == "default" else folder / name
@@ -231,18 +249,20 @@ def load_adapters(model: Any, paths: Mapping[str, Path], *, trainable: bool = Fa
     return wrapped
 
 
-def load_adapter_values(model: Any, folder: Path, names: Sequence[str]) -> None:
-    """Load adapters from a folder of `save_pretrained` into those of a PEFT model, once all of them fit."""
-    if not names:
-        return
-    require("peft")
-    from peft import load_peft_weights, set_peft_model_state_dict
-
+def check_adapter_files(model: Any, folder: Path, names: Sequence[str]) -> None:
+    """Raise unless a folder of `save_pretrained` has what a PEFT model has of these adapters."""
     for name in names:
         check_adapter(adapter_folder(folder, name))
         check_adapter_state(model, name, adapter_folder(folder, name) / ADAPTER_FILE)
-    device = str(next(model.parameters()).device)
+
+
+def load_adapter_values(model: Any, folder: Path, names: Sequence[str]) -> None:
+    """Load adapters from a folder of `save_pretrained` into those of a PEFT model, in place."""
     for name in names:
+        require("peft")
+        from peft import load_peft_weights, set_peft_model_state_dict
+
+        device = str(next(model.parameters()).device)
         values = load_peft_weights(str(adapter_folder(folder, name)), device=device)
         set_peft_model_state_dict(model, values, adapter_name=name)
 

@@ -33,10 +33,8 @@ from mopl.conditioning.saved_models import (
     REMEDY,
     Record,
     TuningRecord,
-    adapter_folder,
-    base_model,
+    base_with_adapter,
     fitting,
-    load_adapters,
 )
 from mopl.conditioning.text_prompt import TextPrompt
 from mopl.conditioning.weighted import WeightedModel
@@ -68,7 +66,7 @@ class TextPromptModel(WeightedModel):
         ValueError: If the record has other objectives than the prompt, or the model a prompt of its own.
     """
 
-    KIND, SCHEMA = "TextPromptModel", _Record
+    KIND, SCHEMA, WEIGHTS_FILE = "TextPromptModel", _Record, None
     text_prompt: TextPrompt  # type: ignore[assignment]
 
     def __init__(
@@ -349,13 +347,11 @@ class TextPromptModel(WeightedModel):
         with fitting(folder / CONFIG_FILE):
             form = {name: config[name] for name in ("template", *_FORM) if config.get(name) is not None}
             prompt = TextPrompt(tuple(config["objectives"]), **form)
-        whole, base = config.get("whole", False), model
+        whole = config.get("whole", False)
         if whole and model is None:
             base = _whole_model(folder, options)
         else:
-            base = base_model(config, folder, model, options)
-        if (adapter := config.get("adapter")) is not None:
-            base = load_adapters(base, {adapter: adapter_folder(folder, adapter)}, trainable=trainable)
+            base = base_with_adapter(config, folder, model, options, trainable=trainable)
         made = cls(base, prompt, tokenizer, record=TuningRecord.read(config))
         if whole:
             if model is not None:

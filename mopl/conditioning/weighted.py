@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mopl._arguments import check_beta_given, check_positive, shape_of
 from mopl._extras import require
 from mopl._files import write_files
+from mopl._records import read_json
 from mopl._restoring import requires_grad_kept
 from mopl._tensor_files import read_tensors
 from mopl._threads import Turns, in_turn
@@ -30,8 +31,12 @@ from mopl.conditioning.saved_models import (
     REMEDY,
     SCHEMAS,
     Record,
+    SettingsRecord,
     TuningRecord,
     adapters_of,
+    base_with_adapter,
+    check_adapter_files,
+    fitting,
     load_adapter_values,
     read_kind,
     read_record,
@@ -53,8 +58,8 @@ class WeightedModel(nn.Module):
     """
 
     KIND: ClassVar[str]  # as `mopl.json` says
-    SCHEMA: ClassVar[type[Record]] = Record  # of what `mopl.json` says
-    WEIGHTS_FILE: ClassVar[str | None] = None  # of what is trained and no adapter
+    SCHEMA: ClassVar[type[Record]] = SettingsRecord  # of what `mopl.json` says
+    WEIGHTS_FILE: ClassVar[str | None] = "conditioning.safetensors"  # of what is trained and no adapter
     text_prompt: TextPrompt | None = None  # what writes the trade-off into prompts, where it is told in words
     model: Any
     record: TuningRecord
@@ -333,12 +338,17 @@ class WeightedModel(nn.Module):
         if (found := adapters_of(config)) != self._adapters:
             words = [", ".join(names) or "none" for names in (found, self._adapters)]
             raise ValueError(f"{folder} has the adapters {words[0]} but the model has {words[1]}")
+        check_adapter_files(self.model, folder, found)
+        self._read_state(folder)
+        load_adapter_values(self.model, folder, found)
+
+    @torch.no_grad()
+    def _read_state(self, folder: Path) -> None:
         state = self._state()
         shapes = {name: value.shape for name, value in state.items()}
         if self.WEIGHTS_FILE is not None:
             for name, value in read_tensors(folder / self.WEIGHTS_FILE, shapes, remedy=REMEDY).items():
                 state[name].copy_(value)
-        load_adapter_values(self.model, folder, found)
 
     @property
     def _adapters(self) -> list[str]:
@@ -346,12 +356,17 @@ class WeightedModel(nn.Module):
         return [self.model.active_adapter] if is_peft(self.model) else []
 
     def _state(self) -> dict[str, Tensor]:
-        """Return the tensors of `WEIGHTS_FILE`, which are those of the model."""
-        return {}
+        """Return the tensors of `WEIGHTS_FILE`, which are those of the model: all that are not the model's inside."""
+        return {name: value for name, value in self.state_dict().items() if not name.startswith("model.")}
+
+    def settings(self) -> dict[str, Any]:
+        """Return the keywords of `__init__`, besides `model` and `record`, that make this model again: plain values."""
+        raise NotImplementedError(f"{type(self).__name__} has no settings(): return what __init__ takes, by name")
 
     def _described(self) -> dict[str, Any]:
         """Return what `mopl.json` says of this kind of model alone."""
-        raise NotImplementedError
+        described = {"base_model": self._base_name, "adapter": next(iter(self._adapters), None)}
+        return {**described, "settings": self.settings(), "module": type(self).__module__}
 
     def _write(self, folder: Path, **_: Any) -> None:
         """Write the other files."""
@@ -368,7 +383,17 @@ class WeightedModel(nn.Module):
         cls, folder: Path, config: dict[str, Any], model: nn.Module | None, *, trainable: bool, **options: Any
     ) -> WeightedModel:
         """Return the model of a folder, whose `mopl.json` says `config`."""
-        raise NotImplementedError
+        base = base_with_adapter(config, folder, model, options, trainable=trainable)
+        with fitting(folder / CONFIG_FILE):
+            try:
+                made: Any = cls(base, record=TuningRecord.read(config), **config["settings"])  # type: ignore[call-arg]
+            except TypeError as error:
+                raise ValueError(f"settings do not fit: {error}") from None
+        made._read_state(folder)
+        for name, parameter in made.named_parameters():
+            if not name.startswith("model."):
+                parameter.requires_grad_(trainable)
+        return made
 
     @property
     def _base_name(self) -> str | None:
@@ -384,9 +409,10 @@ def _kind_of(folder: Path) -> str | None:
         raise FileNotFoundError(f"{folder} holds no {CONFIG_FILE}; name a folder of save_pretrained")
     kind = read_kind(folder)
     if kind is not None and kind not in KINDS:
+        module = read_json(folder / CONFIG_FILE, remedy=REMEDY).get("module")
+        where = "that defines it" if module in (None, "__main__") else str(module)[:100]
         raise ValueError(
-            f"{folder / CONFIG_FILE} holds a {kind}, which is no kind that is known here; import the module that "
-            "defines it first"
+            f"{folder / CONFIG_FILE} holds a {kind}, which no module here defines; import the module {where} first"
         )
     return kind
 

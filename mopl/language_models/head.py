@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from mopl._restoring import evaluating
 from mopl._rows import UnsupportedModelError, arranged
-from mopl._threads import Turns, in_turn
+from mopl._threads import Turns, in_turn, measuring
 from mopl.conditioning.adapted import mixed_copies
 from mopl.conditioning.causal_lm import is_peft
 from mopl.language_models._head_scores import IGNORE_INDEX, Transform, fit_transform, numbers_of, score_hidden
@@ -151,7 +151,7 @@ def _measure_transform(model: Any, original_forward: Any) -> Transform:
         return probe.to(hidden.device).expand(*hidden.shape[:-1], vocabulary).clone()
 
     try:
-        with evaluating(model), torch.no_grad(), _forward_replaced(head, forward):
+        with evaluating(model), torch.no_grad(), measuring(), _forward_replaced(head, forward):
             inputs = torch.ones(1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device)
             output = original_forward(input_ids=inputs, use_cache=False)
     except Exception as error:
