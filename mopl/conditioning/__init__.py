@@ -2,6 +2,7 @@
 
 from mopl._renamed import renamed_names
 from mopl.conditioning.concat import ConcatCondition
+from mopl.conditioning.hooked import HookedModel
 from mopl.conditioning.hyper_prompt import HyperPrompt
 from mopl.conditioning.hyper_prompt_model import HyperPromptModel
 from mopl.conditioning.parameter_mixture import KLWeightCoefficients, LoraMixture, ParameterMixture
@@ -16,6 +17,7 @@ __all__ = [
     "KLWeightCoefficients",
     "Betas",
     "ConcatCondition",
+    "HookedModel",
     "HyperPrompt",
     "HyperPromptModel",
     "LoraMixture",

@@ -1,0 +1,221 @@
+"""Files of models that take weights: written, found by the name of their kind, read, and loaded in place."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mopl._extras import require
+from mopl._files import write_files
+from mopl._records import read_json
+from mopl._tensor_files import read_tensors
+from mopl._threads import Turns, in_turn
+from mopl.conditioning.causal_lm import is_peft
+from mopl.conditioning.saved_models import (
+    CONFIG_FILE,
+    REMEDY,
+    SCHEMAS,
+    Record,
+    SettingsRecord,
+    TuningRecord,
+    adapters_of,
+    base_with_adapter,
+    check_adapter_files,
+    fitting,
+    load_adapter_values,
+    read_kind,
+    read_record,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+KINDS: dict[str, type[SavedModel]] = {}  # by the name that `mopl.json` has for them
+
+
+class SavedModel(nn.Module):
+    """A model around another one, which knows its files by its `KIND`; what is not in `model` is trained and saved."""
+
+    KIND: ClassVar[str]  # as `mopl.json` says
+    SCHEMA: ClassVar[type[Record]] = SettingsRecord  # of what `mopl.json` says
+    WEIGHTS_FILE: ClassVar[str | None] = "conditioning.safetensors"  # of what is trained and no adapter
+    model: Any
+    record: TuningRecord
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._turns = Turns()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Register a kind of model by its `KIND`."""
+        super().__init_subclass__(**kwargs)
+        if "KIND" not in cls.__dict__:
+            return
+        known = KINDS.get(cls.KIND, cls)
+        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise TypeError(
+                f"{cls.__qualname__} has KIND {cls.KIND!r}, which is that of {known.__module__}.{known.__qualname__}; "
+                "give it another"
+            )
+        KINDS[cls.KIND], SCHEMAS[cls.KIND] = cls, cls.SCHEMA
+
+    @in_turn
+    def save_pretrained(self, directory: str | os.PathLike[str], **options: Any) -> None:
+        """Write `mopl.json` and what was trained into a folder; never a frozen base model.
+
+        Args:
+            directory: The folder.
+            **options: `tokenizer=False` of a `TextPromptModel` leaves its tokenizer out, for where the base model has
+                the same. What else trainers pass to models of transformers changes nothing.
+        """
+        if self.WEIGHTS_FILE is not None:
+            require("safetensors")  # before a folder is made
+        described = json.dumps({"kind": self.KIND, **self.record.to_dict(), **self._described()}, indent=2) + "\n"
+
+        def fill(folder: Path) -> None:
+            (folder / CONFIG_FILE).write_text(described, encoding="utf-8")
+            self._write(folder, **options)
+
+        # Where the last one is, all are.
+        write_files(directory, fill, last=self.WEIGHTS_FILE or CONFIG_FILE)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | os.PathLike[str],
+        model: nn.Module | None = None,
+        *,
+        trainable: bool = False,
+        **options: Any,
+    ) -> Self:
+        """Load what `save_pretrained` wrote, in evaluation mode.
+
+        Args:
+            directory: The folder. `WeightedModel.from_pretrained` takes any kind, a subclass its own.
+            model: The base model, plain or fused, without adapters, loaded by the name in `mopl.json` if None; of a
+                `ParameterMixture` a model of the same architecture, whose values are replaced, made from the saved
+                configuration (causal language models of transformers) if None.
+            trainable: Whether what was trained is to be trained further.
+            **options: `coefficients` of a mixture: the function of (w, α), if it was none that a file can hold;
+                `tokenizer` of a `TextPromptModel`, if it is neither in the folder nor with the base model; and
+                keywords of `AutoModelForCausalLM.from_pretrained`, or of `from_config`, such as `dtype`.
+
+        Raises:
+            FileNotFoundError: If the folder holds no such model.
+            ValueError: If it holds another kind, or a model or coefficients are needed and missing, or do not fit.
+        """
+        folder = Path(directory)
+        kind = cls if hasattr(cls, "KIND") else KINDS.get(_kind_of(folder), cls)
+        if not issubclass(kind, cls) or not hasattr(kind, "KIND"):
+            raise ValueError(f"{folder / CONFIG_FILE} holds a {_kind_of(folder)}, which is no {cls.__name__}")
+        config = read_record(folder, kind.KIND, kind.WEIGHTS_FILE or CONFIG_FILE)
+        return kind._load(folder, config, model, trainable=trainable, **options).eval()  # type: ignore[return-value]
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """Return what was trained by name, adapters as PEFT's files have it: the tensors are those of the model."""
+        state = dict(self._state())
+        if self._adapters:
+            require("peft")
+            from peft import get_peft_model_state_dict
+        for adapter in self._adapters:
+            own = get_peft_model_state_dict(self.model, adapter_name=adapter, save_embedding_layers=False)
+            state |= {f"{adapter}/{name}": value for name, value in own.items()}
+        return state
+
+    @in_turn
+    @torch.no_grad()
+    def load_weights(self, directory: str | os.PathLike[str]) -> None:
+        """Load what was trained, from a folder of `save_pretrained`, into this model, whose optimizer stays valid.
+
+        Raises:
+            FileNotFoundError: If the folder holds no such model.
+            ValueError: If it is another kind of model, has other objectives or adapters, or does not fit.
+        """
+        folder = Path(directory)
+        config = read_record(folder, self.KIND, self.WEIGHTS_FILE or CONFIG_FILE)
+        if tuple(config["objectives"]) != self.record.objectives:
+            raise ValueError(
+                f"{folder} was trained on {tuple(config['objectives'])} but the model is for {self.record.objectives}"
+            )
+        if (found := adapters_of(config)) != self._adapters:
+            words = [", ".join(names) or "none" for names in (found, self._adapters)]
+            raise ValueError(f"{folder} has the adapters {words[0]} but the model has {words[1]}")
+        check_adapter_files(self.model, folder, found)
+        self._read_state(folder)
+        load_adapter_values(self.model, folder, found)
+
+    @torch.no_grad()
+    def _read_state(self, folder: Path) -> None:
+        state = self._state()
+        shapes = {name: value.shape for name, value in state.items()}
+        if self.WEIGHTS_FILE is not None:
+            for name, value in read_tensors(folder / self.WEIGHTS_FILE, shapes, remedy=REMEDY).items():
+                state[name].copy_(value)
+
+    @property
+    def _adapters(self) -> list[str]:
+        """Names of the adapters that are saved."""
+        return [self.model.active_adapter] if is_peft(self.model) else []
+
+    def _state(self) -> dict[str, Tensor]:
+        """Return the tensors of `WEIGHTS_FILE`, which are those of the model: all that are not the model's inside."""
+        return {name: value for name, value in self.state_dict().items() if not name.startswith("model.")}
+
+    def settings(self) -> dict[str, Any]:
+        """Return the keywords of `__init__`, besides `model` and `record`, that make this model again: plain values."""
+        raise NotImplementedError(f"{type(self).__name__} has no settings(): return what __init__ takes, by name")
+
+    def _described(self) -> dict[str, Any]:
+        """Return what `mopl.json` says of this kind of model alone."""
+        described = {"base_model": self._base_name, "adapter": next(iter(self._adapters), None)}
+        return {**described, "settings": self.settings(), "module": type(self).__module__}
+
+    def _write(self, folder: Path, **_: Any) -> None:
+        """Write the other files."""
+        if self._adapters:
+            self.model.save_pretrained(str(folder), selected_adapters=self._adapters)
+        if self.WEIGHTS_FILE is not None:
+            from safetensors.torch import save_file
+
+            state = {name: value.detach().cpu().contiguous() for name, value in self._state().items()}
+            save_file(state, str(folder / self.WEIGHTS_FILE), metadata={"format": "pt"})
+
+    @classmethod
+    def _load(
+        cls, folder: Path, config: dict[str, Any], model: nn.Module | None, *, trainable: bool, **options: Any
+    ) -> SavedModel:
+        """Return the model of a folder, whose `mopl.json` says `config`."""
+        base = base_with_adapter(config, folder, model, options, trainable=trainable)
+        with fitting(folder / CONFIG_FILE):
+            try:
+                made: Any = cls(base, record=TuningRecord.read(config), **config["settings"])  # type: ignore[call-arg]
+            except TypeError as error:
+                raise ValueError(f"settings do not fit: {error}") from None
+        made._read_state(folder)
+        for name, parameter in made.named_parameters():
+            if not name.startswith("model."):
+                parameter.requires_grad_(trainable)
+        return made
+
+    @property
+    def _base_name(self) -> str | None:
+        return getattr(self, "name_or_path", "") or None
+
+
+def _kind_of(folder: Path) -> str | None:
+    """Return the registered kind that a folder holds."""
+    if not (folder / CONFIG_FILE).exists():
+        raise FileNotFoundError(f"{folder} holds no {CONFIG_FILE}; name a folder of save_pretrained")
+    kind = read_kind(folder)
+    if kind is not None and kind not in KINDS:
+        module = read_json(folder / CONFIG_FILE, remedy=REMEDY).get("module")
+        where = "that defines it" if module in (None, "__main__") else str(module)[:100]
+        raise ValueError(
+            f"{folder / CONFIG_FILE} holds a {kind}, which no module here defines; import the module {where} first"
+        )
+    return kind
