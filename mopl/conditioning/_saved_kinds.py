@@ -193,7 +193,7 @@ class SavedModel(nn.Module):
         base = base_with_adapter(config, folder, model, options, trainable=trainable)
         with fitting(folder / CONFIG_FILE):
             try:
-                made: Any = cls(base, record=TuningRecord.read(config), **config["settings"])  # type: ignore[call-arg]
+                made: Any = cls(base, record=TuningRecord.read(config), **config.get("settings", {}))  # type: ignore[call-arg]
             except TypeError as error:
                 raise ValueError(f"settings do not fit: {error}") from None
         made._read_state(folder)

@@ -26,6 +26,11 @@ class HookedModel(WeightedModel):
         super().__init__()
         self._call = CallOfThread()
 
+    @property
+    def takes_packed_rows(self) -> bool:
+        """Each sequence of a packed row has conditions of its own: `position_ids` tell them apart."""
+        return True
+
     def conditions_for(self, hidden: Tensor) -> dict[str, Tensor] | None:
         """Return what a module is conditioned on that gets, or gives, hidden states; for hooks.
 

@@ -115,7 +115,7 @@ class AdapterRecord(msgspec.Struct):
 class SettingsRecord(Record):
     """What `mopl.json` says of a kind that has no schema of its own."""
 
-    settings: dict[str, Any]
+    settings: dict[str, Any] = {}  # a kind may write what it needs otherwise
     adapter: str | None = None
 
 

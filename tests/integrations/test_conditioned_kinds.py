@@ -252,17 +252,20 @@ def test_recomputed_activations_have_the_weights_of_their_rows(kind, tmp_path):
         torch.testing.assert_close(results[1][name], value, rtol=1e-4, atol=1e-6)
 
 
-def test_packed_rows_have_words_and_mixtures_refuse_them(tmp_path):
+@pytest.mark.parametrize("kind", ["text, adapters", "lora mixture, trained"])
+def test_packed_rows_have_words_and_mixtures_of_their_own(kind, tmp_path):
     results = []
     for packed in (False, True):
-        trainer = make(tmp_path, make_model("text, adapters"), padding_free=packed, max_steps=2)
+        trainer = make(tmp_path, make_model(kind), padding_free=packed, max_steps=2)
         trainer.train()
         results.append(trainable(trainer.model))
     for name, value in results[0].items():
         torch.testing.assert_close(results[1][name], value, rtol=1e-3, atol=1e-5)
-    for kind in ("lora mixture", "parameter mixture"):
-        with pytest.raises(ValueError, match=r"one trade-off for each row.*padding_free=False"):
-            make(tmp_path, make_model(kind), padding_free=True)
+
+
+def test_mixtures_of_parameters_refuse_packed_rows(tmp_path):
+    with pytest.raises(ValueError, match=r"one trade-off for each row.*padding_free=False"):
+        make(tmp_path, make_model("parameter mixture"), padding_free=True)
 
 
 @pytest.mark.parametrize("kind", KINDS)
