@@ -2,42 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mopl._renamed import renamed_parameter
 from mopl.conditioning.causal_lm import text_config
-from mopl.conditioning.weighted import WeightedModel, causal_lm_of
+from mopl.conditioning.weighted import causal_lm_of
 from mopl.integrations._options import default_of
 from mopl.language_models.collate import ListBatch, to_lists
 from mopl.language_models.head import IGNORE_INDEX, SequenceScores, score_sequences
-from mopl.language_models.scoring import response_lengths
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """What a model's forward takes beside text: weights of objectives, and β under a name of its own."""
-
-    weights: bool
-    beta: str | None
-
-    @classmethod
-    def of(cls, model: nn.Module) -> Conditions:
-        """Read them off a model: a `WeightedModel`, or any whose forward has an argument `weights`."""
-        if isinstance(model, WeightedModel):
-            return cls(True, "beta" if model.takes_beta else None)
-        forward = type(causal_lm_of(model)).forward
-        names, beta = inspect.signature(forward).parameters, renamed_parameter(forward, "objective_temperature", "beta")
-        return cls("weights" in names, beta if beta in names else None)
-
-    def keywords(self, batch: ListBatch, weights: Any, beta: Any) -> dict[str, Any]:
-        """Return that of a batch, one row a sequence, from w and β of its lists, (B, m) each."""
-        of_lists = ({"weights": weights} if self.weights else {}) | ({self.beta: beta} if self.beta else {})
-        return {name: value[batch.index[:, 0]] for name, value in of_lists.items()}
+from mopl.language_models.scoring import Conditions, response_lengths
 
 
 @dataclass(frozen=True)

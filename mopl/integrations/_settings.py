@@ -12,7 +12,7 @@ from torch import Tensor
 from mopl._arguments import check_choice
 from mopl._renamed import deprecated
 from mopl.conditioning.sampling import check_weights, sample_betas, sample_weights
-from mopl.integrations._scores import Conditions
+from mopl.language_models.scoring import Conditions
 from mopl.pareto.grid import weight_grid
 
 LIST_LOSSES = ("listwise_dpo", "plackett_luce", "pairwise_logistic", "lambda_loss", "approx_ndcg")

@@ -21,11 +21,12 @@ from mopl.conditioning.weighted import WeightedModel, causal_lm_of
 from mopl.integrations._data import BETA, WEIGHTS, Example, Examples
 from mopl.integrations._options import check_options
 from mopl.integrations._pair_loss import AVERAGED, LIKELIHOOD, PairLoss
-from mopl.integrations._scores import Conditions, Scoring
+from mopl.integrations._scores import Scoring
 from mopl.integrations._settings import ObjectiveArguments
 from mopl.language_models.adapter_reference import OwnReference
 from mopl.language_models.collate import ListCollator
 from mopl.language_models.head import fuse
+from mopl.language_models.scoring import Conditions
 from mopl.language_models.tokenization import pad_token
 from mopl.losses import approx_ndcg, lambda_loss, listwise_dpo
 from mopl.training.parallel import distribution_of

@@ -24,14 +24,14 @@ from mopl.conditioning.causal_lm import is_peft
 from mopl.conditioning.saved_models import CONFIG_FILE
 from mopl.conditioning.weighted import WeightedModel
 from mopl.integrations._data import Examples, Extras
-from mopl.integrations._scores import Conditions, Scoring
+from mopl.integrations._scores import Scoring
 from mopl.integrations._settings import ObjectiveArguments
 from mopl.integrations._setup import check_reference, check_sharding, check_store
 from mopl.language_models.adapter_reference import OwnReference, check_same_reference, write_reference
 from mopl.language_models.collate import ListBatch
 from mopl.language_models.model_identity import checksum, identity_of
 from mopl.language_models.reference_store import ReferenceStore
-from mopl.language_models.scoring import score_lists
+from mopl.language_models.scoring import Conditions, score_lists
 
 
 class ListTrainer(Trainer):
@@ -150,7 +150,7 @@ class ListTrainer(Trainer):
             else:
                 identity = identity_of(self.accelerator.unwrap_model(model))
                 flat = ReferenceStore(folder).load_or_compute(lists, model, identity=identity, **options)
-        rows = flat.split([len(item.responses) for item in lists])
+        rows = list(flat.split([len(item.responses) for item in lists]))
         return data.with_reference(pad_sequence(rows, batch_first=True))
 
     # ---------------------------------------------------------------- checkpoints

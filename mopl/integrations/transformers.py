@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from mopl._extras import require
+from mopl.language_models.scoring import Conditions
 
 require("transformers", "accelerate", what="mopl.integrations.transformers")
 from transformers import TrainingArguments, set_seed
@@ -41,7 +42,7 @@ from mopl.conditioning.causal_lm import is_peft
 from mopl.conditioning.weighted import WeightedModel, causal_lm_of
 from mopl.integrations._data import ExampleCollator, Examples, Extras, batch_of, examples_of
 from mopl.integrations._objective import ListLoss, Measured, Objective, PairLoss, Totals, grid_metrics, grid_table
-from mopl.integrations._scores import Conditions, Scoring
+from mopl.integrations._scores import Scoring
 from mopl.integrations._settings import ObjectiveArguments, TradeOffs, settings_of
 from mopl.integrations._setup import (
     check_fit,

@@ -6,16 +6,18 @@ Scores are log-probabilities of whole responses, summed over their tokens, in na
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mopl._renamed import renamed_keywords
+from mopl._renamed import renamed_keywords, renamed_parameter
 from mopl._restoring import evaluating
 from mopl._terminal import Progress
-from mopl.conditioning.weighted import WeightedModel
+from mopl.conditioning.weighted import WeightedModel, causal_lm_of
 from mopl.language_models.collate import IGNORE_INDEX, ListBatch, ListCollator, to_lists, token_batches
 from mopl.language_models.head import score_sequences
 from mopl.language_models.tokenized import TokenizedList
@@ -23,6 +25,35 @@ from mopl.training.parallel import unwrapped
 
 Conditioner = Callable[[TokenizedList, Tensor, Tensor], TokenizedList]  # list, w (m,), β (m,) -> list
 Score = Callable[[nn.Module, ListBatch], Tensor]  # model, batch -> (B, K)
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What a model's forward takes beside text: weights of objectives, and β under a name of its own."""
+
+    weights: bool
+    beta: str | None
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Conditions:
+        """Read them off a model: a `WeightedModel`, or any whose forward has an argument `weights`."""
+        if isinstance(model, WeightedModel):
+            return cls(True, "beta" if model.takes_beta else None)
+        forward = type(causal_lm_of(model)).forward
+        names, beta = inspect.signature(forward).parameters, renamed_parameter(forward, "objective_temperature", "beta")
+        return cls("weights" in names, beta if beta in names else None)
+
+    def keywords(self, batch: ListBatch, weights: Tensor | None, beta: Tensor | None) -> dict[str, Any]:
+        """Return that of a batch, one row a sequence, from w and β of its lists, (B, m) each; or of all, (m,)."""
+        wanted = {"weights": ("weights", weights)} if self.weights else {}
+        if self.beta is not None:
+            wanted[self.beta] = ("β", beta)
+        found: dict[str, Any] = {}
+        for keyword, (name, value) in wanted.items():
+            if value is None:
+                raise ValueError(f"this model takes {name}; pass (m,) or one row a list, (B, m)")
+            found[keyword] = value[batch.index[:, 0]] if value.ndim == 2 else value
+        return found
 
 
 @renamed_keywords(temperature="beta")
@@ -35,23 +66,16 @@ def score_batch(
     """Return the summed log-probabilities of the responses of a batch, in nats, in one forward pass.
 
     Args:
-        model: A fused model, or a `WeightedModel` around one, which takes the weights of each list.
+        model: A fused model, or a `WeightedModel` around one, or any that takes the weights of each list.
         batch: The lists.
         weights: w, if the model takes it.
         beta: β, if the model takes it.
     """
-    of_sequence = batch.index[:, 0]
-    options: dict[str, Any] = {}
     inner = unwrapped(model)
-    if isinstance(inner, WeightedModel) and not inner.is_reference:
-        if weights is None:
-            raise ValueError("this model takes weights; pass (m,) or one row a list, (B, m)")
-        options["weights"] = weights[of_sequence] if weights.ndim == 2 else weights
-        if inner.takes_beta:
-            if beta is None:
-                raise ValueError("this model takes β; pass (m,) or one row a list, (B, m)")
-            options["beta"] = beta[of_sequence] if beta.ndim == 2 else beta
-    return to_lists(score_sequences(model, batch.inputs, **options).scores, batch)
+    given: dict[str, Any] = {}
+    if not (isinstance(inner, WeightedModel) and inner.is_reference):
+        given = Conditions.of(inner).keywords(batch, weights, beta)
+    return to_lists(score_sequences(model, batch.inputs, **given).scores, batch)
 
 
 def response_lengths(batch: ListBatch) -> Tensor:
