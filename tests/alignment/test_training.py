@@ -543,7 +543,7 @@ def test_figures_are_those_of_each_list_and_scales_move_them_towards_the_referen
         ({"held_out": 1.0}, "held_out is 1.0"),
         ({"conditioning": "text", "reference": "self"}, "pass reference='precomputed'"),
         ({"conditioning": "text", "lora_rank": 0}, "lora_rank must be at least 1"),
-        ({"lora_rank": 0, "lora_rslora": True}, "lora_rslora is about adapters, of which lora_rank=0 makes none"),
+        ({"lora_rank": 0, "lora_rslora": True}, "lora_rslora is about adapters, which lora_rank=0 leaves out"),
         ({"packing": True, "positions": "paper"}, "positions='hf' or packing=False"),
         ({"label_smoothing": 0.1}, "label_smoothing has no part in loss 'listnet'"),
         ({"labels": ("l2",)}, "labels is 'l2'"),
