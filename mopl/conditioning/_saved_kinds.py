@@ -110,7 +110,7 @@ class SavedModel(nn.Module):
             ValueError: If it holds another kind, or a model or coefficients are needed and missing, or do not fit.
         """
         folder = Path(directory)
-        kind = cls if hasattr(cls, "KIND") else KINDS.get(_kind_of(folder), cls)
+        kind = cls if hasattr(cls, "KIND") else KINDS.get(_kind_of(folder) or "", cls)
         if not issubclass(kind, cls) or not hasattr(kind, "KIND"):
             raise ValueError(f"{folder / CONFIG_FILE} holds a {_kind_of(folder)}, which is no {cls.__name__}")
         config = read_record(folder, kind.KIND, kind.WEIGHTS_FILE or CONFIG_FILE)

@@ -351,10 +351,10 @@ class HyperPromptModel(WeightedModel):
         sizes["takes_beta"] = sizes.pop("temperature", False)  # its first name
         with fitting(folder / CONFIG_FILE):
             check_fits(weights, lambda: HyperPrompt(**sizes), remedy=REMEDY)
-        model = base_with_adapter(config, folder, model, options, trainable=trainable)
+        base = base_with_adapter(config, folder, model, options, trainable=trainable)
         with fitting(folder / CONFIG_FILE):
             prompt = HyperPrompt(**sizes)
             prompt.to(read_tensors(weights, remedy=REMEDY)["prefix"].dtype)
             load_state(prompt, weights, remedy=REMEDY)
             prompt.requires_grad_(trainable)
-            return cls(model, prompt, record=TuningRecord.read(config), positions=config["positions"])
+            return cls(base, prompt, record=TuningRecord.read(config), positions=config["positions"])

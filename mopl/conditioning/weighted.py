@@ -129,13 +129,10 @@ class WeightedModel(SavedModel):
                     f"({len(names)},) or one row for each of the weights"
                 )
         if kl_weight is not None:
-            given["kl_weight"] = self._checked_kl_weight(kl_weight)
+            if not self.takes_kl_weight:
+                raise ValueError(f"kl_weight was passed to a {type(self).__name__} that is not conditioned on it")
+            given["kl_weight"] = kl_weight
         return given
-
-    def _checked_kl_weight(self, kl_weight: Any) -> Any:
-        if not self.takes_kl_weight:
-            raise ValueError(f"kl_weight was passed to a {type(self).__name__} that is not conditioned on it")
-        return kl_weight
 
     def _conditions_of_one(self, weights: Weights, beta: Any, kl_weight: Any) -> dict[str, Any]:
         given = self.conditions(weights, beta, kl_weight)

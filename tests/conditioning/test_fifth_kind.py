@@ -11,6 +11,7 @@ import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
 peft = pytest.importorskip("peft")
 
 from tiny_language_models import build, lora, tokenizer
@@ -18,7 +19,7 @@ from tiny_language_models import build, lora, tokenizer
 from mopl.conditioning import LoraMixture, WeightedModel
 from mopl.conditioning.saved_models import SCHEMAS
 from mopl.conditioning.weighted import KINDS
-from mopl.language_models.head import fuse, score_sequences
+from mopl.language_models.head import fuse
 
 PAGE = Path(__file__).parents[2] / "docs" / "conditioning.md"
 IDS, MASK = torch.tensor([[0, 1, 7, 8], [1, 20, 21, 22]]), torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
@@ -59,19 +60,23 @@ def test_the_example_of_the_page_trains_saves_loads_and_answers(kind, tmp_path, 
     ]  # fmt: skip
     (tmp_path / "lists.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     names: dict = {}
-    exec(next(block for block in blocks() if "optimizer.step()" in block), names)
-    assert len(capsys.readouterr().out.splitlines()) == 2
-    model, batch = names["model"], names["batch"]
+    exec(next(block for block in blocks() if "trainer.train()" in block), names)
+    assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("[0.")]) == 2
+    model = names["model"]
+    ids = torch.tensor([[1, 6, 17, 18], [1, 6, 20, 21]])  # w0 w11 w12, which is helpful, and w0 w14 w15, which is not
+    assert names["tokenizer"]("w0 w11 w12 w14 w15")["input_ids"] == [1, 6, 17, 18, 20, 21]
+    targets = torch.tensor([[-100, 17, 18, -100], [-100, 20, 21, -100]])
     fuse(model.causal_lm)
 
-    def margins(weights):
-        w = torch.tensor(weights).expand(len(batch.index), -1)
-        scores = names["to_lists"](score_sequences(model, batch.inputs, weights=w).scores, batch)
-        moved = scores - names["reference"]
-        return moved[:, 0] - moved[:, 2]
+    def margin(**weights):
+        with torch.no_grad():
+            helpful, harmless = model(ids, **weights, targets=targets).log_probs.sum(-1)
+        return float(helpful - harmless)
 
-    with torch.no_grad():
-        assert bool((margins([1.0, 0.0]) > 0.5).all()) and bool((margins([0.0, 1.0]) < -0.5).all())
+    with model.reference():
+        before = margin()
+    assert margin(weights=torch.tensor([1.0, 0.0])) > before + 0.5
+    assert margin(weights=torch.tensor([0.0, 1.0])) < before - 0.5
     content = json.loads((tmp_path / "head-shift" / "mopl.json").read_text())
     assert content["settings"] == {"objectives": 2, "width": 32} and content["module"] == "head_shift"
 
@@ -125,6 +130,7 @@ def test_log_probabilities_are_those_of_the_logits_and_beams_keep_their_rows(kin
 
 def test_a_second_forward_pass_has_the_weights_of_the_first(kind):
     model = made(kind).train()
+    model.causal_lm.model.layers[0].mlp.register_forward_pre_hook(model._move)  # inside of what is computed again
 
     def gradients():
         model.zero_grad()
