@@ -95,21 +95,26 @@ def check_sharding(accelerator: Any) -> None:
         )
 
 
+def check_objectives(model: WeightedModel, objectives: tuple[str, ...], name: str = "model") -> None:
+    """Raise where the weights of a model are for other objectives than the data has."""
+    own = model.record.objectives
+    unnamed = tuple(f"objective_{j + 1}" for j in range(len(own)))
+    allowed = (objectives,) if model.text_prompt is not None else (unnamed, objectives)  # words have the names in them
+    if len(own) != len(objectives) or own not in allowed:
+        raise ValueError(
+            f"the {name} is for {', '.join(own)} but the data has {', '.join(objectives)}; "
+            "name the same objectives, in the same order"
+        )
+
+
 def write_record(
     model: WeightedModel, objectives: tuple[str, ...], settings: ObjectiveArguments, beta: float, reference: str
 ) -> None:
     """Note in a model what its weights mean, for `save_pretrained`; raise if it is for other objectives."""
-    record = model.record
-    unnamed = tuple(f"objective_{j + 1}" for j in range(len(record.objectives)))
-    allowed = (objectives,) if model.text_prompt is not None else (unnamed, objectives)  # words have the names in them
-    if len(record.objectives) != len(objectives) or record.objectives not in allowed:
-        raise ValueError(
-            f"the model is for {', '.join(record.objectives)} but the data has {', '.join(objectives)}; "
-            "name the same objectives, in the same order"
-        )
+    check_objectives(model, objectives)
     box = None if settings.beta_low is None else (settings.beta_low, settings.beta_high)
     model.record = dataclasses.replace(
-        record,
+        model.record,
         objectives=objectives,
         reference=reference,
         beta=box or settings.objective_beta or beta,

@@ -26,7 +26,7 @@ from mopl.conditioning.weighted import WeightedModel
 from mopl.integrations._data import Examples, Extras
 from mopl.integrations._scores import Scoring
 from mopl.integrations._settings import ObjectiveArguments
-from mopl.integrations._setup import check_reference, check_sharding, check_store
+from mopl.integrations._setup import check_objectives, check_reference, check_sharding, check_store
 from mopl.language_models.adapter_reference import OwnReference, check_same_reference, write_reference
 from mopl.language_models.collate import ListBatch
 from mopl.language_models.model_identity import checksum, identity_of
@@ -42,6 +42,7 @@ class ListTrainer(Trainer):
     data_collator: Any
     settings: ObjectiveArguments
     scoring: Scoring
+    objectives: tuple[str, ...]
     own: OwnReference | None = None  # the reference that the policy carries in itself, if no other model is it
     reference_conditions: Conditions | None = None  # what the reference takes, where it is another one for each w
     reference_is: str | None = None  # what tells it from others; None where it is a model that the user passed
@@ -57,36 +58,28 @@ class ListTrainer(Trainer):
         """
         check_reference(model, ref_model, adapter, self.settings.reference_free)
         check_store(self.settings, self._precompute, self.scoring)
+        if isinstance(ref_model, WeightedModel):
+            check_objectives(ref_model, self.objectives, "ref_model")
+            self.reference_conditions = Conditions.of(ref_model)
         if ref_model is not None or self.settings.reference_free:
-            if isinstance(ref_model, WeightedModel) and not given:
-                self._take_conditions(ref_model)
             return ref_model
         inner = model.model if isinstance(model, WeightedModel) else model
         frozen = inner is not model and not any(parameter.requires_grad for parameter in inner.parameters())
+        varies = inner is not model and model.varies_with_weights
         if adapter is not None or is_peft(inner) or frozen:
             self.own = OwnReference(model, adapter=adapter, added=added)
+            varies = self.own.varies_with_weights
+        if varies:
+            self.reference_conditions = Conditions.of(model)
         if given:
             return None
         if self.own is not None:
-            if self.own.varies_with_weights:
-                self._take_conditions(model)
             self.reference_is = self.own.fingerprint(model)
             return None
         # All of the model is trained. Where its start does not depend on w it is that of the model inside.
-        if inner is not model and model.varies_with_weights:
-            self._take_conditions(model)
-            inner = model
-        self.reference_is = f"model {checksum(inner.named_parameters())}"
-        return None if self._precompute else copy.deepcopy(inner)
-
-    def _take_conditions(self, reference: WeightedModel) -> None:
-        """Note that the reference takes weights; raise where it is to be computed once for all of them."""
-        if self._precompute:
-            raise ValueError(
-                f"precompute_ref_log_probs is True but the reference is a {type(reference).__name__}, whose "
-                "log-probabilities depend on the weights w; leave precompute_ref_log_probs out"
-            )
-        self.reference_conditions = Conditions.of(reference)
+        start = model if varies else inner
+        self.reference_is = f"model {checksum(start.named_parameters())}"
+        return None if self._precompute else copy.deepcopy(start)
 
     def check_reference_placement(self, ref_model: Any) -> None:
         """Raise where the reference would have to be sharded; give all processes the same one."""
@@ -129,13 +122,20 @@ class ListTrainer(Trainer):
             )
         inner = self.accelerator.unwrap_model(model)
         with evaluating(inner) if self.own is None else self.own.active(inner):
-            # Where all of a model that takes weights is trained, its start is the model inside.
-            yield inner.model if self.own is None and isinstance(inner, WeightedModel) else model
+            # Where all of a model that takes weights is trained, its start is the model inside, or depends on them.
+            inside = self.own is None and isinstance(inner, WeightedModel) and self.reference_conditions is None
+            yield inner.model if inside else model
 
     def _with_reference(self, data: Examples, batch_size: int) -> Examples:
         """Return data with the reference's log-probabilities beside each list, where they are to be computed once."""
         if not self._precompute or data.has_reference:
             return data
+        if self.reference_conditions is not None:
+            kind = self.model if self.ref_model is None else self.accelerator.unwrap_model(self.ref_model)
+            raise ValueError(
+                f"precompute_ref_log_probs is True but the reference is a {type(kind).__name__}, whose "
+                "log-probabilities depend on the weights w; leave precompute_ref_log_probs out"
+            )
         lists = [example.tokens for example in data.lists]
         options: dict[str, Any] = {
             "collator": self.data_collator.collator,

@@ -222,6 +222,8 @@ class MultiObjectiveTrainer(ListTrainer):
             )
         self.check_reference_placement(ref_model)
         check_model_rows(model, collator, self.accelerator)
+        if passed is not None:
+            check_model_rows(passed, collator, self.accelerator)
         warn_of_rounding(model, self.accelerator)
         self.ref_model: Any = None
         if ref_model is not None:

@@ -319,3 +319,106 @@ def test_what_a_kind_cannot_do_is_said(tmp_path):
 ])  # fmt: skip
 def test_the_record_names_the_reference(kind, name, tmp_path):
     assert make(tmp_path, make_model(kind)).model.record.reference == name
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "prompt"])
+def test_the_optimizer_has_what_is_trained_once_and_nothing_that_is_frozen(kind, tmp_path):
+    trainer = make(tmp_path, make_model(kind), weight_decay=0.1, optim="adamw_torch")
+    groups = trainer.create_optimizer().param_groups
+    found = [id(parameter) for group in groups for parameter in group["params"]]
+    expected = {id(parameter) for parameter in trainer.model.parameters() if parameter.requires_grad}
+    assert len(found) == len(set(found)) and set(found) == expected
+    assert {group["weight_decay"] for group in groups} == {0.1, 0.0}
+
+
+def test_a_mixture_around_a_model_whose_head_is_not_fused_yet_trains_alike(tmp_path):
+    results = []
+    for base in (tiny.build(), fuse(tiny.build())):
+        torch.manual_seed(5)
+        trainer = make(tmp_path, LoraMixture(base, 2, config=adapters(), record=OBJECTIVES), max_steps=2)
+        trainer.train()
+        results.append(trainable(trainer.model))
+    assert results[0].keys() == results[1].keys()
+    assert all(torch.equal(results[1][name], value) for name, value in results[0].items())
+
+
+def test_a_reference_for_other_objectives_or_without_packed_rows_is_refused(tmp_path):
+    reference = make_model("lora mixture, trained")
+    with pytest.raises(ValueError, match="a ParameterMixture has one trade-off for each row"):
+        make(tmp_path, make_model("prompt"), ref_model=make_model("parameter mixture"), padding_free=True)
+    with pytest.raises(ValueError, match="depend on the weights w; leave precompute_ref_log_probs out"):
+        make(tmp_path, make_model("prompt"), ref_model=reference, precompute_ref_log_probs=True)
+    reference.record = tiny.TuningRecord.of(OBJECTIVES[::-1], 2)
+    with pytest.raises(ValueError, match="the ref_model is for harmless, helpful but the data has helpful, harmless"):
+        make(tmp_path, make_model("prompt"), ref_model=reference)
+
+
+# ---------------------------------------------------------------- the trainer for TRL
+
+PAIRS = [
+    {"prompt": "help: ", "chosen": "n ples", "rejected": "afe.", "helpful": 1.0, "harmless": -1.0},
+    {"prompt": "mas", "chosen": "rm ha", "rejected": "0.25", "helpful": 0.5, "harmless": 1.0},
+    {"prompt": "full ", "chosen": "1, 2", "rejected": "help les", "helpful": 1.0, "harmless": 0.3},
+    {"prompt": "shame", "chosen": "harm", "rejected": "ful ", "helpful": -0.5, "harmless": 1.0},
+]
+
+
+def make_dpo(folder, model, rows=PAIRS, **options):
+    pytest.importorskip("trl")
+    from mopl.integrations.trl import MultiObjectiveDPOConfig, MultiObjectiveDPOTrainer
+
+    own = {name: options.pop(name) for name in ("ref_model", "eval_dataset") if name in options}
+    defaults = dict(
+        report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=False, disable_tqdm=True, beta=0.3,
+        save_strategy="no", per_device_train_batch_size=2, per_device_eval_batch_size=4, learning_rate=1e-2,
+        logging_steps=1, max_steps=4, dataloader_pin_memory=False, eval_points=3, objectives=list(OBJECTIVES),
+    )  # fmt: skip
+    args = MultiObjectiveDPOConfig(str(folder), **{**defaults, **options})
+    return MultiObjectiveDPOTrainer(model, args=args, train_dataset=rows, processing_class=tokenizer(), **own)
+
+
+def outputs_on(trainer, examples):
+    with torch.no_grad():
+        inputs = trainer.data_collator([examples[number] for number in range(len(examples))])
+        return trainer.compute_loss(trainer.model.eval(), inputs, return_outputs=True)[1]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "prompt"])
+def test_pairs_train_in_the_trainer_for_trl_are_resumed_saved_and_measured(kind, tmp_path):
+    options = dict(save_strategy="steps", save_steps=2, eval_dataset=PAIRS)
+    whole = make_dpo(tmp_path / "whole", make_model(kind), **options)
+    if kind in ("lora mixture", "parameter mixture", *VARYING):  # each is its own reference at the w of the row
+        start = outputs_on(whole, whole.train_dataset)
+        torch.testing.assert_close(start["reference"], start["scores"])
+    whole.train()
+    measured = whole.evaluate()
+    assert len({measured[f"eval_harmless_loss@{w}"] for w in ("1.00,0.00", "0.50,0.50", "0.00,1.00")}) == 3
+    assert 0 <= measured["eval_rewards/accuracies"] <= 1
+    resumed = make_dpo(tmp_path / "resumed", make_model(kind), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    expected, found = trainable(whole.model), trainable(resumed.model)
+    assert expected.keys() == found.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    whole.save_model(str(tmp_path / "saved"))
+    loaded = WeightedModel.from_pretrained(tmp_path / "saved", fuse(tiny.build()))
+    ids, w = torch.randint(6, tiny.VOCABULARY, (2, 6)), torch.tensor([[0.2, 0.8], [1.0, 0.0]])
+    with torch.no_grad():
+        answers = [model.eval()(input_ids=ids, weights=w).logits for model in (loaded, whole.model)]
+    torch.testing.assert_close(*answers)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "prompt"])
+def test_what_transformers_cannot_push_between_is_refused(kind, tmp_path):
+    with pytest.raises(ValueError, match=r"hub_strategy is 'every_save'.* pass hub_strategy='end'"):
+        make_dpo(tmp_path, make_model(kind), push_to_hub=True, hub_model_id="a/b", hub_token="c")
+
+
+@pytest.mark.parametrize("kind", VARYING)
+def test_data_without_columns_of_the_reference_have_it_at_their_weights(kind, tmp_path):
+    known = [{**row, "ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0} for row in PAIRS]
+    trainer = make_dpo(tmp_path, make_model(kind), known)
+    found = outputs_on(trainer, trainer._prepared(PAIRS))
+    torch.testing.assert_close(found["reference"], found["scores"])
+    assert torch.equal(outputs_on(trainer, trainer.train_dataset)["reference"], torch.tensor([[-1.0, -2.0]] * 4))
+    trainer = make_dpo(tmp_path, make_model(kind), known, precompute_ref_log_probs=True)
+    with pytest.raises(ValueError, match="depend on the weights w; leave precompute_ref_log_probs out"):
+        trainer.evaluate(PAIRS)

@@ -13,7 +13,7 @@ peft = pytest.importorskip("peft")
 
 from tiny_language_models import VOCABULARY, build
 
-from mopl.conditioning import HyperPrompt, HyperPromptModel, LoraMixture, ParameterMixture
+from mopl.conditioning import HyperPrompt, HyperPromptModel
 from mopl.integrations.transformers import MultiObjectiveConfig, MultiObjectiveTrainer
 from mopl.language_models.adapter_reference import FILE, OwnReference, checksum, starts_at_base
 from mopl.language_models.tokenization import ReadReport, TokenizedData, TokenizedList
@@ -229,10 +229,6 @@ def test_what_cannot_be_the_reference_says_so(tmp_path):
     base = build()
     with pytest.raises(ValueError, match="ref_model holds parameters of the model that are trained"):
         make(tmp_path, peft.get_peft_model(base, KINDS["lora"]()), ref_model=base)
-    with pytest.raises(ValueError, match="model is a LoraMixture, whose reference at each w"):
-        make(tmp_path, LoraMixture(build(), 2, config=KINDS["lora"]()))
-    with pytest.raises(ValueError, match="model is a ParameterMixture"):
-        make(tmp_path, ParameterMixture(build(), 2))
 
 
 def test_a_passed_reference_is_obeyed_beside_trained_adapters(tmp_path):
