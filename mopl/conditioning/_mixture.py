@@ -281,35 +281,8 @@ class Mixture(WeightedModel):
             return {"smallest_alpha": rule.smallest_kl_weight, "kl_form": rule.kl_form, "anchor": rule.anchor}
         return "custom" if rule else None
 
-    @classmethod
-    def _load(
-        cls,
-        folder: Path,
-        config: dict[str, Any],
-        model: nn.Module | None,
-        *,
-        trainable: bool,
-        coefficients: CoefficientRule | None = None,
-        **options: Any,
-    ) -> Mixture:
-        rule = _rule(config["coefficients"], coefficients, folder)
-        return cls._of_files(folder, config, rule, model, options, trainable)
 
-    @classmethod
-    def _of_files(
-        cls,
-        folder: Path,
-        config: dict[str, Any],
-        rule: CoefficientRule | None,
-        model: nn.Module | None,
-        options: dict[str, Any],
-        trainable: bool,
-    ) -> Mixture:
-        """Return the mixture of a folder, whose `mopl.json` says `config`."""
-        raise NotImplementedError
-
-
-def _rule(saved: Any, given: CoefficientRule | None, folder: Path) -> CoefficientRule | None:
+def rule_of(saved: Any, given: CoefficientRule | None, folder: Path) -> CoefficientRule | None:
     """Return the coefficients of a folder; raise where they were a function, or `given` is another rule."""
     if saved == "custom":
         if given is None:

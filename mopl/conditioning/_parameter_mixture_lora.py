@@ -15,7 +15,7 @@ from mopl._extras import require
 from mopl._files import write_files
 from mopl._restoring import evaluating, generators_kept, requires_grad_kept
 from mopl._threads import in_turn
-from mopl.conditioning._mixture import CoefficientRule, Mixture, MixtureRecord, renamed_in_mixture
+from mopl.conditioning._mixture import CoefficientRule, Mixture, MixtureRecord, renamed_in_mixture, rule_of
 from mopl.conditioning.adapted import held, one_adapter, parts_of, places_of
 from mopl.conditioning.adapter_checks import (
     adapted_parts,
@@ -244,9 +244,17 @@ class LoraMixture(Mixture, HookedModel):
         return self.adapters
 
     @classmethod
-    def _of_files(
-        cls, folder: Path, config: dict[str, Any], rule: Any, model: Any, options: dict[str, Any], trainable: bool
+    def _load(
+        cls,
+        folder: Path,
+        config: dict[str, Any],
+        model: Any,
+        *,
+        trainable: bool,
+        coefficients: Any = None,
+        **options: Any,
     ) -> LoraMixture:
+        rule = rule_of(config["coefficients"], coefficients, folder)
         model = base_model(config, folder, model, options)
         with fitting(folder / CONFIG_FILE):
             paths = {name: adapter_folder(folder, name) for name in config["adapters"]}

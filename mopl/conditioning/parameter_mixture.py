@@ -43,6 +43,7 @@ from mopl.conditioning._mixture import (
     Mixture,
     MixtureRecord,
     renamed_in_mixture,
+    rule_of,
 )
 from mopl.conditioning._parameter_mixture_lora import LoraMixture
 from mopl.conditioning._parameter_mixture_parts import (
@@ -344,9 +345,17 @@ class ParameterMixture(Mixture):
 
     @classmethod
     @torch.no_grad()
-    def _of_files(
-        cls, folder: Path, config: dict[str, Any], rule: Any, model: Any, options: dict[str, Any], trainable: bool
+    def _load(
+        cls,
+        folder: Path,
+        config: dict[str, Any],
+        model: Any,
+        *,
+        trainable: bool,
+        coefficients: Any = None,
+        **options: Any,
     ) -> ParameterMixture:
+        rule = rule_of(config["coefficients"], coefficients, folder)
         file, record = folder / WEIGHTS_FILE, TuningRecord.read(config)
         state = read_tensors(file, remedy=REMEDY)
         sets = len({name.partition(".")[0] for name in state if name.startswith("set_")}) + 1
