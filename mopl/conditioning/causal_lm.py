@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mopl._arguments import shape_of
 from mopl.conditioning.hyper_prompt import HyperPrompt
 
 # What trainers and accelerate read from a model, taken from the causal language model. A closed list: with an open one
@@ -53,6 +54,18 @@ def check_model(model: nn.Module, base: Any, prompt: HyperPrompt) -> None:
     width = base.get_input_embeddings().weight.shape[1]
     if width != prompt.hidden:
         raise ValueError(f"hyper_prompt has hidden={prompt.hidden} but {name} embeds tokens in {width}; pass that")
+
+
+def check_text(text: Tensor, mask: Tensor | None, position_ids: Tensor | None, past: int) -> None:
+    """Raise unless a mask and positions fit a text (B, T, ...) behind `past` positions of a cache."""
+    shape = tuple(text.shape[:2])
+    if mask is not None and (mask.ndim != 2 or mask.shape[0] != shape[0] or mask.shape[1] < shape[1]):
+        raise ValueError(f"attention_mask has shape {shape_of(mask)} but the text is {shape}; pass (B, T)")
+    if position_ids is not None:
+        if tuple(position_ids.shape) not in (shape, (1, shape[1])):
+            raise ValueError(f"position_ids has shape {shape_of(position_ids)} but the text is {shape}")
+        if mask is None and (shape[0] != 1 or past):
+            raise ValueError("position_ids without attention_mask say packed sequences, which need one row (1, N)")
 
 
 def check_prompts(input_ids: Any, mask: Tensor | None, config: Any) -> Tensor:

@@ -32,7 +32,7 @@ from mopl._renamed import renamed_keywords
 from mopl._rows import arranged, check_from_zero, generation_keywords
 from mopl._tensor_files import check_fits, load_state, read_tensors
 from mopl.conditioning._prefix_layout import Layout, PackedLayout, silence_positions
-from mopl.conditioning.causal_lm import check_model, check_prompts, count_new_tokens, is_peft
+from mopl.conditioning.causal_lm import check_model, check_prompts, check_text, count_new_tokens, is_peft
 from mopl.conditioning.hyper_prompt import HyperPrompt
 from mopl.conditioning.sampling import Weights, check_weights
 from mopl.conditioning.saved_models import (
@@ -312,14 +312,7 @@ class HyperPromptModel(WeightedModel):
         self, text: Tensor, mask: Tensor | None, position_ids: Tensor | None, past: int, kwargs: dict[str, Any]
     ) -> Layout | PackedLayout:
         """Check what comes with a text (B, T) or (B, T, d), and return where its virtual tokens stand."""
-        shape = tuple(text.shape[:2])
-        if mask is not None and (mask.ndim != 2 or mask.shape[0] != shape[0] or mask.shape[1] < shape[1]):
-            raise ValueError(f"attention_mask has shape {shape_of(mask)} but the text is {shape}; pass (B, T)")
-        if position_ids is not None:
-            if tuple(position_ids.shape) not in (shape, (1, shape[1])):
-                raise ValueError(f"position_ids has shape {shape_of(position_ids)} but the text is {shape}")
-            if mask is None and (shape[0] != 1 or past):
-                raise ValueError("position_ids without attention_mask say packed sequences, which need one row (1, N)")
+        check_text(text, mask, position_ids, past)
         for name in ("token_type_ids", "cache_position"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name} cannot be used with a prompt of virtual tokens; leave it out")

@@ -26,7 +26,7 @@ from mopl._rows import arranged, generation_keywords
 from mopl._tensor_files import check_shapes
 from mopl.conditioning._written_rows import WrittenRows, mask_behind_words
 from mopl.conditioning.adapter_base import base_of_adapter
-from mopl.conditioning.causal_lm import check_no_prompt, check_prompts, count_new_tokens, is_peft
+from mopl.conditioning.causal_lm import check_no_prompt, check_prompts, check_text, count_new_tokens, is_peft
 from mopl.conditioning.sampling import Weights
 from mopl.conditioning.saved_models import (
     CONFIG_FILE,
@@ -197,18 +197,12 @@ class TextPromptModel(WeightedModel):
         return self.model(**kwargs)
 
     def _check_rows(self, text: Tensor, mask: Tensor | None, position_ids: Tensor | None, past: int) -> None:
-        shape = tuple(text.shape)
-        if mask is not None and (mask.ndim != 2 or len(mask) != len(text) or mask.shape[1] < shape[1]):
-            raise ValueError(f"attention_mask has shape {shape_of(mask)} but the text is {shape}; pass (B, T)")
-        if mask is not None and not past and mask.shape[1] != shape[1]:
-            raise ValueError(f"attention_mask covers {mask.shape[1]} positions but the text is {shape} and no cache is")
-        if position_ids is None:
-            return
-        if tuple(position_ids.shape) not in (shape, (1, shape[1])):
-            raise ValueError(f"position_ids has shape {shape_of(position_ids)} but the text is {shape}")
-        if mask is None and (shape[0] != 1 or past):
-            raise ValueError("position_ids without attention_mask say packed sequences, which need one row (1, N)")
-        if mask is None and int(position_ids[0, 0]) != 0:
+        check_text(text, mask, position_ids, past)
+        if mask is not None and not past and mask.shape[1] != text.shape[1]:
+            raise ValueError(
+                f"attention_mask covers {mask.shape[1]} positions but the text is {tuple(text.shape)} and no cache is"
+            )
+        if position_ids is not None and mask is None and int(position_ids[0, 0]) != 0:
             raise ValueError("position_ids of a packed row must start at 0 with each sequence; pass attention_mask too")
 
     def _behind_cache(self, rows: dict[str, Any], words: list[list[int]], past: int) -> dict[str, Any]:
