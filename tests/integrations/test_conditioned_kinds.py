@@ -390,6 +390,7 @@ def test_pairs_train_in_the_trainer_for_trl_are_resumed_saved_and_measured(kind,
     if kind in ("lora mixture", "parameter mixture", *VARYING):  # each is its own reference at the w of the row
         start = outputs_on(whole, whole.train_dataset)
         torch.testing.assert_close(start["reference"], start["scores"])
+        assert abs(whole.evaluate()["eval_rewards/margins"]) < 1e-5  # at each point of the grid
     whole.train()
     measured = whole.evaluate()
     assert len({measured[f"eval_harmless_loss@{w}"] for w in ("1.00,0.00", "0.50,0.50", "0.00,1.00")}) == 3
