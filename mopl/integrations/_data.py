@@ -119,16 +119,15 @@ def is_rows(data: Any) -> bool:
 
 def is_pairs(data: Any) -> bool:
     """Say whether data are rows that TRL's `DPOTrainer` would read."""
-    return is_rows(data) and len(data) > 0 and isinstance(data[0], Mapping) and is_pair(data[0])
+    first = next(iter(data), None) if isinstance(data, Iterable) and not isinstance(data, Iterator) else None
+    return not isinstance(data, Mapping) and isinstance(first, Mapping) and is_pair(first)
 
 
 def _rows(data: Any) -> Sequence[Any]:
     if not is_rows(data):
         raise TypeError(
             f"the data set is a {type(data).__name__} but must be PreferenceData, TokenizedData, a datasets.Dataset or "
-            "a list of rows; of a stream, take the rows that the training needs (max_steps times those of a step): "
-            "datasets.Dataset.from_list(list(stream.take(rows))); hub names are read by "
-            "mopl.language_models.readers.load_preferences"
+            "IterableDataset, or a list of rows; hub names are read by mopl.language_models.readers.load_preferences"
         )
     if len(data) == 0:
         raise ValueError("the data set has no rows; give it at least one")

@@ -7,6 +7,7 @@ import functools
 import os
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -145,10 +146,9 @@ def check_fit(
     scoring: Scoring,
     conditions: Conditions,
     model: Any,
-    sets: Sequence[Examples],
-) -> None:
-    """Raise where options do not fit the model, the data or one another."""
-    pairs_only = scoring.pairs_only
+) -> ListChecks:
+    """Raise where options do not fit the model or one another; return what they ask of lists."""
+    pairs_only, sorts = scoring.pairs_only, False
     if isinstance(loss, PairLoss):
         pairs_only = f"loss_type {', '.join(loss.types)}"
         if settings.length_normalized and any(name in AVERAGED for name in loss.types):
@@ -160,36 +160,60 @@ def check_fit(
                 f"use_weighting is True but {pairs_only} has no value for each pair that it could weigh, and TRL "
                 "raises there too; leave one of them out"
             )
-        own = any(e.weights is not None or e.beta is not None for value in sets for e in value.lists)
-        if loss.sorts and (own or (conditions.weights and settings.weights_per == "list")):
-            raise ValueError(
-                f"{pairs_only} sorts the pairs, after which none has weights of its own; pass weights_per='step' and "
-                f"leave out the columns {WEIGHTS} and {BETA}"
-            )
-    if pairs_only is not None and any(value.width > 2 for value in sets):
-        raise ValueError(
-            f"{pairs_only} is for pairs but there are lists with more than two responses; leave loss_type at 'sigmoid' "
-            "without options for pairs and choose a list_loss"
-        )
-    check_labels(loss, sets)
-    check_vocabulary(model, sets)
+        sorts = loss.sorts
+        if sorts and conditions.weights and settings.weights_per == "list":
+            raise ValueError(_SORTED.format(pairs_only))
     pushes = getattr(args, "push_to_hub", False) and str(getattr(args.hub_strategy, "value", args.hub_strategy))
     if pushes and pushes != "end" and isinstance(model, WeightedModel):
         raise ValueError(
             f"hub_strategy is {pushes!r}, by which transformers pushes files of plain models and adapters only, and "
             f"this is a {type(model).__name__}; pass hub_strategy='end'"
         )
+    size = getattr(causal_lm_of(model).get_input_embeddings(), "num_embeddings", None)
+    return ListChecks(loss, pairs_only, sorts, size)
 
 
-def check_labels(loss: Any, sets: Sequence[Examples]) -> None:
-    """Raise if a loss of shares or gains is given negative labels; losses of the caller's own judge for themselves."""
-    function, options = (loss.func, loss.keywords) if isinstance(loss, functools.partial) else (loss, {})
-    shares = function is listwise_dpo and options.get("normalize", "l1") == "l1"
-    gains = function is approx_ndcg or (function is lambda_loss and options.get("normalize", False))
-    if not (shares or gains):
-        return
-    for examples in sets:
-        for example in examples.lists:
+_SORTED = (
+    "{} sorts the pairs, after which none has weights of its own; pass weights_per='step' and leave out the columns "
+    f"{WEIGHTS} and {BETA}"
+)
+
+
+@dataclass(frozen=True)
+class ListChecks:
+    """Raises for lists that a training cannot use. It holds no model, so a process that reads a stream can have it."""
+
+    loss: Any
+    pairs_only: str | None  # the name of an option that is for pairs
+    sorts: bool  # whether the loss sorts pairs, which then share their weights
+    vocabulary: int | None  # tokens that the model has embeddings for, if that is known
+
+    def __call__(self, examples: Examples) -> None:
+        """Check all lists of a data set, or of a part of one."""
+        if self.sorts and any(e.weights is not None or e.beta is not None for e in examples.lists):
+            raise ValueError(_SORTED.format(self.pairs_only))
+        if self.pairs_only is not None and examples.width > 2:
+            raise ValueError(
+                f"{self.pairs_only} is for pairs but there are lists with more than two responses; leave loss_type at "
+                "'sigmoid' without options for pairs and choose a list_loss"
+            )
+        self._check_labels(examples)
+        for item in (example.tokens for example in examples.lists):
+            largest = max(int(part.max(initial=0)) for part in (item.prompt, *item.responses))
+            # A GPU reports that in no readable way.
+            if self.vocabulary is not None and largest >= self.vocabulary:
+                raise ValueError(
+                    f"row {item.index + 1} has the token {largest} but the model has embeddings of {self.vocabulary} "
+                    "tokens; pass the model's own tokenizer, or call model.resize_token_embeddings(len(tokenizer))"
+                )
+
+    def _check_labels(self, examples: Examples) -> None:
+        """Raise if a loss of shares or gains is given negative labels; the caller's own losses judge for themselves."""
+        loss = self.loss
+        function, options = (loss.func, loss.keywords) if isinstance(loss, functools.partial) else (loss, {})
+        shares = function is listwise_dpo and options.get("normalize", "l1") == "l1"
+        gains = function is approx_ndcg or (function is lambda_loss and options.get("normalize", False))
+        for example in examples.lists if shares or gains else ():
             negative = example.tokens.labels < 0  # (m, K), false where a label is missing
             if negative.any():
                 j = int(negative.any(1).argmax())
@@ -200,19 +224,6 @@ def check_labels(loss: Any, sets: Sequence[Examples]) -> None:
                     "label_temperature=...) to the trainer, or list_loss='plackett_luce', which takes their ranks, to "
                     "its config"
                 )
-
-
-def check_vocabulary(model: Any, sets: Sequence[Examples]) -> None:
-    """Raise for a token that the model has no embedding for, which a GPU reports in no readable way."""
-    inner = causal_lm_of(model)
-    size = getattr(inner.get_input_embeddings(), "num_embeddings", None)
-    for item in (example.tokens for examples in sets for example in examples.lists):
-        largest = max(int(part.max(initial=0)) for part in (item.prompt, *item.responses))
-        if size is not None and largest >= size:
-            raise ValueError(
-                f"row {item.index + 1} has the token {largest} but the model has embeddings of {size} tokens; pass the "
-                f"model's own tokenizer, or call model.resize_token_embeddings(len(tokenizer))"
-            )
 
 
 def warn_of_rounding(model: torch.nn.Module, accelerator: Any) -> None:
@@ -281,6 +292,33 @@ def check_model_rows(model: Any, collator: ListCollator, accelerator: Any) -> No
     if distribution_of(accelerator) not in SHARDED:
         virtual = weighted is not None and weighted.takes_embeddings
         check_rows(causal_lm_of(model), packed=collator.packed, virtual=virtual)
+
+
+def prepare_stream(args: Any, precompute: bool) -> None:
+    """Raise where an option needs all rows of the training data at once; let every process read the stream."""
+    for given, name, remedy in (
+        (precompute, "precompute_ref_log_probs", "leave it out: the reference is then computed in each step; or let "
+         "the rows have the columns ref_chosen_logps and ref_rejected_logps"),
+        (args.train_sampling_strategy == "group_by_length", "train_sampling_strategy='group_by_length'", "leave it "
+         "out; rows come in the order of the stream"),
+        (args.dataloader_num_workers > 1, f"dataloader_num_workers={args.dataloader_num_workers}", "pass 1, which "
+         "reads ahead of the training, or 0"),
+        (args.accelerator_config.dispatch_batches, "dispatch_batches=True", "leave it out: every process reads the "
+         "stream and takes its part, since lists of other lengths cannot be put together"),
+    ):  # fmt: skip
+        if given:
+            raise ValueError(f"train_dataset is a stream, which {name} cannot go with; {remedy}")
+    args.accelerator_config.dispatch_batches = False
+
+
+def check_labelled_whole(collator: ListCollator, examples: Examples) -> None:
+    """Raise where labels of a stream would be dropped, because its first rows had labels for all responses."""
+    partly = None if collator.partial == "keep" else next(filter(_partly_labelled, examples.lists), None)
+    if partly is not None:
+        raise ValueError(
+            f"row {partly.tokens.index + 1} of the stream has labels for a part of its responses only, which none of "
+            "its first rows had; pass data_collator=ListCollator(partial='keep', pad_id=tokenizer.pad_token_id)"
+        )
 
 
 def _partly_labelled(example: Example) -> bool:

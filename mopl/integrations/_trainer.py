@@ -241,7 +241,7 @@ class ListTrainer(Trainer):
 
 def lengths_of(data: Any, args: Any) -> Sequence[int] | None:
     """Return the column of lengths that a data set of rows has for sampling, if it is asked for."""
-    if getattr(args, "train_sampling_strategy", "random") != "group_by_length":
+    if getattr(args, "train_sampling_strategy", "random") != "group_by_length" or not hasattr(data, "__len__"):
         return None
     there = args.length_column_name in (getattr(data, "column_names", None) or ())
     return data[args.length_column_name] if there else None

@@ -25,7 +25,7 @@ What is not as in any other subclass of `Trainer`, and why:
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,14 +46,17 @@ from mopl.integrations._scores import Scoring
 from mopl.integrations._settings import ObjectiveArguments, TradeOffs, settings_of
 from mopl.integrations._setup import (
     check_fit,
+    check_labelled_whole,
     check_model_rows,
     default_collator,
     prepare_arguments,
     prepare_model,
+    prepare_stream,
     reference_name,
     warn_of_rounding,
     write_record,
 )
+from mopl.integrations._streams import ExampleStream, is_stream
 from mopl.integrations._trainer import ListTrainer, lengths_of
 from mopl.language_models.collate import ListBatch, ListCollator
 from mopl.language_models.data import OnError
@@ -96,8 +99,9 @@ class MultiObjectiveTrainer(ListTrainer):
         train_dataset: `PreferenceData`, `TokenizedData`, or a `datasets.Dataset` or list of rows: `prompt`, `chosen`,
             `rejected` and a label column for each objective (see `mopl.integrations._data.labels_of_pair`), or any
             format of `mopl.language_models.readers`. Columns `objective_weights`, `objective_beta` (m numbers a row)
-            and `ref_chosen_logps`, `ref_rejected_logps` replace what would be drawn or computed.
-        eval_dataset: The same, or a dictionary of them.
+            and `ref_chosen_logps`, `ref_rejected_logps` replace what would be drawn or computed. A stream, such as a
+            `datasets.IterableDataset`, is read as the training goes on, in its own order; see docs/trl.md.
+        eval_dataset: The same, or a dictionary of them; a stream is read to its end.
         processing_class: The tokenizer.
         compute_metrics: Called with the losses (L, n, m) and accuracies (L, n, m) of L lists at n points of the grid as
             `predictions` and which objectives count (L, m) as `label_ids`, besides what is reported anyway.
@@ -165,12 +169,18 @@ class MultiObjectiveTrainer(ListTrainer):
         self._reading: dict[str, Any] = {"max_length": length, "template": template, "on_error": on_error}
         self.row_lengths = lengths_of(train_dataset, args)
         sets: list[Examples] = []
+        self._precompute = getattr(args, "precompute_ref_log_probs", False) and not settings.reference_free
+        if is_stream(train_dataset):
+            prepare_stream(args, self._precompute)
 
         def read(data: Any) -> Examples:
             sets.append(self._examples(data, sets[0].objectives if sets else settings.objectives))
             return sets[-1]
 
-        if train_dataset is not None:
+        if is_stream(train_dataset):
+            train_dataset = ExampleStream(train_dataset, self._reader(train_dataset), settings.objectives)
+            sets.append(train_dataset.head)
+        elif train_dataset is not None:
             train_dataset = read(train_dataset)
         if isinstance(eval_dataset, dict):
             eval_dataset = {key: read(value) for key, value in eval_dataset.items()}
@@ -190,12 +200,15 @@ class MultiObjectiveTrainer(ListTrainer):
         beta = getattr(args, "beta", 0.1)
         self.conditions = Conditions.of(model)
         self.trade_offs = TradeOffs(settings, len(names), self.conditions, beta=beta, seed=args.seed)
-        check_fit(args, settings, self.objective.loss, self.scoring, self.conditions, model, sets)
+        checks = check_fit(args, settings, self.objective.loss, self.scoring, self.conditions, model)
+        for examples in sets:
+            checks(examples)
+        if isinstance(train_dataset, ExampleStream):
+            train_dataset.checks = (checks, functools.partial(check_labelled_whole, collator))
         self.eval_weights = self.trade_offs.grid(settings.eval_points, eval_weights)
         self._user_metrics = compute_metrics
         if getattr(args, "disable_dropout", True):
             disable_dropout(model)
-        self._precompute = getattr(args, "precompute_ref_log_probs", False) and not settings.reference_free
         given = all(value.has_reference for value in sets)
         passed = ref_model
         ref_model = self.choose_reference(model, passed, reference_adapter, peft_config is not None, given)
@@ -239,8 +252,13 @@ class MultiObjectiveTrainer(ListTrainer):
 
     # ---------------------------------------------------------------- data
 
+    def _reader(self, data: Any) -> Callable[..., Examples]:
+        """Return what turns data like these into lists of tokens, given them and `objectives`."""
+        return functools.partial(examples_of, processing_class=self._tokenizer, **self._reading)
+
     def _examples(self, data: Any, objectives: Sequence[str] | None) -> Examples:
-        return examples_of(data, processing_class=self._tokenizer, objectives=objectives, **self._reading)
+        read = self._reader(data)
+        return ExampleStream(data, read, objectives).whole() if is_stream(data) else read(data, objectives=objectives)
 
     def _prepared(self, data: Any) -> Any:
         """Return data for evaluation as lists of tokens, with the reference if it is precomputed."""

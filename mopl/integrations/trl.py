@@ -29,8 +29,9 @@ its left. A model that was trained on texts as they are is asked with `template=
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +51,7 @@ from mopl.integrations._objective import ListLoss
 from mopl.integrations._options import check_options
 from mopl.integrations._pair_loss import PairLoss, pair_loss_of
 from mopl.integrations._settings import ObjectiveArguments
+from mopl.integrations._streams import is_stream
 from mopl.integrations._trl_tokens import TOKENIZATIONS, examples_of_pairs, refuse_options
 from mopl.integrations.transformers import MultiObjectiveTrainer
 from mopl.language_models.collate import ListCollator
@@ -203,7 +205,7 @@ class MultiObjectiveDPOTrainer(MultiObjectiveTrainer):
                 )
             self.add_callback(_MovingReference(ref_model=self.ref_model, accelerator=self.accelerator))
 
-    def _examples(self, data: Any, objectives: Sequence[str] | None) -> Examples:
+    def _reader(self, data: Any) -> Callable[..., Examples]:
         args = self._dpo_args
         if getattr(args, "tokenization", "trl") == "trl" and is_pairs(data):
             template, on_error = self._reading["template"], self._reading["on_error"]
@@ -211,11 +213,16 @@ class MultiObjectiveDPOTrainer(MultiObjectiveTrainer):
                 raise ValueError(
                     f"template is {template!r} but pairs are written as TRL does it; pass tokenization='mopl' with it"
                 )
+            if is_stream(data) and args.dataset_num_proc is not None:
+                raise ValueError(
+                    f"dataset_num_proc is {args.dataset_num_proc} but the rows are a stream, which one process reads; "
+                    "leave it out"
+                )
             tokenizer = self._tokenizer
-            return examples_of_pairs(data, args, processing_class=tokenizer, objectives=objectives, on_error=on_error)
+            return functools.partial(examples_of_pairs, args=args, processing_class=tokenizer, on_error=on_error)
         if not isinstance(data, Examples):  # which were made here
             refuse_options(args)
-        return super()._examples(data, objectives)
+        return super()._reader(data)
 
 
 def with_reference_logps(
