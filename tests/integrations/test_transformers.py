@@ -685,7 +685,8 @@ def test_reference_columns_replace_the_reference(tmp_path):
         ({"data": ["text"]}, "rows of the data set are str"),
         ({"data": {"train": 3}}, "the data set is a dict"),
         ({"data": ROWS}, "processing_class is missing"),
-        ({"data": iter(ROWS)}, "must be PreferenceData, TokenizedData"),
+        ({"data": iter(ROWS)}, "can be read only once"),
+        ({"data": 3}, "must be PreferenceData, TokenizedData"),
         ({"data_collator": dict}, "must be a mopl ListCollator"),
     ],
 )
