@@ -453,12 +453,13 @@ def test_a_template_is_for_mopls_tokens(tokenizer, tmp_path):
         make(MultiObjectiveDPOTrainer, chat, tmp_path, template="plain")
 
 
-def test_a_stream_is_refused_with_what_to_make_of_it(tokenizer, tmp_path):
-    stream = datasets.Dataset.from_list(ROWS).to_iterable_dataset()
-    with pytest.raises(TypeError, match=r"IterableDataset but .*Dataset.from_list\(list\(stream.take\(rows\)\)\)"):
-        MultiObjectiveDPOTrainer(
-            llama(), llama(5), arguments(MultiObjectiveDPOConfig, tmp_path), train_dataset=stream,
-            processing_class=tokenizer,
-        )  # fmt: skip
-    taken = datasets.Dataset.from_list(list(stream.take(6)))
-    make(MultiObjectiveDPOTrainer, tokenizer, tmp_path, rows=list(taken))
+def test_on_a_stream_both_trainers_end_at_the_same_weights(tokenizer, tmp_path):
+    found = []
+    for kind, config in ((trl.DPOTrainer, trl.DPOConfig), (MultiObjectiveDPOTrainer, trl.DPOConfig)):
+        args = arguments(config, tmp_path, max_steps=2)
+        stream = datasets.Dataset.from_list(ROWS).to_iterable_dataset()
+        trainer = kind(llama(), llama(5), args=args, train_dataset=stream, processing_class=tokenizer)
+        trainer.train()
+        found.append(dict(trainer.model.named_parameters()))
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-6)
