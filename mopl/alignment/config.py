@@ -172,17 +172,11 @@ class AlignConfig(CosDpoSettings, LanguageModelSettings):
                 "reference='self' sees the tokens of the step, but with conditioning='text' these hold the weights, "
                 "which a reference must not see; pass reference='precomputed'"
             )
-        if self.conditioning == "lora-mixture":
-            if "temperature-cos-dpo" in self.methods:
-                raise ValueError(
-                    "temperature-cos-dpo is conditioned on β, which conditioning='lora-mixture' cannot "
-                    "take; pass conditioning='hyper-prompt', or method='weight-cos-dpo'"
-                )
-            if self.packing:
-                raise ValueError(
-                    "conditioning='lora-mixture' mixes adapters row by row, and a packed row holds many lists; pass "
-                    "packing=False"
-                )
+        if self.conditioning == "lora-mixture" and "temperature-cos-dpo" in self.methods:
+            raise ValueError(
+                "temperature-cos-dpo is conditioned on β, which conditioning='lora-mixture' cannot "
+                "take; pass conditioning='hyper-prompt', or method='weight-cos-dpo'"
+            )
         if self.packing and self.positions == "paper":
             raise ValueError("packed sequences need positions that count up; pass positions='hf' or packing=False")
 

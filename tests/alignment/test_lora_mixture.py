@@ -44,8 +44,9 @@ def gradients(model, batch) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def test_lists_at_weights_of_their_own_score_as_one_by_one(mixture) -> None:
-    lists, collate = tokenized(), ListCollator()
+@pytest.mark.parametrize("packed", [False, True])
+def test_lists_at_weights_of_their_own_score_as_one_by_one(mixture, packed) -> None:
+    lists, collate = tokenized(), ListCollator(packed=packed)
     w = torch.distributions.Dirichlet(torch.ones(2)).sample((len(lists),))
     together = score_batch(mixture, collate(lists), w)
     for row, item in enumerate(lists):
@@ -92,7 +93,7 @@ OPTIONS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("options", [{}, OPTIONS])
+@pytest.mark.parametrize("options", [{}, {**OPTIONS, "packing": True}])
 def test_a_run_is_loaded_asked_and_exported_both_ways(base: Path, capsys, tmp_path: Path, options) -> None:  # noqa: F811
     run = make_run(base, tmp_path, conditioning="lora-mixture", learning_rate=0.1, **options)
     opened = open_run(run)
@@ -167,7 +168,6 @@ def test_what_is_trained_whole_in_16_bit_is_said(base: Path, tmp_path: Path) -> 
         ({"lora_alpha_pattern": ["q_proj=-1"]}, "'q_proj=-1' but an entry is MODULE=NUMBER, with a positive number"),
         ({"method": "temperature-cos-dpo"}, "conditioning='hyper-prompt'"),
         ({"method": "all"}, "conditioning='hyper-prompt'"),
-        ({"packing": True}, "packing=False"),
     ],
 )
 def test_what_cannot_be_mixed_is_refused(changes: dict, message: str) -> None:
