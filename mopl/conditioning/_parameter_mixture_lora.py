@@ -17,6 +17,7 @@ from mopl._restoring import evaluating, generators_kept, requires_grad_kept
 from mopl._threads import in_turn
 from mopl.conditioning._mixture import CoefficientRule, Mixture, MixtureRecord, renamed_in_mixture, rule_of
 from mopl.conditioning.adapted import held, one_adapter, parts_of, places_of
+from mopl.conditioning.adapter_base import base_model
 from mopl.conditioning.adapter_checks import (
     adapted_parts,
     check_config,
@@ -36,7 +37,6 @@ from mopl.conditioning.saved_models import (
     Names,
     TuningRecord,
     adapter_folder,
-    base_model,
     fitting,
     load_adapters,
 )

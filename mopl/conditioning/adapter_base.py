@@ -1,14 +1,18 @@
-"""A folder with a PEFT adapter as a model to start from: its base model with the adapter merged in."""
+"""The base models of what was trained: by name, by a record, or a PEFT adapter merged into its own base."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from mopl._extras import require
+from mopl._hub import naming_own_code
 from mopl._records import read_json
 from mopl.conditioning.merging import merged, settle_merged
 from mopl.conditioning.saved_models import (
@@ -16,6 +20,9 @@ from mopl.conditioning.saved_models import (
     CONFIG_FILE,
     REMEDY,
     AdapterRecord,
+    adapter_folder,
+    check_options,
+    fitting,
     load_adapters,
     read_kind,
 )
@@ -79,3 +86,34 @@ def merge_adapter(name: str, model: Any) -> Any:
     settle_merged(plain)
     plain.name_or_path = plain.config._name_or_path = name
     return plain.eval()
+
+
+def base_model(
+    record: Mapping[str, Any], directory: str | os.PathLike[str], model: nn.Module | None, options: Mapping[str, Any]
+) -> Any:
+    """Return the base model that was passed, or the one that a record names; a `ValueError` if there is neither."""
+    check_options(model, options)
+    if model is not None:
+        return model
+    if record["base_model"] is None:
+        raise ValueError(f"{Path(directory) / CONFIG_FILE} names no base model; pass it as model")
+    require("transformers")
+    from transformers import AutoModelForCausalLM
+
+    name, options = record["base_model"], {"trust_remote_code": False, **options}
+    if (base := base_of_adapter(name)) is not None:
+        with naming_base(name, base), naming_own_code(base):
+            return merge_adapter(name, AutoModelForCausalLM.from_pretrained(base, **options))
+    with naming_own_code(name):
+        return AutoModelForCausalLM.from_pretrained(name, **options)
+
+
+def base_with_adapter(
+    record: Mapping[str, Any], folder: Path, model: Any, options: Mapping[str, Any], *, trainable: bool
+) -> Any:
+    """Return the base model, as `base_model` does, with the one adapter of a record, if it speaks of one."""
+    model = base_model(record, folder, model, options)
+    if (adapter := record.get("adapter")) is None:
+        return model
+    with fitting(folder / CONFIG_FILE):
+        return load_adapters(model, {adapter: adapter_folder(folder, adapter)}, trainable=trainable)

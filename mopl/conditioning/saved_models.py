@@ -13,7 +13,6 @@ import msgspec
 from torch import nn
 
 from mopl._extras import require
-from mopl._hub import naming_own_code
 from mopl._records import DamagedFile, Finite, Kind, damaged, read_json
 from mopl._renamed import renamed_attribute, renamed_in_methods
 from mopl._tensor_files import check_shapes, read_tensors, shapes_of
@@ -183,39 +182,6 @@ def check_options(model: nn.Module | None, options: Mapping[str, Any]) -> None:
     """Raise where options for loading were passed beside a model."""
     if model is not None and options:
         raise ValueError(f"{sorted(options)} are for a model that is loaded here, but model was passed")
-
-
-def base_model(
-    record: Mapping[str, Any], directory: str | os.PathLike[str], model: nn.Module | None, options: Mapping[str, Any]
-) -> Any:
-    """Return the base model that was passed, or the one that a record names; a `ValueError` if there is neither."""
-    check_options(model, options)
-    if model is not None:
-        return model
-    if record["base_model"] is None:
-        raise ValueError(f"{Path(directory) / CONFIG_FILE} names no base model; pass it as model")
-    require("transformers")
-    from transformers import AutoModelForCausalLM
-
-    from mopl.conditioning.adapter_base import base_of_adapter, merge_adapter, naming_base
-
-    name, options = record["base_model"], {"trust_remote_code": False, **options}
-    if (base := base_of_adapter(name)) is not None:
-        with naming_base(name, base), naming_own_code(base):
-            return merge_adapter(name, AutoModelForCausalLM.from_pretrained(base, **options))
-    with naming_own_code(name):
-        return AutoModelForCausalLM.from_pretrained(name, **options)
-
-
-def base_with_adapter(
-    record: Mapping[str, Any], folder: Path, model: Any, options: Mapping[str, Any], *, trainable: bool
-) -> Any:
-    """Return the base model, as `base_model` does, with the one adapter of a record, if it speaks of one."""
-    model = base_model(record, folder, model, options)
-    if (adapter := record.get("adapter")) is None:
-        return model
-    with fitting(folder / CONFIG_FILE):
-        return load_adapters(model, {adapter: adapter_folder(folder, adapter)}, trainable=trainable)
 
 
 def adapter_folder(folder: Path, name: str) -> Path:

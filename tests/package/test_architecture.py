@@ -60,6 +60,32 @@ def test_no_arrow_runs_up():
     assert not up
 
 
+def files_of(node):
+    """Yield the modules that a file needs, inside functions too, but not what only type checkers read."""
+    for part in ast.iter_child_nodes(node):
+        if isinstance(part, ast.If) and "TYPE_CHECKING" in ast.unparse(part.test):
+            continue
+        names = []
+        if isinstance(part, ast.Import):
+            names = [each.name for each in part.names]
+        elif isinstance(part, ast.ImportFrom) and part.module:
+            full = [f"{part.module}.{each.name}" for each in part.names]
+            names = [name if name in MODULES else part.module for name in full]
+        yield from (name for name in names if name in MODULES)
+        yield from files_of(part)
+
+
+def test_no_files_import_in_a_circle():
+    needs = {name: set(files_of(ast.parse(path.read_text(encoding="utf-8")))) for name, path in MODULES.items()}
+    # What needs no other file, or is needed by none, is in no circle; and so on without these.
+    while free := [
+        name for name in needs if not needs[name] & needs.keys() or not any(name in n for n in needs.values())
+    ]:
+        for name in free:
+            del needs[name]
+    assert not needs, f"these files import in a circle: {', '.join(sorted(needs))}"
+
+
 def test_the_foundations_import_nothing_of_the_house():
     for module, path in MODULES.items():
         if room(module).startswith("_"):
