@@ -16,8 +16,9 @@ the left. What forbids tokens (`min_new_tokens`, `bad_words_ids`, ...) acts on t
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,35 +41,56 @@ _REFUSED = (
 _IDLE = {"repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "guidance_scale": 1.0}
 
 
-class _Follower:
-    """A model that runs behind a generation it does not lead, with its own cache."""
+class Follower:
+    """A model that runs behind a generation it does not lead, with a cache of its own.
 
-    def __init__(self, model: Any, mask: Tensor) -> None:
-        self.model, self.mask = model, mask  # (B, T) of the prompts
-        self.takes_positions = "position_ids" in inspect.signature(causal_lm_of(model).forward).parameters
+    Args:
+        model: A causal language model of transformers, plain or with adapters, or one around it.
+        active: Gives the context in which it is called; by default it is called as it is.
+        last_only: Whether to ask for the logits of the last token alone, where the model can be asked so.
+    """
+
+    def __init__(
+        self, model: Any, active: Callable[[], Any] = contextlib.nullcontext, *, last_only: bool = False
+    ) -> None:
+        self.model, self._active = model, active
+        self._inner = causal_lm_of(model)
+        takes = inspect.signature(type(self._inner).forward).parameters
+        # Models that take weights may arrange rows by themselves.
+        self._arranges = not getattr(model, "arranges_rows", False)
+        self._takes_positions = self._arranges and "position_ids" in takes
+        self._options = {"logits_to_keep": 1} if last_only and "logits_to_keep" in takes else {}
         self.tokens: Tensor | None = None  # (rows, L) in the cache
         self.past: Any = None
 
-    def scores(self, tokens: Tensor) -> Tensor:
-        """Return the scores of the next token, (rows, V), behind tokens (rows, L)."""
-        device = self.model.device
-        tokens = tokens.to(device)
-        rows, length = tokens.shape
-        known = 0 if self.tokens is None else self._reorder(tokens)
+    @torch.no_grad()
+    def scores(self, tokens: Tensor, mask: Tensor, prompts: int) -> Tensor:
+        """Return the scores of the next token, (rows, V).
+
+        Args:
+            tokens: (rows, L), prompts and what was generated.
+            mask: (rows, L).
+            prompts: How many prompts the rows are copies of, those of one prompt one after another. Beams of a prompt
+                change places: the cache follows.
+        """
+        device = next(self.model.parameters()).device
+        tokens, mask = tokens.to(device), mask.to(device)
+        known = 0 if self.past is None else self._reorder(tokens, prompts)
         if not known:
             self.past = None
-        mask = self.mask.to(device).repeat_interleave(rows // len(self.mask), 0)
-        mask = torch.cat([mask, mask.new_ones(rows, length - mask.shape[1])], 1)
-        options: dict[str, Any] = {}
-        if self.takes_positions:
+        options: dict[str, Any] = {**self._options, "input_ids": tokens[:, known:], "attention_mask": mask}
+        if self.past is not None:
+            options["past_key_values"] = self.past
+        if self._takes_positions:
             options["position_ids"] = positions_of(mask)[:, known:]
-        options |= {"input_ids": tokens[:, known:], "attention_mask": mask}
-        options = arranged(causal_lm_of(self.model), options)
-        output = self.model(past_key_values=self.past, use_cache=True, **options)
-        self.past, self.tokens = output.past_key_values, tokens
+        if self._arranges:
+            options = arranged(self._inner, options)
+        with self._active():
+            output = self.model(use_cache=True, **options)
+        self.past, self.tokens = getattr(output, "past_key_values", None), tokens  # some models keep none
         return output.logits[:, -1]
 
-    def _reorder(self, tokens: Tensor) -> int:
+    def _reorder(self, tokens: Tensor, prompts: int) -> int:
         """Bring the cache's rows into the order of `tokens` (beams move); return how many tokens it holds, or 0."""
         before = self.tokens
         assert before is not None
@@ -79,12 +101,26 @@ class _Follower:
             return known
         same = (tokens[:, None, :known] == before[None]).all(-1)
         # Rows of different prompts never stand for each other, even where their tokens are equal: paddings differ.
-        prompt = torch.arange(len(tokens), device=tokens.device) // (len(tokens) // len(self.mask))
+        prompt = torch.arange(len(tokens), device=tokens.device) // (len(tokens) // prompts)
         same &= prompt[:, None] == prompt
         if not bool(same.any(-1).all()):
             return 0
         self.past.reorder_cache(same.to(torch.uint8).argmax(-1))
         return known
+
+
+def copies_of(prompts: Tensor, rows: Tensor) -> Tensor:
+    """Return what belongs to prompts (B, ...) for rows (R, ...) that are copies of them, beams or samples: (R, ...)."""
+    copies = len(rows) // len(prompts)
+    if copies * len(prompts) != len(rows):
+        raise ValueError(f"{len(rows)} rows were generated from {len(prompts)} prompts; rows must be whole copies")
+    return prompts.to(rows.device).repeat_interleave(copies, 0)
+
+
+def mask_so_far(mask: Tensor, tokens: Tensor) -> Tensor:
+    """Return the mask (R, L) of rows (R, L) from that of their prompts (B, T); what was generated counts."""
+    mask = copies_of(mask, tokens)
+    return torch.cat([mask, mask.new_ones(len(tokens), tokens.shape[1] - mask.shape[1])], 1)
 
 
 class MixedLogits:
@@ -115,7 +151,8 @@ class MixedLogits:
                 f"pass {(models,)} or {(rows, models)}"
             )
         self.coefficients = coefficients.expand(rows, models)
-        self._followers = [_Follower(model, attention_mask.long()) for model in others]
+        self.mask = attention_mask.long()
+        self._followers = [Follower(model) for model in others]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return the mixture's log-probabilities (rows, V) in the place of one model's scores.
@@ -124,15 +161,14 @@ class MixedLogits:
             input_ids: (rows, L), prompts and what was generated; rows are B, or B times beams or samples.
             scores: (rows, V); what is -inf stays impossible.
         """
-        parts = [scores]
+        parts, mask = [scores], mask_so_far(self.mask, input_ids)
         for e, follower in enumerate(self._followers, start=1):
-            other = follower.scores(input_ids).to(scores.device)
+            other = follower.scores(input_ids, mask, len(self.mask)).to(scores.device)
             if other.shape != scores.shape:
                 raise ValueError(f"model {e} has scores {shape_of(other)} but the first {shape_of(scores)}; mix models "
                                  "of one tokenizer and vocabulary")  # fmt: skip
             parts.append(other)
-        copies = len(scores) // len(self.coefficients)
-        shares = self.coefficients.to(scores.device).repeat_interleave(copies, 0)
+        shares = copies_of(self.coefficients, scores)
         allowed = scores != -torch.inf
         return log_mix(parts, list(shares.unbind(-1)), normalize=True, mask=allowed).to(scores.dtype)
 

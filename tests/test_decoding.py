@@ -97,18 +97,18 @@ def test_at_the_ends_each_model_decodes_alone(experts) -> None:
 def test_caches_follow_beams(experts, samples: int, monkeypatch) -> None:
     weights = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8], [0.4, 0.3, 0.3]])
     options = dict(max_new_tokens=NEW, num_beams=3, num_return_sequences=samples, do_sample=False)
-    moved, kept = [], decoding._Follower._reorder
+    moved, kept = [], decoding.Follower._reorder
 
-    def spy(self, tokens: Tensor) -> int:
+    def spy(self, tokens: Tensor, prompts: int) -> int:
         moved.append(not torch.equal(tokens[:, : self.tokens.shape[1]], self.tokens))
-        known = kept(self, tokens)
+        known = kept(self, tokens, prompts)
         assert known == self.tokens.shape[1]
         return known
 
-    monkeypatch.setattr(decoding._Follower, "_reorder", spy)
+    monkeypatch.setattr(decoding.Follower, "_reorder", spy)
     cached = logit_mixing(experts, weights, IDS, MASK, **options)
     assert any(moved)
-    monkeypatch.setattr(decoding._Follower, "_reorder", lambda self, tokens: 0)
+    monkeypatch.setattr(decoding.Follower, "_reorder", lambda self, tokens, prompts: 0)
     assert torch.equal(cached, logit_mixing(experts, weights, IDS, MASK, **options))
 
 

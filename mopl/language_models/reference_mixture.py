@@ -11,7 +11,6 @@ proportional to the product of those normalisers. `log_proposal` gives log q(y),
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,10 +19,9 @@ from torch import Tensor, nn
 
 from mopl._arguments import shape_of
 from mopl._extras import require
-from mopl._rows import arranged
-from mopl.conditioning import HyperPromptModel, WeightedModel
+from mopl.conditioning import WeightedModel
 from mopl.conditioning.causal_lm import is_peft
-from mopl.conditioning.weighted import causal_lm_of
+from mopl.decoding import Follower, copies_of, mask_so_far
 from mopl.steering import rescale
 
 require("transformers", what="generation")
@@ -56,9 +54,6 @@ class Reference:
             )
         self.own = reference is None
         self.model: Any = model if reference is None else reference
-        signature = inspect.signature(type(causal_lm_of(self.model)).forward).parameters
-        self._takes_positions = "position_ids" in signature
-        self._keeps_last = "logits_to_keep" in signature
 
     @contextlib.contextmanager
     def active(self) -> Iterator[Any]:
@@ -71,28 +66,6 @@ class Reference:
                 yield self.model
         else:
             yield self.model
-
-    def last_logits(self, ids: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        """Return the logits (R, V) after the last of `ids` (R, t), and the cache (None if the model keeps none).
-
-        Args:
-            ids: (R, t) tokens that are not in the cache.
-            mask: (R, T) over what is in the cache and `ids`.
-            cache: What an earlier call gave.
-        """
-        options: dict[str, Any] = {"use_cache": True}
-        if cache is not None:
-            options["past_key_values"] = cache
-        if self._keeps_last:
-            options["logits_to_keep"] = 1
-        if self._takes_positions and not isinstance(self.model, HyperPromptModel):
-            options["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        options |= {"input_ids": ids, "attention_mask": mask}
-        if not isinstance(self.model, HyperPromptModel):  # which arranges by itself
-            options = arranged(causal_lm_of(self.model), options)
-        with torch.no_grad(), self.active() as model:
-            output = model(**options)
-        return output.logits[:, -1].float(), getattr(output, "past_key_values", None)
 
 
 class ReferenceMixture(LogitsProcessor):
@@ -122,9 +95,9 @@ class ReferenceMixture(LogitsProcessor):
         record: bool = False,
     ) -> None:
         self.reference, self.ids, self.mask, self.c = reference, input_ids, attention_mask, c
-        self.prompts, self.prompt_length, self.record = input_ids.shape[0], prompt_length, record
-        self._cache: Any = None
-        self._seen: Tensor | None = None  # (R, t) new tokens that the reference has read
+        self.prompt_length, self.record = prompt_length, record
+        self._follower = Follower(reference.model, reference.active, last_only=True)
+        self._length: int | None = None  # new tokens that the reference has read
         self._mixed: Tensor | None = None  # (R, V) the last mixture
         self._chosen: list[Tensor] = []  # (R,) log-probabilities of the tokens drawn so far
 
@@ -139,7 +112,7 @@ class ReferenceMixture(LogitsProcessor):
                 f"the reference gives logits {shape_of(base)} but the model {shape_of(scores)}; "
                 "the two must share one vocabulary"
             )
-        mixed = rescale(scores, base, self.c.to(scores.device), normalize=True)
+        mixed = rescale(scores, base, copies_of(self.c, scores), normalize=True)
         if self.record:
             self._mixed = mixed
         return mixed
@@ -158,41 +131,11 @@ class ReferenceMixture(LogitsProcessor):
 
     def _base_logits(self, new: Tensor) -> Tensor:
         """Bring the reference up to date with the rows and return its logits (R, V)."""
-        rows = new.shape[0]
-        if self._seen is None:
-            copies = rows // self.prompts
-            if copies * self.prompts != rows:
-                raise ValueError(f"{rows} rows were generated from {self.prompts} prompts; rows must be whole copies")
-            self.ids = self.ids.repeat_interleave(copies, 0)
-            self.mask = self.mask.repeat_interleave(copies, 0)
-            self.c = self.c.repeat_interleave(copies, 0)
-            unread = torch.cat([self.ids, new], 1)
-        else:
-            before = self._seen.shape[1]
-            if new.shape[1] != before + 1 or rows != self._seen.shape[0]:
-                raise ValueError(
-                    "scale needs a decoding strategy that adds one token to the same rows at a time; leave out "
-                    "assisted and speculative decoding"
-                )
-            if not torch.equal(new[:, :before], self._seen):
-                self._follow(new[:, :before])
-            unread = new[:, before:] if self._cache is not None else torch.cat([self.ids, new], 1)
-        length = self.ids.shape[1] + new.shape[1]
-        mask = torch.cat([self.mask, self.mask.new_ones(rows, length - self.ids.shape[1])], 1)
-        device = next(self.reference.model.parameters()).device
-        logits, self._cache = self.reference.last_logits(unread.to(device), mask.to(device), self._cache)
-        self._seen = new
-        return logits
-
-    def _follow(self, new: Tensor) -> None:
-        """Reorder the cache to beams that changed places: rows of one prompt with equal text are interchangeable."""
-        assert self._seen is not None
-        rows = new.shape[0]
-        beams = rows // self.prompts
-        now, then = new.view(self.prompts, beams, 1, -1), self._seen.view(self.prompts, 1, beams, -1)
-        same = (now == then).all(-1)  # (B, beams, beams)
-        if not bool(same.any(-1).all()):
-            raise ValueError("a row's text was rewritten while it was generated, which scale cannot follow")
-        source = same.int().argmax(-1) + beams * torch.arange(self.prompts, device=new.device)[:, None]
-        if self._cache is not None:
-            self._cache.reorder_cache(source.view(-1))
+        if self._length is not None and new.shape[1] != self._length + 1:
+            raise ValueError(
+                "scale needs a decoding strategy that adds one token to the same rows at a time; leave out "
+                "assisted and speculative decoding"
+            )
+        self._length = new.shape[1]
+        tokens = torch.cat([copies_of(self.ids, new), new], 1)
+        return self._follower.scores(tokens, mask_so_far(self.mask, tokens), len(self.ids)).float()

@@ -11,6 +11,7 @@ from tiny_language_models import CHAT, PROMPTS, WEIGHTS, build, conditioned, lor
 
 from mopl.alignment import fuse, is_fused
 from mopl.conditioning import HyperPromptModel, ParameterMixture, TextPrompt, TuningRecord
+from mopl.decoding import Follower
 from mopl.language_models.generate import generate
 from mopl.language_models.reference_mixture import Reference, ReferenceMixture
 from mopl.language_models.tokenization import ListTokenizer
@@ -113,12 +114,15 @@ def test_each_step_is_the_mixture_computed_by_hand_with_a_scale_for_each_padded_
 def test_beams_that_change_places_keep_their_reference(model, cached: bool, monkeypatch) -> None:
     options = {"scale": 0.4, "num_beams": 4, **LONG}
     together = generate(model, tokenizer(), PROMPTS, WEIGHTS, **options)
-    moved = []
-    follow = ReferenceMixture._follow
-    monkeypatch.setattr(ReferenceMixture, "_follow", lambda self, new: (moved.append(1), follow(self, new)))
-    if not cached:  # a reference that reads everything again at every step
-        last = Reference.last_logits
-        monkeypatch.setattr(Reference, "last_logits", lambda self, *arguments: (last(self, *arguments)[0], None))
+    moved, reorder = [], Follower._reorder
+
+    def spy(self, tokens: Tensor, prompts: int) -> int:
+        if not torch.equal(tokens[:, : self.tokens.shape[1]], self.tokens):
+            moved.append(1)
+        # Without a cache the reference reads everything again at every step.
+        return reorder(self, tokens, prompts) if cached else 0
+
+    monkeypatch.setattr(Follower, "_reorder", spy)
     for i in range(3):
         alone = generate(model, tokenizer(), PROMPTS[i], WEIGHTS[i], **options)
         assert alone[0].tokens == together[i].tokens
