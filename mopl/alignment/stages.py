@@ -25,7 +25,7 @@ from mopl._rows import check_rows
 from mopl.alignment import tuned
 from mopl.alignment.config import CONDITIONED, LIST_LOSSES, AlignConfig
 from mopl.alignment.methods import AlignSource, ResponseLoss, scored_for
-from mopl.conditioning import LoraMixture, TextPrompt
+from mopl.conditioning import TextPrompt, WeightedModel
 from mopl.experiments.cos_dpo import CosDpoStages, Part, model_folder, vertices
 from mopl.experiments.driver import Recipe
 from mopl.experiments.methods import Method
@@ -112,7 +112,7 @@ class Stages(CosDpoStages):
             self.base, self.config, self.objectives, Method(conditioned=True), self._start_of_prompt()
         )
         try:
-            if isinstance(model, LoraMixture):
+            if isinstance(model, WeightedModel):
                 model.check_merging()
         finally:
             models.release(model)

@@ -23,10 +23,18 @@ from torch import nn
 from mopl._files import write_files
 from mopl._renamed import renamed_keywords
 from mopl.alignment.config import AlignConfig
-from mopl.conditioning import HyperPrompt, HyperPromptModel, LoraMixture, TextPrompt, TuningRecord, WeightedModel
+from mopl.conditioning import (
+    HyperPrompt,
+    HyperPromptModel,
+    LoraMixture,
+    TextPrompt,
+    TextPromptModel,
+    TuningRecord,
+    WeightedModel,
+)
 from mopl.conditioning.saved_models import CONFIG_FILE
 from mopl.experiments.methods import Method
-from mopl.language_models.models import TEXT_KIND, lora_config, quiet, with_adapter
+from mopl.language_models.models import lora_config, quiet, with_adapter
 
 TEXT_TEMPLATE = "[{weights}]\n"
 TEXT_TEMPLATE_WITH_BETA = "[{weights}; temperatures {temperatures}]\n"
@@ -98,7 +106,7 @@ def save_model(model: Any, folder: Path, config: AlignConfig, objectives: tuple[
         model.save_pretrained(folder)
         return
     content = {
-        "kind": TEXT_KIND, **tuning_record(config, objectives, method).to_dict(), "base_model": config.model,
+        "kind": TextPromptModel.KIND, **tuning_record(config, objectives, method).to_dict(), "base_model": config.model,
         "adapter": "default", "template": text_prompt(objectives, takes_beta=method.takes_beta).template,
     }  # fmt: skip
 

@@ -39,7 +39,6 @@ from mopl.clp.reward_scale import RewardScale, moments
 from mopl.clp.rollout import Sampler
 from mopl.clp.runs import ClpRun
 from mopl.clp.stages import Stages
-from mopl.conditioning import HyperPromptModel
 from mopl.experiments.driver import FREE_ON_RESUME as FREE_IN_EVERY_RUN
 from mopl.experiments.driver import Measured, Recipe, execute, plain_word
 from mopl.experiments.run import BASE
@@ -340,8 +339,7 @@ def _check_scope(base: Any, config: ClpConfig, objectives: tuple[str, ...]) -> N
     for kind in ("clp", "expert") if config.scope == "hyper-prompt" else ("clp",):
         policy = new_policy(base, config, objectives, kind, objectives[0])
         try:
-            if not isinstance(policy.model, HyperPromptModel):
-                policy.model.check_merging()
+            policy.model.check_merging()
         finally:
             release(policy)
 

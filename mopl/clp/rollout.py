@@ -23,13 +23,11 @@ from mopl._extras import require
 from mopl._files import write_file
 from mopl._records import check, damaged
 from mopl._restoring import evaluating
-from mopl._rows import generation_keywords, takes_left_padding
 from mopl._tensor_files import load_pickled
 from mopl.clp.config import ClpConfig
 from mopl.clp.policies import Policy
 from mopl.clp.prompts import PromptBatch
-from mopl.conditioning import HyperPromptModel
-from mopl.conditioning.weighted import Conditioned
+from mopl.conditioning.weighted import causal_lm_of, keywords_for_prompts, reads_left_padding
 from mopl.language_models.collate import pad_left
 from mopl.language_models.head import IGNORE_INDEX
 from mopl.language_models.turns import turn_ends
@@ -91,10 +89,8 @@ class Sampler:
             processor: Makes a logits processor from an attention mask; log-probabilities are then recorded.
         """
         began = time.perf_counter()
-        causal_lm = model.causal_lm if isinstance(model, Conditioned) else model
-        together = self.config.rows_at_once
-        if not takes_left_padding(causal_lm, embeds=isinstance(model, HyperPromptModel)):
-            together = 1  # with nothing to pad
+        causal_lm = causal_lm_of(model)
+        together = self.config.rows_at_once if reads_left_padding(model) else 1  # with nothing to pad
         before, causal_lm.generation_config = causal_lm.generation_config, self._plain
         device = causal_lm.get_input_embeddings().weight.device
         found: list[list[int]] = []
@@ -103,9 +99,7 @@ class Sampler:
             for first in range(0, len(prompts), together):
                 rows = slice(first, min(first + together, len(prompts)))
                 ids, mask = pad_left(prompts[rows], self.pad, device)
-                options = arguments(rows) | self.ends.criteria(ids.shape[1])
-                if not isinstance(model, HyperPromptModel):  # which tells by itself
-                    options |= generation_keywords(causal_lm, mask)
+                options = arguments(rows) | self.ends.criteria(ids.shape[1]) | keywords_for_prompts(model, mask)
                 if processor is not None:
                     from transformers import LogitsProcessorList
 

@@ -107,33 +107,29 @@ def _model_of_run(path: Path, arguments: argparse.Namespace, device: str) -> Tun
 
 
 def _model_of_folder(path: Path, base_model: str | None, device: str) -> TunedModel:
-    from mopl.conditioning import TextPrompt
     from mopl.conditioning.saved_models import exported_at, read_kind, read_record
+    from mopl.conditioning.weighted import WeightedModel, registered_kind
     from mopl.language_models import models
     from mopl.language_models.tokenization import ListTokenizer
 
-    kind = read_kind(path)
-    if kind == "export":
+    if read_kind(path) == "export":
         weights = " ".join(f"{w:g}" for w in exported_at(path))
         raise ValueError(
             f"{path} was exported at weights {weights} and has no others; load it with transformers or vLLM"
         )
-    if kind not in ("HyperPromptModel", models.MIXTURE_KIND, models.TEXT_KIND):
-        raise ValueError(f"{path / 'mopl.json'} holds a {kind}, which is no conditioned language model")
-    record = read_record(path, kind)
+    record = read_record(path, registered_kind(path))
     name = base_model or record["base_model"]
     if name is None:
         raise ValueError(f"{path / 'mopl.json'} names no base model; pass --base-model")
     _check_moved(str(name))
-    model: Any = models.load_model(path, models.load_causal_lm(name)).to(device)
     home = path if (path / "tokenizer_config.json").is_file() else name
-    prompt = TextPrompt(tuple(record["objectives"]), record["template"]) if kind == models.TEXT_KIND else None
     reference = record["reference"]
+    with models.quiet():
+        model: Any = WeightedModel.from_pretrained(path, models.load_causal_lm(name)).to(device)
     return TunedModel(
         model,
         ListTokenizer(models.load_tokenizer(str(home)), max_length=None, append_eos=False),
         tuple(record["objectives"]),
-        prompt,
         reference=None if reference in ("self", "precomputed") else reference,
     )
 

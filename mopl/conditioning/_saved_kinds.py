@@ -110,9 +110,9 @@ class SavedModel(nn.Module):
             ValueError: If it holds another kind, or a model or coefficients are needed and missing, or do not fit.
         """
         folder = Path(directory)
-        kind = cls if hasattr(cls, "KIND") else KINDS.get(_kind_of(folder) or "", cls)
+        kind = cls if hasattr(cls, "KIND") else KINDS.get(registered_kind(folder) or "", cls)
         if not issubclass(kind, cls) or not hasattr(kind, "KIND"):
-            raise ValueError(f"{folder / CONFIG_FILE} holds a {_kind_of(folder)}, which is no {cls.__name__}")
+            raise ValueError(f"{folder / CONFIG_FILE} holds a {registered_kind(folder)}, which is no {cls.__name__}")
         config = read_record(folder, kind.KIND, kind.WEIGHTS_FILE or CONFIG_FILE)
         return kind._load(folder, config, model, trainable=trainable, **options).eval()  # type: ignore[return-value]
 
@@ -207,7 +207,7 @@ class SavedModel(nn.Module):
         return getattr(self, "name_or_path", "") or None
 
 
-def _kind_of(folder: Path) -> str | None:
+def registered_kind(folder: Path) -> str | None:
     """Return the registered kind that a folder holds."""
     if not (folder / CONFIG_FILE).exists():
         raise FileNotFoundError(f"{folder} holds no {CONFIG_FILE}; name a folder of save_pretrained")

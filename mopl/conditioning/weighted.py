@@ -15,13 +15,17 @@ from torch import nn
 
 from mopl._arguments import check_beta_given, check_positive, shape_of
 from mopl._restoring import requires_grad_kept
-from mopl.conditioning._saved_kinds import KINDS, SavedModel
+from mopl._rows import generation_keywords, takes_left_padding
+from mopl.conditioning._saved_kinds import KINDS, SavedModel, registered_kind
 from mopl.conditioning.adapter_checks import check_initialisation
 from mopl.conditioning.causal_lm import DELEGATED, is_peft
 from mopl.conditioning.sampling import Weights, check_weights
 from mopl.conditioning.text_prompt import TextPrompt
 
-__all__ = ["KINDS", "Conditioned", "WeightedModel", "causal_lm_of"]
+__all__ = [
+    "KINDS", "Conditioned", "WeightedModel", "causal_lm_of", "keywords_for_prompts", "reads_left_padding",
+    "registered_kind",
+]  # fmt: skip
 
 
 class WeightedModel(SavedModel):
@@ -44,6 +48,9 @@ class WeightedModel(SavedModel):
         return getattr(self.causal_lm, name) if name in DELEGATED else super().__getattr__(name)
 
     # ---------------------------------------------------------------- what callers ask
+
+    def check_merging(self) -> None:
+        """Raise a ValueError unless rows at weights of their own have the logits of the merged model, if it has one."""
 
     @property
     def causal_lm(self) -> Any:
@@ -217,3 +224,16 @@ def causal_lm_of(model: Any) -> Any:
     if isinstance(model, WeightedModel):
         return model.causal_lm
     return model.get_base_model() if is_peft(model) else model
+
+
+def reads_left_padding(model: Any) -> bool:
+    """Say whether a causal language model, or one around it, can read prompts that are padded on the left."""
+    embeds = isinstance(model, WeightedModel) and model.takes_embeddings
+    return takes_left_padding(causal_lm_of(model), embeds=embeds)
+
+
+def keywords_for_prompts(model: Any, mask: torch.Tensor) -> dict[str, Any]:
+    """Return what `generate` is to be told of prompts padded as a mask (B, T) shows; some models tell by themselves."""
+    if isinstance(model, WeightedModel) and model.arranges_rows:
+        return {}
+    return generation_keywords(causal_lm_of(model), mask)

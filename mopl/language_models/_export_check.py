@@ -18,11 +18,10 @@ from torch import Tensor, nn
 
 from mopl._extras import require
 from mopl._restoring import evaluating, generators_kept
-from mopl.conditioning import HyperPromptModel
 from mopl.conditioning.adapted import lora_layers
 from mopl.conditioning.causal_lm import is_peft
 from mopl.conditioning.merging import check_lora
-from mopl.conditioning.weighted import causal_lm_of
+from mopl.conditioning.weighted import WeightedModel, causal_lm_of
 from mopl.language_models.head import unfuse
 
 LENGTHS = (12, 5)
@@ -63,7 +62,7 @@ def check_adapters(model: Any) -> None:
 
     The effect of trained adapters may be as small as rounding is there; in float32 the logits themselves are compared.
     """
-    inner: Any = model.model if isinstance(model, HyperPromptModel) else model
+    inner: Any = model.model if isinstance(model, WeightedModel) and not model.varies_with_weights else model
     if not is_peft(inner) or inner.get_base_model().dtype not in (torch.bfloat16, torch.float16):
         return
     names = inner.active_adapters

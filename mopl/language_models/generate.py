@@ -35,9 +35,8 @@ from torch import Tensor, nn
 from mopl._arguments import check_choice
 from mopl._renamed import renamed_keywords
 from mopl._restoring import evaluating, seeded
-from mopl._rows import generation_keywords, takes_left_padding
-from mopl.conditioning import HyperPromptModel, TextPrompt
-from mopl.conditioning.weighted import causal_lm_of
+from mopl.conditioning import TextPrompt, WeightedModel
+from mopl.conditioning.weighted import causal_lm_of, keywords_for_prompts, reads_left_padding
 from mopl.language_models._generation_arguments import (
     Condition,
     Numbers,
@@ -167,7 +166,7 @@ def generate(
     base = Reference(model, reference) if needs_reference else None
     tokens = [prompt_tokens(encoder, prompt, number) for number, prompt in enumerate(conversations)]
     asked = [model] if base is None else [model, base.model]
-    if not all(takes_left_padding(causal_lm_of(one), embeds=isinstance(one, HyperPromptModel)) for one in asked):
+    if not all(map(reads_left_padding, asked)):
         batch_size = 1  # with nothing to pad
     answers: list[Generation] = []
     with evaluating(model, reference), seeded(seed), torch.no_grad():
@@ -209,7 +208,7 @@ class _Rows:
 def _check_room(model: nn.Module, rows: _Rows, max_new_tokens: int) -> None:
     """Raise if a prompt and its response have more tokens than the model has positions."""
     positions = positions_of(causal_lm_of(model))
-    virtual = model.hyper_prompt.virtual_tokens if isinstance(model, HyperPromptModel) else 0
+    virtual = model.virtual_tokens if isinstance(model, WeightedModel) else 0
     longest = max(map(len, rows.own)) + virtual
     if positions is not None and longest + max_new_tokens > positions:
         remedy = f"pass max_new_tokens={positions - longest} or less" if longest < positions else "shorten the prompt"
@@ -241,8 +240,7 @@ def _answer(
     if criteria := ends.criteria(ids.shape[1]).get("stopping_criteria"):
         options["stopping_criteria"] = [*(options.get("stopping_criteria") or []), *criteria]
     config.num_return_sequences = candidates
-    if not isinstance(model, HyperPromptModel):  # which tells by itself
-        options |= generation_keywords(causal_lm_of(model), mask)
+    options |= keywords_for_prompts(model, mask)
     output = model.generate(input_ids=ids, attention_mask=mask, **rows.arguments, **options)
     new = output[:, ids.shape[1] :]
     responses, finished = _responses(new, options, ends)

@@ -14,14 +14,12 @@ from torch import nn
 from mopl._extras import require
 from mopl._hub import loading
 from mopl._terminal import bars_wanted
-from mopl.conditioning import WeightedModel
+from mopl.conditioning import TextPromptModel, WeightedModel
 from mopl.conditioning.adapter_base import base_of_adapter, merge_adapter, naming_base
 from mopl.conditioning.adapter_checks import check_names, names_in
 from mopl.conditioning.saved_models import ADAPTER_FILE, CONFIG_FILE, load_adapters, read_kind, read_record
 from mopl.language_models.head import fuse, unfuse
 from mopl.language_models.model_identity import fingerprint as fingerprint
-
-TEXT_KIND, MIXTURE_KIND = "TextPromptModel", "LoraMixture"
 
 
 def load_tokenizer(name: str) -> Any:
@@ -157,16 +155,16 @@ def release(model: nn.Module) -> Any:
 
 
 def load_model(folder: Path, base: nn.Module) -> nn.Module:
-    """Return the model of a folder around a fused base model, in evaluation mode.
+    """Return the model of a folder around a fused base model, in evaluation mode; without the words, if it reads some.
 
     Raises:
         FileNotFoundError: If the folder holds no model.
     """
     if not (folder / CONFIG_FILE).exists():
         raise FileNotFoundError(f"{folder} holds no trained model: it has no {CONFIG_FILE}")
-    if read_kind(folder) != TEXT_KIND:
+    if read_kind(folder) != TextPromptModel.KIND:
         with quiet():
             return WeightedModel.from_pretrained(folder, base)
-    read_record(folder, TEXT_KIND, ADAPTER_FILE)
+    read_record(folder, TextPromptModel.KIND, ADAPTER_FILE)
     with quiet():
         return load_adapters(base, {"default": folder}).eval()
