@@ -22,7 +22,7 @@ from torch import Tensor
 from mopl import steering
 from mopl.alignment.methods import ResponseLoss
 from mopl.language_models.collate import ListBatch, ListCollator
-from mopl.language_models.scoring import ListScores, response_lengths
+from mopl.language_models.scoring import ListScores, ordered_pairs, response_lengths
 from mopl.language_models.tokenization import TokenizedList
 from mopl.pareto import spearman
 
@@ -139,19 +139,6 @@ class HeldOut:
                 difference[batch.mask],
             ))  # fmt: skip
         return tuple(torch.cat(each).double() for each in zip(*found, strict=True))
-
-
-def ordered_pairs(rewards: Tensor, batch: ListBatch) -> tuple[Tensor, Tensor]:
-    """Count, in each list and for each objective, the pairs that rewards (B, K) order as the labels do.
-
-    Returns:
-        Right pairs (B, m), where equal rewards count half, and all pairs with different labels (B, m).
-    """
-    labels, mask = batch.labels, batch.label_mask
-    better = (labels[..., :, None] > labels[..., None, :]) & mask[..., :, None] & mask[..., None, :]
-    gap = (rewards[:, None, :, None] - rewards[:, None, None, :]).sign()
-    right = ((gap + 1.0) / 2.0 * better).sum((-1, -2))
-    return right, better.sum((-1, -2)).to(right.dtype)
 
 
 def evaluation_of(weights: Tensor | None, columns: Sequence[tuple[Tensor, ...]]) -> Evaluation:

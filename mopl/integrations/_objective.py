@@ -18,6 +18,7 @@ from mopl.integrations._pair_loss import PairLoss
 from mopl.integrations._scores import Scored
 from mopl.integrations._settings import ObjectiveArguments
 from mopl.language_models.collate import ListBatch, by_objective
+from mopl.language_models.scoring import ordered_pairs, preferred
 
 ListLoss = Callable[..., Tensor]
 
@@ -28,8 +29,9 @@ class Measured:
 
     vector: Tensor  # (B, m), the loss of each list and objective, without weights
     value: Tensor  # (B,), the scalarised loss
-    correct: Tensor  # (B, m), how many pairs are ordered as their labels
+    right: Tensor  # (B, m), how many pairs are ordered as their labels: see `ordered_pairs`
     pairs: Tensor  # (B, m), how many there are
+    strict: Tensor  # (B, m), how many are in TRL's count, where a tie is wrong
     margin: Tensor  # (B, m), the sum over them of β times the difference of their log-ratios
     log_ratio: Tensor  # (B,), mean over responses of log(policy / reference), or of the scores without a reference
     rewards: tuple[Tensor, Tensor]  # (B, m), sums over pairs of β times the log-ratio: of the preferred, of the other
@@ -38,8 +40,8 @@ class Measured:
 
     @property
     def of_objectives(self) -> list[Tensor]:
-        """Seven of (B, m)."""
-        return [self.vector, self.correct, self.pairs, *self.rewards, *self.logps]
+        """Eight of (B, m)."""
+        return [self.vector, self.right, self.pairs, self.strict, *self.rewards, *self.logps]
 
 
 class Objective:
@@ -98,8 +100,8 @@ class Objective:
                 return Measured(
                     vector,
                     value,
-                    correct=(better & (difference > 0)).sum((-1, -2)).float(),
-                    pairs=better.sum((-1, -2)).float(),
+                    *ordered_pairs(ratio, batch),
+                    strict=(better & (difference > 0)).sum((-1, -2)).float(),
                     margin=torch.where(better, difference, 0.0).sum((-1, -2)) * beta,
                     log_ratio=torch.where(batch.mask, ratio, 0.0).sum(-1) / count,
                     rewards=(chosen * beta, rejected * beta),
@@ -142,12 +144,6 @@ class Objective:
         return vector.reshape(shape)
 
 
-def preferred(batch: ListBatch) -> Tensor:
-    """Return (B, m, K, K): whether an objective labels response i higher than response j."""
-    both = batch.label_mask[..., :, None] & batch.label_mask[..., None, :]
-    return both & (batch.labels[..., :, None] > batch.labels[..., None, :])
-
-
 def by_side(values: Tensor, better: Tensor) -> tuple[Tensor, Tensor]:  # (B, K), (B, m, K, K)
     """Return (B, m), the sums over pairs of the values of the response that is preferred, and of the other."""
     first, second = better.sum(-1), better.sum(-2)  # (B, m, K)
@@ -179,15 +175,15 @@ class Totals:
             return {}
         values, m = reduce(self._sums).tolist(), len(self.objectives)
         self._sums = None
-        loss, correct, pairs, *of_sides, margin, count = (values[n * m : (n + 1) * m] for n in range(9))
+        loss, right, pairs, *of_trl, margin, count = (values[n * m : (n + 1) * m] for n in range(10))
         logs: dict[str, float] = {}
         for j, name in enumerate(self.objectives):
             logs[f"loss/{name}"] = loss[j] / max(count[j], 1)
-            logs[f"accuracy/{name}"] = correct[j] / max(pairs[j], 1)
+            logs[f"accuracy/{name}"] = right[j] / max(pairs[j], 1)
             logs[f"margin/{name}"] = margin[j] / max(pairs[j], 1)
-        log_ratio, lists, router, batches = values[9 * m :]
+        log_ratio, lists, router, batches = values[10 * m :]
         logs["log_ratio"] = log_ratio / max(lists, 1)
-        logs |= trl_metrics(sum(pairs), sum(correct), *map(sum, of_sides))
+        logs |= trl_metrics(sum(pairs), *map(sum, of_trl))
         if self._has_router:
             logs["aux_loss"] = router / max(batches, 1)
         return logs
@@ -196,7 +192,7 @@ class Totals:
 def trl_metrics(
     pairs: float, correct: float, rewards_chosen: float, rewards_rejected: float, chosen: float, rejected: float
 ) -> dict[str, float]:
-    """Return what TRL's trainer calls the means over pairs, from their number and sums over them."""
+    """Return what TRL's trainer calls the means over pairs, from their number and sums over them; a tie is wrong."""
     pairs = max(pairs, 1)
     return {
         "rewards/chosen": rewards_chosen / pairs,
@@ -209,7 +205,7 @@ def trl_metrics(
 
 
 def grid_table(points: Sequence[Measured]) -> Tensor:
-    """Return what a batch gave at each of n points, in one tensor that processes can gather: (B, n, 7 m + 1)."""
+    """Return what a batch gave at each of n points, in one tensor that processes can gather: (B, n, 8 m + 1)."""
     rows = [[*point.of_objectives, point.value[:, None]] for point in points]
     return torch.stack([torch.cat([part.float() for part in row], 1) for row in rows], 1)
 
@@ -219,14 +215,14 @@ def grid_metrics(
 ) -> dict[str, float]:
     """Return means over lists by name, and what a user's `compute_metrics`, if there is one, gives.
 
-    The prediction has tables (L, n, 7 m + 1), as `grid_table` gives them, and which objectives count (L, m).
+    The prediction has tables (L, n, 8 m + 1), as `grid_table` gives them, and which objectives count (L, m).
     """
     table, mask = np.asarray(prediction.predictions, dtype=np.float64), np.asarray(prediction.label_ids)
     m = len(objectives)
-    loss, correct, pairs, *of_sides = (table[..., n * m : (n + 1) * m] for n in range(7))  # (L, n, m)
+    loss, right, pairs, *of_trl = (table[..., n * m : (n + 1) * m] for n in range(8))  # (L, n, m)
     count = np.maximum(mask.sum(0), 1)
     losses = loss.sum(0) / count  # (n, m)
-    accuracies = correct.sum(0) / np.maximum(pairs.sum(0), 1)
+    accuracies = right.sum(0) / np.maximum(pairs.sum(0), 1)
     found: dict[str, float] = {"loss": float(table[..., -1].mean())}
     for j, name in enumerate(objectives):
         found[f"{name}_loss"] = float(losses[:, j].mean())
@@ -237,12 +233,12 @@ def grid_metrics(
         for j, name in enumerate(objectives):
             found[f"{name}_loss@{at}"] = float(losses[n, j])
             found[f"{name}_accuracy@{at}"] = float(accuracies[n, j])
-    found |= trl_metrics(pairs.sum(), correct.sum(), *(part.sum() for part in of_sides))
+    found |= trl_metrics(pairs.sum(), *(part.sum() for part in of_trl))
     if user_metrics is not None:
         require("transformers")
         from transformers import EvalPrediction
 
-        each = np.divide(correct, pairs, out=np.zeros_like(correct), where=pairs > 0)
+        each = np.divide(right, pairs, out=np.zeros_like(right), where=pairs > 0)
         tables: Any = (loss, each)
         found |= user_metrics(EvalPrediction(predictions=tables, label_ids=mask))
     return found

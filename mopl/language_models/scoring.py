@@ -87,6 +87,28 @@ def response_lengths(batch: ListBatch) -> Tensor:
     return to_lists(counts.index_add(0, segment[0], written[0].long()), batch)
 
 
+def preferred(batch: ListBatch) -> Tensor:
+    """Return (B, m, K, K): whether an objective labels response i higher than response j."""
+    both = batch.label_mask[..., :, None] & batch.label_mask[..., None, :]
+    return both & (batch.labels[..., :, None] > batch.labels[..., None, :])
+
+
+def ordered_pairs(rewards: Tensor, batch: ListBatch) -> tuple[Tensor, Tensor]:
+    """Count, in each list and for each objective, the pairs that rewards (B, K) order as the labels do.
+
+    Their ratio over lists is what is called accuracy everywhere here. A pair is two responses to which the objective
+    gives different labels; one with equal rewards counts half, so a model that is its reference has 0.5. (TRL's
+    `rewards/accuracies` counts such a pair as wrong.)
+
+    Returns:
+        Right pairs (B, m) and all pairs (B, m).
+    """
+    better = preferred(batch)
+    gap = (rewards[:, None, :, None] - rewards[:, None, None, :]).sign()
+    right = ((gap + 1.0) / 2.0 * better).sum((-1, -2))
+    return right, better.sum((-1, -2)).to(right.dtype)
+
+
 class OneProcess:
     """What is asked of accelerate's `Accelerator` where none is passed: one process, on the device of the model."""
 

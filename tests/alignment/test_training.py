@@ -18,7 +18,7 @@ pytest.importorskip("accelerate")
 from mopl import steering
 from mopl._rows import check_rows
 from mopl.alignment import AlignConfig, align, tuned
-from mopl.alignment.evaluate import HeldOut, evaluation_of, ordered_pairs, reference_point
+from mopl.alignment.evaluate import HeldOut, evaluation_of, reference_point
 from mopl.alignment.methods import (
     AlignSource,
     ListScores,
@@ -36,7 +36,7 @@ from mopl.experiments.methods import Method
 from mopl.language_models import models
 from mopl.language_models.collate import ListCollator
 from mopl.language_models.data import PreferenceData, PreferenceList
-from mopl.language_models.scoring import response_lengths
+from mopl.language_models.scoring import ordered_pairs, response_lengths
 from mopl.language_models.tokenization import TokenizedList
 from mopl.losses import DPOLoss, listwise_dpo
 from mopl.training import TrainingInterrupted, make_accelerator, train

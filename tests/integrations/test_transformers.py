@@ -476,6 +476,18 @@ def lists_of(model, batch, weights):
     return found.scores, found.lengths
 
 
+def test_accuracy_is_one_half_where_the_model_is_its_reference_but_not_in_the_count_of_trl(tmp_path):
+    model = tiny_llama()
+    trainer = make(tmp_path, model, eval_dataset=token_lists(5), disable_dropout=True)
+    with torch.no_grad():
+        found = trainer.evaluate()
+    assert found["eval_helpful_accuracy"] == found["eval_harmless_accuracy"] == 0.5
+    assert found["eval_rewards/accuracies"] == 0.0
+    trainer.train()
+    log = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert log["accuracy/helpful"] == log["accuracy/harmless"] == 0.5 and log["rewards/accuracies"] == 0.0
+
+
 def test_user_metrics_get_losses_and_accuracies_of_all_points(tmp_path):
     shapes = []
 
