@@ -115,9 +115,8 @@ class Policy(nn.Module):
 
     def reference(self) -> contextlib.AbstractContextManager[Any]:
         """Give the reference inside a `with` block; it takes tokens alone."""
-        if isinstance(self.model, ParameterMixture):
-            return contextlib.nullcontext(self._base[0])
-        return self.model.reference()
+        base = self._base[0]
+        return self.model.reference() if base is None else contextlib.nullcontext(base)
 
     def at(self, weights: Tensor, kl_weight: float) -> contextlib.AbstractContextManager[Any]:
         """Give the model of one trade-off, made once, inside a `with` block."""

@@ -10,8 +10,8 @@ from mopl.commands.parser import Parser, add_command
 from mopl.experiments.settings import OldOption
 
 RUN_HELP = (
-    "directory of a finished run of mopl align or mopl clp, or a model that takes weights (HyperPromptModel, "
-    "LoraMixture)"
+    "directory of a finished run of mopl align or mopl clp, or of a model that takes weights, as its save_pretrained "
+    "writes it"
 )
 
 
@@ -68,9 +68,7 @@ def load_tuned_model(arguments: argparse.Namespace, device: str = "cpu") -> Tune
     if arguments.method is not None:
         raise ValueError(f"{path} is one model, not a run; leave out --method")
     _check_kl_weight(path, arguments.kl_weight)
-    tuned = _model_of_folder(path, arguments.base_model, device)
-    _check_count(arguments.weights, tuned.objectives)
-    return tuned
+    return _model_of_folder(path, arguments.base_model, arguments.weights, device)
 
 
 def _model_of_run(path: Path, arguments: argparse.Namespace, device: str) -> TunedModel:
@@ -106,31 +104,34 @@ def _model_of_run(path: Path, arguments: argparse.Namespace, device: str) -> Tun
     )  # fmt: skip
 
 
-def _model_of_folder(path: Path, base_model: str | None, device: str) -> TunedModel:
+def _model_of_folder(path: Path, base_model: str | None, weights: Sequence[float], device: str) -> TunedModel:
     from mopl.conditioning.saved_models import exported_at, read_kind, read_record
     from mopl.conditioning.weighted import WeightedModel, registered_kind
     from mopl.language_models import models
     from mopl.language_models.tokenization import ListTokenizer
 
     if read_kind(path) == "export":
-        weights = " ".join(f"{w:g}" for w in exported_at(path))
-        raise ValueError(
-            f"{path} was exported at weights {weights} and has no others; load it with transformers or vLLM"
-        )
+        own = " ".join(f"{w:g}" for w in exported_at(path))
+        raise ValueError(f"{path} was exported at weights {own} and has no others; load it with transformers or vLLM")
     record = read_record(path, registered_kind(path))
+    _check_count(weights, record["objectives"])
     name = base_model or record["base_model"]
     if name is None:
         raise ValueError(f"{path / 'mopl.json'} names no base model; pass --base-model")
     _check_moved(str(name))
     home = path if (path / "tokenizer_config.json").is_file() else name
-    reference = record["reference"]
+    reference = None if record["reference"] in ("self", "precomputed") else record["reference"]
     with models.quiet():
         model: Any = WeightedModel.from_pretrained(path, models.load_causal_lm(name)).to(device)
+    takes_weights = model.decodes_rows
+    if not takes_weights:  # one trade-off at a time: from here on it is the plain model of this one
+        model, reference = model.merge(weights).eval(), reference or name
     return TunedModel(
         model,
         ListTokenizer(models.load_tokenizer(str(home)), max_length=None, append_eos=False),
         tuple(record["objectives"]),
-        reference=None if reference in ("self", "precomputed") else reference,
+        reference=reference,
+        takes_weights=takes_weights,
     )
 
 

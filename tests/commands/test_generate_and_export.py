@@ -16,7 +16,7 @@ pytest.importorskip("peft")
 from tiny_language_models import build, lora, prompt, tokenizer
 
 from mopl.cli import build_parser, main
-from mopl.conditioning import HyperPromptModel, TuningRecord
+from mopl.conditioning import HyperPromptModel, ParameterMixture, TuningRecord
 from mopl.language_models.generate import generate
 
 
@@ -116,6 +116,40 @@ def test_export_writes_what_transformers_loads(tuned: Path, capsys, tmp_path: Pa
     assert "not an empty directory" in refused(capsys, "export", str(tuned), "--weights", "0.7", "0.3", str(folder))
     error = refused(capsys, "generate", str(folder), "--weights", "0.5", "0.5", "w1")
     assert "exported at weights 0.7 0.3 and has no others" in error
+
+
+def test_a_mixture_of_parameters_answers_and_is_exported_as_the_model_of_one_trade_off(
+    base: Path, capsys, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(base)
+    record = TuningRecord(("helpful", "harmless"))
+    mixture = ParameterMixture(plain, 2, scope="full", record=record)
+    with torch.no_grad():
+        for values in mixture.parameters():
+            values += 0.3 * torch.randn_like(values)
+    folder, weights = tmp_path / "tuned", ["--weights", "0.7", "0.3"]
+    mixture.save_pretrained(folder)
+    one, options = mixture.merge([0.7, 0.3]).eval(), {"max_new_tokens": 5}
+    reference = transformers.AutoModelForCausalLM.from_pretrained(base).eval()
+    asked = ["w1 w2", "w3", *weights, "--max-new-tokens", "5", "--device", "cpu"]
+    for scale in (1.0, 2.0):
+        wanted = generate(one, tokenizer(), ["w1 w2", "w3"], scale=scale, reference=reference, **options)
+        found = printed(capsys, "generate", str(folder), *asked, "--scale", str(scale))
+        assert found == f"> w1 w2\n{wanted[0].text}\n\n> w3\n{wanted[1].text}\n"
+    printed(capsys, "export", str(folder), *weights, str(tmp_path / "plain"))
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        given = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain")(ids).logits
+        torch.testing.assert_close(given, one(ids).logits)
+    assert "--weights has 3 numbers" in refused(capsys, "generate", str(folder), "w1", "--weights", "0", "0", "1")
+
+
+def test_a_kind_that_no_module_defines_is_refused_by_name(tuned: Path, capsys, tmp_path: Path) -> None:
+    record = json.loads((tuned / "mopl.json").read_text()) | {"kind": "FifthModel", "module": "their_models"}
+    (tmp_path / "mopl.json").write_text(json.dumps(record))
+    error = refused(capsys, "generate", str(tmp_path), "--weights", "0.5", "0.5", "w1")
+    assert "FifthModel" in error and "import the module their_models first" in error
 
 
 # ---------------------------------------------------------------- runs
