@@ -211,8 +211,7 @@ def new_policy(base: Any, config: ClpConfig, objectives: Sequence[str], kind: st
 
 def release(policy: Policy) -> None:
     """Take adapters out of the language model again."""
-    if not isinstance(policy.model, ParameterMixture):
-        models.release(policy.model)
+    models.release(policy.model)
 
 
 def load_policy(folder: Path, base: Any, config: ClpConfig, objectives: Sequence[str], kind: str) -> Policy:

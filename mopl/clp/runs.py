@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mopl._renamed import renamed_attribute
 from mopl.clp.config import ClpConfig
 from mopl.clp.policies import load_policy, release, text_prompt
-from mopl.conditioning import HyperPromptModel, TextPrompt, check_weights
+from mopl.conditioning import TextPrompt, check_weights
 from mopl.experiments.run import LanguageModelRun
 from mopl.report import Metric
 
@@ -103,7 +103,7 @@ class ClpRun(LanguageModelRun):
         folder = self.folder(method) / "model"
         policy = load_policy(folder, self.base_model(), self.config, self.objectives, method)
         model: Any = policy.model
-        if not isinstance(model, HyperPromptModel):
+        if not model.virtual_tokens:  # which cannot be merged
             w = None if policy.single else check_weights(weights, len(self.objectives))  # type: ignore[arg-type]
             model = policy.merge(w, kl_weight)
             release(policy)
