@@ -215,10 +215,6 @@ class Mixture(WeightedModel):
 
     # ---------------------------------------------------------------- one mixture
 
-    def check_merging(self) -> None:
-        """Raise a ValueError unless rows that are mixed have the logits of the model with the mixture in place."""
-        raise NotImplementedError
-
     @contextlib.contextmanager
     def at(self, weights: Weights, kl_weight: float | Tensor | None = None, *, beta: Any = None) -> Iterator[nn.Module]:
         """Be the plain model of one trade-off inside a `with` block, at its cost.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mopl._extras import require
 from mopl._files import write_files
-from mopl._records import read_json
+from mopl._records import damaged, read_json
 from mopl._tensor_files import read_tensors
 from mopl._threads import Turns, in_turn
 from mopl.conditioning.adapter_base import base_with_adapter
@@ -110,7 +110,7 @@ class SavedModel(nn.Module):
             ValueError: If it holds another kind, or a model or coefficients are needed and missing, or do not fit.
         """
         folder = Path(directory)
-        kind = cls if hasattr(cls, "KIND") else KINDS.get(registered_kind(folder) or "", cls)
+        kind = cls if hasattr(cls, "KIND") else KINDS[registered_kind(folder)]
         if not issubclass(kind, cls) or not hasattr(kind, "KIND"):
             raise ValueError(f"{folder / CONFIG_FILE} holds a {registered_kind(folder)}, which is no {cls.__name__}")
         config = read_record(folder, kind.KIND, kind.WEIGHTS_FILE or CONFIG_FILE)
@@ -207,12 +207,14 @@ class SavedModel(nn.Module):
         return getattr(self, "name_or_path", "") or None
 
 
-def registered_kind(folder: Path) -> str | None:
+def registered_kind(folder: Path) -> str:
     """Return the registered kind that a folder holds."""
     if not (folder / CONFIG_FILE).exists():
         raise FileNotFoundError(f"{folder} holds no {CONFIG_FILE}; name a folder of save_pretrained")
     kind = read_kind(folder)
-    if kind is not None and kind not in KINDS:
+    if kind is None:
+        raise damaged(folder / CONFIG_FILE, "it names no kind of model", REMEDY)
+    if kind not in KINDS:
         module = read_json(folder / CONFIG_FILE, remedy=REMEDY).get("module")
         where = "that defines it" if module in (None, "__main__") else str(module)[:100]
         raise ValueError(

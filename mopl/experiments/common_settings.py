@@ -211,7 +211,7 @@ class LanguageModelSettings(RunSettings):
     prompt_rank: int = in_model(4, "rank of the prompt's mask (section 4.2)", at_least=1, metavar="R")
     lora_rank: int = in_model(4, "rank of the LoRA adapters", at_least=1, metavar="R")
     lora_alpha: float = in_model(8.0, "alpha of the LoRA adapters, which are scaled by alpha / rank", positive=True)
-    lora_rslora: bool = in_model(False, "scale the LoRA adapters by alpha / √rank (rsLoRA) instead of alpha / rank")
+    lora_rslora: bool = in_model(False, "scale the LoRA adapters by alpha / sqrt(rank) (rsLoRA), not alpha / rank")
     lora_dora: bool = in_model(False, "also train the norm of each row of the adapted weights (DoRA)")
     lora_rank_pattern: tuple[str, ...] = in_model(
         (),

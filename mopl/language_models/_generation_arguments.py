@@ -94,7 +94,7 @@ def objectives_of(
             f"weights are missing; pass one for each of {', '.join(names)}"
             if names
             else f"weights were passed but the model has none: pass a HyperPromptModel or a {mixture}, or "
-            "text_prompt with a model that was trained with it"
+            "text_prompt with a model that was trained with it; of a ParameterMixture pass model.merge(weights)"
         )
     if (beta is not None) != wants_beta:
         raise ValueError(

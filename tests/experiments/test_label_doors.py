@@ -120,13 +120,14 @@ def test_the_command_takes_it_and_a_run_without_it_divides_by_one() -> None:
 def test_the_trainers_refuse_rewards_for_losses_of_shares_and_gains(loss, refused: bool) -> None:
     pytest.importorskip("transformers")
     from mopl.integrations._data import Example, Examples
-    from mopl.integrations._setup import check_labels
+    from mopl.integrations._setup import ListChecks
 
     token = np.array([1])
     labels = np.array([[1.0, 0.0], [np.nan, 0.5]], dtype=np.float32), np.array([[0.0, 1.0], [0.5, -0.25]], np.float32)
     lists = [Example(TokenizedList(token, (token, token), each, row)) for row, each in enumerate(labels)]
-    check_labels(loss, [Examples(lists[:1], NAMES)])
+    check = ListChecks(loss, pairs_only=None, sorts=False, vocabulary=None)
+    check(Examples(lists[:1], NAMES))
     if not refused:
-        return check_labels(loss, [Examples(lists, NAMES)])
+        return check(Examples(lists, NAMES))
     with pytest.raises(ValueError, match=r"labels of reward hold -0\.25 \(row 2\).*normalize='softmax'.*plackett_luce"):
-        check_labels(loss, [Examples(lists, NAMES)])
+        check(Examples(lists, NAMES))
