@@ -151,7 +151,9 @@ def _read_rows(
 
 def beside_of(rows: Sequence[Any], objectives: int, lists: int) -> list[dict[str, Any]]:
     """Return what stands beside each list that rows made, as keywords of `Example`; raise where that is unknown."""
-    names = [name for name in (WEIGHTS, BETA, *REFERENCE_COLUMNS) if name in rows[0]]
+    # Rows of a table all have its columns; dictionaries in a list may have others than the first.
+    some = [rows[0]] if hasattr(rows, "column_names") else rows
+    names = [name for name in (WEIGHTS, BETA, *REFERENCE_COLUMNS) if any(name in row for row in some)]
     if not names:
         return [{} for _ in range(lists)]
     if lists != len(rows):

@@ -86,6 +86,20 @@ def test_columns_of_weights_beta_and_reference_are_read(tmp_path):
         assert_equal(trained(tmp_path / "other", stream(pair_rows())), whole)
 
 
+@pytest.mark.parametrize("rows", [pair_rows, list_rows])
+@pytest.mark.parametrize("trainer", [MultiObjectiveTrainer, MultiObjectiveDPOTrainer])
+def test_a_column_that_the_first_rows_lack_is_read(rows, trainer, tmp_path):
+    """A row without a key is one whose value is None; the third batch begins within a block of a stream."""
+    own = [[0.9, 0.1] if number >= 6 else None for number in range(26)]
+    expected = [{**row, "objective_weights": w} for row, w in zip(rows(26), own, strict=True)]
+    absent = [row if w is None else {**row, "objective_weights": w} for row, w in zip(rows(26), own, strict=True)]
+    whole = trained(tmp_path / "none", expected, trainer=trainer)
+    for data in (absent, stream(absent)):
+        assert_equal(trained(tmp_path / "absent", data, trainer=trainer), whole)
+    with pytest.raises(AssertionError):
+        assert_equal(trained(tmp_path / "other", rows(26), trainer=trainer), whole)
+
+
 def test_a_stream_is_read_no_further_than_the_training_goes(tmp_path):
     read = []
 
