@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from mopl.integrations._data import Example, Examples, is_pair
+from mopl.integrations._data import REFERENCE_COLUMNS, Example, Examples, is_pair
 from mopl.language_models.data import DataError
 from mopl.language_models.readers import FORMATS, detect_format
 
@@ -57,7 +57,8 @@ class ExampleStream(torch.utils.data.IterableDataset):
                 "pass the whole stream"
             )
         self.rows, self.read, self.objectives = rows, read, objectives
-        self.checks: Sequence[Callable[[Examples], None]] = ()
+        self.checks: Sequence[Callable[[Examples], None]] = (self._check_reference,)
+        self.head: Examples | None = None
         head = next(self._blocks(), None)
         if head is None:
             raise ValueError("the data set has no rows; give it at least one")
@@ -79,6 +80,15 @@ class ExampleStream(torch.utils.data.IterableDataset):
         blocks = list(self._blocks())
         lists = [example for block in blocks for example in block.lists]
         return Examples(lists, blocks[0].objectives, rows=sum(block.rows for block in blocks))
+
+    def _check_reference(self, block: Examples) -> None:
+        """Raise where the reference's log-probabilities end: what is not there from the start has no model for it."""
+        if self.head is not None and self.head.has_reference and not block.has_reference:
+            row = next(each.tokens.index for each in block.lists if each.reference is None) + 1
+            raise ValueError(
+                f"row {row} of the stream has no {' and no '.join(REFERENCE_COLUMNS)}, which its first rows have; give "
+                "them to all rows or to none"
+            )
 
     def _blocks(self) -> Iterator[Examples]:
         for first, rows in blocks_of(self.rows):

@@ -204,7 +204,7 @@ class MultiObjectiveTrainer(ListTrainer):
         for examples in sets:
             checks(examples)
         if isinstance(train_dataset, ExampleStream):
-            train_dataset.checks = (checks, functools.partial(check_labelled_whole, collator))
+            train_dataset.checks = (*train_dataset.checks, checks, functools.partial(check_labelled_whole, collator))
         self.eval_weights = self.trade_offs.grid(settings.eval_points, eval_weights)
         self._user_metrics = compute_metrics
         if getattr(args, "disable_dropout", True):

@@ -5,6 +5,7 @@ import itertools
 
 import datasets
 import pytest
+import tiny_language_models as tiny
 import torch
 from datasets.distributed import split_dataset_by_node
 from launching import DISTRIBUTED, launch
@@ -143,6 +144,13 @@ def test_an_evaluation_reads_a_stream_to_its_end(tmp_path):
 def test_what_needs_all_rows_is_refused(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         make(tmp_path, stream(pair_rows()), **options)
+
+
+def test_a_reference_that_ends_within_a_stream_is_named(tmp_path):
+    columns = dict(ref_chosen_logps=lambda number: -3.0, ref_rejected_logps=lambda number: -2.0)
+    rows = [*pair_rows(6, **columns), *pair_rows(6)]
+    with pytest.raises(ValueError, match="row 7 of the stream has no ref_chosen_logps and no ref_rejected_logps"):
+        make(tmp_path, stream(rows), model=tiny.build()).train()
 
 
 def test_mistakes_in_a_stream_name_the_row(tmp_path):
