@@ -284,3 +284,17 @@ def test_export_with_any_number_of_rows() -> None:
     program = torch.export.export(model, example, dynamic_shapes=({0: rows}, {0: rows}))
     hidden, target = torch.randn(11, 8), torch.randint(19, (11,))
     torch.testing.assert_close(program.module()(hidden, target), model(hidden, target))
+
+
+@pytest.mark.parametrize(("given", "meant"), [(None, False), (0, False), (2, True), (-1, True)])
+@pytest.mark.parametrize("option", ["return_logsumexp", "return_entropy"])
+def test_switches_are_read_by_their_truth(option: str, given: int | None, meant: bool) -> None:
+    """They travel to the operator as numbers, where None is none and 2 would be one more moment."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 5, generator=generator, requires_grad=True) for n in (4, 9))
+    found, expected = (linear_logprob(hidden, weight, torch.arange(4), **{option: value}) for value in (given, meant))
+    assert isinstance(found, tuple) == isinstance(expected, tuple) == meant
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+        gradients = [torch.autograd.grad(x.sum(), (hidden, weight), retain_graph=True) for x in (one, other)]
+        assert all(map(torch.equal, *gradients))

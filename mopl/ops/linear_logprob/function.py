@@ -183,11 +183,11 @@ def linear_logprob(
     need_head = need_weight or need_bias
     bound = rows if max_rows is None else min(max_rows, rows)
     want = Want(
-        logsumexp=return_logsumexp,
-        entropy=return_entropy,
+        logsumexp=bool(return_logsumexp),
+        entropy=bool(return_entropy),
         frozen=need_hidden and not need_head,
         temperature=need_temperature,
-        check_targets=not hidden.is_cuda if check_targets is None else check_targets,
+        check_targets=not hidden.is_cuda if check_targets is None else bool(check_targets),
         keep_rows=kept_rows(hidden, weight, bound, workspace, cap > 0) if need_head else 0,
         max_rows=bound,
     )
