@@ -28,7 +28,6 @@ from mopl.clp.prompts import Prompts
 from mopl.clp.reward_scale import RewardScale
 from mopl.clp.rollout import Answers
 from mopl.clp.stages import Stages
-from mopl.conditioning import ParameterMixture
 from mopl.losses.policy_gradient import reward_coefficient
 from mopl.pareto import hypervolume, spearman
 
@@ -193,7 +192,7 @@ def kept_parameters(base: nn.Module, config: ClpConfig, objectives: Sequence[str
         total = _count(policy.model.parameters())
         if kind == "expert":  # what experts do not train, they share
             total += (len(objectives) - 1) * _count(p for p in policy.model.parameters() if p.requires_grad)
-        if method == "dera" and isinstance(policy.model, ParameterMixture):  # what the mixture replaces, too
+        if method == "dera" and not policy.model.has_reference:  # what the mixture replaces, too
             names = set(policy.model.names)
             total += _count(p for name, p in base.named_parameters() if name in names)
     finally:

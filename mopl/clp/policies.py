@@ -79,7 +79,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model, self.value, self.running = model, value, None
         # In a tuple: the reference is no part of what is trained and saved.
-        self._base = (base if isinstance(model, ParameterMixture) else None,)
+        self._base = (None if model.has_reference else base,)
         self.objectives = tuple(objectives)
         self.single, self.words = kind not in ("clp", "rewarded-soups"), kind == "prompting"
         self.takes_kl_weight = len(config.kl_weights(kind)) > 1

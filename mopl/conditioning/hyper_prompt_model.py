@@ -140,6 +140,20 @@ class HyperPromptModel(WeightedModel):
         return True
 
     @torch.no_grad()
+    def prefix_of(self, weights: Weights, beta: Any = None) -> Tensor:
+        """Return the virtual tokens (k, d) of one trade-off.
+
+        Raises:
+            ValueError: If they stand at no position of their own, which no plain model has.
+        """
+        if self.positions != "hf":
+            raise ValueError(
+                f"the model was trained with positions={self.positions!r}, which no plain model has: virtual tokens "
+                "there stand at no position of their own. Generate with mopl, or train with positions='hf'"
+            )
+        return self.hyper_prompt(weights, beta)[0]
+
+    @torch.no_grad()
     def set_prefix_from_tokens(self, token_ids: Tensor | Sequence[int]) -> None:
         """Start P at the model's own embeddings of tokens: cut to k of them, or repeated until there are k."""
         embedding = self.causal_lm.get_input_embeddings()

@@ -134,6 +134,11 @@ class ParameterMixture(Mixture):
         return False
 
     @property
+    def has_reference(self) -> bool:
+        """What the parameters were is no longer here."""
+        return False
+
+    @property
     def varies_with_weights(self) -> bool:
         """Whether sets differ, or their coefficients need not sum to 1."""
         own, *others = self.sets

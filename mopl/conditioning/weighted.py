@@ -7,11 +7,12 @@ callers need to know of a model stands here, so that none of them has to ask whi
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mopl._arguments import check_beta_given, check_positive, shape_of
 from mopl._restoring import requires_grad_kept
@@ -90,6 +91,11 @@ class WeightedModel(SavedModel):
     @property
     def decodes_rows(self) -> bool:
         """Whether rows with weights of their own are decoded together, with one cache; else one trade-off at a time."""
+        return True
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether `reference()` can give it; not where the parameters of the model itself were trained."""
         return True
 
     @property
@@ -187,10 +193,25 @@ class WeightedModel(SavedModel):
             ValueError: If weights do not fit, or if there is no such model.
         """
         self._conditions_of_one(weights, beta, kl_weight)
+        more = ", or write a directory that needs no mopl with mopl.language_models.export"
         raise ValueError(
             f"a {type(self).__name__} cannot be merged: its trade-off is not in the parameters; use `with "
-            "model.at(weights) as one:`, or write a directory that needs no mopl with mopl.language_models.export"
+            f"model.at(weights) as one:`{more if self.virtual_tokens else ''}"
         )
+
+    def prefix_of(self, weights: Weights, beta: Any = None) -> Tensor | None:
+        """Return the embeddings (k, d) of the virtual tokens of one trade-off; None of a kind without any.
+
+        An export gives them to a plain model as tokens of its own.
+
+        Raises:
+            ValueError: If no plain model could have them where they stand.
+        """
+        return None
+
+    def save_adapter(self, weights: Weights, directory: str | os.PathLike[str]) -> None:
+        """Write one trade-off as one adapter of PEFT, if there is such an adapter; here a ValueError."""
+        raise ValueError(f"a {type(self).__name__} is no adapter at one trade-off; pass kind='model'")
 
     @contextlib.contextmanager
     def reference(self, *, adapters: bool = False) -> Iterator[Any]:
@@ -232,7 +253,7 @@ def reads_left_padding(model: Any) -> bool:
     return takes_left_padding(causal_lm_of(model), embeds=embeds)
 
 
-def keywords_for_prompts(model: Any, mask: torch.Tensor) -> dict[str, Any]:
+def keywords_for_prompts(model: Any, mask: Tensor) -> dict[str, Any]:
     """Return what `generate` is to be told of prompts padded as a mask (B, T) shows; some models tell by themselves."""
     if isinstance(model, WeightedModel) and model.arranges_rows:
         return {}

@@ -50,7 +50,7 @@ from mopl._arguments import check_choice
 from mopl._extras import require
 from mopl._files import write_folder
 from mopl._renamed import renamed_keywords
-from mopl.conditioning import HyperPromptModel, LoraMixture, TextPrompt, TuningRecord, check_weights
+from mopl.conditioning import TextPrompt, TuningRecord, check_weights
 from mopl.conditioning.adapter_base import base_of_adapter
 from mopl.conditioning.causal_lm import is_peft
 from mopl.conditioning.merging import merged, settle_merged, settle_ties
@@ -125,13 +125,10 @@ def export(
     tuning = model.record if isinstance(model, WeightedModel) else None
     if isinstance(model, WeightedModel) and model.text_prompt is not None:
         model, text_prompt = model.model, model.text_prompt  # the tokenizer will write the words
-    if isinstance(model, HyperPromptModel) and model.positions != "hf":
-        raise ValueError(
-            f"the model was trained with positions={model.positions!r}, which no plain model has: virtual tokens "
-            "there stand at no position of their own. Generate with mopl, or train with positions='hf'"
-        )
-    inner: Any = model.model if isinstance(model, WeightedModel) else model
-    if kind == "adapter" and not isinstance(model, HyperPromptModel) and not is_peft(inner):
+    weighted = model if isinstance(model, WeightedModel) else None
+    prefix = None if weighted is None else weighted.prefix_of(w, each_beta)  # type: ignore[arg-type]
+    inner: Any = model if weighted is None else weighted.model
+    if kind == "adapter" and prefix is None and not is_peft(inner):
         raise ValueError(f"a plain {type(inner).__name__} has no adapter; pass kind='model'")
     base = causal_lm_of(inner)
     source = getattr(base, "name_or_path", "") or ""
@@ -141,26 +138,27 @@ def export(
             "model; pass kind='model'"
         )
     record = _record(tuning, kind, w, each_beta, text_prompt, {"base_model": source or None, "origin": origin})
-    front, prefix = None, None
+    front = None
     if text_prompt is not None:
         assert w is not None
         front = prepare_tokenizer(tokenizer, text=text_prompt.render(w, each_beta))
-    elif isinstance(model, HyperPromptModel):
-        with torch.no_grad():
-            prefix = model.hyper_prompt(w, each_beta)[0].detach()  # type: ignore[arg-type]
-        if kind == "model":
-            front = prepare_tokenizer(tokenizer, prefix.shape[0])
-            record["virtual_tokens"] = {"ids": front.ids, "tokens": front.tokens}
+    elif prefix is not None and kind == "model":
+        front = prepare_tokenizer(tokenizer, prefix.shape[0])
+        record["virtual_tokens"] = {"ids": front.ids, "tokens": front.tokens}
     virtual = front.ids if front is not None and not front.after_bos else []
     vocabulary = virtual[0] if virtual else base.get_input_embeddings().weight.shape[0]
-    trade_off: dict[str, Any] = {"weights": w} if isinstance(model, WeightedModel) else {}
+    trade_off: dict[str, Any] = {} if weighted is None else {"weights": w}
     if trade_off and each_beta is not None:
         trade_off["beta"] = each_beta
     plain: list[Any] = []  # from which it is taken to be saved, so that it is freed before its files are loaded
     if kind == "adapter":
         logits = logits_of(model, vocabulary, **trade_off)
     else:
-        plain.append(_plain_model(model, w))
+        own = weighted is not None and prefix is None  # a kind that says itself what it is at one trade-off
+        made: Any = weighted.merge(w) if own else _plain_model(inner)  # type: ignore[union-attr, arg-type]
+        plain.append(unfuse(made).eval())
+        del made
+        settle_merged(plain[0])
         if prefix is not None and front is not None:
             _add_virtual_tokens(plain[0], prefix, front, keep_tied)
         check_adapters(model)
@@ -180,9 +178,9 @@ def export(
         if plain:
             plain.pop().save_pretrained(str(path))
         elif prefix is not None:
-            _save_prompt(model, prefix, path)  # type: ignore[arg-type]
-        elif isinstance(model, LoraMixture):
-            model.save_adapter(w, path)  # type: ignore[arg-type]
+            _save_prompt(inner, prefix, path)
+        elif weighted is not None:
+            weighted.save_adapter(w, path)  # type: ignore[arg-type]
         else:
             inner.save_pretrained(str(path))
         check_files(path, inner, kind, logits, vocabulary, virtual)
@@ -251,31 +249,24 @@ def _record(
 # ---------------------------------------------------------------- the model
 
 
-def _plain_model(model: Any, weights: Tensor | None) -> Any:
-    """Return the causal language model of a trade-off as a plain one: a copy, with no trace of PEFT and `fuse`.
+def _plain_model(model: Any) -> Any:
+    """Return a causal language model, with PEFT's adapters or without, as a plain one: a copy with no trace of PEFT.
 
     Raises:
         ValueError: If its parameters are quantised, or its adapters cannot be merged.
     """
-    if isinstance(model, WeightedModel) and not isinstance(model, HyperPromptModel):
-        made = model.merge(weights)  # type: ignore[attr-defined]
-    else:
-        inner: Any = model.model if isinstance(model, HyperPromptModel) else model
-        base = causal_lm_of(inner)
-        if getattr(base, "is_quantized", False) or getattr(base, "hf_quantizer", None) is not None:
-            raise ValueError(
-                "adapters cannot be merged into quantised parameters; load the base model without quantisation"
-            )
-        dtype = base.dtype
-        made = copy.deepcopy(inner)
-        if is_peft(made):
-            if not hasattr(made, "merge_and_unload"):
-                kinds = ", ".join(type(config).__name__ for config in made.peft_config.values())
-                raise ValueError(f"adapters of {kinds} cannot be merged; pass kind='adapter'")
-            made = merged(made, dtype)
-    made = unfuse(made).eval()
-    settle_merged(made)
-    return made
+    base = causal_lm_of(model)
+    if getattr(base, "is_quantized", False) or getattr(base, "hf_quantizer", None) is not None:
+        raise ValueError(
+            "adapters cannot be merged into quantised parameters; load the base model without quantisation"
+        )
+    made = copy.deepcopy(model)
+    if not is_peft(made):
+        return made
+    if not hasattr(made, "merge_and_unload"):
+        kinds = ", ".join(type(config).__name__ for config in made.peft_config.values())
+        raise ValueError(f"adapters of {kinds} cannot be merged; pass kind='adapter'")
+    return merged(made, base.dtype)
 
 
 @torch.no_grad()
@@ -325,21 +316,21 @@ def _set_embeddings(embedding: Any, ids: Tensor, prefix: Tensor, name: str) -> N
 # ---------------------------------------------------------------- adapters
 
 
-def _save_prompt(model: HyperPromptModel, prefix: Tensor, path: Path) -> None:
+def _save_prompt(model: Any, prefix: Tensor, path: Path) -> None:
     """Write a prompt as PEFT's prompt tuning."""
     require("peft", "safetensors")
     from peft import PromptTuningConfig, TaskType
     from safetensors.torch import save_file
 
-    if is_peft(model.model):
+    if is_peft(model):
         raise ValueError(
             "the model has a prompt and adapters, and a PEFT adapter is one or the other; pass kind='model', which "
             "merges the adapters and writes the prompt into the vocabulary"
         )
-    config: Any = model.causal_lm.config.get_text_config()
+    config: Any = model.config.get_text_config()
     adapter = PromptTuningConfig(
         task_type=TaskType.CAUSAL_LM,
-        base_model_name_or_path=getattr(model.causal_lm, "name_or_path", "") or None,  # type: ignore[arg-type]
+        base_model_name_or_path=getattr(model, "name_or_path", "") or None,
         num_virtual_tokens=prefix.shape[0],
         token_dim=prefix.shape[1],
         num_transformer_submodules=1,
