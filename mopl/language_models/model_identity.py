@@ -35,8 +35,8 @@ def identity_of(model: Any) -> dict[str, str]:
     Batches, packing and the machine are no part of it: they change rounding alone.
 
     Args:
-        model: A causal language model, plain or with PEFT's adapters, which count if they are on; or a `WeightedModel`
-            inside of `with model.reference():`.
+        model: A causal language model, plain or with adapters, PEFT's or those that transformers loads, which count if
+            they are on; or a `WeightedModel` inside of `with model.reference():`.
 
     Returns:
         Fingerprints by name: `"model"`, of all parameters and buffers without adapters; `"config"`; `"adapter"`, of the
@@ -44,7 +44,7 @@ def identity_of(model: Any) -> dict[str, str]:
 
     Raises:
         ValueError: If the log-probabilities depend on weights of objectives.
-        NotImplementedError: If the parameters are not here whole: sharded, or on no device.
+        NotImplementedError: If the parameters are not here whole: sharded, on no device, or packed into no tensors.
     """
     if isinstance(model, WeightedModel):
         if not model.is_reference:
@@ -56,7 +56,7 @@ def identity_of(model: Any) -> dict[str, str]:
         model = model.model
     inner = causal_lm_of(model)
     settings = inner.config.to_diff_dict() if hasattr(inner, "config") else {}
-    adapters = [_adapter(model, name) for name in _active_adapters(model)]
+    adapters = _adapters(model, inner)
     return {
         "model": fingerprint(inner),
         "config": _digest(settings),
@@ -88,6 +88,11 @@ def checksum(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 def _update(digest: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
     for name, tensor in sorted(tensors, key=lambda entry: entry[0]):
+        if not isinstance(tensor, Tensor):
+            raise NotImplementedError(
+                f"{name} is a {type(tensor).__name__} and no tensor, so the model cannot be told from others; load it "
+                "without this quantisation, or compute its log-probabilities by score_lists, without a store"
+            )
         if tensor.is_meta or hasattr(tensor, "ds_shape") or hasattr(tensor, "full_tensor"):
             raise NotImplementedError(
                 f"{name} is sharded or on no device, so the model cannot be told from others; compute its "
@@ -101,8 +106,8 @@ def _without_adapters(model: nn.Module) -> dict[str, Tensor]:
     """Return the state of a model by the names that it has before PEFT wraps parts of it."""
     state: dict[str, Tensor] = model.state_dict(keep_vars=True)
     for path, module in reversed(list(model.named_modules())):
-        kept = next((name for name in _WRAPPED if name in module._modules), None)
-        if kept is None or not hasattr(module, "active_adapters"):
+        kept = _wrapped_in(module)
+        if kept is None:
             continue
         own, inside = f"{path}.", f"{path}.{kept}."
         state = {
@@ -113,17 +118,38 @@ def _without_adapters(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _active_adapters(model: Any) -> list[str]:
-    """Return the adapters by which a PEFT model computes now."""
-    if not is_peft(model) or getattr(model, "_adapters_disabled", False):
-        return []
-    if any(getattr(module, "disable_adapters", False) is True for module in model.modules()):
-        return []
-    return list(model.active_adapters)
+def _wrapped_in(module: Any) -> str | None:
+    """Return the name of what one of PEFT's wrappers is around; None for other modules."""
+    if not hasattr(module, "active_adapters"):
+        return None
+    return next((name for name in _WRAPPED if name in module._modules), None)
+
+
+def _adapters(model: Any, inner: nn.Module) -> list[Any]:
+    """Return what tells the adapters by which a model computes now from others, whatever their names are.
+
+    That is asked of the layers, which know more than PEFT's wrapper: transformers puts adapters into a model without
+    one, and each layer can be switched, scaled and merged by itself.
+    """
+    layers = []
+    for path, layer in inner.named_modules():
+        if _wrapped_in(layer) is not None:
+            active = [] if layer.disable_adapters else list(layer.active_adapters)
+            if active or getattr(layer, "merged", False):  # merged ones are taken out where they are off
+                layers.append((path, active, getattr(layer, "merged", False), getattr(layer, "scaling", {})))
+    names = list(dict.fromkeys(name for _, active, _, _ in layers for name in active))
+    found = [_adapter(inner, name) for name in names]
+    if is_peft(model) and model.active_peft_config.is_prompt_learning and not model._adapters_disabled:
+        found += [_adapter(model, name) for name in model.active_adapters]
+    places = [
+        [path, merged, [[names.index(name), scaling.get(name)] for name in active]]
+        for path, active, merged, scaling in layers
+    ]
+    return [*found, places] if found or places else []
 
 
 def _adapter(model: Any, name: str) -> list[Any]:
-    """Return what tells an adapter from others, whatever its name is: its settings and a SHA-256 of its parameters."""
+    """Return the settings of an adapter and a SHA-256 of its parameters."""
     require("peft")
     from peft import get_peft_model_state_dict
 

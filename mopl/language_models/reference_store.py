@@ -84,8 +84,14 @@ class ReferenceStore:
             ValueError: If the model's log-probabilities depend on weights of objectives or are no numbers, or the file
                 of that name belongs to others; `DamagedFile` if a file cannot be read.
         """
+        if conditions := sorted({"weights", "beta", "conditioner"} & options.keys()):
+            raise ValueError(
+                f"{conditions[0]} is no part of what a stored log-probability is found by, so those of all trade-offs "
+                "would be one; leave it out, or call score_lists, which stores nothing"
+            )
         accelerator = accelerator or OneProcess(model)
-        identity = {**(identity or identity_of(model)), "precision": str(accelerator.mixed_precision)}
+        precision = str(accelerator.mixed_precision)
+        identity = {**_whole(identity or identity_of(model)), "precision": precision}
         if name is None:
             return self._complete(lists, model, identity, accelerator, "reference", options)
         whole, parts = self.folder / f"{name}.safetensors", ReferenceStore(self.folder / f"{name}.parts")
@@ -93,7 +99,8 @@ class ReferenceStore:
         if found is None:
             found = parts._complete(lists, model, identity, accelerator, f"reference, {name}", options)
             on_main(accelerator, functools.partial(_write, whole, lists, found, identity))
-            on_main(accelerator, functools.partial(discard_folder, parts.folder))
+            if lists:
+                on_main(accelerator, functools.partial(discard_folder, parts.folder))
         return found
 
     def load(
@@ -128,7 +135,7 @@ class ReferenceStore:
             identity = known[0]
         else:
             found = model if isinstance(model, Mapping) else identity_of(model)
-            identity = {"precision": precision, **found}
+            identity = {"precision": precision, **_whole(found)}
         flat = self._read(lists, identity)
         if missing := int(flat.isnan().sum()):
             others = "" if identity in known else _differences(identity, known)
@@ -210,6 +217,13 @@ def _keys(lists: Sequence[TokenizedList]) -> list[bytes]:
     return keys
 
 
+def _whole(identity: Mapping[str, str]) -> dict[str, str]:
+    """Return what tells models apart of an identity that a caller has kept."""
+    if lacking := [key for key in IDENTITY if key not in identity and key != "precision"]:
+        raise ValueError(f"identity lacks {', '.join(lacking)}; pass all that identity_of(model) returns")
+    return {key: identity[key] for key in IDENTITY if key in identity}
+
+
 def _name_of(lists: Sequence[TokenizedList], identity: Mapping[str, str]) -> str:
     model = hashlib.sha256(repr([identity[key] for key in IDENTITY]).encode()).hexdigest()
     return f"{model[:12]}-{hashlib.sha256(b''.join(_keys(lists))).hexdigest()[:20]}"
@@ -226,7 +240,7 @@ def _write(file: Path, lists: Sequence[TokenizedList], scores: Tensor, identity:
             f"the reference gives a response of list {place} of the data a log-probability that is no finite number; "
             "load it in bfloat16 or float32, or see whether its files are whole"
         )
-    sequences = torch.frombuffer(bytearray(b"".join(_keys(lists))), dtype=torch.uint8).view(-1, 16)
+    sequences = torch.from_numpy(np.frombuffer(b"".join(_keys(lists)), dtype=np.uint8).reshape(-1, 16).copy())
     tensors, metadata = {"scores": scores, "sequences": sequences}, {key: identity[key] for key in IDENTITY}
     make_parents(file)
     write_file(file, lambda path: save_file(tensors, str(path), metadata=metadata))

@@ -240,6 +240,68 @@ def test_a_model_whose_adapters_are_off_is_its_base_model(tmp_path, kind, passes
         assert identity_of(model) == identity_of(base)
 
 
+def injected(way: str):
+    model, config = build(), ADAPTERS["lora"]()
+    torch.manual_seed(2)
+    if way == "transformers":
+        model.add_adapter(config)
+    elif way == "injected":
+        peft.inject_adapter_in_model(config, model)
+    else:
+        return adapted().get_base_model()
+    return spread(model)
+
+
+def spread(model):
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(2)))
+    return model.eval()
+
+
+@pytest.mark.parametrize("way", ["transformers", "injected", "inside of a PEFT model"])
+def test_adapters_in_a_model_without_a_wrapper_are_part_of_it(tmp_path, way):
+    base, model, store = build(), injected(way), ReferenceStore(tmp_path)
+    expected = store.load_or_compute(LISTS, base)
+    found = store.load_or_compute(LISTS, model)
+    assert (found - expected).abs().max() > 0.1
+    assert_right(found, model)
+    for layer in model.modules():
+        if hasattr(layer, "lora_A"):
+            layer.enable_adapters(False)
+    assert identity_of(model) == identity_of(base)
+
+
+def lora_layers(model):
+    return [layer for layer in model.modules() if hasattr(layer, "lora_A")]
+
+
+def scaled(model):
+    lora_layers(model)[0].scaling["default"] *= 3
+
+
+def one_off(model):
+    lora_layers(model)[0].enable_adapters(False)
+
+
+def merged_and_off(model):
+    model.merge_adapter()
+    model.base_model.disable_adapter_layers()  # PEFT takes them out of the weights in the next forward pass
+
+
+@pytest.mark.parametrize("change", [scaled, one_off, merged_and_off])
+def test_a_layer_that_uses_its_adapter_in_another_way_is_another_model(tmp_path, change):
+    store, models = ReferenceStore(tmp_path), [build(), adapted(), adapted().merge_and_unload()]
+    changed = adapted()
+    change(changed)
+    stored = identity_of(changed)
+    assert all(identity_of(model) != stored for model in models)
+    assert_right(store.load_or_compute(LISTS, changed), changed)
+    for model in models:
+        assert_right(store.load_or_compute(LISTS, model), model)
+
+
 def test_the_name_of_an_adapter_is_no_part_of_it_and_files_keep_its_identity(tmp_path):
     model = adapted()
     model.save_pretrained(tmp_path)
@@ -282,6 +344,22 @@ def test_a_model_that_is_not_here_and_numbers_that_are_none_are_refused(tmp_path
     with pytest.raises(ValueError, match="list 0 of the data a log-probability that is no finite number; load it in"):
         store.load_or_compute(LISTS, broken)
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_what_a_store_cannot_tell_apart_is_refused_and_no_lists_are_none(tmp_path):
+    store, model, w = ReferenceStore(tmp_path), build(), torch.tensor([0.5, 0.5])
+    for options in ({"weights": w}, {"conditioner": lambda item, w, beta: item}):
+        with pytest.raises(ValueError, match="is no part of what a stored log-probability is found by"):
+            store.load_or_compute(LISTS, model, **options)
+    packed = torch.ao.quantization.quantize_dynamic(build(), {torch.nn.Linear}, dtype=torch.qint8)
+    with pytest.raises(NotImplementedError, match="no tensor, so the model cannot be told"):
+        identity_of(packed)
+    for call in (store.load, lambda lists, kept: store.load_or_compute(lists, model, identity=kept)):
+        with pytest.raises(ValueError, match="identity lacks config, adapter, attention; pass all"):
+            call(LISTS, {"model": "of another"})
+    for name in (None, "train"):
+        for _ in range(2):
+            assert store.load_or_compute([], model, name=name).shape == (0,)
 
 
 # ---------------------------------------------------------------- files
