@@ -131,7 +131,8 @@ def _adapters(model: Any, inner: nn.Module) -> list[Any]:
     That is asked of the layers, which know more than PEFT's wrapper: transformers puts adapters into a model without
     one, and each layer can be switched, scaled and merged by itself.
     """
-    layers = []
+    layers: list[Any] = []
+    layer: Any
     for path, layer in inner.named_modules():
         if _wrapped_in(layer) is not None:
             active = [] if layer.disable_adapters else list(layer.active_adapters)
