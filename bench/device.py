@@ -10,7 +10,7 @@ says whether one did.
     python -m bench.device --plan                            # what to carry and to paste for a lease of half an hour
     python -m bench.device                                   # all stages that are not done
     python -m bench.device --list                            # the stages, and which are done
-    python -m bench.device limits logprob-frozen             # only these
+    python -m bench.device limits logprob-head               # only these
     python -m bench.device --minutes 9.5 --archive all.zip   # end by then; all files in one
     python -m bench.device --toy                             # without a GPU: try every stage at toy sizes
 
@@ -37,7 +37,7 @@ import traceback
 from pathlib import Path
 
 from bench.cards import CARDS
-from bench.device_stages import MUST, STAGES, Stage, expected, plan, states
+from bench.device_stages import MUST, STAGES, WORKER_BYTES, Stage, expected, plan, states
 from mopl._files import write_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,8 +97,9 @@ def run(stage: Stage, folder: Path, environment: dict[str, str], toy: bool, limi
     """Run a stage, keep what it printed, note what became of it, and say whether it succeeded."""
     out, log = folder / f"{stage.name}.json", folder / f"{stage.name}.txt"
     card = next((name for name in CARDS if name.lower() in folder.name), "H200")
+    workers = min(os.cpu_count() or 1, CARDS[card].plan.memory // WORKER_BYTES)
     arguments = [
-        part.replace("{out}", str(out)).replace("{card}", card)
+        part.replace("{out}", str(out)).replace("{card}", card).replace("{workers}", str(workers))
         for part in (*stage.command, *(stage.toy if toy else ()))
     ]
     quoted = (f'"{part}"' if " " in part else part for part in arguments)

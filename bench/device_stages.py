@@ -16,7 +16,8 @@ class Stage:
         what: what it does.
         seconds: how long it takes on an H200. Predicted, not measured, from processes of about 6 s, kernels of about
             1.3 s to compile and the times of work in the plan of each bench; a measured one takes its place.
-        command: arguments of Python; `{out}` is the path of its JSON file, `{card}` the model's name of the GPU.
+        command: arguments of Python; `{out}` is the path of its JSON file, `{card}` the model's name of the GPU,
+            `{workers}` how many tests run at a time.
         toy: arguments to add where there is no GPU.
         interpret: there, in Triton's interpreter.
     """
@@ -29,8 +30,9 @@ class Stage:
     interpret: bool = True
 
 
-# In parallel, because most of their time goes into compiling; 6 x (5.6 GiB of poison + what a test needs) fit 78 GiB.
-WORKERS = ("-n", "6", "--maxschedchunk=1")
+# In parallel, because most of their time goes into compiling; `{workers}` is as many as the GPU's memory has room for.
+WORKERS = ("-n", "{workers}", "--maxschedchunk=1")
+WORKER_BYTES = 13 * 2**30  # of a test: 5.6 GiB of poison, and what it needs
 
 
 def _tests(name: str, what: str, seconds: int, chosen: str, files: tuple[str, ...], workers: tuple[str, ...]) -> Stage:
@@ -57,12 +59,11 @@ FEW = ("2", "8", "32", "128", "1024", "4096")  # lengths of lists where every le
 OURS = ("--variants", "its products alone", "mopl")
 STAGES = (
     Stage("limits", "copy bandwidth and matrix-product rate", 15, ("-m", "bench.limits", "{out}")),
-    _logprob("forward", "the goal's size: scoring without gradient", 70, "forward"),
-    _logprob("frozen", "the goal's size: a frozen head", 75, "frozen"),
-    _logprob("trained", "the goal's size: a trained head", 80, "trained"),
+    # In one, so that a variant's process serves all three: most of its time goes into imports.
+    _logprob("head", "the goal's size: scoring, a frozen head, a trained one", 200, "forward", "frozen", "trained"),
     _logprob("gathered", "the goal's size: from logits", 80, "gathered", "gathered-forward"),
-    _tests("lists", "list losses against float64, CUDA graphs", 130, "gpu and not huge", (LISTS, GRAPHS), WORKERS),
-    _tests("logprob", "log-probabilities against float64", 150, "gpu and not huge", (LOGPROB,), WORKERS),
+    _tests("small", "list losses and log-probabilities against float64, CUDA graphs", 150, "gpu and not huge",
+           (LISTS, GRAPHS, LOGPROB), WORKERS),
     _tests("huge", "the tests that need most of the memory", 70, "gpu and huge", (LISTS, LOGPROB), ()),
     _lists("", "list losses, one objective, K = 2 to 4096", 150, "--no-compile"),
     Stage("model", "the performance model's table with a measured column", 60,

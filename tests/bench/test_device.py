@@ -67,7 +67,7 @@ def test_every_gpu_test_is_in_exactly_one_stage() -> None:
 
 def test_goals_come_first_and_every_stage_can_be_started() -> None:
     names = [stage.name for stage in STAGES]
-    assert names[:5] == ["limits", *(f"logprob-{mode}" for mode in ("forward", "frozen", "trained", "gathered"))]
+    assert names[:3] == ["limits", "logprob-head", "logprob-gathered"]
     assert [name.partition("-")[0] for name in names[5:9]] == ["tests", "tests", "tests", "lists"]
     assert names[-1] == "logprob-heavy"
     for stage in STAGES:
@@ -89,7 +89,7 @@ def test_the_plan_fits_a_lease_and_its_commands_can_be_pasted() -> None:
 def test_the_plan_takes_measured_times_where_there_are_some(tmp_path: Path) -> None:
     (tmp_path / "stages.json").write_text(json.dumps({"limits": {"verdict": "done", "seconds": 7.4}}))
     text = plan(STAGES, tmp_path, "")
-    assert re.search(r"limits +7 s measured", text) and re.search(r"logprob-frozen +\d+ s predicted", text)
+    assert re.search(r"limits +7 s measured", text) and re.search(r"logprob-head +\d+ s predicted", text)
 
 
 # ---------------------------------------------------------------- running them
@@ -209,7 +209,7 @@ def test_the_summary_holds_goals_tests_and_what_was_not_measured(tmp_path: Path)
 @pytest.mark.slow
 def test_every_kind_of_stage_runs_at_toy_sizes(tmp_path: Path) -> None:
     """One of the stages that run the same code, because each process takes seconds to start."""
-    stages = ("limits", "logprob-frozen", "logprob-tune", "lists")
+    stages = ("limits", "logprob-head", "logprob-tune", "lists")
     line = [sys.executable, "-m", "bench.device", "--toy", "--out", str(tmp_path), "tests-huge", *stages]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
@@ -218,8 +218,8 @@ def test_every_kind_of_stage_runs_at_toy_sizes(tmp_path: Path) -> None:
     states = json.loads((folder / "stages.json").read_text())
     assert set(states) == {"tests-huge", *stages} and {state["verdict"] for state in states.values()} == {"done"}
     assert not list(folder.glob("*.part")) and "not measured" not in (folder / "summary.md").read_text()
-    found = json.loads((folder / "logprob-frozen.json").read_text())
-    assert found["command"].startswith("python -m bench.logprob frozen ") and str(ROOT) not in found["command"]
+    found = json.loads((folder / "logprob-head.json").read_text())
+    assert found["command"].startswith("python -m bench.logprob forward ") and str(ROOT) not in found["command"]
     assert found["device"] and found["date"] and found["versions"]["torch"] == torch.__version__
     rows = {row["variant"]: row for row in found["results"] if "failed" not in row}
     assert set(rows) == {"mopl", "full logits"} and rows["mopl"]["ms"] > 0 and rows["mopl"]["log p"] < 1e-4
