@@ -36,29 +36,40 @@ class Kernel:
         written: arguments that are written; every other tensor is read.
         changed: arguments that are read and written.
         elements: how many elements are moved of the arguments that are not taken whole.
+        looked_up: how many elements are read of those that are written, where that depends on other arguments.
         product: (M, N, K) of the product that the kernel computes.
+        tiles: how many tiles of it there are; by default one a program.
         turns: how often a program runs its inner loop, for its instructions; None where they depend on the data.
     """
 
     written: tuple[str, ...] = ()
     changed: tuple[str, ...] = ()
     elements: Mapping[str, Count] = field(default_factory=dict)
+    looked_up: Mapping[str, Count] = field(default_factory=dict)
     product: Callable[[Arguments], tuple[int, int, int]] | None = None
+    tiles: Count = lambda a: a.programs
     turns: Count | None = lambda a: 1
 
     def traffic(self, a: Arguments) -> dict[str, tuple[int, int]]:
         """Return the bytes read and written of each tensor."""
         found = {}
-        for name, tensor in a.given.items():
+        for name, given in a.given.items():
+            tensor = tensor_of(given)
             if not isinstance(tensor, Tensor) or not tensor.numel():
                 continue
             many = self.elements[name](a) if name in self.elements else _distinct(tensor)
             moved = many * tensor.element_size()
+            again = self.looked_up[name](a) * tensor.element_size() if name in self.looked_up else 0
             found[name] = (
-                0 if name in self.written else moved,
+                again if name in self.written else moved,
                 moved if name in self.written or name in self.changed else 0,
             )
         return found
+
+
+def tensor_of(given: Any) -> Any:
+    """Return the matrix that a descriptor holds; anything else as it is."""
+    return getattr(given, "base", given) if type(given).__name__ == "TensorDescriptor" else given
 
 
 def _distinct(x: Tensor) -> int:
@@ -112,7 +123,7 @@ KERNELS: dict[str, Kernel] = {
             "stored": _area,
             "stored_moment": _area,
             "bias": lambda a: a.columns,
-            **_rows("pivot", "shift", "temperature", "others", "moment1", "moment2"),
+            **_rows("pivot", "shift", "temperature", "counts", "others", "moment1", "moment2"),
             **_none("flag"),  # written for the rows that are computed again
         },
     ),
@@ -154,6 +165,28 @@ KERNELS: dict[str, Kernel] = {
     "linear_logprob_backward.scale_kernel": Kernel(written=("out",), elements={"factor": lambda a: a.out.shape[0]}),
     "fused_logprob.fused_sum_kernel": Kernel(
         turns=None, written=("partial", "flag"), product=lambda a: (a.rows, a.vocabulary, a.size)
+    ),
+    "linear_logprob_products.exponential_kernel": Kernel(
+        turns=None,
+        written=("stored", "partial", "flag"),
+        product=lambda a: (a.rows, a.vocabulary, a.size),
+        tiles=lambda a: -(-a.rows // a.BM) * -(-a.vocabulary // a.BV),
+    ),
+    # As if all entries had columns of their own, and counted.
+    "linear_logprob_products.weight_gradient_kernel": Kernel(
+        turns=None,
+        written=("out",),
+        product=lambda a: (a.vocabulary, a.size, a.rows),
+        tiles=lambda a: -(-a.vocabulary // a.BV) * -(-a.size // a.BH),
+    ),
+    "linear_logprob_products.pivot_kernel": Kernel(
+        turns=None,
+        written=("out", "place"),
+        elements={
+            **dict.fromkeys(("hidden", "out"), lambda a: a.column.numel() * a.size),
+            "place": lambda a: a.column.numel(),
+        },
+        looked_up={"out": lambda a: a.column.numel() * a.size if a.place is None else 0},
     ),
     "gathered_logprob.forward_kernel": Kernel(
         turns=_blocks("vocabulary", "DEPTH", "WIDTH"), written=("logprob", "logsumexp", "entropy", "variance")

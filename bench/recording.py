@@ -34,7 +34,7 @@ from torch.utils._pytree import tree_leaves
 
 from bench.cards import Card
 from bench.instructions import specialisation
-from bench.kernel_traffic import Arguments, kernel
+from bench.kernel_traffic import Arguments, kernel, tensor_of
 
 aten = torch.ops.aten
 DEVICE = torch.device("cuda:0")
@@ -61,7 +61,7 @@ class Launch:
     product: tuple[int, int, int] | None = None  # M, N, K
     batch: int = 1
     dtype: torch.dtype = torch.float32  # of the operands of a product
-    tiles: int | None = None  # programs of a product that is a Triton kernel
+    tiles: int | None = None  # of a product that is a Triton kernel
     code: str = ""  # which machine code a Triton kernel runs; "" where its instructions depend on the data
     warps: int = 0
     turns: int = 0  # of its inner loop
@@ -239,15 +239,15 @@ def record_triton(recording: Recording) -> Callable:
         name = f"{self.fn.__module__.rsplit('.', 1)[-1]}.{self.fn.__name__}"
         programs, warps = math.prod(grid(given) if callable(grid) else grid), options.get("num_warps", 4)
         arguments, described = Arguments(given, programs), kernel(name)
-        touched = tuple(Touch(where(given[n]), r, w) for n, (r, w) in described.traffic(arguments).items())
+        touched = tuple(Touch(where(tensor_of(given[n])), r, w) for n, (r, w) in described.traffic(arguments).items())
         product = None if described.product is None else described.product(arguments)
         constant = {one.name for one in self.params if one.is_constexpr}
         recording.host["triton"] += 1
         recording.launches.append(
             Launch(
                 name, "triton", touched, product=product,
-                dtype=next(x.dtype for x in given.values() if isinstance(x, Tensor)),
-                tiles=None if product is None else programs,
+                dtype=next(x.dtype for x in map(tensor_of, given.values()) if isinstance(x, Tensor)),
+                tiles=None if product is None else described.tiles(arguments),
                 code="" if described.turns is None else specialisation(name, given, constant, warps),
                 warps=programs * warps, turns=0 if described.turns is None else described.turns(arguments),
             )

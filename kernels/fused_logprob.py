@@ -1,7 +1,8 @@
 """The product of hidden states and head with its epilogue in one kernel: scoring without gradient, no [M, V] written.
 
 It computes what `exp_kernel` of `linear_logprob` does after the library's product, the sums of exp(u - shift) with the
-pivot left out. It serves short batches, where reading the head bounds the time, and is a candidate for long ones.
+pivot left out. It serves short batches, where reading the head bounds the time, and is a candidate for long ones where
+`linear_logprob_products` does not serve them.
 """
 
 import triton
@@ -41,6 +42,63 @@ def usable_tiles(itemsize: int, shared_limit: int, every_stage: bool, softcap: b
 
 
 @triton.jit
+def tile_at(index, row_tiles, column_tiles, GROUP: tl.constexpr):
+    """Return the tile of rows and the tile of columns of a product's tile.
+
+    Tiles of columns run slowly and tiles of rows fast within a group, so that a tile of the second operand is read from
+    DRAM once for GROUP tiles of rows.
+    """
+    per_group = GROUP * column_tiles
+    first = index // per_group * GROUP
+    height = tl.minimum(row_tiles - first, GROUP)
+    return first + (index % per_group) % height, (index % per_group) // height
+
+
+@triton.jit
+def exponentials(
+    a,  # (BM, BV): <hidden, weight>
+    n,  # (BM,): the rows of the tile
+    first_column,
+    bias,  # (V,) or None
+    pivot,  # (M,) int64
+    shift,  # (M,)
+    temperature,  # (M,)
+    counts,  # (M,) bool: whether a row counts; None: all do
+    flag,  # (M,) int8 of this tile of the vocabulary: 1 where the shift is too small for the row
+    others,  # (M,) of it: the sums
+    rows,  # M
+    vocabulary,  # V
+    SOFTCAP: tl.constexpr,
+    LOGIT_SCALE: tl.constexpr,
+    LIMIT: tl.constexpr,
+):
+    """Write the sums of a tile and return exp(u - shift), 0 at pivots, off the matrix and in rows that do not count."""
+    c = tl.arange(0, a.shape[1])
+    v = first_column + c
+    inside = n < rows
+    live = inside
+    if counts is not None:
+        live = inside & tl.load(counts + n, mask=inside, other=0)
+    if bias is not None:
+        a += tl.load(bias + v, mask=v < vocabulary, other=0.0).to(a.dtype)[None, :]
+    s = tl.load(shift + n, mask=live, other=0.0)
+    k = scale_of(tl.load(temperature + n, mask=live, other=1.0), SOFTCAP, LOGIT_SCALE)
+    q = tl.load(pivot + n, mask=live, other=-1) - first_column
+    b, _f = bent(a, SOFTCAP, LOGIT_SCALE)
+    special = ((q >= 0) & (q < a.shape[1])) | (live == 0)
+    if (tl.max(special.to(tl.int32), axis=0) > 0) | (first_column + a.shape[1] > vocabulary):
+        # A row that does not count may hold NaN.
+        kept = live[:, None] & (v < vocabulary)[None, :] & (c[None, :] != q.to(tl.int32)[:, None])
+        b = tl.where(kept, b, float("-inf"))
+    e = tl.exp2(exponent(b, k[:, None], s[:, None]) * LOG2E)
+    total = tl.sum(e, axis=1)
+    tl.store(others + n, total, mask=inside)
+    bad = (total > LIMIT) | (s == float("-inf"))
+    tl.store(flag + n, (live & bad).to(tl.int8), mask=inside)
+    return e
+
+
+@triton.jit
 def fused_sum_kernel(
     hidden,  # (M, H)
     weight,  # (V, H)
@@ -48,7 +106,7 @@ def fused_sum_kernel(
     pivot,  # (M,) int64
     shift,  # (M,)
     temperature,  # (M,)
-    count,  # () int64 or None: rows from this one on hold no data
+    counts,  # (M,) bool: whether a row counts; None: all do
     partial,  # (tiles, M) sums of a tile of the vocabulary
     flag,  # (tiles, M) int8: 1 where the shift is too small for the row
     rows,  # M
@@ -65,27 +123,10 @@ def fused_sum_kernel(
     GROUP: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """One program for a tile of rows and a tile of the vocabulary.
-
-    Tiles of the vocabulary run slowly and tiles of rows fast within a group, so that a tile of the head is read from
-    DRAM once for GROUP tiles of rows.
-    """
-    row_tiles = tl.cdiv(rows, BM)
-    column_tiles = tl.cdiv(vocabulary, BV)
-    index = tl.program_id(0)
-    per_group = GROUP * column_tiles
-    group = index // per_group
-    first = group * GROUP
-    height = tl.minimum(row_tiles - first, GROUP)
-    row_tile = first + (index % per_group) % height
-    column_tile = (index % per_group) // height
+    """One program for a tile of rows and a tile of the vocabulary; see `tile_at`."""
+    row_tile, column_tile = tile_at(tl.program_id(0), tl.cdiv(rows, BM), tl.cdiv(vocabulary, BV), GROUP)
     n = row_tile * BM + tl.arange(0, BM)
-    c = tl.arange(0, BV)
-    first_column = column_tile * BV
-    v = first_column + c
-    live = n < rows
-    if count is not None:
-        live = live & (n < tl.load(count))
+    v = column_tile * BV + tl.arange(0, BV)
     # Rows and columns past the end read row 0: in range, and dropped below. Loads without a mask pipeline best.
     n_read = tl.where(n < rows, n, 0).to(tl.int64)
     v_read = tl.where(v < vocabulary, v, 0).to(tl.int64)
@@ -97,18 +138,8 @@ def fused_sum_kernel(
         if UPCAST:  # the interpreter multiplies the bit patterns of bf16
             h, w = h.to(partial.dtype.element_ty), w.to(partial.dtype.element_ty)
         a = tl.dot(h, w, acc=a, input_precision="ieee")
-    if bias is not None:
-        a += tl.load(bias + v, mask=v < vocabulary, other=0.0).to(a.dtype)[None, :]
-    s = tl.load(shift + n, mask=live, other=0.0)
-    k = scale_of(tl.load(temperature + n, mask=live, other=1.0), SOFTCAP, LOGIT_SCALE)
-    q = tl.load(pivot + n, mask=live, other=-1) - first_column
-    b, _f = bent(a, SOFTCAP, LOGIT_SCALE)
-    holds_pivot = tl.max(((q >= 0) & (q < BV)).to(tl.int32), axis=0) > 0
-    if holds_pivot | (first_column + BV > vocabulary):
-        b = tl.where((v < vocabulary)[None, :] & (c[None, :] != q.to(tl.int32)[:, None]), b, float("-inf"))
-    x = exponent(b, k[:, None], s[:, None])
-    total = tl.sum(tl.exp2(x * LOG2E), axis=1)
-    place = column_tile.to(tl.int64) * rows + n
-    tl.store(partial + place, total, mask=n < rows)
-    bad = (total > LIMIT) | (s == float("-inf"))
-    tl.store(flag + place, (live & bad).to(tl.int8), mask=n < rows)
+    place = column_tile.to(tl.int64) * rows
+    exponentials(
+        a, n, column_tile * BV, bias, pivot, shift, temperature, counts, flag + place, partial + place, rows,
+        vocabulary, SOFTCAP, LOGIT_SCALE, LIMIT,
+    )  # fmt: skip

@@ -120,7 +120,7 @@ def exp_kernel(
     pivot,  # (M,) int64
     shift,  # (M,)
     temperature,  # (M,)
-    count,  # () int64 or None: rows from this one on hold no data
+    counts,  # (M,) bool: whether a row counts; None: all do
     stored,  # (R, *) at the tile's first column: e f if BENT, else e; or None. Rows are padded, with 0
     stored_moment,  # the same for e f (u - s), or None
     others,  # (M,): sums to which this tile's are added
@@ -145,8 +145,8 @@ def exp_kernel(
     inside_row = r < rows
     n = first_row + r
     live = inside_row
-    if count is not None:
-        live = inside_row & (n < tl.load(count))
+    if counts is not None:
+        live = inside_row & tl.load(counts + n, mask=inside_row, other=0)
     s = tl.load(shift + n, mask=live, other=0.0)
     k = scale_of(tl.load(temperature + n, mask=live, other=1.0), SOFTCAP, LOGIT_SCALE)
     q = tl.load(pivot + n, mask=live, other=-1) - first_column

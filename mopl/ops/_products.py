@@ -43,7 +43,7 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None, add: bool = False) 
         out = torch.empty(a.shape[0], b.shape[1], dtype=dtype, device=a.device)
     if a.is_cuda and a.dtype in SIXTEEN and a.dtype == b.dtype:
         restricted = a.dtype == torch.float16 and torch.backends.cuda.matmul.allow_fp16_accumulation
-        form = _assumed_form() if _is_fake(a) else _form(a.device, a.dtype, restricted)
+        form = _assumed_form() if is_fake(a) else _form(a.device, a.dtype, restricted)
         return multiply(form, a, b, out, add)
     return _float_product(a.to(dtype), b.to(dtype), out, add)
 
@@ -71,13 +71,14 @@ def _float_product(a: Tensor, b: Tensor, out: Tensor, add: bool) -> Tensor:
 
 
 def _add_product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    if _is_fake(a):  # which computes shapes and has no such function for this one's result (torch 2.13)
+    if is_fake(a):  # which computes shapes and has no such function for this one's result (torch 2.13)
         torch.mm(a, b, out_dtype=out.dtype)
         return out
     return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
 
 
-def _is_fake(x: Tensor) -> bool:
+def is_fake(x: Tensor) -> bool:
+    """Say whether a tensor has a shape alone, as a compiler traces it."""
     return isinstance(x, torch._subclasses.FakeTensor)
 
 

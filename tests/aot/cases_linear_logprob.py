@@ -6,7 +6,10 @@ kernels = load_kernels("linear_logprob")
 backward = load_kernels("linear_logprob_backward")
 flagged = load_kernels("linear_logprob_flagged")
 fused = load_kernels("fused_logprob")
+products = load_kernels("linear_logprob_products")
 
+# Products of a warp group whose operands the copy engine brings.
+COPY_ENGINE = {"sm_90": ("wgmma", "cp.async.bulk.tensor")}
 HOPPER_OR_LATER = ("sm_90", "sm_100")  # whose products read shared memory while the next loads run: `shared_bytes`
 
 
@@ -55,7 +58,7 @@ def _sums(operand: str, stored: str | None, moments: int, bent: bool, bias: bool
         "pivot": "*i64",
         "shift": exact,
         "temperature": exact,
-        "count": "*i64",
+        "counts": "*i1",
         "stored": None if stored is None else f"*{stored}",
         "stored_moment": f"*{stored}" if stored is not None and bent and moments else None,
         "others": exact,
@@ -208,7 +211,7 @@ def _fused(operand: str, name: str, softcap: float = 0.0, bias: bool = False) ->
         if name in fused.usable_tiles(ITEMSIZE[operand], kib * 1024, target in HOPPER_OR_LATER, softcap > 0)
     ]
     types = {"hidden": f"*{operand}", "weight": f"*{operand}", "bias": f"*{operand}" if bias else None}
-    types |= {"pivot": "*i64", "shift": "*fp32", "temperature": "*fp32", "count": "*i64"}
+    types |= {"pivot": "*i64", "shift": "*fp32", "temperature": "*fp32", "counts": "*i1"}
     types |= {"partial": "*fp32", "flag": "*i8"}
     types |= dict.fromkeys(("rows", "size", "vocabulary", "hidden_stride", "weight_stride"), "i32")
     # Float32 is exact arithmetic without tensor cores; 16 rows are below the 64 of Hopper's and Blackwell's products,
@@ -231,6 +234,68 @@ def _fused(operand: str, name: str, softcap: float = 0.0, bias: bool = False) ->
         targets=targets,
         wide=("hidden", "weight"),
         elements=(tile["BM"] + tile["BV"]) * tile["BH"],
+    )
+
+
+def _exponential(operand: str, stored: bool, bias: bool = False) -> Case:
+    tile = products.TILE
+    blocks = {"hidden": ("BM", "BH"), "weight": ("BV", "BH")} | ({"stored": ("BM", "BV")} if stored else {})
+    types: dict[str, str | None] = {
+        name: f"tensordesc<{operand}[{','.join(str(tile[size]) for size in block)}]>" for name, block in blocks.items()
+    }
+    types |= {} if stored else {"stored": None}
+    types |= {"bias": f"*{operand}" if bias else None, "pivot": "*i64", "shift": "*fp32", "temperature": "*fp32"}
+    types |= {"counts": "*i1", "partial": "*fp32", "flag": "*i8"} | dict.fromkeys(("rows", "size", "vocabulary"), "i32")
+    return _case(
+        f"exponential {operand}{' stored' * stored}{' bias' * bias}",
+        products.exponential_kernel,
+        types,
+        {"LOGIT_SCALE": 1.0, "LIMIT": kernels.LIMIT, "UPCAST": False},
+        tile,
+        divisible=("size", "vocabulary"),
+        instructions=COPY_ENGINE,
+        absent={"sm_90": ("mma.sync",)},
+        targets=("sm_90",),
+        elements=(tile["BM"] + tile["BV"]) * tile["BH"],
+    )
+
+
+def _weight_gradient(operand: str) -> Case:
+    tile = products.GRADIENT_TILE
+    blocks = {"stored": ("BM", "BV"), "inner": ("BM", "BH"), "out": ("BV", "BH")}
+    types: dict[str, str | None] = {
+        name: f"tensordesc<{operand}[{','.join(str(tile[size]) for size in block)}]>" for name, block in blocks.items()
+    }
+    types |= {"added": "*fp32", "place": "*i32", "unit": "*fp32" if operand == "fp16" else None}
+    types |= dict.fromkeys(("rows", "size", "vocabulary"), "i32")
+    return _case(
+        f"weight gradient {operand}",
+        products.weight_gradient_kernel,
+        types,
+        {"UPCAST": False},
+        tile,
+        divisible=("size", "vocabulary"),
+        instructions=COPY_ENGINE,
+        absent={"sm_90": ("mma.sync",)},
+        targets=("sm_90",),
+        elements=(tile["BV"] + tile["BH"]) * tile["BM"],
+    )
+
+
+def _pivot(operand: str, added: bool, size: int = 4096) -> Case:
+    tile, exact = products.pivot_tile(size), _arithmetic(operand)
+    types: dict[str, str | None] = {"hidden": f"*{operand}", "coefficient": exact, "out": exact}
+    types |= dict.fromkeys(("column", "order", "position", "stop"), "*i64") | {"place": None if added else "*i32"}
+    types |= dict.fromkeys(("size", "vocabulary", "hidden_stride"), "i32")
+    return _case(
+        f"pivot {operand}{' added' * added}",
+        products.pivot_kernel,
+        types,
+        {},
+        tile,
+        divisible=("size", "vocabulary", "hidden_stride"),
+        wide=("hidden",),
+        elements=tile["ENTRIES"] * tile["BLOCK"],
     )
 
 
@@ -273,6 +338,19 @@ def cases() -> list[Case]:
         _scale("fp32", 2048),
         _scale("fp16", 2048),
         _scale("fp64", 2048),
+        _exponential("bf16", stored=False),
+        _exponential("bf16", stored=True),
+        _exponential("bf16", stored=True, bias=True),
+        _exponential("fp16", stored=False, bias=True),
+        _exponential("fp16", stored=True, bias=True),
+        _weight_gradient("bf16"),
+        _weight_gradient("fp16"),
+        _pivot("bf16", added=False),
+        _pivot("fp16", added=False),
+        _pivot("bf16", added=True),
+        _pivot("fp16", added=True),
+        _pivot("fp32", added=True),
+        _pivot("fp64", added=True),
         _fused("bf16", "wide"),
         _fused("bf16", "square", softcap=30.0, bias=True),
         _fused("fp16", "square", bias=True),

@@ -104,15 +104,15 @@ def careful_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
     load, store, call = builder.create_masked_load, builder.create_masked_store, executor.__call__
 
-    def checked_load(self, pointers, mask, *rest):
+    def checked_load(self, pointers, mask, *rest, **named):
         if current:
             current[-1].touch(pointers, mask, current[-1].read, "read")
-        return load(self, pointers, mask, *rest)
+        return load(self, pointers, mask, *rest, **named)
 
-    def checked_store(self, pointers, value, mask, *rest):
+    def checked_store(self, pointers, value, mask, *rest, **named):
         if current:
             current[-1].touch(pointers, mask, current[-1].written, "written")
-        return store(self, pointers, value, mask, *rest)
+        return store(self, pointers, value, mask, *rest, **named)
 
     def checked_call(self, *arguments, **options):
         launch = _Launch([a for a in (*arguments, *options.values()) if isinstance(a, torch.Tensor)])
@@ -132,3 +132,28 @@ def careful_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def own_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plan what a GPU of compute capability 9 would, with tiles for sizes of tests."""
+    from mopl.kernels import linear_logprob_products as kernels
+    from mopl.ops.linear_logprob import choice
+    from mopl.ops.linear_logprob import device as gpus
+    from mopl.ops.linear_logprob.plan import DESCRIPTORS
+
+    def tile(**sizes: int) -> dict[str, int]:
+        return {**sizes, "GROUP": 2, "num_warps": 4, "num_stages": 2}
+
+    monkeypatch.setattr(kernels, "TILE", tile(BM=16, BV=32, BH=16))
+    monkeypatch.setattr(kernels, "GRADIENT_TILE", tile(BV=16, BH=32, BM=16))
+    plan_for, hopper = choice.plan_for, gpus.TOY._replace(capability=(9, 0))
+
+    def planned(hidden, weight, wanted, softcap, moments=0, buffers=1):
+        with monkeypatch.context() as patch:
+            patch.setattr(gpus, "properties_of", lambda device: hopper)
+            fits = choice.algorithms(hidden, weight, wanted, softcap, moments)
+        plan = plan_for(hidden, weight, wanted, softcap, moments, buffers)
+        return plan._replace(algorithm=DESCRIPTORS) if DESCRIPTORS in fits else plan
+
+    monkeypatch.setattr(choice, "plan_for", planned)

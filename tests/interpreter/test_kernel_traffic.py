@@ -39,13 +39,13 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Counted]]:
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
     load, store, call = builder.create_masked_load, builder.create_masked_store, executor.__call__
 
-    def counted_load(self, pointers, mask, *rest):
+    def counted_load(self, pointers, mask, *rest, **named):
         Counted.note(found[-1].read, pointers, mask)
-        return load(self, pointers, mask, *rest)
+        return load(self, pointers, mask, *rest, **named)
 
-    def counted_store(self, pointers, value, mask, *rest):
+    def counted_store(self, pointers, value, mask, *rest, **named):
         Counted.note(found[-1].written, pointers, mask)
-        return store(self, pointers, value, mask, *rest)
+        return store(self, pointers, value, mask, *rest, **named)
 
     def counted_call(self, *arguments, **options):
         given = dict(zip(self.arg_names, arguments, strict=False)) | options
@@ -102,6 +102,24 @@ def test_the_fused_product(launches: list[Counted], monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(choice, "fused_tiles", lambda plan: tiles)
     linear_logprob(torch.randn(20, 24), torch.randn(70, 24), distinct_targets(20, 70))
     assert "fused_logprob.fused_sum_kernel" in {one.name for one in launches}
+    as_declared(launches)
+
+
+@pytest.mark.parametrize("mode", ["scoring", "frozen", "trained"])
+def test_products_of_our_own(
+    mode: str, launches: list[Counted], own_products: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mopl.ops.linear_logprob import function
+
+    monkeypatch.setattr(function, "kept_rows", lambda hidden, weight, rows, *_: rows)  # as on a GPU: all of them
+    hidden = torch.randn(37, 24).bfloat16().requires_grad_(mode != "scoring")
+    weight = torch.randn(107, 24).bfloat16().requires_grad_(mode == "trained")
+    out = linear_logprob(hidden, weight, distinct_targets(37, 107))
+    if mode != "scoring":
+        out.sum().backward()
+    launched = {one.name for one in launches}
+    assert "linear_logprob_products.exponential_kernel" in launched
+    assert ("linear_logprob_products.weight_gradient_kernel" in launched) == (mode == "trained")
     as_declared(launches)
 
 

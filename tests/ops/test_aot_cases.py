@@ -58,6 +58,8 @@ def kind(value: object, constant: bool) -> str | None:
     """Return what of an argument changes the code that is compiled; None for the size of a tile."""
     if value is None or isinstance(value, bool):
         return str(value)
+    if hasattr(value, "block_shape"):  # a descriptor
+        return f"tensordesc<{NAMES[value.base.dtype]}[{','.join(map(str, value.block_shape))}]>"
     if constant:
         return {0.0: "0.0", 1: "1"}.get(value, "not 0") if isinstance(value, float) else None
     return f"*{NAMES[value.dtype]}" if isinstance(value, Tensor) else "i64" if abs(value) >= 2**31 else "i32"
@@ -102,6 +104,7 @@ def uses() -> Iterator[Callable[[], object]]:
 
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         yield lambda dtype=dtype: head(dtype)
+        yield lambda dtype=dtype: head(dtype, bias=True)
         yield lambda dtype=dtype: head(dtype, softcap=30.0, return_entropy=True, bias=True, workspace=0)
         yield lambda dtype=dtype: head(dtype, return_entropy=True, bias=True, logit_scale=0.5, vocabulary=50257)
         yield lambda dtype=dtype: head(dtype, softcap=30.0)

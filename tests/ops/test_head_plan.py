@@ -181,6 +181,21 @@ def test_few_rows_get_wide_tiles_and_the_fused_kernel() -> None:
     assert make_plan(device, torch.float32, 16, 4096, 128256, "scoring", ("float32",)).algorithm == "library"
 
 
+def test_products_of_our_own_take_the_librarys_place_but_for_few_rows() -> None:
+    fits = ("wide", "few", "short", "descriptors")
+    for rows, wanted, name in (
+        (16, "scoring", "few"), (256, "scoring", "short"), (257, "scoring", "descriptors"),
+        (16, "frozen", "descriptors"), (16384, "trained", "descriptors"),
+    ):  # fmt: skip
+        plan = make_plan(CARDS["H200"].plan, BF16, rows, 4096, 128256, wanted, fits)
+        assert plan.algorithm == name and plan.rows % 128 == 0
+        if name == "descriptors":
+            assert plan.rows == plan.buffer_rows == 4096
+    small = Device(114, 25 * 10**9, (9, 0))
+    plan = make_plan(small, BF16, 16384, 4096, 128256, "frozen", fits)
+    assert plan.rows == 4096 and plan.buffer_rows * 128256 * 2 <= small.memory // 64
+
+
 def test_float16_costs_one_more_product() -> None:
     card, size = CARDS["H200"], (4096, 4096, 128256)
     plan = make_plan(card.plan, torch.float16, *size, "frozen")

@@ -25,11 +25,14 @@ def test_compaction_without_a_synchronisation(bound: int, rows: int, targets: in
     chosen = select(target, row, rows, min(bound, rows), on_host=False)
     where = torch.arange(many) if row is None else row
     counting = sorted(set(where[target >= 0].tolist()))
-    index, count, blank = chosen.rows.index, chosen.count, chosen.rows.blank
-    assert index is not None and count is not None and blank is not None
+    index, blank = chosen.rows.index, chosen.rows.blank
+    assert blank is not None
+    # Where no row can be spared, all stay in their places.
+    assert (index is None) == (row is None and bound >= rows)
+    index = torch.arange(rows) if index is None else index
     valid = ~blank
     held = counting[:bound]
-    assert int(count) == len(held) == int(valid.sum())
+    assert len(held) == int(valid.sum())
     assert len(index) == len(valid) <= min(bound, rows, many)
     assert index[valid].tolist() == held
 
@@ -68,5 +71,6 @@ def test_host_and_device_choose_the_same_rows() -> None:
         target = torch.randint(-3, 9, (9 if shared else 7,)).clamp(min=-1)
         here, there = (select(target, row, 7, 7, on_host=on_host) for on_host in (True, False))
         held = torch.arange(7) if here.rows.index is None else here.rows.index
-        assert there.rows.index is not None and there.rows.blank is not None
-        assert torch.equal(there.rows.index[~there.rows.blank], held)
+        assert there.rows.blank is not None and (there.rows.index is None) == (row is None)
+        index = torch.arange(7) if there.rows.index is None else there.rows.index
+        assert torch.equal(index[~there.rows.blank], held)

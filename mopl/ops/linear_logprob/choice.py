@@ -1,7 +1,8 @@
 """How one call of `linear_logprob` on a GPU is cut, and by which algorithm: planned by a rule, or as it was measured.
 
 Below about 256 rows reading the head bounds the time, and the fused kernel reads it once and writes nothing. Above,
-the library multiplies, in chunks and tiles that `plan` chooses. `tune` measures the alternatives and remembers
+kernels of our own multiply where the GPU is one they were measured on, and elsewhere the library, in chunks and tiles
+that `plan` chooses. `tune` measures the alternatives and remembers
 the winner on disk, by architecture, dtype, sizes of the head, what is wanted and the number of rows rounded up to a
 power of two, never by the exact number of rows.
 """
@@ -25,7 +26,8 @@ from mopl._records import DamagedFile, read_json
 from mopl.kernels import fused_logprob as kernels
 from mopl.ops._products import operand_dtype
 from mopl.ops.linear_logprob import device as gpus
-from mopl.ops.linear_logprob.plan import LIBRARY, Plan, Wanted, make_plan
+from mopl.ops.linear_logprob.own_products import describable
+from mopl.ops.linear_logprob.plan import DESCRIPTORS, LIBRARY, Plan, Wanted, make_plan
 
 
 def cache_path() -> Path:
@@ -77,16 +79,31 @@ def _usable(index: int, itemsize: int, softcap: bool) -> list[str]:
     return kernels.usable_tiles(itemsize, limit, every_stage, softcap)
 
 
-def plan_for(hidden: Tensor, weight: Tensor, wanted: Wanted, softcap: bool, buffers: int = 1) -> Plan:
+def algorithms(hidden: Tensor, weight: Tensor, wanted: Wanted, softcap: bool, moments: int = 0) -> tuple[str, ...]:
+    """Return the algorithms, beside the library's products, that can serve a call on a GPU.
+
+    Kernels of our own are for what they were measured on, NVIDIA's compute capability 9 and 16-bit operands, and have
+    no softcap and no moments.
+    """
+    dtype, device = operand_dtype(hidden, weight), gpus.properties_of(hidden.device)
+    found = []
+    if dtype != torch.float64 and wanted == "scoring" and not moments:
+        found += usable(hidden.device, dtype.itemsize, softcap)
+    known = device.maker == "NVIDIA" and device.capability[0] == 9 and dtype.itemsize == 2
+    if known and not softcap and not moments and describable(hidden) and describable(weight):
+        found.append(DESCRIPTORS)
+    return tuple(found)
+
+
+def plan_for(hidden: Tensor, weight: Tensor, wanted: Wanted, softcap: bool, moments: int = 0, buffers: int = 1) -> Plan:
     """Return how a call is cut: as `make_plan` says, and where `tune` has measured it as was fastest."""
-    dtype = operand_dtype(hidden, weight)
-    fits = ()
-    if hidden.is_cuda and dtype != torch.float64 and wanted == "scoring":
-        fits = usable(hidden.device, dtype.itemsize, softcap)
+    dtype, fits = operand_dtype(hidden, weight), ()
+    if hidden.is_cuda:
+        fits = algorithms(hidden, weight, wanted, softcap, moments)
     rows, (vocabulary, size) = hidden.shape[0], weight.shape
-    plan = make_plan(gpus.properties_of(hidden.device), dtype, rows, size, vocabulary, wanted, tuple(fits), buffers)
+    plan = make_plan(gpus.properties_of(hidden.device), dtype, rows, size, vocabulary, wanted, fits, buffers)
     measured = _choices(cache_path()).get(key_of(hidden, weight, rows, wanted, softcap)) if hidden.is_cuda else None
-    return plan if measured is None else remembered(plan, measured, tuple(fits))
+    return plan if measured is None else remembered(plan, measured, fits)
 
 
 # "library 4224x7943": rows of a chunk, columns of a tile; before there was a choice of them, the name alone.
@@ -118,5 +135,5 @@ def rows_worth_keeping(hidden: Tensor, weight: Tensor, rows: int, softcap: bool)
 
 
 def fused_tiles(plan: Plan) -> dict[str, int] | None:
-    """Return the tiles of the fused kernel, or None where the library multiplies."""
-    return None if plan.algorithm == LIBRARY else kernels.TILES[plan.algorithm]
+    """Return the tiles of the fused kernel, or None where another algorithm is planned."""
+    return kernels.TILES.get(plan.algorithm)

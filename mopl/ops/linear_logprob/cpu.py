@@ -1,8 +1,8 @@
 """The four stages of `linear_logprob` in chunked PyTorch; `gpu` has the same four functions.
 
-M rows in play, F targets in play. All rows count, but for a tail where rows were compacted without a synchronisation
-(see `count`): the tail's rows of `hidden` are 0, its columns -1, and its results are ignored. All arithmetic, the
-products included, and every (M,)-vector is in the compute dtype: float32, float64 for float64.
+M rows in play, F targets in play. Rows of a batch that do not count (`counts`) may hold anything: their columns are -1,
+and their sums and directions 0. All arithmetic, the products included, and every (M,)-vector is in the compute dtype:
+float32, float64 for float64.
 
 The vocabulary is cut into tiles of `COLUMNS`, the rows into chunks of `ROWS`. A tile of the weight is brought to the
 compute dtype once for all rows: products of 16-bit operands are exact in float32, and on processors without 16-bit
@@ -46,7 +46,7 @@ class _Logits(NamedTuple):
         """Prepare a head; a factor is folded into the rows unless a bias stands between."""
         temperature, softcap = batch.temperature[:, None], head.softcap
         factor = head.logit_scale / (softcap * torch.ones_like(temperature) if softcap else temperature)
-        rows, bias, inner = batch.hidden.to(temperature.dtype), None, None
+        rows, bias, inner = _that_count(batch).to(temperature.dtype), None, None
         if head.bias is not None:
             bias, inner = head.bias.to(temperature.dtype), factor
         elif not bool((factor == 1).all()):
@@ -70,6 +70,11 @@ class _Logits(NamedTuple):
         assert self.bend is not None
         tanh = u * self.bend[rows]
         return (1 - tanh).mul_(1 + tanh)
+
+
+def _that_count(batch: Batch) -> Tensor:
+    """Return the hidden states (M, H), 0 in rows that do not count."""
+    return batch.hidden if batch.counts is None else batch.hidden.masked_fill(~batch.counts[:, None], 0)
 
 
 def _chunks(start: int, stop: int) -> Iterator[slice]:
@@ -269,7 +274,7 @@ def backward(
     # Rows without upstream gradient take no part in the products.
     live = alpha != 0 if gamma is None else (alpha != 0) | (gamma != 0)
     index = None if bool(live.all()) else live.nonzero()[:, 0]
-    every, everywhere = len(batch.hidden), batch.hidden.to(shift.dtype)
+    every, everywhere = len(batch.hidden), _that_count(batch).to(shift.dtype)
     kept = min(keep_rows, every)
     reused = kept if index is None else int((index < kept).sum())
     if index is not None:

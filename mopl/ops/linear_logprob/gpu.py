@@ -7,12 +7,13 @@ The same functions as in `cpu`, whose docstrings say what each argument and resu
   any 16-bit gradient. float16 operands have no such range to offer: their rows are summed once first and then
   normalised, which costs one more product, but no digits; and upstream gradients are scaled by their largest.
 * Rows are processed in chunks, logits in tiles of constant area: see `plan`.
-* Nothing here waits for the GPU: rows that do not count are at the end, and kernels leave them out by `count`.
+* Nothing here waits for the GPU: kernels leave out rows that do not count, by `counts`, whatever these hold.
 * In the backward pass each chunk of rows gives two products with what is stored of it: the gradient of the hidden
   states, whose rows are then finished by one pass (factor, pivot's row of the head, rounding), and that of the head,
-  summed over chunks in float32. The entries at the pivots are added to that sum, which is then rounded once: no product
-  may write it in 16 bit, since the pivots' entries among the stored exponentials would be rounded first (1.7 times the
-  error of a float32 reference).
+  summed over chunks in float32. The entries at the pivots are added to that sum, which is then rounded once: among the
+  stored exponentials they would be rounded first (1.7 times the error of a float32 reference).
+* Where the plan's algorithm is `DESCRIPTORS`, kernels of our own form the exponentials without logits in memory, and,
+  where one chunk is all, the gradient of the head without a float32 copy: see `own_products`.
 """
 
 from __future__ import annotations
@@ -32,11 +33,14 @@ from mopl.kernels import linear_logprob_flagged as flagged_kernels
 from mopl.ops._backend import INTERPRETED
 from mopl.ops._products import operand_dtype, product
 from mopl.ops._rows import rows_contiguous
-from mopl.ops.linear_logprob import choice
+from mopl.ops.linear_logprob import choice, own_products
 from mopl.ops.linear_logprob.keeping import padded_columns
-from mopl.ops.linear_logprob.plan import Plan
+from mopl.ops.linear_logprob.own_products import Entries
+from mopl.ops.linear_logprob.plan import DESCRIPTORS, Plan
 from mopl.ops.linear_logprob.records import Batch, Coefficients, Head, LogitGradient, Need, Sums, Want
 
+# Rows of a product with the head: from 16384 on the library chooses one that takes 7 % longer (H200, 2026-11-27).
+MOST_ROWS = 8192
 HEADROOM = 8.0  # nats: normalised exponentials, and their products with u - shift, stay below float16's 65504
 
 
@@ -121,7 +125,7 @@ class Scan:
     def __init__(self, head: Head, batch: Batch, pivot: Tensor, shift: Tensor, plan: Plan) -> None:
         dtype = operand_dtype(batch.hidden, head.weight)
         self.hidden, self.weight = (rows_contiguous(x.to(dtype)) for x in (batch.hidden, head.weight))
-        self.bias, self.pivot, self.temperature, self.count = head.bias, pivot, batch.temperature, batch.count
+        self.bias, self.pivot, self.temperature, self.counts = head.bias, pivot, batch.temperature, batch.counts
         self.shift, self.plan = shift.clone(), plan
         self.scales = {"SOFTCAP": head.softcap, "LOGIT_SCALE": head.logit_scale}
         self.dtype = compute_dtype(batch.hidden, head.weight)
@@ -129,8 +133,15 @@ class Scan:
         self.narrow = self.hidden.dtype == torch.float16
 
     def once(self, rows: slice, sums: Running, kept: Kept = NOTHING) -> None:
-        """Pass once over the vocabulary for some rows: add up the sums and store exponentials (R, V) if asked."""
+        """Pass once over the vocabulary for some rows: sum up and store exponentials (R, V) if asked."""
         first, many = rows.start, rows.stop - rows.start
+        if self.plan.algorithm == DESCRIPTORS:
+            vectors = (None if x is None else x[rows] for x in (self.pivot, self.shift, self.temperature, self.counts))
+            own_products.exponentials(
+                self.hidden[rows], self.weight, kept.e, (self.bias, *vectors), sums.others[rows], sums.flag[rows],
+                self.scales["LOGIT_SCALE"], self.plan.processors,
+            )  # fmt: skip
+            return
         part = self.hidden[rows]
         moment1, moment2 = sums.optional()
         wide = self.plan.columns(many, self.vocabulary)
@@ -140,7 +151,7 @@ class Scan:
             columns = min(wide, self.vocabulary - column)
             logits = product(part, self.weight[column : column + columns].T, tile[:, :columns])
             kernels.exp_kernel[(-(-many // shape["ROWS"]),)](
-                logits, self.bias, self.pivot, self.shift, self.temperature, self.count,
+                logits, self.bias, self.pivot, self.shift, self.temperature, self.counts,
                 *(None if x is None else x[:, column:] for x in (kept.e, kept.moment)),
                 sums.others, moment1, moment2, sums.flag, first, many, column, columns, logits.stride(0),
                 kept.stride, **self.scales, BENT=kept.bent, LIMIT=kernels.LIMIT, **shape,
@@ -177,7 +188,7 @@ class Scan:
         partial = torch.empty(width, rows, dtype=self.dtype, device=self.hidden.device)
         flag = torch.empty(width, rows, dtype=torch.int8, device=self.hidden.device)
         fused_kernels.fused_sum_kernel[(height * width,)](
-            self.hidden, self.weight, self.bias, self.pivot, self.shift, self.temperature, self.count, partial, flag,
+            self.hidden, self.weight, self.bias, self.pivot, self.shift, self.temperature, self.counts, partial, flag,
             rows, self.size, self.vocabulary, self.hidden.stride(0), self.weight.stride(0), **self.scales,
             LIMIT=kernels.LIMIT, UPCAST=INTERPRETED, **tiles,
         )  # fmt: skip
@@ -215,7 +226,9 @@ def accumulate(
     """Sum over the vocabulary; see the CPU twin for arguments and results. `plan` replaces the chosen one."""
     rows, (vocabulary, size), directions = len(batch.hidden), head.weight.shape, want.directions
     wanted = "frozen" if directions else "trained" if want.keep_rows else "scoring"
-    plan = plan or choice.plan_for(batch.hidden, head.weight, wanted, head.softcap > 0, buffers=max(directions, 1))
+    plan = plan or choice.plan_for(
+        batch.hidden, head.weight, wanted, head.softcap > 0, want.moments, buffers=max(directions, 1)
+    )
     scan = Scan(head, batch, pivot, shift, plan)
     sums = Running(rows, want.moments, scan.dtype, shift.device)
     weighted = shift.new_empty(rows if directions > 0 else 0, size, dtype=scan.dtype)
@@ -246,9 +259,9 @@ def accumulate(
             part = slice(0, chunk.stop - chunk.start)
             moment = None if buffer_moment is None else buffer_moment[part]
             scan.exponentials(chunk, sums, Kept(buffer[part], moment, bent=True))
-            product(buffer[part], scan.weight, weighted[chunk])
+            _times_head(buffer[part], scan.weight, weighted[chunk])
             if moment is not None:
-                product(moment, scan.weight, weighted_moment[chunk])
+                _times_head(moment, scan.weight, weighted_moment[chunk])
     return Sums(scan.shift, sums.others, sums.moment1, sums.moment2, weighted, weighted_moment)
 
 
@@ -297,8 +310,9 @@ def backward(
     def new(wanted: bool, *shape: int) -> Tensor:
         return torch.empty(shape if wanted else (0,), dtype=scan.dtype, device=shift.device)
 
+    own = plan.algorithm == DESCRIPTORS and len(chunks) == 1 and head.weight.dtype == scan.hidden.dtype
     grad_hidden = new(need.hidden, rows, size)
-    grad_weight = new(need.weight, vocabulary, size)
+    grad_weight = new(need.weight and not own, vocabulary, size)
     grad_bias = new(need.bias, vocabulary).zero_()
 
     unit = alpha.new_ones(())
@@ -308,8 +322,9 @@ def backward(
         unit = torch.where((unit > 0) & unit.isfinite(), unit, 1)
         alpha, gamma = alpha / unit, None if gamma is None else gamma / unit
         coefficient = coefficient / unit
-    # What multiplies the rows of `stored`.
-    factor = -alpha if plain else alpha.new_ones(rows)
+    entries = Entries(torch.where(live, column, vocabulary), position, coefficient)
+    # What multiplies the rows of `stored`; 0 where they do not count and may hold anything.
+    factor = -alpha if plain else alpha.new_ones(rows) if batch.counts is None else batch.counts.to(alpha.dtype)
     for number, (chunk, kept) in enumerate(chunks):
         part = slice(0, chunk.stop - chunk.start)
         if kept:
@@ -325,10 +340,14 @@ def backward(
             )  # fmt: skip
             stored = scratch[part]
         if need.hidden:
-            product(stored, scan.weight, grad_hidden[chunk])
+            _times_head(stored, scan.weight, grad_hidden[chunk])
         if need.weight:
-            inner = _scaled(scan.hidden[chunk], factor, chunk.start) if plain else scan.hidden[chunk]
-            product(stored.T, inner, grad_weight, add=number > 0)
+            inner = _scaled(scan.hidden[chunk], factor, chunk.start)
+            if own:
+                scale, processors = unit if scan.narrow else None, plan.processors
+                grad_weight = own_products.weight_gradient(stored, inner, scan.hidden, entries, scale, processors)
+            else:
+                product(stored.T, inner, grad_weight, add=number > 0)
         if need.bias:
             backward_kernels.column_sum_kernel[(-(-vocabulary // backward_kernels.COLUMN_SUM_TILE["BLOCK"]),)](
                 stored, factor, grad_bias, chunk.start, part.stop, vocabulary, stored.stride(0),
@@ -337,30 +356,37 @@ def backward(
     if not chunks:
         grad_weight.zero_()
 
-    # Entries that are off go, with coefficient 0, to columns of their own: all in one place would be added one by one.
-    column = torch.where(live, column, torch.arange(len(column), device=column.device) % vocabulary)
     if need.hidden and rows:
         # The first M entries are the pivots, one a row in order; only shared rows have more.
-        apart = coefficient[rows:]
+        apart, beside = coefficient[rows:], column[rows:].clamp(min=0)
         grad_hidden = combine(
             head._replace(weight=scan.weight), grad_hidden, None, torch.where(live[:rows], column[:rows], -1),
             Coefficients(coefficient[:rows] * unit, factor * unit), scan.dtype if len(apart) else dtype,
         )  # fmt: skip
         if len(apart):
-            values = (apart * unit)[:, None] * scan.weight[column[rows:]].to(scan.dtype)
+            values = (apart * unit)[:, None] * scan.weight[beside].to(scan.dtype)
             values = values.masked_fill((apart == 0)[:, None], 0)
             # Accumulating, it sorts first: the same bits at every call.
             grad_hidden.index_put_((position[rows:],), values, accumulate=True)
-    if need.weight:
-        values = coefficient[:, None] * scan.hidden[position].to(scan.dtype)
-        grad_weight.index_put_((column,), values, accumulate=True)
+    if need.weight and not own:
+        own_products.add_entries(scan.hidden, entries, grad_weight, None, vocabulary)
     if need.bias:
-        grad_bias.index_put_((column,), coefficient, accumulate=True)
+        # Entries that are off go, with coefficient 0, to columns of their own: in one place they would wait in line.
+        away = torch.arange(len(column), device=column.device) % vocabulary
+        grad_bias.index_put_((torch.where(live, column, away),), coefficient, accumulate=True)
     of_weight, of_bias = head.weight.dtype, scan.dtype if head.bias is None else head.bias.dtype
     if scan.narrow:
-        grad_weight = torch.mul(grad_weight, unit, out=torch.empty_like(grad_weight, dtype=of_weight))
+        if not own:
+            grad_weight = torch.mul(grad_weight, unit, out=torch.empty_like(grad_weight, dtype=of_weight))
         grad_bias = grad_bias * unit
     return grad_hidden.to(dtype), grad_weight.to(of_weight), grad_bias.to(of_bias)
+
+
+def _times_head(stored: Tensor, weight: Tensor, out: Tensor) -> None:
+    """Write the product of rows (R, V) with the head (V, H), some rows at a time."""
+    for first in range(0, len(stored), MOST_ROWS):
+        rows = slice(first, first + MOST_ROWS)
+        product(stored[rows], weight, out[rows])
 
 
 def _scaled(x: Tensor, factor: Tensor, first: int) -> Tensor:

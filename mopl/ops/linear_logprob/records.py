@@ -89,7 +89,7 @@ class Batch(NamedTuple):
 
     hidden: Tensor  # (M, H)
     temperature: Tensor  # (M,)
-    count: Tensor | None  # () int64: only the first `count` rows hold data; None means all
+    counts: Tensor | None  # (M,) bool: whether a row counts; the others may hold anything. None: all do
 
 
 class Sums(NamedTuple):
@@ -129,6 +129,14 @@ class Coefficients(NamedTuple):
     own: Tensor | None = None  # (F,)
     column: Tensor | None = None  # (F,) int64, or -1: that term is left out
     position: Tensor | None = None  # (F,) int64
+
+    def without(self, blank: Tensor | None) -> Coefficients:
+        """Return them with 0 for rows (M,) that do not count, which makes these rows of the result 0."""
+        if blank is None:
+            return self
+        pivot = self.pivot if self.position is not None else self.pivot.masked_fill(blank, 0)
+        moment = None if self.moment is None else self.moment.masked_fill(blank, 0)
+        return self._replace(pivot=pivot, weighted=self.weighted.masked_fill(blank, 0), moment=moment)
 
 
 class LogitGradient(NamedTuple):

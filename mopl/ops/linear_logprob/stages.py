@@ -44,7 +44,8 @@ def in_play(inputs: Inputs, want: Want) -> tuple[Selection, Batch]:
     """Return which rows and targets are in play, and what a backend takes of the rows."""
     hidden, temperature, target, row = inputs
     chosen = select(target, row, len(hidden), want.max_rows, not use_triton(hidden))
-    return chosen, Batch(chosen.rows.take(hidden), chosen.rows.take(temperature, fill=1), chosen.count)
+    rows = chosen.rows
+    return chosen, Batch(rows.pick(hidden), rows.take(temperature, fill=1), None if rows.blank is None else ~rows.blank)
 
 
 def run_forward(head: Head, inputs: Inputs, want: Want) -> Forward:
@@ -77,7 +78,7 @@ def run_forward(head: Head, inputs: Inputs, want: Want) -> Forward:
         if part.moment is not None:
             moment = part.moment * scale
             weighted = weighted + moment * step
-        part = part._replace(weighted=weighted, moment=moment)
+        part = part._replace(weighted=weighted, moment=moment).without(rows.blank)
         return backend.combine(head, own.weighted, own.weighted_moment, local_pivot, part, narrow)
 
     def nothing(dtype: torch.dtype = dtype) -> Tensor:
@@ -89,11 +90,12 @@ def run_forward(head: Head, inputs: Inputs, want: Want) -> Forward:
         part = logprob_direction(stats, logits, pivot, chosen, batch.temperature, head)
         if chosen.position is not None:
             part = part._replace(column=column, position=chosen.position)
-        of_logprob = entries.put(directions(part))
+        # Rows that share a target's position with one that counts are not 0.
+        of_logprob = entries.put(directions(part), blank=chosen.position is not None)
         if want.logsumexp:
-            of_logsumexp = rows.put(directions(logsumexp_direction(stats, batch.temperature, head)))
+            of_logsumexp = rows.put(directions(logsumexp_direction(stats, batch.temperature, head)), blank=False)
         if want.entropy:
-            of_entropy = rows.put(directions(entropy_direction(stats, entropy, batch.temperature, head)))
+            of_entropy = rows.put(directions(entropy_direction(stats, entropy, batch.temperature, head)), blank=False)
     return Forward(
         logprob=entries.put(target_logprob(stats, logits, chosen)),
         logsumexp=rows.put(stats.logsumexp),
@@ -115,7 +117,7 @@ def run_backward(
 ) -> list[Tensor | None]:
     """Return the gradients of hidden, weight, bias and temperature, None where not needed.
 
-    With a frozen head, where neither hidden states nor weight are kept, the gradient of the hidden states is in the
+    With a frozen head, where neither hidden states nor weight are kept, the gradient of the hidden states can be in the
     compute dtype; autograd rounds it.
     """
     of_hidden = of_weight = of_bias = of_temperature = None
@@ -164,13 +166,17 @@ def trained_head(
     )
     if need.hidden:
         grad_hidden = grad_hidden if shard is None else shard.sum(grad_hidden)
-        grad_hidden = rows.put(grad_hidden.to(hidden.dtype))
+        grad_hidden = rows.put(grad_hidden.to(hidden.dtype), blank=False)
     return grad_hidden, grad_weight, grad_bias
 
 
 def scale_directions(head: Head, inputs: Inputs, saved: Forward, upstream: Upstream) -> Tensor:
-    """Return the gradient of the hidden states (N, H) of a frozen head."""
+    """Return the gradient of the hidden states (N, H) of a frozen head: in their dtype, or in the compute dtype."""
     rows, target, row = len(saved.shift), inputs.target, inputs.row
+    if row is None and head.shard is None and upstream.logsumexp is None and upstream.entropy is None:
+        if upstream.logprob is not None:  # the common case in one pass, rounded once
+            factor = upstream.logprob.masked_fill(target < 0, 0)[:, None]
+            return torch.mul(saved.direction, factor, out=torch.empty_like(saved.direction))
     result = saved.shift.new_zeros((rows, saved.direction.shape[-1]))
     if upstream.logprob is not None:
         scaled = saved.direction * upstream.logprob.masked_fill(target < 0, 0)[:, None]

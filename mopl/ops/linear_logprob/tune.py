@@ -35,8 +35,8 @@ def _milliseconds(step: Callable[[], object], device: torch.device) -> float:
 
 
 def _alternatives(plan: Plan, fits: tuple[str, ...]) -> Iterator[Plan]:
-    """Yield what may beat a plan, what is nearest to it first: the fused kernel, then other heights and areas."""
-    for name in fits:
+    """Yield a plan, then what may beat it: the other algorithms, then other heights and areas of the library's."""
+    for name in sorted(fits, key=lambda name: name != plan.algorithm):
         yield plan._replace(algorithm=name)
     high = plan.rows // plan.block[0]
     for area in (plan.area, plan.area * 2, plan.area // 2, plan.area // 4):
@@ -50,8 +50,8 @@ def tune(
 ) -> dict[str, float]:  # fmt: skip
     """Measure alternatives to the plan of a call on these tensors, remember the fastest, and return milliseconds.
 
-    Rows of a chunk by columns of a tile; for scoring each tile of the fused kernel, too; for a trained head, also fewer
-    rows kept. Those nearest to the plan come first, and none is begun after `seconds`.
+    The algorithms that the GPU has, of the library's products rows of a chunk by columns of a tile, too; for a trained
+    head, also fewer rows kept. Those nearest to the plan come first, and none is begun after `seconds`.
 
     Args:
         hidden: (N, H) on a GPU (in Triton's interpreter on a CPU, to try the code: such times mean nothing).
@@ -63,7 +63,8 @@ def tune(
 
     Returns:
         Milliseconds by what was measured, "library 4224x7943" being chunks of 4224 rows and tiles of 7943 columns or a
-        little less, "... keep 8192" a trained head that keeps that many rows, other names tiles of the fused kernel.
+        little less, "... keep 8192" a trained head that keeps that many rows, "descriptors" the products of mopl's own
+        kernels, other names tiles of the fused kernel.
 
     Raises:
         ValueError: if the tensors are not on a GPU, or of float64, for which there is no fused kernel.
@@ -73,8 +74,10 @@ def tune(
     if hidden.dtype == torch.float64:
         raise ValueError("hidden is torch.float64, for which there is nothing to choose; pass 16-bit or float32")
     capped, rows = softcap is not None, hidden.shape[0]
-    fits = tuple(choice.usable(hidden.device, hidden.itemsize, capped)) if wanted == "scoring" else ()
-    plan = make_plan(gpus.properties_of(hidden.device), hidden.dtype, rows, weight.shape[1], weight.shape[0], wanted)
+    fits = choice.algorithms(hidden, weight, wanted, capped)
+    plan = make_plan(
+        gpus.properties_of(hidden.device), hidden.dtype, rows, weight.shape[1], weight.shape[0], wanted, fits
+    )
     keep = 0
     if wanted == "trained":
         row = weight.shape[0] * hidden.itemsize
@@ -90,9 +93,8 @@ def tune(
         _milliseconds(step, hidden.device)  # compiles
         begin += time.monotonic() - first
         times = sorted(_milliseconds(step, hidden.device) for _ in range(3))
-        name = other.algorithm
-        if name == LIBRARY:
-            name += f" {other.rows}x{other.area // other.rows}" + f" keep {many}" * (wanted == "trained")
+        name = other.algorithm + f" {other.rows}x{other.area // other.rows}" * (other.algorithm == LIBRARY)
+        name += f" keep {many}" * (wanted == "trained")
         measured[name] = times[1]
     fastest = min(measured, key=lambda name: measured[name])
     if fastest.endswith(f" keep {keep}"):  # as many as the workspace holds, whatever it will be
