@@ -10,11 +10,12 @@ default the one that has a goal, with --more the others. Without a GPU everythin
 Every variant runs in a process of its own, mopl once more at the end, so that a drift of the clock shows. Columns:
 median milliseconds between events on the GPU and their spread, (largest - smallest) / median; the host's own
 milliseconds; `share`, the least time that the mode needs on this machine (2, 4 or 6 products of N V H by the rate of a
-large product, 2 or 6 bytes a logit by the bandwidth of a copy) over that time; `x mopl`, the time over mopl's;
-`extra GB`, peak memory beyond what was there before (gradients included); `log p`, the largest error against float64
-over a sample of rows in nats; `grad`, that of their gradient, root mean square relative to its size. A sum has no
-`log p` to compare. "its products alone" are bare matrix products of those sizes with float32 results, "its bytes
-alone" a copy of as many bytes: what is left for everything else is the distance to them.
+large product, 2 or 6 bytes a logit by the bandwidth of a copy) over that time; `own`, the time of "its products alone"
+(from logits: "its bytes alone") over that time, which is what the goals are about (`bench.goals` says why); `x mopl`,
+the time over mopl's; `extra GB`, peak memory beyond what was there before (gradients included); `log p`, the largest
+error against float64 over a sample of rows in nats; `grad`, that of their gradient, root mean square relative to its
+size. A sum has no `log p` to compare. "its products alone" are bare matrix products of those sizes with float32
+results, "its bytes alone" a copy of as many bytes: what is left for everything else is the distance to them.
 
 The file is written anew with every row: it is safe to cut off, and goes on where it was. The exit status says whether
 a row of mopl failed.
@@ -43,18 +44,14 @@ from mopl.ops._backend import INTERPRETED
 
 PRODUCTS = {"forward": 2, "frozen": 4, "trained": 6}  # N V H multiply-adds, two FLOP each
 BYTES = {"gathered-forward": 2, "gathered": 6}  # a bf16 logit: read; read twice and written once
-# Times of those who give a log-probability per token, over mopl's.
-GOAL_RATIO = (("frozen", 1.8), ("trained", 1.25))
-RIVALS = ("TRL chunked", "Liger scaled CE")
-SHARE = "share of the limit"
 SAMPLE = 256 if ON_GPU else 64  # rows whose error is measured
 REPEATS, WARMUP = (1, 0) if INTERPRETED else (12, 2)
 SIZE_LIMIT_S = 60.0 if ON_GPU else 600.0  # a process that takes longer for a size is ended
 
 # The goal's size first, then rows from few to many, then vocabularies that are not whole (50257) or wide.
 ROWS = [f"{rows}x4096x128256" for rows in (1, 16, 128, 256, 512, 1024, 4096)]
-HEAD_SIZES = ["16384x4096x128256", *ROWS, "16384x2048x151936", "8192x1024x50257", "4096x4096x32000"]
-LOGIT_SIZES = ["16384x0x151936", "16384x0x50257", "16384x0x32000", "4096x0x128256", "64x0x128256"]
+HEAD_SIZES = [goals.HEAD, *ROWS, "16384x2048x151936", "8192x1024x50257", "4096x4096x32000"]
+LOGIT_SIZES = [goals.LOGITS, "16384x0x50257", "16384x0x32000", "4096x0x128256", "64x0x128256"]
 ERRORS = [
     f"2048x1024x50257 {dtype} {kind}" for dtype in ("bfloat16", "float16", "float32") for kind in ("flat", "peaked")
 ]
@@ -70,8 +67,8 @@ if not ON_GPU:  # the interpreter takes seconds for what takes a processor milli
     SIZES["tune"] = [f"{SMALL} {mode}" for mode in HEAD_MODES]
     SIZES["error"] = [f"{SMALL} {size.split(' ', 1)[1]}" for size in ERRORS[: 2 if INTERPRETED else 6]]
 TIMES = {
-    "ms": ".3f", "spread": ".1%", "host ms": ".3f", "share": ".1%", "x mopl": ".2f", "extra GB": ".2f", "log p": ".1e",
-    "grad": ".1e",
+    "ms": ".3f", "spread": ".1%", "host ms": ".3f", "share": ".1%", "own": ".1%", "x mopl": ".2f", "extra GB": ".2f",
+    "log p": ".1e", "grad": ".1e",
 }  # fmt: skip
 COLUMNS = {
     "error": dict.fromkeys(("log p max", "log p rms", "dh frozen", "worst row", "dh trained", "dW"), ".1e"),
@@ -247,16 +244,10 @@ def complete(report: Report) -> None:
             row["share"] = least * 1e3 / row["ms"]
         if mopl and "ms" in mopl:
             row["x mopl"] = row["ms"] / mopl["ms"]
+    goals.add_own(report.rows)
     report.targets.clear()
-    for mode, wanted in goals.SHARE.items():
-        goal = report.find(f"{mode} {SIZES[mode][0]}", "mopl")
-        if ON_GPU and goal and "share" in goal:
-            report.target(f"{mode} {SIZES[mode][0]}", SHARE, wanted, goal["share"])
-    for mode, wanted in GOAL_RATIO if ON_GPU else ():
-        for name in RIVALS:
-            row = report.find(f"{mode} {SIZES[mode][0]}", name)
-            if row and "x mopl" in row:
-                report.target(row["size"], f"time of {name} over mopl's", wanted, row["x mopl"])
+    for goal in goals.judge(report.rows) if ON_GPU else ():
+        report.target(*goal)
     report.write()
 
 

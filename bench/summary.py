@@ -1,77 +1,50 @@
 """What the stages of `bench.device` measured, on one page: the goals, the tests, and a table for each bench.
 
-python -m bench.summary FOLDER        # prints it again, for docs/performance.md
+    python -m bench.summary bench/results/nvidia-h200           # prints the whole page, FOLDER/summary.md
+    python -m bench.summary bench/results/nvidia-h200 --write README.md docs/performance.md
+
+--write puts the figures into pages, in place of what stands there between `<!-- bench.summary CARD -->` (in short:
+`<!-- bench.summary CARD, in short -->`) and `<!-- end -->`, where CARD is the folder's name, and writes
+FOLDER/summary.md anew. A folder holds the figures of one card; two are an error.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
-from collections.abc import Callable, Iterable
+import re
 from pathlib import Path
 
 from bench.device_stages import STAGES
-from bench.goals import H200_MS
+from bench.goals import H200_MS, HEAD, LOGITS, judge, key_of
+from bench.measured import HEAD_MODES, LIST_PEERS, WORDS, Rows, figure, heading, read, rows_of, table, variants_of
+from bench.short_table import in_short
+from mopl._files import write_file
 
-WORDS = {
-    "forward": "scoring", "frozen": "frozen head", "trained": "trained head", "gathered": "from logits, both passes",
-    "gathered-forward": "from logits, forward",
-}  # fmt: skip
 ORDER = [stage.name for stage in STAGES]
-Rows = dict[tuple[str, str], dict]  # by size and variant
-
-
-def table(head: list[str], rows: Iterable[list[str]]) -> list[str]:
-    """Return a Markdown table."""
-    return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)] + [""]
-
-
-def read(folder: Path) -> dict[str, dict]:
-    """Return what each stage wrote, by its name."""
-    found = {}
-    for path in sorted(folder.glob("*.json")):
-        if path.stem != "stages":
-            found[path.stem] = json.loads(path.read_text())
-    return found
-
-
-def rows_of(found: dict[str, dict], prefix: str) -> Rows:
-    """Return the rows of all stages whose names begin so."""
-    stages = [content for name, content in found.items() if name.startswith(prefix)]
-    rows = (row for content in stages for row in content.get("results", []))
-    return {(row["size"], row["variant"]): row for row in rows if "size" in row}
-
-
-def figure(row: dict | None, key: str, form: Callable[[float], str]) -> str:
-    """Return an entry of a row; why there is none, in a word."""
-    if row is None:
-        return ""
-    if "failed" in row:
-        return "failed"
-    value = row.get(key)
-    return "–" if value is None else form(value)
+OWN = key_of("forward")[1]
 
 
 def goals(found: dict[str, dict]) -> list[str]:
     """Return the goals beside what was measured."""
     lines = []
     for stage, content in sorted(found.items(), key=lambda item: ORDER.index(item[0]) if item[0] in ORDER else 99):
-        for target in content.get("targets", []) if stage.startswith("logprob-") else ():
-            mode, size = target["size"].split(" ")
-            met = "met" if target["met"] else "**missed**"
-            if target["target"] != "share of the limit":
-                measured = f"{target['measured']:.2f}"
-                lines.append([f"{WORDS[mode]}: {target['target']}", f"≥ {target['at least']:.2f}", measured, met])
+        for goal in judge(content.get("results", [])) if stage.startswith("logprob-") else ():
+            mode, size = goal.size.split(" ")
+            met = "met" if goal.measured >= goal.wanted else "**missed**"
+            if not goal.what.startswith("of "):
+                wanted, measured = f"≥ {goal.wanted:.2f}", f"{goal.measured:.2f}"
+                lines.append([f"{WORDS[mode]}: {goal.what}", wanted, measured, met])
                 continue
             rows = rows_of({stage: content}, "")
-            row, again = rows[target["size"], "mopl"], rows.get((target["size"], "mopl, again"), {})
+            row, again = rows[goal.size, "mopl"], rows.get((goal.size, "mopl, again"), {})
             drift = f", again {again['ms']:.2f}" if "ms" in again else ""
-            wanted = f"≥ {target['at least']:.2f} of the limit"
-            wanted += f"; {H200_MS[mode]} ms on an H200" if mode in H200_MS else ""
-            measured = f"{target['measured']:.3f}; {row['ms']:.2f} ms{drift}"
+            wanted = f"≥ {goal.wanted:.2f} {goal.what}; {H200_MS[mode]} ms on an H200"
+            limit = f" ({row['share']:.3f} of the limit)" if goal.what == OWN and "share" in row else ""
+            measured = f"{goal.measured:.3f}{limit}; {row['ms']:.2f} ms{drift}"
             lines.append([f"{WORDS[mode]}, {size} ({stage})", wanted, measured, met])
-    for loss, peers in {"plackett-luce": "logcumsumexp", "listnet": "log_softmax"}.items():
-        for peer in (peers, f"torch.compile of {peers}"):
+    for loss, (_, plain) in LIST_PEERS.items():
+        for peer in (plain, f"torch.compile of {plain}"):
             ratios = {
                 row["size"]: row["x mopl"]
                 for row in rows_of(found, "lists").values()
@@ -85,24 +58,47 @@ def goals(found: dict[str, dict]) -> list[str]:
     return table(["goal", "wanted", "measured", ""], lines) if lines else ["Nothing measured yet.", ""]
 
 
-def logprob_table(rows: Rows) -> list[str]:
-    """Return variants by size: milliseconds, share of the limit, extra memory."""
-    sizes = [size for size, _ in rows if not size.startswith(("error", "tune"))]
+COLUMNS = {
+    "ms": ("ms", lambda x: f"{x:#.3g}" if x < 100 else f"{x:.0f}"), "share": ("of the limit", lambda x: f"{x:.2f}"),
+    "own": ("of its products alone", lambda x: f"{x:.2f}"), "x mopl": ("× mopl", lambda x: f"{x:.2f}"),
+    "extra GB": ("extra GiB", lambda x: f"{x:.1f}"), "log p": ("log p, nats", lambda x: f"{x:.1e}"),
+    "grad": ("gradient", lambda x: f"{x:.1e}"),
+}  # fmt: skip
+
+
+def goal_tables(rows: Rows) -> list[str]:
+    """Return a table for each mode at the size of its goal: variants, and everything that was measured of them."""
+    lines: list[str] = []
+    for mode, words in WORDS.items():
+        size = f"{mode} {HEAD if mode in HEAD_MODES else LOGITS}"
+        columns = dict(COLUMNS)
+        columns["own"] = (f"of its {'products' if mode in HEAD_MODES else 'bytes'} alone", COLUMNS["own"][1])
+        cells = []
+        for variant in variants_of(rows, (size,)):
+            row = rows[size, variant]
+            name = f"**{variant}**" if variant == "mopl" else variant
+            cells.append([name, *(figure(row, key, form) for key, (_, form) in columns.items())])
+        if cells:
+            title = f"{words[0].upper()}{words[1:]}, {size.split(' ')[1]}:"
+            lines += [title, "", *table(["", *(head for head, _ in columns.values())], cells)]
+    return lines
+
+
+def size_tables(rows: Rows) -> list[str]:
+    """Return a table for each mode: variants by size, milliseconds, share of the limit, extra memory."""
+    goals_ = {f"{mode} {size}" for mode in WORDS for size in (HEAD, LOGITS)}
+    sizes = [size for size, _ in rows if not size.startswith(("error", "tune")) and size not in goals_]
     lines: list[str] = []
     for mode, words in WORDS.items():
         own = [size for size in dict.fromkeys(sizes) if size.split(" ")[0] == mode]
         own.sort(key=lambda size: [int(n) for n in size.split(" ")[1].split("x")], reverse=True)
-        variants = [v for v in dict.fromkeys(v for s, v in rows if s in own)]
-        variants = [
-            v for v in variants if any("ms" in rows.get((s, v), {}) or "failed" in rows.get((s, v), {}) for s in own)
-        ]
         cells = []
-        for variant in variants:
+        for variant in variants_of(rows, own):
             cells.append([variant])
             for size in own:
                 row = rows.get((size, variant))
                 share = figure(row, "share", lambda x: f" ({x:.2f}") or ""
-                memory = figure(row, "extra GB", lambda x: f", {x:.1f} GB)")
+                memory = figure(row, "extra GB", lambda x: f", {x:.1f} GiB)")
                 time = figure(row, "ms", lambda x: f"{x:.3g}")
                 cells[-1].append(time + share + memory if row and row.get("share") else time)
         if cells:
@@ -148,45 +144,114 @@ def model_table(results: list[dict]) -> list[str]:
     return table(["", "", "limit, ms", "predicted", "measured", "goal", ""], cells)
 
 
-def summary(folder: Path) -> str:
-    """Return the page."""
-    found = read(folder)
-    stages = json.loads((folder / "stages.json").read_text()) if (folder / "stages.json").exists() else {}
-    about = next((content for content in found.values() if "device" in content), {})
-    versions = ", ".join(f"{name} {version}" for name, version in about.get("versions", {}).items())
-    lines = [
-        f"# {about.get('device', folder.name)}, {about.get('date')}, commit {about.get('commit')}",
-        "",
-        versions,
-        "",
-    ]
+def source(found: dict[str, dict], prefix: str) -> list[str]:
+    """Return the commands of these stages, with the day and the commit of each."""
+    shown = [c for name, c in found.items() if name.startswith(prefix) and "command" in c]
+    return [f"`{c['command']}`, {c['date']}, commit {c['commit']}" + (":" if c is shown[-1] else ";") for c in shown]
+
+
+def figures(found: dict[str, dict]) -> list[str]:
+    """Return every table but that of the stages, each below a heading and the commands that measured it."""
+    lines: list[str] = []
     if limits := found.get("limits"):
-        copy, product = limits["bytes_per_second"] / 1e12, limits["flop_per_second"] / 1e12
-        lines += [f"Copy {copy:.2f} TB/s, bf16 product {product:.0f} TFLOP/s (`{limits['command']}`).", ""]
-    lines += ["## Goals", "", *goals(found), "## Stages", ""]
-    outcome = [
+        copy, product_ = limits["bytes_per_second"] / 1e12, limits["flop_per_second"] / 1e12
+        lines += [f"Copy {copy:.2f} TB/s, bf16 product {product_:.0f} TFLOP/s (`{limits['command']}`).", ""]
+    lines += ["### Goals", "", *goals(found)]
+    first = {name: content for name, content in found.items() if name != "logprob-tuned"}
+    errors = rows_of(found, "logprob-error")
+    logprob = {key: row for key, row in rows_of(first, "logprob-").items() if key not in errors}
+    parts = {
+        "Log-probabilities": ("logprob-", goal_tables(logprob) + size_tables(logprob)),
+        "List losses": ("lists", list_table(rows_of(found, "lists"))),
+        "Errors": ("logprob-error", error_table(errors)),
+    }
+    for title, (prefix, tables) in parts.items():
+        if tables:
+            lines += [f"### {title}", "", *source(found, prefix), "", *tables]
+    if "model" in found:
+        card = found["model"]["card"]["name"]
+        lines += [f"### The performance model ({card})", "", *model_table(found["model"]["results"])]
+    if "logprob-tune" in found:
+        chosen = [[row["size"], row.get("fastest", "failed")] for row in found["logprob-tune"]["results"]]
+        lines += ["### Chosen by `tune`", "", *table(["", "fastest"], chosen)]
+    for kind, begin, prefixes in (
+        ("absent", "Not measured", ("logprob-", "sanitizer")),
+        ("failed", "Failed", ("",)),
+    ):
+        rows = {(v, r[kind]) for p in prefixes for (_, v), r in rows_of(found, p).items() if kind in r}
+        if rows:
+            lines += [f"{begin}: " + "; ".join(f"{name} ({reason})" for name, reason in sorted(rows)) + ".", ""]
+    return lines
+
+
+def outcomes(folder: Path, only: str = "") -> list[str]:
+    """Return what became of the stages whose names begin so, and the tests that failed."""
+    path = folder / "stages.json"
+    stages = json.loads(path.read_text()) if path.exists() else {}
+    stages = {name: state for name, state in stages.items() if name.startswith(only)}
+    rows = [
         [name, state["verdict"], f"{state['seconds']:.0f}", state.get("outcome") or "", f"`{state['command']}`"]
         for name, state in stages.items()
     ]
-    lines += table(["", "", "seconds", "", "command"], outcome)
-    for name, state in stages.items():
-        lines += [f"* {name}: {line}" for line in state.get("failed", [])]
-    first = {name: content for name, content in found.items() if name != "logprob-tuned"}
-    logprob, errors = rows_of(first, "logprob-"), rows_of(found, "logprob-error")
-    lines += ["", "## Log-probabilities", "", *logprob_table({k: v for k, v in logprob.items() if k not in errors})]
-    lines += ["## List losses", "", *list_table(rows_of(found, "lists")), "## Errors", "", *error_table(errors)]
-    if "model" in found:
-        card = found["model"]["card"]["name"]
-        lines += [f"## The performance model ({card})", "", *model_table(found["model"]["results"])]
-    if "logprob-tune" in found:
-        chosen = [[row["size"], row.get("fastest", "failed")] for row in found["logprob-tune"]["results"]]
-        lines += ["## Chosen by `tune`", "", *table(["", "fastest"], chosen)]
-    if absent := {(v, r["absent"]) for (_, v), r in (logprob | rows_of(found, "sanitizer")).items() if "absent" in r}:
-        lines += ["Not measured: " + "; ".join(f"{name} ({reason})" for name, reason in sorted(absent)) + ".", ""]
-    if bad := {(v, r["failed"]) for (_, v), r in rows_of(found, "").items() if "failed" in r}:
-        lines += ["Failed: " + "; ".join(f"{name} ({reason})" for name, reason in sorted(bad)) + ".", ""]
-    return "\n".join(lines)
+    failed = [f"* {name}: {line}" for name, state in stages.items() for line in state.get("failed", [])]
+    return [*table(["", "", "seconds", "", "command"], rows), *failed, ""] if rows else []
+
+
+def summary(folder: Path) -> str:
+    """Return the page."""
+    found = read(folder)
+    title, versions = heading(found, folder.name)
+    return "\n".join([f"# {title}", "", versions, "", *figures(found), "### Stages", "", *outcomes(folder)])
+
+
+def section(folder: Path) -> str:
+    """Return the figures for docs/performance.md."""
+    found = read(folder)
+    title, versions = heading(found, folder.name)
+    tests = outcomes(folder, "tests")
+    tests = ["### Tests on this card", "", *tests] if tests else []
+    lines = figures(found)
+    if (lists := "### List losses") in lines:
+        place, card = lines.index(lists) + 1, folder.name.removeprefix("nvidia-")
+        lines[place:place] = ["", f"![Share of the bytes by the length of a list](pictures/lists-{card}.png)"]
+    return "\n".join([f"{title}; {versions}.", "", *lines, *tests])
+
+
+def written(page: str, folder: Path) -> str:
+    """Return a page with the figures of a folder between its marks.
+
+    Raises:
+        ValueError: if the page has no marks for this folder.
+    """
+    found = 0
+    for mark, make in {folder.name: section, f"{folder.name}, in short": in_short}.items():
+        begin, end = f"<!-- bench.summary {mark} -->\n", "<!-- end -->"
+        page, many = re.subn(
+            f"{re.escape(begin)}.*?{end}",
+            lambda _, begin=begin, make=make, end=end: f"{begin}\n{make(folder).strip()}\n\n{end}",
+            page,
+            flags=re.DOTALL,
+        )
+        found += many
+    if not found:
+        raise ValueError(f"the page has no <!-- bench.summary {folder.name} -->")
+    return page
+
+
+def main() -> None:
+    """Print the page, or write the figures into others."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="results of one card")
+    parser.add_argument("--write", type=Path, nargs="+", metavar="PAGE.md", help="pages with marks for this folder")
+    arguments = parser.parse_args()
+    folder = arguments.folder.resolve()
+    if not arguments.write:
+        print(summary(folder))
+        return
+    write_file(folder / "summary.md", summary(folder))
+    for page in arguments.write:
+        write_file(page, written(page.read_text(encoding="utf-8"), folder))
 
 
 if __name__ == "__main__":
-    print(summary(Path(sys.argv[1])))
+    main()

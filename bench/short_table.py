@@ -1,0 +1,64 @@
+"""The table of the README: times as multiples of mopl's, memory and errors, at the sizes of the goals alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bench.goals import HEAD, LOGITS
+from bench.measured import HEAD_MODES, LIST_PEERS, WORDS, Rows, figure, heading, read, rows_of, table, variants_of
+
+GOAL_STAGES = ("logprob-head", "logprob-gathered")
+SHORT = {
+    "full logits": "full logits", "TRL chunked": "TRL", "CCE exact": "CCE exact", "Liger scaled CE": "Liger, scaled",
+    "Liger fused linear CE, sum": "Liger, the sum alone", "QuACK chunked, sum": "QuACK, the sum alone",
+}  # fmt: skip
+
+
+def in_short(folder: Path) -> str:
+    """Return one table for the README: times as multiples of mopl's, memory and errors at the sizes of the goals."""
+    found = read(folder)
+    rows, (title, _) = rows_of(found, "logprob-"), heading(found, folder.name)
+    sizes = {mode: f"{mode} {HEAD}" for mode in HEAD_MODES}
+    peers = [name for name in SHORT if any("ms" in rows.get((size, name), {}) for size in sizes.values())]
+    cells = []
+    for mode, size in sizes.items():
+        mopl = rows.get((size, "mopl"))
+        times = (figure(rows.get((size, name)), "x mopl", lambda x: f"{x:.2f}") for name in peers)
+        own, ms = figure(mopl, "own", lambda x: f"{x:.2f}"), figure(mopl, "ms", lambda x: f"{x:.1f} ms")
+        cells.append([f"{WORDS[mode]}: time", ms, own, *times])
+    for mode, key, words, form in (
+        ("trained", "extra GB", "trained head: extra memory", lambda x: f"{x:.1f} GiB"),
+        ("forward", "log p", "largest error of log p, nats", lambda x: f"{x:.1e}"),
+    ):
+        every = [figure(rows.get((sizes[mode], name)), key, form) for name in ("mopl", *peers)]
+        cells.append([words, every[0], "", *every[1:]])
+    head = ["", "mopl", "its products alone", *(SHORT[name] for name in peers)]
+    commands = ", ".join(f"`{found[s]['command'].split(' --json')[0]}`" for s in GOAL_STAGES if s in found)
+    shape = f"{HEAD.replace('x', ' × ')} (rows × width × vocabulary)"
+    lines = [f"{title} ({commands}); {shape}, bfloat16:", "", *table(head, cells)]
+    size = f"gathered {LOGITS}"
+    every = [(name, rows[size, name]) for name in variants_of(rows, (size,)) if "ms" in rows[size, name]]
+    if mopl := dict(every).get("mopl"):
+        others = "; ".join(f"{r['x mopl']:.2f} {n}" for n, r in every if not n.startswith(("mopl", "its ")))
+        shape = LOGITS.replace("x0x", " × ")
+        part = f"{mopl['ms']:.2f} ms, {mopl['share']:.2f} of the bytes"
+        lines += [f"From logits, {shape}, forward + backward: {part}. Times of the others, as multiples: {others}.", ""]
+    return "\n".join(lines + list_sentences(rows_of(found, "lists")))
+
+
+def list_sentences(rows: Rows) -> list[str]:
+    """Return a sentence for each list loss: its share of the bytes, and times of plain and compiled torch."""
+    lines: list[str] = []
+    for loss, (name, peer) in LIST_PEERS.items():
+        own = {int(size.split("K=")[1]): row for (size, variant), row in rows.items() if size.startswith(f"{loss} m=1 ")
+               and variant == "mopl" and "of bytes" in row}  # fmt: skip
+        times = []
+        for variant in (peer, f"torch.compile of {peer}"):
+            found = [rows.get((f"{loss} m=1 K={k}", variant), {}).get("x mopl") for k in own]
+            if found := [x for x in found if x]:
+                times.append(f"{variant} takes {min(found):.2f} to {max(found):.2f} times as long")
+        if own:
+            shares = [row["of bytes"] for row in own.values()]
+            what = f"{name}, forward + backward, lists of {min(own)} to {max(own)} items"
+            lines += [f"{what}: {min(shares):.2f} to {max(shares):.2f} of the bytes; {', '.join(times)}.", ""]
+    return lines
