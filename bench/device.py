@@ -14,9 +14,10 @@ says whether one did.
     python -m bench.device --minutes 9.5 --archive all.zip   # end by then; all files in one
     python -m bench.device --toy                             # without a GPU: try every stage at toy sizes
 
-Needs torch, triton, msgspec and pytest. Peers (TRL, Liger, CCE, QuACK, flash-attention) are measured where they are
-installed and listed as absent where they are not. `--toy` runs the kernels in Triton's interpreter, where that runs,
-and collects the tests without running them; its figures mean nothing.
+Needs torch, triton, msgspec and pytest; a training step also transformers, accelerate, peft and TRL. Peers (TRL, Liger,
+CCE, QuACK, flash-attention) are measured where they are installed and listed as absent where they are not. `--toy` runs
+the kernels in Triton's interpreter, where that runs, and collects the tests without running them; its figures mean
+nothing.
 """
 
 from __future__ import annotations

@@ -70,6 +70,8 @@ STAGES = (
           ("-m", "bench.model", "--measure", "--card", "{card}", "--json", "{out}"), ("--toy",), interpret=False),
     _logprob("tune", "choice of tiles and rows, which is remembered", 60, "tune"),
     _logprob("tuned", "the goals once more with what was chosen", 40, "forward", "frozen", "trained", *OURS),
+    Stage("step", "a training step of 135M and of 1B beside TRL's and Liger's DPO", 150,
+          ("-m", "bench.step", "--json", "{out}"), ("--models", "135m"), interpret=False),
     _lists("-compiled", "torch.compile of the list losses", 150, "--sizes", *FEW, "--variants", "mopl",
            "torch.compile of logcumsumexp", "torch.compile of log_softmax"),
     _lists("-objectives", "list losses with 3 and 5 objectives", 90, "--no-compile", "--objectives", "3", "5",
@@ -86,7 +88,7 @@ STAGES = (
 MUST = {"msgspec": "0.22.0"}  # what mopl needs and a machine with torch alone may lack
 PEERS = {
     "trl": "1.16.0", "liger-kernel": "0.8.5", "cut-cross-entropy": "25.1.1",
-    "datasets": "5.2.0", "dill": "0.4.1", "multiprocess": "0.70.19",  # for TRL's log-probabilities from logits
+    "datasets": "5.2.0", "dill": "0.4.1", "multiprocess": "0.70.19",  # for TRL
 }  # fmt: skip
 HEAVY = ("quack-kernels==0.2.4", "nvidia-cutlass-dsl==4.3.5", "apache-tvm-ffi", "torch-c-dlpack-ext")
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
@@ -134,7 +136,8 @@ def plan(stages: tuple[Stage, ...], folder: Path | None, options: str) -> str:
         f"  echo /{CARRIED}/ >> \"$(git rev-parse --git-path info/exclude)\"",
         f"  {fetch} {' '.join(f'--platform {p}' for p in PLATFORMS)} \\\n    {wheels}",
         f"These are 3 MB. mopl needs {', '.join(MUST)}; the others are peers. The tests need pytest and pytest-xdist,",
-        "which such a machine has. Optional, 63 MB, for logprob-heavy alone:",
+        "which such a machine has, and a training step transformers, accelerate and peft. Optional, 63 MB, for",
+        "logprob-heavy alone:",
         f"  {' '.join(HEAVY)}",
         "and then add /tmp/site/nvidia_cutlass_dsl/python_packages to PYTHONPATH.",
         "",

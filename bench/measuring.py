@@ -23,7 +23,10 @@ from mopl._files import write_file
 
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels", "flash-attn")
+PACKAGES = (
+    "torch", "triton", "transformers", "peft", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels",
+    "flash-attn",
+)  # fmt: skip
 
 
 def about(command: str | None = None) -> dict[str, object]:

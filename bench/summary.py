@@ -55,6 +55,10 @@ def goals(found: dict[str, dict]) -> list[str]:
                 met = "met" if ratios[worst] >= 1 else "**missed**"
                 measured = f"{ratios[worst]:.2f} at {worst.split(' ')[-1]}, {max(ratios.values()):.2f} at best"
                 lines.append([f"{loss} beside {peer}", "ahead at every K", measured, met])
+    for target in found.get("step", {}).get("targets", []):
+        met = "met" if target["met"] else "**missed**"
+        what = f"step, {target['size']}: {target['target']}"
+        lines.append([what, f"≥ {target['at least']:.2f}", f"{target['measured']:.2f}", met])
     return table(["goal", "wanted", "measured", ""], lines) if lines else ["Nothing measured yet.", ""]
 
 
@@ -123,6 +127,21 @@ def list_table(rows: Rows) -> list[str]:
     return lines
 
 
+def step_table(rows: Rows) -> list[str]:
+    """Return a training step's time, memory and tokens a second, case by case."""
+    forms: dict[str, Callable[[float], str]] = {
+        "ms": lambda x: f"{x:.0f}", "x TRL": lambda x: f"{x:.2f}", "extra GB": lambda x: f"{x:.1f}",
+        "memory x TRL": lambda x: f"{x:.2f}", "tokens/s": lambda x: f"{x:,.0f}", "lists/s": lambda x: f"{x:.1f}",
+    }  # fmt: skip
+    cells = [
+        [case, variant, *(figure(row, key, form) for key, form in forms.items()), row.get("differs from", "")]
+        for case in dict.fromkeys(size for size, _ in rows)
+        for (size, variant), row in rows.items()
+        if size == case and "absent" not in row
+    ]
+    return table(["", "", *forms, "another loss than"], cells) if cells else []
+
+
 def error_table(rows: Rows) -> list[str]:
     """Return errors by case and variant."""
     keys = ("log p max", "dh frozen", "worst row", "dh trained", "dW")
@@ -162,6 +181,7 @@ def figures(found: dict[str, dict]) -> list[str]:
     logprob = {key: row for key, row in rows_of(first, "logprob-").items() if key not in errors}
     parts = {
         "Log-probabilities": ("logprob-", goal_tables(logprob) + size_tables(logprob)),
+        "Training steps": ("step", step_table(rows_of(found, "step"))),
         "List losses": ("lists", list_table(rows_of(found, "lists"))),
         "Errors": ("logprob-error", error_table(errors)),
     }
@@ -175,7 +195,7 @@ def figures(found: dict[str, dict]) -> list[str]:
         chosen = [[row["size"], row.get("fastest", "failed")] for row in found["logprob-tune"]["results"]]
         lines += ["### Chosen by `tune`", "", *table(["", "fastest"], chosen)]
     for kind, begin, prefixes in (
-        ("absent", "Not measured", ("logprob-", "sanitizer")),
+        ("absent", "Not measured", ("logprob-", "sanitizer", "step")),
         ("failed", "Failed", ("",)),
     ):
         rows = {(v, r[kind]) for p in prefixes for (_, v), r in rows_of(found, p).items() if kind in r}
