@@ -196,8 +196,11 @@ def forward_kernel(
         gap = tl.fma(-own, rate, level) * LN2  # of the level over the pivot, in nats
         odds = tl.where(alone, float("-inf"), gap + log_total)
         confident = -_softplus(odds)
-        own_u = quotient(own, warmth)
-        lse = tl.where(own == float("-inf"), quotient(top, warmth) + log_total, own_u - confident)
+        # The logsumexp from the larger of its two summands on, in one rounding of its size: the backward pass takes its
+        # error for one of every probability, but not the rounding of top / T, which it forms alike.
+        low = tl.fma(top, rate, -level) * LN2  # of top / T over the level, which is rounded
+        over_top = (log_total - low) + _softplus(-odds)
+        lse = tl.where(odds > 0.0, quotient(top, warmth) + over_top, quotient(own, warmth) - confident)
         tl.store(logsumexp + n, lse)
         value = quotient(at - own, tl.zeros_like(at) + warmth) + confident
         value = tl.where(at == float("-inf"), float("-inf"), value)

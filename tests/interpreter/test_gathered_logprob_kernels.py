@@ -111,6 +111,24 @@ def test_a_confident_row_keeps_every_digit() -> None:
     assert float(grad[0, 0]) == pytest.approx(-rest / 39, rel=5e-6)
 
 
+def test_probabilities_keep_their_digits_where_another_token_is_likelier() -> None:
+    """A float32 of 80 has steps of 8e-6: the logsumexp of such a row must not be rounded several times."""
+    rows, vocabulary = 40, 60
+    logits, temperature = torch.randn(rows, vocabulary), torch.rand(rows) + 0.5
+    target, liked = torch.zeros(rows, 1, dtype=torch.int64), torch.arange(rows) % 50 + 1
+    logits[torch.arange(rows), liked] += torch.linspace(10, 60, rows)
+    upstream = torch.randn(rows, 1)
+    results = triton_path.launch_forward(logits, target, temperature, 0.0, False, False)
+    grad = torch.empty_like(logits)
+    triton_path.launch_backward(upstream, None, None, logits, target, temperature, *results[:3], 0.0, grad)
+    exact = logits.double().requires_grad_()
+    value, lse, *_ = reference(exact, target, temperature.double(), 0.0)
+    (wanted,) = torch.autograd.grad(value, exact, upstream.double())
+    steps = torch.finfo(torch.float32).eps * lse.detach().abs()
+    assert bool(((results[1].double() - lse).abs() <= 0.6 * steps).all())
+    assert float((grad.double() - wanted).norm() / wanted.norm()) < 3e-7
+
+
 def test_minus_infinity_is_a_forbidden_token_and_not_a_nan() -> None:
     logits = torch.randn(2, 50)
     logits[:, 10:20] = -math.inf
