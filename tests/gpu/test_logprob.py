@@ -208,7 +208,12 @@ def test_linear_targets_of_probability_below_e_to_the_minus_128(mode: str, dtype
     exact, plain = head_exactly(p), head_plainly(p)
     assert float(exact["logprob"].min()) < -128
     value, gradients = ours(p, mode)
-    assert float((value.double() - exact["logprob"]).abs().max()) < 3e-4  # a float32 has steps of 3e-5 at 400
+    room = 3e-4  # a float32 has steps of 3e-5 at 400
+    if dtype == torch.float16 and NEEDS[mode]:
+        # These rows have a second product by the library, whose tensor cores cut each step's sum of 16 products off
+        # instead of rounding it: all terms of the other token's logit have one sign, and 3e-6 of it is lost.
+        room = max(room, SLACK * float((plain["logprob"].double() - exact["logprob"]).abs().max()))
+    assert float((value.double() - exact["logprob"]).abs().max()) < room
     for name, gradient in gradients.items():
         assert error(gradient, exact[name]) <= SLACK * error(plain[name], exact[name]) + 3e-4, name
 
