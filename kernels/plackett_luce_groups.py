@@ -64,7 +64,13 @@ def _next_group(labels_row, order_row, mask_row, end_row, span, after, items, to
     return tl.min(tl.where(opens, position, items), axis=0)
 
 
-@triton.jit(do_not_specialize=["programs", "top_k", "temperature_stride", "temperature_objective_stride"])
+@triton.jit(
+    do_not_specialize=[
+        "programs", "top_k", "temperature_stride", "temperature_objective_stride",
+        # How positions lie in registers, and so the order of sums over them, would depend on these.
+        "order_stride", "order_objective_stride",
+    ]
+)  # fmt: skip
 def group_kernel(
     scores,
     labels,

@@ -35,14 +35,18 @@ class Problem:
         return Problem(**moved, options={name: move(value) for name, value in self.options.items()})
 
 
-def padded(values: Tensor, gap: int = 3) -> Tensor:
-    """Return the same values as a view into a larger tensor: poison before, after and between rows."""
+def padded(values: Tensor, gap: int = 16, ahead: int = 16) -> Tensor:
+    """Return the same values as a view into a larger tensor: poison before, after and between rows.
+
+    By default it begins at 16 items, and rows are as well aligned as contiguous ones: what is not, ops may copy.
+    """
     poison = math.nan if values.is_floating_point() else True if values.dtype == torch.bool else 99
     rows = values.reshape(-1, values.shape[-1])
-    store = torch.full((rows.shape[0] + 2, rows.shape[1] + gap), poison, dtype=values.dtype, device=values.device)
-    store[1:-1, : rows.shape[1]] = rows
-    strides = [math.prod(values.shape[d + 1 : -1]) * (rows.shape[1] + gap) for d in range(values.ndim - 1)]
-    return store.as_strided(values.shape, (*strides, 1), store.shape[1])
+    stride = rows.shape[1] + gap
+    store = torch.full((ahead + (rows.shape[0] + 1) * stride,), poison, dtype=values.dtype, device=values.device)
+    store.as_strided(rows.shape, (stride, 1), ahead).copy_(rows)
+    strides = [math.prod(values.shape[d + 1 : -1]) * stride for d in range(values.ndim - 1)]
+    return store.as_strided(values.shape, (*strides, 1), ahead)
 
 
 def random_mask(batch: int, items: int) -> Tensor:

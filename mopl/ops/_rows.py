@@ -24,6 +24,22 @@ def rows_contiguous(x: Given) -> Given:
     return x if x is None or x.stride(-1) == 1 else x.contiguous()  # pyright: ignore[reportReturnType]
 
 
+def rows_aligned(x: Given, align: int) -> Given:
+    """Return a tensor whose rows begin at multiples of `align` items of memory that begins at 16 bytes; None for None.
+
+    The last dimension is contiguous, too. `align` is that of contiguous rows, so that what has it is taken as it is. A
+    kernel can then do the same at any strides: read the items of a row together, and add them in the same order. Rows
+    that are copied were read item by item otherwise; what is expanded stays so.
+    """
+    if x is None:
+        return x
+    x = rows_contiguous(x)
+    if align == 1 or (x.data_ptr() % 16 == 0 and all(stride % align == 0 for stride in x.stride()[:-1])):
+        return x
+    one = x[tuple(slice(0, 1 if stride == 0 else None) for stride in x.stride()[:-1])]
+    return one.clone(memory_format=torch.contiguous_format).expand(x.shape)  # pyright: ignore[reportReturnType]
+
+
 def list_strides(scores: Tensor, labels: Tensor, beta: Tensor, mask: Tensor | None) -> tuple[int, ...]:
     """Return the distances between lists and objectives, in the order in which kernels of lists take them."""
     return (scores.stride(0), *labels.stride()[:2], *beta.stride(), 0 if mask is None else mask.stride(0))

@@ -24,7 +24,8 @@ gradient is written as 0, and so is that of rows whose upstream gradients are al
 no pass over the vocabulary: see `temperature_gradient`.
 
 On a GPU rows are read 16 bytes at a time where they begin at multiples of 16 elements, and element by element where
-they do not: logits of a ragged vocabulary, such as 50,257, are best views of a padded matrix.
+they do not: logits of a ragged vocabulary, such as 50,257, are best views of a padded matrix. The order of the sums is
+that of the lanes, so that the last bits of one and the other differ; the same memory gives the same bits at every call.
 
 Backends: `_gathered_logprob_cpu` and `gathered_logprob_triton` have `launch_forward` and `launch_backward`, with the
 same arguments. `_gathered_logprob_formula` serves derivatives beyond the first.

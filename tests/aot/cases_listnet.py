@@ -55,7 +55,7 @@ def _case(
         kernel=kernel,
         types=types,
         constants=constants | tile,
-        divisible=(*STRIDES, "items") if items % 16 == 0 else (),
+        divisible=("items",) if items % 16 == 0 else (),
         num_warps=warps,
         absent=NO_APPROXIMATE_LOG,
         targets=targets,

@@ -268,10 +268,39 @@ def test_compiled_losses_equal_eager_ones() -> None:
         assert torch.allclose(a, b, rtol=1e-6, atol=1e-7)
 
 
-def test_rows_that_are_apart_in_memory() -> None:
-    problem = make(size(1_000, 3), 2, size(100, 5), masked=False).to(str(DEVICE))
-    apart = replace(problem, scores=padded(problem.scores), labels=padded(problem.labels))
+@pytest.mark.parametrize(
+    ("items", "ties"),
+    [
+        (size(100, 5), "breslow"),
+        (size(128, 16), "breslow"),
+        (size(96, 16), "efron"),
+        *on_a_gpu((12, "breslow"), (128, "exact"), (1_500, "efron"), (5_008, "breslow"), (5_000, "breslow")),
+    ],
+)
+def test_bits_do_not_depend_on_where_rows_lie_in_memory(items: int, ties: str) -> None:
+    """Aligned or not: with gaps, at an odd offset, behind one another or one row for all lists."""
+    problem = make(size(300, 3), 2, items, levels=max(items // 3, 2)).to(str(DEVICE))
+    if ties == "efron":
+        problem.options["position_weights"] = torch.rand(problem.labels.shape, device=DEVICE)
+        problem.options["order"] = best_first(problem)
     for op in (listwise_cross_entropy, plackett_luce_nll):
-        plain = results(op, problem)
-        for name, value in results(op, apart).items():
-            assert torch.equal(value, plain[name]), (op, name)
+        options = problem.options | {"ties": ties} if op is plackett_luce_nll else {}
+        plain = results(op, replace(problem, options=options))
+        for gap, ahead in ((3, 1), (16, 16), (0, 1), (1, 0), (4, 4)):
+
+            def moved(x, gap=gap, ahead=ahead):
+                return padded(x, gap, ahead) if isinstance(x, Tensor) else x
+
+            apart = replace(
+                problem,
+                scores=moved(problem.scores),
+                labels=moved(problem.labels),
+                mask=moved(problem.mask),
+                options={name: moved(value) for name, value in options.items()},
+            )
+            for name, value in results(op, apart).items():
+                assert torch.equal(value, plain[name]), (op, name, gap, ahead)
+        shared = replace(problem, labels=problem.labels[:1].expand_as(problem.labels), options=options)
+        one = replace(shared, labels=shared.labels.contiguous())
+        for name, value in results(op, shared).items():
+            assert torch.equal(value, results(op, one)[name]), (op, name, "one row for all")

@@ -151,3 +151,21 @@ def test_a_mode_that_watches_functions_sees_the_op() -> None:
         listwise_cross_entropy(torch.rand(4, 40), torch.rand(4, 2, 40), torch.ones(4, 1))
     assert not any("log_softmax" in name for name in names)
     assert any("mopl.listwise_cross_entropy" in name for name in names)
+
+
+def test_rows_are_copied_only_where_contiguous_ones_are_better_aligned() -> None:
+    spread = torch.arange(5 * 3 * 104.0).view(5, 3, 104)
+    for rows, align, same in [
+        (spread[..., :100], 4, True),
+        (spread[..., 1:101], 4, False),  # begins at 4 bytes
+        (torch.arange(5 * 103.0).view(5, 103)[:, :100], 4, False),
+        (torch.arange(5 * 103.0).view(5, 103)[:, :101], 1, True),
+        (spread.transpose(1, 2), 1, False),
+        (torch.arange(101.0)[1:].expand(5, 3, 100), 4, False),
+        (torch.arange(100.0).expand(5, 3, 100), 4, True),
+    ]:
+        found = _rows.rows_aligned(rows, align)
+        assert torch.equal(found, rows) and (found.data_ptr() == rows.data_ptr()) == same
+        assert found.stride(-1) == 1 and all(stride % align == 0 for stride in found.stride()[:-1])
+        assert [s == 0 for s in found.stride()] == [s == 0 for s in rows.stride()], "what is expanded stays so"
+    assert _rows.rows_aligned(None, 4) is None

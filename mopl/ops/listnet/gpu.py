@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mopl._arguments import compute_dtype
 from mopl.kernels import listnet as kernels
-from mopl.ops._rows import list_strides, rows_contiguous
+from mopl.ops._rows import list_strides, rows_aligned
 
 
 def _beyond_registers(labels: Tensor, loss: Tensor) -> bool:
@@ -39,7 +39,8 @@ def forward(
     saved = new_saved(loss, labels, beta)
     if labels.numel() == 0:
         return loss.zero_(), [x.zero_() for x in saved]
-    scores, labels, mask = map(rows_contiguous, (scores, labels, mask))
+    align = math.gcd(16, items)
+    scores, labels, mask = (rows_aligned(x, align) for x in (scores, labels, mask))
     tile = kernels.forward_tile(items, loss.itemsize)
     kernel, written = kernels.forward_kernel, ()
     if _beyond_registers(labels, loss):
@@ -48,7 +49,7 @@ def forward(
         kernel[(triton.cdiv(batch, tile["LISTS"]),)](
             scores, labels, beta, mask, loss, *written, batch, items,
             *list_strides(scores, labels, beta, mask), M=objectives, COMMON=beta.shape[1] == 1, NORMALIZE=normalize,
-            ALIGN=_alignment(scores, labels, mask), **tile,
+            ALIGN=align, **tile,
         )  # fmt: skip
     return loss, saved
 
@@ -67,7 +68,8 @@ def backward(
         return dscores, dlabels, dbeta
     if labels.numel() == 0:
         return dscores.zero_(), dlabels.zero_(), dbeta.zero_()
-    scores, labels, mask = map(rows_contiguous, (scores, labels, mask))
+    align = math.gcd(16, items)
+    scores, labels, mask = (rows_aligned(x, align) for x in (scores, labels, mask))
     tile = kernels.backward_tile(items, loss.itemsize)
     blocks = triton.cdiv(items, tile["BLOCK"])
     written = saved[:4] if _beyond_registers(labels, loss) else (None,) * 4
@@ -78,17 +80,8 @@ def backward(
             dscores if need_scores else None, dlabels if need_labels else None, partial, batch, items,
             *grad_loss.stride(), *list_strides(scores, labels, beta, mask),
             M=objectives, COMMON=beta.shape[1] == 1, NORMALIZE=normalize,
-            ALIGN=_alignment(scores, labels, mask), **tile,
+            ALIGN=align, **tile,
         )  # fmt: skip
     if partial is not None:
         dbeta = (partial[0] if blocks == 1 else partial.sum(0)).to(beta.dtype)
     return dscores, dlabels, dbeta
-
-
-def _alignment(scores: Tensor, labels: Tensor, mask: Tensor | None) -> int:
-    """Return the largest power of two, up to 16, that divides the number of items and every stride between lists.
-
-    Triton itself looks for multiples of 16 alone: lists of 8, 120 or 1000 items would be read item by item.
-    """
-    strides = (scores.stride(0), *labels.stride()[:2], 0 if mask is None else mask.stride(0))
-    return math.gcd(16, scores.shape[1], *strides)
