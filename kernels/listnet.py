@@ -73,6 +73,17 @@ def _label(z, NORMALIZE: tl.constexpr):
 
 
 @triton.jit
+def _add(a, b, more_a, more_b):
+    return a + more_a, b + more_b
+
+
+@triton.jit
+def _sums(a, b):
+    """Return the sums of two tensors along their lists: together they cost a program of several warps one exchange."""
+    return tl.reduce((a, b), 1, _add)
+
+
+@triton.jit
 def _peak(rates, real, score, valid):
     """Return the temperature and the peak's key (LISTS,), the items that have it, their distances, the rest (LISTS,).
 
@@ -84,16 +95,16 @@ def _peak(rates, real, score, valid):
     top = tl.max(tl.where(valid, key, float("-inf")), axis=1)
     at_peak = valid & (key == top[:, None])
     distance = distance_below(top[:, None], key, tl.abs(rate)[:, None])
-    ties = tl.sum(tl.where(at_peak, 1.0, 0.0), axis=1)
-    rest = tl.sum(tl.where(valid & (key != top[:, None]), tl.exp(-distance), 0.0), axis=1)
+    beside = tl.where(valid & (key != top[:, None]), tl.exp(-distance), 0.0)
+    ties, rest = _sums(tl.where(at_peak, 1.0, 0.0).to(score.dtype), beside)
     return rate, top, at_peak, distance, rest + tl.where(ties > 1, ties - 1, 0.0)
 
 
 @triton.jit
 def _mass(z, at_peak):
     """Return the sum of the labels (LISTS,), and of those off the peak."""
-    off_peak = tl.sum(tl.where(at_peak, 0.0, z), axis=1)
-    return off_peak + tl.sum(tl.where(at_peak, z, 0.0), axis=1), off_peak
+    off_peak, peak = _sums(tl.where(at_peak, 0.0, z), tl.where(at_peak, z, 0.0))
+    return off_peak + peak, off_peak
 
 
 @triton.jit
@@ -155,8 +166,8 @@ def forward_kernel(
         if not COMMON:
             _rate, _top, _at_peak, distance, total = _peak(temperature + source_temperature, real, score, valid)
         z = _label(tl.load(labels + source[:, None] + item[None, :], mask=valid, other=0).to(dtype), NORMALIZE)
-        spread = tl.sum(tl.where(z == 0, 0.0, z * distance), axis=1)
-        tl.store(loss + target, _loss(tl.sum(z, axis=1), total, spread, NORMALIZE), mask=real)
+        mass, spread = _sums(z, tl.where(z == 0, 0.0, z * distance))
+        tl.store(loss + target, _loss(mass, total, spread, NORMALIZE), mask=real)
         source += labels_objective_stride
         source_temperature += temperature_objective_stride
         target += 1

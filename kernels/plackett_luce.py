@@ -151,8 +151,9 @@ def pairwise_kernel(
             # The distance from the largest score stands for the score itself, because the gradient sums to 0.
             top_key = tl.max(tl.where(valid, key, float("-inf")), axis=1)
             moves = valid & (du != 0)
-            drate = tl.sum(tl.where(moves, du * (key - top_key[:, None]), 0.0), axis=1)
-            tl.store(temperature_gradient + target, as_key(drate, rate), mask=real)
+            if temperature_gradient is not None:
+                drate = tl.sum(tl.where(moves, du * (key - top_key[:, None]), 0.0), axis=1)
+                tl.store(temperature_gradient + target, as_key(drate, rate), mask=real)
         source_labels += labels_objective_stride
         source_temperature += temperature_objective_stride
         source_order += order_objective_stride

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from ._list_rows import as_key, compose, distance_below, item_at, key_at, label_at, larger, program, shrinkage
-from ._math import log1p
+from ._math import log1p, quotient
 
 
 @triton.jit
@@ -65,7 +65,8 @@ def _terms(key, size, rate, top, mass, top_below, mass_below):
     below = mass_below * shrinkage(top, top_below, rate)
     # own - 1 is exactly 0 where a lone item is the largest: a tiny cost keeps every digit.
     aside = tl.where(size == 1, below + (own - 1), mass - 1)
-    return below / mass, own / mass, down + log1p(aside)
+    # A chance of 0 must leave a share of 1: a unit less, thousands of times over, is what the last digits are gone by.
+    return quotient(below, mass), own / mass, down + log1p(aside)
 
 
 @triton.jit(do_not_specialize=["lists", "temperature_stride", "temperature_objective_stride"])
@@ -233,6 +234,6 @@ def chain_kernel(
             tl.store(gradient + base + item, du, mask=known)
             drate += tl.where(du == 0, 0.0, du * (key - highest))
     tl.store(loss + target, tl.sum(total, axis=0))
-    if gradient is not None:
+    if temperature_gradient is not None:
         change = tl.sum(drate, axis=0)
         tl.store(temperature_gradient + target, as_key(change, rate))

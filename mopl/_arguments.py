@@ -207,6 +207,19 @@ def refuse_negative(labels: Tensor, where: str, remedy: str = SOFTMAX, first: in
     raise ValueError(f"{found} but must not be negative with {where}; {remedy}")
 
 
+def unknown_labels(labels: Tensor, mask: Tensor | None) -> Tensor:
+    """Return for which lists (B, m) an existing item has the label NaN, which no comparison would show."""
+    unknown = labels.isnan() if mask is None else labels.isnan() & mask[:, None, :]
+    return unknown.any(-1)
+
+
+def or_nan(loss: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the loss (B, m), NaN where `unknown_labels` says so."""
+    if not labels.is_floating_point() or (readable(labels) and not math.isnan(labels.sum().item())):
+        return loss
+    return torch.where(unknown_labels(labels, mask), math.nan, loss)
+
+
 def per_objective(
     value: float | Tensor, name: str, shape: Sequence[int], like: Tensor, domain: Domain | None = None
 ) -> Tensor:

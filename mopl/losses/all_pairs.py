@@ -20,10 +20,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mopl._arguments import Reduction, as_labels, check_choice, compute_dtype, weigh_and_reduce, wide_dtype
+from mopl._arguments import Reduction, as_labels, check_choice, compute_dtype, or_nan, weigh_and_reduce, wide_dtype
 from mopl._renamed import renamed_keywords
 from mopl.losses._scores import prepare, shared_by_objectives
-from mopl.losses.labels import not_negative, or_nan
+from mopl.losses.labels import not_negative
 from mopl.ops import pairs
 
 Gain = Literal["exponential", "linear"]

@@ -106,14 +106,6 @@ def not_negative(labels: Tensor, where: str, remedy: str = SOFTMAX) -> Tensor:
     return torch.where((labels < 0).any(-1, keepdim=True), math.nan, labels)
 
 
-def or_nan(loss: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the loss (B, m), NaN where an existing item has the label NaN, which no comparison would show."""
-    if not labels.is_floating_point() or (readable(labels) and not math.isnan(labels.sum().item())):
-        return loss
-    unknown = labels.isnan() if mask is None else labels.isnan() & mask[:, None, :]
-    return torch.where(unknown.any(-1), math.nan, loss)
-
-
 def presort(
     labels: Tensor,  # (B, K) or (B, m, K)
     mask: Tensor | None = None,  # (B, K) bool

@@ -11,10 +11,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mopl._arguments import Reduction, check_choice, compute_dtype, weigh_and_reduce
+from mopl._arguments import Reduction, check_choice, compute_dtype, or_nan, weigh_and_reduce
 from mopl._renamed import renamed_keywords
 from mopl.losses._scores import prepare
-from mopl.losses.labels import or_nan, presort, to_distributions
+from mopl.losses.labels import presort, to_distributions
 from mopl.ops.listnet import cross_entropy
 from mopl.ops.plackett_luce import Rule, check_positions, nll
 
@@ -166,7 +166,9 @@ def plackett_luce(
         labels = _strict_labels(order)
         ties = "breslow"
     loss = nll(difference, labels, rate, mask, order, position_weights, Rule(top_k, ties, free))
-    return weigh_and_reduce(or_nan(loss, given, mask), weights, reduction)
+    if labels is not given:
+        loss = or_nan(loss, given, mask)
+    return weigh_and_reduce(loss, weights, reduction)
 
 
 def _strict_labels(order: Tensor) -> Tensor:

@@ -63,7 +63,8 @@ def _pairwise(items: int, objectives: int, *absent: str, efron: bool = False, fr
 
 def _fused(items: int, objectives: int, *absent: str, free: bool = False, **types) -> Case:
     tile = plans.fused_tile(items, 8 if types.get("scores") == "fp64" else 4)
-    return _case("fused_kernel", tile, items, objectives, absent=absent, LAST_GROUP_FREE=free, **types)
+    fill = not {"order", "mask"} <= set(absent)
+    return _case("fused_kernel", tile, items, objectives, absent=absent, LAST_GROUP_FREE=free, FILL=fill, **types)
 
 
 def _order(items: int, *absent: str, **types) -> Case:

@@ -22,6 +22,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:.* encountered in .*:RuntimeWarning")
     if os.environ.get("TRITON_INTERPRET") == "1":
         _repeat_less()
+        _reduce_by_pairs()
 
 
 def _repeat_less() -> None:
@@ -62,6 +63,31 @@ def _repeat_less() -> None:
     interpreter._patch_lang = once
 
 
+def _reduce_by_pairs() -> None:
+    """Reduce with a function of the kernel's own as a GPU does, by pairs of neighbours; the interpreter takes one item
+    after the other, which rounds sums of thousands as no GPU does, and takes a thousand times as long.
+    """
+    from triton.runtime import interpreter
+
+    one_by_one = interpreter.ReduceOps.generic_reduce
+
+    def generic_reduce(self, given):
+        if self.axis is None:
+            return one_by_one(self, given)
+        kinds = [each.dtype for each in given]
+        parts = [np.moveaxis(each.handle.data, self.axis, 0) for each in given]
+        while len(parts[0]) > 1:
+            sides = [
+                self.to_tensor(part[side::2], kind) for side in (0, 1) for part, kind in zip(parts, kinds, strict=True)
+            ]
+            found = self.combine_fn.fn(*sides)
+            parts = [each.handle.data for each in (found if isinstance(found, tuple) else (found,))]
+        whole = [np.expand_dims(part[0], self.axis) if self.keep_dims else part[0] for part in parts]
+        return [self.to_tensor(part, kind) for part, kind in zip(whole, kinds, strict=True)]
+
+    interpreter.ReduceOps.generic_reduce = generic_reduce
+
+
 class _Launch:
     """The addresses that one launch may touch, and those that it did."""
 
@@ -74,6 +100,7 @@ class _Launch:
         self.starts, self.stops = np.array(spans, dtype=np.uint64).reshape(-1, 2).T
         self.read: list[np.ndarray] = []
         self.written: list[np.ndarray] = []
+        self.periods: list[tuple[int, ...]] = []  # of each store: its program, and how many barriers came before
 
     def touch(self, pointers, mask, record: list[np.ndarray], what: str) -> None:
         addresses = np.asarray(pointers.data).astype(np.uint64).ravel()
@@ -85,7 +112,13 @@ class _Launch:
 
     def finish(self) -> None:
         written = np.concatenate(self.written) if self.written else np.empty(0, np.uint64)
-        assert np.unique(written).size == written.size, "two stores of one launch write the same address"
+        sizes = [len(addresses) for addresses in self.written]
+        twice = "two stores of one launch write the same address"
+        for ends in (-1, None):  # a program may write again behind a barrier, where no other one writes
+            owners = list(dict.fromkeys(period[:ends] for period in self.periods))
+            owner = np.repeat([owners.index(period[:ends]) for period in self.periods], sizes).astype(np.uint64)
+            places = np.unique(np.stack([owner, written]), axis=1)[1]
+            assert places.size == (np.unique(written).size if ends else written.size), twice
         read = np.concatenate(self.read) if self.read else np.empty(0, np.uint64)
         assert not np.intersect1d(read, written).size, "a launch reads what it also writes"
 
@@ -95,14 +128,16 @@ def careful_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fail on what the interpreter would let pass: reads and writes out of bounds, races, outputs never written.
 
     Every address that a kernel touches must lie in one of the tensors it was given. No address may be written twice in
-    one launch, nor be read in a launch that writes it: programs have no order on a GPU, here they do. New tensors are
-    filled with NaN.
+    one launch but by one program with a barrier between, nor be read in a launch that writes it: programs have no order
+    on a GPU, here they do. New tensors are filled with NaN.
     """
     from triton.runtime import interpreter
 
     current: list[_Launch] = []
+    barriers: dict[tuple[int, ...], int] = {}  # that each program of a launch has passed
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
     load, store, call = builder.create_masked_load, builder.create_masked_store, executor.__call__
+    barrier = builder.create_barrier
 
     def checked_load(self, pointers, mask, *rest, **named):
         if current:
@@ -111,12 +146,18 @@ def careful_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     def checked_store(self, pointers, value, mask, *rest, **named):
         if current:
+            current[-1].periods.append((*self.grid_idx, barriers.get(self.grid_idx, 0)))
             current[-1].touch(pointers, mask, current[-1].written, "written")
         return store(self, pointers, value, mask, *rest, **named)
+
+    def counted_barrier(self, *rest):
+        barriers[self.grid_idx] = barriers.get(self.grid_idx, 0) + 1
+        return barrier(self, *rest)
 
     def checked_call(self, *arguments, **options):
         launch = _Launch([a for a in (*arguments, *options.values()) if isinstance(a, torch.Tensor)])
         current.append(launch)
+        barriers.clear()
         try:
             result = call(self, *arguments, **options)
         finally:
@@ -126,6 +167,7 @@ def careful_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(builder, "create_masked_load", checked_load)
     monkeypatch.setattr(builder, "create_masked_store", checked_store)
+    monkeypatch.setattr(builder, "create_barrier", counted_barrier)
     monkeypatch.setattr(executor, "__call__", checked_call)
     torch.use_deterministic_algorithms(True)  # which fills new tensors with NaN
     try:

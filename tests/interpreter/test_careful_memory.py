@@ -20,6 +20,15 @@ def same_place_kernel(target):
     tl.store(target, tl.program_id(0))
 
 
+@triton.jit
+def twice_kernel(target, BARRIER: tl.constexpr, SAME: tl.constexpr):
+    place = target + (0 if SAME else tl.program_id(0))
+    tl.store(place, 1)
+    if BARRIER:
+        tl.debug_barrier()
+    tl.store(place, 2)
+
+
 def test_reads_within_bounds_pass() -> None:
     source, target = torch.rand(5), torch.empty(5)
     copy_kernel[(1,)](source, target, 5, 0, BLOCK=8)
@@ -35,6 +44,15 @@ def test_a_step_out_of_bounds_is_found(items: int, shift: int) -> None:
 def test_a_race_between_programs_is_found() -> None:
     with pytest.raises(AssertionError, match="same address"):
         same_place_kernel[(2,)](torch.empty(1, dtype=torch.int32))
+
+
+def test_a_program_may_write_again_behind_a_barrier_alone() -> None:
+    target = torch.empty(2, dtype=torch.int32)
+    twice_kernel[(2,)](target, BARRIER=True, SAME=False)
+    assert target.tolist() == [2, 2]
+    for barrier, same in ((False, False), (True, True)):
+        with pytest.raises(AssertionError, match="same address"):
+            twice_kernel[(2,)](target, BARRIER=barrier, SAME=same)
 
 
 def test_reading_what_is_written_is_found() -> None:

@@ -32,6 +32,7 @@ def forward(
     position_weights: Tensor | None,
     rule: Rule,
     need_grad: bool,
+    _need_beta: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return loss, gradient, and nothing in place of β's gradient; the second is empty if not needed."""
     batch, objectives, size = labels.shape

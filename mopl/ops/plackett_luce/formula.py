@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, pad
 
-from mopl._arguments import compute_dtype
+from mopl._arguments import compute_dtype, unknown_labels
 from mopl.ops import _derivatives as derivatives
 from mopl.ops._rows import existing
 from mopl.ops.plackett_luce.exact_ties import any_order_formula
@@ -94,7 +94,8 @@ def formula(
         own = torch.stack([left + mass, rest]).logsumexp(0) - u
     cost = torch.where(charged, weight * torch.where(tied, own, single), 0)
     lost = torch.where(charged & ~possible, weight * torch.inf, 0)
-    return (cost + lost).sum(-1).to(result_dtype)
+    loss = (cost + lost).sum(-1).to(result_dtype)
+    return torch.where(unknown_labels(labels, mask), torch.nan, loss) if labels.is_floating_point() else loss
 
 
 def _suffix_logsumexp(u: Tensor, floor: float, group: Tensor | None = None) -> Tensor:

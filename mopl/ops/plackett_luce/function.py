@@ -43,7 +43,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from mopl._arguments import check_choice, compute_dtype, shape_of
+from mopl._arguments import check_choice, compute_dtype, or_nan, shape_of
 from mopl._renamed import renamed_keywords
 from mopl.ops import _derivatives as derivatives
 from mopl.ops._backend import use_triton
@@ -71,7 +71,7 @@ def plackett_luce_nll(
 
     Args:
         scores: (B, K), any floating dtype; arithmetic is in float32, in float64 for float64.
-        labels: (B, m, K) of any dtype, higher is better, equal is tied.
+        labels: (B, m, K) of any dtype, higher is better, equal is tied; a NaN makes the loss of its list NaN.
         beta: (B, m), or (B, 1) for one β a list.
         mask: (B, K), true where an item exists; None means everywhere.
         order: (B, m, K) indices of the items, best first, masked items last; None sorts the labels here.
@@ -129,7 +129,10 @@ def nll(
     if derivatives.transformed():
         return formula(scores, labels.detach(), beta, mask, order, position_weights, rule)
     need_grad = torch.is_grad_enabled() and (scores.requires_grad or beta.requires_grad)
-    return _plackett_luce_nll(scores, labels, beta, mask, order, position_weights, *rule, need_grad)[0]
+    need_beta = need_grad and beta.requires_grad
+    loss = _plackett_luce_nll(scores, labels, beta, mask, order, position_weights, *rule, need_grad, need_beta)[0]
+    # The kernels see what is NaN while they have the labels at hand; a look of its own costs as much as the loss.
+    return loss if use_triton(scores) else or_nan(loss, labels, mask)
 
 
 def _path(tensor: Tensor) -> ModuleType:
@@ -153,22 +156,24 @@ def _plackett_luce_nll(
     ties: str,
     last_group_free: bool,
     need_grad: bool,
+    need_beta: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return loss (B, m), gradient (B, m, K), beta_gradient (B, m); the last two are empty if not needed.
 
     On CPU the last is empty in any case: there it costs as much when the gradient of β is asked for.
     """
-    rule = Rule(top_k, ties, last_group_free)
-    return _path(scores).forward(scores, labels, beta, mask, order, position_weights, rule, need_grad)
+    rule, need = Rule(top_k, ties, last_group_free), (need_grad, need_grad and need_beta)
+    return _path(scores).forward(scores, labels, beta, mask, order, position_weights, rule, *need)
 
 
 @_plackett_luce_nll.register_fake
-def _(scores, labels, beta, mask, order, position_weights, top_k, ties, last_group_free, need_grad):
+def _(scores, labels, beta, mask, order, position_weights, top_k, ties, last_group_free, need_grad, need_beta=True):
     batch, objectives, items = labels.shape
     dtype = compute_dtype(scores)
     loss = scores.new_empty((batch, objectives), dtype=dtype)
     gradient = scores.new_empty((batch, objectives, items) if need_grad else (0,), dtype=dtype)
-    return loss, gradient, scores.new_empty(loss.shape if need_grad and use_triton(scores) else (0,), dtype=dtype)
+    need_beta = need_grad and need_beta and use_triton(scores)
+    return loss, gradient, scores.new_empty(loss.shape if need_beta else (0,), dtype=dtype)
 
 
 @torch.library.custom_op("mopl::plackett_luce_nll_backward", mutates_args=())
@@ -187,7 +192,7 @@ def _(grad_loss, beta, gradient):
 
 
 def _setup_context(ctx, inputs, output):
-    scores, labels, beta, mask, order, position_weights, *options, ctx.need_grad = inputs
+    scores, labels, beta, mask, order, position_weights, *options, ctx.need_grad, _ = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.rule = Rule(*options)
@@ -197,7 +202,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_loss, *_):
     if grad_loss is None:
-        return (None,) * 10
+        return (None,) * 11
     if not ctx.need_grad:
         raise RuntimeError("plackett_luce_nll was called with need_grad=False, so it kept nothing for backward")
     scores, beta, mask, gradient, beta_gradient = ctx.saved_tensors
@@ -217,7 +222,7 @@ def _backward(ctx, grad_loss, *_):
     dscores, dbeta = derivatives.gradients(
         closed_form, partial(formula, rule=ctx.rule), arguments, (0, 2), need, (grad_loss,)
     )
-    return dscores, None, dbeta, *(None,) * 7
+    return dscores, None, dbeta, *(None,) * 8
 
 
 _plackett_luce_nll.register_autograd(_backward, setup_context=_setup_context)

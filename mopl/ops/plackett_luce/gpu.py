@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from mopl._arguments import compute_dtype
+from mopl._arguments import compute_dtype, unknown_labels
 from mopl.kernels import list_order
 from mopl.kernels import plackett_luce as pairwise
 from mopl.kernels import plackett_luce_fused as fused
@@ -32,19 +32,19 @@ def forward(
     position_weights: Tensor | None,  # (K,) or (B, m, K)
     rule: Rule,
     need_grad: bool,
+    need_beta: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return loss, gradient and beta_gradient; the last two are empty if not needed."""
     batch, objectives, items = labels.shape
     loss = torch.empty((batch, objectives), dtype=compute_dtype(scores), device=scores.device)
     gradient = loss.new_empty(labels.shape if need_grad else (0,))
-    beta_gradient = loss.new_empty(loss.shape if need_grad else (0,))
+    beta_gradient = loss.new_empty(loss.shape if need_beta else (0,))
     if labels.numel() == 0:
         return loss.zero_(), gradient, beta_gradient.zero_()
-    if order is not None:
+    given = order is not None
+    plan = plans.plan(items, loss.itemsize, rule.ties, position_weights is not None, given, labels.element_size())
+    if given and plan.kernel != "fused":
         gradient.zero_()  # an order that leaves items out leaves their gradients unwritten
-    plan = plans.plan(
-        items, loss.itemsize, rule.ties, position_weights is not None, order is not None, labels.element_size()
-    )
     labels, mask = rows_contiguous(labels), rows_contiguous(mask)
     if plan.sort == "argsort":
         order = _best_first(labels, mask)
@@ -54,7 +54,7 @@ def forward(
     weights = None if position_weights is None else rows_contiguous(position_weights.expand(labels.shape))
     beta = beta.expand(batch, objectives)
     ranking = (scores, labels, beta, mask, order)
-    results = (loss, gradient if need_grad else None, beta_gradient if need_grad else None)
+    results = (loss, gradient if need_grad else None, beta_gradient if need_beta else None)
     # No list has more positions than items, so this top_k charges all of them.
     top_k = items if rule.top_k is None else min(rule.top_k, items)
     strides = list_strides(scores, labels, beta, mask) + ((0, 0) if order is None else order.stride()[:2])
@@ -67,11 +67,19 @@ def forward(
             )  # fmt: skip
         elif plan.kernel == "fused":
             fused.fused_kernel[(triton.cdiv(batch * objectives, plan.tile["LISTS"]),)](
-                *ranking, *results, batch * objectives, items, top_k, *strides,
-                M=objectives, LAST_GROUP_FREE=rule.last_group_free, **plan.tile,
+                *ranking[:4], None if order is None else order.contiguous(), *results, batch * objectives, items,
+                top_k if top_k < items else None, *strides[:-2],
+                M=objectives, LAST_GROUP_FREE=rule.last_group_free, FILL=given or mask is not None, **plan.tile,
             )  # fmt: skip
         else:
             _by_steps(ranking, weights, results, rule._replace(top_k=top_k), strides, weight_strides)
+    if plan.kernel != "fused" and labels.is_floating_point():  # which sees it for itself
+        unknown = unknown_labels(labels, mask)
+        loss.masked_fill_(unknown, torch.nan)
+        if need_grad:
+            gradient.masked_fill_(unknown[..., None], 0)
+        if need_beta:
+            beta_gradient.masked_fill_(unknown, 0)
     return loss, gradient, beta_gradient
 
 
