@@ -132,6 +132,61 @@ def test_labels_are_compared_in_their_own_dtype(path: str) -> None:
     check_all(problem)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("top_k", "last_group_free"), [(None, False), (3, False), (100, True)])
+def test_lists_without_ties(top_k: int | None, last_group_free: bool, masked: bool, path: str) -> None:
+    """`fused_kernel` has a way of their own for programs all of whose lists are so."""
+    problem = make(4, 2, 11, scale=3, masked=masked, top_k=top_k, last_group_free=last_group_free)
+    problem.labels = torch.rand(4, 2, 11).argsort(-1).float()
+    problem.beta *= torch.tensor([1.0, -1.0])
+    check_all(problem)
+    problem.options["order"] = best_first(problem)
+    check_all(problem)
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("levels", [4, 1000])
+def test_a_label_of_nan_makes_its_list_nan_alone(levels: int, ordered: bool, path: str) -> None:
+    problem = make(4, 2, 9, levels=levels, scale=2)
+    problem.mask[1] = True
+    problem.labels[:, :, 3].masked_fill_(~problem.mask[:, None, 3], math.nan)
+    if ordered:
+        problem.options["order"] = best_first(problem)
+    plain = results(plackett_luce_nll, problem)
+    assert plain["loss"].isfinite().all()
+    problem.labels[1, 0, 5] = math.nan
+    found = results(plackett_luce_nll, problem)
+    plain["loss"][1, 0], plain["beta"][1, 0] = math.nan, 0
+    few = replace(problem, upstream=problem.upstream * torch.tensor([0.0, 1.0]), labels=problem.labels.nan_to_num())
+    plain["scores"][1] = results(plackett_luce_nll, few)["scores"][1]
+    compare(found, {name: value.double() for name, value in plain.items()}, 2e-6)
+
+
+def test_items_that_an_order_leaves_out_have_no_gradient(path: str) -> None:
+    problem = make(3, 2, 9, levels=1000, masked=False)
+    order = best_first(problem)
+    order[:, :, 2], order[:, :, 5:] = -1, 99
+    ranked = order[:, :, [0, 1, 3, 4]]
+    left = torch.ones(3, 2, 9, dtype=torch.bool).scatter_(-1, ranked, False).all(1)
+    scores = problem.scores.clone().requires_grad_()
+    loss = plackett_luce_nll(scores, problem.labels, problem.beta, order=order)
+    gradient = torch.autograd.grad(loss.sum(), scores)[0]
+    assert left.any() and torch.equal(gradient[left], torch.zeros(int(left.sum())))
+
+
+def test_choices_without_a_chance_add_up() -> None:
+    """The last of a ranking is certain to be chosen before each of the others, which no rounding may wear off.
+
+    A product of rest / mass over the choices would lose a unit a choice where the division is an approximation.
+    """
+    items = 600
+    scores = torch.randn(1, items)
+    scores[0, -1] = 40.0
+    problem = Problem(scores, torch.arange(items, 0, -1.0)[None, None], torch.ones(1, 1), None, torch.ones(1, 1))
+    found = results(plackett_luce_nll, problem)
+    assert found["scores"][0, -1].item() == pytest.approx(items - 1, rel=1e-6)
+
+
 def test_extreme_scores(ties: str) -> None:
     problem = make(3, 1, 10, levels=6, scale=1e4, masked=False, ties=ties)
     problem.scores[0] /= 100
