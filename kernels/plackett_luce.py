@@ -147,7 +147,8 @@ def pairwise_kernel(
 
         tl.store(loss + target, total, mask=real)
         if gradient is not None:
-            tl.store(gradient + (target * items)[:, None] + item, tl.where(valid, du, 0.0), mask=inside & (item >= 0))
+            known = inside & (item >= 0) & (item < items)
+            tl.store(gradient + (target * items)[:, None] + item, tl.where(valid, du, 0.0), mask=known)
             # The distance from the largest score stands for the score itself, because the gradient sums to 0.
             top_key = tl.max(tl.where(valid, key, float("-inf")), axis=1)
             moves = valid & (du != 0)
