@@ -21,8 +21,11 @@ GRADIENT_TILE = {"BV": 128, "BH": 256, "BM": 64, "GROUP": 16, "num_warps": 8, "n
 
 
 def pivot_tile(size: int) -> dict[str, int]:
-    """Return the tile of `pivot_kernel`: 8 entries at a time, and a block of columns."""
-    return {"ENTRIES": 8, "BLOCK": min(256, triton.next_power_of_2(size)), "num_warps": 4}
+    """Return the tile of `pivot_kernel`: some entries at a time, and a block of columns.
+
+    Most columns have one entry, and a program waits for memory most of its time: few programs with wide blocks.
+    """
+    return {"ENTRIES": 2, "BLOCK": min(2048, triton.next_power_of_2(size)), "num_warps": 8}
 
 
 # The number of rows varies from call to call.
@@ -107,8 +110,7 @@ def weight_gradient_kernel(
 @triton.jit
 def pivot_kernel(
     hidden,  # (M, H)
-    column,  # (F,) int64, rising; entries from V on are left out
-    order,  # (F,) int64: which entry has that column
+    column,  # (F,) int64 of entries in rising order; those from V on are left out
     position,  # (F,) int64: the row of an entry
     coefficient,  # (F,): of an entry
     stop,  # (F,) int64: where the entries with that column end
@@ -133,9 +135,8 @@ def pivot_kernel(
         total = tl.zeros([ENTRIES, BLOCK], dtype=out.dtype.element_ty)
         for start in range(first, end, ENTRIES):
             i = start + tl.arange(0, ENTRIES)
-            entry = tl.load(order + i, mask=i < end, other=0)
-            factor = tl.load(coefficient + entry, mask=i < end, other=0.0)
-            n = tl.load(position + entry, mask=i < end, other=0)
+            factor = tl.load(coefficient + i, mask=i < end, other=0.0)
+            n = tl.load(position + i, mask=i < end, other=0)
             read = (factor != 0.0)[:, None] & (j < size)[None, :]
             h = tl.load(hidden + n[:, None] * hidden_stride + j[None, :], mask=read, other=0.0)
             total += factor[:, None] * h.to(total.dtype)

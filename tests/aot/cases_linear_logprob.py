@@ -285,7 +285,7 @@ def _weight_gradient(operand: str) -> Case:
 def _pivot(operand: str, added: bool, size: int = 4096) -> Case:
     tile, exact = products.pivot_tile(size), _arithmetic(operand)
     types: dict[str, str | None] = {"hidden": f"*{operand}", "coefficient": exact, "out": exact}
-    types |= dict.fromkeys(("column", "order", "position", "stop"), "*i64") | {"place": None if added else "*i32"}
+    types |= dict.fromkeys(("column", "position", "stop"), "*i64") | {"place": None if added else "*i32"}
     types |= dict.fromkeys(("size", "vocabulary", "hidden_stride"), "i32")
     return _case(
         f"pivot {operand}{' added' * added}",

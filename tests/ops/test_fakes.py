@@ -97,6 +97,18 @@ def test_linear_logprob(device: str, dtype: torch.dtype, layout: str, train: str
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_linear_logprob_alone(device: str, dtype: torch.dtype, frozen: bool) -> None:
+    """Without other outputs the gradient of hidden states is rounded where it is made."""
+    hidden, weight = (torch.randn(n, 8, dtype=dtype, device=device) for n in (6, 19))
+    target = torch.randint(19, (6,), device=device)
+    target[1] = -100
+    inputs = (hidden,) if frozen else (hidden, weight)
+    check(lambda h, w=weight: linear_logprob(h, w, target), *inputs)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("max_rows", [0, 1, 3])
 @pytest.mark.parametrize("shared", [False, True])
 def test_linear_logprob_with_a_bound_and_no_workspace(device: str, max_rows: int, shared: bool) -> None:

@@ -243,6 +243,11 @@ def combine(
     return result
 
 
+def scaled(x: Tensor, factor: Tensor) -> Tensor:
+    """Return rows (R, H) times their factors."""
+    return torch.mul(x, factor[:, None])
+
+
 def _add_rows(terms: Tensor, weight: Tensor, column: Tensor, coefficient: Tensor) -> None:
     """Add coefficient_i W[column_i] to row i where the column is there."""
     coefficient = coefficient.masked_fill(column < 0, 0)

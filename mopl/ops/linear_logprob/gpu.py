@@ -342,7 +342,7 @@ def backward(
         if need.hidden:
             _times_head(stored, scan.weight, grad_hidden[chunk])
         if need.weight:
-            inner = _scaled(scan.hidden[chunk], factor, chunk.start)
+            inner = scaled(scan.hidden[chunk], factor, chunk.start)
             if own:
                 scale, processors = unit if scan.narrow else None, plan.processors
                 grad_weight = own_products.weight_gradient(stored, inner, scan.hidden, entries, scale, processors)
@@ -389,8 +389,8 @@ def _times_head(stored: Tensor, weight: Tensor, out: Tensor) -> None:
         product(stored[rows], weight, out[rows])
 
 
-def _scaled(x: Tensor, factor: Tensor, first: int) -> Tensor:
-    """Return rows (R, H) times their factors, which begin at `first`."""
+def scaled(x: Tensor, factor: Tensor, first: int = 0) -> Tensor:
+    """Return rows (R, H) times their factors, which begin at `first`, rounded once."""
     rows, size = x.shape
     out, tile = torch.empty_like(x, memory_format=torch.contiguous_format), backward_kernels.scale_tile(size)
     backward_kernels.scale_kernel[(rows, -(-size // tile["BLOCK"]))](x, factor, out, first, size, x.stride(0), **tile)

@@ -90,7 +90,10 @@ def _linear_logprob_backward(
 @_linear_logprob_backward.register_fake
 def _(hidden, weight, bias, temperature, target, row, softcap, logit_scale, want, saved, upstream, need):
     if hidden is None:
-        hidden = temperature.new_empty((temperature.shape[0], Forward(*saved).direction.shape[-1]))
+        direction = Forward(*saved).direction
+        alone = row is None and upstream[0] is not None and upstream[1] is None and upstream[2] is None
+        dtype = direction.dtype if alone else temperature.dtype  # see `scale_directions`
+        hidden = temperature.new_empty((temperature.shape[0], direction.shape[-1]), dtype=dtype)
     return tuple(
         like.new_empty(like.shape) if needed and like is not None else temperature.new_empty(0)
         for like, needed in zip((hidden, weight, bias, temperature), need, strict=True)

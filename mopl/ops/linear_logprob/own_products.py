@@ -93,6 +93,6 @@ def add_entries(hidden: Tensor, entries: Entries, out: Tensor, place: Tensor | N
     tile = kernels.pivot_tile(size)
     if len(column):
         kernels.pivot_kernel[(len(column), -(-size // tile["BLOCK"]))](
-            hidden, column, order, entries.position, entries.coefficient, stop, place, out, size, vocabulary,
+            hidden, column, entries.position[order], entries.coefficient[order], stop, place, out, size, vocabulary,
             hidden.stride(0), **tile,
         )  # fmt: skip

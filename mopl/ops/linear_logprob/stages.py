@@ -175,8 +175,7 @@ def scale_directions(head: Head, inputs: Inputs, saved: Forward, upstream: Upstr
     rows, target, row = len(saved.shift), inputs.target, inputs.row
     if row is None and head.shard is None and upstream.logsumexp is None and upstream.entropy is None:
         if upstream.logprob is not None:  # the common case in one pass, rounded once
-            factor = upstream.logprob.masked_fill(target < 0, 0)[:, None]
-            return torch.mul(saved.direction, factor, out=torch.empty_like(saved.direction))
+            return backend_of(saved.shift).scaled(saved.direction, upstream.logprob.masked_fill(target < 0, 0))
     result = saved.shift.new_zeros((rows, saved.direction.shape[-1]))
     if upstream.logprob is not None:
         scaled = saved.direction * upstream.logprob.masked_fill(target < 0, 0)[:, None]
