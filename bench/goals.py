@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 HEAD, LOGITS = "16384x4096x128256", "16384x0x151936"  # the sizes that have goals
+WIDE_HEAD = "8192x2048x151936"  # measured beside the first one
 SIZE = {"forward": HEAD, "frozen": HEAD, "trained": HEAD, "gathered": LOGITS}
 SHARE = {"forward": 0.88, "frozen": 0.92, "trained": 0.92, "gathered": 0.9}
 H200_MS = {"forward": 24.8, "frozen": 47.5, "trained": 71.0, "gathered": 3.85}

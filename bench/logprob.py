@@ -5,7 +5,7 @@
 MODE is `gathered` or `gathered-forward`, from logits; `forward`, `frozen` or `trained`, from hidden states, with
 nothing, the hidden states, or the head too to differentiate; `error`, which compares errors alone; `tune`, which
 measures which chunks, tiles and algorithm are fastest and remembers them. Sizes are rows x width x vocabulary: by
-default the one that has a goal, with --more the others. Without a GPU everything runs at toy sizes, to try the command.
+default those that have goals, with --more the others. Without a GPU everything runs at toy sizes, to try the command.
 
 Every variant runs in a process of its own, mopl once more at the end, so that a drift of the clock shows. Columns:
 median milliseconds between events on the GPU and their spread, (largest - smallest) / median; the host's own
@@ -50,7 +50,7 @@ SIZE_LIMIT_S = 60.0 if ON_GPU else 600.0  # a process that takes longer for a si
 
 # The goal's size first, then rows from few to many, then vocabularies that are not whole (50257) or wide.
 ROWS = [f"{rows}x4096x128256" for rows in (1, 16, 128, 256, 512, 1024, 4096)]
-HEAD_SIZES = [goals.HEAD, *ROWS, "16384x2048x151936", "8192x1024x50257", "4096x4096x32000"]
+HEAD_SIZES = [goals.HEAD, goals.WIDE_HEAD, *ROWS, "8192x1024x50257", "4096x4096x32000"]
 LOGIT_SIZES = [goals.LOGITS, "16384x0x50257", "16384x0x32000", "4096x0x128256", "64x0x128256"]
 ERRORS = [
     f"2048x1024x50257 {dtype} {kind}" for dtype in ("bfloat16", "float16", "float32") for kind in ("flat", "peaked")
@@ -257,7 +257,7 @@ def main() -> int:
     parser.add_argument("modes", nargs="+", metavar="MODE", help=f"of {', '.join(SIZES)}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="file to write")
     parser.add_argument("--sizes", nargs="+", metavar="NxHxV", help="rows x width x vocabulary (width 0 from logits)")
-    parser.add_argument("--more", action="store_true", help="all sizes but the one that has a goal")
+    parser.add_argument("--more", action="store_true", help="all sizes but those that have goals")
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="only these")
     parser.add_argument("--heavy", action="store_true", help="the peers that need CuTe, beside mopl")
     parser.add_argument("--alone", metavar="NAME", help="measure a variant in this process; MODEs are then cases")
@@ -286,9 +286,9 @@ def _measure_all(arguments: argparse.Namespace, report: Report) -> None:
         cases = []
         for mode in arguments.modes:
             if name in variants(mode, arguments.heavy):
-                own = arguments.sizes or SIZES[mode]
+                own, first = arguments.sizes or SIZES[mode], 2 if mode in HEAD_MODES else 1
                 whole = mode in COLUMNS or arguments.sizes or not ON_GPU
-                cases += [f"{mode} {size}" for size in (own if whole else own[1:] if arguments.more else own[:1])]
+                cases += [f"{mode} {size}" for size in (own if whole else own[first:] if arguments.more else own[:first])]
         apart(report, name, cases, ["-m", "bench.logprob", "--alone", name], SIZE_LIMIT_S)
         complete(report)
 
