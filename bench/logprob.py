@@ -287,8 +287,9 @@ def _measure_all(arguments: argparse.Namespace, report: Report) -> None:
         for mode in arguments.modes:
             if name in variants(mode, arguments.heavy):
                 own, first = arguments.sizes or SIZES[mode], 2 if mode in HEAD_MODES else 1
-                whole = mode in COLUMNS or arguments.sizes or not ON_GPU
-                cases += [f"{mode} {size}" for size in (own if whole else own[first:] if arguments.more else own[:first])]
+                if mode not in COLUMNS and not arguments.sizes and ON_GPU:
+                    own = own[first:] if arguments.more else own[:first]
+                cases += [f"{mode} {size}" for size in own]
         apart(report, name, cases, ["-m", "bench.logprob", "--alone", name], SIZE_LIMIT_S)
         complete(report)
 
