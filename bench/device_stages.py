@@ -38,6 +38,7 @@ WORKER_BYTES = 13 * 2**30  # of a test: 5.6 GiB of poison, and what it needs
 def _tests(name: str, what: str, seconds: int, chosen: str, files: tuple[str, ...], workers: tuple[str, ...]) -> Stage:
     """Return a stage of tests; -v so that a log that is cut off tells how far it came."""
     how = ("-o", "addopts=--import-mode=importlib", "-v", "--tb=short", "--maxfail=20", "-p", "no:cacheprovider")
+    how += ("--durations=10",)
     command = ("-m", "pytest", *how, *workers, "-m", chosen, *files)
     return Stage(f"tests-{name}", what, seconds, command, ("-n", "0", "--collect-only", "-qqq"))
 
@@ -54,7 +55,9 @@ def _lists(name: str, what: str, seconds: int, *arguments: str) -> Stage:
     return Stage(f"lists{name}", what, seconds, ("-m", "bench.lists", *arguments, "--json", "{out}"), toy)
 
 
-GRAPHS, LISTS, LOGPROB = (f"tests/gpu/test_{name}.py" for name in ("graphs", "list_kernels", "logprob"))
+GRAPHS, LISTS, LOGPROB, *MORE = (
+    f"tests/gpu/test_{name}.py" for name in ("graphs", "list_kernels", "logprob", "compiled", "repeats", "wrapped")
+)
 FEW = ("2", "8", "32", "128", "1024", "4096")  # lengths of lists where every length would take minutes
 OURS = ("--variants", "its products alone", "mopl")
 STAGES = (
@@ -62,8 +65,8 @@ STAGES = (
     # In one, so that a variant's process serves all three: most of its time goes into imports.
     _logprob("head", "the goal's size: scoring, a frozen head, a trained one", 200, "forward", "frozen", "trained"),
     _logprob("gathered", "the goal's size: from logits", 80, "gathered", "gathered-forward"),
-    _tests("small", "list losses and log-probabilities against float64, CUDA graphs", 150, "gpu and not huge",
-           (LISTS, GRAPHS, LOGPROB), WORKERS),
+    _tests("small", "all ops against float64; CUDA graphs, torch.compile, DDP, FSDP2; 100 runs alike", 150,
+           "gpu and not huge", (LISTS, GRAPHS, LOGPROB, *MORE), WORKERS),
     _tests("huge", "the tests that need most of the memory", 70, "gpu and huge", (LISTS, LOGPROB), ()),
     _lists("", "list losses, one objective, K = 2 to 4096", 150, "--no-compile"),
     Stage("model", "the performance model's table with a measured column", 60,

@@ -19,7 +19,9 @@ from bench import device, lists, logprob, measuring
 from bench.device_stages import COMMAND_MINUTES, MUST, PEERS, STAGES, Stage, commands, plan
 from bench.summary import summary
 
-FILES = ("tests/gpu/test_graphs.py", "tests/gpu/test_list_kernels.py", "tests/gpu/test_logprob.py")
+FILES = tuple(
+    f"tests/gpu/test_{name}.py" for name in ("compiled", "graphs", "list_kernels", "logprob", "repeats", "wrapped")
+)
 
 
 def test_without_a_gpu_it_says_so_and_does_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -548,13 +548,14 @@ def test_gathered_offsets_past_2_to_the_31(inplace: bool) -> None:
 def test_gathered_in_place_no_warp_overtakes_another() -> None:
     """Every warp of a row reads the pivot's logit, which one of them overwrites: a million rows show a race.
 
-    The first tile is the one in which a warp has least to do before it writes, so all targets lie there.
+    All pivots lie in the first tile, which is written soonest.
     """
     rows, vocabulary, rounds = size(2**17, 8), size(4096, 60), size(8, 1)
     for dtype in [torch.bfloat16] * rounds + [torch.float32] * (rounds // 4):
-        logits = torch.empty(rows, vocabulary, dtype=dtype, device=DEVICE).normal_().mul_(8)
-        target = torch.randint(min(vocabulary, 2048), (rows,), device=DEVICE)
-        upstream = normal(rows)
+        many = 2 * rows // dtype.itemsize
+        logits = torch.empty(many, vocabulary, dtype=dtype, device=DEVICE).normal_().mul_(8)
+        target = torch.randint(min(vocabulary, 2048), (many,), device=DEVICE)
+        upstream = normal(many)
         gradients = []
         for inplace in (False, True):
             leaf = logits.clone().requires_grad_()
