@@ -55,9 +55,8 @@ def _lists(name: str, what: str, seconds: int, *arguments: str) -> Stage:
     return Stage(f"lists{name}", what, seconds, ("-m", "bench.lists", *arguments, "--json", "{out}"), toy)
 
 
-GRAPHS, LISTS, LOGPROB, *MORE = (
-    f"tests/gpu/test_{name}.py" for name in ("graphs", "list_kernels", "logprob", "compiled", "repeats", "wrapped")
-)
+GPU_TESTS = ("graphs", "list_kernels", "logprob", "compiled", "linear_kl", "repeats", "wrapped")
+GRAPHS, LISTS, LOGPROB, *MORE = (f"tests/gpu/test_{name}.py" for name in GPU_TESTS)
 FEW = ("2", "8", "32", "128", "1024", "4096")  # lengths of lists where every length would take minutes
 OURS = ("--variants", "its products alone", "mopl")
 STAGES = (

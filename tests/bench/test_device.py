@@ -19,9 +19,8 @@ from bench import device, lists, logprob, measuring
 from bench.device_stages import COMMAND_MINUTES, MUST, PEERS, STAGES, Stage, commands, plan
 from bench.summary import summary
 
-FILES = tuple(
-    f"tests/gpu/test_{name}.py" for name in ("compiled", "graphs", "list_kernels", "logprob", "repeats", "wrapped")
-)
+GPU_TESTS = ("compiled", "graphs", "linear_kl", "list_kernels", "logprob", "repeats", "wrapped")
+FILES = tuple(f"tests/gpu/test_{name}.py" for name in GPU_TESTS)
 
 
 def test_without_a_gpu_it_says_so_and_does_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
