@@ -55,8 +55,8 @@ def _lists(name: str, what: str, seconds: int, *arguments: str) -> Stage:
     return Stage(f"lists{name}", what, seconds, ("-m", "bench.lists", *arguments, "--json", "{out}"), toy)
 
 
-GPU_TESTS = ("graphs", "list_kernels", "logprob", "compiled", "linear_kl", "repeats", "wrapped")
-GRAPHS, LISTS, LOGPROB, *MORE = (f"tests/gpu/test_{name}.py" for name in GPU_TESTS)
+GPU_TESTS = ("graphs", "list_kernels", "logprob", "gathered", "compiled", "linear_kl", "repeats", "wrapped")
+GRAPHS, LISTS, LOGPROB, GATHERED, *MORE = (f"tests/gpu/test_{name}.py" for name in GPU_TESTS)
 FEW = ("2", "8", "32", "128", "1024", "4096")  # lengths of lists where every length would take minutes
 OURS = ("--variants", "its products alone", "mopl")
 STAGES = (
@@ -65,8 +65,8 @@ STAGES = (
     _logprob("head", "the goal's size: scoring, a frozen head, a trained one", 200, "forward", "frozen", "trained"),
     _logprob("gathered", "the goal's size: from logits", 80, "gathered", "gathered-forward"),
     _tests("small", "all ops against float64; CUDA graphs, torch.compile, DDP, FSDP2; 100 runs alike", 150,
-           "gpu and not huge", (LISTS, GRAPHS, LOGPROB, *MORE), WORKERS),
-    _tests("huge", "the tests that need most of the memory", 70, "gpu and huge", (LISTS, LOGPROB), ()),
+           "gpu and not huge", (LISTS, GRAPHS, LOGPROB, GATHERED, *MORE), WORKERS),
+    _tests("huge", "the tests that need most of the memory", 70, "gpu and huge", (LISTS, LOGPROB, GATHERED), ()),
     _lists("", "list losses, one objective, K = 2 to 4096", 150, "--no-compile"),
     Stage("model", "the performance model's table with a measured column", 60,
           ("-m", "bench.model", "--measure", "--card", "{card}", "--json", "{out}"), ("--toy",), interpret=False),

@@ -4,7 +4,7 @@
 
 Where the tool is not found, the report says so and nothing has failed. Its racecheck knows shared memory alone: a race
 between warps in global memory, such as one of `gathered_logprob` in place, only a comparison of results can show
-(tests/gpu/test_logprob.py).
+(tests/gpu/test_gathered.py).
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from bench import device, lists, logprob, measuring
 from bench.device_stages import COMMAND_MINUTES, MUST, PEERS, STAGES, Stage, commands, plan
 from bench.summary import summary
 
-GPU_TESTS = ("compiled", "graphs", "linear_kl", "list_kernels", "logprob", "repeats", "wrapped")
+GPU_TESTS = ("compiled", "gathered", "graphs", "linear_kl", "list_kernels", "logprob", "repeats", "wrapped")
 FILES = tuple(f"tests/gpu/test_{name}.py" for name in GPU_TESTS)
 
 

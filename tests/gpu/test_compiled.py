@@ -9,16 +9,14 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch._inductor.config
+from gpu_problems import BF16, DEVICE, F32, GPU, normal, size
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from mopl.losses import listwise_dpo, plackett_luce
 from mopl.ops import gathered_logprob, linear_kl, linear_logprob
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-GPU = DEVICE.type == "cuda"
 BACKEND = "inductor" if GPU else "aot_eager"
-BF16, F32 = torch.bfloat16, torch.float32
 
 pytestmark = pytest.mark.gpu
 
@@ -34,14 +32,6 @@ def compiled_anew() -> Iterator[None]:
     else:
         yield
     torch._dynamo.reset()
-
-
-def size(real: int, small: int) -> int:
-    return real if GPU else small
-
-
-def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = F32) -> Tensor:
-    return torch.randn(*shape, device=DEVICE).mul_(scale).to(dtype)
 
 
 def gradients(run: Callable[[Inputs], Tensor], inputs: Inputs, wanted: tuple[str, ...]) -> list[Tensor]:

@@ -14,22 +14,15 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from gpu_problems import BF16, DEVICE, F32, FP16, GPU, normal, size
 from torch import Tensor
 
 from mopl.losses import bradley_terry, listwise_dpo, plackett_luce
 from mopl.ops import gathered_logprob, linear_kl, linear_logprob
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-GPU = DEVICE.type == "cuda"
-BF16, FP16, F32 = torch.bfloat16, torch.float16, torch.float32
-
 pytestmark = pytest.mark.gpu
 
 Inputs = dict[str, Tensor]
-
-
-def size(real: int, small: int) -> int:
-    return real if GPU else small
 
 
 def captured(step: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Callable[[], None]]:
@@ -91,10 +84,6 @@ def check(run: Callable[[Inputs], Tensor], wanted: tuple[str, ...], first: Input
             assert torch.equal(result, right), name
         assert before is None or not torch.equal(before, results[0]), "both values give the same result"
         before = results[0].clone()
-
-
-def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = F32) -> Tensor:
-    return torch.randn(*shape, device=DEVICE).mul_(scale).to(dtype)
 
 
 # ---------------------------------------------------------------- log-probabilities and the KL divergence

@@ -8,26 +8,15 @@ import math
 
 import pytest
 import torch
+from gpu_problems import DEVICE, DTYPES, GPU, SLACK, capped, error, normal, size, wide_product
 from torch import Tensor
 
 from mopl.ops import _linear_kl_chunks as chunks
 from mopl.ops import linear_kl
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-GPU = DEVICE.type == "cuda"
-SLACK = 2.0
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 NEEDS = {"frozen": ("hidden",), "trained": ("hidden", "weight")}
 
 pytestmark = pytest.mark.gpu
-
-
-def size(real: int, small: int) -> int:
-    return real if GPU else small
-
-
-def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, device=DEVICE).mul_(scale).to(dtype)
 
 
 def policies(dtype: torch.dtype, rows: int, width: int, vocabulary: int) -> dict[str, Tensor]:
@@ -49,21 +38,13 @@ def policies(dtype: torch.dtype, rows: int, width: int, vocabulary: int) -> dict
     return p
 
 
-def wide(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """A product with sums and a result in float32 or float64."""
-    if a.is_cuda and dtype == torch.float32 and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.to(dtype) @ b.to(dtype)
-
-
 def formula(p: dict[str, Tensor], direction: str, softcap: float | None, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return values and gradients on whole logits, in float32 or float64."""
     live = p["mask"]
     temperature = p["temperature"].to(dtype)[:, None]
 
     def logits(hidden: Tensor, weight: Tensor) -> Tensor:
-        a = wide(hidden.masked_fill(~live[:, None], 0), weight.T, dtype)
-        return a if softcap is None else softcap * torch.tanh(a / softcap)
+        return capped(wide_product(hidden.masked_fill(~live[:, None], 0), weight.T, dtype), softcap)
 
     u = logits(p["hidden"], p["weight"])
     log_p = (u / temperature).log_softmax(-1)
@@ -84,11 +65,6 @@ def formula(p: dict[str, Tensor], direction: str, softcap: float | None, dtype: 
         "hidden": du @ p["weight"].to(dtype),
         "weight": du.T @ hidden.to(dtype),
     }
-
-
-def error(ours: Tensor, exact: Tensor) -> float:
-    """Root mean square error over root mean square."""
-    return float((ours.double() - exact).norm() / exact.norm())
 
 
 @pytest.mark.parametrize("mode", list(NEEDS))

@@ -5,45 +5,23 @@ prove nothing there about a GPU, but no mistake in this file waits for one.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
+from gpu_problems import DEVICE, GPU, on_a_gpu, size
 from list_problems import Problem, best_first, compare, in_float64, make, padded, poisoned, results
 from torch import Tensor
 
 from mopl.ops.listnet import listwise_cross_entropy
 from mopl.ops.plackett_luce import Rule, cpu, plackett_luce_nll
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-GPU = DEVICE.type == "cuda"
 F64 = torch.float64
 # exp is ex2.approx of a rounded product on NVIDIA GPUs: its relative error grows with the exponent.
 TOLERANCE = {torch.float32: 4e-6, torch.float64: 1e-11, torch.bfloat16: 2**-8 if GPU else 2**-7}
 DTYPES = [torch.float32, torch.float64, torch.bfloat16] if GPU else [torch.float32]
 
-pytestmark = pytest.mark.gpu
-
-
-def size(real: int, small: int) -> int:
-    return real if GPU else small
-
-
-def on_a_gpu(*cases):
-    """Return cases that only a GPU has: in the interpreter, `tests/interpreter` takes every path at every size."""
-    return list(cases) if GPU else []
-
-
-@pytest.fixture(autouse=True)
-def poison() -> Iterator[None]:
-    """Leave NaN in the memory that the allocator hands out next: an output that nobody writes shows."""
-    if GPU:
-        blocks = [torch.full((n,), math.nan, device=DEVICE) for n in (2**28, 2**26, *[2**20] * 64, *[2**12] * 512)]
-        del blocks
-    yield
-    if GPU:
-        torch.cuda.empty_cache()
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poison")]
 
 
 def listnet_formula(scores: Tensor, labels: Tensor, beta: Tensor, mask: Tensor | None, normalize: bool) -> Tensor:

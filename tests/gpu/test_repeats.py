@@ -10,26 +10,16 @@ from functools import partial
 
 import pytest
 import torch
+from gpu_problems import BF16, DEVICE, F32, FP16, GPU, normal, size
 from torch import Tensor
 
 from mopl.losses import bradley_terry, listwise_dpo, plackett_luce
 from mopl.ops import gathered_logprob, linear_kl, linear_logprob
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-GPU = DEVICE.type == "cuda"
 RUNS = 100 if GPU else 2
-BF16, FP16, F32 = torch.bfloat16, torch.float16, torch.float32
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 pytestmark = pytest.mark.gpu
-
-
-def size(real: int, small: int) -> int:
-    return real if GPU else small
-
-
-def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = F32) -> Tensor:
-    return torch.randn(*shape, device=DEVICE).mul_(scale).to(dtype)
 
 
 def same_bits(a: Tensor, b: Tensor) -> Tensor:

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from gpu_problems import DEVICE, GPU
 
 transformers = pytest.importorskip("transformers")
 
 from mopl.alignment import fuse, score_sequences
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytestmark = pytest.mark.gpu
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -26,7 +26,7 @@ TESTS = Path(__file__).resolve().parents[1]
 @pytest.mark.parametrize("recompute", [False, True], ids=["", "activations computed again"])
 @pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied head"])
 def test_scores_and_gradients_of_a_fused_head_are_those_of_the_logits(tied: bool, recompute: bool) -> None:
-    large = DEVICE.type == "cuda"
+    large = GPU
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=5003 if large else 61, hidden_size=128 if large else 32, intermediate_size=48, num_hidden_layers=2,
@@ -60,7 +60,7 @@ def test_gradients_under_ddp_and_fsdp2_equal_those_of_the_model_alone() -> None:
         port = free.getsockname()[1]
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}
     paths = {"PYTHONPATH": os.pathsep.join(str(path) for path in (TESTS.parent, TESTS, *sys.path) if str(path))}
-    dtypes = ["float32", "bfloat16", "float16"] if torch.cuda.is_available() else ["float32"]
+    dtypes = ["float32", "bfloat16", "float16"] if GPU else ["float32"]
     settings = {"NCCL_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "0"}
     done = subprocess.run(
         [sys.executable, str(TESTS / "distributed" / "fuse_gradients.py"), *dtypes],

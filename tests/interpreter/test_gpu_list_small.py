@@ -12,7 +12,7 @@ spec = importlib.util.spec_from_file_location(
 )
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
-globals().update({name: value for name, value in vars(module).items() if name.startswith("test_") or name == "poison"})
+globals().update({name: value for name, value in vars(module).items() if name.startswith("test_")})
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""The logic of `tests/gpu/test_logprob.py` at toy sizes, so that no mistake in it waits for a GPU.
+"""The logic of `tests/gpu/test_logprob.py` and `test_gathered.py` at toy sizes: no mistake in them waits for a GPU.
 
 The interpreter truncates to bfloat16 where a GPU rounds; here it is made to round, so that errors can be judged.
 """
@@ -15,10 +15,13 @@ from triton.runtime import interpreter
 from mopl.ops.linear_logprob import device as _device
 from mopl.ops.linear_logprob.plan import TOY
 
-spec = importlib.util.spec_from_file_location("gpu_logprob", Path(__file__).parents[1] / "gpu" / "test_logprob.py")
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-globals().update({name: value for name, value in vars(module).items() if name.startswith("test_")})
+for name in ("logprob", "gathered"):
+    spec = importlib.util.spec_from_file_location(f"gpu_{name}", Path(__file__).parents[1] / "gpu" / f"test_{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = {test: value for test, value in vars(module).items() if test.startswith("test_")}
+    assert not found.keys() & globals().keys()
+    globals().update(found)
 
 
 @pytest.fixture(autouse=True)
