@@ -184,7 +184,7 @@ def test_few_rows_get_wide_tiles_and_the_fused_kernel() -> None:
 def test_products_of_our_own_take_the_librarys_place_but_for_few_rows() -> None:
     fits = ("wide", "few", "short", "descriptors")
     for rows, wanted, name in (
-        (16, "scoring", "few"), (256, "scoring", "short"), (257, "scoring", "descriptors"),
+        (16, "scoring", "few"), (64, "scoring", "short"), (65, "scoring", "descriptors"),
         (16, "frozen", "descriptors"), (16384, "trained", "descriptors"),
     ):  # fmt: skip
         plan = make_plan(CARDS["H200"].plan, BF16, rows, 4096, 128256, wanted, fits)

@@ -1,8 +1,8 @@
 """How one call of `linear_logprob` on a GPU is cut, and by which algorithm: planned by a rule, or as it was measured.
 
-Below about 256 rows reading the head bounds the time, and the fused kernel reads it once and writes nothing. Above,
-kernels of our own multiply where the GPU is one they were measured on, and elsewhere the library, in chunks and tiles
-that `plan` chooses. `tune` measures the alternatives and remembers
+For few rows reading the head bounds the time, and the fused kernel reads it once and writes nothing. For more, kernels
+of our own multiply where the GPU is one they were measured on, and elsewhere the library, in chunks and tiles that
+`plan` chooses. `tune` measures the alternatives and remembers
 the winner on disk, by architecture, dtype, sizes of the head, what is wanted and the number of rows rounded up to a
 power of two, never by the exact number of rows.
 """

@@ -1,4 +1,4 @@
-"""The four stages of `linear_logprob` in chunked PyTorch; `gpu` has the same four functions.
+"""The stages of `linear_logprob` in chunked PyTorch; `gpu` has the same functions.
 
 M rows in play, F targets in play. Rows of a batch that do not count (`counts`) may hold anything: their columns are -1,
 and their sums and directions 0. All arithmetic, the products included, and every (M,)-vector is in the compute dtype:

@@ -40,15 +40,16 @@ the pivot it is g_q (1 - p_q) - p_q (G - g_q) - h p_q (log p_q + H). See `logit_
 
 The temperature's gradient needs no pass over the vocabulary: see `temperature_gradient`.
 
-**Memory** on a GPU, beside operands and results: a tile of logits in the compute dtype, at most 128 MiB (512 if `tune`
-found that faster); for a frozen head's gradients, or rows that are not kept, the exponentials of a chunk of rows over
-the whole vocabulary, 1 GiB for 4224 bf16 rows and V = 128256 and at most a 64th of the GPU's memory; for a trained
-head the kept exponentials (`workspace`) and its gradient in float32 (V, H). See `plan`.
+**Memory** on a GPU, beside operands and results: for a frozen head's gradients, or rows that are not kept, the
+exponentials of a chunk of rows over the whole vocabulary, 1 GiB for 4096 bf16 rows and V = 128256 and at most a 64th of
+the GPU's memory; for a trained head the kept exponentials (`workspace`). Where the library multiplies (see `choice`), a
+tile of logits in the compute dtype as well, at most 128 MiB (512 if `tune` found that faster), and with a trained head
+its gradient in float32 (V, H), which is also held where not all rows are kept. See `plan`.
 
-**Backends.** `cpu` and `gpu` have the same four functions with the same arguments: `target_logits`, `accumulate`,
-`combine`, `backward`. Rows that do not count never reach them (`rows`): on a CPU by index, on a GPU by a stable sort of
-the mask, with the number of rows that count known on the device only; `max_rows` bounds it on the host. The
-vocabulary-parallel form runs the same four functions on each rank's shard.
+**Backends.** `cpu` and `gpu` have the same functions with the same arguments: `target_logits`, `accumulate`, `combine`,
+`backward`, `scaled`. Which rows count is known on the device alone: a CPU leaves the others out by index, a GPU's
+kernels skip them (`rows`); where `max_rows` spares some of them, a stable sort of the mask puts those that count first.
+The vocabulary-parallel form runs the same functions on each rank's shard.
 
 **From here** `hidden` goes through `operators` (autograd) to `stages` (the order of things), which takes the rows in
 play to a backend and puts what comes back in its place.

@@ -1,4 +1,4 @@
-"""The four stages of `linear_logprob` on a GPU: products by the vendor's library, everything around them in Triton.
+"""The stages of `linear_logprob` on a GPU: products by the vendor's library or our own, all around them in Triton.
 
 The same functions as in `cpu`, whose docstrings say what each argument and result is. Here:
 

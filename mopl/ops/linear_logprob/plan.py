@@ -25,6 +25,8 @@ LIBRARY = "library"  # the algorithm whose products are the vendor's
 # The one whose products are `own_products`; all others are tiles of the fused kernel, for scoring alone.
 DESCRIPTORS = "descriptors"
 FEW_ROWS = 256  # below which reading the head takes longer than multiplying by it (about 183 rows on an H200)
+# The same where the rest goes to `DESCRIPTORS`: 64 rows .44 ms against .56, 128 rows .54 against .51 (H200, 2026-11-27).
+FEWER_ROWS = 64
 BUFFER_SHARE = 64  # a 64th of a GPU's memory may hold exponentials that are used at once: half of what may be kept
 
 
@@ -87,7 +89,8 @@ def make_plan(
     block = block_of(device, dtype)
     compute = max(4, dtype.itemsize)
     algorithm = DESCRIPTORS if DESCRIPTORS in fits else LIBRARY
-    if wanted == "scoring" and dtype.itemsize == 2 and rows <= FEW_ROWS:
+    few = FEWER_ROWS if algorithm == DESCRIPTORS else FEW_ROWS
+    if wanted == "scoring" and dtype.itemsize == 2 and rows <= few:
         name = "few" if rows <= 16 else "short"
         algorithm = name if name in fits else algorithm
     most = device.height * 3 // 2 // block[0]

@@ -32,7 +32,7 @@ from mopl.ops.segments import segment_sum
 
 
 def backend_of(tensor: Tensor) -> ModuleType:
-    """Return the module with the four stages for tensors like this one."""
+    """Return the module with the stages for tensors like this one."""
     if use_triton(tensor):
         from mopl.ops.linear_logprob import gpu as backend
     else:
