@@ -126,6 +126,10 @@ def test_what_has_no_kernel_here_goes_to_the_library(launched: list[str]) -> Non
     linear_logprob(p["hidden"].float(), p["weight"].float(), p["target"])
     odd = torch.randn(ROWS, 20), torch.randn(VOCABULARY, 20)  # rows of 40 bytes
     linear_logprob(*(x.bfloat16() for x in odd), p["target"])
+    cut = torch.randn(ROWS, 32)[:, :20], torch.randn(VOCABULARY, 32)[:, :20]  # a copy would have rows of 40 bytes
+    linear_logprob(*(x.bfloat16() for x in cut), p["target"])
+    wide = [torch.randn(n, 32).bfloat16()[:, :20].requires_grad_() for n in (ROWS, VOCABULARY)]
+    linear_logprob(*wide, p["target"]).sum().backward()
     apart = torch.randn(ROWS, WIDTH + 1).bfloat16()[:, 1:]
     linear_logprob(apart, p["weight"], p["target"])
     assert not launched or set(launched) == {"pivot_kernel"}

@@ -26,11 +26,10 @@ class Entries(NamedTuple):
 
 
 def describable(x: Tensor) -> bool:
-    """Say whether a descriptor can hold a matrix, made contiguous where its rows are not: all begin at 16 bytes."""
-    if x.stride(1) != 1:  # a copy of it, then
-        return x.shape[1] * x.element_size() % 16 == 0
+    """Say whether descriptors can hold a matrix and a copy of it: all rows have to begin at multiples of 16 bytes."""
     aligned = is_fake(x) or x.data_ptr() % 16 == 0
-    return aligned and x.stride(0) * x.element_size() % 16 == 0
+    steps = (x.shape[1], x.stride(0)) if x.stride(1) == 1 else (x.shape[1],)  # else it is copied
+    return (aligned or x.stride(1) != 1) and all(step * x.element_size() % 16 == 0 for step in steps)
 
 
 def _descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:

@@ -25,7 +25,7 @@ LIBRARY = "library"  # the algorithm whose products are the vendor's
 # The one whose products are `own_products`; all others are tiles of the fused kernel, for scoring alone.
 DESCRIPTORS = "descriptors"
 FEW_ROWS = 256  # below which reading the head takes longer than multiplying by it (about 183 rows on an H200)
-# The same where the rest goes to `DESCRIPTORS`: 64 rows .44 ms against .56, 128 rows .54 against .51 (H200, 2026-11-27).
+# Where the rest goes to `DESCRIPTORS`: 64 rows take .44 ms against .56 there, 128 rows .54 against .51 (H200).
 FEWER_ROWS = 64
 BUFFER_SHARE = 64  # a 64th of a GPU's memory may hold exponentials that are used at once: half of what may be kept
 
