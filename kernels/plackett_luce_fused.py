@@ -286,7 +286,8 @@ def fused_kernel(
         one = first + r
         if order is not None:
             one = ranked[r]
-            here = (one >= 0) & (one < items)
+            # A program's lists beyond the last one have no order: what stands for it may be an index in 8 bits.
+            here = real[None, :] & (one >= 0) & (one < items)
         if order is None:
             one = tl.where(here, one, ABSENT)
         if mask is not None:

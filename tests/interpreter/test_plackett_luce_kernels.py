@@ -356,6 +356,12 @@ def test_lists_of_every_plan(items: int, label_dtype: torch.dtype) -> None:
     check_all(make(2, 2 if items < 33 else 1, items, levels=items // 2 + 1, scale=2, label_dtype=label_dtype))
 
 
+def test_lists_whose_last_index_fills_a_byte() -> None:
+    """Their order has 8 bits an index, so that no index says that there is none, and the last program lists to spare."""
+    assert plans.plan(256, 4, "breslow", False, False, 4).tile["LISTS"] > 1
+    check_all(make(1, 1, 256, levels=1000, masked=False))
+
+
 @pytest.mark.parametrize("items", [16, 17, 300])
 def test_partial_rankings_of_every_plan(items: int) -> None:
     problem = make(2, 1, items, levels=9, scale=2, top_k=items // 3, last_group_free=True)
