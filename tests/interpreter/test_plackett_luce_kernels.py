@@ -357,7 +357,7 @@ def test_lists_of_every_plan(items: int, label_dtype: torch.dtype) -> None:
 
 
 def test_lists_whose_last_index_fills_a_byte() -> None:
-    """Their order has 8 bits an index, so that no index says that there is none, and the last program lists to spare."""
+    """Every index of 8 bits is that of an item, and none says that there is no item, as in lists beyond the last."""
     assert plans.plan(256, 4, "breslow", False, False, 4).tile["LISTS"] > 1
     check_all(make(1, 1, 256, levels=1000, masked=False))
 
