@@ -51,13 +51,16 @@ def _logprob(name: str, what: str, seconds: int, *arguments: str) -> Stage:
 
 
 def _lists(name: str, what: str, seconds: int, *arguments: str) -> Stage:
-    toy = ("--sizes", "4", "--objectives", "1", "3", "--variants", "mopl", "log_softmax")
+    toy = ("--sizes", "4", "--objectives", "1", "3", "--variants", "its bytes alone", "mopl", "log_softmax")
     return Stage(f"lists{name}", what, seconds, ("-m", "bench.lists", *arguments, "--json", "{out}"), toy)
 
 
 GPU_TESTS = ("graphs", "list_kernels", "logprob", "gathered", "compiled", "linear_kl", "repeats", "wrapped")
 GRAPHS, LISTS, LOGPROB, GATHERED, *MORE = (f"tests/gpu/test_{name}.py" for name in GPU_TESTS)
 FEW = ("2", "8", "32", "128", "1024", "4096")  # lengths of lists where every length would take minutes
+FEWER = ("8", "128", "1024")
+EAGER = ("logcumsumexp", "cumsum (unsafe)", "allRank listMLE", "sentence-transformers ListMLE", "log_softmax",
+         "allRank listNet")  # fmt: skip
 OURS = ("--variants", "its products alone", "mopl")
 STAGES = (
     Stage("limits", "copy bandwidth and matrix-product rate", 15, ("-m", "bench.limits", "{out}")),
@@ -67,17 +70,21 @@ STAGES = (
     _tests("small", "all ops against float64; CUDA graphs, torch.compile, DDP, FSDP2; 100 runs alike", 150,
            "gpu and not huge", (LISTS, GRAPHS, LOGPROB, GATHERED, *MORE), WORKERS),
     _tests("huge", "the tests that need most of the memory", 70, "gpu and huge", (LISTS, LOGPROB, GATHERED), ()),
-    _lists("", "list losses, one objective, K = 2 to 4096", 150, "--no-compile"),
+    # mopl with and without an order, every eager peer: ten processes; mopl's kernels compile beside those of the peers.
+    _lists("", "list losses, one objective, K = 2 to 4096", 95, "--sizes", *FEW, "--variants", "its bytes alone",
+           "mopl", "mopl, sorting", "mopl, again", *EAGER),
     Stage("model", "the performance model's table with a measured column", 60,
           ("-m", "bench.model", "--measure", "--card", "{card}", "--json", "{out}"), ("--toy",), interpret=False),
     _logprob("tune", "choice of tiles and rows, which is remembered", 60, "tune"),
     _logprob("tuned", "the goals once more with what was chosen", 40, "forward", "frozen", "trained", *OURS),
     Stage("step", "a training step of 135M and of 1B beside TRL's and Liger's DPO", 150,
           ("-m", "bench.step", "--json", "{out}"), ("--models", "135m"), interpret=False),
-    _lists("-compiled", "torch.compile of the list losses", 150, "--sizes", *FEW, "--variants", "mopl",
-           "torch.compile of logcumsumexp", "torch.compile of log_softmax"),
-    _lists("-objectives", "list losses with 3 and 5 objectives", 90, "--no-compile", "--objectives", "3", "5",
-           "--sizes", *FEW),
+    _lists("-compiled-pl", "torch.compile of Plackett-Luce", 60, "--losses", "plackett-luce", "--sizes", *FEW,
+           "--variants", "mopl", "torch.compile of logcumsumexp"),
+    _lists("-compiled-listnet", "torch.compile of ListNet", 60, "--losses", "listnet", "--sizes", *FEW,
+           "--variants", "mopl", "torch.compile of log_softmax"),
+    _lists("-objectives", "list losses with 3 and 5 objectives", 60, "--objectives", "3", "5", "--sizes", *FEWER,
+           "--variants", "its bytes alone", "mopl", "mopl, sorting", "logcumsumexp", "log_softmax"),
     _logprob("sizes", "other sizes, few rows and ragged vocabularies", 170, "forward", "frozen", "trained", "--more",
              *OURS, "full logits", "TRL chunked"),
     _logprob("gathered-sizes", "other sizes from logits", 60, "gathered", "--more"),

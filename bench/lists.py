@@ -2,11 +2,13 @@
 
     python -m bench.lists [--json FILE] [--objectives 1 3 5] [--sizes 2 4 8 ...] [--variants NAME ...]
 
-For a CPU there is bench_listwise.py. Each variant runs in a process of its own, mopl once more at the end. A batch has
-2^27 items (1.3e8), drawn on the GPU, and times are those between events there: a million items would be 10 us of work
-behind 600 us of host. `ns` are nanoseconds an item; `of bytes` is the time of a copy that moves as many bytes as
-reading scores and labels and writing one gradient, over the variant's; `x mopl`, its time over mopl's. mopl gets
-Plackett–Luce's order as the peers do; "mopl, sorting" makes it. The exit status says whether a row of mopl failed.
+For a CPU there is bench_listwise.py. Each variant runs in a process of its own, mopl once more at the end; while the
+peers are measured, other processes compile mopl's kernels into Triton's cache. A batch has 2^27 items (1.3e8), drawn on
+the GPU, and times are those between events there: a million items would be 10 us of work behind 600 us of host. `ns`
+are nanoseconds an item and objective. `of bytes` is the time of a copy of the bytes that both passes have to move (see
+`bytes_moved`) over the variant's; who finds the order by itself has no order to read. `x mopl` is its time over mopl's,
+which gets Plackett–Luce's order as the peers do; for peers that sort, over that of "mopl, sorting". The exit status
+says whether a row of mopl failed.
 """
 
 from __future__ import annotations
@@ -16,23 +18,29 @@ import os
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")  # some virtual machines trap on AMX
 
 import argparse
+import contextlib
+import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
+from bench.goals import SORTING, judge_lists, parse_list
 from bench.limits import ON_GPU, times_of
 from bench.listwise_variants import Problem, listnet_variants, plackett_luce_variants
-from bench.measuring import DEVICE, Report, apart, each, extra_memory
+from bench.measuring import DEVICE, ROOT, Report, apart, each, extra_memory
 
 ITEMS = 2**27 if ON_GPU else 64
 SIZES = [2**k for k in range(1, 13)] if ON_GPU else [4]
 LOSSES = {"plackett-luce": plackett_luce_variants, "listnet": listnet_variants}
 BYTES, AGAIN = "its bytes alone", "mopl, again"
+SORTS = "mopl, sorting"
 PLAIN = {"plackett-luce": "logcumsumexp", "listnet": "log_softmax"}
 COMPILED = {loss: f"torch.compile of {name}" for loss, name in PLAIN.items()}
-REPEATS, WARMUP, LIMIT_S = (10, 2, 60.0) if ON_GPU else (1, 0, 600.0)
+REPEATS, WARMUP, LIMIT_S = (5, 1, 60.0) if ON_GPU else (1, 0, 600.0)
+COMPILING_S = 90.0  # at the longest
 COLUMNS = {
     "ns": ".4f",
     "ms": ".3f",
@@ -44,15 +52,27 @@ COLUMNS = {
 }
 
 
-def parse(case: str) -> tuple[str, int, int]:
-    """Return loss, objectives and items of a list."""
-    loss, objectives, items = case.split(" ")
-    return loss, int(objectives.removeprefix("m=")), int(items.removeprefix("K="))
+def bytes_moved(loss: str, objectives: int, items: int, sorting: bool = False) -> int:
+    """Return the bytes of a list that forward and backward have to move, numbers of 4 bytes and an order of 8.
+
+    Both write the losses and read their gradients, 8m a list, m the number of objectives. By item, ListNet reads scores
+    and labels in both passes and writes the scores' gradient: 2 (4 + 4m) + 4. Plackett–Luce reads scores, labels and
+    the order, and leaves a gradient by objective that backward reads and sums up: 4 + 4m + 8m + 4m, then 4m + 4.
+    """
+    if loss == "listnet":
+        item = 12 + 8 * objectives
+    else:
+        item = 8 + (12 if sorting else 20) * objectives
+    return items * item + 8 * objectives
 
 
-def bytes_alone(problem: Problem) -> Callable[[], object]:
-    """Return a step that moves as many bytes as reading scores and labels and writing one gradient."""
-    moved = 4 * (2 * problem.scores.numel() + problem.labels.numel())
+def lists_of(objectives: int, items: int) -> int:
+    """Return how many lists a batch has."""
+    return max(1, ITEMS // items // objectives)
+
+
+def bytes_alone(moved: int) -> Callable[[], object]:
+    """Return a step that moves so many bytes, half of them read and half of them written."""
     source = torch.empty(moved // 2, dtype=torch.int8, device=DEVICE)
     copy = torch.empty_like(source)
     return lambda: copy.copy_(source)
@@ -60,16 +80,53 @@ def bytes_alone(problem: Problem) -> Callable[[], object]:
 
 def measure(variant: str, case: str) -> dict:
     """Measure one variant in this process."""
-    loss, objectives, items = parse(case)
-    problem = Problem.make(max(1, ITEMS // items // objectives), objectives, items, DEVICE.type)
-    if compiled := variant in COMPILED.values():  # whose import takes seconds
-        torch._dynamo.reset()  # it compiles a function eight times, then no more
-    steps = {BYTES: bytes_alone(problem)} if variant == BYTES else LOSSES[loss](problem, compiled)
-    step = steps[variant.removesuffix(", again")]
+    loss, objectives, items = parse_list(case)
+    lists = lists_of(objectives, items)
+    if variant == BYTES:
+        step = bytes_alone(lists * bytes_moved(loss, objectives, items))
+    else:
+        if compiled := variant in COMPILED.values():  # whose import takes seconds
+            torch._dynamo.reset()  # it compiles a function eight times, then no more
+        problem = Problem.make(lists, objectives, items, DEVICE.type)
+        step = LOSSES[loss](problem, compiled)[variant.removesuffix(", again")]
     step()
     memory = extra_memory(step)
     times = times_of(step, REPEATS, WARMUP)
-    return {**times, "ns": times["ms"] * 1e6 / problem.items / objectives, "extra GB": memory}
+    return {**times, "ns": times["ms"] * 1e6 / (lists * items * objectives), "extra GB": memory}
+
+
+def compile_kernels(cases: list[str], names: list[str]) -> None:
+    """Run mopl's variants on few lists, as many more than a multiple of 16 as the measured ones: the same kernels."""
+    for case in cases:
+        loss, objectives, items = parse_list(case)
+        problem = Problem.make(1024 + lists_of(objectives, items) % 16, objectives, items, DEVICE.type)
+        for name, step in LOSSES[loss](problem, False).items():
+            if name in names:
+                step()
+
+
+@contextlib.contextmanager
+def compiling(cases: list[str], names: list[str]) -> Iterator[Callable[[], None]]:
+    """Compile for each case in a process of its own; give a function that waits until all have ended."""
+    ours = [name for name in names if name.startswith("mopl")]
+    started = []
+    if ON_GPU and ours:
+        line = [sys.executable, "-m", "bench.lists", "--compile", *ours, "--"]
+        started = [subprocess.Popen([*line, case], cwd=ROOT) for case in cases]
+
+    deadline = time.monotonic() + COMPILING_S
+
+    def wait() -> None:
+        for process in started:
+            with contextlib.suppress(subprocess.TimeoutExpired):  # what it lacks is compiled when it is measured
+                process.wait(max(0.0, deadline - time.monotonic()))
+
+    try:
+        yield wait
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
 
 
 def variants(loss: str, objectives: int) -> list[str]:
@@ -81,17 +138,23 @@ def variants(loss: str, objectives: int) -> list[str]:
 
 
 def complete(report: Report) -> None:
-    """Add to every row what needs another one, and what has to hold: mopl ahead of plain and of compiled torch."""
+    """Add to every row what needs another one, and judge the goals."""
     report.targets.clear()
     for row in report.rows:
-        mopl, limit = report.find(row["size"], "mopl"), report.find(row["size"], BYTES)
-        if "ms" in row and mopl and "ms" in mopl:
-            row["x mopl"] = row["ms"] / mopl["ms"]
-            loss, objectives, _ = parse(row["size"])
-            if ON_GPU and objectives == 1 and row["variant"] in (PLAIN[loss], COMPILED[loss]):
-                report.target(row["size"], f"time of {row['variant']} over mopl's", 1.0, row["x mopl"])
-        if "ms" in row and limit and "ms" in limit:
-            row["of bytes"] = limit["ms"] / row["ms"]
+        if "ms" not in row:
+            continue
+        size, name = row["size"], row["variant"]
+        loss, objectives, items = parse_list(size)
+        mopl, sorts, limit = (report.find(size, other) for other in ("mopl", SORTS, BYTES))
+        beside = sorts if name in SORTING and name != SORTS else mopl
+        if beside and "ms" in beside:
+            row["x mopl"] = row["ms"] / beside["ms"]
+        if limit and "ms" in limit:
+            # A copy of fewer bytes, no order among them, takes as much less time.
+            moved = [bytes_moved(loss, objectives, items, sorting) for sorting in (name in SORTING, False)]
+            row["of bytes"] = limit["ms"] / row["ms"] * moved[0] / moved[1]
+    for goal in judge_lists(report.rows) if ON_GPU else ():
+        report.target(*goal)
     report.write()
 
 
@@ -105,19 +168,32 @@ def main() -> int:
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="only these")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--alone", metavar="NAME", help=argparse.SUPPRESS)
+    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES), help="only these")
+    parser.add_argument("--compile", nargs="+", metavar="NAME", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.compile:
+        compile_kernels(arguments.cases, arguments.compile)
+        return 0
     if arguments.alone:
         return each(arguments.cases, lambda case: measure(arguments.alone, case))
     report = Report(arguments.json, COLUMNS)
-    shapes = [(loss, m) for loss in LOSSES for m in arguments.objectives]
-    every = dict.fromkeys(name for shape in shapes for name in variants(*shape))
-    every = sorted(every, key=lambda name: (name in COMPILED.values(), name == AGAIN))
+    shapes = [(loss, m) for loss in arguments.losses for m in arguments.objectives]
+    cases = {(loss, m): [f"{loss} m={m} K={k}" for k in arguments.sizes] for loss, m in shapes}
+    own = {shape: variants(*shape) for shape in shapes}
+    every = arguments.variants or dict.fromkeys(name for names in own.values() for name in names)
+    # Peers first, while mopl's kernels are compiled; what is compared with it or with a copy is measured after that.
+    every = sorted(
+        every, key=lambda name: (name.startswith(("mopl", "its ")), name == AGAIN, name in COMPILED.values())
+    )
     if arguments.no_compile:
         every = [name for name in every if name not in COMPILED.values()]
-    for name in arguments.variants or every:
-        cases = [f"{l} m={m} K={k}" for l, m in shapes if name in variants(l, m) for k in arguments.sizes]
-        apart(report, name, cases, ["-m", "bench.lists", "--alone", name], LIMIT_S)
-        complete(report)
+    with compiling([case for part in cases.values() for case in part], every) as wait:
+        for name in every:
+            if name.startswith(("mopl", "its ")):
+                wait()
+            chosen = [case for shape in shapes if name in own[shape] for case in cases[shape]]
+            apart(report, name, chosen, ["-m", "bench.lists", "--alone", name], LIMIT_S)
+            complete(report)
     report.table()
     report.write()
     return 1 if report.failures() else 0

@@ -30,18 +30,27 @@ class Problem:
 
     @classmethod
     def make(cls, lists: int, objectives: int, items: int, device: str = "cpu", seed: int = 0) -> Problem:
-        """Draw scores from N(0, 1) and random permutations as labels."""
+        """Draw scores from N(0, 1) and random permutations as labels.
+
+        The labels of the first million items stand for those of all others too, which are copies in memory of their
+        own: to sort a hundred million would take longer than to measure on them.
+        """
         draw: dict = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
         scores = torch.randn(lists, items, **draw)
-        labels = torch.rand(lists, objectives, items, **draw)
+        drawn = min(lists, max(1, 2**20 // max(1, objectives * items)))
+        labels = torch.rand(drawn, objectives, items, **draw)
         order = labels.argsort(-1, descending=True)
-        ranks = torch.arange(items, 0, -1.0, device=device).expand(lists, objectives, items)
+        ranks = torch.arange(items, 0, -1.0, device=device).expand(drawn, objectives, items)
         labels.scatter_(-1, order, ranks)
+
+        def every(rows: Tensor) -> Tensor:
+            return rows if drawn == lists else rows.repeat(-(-lists // drawn), 1, 1)[:lists]
+
         return cls(
             scores=scores.requires_grad_(),
-            labels=labels,
-            order=order,
-            position=labels / labels.sum(-1, keepdim=True),
+            labels=every(labels),
+            order=every(order),
+            position=every(labels / labels.sum(-1, keepdim=True)),
             betas=torch.linspace(0.5, 1.5, objectives).to(device) if objectives > 1 else torch.ones(1, device=device),
         )
 

@@ -12,7 +12,7 @@ WORDS = {
     "forward": "scoring", "frozen": "frozen head", "trained": "trained head", "gathered": "from logits, both passes",
     "gathered-forward": "from logits, forward",
 }  # fmt: skip
-LIST_PEERS = {"plackett-luce": ("Plackett–Luce", "logcumsumexp"), "listnet": ("ListNet", "log_softmax")}
+LIST_WORDS = {"plackett-luce": "Plackett–Luce", "listnet": "ListNet"}
 HEAD_MODES = ("forward", "frozen", "trained")
 Rows = dict[tuple[str, str], dict]  # by size and variant
 
@@ -29,7 +29,7 @@ def read(folder: Path) -> dict[str, dict]:
         ValueError: if the figures are of several cards.
     """
     found = {}
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(folder.glob("*.json"), key=lambda path: path.stem):  # "lists" before "lists-compiled"
         if path.stem != "stages":
             found[path.stem] = content = json.loads(path.read_text())
             if path.stem.startswith("logprob-"):

@@ -17,7 +17,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bench.goals import HEAD, LOGITS, SHARE
+from bench.goals import HEAD, LIST_ITEMS, LIST_SHARE, LOGITS, SHARE
 from bench.measured import HEAD_MODES, heading, read, rows_of, variants_of
 from mopl._files import write_file
 
@@ -32,13 +32,15 @@ LISTS = {
     "plackett-luce": {
         "mopl": "mopl, order given", "mopl, sorting": "mopl, sorting itself", "logcumsumexp": "logcumsumexp, eager",
         "torch.compile of logcumsumexp": "logcumsumexp, torch.compile", "allRank listMLE": "allRank (sorts)",
+        "sentence-transformers ListMLE": "sentence-transformers (sorts)",
     },
     "listnet": {
         "mopl": "mopl", "log_softmax": "log_softmax, eager", "allRank listNet": "allRank",
         "torch.compile of log_softmax": "log_softmax, torch.compile",
     },
 }  # fmt: skip
-STYLES = {"torch.compile": ("#222222", "s", "-"), "allRank": ("#8a6fb0", "^", ":"), "eager": ("#80868e", "o", "--")}
+STYLES = {"torch.compile": ("#222222", "s", "-"), "allRank": ("#8a6fb0", "^", ":"), "eager": ("#80868e", "o", "--"),
+          "sentence-transformers": ("#c08a3e", "v", ":")}  # fmt: skip
 FONT = {
     "font.size": 9,
     "font.family": "DejaVu Sans",
@@ -196,6 +198,8 @@ def draw_lists(drawn: dict[str, Any]) -> Any:
                       markersize=4.5, linewidth=2.2 if name == "mopl" else 1.3)  # fmt: skip
         lengths = sorted({k for line in drawn[loss].values() for k, _ in line})
         axes.set_xscale("log", base=2)
+        if lengths[-1] >= LIST_ITEMS:  # the goal
+            axes.plot([LIST_ITEMS, lengths[-1]], [LIST_SHARE] * 2, color=LINE, linewidth=0.9, linestyle=(0, (3, 2)))
         shown = FixedLocator(lengths[:: 2 if len(lengths) > 8 else 1])
         axes.xaxis.set(major_locator=shown, minor_locator=NullLocator())
         axes.xaxis.set_major_formatter(lambda k, _: f"{k:.0f}")

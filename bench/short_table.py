@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench.goals import HEAD, LOGITS
-from bench.measured import HEAD_MODES, LIST_PEERS, WORDS, Rows, figure, heading, read, rows_of, table, variants_of
+from bench.goals import HEAD, LIST_PEERS, LOGITS, parse_list
+from bench.measured import HEAD_MODES, LIST_WORDS, WORDS, Rows, figure, heading, read, rows_of, table, variants_of
 
 GOAL_STAGES = ("logprob-head", "logprob-gathered")
 SHORT = {
@@ -47,18 +47,19 @@ def in_short(folder: Path) -> str:
 
 
 def list_sentences(rows: Rows) -> list[str]:
-    """Return a sentence for each list loss: its share of the bytes, and times of plain and compiled torch."""
+    """Return a sentence for each list loss: its share of the bytes, and how many times as long each peer takes."""
     lines: list[str] = []
-    for loss, (name, peer) in LIST_PEERS.items():
-        own = {int(size.split("K=")[1]): row for (size, variant), row in rows.items() if size.startswith(f"{loss} m=1 ")
+    for loss, name in LIST_WORDS.items():
+        own = {parse_list(size)[2]: row for (size, variant), row in rows.items() if size.startswith(f"{loss} m=1 ")
                and variant == "mopl" and "of bytes" in row}  # fmt: skip
         times = []
-        for variant in (peer, f"torch.compile of {peer}"):
+        for variant in LIST_PEERS[loss]:
             found = [rows.get((f"{loss} m=1 K={k}", variant), {}).get("x mopl") for k in own]
             if found := [x for x in found if x]:
-                times.append(f"{variant} takes {min(found):.2f} to {max(found):.2f} times as long")
+                times.append(f"{min(found):.2f} to {max(found):.2f} {variant}")
         if own:
             shares = [row["of bytes"] for row in own.values()]
             what = f"{name}, forward + backward, lists of {min(own)} to {max(own)} items"
-            lines += [f"{what}: {min(shares):.2f} to {max(shares):.2f} of the bytes; {', '.join(times)}.", ""]
+            others = f" Times of the others, as multiples: {'; '.join(times)}." if times else ""
+            lines += [f"{what}: {min(shares):.2f} to {max(shares):.2f} of the bytes.{others}", ""]
     return lines

@@ -17,13 +17,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench.device_stages import STAGES
-from bench.goals import H200_MS, HEAD, LOGITS, judge, key_of
-from bench.measured import HEAD_MODES, LIST_PEERS, WORDS, Rows, figure, heading, read, rows_of, table, variants_of
+from bench.goals import H200_MS, HEAD, LIST_ITEMS, LOGITS, Goal, judge, judge_lists, key_of, parse_list
+from bench.measured import HEAD_MODES, LIST_WORDS, WORDS, Rows, figure, heading, read, rows_of, table, variants_of
 from bench.short_table import in_short
 from mopl._files import write_file
 
 ORDER = [stage.name for stage in STAGES]
-OWN = key_of("forward")[1]
+OWN, SHARE, SORTS = key_of("forward")[1], "share of its bytes", "mopl, sorting"
 
 
 def goals(found: dict[str, dict]) -> list[str]:
@@ -44,23 +44,28 @@ def goals(found: dict[str, dict]) -> list[str]:
             limit = f" ({row['share']:.3f} of the limit)" if goal.what == OWN and "share" in row else ""
             measured = f"{goal.measured:.3f}{limit}; {row['ms']:.2f} ms{drift}"
             lines.append([f"{WORDS[mode]}, {size} ({stage})", wanted, measured, met])
-    for loss, (_, plain) in LIST_PEERS.items():
-        for peer in (plain, f"torch.compile of {plain}"):
-            ratios = {
-                row["size"]: row["x mopl"]
-                for row in rows_of(found, "lists").values()
-                if row["variant"] == peer and row["size"].startswith(f"{loss} m=1 ") and "x mopl" in row
-            }
-            if ratios:
-                worst = min(ratios, key=lambda size: ratios[size])
-                met = "met" if ratios[worst] >= 1 else "**missed**"
-                measured = f"{ratios[worst]:.2f} at {worst.split(' ')[-1]}, {max(ratios.values()):.2f} at best"
-                lines.append([f"{loss} beside {peer}", "ahead at every K", measured, met])
+    lines += list_goals(rows_of(found, "lists"))
     for target in found.get("step", {}).get("targets", []):
         met = "met" if target["met"] else "**missed**"
         what = f"step, {target['size']}: {target['target']}"
         lines.append([what, f"≥ {target['at least']:.2f}", f"{target['measured']:.2f}", met])
     return table(["goal", "wanted", "measured", ""], lines) if lines else ["Nothing measured yet.", ""]
+
+
+def list_goals(rows: Rows) -> list[list[str]]:
+    """Return a line for each goal of each list loss: what was measured where it was worst, and where best."""
+    every: dict[tuple[str, str], list[Goal]] = {}
+    for goal in judge_lists(rows.values()):
+        every.setdefault((parse_list(goal.size)[0], goal.what), []).append(goal)
+    lines = []
+    for loss, what in sorted(every, key=lambda key: (list(LIST_WORDS).index(key[0]), key[1] != SHARE)):
+        found = every[loss, what]
+        worst, best = (choose(found, key=lambda goal: goal.measured) for choose in (min, max))
+        wanted = f"≥ {worst.wanted:.2f} for K ≥ {LIST_ITEMS}" if what == SHARE else f"≥ {worst.wanted:.2f} at every K"
+        measured = f"{worst.measured:.2f} at {worst.size.split(' ')[-1]}, {best.measured:.2f} at best"
+        met = "met" if worst.measured >= worst.wanted else "**missed**"
+        lines.append([f"{LIST_WORDS[loss]}: {what}", wanted, measured, met])
+    return lines
 
 
 COLUMNS = {
@@ -113,18 +118,26 @@ def size_tables(rows: Rows) -> list[str]:
 
 
 def list_table(rows: Rows) -> list[str]:
-    """Return multiples of mopl's time by the length of a list."""
+    """Return by the length of a list mopl's time, shares of the bytes, and multiples of mopl's time."""
     lines: list[str] = []
     shapes = dict.fromkeys(" ".join(size.split(" ")[:2]) for size, _ in rows)
     for shape in shapes:
         sizes = sorted({s for s, _ in rows if s.startswith(f"{shape} ")}, key=lambda s: int(s.split("K=")[1]))
-        cells = [
-            ["mopl, ns an item", *(figure(rows.get((s, "mopl")), "ns", lambda x: f"{x:.4f}") for s in sizes)],
-            ["the bytes", *(figure(rows.get((s, "mopl")), "of bytes", lambda x: f"{x:.2f}") for s in sizes)],
+        names = [v for v in variants_of(rows, sizes) if not v.startswith("its ") and v != "mopl"]
+
+        def line(title: str, variant: str, key: str, digits: int = 2, sizes: list[str] = sizes) -> list[str]:
+            return [title, *(figure(rows.get((s, variant)), key, lambda x: f"{x:.{digits}f}") for s in sizes)]
+
+        cells = [line("mopl, ns an item and objective", "mopl", "ns", 4)]
+        cells += [line(f"{v}, share of its bytes", v, "of bytes") for v in ("mopl", *names) if v in ("mopl", SORTS)]
+        cells += [line(f"{variant}, × mopl", variant, "x mopl") for variant in names]
+        loss, objectives = shape.split(" ")
+        lines += [f"{LIST_WORDS[loss]}, {objectives}:", "", *table(["", *(s.split(" ")[-1] for s in sizes)], cells)]
+    if lines:
+        lines += [
+            "A peer that sorts is beside mopl where it sorts too, all others beside mopl with the order given.",
+            "",
         ]
-        for variant in dict.fromkeys(v for s, v in rows if s in sizes and v not in ("mopl", "its bytes alone")):
-            cells.append([variant, *(figure(rows.get((s, variant)), "x mopl", lambda x: f"{x:.2f}") for s in sizes)])
-        lines += [f"{shape}, multiples of mopl's time:", "", *table(["", *(s.split(" ")[-1] for s in sizes)], cells)]
     return lines
 
 

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 from bench import device, lists, logprob, measuring
 from bench.device_stages import COMMAND_MINUTES, MUST, PEERS, STAGES, Stage, commands, plan
+from bench.goals import LIST_PEERS
 from bench.summary import summary
 
 GPU_TESTS = ("compiled", "gathered", "graphs", "linear_kl", "list_kernels", "logprob", "repeats", "wrapped")
@@ -183,6 +184,47 @@ def test_rows_are_compared_with_the_limit_and_with_mopl() -> None:
     assert lists.variants("listnet", 3)[-1] == "torch.compile of log_softmax"
 
 
+def test_rows_of_lists_get_their_bytes_and_goals(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A peer that sorts is beside mopl where it sorts, with fewer bytes to move: no order is read."""
+    monkeypatch.setattr(lists, "ON_GPU", True)
+    report = measuring.Report(None, lists.COLUMNS)
+    times = {
+        "cumsum (unsafe)": 2.0, "logcumsumexp": 9.0, "allRank listMLE": 6.0, "its bytes alone": 2.8, "mopl": 4.0,
+        "mopl, sorting": 8.0, "mopl, again": 4.0,
+    }  # fmt: skip
+    for size in ("plackett-luce m=1 K=32", "plackett-luce m=3 K=32", "plackett-luce m=1 K=2"):
+        report.rows += [{"size": size, "variant": name, "ms": ms} for name, ms in times.items()]
+    lists.complete(report)
+    for row in report.rows[:7]:
+        sorts = row["variant"] in ("mopl, sorting", "allRank listMLE")
+        beside = 8.0 if row["variant"] == "allRank listMLE" else 4.0
+        assert row["x mopl"] == pytest.approx(row["ms"] / beside)
+        moved = (20 * 32 + 8) / (28 * 32 + 8) if sorts else 1
+        assert row["of bytes"] == pytest.approx(2.8 / row["ms"] * moved)
+    found = [(target["size"], target["target"], target["measured"], target["met"]) for target in report.targets]
+    peers = [("time of logcumsumexp over mopl's", 2.25, True), ("time of allRank listMLE over mopl's", 0.75, False)]
+    share = ("plackett-luce m=1 K=32", "share of its bytes", pytest.approx(0.7), False)
+    assert found[:3] == [("plackett-luce m=1 K=32", *peer) for peer in peers] + [share]
+    assert found[3:] == [("plackett-luce m=1 K=2", *peer) for peer in peers], "short lists have no goal of bytes"
+
+
+def test_the_bytes_that_list_losses_move() -> None:
+    assert [lists.bytes_moved("listnet", m, 1) - 8 * m for m in (1, 3)] == [20, 36]
+    assert [lists.bytes_moved("plackett-luce", m, 1) - 8 * m for m in (1, 3)] == [28, 68]
+    assert [lists.bytes_moved("plackett-luce", m, 10, sorting=True) for m in (1, 3)] == [208, 464]
+
+
+def test_what_the_stages_of_lists_measure_exists_and_is_compiled_before() -> None:
+    for stage in (stage for stage in STAGES if stage.name.startswith("lists")):
+        names = stage.command[stage.command.index("--variants") + 1 : stage.command.index("--json")]
+        assert {"mopl"} < set(names) <= {name for loss in lists.LOSSES for name in lists.variants(loss, 1)}
+    for loss, peers in LIST_PEERS.items():
+        assert set(peers) <= set(lists.variants(loss, 1))
+    lists.compile_kernels(["listnet m=3 K=4", "plackett-luce m=1 K=4"], ["mopl", "mopl, sorting"])
+
+
 def test_the_summary_holds_goals_tests_and_what_was_not_measured(tmp_path: Path) -> None:
     size = "frozen 16384x4096x128256"
     rows = [
@@ -204,7 +246,10 @@ def test_the_summary_holds_goals_tests_and_what_was_not_measured(tmp_path: Path)
     text = summary(tmp_path)
     assert "(logprob-frozen) | ≥ 0.92 of its products alone; 47.5 ms on an H200 | 0.950 (0.940 of the limit); " in text
     assert "46.00 ms, again 47.00 | met |" in text
-    assert "| listnet beside log_softmax | ahead at every K | 0.50 at K=8, 0.50 at best | **missed** |" in text
+    assert (
+        "| ListNet: time of log_softmax over mopl's | ≥ 1.00 at every K | 0.50 at K=8, 0.50 at best | **missed** |"
+        in text
+    )
     assert "1 failed, 99 passed" in text and failed[0] in text
     assert "No module named 'trl'" in text and "RuntimeError: boo" in text
 
