@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mopl._arguments import shape_of
+from mopl._extras import require
+from mopl._restoring import requires_grad_kept
 from mopl.conditioning.hyper_prompt import HyperPrompt
 
 # What trainers and accelerate read from a model, taken from the causal language model. A closed list: with an open one
@@ -26,6 +30,47 @@ def is_peft(model: nn.Module) -> bool:
     """Say whether a model is PEFT's wrapper around a causal language model."""
     # Not by `base_model`: every model of transformers has that, the one inside PEFT's wrapper too.
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+@contextlib.contextmanager
+def adapters_off(model: Any) -> Iterator[None]:
+    """Let PEFT's wrapper be the model that it is around inside a `with` block, as its `disable_adapter` does.
+
+    That looks up the state of every adapter for a warning and sets `requires_grad` of each of them twice, which keeps
+    a host busy for as long as a forward pass of many small layers. All that the layers read is one flag, so where
+    nothing else belongs to switching them off, the flag is all that is set; what was off before stays so.
+    """
+    layers = _switched_by_flag(model)
+    if layers is None:
+        with requires_grad_kept(model), model.disable_adapter():
+            yield
+        return
+    on = [layer for layer in layers if not layer.disable_adapters]
+    try:
+        for layer in on:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer in on:
+            layer._disable_adapters = False
+
+
+def _switched_by_flag(model: Any) -> list[Any] | None:
+    """Return the layers of PEFT's wrapper that a flag in each switches off; None where something else is done, too."""
+    require("peft")
+    from peft.tuners.lora import LoraLayer, LoraModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+
+    if type(model.base_model) is not LoraModel or any(config.bias != "none" for config in model.peft_config.values()):
+        return None  # a bias that is trained stays as it is, and PEFT warns of it
+    modules = list(model.base_model.modules())
+    kinds = {kind for kind in set(map(type, modules)) if issubclass(kind, (BaseTunerLayer, AuxiliaryTrainingWrapper))}
+    for kind in kinds - {ModulesToSaveWrapper}:
+        switch: Any = getattr(kind, "enable_adapters", None)
+        if not issubclass(kind, LoraLayer) or switch is not LoraLayer.enable_adapters:
+            return None
+    return [module for module in modules if type(module) in kinds]
 
 
 def text_config(model: Any) -> Any:

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from mopl._arguments import check_beta_given, check_positive, shape_of
-from mopl._restoring import requires_grad_kept
 from mopl._rows import generation_keywords, takes_left_padding
 from mopl.conditioning._saved_kinds import KINDS, SavedModel, registered_kind
 from mopl.conditioning.adapter_checks import check_initialisation
-from mopl.conditioning.causal_lm import DELEGATED, is_peft
+from mopl.conditioning.causal_lm import DELEGATED, adapters_off, is_peft
 from mopl.conditioning.sampling import Weights, check_weights
 from mopl.conditioning.text_prompt import TextPrompt
 
@@ -231,7 +230,7 @@ class WeightedModel(SavedModel):
             if off:
                 for name, config in self.model.peft_config.items():
                     check_initialisation(name, config)
-            with requires_grad_kept(self.model), self.model.disable_adapter() if off else contextlib.nullcontext():
+            with adapters_off(self.model) if off else contextlib.nullcontext():
                 yield self
         finally:
             self._is_reference = before

@@ -30,7 +30,7 @@ from mopl._files import write_file
 from mopl._records import read_json
 from mopl._restoring import evaluating, requires_grad_kept
 from mopl.conditioning import WeightedModel
-from mopl.conditioning.causal_lm import is_peft
+from mopl.conditioning.causal_lm import adapters_off, is_peft
 from mopl.language_models.model_identity import checksum
 
 FILE = "reference.json"
@@ -87,11 +87,11 @@ class OwnReference:
         elif self.adapter is not None:
             switched = _adapter_active(inner, self.adapter)
         elif is_peft(inner) and inner is model:
-            switched = inner.disable_adapter()
+            switched = adapters_off(inner)
         unconditioned: Any = contextlib.nullcontext()
         if inner is not model and not self.varies_with_weights:
             unconditioned = model.reference(adapters=self.kind != "base")
-        with evaluating(model), unconditioned, requires_grad_kept(inner), switched:
+        with evaluating(model), unconditioned, switched:
             yield
 
     @contextlib.contextmanager
@@ -232,13 +232,14 @@ def _moves_base(model: Any) -> bool:
 @contextlib.contextmanager
 def _adapter_active(model: Any, name: str) -> Iterator[None]:
     before, several = model.active_adapter, model.active_adapters
-    model.set_adapter(name)
-    try:
-        yield
-    finally:
-        model.set_adapter(before)
-        if len(several) > 1:
-            model.base_model.set_adapter(several)
+    with requires_grad_kept(model):
+        model.set_adapter(name)
+        try:
+            yield
+        finally:
+            model.set_adapter(before)
+            if len(several) > 1:
+                model.base_model.set_adapter(several)
 
 
 # ---------------------------------------------------------------- the same reference in a resumed training

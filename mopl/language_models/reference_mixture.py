@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mopl._arguments import shape_of
 from mopl._extras import require
 from mopl.conditioning import WeightedModel
-from mopl.conditioning.causal_lm import is_peft
+from mopl.conditioning.causal_lm import adapters_off, is_peft
 from mopl.decoding import Follower, copies_of, mask_so_far
 from mopl.steering import rescale
 
@@ -62,7 +62,7 @@ class Reference:
             with self.model.reference():
                 yield self.model
         elif self.own:
-            with self.model.disable_adapter():
+            with adapters_off(self.model):
                 yield self.model
         else:
             yield self.model
