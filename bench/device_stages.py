@@ -77,7 +77,7 @@ STAGES = (
           ("-m", "bench.model", "--measure", "--card", "{card}", "--json", "{out}"), ("--toy",), interpret=False),
     _logprob("tune", "choice of tiles and rows, which is remembered", 60, "tune"),
     _logprob("tuned", "the goals once more with what was chosen", 40, "forward", "frozen", "trained", *OURS),
-    Stage("step", "a training step of 135M and of 1B beside TRL's and Liger's DPO", 150,
+    Stage("step", "a training step of 1B and of 135M beside TRL's and Liger's DPO", 125,
           ("-m", "bench.step", "--json", "{out}"), ("--models", "135m"), interpret=False),
     _lists("-compiled-pl", "torch.compile of Plackett-Luce", 60, "--losses", "plackett-luce", "--sizes", *FEW,
            "--variants", "mopl", "torch.compile of logcumsumexp"),

@@ -147,17 +147,23 @@ def each(sizes: Iterable[str], measure: Callable[[str], dict]) -> int:
     return 0
 
 
+def named(size: str, variant: str = "") -> tuple[str, str]:
+    """Return a size and its variant, where it names one in front: `variant @ size`."""
+    own, mark, rest = size.rpartition(" @ ")
+    return (rest, own) if mark else (size, variant)
+
+
 def apart(report: Report, name: str, sizes: list[str], command: list[str], limit: float) -> None:
     """Let processes of their own measure a variant: one that raises, hangs or poisons the GPU's context ends no other.
 
     Args:
         report: gets the rows.
         name: the variant.
-        sizes: those that have a row already are left out.
+        sizes: those that have a row already are left out; one with a variant of its own shares the process: `named`.
         command: arguments of Python; the sizes are added.
         limit: seconds for one size.
     """
-    left = [size for size in sizes if report.find(size, name) is None]
+    left = [size for size in sizes if report.find(*named(size, name)) is None]
     while left:
         before, line = len(left), ""
         process = subprocess.Popen([sys.executable, *command, *left], cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -168,14 +174,14 @@ def apart(report: Report, name: str, sizes: list[str], command: list[str], limit
             if line.startswith(ROW):
                 values = json.loads(line.removeprefix(ROW))
                 left.remove(size := values.pop("size"))
-                report.add(size, name, **values)
+                report.add(*named(size, name), **values)
             else:
                 print(line, end="")
         status = process.wait()
         timer.cancel()
         if left and len(left) == before:
             how = f"ended with status {status}" if status >= 0 else f"killed by signal {-status}"
-            report.add(left.pop(0), name, failed=f"its process {how}, after {limit:.0f} s a size at the latest")
+            report.add(*named(left.pop(0), name), failed=f"its process {how}, after {limit:.0f} s a size at the latest")
 
 
 def synchronize() -> None:

@@ -1,19 +1,24 @@
 """A training step of a language model on a GPU beside TRL's and Liger's DPO: time, memory, tokens per second.
 
-    python -m bench.step [--json FILE] [--models 135m 1b] [--variants NAME ...]
+    python -m bench.step [--json FILE] [--models 1b 135m] [--variants NAME ...]
 
-Models of random weights in the shapes of SmolLM2-135M and of Llama-3.2-1B, bf16, trained whole (`full`) and by LoRA
+Models of random weights in the shapes of Llama-3.2-1B and of SmolLM2-135M, bf16, trained whole (`full`) and by LoRA
 (rank 16, all linear layers, head frozen), on pairs and on lists of 8, of up to 256 tokens in the prompt and in each
 response; what a step is, and what each variant does, bench/training_step.py says. For a CPU there is
-bench_alignment.py. Each variant has a process of its own, mopl once more behind its like, and Liger, which compiles for
-many seconds, the last.
+bench_alignment.py. TRL has a process of its own, mopl one, in which the first case is measured once more at the end,
+and Liger, which compiles for many seconds, the last. Batches are so large that an H200 should be busier than its
+host; TRL's largest takes 70 GB beside the model.
 
-`ms` is the median of up to 8 steps, as many as begin within a second, at least 3, after 4 that warm up; `host ms`,
-for how long the host was busy with it. `tokens/s` counts the tokens of the lists, each response behind its prompt: no
-padding, and not the prompts and responses that pairs repeat. `lists/s` compares lists of 8. `extra GB` is the
-allocator's peak in loss and backward beyond what was there before. `x TRL` and `memory x TRL` are multiples of what TRL
-took in this run. `loss` is that of the model as it was at first: where the problems are one the losses must agree, or
-the exit status is 1, as it is if a row of mopl failed.
+`ms` is the median of up to 6 steps, as many as begin within 0.7 s, at least 3, after 4 that warm up; `host ms`, for how
+long the host was busy with it. Where that is nearly all of it, `bound` says host: then the step says nothing of the GPU
+and of what runs on it. `tokens/s` counts the tokens of the lists, each response behind its prompt: no padding, and not
+the prompts and responses that pairs repeat. `lists/s` compares lists of 8. `extra GB` is the allocator's peak in loss
+and backward beyond what was there before; with `full` mopl's holds the head's exponentials, up to a 32nd of the GPU's
+memory. `x TRL` and `memory x TRL` are multiples of what TRL took in this run. `loss` is that of the model as it was at
+first: where the problems are one the losses must agree, or the exit status is 1, as it is if a row of mopl failed.
+
+Wanted of mopl: not slower than TRL on pairs, twice as fast on lists of 8. For a list of 8, pairs read 14 sequences and
+mopl 8, so by the sequences alone it is 1.75 times as fast; the rest has to come from the head, the loss and the host.
 """
 
 from __future__ import annotations
@@ -32,18 +37,21 @@ from pathlib import Path
 import torch
 
 from bench.limits import ON_GPU, times_of
-from bench.measuring import Report, apart, each
+from bench.measuring import Report, apart, each, named
 from bench.training_step import LIGER, TRL, VARIANTS, Problem, disagreeing, peak_memory
 
-REPEATS, WARMUP, SECONDS, LIMIT_S = (8, 2, 1.0, 60.0) if ON_GPU else (1, 0, 1.0, 600.0)
-SHAPES = {"135m": ("smollm2-135m", 32, 8), "1b": ("llama-3.2-1b", 16, 4)}  # pairs and lists of 8 in a batch
+REPEATS, WARMUP, SECONDS, LIMIT_S = (6, 1, 0.7, 60.0) if ON_GPU else (1, 0, 1.0, 600.0)
+SHAPES = {"1b": ("llama-3.2-1b", 16, 4), "135m": ("smollm2-135m", 48, 12)}  # pairs and lists of 8 in a batch
 LORA_STEP = "135m LoRA pairs, own reference"
 AGAIN = "mopl, again"
-ORDER = [*(name for name in VARIANTS if name != LIGER), AGAIN, LIGER]
+PROCESSES = ([TRL], [*(name for name in VARIANTS if name.startswith("mopl")), AGAIN], [LIGER])
+ORDER = [name for process in PROCESSES for name in process]
+HOST_SHARE = 0.9  # of a step's time; from there on the host is what it waits for
 COLUMNS = {
     "ms": ".1f",
     "spread": ".1%",
     "host ms": ".1f",
+    "bound": "s",
     "tokens/s": ",.0f",
     "lists/s": ".1f",
     "x TRL": ".2f",
@@ -60,11 +68,11 @@ def cases(model: str, variant: str) -> list[str]:
         f"{model} {how} {items}" for how in ("full", "LoRA") for items in ("pairs", "lists of 8")
     )
     small = model == "135m"
-    if variant == LIGER:
-        return [pairs, lists, lora_pairs, LORA_STEP] if small else [pairs]
     if variant in (TRL, "mopl"):
         return [pairs, lists, lora_pairs, lora_lists, *([LORA_STEP] if small else [])]
-    return [pairs if variant == AGAIN else lora_lists if "HyperPrompt" in variant else lists] if small else []
+    if variant in (LIGER, AGAIN):
+        return [] if small else [pairs]
+    return [lora_lists if "HyperPrompt" in variant else lists] if small else []
 
 
 def problem_of(case: str) -> Problem:
@@ -90,6 +98,7 @@ def measure(variant: str, case: str) -> dict:
     a_second = 1e3 / times["ms"]
     return {
         **times,
+        "bound": ("host" if times["host ms"] > HOST_SHARE * times["ms"] else "GPU") if ON_GPU else None,
         "tokens/s": problem.token_count() * a_second,
         "lists/s": problem.lists * a_second,
         "extra GB": memory / 2**10,
@@ -132,22 +141,25 @@ def differences(report: Report) -> int:
 
 
 def main() -> int:
-    """Measure each variant in a process of its own, or be such a process."""
+    """Measure variants in processes of their own, or be such a process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, metavar="FILE", help="file to write")
     parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--variants", nargs="+", metavar="NAME", help=f"only these of {', '.join(ORDER)}")
-    parser.add_argument("--alone", metavar="NAME", help=argparse.SUPPRESS)
+    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.alone:
-        return each(arguments.cases, lambda case: measure(arguments.alone, case))
+        return each(arguments.cases, lambda size: measure(*reversed(named(size))))
     if unknown := set(arguments.variants or ()) - set(ORDER):
         parser.error(f"no variant {', '.join(sorted(unknown))}")
     report = Report(arguments.json, COLUMNS)
-    for name in arguments.variants or ORDER:
-        if chosen := [case for model in arguments.models for case in cases(model, name)]:
-            apart(report, name, chosen, ["-m", "bench.step", "--alone", name], LIMIT_S)
+    wanted = arguments.variants or ORDER
+    models = [model for model in SHAPES if model in arguments.models]
+    for process in PROCESSES:
+        names = [name for name in process if name in wanted]
+        if chosen := [f"{name} @ {case}" for name in names for model in models for case in cases(model, name)]:
+            apart(report, names[0], chosen, ["-m", "bench.step", "--alone"], LIMIT_S)
             complete(report)
     report.table()
     report.write()

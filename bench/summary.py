@@ -142,13 +142,18 @@ def list_table(rows: Rows) -> list[str]:
 
 
 def step_table(rows: Rows) -> list[str]:
-    """Return a training step's time, memory and tokens a second, case by case."""
+    """Return a training step's time, memory and tokens a second, case by case, and where the host set the time."""
     forms: dict[str, Callable[[float], str]] = {
         "ms": lambda x: f"{x:.0f}", "x TRL": lambda x: f"{x:.2f}", "extra GB": lambda x: f"{x:.1f}",
         "memory x TRL": lambda x: f"{x:.2f}", "tokens/s": lambda x: f"{x:,.0f}", "lists/s": lambda x: f"{x:.1f}",
     }  # fmt: skip
     cells = [
-        [case, variant, *(figure(row, key, form) for key, form in forms.items()), row.get("differs from", "")]
+        [
+            case if row.get("bound") != "host" else f"{case} (host-bound)",
+            variant,
+            *(figure(row, key, form) for key, form in forms.items()),
+            row.get("differs from", ""),
+        ]
         for case in dict.fromkeys(size for size, _ in rows)
         for (size, variant), row in rows.items()
         if size == case and "absent" not in row

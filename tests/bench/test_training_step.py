@@ -10,7 +10,7 @@ pytest.importorskip("trl")
 pytest.importorskip("peft")
 
 from bench import step, training_step
-from bench.measuring import ON_GPU, Report
+from bench.measuring import ON_GPU, Report, named
 from bench.summary import step_table
 from bench.training_step import LIGER, TRL, VARIANTS, Problem, disagreeing
 
@@ -20,7 +20,7 @@ CASES = [case for model in step.SHAPES for case in step.cases(model, "mopl")]
 
 def test_what_is_measured() -> None:
     assert len(CASES) == len(set(CASES)) == 9
-    assert step.cases("135m", TRL) + step.cases("1b", TRL) == CASES
+    assert step.cases("1b", TRL) + step.cases("135m", TRL) == CASES
     assert set(step.ORDER) == {*VARIANTS, step.AGAIN}
     for variant in step.ORDER:
         chosen = [case for model in step.SHAPES for case in step.cases(model, variant)]
@@ -97,4 +97,12 @@ def test_losses_that_differ_are_told_and_fail(capsys: pytest.CaptureFixture[str]
     assert step.differences(report) == 1 and "not the same problem" in capsys.readouterr().out
     text = "\n".join(step_table({(row["size"], row["variant"]): row for row in report.rows}))
     assert "| 135m full pairs | mopl | 2 | 0.50 | 1.0 | 0.50 | 10 | 1.0 | TRL DPOTrainer |" in text
-    assert LIGER not in text
+    assert LIGER not in text and "host-bound" not in text
+    row["bound"] = "host"
+    assert "| 135m full pairs (host-bound) | mopl |" in "\n".join(step_table({("135m full pairs", "mopl"): row}))
+
+
+def test_variants_share_a_process_under_their_own_names() -> None:
+    assert named("mopl, again @ 1b full pairs") == ("1b full pairs", step.AGAIN)
+    assert named("1b full pairs", TRL) == ("1b full pairs", TRL)
+    assert [name for process in step.PROCESSES for name in process] == step.ORDER == list(dict.fromkeys(step.ORDER))
