@@ -32,7 +32,7 @@ class Stage:
 
 # In parallel, because most of their time goes into compiling; `{workers}` is as many as the GPU's memory has room for.
 WORKERS = ("-n", "{workers}", "--maxschedchunk=1")
-WORKER_BYTES = 13 * 2**30  # of a test: 5.6 GiB of poison, and what it needs
+WORKER_BYTES = 12 * 2**30  # of a test: 5.6 GiB of poison, and what it needs
 
 
 def _tests(name: str, what: str, seconds: int, chosen: str, files: tuple[str, ...], workers: tuple[str, ...]) -> Stage:
