@@ -109,6 +109,45 @@ def test_pictures_are_drawn_whoever_is_missing(tmp_path: Path) -> None:
     assert PICTURES["lists"][0](tmp_path)["listnet"] == {name: [(2, 0.5), (8, 0.5)] for name in ("mopl", "log_softmax")}
 
 
+def test_pages_of_the_list_losses(tmp_path: Path) -> None:
+    """Each peer has a goal and a multiple; a row that two stages have is that of the stage with the bytes."""
+    rows = [
+        {"size": f"plackett-luce m=1 K={k}", "variant": name, "ms": ms, "ns": ms / 10, "x mopl": x, "of bytes": share}
+        for k, factor in ((2, 0.5), (64, 1.0))
+        for name, ms, x, share in (
+            ("mopl", 1.0, 1.0, 0.9 * factor), ("mopl, sorting", 2.0, 2.0, 0.4 * factor),
+            ("cumsum (unsafe)", 0.5, 0.5, 0.9), ("allRank listMLE", 3.0, 1.5 * factor, 0.2),
+        )
+    ]  # fmt: skip
+    compiled = [
+        {"size": "plackett-luce m=1 K=64", "variant": name, "ms": 7.0, "ns": 0.7, "x mopl": 7.0}
+        for name in ("mopl", "torch.compile of logcumsumexp")
+    ]
+    (tmp_path / "lists.json").write_text(results(results=rows))
+    (tmp_path / "lists-compiled-pl.json").write_text(results(results=compiled))
+    text = summary(tmp_path)
+    goals = [line for line in text.split("\n") if line.startswith("| Plackett–Luce: ")]
+    assert goals == [
+        "| Plackett–Luce: share of its bytes | ≥ 0.80 for K ≥ 32 | 0.90 at K=64, 0.90 at best | met |",
+        "| Plackett–Luce: time of allRank listMLE over mopl's | ≥ 1.00 at every K | 0.75 at K=2, 1.50 at best "
+        "| **missed** |",
+        "| Plackett–Luce: time of torch.compile of logcumsumexp over mopl's | ≥ 1.00 at every K | 7.00 at K=64, "
+        "7.00 at best | met |",
+    ]
+    for line in (
+        "|  | K=2 | K=64 |", "| mopl, ns an item and objective | 0.1000 | 0.1000 |",
+        "| mopl, share of its bytes | 0.45 | 0.90 |", "| mopl, sorting, share of its bytes | 0.20 | 0.40 |",
+        "| cumsum (unsafe), × mopl | 0.50 | 0.50 |", "| torch.compile of logcumsumexp, × mopl |  | 7.00 |",
+    ):  # fmt: skip
+        assert line in text, line
+    short = (
+        "Plackett–Luce, forward + backward, lists of 2 to 64 items: 0.45 to 0.90 of the bytes. Times of the others, "
+    )
+    assert f"{short}as multiples: 7.00 to 7.00 torch.compile of logcumsumexp; 0.75 to 1.50 allRank" in in_short(
+        tmp_path
+    )
+
+
 def test_the_list_losses_that_are_drawn_are_measured() -> None:
     from bench.lists import variants
 
