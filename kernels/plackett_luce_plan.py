@@ -1,14 +1,17 @@
 """Which kernels serve a Plackett-Luce loss, and their tiles: pure functions of sizes, without a GPU and without Triton.
 
 Warp instructions an item and objective in the machine code of Triton 3.6.0 for sm_90, float32, m = 1 without a mask
-(counted by tests/aot/machine_code.py; computed, not measured: no GPU was at hand). An H200 issues 0.9e12 a second; the
-bytes of the loss, about 30 an item, take as long as 6:
+(counted from what `bench.instructions` compiles, in forward alone; backward adds 0.4 to 1.2). A program goes the way
+of lists without ties if none of its lists has any. An H200 issues 0.9e12 a second: the 28 bytes of the loss with a
+given order, 20 without, take as long as 6 and 4:
 
     K                       2     4     8    16    32    64   128   256   512  1024  2048  4096
+    fused, order given    4.2   3.0   2.8   3.2   3.3   3.4   3.4   3.3   4.0   3.9   4.1   4.7
+    the same, with ties   4.8   4.0   3.9   4.7   4.9   5.0   5.1   5.1   6.7   6.9   7.3   8.6
+    fused, sorting itself 3.7   3.2   3.6
+    the same, with ties   4.4   4.1   4.6
+    order_kernel                          2.0   2.9   4.1   5.4   7.2   9.5  11.9  15.6  18.3
     pair by pair          7.3  12.6  24.4  64.3  96.8   287   537
-    fused, order given    4.9   4.6   4.6   5.6   5.7   5.9   6.0   6.2   8.5   8.9   9.8  11.4
-    fused, sorting itself 4.8   5.0   5.5
-    order_kernel                          2.2   2.7   3.9   5.4   6.9   9.3  11.9  15.4  18.1
 """
 
 from __future__ import annotations
