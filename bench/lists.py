@@ -2,8 +2,8 @@
 
     python -m bench.lists [--json FILE] [--objectives 1 3 5] [--sizes 2 4 8 ...] [--variants NAME ...]
 
-For a CPU there is bench_listwise.py. Each variant runs in a process of its own, mopl once more at the end; while the
-peers are measured, other processes compile mopl's kernels into Triton's cache. A batch has 2^27 items (1.3e8), drawn on
+For a CPU there is bench_listwise.py. Each variant runs in a process of its own, mopl once more at the end; while plain
+torch is measured, other processes compile mopl's kernels into Triton's cache. A batch has 2^27 items (1.3e8), drawn on
 the GPU, and times are those between events there: a million items would be 10 us of work behind 600 us of host. `ns`
 are nanoseconds an item and objective. `of bytes` is the time of a copy of the bytes that both passes have to move (see
 `bytes_moved`) over the variant's; who finds the order by itself has no order to read. `x mopl` is its time over mopl's,
@@ -40,6 +40,7 @@ SORTS = "mopl, sorting"
 PLAIN = {"plackett-luce": "logcumsumexp", "listnet": "log_softmax"}
 COMPILED = {loss: f"torch.compile of {name}" for loss, name in PLAIN.items()}
 REPEATS, WARMUP, LIMIT_S = (5, 1, 60.0) if ON_GPU else (1, 0, 600.0)
+SECONDS = 1.0  # no run begins after them but for the first three: some peers take two seconds for short lists
 COMPILING_S = 90.0  # at the longest
 COLUMNS = {
     "ns": ".4f",
@@ -91,7 +92,7 @@ def measure(variant: str, case: str) -> dict:
         step = LOSSES[loss](problem, compiled)[variant.removesuffix(", again")]
     step()
     memory = extra_memory(step)
-    times = times_of(step, REPEATS, WARMUP)
+    times = times_of(step, REPEATS, WARMUP, SECONDS)
     return {**times, "ns": times["ms"] * 1e6 / (lists * items * objectives), "extra GB": memory}
 
 
@@ -135,6 +136,15 @@ def variants(loss: str, objectives: int) -> list[str]:
     if objectives > 1:  # peers have one objective: m calls are what their users would write
         every = [name for name in every if name.startswith(("mopl", PLAIN[loss]))]
     return [BYTES, *every, AGAIN, COMPILED[loss]]
+
+
+def turn(name: str) -> int:
+    """Return when a variant is measured: plain torch while mopl's kernels are compiled, mopl, then the slow peers."""
+    if name in PLAIN.values():
+        return 0
+    if name in COMPILED.values():
+        return 4
+    return 3 if name == AGAIN else 1 if name.startswith(("mopl", "its ")) else 2
 
 
 def complete(report: Report) -> None:
@@ -181,10 +191,7 @@ def main() -> int:
     cases = {(loss, m): [f"{loss} m={m} K={k}" for k in arguments.sizes] for loss, m in shapes}
     own = {shape: variants(*shape) for shape in shapes}
     every = arguments.variants or dict.fromkeys(name for names in own.values() for name in names)
-    # Peers first, while mopl's kernels are compiled; what is compared with it or with a copy is measured after that.
-    every = sorted(
-        every, key=lambda name: (name.startswith(("mopl", "its ")), name == AGAIN, name in COMPILED.values())
-    )
+    every = sorted(every, key=turn)
     if arguments.no_compile:
         every = [name for name in every if name not in COMPILED.values()]
     with compiling([case for part in cases.values() for case in part], every) as wait:

@@ -5,9 +5,9 @@
 Models of random weights in the shapes of Llama-3.2-1B and of SmolLM2-135M, bf16, trained whole (`full`) and by LoRA
 (rank 16, all linear layers, head frozen), on pairs and on lists of 8, of up to 256 tokens in the prompt and in each
 response; what a step is, and what each variant does, bench/training_step.py says. For a CPU there is
-bench_alignment.py. TRL has a process of its own, mopl one, in which the first case is measured once more at the end,
-and Liger, which compiles for many seconds, the last. Batches are so large that an H200 should be busier than its
-host; TRL's largest takes 70 GB beside the model.
+bench_alignment.py. For each model TRL has a process of its own and mopl one, in which the first case is measured once
+more at the end, and Liger, which compiles for many seconds, the last. Batches are so large that an H200 should be
+busier than its host; TRL's largest takes 70 GB beside the model.
 
 `ms` is the median of up to 6 steps, as many as begin within 0.7 s, at least 3, after 4 that warm up; `host ms`, for how
 long the host was busy with it. Where that is nearly all of it, `bound` says host: then the step says nothing of the GPU
@@ -156,9 +156,11 @@ def main() -> int:
     report = Report(arguments.json, COLUMNS)
     wanted = arguments.variants or ORDER
     models = [model for model in SHAPES if model in arguments.models]
-    for process in PROCESSES:
+    # Model by model, so that what a run that is cut off has left can be compared; Liger, which compiles, at the end.
+    turns = [(model, process) for model in models for process in PROCESSES[:-1]]
+    for model, process in [*turns, *((model, PROCESSES[-1]) for model in models)]:
         names = [name for name in process if name in wanted]
-        if chosen := [f"{name} @ {case}" for name in names for model in models for case in cases(model, name)]:
+        if chosen := [f"{name} @ {case}" for name in names for case in cases(model, name)]:
             apart(report, names[0], chosen, ["-m", "bench.step", "--alone"], LIMIT_S)
             complete(report)
     report.table()

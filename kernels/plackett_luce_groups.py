@@ -68,7 +68,8 @@ def _next_group(labels_row, order_row, mask_row, end_row, span, after, items, to
     do_not_specialize=[
         "programs", "top_k", "temperature_stride", "temperature_objective_stride",
         # How positions lie in registers, and so the order of sums over them, would depend on these.
-        "order_stride", "order_objective_stride",
+        "scores_stride", "labels_stride", "labels_objective_stride", "mask_stride", "order_stride",
+        "order_objective_stride", "weights_stride", "weights_objective_stride",
     ]
 )  # fmt: skip
 def group_kernel(

@@ -69,7 +69,15 @@ def _terms(key, size, rate, top, mass, top_below, mass_below):
     return quotient(below, mass), own / mass, down + log1p(aside)
 
 
-@triton.jit(do_not_specialize=["lists", "temperature_stride", "temperature_objective_stride"])
+@triton.jit(
+    do_not_specialize=[
+        "lists",
+        "temperature_stride", "temperature_objective_stride",
+        # How positions lie in registers, and so the order of a scan over them, would depend on these.
+        "scores_stride", "labels_stride", "labels_objective_stride", "mask_stride", "order_stride",
+        "order_objective_stride",
+    ]
+)  # fmt: skip
 def suffix_kernel(
     scores,
     labels,
@@ -126,7 +134,15 @@ def suffix_kernel(
         end_after = tl.sum(tl.where(lane == 0, stop, 0), axis=0)
 
 
-@triton.jit(do_not_specialize=["lists", "top_k", "temperature_stride", "temperature_objective_stride"])
+@triton.jit(
+    do_not_specialize=[
+        "lists", "top_k",
+        "temperature_stride", "temperature_objective_stride",
+        # How positions lie in registers, and so the order of a scan over them, would depend on these.
+        "scores_stride", "labels_stride", "labels_objective_stride", "mask_stride", "order_stride",
+        "order_objective_stride", "weights_stride", "weights_objective_stride",
+    ]
+)  # fmt: skip
 def chain_kernel(
     scores,
     labels,

@@ -58,7 +58,7 @@ def head(rows: int, dtype: torch.dtype, vocabulary: int = size(8000, 60)) -> tup
     width = size(256, 16)
     weight = normal(vocabulary, width, scale=width**-0.5, dtype=dtype)
     hidden, target = normal(rows, width), torch.randint(vocabulary, (rows,), device=DEVICE)
-    target[::7] = target[0]
+    target[::7] = target[0].clone()
     liked = weight[target.flip(0)].float()
     hidden[::11] += (120 * liked / liked.square().sum(1, keepdim=True))[::11]  # these are computed again
     target[::5] = -100
