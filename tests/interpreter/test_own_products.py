@@ -132,6 +132,8 @@ def test_what_has_no_kernel_here_goes_to_the_library(launched: list[str]) -> Non
     linear_logprob(*wide, p["target"]).sum().backward()
     apart = torch.randn(ROWS, WIDTH + 1).bfloat16()[:, 1:]
     linear_logprob(apart, p["weight"], p["target"])
+    linear_logprob(p["hidden"][:1].expand(ROWS, WIDTH), p["weight"], p["target"])  # rows that share their memory
+    linear_logprob(p["hidden"], p["weight"][:1].expand(VOCABULARY, WIDTH), p["target"])
     assert not launched or set(launched) == {"pivot_kernel"}
 
 
@@ -140,6 +142,22 @@ def test_a_transposed_head_is_copied(launched: list[str]) -> None:
     p["weight"] = torch.randn(WIDTH, 112).bfloat16().T
     compare(p | {"bias": torch.randn(112).bfloat16()}, "trained")
     assert "exponential_kernel" in launched
+
+
+@pytest.mark.parametrize("mode", ["scoring", "frozen", "biased"])
+@pytest.mark.parametrize("step", [0, 2])
+@pytest.mark.parametrize("scale", [1.0, 60.0], ids=["", "computed again"])
+def test_a_bias_need_not_be_contiguous(mode: str, step: int, scale: float) -> None:
+    p = problem(torch.bfloat16, scale)
+    memory = torch.randn(2 * VOCABULARY).bfloat16()
+    p["bias"] = memory.as_strided((VOCABULARY,), (step,))
+    value, gradients = run(p | {"bias": p["bias"].contiguous()}, MODES[mode])
+    leaves = {n: p[n].detach().requires_grad_(n in MODES[mode]) for n in ("hidden", "weight", "bias")}
+    hidden, weight, bias = leaves.values()
+    found = linear_logprob(hidden, weight, p["target"], bias=bias, temperature=p["temperature"])
+    assert torch.equal(found, value)
+    for name, wish in zip(MODES[mode], gradients, strict=True):
+        assert torch.equal(torch.autograd.grad(found, leaves[name], p["upstream"], retain_graph=True)[0], wish), name
 
 
 @pytest.mark.parametrize("apart", [False, True])

@@ -125,7 +125,8 @@ class Scan:
     def __init__(self, head: Head, batch: Batch, pivot: Tensor, shift: Tensor, plan: Plan) -> None:
         dtype = operand_dtype(batch.hidden, head.weight)
         self.hidden, self.weight = (rows_contiguous(x.to(dtype)) for x in (batch.hidden, head.weight))
-        self.bias, self.pivot, self.temperature, self.counts = head.bias, pivot, batch.temperature, batch.counts
+        self.bias, self.pivot = rows_contiguous(head.bias), pivot
+        self.temperature, self.counts = batch.temperature, batch.counts
         self.shift, self.plan = shift.clone(), plan
         self.scales = {"SOFTCAP": head.softcap, "LOGIT_SCALE": head.logit_scale}
         self.dtype = compute_dtype(batch.hidden, head.weight)
@@ -209,11 +210,11 @@ class Scan:
 @on_its_device
 def target_logits(head: Head, batch: Batch, column: Tensor, position: Tensor | None) -> Tensor:
     """Return u at the targets (F,), 0 where column is -1."""
-    hidden, weight = rows_contiguous(batch.hidden), rows_contiguous(head.weight)
+    hidden, weight, bias = (rows_contiguous(x) for x in (batch.hidden, head.weight, head.bias))
     out = torch.empty(column.shape, dtype=compute_dtype(hidden, weight), device=hidden.device)
     if column.numel():
         kernels.target_logit_kernel[(column.numel(),)](
-            hidden, weight, head.bias, column, position, batch.temperature, out, hidden.shape[1], hidden.stride(0),
+            hidden, weight, bias, column, position, batch.temperature, out, hidden.shape[1], hidden.stride(0),
             weight.stride(0), SOFTCAP=head.softcap, LOGIT_SCALE=head.logit_scale, **kernels.TARGET_TILE,
         )  # fmt: skip
     return out
@@ -393,5 +394,7 @@ def scaled(x: Tensor, factor: Tensor, first: int = 0) -> Tensor:
     """Return rows (R, H) times their factors, which begin at `first`, rounded once."""
     rows, size = x.shape
     out, tile = torch.empty_like(x, memory_format=torch.contiguous_format), backward_kernels.scale_tile(size)
-    backward_kernels.scale_kernel[(rows, -(-size // tile["BLOCK"]))](x, factor, out, first, size, x.stride(0), **tile)
+    with torch.cuda.device_of(x):  # a stage of its own, too
+        blocks = -(-size // tile["BLOCK"])
+        backward_kernels.scale_kernel[(rows, blocks)](x, factor, out, first, size, x.stride(0), **tile)
     return out

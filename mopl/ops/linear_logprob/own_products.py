@@ -26,10 +26,15 @@ class Entries(NamedTuple):
 
 
 def describable(x: Tensor) -> bool:
-    """Say whether descriptors can hold a matrix and a copy of it: all rows have to begin at multiples of 16 bytes."""
+    """Say whether descriptors can hold a matrix and a copy of it.
+
+    All rows have to begin at multiples of 16 bytes, and CUDA promises nothing for rows that share memory (`expand`).
+    """
+    size, copied = x.shape[1], x.stride(1) != 1
+    if size * x.element_size() % 16 != 0:
+        return False
     aligned = is_fake(x) or x.data_ptr() % 16 == 0
-    steps = (x.shape[1], x.stride(0)) if x.stride(1) == 1 else (x.shape[1],)  # else it is copied
-    return (aligned or x.stride(1) != 1) and all(step * x.element_size() % 16 == 0 for step in steps)
+    return copied or (aligned and x.stride(0) >= size and x.stride(0) * x.element_size() % 16 == 0)
 
 
 def _descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
