@@ -2,6 +2,9 @@
 
 import dataclasses
 import importlib.util
+import os
+from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +19,17 @@ from bench.training_step import LIGER, TRL, VARIANTS, Problem, disagreeing
 
 pytestmark = pytest.mark.skipif(ON_GPU, reason="toy sizes are those of a machine without a GPU")
 CASES = [case for model in step.SHAPES for case in step.cases(model, "mopl")]
+
+
+@pytest.fixture(autouse=True)
+def forgotten() -> Iterator[None]:
+    """Leave no precision behind: accelerate keeps the first one of a process, transformers writes it to os.environ."""
+    from accelerate.state import AcceleratorState
+
+    with mock.patch.dict(os.environ):
+        AcceleratorState._reset_state()
+        yield
+    AcceleratorState._reset_state()
 
 
 def test_what_is_measured() -> None:
