@@ -144,9 +144,10 @@ def test_a_transposed_head_is_copied(launched: list[str]) -> None:
     assert "exponential_kernel" in launched
 
 
-@pytest.mark.parametrize("mode", ["scoring", "frozen", "biased"])
-@pytest.mark.parametrize("step", [0, 2])
-@pytest.mark.parametrize("scale", [1.0, 60.0], ids=["", "computed again"])
+@pytest.mark.parametrize(
+    ("mode", "step", "scale"),  # from logits of hundreds of nats on rows are computed again
+    [("scoring", 2, 1.0), ("frozen", 0, 1.0), ("biased", 0, 1.0), ("biased", 2, 60.0)],
+)
 def test_a_bias_need_not_be_contiguous(mode: str, step: int, scale: float) -> None:
     p = problem(torch.bfloat16, scale)
     memory = torch.randn(2 * VOCABULARY).bfloat16()
