@@ -4,12 +4,12 @@ The first gives exp(u - shift) and its sums, so that no logits are written; the 
 the gradient of the head and rounds it once, so that it is never held in float32. Operands come by descriptors, which
 Hopper's copy engine (TMA) takes; a program for each processor goes through the tiles.
 
-Measured on an H200 (2026-11-27, N = 16384, H = 4096, V = 128256, bf16, tens of milliseconds without a pause, by a script
-that is not kept): the first product takes 23 to 26 ms here, with or without storing, as runs differ; the library's with
-float32 logits 26 to 28, and 28 to 31 with the pass over them. Tiles of 256 x 128, groups of 4 to 32, one program a tile,
-columns before rows, four stages: the same within that spread. 128 columns of the operands at a time, or the loops
-flattened into one, which Triton would pipeline: 15 to 40 % slower. For the product of exponentials and head the library
-is as fast as this. `python -m bench.logprob` measures the whole.
+Measured on an H200 (2026-11-27, N = 16384, H = 4096, V = 128256, bf16, tens of milliseconds without a pause, by a
+script that is not kept): the first product takes 23 to 26 ms here, with or without storing, as runs differ; the
+library's with float32 logits 26 to 28, and 28 to 31 with the pass over them. Tiles of 256 x 128, groups of 4 to 32, one
+program a tile, columns before rows, four stages: the same within that spread. 128 columns of the operands at a time, or
+the loops flattened into one, which Triton would pipeline: 15 to 40 % slower. For the product of exponentials and head
+the library is as fast as this. `python -m bench.logprob` measures the whole.
 """
 
 import triton
