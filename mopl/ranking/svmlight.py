@@ -9,7 +9,6 @@ where some are 2^63 or more. Leading zeros mean nothing; so an id that is writte
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import re
@@ -34,8 +33,7 @@ _ARRAYS = ("features", "labels", "offsets", "query_ids")
 _BEYOND = f"above {_MOST_COLUMNS}, the most that is read; renumber it"
 
 
-class LetorError(ValueError):
-    """A fault in a data file; the message begins with the file and the line."""
+LetorError = TextError  # a fault in a data file: the message begins with the file and, where there is one, the line
 
 
 @dataclass(frozen=True)
@@ -103,8 +101,8 @@ def read_letor(path: str | os.PathLike[str], *, cache: bool | str | os.PathLike[
 def read_groups(path: Path, items: int, data: Path) -> np.ndarray:
     """Return offsets (Q + 1,) from a file of group sizes, one a line, which add up to the items of the file `data`."""
     sizes: list[int] = []
-    for number, text in _text_lines(path):
-        if not text:
+    for number, line in read_lines(path):
+        if not (text := line.strip()):
             continue
         if not (text.isascii() and text.isdigit()):
             raise LetorError(f"{path}:{number}: {text!r} is not the size of a group; write one whole number")
@@ -124,7 +122,7 @@ def read_groups(path: Path, items: int, data: Path) -> np.ndarray:
 def read_label_file(path: Path, items: int, data: Path) -> np.ndarray:
     """Return (N,) float64 labels, a finite number a line, for the items of the file `data` in its order."""
     values: list[float] = []
-    lines = list(_text_lines(path))
+    lines = [(number, line.strip()) for number, line in read_lines(path)]
     if len(lines) != items:
         raise LetorError(
             f"{path}: it has {len(lines)} lines but {data} has {items} documents; write one label a document, in the "
@@ -138,20 +136,6 @@ def read_label_file(path: Path, items: int, data: Path) -> np.ndarray:
         if not math.isfinite(values[-1]):
             raise LetorError(f"{path}:{number}: the label is {text}; replace it by a finite number")
     return np.array(values)
-
-
-@contextlib.contextmanager
-def _faults_of_text() -> Iterator[None]:
-    try:
-        yield
-    except TextError as error:
-        raise LetorError(str(error)) from error
-
-
-def _text_lines(path: Path) -> Iterator[tuple[int, str]]:
-    with _faults_of_text():
-        for number, text in read_lines(path):  # one by one: of two faults the first in the file is named
-            yield number, text.strip()
 
 
 def _number(text: str) -> float:
@@ -280,7 +264,7 @@ def _parse(path: Path) -> dict[str, np.ndarray]:
     labels: list[np.ndarray] = []
     size = path.stat().st_size
     shown = progress(f"reading {path.name}", size, "B", show=size >= _PROGRESS_FROM_BYTES)
-    with _faults_of_text(), open_bytes(path) as (raw, stream), shown as bar:
+    with open_bytes(path) as (raw, stream), shown as bar:
         lines = _Lines(path, stream)
         while not lines.ended:
             try:
