@@ -86,22 +86,15 @@ def _model_of_run(path: Path, arguments: argparse.Namespace, device: str) -> Tun
         run.config = dataclasses.replace(run.config, model=arguments.base_model)
     _check_moved(run.config.model)
     _check_count(weights, run.objectives)
-    if not on_rewards:
-        return TunedModel(
-            run.load(method, weights, device),
-            run.list_tokenizer,
-            run.objectives,
-            run.text_prompt(method),
-            run.beta if run.takes_beta(method) else None,
-            None if run.config.reference in (*OWN_REFERENCE, "auto") else run.config.reference,
-        )
-    model, takes_weights = run.load(method, weights, device, kl_weight=kl_weight), run.is_conditioned(method)
-    words = run.text_prompt(method, kl_weight)
-    # A conditioned model here has virtual tokens, which can be switched off; every other one is a plain model.
-    reference = None if takes_weights and words is None else run.config.model
-    return TunedModel(
-        model, run.list_tokenizer, run.objectives, words, reference=reference, takes_weights=takes_weights
-    )  # fmt: skip
+    of_kl_weight = {"kl_weight": kl_weight} if on_rewards else {}
+    model, words = run.load(method, weights, device, **of_kl_weight), run.text_prompt(method, **of_kl_weight)
+    beta, takes_weights = run.beta if run.takes_beta(method) else None, not on_rewards or run.is_conditioned(method)
+    if on_rewards:
+        # A conditioned model has virtual tokens, which can be switched off; every other one is a plain model.
+        reference = None if takes_weights and words is None else run.config.model
+    else:
+        reference = None if run.config.reference in (*OWN_REFERENCE, "auto") else run.config.reference
+    return TunedModel(model, run.list_tokenizer, run.objectives, words, beta, reference, takes_weights)
 
 
 def _model_of_folder(path: Path, base_model: str | None, weights: Sequence[float], device: str) -> TunedModel:

@@ -7,7 +7,6 @@ trained and saved (`CosDpoStages`).
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from mopl.experiments.methods import TABLE, Method
 from mopl.experiments.stages import RunStages, Trained
 from mopl.losses import listwise_dpo, plackett_luce, scalarize
 from mopl.training import part_of_batch, shuffled_indices
+from mopl.training.batches import to_device
 
 if TYPE_CHECKING:
     from mopl.experiments.driver import Recipe
@@ -50,9 +50,7 @@ class StepBatch:
 
     def to(self: B, device: torch.device | str) -> B:
         """Return the batch on `device`."""
-        values = ((each.name, getattr(self, each.name)) for each in dataclasses.fields(self))
-        moved: dict[str, Any] = {name: None if value is None else value.to(device) for name, value in values}
-        return type(self)(**moved)
+        return type(self)(**to_device(vars(self), device))
 
 
 class StepSource(ABC):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mopl._files import write_file
-from mopl._records import damaged, read_json
+from mopl._records import check, damaged, read_json, settings_from
 from mopl._terminal import shell
 from mopl.experiments.applications import APPLICATIONS
 from mopl.experiments.common_settings import LanguageModelSettings
@@ -25,8 +25,8 @@ from mopl.experiments.run_directory import (
     DAMAGED_RUN,
     Sample,
     application_of,
+    check_kind,
     read_run,
-    settings_of,
 )
 from mopl.experiments.settings import Settings
 from mopl.pareto import Front, weight_grid
@@ -95,12 +95,11 @@ class FinishedRun:
 
     @classmethod
     def config_of(cls, record: dict[str, Any], path: str | Path) -> Any:
-        """Return the settings in the record of a run.
-
-        Raises:
-            ValueError: If it is a run of another command, or its record is damaged.
-        """
-        return settings_of(record, path, cls.KIND, cls.CONFIG, cls.DATA)
+        """Return the settings in the record of a run; errors as `read`."""
+        check_kind(record, path, cls.KIND)
+        file = Path(path) / CONFIG_FILE
+        check(record["data"], cls.DATA, file, "data", remedy=DAMAGED_RUN)
+        return settings_from(cls.CONFIG, record["config"], file, "config", remedy=DAMAGED_RUN)
 
     @property
     def objectives(self) -> tuple[str, ...]:

@@ -18,14 +18,14 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 
 from mopl import __version__, _terminal
 from mopl._disk import with_resume
 from mopl._files import TEMPORARY, discard_folder, remove_leftovers, write_file, write_folder
-from mopl._records import check, read_json, settings_from
+from mopl._records import check, read_json
 from mopl.experiments.applications import APPLICATIONS, Application
 from mopl.experiments.run_lock import RunInUse, locked
 from mopl.training.parallel import on_main
@@ -33,7 +33,6 @@ from mopl.training.parallel import on_main
 CONFIG_FILE = "config.json"
 DONE = "training.json"  # written beside a model when its training has ended
 DAMAGED_RUN = "the run is damaged: take the file from a backup, or start another run"
-T = TypeVar("T")
 # Whose version may change what any run computes.
 _PACKAGES = ("torch", "numpy", "triton", "accelerate", "safetensors", "moocore")
 # What stands at the top of a run, of any command and version. Anything else is a person's, and is not deleted.
@@ -220,21 +219,6 @@ def read_run(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not {"config", "data"} <= record.keys():
         raise ValueError(f"{path} is no run of mopl: {file} is something else; name the directory of a run")
     return check(record, RunRecord, file, remedy=DAMAGED_RUN)
-
-
-def settings_of(
-    record: dict[str, Any], path: str | os.PathLike[str], kind: str | None, settings: type[T], data: type
-) -> T:
-    """Return the settings in the record of a run, once its "data" fits the `msgspec.Struct` of what is read of that.
-
-    Raises:
-        DamagedFile: If a key is missing or is something else than it was; the message names it.
-        ValueError: As `check_kind`.
-    """
-    check_kind(record, path, kind)
-    file = Path(path) / CONFIG_FILE
-    check(record["data"], data, file, "data", remedy=DAMAGED_RUN)
-    return settings_from(settings, record["config"], file, "config", remedy=DAMAGED_RUN)
 
 
 def check_kind(record: dict[str, Any], path: str | os.PathLike[str], kind: str | None) -> None:

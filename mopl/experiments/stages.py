@@ -23,8 +23,8 @@ from mopl._files import discard_folder, write_file
 from mopl._records import Count, Finite, Seconds, read_json
 from mopl.experiments.run_directory import DONE
 from mopl.training import BatchSource, Selection, TrainingConfig, TrainingResult, train
+from mopl.training.optimizer import rounding_of
 from mopl.training.parallel import exists_on_main, on_main
-from mopl.training.precision import rounding_of
 
 if TYPE_CHECKING:
     from mopl.experiments.driver import Recipe

@@ -30,8 +30,8 @@ from mopl.language_models.head import fuse
 from mopl.language_models.scoring import Conditions
 from mopl.language_models.tokenization import pad_token
 from mopl.losses import approx_ndcg, lambda_loss, listwise_dpo
+from mopl.training.optimizer import rounding_of
 from mopl.training.parallel import distribution_of
-from mopl.training.precision import rounding_of
 
 SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")  # no process has the whole model
 

@@ -16,7 +16,6 @@ Missing labels are masked, never guessed. `labels` are 0 where no label is, and
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from mopl._arguments import check_choice, shape_of
 from mopl.language_models.tokenization import TokenizedList
+from mopl.training.batches import to_device
 
 IGNORE_INDEX = -100
 
@@ -64,13 +64,7 @@ class ListBatch:
 
     def to(self, device: torch.device | str) -> ListBatch:
         """Return the batch on `device`."""
-
-        def move(value: Any) -> Any:
-            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-
-        moved = {field.name: move(getattr(self, field.name)) for field in dataclasses.fields(self)}
-        moved["inputs"] = {key: move(value) for key, value in self.inputs.items()}
-        return ListBatch(**moved)
+        return ListBatch(**to_device(vars(self), device))
 
 
 def to_lists(scores: Tensor, batch: ListBatch) -> Tensor:

@@ -370,12 +370,7 @@ class Front:
 
 
 def load_fronts(files: Mapping[str, Path], objectives: Sequence[str], record: Path) -> list[Front]:
-    """Read the fronts of one run.
-
-    Args:
-        files: Where they are, by method.
-        objectives: Names of the run's m auxiliary objectives.
-        record: The file that has them.
+    """Read the fronts of one run, by method, once they are about its objectives, which the file `record` has.
 
     Raises:
         OSError: If a file cannot be read.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from mopl.training.batches import to_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,4 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on `device`."""
-        moved: dict[str, Any] = {
-            name: None if value is None else value.to(device, non_blocking=True) for name, value in vars(self).items()
-        }
-        return Batch(**moved)
+        return Batch(**to_device(vars(self), device))

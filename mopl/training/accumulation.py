@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mopl.training.batches import BatchSource, part_of_batch
+from mopl.training.batches import BatchSource, part_of_batch, to_device
 from mopl.training.parallel import ShardedModel, WholeModel
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def accumulate(
         part = accelerator.process_index * config.accumulation + turn
         rows = part_of_batch(source.batch_size, part, parts)
         share = (rows.stop - rows.start) / source.batch_size
-        batch = _to_device(source(step, part, parts), accelerator.device)
+        batch = to_device(source(step, part, parts), accelerator.device)
         _seed_generators(_seed(config.seed, step, part), accelerator.device)
         last = turn == config.accumulation - 1
         with contextlib.nullcontext() if last else prepared.no_sync():
@@ -68,13 +68,3 @@ def _seed_generators(seed: int, device: torch.device) -> None:
     torch.default_generator.manual_seed(seed)
     if device.type != "cpu":
         getattr(torch, device.type).manual_seed(seed)
-
-
-def _to_device(batch: Any, device: torch.device) -> Any:
-    """Move a tensor, anything with `.to`, or a dict of them to the device."""
-    if isinstance(batch, dict):
-        return {name: _to_device(value, device) for name, value in batch.items()}
-    if isinstance(batch, (list, tuple)) and not hasattr(batch, "_fields"):
-        return type(batch)(_to_device(value, device) for value in batch)
-    move = getattr(batch, "to", None)
-    return batch if move is None else move(device)

@@ -6,6 +6,8 @@ import functools
 from typing import Any, Protocol
 
 import numpy as np
+import torch
+from torch import Tensor
 
 
 class BatchSource(Protocol):
@@ -22,6 +24,18 @@ class BatchSource(Protocol):
     def __call__(self, step: int, rank: int, world_size: int) -> Any:
         """Return part `rank` of `world_size` of the batch of `step`, on the CPU or on the training device."""
         ...
+
+
+def to_device(batch: Any, device: torch.device | str) -> Any:
+    """Return a tensor, anything else with `.to`, or a dict or list of them on a device; what has none as it is."""
+    if isinstance(batch, dict):
+        return {name: to_device(value, device) for name, value in batch.items()}
+    if isinstance(batch, (list, tuple)) and not hasattr(batch, "_fields"):
+        return type(batch)(to_device(value, device) for value in batch)
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    move = getattr(batch, "to", None)
+    return batch if move is None else move(device)
 
 
 def part_of_batch(batch_size: int, rank: int, world_size: int) -> slice:

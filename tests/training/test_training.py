@@ -33,7 +33,7 @@ from mopl.training import (
     write_folder,
 )
 from mopl.training.accumulation import accumulate
-from mopl.training.precision import rounding_of
+from mopl.training.optimizer import rounding_of
 
 
 def test_one_update_is_adamw_on_the_gradient_of_the_mean_over_the_batch():
