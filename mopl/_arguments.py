@@ -47,59 +47,46 @@ def check_floating(value: Any, name: str, shape: str) -> None:
     raise TypeError(f"{name} must be a floating-point tensor of shape {shape}, {got}")
 
 
-def check_scores(scores: Tensor, name: str = "scores") -> Tensor:
+def check_scores(scores: Tensor) -> Tensor:
     """Raise unless `scores` is a floating-point tensor of shape (B, K); return it."""
-    check_floating(scores, name, "(B, K)")
+    check_floating(scores, "scores", "(B, K)")
     if scores.ndim != 2:
         raise ValueError(
-            f"{name} has shape {shape_of(scores)} but must be (B, K), one row a list; "
+            f"scores has shape {shape_of(scores)} but must be (B, K), one row a list; "
             "for a single list pass scores[None]"
         )
     return scores
 
 
-def check_like_scores(value: Tensor | None, scores: Tensor, name: str) -> Tensor | None:
-    """Raise unless `value` is None or has the shape (B, K) of `scores`; return it."""
-    if value is None:
-        return None
-    if not isinstance(value, Tensor) or value.shape != scores.shape:
+def check_like_scores(value: Tensor | None, scores: Tensor, name: str) -> None:
+    """Raise unless `value` is None or has the shape (B, K) of `scores`."""
+    if value is not None and (not isinstance(value, Tensor) or value.shape != scores.shape):
         got = shape_of(value) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"{name} is {got} but scores are {shape_of(scores)}; pass {name} with one entry an item")
-    return value
 
 
-def check_mask(mask: Tensor | None, scores: Tensor) -> Tensor | None:
-    """Raise unless `mask` is None or a boolean (B, K); return it."""
-    check_like_scores(mask, scores, "mask")
-    if mask is not None and mask.dtype != torch.bool:
-        raise TypeError(
-            f"mask has dtype {mask.dtype} but must be torch.bool, true where an item exists; pass mask.bool()"
-        )
-    return mask
-
-
-def check_mask_of(mask: Tensor | None, like: Tensor, name: str, entry: str) -> None:
+def check_mask(mask: Tensor | None, like: Tensor, name: str = "scores", entry: str = "item") -> None:
     """Raise unless `mask` is None or boolean with an entry for each of `like`, which its caller knows by `name`."""
     if mask is None:
         return
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"mask is {got} but must be torch.bool, true where a {entry} counts; pass mask.bool()")
+        raise TypeError(f"mask is {got} but must be torch.bool, true where the {entry} counts; pass mask.bool()")
     if mask.shape != like.shape:
         raise ValueError(
-            f"mask has shape {shape_of(mask)} but {name} has {shape_of(like)}; pass one mask entry a {entry}"
+            f"mask has shape {shape_of(mask)} but {name} has {shape_of(like)}; pass one entry for each {entry}"
         )
 
 
-def as_labels(labels: Tensor, scores: Tensor, name: str = "labels") -> Tensor:
+def as_labels(labels: Tensor, scores: Tensor) -> Tensor:
     """Return labels as (B, m, K) in their own dtype; (B, K) is one objective."""
     if not isinstance(labels, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor of shape (B, K) or (B, m, K), got {type(labels).__name__}")
+        raise TypeError(f"labels must be a torch.Tensor of shape (B, K) or (B, m, K), got {type(labels).__name__}")
     if labels.ndim == 2:
         labels = labels[:, None, :]
     if labels.ndim != 3 or labels.shape[0] != scores.shape[0] or labels.shape[2] != scores.shape[1]:
         raise ValueError(
-            f"{name} has shape {shape_of(labels)} but scores are {shape_of(scores)}; "
+            f"labels has shape {shape_of(labels)} but scores are {shape_of(scores)}; "
             f"pass (B, K) for one objective or (B, m, K) for m objectives with B, K = {shape_of(scores)}"
         )
     return labels

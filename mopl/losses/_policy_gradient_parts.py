@@ -12,7 +12,7 @@ from mopl._arguments import (
     Reduction,
     check_choice,
     check_floating,
-    check_mask_of,
+    check_mask,
     compute_dtype,
     reduced,
     shape_of,
@@ -43,7 +43,7 @@ def check_logprob(logprob: Tensor, mask: Tensor | None) -> Tensor:
             f"logprob has shape {shape_of(logprob)} but must be (B, T), one row a sampled response; "
             "for log-probabilities of whole responses pass logprob[:, None]"
         )
-    check_mask_of(mask, logprob, "logprob", "token")
+    check_mask(mask, logprob, "logprob", "token")
     return torch.ones_like(logprob, dtype=torch.bool) if mask is None else mask
 
 

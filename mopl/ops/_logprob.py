@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mopl._arguments import POSITIVE, as_value, check_floating, check_mask_of, shape_of
+from mopl._arguments import POSITIVE, as_value, check_floating, check_mask, shape_of
 
 SKIP = -1  # a target that does not count, once mask and ignore_index are applied
 
@@ -39,7 +39,7 @@ def merge_targets(target: Tensor, mask: Tensor | None, ignore_index: int, vocabu
     target = as_index(target, "target", "token ids")
     merged = torch.where(target < 0, vocabulary, target)
     keep = target != ignore_index
-    check_mask_of(mask, target, "target", "target")
+    check_mask(mask, target, "target", "target")
     keep = keep if mask is None else keep & mask
     return torch.where(keep, merged, SKIP)
 

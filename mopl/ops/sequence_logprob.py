@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mopl._arguments import check_floating, check_mask_of, compute_dtype, shape_of
+from mopl._arguments import check_floating, check_mask, compute_dtype, shape_of
 from mopl.ops._logprob import as_index
 from mopl.ops.segments import segment_sum
 
@@ -52,7 +52,7 @@ def sequence_logprob(
         raise ValueError("segment and cu_seqlens both say which sequence a token belongs to; pass one of them")
     if sequences is not None and segment is None:
         raise ValueError("sequences is the number of sequences that segment speaks of; pass it with segment only")
-    check_mask_of(mask, logprob, "logprob", "token")
+    check_mask(mask, logprob, "logprob", "token")
     values = logprob.to(compute_dtype(logprob))
     if mask is not None:
         values = torch.where(mask, values, 0)

@@ -71,7 +71,7 @@ def test_an_unknown_normalisation_is_named() -> None:
         listwise_dpo(SCORES, LABELS, normalize="l2")
     with pytest.raises(ValueError, match=r"mode is 'l2' but must be one of 'l1', 'softmax'"):
         normalize_labels(LABELS, "l2")
-    with pytest.raises(ValueError, match=r"mask is \(4, 5\) but scores are \(4, 6\)"):
+    with pytest.raises(ValueError, match=r"mask has shape \(4, 5\) but scores has \(4, 6\)"):
         normalize_labels(LABELS, "l1", torch.ones(4, 5, dtype=torch.bool))
 
 

@@ -641,7 +641,7 @@ def test_labels_may_be_integers() -> None:
         ({"scores": torch.zeros(2, 4, dtype=torch.long)}, TypeError, "floating-point"),
         ({"labels": torch.zeros(2, 5)}, ValueError, r"labels has shape \(2, 1, 5\) but scores are \(2, 4\)"),
         ({"reference": torch.zeros(2, 1)}, ValueError, "reference"),
-        ({"mask": torch.ones(2, 4)}, TypeError, "mask has dtype"),
+        ({"mask": torch.ones(2, 4)}, TypeError, "mask is torch.float32"),
         ({"beta": torch.ones(2)}, ValueError, r"beta\[:, None\]"),
         ({"weights": torch.ones(2, 3)}, ValueError, "weights has shape"),
         ({"reduction": "batchmean"}, ValueError, "reduction"),
