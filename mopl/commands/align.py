@@ -3,6 +3,7 @@
 import argparse
 import functools
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -111,14 +112,8 @@ def _is_for_rewards(args: Sequence[str]) -> bool:
 
         method = method_in(known.config)
     if method is None and known.resume and known.run is not None:
-        return _kind_of(Path(known.run)) == "clp"
+        from mopl._records import Kind, read_json
+
+        with suppress(OSError, ValueError):  # who opens the run says what is wrong with it
+            return read_json(Path(known.run) / "config.json", Kind).get("kind") == "clp"
     return method in (*METHODS, ALL)
-
-
-def _kind_of(run: Path) -> str | None:
-    from mopl._records import Kind, read_json
-
-    try:
-        return read_json(run / "config.json", Kind).get("kind")
-    except (OSError, ValueError):
-        return None  # who opens the run says what is wrong with it

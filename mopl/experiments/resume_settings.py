@@ -11,25 +11,28 @@ from typing import Any
 _INSIDE = re.compile(r"(?P<key>=@|[:,]directory=)(?P<path>[^:,]+)")
 
 
+def _expanded(path: str) -> Path:
+    return Path(path if Path(path).exists() else os.path.expanduser(path))
+
+
 def located(path: str) -> str:
     """Return a path so that it is found from any folder: absolute, `~` expanded unless something is called that."""
-    return str(Path(path if Path(path).exists() else os.path.expanduser(path)).absolute())
+    return str(_expanded(path).absolute())
 
 
 def located_if_there(name: str) -> str:
     """Return what exists as a path as an absolute one; anything else, such as a name on the hub, stays as it is."""
-    return located(name) if Path(name).exists() or Path(os.path.expanduser(name)).exists() else name
+    return located(name) if _expanded(name).exists() else name
 
 
 def located_inside(text: str) -> str:
     """Return a text like `dwell=@dwell.txt` or `classifier:directory=D` with its path absolute, if it exists here."""
 
     def absolute(found: re.Match[str]) -> str:
-        path = Path(found["path"])
-        tried = path if path.exists() else Path(os.path.expanduser(path))
+        tried = _expanded(found["path"])
         # {split} stands for the name of each split.
         here = any(tried.parent.glob(tried.name.replace("{split}", "*"))) if tried.name else tried.exists()
-        return f"{found['key']}{tried.absolute() if here else path}"
+        return f"{found['key']}{tried.absolute() if here else Path(found['path'])}"
 
     return _INSIDE.sub(absolute, text)
 

@@ -10,6 +10,7 @@ import re
 import reprlib
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, ClassVar
 
 import msgspec
@@ -60,10 +61,8 @@ def read_settings(file: str | os.PathLike[str], kind: type[Settings]) -> dict[st
 
 def method_in(file: str | os.PathLike[str]) -> Any:
     """Return the method that a YAML file names, None if it names none or cannot be read, which `read_settings` says."""
-    try:
+    with suppress(OSError, ValueError):
         return _mapping(read_text(file, most=MOST_BYTES), file).get("method")
-    except (OSError, ValueError):
-        return None
 
 
 def _value(known: Setting, value: Any) -> Any:

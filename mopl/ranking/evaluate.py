@@ -34,13 +34,11 @@ class Measure:
     Args:
         k: Cut of NDCG.
         gain: `"linear"` or `"exponential"`.
-        ties: What documents of equal score count, see `mopl.ranking.metrics.ndcg`.
         empty: What a list without any label counts: `"skip"`, 0 or 1.
     """
 
     k: int = 10
     gain: Literal["linear", "exponential"] = "linear"
-    ties: Literal["average", "first", "worst"] = "average"
     empty: Literal["skip", 0, 1] = "skip"
 
     def __post_init__(self) -> None:
@@ -48,14 +46,12 @@ class Measure:
 
     def ndcg(self, scores: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         """Return NDCG per list: (B,) for labels (B, K), (B, m) for labels (B, m, K); NaN where a list is skipped."""
-        options: dict[str, Any] = {"k": self.k, "gain": self.gain, "ties": self.ties, "empty": self.empty}
-        return ndcg(scores, labels, mask=mask, **options).values
+        return ndcg(scores, labels, mask=mask, k=self.k, gain=self.gain, empty=self.empty).values
 
     def metric(self, empty_share: dict[str, float] | None = None) -> Metric:
         """Return the name and the conventions for reports."""
         empty = "empty queries skipped" if self.empty == "skip" else f"empty queries count {self.empty}"
-        ties = {"average": "ties averaged", "first": "ties in file order", "worst": "ties worst first"}[self.ties]
-        return Metric(f"NDCG@{self.k}", f"{self.gain} gain, {ties}, {empty}", empty_share=empty_share)
+        return Metric(f"NDCG@{self.k}", f"{self.gain} gain, ties averaged, {empty}", empty_share=empty_share)
 
 
 @dataclass(frozen=True)

@@ -88,9 +88,8 @@ class RankingRun(FinishedRun):
 
     @property
     def measured(self) -> Mapping[str, Any]:
-        """The settings that say what a figure is: cut, gain, empty lists and ties of NDCG."""
-        measure = self.config.measure
-        return {"the cut k of NDCG": measure.k, "gain": measure.gain, "empty": measure.empty, "ties": measure.ties}
+        """The settings that say what a figure is: cut, gain and empty lists of NDCG."""
+        return {"the cut k of NDCG": self.config.k, "gain": self.config.gain, "empty": self.config.empty}
 
     @property
     def noted(self) -> Mapping[str, Any]:

@@ -333,12 +333,6 @@ class _Panel:
             )
 
 
-def _columns(handles: Sequence[Any]) -> int:
-    """Return how many columns of a legend fit below the picture: at most 4."""
-    widest = max(len(handle.get_label()) for handle in handles) + 8  # marker and gap
-    return max(1, min(len(handles), 4, 130 // widest))
-
-
 def _legend(figure: Any, grid: Any, scene: _Scene) -> None:
     from matplotlib.lines import Line2D
 
@@ -372,4 +366,6 @@ def _legend(figure: Any, grid: Any, scene: _Scene) -> None:
     if scene.pairs:
         figure.legend(handles=handles, loc="upper right", bbox_to_anchor=(0.86, 0.93), frameon=False)
     else:
-        figure.legend(handles=handles, loc="outside lower center", ncols=_columns(handles), frameon=False)
+        widest = max(len(handle.get_label()) for handle in handles) + 8  # marker and gap
+        columns = max(1, min(len(handles), 4, 130 // widest))
+        figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)

@@ -60,11 +60,6 @@ def _hypervolume_digits(records: Sequence[Front]) -> Callable[[float], str]:
     return lambda x: f"{x / 10.0**exponent:.3f}e{exponent}"
 
 
-def _seconds_digits(records: Sequence[Front]) -> Callable[[float], str]:
-    long = any(r.seconds >= 100 for r in records)
-    return lambda x: f"{x:,.0f}" if long else f"{x:.1f}"
-
-
 def _over_seeds(attribute: str) -> Callable[[list[Front]], tuple[float, float]]:
     def figure(seeds: list[Front]) -> tuple[float, float]:
         mean, std = mean_and_std(number(getattr(r, attribute)) for r in seeds)
@@ -153,7 +148,7 @@ def summarise(fronts: object, metric: Metric | None = None, notes: Sequence[str]
     records = read_all(fronts)
     groups = by_method(records)
     references = {tuple(r.reference_point) for r in records if not math.isnan(r.hypervolume)}
-    kept = all(r.inference_parameters is not None for r in records)
+    kept, long = all(r.inference_parameters is not None for r in records), any(r.seconds >= 100 for r in records)
     better = 1 if metric.higher_is_better else -1
     columns = [
         _Column(
@@ -165,7 +160,7 @@ def summarise(fronts: object, metric: Metric | None = None, notes: Sequence[str]
         ),
         _Column(clean(f"{records[0].main} {metric.of_main}"), better, _main, lambda x: f"{x:.3f}"),
         _Column("Steering regret", -1, _over_seeds("regret"), lambda x: f"{x:.4f}"),
-        _Column("Seconds", -1, _over_seeds("seconds"), _seconds_digits(records)),
+        _Column("Seconds", -1, _over_seeds("seconds"), lambda x: f"{x:,.0f}" if long else f"{x:.1f}"),
         _Column("Parameters", -1, _over_seeds("inference_parameters" if kept else "parameters"), lambda x: f"{x:,.0f}"),
     ]
     arrows = {1: " ↑", 0: "", -1: " ↓"}

@@ -31,7 +31,7 @@ from mopl.training.batches import BatchSource
 from mopl.training.checkpoint import Checkpoint, CheckpointFolder
 from mopl.training.logs import RunLog
 from mopl.training.optimizer import adamw
-from mopl.training.parallel import make_accelerator, prepare, whole_norm
+from mopl.training.parallel import make_accelerator, prepare, whole_tensor
 from mopl.training.selection import Selection, continue_selection
 
 SCHEDULES = ("constant", "linear", "cosine")
@@ -236,7 +236,7 @@ def train(
                     group["lr"] = rate * config.rate_factor(step)
                 value, logs = accumulate(accelerator, prepared, source, loss, config, step)
                 limit = math.inf if config.gradient_clip is None else config.gradient_clip
-                norm = whole_norm(accelerator.clip_grad_norm_(trained, limit))
+                norm = float(whole_tensor(accelerator.clip_grad_norm_(trained, limit)))
                 # One reduction and one read a step: every process learns the same loss and the same wish to stop.
                 told = torch.stack([value, torch.as_tensor(float(stop.asked), device=value.device)])
                 told = [*accelerator.reduce(told, "sum").tolist(), norm]

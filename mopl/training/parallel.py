@@ -151,7 +151,7 @@ class ShardedModel:
         plain, buffers = dict(self._plain.named_parameters()), dict(self._plain.named_buffers())
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
-                plain[name].copy_(_full(parameter))
+                plain[name].copy_(whole_tensor(parameter))
         for name, buffer in self.model.named_buffers():
             buffers[name].copy_(buffer)
         return self._plain
@@ -167,7 +167,7 @@ class ShardedModel:
         for number, values in state["state"].items():
             whole[number] = {}
             for name, value in values.items():
-                value = _full(value)  # every process takes part, one keeps it
+                value = whole_tensor(value)  # every process takes part, one keeps it
                 if self._accelerator.is_main_process:
                     whole[number][name] = value.cpu() if isinstance(value, Tensor) else value
         return plain, {**state, "state": whole}
@@ -256,11 +256,6 @@ def prepare(accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer
     if plugin is None:
         return WholeModel(accelerator, model, optimizer)
     return ShardedModel(accelerator, model, optimizer, plugin)
-
-
-def whole_norm(norm: Tensor) -> float:
-    """Return the norm of gradients, sharded or not, as a number; every process must call it."""
-    return float(_full(norm))
 
 
 # ---------------------------------------------------------------- accelerate's settings
@@ -382,8 +377,8 @@ def _broadcast(model: nn.Module, device: torch.device) -> None:
             tensor.copy_(there)
 
 
-def _full(value: Any) -> Any:
-    """Return a sharded tensor whole, anything else as it is."""
+def whole_tensor(value: Any) -> Any:
+    """Return a sharded tensor whole, which every process must do; anything else as it is."""
     from torch.distributed.tensor import DTensor
 
     return value.full_tensor() if isinstance(value, DTensor) else value

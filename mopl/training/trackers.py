@@ -90,7 +90,8 @@ class Trackers:
             self._open[name] = tracker
             if name == "tensorboard":
                 if step == 0:  # its hyperparameters would be another entry in its list of runs, without a curve
-                    tracker.log({"settings": _as_text(self._settings)}, step=0)
+                    text = "\n".join(f"    {key}: {value}" for key, value in self._settings.items())  # code in Markdown
+                    tracker.log({"settings": text}, step=0)
                 continue
             if sent is None or name != "mlflow":  # which takes no other value of a setting, as a resumed run may have
                 tracker.store_init_configuration(self._settings)
@@ -167,8 +168,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (bool, int, float, str)):
         return value
     return " ".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
-
-
-def _as_text(settings: Mapping[str, Any]) -> str:
-    """Return settings as a block of code in Markdown."""
-    return "\n".join(f"    {name}: {value}" for name, value in settings.items())
