@@ -45,12 +45,8 @@ def naming_own_code(name: str) -> Iterator[None]:
 def loading(name: str, what: str = "model") -> Iterator[dict[str, Any]]:
     """Say by an `OSError` which model could not be read: transformers speaks of the network, or of a file inside.
 
-    Args:
-        name: Directory of a model, or its name on the hub.
-        what: What of it is read, for the message.
-
-    Yields:
-        Options for `from_pretrained`.
+    `name` is a directory, or a name on the hub, and `what` of it is read; what is yielded are options for
+    `from_pretrained`.
     """
     require("safetensors")
     from safetensors import SafetensorError

@@ -69,11 +69,7 @@ def read_tensors(
 ) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file; errors as `opened`, `check_shapes` and `check_numbers`.
 
-    Args:
-        file: The file.
-        wanted: Their shapes by name; None for any.
-        buffers: Names of those that may be infinite, such as masks.
-        remedy: What errors say to do.
+    `wanted` are their shapes by name, None for any; those called in `buffers`, such as masks, may be infinite.
     """
     with opened(file, remedy=remedy) as handle:
         if wanted is not None:

@@ -104,12 +104,7 @@ class Recipe(ABC):
     def read(self) -> dict[str, Any]:
         """Read the data, say what it is, complete the settings and check all that does not need the model.
 
-        Returns:
-            What `config.json` will remember of the data.
-
-        Raises:
-            FileNotFoundError: If there is no data.
-            ValueError: If a setting or the data is unsound.
+        What is returned `config.json` will remember of the data.
         """
 
     def plan(self, objectives: int) -> None:
@@ -123,12 +118,9 @@ class Recipe(ABC):
 
     @classmethod
     def settings_to_resume(cls, record: dict[str, Any], changes: Mapping[str, Any], path: Path) -> Any:
-        """Return the settings of a run to resume, with the free ones among `changes` applied.
+        """Return the settings of the run that `record` is of, with the free ones among `changes` applied.
 
-        Args:
-            record: The run's `config.json`.
-            changes: Settings as a user gives them again: what the run was begun with is no change.
-            path: The run, for the message.
+        These are settings as a user gives them again: what the run was begun with is no change.
 
         Raises:
             ValueError: If a setting that matters differs, or it is a run of another command.
@@ -174,13 +166,9 @@ class Recipe(ABC):
         trained: Mapping[str, Trained],
         **said: Any,
     ) -> Front:
-        """Return the front of a method; seed, resamples, seconds and parameters are those of the run.
+        """Return the front of a method or "base": `Front.of` with seed, resamples, seconds and parameters of the run.
 
-        Args:
-            method: Its name, or "base".
-            figures: Scale c, main (L, n) and auxiliary (L, n, m) of each evaluation, c = 1 first; see `Front.of`.
-            trained: Its trainings by name.
-            said: What `Front.of` takes besides.
+        `figures` are scale c, main (L, n) and auxiliary (L, n, m) of each evaluation, c = 1 first.
         """
         (_, main, auxiliary), *rescaled = figures
         seconds = sum(each.seconds for each in trained.values())

@@ -275,15 +275,9 @@ class Settings:
 def add_options(
     parser: argparse.ArgumentParser, kind: type, groups: Mapping[str, argparse._ArgumentGroup] | None = None
 ) -> dict[str, argparse._ArgumentGroup]:
-    """Add an option for each setting to a command; `given` finds those that were used.
+    """Add an option for each setting to a command whose parser has `argument_default=argparse.SUPPRESS`.
 
-    Args:
-        parser: The command's parser, which should have `argument_default=argparse.SUPPRESS`.
-        kind: The class of settings.
-        groups: Groups that the parser has already, by title.
-
-    Returns:
-        All groups by title.
+    `given` finds those that were used. `groups` are those that the parser has, by title; all of them are returned so.
     """
     # `--data` leads the group of data, `--method` that of methods; what few commands have stands before what all have.
     homes = [inspect.get_annotations(base) for base in kind.__mro__]

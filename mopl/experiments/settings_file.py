@@ -29,11 +29,7 @@ _WORDS = {
 
 
 def read_settings(file: str | os.PathLike[str], kind: type[Settings]) -> dict[str, Any]:
-    """Return the settings that a YAML file gives, by name.
-
-    Args:
-        file: The file: a mapping from names of settings, with dashes or underscores, to their values.
-        kind: The class of settings.
+    """Return the settings that a YAML file gives: a mapping from their names, with dashes or underscores, to values.
 
     Raises:
         FileNotFoundError: If it is not there.
@@ -84,12 +80,7 @@ def _value(known: Setting, value: Any) -> Any:
 
 
 def dump_settings(values: Mapping[str, Any], *, ascii: bool = False) -> str:
-    """Return settings as the YAML text that `read_settings` reads back.
-
-    Args:
-        values: By name, as `to_dict` gives them.
-        ascii: Whether other characters are escaped.
-    """
+    """Return settings, as `to_dict` gives them, as the YAML text that `read_settings` reads back."""
     import yaml
 
     return yaml.dump(dict(values), Dumper=_types()[1], sort_keys=False, allow_unicode=not ascii, width=110)

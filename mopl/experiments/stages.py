@@ -109,11 +109,7 @@ class RunStages(ABC):
     def train_once(self, name: str, folder: Path, begin: Callable[[], AbstractContextManager[Training]]) -> Trained:
         """Train and save a model unless it is there; return how that went, interruptions left out.
 
-        Args:
-            name: Of the training, in the log and in messages.
-            folder: Where the model goes.
-            begin: Makes the model and gives up what it holds when the block ends; called only if there is something
-                to do.
+        `begin` makes the model and gives up what it holds when its block ends; called only if there is something to do.
         """
         if exists_on_main(self.accelerator, folder / DONE):
             return Trained.read(folder)

@@ -22,12 +22,8 @@ class ArrayCache:
     """Where the arrays parsed from one file are kept between runs.
 
     A cache is valid for the size, the modification time and both ends of the file. It is written under another name
-    and renamed, so that a run that is killed, or another process, never leaves or sees half of one.
-
-    Args:
-        path: the file that was parsed.
-        where: true for beside the file, or in the user's cache folder if that cannot be written; a folder to keep it
-            in; false for nowhere.
+    and renamed, so that a run that is killed, or another process, never leaves or sees half of one. `where` is as the
+    `cache` of `read_letor`.
     """
 
     def __init__(self, path: Path, where: bool | str | os.PathLike[str]) -> None:

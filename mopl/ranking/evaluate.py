@@ -110,22 +110,11 @@ def evaluate(
     scales: Sequence[float] = (1.0,),
     device: torch.device | str = "cpu",
 ) -> list[Evaluation]:
-    """Evaluate a policy at each trade-off and each distance from the base model.
+    """Evaluate a policy on lists at each trade-off, and at each distance c from the base model (equation 14).
 
-    Args:
-        policy: A trained method.
-        data: Held-out lists.
-        reference: (N,) the base model's scores of them.
-        weights: (n, m) trade-offs; None for a policy that takes none.
-        measure: How rankings are measured.
-        list_loss: The loss whose held-out values are given.
-        beta: β (m,): that of the held-out losses, and of the scores if the policy takes β.
-        conditioned_on_beta: Whether the policy takes β.
-        scales: c of equation (14); scores at other distances cost no further pass of the model.
-        device: Where the policy's models are.
-
-    Returns:
-        One evaluation for each scale.
+    `reference` (N,) are the base model's scores of the data; `weights` are None for a policy that takes none. β (m,) is
+    that of the held-out losses, and of the scores if the policy takes β. Other scales cost no further pass of the
+    model; there is one evaluation for each.
     """
     asked: list[Tensor | None] = [None] if weights is None else list(weights)
     betas = check_positive(beta, "beta").float()

@@ -40,14 +40,7 @@ class Batches:
 
 
 class ListSource(StepSource):
-    """The batches of a training; beside what `StepSource` takes:
-
-    Args:
-        data: The lists.
-        reference: (N,) the base model's scores.
-        experts: (N, m) the experts' scores, for `mo-dpo`.
-        order: Bring the items sorted by label.
-    """
+    """The batches of a training, with the base model's scores (N,) and, for `mo-dpo`, those of the experts (N, m)."""
 
     def __init__(
         self,

@@ -50,13 +50,7 @@ REFERENCE = "reference.safetensors"
 
 
 class Stages(CosDpoStages):
-    """Trains the models of one run.
-
-    Args:
-        run: The run.
-        data: The training split.
-        validation: How trainings are validated.
-    """
+    """Trains the models of one run on its training split."""
 
     config: RankConfig
 

@@ -35,14 +35,9 @@ MOST_LISTS = 512
 
 
 class Validation:
-    """Makes the `Selection` of each training of a run.
+    """Makes the `Selection` of each training of a run from its validation split: `MOST_LISTS` lists, evenly taken.
 
-    Args:
-        data: The validation split; at most `MOST_LISTS` lists of it, evenly taken, are used.
-        config: Settings of the run.
-
-    Attributes:
-        notes: What is not validated and why, a line each.
+    `notes` says what is not validated and why, a line each.
     """
 
     def __init__(self, data: RankingData, config: RankConfig) -> None:
@@ -87,11 +82,8 @@ class Validation:
     def of_tuned(self, weights: Tensor, beta: Tensor, steps: int) -> Selection | None:
         """Return the selection of the training of a `RankingModel`; None where all steps are done.
 
-        Args:
-            weights: (n, m) the trade-offs it is validated at. If they are too many for `MOST_LISTS`, each list is
-                ranked at some of them, in turn.
-            beta: (m,) β, for a model that takes it.
-            steps: Steps of the training, at most.
+        It is validated at trade-offs (n, m). If they are too many for `MOST_LISTS`, each list is ranked at some of
+        them, in turn.
         """
         turns = min(len(weights), max(1, MOST_LISTS // len(self.data)))
 

@@ -34,9 +34,7 @@ from mopl._extras import require
 class WholeModel:
     """A model that every process has whole: alone, or inside DDP.
 
-    Attributes:
-        model: What the loss is given.
-        optimizer: accelerate's wrapper around the optimizer.
+    The loss is given `model`; `optimizer` is accelerate's wrapper around the optimizer.
     """
 
     def __init__(self, accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -70,20 +68,11 @@ class WholeModel:
 
 
 class ShardedModel:
-    """A sharded copy of a model, trained in its place.
+    """A sharded copy of a model, trained in its place; its attributes are those of `WholeModel`.
 
-    The frozen parameters of both share their memory until the copy's shards are on the device. Trained parameters,
-    buffers and the optimizer's state are gathered for a checkpoint and at the end.
-
-    Args:
-        accelerator: accelerate's `Accelerator`.
-        model: The model; it waits on the CPU.
-        optimizer: Its optimizer; until `finish` it updates the copy.
-        plugin: accelerate's `FullyShardedDataParallelPlugin`.
-
-    Attributes:
-        model: What the loss is given.
-        optimizer: accelerate's wrapper around the optimizer.
+    The model itself waits on the CPU, and its optimizer updates the copy until `finish`. The frozen parameters of both
+    share their memory until the copy's shards are on the device. Trained parameters, buffers and the optimizer's state
+    are gathered for a checkpoint and at the end.
 
     Raises:
         ValueError: If the optimizer has parameters that the model has not, or a parameter is quantised.

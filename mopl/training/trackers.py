@@ -46,12 +46,7 @@ class _Sent(msgspec.Struct):
 
 
 class Trackers:
-    """Sends the log records of a run to trackers; one stage at a time.
-
-    Args:
-        names: Of the trackers: `TRACKERS`, or those of registered classes.
-        directory: The run directory.
-        settings: What the trackers show as settings.
+    """Sends the log records of a run to trackers, `TRACKERS` or registered classes; one stage at a time.
 
     Raises:
         ImportError: If the package of a tracker is missing; the message says how to install it.
@@ -71,12 +66,7 @@ class Trackers:
         self._sent: dict[str, dict[str, Any]] = {}  # by stage and tracker
 
     def begin(self, stage: str, step: int) -> None:
-        """Open a stage, which ends the one before.
-
-        Args:
-            stage: Its name.
-            step: Steps that are done: the next record is of a later one.
-        """
+        """Open a stage, which ends the one before; `step` steps of it are done, and the next record is of a later one."""
         if not self.names:
             return
         self.close()
