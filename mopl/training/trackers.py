@@ -66,7 +66,7 @@ class Trackers:
         self._sent: dict[str, dict[str, Any]] = {}  # by stage and tracker
 
     def begin(self, stage: str, step: int) -> None:
-        """Open a stage, which ends the one before; `step` of its steps are done, and the next record is of a later one."""
+        """Open a stage, which ends the one before; `step` of its steps are done, and the next record is later."""
         if not self.names:
             return
         self.close()
