@@ -315,14 +315,10 @@ def _destination(path: Path) -> tuple[Path, int | None]:
 
 def _write_through(descriptor: int, content: str | bytes | Callable[[Path], None], name: str) -> None:
     """Write into what cannot be replaced."""
-    with os.fdopen(descriptor, "wb") as stream:
-        if not callable(content):
-            stream.write(content.encode("utf-8") if isinstance(content, str) else content)
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            content(Path(folder) / name)
-            with (Path(folder) / name).open("rb") as made:
-                shutil.copyfileobj(made, stream)
+    with os.fdopen(descriptor, "wb") as stream, tempfile.TemporaryDirectory() as folder:
+        _fill(Path(folder) / name, content)
+        with (Path(folder) / name).open("rb") as made:
+            shutil.copyfileobj(made, stream)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Validated reading of files of tensors: safetensors, and what `torch.save` wrote.
+"""Files of tensors: safetensors, written and read with checks, and what `torch.save` wrote.
 
 Names and shapes are compared with what is expected before anything is loaded, so that a file that is cut off, or is
 that of another model, is named and costs no memory; weights that are not numbers are refused, too.
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mopl._extras import require
+from mopl._files import make_parents, write_file
 from mopl._records import REMEDY, check_file, damaged
 
 Shapes = Mapping[str, Sequence[int]]
@@ -77,6 +78,17 @@ def read_tensors(
         tensors = {name: handle.get_tensor(name) for name in handle.keys()}
     check_numbers(file, {name: tensor for name, tensor in tensors.items() if name not in buffers}, remedy=remedy)
     return tensors
+
+
+def write_tensors(
+    file: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file, whole or not at all, into a folder that is made where there is none."""
+    require("safetensors")
+    from safetensors.torch import save_file
+
+    make_parents(file)
+    write_file(file, lambda path: save_file(dict(tensors), str(path), metadata=metadata and dict(metadata)))
 
 
 def check_fits(file: str | os.PathLike[str], make: Callable[[], nn.Module], *, remedy: str = REMEDY) -> None:

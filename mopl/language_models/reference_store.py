@@ -28,9 +28,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mopl._extras import require
-from mopl._files import discard_folder, make_parents, write_file
-from mopl._tensor_files import opened, read_tensors, shapes_of
+from mopl._files import discard_folder
+from mopl._tensor_files import opened, read_tensors, shapes_of, write_tensors
 from mopl._terminal import progress
 from mopl.conditioning.weighted import causal_lm_of
 from mopl.language_models.head import fuse
@@ -230,9 +229,6 @@ def _name_of(lists: Sequence[TokenizedList], identity: Mapping[str, str]) -> str
 
 
 def _write(file: Path, lists: Sequence[TokenizedList], scores: Tensor, identity: Mapping[str, str]) -> None:
-    require("safetensors")
-    from safetensors.torch import save_file
-
     if not bool(scores.isfinite().all()):
         rows = [item.index for item in lists for _ in item.responses]
         place = rows[int((~scores.isfinite()).nonzero()[0])]
@@ -241,9 +237,7 @@ def _write(file: Path, lists: Sequence[TokenizedList], scores: Tensor, identity:
             "load it in bfloat16 or float32, or see whether its files are whole"
         )
     sequences = torch.from_numpy(np.frombuffer(b"".join(_keys(lists)), dtype=np.uint8).reshape(-1, 16).copy())
-    tensors, metadata = {"scores": scores, "sequences": sequences}, {key: identity[key] for key in IDENTITY}
-    make_parents(file)
-    write_file(file, lambda path: save_file(tensors, str(path), metadata=metadata))
+    write_tensors(file, {"scores": scores, "sequences": sequences}, {key: identity[key] for key in IDENTITY})
 
 
 def _read_file(file: Path) -> Iterator[tuple[bytes, float]]:

@@ -76,7 +76,7 @@ def score_items(
     scorer: Scorer, data: RankingData, reference: Tensor, *, scale: float = 1.0, device: torch.device | str = "cpu"
 ) -> Tensor:
     """Return the scores (N,) of all items of the data for one trade-off, `scale` being c of equation (14)."""
-    parts = (_scored(scorer, lists, data, reference, device) for lists in in_batches(data))
+    parts = (scored(scorer, lists, data, reference, device) for lists in in_batches(data))
     return torch.cat([steering.rescale(scores, base, scale)[mask].float() for scores, base, mask in parts])
 
 
@@ -85,7 +85,7 @@ def in_batches(data: RankingData) -> Iterator[Batch]:
     yield from data.sequential(max(1, ITEMS_PER_BATCH // int(data.lengths.max())))
 
 
-def _scored(
+def scored(
     scorer: Scorer, lists: Batch, data: RankingData, reference: Tensor, device: torch.device | str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return scores (0 in masked places), reference and mask of a batch, on the CPU."""
@@ -125,7 +125,7 @@ def evaluate(
         for lists in in_batches(data):
             if list_loss.needs_order:
                 lists = data.batch(lists.queries, order=True)
-            scores, base, mask = _scored(scorer, lists, data, reference, device)
+            scores, base, mask = scored(scorer, lists, data, reference, device)
             for found, scale in zip(parts, scales, strict=True):
                 at_scale = steering.rescale(scores, base, scale)
                 loss = list_loss(at_scale, lists, betas, base)

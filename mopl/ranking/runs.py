@@ -13,10 +13,8 @@ import msgspec
 import torch
 from torch import Tensor
 
-from mopl._extras import require
-from mopl._files import write_file
 from mopl._records import Finite, damaged, read_json
-from mopl._tensor_files import opened, read_tensors
+from mopl._tensor_files import opened, read_tensors, write_tensors
 from mopl.experiments.run import EVALUATION, FinishedRun
 from mopl.experiments.run_directory import check_fingerprints
 from mopl.ranking.config import RankConfig
@@ -133,15 +131,9 @@ def fingerprint(splits: dict[str, RankingData]) -> str:
 
 def save_normalizer(path: Path, train: RankingData) -> None:
     """Keep what the normalisation of the features measured, so that the model can be used on other data."""
-    require("safetensors", extra="demo")
-    from safetensors.torch import save_file
-
     normalizer = train.normalizer
     if normalizer is not None and not (path / NORMALIZER).exists():
-        write_file(
-            path / NORMALIZER,
-            lambda file: save_file(normalizer.tensors(), str(file), metadata={"name": normalizer.name}),
-        )
+        write_tensors(path / NORMALIZER, normalizer.tensors(), {"name": normalizer.name})
 
 
 def load_normalizer(path: str | Path) -> FeatureNormalizer:

@@ -20,10 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mopl._extras import require
-from mopl._files import write_file
 from mopl._restoring import seeded
-from mopl._tensor_files import read_tensors
+from mopl._tensor_files import read_tensors, write_tensors
 from mopl.experiments.cos_dpo import CosDpoStages, Part, model_folders, vertices
 from mopl.experiments.driver import Recipe
 from mopl.experiments.methods import TABLE, Method
@@ -88,15 +86,12 @@ class Stages(CosDpoStages):
 
     def references(self, splits: dict[str, RankingData]) -> dict[str, Tensor]:
         """Return the base model's scores of every split; they are computed once and kept in the run."""
-        require("safetensors", extra="demo")
-        from safetensors.torch import save_file
-
         file = self.path / REFERENCE
         if not exists_on_main(self.accelerator, file):
             model = self.base.to(self.accelerator.device).eval()
             found = {name: reference_scores(model, split, self.accelerator.device) for name, split in splits.items()}
             if self.accelerator.is_main_process:
-                write_file(file, lambda path: save_file(found, str(path)))
+                write_tensors(file, found)
             self.accelerator.wait_for_everyone()
         return read_references(file, splits)
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mopl.ranking.evaluate import in_batches, reference_scores
+from mopl.ranking.evaluate import in_batches, reference_scores, scored
 from mopl.training import Selection
 
 if TYPE_CHECKING:
@@ -104,17 +104,15 @@ class Validation:
 
     def _tuned_figures(self, model: Any, lists: Any, weights: Tensor, beta: Tensor) -> Tensor:
         """Return NDCG (B, m) of the auxiliary objectives, each list ranked at its own weights (B, m)."""
-        base = self.data.pad(self._reference, lists.queries)
-        there = lists.to(next(model.parameters()).device)
-        device, takes = there.features.device, model.config
-        scores = model.score(
-            there.features,
-            weights.to(device) if takes.conditioned else None,
-            beta=beta.to(device) if takes.takes_beta else None,
-            mask=there.mask,
-            reference=base.to(device),
-        )
-        return self.config.measure.ndcg(scores.float().cpu().masked_fill(~lists.mask, 0.0), lists.labels, lists.mask)
+        device, takes = next(model.parameters()).device, model.config
+        w = weights.to(device) if takes.conditioned else None
+        given = {"beta": beta.to(device) if takes.takes_beta else None}
+
+        def scorer(features: Tensor, mask: Tensor, reference: Tensor) -> Tensor:
+            return model.score(features, w, mask=mask, reference=reference, **given)
+
+        scores, _, mask = scored(scorer, lists, self.data, self._reference, device)
+        return self.config.measure.ndcg(scores, lists.labels, mask)
 
     def _selection(self, validate: Callable[[nn.Module], float], steps: int) -> Selection:
         every = self.config.validate_every or max(5, steps // 20)

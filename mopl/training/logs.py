@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import msgspec
 
 from mopl._files import write_file
 from mopl._records import check, damaged, parse_json, read_text
+from mopl._renamed import warn_renamed
 from mopl.training.trackers import Trackers
 
 _MOST_BYTES = 1 << 32
@@ -51,9 +51,7 @@ class RunLog:
         tensorboard: bool | None = None,
     ) -> None:
         if tensorboard is not None:
-            warnings.warn(
-                'tensorboard=True is called log_with=("tensorboard",) now; the old name will go', FutureWarning, 2
-            )
+            warn_renamed("tensorboard=True", 'log_with=("tensorboard",)', stacklevel=2)
             log_with = (*log_with, *("tensorboard",) * tensorboard)
         self.path = Path(directory) / "log.jsonl"
         self.enabled = enabled
