@@ -29,17 +29,11 @@ ITEMS_PER_BATCH = 16_384
 
 @dataclass(frozen=True)
 class Measure:
-    """How rankings are measured; the defaults are the paper's conventions.
+    """How rankings are measured; the defaults are the paper's conventions, see `mopl.ranking.metrics`."""
 
-    Args:
-        k: Cut of NDCG.
-        gain: `"linear"` or `"exponential"`.
-        empty: What a list without any label counts: `"skip"`, 0 or 1.
-    """
-
-    k: int = 10
+    k: int = 10  # cut of NDCG
     gain: Literal["linear", "exponential"] = "linear"
-    empty: Literal["skip", 0, 1] = "skip"
+    empty: Literal["skip", 0, 1] = "skip"  # what a list without any label counts
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "gain", renamed("gain", self.gain, stacklevel=4))

@@ -133,18 +133,14 @@ class ConditionedPolicy:
 @renamed_in_methods("at", temperature="beta")
 @dataclass
 class FixedPolicy:
-    """Networks that were trained for fixed weights.
+    """Networks that were trained for fixed weights, and answer for these alone.
 
-    Attributes:
-        template: A model whose network takes their parameters.
-        states: The parameters of the n networks.
-        grid: (n, m) the weights that each of them answers for, and no others; None for m experts, one an objective,
-            whose parameters are averaged with any weights.
+    Without a grid they are m experts, one an objective, whose parameters are averaged with any weights.
     """
 
-    template: RankingModel
-    states: Sequence[Mapping[str, Tensor]]
-    grid: Tensor | None = None
+    template: RankingModel  # whose network takes their parameters
+    states: Sequence[Mapping[str, Tensor]]  # of the n networks
+    grid: Tensor | None = None  # (n, m)
 
     def at(self, weights: Sequence[float] | Tensor, beta: Any = None) -> Scorer:
         """Return the scorer for weights (m,)."""

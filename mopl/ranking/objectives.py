@@ -97,16 +97,8 @@ def parse_objective(spec: str) -> Objective:
 
     The source is a one-based column (`clicks=134`) or `@` and a label file with one value a line (`dwell=@dwell.txt`;
     `{split}` in it stands for train, valid or test). Options: `min` or `max`, `l1` or `softmax`, `scale=NUMBER` or
-    `scale=std`. A bare name is one of the MSLR objectives. Column labels default to `max` and `l1`.
-
-    Args:
-        spec: for example `"price=7:min"` or `"quality=132:softmax:scale=std"`.
-
-    Returns:
-        The objective.
-
-    Raises:
-        ValueError: if the text is not of this form.
+    `scale=std`. A bare name is one of the MSLR objectives. Column labels default to `max` and `l1`. Examples are
+    `"price=7:min"` and `"quality=132:softmax:scale=std"`; a text of another form is a `ValueError`.
     """
     usage = "write NAME=COLUMN or NAME=@FILE, then any of :min :max :l1 :softmax :scale=X, e.g. price=7:min"
     text = spec.strip()

@@ -38,21 +38,13 @@ LetorError = TextError  # a fault in a data file: the message begins with the fi
 
 @dataclass(frozen=True)
 class LetorFile:
-    """One file as it stands.
-
-    Attributes:
-        path: of the file.
-        features: (N, C) float32, all columns of the file.
-        labels: (N,) float64, the first number of each line.
-        offsets: (Q + 1,) int64, where the queries begin and end.
-        query_ids: (Q,) int64, or uint64 if one is 2^63 or more; 0, 1, ... where the file has none.
-    """
+    """One file as it stands."""
 
     path: Path
-    features: np.ndarray  # (N, C)
-    labels: np.ndarray  # (N,)
-    offsets: np.ndarray  # (Q + 1,)
-    query_ids: np.ndarray  # (Q,)
+    features: np.ndarray  # (N, C) float32, all columns of the file
+    labels: np.ndarray  # (N,) float64, the first number of each line
+    offsets: np.ndarray  # (Q + 1,) int64, where the queries begin and end
+    query_ids: np.ndarray  # (Q,) int64, or uint64 if one is 2^63 or more; 0, 1, ... where the file has none
 
     def line_of(self, item: int) -> int:
         """Return the line, from 1, on which an item stands: for messages."""
