@@ -39,7 +39,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mopl._arguments import check_positive, compute_dtype, shape_of
+from mopl._arguments import check_floating, check_positive, compute_dtype, shape_of
 from mopl._renamed import renamed_keywords, renamed_names
 from mopl.conditioning.sampling import check_weights
 
@@ -319,11 +319,9 @@ def _average(key: str, tensors: list[Tensor], shares: list[float]) -> Tensor:
     return total.to(first.dtype)
 
 
-def _check_like(tensor: object, like: object, name: str) -> None:
-    """Raise unless both are floating-point tensors of one shape with at least one dimension."""
-    if not isinstance(tensor, Tensor) or not isinstance(like, Tensor) or not tensor.is_floating_point():
-        got = f"dtype {tensor.dtype}" if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise TypeError(f"{name} must be a floating-point torch.Tensor of shape (..., K), got {got}")
+def _check_like(tensor: Tensor, like: Tensor, name: str) -> None:
+    """Raise unless a tensor is floating-point and has the shape of another one, with at least one dimension."""
+    check_floating(tensor, name, "(..., K)")
     if tensor.ndim == 0 or tensor.shape != like.shape:
         raise ValueError(f"{name} has shape {shape_of(tensor)} but must be (..., K) = {shape_of(like)} like scores")
 
