@@ -1,5 +1,6 @@
 """After `import mopl` every public module is there, and the import itself costs nothing."""
 
+import importlib
 import pkgutil
 import subprocess
 import sys
@@ -34,5 +35,22 @@ unwanted = {{"triton", "transformers", "trl", "peft", "matplotlib", "moocore", "
 assert not unwanted, unwanted
 assert mopl.integrations.transformers.MultiObjectiveTrainer
 """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+LAZY = ("alignment", "clp", "experiments", "language_models", "ranking")
+
+
+@pytest.mark.parametrize("name", LAZY)
+def test_names_that_are_imported_on_first_use_are_those_that_type_checkers_see(name):
+    room = importlib.import_module(f"mopl.{name}")
+    assert set(room.__all__) <= set(dir(room)) and all(hasattr(room, each) for each in room.__all__)
+    with pytest.raises(AttributeError, match=rf"module 'mopl\.{name}' has no attribute 'nothing'"):
+        room.nothing  # noqa: B018
+
+
+def test_rooms_whose_names_are_imported_on_first_use_come_without_torch():
+    code = f"import sys, {', '.join(f'mopl.{name}' for name in LAZY)}; assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

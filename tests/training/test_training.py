@@ -18,6 +18,8 @@ from launching import launch, python
 from small_training import Source, config, network, parameters, squared_error
 from torch import nn
 
+from mopl.experiments.cos_dpo import StepBatch
+from mopl.ranking.synthetic import synthetic as ranking_data
 from mopl.training import (
     CheckpointFolder,
     RunLog,
@@ -33,6 +35,7 @@ from mopl.training import (
     write_folder,
 )
 from mopl.training.accumulation import accumulate
+from mopl.training.batches import to_device
 from mopl.training.optimizer import rounding_of
 
 
@@ -398,6 +401,16 @@ def test_json_of_the_state_is_readable(tmp_path):
     train(network(), Source(), squared_error, config(), directory=tmp_path, stage="base")
     state = json.loads((tmp_path / "step-000020" / "state.json").read_text())
     assert state["step"] == 20 and state["stage"] == "base" and state["config"]["learning_rate"] == 0.05
+
+
+def test_every_tensor_of_a_batch_goes_to_the_device():
+    lists = ranking_data().batch([0, 1], order=True)
+    batch = {"step": StepBatch(lists, torch.ones(2, 2), torch.ones(2, 2)), "rows": [torch.ones(3), 7], "none": None}
+    moved = to_device(batch, "meta")
+    step = moved["step"]
+    assert moved["none"] is None and moved["rows"][1] == 7 and step.experts is None
+    tensors = [moved["rows"][0], step.weights, step.beta, *vars(step.lists).values()]
+    assert len(tensors) == 11 and all(tensor.device.type == "meta" for tensor in tensors)
 
 
 @pytest.mark.parametrize(("dtype", "share"), [(torch.bfloat16, "1/256"), (torch.float16, "1/2048")])
