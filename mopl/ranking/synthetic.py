@@ -201,7 +201,7 @@ def true_scores(data: RankingData, weights: Tensor, beta: float = 1.0, reference
     Raises:
         ValueError: if the data has no known truth, or weights or reference have the wrong shape.
     """
-    return _reference(data, reference) + true_mixture(data, weights) / beta
+    return _flat(data, reference, "reference") + true_mixture(data, weights) / beta
 
 
 @renamed_keywords(temperature="beta")
@@ -251,18 +251,15 @@ def _shares(truth: Truth, weights: Tensor) -> Tensor:
     return weights * truth.rates
 
 
-def _flat(data: RankingData, values: Tensor, name: str) -> Tensor:
+def _flat(data: RankingData, values: Tensor | None, name: str) -> Tensor:
+    if values is None:
+        return torch.zeros(data.num_items, dtype=torch.float64)
     if tuple(values.shape) != (data.num_items,):
         raise ValueError(f"{name} has shape {tuple(values.shape)} but must be ({data.num_items},), one an item")
     return values.detach().double().cpu()
 
 
-def _reference(data: RankingData, reference: Tensor | None) -> Tensor:
-    zeros = torch.zeros(data.num_items, dtype=torch.float64)
-    return zeros if reference is None else _flat(data, reference, "reference")
-
-
 def _log_q(data: RankingData, scores: Tensor, beta: float, reference: Tensor | None) -> Tensor:
     """Return log softmax(b (s - s0)) within each list, (N,) float64."""
-    moved = beta * (_flat(data, scores, "scores") - _reference(data, reference))
+    moved = beta * (_flat(data, scores, "scores") - _flat(data, reference, "reference"))
     return torch.from_numpy(_log_softmax(moved.numpy(), data.offsets.numpy()))

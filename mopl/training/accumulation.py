@@ -36,7 +36,7 @@ def accumulate(
         rows = part_of_batch(source.batch_size, part, parts)
         share = (rows.stop - rows.start) / source.batch_size
         batch = to_device(source(step, part, parts), accelerator.device)
-        _seed_generators(_seed(config.seed, step, part), accelerator.device)
+        _seed_generators((config.seed, step, part), accelerator.device)
         last = turn == config.accumulation - 1
         with contextlib.nullcontext() if last else prepared.no_sync():
             value, extra = loss(prepared.model, batch, step)
@@ -55,16 +55,12 @@ def reduced(accelerator: Any, logs: dict[str, Tensor]) -> list[float]:
     return accelerator.reduce(torch.stack(list(logs.values())), "sum").tolist() if logs else []
 
 
-def _seed(seed: int, step: int, part: int) -> int:
-    """Return the seed of whatever the model draws (dropout) for one part of one step's batch."""
-    return int(np.random.SeedSequence([seed, step, part]).generate_state(1, np.uint64)[0])
-
-
-def _seed_generators(seed: int, device: torch.device) -> None:
-    """Seed the generators that a model on `device` draws from.
+def _seed_generators(entropy: tuple[int, int, int], device: torch.device) -> None:
+    """Seed what a model on `device` draws (dropout) for one part of one step's batch: by the run's seed, step and part.
 
     `torch.manual_seed` would do, but where there is no accelerator it keeps a stack trace of every call for later.
     """
+    seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
     torch.default_generator.manual_seed(seed)
     if device.type != "cpu":
         getattr(torch, device.type).manual_seed(seed)
