@@ -11,9 +11,8 @@ from torch import Tensor
 
 from mopl._arguments import check_choice
 
-LATTICE_OBJECTIVES = (
-    4  # a lattice with fewer steps than objectives has no interior point, and 126 points give 4 at m = 5
-)
+# A lattice with fewer steps than objectives has no interior point, and 126 points give 4 steps at m = 5.
+LATTICE_OBJECTIVES = 4
 Density = Literal["fine", "medium", "coarse"]
 # Points of the default grids for 1, 2, 3, 4 and more objectives. Coarse: the smallest lattices with a point inside the
 # simplex for 2 and 3, with the middle of every edge for 4. Medium: 11 points for 5 objectives are those of COS-DPO.

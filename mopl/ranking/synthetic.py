@@ -187,16 +187,10 @@ def true_mixture(data: RankingData, weights: Tensor) -> Tensor:
 
 @renamed_keywords(temperature="beta")
 def true_scores(data: RankingData, weights: Tensor, beta: float = 1.0, reference: Tensor | None = None) -> Tensor:
-    """Return the scores that minimise the expected loss: s0 + (1/b) log p_w, see the head of this file.
+    """Return the scores (N,) float64 that minimise the expected loss: s0 + (1/b) log p_w, see the head of this file.
 
-    Args:
-        data: with `truth`; a subset or split too.
-        weights: (m,) on the simplex.
-        beta: b, common to all objectives.
-        reference: (N,) scores s0 of the base model; default 0.
-
-    Returns:
-        (N,) float64; a constant of each list is free.
+    A constant of each list is free. The data may be a subset or split, `beta` is b, common to all objectives, and
+    `reference` (N,) are the scores s0 of the base model, 0 by default.
 
     Raises:
         ValueError: if the data has no known truth, or weights or reference have the wrong shape.

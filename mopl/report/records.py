@@ -158,10 +158,8 @@ def is_base(record: Front) -> bool:
 def base_points(records: Sequence[Front], base: object) -> list[Point | None]:
     """Return for each front its base model as a point, or None where it is not known.
 
-    Args:
-        records: The fronts.
-        base: A point for all, or a sequence with a point or None for each. None takes the only points of the fronts
-            whose method is "base": the one that there is, or that of the same seed.
+    `base` is a point for all, or a sequence with a point or None for each. None takes the only points of the fronts
+    whose method is "base": the one that there is, or that of the same seed.
 
     Raises:
         ValueError: If a sequence has not one entry for each front.

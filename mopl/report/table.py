@@ -137,12 +137,8 @@ def summarise(fronts: object, metric: Metric | None = None, notes: Sequence[str]
     that of the bootstrap, or one standard deviation over seeds where this is wider; without either it is the figure
     itself. A method whose main figure is not known is not marked.
 
-    Parameters are `Front.inference_parameters`; where not every front says these, all are `Front.parameters`.
-
-    Args:
-        fronts: One `mopl.pareto.Front` (or mapping like front.json), or a sequence of them.
-        metric: What the figures are.
-        notes: What else a reader must know, added to the note below the table.
+    Parameters are `Front.inference_parameters`; where not every front says these, all are `Front.parameters`. The
+    arguments are those of `print_table`.
     """
     metric = metric or Metric()
     records = read_all(fronts)

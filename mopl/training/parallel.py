@@ -164,9 +164,8 @@ class ShardedModel:
     def finish(self, *, gather: bool) -> None:
         """Give model and optimizer back to the caller: whole, on the device; the optimizer begins anew.
 
-        Args:
-            gather: Whether the model gets what was trained; every process must do so. After an error in one of them
-                the others cannot take part, and the model stays as it was at the last checkpoint.
+        With `gather` the model gets what was trained, and every process must do so. After an error in one of them the
+        others cannot take part, and the model stays as it was at the last checkpoint.
         """
         if gather:
             self.plain()
