@@ -81,14 +81,14 @@ def read_tensors(
 
 
 def write_tensors(
-    file: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+    file: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
     """Write a safetensors file, whole or not at all, into a folder that is made where there is none."""
     require("safetensors")
     from safetensors.torch import save_file
 
     make_parents(file)
-    write_file(file, lambda path: save_file(dict(tensors), str(path), metadata=metadata and dict(metadata)))
+    write_file(file, lambda path: save_file(tensors, str(path), metadata=metadata))
 
 
 def check_fits(file: str | os.PathLike[str], make: Callable[[], nn.Module], *, remedy: str = REMEDY) -> None:
