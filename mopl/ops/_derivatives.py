@@ -15,6 +15,7 @@ may cost more: time and memory of ordinary autograd.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,48 +45,53 @@ def undispatched(*tensors: Tensor | None) -> bool:
     )
 
 
+class Refusal(NamedTuple):
+    """Stands in the place of a formula where an op refuses."""
+
+    name: str  # of the op
+    remedy: str  # what has the derivatives that are refused
+
+
+Formula = Callable[..., Tensor | tuple[Tensor, ...]]
+
+
 def gradients(
-    closed_form: Callable[[], Tensors],
-    formula: Callable[..., Tensor | tuple[Tensor, ...]],
-    arguments: Tensors,
+    ctx,
     places: Sequence[int],
-    need: Sequence[bool],
     upstream: Tensors,
+    closed_form: Callable[[], Tensors],
+    formula: Formula | Refusal,
+    arguments: Tensors,
 ) -> Tensors:
-    """Return the gradients of an op in its backward pass, themselves differentiable where that may be asked for.
+    """Return what an op's backward pass returns, one for each input, differentiable where that may be asked for.
 
-    `closed_form` computes one for each of `places`, the arguments of `formula` that the op is differentiable in; None
-    where `need` says that it is not wanted. `upstream` are the gradients of the formula's results.
+    The op is differentiable at `places` of its inputs, which are the same places of the formula's `arguments`.
+    `closed_form` gives something for each of them; what autograd does not need is not looked at. `upstream` are the
+    gradients of the formula's results.
     """
-    if not torch.is_grad_enabled() and not transformed():
-        return closed_form()
-    wanted = [place for place, needed in zip(places, need, strict=True) if needed]
-    if transformed():  # the upstream gradients are batched or have tangents
-        found = iter(_pull_back(formula, arguments, wanted, upstream))
-        return [next(found) if needed else None for needed in need]
-    with torch.no_grad():
-        values = tuple(g for g in closed_form() if g is not None)
-    found = iter(_Gradients.apply(formula, tuple(wanted), values, len(upstream), *upstream, *arguments))  # type: ignore[arg-type]
-    return [next(found) if needed else None for needed in need]
-
-
-def once(closed_form: Callable[[], Tensors], name: str, remedy: str, *inputs: Tensor | None) -> Tensors:
-    """Return gradients whose own derivative is an error that names the op and the remedy."""
-    if transformed():
+    idle = all(g is None for g in upstream)
+    wanted = [place for place in places if ctx.needs_input_grad[place] and not idle]
+    if not wanted:
+        found: Tensors = ()
+    elif not transformed():
+        with torch.no_grad():
+            each = dict(zip(places, closed_form(), strict=True))
+        found = tuple(each[place] for place in wanted)
+        if torch.is_grad_enabled():
+            found = _Gradients.apply(formula, wanted, found, len(upstream), *upstream, *arguments)  # type: ignore[assignment]
+    elif isinstance(formula, Refusal):
         raise NotImplementedError(
-            f"{name} cannot run its backward pass under torch.func.vmap, is_grads_batched or forward-mode "
-            f"differentiation; {remedy}"
+            f"{formula.name} cannot run its backward pass under torch.func.vmap, is_grads_batched or forward-mode "
+            f"differentiation; {formula.remedy}"
         )
-    if not torch.is_grad_enabled():
-        return closed_form()
-    with torch.no_grad():
-        values = closed_form()
-    found = iter(_Once.apply(name, remedy, tuple(g for g in values if g is not None), *inputs))  # type: ignore[arg-type]
-    return [None if g is None else next(found) for g in values]
+    else:  # the upstream gradients are batched or have tangents
+        found = _pull_back(formula, arguments, wanted, upstream)
+    return tuple(_with([None] * len(ctx.needs_input_grad), wanted, found))
 
 
-def refuse_transforms(name: str, remedy: str, *inputs: Tensor | None) -> None:
+def refuse_transforms(refusal: Refusal, *inputs: Tensor | None) -> None:
     """Raise where an op without a formula would be differentiated in forward mode or under `torch.func`."""
+    name, remedy = refusal
     if not transformed():
         return
     given = [t for t in inputs if isinstance(t, Tensor)]
@@ -129,9 +135,7 @@ def _with(tensors: Tensors, places: Sequence[int], values: Tensors) -> list:
     return given
 
 
-def _pull_back(
-    formula: Callable[..., Tensor | tuple[Tensor, ...]], arguments: Tensors, places: Sequence[int], upstream: Tensors
-) -> tuple[Tensor, ...]:
+def _pull_back(formula: Formula, arguments: Tensors, places: Sequence[int], upstream: Tensors) -> tuple[Tensor, ...]:
     """Return the gradients at some arguments of a formula, by PyTorch's derivative of it."""
 
     def results(*values: Tensor) -> tuple[Tensor, ...]:
@@ -155,6 +159,10 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *upstream):  # type: ignore[override]
+        if isinstance(ctx.formula, Refusal):
+            raise NotImplementedError(
+                f"{ctx.formula.name} has no second derivative (create_graph, hessian); {ctx.formula.remedy}"
+            )
         tensors = list(ctx.saved_tensors)
         need = [i for i in range(len(tensors)) if ctx.needs_input_grad[4 + i]]
         live = [k for k, g in enumerate(upstream) if g is not None]
@@ -170,19 +178,6 @@ class _Gradients(torch.autograd.Function):
             found = pull(tuple(upstream[k].to(v.dtype) for k, v in zip(live, values, strict=True)))
             result = _with(result, need, found)
         return None, None, None, None, *result
-
-
-class _Once(torch.autograd.Function):
-    """Gradients whose derivative is an error."""
-
-    @staticmethod
-    def forward(ctx, name, remedy, values, *inputs):  # type: ignore[override]
-        ctx.name, ctx.remedy = name, remedy
-        return values
-
-    @staticmethod
-    def backward(ctx, *_):  # type: ignore[override]
-        raise NotImplementedError(f"{ctx.name} has no second derivative (create_graph, hessian); {ctx.remedy}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

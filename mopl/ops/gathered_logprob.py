@@ -241,7 +241,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_logprob, grad_logsumexp, grad_entropy, _):
-    need = (ctx.needs_input_grad[0], ctx.needs_input_grad[2])
+    need = ctx.needs_input_grad
     logits, target, temperature, logprob, logsumexp, entropy, variance = ctx.saved_tensors
     upstream = Upstream(grad_logprob, grad_logsumexp, grad_entropy)
     # Derivatives of the gradient read the logits again, so that nothing may be written over them.
@@ -255,17 +255,15 @@ def _backward(ctx, grad_logprob, grad_logsumexp, grad_entropy, _):
             grad = logits.detach()
         elif need[0]:
             grad = _gathered_logprob_backward(*given)
-        if need[1]:
+        if need[2]:
             by_temperature = temperature_gradient(
                 upstream, target, logprob, lambda t: t.sum(-1), temperature, logsumexp, entropy, variance,
                 (target < 0).all(-1),
             )  # fmt: skip
         return grad, by_temperature
 
-    grad, by_temperature = derivatives.gradients(
-        closed_form, partial(formula, softcap=ctx.softcap), (logits, target, temperature), (0, 2), need, upstream
-    )
-    return grad, None, by_temperature, *[None] * 5
+    arguments = (logits, target, temperature)
+    return derivatives.gradients(ctx, (0, 2), upstream, closed_form, partial(formula, softcap=ctx.softcap), arguments)
 
 
 _gathered_logprob.register_autograd(_backward, setup_context=_setup_context)

@@ -15,6 +15,7 @@ ordinary PyTorch, see `_linear_kl_chunks`.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -24,12 +25,13 @@ from mopl._arguments import check_choice, compute_dtype, shape_of, wide_dtype
 from mopl.ops import _derivatives as derivatives
 from mopl.ops._linear_kl_chunks import Head, Sums, backward, forward
 from mopl.ops._logprob import check_operands, check_scalar, is_dtensor, per_row
+from mopl.ops.linear_logprob.rows import Places
 
 Direction = Literal["reverse", "forward"]
 
-# What has the derivatives that are refused here.
-INSTEAD = (
-    "take log_softmax of both models' logits, logit_scale * (hidden @ weight.T + bias), or detach hidden and weight"
+REFUSAL = derivatives.Refusal(
+    "linear_kl",
+    "take log_softmax of both models' logits, logit_scale * (hidden @ weight.T + bias), or detach hidden and weight",
 )
 
 
@@ -76,7 +78,7 @@ def linear_kl(
     """
     check_choice(direction, ("reverse", "forward"), "direction")
     check_operands(hidden, weight, bias)
-    derivatives.refuse_transforms("linear_kl", INSTEAD, hidden, weight, bias)
+    derivatives.refuse_transforms(REFUSAL, hidden, weight, bias)
     if reference_weight is None:
         if reference_bias is not None:
             raise ValueError("reference_bias is for a head of the reference's own; pass reference_weight with it")
@@ -128,31 +130,19 @@ def _heads(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: Tensor, reference_hidden: Tensor,
     reference_weight: Tensor, reference_bias: Tensor | None, reference_temperature: Tensor, mask: Tensor | None,
     softcap: float, logit_scale: float,
-) -> tuple[Head, Head, Tensor | None]:  # fmt: skip
-    """Return policy and reference with the rows that count, and the index of these if they were gathered.
+) -> tuple[Head, Head, Places]:  # fmt: skip
+    """Return policy and reference with the rows in play, and which these are.
 
-    On a CPU rows are left out. On a GPU, where counting them would wait for it, they are 0 in place.
+    On a CPU rows that do not count are left out. On a GPU, where counting them would wait for it, they are 0 in place.
     """
-    index = mask.nonzero()[:, 0] if mask is not None and mask.device.type == "cpu" else None
+    rows, gather = len(hidden), mask is not None and mask.device.type == "cpu"
+    places = Places(rows, mask.nonzero()[:, 0]) if gather else Places(rows, blank=None if mask is None else ~mask)
 
-    def counting(rows: Tensor, weight: Tensor, bias: Tensor | None, temperature: Tensor) -> Head:
-        if index is not None:
-            rows, temperature = rows[index], temperature[index]
-        elif mask is not None:
-            rows, temperature = torch.where(mask[:, None], rows, 0), torch.where(mask, temperature, 1)
-        return Head(rows, weight, bias, temperature, softcap, logit_scale)
+    def in_play(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: Tensor) -> Head:
+        return Head(places.take(hidden), weight, bias, places.take(temperature, fill=1), softcap, logit_scale)
 
-    reference = counting(reference_hidden, reference_weight, reference_bias, reference_temperature)
-    return counting(hidden, weight, bias, temperature), reference, index
-
-
-def _spread(value: Tensor, index: Tensor | None, mask: Tensor | None, rows: int) -> Tensor:
-    """Return row results with 0 in the rows that do not count."""
-    if index is not None:
-        return value.new_zeros((rows, *value.shape[1:])).index_copy_(0, index, value)
-    if mask is None:
-        return value
-    return torch.where(mask.view(-1, *[1] * (value.ndim - 1)), value, 0)
+    reference = in_play(reference_hidden, reference_weight, reference_bias, reference_temperature)
+    return in_play(hidden, weight, bias, temperature), reference, places
 
 
 @torch.library.custom_op("mopl::linear_kl", mutates_args=())
@@ -163,13 +153,12 @@ def _linear_kl(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the KL (N,) and the fields of `Sums`, of the rows that count first, each (N,)."""
     with torch.autocast(hidden.device.type, enabled=False):
-        policy, reference, index = _heads(
+        policy, reference, places = _heads(
             hidden, weight, bias, temperature, reference_hidden, reference_weight, reference_bias,
             reference_temperature, mask, softcap, logit_scale,
         )  # fmt: skip
         kl, sums = forward(policy, reference, reverse)
-        rows = len(hidden)
-        return tuple(_spread(part, index, mask, rows) for part in (kl, *sums))  # pyright: ignore[reportReturnType]
+        return tuple(places.put(part) for part in (kl, *sums))  # pyright: ignore[reportReturnType]
 
 
 @_linear_kl.register_fake
@@ -188,21 +177,17 @@ def _linear_kl_backward(
     """Return the gradients of hidden, weight and bias for `grad` (N,); one that is not needed is empty (0,)."""
     need_hidden, need_weight, need_bias = need
     with torch.autocast(hidden.device.type, enabled=False):
-        policy, reference, index = _heads(
+        policy, reference, places = _heads(
             hidden, weight, bias, temperature, reference_hidden, reference_weight, reference_bias,
             reference_temperature, mask, softcap, logit_scale,
         )  # fmt: skip
-        if index is not None:
-            grad, saved = grad[index], [part[index] for part in saved]
-        elif mask is not None:
-            grad = torch.where(mask, grad, 0)
-            # Rows that do not count left zeros: as sums they would divide by 0.
-            saved = [torch.where(mask, part, 1) for part in saved]
+        # Rows that do not count left zeros: as sums they would divide by 0.
+        sums = Sums(*(places.take(part, fill=1) for part in saved))
         of_hidden, of_weight, of_bias = backward(
-            grad, policy, reference, Sums(*saved), reverse, need_hidden, need_weight, need_bias
+            places.take(grad), policy, reference, sums, reverse, need_hidden, need_weight, need_bias
         )
         if need_hidden:
-            of_hidden = _spread(of_hidden.to(hidden.dtype), index, mask, len(hidden))
+            of_hidden = places.put(of_hidden.to(hidden.dtype))
         return of_hidden, of_weight, of_bias
 
 
@@ -225,16 +210,10 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad, *_):
-    if grad is None:
-        return (None,) * 12
     *tensors, top, total, reference_top, reference_total, mean = ctx.saved_tensors
     sums, need = [top, total, reference_top, reference_total, mean], [*ctx.needs_input_grad[:3]]
-
-    def closed_form() -> list[Tensor | None]:
-        found = _linear_kl_backward(*tensors, *ctx.options, sums, grad, need)
-        return [g if needed else None for g, needed in zip(found, need, strict=True)]
-
-    return *derivatives.once(closed_form, "linear_kl", INSTEAD, grad, *tensors[:3]), *(None,) * 9
+    closed_form = partial(_linear_kl_backward, *tensors, *ctx.options, sums, grad, need)
+    return derivatives.gradients(ctx, range(3), (grad,), closed_form, REFUSAL, tensors[:3])
 
 
 _linear_kl.register_autograd(_backward, setup_context=_setup_context)

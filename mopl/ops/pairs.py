@@ -136,8 +136,6 @@ def _pairwise_logistic_setup(ctx, inputs, output):
 
 
 def _pairwise_logistic_grad(ctx, grad_loss, *_):
-    if grad_loss is None:
-        return (None,) * 8
     by_score, by_margin, scores, margin = ctx.saved_tensors
     labels, *weights = derivatives.kept(ctx)
     need = ctx.needs_input_grad
@@ -148,10 +146,7 @@ def _pairwise_logistic_grad(ctx, grad_loss, *_):
 
     formula = partial(_pairwise_formula, both_in_top=ctx.both_in_top)
     arguments = (scores, labels, margin, *weights)
-    of_scores, of_margin = derivatives.gradients(
-        closed_form, formula, arguments, (0, 2), (need[0], need[2]), (grad_loss,)
-    )
-    return of_scores, None, of_margin, None, None, None, None, None
+    return derivatives.gradients(ctx, (0, 2), (grad_loss,), closed_form, formula, arguments)
 
 
 _pairwise_logistic.register_autograd(_pairwise_logistic_grad, setup_context=_pairwise_logistic_setup)
@@ -205,14 +200,10 @@ def _smooth_ranks_setup(ctx, inputs, output):
 
 
 def _smooth_ranks_grad(ctx, grad_ranks):
-    scores, mask = ctx.saved_tensors
-
-    def closed_form() -> tuple[Tensor]:
-        return (_smooth_ranks_backward(grad_ranks, scores, mask),)
-
-    return *derivatives.gradients(
-        closed_form, _smooth_ranks_formula, (scores, mask), (0,), (True,), (grad_ranks,)
-    ), None
+    given = ctx.saved_tensors
+    return derivatives.gradients(
+        ctx, (0,), (grad_ranks,), lambda: [_smooth_ranks_backward(grad_ranks, *given)], _smooth_ranks_formula, given
+    )
 
 
 _smooth_ranks.register_autograd(_smooth_ranks_grad, setup_context=_smooth_ranks_setup)

@@ -75,7 +75,7 @@ from mopl.ops._logprob import (
     rows_that_count,
 )
 from mopl.ops.linear_logprob.keeping import kept_rows
-from mopl.ops.linear_logprob.operators import INSTEAD, differentiable
+from mopl.ops.linear_logprob.operators import REFUSAL, differentiable
 from mopl.ops.linear_logprob.records import Head, Inputs, Want
 from mopl.ops.linear_logprob.shard import check_shard
 
@@ -161,7 +161,7 @@ def linear_logprob(
     """
     check_operands(hidden, weight, bias)
     warm = temperature if isinstance(temperature, Tensor) else None
-    derivatives.refuse_transforms("linear_logprob", INSTEAD, hidden, weight, bias, warm)
+    derivatives.refuse_transforms(REFUSAL, hidden, weight, bias, warm)
     shard, vocabulary = None, weight.shape[0]
     if group is not None or is_dtensor(weight):
         shard, weight, bias = check_shard(hidden, weight, bias, group)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -13,9 +15,9 @@ from mopl.ops.linear_logprob.records import Forward, Head, Inputs, Need, Want
 from mopl.ops.linear_logprob.shard import VocabularyShard
 from mopl.ops.linear_logprob.stages import run_backward, run_forward
 
-# What has the derivatives that are refused here.
-INSTEAD = (
-    "take mopl.ops.gathered_logprob of the logits, logit_scale * (hidden @ weight.T + bias), or detach the operands"
+REFUSAL = derivatives.Refusal(
+    "linear_logprob",
+    "take mopl.ops.gathered_logprob of the logits, logit_scale * (hidden @ weight.T + bias), or detach the operands",
 )
 
 
@@ -109,9 +111,7 @@ def _keep(ctx, head: Head, inputs: Inputs, want: Want, saved: Forward) -> None:
     ctx.options = head.softcap, head.logit_scale, want.numbers(), head.shard
 
 
-def _pull_back(
-    ctx, logprob: Tensor | None, logsumexp: Tensor | None, entropy: Tensor | None, *_: None
-) -> tuple[Tensor | None, ...]:
+def _pull_back(ctx, logprob: Tensor | None, logsumexp: Tensor | None, entropy: Tensor | None, *_: None):
     """Return the gradients of all arguments of an operator; there are some for its first four."""
     hidden, weight, bias, temperature, target, row, *saved = ctx.saved_tensors
     softcap, logit_scale, want, shard = ctx.options
@@ -119,16 +119,13 @@ def _pull_back(
     upstream, results = Upstream(logprob, logsumexp, entropy), Forward(*saved)
     need = Need(*ctx.needs_input_grad[:4])
 
-    def closed_form() -> list[Tensor | None]:
-        if shard is not None:
-            return run_backward(*_records(*flat, shard), results, upstream, need)
-        found = _linear_logprob_backward(*flat, saved, list(upstream), list(need))
-        return [g if needed else None for g, needed in zip(found, need, strict=True)]
-
+    if shard is None:
+        closed_form = partial(_linear_logprob_backward, *flat, saved, list(upstream), list(need))
+    else:
+        closed_form = partial(run_backward, *_records(*flat, shard), results, upstream, need)
     # The results stand for the hidden states, which a frozen head does not keep.
     inputs = hidden, weight, bias, temperature, results.logprob, results.logsumexp, results.entropy
-    gradients = derivatives.once(closed_form, "linear_logprob", INSTEAD, *upstream, *inputs)
-    return *gradients, *[None] * (len(ctx.needs_input_grad) - len(need))
+    return derivatives.gradients(ctx, range(4), upstream, closed_form, REFUSAL, inputs)
 
 
 def _setup_context(ctx, inputs, output):

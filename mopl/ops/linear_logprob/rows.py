@@ -27,9 +27,9 @@ class Places(NamedTuple):
         return values if self.index is None else values.index_select(0, self.index)
 
     def take(self, values: Tensor, fill: float = 0) -> Tensor:
-        """Return what is in play (M,) of values (N,); what does not count is `fill`, whatever stood there."""
+        """Return what is in play (M, ...) of values (N, ...); what does not count is `fill`, whatever stood there."""
         values = self.pick(values)
-        return values if self.blank is None else values.masked_fill(self.blank, fill)
+        return values if self.blank is None else values.masked_fill(_beside(self.blank, values), fill)
 
     def put(self, values: Tensor, blank: bool = True) -> Tensor:
         """Return (N, ...) from values (M, ...) of what is in play: 0 where it does not count, NaN where it is lost.

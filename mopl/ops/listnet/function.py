@@ -188,16 +188,10 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_loss, *_, compute: Callable = _listwise_cross_entropy_backward):
-    if grad_loss is None:
-        return None, None, None, None, None
-    need, saved = ctx.needs_input_grad[:3], ctx.saved_tensors
-
-    def closed_form() -> list[Tensor | None]:
-        found = compute(grad_loss, *saved, ctx.normalize, *need)
-        return [g if needed else None for g, needed in zip(found, need, strict=True)]
-
+    saved = ctx.saved_tensors
+    closed_form = partial(compute, grad_loss, *saved, ctx.normalize, *ctx.needs_input_grad[:3])
     formula = partial(_formula, normalize=ctx.normalize)
-    return *derivatives.gradients(closed_form, formula, saved[:4], (0, 1, 2), need, (grad_loss,)), None, None
+    return derivatives.gradients(ctx, (0, 1, 2), (grad_loss,), closed_form, formula, saved[:4])
 
 
 _listwise_cross_entropy.register_autograd(_backward, setup_context=_setup_context)

@@ -201,28 +201,23 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_loss, *_):
-    if grad_loss is None:
-        return (None,) * 11
     if not ctx.need_grad:
         raise RuntimeError("plackett_luce_nll was called with need_grad=False, so it kept nothing for backward")
     scores, beta, mask, gradient, beta_gradient = ctx.saved_tensors
     labels, *rest = derivatives.kept(ctx)
-    need = (ctx.needs_input_grad[0], ctx.needs_input_grad[2])
+    need = ctx.needs_input_grad
 
     def closed_form() -> tuple[Tensor | None, Tensor | None]:
         dscores = dbeta = None
         if need[0]:
             dscores = _plackett_luce_nll_backward(grad_loss, beta, gradient).to(scores.dtype)
-        if need[1]:
+        if need[2]:
             of_beta = beta_gradient if use_triton(scores) else cpu.beta_gradient(gradient, scores, mask)
             dbeta = (grad_loss * of_beta).sum_to_size(beta.shape).to(beta.dtype)
         return dscores, dbeta
 
     arguments = (scores, labels, beta, mask, *rest)
-    dscores, dbeta = derivatives.gradients(
-        closed_form, partial(formula, rule=ctx.rule), arguments, (0, 2), need, (grad_loss,)
-    )
-    return dscores, None, dbeta, *(None,) * 8
+    return derivatives.gradients(ctx, (0, 2), (grad_loss,), closed_form, partial(formula, rule=ctx.rule), arguments)
 
 
 _plackett_luce_nll.register_autograd(_backward, setup_context=_setup_context)
