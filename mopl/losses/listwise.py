@@ -16,7 +16,7 @@ from mopl._renamed import renamed_keywords
 from mopl.losses._scores import prepare
 from mopl.losses.labels import presort, to_distributions
 from mopl.ops.listnet import cross_entropy
-from mopl.ops.plackett_luce import Rule, check_positions, nll
+from mopl.ops.plackett_luce import Lists, Rule, check_positions, nll
 
 Ties = Literal["breslow", "efron", "exact", "random"]
 
@@ -165,7 +165,7 @@ def plackett_luce(
             position_weights, free = _without_last_group(labels, mask, order, position_weights, difference), False
         labels = _strict_labels(order)
         ties = "breslow"
-    loss = nll(difference, labels, rate, mask, order, position_weights, Rule(top_k, ties, free))
+    loss = nll(Lists(difference, labels, rate, mask, order, position_weights, Rule(top_k, ties, free)))
     if labels is not given:
         loss = or_nan(loss, given, mask)
     return weigh_and_reduce(loss, weights, reduction)

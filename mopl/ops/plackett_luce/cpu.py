@@ -18,23 +18,14 @@ from torch import Tensor
 
 from mopl._arguments import compute_dtype
 from mopl.ops._rows import blocks, existing, in_full_precision, is_number, merge, row_sum
-from mopl.ops.plackett_luce.rankings import Rankings, Rule, sort_items
+from mopl.ops.plackett_luce.rankings import Lists, Rankings, sort_items
 from mopl.ops.plackett_luce.scaled import scaled
 
 
 @in_full_precision
-def forward(
-    scores: Tensor,
-    labels: Tensor,
-    beta: Tensor,
-    mask: Tensor | None,
-    order: Tensor | None,
-    position_weights: Tensor | None,
-    rule: Rule,
-    need_grad: bool,
-    _need_beta: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(given: Lists, need_grad: bool, _need_beta: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Return loss, gradient, and nothing in place of β's gradient; the second is empty if not needed."""
+    scores, labels, beta, mask, order, position_weights, rule = given
     batch, objectives, size = labels.shape
     dtype = compute_dtype(scores)
     empty = size < 2 or labels.numel() == 0

@@ -15,20 +15,12 @@ from mopl._arguments import compute_dtype, unknown_labels
 from mopl.ops import _derivatives as derivatives
 from mopl.ops._rows import existing
 from mopl.ops.plackett_luce.exact_ties import any_order_formula
-from mopl.ops.plackett_luce.rankings import Rule, sort_items
+from mopl.ops.plackett_luce.rankings import Lists, sort_items
 
 
-def formula(
-    scores: Tensor,
-    labels: Tensor,
-    beta: Tensor,
-    mask: Tensor | None,
-    order: Tensor | None,
-    position_weights: Tensor | None,
-    rule: Rule,
-) -> Tensor:
-    """Return the loss (B, m); the arguments are those of `plackett_luce_nll`."""
-    top_k, ties, last_group_free = rule
+def formula(given: Lists) -> Tensor:
+    """Return the loss (B, m)."""
+    scores, labels, beta, mask, order, position_weights, (top_k, ties, last_group_free) = given
     result_dtype, dtype, size = compute_dtype(scores), torch.float64, labels.shape[-1]
     if size < 2 or labels.numel() == 0:
         return scores.new_zeros(labels.shape[:2], dtype=result_dtype)

@@ -37,7 +37,6 @@ takes one kernel for lists of up to 4096 items (2048 in float64); without a give
 are sorted by another one first.
 """
 
-from functools import partial
 from types import ModuleType
 
 import torch
@@ -50,7 +49,7 @@ from mopl.ops._backend import use_triton
 from mopl.ops._rows import check_list_op
 from mopl.ops.plackett_luce import cpu
 from mopl.ops.plackett_luce.formula import formula
-from mopl.ops.plackett_luce.rankings import Rule
+from mopl.ops.plackett_luce.rankings import Lists, Rule
 
 TIES = ("breslow", "efron", "exact")
 
@@ -90,7 +89,8 @@ def plackett_luce_nll(
     check_list_op(scores, labels, beta, mask)
     check_choice(ties, TIES, "ties")
     check_positions(order, position_weights, labels)
-    return nll(scores, labels, beta, mask, order, position_weights, Rule(top_k, ties, last_group_free))
+    rule = Rule(top_k, ties, last_group_free)
+    return nll(Lists(scores, labels, beta, mask, order, position_weights, rule))
 
 
 def check_positions(order: Tensor | None, position_weights: Tensor | None, labels: Tensor) -> None:
@@ -115,19 +115,12 @@ def check_positions(order: Tensor | None, position_weights: Tensor | None, label
             )
 
 
-def nll(
-    scores: Tensor,
-    labels: Tensor,
-    beta: Tensor,
-    mask: Tensor | None,
-    order: Tensor | None,
-    position_weights: Tensor | None,
-    rule: Rule,
-) -> Tensor:
+def nll(given: Lists) -> Tensor:
     """Return what `plackett_luce_nll` does, of arguments that its caller has checked."""
+    scores, labels, beta, mask, order, position_weights, rule = given
     position_weights = None if position_weights is None else position_weights.detach()
     if derivatives.transformed():
-        return formula(scores, labels.detach(), beta, mask, order, position_weights, rule)
+        return formula(given._replace(labels=labels.detach(), position_weights=position_weights))
     need_grad = torch.is_grad_enabled() and (scores.requires_grad or beta.requires_grad)
     need_beta = need_grad and beta.requires_grad
     loss = _plackett_luce_nll(scores, labels, beta, mask, order, position_weights, *rule, need_grad, need_beta)[0]
@@ -162,8 +155,8 @@ def _plackett_luce_nll(
 
     On CPU the last is empty in any case: there it costs as much when the gradient of β is asked for.
     """
-    rule, need = Rule(top_k, ties, last_group_free), (need_grad, need_grad and need_beta)
-    return _path(scores).forward(scores, labels, beta, mask, order, position_weights, rule, *need)
+    given = Lists(scores, labels, beta, mask, order, position_weights, Rule(top_k, ties, last_group_free))
+    return _path(scores).forward(given, need_grad, need_grad and need_beta)
 
 
 @_plackett_luce_nll.register_fake
@@ -216,8 +209,11 @@ def _backward(ctx, grad_loss, *_):
             dbeta = (grad_loss * of_beta).sum_to_size(beta.shape).to(beta.dtype)
         return dscores, dbeta
 
+    def plain(*arguments: Tensor) -> Tensor:
+        return formula(Lists(*arguments, ctx.rule))
+
     arguments = (scores, labels, beta, mask, *rest)
-    return derivatives.gradients(ctx, (0, 2), (grad_loss,), closed_form, partial(formula, rule=ctx.rule), arguments)
+    return derivatives.gradients(ctx, (0, 2), (grad_loss,), closed_form, plain, arguments)
 
 
 _plackett_luce_nll.register_autograd(_backward, setup_context=_setup_context)

@@ -20,30 +20,21 @@ from mopl.kernels import plackett_luce_groups as groups
 from mopl.kernels import plackett_luce_plan as plans
 from mopl.kernels import plackett_luce_sorted as scans
 from mopl.ops._rows import list_strides, rows_contiguous
-from mopl.ops.plackett_luce.rankings import Rule, masked_lowest
+from mopl.ops.plackett_luce.rankings import Lists, Rule, masked_lowest
 
 
-def forward(
-    scores: Tensor,  # (B, K)
-    labels: Tensor,  # (B, m, K)
-    beta: Tensor,  # (B, m) or (B, 1)
-    mask: Tensor | None,  # (B, K)
-    order: Tensor | None,  # (B, m, K)
-    position_weights: Tensor | None,  # (K,) or (B, m, K)
-    rule: Rule,
-    need_grad: bool,
-    need_beta: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(given: Lists, need_grad: bool, need_beta: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     """Return loss, gradient and beta_gradient; the last two are empty if not needed."""
+    scores, labels, beta, mask, order, position_weights, rule = given
     batch, objectives, items = labels.shape
     loss = torch.empty((batch, objectives), dtype=compute_dtype(scores), device=scores.device)
     gradient = loss.new_empty(labels.shape if need_grad else (0,))
     beta_gradient = loss.new_empty(loss.shape if need_beta else (0,))
     if labels.numel() == 0:
         return loss.zero_(), gradient, beta_gradient.zero_()
-    given = order is not None
-    plan = plans.plan(items, loss.itemsize, rule.ties, position_weights is not None, given, labels.element_size())
-    if given and plan.kernel != "fused":
+    ordered = order is not None
+    plan = plans.plan(items, loss.itemsize, rule.ties, position_weights is not None, ordered, labels.element_size())
+    if ordered and plan.kernel != "fused":
         gradient.zero_()  # an order that leaves items out leaves their gradients unwritten
     labels, mask = rows_contiguous(labels), rows_contiguous(mask)
     if plan.sort == "argsort":
@@ -69,7 +60,7 @@ def forward(
             fused.fused_kernel[(triton.cdiv(batch * objectives, plan.tile["LISTS"]),)](
                 *ranking[:4], None if order is None else order.contiguous(), *results, batch * objectives, items,
                 top_k if top_k < items else None, *strides[:-2],
-                M=objectives, LAST_GROUP_FREE=rule.last_group_free, FILL=given or mask is not None, **plan.tile,
+                M=objectives, LAST_GROUP_FREE=rule.last_group_free, FILL=ordered or mask is not None, **plan.tile,
             )  # fmt: skip
         else:
             _by_steps(ranking, weights, results, rule._replace(top_k=top_k), strides, weight_strides)

@@ -1,4 +1,4 @@
-"""Rankings: the order of the items of lists, and a block of them as the CPU forms of Plackett-Luce take it."""
+"""Lists and how they are ranked, the order of their items, and a block of rankings as the CPU forms take it."""
 
 from __future__ import annotations
 
@@ -39,6 +39,18 @@ class Rule(NamedTuple):
     top_k: int | None  # groups that start before this position alone; None: all
     ties: str
     last_group_free: bool  # the lowest group is not charged
+
+
+class Lists(NamedTuple):
+    """The arguments of `plackett_luce_nll`, checked."""
+
+    scores: Tensor  # (B, K)
+    labels: Tensor  # (B, m, K)
+    beta: Tensor  # (B, m) or (B, 1)
+    mask: Tensor | None  # (B, K) bool
+    order: Tensor | None  # (B, m, K) integer
+    position_weights: Tensor | None  # (K,) or (B, m, K)
+    rule: Rule
 
 
 class Rankings(NamedTuple):
