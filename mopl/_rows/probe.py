@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -115,8 +116,6 @@ class _Probe:
         # What stands around a row, in two versions.
         self.around = self.tokens.flip(0), self.tokens.roll(3).flip(0)
         self.alone = {n: self.logits({"input_ids": self.tokens[None, :n]})[0] for n in (self.long, self.short)}
-        self._otherwise: Tensor | None = None
-        self._leak: float | None = None
 
     def logits(self, keywords: dict[str, Any]) -> Tensor:
         inputs = {
@@ -141,18 +140,18 @@ class _Probe:
 
     def fault(self, found: Tensor, otherwise: Tensor, alone: Tensor) -> str:
         """Say what is wrong with a row's logits (T, V), given those among other surroundings, and of the row alone."""
-        if (leak := self.difference(otherwise, found)) > self.leak_of_batches(leak):
+        leak = self.difference(otherwise, found)
+        if leak > _LEAK and leak > 8 * self.leak_of_batches:
             return f"change by {leak:.2g} of their spread with what is not part of the row"
         if (off := self.difference(found, alone)) > self.rounding(off, len(found)):
             return f"differ by {off:.2g} of their spread from those of the row alone"
         return ""
 
-    def leak_of_batches(self, leak: float) -> float:
-        """Return how far rows of one batch change one another where nothing is padded."""
-        if leak > _LEAK and self._leak is None:
-            one, other = (self.logits({"input_ids": torch.stack([self.tokens, row])})[0] for row in self.around)
-            self._leak = self.difference(other, one)
-        return max(_LEAK, 8 * (self._leak or 0.0))
+    @cached_property
+    def leak_of_batches(self) -> float:
+        """How far rows of one batch change one another where nothing is padded."""
+        one, other = (self.logits({"input_ids": torch.stack([self.tokens, row])})[0] for row in self.around)
+        return self.difference(other, one)
 
     def rounding(self, off: float, tokens: int) -> float:
         """Return how far outputs may be off by rounding: by the dtype, or by what batches of other shapes show."""
@@ -162,14 +161,15 @@ class _Probe:
         allowed = max(eps**0.6, 2e-3)
         if off <= allowed or off > 0.25:
             return allowed
-        if self._otherwise is None:
-            self._otherwise = self._rounded_otherwise()
         windows = [slice(first, first + tokens) for first in range(self.long - tokens + 1)]
         alone = self.alone[self.long]
-        return max(allowed, 4 * max(self.difference(row[w], alone[w]) for row in self._otherwise for w in windows))
+        return max(
+            allowed, 4 * max(self.difference(row[w], alone[w]) for row in self.rounded_otherwise for w in windows)
+        )
 
-    def _rounded_otherwise(self) -> Tensor:
-        """Return the long row's logits (8, T, V) in a batch, each time with its embeddings a rounding off.
+    @cached_property
+    def rounded_otherwise(self) -> Tensor:
+        """The long row's logits (8, T, V) in a batch, each time with its embeddings a rounding off.
 
         Whether a router's rounding sends a token elsewhere is chance, which one other shape of batch may not show.
         """

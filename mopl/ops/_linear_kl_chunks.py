@@ -24,7 +24,6 @@ and the products with it as well: its entries would flush to 0.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -32,6 +31,7 @@ from torch import Tensor
 
 from mopl._arguments import wide_dtype
 from mopl.ops._products import product
+from mopl.ops._rows import slices, times
 
 # Tiles: on a CPU they stay near the caches. On a GPU they take 256 MiB in float32: one that its L2 cache holds, of 32,
 # would be multiplied in 90 µs with H = 4096, while the host needs 200 µs for its 40 launches (computed for an H200).
@@ -77,9 +77,8 @@ class Sums(NamedTuple):
     mean: Tensor  # D/S_p, or D/S_q
 
 
-def _slices(size: int, steps: dict[str, int], device: torch.device) -> Iterator[slice]:
-    step = steps.get(device.type, steps["else"])
-    return (slice(start, min(start + step, size)) for start in range(0, size, step))
+def _slices(size: int, steps: dict[str, int], device: torch.device) -> list[slice]:
+    return slices(0, size, steps.get(device.type, steps["else"]))
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -110,11 +109,6 @@ def _lift(top: Tensor) -> Tensor:
     return torch.where(top == -torch.inf, 0, top)
 
 
-def _times(weight: Tensor, value: Tensor) -> Tensor:
-    """Return weight * value, 0 where the weight is 0 even if the value is infinite or NaN."""
-    return torch.where(weight == 0, 0, weight * value)
-
-
 def forward(policy: Head, reference: Head, reverse: bool) -> tuple[Tensor, Sums]:
     """Return the KL of each row (M,) in the compute dtype, and `Sums` in the wide dtype (tops in the compute dtype)."""
     like = policy.temperature
@@ -132,11 +126,11 @@ def forward(policy: Head, reference: Head, reverse: bool) -> tuple[Tensor, Sums]
             steps = [torch.where(o == -torch.inf, 0, o - n).to(wide) for o, n in zip(old, new, strict=True)]
             leading, factor = (total, factors[0]) if reverse else (reference_total, factors[1])
             step = steps[0] - steps[1] if reverse else steps[1] - steps[0]
-            moved = moment[rows] + _times(leading[rows], step)
+            moved = moment[rows] + times(leading[rows], step)
             a, b = (u.sub_(_lift(n)[:, None]) for u, n in zip(logits, new, strict=True))
             p, q = a.exp(), b.exp()
             difference = a.sub_(b) if reverse else b.sub_(a)
-            moment[rows] = _times(factor, moved) + _times(p if reverse else q, difference).sum(-1, dtype=wide)
+            moment[rows] = times(factor, moved) + times(p if reverse else q, difference).sum(-1, dtype=wide)
             for sums, part, scale in ((total, p, factors[0]), (reference_total, q, factors[1])):
                 sums[rows] = sums[rows] * scale + part.sum(-1, dtype=wide)
             for top, value in zip(tops, new, strict=True):
@@ -182,7 +176,7 @@ def backward(
             b = r.sub_(_lift(sums.reference_top[rows])[:, None])
             p = a.exp()
             if reverse:
-                g = _times(p, a.sub_(b).sub_(mean[rows, None])).mul_(scale[rows, None])
+                g = times(p, a.sub_(b).sub_(mean[rows, None])).mul_(scale[rows, None])
             else:
                 g = p.mul_(scale[rows, None]).sub_(b.exp_().mul_(reference_scale[rows, None]))
             g = g if bent is None else g.mul_(bent)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mopl._arguments import POSITIVE, as_value, check_floating, check_mask, shape_of
+from mopl.ops._rows import times
 
 SKIP = -1  # a target that does not count, once mask and ignore_index are applied
 
@@ -155,8 +156,7 @@ def check_row(row: Tensor | None, target: Tensor, hidden: Tensor) -> Tensor | No
 
 def weighted_by_probability(value: Tensor, logprob: Tensor) -> Tensor:
     """Return exp(logprob) * value, 0 where the probability is 0 even if the value is infinite."""
-    probability = logprob.exp()
-    return torch.where(probability == 0, 0, probability * value)
+    return times(logprob.exp(), value)
 
 
 class Upstream(NamedTuple):
@@ -186,7 +186,7 @@ def temperature_gradient(
     total = torch.zeros_like(temperature)
     if upstream.logprob is not None:
         counts = upstream.logprob.masked_fill(target < 0, 0)
-        total = total - of_rows(torch.where(counts == 0, 0, counts * logprob)) - of_rows(counts) * entropy
+        total = total - of_rows(times(counts, logprob)) - of_rows(counts) * entropy
     if upstream.logsumexp is not None:
         total = total - upstream.logsumexp * (logsumexp - entropy)
     if upstream.entropy is not None:

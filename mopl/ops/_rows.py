@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import wraps
 from typing import TypeVar
 
@@ -45,11 +45,14 @@ def list_strides(scores: Tensor, labels: Tensor, beta: Tensor, mask: Tensor | No
     return (scores.stride(0), *labels.stride()[:2], *beta.stride(), 0 if mask is None else mask.stride(0))
 
 
-def blocks(lists: int, items_per_list: int) -> Iterator[slice]:
+def slices(start: int, stop: int, step: int) -> list[slice]:
+    """Cut [start, stop) into slices of `step`; the last one is what is left."""
+    return [slice(first, min(first + step, stop)) for first in range(start, stop, step)]
+
+
+def blocks(lists: int, items_per_list: int) -> list[slice]:
     """Cut the lists of a batch into slices that the threads of this process can hold in their caches."""
-    step = block_lists(items_per_list)
-    for start in range(0, lists, step):
-        yield slice(start, min(start + step, lists))
+    return slices(0, lists, block_lists(items_per_list))
 
 
 def block_lists(items_per_list: int) -> int:
@@ -77,6 +80,11 @@ def row_dot(x: Tensor, y: Tensor, out: Tensor, work: Tensor) -> Tensor:
     if y.shape[1] < x.shape[1] and x.shape[-1] <= 32:
         return torch.bmm(y, x.transpose(1, 2), out=out[:, None])
     return row_sum(torch.mul(x, y, out=work[: len(x)]), out=out)
+
+
+def times(weight: Tensor, value: Tensor) -> Tensor:
+    """Return weight * value, 0 where the weight is 0 even if the value is infinite or NaN."""
+    return torch.where(weight == 0, 0, weight * value)
 
 
 def merge(weights: Tensor, values: Tensor, out: Tensor | None = None) -> Tensor:

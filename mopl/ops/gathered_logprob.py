@@ -28,7 +28,7 @@ they do not: logits of a ragged vocabulary, such as 50,257, are best views of a 
 that of the lanes, so that the last bits of one and the other differ; the same memory gives the same bits at every call.
 
 Backends: `_gathered_logprob_cpu` and `gathered_logprob_triton` have `launch_forward` and `launch_backward`, with the
-same arguments. `_gathered_logprob_formula` serves derivatives beyond the first.
+same arguments.
 """
 
 from __future__ import annotations
@@ -45,7 +45,6 @@ from mopl._arguments import check_floating, compute_dtype, shape_of
 from mopl.ops import _derivatives as derivatives
 from mopl.ops import _gathered_logprob_cpu
 from mopl.ops._backend import use_triton
-from mopl.ops._gathered_logprob_formula import formula
 from mopl.ops._logprob import Upstream, check_scalar, check_target_range, merge_targets, per_row, temperature_gradient
 
 
@@ -123,7 +122,7 @@ def gathered_logprob(
     cap = check_scalar(softcap, "softcap")
     if derivatives.transformed():
         # No transform lets values be read: a target outside the vocabulary gives NaN.
-        logprob, logsumexp, entropy = formula(*rows, softcap=cap)
+        logprob, logsumexp, entropy = _formula(*rows, softcap=cap)
     else:
         logprob, logsumexp, entropy, _ = _gathered_logprob(
             *rows,
@@ -139,6 +138,28 @@ def gathered_logprob(
     if return_entropy:
         results.append(entropy.view(lead))
     return results[0] if len(results) == 1 else tuple(results)
+
+
+def _formula(logits: Tensor, target: Tensor, temperature: Tensor, softcap: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return logprob, logsumexp and entropy in differentiable functions of PyTorch, for what the op does not give."""
+    keep, vocabulary = target >= 0, logits.shape[1]
+    used = keep.any(-1)
+    u, beyond = derivatives.finite(torch.where(used[:, None], logits, 0).to(temperature.dtype))
+    if softcap:  # which makes a logit of infinity one of the cap
+        u = softcap * torch.tanh((u + beyond) / softcap)
+    u = u / torch.where(used, temperature, 1)[:, None]
+    u = u if softcap else u + beyond
+    logp = derivatives.log_softmax(u)
+    column = target.clamp(min=0, max=vocabulary - 1)
+    logprob = logp.gather(1, column)
+    if not softcap:  # which makes -inf possible
+        logprob = torch.where(logits.gather(1, column) == -torch.inf, logprob.detach() - torch.inf, logprob)
+    logprob = torch.where(target >= vocabulary, torch.nan, logprob)
+    # From the likeliest token: the logarithm of what the others add to it is exact.
+    likeliest = u.detach().argmax(-1, keepdim=True)
+    logsumexp = (u.gather(1, likeliest) - logp.gather(1, likeliest))[:, 0]
+    entropy = -(logp.exp() * logp).sum(-1)
+    return torch.where(keep, logprob, 0), torch.where(used, logsumexp, 0), torch.where(used, entropy, 0)
 
 
 @torch.library.custom_op("mopl::gathered_logprob", mutates_args=())
@@ -263,7 +284,7 @@ def _backward(ctx, grad_logprob, grad_logsumexp, grad_entropy, _):
         return grad, by_temperature
 
     arguments = (logits, target, temperature)
-    return derivatives.gradients(ctx, (0, 2), upstream, closed_form, partial(formula, softcap=ctx.softcap), arguments)
+    return derivatives.gradients(ctx, (0, 2), upstream, closed_form, partial(_formula, softcap=ctx.softcap), arguments)
 
 
 _gathered_logprob.register_autograd(_backward, setup_context=_setup_context)

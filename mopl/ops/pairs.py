@@ -21,6 +21,7 @@ Equal scores have difference 0 even where both are infinite. Second derivatives,
 the formulas at the end of the file, which hold all pairs of all lists at once.
 """
 
+import itertools
 from collections.abc import Iterator
 from functools import partial
 
@@ -29,6 +30,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from mopl.ops import _derivatives as derivatives
+from mopl.ops._rows import slices
 
 # Pairs (times objectives) in a block. On a CPU the temporaries should stay in the caches, on a GPU a block should
 # fill the device; either way they are a few dozen bytes a pair.
@@ -91,11 +93,8 @@ def _pairwise_logistic(
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return loss (B, m), dloss/dscores (B, m, K) and dloss/dmargin (B, m); without gradient the latter are empty."""
-    batch, objectives, items = labels.shape
-    loss = scores.new_zeros((batch, objectives))
-    by_score = scores.new_zeros(labels.shape if with_gradient else (0,))
-    by_margin = scores.new_zeros((batch, objectives) if with_gradient else (0,))
-    for lists, rows in _blocks(batch, objectives, items, scores.device):
+    loss, by_score, by_margin = _zeros(scores, labels, with_gradient)
+    for lists, rows in _blocks(labels):
         u, y = scores[lists], labels[lists]
         d = _differences(u[..., rows], u) - margin[lists, :, None, None]
         weight = y[..., rows, None] > y[..., None, :]
@@ -117,11 +116,14 @@ def _pairwise_logistic(
     return loss, by_score, by_margin
 
 
+def _zeros(scores: Tensor, labels: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+    by_score, by_margin = (labels.shape, labels.shape[:2]) if with_gradient else ((0,), (0,))
+    return scores.new_zeros(labels.shape[:2]), scores.new_zeros(by_score), scores.new_zeros(by_margin)
+
+
 @_pairwise_logistic.register_fake
 def _(scores, labels, margin, gains, discounts, top, both_in_top, with_gradient):
-    loss = scores.new_empty(labels.shape[:2])
-    by_score, by_margin = (labels.shape, labels.shape[:2]) if with_gradient else ((0,), (0,))
-    return loss, scores.new_empty(by_score), scores.new_empty(by_margin)
+    return _zeros(scores, labels, with_gradient)
 
 
 def _pairwise_logistic_setup(ctx, inputs, output):
@@ -159,8 +161,7 @@ _pairwise_logistic.register_autograd(_pairwise_logistic_grad, setup_context=_pai
 @torch.library.custom_op("mopl::smooth_ranks", mutates_args=())
 def _smooth_ranks(scores: Tensor, mask: Tensor | None) -> Tensor:
     ranks = torch.empty_like(scores, memory_format=torch.contiguous_format)
-    batch, objectives, items = scores.shape
-    for lists, rows in _blocks(batch, objectives, items, scores.device):
+    for lists, rows in _blocks(scores):
         u = scores[lists]
         above = torch.sigmoid(_differences(u[..., rows], u).neg_())
         if mask is not None:
@@ -177,8 +178,7 @@ def _(scores, mask):
 @torch.library.custom_op("mopl::smooth_ranks_backward", mutates_args=())
 def _smooth_ranks_backward(grad_ranks: Tensor, scores: Tensor, mask: Tensor | None) -> Tensor:
     gradient = torch.empty_like(scores, memory_format=torch.contiguous_format)
-    batch, objectives, items = scores.shape
-    for lists, rows in _blocks(batch, objectives, items, scores.device):
+    for lists, rows in _blocks(scores):
         u, c = scores[lists], grad_ranks[lists]
         d = _differences(u[..., rows], u)
         slope = torch.sigmoid(d)
@@ -213,14 +213,12 @@ _smooth_ranks.register_autograd(_smooth_ranks_grad, setup_context=_smooth_ranks_
 # Blocks of pairs
 
 
-def _blocks(batch: int, objectives: int, items: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
-    """Yield (lists, rows): all pairs of several lists, or some rows of the K x K pairs of one list."""
-    budget = _PAIRS_CPU if device.type == "cpu" else _PAIRS_GPU
+def _blocks(like: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Yield (lists, rows): all pairs of several of the lists (B, m, K), or some rows of the K x K pairs of one list."""
+    budget, (batch, objectives, items) = _PAIRS_CPU if like.device.type == "cpu" else _PAIRS_GPU, like.shape
     a_list, a_row = max(1, objectives * items * items), max(1, objectives * items)
     lists, rows = max(1, budget // a_list), max(1, min(items, budget // a_row))
-    for start in range(0, batch, lists):
-        for row in range(0, items, rows):
-            yield slice(start, start + lists), slice(row, row + rows)
+    return itertools.product(slices(0, batch, lists), slices(0, items, rows))
 
 
 def _differences(rows: Tensor, columns: Tensor) -> Tensor:

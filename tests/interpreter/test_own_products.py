@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mopl.kernels import linear_logprob_products as kernels
 from mopl.ops.linear_logprob import function, linear_logprob, own_products
-from mopl.ops.linear_logprob.own_products import Entries
+from mopl.ops.linear_logprob.records import Entries
 
 pytestmark = pytest.mark.usefixtures("own_products")
 ROWS, WIDTH, VOCABULARY = 37, 24, 107

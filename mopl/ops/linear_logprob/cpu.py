@@ -11,12 +11,12 @@ matrix instructions they are faster there as well.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from mopl.ops._rows import slices
 from mopl.ops.linear_logprob.records import Batch, Coefficients, Head, LogitGradient, Need, Sums, Want
 
 # A float32 tile of logits is 16 MiB, small beside the weight and wide enough for the matrix product.
@@ -75,10 +75,6 @@ class _Logits(NamedTuple):
 def _that_count(batch: Batch) -> Tensor:
     """Return the hidden states (M, H), 0 in rows that do not count."""
     return batch.hidden if batch.counts is None else batch.hidden.masked_fill(~batch.counts[:, None], 0)
-
-
-def _chunks(start: int, stop: int) -> Iterator[slice]:
-    return (slice(r, min(r + ROWS, stop)) for r in range(start, stop, ROWS))
 
 
 def _clear_pivot(e: Tensor, pivot: Tensor, start: int) -> None:
@@ -201,7 +197,7 @@ def accumulate(
     tile_buffer = logits.rows.new_empty(min(size, ROWS) * min(vocabulary, COLUMNS))
     for start in range(0, vocabulary, COLUMNS):
         tile = logits.tile(start)
-        for rows in (*_chunks(0, kept), *_chunks(kept, size)):
+        for rows in (*slices(0, kept, ROWS), *slices(kept, size, ROWS)):
             shape = (rows.stop - rows.start, len(tile))
             if rows.start < kept:
                 out = _cached(cache, kept, start, len(tile))[rows]
@@ -275,7 +271,7 @@ def backward(
         column sums of G (V,) in the bias's dtype. Empty (0,) where not needed.
     """
     weight, bias = head.weight, head.bias
-    alpha, gamma, column, position, coefficient = gradient
+    alpha, gamma, (column, position, coefficient) = gradient
     # Rows without upstream gradient take no part in the products.
     live = alpha != 0 if gamma is None else (alpha != 0) | (gamma != 0)
     index = None if bool(live.all()) else live.nonzero()[:, 0]
@@ -307,7 +303,7 @@ def backward(
         columns = shift.new_zeros(len(tile))
         products = rounded[: len(tile)] if len(rounded) else grad_weight[shape]
         products.zero_()
-        for rows in (*_chunks(0, reused), *_chunks(reused, len(hidden))):
+        for rows in (*slices(0, reused, ROWS), *slices(reused, len(hidden), ROWS)):
             if rows.start < reused:
                 e = _cached(cache, kept, start, len(tile))[rows if index is None else index[rows]]
                 shifted = e.log() if elementwise else None

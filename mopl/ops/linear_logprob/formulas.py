@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mopl.ops._logprob import SKIP, Upstream, weighted_by_probability
-from mopl.ops.linear_logprob.records import Coefficients, Forward, Head, LogitGradient, Sums
+from mopl.ops.linear_logprob.records import Coefficients, Entries, Forward, Head, LogitGradient, Sums
 from mopl.ops.linear_logprob.rows import Selection
 from mopl.ops.linear_logprob.shard import VocabularyShard
 from mopl.ops.segments import segment_sum
@@ -178,8 +178,8 @@ def logit_gradient(
         gamma = None if gamma is None else gamma.masked_fill(blank, 0)
     rows = torch.arange(len(pivot), device=pivot.device)
     if position is None:
-        return LogitGradient(alpha, gamma, pivot, rows, coefficient)
+        return LogitGradient(alpha, gamma, Entries(pivot, rows, coefficient))
     # At targets that are pivots the row's own entry holds everything: theirs is 0.
     apart = elsewhere * head.slope(logprob + logsumexp[position], temperature[position])
     columns, rows = torch.cat([pivot, selection.column]), torch.cat([rows, position])
-    return LogitGradient(alpha, gamma, columns, rows, torch.cat([coefficient, apart]))
+    return LogitGradient(alpha, gamma, Entries(columns, rows, torch.cat([coefficient, apart])))

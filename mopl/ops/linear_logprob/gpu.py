@@ -32,12 +32,11 @@ from mopl.kernels import linear_logprob_backward as backward_kernels
 from mopl.kernels import linear_logprob_flagged as flagged_kernels
 from mopl.ops._backend import INTERPRETED
 from mopl.ops._products import operand_dtype, product
-from mopl.ops._rows import rows_contiguous
+from mopl.ops._rows import rows_contiguous, slices
 from mopl.ops.linear_logprob import choice, own_products
 from mopl.ops.linear_logprob.keeping import padded_columns
-from mopl.ops.linear_logprob.own_products import Entries
 from mopl.ops.linear_logprob.plan import DESCRIPTORS, Plan
-from mopl.ops.linear_logprob.records import Batch, Coefficients, Head, LogitGradient, Need, Sums, Want
+from mopl.ops.linear_logprob.records import Batch, Coefficients, Entries, Head, LogitGradient, Need, Sums, Want
 
 # Rows of a product with the head: from 16384 on the library chooses one that takes 7 % longer (H200, 2026-11-27).
 MOST_ROWS = 8192
@@ -288,7 +287,7 @@ def backward(
     need: Need, dtype: torch.dtype, plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the products with the gradient of the logits; see the CPU twin. `plan` replaces the chosen one."""
-    alpha, gamma, column, position, coefficient = gradient
+    alpha, gamma, (column, position, coefficient) = gradient
     rows, (vocabulary, size) = len(batch.hidden), head.weight.shape
     plain = gamma is None and not head.softcap
     plan = plan or choice.plan_for(batch.hidden, head.weight, "trained", head.softcap > 0, buffers=1 if plain else 2)
@@ -385,8 +384,7 @@ def backward(
 
 def _times_head(stored: Tensor, weight: Tensor, out: Tensor) -> None:
     """Write the product of rows (R, V) with the head (V, H), some rows at a time."""
-    for first in range(0, len(stored), MOST_ROWS):
-        rows = slice(first, first + MOST_ROWS)
+    for rows in slices(0, len(stored), MOST_ROWS):
         product(stored[rows], weight, out[rows])
 
 

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -15,14 +13,7 @@ from mopl.kernels import linear_logprob as around
 from mopl.kernels import linear_logprob_products as kernels
 from mopl.ops._backend import INTERPRETED
 from mopl.ops._products import is_fake
-
-
-class Entries(NamedTuple):
-    """Single entries of the gradient of the logits (F,)."""
-
-    column: Tensor  # int64; from V on: none
-    position: Tensor  # int64, the row
-    coefficient: Tensor
+from mopl.ops.linear_logprob.records import Entries
 
 
 def describable(x: Tensor) -> bool:

@@ -19,6 +19,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from mopl.ops._rows import slices
+
 Wanted = Literal["scoring", "frozen", "trained"]
 
 LIBRARY = "library"  # the algorithm whose products are the vendor's
@@ -60,9 +62,8 @@ class Plan(NamedTuple):
     processors: int
 
     def chunks(self, start: int, stop: int, buffered: bool = False) -> list[slice]:
-        """Cut [start, stop) into chunks of `rows` or `buffer_rows`; the last one is what is left."""
-        step = self.buffer_rows if buffered else self.rows
-        return [slice(first, min(first + step, stop)) for first in range(start, stop, step)]
+        """Cut [start, stop) into chunks of `rows` or `buffer_rows`."""
+        return slices(start, stop, self.buffer_rows if buffered else self.rows)
 
     def columns(self, rows: int, vocabulary: int) -> int:
         """Return the columns of a tile for a chunk of some rows: as many whole waves as `area` has room for.

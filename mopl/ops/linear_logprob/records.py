@@ -139,11 +139,17 @@ class Coefficients(NamedTuple):
         return self._replace(pivot=pivot, weighted=self.weighted.masked_fill(blank, 0), moment=moment)
 
 
+class Entries(NamedTuple):
+    """Single entries of the gradient of the logits (F,)."""
+
+    column: Tensor  # int64; outside of the vocabulary: none
+    position: Tensor  # int64, the row
+    coefficient: Tensor
+
+
 class LogitGradient(NamedTuple):
     """The gradient of the logits as `backward` of a backend takes it; see there."""
 
     alpha: Tensor  # (M,)
     gamma: Tensor | None  # (M,)
-    column: Tensor  # (F,) int64, or -1; with several targets a row (M + F,), first the pivots
-    position: Tensor  # int64
-    coefficient: Tensor
+    entries: Entries  # F; with several targets a row M + F, first the pivots

@@ -158,7 +158,7 @@ def trained_head(
         entropy=None if upstream.entropy is None else rows.take(upstream.entropy),
     )
     gradient = logit_gradient(upstream, chosen, inner, batch.temperature, head)
-    gradient = gradient._replace(column=head.local(gradient.column))
+    gradient = gradient._replace(entries=gradient.entries._replace(column=head.local(gradient.entries.column)))
     # What is summed over ranks is rounded once, after that.
     dtype = hidden.dtype if shard is None else saved.shift.dtype
     grad_hidden, grad_weight, grad_bias = backend_of(hidden).backward(

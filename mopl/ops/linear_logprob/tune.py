@@ -15,7 +15,7 @@ from mopl.ops.linear_logprob import choice, gpu
 from mopl.ops.linear_logprob import device as gpus
 from mopl.ops.linear_logprob.keeping import cache_layout
 from mopl.ops.linear_logprob.plan import LIBRARY, Plan, Wanted, make_plan
-from mopl.ops.linear_logprob.records import Batch, Head, LogitGradient, Need, Want
+from mopl.ops.linear_logprob.records import Batch, Entries, Head, LogitGradient, Need, Want
 
 SECONDS = 3.0  # how long `tune` measures, the compilation of kernels not counted
 
@@ -124,7 +124,7 @@ def _step(
         sums = gpu.accumulate(head, batch, pivot, shift, want, cache, plan)
         if wanted != "trained":
             return sums
-        gradient = LogitGradient(ones, None, pivot, torch.arange(rows, device=device), ones)
+        gradient = LogitGradient(ones, None, Entries(pivot, torch.arange(rows, device=device), ones))
         need = Need(hidden=True, weight=True, bias=False, temperature=False)
         return gpu.backward(head, batch, pivot, shift, gradient, cache, keep, need, hidden.dtype, plan)
 

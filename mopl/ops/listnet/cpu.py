@@ -24,6 +24,7 @@ from mopl.ops._rows import (
     merge,
     row_dot,
     row_sum,
+    times,
 )
 
 # A list is confident where its most likely item has at least this log probability. Below it the plain formula is off
@@ -144,7 +145,7 @@ def _do_again(
     if normalize:  # before the product, which may then be as large as a score
         whole = mass[item, which].view(len(row), -1, 1)
         z = torch.where(whole <= 0, 0, z / whole)
-    dot = torch.where(z == 0, 0, z * rows).sum(-1)
+    dot = times(z, rows).sum(-1)
     loss[item, which] = -dot.view(loss[item, which].shape)
     logp.view(batch * shared, size)[row] = rows[:, 0]
     peak.view(-1)[row] = torch.where(rest < 1, first, -1)[:, 0, 0]
@@ -241,7 +242,7 @@ def backward(
         s = scores.to(dtype)
         s = s if mask is None else s.masked_fill(~mask, -torch.inf)
         away = s - s.amax(-1, keepdim=True) if size else s  # du sums to 0, so the origin of the scores is free
-        dbeta = torch.where(du == 0, 0, du * away[:, None]).sum(-1)
+        dbeta = times(du, away[:, None]).sum(-1)
     dscores = _times_beta(du, _in(dtype, beta)) if need_scores else du.new_empty(0)
     return dscores.to(scores.dtype), dlabels, dbeta.to(beta.dtype)
 

@@ -16,9 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mopl._arguments import compute_dtype
-from mopl.ops._rows import blocks, existing, in_full_precision, is_number, merge, row_sum
-from mopl.ops.plackett_luce.rankings import Lists, Rankings, sort_items
+from mopl.ops._rows import blocks, existing, in_full_precision, is_number, merge, row_sum, times
+from mopl.ops.plackett_luce.rankings import Lists, Rankings, new_results, sort_items
 from mopl.ops.plackett_luce.scaled import scaled
 
 
@@ -27,14 +26,13 @@ def forward(given: Lists, need_grad: bool, _need_beta: bool = False) -> tuple[Te
     """Return loss, gradient, and nothing in place of β's gradient; the second is empty if not needed."""
     scores, labels, beta, mask, order, position_weights, rule = given
     batch, objectives, size = labels.shape
-    dtype = compute_dtype(scores)
-    empty = size < 2 or labels.numel() == 0
-    loss = scores.new_zeros((batch, objectives), dtype=dtype)
-    # Zeros, so that an order that names an item twice cannot leave another one's gradient to chance.
-    new = scores.new_empty if order is None and not empty else scores.new_zeros
-    gradient = new(labels.shape if need_grad else (0,), dtype=dtype)
-    valid = existing(mask)
-    for lists in blocks(0 if empty else batch, objectives * size):
+    loss, gradient, nothing = new_results(scores, labels, need_grad, False)
+    if size < 2 or labels.numel() == 0:
+        return loss.zero_(), gradient.zero_(), nothing
+    if order is not None:  # which may name an item twice, and leave another one's gradient to chance
+        gradient.zero_()
+    valid, dtype = existing(mask), loss.dtype
+    for lists in blocks(batch, objectives * size):
         some = None if valid is None else valid[lists]
         rate = beta[lists]
         plain = is_number(rate) and float(rate[0, 0]) == 1
@@ -53,7 +51,7 @@ def forward(given: Lists, need_grad: bool, _need_beta: bool = False) -> tuple[Te
         loss[lists] = some_loss.view(-1, objectives)
         if du is not None:
             gradient[lists].scatter_(-1, place, du.view(place.shape))
-    return loss, gradient, loss.new_empty(0)
+    return loss, gradient, nothing
 
 
 @in_full_precision
@@ -65,7 +63,7 @@ def backward(grad_loss: Tensor, beta: Tensor, gradient: Tensor) -> Tensor:
 def beta_gradient(gradient: Tensor, scores: Tensor, mask: Tensor | None) -> Tensor:
     """Return sum_i gradient_bji scores_bi (B, m)."""
     centred = _load(scores.to(gradient.dtype), mask, centre=True)[:, None]
-    return torch.where(gradient == 0, 0, gradient * centred).sum(-1)
+    return times(gradient, centred).sum(-1)
 
 
 def _load(scores: Tensor, valid: Tensor | None, centre: bool) -> Tensor:

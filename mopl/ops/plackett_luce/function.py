@@ -42,14 +42,14 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from mopl._arguments import check_choice, compute_dtype, or_nan, shape_of
+from mopl._arguments import check_choice, or_nan, shape_of
 from mopl._renamed import renamed_keywords
 from mopl.ops import _derivatives as derivatives
 from mopl.ops._backend import use_triton
 from mopl.ops._rows import check_list_op
 from mopl.ops.plackett_luce import cpu
 from mopl.ops.plackett_luce.formula import formula
-from mopl.ops.plackett_luce.rankings import Lists, Rule
+from mopl.ops.plackett_luce.rankings import Lists, Rule, new_results
 
 TIES = ("breslow", "efron", "exact")
 
@@ -161,12 +161,7 @@ def _plackett_luce_nll(
 
 @_plackett_luce_nll.register_fake
 def _(scores, labels, beta, mask, order, position_weights, top_k, ties, last_group_free, need_grad, need_beta=True):
-    batch, objectives, items = labels.shape
-    dtype = compute_dtype(scores)
-    loss = scores.new_empty((batch, objectives), dtype=dtype)
-    gradient = scores.new_empty((batch, objectives, items) if need_grad else (0,), dtype=dtype)
-    need_beta = need_grad and need_beta and use_triton(scores)
-    return loss, gradient, scores.new_empty(loss.shape if need_beta else (0,), dtype=dtype)
+    return new_results(scores, labels, need_grad, need_grad and need_beta and use_triton(scores))
 
 
 @torch.library.custom_op("mopl::plackett_luce_nll_backward", mutates_args=())

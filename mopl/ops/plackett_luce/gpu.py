@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from mopl._arguments import compute_dtype, unknown_labels
+from mopl._arguments import unknown_labels
 from mopl.kernels import list_order
 from mopl.kernels import plackett_luce as pairwise
 from mopl.kernels import plackett_luce_fused as fused
@@ -20,16 +20,14 @@ from mopl.kernels import plackett_luce_groups as groups
 from mopl.kernels import plackett_luce_plan as plans
 from mopl.kernels import plackett_luce_sorted as scans
 from mopl.ops._rows import list_strides, rows_contiguous
-from mopl.ops.plackett_luce.rankings import Lists, Rule, masked_lowest
+from mopl.ops.plackett_luce.rankings import Lists, Rule, masked_lowest, new_results
 
 
 def forward(given: Lists, need_grad: bool, need_beta: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     """Return loss, gradient and beta_gradient; the last two are empty if not needed."""
     scores, labels, beta, mask, order, position_weights, rule = given
     batch, objectives, items = labels.shape
-    loss = torch.empty((batch, objectives), dtype=compute_dtype(scores), device=scores.device)
-    gradient = loss.new_empty(labels.shape if need_grad else (0,))
-    beta_gradient = loss.new_empty(loss.shape if need_beta else (0,))
+    loss, gradient, beta_gradient = new_results(scores, labels, need_grad, need_beta)
     if labels.numel() == 0:
         return loss.zero_(), gradient, beta_gradient.zero_()
     ordered = order is not None

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mopl._arguments import compute_dtype
+
 
 def sort_items(labels: Tensor, order: Tensor | None, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return labels (n, m, K) best first, the order (n, m, K) that makes them so, and where a rank exists.
@@ -51,6 +53,12 @@ class Lists(NamedTuple):
     order: Tensor | None  # (B, m, K) integer
     position_weights: Tensor | None  # (K,) or (B, m, K)
     rule: Rule
+
+
+def new_results(scores: Tensor, labels: Tensor, need_grad: bool, need_beta: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return loss (B, m), gradient (B, m, K) and beta_gradient (B, m), not yet written; empty if not needed."""
+    loss = scores.new_empty(labels.shape[:2], dtype=compute_dtype(scores))
+    return loss, loss.new_empty(labels.shape if need_grad else (0,)), loss.new_empty(loss.shape if need_beta else (0,))
 
 
 class Rankings(NamedTuple):
