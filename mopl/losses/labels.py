@@ -127,7 +127,7 @@ def presort(
         int32 indices of shape (B, m, K).
     """
     labels = as_labels(labels, check_scores(labels.new_zeros((labels.shape[0], labels.shape[-1]), dtype=torch.float32)))
-    key = labels if labels.is_floating_point() else labels.to(torch.float64)
+    key = labels if labels.is_floating_point() else labels.long()
     if mask is not None:
         check_mask(mask, labels[:, 0])
         key = key.masked_fill(~mask[:, None, :], 0)

@@ -182,8 +182,9 @@ def _without_last_group(
     labels: Tensor, mask: Tensor | None, order: Tensor, position_weights: Tensor | None, like: Tensor
 ) -> Tensor:
     """Return position weights (B, m, K) that are 0 where the lowest label group stands."""
-    key = labels if labels.is_floating_point() else labels.to(torch.float64)
-    lowest = key if mask is None else key.masked_fill(~mask[:, None, :], torch.inf)
+    highest = torch.inf if labels.is_floating_point() else torch.iinfo(torch.int64).max
+    key = labels if labels.is_floating_point() else labels.long()
+    lowest = key if mask is None else key.masked_fill(~mask[:, None, :], highest)
     charged = (key > lowest.amin(-1, keepdim=True)).gather(-1, order.long())
     weights = (
         torch.ones((), dtype=compute_dtype(like), device=like.device) if position_weights is None else position_weights

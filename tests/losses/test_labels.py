@@ -231,3 +231,31 @@ def test_a_random_order_is_drawn_where_the_labels_are() -> None:
     with Copies():
         assert presort(labels, ties="random").device == labels.device
     assert not copied
+
+
+LARGE: dict[str, Callable[..., Tensor]] = {
+    "presorted": lambda scores, labels, **more: plackett_luce(scores, labels, order=presort(labels, MASK), **more),
+    "random": lambda *given, **more: plackett_luce(
+        *given, ties="random", generator=torch.Generator().manual_seed(0), **more
+    ),
+    "random, last group free": lambda *given, **more: plackett_luce(
+        *given, ties="random", last_group="free", generator=torch.Generator().manual_seed(0), **more
+    ),
+}
+
+
+@pytest.mark.parametrize("loss", LARGE.values(), ids=LARGE.keys())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("offset", [2**53, -(2**60)])
+def test_neighbouring_integers_of_any_size_stay_apart(loss: Callable[..., Tensor], dtype: torch.dtype, offset) -> None:
+    """Times in nanoseconds, for example: float64 makes one number of several."""
+    labels = torch.randint(4, (4, 2, 5))
+    scores, options = SCORES.to(dtype), {"mask": MASK, "reduction": "none"}
+    torch.testing.assert_close(
+        loss(scores, labels + offset, **options), loss(scores, labels, **options), rtol=0, atol=0
+    )
+
+
+def test_the_ends_of_int64_are_sorted() -> None:
+    ends = torch.iinfo(torch.int64)
+    assert presort(torch.tensor([[5, ends.min, ends.max, 7]])).tolist() == [[[2, 3, 0, 1]]]
