@@ -105,7 +105,7 @@ def plackett_luce_nll(
     """
     weights = position_weights if position_weights is not None else torch.ones(scores.shape[1], dtype=scores.dtype)
     weights = weights.expand(labels.shape)
-    group_loss = {"breslow": _breslow, "efron": _efron, "exact": _exact}[ties]
+    tied_loss = {"breslow": _breslow, "efron": _efron, "exact": _exact}[ties]
 
     def one(u: Tensor, b: int, j: int, items: Tensor) -> Tensor:
         place = torch.empty(scores.shape[1], dtype=torch.int64)
@@ -121,6 +121,7 @@ def plackett_luce_nll(
             free = last_group_free and end == len(u)
             if not free and (top_k is None or start < top_k):
                 weight = weights[b, j, start:end].to(u.dtype).mean()
+                group_loss = _choice if end - start == 1 else tied_loss
                 total = total + weight * group_loss(u[start:end], u[end:])
         return total
 
@@ -133,14 +134,10 @@ def _choice(u: Tensor, below: Tensor) -> Tensor:
 
 
 def _breslow(group: Tensor, below: Tensor) -> Tensor:
-    if len(group) == 1:
-        return _choice(group, below)
     return len(group) * _logsumexp(torch.cat([group, below])) - group.sum()
 
 
 def _efron(group: Tensor, below: Tensor) -> Tensor:
-    if len(group) == 1:
-        return _choice(group, below)
     shares = 1 - torch.arange(len(group), dtype=group.dtype) / len(group)
     denominators = [_logsumexp(torch.cat([group + share.log(), below])) for share in shares]
     return torch.stack(denominators).sum() - group.sum()

@@ -159,7 +159,8 @@ def bradley_terry(
             )
     if given["f_alpha"] and f_divergence != "alpha_divergence":
         raise ValueError(f"f_alpha is the order of 'alpha_divergence' but f_divergence is {f_divergence!r}")
-    _check_smoothing(label_smoothing, loss_type)
+    rates = _SMOOTHING.get(loss_type, _RATE)
+    _check_smoothing(label_smoothing, rates)
     if kind.whole_batch:
         for name, value in (("weights", weights), ("beta", beta), ("label_smoothing", label_smoothing)):
             if _is_matrix(value) and value.shape[0] > 1:
@@ -185,7 +186,7 @@ def bradley_terry(
         policy=(pairs[0], pairs[1]),
         reference=(pairs[2], pairs[3]) if len(pairs) == 4 else None,
         beta=per_objective(beta, "beta", shape, like, POSITIVE),
-        smoothing=per_objective(label_smoothing, "label_smoothing", shape, like, _smoothing_of(loss_type))
+        smoothing=per_objective(label_smoothing, "label_smoothing", shape, like, rates)
         if given["label_smoothing"]
         else None,
         margin=per_objective(margin, "margin", shape, like) if given["margin"] else None,
@@ -211,7 +212,7 @@ class DPOLoss(torch.nn.Module):
     def __init__(self, beta: float, label_smoothing: float = 0.0) -> None:
         super().__init__()
         as_value(beta, "beta", torch.empty(()), POSITIVE)
-        _check_smoothing(label_smoothing, "sigmoid")
+        _check_smoothing(label_smoothing, _RATE)
         self.beta, self.label_smoothing = beta, label_smoothing
 
     def forward(
@@ -278,13 +279,9 @@ _FINITE = Domain(lambda x: (x > -math.inf) & (x < math.inf), "must be finite")
 _RATE = Domain(lambda x: (x >= 0) & (x <= 1), "must lie in [0, 1]: it is the rate of flipped labels")
 
 
-def _smoothing_of(loss_type: str) -> Domain:
-    return _SMOOTHING.get(loss_type, _RATE)
-
-
-def _check_smoothing(value: float | Tensor, loss_type: str) -> None:
+def _check_smoothing(value: float | Tensor, allowed: Domain) -> None:
     """Raise where the number 0, which is not taken for an option that is given, is out of range."""
-    as_value(value, "label_smoothing", torch.empty(()), None if isinstance(value, Tensor) else _smoothing_of(loss_type))
+    as_value(value, "label_smoothing", torch.empty(()), None if isinstance(value, Tensor) else allowed)
 
 
 def _as_pairs(named: dict[str, Tensor], objectives: int) -> list[Tensor]:

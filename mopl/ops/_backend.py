@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -31,6 +33,14 @@ def use_triton(tensor: Tensor) -> bool:
     if not torch.compiler.is_compiling():  # which cannot trace an import; what it makes of this calls the ops again
         _require_kernels()
     return True
+
+
+def path_for(cpu: ModuleType, kernels: str, tensor: Tensor) -> ModuleType:
+    """Return the module with the passes of an op for a tensor: that of the CPU, or the one that launches its kernels.
+
+    Not for what a compiler traces: it cannot trace the import.
+    """
+    return importlib.import_module(kernels) if use_triton(tensor) else cpu
 
 
 @functools.cache

@@ -35,7 +35,6 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from types import ModuleType
 from typing import Literal, overload
 
 import torch
@@ -44,7 +43,7 @@ from torch import Tensor
 from mopl._arguments import check_floating, compute_dtype, shape_of
 from mopl.ops import _derivatives as derivatives
 from mopl.ops import _gathered_logprob_cpu
-from mopl.ops._backend import use_triton
+from mopl.ops._backend import path_for, use_triton
 from mopl.ops._logprob import Upstream, check_scalar, check_target_range, merge_targets, per_row, temperature_gradient
 
 
@@ -140,6 +139,9 @@ def gathered_logprob(
     return results[0] if len(results) == 1 else tuple(results)
 
 
+_path = partial(path_for, _gathered_logprob_cpu, "mopl.ops.gathered_logprob_triton")
+
+
 def _formula(logits: Tensor, target: Tensor, temperature: Tensor, softcap: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return logprob, logsumexp and entropy in differentiable functions of PyTorch, for what the op does not give."""
     keep, vocabulary = target >= 0, logits.shape[1]
@@ -179,7 +181,7 @@ def _gathered_logprob(
     """
     if check_targets:
         check_target_range(target, logits.shape[-1])
-    return _backend_of(logits).launch_forward(logits, target, temperature, softcap, want_entropy, want_variance)
+    return _path(logits).launch_forward(logits, target, temperature, softcap, want_entropy, want_variance)
 
 
 @_gathered_logprob.register_fake
@@ -190,15 +192,6 @@ def _(logits, target, temperature, softcap, want_entropy, want_variance, inplace
         return logits.new_empty(shape if wanted else (0,), dtype=dtype)
 
     return new(rows, target.shape[1]), new(rows), new(rows, wanted=want_entropy), new(rows, wanted=want_variance)
-
-
-def _backend_of(logits: Tensor) -> ModuleType:
-    """Return the module with the two passes for tensors like this one."""
-    if use_triton(logits):
-        from mopl.ops import gathered_logprob_triton as backend
-    else:
-        backend = _gathered_logprob_cpu
-    return backend
 
 
 def _empty_gradient(logits: Tensor) -> Tensor:
@@ -230,7 +223,7 @@ def _gathered_logprob_backward(
     """Return the gradient of the logits (N, V)."""
     upstream, results = (grad_logprob, grad_logsumexp, grad_entropy), (logprob, logsumexp, entropy)
     grad = _empty_gradient(logits)
-    _backend_of(logits).launch_backward(*upstream, logits, target, temperature, *results, softcap, grad)
+    _path(logits).launch_backward(*upstream, logits, target, temperature, *results, softcap, grad)
     return grad
 
 
@@ -246,7 +239,7 @@ def _gathered_logprob_backward_(
 ) -> None:  # fmt: skip
     """Write the gradient of the logits over them."""
     upstream, results = (grad_logprob, grad_logsumexp, grad_entropy), (logprob, logsumexp, entropy)
-    _backend_of(logits).launch_backward(*upstream, logits, target, temperature, *results, softcap, logits)
+    _path(logits).launch_backward(*upstream, logits, target, temperature, *results, softcap, logits)
 
 
 @_gathered_logprob_backward_.register_fake

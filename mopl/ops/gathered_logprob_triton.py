@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import triton
 from torch import Tensor
 
 from mopl._arguments import compute_dtype
@@ -24,11 +25,6 @@ def _launches(rows: int, *tensors: Tensor | None) -> list[tuple[int, Sequence[Te
 def _padded(logits: Tensor) -> bool:
     """Say whether rows begin at multiples of 16 elements, as Triton knows of strides, but do not end at one."""
     return logits.stride(0) % 16 == 0 and logits.shape[1] % 16 != 0
-
-
-def _targets(count: int) -> int:
-    """Return the power of two that holds a row's targets."""
-    return max(1 << max(count - 1, 0).bit_length(), 2)
 
 
 def launch_forward(
@@ -52,7 +48,7 @@ def launch_forward(
             for many, part in _launches(rows, logits, target, temperature, logprob, logsumexp, *optional):
                 kernels.forward_kernel[(many,)](
                     *part, vocabulary, targets, logits.stride(0), SOFTCAP=softcap, PADDED=_padded(logits),
-                    TARGETS=_targets(targets), **tile,
+                    TARGETS=max(triton.next_power_of_2(targets), 2), **tile,
                 )  # fmt: skip
     else:
         for result in (logprob, logsumexp, entropy, variance):
@@ -89,5 +85,5 @@ def launch_backward(
         for many, part in _launches(rows, *given):
             kernels.backward_kernel[(many, -(-vocabulary // width))](
                 *part, vocabulary, targets, logits.stride(0), grad.stride(0), width, SOFTCAP=softcap,
-                PADDED=_padded(logits), TARGETS=_targets(targets), **tile,
+                PADDED=_padded(logits), TARGETS=max(triton.next_power_of_2(targets), 2), **tile,
             )  # fmt: skip

@@ -159,19 +159,12 @@ def _labels(labels: Tensor, valid: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 def _rate(beta: Tensor, dtype: torch.dtype) -> Tensor | None:
     """Return β in the dtype of the arithmetic, None where it is 1 throughout."""
-    return None if _is_one(beta) and float(beta[0, 0]) == 1 else _in(dtype, beta)
+    return None if _is_one(beta) and float(beta[0, 0]) == 1 else beta.to(dtype)
 
 
 def _is_one(beta: Tensor) -> bool:
     """Say whether one number is the β of all lists; (B, m) has a softmax an objective all the same."""
     return beta.shape[1] == 1 and is_number(beta)
-
-
-def _in(dtype: torch.dtype, beta: Tensor) -> Tensor:
-    """Return β in the dtype of the arithmetic; one number for all stays one number in memory."""
-    if beta.dtype == dtype or not _is_one(beta):
-        return beta.to(dtype)
-    return beta[:1, :1].to(dtype).expand_as(beta)
 
 
 def _logits(
@@ -243,7 +236,7 @@ def backward(
         s = s if mask is None else s.masked_fill(~mask, -torch.inf)
         away = s - s.amax(-1, keepdim=True) if size else s  # du sums to 0, so the origin of the scores is free
         dbeta = times(du, away[:, None]).sum(-1)
-    dscores = _times_beta(du, _in(dtype, beta)) if need_scores else du.new_empty(0)
+    dscores = _times_beta(du, beta.to(dtype)) if need_scores else du.new_empty(0)
     return dscores.to(scores.dtype), dlabels, dbeta.to(beta.dtype)
 
 

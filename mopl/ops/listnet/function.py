@@ -30,7 +30,6 @@ not confident, and `rest` and `others` are empty, as `logp` is with the kernels.
 
 from collections.abc import Callable
 from functools import partial
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -38,7 +37,7 @@ from torch import Tensor
 from mopl._arguments import compute_dtype
 from mopl._renamed import renamed_keywords
 from mopl.ops import _derivatives as derivatives
-from mopl.ops._backend import use_triton
+from mopl.ops._backend import path_for
 from mopl.ops._rows import check_list_op, existing
 from mopl.ops.listnet import cpu
 
@@ -120,13 +119,7 @@ def _formula(scores: Tensor, labels: Tensor, beta: Tensor, mask: Tensor | None, 
     return torch.where(charged[..., 0], lost - (z * logp).sum(-1), 0)
 
 
-def _path(tensor: Tensor) -> ModuleType:
-    """Return the module whose `forward` and `backward` serve a tensor, and whose `new_saved` is what they share."""
-    if not use_triton(tensor):
-        return cpu
-    from mopl.ops.listnet import gpu
-
-    return gpu
+_path = partial(path_for, cpu, "mopl.ops.listnet.gpu")
 
 
 def _forward(

@@ -37,7 +37,7 @@ takes one kernel for lists of up to 4096 items (2048 in float64); without a give
 are sorted by another one first.
 """
 
-from types import ModuleType
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ from torch import Tensor
 from mopl._arguments import check_choice, or_nan, shape_of
 from mopl._renamed import renamed_keywords
 from mopl.ops import _derivatives as derivatives
-from mopl.ops._backend import use_triton
+from mopl.ops._backend import path_for, use_triton
 from mopl.ops._rows import check_list_op
 from mopl.ops.plackett_luce import cpu
 from mopl.ops.plackett_luce.formula import formula
@@ -128,13 +128,7 @@ def nll(given: Lists) -> Tensor:
     return loss if use_triton(scores) else or_nan(loss, labels, mask)
 
 
-def _path(tensor: Tensor) -> ModuleType:
-    """Return the module whose `forward` and `backward` serve a tensor."""
-    if not use_triton(tensor):
-        return cpu
-    from mopl.ops.plackett_luce import gpu
-
-    return gpu
+_path = partial(path_for, cpu, "mopl.ops.plackett_luce.gpu")
 
 
 @torch.library.custom_op("mopl::plackett_luce_nll", mutates_args=())
