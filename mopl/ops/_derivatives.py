@@ -69,16 +69,20 @@ def gradients(
     `closed_form` gives something for each of them; what autograd does not need is not looked at. `upstream` are the
     gradients of the formula's results.
     """
-    idle = all(g is None for g in upstream)
-    wanted = [place for place in places if ctx.needs_input_grad[place] and not idle]
-    if not wanted:
-        found: Tensors = ()
-    elif not transformed():
+    need = ctx.needs_input_grad
+    result: list[Tensor | None] = [None] * len(need)
+    if all(g is None for g in upstream):
+        return tuple(result)
+    if not torch.is_grad_enabled() and not transformed():
+        for place, gradient in zip(places, closed_form(), strict=True):
+            if need[place]:
+                result[place] = gradient
+        return tuple(result)
+    wanted = [place for place in places if need[place]]
+    if not transformed():
         with torch.no_grad():
-            each = dict(zip(places, closed_form(), strict=True))
-        found = tuple(each[place] for place in wanted)
-        if torch.is_grad_enabled():
-            found = _Gradients.apply(formula, wanted, found, len(upstream), *upstream, *arguments)  # type: ignore[assignment]
+            values = tuple(g for place, g in zip(places, closed_form(), strict=True) if need[place])
+        found = _Gradients.apply(formula, wanted, values, len(upstream), *upstream, *arguments)
     elif isinstance(formula, Refusal):
         raise NotImplementedError(
             f"{formula.name} cannot run its backward pass under torch.func.vmap, is_grads_batched or forward-mode "
@@ -86,7 +90,7 @@ def gradients(
         )
     else:  # the upstream gradients are batched or have tangents
         found = _pull_back(formula, arguments, wanted, upstream)
-    return tuple(_with([None] * len(ctx.needs_input_grad), wanted, found))
+    return tuple(_with(result, wanted, found))  # type: ignore[arg-type]
 
 
 def refuse_transforms(refusal: Refusal, *inputs: Tensor | None) -> None:

@@ -9,7 +9,7 @@ from list_problems import Problem, best_first, check, compare, curvature, in_flo
 
 from mopl import reference
 from mopl.kernels import plackett_luce_plan as plans
-from mopl.ops.plackett_luce import Rule, plackett_luce_nll
+from mopl.ops.plackett_luce import Lists, Rule, plackett_luce_nll
 from mopl.ops.plackett_luce.function import _plackett_luce_nll
 
 pytestmark = pytest.mark.usefixtures("careful_memory")
@@ -474,7 +474,8 @@ def test_no_dimension_of_a_grid_reaches_2_to_the_31(items: int, ties: str, monke
     scores = torch.empty(batch, items, device="meta")
     labels = torch.empty(batch, objectives, items, device="meta")
     beta = torch.empty(batch, objectives, device="meta")
-    loss, gradient, _ = launcher.forward(scores, labels, beta, None, None, None, Rule(None, ties, False), True)
+    lists = Lists(scores, labels, beta, None, None, None, Rule(None, ties, False))
+    loss, gradient, _ = launcher.forward(lists, True)
     launcher.backward(loss, beta, gradient)
     assert len(recorder.grids) >= 2
     assert all(grid[0] < 2**31 and (len(grid) == 1 or grid[1] < 2**16) for grid in recorder.grids)
