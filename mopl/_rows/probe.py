@@ -129,6 +129,11 @@ class _Probe:
         """Return rows (B, T) as the text of a call."""
         return {"inputs_embeds": embedding_of(self.model)(ids.to(self.device))} if self.embeds else {"input_ids": ids}
 
+    def padding(self, mask: Tensor, style: Style) -> dict[str, Tensor]:
+        """Return the padding of rows (B, T) as a call says it."""
+        positions = {} if style.first is None else {"position_ids": positions_of(mask) + style.first}
+        return {"attention_mask": mask, **positions}
+
     # ---------------------------------------------------------------- the two questions
 
     def difference(self, found: Tensor, expected: Tensor) -> float:
@@ -200,10 +205,7 @@ class _Probe:
         found = []
         for filler in self.around:
             ids, mask = self._rows(filler)
-            keywords: dict[str, Any] = {**self.text(ids), "attention_mask": mask}
-            if style.first is not None:
-                keywords["position_ids"] = positions_of(mask) + style.first
-            found.append(self.logits(keywords))
+            found.append(self.logits({**self.text(ids), **self.padding(mask, style)}))
         n, (one, other) = self.short, found
         right = self.fault(one[0], other[0], self.alone[self.long]) or self.fault(
             one[1, :n], other[1, :n], self.alone[n]
@@ -247,11 +249,7 @@ class _Probe:
                 return _Faults("", _failure(error))
 
     def _continued(self, ids: Tensor, mask: Tensor, style: Style) -> str:
-        keywords = {"input_ids": ids, "attention_mask": mask}
-        if self.embeds:
-            keywords |= self.text(ids)
-        if style.first is not None:
-            keywords["position_ids"] = positions_of(mask) + style.first
+        keywords = {"input_ids": ids, **self.text(ids), **self.padding(mask, style)}
         made = self.model.generate(
             **{name: value.to(self.device) for name, value in keywords.items()},
             max_new_tokens=_STEPS, min_new_tokens=_STEPS, do_sample=False, num_beams=1, output_logits=True,

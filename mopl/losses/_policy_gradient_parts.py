@@ -18,7 +18,7 @@ from mopl._arguments import (
     shape_of,
     wide_dtype,
 )
-from mopl.ops.segments import segment_sum
+from mopl.ops.sequence_logprob import segment_sum
 
 Estimator = Literal["k1", "k2", "k3"]
 Level = Literal["token", "sequence"]

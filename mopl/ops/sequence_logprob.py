@@ -11,7 +11,6 @@ from torch import Tensor
 
 from mopl._arguments import check_floating, check_mask, compute_dtype, shape_of
 from mopl.ops._logprob import as_index
-from mopl.ops.segments import segment_sum
 
 
 def sequence_logprob(
@@ -101,3 +100,14 @@ def _segments(cu_seqlens: Tensor | None, logprob: Tensor) -> tuple[Tensor, int]:
     token = torch.arange(len(logprob), device=logprob.device)
     place = torch.searchsorted(bounds, token, right=True) - 1
     return torch.where(place < size, place, -1), size
+
+
+def segment_sum(values: Tensor, index: Tensor, size: int) -> Tensor:
+    """Return sums of `values` over equal `index` along dim 0, the same bits at every call.
+
+    On a CPU `index_add` adds in order; on a GPU it uses atomics, while an accumulating `index_put` sorts first.
+    """
+    result = values.new_zeros((size, *values.shape[1:]))
+    if values.is_cuda:
+        return result.index_put_((index,), values, accumulate=True)
+    return result.index_add_(0, index, values)

@@ -11,7 +11,7 @@ from mopl.ops._logprob import SKIP, Upstream, weighted_by_probability
 from mopl.ops.linear_logprob.records import Coefficients, Entries, Forward, Head, LogitGradient, Sums
 from mopl.ops.linear_logprob.rows import Selection
 from mopl.ops.linear_logprob.shard import VocabularyShard
-from mopl.ops.segments import segment_sum
+from mopl.ops.sequence_logprob import segment_sum
 
 
 def choose_pivots(logits: Tensor, selection: Selection, rows: int) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ from mopl.ops.linear_logprob.formulas import (
 from mopl.ops.linear_logprob.keeping import cache_layout, direction_dtype
 from mopl.ops.linear_logprob.records import Batch, Coefficients, Forward, Head, Inputs, Need, Want
 from mopl.ops.linear_logprob.rows import Selection, select
-from mopl.ops.segments import segment_sum
+from mopl.ops.sequence_logprob import segment_sum
 
 
 def backend_of(tensor: Tensor) -> ModuleType:
