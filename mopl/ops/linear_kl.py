@@ -135,8 +135,10 @@ def _heads(
 
     On a CPU rows that do not count are left out. On a GPU, where counting them would wait for it, they are 0 in place.
     """
-    rows, gather = len(hidden), mask is not None and mask.device.type == "cpu"
-    places = Places(rows, mask.nonzero()[:, 0]) if gather else Places(rows, blank=None if mask is None else ~mask)
+    places = Places(len(hidden))
+    if mask is not None:
+        on_host = mask.device.type == "cpu"
+        places = places._replace(index=mask.nonzero()[:, 0]) if on_host else places._replace(blank=~mask)
 
     def in_play(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: Tensor) -> Head:
         return Head(places.take(hidden), weight, bias, places.take(temperature, fill=1), softcap, logit_scale)

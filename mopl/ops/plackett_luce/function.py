@@ -32,9 +32,7 @@ ranking; labels then only say which neighbours in that order are tied. Lists wit
 gradient 0. A masked slot is never read into arithmetic. A score of -inf above other items makes the loss +inf and
 keeps a finite gradient, -W; at the bottom it costs nothing.
 
-On a GPU `mopl/kernels/plackett_luce_plan.py` says which kernels serve which lists. "breslow" without position weights
-takes one kernel for lists of up to 4096 items (2048 in float64); without a given order, lists of more than 8 items (4)
-are sorted by another one first.
+`cpu.py` and `gpu.py` say how either machine computes it.
 """
 
 from functools import partial
@@ -199,7 +197,7 @@ def _backward(ctx, grad_loss, *_):
         return dscores, dbeta
 
     def plain(*arguments: Tensor) -> Tensor:
-        return formula(Lists(*arguments, ctx.rule))
+        return formula(Lists(*arguments, rule=ctx.rule))
 
     arguments = (scores, labels, beta, mask, *rest)
     return derivatives.gradients(ctx, (0, 2), (grad_loss,), closed_form, plain, arguments)
