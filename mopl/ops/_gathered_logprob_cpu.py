@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from mopl.ops._logprob import weighted_by_probability
+from mopl.ops._rows import slices
 
 ELEMENTS = 2**20  # logits in one chunk of the CPU path: 4 MiB in float32
 # Below this exp is 0 in either precision; a finite floor keeps 0 * log p from being NaN where a logit is -inf.
@@ -111,12 +112,12 @@ def launch_backward(
         grad[part] = du.div_(temperature[part, None]).to(grad.dtype)
 
 
-def _chunks(counts: Tensor, vocabulary: int) -> Iterator[Tensor | slice]:
+def _chunks(counts: Tensor, vocabulary: int) -> Sequence[Tensor | slice]:
     """Return the rows that count in chunks: slices where all of them do, else indices."""
     size = max(1, ELEMENTS // vocabulary)
     if bool(counts.all()):
-        return (slice(r, min(r + size, len(counts))) for r in range(0, len(counts), size))
-    return iter(part for part in counts.nonzero()[:, 0].split(size) if len(part))
+        return slices(0, len(counts), size)
+    return [part for part in counts.nonzero()[:, 0].split(size) if len(part)]
 
 
 def _scaled(logits: Tensor, part: Tensor | slice, temperature: Tensor, softcap: float) -> Tensor:

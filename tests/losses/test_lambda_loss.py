@@ -493,7 +493,7 @@ def test_blocks_cover_every_pair_once_within_the_budget(budget: int, monkeypatch
     monkeypatch.setattr(pairs, "_PAIRS_CPU", budget)
     lists, objectives, items = 5, 3, 11
     seen = torch.zeros(lists, items, dtype=torch.int)
-    for rows in pairs._blocks(lists, objectives, items, torch.device("cpu")):
+    for rows in pairs._blocks(torch.empty(lists, objectives, items)):
         block = seen[rows]
         assert block.numel() * objectives * items <= max(budget, objectives * items)
         block += 1

@@ -236,18 +236,16 @@ def backward(
         s = s if mask is None else s.masked_fill(~mask, -torch.inf)
         away = s - s.amax(-1, keepdim=True) if size else s  # du sums to 0, so the origin of the scores is free
         dbeta = times(du, away[:, None]).sum(-1)
-    dscores = _times_beta(du, beta.to(dtype)) if need_scores else du.new_empty(0)
+    dscores = _times_beta(du, beta) if need_scores else du.new_empty(0)
     return dscores.to(scores.dtype), dlabels, dbeta.to(beta.dtype)
 
 
 def _times_beta(du: Tensor, beta: Tensor) -> Tensor:
     """Return sum_j beta_j du_j (B, K); `du` may be overwritten."""
-    if du.shape[1] > 1:
-        return merge(beta, du)
-    du = du[:, 0]
-    if _is_one(beta):
-        return du if float(beta[0, 0]) == 1 else du.mul_(beta[0, 0])
-    return du.mul_(beta)
+    rate = _rate(beta, du.dtype)
+    if rate is None:
+        return du[:, 0]
+    return merge(rate, du) if du.shape[1] > 1 else du[:, 0].mul_(rate)
 
 
 def _sharpen(du: Tensor, peak: Tensor) -> None:
