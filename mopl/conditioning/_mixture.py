@@ -12,11 +12,12 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from mopl._arguments import check_beta_given, check_choice, shape_of
+from mopl._arguments import check_choice, shape_of
 from mopl._records import Finite
 from mopl._renamed import renamed_attribute, renamed_in_methods
 from mopl._threads import in_turn
-from mopl.conditioning.sampling import Weights, check_weights
+from mopl.conditioning.adapted import Place, held
+from mopl.conditioning.sampling import Weights
 from mopl.conditioning.saved_models import CONFIG_FILE, Record, TuningRecord, fitting
 from mopl.conditioning.weighted import WeightedModel
 
@@ -105,21 +106,12 @@ class Mixture(WeightedModel):
             )
         self.record = TuningRecord.of(record, objectives)
         self.objectives, self.coefficients, self._count = objectives, coefficients, sets
-        self._inside = False  # a mixture is in the model, for a call or a block of `at`
         self._checked = False  # that one mixture computes what mixed rows do
 
     def coefficients_of(self, weights: Weights | None, kl_weight: float | Tensor | None = None) -> Tensor:
         """Return what multiplies the sets, (sets,) or (B, sets): float64 for numbers."""
-        if weights is None:
-            raise ValueError(f"weights are missing; pass one for each of {', '.join(self.record.objectives)}")
-        w = check_weights(weights, self.objectives)
-        if w.ndim > 2:
-            raise ValueError(f"weights has shape {shape_of(w)}; pass (m,) = ({self.objectives},) or (B, m)")
+        w = super().conditions(weights, None, kl_weight)["weights"]
         if self.coefficients is None:
-            if kl_weight is not None:
-                raise ValueError(
-                    "kl_weight is given but the coefficients of this mixture are the weights; leave it out"
-                )
             return w
         strength = None
         if kl_weight is not None:
@@ -148,70 +140,15 @@ class Mixture(WeightedModel):
 
     def _one(self, weights: Weights, beta: Any, kl_weight: float | Tensor | None) -> Tensor:
         """Return the coefficients (sets,) of one mixture."""
-        check_beta_given(beta, False, "to a mixture, which is not conditioned on it; leave it out")
+        self.conditions(weights, beta, kl_weight)
         coefficients = self.coefficients_of(weights, kl_weight)
         if coefficients.ndim != 1:
             raise ValueError(f"weights are {len(coefficients)} vectors but one mixture has one; pass (m,)")
         return coefficients
 
-    def _fixed(self, weights: Weights | None, kl_weight: float | Tensor | None) -> bool:
-        """Say whether this is a call inside `at`; raise if it has weights of its own."""
-        if self._inside and (weights is not None or kl_weight is not None):
-            raise ValueError("the mixture is fixed inside `at`; leave weights and kl_weight out")
-        return self._inside
-
     def _check_outside(self) -> None:
-        if self._inside:
+        if self._held is not None:
             raise RuntimeError("the model holds a mixture; leave the `with mixture.at(...)` block first")
-
-    @in_turn
-    def forward(
-        self, *args: Any, weights: Weights | None = None, kl_weight: float | Tensor | None = None, **kwargs: Any
-    ) -> Any:
-        """Run the model at the mixture of each row.
-
-        Args:
-            *args: of the model.
-            weights: w, (m,) or (B, m), on the simplex. Not inside `at`, where the mixture is fixed; the reference
-                ignores them.
-            kl_weight: α, a number or (B,), if the coefficients depend on it.
-            **kwargs: of the model. With (B, m) a mixture of parameters cuts tensors whose first dimension is B into
-                rows.
-
-        Returns:
-            What the model returns; the tensors of rows that were cut are put together again.
-
-        Raises:
-            ValueError: If weights are missing or do not fit, or outputs of different rows cannot be put together.
-            RuntimeError: If a mixture of parameters checkpoints gradients: it would run again with other parameters.
-        """
-        return self._forward(weights, kl_weight, args, kwargs)
-
-    @in_turn
-    @torch.no_grad()
-    def generate(
-        self,
-        input_ids: Tensor,  # (B, T)
-        attention_mask: Tensor | None = None,  # (B, T)
-        *,
-        weights: Weights | None = None,  # (m,) or (B, m)
-        kl_weight: float | Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Generate at the mixture of each row: of adapters in one batch, of parameters in groups of equal coefficients.
-
-        Args:
-            input_ids: (B, T), padded on the left.
-            attention_mask: (B, T).
-            weights: As in `forward`.
-            kl_weight: As in `forward`.
-            **kwargs: of the model's `generate`; cut as in `forward`.
-
-        Returns:
-            (B * num_return_sequences, T + new), padded on the right; what `generate` returns for a single mixture.
-        """
-        given = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
-        return self._generate(weights, kl_weight, given)
 
     # ---------------------------------------------------------------- one mixture
 
@@ -235,7 +172,7 @@ class Mixture(WeightedModel):
         coefficients = self._one(weights, beta, kl_weight)
         self._check_outside()
         self.check_merging()
-        with self._turns.switched(*self._in_place(coefficients)):
+        with self._turns.switched(self._holding(coefficients)):
             yield self.causal_lm
 
     @in_turn
@@ -254,14 +191,18 @@ class Mixture(WeightedModel):
         self.check_merging()
         return self._merged(coefficients)
 
-    def _forward(self, weights: Any, kl_weight: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        raise NotImplementedError
+    @contextlib.contextmanager
+    def _holding(self, coefficients: Tensor) -> Iterator[None]:
+        """Put the mixture of coefficients (sets,) into the model inside a `with` block; in one's turn only."""
+        with held(self._places(coefficients)):
+            self._held = {}
+            try:
+                yield
+            finally:
+                self._held = None
 
-    def _generate(self, weights: Any, kl_weight: Any, given: dict[str, Any]) -> Any:
-        raise NotImplementedError
-
-    def _in_place(self, coefficients: Tensor) -> Sequence[contextlib.AbstractContextManager[Any]]:
-        """Return what puts the mixture of coefficients (sets,) into the model."""
+    def _places(self, coefficients: Tensor) -> Sequence[Place]:
+        """Return the parameters of the model at coefficients (sets,)."""
         raise NotImplementedError
 
     def _merged(self, coefficients: Tensor) -> nn.Module:

@@ -11,12 +11,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mopl._arguments import check_beta_given
 from mopl._extras import require
 from mopl._files import write_files
-from mopl._restoring import evaluating, generators_kept, requires_grad_kept
+from mopl._restoring import evaluating, generators_kept
 from mopl._threads import in_turn
 from mopl.conditioning._mixture import CoefficientRule, Mixture, MixtureRecord, renamed_in_mixture, rule_of
-from mopl.conditioning.adapted import held, one_adapter, parts_of, places_of
+from mopl.conditioning.adapted import Place, one_adapter, places_of
 from mopl.conditioning.adapter_base import base_model
 from mopl.conditioning.adapter_checks import (
     adapted_parts,
@@ -26,9 +27,9 @@ from mopl.conditioning.adapter_checks import (
     naming_targets,
     short_name,
 )
-from mopl.conditioning.causal_lm import is_peft
+from mopl.conditioning.causal_lm import adapters_off, is_peft
 from mopl.conditioning.hooked import HookedModel
-from mopl.conditioning.merging import check_lora, check_mixed_rows, logits_of, own_weights, probe_ids, settle_ties
+from mopl.conditioning.merging import check_lora, check_mixed_rows, logits_of, probe_ids, settle_ties
 from mopl.conditioning.sampling import Weights
 from mopl.conditioning.saved_models import (
     ADAPTER_CONFIG,
@@ -135,29 +136,21 @@ class LoraMixture(Mixture, HookedModel):
         """Whether its adapters are off, which is so inside of `reference()`."""
         return next(iter(self._parts.values())).layer.disable_adapters
 
-    def _forward(self, weights: Any, kl_weight: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        if self._fixed(weights, kl_weight) or self.is_reference:
-            return self.model(*args, **kwargs)
-        with self._standing_for(self._coefficients(weights, kl_weight), args, kwargs):
-            return self.model(*args, **kwargs)
+    forward, generate = in_turn(HookedModel.forward), in_turn(HookedModel.generate)
 
-    def _generate(self, weights: Any, kl_weight: Any, given: dict[str, Any]) -> Any:
-        if self._fixed(weights, kl_weight) or self.is_reference:
-            return self.model.generate(**given)
-        coefficients = self._coefficients(weights, kl_weight)
-        self._check_count(coefficients, len(given["input_ids"]))
-        with self._standing(coefficients):  # of more rows than these, where there are beams
-            return self.model.generate(**given)
-
-    def _coefficients(self, weights: Any, kl_weight: Any) -> dict[str, Tensor]:
-        values = self.coefficients_of(weights, kl_weight)
+    def _given(self, weights: Any, beta: Any, kl_weight: Any) -> dict[str, Tensor]:
+        given = self._unless_fixed(weights=weights, beta=beta, kl_weight=kl_weight)
+        if self.is_reference:  # as it is inside `at`, too
+            return {}
+        check_beta_given(beta, False, "to a LoraMixture, which is not conditioned on it; leave it out")
+        values = self.coefficients_of(given.get("weights"), given.get("kl_weight"))
         return {"coefficients": values[0] if values.ndim == 2 and len(values) == 1 else values}
 
     @contextlib.contextmanager
     def reference(self, *, adapters: bool = False) -> Iterator[LoraMixture]:
         """Be the base model inside a `with` block: adapters off, which are what it is conditioned by."""
         self._check_outside()
-        with self._turns.switched(requires_grad_kept(self.model), self.model.disable_adapter()):
+        with self._turns.switched(super().reference()):
             yield self
 
     # ---------------------------------------------------------------- one mixture
@@ -179,25 +172,17 @@ class LoraMixture(Mixture, HookedModel):
         with self._standing({"coefficients": coefficients}, len(ids)):
             return logits_of(self.model, ids)
 
-    def _in_place(self, coefficients: Tensor) -> Sequence[contextlib.AbstractContextManager[Any]]:
-        places = places_of(self._parts.values(), self.adapters, coefficients.tolist())
-        return requires_grad_kept(self.model), self.model.disable_adapter(), held(places), self._marked_inside()
-
     @contextlib.contextmanager
-    def _marked_inside(self) -> Iterator[None]:
-        self._inside = True
-        try:
+    def _holding(self, coefficients: Tensor) -> Iterator[None]:
+        with adapters_off(self.model), super()._holding(coefficients):
             yield
-        finally:
-            self._inside = False
+
+    def _places(self, coefficients: Tensor) -> Sequence[Place]:
+        return places_of(self._parts.values(), self.adapters, coefficients.tolist())
 
     def _merged(self, coefficients: Tensor) -> nn.Module:
-        model = copy.deepcopy(self.model)
-        parts = parts_of(model).values()
-        own_weights(model, [part.base for part in parts])
-        for module, name, value in places_of(parts, self.adapters, coefficients.tolist()):
-            module.get_parameter(name).copy_(value)
-        merged = model.unload()
+        with self._holding(coefficients):
+            merged = copy.deepcopy(self.model).unload()
         if settle_ties(merged) and (ids := probe_ids(merged)) is not None:
             # Some models do more to a head that is tied than to use its weight.
             with evaluating(self, merged), generators_kept():

@@ -57,11 +57,16 @@ def group_rows(coefficients: Tensor) -> tuple[Tensor, list[Tensor]]:
     return distinct, [(inverse == g).nonzero()[:, 0] for g in range(len(distinct))]
 
 
-def take_rows(value: Any, index: Tensor, rows: int) -> Any:
-    """Return the rows of a tensor whose first dimension is the batch; anything else as it is."""
-    if isinstance(value, Tensor) and value.ndim and value.shape[0] == rows:
-        return value[index.to(value.device)]
-    return value
+def rows_of(
+    index: Tensor, rows: int, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[list[Any], dict[str, Any]]:
+    """Return arguments with these rows alone of tensors whose first dimension is the batch; others as they are."""
+
+    def cut(value: Any) -> Any:
+        batched = isinstance(value, Tensor) and value.ndim and len(value) == rows
+        return value[index.to(value.device)] if batched else value
+
+    return [cut(value) for value in args], {name: cut(value) for name, value in kwargs.items()}
 
 
 def check_batch(values: Sequence[Any], rows: int) -> None:

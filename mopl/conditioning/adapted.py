@@ -294,11 +294,12 @@ def places_of(parts: Iterable[Part], adapters: Sequence[str], shares: Sequence[f
 
 @contextlib.contextmanager
 def held(places: Sequence[Place]) -> Iterator[None]:
-    """Put values in the place of parameters inside a `with` block: each module's own, shared with others or not."""
+    """Put values in the place of parameters inside a `with` block; places of one value share one parameter."""
     before = [module._parameters[name] for module, name, _ in places]
+    values = {id(value): nn.Parameter(value, requires_grad=False) for _, _, value in places}
     try:
         for module, name, value in places:
-            module._parameters[name] = nn.Parameter(value, requires_grad=False)
+            module._parameters[name] = values[id(value)]
         yield
     finally:
         for (module, name, _), parameter in zip(places, before, strict=True):

@@ -20,9 +20,8 @@ structure follows a paper about CLP and our memory of it; the full text was not 
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +51,13 @@ from mopl.conditioning._parameter_mixture_parts import (
     join_generated,
     join_rows,
     no_cache,
+    rows_of,
     select_parameters,
-    take_rows,
 )
+from mopl.conditioning.adapted import Place
 from mopl.conditioning.causal_lm import untie_head
 from mopl.conditioning.merging import check_mixed_rows, logits_of, probe_ids, settle_ties
+from mopl.conditioning.sampling import Weights
 from mopl.conditioning.saved_models import CONFIG_FILE, REMEDY, TuningRecord, check_options, fitting
 
 __all__ = ["KLWeightCoefficients", "LoraMixture", "ParameterMixture"]
@@ -145,14 +146,12 @@ class ParameterMixture(Mixture):
         same = all(torch.equal(a, b) for other in others for a, b in zip(own, other, strict=True))
         return self.coefficients is not None or not same
 
-    @contextlib.contextmanager
-    def reference(self, *, adapters: bool = False) -> Iterator[ParameterMixture]:
+    def reference(self, *, adapters: bool = False) -> Any:
         """Raise a ValueError: the sets are the model's own parameters, and what they were is no longer here."""
         raise ValueError(
             "a ParameterMixture trains the parameters of the model itself, so it cannot be what it was tuned from; "
             "keep a copy of the model from before it was wrapped"
         )
-        yield self  # a context manager's function is a generator
 
     @property
     @in_turn
@@ -176,22 +175,36 @@ class ParameterMixture(Mixture):
             result.append(total.to(each[0].dtype))
         return result
 
-    def _forward(self, weights: Any, kl_weight: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        if self._fixed(weights, kl_weight):
+    @in_turn
+    def forward(
+        self, *args: Any, weights: Weights | None = None, kl_weight: float | Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        """Run the model at the mixture of each row.
+
+        Args:
+            *args: of the model.
+            weights: w, (m,) or (B, m), on the simplex. Not inside `at`, where the mixture is fixed.
+            kl_weight: α, a number or (B,), if the coefficients depend on it.
+            **kwargs: of the model. With (B, m) tensors whose first dimension is B are cut into rows.
+
+        Returns:
+            What the model returns; the tensors of rows that were cut are put together again.
+
+        Raises:
+            ValueError: If weights are missing or do not fit, or outputs of different rows cannot be put together.
+            RuntimeError: If gradients are checkpointed: the model would run again with other parameters.
+        """
+        self._unless_fixed(weights=weights, kl_weight=kl_weight)
+        if self._held is not None:
             return self.model(*args, **kwargs)
         if torch.is_grad_enabled():
             self.clear_cache()
-            if self.training and any(
-                getattr(module, "gradient_checkpointing", False) for module in self.model.modules()
-            ):
+            if self.training and any(getattr(each, "gradient_checkpointing", False) for each in self.model.modules()):
                 raise RuntimeError(
                     "gradient checkpointing would run the model again with the first set in the place of the mixture; "
                     "call gradient_checkpointing_disable(), or use LoraMixture"
                 )
-        return self._mix(self.coefficients_of(weights, kl_weight), args, kwargs)
-
-    def _mix(self, coefficients: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """Run the model at coefficients (sets,), or (B, sets) for each row."""
+        coefficients = self.coefficients_of(weights, kl_weight)
         if coefficients.ndim == 1:
             return self._run(coefficients, args, kwargs)
         rows = len(coefficients)
@@ -200,15 +213,55 @@ class ParameterMixture(Mixture):
         if len(groups) == 1:
             return self._run(distinct[0], args, kwargs)
         kwargs = {**kwargs, **no_cache(self.model, kwargs)}
-        parts = []
-        for one, index in zip(distinct, groups, strict=True):
-            own = [take_rows(a, index, rows) for a in args]
-            parts.append(self._run(one, own, {k: take_rows(v, index, rows) for k, v in kwargs.items()}))
-        return join_rows(parts, groups)
+        cut = [rows_of(index, rows, args, kwargs) for index in groups]
+        return join_rows([self._run(one, *own) for one, own in zip(distinct, cut, strict=True)], groups)
 
     def _run(self, coefficients: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         values = dict(zip(self.names, self.mixed(coefficients), strict=True))
         return torch.func.functional_call(self.model, values, tuple(args), kwargs)
+
+    @in_turn
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,  # (B, T)
+        attention_mask: Tensor | None = None,  # (B, T)
+        *,
+        weights: Weights | None = None,  # (m,) or (B, m)
+        kl_weight: float | Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Generate at the mixture of each row, in groups of equal coefficients.
+
+        Args:
+            input_ids: (B, T), padded on the left.
+            attention_mask: (B, T).
+            weights: As in `forward`.
+            kl_weight: As in `forward`.
+            **kwargs: of the model's `generate`; cut as in `forward`.
+
+        Returns:
+            (B * num_return_sequences, T + new), padded on the right; what `generate` returns for a single mixture.
+        """
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
+        self._unless_fixed(weights=weights, kl_weight=kl_weight)
+        if self._held is not None:
+            return self.model.generate(**given)
+        coefficients = self.coefficients_of(weights, kl_weight)
+        rows = len(input_ids)
+        if coefficients.ndim == 1:
+            coefficients = coefficients.expand(rows, -1)
+        check_batch([input_ids], len(coefficients))
+        parts, (distinct, groups) = [], group_rows(coefficients)
+        for one, index in zip(distinct, groups, strict=True):
+            with self._holding(one):
+                parts.append(self.model.generate(**rows_of(index, rows, (), given)[1]))
+        if len(groups) == 1:
+            return parts[0]
+        pad = kwargs.get("pad_token_id")
+        if pad is None:
+            pad = getattr(kwargs.get("generation_config") or self.model.generation_config, "pad_token_id", None)
+        return join_generated(parts, groups, pad)
 
     # ---------------------------------------------------------------- one mixture
 
@@ -223,7 +276,7 @@ class ParameterMixture(Mixture):
         Raises:
             ValueError: If they differ.
         """
-        if self._checked or self._inside or (ids := probe_ids(self.model)) is None:
+        if self._checked or self._held is not None or (ids := probe_ids(self.model)) is None:
             return
         shares = torch.rand(len(ids), self._count, generator=torch.Generator().manual_seed(0)) * 2 / self._count
         with evaluating(self), generators_kept():
@@ -233,7 +286,7 @@ class ParameterMixture(Mixture):
                 return  # it needs more than input_ids, which are all that there is to compare
             found, merged = [], []
             for row, one in zip(ids[:, None], shares, strict=True):
-                found.append(self._mix(one, (), {"input_ids": row}).logits.double())
+                found.append(self._run(one, (), {"input_ids": row}).logits.double())
                 with self._holding(one):
                     merged.append(logits_of(self.model, row))
         self.clear_cache()
@@ -242,30 +295,14 @@ class ParameterMixture(Mixture):
         check_mixed_rows(type(self.model).__name__, torch.cat(found), torch.cat(merged), plain, remedy, dtype)
         self._checked = True
 
-    def _in_place(self, coefficients: Tensor) -> Sequence[contextlib.AbstractContextManager[Any]]:
-        return (self._holding(coefficients),)
-
-    @contextlib.contextmanager
-    def _holding(self, coefficients: Tensor) -> Iterator[None]:
-        """Put the mixture of coefficients (sets,) into the model inside a `with` block; in one's turn only."""
-        values = self._materialise(coefficients)
-        places: dict[int, list[tuple[nn.Module, str]]] = {}
-        for module in self.model.modules():
-            for attribute, parameter in module._parameters.items():
-                places.setdefault(id(parameter), []).append((module, attribute))
-        own = self.sets[0]
-        self._inside = True
-        try:
-            for parameter, value in zip(own, values, strict=True):
-                mixture = nn.Parameter(value, requires_grad=False)
-                for module, attribute in places[id(parameter)]:  # several, if it is tied
-                    module._parameters[attribute] = mixture
-            yield
-        finally:
-            for parameter in own:
-                for module, attribute in places[id(parameter)]:
-                    module._parameters[attribute] = parameter
-            self._inside = False
+    def _places(self, coefficients: Tensor) -> Sequence[Place]:
+        values = dict(zip(map(id, self.sets[0]), self._materialise(coefficients), strict=True))
+        return [
+            (module, name, values[id(parameter)])
+            for module in self.model.modules()  # several, if a parameter is tied
+            for name, parameter in module._parameters.items()
+            if id(parameter) in values
+        ]
 
     @in_turn
     def clear_cache(self) -> None:
@@ -291,25 +328,6 @@ class ParameterMixture(Mixture):
             model.get_parameter(name).copy_(value)
         settle_ties(model)
         return model
-
-    def _generate(self, weights: Any, kl_weight: Any, given: dict[str, Any]) -> Any:
-        if self._fixed(weights, kl_weight):
-            return self.model.generate(**given)
-        coefficients = self.coefficients_of(weights, kl_weight)
-        rows = len(given["input_ids"])
-        if coefficients.ndim == 1:
-            coefficients = coefficients.expand(rows, -1)
-        check_batch([given["input_ids"]], len(coefficients))
-        parts, (distinct, groups) = [], group_rows(coefficients)
-        for one, index in zip(distinct, groups, strict=True):
-            with self._holding(one):
-                parts.append(self.model.generate(**{k: take_rows(v, index, rows) for k, v in given.items()}))
-        if len(groups) == 1:
-            return parts[0]
-        pad = given.get("pad_token_id")
-        if pad is None:
-            pad = getattr(given.get("generation_config") or self.model.generation_config, "pad_token_id", None)
-        return join_generated(parts, groups, pad)
 
     # ---------------------------------------------------------------- files
 
@@ -371,9 +389,8 @@ class ParameterMixture(Mixture):
         made = _new_model(folder, state, options) if model is None else model
         with fitting(folder / CONFIG_FILE):
             mixture = cls(
-                made, len(record.objectives), scope=config["scope"], coefficients=rule, sets=sets,
-                record=record,
-            )  # fmt: skip
+                made, len(record.objectives), scope=config["scope"], coefficients=rule, sets=sets, record=record
+            )
         own = mixture._state()
         shapes, wanted = ({name: value.shape for name, value in each.items()} for each in (state, own))
         check_shapes(file, shapes, wanted, remedy=REMEDY)

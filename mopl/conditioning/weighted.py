@@ -132,7 +132,8 @@ class WeightedModel(SavedModel):
         rows = given["weights"].shape[:-1]
         if len(rows) > 1:
             raise ValueError(f"weights has shape {shape_of(given['weights'])}; pass (m,) = ({len(names)},) or (B, m)")
-        check_beta_given(beta, self.takes_beta, f"to a {type(self).__name__} that is not conditioned on it")
+        unwanted = f"to a {type(self).__name__} that is not conditioned on it; leave it out"
+        check_beta_given(beta, self.takes_beta, unwanted)
         if beta is not None:
             given["beta"] = check_positive(torch.as_tensor(beta), "beta")
             if tuple(given["beta"].shape) not in ((len(names),), (1, len(names)), (*rows, len(names))):
@@ -142,7 +143,7 @@ class WeightedModel(SavedModel):
                 )
         if kl_weight is not None:
             if not self.takes_kl_weight:
-                raise ValueError(f"kl_weight was passed to a {type(self).__name__} that is not conditioned on it")
+                raise ValueError(f"kl_weight was passed {unwanted}")
             given["kl_weight"] = kl_weight
         return given
 

@@ -151,9 +151,9 @@ def test_inside_at_nothing_else_is_asked_for() -> None:
     mixed = mixture("rslora")
     with mixed.at(W) as model:
         assert torch.equal(logits(mixed), logits(model))
-        with pytest.raises(ValueError, match="the mixture is fixed inside `at`"):
+        with pytest.raises(ValueError, match="fixed inside `at`"):
             mixed(input_ids=IDS, weights=ROWS)
-        with pytest.raises(ValueError, match="the mixture is fixed inside `at`"):
+        with pytest.raises(ValueError, match="fixed inside `at`"):
             mixed.generate(IDS, weights=ROWS)
         for inner in (lambda: mixed.merge(W), mixed.at(W).__enter__, mixed.reference().__enter__):
             with pytest.raises(RuntimeError, match=r"leave the `with mixture\.at"):
