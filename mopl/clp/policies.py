@@ -24,9 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mopl._extras import require
 from mopl._restoring import generators_kept
-from mopl._tensor_files import read_tensors
 from mopl.clp.config import ClpConfig
 from mopl.clp.reward_scale import RunningScale
 from mopl.conditioning import (
@@ -40,7 +38,7 @@ from mopl.conditioning import (
     ValueHead,
 )
 from mopl.conditioning.causal_lm import untie_head
-from mopl.conditioning.saved_models import REMEDY, adapter_folder, check_adapter, check_adapter_state
+from mopl.conditioning.saved_models import adapter_folder, read_adapters, set_adapters
 from mopl.language_models import models
 
 Conditioned = ParameterMixture | LoraMixture | HyperPromptModel
@@ -221,14 +219,10 @@ def load_policy(folder: Path, base: Any, config: ClpConfig, objectives: Sequence
         FileNotFoundError: If the folder holds no model.
     """
     scope = config.scope_of(kind)
-    model: Conditioned
+    around: dict[str, type[Conditioned]] = {"lora-mixture": LoraMixture, "hyper-prompt": HyperPromptModel}
+    own = around.get(scope)
     with models.quiet():
-        if scope == "lora-mixture":
-            model = LoraMixture.from_pretrained(folder, base)
-        elif scope == "hyper-prompt":
-            model = HyperPromptModel.from_pretrained(folder, base)
-        else:
-            model = ParameterMixture.from_pretrained(folder, _copy(base, scope))
+        model = (own or ParameterMixture).from_pretrained(folder, base if own else _copy(base, scope))
     return Policy(model, base, config, objectives, kind).eval()
 
 
@@ -238,22 +232,14 @@ def save_soup(folders: Sequence[Path], target: Path, base: Any, config: ClpConfi
     record = TuningRecord(tuple(objectives), beta=config.kl_weight[0])
     scope = config.scope_of("rewarded-soups")
     if scope == "lora-mixture":
-        require("peft")
-        from peft import set_peft_model_state_dict
-
         with models.quiet():
             soup = LoraMixture(base, len(objectives), config=models.lora_config(config), record=record)
-            wrapped: Any = soup.model
+            paths = {name: adapter_folder(path, name) for name, path in zip(soup.adapters, folders, strict=True)}
             try:
-                for name, folder in zip(soup.adapters, folders, strict=True):
-                    own = adapter_folder(folder, name)
-                    check_adapter(own)
-                    check_adapter_state(wrapped, name, own / models.ADAPTER_FILE)
-                    state = read_tensors(own / models.ADAPTER_FILE, remedy=REMEDY)
-                    set_peft_model_state_dict(wrapped, state, adapter_name=name)
+                set_adapters(soup.model, read_adapters(soup.model, paths))
                 soup.save_pretrained(target)
             finally:
-                wrapped.unload()
+                models.release(soup)
         return
     whole = "full" if config.train_shared else scope
     mixture = ParameterMixture(_copy(base, scope), len(objectives), scope=whole, record=record)

@@ -18,15 +18,8 @@ from mopl._restoring import evaluating, generators_kept
 from mopl._threads import in_turn
 from mopl.conditioning._mixture import CoefficientRule, Mixture, MixtureRecord, renamed_in_mixture, rule_of
 from mopl.conditioning.adapted import Place, one_adapter, places_of
-from mopl.conditioning.adapter_base import base_model
-from mopl.conditioning.adapter_checks import (
-    adapted_parts,
-    check_config,
-    check_names,
-    names_in,
-    naming_targets,
-    short_name,
-)
+from mopl.conditioning.adapter_base import base_with_adapters
+from mopl.conditioning.adapter_checks import adapted_parts, check_config, short_name, with_adapters
 from mopl.conditioning.causal_lm import adapters_off, is_peft
 from mopl.conditioning.hooked import HookedModel
 from mopl.conditioning.merging import check_lora, check_mixed_rows, logits_of, probe_ids, settle_ties
@@ -37,9 +30,7 @@ from mopl.conditioning.saved_models import (
     CONFIG_FILE,
     Names,
     TuningRecord,
-    adapter_folder,
     fitting,
-    load_adapters,
 )
 
 
@@ -93,13 +84,9 @@ class LoraMixture(Mixture, HookedModel):
         sets: int | None = None,
         record: TuningRecord | Sequence[str] | None = None,
     ) -> None:
-        require("peft")
-        import peft
-
         super().__init__(objectives, coefficients, sets, record)
         sets = self._count
         wrapped: Any = model
-        named: dict[str, list[str]] = {}
         if is_peft(model):
             if config is not None:
                 raise ValueError("the model has adapters already; leave config out, or pass the model without them")
@@ -114,14 +101,9 @@ class LoraMixture(Mixture, HookedModel):
             if len(set(self.adapters)) != sets:
                 raise ValueError(f"the adapters would be called {self.adapters}; give the objectives different names")
             check_config(self.adapters[0], config)
-            named = names_in(config)  # PEFT may change it
-            with naming_targets(model):
-                wrapped = peft.get_peft_model(model, config, adapter_name=self.adapters[0])  # type: ignore[arg-type]
-            for name in self.adapters[1:]:
-                wrapped.add_adapter(name, copy.deepcopy(config))
+            wrapped = with_adapters(model, config, self.adapters)
         self.model = wrapped
         self._parts = adapted_parts(wrapped, self.adapters)
-        check_names(wrapped, named)
         wrapped.base_model.active_adapter = self.adapters
         for part in self._parts.values():
             part.mix(self.adapters, self._call, whole=coefficients is None)
@@ -240,9 +222,8 @@ class LoraMixture(Mixture, HookedModel):
         **options: Any,
     ) -> LoraMixture:
         rule = rule_of(config["coefficients"], coefficients, folder)
-        model = base_model(config, folder, model, options)
+        wrapped = base_with_adapters(config, folder, model, options, trainable=trainable)
+        record, sets = TuningRecord.read(config), len(config["adapters"])
         with fitting(folder / CONFIG_FILE):
-            paths = {name: adapter_folder(folder, name) for name in config["adapters"]}
-            wrapped, record = load_adapters(model, paths, trainable=trainable), TuningRecord.read(config)
-            mixture = cls(wrapped, len(record.objectives), coefficients=rule, sets=len(paths), record=record)
+            mixture = cls(wrapped, len(record.objectives), coefficients=rule, sets=sets, record=record)
         return mixture if trainable else mixture.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Parts of parameter mixtures: what a scope names, and rows that share a mixture."""
+"""Parts of parameter mixtures: what a scope names, a new model for the sets of a folder, rows that share a mixture."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mopl._arguments import shape_of
+from mopl._extras import require
+from mopl._hub import naming_own_code
 from mopl.conditioning.causal_lm import output_head
 
 SCOPES = ("full", "attention", "logits")
+MODEL_FOLDER = "architecture"
 
 
 def select_parameters(model: nn.Module, scope: str) -> list[str]:
@@ -46,6 +50,24 @@ def select_parameters(model: nn.Module, scope: str) -> list[str]:
             f"{', '.join(list(first)[:8])}, ..."
         )
     return names
+
+
+def new_model(folder: Path, tensors: Mapping[str, Tensor], options: Mapping[str, Any]) -> Any:
+    """Return a causal language model of the configuration in a folder, in the dtype of its tensors."""
+    source = folder / MODEL_FOLDER
+    if not source.is_dir():
+        raise ValueError(f"{folder} holds no configuration of a model; pass the model")
+    require("transformers")
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    dtype = next((value.dtype for name, value in tensors.items() if name.startswith("model.")), None)
+    options = {"dtype": dtype, "trust_remote_code": False, **options}
+    with naming_own_code(str(source)):
+        known = AutoConfig.from_pretrained(str(source), trust_remote_code=options["trust_remote_code"])
+        model = AutoModelForCausalLM.from_config(known, **options)
+    if (source / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(source))
+    return model
 
 
 # ---------------------------------------------------------------- rows that share a mixture

@@ -15,27 +15,27 @@ from mopl._files import write_files
 from mopl._records import damaged, read_json
 from mopl._tensor_files import read_tensors
 from mopl._threads import Turns, in_turn
-from mopl.conditioning.adapter_base import base_with_adapter
+from mopl.conditioning.adapter_base import base_with_adapters
 from mopl.conditioning.causal_lm import is_peft
 from mopl.conditioning.saved_models import (
     CONFIG_FILE,
+    KINDS,
     REMEDY,
-    SCHEMAS,
     Record,
     SettingsRecord,
     TuningRecord,
+    adapter_folder,
+    adapter_state,
     adapters_of,
-    check_adapter_files,
     fitting,
-    load_adapter_values,
+    read_adapters,
     read_kind,
     read_record,
+    set_adapters,
 )
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-KINDS: dict[str, type[SavedModel]] = {}  # by the name that `mopl.json` has for them
 
 
 class SavedModel(nn.Module):
@@ -62,7 +62,7 @@ class SavedModel(nn.Module):
                 f"{cls.__qualname__} has KIND {cls.KIND!r}, which is that of {known.__module__}.{known.__qualname__}; "
                 "give it another"
             )
-        KINDS[cls.KIND], SCHEMAS[cls.KIND] = cls, cls.SCHEMA
+        KINDS[cls.KIND] = cls
 
     @in_turn
     def save_pretrained(self, directory: str | os.PathLike[str], **options: Any) -> None:
@@ -118,14 +118,8 @@ class SavedModel(nn.Module):
 
     def trained_state(self) -> dict[str, Tensor]:
         """Return what was trained by name, adapters as PEFT's files have it: the tensors are those of the model."""
-        state = dict(self._state())
-        if self._adapters:
-            require("peft")
-            from peft import get_peft_model_state_dict
-        for adapter in self._adapters:
-            own = get_peft_model_state_dict(self.model, adapter_name=adapter, save_embedding_layers=False)
-            state |= {f"{adapter}/{name}": value for name, value in own.items()}
-        return state
+        adapters = {name: adapter_state(self.model, name) for name in self._adapters}
+        return self._state() | {f"{name}/{key}": value for name, own in adapters.items() for key, value in own.items()}
 
     @in_turn
     @torch.no_grad()
@@ -145,9 +139,9 @@ class SavedModel(nn.Module):
         if (found := adapters_of(config)) != self._adapters:
             words = [", ".join(names) or "none" for names in (found, self._adapters)]
             raise ValueError(f"{folder} has the adapters {words[0]} but the model has {words[1]}")
-        check_adapter_files(self.model, folder, found)
+        states = read_adapters(self.model, {name: adapter_folder(folder, name) for name in found})
         self._read_state(folder)
-        load_adapter_values(self.model, folder, found)
+        set_adapters(self.model, states)
 
     @torch.no_grad()
     def _read_state(self, folder: Path) -> None:
@@ -190,7 +184,7 @@ class SavedModel(nn.Module):
         cls, folder: Path, config: dict[str, Any], model: nn.Module | None, *, trainable: bool, **options: Any
     ) -> SavedModel:
         """Return the model of a folder, whose `mopl.json` says `config`."""
-        base = base_with_adapter(config, folder, model, options, trainable=trainable)
+        base = base_with_adapters(config, folder, model, options, trainable=trainable)
         with fitting(folder / CONFIG_FILE):
             try:
                 made: Any = cls(base, record=TuningRecord.read(config), **config.get("settings", {}))  # type: ignore[call-arg]

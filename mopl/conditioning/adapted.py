@@ -286,6 +286,12 @@ def mixed_copies(module: Any) -> MixedCopies | None:
 # ---------------------------------------------------------------- all of them
 
 
+def shared_places(model: nn.Module, values: Mapping[int, Tensor]) -> list[Place]:
+    """Return where a model has parameters, told by their ids, that there are values for: all places of a tied one."""
+    own = ((module, name, id(p)) for module in model.modules() for name, p in module._parameters.items())
+    return [(module, name, values[key]) for module, name, key in own if key in values]
+
+
 def places_of(parts: Iterable[Part], adapters: Sequence[str], shares: Sequence[float]) -> list[Place]:
     """Return the parameters of the base model at coefficients."""
     with torch.no_grad():

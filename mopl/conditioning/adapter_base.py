@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from mopl._extras import require
 from mopl._hub import naming_own_code
@@ -21,6 +19,7 @@ from mopl.conditioning.saved_models import (
     REMEDY,
     AdapterRecord,
     adapter_folder,
+    adapters_of,
     check_options,
     fitting,
     load_adapters,
@@ -88,15 +87,27 @@ def merge_adapter(name: str, model: Any) -> Any:
     return plain.eval()
 
 
-def base_model(
-    record: Mapping[str, Any], directory: str | os.PathLike[str], model: nn.Module | None, options: Mapping[str, Any]
+def base_with_adapters(
+    record: Mapping[str, Any], folder: Path, model: Any, options: Mapping[str, Any], *, trainable: bool
 ) -> Any:
-    """Return the base model that was passed, or the one that a record names; a `ValueError` if there is neither."""
+    """Return the base model that was passed, or the one that a record names, with the adapters that it speaks of.
+
+    Raises:
+        ValueError: If there is neither, or an adapter does not fit it.
+    """
+    model = _base_model(record, folder, model, options)
+    if not (adapters := adapters_of(record)):
+        return model
+    with fitting(folder / CONFIG_FILE):
+        return load_adapters(model, {name: adapter_folder(folder, name) for name in adapters}, trainable=trainable)
+
+
+def _base_model(record: Mapping[str, Any], folder: Path, model: Any, options: Mapping[str, Any]) -> Any:
     check_options(model, options)
     if model is not None:
         return model
     if record["base_model"] is None:
-        raise ValueError(f"{Path(directory) / CONFIG_FILE} names no base model; pass it as model")
+        raise ValueError(f"{folder / CONFIG_FILE} names no base model; pass it as model")
     require("transformers")
     from transformers import AutoModelForCausalLM
 
@@ -106,14 +117,3 @@ def base_model(
             return merge_adapter(name, AutoModelForCausalLM.from_pretrained(base, **options))
     with naming_own_code(name):
         return AutoModelForCausalLM.from_pretrained(name, **options)
-
-
-def base_with_adapter(
-    record: Mapping[str, Any], folder: Path, model: Any, options: Mapping[str, Any], *, trainable: bool
-) -> Any:
-    """Return the base model, as `base_model` does, with the one adapter of a record, if it speaks of one."""
-    model = base_model(record, folder, model, options)
-    if (adapter := record.get("adapter")) is None:
-        return model
-    with fitting(folder / CONFIG_FILE):
-        return load_adapters(model, {adapter: adapter_folder(folder, adapter)}, trainable=trainable)

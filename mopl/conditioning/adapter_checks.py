@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -60,14 +61,28 @@ def check_config(name: str, config: Any) -> None:
         raise ValueError(f"adapter {name!r} uses {', '.join(extra)}, which cannot be mixed; use LoRA or DoRA")
 
 
-def names_in(config: Any) -> dict[str, list[str]]:
-    """Return the modules that a configuration names by an option which PEFT ignores where there is no such module."""
+def with_adapters(model: Any, config: Any, adapters: Sequence[str] = ("default",)) -> Any:
+    """Return PEFT's wrapper around a model with new adapters of one configuration.
+
+    Raises:
+        ValueError: If PEFT puts none on the targets, or an option names modules that are not there, which PEFT ignores.
+    """
+    require("peft")
+    from peft import get_peft_model
+
     options = ("rank_pattern", "alpha_pattern", "modules_to_save")
-    return {option: list(getattr(config, option, None) or ()) for option in options}
+    # PEFT may change it.
+    given: dict[str, list[str]] = {option: list(getattr(config, option, None) or ()) for option in options}
+    with _naming_targets(model):
+        wrapped: Any = get_peft_model(model, config, adapter_name=adapters[0])
+    for name in adapters[1:]:
+        wrapped.add_adapter(name, copy.deepcopy(config))
+    _check_names(wrapped, given)
+    return wrapped
 
 
-def check_names(model: Any, given: dict[str, list[str]]) -> None:
-    """Raise where what `names_in` found in a configuration is nothing in the PEFT model that was made by it."""
+def _check_names(model: Any, given: dict[str, list[str]]) -> None:
+    """Raise where an option names what is no module of the PEFT model that was made by it."""
     layers, copies = lora_layers(model), copied_modules(model)
     experts = [f"{name}.{layer.parameter_name}" for name, layer in layers.items() if hasattr(layer, "parameter_name")]
     adapted = [*layers, *experts]
@@ -88,7 +103,7 @@ def adapted_parts(model: Any, adapters: Sequence[str]) -> dict[str, Part]:
 
     layers = lora_layers(model)
     experts = [name for name, layer in layers.items() if isinstance(layer, ParamWrapper)]
-    bad = not_linear({name: layer for name, layer in layers.items() if name not in experts})
+    bad = _not_linear({name: layer for name, layer in layers.items() if name not in experts})
     for name in adapters:
         config = model.peft_config[name]
         if experts:
@@ -134,7 +149,7 @@ def adapted_parts(model: Any, adapters: Sequence[str]) -> dict[str, Part]:
     return parts_of(model)
 
 
-def not_linear(layers: dict[str, Any]) -> list[str]:
+def _not_linear(layers: dict[str, Any]) -> list[str]:
     """Return the names of layers whose base does something else to its input than to multiply it with its weight.
 
     Subclasses of a linear layer are asked with one input; those of a quantised weight are PEFT's business.
@@ -176,7 +191,7 @@ def other_targets(layers: Iterable[str], bad: Iterable[str], what: str | None = 
 
 
 @contextlib.contextmanager
-def naming_targets(model: Any) -> Iterator[None]:
+def _naming_targets(model: Any) -> Iterator[None]:
     """Say of modules that PEFT refuses inside the `with` block which linear layers, but the output head, are left."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     # Asked before: PEFT may stop halfway.

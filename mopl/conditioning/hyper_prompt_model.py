@@ -32,7 +32,7 @@ from mopl._renamed import renamed_keywords
 from mopl._rows import arranged, check_from_zero, generation_keywords
 from mopl._tensor_files import check_fits, load_state, read_tensors
 from mopl.conditioning._prefix_layout import Layout, PackedLayout, silence_positions
-from mopl.conditioning.adapter_base import base_with_adapter
+from mopl.conditioning.adapter_base import base_with_adapters
 from mopl.conditioning.causal_lm import check_model, check_prompts, check_text, count_new_tokens, is_peft
 from mopl.conditioning.hyper_prompt import HyperPrompt
 from mopl.conditioning.sampling import Weights, check_weights
@@ -358,7 +358,7 @@ class HyperPromptModel(WeightedModel):
         sizes["takes_beta"] = sizes.pop("temperature", False)  # its first name
         with fitting(folder / CONFIG_FILE):
             check_fits(weights, lambda: HyperPrompt(**sizes), remedy=REMEDY)
-        base = base_with_adapter(config, folder, model, options, trainable=trainable)
+        base = base_with_adapters(config, folder, model, options, trainable=trainable)
         with fitting(folder / CONFIG_FILE):
             prompt = HyperPrompt(**sizes)
             prompt.to(read_tensors(weights, remedy=REMEDY)["prefix"].dtype)

@@ -30,8 +30,6 @@ from torch import Tensor, nn
 
 from mopl._arguments import compute_dtype
 from mopl._bounds import check_bounds
-from mopl._extras import require
-from mopl._hub import naming_own_code
 from mopl._records import damaged
 from mopl._restoring import evaluating, generators_kept
 from mopl._tensor_files import check_shapes, read_tensors
@@ -46,15 +44,17 @@ from mopl.conditioning._mixture import (
 )
 from mopl.conditioning._parameter_mixture_lora import LoraMixture
 from mopl.conditioning._parameter_mixture_parts import (
+    MODEL_FOLDER,
     check_batch,
     group_rows,
     join_generated,
     join_rows,
+    new_model,
     no_cache,
     rows_of,
     select_parameters,
 )
-from mopl.conditioning.adapted import Place
+from mopl.conditioning.adapted import Place, shared_places
 from mopl.conditioning.causal_lm import untie_head
 from mopl.conditioning.merging import check_mixed_rows, logits_of, probe_ids, settle_ties
 from mopl.conditioning.sampling import Weights
@@ -62,7 +62,7 @@ from mopl.conditioning.saved_models import CONFIG_FILE, REMEDY, TuningRecord, ch
 
 __all__ = ["KLWeightCoefficients", "LoraMixture", "ParameterMixture"]
 
-WEIGHTS_FILE, MODEL_FOLDER = "parameter_mixture.safetensors", "architecture"
+WEIGHTS_FILE = "parameter_mixture.safetensors"
 
 
 class _Record(MixtureRecord):
@@ -296,13 +296,8 @@ class ParameterMixture(Mixture):
         self._checked = True
 
     def _places(self, coefficients: Tensor) -> Sequence[Place]:
-        values = dict(zip(map(id, self.sets[0]), self._materialise(coefficients), strict=True))
-        return [
-            (module, name, values[id(parameter)])
-            for module in self.model.modules()  # several, if a parameter is tied
-            for name, parameter in module._parameters.items()
-            if id(parameter) in values
-        ]
+        values = zip(map(id, self.sets[0]), self._materialise(coefficients), strict=True)
+        return shared_places(self.model, dict(values))
 
     @in_turn
     def clear_cache(self) -> None:
@@ -386,7 +381,7 @@ class ParameterMixture(Mixture):
             text = f"it has {sets} sets but {folder / CONFIG_FILE} says {config['sets']}"
             raise damaged(file, f"{text}, so they do not fit", REMEDY)
         check_options(model, options)
-        made = _new_model(folder, state, options) if model is None else model
+        made = new_model(folder, state, options) if model is None else model
         with fitting(folder / CONFIG_FILE):
             mixture = cls(
                 made, len(record.objectives), scope=config["scope"], coefficients=rule, sets=sets, record=record
@@ -397,21 +392,3 @@ class ParameterMixture(Mixture):
         for name, value in state.items():
             own[name].copy_(value)
         return mixture.requires_grad_(trainable)
-
-
-def _new_model(folder: Path, tensors: Mapping[str, Tensor], options: Mapping[str, Any]) -> Any:
-    """Return a causal language model of the configuration in a folder, in the dtype of its tensors."""
-    source = folder / MODEL_FOLDER
-    if not source.is_dir():
-        raise ValueError(f"{folder} holds no configuration of a model; pass the model")
-    require("transformers")
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-
-    dtype = next((value.dtype for name, value in tensors.items() if name.startswith("model.")), None)
-    options = {"dtype": dtype, "trust_remote_code": False, **options}
-    with naming_own_code(str(source)):
-        known = AutoConfig.from_pretrained(str(source), trust_remote_code=options["trust_remote_code"])
-        model = AutoModelForCausalLM.from_config(known, **options)
-    if (source / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(str(source))
-    return model

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
-from torch import nn
+from torch import Tensor, nn
 
 from mopl._extras import require
 from mopl._records import DamagedFile, Finite, Kind, damaged, read_json
@@ -118,7 +118,7 @@ class SettingsRecord(Record):
     adapter: str | None = None
 
 
-SCHEMAS: dict[str, type[Record]] = {}  # by kind of model; each registers its own
+KINDS: dict[str, Any] = {}  # classes of models by the name that `mopl.json` has for them; each registers itself
 
 
 @contextlib.contextmanager
@@ -161,12 +161,13 @@ def read_record(directory: str | os.PathLike[str], kind: str, *files: str) -> di
     if missing:
         raise FileNotFoundError(f"{folder} holds no {' and no '.join(missing)}; name a folder of save_pretrained")
     file = folder / CONFIG_FILE
-    record = read_json(file, SCHEMAS[kind], remedy=REMEDY)
+    schema = KINDS[kind].SCHEMA
+    record = read_json(file, schema, remedy=REMEDY)
     for name in adapters_of(record):
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise damaged(file, f"the adapter {name!r} lies outside of the folder", REMEDY)
     try:
-        SCHEMAS[kind].check(record)
+        schema.check(record)
     except ValueError as error:
         raise damaged(file, str(error), REMEDY) from None
     return record
@@ -200,7 +201,7 @@ def load_adapters(model: Any, paths: Mapping[str, Path], *, trainable: bool = Fa
 
     wrapped: Any = None
     for name, path in paths.items():
-        check_adapter(path)
+        _check_adapter(path)
         try:
             if wrapped is None:
                 wrapped = PeftModel.from_pretrained(model, str(path), adapter_name=name, is_trainable=trainable)
@@ -211,29 +212,40 @@ def load_adapters(model: Any, paths: Mapping[str, Path], *, trainable: bool = Fa
             file = path / (ADAPTER_FILE if isinstance(error, RuntimeError) else ADAPTER_CONFIG)
             text = f"the adapter does not fit the model ({' '.join(str(error).split())[:200]!r})"
             raise damaged(file, text, f"{REMEDY}; or pass the base model it is for") from None
-        check_adapter_state(wrapped, name, path / ADAPTER_FILE)
+        _check_state(wrapped, name, path / ADAPTER_FILE)
     return wrapped
 
 
-def check_adapter_files(model: Any, folder: Path, names: Sequence[str]) -> None:
-    """Raise unless a folder of `save_pretrained` has what a PEFT model has of these adapters."""
-    for name in names:
-        check_adapter(adapter_folder(folder, name))
-        check_adapter_state(model, name, adapter_folder(folder, name) / ADAPTER_FILE)
-
-
-def load_adapter_values(model: Any, folder: Path, names: Sequence[str]) -> None:
-    """Load adapters from a folder of `save_pretrained` into those of a PEFT model, in place."""
-    for name in names:
+def read_adapters(model: Any, paths: Mapping[str, Path]) -> dict[str, dict[str, Tensor]]:
+    """Return what folders of PEFT hold for adapters of a PEFT model, by adapter; raise where it does not fit."""
+    states = {}
+    for name, path in paths.items():
         require("peft")
-        from peft import load_peft_weights, set_peft_model_state_dict
+        from peft import load_peft_weights
 
-        device = str(next(model.parameters()).device)
-        values = load_peft_weights(str(adapter_folder(folder, name)), device=device)
-        set_peft_model_state_dict(model, values, adapter_name=name)
+        _check_adapter(path)
+        _check_state(model, name, path / ADAPTER_FILE)
+        states[name] = load_peft_weights(str(path), device=str(next(model.parameters()).device))
+    return states
 
 
-def check_adapter(path: Path) -> None:
+def set_adapters(model: Any, states: Mapping[str, dict[str, Tensor]]) -> None:
+    """Give adapters of a PEFT model, in place, what `read_adapters` returned."""
+    for name, state in states.items():
+        from peft import set_peft_model_state_dict
+
+        set_peft_model_state_dict(model, state, adapter_name=name)
+
+
+def adapter_state(model: Any, name: str) -> dict[str, Tensor]:
+    """Return the tensors of an adapter of a PEFT model, by the names that PEFT's files have."""
+    require("peft")
+    from peft import get_peft_model_state_dict
+
+    return get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+
+
+def _check_adapter(path: Path) -> None:
     """Raise unless a folder holds an adapter whose files can be read and agree on its size."""
     if (path / "adapter_model.bin").is_file() and not (path / ADAPTER_FILE).exists():
         return  # a pickle of an old version of PEFT, which reads it without code
@@ -254,14 +266,11 @@ def _plain(key: str) -> str:
     return key.replace(".base_layer.", ".")
 
 
-def check_adapter_state(model: Any, name: str, file: Path) -> None:
+def _check_state(model: Any, name: str, file: Path) -> None:
     """Raise a `DamagedFile` unless a file of an adapter has all that a PEFT model has under this name, and no more."""
-    from peft import get_peft_model_state_dict
-
     if not file.exists():
         return
-    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    wanted = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    wanted = {key: tuple(tensor.shape) for key, tensor in adapter_state(model, name).items()}
     # Embeddings that were resized, or an adapter lies on, are saved beside it, as PEFT or the model names them.
     own = {_plain(key) for key in model.state_dict()}
     shapes = shapes_of(file, remedy=REMEDY)

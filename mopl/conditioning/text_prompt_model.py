@@ -25,7 +25,7 @@ from mopl._renamed import renamed_keywords
 from mopl._rows import arranged, generation_keywords
 from mopl._tensor_files import check_shapes
 from mopl.conditioning._written_rows import WrittenRows, mask_behind_words
-from mopl.conditioning.adapter_base import base_of_adapter, base_with_adapter
+from mopl.conditioning.adapter_base import base_of_adapter, base_with_adapters
 from mopl.conditioning.causal_lm import check_no_prompt, check_prompts, check_text, count_new_tokens, is_peft
 from mopl.conditioning.sampling import Weights
 from mopl.conditioning.saved_models import (
@@ -344,7 +344,7 @@ class TextPromptModel(WeightedModel):
         if whole and model is None:
             base = _whole_model(folder, options)
         else:
-            base = base_with_adapter(config, folder, model, options, trainable=trainable)
+            base = base_with_adapters(config, folder, model, options, trainable=trainable)
         made = cls(base, prompt, tokenizer, record=TuningRecord.read(config))
         if whole:
             if model is not None:

@@ -30,7 +30,9 @@ from mopl._files import write_file
 from mopl._records import read_json
 from mopl._restoring import evaluating, requires_grad_kept
 from mopl.conditioning import WeightedModel
+from mopl.conditioning.adapted import held, shared_places
 from mopl.conditioning.causal_lm import adapters_off, is_peft
+from mopl.conditioning.saved_models import adapter_state
 from mopl.language_models.model_identity import checksum
 
 FILE = "reference.json"
@@ -104,15 +106,9 @@ class OwnReference:
                 f"{(late or missing)[0]} {'is trained' if late else 'is gone'}, which was not so when the reference "
                 "was taken from the model; choose what is trained before the trainer is made, or pass ref_model"
             )
-        kept = {name: now[name].data for name in self._start}
-        try:
-            for name, value in self._start.items():
-                here = self._start[name] = value.to(kept[name].device, kept[name].dtype)
-                now[name].data = here
+        self._start = {name: value.to(now[name].device, now[name].dtype) for name, value in self._start.items()}
+        with held(shared_places(model, {id(now[name]): value for name, value in self._start.items()})):
             yield
-        finally:
-            for name, value in kept.items():
-                now[name].data = value
 
     def spread(self, accelerator: Any) -> None:
         """Give every process the copy of the first one, as DDP does with the parameters themselves."""
@@ -130,12 +126,8 @@ class OwnReference:
             return "base"
         if self.kind == "start":
             return f"start {checksum(self._start.items())}"
-        require("peft")
-        from peft import get_peft_model_state_dict
-
         assert self.adapter is not None
-        state = get_peft_model_state_dict(_inner(model), adapter_name=self.adapter, save_embedding_layers=False)
-        return f"adapter {self.adapter} {checksum(state.items())}"
+        return f"adapter {self.adapter} {checksum(adapter_state(_inner(model), self.adapter).items())}"
 
 
 def _inner(model: Any) -> Any:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mopl._extras import require
 from mopl.conditioning.causal_lm import is_peft
+from mopl.conditioning.saved_models import adapter_state
 from mopl.conditioning.weighted import WeightedModel, causal_lm_of
 
 # Of configurations of models and adapters: names, versions, and what only a training or a generation reads.
@@ -151,11 +151,8 @@ def _adapters(model: Any, inner: nn.Module) -> list[Any]:
 
 def _adapter(model: Any, name: str) -> list[Any]:
     """Return the settings of an adapter and a SHA-256 of its parameters."""
-    require("peft")
-    from peft import get_peft_model_state_dict
-
     digest = hashlib.sha256()
-    _update(digest, get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False).items())
+    _update(digest, adapter_state(model, name).items())
     return [model.peft_config[name].to_dict(), digest.hexdigest()]
 
 

@@ -16,7 +16,7 @@ from mopl._hub import loading
 from mopl._terminal import bars_wanted
 from mopl.conditioning import TextPromptModel, WeightedModel
 from mopl.conditioning.adapter_base import base_of_adapter, merge_adapter, naming_base
-from mopl.conditioning.adapter_checks import check_names, names_in
+from mopl.conditioning.adapter_checks import with_adapters
 from mopl.conditioning.saved_models import ADAPTER_FILE, CONFIG_FILE, load_adapters, read_kind, read_record
 from mopl.language_models.head import fuse, unfuse
 from mopl.language_models.model_identity import fingerprint as fingerprint
@@ -121,14 +121,8 @@ def lora_config(settings: Any) -> Any:
 
 def with_adapter(base: Any, settings: Any) -> Any:
     """Return the base with the new adapter of `lora_config`, as a PEFT model."""
-    config = lora_config(settings)
-    from peft import get_peft_model
-
-    named = names_in(config)  # PEFT may change it
     with quiet():
-        model = get_peft_model(base, config)
-    check_names(model, named)
-    return model
+        return with_adapters(base, lora_config(settings))
 
 
 def positions_of(model: Any) -> int | None:

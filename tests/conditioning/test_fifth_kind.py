@@ -17,7 +17,6 @@ peft = pytest.importorskip("peft")
 from tiny_language_models import build, lora, tokenizer
 
 from mopl.conditioning import LoraMixture, WeightedModel
-from mopl.conditioning.saved_models import SCHEMAS
 from mopl.conditioning.weighted import KINDS
 from mopl.language_models.head import fuse
 
@@ -37,7 +36,7 @@ def kind(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     yield importlib.import_module("head_shift").HeadShift
-    for known in (sys.modules, KINDS, SCHEMAS):
+    for known in (sys.modules, KINDS):
         known.pop("head_shift", None), known.pop("HeadShift", None)
 
 
