@@ -18,7 +18,6 @@ from mopl._restoring import evaluating, generators_kept
 from mopl._threads import in_turn
 from mopl.conditioning._mixture import CoefficientRule, Mixture, MixtureRecord, renamed_in_mixture, rule_of
 from mopl.conditioning.adapted import Place, one_adapter, places_of
-from mopl.conditioning.adapter_base import base_with_adapters
 from mopl.conditioning.adapter_checks import adapted_parts, check_config, short_name, with_adapters
 from mopl.conditioning.causal_lm import adapters_off, is_peft
 from mopl.conditioning.hooked import HookedModel
@@ -30,6 +29,7 @@ from mopl.conditioning.saved_models import (
     CONFIG_FILE,
     Names,
     TuningRecord,
+    base_with_adapters,
     fitting,
 )
 

@@ -15,7 +15,6 @@ from mopl._files import write_files
 from mopl._records import damaged, read_json
 from mopl._tensor_files import read_tensors
 from mopl._threads import Turns, in_turn
-from mopl.conditioning.adapter_base import base_with_adapters
 from mopl.conditioning.causal_lm import is_peft
 from mopl.conditioning.saved_models import (
     CONFIG_FILE,
@@ -27,6 +26,7 @@ from mopl.conditioning.saved_models import (
     adapter_folder,
     adapter_state,
     adapters_of,
+    base_with_adapters,
     fitting,
     read_adapters,
     read_kind,

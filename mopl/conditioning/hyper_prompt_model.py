@@ -32,7 +32,6 @@ from mopl._renamed import renamed_keywords
 from mopl._rows import arranged, check_from_zero, generation_keywords
 from mopl._tensor_files import check_fits, load_state, read_tensors
 from mopl.conditioning._prefix_layout import Layout, PackedLayout, silence_positions
-from mopl.conditioning.adapter_base import base_with_adapters
 from mopl.conditioning.causal_lm import check_model, check_prompts, check_text, count_new_tokens, is_peft
 from mopl.conditioning.hyper_prompt import HyperPrompt
 from mopl.conditioning.sampling import Weights, check_weights
@@ -41,6 +40,7 @@ from mopl.conditioning.saved_models import (
     REMEDY,
     Record,
     TuningRecord,
+    base_with_adapters,
     fitting,
 )
 from mopl.conditioning.weighted import WeightedModel

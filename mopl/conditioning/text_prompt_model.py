@@ -25,7 +25,6 @@ from mopl._renamed import renamed_keywords
 from mopl._rows import arranged, generation_keywords
 from mopl._tensor_files import check_shapes
 from mopl.conditioning._written_rows import WrittenRows, mask_behind_words
-from mopl.conditioning.adapter_base import base_of_adapter, base_with_adapters
 from mopl.conditioning.causal_lm import check_no_prompt, check_prompts, check_text, count_new_tokens, is_peft
 from mopl.conditioning.sampling import Weights
 from mopl.conditioning.saved_models import (
@@ -33,6 +32,8 @@ from mopl.conditioning.saved_models import (
     REMEDY,
     Record,
     TuningRecord,
+    base_of_adapter,
+    base_with_adapters,
     fitting,
 )
 from mopl.conditioning.text_prompt import TextPrompt

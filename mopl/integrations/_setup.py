@@ -16,8 +16,8 @@ from torch import nn
 from mopl._extras import require
 from mopl._hub import naming_own_code
 from mopl._rows import check_rows
-from mopl.conditioning.adapter_base import base_of_adapter
 from mopl.conditioning.causal_lm import is_peft
+from mopl.conditioning.saved_models import base_of_adapter
 from mopl.conditioning.weighted import WeightedModel, causal_lm_of
 from mopl.integrations._data import BETA, WEIGHTS, Example, Examples
 from mopl.integrations._options import check_options

@@ -17,7 +17,7 @@ And it is no part of the model, so no optimizer, checkpoint or `save_pretrained`
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -170,9 +170,8 @@ def starts_at_base(model: nn.Module) -> bool:
             if isinstance(module, LoraLayer):
                 if module.merged or not all(_is_empty(module, name) for name in active):
                     return False
-                for kind in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"):
-                    parts: Any = getattr(module, kind)
-                    inside |= {id(p) for p in parts.parameters()}
+                parts = (module.lora_A, module.lora_B, module.lora_embedding_A, module.lora_embedding_B)
+                inside |= {id(p) for part in parts for p in part.parameters()}
             elif isinstance(module, AuxiliaryTrainingWrapper):
                 if not isinstance(module, ModulesToSaveWrapper) or not _is_copy(module, active):
                     return False
@@ -185,32 +184,22 @@ def _is_empty(layer: Any, adapter: str) -> bool:
     if adapter in getattr(layer, "lora_variant", {}):
         return False
     for down, up in ((layer.lora_A, layer.lora_B), (layer.lora_embedding_A, layer.lora_embedding_B)):
-        if adapter not in down:
-            continue
         first, second = (
-            list(each[adapter].parameters()) if isinstance(each[adapter], nn.Module) else [each[adapter]]
-            for each in (down, up)
+            [p for name, p in part.named_parameters() if name.split(".")[0] == adapter] for part in (down, up)
         )
         # A bias of the second matrix is added whatever the first one gives.
-        if _zero(second) or (_zero(first) and len(second) == 1):
-            continue
-        return False
+        if any(p.any() for p in second) and (any(p.any() for p in first) or len(second) > 1):
+            return False
     return True
-
-
-def _zero(tensors: Iterable[Tensor]) -> bool:
-    return not any(bool(tensor.any()) for tensor in tensors)
 
 
 def _is_copy(wrapper: Any, active: list[str]) -> bool:
     """Say whether the copies of a module that is trained whole are equal to the module."""
     original = dict(wrapper.original_module.named_parameters())
-    for name in active:
-        if name in wrapper.modules_to_save:
-            copy = dict(wrapper.modules_to_save[name].named_parameters())
-            if copy.keys() != original.keys() or not all(torch.equal(copy[key], original[key]) for key in copy):
-                return False
-    return True
+    copies = [dict(copy.named_parameters()) for name, copy in wrapper.modules_to_save.items() if name in active]
+    return all(
+        copy.keys() == original.keys() and all(torch.equal(copy[key], original[key]) for key in copy) for copy in copies
+    )
 
 
 def _moves_base(model: Any) -> bool:

@@ -51,9 +51,9 @@ from mopl._extras import require
 from mopl._files import write_folder
 from mopl._renamed import renamed_keywords
 from mopl.conditioning import TextPrompt, TuningRecord, check_weights
-from mopl.conditioning.adapter_base import base_of_adapter
 from mopl.conditioning.causal_lm import is_peft
 from mopl.conditioning.merging import merged, settle_merged, settle_ties
+from mopl.conditioning.saved_models import base_of_adapter
 from mopl.conditioning.weighted import WeightedModel, causal_lm_of
 from mopl.language_models._export_check import (
     TOLERANCE,

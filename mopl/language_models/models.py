@@ -15,9 +15,17 @@ from mopl._extras import require
 from mopl._hub import loading
 from mopl._terminal import bars_wanted
 from mopl.conditioning import TextPromptModel, WeightedModel
-from mopl.conditioning.adapter_base import base_of_adapter, merge_adapter, naming_base
 from mopl.conditioning.adapter_checks import with_adapters
-from mopl.conditioning.saved_models import ADAPTER_FILE, CONFIG_FILE, load_adapters, read_kind, read_record
+from mopl.conditioning.saved_models import (
+    ADAPTER_FILE,
+    CONFIG_FILE,
+    base_of_adapter,
+    load_adapters,
+    merge_adapter,
+    naming_base,
+    read_kind,
+    read_record,
+)
 from mopl.language_models.head import fuse, unfuse
 from mopl.language_models.model_identity import fingerprint as fingerprint
 

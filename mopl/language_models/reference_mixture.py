@@ -58,13 +58,12 @@ class Reference:
     @contextlib.contextmanager
     def active(self) -> Iterator[Any]:
         """Give the model that is p0 inside a `with` block."""
+        switched: Any = contextlib.nullcontext()
         if isinstance(self.model, WeightedModel):
-            with self.model.reference():
-                yield self.model
+            switched = self.model.reference()
         elif self.own:
-            with adapters_off(self.model):
-                yield self.model
-        else:
+            switched = adapters_off(self.model)
+        with switched:
             yield self.model
 
 
