@@ -12,7 +12,7 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from mopl._arguments import check_choice, shape_of
+from mopl._arguments import check_beta_given, check_choice, readable, shape_of
 from mopl._records import Finite
 from mopl._renamed import renamed_attribute, renamed_in_methods
 from mopl._threads import in_turn
@@ -35,7 +35,8 @@ class KLWeightCoefficients:
     once; mixing with α itself as a coefficient is not. CLP's own rule for α was not at hand: this one is ours.
 
     Args:
-        smallest_kl_weight: α_min, the strongest influence of the rewards that is asked for; λ = 1 there.
+        smallest_kl_weight: α_min, the strongest influence of the rewards that is asked for; λ = 1 there, and above 1
+            for a smaller α, which extrapolates.
         kl_form: "complement" or "penalty", as in `mopl.losses.policy_gradient`.
         anchor: whether the last set takes 1 - λ. A LoRA mixture needs none: its base model is the anchor.
     """
@@ -64,6 +65,9 @@ class KLWeightCoefficients:
         """Return the coefficients (..., sets) of weights (..., m) and α (...)."""
         if kl_weight is None:
             raise ValueError("kl_weight is missing; the coefficients of this mixture depend on it")
+        largest = 1.0 if self.kl_form == "complement" else float("inf")
+        if readable(kl_weight) and not bool(((kl_weight > 0) & (kl_weight <= largest)).all()):
+            raise ValueError(f"kl_weight is {kl_weight.tolist()} but must be above 0 (complement: and at most 1)")
         share = (self._kappa(kl_weight) / self._kappa(self.smallest_kl_weight))[..., None]
         parts = [share * weights, 1 - share.expand(*weights.shape[:-1], 1)]
         return torch.cat(parts if self.anchor else parts[:1], -1)
@@ -138,6 +142,12 @@ class Mixture(WeightedModel):
         self.coefficients_of(weights, kl_weight)
         return super().conditions(weights, beta, kl_weight)
 
+    def _of_call(self, weights: Weights | None, beta: Any, kl_weight: Any) -> Tensor:
+        """Return the coefficients of a call, (sets,) where they are those of all rows, or (B, sets)."""
+        check_beta_given(beta, False, f"to a {type(self).__name__}, which is not conditioned on it; leave it out")
+        values = self.coefficients_of(weights, kl_weight)
+        return values[0] if values.ndim == 2 and len(values) == 1 else values
+
     def _one(self, weights: Weights, beta: Any, kl_weight: float | Tensor | None) -> Tensor:
         """Return the coefficients (sets,) of one mixture."""
         self.conditions(weights, beta, kl_weight)
@@ -171,6 +181,8 @@ class Mixture(WeightedModel):
         """
         coefficients = self._one(weights, beta, kl_weight)
         self._check_outside()
+        if self.is_reference:
+            raise RuntimeError("the model is its reference; leave the `with mixture.reference()` block first")
         self.check_merging()
         with self._turns.switched(self._holding(coefficients)):
             yield self.causal_lm

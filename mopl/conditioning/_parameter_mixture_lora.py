@@ -11,14 +11,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mopl._arguments import check_beta_given
 from mopl._extras import require
 from mopl._files import write_files
 from mopl._restoring import evaluating, generators_kept
 from mopl._threads import in_turn
 from mopl.conditioning._mixture import CoefficientRule, Mixture, MixtureRecord, renamed_in_mixture, rule_of
-from mopl.conditioning.adapted import Place, one_adapter, places_of
-from mopl.conditioning.adapter_checks import adapted_parts, check_config, short_name, with_adapters
+from mopl.conditioning.adapted import Place, lora_layers, one_adapter, places_of
+from mopl.conditioning.adapter_checks import adapted_parts, check_config, check_saved_whole, short_name, with_adapters
 from mopl.conditioning.causal_lm import adapters_off, is_peft
 from mopl.conditioning.hooked import HookedModel
 from mopl.conditioning.merging import check_lora, check_mixed_rows, logits_of, probe_ids, settle_ties
@@ -93,6 +92,8 @@ class LoraMixture(Mixture, HookedModel):
             self.adapters = list(wrapped.peft_config)
             if len(self.adapters) != sets:
                 raise ValueError(f"the model has the adapters {self.adapters} but {sets} are mixed")
+            if any(layer.merged or layer.disable_adapters for layer in lora_layers(wrapped).values()):
+                raise ValueError("adapters of the model are merged or off; unmerge_adapter(), and switch them on first")
         else:
             if config is None:
                 raise ValueError("config is missing; pass the peft.LoraConfig of the adapters")
@@ -104,6 +105,7 @@ class LoraMixture(Mixture, HookedModel):
             wrapped = with_adapters(model, config, self.adapters)
         self.model = wrapped
         self._parts = adapted_parts(wrapped, self.adapters)
+        check_saved_whole(wrapped, self.adapters)
         wrapped.base_model.active_adapter = self.adapters
         for part in self._parts.values():
             part.mix(self.adapters, self._call, whole=coefficients is None)
@@ -116,17 +118,25 @@ class LoraMixture(Mixture, HookedModel):
     @property
     def is_reference(self) -> bool:
         """Whether its adapters are off, which is so inside of `reference()`."""
-        return next(iter(self._parts.values())).layer.disable_adapters
+        return self._held is None and next(iter(self._parts.values())).layer.disable_adapters
 
     forward, generate = in_turn(HookedModel.forward), in_turn(HookedModel.generate)
 
     def _given(self, weights: Any, beta: Any, kl_weight: Any) -> dict[str, Tensor]:
-        given = self._unless_fixed(weights=weights, beta=beta, kl_weight=kl_weight)
-        if self.is_reference:  # as it is inside `at`, too
+        self._unless_fixed(weights=weights, beta=beta, kl_weight=kl_weight)
+        if self._held is not None or self.is_reference:
             return {}
-        check_beta_given(beta, False, "to a LoraMixture, which is not conditioned on it; leave it out")
-        values = self.coefficients_of(given.get("weights"), given.get("kl_weight"))
-        return {"coefficients": values[0] if values.ndim == 2 and len(values) == 1 else values}
+        self._check_switches()
+        return {"coefficients": self._of_call(weights, beta, kl_weight)}
+
+    def _check_switches(self) -> None:
+        """Raise where somebody switched the model inside by PEFT's methods: all layers, so one tells."""
+        layer = next(iter(self._parts.values())).layer
+        if layer.merged or list(layer.active_adapters) != self.adapters:
+            raise RuntimeError(
+                f"the model inside has merged adapters, or others active than {', '.join(self.adapters)}, which are "
+                "mixed; undo that (unmerge_adapter, base_model.set_adapter), or make the mixture again"
+            )
 
     @contextlib.contextmanager
     def reference(self, *, adapters: bool = False) -> Iterator[LoraMixture]:
@@ -146,6 +156,7 @@ class LoraMixture(Mixture, HookedModel):
         Raises:
             ValueError: With the modules that differ, and the targets that do not.
         """
+        self._check_switches()
         if not self._checked:
             check_lora(self.model, self.adapters, self._mixed_logits, whole=self.coefficients is None)
             self._checked = True
@@ -165,6 +176,8 @@ class LoraMixture(Mixture, HookedModel):
     def _merged(self, coefficients: Tensor) -> nn.Module:
         with self._holding(coefficients):
             merged = copy.deepcopy(self.model).unload()
+        if getattr(merged, "is_gradient_checkpointing", False):
+            merged.gradient_checkpointing_disable()  # which would hold a copy of the mixture, for its coefficients
         if settle_ties(merged) and (ids := probe_ids(merged)) is not None:
             # Some models do more to a head that is tied than to use its weight.
             with evaluating(self, merged), generators_kept():

@@ -19,6 +19,8 @@ from mopl.conditioning.causal_lm import output_head
 
 SCOPES = ("full", "attention", "logits")
 MODEL_FOLDER = "architecture"
+# Keywords of transformers whose tensors hold positions or tokens, as many as there are rows by chance.
+_NO_ROWS = re.compile("logits_to_keep$|cache_position$|token_ids?$|_tokens(_ids)?$")
 
 
 def select_parameters(model: nn.Module, scope: str) -> list[str]:
@@ -84,11 +86,11 @@ def rows_of(
 ) -> tuple[list[Any], dict[str, Any]]:
     """Return arguments with these rows alone of tensors whose first dimension is the batch; others as they are."""
 
-    def cut(value: Any) -> Any:
-        batched = isinstance(value, Tensor) and value.ndim and len(value) == rows
+    def cut(value: Any, name: str = "") -> Any:
+        batched = isinstance(value, Tensor) and value.ndim and len(value) == rows and not _NO_ROWS.search(name)
         return value[index.to(value.device)] if batched else value
 
-    return [cut(value) for value in args], {name: cut(value) for name, value in kwargs.items()}
+    return [cut(value) for value in args], {name: cut(value, name) for name, value in kwargs.items()}
 
 
 def check_batch(values: Sequence[Any], rows: int) -> None:
@@ -104,7 +106,8 @@ def no_cache(model: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keyword that keeps a causal language model from returning a cache, which cannot be put together."""
     if kwargs.get("past_key_values") is not None:
         raise ValueError("a cache belongs to one mixture; pass one weight vector (m,), or use generate()")
-    takes = "use_cache" in inspect.signature(type(model).forward).parameters
+    inner = getattr(model, "get_base_model", lambda: model)()  # PEFT's wrapper hands on whatever it gets
+    takes = "use_cache" in inspect.signature(type(inner).forward).parameters
     return {"use_cache": False} if takes and "use_cache" not in kwargs else {}
 
 

@@ -15,6 +15,7 @@ from mopl._files import write_files
 from mopl._records import damaged, read_json
 from mopl._tensor_files import read_tensors
 from mopl._threads import Turns, in_turn
+from mopl.conditioning.adapted import adapter_state
 from mopl.conditioning.causal_lm import is_peft
 from mopl.conditioning.saved_models import (
     CONFIG_FILE,
@@ -24,7 +25,6 @@ from mopl.conditioning.saved_models import (
     SettingsRecord,
     TuningRecord,
     adapter_folder,
-    adapter_state,
     adapters_of,
     base_with_adapters,
     fitting,

@@ -53,6 +53,14 @@ def copied_modules(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
 
 
+def adapter_state(model: Any, name: str) -> dict[str, Tensor]:
+    """Return the tensors of an adapter of a PEFT model, by the names that PEFT's files have."""
+    require("peft")
+    from peft import get_peft_model_state_dict
+
+    return get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+
+
 # ---------------------------------------------------------------- coefficients of a call
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mopl._extras import require
-from mopl.conditioning.adapted import Part, copied_modules, lora_layers, parts_of
+from mopl.conditioning.adapted import Part, adapter_state, copied_modules, lora_layers, parts_of
 
 # Initialisations that move a part of the base model's weights into the adapter.
 _TAKING = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -70,6 +70,9 @@ def with_adapters(model: Any, config: Any, adapters: Sequence[str] = ("default",
     require("peft")
     from peft import get_peft_model
 
+    if bad := [name for name in adapters if not name or hasattr(nn.ModuleDict, name)]:
+        raise ValueError(f"an adapter cannot be called {bad[0]!r}; give the objective another name")
+    check_no_adapters(model)
     options = ("rank_pattern", "alpha_pattern", "modules_to_save")
     # PEFT may change it.
     given: dict[str, list[str]] = {option: list(getattr(config, option, None) or ()) for option in options}
@@ -79,6 +82,18 @@ def with_adapters(model: Any, config: Any, adapters: Sequence[str] = ("default",
         wrapped.add_adapter(name, copy.deepcopy(config))
     _check_names(wrapped, given)
     return wrapped
+
+
+def check_no_adapters(model: nn.Module) -> None:
+    """Raise where a base model has layers of adapters inside, which a second wrapper would share and change."""
+    require("peft")
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError(
+            f"the {type(model).__name__} has adapters inside already; pass the base model without them (unload() takes "
+            "them out, copy.deepcopy makes a second one before), or load into the model around it by load_weights"
+        )
 
 
 def _check_names(model: Any, given: dict[str, list[str]]) -> None:
@@ -147,6 +162,25 @@ def adapted_parts(model: Any, adapters: Sequence[str]) -> dict[str, Part]:
                 f"modules, whose copies cannot be mixed; name those that are linear in their parameters, of {inside}"
             )
     return parts_of(model)
+
+
+def check_saved_whole(model: Any, adapters: Sequence[str]) -> None:
+    """Raise where PEFT, which looks for an adapter's name anywhere in a tensor's, would not save all of an adapter."""
+    for adapter in adapters:
+        own = [value for each in lora_layers(model).values() for value in _tensors_of(each, adapter)]
+        copies = [each.modules_to_save for each in copied_modules(model).values() if adapter in each.modules_to_save]
+        wanted = len(own) + sum(len(each[adapter].state_dict()) for each in copies)
+        if (found := len(adapter_state(model, adapter))) != wanted:
+            raise ValueError(
+                f"an adapter called {adapter!r} would be saved with {found} of its {wanted} tensors, since the name is "
+                "a part of others in the model; give the objective, or the adapter, another name"
+            )
+
+
+def _tensors_of(layer: Any, adapter: str) -> list[Tensor]:
+    """Return what an adapter has in a LoRA layer: of lora_A.NAME.weight and the like."""
+    names = ((name.split("."), value) for name, value in layer.named_parameters())
+    return [value for name, value in names if name[0].startswith("lora_") and name[1:2] == [adapter]]
 
 
 def _not_linear(layers: dict[str, Any]) -> list[str]:

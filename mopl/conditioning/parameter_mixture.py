@@ -117,9 +117,7 @@ class ParameterMixture(Mixture):
         self.model = model
         self.scope = scope
         self.names = select_parameters(model, scope)
-        own = [model.get_parameter(name) for name in self.names]
-        for parameter in own:
-            parameter.requires_grad_(True)
+        own = [model.get_parameter(name).requires_grad_(True) for name in self.names]
         copies = ([nn.Parameter(p.detach().clone()) for p in own] for _ in range(self._count - 1))
         self.others = nn.ModuleList(nn.ParameterList(each) for each in copies)
         self._cache: tuple[Any, list[Tensor]] | None = None
@@ -177,15 +175,21 @@ class ParameterMixture(Mixture):
 
     @in_turn
     def forward(
-        self, *args: Any, weights: Weights | None = None, kl_weight: float | Tensor | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        weights: Weights | None = None,  # (m,) or (B, m)
+        beta: None = None,
+        kl_weight: float | Tensor | None = None,
+        **kwargs: Any,
     ) -> Any:
         """Run the model at the mixture of each row.
 
         Args:
             *args: of the model.
             weights: w, (m,) or (B, m), on the simplex. Not inside `at`, where the mixture is fixed.
+            beta: None; no mixture is conditioned on β.
             kl_weight: α, a number or (B,), if the coefficients depend on it.
-            **kwargs: of the model. With (B, m) tensors whose first dimension is B are cut into rows.
+            **kwargs: of the model. With (B, m) tensors with B rows are cut; not positions such as `logits_to_keep`.
 
         Returns:
             What the model returns; the tensors of rows that were cut are put together again.
@@ -194,7 +198,7 @@ class ParameterMixture(Mixture):
             ValueError: If weights are missing or do not fit, or outputs of different rows cannot be put together.
             RuntimeError: If gradients are checkpointed: the model would run again with other parameters.
         """
-        self._unless_fixed(weights=weights, kl_weight=kl_weight)
+        self._unless_fixed(weights=weights, beta=beta, kl_weight=kl_weight)
         if self._held is not None:
             return self.model(*args, **kwargs)
         if torch.is_grad_enabled():
@@ -204,7 +208,7 @@ class ParameterMixture(Mixture):
                     "gradient checkpointing would run the model again with the first set in the place of the mixture; "
                     "call gradient_checkpointing_disable(), or use LoraMixture"
                 )
-        coefficients = self.coefficients_of(weights, kl_weight)
+        coefficients = self._of_call(weights, beta, kl_weight)
         if coefficients.ndim == 1:
             return self._run(coefficients, args, kwargs)
         rows = len(coefficients)
@@ -228,6 +232,7 @@ class ParameterMixture(Mixture):
         attention_mask: Tensor | None = None,  # (B, T)
         *,
         weights: Weights | None = None,  # (m,) or (B, m)
+        beta: None = None,
         kl_weight: float | Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -237,6 +242,7 @@ class ParameterMixture(Mixture):
             input_ids: (B, T), padded on the left.
             attention_mask: (B, T).
             weights: As in `forward`.
+            beta: As in `forward`.
             kl_weight: As in `forward`.
             **kwargs: of the model's `generate`; cut as in `forward`.
 
@@ -244,10 +250,10 @@ class ParameterMixture(Mixture):
             (B * num_return_sequences, T + new), padded on the right; what `generate` returns for a single mixture.
         """
         given = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
-        self._unless_fixed(weights=weights, kl_weight=kl_weight)
+        self._unless_fixed(weights=weights, beta=beta, kl_weight=kl_weight)
         if self._held is not None:
             return self.model.generate(**given)
-        coefficients = self.coefficients_of(weights, kl_weight)
+        coefficients = self._of_call(weights, beta, kl_weight)
         rows = len(input_ids)
         if coefficients.ndim == 1:
             coefficients = coefficients.expand(rows, -1)

@@ -21,6 +21,8 @@ from mopl._hub import naming_own_code
 from mopl._records import DamagedFile, Finite, Kind, damaged, read_json
 from mopl._renamed import renamed_attribute, renamed_in_methods
 from mopl._tensor_files import check_shapes, read_tensors, shapes_of
+from mopl.conditioning.adapted import adapter_state
+from mopl.conditioning.adapter_checks import check_no_adapters
 from mopl.conditioning.merging import merged, settle_merged
 
 CONFIG_FILE = "mopl.json"
@@ -206,6 +208,7 @@ def load_adapters(model: Any, paths: Mapping[str, Path], *, trainable: bool = Fa
     from peft import PeftModel
 
     wrapped: Any = None
+    check_no_adapters(model)
     for name, path in paths.items():
         _check_adapter(path)
         try:
@@ -241,14 +244,6 @@ def set_adapters(model: Any, states: Mapping[str, dict[str, Tensor]]) -> None:
         from peft import set_peft_model_state_dict
 
         set_peft_model_state_dict(model, state, adapter_name=name)
-
-
-def adapter_state(model: Any, name: str) -> dict[str, Tensor]:
-    """Return the tensors of an adapter of a PEFT model, by the names that PEFT's files have."""
-    require("peft")
-    from peft import get_peft_model_state_dict
-
-    return get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
 
 
 def _check_adapter(path: Path) -> None:

@@ -30,9 +30,8 @@ from mopl._files import write_file
 from mopl._records import read_json
 from mopl._restoring import evaluating, requires_grad_kept
 from mopl.conditioning import WeightedModel
-from mopl.conditioning.adapted import held, shared_places
+from mopl.conditioning.adapted import adapter_state, held, shared_places
 from mopl.conditioning.causal_lm import adapters_off, is_peft
-from mopl.conditioning.saved_models import adapter_state
 from mopl.language_models.model_identity import checksum
 
 FILE = "reference.json"

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mopl.conditioning.adapted import adapter_state
 from mopl.conditioning.causal_lm import is_peft
-from mopl.conditioning.saved_models import adapter_state
 from mopl.conditioning.weighted import WeightedModel, causal_lm_of
 
 # Of configurations of models and adapters: names, versions, and what only a training or a generation reads.

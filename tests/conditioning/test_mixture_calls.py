@@ -1,0 +1,216 @@
+"""Calls of mixtures: what is cut into rows, what is refused; adapters that are there already, switched or misnamed."""
+
+import copy
+
+import peft
+import pytest
+import torch
+from tiny_language_models import VOCABULARY, build, conditioned, lora
+
+from mopl.conditioning import KLWeightCoefficients, LoraMixture, ParameterMixture, WeightedModel
+
+IDS = torch.arange(3, 24).view(3, 7) * 5 % (VOCABULARY - 6) + 6
+ROWS = torch.tensor([[0.2, 0.8], [0.7, 0.3], [1.0, 0.0]])
+W = torch.tensor([0.3, 0.7])
+
+
+def spread(mixture):
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in mixture.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return mixture.eval()
+
+
+def adapters(**options):
+    given = {"r": 2, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **options}
+    return peft.LoraConfig(**given)
+
+
+def lora_mixture(**options):
+    return spread(LoraMixture(build(), 2, config=adapters(), **options))
+
+
+def parameter_mixture(**options):
+    return spread(ParameterMixture(build(), 2, **options))
+
+
+MIXTURES = {"lora": lora_mixture, "parameters": parameter_mixture}
+both = pytest.mark.parametrize("make", MIXTURES.values(), ids=MIXTURES)
+
+
+@torch.no_grad()
+def logits(model, ids=IDS, **kwargs):
+    return model(ids, **kwargs).logits
+
+
+@both
+def test_positions_to_keep_are_those_of_all_rows_whatever_their_number(make):
+    mixture = make()
+    for keep in ([0, 3, 5], [2, 4], [0, 1, 2, 3]):
+        kept = logits(mixture, weights=ROWS, logits_to_keep=torch.tensor(keep))
+        torch.testing.assert_close(kept, logits(mixture, weights=ROWS)[:, keep])
+
+
+def test_every_row_knows_all_end_tokens_whatever_their_number():
+    mixture = parameter_mixture()
+    ends = torch.tensor([2, *logits(mixture, weights=ROWS)[:2, -1].argmax(-1).tolist()])
+    mask = torch.ones_like(IDS)
+    given = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": ends, "pad_token_id": 0}
+    together = mixture.generate(IDS, mask, weights=ROWS, **given)
+    for row, weights, ids in zip(together, ROWS, IDS, strict=True):
+        alone = mixture.generate(ids[None], mask[:1], weights=weights, **given)[0]
+        assert row[: len(alone)].tolist() == alone.tolist() and not row[len(alone) :].any()
+
+
+@both
+def test_weights_of_one_row_are_those_of_all(make):
+    mixture, mask = make(), torch.ones_like(IDS)
+    torch.testing.assert_close(logits(mixture, weights=W[None]), logits(mixture, weights=W))
+    given = {"max_new_tokens": 3, "do_sample": False}
+    one, row = (mixture.generate(IDS, mask, weights=w, **given) for w in (W, W[None]))
+    assert torch.equal(one, row)
+
+
+@both
+def test_beta_is_refused_wherever_it_is_passed(make):
+    mixture = make()
+    calls = (
+        lambda: mixture(IDS, weights=W, beta=[0.1, 0.1]), lambda: mixture.conditions(W, beta=[0.1, 0.1]),
+        lambda: mixture.generate(IDS, torch.ones_like(IDS), weights=W, beta=[0.1, 0.1]),
+        lambda: mixture.merge(W, beta=[0.1, 0.1]),
+    )  # fmt: skip
+    for call in calls:
+        with pytest.raises(ValueError, match=r"beta was passed to a .*Mixture.* not conditioned on it; leave it out"):
+            call()
+
+
+@pytest.mark.parametrize("kl_weight", [0.0, -0.5, float("nan"), 1.5])
+def test_a_kl_weight_outside_of_its_range_is_refused(kl_weight):
+    mixture = lora_mixture(coefficients=KLWeightCoefficients(0.1, anchor=False))
+    for ask in (mixture.coefficients_of, mixture.conditions):
+        with pytest.raises(ValueError, match=r"kl_weight is .* but must be above 0"):
+            ask(W, kl_weight=kl_weight)
+    penalty = KLWeightCoefficients(0.1, "penalty", anchor=False)
+    if kl_weight > 1:
+        assert penalty(W, torch.tensor(kl_weight)).isfinite().all()
+
+
+def test_rows_of_a_mixture_of_an_adapters_parameters():
+    mixture = spread(ParameterMixture(lora(build()), 2, scope="lora_"))
+    alone = torch.cat([logits(mixture, IDS[i : i + 1], weights=ROWS[i]) for i in range(3)])
+    torch.testing.assert_close(logits(mixture, weights=ROWS), alone)
+
+
+def test_a_mixture_in_place_is_no_reference_and_a_reference_holds_none():
+    mixture = lora_mixture()
+    with mixture.at(W):
+        assert not mixture.is_reference
+    with mixture.reference():
+        assert mixture.is_reference
+        with pytest.raises(RuntimeError, match="is its reference; leave the"), mixture.at(W):
+            pass
+    assert not mixture.is_reference
+
+
+# ---------------------------------------------------------------- adapters that are there already
+
+REMEDY = "has adapters inside already; pass the base model without them"
+
+
+def two():
+    model = lora(build(), "a")
+    model.add_adapter("b", adapters(init_lora_weights=False))
+    return model
+
+
+@pytest.mark.parametrize("switch", [lambda model: model.merge_adapter(["a", "b"]), peft.PeftModel.disable_adapter])
+def test_adapters_that_are_merged_or_off_are_no_mixture(switch):
+    model = two()
+    entered = switch(model)
+    if entered is not None:
+        entered.__enter__()
+    with pytest.raises(ValueError, match=r"are merged or off"):
+        LoraMixture(model, 2)
+
+
+@pytest.mark.parametrize(
+    "switch",
+    [
+        lambda model: model.set_adapter("objective_1"),
+        lambda model: model.merge_adapter(["objective_1"]),
+        lambda model: model.delete_adapter("objective_1"),
+    ],
+    ids=["set", "merged", "deleted"],
+)
+def test_a_mixture_whose_adapters_somebody_switched_says_so(switch):
+    mixture = lora_mixture()
+    switch(mixture.model)
+    calls = (
+        lambda: mixture(IDS, weights=ROWS), lambda: mixture.merge(W),
+        lambda: mixture.generate(IDS, torch.ones_like(IDS), weights=W, max_new_tokens=2),
+    )  # fmt: skip
+    for call in calls:
+        with pytest.raises(RuntimeError, match=r"merged adapters, or others active than objective_1, objective_2"):
+            call()
+
+
+def test_what_peft_switches_back_is_the_mixture_again():
+    mixture = lora_mixture()
+    before = logits(mixture, weights=ROWS)
+    with mixture.model.disable_adapter():
+        pass
+    assert torch.equal(logits(mixture, weights=ROWS), before)
+
+
+@pytest.mark.parametrize("names", [["0", "1"], ["q_proj", "v_proj"], ["lora_A", "lora_B"], ["base_layer", "weight"]])
+def test_names_that_peft_would_not_save_under_are_refused(names):
+    with pytest.raises(ValueError, match=r"would be saved with .* give the objective, or the adapter, another name"):
+        LoraMixture(build(), 2, config=adapters(), record=names)
+
+
+@pytest.mark.parametrize("names", [["keys", "items"], ["", "a"]])
+def test_names_that_no_module_can_have_are_refused(names):
+    with pytest.raises(ValueError, match=r"cannot be called .*give the objective another name"):
+        LoraMixture(build(), 2, config=adapters(), record=names)
+
+
+@pytest.mark.parametrize("kind", ["dora", "copies", "tied names"])
+def test_names_that_are_parts_of_one_another_are_saved_whole(kind, tmp_path):
+    options = {"dora": {"use_dora": True}, "copies": {"modules_to_save": ["lm_head"]}}.get(kind, {})
+    mixture = spread(LoraMixture(build(), 2, config=adapters(**options), record=["help", "helpful"]))
+    mixture.save_pretrained(tmp_path)
+    loaded = WeightedModel.from_pretrained(tmp_path, build())
+    assert torch.equal(logits(loaded, weights=ROWS), logits(mixture, weights=ROWS))
+
+
+def test_two_folders_on_one_base_model_are_refused_and_the_first_stays(tmp_path):
+    made = {"prompt": conditioned(), "mixture": lora_mixture()}
+    for name, model in made.items():
+        model.save_pretrained(tmp_path / name)
+    for first in made:
+        base = build()
+        one = WeightedModel.from_pretrained(tmp_path / first, base)
+        before = logits(one, weights=ROWS)
+        for second in made:
+            with pytest.raises(ValueError, match=REMEDY):
+                WeightedModel.from_pretrained(tmp_path / second, base)
+        with pytest.raises(ValueError, match=REMEDY):
+            LoraMixture(base, 2, config=adapters())
+        assert torch.equal(logits(one, weights=ROWS), before)
+
+
+def test_a_merged_copy_holds_nothing_of_the_mixture_it_was_trained_with():
+    mixture = lora_mixture()
+    mixture.gradient_checkpointing_enable()
+    merged = mixture.merge(W)
+    assert not merged.is_gradient_checkpointing and mixture.causal_lm.is_gradient_checkpointing
+    held = [getattr(module, "_gradient_checkpointing_func", None) for module in merged.modules()]
+    assert not any(isinstance(getattr(each, "keywords", {}).get("context_fn"), type(mixture.merge)) for each in held)
+    torch.testing.assert_close(logits(copy.deepcopy(merged)), logits(mixture, weights=W), rtol=1e-3, atol=1e-3)
+
+
+def test_a_mixture_of_parameters_takes_a_model_with_adapters():
+    mixture = ParameterMixture(two(), 2, scope="lora_")
+    assert logits(mixture, weights=ROWS).isfinite().all()
