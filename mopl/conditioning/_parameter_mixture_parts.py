@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from mopl._arguments import shape_of
 from mopl._extras import require
@@ -19,6 +20,7 @@ from mopl.conditioning.causal_lm import output_head
 
 SCOPES = ("full", "attention", "logits")
 MODEL_FOLDER = "architecture"
+_steps = {"taken": 0}  # by all optimizers
 # Keywords of transformers whose tensors hold positions or tokens, as many as there are rows by chance.
 _NO_ROWS = re.compile("logits_to_keep$|cache_position$|token_ids?$|_tokens(_ids)?$")
 
@@ -70,6 +72,19 @@ def new_model(folder: Path, tensors: Mapping[str, Tensor], options: Mapping[str,
     if (source / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(source))
     return model
+
+
+def _count_step(*_: Any) -> None:
+    _steps["taken"] += 1
+
+
+register_optimizer_step_post_hook(_count_step)  # fused ones leave the versions of parameters as they are
+
+
+def state_of(sets: Sequence[Sequence[nn.Parameter]]) -> tuple[Any, ...]:
+    """Return what changes where parameters do, and what kind of tensors are made of them."""
+    own = [(p._version, p.data_ptr(), p.dtype, p.device) for each in sets for p in each]
+    return (*own, _steps["taken"], torch.is_inference_mode_enabled())
 
 
 # ---------------------------------------------------------------- rows that share a mixture

@@ -139,6 +139,13 @@ class SavedModel(nn.Module):
         if (found := adapters_of(config)) != self._adapters:
             words = [", ".join(names) or "none" for names in (found, self._adapters)]
             raise ValueError(f"{folder} has the adapters {words[0]} but the model has {words[1]}")
+        mine = json.loads(json.dumps(self._described()))
+        for key in ("coefficients", "positions", "prompt", "scope", "sets", "settings", "template", "whole"):
+            if key in config and key in mine and not _same(config[key], mine[key]):
+                raise ValueError(
+                    f"{folder} has {key} {config[key]!r} but the model {mine[key]!r}, for which its weights were not "
+                    "trained; load it by from_pretrained"
+                )
         states = read_adapters(self.model, {name: adapter_folder(folder, name) for name in found})
         self._read_state(folder)
         set_adapters(self.model, states)
@@ -154,7 +161,13 @@ class SavedModel(nn.Module):
     @property
     def _adapters(self) -> list[str]:
         """Names of the adapters that are saved."""
-        return [self.model.active_adapter] if is_peft(self.model) else []
+        active = list(self.model.active_adapters) if is_peft(self.model) else []
+        if len(active) > 1:
+            raise ValueError(
+                f"the model has the active adapters {', '.join(active)}, and a {type(self).__name__} has one; activate "
+                "it with model.set_adapter, or merge the others first"
+            )
+        return active
 
     def _state(self) -> dict[str, Tensor]:
         """Return the tensors of `WEIGHTS_FILE`, which are those of the model: all that are not the model's inside."""
@@ -199,6 +212,13 @@ class SavedModel(nn.Module):
     @property
     def _base_name(self) -> str | None:
         return getattr(self, "name_or_path", "") or None
+
+
+def _same(saved: Any, own: Any) -> bool:
+    """Say whether settings of a file are a model's; older files may lack some."""
+    if isinstance(saved, dict) and isinstance(own, dict):
+        return all(_same(saved[key], own[key]) for key in saved.keys() & own.keys())
+    return saved == own
 
 
 def registered_kind(folder: Path) -> str:

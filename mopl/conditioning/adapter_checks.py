@@ -33,6 +33,11 @@ def check_initialisation(name: str, config: Any) -> None:
             f"adapter {name!r} uses layer_replication, which repeats layers of the base model, so the model without it "
             "is not the base model; repeat the layers first, and leave layer_replication out"
         )
+    if (bias := getattr(config, "bias", "none")) != "none":
+        raise ValueError(
+            f"adapter {name!r} has bias={bias!r}, which trains the base model's own biases, the same ones for all "
+            "adapters and the model without them; pass lora_bias=True, a bias of each adapter, where layers have one"
+        )
 
 
 def check_config(name: str, config: Any) -> None:
@@ -41,11 +46,6 @@ def check_config(name: str, config: Any) -> None:
     if kind != "LORA":
         raise ValueError(f"adapter {name!r} is of kind {kind}, which cannot be mixed; use LoRA")
     check_initialisation(name, config)
-    if config.bias != "none":
-        raise ValueError(
-            f"adapter {name!r} has bias={config.bias!r}, which trains the base model's own biases, the same ones for "
-            "all adapters; pass lora_bias=True, a bias of each adapter, where the layers have one"
-        )
     if getattr(config, "ensure_weight_tying", False):
         raise ValueError(
             f"adapter {name!r} uses ensure_weight_tying, which PEFT does not load for several adapters; leave it out, "

@@ -53,6 +53,7 @@ from mopl.conditioning._parameter_mixture_parts import (
     no_cache,
     rows_of,
     select_parameters,
+    state_of,
 )
 from mopl.conditioning.adapted import Place, shared_places
 from mopl.conditioning.causal_lm import untie_head
@@ -315,8 +316,7 @@ class ParameterMixture(Mixture):
 
     @torch.no_grad()
     def _materialise(self, coefficients: Tensor) -> list[Tensor]:
-        state = tuple((p._version, p.data_ptr(), p.dtype, p.device) for each in self.sets for p in each)
-        key = (tuple(coefficients.double().tolist()), state)
+        key = tuple(coefficients.double().tolist()), state_of(self.sets)
         if self._cache is None or self._cache[0] != key:
             self._cache = None  # before the next is made: never two of them
             self._cache = (key, self.mixed(coefficients))
@@ -397,4 +397,4 @@ class ParameterMixture(Mixture):
         check_shapes(file, shapes, wanted, remedy=REMEDY)
         for name, value in state.items():
             own[name].copy_(value)
-        return mixture.requires_grad_(trainable)
+        return mixture if trainable else mixture.requires_grad_(False)  # the shared part as the model came

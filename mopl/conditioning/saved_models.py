@@ -50,6 +50,14 @@ class TuningRecord:
     beta: Any = None
     concentration: Any = None
 
+    def __post_init__(self) -> None:
+        if isinstance(self.objectives, str):
+            raise ValueError(f"objectives is {self.objectives!r} but must be a sequence of names")
+        object.__setattr__(self, "objectives", tuple(self.objectives))
+        for name in ("beta", "concentration"):  # files have plain numbers
+            if hasattr(value := getattr(self, name), "tolist"):
+                object.__setattr__(self, name, value.tolist())
+
     alpha = renamed_attribute("TuningRecord.alpha", "concentration")
 
     @classmethod
@@ -61,7 +69,7 @@ class TuningRecord:
         """
         if given is None:
             given = [f"objective_{j + 1}" for j in range(objectives)]
-        record = given if isinstance(given, TuningRecord) else cls(tuple(given))
+        record = given if isinstance(given, TuningRecord) else cls(given)  # type: ignore[arg-type]
         if len(record.objectives) != objectives:
             raise ValueError(f"record names {record.objectives} but there are {objectives} objectives")
         return record
@@ -233,6 +241,7 @@ def read_adapters(model: Any, paths: Mapping[str, Path]) -> dict[str, dict[str, 
         from peft import load_peft_weights
 
         _check_adapter(path)
+        _check_scale(path / ADAPTER_CONFIG, model.peft_config[name])
         _check_state(model, name, path / ADAPTER_FILE)
         states[name] = load_peft_weights(str(path), device=str(next(model.parameters()).device))
     return states
@@ -260,6 +269,17 @@ def _check_adapter(path: Path) -> None:
         if config["peft_type"] == "LORA" and not 1 <= rank <= largest:
             text = f"{key} is {rank} but must be that of the matrices in {ADAPTER_FILE}"
             raise damaged(path / ADAPTER_CONFIG, text, REMEDY)
+
+
+def _check_scale(file: Path, own: Any) -> None:
+    """Raise where an adapter multiplies its matrices with another factor than the one that it is loaded into."""
+    saved = read_json(file, AdapterRecord, remedy=REMEDY)
+    for key in ("lora_alpha", "use_rslora", "alpha_pattern"):
+        if key in saved and hasattr(own, key) and (saved[key] or None) != (getattr(own, key) or None):
+            raise ValueError(
+                f"{file} has {key}={saved[key]!r} but the model's adapter {getattr(own, key)!r}, with which the same "
+                "matrices are another adapter; load it by from_pretrained"
+            )
 
 
 def _plain(key: str) -> str:

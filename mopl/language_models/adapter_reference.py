@@ -202,8 +202,11 @@ def _is_copy(wrapper: Any, active: list[str]) -> bool:
 
 
 def _moves_base(model: Any) -> bool:
-    """Say whether putting an adapter on may have moved a part of the model's own weights into it (PiSSA and others)."""
-    return any(isinstance(getattr(config, "init_lora_weights", None), str) for config in model.peft_config.values())
+    """Say whether the model without its adapters may be another one than it was: by PiSSA and others, by its biases."""
+    return any(
+        isinstance(getattr(config, "init_lora_weights", None), str) or getattr(config, "bias", "none") != "none"
+        for config in model.peft_config.values()
+    )
 
 
 # ---------------------------------------------------------------- switches

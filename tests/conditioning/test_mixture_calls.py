@@ -2,12 +2,20 @@
 
 import copy
 
+import numpy as np
 import peft
 import pytest
 import torch
-from tiny_language_models import VOCABULARY, build, conditioned, lora
+from tiny_language_models import VOCABULARY, build, conditioned, lora, prompt
 
-from mopl.conditioning import KLWeightCoefficients, LoraMixture, ParameterMixture, WeightedModel
+from mopl.conditioning import (
+    HyperPromptModel,
+    KLWeightCoefficients,
+    LoraMixture,
+    ParameterMixture,
+    TuningRecord,
+    WeightedModel,
+)
 
 IDS = torch.arange(3, 24).view(3, 7) * 5 % (VOCABULARY - 6) + 6
 ROWS = torch.tensor([[0.2, 0.8], [0.7, 0.3], [1.0, 0.0]])
@@ -214,3 +222,87 @@ def test_a_merged_copy_holds_nothing_of_the_mixture_it_was_trained_with():
 def test_a_mixture_of_parameters_takes_a_model_with_adapters():
     mixture = ParameterMixture(two(), 2, scope="lora_")
     assert logits(mixture, weights=ROWS).isfinite().all()
+
+
+# ---------------------------------------------------------------- what was trained, and what is loaded into it
+
+
+@pytest.mark.parametrize("options", [{"lora_alpha": 32}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 32}}])
+def test_weights_of_an_adapter_with_another_scale_are_not_loaded(options, tmp_path):
+    saved = lora_mixture()
+    saved.save_pretrained(tmp_path)
+    other = spread(LoraMixture(build(), 2, config=adapters(**options)))
+    with pytest.raises(ValueError, match=f"has {next(iter(options))}=.* load it by from_pretrained"):
+        other.load_weights(tmp_path)
+    again = lora_mixture()
+    again.load_weights(tmp_path)
+    assert torch.equal(logits(again, weights=ROWS), logits(saved, weights=ROWS))
+
+
+def test_weights_of_a_model_with_other_settings_are_not_loaded(tmp_path):
+    conditioned(positions="paper").save_pretrained(tmp_path / "paper")
+    with pytest.raises(ValueError, match="has positions 'paper' but the model 'hf'"):
+        conditioned().load_weights(tmp_path / "paper")
+    parameter_mixture(coefficients=KLWeightCoefficients(0.1), sets=3).save_pretrained(tmp_path / "kl")
+    with pytest.raises(ValueError, match="has coefficients"):
+        parameter_mixture(coefficients=KLWeightCoefficients(0.2), sets=3).load_weights(tmp_path / "kl")
+
+
+def test_a_model_of_several_active_adapters_is_not_saved_as_one_of_them(tmp_path):
+    base = two()
+    base.base_model.set_adapter(["a", "b"])
+    model = HyperPromptModel(base, prompt())
+    with pytest.raises(ValueError, match="has the active adapters a, b, and a HyperPromptModel has one"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved" / "mopl.json").exists()
+
+
+def test_a_record_takes_sequences_and_numbers_of_any_library(tmp_path):
+    record = TuningRecord(["a", "b"], beta=torch.tensor([0.25, 0.5]), concentration=np.float64(0.5))
+    assert record == TuningRecord(("a", "b"), beta=[0.25, 0.5], concentration=0.5)
+    mixture = spread(LoraMixture(build(), 2, config=adapters(), record=record))
+    mixture.save_pretrained(tmp_path)
+    mixture.load_weights(tmp_path)
+    for given in ("ab", TuningRecord):
+        with pytest.raises(ValueError, match="must be a sequence of names"):
+            given("ab") if given is TuningRecord else TuningRecord.of(given, 2)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_mixture_that_at_keeps_is_new_after_a_step_of_any_optimizer(fused):
+    mixture = parameter_mixture().train()
+    optimizer = torch.optim.AdamW(mixture.parameters(), lr=0.1, fused=fused)
+    mixture(IDS, weights=W, labels=IDS).loss.backward()
+    with mixture.at(W) as one:
+        logits(one)
+    optimizer.step()
+    mixture.eval()
+    with mixture.at(W) as one:
+        found = logits(one)
+    torch.testing.assert_close(found, logits(mixture, weights=W))
+
+
+def test_a_mixture_made_in_inference_mode_is_made_again_for_gradients():
+    mixture = parameter_mixture()
+    with torch.inference_mode(), mixture.at(W) as one:
+        one(IDS)
+    with mixture.at(W) as one:
+        embeddings = one.get_input_embeddings()(IDS).detach().requires_grad_(True)
+        one(inputs_embeds=embeddings).logits.sum().backward()
+    assert embeddings.grad is not None
+
+
+def test_what_is_trained_further_is_what_was_trained(tmp_path):
+    mixture = spread(ParameterMixture(build().requires_grad_(False), 2))
+    mixture.save_pretrained(tmp_path)
+    again = WeightedModel.from_pretrained(tmp_path, build().requires_grad_(False), trainable=True)
+    trained = [{name for name, p in each.named_parameters() if p.requires_grad} for each in (mixture, again)]
+    assert trained[0] == trained[1]
+    assert not any(p.requires_grad for p in WeightedModel.from_pretrained(tmp_path).parameters())
+
+
+def test_a_model_whose_biases_an_adapter_trains_is_no_reference():
+    config = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, bias="all")
+    model = HyperPromptModel(peft.get_peft_model(build("gpt2"), config), prompt())
+    with pytest.raises(ValueError, match="has bias='all'"), model.reference():
+        pass

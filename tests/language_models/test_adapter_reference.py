@@ -146,6 +146,16 @@ def test_biases_of_the_base_model_that_are_trained_are_part_of_the_start(tmp_pat
     assert torch.equal(reference, start) and not torch.allclose(after, start, atol=1e-3)
 
 
+@torch.no_grad()
+def test_biases_that_an_adapter_of_the_trainer_trains_are_part_of_the_start():
+    config = peft.LoraConfig(r=2, target_modules=["c_attn"], bias="all", fan_in_fan_out=True)
+    model, ids = peft.get_peft_model(build("gpt2"), config).eval(), torch.arange(3, 12)[None]
+    start, own = model(ids).logits, OwnReference(model, added=True)
+    disturb(model)
+    with own.active(model):
+        assert torch.equal(model(ids).logits, start)
+
+
 def test_a_frozen_adapter_below_a_new_one_stays_in_the_reference(tmp_path):
     model = adapted()
     model.add_adapter("new", peft.LoraConfig(r=2, **TARGETS))
