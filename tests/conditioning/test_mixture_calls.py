@@ -72,6 +72,12 @@ def test_every_row_knows_all_end_tokens_whatever_their_number():
         assert row[: len(alone)].tolist() == alone.tolist() and not row[len(alone) :].any()
 
 
+def test_a_tied_parameter_is_one_in_the_mixture_that_at_gives():
+    mixture = spread(ParameterMixture(build(tie_word_embeddings=True), 2, scope="full"))
+    with mixture.at(W) as one:
+        assert one.get_input_embeddings().weight is one.get_output_embeddings().weight
+
+
 @both
 def test_weights_of_one_row_are_those_of_all(make):
     mixture, mask = make(), torch.ones_like(IDS)
