@@ -26,15 +26,16 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from mopl._arguments import check_choice, check_positive, shape_of
+from mopl._arguments import check_choice, shape_of
 from mopl._bounds import check_bounds
-from mopl._renamed import renamed_keywords
-from mopl._rows import arranged, check_from_zero, generation_keywords
+from mopl._rows import check_from_zero, generation_keywords
 from mopl._tensor_files import check_fits, load_state, read_tensors
-from mopl.conditioning._prefix_layout import Layout, PackedLayout, silence_positions
-from mopl.conditioning.causal_lm import check_model, check_prompts, check_text, count_new_tokens, is_peft
+from mopl.conditioning._extended_rows import ExtendedRows
+from mopl.conditioning._no_position import NO_POSITION, silence_positions
+from mopl.conditioning._prompted import PromptedModel
+from mopl.conditioning.causal_lm import check_model, is_peft
 from mopl.conditioning.hyper_prompt import HyperPrompt
-from mopl.conditioning.sampling import Weights, check_weights
+from mopl.conditioning.sampling import Weights
 from mopl.conditioning.saved_models import (
     CONFIG_FILE,
     REMEDY,
@@ -43,7 +44,6 @@ from mopl.conditioning.saved_models import (
     base_with_adapters,
     fitting,
 )
-from mopl.conditioning.weighted import WeightedModel
 
 Positions = Literal["hf", "paper"]
 POSITIONS = ("hf", "paper")
@@ -72,7 +72,7 @@ class _Record(Record):
         check_bounds(sizes)
 
 
-class HyperPromptModel(WeightedModel):
+class HyperPromptModel(PromptedModel):
     """A causal language model that takes weights of objectives.
 
     The base model is frozen. What is trained is the prompt, and the adapters if the model is a PEFT model (LoRA and its
@@ -90,6 +90,8 @@ class HyperPromptModel(WeightedModel):
     """
 
     KIND, SCHEMA, WEIGHTS_FILE = "HyperPromptModel", _Record, WEIGHTS_FILE
+    BY = "a prompt of virtual tokens"
+    NOT_GENERATED_WITH = ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size", "past_key_values")
 
     def __init__(
         self,
@@ -129,16 +131,6 @@ class HyperPromptModel(WeightedModel):
         """The model inside is called with embeddings: those of the prompt are no tokens'."""
         return True
 
-    @property
-    def arranges_rows(self) -> bool:
-        """Positions follow from the mask and the virtual tokens."""
-        return True
-
-    @property
-    def takes_packed_rows(self) -> bool:
-        """Each sequence has virtual tokens of its own."""
-        return True
-
     @torch.no_grad()
     def prefix_of(self, weights: Weights, beta: Any = None) -> Tensor:
         """Return the virtual tokens (k, d) of one trade-off.
@@ -162,180 +154,46 @@ class HyperPromptModel(WeightedModel):
             raise ValueError(f"token_ids has shape {shape_of(ids)} but must be (n,)")
         self.hyper_prompt.set_prefix(embedding(ids))
 
-    @renamed_keywords(objective_temperature="beta")
-    def forward(
-        self,
-        input_ids: Tensor | None = None,  # (B, T)
-        attention_mask: Tensor | None = None,  # (B, T)
-        weights: Tensor | None = None,  # (m,) or (B, m)
-        beta: Tensor | None = None,  # (m,), (1, m) or (B, m)
-        position_ids: Tensor | None = None,  # (B, T)
-        labels: Tensor | None = None,  # (B, T)
-        inputs_embeds: Tensor | None = None,  # (B, T, d)
-        past_key_values: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Run the model on text behind the prompt of each row's weights.
-
-        Args:
-            input_ids: (B, T).
-            attention_mask: (B, T), 1 where a token exists; padding may be on either side. With a cache it covers the
-                text of the cache too, as ever, and never the virtual tokens.
-            weights: w, (m,) or (B, m), or (S, m) for S packed sequences. Required, but for the reference, where they
-                change nothing.
-            beta: β, for a prompt that takes it. (`temperature` is the fused head's: what logits are divided by.)
-            position_ids: (B, T), positions of the text, counted from 0; from the mask by default. Without a mask they
-                mean a packed row (1, N), as everywhere in transformers: positions start again at 0 with each sequence,
-                and each sequence gets virtual tokens of its own.
-            labels: (B, T); the model's own loss. The first token of a row is not predicted, as without a prompt.
-            inputs_embeds: (B, T, d), in place of `input_ids`.
-            past_key_values: A cache. An empty one takes the prompt in; later calls pass new tokens only.
-            **kwargs: Keywords of the model's forward, `targets` and the like of a fused model included.
-
-        Returns:
-            What the model returns. `logits`, `hidden_states` and log-probabilities are those of the T positions of the
-            text; `attentions` and the cache are over all k + T.
-
-        Raises:
-            ValueError: If weights are missing or a shape is wrong.
-            UnsupportedModelError: If the model takes virtual tokens, or rows like this, otherwise than as tokens.
-        """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("pass either input_ids (B, T) or inputs_embeds (B, T, d)")
-        content = input_ids if inputs_embeds is None else inputs_embeds
-        assert content is not None
-        if content.ndim != (2 if inputs_embeds is None else 3):
-            raise ValueError(
-                f"the text has shape {shape_of(content)}; pass input_ids (B, T) or inputs_embeds (B, T, d)"
-            )
-        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-        given = self._unless_fixed(weights=weights, beta=beta)
-        layout = self._layout(content, attention_mask, position_ids, past, kwargs)
-        text: dict[str, Any] = {"inputs_embeds" if input_ids is None else "input_ids": content}
-        if layout.enters:
-            text = {"inputs_embeds": self._embed_with_prompt(content, layout, **given)}
-            labels = layout.shift_labels(labels)
-        kwargs |= {"labels": labels, "past_key_values": past_key_values}
-        kwargs = {name: value for name, value in kwargs.items() if value is not None}
-        layout.adapt(kwargs)
-        if self._takes_positions or isinstance(layout, PackedLayout):
-            kwargs["position_ids"] = self._positions(layout, position_ids)
-        kwargs |= {**text, "attention_mask": layout.mask(required=self.positions == "paper")}
-        if "targets" not in kwargs:  # a fused model arranges by itself
-            kwargs = arranged(self.causal_lm, kwargs)
-        return layout.cut(self.model(**kwargs))
-
-    @renamed_keywords(objective_temperature="beta")
-    @torch.no_grad()
-    def generate(
-        self,
-        input_ids: Tensor,  # (B, T)
-        attention_mask: Tensor | None = None,  # (B, T)
-        weights: Weights | None = None,  # (m,) or (B, m)
-        beta: Tensor | Sequence[float] | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Generate with one weight vector for each row.
-
-        The prompt enters once and lives in the cache from then on (transformers always uses one here), so sampling,
-        beams and `num_return_sequences` work as ever.
-
-        Args:
-            input_ids: (B, T), padded on the left.
-            attention_mask: (B, T); may be left out where nothing is padded.
-            weights: w, (m,) or (B, m), on the simplex.
-            beta: β, for a prompt that takes it.
-            **kwargs: Keywords of `generate` of transformers. `max_length` counts text, not virtual tokens.
-
-        Returns:
-            What `generate` of transformers returns: the prompts' tokens with the new ones.
-
-        Raises:
-            ValueError: If weights are missing or off the simplex, rows are padded on the right, or an option cannot
-                work with a prompt (assisted decoding, chunked prefill).
-        """
-        attention_mask = check_prompts(input_ids, attention_mask, self.causal_lm.generation_config)
-        if self._is_reference:
-            kwargs |= generation_keywords(self.causal_lm, attention_mask)
-            return self.model.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        given = self._unless_fixed(weights=weights, beta=beta)
-        if "weights" in given:
-            given["weights"] = check_weights(given["weights"], self.hyper_prompt.objectives)
-        if "beta" in given:
-            given["beta"] = check_positive(torch.as_tensor(given["beta"]), "beta")
-        options = ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size", "past_key_values")
-        config = kwargs.get("generation_config") or self.causal_lm.generation_config
-        for name in options:
-            if kwargs.get(name, getattr(config, name, None)) is not None:
-                raise ValueError(f"{name} cannot be used with a prompt of virtual tokens; leave it out")
-
-        layout = self._layout(input_ids, attention_mask, None, 0, kwargs)
-        embeds = self._embed_with_prompt(input_ids, layout, **given)
-        mask = layout.mask(required=True)
-        assert mask is not None
-        if self._takes_positions:
-            kwargs["position_ids"] = self._positions(layout, None)
-        first = generation_keywords(self.causal_lm, mask, embeds=True)
-        if self.positions == "hf":
-            kwargs |= first
-        count_new_tokens(kwargs, config, layout.length)
-        return self.model.generate(input_ids=input_ids, inputs_embeds=embeds, attention_mask=mask, **kwargs)
-
-    # ---------------------------------------------------------------- parts of the two
-
-    def _embed_with_prompt(
-        self,
-        content: Tensor,
-        layout: Layout | PackedLayout,
-        weights: Tensor | None = None,
-        beta: Tensor | None = None,
-    ) -> Tensor:  # (B, k + T, d)
-        """Return the embeddings of token ids (or embeddings) with the virtual tokens in place."""
-        batch, m = layout.batch, self.hyper_prompt.objectives
+    def _front(
+        self, text: Tensor, count: int, past: int, *, weights: Any = None, beta: Any = None
+    ) -> tuple[Sequence[int], Tensor | None]:
+        counts, m = [self.virtual_tokens] * count, self.hyper_prompt.objectives
+        if past:
+            return counts, None
         if weights is None:
             raise ValueError(f"weights are missing; pass one for each of {', '.join(self.record.objectives)}")
-        if tuple(weights.shape[:-1]) not in ((), (1,), (batch,)):
+        if tuple(weights.shape[:-1]) not in ((), (1,), (count,)):
             raise ValueError(
-                f"weights has shape {shape_of(weights)} but there are {batch} rows and {m} objectives; "
-                f"pass (m,) = ({m},) or (B, m) = ({batch}, {m})"
+                f"weights has shape {shape_of(weights)} but there are {count} rows and {m} objectives; "
+                f"pass (m,) = ({m},) or (B, m) = ({count}, {m})"
             )
-        if beta is not None and tuple(beta.shape) == (batch, m):
-            weights = weights.expand(batch, -1)
-        prefix = self.hyper_prompt(weights, beta).expand(batch, -1, -1)
-        if content.ndim == 2:
-            # The embedding module's output and not its weight: scales and adapters of embeddings are inside.
-            embedding = self.causal_lm.get_input_embeddings()
-            content = embedding(content.to(embedding.weight.device))
-        return layout.join(prefix.to(content), content)
+        if beta is not None and tuple(beta.shape) == (count, m):
+            weights = weights.expand(count, -1)
+        return counts, self.hyper_prompt(weights, beta).expand(count, -1, -1)
 
-    def _positions(self, layout: Layout | PackedLayout, position_ids: Tensor | None) -> Tensor | None:
-        if self.positions == "hf" or self._is_reference:
-            return layout.positions(position_ids, of_prefix="count")
-        if isinstance(layout, PackedLayout):
+    def _arrangement(self, rows: ExtendedRows, position_ids: Tensor | None) -> dict[str, Any]:
+        paper = self.positions == "paper" and not self._is_reference
+        if paper and rows.packed:
             raise ValueError("packed sequences need positions that count up; use positions='hf' or pad")
-        implementation = getattr(self.causal_lm.config, "_attn_implementation", None) or ""
-        if "flash" in implementation:
-            raise ValueError(
-                f"positions='paper' cannot run with attn_implementation={implementation!r}, which takes positions that "
-                "do not count up for packed sequences; load the model with 'sdpa', or use positions='hf'"
-            )
-        check_from_zero(self.causal_lm)
-        return layout.positions(position_ids, of_prefix="none" if self._absolute else "zero")
+        # Without a mask, positions that do not count up would be taken for packed sequences.
+        found = {"attention_mask": rows.mask()} if rows.padded or paper else {}
+        if paper:
+            implementation = getattr(self.causal_lm.config, "_attn_implementation", None) or ""
+            if "flash" in implementation:
+                raise ValueError(
+                    f"positions='paper' cannot run with attn_implementation={implementation!r}, which takes positions "
+                    "that do not count up for packed sequences; load the model with 'sdpa', or use positions='hf'"
+                )
+            check_from_zero(self.causal_lm)
+            found["position_ids"] = rows.positions(position_ids, front=NO_POSITION if self._absolute else 0)
+        elif rows.packed or (rows.padded and self._takes_positions):
+            found["position_ids"] = rows.positions(position_ids)
+        return found
 
-    def _layout(
-        self, text: Tensor, mask: Tensor | None, position_ids: Tensor | None, past: int, kwargs: dict[str, Any]
-    ) -> Layout | PackedLayout:
-        """Check what comes with a text (B, T) or (B, T, d), and return where its virtual tokens stand."""
-        check_text(text, mask, position_ids, past)
-        for name in ("token_type_ids", "cache_position"):
-            if kwargs.get(name) is not None:
-                raise ValueError(f"{name} cannot be used with a prompt of virtual tokens; leave it out")
-        if kwargs.get("return_dict") is False:
-            raise ValueError("return_dict=False would return a tuple whose prompt outputs cannot be told; leave it out")
-        virtual = 0 if self._is_reference else self.hyper_prompt.virtual_tokens
-        if mask is None and position_ids is not None:
-            return PackedLayout(position_ids.to(text.device), virtual)
-        return Layout(text, virtual, mask, past)
+    def _generation_arrangement(self, rows: ExtendedRows) -> dict[str, Any]:
+        told = generation_keywords(self.causal_lm, rows.mask(), embeds=True)
+        own = self._arrangement(rows, None)
+        return own if self.positions == "paper" else {**own, **told}
 
     # ---------------------------------------------------------------- files
 
