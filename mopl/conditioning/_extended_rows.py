@@ -130,8 +130,11 @@ class ExtendedRows:
             text = text + self.added[:, -self.length :]
         return self.join(offset, text) if self.enters else text
 
-    def adapt(self, kwargs: dict[str, Any]) -> None:
-        """Adapt keywords that belong to positions: `labels`, `logits_to_keep`, and a fused model's `targets`."""
+    def adapt(self, kwargs: dict[str, Any], *, last: bool) -> None:
+        """Adapt keywords that belong to positions: `labels`, `logits_to_keep`, and a fused model's `targets`.
+
+        With `last`, a fused model is given the targets of the last T positions alone, where these are the text's.
+        """
         kept = kwargs.get("logits_to_keep", 0)
         some = isinstance(kept, Tensor) or bool(kept)
         if self.packed:
@@ -144,16 +147,16 @@ class ExtendedRows:
             # A position of padding in front of a text may be one of those in front of it now, which predict nothing.
             seen = self.text_mask[:, -self.length :].to(kwargs["targets"].device).bool()
             kwargs["targets"] = kwargs["targets"].masked_fill(~seen, IGNORE_INDEX)
-        if not self.enters or not self.longest:
+        if not self.enters:
             return
         if some and self.uniform and isinstance(kept, Tensor):
-            kwargs["logits_to_keep"] = kept + self.longest
+            kwargs["logits_to_keep"] = torch.where(kept < 0, kept, kept + self.longest)
         elif some and not self.uniform:
             self._kept = kwargs.pop("logits_to_keep")
         if "labels" in kwargs:  # the first token of a text is not predicted, as without what is in front of it
             labels = kwargs["labels"].masked_fill(self.first.to(kwargs["labels"].device), IGNORE_INDEX)
             kwargs["labels"] = self._spread(labels, IGNORE_INDEX, self.own_place)
-        if "targets" in kwargs and not self.uniform:  # else the last T are scored
+        if "targets" in kwargs and not (last and self.uniform):
             shape = kwargs["targets"].shape
             for name, fill in (("targets", IGNORE_INDEX), ("temperature", 1.0), ("reference_hidden", 0.0)):
                 value = kwargs.get(name)
@@ -174,7 +177,9 @@ class ExtendedRows:
         return output
 
     def _text_of(self, values: Tensor) -> Tensor:
-        return values[:, -self.length :] if self.uniform or not self.enters else _picked(values, self.place)
+        if self.uniform or not self.enters:
+            return values[:, max(values.shape[1] - self.length, 0) :]
+        return _picked(values, self.place)
 
     def _spread(self, values: Tensor, fill: float, place: Tensor) -> Tensor:  # (B, T, ...) -> (B, k + T, ...)
         made = values.new_full((len(values), self.total, *values.shape[2:]), fill)

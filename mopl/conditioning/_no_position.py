@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +12,7 @@ from mopl.conditioning.causal_lm import text_config
 
 _ROTARY_SETTINGS = ("rope_parameters", "rope_scaling", "rope_theta", "rotary_dim", "rotary_pct")
 NO_POSITION = -1
+_CALL = threading.local()  # `kept`: which tokens have a position, between the two hooks of one embedding
 
 
 def silence_positions(model: Any, takes_positions: bool) -> bool:
@@ -35,14 +37,13 @@ def silence_positions(model: Any, takes_positions: bool) -> bool:
     )
 
 
-def _before_positions(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+def _before_positions(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
     by_name = kwargs.get("position_ids") is not None
     ids = kwargs["position_ids"] if by_name else args[0]
-    module._mopl_kept = ids != NO_POSITION
+    _CALL.kept = ids != NO_POSITION
     ids = ids.clamp(min=0)
     return (args, {**kwargs, "position_ids": ids}) if by_name else ((ids, *args[1:]), kwargs)
 
 
-def _after_positions(module: Any, _: Any, output: Tensor) -> Tensor:
-    kept = module.__dict__.pop("_mopl_kept")
-    return output * kept[..., None].to(output)
+def _after_positions(_: Any, __: Any, output: Tensor) -> Tensor:
+    return output * _CALL.kept[..., None].to(output)

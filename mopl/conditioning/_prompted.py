@@ -29,6 +29,7 @@ class PromptedModel(WeightedModel):
 
     BY: ClassVar[str]  # how it is told, in errors
     NOT_GENERATED_WITH: ClassVar[tuple[str, ...]] = ("past_key_values",)  # options of `generate`
+    SCORES_LAST: ClassVar[bool] = True  # whether a fused head is spared what is in front, where all rows have as much
     _bos: int | None = None  # the token that begins a text, if the trade-off stands behind it
 
     @property
@@ -92,7 +93,7 @@ class PromptedModel(WeightedModel):
         rows, text = self._extended(text, attention_mask, position_ids, past, given, kwargs)
         kwargs |= {"labels": labels, "past_key_values": past_key_values}
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
-        rows.adapt(kwargs)
+        rows.adapt(kwargs, last=self.SCORES_LAST)
         kwargs["input_ids" if text.ndim == 2 else "inputs_embeds"] = text
         kwargs |= self._arrangement(rows, position_ids)
         if "targets" not in kwargs:  # a fused model arranges by itself
@@ -167,7 +168,7 @@ class PromptedModel(WeightedModel):
     ) -> tuple[ExtendedRows, Tensor]:
         """Check what comes with a text (B, T) or (B, T, d); return its rows with what is in front, tokens or not."""
         check_text(text, mask, position_ids, past)
-        for name in ("token_type_ids", "cache_position"):
+        for name in ("token_type_ids", "cache_position", "kl_weight"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name} cannot be used with {self.BY}; leave it out")
         if kwargs.get("return_dict") is False:

@@ -7,7 +7,7 @@ call and the hook is the model's own forward pass, of whatever family.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mopl._arguments import compute_dtype
 from mopl._threads import CallOfThread
+from mopl.conditioning.causal_lm import check_prompts
 from mopl.conditioning.sampling import Weights
 from mopl.conditioning.weighted import WeightedModel
 
@@ -62,7 +63,8 @@ class HookedModel(WeightedModel):
         Raises:
             ValueError: If weights are missing or do not fit; see `conditions`. The reference ignores them.
         """
-        with self._standing_for(self._given(weights, beta, kl_weight), args, kwargs):
+        given, kwargs = self._given(weights, beta, kl_weight), uncached(kwargs)
+        with self._standing_for(given, args, kwargs):
             return self.model(*args, **kwargs)
 
     @torch.no_grad()
@@ -77,6 +79,8 @@ class HookedModel(WeightedModel):
         **kwargs: Any,
     ) -> Any:
         """Generate at the weights of each row, as `generate` of transformers does; `kwargs` are its own."""
+        if attention_mask is not None:
+            check_prompts(input_ids, attention_mask, None)
         given = self._given(weights, beta, kl_weight)
         self._check_count(given, len(input_ids))
         with self._standing(given):  # of more rows than these, where there are beams
@@ -102,26 +106,19 @@ class HookedModel(WeightedModel):
         self, given: dict[str, Tensor], args: Any, kwargs: dict[str, Any]
     ) -> contextlib.AbstractContextManager[None]:
         """Return what holds conditions for the time of a forward pass with these arguments."""
-        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim)
-        rows, sequence = next((len(value) for value in tensors), None), None
-        positions = kwargs.get("position_ids")
+        texts = (*(kwargs.get(name) for name in ("input_ids", "inputs_embeds")), *args)
+        rows = next((len(text) for text in texts if isinstance(text, Tensor) and text.ndim), None)
+        sequence, positions = None, kwargs.get("position_ids")
         if rows == 1 and positions is not None and kwargs.get("attention_mask") is None:
             if any(values.ndim == 2 for values in given.values()):
                 sequence = (positions[0] == positions[0, 0]).cumsum(-1) - 1
         self._check_count(given, rows if sequence is None else int(sequence[-1]) + 1)
         return self._standing(given, rows, sequence)
 
-    @contextlib.contextmanager
     def _standing(
         self, given: dict[str, Tensor] | None, rows: int | None = None, sequence: Tensor | None = None
-    ) -> Iterator[None]:
-        call = self._call
-        before = call.conditions, call.rows, call.sequence
-        call.conditions, call.rows, call.sequence = given, rows, sequence
-        try:
-            yield
-        finally:
-            call.conditions, call.rows, call.sequence = before
+    ) -> contextlib.AbstractContextManager[None]:
+        return _Standing(self._call, given, rows, sequence)
 
     # ---------------------------------------------------------------- gradient checkpointing
 
@@ -141,7 +138,8 @@ class HookedModel(WeightedModel):
         kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
         if kwargs["use_reentrant"] or "context_fn" in kwargs:
             raise ValueError("context_fn carries the coefficients and needs use_reentrant=False; leave both out")
-        kwargs["context_fn"] = self._checkpoint_contexts
+        # No method of this model: copies of its layers would hold a copy of all of it.
+        kwargs["context_fn"] = functools.partial(_contexts, self._call)
         model = self.causal_lm
         prefix = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
         getattr(model, f"{prefix}_checkpointing_enable")(kwargs, **options)
@@ -152,7 +150,39 @@ class HookedModel(WeightedModel):
         """`gradient_checkpointing_enable` under its newer name."""
         self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **options)
 
-    def _checkpoint_contexts(self) -> tuple[Any, Any]:
-        """Return what surrounds a layer's forward pass, and its second one with the conditions of now."""
-        call = self._call
-        return contextlib.nullcontext(), self._standing(call.conditions, call.rows, call.sequence)
+
+def uncached(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the keywords of a forward pass, with the cache off where sequences are packed.
+
+    With one, transformers would not look for them, and each would read those before it.
+    """
+    positions, others = kwargs.get("position_ids"), ("attention_mask", "past_key_values")
+    if positions is None or len(positions) != 1 or any(kwargs.get(name) is not None for name in others):
+        return kwargs
+    if kwargs.get("use_cache") is False or not bool((positions[0, 1:] == positions[0, 0]).any()):
+        return kwargs
+    if kwargs.get("use_cache"):
+        raise ValueError("a packed row cannot use use_cache; leave it out, or pass padded rows and attention_mask")
+    return {**kwargs, "use_cache": False}
+
+
+class _Standing:
+    """Holds the conditions of a thread's call inside a `with` block, which may be entered many times."""
+
+    def __init__(self, call: CallOfThread, *held: Any) -> None:
+        self.call, self.held, self.before = call, held, []
+
+    def _set(self, held: Any) -> None:
+        self.call.conditions, self.call.rows, self.call.sequence = held
+
+    def __enter__(self) -> None:
+        self.before.append((self.call.conditions, self.call.rows, self.call.sequence))
+        self._set(self.held)
+
+    def __exit__(self, *_: object) -> None:
+        self._set(self.before.pop())
+
+
+def _contexts(call: CallOfThread) -> tuple[Any, Any]:
+    """Return what surrounds a layer's forward pass, and its second one with the conditions of now."""
+    return contextlib.nullcontext(), _Standing(call, call.conditions, call.rows, call.sequence)

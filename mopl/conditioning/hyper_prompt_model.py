@@ -143,7 +143,7 @@ class HyperPromptModel(PromptedModel):
                 f"the model was trained with positions={self.positions!r}, which no plain model has: virtual tokens "
                 "there stand at no position of their own. Generate with mopl, or train with positions='hf'"
             )
-        return self.hyper_prompt(weights, beta)[0]
+        return self.hyper_prompt(**self._conditions_of_one(weights, beta, None))[0]
 
     @torch.no_grad()
     def set_prefix_from_tokens(self, token_ids: Tensor | Sequence[int]) -> None:
@@ -162,6 +162,7 @@ class HyperPromptModel(PromptedModel):
             return counts, None
         if weights is None:
             raise ValueError(f"weights are missing; pass one for each of {', '.join(self.record.objectives)}")
+        weights, beta = (None if each is None else torch.as_tensor(each) for each in (weights, beta))
         if tuple(weights.shape[:-1]) not in ((), (1,), (count,)):
             raise ValueError(
                 f"weights has shape {shape_of(weights)} but there are {count} rows and {m} objectives; "

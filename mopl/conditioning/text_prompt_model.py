@@ -26,6 +26,8 @@ from mopl.conditioning._prompted import PromptedModel
 from mopl.conditioning.causal_lm import check_no_prompt, is_peft
 from mopl.conditioning.sampling import Weights
 from mopl.conditioning.saved_models import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
     CONFIG_FILE,
     REMEDY,
     Record,
@@ -65,6 +67,7 @@ class TextPromptModel(PromptedModel):
 
     KIND, SCHEMA, WEIGHTS_FILE = "TextPromptModel", _Record, None
     BY = "a trade-off in words"
+    SCORES_LAST = False  # as in older releases: sums over other rows are rounded otherwise
     text_prompt: TextPrompt  # type: ignore[assignment]
 
     def __init__(
@@ -82,6 +85,7 @@ class TextPromptModel(PromptedModel):
             raise ValueError(f"record names {self.record.objectives} but text_prompt writes {names}")
         check_no_prompt(model)
         self.model, self.text_prompt = model, text_prompt
+        self._was_trained = False
         self.tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # that of a processor, too
 
     @property
@@ -95,6 +99,11 @@ class TextPromptModel(PromptedModel):
         each = torch.eye(len(self.record.objectives), dtype=torch.float64)
         some = [*each.tolist(), (each.sum(0) / len(each)).tolist()]
         return max(len(self.write_weights([], w, [1.0] * len(w) if self.takes_beta else None)) for w in some)
+
+    @property
+    def has_reference(self) -> bool:
+        """Not where a plain model is trained itself, or was: what it was before is no longer here."""
+        return is_peft(self.model) or not (self._was_trained or any(p.requires_grad for p in self.model.parameters()))
 
     def write_weights(self, input_ids: Sequence[int] | Tensor, weights: Weights, beta: Any = None) -> list[int]:
         """Return the tokens of a prompt with the trade-off written into them; see `TextPrompt.prepend_ids`."""
@@ -122,6 +131,8 @@ class TextPromptModel(PromptedModel):
                     f"{name} has shape {shape_of(values)} but there are {rows} rows and {m} objectives; pass (m,) = "
                     f"({m},) or (B, m) = ({rows}, {m})"
                 )
+            if values is not None and torch.finfo(values.dtype).bits == 16:  # which sum to 1 within their rounding
+                values = values.double() / (values.double().sum(-1, keepdim=True) if name == "weights" else 1)
             # Lists, since texts are made of them: equal ones once.
             each.append([None] * rows if values is None else values.expand(rows, values.shape[-1]).tolist())
         found: dict[str, list[int]] = {}
@@ -165,6 +176,7 @@ class TextPromptModel(PromptedModel):
         check_shapes(Path(directory), *shapes, remedy=f"{REMEDY}; or pass the base model it is for")
         for name, value in found.items():
             own[name].copy_(value)
+        self._was_trained = True
 
     @classmethod
     def _load(
@@ -192,12 +204,18 @@ class TextPromptModel(PromptedModel):
         if whole:
             if model is not None:
                 made.load_weights(folder)
+            made._was_trained = True
             made.requires_grad_(trainable)
         return made
 
 
 def _whole_model(folder: Path, options: Mapping[str, Any]) -> Any:
     """Return the causal language model that a folder holds."""
+    if (folder / ADAPTER_CONFIG).exists():
+        raise ValueError(
+            f"{folder} holds a whole model and, from before, an adapter, which would be put onto it; remove "
+            f"{ADAPTER_CONFIG} and {ADAPTER_FILE}"
+        )
     require("transformers")
     from transformers import AutoModelForCausalLM
 

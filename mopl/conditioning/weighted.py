@@ -136,7 +136,8 @@ class WeightedModel(SavedModel):
         check_beta_given(beta, self.takes_beta, unwanted)
         if beta is not None:
             given["beta"] = check_positive(torch.as_tensor(beta), "beta")
-            if tuple(given["beta"].shape) not in ((len(names),), (1, len(names)), (*rows, len(names))):
+            *betas, m = given["beta"].shape or (0,)
+            if m != len(names) or len(betas) > 1 or (betas and rows and betas[0] not in (1, *rows)):
                 raise ValueError(
                     f"beta has shape {shape_of(given['beta'])} but weights {shape_of(given['weights'])}; pass "
                     f"({len(names)},) or one row for each of the weights"
@@ -151,7 +152,9 @@ class WeightedModel(SavedModel):
         given = self.conditions(weights, beta, kl_weight)
         if given["weights"].ndim != 1:
             raise ValueError(f"weights are {len(given['weights'])} vectors but one trade-off has one; pass (m,)")
-        return given
+        if "beta" in given and given["beta"].numel() != len(given["weights"]):
+            raise ValueError(f"beta has shape {shape_of(given['beta'])} but one trade-off has one vector; pass (m,)")
+        return {name: value.clone() if isinstance(value, Tensor) else value for name, value in given.items()}
 
     def _unless_fixed(self, **given: Any) -> dict[str, Any]:
         """Return the conditions of a call, or those that `at` holds."""
@@ -223,8 +226,14 @@ class WeightedModel(SavedModel):
             adapters: Whether adapters stay that are not what it is conditioned by.
 
         Raises:
-            ValueError: If an adapter took a part of the base model's weights when it was made (PiSSA, OLoRA, ...).
+            ValueError: If an adapter took a part of the base model's weights when it was made (PiSSA, OLoRA, ...), or
+                the parameters of the model itself are trained; see `has_reference`.
         """
+        if not self.has_reference:
+            raise ValueError(
+                f"this {type(self).__name__} trains the parameters of the model itself, so it cannot be what it was "
+                "tuned from; keep a copy of the model from before the training"
+            )
         before, self._is_reference = self._is_reference, True
         off = is_peft(self.model) and not adapters
         try:
