@@ -185,6 +185,14 @@ class PromptedModel(WeightedModel):
             count = int((position_ids == 0).sum())
         if self._is_reference:
             return ExtendedRows(text, [0] * count, mask, position_ids, past), text
+        m, given = len(self.record.objectives), dict(given)
+        for name, value in given.items():
+            given[name] = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64)
+            if tuple(given[name].shape[:-1]) not in ((), (1,), (count,)):
+                raise ValueError(
+                    f"{name} has shape {shape_of(given[name])} but there are {count} rows and {m} objectives; "
+                    f"pass (m,) = ({m},) or (B, m) = ({count}, {m})"
+                )
         counts, front = self._front(text, count, past, **given)
         rows = ExtendedRows(text, counts, mask, position_ids, past, self._bos)
         if front is None:
@@ -198,7 +206,7 @@ class PromptedModel(WeightedModel):
     # ---------------------------------------------------------------- what a subclass says
 
     def _front(
-        self, text: Tensor, count: int, past: int, *, weights: Any = None, beta: Any = None
+        self, text: Tensor, count: int, past: int, *, weights: Tensor | None = None, beta: Tensor | None = None
     ) -> tuple[Sequence[int], Tensor | None]:
         """Return k of each of `count` rows, and what stands in front: tokens (B, k) or embeddings (B, k, d).
 

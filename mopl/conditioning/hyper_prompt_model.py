@@ -155,21 +155,15 @@ class HyperPromptModel(PromptedModel):
         self.hyper_prompt.set_prefix(embedding(ids))
 
     def _front(
-        self, text: Tensor, count: int, past: int, *, weights: Any = None, beta: Any = None
+        self, text: Tensor, count: int, past: int, *, weights: Tensor | None = None, beta: Tensor | None = None
     ) -> tuple[Sequence[int], Tensor | None]:
-        counts, m = [self.virtual_tokens] * count, self.hyper_prompt.objectives
+        counts = [self.virtual_tokens] * count
         if past:
             return counts, None
         if weights is None:
             raise ValueError(f"weights are missing; pass one for each of {', '.join(self.record.objectives)}")
-        weights, beta = (None if each is None else torch.as_tensor(each) for each in (weights, beta))
-        if tuple(weights.shape[:-1]) not in ((), (1,), (count,)):
-            raise ValueError(
-                f"weights has shape {shape_of(weights)} but there are {count} rows and {m} objectives; "
-                f"pass (m,) = ({m},) or (B, m) = ({count}, {m})"
-            )
-        if beta is not None and tuple(beta.shape) == (count, m):
-            weights = weights.expand(count, -1)
+        if beta is not None and beta.ndim == 2 and weights.ndim == 1:
+            weights = weights.expand(len(beta), -1)
         return counts, self.hyper_prompt(weights, beta).expand(count, -1, -1)
 
     def _arrangement(self, rows: ExtendedRows, position_ids: Tensor | None) -> dict[str, Any]:

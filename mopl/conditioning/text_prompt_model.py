@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mopl._arguments import shape_of
 from mopl._extras import require
 from mopl._hub import naming_own_code
 from mopl._tensor_files import check_shapes
@@ -110,36 +109,22 @@ class TextPromptModel(PromptedModel):
         return self.text_prompt.prepend_ids(input_ids, weights, self.tokenizer, beta)  # type: ignore[arg-type]
 
     def _front(
-        self, text: Tensor, count: int, past: int, *, weights: Any = None, beta: Any = None
+        self, text: Tensor, count: int, past: int, *, weights: Tensor | None = None, beta: Tensor | None = None
     ) -> tuple[Sequence[int], Tensor | None]:
         if text.ndim != 2 or text.shape[1] < 1:
             raise ValueError("input_ids must be a tensor (B, T), not inputs_embeds: words are written between tokens")
-        words = self._words(count, weights, beta)
+        given = self.conditions(weights, beta)
+        for name, value in given.items():
+            if torch.finfo(value.dtype).bits == 16:  # these sum to 1 within their rounding, which is coarse
+                value = value.double() / (value.double().sum(-1, keepdim=True) if name == "weights" else 1)
+            # Lists, since texts are made of them: equal ones once.
+            given[name] = value.expand(count, value.shape[-1]).tolist()
+        rows = list(zip(given["weights"], given.get("beta", [None] * count), strict=True))
+        written = {key: self.write_weights([], *row) for key, row in {repr(row): row for row in rows}.items()}
+        words = [written[repr(row)] for row in rows]
         counts = [len(each) for each in words]
         filled = [[*each, *[0] * (max(counts) - len(each))] for each in words]
         return counts, None if past else torch.tensor(filled, device=text.device)
-
-    def _words(self, rows: int, weights: Any = None, beta: Any = None) -> list[list[int]]:
-        """Return the words of each row, as tokens."""
-        given = self.conditions(weights, beta)
-        each = []
-        for name in ("weights", "beta"):
-            values = given.get(name)
-            if values is not None and tuple(values.shape[:-1]) not in ((), (1,), (rows,)):
-                m = len(self.record.objectives)
-                raise ValueError(
-                    f"{name} has shape {shape_of(values)} but there are {rows} rows and {m} objectives; pass (m,) = "
-                    f"({m},) or (B, m) = ({rows}, {m})"
-                )
-            if values is not None and torch.finfo(values.dtype).bits == 16:  # which sum to 1 within their rounding
-                values = values.double() / (values.double().sum(-1, keepdim=True) if name == "weights" else 1)
-            # Lists, since texts are made of them: equal ones once.
-            each.append([None] * rows if values is None else values.expand(rows, values.shape[-1]).tolist())
-        found: dict[str, list[int]] = {}
-        for w, b in zip(*each, strict=True):
-            if (key := repr((w, b))) not in found:
-                found[key] = self.write_weights([], w, b)
-        return [found[repr(pair)] for pair in zip(*each, strict=True)]
 
     @property
     def _bos(self) -> int | None:
