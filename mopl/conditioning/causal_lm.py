@@ -78,18 +78,21 @@ def text_config(model: Any) -> Any:
     return model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
 
 
-def check_no_prompt(model: Any) -> None:
-    """Raise where PEFT puts virtual tokens of its own in front of a model's input."""
-    if is_peft(model) and any(config.is_prompt_learning for config in model.peft_config.values()):
-        raise ValueError("the PEFT model has a prompt of its own; pass a plain model, or one with LoRA or the like")
+def check_adapters(model: Any) -> None:
+    """Raise where PEFT puts virtual tokens of its own in front of a model's input, or its adapters have no wrapper."""
+    if is_peft(model):
+        if any(config.is_prompt_learning for config in model.peft_config.values()):
+            raise ValueError("the PEFT model has a prompt of its own; pass a plain model, or one with LoRA or the like")
+    elif any(hasattr(module, "adapter_layer_names") for module in model.modules()):  # neither switched off nor saved
+        raise ValueError(
+            f"{type(model).__name__} carries adapters without PEFT's wrapper; pass what peft.get_peft_model returned, "
+            "and wrap it so instead of calling add_adapter"
+        )
 
 
 def check_model(model: nn.Module, base: Any, prompt: HyperPrompt) -> None:
     """Raise where a prompt could not be put in front of the model's input."""
     name = type(base).__name__
-    check_no_prompt(model)
-    if getattr(base, "_hf_peft_config_loaded", False):
-        raise ValueError(f"{name} carries adapters of add_adapter; wrap it with peft.get_peft_model instead")
     if not hasattr(base, "get_input_embeddings") or base.get_input_embeddings() is None:
         raise ValueError(f"{name} has no token embeddings; pass a causal language model of transformers")
     if "inputs_embeds" not in inspect.signature(type(base).forward).parameters:
@@ -99,6 +102,7 @@ def check_model(model: nn.Module, base: Any, prompt: HyperPrompt) -> None:
     width = base.get_input_embeddings().weight.shape[1]
     if width != prompt.hidden:
         raise ValueError(f"hyper_prompt has hidden={prompt.hidden} but {name} embeds tokens in {width}; pass that")
+    check_adapters(model)
 
 
 def check_text(text: Tensor, mask: Tensor | None, position_ids: Tensor | None, past: int) -> None:

@@ -224,3 +224,18 @@ def test_a_whole_model_is_not_loaded_with_an_adapter_that_was_in_its_folder(tmp_
     words(build()).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"remove adapter_config.json and adapter_model.safetensors"):
         TextPromptModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("wrap", [lora, lambda base: base.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"]))])
+def test_adapters_that_nothing_switches_off_or_saves_are_refused(wrap):
+    base, prompt = build(), conditioned().hyper_prompt
+    wrap(base)
+    for make in (words, lambda base: HyperPromptModel(base, prompt)):
+        with pytest.raises(ValueError, match=r"adapters without PEFT's wrapper; .*get_peft_model"):
+            make(base)
+
+
+@torch.no_grad()
+def test_beta_of_single_rows_is_checked_like_the_weights():
+    with pytest.raises(ValueError, match=r"beta has shape .* but there are 3 rows"):
+        conditioned(takes_beta=True)(IDS, weights=W, beta=torch.ones(2, 2))
