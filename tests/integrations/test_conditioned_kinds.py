@@ -162,7 +162,7 @@ def scores_of(model, batch, **options):
 def test_policy_and_reference_are_those_of_single_rows_and_the_reference_stays(kind, tmp_path):
     """The reference is what the model was when training began: not conditioned, or the sets at the w of the row."""
     policy = make_model(kind)
-    start = copy.deepcopy(policy)
+    start = copy.deepcopy(policy).requires_grad_(False)  # what is trained whole has no reference()
     fuse(start.causal_lm)
     trainer = make(tmp_path, policy)
     before = trainable(policy)
