@@ -25,7 +25,6 @@ import torch
 from torch import Tensor, nn
 
 from mopl._arguments import shape_of
-from mopl._extras import require
 from mopl._rows import arranged, generation_keywords
 from mopl._rows.styles import positions_of
 from mopl.conditioning.causal_lm import mask_of_prompts
@@ -256,9 +255,4 @@ def _generate(
     positions, *_ = [generation_keywords(causal_lm_of(one), mask) for one in (model, *others)]  # or refused, each
     kwargs = {**positions, **kwargs}
     processors = [MixedLogits(others, coefficients, mask), *(kwargs.pop("logits_processor", None) or [])]
-    require("transformers")
-    from transformers import LogitsProcessorList
-
-    return model.generate(
-        input_ids=tokens, attention_mask=mask, logits_processor=LogitsProcessorList(processors), **kwargs
-    )
+    return model.generate(input_ids=tokens, attention_mask=mask, logits_processor=processors, **kwargs)

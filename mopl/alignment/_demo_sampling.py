@@ -23,9 +23,8 @@ from torch import Tensor
 from mopl._extras import require
 from mopl._files import remove, remove_leftovers, write_file
 from mopl._records import DamagedFile, read_json
-from mopl._rows import generation_keywords, takes_left_padding
 from mopl._words import sentence_ends, words_of
-from mopl.language_models.collate import pad_left
+from mopl.language_models.prompt_rows import generating_by, prompt_rows
 from mopl.language_models.tokenization import ListTokenizer
 from mopl.language_models.turns import turn_ends
 
@@ -84,32 +83,23 @@ def sample_rows(
         one_sentence: Which responses end after their first sentence, whatever the model would add; none by default.
     """
     require("transformers")
-    from transformers import GenerationConfig, LogitsProcessorList
+    from transformers import GenerationConfig
 
-    device = model.get_input_embeddings().weight.device
     encoder = ListTokenizer(tokenizer, max_length=None, template="chat", append_eos=False)
     ends = turn_ends(encoder, model.generation_config)
     prompts = [encoder.prompt_tokens(tuple(conversation)).tolist() for conversation in conversations]
     pad = ends.ids[0] if ends.ids else 0
-    together = len(prompts) if takes_left_padding(model) else 1
+    config = GenerationConfig(
+        do_sample=False, max_new_tokens=sampling.max_new_tokens, eos_token_id=list(ends.ids) or None, pad_token_id=pad
+    )
     # One uniform number for each token, whatever else is drawn.
     uniform = np.random.default_rng([sampling.seed, chunk]).random((len(prompts), sampling.max_new_tokens))
-    numbers = torch.from_numpy(uniform).float().to(device)
     tokens: list[list[int]] = []
-    # In place of the model's own, which may ask for beams or penalties.
-    before, model.generation_config = model.generation_config, GenerationConfig(
-        do_sample=False, max_new_tokens=sampling.max_new_tokens, eos_token_id=list(ends.ids) or None, pad_token_id=pad
-    )  # fmt: skip
-    try:
-        for first in range(0, len(prompts), together):
-            rows = slice(first, first + together)
-            ids, mask = pad_left(prompts[rows], pad, device)
-            options = {**generation_keywords(model, mask), **ends.criteria(ids.shape[1])}
-            draw = LogitsProcessorList([_draw(numbers[rows], sampling)])
-            output = model.generate(input_ids=ids, attention_mask=mask, logits_processor=draw, **options)
-            tokens += output[:, ids.shape[1] :].tolist()
-    finally:
-        model.generation_config = before
+    with generating_by(model, config):
+        for part in prompt_rows(model, prompts, pad, ends, len(prompts)):
+            numbers = torch.from_numpy(uniform[part.rows]).float().to(part.ids.device)
+            new, _ = part.generate(logits_processor=[_draw(numbers, sampling)])
+            tokens += new.tolist()
     written, ended = zip(*(ends.cut(row) for row in tokens), strict=True)
     found = []
     for text, end, stop in zip(ends.texts(written), ended, one_sentence or [False] * len(ended), strict=True):

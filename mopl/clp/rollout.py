@@ -17,7 +17,6 @@ from typing import Any
 import msgspec
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from mopl._extras import require
 from mopl._files import write_file
@@ -27,9 +26,9 @@ from mopl._tensor_files import load_pickled
 from mopl.clp.config import ClpConfig
 from mopl.clp.policies import Policy
 from mopl.clp.prompts import PromptBatch
-from mopl.conditioning.weighted import causal_lm_of, keywords_for_prompts, reads_left_padding
-from mopl.language_models.collate import pad_left
+from mopl.language_models.collate import padded
 from mopl.language_models.head import IGNORE_INDEX
+from mopl.language_models.prompt_rows import generating_by, prompt_rows
 from mopl.language_models.turns import turn_ends
 from mopl.rewards import Rewards
 from mopl.training.checkpoint import CheckpointFolder
@@ -89,26 +88,17 @@ class Sampler:
             processor: Makes a logits processor from an attention mask; log-probabilities are then recorded.
         """
         began = time.perf_counter()
-        causal_lm = causal_lm_of(model)
-        together = self.config.rows_at_once if reads_left_padding(model) else 1  # with nothing to pad
-        before, causal_lm.generation_config = causal_lm.generation_config, self._plain
-        device = causal_lm.get_input_embeddings().weight.device
         found: list[list[int]] = []
         recorded: list[Tensor] = []
-        try:
-            for first in range(0, len(prompts), together):
-                rows = slice(first, min(first + together, len(prompts)))
-                ids, mask = pad_left(prompts[rows], self.pad, device)
-                options = arguments(rows) | self.ends.criteria(ids.shape[1]) | keywords_for_prompts(model, mask)
+        with generating_by(model, self._plain):
+            for part in prompt_rows(model, prompts, self.pad, self.ends, self.config.rows_at_once):
+                options = arguments(part.rows)
                 if processor is not None:
-                    from transformers import LogitsProcessorList
-
                     options |= {
-                        "logits_processor": LogitsProcessorList([processor(mask)]), "output_scores": True,
+                        "logits_processor": [processor(part.mask)], "output_scores": True,
                         "return_dict_in_generate": True,
                     }  # fmt: skip
-                output = model.generate(input_ids=ids, attention_mask=mask, **options)
-                new = (output if processor is None else output.sequences)[:, ids.shape[1] :]
+                new, output = part.generate(**options)
                 tokens = [self.ends.cut(row)[0] for row in new.tolist()]
                 if processor is not None:
                     chosen = [
@@ -119,8 +109,6 @@ class Sampler:
                     counted = torch.arange(new.shape[1], device=new.device) < lengths[:, None]
                     recorded.append(torch.stack(chosen, 1).double().masked_fill(~counted, 0.0).sum(1).cpu())
                 found += tokens
-        finally:
-            causal_lm.generation_config = before
         return Answers(
             found, self.ends.texts(found), torch.cat(recorded) if recorded else None, time.perf_counter() - began
         )
@@ -136,17 +124,14 @@ class Sampler:
             `input_ids`, `attention_mask`, `targets` (R, T), padded on the right; the place (R, n) in T of what predicts
             each token of a response; which of these (R, n) exist.
         """
-        rows = zip(prompts, responses, strict=True)
-        ids = pad_sequence([torch.tensor([*prompt, *response]) for prompt, response in rows], True, self.pad)
+        inputs = padded(list(zip(prompts, responses, strict=True)), self.pad)
+        inputs["targets"] = torch.nn.functional.pad(inputs.pop("labels")[:, 1:], (0, 1), value=IGNORE_INDEX)
         first = torch.tensor([len(prompt) - 1 for prompt in prompts])[:, None]  # predicts the first token
         lengths = torch.tensor([len(response) for response in responses])[:, None]
-        column, step = torch.arange(ids.shape[1]), torch.arange(int(lengths.max()))
-        predicts = (first <= column) & (column < first + lengths)
-        targets = torch.where(predicts, ids.roll(-1, 1), IGNORE_INDEX)
+        step = torch.arange(int(lengths.max()))
         exists = step < lengths
         place = torch.where(exists, first + step, 0)
-        found = {"input_ids": ids, "attention_mask": (column <= first + lengths).long(), "targets": targets}
-        return {k: v.to(device) for k, v in found.items()}, place.to(device), exists.to(device)
+        return {name: value.to(device) for name, value in inputs.items()}, place.to(device), exists.to(device)
 
     @torch.no_grad()
     def score(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mopl._arguments import check_positive
 from mopl.conditioning import TextPrompt, WeightedModel, check_weights
-from mopl.conditioning.weighted import Conditioned, causal_lm_of
+from mopl.conditioning.weighted import causal_lm_of
 from mopl.language_models.data import RowError
 from mopl.language_models.tokenization import ListTokenizer
 from mopl.language_models.turns import TurnEnds, turn_ends
@@ -36,16 +36,19 @@ _REFUSED = {
 
 
 @dataclass(frozen=True)
-class Condition:
-    """What each of B prompts is answered at: w (B, m), β (B, m), c (B,) float64 with ‖β‖₁ inside."""
+class Asked:
+    """B prompts as tokens, as the model and as the reference read them, with what they are answered at."""
 
-    weights: Tensor | None
-    beta: Tensor | None
-    c: Tensor
+    prompts: Sequence[Prompt]
+    plain: Sequence[list[int]]  # what the reference reads
+    own: Sequence[list[int]]  # what the model reads: where weights are part of the text, with these in front
+    arguments: Mapping[str, Tensor]  # what the model takes as keywords: w (B, m), β (B, m), or nothing
+    c: Tensor  # (B,) float64, with ‖β‖₁ inside
 
-    def of(self, rows: slice) -> Condition:
-        """Return that of some of the prompts."""
-        return Condition(*(None if each is None else each[rows] for each in (self.weights, self.beta, self.c)))  # type: ignore[arg-type]
+    def of(self, rows: slice) -> Asked:
+        """Return some of the prompts."""
+        arguments = {name: value[rows] for name, value in self.arguments.items()}
+        return Asked(self.prompts[rows], self.plain[rows], self.own[rows], arguments, self.c[rows])
 
 
 def as_list(prompts: Any) -> list[Prompt]:
@@ -71,17 +74,16 @@ def objectives_of(
     weights: Any,
     beta: Any,
     text_prompt: TextPrompt | None,
-    kinds: type[Conditioned] = WeightedModel,
     mixture: str = "LoraMixture",
     without_beta: str = "to move closer to the reference pass scale",
 ) -> tuple[str, ...]:
-    """Return the objectives of a model of these `kinds`, or of its text; raise unless it gets just what it takes.
+    """Return the objectives of a model, or of its text; raise unless it gets just what it takes.
 
     Errors name the `mixture` that the caller takes, and what to do `without_beta`.
     """
     names: Sequence[str] = ()
     wants_beta = False
-    if isinstance(model, kinds) and (model.decodes_rows or mixture == "mixture"):
+    if isinstance(model, WeightedModel) and (model.decodes_rows or mixture == "mixture"):
         names, wants_beta = model.record.objectives, model.takes_beta
         if text_prompt is not None:
             raise ValueError(
@@ -105,19 +107,36 @@ def objectives_of(
     return tuple(names)
 
 
-def condition_of(
-    model: nn.Module, weights: Any, beta: Any, scale: Any, text_prompt: TextPrompt | None, count: int
-) -> Condition:
-    """Check what the prompts are answered at, and give each prompt its own."""
+def asked_of(
+    model: nn.Module,
+    encoder: ListTokenizer,
+    prompts: Sequence[Prompt],
+    weights: Any,
+    beta: Any,
+    scale: Any,
+    text_prompt: TextPrompt | None,
+) -> Asked:
+    """Check what prompts are answered at, and give each its tokens and its own."""
+    count = len(prompts)
     names = objectives_of(model, weights, beta, text_prompt)
     c = check_positive(scale, "scale", "above 1 is closer to the reference").double().cpu()
     if c.ndim > 1 or (c.ndim == 1 and len(c) != count):
         raise ValueError(f"scale has shape {tuple(c.shape)} but there are {count} prompts; pass a number or one each")
-    w = None if weights is None else _each(check_weights(weights, len(names)), "weights", len(names), count)
+    given: dict[str, Tensor] = {}
+    if weights is not None:
+        given["weights"] = _each(check_weights(weights, len(names)), "weights", len(names), count)
     if beta is not None:
-        beta = _each(check_positive(beta, "beta").double(), "beta", len(names), count)
-        c = c * beta.sum(-1).cpu()
-    return Condition(w, beta, c.expand(count))
+        given["beta"] = _each(check_positive(beta, "beta").double(), "beta", len(names), count)
+        c = c * given["beta"].sum(-1).cpu()
+    plain = [prompt_tokens(encoder, prompt, number) for number, prompt in enumerate(prompts)]
+    if text_prompt is None:
+        return Asked(prompts, plain, plain, given, c.expand(count))
+    betas = given.get("beta", [None] * count)
+    own = [
+        text_prompt.prepend_ids(ids, w, encoder.tokenizer, b)
+        for ids, w, b in zip(plain, given["weights"], betas, strict=True)
+    ]
+    return Asked(prompts, plain, own, {}, c.expand(count))
 
 
 def _each(values: Tensor, name: str, objectives: int, count: int) -> Tensor:
@@ -181,5 +200,5 @@ def generate_options(
     if kwargs.get("stop_strings"):
         kwargs.setdefault("tokenizer", tokenizer)
     # What is a setting goes into the configuration; the rest are objects, or names that transformers will refuse.
-    others = config.update(**kwargs, max_new_tokens=max_new_tokens)
+    others = config.update(**kwargs, max_new_tokens=max_new_tokens, num_return_sequences=candidates)
     return {**others, "generation_config": config}, ends

@@ -258,9 +258,3 @@ def packed(sequences: Sequence[Pair]) -> dict[str, Any]:
     }
     inputs: dict[str, Any] = {key: torch.from_numpy(value)[None] for key, value in arrays.items()}
     return inputs | {"sequences": len(lengths)}
-
-
-def pad_left(rows: Sequence[Sequence[int]], pad: int, device: Any) -> tuple[Tensor, Tensor]:
-    """Return prompts as (B, T), padded on the left as generation needs it, and their mask."""
-    found = padded([(row, ()) for row in rows], pad, left=True)
-    return found["input_ids"].to(device), found["attention_mask"].to(device)

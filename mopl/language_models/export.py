@@ -200,7 +200,7 @@ def _condition(
     model: nn.Module, weights: Any, beta: Any, text_prompt: TextPrompt | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Check and return w (m,) and β (m,)."""
-    names = objectives_of(model, weights, beta, text_prompt, WeightedModel, "mixture", "leave it out")
+    names = objectives_of(model, weights, beta, text_prompt, "mixture", "leave it out")
     if weights is None:
         return None, None
     w = check_weights(weights, len(names))

@@ -24,7 +24,6 @@ A model conditioned on temperatures is run at β/‖β‖₁ and rescaled by c �
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -36,19 +35,19 @@ from mopl._arguments import check_choice
 from mopl._renamed import renamed_keywords
 from mopl._restoring import evaluating, seeded
 from mopl.conditioning import TextPrompt, WeightedModel
-from mopl.conditioning.weighted import causal_lm_of, keywords_for_prompts, reads_left_padding
+from mopl.conditioning.weighted import causal_lm_of, reads_left_padding
 from mopl.language_models._generation_arguments import (
-    Condition,
+    Asked,
     Numbers,
     Prompt,
     as_list,
-    condition_of,
+    asked_of,
     generate_options,
-    prompt_tokens,
 )
-from mopl.language_models.collate import pad_left, padded
+from mopl.language_models.collate import padded
 from mopl.language_models.head import fuse, is_fused, score_sequences, unfuse
 from mopl.language_models.models import positions_of
+from mopl.language_models.prompt_rows import PromptRows, pad_left, prompt_rows
 from mopl.language_models.reference_mixture import Reference, ReferenceMixture
 from mopl.language_models.tokenization import ListTokenizer
 from mopl.language_models.turns import TurnEnds
@@ -155,61 +154,32 @@ def generate(
     """
     check_choice(rerank, RERANK, "rerank")
     conversations = as_list(prompts)
-    count = len(conversations)
     if isinstance(tokenizer, ListTokenizer):
         encoder = tokenizer
     else:
         encoder = ListTokenizer(tokenizer, max_length=None, template=template, append_eos=False)
     options, ends = generate_options(model, encoder, dict(kwargs), candidates, rerank, max_new_tokens)
-    condition = condition_of(model, weights, beta, scale, text_prompt, count)
-    needs_reference = bool((condition.c != 1).any())
-    base = Reference(model, reference) if needs_reference else None
-    tokens = [prompt_tokens(encoder, prompt, number) for number, prompt in enumerate(conversations)]
-    asked = [model] if base is None else [model, base.model]
-    if not all(map(reads_left_padding, asked)):
+    asked = asked_of(model, encoder, conversations, weights, beta, scale, text_prompt)
+    base = Reference(model, reference) if bool((asked.c != 1).any()) else None
+    _check_room(model, asked, max_new_tokens)
+    if base is not None and not reads_left_padding(base.model):
         batch_size = 1  # with nothing to pad
+    pad = options["generation_config"].pad_token_id
     answers: list[Generation] = []
     with evaluating(model, reference), seeded(seed), torch.no_grad():
-        for chosen in (slice(first, first + batch_size) for first in range(0, count, batch_size)):
-            rows = _Rows(encoder, conversations[chosen], tokens[chosen], condition.of(chosen), text_prompt)
-            _check_room(model, rows, max_new_tokens)
-            answers += _answer(model, base, ends, rows, options, candidates, rerank)
+        for part in prompt_rows(model, asked.own, pad, ends, batch_size):
+            answers += _answer(part, base, asked.of(part.rows), options, rerank)
     return answers
 
 
 # ---------------------------------------------------------------- a batch of prompts
 
 
-class _Rows:
-    """Some of the prompts as tokens, as the model and as the reference read them, with what they are answered at."""
-
-    def __init__(
-        self,
-        encoder: ListTokenizer,
-        prompts: Sequence[Prompt],
-        tokens: Sequence[list[int]],
-        condition: Condition,
-        text_prompt: TextPrompt | None,
-    ) -> None:
-        self.prompts, self.plain, self.own, self.c = prompts, tokens, tokens, condition.c
-        # What a model takes as keywords; to any other model the condition is part of the text.
-        given = {"weights": condition.weights, "beta": condition.beta}
-        self.arguments = {name: value for name, value in given.items() if value is not None}
-        if text_prompt is not None:
-            self.arguments = {}
-            assert condition.weights is not None
-            beta = [None] * len(tokens) if condition.beta is None else condition.beta
-            self.own = [
-                text_prompt.prepend_ids(ids, w, encoder.tokenizer, b)
-                for ids, w, b in zip(tokens, condition.weights, beta, strict=True)
-            ]
-
-
-def _check_room(model: nn.Module, rows: _Rows, max_new_tokens: int) -> None:
+def _check_room(model: nn.Module, asked: Asked, max_new_tokens: int) -> None:
     """Raise if a prompt and its response have more tokens than the model has positions."""
-    positions = positions_of(causal_lm_of(model))
+    positions = positions_of(causal_lm_of(model)) if asked.own else None
     virtual = model.virtual_tokens if isinstance(model, WeightedModel) else 0
-    longest = max(map(len, rows.own)) + virtual
+    longest = max(map(len, asked.own), default=0) + virtual
     if positions is not None and longest + max_new_tokens > positions:
         remedy = f"pass max_new_tokens={positions - longest} or less" if longest < positions else "shorten the prompt"
         raise ValueError(
@@ -219,36 +189,23 @@ def _check_room(model: nn.Module, rows: _Rows, max_new_tokens: int) -> None:
 
 
 def _answer(
-    model: Any,
-    base: Reference | None,
-    ends: TurnEnds,
-    rows: _Rows,
-    options: dict[str, Any],
-    candidates: int,
-    rerank: str,
+    part: PromptRows, base: Reference | None, asked: Asked, options: dict[str, Any], rerank: str
 ) -> list[Generation]:
-    config = copy.copy(options["generation_config"])
-    device, pad = next(model.parameters()).device, config.pad_token_id
-    ids, mask = pad_left(rows.own, pad, device)
-    options = {**options, "generation_config": config}
+    config = options["generation_config"]
+    candidates, pad = config.num_return_sequences, config.pad_token_id
     mixture = None
-    if base is not None and bool((rows.c != 1).any()):
-        plain, plain_mask = pad_left(rows.plain, pad, device)
+    if base is not None and bool((asked.c != 1).any()):
+        plain, plain_mask = pad_left(asked.plain, pad, part.ids.device)
         record = candidates > 1 and rerank == "resample"
-        mixture = ReferenceMixture(base, plain, plain_mask, rows.c, ids.shape[1], record=record)
-        options["logits_processor"] = [mixture, *(options.get("logits_processor") or [])]
-    if criteria := ends.criteria(ids.shape[1]).get("stopping_criteria"):
-        options["stopping_criteria"] = [*(options.get("stopping_criteria") or []), *criteria]
-    config.num_return_sequences = candidates
-    options |= keywords_for_prompts(model, mask)
-    output = model.generate(input_ids=ids, attention_mask=mask, **rows.arguments, **options)
-    new = output[:, ids.shape[1] :]
-    responses, finished = _responses(new, options, ends)
-    texts = ends.texts(responses)
+        mixture = ReferenceMixture(base, plain, plain_mask, asked.c, part.ids.shape[1], record=record)
+        options = {**options, "logits_processor": [mixture, *(options.get("logits_processor") or [])]}
+    new, _ = part.generate(**asked.arguments, **options)
+    responses, finished = _responses(new, options, part.ends)
+    texts = part.ends.texts(responses)
     if candidates == 1:
         return [
             Generation(prompt, text, tuple(tokens), end)
-            for prompt, text, tokens, end in zip(rows.prompts, texts, responses, finished, strict=True)
+            for prompt, text, tokens, end in zip(asked.prompts, texts, responses, finished, strict=True)
         ]
     lengths = torch.tensor([len(tokens) for tokens in responses], device=new.device)
     proposal = None
@@ -256,9 +213,9 @@ def _answer(
         counted = torch.arange(new.shape[1], device=new.device) < lengths[:, None]
         proposal = mixture.log_proposal(new, counted).cpu().view(-1, candidates)
     grouped = [responses[i : i + candidates] for i in range(0, len(responses), candidates)]
-    log_p, log_p0, score = _scores(model, base, rows, grouped, pad)
+    log_p, log_p0, score = _scores(part.model, base, asked, grouped, pad)
     answers = []
-    for i, prompt in enumerate(rows.prompts):
+    for i, prompt in enumerate(asked.prompts):
         share = None
         if rerank == "resample":
             # Without a mixture samples come from p itself, which then is p_c: all weigh the same.
@@ -285,7 +242,7 @@ def _answer(
 def _responses(new: Tensor, options: dict[str, Any], ends: TurnEnds) -> tuple[list[list[int]], list[bool]]:
     """Return the tokens of each response up to the one that ended it, and whether one did."""
     config = options["generation_config"]
-    stopped = bool(config.stop_strings or options.get("stopping_criteria"))
+    stopped = bool(config.stop_strings or options.get("stopping_criteria") or ends.text)
     responses, finished = [], []
     for tokens in new.tolist():
         response, end = ends.cut(tokens)
@@ -300,17 +257,17 @@ def _responses(new: Tensor, options: dict[str, Any], ends: TurnEnds) -> tuple[li
 
 
 def _scores(
-    model: Any, base: Reference | None, rows: _Rows, grouped: Sequence[Sequence[Sequence[int]]], pad: int
+    model: Any, base: Reference | None, asked: Asked, grouped: Sequence[Sequence[Sequence[int]]], pad: int
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Return log p, log p0 and s_c of the candidates, each (B, n) float64 on the CPU."""
     with _scoring(model):
-        log_p = _log_probs(model, rows.own, grouped, pad, rows.arguments)
+        log_p = _log_probs(model, asked.own, grouped, pad, asked.arguments)
     if base is None:
         return log_p, None, log_p
     with base.active() as model_of_base, _scoring(model_of_base):
         # A reference that is the model itself, switched off, still wants to be told nothing of the trade-off.
-        log_p0 = _log_probs(model_of_base, rows.plain, grouped, pad, {})
-    return log_p, log_p0, rescale(log_p, log_p0, rows.c)
+        log_p0 = _log_probs(model_of_base, asked.plain, grouped, pad, {})
+    return log_p, log_p0, rescale(log_p, log_p0, asked.c)
 
 
 @contextlib.contextmanager

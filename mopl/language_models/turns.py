@@ -50,13 +50,13 @@ class TurnEnds:
     def _decoded(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(list(tokens), skip_special_tokens=True)
 
-    def criteria(self, prompt_length: int) -> dict[str, Any]:
-        """Return the keywords of `generate` that stop each row at the text; the tokens go into its configuration."""
+    def criteria(self, prompt_length: int) -> list[Any]:
+        """Return the criteria of `generate` that stop each row at the text; the tokens go into its configuration."""
         if self.text is None:
-            return {}
+            return []
         require("transformers", what="generation")
         import torch
-        from transformers import StoppingCriteria, StoppingCriteriaList
+        from transformers import StoppingCriteria
 
         written = self.is_written
 
@@ -65,7 +65,7 @@ class TurnEnds:
                 rows = input_ids[:, prompt_length:].tolist()
                 return torch.tensor([written(row) for row in rows], dtype=torch.bool, device=input_ids.device)
 
-        return {"stopping_criteria": StoppingCriteriaList([AtText()])}
+        return [AtText()]
 
 
 def end_tokens(generation_config: Any) -> list[int]:

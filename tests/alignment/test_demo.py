@@ -15,7 +15,7 @@ transformers = pytest.importorskip("transformers")
 from mopl.alignment import _demo_sampling, demo
 from mopl.alignment._demo_sampling import Response, Sampling, sample_all, sample_rows
 from mopl.experiments.run_lock import RunInUse, locked
-from mopl.language_models import demo_model
+from mopl.language_models import demo_model, prompt_rows
 from mopl.language_models.readers import load_preferences
 from mopl.losses import normalize_labels
 
@@ -143,7 +143,7 @@ def test_prompts_that_a_model_cannot_take_padded_on_the_left_are_answered_one_by
     model, tokenizer = loaded
     sampling, talks = Sampling(max_new_tokens=8, temperature=3.0, top_k=20), conversations(*PROMPTS[:3])
     expected, asked = sample_rows(model, tokenizer, talks, sampling, 0), []
-    monkeypatch.setattr(_demo_sampling, "takes_left_padding", lambda model: False)
+    monkeypatch.setattr(prompt_rows, "reads_left_padding", lambda model: False)
     inner = model.generate
     monkeypatch.setattr(model, "generate", lambda **given: asked.append(len(given["input_ids"])) or inner(**given))
     assert sample_rows(model, tokenizer, talks, sampling, 0) == expected and asked == [1, 1, 1]
