@@ -153,6 +153,8 @@ def generate(
         UnsupportedModelError: If candidates are to be scored and the model's head cannot be (see `fuse`).
     """
     check_choice(rerank, RERANK, "rerank")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size} but must be at least 1")
     conversations = as_list(prompts)
     if isinstance(tokenizer, ListTokenizer):
         encoder = tokenizer

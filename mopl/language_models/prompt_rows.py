@@ -36,15 +36,7 @@ class PromptRows:
 def prompt_rows(
     model: Any, prompts: Sequence[Sequence[int]], pad: int, ends: TurnEnds, at_once: int
 ) -> Iterator[PromptRows]:
-    """Yield prompts in their order, `at_once` together; one by one where the model cannot read padding on the left.
-
-    Args:
-        model: A causal language model, or one around it.
-        prompts: Tokens of each.
-        pad: Token of the padding.
-        ends: What ends a response.
-        at_once: Most prompts that run together.
-    """
+    """Yield prompts in their order, `at_once` together; one by one where the model cannot read padding on the left."""
     device = causal_lm_of(model).get_input_embeddings().weight.device
     if not reads_left_padding(model):
         at_once = 1  # with nothing to pad

@@ -399,6 +399,8 @@ def test_the_best_candidate_depends_on_the_scale() -> None:
         ({"text_prompt": PAIR}, "takes weights by itself"),
         ({"template": "chat"}, "no chat template"),
         ({"unknown_option": 1}, "unknown_option"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"batch_size": -1}, "batch_size is -1"),  # it was answered by no answer at all
     ],
 )
 def test_bad_calls_are_named(arguments: dict, message: str) -> None:
