@@ -88,15 +88,15 @@ def sample_rows(
     encoder = ListTokenizer(tokenizer, max_length=None, template="chat", append_eos=False)
     ends = turn_ends(encoder, model.generation_config)
     prompts = [encoder.prompt_tokens(tuple(conversation)).tolist() for conversation in conversations]
-    pad = ends.ids[0] if ends.ids else 0
     config = GenerationConfig(
-        do_sample=False, max_new_tokens=sampling.max_new_tokens, eos_token_id=list(ends.ids) or None, pad_token_id=pad
-    )
+        do_sample=False, max_new_tokens=sampling.max_new_tokens, eos_token_id=list(ends.ids) or None,
+        pad_token_id=encoder.pad_id,
+    )  # fmt: skip
     # One uniform number for each token, whatever else is drawn.
     uniform = np.random.default_rng([sampling.seed, chunk]).random((len(prompts), sampling.max_new_tokens))
     tokens: list[list[int]] = []
     with generating_by(model, config):
-        for part in prompt_rows(model, prompts, pad, ends, len(prompts)):
+        for part in prompt_rows(model, prompts, encoder.pad_id, ends, len(prompts)):
             numbers = torch.from_numpy(uniform[part.rows]).float().to(part.ids.device)
             new, _ = part.generate(logits_processor=[_draw(numbers, sampling)])
             tokens += new.tolist()

@@ -15,9 +15,9 @@ from torch import Tensor
 from mopl._lines import TextError, byte_lines, decode, text_fault
 from mopl.clp.config import ClpConfig
 from mopl.conditioning import samplers
-from mopl.language_models.data import DataError, OnError, ReadReport, RowError, Text
+from mopl.language_models.data import OnError, ReadReport, RowError, Text
 from mopl.language_models.formats import unread_column
-from mopl.language_models.readers import detect_format, load_preferences, rows_of_json
+from mopl.language_models.readers import format_of, load_preferences, rows_of_json
 from mopl.language_models.tokenization import ListTokenizer
 from mopl.rewards import prompt_key
 from mopl.training import part_of_batch, shuffled_indices
@@ -131,18 +131,10 @@ def _prompt_rows(path: Path) -> Iterator[Placed | None]:
         if wrong is None:
             prompt = row["prompt"]
             yield place, prompt if isinstance(prompt, str) else tuple(prompt)
-        elif isinstance(row, dict) and "prompt" not in row and _is_known_format(row):
+        elif isinstance(row, dict) and "prompt" not in row and format_of(row) is not None:
             yield None
         else:
             yield place, RowError("no prompt", f"it {wrong}; {WANTED}")
-
-
-def _is_known_format(row: dict[str, Any]) -> bool:
-    try:
-        detect_format(row)
-    except DataError:
-        return False
-    return True
 
 
 def _what_is_wrong(row: Any) -> str | None:

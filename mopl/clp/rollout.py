@@ -61,11 +61,10 @@ class Sampler:
         from transformers import GenerationConfig
 
         self.tokenizer, self.config = tokenizer, config
-        self.ends = turn_ends(config.list_tokenizer(tokenizer), base.generation_config)
+        encoder = config.list_tokenizer(tokenizer)
+        self.ends, self.pad = turn_ends(encoder, base.generation_config), encoder.pad_id
         if not self.ends.ids:
             raise ValueError("neither model nor tokenizer has an end-of-sequence token, so responses cannot end")
-        pad = tokenizer.pad_token_id
-        self.pad = int(pad if pad is not None else self.ends.ids[0])
         self._plain = GenerationConfig(
             do_sample=True, temperature=config.temperature, top_k=0, top_p=1.0, max_new_tokens=config.max_new_tokens,
             eos_token_id=list(self.ends.ids), pad_token_id=self.pad, use_cache=True,
@@ -94,8 +93,8 @@ class Sampler:
             for part in prompt_rows(model, prompts, self.pad, self.ends, self.config.rows_at_once):
                 options = arguments(part.rows)
                 if processor is not None:
-                    options |= {
-                        "logits_processor": [processor(part.mask)], "output_scores": True,
+                    options = {
+                        **options, "logits_processor": [processor(part.mask)], "output_scores": True,
                         "return_dict_in_generate": True,
                     }  # fmt: skip
                 new, output = part.generate(**options)

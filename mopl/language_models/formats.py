@@ -58,6 +58,13 @@ def from_json(value: Any, what: str) -> Any:
         raise RowError("not JSON", f"{what} is text that is no JSON ({error})") from None
 
 
+def _records(row: Row, column: str) -> Sequence[Row]:
+    records = from_json(row[column], column)
+    if not isinstance(records, Sequence) or not all(isinstance(record, Mapping) for record in records):
+        raise RowError("wrong type", f"{column} must be a list of records")
+    return records
+
+
 # What a template would write besides the messages, or a model read besides the text.
 BESIDE_THE_TEXT = {
     "tools": "write the tools into a system message, or leave the column out",
@@ -115,9 +122,7 @@ def parse_ultrafeedback(row: Row, *, aspects: Sequence[str] = ULTRAFEEDBACK) -> 
 
     The system prompts by which single completions were made are not part of the prompt, which all responses share.
     """
-    completions = from_json(row["completions"], "completions")
-    if not isinstance(completions, Sequence) or not all(isinstance(c, Mapping) for c in completions):
-        raise RowError("wrong type", "completions must be a list of records")
+    completions = _records(row, "completions")
     labels = {aspect: tuple(_aspect_rating(completion, aspect) for completion in completions) for aspect in aspects}
     yield make_list(row["instruction"], [completion.get("response") for completion in completions], labels)
 
@@ -195,9 +200,7 @@ def labels_of_ranks(ranks: Sequence[Any]) -> tuple[float | None, ...]:
 
 def parse_ranked_answers(row: Row) -> Iterator[Draft]:
     """Nectar: a prompt and answers with their ranks, 1 the best."""
-    answers = from_json(row["answers"], "answers")
-    if not isinstance(answers, Sequence) or not all(isinstance(answer, Mapping) for answer in answers):
-        raise RowError("wrong type", "answers must be a list of records")
+    answers = _records(row, "answers")
     labels = {"preference": labels_of_ranks([answer.get("rank") for answer in answers])}
     yield make_list(transcript(row["prompt"]), [answer.get("answer") for answer in answers], labels)
 

@@ -94,6 +94,12 @@ FORMATS: dict[str, Format] = {
 }
 
 
+def format_of(columns: Iterable[str]) -> Format | None:
+    """Return the format that has these columns, or None."""
+    have = set(columns)
+    return next((entry for entry in FORMATS.values() if have.issuperset(entry.columns)), None)
+
+
 def detect_format(columns: Iterable[str]) -> str:
     """Return the name of the format that has these columns.
 
@@ -101,9 +107,8 @@ def detect_format(columns: Iterable[str]) -> str:
         DataError: if none has; the message lists what each needs.
     """
     have = set(columns)
-    for entry in FORMATS.values():
-        if have.issuperset(entry.columns):
-            return entry.name
+    if (entry := format_of(have)) is not None:
+        return entry.name
     raise DataError(
         f"no known format has the columns {', '.join(sorted(have))}{_nearest_format(have)}. Rename columns, write "
         "mopl's own JSON lines, or pass format=...; the formats and the columns they need:\n" + _known_formats()
