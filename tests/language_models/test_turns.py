@@ -16,6 +16,7 @@ from mopl.clp import ClpConfig
 from mopl.clp.rollout import Sampler
 from mopl.language_models.export import export
 from mopl.language_models.generate import generate
+from mopl.language_models.prompt_rows import prompt_rows
 from mopl.language_models.tokenization import ListTokenizer
 from mopl.language_models.turns import turn_ends
 
@@ -152,6 +153,17 @@ def test_generation_stops_where_the_turn_ends(name):
     assert not cut.finished and list(cut.tokens) == answer
     chosen = generate(scripted(size, script), tokenizer, "w3", template="chat", max_new_tokens=9, eos_token_id=2)[0]
     assert chosen.finished == (ending == [2])
+
+
+def test_an_end_in_words_stops_the_model_itself_and_not_only_its_answer():
+    tokenizer, size, end = words("several tokens")
+    script = tokenizer(f"w1 w2 {end} w9 w9", add_special_tokens=False)["input_ids"]
+    model, encoder = scripted(size, script), ListTokenizer(tokenizer, append_eos=False)
+    ends = turn_ends(encoder, model.generation_config)
+    assert ends.text is not None
+    rows = [encoder.prompt_tokens("w3").tolist()]
+    (part,) = prompt_rows(model, rows, encoder.pad_id, ends, at_once=4)
+    assert part.generate(max_new_tokens=9)[0].tolist() == [script[:-2]]
 
 
 @pytest.mark.parametrize("name", ["chatml", "several tokens", "zephyr", "no end"])
