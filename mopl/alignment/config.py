@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mopl._lines import lone_surrogate
 from mopl.experiments.common_settings import ALL, CosDpoSettings, LanguageModelSettings
-from mopl.experiments.methods import CONDITIONED, METHODS
+from mopl.experiments.methods import CONDITIONED, LIST_LOSSES, METHODS, PAIR_LOSSES, PER_TOKEN
 from mopl.experiments.resume_settings import located, located_if_there
 from mopl.experiments.settings import in_data, in_evaluation, in_method, in_model, in_training, setting, settings
 
@@ -18,15 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ALL", "CONDITIONED", "LIST_LOSSES", "LOSSES", "METHODS", "PAIR_LOSSES", "PER_TOKEN", "AlignConfig"]
 
-# The types of `mopl.losses.bradley_terry` but aot, which sorts over the whole batch: it has no loss of one list that
-# could be weighed by that list's trade-off.
-PAIR_LOSSES = (
-    "sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "dpop", "nca_pair", "bco_pair",
-    "sppo_hard", "apo_zero", "apo_down",
-)  # fmt: skip
-LIST_LOSSES = ("listnet", "plackett-luce")
 LOSSES = (*LIST_LOSSES, *PAIR_LOSSES)
-PER_TOKEN = ("sigmoid_norm", "ipo")  # losses of log-probabilities averaged over tokens
 
 
 def _located_reference(name: str) -> str:

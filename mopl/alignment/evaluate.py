@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mopl import steering
-from mopl.alignment.methods import ResponseLoss
+from mopl.experiments.response_loss import ResponseLoss
 from mopl.language_models.collate import ListBatch, ListCollator
 from mopl.language_models.scoring import ListScores, ordered_pairs, response_lengths
 from mopl.language_models.tokenization import TokenizedList

@@ -24,11 +24,12 @@ from mopl._restoring import seeded
 from mopl._rows import check_rows
 from mopl.alignment import tuned
 from mopl.alignment.config import CONDITIONED, LIST_LOSSES, AlignConfig
-from mopl.alignment.methods import AlignSource, ResponseLoss, scored_for
+from mopl.alignment.methods import AlignSource, scored_for
 from mopl.conditioning import TextPrompt, WeightedModel
 from mopl.experiments.cos_dpo import CosDpoStages, Part, model_folder, vertices
 from mopl.experiments.driver import Recipe
 from mopl.experiments.methods import Method
+from mopl.experiments.response_loss import ResponseLoss
 from mopl.experiments.stages import Trained, Training
 from mopl.language_models import models
 from mopl.language_models.collate import ListCollator

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from mopl import steering
 from mopl._arguments import check_choice
 from mopl.conditioning.samplers import Sampler, box_betas, dirichlet_weights, fixed
-from mopl.experiments.methods import TABLE, Method
+from mopl.experiments.methods import LIST_LOSSES, TABLE, Method
 from mopl.experiments.stages import RunStages, Trained
 from mopl.losses import listwise_dpo, plackett_luce, scalarize
 from mopl.training import part_of_batch, shuffled_indices
@@ -106,7 +107,7 @@ class ListLoss:
         top_k: How many ranks Plackett-Luce sees; None for all.
     """
 
-    CHOICES: ClassVar[tuple[str, ...]] = ("listnet", "plackett-luce")
+    CHOICES: ClassVar[tuple[str, ...]] = LIST_LOSSES
 
     loss: str = "listnet"
     ties: Literal["breslow", "efron", "exact", "random"] = "breslow"
@@ -121,6 +122,13 @@ class ListLoss:
         """Whether batches should bring the items sorted by label."""
         return self.loss == "plackett-luce" and self.ties != "random"
 
+    @property
+    def function(self) -> Callable[..., Tensor]:
+        """What computes it: from ListNet's targets, which are normalised already, or from labels."""
+        if self.loss == "listnet":
+            return partial(listwise_dpo, normalize=None)
+        return partial(plackett_luce, top_k=self.top_k, ties=self.ties, last_group=self.last_group)
+
     def __call__(
         self,
         scores: Tensor,  # (B, K)
@@ -131,23 +139,11 @@ class ListLoss:
     ) -> Tensor:  # (B, m), or (B, 1) for one objective
         """Return the loss vector of a batch; only that of `objective` where one is given."""
         chosen = slice(None) if objective is None else slice(objective, objective + 1)
-        targets = self.targets(lists)[:, chosen] if self.loss == "listnet" else None
-        order = lists.order[:, chosen] if self.needs_order and lists.order is not None else None
+        labels = lists.targets if self.loss == "listnet" else lists.labels
         options: dict[str, Any] = {"reference": reference, "beta": beta, "mask": lists.mask}
-        return self.vector(scores, lists.labels[:, chosen], targets, order=order, **options)
-
-    def targets(self, lists: Any) -> Tensor:
-        """Return the distributions (B, m, K) that ListNet compares with, normalised already."""
-        return lists.targets
-
-    def vector(
-        self, scores: Tensor, labels: Tensor, targets: Tensor | None, *, order: Tensor | None = None, **options: Any
-    ) -> Tensor:
-        """Return ListNet's loss of the targets (B, m, K), or where there are none Plackett-Luce's of the labels."""
-        if targets is not None:
-            return listwise_dpo(scores, targets, normalize=None, reduction="none", **options)
-        options |= {"top_k": self.top_k, "ties": self.ties, "last_group": self.last_group, "order": order}
-        return plackett_luce(scores, labels, reduction="none", **options)
+        if self.needs_order and lists.order is not None:
+            options["order"] = lists.order[:, chosen]
+        return self.function(scores, labels[:, chosen], reduction="none", **options)
 
 
 def scalarized(

@@ -12,7 +12,8 @@ Source: Ren et al., COS-DPO, UAI 2025: sections 3.1, 3.3 and 4.2, appendices A.1
 same number of steps, from the same initialisation, on the same batches. The first three weight losses (an arithmetic
 mixture of the label distributions), `mo-dpo` and a soup weight scores (a geometric one): see `mopl.losses.scalarize`.
 
-The command line lists the methods, so nothing here needs torch; what they compute is in `mopl.experiments.cos_dpo`.
+The command line lists the methods and the losses, so nothing here needs torch; what they compute is in
+`mopl.experiments.cos_dpo` and `response_loss`.
 """
 
 from __future__ import annotations
@@ -49,3 +50,12 @@ TABLE: dict[str, Method] = {
 }
 METHODS = tuple(TABLE)
 CONDITIONED = tuple(name for name, method in TABLE.items() if method.conditioned)
+
+# The types of `mopl.losses.bradley_terry` but aot, which sorts over the whole batch: it has no loss of one list that
+# could be weighed by that list's trade-off.
+PAIR_LOSSES = (
+    "sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "dpop", "nca_pair", "bco_pair",
+    "sppo_hard", "apo_zero", "apo_down",
+)  # fmt: skip
+LIST_LOSSES = ("listnet", "plackett-luce")
+PER_TOKEN = ("sigmoid_norm", "ipo")  # losses of log-probabilities averaged over tokens

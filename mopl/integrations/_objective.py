@@ -12,15 +12,12 @@ from torch import Tensor
 
 from mopl import losses
 from mopl._extras import require
-from mopl._renamed import renamed_parameter
 from mopl.experiments.cos_dpo import scalarized
-from mopl.integrations._pair_loss import PairLoss
+from mopl.experiments.response_loss import LossFunction, PairLoss, ResponseLoss
 from mopl.integrations._scores import Scored
 from mopl.integrations._settings import ObjectiveArguments
-from mopl.language_models.collate import ListBatch, by_objective
+from mopl.language_models.collate import ListBatch
 from mopl.language_models.scoring import ordered_pairs, preferred
-
-ListLoss = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -52,15 +49,14 @@ class Objective:
     """
 
     def __init__(
-        self, settings: ObjectiveArguments, loss: ListLoss | PairLoss | None = None, partial: bool = False
+        self, settings: ObjectiveArguments, loss: LossFunction | PairLoss | None = None, partial: bool = False
     ) -> None:
-        self.settings, self.partial = settings, partial
+        self.settings = settings
         if loss is not None and not callable(loss):
             raise TypeError(
                 f"loss is {loss!r} but must be a function of mopl.losses or like one; list_loss takes names"
             )
-        self.loss: ListLoss | PairLoss = getattr(losses, settings.list_loss) if loss is None else loss
-        self.name_of_beta = renamed_parameter(self.loss, "temperature", "beta")
+        self.loss = ResponseLoss(getattr(losses, settings.list_loss) if loss is None else loss, by_objective=partial)
 
     def __call__(
         self,
@@ -77,10 +73,10 @@ class Objective:
             scores = scores / lengths.clamp(min=1)
             reference = None if reference is None else reference / lengths.clamp(min=1)
         with torch.autocast(scores.device.type, enabled=False):
-            vector = self._vector(scores, scored, batch, beta, reference)
+            of_pairs = {name: getattr(scored, name) for name in ("lengths", "tokens", "likelihood")}
+            vector = self.loss(scores, batch, beta, reference, **of_pairs)
             if scored.confidence is not None:
                 vector = vector * scored.confidence
-            vector = torch.where(batch.objective_mask, vector, 0.0)
             settings = self.settings
             value = scalarized(
                 vector,
@@ -108,40 +104,6 @@ class Objective:
                     logps=by_side(scored.scores, better),
                     router=scored.router,
                 )
-
-    def _vector(
-        self, scores: Tensor, scored: Scored, batch: ListBatch, beta: Tensor, reference: Tensor | None
-    ) -> Tensor:
-        if isinstance(self.loss, PairLoss):
-            if batch.mask.shape[1] != 2:
-                raise ValueError(
-                    f"loss_type {', '.join(self.loss.types)} is for pairs but a list has {batch.mask.shape[1]} "
-                    f"responses; leave loss_type at 'sigmoid' and choose a list_loss"
-                )
-            return self.loss(
-                scores,
-                batch.labels,
-                lengths=scored.lengths,
-                reference=reference,
-                beta=beta,
-                tokens=scored.tokens,
-                likelihood=scored.likelihood,
-            )
-        shape = wanted = tuple(batch.objective_mask.shape)  # (B, m)
-        labels, mask = batch.labels, batch.mask
-        if self.partial:  # every objective of every list is a list of its own
-            wanted = (shape[0] * shape[1], 1)
-            reference = None if reference is None else by_objective(reference, batch)[0]
-            scores, labels, mask = by_objective(scores, batch)
-            beta = beta.expand(shape).reshape(wanted)
-        options: dict[str, Any] = {self.name_of_beta: beta, "reduction": "none"}
-        vector = self.loss(scores, labels, reference=reference, mask=mask, **options)
-        if tuple(vector.shape) != wanted:
-            raise ValueError(
-                f"loss gave a tensor of shape {tuple(vector.shape)} but must give {wanted}, one value for each list "
-                "and objective, when it is called with reduction='none'"
-            )
-        return vector.reshape(shape)
 
 
 def by_side(values: Tensor, better: Tensor) -> tuple[Tensor, Tensor]:  # (B, K), (B, m, K, K)

@@ -19,9 +19,10 @@ from mopl._rows import check_rows
 from mopl.conditioning.causal_lm import is_peft
 from mopl.conditioning.saved_models import base_of_adapter
 from mopl.conditioning.weighted import WeightedModel, causal_lm_of
+from mopl.experiments.methods import PER_TOKEN
+from mopl.experiments.response_loss import LIKELIHOOD, PairLoss
 from mopl.integrations._data import BETA, WEIGHTS, Example, Examples
 from mopl.integrations._options import check_options
-from mopl.integrations._pair_loss import AVERAGED, LIKELIHOOD, PairLoss
 from mopl.integrations._scores import Scoring
 from mopl.integrations._settings import ObjectiveArguments
 from mopl.language_models.adapter_reference import OwnReference
@@ -151,7 +152,7 @@ def check_fit(
     pairs_only, sorts = scoring.pairs_only, False
     if isinstance(loss, PairLoss):
         pairs_only = f"loss_type {', '.join(loss.types)}"
-        if settings.length_normalized and any(name in AVERAGED for name in loss.types):
+        if settings.length_normalized and any(name in PER_TOKEN for name in loss.types):
             raise ValueError(
                 f"{pairs_only} averages over tokens by itself and length_normalized is True; leave that out"
             )

@@ -40,8 +40,9 @@ from transformers import TrainingArguments, set_seed
 
 from mopl.conditioning.causal_lm import is_peft
 from mopl.conditioning.weighted import WeightedModel, causal_lm_of
+from mopl.experiments.response_loss import LossFunction, PairLoss
 from mopl.integrations._data import ExampleCollator, Examples, Extras, batch_of, examples_of
-from mopl.integrations._objective import ListLoss, Measured, Objective, PairLoss, Totals, grid_metrics, grid_table
+from mopl.integrations._objective import Measured, Objective, Totals, grid_metrics, grid_table
 from mopl.integrations._scores import Scoring
 from mopl.integrations._settings import ObjectiveArguments, TradeOffs, settings_of
 from mopl.integrations._setup import (
@@ -141,7 +142,7 @@ class MultiObjectiveTrainer(ListTrainer):
         ref_model: Any = None,
         reference_adapter: str | None = None,
         peft_config: Any = None,
-        loss: ListLoss | PairLoss | None = None,
+        loss: LossFunction | PairLoss | None = None,
         eval_weights: Tensor | Sequence[Sequence[float]] | None = None,
         model_init_kwargs: dict[str, Any] | None = None,
         template: str = "auto",
@@ -200,7 +201,7 @@ class MultiObjectiveTrainer(ListTrainer):
         beta = getattr(args, "beta", 0.1)
         self.conditions = Conditions.of(model)
         self.trade_offs = TradeOffs(settings, len(names), self.conditions, beta=beta, seed=args.seed)
-        checks = check_fit(args, settings, self.objective.loss, self.scoring, self.conditions, model)
+        checks = check_fit(args, settings, self.objective.loss.loss, self.scoring, self.conditions, model)
         for examples in sets:
             checks(examples)
         if isinstance(train_dataset, ExampleStream):

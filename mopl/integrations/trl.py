@@ -46,10 +46,10 @@ from trl import DPOConfig, SyncRefModelCallback  # type: ignore[attr-defined]
 from mopl._arguments import check_choice
 from mopl.conditioning.causal_lm import is_peft
 from mopl.conditioning.weighted import WeightedModel, causal_lm_of
+from mopl.experiments.response_loss import LossFunction, PairLoss
 from mopl.integrations._data import REFERENCE_COLUMNS, Examples, is_pairs
-from mopl.integrations._objective import ListLoss
 from mopl.integrations._options import check_options
-from mopl.integrations._pair_loss import PairLoss, pair_loss_of
+from mopl.integrations._pair_loss import pair_loss_of
 from mopl.integrations._settings import ObjectiveArguments
 from mopl.integrations._streams import is_stream
 from mopl.integrations._trl_tokens import TOKENIZATIONS, examples_of_pairs, refuse_options
@@ -123,7 +123,7 @@ class MultiObjectiveDPOTrainer(MultiObjectiveTrainer):
         quantization_config: Any = None,
         peft_config: Any = None,
         reference_adapter: str | None = None,
-        loss: ListLoss | PairLoss | None = None,
+        loss: LossFunction | PairLoss | None = None,
         eval_weights: Tensor | Sequence[Sequence[float]] | None = None,
         template: str = "auto",
         on_error: OnError = "raise",

@@ -15,8 +15,8 @@ peft = pytest.importorskip("peft")
 trl = pytest.importorskip("trl")
 
 from mopl.conditioning import HyperPrompt, HyperPromptModel
+from mopl.experiments.response_loss import PairLoss
 from mopl.integrations import _options
-from mopl.integrations._pair_loss import PairLoss
 from mopl.integrations.transformers import MultiObjectiveConfig, MultiObjectiveTrainer
 from mopl.integrations.trl import MultiObjectiveDPOConfig, MultiObjectiveDPOTrainer
 
