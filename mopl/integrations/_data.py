@@ -20,7 +20,7 @@ from mopl.conditioning.sampling import check_weights
 from mopl.language_models import formats
 from mopl.language_models.collate import ListBatch, ListCollator
 from mopl.language_models.data import OnError, PreferenceData, PreferenceList, ReadReport, RowError, collect
-from mopl.language_models.readers import detect_format, load_preferences
+from mopl.language_models.readers import FORMATS, detect_format, load_preferences
 from mopl.language_models.tokenization import ListTokenizer, TokenizedData, TokenizedList, tokenize
 
 WEIGHTS, BETA = "objective_weights", "objective_beta"
@@ -37,6 +37,13 @@ class Example:
     reference: np.ndarray | None = None  # (K,) float32, log-probabilities under the reference in nats
     weights: np.ndarray | None = None  # (m,) its own w
     beta: np.ndarray | None = None  # (m,) its own β
+
+    def __post_init__(self) -> None:
+        if self.reference is not None and len(self.reference) != len(self.tokens.responses):
+            raise ValueError(
+                f"row {self.tokens.index + 1} has {len(self.reference)} log-probabilities of the reference but "
+                f"{len(self.tokens.responses)} responses; give one for each"
+            )
 
 
 class Examples(torch.utils.data.Dataset):
@@ -146,22 +153,30 @@ def _read_rows(
         lists = collect(drafts, report, objectives=objectives, on_error=on_error)
     else:
         lists = load_preferences(rows, objectives=objectives, on_error=on_error)
-    return lists, beside_of(rows, len(lists.objectives), len(lists))
+    return lists, beside_of(rows, lists)
 
 
-def beside_of(rows: Sequence[Any], objectives: int, lists: int) -> list[dict[str, Any]]:
+def beside_of(rows: Sequence[Any], lists: PreferenceData) -> list[dict[str, Any]]:
     """Return what stands beside each list that rows made, as keywords of `Example`; raise where that is unknown."""
     # Rows of a table all have its columns; dictionaries in a list may have others than the first.
     some = [rows[0]] if hasattr(rows, "column_names") else rows
     names = [name for name in (WEIGHTS, BETA, *REFERENCE_COLUMNS) if any(name in row for row in some)]
     if not names:
-        return [{} for _ in range(lists)]
-    if lists != len(rows):
+        return [{} for _ in lists]
+    places = places_of(lists)
+    kind = None if is_pair(rows[0]) else FORMATS[detect_format(rows[0])]
+    if kind is not None and kind.group is not None and len(set(places)) < len(rows):
         raise ValueError(
-            f"the rows have the columns {', '.join(names)} but {len(rows)} rows made {lists} lists, so it is "
+            f"the rows have the columns {', '.join(names)} but {len(rows)} rows made {len(lists)} lists, so it is "
             "unknown which belongs to which; write one list a row"
         )
-    return [_beside(row, objectives, number) for number, row in enumerate(rows, 1)]
+    sides = kind is None or set(kind.columns) >= set(SIDES)
+    return [_beside(rows[place], len(lists.objectives), place + 1, sides) for place in places]
+
+
+def places_of(lists: PreferenceData) -> list[int]:
+    """Return which of the rows each list was made of, from 0: of several rows the first."""
+    return [int(item.place.removeprefix("row ")) - 1 for item in lists]
 
 
 def is_pair(row: Mapping[str, Any]) -> bool:
@@ -222,7 +237,7 @@ def labels_of_pair(row: Mapping[str, Any], objective: str) -> tuple[float | None
     return (1.0, 1.0) if value == 0 else (max(value, 0.0), max(-value, 0.0))
 
 
-def _beside(row: Mapping[str, Any], objectives: int, number: int) -> dict[str, Any]:
+def _beside(row: Mapping[str, Any], objectives: int, number: int, sides: bool) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if row.get(WEIGHTS) is not None:
         weights = check_weights(row[WEIGHTS], objectives, name=f"{WEIGHTS} of row {number}")
@@ -233,6 +248,11 @@ def _beside(row: Mapping[str, Any], objectives: int, number: int) -> dict[str, A
             raise ValueError(f"{BETA} of row {number} is {row[BETA]} but must be {objectives} positive numbers")
         found["beta"] = beta
     if all(row.get(name) is not None for name in REFERENCE_COLUMNS):
+        if not sides:
+            raise ValueError(
+                f"row {number} has {', '.join(REFERENCE_COLUMNS)} but no columns chosen and rejected that they could "
+                "belong to; leave them out (precompute_ref_log_probs computes the reference once), or write pairs"
+            )
         found["reference"] = np.array([row[name] for name in REFERENCE_COLUMNS], dtype=np.float32)
         if not np.isfinite(found["reference"]).all():
             raise ValueError(

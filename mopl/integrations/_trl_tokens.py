@@ -18,7 +18,16 @@ import numpy as np
 
 from mopl._extras import require
 from mopl._lines import text_fault
-from mopl.integrations._data import PREFERENCE, SIDES, Example, Examples, beside_of, drafts_of, labels_of_pair
+from mopl.integrations._data import (
+    PREFERENCE,
+    SIDES,
+    Example,
+    Examples,
+    beside_of,
+    drafts_of,
+    labels_of_pair,
+    places_of,
+)
 from mopl.language_models import formats
 from mopl.language_models.data import DataError, OnError, PreferenceData, PreferenceList, ReadReport, RowError, collect
 from mopl.language_models.tokenization import TokenizedList
@@ -66,9 +75,9 @@ def examples_of_pairs(
         raise ValueError("processing_class is missing; pass the tokenizer, or TokenizedData")
     lists, usable = _labels(rows, objectives, on_error)
     count = len(rows)
+    beside = beside_of(rows, lists)
     if len(usable) < count:
         rows = rows.select(usable) if hasattr(rows, "select") else [rows[number] for number in usable]
-    beside = beside_of(rows, len(lists.objectives), len(lists))
     prepared = _prepare(rows, args, processing_class)
     examples = []
     for row in prepared:
@@ -122,8 +131,7 @@ def _labels(rows: Any, objectives: Sequence[str] | None, on_error: OnError) -> t
 
     report = ReadReport("rows", rows=len(rows))
     lists = collect(drafts_of(rows, labelled), report, objectives=objectives, on_error=on_error)
-    numbers = {f"row {number + 1}": number for number in range(len(rows))}
-    return lists, [numbers[item.place] for item in lists]
+    return lists, places_of(lists)
 
 
 def _texts(first: Mapping[str, Any]) -> tuple[str, ...]:

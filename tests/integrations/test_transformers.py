@@ -19,7 +19,7 @@ peft = pytest.importorskip("peft")
 
 from mopl import losses
 from mopl.conditioning import HyperPrompt, HyperPromptModel, sample_weights
-from mopl.integrations._data import batch_of, examples_of, labels_of_pair
+from mopl.integrations._data import Example, batch_of, examples_of, labels_of_pair
 from mopl.integrations.transformers import MultiObjectiveConfig, MultiObjectiveTrainer
 from mopl.language_models.collate import ListCollator
 from mopl.language_models.data import DataError, PreferenceData, PreferenceList
@@ -675,6 +675,36 @@ def test_reference_columns_replace_the_reference(tmp_path):
     assert trainer.ref_model is None
     _, outputs = trainer.compute_loss(trainer.model, inputs_of(trainer, range(3)), return_outputs=True)
     assert outputs["reference"].tolist() == [[-3, -1], [-4, -1], [-5, -1]]
+
+
+def test_columns_beside_rows_belong_to_the_lists_that_the_row_made():
+    def message(text, role="prompter", replies=(), rank=None):
+        return {"role": role, "text": text, "rank": rank, "replies": list(replies)}
+
+    def ranked(text, deeper=()):
+        return message(text, replies=[message("x", "assistant", deeper, 0), message("y", "assistant", rank=1)])
+
+    trees = [message("a"), ranked("b", [ranked("c")]), ranked("d")]
+    rows = [{"message_tree_id": n, "prompt": tree, "objective_beta": [n + 1.0]} for n, tree in enumerate(trees)]
+    found = examples_of(rows, processing_class=byte_tokenizer()).lists
+    assert [float(example.beta[0]) for example in found] == [2.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "a", "responses": ["b", "c", "d"], "labels": {"good": [1, 2, 3]}},
+        {"prompt": "a", "response_0": "b", "response_1": "c", "better_response_id": 1, "safer_response_id": 0},
+    ],
+)
+def test_log_probabilities_of_chosen_and_rejected_are_for_pairs(row):
+    known = [{**row, "ref_chosen_logps": -5.0, "ref_rejected_logps": -6.0}]
+    with pytest.raises(ValueError, match="row 1 has ref_chosen_logps, ref_rejected_logps but no columns chosen and"):
+        examples_of(known, processing_class=byte_tokenizer())
+    assert examples_of([row], processing_class=byte_tokenizer()).lists[0].reference is None
+    item = examples_of([row], processing_class=byte_tokenizer()).lists[0].tokens
+    with pytest.raises(ValueError, match=r"row 1 has 1 log-probabilities of the reference but \d responses"):
+        Example(item, reference=np.zeros(1, dtype=np.float32))
 
 
 # ---------------------------------------------------------------- mistakes

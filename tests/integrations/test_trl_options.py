@@ -424,8 +424,6 @@ def test_rows_that_cannot_be_used_are_left_out_where_that_is_asked_for(tokenizer
         parts = dict(train_dataset=rows, processing_class=tokenizer)
         with pytest.raises(ValueError, match=r"row 2(?s:.)*pass on_error='skip'"):
             MultiObjectiveDPOTrainer(llama(), llama(5), config, **parts)
-        if tokenization == "mopl":
-            parts["train_dataset"] = [{k: v for k, v in row.items() if k != "objective_weights"} for row in rows]
         data = MultiObjectiveDPOTrainer(llama(), llama(5), config, **parts, on_error="skip").train_dataset
         assert len(data) == len(ROWS) - 1
         kept = [row for n, row in enumerate(ROWS) if n != 1]
