@@ -150,6 +150,7 @@ def scalarized(
     vector: Tensor,  # (B, m)
     weights: Tensor,  # (B, m)
     *,
+    mask: Tensor | None = None,  # (B, m) bool
     how: Literal["linear", "chebyshev", "smooth_chebyshev"] = "linear",
     penalty: float = 0.0,
     penalty_sign: Literal["as_printed", "cosmos"] = "as_printed",
@@ -159,17 +160,25 @@ def scalarized(
     Args:
         vector: The loss of each objective.
         weights: w.
+        mask: Which objectives count in a list; all where it is None. A list in which none does gives 0.
         how: See `mopl.losses.scalarize`.
         penalty: λ, the factor of the penalty of each list's own loss vector, which so does not depend on how a batch
             is split.
         penalty_sign: See `mopl.losses.scalarize.cosine_penalty`.
     """
-    combine = {
-        "linear": scalarize.linear,
-        "chebyshev": scalarize.chebyshev,
-        "smooth_chebyshev": scalarize.smooth_chebyshev,
-    }
-    value = combine[how](vector, weights)
+    if mask is not None:
+        weights = weights * mask
+    if how == "linear":
+        value = scalarize.linear(vector, weights)
+    else:
+        combine = {"chebyshev": scalarize.chebyshev, "smooth_chebyshev": scalarize.smooth_chebyshev}[how]
+        if mask is None:
+            value = combine(vector, weights)
+        else:  # what does not count is -infinity and so never the largest
+            some = mask.any(1, keepdim=True)
+            counts = mask | ~some
+            value = combine(vector, torch.where(counts, weights, 1.0), torch.where(counts, 0.0, torch.inf))
+            value = torch.where(some[:, 0], value, 0.0)
     return value + penalty * scalarize.cosine_penalty(vector, weights, penalty_sign) if penalty else value
 
 

@@ -80,7 +80,8 @@ class Objective:
             settings = self.settings
             value = scalarized(
                 vector,
-                weights * batch.objective_mask,
+                weights,
+                mask=batch.objective_mask,
                 how=settings.scalarization,  # type: ignore[arg-type]
                 penalty=settings.cosine_penalty,
                 penalty_sign=settings.cosine_sign,  # type: ignore[arg-type]

@@ -19,6 +19,7 @@ peft = pytest.importorskip("peft")
 
 from mopl import losses
 from mopl.conditioning import HyperPrompt, HyperPromptModel, sample_weights
+from mopl.experiments.cos_dpo import scalarized
 from mopl.integrations._data import Example, batch_of, examples_of, labels_of_pair
 from mopl.integrations.transformers import MultiObjectiveConfig, MultiObjectiveTrainer
 from mopl.language_models.collate import ListCollator
@@ -297,6 +298,17 @@ def test_scalarizers_turn_the_loss_vector_and_w_into_one_number(tmp_path, name):
     value = getattr(losses.scalarize, name)(vector, weights)
     value = value + 0.3 * losses.scalarize.cosine_penalty(vector, weights, "cosmos")
     torch.testing.assert_close(loss, value.mean())
+
+
+@pytest.mark.parametrize("name", ["linear", "chebyshev", "smooth_chebyshev"])
+def test_an_objective_without_labels_in_a_list_has_no_part_in_its_scalarised_loss(name):
+    vector = torch.tensor([[0.02, 0.0], [-0.3, 0.0], [0.0, 0.0], [0.3, 0.2]], requires_grad=True)
+    mask = torch.tensor([[1, 0], [1, 0], [0, 0], [1, 1]]).bool()
+    found = scalarized(vector, torch.full((4, 2), 0.5), mask=mask, how=name)
+    both = getattr(losses.scalarize, name)(torch.tensor([[0.3, 0.2]]), 0.5)
+    torch.testing.assert_close(found, torch.tensor([0.01, -0.15, 0.0, float(both)]))
+    (gradient,) = torch.autograd.grad(found.sum(), vector)
+    assert gradient[:3].tolist() == [[0.5, 0.0], [0.5, 0.0], [0.0, 0.0]] and gradient[3].sum() > 0
 
 
 # ---------------------------------------------------------------- the step's batch
