@@ -17,11 +17,12 @@ from mopl._extras import require
 from mopl._hub import naming_own_code
 from mopl._rows import check_rows
 from mopl.conditioning.causal_lm import is_peft
+from mopl.conditioning.parameter_mixture import ParameterMixture
 from mopl.conditioning.saved_models import base_of_adapter
 from mopl.conditioning.weighted import WeightedModel, causal_lm_of
 from mopl.experiments.methods import PER_TOKEN
 from mopl.experiments.response_loss import LIKELIHOOD, PairLoss
-from mopl.integrations._data import BETA, WEIGHTS, Example, Examples
+from mopl.integrations._data import BETA, REFERENCE_COLUMNS, WEIGHTS, Example, Examples
 from mopl.integrations._options import check_options
 from mopl.integrations._scores import Scoring
 from mopl.integrations._settings import ObjectiveArguments
@@ -140,6 +141,11 @@ def prepare_arguments(args: Any, kind: type) -> None:
         args.liger_kernel_config = {**(args.liger_kernel_config or {}), "fused_linear_cross_entropy": False}
 
 
+def recomputes(args: Any) -> bool:
+    """Say whether activations are computed again in the backward pass, by either name of that option."""
+    return any(getattr(args, f"{name}_checkpointing", False) for name in ("activation", "gradient"))
+
+
 def check_fit(
     args: Any,
     settings: ObjectiveArguments,
@@ -164,6 +170,11 @@ def check_fit(
         sorts = loss.sorts
         if sorts and conditions.weights and settings.weights_per == "list":
             raise ValueError(_SORTED.format(pairs_only))
+    if isinstance(model, ParameterMixture) and recomputes(args):
+        raise ValueError(
+            "gradient_checkpointing is True, by which layers would be computed again without the mixture of a "
+            "ParameterMixture; pass gradient_checkpointing=False, or take a LoraMixture"
+        )
     pushes = getattr(args, "push_to_hub", False) and str(getattr(args.hub_strategy, "value", args.hub_strategy))
     if pushes and pushes != "end" and isinstance(model, WeightedModel):
         raise ValueError(
@@ -171,7 +182,7 @@ def check_fit(
             f"this is a {type(model).__name__}; pass hub_strategy='end'"
         )
     size = getattr(causal_lm_of(model).get_input_embeddings(), "num_embeddings", None)
-    return ListChecks(loss, pairs_only, sorts, size)
+    return ListChecks(loss, pairs_only, sorts, size, scoring.ld_alpha)
 
 
 _SORTED = (
@@ -188,11 +199,17 @@ class ListChecks:
     pairs_only: str | None  # the name of an option that is for pairs
     sorts: bool  # whether the loss sorts pairs, which then share their weights
     vocabulary: int | None  # tokens that the model has embeddings for, if that is known
+    ld_alpha: float | None = None
 
     def __call__(self, examples: Examples) -> None:
         """Check all lists of a data set, or of a part of one."""
         if self.sorts and any(e.weights is not None or e.beta is not None for e in examples.lists):
             raise ValueError(_SORTED.format(self.pairs_only))
+        if self.ld_alpha is not None and any(example.reference is not None for example in examples.lists):
+            raise ValueError(
+                f"ld_alpha is {self.ld_alpha}, which weighs the tokens of a response by the length of the other one, "
+                f"and the columns {', '.join(REFERENCE_COLUMNS)} are plain sums; leave one of them out"
+            )
         if self.pairs_only is not None and examples.width > 2:
             raise ValueError(
                 f"{self.pairs_only} is for pairs but there are lists with more than two responses; leave loss_type at "

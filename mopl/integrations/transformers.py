@@ -53,6 +53,7 @@ from mopl.integrations._setup import (
     prepare_arguments,
     prepare_model,
     prepare_stream,
+    recomputes,
     reference_name,
     warn_of_rounding,
     write_record,
@@ -158,9 +159,7 @@ class MultiObjectiveTrainer(ListTrainer):
         model = prepare_model(model, peft_config, model_init_kwargs)
         if ref_model is not None:
             ref_model = prepare_model(ref_model, None, model_init_kwargs if isinstance(ref_model, str) else None)
-        # The second name is the older one of the same argument.
-        checkpointing = any(getattr(args, f"{name}_checkpointing", False) for name in ("activation", "gradient"))
-        if checkpointing and is_peft(getattr(model, "model", model) if isinstance(model, WeightedModel) else model):
+        if recomputes(args) and is_peft(getattr(model, "model", model) if isinstance(model, WeightedModel) else model):
             # Reentrant checkpointing passes no gradient on if no input needs one, and frozen embeddings need none.
             causal_lm_of(model).enable_input_require_grads()
 

@@ -14,7 +14,7 @@ datasets = pytest.importorskip("datasets")
 peft = pytest.importorskip("peft")
 trl = pytest.importorskip("trl")
 
-from mopl.conditioning import HyperPrompt, HyperPromptModel
+from mopl.conditioning import HyperPrompt, HyperPromptModel, ParameterMixture
 from mopl.experiments.response_loss import PairLoss
 from mopl.integrations import _options
 from mopl.integrations.transformers import MultiObjectiveConfig, MultiObjectiveTrainer
@@ -363,6 +363,9 @@ def test_options_that_exclude_one_another_or_the_data_are_refused(tokenizer, tmp
     refused("a reference that moves is needed", sync_ref_model=True, reference_free=True)
     known = [{**row, "ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0} for row in ROWS]
     refused("there is no model that could move", rows=known, sync_ref_model=True)
+    refused("ld_alpha is 0.5.* ref_rejected_logps are plain sums", rows=known, ld_alpha=0.5)
+    mixture = ParameterMixture(llama(), 1)
+    refused("pass gradient_checkpointing=False", mixture, gradient_checkpointing=True)
     pushes = dict(push_to_hub=True, hub_model_id="a/b", hub_token="c")
     refused("hub_strategy is 'every_save'.* pass hub_strategy='end'", conditioned, **pushes)
     refused("hub_strategy is 'checkpoint'", conditioned, hub_strategy="checkpoint", **pushes)
