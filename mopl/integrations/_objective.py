@@ -168,8 +168,14 @@ def trl_metrics(
 
 
 def grid_table(points: Sequence[Measured]) -> Tensor:
-    """Return what a batch gave at each of n points, in one tensor that processes can gather: (B, n, 8 m + 1)."""
+    """Return what a batch gave at each of n points, in one tensor that processes can gather.
+
+    It is (B, n, 8 m + 1), or one column more: a mixture of experts' auxiliary loss, the same for all lists of a batch.
+    """
     rows = [[*point.of_objectives, point.value[:, None]] for point in points]
+    for row, point in zip(rows, points, strict=True):
+        if point.router is not None:
+            row.append(point.router.expand(len(point.value), 1))
     return torch.stack([torch.cat([part.float() for part in row], 1) for row in rows], 1)
 
 
@@ -178,7 +184,7 @@ def grid_metrics(
 ) -> dict[str, float]:
     """Return means over lists by name, and what a user's `compute_metrics`, if there is one, gives.
 
-    The prediction has tables (L, n, 8 m + 1), as `grid_table` gives them, and which objectives count (L, m).
+    The prediction has tables of L lists, as `grid_table` gives them, and which objectives count (L, m).
     """
     table, mask = np.asarray(prediction.predictions, dtype=np.float64), np.asarray(prediction.label_ids)
     m = len(objectives)
@@ -186,13 +192,15 @@ def grid_metrics(
     count = np.maximum(mask.sum(0), 1)
     losses = loss.sum(0) / count  # (n, m)
     accuracies = right.sum(0) / np.maximum(pairs.sum(0), 1)
-    found: dict[str, float] = {"loss": float(table[..., -1].mean())}
+    value, *router = table[..., 8 * m :].transpose(2, 0, 1)  # (L, n) each
+    found: dict[str, float] = {"loss": float(value.mean())}
+    if router:
+        found["aux_loss"] = float(router[0].mean())
     for j, name in enumerate(objectives):
         found[f"{name}_loss"] = float(losses[:, j].mean())
         found[f"{name}_accuracy"] = float(accuracies[:, j].mean())
-    for n, point in enumerate(grid.tolist()):
-        at = ",".join(f"{x:.2f}" for x in point)
-        found[f"loss@{at}"] = float(table[:, n, -1].mean())
+    for n, at in enumerate(names_of(grid)):
+        found[f"loss@{at}"] = float(value[:, n].mean())
         for j, name in enumerate(objectives):
             found[f"{name}_loss@{at}"] = float(losses[n, j])
             found[f"{name}_accuracy@{at}"] = float(accuracies[n, j])
@@ -201,7 +209,17 @@ def grid_metrics(
         require("transformers")
         from transformers import EvalPrediction
 
-        each = np.divide(right, pairs, out=np.zeros_like(right), where=pairs > 0)
+        each = np.divide(right, pairs, out=np.full_like(right, np.nan), where=pairs > 0)
         tables: Any = (loss, each)
         found |= user_metrics(EvalPrediction(predictions=tables, label_ids=mask))
     return found
+
+
+def names_of(grid: Tensor) -> list[str]:
+    """Return what the points of a grid (n, m) are called in logs: with two decimals, or as many as tell them apart."""
+    different = len(set(map(tuple, grid.tolist())))
+    for decimals in range(2, 10):
+        names = [",".join(f"{x:.{decimals}f}" for x in point) for point in grid.tolist()]
+        if len(set(names)) == different:
+            break
+    return names

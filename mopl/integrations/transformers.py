@@ -106,7 +106,8 @@ class MultiObjectiveTrainer(ListTrainer):
         eval_dataset: The same, or a dictionary of them; a stream is read to its end.
         processing_class: The tokenizer.
         compute_metrics: Called with the losses (L, n, m) and accuracies (L, n, m) of L lists at n points of the grid as
-            `predictions` and which objectives count (L, m) as `label_ids`, besides what is reported anyway.
+            `predictions` and which objectives count (L, m) as `label_ids`, besides what is reported anyway. An
+            accuracy is NaN where an objective prefers no response of a list.
         callbacks, optimizers: As in `Trainer`.
         ref_model: The reference; by default the model as it is passed, without prompt: see
             `mopl.language_models.adapter_reference`, and a frozen copy of a plain model.

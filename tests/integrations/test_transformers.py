@@ -515,6 +515,27 @@ def test_user_metrics_get_losses_and_accuracies_of_all_points(tmp_path):
     assert {"eval_a_helpful_loss@0.25,0.75", "eval_b_harmless_accuracy"} <= set(found)
 
 
+def test_points_of_a_grid_have_names_of_their_own_and_tied_lists_no_accuracy(tmp_path):
+    def metrics(prediction):
+        accuracies = prediction.predictions[1]
+        assert np.isnan(accuracies[0]).all() and not np.isnan(accuracies[1]).any()
+        return {"mine": float(np.nanmean(accuracies))}
+
+    tied, other = token_lists(2).lists
+    tied = TokenizedList(tied.prompt, tied.responses, np.ones_like(tied.labels), tied.index)
+    ranks = np.tile(np.arange(len(other.responses), dtype=np.float32), (2, 1))
+    other = TokenizedList(other.prompt, other.responses, ranks, other.index)
+    data = TokenizedData((tied, other), OBJECTIVES, "random", ReadReport("random"))
+    points = [[0.501, 0.499], [0.504, 0.496], [0.6, 0.4]]
+    found = make(
+        tmp_path, conditioned(), eval_dataset=data, eval_weights=points, compute_metrics=metrics,
+    ).evaluate()  # fmt: skip
+    names = {name.partition("@")[2] for name in found if name.startswith("eval_loss@")}
+    assert names == {"0.501,0.499", "0.504,0.496", "0.600,0.400"}
+    each = [found[f"eval_{name}_accuracy"] for name in OBJECTIVES]
+    assert found["eval_mine"] == pytest.approx(sum(each) / 2)
+
+
 def test_sets_that_are_measured_without_a_training_are_read_with_the_objectives_of_the_first(tmp_path):
     first = PreferenceList("a", ("b", "c"), {"helpful": (1, 0), "harmless": (0, 3)})
     second = PreferenceList("a", ("b", "c"), {"harmless": (0, 2), "brief": (5, 4), "helpful": (1, 0)})

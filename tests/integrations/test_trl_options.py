@@ -229,6 +229,11 @@ def test_types_of_a_whole_batch_take_for_each_objective_the_pairs_that_it_orders
 
 def test_the_auxiliary_loss_of_a_mixture_of_experts_is_that_of_trl(tokenizer, tmp_path):
     """By default with the coefficient of the config, though the config does not ask for the loss."""
+    measured = [
+        make(kind, tokenizer, tmp_path, mixtral(), eval_dataset=ROWS[:2], ref_model=mixtral(5)).evaluate()
+        for kind in (trl.DPOTrainer, MultiObjectiveDPOTrainer)
+    ]
+    assert abs(measured[0]["eval_aux_loss"] - measured[1]["eval_aux_loss"]) < 1e-5
     for number, options in enumerate(({}, {"router_aux_loss_coef": 3.0})):
         theirs, ours = both(tokenizer, tmp_path, mixtral, ref_model=lambda: mixtral(5), max_steps=2, **options)
         expected, found = logs_of(theirs, "aux_loss"), logs_of(ours, "aux_loss")
