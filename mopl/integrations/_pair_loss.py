@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-from mopl.experiments.response_loss import LIKELIHOOD, PairLoss
+from mopl.experiments.response_loss import LIKELIHOOD, LossFunction, PairLoss
+from mopl.losses import listwise_dpo
 from mopl.losses.pair_formulas import LOSSES
 
 TYPES = (*LOSSES, LIKELIHOOD)
@@ -12,8 +14,8 @@ TYPES = (*LOSSES, LIKELIHOOD)
 _SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired", "dpop")
 
 
-def pair_loss_of(args: Any) -> PairLoss | None:
-    """Return the loss of pairs that `loss_type` and its options ask for; None where a list loss is the same.
+def pair_loss_of(args: Any) -> PairLoss | LossFunction | None:
+    """Return the loss that `loss_type` and its options ask for; None where the default `list_loss` is the same.
 
     Raises for a type that is unknown, and for an option that TRL refuses or has no use for.
     """
@@ -49,8 +51,8 @@ def pair_loss_of(args: Any) -> PairLoss | None:
                 f"{named[option][0]} is {value!r} but loss_type {', '.join(types)} has no use for it; it belongs to "
                 f"{', '.join(users[option])}{more}"
             )
-    if types == ["sigmoid"] and weights == [1.0] and not given:
-        return None
+    if types == ["sigmoid"] and len(weights) == 1 and not given:  # a factor does not change what is read of labels
+        return None if weights == [1.0] else partial(listwise_dpo, weights=weights[0])
     options = {name: {o: v for o, v in given.items() if name in users[o]} for name in types}
     return PairLoss(types, weights, options)
 

@@ -24,7 +24,8 @@ class ObjectiveArguments:
     """What a training on several objectives needs besides the arguments of an ordinary one.
 
     Args:
-        objectives: Names and order of the m objectives; those of the data by default.
+        objectives: Names and order of the m objectives. By default those of the data; of rows of pairs only
+            `"preference"`, which prefers chosen, so label columns beside pairs must be named here.
         list_loss: A list loss of `mopl.losses`; the trainers' argument `loss` takes one with other options, or one's
             own. Labels must not be negative for "listwise_dpo" and "approx_ndcg"; for rewards pass
             `loss=functools.partial(mopl.losses.listwise_dpo, normalize="softmax", label_temperature=...)`.

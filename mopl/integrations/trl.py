@@ -68,7 +68,7 @@ class MultiObjectiveDPOConfig(ObjectiveArguments, DPOConfig):
 
     `loss_type` names losses of pairs and takes part only where it is not `"sigmoid"` alone, or where an option that
     belongs to it (`label_smoothing`, `f_divergence_type`) is set; otherwise `list_loss` is the loss, and its default is
-    the same on pairs.
+    the same on pairs with labels 1 and 0. Losses of pairs read only which label is larger, and give ties 0.
 
     Args:
         tokenization: Of rows in TRL's preference format: `"trl"`, as the installed `trl.DPOTrainer` does it, or

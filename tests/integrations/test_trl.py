@@ -330,6 +330,17 @@ def test_a_loss_of_pairs_refuses_lists_and_skips_ties(tokenizer, tmp_path):
     assert scores.grad is not None and not scores.grad.any()
 
 
+def test_a_factor_on_the_loss_does_not_change_what_labels_mean(tokenizer, tmp_path):
+    rows = [{**row, "good": labels} for row, labels in zip(ROWS, ([0.8, 0.2], [3, 1], [1, 1], [1, 0]), strict=True)]
+    steps = [
+        step(*ours(tokenizer, tmp_path, rows, ref_model=tiny_llama(5), objectives=["good"], loss_weights=weights))
+        for weights in (None, [2.0])
+    ]
+    assert steps[1][0] == pytest.approx(2 * steps[0][0], rel=1e-6)
+    for name, gradient in steps[0][1].items():
+        torch.testing.assert_close(steps[1][1][name], 2 * gradient)
+
+
 def test_options_reach_the_types_that_have_them(tmp_path):
     args = arguments(
         trl.DPOConfig, tmp_path, loss_type=["robust", "ipo"], label_smoothing=0.2, f_divergence_type="alpha_divergence",
