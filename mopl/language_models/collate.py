@@ -170,8 +170,9 @@ class ListCollator:
             labels[number, :, : len(item.responses)] = item.labels
             mask[number, : len(item.responses)] = True
         label_mask = ~np.isnan(labels)
-        # One labelled response alone prefers nothing.
-        enough = label_mask.sum(-1) >= 2 if self.partial == "keep" else (label_mask == mask[:, None]).all(-1)
+        enough = label_mask.sum(-1) >= 2  # one labelled response alone prefers nothing
+        if self.partial == "drop":
+            enough &= (label_mask == mask[:, None]).all(-1)
         label_mask &= enough[..., None]
         # Infinity sorts what has no label after every label; padding stays behind it because the sort is stable.
         order = np.argsort(np.where(label_mask, -labels, np.inf), axis=-1, kind="stable") if self.order else None

@@ -357,6 +357,12 @@ def test_an_objective_with_missing_labels_is_dropped_or_kept_as_asked():
         assert bool(batch.labels.isfinite().all()) and torch.equal(batch.label_mask.any(-1), batch.objective_mask)
 
 
+def test_a_list_of_one_response_prefers_nothing():
+    for partial in ("drop", "keep"):
+        batch = ListCollator(partial=partial)([with_labels([1.0]), with_labels([1.0, 0.0])])
+        assert batch.objective_mask.tolist() == [[False], [True]] and not batch.label_mask[0].any()
+
+
 def plackett_luce(scores, labels, mask):
     """The likelihood of the whole ranking, which is not 0 for equal labels."""
     ones = scores.new_ones(labels.shape[:2])
