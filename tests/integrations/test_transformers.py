@@ -21,6 +21,9 @@ from mopl import losses
 from mopl.conditioning import HyperPrompt, HyperPromptModel, sample_weights
 from mopl.experiments.cos_dpo import scalarized
 from mopl.integrations._data import Example, batch_of, examples_of, labels_of_pair
+from mopl.integrations._objective import Objective
+from mopl.integrations._scores import Scored
+from mopl.integrations._settings import ObjectiveArguments
 from mopl.integrations.transformers import MultiObjectiveConfig, MultiObjectiveTrainer
 from mopl.language_models.collate import ListCollator
 from mopl.language_models.data import DataError, PreferenceData, PreferenceList
@@ -309,6 +312,13 @@ def test_an_objective_without_labels_in_a_list_has_no_part_in_its_scalarised_los
     torch.testing.assert_close(found, torch.tensor([0.01, -0.15, 0.0, float(both)]))
     (gradient,) = torch.autograd.grad(found.sum(), vector)
     assert gradient[:3].tolist() == [[0.5, 0.0], [0.5, 0.0], [0.0, 0.0]] and gradient[3].sum() > 0
+    token = np.array([1])
+    labels = np.array([[1, 0], [np.nan, np.nan]], dtype=np.float32)
+    batch = ListCollator()([TokenizedList(token, (token, token), labels)])
+    objective = Objective(ObjectiveArguments(scalarization=name), lambda *_, **__: torch.tensor([[-0.3, -0.3]]))
+    ones = torch.ones(1, 2)
+    measured = objective(Scored(ones, ones, ones), batch, weights=ones / 2, beta=ones, reference=None)
+    assert measured.vector.tolist() == [[pytest.approx(-0.3), 0.0]] and float(measured.value) == pytest.approx(-0.15)
 
 
 # ---------------------------------------------------------------- the step's batch
