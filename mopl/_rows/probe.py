@@ -41,7 +41,7 @@ _LEAK = 1e-6
 @_disable_dynamo  # torch.compiler.disable would import the compiler, and Triton with it, along with this module
 def measured(model: Any, kind: str, embeds: bool) -> Finding:
     """Return what becomes of an arrangement; see `mopl._rows.finding`."""
-    changes = _short_windows(model) + _adapters_off(model)
+    changes = _short_windows(model) + _adapters_off(model) + _undecorated(model)
     with evaluating(model), generators_kept(), torch.no_grad(), measuring(), _changed(changes):
         probe = _Probe(model, embeds)
         if fault := probe.ahead():
@@ -299,6 +299,16 @@ def _adapters_off(model: Any) -> list[tuple[Any, str, Any]]:
         for module in model.modules()
         if getattr(module, "_disable_adapters", None) is False and not getattr(module, "merged", False)
     ]
+
+
+def _undecorated(model: Any) -> list[tuple[Any, str, Any]]:
+    """Return what takes away whatever was put around the forward of a fused model, inside of which this may run.
+
+    accelerate puts one `torch.autocast` around it, which, entered again inside of itself, forgets what was before: it
+    would leave autocast switched on.
+    """
+    fused = model.__dict__.get("_mopl_fused_forward")
+    return [] if fused is None else [(model, "forward", fused)]
 
 
 @contextlib.contextmanager

@@ -292,6 +292,11 @@ def test_the_loss_is_computed_in_float32_outside_autocast_under_mixed_precision(
     assert seen[-1] == (torch.float32, torch.float32, False) and loss.dtype == torch.float32
 
 
+def test_autocast_is_off_after_a_training_in_bf16_whose_reference_is_a_copy(tmp_path):
+    make(tmp_path, tiny_llama(), bf16=True, max_steps=1).train()
+    assert not torch.is_autocast_enabled("cpu")
+
+
 @pytest.mark.parametrize("name", ["linear", "chebyshev", "smooth_chebyshev"])
 def test_scalarizers_turn_the_loss_vector_and_w_into_one_number(tmp_path, name):
     trainer = make(tmp_path, scalarization=name, cosine_penalty=0.3, cosine_sign="cosmos")

@@ -162,6 +162,28 @@ def test_a_model_is_asked_once_and_is_left_as_it_was() -> None:
     assert seen  # another implementation is another model
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_measuring_inside_of_a_forward_that_one_autocast_is_around_leaves_autocast_off(packed: bool) -> None:
+    """accelerate makes a prepared model's forward such a one."""
+    model = fuse(models.build("llama"))
+    plain = model.forward
+    decorated = model.forward = torch.autocast("cpu", dtype=torch.bfloat16)(plain)
+    ids = torch.tensor([[31, 8, 55, 61, 12]])
+    rows = {"position_ids": torch.tensor([[0, 1, 0, 1, 2]])} if packed else {"attention_mask": torch.ones_like(ids)}
+    found = score_sequences(model, {"input_ids": ids, "labels": ids, **rows}).scores
+    assert not torch.is_autocast_enabled("cpu") and model.forward is decorated
+    model.forward = plain
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(score_sequences(model, {"input_ids": ids, "labels": ids, **rows}).scores, found)
+
+
+def test_a_forward_under_autocast_generates_behind_padding_as_before_it() -> None:
+    model = fuse(models.build("llama"))
+    model.forward = torch.autocast("cpu", dtype=torch.bfloat16)(model.forward)
+    check_rows(model, generates=True)
+    assert finding(model, "generate").left and not torch.is_autocast_enabled("cpu")
+
+
 @pytest.mark.parametrize("out_of_reach", [-math.inf, torch.finfo(torch.float32).min, -1e5])
 def test_tokens_that_a_model_puts_out_of_reach_say_nothing_of_its_rows(out_of_reach: float) -> None:
     model = models.build("llama")
