@@ -74,7 +74,7 @@ class MultiObjectiveConfig(ObjectiveArguments, TrainingArguments):
     Args:
         beta: β, the temperature, where objectives have none of their own.
         max_length: Most tokens of prompt and response; longer lists are truncated as `ListTokenizer` does it.
-        disable_dropout: Set every dropout to 0.
+        disable_dropout: Set every dropout to 0, in the model and in its configuration.
         precompute_ref_log_probs: Compute the reference's log-probabilities once, before training.
         precompute_ref_batch_size: Lists of a batch of that; by default as in training and evaluation.
         padding_free: Pack sequences into one row without padding.

@@ -72,9 +72,7 @@ def load_causal_lm(name: str, *, dtype: str = "auto", attention: str | None = No
             return fuse(merge_adapter(name, model).requires_grad_(False))
     with loading(name, "configuration") as how:
         config = AutoConfig.from_pretrained(name, **how)
-    for setting, value in list(vars(config).items()):
-        if ("dropout" in setting or setting.endswith("pdrop")) and isinstance(value, float):
-            setattr(config, setting, 0.0)
+    _zero_dropout(config)
     options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
     with quiet(), loading(name) as how:
@@ -84,10 +82,26 @@ def load_causal_lm(name: str, *, dtype: str = "auto", attention: str | None = No
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout of a model to 0."""
+    """Set every dropout of a model to 0: modules, rates that parts keep as numbers, and those in its configuration.
+
+    Families pass their rates to functions as often as to modules, and some read them from the configuration each time.
+    """
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+        _zero_dropout(module)
+
+
+def _zero_dropout(owner: Any) -> None:
+    """Set the rates of dropout among the attributes of a module or a configuration, and of those in it, to 0."""
+    of_dropout = "drop" in type(owner).__name__.lower()
+    for name, value in list(vars(owner).items()):
+        if hasattr(value, "to_diff_dict"):  # a configuration, or that of a part
+            _zero_dropout(value)
+        elif not ("drop" in name or (of_dropout and name == "p")):
+            continue
+        elif isinstance(value, dict):  # of adapters, by name
+            value.update({key: 0.0 for key, rate in value.items() if isinstance(rate, float)})
+        elif isinstance(value, float) or (name == "p" and value):
+            setattr(owner, name, 0.0)
 
 
 @contextlib.contextmanager
