@@ -39,8 +39,10 @@ def identity_of(model: Any) -> dict[str, str]:
             they are on; or a `WeightedModel` inside of `with model.reference():`.
 
     Returns:
-        Fingerprints by name: `"model"`, of all parameters and buffers without adapters; `"config"`; `"adapter"`, of the
-        active ones with their settings, or `"none"`; and `"attention"`, the name of its implementation.
+        Fingerprints by name: `"model"`, of the parameters and buffers that a checkpoint has, without adapters;
+        `"config"`; `"constants"`, of the buffers that a checkpoint has not and the numbers that parts of the model
+        keep; `"adapter"`, of the active ones with their settings, or `"none"`; and `"attention"`, the name of its
+        implementation.
 
     Raises:
         ValueError: If the log-probabilities depend on weights of objectives.
@@ -60,16 +62,50 @@ def identity_of(model: Any) -> dict[str, str]:
     return {
         "model": fingerprint(inner),
         "config": _digest(settings),
+        "constants": _constants(inner),
         "adapter": _digest(adapters) if adapters else "none",
         "attention": str(getattr(getattr(inner, "config", None), "_attn_implementation", None)),
     }
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Return a SHA-256 of the names, types and values of all parameters and buffers but those of adapters."""
+    """Return a SHA-256 of the names, types and values of what a checkpoint has: all but what belongs to adapters."""
     digest = hashlib.sha256(type(model).__name__.encode())
-    _update(digest, _without_adapters(model).items())
+    _update(digest, _without_adapters(model, model.state_dict(keep_vars=True)).items())
     return digest.hexdigest()
+
+
+def _constants(model: nn.Module) -> str:
+    """Return a SHA-256 of what a forward pass reads besides parameters and configuration, without that of adapters.
+
+    Frequencies of positions are such buffers: a checkpoint that is loaded in bfloat16 has them in float32, a model that
+    is cast has them rounded. Scales of logits and of attention are often numbers that a part of the model keeps.
+    """
+    saved = model.state_dict(keep_vars=True)
+    buffers = {name: value for name, value in model.named_buffers(remove_duplicate=False) if name not in saved}
+    numbers: dict[str, float] = {}
+    module: Any
+    for path, module in model.named_modules():
+        own = f"{path}." if path else ""
+        for name, value in vars(module).items():
+            if type(value) in (int, float) and not _is_passing(module, name):
+                numbers[own + name] = value
+        kinds = getattr(module, "rope_type", None)
+        for layer, kind in (kinds if isinstance(kinds, dict) else {"": kinds}).items():
+            name = f"{layer}_inv_freq" if layer else "inv_freq"
+            original = getattr(module, name.replace("inv_freq", "original_inv_freq"), None)
+            if kind in ("dynamic", "longrope") and original is not None:  # they change with the length of a text
+                buffers[own + name] = original
+    digest = hashlib.sha256(_digest(_without_adapters(model, numbers)).encode())
+    _update(digest, _without_adapters(model, buffers).items())
+    return digest.hexdigest()
+
+
+def _is_passing(module: nn.Module, name: str) -> bool:
+    """Say whether a number of a module is noise of a training or a count, and no part of what the model computes."""
+    if name == "p" and "drop" in type(module).__name__.lower():
+        return True
+    return name.startswith(("_", "ds_", "applied_", "neftune")) or "drop" in name or "cache" in name
 
 
 def checksum(tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -102,17 +138,16 @@ def _update(digest: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
-def _without_adapters(model: nn.Module) -> dict[str, Tensor]:
-    """Return the state of a model by the names that it has before PEFT wraps parts of it."""
-    state: dict[str, Tensor] = model.state_dict(keep_vars=True)
+def _without_adapters(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """Return what belongs to parts of a model by the names that it has before PEFT wraps some of them."""
     for path, module in reversed(list(model.named_modules())):
         kept = _wrapped_in(module)
         if kept is None:
             continue
         own, inside = f"{path}.", f"{path}.{kept}."
         state = {
-            own + name[len(inside) :] if name.startswith(inside) else name: tensor
-            for name, tensor in state.items()
+            own + name[len(inside) :] if name.startswith(inside) else name: value
+            for name, value in state.items()
             if name.startswith(inside) or not name.startswith(own)
         }
     return state

@@ -9,7 +9,7 @@ or its rows in another order, find what the whole has computed. Files are safete
 
     scores      (S,) float32, nats
     sequences   (S, 16) uint8, a digest of the tokens of prompt and response
-    metadata    the identity: model, config, adapter, attention, precision
+    metadata    the identity: model, config, constants, adapter, attention, precision
 
 They are written chunk by chunk, so that an interruption costs a chunk at most, whole or not at all, and never changed:
 any number of processes may share a folder.
@@ -40,7 +40,7 @@ from mopl.training.parallel import on_main
 
 CHUNK = 512  # lists of a chunk: seconds to minutes of work, whatever the model
 REMEDY = "take it from a backup, or delete it to compute it again"
-IDENTITY = ("model", "config", "adapter", "attention", "precision")
+IDENTITY = ("model", "config", "constants", "adapter", "attention", "precision")
 
 
 class ReferenceStore:
@@ -256,8 +256,8 @@ def _read_whole(file: Path, lists: Sequence[TokenizedList], identity: Mapping[st
     if "tokenizer" in stored:  # as earlier versions wrote it: one fingerprint of all tokens, in their order
         stored = {**stored, "data": stored["tokenizer"], "precision": stored.get("precision", "").split(" ")[-1]}
         wanted = {"data": fingerprint_of(lists), "model": identity["model"], "precision": identity["precision"]}
-    else:
-        wanted = dict(identity)
+    else:  # files of earlier versions say nothing of constants; that of a run still belongs to it
+        wanted = {key: value for key, value in identity.items() if key in stored or key != "constants"}
     differ = [
         f"{key} ({str(stored.get(key))[:12]}, not {wanted[key][:12]})"
         for key in wanted

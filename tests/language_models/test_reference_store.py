@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -19,7 +20,7 @@ peft = pytest.importorskip("peft")
 
 from launching import launch_mopl
 from safetensors.torch import load_file, save_file
-from tiny_language_models import VOCABULARY, build, tokenizer
+from tiny_language_models import COMMON, VOCABULARY, build, tokenizer
 
 from mopl._records import DamagedFile
 from mopl.alignment import AlignConfig, align
@@ -29,6 +30,7 @@ from mopl.integrations.transformers import MultiObjectiveConfig, MultiObjectiveT
 from mopl.language_models import ReferenceStore, identity_of, reference_store, score_lists
 from mopl.language_models.head import fuse
 from mopl.language_models.model_identity import fingerprint
+from mopl.language_models.models import disable_dropout
 from mopl.language_models.scoring import score_batch
 from mopl.language_models.tokenization import ReadReport, TokenizedData, TokenizedList, tokenize
 
@@ -167,13 +169,18 @@ def changed(model, what: str):
             model.config.rms_norm_eps *= 2
         elif what == "attention":
             model.set_attn_implementation("eager")
+        elif what == "buffer":
+            model.model.rotary_emb.inv_freq.mul_(0.1)
+        elif what == "number":
+            model.model.layers[1].self_attn.scaling *= 3
     return model
 
 
 @pytest.mark.parametrize(
     ("what", "named"),
-    [("model", "model"), ("two values", "model"), ("dtype", "model"), ("config", "config"), ("attention", "attention")],
-)
+    [("model", "model"), ("two values", "model"), ("dtype", "model"), ("config", "config"), ("attention", "attention"),
+     ("buffer", "constants"), ("number", "constants")],
+)  # fmt: skip
 def test_a_changed_model_is_not_taken_for_the_stored_one(tmp_path, what, named):
     model, store = fuse(build()), ReferenceStore(tmp_path)
     store.load_or_compute(LISTS, model)
@@ -184,6 +191,39 @@ def test_a_changed_model_is_not_taken_for_the_stored_one(tmp_path, what, named):
     assert len(store.identities()) == 2 and torch.equal(store.load(LISTS, model), store.load_or_compute(LISTS, model))
     with pytest.raises(ValueError, match=r"log-probabilities of 2 models \(model .*; pass the one"):
         store.load(LISTS)
+
+
+def test_a_scale_of_the_logits_that_changes_later_is_another_model(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.CohereConfig(**COMMON, logit_scale=1.0)
+    model, store = fuse(transformers.AutoModelForCausalLM.from_config(config).eval()), ReferenceStore(tmp_path)
+    store.load_or_compute(LISTS, model)
+    model.logit_scale = 0.25
+    assert_right(store.load_or_compute(LISTS, model), model)
+
+
+def test_the_dtype_that_a_model_is_loaded_in_is_another_than_one_it_is_cast_to(tmp_path):
+    build().save_pretrained(tmp_path)
+    load = functools.partial(transformers.AutoModelForCausalLM.from_pretrained, tmp_path)
+    loaded, cast = load(dtype=torch.bfloat16).float(), load(dtype=torch.float32).bfloat16().float()
+    assert fingerprint(loaded) == fingerprint(cast) and identity_of(loaded) != identity_of(cast)
+    assert identity_of(loaded) == identity_of(load(dtype=torch.bfloat16).float())
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_passes_dropout_and_fusing_leave_an_identity_as_it_was(kind):
+    torch.manual_seed(0)
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 16}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
+    options = {**COMMON, "max_position_embeddings": 16, "attention_dropout": 0.1, "rope_parameters": rope}
+    model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**options)).eval()
+    before, frequencies = identity_of(model), model.model.rotary_emb.inv_freq.clone()
+    with torch.no_grad():
+        model(input_ids=torch.arange(40)[None])
+    assert not torch.equal(model.model.rotary_emb.inv_freq, frequencies)
+    disable_dropout(fuse(model))
+    assert identity_of(model.train()) == before
 
 
 @pytest.mark.parametrize(
@@ -355,7 +395,7 @@ def test_what_a_store_cannot_tell_apart_is_refused_and_no_lists_are_none(tmp_pat
     with pytest.raises(NotImplementedError, match="no tensor, so the model cannot be told"):
         identity_of(packed)
     for call in (store.load, lambda lists, kept: store.load_or_compute(lists, model, identity=kept)):
-        with pytest.raises(ValueError, match="identity lacks config, adapter, attention; pass all"):
+        with pytest.raises(ValueError, match="identity lacks config, constants, adapter, attention; pass all"):
             call(LISTS, {"model": "of another"})
     for name in (None, "train"):
         for _ in range(2):
@@ -417,6 +457,18 @@ def test_files_of_earlier_versions_are_read(tmp_path, passes):
         save_file({"scores": scores}, str(tmp_path / "train.safetensors"), metadata={**identity, key: "other"})
         with pytest.raises(ValueError, match=message):
             store.load_or_compute(LISTS, model, name="train")
+
+
+def test_files_that_say_nothing_of_constants_are_those_of_their_run_and_no_store(tmp_path, passes):
+    model, store = fuse(build()), ReferenceStore(tmp_path)
+    found = store.load_or_compute(LISTS, model, name="train")
+    earlier = {key: value for key, value in identity_of(model).items() if key != "constants"} | {"precision": "no"}
+    save_file(load_file(tmp_path / "train.safetensors"), str(tmp_path / "train.safetensors"), metadata=earlier)
+    assert passes.of(lambda: store.load_or_compute(LISTS, model, name="train")) == 0
+    assert not store.identities() and passes.of(lambda: store.load_or_compute(LISTS, model)) > 0
+    assert torch.equal(store.load(LISTS, model), found)
+    with pytest.raises(ValueError, match="identity lacks constants; pass all"):
+        store.load(LISTS, earlier)
 
 
 def test_damaged_files_are_named_and_others_are_left_alone(tmp_path):
