@@ -141,12 +141,11 @@ class ListTrainer(Trainer):
             "collator": self.data_collator.collator,
             "lists_per_batch": getattr(self.args, "precompute_ref_batch_size", None) or batch_size,
             "accelerator": self.accelerator,
-            "score": self.scoring.reference,
         }
         folder = self.settings.reference_store
         with self._as_reference(self.model) as model:
             if folder is None:
-                flat = score_lists(model, lists, **options)
+                flat = score_lists(model, lists, score=self.scoring.reference, **options)
             else:
                 identity = identity_of(self.accelerator.unwrap_model(model))
                 flat = ReferenceStore(folder).load_or_compute(lists, model, identity=identity, **options)

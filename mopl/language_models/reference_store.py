@@ -20,6 +20,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,22 +75,23 @@ class ReferenceStore:
             identity: What `identity_of` says of the model, where that is known.
             accelerator: accelerate's `Accelerator`, whose processes share the work; by default this process works
                 alone, where the model is.
-            **options: Of `mopl.language_models.scoring.score_lists`: `collator`, `tokens_per_batch`.
+            **options: Of `mopl.language_models.scoring.score_lists`: `collator`, `tokens_per_batch`, `lists_per_batch`.
 
         Returns:
             (S,) float32, in nats, in the order of the lists and of their responses.
 
         Raises:
-            ValueError: If the model's log-probabilities depend on weights of objectives or are no numbers, or the file
-                of that name belongs to others; `DamagedFile` if a file cannot be read.
+            ValueError: If the model's log-probabilities depend on weights of objectives or are no numbers, an option
+                changes them, or the file of that name belongs to others; `DamagedFile` if a file cannot be read.
+            TypeError: If there is no such option.
+            OSError: If something is to be computed and the folder cannot be written to.
         """
-        if conditions := sorted({"weights", "beta", "conditioner"} & options.keys()):
-            raise ValueError(
-                f"{conditions[0]} is no part of what a stored log-probability is found by, so those of all trade-offs "
-                "would be one; leave it out, or call score_lists, which stores nothing"
-            )
-        accelerator = accelerator or OneProcess(model)
+        _check_options(options)
+        alone = OneProcess(model)
+        accelerator = accelerator or alone
         precision = str(accelerator.mixed_precision)
+        if precision == "no":  # the accelerator leaves autocast as it is, which may be on around this call
+            precision = alone.mixed_precision
         identity = {**_whole(identity or identity_of(model)), "precision": precision}
         if name is None:
             return self._complete(lists, model, identity, accelerator, "reference", options)
@@ -187,8 +189,8 @@ class ReferenceStore:
         step = max(batch, CHUNK // batch * batch)  # no batch lies in two chunks
         if not missing:
             return flat
-        if "score" not in options:
-            fuse(causal_lm_of(model))
+        on_main(accelerator, functools.partial(_check_writable, self.folder))
+        fuse(causal_lm_of(model))
         show, done = accelerator.is_main_process, len(lists) - len(missing)
         with progress(title, len(lists), "lists", start=done, show=show) as bar:
             for first in range(0, len(missing), step):
@@ -202,7 +204,26 @@ class ReferenceStore:
         return flat
 
 
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Raise where an option of `score_lists` changes the numbers, which are not found by it, or is unknown."""
+    for name in options.keys() - {"collator", "tokens_per_batch", "lists_per_batch"}:
+        if name not in ("weights", "beta", "temperature", "conditioner", "score"):
+            raise TypeError(f"{name} is no option; pass collator, tokens_per_batch or lists_per_batch")
+        raise ValueError(
+            f"{name} is no part of what a stored log-probability is found by, so those of all trade-offs and scores "
+            "would be one; leave it out, or call score_lists, which stores nothing"
+        )
+
+
 # ---------------------------------------------------------------- files
+
+
+def _check_writable(folder: Path) -> None:
+    """Raise before something is computed that could not be kept."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        what = "cannot be written to" if there.is_dir() else "is no folder"
+        raise OSError(f"{there} {what}, so log-probabilities cannot be kept in {folder}; pass another folder")
 
 
 def _keys(lists: Sequence[TokenizedList]) -> list[bytes]:
@@ -259,7 +280,7 @@ def _read_whole(file: Path, lists: Sequence[TokenizedList], identity: Mapping[st
     else:  # files of earlier versions say nothing of constants; that of a run still belongs to it
         wanted = {key: value for key, value in identity.items() if key in stored or key != "constants"}
     differ = [
-        f"{key} ({str(stored.get(key))[:12]}, not {wanted[key][:12]})"
+        f"{_another(key)} ({str(stored.get(key))[:12]}, not {wanted[key][:12]})"
         for key in wanted
         if stored.get(key) != wanted[key]
     ]
@@ -269,11 +290,15 @@ def _read_whole(file: Path, lists: Sequence[TokenizedList], identity: Mapping[st
         found, keys = dict(_read_file(file)), _keys(lists)
         if all(key in found for key in keys):
             return torch.tensor([found[key] for key in keys], dtype=torch.float32)
-        differ = ["data (other tokens)"]
+        differ = ["other data (other tokens)"]
     raise ValueError(
-        f"{file} holds log-probabilities of another {' and another '.join(differ)}; delete the file to compute them "
+        f"{file} holds log-probabilities of {' and '.join(differ)}; delete the file to compute them "
         "again, or put back what they were computed with"
     )
+
+
+def _another(key: str) -> str:
+    return f"{'other' if key in ('data', 'constants') else 'another'} {key}"
 
 
 def _differences(identity: Mapping[str, str], known: Sequence[Mapping[str, str]]) -> str:

@@ -28,10 +28,11 @@ from mopl.alignment.recipe import load_data
 from mopl.conditioning import HyperPrompt, HyperPromptModel, LoraMixture, ParameterMixture, TextPrompt, TextPromptModel
 from mopl.integrations.transformers import MultiObjectiveConfig, MultiObjectiveTrainer
 from mopl.language_models import ReferenceStore, identity_of, reference_store, score_lists
+from mopl.language_models.collate import ListCollator
 from mopl.language_models.head import fuse
 from mopl.language_models.model_identity import fingerprint
 from mopl.language_models.models import disable_dropout
-from mopl.language_models.scoring import score_batch
+from mopl.language_models.scoring import OneProcess
 from mopl.language_models.tokenization import ReadReport, TokenizedData, TokenizedList, tokenize
 
 TARGETS = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
@@ -253,6 +254,16 @@ def test_a_changed_row_is_not_taken_for_the_stored_one(tmp_path):
         assert_right(store.load_or_compute(lists, model), model, lists)
 
 
+def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_is_computed(tmp_path, passes):
+    (tmp_path / "file").touch()
+    model = fuse(build())
+    before = passes.count
+    for folder, name in ((tmp_path / "file", None), (tmp_path / "file" / "inside", "train")):
+        with pytest.raises(OSError, match=r"file is no folder, so log-probabilities cannot be kept in .*pass another"):
+            ReferenceStore(folder).load_or_compute(LISTS, model, name=name)
+    assert passes.count == before
+
+
 def test_the_precision_of_autocast_is_part_of_the_identity(tmp_path):
     model, store = fuse(build()), ReferenceStore(tmp_path)
     plain = store.load_or_compute(LISTS, model)
@@ -262,6 +273,17 @@ def test_the_precision_of_autocast_is_part_of_the_identity(tmp_path):
     assert torch.equal(store.load(LISTS, model, precision="bf16"), lower) and torch.equal(
         store.load(LISTS, model), plain
     )
+
+
+def test_autocast_around_an_accelerator_without_any_is_seen(tmp_path):
+    class Plain(OneProcess):
+        mixed_precision = "no"
+
+    model, store = fuse(build()), ReferenceStore(tmp_path)
+    with torch.autocast("cpu", torch.bfloat16):
+        lower = store.load_or_compute(LISTS, model, accelerator=Plain(model))
+    assert torch.equal(store.load(LISTS, model, precision="bf16"), lower)
+    assert_right(store.load_or_compute(LISTS, model, accelerator=Plain(model)), model)
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
@@ -388,9 +410,12 @@ def test_a_model_that_is_not_here_and_numbers_that_are_none_are_refused(tmp_path
 
 def test_what_a_store_cannot_tell_apart_is_refused_and_no_lists_are_none(tmp_path):
     store, model, w = ReferenceStore(tmp_path), build(), torch.tensor([0.5, 0.5])
-    for options in ({"weights": w}, {"conditioner": lambda item, w, beta: item}):
+    zeros = {"score": lambda model, batch: torch.zeros(batch.mask.shape)}
+    for options in ({"weights": w}, {"temperature": w}, {"conditioner": lambda item, w, beta: item}, zeros):
         with pytest.raises(ValueError, match="is no part of what a stored log-probability is found by"):
             store.load_or_compute(LISTS, model, **options)
+    with pytest.raises(TypeError, match="foo is no option; pass collator, tokens_per_batch or lists_per_batch"):
+        store.load_or_compute([], model, foo=1)
     packed = torch.ao.quantization.quantize_dynamic(build(), {torch.nn.Linear}, dtype=torch.qint8)
     with pytest.raises(NotImplementedError, match="no tensor, so the model cannot be told"):
         identity_of(packed)
@@ -425,11 +450,12 @@ def test_computing_continues_after_the_last_whole_chunk(tmp_path, monkeypatch):
     calls.clear()
     batches = []
 
-    def score(model, batch):
-        batches.append(batch.lists.tolist())
-        return score_batch(model, batch)
+    class Collator(ListCollator):
+        def __call__(self, lists):
+            batches.append([item.index for item in lists])
+            return super().__call__(lists)
 
-    store.load_or_compute(lists_of(5, seed=5), model, lists_per_batch=3, score=score)
+    store.load_or_compute(lists_of(5, seed=5), model, lists_per_batch=3, collator=Collator())
     assert calls == [3, 2] and batches == [[0, 1, 2], [3, 4]]  # no batch lies in two chunks
     assert {path.name for path in tmp_path.iterdir() if "-" not in path.name} == {"train.safetensors"}
 
@@ -439,7 +465,7 @@ def test_a_named_file_is_refused_for_other_data_or_another_model(tmp_path):
     found = store.load_or_compute(LISTS, model, name="train")
     assert [path.name for path in tmp_path.iterdir()] == ["train.safetensors"]
     assert torch.equal(store.load(LISTS, model), found)  # a run's own file is a store, too
-    with pytest.raises(ValueError, match=r"train.safetensors holds .* another data \(other tokens\); delete the file"):
+    with pytest.raises(ValueError, match=r"train.safetensors holds .* other data \(other tokens\); delete the file"):
         store.load_or_compute(lists_of(9, seed=4), model, name="train")
     with pytest.raises(ValueError, match=r"another model \(.*delete the file to compute them again, or put back"):
         store.load_or_compute(LISTS, changed(model, "model"), name="train")
@@ -453,7 +479,7 @@ def test_files_of_earlier_versions_are_read(tmp_path, passes):
     save_file({"scores": scores}, str(tmp_path / "train.safetensors"), metadata=identity)
     assert passes.of(lambda: store.load_or_compute(LISTS, model, name="train")) == 0
     assert torch.equal(store.load_or_compute(LISTS, model, name="train"), scores)
-    for key, message in (("tokenizer", "another data"), ("model", "another model"), ("precision", "another precision")):
+    for key, message in (("tokenizer", "other data"), ("model", "another model"), ("precision", "another precision")):
         save_file({"scores": scores}, str(tmp_path / "train.safetensors"), metadata={**identity, key: "other"})
         with pytest.raises(ValueError, match=message):
             store.load_or_compute(LISTS, model, name="train")
