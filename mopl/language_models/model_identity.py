@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -174,9 +174,9 @@ def _adapters(model: Any, inner: nn.Module) -> list[Any]:
             if active or getattr(layer, "merged", False):  # merged ones are taken out where they are off
                 layers.append((path, active, getattr(layer, "merged", False), getattr(layer, "scaling", {})))
     names = list(dict.fromkeys(name for _, active, _, _ in layers for name in active))
-    found = [_adapter(inner, name) for name in names]
+    found = [_adapter(model, inner, name) for name in names]
     if is_peft(model) and model.active_peft_config.is_prompt_learning and not model._adapters_disabled:
-        found += [_adapter(model, name) for name in model.active_adapters]
+        found += [_prompt(model, name) for name in model.active_adapters]
     places = [
         [path, merged, [[names.index(name), scaling.get(name)] for name in active]]
         for path, active, merged, scaling in layers
@@ -184,8 +184,42 @@ def _adapters(model: Any, inner: nn.Module) -> list[Any]:
     return [*found, places] if found or places else []
 
 
-def _adapter(model: Any, name: str) -> list[Any]:
-    """Return the settings of an adapter and a SHA-256 of its parameters."""
+def _adapter(model: Any, inner: nn.Module, name: str) -> list[Any]:
+    """Return the settings of an adapter and a SHA-256 of all tensors by which it computes.
+
+    PEFT's own state of an adapter lacks those that it draws again by their seed, and is asked of the wrapper alone.
+    """
+    configs: Any = inner.peft_config
+    found: dict[str, Tensor] = {}
+    for path, layer in inner.named_modules():
+        if (kept := _wrapped_in(layer)) is not None:
+            inside = ((part, tensor) for part, tensor in _tensors(layer) if not part.startswith(f"{kept}."))
+            found |= {f"{path}.{part}": tensor for part, tensor in _of_adapter(inside, name, configs)}
+    base = {id(tensor) for _, tensor in _tensors(inner)}
+    beside = ((part, tensor) for part, tensor in _tensors(model) if id(tensor) not in base)  # that layers share
+    found |= dict(_of_adapter(beside, name, configs))
+    digest = hashlib.sha256()
+    _update(digest, found.items())
+    return [configs[name].to_dict(), digest.hexdigest()]
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+def _of_adapter(
+    tensors: Iterable[tuple[str, Tensor]], name: str, adapters: Iterable[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield tensors but those of other adapters, by names that do not hold the adapter's own."""
+    for path, tensor in tensors:
+        parts = path.split(".")
+        if (name in parts or not set(adapters) & set(parts)) and "cache" not in path:
+            yield ".".join("" if part == name else part for part in parts), tensor
+
+
+def _prompt(model: Any, name: str) -> list[Any]:
+    """Return the settings of an adapter of prompt learning and a SHA-256 of what it puts in front."""
     digest = hashlib.sha256()
     _update(digest, adapter_state(model, name).items())
     return [model.peft_config[name].to_dict(), digest.hexdigest()]

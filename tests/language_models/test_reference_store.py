@@ -44,6 +44,7 @@ ADAPTERS = {
     "tokens": lambda: peft.LoraConfig(r=2, trainable_token_indices=[3, 4], **TARGETS),
     "ia3": lambda: peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM"),
     "loha": lambda: peft.LoHaConfig(r=2, **TARGETS),
+    "vera": lambda: peft.VeraConfig(r=2, **TARGETS),
     "prefix": lambda: peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
     "prompt": lambda: peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
 }
@@ -300,6 +301,20 @@ def test_a_model_whose_adapters_are_off_is_its_base_model(tmp_path, kind, passes
     if hasattr(model.base_model, "disable_adapter_layers"):
         model.base_model.disable_adapter_layers()
         assert identity_of(model) == identity_of(base)
+
+
+@pytest.mark.parametrize(
+    ("config", "part"),
+    [(peft.VeraConfig(r=2, **TARGETS), "vera_A"), (peft.BOFTConfig(boft_block_size=4, **TARGETS), "boft_P")],
+)
+def test_tensors_that_an_adapter_draws_and_does_not_save_are_part_of_it(config, part):
+    model = peft.get_peft_model(build(), config)
+    before = identity_of(model)
+    buffer = next(tensor for name, tensor in model.named_buffers() if part in name)
+    buffer.add_(0.1)
+    assert {key for key, value in identity_of(model).items() if value != before[key]} == {"adapter"}
+    with model.disable_adapter():
+        assert identity_of(model) == identity_of(build())
 
 
 def injected(way: str):
