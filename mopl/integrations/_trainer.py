@@ -109,6 +109,10 @@ class ListTrainer(Trainer):
         with self._as_reference(model) as reference:
             return self.scoring.reference(reference, batch, **keywords)
 
+    def _plain(self, model: nn.Module) -> Any:
+        """Return the model that was passed behind what is around it, a compiled module included."""
+        return self.accelerator.unwrap_model(model, keep_torch_compile=False)
+
     @contextlib.contextmanager
     def _as_reference(self, model: nn.Module) -> Iterator[nn.Module]:
         """Yield the reference: a model of its own, or the policy as it was when its training began."""
@@ -120,7 +124,7 @@ class ListTrainer(Trainer):
                 "the data has no reference log-probabilities, and they cannot be computed after training has begun, "
                 "because the model was its own reference; pass the data as eval_dataset, or pass ref_model"
             )
-        inner = self.accelerator.unwrap_model(model)
+        inner = self._plain(model)
         with evaluating(inner) if self.own is None else self.own.active(inner):
             # Where all of a model that takes weights is trained, its start is the model inside, or depends on them.
             inside = self.own is None and isinstance(inner, WeightedModel) and self.reference_conditions is None
@@ -131,7 +135,7 @@ class ListTrainer(Trainer):
         if not self._precompute or data.has_reference:
             return data
         if self.reference_conditions is not None:
-            kind = self.model if self.ref_model is None else self.accelerator.unwrap_model(self.ref_model)
+            kind = self.model if self.ref_model is None else self._plain(self.ref_model)
             raise ValueError(
                 f"precompute_ref_log_probs is True but the reference is a {type(kind).__name__}, whose "
                 "log-probabilities depend on the weights w; leave precompute_ref_log_probs out"
@@ -147,7 +151,7 @@ class ListTrainer(Trainer):
             if folder is None:
                 flat = score_lists(model, lists, score=self.scoring.reference, **options)
             else:
-                identity = identity_of(self.accelerator.unwrap_model(model))
+                identity = identity_of(self._plain(model))
                 flat = ReferenceStore(folder).load_or_compute(lists, model, identity=identity, **options)
         rows = list(flat.split([len(item.responses) for item in lists]))
         return data.with_reference(pad_sequence(rows, batch_first=True))

@@ -292,6 +292,20 @@ def test_the_loss_is_computed_in_float32_outside_autocast_under_mixed_precision(
     assert seen[-1] == (torch.float32, torch.float32, False) and loss.dtype == torch.float32
 
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_compiled_model_is_its_own_reference(tmp_path, lora):
+    """Adapters that were trained before, and a prompt around a model that is frozen."""
+    model = conditioned(lora=True).model if lora else conditioned()
+    if not lora:
+        model.causal_lm.requires_grad_(False)
+    trainer = make(tmp_path, model)
+    inputs = inputs_of(trainer, range(4))
+    expected = trainer.compute_loss(trainer.model.eval(), inputs)
+    with torch.compiler.set_stance("force_eager"):
+        found = trainer.compute_loss(torch.compile(trainer.model), inputs)
+    assert torch.equal(found, expected)
+
+
 def test_autocast_is_off_after_a_training_in_bf16_whose_reference_is_a_copy(tmp_path):
     make(tmp_path, tiny_llama(), bf16=True, max_steps=1).train()
     assert not torch.is_autocast_enabled("cpu")
