@@ -2,7 +2,8 @@
 
 A model may be called from several threads at once, as servers do. A switch of the model (`train()`, PEFT's
 `disable_adapter`, `at` and `reference` of mopl's models) holds for all of them until it is switched back; what a call
-changes for its own time must not be seen by another one.
+changes for its own time must not be seen by another one. Such blocks nest in one thread. Those of several threads may
+overlap, in any order, but only if they want the same: the last one to end switches back.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,8 +20,14 @@ from torch import Tensor
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
+class _Block(NamedTuple):
+    thread: int
+    wanted: Any  # what the model is inside of it
+    switches: Callable[[], Iterable[contextlib.AbstractContextManager[Any]]]
+
+
 class Turns:
-    """Holds the lock under which calls change a model; a copy or a pickle has a lock of its own.
+    """Holds the lock under which calls change a model, and the blocks that switch it; a copy or a pickle has its own.
 
     Attributes:
         lock: Entered by `with` itself: a method around it could be interrupted between the lock and the block.
@@ -28,22 +35,50 @@ class Turns:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
+        self._blocks: list[_Block] = []  # those that have not ended
+        self._on = contextlib.ExitStack()  # what the last of them switched
 
     def __reduce__(self) -> tuple[type[Turns], tuple[()]]:
         return Turns, ()
 
     @contextlib.contextmanager
-    def switched(self, *switches: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
-        """Enter contexts, and leave them after the `with` block, while no call is under way."""
-        with contextlib.ExitStack() as held:
+    def switched(
+        self, wanted: Any, switches: Callable[[], Iterable[contextlib.AbstractContextManager[Any]]]
+    ) -> Iterator[None]:
+        """Switch a model inside a `with` block, to and fro while no call is under way.
+
+        A block around it is switched off meanwhile, and the last one that is left is on when this one ends.
+
+        Args:
+            wanted: What the model is to be, compared by `==`: nothing is switched where it is that already.
+            switches: Returns the contexts that make it so; called with no other block's switched on.
+
+        Raises:
+            RuntimeError: If a block of another thread wants something else.
+        """
+        block = _Block(threading.get_ident(), wanted, switches)
+        try:
             with self.lock:
-                for switch in switches:
-                    held.enter_context(switch)
-            try:
-                yield
-            finally:
-                with self.lock:
-                    held.close()
+                if any(other.thread != block.thread and other.wanted != wanted for other in self._blocks):
+                    raise RuntimeError(
+                        "another thread is inside `at` or `reference` of this model, which hold for all threads, and "
+                        "wants something else; wait until it has left, or give each thread a copy of the model"
+                    )
+                self._change([*self._blocks, block])
+            yield
+        finally:
+            with self.lock:
+                self._change([other for other in self._blocks if other is not block])
+
+    def _change(self, blocks: list[_Block]) -> None:
+        before, self._blocks = self._blocks, blocks
+        if [block.wanted for block in before[-1:]] == [block.wanted for block in blocks[-1:]]:
+            return
+        self._on.close()
+        with contextlib.ExitStack() as entered:
+            for switch in blocks[-1].switches() if blocks else ():
+                entered.enter_context(switch)
+            self._on = entered.pop_all()
 
 
 def in_turn(method: Method) -> Method:

@@ -178,13 +178,15 @@ class Mixture(WeightedModel):
 
         Raises:
             ValueError: If weights do not fit, or that model is not the mixture; see `check_merging`.
+            RuntimeError: If another thread holds another mixture, or the reference.
         """
-        coefficients = self._one(weights, beta, kl_weight)
-        self._check_outside()
-        if self.is_reference:
-            raise RuntimeError("the model is its reference; leave the `with mixture.reference()` block first")
-        self.check_merging()
-        with self._turns.switched(self._holding(coefficients)):
+        coefficients = self._one(weights, beta, kl_weight).clone()
+
+        def switches() -> Sequence[contextlib.AbstractContextManager[Any]]:
+            self.check_merging()
+            return [self._holding(coefficients)]
+
+        with self._turns.switched(coefficients.tolist(), switches):
             yield self.causal_lm
 
     @in_turn

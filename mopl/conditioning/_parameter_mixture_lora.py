@@ -117,7 +117,7 @@ class LoraMixture(Mixture, HookedModel):
 
     @property
     def is_reference(self) -> bool:
-        """Whether its adapters are off, which is so inside of `reference()`."""
+        """Whether its adapters are off and not in the weights, which is so inside of `reference()`."""
         return self._held is None and next(iter(self._parts.values())).layer.disable_adapters
 
     forward, generate = in_turn(HookedModel.forward), in_turn(HookedModel.generate)
@@ -141,8 +141,7 @@ class LoraMixture(Mixture, HookedModel):
     @contextlib.contextmanager
     def reference(self, *, adapters: bool = False) -> Iterator[LoraMixture]:
         """Be the base model inside a `with` block: adapters off, which are what it is conditioned by."""
-        self._check_outside()
-        with self._turns.switched(super().reference()):
+        with super().reference():
             yield self
 
     # ---------------------------------------------------------------- one mixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from mopl._arguments import shape_of
 from mopl._extras import require
 from mopl._restoring import requires_grad_kept
+from mopl._threads import Turns
 from mopl.conditioning.hyper_prompt import HyperPrompt
 
 # What trainers and accelerate read from a model, taken from the causal language model. A closed list: with an open one
@@ -32,13 +34,24 @@ def is_peft(model: nn.Module) -> bool:
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
+_switches: weakref.WeakKeyDictionary[nn.Module, Turns] = weakref.WeakKeyDictionary()  # of PEFT's wrappers
+
+
+def adapters_off(model: Any) -> contextlib.AbstractContextManager[None]:
+    """Let PEFT's wrapper be the model that it is around inside a `with` block; blocks of several threads may overlap.
+
+    What was off before stays so.
+    """
+    return _switches.setdefault(model, Turns()).switched("off", lambda: [_switched_off(model)])
+
+
 @contextlib.contextmanager
-def adapters_off(model: Any) -> Iterator[None]:
-    """Let PEFT's wrapper be the model that it is around inside a `with` block, as its `disable_adapter` does.
+def _switched_off(model: Any) -> Iterator[None]:
+    """Switch adapters off as PEFT's `disable_adapter` does.
 
     That looks up the state of every adapter for a warning and sets `requires_grad` of each of them twice, which keeps
     a host busy for as long as a forward pass of many small layers. All that the layers read is one flag, so where
-    nothing else belongs to switching them off, the flag is all that is set; what was off before stays so.
+    nothing else belongs to switching them off, the flag is all that is set.
     """
     layers = _switched_by_flag(model)
     if layers is None:

@@ -171,6 +171,9 @@ class WeightedModel(SavedModel):
     def at(self, weights: Weights, kl_weight: Any = None, *, beta: Any = None) -> Iterator[Any]:
         """Be the model of one trade-off inside a `with` block; it holds for all threads.
 
+        Blocks of `at` and `reference` nest, with every kind of model: the innermost one holds, and the one around it
+        again when that ends. Blocks of several threads may overlap if they want the same.
+
         Args:
             weights: w, (m,).
             kl_weight: α, a number, of a model that `takes_kl_weight`.
@@ -181,13 +184,21 @@ class WeightedModel(SavedModel):
 
         Raises:
             ValueError: If they do not fit.
+            RuntimeError: If another thread holds another trade-off, or the reference.
         """
         given = self._conditions_of_one(weights, beta, kl_weight)
-        before, self._held = self._held, given
-        try:
+        numbers = {name: (getattr(v, "dtype", None), torch.as_tensor(v).tolist()) for name, v in given.items()}
+        with self._turns.switched(numbers, lambda: [self._having("_held", given)]):
             yield self
+
+    @contextlib.contextmanager
+    def _having(self, name: str, value: Any) -> Iterator[None]:
+        before = getattr(self, name)
+        setattr(self, name, value)
+        try:
+            yield
         finally:
-            self._held = before
+            setattr(self, name, before)
 
     def merge(self, weights: Weights, kl_weight: Any = None, *, beta: Any = None) -> nn.Module:
         """Return a copy of the model at one trade-off, with no trace of the others: save it, export it, serve it.
@@ -220,7 +231,8 @@ class WeightedModel(SavedModel):
     def reference(self, *, adapters: bool = False) -> Iterator[Any]:
         """Be the model that it was tuned from inside a `with` block.
 
-        Calls may still pass weights; they change nothing. Gradients and dropout are as the caller sets them.
+        Calls may still pass weights; they change nothing. Gradients and dropout are as the caller sets them. It holds
+        for all threads, and nests as `at` does.
 
         Args:
             adapters: Whether adapters stay that are not what it is conditioned by.
@@ -228,22 +240,23 @@ class WeightedModel(SavedModel):
         Raises:
             ValueError: If an adapter took a part of the base model's weights when it was made (PiSSA, OLoRA, ...), or
                 the parameters of the model itself are trained; see `has_reference`.
+            RuntimeError: If another thread is inside `at`, or wants the other of `adapters`.
         """
         if not self.has_reference:
             raise ValueError(
                 f"this {type(self).__name__} trains the parameters of the model itself, so it cannot be what it was "
                 "tuned from; keep a copy of the model from before the training"
             )
-        before, self._is_reference = self._is_reference, True
         off = is_peft(self.model) and not adapters
-        try:
-            if off:
-                for name, config in self.model.peft_config.items():
-                    check_initialisation(name, config)
-            with adapters_off(self.model) if off else contextlib.nullcontext():
-                yield self
-        finally:
-            self._is_reference = before
+        if off:
+            for name, config in self.model.peft_config.items():
+                check_initialisation(name, config)
+
+        def switches() -> list[contextlib.AbstractContextManager[Any]]:
+            return [self._having("_is_reference", True), *([adapters_off(self.model)] if off else [])]
+
+        with self._turns.switched(("reference", off), switches):
+            yield self
 
 
 Conditioned = WeightedModel  # its name where a mixture of any module's parameters was meant, too
