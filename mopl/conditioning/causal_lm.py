@@ -91,16 +91,22 @@ def text_config(model: Any) -> Any:
     return model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
 
 
-def check_adapters(model: Any) -> None:
-    """Raise where PEFT puts virtual tokens of its own in front of a model's input, or its adapters have no wrapper."""
-    if is_peft(model):
-        if any(config.is_prompt_learning for config in model.peft_config.values()):
-            raise ValueError("the PEFT model has a prompt of its own; pass a plain model, or one with LoRA or the like")
-    elif any(hasattr(module, "adapter_layer_names") for module in model.modules()):  # neither switched off nor saved
-        raise ValueError(
-            f"{type(model).__name__} carries adapters without PEFT's wrapper; pass what peft.get_peft_model returned, "
-            "and wrap it so instead of calling add_adapter"
-        )
+def check_no_prompt(model: Any) -> None:
+    """Raise where PEFT puts virtual tokens of its own in front of a model's input."""
+    if is_peft(model) and any(config.is_prompt_learning for config in model.peft_config.values()):
+        raise ValueError("the PEFT model has a prompt of its own; pass a plain model, or one with LoRA or the like")
+
+
+def check_wrapped(model: nn.Module) -> None:
+    """Raise where layers have adapters that no wrapper of PEFT around the model knows: no files would have them."""
+    known: Any = model.peft_config if is_peft(model) else {}
+    for module in model.modules():
+        for part in getattr(module, "adapter_layer_names", ()):
+            if set(getattr(getattr(module, part, None), "keys", tuple)()) - set(known):
+                raise ValueError(
+                    f"{type(model).__name__} carries adapters without PEFT's wrapper; pass what peft.get_peft_model "
+                    "returned, and wrap it so instead of calling add_adapter"
+                )
 
 
 def check_model(model: nn.Module, base: Any, prompt: HyperPrompt) -> None:
@@ -115,7 +121,7 @@ def check_model(model: nn.Module, base: Any, prompt: HyperPrompt) -> None:
     width = base.get_input_embeddings().weight.shape[1]
     if width != prompt.hidden:
         raise ValueError(f"hyper_prompt has hidden={prompt.hidden} but {name} embeds tokens in {width}; pass that")
-    check_adapters(model)
+    check_no_prompt(model)
 
 
 def check_text(text: Tensor, mask: Tensor | None, position_ids: Tensor | None, past: int) -> None:

@@ -101,7 +101,7 @@ class ParameterMixture(Mixture):
         ValueError: If the scope names no parameter, or numbers of sets or objectives do not fit.
     """
 
-    KIND, SCHEMA, WEIGHTS_FILE = "ParameterMixture", _Record, WEIGHTS_FILE
+    KIND, SCHEMA, WEIGHTS_FILE, SAVES_ALL = "ParameterMixture", _Record, WEIGHTS_FILE, True
 
     def __init__(
         self,

@@ -22,7 +22,7 @@ from mopl._extras import require
 from mopl._hub import naming_own_code
 from mopl._tensor_files import check_shapes
 from mopl.conditioning._prompted import PromptedModel
-from mopl.conditioning.causal_lm import check_adapters, is_peft
+from mopl.conditioning.causal_lm import check_no_prompt, is_peft
 from mopl.conditioning.sampling import Weights
 from mopl.conditioning.saved_models import (
     ADAPTER_CONFIG,
@@ -82,7 +82,7 @@ class TextPromptModel(PromptedModel):
         self.record = TuningRecord.of(names if record is None else record, len(names))
         if self.record.objectives != names:
             raise ValueError(f"record names {self.record.objectives} but text_prompt writes {names}")
-        check_adapters(model)
+        check_no_prompt(model)
         self.model, self.text_prompt = model, text_prompt
         self._was_trained = False
         self.tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # that of a processor, too

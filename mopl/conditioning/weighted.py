@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from mopl._arguments import check_beta_given, check_positive, shape_of
 from mopl._rows import generation_keywords, takes_left_padding
 from mopl.conditioning._saved_kinds import KINDS, SavedModel, registered_kind
 from mopl.conditioning.adapter_checks import check_initialisation
-from mopl.conditioning.causal_lm import DELEGATED, adapters_off, is_peft
+from mopl.conditioning.causal_lm import DELEGATED, adapters_off, check_wrapped, is_peft
 from mopl.conditioning.sampling import Weights, check_weights
 from mopl.conditioning.text_prompt import TextPrompt
 
@@ -36,6 +36,7 @@ class WeightedModel(SavedModel):
         record: Names of the objectives and how it was trained.
     """
 
+    SAVES_ALL: ClassVar[bool] = False  # whether its files have all parameters of the model inside, adapters or not
     text_prompt: TextPrompt | None = None  # what writes the trade-off into prompts, where it is told in words
 
     def __init__(self) -> None:
@@ -46,6 +47,13 @@ class WeightedModel(SavedModel):
     def __getattr__(self, name: str) -> Any:
         """Read from the causal language model what trainers ask of a model."""
         return getattr(self.causal_lm, name) if name in DELEGATED else super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse a model inside with adapters that would be neither switched off, as of the reference, nor saved."""
+        plain = isinstance(value, nn.Module) and not isinstance(value, WeightedModel)  # which looks for itself
+        if name == "model" and plain and not self.SAVES_ALL:
+            check_wrapped(value)
+        super().__setattr__(name, value)
 
     # ---------------------------------------------------------------- what callers ask
 

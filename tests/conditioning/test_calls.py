@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import sys
 import threading
 
@@ -39,9 +40,9 @@ def mixture():
 class Shift(HookedModel):
     """Moves what the last layer gives."""
 
-    def __init__(self):
+    def __init__(self, base=None):
         super().__init__()
-        self.model, self.record = build(), TuningRecord(NAMES)
+        self.model, self.record = build() if base is None else base, TuningRecord(NAMES)
         torch.manual_seed(1)
         self.shift = nn.Linear(2, 32)
         self.causal_lm.lm_head.register_forward_pre_hook(self.move)
@@ -228,9 +229,11 @@ def test_a_whole_model_is_not_loaded_with_an_adapter_that_was_in_its_folder(tmp_
 
 @pytest.mark.parametrize("wrap", [lora, lambda base: base.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"]))])
 def test_adapters_that_nothing_switches_off_or_saves_are_refused(wrap):
-    base, prompt = build(), conditioned().hyper_prompt
+    prompt, config = conditioned().hyper_prompt, peft.LoraConfig(r=2, target_modules=["v_proj"])
+    base = build()
     wrap(base)
-    for make in (words, lambda base: HyperPromptModel(base, prompt)):
+    mixture = functools.partial(LoraMixture, objectives=2, config=config)
+    for make in (words, Shift, mixture, lambda base: HyperPromptModel(base, prompt)):
         with pytest.raises(ValueError, match=r"adapters without PEFT's wrapper; .*get_peft_model"):
             make(base)
 
