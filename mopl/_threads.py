@@ -100,7 +100,8 @@ class CallOfThread(threading.local):
     conditions: dict[str, Tensor] | None = (
         None  # by name (k,) or (B, k); empty for the reference, None outside of a call
     )
-    rows: int | None = None  # B, where beams and samples do not make the batch larger
+    rows: int | None = None  # B of the forward pass under way, beams and samples counted
+    tokens: int | None = None  # B T of it
     sequence: Tensor | None = None  # (N,), in a packed row the number of each token's sequence
 
     def __reduce__(self) -> tuple[type[CallOfThread], tuple[()]]:
@@ -126,8 +127,9 @@ class CallOfThread(threading.local):
         if self.sequence is not None and hidden.shape[:-1].numel() == len(self.sequence):
             return values[self.sequence.to(values.device)].view(*hidden.shape[:-1], -1)
         copies, rest = divmod(len(hidden), len(values))
-        # Tokens of all rows one after another are fine; anything else in the first place is no row.
-        if rest or self.sequence is not None or (hidden.ndim > 2 and len(hidden) != (self.rows or len(hidden))):
+        # All tokens of all rows one after another are fine; some of them could be any row's.
+        wanted = self.rows if hidden.ndim > 2 else self.tokens
+        if rest or self.sequence is not None or len(hidden) != (wanted or len(hidden)):
             raise ValueError(
                 f"weights has {len(values)} rows but a layer sees {tuple(hidden.shape)}; pass one weight vector (m,)"
             )

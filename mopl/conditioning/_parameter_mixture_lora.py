@@ -161,7 +161,7 @@ class LoraMixture(Mixture, HookedModel):
             self._checked = True
 
     def _mixed_logits(self, ids: Tensor, coefficients: Tensor) -> Tensor:
-        with self._standing({"coefficients": coefficients}, len(ids)):
+        with self._standing_for({"coefficients": coefficients}, (ids,), {}):
             return logits_of(self.model, ids)
 
     @contextlib.contextmanager

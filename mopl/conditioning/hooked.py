@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -36,7 +37,8 @@ class HookedModel(WeightedModel):
         """Return what a module is conditioned on that gets, or gives, hidden states; for hooks.
 
         Args:
-            hidden: (B, T, d); or (B T, d), as experts get them.
+            hidden: (B, T, d); or (B T, d), all tokens of all rows. Not some tokens, as experts get them: whose they are
+                nothing tells, unless the weights are those of all rows.
 
         Returns:
             `weights`, and `beta` (m numbers each) or `kl_weight` (one), where they were passed: (m,) if they are those
@@ -82,8 +84,7 @@ class HookedModel(WeightedModel):
         if attention_mask is not None:
             check_prompts(input_ids, attention_mask, None)
         given = self._given(weights, beta, kl_weight)
-        self._check_count(given, len(input_ids))
-        with self._standing(given):  # of more rows than these, where there are beams
+        with self._generating(given, len(input_ids)):
             return self.model.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
     def _given(self, weights: Any, beta: Any, kl_weight: Any) -> dict[str, Tensor]:
@@ -106,19 +107,24 @@ class HookedModel(WeightedModel):
         self, given: dict[str, Tensor], args: Any, kwargs: dict[str, Any]
     ) -> contextlib.AbstractContextManager[None]:
         """Return what holds conditions for the time of a forward pass with these arguments."""
-        texts = (*(kwargs.get(name) for name in ("input_ids", "inputs_embeds")), *args)
-        rows = next((len(text) for text in texts if isinstance(text, Tensor) and text.ndim), None)
+        rows, tokens = _size_of(args, kwargs)
         sequence, positions = None, kwargs.get("position_ids")
         if rows == 1 and positions is not None and kwargs.get("attention_mask") is None:
             if any(values.ndim == 2 for values in given.values()):
                 sequence = (positions[0] == positions[0, 0]).cumsum(-1) - 1
         self._check_count(given, rows if sequence is None else int(sequence[-1]) + 1)
-        return self._standing(given, rows, sequence)
+        return _Standing(self._call, given, rows, tokens, sequence)
 
-    def _standing(
-        self, given: dict[str, Tensor] | None, rows: int | None = None, sequence: Tensor | None = None
-    ) -> contextlib.AbstractContextManager[None]:
-        return _Standing(self._call, given, rows, sequence)
+    @contextlib.contextmanager
+    def _generating(self, given: dict[str, Tensor], rows: int) -> Iterator[None]:
+        """Hold conditions while `generate` runs: of more rows than these, where there are beams."""
+        self._check_count(given, rows)
+        with contextlib.ExitStack() as held:
+            held.enter_context(_Standing(self._call, given, None, None, None))
+            if any(values.ndim == 2 for values in given.values()):
+                measure = functools.partial(_measure, self._call)
+                held.callback(self.causal_lm.register_forward_pre_hook(measure, with_kwargs=True).remove)
+            yield
 
     # ---------------------------------------------------------------- gradient checkpointing
 
@@ -173,10 +179,10 @@ class _Standing:
         self.call, self.held, self.before = call, held, []
 
     def _set(self, held: Any) -> None:
-        self.call.conditions, self.call.rows, self.call.sequence = held
+        self.call.conditions, self.call.rows, self.call.tokens, self.call.sequence = held
 
     def __enter__(self) -> None:
-        self.before.append((self.call.conditions, self.call.rows, self.call.sequence))
+        self.before.append(_held(self.call))
         self._set(self.held)
 
     def __exit__(self, *_: object) -> None:
@@ -185,4 +191,22 @@ class _Standing:
 
 def _contexts(call: CallOfThread) -> tuple[Any, Any]:
     """Return what surrounds a layer's forward pass, and its second one with the conditions of now."""
-    return contextlib.nullcontext(), _Standing(call, call.conditions, call.rows, call.sequence)
+    return contextlib.nullcontext(), _Standing(call, *_held(call))
+
+
+def _held(call: CallOfThread) -> tuple[Any, ...]:
+    return call.conditions, call.rows, call.tokens, call.sequence
+
+
+def _measure(call: CallOfThread, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    """Note the size of a forward pass that `generate` makes; a pre-hook of the model."""
+    call.rows, call.tokens = _size_of(args, kwargs)
+
+
+def _size_of(args: Any, kwargs: dict[str, Any]) -> tuple[int | None, int | None]:
+    """Return B and B T of the arguments of a forward pass."""
+    texts = (*(kwargs.get(name) for name in ("input_ids", "inputs_embeds")), *args)
+    text = next((text for text in texts if isinstance(text, Tensor) and text.ndim), None)
+    if text is None:
+        return None, None
+    return len(text), (text.shape[:-1] if text.is_floating_point() else text.shape).numel()

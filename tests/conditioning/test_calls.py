@@ -242,3 +242,59 @@ def test_adapters_that_nothing_switches_off_or_saves_are_refused(wrap):
 def test_beta_of_single_rows_is_checked_like_the_weights():
     with pytest.raises(ValueError, match=r"beta has shape .* but there are 3 rows"):
         conditioned(takes_beta=True)(IDS, weights=W, beta=torch.ones(2, 2))
+
+
+class Experts(nn.Module):
+    """Linear layers that see the tokens that are routed to them."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.up = nn.ModuleList(nn.Linear(32, 32, bias=False) for _ in range(count))
+        self.gate = nn.Linear(32, count, bias=False)
+
+    def forward(self, hidden):
+        flat = hidden.reshape(-1, 32)
+        chosen, out = self.gate(flat).argmax(-1), torch.zeros_like(flat)
+        for i, expert in enumerate(self.up):
+            if len(own := (chosen == i).nonzero()[:, 0]):
+                out = out.index_add(0, own, expert(flat[own]))
+        return out.view(hidden.shape)
+
+
+def with_experts(count):
+    base = build()
+    torch.manual_seed(7)
+    for layer in base.model.layers:
+        layer.mlp = Experts(count)
+    config = peft.LoraConfig(r=2, target_modules=[f"up.{i}" for i in range(count)], init_lora_weights=False)
+    return LoraMixture(base, 2, config=config, record=NAMES).eval()
+
+
+@torch.no_grad()
+def test_some_tokens_of_a_batch_are_no_rows():
+    model, weights = with_experts(2), W[:2]
+    found = []
+    for seed in range(12):  # where experts see 2 or 4 of 6 tokens, these could be taken for those of 2 rows
+        ids = torch.randint(6, 56, (2, 3), generator=torch.Generator().manual_seed(seed))
+        try:
+            both = model(ids, weights=weights).logits
+        except ValueError as error:
+            assert "weights has 2 rows but a layer sees" in str(error)
+            found.append(seed)
+        else:
+            alone = [model(row[None], weights=w).logits for row, w in zip(ids, weights, strict=True)]
+            torch.testing.assert_close(both, torch.cat(alone), rtol=1e-4, atol=1e-4)
+    assert found
+    with pytest.raises(ValueError, match="weights has 2 rows but a layer sees"):
+        model.generate(ids, weights=weights, max_new_tokens=3)
+    model.generate(ids, weights=weights[0], max_new_tokens=3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}])
+def test_all_tokens_of_all_rows_are_rows_also_of_beams(options):
+    model, options = with_experts(1), {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, **options}
+    both = model.generate(IDS, weights=W, **options)
+    alone = [model.generate(row[None], weights=w, **options) for row, w in zip(IDS, W, strict=True)]
+    assert torch.equal(both, torch.cat(alone))
+    assert not model.causal_lm._forward_pre_hooks
