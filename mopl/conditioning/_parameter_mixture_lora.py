@@ -191,7 +191,12 @@ class LoraMixture(Mixture, HookedModel):
     # ---------------------------------------------------------------- files
 
     def save_adapter(
-        self, weights: Weights, directory: str | os.PathLike[str], kl_weight: float | Tensor | None = None
+        self,
+        weights: Weights,
+        directory: str | os.PathLike[str],
+        kl_weight: float | Tensor | None = None,
+        *,
+        beta: Any = None,
     ) -> None:
         """Write one trade-off as one LoRA adapter of PEFT, exactly: its rank is the sum of those of the sets.
 
@@ -204,7 +209,7 @@ class LoraMixture(Mixture, HookedModel):
         require("safetensors")
         from safetensors.torch import save_file
 
-        coefficients = self._one(weights, None, kl_weight).tolist()
+        coefficients = self._one(weights, beta, kl_weight).tolist()
         config, tensors = one_adapter(self.model, self._parts, self.adapters, coefficients)
         config.base_model_name_or_path = self._base_name
 

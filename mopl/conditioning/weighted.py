@@ -231,7 +231,9 @@ class WeightedModel(SavedModel):
         """
         return None
 
-    def save_adapter(self, weights: Weights, directory: str | os.PathLike[str]) -> None:
+    def save_adapter(
+        self, weights: Weights, directory: str | os.PathLike[str], kl_weight: Any = None, *, beta: Any = None
+    ) -> None:
         """Write one trade-off as one adapter of PEFT, if there is such an adapter; here a ValueError."""
         raise ValueError(f"a {type(self).__name__} is no adapter at one trade-off; pass kind='model'")
 

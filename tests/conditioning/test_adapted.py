@@ -253,7 +253,9 @@ def test_adapters_may_differ_in_ranks_targets_and_kinds(tmp_path: Path) -> None:
     assert torch.equal(logits(LoraMixture.from_pretrained(tmp_path / "mixture", base("llama")), weights=ROWS), together)
     base("llama").save_pretrained(tmp_path / "base")
     mixed.causal_lm.name_or_path = str(tmp_path / "base")
-    mixed.save_adapter(W, tmp_path / "one")
+    with pytest.raises(ValueError, match="beta was passed"):
+        mixed.save_adapter(W, tmp_path / "one", beta=[0.5, 0.5])
+    mixed.save_adapter(W, tmp_path / "one", beta=None)
     one = peft.PeftModel.from_pretrained(base("llama"), str(tmp_path / "one"))
     close(logits(one), logits(mixed, weights=W))
 
