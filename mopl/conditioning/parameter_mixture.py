@@ -314,6 +314,7 @@ class ParameterMixture(Mixture):
         """
         self._cache = None
 
+    @torch.inference_mode(False)  # what is kept may be asked for gradients of inputs later
     @torch.no_grad()
     def _materialise(self, coefficients: Tensor) -> list[Tensor]:
         key = tuple(coefficients.double().tolist()), state_of(self.sets)

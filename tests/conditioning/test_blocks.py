@@ -141,3 +141,14 @@ def test_a_mixture_that_holds_is_not_changed_from_outside():
         with model.at(OTHER):
             pass
         assert torch.equal(logits(one), before)
+
+
+def test_a_mixture_that_is_kept_takes_gradients_whatever_made_it():
+    model = parameter_mixture()
+    with torch.inference_mode(), model.at(ONE) as one:
+        wanted = one(input_ids=IDS).logits
+    with model.at(ONE) as one:
+        embedded = one.get_input_embeddings()(IDS).detach().requires_grad_()
+        found = one(inputs_embeds=embedded).logits
+        found.sum().backward()
+    assert torch.equal(found, wanted) and embedded.grad.any()
