@@ -131,6 +131,8 @@ class LoraMixture(Mixture, HookedModel):
 
     def _check_switches(self) -> None:
         """Raise where somebody switched the model inside by PEFT's methods: all layers, so one tells."""
+        if self.is_reference:
+            raise RuntimeError("the model is its reference; leave the `with mixture.reference()` block first")
         layer = next(iter(self._parts.values())).layer
         if layer.merged or list(layer.active_adapters) != self.adapters:
             raise RuntimeError(
@@ -154,6 +156,7 @@ class LoraMixture(Mixture, HookedModel):
 
         Raises:
             ValueError: With the modules that differ, and the targets that do not.
+            RuntimeError: If the model inside is switched to something else than the mixture.
         """
         self._check_switches()
         if not self._checked:

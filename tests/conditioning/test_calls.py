@@ -233,9 +233,11 @@ def test_adapters_that_nothing_switches_off_or_saves_are_refused(wrap):
     base = build()
     wrap(base)
     mixture = functools.partial(LoraMixture, objectives=2, config=config)
-    for make in (words, Shift, mixture, lambda base: HyperPromptModel(base, prompt)):
+    for make in (words, Shift, lambda base: HyperPromptModel(base, prompt)):
         with pytest.raises(ValueError, match=r"adapters without PEFT's wrapper; .*get_peft_model"):
             make(base)
+    with pytest.raises(ValueError, match=r"adapters inside already; .*unload"):
+        mixture(base)
 
 
 @torch.no_grad()

@@ -117,14 +117,17 @@ def test_rows_of_a_mixture_of_an_adapters_parameters():
     torch.testing.assert_close(logits(mixture, weights=ROWS), alone)
 
 
-def test_a_mixture_in_place_is_no_reference_and_a_reference_holds_none():
+def test_a_mixture_in_place_is_no_reference_and_what_needs_adapters_is_refused_in_the_reference():
     mixture = lora_mixture()
     with mixture.at(W):
         assert not mixture.is_reference
     with mixture.reference():
         assert mixture.is_reference
-        with pytest.raises(RuntimeError, match="is its reference; leave the"), mixture.at(W):
-            pass
+        for probe in (lambda: mixture.merge(W), mixture.check_merging):
+            with pytest.raises(RuntimeError, match="is its reference; leave the"):
+                probe()
+        with mixture.at(W):
+            assert not mixture.is_reference
     assert not mixture.is_reference
 
 
