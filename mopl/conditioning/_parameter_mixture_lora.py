@@ -62,6 +62,8 @@ class LoraMixture(Mixture, HookedModel):
             `KLWeightCoefficients(..., anchor=False)`; None: the weights themselves.
         sets: number of adapters, if it is not m (or what `coefficients.sets(m)` says).
         record: names of the objectives and how the model was trained; `objective_1`, ... by default.
+        adapters: names of a PEFT model's adapters in the order of the coefficients; None: in the model's own order,
+            in which those that are called like objectives must be where these are. All of them are trained.
 
     Attributes:
         model: the PEFT model. Call it through this module: without coefficients its adapters raise an error.
@@ -82,6 +84,7 @@ class LoraMixture(Mixture, HookedModel):
         coefficients: CoefficientRule | None = None,
         sets: int | None = None,
         record: TuningRecord | Sequence[str] | None = None,
+        adapters: Sequence[str] | None = None,
     ) -> None:
         super().__init__(objectives, coefficients, sets, record)
         sets = self._count
@@ -89,7 +92,7 @@ class LoraMixture(Mixture, HookedModel):
         if is_peft(model):
             if config is not None:
                 raise ValueError("the model has adapters already; leave config out, or pass the model without them")
-            self.adapters = list(wrapped.peft_config)
+            self.adapters = self._in_order(list(wrapped.peft_config), adapters)
             if len(self.adapters) != sets:
                 raise ValueError(f"the model has the adapters {self.adapters} but {sets} are mixed")
             if any(layer.merged or layer.disable_adapters for layer in lora_layers(wrapped).values()):
@@ -97,8 +100,9 @@ class LoraMixture(Mixture, HookedModel):
         else:
             if config is None:
                 raise ValueError("config is missing; pass the peft.LoraConfig of the adapters")
-            names = [*self.record.objectives, *(f"set_{i + 1}" for i in range(objectives, sets))]
-            self.adapters = [name.replace(".", "_") for name in names]
+            if adapters is not None:
+                raise ValueError("adapters orders those of a PEFT model, and this one has none; leave it out")
+            self.adapters = [*self._objective_names, *(f"set_{i + 1}" for i in range(objectives, sets))]
             if len(set(self.adapters)) != sets:
                 raise ValueError(f"the adapters would be called {self.adapters}; give the objectives different names")
             check_config(self.adapters[0], config)
@@ -109,6 +113,27 @@ class LoraMixture(Mixture, HookedModel):
         wrapped.base_model.active_adapter = self.adapters
         for part in self._parts.values():
             part.mix(self.adapters, self._call, whole=coefficients is None)
+
+    @property
+    def _objective_names(self) -> list[str]:
+        return [name.replace(".", "_") for name in self.record.objectives]  # as modules can be called
+
+    def _in_order(self, own: list[str], given: Sequence[str] | None) -> list[str]:
+        """Return the adapters of a PEFT model as coefficients multiply them; raise where names say another order."""
+        if given is not None:
+            if sorted(given) != sorted(own):
+                raise ValueError(f"adapters is {list(given)} but the model has {own}; name each of these once")
+            return list(given)
+        if self._saved_rule == "custom":
+            return own  # a function's sets need not be in the objectives' order
+        names = self._objective_names
+        if any(name in names and names.index(name) != i for i, name in enumerate(own)):
+            first = [*(name for name in names if name in own), *(name for name in own if name not in names)]
+            raise ValueError(
+                f"the model has the adapters {own}, some of which are called like objectives, but not in their "
+                f"order {names}, so weights would multiply others' adapters; pass adapters={first}, or what is meant"
+            )
+        return own
 
     @property
     def varies_with_weights(self) -> bool:
@@ -245,5 +270,7 @@ class LoraMixture(Mixture, HookedModel):
         wrapped = base_with_adapters(config, folder, model, options, trainable=trainable)
         record, sets = TuningRecord.read(config), len(config["adapters"])
         with fitting(folder / CONFIG_FILE):
-            mixture = cls(wrapped, len(record.objectives), coefficients=rule, sets=sets, record=record)
+            # In the order of the folder, for which they were trained, whatever their names say.
+            order = config["adapters"]
+            mixture = cls(wrapped, len(record.objectives), coefficients=rule, sets=sets, record=record, adapters=order)
         return mixture if trainable else mixture.requires_grad_(False)

@@ -1,6 +1,7 @@
 """Calls of mixtures: what is cut into rows, what is refused; adapters that are there already, switched or misnamed."""
 
 import copy
+import json
 
 import numpy as np
 import peft
@@ -132,6 +133,32 @@ def test_a_mixture_in_place_is_no_reference_and_what_needs_adapters_is_refused_i
 
 
 # ---------------------------------------------------------------- adapters that are there already
+
+
+def test_adapters_that_are_called_like_objectives_are_mixed_in_their_order(tmp_path):
+    first = spread(LoraMixture(build(), 2, config=adapters(), record=["a.b", "c"]))
+    first.save_pretrained(tmp_path)
+    model = peft.PeftModel.from_pretrained(build(), tmp_path / "c", adapter_name="c")
+    model.load_adapter(tmp_path / "a_b", "a_b")
+    with pytest.raises(ValueError, match=r"not in their order .*; pass adapters=\['a_b', 'c'\]"):
+        LoraMixture(model, 2, record=["a.b", "c"])
+    with pytest.raises(ValueError, match=r"adapters is \['c'\] but the model has \['c', 'a_b'\]"):
+        LoraMixture(model, 2, record=["a.b", "c"], adapters=["c"])
+    mixture = LoraMixture(model, 2, record=["a.b", "c"], adapters=["a_b", "c"]).eval()
+    assert mixture.adapters == ["a_b", "c"]
+    torch.testing.assert_close(logits(mixture, weights=ROWS), logits(first, weights=ROWS))
+    torch.testing.assert_close(logits(mixture.merge(W)), logits(first, weights=W), rtol=1e-4, atol=1e-4)
+
+
+def test_a_folder_of_adapters_in_another_order_is_what_it_was_trained_for(tmp_path):
+    record = tmp_path / "mopl.json"
+    first = spread(LoraMixture(build(), 2, config=adapters(), record=["a", "c"]))
+    first.save_pretrained(tmp_path)
+    record.write_text(json.dumps({**json.loads(record.read_text()), "adapters": ["c", "a"]}))
+    loaded = WeightedModel.from_pretrained(tmp_path, build())
+    assert loaded.adapters == ["c", "a"]
+    torch.testing.assert_close(logits(loaded, weights=ROWS), logits(first, weights=ROWS.flip(-1)))
+
 
 REMEDY = "has adapters inside already; pass the base model without them"
 
