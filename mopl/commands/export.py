@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
         export(
             tuned.model, tuned.tokenizer, arguments.weights if tuned.takes_weights else None, directory,
             kind=arguments.kind, beta=beta, text_prompt=tuned.text_prompt,
-            keep_tied=arguments.keep_tied, origin=str(arguments.run),
+            keep_tied=arguments.keep_tied, origin=str(arguments.run), base_model=tuned.base_model,
         )  # fmt: skip
     named = ", ".join(f"{name} {w:g}" for name, w in zip(tuned.objectives, arguments.weights, strict=True))
     named += "" if arguments.kl_weight is None else f", KL weight {arguments.kl_weight:g}"

@@ -49,6 +49,7 @@ class TunedModel:
     beta: tuple[float, ...] | None = None  # β, where the model is conditioned on it and has a default
     reference: str | None = None  # name of another model that stands for the reference; None where the model is its own
     takes_weights: bool = True  # False where the model is that of the weights already
+    base_model: str | None = None  # name of the model that it was tuned from, where that is merged and has none itself
 
 
 def load_tuned_model(arguments: argparse.Namespace, device: str = "cpu") -> TunedModel:
@@ -94,7 +95,8 @@ def _model_of_run(path: Path, arguments: argparse.Namespace, device: str) -> Tun
         reference = None if takes_weights and words is None else run.config.model
     else:
         reference = None if run.config.reference in (*OWN_REFERENCE, "auto") else run.config.reference
-    return TunedModel(model, run.list_tokenizer, run.objectives, words, beta, reference, takes_weights)
+    name = run.config.model
+    return TunedModel(model, run.list_tokenizer, run.objectives, words, beta, reference, takes_weights, name)
 
 
 def _model_of_folder(path: Path, base_model: str | None, weights: Sequence[float], device: str) -> TunedModel:
@@ -125,6 +127,7 @@ def _model_of_folder(path: Path, base_model: str | None, weights: Sequence[float
         tuple(record["objectives"]),
         reference=reference,
         takes_weights=takes_weights,
+        base_model=str(name),
     )
 
 

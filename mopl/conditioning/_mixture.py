@@ -17,6 +17,7 @@ from mopl._records import Finite
 from mopl._renamed import renamed_attribute, renamed_in_methods
 from mopl._threads import in_turn
 from mopl.conditioning.adapted import Place, held
+from mopl.conditioning.merging import set_name
 from mopl.conditioning.sampling import Weights
 from mopl.conditioning.saved_models import CONFIG_FILE, Record, TuningRecord, fitting
 from mopl.conditioning.weighted import WeightedModel
@@ -203,7 +204,9 @@ class Mixture(WeightedModel):
         coefficients = self._one(weights, beta, kl_weight)
         self._check_outside()
         self.check_merging()
-        return self._merged(coefficients)
+        merged = self._merged(coefficients)
+        set_name(merged, "")  # no longer the base model's: what is trained on top would be loaded onto that
+        return merged
 
     @contextlib.contextmanager
     def _holding(self, coefficients: Tensor) -> Iterator[None]:

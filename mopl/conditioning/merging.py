@@ -113,6 +113,13 @@ def settle_merged(model: Any) -> None:
         model.__dict__.pop(name, None)
 
 
+def set_name(model: Any, name: str) -> None:
+    """Let a model of transformers, or the one inside a PEFT model, say where it can be loaded from; "": nowhere."""
+    inner = getattr(model, "get_base_model", lambda: model)()
+    if hasattr(inner, "config") and hasattr(inner, "name_or_path"):
+        inner.name_or_path = inner.config._name_or_path = name
+
+
 # ---------------------------------------------------------------- the probe
 
 

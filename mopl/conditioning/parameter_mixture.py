@@ -57,7 +57,7 @@ from mopl.conditioning._parameter_mixture_parts import (
 )
 from mopl.conditioning.adapted import Place, shared_places
 from mopl.conditioning.causal_lm import untie_head
-from mopl.conditioning.merging import check_mixed_rows, logits_of, probe_ids, settle_ties
+from mopl.conditioning.merging import check_mixed_rows, logits_of, probe_ids, set_name, settle_ties
 from mopl.conditioning.sampling import Weights
 from mopl.conditioning.saved_models import CONFIG_FILE, REMEDY, TuningRecord, check_options, fitting
 
@@ -389,6 +389,8 @@ class ParameterMixture(Mixture):
             raise damaged(file, f"{text}, so they do not fit", REMEDY)
         check_options(model, options)
         made = new_model(folder, state, options) if model is None else model
+        if model is None:
+            set_name(made, config["base_model"] or "")  # not that of the folder of its configuration
         with fitting(folder / CONFIG_FILE):
             mixture = cls(
                 made, len(record.objectives), scope=config["scope"], coefficients=rule, sets=sets, record=record

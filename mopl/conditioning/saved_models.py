@@ -23,7 +23,7 @@ from mopl._renamed import renamed_attribute, renamed_in_methods
 from mopl._tensor_files import check_shapes, read_tensors, shapes_of
 from mopl.conditioning.adapted import adapter_state
 from mopl.conditioning.adapter_checks import check_no_adapters
-from mopl.conditioning.merging import merged, settle_merged
+from mopl.conditioning.merging import merged, set_name, settle_merged
 
 CONFIG_FILE = "mopl.json"
 ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -359,7 +359,7 @@ def merge_adapter(name: str, model: Any) -> Any:
     except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"the adapter of {name} ({kind}) cannot be merged: {error}; {remedy}") from error
     settle_merged(plain)
-    plain.name_or_path = plain.config._name_or_path = name
+    set_name(plain, name)
     return plain.eval()
 
 

@@ -23,6 +23,7 @@ from mopl._hub import naming_own_code
 from mopl._tensor_files import check_shapes
 from mopl.conditioning._prompted import PromptedModel
 from mopl.conditioning.causal_lm import check_no_prompt, is_peft
+from mopl.conditioning.merging import set_name
 from mopl.conditioning.sampling import Weights
 from mopl.conditioning.saved_models import (
     ADAPTER_CONFIG,
@@ -183,6 +184,7 @@ class TextPromptModel(PromptedModel):
         whole = config.get("whole", False)
         if whole and model is None:
             base = _whole_model(folder, options)
+            set_name(base, config["base_model"] or base.name_or_path)  # which says where it came from first
         else:
             base = base_with_adapters(config, folder, model, options, trainable=trainable)
         made = cls(base, prompt, tokenizer, record=TuningRecord.read(config))

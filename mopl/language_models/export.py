@@ -85,6 +85,7 @@ def export(
     text_prompt: TextPrompt | None = None,
     keep_tied: bool = False,
     origin: str | None = None,
+    base_model: str | None = None,
 ) -> Path:
     """Write a conditioned model at one trade-off into a new directory, whole or not at all.
 
@@ -103,6 +104,8 @@ def export(
         text_prompt: What writes weights into prompts.
         keep_tied: Leave a head that is tied to the embeddings tied, see above.
         origin: Where the model comes from, for `mopl.json`.
+        base_model: Name of the model that it was tuned from, for `mopl.json`, where it has no name itself, as what
+            `merge` returns has none.
 
     Returns:
         The directory.
@@ -137,7 +140,7 @@ def export(
             f"the model started from {source}, itself a PEFT adapter, and the base of an adapter must be a plain "
             "model; pass kind='model'"
         )
-    record = _record(tuning, kind, w, each_beta, text_prompt, {"base_model": source or None, "origin": origin})
+    record = _record(tuning, kind, w, each_beta, text_prompt, {"base_model": source or base_model, "origin": origin})
     front = None
     if text_prompt is not None:
         assert w is not None

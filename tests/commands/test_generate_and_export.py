@@ -138,6 +138,7 @@ def test_a_mixture_of_parameters_answers_and_is_exported_as_the_model_of_one_tra
         found = printed(capsys, "generate", str(folder), *asked, "--scale", str(scale))
         assert found == f"> w1 w2\n{wanted[0].text}\n\n> w3\n{wanted[1].text}\n"
     printed(capsys, "export", str(folder), *weights, str(tmp_path / "plain"))
+    assert json.loads((tmp_path / "plain" / "mopl.json").read_text())["base_model"] == str(base)
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
         given = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain")(ids).logits

@@ -7,6 +7,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+import transformers
 from tiny_language_models import VOCABULARY, build, conditioned, lora, prompt
 
 from mopl.conditioning import (
@@ -130,6 +131,29 @@ def test_a_mixture_in_place_is_no_reference_and_what_needs_adapters_is_refused_i
         with mixture.at(W):
             assert not mixture.is_reference
     assert not mixture.is_reference
+
+
+@pytest.fixture(scope="module")
+def saved_base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    build().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_what_is_merged_does_not_have_the_name_of_the_base_model(kind, saved_base, tmp_path):
+    base = transformers.AutoModelForCausalLM.from_pretrained(saved_base)
+    of = {"lora": lambda: LoraMixture(base, 2, config=adapters()), "parameters": lambda: ParameterMixture(base, 2)}
+    mixture = spread(of[kind]())
+    merged = mixture.merge(W)
+    assert (mixture.causal_lm.name_or_path, merged.name_or_path) == (saved_base, "")
+    HyperPromptModel(merged, prompt()).save_pretrained(tmp_path / "on_top")
+    with pytest.raises(ValueError, match="names no base model; pass it as model"):
+        WeightedModel.from_pretrained(tmp_path / "on_top")
+    mixture.save_pretrained(tmp_path / "again")
+    for _ in range(2):
+        WeightedModel.from_pretrained(tmp_path / "again").save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "mopl.json").read_text())["base_model"] == saved_base
 
 
 # ---------------------------------------------------------------- adapters that are there already
