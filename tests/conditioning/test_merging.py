@@ -222,6 +222,23 @@ def test_the_probe_finds_an_ignored_module_in_every_dtype_before_training(dtype:
     LoraMixture(build("jamba").to(dtype), 2, config=fine).eval().check_merging()
 
 
+def test_in_bfloat16_what_is_no_larger_than_rounding_is_no_difference() -> None:
+    options = {**COMMON, "hidden_size": 64, "initializer_range": 0.02}
+    even = transformers.LlamaConfig(**{**options, "num_hidden_layers": 8})  # attention does not depend on q yet
+    tied = transformers.LlamaConfig(**{**options, "tie_word_embeddings": True})
+    for config, targets in ((even, ["q_proj", "v_proj"]), (tied, ["lm_head", "v_proj"])):
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+        mixture = LoraMixture(model, 2, config=peft.LoraConfig(r=2, target_modules=targets))
+        before = {name: (p, p.data_ptr(), p.dtype, p.requires_grad) for name, p in mixture.named_parameters()}
+        with torch.no_grad():
+            for p, *_, trained in before.values():
+                p.add_(1e-4 * torch.randn_like(p)) if trained else None
+        mixture.merge(W)
+        for name, p in mixture.named_parameters():
+            assert p is before[name][0] and (p.data_ptr(), p.dtype, p.requires_grad) == before[name][1:]
+
+
 def test_the_probe_runs_once(monkeypatch) -> None:
     mixture = adapted(build("tied"), ["q_proj"])
     calls = []
