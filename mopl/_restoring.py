@@ -1,9 +1,9 @@
-"""What is switched for a moment and comes back, error or not: modes of modules, what is trained, generators."""
+"""What is switched for a moment, or saved, and comes back: modes of modules, what is trained, generators."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import nn
@@ -49,6 +49,18 @@ def requires_grad_kept(model: nn.Module) -> Iterator[None]:
         for parameter, wanted in before:
             if parameter.requires_grad != wanted:
                 parameter.requires_grad_(wanted)
+
+
+def frozen_parameters(model: nn.Module) -> list[str]:
+    """Return the names of a model's parameters that are not trained."""
+    return [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+
+
+def freeze(model: nn.Module, names: Collection[str]) -> None:
+    """Train these parameters no more; others stay as they are."""
+    for name, parameter in model.named_parameters():
+        if name in names:
+            parameter.requires_grad_(False)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from mopl._arguments import shape_of
 from mopl._extras import require
 from mopl._hub import naming_own_code
+from mopl._restoring import freeze
 from mopl.conditioning.causal_lm import output_head
+from mopl.conditioning.merging import set_name
 
 SCOPES = ("full", "attention", "logits")
 MODEL_FOLDER = "architecture"
@@ -56,8 +58,13 @@ def select_parameters(model: nn.Module, scope: str) -> list[str]:
     return names
 
 
-def new_model(folder: Path, tensors: Mapping[str, Tensor], options: Mapping[str, Any]) -> Any:
-    """Return a causal language model of the configuration in a folder, in the dtype of its tensors."""
+def new_model(
+    folder: Path, record: Mapping[str, Any], tensors: Mapping[str, Tensor], options: Mapping[str, Any]
+) -> Any:
+    """Return a causal language model of the configuration in a folder, in the dtype of its tensors.
+
+    It has the name of the base model, not of that folder, and is frozen where the one was that was saved.
+    """
     source = folder / MODEL_FOLDER
     if not source.is_dir():
         raise ValueError(f"{folder} holds no configuration of a model; pass the model")
@@ -71,6 +78,8 @@ def new_model(folder: Path, tensors: Mapping[str, Tensor], options: Mapping[str,
         model = AutoModelForCausalLM.from_config(known, **options)
     if (source / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(source))
+    set_name(model, record["base_model"] or "")
+    freeze(model, record.get("frozen") or ())
     return model
 
 

@@ -205,8 +205,8 @@ class SavedModel(nn.Module):
                 raise ValueError(f"settings do not fit: {error}") from None
         made._read_state(folder)
         for name, parameter in made.named_parameters():
-            if not name.startswith("model."):
-                parameter.requires_grad_(trainable)
+            if not trainable and not name.startswith("model."):  # else as `__init__` left it
+                parameter.requires_grad_(False)
         return made
 
     @property

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from mopl._arguments import compute_dtype
 from mopl._bounds import check_bounds
 from mopl._records import damaged
-from mopl._restoring import evaluating, generators_kept
+from mopl._restoring import evaluating, frozen_parameters, generators_kept
 from mopl._tensor_files import check_shapes, read_tensors
 from mopl._threads import in_turn
 from mopl.conditioning._mixture import (
@@ -57,7 +57,7 @@ from mopl.conditioning._parameter_mixture_parts import (
 )
 from mopl.conditioning.adapted import Place, shared_places
 from mopl.conditioning.causal_lm import untie_head
-from mopl.conditioning.merging import check_mixed_rows, logits_of, probe_ids, set_name, settle_ties
+from mopl.conditioning.merging import check_mixed_rows, logits_of, probe_ids, settle_ties
 from mopl.conditioning.sampling import Weights
 from mopl.conditioning.saved_models import CONFIG_FILE, REMEDY, TuningRecord, check_options, fitting
 
@@ -69,6 +69,7 @@ WEIGHTS_FILE = "parameter_mixture.safetensors"
 class _Record(MixtureRecord):
     scope: str
     sets: int
+    frozen: list[str] | None = None  # of the shared part; older files do not say
 
     @staticmethod
     def check(record: Mapping[str, Any]) -> None:
@@ -115,9 +116,9 @@ class ParameterMixture(Mixture):
     ) -> None:
         super().__init__(objectives, coefficients, sets, record)
         self.untied = untie_head(model) if scope == "logits" else False
-        self.model = model
-        self.scope = scope
+        self.model, self.scope = model, scope
         self.names = select_parameters(model, scope)
+        self._frozen = [name for name in frozen_parameters(model) if name not in self.names]
         own = [model.get_parameter(name).requires_grad_(True) for name in self.names]
         copies = ([nn.Parameter(p.detach().clone()) for p in own] for _ in range(self._count - 1))
         self.others = nn.ModuleList(nn.ParameterList(each) for each in copies)
@@ -324,9 +325,8 @@ class ParameterMixture(Mixture):
         return self._cache[1]
 
     def _merged(self, coefficients: Tensor) -> nn.Module:
-        values = self._materialise(coefficients)
         model = copy.deepcopy(self.model)
-        for name, value in zip(self.names, values, strict=True):
+        for name, value in zip(self.names, self._materialise(coefficients), strict=True):
             model.get_parameter(name).copy_(value)
         settle_ties(model)
         return model
@@ -336,7 +336,7 @@ class ParameterMixture(Mixture):
     def _described(self) -> dict[str, Any]:
         return {
             "scope": self.scope, "sets": len(self.sets), "coefficients": self._saved_rule, "untied": self.untied,
-            "base_model": self._base_name,
+            "base_model": self._base_name, "frozen": self._frozen,
         }  # fmt: skip
 
     def _write(self, folder: Path, **_: Any) -> None:
@@ -388,9 +388,7 @@ class ParameterMixture(Mixture):
             text = f"it has {sets} sets but {folder / CONFIG_FILE} says {config['sets']}"
             raise damaged(file, f"{text}, so they do not fit", REMEDY)
         check_options(model, options)
-        made = new_model(folder, state, options) if model is None else model
-        if model is None:
-            set_name(made, config["base_model"] or "")  # not that of the folder of its configuration
+        made = new_model(folder, config, state, options) if model is None else model
         with fitting(folder / CONFIG_FILE):
             mixture = cls(
                 made, len(record.objectives), scope=config["scope"], coefficients=rule, sets=sets, record=record

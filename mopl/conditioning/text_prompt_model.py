@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mopl._extras import require
 from mopl._hub import naming_own_code
+from mopl._restoring import freeze, frozen_parameters
 from mopl._tensor_files import check_shapes
 from mopl.conditioning._prompted import PromptedModel
 from mopl.conditioning.causal_lm import check_no_prompt, is_peft
@@ -45,6 +46,7 @@ class _Record(Record):
     template: str
     adapter: str | None = None
     whole: bool = False  # whether the folder holds the model itself
+    frozen: list[str] | None = None  # of a whole model; older files do not say
     item: str | None = None
     separator: str | None = None
     digits: int | None = None
@@ -86,6 +88,7 @@ class TextPromptModel(PromptedModel):
         check_no_prompt(model)
         self.model, self.text_prompt = model, text_prompt
         self._was_trained = False
+        self._frozen = frozen_parameters(model)
         self.tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # that of a processor, too
 
     @property
@@ -136,7 +139,7 @@ class TextPromptModel(PromptedModel):
     def _described(self) -> dict[str, Any]:
         prompt, plain = self.text_prompt, TextPrompt(self.text_prompt.objectives)
         form = {name: getattr(prompt, name) for name in _FORM if getattr(prompt, name) != getattr(plain, name)}
-        whole = {} if is_peft(self.model) else {"whole": True}
+        whole = {} if is_peft(self.model) else {"whole": True, "frozen": self._frozen}
         return {
             "base_model": self._base_name, "adapter": next(iter(self._adapters), None), "template": prompt.template,
             **form, **whole,
@@ -187,12 +190,15 @@ class TextPromptModel(PromptedModel):
             set_name(base, config["base_model"] or base.name_or_path)  # which says where it came from first
         else:
             base = base_with_adapters(config, folder, model, options, trainable=trainable)
+        if whole and model is None:
+            freeze(base, config.get("frozen") or ())
         made = cls(base, prompt, tokenizer, record=TuningRecord.read(config))
         if whole:
             if model is not None:
                 made.load_weights(folder)
             made._was_trained = True
-            made.requires_grad_(trainable)
+            if not trainable:
+                made.requires_grad_(False)
         return made
 
 

@@ -161,6 +161,23 @@ def test_it_is_saved_with_its_adapter_and_loaded_in_place(kind, tmp_path):
         kind.from_pretrained(tmp_path / "saved", build())
 
 
+def test_what_a_kind_does_not_train_is_not_trained_further(kind, tmp_path):
+    class HalfShift(kind):
+        KIND = "HalfShift"
+
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.shift[0].requires_grad_(False)
+
+    try:
+        made(HalfShift).save_pretrained(tmp_path / "half")
+        for trainable, count in ((True, 2), (False, 0)):
+            loaded = WeightedModel.from_pretrained(tmp_path / "half", build(), trainable=trainable)
+            assert sum(p.requires_grad for p in loaded.shift.parameters()) == count
+    finally:
+        KINDS.pop("HalfShift")
+
+
 def test_a_kind_that_is_not_imported_is_named_and_not_imported(kind, tmp_path):
     made(kind).save_pretrained(tmp_path / "saved")
     del KINDS["HeadShift"], sys.modules["head_shift"]

@@ -8,13 +8,15 @@ import peft
 import pytest
 import torch
 import transformers
-from tiny_language_models import VOCABULARY, build, conditioned, lora, prompt
+from tiny_language_models import VOCABULARY, build, conditioned, lora, prompt, tokenizer
 
 from mopl.conditioning import (
     HyperPromptModel,
     KLWeightCoefficients,
     LoraMixture,
     ParameterMixture,
+    TextPrompt,
+    TextPromptModel,
     TuningRecord,
     WeightedModel,
 )
@@ -358,7 +360,17 @@ def test_what_is_trained_further_is_what_was_trained(tmp_path):
     again = WeightedModel.from_pretrained(tmp_path, build().requires_grad_(False), trainable=True)
     trained = [{name for name, p in each.named_parameters() if p.requires_grad} for each in (mixture, again)]
     assert trained[0] == trained[1]
-    assert not any(p.requires_grad for p in WeightedModel.from_pretrained(tmp_path).parameters())
+    own = WeightedModel.from_pretrained(tmp_path)
+    assert not any(p.requires_grad for p in own.parameters())
+    own.save_pretrained(tmp_path)
+    own = WeightedModel.from_pretrained(tmp_path, trainable=True)
+    assert {name for name, p in own.named_parameters() if p.requires_grad} == trained[0]
+    half = build()
+    half.model.requires_grad_(False)
+    words = TextPromptModel(half, TextPrompt(("a", "b"), template="[{weights}] "), tokenizer(chat=True))
+    words.save_pretrained(tmp_path / "words")
+    again = WeightedModel.from_pretrained(tmp_path / "words", trainable=True)
+    assert [name for name, p in again.named_parameters() if p.requires_grad] == ["model.lm_head.weight"]
 
 
 def test_a_model_whose_biases_an_adapter_trains_is_no_reference():
