@@ -161,6 +161,27 @@ class Mixture(WeightedModel):
         if self._held is not None:
             raise RuntimeError("the model holds a mixture; leave the `with mixture.at(...)` block first")
 
+    # The model inside has the mixture's parameters in the place of its own inside of `at`: copied, saved, loaded into
+    # or moved there they would be taken for each other.
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies and pickles have; a RuntimeError inside of `at`."""
+        self._check_outside()
+        return self.__dict__
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the parameters and buffers by name; a RuntimeError inside of `at`."""
+        self._check_outside()
+        return super().state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._check_outside()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        self._check_outside()
+        return super()._apply(fn, recurse)
+
     # ---------------------------------------------------------------- one mixture
 
     @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 
 import numpy as np
 import peft
@@ -9,6 +10,7 @@ import pytest
 import torch
 import transformers
 from tiny_language_models import VOCABULARY, build, conditioned, lora, prompt, tokenizer
+from torch import nn
 
 from mopl.conditioning import (
     HyperPromptModel,
@@ -342,6 +344,21 @@ def test_the_mixture_that_at_keeps_is_new_after_a_step_of_any_optimizer(fused):
     with mixture.at(W) as one:
         found = logits(one)
     torch.testing.assert_close(found, logits(mixture, weights=W))
+
+
+@both
+def test_a_mixture_in_place_is_not_copied_saved_loaded_into_or_moved(make):
+    mixture = make()
+    before = copy.deepcopy(mixture).state_dict()
+    with mixture.at(W):
+        for call in (
+            lambda: copy.deepcopy(mixture), lambda: pickle.dumps(mixture), mixture.state_dict, mixture.half,
+            lambda: mixture.load_state_dict(before), nn.ModuleList([mixture]).state_dict,
+        ):  # fmt: skip
+            with pytest.raises(RuntimeError, match=r"leave the `with mixture.at\(...\)` block first"):
+                call()
+    after = pickle.loads(pickle.dumps(mixture)).state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_a_mixture_made_in_inference_mode_is_made_again_for_gradients():
