@@ -75,7 +75,10 @@ class SavedModel(nn.Module):
         """
         if self.WEIGHTS_FILE is not None:
             require("safetensors")  # before a folder is made
-        described = json.dumps({"kind": self.KIND, **self.record.to_dict(), **self._described()}, indent=2) + "\n"
+        own = next(cls for cls in type(self).__mro__ if not cls.__module__.startswith("torch."))  # not FSDP's
+        named = {} if "KIND" in own.__dict__ else {"subclass": f"{own.__module__}.{own.__qualname__}"}
+        told = {"kind": self.KIND, **named, **self.record.to_dict(), **self._described()}
+        described = json.dumps(told, indent=2) + "\n"
 
         def fill(folder: Path) -> None:
             (folder / CONFIG_FILE).write_text(described, encoding="utf-8")
@@ -110,7 +113,15 @@ class SavedModel(nn.Module):
             ValueError: If it holds another kind, or a model or coefficients are needed and missing, or do not fit.
         """
         folder = Path(directory)
-        kind = cls if hasattr(cls, "KIND") else KINDS[registered_kind(folder)]
+        if hasattr(cls, "KIND"):
+            kind: Any = cls
+        else:
+            kind = KINDS[registered_kind(folder)]
+            if subclass := read_json(folder / CONFIG_FILE, remedy=REMEDY).get("subclass"):
+                raise ValueError(
+                    f"{folder} was saved by {str(subclass)[:200]}, which has no KIND of its own and so cannot be told "
+                    f"from a {kind.KIND}; load it by its own from_pretrained, or give it a KIND before it is saved"
+                )
         if not issubclass(kind, cls) or not hasattr(kind, "KIND"):
             raise ValueError(f"{folder / CONFIG_FILE} holds a {registered_kind(folder)}, which is no {cls.__name__}")
         config = read_record(folder, kind.KIND, kind.WEIGHTS_FILE or CONFIG_FILE)

@@ -178,6 +178,20 @@ def test_what_a_kind_does_not_train_is_not_trained_further(kind, tmp_path):
         KINDS.pop("HalfShift")
 
 
+def test_a_subclass_without_a_kind_is_not_loaded_as_its_parent(kind, tmp_path):
+    class MyShift(kind):
+        pass
+
+    model = made(MyShift)
+    model.save_pretrained(tmp_path / "mine")
+    with pytest.raises(
+        ValueError, match=r"MyShift, which has no KIND of its own .* load it by its own from_pretrained"
+    ):
+        WeightedModel.from_pretrained(tmp_path / "mine", build())
+    loaded = MyShift.from_pretrained(tmp_path / "mine", build())
+    assert type(loaded) is MyShift and torch.equal(loaded(IDS, weights=ONE).logits, model(IDS, weights=ONE).logits)
+
+
 def test_a_kind_that_is_not_imported_is_named_and_not_imported(kind, tmp_path):
     made(kind).save_pretrained(tmp_path / "saved")
     del KINDS["HeadShift"], sys.modules["head_shift"]
