@@ -331,8 +331,8 @@ def one_adapter(
     configs = [model.peft_config[name] for name in adapters]
     if any(config.use_dora for config in configs):
         raise ValueError(
-            "the adapters are of DoRA, whose mixture has the rank of the weights, so it is no adapter; pass "
-            "kind='model'"
+            "the adapters are of DoRA, whose mixture has the rank of the weights, so it is no adapter; write "
+            "it whole: merge(weights).save_pretrained(directory), or kind='model' of an export"
         )
     linear = {name: part for name, part in parts.items() if isinstance(part, LoraPart)}
     rank = max(sum(part.layer.r[a] for a in adapters if a in part.layer.lora_B) for part in linear.values())

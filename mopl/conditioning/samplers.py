@@ -12,7 +12,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mopl._arguments import check_choice
 from mopl.conditioning.sampling import sample_betas, sample_weights
 
 Sampler = Callable[[int], Tensor]  # step -> (B, m)
@@ -61,7 +60,8 @@ def _draws(per: Per, batch_size: int) -> int:
     """Return how many vectors a step draws."""
     if isinstance(per, int) and not isinstance(per, bool) and per > 0:
         return min(per, batch_size)
-    check_choice(per, ("list", "step"), "weights_per")
+    if per not in ("list", "step"):
+        raise ValueError(f"weights_per is {per!r} but must be 'list', 'step' or a whole number above 0")
     return batch_size if per == "list" else 1
 
 

@@ -171,9 +171,14 @@ def check_weights(
         by 1e-4 (by the rounding error of m terms in 16-bit formats).
 
     Raises:
-        ValueError: If the shape is wrong or a vector is off the simplex; the message names the vector and the remedy.
+        ValueError: If they are no numbers, the shape is wrong, or a vector is off the simplex; the message names the
+            vector and the remedy.
     """
-    tensor = weights if isinstance(weights, Tensor) else torch.as_tensor(weights, dtype=torch.float64)
+    try:
+        tensor = weights if isinstance(weights, Tensor) else torch.as_tensor(weights, dtype=torch.float64)
+    except (RuntimeError, TypeError, ValueError) as error:
+        wanted = "(m,) or (..., m) numbers, in the order of the objectives"
+        raise ValueError(f"{name} is {weights!r:.200} ({error}); pass {wanted}") from None
     if not tensor.is_floating_point():
         tensor = tensor.double()
     if tensor.ndim == 0 or tensor.shape[-1] == 0 or (objectives is not None and tensor.shape[-1] != objectives):

@@ -65,11 +65,13 @@ class TuningRecord:
         """Return what a model with m objectives was given: a record, names, or None for `objective_1`, ...
 
         Raises:
-            ValueError: If it is for another number of objectives.
+            ValueError: If it is for another number of objectives, or two names are equal.
         """
         if given is None:
             given = [f"objective_{j + 1}" for j in range(objectives)]
         record = given if isinstance(given, TuningRecord) else cls(given)  # type: ignore[arg-type]
+        if record is not given and len(set(record.objectives)) < len(record.objectives):
+            raise ValueError(f"record names {record.objectives}; give each objective a name of its own")
         if len(record.objectives) != objectives:
             raise ValueError(f"record names {record.objectives} but there are {objectives} objectives")
         return record

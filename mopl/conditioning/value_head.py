@@ -14,7 +14,8 @@ class ValueHead(nn.Module):
     """Predict the return of a response from a policy's hidden state, the weights w and the KL weight α.
 
     One hidden layer on the normalised hidden state and (w, α). It starts at 0 for every input. The hidden states are
-    taken as constants, so that the regression does not move the policy, and the arithmetic is float32 at least.
+    taken as constants, so that the regression does not move the policy, and the arithmetic is in
+    the data type of its parameters.
 
     Args:
         hidden: width of the hidden states.
@@ -62,7 +63,7 @@ class ValueHead(nn.Module):
             kl_weight: α, a number or (B,), if the head takes it.
 
         Returns:
-            hidden's leading shape; float32, or float64 for float64.
+            hidden's leading shape, in the data type of the head's parameters.
 
         Raises:
             ValueError: If shapes do not fit, or α is missing or not wanted.

@@ -215,7 +215,7 @@ class WeightedModel(SavedModel):
             ValueError: If weights do not fit, or if there is no such model.
         """
         self._conditions_of_one(weights, beta, kl_weight)
-        more = ", or write a directory that needs no mopl with mopl.language_models.export"
+        more = ", or write a directory that needs no mopl with mopl.language_models.export.export"
         raise ValueError(
             f"a {type(self).__name__} cannot be merged: its trade-off is not in the parameters; use `with "
             f"model.at(weights) as one:`{more if self.virtual_tokens else ''}"
@@ -235,7 +235,10 @@ class WeightedModel(SavedModel):
         self, weights: Weights, directory: str | os.PathLike[str], kl_weight: Any = None, *, beta: Any = None
     ) -> None:
         """Write one trade-off as one adapter of PEFT, if there is such an adapter; here a ValueError."""
-        raise ValueError(f"a {type(self).__name__} is no adapter at one trade-off; pass kind='model'")
+        raise ValueError(
+            f"a {type(self).__name__} is no adapter at one trade-off; write it whole, by export of "
+            "mopl.language_models.export with kind='model', or by mopl export"
+        )
 
     @contextlib.contextmanager
     def reference(self, *, adapters: bool = False) -> Iterator[Any]:

@@ -267,7 +267,7 @@ def test_a_trade_off_is_exported_as_one_adapter_of_scale_1(kind: str, tmp_path: 
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
     mixed = spread(LoraMixture(plain, 2, config=config(family, **changes)))
     if "dora" in kind:
-        with pytest.raises(ValueError, match="so it is no adapter; pass kind='model'"):
+        with pytest.raises(ValueError, match="so it is no adapter; write it whole: merge"):
             export(mixed, tokenizer(), W, tmp_path / "adapter", kind="adapter")
         assert not (tmp_path / "adapter").exists()
         return

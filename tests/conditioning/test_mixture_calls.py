@@ -327,6 +327,8 @@ def test_a_record_takes_sequences_and_numbers_of_any_library(tmp_path):
     mixture = spread(LoraMixture(build(), 2, config=adapters(), record=record))
     mixture.save_pretrained(tmp_path)
     mixture.load_weights(tmp_path)
+    with pytest.raises(ValueError, match="give each objective a name of its own"):
+        TuningRecord.of(["a", "a"], 2)
     for given in ("ab", TuningRecord):
         with pytest.raises(ValueError, match="must be a sequence of names"):
             given("ab") if given is TuningRecord else TuningRecord.of(given, 2)

@@ -10,8 +10,9 @@ from mopl.conditioning.samplers import box_betas, dirichlet_weights, fixed, one_
 def test_one_vector_a_step_is_what_the_papers_algorithm_draws():
     drawn = dirichlet_weights(3, 7, concentration=1.0, per="step", seed=1)(4)
     assert drawn.shape == (7, 3) and (drawn == drawn[0]).all()
-    with pytest.raises(ValueError, match="weights_per is 'epoch'"):
-        dirichlet_weights(3, 7, concentration=1.0, per="epoch", seed=1)
+    for wrong in ("epoch", 0, -1, True):
+        with pytest.raises(ValueError, match=f"weights_per is {wrong!r} but .* or a whole number above 0"):
+            dirichlet_weights(3, 7, concentration=1.0, per=wrong, seed=1)
 
 
 def test_lists_that_share_a_vector_stand_side_by_side():

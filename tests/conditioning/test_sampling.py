@@ -232,3 +232,9 @@ def test_concatenation_names_bad_shapes():
         ConcatCondition(2)(features, torch.rand(2), torch.rand(2))
     with pytest.raises(ValueError, match="objectives is 0"):
         ConcatCondition(0)
+
+
+@pytest.mark.parametrize("wrong", [{"helpful": 0.5, "harmless": 0.5}, None, [[0.5, 0.5], [1.0]], "0.5"])
+def test_what_is_no_vector_of_numbers_is_named(wrong):
+    with pytest.raises(ValueError, match=r"mine is .*; pass \(m,\) or \(..., m\) numbers, in the order of the objec"):
+        check_weights(wrong, name="mine")
