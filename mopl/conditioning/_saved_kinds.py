@@ -66,7 +66,9 @@ class SavedModel(nn.Module):
 
     @in_turn
     def save_pretrained(self, directory: str | os.PathLike[str], **options: Any) -> None:
-        """Write `mopl.json` and what was trained into a folder; never a frozen base model.
+        """Write `mopl.json` and what was trained into a folder, without a base model that is frozen.
+
+        A `ParameterMixture`, and a `TextPromptModel` of a model without adapters, write the whole model.
 
         Args:
             directory: The folder.
