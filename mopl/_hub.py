@@ -54,7 +54,9 @@ def loading(name: str, what: str = "model") -> Iterator[dict[str, Any]]:
     path = Path(name)
     if path.is_file():
         raise NotADirectoryError(f"the model {name} is a file; name the directory of a model, or one on the hub")
-    if path.is_dir() and not any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
+    # A model that takes weights may lie there without a configuration of its own, beside its tokenizer.
+    files = ("config.json", "adapter_config.json", *(["tokenizer_config.json"] if what == "tokenizer" else []))
+    if path.is_dir() and not any((path / file).is_file() for file in files):
         raise FileNotFoundError(
             f"the directory {name} holds no model: it has no config.json; name the directory that save_pretrained "
             "wrote, or a model on the Hugging Face hub"

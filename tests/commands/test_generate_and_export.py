@@ -130,6 +130,7 @@ def test_a_mixture_of_parameters_answers_and_is_exported_as_the_model_of_one_tra
             values += 0.3 * torch.randn_like(values)
     folder, weights = tmp_path / "tuned", ["--weights", "0.7", "0.3"]
     mixture.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)  # as trainers do, where it is taken from
     one, options = mixture.merge([0.7, 0.3]).eval(), {"max_new_tokens": 5}
     reference = transformers.AutoModelForCausalLM.from_pretrained(base).eval()
     asked = ["w1 w2", "w3", *weights, "--max-new-tokens", "5", "--device", "cpu"]
