@@ -83,10 +83,16 @@ class ReferenceStore:
         Raises:
             ValueError: If the model's log-probabilities depend on weights of objectives or are no numbers, an option
                 changes them, or the file of that name belongs to others; `DamagedFile` if a file cannot be read.
-            TypeError: If there is no such option.
+            TypeError: If there is no such option, or lists or the model are something else.
             OSError: If something is to be computed and the folder cannot be written to.
         """
         _check_options(options)
+        _check_lists(lists)
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"model is a {type(model).__name__} but must be a loaded causal language model; pass what "
+                "AutoModelForCausalLM.from_pretrained returns"
+            )
         alone = OneProcess(model)
         accelerator = accelerator or alone
         precision = str(accelerator.mixed_precision)
@@ -126,6 +132,11 @@ class ReferenceStore:
             ValueError: If the folder has not all of them; the message says what differs. `DamagedFile` if a file cannot
                 be read.
         """
+        _check_lists(lists)
+        if not (model is None or isinstance(model, (nn.Module, Mapping))):
+            raise TypeError(
+                f"model is a {type(model).__name__} but must be a loaded model, what identity_of said of it, or None"
+            )
         known = self.identities()
         if model is None:
             if len(known) != 1:
@@ -202,6 +213,14 @@ class ReferenceStore:
                 for place, own in zip(places, scores.split([len(item.responses) for item in chunk]), strict=True):
                     parts[place].copy_(own)
         return flat
+
+
+def _check_lists(lists: Any) -> None:
+    if not (hasattr(lists, "__len__") and hasattr(lists, "__getitem__")):
+        raise TypeError(
+            f"lists is a {type(lists).__name__} but must be a sequence of TokenizedList; pass [item] for one of them, "
+            "or what mopl.language_models.tokenization.tokenize returns"
+        )
 
 
 def _check_options(options: Mapping[str, Any]) -> None:

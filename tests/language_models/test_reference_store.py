@@ -431,6 +431,11 @@ def test_what_a_store_cannot_tell_apart_is_refused_and_no_lists_are_none(tmp_pat
             store.load_or_compute(LISTS, model, **options)
     with pytest.raises(TypeError, match="foo is no option; pass collator, tokens_per_batch or lists_per_batch"):
         store.load_or_compute([], model, foo=1)
+    for call in (store.load, store.load_or_compute):
+        with pytest.raises(TypeError, match=r"lists is a TokenizedList but must be a sequence .*pass \[item\]"):
+            call(LISTS[0], model)
+        with pytest.raises(TypeError, match="model is a str but must be a loaded"):
+            call(LISTS, "gpt2")
     packed = torch.ao.quantization.quantize_dynamic(build(), {torch.nn.Linear}, dtype=torch.qint8)
     with pytest.raises(NotImplementedError, match="no tensor, so the model cannot be told"):
         identity_of(packed)
