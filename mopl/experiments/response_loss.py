@@ -95,28 +95,25 @@ class PairLoss:
                 scores, reference = value / divisor + constant, None
             scores = scores / lengths.clamp(min=1)
             reference = None if reference is None else reference / lengths.clamp(min=1)
-        parts = [*sides(scores), *((None, None) if reference is None else sides(reference))]
+        parts: dict[str, Tensor] = dict(zip(("chosen", "rejected"), sides(scores), strict=True))
+        if reference is not None:
+            parts |= zip(("reference_chosen", "reference_rejected"), sides(reference), strict=True)
         if name not in WHOLE_BATCH:
-            return _of_pairs(*parts, **options)
+            return bradley_terry(**parts, **options)
         if isinstance(beta, Tensor) and beta.ndim == 2 and beta.shape[0] > 1:
             raise ValueError(
                 f"loss_type {name!r} sorts the pairs, after which none has a β of its own; leave out "
                 "beta_low, beta_high and the column objective_beta"
             )
-        total = torch.zeros_like(parts[0])
+        total = torch.zeros_like(parts["chosen"])
         betas = torch.as_tensor(beta).expand(1, tied.shape[1])[0]
         for objective in range(tied.shape[1]):
             rows = (~tied[:, objective]).nonzero()[:, 0]
-            known = [None if part is None else part[rows, objective] for part in parts]
-            value = _of_pairs(*known, **{**options, "beta": betas[objective : objective + 1]})
+            known = {side: part[rows, objective] for side, part in parts.items()}
+            options["beta"] = betas[objective : objective + 1]
+            value = bradley_terry(**known, **options)
             total = total.index_put((rows, torch.full_like(rows, objective)), value[:, 0])
         return total
-
-
-def _of_pairs(chosen: Any, rejected: Any, reference_chosen: Any, reference_rejected: Any, **options: Any) -> Tensor:
-    return bradley_terry(
-        chosen, rejected, reference_chosen=reference_chosen, reference_rejected=reference_rejected, **options
-    )
 
 
 @dataclass(frozen=True)
