@@ -242,7 +242,7 @@ def test_rewards_are_refused_for_shares_before_a_trainer_is_made(tmp_path):
 
 def test_partly_labelled_lists_count_with_the_labelled_responses_alone(tmp_path):
     trainer = make(tmp_path, data=token_lists(6, (4,), missing=True), list_loss="plackett_luce")
-    assert trainer.objective.partial
+    assert trainer.objective.loss.by_objective
     inputs = inputs_of(trainer, [1])
     _, outputs = trainer.compute_loss(trainer.model.eval(), inputs, return_outputs=True)
     batch, _ = batch_of(inputs)
