@@ -149,7 +149,7 @@ def _read_rows(
         raise TypeError(f"rows of the data set are {type(rows[0]).__name__} but must be dictionaries or PreferenceList")
     if is_pair(rows[0]):
         report = ReadReport("rows", rows=len(rows))
-        drafts = drafts_of(rows, lambda row: _pair(row, objectives or (PREFERENCE,)))
+        drafts = drafts_of(rows, lambda row: _pair(row, objectives))
         lists = collect(drafts, report, objectives=objectives, on_error=on_error)
     else:
         lists = load_preferences(rows, objectives=objectives, on_error=on_error)
@@ -187,11 +187,11 @@ def is_pair(row: Mapping[str, Any]) -> bool:
     return set(row) >= set(SIDES) and ("prompt" in row or detect_format(row) == "pairs")
 
 
-def _pair(row: Mapping[str, Any], objectives: Sequence[str]) -> PreferenceList:
+def _pair(row: Mapping[str, Any], objectives: Sequence[str] | None) -> PreferenceList:
     if error := formats.unread_column(row):
         raise error
     found: Any = next(formats.parse_pair(row))
-    return dataclasses.replace(found, labels={name: labels_of_pair(row, name) for name in objectives})
+    return dataclasses.replace(found, labels=labels_of_row(row, objectives))
 
 
 def drafts_of(
@@ -203,6 +203,23 @@ def drafts_of(
             yield f"row {number}", make(row)
         except RowError as error:
             yield f"row {number}", error
+
+
+def labels_of_row(
+    row: Mapping[str, Any], objectives: Sequence[str] | None
+) -> dict[str, tuple[float | None, float | None]]:
+    """Return the labels of a pair under each objective, see `labels_of_pair`; where none is named, chosen is better.
+
+    Many data sets have a column `preference` that is no label, such as the number or the name of the better response,
+    so it is not guessed what it means.
+    """
+    if objectives is None and PREFERENCE in row and not all(f"{PREFERENCE}_{side}" in row for side in SIDES):
+        raise RowError(
+            "column preference that objectives does not name",
+            f"{PREFERENCE} is {row[PREFERENCE]!r}; pass objectives=['{PREFERENCE}'] if it is a label (positive: chosen "
+            "is better), or leave the column out",
+        )
+    return {name: labels_of_pair(row, name) for name in objectives or (PREFERENCE,)}
 
 
 def labels_of_pair(row: Mapping[str, Any], objective: str) -> tuple[float | None, float | None]:

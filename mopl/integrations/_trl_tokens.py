@@ -18,16 +18,7 @@ import numpy as np
 
 from mopl._extras import require
 from mopl._lines import text_fault
-from mopl.integrations._data import (
-    PREFERENCE,
-    SIDES,
-    Example,
-    Examples,
-    beside_of,
-    drafts_of,
-    labels_of_pair,
-    places_of,
-)
+from mopl.integrations._data import SIDES, Example, Examples, beside_of, drafts_of, labels_of_row, places_of
 from mopl.language_models import formats
 from mopl.language_models.data import DataError, OnError, PreferenceData, PreferenceList, ReadReport, RowError, collect
 from mopl.language_models.tokenization import TokenizedList
@@ -35,6 +26,7 @@ from mopl.language_models.tokenization import TokenizedList
 TOKENIZATIONS = ("trl", "mopl")
 _ROW = "row_of_the_data"
 _OPTIONS = ("tools", "chat_template_kwargs")
+_IMAGES = ("image", "images")
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +89,14 @@ def examples_of_pairs(
     return Examples(examples, lists.objectives, rows=count)
 
 
+def without_labels(rows: Any) -> Any:
+    """Return rows of pairs with only those columns that their tokens are made of, or that are refused beside them."""
+    read = ("prompt", *SIDES, *_OPTIONS, *_IMAGES)
+    if hasattr(rows, "select_columns"):
+        return rows.select_columns([name for name in rows.column_names if name in read])
+    return [{name: row[name] for name in read if name in row} for row in rows]
+
+
 def _cut(
     prompt: np.ndarray, responses: Sequence[np.ndarray], max_length: int | None, mode: str
 ) -> tuple[tuple[np.ndarray, ...], tuple[int, ...]]:
@@ -125,9 +125,8 @@ def _labels(rows: Any, objectives: Sequence[str] | None, on_error: OnError) -> t
 
     def labelled(row: Mapping[str, Any]) -> PreferenceList:
         _check(row, first)
-        labels = {name: labels_of_pair(row, name) for name in objectives or (PREFERENCE,)}
         # Only labels are wanted, with their checks: TRL trains on texts that a list may not have.
-        return PreferenceList("prompt", SIDES, labels)
+        return PreferenceList("prompt", SIDES, labels_of_row(row, objectives))
 
     report = ReadReport("rows", rows=len(rows))
     lists = collect(drafts_of(rows, labelled), report, objectives=objectives, on_error=on_error)
@@ -146,7 +145,7 @@ def _texts(first: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _check(row: Mapping[str, Any], first: Mapping[str, Any]) -> None:
     """Raise for a row whose tokens would be wrong without a word, or whose fault TRL would not name."""
-    if error := formats.unread_column(row, ("image", "images")):
+    if error := formats.unread_column(row, _IMAGES):
         raise error
     if not isinstance(row.get("chat_template_kwargs", {}), Mapping):
         raise RowError("wrong type", "chat_template_kwargs is no dictionary; give each row one, or none to any")

@@ -52,7 +52,7 @@ from mopl.integrations._options import check_options
 from mopl.integrations._pair_loss import pair_loss_of
 from mopl.integrations._settings import ObjectiveArguments
 from mopl.integrations._streams import is_stream
-from mopl.integrations._trl_tokens import TOKENIZATIONS, examples_of_pairs, refuse_options
+from mopl.integrations._trl_tokens import TOKENIZATIONS, examples_of_pairs, refuse_options, without_labels
 from mopl.integrations.transformers import MultiObjectiveTrainer
 from mopl.language_models.collate import ListCollator
 from mopl.language_models.data import OnError
@@ -239,7 +239,8 @@ def with_reference_logps(
     The trainers here, and `trl.DPOTrainer`, read these columns; see docs/reference_store.md.
 
     Args:
-        dataset: A `datasets.Dataset` or a list of rows in TRL's preference format.
+        dataset: A `datasets.Dataset` or a list of rows in TRL's preference format. Labels and other columns beside the
+            texts are kept and not read.
         model: The reference: a causal language model, plain or with PEFT's adapters. Its head is fused in place.
         args: What `max_length`, `truncation_mode` and `dataset_num_proc` are read from; by default TRL's defaults.
         processing_class: The tokenizer.
@@ -258,7 +259,8 @@ def with_reference_logps(
         raise ValueError(
             f"ld_alpha is {args.ld_alpha}, which weighs tokens, and a store of references has plain sums; leave it out"
         )
-    tokens = [item.tokens for item in examples_of_pairs(dataset, args, processing_class=processing_class).lists]
+    pairs = examples_of_pairs(without_labels(dataset), args, processing_class=processing_class)
+    tokens = [item.tokens for item in pairs.lists]
     collator = ListCollator(pad_id=pad_token(processing_class))
     flat = ReferenceStore(os.fspath(reference_store)).load_or_compute(tokens, model, collator=collator, **options)
     columns = dict(zip(REFERENCE_COLUMNS, flat.view(-1, 2).T.tolist(), strict=True))

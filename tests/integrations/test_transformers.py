@@ -713,6 +713,19 @@ def test_labels_of_a_pair_come_from_two_columns_from_two_numbers_or_from_a_signe
             labels_of_pair(row, name)
 
 
+def test_a_column_preference_is_a_label_only_where_it_is_named():
+    row = {"prompt": "why ", "chosen": "a", "rejected": "b"}
+
+    def labels(objectives=None, **columns):
+        found = examples_of([row | columns], processing_class=byte_tokenizer(), objectives=objectives)
+        return found.lists[0].tokens.labels.tolist()
+
+    assert labels() == [[1, 0]] and labels(["preference"], preference=-2) == [[0, 2]]
+    assert labels(preference_chosen=0.8, preference_rejected=0.2) == pytest.approx(np.float32([[0.8, 0.2]]))
+    with pytest.raises(ValueError, match=r"preference is 0; pass objectives=\['preference'\] if it is a label"):
+        labels(preference=0)
+
+
 def test_every_form_of_data_gives_the_same_lists():
     tokenizer = byte_tokenizer()
     lists = [

@@ -391,7 +391,8 @@ def test_equal_responses_are_trained_on_as_in_trl(make, models, tmp_path):
         ({"chosen": []}, r"no messages \(row 2: chosen holds no message"),
         ({"chosen": [bot("\ud83d")]}, "row 2: chosen holds U.D83D at character 1"),
         ({"chat_template_kwargs": None}, "row 2: chat_template_kwargs is no dictionary"),
-        ({"preference": "yes"}, "row 2: preference is 'yes'"),
+        ({"preference": "yes"}, "row 2: preference is 'yes'; pass objectives=.'preference'. if it is a label"),
+        ({"preference": 0}, "row 2: preference is 0; pass objectives=.'preference'. if it is a label"),
     ],
 )
 def test_rows_that_would_be_wrong_without_a_word_are_refused(make, models, tmp_path, change, message):

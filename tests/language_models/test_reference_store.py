@@ -701,6 +701,17 @@ def test_rows_that_trl_leaves_out_are_left_out_and_lists_of_rows_stay_lists(tmp_
     assert again == found[1:] and again[0]["ref_chosen_logps"] != again[0]["ref_rejected_logps"]
 
 
+def test_a_reference_of_rows_of_pairs_needs_nothing_but_their_texts(tmp_path):
+    pytest.importorskip("trl")
+    from mopl.integrations.trl import with_reference_logps
+
+    rows = [{"prompt": "w1 w2", "chosen": " w2", "rejected": " w3"}]
+    beside = {"preference": "A", "helpful": None, "objective_weights": [0.3, 0.7], "ref_chosen_logps": float("nan")}
+    store = {"processing_class": tokenizer(), "reference_store": tmp_path / "store"}
+    expected = with_reference_logps(rows, build(), **store)
+    assert with_reference_logps([rows[0] | beside], build(), **store) == [rows[0] | beside | expected[0]]
+
+
 def test_a_run_with_a_store_computes_its_reference_once():
     options = dict(method="weight-cos-dpo", steps=1, lists_per_batch=4)
     assert AlignConfig("m", "d", **options).resolved(20).reference == "self"
