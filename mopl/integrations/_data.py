@@ -124,6 +124,18 @@ def is_rows(data: Any) -> bool:
     return not isinstance(data, (str, Mapping)) and hasattr(data, "__len__") and hasattr(data, "__getitem__")
 
 
+def without_format(data: Any) -> Any:
+    """Return a data set of `datasets` whose rows hold numbers, texts and lists, not the arrays or tables of a format.
+
+    A transform of the user's own stays; other data are returned as they are.
+    """
+    form = getattr(data, "format", {"type": "of a stream"})
+    if not hasattr(data, "with_format") or form["type"] in (None, "custom"):
+        return data
+    shown = {} if form.get("output_all_columns", True) else {"columns": form["columns"]}
+    return data.with_format(None, **shown)
+
+
 def is_pairs(data: Any) -> bool:
     """Say whether data are rows that TRL's `DPOTrainer` would read."""
     first = next(iter(data), None) if isinstance(data, Iterable) and not isinstance(data, Iterator) else None
@@ -242,10 +254,13 @@ def labels_of_pair(row: Mapping[str, Any], objective: str) -> tuple[float | None
             f"objective {objective} needs a column {objective}, or {columns[0]} and {columns[1]}; "
             f"there are {', '.join(map(str, row))}",
         )
+    if hasattr(value, "tolist"):  # arrays, tensors and their numbers
+        value = value.tolist()
     if isinstance(value, Sequence) and not isinstance(value, str):
         if len(value) != 2:
             raise RowError("label list of another length", f"{objective} has {len(value)} labels for a pair")
-        return value[0], value[1]
+        first, second = (side.tolist() if hasattr(side, "tolist") else side for side in value)
+        return first, second
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None, None
     if isinstance(value, str) or not hasattr(value, "__float__"):

@@ -18,7 +18,16 @@ import numpy as np
 
 from mopl._extras import require
 from mopl._lines import text_fault
-from mopl.integrations._data import SIDES, Example, Examples, beside_of, drafts_of, labels_of_row, places_of
+from mopl.integrations._data import (
+    SIDES,
+    Example,
+    Examples,
+    beside_of,
+    drafts_of,
+    labels_of_row,
+    places_of,
+    without_format,
+)
 from mopl.language_models import formats
 from mopl.language_models.data import DataError, OnError, PreferenceData, PreferenceList, ReadReport, RowError, collect
 from mopl.language_models.tokenization import TokenizedList
@@ -65,6 +74,7 @@ def examples_of_pairs(
     """
     if processing_class is None:
         raise ValueError("processing_class is missing; pass the tokenizer, or TokenizedData")
+    rows = without_format(rows)
     lists, usable = _labels(rows, objectives, on_error)
     count = len(rows)
     beside = beside_of(rows, lists)

@@ -41,7 +41,7 @@ from transformers import TrainingArguments, set_seed
 from mopl.conditioning.causal_lm import is_peft
 from mopl.conditioning.weighted import WeightedModel, causal_lm_of
 from mopl.experiments.response_loss import LossFunction, PairLoss
-from mopl.integrations._data import ExampleCollator, Examples, Extras, batch_of, examples_of
+from mopl.integrations._data import ExampleCollator, Examples, Extras, batch_of, examples_of, without_format
 from mopl.integrations._objective import Measured, Objective, Totals, grid_metrics, grid_table
 from mopl.integrations._scores import Scoring
 from mopl.integrations._settings import ObjectiveArguments, TradeOffs, settings_of
@@ -169,6 +169,7 @@ class MultiObjectiveTrainer(ListTrainer):
         self._tokenizer = processing_class
         length = getattr(args, "max_length", 1024)
         self._reading: dict[str, Any] = {"max_length": length, "template": template, "on_error": on_error}
+        train_dataset = without_format(train_dataset)
         self.row_lengths = lengths_of(train_dataset, args)
         sets: list[Examples] = []
         self._precompute = getattr(args, "precompute_ref_log_probs", False) and not settings.reference_free
@@ -259,6 +260,7 @@ class MultiObjectiveTrainer(ListTrainer):
         return functools.partial(examples_of, processing_class=self._tokenizer, **self._reading)
 
     def _examples(self, data: Any, objectives: Sequence[str] | None) -> Examples:
+        data = without_format(data)
         read = self._reader(data)
         return ExampleStream(data, read, objectives).whole() if is_stream(data) else read(data, objectives=objectives)
 

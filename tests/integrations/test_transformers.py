@@ -708,6 +708,10 @@ def test_labels_of_a_pair_come_from_two_columns_from_two_numbers_or_from_a_signe
     assert labels_of_pair(row, "signed") == (0.0, 3.0)
     assert labels_of_pair(row, "gone") == (None, None)
     assert labels_of_pair(row, "preference") == (1.0, 0.0)
+    for kind in (np.array, torch.tensor):  # as rows of a data set with a format, and rows of one's own, have them
+        arrays = {name: kind(value) for name, value in row.items() if name != "bad"}
+        for name in ("score", "both", "signed", "gone"):
+            assert labels_of_pair(arrays, name) == labels_of_pair(row, name)
     for name, message in (("bad", "bad is 'x'"), ("other", "needs a column other, or other_chosen")):
         with pytest.raises(ValueError, match=message):
             labels_of_pair(row, name)

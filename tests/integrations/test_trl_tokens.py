@@ -402,6 +402,24 @@ def test_rows_that_would_be_wrong_without_a_word_are_refused(make, models, tmp_p
         ours(make("bytes", "chatml"), tuple(rows), tmp_path, models)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("tokenization", ["trl", "mopl"])
+def test_rows_with_a_format_are_read_as_those_without(make, models, tmp_path, stream, tokenization):
+    rows = [{**row, "a": [1.0, 2.0], "objective_beta": [0.3]} for row in rows_of("messages")]
+    plain = datasets.Dataset.from_list(rows)
+    plain = plain.to_iterable_dataset() if stream else plain
+    found = []
+    for data in (plain, *map(plain.with_format, ("numpy", "torch", "pandas"))):
+        trainer = trainer_of(
+            MultiObjectiveDPOTrainer, MultiObjectiveDPOConfig, make("bytes", "chatml"), data, tmp_path, models,
+            tokenization=tokenization, objectives=["a"],
+        )  # fmt: skip
+        read = trainer.train_dataset.head if stream else trainer.train_dataset
+        inputs = trainer.data_collator(list(read.lists))
+        found.append((sequences(inputs), inputs["list_labels"].tolist(), inputs["list_beta"].tolist()))
+    assert found[1:] == found[:1] * 3
+
+
 def test_a_tokenizer_without_an_end_token_is_refused(make, models, tmp_path):
     tokenizer = word_level()
     tokenizer.eos_token = None
