@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -106,6 +107,7 @@ class MultiObjectiveDPOTrainer(MultiObjectiveTrainer):
     """
 
     _kind = DPOConfig
+    _chat: bool | None = None  # whether the first data set that was read is written by the chat template
 
     def __init__(
         self,
@@ -207,7 +209,9 @@ class MultiObjectiveDPOTrainer(MultiObjectiveTrainer):
 
     def _reader(self, data: Any) -> Callable[..., Examples]:
         args = self._dpo_args
-        if getattr(args, "tokenization", "trl") == "trl" and is_pairs(data):
+        by_trl = getattr(args, "tokenization", "trl") == "trl" and is_pairs(data)
+        self._check_form(data, by_trl)
+        if by_trl:
             template, on_error = self._reading["template"], self._reading["on_error"]
             if template != "auto":
                 raise ValueError(
@@ -223,6 +227,26 @@ class MultiObjectiveDPOTrainer(MultiObjectiveTrainer):
         if not isinstance(data, Examples):  # which were made here
             refuse_options(args)
         return super()._reader(data)
+
+    def _check_form(self, data: Any, by_trl: bool) -> None:
+        """Warn where texts go through the chat template in one data set of the trainer and not in another one."""
+        if isinstance(data, (Examples, TokenizedData)):
+            return
+        if by_trl:
+            chat = not isinstance(next(iter(data))["chosen"], str)
+        else:
+            template = self._reading["template"]
+            chat = bool(getattr(self._tokenizer, "chat_template", None)) if template == "auto" else template == "chat"
+        if self._chat is None:
+            self._chat = chat
+        if chat != self._chat:
+            forms = ("texts as they are", "texts written by the chat template")
+            warnings.warn(
+                f"the first data set of the trainer holds {forms[self._chat]}, and another one {forms[chat]} (pairs of "
+                "texts are written as TRL does it, all other data by the template), so that the model is measured on "
+                "texts of another form; pass tokenization='mopl' for the template in both, or rows of one kind",
+                stacklevel=2,
+            )
 
 
 def with_reference_logps(

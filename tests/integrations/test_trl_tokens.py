@@ -1,6 +1,7 @@
 """`MultiObjectiveDPOTrainer` trains on the tokens of `trl.DPOTrainer`, to the id, whatever release is installed."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -473,3 +474,36 @@ def test_the_trainer_for_transformers_refuses_columns_that_it_does_not_read(make
         rows[2][column] = value
         with pytest.raises(DataError, match=f"row 3: {column} is part of what a model sees and is not read here"):
             tokens_of(tuple(rows), *options)
+
+
+@pytest.mark.parametrize(
+    ("evaluated", "options", "warned"),
+    [
+        ("text", {}, False),
+        ("lists", {}, True),
+        ("messages", {}, True),
+        ("lists", {"tokenization": "mopl"}, False),
+        ("lists", {"template": None}, False),
+    ],
+)
+def test_data_sets_of_one_trainer_that_are_written_in_two_forms_are_named(
+    make, models, tmp_path, evaluated, options, warned
+):
+    options = {"template": "chatml", **options}
+    tokenizer, rows = make("bytes", options.pop("template")), rows_of("text")
+    lists = [
+        {"prompt": r["prompt"], "responses": [r["chosen"], r["rejected"]], "labels": {"preference": [1, 0]}}
+        for r in rows
+    ]
+    data = lists if evaluated == "lists" else rows_of(evaluated)
+    trainer = trainer_of(
+        MultiObjectiveDPOTrainer, MultiObjectiveDPOConfig, tokenizer, rows, tmp_path, models, **options
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer._prepared(data)
+    messages = [str(warning.message) for warning in caught]
+    assert (
+        any("holds texts as they are, and another one texts written by the chat template" in m for m in messages)
+        == warned
+    )
