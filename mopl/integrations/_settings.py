@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
 from dataclasses import dataclass, fields
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +22,25 @@ LIST_LOSSES = ("listwise_dpo", "plackett_luce", "pairwise_logistic", "lambda_los
 SCALARIZATIONS = ("linear", "chebyshev", "smooth_chebyshev")
 
 
+Arguments = TypeVar("Arguments", bound=type)
+
+
+def with_help(arguments: Arguments) -> Arguments:
+    """Give the fields of a dataclass the texts of its docstring's `Args:` as their help, for `HfArgumentParser`."""
+    texts: dict[str, str] = {}
+    name = ""
+    for line in inspect.cleandoc(arguments.__doc__ or "").partition("\nArgs:\n")[2].splitlines():
+        if found := re.match(r"    (\w+): (.*)", line):
+            name, texts[found[1]] = found[1], found[2]
+        elif line.startswith("     ") and name:
+            texts[name] += f" {line.strip()}"
+    for entry in fields(arguments):
+        if entry.name in texts:
+            entry.metadata = MappingProxyType({"help": texts[entry.name].replace("%", "%%")})
+    return arguments
+
+
+@with_help
 @dataclass
 class ObjectiveArguments:
     """What a training on several objectives needs besides the arguments of an ordinary one.

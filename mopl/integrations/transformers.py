@@ -44,7 +44,7 @@ from mopl.experiments.response_loss import LossFunction, PairLoss
 from mopl.integrations._data import ExampleCollator, Examples, Extras, batch_of, examples_of, without_format
 from mopl.integrations._objective import Measured, Objective, Totals, grid_metrics, grid_table
 from mopl.integrations._scores import Scoring
-from mopl.integrations._settings import ObjectiveArguments, TradeOffs, settings_of
+from mopl.integrations._settings import ObjectiveArguments, TradeOffs, settings_of, with_help
 from mopl.integrations._setup import (
     check_fit,
     check_labelled_whole,
@@ -67,6 +67,7 @@ from mopl.language_models.models import disable_dropout
 __all__ = ["MultiObjectiveConfig", "MultiObjectiveTrainer"]
 
 
+@with_help
 @dataclass
 class MultiObjectiveConfig(ObjectiveArguments, TrainingArguments):
     """Arguments of `MultiObjectiveTrainer`: those of `transformers.TrainingArguments`, of `ObjectiveArguments`, and

@@ -51,7 +51,7 @@ from mopl.experiments.response_loss import LossFunction, PairLoss
 from mopl.integrations._data import REFERENCE_COLUMNS, Examples, is_pairs
 from mopl.integrations._options import check_options
 from mopl.integrations._pair_loss import pair_loss_of
-from mopl.integrations._settings import ObjectiveArguments
+from mopl.integrations._settings import ObjectiveArguments, with_help
 from mopl.integrations._streams import is_stream
 from mopl.integrations._trl_tokens import TOKENIZATIONS, examples_of_pairs, refuse_options, without_labels
 from mopl.integrations.transformers import MultiObjectiveTrainer
@@ -63,6 +63,7 @@ from mopl.language_models.tokenization import TokenizedData, pad_token
 __all__ = ["MultiObjectiveDPOConfig", "MultiObjectiveDPOTrainer", "with_reference_logps"]
 
 
+@with_help
 @dataclass
 class MultiObjectiveDPOConfig(ObjectiveArguments, DPOConfig):
     """Arguments of `MultiObjectiveDPOTrainer`: those of `trl.DPOConfig` and of `ObjectiveArguments`.
@@ -237,12 +238,11 @@ class MultiObjectiveDPOTrainer(MultiObjectiveTrainer):
         else:
             template = self._reading["template"]
             chat = bool(getattr(self._tokenizer, "chat_template", None)) if template == "auto" else template == "chat"
-        if self._chat is None:
-            self._chat = chat
-        if chat != self._chat:
+        self._chat = first = chat if self._chat is None else self._chat
+        if chat != first:
             forms = ("texts as they are", "texts written by the chat template")
             warnings.warn(
-                f"the first data set of the trainer holds {forms[self._chat]}, and another one {forms[chat]} (pairs of "
+                f"the first data set of the trainer holds {forms[first]}, and another one {forms[chat]} (pairs of "
                 "texts are written as TRL does it, all other data by the template), so that the model is measured on "
                 "texts of another form; pass tokenization='mopl' for the template in both, or rows of one kind",
                 stacklevel=2,

@@ -17,6 +17,7 @@ trl = pytest.importorskip("trl")
 from mopl.conditioning import HyperPrompt, HyperPromptModel, ParameterMixture
 from mopl.experiments.response_loss import PairLoss
 from mopl.integrations import _options
+from mopl.integrations._settings import ObjectiveArguments
 from mopl.integrations.transformers import MultiObjectiveConfig, MultiObjectiveTrainer
 from mopl.integrations.trl import MultiObjectiveDPOConfig, MultiObjectiveDPOTrainer
 
@@ -469,3 +470,12 @@ def test_on_a_stream_both_trainers_end_at_the_same_weights(tokenizer, tmp_path):
         found.append(dict(trainer.model.named_parameters()))
     for name, value in found[0].items():
         torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_a_command_line_of_the_arguments_has_the_texts_of_the_docstrings():
+    shown = " ".join(trl.TrlParser(MultiObjectiveDPOConfig).format_help().split())
+    assert "Of the Dirichlet distribution that w is drawn from." in shown
+    assert "of `precompute_ref_log_probs` are read and to which those that it lacks are written" in shown
+    for kind in (MultiObjectiveConfig, MultiObjectiveDPOConfig):
+        own = {*kind.__annotations__, *ObjectiveArguments.__annotations__}
+        assert all(entry.metadata.get("help") for entry in dataclasses.fields(kind) if entry.name in own)
