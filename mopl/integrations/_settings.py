@@ -93,10 +93,17 @@ class ObjectiveArguments:
     def __post_init__(self) -> None:
         if isinstance(self.objectives, str):
             raise TypeError(f"objectives is {self.objectives!r} but must be a list of names: [{self.objectives!r}]")
+        if self.objectives is not None and not self.objectives:
+            raise ValueError("objectives is empty but must name one at least; leave it out for those of the data")
         check_choice(self.list_loss, LIST_LOSSES, "list_loss")
         check_choice(self.weights_per, ("list", "step"), "weights_per")
         check_choice(self.scalarization, SCALARIZATIONS, "scalarization")
         check_choice(self.cosine_sign, ("as_printed", "cosmos"), "cosine_sign")
+        if self.cosine_sign != "as_printed" and self.cosine_penalty == 0:
+            raise ValueError(
+                f"cosine_sign is {self.cosine_sign!r} but cosine_penalty is 0, so there is no penalty to have a sign; "
+                "pass cosine_penalty, or leave cosine_sign out"
+            )
         if (self.beta_low is None) != (self.beta_high is None):
             raise ValueError(f"beta_low is {self.beta_low} and beta_high is {self.beta_high}; pass both or neither")
         if self.beta_low is not None and self.objective_beta is not None:
@@ -139,16 +146,34 @@ class TradeOffs:
                 "beta_low and beta_high are for a model conditioned on β "
                 "(HyperPrompt(..., takes_beta=True)); pass beta or objective_beta"
             )
+        for name, neutral in (("concentration", 1.0), ("weights_per", "list")):
+            value = getattr(settings, name)
+            if not self.conditioned and value != neutral:
+                raise ValueError(
+                    f"{name} is {value!r} but the model takes no weights that could be drawn; leave it out, or pass a "
+                    "model that takes them, such as a HyperPromptModel"
+                )
+        if settings.concentration != 1.0 and settings.objective_weights is not None:
+            raise ValueError(
+                f"concentration is {settings.concentration} but objective_weights are fixed, so none are drawn; pass "
+                "one of them"
+            )
         given = settings.objective_beta
         if given is not None and len(given) != objectives:
             raise ValueError(f"objective_beta has {len(given)} numbers but there are {objectives} objectives")
         beta_of_each = [beta] * objectives if given is None else given
         if not all(math.isfinite(value) and value > 0 for value in beta_of_each):
-            raise ValueError(f"beta is {beta_of_each} but must be positive")
+            name, value = ("beta", beta) if given is None else ("objective_beta", given)
+            raise ValueError(f"{name} is {value} but must be positive")
         # (1, 1) where all objectives share one: then one softmax serves them all.
         self.beta = torch.tensor([[beta]] if given is None else [given], dtype=torch.float32)
         self.fixed: Tensor | None = None  # (m,)
         if settings.objective_weights is not None:
+            if len(settings.objective_weights) != objectives:
+                raise ValueError(
+                    f"objective_weights has {len(settings.objective_weights)} numbers but there are {objectives} "
+                    "objectives"
+                )
             self.fixed = check_weights(settings.objective_weights, objectives, name="objective_weights").float()
         elif not self.conditioned:
             self.fixed = torch.full((objectives,), 1.0 / objectives)

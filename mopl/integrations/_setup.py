@@ -264,7 +264,7 @@ def check_reference(model: Any, ref_model: Any, adapter: str | None, reference_f
             )
 
 
-def check_store(settings: ObjectiveArguments, precompute: bool, scoring: Scoring) -> None:
+def check_store(settings: ObjectiveArguments, precompute: bool, scoring: Scoring, in_data: bool) -> None:
     """Raise where there is nothing that a store of references could keep."""
     if settings.reference_store is None:
         return
@@ -273,6 +273,11 @@ def check_store(settings: ObjectiveArguments, precompute: bool, scoring: Scoring
         raise ValueError(f"{given} but reference_free is True, so there is no reference; leave one of them out")
     if not precompute:
         raise ValueError(f"{given} but the reference is computed in each step; pass precompute_ref_log_probs=True")
+    if in_data:
+        raise ValueError(
+            f"{given} but all data has the columns {', '.join(REFERENCE_COLUMNS)}, so nothing would be read or kept; "
+            "leave one of them out"
+        )
     if scoring.ld_alpha is not None:
         raise ValueError(
             f"{given} but ld_alpha is {scoring.ld_alpha}, which weighs the tokens of a response by the length of the "
@@ -327,6 +332,32 @@ def prepare_stream(args: Any, precompute: bool) -> None:
         if given:
             raise ValueError(f"train_dataset is a stream, which {name} cannot go with; {remedy}")
     args.accelerator_config.dispatch_batches = False
+
+
+def check_columns(args: Any, examples: Examples, train: bool, filled: bool) -> None:
+    """Raise where batches would mix lists with weights, β or a reference of their own and lists without.
+
+    Args:
+        args: The trainer's.
+        examples: Lists of training data (`train`), or of data for evaluation.
+        train: Which of the two.
+        filled: Whether a reference that is missing will be computed beforehand.
+    """
+    strategy = getattr(args, "train_sampling_strategy", "random")
+    size = args.per_device_train_batch_size if train else args.per_device_eval_batch_size
+    lists = examples.lists
+    if size > 1 and (strategy == "group_by_length" or (train and strategy != "sequential")):
+        size = len(lists)  # any may meet
+    columns = {"weights": WEIGHTS, "beta": BETA, "reference": " and ".join(REFERENCE_COLUMNS)}
+    for name, column in columns.items():
+        if name == "reference" and filled:
+            continue
+        for first in range(0, len(lists), size):
+            without = [each.tokens.index + 1 for each in lists[first : first + size] if getattr(each, name) is None]
+            if 0 < len(without) < len(lists[first : first + size]):
+                raise ValueError(
+                    f"row {without[0]} has no {column} and others of its batch have; give them to all rows or to none"
+                )
 
 
 def check_labelled_whole(collator: ListCollator, examples: Examples) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from mopl._restoring import evaluating
 from mopl.conditioning.causal_lm import is_peft
 from mopl.conditioning.saved_models import CONFIG_FILE
 from mopl.conditioning.weighted import WeightedModel
-from mopl.integrations._data import Examples, Extras
+from mopl.integrations._data import REFERENCE_COLUMNS, Examples, Extras
 from mopl.integrations._scores import Scoring
 from mopl.integrations._settings import ObjectiveArguments
 from mopl.integrations._setup import check_objectives, check_reference, check_sharding, check_store
@@ -46,6 +47,7 @@ class ListTrainer(Trainer):
     own: OwnReference | None = None  # the reference that the policy carries in itself, if no other model is it
     reference_conditions: Conditions | None = None  # what the reference takes, where it is another one for each w
     reference_is: str | None = None  # what tells it from others; None where it is a model that the user passed
+    reference_given = False  # whether all data has its log-probabilities
     row_lengths: Sequence[int] | None = None  # a data set's own column of lengths
     _precompute: bool
 
@@ -57,7 +59,15 @@ class ListTrainer(Trainer):
         The policy's adapters were `added` by the trainer; the data have (`given`) the reference's log-probabilities.
         """
         check_reference(model, ref_model, adapter, self.settings.reference_free)
-        check_store(self.settings, self._precompute, self.scoring)
+        check_store(self.settings, self._precompute, self.scoring, given)
+        self.reference_given = given
+        if given and (ref_model is not None or adapter is not None) and not self.settings.reference_free:
+            warnings.warn(
+                f"{'ref_model' if adapter is None else 'reference_adapter'} was passed but all data has the columns "
+                f"{', '.join(REFERENCE_COLUMNS)}, which are taken; it is asked for no other data than what evaluate() "
+                "or predict() may be given later",
+                stacklevel=3,
+            )
         if isinstance(ref_model, WeightedModel):
             check_objectives(ref_model, self.objectives, "ref_model")
             self.reference_conditions = Conditions.of(ref_model)

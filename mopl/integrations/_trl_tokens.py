@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from mopl._arguments import check_choice
 from mopl._extras import require
 from mopl._lines import text_fault
 from mopl.integrations._data import (
@@ -111,12 +112,11 @@ def _cut(
     prompt: np.ndarray, responses: Sequence[np.ndarray], max_length: int | None, mode: str
 ) -> tuple[tuple[np.ndarray, ...], tuple[int, ...]]:
     """Cut each sequence by itself, as TRL's collator does; return the responses and where each one's prompt begins."""
+    check_choice(mode, ("keep_start", "keep_end"), "truncation_mode")
     if max_length is None:
         return tuple(responses), ()
     if mode == "keep_start":
         return tuple(response[: max(max_length - len(prompt), 0)] for response in responses), ()
-    if mode != "keep_end":
-        raise ValueError(f"truncation_mode is {mode!r} but must be 'keep_start' or 'keep_end'")
     over = [max(len(prompt) + len(response) - max_length, 0) for response in responses]
     starts = tuple(min(cut, len(prompt)) for cut in over)
     kept = (response[cut - start :] for response, cut, start in zip(responses, over, starts, strict=True))

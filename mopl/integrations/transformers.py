@@ -46,6 +46,7 @@ from mopl.integrations._objective import Measured, Objective, Totals, grid_metri
 from mopl.integrations._scores import Scoring
 from mopl.integrations._settings import ObjectiveArguments, TradeOffs, settings_of, with_help
 from mopl.integrations._setup import (
+    check_columns,
     check_fit,
     check_labelled_whole,
     check_model_rows,
@@ -205,8 +206,9 @@ class MultiObjectiveTrainer(ListTrainer):
         self.conditions = Conditions.of(model)
         self.trade_offs = TradeOffs(settings, len(names), self.conditions, beta=beta, seed=args.seed)
         checks = check_fit(args, settings, self.objective.loss.loss, self.scoring, self.conditions, model)
-        for examples in sets:
+        for number, examples in enumerate(sets):
             checks(examples)
+            check_columns(args, examples, number == 0 and train_dataset is not None, self._precompute)
         if isinstance(train_dataset, ExampleStream):
             train_dataset.checks = (*train_dataset.checks, checks, functools.partial(check_labelled_whole, collator))
         self.eval_weights = self.trade_offs.grid(settings.eval_points, eval_weights)

@@ -122,9 +122,9 @@ class MultiObjectiveDPOTrainer(MultiObjectiveTrainer):
         compute_metrics: Any = None,
         callbacks: list[Any] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
-        *,
         quantization_config: Any = None,
         peft_config: Any = None,
+        *,
         reference_adapter: str | None = None,
         loss: LossFunction | PairLoss | None = None,
         eval_weights: Tensor | Sequence[Sequence[float]] | None = None,
@@ -201,7 +201,7 @@ class MultiObjectiveDPOTrainer(MultiObjectiveTrainer):
                 if settings is not None:
                     settings.pad_token_id = tokenizer.pad_token_id
         if args.sync_ref_model:
-            if self.ref_model is None:
+            if self.ref_model is None or self.reference_given:
                 raise ValueError(
                     "sync_ref_model is True but the data has the reference's log-probabilities, so there is no model "
                     "that could move; leave the columns ref_chosen_logps and ref_rejected_logps out"

@@ -372,6 +372,23 @@ def test_options_that_exclude_one_another_or_the_data_are_refused(tokenizer, tmp
     refused("ld_alpha is 0.5.* ref_rejected_logps are plain sums", rows=known, ld_alpha=0.5)
     mixture = ParameterMixture(llama(), 1)
     refused("pass gradient_checkpointing=False", mixture, gradient_checkpointing=True)
+    with pytest.warns(UserWarning, match="ref_model was passed but all data has the columns"):
+        make(MultiObjectiveDPOTrainer, tokenizer, tmp_path, None, known)
+    store = dict(precompute_ref_log_probs=True, reference_store="store")
+    refused("reference_store is 'store' but all data has the columns ref_chosen_logps", rows=known, **store)
+    refused("truncation_mode is 'middle'", max_length=None, truncation_mode="middle")
+    refused("concentration is 0.5 but the model takes no weights", concentration=0.5)
+    refused("weights_per is 'step' but the model takes no weights", weights_per="step")
+    refused(
+        "concentration is 0.5 but objective_weights are fixed", conditioned, concentration=0.5, objective_weights=[1.0]
+    )
+    refused("cosine_sign is 'cosmos' but cosine_penalty is 0", cosine_sign="cosmos")
+    refused("objectives is empty", objectives=[])
+    refused("^beta is 0.0 but must be positive", beta=0.0)
+    refused("objective_weights has 2 numbers but there are 1 objectives", objective_weights=[0.5, 0.6])
+    for columns in ({"objective_weights": [1.0]}, {"objective_beta": [0.2]}, dict.fromkeys(known[0], -1.0)):
+        some = [row | (columns if n != 2 else {}) | row for n, row in enumerate(ROWS)]
+        refused("row 3 has no .* and others of its batch have; give them to all rows or to none", rows=some)
     pushes = dict(push_to_hub=True, hub_model_id="a/b", hub_token="c")
     refused("hub_strategy is 'every_save'.* pass hub_strategy='end'", conditioned, **pushes)
     refused("hub_strategy is 'checkpoint'", conditioned, hub_strategy="checkpoint", **pushes)
