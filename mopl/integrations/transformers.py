@@ -13,7 +13,8 @@ What is not as in any other subclass of `Trainer`, and why:
 * The loss is a mean over the *lists of the whole step*. `Trainer` averages over accumulation steps and DDP over
   processes, whatever their sizes; each part is scaled so that these two averages come out right.
 * Weights and temperatures are drawn from (seed, step, place of the list in the step's batch): no update depends on how
-  the batch is split, and a resumed training repeats them.
+  the batch is split, and a resumed training repeats them. (Where the processes do not divide a pass, accelerate repeats
+  rows at its end, which are then part of the last step.)
 * Log-probabilities are computed inside the forward of the wrapped model (see `mopl.alignment.fuse`), which is what
   makes DDP and FSDP reduce gradients. `compute_loss_func` is not used: `Trainer` takes what it returns for already
   divided by the number of accumulation steps.

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 import re
 from pathlib import Path
 
@@ -13,6 +14,8 @@ tokenizers = pytest.importorskip("tokenizers")
 datasets = pytest.importorskip("datasets")
 peft = pytest.importorskip("peft")
 trl = pytest.importorskip("trl")
+
+import tiny_language_models as tiny
 
 from mopl.conditioning import HyperPrompt, HyperPromptModel, ParameterMixture
 from mopl.experiments.response_loss import PairLoss
@@ -139,6 +142,17 @@ def test_every_option_stands_in_one_table():
 def test_the_table_of_the_docs_is_that_of_the_code():
     path = Path(__file__).parents[2] / "docs" / "trl.md"
     assert _options.table() in path.read_text(), "python -m mopl.integrations._options writes it"
+
+
+def test_the_example_of_the_page_trains_as_it_stands(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "trl.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    tiny.build().save_pretrained("MODEL")
+    tiny.tokenizer().save_pretrained("MODEL")
+    names: dict = {}
+    exec(re.search(r"```python\n(.*?)```", page, flags=re.DOTALL)[1], names)
+    (logged,) = logs_of(names["trainer"], "train_loss")
+    assert logged == pytest.approx(math.log(2), abs=1e-2)  # of no preference, at any weights
 
 
 # ---------------------------------------------------------------- trained beside TRL
