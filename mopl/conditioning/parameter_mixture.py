@@ -140,18 +140,16 @@ class ParameterMixture(Mixture):
         return False
 
     @property
+    def takes_gradient_checkpointing(self) -> bool:
+        """Layers would be computed again with the first set in the place of the mixture."""
+        return False
+
+    @property
     def varies_with_weights(self) -> bool:
         """Whether sets differ, or their coefficients need not sum to 1."""
         own, *others = self.sets
         same = all(torch.equal(a, b) for other in others for a, b in zip(own, other, strict=True))
         return self.coefficients is not None or not same
-
-    def reference(self, *, adapters: bool = False) -> Any:
-        """Raise a ValueError: the sets are the model's own parameters, and what they were is no longer here."""
-        raise ValueError(
-            "a ParameterMixture trains the parameters of the model itself, so it cannot be what it was tuned from; "
-            "keep a copy of the model from before it was wrapped"
-        )
 
     @property
     @in_turn

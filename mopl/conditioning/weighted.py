@@ -106,6 +106,11 @@ class WeightedModel(SavedModel):
         return True
 
     @property
+    def takes_gradient_checkpointing(self) -> bool:
+        """Whether its layers may be computed again in the backward pass."""
+        return True
+
+    @property
     def takes_packed_rows(self) -> bool:
         """Whether each sequence of a packed row (1, N) may have weights of its own, (S, m)."""
         return False

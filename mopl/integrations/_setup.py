@@ -17,7 +17,6 @@ from mopl._extras import require
 from mopl._hub import naming_own_code
 from mopl._rows import check_rows
 from mopl.conditioning.causal_lm import is_peft
-from mopl.conditioning.parameter_mixture import ParameterMixture
 from mopl.conditioning.saved_models import base_of_adapter
 from mopl.conditioning.weighted import WeightedModel, causal_lm_of
 from mopl.experiments.methods import PER_TOKEN
@@ -170,10 +169,10 @@ def check_fit(
         sorts = loss.sorts
         if sorts and conditions.weights and settings.weights_per == "list":
             raise ValueError(_SORTED.format(pairs_only))
-    if isinstance(model, ParameterMixture) and recomputes(args):
+    if isinstance(model, WeightedModel) and not model.takes_gradient_checkpointing and recomputes(args):
         raise ValueError(
-            "gradient_checkpointing is True, by which layers would be computed again without the mixture of a "
-            "ParameterMixture; pass gradient_checkpointing=False, or take a LoraMixture"
+            f"gradient_checkpointing is True, by which layers of a {type(model).__name__} would be computed again "
+            "without its mixture; pass gradient_checkpointing=False, or take a LoraMixture"
         )
     pushes = getattr(args, "push_to_hub", False) and str(getattr(args.hub_strategy, "value", args.hub_strategy))
     if pushes and pushes != "end" and isinstance(model, WeightedModel):
