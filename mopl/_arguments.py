@@ -82,6 +82,8 @@ def as_labels(labels: Tensor, scores: Tensor) -> Tensor:
     """Return labels as (B, m, K) in their own dtype; (B, K) is one objective."""
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a torch.Tensor of shape (B, K) or (B, m, K), got {type(labels).__name__}")
+    if labels.dtype == torch.uint64:  # PyTorch can neither sort these nor take them as int64 without a wrap
+        raise TypeError("labels has dtype torch.uint64 but must fit int64; pass labels.long() if they do, or ranks")
     if labels.ndim == 2:
         labels = labels[:, None, :]
     if labels.ndim != 3 or labels.shape[0] != scores.shape[0] or labels.shape[2] != scores.shape[1]:

@@ -166,9 +166,9 @@ class LoraMixture(Mixture, HookedModel):
             )
 
     @contextlib.contextmanager
-    def reference(self, *, adapters: bool = False) -> Iterator[LoraMixture]:
+    def unconditioned(self, *, adapters: bool = False) -> Iterator[LoraMixture]:
         """Be the base model inside a `with` block: adapters off, which are what it is conditioned by."""
-        with super().reference():
+        with super().unconditioned():
             yield self
 
     # ---------------------------------------------------------------- one mixture

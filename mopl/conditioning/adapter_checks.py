@@ -19,8 +19,11 @@ from mopl.conditioning.adapted import Part, adapter_state, copied_modules, lora_
 _TAKING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def check_initialisation(name: str, config: Any) -> None:
-    """Raise where an adapter changes the base model, which then is no reference and no base of other adapters."""
+def check_initialisation(name: str, config: Any, model: nn.Module | None = None) -> None:
+    """Raise where an adapter changes the base model, which then is no reference and no base of other adapters.
+
+    Its biases it can change only where it has any, if that `model` is passed.
+    """
     start = getattr(config, "init_lora_weights", True)
     if isinstance(start, str) and start.lower().startswith(_TAKING):
         raise ValueError(
@@ -33,7 +36,8 @@ def check_initialisation(name: str, config: Any) -> None:
             f"adapter {name!r} uses layer_replication, which repeats layers of the base model, so the model without it "
             "is not the base model; repeat the layers first, and leave layer_replication out"
         )
-    if (bias := getattr(config, "bias", "none")) != "none":
+    names = ["bias"] if model is None else [part for part, _ in model.named_parameters() if "lora_" not in part]
+    if (bias := getattr(config, "bias", "none")) != "none" and any(part.endswith("bias") for part in names):
         raise ValueError(
             f"adapter {name!r} has bias={bias!r}, which trains the base model's own biases, the same ones for all "
             "adapters and the model without them; pass lora_bias=True, a bias of each adapter, where layers have one"
@@ -172,8 +176,8 @@ def check_saved_whole(model: Any, adapters: Sequence[str]) -> None:
         wanted = len(own) + sum(len(each[adapter].state_dict()) for each in copies)
         if (found := len(adapter_state(model, adapter))) != wanted:
             raise ValueError(
-                f"an adapter called {adapter!r} would be saved with {found} of its {wanted} tensors, since the name is "
-                "a part of others in the model; give the objective, or the adapter, another name"
+                f"an adapter called {adapter!r} has {wanted} tensors and PEFT would save {found}, since a name of an "
+                "adapter is a part of other names in the model; give the objective, or the adapter, another name"
             )
 
 

@@ -380,6 +380,7 @@ def base_with_adapters(
         model = _load_base(record["base_model"], {"trust_remote_code": False, **options})
     if not (adapters := adapters_of(record)):
         return model
+    check_no_adapters(model)
     with fitting(folder / CONFIG_FILE):
         return load_adapters(model, {name: adapter_folder(folder, name) for name in adapters}, trainable=trainable)
 

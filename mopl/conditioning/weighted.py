@@ -263,12 +263,22 @@ class WeightedModel(SavedModel):
         if not self.has_reference:
             raise ValueError(
                 f"this {type(self).__name__} trains the parameters of the model itself, so it cannot be what it was "
-                "tuned from; keep a copy of the model from before the training"
+                "tuned from; keep a copy of the model from before the training, or, where none of it is trained, say "
+                "so by requires_grad_(False)"
             )
+        with self.unconditioned(adapters=adapters):
+            yield self
+
+    @contextlib.contextmanager
+    def unconditioned(self, *, adapters: bool = False) -> Iterator[Any]:
+        """Be the model inside, without a trade-off, in a `with` block: the `reference` if no parameter of it changed.
+
+        For callers who keep what the parameters were; arguments, blocks and errors as of `reference`.
+        """
         off = is_peft(self.model) and not adapters
         if off:
             for name, config in self.model.peft_config.items():
-                check_initialisation(name, config)
+                check_initialisation(name, config, self.causal_lm)
 
         def switches() -> list[contextlib.AbstractContextManager[Any]]:
             return [self._having("_is_reference", True), *([adapters_off(self.model)] if off else [])]

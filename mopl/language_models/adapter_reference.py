@@ -91,7 +91,7 @@ class OwnReference:
             switched = adapters_off(inner)
         unconditioned: Any = contextlib.nullcontext()
         if inner is not model and not self.varies_with_weights:
-            unconditioned = model.reference(adapters=self.kind != "base")
+            unconditioned = model.unconditioned(adapters=self.kind != "base")
         with evaluating(model), unconditioned, switched:
             yield
 

@@ -11,9 +11,9 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 peft = pytest.importorskip("peft")
 
-from tiny_language_models import VOCABULARY, build
+from tiny_language_models import VOCABULARY, build, tokenizer
 
-from mopl.conditioning import HyperPrompt, HyperPromptModel
+from mopl.conditioning import HyperPrompt, HyperPromptModel, TextPrompt, TextPromptModel
 from mopl.integrations.transformers import MultiObjectiveConfig, MultiObjectiveTrainer
 from mopl.language_models.adapter_reference import FILE, OwnReference, checksum, starts_at_base
 from mopl.language_models.tokenization import ReadReport, TokenizedData, TokenizedList
@@ -317,3 +317,15 @@ def test_checksums_tell_a_change_of_one_bit():
     assert before == checksum(reversed(list(copy.deepcopy(tensors).items())))
     tensors["a"].view(torch.int16)[2, 1] ^= 1
     assert checksum(tensors.items()) != before
+
+
+def test_words_around_a_model_that_is_trained_itself_have_the_reference_that_was_kept() -> None:
+    model, ids = TextPromptModel(build(), TextPrompt(OBJECTIVES), tokenizer()), torch.tensor([[1, 7, 8, 9]])
+    own = OwnReference(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1)
+        with own.active(model):
+            assert torch.equal(model(ids, weights=[0.3, 0.7]).logits, build()(ids).logits)
+    with pytest.raises(ValueError, match="keep a copy"), model.reference():
+        pass

@@ -259,3 +259,9 @@ def test_neighbouring_integers_of_any_size_stay_apart(loss: Callable[..., Tensor
 def test_the_ends_of_int64_are_sorted() -> None:
     ends = torch.iinfo(torch.int64)
     assert presort(torch.tensor([[5, ends.min, ends.max, 7]])).tolist() == [[[2, 3, 0, 1]]]
+
+
+@pytest.mark.parametrize("loss", [listwise_dpo, plackett_luce, lambda scores, labels: presort(labels)])
+def test_labels_beyond_int64_are_refused(loss):
+    with pytest.raises(TypeError, match=r"labels has dtype torch.uint64 but must fit int64; pass labels\.long\(\)"):
+        loss(torch.zeros(1, 3), torch.tensor([[2**63 + 1, 1, 2]], dtype=torch.uint64))
