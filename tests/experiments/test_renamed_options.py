@@ -74,7 +74,7 @@ def test_options_of_plackett_luce_have_one_default(name):
 
 
 def test_options_of_ndcg_have_one_default():
-    for name in ("gain", "ties", "empty", "k"):
+    for name in ("gain", "empty", "k"):
         assert default(ndcg, name) == default(Measure, name)
     assert all(default(ndcg, name) == default(RankConfig, name) for name in ("gain", "empty", "k"))
     assert set(get_args(Measure.__annotations__["gain"]) or ("linear", "exponential")) == {"linear", "exponential"}

@@ -14,7 +14,7 @@ from list_problems import Problem, best_first, compare, in_float64, make, padded
 from torch import Tensor
 
 from mopl.ops.listnet import listwise_cross_entropy
-from mopl.ops.plackett_luce import Rule, cpu, plackett_luce_nll
+from mopl.ops.plackett_luce import Lists, Rule, cpu, plackett_luce_nll
 
 F64 = torch.float64
 # exp is ex2.approx of a rounded product on NVIDIA GPUs: its relative error grows with the exponent.
@@ -40,7 +40,8 @@ def plackett_luce_results(problem: Problem) -> dict[str, Tensor]:
     p = in_float64(problem)
     options = {"order": None, "position_weights": None, "top_k": None, "ties": "breslow", "last_group_free": False}
     order, position_weights, *rule = (options | p.options).values()
-    loss, gradient, _ = cpu.forward(p.scores, p.labels, p.beta, p.mask, order, position_weights, Rule(*rule), True)
+    given = Lists(p.scores, p.labels, p.beta, p.mask, order, position_weights, Rule(*rule))
+    loss, gradient, _ = cpu.forward(given, True)
     present = p.scores if p.mask is None else p.scores.masked_fill(~p.mask, 0)
     dbeta = p.upstream * (gradient * present[:, None]).sum(-1)
     return {
