@@ -56,7 +56,7 @@ from mopl.conditioning._parameter_mixture_parts import (
     state_of,
 )
 from mopl.conditioning.adapted import Place, shared_places
-from mopl.conditioning.causal_lm import untie_head
+from mopl.conditioning.causal_lm import check_prompts, untie_head
 from mopl.conditioning.merging import check_mixed_rows, logits_of, probe_ids, settle_ties
 from mopl.conditioning.sampling import Weights
 from mopl.conditioning.saved_models import CONFIG_FILE, REMEDY, TuningRecord, check_options, fitting
@@ -253,8 +253,9 @@ class ParameterMixture(Mixture):
         self._unless_fixed(weights=weights, beta=beta, kl_weight=kl_weight)
         if self._held is not None:
             return self.model.generate(**given)
-        coefficients = self._of_call(weights, beta, kl_weight)
-        rows = len(input_ids)
+        if attention_mask is not None:
+            check_prompts(input_ids, attention_mask, None)
+        coefficients, rows = self._of_call(weights, beta, kl_weight), len(input_ids)
         if coefficients.ndim == 1:
             coefficients = coefficients.expand(rows, -1)
         check_batch([input_ids], len(coefficients))

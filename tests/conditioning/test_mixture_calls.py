@@ -228,6 +228,12 @@ def test_a_mixture_whose_adapters_somebody_switched_says_so(switch):
             call()
 
 
+@pytest.mark.parametrize("make", [lora_mixture, parameter_mixture])
+def test_prompts_padded_on_the_right_are_not_continued(make):
+    with pytest.raises(ValueError, match="padded on the right"):
+        make().generate(IDS, torch.tensor([[1] * 6 + [0]] * 3), weights=ROWS)
+
+
 def test_what_peft_switches_back_is_the_mixture_again():
     mixture = lora_mixture()
     before = logits(mixture, weights=ROWS)
