@@ -34,7 +34,6 @@ from mopl.conditioning.saved_models import (
     fitting,
 )
 
-
 ONE_TRADE_OFF = "write one trade-off instead: mopl export --weights, or merge(weights)"
 
 

@@ -115,9 +115,7 @@ def export(
         ValueError: If the model cannot be exported so; the message says what can.
     """
     check_choice(kind, KINDS, "kind")
-    folder = Path(directory)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and is not an empty directory; name another")
+    folder = check_free(directory)
     tokenizer = tokenizer.tokenizer if isinstance(tokenizer, ListTokenizer) else tokenizer
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise ValueError(
@@ -197,6 +195,14 @@ def export(
 
 
 # ---------------------------------------------------------------- what is asked for
+
+
+def check_free(directory: str | os.PathLike[str]) -> Path:
+    """Return the path of a directory that may be written to; raise a FileExistsError if something is there."""
+    folder = Path(directory)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not an empty directory; name another")
+    return folder
 
 
 def _condition(
