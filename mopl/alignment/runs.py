@@ -115,6 +115,17 @@ class AlignmentRun(LanguageModelRun):
             model = TextPromptModel(model, words, self.tokenizer)
         return model, None
 
+    def training_settings(self, method: str) -> dict[str, str]:
+        """Return the settings of a card: conditioning, loss, β, batches."""
+        config, own = self.config, TABLE[method]
+        found = {"weights enter by": config.conditioning} if own.conditioned else {}
+        found |= {"loss": config.loss, "β": ", ".join(f"{b:g}" for b in self.beta)}
+        if own.takes_beta:
+            found["β"] += " times {:g} to {:g}".format(*config.beta_range)
+        if own.conditioned:
+            found["weights drawn from"] = f"Dirichlet({config.concentration:g})"
+        return {**found, "lists per step": str(config.lists_per_batch)}
+
     @property
     def metric(self) -> Metric:
         """What the figures of the fronts are."""

@@ -155,6 +155,22 @@ class ClpRun(LanguageModelRun):
         return kl_weight
 
     @property
+    def conditions_on_kl(self) -> bool:
+        """Whether the KL weight is an input of the policy, too."""
+        return self.config.conditions_on_kl
+
+    def training_settings(self, method: str) -> dict[str, str]:
+        """Return the settings of a card: scope, KL weights, rollouts."""
+        config = self.config
+        return {
+            "scope": config.scope,
+            "KL weight α": ", ".join(f"{a:g}" for a in config.kl_weights(method)),
+            "weights drawn from": f"Dirichlet({config.concentration:g})",
+            "prompts and answers per step": f"{config.prompts_per_step}, {config.samples_per_prompt} each",
+            "longest answer": f"{config.max_new_tokens} tokens",
+        }
+
+    @property
     def metric(self) -> Metric:
         """What the figures of the fronts are."""
         config = self.config

@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from mopl._terminal import say, shell
-from mopl.commands.tuned_model import add_model_command, load_mixture, load_tuned_model
+from mopl.commands.tuned_model import add_model_command, facts_of, load_mixture, load_tuned_model
 
 EXAMPLES = """
 --adapters is for mixtures of adapters (mopl align --conditioning lora-mixture, mopl clp --scope lora-mixture): a LoRA
@@ -85,7 +85,10 @@ def _export_adapters(arguments: argparse.Namespace) -> None:
     names = model.record.objectives
     grid = () if arguments.grid is None else weight_grid(len(names), arguments.grid)
     with models.quiet():
-        export_adapters(model, directory, kl_weight=kl_weight, grid=grid, base_model=base_model)
+        export_adapters(
+            model, directory, kl_weight=kl_weight, grid=grid, base_model=base_model,
+            facts=facts_of(arguments, kl_weight),
+        )  # fmt: skip
     at = "" if kl_weight is None else f", KL weight {kl_weight:g}"
     more = f"; {len(grid)} trade-offs as one adapter each" if len(grid) else ""
     say(f"{directory}: adapters of {', '.join(names)}{at}{more}; scale each by its weight (README.md)")
@@ -106,6 +109,7 @@ def _export_one(arguments: argparse.Namespace) -> None:
             tuned.model, tuned.tokenizer, arguments.weights if tuned.takes_weights else None, directory,
             kind=kind, beta=beta, text_prompt=tuned.text_prompt,
             keep_tied=arguments.keep_tied, origin=str(arguments.run), base_model=tuned.base_model,
+            facts=facts_of(arguments, arguments.kl_weight),
         )  # fmt: skip
     named = ", ".join(f"{name} {w:g}" for name, w in zip(tuned.objectives, arguments.weights, strict=True))
     named += "" if arguments.kl_weight is None else f", KL weight {arguments.kl_weight:g}"

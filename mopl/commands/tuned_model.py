@@ -91,6 +91,16 @@ def load_mixture(arguments: argparse.Namespace, device: str = "cpu") -> tuple[An
     return model, run.config.model, kl_weight
 
 
+def facts_of(arguments: argparse.Namespace, kl_weight: float | None) -> Any:
+    """Return what the card of an export says of the run that arguments name; None for a folder, which has no front."""
+    path = Path(arguments.run)
+    if not _is_run(path, arguments.method):
+        return None
+    from mopl.experiments.model_facts import model_facts
+
+    return model_facts(_open_run(path, arguments), arguments.method, weights=arguments.weights, kl_weight=kl_weight)
+
+
 def _is_run(path: Path, method: str | None) -> bool:
     """Return whether a path is a run, and not a folder of one model; raise if it is neither."""
     from mopl._records import read_json

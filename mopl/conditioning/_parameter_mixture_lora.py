@@ -263,7 +263,18 @@ class LoraMixture(Mixture, HookedModel):
         coefficients = self._one(weights, beta, kl_weight).tolist()
         config, tensors = one_adapter(self.model, self._parts, self.adapters, coefficients)
         config.base_model_name_or_path = self._base_name
-        return config, tensors
+        return self._name_targets(config, tensors), tensors
+
+    def _name_targets(self, config: Any, tensors: Mapping[str, Tensor]) -> Any:
+        """Return a configuration that names an adapter's layers: as q_proj, which servers read best, if that is all."""
+        places = {key.partition(".lora_")[0].removeprefix("base_model.model.") for key in tensors if ".lora_" in key}
+        short = {place.rpartition(".")[2] for place in places}
+        every = (name.removesuffix(".base_layer") for name, _ in self.causal_lm.named_modules() if ".lora_" not in name)
+        meant = {name for name in every if name.rpartition(".")[2] in short}
+        # A list, since PEFT writes a set in any order.
+        config.target_modules = sorted(short if meant == places else places)
+        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+        return config
 
     def adapters_by_objective(
         self, kl_weight: float | Tensor | None = None
@@ -314,15 +325,12 @@ class LoraMixture(Mixture, HookedModel):
         from peft import LoraConfig, TaskType
 
         own, tensors = one_adapter(self.model, self._parts, list(shares), list(shares.values()), rank)
-        places = sorted({key.rpartition(".lora_")[0].removeprefix("base_model.model.") for key in tensors})
-        chosen = (own.exclude_modules, own.layers_to_transform, own.layers_pattern)
-        simple = not any(part is not None for part in chosen) and not isinstance(own.target_modules, str)
         config = LoraConfig(
-            r=rank, lora_alpha=rank, target_modules=sorted(own.target_modules) if simple else places,
-            fan_in_fan_out=own.fan_in_fan_out, lora_bias=own.lora_bias, task_type=TaskType.CAUSAL_LM,
-            inference_mode=True, base_model_name_or_path=self._base_name,
+            r=rank, lora_alpha=rank, target_modules=own.target_modules, fan_in_fan_out=own.fan_in_fan_out,
+            lora_bias=own.lora_bias, task_type=TaskType.CAUSAL_LM, inference_mode=True,
+            base_model_name_or_path=self._base_name,
         )  # fmt: skip
-        return config, tensors
+        return self._name_targets(config, tensors), tensors
 
     def _described(self) -> dict[str, Any]:
         return {"adapters": self.adapters, "coefficients": self._saved_rule, "base_model": self._base_name}

@@ -17,6 +17,7 @@ No file names a place of this machine: a base model that is a folder here has no
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import json
 import os
@@ -45,6 +46,7 @@ from mopl.conditioning.saved_models import CONFIG_FILE, load_adapters
 from mopl.language_models._export_check import TOLERANCE, compare, logits_of
 from mopl.language_models.export import check_free
 from mopl.language_models.head import unfuse
+from mopl.language_models.model_card import Exported, ModelFacts, write_card
 from mopl.language_models.reference_mixture import OWN_REFERENCE
 
 KIND = "adapters"
@@ -61,6 +63,7 @@ def export_adapters(
     kl_weight: float | None = None,
     grid: Tensor | Sequence[Sequence[float]] = (),
     base_model: str | None = None,
+    facts: ModelFacts | None = None,
 ) -> Path:
     """Write the adapters of a mixture into a new directory, whole or not at all, and compare them with the mixture.
 
@@ -70,6 +73,7 @@ def export_adapters(
         kl_weight: α, of a mixture whose coefficients depend on it; it is in the factors, and in `mopl.json`.
         grid: (n, m), trade-offs that are also written as one adapter each, under names such as `w=0.7,0.3`.
         base_model: Name of the base model, if it is not the one that the model inside has.
+        facts: What the model card says besides: method, data, front, picture.
 
     Returns:
         The directory.
@@ -83,7 +87,8 @@ def export_adapters(
     check_mixture(mixture)
     names = mixture.record.objectives
     places = folder_names(names)
-    base, trade_offs = public_name(base_model or getattr(mixture, "name_or_path", None)), _trade_offs(grid, len(names))
+    source, trade_offs = base_model or getattr(mixture, "name_or_path", "") or None, _trade_offs(grid, len(names))
+    base = public_name(source)
     record = {
         "kind": KIND,
         "mopl": __version__,
@@ -95,14 +100,19 @@ def export_adapters(
     if record["reference"] not in OWN_REFERENCE:
         record["reference"] = public_name(record["reference"]) or "another model"
     made = mixture.adapters_by_objective(kl_weight)
+    exported = Exported(
+        form="adapters", objectives=names, base=source, kl_weight=record["kl_weight"], places=places,
+        grid=[weights_name(row) for row in trade_offs], beta_trained=mixture.record.beta,
+    )  # fmt: skip
 
     def fill(path: Path) -> None:
-        for name, make in zip(places, made, strict=True):
-            _write(path / name, *make(), base)
+        configs = [_write(path / name, *make(), base) for name, make in zip(places, made, strict=True)]
         for weights in trade_offs:
-            _write(path / weights_name(weights), *mixture.adapter_at(weights, kl_weight), base)
+            configs.append(_write(path / weights_name(weights), *mixture.adapter_at(weights, kl_weight), base))
         _check_written(path, mixture, places, trade_offs, kl_weight)
         (path / CONFIG_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        ranks = {"rank": configs[0].r, "grid_rank": configs[-1].r, "lora_bias": any(c.lora_bias for c in configs)}
+        write_card(path, dataclasses.replace(exported, **ranks), facts)
 
     write_folder(folder, fill, replace=False)
     return folder
@@ -155,10 +165,12 @@ def _trade_offs(grid: Any, objectives: int) -> list[Tensor]:
     return list({weights_name(row): row for row in rows}.values())
 
 
-def _write(folder: Path, config: Any, tensors: dict[str, Tensor], base: str | None) -> None:
+def _write(folder: Path, config: Any, tensors: dict[str, Tensor], base: str | None) -> Any:
+    """Write an adapter, and return its configuration."""
     config.base_model_name_or_path = base
     folder.mkdir()
     write_adapter(folder, config, tensors)
+    return config
 
 
 # ---------------------------------------------------------------- what was written, beside the mixture
