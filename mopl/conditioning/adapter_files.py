@@ -154,34 +154,44 @@ class AdapterFolder:
             ValueError: As `check_weights`; or if an adapter is no plain LoRA of scale 1, or two do not fit.
         """
         vector = self._checked(weights)
-        used = [
-            (_read(self.folder / name), weight) for name, weight in zip(self.adapters, vector, strict=True) if weight
-        ]
-        adapters = [adapter for adapter, _ in used]
-        first = adapters[0]
-        for adapter in adapters:
-            for key in _SAME:
-                if (adapter.config.get(key) or None) != (first.config.get(key) or None):
-                    there, here = first.config.get(key), adapter.config.get(key)
-                    text = f"{key} is {here!r} but {there!r} in {first.folder.name}, with which it is mixed"
-                    raise damaged(adapter.folder / ADAPTER_CONFIG, text, REMEDY)
-            if adapter.config.get("base_model_name_or_path") != self.base_model:
-                name = adapter.config.get("base_model_name_or_path")
-                text = f"base_model_name_or_path is {name!r} but {self.base_model!r} in {CONFIG_FILE}"
-                raise damaged(adapter.folder / ADAPTER_CONFIG, text, REMEDY)
+        used = [(self.folder / name, weight) for name, weight in zip(self.adapters, vector, strict=True) if weight]
+        adapters = _read_all([folder for folder, _ in used], self.base_model)
+        return self._side_by_side(adapters, [weight for _, weight in used])
+
+    def spread(self) -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
+        """Return each adapter at the rank of all of them, in rows and columns of its own, for servers that add factors.
+
+        Servers that merge adapters "linearly" add A to A and B to B, (Σ c_i A_i) and (Σ c_i B_i), whose product has
+        terms B_i A_j that no mixture has. Where adapter i has its own rows of A and columns of B, and zeros in those of
+        others, these vanish, and the product is Σ c_i² B_i A_i: the mixture, exactly, for c_i = √w_i.
+
+        Returns:
+            What `adapter_config.json` says, and the factors in the data type of the files, by name of the adapter.
+
+        Raises:
+            ValueError: As `merged`.
+        """
+        adapters = _read_all([self.folder / name for name in self.adapters], self.base_model)
+        return {
+            one.folder.name: self._side_by_side(adapters, [float(other is one) for other in adapters], widen=False)
+            for one in adapters
+        }
+
+    def _side_by_side(
+        self, adapters: Sequence[_Adapter], weights: Sequence[float], *, widen: bool = True
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         modules = sorted({module for adapter in adapters for module in adapter.factors})
         tensors: dict[str, Tensor] = {}
         for module in modules:
-            tensors |= _side_by_side(module, used)
+            tensors |= _side_by_side(module, adapters, weights, widen=widen)
         rank = sum(adapter.rank for adapter in adapters)
         config = {
             "peft_type": "LORA", "base_model_name_or_path": self.base_model, "r": rank, "lora_alpha": rank,
             "target_modules": modules, "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
             "use_rslora": False, "use_dora": False, "modules_to_save": None,
-            **{key: first.config.get(key) for key in _SAME},
+            **{key: adapters[0].config.get(key) for key in _SAME},
         }  # fmt: skip
-        config["fan_in_fan_out"] = bool(config["fan_in_fan_out"])
-        return config, tensors
+        return config | {"fan_in_fan_out": bool(config["fan_in_fan_out"])}, tensors
 
     def _checked(self, weights: Weights) -> list[float]:
         vector = check_weights(weights, len(self.objectives)).detach().double()
@@ -210,12 +220,35 @@ def write_merged_adapter(
     config, tensors = adapters.merged(weights)
     if adapters.digest() != before:
         raise ValueError(f"{adapters.folder} was written anew while it was read; ask again")
+    write_folder(folder, lambda path: _write(path, config, tensors), replace=replace)
+
+
+def write_spread_adapters(adapters: AdapterFolder, folder: str | os.PathLike[str], *, replace: bool = False) -> None:
+    """Write the adapters for servers that add factors, each a folder in `folder`; see `AdapterFolder.spread`.
+
+    Args:
+        adapters: The folder of adapters.
+        folder: The folder to make.
+        replace: Replace a folder that is there.
+
+    Raises:
+        FileExistsError: If something is there that is not to be replaced.
+        ValueError: As `AdapterFolder.merged`.
+        OSError: If the folder cannot be made.
+    """
+    made = adapters.spread()
 
     def fill(path: Path) -> None:
-        write_tensors(path / ADAPTER_FILE, tensors, {"format": "pt"})
-        (path / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        for name, (config, tensors) in made.items():
+            (path / name).mkdir()
+            _write(path / name, config, tensors)
 
     write_folder(folder, fill, replace=replace)
+
+
+def _write(path: Path, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
+    write_tensors(path / ADAPTER_FILE, tensors, {"format": "pt"})
+    (path / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def name_and_weights(weights: Weights) -> tuple[str, Tensor]:
@@ -225,6 +258,21 @@ def name_and_weights(weights: Weights) -> tuple[str, Tensor]:
     if len(name) > _LONGEST_NAME:
         name = f"w={hashlib.sha256(name.encode()).hexdigest()}"
     return name, exact
+
+
+def _read_all(folders: Sequence[Path], base_model: str | None) -> list[_Adapter]:
+    """Read adapters; raise unless they are plain, for this base model, and agree on what a merged one has once."""
+    adapters = [_read(folder) for folder in folders]
+    for adapter in adapters:
+        file = adapter.folder / ADAPTER_CONFIG
+        for key in _SAME:
+            here, there = adapter.config.get(key), adapters[0].config.get(key)
+            if (here or None) != (there or None):
+                text = f"{key} is {here!r} but {there!r} in {adapters[0].folder.name}, with which it is mixed"
+                raise damaged(file, text, REMEDY)
+        if (name := adapter.config.get("base_model_name_or_path")) != base_model:
+            raise damaged(file, f"base_model_name_or_path is {name!r} but {base_model!r} in {CONFIG_FILE}", REMEDY)
+    return adapters
 
 
 def _read(folder: Path) -> _Adapter:
@@ -263,32 +311,36 @@ def _read(folder: Path) -> _Adapter:
     return _Adapter(folder, config, {module: (pair["A"], pair["B"]) for module, pair in found.items()}, tensors)
 
 
-def _side_by_side(module: str, used: Sequence[tuple[_Adapter, float]]) -> dict[str, Tensor]:
-    """Return both factors of a module, by name: [w_1 A_1; ...] and [B_1 ...], zeros where an adapter has none."""
-    having = [adapter for adapter, _ in used if module in adapter.factors]
+def _side_by_side(
+    module: str, adapters: Sequence[_Adapter], weights: Sequence[float], *, widen: bool = True
+) -> dict[str, Tensor]:
+    """Return both factors of a module, by name: [w_1 A_1; ...] and [B_1 ...], zeros where an adapter has none.
+
+    Without `widen` weights are 0 or 1, both factors of an adapter of weight 0 are zeros, and A keeps its data type.
+    """
+    having = [adapter for adapter in adapters if module in adapter.factors]
     names = having[0].factors[module]
-    pairs = {id(adapter): [adapter.tensors[key] for key in adapter.factors[module]] for adapter in having}
-    like_a, like_b = pairs[id(having[0])]
+    pairs = {adapter.folder: [adapter.tensors[key] for key in adapter.factors[module]] for adapter in having}
+    like_a, like_b = pairs[having[0].folder]
     for adapter in having:
-        a, b = pairs[id(adapter)]
+        a, b = pairs[adapter.folder]
         same = (a.shape[1:], b.shape[:1], b.shape[2:]) == (like_a.shape[1:], like_b.shape[:1], like_b.shape[2:])
         if adapter.factors[module] != names or not same:
             there = f"{tuple(like_a.shape)} and {tuple(like_b.shape)} in {having[0].folder.name}"
             text = f"the factors of {module!r} are {tuple(a.shape)} and {tuple(b.shape)} but {there}"
             raise damaged(adapter.folder / ADAPTER_FILE, text, REMEDY)
+    a_type = torch.float32 if widen else like_a.dtype
     b_type = like_b.dtype
-    wide = torch.float32
     for a, b in pairs.values():
-        b_type = torch.promote_types(b_type, b.dtype)
-        wide = torch.promote_types(wide, a.dtype)
+        a_type, b_type = torch.promote_types(a_type, a.dtype), torch.promote_types(b_type, b.dtype)
     rows, columns = [], []
-    for adapter, weight in used:
-        if id(adapter) in pairs:
-            a, b = pairs[id(adapter)]
-            rows.append((weight * a.double()).to(wide))
+    for adapter, weight in zip(adapters, weights, strict=True):
+        if adapter.folder in pairs and (widen or weight):
+            a, b = pairs[adapter.folder]
+            rows.append((weight * a.double()).to(a_type))
             columns.append(b.to(b_type))
         else:
-            rows.append(torch.zeros(adapter.rank, *like_a.shape[1:], dtype=wide))
+            rows.append(torch.zeros(adapter.rank, *like_a.shape[1:], dtype=a_type))
             columns.append(torch.zeros(like_b.shape[0], adapter.rank, *like_b.shape[2:], dtype=b_type))
     made = torch.cat(rows), torch.cat(columns, 1).contiguous()
     for tensor, name in zip(made, names, strict=True):

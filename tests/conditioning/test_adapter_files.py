@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_language_models import build, lora
 
 from mopl.conditioning import LoraMixture
-from mopl.conditioning.adapter_files import AdapterFolder, name_and_weights, write_merged_adapter
+from mopl.conditioning.adapter_files import AdapterFolder, name_and_weights, write_merged_adapter, write_spread_adapters
 
 IDS = torch.tensor([[1, 9, 10, 11, 12, 13, 14], [1, 20, 21, 22, 23, 24, 25]])
 THREE = dict(ranks=(2, 3, 4), targets=(("q_proj", "v_proj"), ("v_proj", "down_proj"), ("o_proj",)))
@@ -49,6 +49,47 @@ def test_it_is_what_peft_concatenates_and_what_the_mixture_computes(three, weigh
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
     others = logits(mixture, weights=torch.tensor([0.5, 0.1, 0.4]))
     assert (found - others).abs().max() > 0.1  # the weights matter
+
+
+def test_adapters_that_are_spread_can_be_added_factor_by_factor(three, tmp_path):
+    """As LoRAX merges "linear": A to A, B to B, and the scale that its weights are. PEFT takes their roots itself."""
+    model, folder = three
+    weights = [0.7, 0.2, 0.1]
+    write_spread_adapters(AdapterFolder(folder), tmp_path / "spread")
+    files = [load_file(tmp_path / "spread" / name / "adapter_model.safetensors") for name in NAMES]
+    roots = torch.tensor(weights).sqrt()
+    added = {key: sum(c * file[key] for c, file in zip(roots, files, strict=True)) for key in files[0]}
+    shutil.copytree(tmp_path / "spread" / "brief", tmp_path / "added")
+    save_file(added, str(tmp_path / "added" / "adapter_model.safetensors"))
+    mixture = LoraMixture(copy.deepcopy(model), 3, record=NAMES, adapters=NAMES)
+    wanted = logits(mixture, weights=torch.tensor(weights))
+    torch.testing.assert_close(logits(loaded(tmp_path / "added")), wanted, rtol=0, atol=1e-5)
+
+    theirs = loaded(tmp_path / "spread" / NAMES[0])
+    theirs.load_adapter(str(tmp_path / "spread" / NAMES[0]), NAMES[0])
+    for name in NAMES[1:]:
+        theirs.load_adapter(str(tmp_path / "spread" / name), name)
+    theirs.add_weighted_adapter(list(NAMES), weights, "linear", combination_type="linear")
+    theirs.set_adapter("linear")
+    torch.testing.assert_close(logits(theirs), wanted, rtol=0, atol=1e-5)
+    for i, name in enumerate(NAMES):  # each alone is the adapter that it was
+        theirs.set_adapter(name)
+        alone = logits(mixture, weights=torch.eye(3)[i])
+        torch.testing.assert_close(logits(theirs), alone, rtol=0, atol=1e-5)
+
+
+def test_adding_the_factors_of_plain_adapters_is_no_mixture(tmp_path):
+    """What the spread adapters are for: of equal ranks and targets, so that nothing else is in the way."""
+    same = dict(ranks=(2, 2), targets=(("q_proj", "v_proj"),) * 2)
+    model = with_adapters(**same)
+    folder = write(tmp_path / "two", model)
+    files = [load_file(folder / name / "adapter_model.safetensors") for name in NAMES[:2]]
+    wanted = logits(LoraMixture(model, 2, record=NAMES[:2], adapters=NAMES[:2]), weights=torch.tensor([0.7, 0.3]))
+    for coefficients in ([0.7, 0.3], [0.7**0.5, 0.3**0.5]):
+        added = {key: sum(c * file[key] for c, file in zip(coefficients, files, strict=True)) for key in files[0]}
+        shutil.copytree(folder / "helpful", tmp_path / "added", dirs_exist_ok=True)
+        save_file(added, str(tmp_path / "added" / "adapter_model.safetensors"))
+        assert (logits(loaded(tmp_path / "added")) - wanted).abs().max() > 0.1
 
 
 def test_each_factor_is_one_product_rounded_once_and_nothing_else_is_rounded(three, tmp_path):
