@@ -286,7 +286,11 @@ def _read(folder: Path) -> _Adapter:
         raise damaged(file, f"r is {rank} and lora_alpha {alpha} but they must be equal, for a scale of 1", REMEDY)
     if said := sorted(key for key in config.keys() - _HARMLESS if config[key] not in (None, False, "none", [], {})):
         text = f"{said[0]} is {config[said[0]]!r}, which is no plain LoRA"
-        raise damaged(file, text, f"{REMEDY}, which writes what is mixed as plain LoRA, or says why it is not possible")
+        if said == ["lora_bias"]:
+            remedy = "no server adds the biases of adapters: train without lora_bias, or ask PEFT or mopl"
+        else:
+            remedy = f"{REMEDY}, which writes what is mixed as plain LoRA, or says why that cannot be"
+        raise damaged(file, text, remedy)
     check_initialisation(folder.name, SimpleNamespace(**config))
     path = folder / ADAPTER_FILE
     tensors = read_tensors(path, remedy=REMEDY)

@@ -179,6 +179,7 @@ def edit(file, **values):
         ("harmless/adapter_config.json", {"lora_alpha": 16}, "r is 3 and lora_alpha 16 but they must be equal"),
         ("harmless/adapter_config.json", {"use_rslora": True}, "use_rslora is True, which is no plain LoRA"),
         ("harmless/adapter_config.json", {"use_dora": True}, "use_dora is True"),
+        ("harmless/adapter_config.json", {"lora_bias": True}, "no server adds the biases of adapters: train without"),
         ("harmless/adapter_config.json", {"rank_pattern": {"q_proj": 1}}, "rank_pattern is"),
         ("harmless/adapter_config.json", {"modules_to_save": ["lm_head"]}, "modules_to_save is"),
         ("harmless/adapter_config.json", {"of_tomorrow": 1}, "of_tomorrow is 1, which is no plain LoRA"),
