@@ -44,6 +44,7 @@ _HARMLESS = {
 }  # fmt: skip
 _SAME = ("task_type", "fan_in_fan_out", "revision")  # what the adapters of a folder have in common
 _FORMAT = b"mopl merged adapters 1"  # another number where other files are made of the same adapters
+_CHOOSING = ("exclude_modules", "layers_to_transform", "layers_pattern")  # which modules of the targets have none
 _LONGEST_NAME = 200  # bytes of a folder's name; file systems take 255
 
 
@@ -187,8 +188,8 @@ class AdapterFolder:
         rank = sum(adapter.rank for adapter in adapters)
         config = {
             "peft_type": "LORA", "base_model_name_or_path": self.base_model, "r": rank, "lora_alpha": rank,
-            "target_modules": modules, "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
-            "use_rslora": False, "use_dora": False, "modules_to_save": None,
+            "target_modules": _targets(adapters) or modules, "lora_dropout": 0.0, "bias": "none",
+            "inference_mode": True, "use_rslora": False, "use_dora": False, "modules_to_save": None,
             **{key: adapters[0].config.get(key) for key in _SAME},
         }  # fmt: skip
         return config | {"fan_in_fan_out": bool(config["fan_in_fan_out"])}, tensors
@@ -313,6 +314,21 @@ def _read(folder: Path) -> _Adapter:
         if not (a.is_floating_point() and b.is_floating_point()):
             raise damaged(path, f"the factors of {module!r} are {a.dtype} and {b.dtype}, no floating-point", REMEDY)
     return _Adapter(folder, config, {module: (pair["A"], pair["B"]) for module, pair in found.items()}, tensors)
+
+
+def _targets(adapters: Sequence[_Adapter]) -> list[str] | None:
+    """Return the short names of the modules that adapters are on, None where other keys leave some of these out.
+
+    A name means all modules that end in it, so those of several adapters mean together what each of them means.
+    Servers that make room by these names, as SGLang does, need not know full ones then.
+    """
+    names: set[str] = set()
+    for adapter in adapters:
+        given = adapter.config.get("target_modules")
+        if not isinstance(given, list) or any(adapter.config.get(key) not in (None, []) for key in _CHOOSING):
+            return None
+        names.update(given)
+    return sorted(names)
 
 
 def _side_by_side(

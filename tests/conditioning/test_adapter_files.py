@@ -110,6 +110,20 @@ def test_each_factor_is_one_product_rounded_once_and_nothing_else_is_rounded(thr
     assert config["r"] == config["lora_alpha"] == 9 == adapters.rank_of(weights)
     assert adapters.rank_of([0.5, 0.5, 0]) == 5
     assert config["base_model_name_or_path"] == BASE and config["task_type"] == "CAUSAL_LM"
+    assert config["target_modules"] == ["down_proj", "o_proj", "q_proj", "v_proj"]
+    assert adapters.merged([0, 0, 1])[0]["target_modules"] == ["o_proj"]
+
+
+def test_modules_that_no_short_names_mean_are_named_in_full(tmp_path):
+    """Adapters on some layers: by short names PEFT would put the merged one on all of them."""
+    model = with_adapters(layers_to_transform=[1])
+    write_merged_adapter(AdapterFolder(write(tmp_path / "some", model)), [0.7, 0.3], tmp_path / "merged")
+    names = json.loads((tmp_path / "merged" / "adapter_config.json").read_text())["target_modules"]
+    parts = ("mlp.down_proj", "self_attn.q_proj", "self_attn.v_proj")
+    assert names == [f"model.layers.1.{part}" for part in parts]
+    mixture = LoraMixture(model, 2, record=NAMES[:2], adapters=NAMES[:2])
+    found = logits(loaded(tmp_path / "merged"))
+    torch.testing.assert_close(found, logits(mixture, weights=torch.tensor([0.7, 0.3])), rtol=0, atol=1e-5)
 
 
 def test_factors_in_16_bits_lose_nothing(tmp_path):
