@@ -24,6 +24,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "mlflow": ("mlflow",),
     "trackio": ("trackio",),
     "pandas": ("pandas",),
+    "vllm": ("vllm", "safetensors"),
 }
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")  # of `log_with`; each is the extra and the module of its name
 PACKAGES = {
