@@ -72,7 +72,7 @@ def guided(
             )
 
     def processor(mask: Tensor) -> GuidedLogits:
-        return GuidedLogits(_Conditioned(policy, conditions), base, share, mask)
+        return GuidedLogits(_following(policy, conditions), base, share, mask)
 
     others = [policy] if base.own else [policy, base.model]
     return generate_by(processor, large, others, input_ids, attention_mask, kwargs)
@@ -102,16 +102,20 @@ class GuidedLogits:
         return guide(tuned, base, scores, copies_of(self.strength, scores)).to(scores.dtype)
 
 
-class _Conditioned:
-    """A conditioned model that runs behind a generation: all rows together, or those of one trade-off after another."""
+def _following(policy: Any, conditions: Mapping[str, Tensor]) -> Follower | _OneByOne:
+    """Return what gives the scores of a policy that is told (B, ...) conditions."""
+    if conditions and not policy.decodes_rows:
+        return _OneByOne(policy, conditions)
+    return Follower(policy, conditions=conditions)
+
+
+class _OneByOne:
+    """A policy that is one trade-off at a time, behind a generation: the rows of each distinct one have a cache."""
 
     def __init__(self, policy: Any, conditions: Mapping[str, Tensor]) -> None:
-        if not conditions or policy.decodes_rows:
-            self._parts = [(None, Follower(policy, conditions=conditions))]
-            return
         told = torch.cat([value.double().cpu().reshape(len(value), -1) for value in conditions.values()], 1)
         of_row = torch.unique(told, dim=0, return_inverse=True)[1]
-        self._parts = []
+        self._parts: list[tuple[Tensor, Follower]] = []
         for group in range(int(of_row.max()) + 1):
             index = (of_row == group).nonzero()[:, 0]
             one = {name: value[index[0]] for name, value in conditions.items()}
@@ -119,9 +123,6 @@ class _Conditioned:
 
     def scores(self, tokens: Tensor, mask: Tensor, prompts: int) -> Tensor:
         """Return the scores of the next token, (rows, V), as `Follower.scores`."""
-        first, follower = self._parts[0]
-        if first is None:
-            return follower.scores(tokens, mask, prompts)
         copies, found = torch.arange(len(tokens) // prompts), []
         places = [(index[:, None] * len(copies) + copies).reshape(-1).to(tokens.device) for index, _ in self._parts]
         for place, (index, follower) in zip(places, self._parts, strict=True):

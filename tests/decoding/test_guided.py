@@ -15,7 +15,7 @@ from mopl import decoding
 from mopl.conditioning import LoraMixture, ParameterMixture, TextPrompt, TextPromptModel, TuningRecord
 from mopl.conditioning.references import Reference
 from mopl.decoding import GuidedLogits, guided
-from mopl.decoding.guided import _Conditioned, _conditions_of
+from mopl.decoding.guided import _conditions_of, _following
 
 NAMES = ("helpful", "harmless")
 ROWS = [[1, 9, 8, 7, 6], [1, 12], [1, 20, 21, 22]]
@@ -116,7 +116,7 @@ def test_each_next_token_has_the_formulas_distribution_in_float64(kind: str) -> 
     weights, beta = asked(policy)
     conditions = _conditions_of(policy, weights, beta, None, 3)
     share = torch.tensor(STRENGTHS, dtype=torch.float64) / (1.0 if beta is None else 2.4)
-    step = GuidedLogits(_Conditioned(policy, conditions), Reference(policy, reference), share, MASK)
+    step = GuidedLogits(_following(policy, conditions), Reference(policy, reference), share, MASK)
     tokens, mask = IDS, MASK
     for _ in range(3):
         with torch.no_grad():

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
+from bench.families import models as families
 from mopl.conditioning import LoraMixture, ParameterMixture, TextPrompt
 from mopl.language_models.generate import generate
 from mopl.language_models.guiding import check_same_tokenizer
@@ -57,7 +58,7 @@ def greedy(large, model, ids, c, *, weights=None, own=None, steps=5) -> list[int
     new: list[int] = []
     for _ in range(steps):
         tuned, base = next_log_probs(model, (own or ids) + new, weights), without(model, ids + new)
-        mixed = next_log_probs(large, ids + new) + (tuned - base) / c
+        mixed = next_log_probs(large, ids + new)[: len(tuned)] + (tuned - base) / c
         mixed[EOS] = -torch.inf
         new.append(int(mixed.argmax()))
     return new
@@ -95,6 +96,14 @@ def test_weights_in_words_are_read_by_the_small_model_alone() -> None:
         plain = ids_of(text)
         own = [plain[0], *ids_of("[helpful: 0.25, harmless: 0.75]")[1:], *plain[1:]]
         assert list(answer.tokens) == greedy(large, model, plain, 0.7, own=own)
+
+
+def test_a_large_model_that_reads_no_left_padding_answers_prompt_by_prompt() -> None:
+    model, large = conditioned(), families.build("bart")
+    large.generation_config.eos_token_id = EOS
+    answers = generate(model, tokenizer(), PROMPTS, WEIGHTS, scale=0.7, guided_model=large, **LONG)
+    for text, w, answer in zip(PROMPTS, WEIGHTS, answers, strict=True):
+        assert list(answer.tokens) == greedy(large, model, ids_of(text), 0.7, weights=w)
 
 
 def test_beta_divides_the_difference_by_its_sum() -> None:
