@@ -137,7 +137,7 @@ def _open_run(path: Path, arguments: argparse.Namespace) -> Any:
 
 
 def _model_of_run(path: Path, arguments: argparse.Namespace, device: str) -> TunedModel:
-    from mopl.language_models.reference_mixture import OWN_REFERENCE
+    from mopl.conditioning.references import OWN_REFERENCE
 
     run = _open_run(path, arguments)
     method, weights, kl_weight = arguments.method, arguments.weights, arguments.kl_weight

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mopl._arguments import check_positive, shape_of
+from mopl._arguments import check_positive, readable, shape_of
 from mopl._renamed import renamed_keywords
 from mopl._rows import arranged, generation_keywords
 from mopl.conditioning._extended_rows import ExtendedRows
@@ -62,8 +62,8 @@ class PromptedModel(WeightedModel):
             attention_mask: (B, T), 1 where a token exists; padding may be on either side. With a cache it covers the
                 text of the cache too, as ever, and never what is in front of the text.
             weights: w, (m,) or (B, m), or (S, m) for S packed sequences; on the simplex. Required, but for the
-                reference, where they change nothing. A `HyperPromptModel` takes a tensor and does not look at its
-                values.
+                reference, where they change nothing. Their values are looked at where that makes nothing wait: on
+                a CPU, and not in compiled code.
             beta: β, of a model that `takes_beta`. (`temperature` is the fused head's: what logits are divided by.)
             position_ids: (B, T), positions of the text, counted from 0; from the mask by default. Without a mask they
                 mean a packed row (1, N), as everywhere in transformers: positions start again at 0 with each sequence,
@@ -79,7 +79,7 @@ class PromptedModel(WeightedModel):
             and the cache are over all k + T.
 
         Raises:
-            ValueError: If weights are missing, or off the simplex where they are told in words, or a shape is wrong.
+            ValueError: If weights are missing or off the simplex, a β is not positive, or a shape is wrong.
             UnsupportedModelError: If the model takes virtual tokens, or rows like this, otherwise than as tokens.
         """
         text = input_ids if inputs_embeds is None else inputs_embeds
@@ -193,6 +193,9 @@ class PromptedModel(WeightedModel):
                     f"{name} has shape {shape_of(given[name])} but there are {count} rows and {m} objectives; "
                     f"pass (m,) = ({m},) or (B, m) = ({count}, {m})"
                 )
+            if readable(given[name]):
+                check = check_weights if name == "weights" else check_positive
+                check(given[name], name=name)
         counts, front = self._front(text, count, past, **given)
         rows = ExtendedRows(text, counts, mask, position_ids, past, self._bos)
         if front is None:

@@ -42,12 +42,12 @@ from mopl.conditioning import (
 )
 from mopl.conditioning.adapted import lora_layers
 from mopl.conditioning.parameter_mixture import write_adapter
+from mopl.conditioning.references import OWN_REFERENCE
 from mopl.conditioning.saved_models import CONFIG_FILE, load_adapters
 from mopl.language_models._export_check import TOLERANCE, compare, logits_of
 from mopl.language_models.export import check_free
 from mopl.language_models.head import unfuse
 from mopl.language_models.model_card import Exported, ModelFacts, write_card
-from mopl.language_models.reference_mixture import OWN_REFERENCE
 
 KIND = "adapters"
 # Largest ‖difference‖ of logits, of their own spread: the same products in another order, whose rounding adds up over

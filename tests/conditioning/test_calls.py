@@ -300,3 +300,35 @@ def test_all_tokens_of_all_rows_are_rows_also_of_beams(options):
     alone = [model.generate(row[None], weights=w, **options) for row, w in zip(IDS, W, strict=True)]
     assert torch.equal(both, torch.cat(alone))
     assert not model.causal_lm._forward_pre_hooks
+
+
+# ---------------------------------------------------------------- values
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([0.7, 0.7], "does not sum to 1"), ([1.2, -0.2], "negative entry"), ([float("nan"), 1.0], "not finite"),
+        ([[0.5, 0.5], [0.5, 0.5], [0.5, 0.6]], "does not sum to 1"),
+    ],
+    ids=["sum", "negative", "nan", "one row"],
+)  # fmt: skip
+def test_weights_off_the_simplex_are_refused_by_each_kind(model, weights, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        model(IDS, weights=torch.tensor(weights))
+    with model.reference():  # where they change nothing
+        model(IDS, weights=torch.tensor(weights))
+
+
+@pytest.mark.parametrize("beta", [[-1.0, 1.0], [0.0, 1.0], [float("nan"), 1.0]])
+def test_a_beta_that_is_not_positive_is_refused(beta) -> None:
+    with pytest.raises(ValueError, match=r"beta is .* but must be positive"):
+        conditioned(takes_beta=True)(IDS, weights=ONE, beta=torch.tensor(beta))
+
+
+def test_compiled_calls_look_at_no_value() -> None:
+    """With virtual tokens a step is one graph: nothing breaks it to read the weights."""
+    model = conditioned(adapters=False)
+    expected = model(IDS, weights=W).logits
+    found = torch.compile(model, backend="eager", fullgraph=True)(IDS, weights=W).logits
+    torch.testing.assert_close(found, expected)
