@@ -53,7 +53,11 @@ MODELS = {
 
 
 def byte_level(found=(("ByteLevel", True),), ignore_merges=False, normalizer=None):
-    """A tokenizer that splits texts in one of the known ways, trained on the hard texts."""
+    """A tokenizer that splits texts in one of the known ways.
+
+    Its merges are learnt without splitting, so that each place where a text must be split shows; and some tokens have
+    no merge, so that it shows whether a piece that is a token is left whole.
+    """
     parts = []
     for kind, option in found:
         if kind == "ByteLevel":
@@ -62,15 +66,20 @@ def byte_level(found=(("ByteLevel", True),), ignore_merges=False, normalizer=Non
             parts.append(pre_tokenizers.Digits(individual_digits=option))
         else:
             parts.append(pre_tokenizers.Split(Regex(option), "isolated"))
-    backend = Tokenizer(models.BPE(ignore_merges=ignore_merges))
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=1200, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+        special_tokens=["<s>", "<|end|>", "<pad>"],
+    )  # fmt: skip
+    pieces = [text[i : i + 6] for text in TEXTS for i in range(len(text))]
+    backend.train_from_iterator(pieces, trainer)
+    learnt = json.loads(backend.to_str())["model"]
+    merges = [tuple(merge) for i, merge in enumerate(learnt["merges"]) if i < 40 or i % 3]
+    backend.model = models.BPE(learnt["vocab"], merges, ignore_merges=ignore_merges)
     backend.pre_tokenizer = parts[0] if len(parts) == 1 else pre_tokenizers.Sequence(parts)
     backend.decoder = decoders.ByteLevel()
     backend.normalizer = normalizer
-    trainer = trainers.BpeTrainer(
-        vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
-        special_tokens=["<s>", "<|end|>", "<pad>"],
-    )  # fmt: skip
-    backend.train_from_iterator(TEXTS * 3, trainer)
     backend.add_tokens([AddedToken("<tool>", normalized=False), AddedToken("</tool>", normalized=False)])
     made = transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", eos_token="<|end|>", pad_token="<pad>"
