@@ -129,3 +129,18 @@ def _missing(name: str, kind: str, reason: str) -> str:
         f"there is no {here} {name}, and no {_KINDS[kind][0]} of that name could be loaded from the Hugging Face hub "
         f"({reason}); correct the name, or name a {here}"
     )
+
+
+def public_name(name: str | None) -> str | None:
+    """Return a model's or data set's name where it can be one on the hub; None of a folder or a file, there or gone."""
+    if not name or Path(name).exists() or Path(name).is_absolute():
+        return None
+    require("huggingface_hub")
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name

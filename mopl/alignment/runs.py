@@ -20,7 +20,7 @@ from mopl._renamed import renamed_attribute
 from mopl.alignment import tuned
 from mopl.alignment.config import PER_TOKEN, AlignConfig
 from mopl.alignment.trained import load_trained, set_weights
-from mopl.conditioning import TextPrompt
+from mopl.conditioning import TextPrompt, TextPromptModel, WeightedModel
 from mopl.experiments.methods import TABLE
 from mopl.experiments.run import LanguageModelRun
 from mopl.report import Metric
@@ -95,6 +95,36 @@ class AlignmentRun(LanguageModelRun):
         if weights is not None and not self.is_conditioned(method):
             set_weights(model, self.path, method, self.grid, weights)
         return model.to(device).eval()
+
+    def load_weighted(
+        self, method: str | None = None, device: torch.device | str = "cpu"
+    ) -> tuple[WeightedModel, float | None]:
+        """Return the one model that a method has for every trade-off, and None, the KL weight of runs on rewards.
+
+        Raises:
+            FileNotFoundError: If the method has no front yet.
+            ValueError: If the run has no such method, or it has a model for each trade-off, or it reads words.
+        """
+        method = self.check_method(method)
+        if not self.is_conditioned(method):
+            raise ValueError(
+                f"{method} has a model of its own for each trade-off, so there is none for all; choose one with weights"
+            )
+        model: Any = self.load(method, device=device)
+        if (words := self.text_prompt(method)) is not None:
+            model = TextPromptModel(model, words, self.tokenizer)
+        return model, None
+
+    def training_settings(self, method: str) -> dict[str, str]:
+        """Return the settings of a card: conditioning, loss, β, batches."""
+        config, own = self.config, TABLE[method]
+        found = {"weights enter by": config.conditioning} if own.conditioned else {}
+        found |= {"loss": config.loss, "β": ", ".join(f"{b:g}" for b in self.beta)}
+        if own.takes_beta:
+            found["β"] += " times {:g} to {:g}".format(*config.beta_range)
+        if own.conditioned:
+            found["weights drawn from"] = f"Dirichlet({config.concentration:g})"
+        return {**found, "lists per step": str(config.lists_per_batch)}
 
     @property
     def metric(self) -> Metric:

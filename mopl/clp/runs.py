@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from mopl._renamed import renamed_attribute
 from mopl.clp.config import ClpConfig
-from mopl.clp.policies import load_policy, release, text_prompt
-from mopl.conditioning import TextPrompt, check_weights
+from mopl.clp.policies import Policy, load_policy, release, text_prompt
+from mopl.conditioning import TextPrompt, WeightedModel, check_weights
 from mopl.experiments.run import LanguageModelRun
 from mopl.report import Metric
 
@@ -93,21 +93,49 @@ class ClpRun(LanguageModelRun):
             ValueError: If the run has no such method, weights are missing or off the simplex, or the KL weight is
                 none that the method was trained for.
         """
-        method = self.check_method(method)
-        if method in ("logit-mixing", "dera"):
-            raise ValueError(f"{method} mixes models while it decodes and has none of its own; see mopl.decoding")
-        kl_weight = self._kl_weight(method, kl_weight)
+        method, kl_weight = self._asked(method, kl_weight)
         conditioned = self.is_conditioned(method)
         if weights is None and not conditioned:
             raise ValueError(f"weights are missing; pass one for each of {', '.join(self.objectives)}")
-        folder = self.folder(method) / "model"
-        policy = load_policy(folder, self.base_model(), self.config, self.objectives, method)
+        policy = self._policy(method)
         model: Any = policy.model
         if not model.virtual_tokens:  # which cannot be merged
             w = None if policy.single else check_weights(weights, len(self.objectives))  # type: ignore[arg-type]
             model = policy.merge(w, kl_weight)
             release(policy)
         return model.to(device).eval()
+
+    def load_weighted(
+        self, method: str | None = None, device: torch.device | str = "cpu", *, kl_weight: float | None = None
+    ) -> tuple[WeightedModel, float | None]:
+        """Return the one model that a method has for every trade-off, and the KL weight to ask it for, if it takes one.
+
+        Args:
+            method: clp or rewarded-soups; by default the only one, or clp.
+            device: Where the model goes.
+            kl_weight: α, as for `load`.
+
+        Raises:
+            FileNotFoundError: If the method has no front yet.
+            ValueError: As of `load`; and of the prompting baseline, which reads its trade-off in words.
+        """
+        method, kl_weight = self._asked(method, kl_weight)
+        if method == "prompting":
+            raise ValueError(
+                f"{method} reads its trade-off in words, and its model takes no weights; choose one with weights"
+            )
+        policy = self._policy(method)
+        return policy.model.to(device).eval(), kl_weight if policy.takes_kl_weight else None
+
+    def _asked(self, method: str | None, kl_weight: float | None) -> tuple[str, float]:
+        """Return a method that has a model, and the KL weight that it is asked for."""
+        method = self.check_method(method)
+        if method in ("logit-mixing", "dera"):
+            raise ValueError(f"{method} mixes models while it decodes and has none of its own; see mopl.decoding")
+        return method, self._kl_weight(method, kl_weight)
+
+    def _policy(self, method: str) -> Policy:
+        return load_policy(self.folder(method) / "model", self.base_model(), self.config, self.objectives, method)
 
     def _kl_weight(self, method: str, kl_weight: float | None) -> float:
         """Return the KL weight that a method is asked for, the run's first by default; raise if it has no answer."""
@@ -125,6 +153,22 @@ class ClpRun(LanguageModelRun):
                 f"to {max(trained):g}; pass one of them, or one in between"
             )
         return kl_weight
+
+    @property
+    def conditions_on_kl(self) -> bool:
+        """Whether the KL weight is an input of the policy, too."""
+        return self.config.conditions_on_kl
+
+    def training_settings(self, method: str) -> dict[str, str]:
+        """Return the settings of a card: scope, KL weights, rollouts."""
+        config = self.config
+        return {
+            "scope": config.scope,
+            "KL weight α": ", ".join(f"{a:g}" for a in config.kl_weights(method)),
+            "weights drawn from": f"Dirichlet({config.concentration:g})",
+            "prompts and answers per step": f"{config.prompts_per_step}, {config.samples_per_prompt} each",
+            "longest answer": f"{config.max_new_tokens} tokens",
+        }
 
     @property
     def metric(self) -> Metric:

@@ -1,19 +1,22 @@
-"""`mopl export`: one trade-off as a plain model for transformers and vLLM."""
+"""`mopl export`: one trade-off as a plain model for transformers and vLLM, or all of them as adapters for servers."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from mopl._terminal import say, shell
-from mopl.commands.tuned_model import add_model_command, load_tuned_model
+from mopl.commands.tuned_model import add_model_command, facts_of, load_mixture, load_tuned_model
 
 EXAMPLES = """
+--adapters is for mixtures of adapters (mopl align --conditioning lora-mixture, mopl clp --scope lora-mixture): a LoRA
+adapter for each objective, and a server that takes scales of adapters in a request takes the weights as these.
+
 The virtual tokens of the prompt become tokens of the vocabulary that the tokenizer puts in front by itself.
 transformers never generates them (suppress_tokens). vLLM does not read that: there greedy decoding cannot take them,
 samples practically never do, and logit_bias rules them out; mopl.json lists their ids.
 
 examples:
   mopl export RUN --weights 0.7 0.3 exported/helpful
+  mopl export RUN --adapters exported/adapters --grid 11
   mopl export RUN --method dpo-soup --weights 0.5 0.5 exported/soup
   vllm serve exported/helpful
 """
@@ -21,24 +24,81 @@ examples:
 
 def add_parser(commands: Any) -> None:
     """Add `mopl export` to the commands."""
-    help = "write the model of one trade-off as a plain directory that transformers and vLLM load"
-    parser = add_model_command(commands, "export", run, help, EXAMPLES)
-    parser.add_argument("directory", metavar="DIR", help="where to write; nothing may be there")
-    parser.add_argument("--kind", choices=("model", "adapter"), default="model", help="adapter: a PEFT "
+    help = "write a model for other software: one trade-off as a plain model, or adapters for every trade-off"
+    parser = add_model_command(commands, "export", run, help, EXAMPLES, needs_weights=False)
+    parser.add_argument("directory", metavar="DIR", nargs="?", help="where to write the model of --weights; nothing "
+                        "may be there")  # fmt: skip
+    parser.add_argument("--kind", choices=("model", "adapter"), help="adapter: a PEFT "
                         "adapter, of a mixture of adapters, a model that takes weights in words, or a prompt without "
                         "LoRA (default: model)")  # fmt: skip
     parser.add_argument("--keep-tied", action="store_true", help="leave an output head that is tied to the embeddings "
                         "tied, for loaders that need it; then rule out the new tokens with logit_bias")  # fmt: skip
+    parser.add_argument("--adapters", metavar="DIR", help="write the adapters of a mixture, one for each objective, "
+                        "which servers scale by the weights of a request; nothing may be there")  # fmt: skip
+    parser.add_argument("--grid", type=int, metavar="N", help="with --adapters: also N trade-offs as one adapter each, "
+                        "called w=0.7,0.3 and so on, for servers that take one adapter in a request")  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Run `mopl export`."""
-    from mopl.language_models import models
-    from mopl.language_models.export import export
+    if arguments.adapters is not None:
+        _check_alone(arguments, "adapters")
+        _export_adapters(arguments)
+        return
+    if arguments.grid is not None:
+        raise ValueError(f"--grid {arguments.grid} is for --adapters; add --adapters DIR, or leave it out")
+    if arguments.weights is None:
+        raise ValueError(
+            "--weights is missing; pass one for each objective, or write the adapters of all trade-offs: --adapters DIR"
+        )
+    if arguments.directory is None:
+        raise ValueError("there is no DIR to write to; name it after the weights: --weights 0.7 0.3 DIR")
+    _export_one(arguments)
 
-    directory = Path(arguments.directory)
-    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
-        raise FileExistsError(f"{directory} exists and is not an empty directory; name another")
+
+def _check_alone(arguments: argparse.Namespace, form: str) -> None:
+    """Raise if options for one trade-off stand beside those of a form that has all of them."""
+    both = f"--{form} DIR has every trade-off"
+    if arguments.directory is not None:
+        raise ValueError(
+            f"--{form} names where to write, so {arguments.directory!r} is one place too many; leave it out"
+        )
+    if arguments.weights is not None:
+        raise ValueError(f"{both} and --weights is for one; leave out one of them")
+    if arguments.beta is not None:
+        raise ValueError(f"{both}, of mixtures, which take no β; leave out --beta")
+    if arguments.kind is not None:
+        raise ValueError(f"{both} and --kind {arguments.kind} is for one; leave out --kind, or use --weights")
+    if arguments.keep_tied:
+        raise ValueError(f"{both} and no new tokens, which --keep-tied is about; leave it out")
+
+
+def _export_adapters(arguments: argparse.Namespace) -> None:
+    from mopl.language_models import models
+    from mopl.language_models.export import check_free
+    from mopl.language_models.export_adapters import check_mixture, export_adapters
+    from mopl.pareto import weight_grid
+
+    directory = check_free(arguments.adapters)
+    model, base_model, kl_weight = load_mixture(arguments)
+    check_mixture(model)
+    names = model.record.objectives
+    grid = () if arguments.grid is None else weight_grid(len(names), arguments.grid)
+    with models.quiet():
+        export_adapters(
+            model, directory, kl_weight=kl_weight, grid=grid, base_model=base_model,
+            facts=facts_of(arguments, kl_weight),
+        )  # fmt: skip
+    at = "" if kl_weight is None else f", KL weight {kl_weight:g}"
+    more = f"; {len(grid)} trade-offs as one adapter each" if len(grid) else ""
+    say(f"{directory}: adapters of {', '.join(names)}{at}{more}; scale each by its weight (README.md)")
+
+
+def _export_one(arguments: argparse.Namespace) -> None:
+    from mopl.language_models import models
+    from mopl.language_models.export import check_free, export
+
+    directory, kind = check_free(arguments.directory), arguments.kind or "model"
     tuned = load_tuned_model(arguments)
     beta = arguments.beta
     if beta is None and tuned.beta is not None:
@@ -47,12 +107,13 @@ def run(arguments: argparse.Namespace) -> None:
     with models.quiet():
         export(
             tuned.model, tuned.tokenizer, arguments.weights if tuned.takes_weights else None, directory,
-            kind=arguments.kind, beta=beta, text_prompt=tuned.text_prompt,
+            kind=kind, beta=beta, text_prompt=tuned.text_prompt,
             keep_tied=arguments.keep_tied, origin=str(arguments.run), base_model=tuned.base_model,
+            facts=facts_of(arguments, arguments.kl_weight),
         )  # fmt: skip
     named = ", ".join(f"{name} {w:g}" for name, w in zip(tuned.objectives, arguments.weights, strict=True))
     named += "" if arguments.kl_weight is None else f", KL weight {arguments.kl_weight:g}"
-    say(f"{directory}: {arguments.kind} at {named}")
-    if arguments.kind == "model":
+    say(f"{directory}: {kind} at {named}")
+    if kind == "model":
         load = f"AutoModelForCausalLM.from_pretrained({str(directory)!r})"
         say(f"{shell('vllm', 'serve', directory)}    or transformers: {load}")

@@ -16,12 +16,18 @@ RUN_HELP = (
 
 
 def add_model_command(
-    commands: Any, name: str, act: Callable[[argparse.Namespace], None], help: str, examples: str
+    commands: Any,
+    name: str,
+    act: Callable[[argparse.Namespace], None],
+    help: str,
+    examples: str,
+    *,
+    needs_weights: bool = True,
 ) -> Parser:
-    """Add a command with the options of `load_tuned_model` and return its parser."""
+    """Add a command with the options of `load_tuned_model` and `load_mixture` and return its parser."""
     parser = add_command(commands, name, act, help, examples, options_anywhere=True)
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
-    parser.add_argument("--weights", nargs="+", type=float, required=True, metavar="W",
+    parser.add_argument("--weights", nargs="+", type=float, required=needs_weights, metavar="W",
                         help="weights, one for each objective in the run's order; they must sum to 1")  # fmt: skip
     parser.add_argument("--method", help="method of a run that has several (default: weight-cos-dpo, or clp)")
     parser.add_argument("--beta", nargs="+", type=float, metavar="BETA",
@@ -54,38 +60,85 @@ class TunedModel:
 
 def load_tuned_model(arguments: argparse.Namespace, device: str = "cpu") -> TunedModel:
     """Load the model of a run on a language model, or of a folder, that options of `add_model_command` name."""
-    from mopl._records import read_json
-
     path = Path(arguments.run)
-    is_run = (path / "config.json").exists() and not (path / "mopl.json").exists()
-    if is_run and "model_type" in read_json(path / "config.json"):
-        raise ValueError(f"{path} is a plain language model, which takes no weights; name a run of mopl align")
-    if is_run:
+    if _is_run(path, arguments.method):
         return _model_of_run(path, arguments, device)
-    if not (path / "mopl.json").exists():
-        raise FileNotFoundError(
-            f"{path} is neither a run of mopl align nor a model: it has no config.json or mopl.json"
-        )
-    if arguments.method is not None:
-        raise ValueError(f"{path} is one model, not a run; leave out --method")
     _check_kl_weight(path, arguments.kl_weight)
     return _model_of_folder(path, arguments.base_model, arguments.weights, device)
 
 
-def _model_of_run(path: Path, arguments: argparse.Namespace, device: str) -> TunedModel:
+def load_mixture(arguments: argparse.Namespace, device: str = "cpu") -> tuple[Any, str, float | None]:
+    """Load the model of a run or a folder that answers at every trade-off, for an export of all of them.
+
+    Returns:
+        The model; the name of the model that it was tuned from; and the KL weight to ask it for, if it takes one.
+
+    Raises:
+        ValueError: If the method has a model for each trade-off, or one that takes weights in words.
+    """
+    path = Path(arguments.run)
+    if not _is_run(path, arguments.method):
+        _, name = _read_folder(path, arguments.base_model)
+        model = _load_folder(path, name, device)
+        if model.takes_kl_weight and arguments.kl_weight is None:
+            raise ValueError(f"{path} was trained with several KL weights; choose one with --kl-weight")
+        if not model.takes_kl_weight:
+            _check_kl_weight(path, arguments.kl_weight)
+        return model, name, arguments.kl_weight
+    run, kl_weight = _open_run(path, arguments), arguments.kl_weight
+    of_kl_weight = {"kl_weight": kl_weight} if run.KIND == "clp" else {}
+    model, kl_weight = run.load_weighted(arguments.method, device, **of_kl_weight)
+    return model, run.config.model, kl_weight
+
+
+def facts_of(arguments: argparse.Namespace, kl_weight: float | None) -> Any:
+    """Return what the card of an export says of the run that arguments name; None for a folder, which has no front."""
+    path = Path(arguments.run)
+    if not _is_run(path, arguments.method):
+        return None
+    from mopl.experiments.model_facts import model_facts
+
+    return model_facts(_open_run(path, arguments), arguments.method, weights=arguments.weights, kl_weight=kl_weight)
+
+
+def _is_run(path: Path, method: str | None) -> bool:
+    """Return whether a path is a run, and not a folder of one model; raise if it is neither."""
+    from mopl._records import read_json
+
+    is_run = (path / "config.json").exists() and not (path / "mopl.json").exists()
+    if is_run and "model_type" in read_json(path / "config.json"):
+        raise ValueError(f"{path} is a plain language model, which takes no weights; name a run of mopl align")
+    if not is_run and not (path / "mopl.json").exists():
+        raise FileNotFoundError(
+            f"{path} is neither a run of mopl align nor a model: it has no config.json or mopl.json"
+        )
+    if not is_run and method is not None:
+        raise ValueError(f"{path} is one model, not a run; leave out --method")
+    return is_run
+
+
+def _open_run(path: Path, arguments: argparse.Namespace) -> Any:
+    """Return the finished run on a language model that arguments name."""
     from mopl.experiments.run import run_class
     from mopl.experiments.run_directory import check_kind, read_run
-    from mopl.language_models.reference_mixture import OWN_REFERENCE
 
-    record, method, weights, kl_weight = read_run(path), arguments.method, arguments.weights, arguments.kl_weight
-    on_rewards = record.get("kind") == "clp"
-    if not on_rewards:
+    record = read_run(path)
+    if record.get("kind") != "clp":
         check_kind(record, path, "align")
-        _check_kl_weight(path, kl_weight)
+        _check_kl_weight(path, arguments.kl_weight)
     run: Any = run_class(record, path).open(path)
     if arguments.base_model is not None:
         run.config = dataclasses.replace(run.config, model=arguments.base_model)
     _check_moved(run.config.model)
+    return run
+
+
+def _model_of_run(path: Path, arguments: argparse.Namespace, device: str) -> TunedModel:
+    from mopl.language_models.reference_mixture import OWN_REFERENCE
+
+    run = _open_run(path, arguments)
+    method, weights, kl_weight = arguments.method, arguments.weights, arguments.kl_weight
+    on_rewards = run.KIND == "clp"
     _check_count(weights, run.objectives)
     of_kl_weight = {"kl_weight": kl_weight} if on_rewards else {}
     model, words = run.load(method, weights, device, **of_kl_weight), run.text_prompt(method, **of_kl_weight)
@@ -99,25 +152,42 @@ def _model_of_run(path: Path, arguments: argparse.Namespace, device: str) -> Tun
     return TunedModel(model, run.list_tokenizer, run.objectives, words, beta, reference, takes_weights, name)
 
 
-def _model_of_folder(path: Path, base_model: str | None, weights: Sequence[float], device: str) -> TunedModel:
+def _read_folder(path: Path, base_model: str | None) -> tuple[dict[str, Any], str]:
+    """Return what the record of a folder says, and the name of the base model."""
     from mopl.conditioning.saved_models import exported_at, read_kind, read_record
-    from mopl.conditioning.weighted import WeightedModel, registered_kind
-    from mopl.language_models import models
-    from mopl.language_models.tokenization import ListTokenizer
+    from mopl.conditioning.weighted import registered_kind
 
-    if read_kind(path) == "export":
+    kind = read_kind(path)
+    if kind == "export":
         own = " ".join(f"{w:g}" for w in exported_at(path))
         raise ValueError(f"{path} was exported at weights {own} and has no others; load it with transformers or vLLM")
+    if kind == "adapters":
+        raise ValueError(f"{path} has adapters for servers; name the run or the model that they were exported from")
     record = read_record(path, registered_kind(path))
-    _check_count(weights, record["objectives"])
     name = base_model or record["base_model"]
     if name is None:
         raise ValueError(f"{path / 'mopl.json'} names no base model; pass --base-model")
     _check_moved(str(name))
+    return record, str(name)
+
+
+def _load_folder(path: Path, name: str, device: str) -> Any:
+    from mopl.conditioning.weighted import WeightedModel
+    from mopl.language_models import models
+
+    with models.quiet():
+        return WeightedModel.from_pretrained(path, models.load_causal_lm(name)).to(device)
+
+
+def _model_of_folder(path: Path, base_model: str | None, weights: Sequence[float], device: str) -> TunedModel:
+    from mopl.language_models import models
+    from mopl.language_models.tokenization import ListTokenizer
+
+    record, name = _read_folder(path, base_model)
+    _check_count(weights, record["objectives"])
     home = path if (path / "tokenizer_config.json").is_file() else name
     reference = None if record["reference"] in ("self", "precomputed") else record["reference"]
-    with models.quiet():
-        model: Any = WeightedModel.from_pretrained(path, models.load_causal_lm(name)).to(device)
+    model = _load_folder(path, name, device)
     takes_weights = model.decodes_rows
     if not takes_weights:  # one trade-off at a time: from here on it is the plain model of this one
         model, reference = model.merge(weights).eval(), reference or name
@@ -127,7 +197,7 @@ def _model_of_folder(path: Path, base_model: str | None, weights: Sequence[float
         tuple(record["objectives"]),
         reference=reference,
         takes_weights=takes_weights,
-        base_model=str(name),
+        base_model=name,
     )
 
 

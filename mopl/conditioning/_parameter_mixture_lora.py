@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mopl._extras import require
@@ -16,7 +18,7 @@ from mopl._files import write_files
 from mopl._restoring import evaluating, generators_kept
 from mopl._threads import in_turn
 from mopl.conditioning._mixture import CoefficientRule, Mixture, MixtureRecord, renamed_in_mixture, rule_of
-from mopl.conditioning.adapted import Place, lora_layers, one_adapter, places_of
+from mopl.conditioning.adapted import Place, lora_layers, one_adapter, places_of, rank_of
 from mopl.conditioning.adapter_checks import adapted_parts, check_config, check_saved_whole, short_name, with_adapters
 from mopl.conditioning.causal_lm import adapters_off, is_peft
 from mopl.conditioning.hooked import HookedModel
@@ -32,9 +34,21 @@ from mopl.conditioning.saved_models import (
     fitting,
 )
 
+ONE_TRADE_OFF = "write one trade-off instead: mopl export --weights, or merge(weights)"
+
 
 class _Record(MixtureRecord):
     adapters: Names
+
+
+def write_adapter(folder: Path, config: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Write an adapter of PEFT, as `LoraMixture.adapter_at` returns it, into a folder that is there."""
+    require("safetensors")
+    from safetensors.torch import save_file
+
+    own = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    save_file(own, str(folder / ADAPTER_FILE), metadata={"format": "pt"})
+    config.save_pretrained(str(folder))
 
 
 @renamed_in_mixture
@@ -234,19 +248,89 @@ class LoraMixture(Mixture, HookedModel):
         Raises:
             ValueError: If weights do not fit, or the adapters are of DoRA.
         """
-        require("safetensors")
-        from safetensors.torch import save_file
-
-        coefficients = self._one(weights, beta, kl_weight).tolist()
-        config, tensors = one_adapter(self.model, self._parts, self.adapters, coefficients)
-        config.base_model_name_or_path = self._base_name
+        config, tensors = self.adapter_at(weights, kl_weight, beta=beta)
 
         def fill(folder: Path) -> None:
-            save_file(tensors, str(folder / ADAPTER_FILE), metadata={"format": "pt"})
-            config.save_pretrained(str(folder))
+            write_adapter(folder, config, tensors)
             self.model.create_or_update_model_card(str(folder))
 
         write_files(directory, fill, last=ADAPTER_CONFIG)
+
+    def adapter_at(
+        self, weights: Weights, kl_weight: float | Tensor | None = None, *, beta: Any = None
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """Return what `save_adapter` writes: a `peft.LoraConfig`, and tensors by the names that PEFT's files have."""
+        coefficients = self._one(weights, beta, kl_weight).tolist()
+        config, tensors = one_adapter(self.model, self._parts, self.adapters, coefficients)
+        config.base_model_name_or_path = self._base_name
+        return self._name_targets(config, tensors), tensors
+
+    def _name_targets(self, config: Any, tensors: Mapping[str, Tensor]) -> Any:
+        """Return a configuration that names an adapter's layers: as q_proj, which servers read best, if that is all."""
+        places = {key.partition(".lora_")[0].removeprefix("base_model.model.") for key in tensors if ".lora_" in key}
+        short = {place.rpartition(".")[2] for place in places}
+        every = (name.removesuffix(".base_layer") for name, _ in self.causal_lm.named_modules() if ".lora_" not in name)
+        meant = {name for name in every if name.rpartition(".")[2] in short}
+        # A list, since PEFT writes a set in any order.
+        config.target_modules = sorted(short if meant == places else places)
+        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+        return config
+
+    def adapters_by_objective(
+        self, kl_weight: float | Tensor | None = None
+    ) -> list[Callable[[], tuple[Any, dict[str, Tensor]]]]:
+        """Return m functions that make one plain LoRA adapter for each objective, with Σ_i w_i adapter_i the mixture.
+
+        All have one rank, the scale 1 and no patterns, as those of `adapter_at`, so the scale that a server gives
+        adapter i is w_i. Where coefficients follow the KL weight, they are those of `kl_weight`, in the factors; an
+        anchor's set, whose coefficient 1 - λ is (1 - λ) Σ_i w_i, is a part of each of them. A function each, since
+        those of a large model are better made one after another.
+
+        Returns:
+            In the order of the objectives; each gives a `peft.LoraConfig` and tensors as `adapter_at` does.
+
+        Raises:
+            ValueError: If the coefficients are a function of one's own, which need not be linear in w, or what the
+                adapters do is none of LoRA: DoRA, and copies of `modules_to_save`.
+        """
+        for name in self.adapters:
+            config = self.model.peft_config[name]
+            if config.use_dora:
+                raise ValueError(
+                    f"adapter {name!r} is of DoRA, which changes weights by what has their full rank, so it is no LoRA "
+                    f"adapter for servers; {ONE_TRADE_OFF}"
+                )
+            if config.modules_to_save:
+                raise ValueError(
+                    f"adapter {name!r} has whole copies of {', '.join(sorted(config.modules_to_save))} "
+                    f"(modules_to_save), which no server scales; {ONE_TRADE_OFF}, or train without modules_to_save"
+                )
+        if self._saved_rule == "custom":
+            raise ValueError(
+                f"coefficients is {self.coefficients!r}, a function that need not be linear in the weights, so scales "
+                f"of adapters cannot follow it; {ONE_TRADE_OFF}"
+            )
+        vertices = torch.eye(self.objectives, dtype=torch.float64)
+        shares = [self._one(each, None, kl_weight).tolist() for each in vertices]
+        # Its own one is there where λ = 0, too: an adapter has a rank.
+        used = [
+            [(name, c) for j, (name, c) in enumerate(zip(self.adapters, each, strict=True)) if c != 0 or j == i]
+            for i, each in enumerate(shares)
+        ]
+        rank = max(rank_of(self._parts.values(), [name for name, _ in each]) for each in used)
+        return [functools.partial(self._plain_adapter, dict(each), rank) for each in used]
+
+    def _plain_adapter(self, shares: Mapping[str, float], rank: int) -> tuple[Any, dict[str, Tensor]]:
+        require("peft")
+        from peft import LoraConfig, TaskType
+
+        own, tensors = one_adapter(self.model, self._parts, list(shares), list(shares.values()), rank)
+        config = LoraConfig(
+            r=rank, lora_alpha=rank, target_modules=own.target_modules, fan_in_fan_out=own.fan_in_fan_out,
+            lora_bias=own.lora_bias, task_type=TaskType.CAUSAL_LM, inference_mode=True,
+            base_model_name_or_path=self._base_name,
+        )  # fmt: skip
+        return self._name_targets(config, tensors), tensors
 
     def _described(self) -> dict[str, Any]:
         return {"adapters": self.adapters, "coefficients": self._saved_rule, "base_model": self._base_name}

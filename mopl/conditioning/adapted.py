@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -154,18 +155,26 @@ class LoraPart:
                 found.append((layer.lora_magnitude_vector[name], "weight", norm.to(own)))
         return found
 
-    def one(self, adapters: Sequence[str], shares: Sequence[float], rank: int, with_bias: bool) -> dict[str, Tensor]:
+    def has(self, adapters: Sequence[str]) -> bool:
+        """Whether some of these adapters change the module."""
+        return any(name in self.layer.lora_B for name in adapters)
+
+    def one(
+        self, adapters: Sequence[str], shares: Sequence[float], rank: int, with_bias: bool, wide: bool
+    ) -> dict[str, Tensor]:
         """Return the factors of a mixture, side by side, as those of one adapter of some rank and scale 1."""
         layer, start = self.layer, 0
         own = next(layer.lora_A[name].weight for name in adapters if name in layer.lora_A)
+        own = own.new_empty(0, dtype=compute_dtype(own) if wide else own.dtype)
         a, b = own.new_zeros(rank, layer.in_features), own.new_zeros(layer.out_features, rank)
         bias = own.new_zeros(layer.out_features)
         for share, name in zip(shares, adapters, strict=True):
             if name in layer.lora_B:
                 end, scale = start + layer.r[name], share * layer.scaling[name]
-                a[start:end], b[:, start:end] = scale * layer.lora_A[name].weight, layer.lora_B[name].weight
+                a[start:end] = scale * layer.lora_A[name].weight.to(own.dtype)
+                b[:, start:end] = layer.lora_B[name].weight
                 if layer.lora_bias[name]:
-                    bias += scale * layer.lora_B[name].bias
+                    bias += scale * layer.lora_B[name].bias.to(own.dtype)
                 start = end
         found = {"lora_A.weight": a, "lora_B.weight": b}
         return {**found, "lora_B.bias": bias} if with_bias else found
@@ -222,7 +231,13 @@ class CopiedPart:
                     found.append((*copy[key][:2], value))
         return found
 
-    def one(self, adapters: Sequence[str], shares: Sequence[float], rank: int, with_bias: bool) -> dict[str, Tensor]:
+    def has(self, adapters: Sequence[str]) -> bool:
+        """Whether some of these adapters change the module."""
+        return any(name in self.layer.modules_to_save for name in adapters)
+
+    def one(
+        self, adapters: Sequence[str], shares: Sequence[float], rank: int, with_bias: bool, wide: bool
+    ) -> dict[str, Tensor]:
         """Return the copy of one adapter that the mixture is."""
         return {name: value for _, name, value in self.values(adapters, shares)}
 
@@ -320,14 +335,22 @@ def held(places: Sequence[Place]) -> Iterator[None]:
             module._parameters[name] = parameter
 
 
+def rank_of(parts: Iterable[Part], adapters: Sequence[str]) -> int:
+    """Return the rank that one adapter needs for the factors of several, side by side."""
+    layers = [part.layer for part in parts if isinstance(part, LoraPart)]
+    return max(sum(layer.r[name] for name in adapters if name in layer.lora_B) for layer in layers)
+
+
 def one_adapter(
-    model: Any, parts: Mapping[str, Part], adapters: Sequence[str], shares: Sequence[float]
+    model: Any, parts: Mapping[str, Part], adapters: Sequence[str], shares: Sequence[float], rank: int | None = None
 ) -> tuple[Any, dict[str, Tensor]]:
     """Return the configuration and the tensors of one LoRA adapter that is a mixture of several, exactly.
 
-    Its factors are theirs side by side, zeros up to the largest sum of ranks, and the scales are in A: so one rank and
-    the scale 1 for all layers, which servers read that know no patterns.
+    Its factors are theirs side by side, zeros up to a rank, the largest sum of ranks by default, and the scales are in
+    A: so one rank and the scale 1 for all layers, which servers read that know no patterns. In 16 bits A would be
+    rounded by a scale that is no power of two: factors are then in float32.
     """
+    parts = {name: part for name, part in parts.items() if part.has(adapters)}
     configs = [model.peft_config[name] for name in adapters]
     if any(config.use_dora for config in configs):
         raise ValueError(
@@ -335,7 +358,14 @@ def one_adapter(
             "it whole: merge(weights).save_pretrained(directory), or kind='model' of an export"
         )
     linear = {name: part for name, part in parts.items() if isinstance(part, LoraPart)}
-    rank = max(sum(part.layer.r[a] for a in adapters if a in part.layer.lora_B) for part in linear.values())
+    rank = rank or rank_of(linear.values(), adapters)
+    scales = [
+        share * part.layer.scaling[name]
+        for part in linear.values()
+        for share, name in zip(shares, adapters, strict=True)
+        if name in part.layer.lora_B
+    ]
+    wide = any(abs(math.frexp(scale)[0]) not in (0, 0.5) for scale in scales)
     saved = sorted({name for config in configs for name in config.modules_to_save or ()})
     with_bias = any(config.lora_bias for config in configs)
     changes: dict[str, Any] = dict(
@@ -350,6 +380,6 @@ def one_adapter(
         tensors = {
             f"{name}.{key}": value.detach().contiguous()
             for name, part in parts.items()
-            for key, value in part.one(adapters, shares, rank, with_bias).items()
+            for key, value in part.one(adapters, shares, rank, with_bias, wide).items()
         }
     return dataclasses.replace(configs[0], **changes), tensors

@@ -42,7 +42,7 @@ from mopl.conditioning._mixture import (
     renamed_in_mixture,
     rule_of,
 )
-from mopl.conditioning._parameter_mixture_lora import LoraMixture
+from mopl.conditioning._parameter_mixture_lora import LoraMixture, write_adapter
 from mopl.conditioning._parameter_mixture_parts import (
     MODEL_FOLDER,
     check_batch,
@@ -61,7 +61,7 @@ from mopl.conditioning.merging import check_mixed_rows, logits_of, probe_ids, se
 from mopl.conditioning.sampling import Weights
 from mopl.conditioning.saved_models import CONFIG_FILE, REMEDY, TuningRecord, check_options, fitting
 
-__all__ = ["KLWeightCoefficients", "LoraMixture", "ParameterMixture"]
+__all__ = ["KLWeightCoefficients", "LoraMixture", "ParameterMixture", "write_adapter"]
 
 WEIGHTS_FILE = "parameter_mixture.safetensors"
 

@@ -246,6 +246,15 @@ class LanguageModelRun(FinishedRun):
         """How the run turned texts into tokens: template and lengths."""
         return self.config.list_tokenizer(self.tokenizer)
 
+    @property
+    def conditions_on_kl(self) -> bool:
+        """Whether a KL weight is an input of its model, too: so it may be in runs on rewards alone."""
+        return False
+
+    def training_settings(self, method: str) -> dict[str, str]:
+        """Return what an application has set for a method and a reader of a model card wants to know; no paths."""
+        return {}
+
     def base_model(self, device: torch.device | str = "cpu") -> Any:
         """Return the language model that the run started from, fused, without dropout."""
         return self.config.load_model().to(device)

@@ -49,11 +49,12 @@ from mopl import __version__
 from mopl._arguments import check_choice
 from mopl._extras import require
 from mopl._files import write_folder
+from mopl._records import read_json
 from mopl._renamed import renamed_keywords
 from mopl.conditioning import TextPrompt, TuningRecord, check_weights
 from mopl.conditioning.causal_lm import is_peft
 from mopl.conditioning.merging import merged, settle_merged, settle_ties
-from mopl.conditioning.saved_models import base_of_adapter
+from mopl.conditioning.saved_models import ADAPTER_CONFIG, AdapterRecord, base_of_adapter
 from mopl.conditioning.weighted import WeightedModel, causal_lm_of
 from mopl.language_models._export_check import (
     TOLERANCE,
@@ -65,6 +66,7 @@ from mopl.language_models._export_check import (
 from mopl.language_models._export_tokenizer import Front, check_saved, prepare_tokenizer
 from mopl.language_models._generation_arguments import objectives_of
 from mopl.language_models.head import unfuse
+from mopl.language_models.model_card import Exported, ModelFacts, write_card
 from mopl.language_models.tokenization import ListTokenizer
 from mopl.language_models.turns import write_turn_end
 
@@ -86,6 +88,7 @@ def export(
     keep_tied: bool = False,
     origin: str | None = None,
     base_model: str | None = None,
+    facts: ModelFacts | None = None,
 ) -> Path:
     """Write a conditioned model at one trade-off into a new directory, whole or not at all.
 
@@ -106,6 +109,7 @@ def export(
         origin: Where the model comes from, for `mopl.json`.
         base_model: Name of the model that it was tuned from, for `mopl.json`, where it has no name itself, as what
             `merge` returns has none.
+        facts: What the model card says besides: method, data, front, picture.
 
     Returns:
         The directory.
@@ -115,9 +119,7 @@ def export(
         ValueError: If the model cannot be exported so; the message says what can.
     """
     check_choice(kind, KINDS, "kind")
-    folder = Path(directory)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and is not an empty directory; name another")
+    folder = check_free(directory)
     tokenizer = tokenizer.tokenizer if isinstance(tokenizer, ListTokenizer) else tokenizer
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise ValueError(
@@ -191,12 +193,21 @@ def export(
         if front is not None:
             check_saved(path, tokenizer, front)
         (path / CONFIG_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_card(path, _exported(path, record, kind, base_model or source, prefix), facts)
 
     write_folder(folder, fill, replace=False)
     return folder
 
 
 # ---------------------------------------------------------------- what is asked for
+
+
+def check_free(directory: str | os.PathLike[str]) -> Path:
+    """Return the path of a directory that may be written to; raise a FileExistsError if something is there."""
+    folder = Path(directory)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not an empty directory; name another")
+    return folder
 
 
 def _condition(
@@ -247,6 +258,23 @@ def _record(
         assert w is not None
         record |= {"objectives": list(text_prompt.objectives), "text": text_prompt.render(w, beta)}
     return record
+
+
+def _exported(path: Path, record: dict[str, Any], kind: str, base: str | None, prefix: Tensor | None) -> Exported:
+    """Return what the card is told of an export."""
+    adapter = kind == "adapter"
+    return Exported(
+        form=kind,
+        objectives=record.get("objectives") or (),
+        base=base or None,
+        weights=record["weights"],
+        beta=record["objective_temperature"],
+        rank=read_json(path / ADAPTER_CONFIG, AdapterRecord).get("r", 0) if adapter else 0,
+        virtual_tokens=len(record.get("virtual_tokens", {}).get("ids", ())),
+        text=record.get("text"),
+        prompt=adapter and prefix is not None,
+        beta_trained=record.get("beta"),
+    )
 
 
 # ---------------------------------------------------------------- the model

@@ -1,0 +1,145 @@
+"""How an export is asked, for its card: PEFT, transformers, and what servers take by their documentation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from shlex import quote
+
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank takes
+
+_SCALED = """from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base, folder = {base}, "."  # the base model, and this directory
+weights = {weights}  # the sum is 1
+
+tokenizer = AutoTokenizer.from_pretrained(base)
+model = AutoModelForCausalLM.from_pretrained(base)
+for i, place in enumerate(weights):
+    if i == 0:
+        model = PeftModel.from_pretrained(model, f"{{folder}}/{{place}}", adapter_name="a0")
+    else:
+        model.load_adapter(f"{{folder}}/{{place}}", adapter_name=f"a{{i}}")
+model.base_model.set_adapter([f"a{{i}}" for i in range(len(weights))])
+for layer in model.modules():  # again for each other trade-off
+    if isinstance(layer, LoraLayer):
+        for i, weight in enumerate(weights.values()):
+            layer.set_scale(f"a{{i}}", weight)
+model.eval()
+"""
+_ONE = """from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base, folder = {base}, "."  # the base model, and this directory
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).eval()
+"""
+_PLAIN = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # this directory
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder).eval()
+"""
+
+
+def requests_of_adapters(
+    places: Sequence[str], grid: Sequence[str], base: str, rank: int, grid_rank: int, lora_bias: bool
+) -> list[str]:
+    """Return how a trade-off is asked of adapters, each of which has a scale, as Markdown."""
+    weights = example(len(places))
+    chosen = dict(zip(places, weights, strict=True))
+    said = [
+        "### PEFT",
+        _code("python", _SCALED.format(base=json.dumps(base), weights=json.dumps(chosen, ensure_ascii=False))),
+    ]
+    if lora_bias:
+        return [*said, "The adapters have biases (`lora_bias`), which PEFT adds and the servers that are known do not."]
+    loaded = " ".join(f"--lora {quote(f'{place}.gguf')}" for place in places)
+    scales = json.dumps([{"id": i, "scale": weight} for i, weight in enumerate(weights)])
+    files = "\n".join(
+        f"python convert_lora_to_gguf.py --base {quote(base)} --outfile {quote(f'{place}.gguf')} {quote(place)}"
+        for place in places
+    )
+    said += [
+        "### llama.cpp",
+        "A scale for each adapter, in each request. `--base` is the folder of the base model's files, and base.gguf "
+        "that model as GGUF.",
+        _code(
+            "sh",
+            f"{files}\nllama-server -m base.gguf {loaded}\n"
+            f'curl http://127.0.0.1:8080/completion -d \'{{"prompt": "Hello", "lora": {scales}}}\'\n',
+        ),
+        "### vLLM, LoRAX",
+        "These take one adapter in a request, without a scale, so a trade-off is an adapter of its own there.",
+    ]
+    if not grid:
+        return [
+            *said,
+            "This directory has none: `mopl export` writes those of a grid with `--grid N`, and mopl's page about "
+            "serving has a resolver for vLLM that makes any other one from these files when a request names it.",
+        ]
+    name = grid[len(grid) // 2]
+    module = json.dumps({"name": name, "path": name})
+    return [
+        *said,
+        _code(
+            "sh",
+            f"vllm serve {quote(base)} --enable-lora --max-lora-rank {vllm_rank(grid_rank)} "
+            f"--lora-modules {quote(module)}\n"
+            "curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' "
+            f'-d \'{{"model": "{name}", "prompt": "Hello"}}\'\n',
+        ),
+        f'In LoRAX: `"parameters": {{"adapter_id": "/path/to/{name}", "adapter_source": "local"}}`. mopl\'s page '
+        "about serving has a resolver for vLLM that makes any other trade-off when a request names it.",
+    ]
+
+
+def requests_of_adapter(base: str, rank: int, prompt: bool, text: str | None) -> list[str]:
+    """Return how the adapter of one trade-off is used, as Markdown."""
+    said = [_code("python", _ONE.format(base=json.dumps(base)))]
+    if prompt:
+        return [*said, "It is a prompt (PEFT's prompt tuning), for PEFT. Pad batches on the right."]
+    serve = (
+        f"vllm serve {quote(base)} --tokenizer . --enable-lora --max-lora-rank {vllm_rank(rank)} "
+        "--lora-modules tuned=.\n"
+    )
+    return [*said, _code("sh", serve), *_words(text)]
+
+
+def requests_of_model(virtual_tokens: int, text: str | None) -> list[str]:
+    """Return how a plain model is used, as Markdown."""
+    said = [_code("python", _PLAIN), _code("sh", "vllm serve .\n"), *_words(text)]
+    if virtual_tokens:
+        said.append(
+            f"{virtual_tokens} tokens, which hold the trade-off, stand in front of each text; the tokenizer writes "
+            "them by itself. A text that the chat template has written must be tokenised with "
+            "`add_special_tokens=False`. transformers never generates them; in other servers rule them out with `logit_bias`, by the ids in "
+            "mopl.json."
+        )
+    return said
+
+
+def example(objectives: int) -> list[float]:
+    """Return weights that show which is whose: different ones, of the sum 1."""
+    if objectives == 1:
+        return [1.0]
+    total = objectives * (objectives + 1) / 2
+    shares = [round((objectives - i) / total, 2) for i in range(objectives)]
+    return [*shares[:-1], round(1 - sum(shares[:-1]), 2)] if objectives > 2 else [0.7, 0.3]
+
+
+def vllm_rank(rank: int) -> int:
+    """Return the smallest rank that vLLM's --max-lora-rank takes for adapters of a rank."""
+    return next((each for each in VLLM_RANKS if each >= rank), rank)
+
+
+def _words(text: str | None) -> list[str]:
+    if text is None:
+        return []
+    return ["The trade-off is told in words, which the tokenizer of this directory writes in front of each text."]
+
+
+def _code(language: str, text: str) -> str:
+    return f"```{language}\n{text}```"
