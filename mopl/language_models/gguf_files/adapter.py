@@ -12,7 +12,6 @@ import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ def write_gguf_adapter(
     path: str | os.PathLike[str],
     *,
     name: str | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    show_progress: bool = False,
 ) -> Path:
     """Write a LoRA adapter, a folder of PEFT, as a GGUF file in float32, whole or not at all.
 
@@ -48,7 +47,7 @@ def write_gguf_adapter(
         config: Configuration of the base model, of transformers.
         path: The file; one that is there is replaced.
         name: What the file says the adapter is called.
-        progress: Told the bytes of tensors that are written and those of all.
+        show_progress: Show on standard error how far it is.
 
     Returns:
         The file.
@@ -101,7 +100,7 @@ def write_gguf_adapter(
         Entry(Keys.Adapter.TYPE, "lora", "STRING"),
         Entry(Keys.Adapter.LORA_ALPHA, alpha, "FLOAT32"),
     ]
-    return write_gguf(path, family.architecture, entries, tensors, progress=progress)
+    return write_gguf(path, family.architecture, entries, tensors, show_progress=show_progress)
 
 
 def _check_settings(settings: Any, folder: Path) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from mopl._extras import require
 from mopl._files import write_file
+from mopl._terminal import progress
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def write_gguf(
     entries: Sequence[Entry],
     tensors: Sequence[Planned],
     *,
-    progress: Callable[[int, int], None] | None = None,
+    show_progress: bool = False,
 ) -> Path:
     """Write a GGUF file and read it back, before it takes the place of one that is there.
 
@@ -50,7 +51,7 @@ def write_gguf(
         architecture: Of the model, as llama.cpp calls it.
         entries: What it says.
         tensors: What it holds; one at a time is in memory.
-        progress: Told the bytes of tensors that are done and those of all, after each one.
+        show_progress: Show on standard error how far it is.
 
     Raises:
         ImportError: If gguf is not installed.
@@ -59,7 +60,7 @@ def write_gguf(
     require("gguf", what="GGUF", extra="demo-lm")
 
     def fill(file: Path) -> None:
-        _write(file, architecture, entries, tensors, progress)
+        _write(file, architecture, entries, tensors, show_progress)
         _check(file, architecture, entries, tensors)
 
     write_file(path, fill)
@@ -71,7 +72,7 @@ def _write(
     architecture: str,
     entries: Sequence[Entry],
     tensors: Sequence[Planned],
-    progress: Callable[[int, int], None] | None,
+    show_progress: bool,
 ) -> None:
     import gguf
 
@@ -91,12 +92,11 @@ def _write(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        done, total = 0, sum(tensor.bytes for tensor in tensors)
-        for tensor in tensors:
-            writer.write_tensor_data(tensor.make())
-            done += tensor.bytes
-            if progress is not None:
-                progress(done, total)
+        total = sum(tensor.bytes for tensor in tensors)
+        with progress(f"writing {file.name}", total, "B", show=show_progress) as shown:
+            for tensor in tensors:
+                writer.write_tensor_data(tensor.make())
+                shown.update(tensor.bytes)
     finally:
         writer.close()
 

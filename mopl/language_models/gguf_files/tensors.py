@@ -42,12 +42,19 @@ class Layout:
         return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
-def plan_tensors(model: nn.Module, layout: Layout) -> list[Planned]:
-    """Return the tensors of a model in the order in which they are written, none of them copied yet."""
+def plan_tensors(model: nn.Module, layout: Layout, *, without_adapters: bool = False) -> list[Planned]:
+    """Return the tensors of a model in the order in which they are written, none of them copied yet.
+
+    `without_adapters` takes what PEFT has put into layers as if it were not there.
+    """
     model_: Any = model
     head, embedding = model_.get_output_embeddings().weight, model_.get_input_embeddings().weight
     planned = []
     for name, parameter in model.state_dict(keep_vars=True).items():
+        if without_adapters:
+            if ".lora_" in name:
+                continue
+            name = name.replace(".base_layer.", ".")
         if name == "lm_head.weight" and head is embedding:
             continue  # llama.cpp takes the embeddings where there is no head
         if parameter.dtype not in FORMATS:

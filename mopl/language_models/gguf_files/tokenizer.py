@@ -27,6 +27,7 @@ PRE_TOKENIZERS = {
     ((("Split", _WORDS + r"\p{N}{1,3}" + _REST), _BYTES), False): "smaug-bpe",
     ((("Split", _WORDS + r"\p{N}" + _REST), _BYTES), False): "qwen2",
 }
+_CHAT = [{"role": "user", "content": "a"}]
 _SAMPLES = ("a", "Hello there, 12345.")
 
 
@@ -36,9 +37,9 @@ def tokenizer_entries(tokenizer: Any, size: int, ends: Sequence[int], front: Seq
     Args:
         tokenizer: One of transformers, of the tokenizers library.
         size: Rows of the model's embeddings; those without a token get one that is never written.
-        ends: Tokens at which generation ends, at most three; the tokenizer's end-of-sequence token is taken, too.
-        front: Virtual tokens that the tokenizer puts before every text. llama.cpp puts one token there at most, so
-            the chat template must write them.
+        ends: Tokens at which generation ends, at most three.
+        front: Tokens that the tokenizer puts before every text, behind a beginning-of-sequence token or before it.
+            llama.cpp puts one token there at most, so the chat template must write them all.
 
     Raises:
         ValueError: If llama.cpp would split texts otherwise; the message says why.
@@ -60,21 +61,21 @@ def tokenizer_entries(tokenizer: Any, size: int, ends: Sequence[int], front: Seq
         Entry(Keys.Tokenizer.ADD_EOS, stops, "BOOL"),
     ]  # fmt: skip
     own = tokenizer.eos_token_id
-    all_ends = list(dict.fromkeys([*([] if own is None else [own]), *ends]))
-    if not 1 <= len(all_ends) <= 3:
+    ends = list(dict.fromkeys([*([own] if own in ends else []), *ends]))
+    if not 1 <= len(ends) <= 3:
         raise ValueError(
-            f"generation ends at the tokens {all_ends} but a GGUF file names one to three; set eos_token_id of the "
+            f"generation ends at the tokens {ends} but a GGUF file names one to three; set eos_token_id of the "
             "model's generation_config, or eos_token of the tokenizer"
         )
     for key, token in (
         (Keys.Tokenizer.BOS_ID, tokenizer.bos_token_id),
         (Keys.Tokenizer.UNK_ID, tokenizer.unk_token_id),
         (Keys.Tokenizer.PAD_ID, tokenizer.pad_token_id),
-        *zip((Keys.Tokenizer.EOS_ID, Keys.Tokenizer.EOT_ID, Keys.Tokenizer.EOM_ID), all_ends, strict=False),
+        *zip((Keys.Tokenizer.EOS_ID, Keys.Tokenizer.EOT_ID, Keys.Tokenizer.EOM_ID), ends, strict=False),
     ):
         if token is not None:
             entries.append(Entry(key, token, "UINT32"))
-    return entries + _templates(tokenizer, begins)
+    return entries + _templates(tokenizer, begins, list(front))
 
 
 def _backend(tokenizer: Any) -> Any:
@@ -158,9 +159,10 @@ def _added(tokenizer: Any, front: list[int]) -> tuple[bool, bool]:
         with_, without = (list(tokenizer(text, add_special_tokens=each)["input_ids"]) for each in (True, False))
         start = next((i for i in range(len(with_)) if with_[i : i + len(without)] == without), len(with_))
         found.add((tuple(with_[:start]), tuple(with_[start + len(without) :])))
-    begins, stops = ([], [tokenizer.bos_token_id]), ([], [tokenizer.eos_token_id])
+    bos = tokenizer.bos_token_id
     before, after = (list(part) for part in min(found))
-    if len(found) > 1 or before[: len(front)] != front or before[len(front) :] not in begins or after not in stops:
+    begins = (front, [*front, bos], [bos, *front])
+    if len(found) > 1 or before not in begins or after not in ([], [tokenizer.eos_token_id]):
         raise ValueError(
             f"the tokenizer adds {before} before a text and {after} after it but llama.cpp adds a beginning-of-"
             f"sequence and an end-of-sequence token at most; {REMEDY}"
@@ -168,22 +170,34 @@ def _added(tokenizer: Any, front: list[int]) -> tuple[bool, bool]:
     return bool(before) and not front, bool(after)
 
 
-def _templates(tokenizer: Any, begins: bool) -> list[Entry]:
-    """Return the chat templates."""
+def _templates(tokenizer: Any, begins: bool, front: list[int]) -> list[Entry]:
+    """Return the chat templates, which must write `front` before all, or after a beginning-of-sequence token."""
     from gguf import Keys
 
     templates = tokenizer.chat_template
     if not templates:
+        if front:
+            raise ValueError(
+                f"the tokenizer puts {len(front)} tokens of the trade-off before every text; llama.cpp does so in a "
+                "chat template alone, and there is none. Give the tokenizer a chat template, or serve the model with "
+                "transformers or vLLM (`mopl export RUN --weights W.. DIR`)"
+            )
         return []
     templates = templates if isinstance(templates, dict) else {"default": templates}
     if tokenizer.bos_token is None and any("bos_token" in template for template in templates.values()):
         raise ValueError("the chat template writes bos_token, which the tokenizer has not; take it out of the template")
-    if begins:
-        # llama.cpp's server adds the token to what the template writes unless it stands there.
+    for name in templates if begins or front else ():
         text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": "a"}], tokenize=False, add_generation_prompt=True
+            _CHAT, chat_template=templates[name], tokenize=False, add_generation_prompt=True
         )
-        if not text.startswith(tokenizer.bos_token):
+        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        if front and front not in (ids[: len(front)], ids[1 : len(front) + 1]):
+            raise ValueError(
+                f"the chat template {name} does not write the tokens of the trade-off that the tokenizer puts before "
+                "every text; export the model anew, with this template in its tokenizer"
+            )
+        # llama.cpp's server adds the token to what the template writes unless it stands there.
+        if begins and ids[:1] != [tokenizer.bos_token_id]:
             raise ValueError(
                 f"the tokenizer puts {tokenizer.bos_token} before texts and its chat template does not write it, so "
                 "llama.cpp would put it before chats, where it was not in training; let the template write "
