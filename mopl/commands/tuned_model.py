@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mopl._terminal import say
 from mopl.commands.parser import Parser, add_command
 from mopl.experiments.settings import OldOption
 
@@ -112,8 +113,10 @@ def facts_of(arguments: argparse.Namespace, kl_weight: float | None) -> Any:
     path = Path(arguments.run)
     if not _is_run(path, arguments.method):
         return None
-    from mopl.experiments.model_facts import model_facts
+    from mopl.experiments.model_facts import model_facts, pictured
 
+    if not pictured():
+        say("note: README.md gets no picture of the front, since matplotlib is not installed")
     return model_facts(_open_run(path, arguments), arguments.method, weights=arguments.weights, kl_weight=kl_weight)
 
 

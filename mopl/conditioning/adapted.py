@@ -348,7 +348,8 @@ def one_adapter(
 
     Its factors are theirs side by side, zeros up to a rank, the largest sum of ranks by default, and the scales are in
     A: so one rank and the scale 1 for all layers, which servers read that know no patterns. In 16 bits A would be
-    rounded by a scale that is no power of two: factors are then in float32.
+    rounded by a scale that is no power of two: factors are then in float32. Which layers it is on is left as the first
+    adapter's configuration says it: see `LoraMixture.adapter_at`.
     """
     parts = {name: part for name, part in parts.items() if part.has(adapters)}
     configs = [model.peft_config[name] for name in adapters]
@@ -372,10 +373,6 @@ def one_adapter(
         r=rank, lora_alpha=rank, use_rslora=False, rank_pattern={}, alpha_pattern={}, init_lora_weights=True,
         lora_bias=with_bias, modules_to_save=saved or None, inference_mode=True,
     )  # fmt: skip
-    chosen = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-    if any(getattr(config, key) != getattr(configs[0], key) for config in configs for key in chosen):
-        whole = sorted(name.removeprefix("base_model.model.") for name in linear)
-        changes |= {**dict.fromkeys(chosen), "target_modules": whole}
     with torch.no_grad():
         tensors = {
             f"{name}.{key}": value.detach().contiguous()

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from mopl._extras import require
 from mopl._hub import public_name
 from mopl.experiments.run import BASE, LanguageModelRun
 from mopl.language_models.model_card import ModelFacts
@@ -43,8 +44,8 @@ def model_facts(
     figures = f"{metric.describe()}. Measured on the held-out part of {data_name(front)}, seed {front.seed}."
     if run.conditions_on_kl:
         figures += f" At the KL weight {run.config.kl_weight[0]:g}."
-    picture = functools.partial(_draw, [front] if base is None else [base, front], metric)
-    if any(point.scale != 1 for point in front.points):
+    picture = functools.partial(_draw, [front] if base is None else [base, front], metric) if pictured() else None
+    if picture and any(point.scale != 1 for point in front.points):
         figures += (
             " Faint points of the picture: the same model moved towards the one before training, or away from it."
         )
@@ -60,6 +61,15 @@ def model_facts(
         weights=None if weights is None else tuple(weights),
         kl_weight=kl_weight,
     )
+
+
+def pictured() -> bool:
+    """Return whether a front can be drawn here; without matplotlib a card has its table alone."""
+    try:
+        require("matplotlib")
+    except ImportError:
+        return False
+    return True
 
 
 def _draw(fronts: Sequence[Front], metric: Metric, path: Path) -> None:

@@ -115,8 +115,8 @@ def requests_of_model(virtual_tokens: int, text: str | None) -> list[str]:
         said.append(
             f"{virtual_tokens} tokens, which hold the trade-off, stand in front of each text; the tokenizer writes "
             "them by itself. A text that the chat template has written must be tokenised with "
-            "`add_special_tokens=False`. transformers never generates them; in other servers rule them out with `logit_bias`, by the ids in "
-            "mopl.json."
+            "`add_special_tokens=False`. transformers never generates these tokens; in other servers rule them out "
+            "with `logit_bias`, by the ids in mopl.json."
         )
     return said
 

@@ -32,7 +32,7 @@ SAME = 16  # of the dtype's spacing: the same weights twice
 
 
 @torch.no_grad()
-def logits_of(model: Any, vocabulary: int, front: Sequence[int] = (), **trade_off: Tensor) -> list[Tensor]:
+def logits_of(model: Any, vocabulary: int, front: Sequence[int] = (), **trade_off: Any) -> list[Tensor]:
     """Return the logits (T, vocabulary) of texts of some lengths, with tokens in front, in float32 on the CPU."""
     found = []
     device = model.get_input_embeddings().weight.device

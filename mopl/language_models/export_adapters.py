@@ -106,9 +106,9 @@ def export_adapters(
     )  # fmt: skip
 
     def fill(path: Path) -> None:
-        configs = [_write(path / name, *make(), base) for name, make in zip(places, made, strict=True)]
+        configs = [_write(path / name, make(), base) for name, make in zip(places, made, strict=True)]
         for weights in trade_offs:
-            configs.append(_write(path / weights_name(weights), *mixture.adapter_at(weights, kl_weight), base))
+            configs.append(_write(path / weights_name(weights), mixture.adapter_at(weights, kl_weight), base))
         _check_written(path, mixture, places, trade_offs, kl_weight)
         (path / CONFIG_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         ranks = {"rank": configs[0].r, "grid_rank": configs[-1].r, "lora_bias": any(c.lora_bias for c in configs)}
@@ -165,8 +165,9 @@ def _trade_offs(grid: Any, objectives: int) -> list[Tensor]:
     return list({weights_name(row): row for row in rows}.values())
 
 
-def _write(folder: Path, config: Any, tensors: dict[str, Tensor], base: str | None) -> Any:
+def _write(folder: Path, adapter: tuple[Any, dict[str, Tensor]], base: str | None) -> Any:
     """Write an adapter, and return its configuration."""
+    config, tensors = adapter
     config.base_model_name_or_path = base
     folder.mkdir()
     write_adapter(folder, config, tensors)
@@ -230,14 +231,15 @@ def _check_layers(
     generator = torch.Generator().manual_seed(0)
     own, found = lora_layers(mixture.model), lora_layers(loaded)
     for name, layer in own.items():
+        there = found.get(name)
         inputs = torch.randn(4, layer.in_features, generator=generator, dtype=torch.float64)
         total = torch.zeros(4, layer.out_features, dtype=torch.float64)
         for share, each in zip(shares, mixture.adapters, strict=True):
             if each in layer.lora_B:
                 total += share * layer.scaling[each] * _through(layer, each, inputs)
-        there = found.get(name)
-        has = there is not None and adapter in there.lora_B
-        given = there.scaling[adapter] * _through(there, adapter, inputs) if has else torch.zeros_like(total)
+        given = torch.zeros_like(total)
+        if there is not None and adapter in there.lora_B:
+            given = there.scaling[adapter] * _through(there, adapter, inputs)
         if not bool((given - total).norm() <= 1e-5 * total.norm()):
             raise ValueError(
                 f"the adapter {what} that is loaded from its files adds to {name} what differs by "

@@ -33,6 +33,7 @@ from mopl.language_models.gguf_files import write_gguf_adapter, write_gguf_model
 from mopl.language_models.gguf_files.families import family_of
 from mopl.language_models.gguf_files.model import ends_of
 from mopl.language_models.model_card import Exported, ModelFacts, write_card
+from mopl.language_models.reference_mixture import OWN_REFERENCE
 from mopl.language_models.tokenization import ListTokenizer
 
 KIND = "gguf"
@@ -147,13 +148,10 @@ def export_gguf_model(
                              show_progress=show_progress)  # fmt: skip
             stop = ends_of(plain, written).text
         source = base_model or record["base_model"]
-        record |= {
-            "kind": KIND,
-            "form": "model",
-            "base_model": public_name(source),
-            "origin": None,
-            "file": "model.gguf",
-        }
+        record |= {"kind": KIND, "form": "model", "base_model": public_name(source), "file": "model.gguf"}
+        del record["origin"]
+        if record.get("reference") not in (None, *OWN_REFERENCE):
+            record["reference"] = public_name(record["reference"]) or "another model"
         if front:
             record["front"] = written.decode(front)
         _write_record(path, record)

@@ -130,6 +130,7 @@ def card(exported: Exported, facts: ModelFacts) -> str:
     from huggingface_hub import ModelCard, ModelCardData
 
     licence, base = licence_of(exported.base), exported.base_name
+    given: dict[str, Any] = dict(licence)
     gguf = exported.form == "gguf"
     adapter = bool(exported.places) or exported.form == "adapter"
     data = ModelCardData(
@@ -139,7 +140,7 @@ def card(exported: Exported, facts: ModelFacts) -> str:
         pipeline_tag="text-generation",
         tags=["mopl", "multi-objective", *(["lora"] if adapter and not exported.prompt else [])],
         datasets=None if facts.dataset is None else [facts.dataset],
-        **licence,
+        **given,
     )
     parts = [
         f"---\n{data.to_yaml()}\n---",

@@ -28,7 +28,7 @@ def front_as_markdown(front: object, metric: Metric | None = None, base: object 
     arrows = [" ↑" if up else " ↓" for up in (metric.higher_is_better, *record.rising)]
     names = [f"{record.main} {metric.of_main}".strip(), *record.objectives]
     headers = [
-        "weights",
+        escaped(f"weights ({', '.join(record.objectives)})"),
         *(escaped(f"{name}{arrow}") for name, arrow in zip(names, arrows, strict=True)),
     ]
     rows = [

@@ -20,7 +20,8 @@ pytest.importorskip("xllamacpp", reason="xllamacpp, which holds llama.cpp's serv
 TEXTS = [
     "Hello there, world! It's 12345 o'clock. WE'LL see: they're (normal) ''''quoted'''' and I'M not.",
     "  two spaces\n\n\n \t\ttabs \r\nand   ends  \n ", "x = {'a': [1, 2.50, 3333], \"b\": None};  // 100%",
-    "naïve café – 東京タワー 🙂🚀👩‍👩‍👧 нещо на Български កាន់តែពិសេសអាច Ωμέγα ٣٤٥ ½ ²", "<|end|> in text<|end|>\n<tool>a</tool> <s>",
+    "naïve café – 東京タワー 🙂🚀👩‍👩‍👧 нещо на Български កាន់តែពិសេសអាច Ωμέγα ٣٤٥ ½ ²",
+    "<|end|> in text<|end|>\n<tool>a</tool> <s>",
     "\u00a0no-break\u2003em\u3000ideographic\ufeffmark", "don’t 'Twas ‘quotes’ ... ------======= !!!!????",
     "1 12 123 1234 12345 123456789", "aÀ́b", "", " ", "\n", "'s", "A'S 'Ll",
 ]  # fmt: skip
