@@ -72,13 +72,17 @@ class Engine:
         self, model, sequences: list[list[int]], scales: tuple[float, ...] = (), most: int | None = None
     ) -> float:
         """Return the largest difference in log-probability from `model(ids)`'s logits, as a part of their largest."""
-        worst = 0.0
+        worst, total = 0.0, self.ask("/v1/models")["data"][0]["meta"]["n_vocab"]
         for ids in sequences:
             with torch.no_grad():
                 wanted = model(torch.tensor([ids])).logits[0, -1].double().log_softmax(-1)
-            found, values = self.logprobs(ids, most or len(wanted), scales)
+            found, values = self.logprobs(ids, most or total, scales)
+            kept = [i for i, token in enumerate(found) if token < len(wanted)]  # without tokens that it was given
+            found, values = [found[i] for i in kept], values[kept].double()
+            if len(wanted) < total:
+                values = values.log_softmax(-1)
             seen = values > math.log(1e-30)  # the server has probabilities, in float32
-            assert int(seen.sum()) > min(len(wanted), most or len(wanted)) / 2
-            difference = (values.double() - wanted[found])[seen].abs().max()
+            assert int(seen.sum()) > min(len(wanted), most or total) / 2
+            difference = (values - wanted[found])[seen].abs().max()
             worst = max(worst, float(difference / wanted[found][seen].abs().max()))
         return worst

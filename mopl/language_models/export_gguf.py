@@ -32,6 +32,7 @@ from mopl.language_models.export_adapters import check_mixture, export_adapters,
 from mopl.language_models.gguf_files import write_gguf_adapter, write_gguf_model
 from mopl.language_models.gguf_files.families import family_of
 from mopl.language_models.gguf_files.model import ends_of
+from mopl.language_models.gguf_files.tokenizer import added_tokens
 from mopl.language_models.model_card import Exported, ModelFacts, write_card
 from mopl.language_models.reference_mixture import OWN_REFERENCE
 from mopl.language_models.tokenization import ListTokenizer
@@ -178,9 +179,7 @@ def _base_name(source: str | None) -> str:
 
 def _front(tokenizer: Any) -> list[int]:
     """Return the tokens that a tokenizer puts before a text, but for a beginning-of-sequence token."""
-    with_, without = (list(tokenizer("a", add_special_tokens=each)["input_ids"]) for each in (True, False))
-    start = next(i for i in range(len(with_)) if with_[i : i + len(without)] == without)
-    before, bos = with_[:start], tokenizer.bos_token_id
+    (before, _), bos = added_tokens(tokenizer), tokenizer.bos_token_id
     if bos is not None and before[:1] == [bos]:
         return before[1:]
     return before[:-1] if bos is not None and before[-1:] == [bos] else before

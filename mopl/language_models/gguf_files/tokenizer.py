@@ -28,7 +28,7 @@ PRE_TOKENIZERS = {
     ((("Split", _WORDS + r"\p{N}" + _REST), _BYTES), False): "qwen2",
 }
 _CHAT = [{"role": "user", "content": "a"}]
-_SAMPLES = ("a", "Hello there, 12345.")
+_SAMPLES = ("Hello there, 12345.", "~zq#\n~")
 
 
 def tokenizer_entries(tokenizer: Any, size: int, ends: Sequence[int], front: Sequence[int] = ()) -> list[Entry]:
@@ -97,9 +97,6 @@ def pre_tokenizer_of(whole: dict[str, Any]) -> str:
             raise ValueError(f"the tokenizer's model has {name}={model.get(name)!r} but must have {value!r}; {REMEDY}")
     if normalizer is not None and normalizer["type"] != "NFC":
         raise ValueError(f"the tokenizer's normalizer is a {normalizer['type']} but must be none or NFC; {REMEDY}")
-    for name in ("truncation", "padding"):
-        if whole.get(name) is not None:
-            raise ValueError(f"the tokenizer has {name} set, which llama.cpp has not; set it to None")
     parts = whole.get("pre_tokenizer") or {"type": "Sequence", "pretokenizers": []}
     parts = parts["pretokenizers"] if parts["type"] == "Sequence" else [parts]
     found = tuple(_piece(part) for part in parts)
@@ -152,17 +149,26 @@ def _tokens(tokenizer: Any, whole: dict[str, Any], size: int) -> tuple[list[str]
     return names, [int(kind) for kind in kinds]
 
 
-def _added(tokenizer: Any, front: list[int]) -> tuple[bool, bool]:
-    """Return whether llama.cpp is to add a beginning-of-sequence token, and an end-of-sequence token."""
+def added_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Return the tokens that a tokenizer puts before a text and after it."""
     found = set()
     for text in _SAMPLES:
         with_, without = (list(tokenizer(text, add_special_tokens=each)["input_ids"]) for each in (True, False))
-        start = next((i for i in range(len(with_)) if with_[i : i + len(without)] == without), len(with_))
+        places = [i for i in range(len(with_)) if with_[i : i + len(without)] == without]
+        start = places[-1] if places else len(with_)
         found.add((tuple(with_[:start]), tuple(with_[start + len(without) :])))
+    if len(found) > 1:
+        raise ValueError(f"the tokenizer adds other tokens to {_SAMPLES[0]!r} than to {_SAMPLES[1]!r}; {REMEDY}")
+    ((before, after),) = found
+    return list(before), list(after)
+
+
+def _added(tokenizer: Any, front: list[int]) -> tuple[bool, bool]:
+    """Return whether llama.cpp is to add a beginning-of-sequence token, and an end-of-sequence token."""
+    before, after = added_tokens(tokenizer)
     bos = tokenizer.bos_token_id
-    before, after = (list(part) for part in min(found))
     begins = (front, [*front, bos], [bos, *front])
-    if len(found) > 1 or before not in begins or after not in ([], [tokenizer.eos_token_id]):
+    if before not in begins or after not in ([], [tokenizer.eos_token_id]):
         raise ValueError(
             f"the tokenizer adds {before} before a text and {after} after it but llama.cpp adds a beginning-of-"
             f"sequence and an end-of-sequence token at most; {REMEDY}"
