@@ -15,7 +15,7 @@ from torch import Tensor
 class Engine:
     """A GGUF model with LoRA adapters: keys, values and arithmetic in float32, no flash attention, one thread."""
 
-    def __init__(self, model: Path, *adapters: Path, length: int = 256):
+    def __init__(self, model: Path, *adapters: Path, scales: tuple[float, ...] = (), length: int = 256):
         import xllamacpp
 
         options = xllamacpp.CommonParams()
@@ -29,8 +29,10 @@ class Engine:
         options.warmup = options.fit_params = options.ui = False
         options.cache_ram_mib = 0
         options.verbosity = 0
-        options.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(path), 1.0) for path in adapters]
-        options.lora_init_without_apply = True
+        options.lora_adapters = [  # as --lora-scaled has them, or --lora
+            xllamacpp.CommonAdapterLoraInfo(str(path), scale)
+            for path, scale in zip(adapters, scales or [1.0] * len(adapters), strict=True)
+        ]
         self.server = xllamacpp.Server(options)
 
     def __enter__(self):
@@ -52,7 +54,7 @@ class Engine:
         """Split a text, with the tokens that go in front where `add`; texts of special tokens become these."""
         return self.ask("/tokenize", content=text, add_special=add, parse_special=True)["tokens"]
 
-    def logprobs(self, ids: list[int], most: int, scales: tuple[float, ...] = ()) -> tuple[list[int], Tensor]:
+    def logprobs(self, ids: list[int], most: int, scales: tuple[float, ...] | None = ()) -> tuple[list[int], Tensor]:
         """Return the `most` likeliest next tokens and their log-probabilities (most,)."""
         # A whole character is made, whatever is likely: the server says nothing of the half of one, or of the end.
         made = [[self.tokens("a")[0], 1e4]]
@@ -60,16 +62,16 @@ class Engine:
         listed = answer["completion_probabilities"][0]["top_logprobs"]
         return [entry["id"] for entry in listed], torch.tensor([entry["logprob"] for entry in listed])
 
-    def complete(self, ids: list[int] | str, most: int, scales: tuple[float, ...] = (), **options) -> dict:
-        """Return the answer to a greedy request with the adapters at these scales, none at 0."""
-        lora = [{"id": i, "scale": scale} for i, scale in enumerate(scales)]
+    def complete(self, ids: list[int] | str, most: int, scales: tuple[float, ...] | None = (), **options) -> dict:
+        """Return the answer to a greedy request with the adapters at these scales; None: as the server began."""
+        if scales is not None:
+            options["lora"] = [{"id": i, "scale": scale} for i, scale in enumerate(scales)]
         return self.ask(
-            "/completion", prompt=ids, n_predict=most, temperature=0.0, cache_prompt=False, return_tokens=True,
-            lora=lora, **options,
+            "/completion", prompt=ids, n_predict=most, temperature=0.0, cache_prompt=False, **options,
         )  # fmt: skip
 
     def error(
-        self, model, sequences: list[list[int]], scales: tuple[float, ...] = (), most: int | None = None
+        self, model, sequences: list[list[int]], scales: tuple[float, ...] | None = (), most: int | None = None
     ) -> float:
         """Return the largest difference in log-probability from `model(ids)`'s logits, as a part of their largest."""
         worst, total = 0.0, self.ask("/v1/models")["data"][0]["meta"]["n_vocab"]

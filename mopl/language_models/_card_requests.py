@@ -137,18 +137,16 @@ def requests_of_gguf(base: str, places: Sequence[str], front: str | None, stop: 
         weights = example(len(places))
         lora = json.dumps([{"id": i, "scale": weight} for i, weight in enumerate(weights)])
         scaled = ",".join(f"{place}:{weight:g}" for place, weight in zip(places, weights, strict=True))
-        loaded = " ".join(f"--lora {quote(place)}" for place in places)
         said = [
             "A scale for each adapter, in each request: `id` counts the adapters as the command line names them, and "
-            "one that a request leaves out has the scale 0.",
+            "one that a request leaves out has the scale 0. A request without `lora` has the scales of the command "
+            "line, so let these be a trade-off, too (those of `--lora` are 1 each).",
             _code(
                 "sh",
-                f"llama-server -m {quote(base)} {loaded} --lora-init-without-apply\n"
+                f"llama-server -m {quote(base)} --lora-scaled {quote(scaled)}\n"
                 + _curl("v1/chat/completions", f'{chat}, "lora": {lora}{ended}')
                 + _curl("completion", f'"prompt": "Hello", "lora": {lora}{ended}'),
             ),
-            "Without a choice in the request, and in other programs of llama.cpp, one trade-off for all:",
-            _code("sh", f"llama-server -m {quote(base)} --lora-scaled {quote(scaled)}\n"),
             "Requests of different scales are not computed in one batch.",
         ]
     if stop is not None:

@@ -63,8 +63,8 @@ def _extend_template(template: str, shown: str, after_bos: bool) -> str:
     return (
         "{% set mopl_written %}{{ '' }}"
         + template.removesuffix("\n")
-        + "{{ '' }}{% endset %}{%- set mopl_start = bos_token if bos_token and mopl_written.startswith(bos_token) else '' -%}"
-        + "{{- mopl_start + "
+        + "{{ '' }}{% endset %}{%- set mopl_start = "
+        + "bos_token if bos_token and mopl_written.startswith(bos_token) else '' -%}{{- mopl_start + "
         + json.dumps(shown)
         + " + mopl_written[mopl_start | length:] -}}"
     )

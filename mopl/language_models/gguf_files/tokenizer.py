@@ -127,8 +127,12 @@ def _tokens(tokenizer: Any, whole: dict[str, Any], size: int) -> tuple[list[str]
     from tokenizers.pre_tokenizers import ByteLevel
 
     by_id = {id: token for token, id in whole["model"]["vocab"].items()}
-    if missing := set(ByteLevel.alphabet()) - whole["model"]["vocab"].keys():
-        raise ValueError(f"the tokenizer has no token for {len(missing)} of the 256 bytes; {REMEDY}")
+    missing = set(ByteLevel.alphabet()) - whole["model"]["vocab"].keys()
+    if missing and whole["model"].get("unk_token") is not None:  # without one both leave such bytes out
+        raise ValueError(
+            f"the tokenizer writes {whole['model']['unk_token']} for {len(missing)} of the 256 bytes, which have no "
+            f"token, and llama.cpp would leave them out; {REMEDY}"
+        )
     added = {entry["id"]: entry for entry in whole["added_tokens"]}
     if (most := max((*by_id, *added))) >= size:
         raise ValueError(f"the tokenizer has a token {most} but the model embeds {size}; are they of one model?")
