@@ -59,7 +59,7 @@ def model_facts(
         picture=picture,
         objectives=run.objectives,
         weights=None if weights is None else tuple(weights),
-        kl_weight=kl_weight,
+        kl_weight=run.config.kl_weight[0] if kl_weight is None and run.conditions_on_kl else kl_weight,
     )
 
 
