@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from mopl._terminal import say, shell
-from mopl.commands.tuned_model import add_model_command, facts_of, load_mixture, load_tuned_model
+from mopl.commands.tuned_model import add_model_command, facts_of, load_mixture, load_tokenizer, load_tuned_model
 
 EXAMPLES = """
 --adapters is for mixtures of adapters (mopl align --conditioning lora-mixture, mopl clp --scope lora-mixture): a LoRA
@@ -17,6 +17,7 @@ samples practically never do, and logit_bias rules them out; mopl.json lists the
 examples:
   mopl export RUN --weights 0.7 0.3 exported/helpful
   mopl export RUN --adapters exported/adapters --grid 11
+  mopl export RUN --gguf exported/gguf
   mopl export RUN --method dpo-soup --weights 0.5 0.5 exported/soup
   vllm serve exported/helpful
 """
@@ -35,12 +36,23 @@ def add_parser(commands: Any) -> None:
                         "tied, for loaders that need it; then rule out the new tokens with logit_bias")  # fmt: skip
     parser.add_argument("--adapters", metavar="DIR", help="write the adapters of a mixture, one for each objective, "
                         "which servers scale by the weights of a request; nothing may be there")  # fmt: skip
+    parser.add_argument("--gguf", metavar="DIR", help="write GGUF files for llama.cpp: the base model and the adapters "
+                        "of a mixture, which its server scales by the weights of a request; with --weights any model "
+                        "at one trade-off; nothing may be there")  # fmt: skip
     parser.add_argument("--grid", type=int, metavar="N", help="with --adapters: also N trade-offs as one adapter each, "
                         "called w=0.7,0.3 and so on, for servers that take one adapter in a request")  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Run `mopl export`."""
+    if arguments.gguf is not None:
+        if arguments.adapters is not None:
+            raise ValueError("--adapters and --gguf are two formats; export one after the other")
+        if arguments.grid is not None:
+            raise ValueError(f"--grid {arguments.grid} is for --adapters; llama.cpp mixes adapters itself")
+        _check_alone(arguments, "gguf")
+        _export_gguf(arguments)
+        return
     if arguments.adapters is not None:
         _check_alone(arguments, "adapters")
         _export_adapters(arguments)
@@ -63,6 +75,12 @@ def _check_alone(arguments: argparse.Namespace, form: str) -> None:
         raise ValueError(
             f"--{form} names where to write, so {arguments.directory!r} is one place too many; leave it out"
         )
+    if arguments.kind is not None and form == "gguf":
+        raise ValueError(f"--gguf has its own forms, so --kind {arguments.kind} has no effect; leave it out")
+    if arguments.keep_tied and form == "gguf":
+        raise ValueError("llama.cpp takes the head of new tokens as its own matrix; leave out --keep-tied")
+    if arguments.weights is not None and form == "gguf":
+        return
     if arguments.weights is not None:
         raise ValueError(f"{both} and --weights is for one; leave out one of them")
     if arguments.beta is not None:
@@ -94,26 +112,63 @@ def _export_adapters(arguments: argparse.Namespace) -> None:
     say(f"{directory}: adapters of {', '.join(names)}{at}{more}; scale each by its weight (README.md)")
 
 
+def _export_gguf(arguments: argparse.Namespace) -> None:
+    from mopl._extras import require_for
+    from mopl.language_models import models
+    from mopl.language_models.export import check_free
+    from mopl.language_models.export_gguf import export_gguf, export_gguf_model
+
+    require_for("export", "gguf", "peft")
+    directory = check_free(arguments.gguf)
+    if arguments.weights is not None:
+        tuned = load_tuned_model(arguments)
+        with models.quiet():
+            export_gguf_model(
+                tuned.model, tuned.tokenizer, arguments.weights if tuned.takes_weights else None, directory,
+                beta=_beta(arguments, tuned), text_prompt=tuned.text_prompt, base_model=tuned.base_model,
+                facts=facts_of(arguments, arguments.kl_weight), show_progress=True,
+            )  # fmt: skip
+        say(f"{directory}: model.gguf at {_named(arguments, tuned)}")
+        say(shell("llama-server", "-m", directory / "model.gguf"))
+        return
+    model, base_model, kl_weight = load_mixture(arguments)
+    with models.quiet():
+        export_gguf(
+            model, load_tokenizer(arguments), directory, kl_weight=kl_weight, base_model=base_model,
+            facts=facts_of(arguments, kl_weight), show_progress=True,
+        )  # fmt: skip
+    at = "" if kl_weight is None else f", KL weight {kl_weight:g}"
+    names = ", ".join(model.record.objectives)
+    say(f"{directory}: base model and adapters of {names}{at}; the scale of each is its weight (README.md)")
+
+
 def _export_one(arguments: argparse.Namespace) -> None:
     from mopl.language_models import models
     from mopl.language_models.export import check_free, export
 
     directory, kind = check_free(arguments.directory), arguments.kind or "model"
     tuned = load_tuned_model(arguments)
-    beta = arguments.beta
-    if beta is None and tuned.beta is not None:
-        # At other sums than 1 the answers are a mixture with the reference, which no plain model is.
-        beta = [b / sum(tuned.beta) for b in tuned.beta]
     with models.quiet():
         export(
             tuned.model, tuned.tokenizer, arguments.weights if tuned.takes_weights else None, directory,
-            kind=kind, beta=beta, text_prompt=tuned.text_prompt,
+            kind=kind, beta=_beta(arguments, tuned), text_prompt=tuned.text_prompt,
             keep_tied=arguments.keep_tied, origin=str(arguments.run), base_model=tuned.base_model,
             facts=facts_of(arguments, arguments.kl_weight),
         )  # fmt: skip
-    named = ", ".join(f"{name} {w:g}" for name, w in zip(tuned.objectives, arguments.weights, strict=True))
-    named += "" if arguments.kl_weight is None else f", KL weight {arguments.kl_weight:g}"
-    say(f"{directory}: {kind} at {named}")
+    say(f"{directory}: {kind} at {_named(arguments, tuned)}")
     if kind == "model":
         load = f"AutoModelForCausalLM.from_pretrained({str(directory)!r})"
         say(f"{shell('vllm', 'serve', directory)}    or transformers: {load}")
+
+
+def _beta(arguments: argparse.Namespace, tuned: Any) -> list[float] | None:
+    """Return β of one trade-off, of the sum 1."""
+    if arguments.beta is None and tuned.beta is not None:
+        # At other sums than 1 the answers are a mixture with the reference, which no plain model is.
+        return [b / sum(tuned.beta) for b in tuned.beta]
+    return arguments.beta
+
+
+def _named(arguments: argparse.Namespace, tuned: Any) -> str:
+    named = ", ".join(f"{name} {w:g}" for name, w in zip(tuned.objectives, arguments.weights, strict=True))
+    return named + ("" if arguments.kl_weight is None else f", KL weight {arguments.kl_weight:g}")

@@ -92,6 +92,22 @@ def load_mixture(arguments: argparse.Namespace, device: str = "cpu") -> tuple[An
     return model, run.config.model, kl_weight
 
 
+def load_tokenizer(arguments: argparse.Namespace) -> Any:
+    """Return the tokenizer of the run or the folder that arguments name."""
+    from mopl.language_models import models
+
+    path = Path(arguments.run)
+    if _is_run(path, arguments.method):
+        return _open_run(path, arguments).list_tokenizer.tokenizer
+    _, name = _read_folder(path, arguments.base_model)
+    return models.load_tokenizer(_home_of_tokenizer(path, name))
+
+
+def _home_of_tokenizer(path: Path, name: str) -> str:
+    """Return where the tokenizer of a folder is: there, or with the base model."""
+    return str(path if (path / "tokenizer_config.json").is_file() else name)
+
+
 def facts_of(arguments: argparse.Namespace, kl_weight: float | None) -> Any:
     """Return what the card of an export says of the run that arguments name; None for a folder, which has no front."""
     path = Path(arguments.run)
@@ -164,8 +180,8 @@ def _read_folder(path: Path, base_model: str | None) -> tuple[dict[str, Any], st
     if kind == "export":
         own = " ".join(f"{w:g}" for w in exported_at(path))
         raise ValueError(f"{path} was exported at weights {own} and has no others; load it with transformers or vLLM")
-    if kind == "adapters":
-        raise ValueError(f"{path} has adapters for servers; name the run or the model that they were exported from")
+    if kind in ("adapters", "gguf"):
+        raise ValueError(f"{path} has files for servers; name the run or the model that they were exported from")
     record = read_record(path, registered_kind(path))
     name = base_model or record["base_model"]
     if name is None:
@@ -188,7 +204,6 @@ def _model_of_folder(path: Path, base_model: str | None, weights: Sequence[float
 
     record, name = _read_folder(path, base_model)
     _check_count(weights, record["objectives"])
-    home = path if (path / "tokenizer_config.json").is_file() else name
     reference = None if record["reference"] in ("self", "precomputed") else record["reference"]
     model = _load_folder(path, name, device)
     takes_weights = model.decodes_rows
@@ -196,7 +211,7 @@ def _model_of_folder(path: Path, base_model: str | None, weights: Sequence[float
         model, reference = model.merge(weights).eval(), reference or name
     return TunedModel(
         model,
-        ListTokenizer(models.load_tokenizer(str(home)), max_length=None, append_eos=False),
+        ListTokenizer(models.load_tokenizer(_home_of_tokenizer(path, name)), max_length=None, append_eos=False),
         tuple(record["objectives"]),
         reference=reference,
         takes_weights=takes_weights,

@@ -121,6 +121,47 @@ def requests_of_model(virtual_tokens: int, text: str | None) -> list[str]:
     return said
 
 
+def requests_of_gguf(base: str, places: Sequence[str], front: str | None, stop: str | None) -> list[str]:
+    """Return how GGUF files are asked of llama.cpp, as Markdown."""
+    chat = '"messages": [{"role": "user", "content": "Hello"}]'
+    ended = "" if stop is None else f', "stop": [{json.dumps(stop)}]'
+    if not places:
+        said = [_code("sh", f"llama-server -m {quote(base)}\n" + _curl("v1/chat/completions", f"{chat}{ended}"))]
+        if front is not None:
+            said.append(
+                "The trade-off is in tokens that the chat template writes in front of each chat. A prompt without the "
+                "template (`/completion`, `/v1/completions`) must begin with them, or it is answered without the "
+                f"trade-off: `{front}`"
+            )
+    else:
+        weights = example(len(places))
+        lora = json.dumps([{"id": i, "scale": weight} for i, weight in enumerate(weights)])
+        scaled = ",".join(f"{place}:{weight:g}" for place, weight in zip(places, weights, strict=True))
+        said = [
+            "A scale for each adapter, in each request: `id` counts the adapters as the command line names them, and "
+            "one that a request leaves out has the scale 0. A request without `lora` has the scales of the command "
+            "line, so let these be a trade-off, too (those of `--lora` are 1 each).",
+            _code(
+                "sh",
+                f"llama-server -m {quote(base)} --lora-scaled {quote(scaled)}\n"
+                + _curl("v1/chat/completions", f'{chat}, "lora": {lora}{ended}')
+                + _curl("completion", f'"prompt": "Hello", "lora": {lora}{ended}'),
+            ),
+            "Requests of different scales are not computed in one batch.",
+        ]
+    if stop is not None:
+        said.append(f"An answer ends in the text `{stop}`, which a GGUF file cannot say: name it in `stop`.")
+    said.append(
+        f"`llama-quantize {quote(base)} small.gguf Q4_K_M` makes a smaller file"
+        + ("; the adapters fit that, too." if places else ".")
+    )
+    return said
+
+
+def _curl(path: str, body: str) -> str:
+    return f"curl http://127.0.0.1:8080/{path} -H 'Content-Type: application/json' -d {quote('{' + body + '}')}\n"
+
+
 def example(objectives: int) -> list[float]:
     """Return weights that show which is whose: different ones, of the sum 1."""
     if objectives == 1:

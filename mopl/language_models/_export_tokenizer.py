@@ -57,12 +57,14 @@ def _extend_template(template: str, shown: str, after_bos: bool) -> str:
     """Return a chat template that writes `shown` in front of all, or after its beginning-of-sequence token."""
     if not after_bos:
         return "{{- " + json.dumps(shown) + " }}" + template
-    # The signs + keep white space as the template has it; Jinja itself drops one line break at the end.
+    # The empty outputs keep white space as the template has it: Jinja drops a line break behind a block, and spaces
+    # before one that begins a line. (Its sign + does so, too, but llama.cpp's reader of templates does not know it.)
+    # Jinja itself drops one line break at the end.
     return (
-        "{% set mopl_written +%}"
+        "{% set mopl_written %}{{ '' }}"
         + template.removesuffix("\n")
-        + "{%+ endset %}{%- set mopl_start = bos_token if bos_token and mopl_written.startswith(bos_token) else '' -%}"
-        + "{{- mopl_start + "
+        + "{{ '' }}{% endset %}{%- set mopl_start = "
+        + "bos_token if bos_token and mopl_written.startswith(bos_token) else '' -%}{{- mopl_start + "
         + json.dumps(shown)
         + " + mopl_written[mopl_start | length:] -}}"
     )

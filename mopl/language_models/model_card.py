@@ -17,7 +17,12 @@ from mopl._extras import require
 from mopl._files import CARD
 from mopl._hub import public_name
 from mopl._markdown import escaped, table
-from mopl.language_models._card_requests import requests_of_adapter, requests_of_adapters, requests_of_model
+from mopl.language_models._card_requests import (
+    requests_of_adapter,
+    requests_of_adapters,
+    requests_of_gguf,
+    requests_of_model,
+)
 
 PICTURE = "front.png"
 
@@ -56,7 +61,7 @@ class Exported:
     """What was exported.
 
     Attributes:
-        form: "adapters", or for one trade-off "model" or "adapter".
+        form: "adapters", or for one trade-off "model" or "adapter"; "gguf": either, with `places` or without.
         objectives: Their names, in the order of the weights.
         base: Name or place of the base model; None where nothing says it.
         weights: Of one trade-off; None of all, and of a model whose weights are fixed and not known.
@@ -71,6 +76,8 @@ class Exported:
         text: What the tokenizer writes in front of each text, in words.
         prompt: Whether an adapter is virtual tokens, of PEFT's prompt tuning.
         beta_trained: β of the training.
+        base_file: Of "gguf": the file of the base model, or of the model at one trade-off.
+        stop: Of "gguf": a text that ends an answer and that the file cannot name.
     """
 
     form: str
@@ -88,6 +95,8 @@ class Exported:
     text: str | None = None
     prompt: bool = False
     beta_trained: Any = None
+    base_file: str = ""
+    stop: str | None = None
 
     @property
     def base_name(self) -> str | None:
@@ -122,11 +131,12 @@ def card(exported: Exported, facts: ModelFacts) -> str:
 
     licence, base = licence_of(exported.base), exported.base_name
     given: dict[str, Any] = dict(licence)
-    adapter = exported.form != "model"
+    gguf = exported.form == "gguf"
+    adapter = bool(exported.places) or exported.form == "adapter"
     data = ModelCardData(
         base_model=base,
         base_model_relation=None if base is None else "adapter" if adapter else "finetune",
-        library_name="peft" if adapter else "transformers",
+        library_name="gguf" if gguf else "peft" if adapter else "transformers",
         pipeline_tag="text-generation",
         tags=["mopl", "multi-objective", *(["lora"] if adapter and not exported.prompt else [])],
         datasets=None if facts.dataset is None else [facts.dataset],
@@ -175,7 +185,7 @@ def licence_of(base: str | None) -> dict[str, str]:
 def _what(exported: Exported) -> list[str]:
     names = [escaped(name) for name in exported.objectives]
     listed = ", ".join(names)
-    if exported.form == "adapters":
+    if exported.places:
         at = "" if exported.kl_weight is None else f", at the KL weight {exported.kl_weight:g}"
         rows = [
             [f"w{i}", name, f"`{place}`"] for i, (name, place) in enumerate(zip(names, exported.places, strict=True), 1)
@@ -186,8 +196,7 @@ def _what(exported: Exported) -> list[str]:
             "scale: the scales are the weights of the objectives, at least 0 and with the sum 1, and every such choice "
             "is a trade-off that the model was trained for. It can be another one in every request.",
             table(["weight", "objective", "adapter"], rows),
-            f"All have rank {exported.rank}, no patterns and the scale 1 of their own (`lora_alpha` = `r`), so what a "
-            "server multiplies adapter i with is the weight of objective i.",
+            _own_scale(exported),
         ]
         if exported.grid:
             said.append(
@@ -195,7 +204,7 @@ def _what(exported: Exported) -> list[str]:
                 f"request: {', '.join(f'`{name}`' for name in exported.grid)}."
             )
         return said
-    what = "an adapter" if exported.form == "adapter" else "a plain model"
+    what = {"adapter": "an adapter", "gguf": "a GGUF file for llama.cpp"}.get(exported.form, "a plain model")
     if exported.weights is None:
         return [f"# {listed}" if listed else "# A tuned language model", f"It is {what}, for one trade-off."]
     at = ", ".join(f"{name} {w:g}" for name, w in zip(names, exported.weights, strict=True))
@@ -211,7 +220,19 @@ def _what(exported: Exported) -> list[str]:
     return said
 
 
+def _own_scale(exported: Exported) -> str:
+    if exported.form == "gguf":
+        return f"`{exported.base_file}` is the base model. All are GGUF, the files of llama.cpp."
+    return (
+        f"All have rank {exported.rank}, no patterns and the scale 1 of their own (`lora_alpha` = `r`), so what a "
+        "server multiplies adapter i with is the weight of objective i."
+    )
+
+
 def _requests(exported: Exported) -> list[str]:
+    if exported.form == "gguf":
+        title = "## Ask for a trade-off" if exported.places else "## Use it"
+        return [title, *requests_of_gguf(exported.base_file, exported.places, exported.text, exported.stop)]
     base = exported.base_name or "BASE_MODEL"
     note = [] if exported.base_name else ["`BASE_MODEL` is the folder of the base model, which has no public name."]
     if exported.form == "adapters":
@@ -249,7 +270,7 @@ def _sources(exported: Exported, facts: ModelFacts, licence: Mapping[str, str]) 
     base = exported.base_name
     if base is not None:
         model = f"Base model: [{escaped(base)}](https://huggingface.co/{base})."
-    elif exported.form == "model":
+    elif exported.form in ("model", "gguf"):
         model = "Base model: a model in a folder, without a public name; this directory needs nothing of it."
     else:
         model = (
@@ -279,7 +300,7 @@ def _limits(exported: Exported, facts: ModelFacts) -> list[str]:
         said.append("The figures are of the held-out part of the data named above. Other prompts were not measured.")
     else:
         said.append("This card has no figures: nothing was measured where it was exported.")
-    if exported.form == "adapters":
+    if exported.places:
         said += [
             "Weights below 0, or of another sum than 1, are none that the adapters were trained for.",
             'Adding the factors of adapters apart (`combination_type="linear"` of PEFT, merged adapters of LoRAX) is '
