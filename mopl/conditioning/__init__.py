@@ -6,7 +6,14 @@ from mopl.conditioning.hooked import HookedModel
 from mopl.conditioning.hyper_prompt import HyperPrompt
 from mopl.conditioning.hyper_prompt_model import HyperPromptModel
 from mopl.conditioning.parameter_mixture import KLWeightCoefficients, LoraMixture, ParameterMixture
-from mopl.conditioning.sampling import Betas, check_weights, sample_betas, sample_weights
+from mopl.conditioning.sampling import (
+    Betas,
+    check_weights,
+    sample_betas,
+    sample_weights,
+    weights_name,
+    weights_of_name,
+)
 from mopl.conditioning.saved_models import TuningRecord
 from mopl.conditioning.text_prompt import TextPrompt
 from mopl.conditioning.text_prompt_model import TextPromptModel
@@ -30,6 +37,8 @@ __all__ = [
     "check_weights",
     "sample_betas",
     "sample_weights",
+    "weights_name",
+    "weights_of_name",
 ]
 
 __getattr__ = renamed_names(

@@ -7,6 +7,7 @@ how many are drawn. A new version of NumPy may change the values (NEP 19), never
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,6 +20,9 @@ from mopl._renamed import renamed_attribute, renamed_keywords, renamed_names
 
 Weights = Tensor | Sequence[float] | Sequence[Sequence[float]]
 _WEIGHTS, _BETAS = 1, 2  # the streams of one (seed, step, rank)
+NAME_PREFIX = "w="  # what the names of trade-offs begin with
+_LONGEST_NUMBER = 40  # characters: float64 needs 24
+_NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
 
 
 class Betas(NamedTuple):
@@ -198,6 +202,60 @@ def check_weights(
             entries = ", ".join(f"{x:g}" for x in rows[row].tolist())
             raise ValueError(f"{where} = ({entries}) must lie on the simplex but {remedy}")
     return tensor
+
+
+def weights_name(weights: Weights, *, prefix: str = NAME_PREFIX) -> str:
+    """Return the name of a trade-off, such as "w=0.7,0.3": of an adapter that a server has, of a folder, of a model.
+
+    Weights are written with six significant digits (`f"{w:g}"`), so trade-offs of the same name differ by at most
+    5e-7 in each weight, and what a name means lies at most that far from what it was made of. Signs, spaces and
+    trailing zeros are never written: equal trade-offs have equal names.
+
+    Args:
+        weights: (m,) on the simplex.
+        prefix: What the name begins with; `weights_of_name` reads names with and without "w=".
+
+    Returns:
+        The name: ASCII digits, points, commas, "e-" in weights below 1e-4, and the prefix.
+
+    Raises:
+        ValueError: If there is more than one vector, or as `check_weights`.
+    """
+    vector = check_weights(weights).detach().double()
+    if vector.ndim != 1:
+        raise ValueError(f"weights has shape {shape_of(vector)} but must be (m,): a name is that of one trade-off")
+    return prefix + ",".join(f"{abs(weight):g}" for weight in vector.tolist())  # abs: -0.0 lies on the simplex, too
+
+
+def weights_of_name(text: str, objectives: int, *, name: str = "the name of a trade-off") -> Tensor:
+    """Return the weights that the name of a trade-off means, as `weights_name` or a person writes it.
+
+    Args:
+        text: m decimal numbers in the order of the objectives, with commas between them, such as "w=0.7,0.3", "0.7,0.3"
+            or "1e-3, .999". Spaces around a number mean nothing.
+        objectives: m.
+        name: What the text is called in errors.
+
+    Returns:
+        (m,) float64 on the simplex, as written: the sum may be off by 1e-4.
+
+    Raises:
+        ValueError: If the text has another number of weights, something in it is no decimal number, or the weights are
+            off the simplex; the message names the text, what is wrong and how such names are written.
+    """
+    example = f"such as {weights_name([1 / objectives] * objectives)!r}"
+    shown = repr(text) if len(text) <= 80 else f"{text[:77]!r}..."
+    # Counted before anything is cut in pieces: names come from strangers' requests, and may be of any length.
+    written = text.strip(" ").removeprefix(NAME_PREFIX)
+    count = written.count(",") + 1 if written.strip(" ") else 0
+    if count != objectives:
+        raise ValueError(f"{name} is {shown}: it has {count} weights but must have {objectives}, {example}")
+    numbers = [part.strip(" ") for part in written.split(",")]
+    for number in numbers:
+        if len(number) > _LONGEST_NUMBER or _NUMBER.fullmatch(number) is None:
+            found = repr(number) if len(number) <= _LONGEST_NUMBER else f"a text of {len(number)} characters"
+            raise ValueError(f"{name} is {shown}, where {found} is no decimal number; write it {example}")
+    return check_weights([float(number) for number in numbers], objectives, name=f"{name}, {shown}:")
 
 
 __getattr__ = renamed_names(__name__, Temperatures="Betas", sample_temperatures="sample_betas")
