@@ -51,7 +51,9 @@ class Running:
     def __init__(self, model: ServedModel, *, key=None, seconds=60.0, grace=5.0, max_batch=16, max_queue=256, **limits):
         self.engine = Engine(model, max_batch=max_batch, max_queue=max_queue)
         self.model, started = model, threading.Event()
-        self.api = Api(self.engine, Limits(**{"max_tokens": 32, "max_queue": max_queue, **limits}), seconds, key, log=False)
+        self.api = Api(
+            self.engine, Limits(**{"max_tokens": 32, "max_queue": max_queue, **limits}), seconds, key, log=False
+        )
         self.socket = bound_socket("127.0.0.1", 0)
         self.server = Server(self.api, self.socket, grace=grace, started=started.set)
         self.url = url_of(self.socket)

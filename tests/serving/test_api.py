@@ -287,7 +287,9 @@ def test_what_cannot_be_done_is_refused_by_name(server):
 def test_fields_that_ask_for_nothing_are_taken(server):
     idle = {"user": "ann", "metadata": {}, "store": False, "tools": [], "parallel_tool_calls": True, "seed": None,
             "response_format": {"type": "text"}, "service_tier": "auto", "function_call": None}  # fmt: skip
-    answer = server.http.post("/v1/chat/completions", json={"messages": TALK, "temperature": 0, "max_tokens": 4, **idle})
+    answer = server.http.post(
+        "/v1/chat/completions", json={"messages": TALK, "temperature": 0, "max_tokens": 4, **idle}
+    )
     assert answer.status_code == 200
     parts = [{"type": "text", "text": "w1 "}, {"type": "text", "text": "w2 w3"}]
     assert text(chat(server, [{"role": "user", "content": parts}])) == text(chat(server))
@@ -296,7 +298,12 @@ def test_fields_that_ask_for_nothing_are_taken(server):
 def test_bodies_that_are_no_requests(server):
     post = server.http.post
     json_kind = {"content-type": "application/json"}
-    for body, words in ((b"{", "not JSON"), (b"[]", "JSON object"), (b"\xff", "cannot be read"), (b'{"n":1,"n":2}', "twice")):
+    for body, words in (
+        (b"{", "not JSON"),
+        (b"[]", "JSON object"),
+        (b"\xff", "cannot be read"),
+        (b'{"n":1,"n":2}', "twice"),
+    ):
         answer = post("/v1/chat/completions", content=body, headers=json_kind)
         assert answer.status_code == 400 and words in answer.json()["error"]["message"], answer.json()
     assert post("/v1/chat/completions", content=b"{}", headers={"content-type": "text/plain"}).status_code == 415

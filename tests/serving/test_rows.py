@@ -14,8 +14,10 @@ from mopl.serving.model import Form
 from mopl.serving.rows import Detokenizer, Row, Sampling, TradeOff
 from mopl.serving.sampling import Chooser, Watcher, sampled
 
+GREEDY = Sampling(0.0)
 
-def row_of(words, send, *, ends=(2,), text_end=None, sampling=Sampling(0.0), max_tokens=100, **options) -> Row:
+
+def row_of(words, send, *, ends=(2,), text_end=None, sampling=GREEDY, max_tokens=100, **options) -> Row:
     form = Form(None, TurnEnds(words, tuple(ends), text_end))
     return Row([1], TradeOff((0.5, 0.5)), form, sampling, max_tokens, Detokenizer(words), send, **options)
 
@@ -33,7 +35,9 @@ def pieces_of(words, tokens, **options):
 def fallback():
     """A vocabulary of a few words, with bytes for everything else, as those of SentencePiece have."""
     names = ["<unk>", "<s>", "</s>", "▁a", "▁b", *(f"<0x{byte:02X}>" for byte in range(256))]
-    backend = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, [], byte_fallback=True, unk_token="<unk>"))
+    backend = Tokenizer(
+        models.BPE({name: i for i, name in enumerate(names)}, [], byte_fallback=True, unk_token="<unk>")
+    )
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
@@ -91,7 +95,10 @@ def test_a_row_ends_at_its_own_length_and_when_it_is_given_up():
     words = tokenizer()
     ids = torch.tensor(words(["w1 w2", "w3 w4", "w5 w6"], add_special_tokens=False)["input_ids"])
     found: dict[int, list] = {0: [], 1: [], 2: []}
-    rows = [row_of(words, lambda row, piece: found[row.index].append(piece), index=i, max_tokens=2 - (i == 1)) for i in range(3)]
+    rows = [
+        row_of(words, lambda row, piece: found[row.index].append(piece), index=i, max_tokens=2 - (i == 1))
+        for i in range(3)
+    ]
     watch = Watcher(rows)
     assert watch(ids[:, :1], None).tolist() == [False, True, False]
     rows[2].cancelled = True
