@@ -23,13 +23,18 @@ def served(model=None, words=None, **options) -> ServedModel:
     return ServedModel(model or conditioned(), encoder, OBJECTIVES, name="tiny", **options)
 
 
+def layer_of(model):
+    """The module that every step of a model of this file runs first: `generate` may call any of those around it."""
+    return model.causal_lm.model.layers[0]
+
+
 class Gate:
     """Lets a model run step by step: each call of it waits until the gate is open."""
 
     def __init__(self, model) -> None:
         self.open, self.reached = threading.Event(), threading.Event()
         self.open.set()
-        self._hook = model.model.register_forward_pre_hook(self._wait)
+        self.remove = layer_of(model).register_forward_pre_hook(self._wait).remove
 
     def _wait(self, *_) -> None:
         self.reached.set()
