@@ -15,5 +15,6 @@ setup(
         "mopl": ["py.typed"],
         "mopl.language_models": ["demo_prompts.json"],
         "mopl.report": ["page.html", "page.css", "page.js"],
+        "mopl.serving": ["page.html", "page.css", "page.js"],
     },
 )

@@ -25,6 +25,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "trackio": ("trackio",),
     "pandas": ("pandas",),
     "vllm": ("vllm", "safetensors"),
+    "serve": (*_HF, "peft", "starlette", "uvicorn"),
 }
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")  # of `log_with`; each is the extra and the module of its name
 PACKAGES = {
@@ -44,6 +45,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "clp": ("demo-lm", ("transformers", *_TRAINING)),
     "generate": ("demo-lm", ("transformers", "safetensors")),
     "export": ("demo-lm", ("transformers", "safetensors")),
+    "serve": ("serve", ("transformers", "safetensors", "starlette", "uvicorn")),
 }
 
 

@@ -26,7 +26,9 @@ examples:
 def add_parser(commands: Any) -> None:
     """Add `mopl export` to the commands."""
     help = "write a model for other software: one trade-off as a plain model, or adapters for every trade-off"
-    parser = add_model_command(commands, "export", run, help, EXAMPLES, needs_weights=False)
+    parser = add_model_command(
+        commands, "export", run, help, EXAMPLES, without_weights="every trade-off, for --adapters and --gguf"
+    )
     parser.add_argument("directory", metavar="DIR", nargs="?", help="where to write the model of --weights; nothing "
                         "may be there")  # fmt: skip
     parser.add_argument("--kind", choices=("model", "adapter"), help="adapter: a PEFT "
