@@ -20,7 +20,7 @@ __version__ = "0.1.0"
 _SUBMODULES = (
     "alignment", "cli", "clp", "commands", "conditioning", "decoding", "experiments", "integrations", "kernels",
     "language_models", "losses", "ops", "pareto", "ranking", "reference", "reference_logprob", "reference_policy",
-    "report", "rewards", "steering", "training",
+    "report", "rewards", "serving", "steering", "training",
 )  # fmt: skip
 _FUNCTIONS = {"gathered_logprob": "ops", "linear_logprob": "ops", "sequence_logprob": "ops"}
 

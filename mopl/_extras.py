@@ -24,6 +24,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "mlflow": ("mlflow",),
     "trackio": ("trackio",),
     "pandas": ("pandas",),
+    "serve": (*_HF, "peft", "starlette", "uvicorn"),
 }
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")  # of `log_with`; each is the extra and the module of its name
 PACKAGES = {
@@ -43,6 +44,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "clp": ("demo-lm", ("transformers", *_TRAINING)),
     "generate": ("demo-lm", ("transformers", "safetensors")),
     "export": ("demo-lm", ("transformers", "safetensors")),
+    "serve": ("serve", ("transformers", "safetensors", "starlette", "uvicorn")),
 }
 
 

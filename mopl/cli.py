@@ -5,6 +5,7 @@
     mopl clp --demo                train a small language model on rewards for every trade-off
     mopl generate RUN --weights .. answer prompts at any trade-off
     mopl export RUN --weights ..   one trade-off as a plain model for transformers and vLLM
+    mopl serve RUN                 an endpoint of OpenAI's form, with a trade-off for each request
     mopl steer RUN --weights ...   figures and scores for any trade-off of a finished run, without training
     mopl report RUN RUN ...        one table, picture and page of several runs
 
@@ -25,7 +26,7 @@ from difflib import get_close_matches
 from mopl import __version__
 from mopl._extras import require_for
 from mopl._terminal import exit_status, is_terminal, one_line, print_traceback, say, terminal
-from mopl.commands import align, export, generate, rank, report, steer
+from mopl.commands import align, export, generate, rank, report, serve, steer
 from mopl.commands.experiment import process
 from mopl.commands.parser import Parser
 
@@ -35,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="mopl", description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"mopl {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
-    for command in (rank, steer, align, generate, export, report):
+    for command in (rank, steer, align, generate, export, serve, report):
         command.add_parser(commands)
     return parser
 

@@ -72,6 +72,7 @@ class ClpRun(LanguageModelRun):
         device: torch.device | str = "cpu",
         *,
         kl_weight: float | None = None,
+        merge: bool = True,
     ) -> nn.Module:
         """Return the model of a trade-off, in evaluation mode.
 
@@ -82,6 +83,8 @@ class ClpRun(LanguageModelRun):
             device: Where the model goes.
             kl_weight: α, for a policy conditioned on it, from the smallest to the largest of the training; None: the
                 run's first.
+            merge: False returns a mixture as it is, which takes weights (and the KL weight) at each call; weights are
+                not needed then.
 
         Returns:
             A plain causal language model, merged, that decodes at the cost of one; or for scope hyper-prompt a
@@ -98,12 +101,12 @@ class ClpRun(LanguageModelRun):
             raise ValueError(f"{method} mixes models while it decodes and has none of its own; see mopl.decoding")
         kl_weight = self._kl_weight(method, kl_weight)
         conditioned = self.is_conditioned(method)
-        if weights is None and not conditioned:
+        if weights is None and merge and not conditioned:
             raise ValueError(f"weights are missing; pass one for each of {', '.join(self.objectives)}")
         folder = self.folder(method) / "model"
         policy = load_policy(folder, self.base_model(), self.config, self.objectives, method)
         model: Any = policy.model
-        if not model.virtual_tokens:  # which cannot be merged
+        if not model.virtual_tokens and (merge or policy.single):  # virtual tokens cannot be merged
             w = None if policy.single else check_weights(weights, len(self.objectives))  # type: ignore[arg-type]
             model = policy.merge(w, kl_weight)
             release(policy)

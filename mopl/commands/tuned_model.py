@@ -1,4 +1,4 @@
-"""The tuned language model that `mopl generate` and `mopl export` ask: of a finished run, or in a folder of its own."""
+"""The tuned language model that `mopl generate`, `export` and `serve` ask: of a run, or in a folder of its own."""
 
 import argparse
 import dataclasses
@@ -16,13 +16,20 @@ RUN_HELP = (
 
 
 def add_model_command(
-    commands: Any, name: str, act: Callable[[argparse.Namespace], None], help: str, examples: str
+    commands: Any,
+    name: str,
+    act: Callable[[argparse.Namespace], None],
+    help: str,
+    examples: str,
+    *,
+    weights_default: str | None = None,  # what holds without --weights, which is required if this is None
 ) -> Parser:
     """Add a command with the options of `load_tuned_model` and return its parser."""
     parser = add_command(commands, name, act, help, examples, options_anywhere=True)
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
-    parser.add_argument("--weights", nargs="+", type=float, required=True, metavar="W",
-                        help="weights, one for each objective in the run's order; they must sum to 1")  # fmt: skip
+    parser.add_argument("--weights", nargs="+", type=float, required=weights_default is None, metavar="W",
+                        help="weights, one for each objective in the run's order; they must sum to 1"
+                        + ("" if weights_default is None else f" (default: {weights_default})"))  # fmt: skip
     parser.add_argument("--method", help="method of a run that has several (default: weight-cos-dpo, or clp)")
     parser.add_argument("--beta", nargs="+", type=float, metavar="BETA",
                         help="β, one for each objective, for temperature-cos-dpo (default: the run's; for export its "
@@ -50,10 +57,15 @@ class TunedModel:
     reference: str | None = None  # name of another model that stands for the reference; None where the model is its own
     takes_weights: bool = True  # False where the model is that of the weights already
     base_model: str | None = None  # name of the model that it was tuned from, where that is merged and has none itself
+    kl_weight: float | None = None  # α at which a mixture that was not merged is asked, if it takes one
+    fixed: bool = False  # whether `--weights` chose the model, which answers at no others
 
 
-def load_tuned_model(arguments: argparse.Namespace, device: str = "cpu") -> TunedModel:
-    """Load the model of a run on a language model, or of a folder, that options of `add_model_command` name."""
+def load_tuned_model(arguments: argparse.Namespace, device: str = "cpu", *, merge: bool = True) -> TunedModel:
+    """Load the model of a run on a language model, or of a folder, that options of `add_model_command` name.
+
+    With `merge=False` a mixture stays one, to be asked at any weights; these may then be missing.
+    """
     from mopl._records import read_json
 
     path = Path(arguments.run)
@@ -61,7 +73,7 @@ def load_tuned_model(arguments: argparse.Namespace, device: str = "cpu") -> Tune
     if is_run and "model_type" in read_json(path / "config.json"):
         raise ValueError(f"{path} is a plain language model, which takes no weights; name a run of mopl align")
     if is_run:
-        return _model_of_run(path, arguments, device)
+        return _model_of_run(path, arguments, device, merge)
     if not (path / "mopl.json").exists():
         raise FileNotFoundError(
             f"{path} is neither a run of mopl align nor a model: it has no config.json or mopl.json"
@@ -69,10 +81,10 @@ def load_tuned_model(arguments: argparse.Namespace, device: str = "cpu") -> Tune
     if arguments.method is not None:
         raise ValueError(f"{path} is one model, not a run; leave out --method")
     _check_kl_weight(path, arguments.kl_weight)
-    return _model_of_folder(path, arguments.base_model, arguments.weights, device)
+    return _model_of_folder(path, arguments.base_model, arguments.weights, device, merge)
 
 
-def _model_of_run(path: Path, arguments: argparse.Namespace, device: str) -> TunedModel:
+def _model_of_run(path: Path, arguments: argparse.Namespace, device: str, merge: bool) -> TunedModel:
     from mopl.experiments.run import run_class
     from mopl.experiments.run_directory import check_kind, read_run
     from mopl.language_models.reference_mixture import OWN_REFERENCE
@@ -88,18 +100,30 @@ def _model_of_run(path: Path, arguments: argparse.Namespace, device: str) -> Tun
     _check_moved(run.config.model)
     _check_count(weights, run.objectives)
     of_kl_weight = {"kl_weight": kl_weight} if on_rewards else {}
-    model, words = run.load(method, weights, device, **of_kl_weight), run.text_prompt(method, **of_kl_weight)
-    beta, takes_weights = run.beta if run.takes_beta(method) else None, not on_rewards or run.is_conditioned(method)
-    if on_rewards:
+    model = run.load(method, weights, device, **of_kl_weight, **({"merge": merge} if on_rewards else {}))
+    words = run.text_prompt(method, **of_kl_weight)
+    conditioned = run.is_conditioned(method)
+    beta, takes_weights = run.beta if run.takes_beta(method) else None, not on_rewards or conditioned
+    if on_rewards and not merge and not conditioned:
+        takes_weights, one = True, not model.decodes_rows or model.takes_kl_weight
+        reference = run.config.model if one else None
+        kl_weight = (kl_weight or run.config.kl_weight[0]) if model.takes_kl_weight else None
+    elif on_rewards:
         # A conditioned model has virtual tokens, which can be switched off; every other one is a plain model.
         reference = None if takes_weights and words is None else run.config.model
     else:
         reference = None if run.config.reference in (*OWN_REFERENCE, "auto") else run.config.reference
     name = run.config.model
-    return TunedModel(model, run.list_tokenizer, run.objectives, words, beta, reference, takes_weights, name)
+    fixed = not takes_weights or (not on_rewards and not conditioned)
+    return TunedModel(
+        model, run.list_tokenizer, run.objectives, words, beta, reference, takes_weights, name,
+        None if merge else kl_weight, fixed,
+    )  # fmt: skip
 
 
-def _model_of_folder(path: Path, base_model: str | None, weights: Sequence[float], device: str) -> TunedModel:
+def _model_of_folder(
+    path: Path, base_model: str | None, weights: Sequence[float] | None, device: str, merge: bool
+) -> TunedModel:
     from mopl.conditioning.saved_models import exported_at, read_kind, read_record
     from mopl.conditioning.weighted import WeightedModel, registered_kind
     from mopl.language_models import models
@@ -119,15 +143,18 @@ def _model_of_folder(path: Path, base_model: str | None, weights: Sequence[float
     with models.quiet():
         model: Any = WeightedModel.from_pretrained(path, models.load_causal_lm(name)).to(device)
     takes_weights = model.decodes_rows
-    if not takes_weights:  # one trade-off at a time: from here on it is the plain model of this one
-        model, reference = model.merge(weights).eval(), reference or name
+    if not takes_weights:  # one trade-off at a time
+        reference = reference or name
+        if merge:  # from here on it is the plain model of this one
+            model = model.merge(weights).eval()
     return TunedModel(
         model,
         ListTokenizer(models.load_tokenizer(str(home)), max_length=None, append_eos=False),
         tuple(record["objectives"]),
         reference=reference,
-        takes_weights=takes_weights,
+        takes_weights=takes_weights or not merge,
         base_model=str(name),
+        fixed=not takes_weights and merge,
     )
 
 
@@ -147,8 +174,8 @@ def _check_moved(name: str) -> None:
         )
 
 
-def _check_count(weights: Sequence[float], objectives: Sequence[str]) -> None:
-    if len(weights) != len(objectives):
+def _check_count(weights: Sequence[float] | None, objectives: Sequence[str]) -> None:
+    if weights is not None and len(weights) != len(objectives):
         raise ValueError(
             f"--weights has {len(weights)} numbers but there are {len(objectives)} objectives: {', '.join(objectives)}"
         )

@@ -17,7 +17,7 @@ from mopl.language_models.data import RowError
 from mopl.language_models.tokenization import ListTokenizer
 from mopl.language_models.turns import TurnEnds, turn_ends
 
-Prompt = str | Sequence[Mapping[str, Any]]
+Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
 Numbers = Tensor | Sequence[float] | Sequence[Sequence[float]]
 
 # What would make samples come from another distribution than the mixture, with the values that do nothing.
@@ -55,11 +55,23 @@ def as_list(prompts: Any) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
     prompts = list(prompts)
-    return [prompts] if prompts and isinstance(prompts[0], Mapping) else prompts
+    return [prompts] if prompts and isinstance(prompts[0], (Mapping, int)) else prompts
 
 
 def prompt_tokens(encoder: ListTokenizer, prompt: Prompt, number: int) -> list[int]:
-    """Return the tokens of a prompt; errors of the tokenizer, and its having no token, name it by number."""
+    """Return the tokens of a prompt; errors of the tokenizer, and its having no token, name it by number.
+
+    A prompt of numbers is its tokens already.
+    """
+    if not isinstance(prompt, str) and any(isinstance(part, int) for part in prompt):
+        tokens: list[Any] = list(prompt)
+        size = len(encoder.tokenizer)
+        if wrong := [token for token in tokens if not isinstance(token, int) or not 0 <= token < size]:
+            raise ValueError(
+                f"prompt {number} has the token {wrong[0]} but the tokenizer has those from 0 to {size - 1}; pass the "
+                "tokens of this model, or text"
+            )
+        return tokens
     try:
         tokens = encoder.prompt_tokens(prompt).tolist()  # type: ignore[arg-type]
     except RowError as error:

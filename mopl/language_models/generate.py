@@ -129,7 +129,7 @@ def generate(
             training, a causal language model of transformers or a PEFT model.
         tokenizer: A tokenizer of transformers, or the `ListTokenizer` that the model was trained with.
         prompts: Texts, or conversations as lists of `{"role", "content"}`, or one of either. They become tokens as in
-            training (`ListTokenizer.prompt_tokens`) and are never cut.
+            training (`ListTokenizer.prompt_tokens`) and are never cut. Lists of integers are tokens already.
         weights: w on the simplex, one for all prompts (m,) or one each (B, m); None for a model with fixed weights.
         scale: c > 0, one for all prompts or one each: above 1 towards the reference, below 1 away from it.
         beta: β > 0 of a model conditioned on it, (m,) or (B, m).

@@ -29,6 +29,7 @@ COMMAND_LINES = {
     "clp": ["clp", "--model", "nowhere", "--data", "nowhere.txt", "--rewards", "brevity", "--run", "new"],
     "generate": ["generate", "nowhere", "--weights", "1", "hello"],
     "export": ["export", "nowhere", "--weights", "1", "new"],
+    "serve": ["serve", "nowhere"],
 }
 
 

@@ -1,0 +1,129 @@
+"""`mopl serve`: an endpoint of OpenAI's form that answers each request at a trade-off of its own."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from mopl._records import read_text
+from mopl._terminal import say, shell
+from mopl.commands.tuned_model import TunedModel, add_model_command, load_tuned_model
+
+KEY_VARIABLE = "MOPL_API_KEY"
+EXAMPLES = f"""
+It is for development and small teams: one process, one model, answers that run together as they come. Requests are
+OpenAI's, with `weights`, `scale` and `beta` beside the rest; NAME@0.7,0.3 as the model's name is the model at weights.
+
+The server listens on this machine only. To let others in, put a key into the environment variable {KEY_VARIABLE} or a
+file; the connection is not encrypted, so put a proxy with TLS in front of it where others could listen.
+
+examples:
+  mopl serve RUN
+  mopl serve RUN --weights 0.7 0.3 --port 0                      these weights where a request names none; any free port
+  {KEY_VARIABLE}=... mopl serve RUN --host 0.0.0.0
+  curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
+    -d '{{"messages": [{{"role": "user", "content": "How do I make tea?"}}], "weights": [0.7, 0.3]}}'
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add `mopl serve` to the commands."""
+    help = "an endpoint of OpenAI's form, with a trade-off for each request"
+    default = "all equal; those of a request come first"
+    parser = add_model_command(commands, "serve", run, help, EXAMPLES, weights_default=default)
+    for name, default, metavar, text in (
+        ("--host", "127.0.0.1", "HOST", "address to listen at"),
+        ("--port", 8000, "PORT", "port; 0 takes any that is free"),
+        ("--max-batch", 16, "N", "maximum number of answers that run together"),
+        ("--max-queue", 256, "N", "maximum number of answers that wait; more are refused"),
+        ("--max-tokens", 512, "N", "maximum number of tokens of an answer"),
+        ("--timeout", 300.0, "SECONDS", "how long a request may take, with the time that it waits"),
+        ("--grace", 30.0, "SECONDS", "how long answers may go on once the server is stopped"),
+    ):
+        parser.add_argument(name, type=type(default), default=default, metavar=metavar,
+                            help=f"{text} (default: {default:g})" if name != "--host"
+                            else f"{text} (default: {default})")  # fmt: skip
+    parser.add_argument("--name", help="what requests call the model (default: the name of RUN's folder)")
+    parser.add_argument("--api-key-file", metavar="FILE", help="file with the key that requests must bear (default: "
+                        f"what {KEY_VARIABLE} holds, if it is set)")  # fmt: skip
+    parser.add_argument("--no-key", action="store_true", help="listen beyond this machine without a key: everyone who "
+                        "reaches the port may ask")  # fmt: skip
+    parser.add_argument("--quiet", action="store_true", help="print no line for each request")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run `mopl serve`."""
+    for name in ("max_batch", "max_queue", "max_tokens"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"{name} is {getattr(arguments, name)} but must be at least 1")
+    for name, least in (("timeout", 0.001), ("grace", 0.0)):
+        if not least <= getattr(arguments, name) < 1e9:
+            raise ValueError(f"{name} is {getattr(arguments, name):g} but must be a positive number of seconds")
+    if not 0 <= arguments.port < 65536:
+        raise ValueError(f"port is {arguments.port} but must be from 0 to 65535")
+    name = arguments.name or Path(arguments.run).resolve().name
+    if "@" in name:
+        raise ValueError(f"name is {name!r} but what follows an @ are weights; pass --name without one")
+    key = _key(arguments.api_key_file)
+    import torch
+
+    from mopl.serving.api import Api
+    from mopl.serving.engine import Engine
+    from mopl.serving.requests import Limits
+    from mopl.serving.server import Server, bound_socket, is_local, url_of
+
+    with bound_socket(arguments.host, arguments.port) as at:
+        local = is_local(at)
+        if not local and key is None and not arguments.no_key:
+            raise ValueError(
+                f"host {arguments.host} is reached from other machines, so requests need a key: put one into "
+                f"{KEY_VARIABLE} or name a file by --api-key-file (--no-key lets everyone ask)"
+            )
+        device = "cuda" if arguments.device == "auto" and torch.cuda.is_available() else "cpu"
+        served = _served(load_tuned_model(arguments, device, merge=False), arguments, name, device)
+        engine = Engine(served, max_batch=arguments.max_batch, max_queue=arguments.max_queue)
+        api = Api(
+            engine, Limits(arguments.max_tokens, arguments.max_queue), arguments.timeout, key,
+            any_host=not local, log=not arguments.quiet,
+        )  # fmt: skip
+        url = url_of(at)
+        Server(api, at, grace=arguments.grace, started=lambda: _tell(url, served, key is not None)).run()
+    say("mopl serve: stopped", file=sys.stderr)
+
+
+def _served(tuned: TunedModel, arguments: argparse.Namespace, name: str, device: str) -> Any:
+    from mopl.language_models import models
+    from mopl.serving.model import ServedModel
+
+    reference = None if tuned.reference is None else models.load_causal_lm(tuned.reference).to(device)
+    return ServedModel(
+        tuned.model, tuned.tokenizer, tuned.objectives, name=name, weights=arguments.weights,
+        beta=arguments.beta or tuned.beta, text_prompt=tuned.text_prompt, reference=reference,
+        kl_weight=tuned.kl_weight, takes_weights=tuned.takes_weights, fixed=tuned.fixed,
+    )  # fmt: skip
+
+
+def _key(file: str | None) -> str | None:
+    """Return the key that requests must bear: never an option, which every process of a machine can read."""
+    key = os.environ.get(KEY_VARIABLE) if file is None else read_text(file, most=1 << 16, remedy="write the key there")
+    if key is None:
+        return None
+    key = key.strip()
+    if not (key.isascii() and key.isprintable() and key and " " not in key):
+        source = KEY_VARIABLE if file is None else file
+        raise ValueError(f"the key in {source} must be visible ASCII characters without spaces, one at least")
+    return key
+
+
+def _tell(url: str, served: Any, has_key: bool) -> None:
+    """Print where the server is, and a request."""
+    weights = ", ".join(f"{name} {w:g}" for name, w in zip(served.objectives, served.weights, strict=True))
+    say(f"mopl serve: {served.name} at {url} (weights of requests without: {weights}); Ctrl-C stops it")
+    chat = served.chat.encoder.chat
+    ask: Any = {"messages": [{"role": "user", "content": "Hello"}]} if chat else {"prompt": "Hello"}
+    ask["weights"] = [round(w, 6) for w in served.weights]
+    path = "chat/completions" if chat else "completions"
+    bearer = f' -H "Authorization: Bearer ${KEY_VARIABLE}"' if has_key else ""
+    say(f"{shell('curl', f'{url}/v1/{path}', '-H', 'Content-Type: application/json', '-d', json.dumps(ask))}{bearer}")

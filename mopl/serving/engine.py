@@ -1,0 +1,153 @@
+"""The queue: rows that wait are answered together, each at a trade-off of its own, by one thread.
+
+One thread calls the model, so nothing about it has to be safe for several. Rows are taken in the order in which they
+came, as many as go together; a row that comes while others are answered waits until these have ended. Whoever asks is
+in other threads, such as that of an event loop, and gets the pieces through the row's `send`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+
+from mopl.serving.model import ServedModel
+from mopl.serving.rows import Row
+from mopl.serving.sampling import Chooser, Watcher
+
+GATHER_SECONDS = 0.005  # that an idle engine waits for others to come along: little beside an answer
+
+
+class QueueFull(Exception):
+    """So many rows wait that no more are taken."""
+
+
+class Stopping(Exception):
+    """The server is being stopped."""
+
+
+class Engine:
+    """Answers rows.
+
+    Args:
+        served: The model.
+        max_batch: Most rows that are answered together.
+        max_queue: Most rows that wait.
+    """
+
+    def __init__(self, served: ServedModel, *, max_batch: int = 16, max_queue: int = 256) -> None:
+        self.served, self.max_queue = served, max_queue
+        self.max_batch = served.most_rows(max_batch)
+        self._changed = threading.Condition()
+        self._waiting: list[Row] = []
+        self._running: list[Row] = []
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="mopl serve", daemon=True)
+
+    @property
+    def waiting(self) -> int:
+        """How many rows wait."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """How many rows are being answered."""
+        return len(self._running)
+
+    def start(self) -> None:
+        """Begin to answer."""
+        self._thread.start()
+
+    def submit(self, rows: Sequence[Row]) -> None:
+        """Put the rows of a request into the queue: all or none.
+
+        Raises:
+            QueueFull: If they do not fit.
+            Stopping: If the engine was closed.
+        """
+        with self._changed:
+            if self._closed:
+                raise Stopping("the server is being stopped")
+            if len(self._waiting) + len(rows) > self.max_queue:
+                raise QueueFull(f"{len(self._waiting)} answers are waited for, of at most {self.max_queue}")
+            self._waiting += rows
+            self._changed.notify()
+
+    def cancel(self, rows: Sequence[Row]) -> None:
+        """Forget rows that nobody waits for; those that are being answered end with their next token."""
+        with self._changed:
+            for row in rows:
+                row.cancelled = True
+            self._waiting = [row for row in self._waiting if not row.cancelled]
+
+    def close(self) -> None:
+        """Take no more rows; those that are here are answered, and then the thread ends."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+
+    def abort(self) -> None:
+        """Take no more rows, and give up those that are here."""
+        self.close()
+        with self._changed:
+            rows = [*self._waiting, *self._running]
+        self.cancel(rows)
+        for row in rows:
+            row.fail(Stopping("the server was stopped before the answer had ended"))
+
+    def join(self, timeout: float | None = None) -> bool:
+        """Wait until a closed engine has ended; return whether it has."""
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    # ---------------------------------------------------------------- the thread
+
+    def _run(self) -> None:
+        while self._wait():
+            with self._changed:
+                self._running = self._take()
+            try:
+                if self._running:
+                    self._answer(self._running)
+            finally:
+                self._running = []
+
+    def _wait(self) -> bool:
+        """Wait for rows; return False when there will be none."""
+        with self._changed:
+            idle = not self._waiting
+            while not self._waiting:
+                if self._closed:
+                    return False
+                self._changed.wait()
+        if idle:
+            time.sleep(GATHER_SECONDS)
+        return True
+
+    def _take(self) -> list[Row]:
+        """Take the oldest row out of the queue, and those that can be answered with it."""
+        taken: list[Row] = []
+        for row in self._waiting:
+            if len(taken) < self.max_batch and (not taken or self._goes_with(row, taken)):
+                taken.append(row)
+        self._waiting = [row for row in self._waiting if row not in taken]
+        return taken
+
+    def _goes_with(self, row: Row, others: Sequence[Row]) -> bool:
+        if self.served.group(row) != self.served.group(others[0]):
+            return False
+        # All are padded to the longest prompt and may run as long as the one that may run longest.
+        rows, most = [row, *others], self.served.positions
+        return most is None or max(r.positions for r in rows) + max(r.max_tokens for r in rows) <= most
+
+    def _answer(self, rows: list[Row]) -> None:
+        try:
+            self.served.generate(rows, Chooser(rows), Watcher(rows))
+        except Exception as error:
+            logging.getLogger("mopl").error("an answer failed: %s: %s", type(error).__name__, error)
+            for row in rows:
+                row.fail(error)
+        for row in rows:
+            if not row.cancelled:
+                row.fail(RuntimeError("the generation ended before the answer had"))

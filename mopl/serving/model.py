@@ -1,0 +1,186 @@
+"""What is served: a tuned model with its tokenizer, and the trade-offs at which it can be asked."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from mopl._arguments import check_positive
+from mopl.conditioning import TextPrompt, WeightedModel, check_weights, weights_name
+from mopl.conditioning.weighted import causal_lm_of, reads_left_padding
+from mopl.language_models.generate import generate
+from mopl.language_models.models import positions_of
+from mopl.language_models.reference_mixture import Reference
+from mopl.language_models.tokenization import ListTokenizer
+from mopl.language_models.turns import TurnEnds, turn_ends
+from mopl.serving.rows import Detokenizer, Row, TradeOff
+
+SAME = 1e-6  # weights that differ by less are the same: names have six digits
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way in which prompts are written, and where the answers to them end."""
+
+    encoder: ListTokenizer
+    ends: TurnEnds
+
+
+class ServedModel:
+    """A model that answers requests.
+
+    Args:
+        model: As `mopl.language_models.generate.generate` takes it, or a mixture that decodes one trade-off at a time.
+        encoder: How conversations become tokens, as in training.
+        objectives: Names of the m objectives.
+        name: What requests call the model.
+        weights: w (m,) of requests that name none; by default all equal.
+        beta: β (m,) of requests that name none, of a model conditioned on it.
+        text_prompt: Writes the weights in front of prompts, as of `generate`.
+        reference: The model that is p0, where the model is not its own.
+        kl_weight: α at which a mixture is asked whose coefficients depend on it.
+        takes_weights: Whether the model is to be called with weights.
+        fixed: Whether it has one trade-off, `weights`, and no other.
+
+    Raises:
+        ValueError: If weights or beta do not fit.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        encoder: ListTokenizer,
+        objectives: Sequence[str],
+        *,
+        name: str,
+        weights: Sequence[float] | None = None,
+        beta: Sequence[float] | None = None,
+        text_prompt: TextPrompt | None = None,
+        reference: nn.Module | None = None,
+        kl_weight: float | None = None,
+        takes_weights: bool = True,
+        fixed: bool = False,
+    ) -> None:
+        weighted = isinstance(model, WeightedModel)
+        takes_kl_weight = weighted and model.takes_kl_weight
+        if takes_kl_weight and kl_weight is None:
+            raise ValueError("kl_weight is missing: the model is conditioned on it; pass the one to answer at")
+        self.model, self.name, self.objectives = model, name, tuple(objectives)
+        self.text_prompt, self.reference, self.kl_weight = text_prompt, reference, kl_weight
+        self.takes_weights, self.fixed = takes_weights, fixed
+        # Such a model is switched to one trade-off, for which it is a plain model then.
+        self.one_at_a_time = weighted and (not model.decodes_rows or takes_kl_weight)
+        teller = model if weighted else text_prompt  # who says what the model is told
+        self.takes_beta = teller is not None and teller.takes_beta
+        tokenizer = encoder.tokenizer
+        self.tokenizer, self.detokenizer = tokenizer, Detokenizer(tokenizer)
+        raw = ListTokenizer(tokenizer, max_length=None, template="plain", append_eos=False)
+        config = causal_lm_of(model).generation_config
+        self.chat, self.plain = (Form(each, turn_ends(each, config)) for each in (encoder, raw))
+        self.positions = positions_of(causal_lm_of(model))
+        self.virtual_tokens = model.virtual_tokens if weighted else 0
+        self.can_scale = self._has_reference()
+        equal = [1 / len(self.objectives)] * len(self.objectives)
+        self.beta = None if beta is None else self._each(beta, "beta")
+        self.weights = self._weights(equal if weights is None else weights)
+
+    def _has_reference(self) -> bool:
+        if self.reference is not None:
+            return True
+        if self.one_at_a_time:
+            return False
+        try:
+            Reference(self.model)
+        except ValueError:
+            return False
+        return not isinstance(self.model, WeightedModel) or self.model.has_reference
+
+    # ---------------------------------------------------------------- trade-offs
+
+    def trade_off(self, weights: Any = None, scale: float | None = None, beta: Any = None) -> TradeOff:
+        """Return the trade-off of a request, checked.
+
+        Args:
+            weights: (m,) in the order of the objectives, or numbers by name; None: those of the model.
+            scale: c > 0; None: 1.
+            beta: β, as weights; None: that of the model.
+
+        Raises:
+            ValueError: If the model cannot answer there; the message begins with what is wrong.
+        """
+        w = self.weights if weights is None else self._weights(weights)
+        if self.fixed and max(abs(a - b) for a, b in zip(w, self.weights, strict=True)) > SAME:
+            raise ValueError(
+                f"weights are {weights_name(w, prefix='')} but this model has one trade-off, "
+                f"{weights_name(self.weights, prefix='')}, at which it was started; leave weights out"
+            )
+        if beta is not None and not self.takes_beta:
+            raise ValueError("beta was passed but the model is not conditioned on it; leave it out, or pass scale")
+        betas = self.beta if beta is None else self._each(beta, "beta")
+        if self.takes_beta and betas is None:
+            raise ValueError(f"beta is missing; pass one number for each of {', '.join(self.objectives)}")
+        c = 1.0 if scale is None else float(check_positive(scale, "scale", "above 1 is closer to the reference"))
+        if c * (sum(betas) if betas else 1) != 1 and not self.can_scale:
+            raise ValueError(
+                f"scale is {c:g} but the model has no reference here to move to; leave scale out"
+                + (", and pass a beta that sums to 1" if betas else "")
+            )
+        return TradeOff(w, c, betas)
+
+    def _weights(self, given: Any) -> tuple[float, ...]:
+        return tuple(check_weights(self._in_order(given, "weights"), len(self.objectives)).tolist())
+
+    def _each(self, given: Any, name: str) -> tuple[float, ...]:
+        values = check_positive(torch.as_tensor(self._in_order(given, name), dtype=torch.float64), name)
+        if values.shape != (len(self.objectives),):
+            raise ValueError(f"{name} has {values.numel()} numbers but there are {len(self.objectives)} objectives")
+        return tuple(values.tolist())
+
+    def _in_order(self, given: Any, name: str) -> list[float]:
+        if not isinstance(given, Mapping):
+            return list(given)
+        if wrong := sorted(set(given) ^ set(self.objectives)):
+            what = "is missing" if wrong[0] in self.objectives else "is no objective"
+            raise ValueError(f"{name}: {wrong[0]!r} {what}; give one number for each of {', '.join(self.objectives)}")
+        return [given[objective] for objective in self.objectives]
+
+    # ---------------------------------------------------------------- rows
+
+    def length(self, prompt: Sequence[int], at: TradeOff) -> int:
+        """Return how many positions a prompt takes, with what the model puts in front of it."""
+        tokens, beta = list(prompt), None if at.beta is None else torch.tensor(at.beta)
+        w = torch.tensor(at.weights, dtype=torch.float64)
+        if self.text_prompt is not None:
+            tokens = self.text_prompt.prepend_ids(tokens, w, self.tokenizer, beta)
+        elif isinstance(self.model, WeightedModel):
+            tokens = self.model.write_weights(tokens, w, beta)
+        return len(tokens) + self.virtual_tokens
+
+    def most_rows(self, wanted: int) -> int:
+        """Return how many of `wanted` rows are answered together: one where prompts cannot be padded on the left."""
+        reads = [reads_left_padding(model) for model in (self.model, self.reference) if model is not None]
+        return wanted if all(reads) else 1
+
+    def group(self, row: Row) -> Any:
+        """Return what rows that are answered together have in common."""
+        return row.form is self.chat, row.at.weights if self.one_at_a_time else None
+
+    def generate(self, rows: Sequence[Row], choose: Any, watch: Any) -> None:
+        """Answer rows of one group: `choose` gives each its next token, `watch` says which have ended."""
+        weights: Any = [row.at.weights for row in rows] if self.takes_weights else None
+        beta: Any = [row.at.beta for row in rows] if self.takes_beta else None
+        with contextlib.ExitStack() as stack:
+            model = self.model
+            if self.one_at_a_time:
+                model, weights = stack.enter_context(model.at(rows[0].at.weights, self.kl_weight)), None
+            generate(
+                model, rows[0].form.encoder, [row.prompt for row in rows], weights, beta=beta,
+                scale=[row.at.scale for row in rows], reference=self.reference, text_prompt=self.text_prompt,
+                max_new_tokens=max(row.max_tokens for row in rows), batch_size=len(rows), num_beams=1,
+                do_sample=False, logits_processor=[choose], stopping_criteria=[watch],
+            )  # fmt: skip
