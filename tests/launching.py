@@ -8,6 +8,7 @@ processes of `subprocess`, and so is how a process ends: these leave as `ending.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import multiprocessing
 import os
@@ -17,7 +18,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection, forkserver
 from pathlib import Path
 
@@ -111,6 +112,31 @@ def _run(commands: Sequence[Sequence[str]], environments: Sequence[dict[str, str
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run `python ARGUMENTS` in the working directory, with more in its environment."""
     return _run([arguments], [environment])
+
+
+@contextlib.contextmanager
+def started(*arguments: str, **environment: str) -> Iterator[tuple[int, Path, Path, Callable[[float], int | None]]]:
+    """Start `python ARGUMENTS`, with more in its environment; it is killed at the end of the block.
+
+    Yields its number, the files of its standard output and error, and what waits for its end and returns its status.
+    """
+    _serve()
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        given = {**os.environ, **environment}
+        process = CONTEXT.Process(target=_become, args=(list(arguments), given, str(out), str(err)))
+        process.start()
+
+        def wait(seconds: float) -> int | None:
+            process.join(seconds)
+            return process.exitcode
+
+        try:
+            assert process.pid is not None
+            yield process.pid, out, err, wait
+        finally:
+            process.kill()
+            process.join()
 
 
 def launch(processes: int, *script: str, **environment: str) -> subprocess.CompletedProcess[str]:

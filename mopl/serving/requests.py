@@ -234,7 +234,7 @@ def _read(raw: bytes, schema: type[Body]) -> Any:
     try:
         return msgspec.convert(values, schema)
     except msgspec.ValidationError as error:
-        text = in_words(error, values, "")
+        text = in_words(error, values, "").replace(" | null", "")  # which is how to leave a field out
         param = next((name for name in known if text.startswith(name)), None)
         raise ApiError(text, param) from None
 

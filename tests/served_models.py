@@ -23,13 +23,42 @@ def served(model=None, words=None, **options) -> ServedModel:
     return ServedModel(model or conditioned(), encoder, OBJECTIVES, name="tiny", **options)
 
 
+def layer_of(model):
+    """The module that every step of a model of this file runs first: `generate` may call any of those around it."""
+    return model.causal_lm.model.layers[0]
+
+
+class Gate:
+    """Lets a model run step by step: each call of it waits until the gate is open."""
+
+    def __init__(self, model) -> None:
+        self.open, self.reached = threading.Event(), threading.Event()
+        self.open.set()
+        self.remove = layer_of(model).register_forward_pre_hook(self._wait).remove
+
+    def _wait(self, *_) -> None:
+        self.reached.set()
+        assert self.open.wait(30)
+
+    @contextlib.contextmanager
+    def closed(self):
+        self.reached.clear()
+        self.open.clear()
+        try:
+            yield self
+        finally:
+            self.open.set()
+
+
 class Running:
     """A server in a thread of this process."""
 
     def __init__(self, model: ServedModel, *, key=None, seconds=60.0, grace=5.0, max_batch=16, max_queue=256, **limits):
         self.engine = Engine(model, max_batch=max_batch, max_queue=max_queue)
         self.model, started = model, threading.Event()
-        self.api = Api(self.engine, Limits(**{"max_tokens": 32, "max_queue": max_queue, **limits}), seconds, key)
+        self.api = Api(
+            self.engine, Limits(**{"max_tokens": 32, "max_queue": max_queue, **limits}), seconds, key, log=False
+        )
         self.socket = bound_socket("127.0.0.1", 0)
         self.server = Server(self.api, self.socket, grace=grace, started=started.set)
         self.url = url_of(self.socket)

@@ -1,0 +1,177 @@
+"""Every kind of model that takes weights is served: answers are those of `generate`, of merged models, of runs."""
+
+import argparse
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+pytest.importorskip("openai")
+pytest.importorskip("uvicorn")
+
+from served_models import running, served
+from tiny_language_models import build, conditioned, lora, tokenizer
+
+from mopl.cli import main
+from mopl.commands.serve import _served
+from mopl.commands.tuned_model import load_tuned_model
+from mopl.conditioning import (
+    KLWeightCoefficients,
+    LoraMixture,
+    ParameterMixture,
+    TextPrompt,
+    TextPromptModel,
+    TuningRecord,
+)
+from mopl.language_models.generate import generate
+
+OBJECTIVES = ("helpful", "harmless")
+RECORD = TuningRecord(OBJECTIVES)
+WEIGHTS = [[0.7, 0.3], [0.2, 0.8], [1.0, 0.0]]
+PROMPTS = ["w1 w2 w3 w4 w5", "w9 w8", "w7 w7 w20 w21"]
+OLD = Path(__file__).parents[1] / "experiments" / "old_runs"
+
+
+def spread(model):
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def adapters(**options):
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_alpha=8, init_lora_weights=False)
+    torch.manual_seed(2)
+    return spread(LoraMixture(build(), 2, config=config, record=RECORD, **options))
+
+
+def asked(server, number, scale=1.0, beta=None, **options):
+    body = {"weights": WEIGHTS[number], "scale": scale} | ({} if beta is None else {"beta": beta})
+    found = server.client.completions.create(
+        model="tiny", prompt=PROMPTS[number], temperature=0, max_tokens=6, extra_body=body, **options
+    )
+    return found.choices[0].text
+
+
+def texts(model, weights, **options):
+    return [
+        a.text for a in generate(model, tokenizer(), PROMPTS, weights, max_new_tokens=6, template="plain", **options)
+    ]
+
+
+def all_at_once(server, **options):
+    """Ask for all of them in one batch: the queue fills while the first is answered."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(6) as pool:
+        return list(pool.map(lambda i: asked(server, i % 3, **options), range(6)))
+
+
+def test_a_mixture_of_adapters_has_rows_of_its_own():
+    with running(served(adapters())) as server:
+        for scale in (1.0, 2.0):
+            wanted = texts(adapters(), WEIGHTS, scale=scale)
+            assert len(set(wanted)) == 3 and all_at_once(server, scale=scale) == wanted * 2
+
+
+@pytest.mark.parametrize("kind", ["parameters", "adapters and a KL weight"])
+def test_a_mixture_that_has_one_trade_off_at_a_time_is_switched_to_each(kind):
+    base, alpha = build(), None
+    if kind == "parameters":
+        model = spread(ParameterMixture(build(), 2, scope="full", record=RECORD))
+    else:
+        model, alpha = adapters(coefficients=KLWeightCoefficients(0.05, anchor=False)), 0.1
+    with running(served(model, reference=base, kl_weight=alpha)) as server:
+        for scale in (1.0, 2.0):
+            merged = [model.merge(w, alpha) for w in WEIGHTS]
+            wanted = [
+                texts(one, None, scale=scale, reference=base)[number] for number, one in enumerate(merged)
+            ]  # fmt: skip
+            assert len(set(wanted)) == 3 and all_at_once(server, scale=scale) == wanted * 2
+
+
+def test_weights_in_words_are_written_in_front_of_each_prompt():
+    writer = TextPrompt(OBJECTIVES, template="[{weights}] ")
+    model = lora(build())
+    with running(served(model, text_prompt=writer)) as server:
+        assert all_at_once(server, scale=2.0) == texts(model, WEIGHTS, text_prompt=writer, scale=2.0) * 2
+    itself = TextPromptModel(lora(build()), writer, tokenizer(), record=RECORD).eval()
+    with running(served(itself)) as server:
+        assert all_at_once(server) == texts(itself, WEIGHTS) * 2
+        # Its own words take positions, too.
+        body = {"prompt": [3] * 50, "max_tokens": 14}
+        answer = server.http.post("/v1/completions", json=body)
+        assert answer.status_code == 400 and "the prompt has 5" in answer.json()["error"]["message"]
+
+
+def test_beta_is_taken_where_the_model_is_conditioned_on_it():
+    model = conditioned(takes_beta=True)
+    with running(served(model, beta=[0.6, 0.4])) as server:
+        assert server.client.models.retrieve("tiny").model_extra["mopl"]["takes_beta"] is True
+        for beta in ([1.5, 0.5], None):
+            wanted = texts(model, WEIGHTS, beta=beta or [0.6, 0.4])
+            assert [asked(server, i, beta=beta) for i in range(3)] == wanted
+        named = {"harmless": 0.5, "helpful": 1.5}
+        assert asked(server, 0, beta=named) == asked(server, 0, beta=[1.5, 0.5])
+
+
+def test_a_model_of_one_trade_off_has_no_other():
+    with running(served(build(), weights=[0.7, 0.3], takes_weights=False, fixed=True)) as server:
+        assert asked(server, 0) == texts(build(), None)[0]
+        for body, words in (({"weights": [0.6, 0.4]}, "one trade-off, 0.7,0.3"), ({"scale": 2}, "no reference")):
+            answer = server.http.post("/v1/completions", json={"prompt": "w1", **body})
+            assert answer.status_code == 400 and words in answer.json()["error"]["message"]
+
+
+def test_rows_that_cannot_be_padded_are_answered_one_by_one(monkeypatch):
+    monkeypatch.setattr("mopl.serving.model.reads_left_padding", lambda model: False)
+    monkeypatch.setattr("mopl.language_models.prompt_rows.reads_left_padding", lambda model: False)
+    model = conditioned()
+    with running(served(model)) as server:
+        assert server.engine.max_batch == 1
+        assert all_at_once(server) == texts(model, WEIGHTS) * 2
+
+
+def test_what_has_no_room_together_is_answered_apart():
+    """A long prompt with a short answer and a short prompt with a long one: each fits, the two in one batch do not."""
+    model = conditioned()
+    with running(served(model), max_tokens=60) as server:
+        for _ in range(2):
+            bodies = [{"prompt": [3] * 50, "max_tokens": 4}, {"prompt": [4, 5], "max_tokens": 50}]
+            from concurrent.futures import ThreadPoolExecutor
+
+            with ThreadPoolExecutor(2) as pool:
+                found = list(pool.map(lambda body: server.http.post("/v1/completions", json=body), bodies))
+            assert [each.status_code for each in found] == [200, 200], [each.text for each in found]
+
+
+@pytest.mark.parametrize("kind", ["align", "clp"])
+def test_a_run_answers_as_mopl_generate_does(kind, tmp_path, capsys):
+    """The one of `clp` is a mixture of adapters with a KL weight, which `mopl generate` merges."""
+    for name in (kind, "model"):
+        shutil.copytree(OLD / name, tmp_path / name)
+    for file in tmp_path.rglob("*.json"):
+        file.write_text(file.read_text().replace("{place}", str(tmp_path)))
+    run = str(tmp_path / kind)
+    alpha = ["--kl-weight", "0.05"] if kind == "clp" else []
+    for scale in ("1", "2"):
+        given = ["--weights", "0.7", "0.3", "--scale", scale, "--max-new-tokens", "6", "--raw", *alpha]
+        assert main(["generate", run, *given, "w1 w2"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    options = argparse.Namespace(
+        run=run, method=None, weights=None, beta=None, kl_weight=0.05 if alpha else None, base_model=None, device="cpu"
+    )
+    model = _served(load_tuned_model(options, "cpu", merge=False), options, "tiny", "cpu")
+    assert model.one_at_a_time is (kind == "clp") and not model.fixed
+    with running(model) as server:
+        for scale, wanted in ((1.0, first), (2.0, second)):
+            body = {"weights": [0.7, 0.3], "scale": scale}
+            found = server.client.completions.create(
+                model="tiny", prompt="w1 w2", temperature=0, max_tokens=6, extra_body=body
+            )
+            assert found.choices[0].text == wanted
