@@ -72,7 +72,9 @@ class Page:
         """Do one thing of the protocol; events that come meanwhile are kept."""
         self._last += 1
         session = {"sessionId": self._session} if self._session else {}
-        os.write(self._write, json.dumps({"id": self._last, "method": method, "params": params, **session}).encode() + b"\0")
+        os.write(
+            self._write, json.dumps({"id": self._last, "method": method, "params": params, **session}).encode() + b"\0"
+        )
         deadline = time.monotonic() + limit
         while True:
             message = self._message(deadline)

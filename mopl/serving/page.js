@@ -13,7 +13,7 @@
     429: "The server is busy; try again in a moment.",
     500: "The model failed.",
     503: "The server is being stopped, or takes no more connections.",
-    504: "The answer took too long; what came of it stands above.",
+    504: "The answer took too long.",
   };
   const STATUS_OF_CODE = { timeout: 504, stopping: 503, queue_full: 429, model_failed: 500 }; // within a stream
   const state = { models: [], model: 0, w: [], scale: 1, beta: null, compared: [], turns: [], running: new Set(), key: "" };
@@ -140,7 +140,8 @@
   const usable = (one) => one.text.trim() && one.state !== "running";
   const kept = (turn) => (usable(turn.answers[turn.chosen]) ? turn.answers[turn.chosen] : turn.answers.find(usable));
   function messagesBefore(turn) {
-    const system = byId("system").value.trim(), before = state.turns.slice(0, turn ? state.turns.indexOf(turn) : undefined);
+    const system = byId("system").value.trim(), place = state.turns.indexOf(turn);
+    const before = place < 0 ? state.turns : state.turns.slice(0, place);
     return [
       ...(system ? [{ role: "system", content: system }] : []),
       ...before.filter(kept).flatMap((t) => [{ role: "user", content: t.asked }, { role: "assistant", content: kept(t).text }]),
@@ -183,7 +184,7 @@
     show();
   }
   function said(one) {
-    if (one.state === "failed") return one.error;
+    if (one.state === "failed") return one.error + (one.text.trim() ? " What had come of the answer is kept." : "");
     if (one.state === "stopped") return "Stopped; what had come is kept.";
     if (one.state === "running") return "";
     const count = one.tokens == null ? "" : `${one.tokens} ${one.tokens === 1 ? "token" : "tokens"}`;

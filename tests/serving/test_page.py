@@ -2,11 +2,13 @@
 
 import contextlib
 import re
+import shlex
 import threading
+import time
 
 import pytest
 from browsing import browsing, needs_browser
-from served_models import OBJECTIVES, running, served
+from served_models import layer_of, running, served
 from tiny_language_models import conditioned, tokenizer
 
 from mopl.language_models.generate import generate
@@ -29,7 +31,6 @@ def page(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server():
     with running(served(), max_queue=8) as server:
-        server.api.log = False
         yield server
 
 
@@ -69,38 +70,19 @@ def user(text):
 
 
 @contextlib.contextmanager
-def held(server, after=3):
-    """Let answers begin, and go on only when the event is set."""
-    answer, go, begun = server.model.generate, threading.Event(), threading.Event()
+def stepping(server, steps):
+    """Let the model take so many steps, and no more before the end of this."""
+    left = threading.Semaphore(steps)
 
-    def slow(rows, choose, watch):
-        def wait(*of, **more):
-            if all(len(row.tokens) >= after or row.ended for row in rows):
-                begun.set()
-                go.wait(20)
-            return watch(*of, **more)
+    def wait(*_):
+        assert left.acquire(timeout=20)
 
-        return answer(rows, choose, Waiting(wait))
-
-    class Waiting(type(_watcher())):
-        def __init__(self, wait):
-            self._wait = wait
-
-        def __call__(self, *of, **more):
-            return self._wait(*of, **more)
-
-    server.model.generate = slow
+    hook = layer_of(server.model.model).register_forward_pre_hook(wait)
     try:
-        yield begun, go
+        yield
     finally:
-        go.set()
-        del server.model.generate
-
-
-def _watcher():
-    from mopl.serving.sampling import Watcher
-
-    return Watcher([])
+        hook.remove()
+        left.release(100)
 
 
 # --- what is sent to the browser
@@ -139,7 +121,11 @@ def test_the_sliders_say_at_what_weights_and_scale_the_answer_is_made(page, serv
     page.until(f"{DONE} === 1")
     (body,) = page.bodies(CHAT)
     assert (body["weights"], body["scale"], body["temperature"]) == ([0.7, 0.3], 2, 0)
-    assert texts(page) == [told(server, [user("w1 w2 w3")], [0.7, 0.3], 2.0)] != [told(server, [user("w1 w2 w3")], [0.7, 0.3])]
+    assert (
+        texts(page)
+        == [told(server, [user("w1 w2 w3")], [0.7, 0.3], 2.0)]
+        != [told(server, [user("w1 w2 w3")], [0.7, 0.3])]
+    )
     assert texts(page, ".at") == ["helpful 0.7harmless 0.3scale 2, closer to the base"]
     assert page.do("location.hash") == "#w=0.7,0.3&scale=2"
     assert page.complaints() == []
@@ -198,19 +184,18 @@ def test_compare_asks_at_several_trade_offs_at_once_and_goes_on_from_one(page, s
 @needs_browser
 def test_an_answer_streams_and_can_be_stopped(page, server):
     opened(page, server)
-    with held(server) as (begun, go):
+    with stepping(server, 5):
         ask(page, "w1 w2 w3")
-        page.until("document.querySelector('.answer .text').textContent.split(' ').length >= 2")
-        assert begun.wait(10) and page.do(DONE) == 0
-        assert page.do("[send.disabled, compare.disabled, stop.disabled]") == [True, True, False]
+        page.until("document.querySelector('.answer .text').textContent.split(' ').length >= 3")
+        buttons = "[...document.querySelectorAll('#compose > .row button')].map((each) => each.disabled)"
+        assert page.do(DONE) == 0 and page.do(buttons) == [True, True, False, False]
+        (row,) = server.engine._running
         page.key("Escape")
         page.until("document.querySelector('.answer.stopped')")
-        (row,) = server.engine._running
-        for _ in range(1000):
-            if row.cancelled:
-                break
-            page.do("1")
-        assert row.cancelled  # the server has been told
+        deadline = time.monotonic() + 10
+        while not row.cancelled:  # until the server has been told
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
     whole = told(server, [user("w1 w2 w3")], [0.5, 0.5])
     (part,) = texts(page)
     assert whole.startswith(part) and 0 < len(part) < len(whole)
@@ -241,9 +226,10 @@ def test_errors_stand_where_the_answer_would_and_can_be_tried_again(page, server
     page.until("document.querySelectorAll('.answer.failed').length === 2")
     assert "The model failed" in texts(page, "[role=alert]")[1] and "out of sorts" in texts(page, "[role=alert]")[1]
     monkeypatch.undo()
-    monkeypatch.setattr(server.api, "seconds", 0.0)
-    click(page, ".turn:last-child .answer button")
-    page.until("document.querySelector('.turn:last-child [role=alert]')?.textContent.includes('took too long')")
+    monkeypatch.setattr(server.api, "seconds", 0.3)
+    with stepping(server, 2):
+        click(page, ".turn:last-child .answer button")
+        page.until("document.querySelector('.turn:last-child [role=alert]')?.textContent.includes('took too long')")
     assert page.complaints() == []
 
 
@@ -273,19 +259,17 @@ def test_what_the_model_writes_is_text_whatever_it_is(page, server, monkeypatch)
 @needs_browser
 def test_the_snippets_make_this_very_request(page, server):
     opened(page, server, "#w=0.25,0.75&scale=0.5")
-    ask(page, "it's \"w1\" $HOME `w2` \\ ")
+    ask(page, 'it\'s "w1" $HOME `w2` \\ ')
     page.until(f"{DONE} === 1")
     (answer,) = texts(page)
     page.do("document.getElementById('clear').click()")
-    page.write("it's \"w1\" $HOME `w2` \\ ")
+    page.write('it\'s "w1" $HOME `w2` \\ ')
     name, curl, python = texts(page, ".code pre")
     assert name == "tiny@0.25,0.75"
     printed = []
     exec(python, {"print": printed.append})
     assert printed == [answer]
-    import shlex
-
-    words = shlex.split(curl)
+    words = shlex.split(curl.replace("\\\n", " "))
     assert words[:4] == ["curl", f"{server.url}{CHAT}", "-H", "Content-Type: application/json"]
     found = server.http.post(CHAT, content=words[5], headers={"content-type": "application/json"})
     assert found.json()["choices"][0]["message"]["content"] == answer
@@ -298,7 +282,6 @@ def test_several_objectives_with_nasty_names_have_linked_sliders(page):
     encoder = ListTokenizer(tokenizer(), max_length=None, append_eos=False)  # no chat template
     served = ServedModel(model, encoder, names, name="<i>run's</i>")
     with running(served) as server:
-        server.api.log = False
         opened(page, server, "#w=0.5,0.25,0.25")
         move(page, "weight-0", 0.6)
         assert page.do("[...document.querySelectorAll('[id^=weight-]')].map((e) => e.value)") == ["0.6", "0.2", "0.2"]
@@ -333,7 +316,6 @@ def conditioned_on_three():
 @needs_browser
 def test_a_key_is_asked_for_and_kept_in_memory_only(page):
     with running(served(fixed=True, weights=[0.3, 0.7]), key="sesame") as server:
-        server.api.log = False
         page.open(server.url)
         page.until("document.activeElement.id === 'key'")
         assert page.do("document.getElementById('talk').hidden")
@@ -355,6 +337,3 @@ def test_a_key_is_asked_for_and_kept_in_memory_only(page):
     ask(page, "w1 w2")  # the server is gone
     page.until("document.querySelector('.answer.failed')")
     assert texts(page, "[role=alert]")[0].startswith("The connection to the server was lost")
-
-
-assert OBJECTIVES == ("helpful", "harmless")
