@@ -8,7 +8,6 @@
   const FARTHEST = 2; // of the slider for the scale, in powers of two
   const STATUS = {
     0: "The connection to the server was lost, or it was stopped.",
-    401: "The server asks for a key, or for another one than it was given.",
     413: "The conversation is too long for this server.",
     429: "The server is busy; try again in a moment.",
     500: "The model failed.",
@@ -81,6 +80,7 @@
     if (response.ok) return response;
     let said = "";
     try { said = String((await response.json()).error.message); } catch { /* no words of the server's own */ }
+    if (response.status === 401) said = state.key ? "The server does not take this key" : "The server asks for a key";
     throw new Failure(response.status, said || `The server answered ${response.status} ${response.statusText}`);
   }
   async function* events(response) {
@@ -118,7 +118,7 @@
     } catch (error) {
       one.state = one.abort.signal.aborted ? "stopped" : "failed";
       const failure = error instanceof Failure ? error : new Failure(0);
-      one.error = failure.message;
+      Object.assign(one, { error: failure.message, wrong: [400, 404, 413, 415].includes(failure.status) });
       if (one.state === "failed" && failure.status === 401) askForKey(failure.message);
     }
     state.running.delete(one);
@@ -188,7 +188,7 @@
     if (one.state === "stopped") return "Stopped; what had come is kept.";
     if (one.state === "running") return "";
     const count = one.tokens == null ? "" : `${one.tokens} ${one.tokens === 1 ? "token" : "tokens"}`;
-    return [one.text.trim() ? "" : "The answer is empty.", count, one.finish === "length" ? "cut at the maximum" : ""].filter(Boolean).join(", ");
+    return [one.text.trim() ? "" : "The answer is empty.", count, one.finish === "length" ? "cut off at the limit" : ""].filter(Boolean).join(", ");
   }
   function draw(turn) {
     const last = turn === state.turns.at(-1), idle = !state.running.size, button = (label, onclick, more = {}) => make("button", { type: "button", onclick, ...more }, label);
@@ -197,7 +197,7 @@
       const mix = make("div", { class: "mix", "aria-hidden": "true" }, ...one.at.w.map(() => make("span")));
       one.at.w.forEach((w, j) => { mix.children[j].style.flexGrow = w; });
       const row = make("div", { class: "row" });
-      if (one.state === "failed" && last) row.append(button("Try again", () => { if (!state.running.size) answer(turn, one); }));
+      if (one.state === "failed" && last && !one.wrong) row.append(button("Try again", () => { if (!state.running.size) answer(turn, one); }));
       if (several && last && usable(one)) {
         row.append(button("Continue from this one", () => { turn.chosen = i; draw(turn); show(); }, { "aria-pressed": isKept }));
       }

@@ -9,7 +9,7 @@ import time
 import pytest
 from browsing import browsing, needs_browser
 from served_models import layer_of, running, served
-from tiny_language_models import conditioned, tokenizer
+from tiny_language_models import tokenizer
 
 from mopl.language_models.generate import generate
 from mopl.language_models.tokenization import ListTokenizer
