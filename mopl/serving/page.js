@@ -206,7 +206,7 @@
       }
       const words = make("div", { class: "text", dir: "auto" });
       const note = make("p", one.state === "failed" ? { class: "said failed", role: "alert" } : { class: "said" }, said(one));
-      const at = make("p", { class: "at" }, ...names().map((name, j) => make("span", {}, `${name} ${weight(one.at.w[j])}`)), more(one.at));
+      const at = make("p", { class: "at" }, ...names().flatMap((name, j) => [make("span", {}, `${name} ${weight(one.at.w[j])}`), " "]), make("small", {}, more(one.at)));
       if (one.state === "running" && one.box?.classList.contains("running")) return one.box; // it is being written
       words.textContent = one.text;
       one.box = make("article", { class: `bubble answer ${one.state}${isKept && several ? " chosen" : ""}`, "aria-label": `Answer at ${text(one.at)}`, "aria-busy": one.state === "running" }, at, mix, words, note);

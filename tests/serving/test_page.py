@@ -126,7 +126,7 @@ def test_the_sliders_say_at_what_weights_and_scale_the_answer_is_made(page, serv
         == [told(server, [user("w1 w2 w3")], [0.7, 0.3], 2.0)]
         != [told(server, [user("w1 w2 w3")], [0.7, 0.3])]
     )
-    assert texts(page, ".at") == ["helpful 0.7harmless 0.3scale 2, closer to the base"]
+    assert texts(page, ".at") == ["helpful 0.7 harmless 0.3 scale 2, closer to the base"]
     assert page.do("location.hash") == "#w=0.7,0.3&scale=2"
     assert page.complaints() == []
 
@@ -167,7 +167,7 @@ def test_compare_asks_at_several_trade_offs_at_once_and_goes_on_from_one(page, s
     answers = [told(server, [user("w4 w5")], w) for w in grid]
     assert texts(page) == answers and len(set(answers)) == 3
     assert texts(page, "[aria-pressed=true]") == ["Continue from this one"]
-    assert page.do("document.querySelector('.chosen .at').textContent") == "helpful 1harmless 0"  # next to the slider's
+    assert page.do("document.querySelector('.chosen .at').textContent") == "helpful 1 harmless 0 "  # next to the slider's
     page.do("document.querySelectorAll('[aria-pressed]')[1].click()")
     page.do("document.querySelectorAll('.answer')[0].querySelectorAll('button')[1].click()")  # move the sliders here
     assert page.do("document.getElementById('weight').value") == "0"
