@@ -7,6 +7,7 @@
 | `rescale`                 | 1/c                | COS-DPO, equation (14): (1 - 1/c) s0 + s/c               |
 | `beta_conditioned`        | 1/‖β‖₁             | COS-DPO, equation (15)                                   |
 | `realign`                 | λ                  | DeRa (Liu et al., ICML 2024): p0^(1-λ) p^λ               |
+| `guide`                   | λ, and 1 of p_L    | emulated fine-tuning, proxy-tuning: p_L (p/p0)^λ         |
 | `mix_experts`             | w_1..w_m, no s0    | multi-objective decoding: Π_i p_i^(w_i)                  |
 | `modpo_reward`            | 1/w_i and -w_j/w_i | MODPO and MO-DPO, COS-DPO's equation (17)                |
 
@@ -25,6 +26,15 @@ What the linear transformation property (COS-DPO, Proposition 3.1) promises, and
 * In log-probabilities the result is not normalised; `normalize=True` does it. It is exact for whole sequences and for
   re-ranking a list of candidates. Mixing the logits of single tokens is the usual approximation, not the same policy.
 * A mixture of experts has no support outside theirs: what every expert has collapsed away from stays away.
+
+A small model guides a large one (`guide`): if p is the optimum of E r - β KL(p || p0), r = Σ_i w_i R_i say, then
+
+    p_c(y|x) ∝ p_L(y|x) (p(y|x) / p0(y|x))^(1/c) ∝ p_L(y|x) exp(r(x,y) / (cβ))
+
+is the optimum of that reward at temperature cβ for the reference p_L. Every p has such a reward, β log p/p0. Mitchell
+et al. (ICLR 2024, emulated fine-tuning) add that of a small pair to log p_L, Liu et al. (COLM 2024, proxy-tuning) the
+difference of its logits to those of p_L, both by tokens; Zhou et al. (NeurIPS 2024, weak-to-strong search) let p_L
+propose chunks and keep those of the largest log p/p0. Here p is conditioned on w.
 
 Shapes: scores (..., K), the last dimension the list (or the vocabulary). A coefficient is a number or a tensor with
 one value a list, (...) or broadcastable to it; (..., 1) is accepted too. 16-bit and float32 scores are mixed in
@@ -188,6 +198,31 @@ def realign(
         (..., K), as `log_mix`.
     """
     return log_mix(scores, strength, reference=reference, normalize=normalize, mask=mask)
+
+
+def guide(
+    scores: Tensor,  # (..., K)
+    reference: Tensor,  # (..., K)
+    guided: Tensor,  # (..., K)
+    strength: float | Tensor,  # number or (...)
+    *,
+    normalize: bool = True,
+    mask: Tensor | None = None,  # (..., K) bool
+) -> Tensor:  # (..., K)
+    """Guide a large model by a small one: p ∝ p_L (p/p0)^λ, see above; with p_L = p0 it is `realign`, to the bit.
+
+    Args:
+        scores: s: log-probabilities, logits or scores of the small tuned model, (..., K).
+        reference: s0: the same of the small model that it was tuned from.
+        guided: s_L: the same of the large model, of the same K items.
+        strength: λ = 1/c: 0 the guided model alone, 1 the whole difference; from the optimum at β to the one at β/λ.
+        normalize: Return log-probabilities over the last dimension.
+        mask: True where an item exists.
+
+    Returns:
+        (..., K), as `log_mix`.
+    """
+    return log_mix([scores, guided], [strength, 1.0], reference=reference, normalize=normalize, mask=mask)
 
 
 def mix_experts(

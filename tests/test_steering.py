@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from mopl.steering import beta_conditioned, log_mix, mix_experts, modpo_reward, realign, rescale, soup
+from mopl.steering import beta_conditioned, guide, log_mix, mix_experts, modpo_reward, realign, rescale, soup
 
 F64 = torch.float64
 LABELS = torch.softmax(torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 2.5]], dtype=F64), -1)  # zbar_1, zbar_2
@@ -228,6 +228,50 @@ def test_mixing_token_by_token_is_not_mixing_sequences():
 
 
 # --- MO-DPO ------------------------------------------------------------------------------------------------------
+
+
+# --- a small model guides a large one -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("w", [[1.0, 0.0], [0.3, 0.7], [0.5, 0.5]])
+@pytest.mark.parametrize("c", [0.4, 1.0, 3.0])
+def test_guided_by_an_optimum_the_large_model_is_at_its_own_for_the_same_reward(w, c):
+    """All responses of two tokens out of four: p is the optimum of w R at β for p0, the result that at c β for p_L."""
+    generator, beta = torch.Generator().manual_seed(3), 0.8
+    small, large = torch.randn(2, 16, dtype=F64, generator=generator).log_softmax(-1).unbind()
+    reward = torch.tensor(w, dtype=F64) @ (2 * torch.randn(2, 16, dtype=F64, generator=generator))
+    tuned = (small + reward / beta).log_softmax(-1)
+    found = guide(tuned, small, large, 1 / c)
+    close(found, (large + reward / (c * beta)).log_softmax(-1))
+
+    def value(log_q):
+        return (log_q.exp() * (reward - c * beta * (log_q - large))).sum(-1)
+
+    close(value(found), c * beta * (large + reward / (c * beta)).logsumexp(-1))
+    others = found + 0.3 * torch.randn(500, 16, dtype=F64, generator=generator)
+    assert bool((value(others.log_softmax(-1)) < value(found)).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, F64])
+def test_guided_by_itself_the_reference_is_rescaled_to_the_bit(dtype):
+    generator = torch.Generator().manual_seed(4)
+    scores, reference = (40 * torch.randn(2, 5, 33, dtype=F64, generator=generator)).to(dtype).unbind()
+    scores[0, 3] = reference[1, 4] = reference[2, 5] = scores[2, 5] = -torch.inf
+    c = torch.tensor([0.3, 1.0, 1.7, 3.0, 1e6], dtype=F64)
+    for normalize in (True, False):
+        given = guide(scores, reference, reference, 1 / c, normalize=normalize)
+        assert torch.equal(given, rescale(scores, reference, c, normalize=normalize))
+
+
+def test_what_one_of_the_three_models_has_not_is_impossible():
+    log = torch.log(torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=F64))
+    parts = [log.clone(), log.flip(0), log.roll(1)]
+    for i, part in enumerate(parts):
+        part[i] = -torch.inf
+    found = guide(*parts, 2.0)
+    assert found.tolist() == [-torch.inf, -torch.inf, -torch.inf, 0.0]
+    alone = guide(*parts, 0.0).exp()  # the tuned model has no say
+    close(alone, torch.tensor([parts[2][0].exp(), 0, 0, parts[2][3].exp()], dtype=F64) / parts[2][[0, 3]].exp().sum())
 
 
 @pytest.mark.parametrize("anchor", [0, 1])

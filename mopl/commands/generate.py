@@ -13,11 +13,18 @@ examples:
   mopl generate RUN --weights 0.7 0.3 --scale 2 "How do I make tea?"        closer to the model before training
   mopl generate RUN --weights 0.7 0.3 --scale 2 --candidates 8 "Hello"      eight samples, re-ranked exactly
   mopl generate RUN --weights 0.7 0.3 --temperature 0.8 --top-p 0.9 --seed 1 "First prompt" "Second prompt"
+  mopl generate RUN --weights 0.7 0.3 --guided-model Qwen/Qwen2.5-7B-Instruct "Hello"   a larger one answers so
   echo "How do I make tea?" | mopl generate RUN --weights 0.7 0.3 -
 """
 SCALE_HELP = (
     "c > 0: above 1 closer to the reference, below 1 beyond the tuned model (default: 1). It is exact on whole "
     "responses, by which --candidates are re-ranked, and approximate per token, by which responses are generated"
+)
+
+GUIDED_HELP = (
+    "a larger model of the same tokenizer, by directory or hub name, that answers in the place of RUN's model, guided "
+    "by what that learned, at --weights: log-probabilities of MODEL, plus 1/c of what training changed. Each token "
+    "costs one pass of MODEL and two of RUN's model. As --scale, it is exact on whole responses, approximate per token"
 )
 
 
@@ -27,6 +34,7 @@ def add_parser(commands: Any) -> None:
     parser = add_model_command(commands, "generate", run, help, EXAMPLES)
     parser.add_argument("prompts", metavar="PROMPT", nargs="*", help="texts to answer; - reads one from stdin")
     parser.add_argument("--scale", type=float, default=1.0, metavar="C", help=SCALE_HELP)
+    parser.add_argument("--guided-model", metavar="MODEL", help=GUIDED_HELP)
     parser.add_argument("--candidates", type=int, default=1, metavar="N",
                         help="sample N responses and re-rank them as whole responses (default: 1)")  # fmt: skip
     parser.add_argument("--rerank", choices=("best", "resample"), default="best", help="best: the most probable at "
@@ -59,6 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from mopl.language_models import models
     from mopl.language_models.generate import generate
+    from mopl.language_models.guiding import check_same_tokenizer
     from mopl.language_models.tokenization import ListTokenizer
 
     device = "cuda" if arguments.device == "auto" and torch.cuda.is_available() else "cpu"
@@ -70,12 +79,17 @@ def run(arguments: argparse.Namespace) -> None:
             raise ValueError(f"the tokenizer of {arguments.run} has no chat template; leave out --chat")
         tokenizer = ListTokenizer(tokenizer.tokenizer, max_length=None, template=arguments.template, append_eos=False)
     reference = None
-    if tuned.reference is not None and (arguments.scale != 1 or beta is not None):
+    guided = arguments.guided_model
+    if tuned.reference is not None and (arguments.scale != 1 or beta is not None or guided is not None):
         reference = models.load_causal_lm(tuned.reference).to(device)
+    large = None
+    if guided is not None:
+        check_same_tokenizer(tokenizer.tokenizer, models.load_tokenizer(guided), f"the tokenizer of {guided}")
+        large = models.load_causal_lm(guided).to(device)
     sampling = {name: getattr(arguments, name) for name in ("temperature", "top_p")}
     answers = generate(
         tuned.model, tokenizer, prompts, arguments.weights if tuned.takes_weights else None, scale=arguments.scale,
-        beta=beta, reference=reference, max_new_tokens=arguments.max_new_tokens,
+        beta=beta, reference=reference, guided_model=large, max_new_tokens=arguments.max_new_tokens,
         candidates=arguments.candidates, rerank=arguments.rerank, text_prompt=tuned.text_prompt, seed=arguments.seed,
         **{name: value for name, value in sampling.items() if value is not None},
     )  # fmt: skip
@@ -91,7 +105,8 @@ def run(arguments: argparse.Namespace) -> None:
 def _as_record(answer: Any) -> dict[str, Any]:
     record = {"prompt": answer.prompt, "text": answer.text, "finished": answer.finished}
     if answer.candidates:
-        names = ("text", "log_prob", "reference_log_prob", "score", "share")
+        names = ["text", "log_prob", "reference_log_prob", "score", "share"]
+        names += ["guided_log_prob"] if answer.candidates[0].guided_log_prob is not None else []
         record["effective_samples"] = answer.effective_samples
         record["candidates"] = [{name: getattr(one, name) for name in names} for one in answer.candidates]
     return record

@@ -45,6 +45,8 @@ def add_parser(commands: Any) -> None:
         parser.add_argument(name, type=type(default), default=default, metavar=metavar,
                             help=f"{text} (default: {default:g})" if name != "--host"
                             else f"{text} (default: {default})")  # fmt: skip
+    parser.add_argument("--guided-model", metavar="MODEL", help="a larger model of the same tokenizer, by directory or "
+                        "hub name, that answers in the place of RUN's model, guided by what that learned")  # fmt: skip
     parser.add_argument("--name", help="what requests call the model (default: the name of RUN's folder)")
     parser.add_argument("--api-key-file", metavar="FILE", help="file with the key that requests must bear (default: "
                         f"what {KEY_VARIABLE} holds, if it is set)")  # fmt: skip
@@ -95,13 +97,19 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _served(tuned: TunedModel, arguments: argparse.Namespace, name: str, device: str) -> Any:
     from mopl.language_models import models
+    from mopl.language_models.guiding import check_same_tokenizer
     from mopl.serving.model import ServedModel
 
+    large = None
+    if arguments.guided_model is not None:
+        other = models.load_tokenizer(arguments.guided_model)
+        check_same_tokenizer(tuned.tokenizer.tokenizer, other, f"the tokenizer of {arguments.guided_model}")
+        large = models.load_causal_lm(arguments.guided_model).to(device)
     reference = None if tuned.reference is None else models.load_causal_lm(tuned.reference).to(device)
     return ServedModel(
         tuned.model, tuned.tokenizer, tuned.objectives, name=name, weights=arguments.weights,
         beta=arguments.beta or tuned.beta, text_prompt=tuned.text_prompt, reference=reference,
-        kl_weight=tuned.kl_weight, takes_weights=tuned.takes_weights, fixed=tuned.fixed,
+        guided_model=large, kl_weight=tuned.kl_weight, takes_weights=tuned.takes_weights, fixed=tuned.fixed,
     )  # fmt: skip
 
 

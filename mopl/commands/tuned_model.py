@@ -85,9 +85,9 @@ def load_tuned_model(arguments: argparse.Namespace, device: str = "cpu", *, merg
 
 
 def _model_of_run(path: Path, arguments: argparse.Namespace, device: str, merge: bool) -> TunedModel:
+    from mopl.conditioning.references import OWN_REFERENCE
     from mopl.experiments.run import run_class
     from mopl.experiments.run_directory import check_kind, read_run
-    from mopl.language_models.reference_mixture import OWN_REFERENCE
 
     record, method, weights, kl_weight = read_run(path), arguments.method, arguments.weights, arguments.kl_weight
     on_rewards = record.get("kind") == "clp"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from mopl._arguments import check_positive
 from mopl.conditioning import TextPrompt, WeightedModel, check_weights
 from mopl.conditioning.weighted import causal_lm_of
+from mopl.decoding import ACT_BEFORE
 from mopl.language_models.data import RowError
 from mopl.language_models.tokenization import ListTokenizer
-from mopl.language_models.turns import TurnEnds, turn_ends
+from mopl.language_models.turns import TurnEnds, end_tokens, turn_ends
 
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
 Numbers = Tensor | Sequence[float] | Sequence[Sequence[float]]
@@ -161,9 +163,15 @@ def _each(values: Tensor, name: str, objectives: int, count: int) -> Tensor:
 
 
 def generate_options(
-    model: nn.Module, encoder: ListTokenizer, kwargs: dict[str, Any], candidates: int, rerank: str, max_new_tokens: int
+    model: nn.Module,
+    encoder: ListTokenizer,
+    kwargs: dict[str, Any],
+    candidates: int,
+    rerank: str,
+    max_new_tokens: int,
+    guided_model: nn.Module | None = None,
 ) -> tuple[dict[str, Any], TurnEnds]:
-    """Return the keywords of `generate` of transformers, and what ends a response."""
+    """Return the keywords of `generate` of transformers, and what ends a response: what either model names."""
     tokenizer = encoder.tokenizer
     for name, remedy in _REFUSED.items():
         if name in kwargs:
@@ -180,6 +188,10 @@ def generate_options(
             )
     config = copy.deepcopy(kwargs.pop("generation_config", None) or causal_lm_of(model).generation_config)
     config.max_length = None
+    if guided_model is not None:
+        for name, idle in ACT_BEFORE.items():
+            if hasattr(config, name):
+                setattr(config, name, idle)
     several = candidates > 1
     if several and ((kwargs.get("num_beams") or config.num_beams or 1) > 1 or kwargs.get("do_sample") is False):
         raise ValueError("candidates are samples; leave out num_beams and do_sample=False, or pass candidates=1")
@@ -204,6 +216,9 @@ def generate_options(
         ends = TurnEnds(tokenizer, (own,) if isinstance(own, int) else tuple(own or ()))
     else:
         ends = turn_ends(encoder, config)
+        if guided_model is not None:
+            more = end_tokens(getattr(causal_lm_of(guided_model), "generation_config", None))
+            ends = dataclasses.replace(ends, ids=tuple(dict.fromkeys([*ends.ids, *more])))
         kwargs["eos_token_id"] = list(ends.ids) or None
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else config.pad_token_id
     if pad is None:

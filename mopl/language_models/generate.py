@@ -3,15 +3,17 @@
     generate(model, tokenizer, prompts, [0.7, 0.3])                              the model at w
     generate(model, tokenizer, prompts, [0.7, 0.3], scale=2.0)                   closer to the reference
     generate(model, tokenizer, prompts, [0.7, 0.3], scale=2.0, candidates=8)     8 samples each, re-ranked
+    generate(model, tokenizer, prompts, [0.7, 0.3], guided_model=large)          a large model, guided by the small one
 
-What `scale` c stands for is p_c(y|x) ∝ p0(y|x)^(1-1/c) p(y|x)^(1/c): the optimum at temperature c β, if p is the one at
-β (COS-DPO, Proposition 3.1; with λ = 1/c, decoding-time realignment, Liu et al., ICML 2024). That is about whole
-responses, over which nobody can sum. Two ways lead there:
+What `scale` c stands for is p_c(y|x) ∝ p_L(y|x) (p(y|x) / p0(y|x))^(1/c), where p_L is the `guided_model`, or p0 where
+there is none: the optimum at temperature c β for the reference p_L, if p is the one at β for p0 (COS-DPO, Proposition
+3.1, and `mopl.steering`; with p_L = p0 and λ = 1/c, decoding-time realignment, Liu et al., ICML 2024). That is about
+whole responses, over which nobody can sum. Two ways lead there:
 
-* By tokens (`candidates=1`): log-probabilities of each next token are mixed, (1 - 1/c) h0 + h/c, and normalised. It
-  costs a second model run and is an approximation: each token is normalised by itself.
+* By tokens (`candidates=1`): log-probabilities of each next token are mixed, hL + (h - h0)/c, and normalised. It costs
+  a second model run, or a third, and is an approximation: each token is normalised by itself.
 * By responses (`candidates=n`): n responses y are sampled by tokens and scored exactly as a whole,
-  s_c(y) = (1 - 1/c) log p0(y) + (1/c) log p(y).
+  s_c(y) = log p_L(y) + (log p(y) - log p0(y)) / c.
   `rerank="best"` returns the one with the largest s_c: the most probable of them under p_c. Like every search for the
   most probable text it favours short ones. `rerank="resample"` draws one of them with probability proportional to
   p_c(y) / q(y), where q is what the samples were drawn from (self-normalised importance resampling): as n grows, its
@@ -35,6 +37,7 @@ from mopl._arguments import check_choice
 from mopl._renamed import renamed_keywords
 from mopl._restoring import evaluating, seeded
 from mopl.conditioning import TextPrompt, WeightedModel
+from mopl.conditioning.references import Reference
 from mopl.conditioning.weighted import causal_lm_of, reads_left_padding
 from mopl.language_models._generation_arguments import (
     Asked,
@@ -45,13 +48,14 @@ from mopl.language_models._generation_arguments import (
     generate_options,
 )
 from mopl.language_models.collate import padded
+from mopl.language_models.guiding import check_guided
 from mopl.language_models.head import fuse, is_fused, score_sequences, unfuse
 from mopl.language_models.models import positions_of
 from mopl.language_models.prompt_rows import PromptRows, pad_left, prompt_rows
-from mopl.language_models.reference_mixture import Reference, ReferenceMixture
+from mopl.language_models.reference_mixture import ReferenceMixture
 from mopl.language_models.tokenization import ListTokenizer
 from mopl.language_models.turns import TurnEnds
-from mopl.steering import rescale
+from mopl.steering import guide, rescale
 
 RERANK = ("best", "resample")
 TOKENS_PER_PASS = 8192  # of one forward pass that scores candidates: no logits are made, so it takes little memory
@@ -66,8 +70,9 @@ class Candidate:
         tokens: Its tokens, with the one that ended it.
         log_prob: log p(y|x), the sum over its tokens in nats, of the model at w.
         reference_log_prob: log p0(y|x); None where c is 1 for every prompt and the reference was not needed.
-        score: (1 - 1/c) log p0 + (1/c) log p, exact; not normalised.
+        score: log p_L + (log p - log p0) / c, exact; not normalised. p_L is p0 where no model is guided.
         share: Its probability to be drawn under `rerank="resample"`; None for `"best"`.
+        guided_log_prob: log p_L(y|x) of the `guided_model`; None without one.
     """
 
     text: str
@@ -76,6 +81,7 @@ class Candidate:
     reference_log_prob: float | None
     score: float
     share: float | None = None
+    guided_log_prob: float | None = None
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,8 @@ def generate(
     scale: float | Sequence[float] | Tensor = 1.0,  # number or (B,)
     beta: Numbers | None = None,  # (m,) or (B, m)
     reference: nn.Module | None = None,
+    guided_model: nn.Module | None = None,
+    guided_tokenizer: Any = None,
     max_new_tokens: int = 128,
     candidates: int = 1,
     rerank: Literal["best", "resample"] = "best",
@@ -134,6 +142,12 @@ def generate(
         scale: c > 0, one for all prompts or one each: above 1 towards the reference, below 1 away from it.
         beta: β > 0 of a model conditioned on it, (m,) or (B, m).
         reference: The model that is p0; None: the model itself with adapters and prompt off.
+        guided_model: A frozen model p_L of the same tokenizer, any causal language model of transformers or PEFT on any
+            device and in any dtype, which then answers as the model has learned to at the weights. It reads the prompt
+            as the reference does. Embeddings may differ in size: a token that a model has not is impossible. Penalties
+            of the model's own generation_config are left out: they would act on one model before the mixture.
+        guided_tokenizer: Its tokenizer, to be compared with `tokenizer` (see `check_same_tokenizer`); without it only
+            the sizes of the embeddings are compared, so that a stranger of the same size would not be noticed.
         max_new_tokens: Most tokens of a response. p and p0 are then those of responses that stop there.
         candidates: Samples for each prompt, n.
         rerank: What becomes of them, see above.
@@ -148,8 +162,8 @@ def generate(
         One `Generation` for each prompt, in order.
 
     Raises:
-        ValueError: If a shape is wrong, a number out of range, an option cannot go with another, or scale needs a
-            reference that is not there.
+        ValueError: If a shape is wrong, a number out of range, an option cannot go with another, scale or
+            `guided_model` needs a reference that is not there, or the guided model has another tokenizer.
         UnsupportedModelError: If candidates are to be scored and the model's head cannot be (see `fuse`).
     """
     check_choice(rerank, RERANK, "rerank")
@@ -160,46 +174,54 @@ def generate(
         encoder = tokenizer
     else:
         encoder = ListTokenizer(tokenizer, max_length=None, template=template, append_eos=False)
-    options, ends = generate_options(model, encoder, dict(kwargs), candidates, rerank, max_new_tokens)
+    if guided_model is not None:
+        check_guided(guided_model, guided_tokenizer, model, encoder.tokenizer, kwargs)
+    elif guided_tokenizer is not None:
+        raise ValueError("guided_tokenizer was passed without guided_model; pass both, or neither")
+    options, ends = generate_options(model, encoder, dict(kwargs), candidates, rerank, max_new_tokens, guided_model)
     asked = asked_of(model, encoder, conversations, weights, beta, scale, text_prompt)
-    base = Reference(model, reference) if bool((asked.c != 1).any()) else None
-    _check_room(model, asked, max_new_tokens)
-    if base is not None and not reads_left_padding(base.model):
+    base = Reference(model, reference) if guided_model is not None or bool((asked.c != 1).any()) else None
+    _check_room("model", model, asked.own, max_new_tokens)
+    others = {"guided model": guided_model, "reference": None if base is None or base.own else base.model}
+    for name, other in others.items():
+        if other is not None:
+            _check_room(name, other, asked.plain, max_new_tokens)
+    if not all(reads_left_padding(other) for other in (base and base.model, guided_model) if other is not None):
         batch_size = 1  # with nothing to pad
     pad = options["generation_config"].pad_token_id
     answers: list[Generation] = []
-    with evaluating(model, reference), seeded(seed), torch.no_grad():
+    with evaluating(model, reference, guided_model), seeded(seed), torch.no_grad():
         for part in prompt_rows(model, asked.own, pad, ends, batch_size):
-            answers += _answer(part, base, asked.of(part.rows), options, rerank)
+            answers += _answer(part, base, guided_model, asked.of(part.rows), options, rerank)
     return answers
 
 
 # ---------------------------------------------------------------- a batch of prompts
 
 
-def _check_room(model: nn.Module, asked: Asked, max_new_tokens: int) -> None:
-    """Raise if a prompt and its response have more tokens than the model has positions."""
-    positions = positions_of(causal_lm_of(model)) if asked.own else None
+def _check_room(name: str, model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """Raise if a prompt and its response have more tokens than a model has positions."""
+    positions = positions_of(causal_lm_of(model)) if prompts else None
     virtual = model.virtual_tokens if isinstance(model, WeightedModel) else 0
-    longest = max(map(len, asked.own), default=0) + virtual
+    longest = max(map(len, prompts), default=0) + virtual
     if positions is not None and longest + max_new_tokens > positions:
         remedy = f"pass max_new_tokens={positions - longest} or less" if longest < positions else "shorten the prompt"
         raise ValueError(
-            f"the longest prompt has {longest} tokens and its response up to {max_new_tokens}, but the model knows "
+            f"the longest prompt has {longest} tokens and its response up to {max_new_tokens}, but the {name} knows "
             f"{positions} positions; {remedy}"
         )
 
 
 def _answer(
-    part: PromptRows, base: Reference | None, asked: Asked, options: dict[str, Any], rerank: str
+    part: PromptRows, base: Reference | None, guided: Any, asked: Asked, options: dict[str, Any], rerank: str
 ) -> list[Generation]:
     config = options["generation_config"]
     candidates, pad = config.num_return_sequences, config.pad_token_id
     mixture = None
-    if base is not None and bool((asked.c != 1).any()):
+    if base is not None and (guided is not None or bool((asked.c != 1).any())):
         plain, plain_mask = pad_left(asked.plain, pad, part.ids.device)
         record = candidates > 1 and rerank == "resample"
-        mixture = ReferenceMixture(base, plain, plain_mask, asked.c, part.ids.shape[1], record=record)
+        mixture = ReferenceMixture(base, plain, plain_mask, asked.c, part.ids.shape[1], record=record, guided=guided)
         options = {**options, "logits_processor": [mixture, *(options.get("logits_processor") or [])]}
     new, _ = part.generate(**asked.arguments, **options)
     responses, finished = _responses(new, options, part.ends)
@@ -215,7 +237,7 @@ def _answer(
         counted = torch.arange(new.shape[1], device=new.device) < lengths[:, None]
         proposal = mixture.log_proposal(new, counted).cpu().view(-1, candidates)
     grouped = [responses[i : i + candidates] for i in range(0, len(responses), candidates)]
-    log_p, log_p0, score = _scores(part.model, base, asked, grouped, pad)
+    log_p, log_p0, log_large, score = _scores(part.model, base, guided, asked, grouped, pad)
     answers = []
     for i, prompt in enumerate(asked.prompts):
         share = None
@@ -229,7 +251,7 @@ def _answer(
             Candidate(
                 texts[i * candidates + j], tuple(grouped[i][j]), float(log_p[i, j]),
                 None if log_p0 is None else float(log_p0[i, j]), float(score[i, j]),
-                None if share is None else float(share[j]),
+                None if share is None else float(share[j]), None if log_large is None else float(log_large[i, j]),
             )
             for j in range(candidates)
         ]  # fmt: skip
@@ -259,17 +281,21 @@ def _responses(new: Tensor, options: dict[str, Any], ends: TurnEnds) -> tuple[li
 
 
 def _scores(
-    model: Any, base: Reference | None, asked: Asked, grouped: Sequence[Sequence[Sequence[int]]], pad: int
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return log p, log p0 and s_c of the candidates, each (B, n) float64 on the CPU."""
+    model: Any, base: Reference | None, guided: Any, asked: Asked, grouped: Sequence[Sequence[Sequence[int]]], pad: int
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """Return log p, log p0, log p_L and s_c of the candidates, each (B, n) float64 on the CPU."""
     with _scoring(model):
         log_p = _log_probs(model, asked.own, grouped, pad, asked.arguments)
     if base is None:
-        return log_p, None, log_p
+        return log_p, None, None, log_p
     with base.active() as model_of_base, _scoring(model_of_base):
         # A reference that is the model itself, switched off, still wants to be told nothing of the trade-off.
         log_p0 = _log_probs(model_of_base, asked.plain, grouped, pad, {})
-    return log_p, log_p0, rescale(log_p, log_p0, asked.c)
+    if guided is None:
+        return log_p, log_p0, None, rescale(log_p, log_p0, asked.c)
+    with _scoring(guided):
+        log_large = _log_probs(guided, asked.plain, grouped, pad, {})
+    return log_p, log_p0, log_large, guide(log_p, log_p0, log_large, 1 / asked.c, normalize=False)
 
 
 @contextlib.contextmanager

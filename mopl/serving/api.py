@@ -187,6 +187,7 @@ class Api:
             "takes_beta": served.takes_beta,
             "beta": None if served.beta is None else list(served.beta),
             "scale": served.can_scale,
+            "guided": served.guided_model is not None,
             "chat_template": served.chat.encoder.chat,
             "max_tokens": self.limits.max_tokens,
             "positions": served.positions,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,12 +12,12 @@ from torch import nn
 
 from mopl._arguments import check_positive
 from mopl.conditioning import TextPrompt, WeightedModel, check_weights, weights_name
+from mopl.conditioning.references import Reference
 from mopl.conditioning.weighted import causal_lm_of, reads_left_padding
 from mopl.language_models.generate import generate
 from mopl.language_models.models import positions_of
-from mopl.language_models.reference_mixture import Reference
 from mopl.language_models.tokenization import ListTokenizer
-from mopl.language_models.turns import TurnEnds, turn_ends
+from mopl.language_models.turns import TurnEnds, end_tokens, turn_ends
 from mopl.serving.rows import Detokenizer, Row, TradeOff
 
 SAME = 1e-6  # weights that differ by less are the same: names have six digits
@@ -43,12 +43,13 @@ class ServedModel:
         beta: β (m,) of requests that name none, of a model conditioned on it.
         text_prompt: Writes the weights in front of prompts, as of `generate`.
         reference: The model that is p0, where the model is not its own.
+        guided_model: A larger model of the same tokenizer that answers in the model's place, guided by it.
         kl_weight: α at which a mixture is asked whose coefficients depend on it.
         takes_weights: Whether the model is to be called with weights.
         fixed: Whether it has one trade-off, `weights`, and no other.
 
     Raises:
-        ValueError: If weights or beta do not fit.
+        ValueError: If weights or beta do not fit, or the model has no reference to guide another one with.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class ServedModel:
         beta: Sequence[float] | None = None,
         text_prompt: TextPrompt | None = None,
         reference: nn.Module | None = None,
+        guided_model: nn.Module | None = None,
         kl_weight: float | None = None,
         takes_weights: bool = True,
         fixed: bool = False,
@@ -71,7 +73,8 @@ class ServedModel:
         if takes_kl_weight and kl_weight is None:
             raise ValueError("kl_weight is missing: the model is conditioned on it; pass the one to answer at")
         self.model, self.name, self.objectives = model, name, tuple(objectives)
-        self.text_prompt, self.reference, self.kl_weight = text_prompt, reference, kl_weight
+        self.text_prompt, self.kl_weight = text_prompt, kl_weight
+        self.reference, self.guided_model = reference, guided_model
         self.takes_weights, self.fixed = takes_weights, fixed
         # Such a model is switched to one trade-off, for which it is a plain model then.
         self.one_at_a_time = weighted and (not model.decodes_rows or takes_kl_weight)
@@ -80,25 +83,34 @@ class ServedModel:
         tokenizer = encoder.tokenizer
         self.tokenizer, self.detokenizer = tokenizer, Detokenizer(tokenizer)
         raw = ListTokenizer(tokenizer, max_length=None, template="plain", append_eos=False)
-        config = causal_lm_of(model).generation_config
-        self.chat, self.plain = (Form(each, turn_ends(each, config)) for each in (encoder, raw))
-        self.positions = positions_of(causal_lm_of(model))
+        self.chat, self.plain = self._form(encoder), self._form(raw)
+        models = [each for each in (model, reference, guided_model) if each is not None]
+        limits = [positions_of(causal_lm_of(each)) for each in models]
+        self.positions = min((limit for limit in limits if limit is not None), default=None)
+        self._pads = all(reads_left_padding(each) for each in models)
         self.virtual_tokens = model.virtual_tokens if weighted else 0
         self.can_scale = self._has_reference()
+        if guided_model is not None and not self.can_scale:
+            raise ValueError("guided_model needs what training changed, but the model has no reference; pass one")
         equal = [1 / len(self.objectives)] * len(self.objectives)
         self.beta = None if beta is None else self._each(beta, "beta")
         self.weights = self._weights(equal if weights is None else weights)
 
+    def _form(self, encoder: ListTokenizer) -> Form:
+        ends = turn_ends(encoder, causal_lm_of(self.model).generation_config)
+        if self.guided_model is not None:  # an answer ends where either model ends one
+            more = end_tokens(causal_lm_of(self.guided_model).generation_config)
+            ends = replace(ends, ids=tuple(dict.fromkeys([*ends.ids, *more])))
+        return Form(encoder, ends)
+
     def _has_reference(self) -> bool:
-        if self.reference is not None:
-            return True
-        if self.one_at_a_time:
+        if self.reference is None and self.one_at_a_time:  # what `at` gives is a plain model
             return False
         try:
-            Reference(self.model)
+            Reference(self.model, self.reference)
         except ValueError:
             return False
-        return not isinstance(self.model, WeightedModel) or self.model.has_reference
+        return True
 
     # ---------------------------------------------------------------- trade-offs
 
@@ -163,8 +175,7 @@ class ServedModel:
 
     def most_rows(self, wanted: int) -> int:
         """Return how many of `wanted` rows are answered together: one where prompts cannot be padded on the left."""
-        reads = [reads_left_padding(model) for model in (self.model, self.reference) if model is not None]
-        return wanted if all(reads) else 1
+        return wanted if self._pads else 1
 
     def group(self, row: Row) -> Any:
         """Return what rows that are answered together have in common."""
@@ -180,7 +191,8 @@ class ServedModel:
                 model, weights = stack.enter_context(model.at(rows[0].at.weights, self.kl_weight)), None
             generate(
                 model, rows[0].form.encoder, [row.prompt for row in rows], weights, beta=beta,
-                scale=[row.at.scale for row in rows], reference=self.reference, text_prompt=self.text_prompt,
+                scale=[row.at.scale for row in rows], reference=self.reference, guided_model=self.guided_model,
+                text_prompt=self.text_prompt,
                 max_new_tokens=max(row.max_tokens for row in rows), batch_size=len(rows), num_beams=1,
                 do_sample=False, logits_processor=[choose], stopping_criteria=[watch],
             )  # fmt: skip

@@ -13,7 +13,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from tiny_language_models import build, lora, prompt, tokenizer
+from tiny_language_models import VOCABULARY, build, lora, prompt, tokenizer
 
 from mopl.cli import build_parser, main
 from mopl.conditioning import HyperPromptModel, ParameterMixture, TuningRecord
@@ -99,6 +99,48 @@ def test_generate_prints_what_the_function_gives(tuned: Path, capsys, monkeypatc
     sampled = generate(model, words, "w1 w2", [1.0, 0.0], temperature=2.0, top_p=0.9, seed=4, **options)[0]
     arguments = ["--weights", "1", "0", "--temperature", "2", "--top-p", "0.9", "--seed", "4", "--raw"]
     assert printed(capsys, *common, *arguments, "w1 w2") == sampled.text + "\n"
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> Path:
+    """A model of another size with embeddings that are padded."""
+    folder = tmp_path_factory.mktemp("large")
+    build(vocabulary=VOCABULARY + 2, num_hidden_layers=2, hidden_size=24).save_pretrained(folder)
+    tokenizer(chat=True).save_pretrained(folder)
+    return folder
+
+
+def test_a_run_guides_a_larger_model(base: Path, tuned: Path, large: Path, capsys, tmp_path: Path) -> None:
+    model, words, options = HyperPromptModel.from_pretrained(tuned), tokenizer(), {"max_new_tokens": 5}
+    larger = transformers.AutoModelForCausalLM.from_pretrained(large)
+    options = {**options, "guided_model": larger}
+    common = ["generate", str(tuned), "--max-new-tokens", "5", "--device", "cpu", "--weights", "0.7", "0.3"]
+    common += ["--guided-model", str(large)]
+    for scale in (1.0, 0.5):
+        wanted = generate(model, words, ["w1 w2", "w3"], [0.7, 0.3], scale=scale, **options)
+        found = printed(capsys, *common, "w1 w2", "w3", "--scale", str(scale))
+        assert found == f"> w1 w2\n{wanted[0].text}\n\n> w3\n{wanted[1].text}\n"
+    alone = generate(larger, words, ["w1 w2", "w3"], max_new_tokens=5)
+    assert [one.text for one in alone] != [one.text for one in wanted]
+    sampled = ["--candidates", "3", "--seed", "1", "--json", "w1 w2"]
+    answer = generate(model, words, "w1 w2", [0.7, 0.3], candidates=3, seed=1, **options)[0]
+    record = json.loads(printed(capsys, *common, *sampled))
+    assert [one["guided_log_prob"] for one in record["candidates"]] == [
+        one.guided_log_prob for one in answer.candidates
+    ]
+    # A model of one trade-off has another one for its reference, which is loaded at scale 1, too.
+    run = make_run(base, tmp_path, method="dpo-soup")
+    own = ["generate", str(run), "--max-new-tokens", "4", "--weights", "0.7", "0.3", "w1 w2", "--device", "cpu"]
+    assert printed(capsys, *own, "--guided-model", str(base)) == printed(capsys, *own)
+
+    other = tmp_path / "other"
+    larger.save_pretrained(other)
+    changed = tokenizer()
+    changed.add_tokens(["w77"])
+    changed.save_pretrained(other)
+    error = refused(capsys, *common[:-1], str(other), "w1")
+    assert f"the tokenizer of {other} has another vocabulary ({VOCABULARY + 1} tokens)" in error
+    assert "nowhere" in refused(capsys, *common[:-1], "nowhere", "w1")
 
 
 def test_export_writes_what_transformers_loads(tuned: Path, capsys, tmp_path: Path) -> None:
@@ -215,6 +257,7 @@ def test_help_says_where_scale_is_exact_and_loads_nothing_heavy(capsys) -> None:
         main(["generate", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "exact on whole responses" in text and "approximate per token" in text
+    assert "one pass of MODEL and two of RUN's model" in text
     code = "import sys; from mopl.cli import build_parser; build_parser(); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 

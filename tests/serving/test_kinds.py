@@ -120,6 +120,23 @@ def test_beta_is_taken_where_the_model_is_conditioned_on_it():
         assert asked(server, 0, beta=named) == asked(server, 0, beta=[1.5, 0.5])
 
 
+@pytest.mark.parametrize("kind", ["prompt", "parameters"])
+def test_a_larger_model_answers_guided_by_a_small_one(kind):
+    large, base = build(num_hidden_layers=3, hidden_size=48), build()
+    model = conditioned() if kind == "prompt" else spread(ParameterMixture(build(), 2, scope="full", record=RECORD))
+    options = {"guided_model": large, "reference": None if kind == "prompt" else base}
+    with running(served(model, **options)) as server:
+        assert server.client.models.retrieve("tiny").model_extra["mopl"]["guided"] is True
+        for scale in (1.0, 0.5):
+            if kind == "prompt":
+                wanted = texts(model, WEIGHTS, scale=scale, **options)
+            else:
+                wanted = [texts(model.merge(w), None, scale=scale, **options)[i] for i, w in enumerate(WEIGHTS)]
+            assert len(set(wanted)) == 3 and all_at_once(server, scale=scale) == wanted * 2
+    with pytest.raises(ValueError, match="the model has no reference; pass one"):
+        served(build(), takes_weights=False, fixed=True, guided_model=large)
+
+
 def test_a_model_of_one_trade_off_has_no_other():
     with running(served(build(), weights=[0.7, 0.3], takes_weights=False, fixed=True)) as server:
         assert asked(server, 0) == texts(build(), None)[0]
@@ -164,8 +181,9 @@ def test_a_run_answers_as_mopl_generate_does(kind, tmp_path, capsys):
         assert main(["generate", run, *given, "w1 w2"]) == 0
     first, second = capsys.readouterr().out.splitlines()
     options = argparse.Namespace(
-        run=run, method=None, weights=None, beta=None, kl_weight=0.05 if alpha else None, base_model=None, device="cpu"
-    )
+        run=run, method=None, weights=None, beta=None, kl_weight=0.05 if alpha else None, base_model=None, device="cpu",
+        guided_model=None,
+    )  # fmt: skip
     model = _served(load_tuned_model(options, "cpu", merge=False), options, "tiny", "cpu")
     assert model.one_at_a_time is (kind == "clp") and not model.fixed
     with running(model) as server:
