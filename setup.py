@@ -13,6 +13,7 @@ setup(
     package_dir={"": "."},
     package_data={
         "mopl": ["py.typed"],
+        "mopl._page": ["look.css", "controls.js"],
         "mopl.language_models": ["demo_prompts.json"],
         "mopl.report": ["page.html", "page.css", "page.js"],
         "mopl.serving": ["page.html", "page.css", "page.js"],

@@ -1,6 +1,7 @@
 "use strict";
 // Everything shown is a number of the embedded front.json: the sliders choose among evaluated points and never interpolate.
 (() => {
+  const { make, picker, weight, linked, readWeights } = controls;
   const data = JSON.parse(document.getElementById("mopl-data").textContent);
   const byId = (id) => document.getElementById(id);
   const SVG = byId("chart").namespaceURI;
@@ -37,15 +38,8 @@
   const state = { front: 0, point: 0, wanted: null, x: 0, y: m > 1 ? 1 : m, others: true, before: false, notice: "" };
 
   // --- helpers
-  function make(tag, attributes = {}, ...children) {
-    const node = document.createElement(tag);
-    for (const [key, item] of Object.entries(attributes)) {
-      if (key.startsWith("on")) node.addEventListener(key.slice(2), item);
-      else node.setAttribute(key, item);
-    }
-    node.append(...children);
-    return node;
-  }
+  const weightsText = (w) => controls.weightsText(names, w);
+  const slider = (...of) => controls.slider(byId("controls"), ...of);
   function draw(tag, attributes, parent, text) {
     const node = document.createElementNS(SVG, tag);
     for (const [key, item] of Object.entries(attributes)) node.setAttribute(key, item);
@@ -63,8 +57,6 @@
     const text = size >= 1e-3 && size < 1e5 ? Math.abs(x).toFixed(4) : number(Math.abs(x));
     return (x > 0 ? "+" : x < 0 ? "\u2212" : "\u00b1") + text;
   }
-  const weight = (w) => (w == null ? "n/a" : String(+w.toFixed(3)));
-  const weightsText = (w) => names.map((name, j) => `${name} ${weight(w[j])}`).join(", ");
   function colour(x, [low, high]) {
     if (x == null) return "none";
     const place = (high > low ? (x - low) / (high - low) : 0.5) * (VIRIDIS.length - 1);
@@ -125,9 +117,7 @@
     show();
   }
   function setWeight(j, target) {
-    const rest = state.wanted.reduce((sum, w, k) => (k === j ? sum : sum + w), 0);
-    state.wanted = state.wanted.map((w, k) =>
-      k === j ? target : rest > 1e-9 ? (w * (1 - target)) / rest : (1 - target) / (m - 1));
+    state.wanted = linked(state.wanted, j, target);
     choosePoint(nearest(state.wanted, scaleOf(chosen())), true);
   }
 
@@ -148,11 +138,10 @@
     const wish = Number(asked.get("scale"));
     const scale = closestScale(wish > 0 ? wish : 1);
     const text = asked.get("w");
-    const list = text?.split(",").map(Number);
+    const list = m > 1 ? readWeights(text, m) : null;
     state.point = nearest(Array(m).fill(1 / m), scale);
-    if (text && m > 1 && list.length === m && list.every((w) => w >= 0) && list.some((w) => w > 0)) {
-      const sum = list.reduce((a, b) => a + b);
-      state.wanted = list.map((w) => w / sum);
+    if (list) {
+      state.wanted = list;
       state.point = nearest(state.wanted, scale);
       if (m === 2) state.wanted = chosen().weights?.slice() ?? null;
       return;
@@ -172,19 +161,6 @@
 
   // --- the controls
   let update = [];
-  function slider(id, label, attributes, onInput, low, high) {
-    const input = make("input", { type: "range", id, ...attributes, oninput: () => onInput(Number(input.value)) });
-    const output = make("output", { for: id });
-    const box = make("div", { class: "control" }, make("label", { for: id }, label), output, input);
-    if (low) box.append(make("div", { class: "ends", "aria-hidden": "true" }, make("span", {}, low), make("span", {}, high)));
-    byId("controls").append(box);
-    return [input, output];
-  }
-  function picker(id, label, options, current, onPick) {
-    const select = make("select", { id, onchange: () => onPick(Number(select.value)) });
-    options.forEach((text, i) => select.append(make("option", { value: i, ...(i === current ? { selected: "" } : {}) }, text)));
-    return make("label", { for: id }, label, select);
-  }
   function build() {
     const focused = document.activeElement?.id;
     byId("controls").replaceChildren();
@@ -239,8 +215,7 @@
       update.push(() => {
         const scale = scaleOf(chosen());
         input.value = scales().indexOf(scale);
-        const says = scale === 1 ? "as trained" : scale > 1 ? "closer to the base" : "beyond the trained model";
-        output.textContent = `scale ${weight(scale)}, ${says}`;
+        output.textContent = controls.scaleText(scale);
         input.setAttribute("aria-valuetext", output.textContent);
       });
     }

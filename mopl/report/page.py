@@ -1,7 +1,8 @@
 """One HTML file with a slider over the trade-offs: no network, no library, readable without a script.
 
-`page.html`, `page.css` and `page.js` beside this file are the page; here its tables are made, everything is escaped,
-and the fronts are embedded as JSON. The script shows only numbers of that JSON.
+`page.html`, `page.css` and `page.js` beside this file are the page, behind what all pages share (`mopl/_page`); here
+its tables are made, everything is escaped, and the fronts are embedded as JSON. The script shows only numbers of that
+JSON.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ import re
 from collections.abc import Mapping, Sequence
 from decimal import ROUND_HALF_UP, Decimal
 from html import escape
-from importlib import resources
 from math import isnan
 from pathlib import Path
 from typing import Any
 
+from mopl._page import page_html, page_script, page_style
 from mopl._terminal import printable
 from mopl.pareto import Front
 from mopl.report.records import Metric, base_points, data_names, is_base, jsonable, read_all, to_json, write
@@ -92,11 +93,11 @@ def write_page(
         "every_sample": _every_sample(records, texts),
         "configuration": _configuration(configuration),
         "data": to_json(data),
-        "style": _asset("page.css"),
-        "script": _asset("page.js"),
+        "style": page_style("mopl.report"),
+        "script": page_script("mopl.report"),
     }
     # One pass, so that a name which looks like a placeholder is left alone.
-    page = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _asset("page.html"))
+    page = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], page_html("mopl.report"))
     return write(path, printable(page).encode("utf-8"))
 
 
@@ -111,10 +112,6 @@ def format_number(x: float) -> str:
         mantissa, exponent = f"{x:.2e}".split("e")
         return f"{mantissa}e{int(exponent)}"
     return str(Decimal(x + 0.0).quantize(Decimal("0.0001"), ROUND_HALF_UP))
-
-
-def _asset(name: str) -> str:
-    return (resources.files("mopl.report") / name).read_text(encoding="utf-8")
 
 
 def _methods_table(summary: Summary) -> str:

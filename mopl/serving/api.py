@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from mopl._extras import require
@@ -24,6 +23,7 @@ from mopl._terminal import say
 from mopl.serving.answers import Answer, Answering
 from mopl.serving.engine import Engine
 from mopl.serving.errors import ApiError
+from mopl.serving.page import HEADERS, PATHS, page_part
 from mopl.serving.requests import Asked, Limits, asked_of, weights_in_name
 
 require("starlette", what="serving", extra="serve")
@@ -35,17 +35,6 @@ from starlette.routing import Route  # noqa: E402
 
 MOST_BYTES = 1 << 20  # of a body: a prompt of about 200,000 tokens
 CLOSED = 499  # nobody was there any more: a status for the log alone, as of nginx
-_PAGE = {
-    "/": ("page.html", "text/html"),
-    "/page.css": ("page.css", "text/css"),
-    "/page.js": ("page.js", "text/javascript"),
-}
-_PAGE_HEADERS = {
-    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-    "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "x-content-type-options": "nosniff",
-    "cache-control": "no-cache",
-}  # fmt: skip
 
 
 @dataclass
@@ -77,7 +66,7 @@ class Api:
             Route("/v1/models", self._guarded(self._models), methods=["GET"]),
             Route("/v1/models/{name:path}", self._guarded(self._one_model), methods=["GET"]),
             Route("/health", self._guarded(self._health, open=True), methods=["GET"]),
-            *(Route(path, self._guarded(self._page, open=True), methods=["GET"]) for path in _PAGE),
+            *(Route(path, self._guarded(self._page, open=True), methods=["GET"]) for path in PATHS),
         ]
         return Starlette(routes=routes, exception_handlers={HTTPException: _http_error})  # type: ignore[dict-item]
 
@@ -209,11 +198,8 @@ class Api:
         return JSONResponse({"status": "ok", "waiting": self.engine.waiting, "running": self.engine.running})
 
     async def _page(self, request: Request) -> Response:
-        name, kind = _PAGE[request.url.path]
-        file = Path(__file__).with_name(name)
-        if not file.is_file():
-            raise ApiError("there is no page here; the paths are those of OpenAI's API, below /v1", status=404)
-        return Response(file.read_bytes(), media_type=kind, headers=_PAGE_HEADERS)
+        part, kind = page_part(request.url.path)
+        return Response(part, media_type=kind, headers=HEADERS)
 
 
 class _Stream(StreamingResponse):

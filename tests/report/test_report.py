@@ -8,13 +8,13 @@ import json
 import math
 import random
 import re
-import shutil
 import subprocess
 import sys
 import unicodedata
 from html.parser import HTMLParser
 
 import pytest
+from browsing import CHROMIUM, needs_browser
 
 from mopl.pareto import Front, Point
 from mopl.report import Metric, plot_front, print_table, write_csv, write_page
@@ -604,9 +604,6 @@ def test_a_failure_while_writing_keeps_the_old_file_and_leaves_no_half(tmp_path,
 
 # --- the page in a browser
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium to run the page's script")
-
 
 def rendered(path, fragment, profile):
     flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
@@ -622,7 +619,7 @@ def shown(dom):
     return {int(k): (value, detail) for k, value, detail in figures}, int(re.search(r"#(\d+) of", status)[1]), status
 
 
-@browser
+@needs_browser
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("m", "fragment", "method", "index"),
@@ -667,7 +664,7 @@ def after(path, *steps):
     return acted
 
 
-@browser
+@needs_browser
 @pytest.mark.slow
 def test_linked_sliders_stay_on_the_simplex_and_show_the_nearest_point(tmp_path):
     fronts = [base(3), *several(3)]
@@ -686,7 +683,7 @@ def test_linked_sliders_stay_on_the_simplex_and_show_the_nearest_point(tmp_path)
     assert re.search(r'data-hash="(.*?)"', dom)[1] == "#w=1,0,0&amp;method=dpo-ls"
 
 
-@browser
+@needs_browser
 @pytest.mark.slow
 def test_one_slider_for_two_objectives_and_one_for_the_distance_from_the_base(tmp_path):
     one = front(scales=(0.8, 1.0, 1.5))
@@ -699,7 +696,7 @@ def test_one_slider_for_two_objectives_and_one_for_the_distance_from_the_base(tm
     assert re.search(r'data-hash="(.*?)"', dom)[1] == "#w=0.9,0.1&amp;scale=1.5"
 
 
-@browser
+@needs_browser
 @pytest.mark.slow
 def test_the_page_runs_with_nasty_names_missing_figures_and_one_point(tmp_path):
     nasty = front("<b>m", 5, names=NASTY, main="<i>main</i>")
@@ -715,7 +712,7 @@ def test_the_page_runs_with_nasty_names_missing_figures_and_one_point(tmp_path):
     assert "&lt;b&gt;sample&lt;/b&gt;" in visible and "<i>" not in visible and "<b>m" not in visible
 
 
-@browser
+@needs_browser
 @pytest.mark.slow
 def test_answers_follow_the_slider_and_other_scales_show_the_nearest(tmp_path):
     fronts = [base(), front(scales=(1.0, 1.5))]
