@@ -3,6 +3,7 @@
 import json
 import os
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -58,6 +59,11 @@ def test_what_is_in_use_stays_and_what_is_not_goes_the_longest_unused_first(fold
         os.utime(path, ns=(path.stat().st_mtime_ns - age * 10**9,) * 2)
     other.get([0.9, 0.1])
     assert names(tmp_path) == ["w=0,1", "w=0.5,0.5", "w=0.9,0.1"]
+    third = AdapterCache(AdapterFolder(folder), tmp_path, max_cached=3)
+    third.get([0, 1])  # used again, by one that ends
+    third.close()
+    (path,) = tmp_path.glob("*/w=0,1")
+    assert abs(path.stat().st_mtime - time.time()) < 500
     other.get([0.8, 0.2])
     assert names(tmp_path) == ["w=0.5,0.5", "w=0.8,0.2", "w=0.9,0.1"]
     with pytest.raises(CacheFull):
