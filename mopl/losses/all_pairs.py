@@ -23,7 +23,7 @@ from torch import Tensor
 from mopl._arguments import Reduction, as_labels, check_choice, compute_dtype, or_nan, weigh_and_reduce, wide_dtype
 from mopl._renamed import renamed_keywords
 from mopl.losses._scores import prepare, shared_by_objectives
-from mopl.losses.labels import not_negative
+from mopl.losses.labels import integer_differences, large_integers, not_negative
 from mopl.ops import pairs
 
 Gain = Literal["exponential", "linear"]
@@ -132,8 +132,7 @@ def lambda_loss(
         source = y
         if gain == "linear" and not normalize and order is not y:
             # Only differences of these gains count, and those of large labels are lost where each is rounded alone.
-            lowest = _extremes(order, mask)[1]
-            source = (order - torch.where(lowest.isfinite(), lowest, 0)).to(y.dtype)
+            source = _above_lowest(as_labels(labels, scores).detach(), order, mask).to(y.dtype)
         gains = _gains(source, gain, mask, scaled=normalize)
         if normalize:
             ideal = _ideal_dcg(gains, mask, top_k)
@@ -230,12 +229,29 @@ def _filled(values: Tensor, mask: Tensor | None, nothing: float) -> Tensor:
 
 
 def _ranked(labels: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
-    """Return labels (B, m, K) in the order of those given: not y where float32 would make two of them equal."""
-    wide = labels.dtype in (torch.float64, torch.int64, torch.int32) and y.dtype != torch.float64
-    if not wide or wide_dtype(y.device) != torch.float64:
+    """Return labels (B, m, K) in the order of those given: not y where its dtype would make two of them equal."""
+    exact = as_labels(labels, y[:, 0]).detach()
+    if large_integers(exact):  # int64 fits no floating-point number: its ranks do, equal ones where labels are
+        best, places = exact.long().sort(-1)
+        steps = torch.zeros_like(best)
+        steps[..., 1:] = best[..., 1:] != best[..., :-1]
+        exact = torch.zeros_like(best).scatter(-1, places, steps.cumsum(-1)).to(y.dtype)
+    elif exact.dtype == torch.float64 != y.dtype and wide_dtype(y.device) == torch.float64:
+        exact = exact.double()
+    else:
         return y
-    exact = as_labels(labels, y[:, 0]).detach().double()
     return _filled(exact, mask, math.nan)
+
+
+def _above_lowest(labels: Tensor, order: Tensor, mask: Tensor | None) -> Tensor:
+    """Return labels (B, m, K) minus the lowest of their list, exact where the numbers themselves would be rounded."""
+    if not large_integers(labels):
+        lowest = _extremes(order, mask)[1]
+        return order - torch.where(lowest.isfinite(), lowest, 0)
+    labels = labels.long()
+    existing = labels if mask is None else labels.masked_fill(~mask[:, None, :], torch.iinfo(torch.int64).max)
+    lowest = existing.amin(-1, keepdim=True) if labels.shape[-1] else labels
+    return _filled(integer_differences(labels, lowest, wide_dtype(labels.device)), mask, math.nan)
 
 
 def _ranks(scores: Tensor, mask: Tensor | None) -> Tensor:

@@ -80,14 +80,16 @@ def to_distributions(
         total = labels.sum(-1, keepdim=True)
         empty = total <= 0  # false for NaN
         return torch.where(empty, 0, labels / torch.where(empty, 1, total))
-    large = labels.dtype in (torch.int32, torch.int64)
-    labels = labels.to(wide_dtype(labels.device) if large else dtype)
+    if large_integers(labels) and labels.shape[-1]:
+        # Differences are small where a floating-point number would stand for several.
+        labels = labels.long()
+        existing = labels if mask is None else labels.masked_fill(~mask, torch.iinfo(torch.int64).min)
+        labels = integer_differences(labels, existing.amax(-1, keepdim=True), dtype)
+    labels = labels.to(dtype)
     if mask is not None:
         # A list without items would be all -inf, whose softmax and gradient are NaN.
         gone = ~mask & mask.any(-1, keepdim=True)
         labels = labels.masked_fill(~mask, 0).masked_fill(gone, -torch.inf)
-    if large and labels.shape[-1]:  # differences are small where float32 would make one number of several
-        labels = (labels - labels.amax(-1, keepdim=True)).to(dtype)
     if sharpened:
         shape = (labels.shape[0], 1 if labels.ndim == 2 else labels.shape[1])
         rate = per_objective(label_temperature, "label_temperature", shape, labels, POSITIVE)
@@ -96,6 +98,19 @@ def to_distributions(
         labels = torch.where(finite, torch.where(finite, labels, 0) / rate, labels)
     targets = labels.softmax(-1)
     return targets if mask is None else targets * mask
+
+
+def large_integers(labels: Tensor) -> bool:
+    """Say whether labels are integers of a type that float32 or float64 cannot hold whole."""
+    return not labels.is_floating_point() and not labels.is_complex() and labels.dtype.itemsize >= 4
+
+
+def integer_differences(labels: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return labels - other of int64 in a floating-point dtype, right where the numbers themselves would be rounded."""
+    difference, down = labels - other, labels < other
+    # Beyond 2^63 it came out with the other sign: then the numbers are far apart, and rounding them is harmless.
+    wide = wide_dtype(labels.device)
+    return torch.where((difference < 0) == down, difference.to(wide), labels.to(wide) - other.to(wide)).to(dtype)
 
 
 def not_negative(labels: Tensor, where: str, remedy: str = SOFTMAX) -> Tensor:

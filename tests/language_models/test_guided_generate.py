@@ -96,6 +96,13 @@ def test_weights_in_words_are_read_by_the_small_model_alone() -> None:
         plain = ids_of(text)
         own = [plain[0], *ids_of("[helpful: 0.25, harmless: 0.75]")[1:], *plain[1:]]
         assert list(answer.tokens) == greedy(large, model, plain, 0.7, own=own)
+    sampled = generate(
+        model, tokenizer(), PROMPTS[0], [0.25, 0.75], text_prompt=PAIR, guided_model=large, candidates=2, seed=0,
+        max_new_tokens=3,
+    )[0].candidates[0]  # fmt: skip
+    before = [[*ids_of(PROMPTS[0]), *sampled.tokens[:t]] for t in range(len(sampled.tokens))]
+    steps = [float(next_log_probs(large, ids)[token]) for ids, token in zip(before, sampled.tokens, strict=True)]
+    assert sampled.guided_log_prob == pytest.approx(sum(steps), abs=1e-3)
 
 
 def test_a_large_model_that_reads_no_left_padding_answers_prompt_by_prompt() -> None:

@@ -241,6 +241,9 @@ LARGE: dict[str, Callable[..., Tensor]] = {
     "random, last group free": lambda *given, **more: plackett_luce(
         *given, ties="random", last_group="free", generator=torch.Generator().manual_seed(0), **more
     ),
+    "pairs": pairwise_logistic,
+    "lambda, linear gains": lambda *given, **more: lambda_loss(*given, gain="linear", **more),
+    "softmax": lambda *given, **more: listwise_dpo(*given, normalize="softmax", **more),
 }
 
 
@@ -258,7 +261,16 @@ def test_neighbouring_integers_of_any_size_stay_apart(loss: Callable[..., Tensor
 
 def test_the_ends_of_int64_are_sorted() -> None:
     ends = torch.iinfo(torch.int64)
-    assert presort(torch.tensor([[5, ends.min, ends.max, 7]])).tolist() == [[[2, 3, 0, 1]]]
+    labels = torch.tensor([[5, ends.min, ends.max, 7]])
+    assert presort(labels).tolist() == [[[2, 3, 0, 1]]]
+    # Their difference is beyond int64.
+    assert normalize_labels(labels, "softmax").tolist() == [[0.0, 0.0, 1.0, 0.0]]
+    assert normalize_labels(labels, "softmax", label_temperature=1e30).tolist() == [[0.25] * 4]
+    scores, ranks = torch.tensor([[0.1, 0.4, 0.3, 0.2]]), torch.tensor([[1, 0, 3, 2]])
+    assert torch.equal(pairwise_logistic(scores, labels), pairwise_logistic(scores, ranks))
+    wide = torch.tensor([[0, ends.min, ends.max]])
+    pair = [lambda_loss(scores[:, :3], each, gain="linear") for each in (wide, wide.double())]
+    torch.testing.assert_close(*pair)
 
 
 @pytest.mark.parametrize("loss", [listwise_dpo, plackett_luce, lambda scores, labels: presort(labels)])
