@@ -197,7 +197,8 @@ def _read_folder(path: Path, base_model: str | None) -> tuple[dict[str, Any], st
         own = " ".join(f"{w:g}" for w in exported_at(path))
         raise ValueError(f"{path} was exported at weights {own} and has no others; load it with transformers or vLLM")
     if kind in ("adapters", "gguf"):
-        raise ValueError(f"{path} has files for servers; name the run or the model that they were exported from")
+        what = "GGUF files" if kind == "gguf" else kind
+        raise ValueError(f"{path} has {what} for servers; name the run or the model that they were exported from")
     record = read_record(path, registered_kind(path))
     name = base_model or record["base_model"]
     if name is None:

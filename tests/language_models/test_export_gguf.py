@@ -205,7 +205,7 @@ def test_options_that_do_not_go_together_are_refused(options, words, run, tmp_pa
 def test_a_folder_of_gguf_files_is_not_asked_for_weights(run, tmp_path, capsys):
     printed(capsys, "export", str(run), "--gguf", str(tmp_path / "A"))
     error = refused(capsys, "generate", str(tmp_path / "A"), "--weights", "1", "0", "Hi")
-    assert "files for servers; name the run" in error
+    assert "has GGUF files for servers; name the run" in error
 
 
 # ---------------------------------------------------------------- a real model

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mopl._extras import require
 from mopl.language_models.gguf_files.files import Entry
 
 REMEDY = (
@@ -127,6 +128,7 @@ def head_size(config: Any) -> int:
 
 def entries_of(config: Any, family: Family) -> list[Entry]:
     """Return what the GGUF file says of a model besides its tensors."""
+    require("gguf", what="GGUF", extra="demo-lm")
     from gguf import Keys, RopeScalingType
 
     def named(key: str, value: Any, kind: str) -> Entry:
@@ -161,6 +163,7 @@ def frequency_factors(config: Any) -> Tensor | None:
     """Return what llama.cpp divides the rotary frequencies by, (head size / 2,), where it has no scaling of its own."""
     if config.rope_parameters.get("rope_type") != "llama3":
         return None
+    require("transformers")
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     # Made anew: the buffers of a model that was cast to 16 bit are rounded.

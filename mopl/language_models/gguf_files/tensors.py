@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mopl._extras import require
 from mopl.language_models.gguf_files.families import REMEDY, Family
 from mopl.language_models.gguf_files.files import Planned
 
@@ -17,6 +18,7 @@ class Layout:
     """Where the parameters of one model are in GGUF."""
 
     def __init__(self, config: Any, family: Family) -> None:
+        require("gguf", what="GGUF", extra="demo-lm")
         from gguf import MODEL_ARCH, get_tensor_name_map
 
         self.config, self.family = config, family

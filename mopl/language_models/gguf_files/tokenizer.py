@@ -12,6 +12,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from mopl._extras import require
 from mopl.language_models.gguf_files.families import REMEDY
 from mopl.language_models.gguf_files.files import Entry
 
@@ -44,6 +45,7 @@ def tokenizer_entries(tokenizer: Any, size: int, ends: Sequence[int], front: Seq
     Raises:
         ValueError: If llama.cpp would split texts otherwise; the message says why.
     """
+    require("gguf", "tokenizers", what="GGUF", extra="demo-lm")
     from gguf import Keys
 
     whole = json.loads(_backend(tokenizer).to_str())
