@@ -32,6 +32,7 @@ from mopl.conditioning.sampling import Weights, check_weights, weights_name, wei
 from mopl.conditioning.saved_models import ADAPTER_CONFIG, ADAPTER_FILE, CONFIG_FILE, AdapterRecord, Names
 
 KIND = "adapters"
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank takes: MaxLoRARanks, vllm/config/lora.py
 REMEDY = "make the folder again by `mopl export RUN --adapters DIR`"
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(?:\.weight)?")
 # Keys of adapter_config.json that do not change what an adapter adds, or are compared below. Any other key must say

@@ -41,14 +41,13 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
 
 from mopl.conditioning.adapter_cache import MAX_CACHED, AdapterCache
-from mopl.conditioning.adapter_files import AdapterFolder
+from mopl.conditioning.adapter_files import VLLM_RANKS, AdapterFolder
 from mopl.conditioning.sampling import NAME_PREFIX, weights_name, weights_of_name
 
 __all__ = ["TradeOffResolver", "register"]
 
 ADAPTERS, BASE_MODEL, CACHE = "MOPL_VLLM_ADAPTERS", "MOPL_VLLM_BASE_MODEL", "MOPL_VLLM_CACHE"
 MAX_ADAPTERS, DECIMALS = "MOPL_VLLM_MAX_ADAPTERS", "MOPL_VLLM_DECIMALS"
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes: MaxLoRARanks of vllm/config/lora.py
 _FIRST_ID = 1 << 30  # far from those that vLLM counts from 1, and within 32 bits
 _log = logging.getLogger("vllm.mopl")  # below vLLM's own logger, whose level and format it has
 
@@ -75,10 +74,10 @@ class TradeOffResolver(LoRAResolver):
             )
         count = len(cache.adapters.objectives)
         self.rank = cache.adapters.rank_of([1 / count] * count)
-        if self.rank > RANKS[-1]:
+        if self.rank > VLLM_RANKS[-1]:
             raise ValueError(
                 f"an adapter of all {count} objectives in {cache.adapters.folder} has rank {self.rank} but vLLM's "
-                f"--max-lora-rank ends at {RANKS[-1]}; train adapters of a smaller rank, or serve it by `mopl serve`"
+                f"--max-lora-rank ends at {VLLM_RANKS[-1]}; train adapters of a smaller rank, or serve it by `mopl serve`"
             )
         self._ids: dict[str, int] = {}
         # One at a time, and not in the event loop's own threads, of which vLLM has need.
@@ -87,7 +86,7 @@ class TradeOffResolver(LoRAResolver):
     @property
     def max_lora_rank(self) -> int:
         """The least `--max-lora-rank` with which vLLM loads all trade-offs."""
-        return next(rank for rank in RANKS if rank >= self.rank)
+        return next(rank for rank in VLLM_RANKS if rank >= self.rank)
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
         """Return the adapter of a trade-off; None for names that do not begin with "w=", which are others'.

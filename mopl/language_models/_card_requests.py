@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from shlex import quote
 
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank takes
+from mopl.conditioning.adapter_files import VLLM_RANKS
 
 _SCALED = """from peft import PeftModel
 from peft.tuners.lora import LoraLayer
