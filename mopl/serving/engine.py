@@ -16,7 +16,7 @@ from mopl.serving.model import ServedModel
 from mopl.serving.rows import Row
 from mopl.serving.sampling import Chooser, Watcher
 
-GATHER_SECONDS = 0.005  # that an idle engine waits for others to come along: little beside an answer
+GATHER_SECONDS = 0.02  # that an idle engine waits for others to come along: little beside an answer
 
 
 class QueueFull(Exception):

@@ -190,11 +190,13 @@ def test_a_stop_lets_answers_end_and_takes_no_new_ones(model, gate):
         assert not server.thread.is_alive() and server.engine.join(1)
 
 
-def test_what_has_not_ended_within_the_grace_is_given_up(model, gate):
-    with running(served(model), grace=0.2) as server, ThreadPoolExecutor(2) as pool, gate.closed():
+@pytest.mark.parametrize(("grace", "stops"), [(0.2, 1), (30.0, 2)])
+def test_what_has_not_ended_within_the_grace_or_at_a_second_stop_is_given_up(model, gate, grace, stops):
+    with running(served(model), grace=grace) as server, ThreadPoolExecutor(2) as pool, gate.closed():
         answer = pool.submit(ask, server)
         assert gate.reached.wait(10)
-        server.server.stop()
+        for _ in range(stops):
+            server.server.stop()
         assert answer.result().status_code == 503 and "before the answer had ended" in answer.result().text
 
 
