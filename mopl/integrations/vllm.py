@@ -77,7 +77,7 @@ class TradeOffResolver(LoRAResolver):
         if self.rank > VLLM_RANKS[-1]:
             raise ValueError(
                 f"an adapter of all {count} objectives in {cache.adapters.folder} has rank {self.rank} but vLLM's "
-                f"--max-lora-rank ends at {VLLM_RANKS[-1]}; train adapters of a smaller rank, or serve it by `mopl serve`"
+                f"--max-lora-rank ends at {VLLM_RANKS[-1]}; train adapters of a smaller rank, or use `mopl serve`"
             )
         self._ids: dict[str, int] = {}
         # One at a time, and not in the event loop's own threads, of which vLLM has need.

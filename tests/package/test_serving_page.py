@@ -23,7 +23,6 @@ def options_of(command):
     return set(subparsers.choices[command]._option_string_actions)
 
 
-@pytest.mark.skipif("--adapters" not in options_of("export"), reason="mopl export --adapters is not there yet")
 def test_every_command_of_the_page_is_one_that_the_parser_takes():
     shown = [line for _, text in BLOCKS for line in text.replace("\\\n", " ").splitlines() if line.startswith("mopl ")]
     assert len(shown) >= 2
@@ -43,10 +42,10 @@ def test_the_variables_of_the_resolver_are_those_of_the_table():
     assert described == read == set(re.findall(r"MOPL_VLLM_\w+", PAGE))
     assert described == set(re.findall(r"^    (MOPL_VLLM_\w+)  ", source, re.MULTILINE))  # its own list
     from mopl.conditioning.adapter_cache import MAX_CACHED
+    from mopl.conditioning.adapter_files import VLLM_RANKS
 
     assert f"in one life of the server | {MAX_CACHED} |" in PAGE
-    ranks = re.search(r"^RANKS = \((.*?)\)", source, re.MULTILINE)[1]
-    assert f"one of {ranks};" in PAGE
+    assert f"one of {', '.join(map(str, VLLM_RANKS))};" in PAGE
 
 
 def test_what_the_examples_import_is_there():
