@@ -235,9 +235,11 @@ def test_another_precision_and_a_fused_large_model(monkeypatch) -> None:
 
 
 def test_the_models_are_left_as_they_were() -> None:
-    model, large = conditioned(), larger()
+    model, large = conditioned(), larger(attention_dropout=0.9)
+    options = {"guided_model": large, "candidates": 2, "max_new_tokens": 4, "seed": 0}
+    without_dropout = generate(model, tokenizer(), PROMPTS, WEIGHTS, **options)
     large.train()
-    generate(model, tokenizer(), PROMPTS, WEIGHTS, guided_model=large, candidates=2, max_new_tokens=2, seed=0)
+    assert generate(model, tokenizer(), PROMPTS, WEIGHTS, **options) == without_dropout
     assert large.training and not hasattr(large, "_mopl_fused_forward") and not model.is_reference
 
 
