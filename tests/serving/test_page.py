@@ -167,9 +167,7 @@ def test_compare_asks_at_several_trade_offs_at_once_and_goes_on_from_one(page, s
     answers = [told(server, [user("w4 w5")], w) for w in grid]
     assert texts(page) == answers and len(set(answers)) == 3
     assert texts(page, "[aria-pressed=true]") == ["Continue from this one"]
-    assert (
-        page.do("document.querySelector('.chosen .at').textContent") == "helpful 1 harmless 0 "
-    )  # next to the slider's
+    assert texts(page, ".chosen .at") == ["helpful 1 harmless 0 "]  # next to the slider's
     page.do("document.querySelectorAll('[aria-pressed]')[1].click()")
     page.do("document.querySelectorAll('.answer')[0].querySelectorAll('button')[1].click()")  # move the sliders here
     assert page.do("document.getElementById('weight').value") == "0"
