@@ -1,5 +1,6 @@
 """Exports for llama.cpp, against the models that they were made of: its server's answers beside those of mopl."""
 
+import copy
 import importlib.util
 import json
 
@@ -121,6 +122,22 @@ def test_weights_in_words_stand_in_front_of_chats(tokenizer, tmp_path):
         written = engine.ask("/apply-template", messages=CHAT)["prompt"]
         text = tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
         assert engine.tokens(written, add=True) == engine.tokens("<s>" + front) + engine.tokens(text)[1:]
+
+
+@pytest.mark.parametrize(
+    "template", ["\n{{ messages[0]['content'] }}   ", "<s>{% if true %}a{% endif %}\n   ", "\n\na\n\n"]
+)
+def test_words_change_no_white_space_of_a_template(template, tokenizer):
+    from mopl.language_models._export_tokenizer import prepare_tokenizer
+
+    def written(template):
+        return tokenizer.apply_chat_template(CHAT, chat_template=template, tokenize=False)
+
+    before = copy.deepcopy(tokenizer)
+    before.chat_template = template
+    made, own = written(prepare_tokenizer(before, text="[a: 1]").chat_template), written(template)
+    start = 3 * own.startswith("<s>")
+    assert made == own[:start] + "[a: 1]" + own[start:]
 
 
 # ---------------------------------------------------------------- refusals

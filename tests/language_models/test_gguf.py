@@ -162,6 +162,18 @@ def test_a_chat_template_that_forgets_what_the_tokenizer_adds_is_refused(tmp_pat
         write_gguf_model(build(tokenizer), tokenizer, tmp_path / "model.gguf")
 
 
+def test_every_token_that_ends_an_answer_ends_it_there(tokenizer, tmp_path):
+    model = build(tokenizer)
+    ends = [tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(["<pad>", "<tool>"])]
+    model.generation_config.eos_token_id = ends
+    with Engine(write_gguf_model(model, tokenizer, tmp_path / "model.gguf")) as engine:
+        for token, stops in [(token, "eos") for token in ends] + [(engine.tokens("a")[0], "limit")]:
+            assert engine.complete([5, 6], 3, logit_bias=[[token, 1e4]])["stop_type"] == stops
+    model.generation_config.eos_token_id = [*ends, 7]
+    with pytest.raises(ValueError, match="one to three"):
+        write_gguf_model(model, tokenizer, tmp_path / "other.gguf")
+
+
 # ---------------------------------------------------------------- adapters
 
 
@@ -269,6 +281,7 @@ def test_an_adapter_of_another_base_or_with_strange_files_is_refused(tokenizer, 
         ({"r": 3}, "rank 3"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights"),
         ({"peft_type": "LOHA"}, "kind LOHA"),
+        ({"use_later": True}, "use_later of helpful is True"),
     ):
         file.write_text(json.dumps({**settings, **change}))
         with pytest.raises(ValueError, match=words):

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from mopl._extras import require
+from mopl._records import read_json
+from mopl.conditioning.saved_models import ADAPTER_CONFIG, ADAPTER_FILE
 from mopl.language_models.gguf_files.families import REMEDY, family_of
 from mopl.language_models.gguf_files.files import Entry, Planned, write_gguf
 from mopl.language_models.gguf_files.tensors import Layout, plan
@@ -27,7 +29,7 @@ from mopl.language_models.gguf_files.tensors import Layout, plan
 _OBEYED = frozenset((
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern",
-    "alpha_pattern", "layers_to_transform", "layers_pattern", "init_lora_weights", "megatron_core",
+    "alpha_pattern", "layers_to_transform", "layers_pattern", "init_lora_weights", "megatron_core", "qalora_group_size",
 ))  # fmt: skip
 _FACTOR = re.compile(r"base_model\.model\.(.+)\.(lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B)")
 
@@ -70,7 +72,7 @@ def write_gguf_adapter(
         base = AutoModelForCausalLM.from_config(config)
     family = family_of(base)
     shapes = {name: tuple(p.shape) for name, p in base.state_dict().items()}
-    pairs = _pairs(load_file(str(folder / "adapter_model.safetensors")), folder)
+    pairs = _pairs(load_file(str(folder / ADAPTER_FILE)), folder)
     totals = {module: _scale(settings, module, a.shape[0]) * a.shape[0] for module, (a, _) in pairs.items()}
     alike = len(set(totals.values())) == 1
     alpha = next(iter(totals.values())) if alike else float(max(a.shape[0] for a, _ in pairs.values()))
@@ -110,10 +112,15 @@ def _check_settings(settings: Any, folder: Path) -> None:
     kind = getattr(settings.peft_type, "value", settings.peft_type)
     if kind != "LORA":
         raise ValueError(f"{folder.name} is an adapter of the kind {kind} but llama.cpp has LoRA alone; merge it")
-    for name, plain in LoraConfig().to_dict().items():
+    known = LoraConfig().to_dict()
+    for name, value in read_json(folder / ADAPTER_CONFIG).items():
+        if name not in known and value:  # PEFT reads on without it
+            raise ValueError(
+                f"{name} of {folder.name} is {value!r}, an option that the installed PEFT does not know; install a "
+                "newer one"
+            )
+    for name, plain in known.items():
         if name not in _OBEYED and (getattr(settings, name, None) or None) != (plain or None):
-            if name.endswith(("_size",)) and not settings.use_qalora:
-                continue
             raise ValueError(
                 f"{name} of {folder.name} is {getattr(settings, name)!r} but llama.cpp has plain LoRA alone "
                 f"({plain!r}): merge the adapter into the model (`mopl export RUN --weights W.. DIR`)"
@@ -159,4 +166,4 @@ def _by_pattern(patterns: dict[str, Any], module: str, otherwise: Any) -> Any:
     """Return the first pattern's value that a module's name ends with, as PEFT chooses."""
     from peft.utils.other import get_pattern_key
 
-    return patterns.get(get_pattern_key(patterns.keys(), module), otherwise)
+    return patterns.get(get_pattern_key(list(patterns), module), otherwise)
