@@ -26,6 +26,7 @@ from mopl._files import write_folder
 from mopl._hub import public_name
 from mopl._records import read_json
 from mopl.conditioning import TextPrompt
+from mopl.conditioning.references import OWN_REFERENCE
 from mopl.conditioning.saved_models import CONFIG_FILE
 from mopl.language_models.export import check_free, export
 from mopl.language_models.export_adapters import check_mixture, export_adapters, folder_names
@@ -34,7 +35,6 @@ from mopl.language_models.gguf_files.families import family_of
 from mopl.language_models.gguf_files.model import ends_of
 from mopl.language_models.gguf_files.tokenizer import added_tokens
 from mopl.language_models.model_card import Exported, ModelFacts, write_card
-from mopl.language_models.reference_mixture import OWN_REFERENCE
 from mopl.language_models.tokenization import ListTokenizer
 
 KIND = "gguf"
