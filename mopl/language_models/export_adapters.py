@@ -42,7 +42,7 @@ from mopl.conditioning import (
 )
 from mopl.conditioning.adapted import lora_layers
 from mopl.conditioning.parameter_mixture import write_adapter
-from mopl.conditioning.saved_models import CONFIG_FILE, load_adapters
+from mopl.conditioning.saved_models import CONFIG_FILE, base_of_adapter, load_adapters
 from mopl.language_models._export_check import TOLERANCE, compare, logits_of
 from mopl.language_models.export import check_free
 from mopl.language_models.head import unfuse
@@ -50,6 +50,7 @@ from mopl.language_models.model_card import Exported, ModelFacts, write_card
 from mopl.language_models.reference_mixture import OWN_REFERENCE
 
 KIND = "adapters"
+ONE = "write one trade-off, as a plain model: mopl export --weights"
 # Largest ‖difference‖ of logits, of their own spread: the same products in another order, whose rounding adds up over
 # the layers, to 6e-6 in 30 layers of float32. What each layer adds is compared by itself, closer.
 SAME = {torch.float64: 1e-6, torch.float32: 1e-4}
@@ -91,6 +92,11 @@ def export_adapters(
     places = folder_names(names)
     source, trade_offs = base_model or getattr(mixture, "name_or_path", "") or None, _trade_offs(grid, len(names))
     base = public_name(source)
+    if source is not None and base_of_adapter(source) is not None:
+        raise ValueError(
+            f"the model started from {source}, itself a PEFT adapter, and the base of adapters must be a plain model; "
+            f"{ONE}"
+        )
     record = {
         "kind": KIND,
         "mopl": __version__,
@@ -124,18 +130,17 @@ def check_mixture(model: Any) -> None:
     """Raise a ValueError unless a model's weights are scales of LoRA adapters, with the form of export that it has."""
     if isinstance(model, LoraMixture):
         return
-    one = "write one trade-off, as a plain model: mopl export --weights"
     if isinstance(model, HyperPromptModel):
-        why = f"takes its weights by virtual tokens, which no scale of an adapter is; {one}"
+        why = f"takes its weights by virtual tokens, which no scale of an adapter is; {ONE}"
     elif isinstance(model, TextPromptModel):
         why = (
             "has one adapter and reads its weights in words, so it needs no scales; write one trade-off, with a "
             "tokenizer that says it: mopl export --weights, with --kind adapter for its adapter alone"
         )
     elif isinstance(model, ParameterMixture):
-        why = f"mixes whole parameters, of which there is no adapter of a rank; {one}"
+        why = f"mixes whole parameters, of which there is no adapter of a rank; {ONE}"
     else:
-        why = f"has no adapter for each objective; {one}"
+        why = f"has no adapter for each objective; {ONE}"
     raise ValueError(f"a {type(model).__name__} {why}")
 
 

@@ -174,6 +174,9 @@ def test_runs_on_rewards(places: Path, tmp_path: Path, capsys) -> None:
     loaded.add_weighted_adapter(["a", "b"], [0.4, 0.6], "mixed", combination_type="cat")
     loaded.set_adapter("mixed")
     torch.testing.assert_close(logits(loaded.eval()), logits(plain), rtol=0, atol=1e-5)
+    printed(capsys, "export", str(run), "--weights", "0.4", "0.6", str(tmp_path / "plain"))
+    text = (tmp_path / "plain" / "README.md").read_text()
+    assert "# brevity 0.4, length 0.6: one trade-off" in text and "KL weight: 0.1." in text
     assert "--kl-weight is 0.5 but clp" in refused(
         capsys, "export", str(run), "--kl-weight", "0.5", "--adapters", str(tmp_path / "third")
     )

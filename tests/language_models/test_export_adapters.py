@@ -207,6 +207,16 @@ def test_other_kinds_are_refused_with_the_form_that_they_have(tmp_path: Path) ->
             export_adapters(model, tmp_path / "out")
 
 
+def test_a_model_that_started_from_an_adapter_is_no_base_for_servers(tmp_path: Path) -> None:
+    build().save_pretrained(tmp_path / "base")
+    made = peft.get_peft_model(build(), config())
+    made.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    made.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="itself a PEFT adapter, and the base of adapters must be a plain model"):
+        export_adapters(mixture(), tmp_path / "out", base_model=str(tmp_path / "adapter"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_files_that_hold_something_else_are_found_and_leave_nothing(tmp_path: Path, monkeypatch) -> None:
     from mopl.language_models import export_adapters as module
 
