@@ -135,7 +135,7 @@ def test_words_change_no_white_space_of_a_template(template, tokenizer):
 
     before = copy.deepcopy(tokenizer)
     before.chat_template = template
-    made, own = written(prepare_tokenizer(before, text="[a: 1]").chat_template), written(template)
+    made, own = written(prepare_tokenizer(before, text="[a: 1]").tokenizer.chat_template), written(template)
     start = 3 * own.startswith("<s>")
     assert made == own[:start] + "[a: 1]" + own[start:]
 
