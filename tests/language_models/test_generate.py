@@ -426,3 +426,15 @@ def test_models_without_a_reference_or_without_weights_are_named() -> None:
         generate(lora(build()), tokenizer(), PROMPTS[0], scale=2.0, prompt_lookup_num_tokens=2, max_new_tokens=9)
     with pytest.raises(ValueError, match="prompt 1 has no tokens"):
         generate(conditioned(), tokenizer(bos=False), ["w1", ""], WEIGHTS[0])
+
+
+def test_a_prompt_may_be_its_tokens() -> None:
+    model = conditioned()
+    wanted = [answer.tokens for answer in generate(model, tokenizer(), PROMPTS, WEIGHTS, **LONG)]
+    ids = [ids_of(text) for text in PROMPTS]
+    assert [answer.tokens for answer in generate(model, tokenizer(), ids, WEIGHTS, **LONG)] == wanted
+    (alone,) = generate(model, tokenizer(), ids[0], WEIGHTS[0], **LONG)
+    assert alone.tokens == wanted[0] and alone.prompt == ids[0]
+    for wrong, token in (([1, 99], 99), ([1, -1], -1), ([1, "w1"], "w1")):
+        with pytest.raises(ValueError, match=rf"prompt 0 has the token {token} but the tokenizer has those from 0 to"):
+            generate(model, tokenizer(), [wrong], WEIGHTS[0])
