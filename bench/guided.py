@@ -18,6 +18,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")  # some virtual machines trap on AMX
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -38,7 +39,7 @@ SHAPES = {  # width, inner width, layers, heads, heads of keys and values
 }
 
 
-def build(shape: str) -> torch.nn.Module:
+def build(shape: str) -> Any:
     """Return a Llama of random weights in one of the shapes."""
     hidden, inner, layers, heads, kv = SHAPES[shape]
     config = transformers.LlamaConfig(
@@ -81,7 +82,7 @@ def main() -> None:
     share = torch.linspace(0.1, 0.9, given.rows)
     weights = torch.stack([share, 1 - share], -1)
 
-    def options(count: int) -> dict[str, object]:
+    def options(count: int) -> dict[str, Any]:
         return {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
 
     variants: dict[str, Callable[[int], object]] = {
