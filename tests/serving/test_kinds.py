@@ -86,12 +86,10 @@ def test_a_mixture_that_has_one_trade_off_at_a_time_is_switched_to_each(kind):
         model = spread(ParameterMixture(build(), 2, scope="full", record=RECORD))
     else:
         model, alpha = adapters(coefficients=KLWeightCoefficients(0.05, anchor=False)), 0.1
+    merged = [model.merge(w, alpha) for w in WEIGHTS]  # before it is served: it holds a mixture then
     with running(served(model, reference=base, kl_weight=alpha)) as server:
         for scale in (1.0, 2.0):
-            merged = [model.merge(w, alpha) for w in WEIGHTS]
-            wanted = [
-                texts(one, None, scale=scale, reference=base)[number] for number, one in enumerate(merged)
-            ]  # fmt: skip
+            wanted = [texts(one, None, scale=scale, reference=base)[i] for i, one in enumerate(merged)]
             assert len(set(wanted)) == 3 and all_at_once(server, scale=scale) == wanted * 2
 
 
@@ -125,13 +123,14 @@ def test_a_larger_model_answers_guided_by_a_small_one(kind):
     large, base = build(num_hidden_layers=3, hidden_size=48), build()
     model = conditioned() if kind == "prompt" else spread(ParameterMixture(build(), 2, scope="full", record=RECORD))
     options = {"guided_model": large, "reference": None if kind == "prompt" else base}
+    merged = [] if kind == "prompt" else [model.merge(w) for w in WEIGHTS]
     with running(served(model, **options)) as server:
         assert server.client.models.retrieve("tiny").model_extra["mopl"]["guided"] is True
         for scale in (1.0, 0.5):
             if kind == "prompt":
                 wanted = texts(model, WEIGHTS, scale=scale, **options)
             else:
-                wanted = [texts(model.merge(w), None, scale=scale, **options)[i] for i, w in enumerate(WEIGHTS)]
+                wanted = [texts(one, None, scale=scale, **options)[i] for i, one in enumerate(merged)]
             assert len(set(wanted)) == 3 and all_at_once(server, scale=scale) == wanted * 2
     with pytest.raises(ValueError, match="the model has no reference; pass one"):
         served(build(), takes_weights=False, fixed=True, guided_model=large)
