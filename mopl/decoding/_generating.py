@@ -15,7 +15,7 @@ from mopl.conditioning.weighted import causal_lm_of, keywords_for_prompts
 # These would act on the first model's scores, before the others are mixed in; with the values that do nothing.
 ACT_BEFORE: dict[str, Any] = {
     "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "guidance_scale": 1.0, "sequence_bias": None,
-    "watermarking_config": None,
+    "watermarking_config": None, "exponential_decay_length_penalty": None,
 }  # fmt: skip
 # These would run it at other tokens.
 _REFUSED = "assistant_model prompt_lookup_num_tokens prefill_chunk_size inputs_embeds past_key_values".split()

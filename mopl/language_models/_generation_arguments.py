@@ -170,8 +170,14 @@ def generate_options(
     rerank: str,
     max_new_tokens: int,
     guided_model: nn.Module | None = None,
+    *,
+    mixed: bool = False,
 ) -> tuple[dict[str, Any], TurnEnds]:
-    """Return the keywords of `generate` of transformers, and what ends a response: what either model names."""
+    """Return the keywords of `generate` of transformers, and what ends a response: what either model names.
+
+    Where the model's scores are `mixed` with others', what would change them before is refused, and left out where
+    the model's own generation_config has it.
+    """
     tokenizer = encoder.tokenizer
     for name, remedy in _REFUSED.items():
         if name in kwargs:
@@ -186,12 +192,16 @@ def generate_options(
                 f"{name} is {value:g} but must be {limit}; leave out temperature and top_p to take the most probable "
                 "token each time"
             )
-    config = copy.deepcopy(kwargs.pop("generation_config", None) or causal_lm_of(model).generation_config)
+    given = kwargs.pop("generation_config", None)
+    config = copy.deepcopy(given or causal_lm_of(model).generation_config)
     config.max_length = None
-    if guided_model is not None:
-        for name, idle in ACT_BEFORE.items():
-            if hasattr(config, name):
-                setattr(config, name, idle)
+    for name, idle in ACT_BEFORE.items() if mixed else ():
+        if kwargs.get(name, getattr(given, name, None)) not in (None, idle):
+            raise ValueError(
+                f"{name} acts on one model before it is mixed with another, as scale and guided_model do; leave it out"
+            )
+        if hasattr(config, name):
+            setattr(config, name, idle)
     several = candidates > 1
     if several and ((kwargs.get("num_beams") or config.num_beams or 1) > 1 or kwargs.get("do_sample") is False):
         raise ValueError("candidates are samples; leave out num_beams and do_sample=False, or pass candidates=1")

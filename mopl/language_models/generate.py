@@ -144,8 +144,7 @@ def generate(
         reference: The model that is p0; None: the model itself with adapters and prompt off.
         guided_model: A frozen model p_L of the same tokenizer, any causal language model of transformers or PEFT on any
             device and in any dtype, which then answers as the model has learned to at the weights. It reads the prompt
-            as the reference does. Embeddings may differ in size: a token that a model has not is impossible. Penalties
-            of the model's own generation_config are left out: they would act on one model before the mixture.
+            as the reference does. Embeddings may differ in size: a token that a model has not is impossible.
         guided_tokenizer: Its tokenizer, to be compared with `tokenizer` (see `check_same_tokenizer`); without it only
             the sizes of the embeddings are compared, so that a stranger of the same size would not be noticed.
         max_new_tokens: Most tokens of a response. p and p0 are then those of responses that stop there.
@@ -157,6 +156,8 @@ def generate(
         seed: Of the samples; the global generators are left as they were. None draws from these.
         batch_size: Prompts that run at once; 1 where the model cannot read rows that are padded on the left.
         **kwargs: Keywords of `generate` of transformers: `temperature`, `top_p`, `num_beams`, `stop_strings`, ...
+            With a `guided_model` or another scale than 1 no penalties, which would act on one model before the mixture;
+            those of the model's own generation_config are left out then.
 
     Returns:
         One `Generation` for each prompt, in order.
@@ -175,12 +176,15 @@ def generate(
     else:
         encoder = ListTokenizer(tokenizer, max_length=None, template=template, append_eos=False)
     if guided_model is not None:
-        check_guided(guided_model, guided_tokenizer, model, encoder.tokenizer, kwargs)
+        check_guided(guided_model, guided_tokenizer, model, encoder.tokenizer)
     elif guided_tokenizer is not None:
         raise ValueError("guided_tokenizer was passed without guided_model; pass both, or neither")
-    options, ends = generate_options(model, encoder, dict(kwargs), candidates, rerank, max_new_tokens, guided_model)
     asked = asked_of(model, encoder, conversations, weights, beta, scale, text_prompt)
-    base = Reference(model, reference) if guided_model is not None or bool((asked.c != 1).any()) else None
+    mixed = guided_model is not None or bool((asked.c != 1).any())
+    options, ends = generate_options(
+        model, encoder, dict(kwargs), candidates, rerank, max_new_tokens, guided_model, mixed=mixed
+    )
+    base = Reference(model, reference) if mixed else None
     _check_room("model", model, asked.own, max_new_tokens)
     others = {"guided model": guided_model, "reference": None if base is None or base.own else base.model}
     for name, other in others.items():

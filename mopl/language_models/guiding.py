@@ -8,7 +8,6 @@ from typing import Any
 
 from mopl.conditioning import WeightedModel
 from mopl.conditioning.weighted import causal_lm_of
-from mopl.decoding import ACT_BEFORE
 
 _PARTS = {"model": "merges or other rules", "normalizer": "normalizer", "pre_tokenizer": "pre-tokenizer"}
 
@@ -59,7 +58,7 @@ def _rules(tokenizer: Any) -> Mapping[str, Any]:
     return {} if backend is None else json.loads(backend.to_str())
 
 
-def check_guided(large: Any, tokenizer: Any, model: Any, own: Any, kwargs: Mapping[str, Any]) -> None:
+def check_guided(large: Any, tokenizer: Any, model: Any, own: Any) -> None:
     """Raise where a model cannot be guided.
 
     Args:
@@ -67,7 +66,6 @@ def check_guided(large: Any, tokenizer: Any, model: Any, own: Any, kwargs: Mappi
         tokenizer: Its tokenizer, or None, where only sizes can be compared.
         model: The small model.
         own: The small model's tokenizer of transformers.
-        kwargs: Keywords of `generate` of transformers.
 
     Raises:
         ValueError: With the reason and what to do.
@@ -84,10 +82,6 @@ def check_guided(large: Any, tokenizer: Any, model: Any, own: Any, kwargs: Mappi
         )
     if getattr(large.config, "is_encoder_decoder", False):
         raise ValueError(f"guided_model is a {type(large).__name__}, an encoder-decoder; pass a causal language model")
-    config = kwargs.get("generation_config")
-    for name, idle in ACT_BEFORE.items():
-        if kwargs.get(name, getattr(config, name, None)) not in (None, idle):
-            raise ValueError(f"{name} acts on one model before it is mixed with guided_model; leave it out")
     if tokenizer is not None:
         check_same_tokenizer(own, tokenizer)
     sizes, tokens = (_size(large), _size(model)), max(own.get_vocab().values()) + 1

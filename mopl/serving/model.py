@@ -179,7 +179,9 @@ class ServedModel:
 
     def group(self, row: Row) -> Any:
         """Return what rows that are answered together have in common."""
-        return row.form is self.chat, row.at.weights if self.one_at_a_time else None
+        # One scaled row has the reference run for all, and penalties of the model's own configuration left out.
+        scaled = self.guided_model is None and row.at.scale * sum(row.at.beta or (1,)) != 1
+        return row.form is self.chat, scaled, row.at.weights if self.one_at_a_time else None
 
     def generate(self, rows: Sequence[Row], choose: Any, watch: Any) -> None:
         """Answer rows of one group: `choose` gives each its next token, `watch` says which have ended."""

@@ -213,6 +213,20 @@ def test_penalties_of_the_models_own_configuration_are_left_out() -> None:
     assert model.causal_lm.generation_config.repetition_penalty == 5.0
 
 
+def test_no_penalty_acts_on_one_model_before_scale_mixes_it_with_its_reference() -> None:
+    model = conditioned()
+    free = generate(model, tokenizer(), PROMPTS, WEIGHTS, scale=0.5, **LONG)
+    config = model.causal_lm.generation_config
+    for name, value in {"repetition_penalty": 5.0, "exponential_decay_length_penalty": (1, 5.0)}.items():
+        with pytest.raises(ValueError, match=f"{name} acts on one model before"):
+            generate(model, tokenizer(), PROMPTS, WEIGHTS, scale=[1.0, 0.5, 1.0], **LONG, **{name: value})
+        plain = generate(model, tokenizer(), PROMPTS, WEIGHTS, **LONG)
+        setattr(config, name, value)
+        assert generate(model, tokenizer(), PROMPTS, WEIGHTS, scale=0.5, **LONG) == free
+        assert generate(model, tokenizer(), PROMPTS, WEIGHTS, **LONG) != plain  # without a mixture it is obeyed
+        setattr(config, name, None)
+
+
 def test_another_precision_and_a_fused_large_model(monkeypatch) -> None:
     model, large = conditioned(), larger().to(torch.bfloat16)
     seen, kept = [], ReferenceMixture.__call__
