@@ -223,7 +223,8 @@ def test_no_penalty_acts_on_one_model_before_scale_mixes_it_with_its_reference()
         plain = generate(model, tokenizer(), PROMPTS, WEIGHTS, **LONG)
         setattr(config, name, value)
         assert generate(model, tokenizer(), PROMPTS, WEIGHTS, scale=0.5, **LONG) == free
-        assert generate(model, tokenizer(), PROMPTS, WEIGHTS, **LONG) != plain  # without a mixture it is obeyed
+        if name == "repetition_penalty":  # LONG forbids what the other acts on
+            assert generate(model, tokenizer(), PROMPTS, WEIGHTS, **LONG) != plain  # obeyed without a mixture
         setattr(config, name, None)
 
 
