@@ -63,7 +63,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--grid {arguments.grid} is for --adapters; add --adapters DIR, or leave it out")
     if arguments.weights is None:
         raise ValueError(
-            "--weights is missing; pass one for each objective, or write the adapters of all trade-offs: --adapters DIR"
+            "--weights is missing; pass one for each objective, or write all trade-offs of a mixture of adapters: "
+            "--adapters DIR, or --gguf DIR for llama.cpp"
         )
     if arguments.directory is None:
         raise ValueError("there is no DIR to write to; name it after the weights: --weights 0.7 0.3 DIR")

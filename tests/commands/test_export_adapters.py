@@ -198,7 +198,7 @@ def test_methods_without_a_mixture_are_refused(places: Path, tmp_path: Path, cap
         (["RUN", "--adapters", "x", "--keep-tied"], "--keep-tied is about"),
         (["RUN", "--adapters", "x", "--beta", "1", "1"], "take no β; leave out --beta"),
         (["RUN", "--weights", "1", "0", "x", "--grid", "3"], "--grid 3 is for --adapters"),
-        (["RUN", "x"], "--weights is missing; pass one for each objective, or write the adapters of all trade-offs"),
+        (["RUN", "x"], "--weights is missing; pass one for each objective, or write all trade-offs"),
         (["RUN", "--weights", "1", "0"], "there is no DIR to write to"),
         (["RUN", "--adapters", "RUN"], "exists and is not an empty directory"),
         (["RUN", "--adapters", "x", "--kl-weight", "0.1"], "leave it out"),
