@@ -11,6 +11,7 @@ from llama_engine import Engine
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers, processors
 
+from mopl.language_models.generate import generate
 from mopl.language_models.gguf_files import write_gguf_adapter, write_gguf_model
 from mopl.language_models.gguf_files.tokenizer import PRE_TOKENIZERS
 
@@ -160,6 +161,20 @@ def test_a_chat_template_that_forgets_what_the_tokenizer_adds_is_refused(tmp_pat
     )
     with pytest.raises(ValueError, match="would put it before chats"):
         write_gguf_model(build(tokenizer), tokenizer, tmp_path / "model.gguf")
+
+
+def test_no_end_stands_behind_a_prompt_where_the_tokenizer_writes_one_behind_texts(tmp_path):
+    tokenizer = byte_level()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <|end|> <|end|>", special_tokens=[("<|end|>", tokenizer.eos_token_id)]
+    )
+    model, chat = build(tokenizer), [{"role": "user", "content": "Hello there"}]
+    (own,) = generate(model, tokenizer, [chat], max_new_tokens=8)
+    (plain,) = generate(model, tokenizer, ["Hello there"], max_new_tokens=8, template="plain")
+    with Engine(write_gguf_model(model, tokenizer, tmp_path / "model.gguf")) as engine:
+        answer = engine.ask("/v1/chat/completions", messages=chat, max_tokens=8, temperature=0)
+        assert answer["choices"][0]["message"]["content"] == own.text
+        assert engine.complete("Hello there", 8)["content"] == plain.text
 
 
 def test_every_token_that_ends_an_answer_ends_it_there(tokenizer, tmp_path):

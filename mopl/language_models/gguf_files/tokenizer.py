@@ -51,7 +51,7 @@ def tokenizer_entries(tokenizer: Any, size: int, ends: Sequence[int], front: Seq
     whole = json.loads(_backend(tokenizer).to_str())
     pre = pre_tokenizer_of(whole)
     names, kinds = _tokens(tokenizer, whole, size)
-    begins, stops = _added(tokenizer, list(front))
+    begins = _begins(tokenizer, list(front))
     entries = [
         Entry(Keys.Tokenizer.MODEL, "gpt2", "STRING"),
         Entry(Keys.Tokenizer.PRE, pre, "STRING"),
@@ -60,7 +60,9 @@ def tokenizer_entries(tokenizer: Any, size: int, ends: Sequence[int], front: Seq
         Entry(Keys.Tokenizer.MERGES, [m if isinstance(m, str) else " ".join(m) for m in whole["model"]["merges"]],
               "STRING"),
         Entry(Keys.Tokenizer.ADD_BOS, begins, "BOOL"),
-        Entry(Keys.Tokenizer.ADD_EOS, stops, "BOOL"),
+        # Never, whatever the tokenizer puts behind texts: llama.cpp's server would put it behind the prompt of a chat,
+        # too, and what a model is asked to go on from has no end, in transformers' chats as in mopl's prompts.
+        Entry(Keys.Tokenizer.ADD_EOS, False, "BOOL"),
     ]  # fmt: skip
     own = tokenizer.eos_token_id
     ends = list(dict.fromkeys([*([own] if own in ends else []), *ends]))
@@ -169,17 +171,16 @@ def added_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     return list(before), list(after)
 
 
-def _added(tokenizer: Any, front: list[int]) -> tuple[bool, bool]:
-    """Return whether llama.cpp is to add a beginning-of-sequence token, and an end-of-sequence token."""
-    before, after = added_tokens(tokenizer)
+def _begins(tokenizer: Any, front: list[int]) -> bool:
+    """Return whether llama.cpp is to add a beginning-of-sequence token."""
+    before, _ = added_tokens(tokenizer)
     bos = tokenizer.bos_token_id
-    begins = (front, [*front, bos], [bos, *front])
-    if before not in begins or after not in ([], [tokenizer.eos_token_id]):
+    if before not in (front, [*front, bos], [bos, *front]):
         raise ValueError(
-            f"the tokenizer adds {before} before a text and {after} after it but llama.cpp adds a beginning-of-"
-            f"sequence and an end-of-sequence token at most; {REMEDY}"
+            f"the tokenizer adds {before} before a text but llama.cpp adds a beginning-of-sequence token at most; "
+            f"{REMEDY}"
         )
-    return bool(before) and not front, bool(after)
+    return bool(before) and not front
 
 
 def _templates(tokenizer: Any, begins: bool, front: list[int]) -> list[Entry]:
