@@ -17,6 +17,7 @@ import json
 import os
 import secrets
 import threading
+import weakref
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -53,9 +54,19 @@ class AdapterCache:
             raise ValueError(f"max_cached is {max_cached!r} but must be an integer of at least 1")
         self.adapters, self.folder, self.max_cached = adapters, Path(folder).absolute(), max_cached
         (self.folder / _USERS).mkdir(parents=True, exist_ok=True)
+        self._begin()
+        if hasattr(os, "register_at_fork"):
+            mine = weakref.WeakMethod(self._begin)
+            os.register_at_fork(after_in_child=lambda: (begin := mine()) and begin())
+
+    def _begin(self) -> None:
+        """Begin with nothing given. A fork does, too: what its parent has is its parent's, which gets more meanwhile.
+
+        Locks that a thread of the parent may hold are not taken over; those of files are the parent's (filelock 4).
+        """
         self._turn = threading.Lock()
         self._given: set[str] = set()
-        self._user: tuple[int, Any, Path] | None = None  # the process, its lock, its list
+        self._user: tuple[Any, Path] | None = None  # this process's lock, and its list
 
     def get(self, weights: Weights) -> Path:
         """Return the folder of a trade-off's adapter, made if there is none; it stays until `close` or the end.
@@ -81,7 +92,7 @@ class AdapterCache:
         """Let go of all that was handed out."""
         with self._turn:
             if self._user is not None:
-                _, lock, listed = self._user
+                lock, listed = self._user
                 self._user = None
                 self._given.clear()
                 listed.unlink(missing_ok=True)
@@ -97,13 +108,13 @@ class AdapterCache:
         """Note in this process's list that it was given an adapter."""
         from filelock import FileLock
 
-        if self._user is None or self._user[0] != os.getpid():  # a fork has a list of its own
+        if self._user is None:
             stem = self.folder / _USERS / secrets.token_hex(8)
             lock = FileLock(stem.with_suffix(".lock"))
             lock.acquire()
-            self._user, self._given = (os.getpid(), lock, stem.with_suffix(".json")), set()
+            self._user = lock, stem.with_suffix(".json")
         if place not in self._given:
-            write_file(self._user[2], json.dumps(sorted({*self._given, place})))
+            write_file(self._user[1], json.dumps(sorted({*self._given, place})))
             self._given.add(place)
 
     def _in_use(self) -> set[str]:
@@ -113,7 +124,7 @@ class AdapterCache:
         used = set(self._given)
         for file in (self.folder / _USERS).glob("*.lock"):
             listed = file.with_suffix(".json")
-            if self._user is not None and listed == self._user[2]:
+            if self._user is not None and listed == self._user[1]:
                 continue
             lock = FileLock(file, timeout=0)
             try:

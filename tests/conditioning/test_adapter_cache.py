@@ -134,6 +134,40 @@ def test_two_processes_make_the_same_trade_offs_at_once_and_dead_ones_hold_nothi
     cache.close()
 
 
+FORK = """
+import os, sys
+from mopl.conditioning.adapter_cache import AdapterCache, CacheFull
+from mopl.conditioning.adapter_files import AdapterFolder
+source, folder = sys.argv[1:]
+cache = AdapterCache(AdapterFolder(source), folder, max_cached=3)
+paths, (there, told) = [cache.get([0.1, 0.9])], os.pipe()
+cache._turn.acquire()  # as another thread may have at the fork
+child = os.fork()
+if child == 0:
+    os.read(there, 1)
+    try:
+        cache.get([0.5, 0.5])
+    except CacheFull:
+        cache.close()
+        os._exit(7)
+    os._exit(1)
+cache._turn.release()
+paths += [cache.get([0.2, 0.8]), cache.get([0.3, 0.7])]
+os.write(told, b"x")
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), all(path.is_dir() for path in paths))
+other = AdapterCache(AdapterFolder(source), folder, max_cached=3)  # as another process would see it
+try:
+    other.get([0.5, 0.5])
+except CacheFull:
+    print("still in use")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_fork_takes_nothing_away_that_its_parent_was_given_since(folder, tmp_path):
+    assert python("-c", FORK, str(folder), str(tmp_path)).stdout.splitlines() == ["7 True", "still in use"]
+
+
 @pytest.mark.parametrize("most", [0, -1, True, 2.0, None])
 def test_the_bound_is_a_positive_number(folder, tmp_path, most):
     with pytest.raises(ValueError, match=f"max_cached is {most!r} but must be an integer of at least 1"):
