@@ -157,7 +157,8 @@ def _rounded(weights: list[float], decimals: int) -> list[float]:
 def _cache_folder() -> Path:
     if own := os.environ.get(CACHE, "").strip():
         return Path(own)
-    return Path(os.environ.get("MOPL_CACHE", Path.home() / ".cache" / "mopl")) / "vllm-adapters"
+    cache = os.environ.get("MOPL_CACHE")  # a container may have no home
+    return (Path(cache) if cache else Path.home() / ".cache" / "mopl") / "vllm-adapters"
 
 
 def _number(variable: str, low: int, high: int) -> int | None:

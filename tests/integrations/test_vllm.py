@@ -259,4 +259,5 @@ def test_ranks_beyond_those_of_vllm_are_refused(plugin, tmp_path):
 
 def test_the_cache_is_that_of_mopl_by_default(plugin, monkeypatch):
     monkeypatch.setenv("MOPL_CACHE", "/somewhere")
+    monkeypatch.setattr(Path, "home", lambda: 1 / 0)
     assert plugin._cache_folder() == Path("/somewhere/vllm-adapters")
