@@ -18,16 +18,21 @@ import os
 import secrets
 import threading
 import weakref
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from mopl._files import discard_folder, write_file
+from mopl._records import read_json
 from mopl.conditioning.adapter_files import AdapterFolder, name_and_weights, write_merged_adapter
 from mopl.conditioning.sampling import Weights
+from mopl.conditioning.saved_models import ADAPTER_CONFIG, ADAPTER_FILE
 
 MAX_CACHED = 256
 _LOCK, _USERS = ".lock", ".users"
+_WAIT = 300  # seconds; one adapter of a large model is made in a few
+_REMEDY = "end the servers that share this cache, and delete it"
 
 
 class CacheFull(ValueError):
@@ -53,6 +58,8 @@ class AdapterCache:
         if isinstance(max_cached, bool) or not isinstance(max_cached, int) or max_cached < 1:
             raise ValueError(f"max_cached is {max_cached!r} but must be an integer of at least 1")
         self.adapters, self.folder, self.max_cached = adapters, Path(folder).absolute(), max_cached
+        if self.folder.exists() and not self.folder.is_dir():
+            raise NotADirectoryError(f"{self.folder} is no folder; name another place for the cache")
         (self.folder / _USERS).mkdir(parents=True, exist_ok=True)
         self._begin()
         if hasattr(os, "register_at_fork"):
@@ -76,14 +83,16 @@ class AdapterCache:
         Raises:
             CacheFull: If there is no room, and none that could be taken away.
             ValueError, OSError: As `write_merged_adapter`.
+            TimeoutError: If another process has held the cache for minutes.
         """
         name, exact = name_and_weights(weights)
         with self._turn, self._alone():
             place = f"{self.adapters.digest()}/{name}"
             path = self.folder / place
-            if not path.is_dir():
-                self._make_room()
-                write_merged_adapter(self.adapters, exact, path)
+            if not all((path / file).is_file() for file in (ADAPTER_CONFIG, ADAPTER_FILE)):
+                if not (damaged := path.is_dir()):
+                    self._make_room()
+                write_merged_adapter(self.adapters, exact, path, replace=damaged)
             self._hold(place)
             os.utime(path)  # the longest unused goes first
             return path
@@ -99,10 +108,21 @@ class AdapterCache:
                 lock.release()
                 Path(lock.lock_file).unlink(missing_ok=True)
 
-    def _alone(self) -> Any:
-        from filelock import FileLock
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        from filelock import FileLock, Timeout
 
-        return FileLock(self.folder / _LOCK)
+        try:
+            lock = FileLock(self.folder / _LOCK, timeout=_WAIT)
+            lock.acquire()
+        except Timeout:
+            raise TimeoutError(
+                f"{self.folder / _LOCK} has been held by another process for {_WAIT} seconds; end the one that hangs"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
 
     def _hold(self, place: str) -> None:
         """Note in this process's list that it was given an adapter."""
@@ -130,7 +150,7 @@ class AdapterCache:
             try:
                 lock.acquire()
             except Timeout:
-                used |= set(json.loads(listed.read_text(encoding="utf-8"))) if listed.exists() else set()
+                used |= set(read_json(listed, list[str], remedy=_REMEDY)) if listed.exists() else set()
                 continue
             listed.unlink(missing_ok=True)
             lock.release()
