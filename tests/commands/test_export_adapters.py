@@ -203,7 +203,11 @@ def test_methods_without_a_mixture_are_refused(places: Path, tmp_path: Path, cap
         (["RUN", "--adapters", "RUN"], "exists and is not an empty directory"),
         (["RUN", "--adapters", "x", "--kl-weight", "0.1"], "leave it out"),
         (["RUN", "--adapters", "x", "--method", "dpo-ls"], "has no dpo-ls"),
-        (["RUN", "--adapters", "x", "--grid", "0"], "points is 0"),
+        (
+            ["RUN", "--adapters", "x", "--grid", "0"],
+            "--grid 0: points is 0 but a lattice of 2 objectives has at least 2",
+        ),
+        (["RUN", "--adapters", "x", "--grid", "100000000"], "--grid is 100000000 but must be at most 10,000"),
         (["nowhere", "--adapters", "x"], "neither a run of mopl align nor a model"),
     ],
 )
