@@ -144,9 +144,15 @@ class Engine:
     def _answer(self, rows: list[Row]) -> None:
         try:
             self.served.generate(rows, Chooser(rows), Watcher(rows))
-        except Exception as error:
+        # Whatever it is (a panic of the tokenizers' Rust is no Exception), the thread goes on.
+        except BaseException as error:
+            left = [row for row in rows if not row.ended and not row.cancelled]
+            if len(rows) > 1:  # one may be to blame, and its error is not for the others to read
+                for row in left:
+                    self._answer([row])
+                return
             logging.getLogger("mopl").error("an answer failed: %s: %s", type(error).__name__, error)
-            for row in rows:
+            for row in left:
                 row.fail(error)
         for row in rows:
             if not row.cancelled:

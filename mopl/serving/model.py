@@ -20,6 +20,7 @@ from mopl.language_models.tokenization import ListTokenizer
 from mopl.language_models.turns import TurnEnds, end_tokens, turn_ends
 from mopl.serving.rows import Detokenizer, Row, TradeOff
 
+MOST_SCALE = 1e6  # and 1/c at most: far beyond what has a meaning, far from where float32 ends
 SAME = 1e-6  # weights that differ by less are the same: names have six digits
 
 
@@ -137,7 +138,11 @@ class ServedModel:
         if self.takes_beta and betas is None:
             raise ValueError(f"beta is missing; pass one number for each of {', '.join(self.objectives)}")
         c = 1.0 if scale is None else float(check_positive(scale, "scale", "above 1 is closer to the reference"))
-        if c * (sum(betas) if betas else 1) != 1 and not self.can_scale:
+        moved = c * (sum(betas) if betas else 1)
+        if not 1 / MOST_SCALE <= moved <= MOST_SCALE:
+            name, times = ("beta", "its sum") if c == 1 else ("scale", "it times the sum of beta" if betas else "it")
+            raise ValueError(f"{name}: {times} is {moved:g} but must be from {1 / MOST_SCALE:g} to {MOST_SCALE:g}")
+        if moved != 1 and not self.can_scale:
             raise ValueError(
                 f"scale is {c:g} but the model has no reference here to move to; leave scale out"
                 + (", and pass a beta that sums to 1" if betas else "")

@@ -74,7 +74,7 @@ class Piece:
     text: str = ""
     scored: tuple[Scored, ...] = ()
     finish: str | None = None
-    error: Exception | None = None
+    error: BaseException | None = None
 
 
 class Detokenizer:
@@ -182,7 +182,7 @@ class Row:
             self._send(text[: ready - _begun(text[:ready], stops)])
         return bool(places) or last
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: BaseException) -> None:
         """End it without an answer."""
         if not self.ended:
             self.ended = True

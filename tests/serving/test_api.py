@@ -236,6 +236,8 @@ def test_what_cannot_be_done_is_refused_by_name(server):
         ({"model": "tiny@high"}, "model", "must have 2"),
         ({"scale": 0}, "scale", "positive"),
         ({"scale": 1e999}, "scale", "scale is"),
+        ({"scale": 1e-40}, "scale", "1e-40 but must be from 1e-06 to 1e+06"),
+        ({"scale": 2e6}, "scale", "2e+06 but must be from 1e-06 to 1e+06"),
         ({"beta": [0.1, 0.1]}, "beta", "not conditioned on it"),
         ({"temperature": 3}, "temperature", "temperature is 3 but must be float <= 2"),
         ({"temperature": "1"}, "temperature", "but must be float"),

@@ -1,5 +1,6 @@
 """What a server does besides answering: it bounds queue and time, knows who may ask, and stops in good order."""
 
+import json
 import os
 import re
 import signal
@@ -130,6 +131,38 @@ def test_a_model_that_fails_is_a_500_and_the_next_is_answered(model, caplog):
         assert answer.status_code == 500 and answer.json()["error"]["message"] == "the model failed: no memory"
         assert answer.json()["error"]["type"] == "server_error" and "MemoryError: no memory" in caplog.text
         assert ask(server).status_code == 200
+
+
+@pytest.mark.parametrize("error", [MemoryError, SystemExit])
+def test_what_fails_in_a_batch_fails_alone(model, gate, error, caplog):
+    """After three tokens, some of which streams have sent: the others go on where they were, with their own draws."""
+    from mopl.serving.sampling import Chooser
+
+    more = {"temperature": 1.0, "max_tokens": 9}
+    with running(served(model)) as server, ThreadPoolExecutor(4) as pool:
+        wanted = ask(server, seed=5, **more).json()["choices"][0]["text"]
+        inner = Chooser._changed
+
+        def fail(self, scores, live):
+            if self._step >= 3 and any(self._rows[i].sampling.seed == 13 for i in live):
+                raise error("the row of 13")
+            return inner(self, scores, live)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Chooser, "_changed", fail)
+            with gate.closed():
+                first = pool.submit(ask, server)
+                assert gate.reached.wait(10)
+                asked = [pool.submit(ask, server, seed=seed, **more) for seed in (5, 13)]
+                asked.append(pool.submit(ask, server, seed=5, stream=True, **more))
+                until(lambda: server.engine.waiting == 3)
+            good, bad, stream = (each.result() for each in asked)
+        assert first.result().status_code == good.status_code == 200
+        assert good.json()["choices"][0]["text"] == wanted
+        events = [json.loads(line[6:]) for line in stream.text.split("\n\n") if line.startswith("data: {")]
+        assert "".join(event["choices"][0]["text"] for event in events) == wanted and len(events) > 5
+        assert bad.status_code == 500 and bad.json()["error"]["message"] == "the model failed: the row of 13"
+        assert caplog.text.count("an answer failed") == 1 and ask(server).status_code == 200
 
 
 # ---------------------------------------------------------------- who may ask
