@@ -15,7 +15,8 @@ from mopl.conditioning import TextPrompt, WeightedModel, check_weights, weights_
 from mopl.conditioning.references import Reference
 from mopl.conditioning.weighted import causal_lm_of, reads_left_padding
 from mopl.language_models.generate import generate
-from mopl.language_models.models import positions_of
+from mopl.language_models.guiding import check_guided
+from mopl.language_models.models import positions_of, vocabulary_of
 from mopl.language_models.tokenization import ListTokenizer
 from mopl.language_models.turns import TurnEnds, end_tokens, turn_ends
 from mopl.serving.rows import Detokenizer, Row, TradeOff
@@ -50,7 +51,7 @@ class ServedModel:
         fixed: Whether it has one trade-off, `weights`, and no other.
 
     Raises:
-        ValueError: If weights or beta do not fit, or the model has no reference to guide another one with.
+        ValueError: If weights or beta do not fit, or `guided_model` cannot be guided by the model.
     """
 
     def __init__(
@@ -88,11 +89,17 @@ class ServedModel:
         models = [each for each in (model, reference, guided_model) if each is not None]
         limits = [positions_of(causal_lm_of(each)) for each in models]
         self.positions = min((limit for limit in limits if limit is not None), default=None)
+        sizes = [len(tokenizer), *(vocabulary_of(causal_lm_of(each)) for each in models)]
+        self.vocabulary = min(size for size in sizes if size is not None)  # tokens that all of them know
         self._pads = all(reads_left_padding(each) for each in models)
         self.virtual_tokens = model.virtual_tokens if weighted else 0
         self.can_scale = self._has_reference()
-        if guided_model is not None and not self.can_scale:
-            raise ValueError("guided_model needs what training changed, but the model has no reference; pass one")
+        if guided_model is not None:
+            check_guided(guided_model, None, model, tokenizer)
+            if not self.can_scale:
+                raise ValueError("guided_model needs what training changed, but the model has no reference; pass one")
+        if beta is not None and not self.takes_beta:
+            raise ValueError("beta was passed but the model is not conditioned on it; leave it out")
         equal = [1 / len(self.objectives)] * len(self.objectives)
         self.beta = None if beta is None else self._each(beta, "beta")
         self.weights = self._weights(equal if weights is None else weights)

@@ -272,9 +272,6 @@ def _prompts(given: Any) -> list[Any]:
 def _tokens(encoder: Any, prompt: Any, number: int, served: ServedModel, chat: bool) -> list[int]:
     param = "messages" if chat else "prompt"
     if isinstance(prompt, list):
-        size = len(served.tokenizer)
-        if wrong := [token for token in prompt if not 0 <= token < size]:
-            raise ApiError(f"prompt {number} has the token {wrong[0]}; the model has those below {size}", param)
         tokens = prompt
     else:
         try:
@@ -283,6 +280,9 @@ def _tokens(encoder: Any, prompt: Any, number: int, served: ServedModel, chat: b
             raise ApiError(f"{param} cannot be answered: {error}", param) from None
     if not tokens:
         raise ApiError(f"prompt {number} has no tokens", param)
+    size = served.vocabulary
+    if wrong := [token for token in tokens if not 0 <= token < size]:
+        raise ApiError(f"prompt {number} has the token {wrong[0]}; the model has those below {size}", param)
     return tokens
 
 
@@ -303,7 +303,7 @@ def _room(served: ServedModel, tokens: Sequence[int], at: TradeOff, wanted: int,
 
 
 def _bias(given: Mapping[str, float], served: ServedModel) -> tuple[tuple[int, float], ...]:
-    size = len(served.tokenizer)
+    size = served.vocabulary
     for name in given:
         if not (name.isascii() and name.isdigit() and len(name) < 12 and int(name) < size):
             raise ApiError(f"logit_bias has {name!r:.80} but its keys are tokens, from 0 to {size - 1}", "logit_bias")

@@ -139,6 +139,28 @@ def test_a_larger_model_answers_guided_by_a_small_one(kind):
         served(build(), takes_weights=False, fixed=True, guided_model=large)
 
 
+def test_tokens_that_a_model_lacks_are_refused_before_they_reach_it():
+    """A tokenizer may have more tokens than the model has rows for."""
+    words = tokenizer(chat=True)
+    words.add_tokens(["new1", "new2"])
+    with running(served(conditioned(), words)) as server:
+        for body, param in (
+            ({"prompt": [63]}, "prompt"),
+            ({"prompt": "w5 new1"}, "prompt"),
+            ({"prompt": "w5", "logit_bias": {"62": 5}}, "logit_bias"),
+        ):
+            answer = server.http.post("/v1/completions", json=body)
+            assert answer.status_code == 400 and answer.json()["error"]["param"] == param, answer.json()
+        assert server.http.post("/v1/completions", json={"prompt": [61]}).status_code == 200
+
+
+def test_what_a_model_cannot_be_asked_for_is_refused_at_the_start():
+    with pytest.raises(ValueError, match="beta was passed but the model is not conditioned on it"):
+        served(conditioned(), beta=[3, 1])
+    with pytest.raises(ValueError, match="guided_model has embeddings of 56 tokens and the model of 62"):
+        served(conditioned(), guided_model=build(vocabulary=56))
+
+
 def test_a_model_of_one_trade_off_has_no_other():
     with running(served(build(), weights=[0.7, 0.3], takes_weights=False, fixed=True)) as server:
         assert asked(server, 0) == texts(build(), None)[0]
