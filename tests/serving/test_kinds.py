@@ -217,3 +217,27 @@ def test_a_run_answers_as_mopl_generate_does(kind, tmp_path, capsys):
                 model="tiny", prompt="w1 w2", temperature=0, max_tokens=6, extra_body=body
             )
             assert found.choices[0].text == wanted
+
+
+def test_a_folder_of_a_mixture_with_a_kl_weight_answers_at_the_one_that_is_named(tmp_path, capsys):
+    """A run of it always did; a folder was told to name a KL weight, and then not to."""
+    build(num_hidden_layers=1).save_pretrained(tmp_path / "base")
+    tokenizer(chat=True).save_pretrained(tmp_path / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_alpha=8, init_lora_weights=False)
+    coefficients = KLWeightCoefficients(0.05, anchor=False)
+    mixture = spread(LoraMixture(base, 2, config=config, coefficients=coefficients, record=RECORD))
+    mixture.save_pretrained(tmp_path / "tuned")
+    options = argparse.Namespace(
+        run=str(tmp_path / "tuned"), method=None, weights=None, beta=None, kl_weight=0.1, base_model=None,
+        device="cpu", guided_model=None,
+    )  # fmt: skip
+    model = _served(load_tuned_model(options, "cpu", merge=False), options, "tiny", "cpu")
+    assert model.one_at_a_time and model.kl_weight == 0.1 and not model.fixed
+    wanted = [texts(mixture.merge(w, 0.1), None)[i] for i, w in enumerate(WEIGHTS)]
+    with running(model) as server:
+        assert [asked(server, i) for i in range(3)] == wanted
+    given = ["generate", str(tmp_path / "tuned"), "--weights", "0.7", "0.3", "--max-new-tokens", "6", "--raw"]
+    assert main([*given, "--kl-weight", "0.1", PROMPTS[0]]) == 0
+    assert capsys.readouterr().out == f"{wanted[0]}\n"
+    assert main([*given, PROMPTS[0]]) == 2 and "choose one with --kl-weight" in capsys.readouterr().err
