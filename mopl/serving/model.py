@@ -24,6 +24,17 @@ from mopl.serving.rows import Detokenizer, Row, TradeOff
 MOST_SCALE = 1e6  # and 1/c at most: far beyond what has a meaning, far from where float32 ends
 SAME = 1e-6  # weights that differ by less are the same: names have six digits
 
+# What a model's generation_config does to scores is obeyed, row by row, as `generate` does. These do more, with the
+# values that do nothing: they decode otherwise, end all rows at once, or hand back something else.
+_REFUSED: dict[str, Any] = {
+    "num_beams": 1, "num_beam_groups": 1, "penalty_alpha": 0, "guidance_scale": 1, "dola_layers": None, "use_mtp": None,
+    "prompt_lookup_num_tokens": None, "assistant_early_exit": None, "constraints": None, "force_words_ids": None,
+    "token_healing": None, "watermarking_config": None, "forced_eos_token_id": None, "stop_strings": None,
+    "max_time": None, "return_dict_in_generate": None,
+}  # fmt: skip
+# These look at all tokens, those that a row is padded with too, so only rows of one length go together.
+_READ_PADDING = ("min_length", "no_repeat_ngram_size", "encoder_repetition_penalty", "encoder_no_repeat_ngram_size")
+
 
 @dataclass(frozen=True)
 class Form:
@@ -51,7 +62,8 @@ class ServedModel:
         fixed: Whether it has one trade-off, `weights`, and no other.
 
     Raises:
-        ValueError: If weights or beta do not fit, or `guided_model` cannot be guided by the model.
+        ValueError: If weights or beta do not fit, `guided_model` cannot be guided by the model, or the model's
+            generation_config asks for what rows that are answered together cannot have.
     """
 
     def __init__(
@@ -82,6 +94,14 @@ class ServedModel:
         self.one_at_a_time = weighted and (not model.decodes_rows or takes_kl_weight)
         teller = model if weighted else text_prompt  # who says what the model is told
         self.takes_beta = teller is not None and teller.takes_beta
+        config = causal_lm_of(model).generation_config
+        for option, idle in _REFUSED.items():
+            if (value := getattr(config, option, None)) not in (None, False, idle):
+                raise ValueError(
+                    f"the model's generation_config has {option}={value!r:.80}, which does not go with answers that "
+                    "run together; take it out of the generation_config.json beside the model"
+                )
+        self._by_length = any(getattr(config, option, None) for option in _READ_PADDING)
         tokenizer = encoder.tokenizer
         self.tokenizer, self.detokenizer = tokenizer, Detokenizer(tokenizer)
         raw = ListTokenizer(tokenizer, max_length=None, template="plain", append_eos=False)
@@ -193,7 +213,8 @@ class ServedModel:
         """Return what rows that are answered together have in common."""
         # One scaled row has the reference run for all, and penalties of the model's own configuration left out.
         scaled = self.guided_model is None and row.at.scale * sum(row.at.beta or (1,)) != 1
-        return row.form is self.chat, scaled, row.at.weights if self.one_at_a_time else None
+        weights, length = row.at.weights if self.one_at_a_time else None, row.positions if self._by_length else None
+        return row.form is self.chat, scaled, weights, length
 
     def generate(self, rows: Sequence[Row], choose: Any, watch: Any) -> None:
         """Answer rows of one group: `choose` gives each its next token, `watch` says which have ended."""

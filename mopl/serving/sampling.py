@@ -27,8 +27,8 @@ from transformers import LogitsProcessor, StoppingCriteria  # noqa: E402
 class Chooser(LogitsProcessor):
     """Leaves each row one possible token, and notes its log-probability where that is asked for.
 
-    Log-probabilities are those of the model, at the trade-off and scale of the row: before bias, penalties and
-    temperature.
+    Log-probabilities are those of the model, at the trade-off and scale of the row, after what its generation_config
+    does to scores: before bias, penalties and temperature of the request.
 
     Args:
         rows: The B rows that are generated together.

@@ -161,6 +161,46 @@ def test_what_a_model_cannot_be_asked_for_is_refused_at_the_start():
         served(conditioned(), guided_model=build(vocabulary=56))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"suppress_tokens": [7, 44, 48], "repetition_penalty": 3.0, "bad_words_ids": [[27]]},
+        {"no_repeat_ngram_size": 1},  # which reads the padding
+    ],
+)
+def test_what_the_configuration_does_to_scores_holds_whoever_else_is_answered(options):
+    model = conditioned()
+    plain = [texts(model, w)[i] for i, w in enumerate(WEIGHTS)]
+    for name, value in options.items():
+        setattr(model.causal_lm.generation_config, name, value)
+    words = tokenizer(chat=True)
+    words.pad_token = plain[1].split()[0]
+    wanted = [
+        generate(model, words, [prompt], w, max_new_tokens=6, template="plain")[0].text
+        for prompt, w in zip(PROMPTS, WEIGHTS, strict=True)
+    ]
+    assert wanted != plain
+    with running(served(model, words)) as server:
+        assert all_at_once(server) == wanted * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_beams", 4),
+        ("stop_strings", ["w27"]),
+        ("forced_eos_token_id", 2),
+        ("max_time", 5.0),
+        ("penalty_alpha", 0.6),
+    ],
+)
+def test_a_configuration_that_rows_cannot_obey_is_refused_by_name(name, value):
+    model = conditioned()
+    setattr(model.causal_lm.generation_config, name, value)
+    with pytest.raises(ValueError, match=f"generation_config has {name}="):
+        served(model)
+
+
 def test_a_model_of_one_trade_off_has_no_other():
     with running(served(build(), weights=[0.7, 0.3], takes_weights=False, fixed=True)) as server:
         assert asked(server, 0) == texts(build(), None)[0]
