@@ -57,6 +57,7 @@ class Api:
     any_host: bool = False
     log: bool = True
     created: int = field(default_factory=lambda: int(time.time()))
+    _reading: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
 
     def app(self) -> Starlette:
         """Return it as an application of ASGI."""
@@ -120,7 +121,9 @@ class Api:
 
     async def _answer(self, request: Request, *, chat: bool) -> Response:
         began = time.monotonic()
-        asked = asked_of(await self._body(request), self.engine.served, self.limits, chat=chat)
+        body = await self._body(request)
+        async with self._reading:  # a long prompt takes a tokenizer a while, in which others get their tokens
+            asked = await asyncio.to_thread(asked_of, body, self.engine.served, self.limits, chat=chat)
         answering = Answering(self.engine, asked, self.seconds)
         answer = Answer(self.engine.served, answering)
         gone = asyncio.ensure_future(_disconnected(request))

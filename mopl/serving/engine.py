@@ -33,11 +33,15 @@ class Engine:
     Args:
         served: The model.
         max_batch: Most rows that are answered together.
+        max_batch_tokens: Most tokens of them, with what their answers may have and the padding; a row alone may have
+            more.
         max_queue: Most rows that wait.
     """
 
-    def __init__(self, served: ServedModel, *, max_batch: int = 16, max_queue: int = 256) -> None:
-        self.served, self.max_queue = served, max_queue
+    def __init__(
+        self, served: ServedModel, *, max_batch: int = 16, max_batch_tokens: int = 65_536, max_queue: int = 256
+    ) -> None:
+        self.served, self.max_queue, self.max_batch_tokens = served, max_queue, max_batch_tokens
         self.max_batch = served.most_rows(max_batch)
         self._changed = threading.Condition()
         self._waiting: list[Row] = []
@@ -139,7 +143,8 @@ class Engine:
             return False
         # All are padded to the longest prompt and may run as long as the one that may run longest.
         rows, most = [row, *others], self.served.positions
-        return most is None or max(r.positions for r in rows) + max(r.max_tokens for r in rows) <= most
+        length = max(r.positions for r in rows) + max(r.max_tokens for r in rows)
+        return length * len(rows) <= self.max_batch_tokens and (most is None or length <= most)
 
     def _answer(self, rows: list[Row]) -> None:
         try:

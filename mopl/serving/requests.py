@@ -19,6 +19,7 @@ from mopl.serving.model import ServedModel
 from mopl.serving.rows import Row, Sampling, TradeOff
 
 MOST_CHOICES = 16  # answers to one prompt
+ROLES = ("system", "developer", "user", "assistant")
 COMPLETION_TOKENS = 16  # of /v1/completions where a request does not say, as OpenAI's
 
 Penalty = Annotated[float, msgspec.Meta(ge=-2, le=2)]
@@ -65,7 +66,7 @@ class Part(msgspec.Struct, forbid_unknown_fields=True):
 class ChatMessage(msgspec.Struct, forbid_unknown_fields=True):
     """One turn of a conversation; `developer` is how newer clients call `system`."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: str  # of ROLES
     content: str | list[Part]
 
 
@@ -85,6 +86,7 @@ class CompletionBody(Body, kw_only=True):
     logprobs: Annotated[int, msgspec.Meta(ge=0, le=5)] | None = None
 
 
+_NOTHING = ([], {}, "")  # of a field beside what an answer has, such as annotations
 _ANY = object()
 # Fields of OpenAI's without an effect here, and the values at which that is what they ask for.
 _IDLE: dict[str, tuple[Any, ...]] = {
@@ -231,12 +233,31 @@ def _read(raw: bytes, schema: type[Body]) -> Any:
             here = f" at {msgspec.json.encode(values[name]).decode()[:80]}" if allowed else ""
             raise ApiError(f"{name} is not supported{here}; leave it out", name, code="unsupported_parameter")
         del values[name]
+    if isinstance(messages := values.get("messages"), list):
+        values["messages"] = [_message(number, message) for number, message in enumerate(messages)]
     try:
         return msgspec.convert(values, schema)
     except msgspec.ValidationError as error:
         text = in_words(error, values, "").replace(" | null", "")  # which is how to leave a field out
         param = next((name for name in known if text.startswith(name)), None)
         raise ApiError(text, param) from None
+
+
+def _message(number: int, given: Any) -> Any:
+    """Return a message without the fields that say nothing, which clients send back with the answers they got."""
+    if not isinstance(given, Mapping):
+        return given
+    known, where = ChatMessage.__struct_fields__, f"messages[{number}]"
+    found = {name: value for name, value in given.items() if value is not None}
+    for name in [name for name in found if name not in known]:
+        if found[name] not in _NOTHING:
+            raise ApiError(
+                f"{where}.{name:.80} is not supported; leave it out", "messages", code="unsupported_parameter"
+            )
+        del found[name]
+    if (role := found.get("role")) not in (None, *ROLES):
+        raise ApiError(f"{where}.role is {role!r:.80} but must be one of {', '.join(ROLES)}", "messages")
+    return found
 
 
 def _at(served: ServedModel, body: Body, named: Any) -> TradeOff:

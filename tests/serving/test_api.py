@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -253,9 +255,16 @@ def test_what_cannot_be_done_is_refused_by_name(server):
         ({"messages": [{"role": "user", "content": "w1 " * 40}], "max_tokens": 30}, "max_tokens", "64 positions"),
         ({"messages": [{"role": "user", "content": "w1 " * 80}]}, None, "shorten the prompt"),
         ({"messages": []}, "messages", "length >= 1"),
-        ({"messages": [{"role": "tool", "content": "w1"}]}, "messages", "messages[0].role"),
+        (
+            {"messages": [{"role": "tool", "content": "w1"}]},
+            "messages",
+            "messages[0].role is 'tool' but must be one of",
+        ),
+        ({"messages": [{"role": "user"}]}, "messages", "messages[0].content is missing"),
+        ({"messages": [{"role": 1, "content": "w1"}]}, "messages", "messages[0].role is 1"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages", "messages[0].tool_calls is not supp"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "content[0]"),
-        ({"messages": [{"role": "user", "content": "w1", "name": "Ann"}]}, "messages", "name"),
+        ({"messages": [{"role": "user", "content": "w1", "name": "Ann"}]}, "messages", "messages[0].name is not supp"),
         ({"tools": [{"type": "function"}]}, "tools", "tools is not supported at [{"),
         ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
         ({"kl_weight": 0.1}, "kl_weight", "kl_weight is not supported; leave it out"),
@@ -295,6 +304,35 @@ def test_fields_that_ask_for_nothing_are_taken(server):
     assert answer.status_code == 200
     parts = [{"type": "text", "text": "w1 "}, {"type": "text", "text": "w2 w3"}]
     assert text(chat(server, [{"role": "user", "content": parts}])) == text(chat(server))
+
+
+def test_an_answer_can_be_sent_back_as_the_client_has_it(server):
+    """With its empty fields, as programs do that hold a conversation."""
+    first = chat(server).choices[0].message
+    talk = [*TALK, first.model_dump(), {"role": "user", "content": "w4"}]
+    assert len(talk[1]) > 3
+    plain = [*TALK, {"role": "assistant", "content": first.content}, talk[2]]
+    assert text(chat(server, talk)) == text(chat(server, plain))
+
+
+def test_a_long_prompt_that_is_read_holds_up_nobody(server, monkeypatch):
+    reading, go_on = threading.Event(), threading.Event()
+
+    def read(encoder, prompt):
+        reading.set()
+        assert go_on.wait(10)
+        return inner(encoder, prompt)
+
+    encoder = server.model.plain.encoder
+    inner = type(encoder).prompt_tokens
+    monkeypatch.setattr(encoder, "prompt_tokens", lambda prompt: read(encoder, prompt), raising=False)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(complete, server)
+        try:
+            assert reading.wait(10) and server.http.get("/health", timeout=5).status_code == 200
+        finally:
+            go_on.set()
+        assert asked.result().choices[0].text
 
 
 def test_bodies_that_are_no_requests(server):

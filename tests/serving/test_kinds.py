@@ -139,6 +139,17 @@ def test_a_larger_model_answers_guided_by_a_small_one(kind):
         served(build(), takes_weights=False, fixed=True, guided_model=large)
 
 
+def test_rows_that_have_too_many_tokens_together_are_answered_apart():
+    """Each is padded to the longest, so a long prompt does not take as many others along."""
+    sizes = []
+    with running(served(conditioned()), max_batch_tokens=4 * 20) as server:
+        generate_, engine = server.model.generate, server.engine
+        server.model.generate = lambda rows, *more: (sizes.append(len(rows)), generate_(rows, *more))
+        answer = server.http.post("/v1/completions", json={"prompt": [[3] * 40, *[[4, 5]] * 5], "max_tokens": 4})
+        assert answer.status_code == 200 and engine.max_batch == 16
+    assert sizes == [1, 5]
+
+
 def test_tokens_that_a_model_lacks_are_refused_before_they_reach_it():
     """A tokenizer may have more tokens than the model has rows for."""
     words = tokenizer(chat=True)
