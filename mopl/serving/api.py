@@ -149,7 +149,7 @@ class Api:
             unread = any(not row.ended for row in answering.rows)
             answering.cancel()
             request.state.said = _said(asked, answer)
-            self._tell(request, 200, began, "given up" if unread else "")
+            self._tell(request, 200, began, answer.broken_off or ("given up" if unread else ""))
 
         return _Stream(lines(), end)
 
@@ -198,7 +198,9 @@ class Api:
         return {"id": name, "object": "model", "created": self.created, "owned_by": "mopl", "mopl": about}
 
     async def _health(self, request: Request) -> Response:
-        return JSONResponse({"status": "ok", "waiting": self.engine.waiting, "running": self.engine.running})
+        engine, alive = self.engine, self.engine.alive
+        about = {"status": "ok" if alive else "ended", "waiting": engine.waiting, "running": engine.running}
+        return JSONResponse(about, 200 if alive else 503)
 
     async def _page(self, request: Request) -> Response:
         part, kind = page_part(request.url.path)

@@ -59,6 +59,11 @@ class Engine:
         """How many rows are being answered."""
         return len(self._running)
 
+    @property
+    def alive(self) -> bool:
+        """Whether rows are answered: not before `start`, and not after the thread's end, whatever ended it."""
+        return self._thread.is_alive()
+
     def start(self) -> None:
         """Begin to answer."""
         self._thread.start()
@@ -68,11 +73,13 @@ class Engine:
 
         Raises:
             QueueFull: If they do not fit.
-            Stopping: If the engine was closed.
+            Stopping: If the engine was closed, or its thread has ended.
         """
         with self._changed:
             if self._closed:
                 raise Stopping("the server is being stopped")
+            if not self.alive:
+                raise Stopping("the server cannot answer any more; start it again")
             if len(self._waiting) + len(rows) > self.max_queue:
                 raise QueueFull(f"{len(self._waiting)} answers are waited for, of at most {self.max_queue}")
             self._waiting += rows
