@@ -134,6 +134,8 @@ def _tell(url: str, served: Any, has_key: bool) -> None:
     chat = served.chat.encoder.chat
     ask: Any = {"messages": [{"role": "user", "content": "Hello"}]} if chat else {"prompt": "Hello"}
     ask["weights"] = [round(w, 6) for w in served.weights]
+    if served.takes_beta and served.beta is None:  # then each request must say it
+        ask["beta"] = [round(1 / len(served.objectives), 6)] * len(served.objectives)
     path = "chat/completions" if chat else "completions"
     bearer = f' -H "Authorization: Bearer ${KEY_VARIABLE}"' if has_key else ""
     say(f"{shell('curl', f'{url}/v1/{path}', '-H', 'Content-Type: application/json', '-d', json.dumps(ask))}{bearer}")

@@ -214,7 +214,7 @@ class ServedModel:
         # One scaled row has the reference run for all, and penalties of the model's own configuration left out.
         scaled = self.guided_model is None and row.at.scale * sum(row.at.beta or (1,)) != 1
         weights, length = row.at.weights if self.one_at_a_time else None, row.positions if self._by_length else None
-        return row.form is self.chat, scaled, weights, length
+        return row.form.encoder is self.chat.encoder, scaled, weights, length
 
     def generate(self, rows: Sequence[Row], choose: Any, watch: Any) -> None:
         """Answer rows of one group: `choose` gives each its next token, `watch` says which have ended."""

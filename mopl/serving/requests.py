@@ -7,8 +7,8 @@ asks for nothing, and everything else is refused by name: what is not obeyed is 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
 
 import msgspec
 
@@ -60,7 +60,7 @@ class Part(msgspec.Struct, forbid_unknown_fields=True):
     """A piece of a message."""
 
     text: str
-    type: Literal["text"]
+    type: Annotated[str, msgspec.Meta(pattern="^text$")]
 
 
 class ChatMessage(msgspec.Struct, forbid_unknown_fields=True):
@@ -123,7 +123,8 @@ class Asked:
         at: The trade-off.
         sampling: How tokens are chosen.
         max_tokens: Of the answers to each prompt.
-        stop: Before what they end.
+        stop: Texts before which they end.
+        stop_tokens: Special tokens, which no text has, at which they end.
         stream: Whether they are sent as they come.
         usage: Whether a stream ends with the counts of tokens.
     """
@@ -136,12 +137,14 @@ class Asked:
     sampling: Sampling
     max_tokens: Sequence[int]
     stop: tuple[str, ...]
+    stop_tokens: tuple[int, ...]
     stream: bool
     usage: bool
 
     def rows(self, served: ServedModel, send: Callable[[Row, Any], None]) -> list[Row]:
         """Return a row for each answer, those to one prompt one after another."""
         form = served.chat if self.chat else served.plain
+        form = replace(form, ends=replace(form.ends, ids=(*form.ends.ids, *self.stop_tokens)))
         return [
             Row(
                 prompt, self.at, form, self.sampling, most, served.detokenizer, send, self.stop, self.stream,
@@ -190,9 +193,12 @@ def asked_of(raw: bytes, served: ServedModel, limits: Limits, *, chat: bool) -> 
         _bias(body.logit_bias, served), body.seed, with_logs,
     )  # fmt: skip
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
+    special = dict(zip(served.tokenizer.all_special_tokens, served.tokenizer.all_special_ids, strict=True))
+    stop_tokens = tuple(special[text] for text in stop if text in special)
+    stop = tuple(text for text in stop if text not in special)
     usage = body.stream_options is not None and body.stream_options.include_usage
     name = body.model or served.name
-    return Asked(chat, name, tokens, body.n, at, sampling, lengths, stop, body.stream, usage)
+    return Asked(chat, name, tokens, body.n, at, sampling, lengths, stop, stop_tokens, body.stream, usage)
 
 
 def weights_in_name(model: str | None, served: ServedModel) -> Any:
@@ -326,6 +332,6 @@ def _room(served: ServedModel, tokens: Sequence[int], at: TradeOff, wanted: int,
 def _bias(given: Mapping[str, float], served: ServedModel) -> tuple[tuple[int, float], ...]:
     size = served.vocabulary
     for name in given:
-        if not (name.isascii() and name.isdigit() and len(name) < 12 and int(name) < size):
+        if not (name.isascii() and name.isdigit() and len(name) < 12 and int(name) < size and str(int(name)) == name):
             raise ApiError(f"logit_bias has {name!r:.80} but its keys are tokens, from 0 to {size - 1}", "logit_bias")
     return tuple((int(name), value) for name, value in given.items())

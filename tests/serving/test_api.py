@@ -154,6 +154,16 @@ def test_an_answer_ends_before_a_stop_string(server):
         assert parts[-1].choices[0].finish_reason == "stop"
 
 
+def test_a_special_token_ends_an_answer_as_a_token(server):
+    """No text has it, so as a string it would never be found."""
+    bias = {str(tokenizer().convert_tokens_to_ids("<unk>")): 100}
+    found = complete(server, stop="<unk>", logit_bias=bias)
+    assert found.choices[0].text == "" and found.choices[0].finish_reason == "stop"
+    assert found.usage.completion_tokens == 1
+    assert complete(server, stop="w99", logit_bias=bias).choices[0].finish_reason == "length"
+    assert text(chat(server, stop=["</s>", "<unk>"])) == text(chat(server))
+
+
 # ---------------------------------------------------------------- samples
 
 
@@ -272,6 +282,9 @@ def test_what_cannot_be_done_is_refused_by_name(server):
         ({"stream_options": {}}, "stream_options", "stream=true"),
         ({"logit_bias": {"w1": 1}}, "logit_bias", "tokens, from 0"),
         ({"logit_bias": {"100": 1}}, "logit_bias", "tokens, from 0"),
+        ({"logit_bias": {"61": 1, "061": 2}}, "logit_bias", "'061'"),
+        ({"weights": [10**400, 1]}, "weights", "a number that 64 bits hold"),
+        ({"model": "tiny@70,30"}, "model", "'70,30': weights = (70, 30) must lie on"),
         ({"stop": ["a", "b", "c", "d", "e"]}, "stop", "length <= 4"),
         ({"stop": ""}, "stop", "length >= 1"),
     ):
