@@ -169,6 +169,12 @@ def in_words(error: msgspec.ValidationError, value: Any, key: str) -> str:
     path = path.replace("[...]", ".*") or "it"
     if found := re.fullmatch(r"Object missing required field `(.*)`", what):
         return f"{path + '.' if path != 'it' else ''}{found[1]} is missing"
+    if found := re.fullmatch(r"Object contains unknown field `(.*)`", what):
+        return f"{path + '.' if path != 'it' else ''}{found[1]} is not known; leave it out"
+    if what.startswith("Invalid enum value"):
+        return f"{path} is {_short(value)}, which is none of its values"
+    if what == "Number out of range":
+        return f"{path} is {_short(value)} but must be a number that 64 bits hold"
     wanted = re.sub(r"^Expected |, got .*$|`", "", what)
     wanted = f"be {wanted}" if what.startswith("Expected ") else f"be right ({what})"
     return f"{path} is {_short(value)} but must {wanted}"

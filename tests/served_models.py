@@ -53,8 +53,19 @@ class Gate:
 class Running:
     """A server in a thread of this process."""
 
-    def __init__(self, model: ServedModel, *, key=None, seconds=60.0, grace=5.0, max_batch=16, max_queue=256, **limits):
-        self.engine = Engine(model, max_batch=max_batch, max_queue=max_queue)
+    def __init__(
+        self,
+        model: ServedModel,
+        *,
+        key=None,
+        seconds=60.0,
+        grace=5.0,
+        max_batch=16,
+        max_batch_tokens=65_536,
+        max_queue=256,
+        **limits,
+    ):
+        self.engine = Engine(model, max_batch=max_batch, max_batch_tokens=max_batch_tokens, max_queue=max_queue)
         self.model, started = model, threading.Event()
         self.api = Api(
             self.engine, Limits(**{"max_tokens": 32, "max_queue": max_queue, **limits}), seconds, key, log=False

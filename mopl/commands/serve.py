@@ -37,6 +37,7 @@ def add_parser(commands: Any) -> None:
         ("--host", "127.0.0.1", "HOST", "address to listen at"),
         ("--port", 8000, "PORT", "port; 0 takes any that is free"),
         ("--max-batch", 16, "N", "maximum number of answers that run together"),
+        ("--max-batch-tokens", 65536, "N", "maximum number of tokens of these, prompts and answers with their padding"),
         ("--max-queue", 256, "N", "maximum number of answers that wait; more are refused"),
         ("--max-tokens", 512, "N", "maximum number of tokens of an answer"),
         ("--timeout", 300.0, "SECONDS", "how long a request may take, with the time that it waits"),
@@ -57,7 +58,7 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Run `mopl serve`."""
-    for name in ("max_batch", "max_queue", "max_tokens"):
+    for name in ("max_batch", "max_batch_tokens", "max_queue", "max_tokens"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"{name} is {getattr(arguments, name)} but must be at least 1")
     for name, least in (("timeout", 0.001), ("grace", 0.0)):
@@ -85,7 +86,8 @@ def run(arguments: argparse.Namespace) -> None:
             )
         device = "cuda" if arguments.device == "auto" and torch.cuda.is_available() else "cpu"
         served = _served(load_tuned_model(arguments, device, merge=False), arguments, name, device)
-        engine = Engine(served, max_batch=arguments.max_batch, max_queue=arguments.max_queue)
+        sizes = {name: getattr(arguments, name) for name in ("max_batch", "max_batch_tokens", "max_queue")}
+        engine = Engine(served, **sizes)
         api = Api(
             engine, Limits(arguments.max_tokens, arguments.max_queue), arguments.timeout, key,
             any_host=not local, log=not arguments.quiet,
@@ -132,6 +134,8 @@ def _tell(url: str, served: Any, has_key: bool) -> None:
     chat = served.chat.encoder.chat
     ask: Any = {"messages": [{"role": "user", "content": "Hello"}]} if chat else {"prompt": "Hello"}
     ask["weights"] = [round(w, 6) for w in served.weights]
+    if served.takes_beta and served.beta is None:  # then each request must say it
+        ask["beta"] = [round(1 / len(served.objectives), 6)] * len(served.objectives)
     path = "chat/completions" if chat else "completions"
     bearer = f' -H "Authorization: Bearer ${KEY_VARIABLE}"' if has_key else ""
     say(f"{shell('curl', f'{url}/v1/{path}', '-H', 'Content-Type: application/json', '-d', json.dumps(ask))}{bearer}")

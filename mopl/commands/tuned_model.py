@@ -70,8 +70,7 @@ def load_tuned_model(arguments: argparse.Namespace, device: str = "cpu", *, merg
     path = Path(arguments.run)
     if _is_run(path, arguments.method):
         return _model_of_run(path, arguments, device, merge)
-    _check_kl_weight(path, arguments.kl_weight)
-    return _model_of_folder(path, arguments.base_model, arguments.weights, device, merge)
+    return _model_of_folder(path, arguments, device, merge)
 
 
 def load_mixture(arguments: argparse.Namespace, device: str = "cpu") -> tuple[Any, str, float | None]:
@@ -86,12 +85,7 @@ def load_mixture(arguments: argparse.Namespace, device: str = "cpu") -> tuple[An
     path = Path(arguments.run)
     if not _is_run(path, arguments.method):
         _, name = _read_folder(path, arguments.base_model)
-        model = _load_folder(path, name, device)
-        if model.takes_kl_weight and arguments.kl_weight is None:
-            raise ValueError(f"{path} was trained with several KL weights; choose one with --kl-weight")
-        if not model.takes_kl_weight:
-            _check_kl_weight(path, arguments.kl_weight)
-        return model, name, arguments.kl_weight
+        return _load_folder(path, name, device, arguments.kl_weight), name, arguments.kl_weight
     run, kl_weight = _open_run(path, arguments), arguments.kl_weight
     of_kl_weight = {"kl_weight": kl_weight} if run.KIND == "clp" else {}
     model, kl_weight = run.load_weighted(arguments.method, device, **of_kl_weight)
@@ -207,29 +201,34 @@ def _read_folder(path: Path, base_model: str | None) -> tuple[dict[str, Any], st
     return record, str(name)
 
 
-def _load_folder(path: Path, name: str, device: str) -> Any:
+def _load_folder(path: Path, name: str, device: str, kl_weight: float | None) -> Any:
+    """Load the model of a folder; raise if it takes a KL weight and has none, or the other way round."""
     from mopl.conditioning.weighted import WeightedModel
     from mopl.language_models import models
 
     with models.quiet():
-        return WeightedModel.from_pretrained(path, models.load_causal_lm(name)).to(device)
+        model = WeightedModel.from_pretrained(path, models.load_causal_lm(name)).to(device)
+    if model.takes_kl_weight and kl_weight is None:
+        raise ValueError(f"{path} was trained with several KL weights; choose one with --kl-weight")
+    if not model.takes_kl_weight:
+        _check_kl_weight(path, kl_weight)
+    return model
 
 
-def _model_of_folder(
-    path: Path, base_model: str | None, weights: Sequence[float] | None, device: str, merge: bool
-) -> TunedModel:
+def _model_of_folder(path: Path, arguments: argparse.Namespace, device: str, merge: bool) -> TunedModel:
     from mopl.language_models import models
     from mopl.language_models.tokenization import ListTokenizer
 
-    record, name = _read_folder(path, base_model)
+    record, name = _read_folder(path, arguments.base_model)
+    weights, kl_weight = arguments.weights, arguments.kl_weight
     _check_count(weights, record["objectives"])
     reference = None if record["reference"] in ("self", "precomputed") else record["reference"]
-    model = _load_folder(path, name, device)
-    takes_weights = model.decodes_rows
+    model = _load_folder(path, name, device, kl_weight)
+    takes_weights = model.decodes_rows and not model.takes_kl_weight
     if not takes_weights:  # one trade-off at a time
         reference = reference or name
         if merge:  # from here on it is the plain model of this one
-            model = model.merge(weights).eval()
+            model = model.merge(weights, kl_weight).eval()
     return TunedModel(
         model,
         ListTokenizer(models.load_tokenizer(_home_of_tokenizer(path, name)), max_length=None, append_eos=False),
@@ -237,6 +236,7 @@ def _model_of_folder(
         reference=reference,
         takes_weights=takes_weights or not merge,
         base_model=name,
+        kl_weight=None if merge else kl_weight,
         fixed=not takes_weights and merge,
     )
 
@@ -244,8 +244,8 @@ def _model_of_folder(
 def _check_kl_weight(path: Path, kl_weight: float | None) -> None:
     if kl_weight is not None:
         raise ValueError(
-            f"--kl-weight is for runs of a method on rewards, which {path} is not; leave it out, or move answers "
-            "closer to the reference with --scale"
+            f"--kl-weight is for policies that were trained with several, which {path} is not; leave it out, or move "
+            "answers closer to the reference with --scale"
         )
 
 

@@ -255,7 +255,10 @@ def weights_of_name(text: str, objectives: int, *, name: str = "the name of a tr
         if len(number) > _LONGEST_NUMBER or _NUMBER.fullmatch(number) is None:
             found = repr(number) if len(number) <= _LONGEST_NUMBER else f"a text of {len(number)} characters"
             raise ValueError(f"{name} is {shown}, where {found} is no decimal number; write it {example}")
-    return check_weights([float(number) for number in numbers], objectives, name=f"{name}, {shown}:")
+    try:
+        return check_weights([float(number) for number in numbers], objectives)
+    except ValueError as error:
+        raise ValueError(f"{name} is {shown}: {error}") from None
 
 
 __getattr__ = renamed_names(__name__, Temperatures="Betas", sample_temperatures="sample_betas")

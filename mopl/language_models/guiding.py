@@ -8,6 +8,7 @@ from typing import Any
 
 from mopl.conditioning import WeightedModel
 from mopl.conditioning.weighted import causal_lm_of
+from mopl.language_models.models import vocabulary_of
 
 _PARTS = {"model": "merges or other rules", "normalizer": "normalizer", "pre_tokenizer": "pre-tokenizer"}
 
@@ -85,13 +86,9 @@ def check_guided(large: Any, tokenizer: Any, model: Any, own: Any) -> None:
         raise ValueError(f"guided_model is a {type(large).__name__}, an encoder-decoder; pass a causal language model")
     if tokenizer is not None:
         check_same_tokenizer(own, tokenizer)
-    sizes, tokens = (_size(large), _size(model)), max(own.get_vocab().values()) + 1
-    if sizes[0] != sizes[1] and min(sizes) < tokens:
+    sizes, tokens = [vocabulary_of(causal_lm_of(each)) for each in (large, model)], max(own.get_vocab().values()) + 1
+    if sizes[0] != sizes[1] and min(size for size in sizes if size is not None) < tokens:
         raise ValueError(
             f"guided_model has embeddings of {sizes[0]} tokens and the model of {sizes[1]}, but the tokenizer has "
             f"{tokens}; guide a model of the same tokenizer"
         )
-
-
-def _size(model: Any) -> int:
-    return causal_lm_of(model).get_input_embeddings().weight.shape[0]

@@ -152,6 +152,14 @@ def positions_of(model: Any) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
+def vocabulary_of(model: Any) -> int | None:
+    """Return for how many tokens a causal language model has embeddings, or None where it does not say."""
+    try:
+        return model.get_input_embeddings().weight.shape[0]
+    except (AttributeError, NotImplementedError):
+        return None
+
+
 def recompute_activations(model: Any, on: bool) -> None:
     """Switch gradient checkpointing of a model, under the newer of its two names where it is known."""
     prefix = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"

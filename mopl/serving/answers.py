@@ -87,6 +87,7 @@ class Answer:
 
     def __init__(self, served: ServedModel, answering: Answering) -> None:
         self._served, self._answering, self._asked = served, answering, answering.asked
+        self.broken_off = ""  # why a stream ended before its answers had, for the log
         chat, at = self._asked.chat, self._asked.at
         trade = {"weights": dict(zip(served.objectives, at.weights, strict=True)), "scale": at.scale}
         self._common = {
@@ -124,6 +125,7 @@ class Answer:
         except ApiError as error:
             if not begun:
                 raise  # nothing was sent: the status of the answer can say it
+            self.broken_off = f"broken off: {error.status} {error.code}"
             yield f"data: {json.dumps(error.body)}\n\n"
             return
         if self._asked.usage:

@@ -57,6 +57,7 @@ class Api:
     any_host: bool = False
     log: bool = True
     created: int = field(default_factory=lambda: int(time.time()))
+    _reading: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
 
     def app(self) -> Starlette:
         """Return it as an application of ASGI."""
@@ -120,7 +121,9 @@ class Api:
 
     async def _answer(self, request: Request, *, chat: bool) -> Response:
         began = time.monotonic()
-        asked = asked_of(await self._body(request), self.engine.served, self.limits, chat=chat)
+        body = await self._body(request)
+        async with self._reading:  # a long prompt takes a tokenizer a while, in which others get their tokens
+            asked = await asyncio.to_thread(asked_of, body, self.engine.served, self.limits, chat=chat)
         answering = Answering(self.engine, asked, self.seconds)
         answer = Answer(self.engine.served, answering)
         gone = asyncio.ensure_future(_disconnected(request))
@@ -146,7 +149,7 @@ class Api:
             unread = any(not row.ended for row in answering.rows)
             answering.cancel()
             request.state.said = _said(asked, answer)
-            self._tell(request, 200, began, "given up" if unread else "")
+            self._tell(request, 200, began, answer.broken_off or ("given up" if unread else ""))
 
         return _Stream(lines(), end)
 
@@ -195,7 +198,9 @@ class Api:
         return {"id": name, "object": "model", "created": self.created, "owned_by": "mopl", "mopl": about}
 
     async def _health(self, request: Request) -> Response:
-        return JSONResponse({"status": "ok", "waiting": self.engine.waiting, "running": self.engine.running})
+        engine, alive = self.engine, self.engine.alive
+        about = {"status": "ok" if alive else "ended", "waiting": engine.waiting, "running": engine.running}
+        return JSONResponse(about, 200 if alive else 503)
 
     async def _page(self, request: Request) -> Response:
         part, kind = page_part(request.url.path)

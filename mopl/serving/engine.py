@@ -33,11 +33,15 @@ class Engine:
     Args:
         served: The model.
         max_batch: Most rows that are answered together.
+        max_batch_tokens: Most tokens of them, with what their answers may have and the padding; a row alone may have
+            more.
         max_queue: Most rows that wait.
     """
 
-    def __init__(self, served: ServedModel, *, max_batch: int = 16, max_queue: int = 256) -> None:
-        self.served, self.max_queue = served, max_queue
+    def __init__(
+        self, served: ServedModel, *, max_batch: int = 16, max_batch_tokens: int = 65_536, max_queue: int = 256
+    ) -> None:
+        self.served, self.max_queue, self.max_batch_tokens = served, max_queue, max_batch_tokens
         self.max_batch = served.most_rows(max_batch)
         self._changed = threading.Condition()
         self._waiting: list[Row] = []
@@ -55,6 +59,11 @@ class Engine:
         """How many rows are being answered."""
         return len(self._running)
 
+    @property
+    def alive(self) -> bool:
+        """Whether rows are answered: not before `start`, and not after the thread's end, whatever ended it."""
+        return self._thread.is_alive()
+
     def start(self) -> None:
         """Begin to answer."""
         self._thread.start()
@@ -64,11 +73,13 @@ class Engine:
 
         Raises:
             QueueFull: If they do not fit.
-            Stopping: If the engine was closed.
+            Stopping: If the engine was closed, or its thread has ended.
         """
         with self._changed:
             if self._closed:
                 raise Stopping("the server is being stopped")
+            if not self.alive:
+                raise Stopping("the server cannot answer any more; start it again")
             if len(self._waiting) + len(rows) > self.max_queue:
                 raise QueueFull(f"{len(self._waiting)} answers are waited for, of at most {self.max_queue}")
             self._waiting += rows
@@ -139,14 +150,21 @@ class Engine:
             return False
         # All are padded to the longest prompt and may run as long as the one that may run longest.
         rows, most = [row, *others], self.served.positions
-        return most is None or max(r.positions for r in rows) + max(r.max_tokens for r in rows) <= most
+        length = max(r.positions for r in rows) + max(r.max_tokens for r in rows)
+        return length * len(rows) <= self.max_batch_tokens and (most is None or length <= most)
 
     def _answer(self, rows: list[Row]) -> None:
         try:
             self.served.generate(rows, Chooser(rows), Watcher(rows))
-        except Exception as error:
+        # Whatever it is (a panic of the tokenizers' Rust is no Exception), the thread goes on.
+        except BaseException as error:
+            left = [row for row in rows if not row.ended and not row.cancelled]
+            if len(rows) > 1:  # one may be to blame, and its error is not for the others to read
+                for row in left:
+                    self._answer([row])
+                return
             logging.getLogger("mopl").error("an answer failed: %s: %s", type(error).__name__, error)
-            for row in rows:
+            for row in left:
                 row.fail(error)
         for row in rows:
             if not row.cancelled:

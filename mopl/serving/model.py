@@ -15,12 +15,25 @@ from mopl.conditioning import TextPrompt, WeightedModel, check_weights, weights_
 from mopl.conditioning.references import Reference
 from mopl.conditioning.weighted import causal_lm_of, reads_left_padding
 from mopl.language_models.generate import generate
-from mopl.language_models.models import positions_of
+from mopl.language_models.guiding import check_guided
+from mopl.language_models.models import positions_of, vocabulary_of
 from mopl.language_models.tokenization import ListTokenizer
 from mopl.language_models.turns import TurnEnds, end_tokens, turn_ends
 from mopl.serving.rows import Detokenizer, Row, TradeOff
 
+MOST_SCALE = 1e6  # and 1/c at most: far beyond what has a meaning, far from where float32 ends
 SAME = 1e-6  # weights that differ by less are the same: names have six digits
+
+# What a model's generation_config does to scores is obeyed, row by row, as `generate` does. These do more, with the
+# values that do nothing: they decode otherwise, end all rows at once, or hand back something else.
+_REFUSED: dict[str, Any] = {
+    "num_beams": 1, "num_beam_groups": 1, "penalty_alpha": 0, "guidance_scale": 1, "dola_layers": None, "use_mtp": None,
+    "prompt_lookup_num_tokens": None, "assistant_early_exit": None, "constraints": None, "force_words_ids": None,
+    "token_healing": None, "watermarking_config": None, "forced_eos_token_id": None, "stop_strings": None,
+    "max_time": None, "return_dict_in_generate": None,
+}  # fmt: skip
+# These look at all tokens, those that a row is padded with too, so only rows of one length go together.
+_READ_PADDING = ("min_length", "no_repeat_ngram_size", "encoder_repetition_penalty", "encoder_no_repeat_ngram_size")
 
 
 @dataclass(frozen=True)
@@ -49,7 +62,8 @@ class ServedModel:
         fixed: Whether it has one trade-off, `weights`, and no other.
 
     Raises:
-        ValueError: If weights or beta do not fit, or the model has no reference to guide another one with.
+        ValueError: If weights or beta do not fit, `guided_model` cannot be guided by the model, or the model's
+            generation_config asks for what rows that are answered together cannot have.
     """
 
     def __init__(
@@ -80,6 +94,14 @@ class ServedModel:
         self.one_at_a_time = weighted and (not model.decodes_rows or takes_kl_weight)
         teller = model if weighted else text_prompt  # who says what the model is told
         self.takes_beta = teller is not None and teller.takes_beta
+        config = causal_lm_of(model).generation_config
+        for option, idle in _REFUSED.items():
+            if (value := getattr(config, option, None)) not in (None, False, idle):
+                raise ValueError(
+                    f"the model's generation_config has {option}={value!r:.80}, which does not go with answers that "
+                    "run together; take it out of the generation_config.json beside the model"
+                )
+        self._by_length = any(getattr(config, option, None) for option in _READ_PADDING)
         tokenizer = encoder.tokenizer
         self.tokenizer, self.detokenizer = tokenizer, Detokenizer(tokenizer)
         raw = ListTokenizer(tokenizer, max_length=None, template="plain", append_eos=False)
@@ -87,11 +109,17 @@ class ServedModel:
         models = [each for each in (model, reference, guided_model) if each is not None]
         limits = [positions_of(causal_lm_of(each)) for each in models]
         self.positions = min((limit for limit in limits if limit is not None), default=None)
+        sizes = [len(tokenizer), *(vocabulary_of(causal_lm_of(each)) for each in models)]
+        self.vocabulary = min(size for size in sizes if size is not None)  # tokens that all of them know
         self._pads = all(reads_left_padding(each) for each in models)
         self.virtual_tokens = model.virtual_tokens if weighted else 0
         self.can_scale = self._has_reference()
-        if guided_model is not None and not self.can_scale:
-            raise ValueError("guided_model needs what training changed, but the model has no reference; pass one")
+        if guided_model is not None:
+            check_guided(guided_model, None, model, tokenizer)
+            if not self.can_scale:
+                raise ValueError("guided_model needs what training changed, but the model has no reference; pass one")
+        if beta is not None and not self.takes_beta:
+            raise ValueError("beta was passed but the model is not conditioned on it; leave it out")
         equal = [1 / len(self.objectives)] * len(self.objectives)
         self.beta = None if beta is None else self._each(beta, "beta")
         self.weights = self._weights(equal if weights is None else weights)
@@ -137,7 +165,11 @@ class ServedModel:
         if self.takes_beta and betas is None:
             raise ValueError(f"beta is missing; pass one number for each of {', '.join(self.objectives)}")
         c = 1.0 if scale is None else float(check_positive(scale, "scale", "above 1 is closer to the reference"))
-        if c * (sum(betas) if betas else 1) != 1 and not self.can_scale:
+        moved = c * (sum(betas) if betas else 1)
+        if not 1 / MOST_SCALE <= moved <= MOST_SCALE:
+            name, times = ("beta", "its sum") if c == 1 else ("scale", "it times the sum of beta" if betas else "it")
+            raise ValueError(f"{name}: {times} is {moved:g} but must be from {1 / MOST_SCALE:g} to {MOST_SCALE:g}")
+        if moved != 1 and not self.can_scale:
             raise ValueError(
                 f"scale is {c:g} but the model has no reference here to move to; leave scale out"
                 + (", and pass a beta that sums to 1" if betas else "")
@@ -181,7 +213,8 @@ class ServedModel:
         """Return what rows that are answered together have in common."""
         # One scaled row has the reference run for all, and penalties of the model's own configuration left out.
         scaled = self.guided_model is None and row.at.scale * sum(row.at.beta or (1,)) != 1
-        return row.form is self.chat, scaled, row.at.weights if self.one_at_a_time else None
+        weights, length = row.at.weights if self.one_at_a_time else None, row.positions if self._by_length else None
+        return row.form.encoder is self.chat.encoder, scaled, weights, length
 
     def generate(self, rows: Sequence[Row], choose: Any, watch: Any) -> None:
         """Answer rows of one group: `choose` gives each its next token, `watch` says which have ended."""

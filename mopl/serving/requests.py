@@ -7,8 +7,8 @@ asks for nothing, and everything else is refused by name: what is not obeyed is 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
 
 import msgspec
 
@@ -19,6 +19,7 @@ from mopl.serving.model import ServedModel
 from mopl.serving.rows import Row, Sampling, TradeOff
 
 MOST_CHOICES = 16  # answers to one prompt
+ROLES = ("system", "developer", "user", "assistant")
 COMPLETION_TOKENS = 16  # of /v1/completions where a request does not say, as OpenAI's
 
 Penalty = Annotated[float, msgspec.Meta(ge=-2, le=2)]
@@ -59,13 +60,13 @@ class Part(msgspec.Struct, forbid_unknown_fields=True):
     """A piece of a message."""
 
     text: str
-    type: Literal["text"]
+    type: Annotated[str, msgspec.Meta(pattern="^text$")]
 
 
 class ChatMessage(msgspec.Struct, forbid_unknown_fields=True):
     """One turn of a conversation; `developer` is how newer clients call `system`."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: str  # of ROLES
     content: str | list[Part]
 
 
@@ -85,6 +86,7 @@ class CompletionBody(Body, kw_only=True):
     logprobs: Annotated[int, msgspec.Meta(ge=0, le=5)] | None = None
 
 
+_NOTHING = ([], {}, "")  # of a field beside what an answer has, such as annotations
 _ANY = object()
 # Fields of OpenAI's without an effect here, and the values at which that is what they ask for.
 _IDLE: dict[str, tuple[Any, ...]] = {
@@ -121,7 +123,8 @@ class Asked:
         at: The trade-off.
         sampling: How tokens are chosen.
         max_tokens: Of the answers to each prompt.
-        stop: Before what they end.
+        stop: Texts before which they end.
+        stop_tokens: Special tokens, which no text has, at which they end.
         stream: Whether they are sent as they come.
         usage: Whether a stream ends with the counts of tokens.
     """
@@ -134,12 +137,14 @@ class Asked:
     sampling: Sampling
     max_tokens: Sequence[int]
     stop: tuple[str, ...]
+    stop_tokens: tuple[int, ...]
     stream: bool
     usage: bool
 
     def rows(self, served: ServedModel, send: Callable[[Row, Any], None]) -> list[Row]:
         """Return a row for each answer, those to one prompt one after another."""
         form = served.chat if self.chat else served.plain
+        form = replace(form, ends=replace(form.ends, ids=(*form.ends.ids, *self.stop_tokens)))
         return [
             Row(
                 prompt, self.at, form, self.sampling, most, served.detokenizer, send, self.stop, self.stream,
@@ -188,9 +193,12 @@ def asked_of(raw: bytes, served: ServedModel, limits: Limits, *, chat: bool) -> 
         _bias(body.logit_bias, served), body.seed, with_logs,
     )  # fmt: skip
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
+    special = dict(zip(served.tokenizer.all_special_tokens, served.tokenizer.all_special_ids, strict=True))
+    stop_tokens = tuple(special[text] for text in stop if text in special)
+    stop = tuple(text for text in stop if text not in special)
     usage = body.stream_options is not None and body.stream_options.include_usage
     name = body.model or served.name
-    return Asked(chat, name, tokens, body.n, at, sampling, lengths, stop, body.stream, usage)
+    return Asked(chat, name, tokens, body.n, at, sampling, lengths, stop, stop_tokens, body.stream, usage)
 
 
 def weights_in_name(model: str | None, served: ServedModel) -> Any:
@@ -231,12 +239,31 @@ def _read(raw: bytes, schema: type[Body]) -> Any:
             here = f" at {msgspec.json.encode(values[name]).decode()[:80]}" if allowed else ""
             raise ApiError(f"{name} is not supported{here}; leave it out", name, code="unsupported_parameter")
         del values[name]
+    if isinstance(messages := values.get("messages"), list):
+        values["messages"] = [_message(number, message) for number, message in enumerate(messages)]
     try:
         return msgspec.convert(values, schema)
     except msgspec.ValidationError as error:
         text = in_words(error, values, "").replace(" | null", "")  # which is how to leave a field out
         param = next((name for name in known if text.startswith(name)), None)
         raise ApiError(text, param) from None
+
+
+def _message(number: int, given: Any) -> Any:
+    """Return a message without the fields that say nothing, which clients send back with the answers they got."""
+    if not isinstance(given, Mapping):
+        return given
+    known, where = ChatMessage.__struct_fields__, f"messages[{number}]"
+    found = {name: value for name, value in given.items() if value is not None}
+    for name in [name for name in found if name not in known]:
+        if found[name] not in _NOTHING:
+            raise ApiError(
+                f"{where}.{name:.80} is not supported; leave it out", "messages", code="unsupported_parameter"
+            )
+        del found[name]
+    if (role := found.get("role")) not in (None, *ROLES):
+        raise ApiError(f"{where}.role is {role!r:.80} but must be one of {', '.join(ROLES)}", "messages")
+    return found
 
 
 def _at(served: ServedModel, body: Body, named: Any) -> TradeOff:
@@ -272,9 +299,6 @@ def _prompts(given: Any) -> list[Any]:
 def _tokens(encoder: Any, prompt: Any, number: int, served: ServedModel, chat: bool) -> list[int]:
     param = "messages" if chat else "prompt"
     if isinstance(prompt, list):
-        size = len(served.tokenizer)
-        if wrong := [token for token in prompt if not 0 <= token < size]:
-            raise ApiError(f"prompt {number} has the token {wrong[0]}; the model has those below {size}", param)
         tokens = prompt
     else:
         try:
@@ -283,6 +307,9 @@ def _tokens(encoder: Any, prompt: Any, number: int, served: ServedModel, chat: b
             raise ApiError(f"{param} cannot be answered: {error}", param) from None
     if not tokens:
         raise ApiError(f"prompt {number} has no tokens", param)
+    size = served.vocabulary
+    if wrong := [token for token in tokens if not 0 <= token < size]:
+        raise ApiError(f"prompt {number} has the token {wrong[0]}; the model has those below {size}", param)
     return tokens
 
 
@@ -303,8 +330,8 @@ def _room(served: ServedModel, tokens: Sequence[int], at: TradeOff, wanted: int,
 
 
 def _bias(given: Mapping[str, float], served: ServedModel) -> tuple[tuple[int, float], ...]:
-    size = len(served.tokenizer)
+    size = served.vocabulary
     for name in given:
-        if not (name.isascii() and name.isdigit() and len(name) < 12 and int(name) < size):
+        if not (name.isascii() and name.isdigit() and len(name) < 12 and int(name) < size and str(int(name)) == name):
             raise ApiError(f"logit_bias has {name!r:.80} but its keys are tokens, from 0 to {size - 1}", "logit_bias")
     return tuple((int(name), value) for name, value in given.items())

@@ -74,7 +74,7 @@ class Piece:
     text: str = ""
     scored: tuple[Scored, ...] = ()
     finish: str | None = None
-    error: Exception | None = None
+    error: BaseException | None = None
 
 
 class Detokenizer:
@@ -83,6 +83,7 @@ class Detokenizer:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self._bytes = frozenset(token for name, token in tokenizer.get_vocab().items() if _BYTE.fullmatch(name))
+        self._skipped = frozenset(tokenizer.all_special_ids)  # before bytes are put together
         self._margin = _CLEANED if getattr(tokenizer, "clean_up_tokenization_spaces", False) else 0
         self._before = next(iter(tokenizer("a", add_special_tokens=False)["input_ids"]), None)
         self._known: dict[int, str] = {}
@@ -93,10 +94,10 @@ class Detokenizer:
 
     def settled(self, tokens: Sequence[int], text: str) -> int:
         """Return how many characters of the text of tokens stay what they are, whatever token comes next."""
-        if self._bytes and tokens and tokens[-1] in self._bytes:  # one wrong byte spoils all those in front of it
-            whole = len(tokens)
-            while whole and tokens[whole - 1] in self._bytes:
-                whole -= 1
+        whole = len(tokens) if self._bytes else 0  # one wrong byte spoils all those in front of it
+        while whole and (tokens[whole - 1] in self._bytes or tokens[whole - 1] in self._skipped):
+            whole -= 1
+        if self._bytes and whole < len(tokens):
             text = self.text(tokens[:whole])
         return max(len(text.rstrip("\ufffd")) - self._margin, 0)
 
@@ -149,6 +150,7 @@ class Row:
     cancelled: bool = False
     _sent: int = 0  # characters
     _sent_text: str = ""
+    _offset: int = 0  # of the last token in the text
     _waiting: list[Scored] = field(default_factory=list)  # not sent yet
 
     def push(self, token: int) -> bool:
@@ -163,7 +165,8 @@ class Row:
         watched = self.streams or bool(stops) or self.sampling.top_log_probs is not None
         if watched and self.scored is not None:
             before = self.detokenizer.text(self.tokens)
-            self._waiting.append(replace(self.scored, offset=len(before.rstrip("\ufffd"))))
+            self._offset = max(self._offset, len(before.rstrip("\ufffd")))
+            self._waiting.append(replace(self.scored, offset=self._offset))
         self.tokens.append(token)
         last = len(self.tokens) >= self.max_tokens
         if not watched and not last:
@@ -182,7 +185,7 @@ class Row:
             self._send(text[: ready - _begun(text[:ready], stops)])
         return bool(places) or last
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: BaseException) -> None:
         """End it without an answer."""
         if not self.ended:
             self.ended = True

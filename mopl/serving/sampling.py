@@ -27,20 +27,24 @@ from transformers import LogitsProcessor, StoppingCriteria  # noqa: E402
 class Chooser(LogitsProcessor):
     """Leaves each row one possible token, and notes its log-probability where that is asked for.
 
-    Log-probabilities are those of the model, at the trade-off and scale of the row: before bias, penalties and
-    temperature.
+    Log-probabilities are those of the model, at the trade-off and scale of the row, after what its generation_config
+    does to scores: before bias, penalties and temperature of the request.
 
     Args:
         rows: The B rows that are generated together.
     """
 
     def __init__(self, rows: Sequence[Row]) -> None:
-        self._rows = rows
+        self._rows, self._step = rows, 0
+        self._told = [list(row.tokens) for row in rows]  # of an attempt that failed: these stay what they are
         self._draws = [_stream(row.sampling.seed, row.index) for row in rows]
+        for draws, told in zip(self._draws, self._told, strict=True):
+            draws.random(len(told))
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # (B, L), (B, V) -> (B, V)
         """Return scores of which only the chosen token's is not -inf."""
-        live = [i for i, row in enumerate(self._rows) if not row.ended and not row.cancelled]
+        told = [i for i, tokens in enumerate(self._told) if self._step < len(tokens)]
+        live = [i for i, row in enumerate(self._rows) if i not in told and not row.ended and not row.cancelled]
         if bool(scores[live].isnan().any()):
             raise FloatingPointError("the model gives NaN for the next token; its parameters are damaged")
         changed = self._changed(scores, live)
@@ -49,6 +53,9 @@ class Chooser(LogitsProcessor):
         if drawn:
             uniform = torch.tensor([self._draws[i].random() for i in drawn], dtype=torch.float64, device=scores.device)
             chosen[drawn] = sampled(changed[drawn], [self._rows[i].sampling for i in drawn], uniform)
+        for i in told:
+            chosen[i] = self._told[i][self._step]
+        self._step += 1
         for i in live:
             self._rows[i].scored = _scored(scores[i], chosen[i], self._rows[i].sampling.top_log_probs)
         return torch.full_like(scores, -torch.inf).scatter_(-1, chosen[:, None], 0.0)
@@ -70,15 +77,19 @@ class Chooser(LogitsProcessor):
 
 
 class Watcher(StoppingCriteria):
-    """Hands each row its new token, and says which rows have ended."""
+    """Hands each row its new token, and says which rows have ended; tokens that a row has it does not get again."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
-        self._rows = rows
+        self._rows, self._step = rows, 0
+        self._had = [len(row.tokens) for row in rows]
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # (B, L) -> (B,) bool
         """Return whether each row has ended."""
-        tokens = input_ids[:, -1].tolist()
-        ended = [r.ended or r.cancelled or r.push(token) for r, token in zip(self._rows, tokens, strict=True)]
+        self._step += 1
+        ended = [
+            row.ended or row.cancelled or (self._step > had and row.push(token))
+            for row, token, had in zip(self._rows, input_ids[:, -1].tolist(), self._had, strict=True)
+        ]
         return torch.tensor(ended, dtype=torch.bool, device=input_ids.device)
 
 

@@ -73,13 +73,13 @@ class Server:
 
     def run(self) -> None:
         """Answer requests; SIGINT and SIGTERM stop it, if this is the main thread."""
-        self._engine.start()
-        try:
-            with self._signals():
+        with self._signals():  # to the end: one more signal is not to kill what is ending
+            self._engine.start()
+            try:
                 asyncio.run(self._serve())
-        finally:
-            self._engine.abort()
-            self._engine.join(LINGER_SECONDS)
+            finally:
+                self._engine.abort()
+                self._engine.join(LINGER_SECONDS)
 
     def stop(self) -> None:
         """Take no more requests, finish those that are here within the grace period, and end; twice: at once.

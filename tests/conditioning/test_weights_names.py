@@ -62,7 +62,10 @@ def test_names_as_people_write_them(text):
         ("w=0.7\u00a0,0.3", r"where '0.7\\xa0' is no"),
         ("w=0.7;0.3,0", "where '0.7;0.3' is no"),
         ("w=../../etc,0", r"where '../../etc' is no"),
-        ("w=0.7,0.4", r"'w=0.7,0.4': = \(0.7, 0.4\) must lie on the simplex but does not sum to 1; divide"),
+        (
+            "w=0.7,0.4",
+            r"'w=0.7,0.4': weights = \(0.7, 0.4\) must lie on the simplex but does not sum to 1; divide",
+        ),
         ("w=1.3,-0.3", "has a negative entry"),
         ("w=1e999,0", "has an entry that is not finite"),
         (f"w={'0' * 40}1,0", "where a text of 41 characters is no decimal number"),

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -152,6 +154,16 @@ def test_an_answer_ends_before_a_stop_string(server):
         assert parts[-1].choices[0].finish_reason == "stop"
 
 
+def test_a_special_token_ends_an_answer_as_a_token(server):
+    """No text has it, so as a string it would never be found."""
+    bias = {str(tokenizer().convert_tokens_to_ids("<unk>")): 100}
+    found = complete(server, stop="<unk>", logit_bias=bias)
+    assert found.choices[0].text == "" and found.choices[0].finish_reason == "stop"
+    assert found.usage.completion_tokens == 1
+    assert complete(server, stop="w99", logit_bias=bias).choices[0].finish_reason == "length"
+    assert text(chat(server, stop=["</s>", "<unk>"])) == text(chat(server))
+
+
 # ---------------------------------------------------------------- samples
 
 
@@ -236,6 +248,8 @@ def test_what_cannot_be_done_is_refused_by_name(server):
         ({"model": "tiny@high"}, "model", "must have 2"),
         ({"scale": 0}, "scale", "positive"),
         ({"scale": 1e999}, "scale", "scale is"),
+        ({"scale": 1e-40}, "scale", "1e-40 but must be from 1e-06 to 1e+06"),
+        ({"scale": 2e6}, "scale", "2e+06 but must be from 1e-06 to 1e+06"),
         ({"beta": [0.1, 0.1]}, "beta", "not conditioned on it"),
         ({"temperature": 3}, "temperature", "temperature is 3 but must be float <= 2"),
         ({"temperature": "1"}, "temperature", "but must be float"),
@@ -251,9 +265,16 @@ def test_what_cannot_be_done_is_refused_by_name(server):
         ({"messages": [{"role": "user", "content": "w1 " * 40}], "max_tokens": 30}, "max_tokens", "64 positions"),
         ({"messages": [{"role": "user", "content": "w1 " * 80}]}, None, "shorten the prompt"),
         ({"messages": []}, "messages", "length >= 1"),
-        ({"messages": [{"role": "tool", "content": "w1"}]}, "messages", "messages[0].role"),
+        (
+            {"messages": [{"role": "tool", "content": "w1"}]},
+            "messages",
+            "messages[0].role is 'tool' but must be one of",
+        ),
+        ({"messages": [{"role": "user"}]}, "messages", "messages[0].content is missing"),
+        ({"messages": [{"role": 1, "content": "w1"}]}, "messages", "messages[0].role is 1"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages", "messages[0].tool_calls is not supp"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "content[0]"),
-        ({"messages": [{"role": "user", "content": "w1", "name": "Ann"}]}, "messages", "name"),
+        ({"messages": [{"role": "user", "content": "w1", "name": "Ann"}]}, "messages", "messages[0].name is not supp"),
         ({"tools": [{"type": "function"}]}, "tools", "tools is not supported at [{"),
         ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
         ({"kl_weight": 0.1}, "kl_weight", "kl_weight is not supported; leave it out"),
@@ -261,6 +282,9 @@ def test_what_cannot_be_done_is_refused_by_name(server):
         ({"stream_options": {}}, "stream_options", "stream=true"),
         ({"logit_bias": {"w1": 1}}, "logit_bias", "tokens, from 0"),
         ({"logit_bias": {"100": 1}}, "logit_bias", "tokens, from 0"),
+        ({"logit_bias": {"61": 1, "061": 2}}, "logit_bias", "'061'"),
+        ({"weights": [10**400, 1]}, "weights", "a number that 64 bits hold"),
+        ({"model": "tiny@70,30"}, "model", "'70,30': weights = (70, 30) must lie on"),
         ({"stop": ["a", "b", "c", "d", "e"]}, "stop", "length <= 4"),
         ({"stop": ""}, "stop", "length >= 1"),
     ):
@@ -293,6 +317,35 @@ def test_fields_that_ask_for_nothing_are_taken(server):
     assert answer.status_code == 200
     parts = [{"type": "text", "text": "w1 "}, {"type": "text", "text": "w2 w3"}]
     assert text(chat(server, [{"role": "user", "content": parts}])) == text(chat(server))
+
+
+def test_an_answer_can_be_sent_back_as_the_client_has_it(server):
+    """With its empty fields, as programs do that hold a conversation."""
+    first = chat(server).choices[0].message
+    talk = [*TALK, first.model_dump(), {"role": "user", "content": "w4"}]
+    assert len(talk[1]) > 3
+    plain = [*TALK, {"role": "assistant", "content": first.content}, talk[2]]
+    assert text(chat(server, talk)) == text(chat(server, plain))
+
+
+def test_a_long_prompt_that_is_read_holds_up_nobody(server, monkeypatch):
+    reading, go_on = threading.Event(), threading.Event()
+
+    def read(encoder, prompt):
+        reading.set()
+        assert go_on.wait(10)
+        return inner(encoder, prompt)
+
+    encoder = server.model.plain.encoder
+    inner = type(encoder).prompt_tokens
+    monkeypatch.setattr(encoder, "prompt_tokens", lambda prompt: read(encoder, prompt), raising=False)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(complete, server)
+        try:
+            assert reading.wait(10) and server.http.get("/health", timeout=5).status_code == 200
+        finally:
+            go_on.set()
+        assert asked.result().choices[0].text
 
 
 def test_bodies_that_are_no_requests(server):

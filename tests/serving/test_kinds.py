@@ -116,6 +116,9 @@ def test_beta_is_taken_where_the_model_is_conditioned_on_it():
             assert [asked(server, i, beta=beta) for i in range(3)] == wanted
         named = {"harmless": 0.5, "helpful": 1.5}
         assert asked(server, 0, beta=named) == asked(server, 0, beta=[1.5, 0.5])
+        for more, name in (({"beta": [1e7, 1]}, "beta"), ({"beta": [1e4, 1], "scale": 1e4}, "scale")):
+            error = server.http.post("/v1/completions", json={"prompt": "w1", **more}).json()["error"]
+            assert error["param"] == name and "must be from 1e-06 to 1e+06" in error["message"], error
 
 
 @pytest.mark.parametrize("kind", ["prompt", "parameters"])
@@ -134,6 +137,79 @@ def test_a_larger_model_answers_guided_by_a_small_one(kind):
             assert len(set(wanted)) == 3 and all_at_once(server, scale=scale) == wanted * 2
     with pytest.raises(ValueError, match="the model has no reference; pass one"):
         served(build(), takes_weights=False, fixed=True, guided_model=large)
+
+
+def test_rows_that_have_too_many_tokens_together_are_answered_apart():
+    """Each is padded to the longest, so a long prompt does not take as many others along."""
+    sizes = []
+    with running(served(conditioned()), max_batch_tokens=4 * 20) as server:
+        generate_, engine = server.model.generate, server.engine
+        server.model.generate = lambda rows, *more: (sizes.append(len(rows)), generate_(rows, *more))
+        answer = server.http.post("/v1/completions", json={"prompt": [[3] * 40, *[[4, 5]] * 5], "max_tokens": 4})
+        assert answer.status_code == 200 and engine.max_batch == 16
+    assert sizes == [1, 5]
+
+
+def test_tokens_that_a_model_lacks_are_refused_before_they_reach_it():
+    """A tokenizer may have more tokens than the model has rows for."""
+    words = tokenizer(chat=True)
+    words.add_tokens(["new1", "new2"])
+    with running(served(conditioned(), words)) as server:
+        for body, param in (
+            ({"prompt": [63]}, "prompt"),
+            ({"prompt": "w5 new1"}, "prompt"),
+            ({"prompt": "w5", "logit_bias": {"62": 5}}, "logit_bias"),
+        ):
+            answer = server.http.post("/v1/completions", json=body)
+            assert answer.status_code == 400 and answer.json()["error"]["param"] == param, answer.json()
+        assert server.http.post("/v1/completions", json={"prompt": [61]}).status_code == 200
+
+
+def test_what_a_model_cannot_be_asked_for_is_refused_at_the_start():
+    with pytest.raises(ValueError, match="beta was passed but the model is not conditioned on it"):
+        served(conditioned(), beta=[3, 1])
+    with pytest.raises(ValueError, match="guided_model has embeddings of 56 tokens and the model of 62"):
+        served(conditioned(), guided_model=build(vocabulary=56))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"suppress_tokens": [7, 44, 48], "repetition_penalty": 3.0, "bad_words_ids": [[27]]},
+        {"no_repeat_ngram_size": 1},  # which reads the padding
+    ],
+)
+def test_what_the_configuration_does_to_scores_holds_whoever_else_is_answered(options):
+    model = conditioned()
+    plain = [texts(model, w)[i] for i, w in enumerate(WEIGHTS)]
+    for name, value in options.items():
+        setattr(model.causal_lm.generation_config, name, value)
+    words = tokenizer(chat=True)
+    words.pad_token = plain[1].split()[0]
+    wanted = [
+        generate(model, words, [prompt], w, max_new_tokens=6, template="plain")[0].text
+        for prompt, w in zip(PROMPTS, WEIGHTS, strict=True)
+    ]
+    assert wanted != plain
+    with running(served(model, words)) as server:
+        assert all_at_once(server) == wanted * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_beams", 4),
+        ("stop_strings", ["w27"]),
+        ("forced_eos_token_id", 2),
+        ("max_time", 5.0),
+        ("penalty_alpha", 0.6),
+    ],
+)
+def test_a_configuration_that_rows_cannot_obey_is_refused_by_name(name, value):
+    model = conditioned()
+    setattr(model.causal_lm.generation_config, name, value)
+    with pytest.raises(ValueError, match=f"generation_config has {name}="):
+        served(model)
 
 
 def test_a_model_of_one_trade_off_has_no_other():
@@ -192,3 +268,27 @@ def test_a_run_answers_as_mopl_generate_does(kind, tmp_path, capsys):
                 model="tiny", prompt="w1 w2", temperature=0, max_tokens=6, extra_body=body
             )
             assert found.choices[0].text == wanted
+
+
+def test_a_folder_of_a_mixture_with_a_kl_weight_answers_at_the_one_that_is_named(tmp_path, capsys):
+    """A run of it always did; a folder was told to name a KL weight, and then not to."""
+    build(num_hidden_layers=1).save_pretrained(tmp_path / "base")
+    tokenizer(chat=True).save_pretrained(tmp_path / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_alpha=8, init_lora_weights=False)
+    coefficients = KLWeightCoefficients(0.05, anchor=False)
+    mixture = spread(LoraMixture(base, 2, config=config, coefficients=coefficients, record=RECORD))
+    mixture.save_pretrained(tmp_path / "tuned")
+    options = argparse.Namespace(
+        run=str(tmp_path / "tuned"), method=None, weights=None, beta=None, kl_weight=0.1, base_model=None,
+        device="cpu", guided_model=None,
+    )  # fmt: skip
+    model = _served(load_tuned_model(options, "cpu", merge=False), options, "tiny", "cpu")
+    assert model.one_at_a_time and model.kl_weight == 0.1 and not model.fixed
+    wanted = [texts(mixture.merge(w, 0.1), None)[i] for i, w in enumerate(WEIGHTS)]
+    with running(model) as server:
+        assert [asked(server, i) for i in range(3)] == wanted
+    given = ["generate", str(tmp_path / "tuned"), "--weights", "0.7", "0.3", "--max-new-tokens", "6", "--raw"]
+    assert main([*given, "--kl-weight", "0.1", PROMPTS[0]]) == 0
+    assert capsys.readouterr().out == f"{wanted[0]}\n"
+    assert main([*given, PROMPTS[0]]) == 2 and "choose one with --kl-weight" in capsys.readouterr().err

@@ -58,6 +58,8 @@ def bytes_of(text: str, count: int | None = None) -> list[int]:
         [*bytes_of("\n😀"), 2],
         [*bytes_of("😀"), *bytes_of("😀", 2), 2],  # one wrong byte spoils all in front of it
         [*bytes_of("ä", 1), 3, 4],
+        [*bytes_of("ä", 1), 0, *bytes_of("é")],  # a special token is skipped, and the bytes around it are one text
+        [3, *bytes_of("😀"), 0, *bytes_of("😀", 1), 4],
     ],
 )
 def test_nothing_is_sent_that_a_later_token_changes(tokens):

@@ -1,5 +1,6 @@
 """What a server does besides answering: it bounds queue and time, knows who may ask, and stops in good order."""
 
+import json
 import os
 import re
 import signal
@@ -22,8 +23,9 @@ from tiny_language_models import build, conditioned, lora, prompt, tokenizer
 
 from mopl.cli import main
 from mopl.conditioning import HyperPromptModel, TuningRecord
+from mopl.serving.api import Api
 from mopl.serving.engine import Engine
-from mopl.serving.server import bound_socket
+from mopl.serving.server import Server, bound_socket
 
 BODY = {"prompt": "w1 w2", "max_tokens": 4, "temperature": 0}
 
@@ -83,14 +85,16 @@ def test_what_takes_too_long_is_given_up(model, gate, stream):
         assert ask(server).status_code == 200
 
 
-def test_an_error_in_the_middle_of_a_stream_is_an_event(model, gate):
+def test_an_error_in_the_middle_of_a_stream_is_an_event(model, gate, capfd):
     with running(served(model), seconds=1.0) as server:
+        server.api.log = True
         stream = server.client.completions.create(
             model="tiny", prompt="w1 w2", temperature=0, max_tokens=20, stream=True
         )
         assert next(stream).choices[0].text
         with gate.closed(), pytest.raises(openai.APIError, match="longer than 1 seconds"):
             list(stream)
+    assert re.search(r" 200 .* tokens  broken off: 504 timeout\n", capfd.readouterr().err)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -130,6 +134,38 @@ def test_a_model_that_fails_is_a_500_and_the_next_is_answered(model, caplog):
         assert answer.status_code == 500 and answer.json()["error"]["message"] == "the model failed: no memory"
         assert answer.json()["error"]["type"] == "server_error" and "MemoryError: no memory" in caplog.text
         assert ask(server).status_code == 200
+
+
+@pytest.mark.parametrize("error", [MemoryError, SystemExit])
+def test_what_fails_in_a_batch_fails_alone(model, gate, error, caplog):
+    """After three tokens, some of which streams have sent: the others go on where they were, with their own draws."""
+    from mopl.serving.sampling import Chooser
+
+    more = {"temperature": 1.0, "max_tokens": 9}
+    with running(served(model)) as server, ThreadPoolExecutor(4) as pool:
+        wanted = ask(server, seed=5, **more).json()["choices"][0]["text"]
+        inner = Chooser._changed
+
+        def fail(self, scores, live):
+            if self._step >= 3 and any(self._rows[i].sampling.seed == 13 for i in live):
+                raise error("the row of 13")
+            return inner(self, scores, live)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Chooser, "_changed", fail)
+            with gate.closed():
+                first = pool.submit(ask, server)
+                assert gate.reached.wait(10)
+                asked = [pool.submit(ask, server, seed=seed, **more) for seed in (5, 13)]
+                asked.append(pool.submit(ask, server, seed=5, stream=True, **more))
+                until(lambda: server.engine.waiting == 3)
+            good, bad, stream = (each.result() for each in asked)
+        assert first.result().status_code == good.status_code == 200
+        assert good.json()["choices"][0]["text"] == wanted
+        events = [json.loads(line[6:]) for line in stream.text.split("\n\n") if line.startswith("data: {")]
+        assert "".join(event["choices"][0]["text"] for event in events) == wanted and len(events) > 5
+        assert bad.status_code == 500 and bad.json()["error"]["message"] == "the model failed: the row of 13"
+        assert caplog.text.count("an answer failed") == 1 and ask(server).status_code == 200
 
 
 # ---------------------------------------------------------------- who may ask
@@ -204,7 +240,39 @@ def test_an_engine_that_is_closed_takes_nothing(model):
     engine = Engine(served(model))
     engine.start()
     engine.close()
-    assert engine.join(5)
+    assert engine.join(5) and not engine.alive
+
+
+def test_a_server_whose_thread_has_ended_says_so(model):
+    with running(served(model)) as server:
+        server.engine.close()
+        assert server.engine.join(5)
+        server.engine._closed = False  # as if it had ended by itself
+        assert server.http.get("/health").status_code == 503
+        answer = ask(server)
+        assert answer.status_code == 503 and "start it again" in answer.json()["error"]["message"]
+
+
+def test_signals_are_handled_until_the_engine_has_ended(model, monkeypatch):
+    """The third one of somebody impatient came in the seconds in which the engine is waited for, and killed."""
+    engine = Engine(served(model))
+    at = bound_socket("127.0.0.1", 0)
+    server = Server(Api(engine, log=False), at, started=lambda: os.kill(os.getpid(), signal.SIGTERM))
+    seen, join = [], engine.join
+
+    def late(timeout):
+        os.kill(os.getpid(), signal.SIGTERM)
+        seen.append(signal.getsignal(signal.SIGTERM) is not before)
+        return join(timeout)
+
+    before = signal.signal(signal.SIGTERM, lambda *_: seen.append("killed"))
+    try:
+        monkeypatch.setattr(engine, "join", late)
+        server.run()
+        assert seen == [True]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        at.close()
 
 
 # ---------------------------------------------------------------- the command
