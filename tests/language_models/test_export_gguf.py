@@ -190,7 +190,10 @@ def run(tokenizer, tmp_path_factory):
 
 
 def test_the_command_writes_what_the_server_answers_with(run, tokenizer, tmp_path, capsys):
-    assert "the scale of each is its weight" in printed(capsys, "export", str(run), "--gguf", str(tmp_path / "all"))
+    said = printed(capsys, "export", str(run), "--gguf", str(tmp_path / "all"))
+    assert "the scale of each is its weight" in said
+    every = [tmp_path / "all" / name for name in ("base.gguf", "helpful.gguf", "not_harmful_2.gguf")]
+    assert f"llama-server -m {every[0]} --lora-scaled {every[1]}:0.5,{every[2]}:0.5" in said
     printed(capsys, "export", str(run), "--weights", "0.7", "0.3", "--gguf", str(tmp_path / "one"))
     mixed = LoraMixture.from_pretrained(run).eval()
     record = json.loads((tmp_path / "all" / "mopl.json").read_text())
