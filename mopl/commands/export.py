@@ -109,7 +109,7 @@ def _export_adapters(arguments: argparse.Namespace) -> None:
     with models.quiet():
         export_adapters(
             model, directory, kl_weight=kl_weight, grid=grid, base_model=base_model,
-            facts=facts_of(arguments, kl_weight),
+            facts=facts_of(arguments, kl_weight), show_progress=True,
         )  # fmt: skip
     at = "" if kl_weight is None else f", KL weight {kl_weight:g}"
     more = f"; {len(grid)} trade-offs as one adapter each" if len(grid) else ""
