@@ -43,6 +43,7 @@ from mopl.conditioning import (
     weights_name,
 )
 from mopl.conditioning.adapted import lora_layers
+from mopl.conditioning.adapter_files import KIND
 from mopl.conditioning.parameter_mixture import write_adapter
 from mopl.conditioning.references import OWN_REFERENCE
 from mopl.conditioning.saved_models import CONFIG_FILE, base_of_adapter, load_adapters
@@ -51,7 +52,6 @@ from mopl.language_models.export import check_free
 from mopl.language_models.head import unfuse
 from mopl.language_models.model_card import Exported, ModelFacts, write_card
 
-KIND = "adapters"
 ONE = "write one trade-off, as a plain model: mopl export --weights"
 # Largest ‖difference‖ of logits, of their own spread: the same products in another order, whose rounding adds up over
 # the layers, to 6e-6 in 30 layers of float32. What each layer adds is compared by itself, closer.
