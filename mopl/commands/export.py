@@ -26,7 +26,7 @@ examples:
 
 def add_parser(commands: Any) -> None:
     """Add `mopl export` to the commands."""
-    help = "write a model for other software: one trade-off as a plain model, or adapters for every trade-off"
+    help = "write a model for other software: one trade-off as a plain model, or adapters for all, also as GGUF"
     parser = add_model_command(
         commands, "export", run, help, EXAMPLES, without_weights="every trade-off, for --adapters and --gguf"
     )
@@ -109,7 +109,7 @@ def _export_adapters(arguments: argparse.Namespace) -> None:
     with models.quiet():
         export_adapters(
             model, directory, kl_weight=kl_weight, grid=grid, base_model=base_model,
-            facts=facts_of(arguments, kl_weight),
+            facts=facts_of(arguments, kl_weight), show_progress=True,
         )  # fmt: skip
     at = "" if kl_weight is None else f", KL weight {kl_weight:g}"
     more = f"; {len(grid)} trade-offs as one adapter each" if len(grid) else ""
@@ -129,6 +129,8 @@ def _grid(objectives: int, points: int) -> Any:
 
 def _export_gguf(arguments: argparse.Namespace) -> None:
     from mopl._extras import require_for
+    from mopl._records import read_json
+    from mopl.conditioning.saved_models import CONFIG_FILE
     from mopl.language_models import models
     from mopl.language_models.export import check_free
     from mopl.language_models.export_gguf import export_gguf, export_gguf_model
@@ -155,6 +157,10 @@ def _export_gguf(arguments: argparse.Namespace) -> None:
     at = "" if kl_weight is None else f", KL weight {kl_weight:g}"
     names = ", ".join(model.record.objectives)
     say(f"{directory}: base model and adapters of {names}{at}; the scale of each is its weight (README.md)")
+    record = read_json(directory / CONFIG_FILE)
+    weight = f"{1 / len(record['adapters']):.6g}"
+    scaled = ",".join(f"{directory / file}:{weight}" for file in record["adapters"])
+    say(shell("llama-server", "-m", directory / record["base"], "--lora-scaled", scaled))
 
 
 def _export_one(arguments: argparse.Namespace) -> None:

@@ -289,7 +289,11 @@ def _read(folder: Path) -> _Adapter:
     rank, alpha = config.get("r", 8), config.get("lora_alpha", 8)
     if alpha != rank or rank < 1:
         raise damaged(file, f"r is {rank} and lora_alpha {alpha} but they must be equal, for a scale of 1", REMEDY)
-    if said := sorted(key for key in config.keys() - _HARMLESS if config[key] not in (None, False, "none", [], {})):
+    if said := sorted(
+        key
+        for key in config.keys() - _HARMLESS
+        if config[key] not in (None, "none", [], {}, ()) and config[key] is not False
+    ):
         text = f"{said[0]} is {config[said[0]]!r}, which is no plain LoRA"
         if said == ["lora_bias"]:
             remedy = "no server adds the biases of adapters: train without lora_bias, or ask PEFT or mopl"

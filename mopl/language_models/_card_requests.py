@@ -8,6 +8,13 @@ from shlex import quote
 
 from mopl.conditioning.adapter_files import VLLM_RANKS
 
+_ANSWER = """
+chat = [{"role": "user", "content": "How do I make tea?"}]
+tokens = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+answer = model.generate(**tokens, max_new_tokens=100)
+print(tokenizer.decode(answer[0], skip_special_tokens=True))
+"""
+_TEXTS = 'A tokenizer without a chat template takes a text instead: `tokens = tokenizer(text, return_tensors="pt")`.'
 _SCALED = """from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -52,7 +59,10 @@ def requests_of_adapters(
     chosen = dict(zip(places, weights, strict=True))
     said = [
         "### PEFT",
-        _code("python", _SCALED.format(base=json.dumps(base), weights=json.dumps(chosen, ensure_ascii=False))),
+        _code(
+            "python", _SCALED.format(base=json.dumps(base), weights=json.dumps(chosen, ensure_ascii=False)) + _ANSWER
+        ),
+        _TEXTS,
     ]
     if lora_bias:
         return [*said, "The adapters have biases (`lora_bias`), which PEFT adds and the servers that are known do not."]
@@ -72,7 +82,7 @@ def requests_of_adapters(
         _code(
             "sh",
             f"{files}\nllama-server -m base.gguf --lora-scaled {quote(scaled)}\n"
-            f'curl http://127.0.0.1:8080/completion -d \'{{"prompt": "Hello", "lora": {scales}}}\'\n',
+            + _curl("completion", f'"prompt": "Hello", "lora": {scales}'),
         ),
         "### vLLM, LoRAX",
         "These take one adapter in a request, without a scale, so a trade-off is an adapter of its own there.",
@@ -98,7 +108,7 @@ def requests_of_adapters(
 
 def requests_of_adapter(base: str, rank: int, prompt: bool, text: str | None) -> list[str]:
     """Return how the adapter of one trade-off is used, as Markdown."""
-    said = [_code("python", _ONE.format(base=json.dumps(base)))]
+    said = [_code("python", _ONE.format(base=json.dumps(base)) + _ANSWER), _TEXTS]
     if prompt:
         return [*said, "It is a prompt (PEFT's prompt tuning), for PEFT. Pad batches on the right."]
     return [*said, _vllm(f"vllm serve {quote(base)} --tokenizer .", rank, "tuned=."), *_words(text)]
@@ -106,7 +116,7 @@ def requests_of_adapter(base: str, rank: int, prompt: bool, text: str | None) ->
 
 def requests_of_model(virtual_tokens: int, text: str | None) -> list[str]:
     """Return how a plain model is used, as Markdown."""
-    said = [_code("python", _PLAIN), _code("sh", "vllm serve .\n"), *_words(text)]
+    said = [_code("python", _PLAIN + _ANSWER), _TEXTS, _code("sh", "vllm serve .\n"), *_words(text)]
     if virtual_tokens:
         said.append(
             f"{virtual_tokens} tokens, which hold the trade-off, stand in front of each text; the tokenizer writes "
@@ -125,8 +135,8 @@ def requests_of_gguf(base: str, places: Sequence[str], front: str | None, stop: 
         said = [_code("sh", f"llama-server -m {quote(base)}\n" + _curl("v1/chat/completions", f"{chat}{ended}"))]
         if front is not None:
             said.append(
-                "The trade-off is in tokens that the chat template writes in front of each chat. A prompt without the "
-                "template (`/completion`, `/v1/completions`) must begin with them, or it is answered without the "
+                "The trade-off is in a text that the chat template writes in front of each chat. A prompt without the "
+                "template (`/completion`, `/v1/completions`) must begin with it, or it is answered without the "
                 "trade-off. As JSON:"
             )
             said.append(_json(front))
@@ -180,7 +190,11 @@ def _vllm(serve: str, rank: int, module: str, asked: str = "") -> str:
 def _words(text: str | None) -> list[str]:
     if text is None:
         return []
-    return ["The trade-off is told in words, which the tokenizer of this directory writes in front of each text."]
+    return [
+        "The trade-off is told in words, which the tokenizer of this directory writes in front of each text. A text "
+        "that the chat template has written must be tokenised with `add_special_tokens=False`, or the words stand in "
+        "it twice."
+    ]
 
 
 def _json(text: str) -> str:

@@ -33,6 +33,7 @@ from torch import Tensor
 from mopl import __version__
 from mopl._files import write_folder
 from mopl._hub import public_name
+from mopl._terminal import Progress, progress
 from mopl.conditioning import (
     HyperPromptModel,
     LoraMixture,
@@ -42,6 +43,7 @@ from mopl.conditioning import (
     weights_name,
 )
 from mopl.conditioning.adapted import lora_layers
+from mopl.conditioning.adapter_files import KIND
 from mopl.conditioning.parameter_mixture import write_adapter
 from mopl.conditioning.references import OWN_REFERENCE
 from mopl.conditioning.saved_models import CONFIG_FILE, base_of_adapter, load_adapters
@@ -50,12 +52,12 @@ from mopl.language_models.export import check_free
 from mopl.language_models.head import unfuse
 from mopl.language_models.model_card import Exported, ModelFacts, write_card
 
-KIND = "adapters"
 ONE = "write one trade-off, as a plain model: mopl export --weights"
 # Largest ‖difference‖ of logits, of their own spread: the same products in another order, whose rounding adds up over
 # the layers, to 6e-6 in 30 layers of float32. What each layer adds is compared by itself, closer.
 SAME = {torch.float64: 1e-6, torch.float32: 1e-4}
 IN_A_LAYER = 1e-5  # of what the mixture's own adapters add; the factors are rounded once, in float32
+_ASKED = 3  # trade-offs at which the sum of the adapters is compared
 _LONGEST = 80  # bytes of a folder's name; file systems take 255
 _TAKEN = ("readme.md", "front.png", "mopl.json")
 # What names a device on Windows, whatever follows a dot: the digits of 1 to 9 are those of superscripts, too.
@@ -70,6 +72,7 @@ def export_adapters(
     grid: Tensor | Sequence[Sequence[float]] = (),
     base_model: str | None = None,
     facts: ModelFacts | None = None,
+    show_progress: bool = False,
 ) -> Path:
     """Write the adapters of a mixture into a new directory, whole or not at all, and compare them with the mixture.
 
@@ -80,6 +83,7 @@ def export_adapters(
         grid: (n, m), trade-offs that are also written as one adapter each, under names such as `w=0.7,0.3`.
         base_model: Name of the base model, if it is not the one that the model inside has.
         facts: What the model card says besides: method, data, front, picture.
+        show_progress: Show on standard error how far it is.
 
     Returns:
         The directory.
@@ -117,10 +121,17 @@ def export_adapters(
     )  # fmt: skip
 
     def fill(path: Path) -> None:
-        configs = [_write(path / name, make(), base) for name, make in zip(places, made, strict=True)]
-        for weights in trade_offs:
-            configs.append(_write(path / weights_name(weights), mixture.adapter_at(weights, kl_weight), base))
-        _check_written(path, mixture, places, trade_offs, kl_weight)
+        configs = []
+        with progress("writing adapters", len(places) + len(trade_offs), "adapters", show=show_progress) as shown:
+            for name, make in zip(places, made, strict=True):
+                configs.append(_write(path / name, make(), base))
+                shown.update(1)
+            for weights in trade_offs:
+                configs.append(_write(path / weights_name(weights), mixture.adapter_at(weights, kl_weight), base))
+                shown.update(1)
+        steps = len(places) + _ASKED + len(trade_offs)
+        with progress("comparing them with the mixture", steps, "comparisons", show=show_progress) as shown:
+            _check_written(path, mixture, places, trade_offs, kl_weight, shown)
         (path / CONFIG_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         ranks = {"rank": configs[0].r, "grid_rank": configs[-1].r, "lora_bias": any(c.lora_bias for c in configs)}
         write_card(path, dataclasses.replace(exported, **ranks), facts)
@@ -190,7 +201,12 @@ def _write(folder: Path, adapter: tuple[Any, dict[str, Tensor]], base: str | Non
 
 @torch.no_grad()
 def _check_written(
-    path: Path, mixture: LoraMixture, places: Sequence[str], trade_offs: Sequence[Tensor], kl_weight: float | None
+    path: Path,
+    mixture: LoraMixture,
+    places: Sequence[str],
+    trade_offs: Sequence[Tensor],
+    kl_weight: float | None,
+    shown: Progress,
 ) -> None:
     """Raise unless adapters that PEFT loads from their files, with scales w, have the logits of the mixture at w."""
     m, base = len(places), mixture.causal_lm
@@ -205,11 +221,13 @@ def _check_written(
 
     def check(loaded: Any, w: Tensor, what: str) -> None:
         compare(logits_of(loaded, vocabulary), wanted(w), tolerance, f"{what}, at {weights_name(w)},", remedy)
+        shown.update(1)
 
     loaded = _load(path, mixture, places)
     loaded.base_model.set_adapter([f"_{i}" for i in range(m)])
     for i, weights in enumerate(torch.eye(m, dtype=torch.float64)):
         _check_layers(mixture, loaded, f"_{i}", weights, kl_weight, places[i])
+        shown.update(1)
     for w in asked:
         for layer in lora_layers(loaded).values():
             for i in range(m):

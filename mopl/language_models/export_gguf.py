@@ -86,10 +86,11 @@ def export_gguf(
 
     def fill(path: Path) -> None:
         with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=path) as temporary:
-            made = export_adapters(mixture, Path(temporary) / "a", kl_weight=kl_weight, base_model=source)
+            made = export_adapters(mixture, Path(temporary) / "a", kl_weight=kl_weight, base_model=source,
+                                   show_progress=show_progress)  # fmt: skip
             record = read_json(made / CONFIG_FILE)
             for objective, place, file in zip(mixture.record.objectives, record["adapters"], files, strict=True):
-                write_gguf_adapter(made / place, base.config, path / file, name=objective)
+                write_gguf_adapter(made / place, base.config, path / file, name=objective, show_progress=show_progress)
         write_gguf_model(base, tokenizer, path / f"{base_name}.gguf", name=_base_name(source), without_adapters=True,
                          show_progress=show_progress)  # fmt: skip
         record |= {"kind": KIND, "form": "adapters", "base": f"{base_name}.gguf", "adapters": files}

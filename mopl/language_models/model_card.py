@@ -216,7 +216,7 @@ def _what(exported: Exported) -> list[str]:
     rows = [[name, f"{w:g}"] for name, w in zip(names, exported.weights, strict=True)]
     headers = ["objective", "weight"]
     if exported.beta is not None:
-        headers.append("β, of the sum 1")
+        headers.append("direction of β (the sum is 1)")
         rows = [[*row, f"{b:.4g}"] for row, b in zip(rows, exported.beta, strict=True)]
     said.append(table(headers, rows, numbers=True))
     if exported.kl_weight is not None:
@@ -284,7 +284,7 @@ def _sources(exported: Exported, facts: ModelFacts, licence: Mapping[str, str]) 
         terms = f"Licence: that of the base model, which its files give as {named}."
     else:
         terms = (
-            "Licence: not known. The files of the base model that were at hand name none; look it up before you use or "
+            "Licence: not known. The base model's card, where it was at hand, names none; look it up before you use or "
             "share this."
         )
     if facts.dataset is not None:

@@ -60,7 +60,11 @@ def test_the_card_s_own_program_gives_the_mixture_at_its_weights(places: Path, e
     assert '"BASE_MODEL"' in program and "folder of the base model, which has no public name" in text
     monkeypatch.chdir(exported)
     given: dict = {}
-    exec(program.replace('"BASE_MODEL"', repr(str(places / "base"))), given)
+    loads, chat, answers = program.replace('"BASE_MODEL"', repr(str(places / "base"))).partition("chat = ")
+    exec(loads, given)
+    given["tokenizer"].chat_template = "{% for m in messages %}w1 {% endfor %}"
+    exec(chat + answers, given)
+    assert len(given["answer"][0]) > len(given["tokens"]["input_ids"][0])
     mixture = open_run(places / "run").load()
     with torch.no_grad():
         wanted = logits(mixture, weights=[given["weights"]["short"], given["weights"]["low"]])

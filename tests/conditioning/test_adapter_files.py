@@ -197,6 +197,7 @@ def edit(file, **values):
         ("harmless/adapter_config.json", {"rank_pattern": {"q_proj": 1}}, "rank_pattern is"),
         ("harmless/adapter_config.json", {"modules_to_save": ["lm_head"]}, "modules_to_save is"),
         ("harmless/adapter_config.json", {"of_tomorrow": 1}, "of_tomorrow is 1, which is no plain LoRA"),
+        ("harmless/adapter_config.json", {"scale_of_tomorrow": 0}, "scale_of_tomorrow is 0, which is no plain LoRA"),
         ("harmless/adapter_config.json", {"peft_type": "LOHA"}, "peft_type is 'LOHA' but must be 'LORA'"),
         ("harmless/adapter_config.json", {"r": 4, "lora_alpha": 4}, r"must be \(4, ...\) and \(..., 4\), as r says"),
         ("harmless/adapter_config.json", {"task_type": None}, "task_type is None but 'CAUSAL_LM' in helpful"),

@@ -180,6 +180,16 @@ def test_three_objectives_and_the_names_of_folders(tmp_path: Path) -> None:
     assert folder_names(devices) == ["_nul.txt", "_COM1", "_lpt9.a.b", "_com¹", "_con", "communal", "nul_1"]
 
 
+def test_what_takes_long_says_how_far_it_is(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("mopl._terminal._SECONDS_BETWEEN_LINES", 0)
+    export_adapters(mixture(), tmp_path / "quiet")
+    assert not capsys.readouterr().err
+    export_adapters(mixture(), tmp_path / "out", grid=[[0.3, 0.7]], show_progress=True)
+    said = capsys.readouterr().err
+    assert "writing adapters: 3 of 3 adapters" in said
+    assert "comparing them with the mixture: 6 of 6 comparisons" in said
+
+
 REFUSED = {
     "DoRA": ({"use_dora": True}, "'helpful' is of DoRA.*write one trade-off instead: mopl export --weights"),
     "copies": (

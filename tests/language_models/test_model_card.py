@@ -1,6 +1,7 @@
 """Model cards: what others wrote stays text, and what is not known is said not to be known."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,14 @@ def test_a_card_of_adapters_names_the_command_for_llama_cpp_first_and_a_rank_tha
     assert 0 < text.index("mopl export RUN --gguf DIR") < text.index("convert_lora_to_gguf.py")
     assert "llama-server -m base.gguf --lora-scaled a.gguf:0.7,b.gguf:0.3" in text
     assert "The rank is 600, and vLLM takes 512 at most." in text and "--max-lora-rank" not in text
+
+
+def test_a_card_of_words_says_how_a_text_of_the_chat_template_is_tokenised() -> None:
+    exported = Exported(form="model", objectives=("a",), weights=(1.0,), text="[a: 1.00]\n")
+    text = ModelCard(card(exported, ModelFacts())).text
+    assert "`add_special_tokens=False`, or the words stand in it twice" in text
+    (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert "model.generate(" in program and compile(program, "card", "exec")
 
 
 def test_a_base_model_on_the_hub_is_linked_and_tagged() -> None:

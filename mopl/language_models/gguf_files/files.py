@@ -13,7 +13,7 @@ import numpy as np
 
 from mopl._extras import require
 from mopl._files import write_file
-from mopl._terminal import progress
+from mopl._terminal import Progress, progress
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,9 @@ def write_gguf(
 
     def fill(file: Path) -> None:
         _write(file, architecture, entries, tensors, show_progress)
-        _check(file, architecture, entries, tensors)
+        total = sum(tensor.bytes for tensor in tensors)
+        with progress(f"reading back {file.name}", total, "B", show=show_progress) as shown:
+            _check(file, architecture, entries, tensors, shown)
 
     write_file(path, fill)
     return Path(path)
@@ -101,7 +103,9 @@ def _write(
         writer.close()
 
 
-def _check(file: Path, architecture: str, entries: Sequence[Entry], tensors: Sequence[Planned]) -> None:
+def _check(
+    file: Path, architecture: str, entries: Sequence[Entry], tensors: Sequence[Planned], shown: Progress
+) -> None:
     """Raise unless a file reads as it was to be written."""
     import gguf
 
@@ -125,6 +129,7 @@ def _check(file: Path, architecture: str, entries: Sequence[Entry], tensors: Seq
         )
         if not same:
             wrong.append(tensor.name)
+        shown.update(tensor.bytes)
     if wrong:
         listed = ", ".join(wrong[:5]) + (" and others" if len(wrong) > 5 else "")
         raise OSError(f"{file.name} does not read as it was written ({listed}); write it again, to another disk")
