@@ -56,12 +56,19 @@ class Server:
         at: A socket that is bound.
         grace: Seconds that answers have to end once it is stopped.
         started: Called when it answers.
+        stopping: Called when it is stopped, with how many answers have not ended.
     """
 
     def __init__(
-        self, api: Api, at: socket.socket, *, grace: float = 30.0, started: Callable[[], None] = lambda: None
+        self,
+        api: Api,
+        at: socket.socket,
+        *,
+        grace: float = 30.0,
+        started: Callable[[], None] = lambda: None,
+        stopping: Callable[[int], None] = lambda _: None,
     ) -> None:
-        self._engine, self._at, self._grace = api.engine, at, grace
+        self._engine, self._at, self._grace, self._tell_stopping = api.engine, at, grace, stopping
         config = uvicorn.Config(
             api.app(), log_config=None, log_level="error", access_log=False, lifespan="off", ws="none", http="h11",
             loop="asyncio", server_header=False, limit_concurrency=MOST_CONNECTIONS,
@@ -98,6 +105,7 @@ class Server:
             return
         self._stopped = self._uvicorn.should_exit = True
         self._engine.close()
+        self._tell_stopping(self._engine.waiting + self._engine.running)
         asyncio.get_running_loop().call_later(self._grace, self._engine.abort)
 
     async def _serve(self) -> None:

@@ -204,6 +204,16 @@ def test_a_key_is_asked_for(model):
             openai.OpenAI(base_url=f"{server.url}/v1", api_key="other", max_retries=0).models.list()
 
 
+def test_the_log_tells_of_what_is_refused_and_of_paths_that_are_not_there(model, capfd):
+    with running(served(model)) as server:
+        server.api.log = True
+        ask(server, temperature=9)
+        server.http.post("/v1/embeddings", json={})
+    said = capfd.readouterr().err
+    assert re.search(r"POST /v1/completions 400 \d\.\d\d s  temperature\n", said), said
+    assert re.search(r"POST /v1/embeddings 404 \d\.\d\d s\n", said), said
+
+
 # ---------------------------------------------------------------- stopping
 
 
@@ -231,9 +241,12 @@ def test_what_has_not_ended_within_the_grace_or_at_a_second_stop_is_given_up(mod
     with running(served(model), grace=grace) as server, ThreadPoolExecutor(2) as pool, gate.closed():
         answer = pool.submit(ask, server)
         assert gate.reached.wait(10)
+        told = []
+        server.server._tell_stopping = told.append
         for _ in range(stops):
             server.server.stop()
         assert answer.result().status_code == 503 and "before the answer had ended" in answer.result().text
+        assert told == [1]
 
 
 def test_an_engine_that_is_closed_takes_nothing(model):
@@ -298,7 +311,7 @@ def test_the_command_answers_and_a_signal_ends_it_in_good_order(folder, stop, tm
     with started(*given, MOPL_API_KEY="other") as (number, out, err, wait):
         until(lambda: out.is_file() and out.read_text().count("\n") == 2, 60)
         line, example = out.read_text().splitlines()
-        weights = "weights of requests without: helpful 0.7, harmless 0.3"
+        weights = "default weights: helpful 0.7, harmless 0.3"
         found = re.search(rf"house at (http://127\.0\.0\.1:\d+) \({weights}", line)
         assert found, line
         assert example.startswith(f"curl {found[1]}/v1/chat/completions") and "secret" not in example
