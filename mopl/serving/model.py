@@ -21,7 +21,7 @@ from mopl.language_models.tokenization import ListTokenizer
 from mopl.language_models.turns import TurnEnds, end_tokens, turn_ends
 from mopl.serving.rows import Detokenizer, Row, TradeOff
 
-MOST_SCALE = 1e6  # and 1/c at most: far beyond what has a meaning, far from where float32 ends
+MOST_SCALE = 1e6  # of c, 1/c and β: far beyond what has a meaning, far from where float32 ends
 SAME = 1e-6  # weights that differ by less are the same: names have six digits
 
 # What a model's generation_config does to scores is obeyed, row by row, as `generate` does. These do more, with the
@@ -183,6 +183,9 @@ class ServedModel:
         values = check_positive(torch.as_tensor(self._in_order(given, name), dtype=torch.float64), name)
         if values.shape != (len(self.objectives),):
             raise ValueError(f"{name} has {values.numel()} numbers but there are {len(self.objectives)} objectives")
+        if not bool(((values >= 1 / MOST_SCALE) & (values <= MOST_SCALE)).all()):
+            shown = ", ".join(f"{value:g}" for value in values.tolist())
+            raise ValueError(f"{name} is ({shown}) but each must be from {1 / MOST_SCALE:g} to {MOST_SCALE:g}")
         return tuple(values.tolist())
 
     def _in_order(self, given: Any, name: str) -> list[float]:

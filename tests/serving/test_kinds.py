@@ -116,7 +116,12 @@ def test_beta_is_taken_where_the_model_is_conditioned_on_it():
             assert [asked(server, i, beta=beta) for i in range(3)] == wanted
         named = {"harmless": 0.5, "helpful": 1.5}
         assert asked(server, 0, beta=named) == asked(server, 0, beta=[1.5, 0.5])
-        for more, name in (({"beta": [1e7, 1]}, "beta"), ({"beta": [1e4, 1], "scale": 1e4}, "scale")):
+        for more, name in (
+            ({"beta": [1e-50, 1]}, "beta"),
+            ({"beta": [1e308, 1], "scale": 1e-308}, "beta"),
+            ({"beta": [1e6, 1]}, "beta"),
+            ({"beta": [1e4, 1], "scale": 1e4}, "scale"),
+        ):
             error = server.http.post("/v1/completions", json={"prompt": "w1", **more}).json()["error"]
             assert error["param"] == name and "must be from 1e-06 to 1e+06" in error["message"], error
 
