@@ -16,8 +16,10 @@ from mopl.serving.api import Api
 
 require("uvicorn", what="serving", extra="serve")
 import uvicorn  # noqa: E402
+from uvicorn.protocols.http.h11_impl import H11Protocol  # noqa: E402
 
 LINGER_SECONDS = 2.0  # for what was given up to be told so, once the time to finish is over
+HEAD_SECONDS = 30.0  # that the head of a request may take to come
 MOST_CONNECTIONS = 2048  # that are open at once, idle ones too; more are answered 503
 
 
@@ -70,7 +72,7 @@ class Server:
     ) -> None:
         self._engine, self._at, self._grace, self._tell_stopping = api.engine, at, grace, stopping
         config = uvicorn.Config(
-            api.app(), log_config=None, log_level="error", access_log=False, lifespan="off", ws="none", http="h11",
+            api.app(), log_config=None, log_level="error", access_log=False, lifespan="off", ws="none", http=_Protocol,
             loop="asyncio", server_header=False, limit_concurrency=MOST_CONNECTIONS,
             timeout_graceful_shutdown=grace + LINGER_SECONDS,  # type: ignore[arg-type]
         )  # fmt: skip
@@ -123,6 +125,33 @@ class Server:
         finally:
             for each, handler in before.items():
                 signal.signal(each, handler)
+
+
+class _Protocol(H11Protocol):
+    """Closes connections whose requests do not come: uvicorn waits for the rest of a head without an end."""
+
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._late is not None:
+            self._late.cancel()
+        super().connection_lost(exc)
+
+    def _watch(self) -> None:
+        waits = self.cycle is None or self.cycle.response_complete
+        if not waits and self._late is not None:
+            self._late.cancel()
+            self._late = None
+        elif waits and self._late is None:
+            self._late = self.loop.call_later(HEAD_SECONDS, self.transport.close)
 
 
 class _Uvicorn(uvicorn.Server):

@@ -97,6 +97,26 @@ def test_an_error_in_the_middle_of_a_stream_is_an_event(model, gate, capfd):
     assert re.search(r" 200 .* tokens  broken off: 504 timeout\n", capfd.readouterr().err)
 
 
+def test_a_head_that_never_ends_is_not_waited_for(model, gate, monkeypatch):
+    """Neither of the first request of a connection nor of a later one; an answer may take its time."""
+    monkeypatch.setattr("mopl.serving.server.HEAD_SECONDS", 0.3)
+    with running(served(model)) as server, ThreadPoolExecutor(1) as pool:
+        for before in (b"", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"):
+            with socket.create_connection(server.socket.getsockname()) as at:
+                at.settimeout(10)
+                at.sendall(before)
+                got = b""
+                while before and not got.endswith(b"}"):
+                    got += at.recv(4096)
+                at.sendall(b"GET /health HTTP/1.1\r\nHost: loc")
+                assert at.recv(4096) == b""
+        with gate.closed():
+            answer = pool.submit(ask, server)
+            assert gate.reached.wait(10)
+            time.sleep(0.5)
+        assert answer.result().status_code == 200
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_ends_its_row(model, gate, stream):
     """Its row leaves the batch with the next token; one that waits leaves the queue."""
