@@ -141,6 +141,7 @@ def _key(file: str | None) -> str | None:
 def _tell(url: str, served: Any, has_key: bool, guided: str | None) -> None:
     """Print where the server is, and a request."""
     weights = ", ".join(f"{name} {w:g}" for name, w in zip(served.objectives, served.weights, strict=True))
+    weights += "" if served.kl_weight is None else f"; KL weight {served.kl_weight:g}"
     guides = "" if guided is None else f", where {guided} answers, guided by it"
     say(f"mopl serve: {served.name} at {url}{guides} (default weights: {weights}); Ctrl-C stops it")
     chat = served.chat.encoder.chat

@@ -190,6 +190,7 @@ class Api:
             "fixed": served.fixed,
             "takes_beta": served.takes_beta,
             "beta": None if served.beta is None else list(served.beta),
+            "kl_weight": served.kl_weight,
             "scale": served.can_scale,
             "guided": served.guided_model is not None,
             "chat_template": served.chat.encoder.chat,

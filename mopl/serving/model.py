@@ -177,7 +177,11 @@ class ServedModel:
         return TradeOff(w, c, betas)
 
     def _weights(self, given: Any) -> tuple[float, ...]:
-        return tuple(check_weights(self._in_order(given, "weights"), len(self.objectives)).tolist())
+        weights = self._in_order(given, "weights")
+        if len(weights) != len(self.objectives):
+            names = ", ".join(self.objectives)
+            raise ValueError(f"weights: there are {len(weights)}; give one number for each of {names}")
+        return tuple(check_weights(weights, len(self.objectives)).tolist())
 
     def _each(self, given: Any, name: str) -> tuple[float, ...]:
         values = check_positive(torch.as_tensor(self._in_order(given, name), dtype=torch.float64), name)

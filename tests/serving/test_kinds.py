@@ -293,6 +293,7 @@ def test_a_folder_of_a_mixture_with_a_kl_weight_answers_at_the_one_that_is_named
     wanted = [texts(mixture.merge(w, 0.1), None)[i] for i, w in enumerate(WEIGHTS)]
     with running(model) as server:
         assert [asked(server, i) for i in range(3)] == wanted
+        assert server.client.models.retrieve("tiny").model_extra["mopl"]["kl_weight"] == 0.1
     given = ["generate", str(tmp_path / "tuned"), "--weights", "0.7", "0.3", "--max-new-tokens", "6", "--raw"]
     assert main([*given, "--kl-weight", "0.1", PROMPTS[0]]) == 0
     assert capsys.readouterr().out == f"{wanted[0]}\n"
