@@ -61,6 +61,8 @@ def check_shapes(file: str | os.PathLike[str], found: Shapes, wanted: Shapes, *,
 def check_numbers(file: str | os.PathLike[str], tensors: Mapping[str, Tensor], *, remedy: str = REMEDY) -> None:
     """Raise if a tensor that was read from a file holds NaN or infinities."""
     for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.itemsize == 1:
+            tensor = tensor.float()  # PyTorch compares none of 8 bits
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise damaged(file, f"{name!r} holds numbers that are NaN or infinite", remedy)
 

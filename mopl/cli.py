@@ -4,7 +4,7 @@
     mopl align --demo              fine-tune a small language model for every trade-off
     mopl clp --demo                train a small language model on rewards for every trade-off
     mopl generate RUN --weights .. answer prompts at any trade-off
-    mopl export RUN --weights ..   one trade-off as a plain model for transformers and vLLM
+    mopl export RUN --weights ..   a trade-off as a plain model; --adapters, --gguf: all of them, for other servers
     mopl serve RUN                 an endpoint of OpenAI's form, with a trade-off for each request
     mopl steer RUN --weights ...   figures and scores for any trade-off of a finished run, without training
     mopl report RUN RUN ...        one table, picture and page of several runs

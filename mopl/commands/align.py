@@ -19,9 +19,9 @@ from mopl.commands.experiment import (
     Experiment,
     Tell,
     add_experiment,
+    ask_or_serve,
     process,
     refuse_options,
-    try_with,
 )
 
 DEMO_FOLDER = "runs/align-demo-data"
@@ -75,7 +75,7 @@ ALIGN = Experiment(
     recipe="mopl.alignment.recipe",
     train="align",
     folder="runs/align-DATA-METHOD-N",
-    hint=lambda run: try_with("generate", run, "PROMPT"),
+    hint=ask_or_serve,
     needed=("model", "data"),
     missing="pass --model and --data, or --demo",
     demo=_demo,

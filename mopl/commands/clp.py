@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mopl.clp.config import TRAINED, ClpConfig
-from mopl.commands.experiment import TRUST_REMOTE_CODE, Demo, Experiment, Tell, try_with
+from mopl.commands.experiment import TRUST_REMOTE_CODE, Demo, Experiment, Tell, ask_or_serve
 
 EXAMPLES = """
 examples:
@@ -31,7 +31,7 @@ CLP = Experiment(
     recipe="mopl.clp.recipe",
     train="train_policies",
     folder="runs/METHOD-DATA-N",
-    hint=lambda run: try_with("generate", run, "PROMPT") if run.method_name in TRAINED else "",
+    hint=lambda run: ask_or_serve(run) if run.method_name in TRAINED else (),
     needed=("model", "data", "rewards"),
     missing="pass --model, --data with prompts and --rewards, or --demo",
     demo=_demo,

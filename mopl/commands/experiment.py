@@ -4,7 +4,7 @@ import argparse
 import functools
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -46,7 +46,7 @@ class Experiment:
     recipe: str  # the module with `check_resume` and the function that trains, which `train` names
     train: str  # that function's name
     folder: str  # the run directory where none is given, in words
-    hint: Callable[[Any], str]  # returns what to try next with a finished run
+    hint: Callable[[Any], Sequence[str]]  # returns what to try next with a finished run, a command a line
     needed: tuple[str, ...] = ()  # settings that have no default
     missing: str = ""  # what to pass if one of them is missing
     # Makes what `--demo` needs, from the settings that were given.
@@ -128,7 +128,7 @@ def run(experiment: Experiment, arguments: argparse.Namespace) -> None:
         say()
         print_table(finished.fronts(), metric=finished.metric)
         say("", f"{path}/report.html shows every trade-off; {path}/front.png and table.txt are the same in short")
-        say(*filter(None, [experiment.hint(finished)]))
+        say(*experiment.hint(finished))
     if demo is not None:
         demo.after(path, experiment.settings(**settings), tell)
 
@@ -161,6 +161,12 @@ def try_with(command: str, run: Any, *more: str) -> str:
     objectives = run.objectives
     words = shell("mopl", command, run.path, "--weights", *_example_weights(len(objectives)), *more)
     return f"{words}    ({', '.join(objectives)})"
+
+
+def ask_or_serve(run: Any) -> tuple[str, str]:
+    """Return the commands that answer at any trade-off: one prompt, and everybody's."""
+    served = shell("mopl", "serve", run.path)
+    return try_with("generate", run, "PROMPT"), f"{served}    (a page with sliders, and OpenAI's API)"
 
 
 def _example_weights(objectives: int) -> list[str]:

@@ -6,6 +6,7 @@ from typing import Any
 from mopl._terminal import say, shell
 from mopl.commands.tuned_model import add_model_command, facts_of, load_mixture, load_tokenizer, load_tuned_model
 
+MOST_TRADE_OFFS = 10_000  # of a grid
 EXAMPLES = """
 --adapters is for mixtures of adapters (mopl align --conditioning lora-mixture, mopl clp --scope lora-mixture): a LoRA
 adapter for each objective, and a server that takes scales of adapters in a request takes the weights as these.
@@ -42,7 +43,8 @@ def add_parser(commands: Any) -> None:
                         "of a mixture, which its server scales by the weights of a request; with --weights any model "
                         "at one trade-off; nothing may be there")  # fmt: skip
     parser.add_argument("--grid", type=int, metavar="N", help="with --adapters: also N trade-offs as one adapter each, "
-                        "called w=0.7,0.3 and so on, for servers that take one adapter in a request")  # fmt: skip
+                        "called w=0.7,0.3 and so on, for servers that take one adapter in a request (of three or four "
+                        "objectives the number of a lattice: 3, 6, 10, 15, ... or 4, 10, 20, 35, ...)")  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -63,7 +65,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--grid {arguments.grid} is for --adapters; add --adapters DIR, or leave it out")
     if arguments.weights is None:
         raise ValueError(
-            "--weights is missing; pass one for each objective, or write the adapters of all trade-offs: --adapters DIR"
+            "--weights is missing; pass one for each objective, or write all trade-offs of a mixture of adapters: "
+            "--adapters DIR, or --gguf DIR for llama.cpp"
         )
     if arguments.directory is None:
         raise ValueError("there is no DIR to write to; name it after the weights: --weights 0.7 0.3 DIR")
@@ -97,13 +100,12 @@ def _export_adapters(arguments: argparse.Namespace) -> None:
     from mopl.language_models import models
     from mopl.language_models.export import check_free
     from mopl.language_models.export_adapters import check_mixture, export_adapters
-    from mopl.pareto import weight_grid
 
     directory = check_free(arguments.adapters)
     model, base_model, kl_weight = load_mixture(arguments)
     check_mixture(model)
     names = model.record.objectives
-    grid = () if arguments.grid is None else weight_grid(len(names), arguments.grid)
+    grid = () if arguments.grid is None else _grid(len(names), arguments.grid)
     with models.quiet():
         export_adapters(
             model, directory, kl_weight=kl_weight, grid=grid, base_model=base_model,
@@ -112,6 +114,17 @@ def _export_adapters(arguments: argparse.Namespace) -> None:
     at = "" if kl_weight is None else f", KL weight {kl_weight:g}"
     more = f"; {len(grid)} trade-offs as one adapter each" if len(grid) else ""
     say(f"{directory}: adapters of {', '.join(names)}{at}{more}; scale each by its weight (README.md)")
+
+
+def _grid(objectives: int, points: int) -> Any:
+    from mopl.pareto import weight_grid
+
+    if points > MOST_TRADE_OFFS:
+        raise ValueError(f"--grid is {points} but must be at most {MOST_TRADE_OFFS:,}: each is an adapter on the disk")
+    try:
+        return weight_grid(objectives, points)
+    except ValueError as error:
+        raise ValueError(f"--grid {points}: {error}; pass such a number") from None
 
 
 def _export_gguf(arguments: argparse.Namespace) -> None:

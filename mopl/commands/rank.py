@@ -21,7 +21,7 @@ examples:
 RANK = Experiment(
     name="rank", help="train a ranker for every trade-off, compare it with baselines, report", examples=EXAMPLES,
     settings=RankConfig, recipe="mopl.ranking.recipe", train="rank", folder="runs/rank-DATA-METHOD-N",
-    hint=lambda run: try_with("steer", run),
+    hint=lambda run: (try_with("steer", run),),
 )  # fmt: skip
 
 

@@ -193,7 +193,7 @@ class PromptedModel(WeightedModel):
                     f"{name} has shape {shape_of(given[name])} but there are {count} rows and {m} objectives; "
                     f"pass (m,) = ({m},) or (B, m) = ({count}, {m})"
                 )
-            if readable(given[name]):
+            if given[name].shape[-1:] == (m,) and readable(given[name]):  # other shapes are said by who takes them
                 check = check_weights if name == "weights" else check_positive
                 check(given[name], name=name)
         counts, front = self._front(text, count, past, **given)

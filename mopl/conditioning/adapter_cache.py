@@ -17,16 +17,22 @@ import json
 import os
 import secrets
 import threading
-from contextlib import suppress
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from mopl._files import discard_folder, write_file
+from mopl._records import read_json
 from mopl.conditioning.adapter_files import AdapterFolder, name_and_weights, write_merged_adapter
 from mopl.conditioning.sampling import Weights
+from mopl.conditioning.saved_models import ADAPTER_CONFIG, ADAPTER_FILE
 
 MAX_CACHED = 256
 _LOCK, _USERS = ".lock", ".users"
+_WAIT = 300  # seconds; one adapter of a large model is made in a few
+_REMEDY = "end the servers that share this cache, and delete it"
 
 
 class CacheFull(ValueError):
@@ -52,10 +58,22 @@ class AdapterCache:
         if isinstance(max_cached, bool) or not isinstance(max_cached, int) or max_cached < 1:
             raise ValueError(f"max_cached is {max_cached!r} but must be an integer of at least 1")
         self.adapters, self.folder, self.max_cached = adapters, Path(folder).absolute(), max_cached
+        if self.folder.exists() and not self.folder.is_dir():
+            raise NotADirectoryError(f"{self.folder} is no folder; name another place for the cache")
         (self.folder / _USERS).mkdir(parents=True, exist_ok=True)
+        self._begin()
+        if hasattr(os, "register_at_fork"):
+            mine = weakref.WeakMethod(self._begin)
+            os.register_at_fork(after_in_child=lambda: (begin := mine()) and begin())
+
+    def _begin(self) -> None:
+        """Begin with nothing given. A fork does, too: what its parent has is its parent's, which gets more meanwhile.
+
+        Locks that a thread of the parent may hold are not taken over; those of files are the parent's (filelock 4).
+        """
         self._turn = threading.Lock()
         self._given: set[str] = set()
-        self._user: tuple[int, Any, Path] | None = None  # the process, its lock, its list
+        self._user: tuple[Any, Path] | None = None  # this process's lock, and its list
 
     def get(self, weights: Weights) -> Path:
         """Return the folder of a trade-off's adapter, made if there is none; it stays until `close` or the end.
@@ -65,14 +83,16 @@ class AdapterCache:
         Raises:
             CacheFull: If there is no room, and none that could be taken away.
             ValueError, OSError: As `write_merged_adapter`.
+            TimeoutError: If another process has held the cache for minutes.
         """
         name, exact = name_and_weights(weights)
         with self._turn, self._alone():
             place = f"{self.adapters.digest()}/{name}"
             path = self.folder / place
-            if not path.is_dir():
-                self._make_room()
-                write_merged_adapter(self.adapters, exact, path)
+            if not all((path / file).is_file() for file in (ADAPTER_CONFIG, ADAPTER_FILE)):
+                if not (damaged := path.is_dir()):
+                    self._make_room()
+                write_merged_adapter(self.adapters, exact, path, replace=damaged)
             self._hold(place)
             os.utime(path)  # the longest unused goes first
             return path
@@ -81,29 +101,40 @@ class AdapterCache:
         """Let go of all that was handed out."""
         with self._turn:
             if self._user is not None:
-                _, lock, listed = self._user
+                lock, listed = self._user
                 self._user = None
                 self._given.clear()
                 listed.unlink(missing_ok=True)
                 lock.release()
                 Path(lock.lock_file).unlink(missing_ok=True)
 
-    def _alone(self) -> Any:
-        from filelock import FileLock
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        from filelock import FileLock, Timeout
 
-        return FileLock(self.folder / _LOCK)
+        try:
+            lock = FileLock(self.folder / _LOCK, timeout=_WAIT)
+            lock.acquire()
+        except Timeout:
+            raise TimeoutError(
+                f"{self.folder / _LOCK} has been held by another process for {_WAIT} seconds; end the one that hangs"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
 
     def _hold(self, place: str) -> None:
         """Note in this process's list that it was given an adapter."""
         from filelock import FileLock
 
-        if self._user is None or self._user[0] != os.getpid():  # a fork has a list of its own
+        if self._user is None:
             stem = self.folder / _USERS / secrets.token_hex(8)
             lock = FileLock(stem.with_suffix(".lock"))
             lock.acquire()
-            self._user, self._given = (os.getpid(), lock, stem.with_suffix(".json")), set()
+            self._user = lock, stem.with_suffix(".json")
         if place not in self._given:
-            write_file(self._user[2], json.dumps(sorted({*self._given, place})))
+            write_file(self._user[1], json.dumps(sorted({*self._given, place})))
             self._given.add(place)
 
     def _in_use(self) -> set[str]:
@@ -113,13 +144,13 @@ class AdapterCache:
         used = set(self._given)
         for file in (self.folder / _USERS).glob("*.lock"):
             listed = file.with_suffix(".json")
-            if self._user is not None and listed == self._user[2]:
+            if self._user is not None and listed == self._user[1]:
                 continue
             lock = FileLock(file, timeout=0)
             try:
                 lock.acquire()
             except Timeout:
-                used |= set(json.loads(listed.read_text(encoding="utf-8"))) if listed.exists() else set()
+                used |= set(read_json(listed, list[str], remedy=_REMEDY)) if listed.exists() else set()
                 continue
             listed.unlink(missing_ok=True)
             lock.release()

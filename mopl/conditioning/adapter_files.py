@@ -46,6 +46,7 @@ _HARMLESS = {
 _SAME = ("task_type", "fan_in_fan_out", "revision")  # what the adapters of a folder have in common
 _FORMAT = b"mopl merged adapters 1"  # another number where other files are made of the same adapters
 _CHOOSING = ("exclude_modules", "layers_to_transform", "layers_pattern")  # which modules of the targets have none
+_TYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _LONGEST_NAME = 200  # bytes of a folder's name; file systems take 255
 
 
@@ -103,8 +104,10 @@ class AdapterFolder:
             many = f"it names {len(self.adapters)} adapters for {len(self.objectives)} objectives"
             raise damaged(file, many, REMEDY)
         for name in self.adapters:
-            if Path(name).is_absolute() or len(Path(name).parts) != 1 or name in ("..", "."):
-                raise damaged(file, f"the adapter {name!r} lies outside of the folder", REMEDY)
+            if "\0" in name or Path(name).is_absolute() or len(Path(name).parts) != 1 or name in ("..", "."):
+                raise damaged(file, f"the adapter {name!r} is not inside of the folder", REMEDY)
+            if self.adapters.count(name) > 1:
+                raise damaged(file, f"it names the adapter {name!r} for two objectives", REMEDY)
         for path in self._files():
             check_file(path, remedy=REMEDY)
         self._digest: tuple[Any, str] | None = None
@@ -312,8 +315,9 @@ def _read(folder: Path) -> _Adapter:
         if a.ndim < 2 or b.ndim != a.ndim or (a.shape[0], b.shape[1]) != (rank, rank):
             shapes = f"the factors of {module!r} are {tuple(a.shape)} and {tuple(b.shape)}"
             raise damaged(path, f"{shapes} but must be ({rank}, ...) and (..., {rank}), as r says", REMEDY)
-        if not (a.is_floating_point() and b.is_floating_point()):
-            raise damaged(path, f"the factors of {module!r} are {a.dtype} and {b.dtype}, no floating-point", REMEDY)
+        if not {a.dtype, b.dtype} <= _TYPES:
+            raise damaged(path, f"the factors of {module!r} are {a.dtype} and {b.dtype} but must be of "
+                          "floating-point numbers of 16 bits or more", REMEDY)  # fmt: skip
     return _Adapter(folder, config, {module: (pair["A"], pair["B"]) for module, pair in found.items()}, tensors)
 
 

@@ -182,8 +182,8 @@ def read_record(directory: str | os.PathLike[str], kind: str, *files: str) -> di
     schema = KINDS[kind].SCHEMA
     record = read_json(file, schema, remedy=REMEDY)
     for name in adapters_of(record):
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise damaged(file, f"the adapter {name!r} lies outside of the folder", REMEDY)
+        if "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise damaged(file, f"the adapter {name!r} is not inside of the folder", REMEDY)
     try:
         schema.check(record)
     except ValueError as error:

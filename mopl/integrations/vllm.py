@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -108,8 +109,8 @@ class TradeOffResolver(LoRAResolver):
         if (name := weights_name(weights)) != lora_name:
             raise ValueError(f"model is {lora_name[:80]!r}, which is the trade-off {name!r}; write it so")
         if self.decimals is not None and any(round(w, self.decimals) != w for w in weights.tolist()):
-            near = [round(w, self.decimals) for w in weights.tolist()]
-            raise ValueError(f"model is {name!r} but this server takes {self.decimals} decimals; round it to {near}")
+            near = weights_name(_rounded(weights.tolist(), self.decimals))
+            raise ValueError(f"model is {name!r} but this server takes {self.decimals} decimals; ask for {near!r}")
         path = await asyncio.get_running_loop().run_in_executor(self._worker, self.cache.get, weights)
         number = self._ids.setdefault(name, _FIRST_ID + len(self._ids))
         return LoRARequest(lora_name=lora_name, lora_int_id=number, lora_path=str(path))
@@ -143,10 +144,21 @@ def register() -> None:
     )
 
 
+def _rounded(weights: list[float], decimals: int) -> list[float]:
+    """Return weights of so many decimals, whose sum is 1 again: the largest remainders are rounded up."""
+    parts = [weight / sum(weights) * 10**decimals for weight in weights]  # they may be off 1 by a rounding
+    whole = [math.floor(part) for part in parts]
+    order = sorted(range(len(parts)), key=lambda i: whole[i] - parts[i])
+    for i in order[: 10**decimals - sum(whole)]:
+        whole[i] += 1
+    return [part / 10**decimals for part in whole]
+
+
 def _cache_folder() -> Path:
     if own := os.environ.get(CACHE, "").strip():
         return Path(own)
-    return Path(os.environ.get("MOPL_CACHE", Path.home() / ".cache" / "mopl")) / "vllm-adapters"
+    cache = os.environ.get("MOPL_CACHE")  # a container may have no home
+    return (Path(cache) if cache else Path.home() / ".cache" / "mopl") / "vllm-adapters"
 
 
 def _number(variable: str, low: int, high: int) -> int | None:

@@ -45,7 +45,7 @@ model = AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
 def requests_of_adapters(
-    places: Sequence[str], grid: Sequence[str], base: str, rank: int, grid_rank: int, lora_bias: bool
+    places: Sequence[str], grid: Sequence[str], base: str, grid_rank: int, lora_bias: bool
 ) -> list[str]:
     """Return how a trade-off is asked of adapters, each of which has a scale, as Markdown."""
     weights = example(len(places))
@@ -56,7 +56,7 @@ def requests_of_adapters(
     ]
     if lora_bias:
         return [*said, "The adapters have biases (`lora_bias`), which PEFT adds and the servers that are known do not."]
-    loaded = " ".join(f"--lora {quote(f'{place}.gguf')}" for place in places)
+    scaled = ",".join(f"{place}.gguf:{weight:g}" for place, weight in chosen.items())
     scales = json.dumps([{"id": i, "scale": weight} for i, weight in enumerate(weights)])
     files = "\n".join(
         f"python convert_lora_to_gguf.py --base {quote(base)} --outfile {quote(f'{place}.gguf')} {quote(place)}"
@@ -64,11 +64,14 @@ def requests_of_adapters(
     )
     said += [
         "### llama.cpp",
-        "A scale for each adapter, in each request. `--base` is the folder of the base model's files, and base.gguf "
-        "that model as GGUF.",
+        "A scale for each adapter, in each request. The files are best made of the run, whose tokenizer is then "
+        "checked, too, and the folder says how to ask:",
+        _code("sh", "mopl export RUN --gguf DIR\n"),
+        "Without it, by llama.cpp's own programs (`--base` is the folder of the base model's files, and base.gguf that "
+        "model as GGUF, by `convert_hf_to_gguf.py`):",
         _code(
             "sh",
-            f"{files}\nllama-server -m base.gguf {loaded}\n"
+            f"{files}\nllama-server -m base.gguf --lora-scaled {quote(scaled)}\n"
             f'curl http://127.0.0.1:8080/completion -d \'{{"prompt": "Hello", "lora": {scales}}}\'\n',
         ),
         "### vLLM, LoRAX",
@@ -81,16 +84,13 @@ def requests_of_adapters(
             "serving has a resolver for vLLM that makes any other one from these files when a request names it.",
         ]
     name = grid[len(grid) // 2]
-    module = json.dumps({"name": name, "path": name})
+    asked = (
+        "curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' "
+        f'-d \'{{"model": "{name}", "prompt": "Hello"}}\'\n'
+    )
     return [
         *said,
-        _code(
-            "sh",
-            f"vllm serve {quote(base)} --enable-lora --max-lora-rank {vllm_rank(grid_rank)} "
-            f"--lora-modules {quote(module)}\n"
-            "curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' "
-            f'-d \'{{"model": "{name}", "prompt": "Hello"}}\'\n',
-        ),
+        _vllm(f"vllm serve {quote(base)}", grid_rank, json.dumps({"name": name, "path": name}), asked),
         f'In LoRAX: `"parameters": {{"adapter_id": "/path/to/{name}", "adapter_source": "local"}}`. mopl\'s page '
         "about serving has a resolver for vLLM that makes any other trade-off when a request names it.",
     ]
@@ -101,11 +101,7 @@ def requests_of_adapter(base: str, rank: int, prompt: bool, text: str | None) ->
     said = [_code("python", _ONE.format(base=json.dumps(base)))]
     if prompt:
         return [*said, "It is a prompt (PEFT's prompt tuning), for PEFT. Pad batches on the right."]
-    serve = (
-        f"vllm serve {quote(base)} --tokenizer . --enable-lora --max-lora-rank {vllm_rank(rank)} "
-        "--lora-modules tuned=.\n"
-    )
-    return [*said, _code("sh", serve), *_words(text)]
+    return [*said, _vllm(f"vllm serve {quote(base)} --tokenizer .", rank, "tuned=."), *_words(text)]
 
 
 def requests_of_model(virtual_tokens: int, text: str | None) -> list[str]:
@@ -131,8 +127,9 @@ def requests_of_gguf(base: str, places: Sequence[str], front: str | None, stop: 
             said.append(
                 "The trade-off is in tokens that the chat template writes in front of each chat. A prompt without the "
                 "template (`/completion`, `/v1/completions`) must begin with them, or it is answered without the "
-                f"trade-off: `{front}`"
+                "trade-off. As JSON:"
             )
+            said.append(_json(front))
     else:
         weights = example(len(places))
         lora = json.dumps([{"id": i, "scale": weight} for i, weight in enumerate(weights)])
@@ -150,7 +147,8 @@ def requests_of_gguf(base: str, places: Sequence[str], front: str | None, stop: 
             "Requests of different scales are not computed in one batch.",
         ]
     if stop is not None:
-        said.append(f"An answer ends in the text `{stop}`, which a GGUF file cannot say: name it in `stop`.")
+        said.append("An answer ends in a text, which a GGUF file cannot say: name it in `stop`. As JSON:")
+        said.append(_json(stop))
     said.append(
         f"`llama-quantize {quote(base)} small.gguf Q4_K_M` makes a smaller file"
         + ("; the adapters fit that, too." if places else ".")
@@ -171,15 +169,23 @@ def example(objectives: int) -> list[float]:
     return [*shares[:-1], round(1 - sum(shares[:-1]), 2)] if objectives > 2 else [0.7, 0.3]
 
 
-def vllm_rank(rank: int) -> int:
-    """Return the smallest rank that vLLM's --max-lora-rank takes for adapters of a rank."""
-    return next((each for each in VLLM_RANKS if each >= rank), rank)
+def _vllm(serve: str, rank: int, module: str, asked: str = "") -> str:
+    """Return how vLLM is started with an adapter, or why it is not: its --max-lora-rank takes some ranks alone."""
+    most = next((each for each in VLLM_RANKS if each >= rank), None)
+    if most is None:
+        return f"The rank is {rank}, and vLLM takes {VLLM_RANKS[-1]} at most."
+    return _code("sh", f"{serve} --enable-lora --max-lora-rank {most} --lora-modules {quote(module)}\n{asked}")
 
 
 def _words(text: str | None) -> list[str]:
     if text is None:
         return []
     return ["The trade-off is told in words, which the tokenizer of this directory writes in front of each text."]
+
+
+def _json(text: str) -> str:
+    """Return a text that others wrote in one line of code, which nothing in it can end."""
+    return _code("json", json.dumps(text, ensure_ascii=False) + "\n")
 
 
 def _code(language: str, text: str) -> str:

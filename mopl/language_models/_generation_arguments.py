@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,13 +65,15 @@ def prompt_tokens(encoder: ListTokenizer, prompt: Prompt, number: int) -> list[i
 
     A prompt of numbers is its tokens already.
     """
+    if not isinstance(prompt, Iterable):
+        raise ValueError(f"prompt {number} is {prompt!r} but must be a text, messages or tokens")
     if not isinstance(prompt, str) and any(isinstance(part, int) for part in prompt):
         tokens: list[Any] = list(prompt)
         size = len(encoder.tokenizer)
-        if wrong := [token for token in tokens if not isinstance(token, int) or not 0 <= token < size]:
+        if wrong := [token for token in tokens if type(token) is not int or not 0 <= token < size]:
             raise ValueError(
-                f"prompt {number} has the token {wrong[0]} but the tokenizer has those from 0 to {size - 1}; pass the "
-                "tokens of this model, or text"
+                f"prompt {number} has the token {wrong[0]!r} but the tokenizer has those from 0 to {size - 1}; pass "
+                "the tokens of this model, or text"
             )
         return tokens
     try:

@@ -22,6 +22,7 @@ import gc
 import json
 import os
 import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,10 @@ ONE = "write one trade-off, as a plain model: mopl export --weights"
 # the layers, to 6e-6 in 30 layers of float32. What each layer adds is compared by itself, closer.
 SAME = {torch.float64: 1e-6, torch.float32: 1e-4}
 IN_A_LAYER = 1e-5  # of what the mixture's own adapters add; the factors are rounded once, in float32
-_LONGEST = 80  # characters of a folder's name
-_TAKEN = ("readme.md", "front.png", "mopl.json", "con", "prn", "aux", "nul")
+_LONGEST = 80  # bytes of a folder's name; file systems take 255
+_TAKEN = ("readme.md", "front.png", "mopl.json")
+# What names a device on Windows, whatever follows a dot: the digits of 1 to 9 are those of superscripts, too.
+_DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{digit}" for port in ("com", "lpt") for digit in "0123456789¹²³")}
 
 
 def export_adapters(
@@ -147,12 +150,13 @@ def check_mixture(model: Any) -> None:
 def folder_names(objectives: Sequence[str]) -> list[str]:
     """Return a name for the folder of each objective: letters, digits, _ - and . of any language, no two alike.
 
-    They are different in lower case, too, since some file systems know no other.
+    They are different in lower case, too, since some file systems know no other; and none is a device of Windows.
     """
     found: list[str] = []
     for name in objectives:
-        safe = re.sub(r"[^\w.-]+", "_", name)[:_LONGEST].strip(".") or "objective"
-        if safe.startswith("-") or safe.lower() in _TAKEN:
+        safe = re.sub(r"[^\w.-]+", "_", unicodedata.normalize("NFC", name))
+        safe = safe.encode()[:_LONGEST].decode(errors="ignore").strip(".") or "objective"
+        if safe.startswith("-") or safe.lower() in _TAKEN or safe.lower().partition(".")[0] in _DEVICES:
             safe = f"_{safe}"
         taken, number, one = {each.lower() for each in found}, 1, safe
         while one.lower() in taken:

@@ -22,7 +22,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mopl._extras import require
-from mopl._files import write_folder
+from mopl._files import TEMPORARY, write_folder
 from mopl._hub import public_name
 from mopl._records import read_json
 from mopl.conditioning import TextPrompt
@@ -85,7 +85,7 @@ def export_gguf(
     files = [f"{place}.gguf" for place in places]
 
     def fill(path: Path) -> None:
-        with tempfile.TemporaryDirectory(prefix="mopl-") as temporary:
+        with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=path) as temporary:
             made = export_adapters(mixture, Path(temporary) / "a", kl_weight=kl_weight, base_model=source)
             record = read_json(made / CONFIG_FILE)
             for objective, place, file in zip(mixture.record.objectives, record["adapters"], files, strict=True):
@@ -136,7 +136,7 @@ def export_gguf_model(
     folder, tokenizer = check_free(directory), _plain(tokenizer)
 
     def fill(path: Path) -> None:
-        with tempfile.TemporaryDirectory(prefix=".writing-", dir=path) as temporary:  # as large as the model
+        with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=path) as temporary:  # as large as the model
             made = export(
                 model, tokenizer, weights, Path(temporary) / "m", beta=beta, text_prompt=text_prompt,
                 base_model=base_model, facts=facts,

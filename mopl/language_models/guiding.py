@@ -27,7 +27,8 @@ def check_same_tokenizer(tokenizer: Any, other: Any, name: str = "guided_tokeniz
     if first != second:
         moved = [token for token in first if first[token] != second.get(token)]
         moved += [token for token in second if token not in first]
-        example = f"{moved[0]!r} is {first.get(moved[0], 'not there')} and {second.get(moved[0], 'not there')}"
+        one = min(moved, key=lambda token: (first.get(token, len(first)), token))  # vocabularies come in any order
+        example = f"{one!r} is {first.get(one, 'not there')} and {second.get(one, 'not there')}"
         raise ValueError(
             f"{name} has another vocabulary ({len(second)} tokens) than the tokenizer of the model ({len(first)}): "
             f"{example}; take a model of the same family, whose tokens are the same"
@@ -50,7 +51,7 @@ def check_same_tokenizer(tokenizer: Any, other: Any, name: str = "guided_tokeniz
 
 def _added(tokenizer: Any) -> dict[int, tuple[Any, ...]]:
     tokens = getattr(tokenizer, "added_tokens_decoder", {})
-    return {i: (t.content, t.lstrip, t.rstrip, t.single_word) for i, t in tokens.items()}
+    return {i: (t.content, t.lstrip, t.rstrip, t.single_word, t.normalized) for i, t in tokens.items()}
 
 
 def _rules(tokenizer: Any) -> Mapping[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,9 @@ def licence_of(base: str | None) -> dict[str, str]:
     found = {key: said[key] for key in ("license", "license_name", "license_link") if isinstance(said.get(key), str)}
     if not found.get("license_link", "https:").startswith(("https:", "http:")):
         del found["license_link"]  # a file beside that card
+    for key in ("license", "license_name"):
+        if re.search(r"[/\\]", found.get(key, "")):
+            del found[key]  # a place of somebody's machine
     return found if "license" in found else {}
 
 
@@ -236,9 +240,7 @@ def _requests(exported: Exported) -> list[str]:
     base = exported.base_name or "BASE_MODEL"
     note = [] if exported.base_name else ["`BASE_MODEL` is the folder of the base model, which has no public name."]
     if exported.form == "adapters":
-        made = requests_of_adapters(
-            exported.places, exported.grid, base, exported.rank, exported.grid_rank, exported.lora_bias
-        )
+        made = requests_of_adapters(exported.places, exported.grid, base, exported.grid_rank, exported.lora_bias)
         return ["## Ask for a trade-off", *note, *made]
     if exported.form == "adapter":
         return ["## Use it", *note, *requests_of_adapter(base, exported.rank, exported.prompt, exported.text)]

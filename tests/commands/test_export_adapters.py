@@ -198,12 +198,16 @@ def test_methods_without_a_mixture_are_refused(places: Path, tmp_path: Path, cap
         (["RUN", "--adapters", "x", "--keep-tied"], "--keep-tied is about"),
         (["RUN", "--adapters", "x", "--beta", "1", "1"], "take no β; leave out --beta"),
         (["RUN", "--weights", "1", "0", "x", "--grid", "3"], "--grid 3 is for --adapters"),
-        (["RUN", "x"], "--weights is missing; pass one for each objective, or write the adapters of all trade-offs"),
+        (["RUN", "x"], "--weights is missing; pass one for each objective, or write all trade-offs"),
         (["RUN", "--weights", "1", "0"], "there is no DIR to write to"),
         (["RUN", "--adapters", "RUN"], "exists and is not an empty directory"),
         (["RUN", "--adapters", "x", "--kl-weight", "0.1"], "leave it out"),
         (["RUN", "--adapters", "x", "--method", "dpo-ls"], "has no dpo-ls"),
-        (["RUN", "--adapters", "x", "--grid", "0"], "points is 0"),
+        (
+            ["RUN", "--adapters", "x", "--grid", "0"],
+            "--grid 0: points is 0 but a lattice of 2 objectives has at least 2",
+        ),
+        (["RUN", "--adapters", "x", "--grid", "100000000"], "--grid is 100000000 but must be at most 10,000"),
         (["nowhere", "--adapters", "x"], "neither a run of mopl align nor a model"),
     ],
 )

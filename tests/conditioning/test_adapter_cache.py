@@ -9,9 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from adapter_folders import with_adapters, write
+from filelock import FileLock
 from launching import python
 from safetensors.torch import load_file, save_file
 
+from mopl._records import DamagedFile
 from mopl.conditioning.adapter_cache import AdapterCache, CacheFull
 from mopl.conditioning.adapter_files import AdapterFolder
 
@@ -107,6 +109,7 @@ def test_threads_that_ask_at_once_share_what_is_made(folder, tmp_path, monkeypat
 
 PROCESS = """
 import os, sys
+from mopl._records import DamagedFile
 from mopl.conditioning.adapter_cache import AdapterCache
 from mopl.conditioning.adapter_files import AdapterFolder
 source, folder = sys.argv[1:]
@@ -132,6 +135,62 @@ def test_two_processes_make_the_same_trade_offs_at_once_and_dead_ones_hold_nothi
     cache.get([0.25, 0.75])
     assert names(tmp_path) == ["w=0.25,0.75"] and len(list((tmp_path / ".users").iterdir())) == 2
     cache.close()
+
+
+def test_what_others_did_to_a_cache_is_mended_or_named(folder, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(NotADirectoryError, match="is no folder; name another place for the cache"):
+        AdapterCache(AdapterFolder(folder), tmp_path / "file")
+    cache = AdapterCache(AdapterFolder(folder), tmp_path / "cache", max_cached=1)
+    path = cache.get([0.5, 0.5])
+    (path / "adapter_model.safetensors").unlink()
+    assert cache.get([0.5, 0.5]) == path and (path / "adapter_model.safetensors").is_file()
+    (listed,) = (tmp_path / "cache" / ".users").glob("*.json")
+    listed.write_text("{bad")
+    other = AdapterCache(AdapterFolder(folder), tmp_path / "cache", max_cached=1)
+    with pytest.raises(DamagedFile, match=rf"{listed.name}: .*; end the servers that share this cache"):
+        other.get([0.4, 0.6])
+    monkeypatch.setattr("mopl.conditioning.adapter_cache._WAIT", 0.1)
+    with FileLock(tmp_path / "cache" / ".lock"):
+        with pytest.raises(TimeoutError, match=r"held by another process for 0\.1 seconds; end the one"):
+            cache.get([0.5, 0.5])
+    assert cache.get([0.5, 0.5]) == path
+    cache.close()
+
+
+FORK = """
+import os, sys
+from mopl._records import DamagedFile
+from mopl.conditioning.adapter_cache import AdapterCache, CacheFull
+from mopl.conditioning.adapter_files import AdapterFolder
+source, folder = sys.argv[1:]
+cache = AdapterCache(AdapterFolder(source), folder, max_cached=3)
+paths, (there, told) = [cache.get([0.1, 0.9])], os.pipe()
+cache._turn.acquire()  # as another thread may have at the fork
+child = os.fork()
+if child == 0:
+    os.read(there, 1)
+    try:
+        cache.get([0.5, 0.5])
+    except CacheFull:
+        cache.close()
+        os._exit(7)
+    os._exit(1)
+cache._turn.release()
+paths += [cache.get([0.2, 0.8]), cache.get([0.3, 0.7])]
+os.write(told, b"x")
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), all(path.is_dir() for path in paths))
+other = AdapterCache(AdapterFolder(source), folder, max_cached=3)  # as another process would see it
+try:
+    other.get([0.5, 0.5])
+except CacheFull:
+    print("still in use")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_fork_takes_nothing_away_that_its_parent_was_given_since(folder, tmp_path):
+    assert python("-c", FORK, str(folder), str(tmp_path)).stdout.splitlines() == ["7 True", "still in use"]
 
 
 @pytest.mark.parametrize("most", [0, -1, True, 2.0, None])

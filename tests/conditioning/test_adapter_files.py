@@ -204,7 +204,9 @@ def edit(file, **values):
         ("harmless/adapter_config.json", {"base_model_name_or_path": "x/y"}, "is 'x/y' but 'some-one/tiny-llama'"),
         ("mopl.json", {"kind": "LoraMixture"}, "holds 'LoraMixture' but must hold 'adapters'; make the folder again"),
         ("mopl.json", {"adapters": ["helpful"]}, "it names 1 adapters for 2 objectives"),
-        ("mopl.json", {"adapters": ["helpful", "../x"]}, "the adapter '../x' lies outside of the folder"),
+        ("mopl.json", {"adapters": ["helpful", "../x"]}, "the adapter '../x' is not inside of the folder"),
+        ("mopl.json", {"adapters": ["hel\0pful", "harmless"]}, "ful' is not inside of the folder; make the"),
+        ("mopl.json", {"adapters": ["helpful", "helpful"]}, "it names the adapter 'helpful' for two objectives"),
         ("mopl.json", {"adapters": ["helpful", "x"]}, "x/adapter_config.json is missing"),
         ("mopl.json", {"objectives": []}, "objectives is a list of 0 but must"),
     ],
@@ -224,7 +226,8 @@ def test_what_is_no_plain_lora_is_refused(two, name, values, said):
         (lambda t, key: t.update({key: torch.full_like(t[key], torch.nan)}), "NaN or infinite"),
         (lambda t, key: t.update({key: t[key][:, :3].contiguous()}), "but .* in helpful"),
         (lambda t, key: t.clear(), "has no factors"),
-        (lambda t, key: t.update({key: t[key].int()}), "no floating-point"),
+        (lambda t, key: t.update({key: t[key].int()}), "int32 and .* must be of floating-point numbers of 16 bits"),
+        (lambda t, key: t.update({key: t[key].to(torch.float8_e4m3fn)}), "numbers of 16 bits or more; make the folder"),
     ],
 )
 def test_tensors_that_are_not_understood_are_refused(two, change, said):

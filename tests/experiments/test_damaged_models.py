@@ -357,9 +357,9 @@ def test_damaged_rollouts_are_named(tmp_path):
 
 def test_an_adapter_outside_of_the_folder_is_refused(place):
     file = place / "align" / "model" / "mopl.json"
-    for name in ("../../lora/model/brevity", "/tmp"):
+    for name in ("../../lora/model/brevity", "/tmp", "a\0b"):
         with replaced(file, changed(file.read_text(), ("adapter",), name)):
-            with pytest.raises(DamagedFile, match="lies outside of the folder"):
+            with pytest.raises(DamagedFile, match="is not inside of the folder"):
                 read_record(file.parent, "HyperPromptModel")
 
 

@@ -179,12 +179,24 @@ def test_a_bad_name_is_a_value_error_which_vllm_answers_with_400(registered, tmp
 
 def test_decimals_and_the_number_of_trade_offs_are_bounded(registered):
     server = registered(DECIMALS="1", MAX_ADAPTERS="2")
-    with pytest.raises(ValueError, match=r"takes 1 decimals; round it to \[0.7, 0.3\]"):
+    with pytest.raises(ValueError, match=r"model is 'w=0.72,0.28' but .* takes 1 decimals; ask for 'w=0.7,0.3'"):
         ask(server, "w=0.72,0.28")
     ask(server, "w=0.7,0.3", "w=1,0")
     with pytest.raises(ValueError, match=r"2 trade-offs are in use and .* may hold 2"):
         ask(server, "w=0.5,0.5")
     assert all(Path(request.lora_path).is_dir() for request in server.requests.values())
+
+
+@pytest.mark.parametrize(
+    ("decimals", "name", "near"),
+    [(1, "w=0.45,0.55", "w=0.5,0.5"), (0, "w=0.5,0.5", "w=1,0"), (2, "w=0.333,0.667", "w=0.33,0.67"),
+     (2, "w=0.999,0.001", "w=1,0"), (5, "w=0.333333,0.666667", "w=0.33333,0.66667")],
+)  # fmt: skip
+def test_the_trade_off_that_is_named_instead_is_one_that_is_served(registered, decimals, name, near):
+    server = registered(DECIMALS=str(decimals))
+    with pytest.raises(ValueError, match=f"ask for '{near}'"):
+        ask(server, name)
+    assert ask(server, near)[0].lora_name == near
 
 
 def test_the_base_model_must_be_that_of_the_adapters(plugin, registered, folder, tmp_path):
@@ -247,4 +259,5 @@ def test_ranks_beyond_those_of_vllm_are_refused(plugin, tmp_path):
 
 def test_the_cache_is_that_of_mopl_by_default(plugin, monkeypatch):
     monkeypatch.setenv("MOPL_CACHE", "/somewhere")
+    monkeypatch.setattr(Path, "home", lambda: 1 / 0)
     assert plugin._cache_folder() == Path("/somewhere/vllm-adapters")

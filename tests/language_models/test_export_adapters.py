@@ -174,6 +174,10 @@ def test_three_objectives_and_the_names_of_folders(tmp_path: Path) -> None:
     torch.testing.assert_close(scaled(loaded, weights), logits(mixed, weights=weights), rtol=0, atol=1e-9)
     made = folder_names(["..", "w=1,0", "Ärger", "ärger", "x" * 300, "-rf", "CON"])
     assert made == ["objective", "w_1_0", "Ärger", "ärger_2", "x" * 80, "_-rf", "_CON"]
+    long = folder_names(["長" * 100, "長" * 100, "𝐀" * 90, "e\u0301"])  # a file system counts bytes, and takes 255
+    assert long == ["長" * 26, "長" * 26 + "_2", "𝐀" * 20, "é"]
+    devices = ["nul.txt", "COM1", "lpt9.a.b", "com¹", "con.", "communal", "nul_1"]
+    assert folder_names(devices) == ["_nul.txt", "_COM1", "_lpt9.a.b", "_com¹", "_con", "communal", "nul_1"]
 
 
 REFUSED = {

@@ -61,11 +61,13 @@ def mixture(tokenizer, name="llama", **options):
 
 
 @pytest.mark.parametrize("alpha", [None, 0.5])
-def test_scales_of_a_request_are_the_weights_of_the_objectives(alpha, tokenizer, tmp_path):
+def test_scales_of_a_request_are_the_weights_of_the_objectives(alpha, tokenizer, tmp_path, monkeypatch):
     options = {} if alpha is None else {"coefficients": KLWeightCoefficients(0.1, anchor=False)}
     mixed = mixture(tokenizer, **options)
     before = {name: value.clone() for name, value in mixed.state_dict().items()}
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))  # it may be too small, and nobody clears it
     folder = export_gguf(mixed, tokenizer, tmp_path / "out", kl_weight=alpha)
+    monkeypatch.undo()
     assert sorted(p.name for p in folder.iterdir()) == [
         "README.md", "base.gguf", "helpful.gguf", "mopl.json", "not_harmful_2.gguf"
     ]  # fmt: skip

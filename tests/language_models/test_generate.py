@@ -435,6 +435,8 @@ def test_a_prompt_may_be_its_tokens() -> None:
     assert [answer.tokens for answer in generate(model, tokenizer(), ids, WEIGHTS, **LONG)] == wanted
     (alone,) = generate(model, tokenizer(), ids[0], WEIGHTS[0], **LONG)
     assert alone.tokens == wanted[0] and alone.prompt == ids[0]
-    for wrong, token in (([1, 99], 99), ([1, -1], -1), ([1, "w1"], "w1")):
+    for wrong, token in (([1, 99], 99), ([1, -1], -1), ([1, "w1"], "'w1'"), ([1, True], True)):
         with pytest.raises(ValueError, match=rf"prompt 0 has the token {token} but the tokenizer has those from 0 to"):
             generate(model, tokenizer(), [wrong], WEIGHTS[0])
+    with pytest.raises(ValueError, match="prompt 1 is 5 but must be a text, messages or tokens"):
+        generate(model, tokenizer(), ["w1", 5], WEIGHTS[0])

@@ -1,6 +1,9 @@
 """GGUF files against llama.cpp itself: its server's log-probabilities and tokens beside those of transformers."""
 
+import itertools
 import json
+import random
+import re
 
 import peft
 import pytest
@@ -9,10 +12,11 @@ import transformers
 from gguf_cases import LLAMA3, MODELS, TEXTS, TOLERANCE, YARN, build, byte_level, sequences
 from llama_engine import Engine
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
+from mopl.language_models.generate import generate
 from mopl.language_models.gguf_files import write_gguf_adapter, write_gguf_model
-from mopl.language_models.gguf_files.tokenizer import PRE_TOKENIZERS
+from mopl.language_models.gguf_files.tokenizer import PRE_TOKENIZERS, check_overlaps
 
 pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp", reason="xllamacpp, which holds llama.cpp's server, is not installed")
@@ -152,6 +156,52 @@ def test_a_tokenizer_that_llama_cpp_has_not_is_refused(change, words, tmp_path):
         write_gguf_model(model, tokenizer, tmp_path / "model.gguf")
 
 
+def test_added_tokens_that_overlap_are_found_as_in_transformers_or_refused(tmp_path):
+    for tokens, words in (
+        (("ab", "bcd"), r"'ab' and 'bcd' overlap, and llama.cpp splits 'abcd' into \['a', 'bcd'\] where"),
+        (("ab", "bc"), "overlap"),
+        (
+            (AddedToken("xbcx", normalized=True), "bc"),
+            r"into \['xbcx'\] where the tokenizer splits it into \['x', 'bc'",
+        ),
+        (("   ", "  ", "    ", "bcd", "cd", "é", "<a>", "<b>"), None),
+    ):
+        tokenizer = byte_level()
+        tokenizer.add_tokens([AddedToken(t, normalized=False) if isinstance(t, str) else t for t in tokens])
+        model = build(tokenizer)
+        if words is not None:
+            with pytest.raises(ValueError, match=words):
+                write_gguf_model(model, tokenizer, tmp_path / "model.gguf")
+            continue
+        with Engine(write_gguf_model(model, tokenizer, tmp_path / "model.gguf")) as engine:
+            for text in ("       a", "abcdcd", "  \n   ", "<a><b>>", "é  é"):
+                assert engine.tokens(text) == tokenizer(text, add_special_tokens=False)["input_ids"], text
+
+
+def test_tokens_that_pass_are_found_alike_in_every_text_of_two_letters():
+    numbers, passed = random.Random(0), 0
+    texts = ["".join(letters) for n in range(1, 8) for letters in itertools.product("ab", repeat=n)]
+    for _ in range(150):
+        made = ["".join(numbers.choices("ab", k=numbers.randint(1, 4))) for _ in range(3)]
+        tokens = {text: numbers.random() < 0.3 for text in made}
+        backend = Tokenizer(models.WordLevel({"a": 0, "b": 1}))
+        backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+        backend.add_tokens([AddedToken(text, normalized=late) for text, late in tokens.items()])
+        try:
+            check_overlaps(list(tokens.items()))
+        except ValueError:
+            continue
+        passed += 1
+        for text in texts:
+            pieces = [text]  # the longest one first, in the whole text: llama.cpp's tokenizer_st_partition
+            for token in sorted(tokens, key=len, reverse=True):
+                pieces = [part for piece in pieces for part in (
+                    [piece] if piece in tokens else re.split(f"({token})", piece))]  # fmt: skip
+            letters = [p for piece in pieces for p in ([piece] if piece in tokens else piece)]
+            assert backend.encode(text).tokens == letters, (tokens, text)
+    assert passed > 20
+
+
 def test_a_chat_template_that_forgets_what_the_tokenizer_adds_is_refused(tmp_path):
     tokenizer = byte_level()
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
@@ -160,6 +210,20 @@ def test_a_chat_template_that_forgets_what_the_tokenizer_adds_is_refused(tmp_pat
     )
     with pytest.raises(ValueError, match="would put it before chats"):
         write_gguf_model(build(tokenizer), tokenizer, tmp_path / "model.gguf")
+
+
+def test_no_end_stands_behind_a_prompt_where_the_tokenizer_writes_one_behind_texts(tmp_path):
+    tokenizer = byte_level()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <|end|> <|end|>", special_tokens=[("<|end|>", tokenizer.eos_token_id)]
+    )
+    model, chat = build(tokenizer), [{"role": "user", "content": "Hello there"}]
+    (own,) = generate(model, tokenizer, [chat], max_new_tokens=8)
+    (plain,) = generate(model, tokenizer, ["Hello there"], max_new_tokens=8, template="plain")
+    with Engine(write_gguf_model(model, tokenizer, tmp_path / "model.gguf")) as engine:
+        answer = engine.ask("/v1/chat/completions", messages=chat, max_tokens=8, temperature=0)
+        assert answer["choices"][0]["message"]["content"] == own.text
+        assert engine.complete("Hello there", 8)["content"] == plain.text
 
 
 def test_every_token_that_ends_an_answer_ends_it_there(tokenizer, tmp_path):

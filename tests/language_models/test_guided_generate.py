@@ -223,7 +223,8 @@ def test_no_penalty_acts_on_one_model_before_scale_mixes_it_with_its_reference()
         plain = generate(model, tokenizer(), PROMPTS, WEIGHTS, **LONG)
         setattr(config, name, value)
         assert generate(model, tokenizer(), PROMPTS, WEIGHTS, scale=0.5, **LONG) == free
-        assert generate(model, tokenizer(), PROMPTS, WEIGHTS, **LONG) != plain  # without a mixture it is obeyed
+        if name == "repetition_penalty":  # LONG forbids what the other acts on
+            assert generate(model, tokenizer(), PROMPTS, WEIGHTS, **LONG) != plain  # obeyed without a mixture
         setattr(config, name, None)
 
 
@@ -312,7 +313,8 @@ def test_tokenizers_are_compared_by_tokens_by_added_tokens_and_by_how_they_split
     state["model"]["merges"] = state["model"]["merges"][::-1]  # the same tokens, other texts
     with pytest.raises(ValueError, match=r"the tokenizer of X splits texts otherwise .* its merges"):
         check_same_tokenizer(wrapped(first), wrapped(type(second).from_str(json.dumps(state))), "the tokenizer of X")
-    state = json.loads(second.to_str())
-    state["added_tokens"][0]["lstrip"] = True
-    with pytest.raises(ValueError, match="other added tokens"):
-        check_same_tokenizer(wrapped(first), wrapped(type(second).from_str(json.dumps(state))))
+    for option in ("lstrip", "normalized"):
+        state = json.loads(second.to_str())
+        state["added_tokens"][0][option] = True
+        with pytest.raises(ValueError, match="other added tokens"):
+            check_same_tokenizer(wrapped(first), wrapped(type(second).from_str(json.dumps(state))))

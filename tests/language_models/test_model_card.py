@@ -1,5 +1,6 @@
 """Model cards: what others wrote stays text, and what is not known is said not to be known."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,23 @@ def test_names_are_text_in_every_part_of_a_card() -> None:
     assert len(rows) == 1 and rows[0].replace("\\|", "").count("|") == 4
 
 
+def test_what_others_wrote_does_not_end_its_code() -> None:
+    said = "`a` <b>x</b>\n\n# Heading\n```\n"
+    exported = Exported(form="gguf", objectives=("a",), weights=(1.0,), base_file="model.gguf", text=said, stop=said)
+    markdown_it = pytest.importorskip("markdown_it")
+    tokens = markdown_it.MarkdownIt("commonmark").parse(ModelCard(card(exported, ModelFacts())).text)
+    assert [token.content for token in tokens if token.info == "json"] == [json.dumps(said) + "\n"] * 2
+    assert "Heading" not in [token.content for token in tokens if token.type == "inline"]
+
+
+def test_a_card_of_adapters_names_the_command_for_llama_cpp_first_and_a_rank_that_vllm_takes() -> None:
+    exported = Exported(form="adapters", objectives=("a", "b"), places=("a", "b"), grid=("w=0.7,0.3",), grid_rank=600)
+    text = ModelCard(card(exported, ModelFacts())).text
+    assert 0 < text.index("mopl export RUN --gguf DIR") < text.index("convert_lora_to_gguf.py")
+    assert "llama-server -m base.gguf --lora-scaled a.gguf:0.7,b.gguf:0.3" in text
+    assert "The rank is 600, and vLLM takes 512 at most." in text and "--max-lora-rank" not in text
+
+
 def test_a_base_model_on_the_hub_is_linked_and_tagged() -> None:
     exported = Exported(form="adapter", objectives=("a", "b"), base="owner/model", weights=(0.7, 0.3), rank=40)
     loaded = ModelCard(card(exported, ModelFacts(dataset="owner/data", data="data")))
@@ -47,6 +65,7 @@ def test_a_base_model_on_the_hub_is_linked_and_tagged() -> None:
             "---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\n---\n",
             {"license": "other", "license_name": "own"},
         ),
+        ("---\nlicense: other\nlicense_name: /home/alice/licence\n---\n", {"license": "other"}),
         ("---\nlicense: [a\n---\n", {}),
         ("---\nlicense: [mit, apache-2.0]\n---\n", {}),
         ("# No block\nlicense: mit\n", {}),

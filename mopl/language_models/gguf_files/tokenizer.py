@@ -9,6 +9,7 @@ and an accent that are two characters) gives other tokens there.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,7 +52,7 @@ def tokenizer_entries(tokenizer: Any, size: int, ends: Sequence[int], front: Seq
     whole = json.loads(_backend(tokenizer).to_str())
     pre = pre_tokenizer_of(whole)
     names, kinds = _tokens(tokenizer, whole, size)
-    begins, stops = _added(tokenizer, list(front))
+    begins = _begins(tokenizer, list(front))
     entries = [
         Entry(Keys.Tokenizer.MODEL, "gpt2", "STRING"),
         Entry(Keys.Tokenizer.PRE, pre, "STRING"),
@@ -60,7 +61,9 @@ def tokenizer_entries(tokenizer: Any, size: int, ends: Sequence[int], front: Seq
         Entry(Keys.Tokenizer.MERGES, [m if isinstance(m, str) else " ".join(m) for m in whole["model"]["merges"]],
               "STRING"),
         Entry(Keys.Tokenizer.ADD_BOS, begins, "BOOL"),
-        Entry(Keys.Tokenizer.ADD_EOS, stops, "BOOL"),
+        # Never, whatever the tokenizer puts behind texts: llama.cpp's server would put it behind the prompt of a chat,
+        # too, and what a model is asked to go on from has no end, in transformers' chats as in mopl's prompts.
+        Entry(Keys.Tokenizer.ADD_EOS, False, "BOOL"),
     ]  # fmt: skip
     own = tokenizer.eos_token_id
     ends = list(dict.fromkeys([*([own] if own in ends else []), *ends]))
@@ -150,9 +153,71 @@ def _tokens(tokenizer: Any, whole: dict[str, Any], size: int) -> tuple[list[str]
         else:
             kinds.append(TokenType.NORMAL if id in by_id else TokenType.UNUSED)
             names.append(by_id.get(id, f"[PAD{id}]"))
+    check_overlaps([(entry["content"], entry["normalized"]) for entry in added.values()])
     if len(set(names)) < len(names):
         raise ValueError("two tokens of the tokenizer have one text, which llama.cpp does not take")
     return names, [int(kind) for kind in kinds]
+
+
+def check_overlaps(tokens: Sequence[tuple[str, bool]]) -> None:
+    """Raise unless llama.cpp finds the same added tokens in every text as the tokenizers library does.
+
+    In a text the library takes the first one, the longest of those that begin there; those that are looked for in
+    normalised texts come last. llama.cpp looks for the longest one in the whole text, then for the next. They find
+    others only where two overlap, so texts of two that do are split both ways.
+
+    Args:
+        tokens: The text of each, and whether it is looked for in normalised text.
+    """
+    texts = list(dict.fromkeys(text for text, _ in tokens if text))
+    beginning: dict[str, list[str]] = {}
+    for text in texts:
+        for end in range(1, len(text)):
+            beginning.setdefault(text[:end], []).append(text)
+    late = [text for text, normalized in tokens if text and normalized]
+    early = [text for text, normalized in tokens if text and not normalized]
+    overlaps = [(one, other, one) for one in late for other in early if other in one]
+    overlaps += [
+        (text, other, text + other[len(text) - start :])
+        for text in texts
+        for start in range(1, len(text))
+        for other in beginning.get(text[start:], ())
+    ]
+    for one, other, whole in overlaps:
+        there = [text for text in texts if text in whole]
+        first = _first_found(_first_found([whole], [t for t in there if t in early]), [t for t in there if t in late])
+        for second in (one, other):  # llama.cpp says nothing of the order of equally long ones
+            pieces = [whole]
+            for text in sorted(there, key=lambda text: (-len(text.encode()), text != second)):
+                pieces = _first_found(pieces, [text])
+            if pieces != first:
+                raise ValueError(
+                    f"the tokenizer's added tokens {one!r} and {other!r} overlap, and llama.cpp splits {whole!r} into "
+                    f"{_parts(pieces)} where the tokenizer splits it into {_parts(first)}; take one of them out of the "
+                    "tokenizer, or serve the model with transformers or vLLM"
+                )
+
+
+def _first_found(pieces: Sequence[str | tuple[str]], tokens: Sequence[str]) -> list[str | tuple[str]]:
+    """Split texts at tokens, which become tuples: the first one, the longest of those that begin there."""
+    if not tokens:
+        return list(pieces)
+    pattern = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
+    found: list[str | tuple[str]] = []
+    for piece in pieces:
+        if isinstance(piece, tuple):
+            found.append(piece)
+            continue
+        end = 0
+        for match in pattern.finditer(piece):
+            found += [piece[end : match.start()], (match[0],)]
+            end = match.end()
+        found.append(piece[end:])
+    return [piece for piece in found if piece]
+
+
+def _parts(pieces: Sequence[str | tuple[str]]) -> list[str]:
+    return [piece if isinstance(piece, str) else piece[0] for piece in pieces]
 
 
 def added_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -169,17 +234,16 @@ def added_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     return list(before), list(after)
 
 
-def _added(tokenizer: Any, front: list[int]) -> tuple[bool, bool]:
-    """Return whether llama.cpp is to add a beginning-of-sequence token, and an end-of-sequence token."""
-    before, after = added_tokens(tokenizer)
+def _begins(tokenizer: Any, front: list[int]) -> bool:
+    """Return whether llama.cpp is to add a beginning-of-sequence token."""
+    before, _ = added_tokens(tokenizer)
     bos = tokenizer.bos_token_id
-    begins = (front, [*front, bos], [bos, *front])
-    if before not in begins or after not in ([], [tokenizer.eos_token_id]):
+    if before not in (front, [*front, bos], [bos, *front]):
         raise ValueError(
-            f"the tokenizer adds {before} before a text and {after} after it but llama.cpp adds a beginning-of-"
-            f"sequence and an end-of-sequence token at most; {REMEDY}"
+            f"the tokenizer adds {before} before a text but llama.cpp adds a beginning-of-sequence token at most; "
+            f"{REMEDY}"
         )
-    return bool(before) and not front, bool(after)
+    return bool(before) and not front
 
 
 def _templates(tokenizer: Any, begins: bool, front: list[int]) -> list[Entry]:
