@@ -26,9 +26,12 @@ const controls = (() => {
 
   const weight = (w) => (w == null ? "n/a" : String(+w.toFixed(3)));
   const weightsText = (names, w) => names.map((name, j) => `${name} ${weight(w[j])}`).join(", ");
-  // What a scale other than 1 does: c multiplies the distance from the base model by 1 / c.
-  const scaleText = (scale) =>
-    `scale ${weight(scale)}, ${scale === 1 ? "as trained" : scale > 1 ? "closer to the base" : "beyond the trained model"}`;
+  // What a scale other than 1 does: c multiplies the distance from the base model, or from one that is guided, by 1 / c.
+  const scaleText = (scale, guided = false) => {
+    const at = guided ? ["guided in full", "closer to the large model", "guided beyond what was trained"]
+      : ["as trained", "closer to the base", "beyond the trained model"];
+    return `scale ${weight(scale)}, ${scale === 1 ? at[0] : scale > 1 ? at[1] : at[2]}`;
+  };
   // The weights once one of them is moved to a target: the others share what is left as they shared it before.
   function linked(weights, j, target) {
     const rest = weights.reduce((sum, w, k) => (k === j ? sum : sum + w), 0);

@@ -31,7 +31,7 @@ examples:
 def add_parser(commands: Any) -> None:
     """Add `mopl serve` to the commands."""
     help = "an endpoint of OpenAI's form, with a trade-off for each request"
-    default = "all equal; those of a request come first"
+    default = "all equal; those of a request come first; needed where RUN has a model for each trade-off"
     parser = add_model_command(commands, "serve", run, help, EXAMPLES, without_weights=default)
     for name, default, metavar, text in (
         ("--host", "127.0.0.1", "HOST", "address to listen at"),
@@ -84,6 +84,8 @@ def run(arguments: argparse.Namespace) -> None:
                 f"host {arguments.host} is reached from other machines, so requests need a key: put one into "
                 f"{KEY_VARIABLE} or name a file by --api-key-file (--no-key lets everyone ask)"
             )
+        if sys.stderr.isatty():
+            say(f"mopl serve: loading {arguments.run} ...", file=sys.stderr)
         device = "cuda" if arguments.device == "auto" and torch.cuda.is_available() else "cpu"
         served = _served(load_tuned_model(arguments, device, merge=False), arguments, name, device)
         sizes = {name: getattr(arguments, name) for name in ("max_batch", "max_batch_tokens", "max_queue")}
@@ -93,7 +95,16 @@ def run(arguments: argparse.Namespace) -> None:
             any_host=not local, log=not arguments.quiet,
         )  # fmt: skip
         url = url_of(at)
-        Server(api, at, grace=arguments.grace, started=lambda: _tell(url, served, key is not None)).run()
+
+        def started() -> None:
+            _tell(url, served, key is not None, arguments.guided_model)
+
+        def stopping(left: int) -> None:
+            if left:
+                then = f"{left} answers have {arguments.grace:g} seconds to end; another signal gives them up"
+                say(f"mopl serve: stopping, {then}", file=sys.stderr)
+
+        Server(api, at, grace=arguments.grace, started=started, stopping=stopping).run()
     say("mopl serve: stopped", file=sys.stderr)
 
 
@@ -127,10 +138,12 @@ def _key(file: str | None) -> str | None:
     return key
 
 
-def _tell(url: str, served: Any, has_key: bool) -> None:
+def _tell(url: str, served: Any, has_key: bool, guided: str | None) -> None:
     """Print where the server is, and a request."""
     weights = ", ".join(f"{name} {w:g}" for name, w in zip(served.objectives, served.weights, strict=True))
-    say(f"mopl serve: {served.name} at {url} (weights of requests without: {weights}); Ctrl-C stops it")
+    weights += "" if served.kl_weight is None else f"; KL weight {served.kl_weight:g}"
+    guides = "" if guided is None else f", where {guided} answers, guided by it"
+    say(f"mopl serve: {served.name} at {url}{guides} (default weights: {weights}); Ctrl-C stops it")
     chat = served.chat.encoder.chat
     ask: Any = {"messages": [{"role": "user", "content": "Hello"}]} if chat else {"prompt": "Hello"}
     ask["weights"] = [round(w, 6) for w in served.weights]

@@ -33,8 +33,8 @@ def add_model_command(
                         + ("" if without_weights is None else f" (default: {without_weights})"))  # fmt: skip
     parser.add_argument("--method", help="method of a run that has several (default: weight-cos-dpo, or clp)")
     parser.add_argument("--beta", nargs="+", type=float, metavar="BETA",
-                        help="β, one for each objective, for temperature-cos-dpo (default: the run's; for export its "
-                        "direction)")  # fmt: skip
+                        help="β, one for each objective, for temperature-cos-dpo (default: the run's"
+                        + (", divided by its sum)" if name == "export" else ")"))  # fmt: skip
     parser.add_argument("--objective-temperature", dest="beta", nargs="+", type=float, action=OldOption,
                         help=argparse.SUPPRESS)  # fmt: skip
     parser.add_argument("--kl-weight", type=float, metavar="WEIGHT", help="for a policy trained with several KL "
@@ -128,9 +128,8 @@ def _is_run(path: Path, method: str | None) -> bool:
     if is_run and "model_type" in read_json(path / "config.json"):
         raise ValueError(f"{path} is a plain language model, which takes no weights; name a run of mopl align")
     if not is_run and not (path / "mopl.json").exists():
-        raise FileNotFoundError(
-            f"{path} is neither a run of mopl align nor a model: it has no config.json or mopl.json"
-        )
+        why = "it has no config.json or mopl.json" if path.is_dir() else "there is no such directory"
+        raise FileNotFoundError(f"{path} is neither a run of mopl align nor a model: {why}")
     if not is_run and method is not None:
         raise ValueError(f"{path} is one model, not a run; leave out --method")
     return is_run

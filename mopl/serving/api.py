@@ -69,7 +69,7 @@ class Api:
             Route("/health", self._guarded(self._health, open=True), methods=["GET"]),
             *(Route(path, self._guarded(self._page, open=True), methods=["GET"]) for path in PATHS),
         ]
-        return Starlette(routes=routes, exception_handlers={HTTPException: _http_error})  # type: ignore[dict-item]
+        return Starlette(routes=routes, exception_handlers={HTTPException: self._http_error})  # type: ignore[dict-item]
 
     # ---------------------------------------------------------------- around every path
 
@@ -84,6 +84,7 @@ class Api:
                 response = await act(request)
             except ApiError as error:
                 response = JSONResponse(error.body, error.status, error.headers)
+                request.state.said = " ".join(filter(None, [error.code, error.param]))
             except ClientDisconnect:
                 response = Response(status_code=CLOSED)
             if not isinstance(response, StreamingResponse) and not open:
@@ -189,6 +190,7 @@ class Api:
             "fixed": served.fixed,
             "takes_beta": served.takes_beta,
             "beta": None if served.beta is None else list(served.beta),
+            "kl_weight": served.kl_weight,
             "scale": served.can_scale,
             "guided": served.guided_model is not None,
             "chat_template": served.chat.encoder.chat,
@@ -206,6 +208,13 @@ class Api:
         part, kind = page_part(request.url.path)
         return Response(part, media_type=kind, headers=HEADERS)
 
+    async def _http_error(self, request: Request, error: Any) -> Response:
+        """Answer for a path or a method that is not there."""
+        found = ApiError(f"{request.method} {request.url.path:.200}: {error.detail}", status=error.status_code)
+        request.state.said = ""
+        self._tell(request, error.status_code, time.monotonic())
+        return JSONResponse(found.body, found.status, error.headers)
+
 
 class _Stream(StreamingResponse):
     """A stream of events, and what is done when it ends: also where it never began, since nobody is there any more."""
@@ -219,12 +228,6 @@ class _Stream(StreamingResponse):
             await super().__call__(*call)
         finally:
             self._end()
-
-
-async def _http_error(request: Request, error: Any) -> Response:
-    """Answer for a path or a method that is not there."""
-    found = ApiError(f"{request.method} {request.url.path:.200}: {error.detail}", status=error.status_code)
-    return JSONResponse(found.body, found.status, error.headers)
 
 
 async def _disconnected(request: Request) -> None:

@@ -21,7 +21,7 @@ from mopl.language_models.tokenization import ListTokenizer
 from mopl.language_models.turns import TurnEnds, end_tokens, turn_ends
 from mopl.serving.rows import Detokenizer, Row, TradeOff
 
-MOST_SCALE = 1e6  # and 1/c at most: far beyond what has a meaning, far from where float32 ends
+MOST_SCALE = 1e6  # of c, 1/c and β: far beyond what has a meaning, far from where float32 ends
 SAME = 1e-6  # weights that differ by less are the same: names have six digits
 
 # What a model's generation_config does to scores is obeyed, row by row, as `generate` does. These do more, with the
@@ -177,12 +177,19 @@ class ServedModel:
         return TradeOff(w, c, betas)
 
     def _weights(self, given: Any) -> tuple[float, ...]:
-        return tuple(check_weights(self._in_order(given, "weights"), len(self.objectives)).tolist())
+        weights = self._in_order(given, "weights")
+        if len(weights) != len(self.objectives):
+            names = ", ".join(self.objectives)
+            raise ValueError(f"weights: there are {len(weights)}; give one number for each of {names}")
+        return tuple(check_weights(weights, len(self.objectives)).tolist())
 
     def _each(self, given: Any, name: str) -> tuple[float, ...]:
         values = check_positive(torch.as_tensor(self._in_order(given, name), dtype=torch.float64), name)
         if values.shape != (len(self.objectives),):
             raise ValueError(f"{name} has {values.numel()} numbers but there are {len(self.objectives)} objectives")
+        if not bool(((values >= 1 / MOST_SCALE) & (values <= MOST_SCALE)).all()):
+            shown = ", ".join(f"{value:g}" for value in values.tolist())
+            raise ValueError(f"{name} is ({shown}) but each must be from {1 / MOST_SCALE:g} to {MOST_SCALE:g}")
         return tuple(values.tolist())
 
     def _in_order(self, given: Any, name: str) -> list[float]:

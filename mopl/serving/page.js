@@ -37,7 +37,7 @@
     return m() === 1 ? ends : [equal(), ...ends];
   }
   const chosen = (w = state.w) => ({ w, scale: state.scale, beta: state.beta });
-  const more = (at) => [...(at.scale === 1 ? [] : [scaleText(at.scale)]), ...(at.beta ? [`\u03b2 ${at.beta.map(weight).join(" : ")}`] : [])].join(", ");
+  const more = (at) => [...(at.scale === 1 ? [] : [scaleText(at.scale, about().guided)]), ...(at.beta ? [`\u03b2 ${at.beta.map(weight).join(" : ")}`] : [])].join(", ");
   const text = (at) => [weightsText(names(), at.w), more(at)].filter(Boolean).join(", ");
   const placeOf = ({ weights, scale, beta }) => ( // what the server says of an answer
     { w: names().map((name) => weights[name]), scale, beta: beta ? names().map((name) => beta[name]) : null });
@@ -254,11 +254,12 @@
       form.append(make("p", { class: "key" }, "This model was loaded at one trade-off and answers at no other."));
     }
     if (about().scale) {
-      const [input, output] = slider(form, "scale", "Distance from the base model", { min: -FARTHEST, max: FARTHEST, step: 0.25 },
-        (power) => { state.scale = +(2 ** -power).toPrecision(3); show(); }, "closer to the base", "further away");
+      const from = about().guided ? "the large model" : "the base";
+      const [input, output] = slider(form, "scale", `Distance from ${about().guided ? from : "the base model"}`, { min: -FARTHEST, max: FARTHEST, step: 0.25 },
+        (power) => { state.scale = +(2 ** -power).toPrecision(3); show(); }, `closer to ${from}`, "further away");
       update.push(() => {
         input.value = -Math.log2(state.scale);
-        output.textContent = scaleText(state.scale);
+        output.textContent = scaleText(state.scale, about().guided);
         input.setAttribute("aria-valuetext", output.textContent);
       });
     }
@@ -323,7 +324,7 @@
     readAddress();
     state.compared = endsAndMiddle().map(rounded);
     document.title = byId("title").textContent = `Talk to ${model().id}`;
-    byId("subtitle").textContent = `${m() === 1 ? "Objective" : "Objectives"}: ${names().join(", ")}.`;
+    byId("subtitle").textContent = `${m() === 1 ? "Objective" : "Objectives"}: ${names().join(", ")}.${about().guided ? " A large model answers, guided by this one." : ""}`;
     byId("most").max = about().max_tokens;
     byId("most").placeholder = `up to ${about().max_tokens}`;
     byId("most").value = plain ? Math.min(64, about().max_tokens) : ""; // without it a completion has 16

@@ -236,7 +236,7 @@ def _read(raw: bytes, schema: type[Body]) -> Any:
             continue
         allowed = _IDLE.get(name, ())
         if values[name] not in allowed and _ANY not in allowed:
-            here = f" at {msgspec.json.encode(values[name]).decode()[:80]}" if allowed else ""
+            here = f" with the value {msgspec.json.encode(values[name]).decode()[:80]}" if allowed else ""
             raise ApiError(f"{name} is not supported{here}; leave it out", name, code="unsupported_parameter")
         del values[name]
     if isinstance(messages := values.get("messages"), list):
@@ -320,10 +320,11 @@ def _room(served: ServedModel, tokens: Sequence[int], at: TradeOff, wanted: int,
     length = served.length(tokens, at)
     left = served.positions - length
     if left < 1 or (said and left < wanted):
+        before = f", {length - len(tokens)} more tell the trade-off," if length > len(tokens) else ""
         remedy = f"ask for max_tokens of {left} or less" if left > 0 else "shorten the prompt"
         raise ApiError(
-            f"the prompt has {length} tokens and its answer up to {wanted}, but the model knows {served.positions} "
-            f"positions; {remedy}",
+            f"the prompt has {len(tokens)} tokens{before} and its answer up to {wanted}, but the model knows "
+            f"{served.positions} positions; {remedy}",
             "max_tokens" if left > 0 else None, code="context_length_exceeded",
         )  # fmt: skip
     return min(wanted, left)

@@ -16,8 +16,10 @@ from mopl.serving.api import Api
 
 require("uvicorn", what="serving", extra="serve")
 import uvicorn  # noqa: E402
+from uvicorn.protocols.http.h11_impl import H11Protocol  # noqa: E402
 
 LINGER_SECONDS = 2.0  # for what was given up to be told so, once the time to finish is over
+HEAD_SECONDS = 30.0  # that the head of a request may take to come
 MOST_CONNECTIONS = 2048  # that are open at once, idle ones too; more are answered 503
 
 
@@ -56,14 +58,21 @@ class Server:
         at: A socket that is bound.
         grace: Seconds that answers have to end once it is stopped.
         started: Called when it answers.
+        stopping: Called when it is stopped, with how many answers have not ended.
     """
 
     def __init__(
-        self, api: Api, at: socket.socket, *, grace: float = 30.0, started: Callable[[], None] = lambda: None
+        self,
+        api: Api,
+        at: socket.socket,
+        *,
+        grace: float = 30.0,
+        started: Callable[[], None] = lambda: None,
+        stopping: Callable[[int], None] = lambda _: None,
     ) -> None:
-        self._engine, self._at, self._grace = api.engine, at, grace
+        self._engine, self._at, self._grace, self._tell_stopping = api.engine, at, grace, stopping
         config = uvicorn.Config(
-            api.app(), log_config=None, log_level="error", access_log=False, lifespan="off", ws="none", http="h11",
+            api.app(), log_config=None, log_level="error", access_log=False, lifespan="off", ws="none", http=_Protocol,
             loop="asyncio", server_header=False, limit_concurrency=MOST_CONNECTIONS,
             timeout_graceful_shutdown=grace + LINGER_SECONDS,  # type: ignore[arg-type]
         )  # fmt: skip
@@ -98,6 +107,7 @@ class Server:
             return
         self._stopped = self._uvicorn.should_exit = True
         self._engine.close()
+        self._tell_stopping(self._engine.waiting + self._engine.running)
         asyncio.get_running_loop().call_later(self._grace, self._engine.abort)
 
     async def _serve(self) -> None:
@@ -115,6 +125,33 @@ class Server:
         finally:
             for each, handler in before.items():
                 signal.signal(each, handler)
+
+
+class _Protocol(H11Protocol):
+    """Closes connections whose requests do not come: uvicorn waits for the rest of a head without an end."""
+
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._late is not None:
+            self._late.cancel()
+        super().connection_lost(exc)
+
+    def _watch(self) -> None:
+        waits = self.cycle is None or self.cycle.response_complete
+        if not waits and self._late is not None:
+            self._late.cancel()
+            self._late = None
+        elif waits and self._late is None:
+            self._late = self.loop.call_later(HEAD_SECONDS, self.transport.close)
 
 
 class _Uvicorn(uvicorn.Server):

@@ -238,7 +238,7 @@ def test_log_probabilities_are_those_of_a_forward_pass(server):
 def test_what_cannot_be_done_is_refused_by_name(server):
     for fields, param, words in (
         ({"weights": [0.7, 0.4]}, "weights", "must lie on the simplex"),
-        ({"weights": [0.7]}, "weights", "must be (2,)"),
+        ({"weights": [0.7]}, "weights", "there are 1; give one number for each of helpful, harmless"),
         ({"weights": [1.5, -0.5]}, "weights", "negative"),
         ({"weights": {"helpful": 1.0}}, "weights", "'harmless' is missing"),
         ({"weights": {"helpful": 0.5, "harmless": 0.5, "funny": 0}}, "weights", "'funny' is no objective"),
@@ -262,7 +262,11 @@ def test_what_cannot_be_done_is_refused_by_name(server):
         ({"max_tokens": 33}, "max_tokens", "gives at most 32"),
         ({"max_tokens": 0}, "max_tokens", ">= 1"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens", "two names"),
-        ({"messages": [{"role": "user", "content": "w1 " * 40}], "max_tokens": 30}, "max_tokens", "64 positions"),
+        (
+            {"messages": [{"role": "user", "content": "w1 " * 40}], "max_tokens": 30},
+            "max_tokens",
+            "the prompt has 43 tokens, 5 more tell the trade-off, and its answer up to 30",
+        ),
         ({"messages": [{"role": "user", "content": "w1 " * 80}]}, None, "shorten the prompt"),
         ({"messages": []}, "messages", "length >= 1"),
         (
@@ -275,7 +279,7 @@ def test_what_cannot_be_done_is_refused_by_name(server):
         ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages", "messages[0].tool_calls is not supp"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "content[0]"),
         ({"messages": [{"role": "user", "content": "w1", "name": "Ann"}]}, "messages", "messages[0].name is not supp"),
-        ({"tools": [{"type": "function"}]}, "tools", "tools is not supported at [{"),
+        ({"tools": [{"type": "function"}]}, "tools", "tools is not supported with the value [{"),
         ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
         ({"kl_weight": 0.1}, "kl_weight", "kl_weight is not supported; leave it out"),
         ({"top_logprobs": 2}, "top_logprobs", "logprobs=true"),
@@ -294,7 +298,7 @@ def test_what_cannot_be_done_is_refused_by_name(server):
         assert answer.status_code == 400 and error["type"] == "invalid_request_error", (fields, error)
         assert words in error["message"] and error["param"] == param, (fields, error)
     for fields, words in (
-        ({"prompt": "w1", "echo": True}, "echo is not supported at true"),
+        ({"prompt": "w1", "echo": True}, "echo is not supported with the value true"),
         ({"prompt": "w1", "best_of": 2}, "best_of"),
         ({"prompt": ["w1", [3]]}, "mixes"),
         ({"prompt": [3, 99]}, "token 99"),

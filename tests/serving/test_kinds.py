@@ -116,7 +116,12 @@ def test_beta_is_taken_where_the_model_is_conditioned_on_it():
             assert [asked(server, i, beta=beta) for i in range(3)] == wanted
         named = {"harmless": 0.5, "helpful": 1.5}
         assert asked(server, 0, beta=named) == asked(server, 0, beta=[1.5, 0.5])
-        for more, name in (({"beta": [1e7, 1]}, "beta"), ({"beta": [1e4, 1], "scale": 1e4}, "scale")):
+        for more, name in (
+            ({"beta": [1e-50, 1]}, "beta"),
+            ({"beta": [1e308, 1], "scale": 1e-308}, "beta"),
+            ({"beta": [1e6, 1]}, "beta"),
+            ({"beta": [1e4, 1], "scale": 1e4}, "scale"),
+        ):
             error = server.http.post("/v1/completions", json={"prompt": "w1", **more}).json()["error"]
             assert error["param"] == name and "must be from 1e-06 to 1e+06" in error["message"], error
 
@@ -288,6 +293,7 @@ def test_a_folder_of_a_mixture_with_a_kl_weight_answers_at_the_one_that_is_named
     wanted = [texts(mixture.merge(w, 0.1), None)[i] for i, w in enumerate(WEIGHTS)]
     with running(model) as server:
         assert [asked(server, i) for i in range(3)] == wanted
+        assert server.client.models.retrieve("tiny").model_extra["mopl"]["kl_weight"] == 0.1
     given = ["generate", str(tmp_path / "tuned"), "--weights", "0.7", "0.3", "--max-new-tokens", "6", "--raw"]
     assert main([*given, "--kl-weight", "0.1", PROMPTS[0]]) == 0
     assert capsys.readouterr().out == f"{wanted[0]}\n"

@@ -314,6 +314,27 @@ def conditioned_on_three():
 
 
 @needs_browser
+def test_the_page_of_a_guided_model_says_who_answers_and_lays_out_betas(page):
+    from tiny_language_models import build, conditioned
+
+    large = build(num_hidden_layers=3, hidden_size=48)
+    with running(served(conditioned(takes_beta=True), guided_model=large, beta=[0.6, 0.4])) as server:
+        opened(page, server)
+        assert "A large model answers, guided by this one." in texts(page, "#subtitle")[0]
+        controls = texts(page, "#controls")[0]
+        assert "Distance from the large model" in controls and "closer to the large model" in controls
+        assert "scale 1, guided in full" in controls and "base" not in controls
+        move(page, "scale", -1)
+        assert "scale 2, closer to the large model" in texts(page, "#controls")[0]
+        top, left = (
+            page.do(f"['beta-0', 'beta-1'].map((id) => document.getElementById(id).getBoundingClientRect().{side})")
+            for side in ("top", "left")
+        )
+        assert top[0] < top[1] and left[0] == left[1]  # one under the other
+        assert page.complaints() == []
+
+
+@needs_browser
 def test_a_key_is_asked_for_and_kept_in_memory_only(page):
     with running(served(fixed=True, weights=[0.3, 0.7]), key="sesame") as server:
         page.open(server.url)

@@ -97,6 +97,26 @@ def test_an_error_in_the_middle_of_a_stream_is_an_event(model, gate, capfd):
     assert re.search(r" 200 .* tokens  broken off: 504 timeout\n", capfd.readouterr().err)
 
 
+def test_a_head_that_never_ends_is_not_waited_for(model, gate, monkeypatch):
+    """Neither of the first request of a connection nor of a later one; an answer may take its time."""
+    monkeypatch.setattr("mopl.serving.server.HEAD_SECONDS", 0.3)
+    with running(served(model)) as server, ThreadPoolExecutor(1) as pool:
+        for before in (b"", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"):
+            with socket.create_connection(server.socket.getsockname()) as at:
+                at.settimeout(10)
+                at.sendall(before)
+                got = b""
+                while before and not got.endswith(b"}"):
+                    got += at.recv(4096)
+                at.sendall(b"GET /health HTTP/1.1\r\nHost: loc")
+                assert at.recv(4096) == b""
+        with gate.closed():
+            answer = pool.submit(ask, server)
+            assert gate.reached.wait(10)
+            time.sleep(0.5)
+        assert answer.result().status_code == 200
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_ends_its_row(model, gate, stream):
     """Its row leaves the batch with the next token; one that waits leaves the queue."""
@@ -204,6 +224,16 @@ def test_a_key_is_asked_for(model):
             openai.OpenAI(base_url=f"{server.url}/v1", api_key="other", max_retries=0).models.list()
 
 
+def test_the_log_tells_of_what_is_refused_and_of_paths_that_are_not_there(model, capfd):
+    with running(served(model)) as server:
+        server.api.log = True
+        ask(server, temperature=9)
+        server.http.post("/v1/embeddings", json={})
+    said = capfd.readouterr().err
+    assert re.search(r"POST /v1/completions 400 \d\.\d\d s  temperature\n", said), said
+    assert re.search(r"POST /v1/embeddings 404 \d\.\d\d s\n", said), said
+
+
 # ---------------------------------------------------------------- stopping
 
 
@@ -231,9 +261,12 @@ def test_what_has_not_ended_within_the_grace_or_at_a_second_stop_is_given_up(mod
     with running(served(model), grace=grace) as server, ThreadPoolExecutor(2) as pool, gate.closed():
         answer = pool.submit(ask, server)
         assert gate.reached.wait(10)
+        told = []
+        server.server._tell_stopping = told.append
         for _ in range(stops):
             server.server.stop()
         assert answer.result().status_code == 503 and "before the answer had ended" in answer.result().text
+        assert told == [1]
 
 
 def test_an_engine_that_is_closed_takes_nothing(model):
@@ -298,7 +331,7 @@ def test_the_command_answers_and_a_signal_ends_it_in_good_order(folder, stop, tm
     with started(*given, MOPL_API_KEY="other") as (number, out, err, wait):
         until(lambda: out.is_file() and out.read_text().count("\n") == 2, 60)
         line, example = out.read_text().splitlines()
-        weights = "weights of requests without: helpful 0.7, harmless 0.3"
+        weights = "default weights: helpful 0.7, harmless 0.3"
         found = re.search(rf"house at (http://127\.0\.0\.1:\d+) \({weights}", line)
         assert found, line
         assert example.startswith(f"curl {found[1]}/v1/chat/completions") and "secret" not in example
