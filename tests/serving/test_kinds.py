@@ -2,6 +2,7 @@
 
 import argparse
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -66,8 +67,6 @@ def texts(model, weights, **options):
 
 def all_at_once(server, **options):
     """Ask for all of them in one batch: the queue fills while the first is answered."""
-    from concurrent.futures import ThreadPoolExecutor
-
     with ThreadPoolExecutor(6) as pool:
         return list(pool.map(lambda i: asked(server, i % 3, **options), range(6)))
 
@@ -198,6 +197,19 @@ def test_what_the_configuration_does_to_scores_holds_whoever_else_is_answered(op
     assert wanted != plain
     with running(served(model, words)) as server:
         assert all_at_once(server) == wanted * 2
+
+
+def test_a_scaled_request_leaves_the_penalties_of_others_alone():
+    """At a scale penalties are left out, and at scale 1 they hold: also for rows that wait at the same time."""
+    model = conditioned()
+    model.causal_lm.generation_config.repetition_penalty = 3.0
+    plain, scaled = (texts(model, WEIGHTS, scale=scale) for scale in (1.0, 2.0))
+    model.causal_lm.generation_config.repetition_penalty = 1.0
+    assert texts(model, WEIGHTS) != plain and texts(model, WEIGHTS, scale=2.0) == scaled
+    model.causal_lm.generation_config.repetition_penalty = 3.0
+    with running(served(model)) as server, ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda i: asked(server, i % 3, scale=1.0 + i // 3), range(6)))
+    assert found == [*plain, *scaled]
 
 
 @pytest.mark.parametrize(
