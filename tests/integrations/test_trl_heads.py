@@ -3,7 +3,6 @@
 import copy
 import inspect
 import re
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -25,7 +24,7 @@ from mopl.ops.head_statistics import NAMES
 
 SEAM = Version(trl.__version__) >= trl_heads.WITH_SEAM
 # The head of 1.15 is a Triton kernel alone, which 1.16 has in plain PyTorch as well.
-RUNS = Version(trl.__version__) >= Version("1.16.0.dev0") or torch.cuda.is_available() or "plug115" in sys.modules
+RUNS = Version(trl.__version__) >= Version("1.16.0.dev0") or torch.cuda.is_available()
 with_seam = pytest.mark.skipif(
     not (SEAM and RUNS), reason=f"TRL {trl.__version__} has no fused head for this machine; pip install 'trl>=1.16'"
 )
