@@ -1,12 +1,13 @@
 """mopl inside other people's programs: trainers (`transformers`, `trl`), and a server (`vllm`).
 
-Each is imported only when it is asked for, with the library that it is for.
+Each is imported only when it is asked for, with the library that it is for. `verl`, `openrlhf` and `nemo_rl` are
+functions in the shapes that these call, and need no library but torch.
 """
 
 from importlib import import_module
 from typing import Any
 
-__all__ = ["transformers", "trl", "vllm"]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = ["nemo_rl", "openrlhf", "transformers", "trl", "verl", "vllm"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

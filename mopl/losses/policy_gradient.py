@@ -324,8 +324,12 @@ def _baseline(
 
 def _weighted_reward(rewards: Tensor, weights: Tensor, policy: Tensor) -> Tensor:
     """Return w·R of tokens (B, T), or of responses (B, 1)."""
-    given = rewards.shape if isinstance(rewards, Tensor) else ()
-    if len(given) not in (2, 3) or given[0] != policy.shape[0] or given[2:] not in ((), policy.shape[1:]):
+    given: tuple[int, ...] = tuple(rewards.shape) if isinstance(rewards, Tensor) else ()
+    if (
+        len(given) not in (2, 3)
+        or given[:1] != tuple(policy.shape[:1])
+        or given[2:] not in ((), tuple(policy.shape[1:]))
+    ):
         got = shape_of(rewards) if isinstance(rewards, Tensor) else type(rewards).__name__
         raise ValueError(
             f"rewards is {got} but logprob has {shape_of(policy)}; pass one value a response and objective, (B, m), or "
