@@ -7,11 +7,16 @@ functions in the shapes that these call, and need no library but torch.
 from importlib import import_module
 from typing import Any
 
-__all__ = ["nemo_rl", "openrlhf", "transformers", "trl", "verl", "vllm"]  # pyright: ignore[reportUnsupportedDunderAll]
+_FUNCTIONS = {"patch_trl": "trl_heads", "unpatch_trl": "trl_heads"}
+__all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
+    *_FUNCTIONS, "nemo_rl", "openrlhf", "transformers", "trl", "trl_heads", "verl", "vllm",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    """Import a module when it is first asked for."""
+    """Import a module, or the module of a function, when it is first asked for."""
+    if name in _FUNCTIONS:
+        return getattr(import_module(f"{__name__}.{_FUNCTIONS[name]}"), name)
     if name in __all__:
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
