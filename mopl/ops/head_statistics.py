@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mopl._arguments import compute_dtype, wide_dtype
-from mopl.ops._linear_kl_chunks import COLUMNS, ROWS, Head
+from mopl.ops._divergence_blocks import COLUMNS, ROWS, Head
 from mopl.ops._logprob import check_operands, check_scalar, is_dtensor, merge_targets, per_row
 from mopl.ops._rows import slices
 
