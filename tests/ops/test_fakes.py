@@ -207,8 +207,8 @@ def test_every_op_is_here() -> None:
     assert names == {
         f"mopl::{op}{suffix}"
         for op in (
-            "linear_logprob", "linear_divergence", "linear_topk_jsd", "gathered_logprob", "listwise_cross_entropy", "plackett_luce_nll",
-            "smooth_ranks",
+            "linear_logprob", "linear_divergence", "linear_topk_jsd", "gathered_logprob", "listwise_cross_entropy",
+            "plackett_luce_nll", "smooth_ranks",
         )
         for suffix in ("", "_backward")
     } | {"mopl::pairwise_logistic", "mopl::gathered_logprob_backward_"}  # fmt: skip
