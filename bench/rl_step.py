@@ -1,7 +1,8 @@
 """Time and memory of one step of GRPO and of DPO at the shapes of SmolLM2-135M, beside TRL, Liger and full logits.
 
-    python -m bench.rl_step --json bench/results/cpu/rl-step-float32.json                         # 15 rounds of seconds
-    python -m bench.rl_step --dtype bfloat16 --rounds 3 --json bench/results/cpu/rl-step-bfloat16.json
+    python -m bench.rl_step --json bench/results/cpu/rl-step-float32.json                         # a quarter of an hour
+    python -m bench.rl_step --dtype bfloat16 --prompts 1 --completions 2 --prompt 16 --completion 16 --tokens 64 \\
+        --rounds 1 --json bench/results/cpu/rl-step-bfloat16.json   # where a processor multiplies bfloat16 slowly
     python -m bench.rl_step --model tiny --cases head --rounds 1                                  # a look
 
 A step is loss, backward and a fused AdamW update of the same random model on the same tokens; what each variant does,
@@ -161,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--model", choices=list(MODELS), default="smollm2-135m")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--prompts", type=int, default=2, help="prompts of a step")
     parser.add_argument("--completions", type=int, default=4, help="completions of each prompt")
     parser.add_argument("--prompt", type=int, default=32, help="most tokens of a prompt")
