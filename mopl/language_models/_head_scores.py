@@ -1,17 +1,115 @@
-"""What a fused head computes in the place of its logits: log-probabilities of targets, and the KL to a reference."""
+"""A model's output head, and what a fused one computes in the place of its logits.
+
+A call asks by a `HeadRequest`; `score_hidden` answers with named tensors, all float32 of shape (N, T); `FusedOutput` is
+filled from these. Something new to ask for is a field of the request, a line in `score_hidden` and a field of the
+output.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from mopl._rows import UnsupportedModelError
 from mopl.conditioning.adapted import mixed_copies
 from mopl.ops import linear_kl, linear_logprob
 
 IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class HeadRequest:
+    """What a call asks of a fused head: these are the keywords of a fused forward.
+
+    Attributes:
+        temperature: a number, or (N, T), by which logits are divided.
+        return_logsumexp: also give the log of the normaliser.
+        return_entropy: also give the entropy.
+        reference_hidden: (N, T, H'), what the head of a reference got at the same positions, for the KL to it.
+        reference_head: that head; None: the model's own.
+    """
+
+    temperature: float | Tensor = 1.0
+    return_logsumexp: bool = False
+    return_entropy: bool = False
+    reference_hidden: Tensor | None = None
+    reference_head: Any = None
+
+    @classmethod
+    def taken(cls, keywords: dict[str, Any]) -> HeadRequest:
+        """Take a request out of the keywords of a call, of which the model's own are left."""
+        return cls(**{one.name: keywords.pop(one.name) for one in fields(cls) if one.name in keywords})
+
+
+@dataclass
+class FusedOutput:
+    """What a fused forward returns for `targets` (N, T).
+
+    Attributes:
+        log_probs: float32 (N, T), log p(targets[n, t]) in nats; 0 where targets are ignored.
+        logsumexp: float32 (N, T) if asked for.
+        entropy: float32 (N, T), in nats, if asked for.
+        model_output: what the model's own forward returned, without its logits (router losses and the like).
+        kl: float32 (N, T), KL to the reference over the whole vocabulary, in nats, if `reference_hidden` was given.
+        statistics: float32 (N, T) each, without a gradient, by name: what `statistics` asked for.
+    """
+
+    log_probs: Tensor
+    logsumexp: Tensor | None
+    entropy: Tensor | None
+    model_output: Any
+    kl: Tensor | None = None
+    statistics: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def filled(cls, parts: dict[str, Tensor], model_output: Any) -> FusedOutput:
+        """Make one from what `score_hidden` gave."""
+        named = {one.name: parts.get(one.name) for one in fields(cls) if one.name not in ("model_output", "statistics")}
+        others = {name: part.detach() for name, part in parts.items() if name not in named}
+        return cls(**named, model_output=model_output, statistics=others)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------- the head
+
+
+def whole_shape(weight: Tensor) -> torch.Size:
+    """Return the shape of a weight, also where ZeRO-3 leaves an empty tensor in its place between uses."""
+    return getattr(weight, "ds_shape", weight.shape)
+
+
+def find_head(model: nn.Module) -> Any:
+    """Return the linear layer that turns hidden states into logits, through the wrappers of PEFT."""
+    getter = getattr(model, "get_output_embeddings", None)
+    head: Any = getter() if getter is not None else None
+    if head is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} names no output head: get_output_embeddings() gives None. "
+            "Pass a causal language model (AutoModelForCausalLM)"
+        )
+    if hasattr(head, "modules_to_save") and hasattr(head, "active_adapters") and mixed_copies(head) is None:
+        disabled = getattr(head, "disable_adapters", False)
+        adapters = [name for name in head.active_adapters if name in head.modules_to_save and not disabled]
+        head = head.modules_to_save[adapters[0]] if adapters else head.original_module
+    if hasattr(head, "base_layer"):
+        raise UnsupportedModelError(
+            f"the output head carries an adapter ({type(head).__name__}), whose product with the hidden states is not "
+            "one matrix. Leave the head out of target_modules, train it whole with modules_to_save, or merge it first"
+        )
+    weight = getattr(head, "weight", None)
+    if not isinstance(weight, Tensor) or len(whole_shape(weight)) != 2:
+        raise UnsupportedModelError(
+            f"the output head is a {type(head).__name__} without a weight of shape (vocabulary, hidden); "
+            "only linear heads can be fused"
+        )
+    if not weight.is_floating_point():
+        raise UnsupportedModelError(
+            f"the output head's weight has dtype {weight.dtype}; a quantised head cannot be fused. "
+            "Keep the head out of the quantisation (llm_int8_skip_modules=['lm_head'])"
+        )
+    return head
 
 
 @dataclass(frozen=True)
@@ -85,17 +183,12 @@ def score_hidden(
     hidden: Tensor,  # (N, k + T, H)
     targets: Tensor,  # (N, T)
     transform: Transform,
-    temperature: float | Tensor,
-    *,
-    return_logsumexp: bool,
-    return_entropy: bool,
-    reference_hidden: Tensor | None,  # (N, T, H')
-    reference_head: Any,
-) -> list[Tensor]:  # (N, T) each
+    request: HeadRequest,
+) -> dict[str, Tensor]:  # (N, T) each
     """Run `linear_logprob`, and `linear_kl` where there is a reference, on the last T positions that a head was given.
 
     Returns:
-        Log-probabilities, and what else is asked for of logsumexp, entropy and KL(model ‖ reference), in this order.
+        `log_probs`, and what else is asked for of `logsumexp`, `entropy` and `kl`, KL(model ‖ reference).
     """
     if hidden.ndim != 3 or targets.ndim != 2 or hidden.shape[0] != targets.shape[0]:
         raise ValueError(
@@ -111,31 +204,45 @@ def score_hidden(
     targets = targets.to(weight.device)
     options: dict[str, Any] = {
         "bias": bias,
-        "temperature": temperature,
+        "temperature": request.temperature,
         "softcap": transform.softcap,
         "logit_scale": transform.logit_scale,
     }
-    parts = linear_logprob(
+    scores = linear_logprob(
         own,
         weight,
         targets,
         ignore_index=IGNORE_INDEX,
-        return_logsumexp=return_logsumexp,
-        return_entropy=return_entropy,
+        return_logsumexp=request.return_logsumexp,
+        return_entropy=request.return_entropy,
         **options,
     )
-    found: list[Tensor] = list(parts) if isinstance(parts, tuple) else [parts]
-    if reference_hidden is None:
-        return found
-    if reference_hidden.shape[:-1] != targets.shape:
+    asked = {"log_probs": True, "logsumexp": request.return_logsumexp, "entropy": request.return_entropy}
+    names = [name for name, wanted in asked.items() if wanted]
+    parts: dict[str, Tensor] = dict(zip(names, scores if isinstance(scores, tuple) else (scores,), strict=True))
+    if request.reference_hidden is not None:
+        own, weight, options["bias"] = _operands(head, hidden[:, -length:])  # a cast of its own: see `_reference_kl`
+        parts["kl"] = _reference_kl(head, own, weight, targets, request, options)
+    return parts
+
+
+def _reference_kl(
+    head: Any, own: Tensor, weight: Tensor, targets: Tensor, request: HeadRequest, options: dict[str, Any]
+) -> Tensor:
+    """Return the KL of the model to the reference.
+
+    The model's operands are cast for it alone, so that its gradients and those of the log-probabilities are not added
+    up in 16 bits.
+    """
+    assert request.reference_hidden is not None
+    reference, reference_head = request.reference_hidden, request.reference_head
+    if reference.shape[:-1] != targets.shape:
         raise ValueError(
-            f"reference_hidden has shape {tuple(reference_hidden.shape)} but targets {tuple(targets.shape)}; pass what "
+            f"reference_hidden has shape {tuple(reference.shape)} but targets {tuple(targets.shape)}; pass what "
             "the head of the reference got at the same positions, (N, T, H)"
         )
-    # A cast of its own, so that gradients of the two are not added up in 16 bits.
-    own, weight, options["bias"] = _operands(head, hidden[:, -length:])
-    *other, other_bias = _operands(head if reference_head is None else reference_head, reference_hidden)
-    if reference_head is None and any(p.requires_grad for p in (weight, bias) if p is not None):
+    *other, other_bias = _operands(head if reference_head is None else reference_head, reference)
+    if reference_head is None and any(p.requires_grad for p in (weight, options["bias"]) if p is not None):
         raise ValueError("the model's head is trained, so it is not that of the reference; pass reference_head")
     mask = targets != IGNORE_INDEX
-    return [*found, linear_kl(own, weight, *other, reference_bias=other_bias, mask=mask, **options)]
+    return linear_kl(own, weight, *other, reference_bias=other_bias, mask=mask, **options)

@@ -34,29 +34,19 @@ from torch import Tensor, nn
 from mopl._restoring import evaluating
 from mopl._rows import UnsupportedModelError, arranged
 from mopl._threads import Turns, in_turn, measuring
-from mopl.conditioning.adapted import mixed_copies
 from mopl.conditioning.causal_lm import is_peft
-from mopl.language_models._head_scores import IGNORE_INDEX, Transform, fit_transform, numbers_of, score_hidden
+from mopl.language_models._head_scores import (
+    IGNORE_INDEX,
+    FusedOutput,
+    HeadRequest,
+    Transform,
+    find_head,
+    fit_transform,
+    numbers_of,
+    score_hidden,
+    whole_shape,
+)
 from mopl.ops import sequence_logprob
-
-
-@dataclass
-class FusedOutput:
-    """What a fused forward returns for `targets` (N, T).
-
-    Attributes:
-        log_probs: float32 (N, T), log p(targets[n, t]) in nats; 0 where targets are ignored.
-        logsumexp: float32 (N, T) if asked for.
-        entropy: float32 (N, T), in nats, if asked for.
-        model_output: what the model's own forward returned, without its logits (router losses and the like).
-        kl: float32 (N, T), KL to the reference over the whole vocabulary, in nats, if `reference_hidden` was given.
-    """
-
-    log_probs: Tensor
-    logsumexp: Tensor | None
-    entropy: Tensor | None
-    model_output: Any
-    kl: Tensor | None = None
 
 
 @dataclass
@@ -75,43 +65,6 @@ class SequenceScores:
 
 
 # ---------------------------------------------------------------- the head
-
-
-def _whole_shape(weight: Tensor) -> torch.Size:
-    """Return the shape of a weight, also where ZeRO-3 leaves an empty tensor in its place between uses."""
-    return getattr(weight, "ds_shape", weight.shape)
-
-
-def _find_head(model: nn.Module) -> Any:
-    """Return the linear layer that turns hidden states into logits, through the wrappers of PEFT."""
-    getter = getattr(model, "get_output_embeddings", None)
-    head: Any = getter() if getter is not None else None
-    if head is None:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} names no output head: get_output_embeddings() gives None. "
-            "Pass a causal language model (AutoModelForCausalLM)"
-        )
-    if hasattr(head, "modules_to_save") and hasattr(head, "active_adapters") and mixed_copies(head) is None:
-        disabled = getattr(head, "disable_adapters", False)
-        adapters = [name for name in head.active_adapters if name in head.modules_to_save and not disabled]
-        head = head.modules_to_save[adapters[0]] if adapters else head.original_module
-    if hasattr(head, "base_layer"):
-        raise UnsupportedModelError(
-            f"the output head carries an adapter ({type(head).__name__}), whose product with the hidden states is not "
-            "one matrix. Leave the head out of target_modules, train it whole with modules_to_save, or merge it first"
-        )
-    weight = getattr(head, "weight", None)
-    if not isinstance(weight, Tensor) or len(_whole_shape(weight)) != 2:
-        raise UnsupportedModelError(
-            f"the output head is a {type(head).__name__} without a weight of shape (vocabulary, hidden); "
-            "only linear heads can be fused"
-        )
-    if not weight.is_floating_point():
-        raise UnsupportedModelError(
-            f"the output head's weight has dtype {weight.dtype}; a quantised head cannot be fused. "
-            "Keep the head out of the quantisation (llm_int8_skip_modules=['lm_head'])"
-        )
-    return head
 
 
 @contextlib.contextmanager
@@ -135,8 +88,8 @@ def _forward_replaced(head: nn.Module, forward: Any) -> Iterator[list[Any]]:
 
 def _measure_transform(model: Any, original_forward: Any) -> Transform:
     """Send a probe through in place of the logits and read off what the model does to them."""
-    head = _find_head(model)
-    vocabulary = _whole_shape(head.weight)[0]
+    head = find_head(model)
+    vocabulary = whole_shape(head.weight)[0]
     device = head.weight.device
     generator = torch.Generator().manual_seed(0)
     # Magnitudes from where tanh is linear to where it is flat (and below fp16's largest number), both signs, in random
@@ -222,40 +175,23 @@ class _FusedForward:
     def __call__(self, *args: Any, targets: Tensor | None = None, **kwargs: Any) -> Any:
         if targets is None:
             return self.original(*args, **kwargs)
+        request = HeadRequest.taken(kwargs)
+        kwargs = {**dict(zip(self.__signature__.parameters, args, strict=False)), **kwargs}
         if torch.is_inference_mode_enabled():
             # Its tensors count no versions, by which a change of the head's output is seen.
             with torch.inference_mode(False), torch.no_grad():
-                return self._scored(targets, *args, **kwargs)
-        return self._scored(targets, *args, **kwargs)
+                return self._scored(targets, request, arranged(self.model, kwargs))
+        return self._scored(targets, request, arranged(self.model, kwargs))
 
-    def _scored(
-        self,
-        targets: Tensor,
-        *args: Any,
-        temperature: float | Tensor = 1.0,
-        return_logsumexp: bool = False,
-        return_entropy: bool = False,
-        reference_hidden: Tensor | None = None,
-        reference_head: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> FusedOutput:
+    def _scored(self, targets: Tensor, request: HeadRequest, kwargs: dict[str, Any]) -> FusedOutput:
         transform, name = self.measure(), type(self.model).__name__
-        kwargs = arranged(self.model, {**dict(zip(self.__signature__.parameters, args, strict=False)), **kwargs})
-        current = _find_head(self.model)
+        current = find_head(self.model)
+        names: list[str] = []
 
         def head_forward(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-            parts = score_hidden(
-                current,
-                hidden,
-                targets,
-                transform,
-                temperature,
-                return_logsumexp=return_logsumexp,
-                return_entropy=return_entropy,
-                reference_hidden=reference_hidden,
-                reference_head=reference_head,
-            )
-            return torch.stack(parts, -1)
+            parts = score_hidden(current, hidden, targets, transform, request)
+            names[:] = parts
+            return torch.stack(list(parts.values()), -1)
 
         kwargs.setdefault("use_cache", False)
         kwargs.pop("labels", None)
@@ -270,14 +206,10 @@ class _FusedForward:
                 f"{name} changes the output of its head in place, which would change the scores"
             )
         # Copies, not views: a view as the model's output would lose FSDP's hook at the first in-place operation on it.
-        parts = [part.clone() for part in result[0].unbind(-1)]
-        logprob = parts.pop(0)
-        logsumexp = parts.pop(0) if return_logsumexp else None
-        entropy = parts.pop(0) if return_entropy else None
-        kl = parts.pop(0) if reference_hidden is not None else None
+        parts = {name: part.clone() for name, part in zip(names, result[0].unbind(-1), strict=True)}
         if hasattr(output, "logits"):
             output.logits = None
-        return FusedOutput(logprob, logsumexp, entropy, output, kl)
+        return FusedOutput.filled(parts, output)
 
 
 def fuse(model: nn.Module) -> nn.Module:
@@ -309,9 +241,9 @@ def fuse(model: nn.Module) -> nn.Module:
             "or call fuse(model.get_base_model())"
         )
     fused = _FusedForward(model)
-    head = _find_head(model)
+    head = find_head(model)
     # A model whose weights are elsewhere (meta, ZeRO-3) is measured in its first fused forward, which brings them.
-    if not head.weight.is_meta and head.weight.shape == _whole_shape(head.weight):
+    if not head.weight.is_meta and head.weight.shape == whole_shape(head.weight):
         fused.measure()
     model._mopl_fused_forward = fused  # type: ignore[assignment]
     model.forward = fused  # type: ignore[assignment]
