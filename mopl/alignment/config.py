@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from mopl._lines import lone_surrogate
@@ -193,8 +194,7 @@ class AlignConfig(CosDpoSettings, LanguageModelSettings):
                 "temperature-cos-dpo is conditioned on β, which conditioning='lora-mixture' cannot "
                 "take; pass conditioning='hyper-prompt', or method='weight-cos-dpo'"
             )
-        distils = any(TABLE[name].distils for name in self.methods)
-        for name in () if distils else ("teachers", "distill_beta", "distill_temperature"):
+        for name in () if self.distils else ("teachers", "distill_beta", "distill_temperature"):
             if getattr(self, name) != getattr(type(self), name):
                 raise ValueError(f"{name} has no part in method {self.method!r}; leave it out, or take method='distill'")
         if self.teachers and self.reference == "self":
@@ -204,6 +204,19 @@ class AlignConfig(CosDpoSettings, LanguageModelSettings):
             )
         if self.packing and self.positions == "paper":
             raise ValueError("packed sequences need positions that count up; pass positions='hf' or packing=False")
+
+    @property
+    def distils(self) -> bool:
+        """Whether a student learns from teachers."""
+        return any(TABLE[name].distils for name in self.methods)
+
+    def check_teachers(self, objectives: Sequence[str]) -> None:
+        """Raise unless there are no teachers, or one for each objective."""
+        if len(self.teachers) not in (0, len(objectives)):
+            raise ValueError(
+                f"teachers has {len(self.teachers)} entries but there are {len(objectives)} objectives "
+                f"({', '.join(objectives)}); pass one for each, in this order, or none for the run's own experts"
+            )
 
     def label_modes(self, objectives: int) -> tuple[str, ...]:
         """Return how labels become targets, one entry for each of m objectives; errors as `betas`."""
