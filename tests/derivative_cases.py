@@ -200,6 +200,17 @@ CASES = {
         HEAD,
         refused=True,
     ),
+    "linear_jsd": Case(
+        partial(ops.linear_jsd, teacher_hidden=torch.randn(3, 5).double(), teacher_weight=torch.randn(7, 5).double(),
+                beta=0.3),
+        HEAD,
+        refused=True,
+    ),
+    "linear_jsd-frozen": Case(
+        partial(ops.linear_jsd, weight=torch.randn(7, 4).double(), teacher_hidden=torch.randn(3, 4).double()),
+        {"hidden": (3, 4)},
+        refused=True,
+    ),
     "listwise_cross_entropy": Case(
         partial(ops.listwise_cross_entropy, mask=MASK),
         {"scores": (B, K), "labels": (B, M, K), "beta": (B, M)},

@@ -7,6 +7,7 @@ holds, refuse them (all but `vmap` without a derivative) by an error that names 
 """
 
 from mopl.ops.gathered_logprob import gathered_logprob
+from mopl.ops.linear_jsd import linear_jsd
 from mopl.ops.linear_kl import linear_kl
 from mopl.ops.linear_logprob import linear_logprob
 from mopl.ops.listnet import listwise_cross_entropy
@@ -15,6 +16,7 @@ from mopl.ops.sequence_logprob import sequence_logprob
 
 __all__ = [
     "gathered_logprob",
+    "linear_jsd",
     "linear_kl",
     "linear_logprob",
     "listwise_cross_entropy",

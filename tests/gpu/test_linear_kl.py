@@ -11,7 +11,7 @@ import torch
 from gpu_problems import DEVICE, DTYPES, GPU, SLACK, capped, error, normal, size, wide_product
 from torch import Tensor
 
-from mopl.ops import _linear_kl_chunks as chunks
+from mopl.ops import _divergence_blocks as chunks
 from mopl.ops import linear_kl
 
 NEEDS = {"frozen": ("hidden",), "trained": ("hidden", "weight")}

@@ -129,7 +129,7 @@ def test_linear_kl(device: str, layout: str, masked: bool) -> None:
     mask = torch.tensor([True, False, True, True, True, False], device=device) if masked else None
     reference = hidden + 0.1
     seen = check(lambda h, w, b: linear_kl(h, w, reference, bias=b, mask=mask), hidden, weight, bias)
-    assert seen == {"mopl::linear_kl", "mopl::linear_kl_backward"}
+    assert seen == {"mopl::linear_divergence", "mopl::linear_divergence_backward"}
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -185,7 +185,7 @@ def test_every_op_is_here() -> None:
     assert names == {
         f"mopl::{op}{suffix}"
         for op in (
-            "linear_logprob", "linear_kl", "gathered_logprob", "listwise_cross_entropy", "plackett_luce_nll",
+            "linear_logprob", "linear_divergence", "gathered_logprob", "listwise_cross_entropy", "plackett_luce_nll",
             "smooth_ranks",
         )
         for suffix in ("", "_backward")

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mopl import reference_policy
-from mopl.ops import _linear_kl_chunks as chunks
+from mopl.ops import _divergence_blocks as chunks
 from mopl.ops import linear_kl
-from mopl.ops.linear_kl import _linear_kl
+from mopl.ops._divergence import _linear_divergence
 
 DIRECTIONS = ("reverse", "forward")
 
@@ -21,6 +21,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several ragged tiles in each direction."""
     monkeypatch.setattr(chunks, "COLUMNS", {"cpu": 7, "else": 7})
     monkeypatch.setattr(chunks, "ROWS", {"cpu": 5, "else": 5})
+    monkeypatch.setattr(chunks, "HELD", {"cpu": 5 * 37 * 8, "else": 5 * 37 * 8})
 
 
 def leaf(*shape: int, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> Tensor:
@@ -211,8 +212,8 @@ def test_nothing_as_large_as_the_logits_is_held() -> None:
     hidden, reference, weight = torch.randn(rows, width), torch.randn(rows, width), torch.randn(vocabulary, width)
     heads = [chunks.Head(h, weight, None, torch.ones(rows), 0.0, 1.0) for h in (hidden, reference)]
     with Largest() as seen:
-        _, sums = chunks.forward(*heads, True)
-        chunks.backward(torch.ones(rows), *heads, sums, True, True, True, False)
+        _, sums, _ = chunks.forward(*heads, 1.0, True)
+        chunks.backward(torch.ones(rows), *heads, sums, 1.0, chunks.Need(True, True, False))
     assert seen.numel <= max(chunks.ROWS["cpu"] * chunks.COLUMNS["cpu"], vocabulary * width)
     assert seen.numel < rows * vocabulary / 15
 
@@ -223,9 +224,9 @@ def test_opcheck(masked: bool) -> None:
     hidden, weight, bias = leaf(5, 4), leaf(9, 4), leaf(9)
     mask = torch.tensor([1, 0, 1, 1, 0]).bool() if masked else None
     torch.library.opcheck(
-        _linear_kl,
+        _linear_divergence,
         (hidden, weight, bias, torch.ones(5).double(), torch.randn(5, 3).double(), torch.randn(9, 3).double(), None,
-         torch.ones(5).double(), mask, 0.0, 1.0, True),
+         torch.ones(5).double(), mask, [0.0, 1.0, 0.0, 1.0, 1.0], False, "linear_kl"),
         raise_exception=True,
     )  # fmt: skip
 

@@ -23,7 +23,7 @@ class VocabularyShard:
         self.group, self.size = group, size
         rank = dist.get_rank(group)
         if rank < 0:
-            raise ValueError("this process is no member of group; only ranks of the group can call linear_logprob")
+            raise ValueError("this process is no member of group; only its ranks can pass it")
         # Sizes may differ between ranks. They stay on the device: reading them would cost a synchronisation.
         sizes = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=device)
         sizes[rank] = size
@@ -41,6 +41,10 @@ class VocabularyShard:
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
         return largest
 
+    def largest(self) -> int:
+        """Return the size of the largest part; waits for the device, on which the sizes are."""
+        return int(self.max(self.vocabulary.new_tensor(self.size)))
+
     def local(self, column: Tensor) -> Tensor:
         """Return indices into this rank's part of the vocabulary, -1 for those of other ranks."""
         own = column - self.start
@@ -57,7 +61,7 @@ def check_shard(
             "group=weight.device_mesh.get_group(). If ranks have different rows (FSDP2), pass the gathered head: "
             'weight.full_tensor(grad_placements=[Partial("avg")])'
         )
-    local = [_to_local(value, name, group) for value, name in ((weight, "weight"), (bias, "bias"))]
+    local = [local_part(value, name, group) for value, name in ((weight, "weight"), (bias, "bias"))]
     weight, bias = local[0], local[1]  # type: ignore[assignment]
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(
@@ -66,7 +70,8 @@ def check_shard(
     return VocabularyShard(weight.shape[0], group, hidden.device), weight, bias
 
 
-def _to_local(value: Tensor | None, name: str, group: dist.ProcessGroup) -> Tensor | None:
+def local_part(value: Tensor | None, name: str, group: dist.ProcessGroup) -> Tensor | None:
+    """Return this rank's plain tensor of a weight or bias; raise if it is a DTensor that `group` does not shard."""
     if value is None or not is_dtensor(value):
         return value
     from torch.distributed.tensor import DTensor, Shard
