@@ -177,11 +177,9 @@ class Stages(CosDpoStages):
     def _given_teachers(self) -> list[Teacher]:
         """Load and check the teachers that the run was given."""
         config, found = self.config, []
-        for name in config.teachers:
-            models.check_same_tokens(name, config.model, self.tokenizer.tokenizer, "teacher")
         for objective, name in enumerate(config.teachers):
             teacher = load_teacher(
-                name, self.base, config.model, self.objectives, objective, dtype=config.dtype,
+                name, self.base, config.model, self.tokenizer.tokenizer, self.objectives, objective, dtype=config.dtype,
                 attention=config.attention,
             )  # fmt: skip
             teacher.model.to(self.accelerator.device)

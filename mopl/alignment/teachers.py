@@ -67,7 +67,13 @@ def of_folder(folder: Path, base: nn.Module, weights: Tensor, name: str | None =
 
 
 def load_teacher(
-    name: str, base: nn.Module, base_name: str, objectives: Sequence[str], objective: int, **options: Any
+    name: str,
+    base: nn.Module,
+    base_name: str,
+    tokenizer: Any,
+    objectives: Sequence[str],
+    objective: int,
+    **options: Any,
 ) -> Teacher:
     """Return a teacher by its directory or hub name.
 
@@ -75,6 +81,7 @@ def load_teacher(
         name: A causal language model, a PEFT adapter, or what `mopl align` trained.
         base: The base model of the run, fused, on its device.
         base_name: Its name.
+        tokenizer: Its tokenizer.
         objectives: Names of the m objectives of the run.
         objective: The number of the one that it teaches: what takes weights is asked where that one has all.
         **options: `dtype` and `attention` of `load_causal_lm`.
@@ -102,6 +109,7 @@ def load_teacher(
                 "start from the same model, or write the teacher as a model of its own with mopl export"
             )
         return of_folder(folder, base, torch.eye(len(objectives))[objective])
+    models.check_same_tokens(name, base_name, tokenizer, "teacher")
     if _is_lora_on(name, base_name):
         model = load_adapters(models.sharing(base), {"default": folder}).eval()
         if not hasattr(causal_lm_of(model).get_output_embeddings(), "base_layer"):  # a head with an adapter is no matrix
