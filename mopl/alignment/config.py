@@ -196,7 +196,9 @@ class AlignConfig(CosDpoSettings, LanguageModelSettings):
             )
         for name in () if self.distils else ("teachers", "distill_beta", "distill_temperature"):
             if getattr(self, name) != getattr(type(self), name):
-                raise ValueError(f"{name} has no part in method {self.method!r}; leave it out, or take method='distill'")
+                raise ValueError(
+                    f"{name} has no part in method {self.method!r}; leave it out, or take method='distill'"
+                )
         if self.teachers and self.reference == "self":
             raise ValueError(
                 "reference='self' is computed in the steps, but those of distill with teachers see the teachers alone; "

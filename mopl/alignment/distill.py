@@ -3,7 +3,8 @@
 The loss of objective j is the divergence D_j between its teacher and the student at weights w, averaged over the tokens
 of a response and over the responses of a list; a list's loss is Σ_j w_j D_j, with w drawn as for `weight-cos-dpo`. D is
 the generalised Jensen-Shannon divergence of `mopl.ops.linear_jsd` (Agarwal et al., On-policy distillation of language
-models, ICLR 2024, with TRL's ends), on the responses of the data. A student that can be anything has its optimum, in each context, where
+models, ICLR 2024, with TRL's ends), on the responses of the data. A student that can be anything has its optimum, in
+each context, where
 
     β = 0      p = Σ_j w_j p_j                       the arithmetic mixture of the teachers
     β = 1      p ∝ Π_j p_j^{w_j}                     their geometric mixture, which mixes logits
@@ -74,7 +75,11 @@ class Distilling:
         return torch.stack(columns, -1), None if logprob is None else to_lists(logprob, batch)
 
     def loss(
-        self, names: Sequence[str], *, penalty: float = 0.0, penalty_sign: Literal["as_printed", "cosmos"] = "as_printed"
+        self,
+        names: Sequence[str],
+        *,
+        penalty: float = 0.0,
+        penalty_sign: Literal["as_printed", "cosmos"] = "as_printed",
     ) -> StepLoss:
         """Return the training loss of a student; arguments as in `mopl.experiments.cos_dpo.scalarized_loss`."""
 

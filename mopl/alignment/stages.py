@@ -170,9 +170,7 @@ class Stages(CosDpoStages):
         return Distilling(self._given_teachers() if config.teachers else self._experts(), how, self.accelerator)
 
     def _experts(self) -> list[Teacher]:
-        return [
-            of_folder(model_folder(self.path, "dpo-soup", w), self.base, w) for w in vertices(len(self.objectives))
-        ]
+        return [of_folder(model_folder(self.path, "dpo-soup", w), self.base, w) for w in vertices(len(self.objectives))]
 
     def _given_teachers(self) -> list[Teacher]:
         """Load and check the teachers that the run was given."""

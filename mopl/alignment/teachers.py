@@ -112,7 +112,9 @@ def load_teacher(
     models.check_same_tokens(name, base_name, tokenizer, "teacher")
     if _is_lora_on(name, base_name):
         model = load_adapters(models.sharing(base), {"default": folder}).eval()
-        if not hasattr(causal_lm_of(model).get_output_embeddings(), "base_layer"):  # a head with an adapter is no matrix
+        if not hasattr(
+            causal_lm_of(model).get_output_embeddings(), "base_layer"
+        ):  # a head with an adapter is no matrix
             return Teacher(name, model)
     return Teacher(name, models.load_causal_lm(name, **options))
 
