@@ -1,4 +1,4 @@
-"""Log-probabilities, logsumexp and entropy by the plain formulas, any dtype, with the logits held whole: the oracle.
+"""Log-probabilities, logsumexp, entropy and divergences by the plain formulas, with the logits held whole: the oracle.
 
 Conventions as in `mopl.ops`: what does not count is 0 with gradient 0, and is never read into arithmetic. Everything
 is computed in the dtype of the operands given: pass float64 for an oracle, float32 for a yardstick.
@@ -73,6 +73,48 @@ def linear_logprob(
         logits[place], merged, temperature=temperatures[place], ignore_index=ignore_index, softcap=softcap
     )
     return logprob.view(target.shape), logsumexp.view(lead), entropy.view(lead)
+
+
+def jsd(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
+    """Return the generalised JSD (...) of softmax(student) and softmax(teacher), logits (..., V).
+
+    beta is the teacher's share of the mixture; 0 is KL(teacher ‖ student) and 1 is KL(student ‖ teacher).
+    """
+    log_p, log_q = student.log_softmax(-1), teacher.log_softmax(-1)
+
+    def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+        possible = log_a > -torch.inf  # what has no mass adds nothing, and passes no gradient
+        a, b = torch.where(possible, log_a, 0), torch.where(possible, log_b, 0)
+        return torch.where(possible, a.exp() * (a - b), 0).sum(-1)
+
+    if beta == 0:
+        return kl(log_q, log_p)
+    if beta == 1:
+        return kl(log_p, log_q)
+    p, q = torch.where(log_p == -torch.inf, 0, log_p).exp(), log_q.exp()
+    p = torch.where(log_p == -torch.inf, 0, p)
+    mixture = beta * q + (1 - beta) * p
+    log_m = torch.where(mixture == 0, 0, torch.where(mixture == 0, 1, mixture).log())
+    return beta * kl(log_q, log_m) + (1 - beta) * kl(log_p, log_m)
+
+
+def topk_jsd(logits: Tensor, ids: Tensor, logprobs: Tensor, beta: float, tail: bool) -> Tensor:
+    """Return the JSD (N,) of logits (N, V) and a teacher of whom log-probabilities (N, k) at ids (N, k) are known.
+
+    Events are the ids and, with `tail`, the rest as one. Negative ids do not count; a row without any gives 0.
+    """
+    rows = []
+    for own, which, known in zip(logits, ids, logprobs, strict=True):
+        which, known = which[which >= 0], known[which >= 0]
+        others = torch.ones(len(own), dtype=torch.bool)
+        others[which] = False
+        student, teacher = own[which], known
+        if tail:
+            rest = own[others].logsumexp(-1) if others.any() else own.new_tensor(-torch.inf)
+            student = torch.cat([student, rest[None]])
+            teacher = torch.cat([teacher, torch.log1p(-known.exp().sum().clamp(max=1))[None]])
+        rows.append(jsd(student, teacher, beta) if len(which) else own.sum() * 0)
+    return torch.stack(rows)
 
 
 def sequence_logprob(logprob: Tensor, segment: Tensor, sequences: int, *, average: bool = False) -> Tensor:

@@ -211,6 +211,12 @@ CASES = {
         {"hidden": (3, 4)},
         refused=True,
     ),
+    "linear_topk_jsd": Case(
+        partial(ops.linear_topk_jsd, teacher_ids=torch.tensor([[0, 3], [6, -100], [2, 1]]),
+                teacher_logprobs=torch.tensor([[0.5, 0.2], [0.1, 0.0], [0.3, 0.3]]).double().log(), softcap=2.0),
+        HEAD,
+        refused=True,
+    ),
     "listwise_cross_entropy": Case(
         partial(ops.listwise_cross_entropy, mask=MASK),
         {"scores": (B, K), "labels": (B, M, K), "beta": (B, M)},

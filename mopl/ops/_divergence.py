@@ -174,7 +174,7 @@ def _run_forward(*arguments, shard: VocabularyShard | None = None) -> tuple[Tens
     """Return the divergence (N,), the fields of `Sums` and the direction (N, H), or empty, put in place."""
     *operands, options, frozen, _ = arguments
     with torch.autocast(operands[0].device.type, enabled=False):
-        policy, other, places = _heads(*operands, options)
+        policy, other, places = _heads(*operands, options)  # pyright: ignore[reportCallIssue]
         value, sums, direction = forward(policy, other, options[-1], frozen, shard)
         direction = places.put(direction) if frozen else direction
         return *(places.put(part) for part in (value, *sums)), direction
@@ -185,7 +185,7 @@ def _run_backward(*arguments, shard: VocabularyShard | None = None) -> tuple[Ten
     *operands, options, saved, grad, need = arguments
     hidden, need = operands[0], Need(*need)
     with torch.autocast(hidden.device.type, enabled=False):
-        policy, other, places = _heads(*operands, options)
+        policy, other, places = _heads(*operands, options)  # pyright: ignore[reportCallIssue]
         # Rows that do not count left zeros: as sums they would divide by 0.
         sums = Sums(*(places.take(part, fill=1) for part in saved))
         of_hidden, *of_head = backward(places.take(grad), policy, other, sums, options[-1], need, shard)

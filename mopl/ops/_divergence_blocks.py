@@ -30,6 +30,7 @@ and the products with it as well: its entries would flush to 0.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -114,7 +115,7 @@ def _narrow(operand: Tensor, dtype: torch.dtype) -> bool:
     return operand.is_cuda and operand.dtype == torch.bfloat16 and dtype == torch.float32
 
 
-def _operand(operand: Tensor, dtype: torch.dtype) -> Tensor:
+def operand_of(operand: Tensor, dtype: torch.dtype) -> Tensor:
     return operand if _narrow(operand, dtype) else operand.to(dtype)
 
 
@@ -127,12 +128,12 @@ def _parts(value: Tensor, operand: Tensor) -> tuple[Tensor, ...]:
 
 
 def add_product(value: Tensor, operand: Tensor, out: Tensor) -> None:
-    """Add value @ operand to `out`, the operand being what `_operand` gives."""
+    """Add value @ operand to `out`, the operand being what `operand_of` gives."""
     for part in _parts(value, operand):
         product(part, operand, out, add=True)
 
 
-def _lift(top: Tensor) -> Tensor:
+def lift(top: Tensor) -> Tensor:
     """Return what to subtract from logits: their maximum, or 0 where all are -inf."""
     return torch.where(top == -torch.inf, 0, top)
 
@@ -142,15 +143,27 @@ def log_ratios(x: Tensor, beta: float) -> tuple[Tensor, Tensor]:
 
     log(m / the larger of p and q) = log1p(share * (e^-|x| - 1)) with the share of the smaller one in m.
     """
-    policy_larger, size = x >= 0, x.abs()
-    drop = torch.expm1(-size)
-    t = torch.where(policy_larger, beta * drop, (1 - beta) * drop)
-    below = torch.log1p(t)
-    if min(beta, 1 - beta) < 0.25:  # then 1 + t can be so small that its rounding shows
-        whole = torch.exp(-size)
-        whole = torch.where(policy_larger, (1 - beta) + beta * whole, beta + (1 - beta) * whole)
-        below = torch.where(t > -0.5, below, whole.log())
-    return x.clamp(max=0) - below, -x.clamp(min=0) - below
+    if beta < 0.25:  # then what is left of 1 may be small, and log(p/m) is of the size of beta: see below
+        of_q, of_p = _uneven_log_ratios(-x, beta)
+        return of_p, of_q
+    if beta > 0.75:
+        return _uneven_log_ratios(x, 1 - beta)
+    drop = torch.expm1(-x.abs())
+    below = torch.where(x >= 0, beta * drop, (1 - beta) * drop).log1p_()
+    return x.clamp(max=0).sub_(below), x.clamp(min=0).neg_().sub_(below)
+
+
+def _uneven_log_ratios(y: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Return log(a/m) and log(b/m) at y = log(a/b), with m = share a + (1 - share) b and a share below a half.
+
+    Each is right to its own digits, down to shares whose divergence, of the size of the share, is to be divided by it.
+    """
+    limit = 0.9 * math.log(torch.finfo(y.dtype).max)  # beyond, b is too small to matter
+    of_b = torch.expm1(y.clamp(max=limit)).mul_(share).log1p_().neg_()
+    drop = torch.expm1(-y).mul_(1 - share)
+    whole = torch.exp(-y).mul_(1 - share).add_(share)  # 1 + drop, which would round where it is small
+    of_a = torch.where(drop > -0.5, drop.log1p(), whole.log()).neg_()
+    return torch.where(y > 0, of_a, y + of_b), of_b
 
 
 def _normalised(a: Tensor, b: Tensor, sums: Sums, rows: slice = slice(None)) -> Tensor:
@@ -192,7 +205,7 @@ def settle(tiles: list[list[Tensor]], beta: float, shard: VocabularyShard | None
     tops = largest(torch.stack([torch.stack([t[k].amax(-1) for t in tiles]).amax(0) for k in (0, 1)]))
     for tile in tiles:
         for logits, top in zip(tile, tops, strict=True):
-            logits.sub_(_lift(top)[:, None])
+            logits.sub_(lift(top)[:, None])
     found = first.new_zeros((3, len(first)), dtype=wide)
     ends = beta in (0.0, 1.0)
     for a, b in tiles:
@@ -255,10 +268,10 @@ def forward(
         if not direction:
             continue
         for columns, (a, b) in zip(cuts, tiles, strict=True):
-            bent = policy.bent(a + _lift(own.top)[:, None], rows) if policy.softcap else None
+            bent = policy.bent(a + lift(own.top)[:, None], rows) if policy.softcap else None
             g = logit_gradient(a, b, own, beta, policy.slope(rows))
             g = g if bent is None else g.mul_(bent)
-            add_product(g, _operand(policy.weight[columns], dtype), directions[rows])
+            add_product(g, operand_of(policy.weight[columns], dtype), directions[rows])
     if direction and shard is not None:
         shard.sum(directions)
     return value, sums, directions
@@ -277,9 +290,9 @@ def backward(
     factor = grad.to(policy.temperature.dtype) * policy.slope()
 
     def of_logits(u: Tensor, rows: slice, columns: slice) -> Tensor:
-        a = u.sub_(_lift(sums.top[rows])[:, None])
+        a = u.sub_(lift(sums.top[rows])[:, None])
         r = other.logits(rows, columns, other.weight[columns])
-        b = r.sub_(_lift(sums.other_top[rows])[:, None])
+        b = r.sub_(lift(sums.other_top[rows])[:, None])
         return logit_gradient(a, b, sums, beta, factor[rows], rows)
 
     return pull_back(policy, of_logits, need, shard)
@@ -303,7 +316,7 @@ def pull_back(
     grad_bias = bias.new_empty(bias.shape) if need.bias and bias is not None else like.new_empty(0)
     for columns in _slices(len(weight), COLUMNS, device):
         tile = weight[columns]
-        operand = _operand(tile, dtype)
+        operand = operand_of(tile, dtype)
         of_tile = torch.zeros(tile.shape if need.weight else 0, dtype=dtype, device=device)
         of_bias = torch.zeros(len(tile), dtype=dtype, device=device)
         for rows in _slices(len(like), ROWS, device):
@@ -314,7 +327,7 @@ def pull_back(
             if need.hidden:
                 add_product(g, operand, grad_hidden[rows])
             if need.weight:
-                add_product(g.t(), _operand(policy.rows[rows], dtype), of_tile)
+                add_product(g.t(), operand_of(policy.rows[rows], dtype), of_tile)
             if need.bias:
                 of_bias += g.sum(0)
         if need.weight:

@@ -8,7 +8,8 @@ from ending import leave
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from mopl.ops import linear_logprob
+from mopl.ops import _divergence_blocks as blocks
+from mopl.ops import linear_jsd, linear_kl, linear_logprob, linear_topk_jsd
 
 ROWS, WIDTH, VOCABULARY = 17, 8, 41
 
@@ -89,6 +90,66 @@ def case(
                 close(a, e[own] if name in "wb" else e, f"{what} chosen={chosen} gradient of {name}", loose)
 
 
+def divergences(cut: list[int] | None, train: str, dtype: torch.dtype, scale: float) -> None:
+    """Compare divergences of sharded heads, of two models or of one, with those of whole ones."""
+    rank, group = dist.get_rank(), dist.group.WORLD
+    hidden, other = torch.randn(2, ROWS, WIDTH, dtype=dtype)
+    weight, other_weight = scale * torch.randn(2, VOCABULARY, WIDTH, dtype=dtype)
+    bias = torch.randn(VOCABULARY, dtype=dtype)
+    bias[:2] = -torch.inf
+    temperature, mask = torch.rand(ROWS, dtype=dtype) + 0.5, torch.rand(ROWS) > 0.3
+    known, ids = torch.randn(ROWS, VOCABULARY).log_softmax(-1).topk(6)
+    ids[torch.rand(ids.shape) > 0.7] = -100
+    options = dict(temperature=temperature, mask=mask, softcap=3.0 if scale == 1 else None, logit_scale=1.25)
+    upstream = torch.randn(ROWS, dtype=dtype)
+    if cut is None:
+        mesh = init_device_mesh("cpu", (2,))
+        group, own = mesh.get_group(), torch.arange(VOCABULARY).chunk(2)[rank]
+
+        def part(whole: torch.Tensor) -> torch.Tensor:
+            return distribute_tensor(whole, mesh, [Shard(0)]).detach()
+    else:
+        own = torch.arange(VOCABULARY).split(cut)[rank]
+
+        def part(whole: torch.Tensor) -> torch.Tensor:
+            return whole[own].clone()
+
+    calls = {
+        "jsd": lambda h, w, b, o, **more: linear_jsd(h, w, other, o, beta=0.3, bias=b, **options, **more),
+        "jsd, shared head": lambda h, w, b, o, **more: linear_jsd(h, w, other, bias=b, **options, **more),
+        "reverse": lambda h, w, b, o, **more: linear_kl(h, w, other, o, bias=b, **options, **more),
+        "forward": lambda h, w, b, o, **more: linear_kl(
+            h, w, other, bias=b, direction="forward", **options, **more
+        ),
+        "top k": lambda h, w, b, o, **more: linear_topk_jsd(h, w, ids, known, bias=b, **options, **more),
+        "top k alone": lambda h, w, b, o, **more: linear_topk_jsd(
+            h, w, ids, known, beta=0.0, tail=False, bias=b, **options, **more
+        ),
+    }  # fmt: skip
+    for name, call in calls.items():
+        if name == "forward":  # the teacher's bias is the student's: what is forbidden is so to both
+            assert bias[:2].isinf().all()
+        if name in ("top k", "top k alone"):
+            bias = bias.clamp(min=-5)  # which an end of the KL would make inf
+        found = []
+        for cut_of, kept, more in ((lambda t: t, slice(None), {}), (part, own, {"group": group})):
+            leaves = [
+                t.detach().clone().requires_grad_(letter in train)
+                for t, letter in ((hidden, "h"), (cut_of(weight), "w"), (cut_of(bias), "b"))
+            ]
+            value = call(*leaves, cut_of(other_weight), **more)
+            wanted = [t for t in leaves if t.requires_grad]
+            for _ in range(2):  # what is saved is not spent
+                gradients = torch.autograd.grad(value, wanted, upstream, retain_graph=True)
+            found.append((value.detach(), gradients, kept))
+        (expected, whole, _), (actual, mine, _) = found
+        what = f"{name} cut={cut} train={train} {dtype} scale={scale}"
+        close(actual, expected, what)
+        for letter, e, a in zip(train, whole, mine, strict=True):
+            a = a.to_local() if isinstance(a, DTensor) else a
+            close(a, e[own] if letter in "wb" else e, f"{what}, gradient of {letter}", 5)
+
+
 def errors() -> None:
     """What is no vocabulary shard is refused."""
     mesh, hidden, target = init_device_mesh("cpu", (2,)), torch.randn(3, WIDTH), torch.zeros(3, dtype=torch.long)
@@ -102,6 +163,19 @@ def errors() -> None:
         try:
             linear_logprob(*arguments, **options)
         except ValueError as error:
+            assert part in str(error), error
+        else:
+            raise AssertionError(f"nothing was raised for {part}")
+    for call, part in (
+        (lambda: linear_jsd(hidden, weight, hidden), "group=weight.device_mesh.get_group()"),
+        (lambda: linear_topk_jsd(hidden, weight, target[:, None], hidden[:, :1]), "weight.full_tensor()"),
+        (lambda: linear_jsd(hidden, weight, hidden, wide, group=mesh.get_group()), "teacher_weight is a DTensor"),
+        (lambda: linear_topk_jsd(hidden, weight, target[:, None] + VOCABULARY, hidden[:, :1] - 9,
+                                 group=mesh.get_group()), f"vocabulary size {VOCABULARY}"),
+    ):  # fmt: skip
+        try:
+            call()
+        except (TypeError, ValueError) as error:
             assert part in str(error), error
         else:
             raise AssertionError(f"nothing was raised for {part}")
@@ -130,6 +204,13 @@ def main() -> None:
                 # A scale of 60 makes tokens of probability e^-1000: shifts then differ from rank to rank.
                 softcap = 3.0 if number % 3 == 1 and scale < 60 else None
                 case(cut, train, bool(shared), softcap, "b" in train or number % 2 == 0, dtype, scale)
+        # Blocks of a few rows: ranks with parts of different size must cut alike.
+        blocks.HELD = {"cpu": 5 * VOCABULARY * 8, "else": 5 * VOCABULARY * 8}
+        blocks.COLUMNS, blocks.ROWS = {"cpu": 7, "else": 7}, {"cpu": 4, "else": 4}
+        for number, (cut, train) in enumerate(itertools.product(cuts, ("h", "hw", "hwb"))):
+            torch.manual_seed(number)
+            divergences(cut, train, torch.float64, 1.0 if number % 2 else 20.0)
+        divergences([33, 8], "hw", torch.float32, 0.3)
         errors()
     finally:
         dist.destroy_process_group()

@@ -12,7 +12,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from mopl.losses import lambda_loss
-from mopl.ops import gathered_logprob, linear_kl, linear_logprob, listwise_cross_entropy, plackett_luce_nll
+from mopl.ops import (
+    gathered_logprob,
+    linear_jsd,
+    linear_kl,
+    linear_logprob,
+    linear_topk_jsd,
+    listwise_cross_entropy,
+    plackett_luce_nll,
+)
 from mopl.ops.pairs import pairwise_logistic, smooth_ranks
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -130,6 +138,20 @@ def test_linear_kl(device: str, layout: str, masked: bool) -> None:
     reference = hidden + 0.1
     seen = check(lambda h, w, b: linear_kl(h, w, reference, bias=b, mask=mask), hidden, weight, bias)
     assert seen == {"mopl::linear_divergence", "mopl::linear_divergence_backward"}
+    other = torch.randn(11, 5, device=device)
+    check(lambda h: linear_jsd(h, weight, reference[:, [0, 1, 2, 3, 0]], other, mask=mask), hidden.detach())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("tail", [False, True])
+def test_linear_topk_jsd(device: str, layout: str, tail: bool) -> None:
+    hidden, weight = (LAYOUTS[layout](torch.randn(n, 4, device=device)) for n in (6, 11))
+    ids = torch.tensor([[1, 2, 3]] * 5 + [[-100] * 3], device=device)
+    known = LAYOUTS[layout](torch.full((6, 3), -2.0, device=device))
+    seen = check(lambda h, w: linear_topk_jsd(h, w, ids, known, tail=tail), hidden, weight)
+    assert seen == {"mopl::linear_topk_jsd", "mopl::linear_topk_jsd_backward"}
+    check(lambda h: linear_topk_jsd(h, weight.detach(), ids, known, tail=tail), hidden.detach())
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -185,8 +207,8 @@ def test_every_op_is_here() -> None:
     assert names == {
         f"mopl::{op}{suffix}"
         for op in (
-            "linear_logprob", "linear_divergence", "gathered_logprob", "listwise_cross_entropy", "plackett_luce_nll",
-            "smooth_ranks",
+            "linear_logprob", "linear_divergence", "linear_topk_jsd", "gathered_logprob", "listwise_cross_entropy",
+            "plackett_luce_nll", "smooth_ranks",
         )
         for suffix in ("", "_backward")
     } | {"mopl::pairwise_logistic", "mopl::gathered_logprob_backward_"}  # fmt: skip
