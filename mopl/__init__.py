@@ -22,7 +22,13 @@ _SUBMODULES = (
     "language_models", "losses", "ops", "pareto", "ranking", "reference", "reference_logprob", "reference_policy",
     "report", "rewards", "serving", "steering", "training",
 )  # fmt: skip
-_FUNCTIONS = {"gathered_logprob": "ops", "linear_logprob": "ops", "sequence_logprob": "ops"}
+_FUNCTIONS = {
+    "gathered_logprob": "ops",
+    "linear_logprob": "ops",
+    "patch_trl": "integrations.trl_heads",
+    "sequence_logprob": "ops",
+    "unpatch_trl": "integrations.trl_heads",
+}
 
 __all__ = ["__version__", *_SUBMODULES, *_FUNCTIONS]  # pyright: ignore[reportUnsupportedDunderAll]
 

@@ -117,6 +117,30 @@ def topk_jsd(logits: Tensor, ids: Tensor, logprobs: Tensor, beta: float, tail: b
     return torch.stack(rows)
 
 
+def head_statistics(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    target: Tensor,  # (N,)
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+) -> dict[str, Tensor]:
+    """Return log Σ p², the mean logit, and whether the target is the first of the likeliest tokens, as 1 or 0."""
+    logits = hidden @ weight.T
+    logits = (logits if bias is None else logits + bias) * logit_scale
+    u = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    u = u / torch.as_tensor(temperature, dtype=u.dtype).expand(target.shape)[:, None]
+    found = {
+        "log_sum_sq_probs": (u.softmax(-1) ** 2).sum(-1).log(),
+        "mean_logits": u.mean(-1),
+        "is_top1": (u.argmax(-1) == target).to(u.dtype),
+    }
+    return {name: torch.where(target == ignore_index, 0, value) for name, value in found.items()}
+
+
 def sequence_logprob(logprob: Tensor, segment: Tensor, sequences: int, *, average: bool = False) -> Tensor:
     """Return sums (or means) over tokens of equal segment (S,); negative segments do not count, empty ones give 0."""
     result = []

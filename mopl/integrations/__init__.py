@@ -6,11 +6,14 @@ Each is imported only when it is asked for, with the library that it is for.
 from importlib import import_module
 from typing import Any
 
-__all__ = ["transformers", "trl", "vllm"]  # pyright: ignore[reportUnsupportedDunderAll]
+_FUNCTIONS = {"patch_trl": "trl_heads", "unpatch_trl": "trl_heads"}
+__all__ = [*_FUNCTIONS, "transformers", "trl", "trl_heads", "vllm"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
-    """Import a module when it is first asked for."""
+    """Import a module, or the module of a function, when it is first asked for."""
+    if name in _FUNCTIONS:
+        return getattr(import_module(f"{__name__}.{_FUNCTIONS[name]}"), name)
     if name in __all__:
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

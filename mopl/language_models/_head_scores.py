@@ -7,6 +7,7 @@ output.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from mopl._rows import UnsupportedModelError
 from mopl.conditioning.adapted import mixed_copies
 from mopl.ops import linear_jsd, linear_kl, linear_logprob
+from mopl.ops.head_statistics import head_statistics
 
 IGNORE_INDEX = -100
 _DIVERGENCE = "divergence "  # with the number of the teacher
@@ -69,6 +71,8 @@ class HeadRequest:
         return_entropy: also give the entropy.
         reference_hidden: (N, T, H'), what the head of a reference got at the same positions, for the KL to it.
         reference_head: that head; None: the model's own.
+        statistics: which figures to give that pass no gradient, of `mopl.ops.head_statistics.NAMES`.
+        autocast: whether the head takes part in autocast, as it does by itself; else it multiplies in its own dtype.
         teachers: what the heads of teachers got for the same targets, for the divergence to each.
         distillation: which divergence that is.
         return_log_probs: give the log-probabilities of the targets; without them there must be something else.
@@ -80,6 +84,8 @@ class HeadRequest:
     return_entropy: bool = False
     reference_hidden: Tensor | None = None
     reference_head: Any = None
+    statistics: tuple[str, ...] = ()
+    autocast: bool = True
     teachers: Sequence[HeadStates] = ()
     distillation: Distillation = Distillation()
     return_log_probs: bool = True
@@ -237,10 +243,19 @@ def score_hidden(
     transform: Transform,
     request: HeadRequest,
 ) -> dict[str, Tensor]:  # (N, T) each
+    """Answer a request with the last T positions that a head was given: named tensors, `log_probs` first."""
+    outside = contextlib.nullcontext() if request.autocast else torch.autocast(hidden.device.type, enabled=False)
+    with outside:
+        return _score_hidden(head, hidden, targets, transform, request)
+
+
+def _score_hidden(
+    head: Any, hidden: Tensor, targets: Tensor, transform: Transform, request: HeadRequest
+) -> dict[str, Tensor]:
     """Run `linear_logprob`, and `linear_kl` where there is a reference, on the last T positions that a head was given.
 
     Returns:
-        `log_probs`, and what else is asked for of `logsumexp`, `entropy` and `kl`, KL(model ‖ reference).
+        `log_probs`, and what else is asked for of `logsumexp`, `entropy`, `kl`, KL(model ‖ reference), and statistics.
     """
     if hidden.ndim != 3 or targets.ndim != 2 or hidden.shape[0] != targets.shape[0]:
         raise ValueError(
@@ -254,6 +269,7 @@ def score_hidden(
         )
     own, weight, bias = _operands(head, hidden[:, -length:])
     targets = targets.to(weight.device)
+    with_logsumexp = request.return_logsumexp or bool(request.statistics)
     options: dict[str, Any] = {
         "bias": bias,
         "temperature": request.temperature,
@@ -261,19 +277,22 @@ def score_hidden(
         "logit_scale": transform.logit_scale,
     }
     parts: dict[str, Tensor] = {}
-    if request.return_log_probs or request.return_logsumexp or request.return_entropy:
+    if request.return_log_probs or with_logsumexp or request.return_entropy:
         scores = linear_logprob(
             own,
             weight,
             targets,
             ignore_index=IGNORE_INDEX,
-            return_logsumexp=request.return_logsumexp,
+            return_logsumexp=with_logsumexp,
             return_entropy=request.return_entropy,
             **options,
         )
-        asked = {"log_probs": True, "logsumexp": request.return_logsumexp, "entropy": request.return_entropy}
+        asked = {"log_probs": True, "logsumexp": with_logsumexp, "entropy": request.return_entropy}
         names = [name for name, wanted in asked.items() if wanted]
         parts |= zip(names, scores if isinstance(scores, tuple) else (scores,), strict=True)
+    if request.statistics:
+        figures = parts["log_probs"], parts["logsumexp"] if request.return_logsumexp else parts.pop("logsumexp")
+        parts |= head_statistics(own, weight, targets, *figures, names=request.statistics, **options)
     if request.reference_hidden is not None:
         own, weight, options["bias"] = _operands(head, hidden[:, -length:])  # a cast of its own: see `_reference_kl`
         parts["kl"] = _reference_kl(head, own, weight, targets, request, options)

@@ -145,7 +145,17 @@ def is_fused(model: nn.Module) -> bool:
     return hasattr(model, "_mopl_fused_forward")
 
 
-class _FusedForward:
+@contextlib.contextmanager
+def _scoring() -> Iterator[None]:
+    """Leave inference mode: its tensors count no versions, by which a change of the head's output is seen."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+class FusedForward:
     """What `fuse` puts in the place of a model's forward; copied and pickled with the model, whose weights it uses.
 
     What the model does to its logits is measured again when a number of its configuration, of itself, its parts or its
@@ -172,17 +182,29 @@ class _FusedForward:
             self.numbers = numbers
         return self.transform
 
+    def measure_if_whole(self) -> None:
+        """Measure now, unless weights are elsewhere or in parts: then the first call does, which brings them."""
+        weight = find_head(self.model).weight
+        if not weight.is_meta and weight.shape == whole_shape(weight) and not hasattr(weight, "full_tensor"):
+            self.measure()
+
     @in_turn
     def __call__(self, *args: Any, targets: Tensor | None = None, **kwargs: Any) -> Any:
+        """Run the model's own forward, or with `targets` (N, T) return a `FusedOutput`; see `fuse`."""
         if targets is None:
             return self.original(*args, **kwargs)
         request = HeadRequest.taken(kwargs)
-        kwargs = {**dict(zip(self.__signature__.parameters, args, strict=False)), **kwargs}
-        if torch.is_inference_mode_enabled():
-            # Its tensors count no versions, by which a change of the head's output is seen.
-            with torch.inference_mode(False), torch.no_grad():
-                return self._scored(targets, request, arranged(self.model, kwargs))
-        return self._scored(targets, request, arranged(self.model, kwargs))
+        with _scoring():
+            return self._scored(targets, request, arranged(self.model, self._named(args, kwargs)))
+
+    @in_turn
+    def score(self, targets: Tensor, request: HeadRequest, *args: Any, **kwargs: Any) -> FusedOutput:
+        """Score targets (N, T) by a forward whose rows are given to the model just as they come."""
+        with _scoring():
+            return self._scored(targets, request, self._named(args, kwargs))
+
+    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        return {**dict(zip(self.__signature__.parameters, args, strict=False)), **kwargs}
 
     def _scored(self, targets: Tensor, request: HeadRequest, kwargs: dict[str, Any]) -> FusedOutput | HeadStates:
         transform, name = self.measure(), type(self.model).__name__
@@ -247,11 +269,8 @@ def fuse(model: nn.Module) -> nn.Module:
             "this is a PEFT model: fuse the causal language model before wrapping it, "
             "or call fuse(model.get_base_model())"
         )
-    fused = _FusedForward(model)
-    head = find_head(model)
-    # A model whose weights are elsewhere (meta, ZeRO-3) is measured in its first fused forward, which brings them.
-    if not head.weight.is_meta and head.weight.shape == whole_shape(head.weight):
-        fused.measure()
+    fused = FusedForward(model)
+    fused.measure_if_whole()
     model._mopl_fused_forward = fused  # type: ignore[assignment]
     model.forward = fused  # type: ignore[assignment]
     return model
