@@ -133,6 +133,17 @@ class AlignConfig(CosDpoSettings, LanguageModelSettings):
     distill_temperature: float = in_method(
         1.0, "divides the logits of teachers and student in the divergence of distill", positive=True, metavar="T"
     )
+    distill_on_policy: float = in_method(
+        0.0,
+        "share of the steps of distill that learn from the student's own answers to the prompts, sampled at their "
+        "weights, and not from the responses of the data (λ of GKD)",
+        at_least=0,
+        at_most=1,
+        metavar="SHARE",
+    )
+    distill_tokens: int = in_method(
+        64, "maximum number of tokens of the student's own answers in distill", at_least=1, metavar="TOKENS"
+    )
     steps: int | None = setting(None, unset="3 epochs, at least 100", at_least=1)
     lists_per_batch: int = in_training(16, "lists per optimizer step", at_least=1, metavar="LISTS")
     learning_rate: float = setting(2e-4, "learning rate of the adapters")
@@ -194,11 +205,17 @@ class AlignConfig(CosDpoSettings, LanguageModelSettings):
                 "temperature-cos-dpo is conditioned on β, which conditioning='lora-mixture' cannot "
                 "take; pass conditioning='hyper-prompt', or method='weight-cos-dpo'"
             )
-        for name in () if self.distils else ("teachers", "distill_beta", "distill_temperature"):
+        own = ("teachers", "distill_beta", "distill_temperature", "distill_on_policy", "distill_tokens")
+        for name in () if self.distils else own:
             if getattr(self, name) != getattr(type(self), name):
                 raise ValueError(
                     f"{name} has no part in method {self.method!r}; leave it out, or take method='distill'"
                 )
+        if self.distils and not self.distill_on_policy and self.distill_tokens != type(self).distill_tokens:
+            raise ValueError(
+                "distill_tokens is about the student's own answers, which distill_on_policy=0 leaves out; raise "
+                "distill_on_policy"
+            )
         if self.teachers and self.reference == "self":
             raise ValueError(
                 "reference='self' is computed in the steps, but those of distill with teachers see the teachers alone; "

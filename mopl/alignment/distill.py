@@ -3,8 +3,9 @@
 The loss of objective j is the divergence D_j between its teacher and the student at weights w, averaged over the tokens
 of a response and over the responses of a list; a list's loss is Σ_j w_j D_j, with w drawn as for `weight-cos-dpo`. D is
 the generalised Jensen-Shannon divergence of `mopl.ops.linear_jsd` (Agarwal et al., On-policy distillation of language
-models, ICLR 2024, with TRL's ends), on the responses of the data. A student that can be anything has its optimum, in
-each context, where
+models, ICLR 2024, with TRL's ends), on the responses of the data, or in a share of the steps on the student's own
+answers (`on_policy.py`), through whose sampling nothing is differentiated. A student that can be anything has its
+optimum, in each context, where
 
     β = 0      p = Σ_j w_j p_j                       the arithmetic mixture of the teachers
     β = 1      p ∝ Π_j p_j^{w_j}                     their geometric mixture, which mixes logits
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from mopl.alignment.methods import AlignBatch
+from mopl.alignment.on_policy import OwnAnswers
 from mopl.alignment.teachers import Teacher
 from mopl.experiments.cos_dpo import StepLoss, scalarized
 from mopl.language_models.collate import ListBatch, ListCollator, to_lists
@@ -78,12 +80,22 @@ class Distilling:
         self,
         names: Sequence[str],
         *,
+        answers: OwnAnswers | None = None,
         penalty: float = 0.0,
         penalty_sign: Literal["as_printed", "cosmos"] = "as_printed",
     ) -> StepLoss:
-        """Return the training loss of a student; arguments as in `mopl.experiments.cos_dpo.scalarized_loss`."""
+        """Return the training loss of a student.
+
+        Args:
+            names: Names of the objectives.
+            answers: Gives some steps the student's own answers in the place of the data's responses.
+            penalty: As in `mopl.experiments.cos_dpo.scalarized`; so is the next.
+            penalty_sign: Of the penalty.
+        """
 
         def step_loss(model: nn.Module, batch: AlignBatch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+            if answers is not None and answers.has(step):
+                batch = answers.answered(model, batch, step)
             found, _ = self.divergence(model, batch.lists, batch.read_by_teachers, batch.weights, batch.beta)
             vector = found.sum(1) / batch.lists.mask.sum(1, keepdim=True)
             value = scalarized(vector, batch.weights, penalty=penalty, penalty_sign=penalty_sign)

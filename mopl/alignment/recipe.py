@@ -29,7 +29,7 @@ from mopl.alignment import tuned
 from mopl.alignment.config import AlignConfig
 from mopl.alignment.evaluate import MAIN, Evaluation, HeldOut, evaluation_of, reference_point
 from mopl.alignment.runs import AlignmentRun
-from mopl.alignment.stages import Split, Stages, response_loss
+from mopl.alignment.stages import Split, Stages, check_room_for_answers, response_loss
 from mopl.alignment.trained import load_trained, set_weights
 from mopl.experiments.driver import FREE_ON_RESUME as FREE_IN_EVERY_RUN
 from mopl.experiments.driver import Measured, Recipe, execute, plain_word
@@ -43,6 +43,7 @@ from mopl.language_models.generate import generate
 from mopl.language_models.readers import load_preferences
 from mopl.language_models.scoring import score_lists
 from mopl.language_models.tokenization import tokenize
+from mopl.training import make_accelerator
 
 __all__ = ["FREE_ON_RESUME", "RunInterrupted", "align", "answers", "check_resume", "evaluate", "load_data"]
 
@@ -101,6 +102,12 @@ class AlignmentRecipe(Recipe):
         """What the default name of the run begins with."""
         return f"align-{_data_word(self.config)}-{self.config.method}"
 
+    def make_accelerator(self) -> Any:
+        """Return the `Accelerator` of the run; a student that answers in its training cannot be sharded."""
+        config = self.config
+        sharding = not config.distill_on_policy
+        return make_accelerator(config.mixed_precision, cpu=config.device == "cpu", sharding=sharding)
+
     def read(self) -> dict[str, Any]:
         """Read, describe and tokenise the data, complete the settings, check what they ask of it."""
         data = load_data(self.config)
@@ -132,6 +139,8 @@ class AlignmentRecipe(Recipe):
         self.stages.check()
         if self.config.teachers:
             self._remember_teachers()
+        if self.config.distill_on_policy:
+            check_room_for_answers(self.stages)
 
     def _remember_teachers(self) -> None:
         """Load the teachers, and let `config.json` remember which they were; raise if they are others than it says.
@@ -281,20 +290,13 @@ def _as_text(prompt: Text) -> str:
 def _sample_prompts(stages: Stages) -> list[Text]:
     """Return the first different prompts of held-out data, a random choice already, that leave room for an answer."""
     config, positions = stages.config, models.positions_of(stages.base)
-    # What stands in front: virtual tokens, or words, of which no weights have more than these.
-    words = tuned.text_prompt(stages.objectives, takes_beta=True)
-    ones = [1 / len(stages.objectives)] * len(stages.objectives)
     prompts: dict[str, Text] = {}
     test = stages.splits["test"]
     for item in (test.data[row.index] for row in test.tokens):  # lists that could not be tokenised are not there
         if len(prompts) == config.samples:
             break
         tokens = stages.tokenizer.prompt_tokens(item.prompt).tolist()
-        front = config.virtual_tokens
-        if config.conditioning == "text":
-            tokenizer = stages.tokenizer.tokenizer
-            front = max(front, len(words.prepend_ids(tokens, ones, tokenizer, stages.beta.tolist())) - len(tokens))
-        if positions is None or front + len(tokens) + config.sample_tokens <= positions:
+        if positions is None or stages.front_of(tokens) + len(tokens) + config.sample_tokens <= positions:
             prompts.setdefault(_as_text(item.prompt), item.prompt)
     if config.samples and not prompts:
         stages.say(f"no held-out prompt leaves room for {config.sample_tokens} tokens: there are no samples")

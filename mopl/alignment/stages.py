@@ -28,6 +28,7 @@ from mopl.alignment import tuned
 from mopl.alignment.config import CONDITIONED, LIST_LOSSES, AlignConfig
 from mopl.alignment.distill import Distilling
 from mopl.alignment.methods import AlignSource, scored_for
+from mopl.alignment.on_policy import OwnAnswers
 from mopl.alignment.teachers import Teacher, load_teacher, of_folder
 from mopl.conditioning import TextPrompt, WeightedModel
 from mopl.conditioning.weighted import causal_lm_of
@@ -112,7 +113,8 @@ class Stages(CosDpoStages):
                     )
         own_experts = self.config.method not in CONDITIONED or (self.config.distils and not self.config.teachers)
         virtual = self.config.conditioning == "hyper-prompt" or own_experts
-        base, generates = self.base.to(self.accelerator.device), self.config.samples > 0
+        base = self.base.to(self.accelerator.device)
+        generates = self.config.samples > 0 or self.config.distill_on_policy > 0
         check_rows(base, packed=self.config.packing, virtual=virtual, generates=generates)
         if self.config.reference not in ("self", "precomputed"):
             models.load_tokenizer(self.config.reference)
@@ -158,7 +160,15 @@ class Stages(CosDpoStages):
         if not kind.distils:
             return super().train(method, folder)
         done = {} if config.teachers else self.train_fixed("dpo-soup", vertices(len(self.objectives)))
-        loss = self.distilling.loss(self.objectives, penalty=config.penalty, penalty_sign=config.penalty_sign)
+        answers = None
+        if config.distill_on_policy:
+            answers = OwnAnswers(
+                self.splits["train"].tokens.lists, self.collator, self.tokenizer, self.conditioner(kind),
+                share=config.distill_on_policy, tokens=config.distill_tokens, seed=config.seed,
+            )  # fmt: skip
+        loss = self.distilling.loss(
+            self.objectives, answers=answers, penalty=config.penalty, penalty_sign=config.penalty_sign
+        )
         part = dataclasses.replace(self.conditioned_part(method, kind, folder), loss=loss)
         return {**done, method: self.train_part(part)}
 
@@ -239,6 +249,16 @@ class Stages(CosDpoStages):
         prompt = tuned.prompt_of(self.config, method, self.objectives)
         return None if prompt is None else text_conditioner(self.tokenizer.tokenizer, prompt)
 
+    def front_of(self, prompt: list[int]) -> int:
+        """Return how many positions stand in front of a prompt: virtual tokens, or words, in which no w has more."""
+        front = self.config.virtual_tokens
+        if self.config.conditioning == "text":
+            words = tuned.text_prompt(self.objectives, takes_beta=True)
+            ones = [1 / len(self.objectives)] * len(self.objectives)
+            written = words.prepend_ids(prompt, ones, self.tokenizer.tokenizer, self.beta.tolist())
+            front = max(front, len(written) - len(prompt))
+        return front
+
     def _start_of_prompt(self) -> list[int]:
         """Return the tokens whose embeddings the virtual tokens start at."""
         if self.config.prompt_text is None:
@@ -309,6 +329,25 @@ def check_teacher(teacher: Teacher, base: Any, config: AlignConfig, splits: Mapp
             f"the longest sequence has {longest} tokens and the teacher {teacher.name} puts {virtual} in front, but it "
             f"knows {positions} positions; pass max_length={positions - virtual} or less"
         )
+
+
+def check_room_for_answers(stages: Stages) -> None:
+    """Raise if the student or a teacher has fewer positions than the longest prompt with an answer of the student's."""
+    config = stages.config
+    prompt = max((item.prompt for item in stages.splits["train"].tokens.lists), key=len).tolist()
+    longest, readers = len(prompt), [(config.model, stages.base, stages.front_of(prompt))]
+    if config.teachers:
+        readers += [
+            (each.name, causal_lm_of(each.model), getattr(each.model, "virtual_tokens", 0))
+            for each in stages.distilling.teachers
+        ]
+    for name, model, front in readers:
+        positions = models.positions_of(model)
+        if positions is not None and front + longest + config.distill_tokens > positions:
+            raise ValueError(
+                f"the longest prompt has {longest} tokens, {front} may stand in front and distill_tokens is "
+                f"{config.distill_tokens}, but {name} knows {positions} positions; lower distill_tokens or max_length"
+            )
 
 
 def longest_of(splits: Mapping[str, Split]) -> int:

@@ -1,5 +1,6 @@
 """Distillation: closed forms of the optimum, divergences beside the plain formula, whole runs, what is refused."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ pytest.importorskip("accelerate")
 pytest.importorskip("moocore")
 
 from damage import error_of
-from tiny_language_models import VOCABULARY, build, conditioned, lora
+from tiny_language_models import VOCABULARY, build, conditioned, lora, tokenizer
 
 from mopl.alignment import AlignConfig, align, fuse, open_run
 from mopl.alignment.distill import Distilling
@@ -194,6 +195,57 @@ def test_models_that_share_a_base_hold_their_own_adapters_and_one_memory():
     assert len(list(base.parameters())) < len(list(wrapped.parameters()))
 
 
+# ---------------------------------------------------------------- the student's own answers
+
+
+@pytest.mark.parametrize("words", [False, True])
+def test_own_answers_follow_the_model_and_do_not_depend_on_the_cut(words):
+    from mopl.alignment.on_policy import OwnAnswers
+    from mopl.language_models.tokenization import ListTokenizer
+
+    model, tokens = conditioned("llama"), ListTokenizer(tokenizer(), max_length=None)
+    fuse(model.causal_lm)
+    with torch.no_grad():  # few tokens that are likely: samples then show whether numbers are those of the list
+        model.causal_lm.get_output_embeddings().weight.mul_(3)
+    lists = random_lists(words=VOCABULARY, count=4, seed=5)
+
+    def write(item, w, beta):
+        return dataclasses.replace(item, prompt=np.concatenate([[9, 10 + int(10 * w[0])], item.prompt]))
+
+    answers = OwnAnswers(lists, ListCollator(), tokens, write if words else None, share=0.5, tokens=6, seed=3)
+    assert 40 < sum(answers.has(step) for step in range(100)) < 60
+    w = torch.tensor([[0.9, 0.1], [0.1, 0.9], [0.5, 0.5], [0.3, 0.7]])
+    model = model if not words else fuse(build())
+
+    def responses(rows):
+        collated = ListCollator()([lists[row] for row in rows])
+        batch = AlignBatch(lists=collated, weights=w[rows], beta=torch.ones(len(rows), 2))
+        made = answers.answered(model.train(), batch, step=8)
+        assert model.training and (made.plain is not None) == words and torch.equal(made.lists.lists, collated.lists)
+        found = []
+        for each in (made.lists, made.read_by_teachers):
+            inputs = each.inputs
+            found.append(
+                [row[label != -100].tolist() for row, label in zip(inputs["input_ids"], inputs["labels"], strict=True)]
+            )
+        assert found[0] == found[1]
+        front = made.lists.inputs["attention_mask"].sum(1) - made.read_by_teachers.inputs["attention_mask"].sum(1)
+        assert front.tolist() == [2 * words] * len(rows)
+        return found[0]
+
+    whole = responses([0, 1, 2, 3])
+    assert whole == responses([0, 1]) + responses([2, 3])
+    for number, answer in enumerate(whole):  # each token is where the list's own number falls among the likeliest first
+        numbers = np.random.default_rng([3, 8, 2, number]).random(6)
+        item = write(lists[number], w[number], None) if words else lists[number]
+        given = {} if words else {"weights": w[number]}
+        with torch.no_grad():
+            logits = logits_of(model.eval(), item.prompt, np.array(answer), **given)
+        for token, row, at in zip(answer, logits, numbers, strict=False):
+            p, ids = row.softmax(-1).sort(descending=True)
+            assert token == int(ids[int((p.cumsum(0) < at * p.sum()).sum())])
+
+
 # ---------------------------------------------------------------- runs
 
 
@@ -271,7 +323,7 @@ def test_a_model_and_an_adapter_teach_students_of_every_kind_and_a_stop_changes_
     lora(base).save_pretrained(tmp_path / "adapter")
     settings = tiny(
         place, method="distill", teachers=(str(other), str(tmp_path / "adapter")), conditioning=conditioning,
-        distill_beta=0.0, lora_rank=2, learning_rate=0.02, samples=0, steps=4,
+        distill_beta=0.0, lora_rank=2, learning_rate=0.02, samples=0, steps=4, distill_on_policy=0.7, distill_tokens=5,
     )  # fmt: skip
     whole = align(settings, tmp_path / "whole", say=quiet)
     recorded = json.loads((whole / "config.json").read_text())["data"]["teachers"]
@@ -325,6 +377,8 @@ def test_a_model_and_an_adapter_teach_students_of_every_kind_and_a_stop_changes_
         (["--method", "dpo-ls", "--distill-temperature", "2"], "distill-temperature has no part in method 'dpo-ls'"),
         (["--method", "distill", "--distill-beta", "1.5"], "distill-beta is 1.5 but must be at least 0 and at most 1"),
         (["--method", "distill", "--distill-temperature", "0"], "distill-temperature is 0 but must be positive"),
+        (["--method", "distill", "--distill-tokens", "9"], "=0 leaves out; raise distill"),
+        (["--method", "distill", "--distill-on-policy", "1"], "lower distill-tokens or max-length"),
         (["--method", "distill", "--teachers", "a", "b", "--reference", "self"], "see the teachers alone"),
         (["--method", "distill", "--teachers", "./none", "{place}/model"], "there is no model ./none"),
         (["--method", "distill", "--teachers", "{place}/foreign", "{place}/model"], "another vocabulary (44 tokens)"),
