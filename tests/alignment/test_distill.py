@@ -21,9 +21,9 @@ from tiny_language_models import VOCABULARY, build, conditioned, lora, tokenizer
 
 from mopl.alignment import AlignConfig, align, fuse, open_run
 from mopl.alignment.distill import Distilling
-from mopl.alignment.methods import AlignBatch
+from mopl.alignment.methods import AlignBatch, AlignSource
 from mopl.alignment.recipe import RunInterrupted, load_data
-from mopl.alignment.teachers import Teacher
+from mopl.alignment.teachers import Teacher, load_teacher
 from mopl.cli import main
 from mopl.experiments.methods import METHODS
 from mopl.language_models import models
@@ -172,6 +172,37 @@ def test_divergences_are_those_of_the_logits(beta, packed):
         torch.testing.assert_close(back, there, atol=2e-5, rtol=1e-4)
 
 
+def test_the_loss_is_the_weighted_mean_over_responses_and_teachers_read_no_weights():
+    student, other = conditioned("llama"), fuse(build("gemma2"))
+    fuse(student.causal_lm)
+    lists = random_lists(words=VOCABULARY, count=3, seed=2)
+    lists[1] = dataclasses.replace(lists[1], responses=lists[1].responses[:1], labels=lists[1].labels[:, :1])
+
+    def write(item, w, beta):
+        return dataclasses.replace(item, prompt=np.concatenate([[9, 10 + int(10 * w[0])], item.prompt]))
+
+    w = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.5, 0.5]])
+    given = {"weights": lambda step: w, "beta": lambda step: torch.ones(3, 2)}
+    source = AlignSource(lists, 3, ListCollator(), seed=0, conditioner=write, taught=True, **given)
+    batch = source(0)
+    plain, read = batch.read_by_teachers.inputs, batch.lists.inputs
+    assert (read["attention_mask"].sum(1) - plain["attention_mask"].sum(1)).tolist() == [2] * 5
+    teachers = [Teacher("a", other), Teacher("b", fuse(build("llama")))]
+    learning = Distilling(teachers, Distillation(0.3), make_accelerator("no", cpu=True))
+    value, logs = learning.loss(["a", "b"])(student, batch, 0)
+    wanted = torch.zeros(3, 2)
+    with torch.no_grad():
+        for row, (number, own) in enumerate(zip(batch.lists.lists.tolist(), w, strict=True)):
+            item = lists[number]
+            for response in item.responses:
+                p = logits_of(student, write(item, own, None).prompt, response, weights=own).log_softmax(-1)
+                for j, teacher in enumerate(teachers):
+                    q = logits_of(teacher.model, item.prompt, response).log_softmax(-1)
+                    wanted[row, j] += plain_divergence(q, p, 0.3).mean() / len(item.responses)
+    torch.testing.assert_close(value.detach(), (w * wanted).sum(1).mean(), atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(logs["loss/b"], wanted[:, 1].mean(), atol=2e-5, rtol=1e-4)
+
+
 def test_other_responses_than_the_teachers_are_refused():
     model, lists = fuse(build()), random_lists(words=VOCABULARY)
     batch, fewer = ListCollator()(lists), ListCollator()(lists[:2])
@@ -311,6 +342,10 @@ def test_experts_of_another_run_teach_to_the_same_bits(place, run):
         assert (path / "model" / file).read_bytes() == (run / "model" / file).read_bytes()
     one, two = (json.loads((each / "evaluation.json").read_text()) for each in (run, path))
     assert one["distillation"]["divergence"] == two["distillation"]["divergence"]
+    base, tokens = open_run(run).base_model(), open_run(run).tokenizer
+    for objective in (0, 1):  # a model for every trade-off is asked where its objective has all weight
+        teacher = load_teacher(str(run / "model"), base, config.model, tokens, ("low", "middle"), objective)
+        assert teacher.weights.tolist() == [float(objective == 0), float(objective == 1)]
     assert not (path / "models").exists() and not (path / "reference" / "train.safetensors").exists()
 
 
