@@ -177,12 +177,23 @@ def optimizer_of(model: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(trained.values(), lr=1e-6, fused=True)
 
 
-def _arguments(kind: type, problem: Problem, **options: Any) -> Any:
+def trainer_arguments(kind: type, dtype: torch.dtype, **options: Any) -> Any:
+    """Return arguments of a trainer of which a step is measured."""
     return kind(
-        tempfile.mkdtemp(), report_to="none", use_cpu=not ON_GPU, bf16=problem.dtype == torch.bfloat16,
-        gradient_checkpointing=False, beta=BETA, disable_tqdm=True, dataloader_pin_memory=False, save_strategy="no",
+        tempfile.mkdtemp(), report_to="none", use_cpu=not ON_GPU, bf16=dtype == torch.bfloat16,
+        gradient_checkpointing=False, disable_tqdm=True, dataloader_pin_memory=False, save_strategy="no",
         max_grad_norm=0.0, **options,
     )  # fmt: skip
+
+
+def word_tokenizer() -> Any:
+    """Return a tokenizer of some words, for trainers that want one."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    inner = Tokenizer(models.WordLevel({word: n for n, word in enumerate(WORDS)}, unk_token="<pad>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>")
 
 
 def _pairs(problem: Problem) -> list[dict[str, list[int]]]:
@@ -200,22 +211,18 @@ def _pair_references(problem: Problem) -> tuple[Tensor, Tensor]:
     return scores[:, :1].expand(-1, problem.items - 1).reshape(-1), scores[:, 1:].reshape(-1)
 
 
-def trl_variant(problem: Problem) -> Variant:
-    """TRL's DPOTrainer on the K - 1 pairs of each list."""
+def trl_variant(problem: Problem, patched: bool = False) -> Variant:
+    """TRL's DPOTrainer on the K - 1 pairs of each list; `patched`: by `mopl.patch_trl`."""
     import datasets
-    import transformers
     import trl
-    from tokenizers import Tokenizer, models, pre_tokenizers
 
     datasets.disable_progress_bars()
-    inner = Tokenizer(models.WordLevel({word: n for n, word in enumerate(WORDS)}, unk_token="<pad>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>")
     own = problem.reference == "model"
     # Where all is trained it would look for a reference by the model's name: one in its place is dropped again.
     second = None if problem.lora else (problem if own else replace(problem, model="tiny")).build_model()
     trainer = trl.DPOTrainer(
-        problem.build_model(), ref_model=second, args=_arguments(trl.DPOConfig, problem), processing_class=tokenizer,
+        problem.build_model(), ref_model=second, args=trainer_arguments(trl.DPOConfig, problem.dtype, beta=BETA),
+        processing_class=word_tokenizer(),
         train_dataset=datasets.Dataset.from_list([{"prompt": "a ", "chosen": "b", "rejected": "c"}]),
         peft_config=problem.adapters(),
     )  # fmt: skip
@@ -224,6 +231,10 @@ def trl_variant(problem: Problem) -> Variant:
     if not own:
         inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = _pair_references(problem)
         trainer.precompute_ref_logps, trainer.ref_model = True, None
+    if patched:
+        import mopl
+
+        mopl.patch_trl(trainer)
     return Variant.of(trainer, inputs, 2 * len(examples))
 
 
@@ -272,6 +283,35 @@ def liger_variant(problem: Problem) -> Variant:
     return Variant(loss_and_backward, optimizer_of(model), 2 * len(examples), shown)
 
 
+def full_logits_variant(problem: Problem) -> Variant:
+    """DPO from logits that are held whole, as trainers computed it before they had fused heads."""
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+    model, examples = problem.build_model(), _pairs(problem)
+    inputs = {key: value.to(DEVICE) for key, value in DataCollatorForPreference(pad_token_id=0)(examples).items()}
+    counts = inputs["completion_mask"][:, 1:]
+    best, other = (part.to(DEVICE) for part in _pair_references(problem))
+
+    def loss_and_backward() -> Tensor:
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=problem.dtype == torch.bfloat16):
+            logits = model(inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).logits
+        scores = (selected_logprobs(logits[:, :-1], inputs["input_ids"][:, 1:]) * counts).sum(-1)
+        chosen, rejected = scores.chunk(2)
+        loss = -F.logsigmoid(BETA * (chosen - best - rejected + other)).mean()
+        loss.backward()
+        return loss.detach()
+
+    model.train()
+    return Variant(loss_and_backward, optimizer_of(model), 2 * len(examples))
+
+
+def selected_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return log p of targets from logits in float32, a row at a time for the normaliser, as trainers do."""
+    logits = logits.float()
+    normaliser = torch.stack([row.logsumexp(-1) for row in logits])
+    return logits.gather(-1, targets[..., None])[..., 0] - normaliser
+
+
 def mopl_variant(problem: Problem, objectives: int = 1, conditioned: bool = False) -> Variant:
     """MultiObjectiveDPOTrainer on the lists themselves."""
     from mopl.conditioning import HyperPrompt, HyperPromptModel
@@ -295,7 +335,7 @@ def mopl_variant(problem: Problem, objectives: int = 1, conditioned: bool = Fals
         width = MODELS[problem.model]["hidden_size"]
         model = HyperPromptModel(model, HyperPrompt(objectives, virtual_tokens=8, rank=4, hidden=width))
     trainer = MultiObjectiveDPOTrainer(
-        model, args=_arguments(MultiObjectiveDPOConfig, problem), train_dataset=data,
+        model, args=trainer_arguments(MultiObjectiveDPOConfig, problem.dtype, beta=BETA), train_dataset=data,
         peft_config=None if conditioned else problem.adapters(),
     )  # fmt: skip
     return Variant.of(trainer, trainer.data_collator(list(data.lists)), problem.lists * problem.items)

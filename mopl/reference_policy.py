@@ -104,3 +104,49 @@ def value_gradient(
     g = returns(log_policy, log_reference, rewards, weights, kl_weight, kl_form)
     policy = log_policy.exp()
     return policy * (g - (policy * g).sum(-1, keepdim=True))
+
+
+def token_credit_gradient(
+    logprob: Tensor,  # (B, T)
+    advantages: Tensor,  # (B, T)
+    token_weights: Tensor,  # (B, T)
+    behaviour: Tensor | None = None,  # (B, T)
+    *,
+    ratio_level: str = "token",
+    clip: float | None = None,
+) -> Tensor:
+    """Return ∂loss/∂logprob (B, T) of the policy gradient with weighted tokens, token by token: -ρ_t c_t A_t.
+
+    ρ is the ratio of the token, or of its response: then A is the response's, and "sequence_mean", whose ratio is the
+    geometric mean, divides by the number of tokens (GSPO-token). 0 where PPO's minimum is the clipped term.
+    """
+    result = torch.zeros_like(logprob)
+    rows, size = logprob.shape
+    for b in range(rows):
+        gap = torch.zeros_like(logprob[b]) if behaviour is None else logprob[b] - behaviour[b]
+        for t in range(size):
+            power = {"token": gap[t], "sequence": gap.sum(), "sequence_mean": gap.sum() / size}[ratio_level]
+            ratio, advantage = power.exp(), advantages[b, t]
+            cut = clip is not None and bool(
+                ratio * advantage > ratio.clamp(1 - clip, 1 + clip) * advantage  # the smaller one is constant
+            )
+            share = size if ratio_level == "sequence_mean" else 1
+            result[b, t] = 0 if cut else -ratio * token_weights[b, t] * advantage / share
+    return result
+
+
+def returns_to_go(
+    rewards: Tensor,  # (B, m, T)
+    weights: Tensor,  # (m,)
+    log_ratio: Tensor,  # (B, T)
+    kl_weight: float,
+    kl_form: str = "complement",
+) -> Tensor:
+    """Return G_t = Σ_{s >= t} c(α) w·R_s - α log(π/π_ref)_s, (B, T), token by token."""
+    coefficient = kl_weight * reward_strength(kl_weight, kl_form)
+    result = torch.zeros_like(log_ratio)
+    for b in range(log_ratio.shape[0]):
+        for t in range(log_ratio.shape[1]):
+            for s in range(t, log_ratio.shape[1]):
+                result[b, t] += coefficient * (weights @ rewards[b, :, s]) - kl_weight * log_ratio[b, s]
+    return result

@@ -147,6 +147,15 @@ CASES = {
         TOKENS,
         surrogate=True,
     ),
+    "policy_gradient-credit": Case(
+        lambda logprob: losses.policy_gradient(
+            logprob, torch.arange(24.0, dtype=F64).view(3, 2, 4) / 9, torch.tensor([0.4, 0.6]), kl_weight=0.0,
+            behaviour=torch.full((3, 4), -0.1, dtype=F64), mask=TOKEN_MASK, reduction="none",
+            token_weights=torch.arange(12.0, dtype=F64).view(3, 4) / 5, ratio_level="sequence_mean",
+        ).loss,
+        TOKENS,
+        surrogate=True,
+    ),
     "kl_estimate": Case(
         partial(losses.kl_estimate, reference=torch.zeros(3, 4, dtype=F64), mask=TOKEN_MASK, estimator="k3"),
         TOKENS,

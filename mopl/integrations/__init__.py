@@ -1,13 +1,16 @@
 """mopl inside other people's programs: trainers (`transformers`, `trl`), and a server (`vllm`).
 
-Each is imported only when it is asked for, with the library that it is for.
+Each is imported only when it is asked for, with the library that it is for. `verl`, `openrlhf` and `nemo_rl` are
+functions in the shapes that these call, and need no library but torch.
 """
 
 from importlib import import_module
 from typing import Any
 
 _FUNCTIONS = {"patch_trl": "trl_heads", "unpatch_trl": "trl_heads"}
-__all__ = [*_FUNCTIONS, "transformers", "trl", "trl_heads", "vllm"]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
+    *_FUNCTIONS, "nemo_rl", "openrlhf", "transformers", "trl", "trl_heads", "verl", "vllm",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -28,6 +28,17 @@ this, and what a log wants to know.
 al. 2025); with `clip` it is PPO's -min(ρ A, clip(ρ, 1 - ε, 1 + ε) A). G uses the present π, and KL terms in the loss
 are weighted with ρ. Unclipped, "sequence" ratios give an unbiased gradient of V from old samples; "token" ratios take
 the prefixes as if sampled from π.
+
+**Credit of single tokens.** Rewards of tokens R_t, (B, m, T), are summed over a response, and with `to_go` a token is
+credited with those from it on: the gradient of E[Σ_t w·R_t], with less variance, as long as R_t depends on nothing
+after token t. `token_weights` c_t multiply the advantage of each token, after baseline and standardisation:
+
+    gradient of the loss = -Σ_t ρ_t c_t A_t ∇log π_t
+
+and nothing else: not the KL in the loss, nor ρ, nor what the clip compares. With ratios of responses this is
+-ρ A Σ_t c_t ∇log π_t ("sequence"), or that over the number of tokens ("sequence_mean": GSPO-token, section 4.3 of Zheng
+et al. 2025). Weights that depend on the prefix alone stretch the gradient of V at each prefix: a policy that is free
+at every prefix is stationary where it was. Those that depend on the token itself change what is optimised.
 """
 
 from __future__ import annotations
@@ -82,7 +93,7 @@ class PolicyGradient(NamedTuple):
 
     Attributes:
         loss: a scalar, or (B,) with reduction="none".
-        advantages: A, (B, T): what multiplies each token's ∇log π; 0 where masked.
+        advantages: A, (B, T), or c A with `token_weights`: what multiplies each token's ∇log π; 0 where masked.
         returns: (B, T), G, from each token on with `to_go`; 0 where masked. Before the baseline.
         sequence_returns: G, (B,): c(α) w·R - α KL of each response (without the KL, if that is in the loss).
         reward: w·R, (B,), without the factor c(α).
@@ -113,13 +124,14 @@ def reward_coefficient(kl_weight: float | Tensor, kl_form: KLForm = "complement"
 @renamed_keywords(alpha="kl_weight")
 def policy_gradient(
     logprob: Tensor,  # (B, T)
-    rewards: Tensor,  # (B, m)
+    rewards: Tensor,  # (B, m), or (B, m, T)
     weights: Tensor,  # (m,) or (B, m)
     *,
     kl_weight: float | Tensor,  # number or (B,)
     reference: Tensor | None = None,  # (B, T)
     behaviour: Tensor | None = None,  # (B, T)
     mask: Tensor | None = None,  # (B, T) bool
+    token_weights: Tensor | None = None,  # (B, T)
     baseline: Tensor | Literal["leave_one_out", "group"] | None = None,  # (B,), (B, T)
     group: int | Tensor | None = None,
     standardize: bool = False,
@@ -138,13 +150,16 @@ def policy_gradient(
     Args:
         logprob: log π of the sampled tokens, (B, T), as `mopl.ops.linear_logprob` gives it; the only argument besides
             `exact_kl` that gets a gradient.
-        rewards: R, (B, m), one value a response and objective.
+        rewards: R, (B, m), one value a response and objective; or (B, m, T), one a token, as process rewards are: what
+            the mask leaves out is not read.
         weights: w, (m,) or (B, m), not negative.
         kl_weight: α, a number or one a response (B,): not negative, in [0, 1] for the complement form.
         reference: log π_ref of the same tokens, (B, T). Needed unless α is the number 0 or the KL is exact.
         behaviour: log-probabilities of the same tokens under the policy that sampled them, (B, T). None: π did.
         mask: True on sampled tokens. What it leaves out is not read; a response without tokens counts for nothing but
             stays in B, so mask a response whose reward could not be computed.
+        token_weights: c, (B, T), not negative: multiply the advantage of each token, see the top of the file. For
+            credit of either sign pass rewards of tokens.
         baseline: a constant for the gradient: values (B,) or (B, T), "leave_one_out", "group" or None. The last two
             average G over responses of one prompt that were sampled alike: with the same w and α. A response that is
             alone in its group has baseline 0.
@@ -157,8 +172,8 @@ def policy_gradient(
         kl_estimator: "k1", "k2", "k3", or "exact" with `exact_kl`.
         kl_level: whether the estimator sees log-ratios of tokens or of whole responses.
         exact_kl: KL of each position over the vocabulary, (B, T), differentiable.
-        to_go: count for each token the KL from it on only: same mean, less variance. The reward, which comes at the
-            end, counts for every token.
+        to_go: count for each token the KL, and rewards of tokens, from it on only: same mean, less variance. A reward
+            of a response, which comes at the end, counts for every token.
         clip: ε, or (ε_low, ε_high), of PPO's clipped ratio; needs `behaviour`.
         ratio_level: "token", "sequence" or "sequence_mean" (GSPO).
         reduction: "mean" over the B responses of the sum over tokens, "sum", or "none" for (B,).
@@ -182,7 +197,8 @@ def policy_gradient(
     ):
         check_choice(value, choices, name)
     mask = check_logprob(logprob, mask)
-    for value, name in ((reference, "reference"), (behaviour, "behaviour"), (exact_kl, "exact_kl")):
+    tokens = {"reference": reference, "behaviour": behaviour, "exact_kl": exact_kl, "token_weights": token_weights}
+    for name, value in tokens.items():
         check_tokens(value, logprob, name)
     exact = kl_estimator == "exact"
     _check_options(kl_weight, reference, behaviour, exact_kl, exact, baseline, standardize, to_go, clip, ratio_level)
@@ -190,7 +206,9 @@ def policy_gradient(
     dtype = compute_dtype(logprob, reference, behaviour, exact_kl)
     policy = torch.where(mask, logprob.to(dtype), 0)
     valid = mask.any(-1)
-    reward = torch.where(valid, _weighted_reward(rewards, weights, policy), 0)
+    reward = _weighted_reward(rewards, weights, policy)  # one a token (B, T), or one a response (B, 1)
+    reward = torch.where(mask if rewards.ndim == 3 else valid[:, None], reward, 0)
+    credit = _credit(token_weights, mask, policy)
     strength = _per_response(kl_weight, policy, _SHARE if kl_form == "complement" else NOT_NEGATIVE)
 
     # The KL of each position (B, T), or of each response (B, 1), without gradient; `local` has one.
@@ -204,19 +222,19 @@ def policy_gradient(
         log_ratio = log_ratio_to(reference, policy, mask, kl_level)
         kl = estimate(log_ratio, kl_estimator)
 
-    earned = torch.where(valid, reward_coefficient(strength, kl_form) * reward, 0)
+    share = torch.where(valid, reward_coefficient(strength, kl_form), 0)
     penalty = kl if kl_in == "reward" else torch.zeros_like(kl)
-    sequence_returns = earned - strength * penalty.sum(-1)
+    sequence_returns = share * reward.sum(-1) - strength * penalty.sum(-1)
     returns = sequence_returns[:, None].expand_as(policy)
-    if to_go and penalty.shape == policy.shape:
-        returns = earned[:, None] - strength[:, None] * penalty.flip(-1).cumsum(-1).flip(-1)
+    if to_go:
+        returns = share[:, None] * _to_go(reward, policy) - strength[:, None] * _to_go(penalty, policy)
     advantages = returns - _baseline(baseline, group, sequence_returns, policy, valid)
     if standardize:
         # GRPO's constant: groups of equal returns have advantage 0, whatever it is.
         advantages = advantages / (group_deviation(sequence_returns, group, valid)[:, None] + 1e-6)  # type: ignore[arg-type]
     advantages = torch.where(mask, advantages, 0)
 
-    loss, ratio, clipped = _surrogate(policy, behaviour, advantages, mask, clip, ratio_level)
+    loss, ratio, clipped = _surrogate(policy, behaviour, advantages, credit, mask, clip, ratio_level)
     importance = ratio.detach()
     if local is not None:
         # A sequence's ratio reweighs its prefixes; a token's ratio has no part in the KL of the position itself.
@@ -227,10 +245,10 @@ def policy_gradient(
     counted = valid.sum() if ratio.ndim == 1 else mask.sum()
     return PolicyGradient(
         reduced(loss, reduction),
-        advantages,
+        advantages if credit is None else credit * advantages,
         torch.where(mask, returns, 0),
         sequence_returns,
-        reward,
+        reward.sum(-1),
         kl.sum(-1),
         importance,
         clipped.sum().to(dtype) / counted.clamp(min=1),
@@ -251,16 +269,21 @@ def _surrogate(
     policy: Tensor,
     behaviour: Tensor | None,
     advantages: Tensor,
+    credit: Tensor | None,
     mask: Tensor,
     clip: float | tuple[float, float] | None,
     level: RatioLevel,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the loss (B,), the ratios (B, T) or (B,), and which of them the clip has cut."""
+    if credit is not None and level == "token":
+        advantages = credit * advantages
     if behaviour is None:
         ratio = torch.ones_like(policy)
         return -(advantages * policy).sum(-1), ratio, torch.zeros_like(mask)
     log_ratio = policy - torch.where(mask, behaviour.detach().to(policy.dtype), 0)
     if level != "token":
+        if credit is not None:  # the ratio's value is as ever, its gradient c_t ∇log π_t at each token
+            log_ratio = log_ratio.detach() + credit * (policy - policy.detach())
         log_ratio = log_ratio.sum(-1)
         if level == "sequence_mean":
             log_ratio = log_ratio / mask.sum(-1).clamp(min=1)
@@ -300,16 +323,35 @@ def _baseline(
 
 
 def _weighted_reward(rewards: Tensor, weights: Tensor, policy: Tensor) -> Tensor:
-    """Return w·R, (B,)."""
-    if not isinstance(rewards, Tensor) or rewards.ndim != 2 or rewards.shape[0] != policy.shape[0]:
+    """Return w·R of tokens (B, T), or of responses (B, 1)."""
+    given: tuple[int, ...] = tuple(rewards.shape) if isinstance(rewards, Tensor) else ()
+    if (
+        len(given) not in (2, 3)
+        or given[:1] != tuple(policy.shape[:1])
+        or given[2:] not in ((), tuple(policy.shape[1:]))
+    ):
         got = shape_of(rewards) if isinstance(rewards, Tensor) else type(rewards).__name__
         raise ValueError(
-            f"rewards is {got} but logprob has {shape_of(policy)}; pass one value a response and objective, (B, m)"
+            f"rewards is {got} but logprob has {shape_of(policy)}; pass one value a response and objective, (B, m), or "
+            "one a token, (B, m, T)"
         )
     values = rewards.detach().to(policy.device, policy.dtype)
-    w = per_objective(weights, "weights", values.shape, policy, NOT_NEGATIVE).detach()
+    w = per_objective(weights, "weights", values.shape[:2], policy, NOT_NEGATIVE).detach()[..., None]
     # A reward that is not asked for may be NaN or infinite.
-    return torch.where(w == 0, 0, w * values).sum(-1)
+    return torch.where(w == 0, 0, w * (values if values.ndim == 3 else values[..., None])).sum(1)
+
+
+def _credit(token_weights: Tensor | None, mask: Tensor, policy: Tensor) -> Tensor | None:
+    """Return the tokens' weights as constants (B, T), 0 where masked."""
+    if token_weights is None:
+        return None
+    kept = torch.where(mask, token_weights.detach().to(policy.device), 0)
+    return as_value(kept, "token_weights", policy, NOT_NEGATIVE)
+
+
+def _to_go(values: Tensor, policy: Tensor) -> Tensor:
+    """Return the sums from each token on, (B, T), of values of tokens; those of responses (B, 1) count for all."""
+    return values.flip(-1).cumsum(-1).flip(-1) if values.shape == policy.shape else values
 
 
 def _per_response(value: float | Tensor, policy: Tensor, domain: Domain) -> Tensor:

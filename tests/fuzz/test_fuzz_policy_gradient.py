@@ -47,7 +47,12 @@ def batches(draw: st.DrawFn) -> dict[str, Any]:
         "kl_weight": draw(st.sampled_from([0.1, 0.9, 0.5, 0.0])),
         "baseline": draw(st.sampled_from([None, "leave_one_out", "group", "values"])),
         "ratio_level": "token",
+        "token_weights": draw(
+            st.sampled_from([None, torch.from_numpy(g.choice([0.0, 1.0, 0.3, 2.0], (rows, tokens))).to(wide)])
+        ),
     }
+    if draw(st.booleans()):
+        case["rewards"] = torch.from_numpy(g.choice([0.0, 1.0, -2.0, 0.3, 1e2], (rows, m, tokens))).to(wide)
     if case["reference"] is None and case["kl_estimator"] != "exact":
         case["kl_weight"] = 0.0
     elif draw(st.booleans()):
@@ -82,7 +87,7 @@ def test_policy_gradient_by_definition(case: dict[str, Any]) -> None:
     rows, tokens = logprob.shape
     wide = torch.float64 if logprob.dtype == torch.float64 else torch.float32
     leaf = logprob.requires_grad_()
-    exact = case.get("exact_kl")
+    exact, c = case.get("exact_kl"), case["token_weights"]
     leaves = [leaf] if exact is None else [leaf, exact.requires_grad_()]
     found = policy_gradient(**{**case, "logprob": leaf}, reduction="none")
     up = torch.from_numpy(g.normal(size=rows)).to(wide)
@@ -94,12 +99,11 @@ def test_policy_gradient_by_definition(case: dict[str, Any]) -> None:
         policy = [[real(v) for v in row] for row in logprob.detach().tolist()]
         returns, penalties, x = [], [], []
         for b in range(rows):
-            reward = (
-                total(real(a) * r for a, r in zip(w[b], case["rewards"][b].tolist(), strict=True))
-                if there[b]
-                else real(0)
-            )
-            earned = (1 - real(kl_weight[b]) if case["kl_form"] == "complement" else real(1)) * reward
+            by_token = case["rewards"].ndim == 3
+            rewards = case["rewards"][b].T.tolist() if by_token else [case["rewards"][b].tolist()] * tokens
+            share = 1 - real(kl_weight[b]) if case["kl_form"] == "complement" else real(1)
+            gains = {t: share * total(real(a) * r for a, r in zip(w[b], rewards[t], strict=True)) for t in there[b]}
+            earned = total(gains.values()) if by_token else next(iter(gains.values()), real(0))
             if exact is not None:
                 kl = {t: real(float(exact[b, t].detach())) for t in there[b]}
             elif case["reference"] is None:
@@ -114,8 +118,9 @@ def test_policy_gradient_by_definition(case: dict[str, Any]) -> None:
             counted = kl if case["kl_in"] == "reward" else {}
             whole = earned - kl_weight[b] * total(counted.values())
             later = {
-                t: earned - kl_weight[b] * total(k for s, k in counted.items() if s >= t)
-                if case["to_go"] and None not in counted
+                t: (total(v for s, v in gains.items() if s >= t) if by_token else earned)
+                - kl_weight[b] * total(k for s, k in counted.items() if s is None or s >= t)
+                if case["to_go"]
                 else whole
                 for t in there[b]
             }
@@ -128,11 +133,13 @@ def test_policy_gradient_by_definition(case: dict[str, Any]) -> None:
         if case.get("standardize"):
             scale = deviations(case, returns, there)
             advantages = [{t: v / (s + 1e-6) for t, v in row.items()} for row, s in zip(advantages, scale, strict=True)]
-        agree(found.advantages, [[row.get(t, real(0)) for t in range(tokens)] for row in advantages], "advantages")
+        credit = [{t: real(1 if c is None else float(c[b, t])) for t in there[b]} for b in range(rows)]
+        weighed = [{t: credit[b][t] * v for t, v in row.items()} for b, row in enumerate(advantages)]
+        agree(found.advantages, [[row.get(t, real(0)) for t in range(tokens)] for row in weighed], "advantages")
         losses = []
         for b in range(rows):
             own = {t: Dual.leaf(f"policy{t}", policy[b][t]) for t in there[b]}
-            loss, importance = surrogate(case, b, own, advantages[b])
+            loss, importance = surrogate(case, b, own, advantages[b], credit[b])
             if loss is None:
                 assume(False)
             losses.append(loss + kl_term(case, b, own, importance, penalties[b], x[b] if x else {}, kl_weight[b]))
@@ -175,17 +182,22 @@ def deviations(case: dict[str, Any], returns: Any, there: list[list[int]]) -> li
     return result
 
 
-def surrogate(case: dict[str, Any], b: int, own: dict[int, Dual], advantages: dict[int, Real]) -> Any:
+def surrogate(
+    case: dict[str, Any], b: int, own: dict[int, Dual], advantages: dict[int, Real], credit: dict[int, Real]
+) -> Any:
     """Return the loss of a response, None at a kink, and the ratios of its tokens or its own.
 
-    PPO, 1707.06347; GSPO, 2507.18071.
+    PPO, 1707.06347; GSPO and GSPO-token, 2507.18071.
     """
     behaviour, level, clip = case.get("behaviour"), case["ratio_level"], case.get("clip")
+    if level == "token":
+        advantages = {t: credit[t] * v for t, v in advantages.items()}
     if behaviour is None:
         return dual_total(-(dual(advantages[t]) * own[t]) for t in own), {t: real(1) for t in own}
     log_ratio = {t: own[t] - float(behaviour[b, t]) for t in own}
     if level != "token":
-        whole = dual_total(log_ratio.values())
+        slopes = {n: s * credit[t] for t, r in log_ratio.items() for n, s in r.slopes.items()}
+        whole = Dual(dual_total(log_ratio.values()).value, slopes)
         if level == "sequence_mean":
             whole = whole / max(len(own), 1)
         advantages = {None: next(iter(advantages.values()), real(0))}
