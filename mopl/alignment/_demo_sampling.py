@@ -98,7 +98,7 @@ def sample_rows(
     with generating_by(model, config):
         for part in prompt_rows(model, prompts, encoder.pad_id, ends, len(prompts)):
             numbers = torch.from_numpy(uniform[part.rows]).float().to(part.ids.device)
-            new, _ = part.generate(logits_processor=[_draw(numbers, sampling)])
+            new, _ = part.generate(logits_processor=[draw(numbers, sampling)])
             tokens += new.tolist()
     written, ended = zip(*(ends.cut(row) for row in tokens), strict=True)
     found = []
@@ -126,7 +126,7 @@ def whole_sentences(text: str) -> str:
     return shorter if re.search(r"\w", shorter) else text
 
 
-def _draw(uniform: Tensor, sampling: Sampling) -> Callable[[Tensor, Tensor], Tensor]:  # (B, steps)
+def draw(uniform: Tensor, sampling: Sampling) -> Callable[[Tensor, Tensor], Tensor]:  # (B, steps)
     """Return a logits processor that leaves each row the one token that its number of the step chooses."""
     numbers = iter(uniform.T)
 

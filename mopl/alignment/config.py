@@ -2,11 +2,12 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from mopl._lines import lone_surrogate
 from mopl.experiments.common_settings import ALL, CosDpoSettings, LanguageModelSettings
-from mopl.experiments.methods import CONDITIONED, LIST_LOSSES, METHODS, PAIR_LOSSES, PER_TOKEN
+from mopl.experiments.methods import CONDITIONED, LANGUAGE_METHODS, LIST_LOSSES, METHODS, PAIR_LOSSES, PER_TOKEN, TABLE
 from mopl.experiments.resume_settings import located, located_if_there
 from mopl.experiments.settings import in_data, in_evaluation, in_method, in_model, in_training, setting, settings
 
@@ -64,6 +65,11 @@ class AlignConfig(CosDpoSettings, LanguageModelSettings):
         metavar="WORDS",
     )
     lora_rank: int = setting(4, "rank of the LoRA adapters (section 4.2); 0 for none", at_least=0)
+    method: str = setting(
+        "weight-cos-dpo",
+        "method to train; all trains every one but distill and compares them",
+        choices=(*LANGUAGE_METHODS, ALL),
+    )
     loss: str = in_method(
         "listnet",
         "listnet (the paper's; DPO on pairs), plackett-luce, or for pairs a type of `mopl.losses.bradley_terry`",
@@ -107,6 +113,36 @@ class AlignConfig(CosDpoSettings, LanguageModelSettings):
         unset="the run's own",
         convert=located,
         metavar="FOLDER",
+    )
+    teachers: tuple[str, ...] = in_method(
+        (),
+        "teachers of distill, one for each objective in their order: directories (of a model, of a PEFT adapter, of a "
+        "model or an expert of mopl align), or names on the Hugging Face hub",
+        unset="the experts of dpo-soup, which the run trains first",
+        convert=located_if_there,
+        metavar="MODEL",
+    )
+    distill_beta: float = in_method(
+        0.5,
+        "weight of the teacher in the generalised Jensen-Shannon divergence of distill; 0: KL from teacher to student "
+        "(forward), 1: KL from student to teacher (reverse)",
+        at_least=0,
+        at_most=1,
+        metavar="BETA",
+    )
+    distill_temperature: float = in_method(
+        1.0, "divides the logits of teachers and student in the divergence of distill", positive=True, metavar="T"
+    )
+    distill_on_policy: float = in_method(
+        0.0,
+        "share of the steps of distill that learn from the student's own answers to the prompts, sampled at their "
+        "weights, and not from the responses of the data (λ of GKD)",
+        at_least=0,
+        at_most=1,
+        metavar="SHARE",
+    )
+    distill_tokens: int = in_method(
+        64, "maximum number of tokens of the student's own answers in distill", at_least=1, metavar="TOKENS"
     )
     steps: int | None = setting(None, unset="3 epochs, at least 100", at_least=1)
     lists_per_batch: int = in_training(16, "lists per optimizer step", at_least=1, metavar="LISTS")
@@ -169,8 +205,37 @@ class AlignConfig(CosDpoSettings, LanguageModelSettings):
                 "temperature-cos-dpo is conditioned on β, which conditioning='lora-mixture' cannot "
                 "take; pass conditioning='hyper-prompt', or method='weight-cos-dpo'"
             )
+        own = ("teachers", "distill_beta", "distill_temperature", "distill_on_policy", "distill_tokens")
+        for name in () if self.distils else own:
+            if getattr(self, name) != getattr(type(self), name):
+                raise ValueError(
+                    f"{name} has no part in method {self.method!r}; leave it out, or take method='distill'"
+                )
+        if self.distils and not self.distill_on_policy and self.distill_tokens != type(self).distill_tokens:
+            raise ValueError(
+                "distill_tokens is about the student's own answers, which distill_on_policy=0 leaves out; raise "
+                "distill_on_policy"
+            )
+        if self.teachers and self.reference == "self":
+            raise ValueError(
+                "reference='self' is computed in the steps, but those of distill with teachers see the teachers alone; "
+                "leave it out, or pass reference='precomputed'"
+            )
         if self.packing and self.positions == "paper":
             raise ValueError("packed sequences need positions that count up; pass positions='hf' or packing=False")
+
+    @property
+    def distils(self) -> bool:
+        """Whether a student learns from teachers."""
+        return any(TABLE[name].distils for name in self.methods)
+
+    def check_teachers(self, objectives: Sequence[str]) -> None:
+        """Raise unless there are no teachers, or one for each objective."""
+        if len(self.teachers) not in (0, len(objectives)):
+            raise ValueError(
+                f"teachers has {len(self.teachers)} entries but there are {len(objectives)} objectives "
+                f"({', '.join(objectives)}); pass one for each, in this order, or none for the run's own experts"
+            )
 
     def label_modes(self, objectives: int) -> tuple[str, ...]:
         """Return how labels become targets, one entry for each of m objectives; errors as `betas`."""
@@ -202,7 +267,8 @@ class AlignConfig(CosDpoSettings, LanguageModelSettings):
         steps = max(100, 3 * math.ceil(lists / batch)) if self.steps is None else self.steps
         reference = self.reference
         if reference == "auto":
-            once = self.method in CONDITIONED and steps * batch <= lists and self.conditioning != "text"
+            own = self.method in CONDITIONED and not TABLE[self.method].distils
+            once = own and steps * batch <= lists and self.conditioning != "text"
             reference = "self" if once and self.reference_store is None else "precomputed"
         return dataclasses.replace(
             self,

@@ -5,6 +5,7 @@ Shapes: `Q` lists, `S` responses, `n` trade-offs, `m` objectives.
 * *Loss*: the training loss of each objective, mean over the lists in which it counts, in nats. Lower is better.
 * *Accuracy*: share of the pairs of responses with different labels whose implicit rewards β (log p - log p0) are
   ordered as the labels are; ties count half. The untrained model has 0.5.
+* *Divergence*, of `distill`: what its training loss adds up, between each teacher and the student at each trade-off.
 * *Deviation*: log p - log p0 of a response, in nats. Its mean and quartiles tell how far a model went, and the mean of
   its absolute value over responses is the main figure of a front: fidelity to the reference, lower is better.
 """
@@ -42,6 +43,8 @@ class Evaluation:
     right: Tensor  # (Q, n, m) pairs with different labels that are ordered as the labels are
     pairs: Tensor  # (Q, m) pairs with different labels
     log_ratio: Tensor  # (n, S) log p - log p0 of each response
+    # (n, m) divergence to each teacher, in nats, mean over the tokens of a response and over responses; of distill
+    divergence: Tensor | None = None
 
     @property
     def mean_losses(self) -> Tensor:

@@ -9,6 +9,7 @@ backward pass.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,10 +19,22 @@ from mopl.conditioning import WeightedModel
 from mopl.conditioning.samplers import Sampler
 from mopl.experiments.cos_dpo import Score, Scored, StepBatch, StepSource
 from mopl.experiments.response_loss import ResponseLoss
-from mopl.language_models.collate import ListCollator
+from mopl.language_models.collate import ListBatch, ListCollator
 from mopl.language_models.scoring import Conditioner, ListScores, response_lengths, score_batch
 from mopl.language_models.tokenization import TokenizedList
 from mopl.training.parallel import unwrapped
+
+
+@dataclass(frozen=True, eq=False)
+class AlignBatch(StepBatch):
+    """One part of a step's batch, with what teachers read."""
+
+    plain: ListBatch | None = None  # the lists without weights in their prompts; None where `lists` have none
+
+    @property
+    def read_by_teachers(self) -> ListBatch:
+        """The lists as a model reads them that takes no weights in words."""
+        return self.lists if self.plain is None else self.plain
 
 
 class AlignSource(StepSource):
@@ -33,6 +46,7 @@ class AlignSource(StepSource):
         reference: Log-probabilities of the reference; None if they are computed in the step.
         experts: Those of the m experts, for `mo-dpo`.
         conditioner: Writes weights into a list's prompt.
+        taught: Whether teachers read the lists, too, without these weights.
     """
 
     def __init__(
@@ -47,23 +61,27 @@ class AlignSource(StepSource):
         reference: ListScores | None = None,
         experts: Sequence[ListScores] | None = None,
         conditioner: Conditioner | None = None,
+        taught: bool = False,
     ) -> None:
         super().__init__(len(lists), lists_per_batch, seed=seed, weights=weights, beta=beta)
         self.lists, self.collator = lists, collator
         self.reference, self.experts, self.conditioner = reference, experts, conditioner
+        self.taught = taught and conditioner is not None
 
-    def batch(self, chosen: np.ndarray, weights: Tensor, beta: Tensor) -> StepBatch:
+    def batch(self, chosen: np.ndarray, weights: Tensor, beta: Tensor) -> AlignBatch:
         """Return the batch of these lists."""
         items = [self.lists[int(number)] for number in chosen]
+        plain = self.collator(items) if self.taught else None
         if self.conditioner is not None:
             items = [self.conditioner(*each) for each in zip(items, weights, beta, strict=True)]
         batch = self.collator(items)
-        return StepBatch(
+        return AlignBatch(
             lists=batch,
             weights=weights,
             beta=beta,
             reference=None if self.reference is None else self.reference.pad(batch),
             experts=None if self.experts is None else torch.stack([each.pad(batch) for each in self.experts], 1),
+            plain=plain,
         )
 
 

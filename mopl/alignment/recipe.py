@@ -15,10 +15,12 @@ See `mopl.alignment.stages` for the models of the baselines.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from mopl import _terminal
@@ -27,7 +29,7 @@ from mopl.alignment import tuned
 from mopl.alignment.config import AlignConfig
 from mopl.alignment.evaluate import MAIN, Evaluation, HeldOut, evaluation_of, reference_point
 from mopl.alignment.runs import AlignmentRun
-from mopl.alignment.stages import Split, Stages, response_loss
+from mopl.alignment.stages import Split, Stages, check_room_for_answers, response_loss
 from mopl.alignment.trained import load_trained, set_weights
 from mopl.experiments.driver import FREE_ON_RESUME as FREE_IN_EVERY_RUN
 from mopl.experiments.driver import Measured, Recipe, execute, plain_word
@@ -41,6 +43,7 @@ from mopl.language_models.generate import generate
 from mopl.language_models.readers import load_preferences
 from mopl.language_models.scoring import score_lists
 from mopl.language_models.tokenization import tokenize
+from mopl.training import make_accelerator
 
 __all__ = ["FREE_ON_RESUME", "RunInterrupted", "align", "answers", "check_resume", "evaluate", "load_data"]
 
@@ -99,6 +102,12 @@ class AlignmentRecipe(Recipe):
         """What the default name of the run begins with."""
         return f"align-{_data_word(self.config)}-{self.config.method}"
 
+    def make_accelerator(self) -> Any:
+        """Return the `Accelerator` of the run; a student that answers in its training cannot be sharded."""
+        config = self.config
+        sharding = not config.distill_on_policy
+        return make_accelerator(config.mixed_precision, cpu=config.device == "cpu", sharding=sharding)
+
     def read(self) -> dict[str, Any]:
         """Read, describe and tokenise the data, complete the settings, check what they ask of it."""
         data = load_data(self.config)
@@ -108,6 +117,7 @@ class AlignmentRecipe(Recipe):
         objectives = data["train"].objectives
         m = len(objectives)
         config.betas(m)
+        config.check_teachers(objectives)
         response_loss(config, data["train"])
         self.plan(m)
         self.reference_point = config.for_each("reference_point", m)
@@ -127,6 +137,27 @@ class AlignmentRecipe(Recipe):
         """Load the model: most mistakes in settings show here."""
         self.stages = Stages(self, self.splits, self.tokenizer)
         self.stages.check()
+        if self.config.teachers:
+            self._remember_teachers()
+        if self.config.distill_on_policy:
+            check_room_for_answers(self.stages)
+
+    def _remember_teachers(self) -> None:
+        """Load the teachers, and let `config.json` remember which they were; raise if they are others than it says.
+
+        Raises:
+            ValueError: If a resumed run would find another teacher, or one cannot be a teacher here.
+        """
+        found = [teacher.identity() for teacher in self.stages.distilling.teachers]
+        known = found if self.record is None else self.record["data"].get("teachers", found)
+        for name, one, other in zip(self.config.teachers, found, known, strict=True):
+            if one != other:
+                parts = ", ".join(key for key in one if one[key] != other.get(key))
+                raise ValueError(
+                    f"the teacher {name} is another model than when {self.path} began ({parts} differ); put that one "
+                    "back, or start another run"
+                )
+        self.data["teachers"] = found
 
     def prepare(self) -> None:
         """Score the lists with the reference, and choose the prompts of samples."""
@@ -156,6 +187,8 @@ class AlignmentRecipe(Recipe):
         kept = sum(each.parameters for each in trained.values())
         if method == "mo-dpo":  # m experts and as large a model for each trade-off, which alone are asked
             kept = kept // (len(stages.objectives) + len(self.grid)) * len(self.grid)
+        elif method in trained:  # one model, whose experts taught it and are not asked
+            kept = trained[method].parameters
         front = self.front(
             method, [(c, each.deviation, each.losses) for c, each in zip(config.all_scales, found, strict=False)],
             trained, objectives=stages.objectives, main=MAIN, weights=found[0].weights, maximise=False,
@@ -164,6 +197,11 @@ class AlignmentRecipe(Recipe):
             inference_parameters=sum(p.numel() for p in stages.base.parameters()) + kept,
         )  # fmt: skip
         figures = {"loss": config.loss, "beta": stages.beta.tolist(), **found[0].summary(stages.objectives)}
+        if found[0].divergence is not None:
+            figures["distillation"] = {
+                "teachers": list(config.teachers) or "experts", "beta": config.distill_beta,
+                "temperature": config.distill_temperature, "divergence": found[0].divergence.tolist(),
+            }  # fmt: skip
         return Measured(front, figures, [{**entry, "method": method} for entry in samples])
 
 
@@ -184,11 +222,20 @@ def evaluate(stages: Stages, method: str, folder: Path, grid: Tensor, held_out: 
     """Return the held-out figures of a trained method at each trade-off of the grid, one evaluation for each scale."""
     config, scales = stages.config, stages.config.all_scales
     columns: list[list[tuple[Tensor, ...]]] = [[] for _ in scales]
+    to_teachers: list[Tensor] = []
     for w, model in _models(stages, method, folder, grid):
+        more: dict[str, Any] = {}
+        if TABLE[method].distils:
+            score = stages.distilling.score(held_out.lists, stages.collator, w, stages.beta)
+            more = {"score": score, "columns": 1 + len(stages.objectives)}
         flat = score_lists(
             model, held_out.lists, collator=stages.collator, tokens_per_batch=config.tokens_per_batch,
             accelerator=stages.accelerator, weights=w, beta=stages.beta, conditioner=stages.conditioner(TABLE[method]),
+            **more,
         )  # fmt: skip
+        if more:
+            to_teachers.append(flat[:, 1:].double().mean(0))
+            flat = flat[:, 0].contiguous()
         if TABLE[method].takes_beta:
             # Equation (15): the network answers for β / ‖β‖₁.
             base = held_out.reference.values
@@ -196,7 +243,10 @@ def evaluate(stages: Stages, method: str, folder: Path, grid: Tensor, held_out: 
         for column, scale in zip(columns, scales, strict=True):
             with seeded(config.seed):  # ties="random" draws in the held-out losses too
                 column.append(held_out.figures(flat, scale))
-    return [evaluation_of(grid, column) for column in columns]
+    found = [evaluation_of(grid, column) for column in columns]
+    if to_teachers:  # of the student itself, at no distance from it
+        found[0] = dataclasses.replace(found[0], divergence=torch.stack(to_teachers))
+    return found
 
 
 def _models(stages: Stages, method: str, folder: Path, grid: Tensor) -> Iterator[tuple[Tensor, Any]]:
@@ -240,20 +290,13 @@ def _as_text(prompt: Text) -> str:
 def _sample_prompts(stages: Stages) -> list[Text]:
     """Return the first different prompts of held-out data, a random choice already, that leave room for an answer."""
     config, positions = stages.config, models.positions_of(stages.base)
-    # What stands in front: virtual tokens, or words, of which no weights have more than these.
-    words = tuned.text_prompt(stages.objectives, takes_beta=True)
-    ones = [1 / len(stages.objectives)] * len(stages.objectives)
     prompts: dict[str, Text] = {}
     test = stages.splits["test"]
     for item in (test.data[row.index] for row in test.tokens):  # lists that could not be tokenised are not there
         if len(prompts) == config.samples:
             break
         tokens = stages.tokenizer.prompt_tokens(item.prompt).tolist()
-        front = config.virtual_tokens
-        if config.conditioning == "text":
-            tokenizer = stages.tokenizer.tokenizer
-            front = max(front, len(words.prepend_ids(tokens, ones, tokenizer, stages.beta.tolist())) - len(tokens))
-        if positions is None or front + len(tokens) + config.sample_tokens <= positions:
+        if positions is None or stages.front_of(tokens) + len(tokens) + config.sample_tokens <= positions:
             prompts.setdefault(_as_text(item.prompt), item.prompt)
     if config.samples and not prompts:
         stages.say(f"no held-out prompt leaves room for {config.sample_tokens} tokens: there are no samples")

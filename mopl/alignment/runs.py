@@ -119,7 +119,14 @@ class AlignmentRun(LanguageModelRun):
         """Return the settings of a card: conditioning, loss, β, batches."""
         config, own = self.config, TABLE[method]
         found = {"weights enter by": config.conditioning} if own.conditioned else {}
-        found |= {"loss": config.loss, "β": ", ".join(f"{b:g}" for b in self.beta)}
+        if own.distils:
+            found |= {
+                "teachers": "one for each objective" if config.teachers else "an expert for each objective (dpo-soup)",
+                "divergence": f"generalised JSD, teacher's share {config.distill_beta:g}, temperature "
+                f"{config.distill_temperature:g}",
+            }
+        if not config.teachers:
+            found |= {"loss": config.loss, "β": ", ".join(f"{b:g}" for b in self.beta)}
         if own.takes_beta:
             found["β"] += " times {:g} to {:g}".format(*config.beta_range)
         if own.conditioned:

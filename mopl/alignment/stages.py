@@ -12,8 +12,10 @@ parameters; until then it holds `checkpoints/`, which are dropped at the end. No
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,16 +26,21 @@ from mopl._restoring import seeded
 from mopl._rows import check_rows
 from mopl.alignment import tuned
 from mopl.alignment.config import CONDITIONED, LIST_LOSSES, AlignConfig
+from mopl.alignment.distill import Distilling
 from mopl.alignment.methods import AlignSource, scored_for
+from mopl.alignment.on_policy import OwnAnswers
+from mopl.alignment.teachers import Teacher, load_teacher, of_folder
 from mopl.conditioning import TextPrompt, WeightedModel
+from mopl.conditioning.weighted import causal_lm_of
 from mopl.experiments.cos_dpo import CosDpoStages, Part, model_folder, vertices
 from mopl.experiments.driver import Recipe
-from mopl.experiments.methods import Method
+from mopl.experiments.methods import TABLE, Method
 from mopl.experiments.response_loss import ResponseLoss
 from mopl.experiments.stages import Trained, Training
 from mopl.language_models import models
 from mopl.language_models.collate import ListCollator
 from mopl.language_models.data import PreferenceData
+from mopl.language_models.divergences import Distillation
 from mopl.language_models.model_identity import identity_of
 from mopl.language_models.reference_store import ReferenceStore
 from mopl.language_models.scoring import Conditioner, ListScores, score_lists
@@ -104,8 +111,10 @@ class Stages(CosDpoStages):
                         "is nothing to learn or to measure; name the others in objectives, give more lists labels, or "
                         "take another held_out or data_seed"
                     )
-        virtual = self.config.conditioning == "hyper-prompt" or self.config.method not in CONDITIONED
-        base, generates = self.base.to(self.accelerator.device), self.config.samples > 0
+        own_experts = self.config.method not in CONDITIONED or (self.config.distils and not self.config.teachers)
+        virtual = self.config.conditioning == "hyper-prompt" or own_experts
+        base = self.base.to(self.accelerator.device)
+        generates = self.config.samples > 0 or self.config.distill_on_policy > 0
         check_rows(base, packed=self.config.packing, virtual=virtual, generates=generates)
         if self.config.reference not in ("self", "precomputed"):
             models.load_tokenizer(self.config.reference)
@@ -128,7 +137,7 @@ class Stages(CosDpoStages):
         self.base.to(self.accelerator.device)
         model.to(self.accelerator.device)
         for name, split in self.splits.items():
-            if name == "train" and config.reference == "self":
+            if name == "train" and (config.reference == "self" or config.teachers):  # teachers are compared with alone
                 self.references[name] = None
                 continue
             lists = split.tokens.lists
@@ -140,15 +149,51 @@ class Stages(CosDpoStages):
 
     def _other_reference(self, name: str) -> Any:
         """Return another model to be the reference; it must know the same tokens."""
-        theirs, ours = models.load_tokenizer(name).get_vocab(), self.tokenizer.tokenizer.get_vocab()
-        if theirs != ours:
-            raise ValueError(
-                f"the reference {name} has another vocabulary ({len(theirs)} tokens) than {self.config.model} "
-                f"({len(ours)}), so their log-probabilities cannot be compared; take a reference of the same family"
-            )
+        models.check_same_tokens(name, self.config.model, self.tokenizer.tokenizer, "reference")
         return models.load_causal_lm(name, dtype=self.config.dtype, attention=self.config.attention)
 
     # ------------------------------------------------------------ trainings
+
+    def train(self, method: str, folder: Path) -> dict[str, Trained]:
+        """Train what a method needs; distillation also needs its teachers."""
+        kind, config = TABLE[method], self.config
+        if not kind.distils:
+            return super().train(method, folder)
+        done = {} if config.teachers else self.train_fixed("dpo-soup", vertices(len(self.objectives)))
+        answers = None
+        if config.distill_on_policy:
+            answers = OwnAnswers(
+                self.splits["train"].tokens.lists, self.collator, self.tokenizer, self.conditioner(kind),
+                share=config.distill_on_policy, tokens=config.distill_tokens, seed=config.seed,
+            )  # fmt: skip
+        loss = self.distilling.loss(
+            self.objectives, answers=answers, penalty=config.penalty, penalty_sign=config.penalty_sign
+        )
+        part = dataclasses.replace(self.conditioned_part(method, kind, folder), loss=loss)
+        return {**done, method: self.train_part(part)}
+
+    @functools.cached_property
+    def distilling(self) -> Distilling:
+        """The teachers of the run and the divergence to them; where they are its experts, these must be trained."""
+        config = self.config
+        how = Distillation(config.distill_beta, config.distill_temperature)
+        return Distilling(self._given_teachers() if config.teachers else self._experts(), how, self.accelerator)
+
+    def _experts(self) -> list[Teacher]:
+        return [of_folder(model_folder(self.path, "dpo-soup", w), self.base, w) for w in vertices(len(self.objectives))]
+
+    def _given_teachers(self) -> list[Teacher]:
+        """Load and check the teachers that the run was given."""
+        config, found = self.config, []
+        for objective, name in enumerate(config.teachers):
+            teacher = load_teacher(
+                name, self.base, config.model, self.tokenizer.tokenizer, self.objectives, objective, dtype=config.dtype,
+                attention=config.attention,
+            )  # fmt: skip
+            teacher.model.to(self.accelerator.device)
+            check_teacher(teacher, self.base, config, self.splits)
+            found.append(teacher)
+        return found
 
     def train_part(self, part: Part) -> Trained:
         """Train one model of a method unless it is there."""
@@ -156,7 +201,7 @@ class Stages(CosDpoStages):
         source = AlignSource(
             self.splits["train"].tokens.lists, config.lists_per_batch, self.collator, seed=config.seed,
             weights=part.sample_weights, beta=part.sample_beta, reference=self.references["train"],
-            experts=part.experts, conditioner=self.conditioner(method),
+            experts=part.experts, conditioner=self.conditioner(method), taught=method.distils,
         )  # fmt: skip
 
         @contextmanager
@@ -203,6 +248,16 @@ class Stages(CosDpoStages):
         """Return what writes weights into prompts, where a method wants them there."""
         prompt = tuned.prompt_of(self.config, method, self.objectives)
         return None if prompt is None else text_conditioner(self.tokenizer.tokenizer, prompt)
+
+    def front_of(self, prompt: list[int]) -> int:
+        """Return how many positions stand in front of a prompt: virtual tokens, or words, in which no w has more."""
+        front = self.config.virtual_tokens
+        if self.config.conditioning == "text":
+            words = tuned.text_prompt(self.objectives, takes_beta=True)
+            ones = [1 / len(self.objectives)] * len(self.objectives)
+            written = words.prepend_ids(prompt, ones, self.tokenizer.tokenizer, self.beta.tolist())
+            front = max(front, len(written) - len(prompt))
+        return front
 
     def _start_of_prompt(self) -> list[int]:
         """Return the tokens whose embeddings the virtual tokens start at."""
@@ -252,10 +307,58 @@ def response_loss(config: AlignConfig, data: PreferenceData) -> ResponseLoss:
     )
 
 
+def check_teacher(teacher: Teacher, base: Any, config: AlignConfig, splits: Mapping[str, Split]) -> None:
+    """Raise if a teacher cannot read what the run reads, or has a head of another size.
+
+    Raises:
+        ValueError: If its vocabulary is padded to another size, or it has fewer positions than the longest sequence.
+        UnsupportedModelError: If it cannot take the run's rows.
+    """
+    inside = causal_lm_of(teacher.model)
+    theirs, ours = (model.get_output_embeddings().weight.shape[0] for model in (inside, base))
+    if theirs != ours:
+        raise ValueError(
+            f"the head of the teacher {teacher.name} has {theirs} rows, that of {config.model} {ours}, so there is no "
+            "divergence of the two; resize the embeddings of one of them (resize_token_embeddings of transformers)"
+        )
+    virtual = teacher.model.virtual_tokens if isinstance(teacher.model, WeightedModel) else 0
+    check_rows(inside, packed=config.packing, virtual=virtual > 0)
+    positions, longest = models.positions_of(inside), longest_of(splits)
+    if positions is not None and longest + virtual > positions:
+        raise ValueError(
+            f"the longest sequence has {longest} tokens and the teacher {teacher.name} puts {virtual} in front, but it "
+            f"knows {positions} positions; pass max_length={positions - virtual} or less"
+        )
+
+
+def check_room_for_answers(stages: Stages) -> None:
+    """Raise if the student or a teacher has fewer positions than the longest prompt with an answer of the student's."""
+    config = stages.config
+    prompt = max((item.prompt for item in stages.splits["train"].tokens.lists), key=len).tolist()
+    longest, readers = len(prompt), [(config.model, stages.base, stages.front_of(prompt))]
+    if config.teachers:
+        readers += [
+            (each.name, causal_lm_of(each.model), getattr(each.model, "virtual_tokens", 0))
+            for each in stages.distilling.teachers
+        ]
+    for name, model, front in readers:
+        positions = models.positions_of(model)
+        if positions is not None and front + longest + config.distill_tokens > positions:
+            raise ValueError(
+                f"the longest prompt has {longest} tokens, {front} may stand in front and distill_tokens is "
+                f"{config.distill_tokens}, but {name} knows {positions} positions; lower distill_tokens or max_length"
+            )
+
+
+def longest_of(splits: Mapping[str, Split]) -> int:
+    """Return the number of tokens of the longest sequence."""
+    return max(split.tokens.describe()["longest_sequence"] for split in splits.values())
+
+
 def check_length(base: Any, config: AlignConfig, splits: Mapping[str, Split]) -> None:
     """Raise if a model has fewer positions than the longest sequence with its virtual tokens."""
     positions = models.positions_of(base)
-    longest = max(split.tokens.describe()["longest_sequence"] for split in splits.values())
+    longest = longest_of(splits)
     if positions is not None and longest + config.virtual_tokens > positions:
         raise ValueError(
             f"the longest sequence has {longest} tokens and the prompt {config.virtual_tokens} virtual ones, but "

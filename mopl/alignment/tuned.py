@@ -80,7 +80,7 @@ def new_model(
 
 def tuning_record(config: AlignConfig, objectives: tuple[str, ...], method: Method) -> TuningRecord:
     """Return what `mopl.json` says about a model of a run: objectives, reference, β, concentration."""
-    beta: Any = config.betas(len(objectives))
+    beta: Any = None if config.teachers else config.betas(len(objectives))  # labels have no part in what teachers teach
     if method.takes_beta:
         beta = tuple(tuple(factor * b for b in beta) for factor in config.beta_range)
     reference = "self" if config.reference in ("auto", "self", "precomputed") else config.reference

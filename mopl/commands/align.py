@@ -35,6 +35,7 @@ examples:
   mopl align --model MODEL --data pairs.jsonl             every objective that the data has
   mopl align --model MODEL --data PKU-Alignment/PKU-SafeRLHF --objectives helpful harmless
   mopl align --model MODEL --data lists.jsonl --method all --run runs/chat
+  mopl align --model MODEL --data lists.jsonl --method distill --teachers HELPFUL HARMLESS    a teacher an objective
   mopl align --config chat.yaml --steps 500               settings from a file; options override it
   mopl align --run runs/chat --resume                     continue after Ctrl-C or a crash, bit for bit
   accelerate launch --num_processes 2 -m mopl.cli align --model MODEL --data lists.jsonl

@@ -170,6 +170,8 @@ class ExtendedRows:
         for name in _OUTPUTS:
             if getattr(output, name, None) is not None:
                 setattr(output, name, self._text_of(getattr(output, name)))
+        if getattr(output, "divergences", None):
+            output.divergences = [self._text_of(values) for values in output.divergences]
         if getattr(output, "hidden_states", None) is not None:
             output.hidden_states = tuple(self._text_of(hidden) for hidden in output.hidden_states)
         if isinstance(self._kept, Tensor) or self._kept:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mopl.experiments.methods import METHODS
+from mopl.experiments.methods import LANGUAGE_METHODS, METHODS
 
 _LANGUAGE = ("transformers", "tokenizers", "peft", "trl", "datasets", "flash-attn")
 
@@ -28,7 +28,8 @@ APPLICATIONS: dict[str | None, Application] = {
         ("scikit-learn", "statsmodels"),
     ),
     "align": Application(
-        "mopl align", "mopl generate", "align", ("mopl.alignment.runs", "AlignmentRun"), METHODS, _LANGUAGE
+        "mopl align", "mopl generate", "align", ("mopl.alignment.runs", "AlignmentRun"), LANGUAGE_METHODS,
+        _LANGUAGE,
     ),
     "clp": Application(
         "mopl clp", "mopl generate", "clp", ("mopl.clp.runs", "ClpRun"),

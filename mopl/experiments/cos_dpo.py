@@ -312,15 +312,16 @@ class CosDpoStages(RunStages):
         """Train the model of a conditioned method, or those that a baseline answers with."""
         kind = TABLE[method]
         if kind.conditioned:
-            return {method: self.train_part(self._conditioned(method, kind, folder))}
+            return {method: self.train_part(self.conditioned_part(method, kind, folder))}
         done: dict[str, Trained] = {}
         if kind.experts:
-            done |= self._fixed("dpo-soup", vertices(len(self.objectives)))
+            done |= self.train_fixed("dpo-soup", vertices(len(self.objectives)))
         if kind.grid:  # dpo-ls finds experts among these, if they are there already
-            done |= self._fixed(method, self.grid, self.expert_scores() if kind.experts else None)
+            done |= self.train_fixed(method, self.grid, self.expert_scores() if kind.experts else None)
         return done
 
-    def _conditioned(self, method: str, kind: Method, folder: Path) -> Part:
+    def conditioned_part(self, method: str, kind: Method, folder: Path) -> Part:
+        """Return the training of one model for every trade-off."""
         config, m = self.config, len(self.objectives)
         per: dict[str, Any] = {"per": config.weights_per, "seed": config.seed}
         beta = fixed(self.beta, self.batch_size)
@@ -334,7 +335,7 @@ class CosDpoStages(RunStages):
         weights = dirichlet_weights(m, self.batch_size, concentration=config.concentration, **per)
         return Part(method, folder, kind, vertices_and_centre(m), weights, beta, loss)
 
-    def _fixed(self, method: str, grid: Tensor, experts: Any = None) -> dict[str, Trained]:
+    def train_fixed(self, method: str, grid: Tensor, experts: Any = None) -> dict[str, Trained]:
         """Train a model for each row of `grid`: DPO on the weighted sum, or MO-DPO where experts are given."""
         done: dict[str, Trained] = {}
         kind, count = TABLE[method], self.batch_size

@@ -7,6 +7,10 @@
 | `dpo-ls`              | one for each w of the grid  | sum_j w_j L_j                         | the grid          |
 | `dpo-soup`            | m experts                   | L_j                                   | every w, averaged |
 | `mo-dpo`              | m experts, one for each w   | L_i of equation (17), w_i the largest | the grid          |
+| `distill`             | one, conditioned on w       | sum_j w_j D_j, D_j to teacher j       | every w           |
+
+`distill` is ours and for language models alone: teachers are the experts, or models that the run is given. `all` leaves
+it out: `all` compares what learns from the labels at one budget, in runs of every version.
 
 Source: Ren et al., COS-DPO, UAI 2025: sections 3.1, 3.3 and 4.2, appendices A.1 and A.2. Every model is trained for the
 same number of steps, from the same initialisation, on the same batches. The first three weight losses (an arithmetic
@@ -29,6 +33,7 @@ class Method:
     takes_beta: bool = False  # that model takes β too
     experts: bool = False  # a model for each objective alone: those at the vertices of the simplex
     grid: bool = False  # a model for each w of the run's grid; where there are experts, by MO-DPO
+    distils: bool = False  # its one model learns from a teacher for each objective, not from labels
 
     @property
     def averages(self) -> bool:
@@ -47,8 +52,10 @@ TABLE: dict[str, Method] = {
     "dpo-ls": Method(grid=True),
     "dpo-soup": Method(experts=True),
     "mo-dpo": Method(experts=True, grid=True),
+    "distill": Method(conditioned=True, distils=True),
 }
-METHODS = tuple(TABLE)
+METHODS = tuple(name for name, method in TABLE.items() if not method.distils)  # those of COS-DPO, on any scores
+LANGUAGE_METHODS = tuple(TABLE)  # those of language models
 CONDITIONED = tuple(name for name, method in TABLE.items() if method.conditioned)
 
 # The types of `mopl.losses.bradley_terry` but aot, which sorts over the whole batch: it has no loss of one list that

@@ -8,7 +8,9 @@ output.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, field, fields
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -16,10 +18,47 @@ from torch import Tensor, nn
 
 from mopl._rows import UnsupportedModelError
 from mopl.conditioning.adapted import mixed_copies
-from mopl.ops import linear_kl, linear_logprob
+from mopl.ops import linear_jsd, linear_kl, linear_logprob
 from mopl.ops.head_statistics import head_statistics
 
 IGNORE_INDEX = -100
+_DIVERGENCE = "divergence "  # with the number of the teacher
+
+
+@dataclass(frozen=True, eq=False)
+class HeadStates:
+    """What the head of a model computes the logits of the targets from: S of them, in the order of the batch.
+
+    Attributes:
+        hidden: (S, H), what the head got where a target is predicted, as it multiplies it.
+        weight: (V, H), its matrix in that dtype.
+        bias: (V,) or None.
+        transform: what the model does to the product.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    transform: Transform
+
+    @classmethod
+    def of(cls, head: Any, hidden: Tensor, targets: Tensor, transform: Transform) -> HeadStates:
+        """Take them from hidden states (N, k + T, H) for targets (N, T)."""
+        hidden, weight, bias = _operands(head, hidden[:, -targets.shape[1] :])
+        return cls(hidden[targets.to(hidden.device) != IGNORE_INDEX], weight, bias, transform)
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Which divergence is taken between a teacher and a student; see `mopl.ops.linear_jsd`.
+
+    Attributes:
+        beta: weight of the teacher in the mixture; 0: KL(teacher ‖ student), 1: KL(student ‖ teacher).
+        temperature: divides the logits of both.
+    """
+
+    beta: float = 0.5
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -34,6 +73,10 @@ class HeadRequest:
         reference_head: that head; None: the model's own.
         statistics: which figures to give that pass no gradient, of `mopl.ops.head_statistics.NAMES`.
         autocast: whether the head takes part in autocast, as it does by itself; else it multiplies in its own dtype.
+        teachers: what the heads of teachers got for the same targets, for the divergence to each.
+        distillation: which divergence that is.
+        return_log_probs: give the log-probabilities of the targets; without them there must be something else.
+        return_states: give the model's own `HeadStates`, and nothing else.
     """
 
     temperature: float | Tensor = 1.0
@@ -43,6 +86,10 @@ class HeadRequest:
     reference_head: Any = None
     statistics: tuple[str, ...] = ()
     autocast: bool = True
+    teachers: Sequence[HeadStates] = ()
+    distillation: Distillation = Distillation()
+    return_log_probs: bool = True
+    return_states: bool = False
 
     @classmethod
     def taken(cls, keywords: dict[str, Any]) -> HeadRequest:
@@ -55,12 +102,14 @@ class FusedOutput:
     """What a fused forward returns for `targets` (N, T).
 
     Attributes:
-        log_probs: float32 (N, T), log p(targets[n, t]) in nats; 0 where targets are ignored.
+        log_probs: float32 (N, T), log p(targets[n, t]) in nats; 0 where targets are ignored. None if these were not
+            asked for.
         logsumexp: float32 (N, T) if asked for.
         entropy: float32 (N, T), in nats, if asked for.
         model_output: what the model's own forward returned, without its logits (router losses and the like).
         kl: float32 (N, T), KL to the reference over the whole vocabulary, in nats, if `reference_hidden` was given.
         statistics: float32 (N, T) each, without a gradient, by name: what `statistics` asked for.
+        divergences: float32 (N, T) each, the divergence to each of `teachers` in nats; 0 where targets are ignored.
     """
 
     log_probs: Tensor
@@ -69,13 +118,16 @@ class FusedOutput:
     model_output: Any
     kl: Tensor | None = None
     statistics: dict[str, Tensor] = field(default_factory=dict)
+    divergences: list[Tensor] = field(default_factory=list)
 
     @classmethod
     def filled(cls, parts: dict[str, Tensor], model_output: Any) -> FusedOutput:
         """Make one from what `score_hidden` gave."""
-        named = {one.name: parts.get(one.name) for one in fields(cls) if one.name not in ("model_output", "statistics")}
-        others = {name: part.detach() for name, part in parts.items() if name not in named}
-        return cls(**named, model_output=model_output, statistics=others)  # type: ignore[arg-type]
+        collected = ("model_output", "statistics", "divergences")
+        named = {one.name: parts.get(one.name) for one in fields(cls) if one.name not in collected}
+        divergences = [part for name, part in parts.items() if name.startswith(_DIVERGENCE)]
+        others = {n: part.detach() for n, part in parts.items() if n not in named and not n.startswith(_DIVERGENCE)}
+        return cls(**named, model_output=model_output, statistics=others, divergences=divergences)  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------- the head
@@ -224,25 +276,59 @@ def _score_hidden(
         "softcap": transform.softcap,
         "logit_scale": transform.logit_scale,
     }
-    scores = linear_logprob(
-        own,
-        weight,
-        targets,
-        ignore_index=IGNORE_INDEX,
-        return_logsumexp=with_logsumexp,
-        return_entropy=request.return_entropy,
-        **options,
-    )
-    asked = {"log_probs": True, "logsumexp": with_logsumexp, "entropy": request.return_entropy}
-    names = [name for name, wanted in asked.items() if wanted]
-    parts: dict[str, Tensor] = dict(zip(names, scores if isinstance(scores, tuple) else (scores,), strict=True))
+    parts: dict[str, Tensor] = {}
+    if request.return_log_probs or with_logsumexp or request.return_entropy:
+        scores = linear_logprob(
+            own,
+            weight,
+            targets,
+            ignore_index=IGNORE_INDEX,
+            return_logsumexp=with_logsumexp,
+            return_entropy=request.return_entropy,
+            **options,
+        )
+        asked = {"log_probs": True, "logsumexp": with_logsumexp, "entropy": request.return_entropy}
+        names = [name for name, wanted in asked.items() if wanted]
+        parts |= zip(names, scores if isinstance(scores, tuple) else (scores,), strict=True)
     if request.statistics:
         figures = parts["log_probs"], parts["logsumexp"] if request.return_logsumexp else parts.pop("logsumexp")
         parts |= head_statistics(own, weight, targets, *figures, names=request.statistics, **options)
     if request.reference_hidden is not None:
         own, weight, options["bias"] = _operands(head, hidden[:, -length:])  # a cast of its own: see `_reference_kl`
         parts["kl"] = _reference_kl(head, own, weight, targets, request, options)
+    frozen: HeadStates | None = None
+    for number, teacher in enumerate(request.teachers):
+        student = HeadStates.of(head, hidden, targets, transform)  # a cast of its own, as above
+        if frozen is not None:  # one copy of what gets no gradient is enough
+            student = replace(student, weight=frozen.weight, bias=frozen.bias)
+        elif not student.weight.requires_grad and (student.bias is None or not student.bias.requires_grad):
+            frozen = student
+        parts[f"{_DIVERGENCE}{number}"] = _divergence(student, teacher, targets, request.distillation)
+    if not parts:
+        raise ValueError("return_log_probs is False and nothing else is asked for; pass teachers, or leave it out")
     return parts
+
+
+def _divergence(student: HeadStates, teacher: HeadStates, targets: Tensor, how: Distillation) -> Tensor:  # (N, T)
+    """Return the divergence to a teacher where there are targets, and 0 elsewhere."""
+    rows, width = student.hidden.shape[0], student.weight.shape[0]
+    if teacher.hidden.shape[0] != rows or teacher.weight.shape[0] != width:
+        raise ValueError(
+            f"a teacher predicts {teacher.hidden.shape[0]} tokens of a vocabulary of {teacher.weight.shape[0]}, the "
+            f"model {rows} of {width}; give both the same responses, and take a teacher of the model's family and size "
+            "of vocabulary"
+        )
+    given: dict[str, Any] = {"beta": how.beta, "temperature": how.temperature}
+    for prefix, side in (("", student), ("teacher_", teacher)):
+        given[f"{prefix}bias"] = None if side.bias is None else side.bias.to(student.weight.device)
+        given[f"{prefix}logit_scale"], given[f"{prefix}softcap"] = side.transform.logit_scale, side.transform.softcap
+    if teacher.transform.softcap is None:
+        given["teacher_softcap"] = math.inf  # None would be the student's
+    found = linear_jsd(
+        student.hidden, student.weight, teacher.hidden.to(student.weight.device),
+        teacher.weight.to(student.weight.device), **given,
+    )  # fmt: skip
+    return found.new_zeros(targets.shape).masked_scatter(targets != IGNORE_INDEX, found)
 
 
 def _reference_kl(

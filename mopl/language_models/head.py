@@ -35,10 +35,11 @@ from mopl._restoring import evaluating
 from mopl._rows import UnsupportedModelError, arranged
 from mopl._threads import Turns, in_turn, measuring
 from mopl.conditioning.causal_lm import is_peft
+from mopl.language_models._head_scores import IGNORE_INDEX as IGNORE_INDEX
 from mopl.language_models._head_scores import (
-    IGNORE_INDEX,
     FusedOutput,
     HeadRequest,
+    HeadStates,
     Transform,
     find_head,
     fit_transform,
@@ -46,7 +47,7 @@ from mopl.language_models._head_scores import (
     score_hidden,
     whole_shape,
 )
-from mopl.ops import sequence_logprob
+from mopl.language_models._target_rows import TargetRows
 
 
 @dataclass
@@ -205,12 +206,14 @@ class FusedForward:
     def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         return {**dict(zip(self.__signature__.parameters, args, strict=False)), **kwargs}
 
-    def _scored(self, targets: Tensor, request: HeadRequest, kwargs: dict[str, Any]) -> FusedOutput:
+    def _scored(self, targets: Tensor, request: HeadRequest, kwargs: dict[str, Any]) -> FusedOutput | HeadStates:
         transform, name = self.measure(), type(self.model).__name__
         current = find_head(self.model)
         names: list[str] = []
 
         def head_forward(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+            if request.return_states:
+                return hidden.clone()  # what changes it behind the head is seen below
             parts = score_hidden(current, hidden, targets, transform, request)
             names[:] = parts
             return torch.stack(list(parts.values()), -1)
@@ -227,6 +230,8 @@ class FusedForward:
             raise UnsupportedModelError(
                 f"{name} changes the output of its head in place, which would change the scores"
             )
+        if request.return_states:
+            return HeadStates.of(current, result[0], targets, transform)
         # Copies, not views: a view as the model's output would lose FSDP's hook at the first in-place operation on it.
         parts = {name: part.clone() for name, part in zip(names, result[0].unbind(-1), strict=True)}
         if hasattr(output, "logits"):
@@ -241,8 +246,10 @@ def fuse(model: nn.Module) -> nn.Module:
     the *inputs* that predict them (already shifted), and -100 marks positions that never reach the head. More
     keywords of such a call: `temperature` (a number or (N, T)), `return_logsumexp`, `return_entropy`; and
     `reference_hidden` (N, T, H'), what the head of a reference got at the same positions, with `reference_head`, that
-    head (None: the model's own), for the KL to the reference by `linear_kl`. Where a wrapper puts virtual tokens in
-    front (prompt learning), the last T positions are scored.
+    head (None: the model's own), for the KL to the reference by `linear_kl`; and `teachers`, what the heads of teachers
+    got at the targets, with `distillation`, for a divergence to each by `linear_jsd`: see `HeadRequest`, which has them
+    all, and `mopl.language_models.divergences`. Where a wrapper puts virtual tokens in front (prompt learning), the
+    last T positions are scored.
     Every call without `targets` is as before; calls in several threads take turns. Fuse before wrapping in PEFT, DDP or
     FSDP. A copy or a pickle of a fused model is fused; a scale or softcap of the logits may change later.
 
@@ -310,41 +317,9 @@ def score_sequences(
             holes.
         UnsupportedModelError: if the model gives rows that are padded or packed like this other scores than alone.
     """
-    batch = dict(batch)
-    if "input_ids" not in batch:
-        raise ValueError(f"batch has no input_ids (N, T); it has {sorted(batch)}")
-    input_ids = batch["input_ids"]
-    labels, response_mask = batch.pop("labels", None), batch.pop("response_mask", None)
-    if labels is None:
-        if response_mask is None:
-            raise ValueError("batch has neither labels (-100 on prompt and padding) nor response_mask (N, T)")
-        labels = input_ids.masked_fill(~response_mask.bool(), IGNORE_INDEX)
-    if labels.shape != input_ids.shape:
-        raise ValueError(f"labels has shape {tuple(labels.shape)} but input_ids {tuple(input_ids.shape)}")
-    segment, sequences = batch.pop("segment", None), batch.pop("sequences", None)
-
-    targets = torch.full_like(labels, IGNORE_INDEX)
-    targets[:, :-1] = labels[:, 1:]
-    if (kept := batch.get("attention_mask")) is not None and kept.shape == targets.shape:
-        # Padding on the left predicts nothing: a row's first token has no score, as in the row alone.
-        targets = targets.masked_fill(kept == 0, IGNORE_INDEX)
-    if segment is not None:
-        if segment.shape != input_ids.shape:
-            raise ValueError(f"segment has shape {tuple(segment.shape)} but input_ids {tuple(input_ids.shape)}")
-        # The last token of one sequence must not predict the first of the next.
-        crosses = segment[:, :-1] != segment[:, 1:]
-        targets[:, :-1] = targets[:, :-1].masked_fill(crosses, IGNORE_INDEX)
-
-    output = model(**batch, targets=targets, temperature=temperature, **model_kwargs)
+    rows = TargetRows.of(batch)
+    output = model(**rows.inputs, targets=rows.targets, temperature=temperature, **model_kwargs)
     if not isinstance(output, FusedOutput):
         raise ValueError("the model is not fused: call mopl.alignment.fuse(model) on the causal language model first")
-    counted = (targets != IGNORE_INDEX).to(output.log_probs.device)
-    if segment is None:
-        scores = sequence_logprob(output.log_probs, mask=counted, average=average)
-        lengths = counted.sum(-1)
-    else:
-        count = int(sequences) if sequences is not None else int(segment.max()) + 1
-        flat, keep = segment.reshape(-1).to(output.log_probs.device), counted.reshape(-1)
-        lengths = torch.zeros(count, dtype=torch.long, device=flat.device).index_add_(0, flat.clamp(min=0), keep.long())
-        scores = sequence_logprob(output.log_probs.reshape(-1), flat, mask=keep, sequences=count, average=average)
+    scores, lengths = rows.total(output.log_probs, average=average)
     return SequenceScores(scores, lengths, output)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import nn
 
 from mopl._extras import require
 from mopl._hub import loading
+from mopl._records import Kind, read_json
 from mopl._terminal import bars_wanted
 from mopl.conditioning import TextPromptModel, WeightedModel
 from mopl.conditioning.adapter_checks import with_adapters
@@ -158,6 +160,42 @@ def vocabulary_of(model: Any) -> int | None:
         return model.get_input_embeddings().weight.shape[0]
     except (AttributeError, NotImplementedError):
         return None
+
+
+def sharing(base: Any) -> Any:
+    """Return another causal language model whose parameters share the memory of a frozen one.
+
+    It is modules of its own, so that adapters go into one of the two and both stay in use without switching; what
+    training would change must be in the adapters. Take it once the model is on its device.
+    """
+    memo: dict[int, Any] = {}
+    for parameter in base.parameters():
+        plain = type(parameter) is nn.Parameter  # a quantised one has what it means in its class
+        memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False) if plain else parameter
+    memo |= {id(buffer): buffer for buffer in base.buffers()}
+    return copy.deepcopy(base, memo)
+
+
+def check_same_tokens(name: str, model: str, tokenizer: Any, what: str) -> None:
+    """Raise unless another model, a `what`, reads texts as the same tokens as `model`, whose tokenizer is given.
+
+    Raises:
+        OSError: If there is no such model, or it has no tokenizer.
+        ValueError: If its vocabulary is another one, or its tokenizer writes weights in words in front of a text.
+    """
+    theirs = load_tokenizer(name)
+    own = tokenizer.get_vocab()
+    if theirs.get_vocab() != own:
+        raise ValueError(
+            f"the {what} {name} has another vocabulary ({len(theirs.get_vocab())} tokens) than {model} ({len(own)}), "
+            f"so their log-probabilities cannot be compared; take a {what} of the same family"
+        )
+    file = Path(name) / CONFIG_FILE
+    if file.is_file() and read_json(file, Kind).get("text"):
+        raise ValueError(
+            f"the {what} {name} is an export that reads its weights in words, which its own tokenizer writes and that "
+            f"of {model} does not; take a {what} that reads texts alone"
+        )
 
 
 def recompute_activations(model: Any, on: bool) -> None:

@@ -24,7 +24,7 @@ from mopl.language_models.tokenized import TokenizedList
 from mopl.training.parallel import unwrapped
 
 Conditioner = Callable[[TokenizedList, Tensor, Tensor], TokenizedList]  # list, w (m,), β (m,) -> list
-Score = Callable[[nn.Module, ListBatch], Tensor]  # model, batch -> (B, K)
+Score = Callable[[nn.Module, ListBatch], Tensor]  # model, batch -> (B, K), or (B, K, columns)
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,7 @@ def score_lists(
     beta: Tensor | None = None,
     conditioner: Conditioner | None = None,
     score: Score | None = None,
+    columns: int | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
     """Return the summed log-probability of every response, in the order of the lists, on the CPU.
@@ -161,10 +162,11 @@ def score_lists(
         beta: (m,), for a model that takes it.
         conditioner: Writes both into a list's prompt.
         score: Called with the model and a batch in place of `score_batch`.
+        columns: `score` gives so many numbers for each response, (B, K, columns); None: one, (B, K).
         progress: Told how many lists are done.
 
     Returns:
-        (S,) float32, in nats.
+        (S,) float32, in nats; (S, columns) if asked for.
     """
     if conditioner is not None:
         assert weights is not None
@@ -172,7 +174,7 @@ def score_lists(
     collator, accelerator = collator or ListCollator(), accelerator or OneProcess(model)
     counts = torch.tensor([len(item.responses) for item in lists])
     start = counts.cumsum(0) - counts
-    flat = torch.zeros(int(counts.sum()))
+    flat = torch.zeros(int(counts.sum()), *(() if columns is None else (columns,)))
     if lists_per_batch is None:
         batches = list(map(torch.from_numpy, token_batches(lists, tokens_per_batch, padded=not collator.packed)))
     else:
