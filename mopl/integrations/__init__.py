@@ -1,4 +1,4 @@
-"""mopl inside other people's programs: trainers (`transformers`, `trl`), and a server (`vllm`).
+"""mopl inside other people's programs: trainers (`transformers`, `trl`, `grpo`), and a server (`vllm`).
 
 Each is imported only when it is asked for, with the library that it is for.
 """
@@ -6,7 +6,7 @@ Each is imported only when it is asked for, with the library that it is for.
 from importlib import import_module
 from typing import Any
 
-__all__ = ["transformers", "trl", "vllm"]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = ["grpo", "transformers", "trl", "vllm"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
