@@ -41,7 +41,7 @@ import trl
 from accelerate.utils import gather
 from trl import GRPOConfig, GRPOTrainer  # type: ignore[attr-defined]
 
-from mopl._restoring import seeded
+from mopl._restoring import generators_kept, seeded
 from mopl.conditioning.sampling import check_weights
 from mopl.conditioning.weighted import WeightedModel
 from mopl.integrations._checkpoints import WeightedCheckpoints
@@ -267,7 +267,8 @@ class MultiObjectiveGRPOTrainer(WeightedCheckpoints, GRPOTrainer):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # which comes back for each
         self._found, self._batches = [[] for _ in self.eval_weights], 0
         self._evaluation = metric_key_prefix
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        with generators_kept():  # a loader draws, too
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
         """Answer a batch of prompts at every point of the grid; return the mean of the losses."""
@@ -285,7 +286,7 @@ class MultiObjectiveGRPOTrainer(WeightedCheckpoints, GRPOTrainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, with the rewards at each point of the grid after an evaluation."""
-        if not self.model.training and any(self._found):
+        if any(self._found) and f"{self._evaluation}_runtime" in logs:
             logs.update({f"{self._evaluation}_{name}": value for name, value in self._figures().items()})
         super().log(logs, *args, **kwargs)
 

@@ -106,6 +106,21 @@ def test_rows_of_different_weights_score_as_each_alone(tmp_path, make):
             torch.testing.assert_close(entropy[row, :length].double(), -(at.exp() * at).sum(-1), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["LoraMixture", "ParameterMixture"])
+def test_a_merged_copy_computes_by_itself_and_not_through_trls_head_of_the_mixture(tmp_path, kind):
+    model = mixture() if kind == "LoraMixture" else ParameterMixture(build(), 2)
+    one = trainer(tmp_path, model, weights_per="step")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    weights, ids = torch.tensor([0.3, 0.7]), torch.tensor([[1, 9, 11]])
+    merged = one.model.eval().merge(weights)
+    torch.testing.assert_close(merged(ids).logits, one.model(ids, weights=weights).logits, rtol=1e-4, atol=1e-4)
+    labels = torch.tensor([[-100, 9, 11]])
+    assert "forward" in vars(one.model.causal_lm)  # which keeps its head
+    assert one.model(ids, weights=weights, labels=labels, fused_lm_head=True).log_probs.shape == (1, 2)
+
+
 def test_weights_are_those_of_the_prompt_and_travel_with_the_row(tmp_path):
     one = trainer(tmp_path, mixture(), steps_per_generation=4, per_device_train_batch_size=4, num_generations=2)
     one.model.train()
