@@ -58,10 +58,13 @@ def check_model(
         if recomputes(args):
             raise ValueError("gradient_checkpointing is True, by which layers of a ParameterMixture would be computed "
                              "again without its mixture; pass gradient_checkpointing=False")  # fmt: skip
-    if args.use_vllm:
+    one = settings.weights_per == "step" or settings.objective_weights is not None
+    if args.use_vllm and (not one or isinstance(model, HyperPromptModel)):
+        why = "no merged model is a HyperPromptModel at any weights" if one else "its parameters are those of one w"
         raise ValueError(
-            f"use_vllm is True, but the sampler would not see the weights that each prompt of a {kind} trains for, and "
-            "importance sampling cannot mend that; pass use_vllm=False, or train a plain model with objective_weights"
+            f"use_vllm is True with a {kind} and weights_per is {settings.weights_per!r}, but vLLM answers a whole "
+            f"batch with one plain model: {why}, and importance sampling cannot mend that; pass use_vllm=False, or "
+            "weights_per='step' with a LoraMixture or a ParameterMixture"
         )
     refused = {
         "use_transformers_continuous_batching": "its rows have no weights of their own",

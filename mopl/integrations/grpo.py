@@ -202,10 +202,25 @@ class MultiObjectiveGRPOTrainer(WeightedCheckpoints, GRPOTrainer):
         return {**output, WEIGHTS: rows}
 
     def _generate_single_turn(self, prompt_ids: Any, images: Any, multimodal_fields: Any, *args: Any, **kw: Any) -> Any:
+        sampler: Any = contextlib.nullcontext()
         if isinstance(self.model, WeightedModel):
             # What TRL finds here beside tokens and mask it hands on to `generate`.
             multimodal_fields = {**multimodal_fields, "weights": self._rows}
-        return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kw)
+            sampler = self._served() if self.use_vllm else sampler
+        with sampler:
+            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kw)
+
+    @contextlib.contextmanager
+    def _served(self) -> Iterator[None]:
+        """Let vLLM answer as the plain model of the one w that all rows have, by TRL's own way to send it weights."""
+        assert self._rows is not None
+        self.vllm_generation.model = self.model.merge(self._rows[0])
+        try:
+            self.vllm_generation.sync_weights()
+            self._last_loaded_step = self.state.global_step  # TRL would send them again otherwise
+            yield
+        finally:
+            self.vllm_generation.model = self.model.causal_lm
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         rows = self._rows

@@ -14,7 +14,10 @@ from tiny_language_models import build, tokenizer
 
 from mopl.conditioning import ParameterMixture
 
-STEPS = dict(max_steps=5, num_iterations=2, steps_per_generation=2, save_strategy="no", weight_decay=0.0)
+STEPS = dict(
+    max_steps=5, num_iterations=2, steps_per_generation=2, gradient_accumulation_steps=2, gradient_checkpointing=True,
+    per_device_train_batch_size=4,
+)  # fmt: skip
 
 
 def history(one):

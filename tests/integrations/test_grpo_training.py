@@ -74,7 +74,7 @@ def steered(tmp_path_factory):
     one = trainer(
         folder / "run", LoraMixture(base, 2, config=config), max_steps=25, learning_rate=2e-2, eval_dataset=DATA,
         num_generations=8, per_device_train_batch_size=64, eval_points=3, reference_point=[-6.0, 0.0],
-        max_completion_length=3, num_generations_eval=4, eval_strategy="steps", eval_steps=25, logging_steps=25, weights_per="prompt",
+        max_completion_length=3, num_generations_eval=4, eval_strategy="steps", eval_steps=25, logging_steps=25,
     )  # fmt: skip
     one.train()
     one.save_model(str(folder / "saved"))
@@ -168,7 +168,8 @@ def with_beta():
         (parameters, {}, "weights_per is 'prompt' but a ParameterMixture"),
         (parameters, {"weights_per": "step", "beta": 0.1}, "beta is 0.1 but a ParameterMixture"),
         (parameters, {"weights_per": "step", "gradient_checkpointing": True}, "gradient_checkpointing is True"),
-        (mixture, {"use_vllm": True}, "use_vllm is True, but the sampler would not see the weights"),
+        (mixture, {"use_vllm": True}, "use_vllm is True with a LoraMixture and weights_per is 'prompt', but vLLM"),
+        (prompted, {"use_vllm": True, "weights_per": "step"}, "no merged model is a HyperPromptModel"),
         (mixture, {"cast_lm_head_to_fp32": True}, "cast_lm_head_to_fp32 is True with a LoraMixture"),
         (mixture, {"rewards": [low]}, "there are 1 reward functions .low. but the model has 2 objectives"),
         (mixture, {"objectives": ["a", "a"]}, "a name of its own each"),
@@ -213,6 +214,67 @@ def test_the_names_of_a_model_are_those_of_the_log(tmp_path):
     assert row["reward"] == pytest.approx(
         row["weights/brief"] * row["rewards/brief/mean"] + row["weights/rich"] * row["rewards/rich/mean"], rel=1e-4
     )
-    assert (
-        json.loads((tmp_path / "trainer_state.json").read_text()) if (tmp_path / "trainer_state.json").exists() else 1
-    )
+
+
+# ---------------------------------------------------------------- vLLM, by a stand-in for its server
+
+
+class Server:
+    """What TRL's client of a vLLM server is asked, answered by a model of transformers with the weights that it sends."""
+
+    def __init__(self, **_):
+        self.model, self.sent, self.names = build(), [], None
+
+    def init_communicator(self, device): ...
+
+    def reset_prefix_cache(self): ...
+
+    def get_server_info(self):
+        return {"model_config": {"logprobs_mode": "processed_logprobs"}}
+
+    def update_named_params(self, metadata, parameters):
+        given = {name: value.detach().clone() for name, value in parameters}
+        assert [name for name, *_ in metadata] == list(given)
+        missing, unexpected = self.model.load_state_dict(given, strict=False)
+        assert not unexpected and not set(missing) - {"lm_head.weight"}
+        self.sent.append(given)
+
+    def generate(self, prompts, n, max_tokens, temperature, **_):
+        found = {"prompt_ids": prompts, "completion_ids": [], "logprobs": []}
+        for prompt in prompts:
+            for _ in range(n):
+                ids, logprobs = list(prompt), []
+                for _ in range(max_tokens):
+                    with torch.no_grad():
+                        likely = (self.model(torch.tensor([ids])).logits[0, -1] / temperature).log_softmax(-1)
+                    ids.append(int(likely.exp().multinomial(1)))
+                    logprobs.append([float(likely[ids[-1]])])
+                    if ids[-1] == 2:
+                        break
+                found["completion_ids"].append(ids[len(prompt) :])
+                found["logprobs"].append(logprobs)
+        return found
+
+
+@pytest.mark.parametrize("make", [mixture, lambda: ParameterMixture(build(), 2)])
+def test_vllm_gets_the_merged_model_of_each_steps_weights(tmp_path, monkeypatch, make):
+    from trl.generation import vllm_generation
+
+    monkeypatch.setattr(vllm_generation, "is_vllm_available", lambda *_: True)
+    monkeypatch.setattr(vllm_generation, "VLLMClient", Server, raising=False)
+    # Two generations in one step of the optimizer: their weights differ, the step does not.
+    one = trainer(
+        tmp_path, make(), max_steps=3, use_vllm=True, vllm_mode="server", weights_per="step", temperature=0.8,
+        gradient_accumulation_steps=2, steps_per_generation=1, learning_rate=5e-2, max_completion_length=3,
+    )  # fmt: skip
+    server = one.vllm_generation.vllm_client
+    one.train()
+    assert len(server.sent) == 6
+    rows = [row for row in one.state.log_history if "loss" in row]
+    assert all(row["sampling/sampling_logp_difference/max"] < 1e-4 for row in rows)
+    assert all(row["sampling/importance_sampling_ratio/min"] > 0.999 for row in rows)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    with torch.no_grad():
+        drawn = one._drawn(5)[0]
+    assert not torch.equal(server.sent[-1][name], server.sent[0][name])
+    assert drawn.sum() == pytest.approx(1)
