@@ -220,7 +220,7 @@ def test_the_names_of_a_model_are_those_of_the_log(tmp_path):
 
 
 class Server:
-    """What TRL's client of a vLLM server is asked, answered by a model of transformers with the weights that it sends."""
+    """What TRL's client of a vLLM server is asked, answered by a model of transformers."""
 
     def __init__(self, **_):
         self.model, self.sent, self.names = build(), [], None
