@@ -25,11 +25,11 @@ from mopl._restoring import seeded
 from mopl.clp.config import ClpConfig
 from mopl.clp.policies import new_policy, release
 from mopl.clp.prompts import Prompts
-from mopl.clp.reward_scale import RewardScale
 from mopl.clp.rollout import Answers
 from mopl.clp.stages import Stages
 from mopl.losses.policy_gradient import reward_coefficient
 from mopl.pareto import hypervolume, spearman
+from mopl.rewards.scale import RewardScale
 
 MAIN = "KL to the reference"
 

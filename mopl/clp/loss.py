@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from mopl.clp.config import ClpConfig
 from mopl.clp.policies import Policy
 from mopl.clp.prompts import PromptBatch
-from mopl.clp.reward_scale import RewardScale
 from mopl.clp.rollout import Rollout, RolloutStore, Sampler, roll
 from mopl.language_models.head import IGNORE_INDEX
 from mopl.losses.policy_gradient import policy_gradient, value_loss
 from mopl.rewards import Rewards, prompt_key
+from mopl.rewards.scale import RewardScale
 from mopl.training import RunLog, TrainingDiverged
 from mopl.training.checkpoint import CheckpointFolder
 from mopl.training.parallel import unwrapped

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from mopl._restoring import generators_kept
 from mopl.clp.config import ClpConfig
-from mopl.clp.reward_scale import RunningScale
 from mopl.conditioning import (
     HyperPrompt,
     HyperPromptModel,
@@ -40,6 +39,7 @@ from mopl.conditioning import (
 from mopl.conditioning.causal_lm import untie_head
 from mopl.conditioning.saved_models import adapter_folder, read_adapters, set_adapters
 from mopl.language_models import models
+from mopl.rewards.scale import RunningScale
 
 Conditioned = ParameterMixture | LoraMixture | HyperPromptModel
 

@@ -35,7 +35,6 @@ from mopl.clp.evaluate import MAIN, Evaluation, Evaluator, kappa, kept_parameter
 from mopl.clp.policies import new_policy, release
 from mopl.clp.prompts import Prompts, describe, placed_prompts, split_prompts
 from mopl.clp.reward_modules import is_module, make_rewards, place_of
-from mopl.clp.reward_scale import RewardScale, moments
 from mopl.clp.rollout import Sampler
 from mopl.clp.runs import ClpRun
 from mopl.clp.stages import Stages
@@ -47,6 +46,7 @@ from mopl.experiments.stages import Trained
 from mopl.language_models.adapter_reference import checksum
 from mopl.language_models.models import positions_of
 from mopl.rewards import Rewards, prompt_key
+from mopl.rewards.scale import RewardScale, moments
 from mopl.training import make_accelerator
 from mopl.training.parallel import exists_on_main
 

@@ -21,12 +21,12 @@ from mopl.clp.config import ALL, ClpConfig
 from mopl.clp.loss import ClpLoss, Guard, size_of
 from mopl.clp.policies import Policy, load_policy, new_policy, release, save_soup
 from mopl.clp.prompts import Prompts, PromptSource
-from mopl.clp.reward_scale import RewardScale, RunningScale
 from mopl.clp.rollout import RolloutStore, Sampler
 from mopl.experiments.driver import Recipe
 from mopl.experiments.run_directory import DONE
 from mopl.experiments.stages import CHECKPOINTS, ROLLOUTS, RunStages, Trained, Training
 from mopl.rewards import Rewards
+from mopl.rewards.scale import RewardScale, RunningScale
 from mopl.training import CheckpointFolder, RunLog, TrainingResult
 from mopl.training.optimizer import adamw
 from mopl.training.parallel import exists_on_main

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from mopl.conditioning.adapted import Place, lora_layers, one_adapter, places_of
 from mopl.conditioning.adapter_checks import adapted_parts, check_config, check_saved_whole, short_name, with_adapters
 from mopl.conditioning.causal_lm import adapters_off, is_peft
 from mopl.conditioning.hooked import HookedModel
-from mopl.conditioning.merging import check_lora, check_mixed_rows, logits_of, probe_ids, settle_ties
+from mopl.conditioning.merging import check_lora, check_mixed_rows, copied, logits_of, probe_ids, settle_ties
 from mopl.conditioning.sampling import Weights
 from mopl.conditioning.saved_models import (
     ADAPTER_CONFIG,
@@ -216,7 +215,7 @@ class LoraMixture(Mixture, HookedModel):
 
     def _merged(self, coefficients: Tensor) -> nn.Module:
         with self._holding(coefficients):
-            merged = copy.deepcopy(self.model).unload()
+            merged = copied(self.model).unload()
         if getattr(merged, "is_gradient_checkpointing", False):
             merged.gradient_checkpointing_disable()  # which would hold a copy of the mixture, for its coefficients
         if settle_ties(merged) and (ids := probe_ids(merged)) is not None:

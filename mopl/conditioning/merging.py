@@ -12,6 +12,7 @@ short rows through the model with adapters and through the merged weights, and c
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -30,6 +31,39 @@ ROWS, LENGTH = 2, 8  # of the probe: longer than no window that matters, and row
 # by name, one after another, and one that is ignored gives 1. Where what an adapter changes is no larger than the
 # rounding, as attention of new models may be that is nearly even, this says nothing: then it is computed in float32.
 TOLERANCE, TOLERANCE_16_BIT = 2e-2, 0.5
+
+
+# ---------------------------------------------------------------- copies
+
+
+def copied(model: Any) -> Any:
+    """Return a deep copy of a model that computes by itself.
+
+    A forward pass that a trainer has put in front of the model's own (TRL's head, which gives log-probabilities) calls
+    what it found there, of the model that it was made for. A copy would have that model's outputs, so there it is gone.
+    """
+    made = copy.deepcopy(model)
+    for module, other in zip(model.modules(), made.modules(), strict=True):
+        if "forward" in vars(other) and _calls(vars(other)["forward"], module):
+            del other.forward
+    return made
+
+
+def _calls(function: Any, model: nn.Module) -> bool:
+    """Say whether a function holds a method of a model, in its closure or as an object, or another one that does."""
+    seen: set[int] = set()
+    rest = [function]
+    while rest:
+        one = rest.pop()
+        if id(one) in seen or isinstance(one, nn.Module) or not callable(one):
+            continue
+        seen.add(id(one))
+        if getattr(one, "__self__", None) is model:
+            return True
+        one = getattr(one, "__func__", one)
+        rest += [cell.cell_contents for cell in getattr(one, "__closure__", None) or ()]
+        rest += [one, *(value for value in getattr(one, "__dict__", {}).values())]
+    return False
 
 
 # ---------------------------------------------------------------- shared weights

@@ -57,7 +57,7 @@ from mopl.conditioning._parameter_mixture_parts import (
 )
 from mopl.conditioning.adapted import Place, shared_places
 from mopl.conditioning.causal_lm import check_prompts, untie_head
-from mopl.conditioning.merging import check_mixed_rows, logits_of, probe_ids, settle_ties
+from mopl.conditioning.merging import check_mixed_rows, copied, logits_of, probe_ids, settle_ties
 from mopl.conditioning.sampling import Weights
 from mopl.conditioning.saved_models import CONFIG_FILE, REMEDY, TuningRecord, check_options, fitting
 
@@ -324,7 +324,7 @@ class ParameterMixture(Mixture):
         return self._cache[1]
 
     def _merged(self, coefficients: Tensor) -> nn.Module:
-        model = copy.deepcopy(self.model)
+        model = copied(self.model)
         for name, value in zip(self.names, self._materialise(coefficients), strict=True):
             model.get_parameter(name).copy_(value)
         settle_ties(model)

@@ -1,4 +1,4 @@
-"""What `transformers.Trainer` does beside the loss, for lists: the reference of a training, checkpoints, samplers."""
+"""What `transformers.Trainer` does beside the loss, for lists: the reference of a training, samplers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import copy
 import warnings
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,37 +15,32 @@ from torch.nn.utils.rnn import pad_sequence
 from mopl._extras import require
 
 require("transformers", "accelerate", what="mopl.integrations.transformers")
-from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from mopl._files import write_file
 from mopl._restoring import evaluating
 from mopl.conditioning.causal_lm import is_peft
-from mopl.conditioning.saved_models import CONFIG_FILE
 from mopl.conditioning.weighted import WeightedModel
+from mopl.integrations._checkpoints import WeightedCheckpoints
 from mopl.integrations._data import REFERENCE_COLUMNS, Examples, Extras
 from mopl.integrations._scores import Scoring
 from mopl.integrations._settings import ObjectiveArguments
 from mopl.integrations._setup import check_objectives, check_reference, check_sharding, check_store
-from mopl.language_models.adapter_reference import OwnReference, check_same_reference, write_reference
+from mopl.language_models.adapter_reference import OwnReference
 from mopl.language_models.collate import ListBatch
 from mopl.language_models.model_identity import checksum, identity_of
 from mopl.language_models.reference_store import ReferenceStore
 from mopl.language_models.scoring import Conditions, score_lists
 
 
-class ListTrainer(Trainer):
+class ListTrainer(WeightedCheckpoints):
     """A `Trainer` of lists that has a reference, and knows the checkpoints of a `WeightedModel`."""
 
-    model: Any
     ref_model: Any
     data_collator: Any
     settings: ObjectiveArguments
     scoring: Scoring
     objectives: tuple[str, ...]
-    own: OwnReference | None = None  # the reference that the policy carries in itself, if no other model is it
     reference_conditions: Conditions | None = None  # what the reference takes, where it is another one for each w
-    reference_is: str | None = None  # what tells it from others; None where it is a model that the user passed
     reference_given = False  # whether all data has its log-probabilities
     row_lengths: Sequence[int] | None = None  # a data set's own column of lengths
     _precompute: bool
@@ -166,63 +160,7 @@ class ListTrainer(Trainer):
         rows = list(flat.split([len(item.responses) for item in lists]))
         return data.with_reference(pad_sequence(rows, batch_first=True))
 
-    # ---------------------------------------------------------------- checkpoints
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            write_reference(folder, self.reference_is)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        adapter = None if self.own is None else self.own.adapter
-        if not isinstance(self.model, WeightedModel) and adapter is None:
-            return super()._save(output_dir, state_dict)
-        folder = output_dir if output_dir is not None else self.args.output_dir
-        assert folder is not None
-        if not self.args.should_save:
-            return
-        if isinstance(self.model, WeightedModel):
-            self.model.save_pretrained(folder)
-        else:  # the reference is no policy, and no part of what was trained
-            trained = [name for name in self.model.peft_config if name != adapter]
-            self.model.save_pretrained(folder, state_dict=state_dict, selected_adapters=trained)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
-        write_file(Path(folder) / "training_args.bin", lambda path: torch.save(self.args, path))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        check_same_reference(Path(resume_from_checkpoint), self.reference_is)
-        if not isinstance(self.model, WeightedModel):
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_weights(resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        if not isinstance(self.model, WeightedModel):
-            return super()._load_best_model()
-        assert self.state.best_model_checkpoint is not None
-        self._load_weights(self.state.best_model_checkpoint)
-
-    def _load_weights(self, folder: str) -> None:
-        file = self.model.WEIGHTS_FILE or CONFIG_FILE
-        if not (Path(folder) / file).exists():
-            raise ValueError(f"{folder} is no checkpoint of a {type(self.model).__name__}: it has no {file}")
-        self.model.load_weights(folder)
-
-    # ---------------------------------------------------------------- training and samplers
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train, as `Trainer` does it.
-
-        Raises:
-            ValueError: If no parameter of the model is trained.
-        """
-        if not any(parameter.requires_grad for parameter in self.model.parameters()):
-            raise ValueError(
-                "no parameter of the model requires a gradient, so nothing would be trained; load adapters with "
-                "is_trainable=True (PEFT freezes them otherwise), or call model.requires_grad_(True)"
-            )
-        return super().train(*args, **kwargs)
+    # ---------------------------------------------------------------- samplers
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         data = self.train_dataset if train_dataset is None else train_dataset

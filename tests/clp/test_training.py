@@ -20,7 +20,7 @@ from mopl.clp import ClpConfig, PolicyCollapsed, train_policies
 from mopl.clp.loss import ClpLoss, Guard
 from mopl.clp.policies import Policy, load_policy, new_policy, release, save_soup
 from mopl.clp.prompts import PromptSource, placed_prompts, split_prompts
-from mopl.clp.reward_scale import RewardScale, RunningScale
+from mopl.rewards.scale import RewardScale, RunningScale
 from mopl.clp.rollout import Rollout, RolloutStore, Sampler, roll
 from mopl.conditioning import LoraMixture, ParameterMixture
 from mopl.decoding import MixedLogits

@@ -14,7 +14,7 @@ from test_training import language_model, make_loss, parts, settings
 
 from mopl.clp.policies import new_policy
 from mopl.clp.prompts import PromptSource
-from mopl.clp.reward_scale import RewardScale, RunningScale
+from mopl.rewards.scale import RewardScale, RunningScale
 from mopl.language_models.models import fingerprint
 from mopl.training import make_accelerator, train
 

@@ -13,6 +13,7 @@ NEEDS = {
     "losses_lightning": ("lightning",),
     "transformers_trainer": ("transformers", "accelerate", "peft", "tokenizers"),
     "trl_trainer": ("trl", "transformers", "accelerate", "peft", "datasets", "tokenizers"),
+    "trl_grpo": ("trl", "transformers", "accelerate", "peft", "datasets", "tokenizers"),
 }
 
 
@@ -49,3 +50,16 @@ def test_an_example_of_a_trainer_prints_what_each_weight_prefers(
     assert [row[0] for row in rows] == ["1.00,0.00", "0.50,0.50", "0.00,1.00"]
     polite, brief = ([int(row[column]) for row in rows] for column in (1, 2))
     assert polite[0] >= 80 and brief[2] >= 80 and polite[2] <= 20 and brief[0] <= 20
+
+
+@pytest.mark.slow
+def test_the_example_of_rollouts_prints_what_each_weight_prefers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trl = pytest.importorskip("trl", reason="examples/trl_grpo.py needs the package trl; pip install trl")
+    if tuple(map(int, trl.__version__.split(".")[:2])) < (1, 15):
+        pytest.skip(f"examples/trl_grpo.py needs trl >= 1.15, found {trl.__version__}")
+    rows = re.findall(r"weights (\S+): (\d+)% polite, (\d+)% brief", run("trl_grpo", tmp_path, monkeypatch))
+    assert [row[0] for row in rows] == ["1.00,0.00", "0.50,0.50", "0.00,1.00"]
+    polite, brief = ([int(row[column]) for row in rows] for column in (1, 2))
+    assert polite[0] >= 70 and brief[2] >= 90 and polite[2] <= 20 and brief[0] <= 20

@@ -92,13 +92,19 @@ class RunningScale(nn.Module):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             parts = [torch.empty_like(found) for _ in range(torch.distributed.get_world_size())]
             torch.distributed.all_gather(parts, found)
+        self.add(*parts)
+
+    @torch.no_grad()
+    def add(self, *parts: Tensor) -> None:
+        """Add rewards by their `moments`, (3, m) each: those of one rollout, and none twice."""
         self.counts *= self.decay
         self.squares *= self.decay
         for counts, mean, squares in parts:
             total = self.counts + counts
+            share = total.clamp(min=1.0)  # a reward that nobody has had yet divides 0
             apart = mean - self.mean
-            self.squares += squares + apart.square() * self.counts * counts / total
-            self.mean += apart * counts / total
+            self.squares += squares + apart.square() * self.counts * counts / share
+            self.mean += apart * counts / share
             self.counts.copy_(total)
 
 

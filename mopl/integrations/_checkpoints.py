@@ -1,0 +1,82 @@
+"""Checkpoints of a `transformers.Trainer` whose model may be a `WeightedModel`, and the reference that they name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mopl._extras import require
+
+require("transformers", "accelerate", what="mopl.integrations.transformers")
+from transformers import Trainer
+
+from mopl._files import write_file
+from mopl.conditioning.saved_models import CONFIG_FILE
+from mopl.conditioning.weighted import WeightedModel
+from mopl.language_models.adapter_reference import OwnReference, check_same_reference, write_reference
+
+
+class WeightedCheckpoints(Trainer):
+    """A `Trainer` that writes and reads a `WeightedModel` by its own files; stands in front of any other trainer."""
+
+    model: Any
+    own: OwnReference | None = None  # the reference that the policy carries in itself, if no other model is it
+    reference_is: str | None = None  # what tells it from others; None where it is a model that the user passed
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            write_reference(self._checkpoint_folder(trial), self.reference_is)
+
+    def _checkpoint_folder(self, trial: Any) -> Path:
+        return Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        adapter = None if self.own is None else self.own.adapter
+        if not isinstance(self.model, WeightedModel) and adapter is None:
+            return super()._save(output_dir, state_dict)
+        folder = output_dir if output_dir is not None else self.args.output_dir
+        assert folder is not None
+        if not self.args.should_save:
+            return
+        if isinstance(self.model, WeightedModel):
+            self.model.save_pretrained(folder)
+        else:  # the reference is no policy, and no part of what was trained
+            trained = [name for name in self.model.peft_config if name != adapter]
+            self.model.save_pretrained(folder, state_dict=state_dict, selected_adapters=trained)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        write_file(Path(folder) / "training_args.bin", lambda path: torch.save(self.args, path))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        check_same_reference(Path(resume_from_checkpoint), self.reference_is)
+        if not isinstance(self.model, WeightedModel):
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_weights(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if not isinstance(self.model, WeightedModel):
+            return super()._load_best_model()
+        assert self.state.best_model_checkpoint is not None
+        self._load_weights(self.state.best_model_checkpoint)
+
+    def _load_weights(self, folder: str) -> None:
+        file = self.model.WEIGHTS_FILE or CONFIG_FILE
+        if not (Path(folder) / file).exists():
+            raise ValueError(f"{folder} is no checkpoint of a {type(self.model).__name__}: it has no {file}")
+        self.model.load_weights(folder)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, as `Trainer` does it.
+
+        Raises:
+            ValueError: If no parameter of the model is trained.
+        """
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ValueError(
+                "no parameter of the model requires a gradient, so nothing would be trained; load adapters with "
+                "is_trainable=True (PEFT freezes them otherwise), or call model.requires_grad_(True)"
+            )
+        return super().train(*args, **kwargs)
