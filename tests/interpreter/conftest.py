@@ -22,7 +22,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:.* encountered in .*:RuntimeWarning")
     if os.environ.get("TRITON_INTERPRET") == "1":
         _repeat_less()
-        _reduce_by_pairs()
+        _say_types_once()
+        _combine_by_pairs()
 
 
 def _repeat_less() -> None:
@@ -51,8 +52,12 @@ def _repeat_less() -> None:
             replaced.clear()
             self.scope.restore()
 
+    @functools.cache
+    def modules_of(function):
+        return {value for value in function.__globals__.values() if value is language or value is language.core}
+
     def once(function):
-        modules = {value for value in function.__globals__.values() if value is language or value is language.core}
+        modules = modules_of(function)
         if modules and modules <= replaced:
             return None  # a call of a device function, which asks for nothing
         launch = Launch()
@@ -63,13 +68,80 @@ def _repeat_less() -> None:
     interpreter._patch_lang = once
 
 
-def _reduce_by_pairs() -> None:
-    """Reduce with a function of the kernel's own as a GPU does, by pairs of neighbours; the interpreter takes one item
-    after the other, which rounds sums of thousands as no GPU does, and takes a thousand times as long.
+def _say_types_once() -> None:
+    """Leave out what Triton's front end does again for every operation of two small blocks, in twenty times its time.
+
+    It spells the shapes of operands and result out in objects of their own and compares them item by item: here the
+    types of blocks share what they hold, tensors of a type what follows from it, and operands of one type are taken as
+    they are. And it looks for overflows of integers, to assert where it debugs that there are none: here it does so
+    only where it debugs.
+    """
+    from triton.language import core, semantic
+    from triton.runtime import interpreter
+
+    if not hasattr(interpreter, "_LangPatchScope"):
+        return
+    front_end = semantic.TritonSemantic
+    block_init, with_element_ty = core.block_type.__init__, core.block_type.with_element_ty
+    tensor_init, equal = core.tensor.__init__, core.dtype.__eq__
+    broadcast, checked = front_end.broadcast_impl_value, front_end.binary_op_type_checking_impl
+    sanitize = front_end.binary_op_sanitize_overflow_impl
+    # Two operands of one of these are computed in it, quotients too.
+    plain = {"fp32", "fp64", *core.dtype.SINT_TYPES, *core.dtype.UINT_TYPES}
+
+    def block(self, element_ty, shape):
+        lengths = tuple(getattr(n, "value", n) for n in shape)
+        known = element_ty.__dict__.setdefault("blocks", {})
+        if lengths in known:
+            self.__dict__ = known[lengths].__dict__
+        else:
+            block_init(self, element_ty, shape)
+            self.lengths = lengths
+            known[lengths] = self
+
+    def block_of(self, element_ty):
+        return element_ty.__dict__.get("blocks", {}).get(self.lengths) or with_element_ty(self, element_ty)
+
+    def tensor(self, handle, type):
+        if "of_tensor" not in type.__dict__:
+            tensor_init(self, handle, type)
+            type.of_tensor = {name: value for name, value in vars(self).items() if name not in ("handle", "type")}
+        self.__dict__.update(type.of_tensor, handle=handle, type=type)
+
+    def alike(self, lhs, rhs):
+        a, b = lhs.type, rhs.type
+        same = a.lengths == b.lengths if a.is_block() and b.is_block() else not a.is_block() and not b.is_block()
+        return (lhs, rhs) if same else broadcast(self, lhs, rhs)
+
+    def operands(self, lhs, rhs, *rest, **options):
+        if type(lhs) is type(rhs) is core.tensor and lhs.dtype is rhs.dtype and lhs.dtype.name in plain:
+            return self.broadcast_impl_value(lhs, rhs)
+        return checked(self, lhs, rhs, *rest, **options)
+
+    def overflow(self, *rest):
+        if self.builder.options.debug:
+            sanitize(self, *rest)
+
+    core.block_type.__init__, core.block_type.with_element_ty, core.tensor.__init__ = block, block_of, tensor
+    core.dtype.__eq__ = lambda self, other: self is other or equal(self, other)
+    front_end.broadcast_impl_value, front_end.binary_op_type_checking_impl = alike, operands
+    front_end.binary_op_sanitize_overflow_impl = overflow
+
+
+def _combine_by_pairs() -> None:
+    """Reduce and scan with a function of the kernel's own as a GPU does, by pairs; the interpreter takes one item after
+    the other, which rounds sums of thousands as no GPU does, takes a thousand times as long, and hides that a function
+    is not associative.
     """
     from triton.runtime import interpreter
 
     one_by_one = interpreter.ReduceOps.generic_reduce
+
+    def combined(self, kinds, *sides):
+        """Return the parts that the kernel's function makes of (parts of the left, parts of the right)."""
+        given = [self.to_tensor(part, kind) for side in sides for part, kind in zip(side, kinds, strict=True)]
+        found = self.combine_fn.fn(*given)
+        return [each.handle.data for each in (found if isinstance(found, tuple) else (found,))]
 
     def generic_reduce(self, given):
         if self.axis is None:
@@ -77,15 +149,27 @@ def _reduce_by_pairs() -> None:
         kinds = [each.dtype for each in given]
         parts = [np.moveaxis(each.handle.data, self.axis, 0) for each in given]
         while len(parts[0]) > 1:
-            sides = [
-                self.to_tensor(part[side::2], kind) for side in (0, 1) for part, kind in zip(parts, kinds, strict=True)
-            ]
-            found = self.combine_fn.fn(*sides)
-            parts = [each.handle.data for each in (found if isinstance(found, tuple) else (found,))]
+            parts = combined(self, kinds, [part[::2] for part in parts], [part[1::2] for part in parts])
         whole = [np.expand_dims(part[0], self.axis) if self.keep_dims else part[0] for part in parts]
         return [self.to_tensor(part, kind) for part, kind in zip(whole, kinds, strict=True)]
 
+    def generic_scan(self, given):
+        kinds = [each.dtype for each in given]
+        parts = [np.moveaxis(each.handle.data, self.axis, 0).copy() for each in given]
+        size, width = len(parts[0]), 1
+        while width < size:  # the last of every left half is before all of the right one
+            index = np.arange(size).reshape(-1, 2, width)
+            right = index[:, 1].ravel()
+            left = np.repeat(index[:, 0, -1], width)
+            found = combined(self, kinds, [part[left] for part in parts], [part[right] for part in parts])
+            for part, new in zip(parts, found, strict=True):
+                part[right] = new
+            width *= 2
+        parts = [np.ascontiguousarray(np.moveaxis(part, 0, self.axis)) for part in parts]
+        return [self.to_tensor(part, kind) for part, kind in zip(parts, kinds, strict=True)]
+
     interpreter.ReduceOps.generic_reduce = generic_reduce
+    interpreter.ScanOps.generic_scan = generic_scan
 
 
 class _Launch:
