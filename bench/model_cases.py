@@ -180,7 +180,7 @@ def _kl_cases(s: Sizes) -> Iterator[Case]:
 
         return step
 
-    for mode, products in (("scoring", 2), ("frozen", 5), ("trained", 6)):
+    for mode, products in (("scoring", 2), ("frozen", 3), ("trained", 6)):
         yield Case("linear_kl", mode, lambda device, mode=mode: make(device, mode), products * product)
 
 

@@ -193,35 +193,38 @@ def _same(values: Tensor) -> Tensor:
     return values
 
 
-def settle(tiles: list[list[Tensor]], beta: float, shard: VocabularyShard | None = None) -> tuple[Tensor, Sums]:
-    """Return the divergence (R,), wide, and its `Sums`; the logits [u, r] of each tile become a and b.
+def settle(
+    tiles: list[list[Tensor]], beta: float, keep: bool, shard: VocabularyShard | None = None
+) -> tuple[Tensor, Sums]:
+    """Return the divergence (R,), wide, and its `Sums`; the logits [u, r] of each tile become a and b if they are kept.
 
     The tiles are (R, columns) and make up the vocabulary, or this rank's shard of it.
     """
-    first = tiles[0][0]
-    wide = wide_dtype(first.device)
+    like = tiles[0][0]
+    wide = wide_dtype(like.device)
     largest: Reduce = _same if shard is None else shard.max
     summed: Reduce = _same if shard is None else shard.sum
     tops = largest(torch.stack([torch.stack([t[k].amax(-1) for t in tiles]).amax(0) for k in (0, 1)]))
     for tile in tiles:
         for logits, top in zip(tile, tops, strict=True):
             logits.sub_(lift(top)[:, None])
-    found = first.new_zeros((3, len(first)), dtype=wide)
+    found = like.new_zeros((3, len(like)), dtype=wide)
     ends = beta in (0.0, 1.0)
     for a, b in tiles:
         p, q = a.exp(), b.exp()
         found[0] += p.sum(-1, dtype=wide)
         found[1] += q.sum(-1, dtype=wide)
         if ends:
-            moment = times(p, a - b) if beta else times(q, b - a)
-            found[2] += moment.sum(-1, dtype=wide)
+            first, second = (a, b) if beta else (b, a)
+            difference = first - second if keep else first.sub_(second)
+            found[2] += times(p if beta else q, difference).sum(-1, dtype=wide)
     total, other_total, moment = summed(found)
     sums = Sums(tops[0], total, tops[1], other_total, moment)
     if ends:
         gap = other_total.log() - total.log()
         mean = moment / (total if beta else other_total)
         return (mean + gap if beta else mean - gap).clamp(min=0), sums._replace(mean=mean)
-    found = first.new_zeros((2, len(first)), dtype=wide)
+    found = like.new_zeros((2, len(like)), dtype=wide)
     for a, b in tiles:
         ratios = log_ratios(_normalised(a, b, sums), beta)
         for k, (logits, ratio) in enumerate(zip((a, b), ratios, strict=True)):
@@ -261,7 +264,7 @@ def forward(
     directions = torch.zeros(policy.rows.shape if direction else (0,), dtype=dtype, device=like.device)
     for rows, cuts in row_blocks(policy, 2, shard):
         tiles = [[head.logits(rows, columns, head.weight[columns]) for head in (policy, other)] for columns in cuts]
-        found, own = settle(tiles, beta, shard)
+        found, own = settle(tiles, beta, direction, shard)
         value[rows] = found.to(dtype)
         for part, values in zip(sums, own, strict=True):
             part[rows] = values

@@ -118,7 +118,7 @@ def forward(
         rest = lift(top).to(wide) + total.log()
         buckets = torch.cat([chosen, rest[:, None]], -1) if tail else chosen
         pair = [buckets.clone(), teacher[rows].clone()]
-        own_value, sums = settle([pair], beta)
+        own_value, sums = settle([pair], beta, keep=True)
         gradient = logit_gradient(*pair, sums, beta, torch.ones_like(total))  # type: ignore[arg-type]
         value[rows] = own_value.to(dtype)
         found = Found(top, total, gradient)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mopl import reference_logprob
 from mopl.ops import _divergence_blocks as blocks
-from mopl.ops import linear_jsd, linear_kl
+from mopl.ops import linear_jsd, linear_kl, linear_topk_jsd
 from mopl.ops._divergence import _linear_divergence
 
 BETAS = (0.0, 1e-4, 0.3, 0.5, 0.9, 1 - 1e-4, 1.0)
@@ -211,6 +211,21 @@ def test_the_operator_is_registered_for_the_compiler(frozen: bool) -> None:
     ones = torch.ones(5).double()
     arguments = (hidden, weight, None, ones, draw(5, 4), draw(9, 4), None, ones, mask, [0.0, 1.0, 2.0, 1.0, 0.3])
     torch.library.opcheck(_linear_divergence, (*arguments, frozen, "linear_jsd"))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiler_takes_it_whole() -> None:
+    hidden, weight, teacher = draw(5, 3).requires_grad_(), draw(9, 3), draw(5, 3)
+    ids, known = torch.tensor([[1, 2]] * 5), torch.full((5, 2), -2.0, dtype=torch.float64)
+
+    def run(h: Tensor) -> Tensor:
+        return linear_jsd(h, weight, teacher, beta=0.3) * linear_topk_jsd(h, weight, ids, known)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    upstream = draw(5)
+    results = [(f(hidden), torch.autograd.grad(f(hidden), hidden, upstream)[0]) for f in (compiled, run)]
+    for a, e in zip(*results, strict=True):
+        torch.testing.assert_close(a, e)
 
 
 def trl_loss(hidden, weight, teacher, head, mask, beta, **options) -> Tensor:
