@@ -26,7 +26,7 @@ data = Dataset.from_list([{"prompt": row["prompt"]} for row in tiny.pairs()])
 model = LoraMixture(tiny.model(), 2, config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
 args = MultiObjectiveGRPOConfig(
     tempfile.mkdtemp(), num_generations=16, per_device_train_batch_size=96, max_completion_length=8, learning_rate=2e-2,
-    max_steps=25, eval_points=3, num_generations_eval=16, per_device_eval_batch_size=96, report_to="none",
+    max_steps=16, eval_points=3, num_generations_eval=16, per_device_eval_batch_size=96, report_to="none",
     save_strategy="no", logging_steps=20, bf16=False, use_cpu=True, disable_tqdm=True, gradient_checkpointing=False,
 )  # fmt: skip
 trainer = MultiObjectiveGRPOTrainer(

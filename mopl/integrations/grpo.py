@@ -103,11 +103,15 @@ class MultiObjectiveGRPOTrainer(WeightedCheckpoints, GRPOTrainer):
         ImportError: If the installed TRL is older than 1.15.
     """
 
+    args: Any
+    num_generations: Any
+    num_generations_eval: Any
+
     def __init__(
         self,
         model: Any,
         reward_funcs: Any = None,
-        args: GRPOConfig | None = None,
+        args: Any = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
@@ -127,9 +131,10 @@ class MultiObjectiveGRPOTrainer(WeightedCheckpoints, GRPOTrainer):
         self._rows: Tensor | None = None  # (B, m), weights of the rows that TRL is at
         self._found: list[list[Tensor]] = []  # rewards of an evaluation, for each point of the grid
         self._evaluation, self._batches = "eval", 0
+        inner: Any = model if weighted is None else weighted.causal_lm
         with _without_reference(args, weighted is not None):
             super().__init__(
-                model if weighted is None else weighted.causal_lm, reward_funcs, args, train_dataset=train_dataset,
+                inner, reward_funcs, args, train_dataset=train_dataset,
                 eval_dataset=eval_dataset, processing_class=processing_class, **options,
             )  # fmt: skip
         names = None if weighted is None else weighted.record.objectives
@@ -228,7 +233,7 @@ class MultiObjectiveGRPOTrainer(WeightedCheckpoints, GRPOTrainer):
         for name, column in zip(self.objectives, rows.T.tolist(), strict=True):
             self._log_completion_extra(f"weight/{name}", column)
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # (N, m)
-        weights = gather(rows)
+        weights: Any = gather(rows)
         if self._point is not None:
             self._found[self._point[0]].append(rewards.double().cpu())
         for name, column in zip(self.objectives, weights.T, strict=True):

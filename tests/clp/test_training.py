@@ -20,7 +20,6 @@ from mopl.clp import ClpConfig, PolicyCollapsed, train_policies
 from mopl.clp.loss import ClpLoss, Guard
 from mopl.clp.policies import Policy, load_policy, new_policy, release, save_soup
 from mopl.clp.prompts import PromptSource, placed_prompts, split_prompts
-from mopl.rewards.scale import RewardScale, RunningScale
 from mopl.clp.rollout import Rollout, RolloutStore, Sampler, roll
 from mopl.conditioning import LoraMixture, ParameterMixture
 from mopl.decoding import MixedLogits
@@ -30,6 +29,7 @@ from mopl.language_models.tokenization import ListTokenizer
 from mopl.losses import policy_gradient
 from mopl.pareto import Front
 from mopl.rewards import FunctionReward, Rewards
+from mopl.rewards.scale import RewardScale, RunningScale
 from mopl.training import CheckpointFolder, TrainingConfig, train
 
 PROMPTS = [f"w{i} w{i + 1}" for i in range(40)]

@@ -14,8 +14,8 @@ from test_training import language_model, make_loss, parts, settings
 
 from mopl.clp.policies import new_policy
 from mopl.clp.prompts import PromptSource
-from mopl.rewards.scale import RewardScale, RunningScale
 from mopl.language_models.models import fingerprint
+from mopl.rewards.scale import RewardScale, RunningScale
 from mopl.training import make_accelerator, train
 
 if __name__ == "__main__":

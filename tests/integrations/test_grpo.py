@@ -297,3 +297,22 @@ def test_the_expected_update_is_the_gradient_of_the_expected_scalarised_reward(t
     assert found.keys() == wanted.keys() and max(float(g.abs().max()) for g in wanted.values()) > 1e-3
     for name, gradient in wanted.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=2e-6)
+
+
+# ---------------------------------------------------------------- the head of mopl
+
+
+@pytest.mark.parametrize("make", [mixture, prompted])
+def test_a_trainer_patched_by_patch_trl_trains_the_same(tmp_path, make):
+    heads = pytest.importorskip("mopl.integrations.trl_heads", reason="this version of mopl has no patch_trl")
+    found = []
+    for patched in (False, True):
+        one = trainer(tmp_path, make(), max_steps=2, beta=0.1, num_iterations=2)
+        if patched:
+            heads.patch_trl(one)
+        one.train()
+        found.append((history(one), trained(one)))
+    for a, b in zip(found[0][0], found[1][0], strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
+    for name, value in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], value, rtol=1e-4, atol=1e-5)

@@ -162,7 +162,7 @@ def test_no_mode_or_seed_is_set_without_a_way_back():
         "training/loop.py",  # inside modes_kept and generators_kept
         "training/accumulation.py",  # called by training/loop.py, inside the same
         "clp/policies.py",  # inside generators_kept
-        "integrations/_trainer.py",  # Trainer.train, which trains
+        "integrations/_checkpoints.py",  # Trainer.train, which trains
     }
     found = {}
     for file in MOPL.rglob("*.py"):
