@@ -25,6 +25,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "trackio": ("trackio",),
     "pandas": ("pandas",),
     "vllm": ("vllm", "safetensors"),
+    "sentence-transformers": (*_HF, "sentence_transformers"),
     "serve": (*_HF, "peft", "starlette", "uvicorn"),
 }
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")  # of `log_with`; each is the extra and the module of its name
@@ -32,6 +33,7 @@ PACKAGES = {
     "huggingface_hub": "huggingface-hub",
     "sklearn": "scikit-learn",
     "rouge_score": "rouge-score",
+    "sentence_transformers": "sentence-transformers",
     "glin_profanity": "glin-profanity",
 }
 

@@ -1,4 +1,5 @@
-"""mopl inside other people's programs: trainers (`transformers`, `trl`), and a server (`vllm`).
+"""mopl inside other people's programs: trainers (`transformers`, `trl`, `scorers`, `sentence_transformers`), a server
+(`vllm`).
 
 Each is imported only when it is asked for, with the library that it is for.
 """
@@ -6,7 +7,7 @@ Each is imported only when it is asked for, with the library that it is for.
 from importlib import import_module
 from typing import Any
 
-__all__ = ["transformers", "trl", "vllm"]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = ["scorers", "sentence_transformers", "transformers", "trl", "vllm"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

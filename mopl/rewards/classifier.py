@@ -17,7 +17,7 @@ from mopl._arguments import check_choice
 from mopl._extras import require
 from mopl._hub import loading
 from mopl.rewards.reward import Prompt, content_key
-from mopl.rewards.writing import INPUTS, RECORD, SequenceWriter, longest_input
+from mopl.rewards.writing import INPUTS, LENGTH, RECORD, SequenceWriter, longest_input
 
 REMEMBERED = 20_000  # texts whose outputs are kept for the other rewards of a model: more than a rollout has
 
@@ -62,7 +62,7 @@ class _Classifier:
         self.writer = SequenceWriter(tokenizer, inputs or getattr(config, RECORD, None) or "text", 0)
         # Decoder models find the last token of a row by their config's pad token.
         config.pad_token_id = tokenizer.pad_token_id
-        self.writer.max_length = max_length or longest_input(config, tokenizer)
+        self.writer.max_length = max_length or getattr(config, LENGTH, None) or longest_input(config, tokenizer)
         self.batch_size = batch_size
         self.names = {int(number): text for number, text in config.id2label.items()}
         self.shared = False  # whether several rewards ask for the same texts
@@ -106,7 +106,7 @@ class ClassifierReward:
             model was trained on, where `mopl.integrations.scorers` has trained it, else `"text"`.
         maximise: Whether higher values are better.
         max_length: Tokens that a text is cut to, from the left for `"chat"` and otherwise as the tokenizer is set;
-            default what the model takes, at most 2048.
+            default as in its training, likewise, else what the model takes, at most 2048.
         batch_size: Texts of one forward pass; they are sorted by length, so padding is little.
         device: Where the model runs; default a GPU if there is one.
         dtype: Of the model; default as it is stored, float32 on the CPU.

@@ -4,7 +4,7 @@
 * `"pair"`: prompt and response as the tokenizer's two texts, as cross-encoders see them;
 * `"chat"`: prompt and response as a conversation in the tokenizer's chat template.
 
-A model that `mopl.integrations.scorers` trains has the way in its configuration, as `mopl_inputs`.
+A model that `mopl.integrations.scorers` trains has the way in its configuration, and how long sequences may be.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from mopl._arguments import check_choice
 
 INPUTS = ("text", "pair", "chat")
-RECORD = "mopl_inputs"  # the name in a model's configuration
+RECORD, LENGTH = "mopl_inputs", "mopl_max_length"  # names in a model's configuration
 
 
 class SequenceWriter:
