@@ -200,13 +200,8 @@ def test_a_step_of_two_processes_is_that_of_one(whole, tmp_path):
 
 def test_memory_of_long_lists_is_that_of_a_mini_batch(tmp_path):
     """What autograd keeps at a time, of K = 200 in mini-batches of 8, is a small part of that of all at once."""
-    data = [
-        {
-            "prompt": "w1",
-            "responses": [f"w{k % 50} w{k // 50}" for k in range(200)],
-            "labels": {"even": [float(k % 2) for k in range(200)]},
-        }
-    ]
+    texts, labels = [f"w{k % 50} w{k // 50}" for k in range(200)], [float(k % 2) for k in range(200)]
+    data = [{"prompt": "w1", "responses": texts, "labels": {"even": labels}}]
 
     def most(size):
         trainer = RewardListTrainer(encoder(1), arguments(tmp_path, mini_batch_size=size), data, None, tokenizer())
