@@ -57,6 +57,9 @@ class ListLoss(nn.Module):
         ValueError: If numbers do not fit the model's outputs, or a choice is unknown.
     """
 
+    _beta: Tensor  # (1, m) or (1, 1)
+    _weights: Tensor  # (1, m)
+
     def __init__(
         self,
         model: Any,
