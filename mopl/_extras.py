@@ -1,4 +1,4 @@
-"""Optional packages: which extra of mopl brings which module, and one error that says how to install it."""
+"""Optional packages: which extra of mopl brings which module, one error that says how to install it, and versions."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "trackio": ("trackio",),
     "pandas": ("pandas",),
     "vllm": ("vllm", "safetensors"),
+    "sentence-transformers": (*_HF, "sentence_transformers"),
     "serve": (*_HF, "peft", "starlette", "uvicorn"),
 }
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")  # of `log_with`; each is the extra and the module of its name
@@ -32,6 +33,7 @@ PACKAGES = {
     "huggingface_hub": "huggingface-hub",
     "sklearn": "scikit-learn",
     "rouge_score": "rouge-score",
+    "sentence_transformers": "sentence-transformers",
     "glin_profanity": "glin-profanity",
 }
 
@@ -78,6 +80,12 @@ def install(*extras: str) -> str:
     if clone == Path.cwd():
         return f"pip install -c constraints.txt -e '.[{chosen}]'"
     return f"pip install -c {shlex.quote(str(clone / 'constraints.txt'))} -e {shlex.quote(f'{clone}[{chosen}]')}"
+
+
+def version_of(text: str) -> tuple[int, int]:
+    """Return the first two numbers of a version such as 2.8.0+cu128."""
+    major, minor = text.split(".")[:2]
+    return int(major), int(minor)
 
 
 def _extra_of(module: str, extra: str | None) -> str:

@@ -32,7 +32,7 @@ class ClpConfig(LanguageModelSettings):
     rewards: tuple[str, ...] = in_data(
         (),
         "names of `mopl.rewards`, with options as in length:target=20, or module:function of (texts, prompts); their "
-        "names are the objectives, in the order of the weights",
+        "names are the objectives, in the order of the weights. classifier:directory=DIR is a reward for each output",
         missing="name at least one of mopl.rewards, or module:function",
         convert=located_inside,
         metavar="REWARD",

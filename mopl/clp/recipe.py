@@ -126,7 +126,7 @@ class ClpRecipe(Recipe):
         config = self.config
         self.rewards = rewards = make_rewards(config.rewards) if self.given is None else self.given
         m = len(rewards)
-        if m != len(config.rewards):
+        if self.given is not None and m != len(config.rewards):
             raise ValueError(f"rewards names {len(config.rewards)} rewards but {m} were passed; name each")
         self.reference_point = config.for_each("reference_point", m)
         self.plan(m)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mopl.rewards import FunctionReward, Reward, Rewards, available, make
+from mopl.rewards import FunctionReward, Reward, Rewards, available, make_each
 
 
 def make_rewards(specs: tuple[str, ...]) -> Rewards:
@@ -17,7 +17,8 @@ def make_rewards(specs: tuple[str, ...]) -> Rewards:
     Raises:
         ValueError: If there is no such reward, module or function.
     """
-    return Rewards([_reward(spec) for spec in specs])
+    # A classifier with several outputs is a reward for each, so there may be more of them than names.
+    return Rewards([reward for spec in specs for reward in _rewards(spec)])
 
 
 def is_module(spec: str) -> bool:
@@ -26,9 +27,11 @@ def is_module(spec: str) -> bool:
     return name not in available() and rest.replace(".", "_").isidentifier()
 
 
-def _reward(spec: str) -> Reward:
-    if not is_module(spec):
-        return make(spec)
+def _rewards(spec: str) -> tuple[Reward, ...]:
+    return (_of_module(spec),) if is_module(spec) else make_each(spec)
+
+
+def _of_module(spec: str) -> Reward:
     name, _, rest = spec.partition(":")
     where = str(Path.cwd())
     sys.path.insert(0, where)  # a module beside the user's data, as python -m would find it

@@ -1,4 +1,5 @@
-"""mopl inside other people's programs: trainers (`transformers`, `trl`, `grpo`), and a server (`vllm`).
+"""mopl inside other people's programs: trainers (`transformers`, `trl`, `grpo`, `scorers`, `sentence_transformers`) and
+a server (`vllm`).
 
 Each is imported only when it is asked for, with the library that it is for. `verl`, `openrlhf` and `nemo_rl` are
 functions in the shapes that these call, and need no library but torch.
@@ -9,7 +10,8 @@ from typing import Any
 
 _FUNCTIONS = {"patch_trl": "trl_heads", "unpatch_trl": "trl_heads"}
 __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
-    *_FUNCTIONS, "grpo", "nemo_rl", "openrlhf", "transformers", "trl", "trl_heads", "verl", "vllm",
+    *_FUNCTIONS, "grpo", "nemo_rl", "openrlhf", "scorers", "sentence_transformers", "transformers", "trl", "trl_heads",
+    "verl", "vllm",
 ]  # fmt: skip
 
 

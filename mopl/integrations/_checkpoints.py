@@ -18,10 +18,28 @@ from mopl.conditioning.weighted import WeightedModel
 from mopl.language_models.adapter_reference import OwnReference, check_same_reference, write_reference
 
 
-class WeightedCheckpoints(Trainer):
-    """A `Trainer` that writes and reads a `WeightedModel` by its own files; stands in front of any other trainer."""
+class CheckedTrainer(Trainer):
+    """A `Trainer` that does not run a training of nothing."""
 
     model: Any
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, as `Trainer` does it.
+
+        Raises:
+            ValueError: If no parameter of the model is trained.
+        """
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ValueError(
+                "no parameter of the model requires a gradient, so nothing would be trained; load adapters with "
+                "is_trainable=True (PEFT freezes them otherwise), or call model.requires_grad_(True)"
+            )
+        return super().train(*args, **kwargs)
+
+
+class WeightedCheckpoints(CheckedTrainer):
+    """A `Trainer` that writes and reads a `WeightedModel` by its own files; stands in front of any other trainer."""
+
     own: OwnReference | None = None  # the reference that the policy carries in itself, if no other model is it
     reference_is: str | None = None  # what tells it from others; None where it is a model that the user passed
 
@@ -67,16 +85,3 @@ class WeightedCheckpoints(Trainer):
         if not (Path(folder) / file).exists():
             raise ValueError(f"{folder} is no checkpoint of a {type(self.model).__name__}: it has no {file}")
         self.model.load_weights(folder)
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train, as `Trainer` does it.
-
-        Raises:
-            ValueError: If no parameter of the model is trained.
-        """
-        if not any(parameter.requires_grad for parameter in self.model.parameters()):
-            raise ValueError(
-                "no parameter of the model requires a gradient, so nothing would be trained; load adapters with "
-                "is_trainable=True (PEFT freezes them otherwise), or call model.requires_grad_(True)"
-            )
-        return super().train(*args, **kwargs)

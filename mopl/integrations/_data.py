@@ -102,21 +102,26 @@ def examples_of(
                 f"objectives are {tuple(objectives)} but the tokenised data has {data.objectives}; name the same"
             )
         return Examples([Example(item) for item in data], data.objectives)
-    beside: list[dict[str, Any]] | None = None
-    if isinstance(data, PreferenceData):
-        lists = data if objectives is None else PreferenceData(data.lists, objectives, name=data.name)
-    else:
-        rows = _rows(data)
-        if isinstance(rows[0], PreferenceList):
-            lists = PreferenceData(rows, objectives)
-        else:
-            lists, beside = _read_rows(rows, objectives, on_error)
+    lists, beside = lists_of(data, objectives, on_error)
     if processing_class is None:
         raise ValueError("processing_class is missing; pass the tokenizer, or TokenizedData")
     how: Any = template
     tokens = tokenize(lists, ListTokenizer(processing_class, max_length=max_length, template=how), on_error=on_error)
-    extra = beside if beside is not None else [{}] * len(lists)
-    return Examples([Example(item, **extra[item.index]) for item in tokens], tokens.objectives, rows=len(lists))
+    return Examples([Example(item, **beside[item.index]) for item in tokens], tokens.objectives, rows=len(lists))
+
+
+def lists_of(
+    data: Any, objectives: Sequence[str] | None, on_error: OnError
+) -> tuple[PreferenceData, list[dict[str, Any]]]:
+    """Return what a trainer was given as lists of texts, and what stands beside each: keywords of `Example`."""
+    if isinstance(data, PreferenceData):
+        lists = data if objectives is None else PreferenceData(data.lists, objectives, name=data.name)
+    else:
+        rows = _rows(data)
+        if not isinstance(rows[0], PreferenceList):
+            return _read_rows(rows, objectives, on_error)
+        lists = PreferenceData(rows, objectives)
+    return lists, [{} for _ in lists]
 
 
 def is_rows(data: Any) -> bool:

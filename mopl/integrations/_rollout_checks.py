@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from mopl._extras import version_of
 from mopl.conditioning import HyperPromptModel, LoraMixture, ParameterMixture
 from mopl.conditioning.weighted import WeightedModel
 from mopl.integrations._rollouts import RolloutArguments
@@ -17,8 +18,7 @@ KINDS = (LoraMixture, HyperPromptModel, ParameterMixture)
 
 def check_release(version: str) -> None:
     """Raise for a release of TRL whose `GRPOTrainer` computes log-probabilities beside the model's forward pass."""
-    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
-    if numbers < OLDEST:
+    if version_of(version) < OLDEST:
         raise ImportError(
             f"MultiObjectiveGRPOTrainer needs trl >= {'.'.join(map(str, OLDEST))}, where a model's forward pass gives "
             f"the log-probabilities, but trl is {version}; pip install -U trl"

@@ -6,10 +6,11 @@ import dataclasses
 import functools
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -214,7 +215,7 @@ class ListChecks:
                 f"{self.pairs_only} is for pairs but there are lists with more than two responses; leave loss_type at "
                 "'sigmoid' without options for pairs and choose a list_loss"
             )
-        self._check_labels(examples)
+        check_labels(self.loss, examples.objectives, ((e.tokens.index, e.tokens.labels) for e in examples.lists))
         for item in (example.tokens for example in examples.lists):
             largest = max(int(part.max(initial=0)) for part in (item.prompt, *item.responses))
             # A GPU reports that in no readable way.
@@ -224,23 +225,25 @@ class ListChecks:
                     "tokens; pass the model's own tokenizer, or call model.resize_token_embeddings(len(tokenizer))"
                 )
 
-    def _check_labels(self, examples: Examples) -> None:
-        """Raise if a loss of shares or gains is given negative labels; the caller's own losses judge for themselves."""
-        loss = self.loss
-        function, options = (loss.func, loss.keywords) if isinstance(loss, functools.partial) else (loss, {})
-        shares = function is listwise_dpo and options.get("normalize", "l1") == "l1"
-        gains = function is approx_ndcg or (function is lambda_loss and options.get("normalize", False))
-        for example in examples.lists if shares or gains else ():
-            negative = example.tokens.labels < 0  # (m, K), false where a label is missing
-            if negative.any():
-                j = int(negative.any(1).argmax())
-                raise ValueError(
-                    f"labels of {examples.objectives[j]} hold {example.tokens.labels[negative][0]:g} (row "
-                    f"{example.tokens.index + 1}), but {function.__name__} takes none that are negative; for rewards "
-                    "and the like pass loss=functools.partial(mopl.losses.listwise_dpo, normalize='softmax', "
-                    "label_temperature=...) to the trainer, or list_loss='plackett_luce', which takes their ranks, to "
-                    "its config"
-                )
+
+def check_labels(loss: Any, objectives: Sequence[str], lists: Iterable[tuple[int, np.ndarray]]) -> None:
+    """Raise if a loss of shares or gains is given negative labels; the caller's own losses judge for themselves.
+
+    `lists` has the place of each list in the data and its labels (m, K), NaN where one is missing.
+    """
+    function, options = (loss.func, loss.keywords) if isinstance(loss, functools.partial) else (loss, {})
+    shares = function is listwise_dpo and options.get("normalize", "l1") == "l1"
+    gains = function is approx_ndcg or (function is lambda_loss and options.get("normalize", False))
+    for index, labels in lists if shares or gains else ():
+        negative = labels < 0  # false where a label is missing
+        if negative.any():
+            j = int(negative.any(1).argmax())
+            raise ValueError(
+                f"labels of {objectives[j]} hold {labels[negative][0]:g} (row {index + 1}), but {function.__name__} "
+                "takes none that are negative; for rewards and the like pass "
+                "loss=functools.partial(mopl.losses.listwise_dpo, normalize='softmax', label_temperature=...) to the "
+                "trainer, or list_loss='plackett_luce', which takes their ranks, to its config"
+            )
 
 
 def warn_of_rounding(model: torch.nn.Module, accelerator: Any) -> None:

@@ -15,12 +15,13 @@ from torch.nn.utils.rnn import pad_sequence
 from mopl._extras import require
 
 require("transformers", "accelerate", what="mopl.integrations.transformers")
+from transformers import TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from mopl._restoring import evaluating
 from mopl.conditioning.causal_lm import is_peft
 from mopl.conditioning.weighted import WeightedModel
-from mopl.integrations._checkpoints import WeightedCheckpoints
+from mopl.integrations._checkpoints import CheckedTrainer, WeightedCheckpoints
 from mopl.integrations._data import REFERENCE_COLUMNS, Examples, Extras
 from mopl.integrations._scores import Scoring
 from mopl.integrations._settings import ObjectiveArguments
@@ -32,11 +33,44 @@ from mopl.language_models.reference_store import ReferenceStore
 from mopl.language_models.scoring import Conditions, score_lists
 
 
-class ListTrainer(WeightedCheckpoints):
-    """A `Trainer` of lists that has a reference, and knows the checkpoints of a `WeightedModel`."""
+class StepTrainer(CheckedTrainer):
+    """A `Trainer` whose loss is a mean over the lists of a whole step, of all processes and accumulated parts."""
+
+    data_collator: Any
+    loss_is_scaled_for_ga = False
+    _kind: type = TrainingArguments  # whose options are obeyed or refused
+    # Where the next parts of this process stand in the step's batch, and the factors on the sums of their losses.
+    _places: Iterator[tuple[int, float]] = iter(())
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """Fetch the parts of a step, and note where in the step's batch each stands."""
+        samples, items = super().get_batch_samples(*args, **kwargs)
+        counts = [len(sample["list_mask"]) for sample in samples]
+        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
+        table = [counts]
+        if processes > 1 and counts:
+            mine = torch.tensor(counts, device=self.accelerator.device)
+            gathered: Any = self.accelerator.gather(mine)
+            table = gathered.view(processes, len(counts)).tolist()
+        total = sum(map(sum, table))
+        places = []
+        for turn in range(len(counts)):
+            before = sum(sum(row[:turn]) for row in table) + sum(row[turn] for row in table[:rank])
+            # Trainer divides by the number of parts, DDP by the number of processes.
+            places.append((before, processes * len(counts) / total))
+        self._places = iter(places)
+        return samples, items
+
+    def _place(self, lists: int) -> tuple[int, float]:
+        """Return where these lists stand in the step's batch, and the factor on the sum of their losses."""
+        alone = (0, 1.0 / lists)  # of a batch that no step fetched
+        return next(self._places, alone) if self.model.training else alone
+
+
+class ListTrainer(WeightedCheckpoints, StepTrainer):
+    """A `StepTrainer` that has a reference, and knows the checkpoints of a `WeightedModel`."""
 
     ref_model: Any
-    data_collator: Any
     settings: ObjectiveArguments
     scoring: Scoring
     objectives: tuple[str, ...]

@@ -26,7 +26,7 @@ What is not as in any other subclass of `Trainer`, and why:
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,9 +129,6 @@ class MultiObjectiveTrainer(ListTrainer):
         ValueError: If arguments do not fit one another or the data.
         NotImplementedError: Under FSDP or DeepSpeed, for a model that needs DDP.
     """
-
-    loss_is_scaled_for_ga = False
-    _kind: type = TrainingArguments  # whose options are obeyed or refused
 
     def __init__(
         self,
@@ -250,8 +247,6 @@ class MultiObjectiveTrainer(ListTrainer):
             ref_model.requires_grad_(False).eval()
             self.ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
         self._totals = Totals(self.objectives)
-        # Where the next parts of this process stand in the step's batch, and the factors on the sums of their losses.
-        self._places: Iterator[tuple[int, float]] = iter(())
         if self._precompute:
             if self.train_dataset is not None:
                 self.train_dataset = self._with_reference(self.train_dataset, args.per_device_train_batch_size)
@@ -278,25 +273,6 @@ class MultiObjectiveTrainer(ListTrainer):
 
     # ---------------------------------------------------------------- loss
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
-        """Fetch the parts of a step, and note where in the step's batch each stands."""
-        samples, items = super().get_batch_samples(*args, **kwargs)
-        counts = [len(sample["list_mask"]) for sample in samples]
-        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
-        table = [counts]
-        if processes > 1 and counts:
-            mine = torch.tensor(counts, device=self.accelerator.device)
-            gathered: Any = self.accelerator.gather(mine)
-            table = gathered.view(processes, len(counts)).tolist()
-        total = sum(map(sum, table))
-        places = []
-        for turn in range(len(counts)):
-            before = sum(sum(row[:turn]) for row in table) + sum(row[turn] for row in table[:rank])
-            # Trainer divides by the number of parts, DDP by the number of processes.
-            places.append((before, processes * len(counts) / total))
-        self._places = iter(places)
-        return samples, items
-
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -309,8 +285,7 @@ class MultiObjectiveTrainer(ListTrainer):
             num_items_in_batch: Not used; the step's batch is counted in lists.
         """
         batch, extras = batch_of(inputs)
-        alone = (0, 1.0 / len(batch))  # of a batch that no step fetched
-        offset, factor = next(self._places, alone) if self.model.training else alone
+        offset, factor = self._place(len(batch))
         weights, beta, seen = self._trade_offs(batch, extras, offset)
         reference = self._reference(model, batch, extras, weights, seen)
         scored = self.scoring(model, batch, self.conditions, weights, seen)

@@ -34,16 +34,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mopl._extras import require
+from mopl._extras import require, version_of
 
 require("trl", "transformers", "accelerate", what="mopl.patch_trl", extra="trl")
 import trl  # type: ignore[import-not-found]
-from packaging.version import Version
 
-from mopl.conditioning.causal_lm import is_peft
+from mopl.conditioning.weighted import causal_lm_of
 from mopl.integrations._trl_head import IGNORED, HeadOutput, HeadSettings, TrlHead
 
-OLDEST, WITH_SEAM = Version("1.10.0"), Version("1.15.0.dev0")
+OLDEST, WITH_SEAM = (1, 10), (1, 15)
 METHOD = "_get_per_token_logps_and_entropies"
 SETTINGS = ("temperature", "outputs", "cast_lm_head_to_fp32")
 
@@ -168,7 +167,7 @@ def _check_trainer(trainer: Any) -> None:
     name, kinds = type(trainer).__name__, _kinds(trainer)
     if not hasattr(trainer, "accelerator") or not hasattr(trainer, "model"):
         raise TypeError(f"trainer is a {name} but must be a trainer of TRL, made with its model")
-    if Version(trl.__version__) < OLDEST:
+    if version_of(trl.__version__) < OLDEST:
         raise RuntimeError(f"mopl.patch_trl needs trl>=1.10, found {trl.__version__}")
     if "RewardTrainer" in kinds:
         raise TypeError(
@@ -192,9 +191,8 @@ def _check_trainer(trainer: Any) -> None:
 def _models_of(trainer: Any) -> Iterator[nn.Module]:
     """Yield the causal language models of a policy and its reference, inside the wrappers of PEFT and accelerate."""
     for wrapped in (trainer.model, getattr(trainer, "ref_model", None)):
-        if wrapped is not None:
-            model = trainer.accelerator.unwrap_model(wrapped)
-            yield model.get_base_model() if is_peft(model) else model
+        if isinstance(wrapped, nn.Module):  # not a reference that the policy is itself
+            yield causal_lm_of(trainer.accelerator.unwrap_model(wrapped))
 
 
 def is_patched(trainer: Any) -> bool:
@@ -223,7 +221,7 @@ def patch_trl(trainer: Any) -> Any:
     if is_patched(trainer):
         return trainer
     _check_trainer(trainer)
-    older = Version(trl.__version__) < WITH_SEAM
+    older = version_of(trl.__version__) < WITH_SEAM
     # All are made before the first is put in its place, so that an error leaves the trainer as it was.
     heads = [
         TrlHead(model, _older_settings(trainer) if older else _settings_of(model, trainer))

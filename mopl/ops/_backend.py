@@ -10,6 +10,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from mopl._extras import version_of
+
 # Read once: Triton itself reads the variable when a kernel is decorated, so a later change could not be honoured.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 # The oldest that kernels work with, as in pyproject.toml; .ci/run compiles them with this Triton. With 3.3 the
@@ -65,9 +67,3 @@ def _message(what: str, oldest: tuple[int, int], found: str) -> str:
         f"mopl's kernels need {what} {'.'.join(map(str, oldest))} or later, but found {found}; "
         f"pip install --upgrade 'torch>={torch_needed}' brings both, in a build for a GPU"
     )
-
-
-def version_of(text: str) -> tuple[int, int]:
-    """Return the first two numbers of a version such as 2.8.0+cu128."""
-    major, minor = text.split(".")[:2]
-    return int(major), int(minor)

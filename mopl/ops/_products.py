@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mopl._arguments import compute_dtype
-from mopl.ops._backend import version_of
+from mopl._extras import version_of
 
 SIXTEEN = (torch.bfloat16, torch.float16)
 SCRATCH = 2**26  # entries of a scratch, 256 MiB: 16384 rows of a product 4096 wide, which still fill a GPU

@@ -4,10 +4,11 @@ rewards = Rewards(make_all(["sentiment", "brevity", "readability"]))
 rewards(["Great, thank you!"], ["How are you?"])        # (1, 3), higher is better in every column
 """
 
-from mopl.rewards.classifier import ClassifierReward
-from mopl.rewards.registry import available, make, make_all, register
+from mopl.rewards.classifier import ClassifierReward, classifier_rewards
+from mopl.rewards.registry import available, make, make_all, make_each, register
 from mopl.rewards.reward import FunctionReward, Prompt, Reward, RewardReport, Rewards, TextReward, prompt_key
 from mopl.rewards.texts import Brevity, Length, Profanity, Readability, Rouge, Sentiment
+from mopl.rewards.trl_functions import for_trl
 
 __all__ = [
     "Reward",
@@ -22,7 +23,10 @@ __all__ = [
     "Profanity",
     "Rouge",
     "ClassifierReward",
+    "classifier_rewards",
+    "for_trl",
     "make",
+    "make_each",
     "make_all",
     "register",
     "available",

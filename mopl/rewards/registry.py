@@ -1,4 +1,4 @@
-"""Rewards by name, as a command line gives them: `sentiment`, `length:target=20`, `classifier:directory=D,label=1`."""
+"""Rewards by name, as a command line gives them: `sentiment`, `length:target=20`, `classifier:directory=D`."""
 
 from __future__ import annotations
 
@@ -6,27 +6,28 @@ import ast
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mopl.rewards.classifier import ClassifierReward
+from mopl.rewards.classifier import classifier_rewards
 from mopl.rewards.reward import Reward
 from mopl.rewards.texts import Brevity, Length, Profanity, Readability, Rouge, Sentiment
 
-_MAKERS: dict[str, Callable[..., Reward]] = {
+_MAKERS: dict[str, Callable[..., Reward | Sequence[Reward]]] = {
     "sentiment": Sentiment,
     "brevity": Brevity,
     "length": Length,
     "readability": Readability,
     "profanity": Profanity,
     "rouge": Rouge,
-    "classifier": ClassifierReward,
+    "classifier": classifier_rewards,
 }
 
 
-def register(name: str, maker: Callable[..., Reward]) -> None:
+def register(name: str, maker: Callable[..., Reward | Sequence[Reward]]) -> None:
     """Make a reward known under a name.
 
     Args:
         name: What users type; without `:`, `,` and `=`.
-        maker: A class or function that returns the reward; the options after the name are its keywords.
+        maker: A class or function that returns the reward, or a sequence of them; the options after the name are its
+            keywords.
 
     Raises:
         ValueError: If the name is taken by another maker, or has one of these characters.
@@ -54,9 +55,20 @@ def make(spec: str, **options: Any) -> Reward:
         The reward.
 
     Raises:
-        ValueError: If there is no such reward, or it has no such option.
+        ValueError: If there is no such reward, it has no such option, or the name stands for several.
         ImportError: If its package is not installed.
     """
+    made = make_each(spec, **options)
+    if len(made) != 1:
+        raise ValueError(
+            f"{spec!r} stands for {len(made)} rewards, {', '.join(reward.name for reward in made)}; say which as "
+            "label, or take all of them with make_each or make_all"
+        )
+    return made[0]
+
+
+def make_each(spec: str, **options: Any) -> tuple[Reward, ...]:
+    """Make all rewards that a name stands for: one, or of a classifier with several outputs all of them; see `make`."""
     name, _, rest = spec.partition(":")
     if name not in _MAKERS:
         raise ValueError(f"there is no reward {name!r}; choose from {', '.join(_MAKERS)}")
@@ -66,17 +78,18 @@ def make(spec: str, **options: Any) -> Reward:
             raise ValueError(f"{part!r} in {spec!r} is no option; write {name}:OPTION=VALUE")
         options[option.strip()] = _value(value.strip())
     try:
-        return _MAKERS[name](**options)
+        made = _MAKERS[name](**options)
     except TypeError as error:
         # Only a wrong call, whose traceback ends here, is the user's; anything deeper is a fault of the reward.
         if error.__traceback__ is not None and error.__traceback__.tb_next is None:
             raise ValueError(f"the reward {name} cannot be made of {options}: {error}") from None
         raise
+    return tuple(made) if isinstance(made, Sequence) else (made,)
 
 
 def make_all(specs: Sequence[str]) -> tuple[Reward, ...]:
-    """Make several rewards; see `make`."""
-    return tuple(make(spec) for spec in specs)
+    """Make several rewards; see `make_each`."""
+    return tuple(reward for spec in specs for reward in make_each(spec))
 
 
 def _value(text: str) -> Any:

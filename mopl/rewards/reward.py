@@ -209,7 +209,7 @@ class Rewards:
         if len(prompts) != len(texts):
             raise ValueError(f"there are {len(texts)} texts but {len(prompts)} prompts; pass one for each text")
         self.report.texts += len(texts)
-        keys = [_digest(prompt, text) for text, prompt in zip(texts, prompts, strict=True)]
+        keys = [content_key(prompt, text) for text, prompt in zip(texts, prompts, strict=True)]
         columns = [self._column(index, keys, texts, prompts) for index in range(len(self))]
         return torch.tensor(columns, dtype=torch.float32).view(len(self), len(texts)).T.contiguous()
 
@@ -281,7 +281,8 @@ class _WrongShape(ValueError):
     """A fault of the reward's code and not of a text: never isolated."""
 
 
-def _digest(prompt: Prompt, text: str) -> bytes:
+def content_key(prompt: Prompt, text: str) -> bytes:
+    """Return what is the same for the same prompt and text only."""
     key = prompt_key(prompt).encode("utf-8", "surrogatepass")
     content = len(key).to_bytes(8, "little") + key + text.encode("utf-8", "surrogatepass")
     return hashlib.blake2b(content, digest_size=16).digest()

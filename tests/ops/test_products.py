@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mopl._extras import version_of
 from mopl.ops import _products as products
-from mopl.ops._backend import version_of
 
 MM, ADDMM = torch.mm, torch.addmm
 

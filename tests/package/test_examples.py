@@ -12,6 +12,8 @@ NEEDS = {
     "losses_pytorch": (),
     "losses_lightning": ("lightning",),
     "transformers_trainer": ("transformers", "accelerate", "peft", "tokenizers"),
+    "reward_model": ("transformers", "accelerate", "tokenizers"),
+    "cross_encoder": ("sentence_transformers", "transformers", "accelerate", "datasets", "tokenizers"),
     "trl_trainer": ("trl", "transformers", "accelerate", "peft", "datasets", "tokenizers"),
     "trl_grpo": ("trl", "transformers", "accelerate", "peft", "datasets", "tokenizers"),
 }
@@ -63,3 +65,13 @@ def test_the_example_of_rollouts_prints_what_each_weight_prefers(
     assert [row[0] for row in rows] == ["1.00,0.00", "0.50,0.50", "0.00,1.00"]
     polite, brief = ([int(row[column]) for row in rows] for column in (1, 2))
     assert polite[0] >= 70 and brief[2] >= 90 and polite[2] <= 20 and brief[0] <= 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["reward_model", "cross_encoder"])
+def test_an_example_of_scores_orders_responses_as_both_objectives_want(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = re.findall(r"accuracy of (\w+): (\d+)%", run(name, tmp_path, monkeypatch))
+    assert [objective for objective, _ in found] == ["polite", "brief"]
+    assert all(int(accuracy) >= 90 for _, accuracy in found)
