@@ -69,7 +69,7 @@ def _repeat_less() -> None:
 
 
 def _say_types_once() -> None:
-    """Leave out what Triton's front end does again for every operation of two small blocks, in twenty times its time.
+    """Leave out what Triton's front end does again for every operation of two small blocks, and what takes most of it.
 
     It spells the shapes of operands and result out in objects of their own and compares them item by item: here the
     types of blocks share what they hold, tensors of a type what follows from it, and operands of one type are taken as
