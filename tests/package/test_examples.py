@@ -12,6 +12,7 @@ NEEDS = {
     "losses_pytorch": (),
     "losses_lightning": ("lightning",),
     "transformers_trainer": ("transformers", "accelerate", "peft", "tokenizers"),
+    "trl_patched": ("trl", "transformers", "accelerate", "datasets", "tokenizers"),
     "trl_trainer": ("trl", "transformers", "accelerate", "peft", "datasets", "tokenizers"),
 }
 
@@ -49,3 +50,9 @@ def test_an_example_of_a_trainer_prints_what_each_weight_prefers(
     assert [row[0] for row in rows] == ["1.00,0.00", "0.50,0.50", "0.00,1.00"]
     polite, brief = ([int(row[column]) for row in rows] for column in (1, 2))
     assert polite[0] >= 80 and brief[2] >= 80 and polite[2] <= 20 and brief[0] <= 20
+
+
+@pytest.mark.slow
+def test_the_example_of_a_patched_trainer_prints_equal_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = re.findall(r"(\w+): three steps equal to (\S+)", run("trl_patched", tmp_path, monkeypatch))
+    assert rows[0][0] == "GRPO" and all(float(difference) < 1e-5 for _, difference in rows)
