@@ -14,6 +14,7 @@ NEEDS = {
     "transformers_trainer": ("transformers", "accelerate", "peft", "tokenizers"),
     "reward_model": ("transformers", "accelerate", "tokenizers"),
     "cross_encoder": ("sentence_transformers", "transformers", "accelerate", "datasets", "tokenizers"),
+    "trl_patched": ("trl", "transformers", "accelerate", "datasets", "tokenizers"),
     "trl_trainer": ("trl", "transformers", "accelerate", "peft", "datasets", "tokenizers"),
     "trl_grpo": ("trl", "transformers", "accelerate", "peft", "datasets", "tokenizers"),
 }
@@ -75,3 +76,9 @@ def test_an_example_of_scores_orders_responses_as_both_objectives_want(
     found = re.findall(r"accuracy of (\w+): (\d+)%", run(name, tmp_path, monkeypatch))
     assert [objective for objective, _ in found] == ["polite", "brief"]
     assert all(int(accuracy) >= 90 for _, accuracy in found)
+
+
+@pytest.mark.slow
+def test_the_example_of_a_patched_trainer_prints_equal_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = re.findall(r"(\w+): three steps equal to (\S+)", run("trl_patched", tmp_path, monkeypatch))
+    assert rows[0][0] == "GRPO" and all(float(difference) < 1e-5 for _, difference in rows)
