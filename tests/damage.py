@@ -19,8 +19,8 @@ DEEP = "[" * 100_000
 # What stands where something else belongs; the last ones are numbers that no setting may have.
 OTHERS: list[Any] = [None, [], {}, "x", 1, -1, 0.5, True, [None], {"x": None}, [[1]], 10**9, 10**18, 10**400]
 CONSTANTS = ["NaN", "Infinity", "-Infinity"]
-# A command makes the parser of all commands, and another one to word its error, which takes most of the time in which it
-# finds a damaged file. Here there is one.
+# A command makes the parser of all commands, and another one to word its error, which takes most of the
+# time in which it finds a damaged file. Here there is one.
 parser_of_all = functools.cache(cli.build_parser)
 
 
