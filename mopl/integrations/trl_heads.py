@@ -33,17 +33,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion  # which compares releases of any package
 
 from mopl._extras import require
 
 require("trl", "transformers", "accelerate", what="mopl.patch_trl", extra="trl")
 import trl  # type: ignore[import-not-found]
-from packaging.version import Version
 
 from mopl.conditioning.causal_lm import is_peft
 from mopl.integrations._trl_head import IGNORED, HeadOutput, HeadSettings, TrlHead
 
-OLDEST, WITH_SEAM = Version("1.10.0"), Version("1.15.0.dev0")
+OLDEST, WITH_SEAM = "1.10.0", "1.15.0.dev0"
 METHOD = "_get_per_token_logps_and_entropies"
 SETTINGS = ("temperature", "outputs", "cast_lm_head_to_fp32")
 
@@ -168,7 +168,7 @@ def _check_trainer(trainer: Any) -> None:
     name, kinds = type(trainer).__name__, _kinds(trainer)
     if not hasattr(trainer, "accelerator") or not hasattr(trainer, "model"):
         raise TypeError(f"trainer is a {name} but must be a trainer of TRL, made with its model")
-    if Version(trl.__version__) < OLDEST:
+    if TorchVersion(trl.__version__) < OLDEST:
         raise RuntimeError(f"mopl.patch_trl needs trl>=1.10, found {trl.__version__}")
     if "RewardTrainer" in kinds:
         raise TypeError(
@@ -223,7 +223,7 @@ def patch_trl(trainer: Any) -> Any:
     if is_patched(trainer):
         return trainer
     _check_trainer(trainer)
-    older = Version(trl.__version__) < WITH_SEAM
+    older = TorchVersion(trl.__version__) < WITH_SEAM
     # All are made before the first is put in its place, so that an error leaves the trainer as it was.
     heads = [
         TrlHead(model, _older_settings(trainer) if older else _settings_of(model, trainer))
