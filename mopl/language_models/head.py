@@ -198,7 +198,7 @@ class FusedForward:
             return self._scored(targets, request, arranged(self.model, self._named(args, kwargs)))
 
     @in_turn
-    def score(self, targets: Tensor, request: HeadRequest, *args: Any, **kwargs: Any) -> FusedOutput:
+    def score(self, targets: Tensor, request: HeadRequest, *args: Any, **kwargs: Any) -> FusedOutput | HeadStates:
         """Score targets (N, T) by a forward whose rows are given to the model just as they come."""
         with _scoring():
             return self._scored(targets, request, self._named(args, kwargs))
