@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+import functools
 import types
 from dataclasses import dataclass
 from typing import Any
@@ -65,6 +65,11 @@ class HeadSettings:
     output: Any
 
 
+def head_of(forward: Any) -> TrlHead | None:
+    """Return the `TrlHead` that a forward belongs to, if it does."""
+    return getattr(getattr(forward, "__func__", forward), "trl_head", None)
+
+
 class TrlHead:
     """What `patch_trl` puts in front of the forward of a causal language model."""
 
@@ -74,13 +79,16 @@ class TrlHead:
         self.found = model.forward
         self.fused = FusedForward(model)
         self.fused.measure_if_whole()
-        self.bound = types.MethodType(self, model)  # accelerate wraps what is behind a bound method, and binds it again
         self.active = True
 
-    @property
-    def __signature__(self) -> inspect.Signature:
-        """`generate` and trainers read the names of a forward's arguments: the model's own, `self` first."""
-        return inspect.signature(type(self.model).forward)
+        # `generate` and trainers read the names of a forward's arguments, torch.compile its code, and pickle its name,
+        # by which a pickled model has its own forward again.
+        @functools.wraps(type(model).forward)
+        def forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return self(model, *args, **kwargs)
+
+        vars(forward)["trl_head"] = self
+        self.bound = types.MethodType(forward, model)  # accelerate wraps what is behind it, and binds it again
 
     def install(self) -> None:
         """Put this in front of the model's forward."""
@@ -89,22 +97,24 @@ class TrlHead:
     def remove(self) -> None:
         """Put back what was found; where something was wrapped around it since, go on as if this were not there."""
         self.active = False
-        if self.model.__dict__.get("forward") is not self.bound:
-            return
-        if self.before is MISSING:
-            del self.model.__dict__["forward"]
-        else:
-            self.model.__dict__["forward"] = self.before
+        top: TrlHead | None = self
+        # Another one that was removed while this one was in front of it goes, too.
+        while top is not None and not top.active and self.model.__dict__.get("forward") is top.bound:
+            if top.before is MISSING:
+                del self.model.__dict__["forward"]
+            else:
+                self.model.__dict__["forward"] = top.before
+            top = head_of(top.before)
 
     def __call__(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Answer a call with `fused_lm_head=True`; hand on any other as it is."""
-        if not self.active or not kwargs.get("fused_lm_head"):
-            return self.found(*args, **kwargs)
         if model is not self.model:
             raise RuntimeError(
                 "this model is a copy of one that mopl.patch_trl patched, and its forward would use the weights of "
                 "that one; call mopl.unpatch_trl(trainer) before copying"
             )
+        if not self.active or not kwargs.get("fused_lm_head"):
+            return self.found(*args, **kwargs)
         return self._scored(*args, **kwargs)
 
     def _scored(

@@ -40,7 +40,7 @@ require("trl", "transformers", "accelerate", what="mopl.patch_trl", extra="trl")
 import trl  # type: ignore[import-not-found]
 
 from mopl.conditioning.weighted import causal_lm_of
-from mopl.integrations._trl_head import IGNORED, HeadOutput, HeadSettings, TrlHead
+from mopl.integrations._trl_head import IGNORED, HeadOutput, HeadSettings, TrlHead, head_of
 
 OLDEST, WITH_SEAM = (1, 10), (1, 15)
 METHOD = "_get_per_token_logps_and_entropies"
@@ -58,10 +58,11 @@ def _closure_of(forward: Any) -> dict[str, Any] | None:
         if code is not None and code.co_name == "_fused_forward":
             cells = [cell.cell_contents for cell in function.__closure__ or ()]
             return dict(zip(code.co_freevars, cells, strict=True))
-        if isinstance(function, TrlHead):
-            forward = function.found
-        else:
-            forward = getattr(function, "__wrapped__", None)
+        head = head_of(function)
+        if head is not None:
+            forward = head.found
+        else:  # behind mixed precision, or behind `fuse`
+            forward = getattr(function, "__wrapped__", getattr(function, "original", None))
     return None
 
 
@@ -162,18 +163,25 @@ def _kinds(trainer: Any) -> set[str]:
     return {kind.__name__ for kind in type(trainer).__mro__ if kind.__module__.split(".")[0] == "trl"}
 
 
+def _check_made(trainer: Any) -> None:
+    """Raise for what is no trainer that has its model."""
+    if isinstance(trainer, type):
+        raise TypeError(f"trainer is the class {trainer.__name__} but must be a trainer that is made with its model")
+    if not hasattr(trainer, "accelerator") or not hasattr(trainer, "model"):
+        raise TypeError(f"trainer is a {type(trainer).__name__} but must be a trainer of TRL, made with its model")
+
+
 def _check_trainer(trainer: Any) -> None:
     """Raise unless a trainer's loss is made of log-probabilities that TRL takes from a model's head."""
     name, kinds = type(trainer).__name__, _kinds(trainer)
-    if not hasattr(trainer, "accelerator") or not hasattr(trainer, "model"):
-        raise TypeError(f"trainer is a {name} but must be a trainer of TRL, made with its model")
+    _check_made(trainer)
     if version_of(trl.__version__) < OLDEST:
         raise RuntimeError(f"mopl.patch_trl needs trl>=1.10, found {trl.__version__}")
     if "RewardTrainer" in kinds:
         raise TypeError(
             f"trainer is a {name}, which trains a sequence classifier: its loss is made of one score a sequence, and "
-            "there are no log-probabilities of tokens to compute. Reward models of several objectives, and lists of "
-            "any length, are trained by mopl.losses on such scores"
+            "there are no log-probabilities of tokens to compute. For a reward model of several objectives, on lists of "
+            "any length, there is mopl.integrations.scorers.RewardListTrainer"
         )
     own = [kind for kind in type(trainer).__mro__ if "compute_loss" in kind.__dict__ and kind.__name__ in kinds]
     if "SFTTrainer" in kinds and own and own[0].__name__ != "SFTTrainer":
@@ -240,7 +248,11 @@ def unpatch_trl(trainer: Any) -> Any:
 
     Returns:
         The same trainer.
+
+    Raises:
+        TypeError: if it is no trainer.
     """
+    _check_made(trainer)
     for head in trainer.__dict__.pop("_mopl_trl_heads", []):
         head.remove()
     if getattr(trainer.__dict__.get(METHOD), "__func__", None) is _per_token_logps:

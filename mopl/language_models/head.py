@@ -164,6 +164,7 @@ class FusedForward:
 
     def __init__(self, model: Any) -> None:
         self.model, self.original = model, model.forward
+        self.replaces = "forward" in vars(model)  # a forward that somebody put there, and not the class's own
         self._turns = Turns()  # the head is another one for the time of a call
         self.transform: Transform | None = None
         self.numbers: list[Any] = []
@@ -279,7 +280,11 @@ def fuse(model: nn.Module) -> nn.Module:
 def unfuse(model: nn.Module) -> nn.Module:
     """Undo `fuse`."""
     if is_fused(model):
-        del model.__dict__["forward"]
+        fused: Any = model._mopl_fused_forward
+        if fused.replaces:
+            model.forward = fused.original
+        else:
+            del model.__dict__["forward"]
         del model._mopl_fused_forward
     return model
 
