@@ -66,6 +66,11 @@ def check_model(
             f"batch with one plain model: {why}, and importance sampling cannot mend that; pass use_vllm=False, or "
             "weights_per='step' with a LoraMixture or a ParameterMixture"
         )
+    if (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        raise ValueError(
+            f"gradient_checkpointing_kwargs is {args.gradient_checkpointing_kwargs!r} with a {kind}, whose weights "
+            "reach activations that are computed again only without use_reentrant; pass {'use_reentrant': False}"
+        )
     refused = {
         "use_transformers_continuous_batching": "its rows have no weights of their own",
         "cast_lm_head_to_fp32": "load the model in float32 instead",

@@ -36,7 +36,7 @@ class RolloutArguments:
         weights_per: Draw one w for each `"prompt"`, which all its completions share, or one for all prompts that are
             answered together, `"step"`.
         reward_normalization: `"none"`, or `"running"`: divide each reward by its standard deviation over all rewards of
-            the training so far, before w makes one number of them.
+            the training so far, before w makes one number of them. Not with `"normalize_then_sum"`.
         eval_points: Points of the grid of w for evaluation; sizes of lattices for m = 3 and 4. The trainer's argument
             `eval_weights` takes any points.
         reference_point: m numbers; with them an evaluation reports the hypervolume of the mean rewards.
@@ -55,6 +55,15 @@ class RolloutArguments:
             raise TypeError(f"objectives is {self.objectives!r} but must be a list of names: [{self.objectives!r}]")
         check_choice(self.weights_per, ("prompt", "step"), "weights_per")
         check_choice(self.reward_normalization, ("none", "running"), "reward_normalization")
+        if (
+            self.reward_normalization != "none"
+            and getattr(self, "multi_objective_aggregation", "") == "normalize_then_sum"
+        ):
+            raise ValueError(
+                f"reward_normalization is {self.reward_normalization!r} but multi_objective_aggregation is "
+                "'normalize_then_sum', which standardises each reward within its group already, so that units would "
+                "count again the other way round; leave reward_normalization out"
+            )
         if not self.concentration > 0:
             raise ValueError(f"concentration is {self.concentration} but must be positive")
         if self.objective_weights is not None and (self.concentration != 1.0 or self.weights_per != "prompt"):
@@ -91,6 +100,14 @@ class RolloutArguments:
                     "model that takes them, such as a LoraMixture"
                 )
         return fixed(torch.full((objectives,), 1.0 / objectives), prompts)
+
+
+def unrewarded(objectives: Sequence[str], means: Tensor) -> str:
+    """Say which objective has no reward at all at a point of the grid, if one does; `means` (n, m) of an evaluation."""
+    for name, missing in zip(objectives, means.isnan().sum(0).tolist(), strict=True):
+        if missing:
+            return f"no completion of the evaluation has a reward for {name} at {missing} points"
+    return ""
 
 
 class RowWeights:

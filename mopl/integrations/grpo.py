@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,7 @@ from mopl.integrations._rollouts import (
     load_rollouts,
     objectives_of,
     save_rollouts,
+    unrewarded,
 )
 from mopl.integrations._settings import with_help
 from mopl.integrations._setup import check_sharding, reference_name
@@ -130,7 +132,7 @@ class MultiObjectiveGRPOTrainer(WeightedCheckpoints, GRPOTrainer):
         self._point: tuple[int, Tensor] | None = None  # of the grid, while an evaluation is there
         self._rows: Tensor | None = None  # (B, m), weights of the rows that TRL is at
         self._found: list[list[Tensor]] = []  # rewards of an evaluation, for each point of the grid
-        self._evaluation, self._batches = "eval", 0
+        self._evaluation, self._batches, self._prompts = "eval", 0, None
         inner: Any = model if weighted is None else weighted.causal_lm
         with _without_reference(args, weighted is not None):
             super().__init__(
@@ -283,9 +285,11 @@ class MultiObjectiveGRPOTrainer(WeightedCheckpoints, GRPOTrainer):
             What `GRPOTrainer` reports, as means over the grid, and for each point `eval_rewards/<objective>@<w>` and
             `eval_reward@<w>`, the mean rewards and their sum times w; with `reference_point` the `eval_hypervolume`.
         """
-        if isinstance(self.eval_dataset if eval_dataset is None else eval_dataset, dict):
+        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(data, dict):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # which comes back for each
         self._found, self._batches = [[] for _ in self.eval_weights], 0
+        self._prompts = len(data) if hasattr(data, "__len__") else None
         self._evaluation = metric_key_prefix
         with generators_kept():  # a loader draws, too
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
@@ -315,6 +319,8 @@ class MultiObjectiveGRPOTrainer(WeightedCheckpoints, GRPOTrainer):
         if not any(self._found):
             raise ValueError("there has been no evaluation yet; call evaluate() first")
         rewards = torch.stack([torch.cat(parts) for parts in self._found], 1)  # (R, n, m)
+        if self._prompts is not None:  # processes repeat the first prompts to fill up the last batch
+            rewards = rewards[: self._prompts * self.num_generations_eval]
         return rewards.view(-1, self.num_generations_eval, *rewards.shape[1:]).nanmean(1)
 
     def _figures(self) -> dict[str, float]:
@@ -323,9 +329,17 @@ class MultiObjectiveGRPOTrainer(WeightedCheckpoints, GRPOTrainer):
         for name, weights, values in zip(names_of(self.eval_weights), self.eval_weights.double(), means, strict=True):
             found |= {f"rewards/{each}@{name}": float(v) for each, v in zip(self.objectives, values, strict=True)}
             found[f"reward@{name}"] = float((weights * self._factors.double().cpu() * values).nansum())
-        if self.settings.reference_point is not None:
+        if self.settings.reference_point is None:
+            return found
+        if what := unrewarded(self.objectives, means):
+            warnings.warn(f"{what}, so there is no hypervolume", stacklevel=2)
+        else:
             found["hypervolume"] = hypervolume(means, self.settings.reference_point, maximise=True)
         return found
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: `evaluate(dataset)` answers prompts and measures rewards."""
+        raise NotImplementedError("there is nothing to predict in rollouts; pass the prompts to evaluate()")
 
     def front(
         self, method: str = "grpo", *, reference_point: Sequence[float] | None = None, data: Any = "evaluation data"
@@ -348,6 +362,8 @@ class MultiObjectiveGRPOTrainer(WeightedCheckpoints, GRPOTrainer):
         if point is None:
             raise ValueError("reference_point is missing; pass m numbers here, or in the arguments of the trainer")
         rewards = self._rewards_of_grid()
+        if what := unrewarded(self.objectives, rewards.nanmean(0)):
+            raise ValueError(f"{what}, so it has no place on a front; evaluate prompts that its function rewards")
         main = (rewards * self.eval_weights.double() * self._factors.double().cpu()).nansum(-1)
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         return Front.of(

@@ -180,8 +180,8 @@ def _check_trainer(trainer: Any) -> None:
     if "RewardTrainer" in kinds:
         raise TypeError(
             f"trainer is a {name}, which trains a sequence classifier: its loss is made of one score a sequence, and "
-            "there are no log-probabilities of tokens to compute. For a reward model of several objectives, on lists of "
-            "any length, there is mopl.integrations.scorers.RewardListTrainer"
+            "there are no log-probabilities of tokens to compute. For a reward model of several objectives, "
+            "on lists of any length, there is mopl.integrations.scorers.RewardListTrainer"
         )
     own = [kind for kind in type(trainer).__mro__ if "compute_loss" in kind.__dict__ and kind.__name__ in kinds]
     if "SFTTrainer" in kinds and own and own[0].__name__ != "SFTTrainer":

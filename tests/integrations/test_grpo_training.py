@@ -106,6 +106,24 @@ def test_the_front_of_an_evaluation_is_one_of_mopl(steered, tmp_path):
     assert Front.load(tmp_path / "front.json").hypervolume == front.hypervolume
 
 
+def test_prompts_that_fill_up_a_batch_count_once_and_missing_rewards_stop_nothing(tmp_path):
+    def never(completions, **_):
+        return [None] * len(completions)
+
+    one = trainer(tmp_path, mixture(), [low, never], reference_point=[-9.0, -9.0], eval_points=2, eval_dataset=DATA)
+    with pytest.warns(UserWarning, match="no completion of the evaluation has a reward for never at 2 points"):
+        found = one.evaluate()
+    assert "eval_hypervolume" not in found and found["eval_rewards/low@1.00,0.00"] < 0
+    with pytest.raises(ValueError, match="reward for never at 2 points, so it has no place on a front"):
+        one.front()
+    with pytest.raises(NotImplementedError, match=r"pass the prompts to evaluate\(\)"):
+        one.predict(DATA)
+    # As two processes leave it that share three prompts: the first is there again.
+    one._found = [[rewards.clone() for rewards in torch.arange(32.0).view(4, 4, 2)] for _ in range(2)]
+    one._prompts = 3
+    assert one._rewards_of_grid().shape == (3, 2, 2)
+
+
 def test_evaluations_do_not_move_the_training(tmp_path):
     plain = trainer(tmp_path / "a", mixture(), max_steps=3)
     plain.train()
@@ -181,6 +199,7 @@ def with_beta():
         (build, {"eval_points": 3}, "eval_points was passed but the model takes no weights"),
         (mixture, {"reference_point": [0.0]}, "reference_point has 1 numbers; pass 2"),
         (mixture, {"weights_per": "list"}, "weights_per"),
+        (mixture, {"gradient_checkpointing_kwargs": {"use_reentrant": True}}, "gradient_checkpointing_kwargs is"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_exact_is_refused(tmp_path, make, options, words):

@@ -14,17 +14,17 @@ datasets = pytest.importorskip("datasets")
 trl = pytest.importorskip("trl")
 
 from launching import DISTRIBUTED, launch
-from packaging.version import Version
 from tiny_language_models import VOCABULARY, build, tokenizer
 
 import mopl
+from mopl._extras import version_of
 from mopl.integrations import trl_heads
 from mopl.language_models.head import UnsupportedModelError
 from mopl.ops.head_statistics import NAMES
 
-SEAM = Version(trl.__version__) >= Version(trl_heads.WITH_SEAM)
+SEAM = version_of(trl.__version__) >= trl_heads.WITH_SEAM
 # The head of 1.15 is a Triton kernel alone, which 1.16 has in plain PyTorch as well.
-RUNS = Version(trl.__version__) >= Version("1.16.0.dev0") or torch.cuda.is_available()
+RUNS = version_of(trl.__version__) >= (1, 16) or torch.cuda.is_available()
 with_seam = pytest.mark.skipif(
     not (SEAM and RUNS), reason=f"TRL {trl.__version__} has no fused head for this machine; pip install 'trl>=1.16'"
 )

@@ -1,4 +1,4 @@
-"""What is done to a model around `patch_trl`: copies, pickles, compilation, `fuse`, a second trainer, wrong arguments."""
+"""Around `patch_trl`: copies, pickles, compilation, `fuse`, a second trainer, wrong arguments."""
 
 import copy
 import pickle
