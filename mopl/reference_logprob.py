@@ -137,7 +137,7 @@ def topk_jsd(logits: Tensor, ids: Tensor, logprobs: Tensor, beta: float, tail: b
             rest = own[others].logsumexp(-1) if others.any() else own.new_tensor(-torch.inf)
             student = torch.cat([student, rest[None]])
             teacher = torch.cat([teacher, torch.log1p(-known.exp().sum().clamp(max=1))[None]])
-        rows.append(jsd(student, teacher, beta) if len(which) else own.sum() * 0)
+        rows.append(jsd(student, teacher, beta) if len(which) else own.new_zeros(()))
     return torch.stack(rows)
 
 

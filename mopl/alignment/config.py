@@ -233,8 +233,9 @@ class AlignConfig(CosDpoSettings, LanguageModelSettings):
         """Raise unless there are no teachers, or one for each objective."""
         if len(self.teachers) not in (0, len(objectives)):
             raise ValueError(
-                f"teachers has {len(self.teachers)} entries but there are {len(objectives)} objectives "
-                f"({', '.join(objectives)}); pass one for each, in this order, or none for the run's own experts"
+                f"teachers names {len(self.teachers)}, {', '.join(self.teachers)}, but there are {len(objectives)} "
+                f"objectives ({', '.join(objectives)}); pass one for each, in this order, or none for "
+                "the run's own experts"
             )
 
     def label_modes(self, objectives: int) -> tuple[str, ...]:

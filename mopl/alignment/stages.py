@@ -103,6 +103,8 @@ class Stages(CosDpoStages):
             OSError: If another model is the reference and there is none.
         """
         for name, what in (("train", "training"), ("test", "held-out")):
+            if name == "train" and self.config.teachers:
+                continue  # which learns from no labels
             counts = self.splits[name].data.describe()
             for objective, found in counts["objectives"].items():
                 if found["missing"] == counts["lists"]:
@@ -193,6 +195,8 @@ class Stages(CosDpoStages):
             teacher.model.to(self.accelerator.device)
             check_teacher(teacher, self.base, config, self.splits)
             found.append(teacher)
+        pairs = zip(self.objectives, config.teachers, strict=True)
+        self.say("; ".join(f"{name} teaches {objective}" for objective, name in pairs))
         return found
 
     def train_part(self, part: Part) -> Trained:

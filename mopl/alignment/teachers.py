@@ -91,6 +91,9 @@ def load_teacher(
         ValueError: If it cannot be a teacher here; the message says why.
     """
     folder = Path(name)
+    inside = [*sorted(folder.glob("models/*")), *folder.glob("model"), *sorted(folder.glob("*/model"))]
+    if inside := [str(each) for each in inside if (each / CONFIG_FILE).is_file()]:
+        raise ValueError(f"the teacher {name} is a run; name one of its models: {', '.join(inside)}")
     if (folder / CONFIG_FILE).is_file() and (kind := read_kind(folder)) not in (None, "export"):
         record = read_json(folder / CONFIG_FILE, Record)
         if kind not in (HyperPromptModel.KIND, LoraMixture.KIND):  # others read words, or change the base model itself
@@ -108,7 +111,14 @@ def load_teacher(
                 f"the teacher {name} was trained around {record['base_model']}, this run starts from {base_name}; "
                 "start from the same model, or write the teacher as a model of its own with mopl export"
             )
-        return of_folder(folder, base, torch.eye(len(objectives))[objective])
+        teacher = of_folder(folder, base, torch.eye(len(objectives))[objective])
+        if teacher.model.takes_beta or teacher.model.takes_kl_weight:
+            what = "β" if teacher.model.takes_beta else "a KL weight"
+            raise ValueError(
+                f"the teacher {name} is conditioned on {what} besides the weights, and nothing says at which it would "
+                "teach; write its model of one trade-off with mopl export and name that"
+            )
+        return teacher
     models.check_same_tokens(name, base_name, tokenizer, "teacher")
     if _is_lora_on(name, base_name):
         model = load_adapters(models.sharing(base), {"default": folder}).eval()

@@ -30,8 +30,9 @@ class RewardListConfig(TrainingArguments):
     """Arguments of `RewardListTrainer`: those of `transformers.TrainingArguments`, and
 
     Args:
-        objectives: Names and order of the m objectives. By default those of the data; of rows of pairs only
-            `"preference"`, which prefers chosen, so label columns beside pairs must be named here.
+        objectives: Names and order of the m objectives, needed where an option below is a list of m. By default those
+            of the data; of rows of pairs only `"preference"`, which prefers chosen, so label columns beside pairs must
+            be named here.
         list_loss: A loss of `mopl.losses` for all objectives, or a list of m: "listwise_dpo" (on scores, ListNet),
             "plackett_luce", "pairwise_logistic", "lambda_loss", "approx_ndcg", or "bradley_terry" for pairs. Labels
             must not be negative for "listwise_dpo" and "approx_ndcg".

@@ -393,8 +393,7 @@ class MultiObjectiveGRPOTrainer(WeightedCheckpoints, GRPOTrainer):
 @contextlib.contextmanager
 def _without_reference(args: Any, wanted: bool) -> Iterator[None]:
     """Let TRL load no model as the reference of a policy that is its own."""
-    beta = args.beta
-    args.beta = 0.0 if wanted else beta
+    beta, args.beta = args.beta, 0.0 if wanted else args.beta
     try:
         yield
     finally:

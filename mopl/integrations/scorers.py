@@ -136,6 +136,13 @@ class RewardListTrainer(StepTrainer):
             raise ValueError("there is no data set to read the objectives from; pass train_dataset, or name objectives")
         self.objectives = tuple(names)
         m = len(self.objectives)
+        by_number = [name for name in ("objective_weights", "objective_beta") if getattr(args, name) is not None]
+        by_number += [] if isinstance(args.list_loss, str) else ["list_loss"]
+        if m > 1 and args.objectives is None and by_number:
+            raise ValueError(
+                f"{by_number[0]} is in the order of the objectives, which the data alone would say "
+                f"({', '.join(names)}, by first appearance); pass objectives=[...] with it"
+            )
 
         # ---- objective
         self.loss = HeadLoss(args.list_loss if loss is None else loss, m)

@@ -152,7 +152,9 @@ def _faulty(column: Tensor, known: Tensor, vocabulary: int | Tensor, dtype: torc
     ordered = column.sort(-1).values
     twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(-1)
     excess = max(1e-4, 4 * torch.finfo(dtype).eps)
-    return [(column >= vocabulary).any(-1), twice, (known > excess) if tail else (known == torch.inf)]
+    fine = (known <= excess) if tail else (known.abs() < torch.inf)  # NaN is neither
+    some = (column >= 0).any(-1)
+    return [(column >= vocabulary).any(-1), twice, some & ~fine]
 
 
 def _raise_if_any(faults: list[Tensor], vocabulary: int | Tensor, known: Tensor) -> None:
@@ -166,6 +168,11 @@ def _raise_if_any(faults: list[Tensor], vocabulary: int | Tensor, known: Tensor)
         raise ValueError(
             f"teacher_ids holds an id twice in a row ({int(faults[1].sum())} rows do); add up their probabilities in "
             "one entry and give the others ignore_index"
+        )
+    if heavy and not bool((known[faults[2]] > 0).any()):
+        raise ValueError(
+            "teacher_logprobs holds NaN, or a row without any probability, which tail=False cannot renormalise; give "
+            "entries that do not count ignore_index, or mask their rows"
         )
     if heavy:
         raise ValueError(

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from mopl.alignment.methods import AlignBatch, AlignSource
 from mopl.alignment.recipe import RunInterrupted, load_data
 from mopl.alignment.teachers import Teacher, load_teacher
 from mopl.cli import main
+from mopl.conditioning import HyperPrompt, HyperPromptModel, TuningRecord
 from mopl.experiments.methods import METHODS
 from mopl.language_models import models
 from mopl.language_models.collate import ListCollator
@@ -406,7 +408,7 @@ def test_a_model_and_an_adapter_teach_students_of_every_kind_and_a_stop_changes_
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--method", "distill", "--teachers", "{place}/model"], "teachers has 1 entries but there are 2 objectives"),
+        (["--method", "distill", "--teachers", "{place}/model"], "model, but there are 2 objectives (low, middle)"),
         (["--teachers", "a", "b"], "teachers has no part in method 'weight-cos-dpo'"),
         (["--method", "all", "--distill-beta", "0.1"], "distill-beta has no part in method 'all'"),
         (["--method", "dpo-ls", "--distill-temperature", "2"], "distill-temperature has no part in method 'dpo-ls'"),
@@ -422,6 +424,11 @@ def test_a_model_and_an_adapter_teach_students_of_every_kind_and_a_stop_changes_
         (["--method", "distill", "--teachers", "{place}/named", "{place}/model"], "is for the objectives a, b"),
         (["--method", "distill", "--teachers", "{place}/mixed", "{place}/model"], "is a ParameterMixture, but"),
         (["--method", "distill", "--teachers", "{place}/moved", "{place}/model"], "was trained around elsewhere"),
+        (
+            ["--method", "distill", "--teachers", "{place}/beta", "{place}/model"],
+            "is conditioned on β besides",
+        ),
+        (["--method", "distill", "--teachers", "{place}/runs", "{place}/model"], "is a run; name one of its models: "),
     ],
 )
 def test_what_cannot_teach_is_refused_before_anything_is_written(refused, tmp_path, capsys, more, message):
@@ -456,6 +463,11 @@ def refused(place) -> Path:
             "alpha": 1,
         }
         (place / name / "mopl.json").write_text(json.dumps(record))
+    hidden = HyperPrompt(2, 2, 2, wide.config.hidden_size, takes_beta=True)
+    record = TuningRecord(("low", "middle"), "self", ((0.1, 0.1), (0.2, 0.2)), 1.0)
+    base = transformers.AutoModelForCausalLM.from_pretrained(place / "model")
+    HyperPromptModel(base, hidden, record=record).save_pretrained(place / "beta")
+    shutil.copytree(place / "named", place / "runs" / "models" / "w-1-0")
     return place
 
 

@@ -166,11 +166,13 @@ def test_loss_and_gradient_of_pairs_are_those_of_trl(tmp_path):
 
 # ---------------------------------------------------------------- steps
 
+WEIGHTS = {"objectives": ["even", "high"], "objective_weights": [0.3, 0.7]}
+
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """One step on four lists, all sequences at once."""
-    return parameters(trained(tmp_path_factory.mktemp("whole"), objective_weights=[0.3, 0.7]))
+    return parameters(trained(tmp_path_factory.mktemp("whole"), **WEIGHTS))
 
 
 @pytest.mark.parametrize(
@@ -184,7 +186,7 @@ def whole(tmp_path_factory):
     ids=str,
 )
 def test_a_step_is_the_same_however_it_is_cut(options, whole, tmp_path):
-    found = parameters(trained(tmp_path, objective_weights=[0.3, 0.7], **options))
+    found = parameters(trained(tmp_path, **WEIGHTS, **options))
     start = dict(encoder().named_parameters())
     for name, value in whole.items():
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
@@ -312,8 +314,15 @@ def test_what_does_not_fit_is_refused(tmp_path):
     fails("the model has 3 outputs but there are 2 objectives, even, high; load it with num_labels=2", model=encoder(3))
     fails("bradley_terry' but there is a list of 4 responses", list_loss="bradley_terry")
     fails("list_loss is 'other'", list_loss="other")
-    fails("there are 3 losses but 2 objectives", list_loss=["listwise_dpo"] * 3)
-    fails("objective_beta has 1 numbers but there are 2", objective_beta=[1.0])
+    named = {"objectives": ["even", "high"]}
+    fails("there are 3 losses but 2 objectives", list_loss=["listwise_dpo"] * 3, **named)
+    fails("objective_beta has 1 numbers but there are 2", objective_beta=[1.0], **named)
+    for option in (
+        {"objective_weights": [1.0, 0.0]},
+        {"objective_beta": [1.0, 2.0]},
+        {"list_loss": ["listwise_dpo"] * 2},
+    ):
+        fails("is in the order of the objectives, which the data alone would say \\(even, high", **option)
     fails("mini_batch_size is 0", mini_batch_size=0)
     fails("inputs is 'chat' but the tokenizer has no chat template", inputs="chat")
     fails("max_length is 99 but the model has 32 positions", max_length=99)
