@@ -144,7 +144,7 @@ class TrlHead:
         config = self.model.config.get_text_config()  # type: ignore[operator, union-attr]
         if getattr(config, "output_router_logits", False):
             kwargs.setdefault("output_router_logits", True)
-        scores = self.fused.score(targets, request, *args, **kwargs)
+        scores: Any = self.fused.score(targets, request, *args, **kwargs)
 
         # Every position but a row's last one predicts a label.
         length = targets.shape[1] - (shift_labels is None)

@@ -285,7 +285,7 @@ class MultiObjectiveGRPOTrainer(WeightedCheckpoints, GRPOTrainer):
             What `GRPOTrainer` reports, as means over the grid, and for each point `eval_rewards/<objective>@<w>` and
             `eval_reward@<w>`, the mean rewards and their sum times w; with `reference_point` the `eval_hypervolume`.
         """
-        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        data: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(data, dict):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # which comes back for each
         self._found, self._batches = [[] for _ in self.eval_weights], 0
