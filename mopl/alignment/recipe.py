@@ -31,6 +31,7 @@ from mopl.alignment.evaluate import MAIN, Evaluation, HeldOut, evaluation_of, re
 from mopl.alignment.runs import AlignmentRun
 from mopl.alignment.stages import Split, Stages, check_room_for_answers, response_loss
 from mopl.alignment.trained import load_trained, set_weights
+from mopl.conditioning import weights_name
 from mopl.experiments.driver import FREE_ON_RESUME as FREE_IN_EVERY_RUN
 from mopl.experiments.driver import Measured, Recipe, execute, plain_word
 from mopl.experiments.methods import TABLE
@@ -202,6 +203,9 @@ class AlignmentRecipe(Recipe):
                 "teachers": list(config.teachers) or "experts", "beta": config.distill_beta,
                 "temperature": config.distill_temperature, "divergence": found[0].divergence.tolist(),
             }  # fmt: skip
+            self.say(f"mean divergence to the teachers of {', '.join(stages.objectives)}, in nats")
+            for w, row in zip(self.grid.tolist(), found[0].divergence.tolist(), strict=True):
+                self.say(f"  {weights_name(w)}: {', '.join(f'{value:.4f}' for value in row)}")
         return Measured(front, figures, [{**entry, "method": method} for entry in samples])
 
 

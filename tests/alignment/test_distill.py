@@ -339,11 +339,16 @@ def test_experts_of_another_run_teach_to_the_same_bits(place, run):
     teachers = tuple(str(run / "models" / name) for name in ("w-1-0", "w-0-1"))
     config = open_run(run).config
     settings = AlignConfig.from_dict({**config.to_dict(), "teachers": teachers, "samples": 0})
-    path = align(settings, place / "given", say=quiet)
+    said: list[str] = []
+    path = align(settings, place / "given", say=said.append)
+    assert f"{teachers[0]} teaches low; {teachers[1]} teaches middle" in said
+    assert "mean divergence to the teachers of low, middle, in nats" in said
     for file in ("adapter_model.safetensors", "hyper_prompt.safetensors"):
         assert (path / "model" / file).read_bytes() == (run / "model" / file).read_bytes()
     one, two = (json.loads((each / "evaluation.json").read_text()) for each in (run, path))
     assert one["distillation"]["divergence"] == two["distillation"]["divergence"]
+    first = ", ".join(f"{value:.4f}" for value in two["distillation"]["divergence"][0])
+    assert any(line.endswith(f": {first}") for line in said)
     base, tokens = open_run(run).base_model(), open_run(run).tokenizer
     for objective in (0, 1):  # a model for every trade-off is asked where its objective has all weight
         teacher = load_teacher(str(run / "model"), base, config.model, tokens, ("low", "middle"), objective)
