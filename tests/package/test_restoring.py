@@ -161,6 +161,8 @@ def test_no_mode_or_seed_is_set_without_a_way_back():
         "ranking/model.py",  # RankingModel.train keeps its base in evaluation mode
         "training/loop.py",  # inside modes_kept and generators_kept
         "training/accumulation.py",  # called by training/loop.py, inside the same
+        "training/gradient_cache.py",  # inside torch.random.fork_rng
+        "integrations/nemo_rl.py",  # of gradients, as a context
         "clp/policies.py",  # inside generators_kept
         "integrations/_checkpoints.py",  # Trainer.train, which trains
     }
