@@ -178,7 +178,7 @@ def summary(report: Report) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--width", type=int, default=576)
     parser.add_argument("--vocabulary", type=int, default=49152)
