@@ -287,10 +287,10 @@ class MultiObjectiveGRPOTrainer(WeightedCheckpoints, GRPOTrainer):
         """
         data: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(data, dict):
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # which comes back for each
-        self._found, self._batches = [[] for _ in self.eval_weights], 0
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # which comes back with each name
+        data = self.eval_dataset[data] if isinstance(data, str) else data  # pyright: ignore[reportOptionalSubscript]
         self._prompts = len(data) if hasattr(data, "__len__") else None
-        self._evaluation = metric_key_prefix
+        self._found, self._batches, self._evaluation = [[] for _ in self.eval_weights], 0, metric_key_prefix
         with generators_kept():  # a loader draws, too
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 

@@ -124,6 +124,13 @@ def test_prompts_that_fill_up_a_batch_count_once_and_missing_rewards_stop_nothin
     assert one._rewards_of_grid().shape == (3, 2, 2)
 
 
+def test_a_data_set_that_is_evaluated_by_its_name_counts_all_its_prompts(tmp_path):
+    one = trainer(tmp_path, mixture(), eval_points=2, eval_dataset={"a": DATA})
+    found = one.evaluate()["eval_a_rewards/low@1.00,0.00"]
+    assert found == pytest.approx(float(one._rewards_of_grid()[:, 1, 0].mean()))
+    assert len(one._rewards_of_grid()) == len(DATA)
+
+
 def test_evaluations_do_not_move_the_training(tmp_path):
     plain = trainer(tmp_path / "a", mixture(), max_steps=3)
     plain.train()
