@@ -89,9 +89,10 @@ def linear_topk_jsd(
             rows, global ids and upstream gradients, and its own consecutive rows of `weight` and `bias`.
 
     Returns:
-        (...), at least 0; float32, float64 if `hidden` or `weight` is. At 0 < beta < 1 it is finite; a KL is inf where
-        its first distribution has mass that its second has none of (with beta = 1 and a tail, also where the teacher's
-        k probabilities add up to 1 as they were rounded: pass tail=False), and then its gradient is NaN or infinite.
+        (...), at least 0; float32, float64 if `hidden` or `weight` is. At 0 < beta < 1 it is finite, but NaN with
+        tail=False where the student forbids every id, which leaves nothing to renormalise; a KL is inf where its first
+        distribution has mass that its second has none of (with beta = 1 and a tail, also where the teacher's k
+        probabilities add up to 1 as they were rounded: pass tail=False), and then its gradient is NaN or infinite.
         What does not count is 0 with gradient exactly 0. Differentiable in hidden, weight and bias, once, in reverse
         mode; anything beyond is an error.
 

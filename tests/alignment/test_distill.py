@@ -407,6 +407,20 @@ def test_a_model_and_an_adapter_teach_students_of_every_kind_and_a_stop_changes_
         align(settings, whole, resume=True, say=quiet)
 
 
+def test_given_teachers_teach_lists_that_nobody_labelled(place, tmp_path):
+    teacher = str(write_model(tmp_path, "teacher", seed=5))
+    settings = tiny(place, method="distill", teachers=(teacher, teacher), samples=0, steps=1)
+    test = load_data(settings)["test"]
+    kept = {test[i].prompt for i in range(len(test))}
+    rows = [json.loads(line) for line in Path(settings.data).read_text().splitlines()]
+    for row in rows:
+        if row["prompt"] not in kept:
+            row["labels"]["middle"] = None
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = dataclasses.replace(settings, data=str(tmp_path / "data.jsonl"))
+    assert (align(settings, tmp_path / "run", say=quiet) / "front.json").exists()
+
+
 # ---------------------------------------------------------------- what is refused
 
 

@@ -205,3 +205,16 @@ def test_errors_name_the_argument(change: dict, error: type[Exception], message:
     )  # fmt: skip
     with pytest.raises(error, match=message):
         linear_topk_jsd(**{**given, **change})
+
+
+@pytest.mark.parametrize("tail", [True, False])
+def test_a_cache_with_nan_or_without_any_mass_is_refused(tail: bool) -> None:
+    hidden, weight, ids = torch.randn(1, 3), torch.randn(9, 3), torch.tensor([[1, 2]])
+    with pytest.raises(ValueError, match="teacher_logprobs holds NaN, or a row without any probability"):
+        linear_topk_jsd(hidden, weight, ids, torch.tensor([[-1.0, torch.nan]]), tail=tail)
+    nothing = torch.full((1, 2), -torch.inf)
+    if tail:  # all of its mass is in the tail
+        assert linear_topk_jsd(hidden, weight, ids, nothing).isfinite().all()
+    else:
+        with pytest.raises(ValueError, match="row without any probability, which tail=False cannot renormalise"):
+            linear_topk_jsd(hidden, weight, ids, nothing, tail=False)
