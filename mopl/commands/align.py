@@ -1,15 +1,12 @@
 """`mopl align`: a language model for every trade-off, from labelled responses."""
 
 import argparse
-import functools
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from mopl._terminal import say
 from mopl.alignment.config import AlignConfig
 from mopl.clp.config import ALL, METHODS
 from mopl.commands import clp
@@ -20,7 +17,6 @@ from mopl.commands.experiment import (
     Tell,
     add_experiment,
     ask_or_serve,
-    process,
     refuse_options,
 )
 
@@ -43,29 +39,14 @@ examples:
 
 
 def _demo(settings: Mapping[str, Any], tell: Tell) -> Demo:
-    """Make the demo's model and data where they are not there; its baselines are trained once its run is finished."""
+    """Make the demo's model and data where they are not there; its answers are judged once its run is finished."""
     demo = import_module("mopl.alignment.demo")
-    baselines = () if "method" in settings else demo.BASELINES
-    return Demo(demo.prepare(Path(DEMO_FOLDER), tell), "runs/align-demo", functools.partial(_baselines, baselines))
 
-
-def _baselines(baselines: Sequence[Mapping[str, Any]], path: Path, config: Any, tell: Tell) -> None:
-    """Train the demo's baselines beside its run, each in a folder of its own, and compare them with it."""
-    from mopl.alignment.recipe import align
-    from mopl.experiments import compare
-
-    runs = [path]
-    for changes in baselines:
-        other = path.with_name(f"{path.name}-{changes['method']}")
-        found = (other / "config.json").is_file()
-        budget = ", ".join(f"{name} {value}" for name, value in changes.items() if name != "method")
+    def judge(path: Path, config: Any, tell: Tell) -> None:
         tell("")
-        tell(f"baseline {changes['method']} on a smaller budget: {budget}")
-        runs.append(align(replace(config, **changes), other, resume=found, say=tell))
-    if baselines and process() == 0:
-        say()
-        compare(runs, png=path / "comparison.png", html=path / "comparison.html")
-        say("", f"{path}/comparison.html shows them together")
+        demo.describe_answers(path, tell)
+
+    return Demo(demo.prepare(Path(DEMO_FOLDER), tell), "runs/align-demo", judge)
 
 
 ALIGN = Experiment(
