@@ -128,6 +128,8 @@ def prepare(
     all_rewards = Rewards(make_all(rewards))
     if unknown := [name for name in objectives if name not in all_rewards.names]:
         raise ValueError(f"objectives has {', '.join(unknown)} but the rewards are {', '.join(all_rewards.names)}")
+    if not (directory / DATA).exists():
+        say(DURATION)
     folder = smollm2(say) if model is None else Path(model)
     chosen = [pool[place] for place in np.random.default_rng(seed).permutation(len(pool))[:lists]]
     sampling = replace(sampling or Sampling(), seed=seed)
@@ -135,8 +137,6 @@ def prepare(
     conversations = [
         [{"role": "user", "content": f"{prompt} {asked}".strip()}] for prompt in chosen for asked, _ in styles
     ]
-    if not (directory / DATA).exists():
-        say(DURATION)
 
     def preview(responses: Sequence[Response]) -> list[str]:
         texts = _distinct(responses[:samples])
