@@ -8,7 +8,7 @@
     mopl serve RUN                 an endpoint of OpenAI's form, with a trade-off for each request
     mopl steer RUN --weights ...   figures and scores for any trade-off of a finished run, without training
     mopl report RUN RUN ...        one table, picture and page of several runs
-    mopl doctor                    what is installed, what each command lacks, and whether kernels give the right numbers
+    mopl doctor                    what is installed, what commands lack, and whether ops give the right numbers
 
 An error is one line on stderr and exit status 2 (`--debug` shows where it came from); a run that was stopped by Ctrl-C
 exits with 130 and says how to continue it. A training goes on to its end though nobody reads what it prints, and exits
@@ -30,7 +30,6 @@ from mopl._terminal import exit_status, is_terminal, one_line, print_traceback, 
 from mopl.commands import align, doctor, export, generate, rank, report, serve, steer
 from mopl.commands.experiment import process
 from mopl.commands.parser import Help, Parser
-
 
 DESCRIPTION = "Train one model for every trade-off between objectives, and choose the trade-off afterwards."
 EXAMPLES = """

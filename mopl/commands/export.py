@@ -11,9 +11,9 @@ EXAMPLES = """
 --adapters takes mixtures of adapters (mopl align --conditioning lora-mixture, mopl clp --scope lora-mixture). It writes
 a LoRA adapter for each objective; a server that accepts scales of adapters in a request takes the weights as scales.
 
-The virtual tokens of a prompt become tokens of the vocabulary, which the tokenizer puts in front by itself. transformers
-never generates them (suppress_tokens). vLLM ignores that setting: greedy decoding cannot choose them there, samples
-practically never do, and logit_bias rules them out; mopl.json lists their ids.
+The virtual tokens of a prompt become tokens of the vocabulary, which the tokenizer puts in front by itself.
+transformers never generates them (suppress_tokens). vLLM ignores that setting: greedy decoding cannot choose them
+there, samples practically never do, and logit_bias rules them out; mopl.json lists their ids.
 
 examples:
   one trade-off as a plain model:
