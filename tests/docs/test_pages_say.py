@@ -1,5 +1,6 @@
 """What README.md and docs/ refer to is there: languages of blocks, links, anchors, pictures, options, files, names."""
 
+import ast
 import importlib
 import re
 from functools import cache
@@ -34,7 +35,7 @@ def anchors(page: Path) -> set[str]:
     return slugs_of(page)
 
 
-def names_something(dotted: str) -> bool:
+def is_there(dotted: str) -> bool:
     """Say whether a name such as mopl.losses.listwise_dpo exists: the anchors of the reference are such names."""
     parts = dotted.split(".")
     for count in range(len(parts), 0, -1):
@@ -70,7 +71,7 @@ def test_every_link_leads_somewhere(page: Path) -> None:
         elif ROOT not in (there, *there.parents):
             broken.append(f"{where}: outside of the project")
         elif anchor and there.suffix == ".md" and anchor not in anchors(there):
-            if not (anchor.startswith("mopl.") and names_something(anchor)):
+            if not (anchor.startswith("mopl.") and is_there(anchor)):
                 broken.append(f"{where}: there is no such heading")
         if name_of(page).startswith("docs/") and there.exists() and ROOT / "docs" not in (there, *there.parents):
             broken.append(f"{where}: the site has only what is in docs/; link to the repository by its address")
@@ -102,9 +103,41 @@ def test_every_file_and_name_of_mopl_that_the_text_names_exists(page: Path) -> N
             if not (ROOT / file).exists() and not re.search(r"\b[A-Z]{2,}\b", file):  # CARD stands for any name
                 missing.append(f"{name_of(page)}:{number}: {file}")
         for name in re.findall(r"`(mopl(?:\.[A-Za-z_]\w*)+)(?:\([^`]*)?`", line):
-            if not names_something(name) and name not in ("mopl.json",):
+            if not is_there(name) and name not in ("mopl.json",):
                 missing.append(f"{name_of(page)}:{number}: {name}")
     assert not missing, "\n".join(missing)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_what_code_takes_from_mopl_is_there(page: Path) -> None:
+    """Also in blocks that do not run."""
+    missing = []
+    for block in blocks_of(page):
+        if block.language != "python":
+            continue
+        for node in ast.walk(ast.parse(block.text, block.where)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "mopl":
+                names = [f"{node.module}.{each.name}" for each in node.names]
+            elif isinstance(node, ast.Import):
+                names = [each.name for each in node.names if each.name.split(".")[0] == "mopl"]
+            else:
+                continue
+            missing += [
+                f"{name_of(page)}:{block.line + node.lineno - 1}: {name}" for name in names if not is_there(name)
+            ]
+    assert not missing, "\n".join(missing)
+
+
+@pytest.mark.parametrize("program", ["verl", "openrlhf", "nemo_rl"])
+def test_every_function_for_another_program_is_on_the_page(program: str) -> None:
+    page = (ROOT / "docs" / "log_probabilities.md").read_text(encoding="utf-8")
+    names = importlib.import_module(f"mopl.integrations.{program}").__all__
+    missing = [
+        name
+        for name in names
+        if name not in page and name.replace("from_parallel_logits_to_logprobs", "the same `") not in page
+    ]
+    assert not missing, missing
 
 
 def test_every_picture_says_what_it_shows() -> None:
