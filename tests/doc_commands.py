@@ -41,6 +41,14 @@ def small(words: list[str]) -> list[str]:
         method = (values_of(words, "--method") or [""])[0]
         if command == "rank":
             more = SMALL_RANK
+            data = (values_of(words, "--data") or [""])[0]
+            if data.startswith("synthetic"):
+                objectives = re.search(r"objectives=\d+", data)
+                more = [
+                    "--data",
+                    f"synthetic:queries=60,items=6,features=8{(objectives and ',' + objectives[0]) or ''}",
+                    *more,
+                ]
             if not {"--hidden", "--base-hidden", "--base", "--config"} & set(words):
                 more = [*more, "--hidden", "8", "--base-hidden", "8", "--heads", "2"]
         elif command == "clp" or method in REWARDED or "--rewards" in words:

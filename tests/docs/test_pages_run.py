@@ -24,6 +24,8 @@ from doc_commands import TRAININGS, Runner, parse, values_of
 from doc_folder import fill
 from doc_pages import PAGES, SHELL, Block, Line, blocks_of, lines_of, name_of
 
+from mopl.conditioning.weighted import KINDS
+
 PARSED = {"docs/settings.md"}  # its examples are those of other pages, and parts of commands
 STEPS: dict[str, list[Block | Line]] = {}
 for page in PAGES:
@@ -91,7 +93,7 @@ def runner(
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    before = set(sys.modules)
+    before, kinds = set(sys.modules), dict(KINDS)
     made = Runner(capsys)
     made.steps = steps
     try:
@@ -102,16 +104,21 @@ def runner(
             file = getattr(sys.modules[name], "__file__", None)
             if file and file.startswith(str(tmp_path)):
                 del sys.modules[name]
+        KINDS.clear()  # kinds of conditioning that a page writes
+        KINDS.update(kinds)
         importlib.invalidate_caches()
 
 
-def run_block(block: Block, names: dict, runner: Runner) -> None:
-    """Run a block of Python so that a traceback shows the line of the page; a first comment `# FILE` names a file."""
+def run_block(block: Block, names: dict, runner: Runner, below: str) -> None:
+    """Run a block of Python so that a traceback shows the line of the page.
+
+    A first comment `# FILE` makes it a file of the folder; where what stands below imports or runs that, it is no more.
+    """
     text = block.text if runner.url is None else block.text.replace("http://127.0.0.1:8000", runner.url)
     if match := re.match(r"# ([\w./-]+\.\w+)\b.*\n", text):
         Path(match[1]).parent.mkdir(parents=True, exist_ok=True)
         Path(match[1]).write_text(text, encoding="utf-8")
-        if block.language != "python":
+        if block.language != "python" or re.search(rf"\b{re.escape(Path(match[1]).stem)}\b", below):
             return
     linecache.checkcache()
     exec(compile("\n" * (block.line - 1) + text, str(block.page), "exec"), names)
@@ -128,12 +135,12 @@ def report(step: Block | Line, error: BaseException) -> str:
 def run_steps(steps: list[Block | Line], runner: Runner) -> None:
     names: dict = {"__name__": "__main__"}
     failed = []
-    for step in steps:
+    for number, step in enumerate(steps):
         try:
             if isinstance(step, Line):
                 runner.run(step)
             else:
-                run_block(step, names, runner)
+                run_block(step, names, runner, "".join(f"{each.text}\n" for each in steps[number + 1 :]))
         except (KeyboardInterrupt, pytest.skip.Exception):
             raise
         except BaseException as error:
