@@ -7,6 +7,10 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+
+for package in ("transformers", "peft", "accelerate", "httpx"):
+    pytest.importorskip(package)
+
 from doc_commands import options_of_mopl
 from doc_pages import PAGES, ROOT, blocks_of, links_of, name_of, prose_of, slugs_of
 
