@@ -20,29 +20,35 @@ def in_short(folder: Path) -> str:
     rows, (title, _) = rows_of(found, "logprob-"), heading(found, folder.name)
     sizes = {mode: f"{mode} {HEAD}" for mode in HEAD_MODES}
     peers = [name for name in SHORT if any("ms" in rows.get((size, name), {}) for size in sizes.values())]
-    cells = []
-    for mode, size in sizes.items():
-        mopl = rows.get((size, "mopl"))
-        times = (figure(rows.get((size, name)), "x mopl", lambda x: f"{x:.2f}") for name in peers)
-        own, ms = figure(mopl, "own", lambda x: f"{x:.2f}"), figure(mopl, "ms", lambda x: f"{x:.1f} ms")
-        cells.append([f"{WORDS[mode]}: time", ms, own, *times])
-    for mode, key, words, form in (
-        ("trained", "extra GB", "trained head: extra memory", lambda x: f"{x:.1f} GiB"),
-        ("forward", "log p", "largest error of log p, nats", lambda x: f"{x:.1e}"),
-    ):
-        every = [figure(rows.get((sizes[mode], name)), key, form) for name in ("mopl", *peers)]
-        cells.append([words, every[0], "", *every[1:]])
-    head = ["", "mopl", "its products alone", *(SHORT[name] for name in peers)]
-    commands = ", ".join(f"`{found[s]['command'].split(' --json')[0]}`" for s in GOAL_STAGES if s in found)
-    shape = f"{HEAD.replace('x', ' × ')} (rows × width × vocabulary)"
-    lines = [f"{title} ({commands}); {shape}, bfloat16:", "", *table(head, cells)]
+    columns = [
+        *((f"{WORDS[mode]}, time", sizes[mode], "x mopl", lambda x: f"× {x:.2f}") for mode in HEAD_MODES),
+        ("trained head, extra memory", sizes["trained"], "extra GB", lambda x: f"{x:.1f} GiB"),
+        ("largest error of log p, nats", sizes["forward"], "log p", lambda x: f"{x:.1e}"),
+    ]
+    cells = [
+        [SHORT[name], *(figure(rows.get((size, name)), key, form) for _, size, key, form in columns)] for name in peers
+    ]
+    own = []
+    for _, size, key, form in columns:
+        if key == "x mopl":
+            key, form = "ms", lambda x: f"{x:.1f} ms"
+        own.append(figure(rows.get((size, "mopl")), key, form))
+    cells.insert(0, ["**mopl**", *own])
+    commands = " and ".join(f"`{found[s]['command'].split(' --json')[0]}`" for s in GOAL_STAGES if s in found)
+    tokens, width, vocabulary = (f"{int(size):,}" for size in HEAD.split("x"))
+    shape = f"{tokens} tokens, width {width}, vocabulary {vocabulary}, bfloat16"
+    lines = [f"{title.partition(', ')[0]}: {shape}. Times of the others are multiples of mopl's.", ""]
+    lines += table(["", *(head for head, *_ in columns)], cells)
     size = f"gathered {LOGITS}"
     every = [(name, rows[size, name]) for name in variants_of(rows, (size,)) if "ms" in rows[size, name]]
     if mopl := dict(every).get("mopl"):
-        others = "; ".join(f"{r['x mopl']:.2f} {n}" for n, r in every if not n.startswith(("mopl", "its ")))
-        shape = LOGITS.replace("x0x", " × ")
-        part = f"{mopl['ms']:.2f} ms, {mopl['share']:.2f} of the bytes"
-        lines += [f"From logits, {shape}, forward + backward: {part}. Times of the others, as multiples: {others}.", ""]
+        others = "; ".join(
+            f"{name} × {row['x mopl']:.2f}" for name, row in every if not name.startswith(("mopl", "its "))
+        )
+        tokens, vocabulary = (f"{int(size):,}" for size in LOGITS.split("x0x"))
+        what = f"From logits that are there already ({tokens} × {vocabulary}, both passes)"
+        lines += [f"{what}: {mopl['ms']:.2f} ms; {others}.", ""]
+    lines += [f"Measured by {commands}; {title.partition(', ')[2]}.", ""]
     return "\n".join(lines + list_sentences(rows_of(found, "lists")))
 
 

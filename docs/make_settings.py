@@ -26,7 +26,7 @@ and the option `--learning-rate`. Lists are written `--beta 0.1 0.2` and `beta: 
 `--no-packing` and `packing: true`; a number that may be left to the run takes `none` \
 (in a file also `null`). Sections, equations and appendices are those of the COS-DPO paper (arXiv 2410.08316).
 
-```
+```sh
 mopl rank --data my.txt --steps 500 --print-config > my.yaml    # all settings, as the run would have them
 mopl rank --config my.yaml --seed 1                             # options override the file
 ```
@@ -73,14 +73,16 @@ def _examples() -> list[str]:
     for path in (DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))):
         if path.name == "settings.md":
             continue
-        for line in re.findall(r"mopl (?:rank|align|clp)\b[^`#\n|&]*", path.read_text(encoding="utf-8")):
+        for line in re.findall(
+            r"mopl (?:rank|align|clp)\b[^`#\n|&]*", path.read_text(encoding="utf-8").replace("\\\n", " ")
+        ):
             words = shlex.split(line)
             parsed = parser.parse_args(words[1:])
             settings = given(parsed, kinds[parsed.command])
             if settings and line.strip() not in seen:
                 seen.add(line.strip())
                 plain = {name: list(v) if isinstance(v, tuple) else v for name, v in settings.items()}
-                parts += ["```", line.strip(), "```", "```yaml", dump_settings(plain).rstrip(), "```", ""]
+                parts += ["```sh", line.strip(), "```", "```yaml", dump_settings(plain).rstrip(), "```", ""]
     return parts
 
 

@@ -234,7 +234,7 @@ def test_the_page_of_settings_is_that_of_the_code_and_its_examples_mean_what_the
 
 def test_a_file_of_an_example_gives_the_settings_of_its_command(tmp_path):
     page = (Path(__file__).parents[2] / "docs" / "settings.md").read_text(encoding="utf-8")
-    for command, text in re.findall(r"```\nmopl (.*)\n```\n```yaml\n([^`]*)```", page):
+    for command, text in re.findall(r"```sh\nmopl (.*)\n```\n```yaml\n([^`]*)```", page):
         (tmp_path / "c.yaml").write_text(text)
         parsed = build_parser().parse_args(shlex.split(command))
         (kind,) = (config for config, words in COMMANDS.items() if words[0] == parsed.command)

@@ -42,7 +42,7 @@ def arrows_of_imports():
 def drawn_arrows():
     """Return the arrows of the drawing, from its first line to its last."""
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    (drawing,) = re.findall(r"^## Arrows\n.*?^```\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    (drawing,) = re.findall(r"^## Arrows\n.*?^```text\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     rows = (line.partition("→") for line in drawing.splitlines())
     return {name.strip(): set(others.split()) for name, _, others in rows}
 
