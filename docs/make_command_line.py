@@ -14,8 +14,8 @@ PAGE = Path(__file__).resolve().parent / "reference" / "command_line.md"
 
 INTRODUCTION = """# Command line
 
-Written by `python docs/make_command_line.py` from the parser of the commands. `mopl COMMAND --help` prints the same in a
-terminal.
+Written by `python docs/make_command_line.py` from the parser of the commands. `mopl COMMAND --help` prints the same in
+a terminal.
 
 ```text
 mopl COMMAND [OPTIONS]
