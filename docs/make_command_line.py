@@ -79,7 +79,7 @@ def help_of(action: argparse.Action, parser: argparse.ArgumentParser) -> str:
 def sentence(text: str) -> str:
     """Return a text with a capital and a full stop."""
     first = text.partition(" ")[0].rstrip(",;:")
-    if first.isalpha() and first.islower():
+    if first.replace("-", "").isalpha() and first.islower() and first[:1] != "-":
         text = text[:1].upper() + text[1:]
     return text if text.endswith((".", ":")) else f"{text}."
 

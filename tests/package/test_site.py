@@ -39,6 +39,13 @@ def exported(file):
     return names
 
 
+def has_function_of_its_name(name):
+    """Whether a name is that of a module, or package, with a function or class of the same name."""
+    base = ROOT.joinpath(*name.split("."))
+    files = [file for file in (base.with_suffix(".py"), base / "__init__.py") if file.is_file()]
+    return any(re.search(rf"\b(?:def|class|import) .*\b{base.name}\b", file.read_text()) for file in files)
+
+
 @pytest.mark.parametrize("name", sorted(set(mopl._SUBMODULES) - WITHOUT_PAGE))
 def test_the_reference_shows_every_public_name(name):
     folder = ROOT / "mopl" / name
@@ -52,7 +59,9 @@ def test_the_reference_shows_every_public_name(name):
     for each in ("patch_trl", "unpatch_trl"):  # functions of `mopl.integrations` that one of its modules has
         if f"mopl.integrations.{each}" in wanted:
             wanted = wanted - {f"mopl.integrations.{each}"} | {f"mopl.integrations.trl_heads.{each}"}
-    assert not wanted - SHOWN
+    # Where a function is in a module of its name, static analysis finds the module under the short name.
+    hidden = {each for each in wanted if has_function_of_its_name(each)}
+    assert not {f"{each}.{each.rpartition('.')[2]}" if each in hidden else each for each in wanted} - SHOWN
     assert any(each.startswith(f"mopl.{name}.") for each in SHOWN)
 
 
