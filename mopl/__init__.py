@@ -15,7 +15,7 @@ Submodules are imported on first use: `import mopl` costs nothing, and `import m
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _SUBMODULES = (
     "alignment", "cli", "clp", "commands", "conditioning", "decoding", "experiments", "integrations", "kernels",

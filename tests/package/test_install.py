@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+import mopl
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -53,7 +55,7 @@ def test_a_clone_does_not_hide_the_package_from_the_folder_above(installed):
     show = "import mopl, importlib.util as u; mopl.losses; print(u.find_spec('mopl.kernels.listnet').origin)"
     found = Path(run(python, "-c", show, cwd=clone.parent))
     assert found == (clone if kind == "editable" else packages) / "mopl" / "kernels" / "listnet.py"
-    assert run(python, "-m", "mopl.cli", "--version", cwd=clone.parent) == "mopl 0.1.0"
+    assert run(python, "-m", "mopl.cli", "--version", cwd=clone.parent) == f"mopl {mopl.__version__}"
     command = "from importlib.metadata import entry_points as e; e(group='console_scripts')['mopl'].load()(['--help'])"
     assert "usage: mopl" in run(python, "-c", command, cwd=clone.parent)
 
