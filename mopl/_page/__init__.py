@@ -17,9 +17,9 @@ def page_style(package: str) -> str:
     return _text(__name__, "look.css") + _text(package, "page.css")
 
 
-def page_script(package: str) -> str:
-    """Return the script of a package's page, in front of which the common controls define `controls`."""
-    return _text(__name__, "controls.js") + _text(package, "page.js")
+def page_script(package: str, *parts: str) -> str:
+    """Return the script of a package's page behind the common controls, `controls`, and files of parts of its own."""
+    return _text(__name__, "controls.js") + "".join(_text(package, name) for name in (*parts, "page.js"))
 
 
 def _text(package: str, name: str) -> str:

@@ -16,13 +16,16 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
+from mopl._records import read_json
 from mopl._renamed import renamed_attribute
 from mopl.alignment import tuned
 from mopl.alignment.config import PER_TOKEN, AlignConfig
 from mopl.alignment.trained import load_trained, set_weights
 from mopl.conditioning import TextPrompt, TextPromptModel, WeightedModel
 from mopl.experiments.methods import TABLE
-from mopl.experiments.run import LanguageModelRun
+from mopl.experiments.run import EVALUATION, LanguageModelRun
+from mopl.experiments.run_directory import DAMAGED_RUN
+from mopl.pareto import Front
 from mopl.report import Metric
 
 
@@ -32,6 +35,12 @@ class DataRecord(msgspec.Struct):
     objectives: Annotated[list[str], msgspec.Meta(min_length=1)]
     fingerprint: str
     tokens: str
+
+
+class Accuracies(msgspec.Struct):
+    """What is read from `evaluation.json`."""
+
+    accuracy: list[list[float | None]] = []
 
 
 @dataclass
@@ -144,6 +153,18 @@ class AlignmentRun(LanguageModelRun):
             higher_is_better=False,
             main_name="from the reference (nats)",
         )
+
+    def accuracies(self, fronts: Sequence[Front]) -> dict[str, list[list[float | None]]]:
+        """Return by method, for each point of its front at scale 1, the accuracy of each objective on held-out pairs.
+
+        Args:
+            fronts: The run's fronts.
+        """
+        found = {}
+        for front in fronts:
+            if (file := self.folder(front.method) / EVALUATION).exists():
+                found[front.method] = read_json(file, Accuracies, remedy=DAMAGED_RUN).accuracy
+        return {method: rows for method, rows in found.items() if rows}
 
     @property
     def measured(self) -> Mapping[str, Any]:

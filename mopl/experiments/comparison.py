@@ -81,7 +81,11 @@ def compare(
     if html is not None:
         records = [each.run.record for each in compared]
         write_page(
-            named, html, metric=metric, base=bases, truth=truth, notes=notes, samples=samples,
+            named, html, metric=metric, base=bases, truth=truth, notes=notes, samples=samples, picture=png,
+            continuous=[
+                front.method for front in named
+                if any(front.method.split(" (")[0] in each.run.continuous for each in compared)
+            ],
             configuration=records[0] if len(records) == 1 else records,
         )  # fmt: skip
     return text

@@ -20,6 +20,7 @@ from mopl._records import check, damaged, read_json, settings_from
 from mopl._terminal import shell
 from mopl.experiments.applications import APPLICATIONS
 from mopl.experiments.common_settings import LanguageModelSettings
+from mopl.experiments.methods import TABLE
 from mopl.experiments.run_directory import (
     CONFIG_FILE,
     DAMAGED_RUN,
@@ -185,6 +186,19 @@ class FinishedRun:
         """What else the figures depend on, by name: runs that differ in it are compared with a note."""
         return {}
 
+    @property
+    def continuous(self) -> tuple[str, ...]:
+        """The methods that answer at any weights, so that figures between evaluated ones may be interpolated."""
+        return tuple(method for method in self.methods if method not in TABLE or not TABLE[method].grid)
+
+    def accuracies(self, fronts: Sequence[Front]) -> dict[str, list[list[float | None]]]:
+        """Return by method, for each point of its front, the accuracy of each objective; empty without any.
+
+        Args:
+            fronts: The run's fronts.
+        """
+        return {}
+
     def true_front(self) -> list[list[float]] | None:
         """Return the figures (n, m) of the best possible model, or None where they are not known."""
         return None
@@ -226,7 +240,8 @@ class FinishedRun:
         plot_front(fronts, self.path / "front.png", metric=metric, truth=truth, notes=notes)
         write_page(
             fronts, self.path / "report.html", metric=metric, truth=truth, notes=notes, configuration=self.record,
-            samples=samples,
+            samples=samples, picture=self.path / "front.png", continuous=self.continuous,
+            accuracy=self.accuracies(fronts),
         )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Fronts: grids of weights, hypervolume and its relatives, steerability, and the file `front.json`."""
 
-from mopl.pareto._front_table import write_csv
+from mopl.pareto._front_table import csv_text, write_csv
 from mopl.pareto.bootstrap import Interval, bootstrap_interval, bootstrap_means, hypervolume_interval
 from mopl.pareto.front import Front, Point
 from mopl.pareto.grid import weight_grid
@@ -23,6 +23,7 @@ __all__ = [
     "Point",
     "weight_grid",
     "write_csv",
+    "csv_text",
     "bootstrap_interval",
     "bootstrap_means",
     "Interval",

@@ -35,11 +35,8 @@ def columns_of(fronts: Sequence[Front]) -> dict[str, list[Any]]:
     return dict(zip(headers, map(list, zip(*rows, strict=True)), strict=True))
 
 
-def write_csv(fronts: Sequence[Front], path: str | os.PathLike[str]) -> None:
-    """Write the points of fronts that share their objectives as CSV, whole or not at all; see `Front.to_frame`.
-
-    Control characters in names are escaped.
-    """
+def csv_text(fronts: Sequence[Front]) -> str:
+    """Return the points of fronts that share their objectives as CSV; control characters in names are escaped."""
     columns = columns_of(fronts)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -48,5 +45,10 @@ def write_csv(fronts: Sequence[Front], path: str | os.PathLike[str]) -> None:
         writer.writerow(
             printable(cell, keep="") if isinstance(cell, str) else "" if cell != cell else cell for cell in row
         )
+    return text.getvalue()
+
+
+def write_csv(fronts: Sequence[Front], path: str | os.PathLike[str]) -> None:
+    """Write the points of fronts that share their objectives as CSV, whole or not at all; see `Front.to_frame`."""
     make_parents(path)
-    write_file(path, text.getvalue())
+    write_file(path, csv_text(fronts))

@@ -1,16 +1,11 @@
 "use strict";
-// Everything shown is a number of the embedded front.json: the sliders choose among evaluated points and never interpolate.
+// The sliders choose among the evaluated points of the embedded front.json. Of a method that answers at any weights,
+// figures between these points are interpolated, and said to be so; answers never are.
 (() => {
   const { make, picker, weight, linked, readWeights } = controls;
   const data = JSON.parse(document.getElementById("mopl-data").textContent);
   const byId = (id) => document.getElementById(id);
-  const SVG = byId("chart").namespaceURI;
-  const VIRIDIS = ["#440154", "#414487", "#2a788e", "#22a884", "#7ad151", "#e0e32f"];
-  const MARKERS = [
-    "M-1,0A1,1 0 1 0 1,0A1,1 0 1 0 -1,0Z", "M-.9,-.9H.9V.9H-.9Z", "M0,-1.1L1.05,.8H-1.05Z", "M0,-1.25L1.1,0L0,1.25L-1.1,0Z",
-    "M0,1.1L1.05,-.8H-1.05Z", "M-.4,-1.1H.4V-.4H1.1V.4H.4V1.1H-.4V.4H-1.1V-.4H-.4Z",
-  ];
-  const STAR = "M0,-1.6L.42,-.5L1.55,-.45L.66,.25L.98,1.35L0,.7L-.98,1.35L-.66,.25L-1.55,-.45L-.42,-.5Z";
+  const { MARKERS, STAR, draw, number, change, colour, range, ticks, label } = figures;
 
   const known = new Map(data.bases.map((b) => [JSON.stringify(b), b])); // one object for each base model
   data.fronts.forEach((f, i) => { f.base = known.get(JSON.stringify(data.bases[i])); f.isBase = data.is_base[i]; });
@@ -27,9 +22,11 @@
   });
   const scaleOf = (point) => point.scale ?? 1;
   const axisName = (k) => (k === m ? main : names[k]);
+  const role = data.metric.higher_is_better ? "main" : "cost";
   const rising = fronts[0].maximise ?? true; // one flag, or one for each objective
   const arrow = (k) => ((k === m ? data.metric.higher_is_better : Array.isArray(rising) ? rising[k] : rising) ? "\u2191" : "\u2193");
   const value = (point, k) => (k === m ? point.main : point.auxiliary[k]) ?? null;
+  const accuracy = (point, k) => data.accuracy?.[front().method]?.[front().points.indexOf(point)]?.[k] ?? null;
   const ends = (point, k) => {
     const all = point.interval;
     const pair = all ? (k === m ? all.main : all.auxiliary?.[k]) : null;
@@ -40,53 +37,6 @@
   // --- helpers
   const weightsText = (w) => controls.weightsText(names, w);
   const slider = (...of) => controls.slider(byId("controls"), ...of);
-  function draw(tag, attributes, parent, text) {
-    const node = document.createElementNS(SVG, tag);
-    for (const [key, item] of Object.entries(attributes)) node.setAttribute(key, item);
-    if (text !== undefined) node.textContent = text;
-    parent?.append(node);
-    return node;
-  }
-  function number(x) {
-    if (x == null) return "n/a";
-    const size = Math.abs(x);
-    return size !== 0 && (size < 1e-3 || size >= 1e5) ? x.toExponential(2).replace("e+", "e") : x.toFixed(4);
-  }
-  function change(now, before) {
-    const x = now - before, size = Math.max(Math.abs(now), Math.abs(before));
-    const text = size >= 1e-3 && size < 1e5 ? Math.abs(x).toFixed(4) : number(Math.abs(x));
-    return (x > 0 ? "+" : x < 0 ? "\u2212" : "\u00b1") + text;
-  }
-  function colour(x, [low, high]) {
-    if (x == null) return "none";
-    const place = (high > low ? (x - low) / (high - low) : 0.5) * (VIRIDIS.length - 1);
-    const left = Math.max(0, Math.min(VIRIDIS.length - 2, Math.floor(place)));
-    const channel = (hex, i) => parseInt(hex.slice(1 + 2 * i, 3 + 2 * i), 16);
-    const mix = [0, 1, 2].map((i) => {
-      const a = channel(VIRIDIS[left], i);
-      return Math.round(a + (channel(VIRIDIS[left + 1], i) - a) * Math.max(0, Math.min(1, place - left)));
-    });
-    return `rgb(${mix.join(",")})`;
-  }
-  function range(values, share = 0.06) {
-    const known = values.filter((x) => x != null);
-    if (!known.length) return [0, 1];
-    const low = Math.min(...known), high = Math.max(...known), size = Math.max(Math.abs(low), Math.abs(high));
-    const pad = high - low > 1e-9 * size ? share * (high - low) : 0.05 * size || 0.01;
-    return [low - pad, high + pad];
-  }
-  function ticks([low, high], count) {
-    const rough = (high - low) / count, power = 10 ** Math.floor(Math.log10(rough));
-    const step = [1, 2, 2.5, 5, 10].map((k) => k * power).find((k) => k >= rough) ?? 10 * power;
-    const marks = [];
-    for (let k = Math.ceil(low / step); k * step <= high; k++) marks.push(k * step);
-    const size = Math.max(Math.abs(low), Math.abs(high));
-    let digits = 0;
-    while (digits < 8 && Math.abs(step * 10 ** digits - Math.round(step * 10 ** digits)) > 1e-6) digits++;
-    const label = size >= 1e5 || size < 1e-3 ? (x) => x === 0 ? "0" : x.toExponential(1).replace("e+", "e") : (x) => x.toFixed(digits);
-    return marks.map((x) => [x, label(Math.abs(x) < step / 1e6 ? 0 : x)]);
-  }
-
   // --- the choice
   const front = () => fronts[state.front];
   const chosen = () => front().points[state.point];
@@ -102,6 +52,20 @@
   }
   function closestScale(scale) {
     return scales().reduce((a, b) => (Math.abs(Math.log(b / scale)) < Math.abs(Math.log(a / scale)) ? b : a));
+  }
+  // The evaluated point, or one between the evaluated ones that lie around the weights that are asked for.
+  function shown() {
+    const point = chosen(), all = atScale(front(), scaleOf(point)), asked = state.wanted;
+    if (m < 3 || !asked || !point.weights || !data.continuous.includes(front().method)) return point;
+    if (asked.every((w, j) => Math.abs(w - point.weights[j]) < 5e-4)) return point;
+    const parts = figures.around(asked, all.map(([p]) => p.weights));
+    if (!parts) return point;
+    const mean = (k) => {
+      const found = parts.map(([i, share]) => [value(all[i][0], k), share]);
+      return found.some(([x]) => x == null) ? null : found.reduce((sum, [x, share]) => sum + x * share, 0);
+    };
+    return { weights: asked, main: mean(m), auxiliary: names.map((_, k) => mean(k)), scale: scaleOf(point),
+      between: parts.map(([i]) => all[i][1]) };
   }
   function choosePoint(index, keepWanted = false) {
     state.point = index;
@@ -151,7 +115,8 @@
     state.wanted = chosen().weights?.slice() ?? null;
   }
   function address() {
-    const parts = [`w=${chosen().weights ? chosen().weights.map((w) => +w.toFixed(6)).join(",") : state.point}`];
+    const at = shown().weights;
+    const parts = [`w=${at ? at.map((w) => +w.toFixed(6)).join(",") : state.point}`];
     if (fronts.length > 1) parts.push(`method=${encodeURIComponent(front().method)}`);
     if (titles[state.front] !== front().method && front().seed != null) parts.push(`seed=${encodeURIComponent(front().seed)}`);
     if (scales().length > 1) parts.push(`scale=${scaleOf(chosen())}`);
@@ -186,8 +151,9 @@
           if (document.activeElement !== input || Math.abs(input.value - state.wanted[j]) > 0.006) input.value = state.wanted[j];
           const near = chosen().weights?.[j];
           const same = Math.abs(state.wanted[j] - near) < 0.005;
-          output.textContent = state.wanted[j].toFixed(2) + (same ? "" : ` \u2192 ${weight(near)}`);
-          input.setAttribute("aria-valuetext", `${state.wanted[j].toFixed(2)}, nearest evaluated ${weight(near)}`);
+          const between = shown().between;
+          output.textContent = state.wanted[j].toFixed(2) + (same || between ? "" : ` \u2192 ${weight(near)}`);
+          input.setAttribute("aria-valuetext", state.wanted[j].toFixed(2) + (between ? "" : `, nearest evaluated ${weight(near)}`));
         });
       });
     }
@@ -221,7 +187,7 @@
     }
     byId("axes").replaceChildren();
     if (m > 1) {
-      const options = [...names, `${main} (main)`];
+      const options = [...names, `${main} (${role})`];
       const axes = make("div", { class: "row" },
         picker("axis-x", "Across", options, state.x, (k) => { state.x = k; show(); }),
         picker("axis-y", "Up", options, state.y, (k) => { state.y = k; show(); }));
@@ -240,11 +206,15 @@
     const point = chosen();
     const count = front().points.length;
     const link = make("a", { href: address() }, "link to it");
-    const text = point.weights ? `weights ${weightsText(point.weights)}` : "no weights";
-    byId("status").replaceChildren(`${state.notice}Evaluated point #${state.point} of ${count}: ${text} (`, link, ").");
+    const text = (of) => (of.weights ? `weights ${weightsText(of.weights)}` : "no weights");
+    const now = shown();
+    const said = now.between ? `Interpolated between the evaluated points ${now.between.map((i) => `#${i}`).join(", ")}: ${text(now)}. Nearest evaluated point: #${state.point} of ${count} (`
+      : `Evaluated point #${state.point} of ${count}: ${text(point)} (`;
+    byId("status").replaceChildren(state.notice + said, link, ").");
     update.forEach((refresh) => refresh());
-    bars(point);
-    chart(point);
+    bars(now);
+    chart(now);
+    parallel(now);
     samples();
     try {
       if (location.hash || state.touched) history.replaceState(null, "", address());
@@ -269,8 +239,9 @@
       const at = (x) => `${(100 * (x - low)) / (high - low || 1)}%`;
       const wide = (a, b) => `${(100 * Math.abs(b - a)) / (high - low || 1)}%`;
       const x = value(point, k), old = base ? value(base, k) : null, pair = ends(point, k);
-      const label = `${axisName(k)}${k === m ? " (main)" : ""} ${arrow(k)}`;
-      const detail = (pair ? ` [${number(pair[0])}, ${number(pair[1])}]` : "")
+      const title = `${axisName(k)}${k === m ? ` (${role})` : ""} ${arrow(k)}`;
+      const right = k === m ? null : accuracy(point, k);
+      const detail = (right == null ? "" : `, accuracy ${(100 * right).toFixed(0)} %`) + (pair ? ` [${number(pair[0])}, ${number(pair[1])}]` : "")
         + (old != null && x != null ? `, base ${number(old)} (${change(x, old)})` : "");
       const svg = draw("svg", { height: 22, "aria-hidden": "true" });
       draw("line", { x1: "0%", x2: "100%", y1: 11, y2: 11, stroke: "var(--line)" }, svg);
@@ -284,12 +255,13 @@
       if (pair) draw("line", { x1: at(pair[0]), x2: at(pair[1]), y1: 11, y2: 11, stroke: "var(--whisker)", "stroke-width": 2 }, svg);
       if (old != null) draw("line", { x1: at(old), x2: at(old), y1: -1, y2: 23, stroke: "var(--base)", "stroke-width": 3 }, svg);
       byId("bars").append(make("div", { class: k === m ? "bar main" : "bar" },
-        make("div", { class: "text" }, make("span", { class: "name" }, label),
+        make("div", { class: "text" }, make("span", { class: "name" }, title),
           make("span", { class: "value", "data-axis": k }, make("b", {}, number(x)), make("small", {}, detail))), svg));
     });
     byId("bars-key").textContent = `Bar: expected ${data.metric.name} at these weights. Pale band and small ticks: every evaluated weight of this method.`
       + (base ? ` Vertical line: base model${bases.length > 1 ? " of this run" : ""}.` : "")
-      + (rows.some((k) => ends(point, k)) ? " Thin line: interval." : "") + (common ? "" : " Each bar has its own scale.");
+      + (rows.some((k) => ends(point, k)) ? " Thin line: interval." : "")
+      + (rows.some((k) => k < m && accuracy(point, k) != null) ? " Accuracy: share of held-out pairs that the model orders as their labels do." : "") + (common ? "" : " Each bar has its own scale.");
   }
 
   function chart(point) {
@@ -341,13 +313,37 @@
       const path = current.slice().sort((a, b) => (a.weights?.[0] ?? 0) - (b.weights?.[0] ?? 0)).map((p) => [px(value(p, x)), py(value(p, y))]);
       draw("polyline", { points: path.join(" "), fill: "none", stroke: "var(--bar)", "stroke-width": 1.5, opacity: 0.7 }, svg);
     }
+    const dot = (p, size) => [px(value(p, x)) - size, py(value(p, y)) - size, px(value(p, x)) + size, py(value(p, y)) + size];
+    const taken = [...mine.map((p) => [p, 7]), ...rest.flatMap((f) => f.points.filter((p) => scaleOf(p) === 1).map((p) => [p, 4])),
+      ...(own ? [[own, 10]] : [])].filter(([p]) => here(p)).map(([p, size]) => dot(p, size));
+    const spots = mine.map((p, i) => [p, i]).filter(([p]) => here(p));
+    // A tap anywhere takes the nearest point: points are small, and fingers are not.
+    const paper = draw("rect", { x: left, y: top, width: right - left, height: bottom - top, class: "hit" }, svg);
+    paper.addEventListener("click", (event) => {
+      const box = svg.getBoundingClientRect(), unit = width / box.width;
+      const [ex, ey] = [(event.clientX - box.left) * unit, (event.clientY - box.top) * unit];
+      const far = ([p]) => (px(value(p, x)) - ex) ** 2 + (py(value(p, y)) - ey) ** 2;
+      const best = spots.reduce((a, b) => (far(b) < far(a) ? b : a), spots[0]);
+      if (best && far(best) < 44 ** 2) choosePoint(best[1]);
+    });
+    const focused = svg.contains(document.activeElement);
+    const steps = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 };
     mine.forEach((p, i) => {
       if (!here(p)) return;
       const far = scaleOf(p) !== scale;
       const mark = spot(p, MARKERS[kind % MARKERS.length], far ? 3 : 5.5, { fill: colour(p.main, shades), stroke: far ? "var(--other)" : "var(--bar)", "stroke-width": far ? 0.7 : 1.5, opacity: far ? 0.6 : 1 });
-      const hit = draw("circle", { cx: px(value(p, x)), cy: py(value(p, y)), r: 10, class: "hit", "data-point": i }, svg);
-      draw("title", {}, hit, `${p.weights ? weightsText(p.weights) : `point ${i}`}: ${axisName(x)} ${number(value(p, x))}, ${axisName(y)} ${number(value(p, y))}, ${main} ${number(p.main)}`);
+      const hit = draw("circle", { cx: px(value(p, x)), cy: py(value(p, y)), r: 12, class: "hit", "data-point": i,
+        role: "radio", "aria-checked": i === state.point, tabindex: i === state.point ? 0 : -1, "aria-label": words(p, i) }, svg);
+      draw("title", {}, hit, words(p, i));
       hit.addEventListener("click", () => choosePoint(i));
+      hit.addEventListener("keydown", (event) => {
+        const place = spots.findIndex(([, j]) => j === i), last = spots.length - 1;
+        const next = event.key in steps ? (place + steps[event.key] + spots.length) % spots.length
+          : event.key === "Home" ? 0 : event.key === "End" ? last : null;
+        if (next === null) return;
+        event.preventDefault();
+        choosePoint(spots[next][1]);
+      });
       if (mark && i === state.point) mark.setAttribute("data-chosen", "");
     });
     for (const b of state.others ? bases : []) {
@@ -355,8 +351,6 @@
     }
     if (own && here(own)) {
       spot(own, STAR, 6, { fill: "var(--base)", stroke: "var(--card)" });
-      const cx = px(value(own, x)), flip = cx > right - 40;
-      draw("text", { x: cx + (flip ? -11 : 11), y: py(value(own, y)) + 4, "text-anchor": flip ? "end" : "start", class: "halo", "pointer-events": "none" }, svg, "base");
     }
     if (here(point)) {
       const cx = px(value(point, x)), cy = py(value(point, y));
@@ -366,14 +360,58 @@
         const [[x1, y1], [x2, y2]] = pair.map((v) => b(a(v)));
         draw("line", { x1, y1, x2, y2, stroke: "var(--ring)", "stroke-width": 1.5, "pointer-events": "none" }, svg);
       }
-      draw("circle", { cx, cy, r: 10, fill: "none", stroke: "var(--ring)", "stroke-width": 3, "pointer-events": "none" }, svg);
-      const flip = cx > (left + right) / 2;
-      draw("text", { x: cx + (flip ? -15 : 15), y: Math.max(top + 12, cy - 12), "text-anchor": flip ? "end" : "start", class: "halo", "pointer-events": "none" }, svg,
-        point.weights && m <= 6 ? `w = (${point.weights.map((w) => String(+w.toFixed(2))).join(", ")})` : `point ${state.point}`);
+      draw("circle", { cx, cy, r: 10, fill: "none", stroke: "var(--ring)", "stroke-width": 3, "pointer-events": "none",
+        ...(point.between ? { "stroke-dasharray": "4 3" } : {}) }, svg);
+      taken.push([cx - 12, cy - 12, cx + 12, cy + 12]);
+      label(svg, point.weights && m <= 6 ? `w = (${point.weights.map((w) => String(+w.toFixed(2))).join(", ")})` : `point ${state.point}`,
+        cx, cy, taken, [left, top, right, bottom], 14);
     }
-    svg.setAttribute("aria-label", `${titles[state.front]}: ${axisName(y)} against ${axisName(x)}, ${current.length} points. `
+    if (own && here(own)) label(svg, "base", px(value(own, x)), py(value(own, y)), taken, [left, top, right, bottom], 11);
+    if (focused) svg.querySelector(`[data-point="${state.point}"]`)?.focus();
+    svg.setAttribute("aria-label", `${titles[state.front]}: ${axisName(y)} against ${axisName(x)}, ${current.length} points; arrow keys choose one. `
       + `The chosen point has ${axisName(x)} ${number(value(point, x))} and ${axisName(y)} ${number(value(point, y))}.`);
     legend(shades, mains.length, truth.length);
+  }
+
+  const words = (p, i) => `${p.weights ? weightsText(p.weights) : `point ${i}`}: ` + [...names.keys(), m].map((k) => `${axisName(k)} ${number(value(p, k))}`).join(", ");
+
+  // A line for each point across an axis for each figure: how all of them go together, which pairs cannot show.
+  function parallel(point) {
+    const svg = byId("parallel");
+    byId("parallel-box").hidden = m < 3;
+    if (m < 3) return;
+    const rows = [...names.keys(), m];
+    const width = Math.max(280, Math.round(svg.parentNode.clientWidth)), height = 250, top = 34, bottom = height - 26;
+    svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
+    svg.replaceChildren();
+    const mine = atScale(front(), scaleOf(point)), own = front().base;
+    const spans = rows.map((k) => range([...mine.map(([p]) => value(p, k)), own ? value(own, k) : null], 0.03));
+    const better = (k) => arrow(k) === "\u2191";
+    const px = (row) => 44 + (row * (width - 88)) / (rows.length - 1);
+    const py = (row, v) => { // the better end is on top
+      const share = (v - spans[row][0]) / (spans[row][1] - spans[row][0]);
+      return better(rows[row]) ? bottom - share * (bottom - top) : top + share * (bottom - top);
+    };
+    const path = (p) => rows.map((k, row) => [k, row]).filter(([k]) => value(p, k) != null).map(([k, row]) => `${px(row)},${py(row, value(p, k))}`).join(" ");
+    const mains = mine.map(([p]) => p.main).filter((v) => v != null), shades = mains.length ? [Math.min(...mains), Math.max(...mains)] : [0, 1];
+    for (const [p, i] of mine) {
+      draw("polyline", { points: path(p), fill: "none", stroke: colour(p.main, shades) === "none" ? "var(--other)" : colour(p.main, shades), "stroke-width": 1.2, opacity: 0.75 }, svg);
+      const hit = draw("polyline", { points: path(p), fill: "none", stroke: "transparent", "stroke-width": 12, "pointer-events": "stroke", class: "line", "data-line": i }, svg);
+      draw("title", {}, hit, words(p, i));
+      hit.addEventListener("click", () => choosePoint(i));
+    }
+    if (own) draw("polyline", { points: path(own), fill: "none", stroke: "var(--base)", "stroke-width": 2, "stroke-dasharray": "6 4", "pointer-events": "none" }, svg);
+    draw("polyline", { points: path(point), fill: "none", stroke: "var(--ring)", "stroke-width": 3, "pointer-events": "none" }, svg);
+    const most = Math.max(5, Math.floor((width - 88) / (rows.length - 1) / 7) - 2);
+    rows.forEach((k, row) => {
+      const name = axisName(k), end = row === 0 ? "start" : row === rows.length - 1 ? "end" : "middle", x = row === 0 ? 4 : row === rows.length - 1 ? width - 4 : px(row);
+      draw("line", { x1: px(row), x2: px(row), y1: top, y2: bottom, stroke: "var(--soft)" }, svg);
+      draw("text", { x, y: 13, "text-anchor": end }, svg, `${name.length > most ? `${name.slice(0, most - 1)}\u2026` : name} ${arrow(k)}`);
+      const [low, high] = better(k) ? spans[row] : [spans[row][1], spans[row][0]];
+      draw("text", { x, y: top - 6, "text-anchor": end, class: "tick" }, svg, +high.toPrecision(3));
+      draw("text", { x, y: bottom + 15, "text-anchor": end, class: "tick" }, svg, +low.toPrecision(3));
+    });
+    svg.setAttribute("aria-label", `Every evaluated point as a line across ${rows.map(axisName).join(", ")}; the better end of each axis is on top.`);
   }
 
   function legend(shades, coloured, truth) {
@@ -391,7 +429,8 @@
     });
     if (front().base) entry(STAR, { ...big, fill: "var(--base)" }, bases.length > 1 ? "base model of this run" : "base model");
     if (bases.length > 1 && state.others) entry(STAR, { ...big, fill: "none", stroke: "var(--other)" }, "bases of other runs");
-    if (truth) entry("M-9,0H9", { stroke: "var(--soft)", "stroke-dasharray": "4 3" }, "true front");
+    if (truth && m === 2) entry("M-9,0H9", { stroke: "var(--soft)", "stroke-dasharray": "6 4" }, "true front");
+    else if (truth) entry("M-7,2h2v2h-2zM-2,-2h2v2h-2zM3,-5h2v2h-2z", { fill: "var(--soft)" }, "true front");
     if (!coloured) return;
     if (shades[0] === shades[1]) {
       byId("legend").append(make("span", {}, `${main} ${number(shades[0])} everywhere`));
@@ -436,7 +475,10 @@
   byId("controls").addEventListener("submit", (event) => event.preventDefault());
   addEventListener("hashchange", () => { readAddress(); build(); show(); });
   let waiting = 0;
-  addEventListener("resize", () => { cancelAnimationFrame(waiting); waiting = requestAnimationFrame(() => chart(chosen())); });
+  addEventListener("resize", () => { cancelAnimationFrame(waiting); waiting = requestAnimationFrame(() => { chart(shown()); parallel(shown()); }); });
+  const file = document.title.replace(/[^\w.-]+/g, "-").replace(/^-+|-+$/g, "").toLowerCase();
+  byId("save-csv").addEventListener("click", () => downloads.save(new Blob([data.csv], { type: "text/csv" }), `${file}.csv`));
+  byId("save-png").addEventListener("click", async () => downloads.save(await downloads.png(byId("chart")), `${file}.png`));
   byId("explorer").hidden = false;
   readAddress();
   build();

@@ -7,10 +7,11 @@ JSON.
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from decimal import ROUND_HALF_UP, Decimal
 from html import escape
 from math import isnan
@@ -19,10 +20,32 @@ from typing import Any
 
 from mopl._page import page_html, page_script, page_style
 from mopl._terminal import printable
-from mopl.pareto import Front
+from mopl.pareto import Front, csv_text
 from mopl.report.records import Metric, base_points, data_names, is_base, jsonable, read_all, to_json, write
 from mopl.report.table import MISSING, Summary, summarise
 
+DOCUMENTATION = "https://mopl-project.github.io/mopl/"  # as in pyproject.toml
+# Short definitions, by their anchors on the page of the documentation about figures.
+DEFINITIONS = {
+    "weights": "How much each objective counts; weights are not negative and sum to 1.",
+    "pareto-front": "The trade-offs that no other one beats in every objective.",
+    "hypervolume": "Volume between the front and a reference point: larger is a better front.",
+    "main-objective": "The figure that the trade-offs should not spoil.",
+    "drift": "How far the model has moved from the model before training.",
+    "steering-regret": "How far asking for weights falls short of the method's best point for them, on average.",
+    "seconds": "Training time of the method.",
+    "parameters": "Parameters that must be kept to answer every trade-off.",
+}
+COLUMNS = {  # what the headings of the table of methods begin with
+    "Aux. hypervolume": "hypervolume",
+    "Steering regret": "steering-regret",
+    "Seconds": "seconds",
+    "Parameters": "parameters",
+    "deviation": "drift",
+    "KL": "drift",
+    "Method": None,
+    "": "main-objective",
+}
 Samples = Sequence[Sequence[str | Mapping[str, str]]]
 Answers = Sequence[Mapping[str, Any]]
 
@@ -38,6 +61,9 @@ def write_page(
     samples: Answers | Samples | Mapping[str, Samples] | None = None,
     title: str | None = None,
     notes: Sequence[str] = (),
+    picture: str | os.PathLike[str] | None = None,
+    continuous: Collection[str] = (),
+    accuracy: Mapping[str, Sequence[Sequence[float | None]]] | None = None,
 ) -> Path:
     """Write the page: sliders over the weights, the metrics at the chosen ones, the front, the table of methods.
 
@@ -61,12 +87,15 @@ def write_page(
             have some, and says so; texts of the method "base" stand beside the others as those before training.
         title: Heading; default names the data.
         notes: What else a reader must know, added to the note below the table.
+        picture: A PNG of the fronts, shown where scripts are off.
+        continuous: Methods that answer at any weights: figures between their evaluated points are interpolated.
+        accuracy: By method, for each point of its front the accuracy of each objective, shares in [0, 1] or None.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: If the fronts do not belong together, or the samples do not fit the points.
+        ValueError: If the fronts do not belong together, or samples or accuracies do not fit the points.
     """
     metric = metric or Metric()
     records = read_all(fronts)
@@ -81,20 +110,26 @@ def write_page(
         "is_base": [is_base(record) for record in records],
         "truth": truth,
         "samples": (texts := _samples(records, samples)),
+        "continuous": sorted(continuous),
+        "accuracy": (right := _accuracies(records, accuracy or {})),
+        "csv": csv_text(records),
     }
     summary = summarise(fronts, metric, notes)
     first = records[0]
     parts = {
         "title": escape(title if title is not None else f"{data_names(records)}: choose the trade-off"),
-        "subtitle": escape(f"Main objective {first.main}; auxiliary objectives {', '.join(first.objectives)}."),
+        "subtitle": escape(_subtitle(first, metric)),
+        "about_weights": _about("weights"),
+        "about_front": _about("pareto-front"),
+        "picture": _embedded(picture),
         "methods": _methods_table(summary),
         "note": escape(summary.note).replace("\n", "<br>"),
-        "points": "\n".join(_points_table(record, metric) for record in records),
+        "points": "\n".join(_points_table(record, metric, right.get(record.method)) for record in records),
         "every_sample": _every_sample(records, texts),
         "configuration": _configuration(configuration),
         "data": to_json(data),
         "style": page_style("mopl.report"),
-        "script": page_script("mopl.report"),
+        "script": page_script("mopl.report", "figures.js", "downloads.js"),
     }
     # One pass, so that a name which looks like a placeholder is left alone.
     page = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], page_html("mopl.report"))
@@ -114,6 +149,39 @@ def format_number(x: float) -> str:
     return str(Decimal(x + 0.0).quantize(Decimal("0.0001"), ROUND_HALF_UP))
 
 
+def _subtitle(front: Front, metric: Metric) -> str:
+    """Return which objectives there are, and what the main figure is: an objective, or the cost of the others."""
+    role, figure = ("main objective", f" ({metric.of_main})") if metric.higher_is_better else ("cost", "")
+    return f"Objectives {', '.join(front.objectives)}; {role}: {front.main}{figure or f' {metric.of_main}'}."
+
+
+def _about(anchor: str, text: str | None = None) -> str:
+    """Return a link to the definition of a figure, with a short one that needs no network."""
+    href, short = f"{DOCUMENTATION}explanation/metrics/#{anchor}", escape(DEFINITIONS[anchor])
+    shown = escape("what is this?" if text is None else text)
+    return f'<a class="about" href="{href}" title="{short}">{shown}</a>'
+
+
+def _embedded(picture: str | os.PathLike[str] | None) -> str:
+    if picture is None:
+        return ""
+    content = base64.b64encode(Path(picture).read_bytes()).decode("ascii")
+    return f'<img src="data:image/png;base64,{content}" alt="The front of every method; its points are in the tables.">'
+
+
+def _accuracies(
+    records: Sequence[Front], accuracy: Mapping[str, Sequence[Sequence[float | None]]]
+) -> dict[str, list[list[float | None]]]:
+    for record in records:
+        for rows, points in [(accuracy[record.method], record.points)] if record.method in accuracy else ():
+            if len(rows) > len(points) or any(len(row) != len(record.objectives) for row in rows):
+                raise ValueError(
+                    f"accuracy of {record.method!r} must have a row for each of at most {len(points)} points, with "
+                    f"{len(record.objectives)} entries"
+                )
+    return {method: [list(row) for row in rows] for method, rows in accuracy.items()}
+
+
 def _methods_table(summary: Summary) -> str:
     rows = []
     for name, cells in summary.rows:
@@ -128,25 +196,41 @@ def _methods_table(summary: Summary) -> str:
     headers = [
         header.replace(" ↑", "\N{NO-BREAK SPACE}↑").replace(" ↓", "\N{NO-BREAK SPACE}↓") for header in summary.headers
     ]
-    return _table(headers, rows)
+    links = dict(zip(headers, map(_definition_of, summary.headers), strict=True))
+    return _table(headers, rows, links=links)
 
 
-def _points_table(record: Front, metric: Metric) -> str:
+def _definition_of(header: str) -> str | None:
+    """Return the anchor of what a column of the table of methods holds."""
+    return next((anchor for start, anchor in COLUMNS.items() if header.startswith(start)), None)
+
+
+def _points_table(record: Front, metric: Metric, right: Sequence[Sequence[float | None]] | None) -> str:
     scaled = any(point.scale != 1.0 for point in record.points)
     headers = ["#", *(["scale"] if scaled else []), *(f"w {name}" for name in record.objectives)]
-    headers += [f"{record.main} (main)", *record.objectives]
+    headers += [f"{record.main} ({'main' if metric.higher_is_better else 'cost'})", *record.objectives]
+    headers += [f"accuracy {name}" for name in record.objectives] if right else []
     rows = []
     for index, point in enumerate(record.points):
         weights = [f"{w:.3g}" for w in point.weights] or [MISSING] * len(record.objectives)
         figures = [format_number(x) for x in point.figures]
         cells = [str(index), *([f"{point.scale:.3g}"] if scaled else []), *weights, *figures]
+        if right:
+            known = right[index] if index < len(right) else [None] * len(record.objectives)
+            cells += [MISSING if x is None else f"{100 * x:.0f} %" for x in known]
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     caption = f"<caption>{escape(record.method)}, seed {record.seed}: {escape(metric.name)}</caption>"
     return f'<div class="scroll" tabindex="0" role="region" aria-label="Points">{_table(headers, rows, caption)}</div>'
 
 
-def _table(headers: Sequence[str], rows: Sequence[str], caption: str = "") -> str:
-    head = "".join(f'<th scope="col">{escape(header)}</th>' for header in headers)
+def _table(
+    headers: Sequence[str], rows: Sequence[str], caption: str = "", links: Mapping[str, str | None] | None = None
+) -> str:
+    def heading(header: str) -> str:
+        anchor = (links or {}).get(header)
+        return escape(header) if anchor is None else _about(anchor, header)
+
+    head = "".join(f'<th scope="col">{heading(header)}</th>' for header in headers)
     body = "\n".join(rows)
     return f"<table>{caption}<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>"
 
