@@ -163,7 +163,7 @@ class AlignmentRun(LanguageModelRun):
         found = {}
         for front in fronts:
             if (file := self.folder(front.method) / EVALUATION).exists():
-                found[front.method] = read_json(file, Accuracies, remedy=DAMAGED_RUN).accuracy
+                found[front.method] = read_json(file, Accuracies, remedy=DAMAGED_RUN).get("accuracy")
         return {method: rows for method, rows in found.items() if rows}
 
     @property

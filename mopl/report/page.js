@@ -265,7 +265,7 @@
   }
 
   function chart(point) {
-    const svg = byId("chart");
+    const svg = byId("chart"), focused = svg.contains(document.activeElement);
     const width = Math.max(280, Math.round(svg.parentNode.clientWidth - 34)), height = Math.round(Math.min(460, Math.max(280, width * 0.72)));
     svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
     svg.replaceChildren();
@@ -326,7 +326,6 @@
       const best = spots.reduce((a, b) => (far(b) < far(a) ? b : a), spots[0]);
       if (best && far(best) < 44 ** 2) choosePoint(best[1]);
     });
-    const focused = svg.contains(document.activeElement);
     const steps = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 };
     mine.forEach((p, i) => {
       if (!here(p)) return;
@@ -359,6 +358,7 @@
         if (!pair) continue;
         const [[x1, y1], [x2, y2]] = pair.map((v) => b(a(v)));
         draw("line", { x1, y1, x2, y2, stroke: "var(--ring)", "stroke-width": 1.5, "pointer-events": "none" }, svg);
+        taken.push([Math.min(x1, x2) - 2, Math.min(y1, y2) - 2, Math.max(x1, x2) + 2, Math.max(y1, y2) + 2]);
       }
       draw("circle", { cx, cy, r: 10, fill: "none", stroke: "var(--ring)", "stroke-width": 3, "pointer-events": "none",
         ...(point.between ? { "stroke-dasharray": "4 3" } : {}) }, svg);
@@ -375,43 +375,16 @@
 
   const words = (p, i) => `${p.weights ? weightsText(p.weights) : `point ${i}`}: ` + [...names.keys(), m].map((k) => `${axisName(k)} ${number(value(p, k))}`).join(", ");
 
-  // A line for each point across an axis for each figure: how all of them go together, which pairs cannot show.
   function parallel(point) {
-    const svg = byId("parallel");
     byId("parallel-box").hidden = m < 3;
     if (m < 3) return;
-    const rows = [...names.keys(), m];
-    const width = Math.max(280, Math.round(svg.parentNode.clientWidth)), height = 250, top = 34, bottom = height - 26;
-    svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
-    svg.replaceChildren();
-    const mine = atScale(front(), scaleOf(point)), own = front().base;
-    const spans = rows.map((k) => range([...mine.map(([p]) => value(p, k)), own ? value(own, k) : null], 0.03));
-    const better = (k) => arrow(k) === "\u2191";
-    const px = (row) => 44 + (row * (width - 88)) / (rows.length - 1);
-    const py = (row, v) => { // the better end is on top
-      const share = (v - spans[row][0]) / (spans[row][1] - spans[row][0]);
-      return better(rows[row]) ? bottom - share * (bottom - top) : top + share * (bottom - top);
-    };
-    const path = (p) => rows.map((k, row) => [k, row]).filter(([k]) => value(p, k) != null).map(([k, row]) => `${px(row)},${py(row, value(p, k))}`).join(" ");
-    const mains = mine.map(([p]) => p.main).filter((v) => v != null), shades = mains.length ? [Math.min(...mains), Math.max(...mains)] : [0, 1];
-    for (const [p, i] of mine) {
-      draw("polyline", { points: path(p), fill: "none", stroke: colour(p.main, shades) === "none" ? "var(--other)" : colour(p.main, shades), "stroke-width": 1.2, opacity: 0.75 }, svg);
-      const hit = draw("polyline", { points: path(p), fill: "none", stroke: "transparent", "stroke-width": 12, "pointer-events": "stroke", class: "line", "data-line": i }, svg);
-      draw("title", {}, hit, words(p, i));
-      hit.addEventListener("click", () => choosePoint(i));
-    }
-    if (own) draw("polyline", { points: path(own), fill: "none", stroke: "var(--base)", "stroke-width": 2, "stroke-dasharray": "6 4", "pointer-events": "none" }, svg);
-    draw("polyline", { points: path(point), fill: "none", stroke: "var(--ring)", "stroke-width": 3, "pointer-events": "none" }, svg);
-    const most = Math.max(5, Math.floor((width - 88) / (rows.length - 1) / 7) - 2);
-    rows.forEach((k, row) => {
-      const name = axisName(k), end = row === 0 ? "start" : row === rows.length - 1 ? "end" : "middle", x = row === 0 ? 4 : row === rows.length - 1 ? width - 4 : px(row);
-      draw("line", { x1: px(row), x2: px(row), y1: top, y2: bottom, stroke: "var(--soft)" }, svg);
-      draw("text", { x, y: 13, "text-anchor": end }, svg, `${name.length > most ? `${name.slice(0, most - 1)}\u2026` : name} ${arrow(k)}`);
-      const [low, high] = better(k) ? spans[row] : [spans[row][1], spans[row][0]];
-      draw("text", { x, y: top - 6, "text-anchor": end, class: "tick" }, svg, +high.toPrecision(3));
-      draw("text", { x, y: bottom + 15, "text-anchor": end, class: "tick" }, svg, +low.toPrecision(3));
+    const rows = [...names.keys(), m], mine = atScale(front(), scaleOf(point)), of = (p) => rows.map((k) => value(p, k));
+    parallelCoordinates(byId("parallel"), {
+      axes: rows.map((k) => ({ name: axisName(k), rising: arrow(k) === "\u2191" })),
+      lines: mine.map(([p, i]) => ({ values: of(p), main: p.main, index: i, title: words(p, i), choose: () => choosePoint(i) })),
+      base: front().base ? of(front().base) : null,
+      chosen: of(point),
     });
-    svg.setAttribute("aria-label", `Every evaluated point as a line across ${rows.map(axisName).join(", ")}; the better end of each axis is on top.`);
   }
 
   function legend(shades, coloured, truth) {

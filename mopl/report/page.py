@@ -129,7 +129,7 @@ def write_page(
         "configuration": _configuration(configuration),
         "data": to_json(data),
         "style": page_style("mopl.report"),
-        "script": page_script("mopl.report", "figures.js", "downloads.js"),
+        "script": page_script("mopl.report", "figures.js", "parallel.js", "downloads.js"),
     }
     # One pass, so that a name which looks like a placeholder is left alone.
     page = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], page_html("mopl.report"))
@@ -220,7 +220,8 @@ def _points_table(record: Front, metric: Metric, right: Sequence[Sequence[float 
             cells += [MISSING if x is None else f"{100 * x:.0f} %" for x in known]
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     caption = f"<caption>{escape(record.method)}, seed {record.seed}: {escape(metric.name)}</caption>"
-    return f'<div class="scroll" tabindex="0" role="region" aria-label="Points">{_table(headers, rows, caption)}</div>'
+    where = escape(f"Points of {record.method}, seed {record.seed}")
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="{where}">{_table(headers, rows, caption)}</div>'
 
 
 def _table(

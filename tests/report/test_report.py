@@ -465,8 +465,9 @@ def test_the_embedded_json_is_the_input(tmp_path):
 def test_the_page_holds_everything_and_fetches_nothing(tmp_path):
     path = write_page([base(), *several()], tmp_path / "page.html", configuration={"steps": 100})
     text = path.read_text("utf-8")
-    assert path.stat().st_size < 60_000
-    assert "://" not in text and "@import" not in text and "url(" not in text
+    assert path.stat().st_size < 80_000
+    linked = re.sub(r'href="https://mopl-project\.github\.io/[^"]*"', "", text)  # to the documentation, if asked
+    assert "://" not in linked and "@import" not in text and "url(" not in text
     page = Page(text)
     for tag, attributes in page.tags:
         assert tag not in ("link", "img", "iframe", "object", "embed", "base")
@@ -481,7 +482,7 @@ def test_the_page_holds_everything_and_fetches_nothing(tmp_path):
 def test_the_page_has_room_for_the_grid_of_five_objectives(tmp_path):
     big = front(m=5)
     big["points"] = [big["points"][i % 6] for i in range(126)]
-    assert write_page(big, tmp_path / "page.html").stat().st_size < 150_000
+    assert write_page(big, tmp_path / "page.html").stat().st_size < 190_000
 
 
 def test_every_name_is_escaped(tmp_path):
@@ -646,7 +647,7 @@ def test_the_slider_shows_the_numbers_of_the_chosen_point(tmp_path, m, fragment,
     assert figures[m][1] == f" [{low}, {high}], base 0.4901 ({'+' if change > 0 else '−'}{abs(change):.4f})"
     assert ("names no point" in status) == (fragment == "w=99")
     assert len(re.findall('data-chosen=""', dom)) == 1
-    assert dom.count("data-point=") == len(fronts[method]["points"])
+    assert len(re.findall(r'data-point="\d+"', dom)) == len(fronts[method]["points"])
 
 
 def after(path, *steps):
