@@ -1,7 +1,7 @@
 "use strict";
 // Numbers in words, scales, marks and the places of labels: what the parts of the page draw with, without the data.
 const figures = (() => {
-  const SVG = "http://www.w3.org/2000/svg";
+  const SVG = document.getElementById("chart").namespaceURI;
   const VIRIDIS = ["#440154", "#414487", "#2a788e", "#22a884", "#7ad151", "#e0e32f"];
   const MARKERS = [
     "M-1,0A1,1 0 1 0 1,0A1,1 0 1 0 -1,0Z", "M-.9,-.9H.9V.9H-.9Z", "M0,-1.1L1.05,.8H-1.05Z", "M0,-1.25L1.1,0L0,1.25L-1.1,0Z",
