@@ -291,6 +291,21 @@ def print_traceback(kind: type[BaseException], error: BaseException, trace: Trac
 # ---------------------------------------------------------------- long work
 
 
+_QUIET = False  # whether progress is left out, see `quietly`
+
+
+@contextlib.contextmanager
+def quietly(quiet: bool = True) -> Iterator[None]:
+    """Show no progress inside the block, for `--quiet`; False changes nothing."""
+    global _QUIET
+    before, _QUIET = _QUIET, _QUIET or quiet
+    try:
+        with _no_bars() if quiet else contextlib.nullcontext():
+            yield
+    finally:
+        _QUIET = before
+
+
 def bars_wanted() -> bool:
     """Return whether standard error is a terminal that can redraw a line."""
     return is_terminal(sys.stderr) and os.environ.get("TERM") != "dumb"
@@ -328,6 +343,7 @@ def progress(name: str, total: int, unit: str, *, start: int = 0, show: bool = T
 
     `start` of them were done before; `show=False` shows nothing, for all processes but one.
     """
+    show = show and not _QUIET
     if not (show and bars_wanted()):
         yield Progress(name, total, unit, start=start, show=show and sys.stderr is not None)
         return

@@ -8,6 +8,7 @@
     mopl serve RUN                 an endpoint of OpenAI's form, with a trade-off for each request
     mopl steer RUN --weights ...   figures and scores for any trade-off of a finished run, without training
     mopl report RUN RUN ...        one table, picture and page of several runs
+    mopl doctor                    what is installed, what commands lack, and whether ops give the right numbers
 
 An error is one line on stderr and exit status 2 (`--debug` shows where it came from); a run that was stopped by Ctrl-C
 exits with 130 and says how to continue it. A training goes on to its end though nobody reads what it prints, and exits
@@ -24,19 +25,30 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 
 from mopl import __version__
-from mopl._extras import require_for
-from mopl._terminal import exit_status, is_terminal, one_line, print_traceback, say, terminal
-from mopl.commands import align, export, generate, rank, report, serve, steer
+from mopl._extras import COMMANDS, require_for
+from mopl._terminal import exit_status, is_terminal, one_line, print_traceback, quietly, say, terminal
+from mopl.commands import align, doctor, export, generate, rank, report, serve, steer
 from mopl.commands.experiment import process
-from mopl.commands.parser import Parser
+from mopl.commands.parser import Help, Parser
+
+DESCRIPTION = "Train one model for every trade-off between objectives, and choose the trade-off afterwards."
+EXAMPLES = """
+examples:
+  mopl rank                 train a ranker on built-in data (about a minute)
+  mopl align --demo         fine-tune a small language model (about 11 minutes)
+  mopl doctor               check what is installed and what works
+  mopl rank --help          the options of a command
+
+documentation: https://mopl-project.github.io/mopl/
+"""
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command."""
-    parser = Parser(prog="mopl", description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser = Parser(prog="mopl", description=DESCRIPTION, epilog=EXAMPLES, allow_abbrev=False, formatter_class=Help)
     parser.add_argument("--version", action="version", version=f"mopl {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
-    for command in (rank, steer, align, generate, export, serve, report):
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", parser_class=Parser)
+    for command in (rank, steer, align, generate, serve, export, report, doctor):
         command.add_parser(commands)
     return parser
 
@@ -51,6 +63,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = build_parser()
     parsed, unknown = parser.parse_known_args(arguments)
     if unknown:
+        if parsed.command is None:
+            parser.error(f"unrecognized arguments: {' '.join(unknown)}")
         parser = _parser_of(parsed.command, parser)
         shown = [name for name, action in parser._option_string_actions.items() if action.help != argparse.SUPPRESS]
         near = get_close_matches(unknown[0].partition("=")[0], shown, 1)
@@ -85,8 +99,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     with terminal() as out:
         parsed = _parse(arguments)
+        if parsed.command is None:
+            print(build_parser().format_help(), end="")
+            return 0
         status = _act(parsed)
-    printed = parsed.command in ("steer", "generate", "report") or getattr(parsed, "print_config", False)
+    printed = parsed.command in ("steer", "generate", "report", "doctor") or getattr(parsed, "print_config", False)
     return exit_status(status, out, output_is_the_result=printed)
 
 
@@ -94,14 +111,14 @@ def _act(parsed: argparse.Namespace) -> int:
     """Do what was asked for; an error is said in a line."""
     try:
         # A table is drawn by rich on a terminal, at the end of a run.
-        drawn = parsed.command in ("rank", "align", "clp", "report") and is_terminal(sys.stdout)
+        drawn = parsed.command in ("rank", "align", "clp", "report") and is_terminal(sys.stdout) and not parsed.quiet
         tables = ("rich",) * drawn
-        require_for(parsed.command, *tables, *getattr(parsed, "log_with", ()))
+        if parsed.command in COMMANDS:  # `doctor` needs nothing
+            require_for(parsed.command, *tables, *getattr(parsed, "log_with", ()))
         from mopl._hub import trusting
 
-        with trusting(getattr(parsed, "trust_remote_code", False)):
-            parsed.act(parsed)
-        return 0
+        with trusting(getattr(parsed, "trust_remote_code", False)), quietly(parsed.quiet):
+            return parsed.act(parsed) or 0
     except KeyboardInterrupt:
         say("mopl: stopped", file=sys.stderr)
         return 130

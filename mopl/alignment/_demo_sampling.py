@@ -154,6 +154,7 @@ def sample_all(
     *,
     model_key: str,
     one_sentence: Sequence[bool] = (),
+    preview: Callable[[list[Response]], Sequence[str]] = lambda responses: (),
 ) -> list[Response]:
     """Sample a response for every conversation, in chunks that are kept in a folder.
 
@@ -165,6 +166,7 @@ def sample_all(
         say: Told about the progress.
         model_key: Names the model.
         one_sentence: As in `sample_rows`, for all conversations.
+        preview: Called with the responses of chunk 0 as soon as it is sampled; returns lines to say of them.
     """
     stops = list(one_sentence) or [False] * len(conversations)
     plan = json.dumps(
@@ -204,6 +206,8 @@ def sample_all(
             spent = time.monotonic() - began
             left = spent / count * (len(missing) - count)
             say(f"  chunk {number + 1} of {len(parts)}, {spent:.0f} s, about {left:.0f} s left")
+            for line in preview(responses) if number == 0 else ():
+                say(line)
     return [Response(**entry) for responses in found for entry in responses]
 
 

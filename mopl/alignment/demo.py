@@ -10,6 +10,7 @@
    and multiplied by `SHARPNESS`. They are real numbers for targets by softmax (`labels="softmax"`): the minimum of the
    list loss has log-probabilities, relative to the reference, of label / β + constant. A reward that failed on an
    answer is a missing label.
+5. After the training, the rewards of the greedy answers to held-out prompts at each weighting (`describe_answers`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,9 @@ from torch import Tensor
 from mopl import _terminal
 from mopl._extras import require_for
 from mopl._files import write_file
+from mopl._words import is_foreign_to_latin, words_of
 from mopl.alignment._demo_sampling import Response, Sampling, sample_all, whole_sentences
+from mopl.experiments.run import read_any
 from mopl.experiments.run_lock import locked
 from mopl.language_models import models
 from mopl.language_models.data import PreferenceData, PreferenceList
@@ -51,7 +54,7 @@ STYLES = (
 SHARPNESS = 2.0  # labels of a list have this standard deviation: the best of four gets about three quarters
 DATA, SUMMARY, CHUNKS = "lists.jsonl", "summary.json", "chunks"
 
-# Overrides of AlignConfig for two cores and twenty minutes, chosen by looking at what comes out.
+# Overrides of AlignConfig for two cores and at most fifteen minutes, chosen by looking at what comes out.
 SETTINGS: dict[str, Any] = {
     "method": "weight-cos-dpo",
     "labels": ("softmax",),
@@ -71,11 +74,14 @@ SETTINGS: dict[str, Any] = {
     "checkpoint_every": 12,
     "points": 5,
     "scales": (),
-    "samples": 3,
+    "samples": 12,
     "sample_tokens": 40,
     "bootstrap": 200,
 }
-BASELINES: tuple[dict[str, Any], ...] = ({"method": "dpo-soup", "steps": 12},)  # changes of these, a smaller budget
+DURATION = (
+    "the demo takes about 11 minutes on two CPU cores: 3 for the model and its answers, 1 for their log-probabilities, "
+    "4 for the training, 3 to evaluate; Ctrl-C stops it, and the same command goes on from there"
+)
 
 
 def prepare(
@@ -122,6 +128,8 @@ def prepare(
     all_rewards = Rewards(make_all(rewards))
     if unknown := [name for name in objectives if name not in all_rewards.names]:
         raise ValueError(f"objectives has {', '.join(unknown)} but the rewards are {', '.join(all_rewards.names)}")
+    if not (directory / DATA).exists():
+        say(DURATION)
     folder = smollm2(say) if model is None else Path(model)
     chosen = [pool[place] for place in np.random.default_rng(seed).permutation(len(pool))[:lists]]
     sampling = replace(sampling or Sampling(), seed=seed)
@@ -129,10 +137,15 @@ def prepare(
     conversations = [
         [{"role": "user", "content": f"{prompt} {asked}".strip()}] for prompt in chosen for asked, _ in styles
     ]
+
+    def preview(responses: Sequence[Response]) -> list[str]:
+        texts = _distinct(responses[:samples])
+        return _example(chosen[0], texts, Rewards(make_all(rewards)), objectives)
+
     with locked(directory):
         responses = sample_all(
             lambda: _load(folder), conversations, directory / CHUNKS, sampling, say, model_key=_model_key(folder),
-            one_sentence=[stops for _ in chosen for _, stops in styles],
+            one_sentence=[stops for _ in chosen for _, stops in styles], preview=preview,
         )  # fmt: skip
     answers = [_distinct(responses[i * samples : (i + 1) * samples]) for i in range(lists)]
     kept = [(prompt, texts) for prompt, texts in zip(chosen, answers, strict=True) if len(texts) > 1]
@@ -167,10 +180,14 @@ def _distinct(responses: Sequence[Response]) -> list[str]:
     """Return the different answers that have text; cut ones end with their last whole sentence.
 
     Answers with emoji are left out: VADER reads them as words of praise and brevity counts no words in them, so that a
-    small model would soon say nothing else.
+    small model would soon say nothing else. So are answers in another script than Latin, which the rewards cannot read.
     """
     texts = (r.text if r.finished else whole_sentences(r.text) for r in responses)
-    return list(dict.fromkeys(text for text in texts if re.search(r"\w", text) and not _has_emoji(text)))
+    return list(dict.fromkeys(text for text in texts if re.search(r"\w", text) and not _is_unreadable(text)))
+
+
+def _is_unreadable(text: str) -> bool:
+    return _has_emoji(text) or is_foreign_to_latin(words_of(text))
 
 
 def _has_emoji(text: str) -> bool:
@@ -233,11 +250,58 @@ def _describe(summary: dict[str, Any], data: PreferenceData, all_rewards: Reward
     pairs = "; ".join(f"{pair} {value:+.2f}" for pair, value in summary["correlation_within_lists"].items())
     lines.append(f"  correlation within lists: {pairs}")
     if all_rewards.report.failed():
-        lines.append(str(all_rewards.report))
+        lines += str(all_rewards.report).splitlines()
     item = data[0]
-    lines.append(f"for example {item.prompt!r}, labels {', '.join(data.objectives)}:")
-    for k, response in enumerate(item.responses):
-        numbers = " ".join("    -" if (x := item.labels[name][k]) is None else f"{x:+5.1f}" for name in data.objectives)
-        shown = " ".join(str(response).split())
-        lines.append(f"  {numbers}  {shown if len(shown) <= 90 else shown[:87] + '...'}")
+    return [*lines, *_table(f"labels of the answers to {item.prompt!r}:", item.responses, data.objectives, item.labels)]
+
+
+def _example(prompt: str, texts: Sequence[str], all_rewards: Rewards, objectives: Sequence[str]) -> list[str]:
+    """Return lines with the first answers and what they earn."""
+    values = all_rewards(texts, [prompt] * len(texts)).T.tolist()
+    rewards = {name: values[all_rewards.names.index(name)] for name in objectives}
+    return _table(f"the first answers, to {prompt!r}, and their rewards:", texts, objectives, rewards)
+
+
+def _table(
+    title: str, texts: Sequence[Any], names: Sequence[str], values: Mapping[str, Sequence[float | None]]
+) -> list[str]:
+    """Return lines of texts, each behind its figures, that fit a terminal of 80 columns."""
+    width = max(map(len, names))
+    room = 78 - (width + 1) * len(names) - 2
+    lines = [title, "  " + " ".join(f"{name:>{width}}" for name in names)]
+    for k, text in enumerate(texts):
+        cells = (values[name][k] for name in names)
+        numbers = " ".join("-".rjust(width) if x is None or x != x else f"{x:+{width}.1f}" for x in cells)
+        shown = " ".join(str(text).split())
+        lines.append(f"  {numbers}  {shown if len(shown) <= room else shown[: room - 3] + '...'}")
     return lines
+
+
+# ---------------------------------------------------------------- what came of it
+
+
+def describe_answers(path: str | Path, say: Callable[[str], None] = _terminal.say) -> None:
+    """Say what the answers of a finished demo earn on average, before the training and at each weighting.
+
+    Args:
+        path: The run. Nothing is said of one without answers, or whose objectives are not rewards of the demo.
+        say: Told a line at a time.
+    """
+    run = read_any(path)
+    fronts, objectives = run.fronts(), run.objectives
+    known, found = Rewards(make_all(REWARDS)), run.samples(run.fronts()) or {}
+    if not found or not set(objectives) <= set(known.names):
+        return
+    columns = [known.names.index(name) for name in objectives]
+    width = max(len("weights"), *(len(front.method) + 2 * len(objectives) * 5 for front in fronts))
+    prompts = len(next(iter(found.values()))[0])
+    tokens = run.config.sample_tokens
+    say(f"mean rewards of the answers to {prompts} held-out prompts (greedy, cut off after {tokens} tokens):")
+    say(" ".join(["".ljust(width), *(f"{name:>10}" for name in objectives)]))
+    for front in fronts:
+        for point, answers in zip(front.points, found.get(front.method, ()), strict=False):
+            if not answers:
+                continue
+            means = known([a["text"] for a in answers], [a["prompt"] for a in answers])[:, columns].nanmean(0)
+            at = "" if point.weights is None else " at " + ", ".join(f"{w:g}" for w in point.weights)
+            say(" ".join([f"{front.method}{at}".ljust(width), *(f"{x:10.2f}" for x in means.tolist())]))

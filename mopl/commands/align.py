@@ -1,15 +1,12 @@
 """`mopl align`: a language model for every trade-off, from labelled responses."""
 
 import argparse
-import functools
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from mopl._terminal import say
 from mopl.alignment.config import AlignConfig
 from mopl.clp.config import ALL, METHODS
 from mopl.commands import clp
@@ -20,63 +17,70 @@ from mopl.commands.experiment import (
     Tell,
     add_experiment,
     ask_or_serve,
-    process,
     refuse_options,
 )
 
 DEMO_FOLDER = "runs/align-demo-data"
 EXAMPLES = """
-data are JSON lines {"prompt": ..., "responses": [...], "labels": {"helpful": [...], "harmless": [...]}}, or a public
-format: PKU-SafeRLHF, UltraFeedback, HelpSteer, Nectar, preference pairs of TRL, and others. Prompts without labels,
-and rewards: see mopl clp.
+data are JSON lines
+  {"prompt": ..., "responses": [...], "labels": {"helpful": [...], ...}}
+or a public format: PKU-SafeRLHF, UltraFeedback, HelpSteer, Nectar, pairs of
+TRL, and others. For prompts without labels, and rewards, see mopl clp.
 
 examples:
-  mopl align --demo                                       a small model and conflicting rewards, on two cores
-  mopl align --model MODEL --data pairs.jsonl             every objective that the data has
-  mopl align --model MODEL --data PKU-Alignment/PKU-SafeRLHF --objectives helpful harmless
-  mopl align --model MODEL --data lists.jsonl --method all --run runs/chat
-  mopl align --model MODEL --data lists.jsonl --method distill --teachers HELPFUL HARMLESS    a teacher an objective
-  mopl align --config chat.yaml --steps 500               settings from a file; options override it
-  mopl align --run runs/chat --resume                     continue after Ctrl-C or a crash, bit for bit
-  accelerate launch --num_processes 2 -m mopl.cli align --model MODEL --data lists.jsonl
+  a small model and conflicting rewards, about 11 minutes on two cores:
+    mopl align --demo
+  every objective that the data have:
+    mopl align --model MODEL --data pairs.jsonl
+  two objectives of a data set on the Hugging Face hub:
+    mopl align --model MODEL --data PKU-Alignment/PKU-SafeRLHF \\
+        --objectives helpful harmless
+  beside the baselines:
+    mopl align --model MODEL --data lists.jsonl --method all --run runs/chat
+  one student of a teacher for each objective:
+    mopl align --model MODEL --data lists.jsonl --method distill \\
+        --teachers HELPFUL HARMLESS
+  settings from a file, which options override:
+    mopl align --config chat.yaml --steps 500
+  continue after Ctrl-C or a crash, bit for bit:
+    mopl align --run runs/chat --resume
+  on two GPUs:
+    accelerate launch --num_processes 2 -m mopl.cli align --model MODEL \\
+        --data lists.jsonl
 """
 
 
 def _demo(settings: Mapping[str, Any], tell: Tell) -> Demo:
-    """Make the demo's model and data where they are not there; its baselines are trained once its run is finished."""
+    """Make the demo's model and data where they are not there; its answers are judged once its run is finished."""
     demo = import_module("mopl.alignment.demo")
-    baselines = () if "method" in settings else demo.BASELINES
-    return Demo(demo.prepare(Path(DEMO_FOLDER), tell), "runs/align-demo", functools.partial(_baselines, baselines))
 
-
-def _baselines(baselines: Sequence[Mapping[str, Any]], path: Path, config: Any, tell: Tell) -> None:
-    """Train the demo's baselines beside its run, each in a folder of its own, and compare them with it."""
-    from mopl.alignment.recipe import align
-    from mopl.experiments import compare
-
-    runs = [path]
-    for changes in baselines:
-        other = path.with_name(f"{path.name}-{changes['method']}")
-        found = (other / "config.json").is_file()
-        budget = ", ".join(f"{name} {value}" for name, value in changes.items() if name != "method")
-        tell("")
-        tell(f"baseline {changes['method']} on a smaller budget: {budget}")
-        runs.append(align(replace(config, **changes), other, resume=found, say=tell))
-    if baselines and process() == 0:
-        say()
-        compare(runs, png=path / "comparison.png", html=path / "comparison.html")
-        say("", f"{path}/comparison.html shows them together")
+    return Demo(demo.prepare(Path(DEMO_FOLDER), tell), "runs/align-demo", demo.describe_answers)
 
 
 ALIGN = Experiment(
     name="align",
-    help="fine-tune a language model for every trade-off, compare it with baselines, report",
+    help="fine-tune a language model on labelled responses, for every trade-off",
     examples=EXAMPLES,
     settings=AlignConfig,
     recipe="mopl.alignment.recipe",
     train="align",
     folder="runs/align-DATA-METHOD-N",
     hint=ask_or_serve,
+    basic=(
+        "model",
+        "data",
+        "objectives",
+        "method",
+        "conditioning",
+        "labels",
+        "beta",
+        "steps",
+        "lists_per_batch",
+        "learning_rate",
+        "points",
+        "seed",
+        "device",
+    ),
     needed=("model", "data"),
     missing="pass --model and --data, or --demo",
     demo=_demo,

@@ -8,11 +8,17 @@ from mopl.commands.experiment import TRUST_REMOTE_CODE, Demo, Experiment, Tell, 
 
 EXAMPLES = """
 examples:
-  mopl clp --demo                                                          a small model, prompts and two rewards
-  mopl clp --model MODEL --data prompts.jsonl --rewards sentiment brevity
-  mopl clp --model MODEL --data prompts.txt --rewards module:function length:target=20 --method clp-all
-  mopl clp --config short.yaml --steps 500                                 settings from a file; options override it
-  mopl clp --run runs/short --resume --trust-rewards                       continue after Ctrl-C or a crash
+  a small model, prompts and two rewards, about 15 minutes on two cores:
+    mopl clp --demo
+  prompts and built-in rewards:
+    mopl clp --model MODEL --data prompts.jsonl --rewards sentiment brevity
+  rewards of your own, beside the baselines:
+    mopl clp --model MODEL --data prompts.txt \\
+        --rewards module:function length:target=20 --method clp-all
+  settings from a file, which options override:
+    mopl clp --config short.yaml --steps 500
+  continue after Ctrl-C or a crash:
+    mopl clp --run runs/short --resume --trust-rewards
 """
 
 
@@ -25,12 +31,28 @@ def _demo(settings: Mapping[str, Any], tell: Tell) -> Demo:
 
 CLP = Experiment(
     name="clp",
-    help="train a language model on rewards for every trade-off, compare it with baselines, report",
+    help="train a language model on rewards, for every trade-off",
     examples=EXAMPLES,
     settings=ClpConfig,
     recipe="mopl.clp.recipe",
     train="train_policies",
     folder="runs/METHOD-DATA-N",
+    basic=(
+        "model",
+        "data",
+        "rewards",
+        "method",
+        "scope",
+        "kl_weight",
+        "steps",
+        "prompts_per_step",
+        "samples_per_prompt",
+        "max_new_tokens",
+        "learning_rate",
+        "points",
+        "seed",
+        "device",
+    ),
     hint=lambda run: ask_or_serve(run) if run.method_name in TRAINED else (),
     needed=("model", "data", "rewards"),
     missing="pass --model, --data with prompts and --rewards, or --demo",

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from mopl._terminal import printable, say, shell, spelled
-from mopl.commands.parser import add_command
-from mopl.experiments.settings import Settings, add_options, given
+from mopl.commands.parser import add_command, add_help_all
+from mopl.experiments.settings import Settings, add_options, given, settings_of
 
 Tell = Callable[[str], None]
 
-PAPER = "Sections, equations and appendices are those of the COS-DPO paper (arXiv 2410.08316)."
+PAPER = "Sections, equations and appendices in the help are those of the COS-DPO paper (arXiv 2410.08316)."
 TRUST_REMOTE_CODE: Mapping[tuple[str, str], Mapping[str, Any]] = {
     ("model", "--trust-remote-code"): {
         "action": "store_true",
@@ -31,8 +31,7 @@ class Demo:
 
     settings: Mapping[str, Any]  # settings; those that are given count more
     run: str  # the run directory, where none is given
-    # Called with the run, its settings and `tell` once the run is finished.
-    after: Callable[[Path, Any, Tell], None] = lambda run, config, tell: None
+    after: Callable[[Path, Tell], None] = lambda run, tell: None  # called with the run and `tell` once it is finished
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,7 @@ class Experiment:
     train: str  # that function's name
     folder: str  # the run directory where none is given, in words
     hint: Callable[[Any], Sequence[str]]  # returns what to try next with a finished run, a command a line
+    basic: tuple[str, ...]  # settings that `--help` shows; `--help-all` shows every one
     needed: tuple[str, ...] = ()  # settings that have no default
     missing: str = ""  # what to pass if one of them is missing
     # Makes what `--demo` needs, from the settings that were given.
@@ -60,7 +60,7 @@ def add_experiment(commands: Any, experiment: Experiment) -> argparse.ArgumentPa
     """Add a command that trains to the commands and return its parser."""
     parser = add_command(
         commands, experiment.name, functools.partial(run, experiment), experiment.help,
-        f"{PAPER}\n{experiment.examples}", argument_default=argparse.SUPPRESS,
+        f"{experiment.examples.strip()}\n\n{PAPER}", argument_default=argparse.SUPPRESS,
     )  # fmt: skip
     group = parser.add_argument_group("run")
     if experiment.demo is not None:
@@ -74,6 +74,7 @@ def add_experiment(commands: Any, experiment: Experiment) -> argparse.ArgumentPa
     groups = add_options(parser, experiment.settings, {"run": group})
     for (title, flag), options in experiment.options.items():
         groups[title].add_argument(flag, **options)
+    add_help_all(parser, set(settings_of(experiment.settings)) - set(experiment.basic))
     return parser
 
 
@@ -87,8 +88,10 @@ def run(experiment: Experiment, arguments: argparse.Namespace) -> None:
         settings = {**read_settings(options["config"], experiment.settings), **settings}
     where, resume, overwrite = options.get("run"), options.get("resume", False), options.get("overwrite", False)
 
+    quiet = options.get("quiet", False)
+
     def tell(text: str) -> None:
-        if process() == 0:
+        if process() == 0 and not quiet:
             say(text)
 
     only_print = options.get("print_config", False)
@@ -125,12 +128,14 @@ def run(experiment: Experiment, arguments: argparse.Namespace) -> None:
         from mopl.report import print_table
 
         finished = read_any(path)
-        say()
-        print_table(finished.fronts(), metric=finished.metric)
-        say("", f"{path}/report.html shows every trade-off; {path}/front.png and table.txt are the same in short")
-        say(*experiment.hint(finished))
+        if not quiet:
+            say()
+            print_table(finished.fronts(), metric=finished.metric)
+            say("", "what to try next:", *(f"  {command}" for command in experiment.hint(finished)), "")
     if demo is not None:
-        demo.after(path, experiment.settings(**settings), tell)
+        demo.after(path, tell)
+    if process() == 0:
+        say(f"open {shell(Path(path) / 'report.html')} in a browser: every trade-off of this run")
 
 
 def _print_settings(config: Settings) -> None:

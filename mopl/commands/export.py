@@ -8,25 +8,28 @@ from mopl.commands.tuned_model import add_model_command, facts_of, load_mixture,
 
 MOST_TRADE_OFFS = 10_000  # of a grid
 EXAMPLES = """
---adapters is for mixtures of adapters (mopl align --conditioning lora-mixture, mopl clp --scope lora-mixture): a LoRA
-adapter for each objective, and a server that takes scales of adapters in a request takes the weights as these.
+--adapters takes mixtures of adapters (mopl align --conditioning lora-mixture, mopl clp --scope lora-mixture). It writes
+a LoRA adapter for each objective; a server that accepts scales of adapters in a request takes the weights as scales.
 
-The virtual tokens of the prompt become tokens of the vocabulary that the tokenizer puts in front by itself.
-transformers never generates them (suppress_tokens). vLLM does not read that: there greedy decoding cannot take them,
-samples practically never do, and logit_bias rules them out; mopl.json lists their ids.
+The virtual tokens of a prompt become tokens of the vocabulary, which the tokenizer puts in front by itself.
+transformers never generates them (suppress_tokens). vLLM ignores that setting: greedy decoding cannot choose them
+there, samples practically never do, and logit_bias rules them out; mopl.json lists their ids.
 
 examples:
-  mopl export RUN --weights 0.7 0.3 exported/helpful
-  mopl export RUN --adapters exported/adapters --grid 11
-  mopl export RUN --gguf exported/gguf
-  mopl export RUN --method dpo-soup --weights 0.5 0.5 exported/soup
-  vllm serve exported/helpful
+  one trade-off as a plain model:
+    mopl export RUN --weights 0.7 0.3 exported/helpful
+  the adapters, and 11 merged ones:
+    mopl export RUN --adapters exported/adapters --grid 11
+  files for llama.cpp:
+    mopl export RUN --gguf exported/gguf
+  a trade-off of a baseline:
+    mopl export RUN --method dpo-soup --weights 0.5 0.5 exported/soup
 """
 
 
 def add_parser(commands: Any) -> None:
     """Add `mopl export` to the commands."""
-    help = "write a model for other software: one trade-off as a plain model, or adapters for all, also as GGUF"
+    help = "write one trade-off, or all, as a model for other software"
     parser = add_model_command(
         commands, "export", run, help, EXAMPLES, without_weights="every trade-off, for --adapters and --gguf"
     )

@@ -9,12 +9,18 @@ from mopl.commands.tuned_model import add_model_command, load_tuned_model
 
 EXAMPLES = """
 examples:
-  mopl generate RUN --weights 0.7 0.3 "How do I make tea?"
-  mopl generate RUN --weights 0.7 0.3 --scale 2 "How do I make tea?"        closer to the model before training
-  mopl generate RUN --weights 0.7 0.3 --scale 2 --candidates 8 "Hello"      eight samples, re-ranked exactly
-  mopl generate RUN --weights 0.7 0.3 --temperature 0.8 --top-p 0.9 --seed 1 "First prompt" "Second prompt"
-  mopl generate RUN --weights 0.7 0.3 --guided-model Qwen/Qwen2.5-7B-Instruct "Hello"   a larger one answers so
-  echo "How do I make tea?" | mopl generate RUN --weights 0.7 0.3 -
+  one prompt, at weights for the objectives in the run's order:
+    mopl generate RUN --weights 0.7 0.3 "How do I make tea?"
+  closer to the model before training:
+    mopl generate RUN --weights 0.7 0.3 --scale 2 "How do I make tea?"
+  eight samples, re-ranked exactly:
+    mopl generate RUN --weights 0.7 0.3 --scale 2 --candidates 8 "Hello"
+  two prompts, sampled:
+    mopl generate RUN --weights 0.7 0.3 --temperature 0.8 --seed 1 "Hi" "Bye"
+  a larger model of the same tokenizer, guided by the small one:
+    mopl generate RUN --weights 0.7 0.3 --guided-model LARGE "Hello"
+  a prompt from standard input:
+    echo "How do I make tea?" | mopl generate RUN --weights 0.7 0.3 -
 """
 SCALE_HELP = (
     "c > 0: above 1 closer to the reference, below 1 beyond the tuned model (default: 1). It is exact on whole "
@@ -30,7 +36,7 @@ GUIDED_HELP = (
 
 def add_parser(commands: Any) -> None:
     """Add `mopl generate` to the commands."""
-    help = "answer prompts at any trade-off, and at any distance from the reference, without training"
+    help = "answer prompts at any trade-off, without training"
     parser = add_model_command(commands, "generate", run, help, EXAMPLES)
     parser.add_argument("prompts", metavar="PROMPT", nargs="*", help="texts to answer; - reads one from stdin")
     parser.add_argument("--scale", type=float, default=1.0, metavar="C", help=SCALE_HELP)

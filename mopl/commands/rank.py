@@ -7,20 +7,30 @@ from mopl.ranking.config import RankConfig
 
 EXAMPLES = """
 examples:
-  mopl rank                                          the embedded data set `travel`, about a minute on two cores
-  mopl rank --method all                             COS-DPO beside its baselines, in one table
-  mopl rank --data synthetic --seed 1                generated data with a known optimum
-  mopl rank --data MSLR-WEB10K/Fold1                 LETOR files; the five auxiliary columns by name
-  mopl rank --data train.txt --objectives clicks=134 price=7:min:softmax --run runs/shop
-  mopl rank --config shop.yaml --steps 500           settings from a file; options override it
-  mopl rank --run runs/shop --resume                 continue after Ctrl-C or a crash, bit for bit
-  accelerate launch --num_processes 2 -m mopl.cli rank ...
+  the built-in data set travel, about a minute on two cores:
+    mopl rank
+  COS-DPO beside its baselines, in one table:
+    mopl rank --method all
+  generated data with a known optimum:
+    mopl rank --data synthetic --seed 1
+  LETOR files; the five auxiliary columns of MSLR have names:
+    mopl rank --data MSLR-WEB10K/Fold1
+  auxiliary objectives from columns of a file:
+    mopl rank --data train.txt --objectives clicks=134 price=7:min:softmax
+  settings from a file, which options override:
+    mopl rank --config shop.yaml --steps 500
+  continue after Ctrl-C or a crash, bit for bit:
+    mopl rank --run runs/shop --resume
+  on two GPUs:
+    accelerate launch --num_processes 2 -m mopl.cli rank --data train.txt
 """
 
 
 RANK = Experiment(
-    name="rank", help="train a ranker for every trade-off, compare it with baselines, report", examples=EXAMPLES,
+    name="rank", help="train a ranker for every trade-off", examples=EXAMPLES,
     settings=RankConfig, recipe="mopl.ranking.recipe", train="rank", folder="runs/rank-DATA-METHOD-N",
+    basic=("data", "objectives", "method", "loss", "beta", "steps", "batch_size", "learning_rate", "points", "seed",
+           "device"),
     hint=lambda run: (try_with("steer", run),),
 )  # fmt: skip
 

@@ -7,15 +7,18 @@ from mopl.commands.parser import add_command
 
 EXAMPLES = """
 examples:
-  mopl report runs/a                                 print its table, write table, picture and page again
-  mopl report runs/a runs/b runs/c --html compare.html --png compare.png
-  mopl report runs/a runs/b --csv fronts.csv         a row for each point of each front
+  print the table of a run; write its table, picture and page again:
+    mopl report runs/a
+  compare runs:
+    mopl report runs/a runs/b --html compare.html --png compare.png
+  a row for each point of each front:
+    mopl report runs/a runs/b --csv fronts.csv
 """
 
 
 def add_parser(commands: Any) -> None:
     """Add `mopl report` to the commands."""
-    parser = add_command(commands, "report", run, "one table, picture and page of one or several runs", EXAMPLES)
+    parser = add_command(commands, "report", run, "compare finished runs: table, picture and page", EXAMPLES)
     parser.add_argument("runs", metavar="RUN", nargs="+", help="directories of finished runs")
     parser.add_argument("--html", metavar="FILE", help="write the page to FILE")
     parser.add_argument("--png", metavar="FILE", help="write the picture to FILE")

@@ -13,24 +13,25 @@ from mopl.commands.tuned_model import TunedModel, add_model_command, load_tuned_
 
 KEY_VARIABLE = "MOPL_API_KEY"
 EXAMPLES = f"""
-It is for development and small teams: one process, one model, answers that run together as they come. Requests are
-OpenAI's, with `weights`, `scale` and `beta` beside the rest; NAME@0.7,0.3 as the model's name is the model at weights.
+The server is for development and small teams: one process, one model, requests answered in batches. Requests are those
+of OpenAI's API, with `weights`, `scale` and `beta` in addition; the model name NAME@0.7,0.3 stands for weights, too.
 
 The server listens on this machine only. To let others in, put a key into the environment variable {KEY_VARIABLE} or a
-file; the connection is not encrypted, so put a proxy with TLS in front of it where others could listen.
+file. The connection is not encrypted: put a proxy with TLS in front of it where others could listen.
 
 examples:
-  mopl serve RUN
-  mopl serve RUN --weights 0.7 0.3 --port 0                      these weights where a request names none; any free port
-  {KEY_VARIABLE}=... mopl serve RUN --host 0.0.0.0
-  curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
-    -d '{{"messages": [{{"role": "user", "content": "How do I make tea?"}}], "weights": [0.7, 0.3]}}'
+  on port 8000:
+    mopl serve RUN
+  default weights, and any free port:
+    mopl serve RUN --weights 0.7 0.3 --port 0
+  for other machines, with a key:
+    {KEY_VARIABLE}=... mopl serve RUN --host 0.0.0.0
 """
 
 
 def add_parser(commands: Any) -> None:
     """Add `mopl serve` to the commands."""
-    help = "an endpoint of OpenAI's form, with a trade-off for each request"
+    help = "serve a tuned model through OpenAI's API, a trade-off per request"
     default = "all equal; those of a request come first; needed where RUN has a model for each trade-off"
     parser = add_model_command(commands, "serve", run, help, EXAMPLES, without_weights=default)
     for name, default, metavar, text in (
@@ -53,7 +54,6 @@ def add_parser(commands: Any) -> None:
                         f"what {KEY_VARIABLE} holds, if it is set)")  # fmt: skip
     parser.add_argument("--no-key", action="store_true", help="listen beyond this machine without a key: everyone who "
                         "reaches the port may ask")  # fmt: skip
-    parser.add_argument("--quiet", action="store_true", help="print no line for each request")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -10,16 +10,18 @@ from mopl.experiments.settings import OldOption
 
 EXAMPLES = """
 examples:
-  mopl steer runs/rank-travel-weight-cos-dpo-1 --weights 0.6 0.3 0.1
-  mopl steer RUN --weights 0.5 0.5 --scale 2         closer to the base model (equation 14), without training
-  mopl steer RUN --weights 0.5 0.5 --beta 1.1 0.9    a model of temperature-cos-dpo
-  mopl steer RUN --weights 0.5 0.5 --output scores.tsv         the scores of every item of the test split
+  figures at weights for the objectives in the run's order:
+    mopl steer RUN --weights 0.6 0.3 0.1
+  closer to the base model (equation 14), without training:
+    mopl steer RUN --weights 0.6 0.3 0.1 --scale 2
+  the scores of every item of the test split:
+    mopl steer RUN --weights 0.6 0.3 0.1 --output scores.tsv
 """
 
 
 def add_parser(commands: Any) -> None:
     """Add `mopl steer` to the commands."""
-    help = "figures and scores of a finished run for any trade-off, without training"
+    help = "evaluate a trained ranker at any trade-off, without training"
     parser = add_command(commands, "steer", run, help, EXAMPLES, options_anywhere=True)
     parser.add_argument("run", metavar="RUN", help="directory of a finished run of mopl rank")
     parser.add_argument("--weights", nargs="+", type=float, required=True, metavar="W",

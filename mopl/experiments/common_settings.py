@@ -29,6 +29,11 @@ ALL = "all"  # of the methods
 class RunSettings(Settings):
     """What every run has."""
 
+    @property
+    def grid_density(self) -> Literal["dense", "medium"]:
+        """The density of the evaluation grid where no number of points is given; see `mopl.pareto.weight_grid`."""
+        return "medium"
+
     seed: int = setting(
         0, "random seed for initialisation, batches, trade-offs, sampling and the bootstrap", at_least=0
     )
@@ -70,7 +75,8 @@ class RunSettings(Settings):
     points: int | None = in_evaluation(
         None,
         "number of weight vectors in the evaluation grid",
-        unset="11, 15, 20 for 2, 3, 4 objectives, at least 11 for more",
+        unset="11, 10, 11 for 2, 3, 4 objectives and at least 12 for more; 11, 28, 35 and at least 32 where mopl rank "
+        "trains no model for each",
         at_least=1,
     )
     bootstrap: int = in_evaluation(

@@ -264,6 +264,8 @@ def _work(recipe: Recipe) -> None:
     for method in (BASE, *recipe.config.methods):
         folder = method_folder(path, recipe.config, method)
         if exists_on_main(accelerator, folder / FRONT):
+            if method != BASE:
+                _check_grid(recipe, folder / FRONT)
             continue
         on_main(accelerator, functools.partial(folder.mkdir, parents=True, exist_ok=True))
         if method == BASE:
@@ -274,6 +276,25 @@ def _work(recipe: Recipe) -> None:
     for line in recipe.remarks():
         recipe.say(line)
     on_main(accelerator, lambda: write_reports(path))
+
+
+def _check_grid(recipe: Recipe, file: Path) -> None:
+    """Raise if a method that is finished was evaluated on another grid, which default ones of other versions are.
+
+    Raises:
+        ValueError: With what to do.
+    """
+    weights = [point.weights for point in Front.load(file).trained_points]
+    grid = recipe.grid.tolist()
+    if len(weights) != len(grid) or any(
+        w is None or max(abs(a - b) for a, b in zip(w, own, strict=True)) > 1e-9
+        for w, own in zip(weights, grid, strict=True)
+    ):
+        raise ValueError(
+            f"{file} holds {len(weights)} trade-offs but this version evaluates {len(grid)}, so that methods could not "
+            "be compared; finish the run with the version of mopl that began it (config.json names it), or start "
+            "another run"
+        )
 
 
 def plain_word(text: str) -> str:

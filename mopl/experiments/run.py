@@ -48,7 +48,7 @@ def method_folder(path: Path, config: Any, method: str) -> Path:
 
 def run_grid(config: Any, objectives: int) -> Tensor:
     """Return the weights (n, m) float64 at which the fronts of a run are evaluated; one objective has one point."""
-    return weight_grid(objectives, config.points if objectives > 1 else None, density="medium")
+    return weight_grid(objectives, config.points if objectives > 1 else None, density=config.grid_density)
 
 
 @dataclass

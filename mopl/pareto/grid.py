@@ -13,36 +13,39 @@ from mopl._arguments import check_choice
 
 # A lattice with fewer steps than objectives has no interior point, and 126 points give 4 steps at m = 5.
 LATTICE_OBJECTIVES = 4
-Density = Literal["fine", "medium", "coarse"]
-# Points of the default grids for 1, 2, 3, 4 and more objectives. Coarse: the smallest lattices with a point inside the
-# simplex for 2 and 3, with the middle of every edge for 4. Medium: 11 points for 5 objectives are those of COS-DPO.
+Density = Literal["fine", "dense", "medium", "coarse"]
+# Points of the default grids for 1, 2, 3, 4 and more objectives. All but the fine ones hold equal weights, which people
+# ask for first. Coarse and medium: the smallest lattices with a point inside the simplex for 2 and 3; for 4 the middle
+# of every edge, and of the simplex.
 DEFAULT_POINTS: dict[Density, tuple[int, ...]] = {
     "fine": (1, 11, 66, 84, 126),
-    "medium": (1, 11, 15, 20, 11),
-    "coarse": (1, 5, 10, 10, 16),
+    "dense": (1, 11, 28, 35, 32),
+    "medium": (1, 11, 10, 11, 12),
+    "coarse": (1, 5, 10, 11, 16),
 }
 
 
 def weight_grid(objectives: int, points: int | None = None, *, density: Density = "fine") -> Tensor:
     """Grid of weight vectors on the simplex, vertices included; the same at every call.
 
-    Up to 4 objectives it is the simplex lattice of Das and Dennis (1998): all vectors of multiples of 1/p. Above, it
-    is the vertices and the spacings of a scrambled Sobol sequence: sorted Sobol points of the unit cube cut [0, 1]
-    into m parts, which are uniform on the simplex. Hypervolume grows with the number of points, so compare methods on
-    equal grids only.
+    Up to 4 objectives it is the simplex lattice of Das and Dennis (1998): all vectors of multiples of 1/p, and equal
+    weights where a size asks for one vector more than a lattice has. Above, it is the vertices, equal weights, and the
+    spacings of a scrambled Sobol sequence: sorted Sobol points of the unit cube cut [0, 1] into m parts, which are
+    uniform on the simplex. Hypervolume grows with the number of points, so compare methods on equal grids only.
 
     Args:
         objectives: m.
         points: Number of vectors; None: as `density` says. For m = 3 and 4 only sizes of lattices exist:
-            C(p + m - 1, m - 1).
+            C(p + m - 1, m - 1), and one more if the lattice lacks equal weights.
         density: The default number of vectors for m = 2, 3, 4 and above. "fine": 11 (0, 0.1, ..., 1), 66, 84, 126, for
-            a model that is asked. "medium": 11, 15, 20, 11, which a method that trains a model for each can afford:
-            the grid of a run. "coarse": 5, 10, 10, 16, for an evaluation that is repeated while a model trains. Above
-            4 objectives at least m + 1.
+            a model that is asked. "dense": 11, 28, 35, 32, the grid of a run whose models are small and take the
+            weights as an input. "medium": 11, 10, 11, 12, the grid of a run that trains a model for each vector, or
+            evaluates a language model. "coarse": 5, 10, 11, 16, for an evaluation that is repeated while a model
+            trains. Above 4 objectives at least m + 2. All but "fine" hold equal weights.
 
     Returns:
-        (points, m) float64. A lattice is in lexicographic order, so for m = 2 the first weight rises from 0 to 1; a
-        Sobol grid begins with the vertices.
+        (points, m) float64. A lattice is in lexicographic order, so for m = 2 the first weight rises from 0 to 1;
+        equal weights that are added to it come last. A Sobol grid begins with the vertices and equal weights.
 
     Raises:
         ValueError: If there is no grid of that size; the message names the nearest sizes.
@@ -53,17 +56,19 @@ def weight_grid(objectives: int, points: int | None = None, *, density: Density 
     if points is None:
         defaults = DEFAULT_POINTS[density]
         lattice = objectives <= LATTICE_OBJECTIVES
-        points = defaults[objectives - 1] if lattice else max(defaults[-1], objectives + 1)
+        points = defaults[objectives - 1] if lattice else max(defaults[-1], objectives + 2)
     return (_lattice if objectives <= LATTICE_OBJECTIVES else _sobol_spacings)(objectives, points)
 
 
 def _lattice(objectives: int, points: int) -> Tensor:
-    """Return the lattice that has `points` points."""
+    """Return the lattice that has `points` points, or one less and lacks equal weights, which are added then."""
     steps = 1
     while _lattice_size(objectives, steps) < points and objectives > 1:
         steps += 1
     size = _lattice_size(objectives, steps)
     if size != points:
+        if steps > 1 and _lattice_size(objectives, steps - 1) == points - 1 and (steps - 1) % objectives:
+            return torch.cat([_lattice(objectives, points - 1), _equal(objectives)])
         below = f"{_lattice_size(objectives, steps - 1)} or " if steps > 1 else "at least " if objectives > 1 else ""
         raise ValueError(f"points is {points} but a lattice of {objectives} objectives has {below}{size} points")
     # Stars and bars: m - 1 bars among p + m - 1 places; the weights are the runs of stars between them.
@@ -74,18 +79,25 @@ def _lattice(objectives: int, points: int) -> Tensor:
     return (edges.diff(dim=1) - 1.0) / steps
 
 
+def _equal(objectives: int) -> Tensor:
+    return torch.full((1, objectives), 1 / objectives, dtype=torch.float64)
+
+
 def _lattice_size(objectives: int, steps: int) -> int:
     return math.comb(steps + objectives - 1, objectives - 1)
 
 
 def _sobol_spacings(objectives: int, points: int) -> Tensor:
-    """Return the vertices and points - m scrambled Sobol spacings."""
+    """Return the vertices, equal weights and points - m - 1 scrambled Sobol spacings."""
     if points < objectives:
         raise ValueError(f"points is {points} but the grid holds the {objectives} vertices; pass at least {objectives}")
     vertices = torch.eye(objectives, dtype=torch.float64)
     if points == objectives:
         return vertices
+    first = torch.cat([vertices, _equal(objectives)])
+    if points == objectives + 1:
+        return first
     engine = torch.quasirandom.SobolEngine(objectives - 1, scramble=True, seed=0)
-    cuts = engine.draw(points - objectives, dtype=torch.float64).sort(-1).values
+    cuts = engine.draw(points - len(first), dtype=torch.float64).sort(-1).values
     edges = torch.cat([cuts.new_zeros(len(cuts), 1), cuts, cuts.new_ones(len(cuts), 1)], 1)
-    return torch.cat([vertices, edges.diff(dim=1)])
+    return torch.cat([first, edges.diff(dim=1)])

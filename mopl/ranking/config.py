@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from mopl._renamed import warn_renamed
 from mopl.experiments.common_settings import ALL, CosDpoSettings
-from mopl.experiments.methods import CONDITIONED, METHODS
+from mopl.experiments.methods import CONDITIONED, METHODS, TABLE
 from mopl.experiments.resume_settings import located, located_inside
 from mopl.experiments.settings import in_data, in_evaluation, in_method, in_training, setting, settings
 
@@ -114,6 +114,11 @@ class RankConfig(CosDpoSettings):
         """Return `betas`, whose name this was."""
         warn_renamed("temperatures", "betas", stacklevel=2)
         return self.betas(objectives)
+
+    @property
+    def grid_density(self) -> Literal["dense", "medium"]:
+        """Dense unless a method trains a model for each point of the grid."""
+        return "medium" if any(TABLE[method].grid for method in self.methods) else "dense"
 
     @property
     def list_loss(self) -> "ListLoss":

@@ -511,7 +511,7 @@ def test_the_demo_brings_model_data_and_settings_and_options_still_count(place, 
         "model": str(place / "model"), "data": str(place / "data.jsonl"), "objectives": ("middle", "low"),
         "steps": 2, "lists_per_batch": 4, "points": 2, "samples": 0, "bootstrap": 0, "beta": (0.3,),
     }  # fmt: skip
-    demo.BASELINES = ({"method": "dpo-soup", "steps": 1},)
+    demo.describe_answers = lambda path, say: say(f"judged {path}")
     demo.prepare = lambda directory, say: (say(f"made in {directory}"), made)[1]
     monkeypatch.setitem(sys.modules, "mopl.alignment.demo", demo)
     monkeypatch.chdir(tmp_path)
@@ -522,9 +522,7 @@ def test_the_demo_brings_model_data_and_settings_and_options_still_count(place, 
     assert opened.objectives == ("middle", "low") and opened.config.beta == (0.7,) and opened.config.steps == 2
     (hint,) = (line for line in out.splitlines() if line.startswith("mopl generate"))
     assert hint.split("    ")[0] == "mopl generate runs/align-demo --weights 0.5 0.5 PROMPT"
-    soup = open_run("runs/align-demo-dpo-soup")
-    assert soup.config.method == "dpo-soup" and soup.config.steps == 1 and soup.config.beta == (0.7,)
-    assert "dpo-soup" in out and Path("runs/align-demo/comparison.html").is_file()
+    assert out.rstrip().endswith("judged runs/align-demo")
 
     kept = Path("runs/align-demo/front.json").read_bytes()  # the same command again has nothing left to do
     assert main(["align", "--demo", "--beta", "0.7", "--device", "cpu"]) == 0

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import types
 from pathlib import Path
 
 import numpy as np
@@ -303,9 +304,50 @@ def test_settings_are_those_of_an_alignment_run(directory, tmp_path):
     from mopl.alignment.config import AlignConfig
 
     made = demo.prepare(tmp_path, lambda _: None, model=directory, **OPTIONS)
-    for overrides in ({}, *demo.BASELINES):
-        config = AlignConfig(**{**made, **overrides})
-        assert config.label_modes(2) == ("softmax", "softmax")
+    assert AlignConfig(**made).label_modes(2) == ("softmax", "softmax")
+
+
+def test_the_first_answers_and_how_long_it_takes_are_said_at_once(directory, tmp_path):
+    said = []
+    demo.prepare(tmp_path, said.append, model=directory, **OPTIONS)
+    assert said[0] == demo.DURATION and "two CPU cores" in said[0]
+    first = next(i for i, line in enumerate(said) if line.startswith("the first answers, to "))
+    assert "chunk 1 of 3" in said[first - 1] and "brevity" in said[first + 1]
+    assert all(len(line) <= 80 for line in said[first + 1 : first + 4])
+    again = []
+    demo.prepare(tmp_path, again.append, model=directory, **OPTIONS)
+    assert demo.DURATION not in again and not any(line.startswith("the first answers") for line in again)
+
+
+def test_answers_that_the_rewards_cannot_read_are_left_out():
+    texts = ["A good day.", "שלום לך", "It is 🙂", "Καλημέρα σου", "Say bonjour or γεια to a friend."]
+    assert demo._distinct([Response(text, True) for text in texts]) == [texts[0], texts[4]]
+
+
+def test_what_answers_earn_is_said_for_the_model_before_and_at_each_weighting(monkeypatch, tmp_path):
+    def front(method, weights):
+        points = [types.SimpleNamespace(weights=w) for w in weights]
+        return types.SimpleNamespace(method=method, points=points)
+
+    def answers(*texts):
+        return [{"prompt": f"p{i}", "text": text} for i, text in enumerate(texts)]
+
+    run = types.SimpleNamespace(
+        fronts=lambda: [front("base", [None]), front("cos", [(1.0, 0.0), (0.0, 1.0)])],
+        objectives=("brevity", "sentiment"), config=types.SimpleNamespace(sample_tokens=7),
+        samples=lambda fronts: {"base": [answers("one two three", "four")],
+                                "cos": [answers("one", "two"), answers("I love this!", "")]},
+    )  # fmt: skip
+    monkeypatch.setattr(demo, "read_any", lambda path: run)
+    said = []
+    demo.describe_answers(tmp_path, said.append)
+    assert said[0] == "mean rewards of the answers to 2 held-out prompts (greedy, cut off after 7 tokens):"
+    assert [line.split() for line in said[1:4]] == [
+        ["brevity", "sentiment"], ["base", "-2.00", "0.00"], ["cos", "at", "1,", "0", "-1.00", "0.00"]
+    ]  # fmt: skip
+    assert said[4].split()[:4] == ["cos", "at", "0,", "1"] and float(said[4].split()[-1]) > 0.3
+    run.objectives = ("brevity", "kindness")
+    demo.describe_answers(tmp_path, lambda line: pytest.fail(f"said {line}"))
 
 
 def test_bad_arguments_say_what_to_do(directory, tmp_path):

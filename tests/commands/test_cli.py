@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -37,11 +38,35 @@ def test_help_has_examples_that_parse(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
     assert stop.value.code == 0
-    examples = [line.strip() for line in capsys.readouterr().out.split("examples:")[1].splitlines() if line.strip()]
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    examples = re.findall(r"^ {4}\S.*", out.split("examples:")[1].replace("\\\n", ""), re.MULTILINE)
     assert len(examples) >= 2
     for example in examples:
-        words = re.split(r"\s{2,}", example)[0].removeprefix("accelerate launch --num_processes 2 -m mopl.cli ").split()
-        build_parser().parse_args([word for word in words if word not in ("mopl", "...")])
+        words = shlex.split(example.replace("accelerate launch --num_processes 2 -m mopl.cli", "mopl"))
+        build_parser().parse_args(words[words.index("mopl") + 1 :])
+
+
+@pytest.mark.parametrize("command", ["rank", "align", "clp"])
+def test_help_shows_the_options_of_a_first_run_and_help_all_shows_every_one(command, capsys):
+    shown = {}
+    for flag in ("--help", "--help-all"):
+        with pytest.raises(SystemExit) as stop:
+            main([command, flag])
+        assert stop.value.code == 0
+        shown[flag] = set(re.findall(r"^  (--[\w-]+)", out := capsys.readouterr().out, re.MULTILINE))
+        if flag == "--help":
+            more = int(re.search(rf"^(\d+) more options: mopl {command} --help-all$", out, re.MULTILINE)[1])
+    assert len(shown["--help"]) <= 25 and {"--data", "--steps", "--run", "--quiet"} <= shown["--help"]
+    assert shown["--help"] < shown["--help-all"]
+    assert len(shown["--help-all"] - shown["--help"]) in (more, more + 1)  # a command's options of one line
+
+
+def test_without_a_command_the_help_is_printed(capsys):
+    assert main([]) == 0
+    out = capsys.readouterr().out
+    assert all(f"    {name} " in out for name in ("rank", "align", "clp", "generate", "serve", "doctor"))
+    assert "mopl align --demo" in out and "https://" in out and max(map(len, out.splitlines())) <= 80
 
 
 def test_version_and_help_do_not_import_torch():
@@ -63,8 +88,19 @@ def test_rank_prints_the_table_and_what_to_do_next(tmp_path, capsys, monkeypatch
     path = Path("runs/rank-synthetic-weight-cos-dpo-1")
     assert (path / "table.txt").read_text().splitlines()[0] in out
     assert "nats above the optimum" in out and "Traceback" not in err
-    (hint,) = (line for line in out.splitlines() if line.startswith("mopl steer"))
+    (hint,) = (line.strip() for line in out.splitlines() if line.startswith("  mopl steer"))
+    assert out.splitlines()[-1] == f"open {path}/report.html in a browser: every trade-off of this run"
     assert main(hint.split("    ")[0].split()[1:]) == 0
+
+
+def test_quiet_leaves_results_warnings_and_errors(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["rank", *TINY, "--quiet"]) == 0
+    out, err = capsys.readouterr()
+    path = Path("runs/rank-synthetic-weight-cos-dpo-1")
+    assert out == f"open {path}/report.html in a browser: every trade-off of this run\n" and not err
+    assert main(["rank", "--run", str(path), "--resume", "--steps", "7", "--quiet"]) == 2
+    assert "was started with other settings" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -84,7 +120,7 @@ def test_rank_prints_the_table_and_what_to_do_next(tmp_path, capsys, monkeypatch
         (["steer", "none", "--weights", "1"], "mopl steer: there is no run at none"),
         (["report", "none"], "mopl report: there is no run at none"),
         (["report", "none", "--png", "x.foo"], "x.foo cannot be the picture: .png is the only known"),
-        ([], "required: COMMAND"),
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
     ],
 )  # fmt: skip
 def test_errors_are_one_line_with_a_remedy_and_status_2(tmp_path, monkeypatch, capsys, arguments, message):

@@ -185,7 +185,7 @@ def test_old_options_are_taken_with_a_warning(given, name, value):
 
 def flags(*command: str, capsys) -> set[str]:
     with pytest.raises(SystemExit):
-        build_parser().parse_args([*command, "--help"])
+        build_parser().parse_args([*command, "--help-all"])
     return {
         word.strip(",[]") for word in capsys.readouterr().out.split("examples:")[0].split() if word.startswith("--")
     }

@@ -260,6 +260,7 @@ def test_grids_of_many_objectives_cover_the_simplex_better_than_their_vertices_a
     ("arguments", "message"),
     [
         ((3, 50), "has 45 or 55 points"),
+        ((3, 11), "has 10 or 15 points"),  # ten vectors hold equal weights already
         ((2, 1), "has at least 2 points"),
         ((6, 5), "pass at least 6"),
         ((0,), "objectives is 0"),
@@ -272,12 +273,22 @@ def test_impossible_grids_name_the_possible_sizes(arguments, message):
 
 @pytest.mark.parametrize(
     ("density", "sizes"),
-    [("fine", {20: 126, 130: 131}), ("medium", {1: 1, 2: 11, 3: 15, 4: 20, 5: 11, 12: 13}),
-     ("coarse", {1: 1, 2: 5, 3: 10, 4: 10, 5: 16, 20: 21})],
+    [("fine", {20: 126, 130: 132}), ("dense", {1: 1, 2: 11, 3: 28, 4: 35, 5: 32, 40: 42}),
+     ("medium", {1: 1, 2: 11, 3: 10, 4: 11, 5: 12, 12: 14}), ("coarse", {1: 1, 2: 5, 3: 10, 4: 11, 5: 16, 20: 22})],
 )  # fmt: skip
-def test_a_default_grid_is_as_dense_as_its_use_affords(density, sizes):
+def test_a_default_grid_is_as_dense_as_its_use_affords_and_holds_equal_weights(density, sizes):
     for objectives, size in sizes.items():
-        assert weight_grid(objectives, density=density).shape == (size, objectives)
+        grid = weight_grid(objectives, density=density)
+        assert grid.shape == (size, objectives) and len(grid.unique(dim=0)) == size
+        if density != "fine":
+            assert float((grid - 1 / objectives).abs().amax(1).min()) < 1e-12
+            assert all(vertex in grid.tolist() for vertex in torch.eye(objectives).tolist())
+
+
+def test_equal_weights_come_after_a_lattice_that_lacks_them_and_after_the_vertices_of_other_grids():
+    assert torch.equal(weight_grid(4, 11)[:10], weight_grid(4, 10)) and weight_grid(4, 11)[10].tolist() == [0.25] * 4
+    assert weight_grid(3, 4)[3].tolist() == [1 / 3] * 3
+    assert weight_grid(5, 6)[5].tolist() == [0.2] * 5 and weight_grid(5, 12)[5].tolist() == [0.2] * 5
 
 
 def test_smallest_grids_are_the_vertices():

@@ -1,0 +1,110 @@
+"""The checks of `mopl doctor`: each op on a small problem, value and gradients, beside the plain formula in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mopl import ops, reference, reference_logprob
+
+# Float32 sums of a few dozen terms; a wrong formula is off by far more.
+TOLERANCE = 1e-4
+Problem = Callable[[torch.device], tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]]
+
+
+def describe_gpu() -> str:
+    """Return the GPUs that torch can use, or why there are none."""
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        return f"{', '.join(names)} (torch {torch.__version__})"
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"none: torch {torch.__version__} is a build for CPUs"
+    return f"none found: torch {torch.__version__} is a build for GPUs, but sees no device or no driver"
+
+
+def run_checks() -> list[dict[str, Any]]:
+    """Run every check on the CPU and on each kind of GPU there is; return name, whether it works, and a detail."""
+    devices = [torch.device("cpu")] + [torch.device("cuda")] * torch.cuda.is_available()
+    return [
+        {"name": f"{name}, {'CPU' if device.type == 'cpu' else 'GPU'}", **_checked(problem, device)}
+        for device in devices
+        for name, problem in PROBLEMS.items()
+    ]
+
+
+def _checked(problem: Problem, device: torch.device) -> dict[str, Any]:
+    try:
+        worst = _error(*problem(device))
+    except Exception as error:  # whatever it is: that is what the check is for
+        text = " ".join(str(error).split())
+        return {"works": False, "detail": f"{type(error).__name__}: {text}"}
+    return {"works": worst < TOLERANCE, "detail": f"largest error {worst:.1e}"}
+
+
+def _error(op: Callable[..., Tensor], formula: Callable[..., Tensor], inputs: list[Tensor]) -> float:
+    """Return the largest error of values and gradients, relative to the largest entry of each."""
+    found = _results(op, inputs)
+    wanted = _results(formula, [x.detach().cpu().double() for x in inputs])
+    errors = [float((a.cpu().double() - b).abs().max() / b.abs().max().clamp(min=1)) for a, b in
+              zip(found, wanted, strict=True)]  # fmt: skip
+    return max(error if error == error else float("inf") for error in errors)
+
+
+def _results(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    value = function(*inputs)
+    upstream = torch.linspace(0.5, 1.5, value.numel(), dtype=value.dtype, device=value.device).view_as(value)
+    return [value.detach(), *torch.autograd.grad((value * upstream).sum(), inputs)]
+
+
+def _random(device: torch.device, *shape: int) -> Tensor:
+    """Return the same numbers on every device."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape) + shape[-1])).to(device)
+
+
+def _lists(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    scores, beta = _random(device, 3, 5), torch.tensor([[0.5, 1.0]] * 3, device=device)
+    labels = torch.tensor([[[3.0, 2, 1, 0, 0], [0, 1, 0, 2, 4]]] * 3, device=device)
+    return scores, labels, beta
+
+
+def _list_loss(name: str) -> Problem:
+    def problem(device: torch.device) -> tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]:
+        scores, labels, beta = _lists(device)
+        op, formula = getattr(ops, name), getattr(reference, name)
+        return (
+            lambda s: op(s, labels, beta),
+            lambda s: formula(s, labels.cpu().double(), beta.cpu().double()),
+            [scores],
+        )
+
+    return problem
+
+
+def _from_logits(device: torch.device) -> tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]:
+    target = torch.arange(6, device=device) * 5
+    return (
+        lambda logits: ops.gathered_logprob(logits, target),
+        lambda logits: reference_logprob.gathered_logprob(logits, target.cpu())[0],
+        [_random(device, 6, 40)],
+    )
+
+
+def _from_hidden(device: torch.device) -> tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]:
+    target = torch.arange(6, device=device) * 5
+    return (
+        lambda hidden, weight: ops.linear_logprob(hidden, weight, target),
+        lambda hidden, weight: reference_logprob.linear_logprob(hidden, weight, target.cpu())[0],
+        [_random(device, 6, 16), _random(device, 40, 16)],
+    )
+
+
+PROBLEMS: dict[str, Problem] = {
+    "ListNet": _list_loss("listwise_cross_entropy"),
+    "Plackett-Luce": _list_loss("plackett_luce_nll"),
+    "log-probabilities from logits": _from_logits,
+    "log-probabilities from hidden states": _from_hidden,
+}

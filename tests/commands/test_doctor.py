@@ -1,0 +1,64 @@
+"""`mopl doctor`: what is installed, what is missing for which command, and whether the numbers are right."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from mopl import ops
+from mopl.cli import main
+from mopl.commands import doctor, doctor_checks
+
+
+def test_a_machine_in_order_is_said_to_be_so(capsys):
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert f"torch {torch.__version__}" in out and "everything that is installed works" in out
+    assert out.count(" right  largest error ") == len(doctor_checks.PROBLEMS) * (1 + torch.cuda.is_available())
+
+
+def test_json_holds_the_same(capsys):
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["packages"]["torch"] == torch.__version__ and found["packages"]["numpy"]
+    assert all(check["works"] for check in found["checks"])
+    assert {"rank", "align", "clp", "generate", "export", "serve", "report", "steer"} <= found["commands"].keys()
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda s, z, b: 2 * ops.plackett_luce_nll(s, z, b), lambda s, z, b: s.sum(1, keepdim=True).sqrt()]
+)
+def test_a_wrong_number_fails_the_check_and_the_command(monkeypatch, capsys, wrong):
+    monkeypatch.setattr(doctor_checks.ops, "listwise_cross_entropy", wrong)
+    assert main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "WRONG" in out and "1 of " in out.splitlines()[-1]
+
+
+def test_an_op_that_raises_is_said_with_its_error(monkeypatch, capsys):
+    def broken(*_):
+        raise RuntimeError("no such\ninstruction")
+
+    monkeypatch.setattr(doctor_checks.ops, "listwise_cross_entropy", broken)
+    assert main(["doctor"]) == 1
+    assert "WRONG  RuntimeError: no such instruction" in capsys.readouterr().out
+
+
+def test_what_is_missing_is_said_for_each_command_with_the_remedy(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name in ("gguf", "uvicorn", "torch") else "1.0")
+    assert main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("  serve"))
+    assert lines[at].endswith("needs uvicorn") and "[serve]" in lines[at + 1]
+    at = next(i for i, line in enumerate(lines) if line.startswith("  align --demo"))
+    assert lines[at].endswith("needs gguf") and "[demo-lm]" in lines[at + 1]
+    assert any("torch is not installed" in line for line in lines)
+    assert max(len(line) for line in lines if "run: " not in line) <= 80
+
+
+def test_it_needs_no_torch(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "mopl.commands.doctor_checks", None)
+    monkeypatch.setattr(doctor, "_version", lambda name: None)
+    assert main(["doctor", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["checks"] == []
