@@ -402,6 +402,7 @@
     });
     if (front().base) entry(STAR, { ...big, fill: "var(--base)" }, bases.length > 1 ? "base model of this run" : "base model");
     if (bases.length > 1 && state.others) entry(STAR, { ...big, fill: "none", stroke: "var(--other)" }, "bases of other runs");
+    if (scales().length > 1) entry(MARKERS[methods.indexOf(front().method) % MARKERS.length], { transform: "scale(3)", "vector-effect": "non-scaling-stroke", fill: "var(--band)", stroke: "var(--other)", opacity: 0.6 }, "other distances from the base");
     if (truth && m === 2) entry("M-9,0H9", { stroke: "var(--soft)", "stroke-dasharray": "6 4" }, "true front");
     else if (truth) entry("M-7,2h2v2h-2zM-2,-2h2v2h-2zM3,-5h2v2h-2z", { fill: "var(--soft)" }, "true front");
     if (!coloured) return;

@@ -8,37 +8,19 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-import unicodedata
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mopl._extras import require
 from mopl._terminal import Stream, is_terminal, spelled
 from mopl.pareto import Front
+from mopl.report.layout import Cell, Summary, aligned, as_text, columns_of
 from mopl.report.records import Metric, by_method, clean, is_base, mean_and_std, number, read_all
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 MISSING = "n/a"
-
-
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """A figure: the value as printed, what stands behind it (± or an interval), and whether it is the column's best."""
-
-    value: str
-    detail: str = ""
-    best: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Summary:
-    """The table of methods before any layout."""
-
-    headers: tuple[str, ...]
-    rows: tuple[tuple[str, tuple[Cell, ...]], ...]
-    note: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,52 +209,6 @@ def _steps_kept(method: str, seeds: list[Front]) -> str:
     return f"{clean(method)} {spans[0]} of {spans[1]}"
 
 
-def width(text: str) -> int:
-    """Return the number of terminal columns that text takes: 2 for wide characters, 0 for combining ones."""
-    return sum(
-        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in clean(text)
-    )
-
-
-def _pad(text: str, to: int, left: bool = False) -> str:
-    space = " " * (to - width(text))
-    return space + text if left else text + space
-
-
-def _aligned(header: str, cells: Sequence[Cell]) -> tuple[str, list[tuple[str, str]]]:
-    """Return a column's header and (value, detail) pairs, padded: values and details stand below each other."""
-    values = max(width(cell.value) for cell in cells)
-    details = max(width(cell.detail) for cell in cells)
-    marks = any(cell.best for cell in cells)
-    total = max(width(header), values + marks + bool(details) + details)
-    values = total - details - bool(details) - marks
-    pairs = [
-        (
-            _pad(cell.value, values, left=True) + ("*" if cell.best else " " * marks),
-            " " * bool(details) + _pad(cell.detail, details),
-        )
-        for cell in cells
-    ]
-    return _pad(header, total, left=True), pairs
-
-
-def _columns(summary: Summary) -> list[list[Cell]]:
-    return [list(column) for column in zip(*(cells for _, cells in summary.rows), strict=True)]
-
-
-def as_text(summary: Summary) -> str:
-    """Return the table as aligned plain text: no ANSI codes, no trailing blanks, any width."""
-    names = [summary.headers[0], *(name for name, _ in summary.rows)]
-    longest = max(map(width, names))
-    table = [[_pad(name, longest) for name in names]]
-    for header, cells in zip(summary.headers[1:], _columns(summary), strict=True):
-        title, pairs = _aligned(header, cells)
-        table.append([title, *(value + detail for value, detail in pairs)])
-    lines = ["  ".join(line).rstrip() for line in zip(*table, strict=True)]
-    lines.insert(1, "  ".join("-" * width(column[0]) for column in table))
-    return "\n".join([*lines, "", summary.note]) + "\n"
-
-
 def as_rich(summary: Summary, columns: int) -> Any:
     """Return the table as a rich renderable that fits `columns`: details move below their values, then rows stack."""
     require("rich", what="the table on a terminal")
@@ -290,12 +226,12 @@ def as_rich(summary: Summary, columns: int) -> Any:
         grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_lines=lines)
         grid.add_column(summary.headers[0], style="bold")
         figures = []
-        for header, cells in zip(summary.headers[1:], _columns(summary), strict=True):
+        for header, cells in zip(summary.headers[1:], columns_of(summary), strict=True):
             if narrow:
                 title = header.replace(" ", "\n", 1)
                 pairs = [(cell.value + "*" * cell.best, f"\n{cell.detail}" if cell.detail else "") for cell in cells]
             else:
-                title, pairs = _aligned(header, cells)
+                title, pairs = aligned(header, cells)
             grid.add_column(Text(title), justify="right" if narrow else "left")
             figures.append([figure(*pair, cell.best) for pair, cell in zip(pairs, cells, strict=True)])
         for (name, _), row in zip(summary.rows, zip(*figures, strict=True), strict=True):

@@ -75,7 +75,11 @@ def embedded(page: Path) -> dict:
 
 
 def rows(text: str) -> list[str]:
-    return [line.split("  ")[0] for line in text.split("\n\n")[0].splitlines()[2:]]
+    """The names in the first column of a table, whose other columns and lines of details are left out."""
+    lines = text.split("\n\n")[0].splitlines()
+    (rule,) = (place for place, line in enumerate(lines) if line.startswith("---"))
+    room = lines[rule].index(" ")
+    return [name for line in lines[rule + 1 :] if (name := line[:room].strip())]
 
 
 @pytest.fixture(params=KINDS)

@@ -195,7 +195,7 @@ def test_a_writer_that_knows_nothing_of_terminals_is_written_to(run, monkeypatch
     print_table(run_fronts(run))
     with _terminal.progress("stage", 1, "steps") as watched:
         watched.update(1)
-    assert (sys.stdout, sys.stderr) == (out, err) and out.text.count("Aux. hypervolume") == 2
+    assert (sys.stdout, sys.stderr) == (out, err) and out.text.count("hypervolume ↑") == 2
 
 
 # ---------------------------------------------------------------- commands
@@ -229,7 +229,7 @@ def test_no_command_of_rankers_shows_a_control_character_of_data(hostile, capsys
         return everything[-1]
 
     out = shown("rank", "--data", file, "--objectives", *names, "--run", path, *TINY).out
-    (hint,) = (line for line in out.splitlines() if line.startswith("mopl steer"))
+    (hint,) = (line.strip() for line in out.splitlines() if line.startswith("  mopl steer"))
     read = subprocess.run(["bash", "-c", f"printf '%s\\0' {hint.split('    (')[0]}"], capture_output=True).stdout
     shown(*read.decode().split("\0")[1:-1])
     shown("steer", path, "--weights", 0.5, 0.5, "--json")

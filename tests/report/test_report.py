@@ -18,9 +18,10 @@ from browsing import CHROMIUM, needs_browser
 
 from mopl.pareto import Front, Point
 from mopl.report import Metric, plot_front, print_table, write_csv, write_page
+from mopl.report.layout import as_text, width
 from mopl.report.page import format_number
 from mopl.report.records import jsonable, read, to_json
-from mopl.report.table import summarise, width
+from mopl.report.table import summarise
 
 NAMES = ["click count", "url clicks", "dwell time", "quality", "quality 2", "freshness"]
 NASTY = ['<b>"price" & value</b>', "_under $x^2$", "</script><script>alert(1)</script>", "{{data}} ’naïve’", "[red]e"]
@@ -74,9 +75,8 @@ def several(m=2, **fields):
 def test_table_has_the_columns_of_the_papers_table_and_one_row_a_method(capsys):
     fronts = [base(), *several()]
     fronts[2]["seconds"], fronts[2]["parameters"] = 412.0, 551232
-    text = print_table(fronts)
-    assert capsys.readouterr().out == text  # piped: the plain text itself
-    lines = text.splitlines()
+    assert capsys.readouterr().out == "" and print_table(fronts) == capsys.readouterr().out  # piped: the text itself
+    lines = as_text(summarise(fronts), 200).splitlines()
     assert re.split(r"  +", lines[0]) == [
         "Method",
         "Aux. hypervolume ↑",
@@ -105,7 +105,7 @@ def test_best_value_of_each_column_is_marked_and_the_base_model_never_is():
 def test_a_base_model_with_the_figure_of_the_best_is_not_marked_either():
     fronts = [{**base(), "method": name, "seconds": 38.2} for name in ("base", "base (other run)")]
     text = print_table([*fronts, front(seconds=38.2), front("dpo-ls", seconds=50.0)])
-    assert [line.split("  ")[0] for line in text.split("\n\n")[0].splitlines() if "38.2*" in line] == ["weight-cos-dpo"]
+    assert [line.split()[0] for line in text.split("\n\n")[0].splitlines() if "38.2*" in line] == ["weight-cos-dpo"]
 
 
 def test_a_main_loss_is_best_where_it_is_lowest():
@@ -225,8 +225,8 @@ def test_hypervolumes_of_other_reference_points_are_not_compared():
 def test_columns_align_whatever_the_names_hold_and_nothing_steers_the_terminal():
     fronts = several()
     fronts[0]["method"], fronts[1]["method"], fronts[2]["method"] = "漢字の方法", "red\x1b[31m\nline", "e\u0301te\u0301"
-    text = print_table(fronts)
-    assert "\x1b" not in text
+    text = as_text(summarise(fronts), 200)
+    assert "\x1b" not in text + print_table(fronts)
     table = text.split("\n\n")[0].splitlines()
     assert len(table) == 5
     ends = [len(line[: line.rindex(" ")]) for line in table[2:]]
@@ -272,8 +272,21 @@ def test_output_that_cannot_hold_an_arrow_gets_one_in_ascii_and_columns_stay_ali
     narrow.flush()
     shown = narrow.buffer.getvalue().decode(encoding)
     assert "↑" in text and "hypervolume ^" in shown and "regret v" in shown
-    *rows, _, _ = shown.splitlines()
-    assert {row.rindex(sign) for row in rows[2:]} == {rows[2].index(sign)}
+    rows = [row for row in shown.split("\n\n")[0].splitlines() if sign in row]
+    assert len(rows) == 3 and {row.rindex(sign) for row in rows} == {rows[0].index(sign)}
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80, 100])
+@pytest.mark.parametrize("m", [2, 5])
+def test_the_plain_text_fits_its_width_and_loses_no_figure(columns, m):
+    fronts = [base(m), *several(m), front("temperature-cos-dpo", m)]
+    for named in (fronts, several(m, names=NAMES[:m], main="the relevance of a result to the query of a person")):
+        text = as_text(summarise(named), columns)
+        assert max(width(line) for line in text.splitlines()) <= columns
+        figures = [x for _, cells in summarise(named).rows for cell in cells for x in (cell.value, cell.detail) if x]
+        assert all(text.count(x) >= figures.count(x) for x in figures)
+        assert not [line for line in text.splitlines() if line.strip() in "↑↓" and line.strip()]
+    assert len(as_text(summarise(fronts)).split("\n\n")[0].splitlines()) > len(fronts) + 2
 
 
 # --- what every view shares
@@ -471,7 +484,8 @@ def test_the_page_holds_everything_and_fetches_nothing(tmp_path):
     page = Page(text)
     for tag, attributes in page.tags:
         assert tag not in ("link", "img", "iframe", "object", "embed", "base")
-        assert not {"src", "href", "srcset", "action"} & set(attributes)
+        addresses = {"src", "href", "srcset", "action"} & set(attributes)
+        assert not addresses or (tag == "a" and attributes["class"] == "about")  # followed if asked alone
     policy = next(
         a["content"] for t, a in page.tags if t == "meta" and a.get("http-equiv") == "Content-Security-Policy"
     )
