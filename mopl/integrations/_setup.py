@@ -226,7 +226,15 @@ class ListChecks:
                 )
 
 
-def check_labels(loss: Any, objectives: Sequence[str], lists: Iterable[tuple[int, np.ndarray]]) -> None:
+OF_TRAINERS = (
+    "pass loss=functools.partial(mopl.losses.listwise_dpo, normalize='softmax', label_temperature=...) to the trainer, "
+    "or list_loss='plackett_luce', which takes their ranks, to its config"
+)
+
+
+def check_labels(
+    loss: Any, objectives: Sequence[str], lists: Iterable[tuple[int, np.ndarray]], remedy: str = OF_TRAINERS
+) -> None:
     """Raise if a loss of shares or gains is given negative labels; the caller's own losses judge for themselves.
 
     `lists` has the place of each list in the data and its labels (m, K), NaN where one is missing.
@@ -240,9 +248,7 @@ def check_labels(loss: Any, objectives: Sequence[str], lists: Iterable[tuple[int
             j = int(negative.any(1).argmax())
             raise ValueError(
                 f"labels of {objectives[j]} hold {labels[negative][0]:g} (row {index + 1}), but {function.__name__} "
-                "takes none that are negative; for rewards and the like pass "
-                "loss=functools.partial(mopl.losses.listwise_dpo, normalize='softmax', label_temperature=...) to the "
-                "trainer, or list_loss='plackett_luce', which takes their ranks, to its config"
+                f"takes none that are negative; for rewards and the like {remedy}"
             )
 
 

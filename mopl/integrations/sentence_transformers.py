@@ -31,6 +31,10 @@ from mopl.rewards.writing import RECORD
 from mopl.training.gradient_cache import score_in_parts
 
 __all__ = ["ListLoss"]
+REMEDY = (
+    "pass functools.partial(mopl.losses.listwise_dpo, normalize='softmax', label_temperature=...) to ListLoss as the "
+    "loss, or 'plackett_luce', which takes their ranks"
+)
 
 
 class ListLoss(nn.Module):
@@ -129,7 +133,7 @@ class ListLoss(nn.Module):
             padded[row, :, : sizes[row]] = self._of_row(value, sizes[row], row)
         for column, function in enumerate(self.loss.functions):
             rows = enumerate(padded[:, column : column + 1].numpy())
-            check_labels(function, self.objectives[column : column + 1], rows)
+            check_labels(function, self.objectives[column : column + 1], rows, REMEDY)
         pairs = [(query, document) for query, documents in zip(queries, lists, strict=True) for document in documents]
         scores = self._scores(pairs, prompt, task)
         place = torch.tensor([row * width + k for row, size in enumerate(sizes) for k in range(size)], device=device)

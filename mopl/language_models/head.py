@@ -104,11 +104,19 @@ def _measure_transform(model: Any, original_forward: Any) -> Transform:
         seen.append(hidden.shape)
         return probe.to(hidden.device).expand(*hidden.shape[:-1], vocabulary).clone()
 
+    inputs = torch.ones(1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device)
     try:
         with evaluating(model), torch.no_grad(), measuring(), _forward_replaced(head, forward):
-            inputs = torch.ones(1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device)
             output = original_forward(input_ids=inputs, use_cache=False)
     except Exception as error:
+        try:  # a kernel that this machine cannot run, say, has nothing to do with the probe
+            with evaluating(model), torch.no_grad(), measuring():
+                original_forward(input_ids=inputs, use_cache=False)
+        except Exception as own:
+            raise UnsupportedModelError(
+                f"the forward of {type(model).__name__} fails by itself, on two tokens ({type(own).__name__}: {own}); "
+                "mend that first"
+            ) from own
         raise UnsupportedModelError(
             f"{type(model).__name__} fails when its logits are replaced by a probe ({type(error).__name__}: {error}); "
             "it treats single vocabulary entries apart, or its forward needs more than input_ids"

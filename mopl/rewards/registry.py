@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -82,6 +83,12 @@ def make_each(spec: str, **options: Any) -> tuple[Reward, ...]:
     except TypeError as error:
         # Only a wrong call, whose traceback ends here, is the user's; anything deeper is a fault of the reward.
         if error.__traceback__ is not None and error.__traceback__.tb_next is None:
+            known = inspect.signature(_MAKERS[name]).parameters
+            strange = next((option for option in options if option not in known), None)
+            if strange is not None and known:
+                raise ValueError(
+                    f"the reward {name} has no option {strange}; its options are {', '.join(known)}"
+                ) from None
             raise ValueError(f"the reward {name} cannot be made of {options}: {error}") from None
         raise
     return tuple(made) if isinstance(made, Sequence) else (made,)

@@ -50,8 +50,8 @@ def made(kind, *, base=None, **options):
 
 
 def test_the_example_of_the_page_trains_saves_loads_and_answers(kind, tmp_path, capsys):
-    build().save_pretrained(tmp_path / "my-model")
-    tokenizer().save_pretrained(tmp_path / "my-model")
+    build().save_pretrained(tmp_path / "MODEL")
+    tokenizer().save_pretrained(tmp_path / "MODEL")
     rows = [
         {"prompt": f"w{i}", "responses": [" w11 w12", " w13", " w14 w15"],
          "labels": {"helpful": [2, 1, 0], "harmless": [0, 1, 2]}}

@@ -166,7 +166,7 @@ def test_what_does_not_fit_is_refused(folders):
         ListLoss(two)([QUERIES, DOCUMENTS], [labels.T for labels in TWO])
     with pytest.raises(ValueError, match="must be a list for each query"):
         ListLoss(one)([QUERIES, DOCUMENTS], torch.ones(2))
-    with pytest.raises(ValueError, match="listwise_dpo takes none that are negative"):
+    with pytest.raises(ValueError, match=r"takes none that are negative; .* to ListLoss as the loss"):
         ListLoss(one)([QUERIES, DOCUMENTS], [-labels for labels in ONE])
     with pytest.raises(ValueError, match="there are 3 columns but must be two"):
         ListLoss(one)([QUERIES, DOCUMENTS, DOCUMENTS], ONE)

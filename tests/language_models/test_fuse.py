@@ -427,3 +427,14 @@ def test_a_deep_copy_of_a_fused_model_scores_with_its_own_weights() -> None:
             parameter.mul_(0.5)
         assert not torch.allclose(score_sequences(twin, example()).scores, before)
         assert torch.equal(score_sequences(model, example()).scores, before)
+
+
+def test_a_model_whose_own_forward_fails_is_told_so(monkeypatch):
+    model = build("llama")
+
+    def broken(*_, **__):
+        raise RuntimeError("0 active drivers")
+
+    monkeypatch.setattr(model, "forward", broken)
+    with pytest.raises(UnsupportedModelError, match=r"fails by itself, .*0 active drivers"):
+        fuse(model)
