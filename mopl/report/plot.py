@@ -19,6 +19,7 @@ from typing import Any
 
 from mopl._extras import require
 from mopl.pareto import Front, Point, non_dominated
+from mopl.report.plot_labels import chosen, place
 from mopl.report.records import (
     Metric,
     base_points,
@@ -35,6 +36,10 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
 OUTLINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 PIXELS_PER_INCH = 150
 NOT_KNOWN = "#ffffff"
+_TRUE_FRONT: dict[bool, dict[str, Any]] = {
+    False: {"color": "#666666", "linestyle": "--", "linewidth": 1.2, "zorder": 1},
+    True: {"color": "#666666", "linestyle": "", "marker": ".", "markersize": 2, "zorder": 1},
+}
 MAIN = -1  # the main objective, where auxiliary ones are counted from 0
 
 
@@ -65,6 +70,11 @@ class _Scene:
     def pairs(self) -> bool:
         """Whether there are several panels."""
         return len(self.front.objectives) > 2
+
+    @property
+    def size(self) -> float:
+        """The diameter of a mark, in typographic points."""
+        return 4.5 if self.pairs else 8
 
     @property
     def bases(self) -> dict[tuple[float, ...], tuple[Point, _Series]]:
@@ -209,8 +219,10 @@ def _draw(scene: _Scene, title: str, notes: Sequence[str]) -> Any:
 
     m, pairs = len(scene.front.objectives), scene.pairs
     side = max(m - 1, 1)
-    figure = Figure(figsize=(8, 7.6 if pairs else 5.2), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06))
+    layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06)
+    figure = Figure(figsize=(8, 7.6 if pairs else 5.2), dpi=PIXELS_PER_INCH, layout=layout)
     FigureCanvasAgg(figure)
+    panels = []
     grid = figure.subplots(
         side, side, squeeze=False, sharex="col" if pairs else False, sharey="row" if pairs else False
     )
@@ -221,6 +233,7 @@ def _draw(scene: _Scene, title: str, notes: Sequence[str]) -> Any:
             continue
         panel = _Panel(axes, scene, column, row + 1 if m > 1 else MAIN)
         panel.draw()
+        panels.append(panel)
         axes.label_outer()
         if row == side - 1:
             axes.set_xlabel(panel.name(panel.x))
@@ -230,6 +243,10 @@ def _draw(scene: _Scene, title: str, notes: Sequence[str]) -> Any:
     figure.suptitle(title)
     if notes:
         grid[0, 0].set_title("\n".join(notes), fontsize=7, loc="left", color="#555555")
+    figure.draw_without_rendering()  # where the axes end up decides where labels fit
+    figure.set_layout_engine("none")
+    for panel in panels:
+        panel.annotate()
     return figure
 
 
@@ -256,15 +273,18 @@ class _Panel:
 
     def draw(self) -> None:
         """Draw the true front, every method and every base."""
-        axes, scene, pairs = self.axes, self.scene, self.scene.pairs
-        size = 4.5 if pairs else 8
+        from matplotlib.ticker import MaxNLocator
+
+        axes, scene, pairs, size = self.axes, self.scene, self.scene.pairs, self.scene.size
         axes.grid(color="#dddddd", linewidth=0.6)
         axes.margins(0.08)
-        axes.locator_params(nbins=4 if pairs else 6)
+        most, least = (7, 4) if not pairs else (5, 4) if len(scene.front.objectives) == 3 else (4, 3)
+        axes.tick_params(labelsize=9 if most > 4 else 7)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(most, min_n_ticks=least, steps=[1, 2, 2.5, 5, 10]))
         if scene.truth and self.y != MAIN:
             line = zip(*sorted((row[self.x], row[self.y]) for row in scene.truth), strict=True)
-            style = {"linestyle": "", "marker": ".", "ms": 1.5} if pairs else {"linestyle": "--", "linewidth": 1.2}
-            axes.plot(*line, color="#888888", zorder=1, **style)
+            axes.plot(*line, **_TRUE_FRONT[pairs])
         for one in scene.series:
             line = self.edge(one.points) if pairs else sorted(one.points, key=lambda p: p.weights)
             rest = [point for point in one.points if point not in line]
@@ -276,8 +296,6 @@ class _Panel:
         for base, one in scene.bases.values():
             colour = "black" if len(scene.bases) == 1 else one.outline
             axes.plot(*self.at(base), "*", color=colour, markersize=size * 2, mec="white", mew=0.6, zorder=5)
-        if not pairs and self.y != MAIN:
-            self.annotate(max(scene.series, key=lambda s: -math.inf if math.isnan(s.hypervolume) else s.hypervolume))
 
     def edge(self, points: Sequence[Point]) -> list[Point]:
         """Return the points that are best in this pair of objectives, along the first: what the pair allows."""
@@ -312,52 +330,62 @@ class _Panel:
             if bars:
                 lines(*zip(*bars, strict=True), **style)
 
-    def annotate(self, one: _Series) -> None:
-        """Print the weights of both ends and of the middle of one method."""
-        from matplotlib.patheffects import withStroke
-
-        line = sorted((p for p in one.points if p.weights), key=lambda p: p.weights)
-        done: list[list[float]] = []
-        for point in (line[0], line[len(line) // 2], line[-1]) if line else ():
-            if point.auxiliary in done:
-                continue
-            done.append(point.auxiliary)
-            self.axes.annotate(
-                "w = (" + ", ".join(f"{w:.2g}" for w in point.weights) + ")",
-                self.at(point),
-                xytext=(8, 8),
-                textcoords="offset points",
-                fontsize=8,
-                path_effects=[withStroke(linewidth=2.5, foreground="white")],
-                zorder=2.5,  # a label must not hide another method's point
-            )
+    def annotate(self) -> None:
+        """Print weights of the method with the largest hypervolume: the ends and the middle, or each corner."""
+        scene = self.scene
+        if self.y == MAIN or not scene.series:
+            return
+        one = max(scene.series, key=lambda s: -math.inf if math.isnan(s.hypervolume) else s.hypervolume)
+        known = [p for p in one.points if p.weights and not any(map(math.isnan, self.at(p)))]
+        marks, lines = [], []
+        for each in scene.series:
+            marks += [(*self.at(p), scene.size / 2 + 1) for p in (*each.points, *each.moved)]
+            along = self.edge(each.points) if scene.pairs else sorted(each.points, key=lambda p: p.weights)
+            lines.append([self.at(p) for p in along])
+        marks += [(*self.at(base), scene.size) for base, _ in scene.bases.values()]
+        truth = sorted((row[self.x], row[self.y]) for row in scene.truth)
+        if scene.pairs:
+            marks += [(*row, 1.0) for row in truth]
+        else:
+            lines.append(truth)
+        font = {2: 8.0, 3: 6.5}.get(len(scene.front.objectives), 5.5)
+        place(self.axes, list(chosen(known, self.x, self.y).values()), marks, lines, fontsize=font)
 
 
 def _legend(figure: Any, grid: Any, scene: _Scene) -> None:
+    from matplotlib.colors import to_rgba
     from matplotlib.lines import Line2D
 
-    def entry(label: str, marker: str = "", colour: str = "#999999", line: Any = "", **style: Any) -> None:
-        handles.append(Line2D([], [], marker=marker, color=colour, linestyle=line, label=label, **style))
+    def entry(label: str, marker: str = "", colour: Any = "#999999", line: Any = "", **style: Any) -> None:
+        handles.append(Line2D([], [], **{"marker": marker, "color": colour, "linestyle": line, **style}, label=label))
 
     handles: list[Any] = []
+    size, edge = scene.size, 0.7 if scene.pairs else 1.2
     for one in scene.series:
-        entry(one.label, one.marker, one.outline, "-", markerfacecolor="#bbbbbb", linewidth=1)
+        mains = sorted(point.main for point in one.points if not math.isnan(point.main))
+        fill = scene.colours.to_rgba(mains[len(mains) // 2]) if mains else NOT_KNOWN
+        entry(
+            one.label, one.marker, to_rgba(one.outline, 0.6), "-", linewidth=1, markersize=size,
+            markerfacecolor=fill, markeredgecolor=one.outline, markeredgewidth=edge,
+        )  # fmt: skip
     if scene.pairs:
-        entry("small: not best in this pair", "o", markersize=2.5)
+        entry("small: not best in this pair", "o", markersize=0.45 * size, alpha=0.7)
     main = plain(scene.front.main)
+    star = {"markersize": 2 * size, "markeredgecolor": "white", "markeredgewidth": 0.6}
     for base, one in scene.bases.values():
         known = "" if math.isnan(base.main) else f" ({main} {base.main:.3f})"
         if len(scene.bases) == 1:
-            entry(f"base model{known}", "*", "black", markersize=10)
+            entry(f"base model{known}", "*", "black", **star)
         else:
-            entry(f"base of {one.label}{known}", "*", one.outline, markersize=10)
+            entry(f"base of {one.label}{known}", "*", one.outline, **star)
     if scene.truth:
-        entry("true front", line=":" if scene.pairs else "--")
+        handles.append(Line2D([], [], **_TRUE_FRONT[scene.pairs], label="true front"))
     if any(one.moved for one in scene.series):
-        entry("other distances from the base", "o", markersize=4)
+        marker = next(one.marker for one in scene.series if one.moved)
+        entry("other distances from the base", marker, markersize=0.6 * size, alpha=0.35)
     mains = [point.main for one in scene.series for point in one.points]
     if any(math.isnan(x) for x in mains):
-        entry(f"{main} n/a", "o", "#555555", markerfacecolor=NOT_KNOWN)
+        entry(f"{main} n/a", "o", "#555555", markersize=size, markerfacecolor=NOT_KNOWN)
     if not all(math.isnan(x) for x in mains):
         label = f"{_wrapped(scene.front.main, 60)} {plain(scene.metric.of_main)} (main objective)"
         label += " ↑" if scene.rising(MAIN) else " ↓"

@@ -415,6 +415,42 @@ def test_picture_survives_identical_points_one_point_and_names_that_look_like_ma
     plot_front(base(m), tmp_path / "base.png")
 
 
+@pytest.mark.parametrize("m", [2, 3, 5])
+def test_weights_are_named_and_no_label_covers_a_point_or_another_label(tmp_path, monkeypatch, m):
+    figure_of = pytest.importorskip("matplotlib.figure").Figure
+    seen, save = [], figure_of.savefig
+    monkeypatch.setattr(figure_of, "savefig", lambda self, *a, **more: (seen.append(self), save(self, *a, **more))[1])
+    plot_front([base(m), *several(m)], tmp_path / "front.png")
+    (figure,) = seen
+    panels = [axes for axes in figure.axes if axes.texts]
+    assert len(panels) == m * (m - 1) // 2
+    first = "(" * (m > 3) + "w = (" * (m <= 3) + ", ".join(["1"] + ["0"] * (m - 1)) + ")"
+    assert first in [text.get_text() for text in panels[0].texts]
+    for axes in panels:
+        assert all(len([t for t in axis.get_ticklocs() if low <= t <= high]) >= 3
+                   for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())))  # fmt: skip
+        boxes = [super(type(text), text).get_window_extent() for text in axes.texts]  # without the leader line
+        points = [axes.transData.transform(xy) for each in axes.collections for xy in each.get_offsets()]
+        assert len(points) > 2 * m
+        assert not [1 for box in boxes for point in points if box.contains(*point)]
+        assert not [1 for i, box in enumerate(boxes) for other in boxes[:i] if box.overlaps(other)]
+
+
+def test_marks_of_the_legend_are_those_of_the_picture(tmp_path, monkeypatch):
+    figure_of = pytest.importorskip("matplotlib.figure").Figure
+    seen, save = [], figure_of.savefig
+    monkeypatch.setattr(figure_of, "savefig", lambda self, *a, **more: (seen.append(self), save(self, *a, **more))[1])
+    plot_front([base(), *several()], tmp_path / "front.png", truth=[[0.3, 0.5], [0.5, 0.3]])
+    (figure,) = seen
+    marks = {handle.get_label(): handle for handle in figure.legends[0].legend_handles}
+    drawn = next(each for each in figure.axes[0].collections if len(each.get_offsets()) == 11)
+    assert marks["weight-cos-dpo"].get_markersize() ** 2 == drawn.get_sizes()[0]
+    fill = tuple(marks["weight-cos-dpo"].get_markerfacecolor())
+    assert fill in [tuple(colour) for colour in drawn.get_facecolors()]
+    truth = next(line for line in figure.axes[0].lines if line.get_zorder() == 1)
+    assert marks["true front"].get_linestyle() == truth.get_linestyle() == "--"
+
+
 @pytest.mark.parametrize("name", ["front.foo", "front", "front.svg"])
 def test_a_picture_of_another_ending_is_refused(tmp_path, name):
     with pytest.raises(ValueError, match=r"\.png is the only known ending; name front\.png"):
