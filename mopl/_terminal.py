@@ -311,6 +311,13 @@ def bars_wanted() -> bool:
     return is_terminal(sys.stderr) and os.environ.get("TERM") != "dumb"
 
 
+def duration(seconds: float) -> str:
+    """Return a time in words, as exact as an estimate is: "40 seconds", "3 minutes", "2.5 hours"."""
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
 class Progress:
     """Told how far long work is: a bar on a terminal, else a line now and then; nothing where `show` is False."""
 
@@ -318,6 +325,7 @@ class Progress:
         self.name, self.total, self.unit, self._bar, self._show = name, total, unit, bar, show
         self.done = self._start = start
         self._began = self._told = time.monotonic()
+        self._estimated = False  # whether a first line has said how long it will take
 
     def update(self, count: int, **figures: float) -> None:
         """Tell that `count` more are done, and figures to show."""
@@ -328,8 +336,8 @@ class Progress:
             if figures:
                 self._bar.set_postfix({name: f"{x:.4f}" for name, x in figures.items()}, refresh=False)
             self._bar.update(count)
-        elif (now := time.monotonic()) - self._told >= _SECONDS_BETWEEN_LINES:
-            self._told = now
+        elif (now := time.monotonic()) - self._told >= _SECONDS_BETWEEN_LINES / (1 if self._estimated else 6):
+            self._told, self._estimated = now, True  # a first estimate soon, then a line now and then
             spent = now - self._began
             left = spent / max(self.done - self._start, 1) * (self.total - self.done)
             shown = "".join(f", {name} {x:.4f}" for name, x in figures.items())

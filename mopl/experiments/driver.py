@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -26,7 +27,9 @@ from torch import Tensor
 from mopl import _terminal
 from mopl._extras import require_for
 from mopl._files import write_file
+from mopl._terminal import duration
 from mopl.experiments.applications import APPLICATIONS
+from mopl.experiments.methods import TABLE
 from mopl.experiments.resume_settings import same
 from mopl.experiments.run import BASE, EVALUATION, FRONT, SAMPLES, FinishedRun, method_folder, run_grid, write_reports
 from mopl.experiments.run_directory import (
@@ -260,8 +263,10 @@ def _work(recipe: Recipe) -> None:
     """Train, evaluate and report what is missing in the run directory."""
     path, accelerator = recipe.path, recipe.accelerator
     recipe.prepare()
+    methods, began = (BASE, *recipe.config.methods), time.monotonic()
 
-    for method in (BASE, *recipe.config.methods):
+    for place, method in enumerate(methods):
+        started = time.monotonic()
         folder = method_folder(path, recipe.config, method)
         if exists_on_main(accelerator, folder / FRONT):
             if method != BASE:
@@ -273,9 +278,24 @@ def _work(recipe: Recipe) -> None:
         else:
             found = recipe.evaluate(method, folder, recipe.train(method, folder))
         on_main(accelerator, functools.partial(found.save, folder))
+        if place:
+            _estimate(recipe, method, methods[place + 1 :], time.monotonic() - started)
+    if len(methods) > 2 and (spent := time.monotonic() - began) > 60:
+        recipe.say(f"all methods took {duration(spent)}")
     for line in recipe.remarks():
         recipe.say(line)
     on_main(accelerator, lambda: write_reports(path))
+
+
+def _estimate(recipe: Recipe, done: str, left: Sequence[str], seconds: float) -> None:
+    """Say how long the methods that are left will take, by the time of the one that is done and their trainings."""
+    if not left or any(method not in TABLE for method in (done, *left)):
+        return
+    points, objectives = recipe.grid.shape
+    trainings = sum(TABLE[method].trainings(objectives, points) for method in left)
+    spent = seconds * trainings / TABLE[done].trainings(objectives, points)
+    if spent > 20:
+        recipe.say(f"about {duration(spent)} for {', '.join(left)} (at most {trainings} trainings)")
 
 
 def _check_grid(recipe: Recipe, file: Path) -> None:

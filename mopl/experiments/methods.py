@@ -35,6 +35,10 @@ class Method:
     grid: bool = False  # a model for each w of the run's grid; where there are experts, by MO-DPO
     distils: bool = False  # its one model learns from a teacher for each objective, not from labels
 
+    def trainings(self, objectives: int, points: int) -> int:
+        """How many models it trains for m objectives and a grid of n points, none of them shared with other methods."""
+        return self.conditioned + self.experts * objectives + self.grid * points
+
     @property
     def averages(self) -> bool:
         """Whether it answers with the average of its experts."""

@@ -78,7 +78,8 @@ class RewardListTrainer(StepTrainer):
         processing_class: The tokenizer.
         compute_metrics: Called with losses, accuracies and NDCG (L, m) of L lists as `predictions` and which objectives
             count (L, m) as `label_ids`, besides what is reported anyway.
-        callbacks, optimizers: As in `Trainer`.
+        callbacks: As in `Trainer`.
+        optimizers: As in `Trainer`.
         peft_config: Adapters to put on a model that has none, with `task_type="SEQ_CLS"`.
         loss: A loss in place of `list_loss`: called as `mopl.losses.listwise_dpo`, or m of them.
         model_init_kwargs: Keywords of `from_pretrained` for models that are given by name; they are float32 unless

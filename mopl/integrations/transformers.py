@@ -112,7 +112,8 @@ class MultiObjectiveTrainer(ListTrainer):
         compute_metrics: Called with the losses (L, n, m) and accuracies (L, n, m) of L lists at n points of the grid as
             `predictions` and which objectives count (L, m) as `label_ids`, besides what is reported anyway. An
             accuracy is NaN where an objective prefers no response of a list.
-        callbacks, optimizers: As in `Trainer`.
+        callbacks: As in `Trainer`.
+        optimizers: As in `Trainer`.
         ref_model: The reference; by default the model as it is passed, without prompt: see
             `mopl.language_models.adapter_reference`, and a frozen copy of a plain model.
         reference_adapter: Name of another adapter of a PEFT model that is the reference; it is never trained or saved.

@@ -2,14 +2,17 @@
 
 import dataclasses
 import json
+import types
 from typing import Any, ClassVar
 
 import pytest
+import torch
 
 pytest.importorskip("accelerate")
 pytest.importorskip("moocore")
 
 from mopl._files import write_file
+from mopl.experiments import driver
 from mopl.experiments.driver import Measured, Recipe, execute
 from mopl.experiments.run_directory import RunInterrupted
 from mopl.pareto import Front
@@ -55,6 +58,7 @@ class Toy(Recipe):
 
     def read(self):
         self.at("read")
+        self.grid = torch.eye(2, dtype=torch.float64).flip(0)
         return {"fingerprint": "f", "tokens": self.tokens}
 
     def settings_to_resume(self, record, changes, path):
@@ -230,3 +234,27 @@ def test_other_versions_are_noted_and_a_setting_they_did_not_have_means_what_the
         execute(toy, run, resume=True, say=said.append)
     assert any(line.startswith("note: versions changed since the run began (torch 1.0 -> ") for line in said)
     assert (left.config.patience, given.config.patience) == (0, 3)
+
+
+def test_a_method_that_was_evaluated_on_another_grid_is_not_compared(tmp_path):
+    execute(Toy(), tmp_path / "run", say=quiet)
+    other = Toy()
+    other.read = lambda: (Toy.read(other), setattr(other, "grid", torch.tensor([[0.0, 1.0], [0.5, 0.5], [1.0, 0.0]])))[
+        0
+    ]
+    with pytest.raises(ValueError, match="holds 2 trade-offs but this version evaluates 3"):
+        execute(other, tmp_path / "run", resume=True, say=quiet)
+
+
+def test_the_time_of_the_methods_that_are_left_is_estimated_by_their_trainings(monkeypatch):
+    said = []
+    recipe = types.SimpleNamespace(grid=torch.zeros(10, 3), say=said.append)
+    driver._estimate(recipe, "weight-cos-dpo", ("dpo-ls", "dpo-soup"), 12.0)
+    assert said == ["about 3 minutes for dpo-ls, dpo-soup (at most 13 trainings)"]
+    for done, left, seconds in (
+        ("weight-cos-dpo", (), 99.0),
+        ("weight-cos-dpo", ("dpo-soup",), 1.0),
+        ("clp", ("dera",), 99.0),
+    ):
+        driver._estimate(recipe, done, left, seconds)
+    assert len(said) == 1
