@@ -208,6 +208,8 @@ class AlignmentRecipe(Recipe):
             self.say(f"mean divergence to the teachers of {', '.join(stages.objectives)}, in nats")
             for w, row in zip(self.grid.tolist(), found[0].divergence.tolist(), strict=True):
                 self.say(f"  {weights_name(w)}: {', '.join(f'{value:.4f}' for value in row)}")
+            if own is not None:
+                self.say(f"  base: {', '.join(f'{value:.4f}' for value in own.tolist())}")
         return Measured(front, figures, [{**entry, "method": method} for entry in samples])
 
 
