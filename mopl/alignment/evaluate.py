@@ -45,6 +45,7 @@ class Evaluation:
     log_ratio: Tensor  # (n, S) log p - log p0 of each response
     # (n, m) divergence to each teacher, in nats, mean over the tokens of a response and over responses; of distill
     divergence: Tensor | None = None
+    base_divergence: Tensor | None = None  # (m,) the same of the model before training
 
     @property
     def mean_losses(self) -> Tensor:
@@ -81,6 +82,39 @@ class Evaluation:
                 ],
             }
         return figures
+
+    def notes(self, objectives: Sequence[str]) -> list[str]:
+        """Return what stands below the table of a trained method, what it was trained for first.
+
+        Of `distill` that is the divergence to the teachers. The accuracy of an objective is that of the trade-off with
+        the most weight on it.
+        """
+        if self.weights is None:
+            return []
+        found, best = [], self.weights.argmax(0).tolist()
+        if self.divergence is not None and self.base_divergence is not None:
+            weighted = [float((self.weights @ d).mean() if d.ndim == 1 else (self.weights * d).sum(1).mean())
+                        for d in (self.divergence, self.base_divergence.to(self.weights))]  # fmt: skip
+            each = ", ".join(
+                f"{name} {float(self.divergence[at, j]):.4f} (base {float(self.base_divergence[j]):.4f})"
+                for j, (name, at) in enumerate(zip(objectives, best, strict=True))
+            )
+            found.append(
+                "divergence to the teachers on held-out responses (nats, lower is better), weighted by w: "
+                f"{weighted[0]:.4f} (base {weighted[1]:.4f}), mean over the grid; where an objective has the most "
+                f"weight, to its teacher: {each}"
+            )
+        share = [float(self.accuracy[at, j]) for j, at in enumerate(best)]
+        each = ", ".join(
+            f"{name} {100 * value:.1f} %" if value == value else f"{name} n/a"
+            for name, value in zip(objectives, share, strict=True)
+        )
+        if not all(value != value for value in share):
+            found.append(
+                "accuracy on held-out pairs of responses (50 % before training), where the objective has the most "
+                f"weight: {each}"
+            )
+        return found
 
 
 def _without_nan(values: Tensor) -> list[list[float | None]]:

@@ -195,6 +195,7 @@ class AlignmentRecipe(Recipe):
             trained, objectives=stages.objectives, main=MAIN, weights=found[0].weights, maximise=False,
             reference_point=self.reference_point,
             data={"name": _data_word(config), "split": "test", "lists": lists, **self.data},
+            notes=found[0].notes(stages.objectives),
             inference_parameters=sum(p.numel() for p in stages.base.parameters()) + kept,
         )  # fmt: skip
         figures = {"loss": config.loss, "beta": stages.beta.tolist(), **found[0].summary(stages.objectives)}
@@ -202,10 +203,13 @@ class AlignmentRecipe(Recipe):
             figures["distillation"] = {
                 "teachers": list(config.teachers) or "experts", "beta": config.distill_beta,
                 "temperature": config.distill_temperature, "divergence": found[0].divergence.tolist(),
+                "base_divergence": None if (own := found[0].base_divergence) is None else own.tolist(),
             }  # fmt: skip
             self.say(f"mean divergence to the teachers of {', '.join(stages.objectives)}, in nats")
             for w, row in zip(self.grid.tolist(), found[0].divergence.tolist(), strict=True):
                 self.say(f"  {weights_name(w)}: {', '.join(f'{value:.4f}' for value in row)}")
+            if own is not None:
+                self.say(f"  base: {', '.join(f'{value:.4f}' for value in own.tolist())}")
         return Measured(front, figures, [{**entry, "method": method} for entry in samples])
 
 
@@ -249,7 +253,15 @@ def evaluate(stages: Stages, method: str, folder: Path, grid: Tensor, held_out: 
                 column.append(held_out.figures(flat, scale))
     found = [evaluation_of(grid, column) for column in columns]
     if to_teachers:  # of the student itself, at no distance from it
-        found[0] = dataclasses.replace(found[0], divergence=torch.stack(to_teachers))
+        plain = score_lists(
+            stages.base.to(stages.accelerator.device).eval(), held_out.lists, collator=stages.collator,
+            tokens_per_batch=config.tokens_per_batch, accelerator=stages.accelerator,
+            columns=1 + len(stages.objectives),
+            score=stages.distilling.score(held_out.lists, stages.collator, grid[0], stages.beta),
+        )  # fmt: skip
+        found[0] = dataclasses.replace(
+            found[0], divergence=torch.stack(to_teachers), base_divergence=plain[:, 1:].double().mean(0)
+        )
     return found
 
 

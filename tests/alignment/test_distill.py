@@ -298,13 +298,14 @@ def run(place):
 
 
 def divergence_at(model, teachers, w, opened, beta):
-    """The figure of evaluation.json at weights w, from logits alone."""
+    """The figure of evaluation.json at weights w, None for a base, from logits alone."""
     held_out = load_data(opened.config)["test"]
     found = []
     with torch.no_grad():
         for item in tokenize(held_out, opened.list_tokenizer):
             for response in item.responses:
-                own = logits_of(model, item.prompt, response, weights=torch.tensor(w)).log_softmax(-1)
+                asked = {} if w is None else {"weights": torch.tensor(w)}
+                own = logits_of(model, item.prompt, response, **asked).log_softmax(-1)
                 theirs = (logits_of(t, item.prompt, response, **g).log_softmax(-1) for t, g in teachers)
                 found.append([float(plain_divergence(each, own, beta).mean()) for each in theirs])
     return np.mean(found, 0)
@@ -321,6 +322,15 @@ def test_a_run_teaches_one_student_by_its_own_experts(place, run, capsys):
     for w, figures in zip(opened.grid.tolist(), evaluation["divergence"], strict=True):
         wanted = divergence_at(opened.load(), given, w, opened, 0.4)
         assert figures == pytest.approx(wanted.tolist(), rel=1e-3, abs=1e-6)
+    untrained = divergence_at(opened.base_model(), given, None, opened, 0.4)
+    assert evaluation["base_divergence"] == pytest.approx(untrained.tolist(), rel=1e-3, abs=1e-6)
+    table = (run / "table.txt").read_text()
+    mean = np.mean([np.dot(w, d) for w, d in zip(opened.grid.tolist(), evaluation["divergence"], strict=True)])
+    before = np.mean([np.dot(w, evaluation["base_divergence"]) for w in opened.grid.tolist()])
+    assert f"weighted by w: {mean:.4f} (base {before:.4f})" in table
+    whole = json.loads((run / "evaluation.json").read_text())
+    corner = whole["weights"].index([1.0, 0.0])  # where `low` has the most weight
+    assert f"most weight: low {100 * whole['accuracy'][corner][0]:.1f} %" in table
     front, base = Front.load(run / "front.json"), Front.load(run / "base" / "front.json")
     student = front.inference_parameters - base.inference_parameters
     assert 0 < student < front.parameters  # the experts are trained too, and not asked
