@@ -34,7 +34,7 @@ from mopl.commands.parser import Help, Parser
 DESCRIPTION = "Train one model for every trade-off between objectives, and choose the trade-off afterwards."
 EXAMPLES = """
 examples:
-  mopl rank                 train a ranker on built-in data (about a minute)
+  mopl rank                 train a ranker on built-in data (ten seconds)
   mopl align --demo         fine-tune a small language model (about 11 minutes)
   mopl doctor               check what is installed and what works
   mopl rank --help          the options of a command

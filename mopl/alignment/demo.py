@@ -303,5 +303,5 @@ def describe_answers(path: str | Path, say: Callable[[str], None] = _terminal.sa
             if not answers:
                 continue
             means = known([a["text"] for a in answers], [a["prompt"] for a in answers])[:, columns].nanmean(0)
-            at = "" if point.weights is None else " at " + ", ".join(f"{w:g}" for w in point.weights)
+            at = "" if not point.weights else " at " + ", ".join(f"{w:g}" for w in point.weights)
             say(" ".join([f"{front.method}{at}".ljust(width), *(f"{x:10.2f}" for x in means.tolist())]))

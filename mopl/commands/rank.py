@@ -7,7 +7,7 @@ from mopl.ranking.config import RankConfig
 
 EXAMPLES = """
 examples:
-  the built-in data set travel, about a minute on two cores:
+  the built-in data set travel, about ten seconds on two cores:
     mopl rank
   COS-DPO beside its baselines, in one table:
     mopl rank --method all
