@@ -420,7 +420,8 @@ def test_weights_are_named_and_no_label_covers_a_point_or_another_label(tmp_path
     figure_of = pytest.importorskip("matplotlib.figure").Figure
     seen, save = [], figure_of.savefig
     monkeypatch.setattr(figure_of, "savefig", lambda self, *a, **more: (seen.append(self), save(self, *a, **more))[1])
-    plot_front([base(m), *several(m)], tmp_path / "front.png")
+    crowd = [front(f"method {i}", m, shift=0.02 * i - 0.06, hypervolume=4.0 - abs(i - 3)) for i in range(7)]
+    plot_front([base(m), *crowd], tmp_path / "front.png")
     (figure,) = seen
     panels = [axes for axes in figure.axes if axes.texts]
     assert len(panels) == m * (m - 1) // 2
