@@ -172,14 +172,14 @@ def error_table(rows: Rows) -> list[str]:
     return table(["rows x width x vocabulary", "", *keys], sorted(cells, key=lambda c: c[0])) if cells else []
 
 
-def model_table(results: list[dict]) -> list[str]:
+def model_table(results: list[dict], judged: bool) -> list[str]:
     """Return what the performance model predicted beside what was measured."""
     verdict = {None: "", True: "met", False: "**missed**"}
     cells = []
     for row in results:
         times = (f"{row[key]:.3f}" if row[key] else "–" for key in ("limit_ms", "ms", "measured_ms"))
-        cells.append([row["op"], row["name"], *times, row["goal"], verdict[row["met"]]])
-    return table(["", "", "limit, ms", "predicted", "measured", "goal", ""], cells)
+        cells.append([row["op"], row["name"], *times, *([row["goal"], verdict[row["met"]]] if judged else [])])
+    return table(["", "", "limit, ms", "predicted", "measured", *(["goal", ""] if judged else [])], cells)
 
 
 def source(found: dict[str, dict], prefix: str) -> list[str]:
@@ -188,13 +188,17 @@ def source(found: dict[str, dict], prefix: str) -> list[str]:
     return [f"`{c['command']}`, {c['date']}, commit {c['commit']}" + (":" if c is shown[-1] else ";") for c in shown]
 
 
-def figures(found: dict[str, dict]) -> list[str]:
-    """Return every table but that of the stages, each below a heading and the commands that measured it."""
+def figures(found: dict[str, dict], judged: bool = True) -> list[str]:
+    """Return every table but that of the stages, each below a heading and the commands that measured it.
+
+    `judged` adds what was wanted: goals are for those who develop, and a page for readers has what was measured.
+    """
     lines: list[str] = []
     if limits := found.get("limits"):
         copy, product_ = limits["bytes_per_second"] / 1e12, limits["flop_per_second"] / 1e12
         lines += [f"Copy {copy:.2f} TB/s, bf16 product {product_:.0f} TFLOP/s (`{limits['command']}`).", ""]
-    lines += ["### Goals", "", *goals(found)]
+    if judged:
+        lines += ["### Goals", "", *goals(found)]
     first = {name: content for name, content in found.items() if name != "logprob-tuned"}
     errors = rows_of(found, "logprob-error")
     logprob = {key: row for key, row in rows_of(first, "logprob-").items() if key not in errors}
@@ -209,7 +213,7 @@ def figures(found: dict[str, dict]) -> list[str]:
             lines += [f"### {title}", "", *source(found, prefix), "", *tables]
     if "model" in found:
         card = found["model"]["card"]["name"]
-        lines += [f"### The performance model ({card})", "", *model_table(found["model"]["results"])]
+        lines += [f"### The performance model ({card})", "", *model_table(found["model"]["results"], judged)]
     if "logprob-tune" in found:
         chosen = [[row["size"], row.get("fastest", "failed")] for row in found["logprob-tune"]["results"]]
         lines += ["### Chosen by `tune`", "", *table(["", "fastest"], chosen)]
@@ -249,7 +253,7 @@ def section(folder: Path) -> str:
     title, versions = heading(found, folder.name)
     tests = outcomes(folder, "tests")
     tests = ["### Tests on this card", "", *tests] if tests else []
-    lines = figures(found)
+    lines = figures(found, judged=False)
     if (lists := "### List losses") in lines:
         place, card = lines.index(lists) + 1, folder.name.removeprefix("nvidia-")
         lines[place:place] = ["", f"![Share of the bytes by the length of a list](pictures/lists-{card}.png)"]

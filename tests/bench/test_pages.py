@@ -126,6 +126,7 @@ def test_pages_of_the_list_losses(tmp_path: Path) -> None:
     (tmp_path / "lists.json").write_text(results(results=rows))
     (tmp_path / "lists-compiled-pl.json").write_text(results(results=compiled))
     text = summary(tmp_path)
+    assert "### Goals" in text and "goal" not in section(tmp_path).lower(), "goals are for those who develop"
     goals = [line for line in text.split("\n") if line.startswith("| Plackett–Luce: ")]
     assert goals == [
         "| Plackett–Luce: share of its bytes | ≥ 0.80 for K ≥ 32 | 0.90 at K=64, 0.90 at best | met |",
