@@ -131,7 +131,8 @@ def make(page: Path, model: Path) -> None:
                     lines = shortened(tutorial.printed, mark)
                     if any(place in line for line in lines for place in (name, str(Path.home()))):
                         sys.exit(f"{block.where}: the output names a folder of this machine\n" + "\n".join(lines))
-                    new[start, start + block.text.count("\n")] = lines
+                    indent = text[start - 1].partition("`")[0]  # of a fence in a list
+                    new[start, start + block.text.count("\n")] = [indent + line if line else "" for line in lines]
                 elif block.reason is None:
                     tutorial.run(block)
         finally:
