@@ -146,8 +146,9 @@ def data_name(record: Front) -> str:
 
 
 def data_names(records: Sequence[Front]) -> str:
-    """Return what fronts were measured on, each name once."""
-    return ", ".join(dict.fromkeys(data_name(record) for record in records))
+    """Return what fronts were measured on, each name once; a path in full would show where its file lies."""
+    names = (data_name(record) for record in records)
+    return ", ".join(dict.fromkeys("/".join(n.rsplit("/", 2)[-2:]) if n.startswith("/") else n for n in names))
 
 
 def is_base(record: Front) -> bool:

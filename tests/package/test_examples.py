@@ -16,6 +16,8 @@ NEEDS = {
     "cross_encoder": ("sentence_transformers", "transformers", "accelerate", "datasets", "tokenizers"),
     "trl_patched": ("trl", "transformers", "accelerate", "datasets", "tokenizers"),
     "trl_trainer": ("trl", "transformers", "accelerate", "peft", "datasets", "tokenizers"),
+    "ranking_own_file": ("matplotlib", "moocore"),
+    "choose_trade_off": ("matplotlib", "moocore"),
     "trl_grpo": ("trl", "transformers", "accelerate", "peft", "datasets", "tokenizers"),
 }
 
@@ -82,3 +84,24 @@ def test_an_example_of_scores_orders_responses_as_both_objectives_want(
 def test_the_example_of_a_patched_trainer_prints_equal_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = re.findall(r"(\w+): three steps equal to (\S+)", run("trl_patched", tmp_path, monkeypatch))
     assert rows[0][0] == "GRPO" and all(float(difference) < 1e-5 for _, difference in rows)
+
+
+@pytest.mark.slow
+def test_the_example_of_a_letor_file_ranks_cheap_or_near_hotels_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = run("ranking_own_file", tmp_path, monkeypatch)
+    rows = re.findall(r"weights (\S+): mean price (\S+), mean distance (\S+)", found)
+    assert [row[0] for row in rows] == ["1.0,0.0", "0.5,0.5", "0.0,1.0"]
+    price, distance = ([float(row[column]) for row in rows] for column in (1, 2))
+    assert price[0] < price[1] < price[2] and distance[0] > distance[1] > distance[2]
+
+
+@pytest.mark.slow
+def test_the_example_of_a_choice_keeps_its_limit_and_gains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = run("choose_trade_off", tmp_path, monkeypatch)
+    assert len(re.findall(r"^weights ", found, re.M)) == 33
+    row = re.search(r"test: main (\S+), first objective (\S+) -> main (\S+), first objective (\S+)", found)
+    assert row is not None, found
+    main, first, main_after, first_after = map(float, row.groups())
+    assert main - main_after < 0.1 and first_after > first
