@@ -17,7 +17,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bench.goals import HEAD, LIST_ITEMS, LIST_SHARE, LOGITS, SHARE
+from bench.goals import HEAD, LOGITS
 from bench.measured import HEAD_MODES, heading, read, rows_of, variants_of
 from mopl._files import write_file
 
@@ -102,8 +102,6 @@ def _bars(axes: Any, mode: str, rows: dict[str, dict], names: list[str]) -> None
     alone = next((row["share"] for name, row in rows.items() if name.startswith("its ")), None)
     if alone:
         axes.axvline(min(alone, 1), color=LINE, linewidth=1.6)
-    goal = SHARE[mode] * (alone if alone and mode in HEAD_MODES else 1)
-    axes.axvline(goal, color=LINE, linewidth=0.9, linestyle=(0, (3, 2)))
     axes.set(title=TITLES[mode], xlim=(0, 1.02), xticks=[0, 0.25, 0.5, 0.75, 1])
     axes.set_xticklabels(["0", "", ".5", "", "1"])
 
@@ -171,7 +169,6 @@ def draw_heads(drawn: dict[str, Any]) -> Any:
         Patch(color=FASTER, label="peer, faster than mopl"),
         Patch(facecolor=PEER, edgecolor="white", hatch=SUM, linewidth=0, label="gives a sum, not each log p"),
         Line2D([], [], color=LINE, linewidth=1.6, label="its products (bytes) alone"),
-        Line2D([], [], color=LINE, linewidth=0.9, linestyle=(0, (3, 2)), label="goal"),
     ]  # fmt: skip
     words = "Share of the limit (longer is better), and errors against float64 (left is better)"
     foot.legend(handles=handles, loc="upper left", ncols=6, frameon=False, fontsize=8.5, columnspacing=1.3)
@@ -198,8 +195,6 @@ def draw_lists(drawn: dict[str, Any]) -> Any:
                       markersize=4.5, linewidth=2.2 if name == "mopl" else 1.3)  # fmt: skip
         lengths = sorted({k for line in drawn[loss].values() for k, _ in line})
         axes.set_xscale("log", base=2)
-        if lengths[-1] >= LIST_ITEMS:  # the goal
-            axes.plot([LIST_ITEMS, lengths[-1]], [LIST_SHARE] * 2, color=LINE, linewidth=0.9, linestyle=(0, (3, 2)))
         shown = FixedLocator(lengths[:: 2 if len(lengths) > 8 else 1])
         axes.xaxis.set(major_locator=shown, minor_locator=NullLocator())
         axes.xaxis.set_major_formatter(lambda k, _: f"{k:.0f}")

@@ -12,6 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.figure import Figure
 
 from mopl.steering import rescale
 
@@ -19,7 +20,7 @@ PICTURES = Path(__file__).resolve().parent / "pictures"
 BLUE, ORANGE, GREY = "#2563a8", "#c2410c", "#6b7280"
 
 
-def hypervolume() -> plt.Figure:
+def hypervolume() -> Figure:
     """Three points of a front and the area that they dominate."""
     points = [(1.0, 3.0), (2.0, 2.0), (3.0, 1.0)]
     figure, axes = plt.subplots(figsize=(4.2, 3.4), layout="constrained")
@@ -35,7 +36,7 @@ def hypervolume() -> plt.Figure:
     return figure
 
 
-def front() -> plt.Figure:
+def front() -> Figure:
     """Losses of the best policy for each weight, and the same policy at other scales."""
     first, second = torch.tensor([2.0, 1.0, 0.0]).softmax(0), torch.tensor([0.0, 1.0, 2.5]).softmax(0)
     base = torch.tensor([0.2, 0.1, 0.0])
@@ -48,9 +49,19 @@ def front() -> plt.Figure:
             change = (policy - base).log_softmax(0)
             losses.append((-(first * change).sum().item(), -(second * change).sum().item()))
         axes.plot(*zip(*losses, strict=True), "o-", color=colour, markersize=4, label=f"scale {scale:g}")
-        if scale == 1:
-            for index, words in ((0, "w = (0, 1)"), (5, "w = (0.5, 0.5)"), (10, "w = (1, 0)")):
-                axes.annotate(words, losses[index], xytext=(-4, -12), textcoords="offset points", ha="right")
+        if scale == 1.0:
+            for index, words, side in (
+                (0, "w = (0, 1)", "right"),
+                (5, "w = (0.5, 0.5)", "right"),
+                (10, "w = (1, 0)", "left"),
+            ):
+                axes.annotate(
+                    words,
+                    losses[index],
+                    xytext=(-4 if side == "right" else 7, -12 if side == "right" else 4),
+                    textcoords="offset points",
+                    ha=side,
+                )
     start = torch.log(torch.tensor(3.0)).item()
     axes.plot(start, start, "*", color=GREY, markersize=12, label="before training")
     axes.set(xlabel="loss of objective 1 (less is better)", ylabel="loss of objective 2 (less is better)")

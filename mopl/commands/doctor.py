@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shutil
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
     return [*lines, "", verdict]
 
 
-def _wrapped(start: str, names: list[str], columns: int = 80) -> list[str]:
+def _wrapped(start: str, names: Sequence[Any], columns: int = 80) -> list[str]:
     """Return names after a beginning, on lines of at most `columns`."""
     lines = [start]
     for place, name in enumerate(names):

@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from mopl._extras import require
 from mopl.pareto import Point
 
 DISTANCES = (6, 12, 20, 32, 44)  # from the point's edge, in typographic points
@@ -97,6 +98,7 @@ def place(
     Returns:
         The annotations.
     """
+    require("matplotlib", what="the picture")
     from matplotlib.patheffects import withStroke
 
     figure = axes.figure
