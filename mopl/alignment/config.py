@@ -78,20 +78,20 @@ class AlignConfig(CosDpoSettings, LanguageModelSettings):
     )
     labels: tuple[Literal["auto", "l1", "softmax"], ...] = in_method(
         ("auto",),
-        "how ListNet turns labels into targets (section 2.2), for all objectives or for each; auto: l1 where all are 0 "
-        "or 1, else softmax",
+        "how ListNet turns labels into targets (section 2.2), for all objectives or per objective; auto: l1 where all "
+        "are 0 or 1, else softmax",
         nonempty=True,
     )
     label_temperature: tuple[float, ...] = in_method(
         (1.0,),
-        "divides labels before their softmax, one number for all objectives or one for each",
+        "divides labels before their softmax: one number for all objectives, or one per objective",
         positive=True,
         nonempty=True,
         metavar="T",
     )
     partial: Literal["drop", "keep"] = in_method(
         "drop",
-        "what to do where an objective labels only part of a list: drop the objective for that list, or keep that part",
+        "a list that an objective labels only in part: drop the objective for it, or keep the labelled part",
     )
     label_smoothing: float = in_method(
         0.0,
@@ -233,7 +233,7 @@ class AlignConfig(CosDpoSettings, LanguageModelSettings):
         """Raise unless there are no teachers, or one for each objective."""
         if len(self.teachers) not in (0, len(objectives)):
             raise ValueError(
-                f"teachers names {len(self.teachers)}, {', '.join(self.teachers)}, but there are {len(objectives)} "
+                f"--teachers names {len(self.teachers)} ({', '.join(self.teachers)}) but there are {len(objectives)} "
                 f"objectives ({', '.join(objectives)}); pass one for each, in this order, or none for "
                 "the run's own experts"
             )

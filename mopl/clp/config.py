@@ -64,7 +64,7 @@ class ClpConfig(LanguageModelSettings):
     )
     scope: str = in_model(
         "attention",
-        "what is mixed: full, attention, logits or a pattern of names of parameters (`ParameterMixture`); "
+        "which parameters are mixed: full, attention, logits or a pattern of names of parameters (`ParameterMixture`); "
         "lora-mixture: adapters (`LoraMixture`); hyper-prompt: LoRA and virtual tokens, no parameters",
         missing="name what is mixed, such as attention",
     )

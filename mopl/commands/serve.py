@@ -49,7 +49,7 @@ def add_parser(commands: Any) -> None:
                             else f"{text} (default: {default})")  # fmt: skip
     parser.add_argument("--guided-model", metavar="MODEL", help="a larger model of the same tokenizer, by directory or "
                         "hub name, that answers in the place of RUN's model, guided by what that learned")  # fmt: skip
-    parser.add_argument("--name", help="what requests call the model (default: the name of RUN's folder)")
+    parser.add_argument("--name", help="the model name in requests (default: the name of RUN's folder)")
     parser.add_argument("--api-key-file", metavar="FILE", help="file with the key that requests must bear (default: "
                         f"what {KEY_VARIABLE} holds, if it is set)")  # fmt: skip
     parser.add_argument("--no-key", action="store_true", help="listen beyond this machine without a key: everyone who "

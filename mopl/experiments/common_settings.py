@@ -75,8 +75,8 @@ class RunSettings(Settings):
     points: int | None = in_evaluation(
         None,
         "number of weight vectors in the evaluation grid",
-        unset="11, 10, 11 for 2, 3, 4 objectives and at least 12 for more; 11, 28, 35 and at least 32 where mopl rank "
-        "trains no model for each",
+        unset="11, 10, 11 for 2, 3, 4 objectives, 12 or more above; for mopl rank without dpo-ls and mo-dpo: 11, 28, "
+        "35, 32 or more",
         at_least=1,
     )
     bootstrap: int = in_evaluation(
@@ -101,7 +101,7 @@ class RunSettings(Settings):
         if len(values) not in (0, 1, objectives):
             raise ValueError(
                 f"{name} has {len(values)} entries but there are {objectives} objectives; "
-                "pass one for all, or one for each"
+                "pass one for all objectives, or one per objective"
             )
         return values * objectives if len(values) == 1 else values
 
@@ -127,7 +127,7 @@ class CosDpoSettings(RunSettings):
     )
     beta: tuple[float, ...] = in_method(
         (0.1,),
-        "β, the factor of scores or log-ratios in the loss: one for all objectives, or one for each",
+        "β, the factor of scores or log-ratios in the loss: one number for all objectives, or one per objective",
         positive=True,
         nonempty=True,
     )
@@ -198,7 +198,7 @@ class LanguageModelSettings(RunSettings):
     )
     limit: int | None = in_data(None, "maximum number of rows to read", unset="all", at_least=1)
     on_error: Literal["raise", "skip"] = in_data(
-        "raise", "what to do about unusable rows: refuse the data, or skip the rows and report how many"
+        "raise", "how to handle unusable rows: raise an error, or skip them and report how many"
     )
     held_out: float = in_data(0.1, "share of the prompts held out for evaluation", above=0, below=1, metavar="SHARE")
     template: Literal["auto", "chat", "plain"] = in_data(
