@@ -35,7 +35,7 @@ DESCRIPTION = "Train one model for every trade-off between objectives, and choos
 EXAMPLES = """
 examples:
   mopl rank                 train a ranker on built-in data (ten seconds)
-  mopl align --demo         fine-tune a small language model (about 11 minutes)
+  mopl align --demo         fine-tune a small language model (about 10 minutes)
   mopl doctor               check what is installed and what works
   mopl rank --help          the options of a command
 

@@ -79,8 +79,8 @@ SETTINGS: dict[str, Any] = {
     "bootstrap": 200,
 }
 DURATION = (
-    "the demo takes about 11 minutes on two CPU cores: 3 for the model and its answers, 1 for their log-probabilities, "
-    "4 for the training, 3 to evaluate; Ctrl-C stops it, and the same command goes on from there"
+    "the demo takes about 10 minutes on two CPU cores: 3 for the model and its answers, 1 for their log-probabilities, "
+    "4 for the training, 2 to evaluate; Ctrl-C stops it, and the same command goes on from there"
 )
 
 

