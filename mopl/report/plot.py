@@ -387,7 +387,8 @@ def _legend(figure: Any, grid: Any, scene: _Scene) -> None:
     if any(math.isnan(x) for x in mains):
         entry(f"{main} n/a", "o", "#555555", markersize=size, markerfacecolor=NOT_KNOWN)
     if not all(math.isnan(x) for x in mains):
-        label = f"{_wrapped(scene.front.main, 60)} {plain(scene.metric.of_main)} (main objective)"
+        role = "main objective" if scene.metric.higher_is_better else "cost"
+        label = f"{_wrapped(scene.front.main, 60)} {plain(scene.metric.of_main)} ({role})"
         label += " ↑" if scene.rising(MAIN) else " ↓"
         where = {"ax": grid, "shrink": 0.7} if scene.pairs else {"ax": grid[0, 0]}
         figure.colorbar(scene.colours, label=label, pad=0.02, **where)
