@@ -437,7 +437,7 @@ def test_given_teachers_teach_lists_that_nobody_labelled(place, tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--method", "distill", "--teachers", "{place}/model"], "model, but there are 2 objectives (low, middle)"),
+        (["--method", "distill", "--teachers", "{place}/model"], "--teachers names 1"),
         (["--teachers", "a", "b"], "teachers has no part in method 'weight-cos-dpo'"),
         (["--method", "all", "--distill-beta", "0.1"], "distill-beta has no part in method 'all'"),
         (["--method", "dpo-ls", "--distill-temperature", "2"], "distill-temperature has no part in method 'dpo-ls'"),

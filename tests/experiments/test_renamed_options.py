@@ -46,7 +46,7 @@ def test_an_old_flag_is_taken_and_not_shown(capsys):
         warnings.simplefilter("error")
         assert parser.parse_args(["rank", "--gain", "exponential"]).gain == "exponential"
     with pytest.raises(SystemExit):
-        parser.parse_args(["rank", "--help"])
+        parser.parse_args(["rank", "--help-all"])
     assert "{linear,exponential}" in capsys.readouterr().out
 
 

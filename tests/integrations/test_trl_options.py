@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import math
 import re
 from pathlib import Path
@@ -149,6 +150,8 @@ def test_the_example_of_the_page_trains_as_it_stands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny.build().save_pretrained("MODEL")
     tiny.tokenizer().save_pretrained("MODEL")
+    row = {"prompt": "w1 w2", "responses": ["w3 w4", "w5"], "labels": {"helpful": [1, 0], "harmless": [0, 1]}}
+    Path("lists.jsonl").write_text("".join(json.dumps({**row, "prompt": f"w{i} w2"}) + "\n" for i in range(4)))
     names: dict = {}
     exec(re.search(r"```python\n(.*?)```", page, flags=re.DOTALL)[1], names)
     (logged,) = logs_of(names["trainer"], "train_loss")
