@@ -83,6 +83,15 @@ class Evaluation:
             }
         return figures
 
+    def measures(self) -> dict[str, dict[str, float]]:
+        """Return `Front.measures`: of `distill` the divergence to the teachers, weighted by w, mean over the grid."""
+        if self.weights is None or self.divergence is None or self.base_divergence is None:
+            return {}
+        student, base = (
+            (self.weights * d.to(self.weights)).sum(1).mean() for d in (self.divergence, self.base_divergence)
+        )
+        return {"Divergence to teachers (nats)": {"value": float(student), "base": float(base)}}
+
     def notes(self, objectives: Sequence[str]) -> list[str]:
         """Return what stands below the table of a trained method, what it was trained for first.
 
@@ -93,16 +102,13 @@ class Evaluation:
             return []
         found, best = [], self.weights.argmax(0).tolist()
         if self.divergence is not None and self.base_divergence is not None:
-            weighted = [float((self.weights @ d).mean() if d.ndim == 1 else (self.weights * d).sum(1).mean())
-                        for d in (self.divergence, self.base_divergence.to(self.weights))]  # fmt: skip
             each = ", ".join(
                 f"{name} {float(self.divergence[at, j]):.4f} (base {float(self.base_divergence[j]):.4f})"
                 for j, (name, at) in enumerate(zip(objectives, best, strict=True))
             )
             found.append(
-                "divergence to the teachers on held-out responses (nats, lower is better), weighted by w: "
-                f"{weighted[0]:.4f} (base {weighted[1]:.4f}), mean over the grid; where an objective has the most "
-                f"weight, to its teacher: {each}"
+                "divergence to the teachers on held-out responses, a mean over tokens, weighted by w in the table; "
+                f"where an objective has the most weight, to its teacher: {each}"
             )
         share = [float(self.accuracy[at, j]) for j, at in enumerate(best)]
         each = ", ".join(

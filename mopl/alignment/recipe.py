@@ -195,7 +195,7 @@ class AlignmentRecipe(Recipe):
             trained, objectives=stages.objectives, main=MAIN, weights=found[0].weights, maximise=False,
             reference_point=self.reference_point,
             data={"name": _data_word(config), "split": "test", "lists": lists, **self.data},
-            notes=found[0].notes(stages.objectives),
+            notes=found[0].notes(stages.objectives), measures=found[0].measures(),
             inference_parameters=sum(p.numel() for p in stages.base.parameters()) + kept,
         )  # fmt: skip
         figures = {"loss": config.loss, "beta": stages.beta.tolist(), **found[0].summary(stages.objectives)}

@@ -93,6 +93,10 @@ def check_front(front: Front, missing: bool) -> None:
     )
     texts = isinstance(front.notes, list) and all(isinstance(note, str) for note in front.notes)
     _require(texts, "notes", front.notes, "a list of strings")
+    _require(isinstance(front.measures, dict), "measures", front.measures, "an object")
+    for name, each in front.measures.items():
+        good = isinstance(each, dict) and each.keys() == {"value", "base"} and all(map(_is_number, each.values()))
+        _require(good, f"measures[{name!r}]", each, "value and base, two finite numbers")
     for name in ("data", "steerability", "steps"):
         try:
             json.dumps(getattr(front, name), allow_nan=False)

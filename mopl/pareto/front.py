@@ -81,6 +81,8 @@ class Front:
             the base model included. What several models share, such as a frozen base, counts once; a method with a
             model for each point of a grid needs all of these, a soup its experts, a mixture of logits the models that
             it mixes. None in files that do not say.
+        measures: What the method was trained for, where that is none of the objectives, such as the divergence of a
+            student to its teachers: by name its mean over the points (`value`) and the `base` model's. Lower is better.
     """
 
     method: str
@@ -100,6 +102,7 @@ class Front:
     steps: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     inference_parameters: int | None = None
+    measures: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -180,6 +183,7 @@ class Front:
         steps: Mapping[str, Any] | None = None,
         notes: Sequence[str] = (),
         inference_parameters: int | None = None,
+        measures: Mapping[str, Mapping[str, float]] | None = None,
     ) -> Front:
         """Make a front from evaluated points; hypervolume and steerability are computed here.
 
@@ -202,6 +206,7 @@ class Front:
             steps: As in `Front`.
             notes: As in `Front`.
             inference_parameters: As in `Front`.
+            measures: As in `Front`.
 
         Returns:
             The checked front.
@@ -245,6 +250,7 @@ class Front:
             steps=dict(steps or {}),
             notes=list(notes),
             inference_parameters=inference_parameters,
+            measures={name: dict(each) for name, each in (measures or {}).items()},
         )
         front.check()
         return front

@@ -30,6 +30,7 @@ class _Column:
     figure: Callable[[list[Front]], tuple[float, float]]  # seeds of a method -> value, spread (NaN: none)
     digits: Callable[[float], str]
     main_sign: int = 0  # as `sign`, of the main figure without which this one is never the best; 0: it stands alone
+    base: Callable[[list[Front]], float] | None = None  # the base model's figure, which stands beside
 
 
 def _hypervolume_digits(records: Sequence[Front]) -> Callable[[float], str]:
@@ -48,6 +49,20 @@ def _over_seeds(attribute: str) -> Callable[[list[Front]], tuple[float, float]]:
         return mean, std if std > 0 else math.nan
 
     return figure
+
+
+def _measured(name: str) -> _Column:
+    """Return the column of one of `Front.measures`."""
+
+    def over_seeds(part: str) -> Callable[[list[Front]], tuple[float, float]]:
+        def figure(seeds: list[Front]) -> tuple[float, float]:
+            mean, std = mean_and_std(r.measures[name][part] if name in r.measures else math.nan for r in seeds)
+            return mean, std if std > 0 else math.nan
+
+        return figure
+
+    base = over_seeds("base")
+    return _Column(clean(name), -1, over_seeds("value"), lambda x: f"{x:.4f}", base=lambda seeds: base(seeds)[0])
 
 
 def _main(seeds: list[Front]) -> tuple[float, float]:
@@ -78,6 +93,8 @@ def _cell(column: _Column, seeds: list[Front], best: bool) -> Cell:
         detail = f"± {column.digits(spread)}"
     elif column.main_sign and len(seeds) == 1 and (ends := seeds[0].interval.get("hypervolume")):
         detail = f"[{column.digits(ends[0])}, {column.digits(ends[1])}]"
+    if column.base is not None:
+        detail = f"{detail} (base {column.digits(column.base(seeds))})".strip()
     return Cell(text, detail, best)
 
 
@@ -86,7 +103,8 @@ def _best(column: _Column, groups: dict[str, list[Front]]) -> set[str]:
     compared = {method: seeds for method, seeds in groups.items() if not is_base(seeds[0])}
     values = {method: column.figure(seeds)[0] for method, seeds in compared.items()}
     known = {method: column.sign * value for method, value in values.items() if not math.isnan(value)}
-    if len(values) < 2 or not known or column.sign == 0:
+    needed = 1 if column.base is None else 2  # methods that were not trained for a measure do not lose in it
+    if len(values) < 2 or len(known) < needed or column.sign == 0:
         return set()
     sign = column.main_sign
     if not sign:
@@ -119,6 +137,7 @@ def summarise(fronts: object, metric: Metric | None = None, notes: Sequence[str]
     that of the bootstrap, or one standard deviation over seeds where this is wider; without either it is the figure
     itself. A method whose main figure is not known is not marked.
 
+    What methods were trained for besides the objectives (`Front.measures`) stands first, with the base model's figure.
     Parameters are `Front.inference_parameters`; where not every front says these, all are `Front.parameters`. The
     arguments are those of `print_table`.
     """
@@ -128,7 +147,9 @@ def summarise(fronts: object, metric: Metric | None = None, notes: Sequence[str]
     references = {tuple(r.reference_point) for r in records if not math.isnan(r.hypervolume)}
     kept, long = all(r.inference_parameters is not None for r in records), any(r.seconds >= 100 for r in records)
     better = 1 if metric.higher_is_better else -1
+    measured = [_measured(name) for name in dict.fromkeys(name for record in records for name in record.measures)]
     columns = [
+        *measured,
         _Column(
             "Aux. hypervolume",
             int(len(references) < 2),
@@ -153,7 +174,7 @@ def summarise(fronts: object, metric: Metric | None = None, notes: Sequence[str]
     headers = ("Method", *(column.header + arrows[column.sign] for column in columns))
     own = [f"{record.method}: {note}" for record in records for note in record.notes]
     notes = [*notes, *dict.fromkeys(own)]
-    return Summary(headers, rows, _note(records, groups, references, metric, best, kept, notes))
+    return Summary(headers, rows, _note(records, groups, references, metric, best[len(measured) :], kept, notes))
 
 
 def _note(
@@ -165,6 +186,7 @@ def _note(
     kept: bool,
     notes: Sequence[str],
 ) -> str:
+    """Return what stands below the table; `best` holds the marked methods of each column from the hypervolume on."""
     parts = ["* best in its column"] if any(best) else []
     if best[0]:
         main = clean(f"{records[0].main} {metric.of_main}")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -327,7 +328,11 @@ def test_a_run_teaches_one_student_by_its_own_experts(place, run, capsys):
     table = (run / "table.txt").read_text()
     mean = np.mean([np.dot(w, d) for w, d in zip(opened.grid.tolist(), evaluation["divergence"], strict=True)])
     before = np.mean([np.dot(w, evaluation["base_divergence"]) for w in opened.grid.tolist()])
-    assert f"weighted by w: {mean:.4f} (base {before:.4f})" in table
+    assert Front.load(run / "front.json").measures == {
+        "Divergence to teachers (nats)": {"value": pytest.approx(mean), "base": pytest.approx(before)}
+    }
+    assert re.search(rf"^distill +{mean:.4f}\b", table, re.M)  # what it was trained for stands first in the table
+    assert f"(base {before:.4f})" in table
     whole = json.loads((run / "evaluation.json").read_text())
     corner = whole["weights"].index([1.0, 0.0])  # where `low` has the most weight
     assert f"most weight: low {100 * whole['accuracy'][corner][0]:.1f} %" in table

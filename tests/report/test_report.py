@@ -102,6 +102,25 @@ def test_best_value_of_each_column_is_marked_and_the_base_model_never_is():
     assert not any(cell.best for _, cells in summarise([base(), front()]).rows for cell in cells)  # nothing to compare
 
 
+def test_what_a_method_was_trained_for_stands_first_and_only_measured_methods_compete():
+    name = "Divergence to teachers (nats)"
+    student = front("distill", measures={name: {"value": 0.125, "base": 0.5}})
+    summary = summarise([base(), student, front("dpo-soup", hypervolume=0.3)])
+    assert summary.headers[:3] == ("Method", name + " ↓", "Aux. hypervolume ↑")
+    first = {method: cells[0] for method, cells in summary.rows}
+    assert (first["distill"].value, first["distill"].detail) == ("0.1250", "(base 0.5000)")
+    assert first["dpo-soup"].value == first["base"].value == "n/a"
+    assert not any(cell.best for cell in first.values())  # nothing to compare
+    assert [cells[1].best for _, cells in summary.rows] == [False, False, True]  # marks stay with their columns
+    assert "no other method has both" in summary.note
+    other = front("distill (other run)", measures={name: {"value": 0.0625, "base": 0.5}})
+    assert [cells[0].best for _, cells in summarise([student, other]).rows] == [False, True]
+    seeds = [front("distill", seed=s, measures={name: {"value": v, "base": 0.5}}) for s, v in enumerate((0.1, 0.2))]
+    assert summarise(seeds).rows[0][1][0].detail == "± 0.0500 (base 0.5000)"
+    with pytest.raises(ValueError, match=r"measures.*value and base"):
+        print_table(front(measures={name: {"value": 0.1}}))
+
+
 def test_a_base_model_with_the_figure_of_the_best_is_not_marked_either():
     fronts = [{**base(), "method": name, "seconds": 38.2} for name in ("base", "base (other run)")]
     text = print_table([*fronts, front(seconds=38.2), front("dpo-ls", seconds=50.0)])
