@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mopl import ops, reference, reference_logprob
+from mopl import losses, ops, reference, reference_logprob, reference_policy
 
 # Float32 sums of a few dozen terms; a wrong formula is off by far more.
 TOLERANCE = 1e-4
+DRIVER = Path("/proc/driver/nvidia/version")
 Problem = Callable[[torch.device], tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]]
 
 
 def describe_gpu() -> str:
     """Return the GPUs that torch can use, or why there are none."""
     if torch.cuda.is_available():
-        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        return f"{', '.join(names)} (torch {torch.__version__})"
+        devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        names = [f"{each.name}, {each.total_memory / 2**30:.0f} GiB" for each in devices]
+        return f"{'; '.join(names)} (torch {torch.__version__}{_driver()})"
     if torch.version.cuda is None and torch.version.hip is None:
         return f"none: torch {torch.__version__} is a build for CPUs"
-    return f"none found: torch {torch.__version__} is a build for GPUs, but sees no device or no driver"
+    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
+    return f"none found: torch {torch.__version__}, built for {built}, sees no device{_driver() or ' or no driver'}"
+
+
+def _driver() -> str:
+    """Return the version of NVIDIA's driver as ", driver X"; "" where there is none."""
+    try:
+        text = DRIVER.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    found = re.search(r"^NVRM version:.*?(\d+\.[\d.]+)", text, re.MULTILINE)
+    return f", driver {found[1]}" if found else ""
 
 
 def run_checks() -> list[dict[str, Any]]:
@@ -84,6 +99,52 @@ def _list_loss(name: str) -> Problem:
     return problem
 
 
+def _own_loss(name: str) -> Problem:
+    """Return the problem of a list loss that `mopl.losses` computes itself."""
+
+    def problem(device: torch.device) -> tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]:
+        scores, labels, beta = _lists(device)
+        loss, formula = getattr(losses, name), getattr(reference, name)
+        return (
+            lambda s: loss(s, labels, beta=beta, reduction="none"),
+            lambda s: formula(s, labels.cpu().double(), beta.cpu().double()),
+            [scores],
+        )
+
+    return problem
+
+
+def _divergence(device: torch.device) -> tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]:
+    teacher, head = _random(device, 6, 12), _random(device, 40, 12)
+    logits = (teacher @ head.T).cpu().double()
+    return (
+        lambda hidden, weight: ops.linear_jsd(hidden, weight, teacher, head, beta=0.3),
+        lambda hidden, weight: reference_logprob.jsd(hidden @ weight.T, logits, 0.3),
+        [_random(device, 6, 16), _random(device, 40, 16)],
+    )
+
+
+def _policy(device: torch.device) -> tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]:
+    """Return the policy gradient in expectation over all responses, and the value's gradient; both values are 0."""
+    rewards, w, alpha = _random(device, 7, 2), torch.tensor([0.7, 0.3], device=device), 0.2
+    other = _random(device, 1, 7)[0].log_softmax(0)
+
+    def expected(logits: Tensor) -> Tensor:
+        log_policy = logits.log_softmax(0)
+        found = losses.policy_gradient(
+            log_policy[:, None], rewards, w, kl_weight=alpha, reference=other[:, None],
+            token_weights=log_policy.detach().exp()[:, None], reduction="sum",
+        )  # fmt: skip
+        return (found.loss - found.loss.detach())[None]
+
+    def formula(logits: Tensor) -> Tensor:
+        fixed = (x.cpu().double() for x in (other, rewards.T, w))
+        value = -reference_policy.value(logits.log_softmax(0), *fixed, alpha)
+        return (value - value.detach())[None]
+
+    return expected, formula, [_random(device, 7)]
+
+
 def _from_logits(device: torch.device) -> tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]:
     target = torch.arange(6, device=device) * 5
     return (
@@ -105,6 +166,11 @@ def _from_hidden(device: torch.device) -> tuple[Callable[..., Tensor], Callable[
 PROBLEMS: dict[str, Problem] = {
     "ListNet": _list_loss("listwise_cross_entropy"),
     "Plackett-Luce": _list_loss("plackett_luce_nll"),
+    "Bradley-Terry": _own_loss("pairwise_logistic"),
+    "LambdaLoss": _own_loss("lambda_loss"),
+    "approximate NDCG": _own_loss("approx_ndcg"),
     "log-probabilities from logits": _from_logits,
     "log-probabilities from hidden states": _from_hidden,
+    "divergence from hidden states": _divergence,
+    "policy gradient": _policy,
 }

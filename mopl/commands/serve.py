@@ -1,9 +1,13 @@
 """`mopl serve`: an endpoint of OpenAI's form that answers each request at a trade-off of its own."""
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +91,8 @@ def run(arguments: argparse.Namespace) -> None:
         if sys.stderr.isatty():
             say(f"mopl serve: loading {arguments.run} ...", file=sys.stderr)
         device = "cuda" if arguments.device == "auto" and torch.cuda.is_available() else "cpu"
-        served = _served(load_tuned_model(arguments, device, merge=False), arguments, name, device)
+        with _stopped_by_a_signal():
+            served = _served(load_tuned_model(arguments, device, merge=False), arguments, name, device)
         sizes = {name: getattr(arguments, name) for name in ("max_batch", "max_batch_tokens", "max_queue")}
         engine = Engine(served, **sizes)
         api = Api(
@@ -106,6 +111,24 @@ def run(arguments: argparse.Namespace) -> None:
 
         Server(api, at, grace=arguments.grace, started=started, stopping=stopping).run()
     say("mopl serve: stopped", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _stopped_by_a_signal() -> Iterator[None]:
+    """End the command with a word and status 0, as the server does, if SIGTERM comes while the model is loaded."""
+
+    def stop(*_: object) -> None:
+        say("mopl serve: stopped before the model was loaded", file=sys.stderr)
+        raise SystemExit(0)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _served(tuned: TunedModel, arguments: argparse.Namespace, name: str, device: str) -> Any:

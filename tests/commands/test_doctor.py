@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -62,3 +63,33 @@ def test_it_needs_no_torch(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "_version", lambda name: None)
     assert main(["doctor", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["checks"] == []
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "other"),
+    [
+        (doctor_checks.losses, "pairwise_logistic", {"margin": 0.1}),
+        (doctor_checks.losses, "policy_gradient", {"kl_weight": 0.3}),
+        (doctor_checks.ops, "linear_jsd", {"beta": 0.4}),
+    ],
+)
+def test_losses_policies_and_divergences_are_checked_too(monkeypatch, module, name, other):
+    right = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *tensors, **options: right(*tensors, **{**options, **other}))
+    assert sum(not check["works"] for check in doctor_checks.run_checks()) == 1 + torch.cuda.is_available()
+
+
+def test_a_gpu_is_named_with_its_memory_and_the_driver(monkeypatch, tmp_path):
+    (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19\n")
+    monkeypatch.setattr(doctor_checks, "DRIVER", tmp_path / "version")
+    device = SimpleNamespace(name="NVIDIA H200", total_memory=139 * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+    named = f"NVIDIA H200, 139 GiB; NVIDIA H200, 139 GiB (torch {torch.__version__}, driver 535.104.05)"
+    assert doctor_checks.describe_gpu() == named
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert doctor_checks.describe_gpu().endswith("built for CUDA 13.0, sees no device, driver 535.104.05")
+    monkeypatch.setattr(doctor_checks, "DRIVER", tmp_path / "none")
+    assert doctor_checks.describe_gpu().endswith("sees no device or no driver")

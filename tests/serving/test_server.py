@@ -355,6 +355,15 @@ def test_the_command_answers_and_a_signal_ends_it_in_good_order(folder, stop, tm
         assert re.search(r"POST /v1/chat/completions 200 \d+\.\d\d s  w=0.7,0.3  5\+\d+ tokens\n", said), said
 
 
+def test_a_signal_while_the_model_is_loaded_ends_the_command_with_a_word(folder, capsys, monkeypatch):
+    monkeypatch.setattr("mopl.commands.serve.load_tuned_model", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", str(folder), "--port", "0"])
+    assert ended.value.code == 0 and signal.getsignal(signal.SIGTERM) is before
+    assert capsys.readouterr().err == "mopl serve: stopped before the model was loaded\n"
+
+
 def test_what_cannot_be_served_is_an_error_of_one_line(folder, capsys, monkeypatch, tmp_path):
     monkeypatch.delenv("MOPL_API_KEY", raising=False)
     (tmp_path / "empty").write_text("\n")
