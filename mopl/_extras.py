@@ -56,7 +56,7 @@ def require(*modules: str, what: str = "this", extra: str | None = None) -> None
 
     The ImportError says what needs them and how to install all that are missing: by `extra`, where it has them.
     """
-    missing = [name for name in dict.fromkeys(modules) if not _is_there(name)]
+    missing = [name for name in dict.fromkeys(modules) if not is_installed(name)]
     if not missing:
         return
     extras = dict.fromkeys(_extra_of(name, extra) for name in missing)
@@ -94,6 +94,11 @@ def _extra_of(module: str, extra: str | None) -> str:
     return next(name for name, modules in EXTRAS.items() if module in modules)
 
 
-def _is_there(module: str) -> bool:
+def is_installed(module: str) -> bool:
+    """Return whether a module, a top-level name, could be imported; without importing it."""
     # A module that is loaded, perhaps a stand-in without a specification; None is how Python notes a forbidden one.
-    return sys.modules[module] is not None if module in sys.modules else find_spec(module) is not None
+    if module in sys.modules:
+        return sys.modules[module] is not None
+    found = find_spec(module)
+    # Any folder of the name is a module without an origin: Weights & Biases keeps its runs in `wandb`.
+    return found is not None and found.origin is not None

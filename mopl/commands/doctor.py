@@ -1,4 +1,4 @@
-"""`mopl doctor`: what is installed, what each command lacks, and whether losses and kernels give the right numbers."""
+"""`mopl doctor`: what is installed and can be imported, what each command lacks, whether the numbers are right."""
 
 import argparse
 import importlib.metadata
@@ -6,18 +6,20 @@ import json
 import os
 import platform
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from mopl import __version__
-from mopl._extras import COMMANDS, EXTRAS, PACKAGES, install
+from mopl._extras import COMMANDS, EXTRAS, PACKAGES, install, is_installed
 from mopl._terminal import say
 from mopl.commands.parser import add_command
 
 EXAMPLES = """
-The exit status is 0 if everything that is installed works, and 1 otherwise. Attach the output to a bug report.
+Every package that is installed is imported, and every kind of loss is computed, with its gradient, beside the formula
+in float64. The exit status is 0 if all of this goes well, and 1 otherwise. Attach the output to a bug report.
 
 examples:
   a table:
@@ -26,7 +28,22 @@ examples:
     mopl doctor --json
 """
 BASE = ("torch", "triton", "numpy", "msgspec", "filelock")
-UNKNOWN = "not installed"
+SECONDS_TO_IMPORT = 300
+# Imports the modules of its arguments and writes what each raised; what packages print themselves goes to stderr.
+IMPORTER = """
+import json, os, sys
+out = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+sys.path[:] = json.loads(sys.argv[1])
+for name in sys.argv[2:]:
+    try:
+        __import__(name)
+        error = None
+    except BaseException as raised:
+        error = f"{type(raised).__name__}: {' '.join(str(raised).split())}"
+    print(json.dumps([name, error]), file=out, flush=True)
+os._exit(0)
+"""
 # What a command needs beyond its basic packages for one of its uses.
 USES: dict[str, tuple[str, tuple[str, ...]]] = {
     "align --demo": ("demo-lm", EXTRAS["demo-lm"]),
@@ -45,25 +62,28 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run `mopl doctor`; return 1 if something that is installed does not work."""
+    if sys.stderr.isatty() and not arguments.quiet:
+        say("mopl doctor: importing what is installed ...", file=sys.stderr)
     found = diagnose()
     if arguments.json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
     else:
         say(*_lines(found))
-    return int(any(not check["works"] for check in found["checks"]))
+    return int(bool(found["broken"]) or any(not check["works"] for check in found["checks"]))
 
 
 def diagnose() -> dict[str, Any]:
     """Return what `mopl doctor` says, as plain values for JSON."""
     packages = {name: _version(name) for name in dict.fromkeys([*BASE, *(m for e in EXTRAS.values() for m in e)])}
-    needs = {name: (extra, modules) for name, (extra, modules) in {**COMMANDS, **USES}.items()}
+    broken = import_errors([name for name, version in packages.items() if version is not None])
     commands = {}
-    for name, (extra, modules) in needs.items():
+    for name, (extra, modules) in {**COMMANDS, **USES}.items():
         missing = [PACKAGES.get(module, module) for module in modules if packages[module] is None]
-        commands[name] = {"missing": missing, "remedy": install(extra) if missing else None}
+        failing = [PACKAGES.get(module, module) for module in (*BASE, *modules) if module in broken]
+        commands[name] = {"missing": missing, "broken": failing, "remedy": install(extra) if missing else None}
     checks: list[dict[str, Any]] = []
-    gpu = "torch is not installed"
-    if packages["torch"] is not None:
+    gpu = "torch is not installed" if packages["torch"] is None else "torch cannot be imported"
+    if packages["torch"] is not None and "torch" not in broken:
         from mopl.commands.doctor_checks import describe_gpu, run_checks
 
         checks, gpu = run_checks(), describe_gpu()
@@ -73,14 +93,34 @@ def diagnose() -> dict[str, Any]:
         "machine": _machine(),
         "gpu": gpu,
         "packages": packages,
+        "broken": broken,
         "commands": commands,
         "checks": checks,
     }
 
 
+def import_errors(modules: Sequence[str]) -> dict[str, str]:
+    """Return what packages raise when they are imported, by module; in a process of its own, which may crash."""
+    left, errors = list(modules), {}
+    while left:
+        command = [sys.executable, "-c", IMPORTER, json.dumps(sys.path), *left]
+        environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+        try:
+            done = subprocess.run(command, capture_output=True, timeout=SECONDS_TO_IMPORT, env=environment)
+            said, why = done.stdout, f"the process ended with status {done.returncode}"
+        except subprocess.TimeoutExpired as late:
+            said, why = late.stdout or b"", f"not imported within {SECONDS_TO_IMPORT} seconds"
+        found = dict(json.loads(line) for line in said.decode().splitlines())
+        errors |= {name: error for name, error in found.items() if error is not None}
+        left = left[len(found) :]
+        if left:
+            errors[left.pop(0)] = why
+    return errors
+
+
 def _version(module: str) -> str | None:
     """Return the version of a package, None if it is not installed."""
-    if find_spec(module) is None:
+    if not is_installed(module):
         return None
     for name in (PACKAGES.get(module, module), module):
         try:
@@ -119,25 +159,34 @@ def _lines(found: dict[str, Any]) -> list[str]:
     ]
     there = {name: version for name, version in found["packages"].items() if version is not None}
     width = max(map(len, there))
-    lines += [f"  {PACKAGES.get(name, name):<{width}}  {version}" for name, version in there.items()]
+    for name, version in there.items():
+        why = f"  BROKEN  {found['broken'][name]}" if name in found["broken"] else ""
+        lines.append(f"  {PACKAGES.get(name, name):<{width}}  {version}{why}")
     if absent := [PACKAGES.get(name, name) for name, version in found["packages"].items() if version is None]:
         lines += _wrapped("  not installed (optional): ", absent)
     lines += ["", "commands"]
     width = max(map(len, found["commands"]))
     for name, state in found["commands"].items():
-        if not state["missing"]:
-            lines.append(f"  {name:<{width}}  ready")
-        else:
+        if state["missing"]:
             lines += [*_wrapped(f"  {name:<{width}}  needs ", state["missing"]), f"    run: {state['remedy']}"]
+        if state["broken"]:
+            lines += _wrapped(f"  {name:<{width}}  cannot import ", state["broken"])
+        if not state["missing"] and not state["broken"]:
+            lines.append(f"  {name:<{width}}  ready")
     lines += ["", "checks"]
     if not found["checks"]:
-        lines.append(f"  none: {found['gpu']}; run: pip install 'torch>=2.8'")
+        remedy = "; run: pip install 'torch>=2.8'" if found["packages"]["torch"] is None else ""
+        lines.append(f"  none: {found['gpu']}{remedy}")
     width = max((len(check["name"]) for check in found["checks"]), default=0)
     for check in found["checks"]:
         lines.append(f"  {check['name']:<{width}}  {'right' if check['works'] else 'WRONG'}  {check['detail']}")
     wrong = [check["name"] for check in found["checks"] if not check["works"]]
-    verdict = f"{len(wrong)} of {len(found['checks'])} checks failed" if wrong else "everything that is installed works"
-    return [*lines, "", verdict]
+    failed = [f"{len(wrong)} of {len(found['checks'])} checks failed"] if wrong else []
+    if found["broken"]:
+        failed.append(f"{len(found['broken'])} of {len(there)} packages cannot be imported")
+    imported = f"{len(there)} packages can be imported"
+    right = f"{imported} and {len(found['checks'])} checks are right" if found["checks"] else imported
+    return [*lines, "", "; ".join(failed) or right]
 
 
 def _wrapped(start: str, names: Sequence[Any], columns: int = 80) -> list[str]:

@@ -8,14 +8,27 @@ import pytest
 import torch
 
 from mopl import ops
+from mopl._extras import is_installed
 from mopl.cli import main
 from mopl.commands import doctor, doctor_checks
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch):
+    """Importing everything takes many seconds; the test of the function itself has packages of its own."""
+    monkeypatch.setattr(doctor, "import_errors", lambda modules: {})
+
+
+IMPORT_ERRORS = doctor.import_errors
 
 
 def test_a_machine_in_order_is_said_to_be_so(capsys):
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
-    assert f"torch {torch.__version__}" in out and "everything that is installed works" in out
+    packages = sum(version is not None for version in doctor.diagnose()["packages"].values())
+    checks = len(doctor_checks.PROBLEMS) * (1 + torch.cuda.is_available())
+    assert f"torch {torch.__version__}" in out
+    assert out.endswith(f"\n\n{packages} packages can be imported and {checks} checks are right\n")
     assert out.count(" right  largest error ") == len(doctor_checks.PROBLEMS) * (1 + torch.cuda.is_available())
 
 
@@ -56,6 +69,52 @@ def test_what_is_missing_is_said_for_each_command_with_the_remedy(monkeypatch, c
     assert lines[at].endswith("needs gguf") and "[demo-lm]" in lines[at + 1]
     assert any("torch is not installed" in line for line in lines)
     assert max(len(line) for line in lines if "run: " not in line) <= 80
+
+
+def test_what_packages_raise_is_found_in_a_process_of_its_own(tmp_path, monkeypatch):
+    for name, text in (
+        ("fine", "print('hello')"),
+        ("raising", "raise RuntimeError('broken\\nbuild')"),
+        ("leaving", "raise SystemExit(3)"),
+        ("crashing", "import os; os.abort()"),
+        ("behind", ""),
+        ("slow", "import time; time.sleep(60)"),
+    ):
+        (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    found = IMPORT_ERRORS(["fine", "raising", "leaving", "crashing", "behind"])
+    assert found["crashing"] == "the process ended with status -6" and found.keys() == {
+        "raising",
+        "leaving",
+        "crashing",
+    }
+    assert (found["raising"], found["leaving"]) == ("RuntimeError: broken build", "SystemExit: 3")
+    monkeypatch.setattr(doctor, "SECONDS_TO_IMPORT", 0.5)
+    assert IMPORT_ERRORS(["slow"]) == {"slow": "not imported within 0.5 seconds"}
+
+
+def test_a_broken_package_is_said_beside_its_version_and_for_what_needs_it(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "_version", lambda name: "1.0")
+    monkeypatch.setattr(doctor, "import_errors", lambda _: {"uvicorn": "OSError: no"})
+    assert main(["doctor"]) == 1
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert {"uvicorn 1.0 BROKEN OSError: no", "serve cannot import uvicorn", "rank ready"} <= set(lines)
+    assert lines[-1].startswith("1 of ") and lines[-1].endswith(" packages cannot be imported")
+
+
+def test_torch_that_cannot_be_imported_does_not_hide_the_rest(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "mopl.commands.doctor_checks", None)
+    monkeypatch.setattr(doctor, "import_errors", lambda _: {"torch": "OSError: libcudart.so.12: cannot open"})
+    assert main(["doctor", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["broken"] == {"torch": "OSError: libcudart.so.12: cannot open"} and found["checks"] == []
+    assert found["packages"]["numpy"] and "torch" in found["commands"]["rank"]["broken"]
+
+
+def test_a_folder_of_the_name_is_no_package(tmp_path, monkeypatch):
+    (tmp_path / "only_a_folder").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not is_installed("only_a_folder") and is_installed("json")
 
 
 def test_it_needs_no_torch(monkeypatch, capsys):
