@@ -146,7 +146,7 @@ def test_help_has_examples_that_parse_and_needs_no_torch(capsys):
     [
         (["align"], "--model is missing; pass --model and --data, or --demo"),
         (["align", "--model", "m", "--data", "d", "--beta", "0"], "beta is 0 but must be positive and finite"),
-        (["align", "--model", "m", "--data", "d", "--loss", "kto"], "invalid choice: 'kto'"),
+        (["align", "--model", "m", "--data", "d", "--loss", "kto"], "--loss is 'kto' but must be one of"),
         (["align", "--model", "m", "--data", "none.jsonl"], "there is no file or directory"),
         (["align", "--resume"], "--resume needs the run to continue"),
         (["align", "--run", "none", "--resume"], "there is no run at none"),

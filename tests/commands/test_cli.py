@@ -106,8 +106,16 @@ def test_quiet_leaves_results_warnings_and_errors(tmp_path, capsys, monkeypatch)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["rank", "--steps", "many"], "argument --steps: invalid int value: 'many'; see mopl rank --help"),
-        (["rank", "--method", "ppo"], "invalid choice: 'ppo'"),
+        (["rank", "--steps", "many"], "error: --steps is 'many' but must be a whole number; see mopl rank --help"),
+        (["rank", "--learning-rate", "1e-3,"], "error: --learning-rate is '1e-3,' but must be a number; see"),
+        (["rank", "--beta", "a", "b"], "--beta is 'a' but must be numbers; write nothing but them, such as --beta 0.7"),
+        (["rank", "--beta-range", "1.5"], "argument --beta-range: expected 2 arguments"),
+        (["rank", "--method", "ppo"], "error: --method is 'ppo' but must be one of weight-cos-dpo, temperature-cos"),
+        (["rank", "--method", "weight-cosdpo"], "all (did you mean weight-cos-dpo?)"),
+        (["rnak"], "mopl: error: there is no command 'rnak' (did you mean rank?); commands are rank, steer, "),
+        (["steer", "x", "--weights", "a=0.7", "b=0.3"], "--weights is 'a=0.7' but must be numbers; write nothing but"),
+        (["steer", "--weights", "runs/x"], "--weights is 'runs/x' but must be numbers; write nothing but them, such "),
+        (["steer", "x", "--weights", "--quiet"], "argument --weights: expected at least one argument"),
         (["rank", "--stepz", "3"], "mopl rank: error: unrecognized arguments: --stepz 3 (did you mean --steps?)"),
         (["steer", "x", "--weights", "1", "--zzz"], "unrecognized arguments: --zzz; see mopl steer"),
         (["rank", "--data", "travle"], "travle: there is no such file or folder, nor an embedded data set"),
@@ -127,6 +135,20 @@ def test_errors_are_one_line_with_a_remedy_and_status_2(tmp_path, monkeypatch, c
     monkeypatch.chdir(tmp_path)
     assert message in error_of(arguments, capsys)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("written", ["0.7 0.3", "0.7,0.3", "'0.7 0.3'", "'0.7, 0.3'", "0.7, 0.3", "=0.7,0.3"])
+def test_numbers_of_an_option_have_spaces_or_commas_between_them(written):
+    def parsed(command, option, *more):
+        words = shlex.split(f"{command} {option}{'' if written[0] == '=' else ' '}{written}")
+        return build_parser().parse_args([*words, *more])
+
+    asked = parsed("generate run", "--weights", "1, 2, 3, go", "4 5")
+    assert asked.weights == [0.7, 0.3] and asked.prompts == ["1, 2, 3, go", "4 5"]
+    assert parsed("steer", "--beta", "run", "--weights", "1").beta == [0.7, 0.3]
+    assert parsed("rank", "--beta-range").beta_range == [0.7, 0.3] and parsed("rank", "--scales").scales == [0.7, 0.3]
+    with pytest.warns(FutureWarning, match="is called --beta now"):
+        assert parsed("serve", "--objective-temperature", "run").beta == [0.7, 0.3]
 
 
 def test_an_existing_run_is_an_error_that_names_the_three_ways_out(run, capsys):
