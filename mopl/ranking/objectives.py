@@ -40,7 +40,8 @@ class Objective:
         column: the one-based column of the file that holds the labels, if it is one of the file's columns.
         path: the file with one label a line, if it is one; `{split}` in it stands for train, valid or test.
         scale: under `"softmax"`, what labels are divided by first; 1.0 is the paper's `softmax(z)`, `"std"` the
-            standard deviation of the raw labels within lists of the training split (a number after loading).
+            standard deviation of the raw labels within lists of the training split (a number after loading). `"l1"`
+            does not depend on it and takes no other than 1.0.
     """
 
     name: str
@@ -60,10 +61,20 @@ class Objective:
             raise ValueError(
                 f"scale of objective {self.name!r} is {self.scale!r} but must be a number above 0 or 'std'"
             )
+        if self.scale != 1.0:
+            self.check_takes_scale()
         if self.column is not None and self.column < 1:
             raise ValueError(f"column of objective {self.name!r} is {self.column} but columns are counted from 1")
         if self.column is not None and self.path is not None:
             raise ValueError(f"objective {self.name!r} has both a column and a label file; give one of them")
+
+    def check_takes_scale(self) -> None:
+        """Raise if the normalisation would leave a scale that somebody gave without effect."""
+        if self.normalize != "softmax":
+            raise ValueError(
+                f"scale of objective {self.name!r} is {self.scale!r} but must be left out under {self.normalize}, "
+                f"which does not depend on it; add softmax (:softmax:scale={self.scale}), or leave scale out"
+            )
 
     @property
     def direction(self) -> str:
@@ -132,7 +143,10 @@ def parse_objective(spec: str) -> Objective:
         if key in settings:
             raise ValueError(f"objective {spec!r} says {key} twice; {usage}")
         settings[key] = value
-    return Objective(name.strip(), column=column, path=path, **settings)  # type: ignore[arg-type]
+    objective = Objective(name.strip(), column=column, path=path, **settings)  # type: ignore[arg-type]
+    if "scale" in settings:
+        objective.check_takes_scale()
+    return objective
 
 
 def parse_objectives(specs: str | Objective | Iterable[str | Objective]) -> tuple[Objective, ...]:

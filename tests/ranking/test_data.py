@@ -78,6 +78,14 @@ def test_objectives_are_read_from_text(spec, objective):
         ("clicks=3:scale=x", "the scale 'x', not a number"),
         ("clicks=3:scale=0", "scale of objective 'clicks' is 0.0 but must be a number above 0"),
         ("clicks=3:scale=nan", "must be a number above 0"),
+        (
+            "clicks=3:min:scale=std",
+            r"scale of objective 'clicks' is 'std' but must be left out under l1, .*; add sof",
+        ),
+        (
+            "clicks=3:l1:scale=1",
+            r"is 1.0 but must be left out .*add softmax \(:softmax:scale=1.0\), or leave scale out",
+        ),
         ("a=1,b=2,a=3", "two objectives have the same name"),
         ("", "no auxiliary objective"),
     ],
