@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
@@ -24,6 +25,7 @@ from mopl.ranking.normalization import FeatureNormalizer
 from mopl.ranking.objectives import (
     Objective,
     check_objectives,
+    negative_label,
     normalized_targets,
     resolve_scale,
     turned_labels,
@@ -121,13 +123,11 @@ class RankingData:
                 raise ValueError(
                     f"{which} of {self._where(row)} is {values[row, column].item()}; replace it by a finite number"
                 )
-        for values, objective in self._columns():
+        for place, (values, objective) in enumerate(self._columns()):
             if objective.normalize == "l1" and objective.maximise and bool((values < 0).any()):
                 row = int((values < 0).nonzero()[0, 0])
-                raise ValueError(
-                    f"label {values[row].item():g} of objective {objective.name!r} ({self._where(row)}) is negative, "
-                    "which l1 cannot normalise; use softmax, or :min if less is better"
-                )
+                where = f" ({self._where(row)})"
+                raise ValueError(negative_label(values[row].item(), objective, main=place == 0, where=where))
 
     def _where(self, row: int) -> str:
         """Name the place of item `row` for a message."""
@@ -247,9 +247,15 @@ class RankingData:
         """
         if abs(sum(fractions) - 1) > 1e-6 or min(fractions) <= 0:
             raise ValueError(f"fractions are {tuple(fractions)} but must be above 0 and sum to 1")
-        cuts = np.rint(np.cumsum(fractions) * len(self)).astype(int)
-        if np.diff(cuts, prepend=0).min() < 1:
-            raise ValueError(f"{self.name} has {len(self)} queries, too few for the fractions {tuple(fractions)}")
+        if np.diff(cuts := _cuts(fractions, len(self)), prepend=0).min() < 1:
+            need = math.ceil(1.5 / min(fractions))  # enough for any rounding
+            while np.diff(_cuts(fractions, need - 1), prepend=0).min() > 0:
+                need -= 1
+            shares = ", ".join(f"{x:g}" for x in fractions)
+            raise ValueError(
+                f"{self.name} has {len(self)} queries, too few to be split into shares of {shares}; give at least "
+                f"{need} queries, or a file for each of train, valid and test"
+            )
         names = names or (("train", "valid", "test") if len(fractions) == 3 else [f"part{i}" for i in range(len(cuts))])
         generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, SPLIT_STREAM])))
         parts = np.split(generator.permutation(len(self)), cuts[:-1])
@@ -373,3 +379,8 @@ class RankingData:
             digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
             digest.update(tensor.contiguous().numpy().data)
         return digest.hexdigest()
+
+
+def _cuts(fractions: Sequence[float], queries: int) -> np.ndarray:
+    """Return where the parts of so many queries end."""
+    return np.rint(np.cumsum(fractions) * queries).astype(int)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from mopl._arguments import check_choice
 from mopl._lines import lone_surrogate
+from mopl.experiments.settings import nearest
 
 Normalize = Literal["l1", "softmax"]
 NORMALIZE = ("l1", "softmax")
@@ -116,7 +117,7 @@ def parse_objective(spec: str) -> Objective:
     if "=" not in text:
         if text in MSLR_OBJECTIVES:
             return MSLR_OBJECTIVES[text]
-        raise ValueError(f"objective {spec!r} has no source and is none of {', '.join(MSLR_OBJECTIVES)}; {usage}")
+        raise ValueError(f"objective {spec!r} has no source{nearest(text, MSLR_OBJECTIVES)}; {usage}")
     name, _, rest = text.partition("=")
     source, *options = rest.split(":")
     column, path = None, None
@@ -168,6 +169,17 @@ def check_objectives(objectives: Sequence[Objective]) -> None:
         raise ValueError("there is no auxiliary objective; name at least one")
     if len(set(names)) < len(names):
         raise ValueError(f"two objectives have the same name in {names}; name them apart")
+
+
+def negative_label(value: float, objective: Objective, *, main: bool, where: str = "") -> str:
+    """Return what to say of a label below 0 that l1 cannot normalise."""
+    remedy = (
+        "it is of the main objective, the first number of each line: add one number to all of these, so that none is "
+        "below 0"
+        if main
+        else "add :softmax to the objective, or :min if less is better"
+    )
+    return f"label {value:g} of objective {objective.name!r}{where} is negative, which l1 cannot normalise; {remedy}"
 
 
 def of_its_list(values: Tensor, offsets: Tensor, how: Literal["sum", "mean", "amax", "amin"]) -> Tensor:

@@ -67,7 +67,8 @@ def test_objectives_are_read_from_text(spec, objective):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("clicks", "no source and is none of query_url_clicks, .*; write NAME=COLUMN"),
+        ("url_click", r"'url_click' has no source \(did you mean url_clicks\?\); write NAME=COLUMN or NAME=@FILE"),
+        ("price", "objective 'price' has no source; write NAME=COLUMN or NAME=@FILE, then any of"),
         ("clicks=x", "the source 'x', not a column number or @FILE"),
         ("clicks=@", "the source '@'"),
         ("clicks=-1", "the source '-1'"),
@@ -262,8 +263,14 @@ def test_splits_are_by_query_disjoint_and_repeatable():
     assert [len(p) for p in data.split((0.5, 0.5))] == [25, 25]
     with pytest.raises(ValueError, match="must be above 0 and sum to 1"):
         data.split((0.5, 0.4))
-    with pytest.raises(ValueError, match="has 4 queries, too few"):
+    with pytest.raises(
+        ValueError, match=r"has 4 queries, too few to be split into shares of 0\.98, 0\.01, 0\.01; give"
+    ):
         make().split((0.98, 0.01, 0.01))
+    for queries in (1, 2, 3):
+        with pytest.raises(ValueError, match="give at least 4 queries, or a file for each of train, valid and test"):
+            make((2,) * queries).split()
+    assert all(min(map(len, make((2,) * queries).split())) for queries in range(4, 20))
 
 
 def test_fingerprints_see_every_part_of_the_data():
@@ -293,7 +300,7 @@ def test_fingerprints_see_every_part_of_the_data():
         ({"features": torch.full((11, 4), torch.nan)}, "feature 1 of data, query 100, item 1 is nan"),
         ({"raw_main": torch.tensor([0.0] * 9 + [torch.inf, 0])}, "main label of data, query 103, item 1 is inf"),
         ({"raw_auxiliary": torch.full((11, 4), -1.0)}, r"label -1 of objective 'a' \(data, query 100, item 1\)"),
-        ({"raw_main": torch.full((11,), -1.0)}, "label -1 of objective 'relevance'"),
+        ({"raw_main": torch.full((11,), -1.0)}, "label -1 of objective 'relevance' .*; .* add one number to all of"),
         ({"feature_names": ("x",)}, "1 feature_names for 4 features"),
         ({"objectives": ()}, "no auxiliary objective"),
     ],
