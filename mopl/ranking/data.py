@@ -27,6 +27,7 @@ from mopl.ranking.objectives import (
     check_objectives,
     negative_label,
     normalized_targets,
+    of_its_list,
     resolve_scale,
     turned_labels,
 )
@@ -331,9 +332,9 @@ class RankingData:
         return dataclasses.replace(self, features=normalizer(self.features, self.offsets), normalizer=normalizer)
 
     def statistics(self) -> dict[str, Any]:
-        """Return plain figures about the data for a report: sizes, and how sparse each objective is."""
-        objectives = (self.main, *self.objectives)
-        columns = zip(objectives, (self.main_labels, *self.labels.unbind(1)), self.labelled.unbind(1), strict=True)
+        """Return plain figures about the data for a report: sizes, the raw labels, and how sparse each objective is."""
+        turned = (self.main_labels, *self.labels.unbind(1))
+        columns = zip(self._columns(), turned, self.labelled.unbind(1), strict=True)
         return {
             "name": self.name,
             "queries": len(self),
@@ -346,16 +347,24 @@ class RankingData:
                     "role": "main" if o is self.main else "auxiliary",
                     "direction": o.direction,
                     "normalize": o.normalize,
+                    "range": [raw.min().item(), raw.max().item()],
+                    "values": raw.unique().numel(),
+                    "equal_queries": self._equal(raw).double().mean().item(),
                     "positive_items": (labels > 0).double().mean().item(),
                     "empty_queries": (~labelled).double().mean().item(),
                     "largest": labels.max().item(),
                 }
-                for o, labels, labelled in columns
+                for (raw, o), labels, labelled in columns
             },
         }
 
+    def _equal(self, raw: Tensor) -> Tensor:
+        """Return which lists (Q,) have one raw label (N,) for all items."""
+        spread = of_its_list(raw, self.offsets, "amax") - of_its_list(raw, self.offsets, "amin")
+        return spread[self.offsets[:-1]] == 0
+
     def describe(self) -> str:
-        """Return the figures of `statistics` as a few lines of text."""
+        """Return the figures of `statistics` as a few lines of text: of the labels as they stand in the data."""
         s = self.statistics()
         least, mean, most = s["items_per_query"]
         lines = [
@@ -363,10 +372,12 @@ class RankingData:
             f"{s['features']} features"
         ]
         for name, o in s["objectives"].items():
-            lines.append(
-                f"  {o['role']:9} {name} ({o['direction']}, {o['normalize']}): {o['positive_items']:.1%} of the items "
-                f"above 0, {o['empty_queries']:.1%} of the queries without labels, largest {o['largest']:g}"
-            )
+            (low, high), found = o["range"], f"{o['equal_queries']:.1%} of the queries with equal labels only"
+            if o["direction"] == "max" and low >= 0:
+                empty = f"{o['empty_queries']:.1%} of the queries without labels"
+                found = f"{o['positive_items']:.1%} of the items above 0, {empty}"
+            raw = f"{low:g} to {high:g}, {o['values']} values"
+            lines.append(f"  {o['role']:9} {name} ({o['direction']}, {o['normalize']}): {raw}; {found}")
         return "\n".join(printable(line, keep="") for line in lines)
 
     @cached_property

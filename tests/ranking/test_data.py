@@ -319,11 +319,17 @@ def test_statistics_count_what_is_there():
     assert s["objectives"]["a"]["positive_items"] == pytest.approx(3 / 6)
     assert s["objectives"]["a"]["empty_queries"] == pytest.approx(1 / 3) and s["objectives"]["a"]["largest"] == 8
     assert s["objectives"]["b"]["empty_queries"] == pytest.approx(2 / 3) and s["objectives"]["b"]["direction"] == "min"
+    whole, _, a, b = data.describe().split("\n")
+    assert "3 queries, 6 items (1 to 3 a query, mean 2.0)" in whole
+    # Of the labels as they stand in the file: who reads a price of 5 there looks for it here.
     assert (
-        "3 queries, 6 items (1 to 3 a query, mean 2.0)" in data.describe()
-        and "auxiliary b (min, l1)" in data.describe()
+        a
+        == "  auxiliary a (max, l1): 0 to 8, 4 values; 50.0% of the items above 0, 33.3% of the queries without labels"
     )
+    assert b == "  auxiliary b (min, l1): 1 to 5, 4 values; 66.7% of the queries with equal labels only"
     json.dumps(s)
+    negative = make((2, 2), specs="q=1:softmax", raw_auxiliary=torch.tensor([[-2.0], [1.0], [3.0], [3.0]])).describe()
+    assert negative.endswith("q (max, softmax): -2 to 3, 3 values; 50.0% of the queries with equal labels only")
 
 
 # --- normalisation --------------------------------------------------------------------------------------------------
