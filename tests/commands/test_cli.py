@@ -151,6 +151,29 @@ def test_numbers_of_an_option_have_spaces_or_commas_between_them(written):
         assert parsed("serve", "--objective-temperature", "run").beta == [0.7, 0.3]
 
 
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ("", "--weights is missing; pass one number for each objective: --weights 0.5 0.5 (aux1, aux2);"),
+        (
+            "--weights 1",
+            "--weights has 1 numbers but there are 2 objectives: aux1, aux2; pass one for each",
+        ),
+        ("--weights 70 30", "--weights is 70 30, of the sum 100, but must sum to 1; pass --weights 0.7 0.3;"),
+        ("--weights 1 2", "--weights is 1 2, of the sum 3, but must sum to 1; pass --weights 0.333 0.667;"),
+        (
+            "--weights 1.5,-0.5",
+            "--weights is 1.5 -0.5 but must be shares of 1, none below 0; pass such as --weights 0.5",
+        ),
+        ("--weights nan 1", "--weights is nan 1 but must be shares of 1"),
+        ("--weights 0 0", "--weights is 0 0 but must be shares of 1"),
+    ],
+)
+def test_weights_that_are_no_trade_off_get_the_option_that_is_right(run, capsys, monkeypatch, weights, message):
+    monkeypatch.setattr("mopl.ranking.runs.load_splits", lambda config: pytest.fail("data were read"))
+    assert message.removesuffix(";") in error_of(["steer", str(run), *weights.split()], capsys)
+
+
 def test_an_existing_run_is_an_error_that_names_the_three_ways_out(run, capsys):
     message = error_of(["rank", "--run", str(run), *TINY], capsys)
     assert "--resume" in message and "--overwrite" in message and "another with --run" in message
@@ -161,12 +184,12 @@ def test_debug_shows_where_an_error_came_from(tmp_path):
         main(["rank", "--run", str(tmp_path / "none"), "--resume", "--debug"])
 
 
-def test_a_fault_of_ours_is_named_as_one(capsys, monkeypatch):
+def test_a_fault_of_ours_is_named_as_one(run, capsys, monkeypatch):
     def fail(*_, **__):
         raise KeyError("weights")
 
     monkeypatch.setattr("mopl.ranking.steer.steer", fail)
-    assert "mopl steer: KeyError: 'weights'" in error_of(["steer", "x", "--weights", "1"], capsys)
+    assert "mopl steer: KeyError: 'weights'" in error_of(["steer", str(run), "--weights", "1", "0"], capsys)
 
 
 def test_ctrl_c_exits_with_130_and_the_command_that_continues(tmp_path, capsys, monkeypatch):
@@ -210,9 +233,6 @@ def test_steer_prints_the_figures_and_writes_the_scores(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--weights", "0.5"], "there are 1 weights but 2 objectives; pass one for each of aux1, aux2"),
-        (["--weights", "0.5", "0.6"], "does not sum to 1"),
-        (["--weights", "1.5", "-0.5"], "has a negative entry"),
         (["--weights", "0.5", "0.5", "--scale", "-1"], "scale is -1 but must be positive"),
         (["--weights", "0.5", "0.5", "--beta", "1", "1"], "trained at one β; pass scale"),
         (["--weights", "0.5", "0.5", "--method", "dpo-ls"], "has no dpo-ls; it has weight-cos-dpo"),
