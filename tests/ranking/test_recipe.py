@@ -579,6 +579,18 @@ def test_data_that_cannot_be_measured_say_why(tmp_path, lines, spec, message):
         check_measurable(train, Measure())
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"beta": (1.0,) * 3}, "beta has 3 entries but there are 2 objectives"), ({"points": 1}, "points is 1")],
+)
+def test_what_does_not_go_with_the_named_objectives_is_said_before_data_are_read(
+    tmp_path, monkeypatch, settings, message
+):
+    monkeypatch.setattr("mopl.ranking.recipe.load_splits", lambda config: pytest.fail("data were read"))
+    with pytest.raises(ValueError, match=message):
+        rank(config(objectives=("a=1,b=2",), **settings), tmp_path / "run", say=quiet)
+
+
 def test_files_of_ones_own_run_and_are_found_from_another_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     letor(tmp_path / "data.txt")
