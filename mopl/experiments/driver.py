@@ -310,8 +310,10 @@ def _check_grid(recipe: Recipe, file: Path) -> None:
         w is None or max(abs(a - b) for a, b in zip(w, own, strict=True)) > 1e-9
         for w, own in zip(weights, grid, strict=True)
     ):
+        same = len(weights) == len(grid)
+        held = "other trade-offs than" if same else f"{len(weights)} trade-offs but"
         raise ValueError(
-            f"{file} holds {len(weights)} trade-offs but this version evaluates {len(grid)}, so that methods could not "
+            f"{file} holds {held} this version evaluates{'' if same else f' {len(grid)}'}, so that methods could not "
             "be compared; finish the run with the version of mopl that began it (config.json names it), or start "
             "another run"
         )

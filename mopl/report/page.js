@@ -9,6 +9,7 @@
 
   const known = new Map(data.bases.map((b) => [JSON.stringify(b), b])); // one object for each base model
   data.fronts.forEach((f, i) => { f.base = known.get(JSON.stringify(data.bases[i])); f.isBase = data.is_base[i]; });
+  for (const f of data.fronts) for (const p of f.points) if (!p.weights?.length) p.weights = null;
   const fronts = data.fronts.filter((f) => !f.isBase);
   if (!fronts.length) fronts.push(...data.fronts);
   const names = fronts[0].objectives;
@@ -115,8 +116,9 @@
     state.wanted = chosen().weights?.slice() ?? null;
   }
   function address() {
-    const at = shown().weights;
-    const parts = [`w=${at ? at.map((w) => +w.toFixed(6)).join(",") : state.point}`];
+    // Weights where they lead back here, else the point's number: there may be none, one alone, or twins.
+    const now = shown(), at = now.weights, exact = now.between || (m > 1 && at && nearest(at, scaleOf(now)) === state.point);
+    const parts = [`w=${exact ? at.map((w) => +w.toFixed(6)).join(",") : state.point}`];
     if (fronts.length > 1) parts.push(`method=${encodeURIComponent(front().method)}`);
     if (titles[state.front] !== front().method && front().seed != null) parts.push(`seed=${encodeURIComponent(front().seed)}`);
     if (scales().length > 1) parts.push(`scale=${scaleOf(chosen())}`);

@@ -144,8 +144,9 @@ def format_number(x: float) -> str:
     if isnan(x):
         return MISSING
     if x != 0 and not 1e-3 <= abs(x) < 1e5:
-        mantissa, exponent = f"{x:.2e}".split("e")
-        return f"{mantissa}e{int(exponent)}"
+        exponent = Decimal(x).adjusted()
+        mantissa = Decimal(x).scaleb(-exponent).quantize(Decimal("0.01"), ROUND_HALF_UP)
+        return f"{mantissa}e{exponent}" if abs(mantissa) < 10 else f"{mantissa / 10:.2f}e{exponent + 1}"
     return str(Decimal(x + 0.0).quantize(Decimal("0.0001"), ROUND_HALF_UP))
 
 

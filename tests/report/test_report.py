@@ -577,6 +577,11 @@ def test_json_for_a_page_keeps_every_text_and_number():
     assert jsonable((1, {2: {3}})) == [1, {"2": [3]}]
 
 
+def test_numbers_are_rounded_as_the_script_rounds_them():
+    found = [format_number(x) for x in (112500.0, -112500.0, 0.000112500001, 999500.0, 1e-300, 0.00005)]
+    assert found == ["1.13e5", "-1.13e5", "1.13e-4", "1.00e6", "1.00e-300", "5.00e-5"]
+
+
 def test_the_tables_of_the_page_show_the_numbers_of_the_front(tmp_path):
     fronts = [base(), *several(scales=(1.0, 1.5))]
     page = Page(write_page(fronts, tmp_path / "page.html").read_text("utf-8"))
