@@ -225,41 +225,14 @@
   }
 
   function bars(point) {
-    const rows = [m, ...names.keys()], base = front().base;
-    const peers = atScale(front(), scaleOf(point)).map(([p]) => p);
-    const reach = rows.map((k) => {
-      const all = [...peers.map((p) => value(p, k)), base ? value(base, k) : null, ...(ends(point, k) ?? [])];
-      const known = all.filter((x) => x != null);
-      return known.length ? [Math.min(0, ...known), Math.max(0, ...known)] : [0, 1];
-    });
-    const sizes = reach.map(([low, high]) => Math.max(high, -low)).filter((x) => x > 0);
-    const common = sizes.length && Math.max(...sizes) <= 20 * Math.min(...sizes);
-    const all = [Math.min(...reach.map((r) => r[0])), Math.max(...reach.map((r) => r[1]))];
-    byId("bars").replaceChildren();
-    rows.forEach((k, row) => {
-      const [low, high] = common ? all : reach[row];
-      const at = (x) => `${(100 * (x - low)) / (high - low || 1)}%`;
-      const wide = (a, b) => `${(100 * Math.abs(b - a)) / (high - low || 1)}%`;
-      const x = value(point, k), old = base ? value(base, k) : null, pair = ends(point, k);
-      const title = `${axisName(k)}${k === m ? ` (${role})` : ""} ${arrow(k)}`;
-      const right = k === m ? null : accuracy(point, k);
+    const rows = [m, ...names.keys()], base = front().base, peers = atScale(front(), scaleOf(point)).map(([p]) => p);
+    const common = drawBars(byId("bars"), rows.map((k) => {
+      const x = value(point, k), old = base ? value(base, k) : null, pair = ends(point, k), right = k === m ? null : accuracy(point, k);
       const detail = (right == null ? "" : `, accuracy ${(100 * right).toFixed(0)} %`) + (pair ? ` [${number(pair[0])}, ${number(pair[1])}]` : "")
         + (old != null && x != null ? `, base ${number(old)} (${change(x, old)})` : "");
-      const svg = draw("svg", { height: 22, "aria-hidden": "true" });
-      draw("line", { x1: "0%", x2: "100%", y1: 11, y2: 11, stroke: "var(--line)" }, svg);
-      const known = peers.map((p) => value(p, k)).filter((y) => y != null);
-      if (known.length) {
-        const [a, b] = [Math.min(...known), Math.max(...known)];
-        draw("rect", { x: at(a), width: wide(a, b), y: 1, height: 20, fill: "var(--band)" }, svg);
-      }
-      if (x != null) draw("rect", { x: at(Math.min(0, x)), width: wide(0, x), y: 6, height: 10, rx: 1, fill: "var(--bar)" }, svg);
-      for (const y of known) draw("line", { x1: at(y), x2: at(y), y1: 18, y2: 21, stroke: "var(--rug)" }, svg);
-      if (pair) draw("line", { x1: at(pair[0]), x2: at(pair[1]), y1: 11, y2: 11, stroke: "var(--whisker)", "stroke-width": 2 }, svg);
-      if (old != null) draw("line", { x1: at(old), x2: at(old), y1: -1, y2: 23, stroke: "var(--base)", "stroke-width": 3 }, svg);
-      byId("bars").append(make("div", { class: k === m ? "bar main" : "bar" },
-        make("div", { class: "text" }, make("span", { class: "name" }, title),
-          make("span", { class: "value", "data-axis": k }, make("b", {}, number(x)), make("small", {}, detail))), svg));
-    });
+      return { k, main: k === m, title: `${axisName(k)}${k === m ? ` (${role})` : ""} ${arrow(k)}`, detail, x, old, pair,
+        peers: peers.map((p) => value(p, k)).filter((y) => y != null) };
+    }));
     byId("bars-key").textContent = `Bar: expected ${data.metric.name} at these weights. Pale band and small ticks: every evaluated weight of this method.`
       + (base ? ` Vertical line: base model${bases.length > 1 ? " of this run" : ""}.` : "")
       + (rows.some((k) => ends(point, k)) ? " Thin line: interval." : "")

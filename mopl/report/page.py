@@ -129,7 +129,7 @@ def write_page(
         "configuration": _configuration(configuration),
         "data": to_json(data),
         "style": page_style("mopl.report"),
-        "script": page_script("mopl.report", "figures.js", "parallel.js", "downloads.js"),
+        "script": page_script("mopl.report", "figures.js", "bars.js", "parallel.js", "downloads.js"),
     }
     # One pass, so that a name which looks like a placeholder is left alone.
     page = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], page_html("mopl.report"))
