@@ -27,7 +27,7 @@ examples:
   the same for a program:
     mopl doctor --json
 """
-BASE = ("torch", "triton", "numpy", "msgspec", "filelock")
+BASE = ("torch", "triton", "numpy", "msgspec", "filelock", "yaml")
 SECONDS_TO_IMPORT = 300
 # Imports the modules of its arguments and writes what each raised; what packages print themselves goes to stderr.
 IMPORTER = """

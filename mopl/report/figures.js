@@ -58,7 +58,7 @@ const figures = (() => {
     const size = Math.max(Math.abs(low), Math.abs(high));
     let digits = 0;
     while (digits < 8 && Math.abs(step * 10 ** digits - Math.round(step * 10 ** digits)) > 1e-6) digits++;
-    const label = size >= 1e5 || size < 1e-3 ? (x) => x === 0 ? "0" : x.toExponential(1).replace("e+", "e") : (x) => x.toFixed(digits);
+    const label = size >= 1e5 || size < 1e-3 ? (x) => x === 0 ? "0" : x.toExponential(Math.min(9, Math.max(1, Math.ceil(Math.log10(size / step))))).replace("e+", "e") : (x) => x.toFixed(digits);
     return marks.map((x) => [x, label(Math.abs(x) < step / 1e6 ? 0 : x)]);
   }
 
@@ -81,6 +81,7 @@ const figures = (() => {
       }
       if (best.hits === 0) break;
     }
+    if (best.hits) return node.remove(); // no place is free; the text stands elsewhere on the page
     node.setAttribute("x", best.left);
     node.setAttribute("y", best.top + height - 3);
     if (best.far > 2 * gap) {

@@ -5,7 +5,7 @@
   const { make, picker, weight, linked, readWeights } = controls;
   const data = JSON.parse(document.getElementById("mopl-data").textContent);
   const byId = (id) => document.getElementById(id);
-  const { MARKERS, STAR, draw, number, change, colour, range, ticks, label } = figures;
+  const { MARKERS, STAR, draw, number, change, colour, range, label } = figures;
 
   const known = new Map(data.bases.map((b) => [JSON.stringify(b), b])); // one object for each base model
   data.fronts.forEach((f, i) => { f.base = known.get(JSON.stringify(data.bases[i])); f.isBase = data.is_base[i]; });
@@ -249,18 +249,7 @@
     const truth = data.truth && x < m && y < m ? data.truth : [];
     const seen = [...mine, ...rest.flatMap((f) => f.points), ...(state.others ? bases : bases.filter((b) => b === own))];
     const spans = [x, y].map((k) => range([...seen.map((p) => value(p, k)), ...truth.map((row) => row[k]), ...(ends(point, k) ?? [])]));
-    const marks = [ticks(spans[0], Math.max(4, width / 95)), ticks(spans[1], Math.max(4, height / 60))];
-    const left = 26 + 7 * Math.max(...marks[1].map(([, text]) => text.length)), right = width - 10, top = 8, bottom = height - 42;
-    const px = (v) => left + ((v - spans[0][0]) / (spans[0][1] - spans[0][0])) * (right - left);
-    const py = (v) => bottom - ((v - spans[1][0]) / (spans[1][1] - spans[1][0])) * (bottom - top);
-    for (const [v, text] of marks[0]) {
-      draw("line", { x1: px(v), x2: px(v), y1: top, y2: bottom, stroke: "var(--line)" }, svg);
-      draw("text", { x: px(v), y: bottom + 15, "text-anchor": "middle", class: "tick" }, svg, text);
-    }
-    for (const [v, text] of marks[1]) {
-      draw("line", { x1: left, x2: right, y1: py(v), y2: py(v), stroke: "var(--line)" }, svg);
-      draw("text", { x: left - 6, y: py(v) + 4, "text-anchor": "end", class: "tick" }, svg, text);
-    }
+    const { left, right, top, bottom, px, py } = paperOf(svg, spans, width, height);
     const short = (k, room) => {
       const tail = ` ${k === m ? data.metric.main_name : data.metric.name} ${arrow(k)}`, most = Math.max(4, Math.floor(room / 6.6) - tail.length);
       return (axisName(k).length > most ? axisName(k).slice(0, most - 1) + "\u2026" : axisName(k)) + tail;
@@ -364,11 +353,7 @@
 
   function legend(shades, coloured, truth) {
     byId("legend").replaceChildren();
-    const entry = (path, attributes, text, current) => {
-      const svg = draw("svg", { width: 18, height: 16, viewBox: "-9 -8 18 16", "aria-hidden": "true" });
-      draw("path", { d: path, ...attributes }, svg);
-      byId("legend").append(make("span", current ? { class: "current" } : {}, svg, text));
-    };
+    const entry = (...of) => byId("legend").append(legendEntry(...of));
     const big = { transform: "scale(5)", "vector-effect": "non-scaling-stroke", "stroke-width": 1.5 };
     methods.forEach((method, i) => {
       const current = method === front().method;
@@ -381,18 +366,11 @@
     if (truth && m === 2) entry("M-9,0H9", { stroke: "var(--soft)", "stroke-dasharray": "6 4" }, "true front");
     else if (truth) entry("M-7,2h2v2h-2zM-2,-2h2v2h-2zM3,-5h2v2h-2z", { fill: "var(--soft)" }, "true front");
     if (!coloured) return;
-    if (shades[0] === shades[1]) {
-      byId("legend").append(make("span", {}, `${main} ${number(shades[0])} everywhere`));
-      return;
-    }
-    const svg = draw("svg", { width: 96, height: 12, "aria-hidden": "true" });
-    for (let i = 0; i < 24; i++) draw("rect", { x: 4 * i, width: 4.5, height: 12, fill: colour(i, [0, 23]) }, svg);
-    byId("legend").append(make("span", {}, main, make("span", { class: "number" }, number(shades[0])), svg, make("span", { class: "number" }, number(shades[1]))));
+    byId("legend").append(shades[0] === shades[1] ? make("span", {}, `${main} ${number(shades[0])} everywhere`) : colourBar(main, shades));
   }
 
   function samples() {
-    const all = data.samples?.[data.fronts.indexOf(front())] ?? [];
-    const places = [...all.keys()].filter((i) => all[i].length);
+    const all = data.samples?.[data.fronts.indexOf(front())] ?? [], places = [...all.keys()].filter((i) => all[i].length);
     byId("samples").hidden = !places.length;
     byId("explorer").classList.toggle("with-samples", places.length > 0);
     if (!places.length) return;
@@ -402,23 +380,13 @@
     const nearer = (a, b) => far(b) < far(a) - 1e-12 || (far(b) < far(a) + 1e-12 && away(b) < away(a) - 1e-12);
     const place = all[state.point].length ? state.point : places.reduce((a, b) => (nearer(a, b) ? b : a));
     const there = points[place], at = there.weights ? ` at ${weightsText(there.weights)}` : "";
-    byId("samples-note").hidden = place === state.point;
-    byId("samples-note").textContent = `Point #${state.point} has no samples of its own; these are of point #${place}${at}, scale ${weight(scaleOf(there))}.`;
+    const between = shown().between, own = place === state.point;
+    byId("samples-note").hidden = own && !between;
+    byId("samples-note").textContent = (own ? "Answers are not interpolated: these are of the nearest evaluated point" : `Point #${state.point} has no samples of its own; these are of point`)
+      + ` #${place}${at}, scale ${weight(scaleOf(there))}.`;
     const base = data.fronts.findIndex((f) => f.isBase && f.base === front().base);
     const before = front().isBase ? [] : data.samples[base]?.[0] ?? [];
-    byId("sample-list").replaceChildren(...all[place].map((sample) => {
-      const box = make("div", { class: "sample" });
-      if (sample.prompt != null) box.append(make("span", { class: "prompt" }, sample.prompt));
-      box.append(sample.text.trim() ? sample.text : make("span", { class: "prompt" }, "(empty)"));
-      const old = sample.prompt == null ? null : before.find((other) => other.prompt === sample.prompt);
-      if (old) {
-        const fold = make("details", {}, make("summary", {}, "before training"), old.text.trim() ? old.text : "(empty)");
-        fold.open = state.before;
-        fold.addEventListener("toggle", () => { state.before = fold.open; });
-        box.append(fold);
-      }
-      return box;
-    }));
+    byId("sample-list").replaceChildren(...all[place].map((sample) => answerBox(sample, before, state)));
   }
 
   byId("controls").addEventListener("submit", (event) => event.preventDefault());

@@ -159,6 +159,37 @@ def test_the_link_to_a_point_leads_back_to_it(tab, tmp_path):
             assert ("no weights" in said) == (name == "without")
 
 
+def test_answers_beside_interpolated_figures_are_said_to_be_those_of_an_evaluated_point(tab, pages):
+    note = "document.getElementById('samples-note')"
+    tab.open(pages[3].as_uri() + "#w=0.41,0.37,0.22")
+    nearest = tab.do("document.querySelector('#chart [aria-checked=true]').dataset.point")
+    said = f"Answers are not interpolated: these are of the nearest evaluated point #{nearest} at weights"
+    assert tab.do(f"{note}.hidden") is False
+    assert tab.do(f"{note}.textContent").startswith(said.replace("weights", "helpful"))
+    tab.open(pages[3].as_uri() + "?evaluated#w=1,0,0")
+    assert tab.do(f"{note}.hidden")
+
+
+def test_a_label_without_a_free_place_is_left_out(tab, pages):
+    tab.open(pages[2].as_uri())
+    svg = "document.getElementById('chart')"
+    taken = "[[0, 0, 1000, 1000]]"
+    before = tab.do(f"{svg}.querySelectorAll('.halo').length")
+    tab.do(f"figures.label({svg}, 'label', 100, 100, {taken}, [0, 0, 400, 400]); 0")
+    assert tab.do(f"{svg}.querySelectorAll('.halo').length") == before
+    tab.do(f"figures.label({svg}, 'label', 100, 100, [], [0, 0, 400, 400]); 0")
+    assert tab.do(f"{svg}.querySelectorAll('.halo').length") == before + 1
+    words = tab.do("[[123456.1, 123456.9], [0.00051, 0.000518]].map((ends) => figures.ticks(ends, 4).map((t) => t[1]))")
+    assert all(len(set(each)) == len(each) >= 3 for each in words)
+
+
+def test_long_names_in_one_word_do_not_scroll_the_page(tab, tmp_path):
+    content = made(2, points=3).to_dict() | {"method": "m" * 80, "objectives": ["a" * 80, "b" * 80], "main": "c" * 80}
+    tab.resize(320, 800)
+    tab.open(write_page([Front.from_dict(content)], tmp_path / "long.html").as_uri())
+    assert tab.do("document.scrollingElement.scrollWidth") == 320
+
+
 def test_lines_across_all_figures_break_where_one_is_missing_and_ends_tell_apart(tab, tmp_path):
     content = made(3, points=10).to_dict()
     content["points"][4]["auxiliary"][1] = None
