@@ -55,7 +55,7 @@ def log_probs_from_logits(
 
     Raises:
         TypeError: If a dtype is wrong.
-        ValueError: If shapes do not fit, or a label is outside the vocabulary.
+        ValueError: If shapes do not fit, the temperature is not positive, or a label is outside the vocabulary.
     """
     return gathered_logprob(logits, labels, temperature=temperature)
 
