@@ -28,14 +28,7 @@ def _located_reference(name: str) -> str:
 
 @settings
 class AlignConfig(CosDpoSettings, LanguageModelSettings):
-    """Settings of an alignment run. Every default is ours unless a section of the paper (Ren et al.) is named.
-
-    Each field is an option of `mopl align`, described by its `--help` and in docs/settings.md.
-
-    Raises:
-        TypeError: If a setting has another type than it must have.
-        ValueError: If a setting is out of its range, or two do not go together; the message says what to do.
-    """
+    """Settings of an alignment run. Every default is ours unless a section of the paper (Ren et al.) is named."""
 
     data: str = setting(
         help="preference data: a file, a directory, or a name on the Hugging Face hub",
