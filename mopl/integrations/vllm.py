@@ -54,7 +54,7 @@ _log = logging.getLogger("vllm.mopl")  # below vLLM's own logger, whose level an
 
 
 class TradeOffResolver(LoRAResolver):
-    """Gives the adapter of the trade-off that a model's name says; see the module.
+    """Gives the adapter of the trade-off that a model's name says, such as `w=0.7,0.3`; vLLM asks it on demand.
 
     Args:
         cache: The adapters, and where those of trade-offs are kept: a `mopl.conditioning.adapter_cache.AdapterCache`.
