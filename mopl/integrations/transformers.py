@@ -66,7 +66,7 @@ from mopl.language_models.collate import ListBatch, ListCollator
 from mopl.language_models.data import OnError
 from mopl.language_models.models import disable_dropout
 
-__all__ = ["MultiObjectiveConfig", "MultiObjectiveTrainer"]
+__all__ = ["MultiObjectiveConfig", "MultiObjectiveTrainer", "ObjectiveArguments"]
 
 
 @with_help
