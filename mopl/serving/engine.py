@@ -76,7 +76,7 @@ class Engine:
 
         Raises:
             QueueFull: If they do not fit.
-            Stopping: If the engine was closed, or its thread has ended.
+            Stopping: If the engine was not started, was closed, or its thread has ended.
         """
         with self._changed:
             if self._closed:
