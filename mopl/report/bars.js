@@ -1,6 +1,6 @@
 "use strict";
 // A bar for each figure, from 0; return whether all have one scale. A row has `k`, the figure's number, `main`, its
-// `title` and `detail`; `x`, the `old` figure of the base model and an interval `pair`, any of them null; and the figures
+// `title` and `detail`; `x`, which is `about` where it is interpolated, the `old` figure of the base model and an interval `pair`, any of them null; and the figures
 // of its `peers`, every evaluated point.
 function drawBars(box, rows) {
   const { make } = controls, { draw, number } = figures;
@@ -11,7 +11,7 @@ function drawBars(box, rows) {
   const sizes = reach.map(([low, high]) => Math.max(high, -low)).filter((x) => x > 0);
   const common = !sizes.length || Math.max(...sizes) <= 20 * Math.min(...sizes);
   const all = [Math.min(...reach.map((r) => r[0])), Math.max(...reach.map((r) => r[1]))];
-  box.replaceChildren(...rows.map(({ k, main, title, detail, x, old, pair, peers }, row) => {
+  box.replaceChildren(...rows.map(({ k, main, title, detail, x, about, old, pair, peers }, row) => {
     const [low, high] = common ? all : reach[row];
     const at = (v) => `${(100 * (v - low)) / (high - low || 1)}%`;
     const wide = (a, b) => `${(100 * Math.abs(b - a)) / (high - low || 1)}%`;
@@ -27,7 +27,7 @@ function drawBars(box, rows) {
     if (old != null) draw("line", { x1: at(old), x2: at(old), y1: -1, y2: 23, stroke: "var(--base)", "stroke-width": 3 }, svg);
     return make("div", { class: main ? "bar main" : "bar" },
       make("div", { class: "text" }, make("span", { class: "name" }, title),
-        make("span", { class: "value", "data-axis": k }, make("b", {}, number(x)), make("small", {}, detail))), svg);
+        make("span", { class: "value", "data-axis": k }, make("b", {}, about && x != null ? `\u2248 ${number(x, 3)}` : number(x)), make("small", {}, detail))), svg);
   }));
   return common;
 }

@@ -16,10 +16,10 @@ const figures = (() => {
     parent?.append(node);
     return node;
   }
-  function number(x) {
+  function number(x, digits = 4) {
     if (x == null) return "n/a";
     const size = Math.abs(x);
-    return size !== 0 && (size < 1e-3 || size >= 1e5) ? x.toExponential(2).replace("e+", "e") : x.toFixed(4);
+    return size !== 0 && (size < 1e-3 || size >= 1e5) ? x.toExponential(2).replace("e+", "e") : x.toFixed(digits);
   }
   function change(now, before) {
     const x = now - before, size = Math.max(Math.abs(now), Math.abs(before));

@@ -178,7 +178,7 @@
     }
     if (row.children.length) byId("controls").append(row);
     if (scales().length > 1) {
-      const [input, output] = slider("scale", "Distance from the base model", { min: 0, max: scales().length - 1, step: 1 },
+      const [input, output] = slider("scale", "Scale", { min: 0, max: scales().length - 1, step: 1 },
         (place) => choosePoint(nearest(state.wanted, scales()[place]), true), "closer to the base", "further away");
       update.push(() => {
         const scale = scaleOf(chosen());
@@ -205,11 +205,9 @@
 
   // --- what is shown
   function show() {
-    const point = chosen();
-    const count = front().points.length;
+    const count = front().points.length, point = chosen();
     const link = make("a", { href: address() }, "link to it");
-    const text = (of) => (of.weights ? `weights ${weightsText(of.weights)}` : "no weights");
-    const now = shown();
+    const now = shown(), text = (of) => (of.weights ? `weights ${weightsText(of.weights)}` : "no weights");
     const said = now.between ? `Interpolated between the evaluated points ${now.between.map((i) => `#${i}`).join(", ")}: ${text(now)}. Nearest evaluated point: #${state.point} of ${count} (`
       : `Evaluated point #${state.point} of ${count}: ${text(point)} (`;
     byId("status").replaceChildren(state.notice + said, link, ").");
@@ -229,11 +227,11 @@
     const common = drawBars(byId("bars"), rows.map((k) => {
       const x = value(point, k), old = base ? value(base, k) : null, pair = ends(point, k), right = k === m ? null : accuracy(point, k);
       const detail = (right == null ? "" : `, accuracy ${(100 * right).toFixed(0)} %`) + (pair ? ` [${number(pair[0])}, ${number(pair[1])}]` : "")
-        + (old != null && x != null ? `, base ${number(old)} (${change(x, old)})` : "");
-      return { k, main: k === m, title: `${axisName(k)}${k === m ? ` (${role})` : ""} ${arrow(k)}`, detail, x, old, pair,
+        + (old != null && x != null ? `, base ${number(old)}${point.between ? "" : ` (${change(x, old)})`}` : "");
+      return { k, main: k === m, title: `${axisName(k)}${k === m ? ` (${role})` : ""} ${arrow(k)}`, detail, x, old, pair, about: point.between != null,
         peers: peers.map((p) => value(p, k)).filter((y) => y != null) };
     }));
-    byId("bars-key").textContent = `Bar: expected ${data.metric.name} at these weights. Pale band and small ticks: every evaluated weight of this method.`
+    byId("bars-key").textContent = `Bar: ${data.metric.name} at these weights${point.between ? ", interpolated: what the model itself does there is near it" : ""}. Pale band and small ticks: every evaluated weight of this method.`
       + (base ? ` Vertical line: base model${bases.length > 1 ? " of this run" : ""}.` : "")
       + (rows.some((k) => ends(point, k)) ? " Thin line: interval." : "")
       + (rows.some((k) => k < m && accuracy(point, k) != null) ? " Accuracy: share of held-out pairs that the model orders as their labels do." : "") + (common ? "" : " Each bar has its own scale.");
@@ -242,7 +240,6 @@
   function chart(point) {
     const svg = byId("chart"), focused = svg.contains(document.activeElement);
     const width = Math.max(280, Math.round(svg.parentNode.clientWidth - 34)), height = Math.round(Math.min(460, Math.max(280, width * 0.72)));
-    svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
     svg.replaceChildren();
     const { x, y } = state, scale = scaleOf(point);
     const own = front().base, mine = front().points, rest = state.others ? fronts.filter((f) => f !== front()) : [];
@@ -362,7 +359,7 @@
     });
     if (front().base) entry(STAR, { ...big, fill: "var(--base)" }, bases.length > 1 ? "base model of this run" : "base model");
     if (bases.length > 1 && state.others) entry(STAR, { ...big, fill: "none", stroke: "var(--other)" }, "bases of other runs");
-    if (scales().length > 1) entry(MARKERS[methods.indexOf(front().method) % MARKERS.length], { transform: "scale(3)", "vector-effect": "non-scaling-stroke", fill: "var(--band)", stroke: "var(--other)", opacity: 0.6 }, "other distances from the base");
+    if (scales().length > 1) entry(MARKERS[methods.indexOf(front().method) % MARKERS.length], { transform: "scale(3)", "vector-effect": "non-scaling-stroke", fill: "var(--band)", stroke: "var(--other)", opacity: 0.6 }, "other scales");
     if (truth && m === 2) entry("M-9,0H9", { stroke: "var(--soft)", "stroke-dasharray": "6 4" }, "true front");
     else if (truth) entry("M-7,2h2v2h-2zM-2,-2h2v2h-2zM3,-5h2v2h-2z", { fill: "var(--soft)" }, "true front");
     if (!coloured) return;

@@ -4,6 +4,7 @@
 // Draw the lines and numbers of both axes; return the frame, and what turns a figure into a place.
 function paperOf(svg, [across, up], width, height) {
   const { draw, ticks } = figures;
+  svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
   const marks = [ticks(across, Math.max(4, width / 95)), ticks(up, Math.max(4, height / 60))];
   const left = 26 + 7 * Math.max(...marks[1].map(([, text]) => text.length)), right = width - 10, top = 8, bottom = height - 42;
   const px = (v) => left + ((v - across[0]) / (across[1] - across[0])) * (right - left);
