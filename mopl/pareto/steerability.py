@@ -106,6 +106,13 @@ def _utilities(w: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 def kendall_tau(x: Tensor, y: Tensor) -> float:
     """Kendall's tau-b of two vectors (n,); 0 where one of them is constant.
 
+    Args:
+        x: (n,), of any dtype; computed in float64.
+        y: (n,).
+
+    Returns:
+        The correlation, from -1 (opposite orders) to 1 (the same order).
+
     Raises:
         ValueError: If they are not vectors of one length, or hold NaN.
     """
@@ -121,6 +128,13 @@ def kendall_tau(x: Tensor, y: Tensor) -> float:
 
 def spearman(x: Tensor, y: Tensor) -> float:
     """Spearman's rank correlation of two vectors (n,), ties at their mean rank; 0 where one of them is constant.
+
+    Args:
+        x: (n,), of any dtype; computed in float64.
+        y: (n,).
+
+    Returns:
+        The correlation, from -1 (opposite orders) to 1 (the same order).
 
     Raises:
         ValueError: If they are not vectors of one length, or hold NaN.

@@ -36,6 +36,10 @@ class Reward(Protocol):
 
     An attribute `cacheable = False` says that the same text may be judged differently another time; `Rewards` then
     never remembers its values. Without the attribute a reward is taken to be a function of (prompt, text).
+
+    Attributes:
+        name: What the reward is called in tables and as an objective; different for each reward of a `Rewards`.
+        maximise: Whether higher values are better.
     """
 
     name: str
@@ -47,12 +51,20 @@ class Reward(Protocol):
         Args:
             texts: B responses.
             prompts: B prompts that they answer, each a text or chat messages.
+
+        Returns:
+            (B,), in the reward's own unit.
         """
         ...
 
 
 class TextReward:
-    """A reward that judges one text at a time; subclasses give `name`, `maximise` and `score`."""
+    """A reward that judges one text at a time; subclasses give `name`, `maximise` and `score`.
+
+    Attributes:
+        name: What the reward is called.
+        maximise: Whether higher values are better.
+    """
 
     name: str = ""
     maximise: bool = True
@@ -97,7 +109,17 @@ class FunctionReward:
 
 
 def prompt_key(prompt: Prompt) -> str:
-    """Return a text that is the same for the same prompt: the prompt itself, or its messages as JSON."""
+    """Return a text that is the same for the same prompt: the prompt itself, or its messages as JSON.
+
+    Args:
+        prompt: A text, or chat messages whose values JSON can hold.
+
+    Returns:
+        The text. The order of the keys in a message does not matter; a text and a chat that says it differ.
+
+    Raises:
+        TypeError: If a message holds what JSON cannot.
+    """
     return prompt if isinstance(prompt, str) else json.dumps([dict(m) for m in prompt], sort_keys=True)
 
 

@@ -74,7 +74,12 @@ class _States(msgspec.Struct):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint on disk."""
+    """A complete checkpoint on disk.
+
+    Attributes:
+        path: Its folder.
+        step: How many steps were done when it was written.
+    """
 
     path: Path
     step: int

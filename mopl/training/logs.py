@@ -84,6 +84,13 @@ class RunLog:
 def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Return the records of a `log.jsonl`; a last line without its end is left out.
 
+    Args:
+        path: The file.
+
+    Returns:
+        The records in their order. Each has the keys `stage` and `step`; a record of a training step has `loss`,
+        `learning_rate`, `gradient_norm` and `seconds`, too.
+
     Raises:
         FileNotFoundError: If nothing is there.
         DamagedFile: If a line is no record; the message has its number.
