@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mopl._arguments import check_beta_given, check_choice, readable, shape_of
+from mopl._counted import counted, there_are
 from mopl._records import Finite
 from mopl._renamed import renamed_attribute, renamed_in_methods
 from mopl._threads import in_turn
@@ -107,7 +108,8 @@ class Mixture(WeightedModel):
             sets = coefficients.sets(objectives) if isinstance(coefficients, KLWeightCoefficients) else objectives
         if coefficients is None and sets != objectives:
             raise ValueError(
-                f"there are {sets} sets for {objectives} objectives; pass coefficients, which map one to the other"
+                f"{there_are(sets, 'set')} for {counted(objectives, 'objective')}; pass coefficients, which map one "
+                "to the other"
             )
         self.record = TuningRecord.of(record, objectives)
         self.objectives, self.coefficients, self._count = objectives, coefficients, sets

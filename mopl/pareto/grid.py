@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mopl._arguments import check_choice
+from mopl._counted import counted
 
 # A lattice with fewer steps than objectives has no interior point, and 126 points give 4 steps at m = 5.
 LATTICE_OBJECTIVES = 4
@@ -70,7 +71,8 @@ def _lattice(objectives: int, points: int) -> Tensor:
         if steps > 1 and _lattice_size(objectives, steps - 1) == points - 1 and (steps - 1) % objectives:
             return torch.cat([_lattice(objectives, points - 1), _equal(objectives)])
         below = f"{_lattice_size(objectives, steps - 1)} or " if steps > 1 else "at least " if objectives > 1 else ""
-        raise ValueError(f"points is {points} but a lattice of {objectives} objectives has {below}{size} points")
+        lattice = f"a lattice of {counted(objectives, 'objective')} has {below}{counted(size, 'point')}"
+        raise ValueError(f"points is {points} but {lattice}")
     # Stars and bars: m - 1 bars among p + m - 1 places; the weights are the runs of stars between them.
     places = steps + objectives - 1
     bars = torch.tensor(list(combinations(range(places), objectives - 1)), dtype=torch.float64)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mopl._counted import counted
 from mopl.conditioning.sampling import check_weights
 from mopl.pareto._exact import exponent, row_blocks, scaled_back
 from mopl.pareto.indicators import (
@@ -65,7 +66,9 @@ def steerability(
     points = as_points(objective_vectors, "objective_vectors")
     asked = as_points(weights, "weights", points.shape[1])
     if len(asked) != len(points) or len(points) == 0:
-        raise ValueError(f"weights has {len(asked)} rows and objective_vectors {len(points)}; pass one vector a weight")
+        raise ValueError(
+            f"weights has {counted(len(asked), 'row')} and objective_vectors {len(points)}; pass one vector a weight"
+        )
     w = check_weights(torch.from_numpy(asked))
     u = torch.from_numpy(points * directions(maximise, points.shape[1]))
     by = exponent(points)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mopl._arguments import shape_of
+from mopl._counted import counted
 from mopl._terminal import printable
 from mopl.ranking.batch import Batch
 from mopl.ranking.normalization import FeatureNormalizer
@@ -91,7 +92,7 @@ class RankingData:
             if tensor.shape != shape:
                 raise ValueError(
                     f"{name} has shape {shape_of(tensor)} but must be {shape}: "
-                    f"{items} items, {lists} lists, {m} objectives"
+                    f"{counted(items, 'item')}, {counted(lists, 'list')}, {counted(m, 'objective')}"
                 )
         if lists == 0:
             raise ValueError(f"{self.name} has no query; give it at least one")
@@ -103,7 +104,7 @@ class RankingData:
             raise ValueError(f"query {query} of {self.name} has no documents; leave it out")
         if self.feature_names and len(self.feature_names) != self.features.shape[1]:
             raise ValueError(
-                f"there are {len(self.feature_names)} feature_names for {self.features.shape[1]} features; "
+                f"there are {len(self.feature_names)} feature_names for {counted(self.features.shape[1], 'feature')}; "
                 "give one name a column"
             )
         self._check_values()
@@ -249,7 +250,8 @@ class RankingData:
             raise ValueError(f"fractions are {tuple(fractions)} but must be above 0 and sum to 1")
         cuts = np.rint(np.cumsum(fractions) * len(self)).astype(int)
         if np.diff(cuts, prepend=0).min() < 1:
-            raise ValueError(f"{self.name} has {len(self)} queries, too few for the fractions {tuple(fractions)}")
+            many = counted(len(self), "query")
+            raise ValueError(f"{self.name} has {many}, too few for the fractions {tuple(fractions)}")
         names = names or (("train", "valid", "test") if len(fractions) == 3 else [f"part{i}" for i in range(len(cuts))])
         generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, SPLIT_STREAM])))
         parts = np.split(generator.permutation(len(self)), cuts[:-1])
@@ -353,8 +355,8 @@ class RankingData:
         s = self.statistics()
         least, mean, most = s["items_per_query"]
         lines = [
-            f"{s['name']}: {s['queries']} queries, {s['items']} items ({least} to {most} a query, mean {mean:.1f}), "
-            f"{s['features']} features"
+            f"{s['name']}: {counted(s['queries'], 'query')}, {counted(s['items'], 'item')} "
+            f"({least} to {most} a query, mean {mean:.1f}), {counted(s['features'], 'feature')}"
         ]
         for name, o in s["objectives"].items():
             lines.append(

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from mopl._arguments import check_choice, shape_of
+from mopl._counted import counted, there_are
 from mopl._lines import lone_surrogate
 
 logger = logging.getLogger(__name__)
@@ -154,7 +155,8 @@ class RewardReport:
             examples.append(f"{detail} on {shown!r}")
 
     def __str__(self) -> str:
-        lines = [f"{self.texts} texts; {self.failed()} rewards are missing"]
+        failed = self.failed()
+        lines = [f"{counted(self.texts, 'text')}; {counted(failed, 'reward')} {'is' if failed == 1 else 'are'} missing"]
         for reward, reasons in self.failures.items():
             for reason, count in reasons.items():
                 lines.append(f"  {count} x {reward}: {reason} ({'; '.join(self.examples[reward, reason])})")
@@ -229,7 +231,8 @@ class Rewards:
         if prompts is None:
             prompts = [""] * len(texts)
         if len(prompts) != len(texts):
-            raise ValueError(f"there are {len(texts)} texts but {len(prompts)} prompts; pass one for each text")
+            many = f"{there_are(len(texts), 'text')} but {counted(len(prompts), 'prompt')}"
+            raise ValueError(f"{many}; pass one for each text")
         self.report.texts += len(texts)
         keys = [content_key(prompt, text) for text, prompt in zip(texts, prompts, strict=True)]
         columns = [self._column(index, keys, texts, prompts) for index in range(len(self))]
@@ -288,7 +291,8 @@ class Rewards:
         if not isinstance(values, Tensor) or values.shape != (len(texts),):
             got = shape_of(values) if isinstance(values, Tensor) else type(values).__name__
             raise _WrongShape(
-                f"the reward {reward.name} returned {got} for {len(texts)} texts; it must return a tensor (B,)"
+                f"the reward {reward.name} returned {got} for {counted(len(texts), 'text')}; it must return a "
+                "tensor (B,)"
             )
         return values.detach().to("cpu", torch.float32).tolist()
 

@@ -24,6 +24,7 @@ from torch import nn
 
 from mopl._arguments import check_choice
 from mopl._bounds import check_bounds
+from mopl._counted import counted
 from mopl._restoring import generators_kept, modes_kept
 from mopl._terminal import progress
 from mopl.training.accumulation import LossFunction, accumulate, reduced
@@ -186,8 +187,9 @@ def train(
     parts = accelerator.num_processes * config.accumulation
     if parts > source.batch_size:
         raise ValueError(
-            f"a batch of {source.batch_size} lists cannot be split into {accelerator.num_processes} process(es) x "
-            f"{config.accumulation} accumulation step(s); take a larger batch_size or a smaller accumulation"
+            f"a batch of {counted(source.batch_size, 'list')} cannot be split into "
+            f"{counted(accelerator.num_processes, 'process')} x {counted(config.accumulation, 'accumulation step')}; "
+            "take a larger batch_size or a smaller accumulation"
         )
     folder = None
     if directory is not None:

@@ -360,7 +360,7 @@ def test_rank_correlations_are_scipys():
 def test_steerability_names_bad_arguments():
     with pytest.raises(ValueError, match=r"weights\[1\].*does not sum to 1"):
         steerability([[0.5, 0.5], [0.5, 0.6]], [[1.0, 2.0], [2.0, 1.0]], maximise=True)
-    with pytest.raises(ValueError, match="weights has 1 rows and objective_vectors 2"):
+    with pytest.raises(ValueError, match="weights has 1 row and objective_vectors 2"):
         steerability([[0.5, 0.5]], [[1.0, 2.0], [2.0, 1.0]], maximise=True)
     with pytest.raises(ValueError, match=r"weights has shape \(1, 3\)"):
         steerability([[0.5, 0.5, 0.0]], [[1.0, 2.0]], maximise=True)
