@@ -64,7 +64,18 @@ class KLWeightCoefficients:
         return ((1 - kl_weight) if self.kl_form == "complement" else 1) / kl_weight
 
     def __call__(self, weights: Tensor, kl_weight: Tensor | None) -> Tensor:
-        """Return the coefficients (..., sets) of weights (..., m) and α (...)."""
+        """Return the coefficients of weights and α.
+
+        Args:
+            weights: (..., m), on the simplex.
+            kl_weight: α, (...): above 0, in the form "complement" also at most 1.
+
+        Returns:
+            (..., sets).
+
+        Raises:
+            ValueError: If `kl_weight` is missing or out of range.
+        """
         if kl_weight is None:
             raise ValueError("kl_weight is missing; the coefficients of this mixture depend on it")
         largest = 1.0 if self.kl_form == "complement" else float("inf")
@@ -116,7 +127,18 @@ class Mixture(WeightedModel):
         self._checked = False  # that one mixture computes what mixed rows do
 
     def coefficients_of(self, weights: Weights | None, kl_weight: float | Tensor | None = None) -> Tensor:
-        """Return what multiplies the sets, (sets,) or (B, sets): float64 for numbers."""
+        """Return what multiplies the sets.
+
+        Args:
+            weights: w, (m,) or (B, m), on the simplex.
+            kl_weight: α, a number or (B,), if the coefficients depend on it.
+
+        Returns:
+            (sets,) or (B, sets): float64 for numbers.
+
+        Raises:
+            ValueError: If something is missing or does not fit.
+        """
         w = super().conditions(weights, None, kl_weight)["weights"]
         if self.coefficients is None:
             return w

@@ -215,7 +215,12 @@ class RankingData:
         return torch.arange(int(lengths.sum())) + torch.repeat_interleave(starts, lengths)
 
     def subset(self, queries: Sequence[int] | Tensor, name: str | None = None) -> RankingData:
-        """Return the given lists (indices from 0, in that order) as data of their own."""
+        """Return the given lists as data of their own.
+
+        Args:
+            queries: indices of lists, from 0; the result has them in this order.
+            name: of the result; default the one it has.
+        """
         queries = torch.as_tensor(queries, dtype=torch.int64)
         items = self.items_of(queries)
         truth = self.truth and Truth(self.truth.log_probs[items], self.truth.rates)
@@ -260,7 +265,16 @@ class RankingData:
         )
 
     def pad(self, values: Tensor, queries: Sequence[int] | Tensor, width: int | None = None) -> Tensor:
-        """Return values (N, ...) of the given lists as (B, K, ...), zero in masked places."""
+        """Return values of the given lists as a batch has them.
+
+        Args:
+            values: (N, ...), one of each item of all lists.
+            queries: (B,) indices of lists, from 0.
+            width: K; default the length of the longest of these lists.
+
+        Returns:
+            (B, K, ...), zero in masked places.
+        """
         return self._gather(values, *self._places(torch.as_tensor(queries, dtype=torch.int64), width))
 
     @staticmethod

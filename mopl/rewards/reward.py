@@ -71,11 +71,24 @@ class TextReward:
     maximise: bool = True
 
     def score(self, text: str, prompt: Prompt) -> float:
-        """Return the reward of one text."""
+        """Return the reward of one text.
+
+        Args:
+            text: The response.
+            prompt: What it answers, a text or chat messages.
+
+        Returns:
+            A finite number, in the reward's own unit. An error counts as a missing value of this text.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no score(text, prompt)")
 
     def __call__(self, texts: Sequence[str], prompts: Sequence[Prompt]) -> Tensor:
-        """Return the rewards of B texts, float32 (B,)."""
+        """Return the rewards of B texts, float32 (B,).
+
+        Args:
+            texts: B responses.
+            prompts: B prompts that they answer.
+        """
         values = [float(self.score(text, prompt)) for text, prompt in zip(texts, prompts, strict=True)]
         return torch.tensor(values, dtype=torch.float32)
 

@@ -61,6 +61,10 @@ class RunLog:
         """Drop the records of `stage` after `step`, and a last line that a killed process left unfinished.
 
         The trackers open the stage.
+
+        Args:
+            stage: Name of the training that begins or is resumed.
+            step: Steps that it has done; 0 drops all its records.
         """
         self._trackers.begin(stage, step)
         if not self.enabled or not self.path.exists():
