@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from mopl._counted import counted
 from mopl._terminal import one_line, say
 
 
@@ -31,7 +32,7 @@ class Parser(argparse.ArgumentParser):
         for action in hidden:
             action.help = argparse.SUPPRESS
         try:
-            return f"{super().format_help()}\n{len(hidden)} more options: {self.prog} --help-all\n"
+            return f"{super().format_help()}\n{counted(len(hidden), 'more option')}: {self.prog} --help-all\n"
         finally:
             for action, text in zip(hidden, texts, strict=True):
                 action.help = text

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mopl._counted import counted, there_are
 from mopl._terminal import say
 from mopl.commands.parser import Parser, add_command
 from mopl.experiments.settings import OldOption
@@ -259,5 +260,6 @@ def _check_moved(name: str) -> None:
 def _check_count(weights: Sequence[float] | None, objectives: Sequence[str]) -> None:
     if weights is not None and len(weights) != len(objectives):
         raise ValueError(
-            f"--weights has {len(weights)} numbers but there are {len(objectives)} objectives: {', '.join(objectives)}"
+            f"--weights has {counted(len(weights), 'number')} but {there_are(len(objectives), 'objective')}: "
+            f"{', '.join(objectives)}"
         )

@@ -22,6 +22,7 @@ from typing import Any, overload
 
 import numpy as np
 
+from mopl._counted import counted
 from mopl._files import write_file
 from mopl._lines import text_fault
 from mopl.language_models._bad_rows import ON_ERROR, SHOWN, DataError, OnError, ReadReport, RowError
@@ -142,7 +143,8 @@ def _labels(objective: str, values: Any, count: int) -> tuple[float | None, ...]
     if isinstance(values, (str, Mapping)) or not isinstance(values, (Sequence, np.ndarray)):
         raise RowError("wrong type", f"the labels of {objective} are {_short(values)} but must be a list of numbers")
     if len(values) != count:
-        raise RowError("label list of another length", f"{objective} has {len(values)} labels for {count} responses")
+        many = f"{counted(len(values), 'label')} for {counted(count, 'response')}"
+        raise RowError("label list of another length", f"{objective} has {many}")
     result: list[float | None] = []
     for number, value in enumerate(values):
         if value is None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mopl._arguments import shape_of
+from mopl._counted import counted
 from mopl._terminal import printable
 from mopl.ranking.batch import Batch
 from mopl.ranking.normalization import FeatureNormalizer
@@ -91,7 +92,7 @@ class RankingData:
             if tensor.shape != shape:
                 raise ValueError(
                     f"{name} has shape {shape_of(tensor)} but must be {shape}: "
-                    f"{items} items, {lists} lists, {m} objectives"
+                    f"{counted(items, 'item')}, {counted(lists, 'list')}, {counted(m, 'objective')}"
                 )
         if lists == 0:
             raise ValueError(f"{self.name} has no query; give it at least one")
@@ -103,7 +104,7 @@ class RankingData:
             raise ValueError(f"query {query} of {self.name} has no documents; leave it out")
         if self.feature_names and len(self.feature_names) != self.features.shape[1]:
             raise ValueError(
-                f"there are {len(self.feature_names)} feature_names for {self.features.shape[1]} features; "
+                f"there are {len(self.feature_names)} feature_names for {counted(self.features.shape[1], 'feature')}; "
                 "give one name a column"
             )
         self._check_values()
@@ -214,7 +215,12 @@ class RankingData:
         return torch.arange(int(lengths.sum())) + torch.repeat_interleave(starts, lengths)
 
     def subset(self, queries: Sequence[int] | Tensor, name: str | None = None) -> RankingData:
-        """Return the given lists (indices from 0, in that order) as data of their own."""
+        """Return the given lists as data of their own.
+
+        Args:
+            queries: indices of lists, from 0; the result has them in this order.
+            name: of the result; default the one it has.
+        """
         queries = torch.as_tensor(queries, dtype=torch.int64)
         items = self.items_of(queries)
         truth = self.truth and Truth(self.truth.log_probs[items], self.truth.rates)
@@ -249,7 +255,8 @@ class RankingData:
             raise ValueError(f"fractions are {tuple(fractions)} but must be above 0 and sum to 1")
         cuts = np.rint(np.cumsum(fractions) * len(self)).astype(int)
         if np.diff(cuts, prepend=0).min() < 1:
-            raise ValueError(f"{self.name} has {len(self)} queries, too few for the fractions {tuple(fractions)}")
+            many = counted(len(self), "query")
+            raise ValueError(f"{self.name} has {many}, too few for the fractions {tuple(fractions)}")
         names = names or (("train", "valid", "test") if len(fractions) == 3 else [f"part{i}" for i in range(len(cuts))])
         generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, SPLIT_STREAM])))
         parts = np.split(generator.permutation(len(self)), cuts[:-1])
@@ -258,7 +265,16 @@ class RankingData:
         )
 
     def pad(self, values: Tensor, queries: Sequence[int] | Tensor, width: int | None = None) -> Tensor:
-        """Return values (N, ...) of the given lists as (B, K, ...), zero in masked places."""
+        """Return values of the given lists as a batch has them.
+
+        Args:
+            values: (N, ...), one of each item of all lists.
+            queries: (B,) indices of lists, from 0.
+            width: K; default the length of the longest of these lists.
+
+        Returns:
+            (B, K, ...), zero in masked places.
+        """
         return self._gather(values, *self._places(torch.as_tensor(queries, dtype=torch.int64), width))
 
     @staticmethod
@@ -353,8 +369,8 @@ class RankingData:
         s = self.statistics()
         least, mean, most = s["items_per_query"]
         lines = [
-            f"{s['name']}: {s['queries']} queries, {s['items']} items ({least} to {most} a query, mean {mean:.1f}), "
-            f"{s['features']} features"
+            f"{s['name']}: {counted(s['queries'], 'query')}, {counted(s['items'], 'item')} "
+            f"({least} to {most} a query, mean {mean:.1f}), {counted(s['features'], 'feature')}"
         ]
         for name, o in s["objectives"].items():
             lines.append(

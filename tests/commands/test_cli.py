@@ -189,7 +189,7 @@ def test_steer_prints_the_figures_and_writes_the_scores(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--weights", "0.5"], "there are 1 weights but 2 objectives; pass one for each of aux1, aux2"),
+        (["--weights", "0.5"], "there is 1 weight but 2 objectives; pass one for each of aux1, aux2"),
         (["--weights", "0.5", "0.6"], "does not sum to 1"),
         (["--weights", "1.5", "-0.5"], "has a negative entry"),
         (["--weights", "0.5", "0.5", "--scale", "-1"], "scale is -1 but must be positive"),

@@ -268,7 +268,7 @@ def test_help_says_where_scale_is_exact_and_loads_nothing_heavy(capsys) -> None:
         (["generate", "nowhere", "--weights", "1", "0", "w1"], "neither a run of mopl align nor a model"),
         (["generate", "nowhere", "--weights", "1", "0"], "there is no prompt"),
         (["export", "nowhere", "--weights", "1", "0", "x"], "nor a model: there is no such directory"),
-        (["generate", "TUNED", "--weights", "1", "w1"], "1 numbers but there are 2 objectives: helpful, harmless"),
+        (["generate", "TUNED", "--weights", "1", "w1"], "1 number but there are 2 objectives: helpful, harmless"),
         (["generate", "TUNED", "--weights", "0.9", "0.9", "w1"], "does not sum to 1"),
         (["generate", "TUNED", "--weights", "1", "0", "--method", "dpo-ls", "w1"], "leave out --method"),
         (["generate", "TUNED", "--weights", "1", "0", "--scale", "-1", "w1"], "scale is"),

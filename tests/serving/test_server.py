@@ -376,7 +376,7 @@ def test_what_cannot_be_served_is_an_error_of_one_line(folder, capsys, monkeypat
             (["--port", port], f"port {port} cannot be used (Address already in use)"),
             (["--port", "70000"], "from 0 to 65535"),
             (["--weights", "0.5", "0.6"], "must lie on the simplex"),
-            (["--weights", "1"], "--weights has 1 numbers but there are 2 objectives"),
+            (["--weights", "1"], "--weights has 1 number but there are 2 objectives"),
             (["--max-batch", "0"], "--max-batch is 0 but must be at least 1"),
             (["--timeout", "nan"], "timeout is nan"),
             (["--name", "a@b"], "what follows an @ are weights"),
