@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from mopl._counted import counted, there_are
+
 Reduction = Literal["none", "sum", "mean"]
 REDUCTIONS = ("none", "sum", "mean")
 
@@ -223,7 +225,8 @@ def per_objective(
         batch, objectives = shape
         hint = f"; for one value a list pass {name}[:, None]" if tuple(tensor.shape) == (batch,) else ""
         raise ValueError(
-            f"{name} has shape {shape_of(tensor)} but there are {batch} lists and {objectives} objectives; "
+            f"{name} has shape {shape_of(tensor)} but {there_are(batch, 'list')} "
+            f"and {counted(objectives, 'objective')}; "
             f"pass a number, (m,) = ({objectives},), (B, 1) = ({batch}, 1) or (B, m) = ({batch}, {objectives}){hint}"
         ) from None
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from mopl import _terminal
+from mopl._counted import counted
 from mopl._restoring import seeded
 from mopl.alignment import tuned
 from mopl.alignment.config import AlignConfig
@@ -116,7 +117,8 @@ class AlignmentRecipe(Recipe):
         minutes.
         """
         tokenizer = self.config.load_tokenizer()
-        if named := self.config.objectives:
+        named = self.config.objectives
+        if named and not any("," in name for name in named):  # names in one word, which reading the data says
             self._check_counts(self.config, named)
         data = load_data(self.config)
         for line in _describe_data(data):
@@ -189,7 +191,8 @@ class AlignmentRecipe(Recipe):
 
     def evaluate(self, method: str, folder: Path, trained: dict[str, Trained]) -> Measured:
         """Evaluate a trained method on held-out lists, and let it answer prompts."""
-        self.say(f"{method}: evaluating {len(self.grid)} trade-offs on {len(self.held_out.lists)} lists")
+        many = f"{counted(len(self.grid), 'trade-off')} on {counted(len(self.held_out.lists), 'list')}"
+        self.say(f"{method}: evaluating {many}")
         found = evaluate(self.stages, method, folder, self.grid, self.held_out)
         return self._measured(method, folder, found, trained)
 
@@ -339,7 +342,7 @@ def _describe_data(data: dict[str, PreferenceData]) -> Iterator[str]:
             + (f" ({n['partial']} partly labelled)" if n["partial"] else "")
             for objective, n in counts["objectives"].items()
         )  # fmt: skip
-        yield f"{name}: {counts['lists']} lists ({sizes} responses); objectives {labelled}"
+        yield f"{name}: {counted(counts['lists'], 'list')} ({sizes} responses); objectives {labelled}"
 
 
 def _describe_tokens(name: str, split: Split) -> str:

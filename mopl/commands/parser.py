@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
+from mopl._counted import counted
 from mopl._terminal import one_line, say
 
 
@@ -34,7 +35,7 @@ class Parser(argparse.ArgumentParser):
         for action in hidden:
             action.help = argparse.SUPPRESS
         try:
-            return f"{super().format_help()}\n{len(hidden)} more options: {self.prog} --help-all\n"
+            return f"{super().format_help()}\n{counted(len(hidden), 'more option')}: {self.prog} --help-all\n"
         finally:
             for action, text in zip(hidden, texts, strict=True):
                 action.help = text
@@ -160,7 +161,12 @@ def add_command(
     parser = commands.add_parser(
         name, help=help, description=help, epilog=examples, allow_abbrev=False, formatter_class=Help, **options
     )  # fmt: skip
-    parser.add_argument("--quiet", action="store_true", default=False, help="print only results, warnings and errors")
+    parser.add_argument(
+        "--quiet",
+        action="store_true",
+        default=False,
+        help="leave out progress and remarks: print only results, warnings and errors",
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.set_defaults(act=act)
     return parser

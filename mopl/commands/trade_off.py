@@ -4,6 +4,7 @@ import argparse
 import math
 from collections.abc import Sequence
 
+from mopl._counted import counted, there_are
 from mopl.experiments.settings import OldOption
 
 _SLACK = 1e-4  # how far from 1 the sum may be, as in `mopl.conditioning.check_weights`
@@ -37,8 +38,8 @@ def check_trade_off(weights: Sequence[float] | None, objectives: Sequence[str]) 
     given, total = " ".join(f"{w:g}" for w in weights), math.fsum(weights)
     if len(weights) != len(objectives):
         raise ValueError(
-            f"--weights has {len(weights)} numbers but there are {len(objectives)} objectives: {names}; pass one for "
-            f"each, such as --weights {example}"
+            f"--weights has {counted(len(weights), 'number')} but {there_are(len(objectives), 'objective')}: {names}; "
+            f"pass one for each, such as --weights {example}"
         )
     if not all(0 <= w < math.inf for w in weights) or total == 0:
         raise ValueError(

@@ -244,6 +244,12 @@ class LoraMixture(Mixture, HookedModel):
         rsLoRA, patterns and biases are in its factors, so servers need know nothing of them; copies of
         `modules_to_save` are mixed.
 
+        Args:
+            weights: w, (m,), on the simplex.
+            directory: The folder of the adapter.
+            kl_weight: α, a number, if the coefficients depend on it.
+            beta: None: no mixture is conditioned on β.
+
         Raises:
             ValueError: If weights do not fit, or the adapters are of DoRA.
         """

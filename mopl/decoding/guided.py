@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mopl._arguments import shape_of
+from mopl._counted import there_are
 from mopl.conditioning.references import Reference
 from mopl.conditioning.sampling import Weights
 from mopl.conditioning.weighted import WeightedModel, causal_lm_of
@@ -85,8 +86,8 @@ class GuidedLogits:
 
     Args:
         policy: What gives the scores of the tuned model, as a `Follower` does.
-        reference: What it was tuned from.
-        strength: (B,) for the prompts.
+        reference: What it was tuned from, a `mopl.conditioning.references.Reference`.
+        strength: λ, (B,) for the prompts.
         attention_mask: (B, T), of the prompts; padded on the left.
     """
 
@@ -95,7 +96,12 @@ class GuidedLogits:
         self._reference = Follower(reference.model, reference.active, last_only=True)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return log-probabilities (rows, V) in the place of the generating model's scores (rows, V)."""
+        """Return log-probabilities (rows, V) in the place of the generating model's scores.
+
+        Args:
+            input_ids: (rows, L), prompts and what was generated; rows are B, or B times beams or samples.
+            scores: (rows, V), of the generating model.
+        """
         mask, prompts = mask_so_far(self.mask, input_ids), len(self.mask)
         small = (one.scores(input_ids, mask, prompts).to(scores.device) for one in (self._policy, self._reference))
         tuned, base = (on_vocabulary(each, scores.shape[-1]) for each in small)
@@ -143,6 +149,8 @@ def _conditions_of(policy: Any, weights: Any, beta: Any, kl_weight: Any, rows: i
     for name, value in found.items():
         count = value.ndim - (name != "kl_weight")  # of dimensions of rows
         if tuple(value.shape[:count]) not in ((), (1,), (rows,)):
-            raise ValueError(f"{name} has shape {shape_of(value)} but there are {rows} prompts; pass one or one each")
+            raise ValueError(
+                f"{name} has shape {shape_of(value)} but {there_are(rows, 'prompt')}; pass one or one each"
+            )
         found[name] = value.expand(rows, *value.shape[count:])
     return found

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mopl._arguments import shape_of
+from mopl._counted import counted, there_are
 from mopl.conditioning.sampling import check_weights
 from mopl.decoding._generating import check_left_padding, generate_by, strength_of
 from mopl.decoding.followers import Follower, copies_of, mask_so_far
@@ -35,19 +36,22 @@ class MixedLogits:
         rows, models = len(attention_mask), 1 + len(others)
         if tuple(coefficients.shape) not in ((models,), (rows, models)):
             raise ValueError(
-                f"coefficients has shape {shape_of(coefficients)} but there are {rows} prompts and {models} models; "
-                f"pass {(models,)} or {(rows, models)}"
+                f"coefficients has shape {shape_of(coefficients)} but {there_are(rows, 'prompt')} and "
+                f"{counted(models, 'model')}; pass {(models,)} or {(rows, models)}"
             )
         self.coefficients = coefficients.expand(rows, models)
         self.mask = attention_mask.long()
         self._followers = [Follower(model) for model in others]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return the mixture's log-probabilities (rows, V) in the place of one model's scores.
+        """Return the mixture's log-probabilities (rows, V) in the place of the generating model's scores.
 
         Args:
             input_ids: (rows, L), prompts and what was generated; rows are B, or B times beams or samples.
             scores: (rows, V); what is -inf stays impossible.
+
+        Raises:
+            ValueError: If another model has a vocabulary of another size.
         """
         parts, mask = [scores], mask_so_far(self.mask, input_ids)
         for e, follower in enumerate(self._followers, start=1):

@@ -3,6 +3,7 @@
 import math
 from typing import TYPE_CHECKING, Any, Literal
 
+from mopl._counted import counted, there_are
 from mopl._extras import TRACKERS
 from mopl.experiments.methods import METHODS
 from mopl.experiments.resume_settings import located_if_there
@@ -100,7 +101,7 @@ class RunSettings(Settings):
         values = getattr(self, name)
         if len(values) not in (0, 1, objectives):
             raise ValueError(
-                f"{name} has {len(values)} entries but there are {objectives} objectives; "
+                f"{name} has {counted(len(values), 'entry')} but {there_are(objectives, 'objective')}; "
                 "pass one for all objectives, or one per objective"
             )
         return values * objectives if len(values) == 1 else values

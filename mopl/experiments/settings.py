@@ -28,6 +28,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 from mopl._bounds import check_bounds
+from mopl._counted import counted
 from mopl._renamed import VALUES, old_value, renamed, warn_renamed
 
 if TYPE_CHECKING:
@@ -153,7 +154,7 @@ class Setting:
         if self.missing and not value:
             raise ValueError(f"{self.name} {'are' if self.many else 'is'} missing; {self.missing}")
         if self.many and len(entries) != (self.length or len(entries)):
-            raise ValueError(f"{self.name} has {len(entries)} entries but must have {self.length}")
+            raise ValueError(f"{self.name} has {counted(len(entries), 'entry')} but must have {self.length}")
         if self.nonempty and not entries:
             raise ValueError(f"{self.name} needs an entry")
         shown = " ".join(f"{x:g}" if isinstance(x, numbers.Real) else repr(x) for x in entries)

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from mopl._arguments import shape_of
+from mopl._counted import counted, there_are
 from mopl._extras import require
 
 require("transformers", "accelerate", what="mopl.integrations.scorers")
@@ -148,7 +149,8 @@ class RewardListTrainer(StepTrainer):
         # ---- objective
         self.loss = HeadLoss(args.list_loss if loss is None else loss, m)
         if args.objective_beta is not None and len(args.objective_beta) != m:
-            raise ValueError(f"objective_beta has {len(args.objective_beta)} numbers but there are {m} objectives")
+            given = counted(len(args.objective_beta), "number")
+            raise ValueError(f"objective_beta has {given} but {there_are(m, 'objective')}")
         betas = [args.beta] if args.objective_beta is None else args.objective_beta
         if not all(math.isfinite(value) and value > 0 for value in betas):
             raise ValueError(f"beta is {betas} but must be positive")
@@ -304,7 +306,12 @@ class RewardListTrainer(StepTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Measure every objective; the arguments are those of `Trainer`.
+        """Measure every objective.
+
+        Args:
+            eval_dataset: Data in any form that the trainer takes, or a dictionary of them; by default its own.
+            ignore_keys: Not used.
+            metric_key_prefix: Stands in front of the names of the figures.
 
         Returns:
             `eval_loss`, the mean weighted loss, and for each objective `eval_<name>_loss`, `eval_<name>_accuracy` (of
@@ -314,7 +321,13 @@ class RewardListTrainer(StepTrainer):
         return super().evaluate(self._prepared(eval_dataset), ignore_keys, metric_key_prefix)
 
     def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        """Measure a data set, given in any form, as `evaluate` does."""
+        """Measure a data set, as `evaluate` does.
+
+        Args:
+            test_dataset: Data in any form that the trainer takes.
+            *args: As in `Trainer.predict`.
+            **kwargs: As in `Trainer.predict`.
+        """
         return super().predict(self._prepared(test_dataset), *args, **kwargs)
 
     def prediction_step(

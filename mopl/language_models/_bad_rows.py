@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mopl._arguments import check_choice
+from mopl._counted import counted
 
 logger = logging.getLogger("mopl.language_models.data")
 
@@ -51,7 +52,12 @@ class ReadReport:
     errors: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
 
     def add(self, place: str, error: RowError) -> None:
-        """Count an error."""
+        """Count an error.
+
+        Args:
+            place: where the row stands, such as "line 3".
+            error: why it cannot be used.
+        """
         self.errors.setdefault(error.reason, []).append((place, error.detail))
 
     @property
@@ -61,7 +67,7 @@ class ReadReport:
 
     def __str__(self) -> str:
         bad = sum(self.counts.values())
-        lines = [f"{self.source}: {self.lists} {self.what} from {self.rows} rows; {bad} could not be used"]
+        lines = [f"{self.source}: {self.lists} {self.what} from {counted(self.rows, 'row')}; {bad} could not be used"]
         for reason, places in sorted(self.errors.items(), key=lambda item: -len(item[1])):
             examples = "; ".join(f"{place}: {detail}" for place, detail in places[:SHOWN])
             lines.append(f"  {len(places)} x {reason} ({examples}{'; ...' if len(places) > SHOWN else ''})")
@@ -69,6 +75,9 @@ class ReadReport:
 
     def settle(self, on_error: OnError) -> None:
         """Raise, or log, what could not be used.
+
+        Args:
+            on_error: "raise" or "skip".
 
         Raises:
             DataError: if there were errors and `on_error` is "raise", or if no list is left.

@@ -64,6 +64,7 @@ from mopl._arguments import (
     shape_of,
     weigh_and_reduce,
 )
+from mopl._counted import counted, there_are
 from mopl._renamed import renamed_keywords
 from mopl.losses.pair_formulas import LOSSES, Pair
 
@@ -299,8 +300,8 @@ def _as_pairs(named: dict[str, Tensor], objectives: int) -> list[Tensor]:
     for name, tensor in zip(named, tensors, strict=True):
         if tensor.shape[0] != batch or tensor.shape[1] not in (1, objectives):
             raise ValueError(
-                f"{name} has shape {shape_of(named[name])} but there are {batch} pairs and {objectives} "
-                f"objectives; pass ({batch},) or ({batch}, {objectives})"
+                f"{name} has shape {shape_of(named[name])} but {there_are(batch, 'pair')} and "
+                f"{counted(objectives, 'objective')}; pass ({batch},) or ({batch}, {objectives})"
             )
     dtype = compute_dtype(*tensors)
     return [tensor.to(dtype).expand(batch, objectives) for tensor in tensors]

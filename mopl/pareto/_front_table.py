@@ -36,7 +36,15 @@ def columns_of(fronts: Sequence[Front]) -> dict[str, list[Any]]:
 
 
 def csv_text(fronts: Sequence[Front]) -> str:
-    """Return the points of fronts that share their objectives as CSV; control characters in names are escaped."""
+    """Return the points of fronts that share their objectives as CSV; control characters in names are escaped.
+
+    Args:
+        fronts: At least one front; all have the objectives of the first, in its order.
+
+    Returns:
+        A line of headers and a line for each point, with the columns of `Front.to_frame`. An empty field is what a
+        point lacks.
+    """
     columns = columns_of(fronts)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -49,6 +57,14 @@ def csv_text(fronts: Sequence[Front]) -> str:
 
 
 def write_csv(fronts: Sequence[Front], path: str | os.PathLike[str]) -> None:
-    """Write the points of fronts that share their objectives as CSV, whole or not at all; see `Front.to_frame`."""
+    """Write the points of fronts that share their objectives as CSV, whole or not at all; see `csv_text`.
+
+    Args:
+        fronts: At least one front; all have the objectives of the first, in its order.
+        path: The file; an existing one is replaced, and folders that are missing are made.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
     make_parents(path)
     write_file(path, csv_text(fronts))

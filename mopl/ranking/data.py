@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mopl._arguments import shape_of
-from mopl._terminal import printable
+from mopl._counted import counted
 from mopl.ranking.batch import Batch
 from mopl.ranking.normalization import FeatureNormalizer
 from mopl.ranking.objectives import (
@@ -27,10 +27,10 @@ from mopl.ranking.objectives import (
     check_objectives,
     negative_label,
     normalized_targets,
-    of_its_list,
     resolve_scale,
     turned_labels,
 )
+from mopl.ranking.statistics import in_lines, statistics
 
 # Streams of random numbers are named, so that one seed never gives two of them the same numbers. The epochs of
 # mopl.training take the stream numbers of small integers; these are far away.
@@ -94,7 +94,7 @@ class RankingData:
             if tensor.shape != shape:
                 raise ValueError(
                     f"{name} has shape {shape_of(tensor)} but must be {shape}: "
-                    f"{items} items, {lists} lists, {m} objectives"
+                    f"{counted(items, 'item')}, {counted(lists, 'list')}, {counted(m, 'objective')}"
                 )
         if lists == 0:
             raise ValueError(f"{self.name} has no query; give it at least one")
@@ -106,7 +106,7 @@ class RankingData:
             raise ValueError(f"query {query} of {self.name} has no documents; leave it out")
         if self.feature_names and len(self.feature_names) != self.features.shape[1]:
             raise ValueError(
-                f"there are {len(self.feature_names)} feature_names for {self.features.shape[1]} features; "
+                f"there are {len(self.feature_names)} feature_names for {counted(self.features.shape[1], 'feature')}; "
                 "give one name a column"
             )
         self._check_values()
@@ -215,7 +215,12 @@ class RankingData:
         return torch.arange(int(lengths.sum())) + torch.repeat_interleave(starts, lengths)
 
     def subset(self, queries: Sequence[int] | Tensor, name: str | None = None) -> RankingData:
-        """Return the given lists (indices from 0, in that order) as data of their own."""
+        """Return the given lists as data of their own.
+
+        Args:
+            queries: indices of lists, from 0; the result has them in this order.
+            name: of the result; default the one it has.
+        """
         queries = torch.as_tensor(queries, dtype=torch.int64)
         items = self.items_of(queries)
         truth = self.truth and Truth(self.truth.log_probs[items], self.truth.rates)
@@ -254,8 +259,8 @@ class RankingData:
                 need -= 1
             shares = ", ".join(f"{x:g}" for x in fractions)
             raise ValueError(
-                f"{self.name} has {len(self)} queries, too few to be split into shares of {shares}; give at least "
-                f"{need} queries, or a file for each of train, valid and test"
+                f"{self.name} has {counted(len(self), 'query')}, too few to be split into shares of {shares}; give at "
+                f"least {need} queries, or a file for each of train, valid and test"
             )
         names = names or (("train", "valid", "test") if len(fractions) == 3 else [f"part{i}" for i in range(len(cuts))])
         generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, SPLIT_STREAM])))
@@ -265,7 +270,16 @@ class RankingData:
         )
 
     def pad(self, values: Tensor, queries: Sequence[int] | Tensor, width: int | None = None) -> Tensor:
-        """Return values (N, ...) of the given lists as (B, K, ...), zero in masked places."""
+        """Return values of the given lists as a batch has them.
+
+        Args:
+            values: (N, ...), one of each item of all lists.
+            queries: (B,) indices of lists, from 0.
+            width: K; default the length of the longest of these lists.
+
+        Returns:
+            (B, K, ...), zero in masked places.
+        """
         return self._gather(values, *self._places(torch.as_tensor(queries, dtype=torch.int64), width))
 
     @staticmethod
@@ -333,52 +347,11 @@ class RankingData:
 
     def statistics(self) -> dict[str, Any]:
         """Return plain figures about the data for a report: sizes, the raw labels, and how sparse each objective is."""
-        turned = (self.main_labels, *self.labels.unbind(1))
-        columns = zip(self._columns(), turned, self.labelled.unbind(1), strict=True)
-        return {
-            "name": self.name,
-            "queries": len(self),
-            "items": self.num_items,
-            "features": self.num_features,
-            "items_per_query": [int(self.lengths.min()), self.num_items / len(self), int(self.lengths.max())],
-            "single_item_queries": int((self.lengths < 2).sum()),
-            "objectives": {
-                o.name: {
-                    "role": "main" if o is self.main else "auxiliary",
-                    "direction": o.direction,
-                    "normalize": o.normalize,
-                    "range": [raw.min().item(), raw.max().item()],
-                    "values": raw.unique().numel(),
-                    "equal_queries": self._equal(raw).double().mean().item(),
-                    "positive_items": (labels > 0).double().mean().item(),
-                    "empty_queries": (~labelled).double().mean().item(),
-                    "largest": labels.max().item(),
-                }
-                for (raw, o), labels, labelled in columns
-            },
-        }
-
-    def _equal(self, raw: Tensor) -> Tensor:
-        """Return which lists (Q,) have one raw label (N,) for all items."""
-        spread = of_its_list(raw, self.offsets, "amax") - of_its_list(raw, self.offsets, "amin")
-        return spread[self.offsets[:-1]] == 0
+        return statistics(self)
 
     def describe(self) -> str:
         """Return the figures of `statistics` as a few lines of text: of the labels as they stand in the data."""
-        s = self.statistics()
-        least, mean, most = s["items_per_query"]
-        lines = [
-            f"{s['name']}: {s['queries']} queries, {s['items']} items ({least} to {most} a query, mean {mean:.1f}), "
-            f"{s['features']} features"
-        ]
-        for name, o in s["objectives"].items():
-            (low, high), found = o["range"], f"{o['equal_queries']:.1%} of the queries with equal labels only"
-            if o["direction"] == "max" and low >= 0:
-                empty = f"{o['empty_queries']:.1%} of the queries without labels"
-                found = f"{o['positive_items']:.1%} of the items above 0, {empty}"
-            raw = f"{low:g} to {high:g}, {o['values']} values"
-            lines.append(f"  {o['role']:9} {name} ({o['direction']}, {o['normalize']}): {raw}; {found}")
-        return "\n".join(printable(line, keep="") for line in lines)
+        return in_lines(self.statistics())
 
     @cached_property
     def fingerprint(self) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mopl import steering
 from mopl._arguments import check_positive
+from mopl._counted import counted
 from mopl._renamed import renamed, renamed_keywords
 from mopl.experiments.cos_dpo import ListLoss
 from mopl.ranking.batch import Batch
@@ -171,8 +172,8 @@ def check_measurable(data: RankingData, measure: Measure) -> dict[str, float]:
     """Return the share of lists without any label of each objective; a `ValueError` if there is nothing to measure."""
     if int(data.lengths.max()) < 2:
         raise ValueError(
-            f"{data.name} has one item in each of its {len(data)} queries, so there is nothing to order; give all "
-            "items of one search the same qid"
+            f"none of the {counted(len(data), 'query')} of {data.name} has two items, so there is nothing to order; "
+            "give all items of one search the same qid"
         )
     names = (objective.name for objective in (data.main, *data.objectives))
     shares = dict(zip(names, (1.0 - data.labelled.double().mean(0)).tolist(), strict=True))

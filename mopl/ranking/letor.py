@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from mopl._counted import counted
 from mopl.ranking.data import RankingData
 from mopl.ranking.objectives import MSLR_COLUMNS, MSLR_OBJECTIVES, Objective, negative_label, parse_objectives
 from mopl.ranking.svmlight import LetorError, LetorFile, read_label_file, read_letor
@@ -144,15 +145,15 @@ def _choose_objectives(chosen: tuple[Objective, ...] | None, width: int, file: P
     if chosen is None:
         if width != MSLR_COLUMNS:
             raise ValueError(
-                f"{file} has {width} columns, not the {MSLR_COLUMNS} of MSLR, so the objectives must be named: write "
-                "objectives as NAME=COLUMN or NAME=@FILE, e.g. clicks=12,price=7:min"
+                f"{file} has {counted(width, 'column')}, not the {MSLR_COLUMNS} of MSLR, so the objectives must be "
+                "named: write objectives as NAME=COLUMN or NAME=@FILE, e.g. clicks=12,price=7:min"
             )
         return tuple(MSLR_OBJECTIVES.values())
     for objective in chosen:
         if objective in MSLR_OBJECTIVES.values() and width != MSLR_COLUMNS:
             raise ValueError(
                 f"objective {objective.name!r} is column {objective.column} of MSLR's {MSLR_COLUMNS}, but {file} has "
-                f"{width} columns; write {objective.name}=COLUMN"
+                f"{counted(width, 'column')}; write {objective.name}=COLUMN"
             )
     return chosen
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from mopl._counted import counted, there_are
 from mopl._files import write_file
 from mopl._renamed import renamed_keywords
 from mopl.conditioning import check_weights
@@ -52,7 +53,7 @@ def steer(
     objectives = record.objectives
     if len(weights) != len(objectives):
         raise ValueError(
-            f"there are {len(weights)} weights but {len(objectives)} objectives; pass one for each of "
+            f"{there_are(len(weights), 'weight')} but {counted(len(objectives), 'objective')}; pass one for each of "
             f"{', '.join(objectives)}, in this order"
         )
     w = check_weights(weights)

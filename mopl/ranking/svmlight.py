@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from mopl._counted import counted
 from mopl._extras import require
 from mopl._lines import TextError, open_bytes, read_lines
 from mopl._terminal import progress
@@ -112,8 +113,8 @@ def read_groups(path: Path, items: int, data: Path) -> np.ndarray:
         sizes.append(int(text))
     if sum(sizes) != items:
         raise LetorError(
-            f"{path}: the {len(sizes)} groups have {sum(sizes)} documents together but {data} has {items}; "
-            "make them agree"
+            f"{path}: the sizes of {counted(len(sizes), 'group')} sum to {sum(sizes)} but {data} has "
+            f"{counted(items, 'document')}; make them agree"
         )
     return np.cumsum([0, *sizes], dtype=np.int64)
 
@@ -124,8 +125,8 @@ def read_label_file(path: Path, items: int, data: Path) -> np.ndarray:
     lines = [(number, line.strip()) for number, line in read_lines(path)]
     if len(lines) != items:
         raise LetorError(
-            f"{path}: it has {len(lines)} lines but {data} has {items} documents; write one label a document, in the "
-            "order of that file"
+            f"{path}: it has {counted(len(lines), 'line')} but {data} has {counted(items, 'document')}; write one "
+            "label a document, in the order of that file"
         )
     for number, text in lines:
         try:

@@ -18,6 +18,7 @@ from math import isnan
 from pathlib import Path
 from typing import Any
 
+from mopl._counted import counted
 from mopl._page import page_html, page_script, page_style
 from mopl._terminal import printable
 from mopl.pareto import Front, csv_text
@@ -33,18 +34,9 @@ DEFINITIONS = {
     "main-objective": "The figure that the trade-offs should not spoil.",
     "drift": "How far the model has moved from the model before training.",
     "steering-regret": "How far asking for weights falls short of the method's best point for them, on average.",
+    "divergence": "How far the student is from its teachers, token by token.",
     "seconds": "Training time of the method.",
     "parameters": "Parameters that must be kept to answer every trade-off.",
-}
-COLUMNS = {  # what the headings of the table of methods begin with
-    "Aux. hypervolume": "hypervolume",
-    "Steering regret": "steering-regret",
-    "Seconds": "seconds",
-    "Parameters": "parameters",
-    "deviation": "drift",
-    "KL": "drift",
-    "Method": None,
-    "": "main-objective",
 }
 Samples = Sequence[Sequence[str | Mapping[str, str]]]
 Answers = Sequence[Mapping[str, Any]]
@@ -129,7 +121,7 @@ def write_page(
         "configuration": _configuration(configuration),
         "data": to_json(data),
         "style": page_style("mopl.report"),
-        "script": page_script("mopl.report", "figures.js", "parallel.js", "downloads.js"),
+        "script": page_script("mopl.report", "figures.js", "parts.js", "bars.js", "parallel.js", "downloads.js"),
     }
     # One pass, so that a name which looks like a placeholder is left alone.
     page = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], page_html("mopl.report"))
@@ -144,8 +136,9 @@ def format_number(x: float) -> str:
     if isnan(x):
         return MISSING
     if x != 0 and not 1e-3 <= abs(x) < 1e5:
-        mantissa, exponent = f"{x:.2e}".split("e")
-        return f"{mantissa}e{int(exponent)}"
+        exponent = Decimal(x).adjusted()
+        mantissa = Decimal(x).scaleb(-exponent).quantize(Decimal("0.01"), ROUND_HALF_UP)
+        return f"{mantissa}e{exponent}" if abs(mantissa) < 10 else f"{mantissa / 10:.2f}e{exponent + 1}"
     return str(Decimal(x + 0.0).quantize(Decimal("0.0001"), ROUND_HALF_UP))
 
 
@@ -176,8 +169,8 @@ def _accuracies(
         for rows, points in [(accuracy[record.method], record.points)] if record.method in accuracy else ():
             if len(rows) > len(points) or any(len(row) != len(record.objectives) for row in rows):
                 raise ValueError(
-                    f"accuracy of {record.method!r} must have a row for each of at most {len(points)} points, with "
-                    f"{len(record.objectives)} entries"
+                    f"accuracy of {record.method!r} must have a row for each of at most "
+                    f"{counted(len(points), 'point')}, with {counted(len(record.objectives), 'entry')}"
                 )
     return {method: [list(row) for row in rows] for method, rows in accuracy.items()}
 
@@ -196,13 +189,8 @@ def _methods_table(summary: Summary) -> str:
     headers = [
         header.replace(" ↑", "\N{NO-BREAK SPACE}↑").replace(" ↓", "\N{NO-BREAK SPACE}↓") for header in summary.headers
     ]
-    links = dict(zip(headers, map(_definition_of, summary.headers), strict=True))
+    links = dict(zip(headers, (None, *summary.anchors), strict=True))
     return _table(headers, rows, links=links)
-
-
-def _definition_of(header: str) -> str | None:
-    """Return the anchor of what a column of the table of methods holds."""
-    return next((anchor for start, anchor in COLUMNS.items() if header.startswith(start)), None)
 
 
 def _points_table(record: Front, metric: Metric, right: Sequence[Sequence[float | None]] | None) -> str:
@@ -263,8 +251,8 @@ def _samples(records: Sequence[Front], samples: Any) -> list[Any] | None:
     for index, points in given.items():
         if isinstance(points, str) or len(points) != len(records[index].points):
             raise ValueError(
-                f"samples hold {len(points)} entries but front {records[index].method!r} has "
-                f"{len(records[index].points)} points; pass one list of texts for each point"
+                f"samples hold {counted(len(points), 'entry')} but front {records[index].method!r} has "
+                f"{counted(len(records[index].points), 'point')}; pass one list of texts for each point"
             )
         given[index] = [[_sample(one) for one in texts] for texts in points]
     return [given.get(index) for index in range(len(records))]
@@ -284,8 +272,8 @@ def _by_point(records: Sequence[Front], answers: Answers) -> dict[str, list[list
         trained = [place for place in places if front.points[place].scale == 1.0]
         if isinstance(responses, str) or len(responses) not in (len(places), len(trained)):
             raise ValueError(
-                f"a sample of {front.method!r} has {len(responses)} responses but the front has {len(places)} points, "
-                f"{len(trained)} of them at scale 1; pass one response for each"
+                f"a sample of {front.method!r} has {counted(len(responses), 'response')} but the front has "
+                f"{counted(len(places), 'point')}, {len(trained)} of them at scale 1; pass one response for each"
             )
         if len(responses) != len(places):
             places = trained

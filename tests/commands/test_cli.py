@@ -98,7 +98,8 @@ def test_quiet_leaves_results_warnings_and_errors(tmp_path, capsys, monkeypatch)
     assert main(["rank", *TINY, "--quiet"]) == 0
     out, err = capsys.readouterr()
     path = Path("runs/rank-synthetic-weight-cos-dpo-1")
-    assert out == f"open {path}/report.html in a browser: every trade-off of this run\n" and not err
+    table = (path / "table.txt").read_text()
+    assert out == f"{table}\nopen {path}/report.html in a browser: every trade-off of this run\n" and not err
     assert main(["rank", "--run", str(path), "--resume", "--steps", "7", "--quiet"]) == 2
     assert "was started with other settings" in capsys.readouterr().err
 
@@ -160,7 +161,7 @@ def test_numbers_of_an_option_have_spaces_or_commas_between_them(written):
         ("", "--weights is missing; pass one number for each objective: --weights 0.5 0.5 (aux1, aux2);"),
         (
             "--weights 1",
-            "--weights has 1 numbers but there are 2 objectives: aux1, aux2; pass one for each",
+            "--weights has 1 number but there are 2 objectives: aux1, aux2; pass one for each",
         ),
         ("--weights 70 30", "--weights is 70 30, of the sum 100, but must sum to 1; pass --weights 0.7 0.3;"),
         ("--weights 1 2", "--weights is 1 2, of the sum 3, but must sum to 1; pass --weights 0.333 0.667;"),

@@ -226,7 +226,7 @@ def test_bases_of_seeds_belong_to_their_seeds(tmp_path):
     from mopl.report.records import base_points, read_all
 
     assert [round(point.main, 3) for point in base_points(read_all(fronts), None)] == [0.1, 0.1, 0.2, 0.2]
-    with pytest.raises(ValueError, match="base has 1 entries but there are 4 fronts"):
+    with pytest.raises(ValueError, match="base has 1 entry but there are 4 fronts"):
         plot_front(fronts, tmp_path / "a.png", base=[None])
 
 

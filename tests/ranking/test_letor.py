@@ -437,7 +437,7 @@ def test_faults_of_group_files(tmp_path):
     path = write(tmp_path / "d.train", "1 1:1\n0 1:2\n0 2:1\n")
     side = tmp_path / "d.train.query"
     for text, message in (
-        ("1\n3\n", "d.train.query: the 2 groups have 4 documents together but "),
+        ("1\n3\n", "d.train.query: the sizes of 2 groups sum to 4 but "),
         ("1\n0\n2\n", "d.train.query:2: this query has no documents; remove the line"),
         ("1\nx\n", "d.train.query:2: 'x' is not the size of a group; write one whole number"),
         ("-1\n4\n", "d.train.query:1: '-1' is not the size of a group; write one whole number"),

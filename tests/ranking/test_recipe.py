@@ -561,7 +561,11 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path, monkeypatch, 
 @pytest.mark.parametrize(
     ("lines", "spec", "message"),
     [
-        ("{r} qid:{i} 1:1 2:{i}\n", "price=2:min", r"d.txt:train has one item in each of its 7 queries, .* one search"),
+        (
+            "{r} qid:{i} 1:1 2:{i}\n",
+            "price=2:min",
+            r"none of the 7 queries of d.txt:train has two items, .* one search",
+        ),
         (
             "{r} qid:{q} 1:{r}\n0 qid:{q} 1:2 3:1\n",
             "clicks=2",
