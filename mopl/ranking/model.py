@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mopl import steering
-from mopl._arguments import check_choice, shape_of
+from mopl._arguments import check_choice, check_positive, shape_of
 from mopl._bounds import check_bounds
 from mopl._counted import counted
 from mopl._extras import require
@@ -28,7 +28,7 @@ from mopl._files import write_files
 from mopl._records import DamagedFile, Kind, check, damaged, read_json, settings_from
 from mopl._renamed import renamed_attribute, renamed_in_methods
 from mopl._tensor_files import check_fits, load_state
-from mopl.conditioning import ConcatCondition
+from mopl.conditioning import ConcatCondition, check_weights
 
 Parametrisation = Literal["scratch", "augment"]
 PARAMETRISATIONS = ("scratch", "augment")
@@ -281,7 +281,7 @@ class RankingModel(nn.Module):
     def score(
         self,
         features: Tensor,  # (B, K, F)
-        weights: Tensor | None = None,  # (m,) or (B, m)
+        weights: Tensor | Sequence[float] | None = None,  # (m,) or (B, m)
         *,
         scale: float = 1.0,
         beta: Tensor | None = None,  # (m,) or (B, m)
@@ -292,7 +292,7 @@ class RankingModel(nn.Module):
 
         Args:
             features: (B, K, F).
-            weights: w on the simplex.
+            weights: w on the simplex, a tensor or numbers.
             scale: c of equation (14): above 1 closer to the base model, below 1 further away.
             beta: β, for a model conditioned on it (equation 15).
             mask: (B, K), true where an item exists.
@@ -301,8 +301,13 @@ class RankingModel(nn.Module):
         Returns:
             Scores (B, K); -inf in masked places.
         """
-        if reference is None:
-            reference = self.reference(features, mask)
+        kind = self.network.input.weight.dtype
+        if not features.is_floating_point() or torch.promote_types(features.dtype, kind) != kind:
+            raise ValueError(f"features is {features.dtype} but must be {kind}, as the model; pass features.to({kind})")
+        check_positive(scale, "scale", "above 1 is closer to the base model")
+        if weights is not None and self.condition is not None:
+            weights = check_weights(weights, len(self.config.objectives)).to(features)
+        reference = self.reference(features, mask) if reference is None else reference
         scores = self(features, weights, beta=beta, mask=mask, reference=reference)
         if beta is not None:
             scores = steering.beta_conditioned(scores, reference, beta)

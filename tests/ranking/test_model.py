@@ -156,6 +156,25 @@ def test_base_stays_in_evaluation_mode_and_dropout_acts_only_in_training():
     assert not torch.equal(still, ranker(features, W, mask=mask))
 
 
+def test_scores_to_rank_by_are_of_a_trade_off_or_refused():
+    ranker, (features, mask) = model(), ragged()
+    expected = ranker.score(features, W, mask=mask)
+    torch.testing.assert_close(ranker.score(features, W.tolist(), mask=mask), expected)
+    torch.testing.assert_close(ranker.score(features, W.double(), mask=mask), expected)
+    for given, message in (
+        ({"weights": torch.tensor([0.9, 0.5, 0.1])}, "does not sum to 1; divide it by its sum"),
+        ({"weights": [0.5, 0.5]}, r"weights has shape \(2,\) but must be \(3,\)"),
+        ({"scale": 0.0}, "scale is 0.0 but must be positive and finite: above 1 is closer to the base model"),
+        (
+            {"features": features.double()},
+            r"features is torch.float64 but must be torch.float32, as the model; pass fea",
+        ),
+        ({"features": features.long()}, "features is torch.int64 but must be torch.float32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ranker.score(**{"features": features, "weights": W, "mask": mask, **given})
+
+
 def test_errors_name_what_is_wrong(tmp_path):
     ranker, (features, mask) = model(), ragged()
     with pytest.raises(ValueError, match="weights are missing; pass one for each of clicks, dwell, quality"):
