@@ -157,7 +157,8 @@ def _act(parsed: argparse.Namespace) -> int:
         text = as_flags(one_line(str(error)) or type(error).__name__, parsed.command)
         # A fault of ours, not of the input, should not look like advice.
         expected = isinstance(error, (ValueError, OSError, ImportError, ArithmeticError, NotImplementedError))
-        say(f"mopl {parsed.command}{where}: {'' if expected else f'{type(error).__name__}: '}{text}", file=sys.stderr)
+        typed = getattr(parsed, "typed", parsed.command)  # `mopl align` also does what `mopl clp` does
+        say(f"mopl {typed}{where}: {'' if expected else f'{type(error).__name__}: '}{text}", file=sys.stderr)
         return 2
 
 

@@ -97,9 +97,11 @@ def add_parser(commands: Any) -> None:
     def parse_known_args(args: Any = None, namespace: Any = None) -> Any:
         if _is_for_rewards(args):
             parsed, unknown = on_rewards.parse_known_args(args, namespace)
-            parsed.command = clp.CLP.name
-            return refuse_options(parsed, unknown, parser)
-        return refuse_options(*own(args, namespace), on_rewards)
+            parsed.command, parsed.typed = clp.CLP.name, ALIGN.name
+            return refuse_options(parsed, unknown, parser, "a training on rewards, as --method says; leave it out")
+        return refuse_options(
+            *own(args, namespace), on_rewards, "a training on labels; leave it out, or train on rewards: --method clp"
+        )
 
     parser.parse_known_args = parse_known_args  # type: ignore[method-assign]
 

@@ -151,13 +151,16 @@ def _print_settings(config: Settings) -> None:
 
 
 def refuse_options(
-    parsed: argparse.Namespace, unknown: list[str], other: argparse.ArgumentParser
+    parsed: argparse.Namespace, unknown: list[str], other: argparse.ArgumentParser, remedy: str
 ) -> tuple[argparse.Namespace, list[str]]:
-    """Return what a parser made of its arguments; if it does not know options that another one has, acting says so."""
+    """Return what a parser made of its arguments; if it does not know options that another one has, acting says so.
+
+    `remedy` says in which training they have no part, and what to do.
+    """
     foreign = [word.partition("=")[0] for word in unknown if word.partition("=")[0] in other._option_string_actions]
 
     def act(arguments: argparse.Namespace) -> None:
-        raise ValueError(f"{', '.join(foreign)} has no part in this --method; leave it out")
+        raise ValueError(f"{', '.join(foreign)} has no part in {remedy}")
 
     if foreign:
         parsed.act, unknown = act, []

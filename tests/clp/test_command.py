@@ -196,8 +196,11 @@ def test_a_finished_run_is_resumed_without_training(place, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--method", "clp", "--loss", "ipo"], "--loss has no part"),
-        (["--method", "dpo-ls", "--scope", "full"], "has no part in this --method"),
+        (["--method", "clp", "--loss", "ipo"], "mopl align: --loss has no part in a training on rewards, as --method"),
+        (
+            ["--method", "dpo-ls", "--scope", "full"],
+            "--scope has no part in a training on labels; leave it out, or train",
+        ),
         (["--method", "clp", "--rewards", "nonsense"], "there is no reward 'nonsense'"),
         (["--method", "clp", "--rewards", "tiny_rewards:third"], "neither one of"),
         (["--method", "clp", "--epochs", "2"], "need clip"),
