@@ -226,7 +226,7 @@ def test_steer_prints_the_figures_and_writes_the_scores(run, tmp_path, capsys):
     assert (
         "weight-cos-dpo" in title and "NDCG@10" in title and header.split() == ["relevance", "(main)", "aux1", "aux2"]
     )
-    assert base.startswith("base model") and trained.startswith("w = 0.25 0.75, c = 1 ") and "c = 2" in moved
+    assert base.startswith("base model") and trained.startswith("weights 0.25 0.75, scale 1 ") and "scale 2" in moved
     assert written.endswith("s.tsv") and (tmp_path / "s.tsv").is_file()
     assert main([*arguments, "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
