@@ -72,8 +72,9 @@ def test_without_a_command_the_help_is_printed(capsys):
 def test_version_and_help_do_not_import_torch():
     code = "import sys; from mopl.cli import build_parser; build_parser(); assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-    done = subprocess.run([sys.executable, "-m", "mopl.cli", "--version"], capture_output=True, text=True)
-    assert done.stdout == f"mopl {mopl.__version__}\n" and done.returncode == 0
+    for module in ("mopl", "mopl.cli"):
+        done = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True)
+        assert done.stdout == f"mopl {mopl.__version__}\n" and done.returncode == 0
 
 
 def test_the_command_is_installed_under_its_name():
