@@ -242,7 +242,7 @@ def _rows_of_file(path: Path, cache_dir: Any) -> Iterator[Placed]:
             _check_text(path)
         rows = _load_dataset(kind[1:], data_files=[str(path)], split="train", cache_dir=cache_dir)
         return _numbered(rows)
-    raise ValueError(f"{path.name} ends in {path.suffix!r} but must be one of {', '.join(_ENDINGS)}; .txt: mopl clp")
+    raise ValueError(f"{path.name} ends in {path.suffix!r} but must be one of {', '.join(_ENDINGS)}")
 
 
 def _check_text(path: Path) -> None:
