@@ -16,7 +16,7 @@ See `mopl.alignment.stages` for the models of the baselines.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -111,19 +111,22 @@ class AlignmentRecipe(Recipe):
         return make_accelerator(config.mixed_precision, cpu=config.device == "cpu", sharding=sharding)
 
     def read(self) -> dict[str, Any]:
-        """Read, describe and tokenise the data, complete the settings, check what they ask of it."""
+        """Read, describe and tokenise the data, complete the settings, check what they ask of it.
+
+        A model that is not there, or settings that do not go with the named objectives, are found first: data may take
+        minutes.
+        """
+        tokenizer = self.config.load_tokenizer()
+        if named := self.config.objectives:
+            self._check_counts(self.config, named)
         data = load_data(self.config)
         for line in _describe_data(data):
             self.say(line)
         config = self.config = self.config.resolved(len(data["train"]))
         objectives = data["train"].objectives
-        m = len(objectives)
-        config.betas(m)
-        config.check_teachers(objectives)
+        self._check_counts(config, objectives)
         response_loss(config, data["train"])
-        self.plan(m)
-        self.reference_point = config.for_each("reference_point", m)
-        self.tokenizer = config.list_tokenizer(config.load_tokenizer())
+        self.tokenizer = config.list_tokenizer(tokenizer)
         self.splits = splits = {}
         for name, part in data.items():
             splits[name] = Split(part, tokenize(part, self.tokenizer, on_error=config.on_error))
@@ -134,6 +137,14 @@ class AlignmentRecipe(Recipe):
             "tokens": "-".join(split.tokens.fingerprint()[:32] for split in splits.values()),
             "splits": {name: {**split.data.describe(), **split.tokens.describe()} for name, split in splits.items()},
         }
+
+    def _check_counts(self, config: AlignConfig, objectives: Sequence[str]) -> None:
+        """Plan for these objectives; raise unless the settings that have an entry for each have so many."""
+        m = len(objectives)
+        config.betas(m)
+        config.check_teachers(objectives)
+        self.reference_point = config.for_each("reference_point", m)
+        self.plan(m)
 
     def load(self) -> None:
         """Load the model: most mistakes in settings show here."""

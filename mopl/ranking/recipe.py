@@ -81,7 +81,13 @@ class RankingRecipe(Recipe):
         return f"rank-{plain_word(word)}-{self.config.method}"
 
     def read(self) -> dict[str, Any]:
-        """Read and describe the splits, complete the settings, check what can be measured with them."""
+        """Read and describe the splits, complete the settings, check what can be measured with them.
+
+        Settings that do not go with the named objectives are found first: data may take minutes.
+        """
+        if named := [name for name in ",".join(self.config.objectives).split(",") if name.strip()]:
+            self.config.betas(len(named))
+            self.plan(len(named))
         self.splits = load_splits(self.config)
         train, test = self.splits["train"], self.splits["test"]
         for name, split in self.splits.items():

@@ -16,7 +16,7 @@ from mopl.experiments.methods import TABLE
 from mopl.ranking.data import RankingData
 from mopl.ranking.evaluate import evaluate
 from mopl.ranking.methods import BasePolicy
-from mopl.ranking.runs import open_run
+from mopl.ranking.runs import RankingRun, open_run
 
 
 @renamed_keywords(temperature="beta")
@@ -49,8 +49,8 @@ def steer(
         FileNotFoundError: If there is no finished run.
         ValueError: If weights, scale or β do not fit the run.
     """
-    opened = open_run(run)
-    objectives = opened.objectives
+    record = RankingRun.read(run)  # what is wrong is said before any data are read
+    objectives = record.objectives
     if len(weights) != len(objectives):
         raise ValueError(
             f"{there_are(len(weights), 'weight')} but {counted(len(objectives), 'objective')}; pass one for each of "
@@ -59,15 +59,16 @@ def steer(
     w = check_weights(weights)
     if not scale > 0:
         raise ValueError(f"scale is {scale:g} but must be positive: above 1 is closer to the base model")
-    device = torch.device("cuda" if torch.cuda.is_available() and opened.config.device == "auto" else "cpu")
-    method = opened.check_method(method)
-    policy = opened.policy(method, device)
-    of_lists = opened.config.betas(len(objectives)) if beta is None else tuple(beta)
+    method = record.check_method(method)
+    of_lists = record.config.betas(len(objectives)) if beta is None else tuple(beta)
     if len(of_lists) != len(objectives) or any(not b > 0 for b in of_lists):
         raise ValueError(
             f"beta is {' '.join(f'{b:g}' for b in of_lists)} but must be one positive number for each of "
             f"{', '.join(objectives)}"
         )
+    opened = open_run(run)
+    device = torch.device("cuda" if torch.cuda.is_available() and opened.config.device == "auto" else "cpu")
+    policy = opened.policy(method, device)
     data, reference = opened.splits[split], opened.reference[split]
     options: dict[str, Any] = {
         "measure": opened.config.measure, "list_loss": opened.config.list_loss, "beta": of_lists, "device": device,
