@@ -23,7 +23,7 @@ pytest.importorskip("accelerate")
 pytest.importorskip("moocore")
 pytest.importorskip("httpx")
 
-from doc_commands import TRAININGS, Runner, parse, values_of
+from doc_commands import TRAININGS, Runner, values_of
 from doc_folder import fill
 from doc_outputs import differences
 from doc_pages import PAGES, SHELL, Block, Line, blocks_of, lines_of, name_of, outputs_of
@@ -167,15 +167,3 @@ def test_the_blocks_and_lines_of_a_page_run(runner: Runner) -> None:
 @pytest.mark.parametrize("runner", ALONE, ids=[f"{step.where} {step.text[:60]}" for step in ALONE], indirect=True)
 def test_a_training_of_a_page_runs(runner: Runner) -> None:
     run_steps(runner.steps, runner)
-
-
-def test_every_command_of_mopl_parses() -> None:
-    failed = []
-    for steps in STEPS.values():
-        for step in steps:
-            if isinstance(step, Line) and (words := words_of(step)):
-                try:
-                    parse(words)
-                except SystemExit:
-                    failed.append(f"{step.where}: {step.text}")
-    assert not failed, "\n".join(failed)
