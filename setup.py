@@ -47,7 +47,7 @@ if __name__ == "__main__":
             "mopl": ["py.typed"],
             "mopl._page": ["look.css", "controls.js"],
             "mopl.language_models": ["demo_prompts.json"],
-            "mopl.report": ["page.html", "page.css", "figures.js", "parallel.js", "downloads.js", "page.js"],
+            "mopl.report": ["page.html", "page.css", "*.js"],
             "mopl.serving": ["page.html", "page.css", "page.js"],
         },
         long_description=described(

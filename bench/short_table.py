@@ -1,4 +1,4 @@
-"""The table of the README: times as multiples of mopl's, memory and errors, at the sizes of the goals alone."""
+"""The table of the README: times as multiples of mopl's, memory and errors, at a few sizes alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SHORT = {
 
 
 def in_short(folder: Path) -> str:
-    """Return one table for the README: times as multiples of mopl's, memory and errors at the sizes of the goals."""
+    """Return one table for the README: times as multiples of mopl's, memory and errors at a few sizes."""
     found = read(folder)
     rows, (title, _) = rows_of(found, "logprob-"), heading(found, folder.name)
     sizes = {mode: f"{mode} {HEAD}" for mode in HEAD_MODES}

@@ -77,18 +77,20 @@ def help_of(action: argparse.Action, parser: argparse.ArgumentParser) -> str:
 
 
 def sentence(text: str) -> str:
-    """Return a text with a capital and a full stop."""
-    first = text.partition(" ")[0].rstrip(",;:")
-    if first.replace("-", "").isalpha() and first.islower() and first[:1] != "-":
+    """Return a text with a capital, unless it begins with a symbol or a value, and a full stop."""
+    first, _, rest = text.partition(" ")
+    word = first.rstrip(",;").replace("-", "")
+    if first[:1] != "-" and word.isascii() and word.isalpha() and word.islower() and not rest.startswith("("):
         text = text[:1].upper() + text[1:]
     return text if text.endswith((".", ":")) else f"{text}."
 
 
 def escaped(text: str) -> str:
-    """Return plain text as Markdown."""
-    for mark in ("\\", "*", "_", "<", "[", "]", "|", "`"):
-        text = text.replace(mark, f"\\{mark}")
-    return text
+    """Return text, plain but for code between backticks, as Markdown."""
+    parts = text.split("`")
+    for mark in ("\\", "*", "_", "<", "[", "]", "|"):
+        parts[::2] = [part.replace(mark, f"\\{mark}") for part in parts[::2]]
+    return "`".join(parts)
 
 
 if __name__ == "__main__":

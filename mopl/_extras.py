@@ -30,6 +30,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
 }
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")  # of `log_with`; each is the extra and the module of its name
 PACKAGES = {
+    "yaml": "pyyaml",
     "huggingface_hub": "huggingface-hub",
     "sklearn": "scikit-learn",
     "rouge_score": "rouge-score",

@@ -342,7 +342,8 @@ class Progress:
             left = spent / max(self.done - self._start, 1) * (self.total - self.done)
             shown = "".join(f", {name} {x:.4f}" for name, x in figures.items())
             how_far = f"{self.done:,} of {self.total:,} {self.unit}"
-            say(f"{self.name}: {how_far}{shown}, {spent:.0f} s, about {left:.0f} s left", file=sys.stderr)
+            rest = f", about {left:.0f} s left" if self.done < self.total else ""
+            say(f"{self.name}: {how_far}{shown}, {spent:.0f} s{rest}", file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -175,7 +175,11 @@ class AlignConfig(CosDpoSettings, LanguageModelSettings):
     )
 
     def check_together(self) -> None:
-        """Raise if two settings do not go together."""
+        """Check the settings with one another, as making a configuration does.
+
+        Raises:
+            ValueError: If two settings do not go together; the message says which to change.
+        """
         super().check_together()
         if self.prompt_text is not None and (fault := lone_surrogate(self.prompt_text)):
             raise ValueError(f"prompt_text {fault}; write it in UTF-8")
@@ -230,7 +234,14 @@ class AlignConfig(CosDpoSettings, LanguageModelSettings):
         return any(TABLE[name].distils for name in self.methods)
 
     def check_teachers(self, objectives: Sequence[str]) -> None:
-        """Raise unless there are no teachers, or one for each objective."""
+        """Check that there are no teachers, or one for each objective.
+
+        Args:
+            objectives: Names of the m objectives.
+
+        Raises:
+            ValueError: If there are others.
+        """
         if len(self.teachers) not in (0, len(objectives)):
             raise ValueError(
                 f"--teachers names {len(self.teachers)} ({', '.join(self.teachers)}) but there are {len(objectives)} "
@@ -239,15 +250,28 @@ class AlignConfig(CosDpoSettings, LanguageModelSettings):
             )
 
     def label_modes(self, objectives: int) -> tuple[str, ...]:
-        """Return how labels become targets, one entry for each of m objectives; errors as `betas`."""
+        """Return how labels become targets, one entry for each objective; errors as `betas`.
+
+        Args:
+            objectives: m, how many objectives there are.
+        """
         return self.for_each("labels", objectives)
 
     def label_temperatures(self, objectives: int) -> tuple[float, ...]:
-        """Return what labels are divided by, one entry for each of m objectives; errors as `betas`."""
+        """Return what labels are divided by, one entry for each objective; errors as `betas`.
+
+        Args:
+            objectives: m, how many objectives there are.
+        """
         return self.for_each("label_temperature", objectives)
 
     def training(self, steps: int | None = None, **changes: Any) -> "TrainingConfig":
-        """Return the settings of a training of `steps` updates, by default of its own number, with other changes."""
+        """Return the settings of a training.
+
+        Args:
+            steps: Updates; by default those of the configuration.
+            **changes: Settings of `mopl.training.TrainingConfig` that are to be others.
+        """
         count = self.steps if steps is None else steps
         return super().training(count, **{"warmup": self._warmup(count), **changes})
 
@@ -255,7 +279,11 @@ class AlignConfig(CosDpoSettings, LanguageModelSettings):
         return max(1, steps // 10) if self.warmup is None and steps is not None else self.warmup
 
     def list_tokenizer(self, tokenizer: Any) -> "ListTokenizer":
-        """Return how the run turns texts into tokens."""
+        """Return how the run turns texts into tokens.
+
+        Args:
+            tokenizer: A tokenizer of transformers.
+        """
         from mopl.language_models.tokenization import ListTokenizer
 
         return ListTokenizer(
@@ -263,7 +291,11 @@ class AlignConfig(CosDpoSettings, LanguageModelSettings):
         )  # fmt: skip
 
     def resolved(self, lists: int) -> "Self":
-        """Return the settings with what depends on the number of training lists, where it was not given."""
+        """Return the settings with what depends on the number of training lists, where it was not given.
+
+        Args:
+            lists: How many lists there are for training.
+        """
         batch = min(self.lists_per_batch, lists)
         steps = max(100, 3 * math.ceil(lists / batch)) if self.steps is None else self.steps
         reference = self.reference

@@ -293,15 +293,25 @@ def describe_answers(path: str | Path, say: Callable[[str], None] = _terminal.sa
     if not found or not set(objectives) <= set(known.names):
         return
     columns = [known.names.index(name) for name in objectives]
-    width = max(len("weights"), *(len(front.method) + 2 * len(objectives) * 5 for front in fronts))
+    order = "weights in the order of"
+    width = max(len(order), *(len(front.method) + 2 * len(objectives) * 5 for front in fronts))
     prompts = len(next(iter(found.values()))[0])
     tokens = run.config.sample_tokens
     say(f"mean rewards of the answers to {prompts} held-out prompts (greedy, cut off after {tokens} tokens):")
-    say(" ".join(["".ljust(width), *(f"{name:>10}" for name in objectives)]))
+    room = [max(10, len(name)) for name in objectives]
+    say(" ".join([order.ljust(width), *(name.rjust(w) for name, w in zip(objectives, room, strict=True))]))
+    unread = 0
     for front in fronts:
         for point, answers in zip(front.points, found.get(front.method, ()), strict=False):
             if not answers:
                 continue
-            means = known([a["text"] for a in answers], [a["prompt"] for a in answers])[:, columns].nanmean(0)
+            values = known([a["text"] for a in answers], [a["prompt"] for a in answers])[:, columns]
+            unread += int(values.isnan().sum())
             at = "" if not point.weights else " at " + ", ".join(f"{w:g}" for w in point.weights)
-            say(" ".join([f"{front.method}{at}".ljust(width), *(f"{x:10.2f}" for x in means.tolist())]))
+            means = (
+                f"{x:{w}.2f}" if x == x else "n/a".rjust(w)
+                for x, w in zip(values.nanmean(0).tolist(), room, strict=True)
+            )
+            say(" ".join([f"{front.method}{at}".ljust(width), *means]))
+    if unread:
+        say(f"{unread} rewards could not be computed and are left out of the means")

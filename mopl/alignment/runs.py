@@ -110,6 +110,10 @@ class AlignmentRun(LanguageModelRun):
     ) -> tuple[WeightedModel, float | None]:
         """Return the one model that a method has for every trade-off, and None, the KL weight of runs on rewards.
 
+        Args:
+            method: As in `load`.
+            device: Where the model goes.
+
         Raises:
             FileNotFoundError: If the method has no front yet.
             ValueError: If the run has no such method, or it has a model for each trade-off, or it reads words.
@@ -189,5 +193,16 @@ class AlignmentRun(LanguageModelRun):
 
 
 def open_run(path: str | Path) -> AlignmentRun:
-    """Open a finished run of `mopl align`; see `AlignmentRun.open`."""
+    """Open a finished run of `mopl align`.
+
+    Args:
+        path: The run directory.
+
+    Returns:
+        An `AlignmentRun`: its `objectives`, `config`, `tokenizer` and `fronts()`, and its models by `load`.
+
+    Raises:
+        FileNotFoundError: If there is no run, or it has no front yet.
+        ValueError: If it is a run of another command, or it is damaged.
+    """
     return AlignmentRun.open(path)

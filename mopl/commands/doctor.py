@@ -27,7 +27,7 @@ examples:
   the same for a program:
     mopl doctor --json
 """
-BASE = ("torch", "triton", "numpy", "msgspec", "filelock")
+BASE = ("torch", "triton", "numpy", "msgspec", "filelock", "yaml")
 SECONDS_TO_IMPORT = 300
 # Imports the modules of its arguments and writes what each raised; what packages print themselves goes to stderr.
 IMPORTER = """
@@ -44,11 +44,13 @@ for name in sys.argv[2:]:
     print(json.dumps([name, error]), file=out, flush=True)
 os._exit(0)
 """
-# What a command needs beyond its basic packages for one of its uses.
+# What a command needs with its default options, and for its other uses.
+DEFAULTS = {"rank": ("statsmodels",), **dict.fromkeys(("align", "generate", "export", "serve"), ("peft",))}
 USES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "align --demo": ("demo-lm", EXTRAS["demo-lm"]),
-    "clp --demo": ("demo-lm", EXTRAS["demo-lm"]),
-    "rank (MSLR, tables on a terminal)": ("demo", EXTRAS["demo"]),
+    "rank on LETOR files": ("demo", ("sklearn",)),
+    "clp with the built-in rewards": ("demo-lm", (*EXTRAS["rewards"], "peft")),
+    "align --demo, clp --demo": ("demo-lm", EXTRAS["demo-lm"]),
+    "tables and bars on a terminal": ("demo", ("rich", "tqdm")),
     "trainers for TRL": ("trl", EXTRAS["trl"]),
     "trainers for sentence-transformers": ("sentence-transformers", EXTRAS["sentence-transformers"]),
 }
@@ -76,8 +78,12 @@ def diagnose() -> dict[str, Any]:
     """Return what `mopl doctor` says, as plain values for JSON."""
     packages = {name: _version(name) for name in dict.fromkeys([*BASE, *(m for e in EXTRAS.values() for m in e)])}
     broken = import_errors([name for name, version in packages.items() if version is not None])
+    # Without these nothing runs; Triton has no builds for other systems.
+    broken |= {name: "not installed, but mopl needs it" for name in BASE
+               if packages[name] is None and (name != "triton" or platform.system() == "Linux")}  # fmt: skip
     commands = {}
-    for name, (extra, modules) in {**COMMANDS, **USES}.items():
+    for name, (extra, needed) in {**COMMANDS, **USES}.items():
+        modules = (*needed, *DEFAULTS.get(name, ()))
         missing = [PACKAGES.get(module, module) for module in modules if packages[module] is None]
         failing = [PACKAGES.get(module, module) for module in (*BASE, *modules) if module in broken]
         commands[name] = {"missing": missing, "broken": failing, "remedy": install(extra) if missing else None}
@@ -157,12 +163,12 @@ def _lines(found: dict[str, Any]) -> list[str]:
         "",
         "packages",
     ]
-    there = {name: version for name, version in found["packages"].items() if version is not None}
+    there = {name: version or "" for name, version in found["packages"].items() if version or name in found["broken"]}
     width = max(map(len, there))
     for name, version in there.items():
         why = f"  BROKEN  {found['broken'][name]}" if name in found["broken"] else ""
         lines.append(f"  {PACKAGES.get(name, name):<{width}}  {version}{why}")
-    if absent := [PACKAGES.get(name, name) for name, version in found["packages"].items() if version is None]:
+    if absent := [PACKAGES.get(name, name) for name in found["packages"] if name not in there]:
         lines += _wrapped("  not installed (optional): ", absent)
     lines += ["", "commands"]
     width = max(map(len, found["commands"]))

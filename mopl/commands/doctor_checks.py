@@ -114,14 +114,35 @@ def _own_loss(name: str) -> Problem:
     return problem
 
 
-def _divergence(device: torch.device) -> tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]:
-    teacher, head = _random(device, 6, 12), _random(device, 40, 12)
-    logits = (teacher @ head.T).cpu().double()
+def _of_sequences(device: torch.device) -> tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]:
+    segment = torch.tensor([0, 0, 1, -1, 2, 2, 2], device=device)
     return (
-        lambda hidden, weight: ops.linear_jsd(hidden, weight, teacher, head, beta=0.3),
-        lambda hidden, weight: reference_logprob.jsd(hidden @ weight.T, logits, 0.3),
-        [_random(device, 6, 16), _random(device, 40, 16)],
+        lambda logprob: ops.sequence_logprob(logprob, segment, sequences=3),
+        lambda logprob: reference_logprob.sequence_logprob(logprob, segment.cpu(), 3),
+        [_random(device, 7)],
     )
+
+
+def _divergence(kind: str) -> Problem:
+    """Return the problem of a divergence from a teacher's hidden states, or from its two likeliest tokens."""
+
+    def problem(device: torch.device) -> tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]:
+        teacher, head = _random(device, 6, 12), _random(device, 40, 12)
+        logits = teacher.cpu().double() @ head.cpu().double().T
+        known, ids = (x.to(device) for x in logits.log_softmax(-1).float().topk(2))
+        op: Callable[..., Tensor] = {
+            "jsd": lambda h, w: ops.linear_jsd(h, w, teacher, head, beta=0.3),
+            "kl": lambda h, w: ops.linear_kl(h, w, teacher, head),
+            "top-k": lambda h, w: ops.linear_topk_jsd(h, w, ids, known, beta=0.3),
+        }[kind]
+        formula: Callable[[Tensor], Tensor] = {
+            "jsd": lambda own: reference_logprob.jsd(own, logits, 0.3),
+            "kl": lambda own: reference_logprob.jsd(own, logits, 1.0),  # KL(student ‖ teacher)
+            "top-k": lambda own: reference_logprob.topk_jsd(own, ids.cpu(), known.cpu().double(), 0.3, True),
+        }[kind]
+        return op, lambda h, w: formula(h @ w.T), [_random(device, 6, 16), _random(device, 40, 16)]
+
+    return problem
 
 
 def _policy(device: torch.device) -> tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]:
@@ -138,8 +159,8 @@ def _policy(device: torch.device) -> tuple[Callable[..., Tensor], Callable[..., 
         return (found.loss - found.loss.detach())[None]
 
     def formula(logits: Tensor) -> Tensor:
-        fixed = (x.cpu().double() for x in (other, rewards.T, w))
-        value = -reference_policy.value(logits.log_softmax(0), *fixed, alpha)
+        reference, gains, kept = (x.cpu().double() for x in (other, rewards.T, w))
+        value = -reference_policy.value(logits.log_softmax(0), reference, gains, kept, alpha)
         return (value - value.detach())[None]
 
     return expected, formula, [_random(device, 7)]
@@ -171,6 +192,9 @@ PROBLEMS: dict[str, Problem] = {
     "approximate NDCG": _own_loss("approx_ndcg"),
     "log-probabilities from logits": _from_logits,
     "log-probabilities from hidden states": _from_hidden,
-    "divergence from hidden states": _divergence,
+    "log-probabilities of sequences": _of_sequences,
+    "JSD from hidden states": _divergence("jsd"),
+    "KL from hidden states": _divergence("kl"),
+    "JSD from a teacher's top k": _divergence("top-k"),
     "policy gradient": _policy,
 }

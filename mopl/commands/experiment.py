@@ -130,8 +130,10 @@ def run(experiment: Experiment, arguments: argparse.Namespace) -> None:
         finished = read_any(path)
         if not quiet:
             say()
-            print_table(finished.fronts(), metric=finished.metric)
-            say("", "what to try next:", *(f"  {command}" for command in experiment.hint(finished)), "")
+        print_table(finished.fronts(), metric=finished.metric)
+        say("")
+        if not quiet:
+            say("what to try next:", *(f"  {command}" for command in experiment.hint(finished)), "")
     if demo is not None:
         demo.after(path, tell)
     if process() == 0:

@@ -109,7 +109,12 @@ def add_command(
     parser = commands.add_parser(
         name, help=help, description=help, epilog=examples, allow_abbrev=False, formatter_class=Help, **options
     )  # fmt: skip
-    parser.add_argument("--quiet", action="store_true", default=False, help="print only results, warnings and errors")
+    parser.add_argument(
+        "--quiet",
+        action="store_true",
+        default=False,
+        help="leave out progress and remarks: print only results, warnings and errors",
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.set_defaults(act=act)
     return parser

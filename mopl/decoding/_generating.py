@@ -12,11 +12,13 @@ from mopl._arguments import shape_of
 from mopl.conditioning.causal_lm import mask_of_prompts
 from mopl.conditioning.weighted import causal_lm_of, keywords_for_prompts
 
-# These would act on the first model's scores, before the others are mixed in; with the values that do nothing.
 ACT_BEFORE: dict[str, Any] = {
     "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "guidance_scale": 1.0, "sequence_bias": None,
     "watermarking_config": None, "exponential_decay_length_penalty": None,
 }  # fmt: skip
+"""Options of `generate` of transformers that act on the scores of the first model, before the others are mixed in, with
+the values that do nothing. Any other value is refused."""
+
 # These would run it at other tokens.
 _REFUSED = "assistant_model prompt_lookup_num_tokens prefill_chunk_size inputs_embeds past_key_values".split()
 

@@ -23,6 +23,9 @@ class Follower:
         active: Gives the context in which it is called; by default it is called as it is.
         last_only: Whether to ask for the logits of the last token alone, where the model can be asked so.
         conditions: Keywords of the model, each (B, ...) for the prompts: what a model that takes weights is told.
+
+    Attributes:
+        tokens: (rows, L), those that are in the cache; None before the first call.
     """
 
     def __init__(
@@ -91,7 +94,18 @@ class Follower:
 
 
 def copies_of(prompts: Tensor, rows: Tensor) -> Tensor:
-    """Return what belongs to prompts (B, ...) for rows (R, ...) that are copies of them, beams or samples: (R, ...)."""
+    """Return what belongs to prompts, for rows that are copies of them: beams or samples.
+
+    Args:
+        prompts: (B, ...), an entry for each prompt.
+        rows: (R, ...), of which only the number and the device are read; those of one prompt one after another.
+
+    Returns:
+        (R, ...), each entry R / B times.
+
+    Raises:
+        ValueError: If R is no multiple of B.
+    """
     copies = len(rows) // len(prompts)
     if copies * len(prompts) != len(rows):
         raise ValueError(f"{len(rows)} rows were generated from {len(prompts)} prompts; rows must be whole copies")
@@ -99,7 +113,18 @@ def copies_of(prompts: Tensor, rows: Tensor) -> Tensor:
 
 
 def mask_so_far(mask: Tensor, tokens: Tensor) -> Tensor:
-    """Return the mask (R, L) of rows (R, L) from that of their prompts (B, T); what was generated counts."""
+    """Return the mask of rows that are being generated from that of their prompts; what was generated counts.
+
+    Args:
+        mask: (B, T), of the prompts.
+        tokens: (R, L), prompts and what was generated, R a multiple of B.
+
+    Returns:
+        (R, L), with 1 at the L - T places that were generated.
+
+    Raises:
+        ValueError: If R is no multiple of B.
+    """
     mask = copies_of(mask, tokens)
     return torch.cat([mask, mask.new_ones(len(tokens), tokens.shape[1] - mask.shape[1])], 1)
 
@@ -108,5 +133,12 @@ def on_vocabulary(scores: Tensor, size: int) -> Tensor:  # (rows, V') -> (rows, 
     """Return scores of a vocabulary of another size: cut, or with -inf for the tokens that it lacks.
 
     Models of one tokenizer may have embeddings of different sizes, padded to some multiple.
+
+    Args:
+        scores: (rows, V') of a model.
+        size: V, of the vocabulary that is wanted.
+
+    Returns:
+        (rows, V).
     """
     return nn.functional.pad(scores, (0, size - scores.shape[-1]), value=-torch.inf)  # a negative number cuts

@@ -85,8 +85,8 @@ class GuidedLogits:
 
     Args:
         policy: What gives the scores of the tuned model, as a `Follower` does.
-        reference: What it was tuned from.
-        strength: (B,) for the prompts.
+        reference: What it was tuned from, a `mopl.conditioning.references.Reference`.
+        strength: λ, (B,) for the prompts.
         attention_mask: (B, T), of the prompts; padded on the left.
     """
 
@@ -95,7 +95,12 @@ class GuidedLogits:
         self._reference = Follower(reference.model, reference.active, last_only=True)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return log-probabilities (rows, V) in the place of the generating model's scores (rows, V)."""
+        """Return log-probabilities (rows, V) in the place of the generating model's scores.
+
+        Args:
+            input_ids: (rows, L), prompts and what was generated; rows are B, or B times beams or samples.
+            scores: (rows, V), of the generating model.
+        """
         mask, prompts = mask_so_far(self.mask, input_ids), len(self.mask)
         small = (one.scores(input_ids, mask, prompts).to(scores.device) for one in (self._policy, self._reference))
         tuned, base = (on_vocabulary(each, scores.shape[-1]) for each in small)

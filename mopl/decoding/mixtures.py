@@ -43,11 +43,14 @@ class MixedLogits:
         self._followers = [Follower(model) for model in others]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return the mixture's log-probabilities (rows, V) in the place of one model's scores.
+        """Return the mixture's log-probabilities (rows, V) in the place of the generating model's scores.
 
         Args:
             input_ids: (rows, L), prompts and what was generated; rows are B, or B times beams or samples.
             scores: (rows, V); what is -inf stays impossible.
+
+        Raises:
+            ValueError: If another model has a vocabulary of another size.
         """
         parts, mask = [scores], mask_so_far(self.mask, input_ids)
         for e, follower in enumerate(self._followers, start=1):

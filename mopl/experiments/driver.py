@@ -279,7 +279,7 @@ def _work(recipe: Recipe) -> None:
             found = recipe.evaluate(method, folder, recipe.train(method, folder))
         on_main(accelerator, functools.partial(found.save, folder))
         if place:
-            _estimate(recipe, method, methods[place + 1 :], time.monotonic() - started)
+            _estimate(recipe, method, methods[place + 1 :], found.front.seconds, time.monotonic() - started)
     if len(methods) > 2 and (spent := time.monotonic() - began) > 60:
         recipe.say(f"all methods took {duration(spent)}")
     for line in recipe.remarks():
@@ -287,13 +287,16 @@ def _work(recipe: Recipe) -> None:
     on_main(accelerator, lambda: write_reports(path))
 
 
-def _estimate(recipe: Recipe, done: str, left: Sequence[str], seconds: float) -> None:
-    """Say how long the methods that are left will take, by the time of the one that is done and their trainings."""
+def _estimate(recipe: Recipe, done: str, left: Sequence[str], training: float, whole: float) -> None:
+    """Say how long the methods that are left will take, by the seconds of the one that is done.
+
+    Each takes its own number of trainings, and one evaluation.
+    """
     if not left or any(method not in TABLE for method in (done, *left)):
         return
     points, objectives = recipe.grid.shape
     trainings = sum(TABLE[method].trainings(objectives, points) for method in left)
-    spent = seconds * trainings / TABLE[done].trainings(objectives, points)
+    spent = training * trainings / TABLE[done].trainings(objectives, points) + max(0.0, whole - training) * len(left)
     if spent > 20:
         recipe.say(f"about {duration(spent)} for {', '.join(left)} (at most {trainings} trainings)")
 
@@ -310,8 +313,10 @@ def _check_grid(recipe: Recipe, file: Path) -> None:
         w is None or max(abs(a - b) for a, b in zip(w, own, strict=True)) > 1e-9
         for w, own in zip(weights, grid, strict=True)
     ):
+        same = len(weights) == len(grid)
+        held = "other trade-offs than" if same else f"{len(weights)} trade-offs but"
         raise ValueError(
-            f"{file} holds {len(weights)} trade-offs but this version evaluates {len(grid)}, so that methods could not "
+            f"{file} holds {held} this version evaluates{'' if same else f' {len(grid)}'}, so that methods could not "
             "be compared; finish the run with the version of mopl that began it (config.json names it), or start "
             "another run"
         )

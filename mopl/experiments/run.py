@@ -109,8 +109,15 @@ class FinishedRun:
 
     @property
     def grid(self) -> Tensor:
-        """(n, m) float64, the weights of the run's fronts."""
-        return run_grid(self.config, len(self.objectives))
+        """(n, m) float64, the weights of the run's fronts, which are those of its models where each has its own.
+
+        They are read from a front: the default grids of other versions are others.
+
+        Raises:
+            FileNotFoundError: If no method has a front yet.
+        """
+        front = Front.load(self.folder(self.check_method()) / FRONT)
+        return torch.tensor([point.weights for point in front.trained_points], dtype=torch.float64)
 
     @property
     def methods(self) -> tuple[str, ...]:

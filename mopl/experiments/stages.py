@@ -67,9 +67,13 @@ class Trained:
         line = f"{name}: {self.steps} steps in {self.seconds:.1f} s"
         if self.validation is None:
             return line
-        kept = f"{line}; kept step {self.kept} of {self.limit} ({figure} {self.validation:.4f})"
+        kept = f"{line}; kept step {self.kept} ({figure} {self.validation:.4f})"
         waited = self.steps - self.kept
-        return kept + (f", stopped at {self.steps}: no better for {waited} steps" if self.steps < self.limit else "")
+        return kept + (
+            f", stopped at {self.steps} of {self.limit}: no better for {waited} steps"
+            if self.steps < self.limit
+            else ""
+        )
 
 
 @dataclass

@@ -66,7 +66,7 @@ from mopl.pareto.grid import weight_grid
 from mopl.pareto.indicators import hypervolume
 from mopl.rewards.scale import RewardScale, RunningScale, moments
 
-__all__ = ["MultiObjectiveGRPOConfig", "MultiObjectiveGRPOTrainer"]
+__all__ = ["MultiObjectiveGRPOConfig", "MultiObjectiveGRPOTrainer", "RolloutArguments"]
 
 WEIGHTS = "objective_weights"  # of the rows of a batch, (B, m)
 MAIN = "scalarised reward"

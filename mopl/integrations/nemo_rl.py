@@ -119,6 +119,12 @@ def from_parallel_logits_to_logprobs_packed_sequences(
         chunk_size: see there.
         sampling_params: see there.
         target_is_pre_rolled: whether targets are shifted already.
+
+    Returns:
+        float32, float64 for float64 logits; the same on every rank, and so must be its upstream gradient.
+
+    Raises:
+        ValueError: If shapes, a shard, a group or sampling parameters do not fit, or a target is not in the vocabulary.
     """
     _check(vocab_parallel_logits.shape[-1], vocab_start_index, vocab_end_index, group, cp_group, sampling_params)
     if vocab_parallel_logits.shape[:-1] != target.shape or target.ndim != 2 or len(target) != 1:
@@ -172,7 +178,7 @@ def from_parallel_hidden_states_to_logprobs(
         return_entropy: also return the entropies (B, S - 1), in nats and with a gradient. Not in NeMo-RL.
 
     Returns:
-        float32; the same on every rank, and so must be its upstream gradient.
+        (B, S - 1) float32, or a pair of these; the same on every rank, and so must be its upstream gradient.
 
     Raises:
         ValueError: If a shard or a group does not fit, or a target is outside the vocabulary.

@@ -52,6 +52,10 @@ def log_probs_from_logits(
         logits: (..., V).
         labels: (...) token ids, already shifted; -100 for none, where the result is 0.
         temperature: a positive number, or also a tensor that broadcasts to (...).
+
+    Raises:
+        TypeError: If a dtype is wrong.
+        ValueError: If shapes do not fit, the temperature is not positive, or a label is outside the vocabulary.
     """
     return gathered_logprob(logits, labels, temperature=temperature)
 
@@ -60,6 +64,13 @@ def compute_entropy(logits: Tensor) -> Tensor:
     """Return the entropy of softmax(logits) in nats, (...), float32 from any dtype, differentiable.
 
     Nothing of the size of the logits is kept for the backward pass but the logits themselves, and nothing is compiled.
+
+    Args:
+        logits: (..., V), with at least one token; divide them by the temperature first, if there is one.
+
+    Raises:
+        TypeError: If the dtype is wrong.
+        ValueError: If there is no token.
     """
     return entropy_of(logits)
 

@@ -304,7 +304,12 @@ class RewardListTrainer(StepTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Measure every objective; the arguments are those of `Trainer`.
+        """Measure every objective.
+
+        Args:
+            eval_dataset: Data in any form that the trainer takes, or a dictionary of them; by default its own.
+            ignore_keys: Not used.
+            metric_key_prefix: Stands in front of the names of the figures.
 
         Returns:
             `eval_loss`, the mean weighted loss, and for each objective `eval_<name>_loss`, `eval_<name>_accuracy` (of
@@ -314,7 +319,13 @@ class RewardListTrainer(StepTrainer):
         return super().evaluate(self._prepared(eval_dataset), ignore_keys, metric_key_prefix)
 
     def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        """Measure a data set, given in any form, as `evaluate` does."""
+        """Measure a data set, as `evaluate` does.
+
+        Args:
+            test_dataset: Data in any form that the trainer takes.
+            *args: As in `Trainer.predict`.
+            **kwargs: As in `Trainer.predict`.
+        """
         return super().predict(self._prepared(test_dataset), *args, **kwargs)
 
     def prediction_step(

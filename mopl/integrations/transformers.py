@@ -66,7 +66,7 @@ from mopl.language_models.collate import ListBatch, ListCollator
 from mopl.language_models.data import OnError
 from mopl.language_models.models import disable_dropout
 
-__all__ = ["MultiObjectiveConfig", "MultiObjectiveTrainer"]
+__all__ = ["MultiObjectiveConfig", "MultiObjectiveTrainer", "ObjectiveArguments"]
 
 
 @with_help
@@ -315,7 +315,12 @@ class MultiObjectiveTrainer(ListTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Measure every objective at every point of the grid of w; the arguments are those of `Trainer`.
+        """Measure every objective at every point of the grid of w.
+
+        Args:
+            eval_dataset: Data in any form that the trainer takes, or a dictionary of them; by default its own.
+            ignore_keys: Not used.
+            metric_key_prefix: Stands in front of the names of the figures.
 
         Returns:
             `eval_loss`, the mean scalarised loss; for each objective `eval_<name>_loss` and `eval_<name>_accuracy`,
@@ -324,7 +329,13 @@ class MultiObjectiveTrainer(ListTrainer):
         return super().evaluate(self._prepared(eval_dataset), ignore_keys, metric_key_prefix)
 
     def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        """Measure a data set, given in any form, as `evaluate` does."""
+        """Measure a data set, as `evaluate` does.
+
+        Args:
+            test_dataset: Data in any form that the trainer takes.
+            *args: As in `Trainer.predict`.
+            **kwargs: As in `Trainer.predict`.
+        """
         return super().predict(self._prepared(test_dataset), *args, **kwargs)
 
     def prediction_step(

@@ -204,7 +204,11 @@ def _models_of(trainer: Any) -> Iterator[nn.Module]:
 
 
 def is_patched(trainer: Any) -> bool:
-    """Say whether `patch_trl` was applied to this very trainer."""
+    """Say whether `patch_trl` was applied to this very trainer, and not undone since.
+
+    Args:
+        trainer: Any trainer; one that cannot be patched is not.
+    """
     return bool(getattr(trainer, "_mopl_trl_heads", None))
 
 
@@ -245,6 +249,9 @@ def patch_trl(trainer: Any) -> Any:
 
 def unpatch_trl(trainer: Any) -> Any:
     """Undo `patch_trl`: the forwards of the models are again the very ones that they were.
+
+    Args:
+        trainer: The trainer that was patched; one that was not is left as it is.
 
     Returns:
         The same trainer.

@@ -105,8 +105,15 @@ class FusedLinearForPPO(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return (log-probabilities, entropies), each of the shape of `input_ids`, float32.
 
-        `input_ids` are what each position predicts: already shifted. `temperature` may be a tensor that broadcasts to
-        them. Errors are those of `mopl.ops.linear_logprob`.
+        Args:
+            hidden_states: (..., H), any floating dtype.
+            vocab_weights: (V, H), the head's weight.
+            input_ids: (...), token ids that each position predicts: already shifted; -100 for none.
+            temperature: divides the logits; a number, or a tensor that broadcasts to (...).
+
+        Raises:
+            TypeError: wrong dtypes.
+            ValueError: shapes that do not fit, labels outside the vocabulary.
         """
         logprob, entropy = linear_logprob(
             hidden_states, vocab_weights, input_ids, temperature=temperature, return_entropy=True
@@ -126,6 +133,10 @@ def logprobs_from_logits(
         labels: (...) token ids, already shifted; -100 for none, where the result is 0.
         inplace_backward: write the gradient over the logits, as verl's default does with flash-attn. Pass False where
             they are used again after the backward pass, or in it (an entropy with a gradient).
+
+    Raises:
+        TypeError: wrong dtypes.
+        ValueError: shapes that do not fit, labels outside the vocabulary.
     """
     return gathered_logprob(logits, labels, inplace_backward=inplace_backward)
 
@@ -135,5 +146,12 @@ def entropy_from_logits(logits: Tensor) -> Tensor:
 
     Nothing of the size of the logits is kept for the backward pass but the logits themselves; verl's
     `entropy_from_logits_with_chunking` is there for that.
+
+    Args:
+        logits: (..., V), with at least one token.
+
+    Raises:
+        TypeError: wrong dtype.
+        ValueError: no token.
     """
     return entropy_of(logits)

@@ -54,10 +54,10 @@ _log = logging.getLogger("vllm.mopl")  # below vLLM's own logger, whose level an
 
 
 class TradeOffResolver(LoRAResolver):
-    """Gives the adapter of the trade-off that a model's name says; see the module.
+    """Gives the adapter of the trade-off that a model's name says, such as `w=0.7,0.3`; vLLM asks it on demand.
 
     Args:
-        cache: The adapters, and where those of trade-offs are kept.
+        cache: The adapters, and where those of trade-offs are kept: a `mopl.conditioning.adapter_cache.AdapterCache`.
         base_model: What the server's model must be called; the name in the folder by default.
         decimals: The most decimals of a weight, or None for any number up to the six digits of names.
 
@@ -91,6 +91,10 @@ class TradeOffResolver(LoRAResolver):
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
         """Return the adapter of a trade-off; None for names that do not begin with "w=", which are others'.
+
+        Args:
+            base_model_name: The model that vLLM was started with.
+            lora_name: What the request calls its model, such as `"w=0.7,0.3"`.
 
         Raises:
             ValueError: If the server has another base model, the name is none of a trade-off on the simplex, is not

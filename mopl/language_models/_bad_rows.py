@@ -51,7 +51,12 @@ class ReadReport:
     errors: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
 
     def add(self, place: str, error: RowError) -> None:
-        """Count an error."""
+        """Count an error.
+
+        Args:
+            place: where the row stands, such as "line 3".
+            error: why it cannot be used.
+        """
         self.errors.setdefault(error.reason, []).append((place, error.detail))
 
     @property
@@ -69,6 +74,9 @@ class ReadReport:
 
     def settle(self, on_error: OnError) -> None:
         """Raise, or log, what could not be used.
+
+        Args:
+            on_error: "raise" or "skip".
 
         Raises:
             DataError: if there were errors and `on_error` is "raise", or if no list is left.

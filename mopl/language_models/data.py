@@ -96,7 +96,7 @@ class PreferenceList:
         return len(self.responses)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the list as what a line of a JSON lines file holds."""
+        """Return the list as what a line of a JSON lines file holds: `{"prompt", "responses", "labels"}`."""
 
         def plain(text: Text) -> Any:
             return text if isinstance(text, str) else [dict(message) for message in text]
@@ -247,7 +247,11 @@ class PreferenceData(Sequence[PreferenceList]):
         return self.lists[index]
 
     def label_array(self, index: int) -> np.ndarray:
-        """Return the labels of a list, float32 (m, K), NaN where missing."""
+        """Return the labels of a list, float32 (m, K), NaN where missing.
+
+        Args:
+            index: Place of the list in the data.
+        """
         item = self.lists[index]
         rows = [item.labels.get(objective) or (None,) * len(item) for objective in self.objectives]
         return np.array([[math.nan if value is None else value for value in row] for row in rows], dtype=np.float32)
@@ -310,7 +314,14 @@ class PreferenceData(Sequence[PreferenceList]):
         }
 
     def write_jsonl(self, path: str | Path) -> None:
-        """Write one list a line: `{"prompt", "responses": [...], "labels": {objective: [...]}}`; gzip for .gz."""
+        """Write one list a line: `{"prompt", "responses": [...], "labels": {objective: [...]}}`.
+
+        Args:
+            path: the file, compressed by gzip if it ends in .gz; one that is there is replaced.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
 
         def fill(place: Path) -> None:
             open_text = gzip.open if place.suffix == ".gz" else open
@@ -325,6 +336,16 @@ def concatenate(datasets: Sequence[PreferenceData], *, name: str = "data") -> Pr
     """Put data sets one after another; their objectives are united, and what a data set lacks is missing in its lists.
 
     So pairs judged for helpfulness and other pairs judged for harmlessness become one data set of two objectives.
+
+    Args:
+        datasets: the data sets; objectives are in the order in which these first name them.
+        name: of the result, for messages.
+
+    Returns:
+        A new data set of all lists.
+
+    Raises:
+        ValueError: if there is no list.
     """
     objectives = tuple(dict.fromkeys(objective for data in datasets for objective in data.objectives))
     kept = [
@@ -344,7 +365,13 @@ def collect(
     objectives: Sequence[str] | None = None,
     on_error: OnError = "raise",
 ) -> PreferenceData:
-    """Make a data set of what a reader yields: (place, list or error) pairs.
+    """Make a data set of what a reader yields.
+
+    Args:
+        drafts: pairs of a place ("line 3") and the list that was read there, or the error.
+        report: where errors and lists are counted.
+        objectives: which labels to take, and their order; by default all.
+        on_error: "raise" or "skip" rows that cannot be used.
 
     Raises:
         DataError: see `ReadReport.settle`.

@@ -28,6 +28,10 @@ def states_of(model: nn.Module, batch: Mapping[str, Any], **model_kwargs: Any) -
         batch: As in `score_sequences`.
         **model_kwargs: Keywords of the model's forward, such as the weights of a `WeightedModel`.
 
+    Returns:
+        `HeadStates`, of S targets in the order of the batch: `hidden` (S, H) and the head's `weight` (V, H). There is
+        no graph.
+
     Raises:
         ValueError: If the model is not fused, or as `score_sequences`.
     """

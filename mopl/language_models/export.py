@@ -101,11 +101,13 @@ def export(
         tokenizer: Its tokenizer, one of the tokenizers library ("fast"), or a `ListTokenizer`.
         weights: w, (m,) on the simplex; None for a model with fixed weights.
         directory: A path where nothing is, or an empty directory.
-        kind: `"model"` or `"adapter"`, see above.
-        beta: β of a model conditioned on it, (m,), with Σ β = 1: other sums mix the model
-            with its reference (equation 15), which is two models.
+        kind: `"model"`: a plain model, adapters merged, virtual tokens as tokens of its vocabulary. `"adapter"`: the
+            LoRA adapter of a mixture or of a model conditioned by words, or a prompt without adapters as PEFT's.
+        beta: β of a model conditioned on it, (m,), with Σ β = 1: other sums mix the model with its reference
+            (equation 15), which is two models.
         text_prompt: What writes weights into prompts.
-        keep_tied: Leave a head that is tied to the embeddings tied, see above.
+        keep_tied: Leave a head that is tied to the embeddings tied, for loaders that know nothing else; then requests
+            must rule out the new tokens.
         origin: Where the model comes from, for `mopl.json`.
         base_model: Name of the model that it was tuned from, for `mopl.json`, where it has no name itself, as what
             `merge` returns has none.

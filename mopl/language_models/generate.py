@@ -149,7 +149,8 @@ def generate(
             the sizes of the embeddings are compared, so that a stranger of the same size would not be noticed.
         max_new_tokens: Most tokens of a response. p and p0 are then those of responses that stop there.
         candidates: Samples for each prompt, n.
-        rerank: What becomes of them, see above.
+        rerank: What becomes of them: `"best"` answers with that of the largest score, `"resample"` draws one by its
+            share, so that with many candidates answers are distributed as p_c.
         text_prompt: Writes the weights in front of the prompt's tokens (`TextPrompt.prepend_ids`). The reference reads
             the prompt without them.
         template: `"chat"`, `"plain"`, or `"auto"`: chat if the tokenizer has a template. Not with a `ListTokenizer`.

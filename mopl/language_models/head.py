@@ -149,7 +149,11 @@ def _measure_transform(model: Any, original_forward: Any) -> Transform:
 
 
 def is_fused(model: nn.Module) -> bool:
-    """Say whether `fuse` was applied to this very module."""
+    """Say whether `fuse` was applied to this very module, and not undone since.
+
+    Args:
+        model: Any module. Of a PEFT model ask `model.get_base_model()`.
+    """
     return hasattr(model, "_mopl_fused_forward")
 
 
@@ -286,7 +290,14 @@ def fuse(model: nn.Module) -> nn.Module:
 
 
 def unfuse(model: nn.Module) -> nn.Module:
-    """Undo `fuse`."""
+    """Undo `fuse`: the model's forward is again the one that it was.
+
+    Args:
+        model: The causal language model that was fused; one that was not is left as it is.
+
+    Returns:
+        The same model.
+    """
     if is_fused(model):
         fused: Any = model._mopl_fused_forward
         if fused.replaces:

@@ -166,7 +166,10 @@ def score_lists(
         progress: Told how many lists are done.
 
     Returns:
-        (S,) float32, in nats; (S, columns) if asked for.
+        (S,) float32, in nats; (S, columns) if asked for. S counts the responses of all lists.
+
+    Raises:
+        ValueError: If the model is not fused, or takes weights or β that were not passed.
     """
     if conditioner is not None:
         assert weights is not None

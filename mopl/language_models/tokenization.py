@@ -292,7 +292,11 @@ class ListTokenizer:
 
 
 def pad_token(tokenizer: Any) -> int:
-    """Return the token to pad with: the tokenizer's, or else its end-of-sequence token, or 0."""
+    """Return the token to pad with: the tokenizer's, or else its end-of-sequence token, or 0.
+
+    Args:
+        tokenizer: A tokenizer of transformers.
+    """
     tokens = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
     return next((int(token) for token in tokens if token is not None), 0)
 

@@ -62,15 +62,22 @@ def weight_grid(objectives: int, points: int | None = None, *, density: Density 
 
 def _lattice(objectives: int, points: int) -> Tensor:
     """Return the lattice that has `points` points, or one less and lacks equal weights, which are added then."""
+    sizes = [1] if objectives == 1 else []
     steps = 1
-    while _lattice_size(objectives, steps) < points and objectives > 1:
+    while objectives > 1 and (not sizes or sizes[-1] < points):
+        size = _lattice_size(objectives, steps)
+        sizes += [size, size + 1] if steps % objectives else [size]
+        steps += 1
+    if points not in sizes:
+        below, above = [size for size in sizes if size < points][-1:], [size for size in sizes if size > points][:1]
+        near = " or ".join(map(str, below + above)) if below or objectives == 1 else f"at least {above[0]}"
+        raise ValueError(f"points is {points} but a lattice of {objectives} objectives has {near} points")
+    steps = 1
+    while objectives > 1 and _lattice_size(objectives, steps + 1) <= points:
         steps += 1
     size = _lattice_size(objectives, steps)
-    if size != points:
-        if steps > 1 and _lattice_size(objectives, steps - 1) == points - 1 and (steps - 1) % objectives:
-            return torch.cat([_lattice(objectives, points - 1), _equal(objectives)])
-        below = f"{_lattice_size(objectives, steps - 1)} or " if steps > 1 else "at least " if objectives > 1 else ""
-        raise ValueError(f"points is {points} but a lattice of {objectives} objectives has {below}{size} points")
+    if size < points:
+        return torch.cat([_lattice(objectives, size), _equal(objectives)])
     # Stars and bars: m - 1 bars among p + m - 1 places; the weights are the runs of stars between them.
     places = steps + objectives - 1
     bars = torch.tensor(list(combinations(range(places), objectives - 1)), dtype=torch.float64)

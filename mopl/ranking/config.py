@@ -36,7 +36,7 @@ class RankConfig(CosDpoSettings):
 
     data: str = setting(
         "travel",
-        "travel, synthetic[:OPTION=VALUE,...], or a LETOR file or folder; see `mopl.ranking.load`",
+        "what to train on: travel, synthetic[:OPTION=VALUE,...], or a LETOR file or folder; see `mopl.ranking.load`",
         convert=_located_data,
         group="data",
         metavar="DATA",

@@ -16,10 +16,10 @@ const figures = (() => {
     parent?.append(node);
     return node;
   }
-  function number(x) {
+  function number(x, digits = 4) {
     if (x == null) return "n/a";
     const size = Math.abs(x);
-    return size !== 0 && (size < 1e-3 || size >= 1e5) ? x.toExponential(2).replace("e+", "e") : x.toFixed(4);
+    return size !== 0 && (size < 1e-3 || size >= 1e5) ? x.toExponential(2).replace("e+", "e") : x.toFixed(digits);
   }
   function change(now, before) {
     const x = now - before, size = Math.max(Math.abs(now), Math.abs(before));
@@ -44,6 +44,12 @@ const figures = (() => {
     const pad = high - low > 1e-9 * size ? share * (high - low) : 0.05 * size || 0.01;
     return [low - pad, high + pad];
   }
+  // Both ends of an axis with as many digits as tell them apart, and one more.
+  function endsInWords([low, high]) {
+    const size = Math.max(Math.abs(low), Math.abs(high)), digits = (unit) => Math.min(15, Math.max(0, 1 - Math.floor(Math.log10((high - low) / unit))));
+    if (size >= 1e5 || size < 1e-3) return [low, high].map((x) => x === 0 ? "0" : x.toExponential(digits(size)).replace("e+", "e"));
+    return [low, high].map((x) => String(+x.toFixed(digits(1))));
+  }
   function ticks([low, high], count) {
     const rough = (high - low) / count, power = 10 ** Math.floor(Math.log10(rough));
     const step = [1, 2, 2.5, 5, 10].map((k) => k * power).find((k) => k >= rough) ?? 10 * power;
@@ -52,7 +58,7 @@ const figures = (() => {
     const size = Math.max(Math.abs(low), Math.abs(high));
     let digits = 0;
     while (digits < 8 && Math.abs(step * 10 ** digits - Math.round(step * 10 ** digits)) > 1e-6) digits++;
-    const label = size >= 1e5 || size < 1e-3 ? (x) => x === 0 ? "0" : x.toExponential(1).replace("e+", "e") : (x) => x.toFixed(digits);
+    const label = size >= 1e5 || size < 1e-3 ? (x) => x === 0 ? "0" : x.toExponential(Math.min(9, Math.max(1, Math.ceil(Math.log10(size / step))))).replace("e+", "e") : (x) => x.toFixed(digits);
     return marks.map((x) => [x, label(Math.abs(x) < step / 1e6 ? 0 : x)]);
   }
 
@@ -75,6 +81,7 @@ const figures = (() => {
       }
       if (best.hits === 0) break;
     }
+    if (best.hits) return node.remove(); // no place is free; the text stands elsewhere on the page
     node.setAttribute("x", best.left);
     node.setAttribute("y", best.top + height - 3);
     if (best.far > 2 * gap) {
@@ -85,11 +92,22 @@ const figures = (() => {
     return node;
   }
 
-  // Points of a lattice of weights (multiples of 1/p) around w, as [index, share] with shares that sum to 1: the corners
-  // of the simplex of Kuhn's triangulation that w lies in, in sums of the first weights. Null where there is no lattice.
+  // Points around weights w, as [index, share] with shares that sum to 1, where the points are a lattice (multiples of
+  // 1/p), or one and equal weights besides; null elsewhere. A lattice that is all edge gets the centre as a corner of
+  // every simplex: w is then a mixture of equal weights and a place on a face.
   function around(w, points) {
-    const smallest = Math.min(...points.flatMap((p) => p.filter((x) => x > 1e-9)));
-    const p = Math.round(1 / smallest), m = w.length, key = (counts) => counts.join();
+    const m = w.length, even = points.findIndex((point) => point.every((x) => Math.abs(x - 1 / m) < 1e-9));
+    const smallest = Math.min(...points.flatMap((point, i) => (i === even ? [] : point.filter((x) => x > 1e-9))));
+    const p = Math.round(1 / smallest);
+    if (even < 0 || p >= m) return corners(w, points, p);
+    const share = m * Math.min(...w);
+    if (share > 1 - 1e-9) return [[even, 1]];
+    const face = corners(w.map((x) => Math.max(0, x - share / m) / (1 - share)), points, p)?.map(([i, part]) => [i, part * (1 - share)]);
+    return face && share > 1e-9 ? [...face, [even, share]] : face;
+  }
+  // The corners of the simplex of Kuhn's triangulation that w lies in, in sums of the first weights, as `around`.
+  function corners(w, points, p) {
+    const m = w.length, key = (counts) => counts.join();
     const places = new Map();
     for (const [i, point] of points.entries()) {
       const counts = point.map((x) => x * p);
@@ -99,7 +117,7 @@ const figures = (() => {
     w.slice(0, -1).reduce((sum, x) => { sums.push((sum + x) * p); return sum + x; }, 0);
     const floor = sums.map((x) => Math.floor(x + 1e-9)), rest = sums.map((x, j) => Math.max(0, x - floor[j]));
     const order = [...rest.keys()].sort((a, b) => rest[b] - rest[a] || b - a);
-    const corners = [];
+    const found = [];
     const corner = floor.slice();
     for (let k = 0; k <= order.length; k++) {
       const share = (k === 0 ? 1 : rest[order[k - 1]]) - (k === order.length ? 0 : rest[order[k]]);
@@ -108,9 +126,9 @@ const figures = (() => {
       const counts = Array.from({ length: m }, (_, j) => (j === m - 1 ? p : corner[j]) - (j === 0 ? 0 : corner[j - 1]));
       const index = places.get(key(counts));
       if (index === undefined) return null;
-      corners.push([index, share]);
+      found.push([index, share]);
     }
-    return corners;
+    return found;
   }
-  return { MARKERS, STAR, SVG, draw, number, change, colour, range, ticks, label, around };
+  return { MARKERS, STAR, SVG, draw, number, change, colour, range, ticks, endsInWords, label, around };
 })();

@@ -27,6 +27,7 @@ class Summary:
     headers: tuple[str, ...]
     rows: tuple[tuple[str, tuple[Cell, ...]], ...]
     note: str
+    anchors: tuple[str, ...] = ()  # of the definition of what each column but the first holds
 
 
 def width(text: str) -> int:

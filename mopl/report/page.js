@@ -5,10 +5,11 @@
   const { make, picker, weight, linked, readWeights } = controls;
   const data = JSON.parse(document.getElementById("mopl-data").textContent);
   const byId = (id) => document.getElementById(id);
-  const { MARKERS, STAR, draw, number, change, colour, range, ticks, label } = figures;
+  const { MARKERS, STAR, draw, number, change, colour, range, label } = figures;
 
   const known = new Map(data.bases.map((b) => [JSON.stringify(b), b])); // one object for each base model
   data.fronts.forEach((f, i) => { f.base = known.get(JSON.stringify(data.bases[i])); f.isBase = data.is_base[i]; });
+  for (const f of data.fronts) for (const p of f.points) if (!p.weights?.length) p.weights = null;
   const fronts = data.fronts.filter((f) => !f.isBase);
   if (!fronts.length) fronts.push(...data.fronts);
   const names = fronts[0].objectives;
@@ -115,8 +116,9 @@
     state.wanted = chosen().weights?.slice() ?? null;
   }
   function address() {
-    const at = shown().weights;
-    const parts = [`w=${at ? at.map((w) => +w.toFixed(6)).join(",") : state.point}`];
+    // Weights where they lead back here, else the point's number: there may be none, one alone, or twins.
+    const now = shown(), at = now.weights, exact = now.between || (m > 1 && at && nearest(at, scaleOf(now)) === state.point);
+    const parts = [`w=${exact ? at.map((w) => +w.toFixed(6)).join(",") : state.point}`];
     if (fronts.length > 1) parts.push(`method=${encodeURIComponent(front().method)}`);
     if (titles[state.front] !== front().method && front().seed != null) parts.push(`seed=${encodeURIComponent(front().seed)}`);
     if (scales().length > 1) parts.push(`scale=${scaleOf(chosen())}`);
@@ -176,7 +178,7 @@
     }
     if (row.children.length) byId("controls").append(row);
     if (scales().length > 1) {
-      const [input, output] = slider("scale", "Distance from the base model", { min: 0, max: scales().length - 1, step: 1 },
+      const [input, output] = slider("scale", "Scale", { min: 0, max: scales().length - 1, step: 1 },
         (place) => choosePoint(nearest(state.wanted, scales()[place]), true), "closer to the base", "further away");
       update.push(() => {
         const scale = scaleOf(chosen());
@@ -203,11 +205,9 @@
 
   // --- what is shown
   function show() {
-    const point = chosen();
-    const count = front().points.length;
+    const count = front().points.length, point = chosen();
     const link = make("a", { href: address() }, "link to it");
-    const text = (of) => (of.weights ? `weights ${weightsText(of.weights)}` : "no weights");
-    const now = shown();
+    const now = shown(), text = (of) => (of.weights ? `weights ${weightsText(of.weights)}` : "no weights");
     const said = now.between ? `Interpolated between the evaluated points ${now.between.map((i) => `#${i}`).join(", ")}: ${text(now)}. Nearest evaluated point: #${state.point} of ${count} (`
       : `Evaluated point #${state.point} of ${count}: ${text(point)} (`;
     byId("status").replaceChildren(state.notice + said, link, ").");
@@ -223,42 +223,15 @@
   }
 
   function bars(point) {
-    const rows = [m, ...names.keys()], base = front().base;
-    const peers = atScale(front(), scaleOf(point)).map(([p]) => p);
-    const reach = rows.map((k) => {
-      const all = [...peers.map((p) => value(p, k)), base ? value(base, k) : null, ...(ends(point, k) ?? [])];
-      const known = all.filter((x) => x != null);
-      return known.length ? [Math.min(0, ...known), Math.max(0, ...known)] : [0, 1];
-    });
-    const sizes = reach.map(([low, high]) => Math.max(high, -low)).filter((x) => x > 0);
-    const common = sizes.length && Math.max(...sizes) <= 20 * Math.min(...sizes);
-    const all = [Math.min(...reach.map((r) => r[0])), Math.max(...reach.map((r) => r[1]))];
-    byId("bars").replaceChildren();
-    rows.forEach((k, row) => {
-      const [low, high] = common ? all : reach[row];
-      const at = (x) => `${(100 * (x - low)) / (high - low || 1)}%`;
-      const wide = (a, b) => `${(100 * Math.abs(b - a)) / (high - low || 1)}%`;
-      const x = value(point, k), old = base ? value(base, k) : null, pair = ends(point, k);
-      const title = `${axisName(k)}${k === m ? ` (${role})` : ""} ${arrow(k)}`;
-      const right = k === m ? null : accuracy(point, k);
+    const rows = [m, ...names.keys()], base = front().base, peers = atScale(front(), scaleOf(point)).map(([p]) => p);
+    const common = drawBars(byId("bars"), rows.map((k) => {
+      const x = value(point, k), old = base ? value(base, k) : null, pair = ends(point, k), right = k === m ? null : accuracy(point, k);
       const detail = (right == null ? "" : `, accuracy ${(100 * right).toFixed(0)} %`) + (pair ? ` [${number(pair[0])}, ${number(pair[1])}]` : "")
-        + (old != null && x != null ? `, base ${number(old)} (${change(x, old)})` : "");
-      const svg = draw("svg", { height: 22, "aria-hidden": "true" });
-      draw("line", { x1: "0%", x2: "100%", y1: 11, y2: 11, stroke: "var(--line)" }, svg);
-      const known = peers.map((p) => value(p, k)).filter((y) => y != null);
-      if (known.length) {
-        const [a, b] = [Math.min(...known), Math.max(...known)];
-        draw("rect", { x: at(a), width: wide(a, b), y: 1, height: 20, fill: "var(--band)" }, svg);
-      }
-      if (x != null) draw("rect", { x: at(Math.min(0, x)), width: wide(0, x), y: 6, height: 10, rx: 1, fill: "var(--bar)" }, svg);
-      for (const y of known) draw("line", { x1: at(y), x2: at(y), y1: 18, y2: 21, stroke: "var(--rug)" }, svg);
-      if (pair) draw("line", { x1: at(pair[0]), x2: at(pair[1]), y1: 11, y2: 11, stroke: "var(--whisker)", "stroke-width": 2 }, svg);
-      if (old != null) draw("line", { x1: at(old), x2: at(old), y1: -1, y2: 23, stroke: "var(--base)", "stroke-width": 3 }, svg);
-      byId("bars").append(make("div", { class: k === m ? "bar main" : "bar" },
-        make("div", { class: "text" }, make("span", { class: "name" }, title),
-          make("span", { class: "value", "data-axis": k }, make("b", {}, number(x)), make("small", {}, detail))), svg));
-    });
-    byId("bars-key").textContent = `Bar: expected ${data.metric.name} at these weights. Pale band and small ticks: every evaluated weight of this method.`
+        + (old != null && x != null ? `, base ${number(old)}${point.between ? "" : ` (${change(x, old)})`}` : "");
+      return { k, main: k === m, title: `${axisName(k)}${k === m ? ` (${role})` : ""} ${arrow(k)}`, detail, x, old, pair, about: point.between != null,
+        peers: peers.map((p) => value(p, k)).filter((y) => y != null) };
+    }));
+    byId("bars-key").textContent = `Bar: ${data.metric.name} at these weights${point.between ? ", interpolated: what the model itself does there is near it" : ""}. Pale band and small ticks: every evaluated weight of this method.`
       + (base ? ` Vertical line: base model${bases.length > 1 ? " of this run" : ""}.` : "")
       + (rows.some((k) => ends(point, k)) ? " Thin line: interval." : "")
       + (rows.some((k) => k < m && accuracy(point, k) != null) ? " Accuracy: share of held-out pairs that the model orders as their labels do." : "") + (common ? "" : " Each bar has its own scale.");
@@ -267,25 +240,13 @@
   function chart(point) {
     const svg = byId("chart"), focused = svg.contains(document.activeElement);
     const width = Math.max(280, Math.round(svg.parentNode.clientWidth - 34)), height = Math.round(Math.min(460, Math.max(280, width * 0.72)));
-    svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
     svg.replaceChildren();
     const { x, y } = state, scale = scaleOf(point);
     const own = front().base, mine = front().points, rest = state.others ? fronts.filter((f) => f !== front()) : [];
     const truth = data.truth && x < m && y < m ? data.truth : [];
     const seen = [...mine, ...rest.flatMap((f) => f.points), ...(state.others ? bases : bases.filter((b) => b === own))];
     const spans = [x, y].map((k) => range([...seen.map((p) => value(p, k)), ...truth.map((row) => row[k]), ...(ends(point, k) ?? [])]));
-    const marks = [ticks(spans[0], Math.max(4, width / 95)), ticks(spans[1], Math.max(4, height / 60))];
-    const left = 26 + 7 * Math.max(...marks[1].map(([, text]) => text.length)), right = width - 10, top = 8, bottom = height - 42;
-    const px = (v) => left + ((v - spans[0][0]) / (spans[0][1] - spans[0][0])) * (right - left);
-    const py = (v) => bottom - ((v - spans[1][0]) / (spans[1][1] - spans[1][0])) * (bottom - top);
-    for (const [v, text] of marks[0]) {
-      draw("line", { x1: px(v), x2: px(v), y1: top, y2: bottom, stroke: "var(--line)" }, svg);
-      draw("text", { x: px(v), y: bottom + 15, "text-anchor": "middle", class: "tick" }, svg, text);
-    }
-    for (const [v, text] of marks[1]) {
-      draw("line", { x1: left, x2: right, y1: py(v), y2: py(v), stroke: "var(--line)" }, svg);
-      draw("text", { x: left - 6, y: py(v) + 4, "text-anchor": "end", class: "tick" }, svg, text);
-    }
+    const { left, right, top, bottom, px, py } = paperOf(svg, spans, width, height);
     const short = (k, room) => {
       const tail = ` ${k === m ? data.metric.main_name : data.metric.name} ${arrow(k)}`, most = Math.max(4, Math.floor(room / 6.6) - tail.length);
       return (axisName(k).length > most ? axisName(k).slice(0, most - 1) + "\u2026" : axisName(k)) + tail;
@@ -389,11 +350,7 @@
 
   function legend(shades, coloured, truth) {
     byId("legend").replaceChildren();
-    const entry = (path, attributes, text, current) => {
-      const svg = draw("svg", { width: 18, height: 16, viewBox: "-9 -8 18 16", "aria-hidden": "true" });
-      draw("path", { d: path, ...attributes }, svg);
-      byId("legend").append(make("span", current ? { class: "current" } : {}, svg, text));
-    };
+    const entry = (...of) => byId("legend").append(legendEntry(...of));
     const big = { transform: "scale(5)", "vector-effect": "non-scaling-stroke", "stroke-width": 1.5 };
     methods.forEach((method, i) => {
       const current = method === front().method;
@@ -402,22 +359,15 @@
     });
     if (front().base) entry(STAR, { ...big, fill: "var(--base)" }, bases.length > 1 ? "base model of this run" : "base model");
     if (bases.length > 1 && state.others) entry(STAR, { ...big, fill: "none", stroke: "var(--other)" }, "bases of other runs");
-    if (scales().length > 1) entry(MARKERS[methods.indexOf(front().method) % MARKERS.length], { transform: "scale(3)", "vector-effect": "non-scaling-stroke", fill: "var(--band)", stroke: "var(--other)", opacity: 0.6 }, "other distances from the base");
+    if (scales().length > 1) entry(MARKERS[methods.indexOf(front().method) % MARKERS.length], { transform: "scale(3)", "vector-effect": "non-scaling-stroke", fill: "var(--band)", stroke: "var(--other)", opacity: 0.6 }, "other scales");
     if (truth && m === 2) entry("M-9,0H9", { stroke: "var(--soft)", "stroke-dasharray": "6 4" }, "true front");
     else if (truth) entry("M-7,2h2v2h-2zM-2,-2h2v2h-2zM3,-5h2v2h-2z", { fill: "var(--soft)" }, "true front");
     if (!coloured) return;
-    if (shades[0] === shades[1]) {
-      byId("legend").append(make("span", {}, `${main} ${number(shades[0])} everywhere`));
-      return;
-    }
-    const svg = draw("svg", { width: 96, height: 12, "aria-hidden": "true" });
-    for (let i = 0; i < 24; i++) draw("rect", { x: 4 * i, width: 4.5, height: 12, fill: colour(i, [0, 23]) }, svg);
-    byId("legend").append(make("span", {}, main, make("span", { class: "number" }, number(shades[0])), svg, make("span", { class: "number" }, number(shades[1]))));
+    byId("legend").append(shades[0] === shades[1] ? make("span", {}, `${main} ${number(shades[0])} everywhere`) : colourBar(main, shades));
   }
 
   function samples() {
-    const all = data.samples?.[data.fronts.indexOf(front())] ?? [];
-    const places = [...all.keys()].filter((i) => all[i].length);
+    const all = data.samples?.[data.fronts.indexOf(front())] ?? [], places = [...all.keys()].filter((i) => all[i].length);
     byId("samples").hidden = !places.length;
     byId("explorer").classList.toggle("with-samples", places.length > 0);
     if (!places.length) return;
@@ -427,23 +377,13 @@
     const nearer = (a, b) => far(b) < far(a) - 1e-12 || (far(b) < far(a) + 1e-12 && away(b) < away(a) - 1e-12);
     const place = all[state.point].length ? state.point : places.reduce((a, b) => (nearer(a, b) ? b : a));
     const there = points[place], at = there.weights ? ` at ${weightsText(there.weights)}` : "";
-    byId("samples-note").hidden = place === state.point;
-    byId("samples-note").textContent = `Point #${state.point} has no samples of its own; these are of point #${place}${at}, scale ${weight(scaleOf(there))}.`;
+    const between = shown().between, own = place === state.point;
+    byId("samples-note").hidden = own && !between;
+    byId("samples-note").textContent = (own ? "Answers are not interpolated: these are of the nearest evaluated point" : `Point #${state.point} has no samples of its own; these are of point`)
+      + ` #${place}${at}, scale ${weight(scaleOf(there))}.`;
     const base = data.fronts.findIndex((f) => f.isBase && f.base === front().base);
     const before = front().isBase ? [] : data.samples[base]?.[0] ?? [];
-    byId("sample-list").replaceChildren(...all[place].map((sample) => {
-      const box = make("div", { class: "sample" });
-      if (sample.prompt != null) box.append(make("span", { class: "prompt" }, sample.prompt));
-      box.append(sample.text.trim() ? sample.text : make("span", { class: "prompt" }, "(empty)"));
-      const old = sample.prompt == null ? null : before.find((other) => other.prompt === sample.prompt);
-      if (old) {
-        const fold = make("details", {}, make("summary", {}, "before training"), old.text.trim() ? old.text : "(empty)");
-        fold.open = state.before;
-        fold.addEventListener("toggle", () => { state.before = fold.open; });
-        box.append(fold);
-      }
-      return box;
-    }));
+    byId("sample-list").replaceChildren(...all[place].map((sample) => answerBox(sample, before, state)));
   }
 
   byId("controls").addEventListener("submit", (event) => event.preventDefault());

@@ -33,18 +33,9 @@ DEFINITIONS = {
     "main-objective": "The figure that the trade-offs should not spoil.",
     "drift": "How far the model has moved from the model before training.",
     "steering-regret": "How far asking for weights falls short of the method's best point for them, on average.",
+    "divergence": "How far the student is from its teachers, token by token.",
     "seconds": "Training time of the method.",
     "parameters": "Parameters that must be kept to answer every trade-off.",
-}
-COLUMNS = {  # what the headings of the table of methods begin with
-    "Aux. hypervolume": "hypervolume",
-    "Steering regret": "steering-regret",
-    "Seconds": "seconds",
-    "Parameters": "parameters",
-    "deviation": "drift",
-    "KL": "drift",
-    "Method": None,
-    "": "main-objective",
 }
 Samples = Sequence[Sequence[str | Mapping[str, str]]]
 Answers = Sequence[Mapping[str, Any]]
@@ -129,7 +120,7 @@ def write_page(
         "configuration": _configuration(configuration),
         "data": to_json(data),
         "style": page_style("mopl.report"),
-        "script": page_script("mopl.report", "figures.js", "parallel.js", "downloads.js"),
+        "script": page_script("mopl.report", "figures.js", "parts.js", "bars.js", "parallel.js", "downloads.js"),
     }
     # One pass, so that a name which looks like a placeholder is left alone.
     page = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], page_html("mopl.report"))
@@ -144,8 +135,9 @@ def format_number(x: float) -> str:
     if isnan(x):
         return MISSING
     if x != 0 and not 1e-3 <= abs(x) < 1e5:
-        mantissa, exponent = f"{x:.2e}".split("e")
-        return f"{mantissa}e{int(exponent)}"
+        exponent = Decimal(x).adjusted()
+        mantissa = Decimal(x).scaleb(-exponent).quantize(Decimal("0.01"), ROUND_HALF_UP)
+        return f"{mantissa}e{exponent}" if abs(mantissa) < 10 else f"{mantissa / 10:.2f}e{exponent + 1}"
     return str(Decimal(x + 0.0).quantize(Decimal("0.0001"), ROUND_HALF_UP))
 
 
@@ -196,13 +188,8 @@ def _methods_table(summary: Summary) -> str:
     headers = [
         header.replace(" ↑", "\N{NO-BREAK SPACE}↑").replace(" ↓", "\N{NO-BREAK SPACE}↓") for header in summary.headers
     ]
-    links = dict(zip(headers, map(_definition_of, summary.headers), strict=True))
+    links = dict(zip(headers, (None, *summary.anchors), strict=True))
     return _table(headers, rows, links=links)
-
-
-def _definition_of(header: str) -> str | None:
-    """Return the anchor of what a column of the table of methods holds."""
-    return next((anchor for start, anchor in COLUMNS.items() if header.startswith(start)), None)
 
 
 def _points_table(record: Front, metric: Metric, right: Sequence[Sequence[float | None]] | None) -> str:

@@ -51,7 +51,7 @@ class _Series:
     marker: str
     outline: str
     points: tuple[Point, ...]
-    moved: tuple[Point, ...]  # other distances from the base, drawn faintly
+    moved: tuple[Point, ...]  # other scales, drawn faintly
     hypervolume: float
     base: Point | None
 
@@ -382,7 +382,7 @@ def _legend(figure: Any, grid: Any, scene: _Scene) -> None:
         handles.append(Line2D([], [], **_TRUE_FRONT[scene.pairs], label="true front"))
     if any(one.moved for one in scene.series):
         marker = next(one.marker for one in scene.series if one.moved)
-        entry("other distances from the base", marker, markersize=0.6 * size, alpha=0.35)
+        entry("other scales", marker, markersize=0.6 * size, alpha=0.35)
     mains = [point.main for one in scene.series for point in one.points]
     if any(math.isnan(x) for x in mains):
         entry(f"{main} n/a", "o", "#555555", markersize=size, markerfacecolor=NOT_KNOWN)

@@ -119,6 +119,11 @@ def read_all(fronts: object) -> list[Front]:
                 f"front {record.method!r} has objectives {record.objectives} and main {record.main!r} but front "
                 f"{records[0].method!r} has {records[0].objectives} and {records[0].main!r}; report them separately"
             )
+        if record.rising != records[0].rising:
+            raise ValueError(
+                f"front {record.method!r} has maximise {record.rising} but front {records[0].method!r} has "
+                f"{records[0].rising}, so one counts as better what the other counts as worse; report them separately"
+            )
     return records
 
 

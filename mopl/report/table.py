@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 MISSING = "n/a"
+COSTS = ("deviation", "KL to the reference")  # main figures that say how far a model went from the one before training
 
 
 @dataclasses.dataclass(frozen=True)
 class _Column:
     header: str
+    anchor: str  # of its definition in the documentation
     sign: int  # +1: more is better, -1: less is better, 0: nothing is best
     figure: Callable[[list[Front]], tuple[float, float]]  # seeds of a method -> value, spread (NaN: none)
     digits: Callable[[float], str]
@@ -62,7 +64,9 @@ def _measured(name: str) -> _Column:
         return figure
 
     base = over_seeds("base")
-    return _Column(clean(name), -1, over_seeds("value"), lambda x: f"{x:.4f}", base=lambda seeds: base(seeds)[0])
+    return _Column(
+        clean(name), "divergence", -1, over_seeds("value"), lambda x: f"{x:.4f}", base=lambda seeds: base(seeds)[0]
+    )
 
 
 def _main(seeds: list[Front]) -> tuple[float, float]:
@@ -146,21 +150,23 @@ def summarise(fronts: object, metric: Metric | None = None, notes: Sequence[str]
     groups = by_method(records)
     references = {tuple(r.reference_point) for r in records if not math.isnan(r.hypervolume)}
     kept, long = all(r.inference_parameters is not None for r in records), any(r.seconds >= 100 for r in records)
-    better = 1 if metric.higher_is_better else -1
+    better, counted = 1 if metric.higher_is_better else -1, "inference_parameters" if kept else "parameters"
+    main = "drift" if better < 0 and records[0].main in COSTS else "main-objective"
     measured = [_measured(name) for name in dict.fromkeys(name for record in records for name in record.measures)]
     columns = [
         *measured,
         _Column(
             "Aux. hypervolume",
+            "hypervolume",
             int(len(references) < 2),
             _over_seeds("hypervolume"),
             _hypervolume_digits(records),
             main_sign=better,
         ),
-        _Column(clean(f"{records[0].main} {metric.of_main}"), better, _main, lambda x: f"{x:.3f}"),
-        _Column("Steering regret", -1, _over_seeds("regret"), lambda x: f"{x:.4f}"),
-        _Column("Seconds", -1, _over_seeds("seconds"), lambda x: f"{x:,.0f}" if long else f"{x:.1f}"),
-        _Column("Parameters", -1, _over_seeds("inference_parameters" if kept else "parameters"), lambda x: f"{x:,.0f}"),
+        _Column(clean(f"{records[0].main} {metric.of_main}"), main, better, _main, lambda x: f"{x:.3f}"),
+        _Column("Steering regret", "steering-regret", -1, _over_seeds("regret"), lambda x: f"{x:.4f}"),
+        _Column("Seconds", "seconds", -1, _over_seeds("seconds"), lambda x: f"{x:,.0f}" if long else f"{x:.1f}"),
+        _Column("Parameters", "parameters", -1, _over_seeds(counted), lambda x: f"{x:,.0f}"),
     ]
     arrows = {1: " ↑", 0: "", -1: " ↓"}
     best = [_best(column, groups) for column in columns]
@@ -174,7 +180,8 @@ def summarise(fronts: object, metric: Metric | None = None, notes: Sequence[str]
     headers = ("Method", *(column.header + arrows[column.sign] for column in columns))
     own = [f"{record.method}: {note}" for record in records for note in record.notes]
     notes = [*notes, *dict.fromkeys(own)]
-    return Summary(headers, rows, _note(records, groups, references, metric, best[len(measured) :], kept, notes))
+    note = _note(records, groups, references, metric, best[len(measured) :], kept, notes)
+    return Summary(headers, rows, note, tuple(column.anchor for column in columns))
 
 
 def _note(
@@ -326,4 +333,4 @@ def _spelled(summary: Summary, encoding: str | None) -> Summary:
 
     rows = tuple((spelled(name, encoding), tuple(map(cell, cells))) for name, cells in summary.rows)
     headers = tuple(spelled(header, encoding) for header in summary.headers)
-    return Summary(headers, rows, spelled(summary.note, encoding))
+    return Summary(headers, rows, spelled(summary.note, encoding), summary.anchors)

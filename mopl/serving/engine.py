@@ -28,7 +28,7 @@ class Stopping(Exception):
 
 
 class Engine:
-    """Answers rows.
+    """Answers rows, in a thread of its own from `start` to the end of what is there after `close`.
 
     Args:
         served: The model.
@@ -71,9 +71,12 @@ class Engine:
     def submit(self, rows: Sequence[Row]) -> None:
         """Put the rows of a request into the queue: all or none.
 
+        Args:
+            rows: The rows, whose `send` gets the pieces.
+
         Raises:
             QueueFull: If they do not fit.
-            Stopping: If the engine was closed, or its thread has ended.
+            Stopping: If the engine was not started, was closed, or its thread has ended.
         """
         with self._changed:
             if self._closed:
@@ -86,7 +89,11 @@ class Engine:
             self._changed.notify()
 
     def cancel(self, rows: Sequence[Row]) -> None:
-        """Forget rows that nobody waits for; those that are being answered end with their next token."""
+        """Forget rows that nobody waits for; those that are being answered end with their next token.
+
+        Args:
+            rows: Rows that were submitted.
+        """
         with self._changed:
             for row in rows:
                 row.cancelled = True
@@ -108,7 +115,11 @@ class Engine:
             row.fail(Stopping("the server was stopped before the answer had ended"))
 
     def join(self, timeout: float | None = None) -> bool:
-        """Wait until a closed engine has ended; return whether it has."""
+        """Wait until a closed engine has ended; return whether it has.
+
+        Args:
+            timeout: Most seconds to wait; None for no bound.
+        """
         self._thread.join(timeout)
         return not self._thread.is_alive()
 

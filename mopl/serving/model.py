@@ -150,6 +150,9 @@ class ServedModel:
             scale: c > 0; None: 1.
             beta: β, as weights; None: that of the model.
 
+        Returns:
+            A `TradeOff` with weights and β in the order of the objectives.
+
         Raises:
             ValueError: If the model cannot answer there; the message begins with what is wrong.
         """
@@ -203,7 +206,12 @@ class ServedModel:
     # ---------------------------------------------------------------- rows
 
     def length(self, prompt: Sequence[int], at: TradeOff) -> int:
-        """Return how many positions a prompt takes, with what the model puts in front of it."""
+        """Return how many positions a prompt takes, with what the model puts in front of it.
+
+        Args:
+            prompt: Its tokens.
+            at: The trade-off, which some models write in front.
+        """
         tokens, beta = list(prompt), None if at.beta is None else torch.tensor(at.beta)
         w = torch.tensor(at.weights, dtype=torch.float64)
         if self.text_prompt is not None:
@@ -213,18 +221,32 @@ class ServedModel:
         return len(tokens) + self.virtual_tokens
 
     def most_rows(self, wanted: int) -> int:
-        """Return how many of `wanted` rows are answered together: one where prompts cannot be padded on the left."""
+        """Return how many rows are answered together: one where prompts cannot be padded on the left.
+
+        Args:
+            wanted: The most otherwise.
+        """
         return wanted if self._pads else 1
 
     def group(self, row: Row) -> Any:
-        """Return what rows that are answered together have in common."""
+        """Return what rows that are answered together have in common: a value to compare.
+
+        Args:
+            row: One of them.
+        """
         # One scaled row has the reference run for all, and penalties of the model's own configuration left out.
         scaled = self.guided_model is None and row.at.scale * sum(row.at.beta or (1,)) != 1
         weights, length = row.at.weights if self.one_at_a_time else None, row.positions if self._by_length else None
         return row.form.encoder is self.chat.encoder, scaled, weights, length
 
     def generate(self, rows: Sequence[Row], choose: Any, watch: Any) -> None:
-        """Answer rows of one group: `choose` gives each its next token, `watch` says which have ended."""
+        """Answer rows of one group, in one call of `mopl.language_models.generate.generate`.
+
+        Args:
+            rows: The rows, for which `group` is the same.
+            choose: A logits processor that gives each row its next token.
+            watch: A stopping criterion that hands the tokens to the rows and says which have ended.
+        """
         weights: Any = [row.at.weights for row in rows] if self.takes_weights else None
         beta: Any = [row.at.beta for row in rows] if self.takes_beta else None
         with contextlib.ExitStack() as stack:

@@ -343,9 +343,15 @@ def test_what_answers_earn_is_said_for_the_model_before_and_at_each_weighting(mo
     demo.describe_answers(tmp_path, said.append)
     assert said[0] == "mean rewards of the answers to 2 held-out prompts (greedy, cut off after 7 tokens):"
     assert [line.split() for line in said[1:4]] == [
-        ["brevity", "sentiment"], ["base", "-2.00", "0.00"], ["cos", "at", "1,", "0", "-1.00", "0.00"]
+        ["weights", "in", "the", "order", "of", "brevity", "sentiment"],
+        ["base", "-2.00", "0.00"], ["cos", "at", "1,", "0", "-1.00", "0.00"],
     ]  # fmt: skip
     assert said[4].split()[:4] == ["cos", "at", "0,", "1"] and float(said[4].split()[-1]) > 0.3
+    monkeypatch.setattr(demo.Rewards, "__call__", lambda *_: torch.tensor([[float("nan")] * 3, [0.5] * 3]))
+    said.clear()
+    demo.describe_answers(tmp_path, said.append)
+    assert said[2].split() == ["base", "0.50", "0.50"]
+    assert said[-1] == "6 rewards could not be computed and are left out of the means"
     run.objectives = ("brevity", "kindness")
     demo.describe_answers(tmp_path, lambda line: pytest.fail(f"said {line}"))
 

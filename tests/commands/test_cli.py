@@ -98,7 +98,8 @@ def test_quiet_leaves_results_warnings_and_errors(tmp_path, capsys, monkeypatch)
     assert main(["rank", *TINY, "--quiet"]) == 0
     out, err = capsys.readouterr()
     path = Path("runs/rank-synthetic-weight-cos-dpo-1")
-    assert out == f"open {path}/report.html in a browser: every trade-off of this run\n" and not err
+    table = (path / "table.txt").read_text()
+    assert out == f"{table}\nopen {path}/report.html in a browser: every trade-off of this run\n" and not err
     assert main(["rank", "--run", str(path), "--resume", "--steps", "7", "--quiet"]) == 2
     assert "was started with other settings" in capsys.readouterr().err
 

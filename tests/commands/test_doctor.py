@@ -1,16 +1,20 @@
 """`mopl doctor`: what is installed, what is missing for which command, and whether the numbers are right."""
 
 import json
+import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from mopl import ops
-from mopl._extras import is_installed
+from mopl._extras import PACKAGES, is_installed
 from mopl.cli import main
 from mopl.commands import doctor, doctor_checks
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +65,7 @@ def test_an_op_that_raises_is_said_with_its_error(monkeypatch, capsys):
 
 def test_what_is_missing_is_said_for_each_command_with_the_remedy(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "_version", lambda name: None if name in ("gguf", "uvicorn", "torch") else "1.0")
-    assert main(["doctor"]) == 0
+    assert main(["doctor"]) == 1  # without torch nothing runs
     lines = capsys.readouterr().out.splitlines()
     at = next(i for i, line in enumerate(lines) if line.startswith("  serve"))
     assert lines[at].endswith("needs uvicorn") and "[serve]" in lines[at + 1]
@@ -117,10 +121,27 @@ def test_a_folder_of_the_name_is_no_package(tmp_path, monkeypatch):
     assert not is_installed("only_a_folder") and is_installed("json")
 
 
+def test_what_mopl_needs_is_what_its_package_says_it_needs():
+    text = (ROOT / "pyproject.toml").read_text()
+    needed = re.search(r"^dependencies = \[\n(.*?)^\]", text, re.DOTALL | re.MULTILINE)[1]
+    names = set(re.findall(r'^    "([a-z]+)', needed, re.MULTILINE))
+    assert {PACKAGES.get(name, name) for name in doctor.BASE} == names
+
+
+def test_what_a_plain_command_needs_is_not_left_out(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name in ("peft", "statsmodels", "yaml") else "1.0")
+    assert main(["doctor"]) == 1
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert {"rank needs statsmodels", "align needs peft", "serve needs peft", "steer cannot import pyyaml"} <= set(
+        lines
+    )
+    assert "pyyaml BROKEN not installed, but mopl needs it" in lines
+
+
 def test_it_needs_no_torch(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "mopl.commands.doctor_checks", None)
     monkeypatch.setattr(doctor, "_version", lambda name: None)
-    assert main(["doctor", "--json"]) == 0
+    assert main(["doctor", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["checks"] == []
 
 

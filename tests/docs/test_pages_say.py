@@ -71,6 +71,14 @@ def anchors(page: Path) -> set[str]:
     return slugs_of(page)
 
 
+def defines(module: list[str], names: list[str]) -> bool:
+    """Say whether the source of a module, which needs a package that is not installed here, defines a name."""
+    file = ROOT.joinpath(*module).with_suffix(".py")
+    if len(names) != 1 or not file.exists():
+        return False
+    return any(getattr(node, "name", None) == names[0] for node in ast.parse(file.read_text(encoding="utf-8")).body)
+
+
 def is_there(dotted: str) -> bool:
     """Say whether a name such as mopl.losses.listwise_dpo exists: the anchors of the reference are such names."""
     parts = dotted.split(".")
@@ -78,6 +86,8 @@ def is_there(dotted: str) -> bool:
         try:
             found = importlib.import_module(".".join(parts[:count]))
         except ImportError:
+            if defines(parts[:count], parts[count:]):
+                return True
             continue
         for part in parts[count:]:
             if not hasattr(found, part):

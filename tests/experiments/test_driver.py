@@ -249,12 +249,14 @@ def test_a_method_that_was_evaluated_on_another_grid_is_not_compared(tmp_path):
 def test_the_time_of_the_methods_that_are_left_is_estimated_by_their_trainings(monkeypatch):
     said = []
     recipe = types.SimpleNamespace(grid=torch.zeros(10, 3), say=said.append)
-    driver._estimate(recipe, "weight-cos-dpo", ("dpo-ls", "dpo-soup"), 12.0)
+    driver._estimate(recipe, "weight-cos-dpo", ("dpo-ls", "dpo-soup"), 12.0, 12.0)
     assert said == ["about 3 minutes for dpo-ls, dpo-soup (at most 13 trainings)"]
+    driver._estimate(recipe, "weight-cos-dpo", ("dpo-ls", "dpo-soup"), 2.0, 20.0)  # evaluation takes most of it
+    assert said.pop() == "about 62 seconds for dpo-ls, dpo-soup (at most 13 trainings)"
     for done, left, seconds in (
         ("weight-cos-dpo", (), 99.0),
         ("weight-cos-dpo", ("dpo-soup",), 1.0),
         ("clp", ("dera",), 99.0),
     ):
-        driver._estimate(recipe, done, left, seconds)
+        driver._estimate(recipe, done, left, seconds, seconds)
     assert len(said) == 1

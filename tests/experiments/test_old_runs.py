@@ -151,3 +151,19 @@ def test_an_old_run_stands_beside_a_copy_of_another_seed(place, tmp_path, kind):
     (other / "config.json").write_text(json.dumps(record))
     text = compare([place / kind, other], table=tmp_path / "table.txt", html=tmp_path / "page.html")
     assert "(2 seeds)" in text and (tmp_path / "table.txt").read_text() == text
+
+
+def test_a_run_of_another_default_grid_is_asked_at_the_weights_that_it_has(tmp_path, capsys):
+    """Version 0.1 had other default numbers of points; a method with a model for each point has no others."""
+    run = tmp_path / "run"
+    data = "synthetic:queries=12,items=4,features=6,objectives=3"
+    few = ["--steps", "2", "--hidden", "8", "--heads", "1", "--points", "3", "--bootstrap", "0"]
+    assert main(["rank", "--data", data, "--method", "dpo-ls", "--run", str(run), *few]) == 0
+    record = json.loads((run / "config.json").read_text())
+    record["config"]["points"] = None
+    (run / "config.json").write_text(json.dumps(record))
+    assert open_run(run).grid.tolist() == [[0, 0, 1], [0, 1, 0], [1, 0, 0]]
+    capsys.readouterr()
+    assert main(["steer", str(run), "--weights", "0", "1", "0"]) == 0
+    assert main(["steer", str(run), "--weights", "0.5", "0.25", "0.25"]) == 2
+    assert "0.5" in (said := capsys.readouterr().err) and "model.safetensors" not in said

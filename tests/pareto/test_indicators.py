@@ -259,7 +259,10 @@ def test_grids_of_many_objectives_cover_the_simplex_better_than_their_vertices_a
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((3, 50), "has 45 or 55 points"),
+        ((3, 50), "has 46 or 55 points"),  # 45, and equal weights
+        ((3, 8), "has 7 or 10 points"),
+        ((4, 36), "has 35 or 56 points"),
+        ((1, 3), "has 1 points"),
         ((3, 11), "has 10 or 15 points"),  # ten vectors hold equal weights already
         ((2, 1), "has at least 2 points"),
         ((6, 5), "pass at least 6"),

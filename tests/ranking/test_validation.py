@@ -176,8 +176,8 @@ def test_every_method_keeps_its_best_step_by_one_rule_and_says_which(stopped):
         assert len(figures) in (best + 2, limit)  # the patience of two
         line = next(line for line in said if line.startswith(f"{name}: "))
         of = "main" if name == "base" else "auxiliary"
-        assert f"; kept step {best} of {limit} ({of} NDCG on validation {figures[best]:.4f})" in line
-        assert (f"stopped at {best + 2}: no better for 2 steps" in line) == (len(figures) < limit)
+        assert f"; kept step {best} ({of} NDCG on validation {figures[best]:.4f})" in line
+        assert (f"stopped at {best + 2} of {limit}: no better for 2 steps" in line) == (len(figures) < limit)
     assert any(d.steps < d.limit for d in done.values()) and any(d.kept < d.steps for d in done.values())
 
 

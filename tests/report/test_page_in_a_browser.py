@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from browsing import browsing, needs_browser
 
 from mopl.pareto import Front, weight_grid
@@ -108,11 +109,102 @@ def test_figures_between_evaluated_points_are_interpolated_and_said_to_be(tab, p
         "[...document.querySelectorAll('.value')].map((v) => [v.dataset.axis, v.querySelector('b').textContent])"
     )
     expected = [0.3 + 0.4 * w + 0.05 * j for j, w in enumerate((0.41, 0.37, 0.22))] + [0.8 - 0.041]
-    assert {int(k): float(x) for k, x in shown} == {k: pytest.approx(x, abs=1e-4) for k, x in enumerate(expected)}
+    assert all(x.startswith("≈ ") for _, x in shown)
+    assert {int(k): float(x[2:]) for k, x in shown} == {k: pytest.approx(x, abs=6e-4) for k, x in enumerate(expected)}
+    assert "interpolated" in tab.do("document.getElementById('bars-key').textContent")
     # Answers are those of an evaluated point, and of a method with a model for each point nothing is interpolated.
     assert tab.do("document.getElementById('sample-list').textContent").startswith("why?at ")
     tab.open(pages[3].as_uri() + "#w=0.41,0.37,0.22&method=dpo-ls")
     assert tab.do("document.getElementById('status').textContent").startswith("Evaluated point #")
+
+
+@pytest.mark.parametrize(("m", "points"), [(3, 10), (3, 16), (4, 11), (4, 35), (5, 6)])
+def test_figures_that_are_linear_in_the_weights_are_interpolated_without_an_error(tab, pages, m, points):
+    tab.open(pages[3].as_uri())
+    weights = weight_grid(m, points)
+    asked = torch.rand(50, m, dtype=torch.float64, generator=torch.Generator().manual_seed(m)).log()
+    asked = torch.cat([asked / asked.sum(1, keepdim=True), weights])
+    found = tab.do(f"{asked.tolist()}.map((w) => figures.around(w, {weights.tolist()}))")
+    for w, corners in zip(asked, found, strict=True):
+        index, shares = zip(*corners, strict=True)
+        assert all(share > 0 for share in shares) and len(corners) <= m
+        torch.testing.assert_close(
+            torch.tensor(shares, dtype=torch.float64) @ weights[list(index)], w, rtol=0, atol=1e-9
+        )
+
+
+def test_a_grid_that_is_no_lattice_is_not_interpolated(tab, pages):
+    tab.open(pages[3].as_uri())
+    assert tab.do(f"figures.around([0.3, 0.3, 0.2, 0.1, 0.1], {weight_grid(5, 12).tolist()})") is None
+
+
+def test_the_link_to_a_point_leads_back_to_it(tab, tmp_path):
+    def with_points(m, rows):
+        content = made(m, points=2 if m == 2 else None).to_dict()
+        points = [{"weights": w, "main": 0.5 + 0.01 * i, "auxiliary": [0.4] * m, "scale": scale}
+                  for i, (w, scale) in enumerate(rows)]  # fmt: skip
+        return Front.from_dict({**content, "points": points})
+
+    for name, front in {
+        "one": with_points(1, [([1.0], 1.0), ([1.0], 2.0), ([1.0], 4.0)]),
+        "alone": with_points(1, [([1.0], 1.0)]),
+        "without": with_points(2, [([], 1.0), ([], 1.0)]),
+        "twins": with_points(2, [([0.5, 0.5], 1.0), ([1.0, 0.0], 1.0), ([0.5, 0.5], 1.0)]),
+    }.items():
+        page = write_page([front], tmp_path / f"{name}.html").as_uri()
+        for i in range(len(front.points)):
+            tab.open(f"{page}?number={i}#w={i}")
+            link = tab.do("document.querySelector('#status a').hash")
+            tab.open(f"{page}?link={i}{link}")
+            said = tab.do("document.getElementById('status').textContent")
+            assert said.startswith(f"Evaluated point #{i} of"), (name, link)
+            assert ("no weights" in said) == (name == "without")
+
+
+def test_answers_beside_interpolated_figures_are_said_to_be_those_of_an_evaluated_point(tab, pages):
+    note = "document.getElementById('samples-note')"
+    tab.open(pages[3].as_uri() + "#w=0.41,0.37,0.22")
+    nearest = tab.do("document.querySelector('#chart [aria-checked=true]').dataset.point")
+    said = f"Answers are not interpolated: these are of the nearest evaluated point #{nearest} at weights"
+    assert tab.do(f"{note}.hidden") is False
+    assert tab.do(f"{note}.textContent").startswith(said.replace("weights", "helpful"))
+    tab.open(pages[3].as_uri() + "?evaluated#w=1,0,0")
+    assert tab.do(f"{note}.hidden")
+
+
+def test_a_label_without_a_free_place_is_left_out(tab, pages):
+    tab.open(pages[2].as_uri())
+    svg = "document.getElementById('chart')"
+    taken = "[[0, 0, 1000, 1000]]"
+    before = tab.do(f"{svg}.querySelectorAll('.halo').length")
+    tab.do(f"figures.label({svg}, 'label', 100, 100, {taken}, [0, 0, 400, 400]); 0")
+    assert tab.do(f"{svg}.querySelectorAll('.halo').length") == before
+    tab.do(f"figures.label({svg}, 'label', 100, 100, [], [0, 0, 400, 400]); 0")
+    assert tab.do(f"{svg}.querySelectorAll('.halo').length") == before + 1
+    words = tab.do("[[123456.1, 123456.9], [0.00051, 0.000518]].map((ends) => figures.ticks(ends, 4).map((t) => t[1]))")
+    assert all(len(set(each)) == len(each) >= 3 for each in words)
+
+
+def test_long_names_in_one_word_do_not_scroll_the_page(tab, tmp_path):
+    content = made(2, points=3).to_dict() | {"method": "m" * 80, "objectives": ["a" * 80, "b" * 80], "main": "c" * 80}
+    tab.resize(320, 800)
+    tab.open(write_page([Front.from_dict(content)], tmp_path / "long.html").as_uri())
+    assert tab.do("document.scrollingElement.scrollWidth") == 320
+
+
+def test_lines_across_all_figures_break_where_one_is_missing_and_ends_tell_apart(tab, tmp_path):
+    content = made(3, points=10).to_dict()
+    content["points"][4]["auxiliary"][1] = None
+    for i, point in enumerate(content["points"]):
+        point["main"] = 0.9001 + 0.0003 * i / 9
+    tab.open(write_page([Front.from_dict(content, missing=True)], tmp_path / "gap.html").as_uri())
+    path = tab.do("document.querySelector('[data-line=\"4\"]').getAttribute('d')")
+    assert path.count("M") == 2 and "NaN" not in path
+    assert tab.do("document.querySelector('[data-line=\"3\"]').getAttribute('d')").count("M") == 1
+    ticks = tab.do("[...document.querySelectorAll('#parallel .tick')].map((t) => t.textContent)")
+    assert ticks[-2:] == ["0.9004", "0.9001"]
+    words = tab.do("[[0, 1], [1234, 1235], [1.2e30, 1.3e30], [0, 2e-5], [-1, 1]].map(figures.endsInWords)")
+    assert words == [["0", "1"], ["1234", "1235"], ["1.200e30", "1.300e30"], ["0", "2.0e-5"], ["-1", "1"]]
 
 
 def test_every_step_of_a_slider_changes_a_figure(tab, pages):

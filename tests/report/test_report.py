@@ -577,6 +577,26 @@ def test_json_for_a_page_keeps_every_text_and_number():
     assert jsonable((1, {2: {3}})) == [1, {"2": [3]}]
 
 
+def test_fronts_that_count_opposite_directions_as_better_are_refused():
+    with pytest.raises(ValueError, match=r"counts as better .* report them separately"):
+        print_table([front(maximise=True), front("dpo-ls", maximise=[True, False])])
+    assert print_table([front(maximise=True), front("dpo-ls", maximise=[True, True])])
+
+
+@pytest.mark.parametrize(("main", "higher", "anchor"), [
+    ("Seconds late", True, "main-objective"), ("deviation", True, "main-objective"), ("deviation", False, "drift"),
+])  # fmt: skip
+def test_headings_lead_to_the_definition_of_their_column_whatever_the_objectives_are_called(main, higher, anchor):
+    metric = Metric("loss", higher_is_better=higher)
+    summary = summarise([front(main=main), front("dpo-ls", main=main)], metric)
+    assert summary.anchors == ("hypervolume", anchor, "steering-regret", "seconds", "parameters")
+
+
+def test_numbers_are_rounded_as_the_script_rounds_them():
+    found = [format_number(x) for x in (112500.0, -112500.0, 0.000112500001, 999500.0, 1e-300, 0.00005)]
+    assert found == ["1.13e5", "-1.13e5", "1.13e-4", "1.00e6", "1.00e-300", "5.00e-5"]
+
+
 def test_the_tables_of_the_page_show_the_numbers_of_the_front(tmp_path):
     fronts = [base(), *several(scales=(1.0, 1.5))]
     page = Page(write_page(fronts, tmp_path / "page.html").read_text("utf-8"))
