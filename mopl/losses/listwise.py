@@ -11,7 +11,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mopl._arguments import Reduction, check_choice, compute_dtype, or_nan, weigh_and_reduce
+from mopl._arguments import (
+    FINITE,
+    KNOWN,
+    NOT_INFINITE,
+    Reduction,
+    check_choice,
+    compute_dtype,
+    or_nan,
+    weigh_and_reduce,
+)
 from mopl._renamed import renamed_keywords
 from mopl.losses._scores import prepare
 from mopl.losses.labels import presort, to_distributions
@@ -59,21 +68,24 @@ def listwise_dpo(
 
     Returns:
         Nats in float32 (float64 for float64); differentiable in scores, reference, beta, weights and labels.
-        Lists with fewer than two items, and with `"l1"` those whose labels are all 0, give 0 with gradient 0. A NaN
-        among a list's labels gives NaN.
+        Lists with fewer than two items, and with `"l1"` those whose labels are all 0, give 0 with gradient 0.
 
     Raises:
         TypeError: if scores are not floating point or the mask is not boolean.
         ValueError: if a shape does not fit, `normalize` or `reduction` is unknown, or, on a CPU, a β is not
-            positive or a label is negative under `"l1"`. On a GPU, where reading would wait, and under `torch.compile`
-            such an entry makes its losses NaN.
+            positive, a weight is not finite, or a label is NaN or infinite, or negative under `"l1"` (-inf is a target
+            of 0 under `"softmax"`). On a GPU, where reading would wait, and under `torch.compile` such an entry makes
+            its losses NaN.
 
     >>> scores, labels = torch.tensor([[0.6, 0.8]]), torch.tensor([[1.0, 0.0]])
     >>> round(float(listwise_dpo(scores, labels)), 6)
     0.798139
     """
     check_choice(normalize, ("l1", "softmax", None), "normalize")
-    difference, labels, rate = prepare(scores, labels, reference, beta, mask)
+    # A negative label, -inf too, has an error of its own under "l1".
+    difference, labels, rate = prepare(
+        scores, labels, reference, beta, mask, FINITE if normalize is None else NOT_INFINITE
+    )
     if normalize == "softmax":
         dtype = compute_dtype(difference, labels)
         labels = to_distributions(labels, "softmax", mask, label_temperature, dtype, "normalize")
@@ -117,7 +129,7 @@ def plackett_luce(
     Args:
         scores: (B, K), sequence log-probabilities in nats or a ranker's scores; any floating dtype.
         labels: (B, K) for one objective or (B, m, K), higher is better, of any dtype and any real numbers or infinite:
-            only their order and ties matter. A NaN gives NaN.
+            only their order and ties matter.
         reference: (B, K), the base model's scores.
         beta: β > 0, a number or a tensor that broadcasts to (B, m).
         weights: factors of any sign on the result, a number or a tensor that broadcasts to (B, m).
@@ -139,14 +151,15 @@ def plackett_luce(
 
     Raises:
         TypeError: if scores are not floating point, the mask is not boolean or the order is not integer.
-        ValueError: if a shape does not fit, `top_k` is below 1, a choice is unknown, or a β is not positive
-            (on a GPU and under `torch.compile` its losses are NaN).
+        ValueError: if a shape does not fit, `top_k` is below 1, a choice is unknown, or, on a CPU, a β is not
+            positive, a weight is not finite, or a label or a position weight is NaN. On a GPU and under `torch.compile`
+            such an entry makes its losses NaN.
 
     >>> scores, labels = torch.tensor([[0.5, 0.3]]), torch.tensor([[1.0, 0.0]])
     >>> round(float(plackett_luce(scores, labels)), 6)
     0.598139
     """
-    difference, labels, rate = prepare(scores, labels, reference, beta, mask)
+    difference, labels, rate = prepare(scores, labels, reference, beta, mask, KNOWN)
     check_choice(ties, ("breslow", "efron", "exact", "random"), "ties")
     check_choice(last_group, ("charged", "free"), "last_group")
     if top_k is not None and (isinstance(top_k, float) or top_k < 1):
@@ -155,7 +168,7 @@ def plackett_luce(
         raise ValueError(f'generator is given but ties={ties!r} draws nothing; pass ties="random", or no generator')
     if isinstance(order, Tensor) and order.ndim == 2 and labels.shape[1] == 1:
         order = order[:, None]
-    check_positions(order, position_weights, labels)
+    check_positions(order, position_weights, labels, mask)
     given, free = labels, last_group == "free"
     if ties == "random":
         if order is not None:
