@@ -147,7 +147,8 @@ def plackett_luce(
 
     Returns:
         Nats in float32 (float64 for float64); differentiable in scores, reference, beta and weights.
-        Lists with fewer than two items give 0 with gradient 0.
+        Lists with fewer than two items give 0 with gradient 0. A score of -inf above a finite one makes the loss inf,
+        with a finite gradient; several of -inf are equal scores. A score of inf gives NaN.
 
     Raises:
         TypeError: if scores are not floating point, the mask is not boolean or the order is not integer.

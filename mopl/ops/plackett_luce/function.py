@@ -29,8 +29,9 @@ with `beta_gradient_bj = sum_i G_bji scores_bi`, computed as sum_i G_i (scores_i
 
 `order` (B, m, K) holds the items best first, masked items last: `labels.argsort(descending=True)`. It decides the
 ranking; labels then only say which neighbours in that order are tied. Lists with fewer than two items have loss 0 and
-gradient 0. A masked slot is never read into arithmetic. A score of -inf above other items makes the loss +inf and
-keeps a finite gradient, -W; at the bottom it costs nothing.
+gradient 0. A masked slot is never read into arithmetic. A score of -inf above finite ones makes the loss +inf and
+keeps a finite gradient, -W; alone at the bottom it costs nothing, and several are equal scores. A score of inf makes
+the loss NaN.
 
 `cpu.py` and `gpu.py` say how either machine computes it.
 """
