@@ -34,9 +34,11 @@ def listwise_dpo(
     label_temperature: float | Tensor = 1.0,  # broadcasts to (B, m)
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Listwise cross-entropy of β-scaled scores with label distributions, the training loss of COS-DPO.
+    """Listwise cross-entropy of β-scaled scores with label distributions, the training loss of COS-DPO.
 
-    .. math:: \ell_{bj} = -\sum_i \bar z_{bji} \log \mathrm{softmax}_i(\beta_{bj} (s_{bi} - s^0_{bi}))
+    With scores s, reference s₀ and normalised labels z̄, for list b and objective j:
+
+        loss[b, j] = -Σᵢ z̄[b, j, i] log softmaxᵢ(β[b, j] (s[b, i] - s₀[b, i]))
 
     Ren et al. 2025 (COS-DPO), equation 8; without a reference it is ListNet (Cao et al. 2007). With two items and
     one-hot labels it is DPO, with labels (1 - ε, ε) conservative DPO, with one-hot labels over more items the top-1
@@ -102,9 +104,12 @@ def plackett_luce(
     generator: torch.Generator | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Negative log-likelihood of rankings under Plackett and Luce: items are chosen one after the other, best first.
+    """Negative log-likelihood of rankings under Plackett and Luce: items are chosen one after the other, best first.
 
-    .. math:: \ell = \sum_k v_k \Bigl(\log \sum_{l \ge k} e^{u_{\pi_l}} - u_{\pi_k}\Bigr), \quad u = \beta (s - s^0)
+    With scores s, reference s₀, position weights v and the items of a list numbered best first:
+
+        u = β (s - s₀)
+        loss = Σₖ vₖ (log(exp(uₖ) + exp(uₖ₊₁) + ... + exp(u_K)) - uₖ)
 
     Plackett 1975; ListMLE (Xia et al. 2008); with a reference it is the listwise form of DPO (Rafailov et al. 2023,
     appendix A.3). It is also Cox's partial likelihood, from which the rules for ties come. Tied labels:

@@ -65,6 +65,19 @@ def test_the_reference_shows_every_public_name(name):
     assert any(each.startswith(f"mopl.{name}.") for each in SHOWN)
 
 
+def test_docstrings_are_plain_text_and_markdown():
+    """The site reads Markdown: directives and roles of reST, and TeX, would stand there as they are in the source."""
+    markup = re.compile(r"\.\. [\w:-]+::|:[\w:]+:`|(?<!`)``(?!`)|`_\b|`__?(?=[\s.,;:)]|$)|\\[a-z]{2,}[{_^ ]")
+    found = []
+    for file in sorted((ROOT / "mopl").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                for match in markup.finditer(ast.get_docstring(node) or ""):
+                    name = getattr(node, "name", "the module")
+                    found.append(f"{file.relative_to(ROOT)}, {name}: {match[0]}")
+    assert not found, "write formulas as text, in a block set in by four spaces:\n" + "\n".join(found)
+
+
 def test_the_page_of_the_command_line_is_that_of_the_parser():
     maker = loaded(ROOT / "docs" / "make_command_line.py")
     assert maker.PAGE.read_text(encoding="utf-8") == maker.page(), "run python docs/make_command_line.py"
