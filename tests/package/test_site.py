@@ -88,6 +88,8 @@ def test_addresses_and_versions_are_the_same_everywhere():
     source, site = (setup.value_in("pyproject.toml", name) for name in ("Source", "Documentation"))
     mkdocs = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     assert f"\nsite_url: {site} " in mkdocs and f"\nrepo_url: {source}\n" in mkdocs
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"\ngit clone {source} && cd mopl\n" in readme and f"]({site})" in readme
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert (citation["repository-code"], citation["url"]) == (source, site)
     changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
