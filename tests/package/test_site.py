@@ -151,3 +151,25 @@ def test_links_out_of_the_site_lead_to_the_sources():
     assert hooks.on_page_markdown("[a](docs/settings.md) [b](setup.py)", Page, {"repo_url": "S"}, files) == (
         "[a](settings.md) [b](S/blob/main/setup.py)"
     )
+
+
+def test_a_picture_with_a_dark_twin_follows_the_switch_of_the_site():
+    hooks = loaded(ROOT / "docs" / "hooks.py")
+
+    class Page:
+        class file:
+            src_uri = "index.md"
+
+    class Files(dict):
+        get_file_from_path = dict.get
+
+    files = Files({f"pictures/readme{name}.png": 1 for name in ("", "-dark")})
+    page = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    turned = hooks.on_page_markdown(page, Page, {"repo_url": "S"}, files)
+    assert "<picture>" in page and "<picture>" not in turned
+    shown = re.findall(r"!\[(.*?)\]\((\S+)\)\{ width=(\d+) \}", turned)
+    assert [target for _, target, _ in shown] == [
+        "pictures/readme.png#only-light",
+        "pictures/readme-dark.png#only-dark",
+    ]
+    assert shown[0][::2] == shown[1][::2] and len(shown[0][0]) > 10
