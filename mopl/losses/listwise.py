@@ -45,7 +45,9 @@ def listwise_dpo(
 ) -> Tensor:
     """Listwise cross-entropy of β-scaled scores with label distributions, the training loss of COS-DPO.
 
-        loss_bj = -sum_i z_bji log softmax_i(β_bj (scores_bi - reference_bi)),   z = labels after `normalize`
+    With scores s, reference s₀ and normalised labels z̄, for list b and objective j:
+
+        loss[b, j] = -Σᵢ z̄[b, j, i] log softmaxᵢ(β[b, j] (s[b, i] - s₀[b, i]))
 
     Ren et al. 2025 (COS-DPO), equation 8; without a reference it is ListNet (Cao et al. 2007). With two items and
     one-hot labels it is DPO, with labels (1 - ε, ε) conservative DPO, with one-hot labels over more items the top-1
@@ -116,9 +118,10 @@ def plackett_luce(
 ) -> Tensor:
     """Negative log-likelihood of rankings under Plackett and Luce: items are chosen one after the other, best first.
 
-        sum_k v_k (log sum_{l >= k} exp(u_(l)) - u_(k)),   u = β (scores - reference),   (1), (2), ... best first
+    With scores s, reference s₀, position weights v and the items of a list numbered best first:
 
-    with v the position weights.
+        u = β (s - s₀)
+        loss = Σₖ vₖ (log(exp(uₖ) + exp(uₖ₊₁) + ... + exp(u_K)) - uₖ)
 
     Plackett 1975; ListMLE (Xia et al. 2008); with a reference it is the listwise form of DPO (Rafailov et al. 2023,
     appendix A.3). It is also Cox's partial likelihood, from which the rules for ties come. Tied labels:

@@ -332,7 +332,7 @@ def test_every_picture_says_what_it_shows() -> None:
         f"{name_of(page)}:{number}"
         for page in PAGES
         for number, line in enumerate(prose_of(page), 1)
-        for alt in re.findall(r"!\[([^\]]*)\]\(", line)
+        for alt in [*re.findall(r"!\[([^\]]*)\]\(", line), *re.findall(r"<img (?:alt=\"([^\"]*)\")?", line)]
         if len(alt) < 10
     ]
     assert not without, f"pictures need a text for those who do not see them: {', '.join(without)}"
