@@ -64,13 +64,19 @@ def variants_of(rows: Rows, sizes: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: name.endswith(", again"))
 
 
+def listed(words: list[str]) -> str:
+    """Return words as a sentence has them: a, b and c."""
+    return " and ".join([", ".join(words[:-1])] * (len(words) > 1) + words[-1:])
+
+
 def heading(found: dict[str, dict], name: str) -> tuple[str, str]:
     """Return the card with days and commits, and the versions."""
     every = [content for content in found.values() if "device" in content]
-    days, commits = (" and ".join(sorted({str(content[key]) for content in every})) for key in ("date", "commit"))
+    days, commits = (sorted({str(content[key]) for content in every}) for key in ("date", "commit"))
     versions: dict[str, dict[str, None]] = {}
     for content in every:
         for package, version in content.get("versions", {}).items():
             versions.setdefault(package, {})[version] = None
     card = every[0]["device"] if every else name
-    return f"{card}, {days}, commit {commits}", ", ".join(f"{p} {' and '.join(v)}" for p, v in versions.items())
+    measured = f"{listed(days)}, commit{'s' * (len(commits) > 1)} {listed(commits)}"
+    return f"{card}, {measured}", ", ".join(f"{p} {' and '.join(v)}" for p, v in versions.items())

@@ -5,7 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from bench.goals import HEAD, LIST_PEERS, LOGITS, parse_list
-from bench.measured import HEAD_MODES, LIST_WORDS, WORDS, Rows, figure, heading, read, rows_of, table, variants_of
+from bench.measured import (
+    HEAD_MODES,
+    LIST_WORDS,
+    WORDS,
+    Rows,
+    figure,
+    heading,
+    listed,
+    read,
+    rows_of,
+    table,
+    variants_of,
+)
 
 GOAL_STAGES = ("logprob-head", "logprob-gathered")
 SHORT = {
@@ -34,7 +46,11 @@ def in_short(folder: Path) -> str:
             key, form = "ms", lambda x: f"{x:.1f} ms"
         own.append(figure(rows.get((size, "mopl")), key, form))
     cells.insert(0, ["**mopl**", *own])
-    commands = " and ".join(f"`{found[s]['command'].split(' --json')[0]}`" for s in GOAL_STAGES if s in found)
+    commands = [  # each with its own commit: the stages of a card are measured as the code changes
+        f"`{stage['command'].split(' --json')[0]}` ({stage['date']}, commit {stage['commit']})"
+        for stage in map(found.get, GOAL_STAGES)
+        if stage
+    ]
     tokens, width, vocabulary = (f"{int(size):,}" for size in HEAD.split("x"))
     shape = f"{tokens} tokens, width {width}, vocabulary {vocabulary}, bfloat16"
     lines = [f"{title.partition(', ')[0]}: {shape}. Times of the others are multiples of mopl's.", ""]
@@ -48,7 +64,7 @@ def in_short(folder: Path) -> str:
         tokens, vocabulary = (f"{int(size):,}" for size in LOGITS.split("x0x"))
         what = f"From logits that are there already ({tokens} × {vocabulary}, both passes)"
         lines += [f"{what}: {mopl['ms']:.2f} ms; {others}.", ""]
-    lines += [f"Measured by {commands}; {title.partition(', ')[2]}.", ""]
+    lines += [f"Measured by {listed(commands)}.", ""]
     return "\n".join(lines + list_sentences(rows_of(found, "lists")))
 
 

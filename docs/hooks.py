@@ -7,6 +7,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}  # in the repository, on the site
+PICTURE = re.compile(  # for light and for dark, as GitHub reads them
+    r'<picture><source media="\(prefers-color-scheme: dark\)" srcset="(?P<dark>[^"]+)">'
+    r'<img alt="(?P<alt>[^"]*)" src="(?P<light>[^"]+)" width="(?P<width>\d+)"></picture>'
+)
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#|/)(?P<path>[^)#\s]+)(?P<anchor>#[^)\s]*)?(?=[)\s])")
 
 
@@ -20,7 +24,15 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Turn links to files of the repository that are no files of the site into links to the sources."""
+    """Turn links to files of the repository that are no files of the site into links to the sources.
+
+    A picture with a dark twin follows the site's own switch between light and dark, which the system's may differ from.
+    """
+    markdown = PICTURE.sub(
+        r"![\g<alt>](\g<light>#only-light){ width=\g<width> }"
+        r"![\g<alt>](\g<dark>#only-dark){ width=\g<width> }",
+        markdown,
+    )
     at = page.file.src_uri
     folder = "" if at in PAGES.values() else posixpath.join("docs", posixpath.dirname(at))
 

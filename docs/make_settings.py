@@ -76,13 +76,14 @@ def _examples() -> list[str]:
         for line in re.findall(
             r"mopl (?:rank|align|clp)\b[^`#\n|&]*", path.read_text(encoding="utf-8").replace("\\\n", " ")
         ):
+            line = " ".join(line.split())  # of a command that goes on in the next line
             words = shlex.split(line)
             parsed = parser.parse_args(words[1:])
             settings = given(parsed, kinds[parsed.command])
-            if settings and line.strip() not in seen:
-                seen.add(line.strip())
+            if settings and line not in seen:
+                seen.add(line)
                 plain = {name: list(v) if isinstance(v, tuple) else v for name, v in settings.items()}
-                parts += ["```sh", line.strip(), "```", "```yaml", dump_settings(plain).rstrip(), "```", ""]
+                parts += ["```sh", line, "```", "```yaml", dump_settings(plain).rstrip(), "```", ""]
     return parts
 
 

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import httpx
 import pytest
+from doc_checks import Failed, address_of, parse
 from doc_folder import SMALL_ALIGN, SMALL_RANK, SMALL_REWARDS
 from doc_pages import ROOT, Command, Line
 from launching import launch, started
 
-from mopl.cli import build_parser, main
+from mopl.cli import main
 
 TRAININGS = ("rank", "align", "clp")
 REWARDED = {"clp", "clp-all", "rewarded-soups", "prompting", "dera", "logit-mixing"}
@@ -75,21 +76,6 @@ def named(words: list[str]) -> list[str]:
     return [re.sub(r"^classifier:directory=[A-Z]+\b", "classifier:directory=REWARD_MODEL", word) for word in words]
 
 
-def parse(words: list[str]) -> None:
-    """Check that the parser takes a command."""
-    from mopl.cli import _parse
-
-    try:
-        _parse(words)
-    except SystemExit as ended:
-        if ended.code:
-            raise
-
-
-class Failed(AssertionError):
-    """A command line that does not do what its page promises."""
-
-
 class Runner:
     """Runs lines in the folder of a page; a server that a line starts answers until the page ends."""
 
@@ -111,10 +97,6 @@ class Runner:
             self._accelerate(words)
         elif words[0] in ("python", "python3"):
             self._python(words[1:])
-        elif words[0] == "pip" and words[1] == "install":
-            check_install(words[2:])
-        elif words[0] == "pytest":
-            check_pytest(words[1:])
         elif words[0] == "curl":
             self._curl(words[1:])
 
@@ -159,9 +141,11 @@ class Runner:
 
     def _curl(self, words: list[str]) -> None:
         """Ask a server of mopl that runs what curl would ask it."""
-        address = next((word for word in words if word.startswith("http://")), "")
-        if self.url is None or not address.startswith("http://127.0.0.1:8000"):
+        address, port, _ = address_of(words)
+        if port != "8000":
             return
+        if self.url is None:
+            raise Failed(f"curl {address}: no line above starts mopl serve")
         body = values_of(words, "-d") or values_of(words, "--data")
         url = address.replace("http://127.0.0.1:8000", self.url)
         content = {"content": body[0].encode(), "headers": {"Content-Type": "application/json"}} if body else {}
@@ -174,8 +158,6 @@ class Runner:
     def _accelerate(self, words: list[str]) -> None:
         """Do what accelerate's launcher does, with processes that have torch already."""
         at = words.index("-m")
-        assert words[1] == "launch" and words[at + 1] == "mopl.cli", words
-        parse(words[at + 2 :])
         if launched_before("fsdp" in " ".join(words[:at])):
             return
         environment = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if "--use_fsdp" in words else {}
@@ -185,22 +167,13 @@ class Runner:
             raise Failed(f"{' '.join(words)}: {done.stderr[-2000:]}")
 
     def _python(self, words: list[str]) -> None:
-        """Check a module or a script of the project; a script of the page's folder runs."""
-        if words[:1] == ["-m"]:
-            name, options = words[1], words[2:]
-            if name == "mopl.cli":
-                return self._mopl(options, Command(()))
-            if not name.startswith("bench."):
-                return
-            file = ROOT / f"{name.replace('.', '/')}.py"
+        """Run what is small: a text, mopl itself, or a script that the page wrote."""
+        if words[:2] == ["-m", "mopl.cli"]:
+            self._mopl(words[2:], Command(()))
         elif words[:1] == ["-c"]:
-            return exec(compile(words[1], "-c", "exec"), {"__name__": "__main__"})
-        else:
-            file, options = Path(words[0]), words[1:]
-            if not (ROOT / file).exists() and file.exists():
-                return exec(compile(file.read_text(), str(file), "exec"), {"__name__": "__main__"})
-            file = ROOT / file
-        check_script(file, options)
+            exec(compile(words[1], "-c", "exec"), {"__name__": "__main__"})
+        elif words[0] != "-m" and not (ROOT / words[0]).exists():
+            exec(compile(Path(words[0]).read_text(), words[0], "exec"), {"__name__": "__main__"})
 
 
 _LAUNCHED: set[bool] = set()
@@ -236,48 +209,3 @@ def clear_placeholder(words: list[str]) -> None:
     for word in words:
         if re.fullmatch(r"DIR|FOLDER|OUT", word) and Path(word).is_dir():
             shutil.rmtree(word)
-
-
-def check_install(words: list[str]) -> None:
-    """Check that an installation names extras and files that are there."""
-    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    for word in words:
-        if match := re.match(r"(?:\.|mopl)(?:\[([\w,-]+)\])?$|.*mopl.*\.git", word):
-            for extra in (match[1] or "").split(","):
-                if extra and not re.search(rf"^{re.escape(extra)} = \[", project, re.MULTILINE):
-                    raise Failed(f"pip install {' '.join(words)}: there is no extra {extra}")
-    if "-c" in words and not (ROOT / words[words.index("-c") + 1]).is_file():
-        raise Failed(f"pip install {' '.join(words)}: there is no such file of constraints")
-
-
-def check_pytest(words: list[str]) -> None:
-    for word in words:
-        if word.endswith(".py") or word.startswith(("tests", "bench")):
-            if not (ROOT / word.partition("::")[0]).exists():
-                raise Failed(f"pytest {' '.join(words)}: there is no {word}")
-    if "-m" in words:
-        project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-        for mark in re.findall(r"[a-z]+", words[words.index("-m") + 1]):
-            if mark not in ("and", "or", "not") and f'    "{mark}: ' not in project:
-                raise Failed(f"pytest {' '.join(words)}: there is no mark {mark}")
-
-
-def check_script(file: Path, options: list[str]) -> None:
-    """Check that a script of the project is there and knows the options; those of benches are in files beside it."""
-    if not file.exists():
-        raise Failed(f"there is no {file.relative_to(ROOT)}")
-    beside = "".join(each.read_text(encoding="utf-8") for each in file.parent.glob("*.py"))
-    for option in options:
-        name = option.partition("=")[0]
-        if option.startswith("--") and f'"{name}"' not in beside and name not in ("--help",):
-            raise Failed(f"{file.relative_to(ROOT)} has no option {name}")
-
-
-def options_of_mopl() -> dict[str, set[str]]:
-    """Return the options of each command, and of mopl itself under ''."""
-    parser = build_parser()
-    (commands,) = (each for each in parser._actions if hasattr(each, "choices") and each.choices)
-    found = {"": {name for action in parser._actions for name in action.option_strings}}
-    for name, each in commands.choices.items():  # type: ignore[union-attr]
-        found[name] = set(each._option_string_actions)
-    return found

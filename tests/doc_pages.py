@@ -4,24 +4,42 @@ import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise, takewhile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-SHELL = ("sh", "bash", "shell", "console")
+# Pages whose blocks do not run, but are read: their links, options and names are those of the project, too.
+OTHER_PAGES = [
+    *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", ".github/PULL_REQUEST_TEMPLATE.md")),
+    *sorted((ROOT / "bench").rglob("*.md")),
+]
+SHELL = ("sh", "console")
+LANGUAGES = (*SHELL, "python", "text", "json", "jsonl", "yaml", "toml", "ini", "html", "bibtex", "diff")
 NOT_RUN = re.compile(r"<!-- not run: (.+?) -->")
+NOT_COMPARED = re.compile(r"<!-- output not compared: (.+?) -->")
 FENCE = re.compile(r"^(?P<indent> *)(?P<marks>`{3,}|~{3,})(?P<language>[\w-]*)(?P<rest>[^`]*)$")
 
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block; `line` is that of its first line of text, and `reason` why it cannot run, where it says so."""
+    """A fenced block; `line` is that of its first line of text, `comments` stand directly above it."""
 
     page: Path
     line: int
     language: str
     text: str
-    reason: str | None = None
+    comments: str = ""
+
+    @property
+    def reason(self) -> str | None:
+        """Why it cannot run, where it says so."""
+        match = NOT_RUN.search(self.comments)
+        return match and match[1]
+
+    @property
+    def is_compared(self) -> bool:
+        return NOT_COMPARED.search(self.comments) is None
 
     @property
     def where(self) -> str:
@@ -76,9 +94,8 @@ def blocks_of(page: Path) -> list[Block]:
             text = "".join(
                 f"{each[indent:] if each[:indent].isspace() else each}\n" for each in lines[start + 1 : number]
             )
-            above = next((each for each in reversed(lines[:start]) if each.strip()), "")
-            reason = NOT_RUN.search(above)
-            found.append(Block(page, start + 2, first["language"], text, reason and reason[1]))
+            above = takewhile(lambda each: not each or each.startswith("<!--"), map(str.strip, reversed(lines[:start])))
+            found.append(Block(page, start + 2, first["language"], text, "\n".join(above)))
             opened = None
     assert opened is None, f"{name_of(page)}:{opened[0] + 1}: a fence that is not closed"
     return found
@@ -91,6 +108,17 @@ def prose_of(page: Path) -> list[str]:
         for number in range(block.line - 2, block.line + block.text.count("\n")):
             lines[number] = ""
     return lines
+
+
+def outputs_of(page: Path) -> dict[Block, Block]:
+    """Return the blocks of text that show what the block of Python above them prints: no heading is between them."""
+    prose = prose_of(page)
+    return {
+        above: below
+        for above, below in pairwise(blocks_of(page))
+        if above.language == "python" and below.language == "text" and above.reason is None and below.is_compared
+        if not any(line.startswith("#") for line in prose[above.line : below.line])
+    }
 
 
 def lines_of(block: Block) -> list[Line]:

@@ -45,13 +45,14 @@ All but `aot` with a reference, which sorts policy and reference apart, and the 
 
 from __future__ import annotations
 
-import math
 from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
 from mopl._arguments import (
+    FINITE,
+    KNOWN,
     NOT_NEGATIVE,
     POSITIVE,
     Domain,
@@ -177,7 +178,7 @@ def bradley_terry(
     pairs = _as_pairs(named, max([1, *objectives]))
     like, shape = pairs[0], pairs[0].shape
     for option, value, domain in (
-        ("f_alpha", f_alpha, _FINITE),
+        ("f_alpha", f_alpha, FINITE),
         ("discopop_tau", discopop_tau, POSITIVE),
         ("dpop_lambda", dpop_lambda, NOT_NEGATIVE),
     ):
@@ -190,7 +191,7 @@ def bradley_terry(
         smoothing=per_objective(label_smoothing, "label_smoothing", shape, like, rates)
         if given["label_smoothing"]
         else None,
-        margin=per_objective(margin, "margin", shape, like) if given["margin"] else None,
+        margin=per_objective(margin, "margin", shape, like, KNOWN) if given["margin"] else None,
         divergence=f_divergence,
         alpha=f_alpha,
         tau=discopop_tau,
@@ -276,7 +277,6 @@ _SMOOTHING = {
     "robust": Domain(lambda x: (x >= 0) & (x < 0.5), "must lie in [0, 0.5) for 'robust', which divides by 1 - 2ε"),
     "exo_pair": Domain(lambda x: (x > 0) & (x < 1), "must lie in (0, 1) for 'exo_pair'; its paper takes 1e-3"),
 }
-_FINITE = Domain(lambda x: (x > -math.inf) & (x < math.inf), "must be finite")
 _RATE = Domain(lambda x: (x >= 0) & (x <= 1), "must lie in [0, 1]: it is the rate of flipped labels")
 
 

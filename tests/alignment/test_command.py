@@ -347,11 +347,14 @@ def lines_of(place, **changes):
         (["--lora-targets", "nosuch"], "nosuch"),
         (["--reference", "./nosuch"], "there is no model ./nosuch"),
         (["--objectives", "low", "absent"], "has no labels in any of the"),
+        (["--objectives", "low", "equal"], "objective 'equal' prefers nothing: in none of the"),
+        (["--objectives", "low,middle"], "give each name as a word of its own: low middle"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(place, tmp_path, capsys, more, message):
     data = tmp_path / "data.jsonl"
-    data.write_text(lines_of(place, labels={"low": [1, 2, 3], "middle": [0, 1, 0], "absent": [1, None, 2]}))
+    third = {"low": [1, 2, 3], "middle": [0, 1, 0], "absent": [1, None, 2], "equal": [1, None, 1]}
+    data.write_text(lines_of(place, labels=third))
     given = arguments(place, tmp_path / "run", "--data", str(data), "--objectives", "low", "middle")
     given += [word.format(place=place) for word in more]
     assert message in error_of(given, capsys)

@@ -71,6 +71,7 @@ def test_a_page_gets_the_figures_between_its_marks_and_keeps_the_rest(tmp_path: 
     once = written(page, folder)
     assert once.startswith("a\n") and once.endswith("<!-- end -->\nb\n<!-- bench.summary other -->\n")
     assert "old" not in once and written(once, folder) == once
+    assert "`python -m bench.logprob` (2026-11-27, commit abc)." in once
     assert "| **mopl** | 10.0 ms |" in once and "| TRL | × 0.80 |" in once, "a peer that is faster is shown so"
     with pytest.raises(ValueError, match="no <!-- bench"):
         written("nothing here", folder)

@@ -1,6 +1,7 @@
-"""What README.md and docs/ refer to is there: languages of blocks, links, anchors, pictures, options, files, names."""
+"""What the pages refer to is there: languages, commands, links, anchors, pictures, options, defaults, files, names."""
 
 import ast
+import builtins
 import importlib
 import re
 from functools import cache
@@ -11,18 +12,47 @@ import pytest
 for package in ("transformers", "peft", "accelerate", "httpx"):
     pytest.importorskip(package)
 
-from doc_commands import options_of_mopl
-from doc_pages import PAGES, ROOT, blocks_of, links_of, name_of, prose_of, slugs_of
+from doc_checks import Failed, check_command, defaults_of_mopl, options_of_mopl
+from doc_pages import (
+    LANGUAGES,
+    OTHER_PAGES,
+    PAGES,
+    ROOT,
+    SHELL,
+    blocks_of,
+    lines_of,
+    links_of,
+    name_of,
+    prose_of,
+    slugs_of,
+)  # fmt: skip
 
-IDS = [name_of(page) for page in PAGES]
+ALL = [*PAGES, *OTHER_PAGES]
+IDS = [name_of(page) for page in ALL]
+WITHOUT_HISTORY = [page for page in ALL if page.name != "CHANGELOG.md"]  # which has names that are gone
 REFERENCE = [page for page in PAGES if page.parent == ROOT / "docs" / "reference"]
 ROOT_PAGES = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}  # by docs/hooks.py
-# Options of other programs that the pages name: accelerate, pip, vLLM, SGLang, llama.cpp, pytest, MkDocs.
+# Options of other programs that the pages name: accelerate, pip, vLLM, SGLang, TGI, llama.cpp, pytest, MkDocs.
 OTHERS = {
+    "--durations", "--import-mode", "--maxfail", "--maxschedchunk", "--tb", "--model-path", "--max-loras-per-batch",
+    "--model-id", "--no-X",
     "--num_processes", "--use_fsdp", "--fsdp_version", "--index-url", "--max-lora-rank", "--max-loras", "--enable-lora",
     "--max-cpu-loras", "--lora-modules", "--lora-target-modules", "--lora-paths", "--lora-init-without-apply", "--lora",
     "--lora-scaled", "--lora-backend", "--module", "--multi_gpu", "--cpu", "--no-deps", "--fsdp_offload_params",
     "--enable-prompt-embeds", "--jinja", "--no-jinja", "--strict", "--shell",
+}  # fmt: skip
+
+# Classes and names of others: sentence-transformers, Liger, NeMo-RL, LoRAX, Lightning, torch's compiler, LightGBM,
+# verl, OpenRLHF, and keys of transformers, TRL and vLLM; AlphaCoefficients is an old name of mopl's own.
+OTHER_CLASSES = {
+    "CrossEncoder", "ListNetLoss", "ListMLELoss", "RankNetLoss", "LambdaLoss", "LambdaRankScheme", "LinearMerge",
+    "LigerFusedLinearJSDLoss", "DistributedLogprob", "ChunkedDistributedLogprob", "LoraWeights", "LightningModule",
+    "ChunkedDistributedHiddenStatesToLogprobs", "PagedAttentionArgs", "InvalidCxxCompiler", "AlphaCoefficients",
+    "HuggingFaceTB",
+}  # fmt: skip
+OTHER_NAMES = {
+    "rank_xendcg", "mean_token_accuracy", "num_tokens", "actor_rollout_ref", "train_ppo_ray", "ATEN_CPU_CAPABILITY",
+    "prompt_embeds", "merge_adapters", "adapter_names", "even_batches", "vllm_importance_sampling_correction",
 }  # fmt: skip
 
 
@@ -32,7 +62,8 @@ def options_of_scripts() -> set[str]:
     found: set[str] = set()
     for folder in ("bench", "docs", "examples", "tests"):
         for file in (ROOT / folder).rglob("*.py"):
-            found |= set(re.findall(r"[\"'](--[a-z][\w-]*)[\"']", file.read_text(encoding="utf-8")))
+            defined = re.findall(r"add_?(?:argument|option)\(([^=)]+)", file.read_text(encoding="utf-8"))
+            found |= set(re.findall(r"[\"'](--[a-z][\w-]*)[\"']", " ".join(defined)))
     return found
 
 
@@ -67,13 +98,27 @@ def is_there(dotted: str) -> bool:
     return False
 
 
-@pytest.mark.parametrize("page", PAGES, ids=IDS)
-def test_every_block_names_its_language(page: Path) -> None:
-    bare = [block.where for block in blocks_of(page) if not block.language]
-    assert not bare, f"write ```text, ```sh or another language: {', '.join(bare)}"
+@pytest.mark.parametrize("page", ALL, ids=IDS)
+def test_every_block_names_a_language_that_is_known(page: Path) -> None:
+    unknown = [f"{block.where}: {block.language!r}" for block in blocks_of(page) if block.language not in LANGUAGES]
+    assert not unknown, f"write ```text, ```sh or another of {', '.join(LANGUAGES)}: {unknown}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=IDS)
+@pytest.mark.parametrize("page", ALL, ids=IDS)
+def test_every_command_line_is_known(page: Path) -> None:
+    """Also those that do not run: programs, options, files of the project, addresses."""
+    blocks, failed = blocks_of(page), []
+    written = " ".join(re.findall(r"^# ([\w./-]+\.\w+)", "".join(block.text for block in blocks), re.MULTILINE))
+    for line in (line for block in blocks if block.language in SHELL for line in lines_of(block)):
+        for command in line.commands():
+            try:
+                check_command(command, written)
+            except Failed as error:
+                failed.append(f"{line.where}: {line.text}: {error}")
+    assert not failed, "\n".join(failed)
+
+
+@pytest.mark.parametrize("page", ALL, ids=IDS)
 def test_every_link_leads_somewhere(page: Path) -> None:
     broken = []
     for number, target in links_of(page):
@@ -94,24 +139,109 @@ def test_every_link_leads_somewhere(page: Path) -> None:
     assert not broken, "\n".join(broken)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=IDS)
-def test_every_option_that_the_text_names_exists(page: Path) -> None:
+@pytest.mark.parametrize("page", ALL, ids=IDS)
+def test_every_reference_link_has_its_definition(page: Path) -> None:
+    prose = "\n".join(prose_of(page))
+    defined = {each.lower() for each in re.findall(r"^ *\[([^\]]+)\]: ", prose, re.MULTILINE)}
+    used = re.findall(r"\[([^\[\]]+)\]\[([^\[\]]*)\]", re.sub(r"`[^`\n]*`", "code", prose))
+    missing = [f"[{text}][{name}]" for text, name in used if (name or text).lower() not in defined]
+    assert not missing, f"{name_of(page)}: {missing}"
+
+
+@pytest.mark.parametrize("page", ALL, ids=IDS)
+def test_every_option_that_the_page_names_exists(page: Path) -> None:
     commands, unknown = options_of_mopl(), []
     known = set().union(*commands.values()) | options_of_scripts() | OTHERS
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+        for option in sorted(set(re.findall(r"(?<![\w<-])--[a-zA-Z][\w-]*", line)) - known):
+            unknown.append(f"{name_of(page)}:{number}: {option}")
     for number, line in enumerate(prose_of(page), 1):
-        for span in re.findall(r"(?<!`)`([^`]+)`(?!`)", line):
-            options = set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", span))
-            if re.match(r"(python -m )?(pytest|pip|shtab|vllm|accelerate|llama-server|deepspeed)\b", span):
+        for name, rest in re.findall(r"(?<!`)`(?:[^`]*-m mopl\.cli|mopl) ([a-z]+)\b([^`]*)`(?!`)", line):
+            if name not in commands:
+                unknown.append(f"{name_of(page)}:{number}: there is no command `mopl {name}`")
                 continue
-            match = re.match(r"mopl ([a-z]+)\b", span)
-            allowed = commands[match[1]] | commands[""] if match and match[1] in commands else known
-            unknown += [f"{name_of(page)}:{number}: {option} in `{span}`" for option in sorted(options - allowed)]
-            if match and match[1] not in commands:
-                unknown.append(f"{name_of(page)}:{number}: there is no command `mopl {match[1]}`")
+            options = set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", rest))
+            unknown += [f"{name_of(page)}:{number}: {each} of {name}" for each in sorted(options - commands[name])]
     assert not unknown, "\n".join(unknown)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def is_default(value: str, stated: str) -> bool:
+    try:
+        return float(value.replace(",", "")) == float(stated)
+    except ValueError:
+        return value == stated
+
+
+@pytest.mark.parametrize("page", ALL, ids=IDS)
+def test_every_default_that_the_text_states_is_that_of_the_command(page: Path) -> None:
+    """Forms: `--option VALUE`, the default; `mopl COMMAND` starts from `--option VALUE`; `--option` 9."""
+    defaults, wrong = defaults_of_mopl(), []
+    for number, line in enumerate(prose_of(page), 1):
+        for sentence in re.split(r"(?<=[.;:]) ", line):
+            stated = [
+                (None, *each) for each in re.findall(r"`(--[\w-]+) ([^`]+)`(?:,| is| \() ?the default\b", sentence)
+            ]
+            stated += [(None, *each) for each in re.findall(r"`(--[\w-]+)` (\d+(?:[.,]\d+)*)", sentence)]
+            if re.search(r"`mopl \w+`.* starts? from\b|\b[Tt]he default of `mopl \w+`", sentence):
+                subjects: list[str] = []
+                before = len(stated)
+                for name, option, value in re.findall(r"`mopl (\w+)`|`(--[\w-]+) ([^`]+)`", sentence):
+                    subjects = [*subjects, name] if name else subjects
+                    if option:
+                        stated += [(each, option, value) for each in subjects]
+                        subjects = []
+                if len(stated) == before or subjects:
+                    wrong.append(f"{name_of(page)}:{number}: write the default as `--option VALUE`: {sentence}")
+            for command, option, value in stated:
+                known = [each[option] for name, each in defaults.items() if command in (None, name) and option in each]
+                if not any(is_default(value, each) for each in known):
+                    wrong.append(f"{name_of(page)}:{number}: {option} {value} of {command}, but it is {known}")
+    assert not wrong, "\n".join(wrong)
+
+
+@cache
+def words_of_source() -> set[str]:
+    """Return every word of the project's Python, and the names of its files."""
+    folders = [ROOT / name for name in ("mopl", "kernels", "bench", "docs", "examples", "tests")]
+    files = [ROOT / "pyproject.toml", *(file for folder in folders for file in folder.rglob("*.py"))]
+    words = (re.findall(r"\w+", file.read_text(encoding="utf-8")) for file in files if file != Path(__file__))
+    return {file.stem for file in files}.union(*words)
+
+
+@cache
+def names_of_classes() -> set[str]:
+    """Return the classes of mopl, the names of its reference, and those of the libraries that the pages speak of."""
+    text = "".join(
+        f.read_text(encoding="utf-8") for f in [*ROOT.glob("mopl/**/*.py"), *ROOT.glob("docs/reference/*.md")]
+    )
+    found = set(re.findall(r"^(?:class |::: mopl\S*\.)(\w+)", text, re.MULTILINE))
+    libraries = [importlib.import_module(name) for name in ("torch", "torch.nn", "transformers", "trl", "peft")]
+    return found.union(dir(builtins), OTHER_CLASSES, *map(dir, libraries))
+
+
+@pytest.mark.parametrize("page", WITHOUT_HISTORY, ids=map(name_of, WITHOUT_HISTORY))
+def test_every_name_in_code_that_the_text_has_is_a_known_one(page: Path) -> None:
+    """Classes are mopl's or a library's; other names, with an underscore, are words of the source or of a block."""
+    blocks = set(re.findall(r"\w+", " ".join(block.text for block in blocks_of(page))))
+    missing = []
+    for number, line in enumerate(prose_of(page), 1):
+        for span in re.findall(r"(?<!`)`([^`]+)`(?!`)", line):
+            words = set(re.findall(r"(?<![\w./-])[A-Za-z]\w+(?![\w-])", span)) - blocks
+            classes = {each for each in words if re.match(r"([A-Z]+[a-z0-9]+){2,}", each)} - names_of_classes()
+            names = {each for each in words if re.match(r"[A-Za-z]+(_[A-Za-z]\w*)+", each)} - OTHER_NAMES
+            for each in sorted(classes | names):
+                known = words_of_source() if each in names else ()
+                if (
+                    each in known
+                    or each.lower() in known
+                    or (span.startswith("pytest") and any(each in k for k in known))
+                ):
+                    continue
+                missing.append(f"{name_of(page)}:{number}: {each}")
+    assert not missing, "\n".join(missing)
+
+
+@pytest.mark.parametrize("page", WITHOUT_HISTORY, ids=map(name_of, WITHOUT_HISTORY))
 def test_every_file_and_name_of_mopl_that_the_text_names_exists(page: Path) -> None:
     missing = []
     for number, line in enumerate(prose_of(page), 1):
@@ -124,7 +254,7 @@ def test_every_file_and_name_of_mopl_that_the_text_names_exists(page: Path) -> N
     assert not missing, "\n".join(missing)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=IDS)
+@pytest.mark.parametrize("page", ALL, ids=IDS)
 def test_what_code_takes_from_mopl_is_there(page: Path) -> None:
     """Also in blocks that do not run."""
     missing = []
@@ -202,7 +332,7 @@ def test_every_picture_says_what_it_shows() -> None:
         f"{name_of(page)}:{number}"
         for page in PAGES
         for number, line in enumerate(prose_of(page), 1)
-        for alt in re.findall(r"!\[([^\]]*)\]\(", line)
+        for alt in [*re.findall(r"!\[([^\]]*)\]\(", line), *re.findall(r"<img (?:alt=\"([^\"]*)\")?", line)]
         if len(alt) < 10
     ]
     assert not without, f"pictures need a text for those who do not see them: {', '.join(without)}"

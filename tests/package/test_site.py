@@ -16,6 +16,13 @@ WITHOUT_PAGE = {"cli", "commands", "kernels"}  # the command line has a page of 
 SHOWN = {target for page in PAGES.glob("*.md") for target in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE)}
 
 
+def test_no_docstring_holds_markup_that_the_site_does_not_know():
+    """The site is Markdown: TeX and roles of Sphinx would be shown as they stand, their underscores as italics."""
+    known = re.compile(r"^\s*\.\. \w+::|:(math|func|class|meth|mod|attr|ref|py:\w+):`", re.MULTILINE)
+    found = {str(file.relative_to(ROOT)) for file in (ROOT / "mopl").rglob("*.py") if known.search(file.read_text())}
+    assert not found
+
+
 def loaded(path):
     spec = importlib.util.spec_from_file_location(f"_{path.stem}_of_site", path)
     module = importlib.util.module_from_spec(spec)
@@ -65,6 +72,19 @@ def test_the_reference_shows_every_public_name(name):
     assert any(each.startswith(f"mopl.{name}.") for each in SHOWN)
 
 
+def test_docstrings_are_plain_text_and_markdown():
+    """The site reads Markdown: directives and roles of reST, and TeX, would stand there as they are in the source."""
+    markup = re.compile(r"\.\. [\w:-]+::|:[\w:]+:`|(?<!`)``(?!`)|`_\b|`__?(?=[\s.,;:)]|$)|\\[a-z]{2,}[{_^ ]")
+    found = []
+    for file in sorted((ROOT / "mopl").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                for match in markup.finditer(ast.get_docstring(node) or ""):
+                    name = getattr(node, "name", "the module")
+                    found.append(f"{file.relative_to(ROOT)}, {name}: {match[0]}")
+    assert not found, "write formulas as text, in a block set in by four spaces:\n" + "\n".join(found)
+
+
 def test_the_page_of_the_command_line_is_that_of_the_parser():
     maker = loaded(ROOT / "docs" / "make_command_line.py")
     assert maker.PAGE.read_text(encoding="utf-8") == maker.page(), "run python docs/make_command_line.py"
@@ -75,6 +95,8 @@ def test_addresses_and_versions_are_the_same_everywhere():
     source, site = (setup.value_in("pyproject.toml", name) for name in ("Source", "Documentation"))
     mkdocs = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     assert f"\nsite_url: {site} " in mkdocs and f"\nrepo_url: {source}\n" in mkdocs
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"\ngit clone {source} && cd mopl\n" in readme and f"]({site})" in readme
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert (citation["repository-code"], citation["url"]) == (source, site)
     changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
@@ -136,3 +158,25 @@ def test_links_out_of_the_site_lead_to_the_sources():
     assert hooks.on_page_markdown("[a](docs/settings.md) [b](setup.py)", Page, {"repo_url": "S"}, files) == (
         "[a](settings.md) [b](S/blob/main/setup.py)"
     )
+
+
+def test_a_picture_with_a_dark_twin_follows_the_switch_of_the_site():
+    hooks = loaded(ROOT / "docs" / "hooks.py")
+
+    class Page:
+        class file:
+            src_uri = "index.md"
+
+    class Files(dict):
+        get_file_from_path = dict.get
+
+    files = Files({f"pictures/readme{name}.png": 1 for name in ("", "-dark")})
+    page = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    turned = hooks.on_page_markdown(page, Page, {"repo_url": "S"}, files)
+    assert "<picture>" in page and "<picture>" not in turned
+    shown = re.findall(r"!\[(.*?)\]\((\S+)\)\{ width=(\d+) \}", turned)
+    assert [target for _, target, _ in shown] == [
+        "pictures/readme.png#only-light",
+        "pictures/readme-dark.png#only-dark",
+    ]
+    assert shown[0][::2] == shown[1][::2] and len(shown[0][0]) > 10
