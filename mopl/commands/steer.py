@@ -53,7 +53,12 @@ def run(arguments: argparse.Namespace) -> None:
 def _table(figures: dict[str, Any]) -> str:
     """Return the figures of `steer` as aligned text."""
     header = ["", *(printable(name, keep="") for name in (f"{figures['main']} (main)", *figures["objectives"]))]
-    rows = [[name, *(f"{x:.4f}" for x in (row["main"], *row["auxiliary"]))] for name, row in figures["rows"].items()]
+    shown = " ".join(f"{w:.4g}" for w in figures["weights"])
+    scales = dict.fromkeys((1.0, figures["scale"]))
+    # By the names of the options; those of the JSON are older, and programs read them.
+    names = ["base model", *(f"weights {shown}, scale {c:g}" for c in scales)]
+    found = zip(names, figures["rows"].values(), strict=True)
+    rows = [[name, *(f"{x:.4f}" for x in (row["main"], *row["auxiliary"]))] for name, row in found]
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])

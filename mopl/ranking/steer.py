@@ -78,7 +78,7 @@ def steer(
     asked = TABLE[method].takes_beta or beta is not None  # a policy that does not take β says so
     found = evaluate(policy, data, reference, w[None], conditioned_on_beta=asked, scales=scales, **options)
     shown = " ".join(f"{x:.4g}" for x in w.tolist())
-    rows = {"base model": base} | {f"weights {shown}, scale {c:g}": each for c, each in zip(scales, found, strict=True)}
+    rows = {"base model": base} | {f"w = {shown}, c = {c:g}": each for c, each in zip(scales, found, strict=True)}
     if output is not None:
         write_file(output, _scores_text(data, found[-1].scores[0]))
     points = {
