@@ -36,8 +36,8 @@ OTHERS = {
     "--durations", "--import-mode", "--maxfail", "--maxschedchunk", "--tb", "--model-path", "--max-loras-per-batch",
     "--model-id", "--no-X",
     "--num_processes", "--use_fsdp", "--fsdp_version", "--index-url", "--max-lora-rank", "--max-loras", "--enable-lora",
-    "--max-cpu-loras", "--lora-modules", "--lora-target-modules", "--lora-paths", "--lora-init-without-apply", "--lora",
-    "--lora-scaled", "--lora-backend", "--module", "--multi_gpu", "--cpu", "--no-deps", "--fsdp_offload_params",
+    "--max-cpu-loras", "--lora-modules", "--lora-target-modules", "--lora-paths", "--lora",
+    "--lora-scaled", "--module", "--multi_gpu", 
     "--enable-prompt-embeds", "--jinja", "--no-jinja", "--strict", "--shell",
 }  # fmt: skip
 
