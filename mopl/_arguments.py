@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from mopl._counted import counted, there_are
+
 Reduction = Literal["none", "sum", "mean"]
 REDUCTIONS = ("none", "sum", "mean")
 
@@ -99,8 +101,12 @@ class Domain(NamedTuple):
 
     holds: Callable[[Any], Any]  # of a number or, entry by entry, of a tensor
     words: str
+    marked: bool = True  # what cannot be read is made NaN out of it; False where it spoils its loss by itself
 
 
+KNOWN = Domain(lambda x: x == x, "must be a number", marked=False)
+FINITE = Domain(lambda x: (x > -math.inf) & (x < math.inf), "must be finite", marked=False)
+NOT_INFINITE = Domain(lambda x: x < math.inf, "must be a number below infinity", marked=False)
 POSITIVE = Domain(lambda x: (x > 0) & (x < math.inf), "must be positive and finite")
 NOT_NEGATIVE = Domain(lambda x: (x >= 0) & (x < math.inf), "must not be negative, NaN or infinite")
 
@@ -115,7 +121,9 @@ def readable(tensor: Tensor) -> bool:
         and type(tensor) in (Tensor, Parameter)
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
+        and torch._C._get_tracing_state() is None
         and torch._C._get_dispatch_mode(_TRACING) is None
+        and torch._ops._len_torch_dispatch_stack_pre_dispatch() == 0
     )
 
 
@@ -176,7 +184,7 @@ def as_value(
                     raise ValueError(f"{name} holds {float(value[bad][0]):g} but every entry {domain.words}")
         domain = None if bounds else domain
     value = value.to(device=like.device, dtype=dtype)
-    return value if domain is None else torch.where(domain.holds(value), value, math.nan)
+    return torch.where(domain.holds(value), value, math.nan) if domain is not None and domain.marked else value
 
 
 # Rewards have either sign.
@@ -196,6 +204,25 @@ def refuse_negative(labels: Tensor, where: str, remedy: str = SOFTMAX, first: in
     raise ValueError(f"{found} but must not be negative with {where}; {remedy}")
 
 
+def check_labels(labels: Tensor, mask: Tensor | None, domain: Domain) -> None:
+    """Raise where labels (B, ..., K) of existing items lie outside `domain` and can be read."""
+    if not labels.is_floating_point() or not readable(labels):
+        return
+    labels = labels.detach()
+    total = labels.sum()  # of finite numbers finite; one pass where there is nothing to find
+    if type(total) is not Tensor or math.isfinite(total.item()):
+        return
+    bad = ~domain.holds(labels)
+    if mask is not None:
+        bad &= mask if labels.ndim == 2 else mask[:, None, :]
+    if bool(bad.any()):
+        place = bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"labels of list {place[0]} hold {float(labels[tuple(place)]):g} but every label {domain.words}; "
+            "leave the item out with mask, or give it a label"
+        )
+
+
 def unknown_labels(labels: Tensor, mask: Tensor | None) -> Tensor:
     """Return for which lists (B, m) an existing item has the label NaN, which no comparison would show."""
     unknown = labels.isnan() if mask is None else labels.isnan() & mask[:, None, :]
@@ -203,8 +230,8 @@ def unknown_labels(labels: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def or_nan(loss: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the loss (B, m), NaN where `unknown_labels` says so."""
-    if not labels.is_floating_point() or (readable(labels) and not math.isnan(labels.sum().item())):
+    """Return the loss (B, m), NaN where `unknown_labels` says so; `check_labels` has refused what can be read."""
+    if not labels.is_floating_point() or readable(labels):
         return loss
     return torch.where(unknown_labels(labels, mask), math.nan, loss)
 
@@ -223,7 +250,8 @@ def per_objective(
         batch, objectives = shape
         hint = f"; for one value a list pass {name}[:, None]" if tuple(tensor.shape) == (batch,) else ""
         raise ValueError(
-            f"{name} has shape {shape_of(tensor)} but there are {batch} lists and {objectives} objectives; "
+            f"{name} has shape {shape_of(tensor)} but {there_are(batch, 'list')} "
+            f"and {counted(objectives, 'objective')}; "
             f"pass a number, (m,) = ({objectives},), (B, 1) = ({batch}, 1) or (B, m) = ({batch}, {objectives}){hint}"
         ) from None
 
@@ -242,14 +270,14 @@ def check_beta_given(beta: object, takes_beta: bool, unwanted: str) -> None:
 
 
 def weigh_and_reduce(loss: Tensor, weights: float | Tensor | None, reduction: Reduction) -> Tensor:
-    """Apply `weights` to a loss vector (B, m) and reduce it; they are factors of any sign, NaN gives NaN.
+    """Apply `weights` to a loss vector (B, m) and reduce it; they are finite factors of any sign.
 
     `"none"` gives the weighted vector, `"sum"` its sum, `"mean"` the mean over the B lists of the sum over
     objectives. A list that contributes nothing still counts in B: no result depends on padding or on a hidden count.
     """
     check_choice(reduction, REDUCTIONS, "reduction")
     if weights is not None:
-        loss = loss * per_objective(weights, "weights", loss.shape, loss)
+        loss = loss * per_objective(weights, "weights", loss.shape, loss, FINITE)
     return reduced(loss, reduction)
 
 

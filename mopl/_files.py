@@ -139,7 +139,15 @@ def write_files(folder: str | os.PathLike[str], fill: Callable[[Path], None], *,
 
 
 def discard_folder(path: str | os.PathLike[str]) -> None:
-    """Delete a folder so that no reader ever sees a part of it under its own name; of a link, the link alone."""
+    """Delete a folder so that no reader ever sees a part of it under its own name; of a link, the link alone.
+
+    Args:
+        path: The folder, or a file or link.
+
+    Raises:
+        FileNotFoundError: If nothing is there.
+        OSError: If it cannot be deleted.
+    """
     path = Path(path)
     with _folder_beside(path) as temporary:
         os.replace(path, temporary / path.name)

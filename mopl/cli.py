@@ -44,7 +44,11 @@ documentation: https://mopl-project.github.io/mopl/
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the whole command."""
+    """Return the parser of the whole command.
+
+    Returns:
+        A parser with a subparser for each command; making it imports neither torch nor any other large package.
+    """
     parser = Parser(prog="mopl", description=DESCRIPTION, epilog=EXAMPLES, allow_abbrev=False, formatter_class=Help)
     parser.add_argument("--version", action="version", version=f"mopl {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", parser_class=Parser)
@@ -73,7 +77,16 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def as_flags(text: str, command: str) -> str:
-    """Return a message with settings written as options of a command: the library says `max_length=56`."""
+    """Return a message with settings written as options of a command: the library says `max_length=56`.
+
+    Args:
+        text: A message of the library.
+        command: The command that a reader of the message has typed, such as `"align"`.
+
+    Returns:
+        The message with `--max-length 56` in place of `max_length=56`. A bare name becomes an option only if it has an
+        underscore; what stands in quotes or in a path, and names that the command has no option for, stay as they are.
+    """
     known = _parser_of(command, build_parser())._option_string_actions
     flags = {  # by every name of an option, also by that of earlier versions
         name.removeprefix("--").replace("-", "_"): flag
@@ -96,7 +109,18 @@ def as_flags(text: str, command: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status."""
+    """Run the command and return its exit status.
+
+    Args:
+        arguments: The words after `mopl`; None for those of this process.
+
+    Returns:
+        The exit status: 0; 2 after an error, which is one line on stderr; 130 after Ctrl-C; 141 where a command that
+        only prints has lost its reader.
+
+    Raises:
+        SystemExit: After `--help` and `--version` (0), and on a command line that is wrong (2).
+    """
     with terminal() as out:
         parsed = _parse(arguments)
         if parsed.command is None:

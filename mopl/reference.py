@@ -59,6 +59,16 @@ def listwise_cross_entropy(
     """Return -sum_i z_i log softmax(beta scores)_i with z the labels, divided by their sum if `normalize`.
 
     Ren et al. 2025 (COS-DPO), equation 8; Cao et al. 2007 (ListNet). 0 where `normalize` finds no positive label sum.
+
+    Args:
+        scores: (B, K).
+        labels: (B, m, K).
+        beta: β, (B, m) or (B, 1).
+        mask: (B, K) bool, true where an item exists; None for all.
+        normalize: Divide labels by their sum over the list.
+
+    Returns:
+        (B, m), nats; 0 for lists of fewer than two items.
     """
 
     def one(u: Tensor, b: int, j: int, items: Tensor) -> Tensor:
@@ -102,6 +112,20 @@ def plackett_luce_nll(
 
     Plackett 1975, Luce 1959; Breslow 1974 and Efron 1977 for ties; "exact" sums the probability over all orders of a
     tied group by recursion over its subsets, so its cost is exponential in the size of the group.
+
+    Args:
+        scores: (B, K).
+        labels: (B, m, K).
+        beta: β, (B, m) or (B, 1).
+        mask: (B, K) bool, true where an item exists; None for all.
+        order: (B, m, K) items best first, instead of an order by label.
+        position_weights: (K,) or (B, m, K), the weight of the choice at each position; tied items take their mean.
+        top_k: Only the first k ranks count.
+        ties: "breslow", "efron" or "exact".
+        last_group_free: Whether the worst group of equal labels adds no term.
+
+    Returns:
+        (B, m), nats; 0 for lists of fewer than two items.
     """
     weights = position_weights if position_weights is not None else torch.ones(scores.shape[1], dtype=scores.dtype)
     weights = weights.expand(labels.shape)
@@ -169,7 +193,18 @@ def _exact(group: Tensor, below: Tensor) -> Tensor:
 def pairwise_logistic(
     scores: Tensor, labels: Tensor, beta: Tensor, mask: Tensor | None = None, margin: Tensor | None = None
 ) -> Tensor:
-    """Return the sum of -log sigmoid(u_i - u_j - margin) over label_i > label_j; Burges et al. 2005 (RankNet)."""
+    """Return the sum of -log sigmoid(u_i - u_j - margin) over label_i > label_j; Burges et al. 2005 (RankNet).
+
+    Args:
+        scores: (B, K).
+        labels: (B, m, K).
+        beta: β, (B, m) or (B, 1).
+        mask: (B, K) bool, true where an item exists; None for all.
+        margin: γ, (B, m) or (B, 1), in nats; None for 0.
+
+    Returns:
+        (B, m), nats; 0 for lists of fewer than two items.
+    """
 
     def one(u: Tensor, b: int, j: int, items: Tensor) -> Tensor:
         gamma = 0 if margin is None else margin.expand(labels.shape[:2])[b, j]
@@ -192,6 +227,19 @@ def lambda_loss(
     """Return the pairwise logistic loss weighted by |G_i - G_j| |1/log2(1 + rank_i) - 1/log2(1 + rank_j)|.
 
     Liu et al. 2024 (LiPO-lambda); with `normalize` Burges 2010 (LambdaRank). Ranks are by u, ties by position.
+
+    Args:
+        scores: (B, K).
+        labels: (B, m, K).
+        beta: β, (B, m) or (B, 1).
+        mask: (B, K) bool, true where an item exists; None for all.
+        gain: "exponential", 2^label - 1, or "linear".
+        normalize: Divide by the DCG of the best order.
+        top_k: Cut of the ranks.
+        top_k_rule: Whether "either" item of a pair, or "both", must rank within `top_k`.
+
+    Returns:
+        (B, m); 0 for lists of fewer than two items.
     """
 
     def one(u: Tensor, b: int, j: int, items: Tensor) -> Tensor:
@@ -218,7 +266,18 @@ def lambda_loss(
 def approx_ndcg(
     scores: Tensor, labels: Tensor, beta: Tensor, mask: Tensor | None = None, gain: str = "exponential"
 ) -> Tensor:
-    """Return 1 - NDCG with rank_i = 1 + sum_{j != i} sigmoid(u_j - u_i), 0 for equal labels; Qin, Liu, Li 2010."""
+    """Return 1 - NDCG with rank_i = 1 + sum_{j != i} sigmoid(u_j - u_i), 0 for equal labels; Qin, Liu, Li 2010.
+
+    Args:
+        scores: (B, K).
+        labels: (B, m, K).
+        beta: β, (B, m) or (B, 1).
+        mask: (B, K) bool, true where an item exists; None for all.
+        gain: "exponential", 2^label - 1, or "linear".
+
+    Returns:
+        (B, m), from 0 to 1; 0 for lists of fewer than two items.
+    """
 
     def one(u: Tensor, b: int, j: int, items: Tensor) -> Tensor:
         z = labels[b, j, items].to(u.dtype)

@@ -19,7 +19,19 @@ def gathered_logprob(
     ignore_index: int = -100,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return log p(target), logsumexp and entropy of softmax(softcap tanh(logits / softcap) / temperature)."""
+    """Return log p(target), logsumexp and entropy of softmax(softcap tanh(logits / softcap) / temperature).
+
+    Args:
+        logits: (..., V).
+        target: (...), or (..., J) for several targets of each row.
+        temperature: Divides the logits; a number or one for each row.
+        mask: Of the shape of `target`, false where it does not count.
+        ignore_index: A target that does not count.
+        softcap: None for none.
+
+    Returns:
+        log p of the shape of `target`, logsumexp (...) and entropy (...), in nats; 0 where nothing counts.
+    """
     many = target.ndim == logits.ndim
     target = target if many else target[..., None]
     keep = target != ignore_index
@@ -52,7 +64,23 @@ def linear_logprob(
     ignore_index: int = -100,
     row: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return log p(target) of target's shape; logsumexp and entropy of hidden's leading shape."""
+    """Return log p(target), logsumexp and entropy of the softmax of a linear head.
+
+    Args:
+        hidden: (..., H).
+        weight: (V, H) of the head.
+        target: (...); with `row` of any shape.
+        bias: (V,) of the head.
+        temperature: Divides the logits; a number or one for each row.
+        softcap: As in `gathered_logprob`.
+        logit_scale: What the logits are multiplied by, before the cap.
+        mask: Of the shape of `target`.
+        ignore_index: A target that does not count.
+        row: Of the shape of `target`, which row of `hidden` (flattened) each target is of.
+
+    Returns:
+        log p of the shape of `target`, logsumexp and entropy of hidden's leading shape; nats, 0 where nothing counts.
+    """
     lead = hidden.shape[:-1]
     flat = hidden.reshape(-1, hidden.shape[-1])
     temperatures = torch.as_tensor(temperature, dtype=hidden.dtype).expand(lead).reshape(-1)
@@ -86,7 +114,21 @@ def head_statistics(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
 ) -> dict[str, Tensor]:
-    """Return log Σ p², the mean logit, and whether the target is the first of the likeliest tokens, as 1 or 0."""
+    """Return log Σ p², the mean logit, and whether the target is the first of the likeliest tokens, as 1 or 0.
+
+    Args:
+        hidden: (N, H).
+        weight: (V, H) of the head.
+        target: (N,).
+        bias: (V,) of the head.
+        temperature: Divides the logits; a number or one for each row.
+        softcap: As in `gathered_logprob`.
+        logit_scale: What the logits are multiplied by, before the cap.
+        ignore_index: A target that does not count.
+
+    Returns:
+        `log_sum_sq_probs`, `mean_logits` and `is_top1`, (N,) each; 0 where the target does not count.
+    """
     logits = hidden @ weight.T
     logits = (logits if bias is None else logits + bias) * logit_scale
     u = logits if softcap is None else softcap * torch.tanh(logits / softcap)
@@ -103,6 +145,14 @@ def jsd(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
     """Return the generalised JSD (...) of softmax(student) and softmax(teacher), logits (..., V).
 
     beta is the teacher's share of the mixture; 0 is KL(teacher ‖ student) and 1 is KL(student ‖ teacher).
+
+    Args:
+        student: (..., V) logits.
+        teacher: (..., V) logits.
+        beta: From 0 to 1.
+
+    Returns:
+        (...), nats.
     """
     log_p, log_q = student.log_softmax(-1), teacher.log_softmax(-1)
 
@@ -126,6 +176,16 @@ def topk_jsd(logits: Tensor, ids: Tensor, logprobs: Tensor, beta: float, tail: b
     """Return the JSD (N,) of logits (N, V) and a teacher of whom log-probabilities (N, k) at ids (N, k) are known.
 
     Events are the ids and, with `tail`, the rest as one. Negative ids do not count; a row without any gives 0.
+
+    Args:
+        logits: (N, V) of the student.
+        ids: (N, k) int64, tokens whose log-probabilities are known.
+        logprobs: (N, k), those of the teacher.
+        beta: As in `jsd`.
+        tail: Whether the other tokens are one more event.
+
+    Returns:
+        (N,), nats.
     """
     rows = []
     for own, which, known in zip(logits, ids, logprobs, strict=True):
@@ -142,7 +202,17 @@ def topk_jsd(logits: Tensor, ids: Tensor, logprobs: Tensor, beta: float, tail: b
 
 
 def sequence_logprob(logprob: Tensor, segment: Tensor, sequences: int, *, average: bool = False) -> Tensor:
-    """Return sums (or means) over tokens of equal segment (S,); negative segments do not count, empty ones give 0."""
+    """Return sums (or means) over tokens of equal segment; negative segments do not count, empty ones give 0.
+
+    Args:
+        logprob: (N,), of tokens.
+        segment: (N,) integers, which sequence each token is of.
+        sequences: S, how many there are.
+        average: Means instead of sums.
+
+    Returns:
+        (S,), nats.
+    """
     result = []
     for number in range(sequences):
         own = logprob[segment == number]

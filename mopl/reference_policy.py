@@ -18,7 +18,15 @@ from mopl._renamed import renamed_keywords
 
 
 def kl(log_policy: Tensor, log_reference: Tensor) -> Tensor:
-    """Return KL(π ‖ π_ref) over the last dimension, from log-probabilities."""
+    """Return KL(π ‖ π_ref) over the last dimension, from log-probabilities.
+
+    Args:
+        log_policy: log π, (..., Y).
+        log_reference: log π_ref, (..., Y).
+
+    Returns:
+        (...), nats.
+    """
     term = log_policy.exp() * (log_policy - log_reference)
     return torch.where(log_policy == -torch.inf, 0, term).sum(-1)
 
@@ -32,7 +40,19 @@ def full_vocabulary_kl(
     softcap: float | None = None,
     direction: str = "reverse",
 ) -> Tensor:
-    """Return KL(π ‖ π_ref) ("reverse") or KL(π_ref ‖ π) ("forward") of softmaxes of logits (N, V)."""
+    """Return KL(π ‖ π_ref) ("reverse") or KL(π_ref ‖ π) ("forward") of softmaxes of logits.
+
+    Args:
+        logits: (N, V) of π.
+        reference_logits: (N, V) of π_ref.
+        temperature: Divides the logits; a number or (N,).
+        reference_temperature: That of π_ref; default `temperature`.
+        softcap: Both logits become softcap tanh(logits / softcap); None for none.
+        direction: "reverse" or "forward".
+
+    Returns:
+        (N,), nats.
+    """
     second = temperature if reference_temperature is None else reference_temperature
     logs = []
     for values, divisor in ((logits, temperature), (reference_logits, second)):
@@ -43,7 +63,15 @@ def full_vocabulary_kl(
 
 @renamed_keywords(alpha="kl_weight")
 def reward_strength(kl_weight: float, kl_form: str = "complement") -> float:
-    """Return κ = c(α)/α, what multiplies the reward in the optimum's exponent."""
+    """Return κ = c(α)/α, what multiplies the reward in the optimum's exponent.
+
+    Args:
+        kl_weight: α, above 0.
+        kl_form: "complement" or "penalty".
+
+    Returns:
+        κ.
+    """
     return ((1 - kl_weight) if kl_form == "complement" else 1.0) / kl_weight
 
 
@@ -56,7 +84,19 @@ def value(
     kl_weight: float,
     kl_form: str = "complement",
 ) -> Tensor:
-    """Return V(π)."""
+    """Return V(π).
+
+    Args:
+        log_policy: log π, (Y,).
+        log_reference: log π_ref, (Y,).
+        rewards: (m, Y).
+        weights: w, (m,).
+        kl_weight: α, above 0.
+        kl_form: "complement" or "penalty".
+
+    Returns:
+        A scalar.
+    """
     coefficient = kl_weight * reward_strength(kl_weight, kl_form)
     return coefficient * (log_policy.exp() * (weights @ rewards)).sum(-1) - kl_weight * kl(log_policy, log_reference)
 
@@ -65,7 +105,18 @@ def value(
 def optimal_log_policy(
     log_reference: Tensor, rewards: Tensor, weights: Tensor, kl_weight: float, kl_form: str = "complement"
 ) -> Tensor:
-    """Return log π*."""
+    """Return log π*, of the policy with the largest V.
+
+    Args:
+        log_reference: log π_ref, (Y,).
+        rewards: (m, Y).
+        weights: w, (m,).
+        kl_weight: α, above 0.
+        kl_form: "complement" or "penalty".
+
+    Returns:
+        (Y,), log-probabilities.
+    """
     return (log_reference + reward_strength(kl_weight, kl_form) * (weights @ rewards)).log_softmax(-1)
 
 
@@ -73,7 +124,18 @@ def optimal_log_policy(
 def optimal_value(
     log_reference: Tensor, rewards: Tensor, weights: Tensor, kl_weight: float, kl_form: str = "complement"
 ) -> Tensor:
-    """Return V*."""
+    """Return V*, the value of the best policy.
+
+    Args:
+        log_reference: log π_ref, (Y,).
+        rewards: (m, Y).
+        weights: w, (m,).
+        kl_weight: α, above 0.
+        kl_form: "complement" or "penalty".
+
+    Returns:
+        A scalar.
+    """
     return kl_weight * (log_reference + reward_strength(kl_weight, kl_form) * (weights @ rewards)).logsumexp(-1)
 
 
@@ -86,7 +148,19 @@ def returns(
     kl_weight: float,
     kl_form: str = "complement",
 ) -> Tensor:
-    """Return G of every response, (Y,)."""
+    """Return G of every response.
+
+    Args:
+        log_policy: log π, (Y,).
+        log_reference: log π_ref, (Y,).
+        rewards: (m, Y).
+        weights: w, (m,).
+        kl_weight: α, above 0.
+        kl_form: "complement" or "penalty".
+
+    Returns:
+        (Y,).
+    """
     coefficient = kl_weight * reward_strength(kl_weight, kl_form)
     return coefficient * (weights @ rewards) - kl_weight * (log_policy - log_reference)
 
@@ -100,7 +174,19 @@ def value_gradient(
     kl_weight: float,
     kl_form: str = "complement",
 ) -> Tensor:
-    """Return ∂V/∂logits, (Y,)."""
+    """Return ∂V/∂logits.
+
+    Args:
+        log_policy: log π, (Y,).
+        log_reference: log π_ref, (Y,).
+        rewards: (m, Y).
+        weights: w, (m,).
+        kl_weight: α, above 0.
+        kl_form: "complement" or "penalty".
+
+    Returns:
+        (Y,).
+    """
     g = returns(log_policy, log_reference, rewards, weights, kl_weight, kl_form)
     policy = log_policy.exp()
     return policy * (g - (policy * g).sum(-1, keepdim=True))
@@ -119,6 +205,17 @@ def token_credit_gradient(
 
     ρ is the ratio of the token, or of its response: then A is the response's, and "sequence_mean", whose ratio is the
     geometric mean, divides by the number of tokens (GSPO-token). 0 where PPO's minimum is the clipped term.
+
+    Args:
+        logprob: (B, T), log π of the tokens.
+        advantages: A, (B, T).
+        token_weights: c, (B, T).
+        behaviour: (B, T), log-probabilities of the policy that has sampled; None for ratios of 1.
+        ratio_level: "token", "sequence" or "sequence_mean".
+        clip: ε of PPO; None for no clipping.
+
+    Returns:
+        (B, T).
     """
     result = torch.zeros_like(logprob)
     rows, size = logprob.shape
@@ -142,7 +239,18 @@ def returns_to_go(
     kl_weight: float,
     kl_form: str = "complement",
 ) -> Tensor:
-    """Return G_t = Σ_{s >= t} c(α) w·R_s - α log(π/π_ref)_s, (B, T), token by token."""
+    """Return G_t = Σ_{s >= t} c(α) w·R_s - α log(π/π_ref)_s, token by token.
+
+    Args:
+        rewards: R, (B, m, T).
+        weights: w, (m,).
+        log_ratio: log(π/π_ref), (B, T).
+        kl_weight: α, above 0.
+        kl_form: "complement" or "penalty".
+
+    Returns:
+        (B, T).
+    """
     coefficient = kl_weight * reward_strength(kl_weight, kl_form)
     result = torch.zeros_like(log_ratio)
     for b in range(log_ratio.shape[0]):

@@ -50,6 +50,7 @@ import torch
 from torch import Tensor
 
 from mopl._arguments import check_floating, check_positive, compute_dtype, shape_of
+from mopl._counted import counted, there_are
 from mopl._renamed import renamed_keywords, renamed_names
 from mopl.conditioning.sampling import check_weights
 
@@ -81,7 +82,7 @@ def log_mix(
     parts = [scores] if isinstance(scores, Tensor) else list(scores)
     given = [coefficients] if isinstance(coefficients, (int, float, Tensor)) else list(coefficients)
     if not parts or len(parts) != len(given):
-        raise ValueError(f"there are {len(parts)} score tensors and {len(given)} coefficients; pass one for each")
+        raise ValueError(f"scores has {counted(len(parts), 'tensor')} and coefficients {len(given)}; pass one for each")
     named = [(f"scores[{e}]" if len(parts) > 1 else "scores", part) for e, part in enumerate(parts)]
     if reference is not None:
         named.append(("reference", reference))
@@ -284,7 +285,7 @@ def modpo_reward(
     objectives = len(experts)
     w = check_weights(weights, objectives).double()
     if not 0 <= anchor < objectives:
-        raise ValueError(f"anchor is {anchor} but there are {objectives} objectives")
+        raise ValueError(f"anchor is {anchor} but {there_are(objectives, 'objective')}")
     of_anchor = w[..., anchor]
     check_positive(of_anchor, f"weights[..., {anchor}], the anchor's,", "choose an anchor whose weight is not 0")
     named, coefficients = [("scores", scores), ("reference", reference)], [1.0 / of_anchor]

@@ -393,7 +393,7 @@ def test_inputs_are_not_changed():
         (lambda s: beta_conditioned(s, s, [1.0, 0.0]), ValueError, "beta is .* must be positive"),
         (lambda s: mix_experts([s, s], [0.5, 0.6]), ValueError, "does not sum to 1"),
         (lambda s: mix_experts([s, s], [1.0]), ValueError, r"weights has shape \(1,\) but must be \(2,\)"),
-        (lambda s: log_mix([s, s], [1.0]), ValueError, "2 score tensors and 1 coefficients"),
+        (lambda s: log_mix([s, s], [1.0]), ValueError, "scores has 2 tensors and coefficients 1"),
         (lambda s: log_mix([s, s[0]], [1.0, 1.0]), ValueError, r"scores\[1\] has shape \(3,\)"),
         (lambda s: log_mix(s, 1.0, mask=s), ValueError, "mask is torch.float32"),
     ],

@@ -16,7 +16,7 @@ See `mopl.alignment.stages` for the models of the baselines.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from mopl import _terminal
+from mopl._counted import counted
 from mopl._restoring import seeded
 from mopl.alignment import tuned
 from mopl.alignment.config import AlignConfig
@@ -110,19 +111,22 @@ class AlignmentRecipe(Recipe):
         return make_accelerator(config.mixed_precision, cpu=config.device == "cpu", sharding=sharding)
 
     def read(self) -> dict[str, Any]:
-        """Read, describe and tokenise the data, complete the settings, check what they ask of it."""
+        """Read, describe and tokenise the data, complete the settings, check what they ask of it.
+
+        A model that is not there, or settings that do not go with the named objectives, are found first: data may take
+        minutes.
+        """
+        tokenizer = self.config.load_tokenizer()
+        if named := self.config.objectives:
+            self._check_counts(self.config, named)
         data = load_data(self.config)
         for line in _describe_data(data):
             self.say(line)
         config = self.config = self.config.resolved(len(data["train"]))
         objectives = data["train"].objectives
-        m = len(objectives)
-        config.betas(m)
-        config.check_teachers(objectives)
+        self._check_counts(config, objectives)
         response_loss(config, data["train"])
-        self.plan(m)
-        self.reference_point = config.for_each("reference_point", m)
-        self.tokenizer = config.list_tokenizer(config.load_tokenizer())
+        self.tokenizer = config.list_tokenizer(tokenizer)
         self.splits = splits = {}
         for name, part in data.items():
             splits[name] = Split(part, tokenize(part, self.tokenizer, on_error=config.on_error))
@@ -133,6 +137,14 @@ class AlignmentRecipe(Recipe):
             "tokens": "-".join(split.tokens.fingerprint()[:32] for split in splits.values()),
             "splits": {name: {**split.data.describe(), **split.tokens.describe()} for name, split in splits.items()},
         }
+
+    def _check_counts(self, config: AlignConfig, objectives: Sequence[str]) -> None:
+        """Plan for these objectives; raise unless the settings that have an entry for each have so many."""
+        m = len(objectives)
+        config.betas(m)
+        config.check_teachers(objectives)
+        self.reference_point = config.for_each("reference_point", m)
+        self.plan(m)
 
     def load(self) -> None:
         """Load the model: most mistakes in settings show here."""
@@ -178,7 +190,8 @@ class AlignmentRecipe(Recipe):
 
     def evaluate(self, method: str, folder: Path, trained: dict[str, Trained]) -> Measured:
         """Evaluate a trained method on held-out lists, and let it answer prompts."""
-        self.say(f"{method}: evaluating {len(self.grid)} trade-offs on {len(self.held_out.lists)} lists")
+        many = f"{counted(len(self.grid), 'trade-off')} on {counted(len(self.held_out.lists), 'list')}"
+        self.say(f"{method}: evaluating {many}")
         found = evaluate(self.stages, method, folder, self.grid, self.held_out)
         return self._measured(method, folder, found, trained)
 
@@ -328,7 +341,7 @@ def _describe_data(data: dict[str, PreferenceData]) -> Iterator[str]:
             + (f" ({n['partial']} partly labelled)" if n["partial"] else "")
             for objective, n in counts["objectives"].items()
         )  # fmt: skip
-        yield f"{name}: {counts['lists']} lists ({sizes} responses); objectives {labelled}"
+        yield f"{name}: {counted(counts['lists'], 'list')} ({sizes} responses); objectives {labelled}"
 
 
 def _describe_tokens(name: str, split: Split) -> str:

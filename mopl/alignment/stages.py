@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,10 @@ class Split:
 
     data: PreferenceData
     tokens: TokenizedData
+
+
+def _prefers(labels: Sequence[float | None]) -> bool:
+    return len(set(labels) - {None}) > 1
 
 
 def text_conditioner(tokenizer: Any, prompt: TextPrompt) -> Conditioner:
@@ -98,7 +102,8 @@ class Stages(CosDpoStages):
         """Raise what would stop the run later: labels that are nowhere, adapters, rows or a reference that cannot be.
 
         Raises:
-            ValueError: If an objective has no labels to learn from or to measure with, or no module gets adapters.
+            ValueError: If an objective has no labels to learn from or to measure with, or only equal ones, or no module
+                gets adapters.
             UnsupportedModelError: If the model cannot take the run's rows, or cannot generate.
             OSError: If another model is the reference and there is none.
         """
@@ -112,6 +117,12 @@ class Stages(CosDpoStages):
                         f"objective {objective!r} has no labels in any of the {counts['lists']} {what} lists, so there "
                         "is nothing to learn or to measure; name the others in objectives, give more lists labels, or "
                         "take another held_out or data_seed"
+                    )
+                if not any(_prefers(item.labels.get(objective, ())) for item in self.splits[name].data):
+                    raise ValueError(
+                        f"objective {objective!r} prefers nothing: in none of the {counts['lists']} {what} lists do "
+                        "labels differ, so there is nothing to learn or to measure; give better responses higher "
+                        "labels, name the others in objectives, or take another held_out or data_seed"
                     )
         own_experts = self.config.method not in CONDITIONED or (self.config.distils and not self.config.teachers)
         virtual = self.config.conditioning == "hyper-prompt" or own_experts

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any, Literal
 
+from mopl._counted import counted
 from mopl.experiments.applications import APPLICATIONS
 from mopl.experiments.common_settings import LanguageModelSettings
 from mopl.experiments.resume_settings import located_inside
@@ -166,8 +167,8 @@ class ClpConfig(LanguageModelSettings):
             )
         if self.trade_offs is not None and self.trade_offs > self.prompts_per_step:
             raise ValueError(
-                f"trade_offs is {self.trade_offs} but a step has {self.prompts_per_step} prompts, each at one "
-                "trade-off; take fewer, or more prompts_per_step"
+                f"trade_offs is {self.trade_offs} but a step has {counted(self.prompts_per_step, 'prompt')}, each at "
+                "one trade-off; take fewer, or more prompts_per_step"
             )
         if self.baseline in ("leave_one_out", "group") and self.samples_per_prompt < 2:
             raise ValueError(

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from mopl._counted import counted
 from mopl._lines import TextError, byte_lines, decode, text_fault
 from mopl.clp.config import ClpConfig
 from mopl.conditioning import samplers
@@ -84,7 +85,7 @@ def placed_prompts(source: str, *, limit: int | None = None, on_error: OnError =
         different.setdefault(prompt_key(prompt), (place, prompt))
     prompts = list(different.values())[:limit]
     if len(prompts) < 2:
-        raise ValueError(f"{source} has {len(prompts)} prompts but training and evaluation need one each")
+        raise ValueError(f"{source} has {counted(len(prompts), 'prompt')} but training and evaluation need one each")
     return prompts
 
 

@@ -25,6 +25,7 @@ import msgspec
 import torch
 
 from mopl import _terminal
+from mopl._counted import counted
 from mopl._files import write_file
 from mopl._records import Finite, damaged, read_json
 from mopl._restoring import seeded
@@ -127,14 +128,15 @@ class ClpRecipe(Recipe):
         self.rewards = rewards = make_rewards(config.rewards) if self.given is None else self.given
         m = len(rewards)
         if self.given is not None and m != len(config.rewards):
-            raise ValueError(f"rewards names {len(config.rewards)} rewards but {m} were passed; name each")
+            named, passed = counted(len(config.rewards), "reward"), f"{m} {'was' if m == 1 else 'were'} passed"
+            raise ValueError(f"rewards names {named} but {passed}; name each")
         self.reference_point = config.for_each("reference_point", m)
         self.plan(m)
         self.tokenizer = config.load_tokenizer()
         placed = placed_prompts(config.data, limit=config.limit, on_error=config.on_error)
         self.prompts, long = split_prompts(placed, config.list_tokenizer(self.tokenizer), config)
         self.say(
-            f"{len(self.prompts['train'])} prompts to train on, {len(self.prompts['test'])} to evaluate on"
+            f"{counted(len(self.prompts['train']), 'prompt')} to train on, {len(self.prompts['test'])} to evaluate on"
             + (f"; {long} of more than {config.max_prompt} tokens left out" if long else "")
         )
         return {
@@ -212,7 +214,8 @@ class ClpRecipe(Recipe):
 
     def evaluate(self, method: str, folder: Path, trained: dict[str, Trained]) -> Measured:
         """Let a trained method answer the held-out prompts at each trade-off."""
-        self.say(f"{method}: answering {len(self.test)} held-out prompts at {len(self.grid)} trade-offs")
+        many = f"{counted(len(self.test), 'held-out prompt')} at {counted(len(self.grid), 'trade-off')}"
+        self.say(f"{method}: answering {many}")
         return self._measured(method, self.evaluator.method(method, folder, self.grid), trained)
 
     def _measured(self, method: str, found: list[Evaluation], trained: dict[str, Trained]) -> Measured:
@@ -256,7 +259,8 @@ def _in_words(method: str, figures: dict[str, Any]) -> str:
     line = f"{method}: value {value:.4g} (mean over the grid)"
     if "spearman" in figures:
         line += f"; Spearman of rewards and weights {' '.join(f'{x:.2f}' for x in figures['spearman'])}"
-    line += f"; {figures['model_runs_per_token']} model(s) run for a token"
+    runs = figures["model_runs_per_token"]
+    line += f"; {counted(runs, 'model')} {'runs' if runs == 1 else 'run'} for a token"
     relative = figures["seconds_relative_to_base"]
     return line if relative is None else f"{line}, {relative:.2f} times the seconds of the untrained model"
 
@@ -310,7 +314,8 @@ def read_rewards(file: Path, objectives: Sequence[str]) -> RewardScale:
         raise damaged(file, f"objectives is {found['objectives']} but the rewards are {list(objectives)}", remedy)
     for name in ("mean", "deviation", "counts"):
         if found.get(name) is not None and len(found[name]) != len(objectives):
-            raise damaged(file, f"{name} has {len(found[name])} numbers for {len(objectives)} rewards", remedy)
+            many = f"{counted(len(found[name]), 'number')} for {counted(len(objectives), 'reward')}"
+            raise damaged(file, f"{name} has {many}", remedy)
     counts = found.get("counts")
     return RewardScale(
         torch.tensor(found["mean"]), torch.tensor(found["deviation"]), None if counts is None else torch.tensor(counts)

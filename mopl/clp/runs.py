@@ -207,5 +207,17 @@ class ClpRun(LanguageModelRun):
 
 
 def open_run(path: str | Path) -> ClpRun:
-    """Open a finished run of a method on rewards; see `ClpRun.open`."""
+    """Open a finished run of `mopl clp` or `train_policies`.
+
+    Args:
+        path: The run directory.
+
+    Returns:
+        The run. `load(weights=[0.7, 0.3])` gives the model of a trade-off, `load_weighted()` the one that takes weights
+        at each call, and `fronts()` what was measured.
+
+    Raises:
+        FileNotFoundError: If there is no run, or it has no front yet (the message says how to continue it).
+        ValueError: If it is a run of another command, or it is damaged.
+    """
     return ClpRun.open(path)

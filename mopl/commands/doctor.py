@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mopl import __version__
+from mopl._counted import counted
 from mopl._extras import COMMANDS, EXTRAS, PACKAGES, install, is_installed
 from mopl._terminal import say
 from mopl.commands.parser import add_command
@@ -155,9 +156,10 @@ def _lines(found: dict[str, Any]) -> list[str]:
     """Return the table, at most 80 columns wide but for commands to copy."""
     machine = found["machine"]
     memory = f", {machine['memory_gib']} GiB of memory" if "memory_gib" in machine else ""
+    cores = counted(machine["cores"], "core")
     lines = [
         f"mopl {found['mopl']}, Python {found['python']}",
-        f"{machine['system']}, {machine['cores']} cores{memory}, {machine['free_disk_gib']} GiB of disk free here",
+        f"{machine['system']}, {cores}{memory}, {machine['free_disk_gib']} GiB of disk free here",
         *([f"CPU features: {', '.join(machine['cpu_features'])}"] if machine.get("cpu_features") else []),
         f"GPU: {found['gpu']}",
         "",

@@ -12,6 +12,7 @@ from typing import Any
 
 from mopl._terminal import printable, say, shell, spelled
 from mopl.commands.parser import add_command, add_help_all
+from mopl.commands.trade_off import example_weights
 from mopl.experiments.settings import Settings, add_options, given, settings_of
 
 Tell = Callable[[str], None]
@@ -166,7 +167,7 @@ def refuse_options(
 def try_with(command: str, run: Any, *more: str) -> str:
     """Return a command that takes a finished run at some weights, and the names of its objectives."""
     objectives = run.objectives
-    words = shell("mopl", command, run.path, "--weights", *_example_weights(len(objectives)), *more)
+    words = shell("mopl", command, run.path, "--weights", *example_weights(len(objectives)), *more)
     return f"{words}    ({', '.join(objectives)})"
 
 
@@ -174,14 +175,6 @@ def ask_or_serve(run: Any) -> tuple[str, str]:
     """Return the commands that answer at any trade-off: one prompt, and everybody's."""
     served = shell("mopl", "serve", run.path)
     return try_with("generate", run, "PROMPT"), f"{served}    (a page with sliders, and OpenAI's API)"
-
-
-def _example_weights(objectives: int) -> list[str]:
-    """Return a half for the first objective, the rest shared."""
-    if objectives == 1:
-        return ["1"]
-    rest = [round(0.5 / (objectives - 1), 2) for _ in range(objectives - 2)]
-    return [f"{w:g}" for w in (0.5, *rest, round(0.5 - sum(rest), 2))]
 
 
 def process() -> int:

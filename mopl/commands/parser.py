@@ -1,20 +1,24 @@
-"""What the parsers of all commands have in common: errors of one line, and options among positional arguments."""
+"""What the parsers of all commands have in common: errors of one line, numbers of an option, options anywhere."""
 
 import argparse
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from typing import Any, NoReturn
 
+from mopl._counted import counted
 from mopl._terminal import one_line, say
 
 
 class Parser(argparse.ArgumentParser):
     """A parser that says what is wrong in one line.
 
-    With `options_anywhere` positional arguments may follow an option that takes several numbers, as in
-    `--weights 0.7 0.3 "a prompt"`: argparse would give it all that follows. `advanced` holds the destinations of the
-    options that `--help` leaves out; `--help-all` shows every option.
+    Numbers of an option may have spaces or commas between them, in words of their own or in one: `--weights 0.7 0.3`,
+    `--weights 0.7,0.3`. With `options_anywhere` positional arguments may follow an option that takes several numbers,
+    as in `--weights 0.7 0.3 "a prompt"`: argparse would give it all that follows. `advanced` holds the destinations of
+    the options that `--help` leaves out; `--help-all` shows every option.
     """
 
     def __init__(self, *args: Any, options_anywhere: bool = False, **kwargs: Any) -> None:
@@ -31,7 +35,7 @@ class Parser(argparse.ArgumentParser):
         for action in hidden:
             action.help = argparse.SUPPRESS
         try:
-            return f"{super().format_help()}\n{len(hidden)} more options: {self.prog} --help-all\n"
+            return f"{super().format_help()}\n{counted(len(hidden), 'more option')}: {self.prog} --help-all\n"
         finally:
             for action, text in zip(hidden, texts, strict=True):
                 action.help = text
@@ -42,10 +46,57 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """Parse; where options may be anywhere, they are sorted to the front before."""
+        """Parse; numbers of an option become words of their own, and options that may be anywhere go to the front."""
+        args = self._numbers_apart(sys.argv[1:] if args is None else args)
         if self._options_anywhere:
-            args = self._options_first(sys.argv[1:] if args is None else args)
+            args = self._options_first(args)
         return super().parse_known_args(args, namespace)
+
+    def _numbers_apart(self, args: Sequence[str]) -> list[str]:
+        apart, rest = [], list(args)
+        while rest:
+            word = rest.pop(0)
+            apart.append(word)
+            if word == "--":
+                return apart + rest
+            flag, equals, value = word.partition("=")
+            action = self._option_string_actions.get(flag)
+            if action is None or action.nargs in (None, 0) or _number_type(action) is None:
+                continue
+            if equals and _numbers(value):
+                apart[-1:] = [flag, *_numbers(value)]
+            known = len(apart)
+            # A word with spaces that comes later is a prompt, such as "1, 2, 3,".
+            while not equals and rest and (len(apart) == known or " " not in rest[0]) and (found := _numbers(rest[0])):
+                apart += found
+                del rest[0]
+        return apart
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        kind = _number_type(action)
+        try:
+            return super()._get_value(action, arg_string)  # type: ignore[misc]
+        except argparse.ArgumentError as error:
+            if kind is None or isinstance(error.__context__, argparse.ArgumentTypeError):
+                raise
+        flag = action.option_strings[-1]
+        if action.nargs is None:
+            must = "a number" if kind is float else "a whole number"
+            raise argparse.ArgumentError(None, f"{flag} is {arg_string!r} but must be {must}")
+        example = " ".join(f"{kind(x):g}" for x in ((0.7, 0.3) if kind is float else (1, 2)))
+        raise argparse.ArgumentError(
+            None, f"{flag} is {arg_string!r} but must be numbers; write nothing but them, such as {flag} {example}"
+        )
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is None or value in action.choices:
+            return
+        known = list(map(str, action.choices))
+        near = "".join(f" (did you mean {name}?)" for name in get_close_matches(str(value), known, 1))
+        if isinstance(action, argparse._SubParsersAction):
+            raise argparse.ArgumentError(None, f"there is no command {value!r}{near}; commands are {', '.join(known)}")
+        name = action.option_strings[-1] if action.option_strings else action.metavar or action.dest
+        raise argparse.ArgumentError(None, f"{name} is {value!r} but must be one of {', '.join(known)}{near}")
 
     def _options_first(self, args: Sequence[str]) -> list[str]:
         options, positionals, rest = [], [], list(args)
@@ -62,7 +113,8 @@ class Parser(argparse.ArgumentParser):
             if action is None or action.nargs == 0:  # a flag, --option=value, or an unknown one
                 continue
             if action.nargs == "+":
-                while rest and _is_number(rest[0]):
+                # What follows at once is meant for the option, and an error if it is no number.
+                while rest and (_numbers(rest[0]) or (options[-1] is argument and rest[0][:1] != "-")):
                     options.append(rest.pop(0))
             elif rest:
                 options.append(rest.pop(0))
@@ -126,9 +178,16 @@ def add_help_all(parser: Parser, advanced: set[str]) -> None:
     parser.add_argument("--help-all", action=_HelpAll, help="show all options and exit")
 
 
-def _is_number(text: str) -> bool:
+def _number_type(action: argparse.Action) -> type[int] | type[float] | None:
+    """Return of which numbers an option is; its type may be a function that is called as that of its numbers."""
+    return {"int": int, "float": float}.get(getattr(action.type, "__name__", ""))
+
+
+def _numbers(text: str) -> list[str]:
+    """Return the numbers of a text, with commas or spaces between them; none if there is something else in it."""
+    words = re.split(r"\s*,\s*|\s+", text.strip().removesuffix(","))
     try:
-        float(text)
+        _ = [float(word) for word in words]
     except ValueError:
-        return False
-    return True
+        return []
+    return words

@@ -6,7 +6,7 @@ from typing import Any
 
 from mopl._terminal import printable, say
 from mopl.commands.parser import add_command
-from mopl.experiments.settings import OldOption
+from mopl.commands.trade_off import add_trade_off, check_trade_off
 
 EXAMPLES = """
 examples:
@@ -24,14 +24,9 @@ def add_parser(commands: Any) -> None:
     help = "evaluate a trained ranker at any trade-off, without training"
     parser = add_command(commands, "steer", run, help, EXAMPLES, options_anywhere=True)
     parser.add_argument("run", metavar="RUN", help="directory of a finished run of mopl rank")
-    parser.add_argument("--weights", nargs="+", type=float, required=True, metavar="W",
-                        help="weights, one for each objective in the run's order; they must sum to 1")  # fmt: skip
+    add_trade_off(parser, old="--temperature")
     parser.add_argument("--scale", type=float, metavar="C", default=1.0,
                         help="above 1 closer to the base model, below 1 further away (default: 1)")  # fmt: skip
-    parser.add_argument("--beta", nargs="+", type=float, metavar="BETA",
-                        help="β, one for each objective, for temperature-cos-dpo (default: the run's)")  # fmt: skip
-    parser.add_argument("--temperature", dest="beta", nargs="+", type=float, action=OldOption,
-                        help=argparse.SUPPRESS)  # fmt: skip
     parser.add_argument("--method", help="method of a run that has several (default: weight-cos-dpo)")
     parser.add_argument(
         "--split", choices=("train", "valid", "test"), default="test", help="split to evaluate (default: test)"
@@ -42,8 +37,10 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Run `mopl steer`."""
+    from mopl.ranking.runs import RankingRun
     from mopl.ranking.steer import steer
 
+    check_trade_off(arguments.weights, RankingRun.read(arguments.run).objectives)
     figures = steer(
         arguments.run, arguments.weights, scale=arguments.scale, beta=arguments.beta,
         method=arguments.method, split=arguments.split, output=arguments.output,

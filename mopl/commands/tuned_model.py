@@ -2,13 +2,13 @@
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from mopl._terminal import say
 from mopl.commands.parser import Parser, add_command
-from mopl.experiments.settings import OldOption
+from mopl.commands.trade_off import add_trade_off, check_trade_off
 
 RUN_HELP = (
     "directory of a finished run of mopl align or mopl clp, or of a model that takes weights, as its save_pretrained "
@@ -23,20 +23,14 @@ def add_model_command(
     help: str,
     examples: str,
     *,
-    without_weights: str | None = None,  # what holds without --weights, which is required if this is None
+    without_weights: str | None = None,  # what holds without --weights, which is needed if this is None
 ) -> Parser:
     """Add a command with the options of `load_tuned_model` and `load_mixture` and return its parser."""
     parser = add_command(commands, name, act, help, examples, options_anywhere=True)
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
-    parser.add_argument("--weights", nargs="+", type=float, required=without_weights is None, metavar="W",
-                        help="weights, one for each objective in the run's order; they must sum to 1"
-                        + ("" if without_weights is None else f" (default: {without_weights})"))  # fmt: skip
+    of_run = "the run's, divided by its sum" if name == "export" else "the run's"
+    add_trade_off(parser, without_weights=without_weights, without_beta=of_run, old="--objective-temperature")
     parser.add_argument("--method", help="method of a run that has several (default: weight-cos-dpo, or clp)")
-    parser.add_argument("--beta", nargs="+", type=float, metavar="BETA",
-                        help="β, one for each objective, for temperature-cos-dpo (default: the run's"
-                        + (", divided by its sum)" if name == "export" else ")"))  # fmt: skip
-    parser.add_argument("--objective-temperature", dest="beta", nargs="+", type=float, action=OldOption,
-                        help=argparse.SUPPRESS)  # fmt: skip
     parser.add_argument("--kl-weight", type=float, metavar="WEIGHT", help="for a policy trained with several KL "
                         "weights: any number between them (default: the run's first)")  # fmt: skip
     parser.add_argument("--base-model", metavar="DIR", help="the language model that was tuned, if it has moved")
@@ -157,7 +151,8 @@ def _model_of_run(path: Path, arguments: argparse.Namespace, device: str, merge:
     run = _open_run(path, arguments)
     method, weights, kl_weight = arguments.method, arguments.weights, arguments.kl_weight
     on_rewards = run.KIND == "clp"
-    _check_count(weights, run.objectives)
+    if weights is not None or merge:
+        check_trade_off(weights, run.objectives)
     of_kl_weight = {"kl_weight": kl_weight} if on_rewards else {}
     model = run.load(method, weights, device, **of_kl_weight, **({"merge": merge} if on_rewards else {}))
     words = run.text_prompt(method, **of_kl_weight)
@@ -220,7 +215,8 @@ def _model_of_folder(path: Path, arguments: argparse.Namespace, device: str, mer
 
     record, name = _read_folder(path, arguments.base_model)
     weights, kl_weight = arguments.weights, arguments.kl_weight
-    _check_count(weights, record["objectives"])
+    if weights is not None or merge:
+        check_trade_off(weights, record["objectives"])
     reference = None if record["reference"] in ("self", "precomputed") else record["reference"]
     model = _load_folder(path, name, device, kl_weight)
     takes_weights = model.decodes_rows and not model.takes_kl_weight
@@ -253,11 +249,4 @@ def _check_moved(name: str) -> None:
     if Path(name).is_absolute() and not Path(name).exists():
         raise FileNotFoundError(
             f"the language model that was tuned, {name}, is no longer there; name its new place with --base-model"
-        )
-
-
-def _check_count(weights: Sequence[float] | None, objectives: Sequence[str]) -> None:
-    if weights is not None and len(weights) != len(objectives):
-        raise ValueError(
-            f"--weights has {len(weights)} numbers but there are {len(objectives)} objectives: {', '.join(objectives)}"
         )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mopl._arguments import check_beta_given, check_choice, readable, shape_of
+from mopl._counted import counted, there_are
 from mopl._records import Finite
 from mopl._renamed import renamed_attribute, renamed_in_methods
 from mopl._threads import in_turn
@@ -63,7 +64,18 @@ class KLWeightCoefficients:
         return ((1 - kl_weight) if self.kl_form == "complement" else 1) / kl_weight
 
     def __call__(self, weights: Tensor, kl_weight: Tensor | None) -> Tensor:
-        """Return the coefficients (..., sets) of weights (..., m) and α (...)."""
+        """Return the coefficients of weights and α.
+
+        Args:
+            weights: (..., m), on the simplex.
+            kl_weight: α, (...): above 0, in the form "complement" also at most 1.
+
+        Returns:
+            (..., sets).
+
+        Raises:
+            ValueError: If `kl_weight` is missing or out of range.
+        """
         if kl_weight is None:
             raise ValueError("kl_weight is missing; the coefficients of this mixture depend on it")
         largest = 1.0 if self.kl_form == "complement" else float("inf")
@@ -107,14 +119,26 @@ class Mixture(WeightedModel):
             sets = coefficients.sets(objectives) if isinstance(coefficients, KLWeightCoefficients) else objectives
         if coefficients is None and sets != objectives:
             raise ValueError(
-                f"there are {sets} sets for {objectives} objectives; pass coefficients, which map one to the other"
+                f"{there_are(sets, 'set')} for {counted(objectives, 'objective')}; pass coefficients, which map one "
+                "to the other"
             )
         self.record = TuningRecord.of(record, objectives)
         self.objectives, self.coefficients, self._count = objectives, coefficients, sets
         self._checked = False  # that one mixture computes what mixed rows do
 
     def coefficients_of(self, weights: Weights | None, kl_weight: float | Tensor | None = None) -> Tensor:
-        """Return what multiplies the sets, (sets,) or (B, sets): float64 for numbers."""
+        """Return what multiplies the sets.
+
+        Args:
+            weights: w, (m,) or (B, m), on the simplex.
+            kl_weight: α, a number or (B,), if the coefficients depend on it.
+
+        Returns:
+            (sets,) or (B, sets): float64 for numbers.
+
+        Raises:
+            ValueError: If something is missing or does not fit.
+        """
         w = super().conditions(weights, None, kl_weight)["weights"]
         if self.coefficients is None:
             return w

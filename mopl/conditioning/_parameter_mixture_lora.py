@@ -216,7 +216,7 @@ class LoraMixture(Mixture, HookedModel):
     def _merged(self, coefficients: Tensor) -> nn.Module:
         with self._holding(coefficients):
             merged = copied(self.model).unload()
-        if getattr(merged, "is_gradient_checkpointing", False):
+        if any(getattr(module, "gradient_checkpointing", False) for module in merged.modules()):
             merged.gradient_checkpointing_disable()  # which would hold a copy of the mixture, for its coefficients
         if settle_ties(merged) and (ids := probe_ids(merged)) is not None:
             # Some models do more to a head that is tied than to use its weight.
@@ -243,6 +243,12 @@ class LoraMixture(Mixture, HookedModel):
 
         rsLoRA, patterns and biases are in its factors, so servers need know nothing of them; copies of
         `modules_to_save` are mixed.
+
+        Args:
+            weights: w, (m,), on the simplex.
+            directory: The folder of the adapter.
+            kl_weight: α, a number, if the coefficients depend on it.
+            beta: None: no mixture is conditioned on β.
 
         Raises:
             ValueError: If weights do not fit, or the adapters are of DoRA.

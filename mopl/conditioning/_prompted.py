@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mopl._arguments import check_positive, readable, shape_of
+from mopl._counted import counted, there_are
 from mopl._renamed import renamed_keywords
 from mopl._rows import arranged, generation_keywords
 from mopl.conditioning._extended_rows import ExtendedRows
@@ -190,8 +191,8 @@ class PromptedModel(WeightedModel):
             given[name] = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64)
             if tuple(given[name].shape[:-1]) not in ((), (1,), (count,)):
                 raise ValueError(
-                    f"{name} has shape {shape_of(given[name])} but there are {count} rows and {m} objectives; "
-                    f"pass (m,) = ({m},) or (B, m) = ({count}, {m})"
+                    f"{name} has shape {shape_of(given[name])} but {there_are(count, 'row')} and "
+                    f"{counted(m, 'objective')}; pass (m,) = ({m},) or (B, m) = ({count}, {m})"
                 )
             if given[name].shape[-1:] == (m,) and readable(given[name]):  # other shapes are said by who takes them
                 check = check_weights if name == "weights" else check_positive

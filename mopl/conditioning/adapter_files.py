@@ -24,6 +24,7 @@ import msgspec
 import torch
 from torch import Tensor
 
+from mopl._counted import counted
 from mopl._files import write_folder
 from mopl._records import DamagedFile, check_file, damaged, read_json
 from mopl._tensor_files import read_tensors, write_tensors
@@ -101,7 +102,7 @@ class AdapterFolder:
         self.adapters: tuple[str, ...] = tuple(record["adapters"])
         self.base_model: str | None = record.get("base_model")
         if len(self.adapters) != len(self.objectives):
-            many = f"it names {len(self.adapters)} adapters for {len(self.objectives)} objectives"
+            many = f"it names {counted(len(self.adapters), 'adapter')} for {counted(len(self.objectives), 'objective')}"
             raise damaged(file, many, REMEDY)
         for name in self.adapters:
             if "\0" in name or Path(name).is_absolute() or len(Path(name).parts) != 1 or name in ("..", "."):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mopl._arguments import check_beta_given, shape_of
+from mopl._counted import counted, there_are
 from mopl._renamed import renamed_attribute, renamed_keywords
 
 
@@ -68,7 +69,8 @@ class ConcatCondition(nn.Module):
         batch, items, _ = features.shape
         if tuple(condition.shape) not in ((self.objectives,), (1, self.objectives), (batch, self.objectives)):
             raise ValueError(
-                f"{name} has shape {shape_of(condition)} but there are {batch} lists and {self.objectives} objectives; "
+                f"{name} has shape {shape_of(condition)} but {there_are(batch, 'list')} and "
+                f"{counted(self.objectives, 'objective')}; "
                 f"pass (m,) = ({self.objectives},) or (B, m) = ({batch}, {self.objectives})"
             )
         per_list = condition.to(features).expand(batch, self.objectives)

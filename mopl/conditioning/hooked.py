@@ -60,7 +60,17 @@ class HookedModel(WeightedModel):
         kl_weight: Any = None,  # a number or (B,)
         **kwargs: Any,
     ) -> Any:
-        """Run the model at the weights of each row, (S, m) for S packed sequences; `args` and `kwargs` are its own.
+        """Run the model at the weights of each row.
+
+        Args:
+            *args: What the model inside takes.
+            weights: w, (m,) for all rows, (B, m), or (S, m) for S packed sequences; on the simplex.
+            beta: β, of a model that `takes_beta`.
+            kl_weight: α, of a model that `takes_kl_weight`.
+            **kwargs: What the model inside takes.
+
+        Returns:
+            What the model inside returns.
 
         Raises:
             ValueError: If weights are missing or do not fit; see `conditions`. The reference ignores them.
@@ -80,7 +90,22 @@ class HookedModel(WeightedModel):
         kl_weight: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """Generate at the weights of each row, as `generate` of transformers does; `kwargs` are its own."""
+        """Generate at the weights of each row, as `generate` of transformers does.
+
+        Args:
+            input_ids: (B, T) tokens of the prompts, padded on the left.
+            attention_mask: (B, T), 0 where a row is padded.
+            weights: w, (m,) for all rows or (B, m); on the simplex.
+            beta: β, of a model that `takes_beta`.
+            kl_weight: α, of a model that `takes_kl_weight`.
+            **kwargs: Those of transformers, such as `max_new_tokens`.
+
+        Returns:
+            What `generate` of transformers returns: by default the tokens of prompts and answers, (B, T + new).
+
+        Raises:
+            ValueError: If weights are missing or do not fit, or prompts are not padded on the left.
+        """
         if attention_mask is not None:
             check_prompts(input_ids, attention_mask, None)
         given = self._given(weights, beta, kl_weight)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from mopl._arguments import check_choice, shape_of
 from mopl._bounds import check_bounds
+from mopl._counted import there_are
 from mopl._rows import check_from_zero, generation_keywords
 from mopl._tensor_files import check_fits, load_state, read_tensors
 from mopl.conditioning._extended_rows import ExtendedRows
@@ -68,7 +69,7 @@ class _Record(Record):
     def check(record: Mapping[str, Any]) -> None:
         sizes, objectives = record["prompt"], len(record["objectives"])
         if sizes["objectives"] != objectives:
-            raise ValueError(f"prompt.objectives is {sizes['objectives']} but there are {objectives} objectives")
+            raise ValueError(f"prompt.objectives is {sizes['objectives']} but {there_are(objectives, 'objective')}")
         check_bounds(sizes)
 
 

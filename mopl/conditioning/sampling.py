@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mopl._arguments import check_positive, shape_of
+from mopl._counted import counted, there_are
 from mopl._renamed import renamed_attribute, renamed_keywords, renamed_names
 
 Weights = Tensor | Sequence[float] | Sequence[Sequence[float]]
@@ -58,7 +59,7 @@ def _box(value: float | Sequence[float] | Tensor, objectives: int, name: str) ->
     array = np.asarray(check_positive(value, name).double().cpu())
     if array.shape not in ((), (objectives,)):
         raise ValueError(
-            f"{name} has shape {array.shape} but there are {objectives} objectives; pass a number or one for each"
+            f"{name} has shape {array.shape} but {there_are(objectives, 'objective')}; pass a number or one for each"
         )
     return np.broadcast_to(array, (objectives,))
 
@@ -249,7 +250,7 @@ def weights_of_name(text: str, objectives: int, *, name: str = "the name of a tr
     written = text.strip(" ").removeprefix(NAME_PREFIX)
     count = written.count(",") + 1 if written.strip(" ") else 0
     if count != objectives:
-        raise ValueError(f"{name} is {shown}: it has {count} weights but must have {objectives}, {example}")
+        raise ValueError(f"{name} is {shown}: it has {counted(count, 'weight')} but must have {objectives}, {example}")
     numbers = [part.strip(" ") for part in written.split(",")]
     for number in numbers:
         if len(number) > _LONGEST_NUMBER or _NUMBER.fullmatch(number) is None:

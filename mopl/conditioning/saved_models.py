@@ -16,6 +16,7 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
+from mopl._counted import there_are
 from mopl._extras import require
 from mopl._hub import naming_own_code
 from mopl._records import DamagedFile, Finite, Kind, damaged, read_json
@@ -73,7 +74,7 @@ class TuningRecord:
         if record is not given and len(set(record.objectives)) < len(record.objectives):
             raise ValueError(f"record names {record.objectives}; give each objective a name of its own")
         if len(record.objectives) != objectives:
-            raise ValueError(f"record names {record.objectives} but there are {objectives} objectives")
+            raise ValueError(f"record names {record.objectives} but {there_are(objectives, 'objective')}")
         return record
 
     @classmethod

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from mopl._arguments import check_beta_given, check_choice, check_positive
+from mopl._counted import counted
 from mopl._renamed import renamed_attribute, renamed_in_methods
 from mopl.conditioning.sampling import check_weights
 
@@ -88,7 +89,8 @@ class TextPrompt:
         if beta is not None:
             each = check_positive(beta, "beta", "positive numbers, one for each objective").double()
             if each.shape != (len(self.objectives),):
-                raise ValueError(f"beta is {each.tolist()} but must be {len(self.objectives)} positive numbers")
+                wanted = counted(len(self.objectives), "positive number")
+                raise ValueError(f"beta is {each.tolist()} but must be {wanted}")
             values |= dict.fromkeys(_BETAS, self._list(each / each.sum()))
         return self.template.format(**values)
 

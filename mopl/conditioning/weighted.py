@@ -216,6 +216,14 @@ class WeightedModel(SavedModel):
     def merge(self, weights: Weights, kl_weight: Any = None, *, beta: Any = None) -> nn.Module:
         """Return a copy of the model at one trade-off, with no trace of the others: save it, export it, serve it.
 
+        Args:
+            weights: w, (m,), on the simplex.
+            kl_weight: α, a number: of a model that `takes_kl_weight`.
+            beta: β, (m,): of a model that `takes_beta`.
+
+        Returns:
+            A plain model, called without weights.
+
         Raises:
             ValueError: If weights do not fit, or if there is no such model.
         """
@@ -231,6 +239,10 @@ class WeightedModel(SavedModel):
 
         An export gives them to a plain model as tokens of its own.
 
+        Args:
+            weights: w, (m,), on the simplex.
+            beta: β, (m,): of a model that `takes_beta`.
+
         Raises:
             ValueError: If no plain model could have them where they stand.
         """
@@ -239,7 +251,17 @@ class WeightedModel(SavedModel):
     def save_adapter(
         self, weights: Weights, directory: str | os.PathLike[str], kl_weight: Any = None, *, beta: Any = None
     ) -> None:
-        """Write one trade-off as one adapter of PEFT, if there is such an adapter; here a ValueError."""
+        """Write one trade-off as one adapter of PEFT, if there is such an adapter.
+
+        Args:
+            weights: w, (m,), on the simplex.
+            directory: The folder of the adapter.
+            kl_weight: α, a number: of a model that `takes_kl_weight`.
+            beta: β, (m,): of a model that `takes_beta`.
+
+        Raises:
+            ValueError: Of a kind that is no adapter at one trade-off, and if weights do not fit.
+        """
         raise ValueError(
             f"a {type(self).__name__} is no adapter at one trade-off; write it whole, by export of "
             "mopl.language_models.export with kind='model', or by mopl export"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mopl._arguments import shape_of
+from mopl._counted import there_are
 from mopl.conditioning.references import Reference
 from mopl.conditioning.sampling import Weights
 from mopl.conditioning.weighted import WeightedModel, causal_lm_of
@@ -148,6 +149,8 @@ def _conditions_of(policy: Any, weights: Any, beta: Any, kl_weight: Any, rows: i
     for name, value in found.items():
         count = value.ndim - (name != "kl_weight")  # of dimensions of rows
         if tuple(value.shape[:count]) not in ((), (1,), (rows,)):
-            raise ValueError(f"{name} has shape {shape_of(value)} but there are {rows} prompts; pass one or one each")
+            raise ValueError(
+                f"{name} has shape {shape_of(value)} but {there_are(rows, 'prompt')}; pass one or one each"
+            )
         found[name] = value.expand(rows, *value.shape[count:])
     return found

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mopl._arguments import shape_of
+from mopl._counted import counted, there_are
 from mopl.conditioning.sampling import check_weights
 from mopl.decoding._generating import check_left_padding, generate_by, strength_of
 from mopl.decoding.followers import Follower, copies_of, mask_so_far
@@ -35,8 +36,8 @@ class MixedLogits:
         rows, models = len(attention_mask), 1 + len(others)
         if tuple(coefficients.shape) not in ((models,), (rows, models)):
             raise ValueError(
-                f"coefficients has shape {shape_of(coefficients)} but there are {rows} prompts and {models} models; "
-                f"pass {(models,)} or {(rows, models)}"
+                f"coefficients has shape {shape_of(coefficients)} but {there_are(rows, 'prompt')} and "
+                f"{counted(models, 'model')}; pass {(models,)} or {(rows, models)}"
             )
         self.coefficients = coefficients.expand(rows, models)
         self.mask = attention_mask.long()

@@ -3,6 +3,7 @@
 import math
 from typing import TYPE_CHECKING, Any, Literal
 
+from mopl._counted import counted, there_are
 from mopl._extras import TRACKERS
 from mopl.experiments.methods import METHODS
 from mopl.experiments.resume_settings import located_if_there
@@ -100,7 +101,7 @@ class RunSettings(Settings):
         values = getattr(self, name)
         if len(values) not in (0, 1, objectives):
             raise ValueError(
-                f"{name} has {len(values)} entries but there are {objectives} objectives; "
+                f"{name} has {counted(len(values), 'entry')} but {there_are(objectives, 'objective')}; "
                 "pass one for all objectives, or one per objective"
             )
         return values * objectives if len(values) == 1 else values
@@ -145,7 +146,7 @@ class CosDpoSettings(RunSettings):
         "as_printed", "sign of the cosine penalty: the paper prints one and describes the other"
     )
     steps: int | None = in_training(
-        None, "optimizer steps of each trained model", unset="three epochs, at least 100", at_least=0
+        None, "optimizer steps of each trained model", unset="three epochs, at least 100", at_least=1
     )
     mixed_precision: Literal["no", "bf16", "fp16"] = in_training("no", "autocast precision of the forward pass")
     scales: tuple[float, ...] = in_evaluation(

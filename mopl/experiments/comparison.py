@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from mopl._files import write_file
 from mopl.experiments.run import BASE, FinishedRun, run_class
 from mopl.experiments.run_directory import read_run, refresh
+from mopl.experiments.settings import settings_of
 from mopl.pareto import Front, Point
 from mopl.report.page import write_page
 from mopl.report.plot import plot_front
@@ -125,8 +126,7 @@ def _differences(compared: Sequence[_Compared]) -> list[str]:
     """Return in words what the figures of runs depend on and is not the same in all."""
     notes = []
     if len({each.run.record["data"]["fingerprint"] for each in compared}) > 1:
-        what = "; ".join(f"{each.name}: {data_name(each.fronts[0])}" for each in compared)
-        notes.append(f"these runs were measured on different data ({what})")
+        notes.append(_other_data(compared))
     for what in compared[0].run.noted:
         values = {each.name: _said(each.run.noted[what]) for each in compared}
         if len(set(values.values())) > 1:
@@ -137,6 +137,22 @@ def _differences(compared: Sequence[_Compared]) -> list[str]:
         sizes = ", ".join(map(str, sorted(grids)))
         notes.append(f"grids of {sizes} weights: hypervolume grows with their number")
     return notes
+
+
+def _other_data(compared: Sequence[_Compared]) -> str:
+    """Return what differs in the data of runs: their names, else how they were read, else what is in them."""
+    names = {each.name: data_name(each.fronts[0]) for each in compared}
+    if len(set(names.values())) == len(names):
+        return f"these runs were measured on different data ({'; '.join(f'{n}: {data}' for n, data in names.items())})"
+    found = []
+    for known in settings_of(type(compared[0].run.config)).values():
+        values = {each.name: getattr(each.run.config, known.name) for each in compared}
+        if known.group == "data" and len(set(values.values())) > 1:
+            said = (f"{_said(value) or known.unset or 'none'} in {name}" for name, value in values.items())
+            found.append(f"{known.name} {', '.join(said)}")
+    if found:
+        return f"these runs took their data differently ({'; '.join(found)})"
+    return f"these runs were measured on different data: {', '.join(set(names.values()))} changed between them"
 
 
 def _named_fronts(compared: Sequence[_Compared]) -> tuple[list[Front], list[Point]]:

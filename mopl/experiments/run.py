@@ -296,6 +296,13 @@ def read_any(path: str | Path) -> FinishedRun:
 def open_run(path: str | Path) -> FinishedRun:
     """Open a finished run of any application.
 
+    Args:
+        path: The run directory.
+
+    Returns:
+        The run, of the class of its application: what `mopl.ranking.open_run`, `mopl.alignment.open_run` and
+        `mopl.clp.open_run` return.
+
     Raises:
         FileNotFoundError: If there is no run, it has no front yet, or its data is gone.
         ValueError: If it is damaged, or its data changed since.
@@ -306,8 +313,17 @@ def open_run(path: str | Path) -> FinishedRun:
 def run_fronts(path: str | Path) -> list[Front]:
     """Return the fronts of a run of any application, that of the untrained model first; see `FinishedRun.fronts`.
 
+    Only the records are read: neither the data nor a model need be there.
+
+    Args:
+        path: The run directory.
+
+    Returns:
+        A front for each method that has one; the first is that of the model before training.
+
     Raises:
         FileNotFoundError: If there is no run, or it has no front yet.
+        ValueError: If it is damaged.
     """
     return read_any(path).fronts()
 

@@ -28,6 +28,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 from mopl._bounds import check_bounds
+from mopl._counted import counted
 from mopl._renamed import VALUES, old_value, renamed, warn_renamed
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ T = TypeVar("T")
 MISSING = dataclasses.MISSING
 GROUPS = ("run", "data", "model", "method", "training", "evaluation")
 UNSET = ("none", "all")  # words for None where a setting may be it and is no text
+_KINDS = {int: (numbers.Integral, "a whole number"), float: (numbers.Real, "a number"), bool: (bool, "true or false")}
 _LIMITS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 
 
@@ -153,12 +155,14 @@ class Setting:
         if self.missing and not value:
             raise ValueError(f"{self.name} {'are' if self.many else 'is'} missing; {self.missing}")
         if self.many and len(entries) != (self.length or len(entries)):
-            raise ValueError(f"{self.name} has {len(entries)} entries but must have {self.length}")
+            raise ValueError(f"{self.name} has {counted(len(entries), 'entry')} but must have {self.length}")
         if self.nonempty and not entries:
             raise ValueError(f"{self.name} needs an entry")
         shown = " ".join(f"{x:g}" if isinstance(x, numbers.Real) else repr(x) for x in entries)
-        if self.entry in (int, float) and not all(isinstance(x, numbers.Real) for x in entries if not self.choices):
-            raise ValueError(f"{self.name} is {shown} but must be a number")
+        kind, words = _KINDS.get(self.entry, (object, ""))
+        truth = self.entry in (int, float) and any(isinstance(x, bool) for x in entries)  # Python counts with it
+        if not self.choices and (truth or not all(isinstance(x, kind) for x in entries)):
+            raise ValueError(f"{self.name} is {value if truth else shown} but must be {words}")
         for x in entries if self.choices else ():
             if x not in self.choices:
                 raise ValueError(f"{self.name} is {x!r} but must be one of {', '.join(map(repr, self.choices))}")

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from mopl._counted import counted
 from mopl._files import discard_folder, write_file
 from mopl._records import Count, Finite, Seconds, read_json
 from mopl.experiments.run_directory import DONE
@@ -64,16 +65,14 @@ class Trained:
 
     def describe(self, name: str, figure: str = "figure on validation") -> str:
         """Return it as a line; `figure` says what `validation` is."""
-        line = f"{name}: {self.steps} steps in {self.seconds:.1f} s"
+        line = f"{name}: {counted(self.steps, 'step')} in {self.seconds:.1f} s"
         if self.validation is None:
             return line
         kept = f"{line}; kept step {self.kept} ({figure} {self.validation:.4f})"
-        waited = self.steps - self.kept
-        return kept + (
-            f", stopped at {self.steps} of {self.limit}: no better for {waited} steps"
-            if self.steps < self.limit
-            else ""
-        )
+        if self.steps == self.limit:
+            return kept
+        waited = counted(self.steps - self.kept, "step")
+        return f"{kept}, stopped at {self.steps} of {self.limit}: no better for {waited}"
 
 
 @dataclass

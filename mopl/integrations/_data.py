@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mopl._counted import counted
 from mopl.conditioning.sampling import check_weights
 from mopl.language_models import formats
 from mopl.language_models.collate import ListBatch, ListCollator
@@ -42,7 +43,7 @@ class Example:
         if self.reference is not None and len(self.reference) != len(self.tokens.responses):
             raise ValueError(
                 f"row {self.tokens.index + 1} has {len(self.reference)} log-probabilities of the reference but "
-                f"{len(self.tokens.responses)} responses; give one for each"
+                f"{counted(len(self.tokens.responses), 'response')}; give one for each"
             )
 
 
@@ -263,7 +264,7 @@ def labels_of_pair(row: Mapping[str, Any], objective: str) -> tuple[float | None
         value = value.tolist()
     if isinstance(value, Sequence) and not isinstance(value, str):
         if len(value) != 2:
-            raise RowError("label list of another length", f"{objective} has {len(value)} labels for a pair")
+            raise RowError("label list of another length", f"{objective} has {counted(len(value), 'label')} for a pair")
         first, second = (side.tolist() if hasattr(side, "tolist") else side for side in value)
         return first, second
     if value is None or (isinstance(value, float) and math.isnan(value)):
@@ -282,7 +283,8 @@ def _beside(row: Mapping[str, Any], objectives: int, number: int, sides: bool) -
     if row.get(BETA) is not None:
         beta = np.asarray(row[BETA], dtype=np.float32)
         if beta.shape != (objectives,) or not (np.isfinite(beta) & (beta > 0)).all():
-            raise ValueError(f"{BETA} of row {number} is {row[BETA]} but must be {objectives} positive numbers")
+            wanted = counted(objectives, "positive number")
+            raise ValueError(f"{BETA} of row {number} is {row[BETA]} but must be {wanted}")
         found["beta"] = beta
     if all(row.get(name) is not None for name in REFERENCE_COLUMNS):
         if not sides:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mopl import losses
 from mopl._arguments import check_choice
+from mopl._counted import counted, there_are
 from mopl.integrations._settings import LIST_LOSSES
 from mopl.language_models.collate import ListBatch
 from mopl.language_models.scoring import ordered_pairs
@@ -41,7 +42,8 @@ class HeadLoss:
     def __init__(self, loss: OneLoss | Sequence[OneLoss], objectives: int) -> None:
         given: list[OneLoss] = [loss] if isinstance(loss, str) or callable(loss) else list(loss)
         if len(given) not in (1, objectives):
-            raise ValueError(f"there are {len(given)} losses but {objectives} objectives; give one, or one for each")
+            many = f"{there_are(len(given), 'loss')} but {counted(objectives, 'objective')}"
+            raise ValueError(f"{many}; give one, or one for each")
         self.names = given * objectives if len(given) == 1 else given
         self._columns: dict[Callable[..., Tensor], list[int]] = {}
         self.functions = [_function(name) for name in self.names]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mopl._arguments import check_choice
+from mopl._counted import counted, there_are
 from mopl._files import write_file
 from mopl._tensor_files import load_pickled
 from mopl.conditioning.samplers import Sampler, dirichlet_weights, fixed
@@ -106,7 +107,7 @@ def unrewarded(objectives: Sequence[str], means: Tensor) -> str:
     """Say which objective has no reward at all at a point of the grid, if one does; `means` (n, m) of an evaluation."""
     for name, missing in zip(objectives, means.isnan().sum(0).tolist(), strict=True):
         if missing:
-            return f"no completion of the evaluation has a reward for {name} at {missing} points"
+            return f"no completion of the evaluation has a reward for {name} at {counted(missing, 'point')}"
     return ""
 
 
@@ -170,12 +171,12 @@ def objectives_of(given: Sequence[str] | None, own: Sequence[str] | None, functi
     unnamed = own is None or tuple(own) == tuple(f"objective_{j + 1}" for j in range(len(own)))
     if own is not None and len(own) != m:
         raise ValueError(
-            f"there are {m} reward functions ({', '.join(functions)}) but the model has {len(own)} objectives "
-            f"({', '.join(own)}); pass one reward function for each, in that order"
+            f"{there_are(m, 'reward function')} ({', '.join(functions)}) but the model has "
+            f"{counted(len(own), 'objective')} ({', '.join(own)}); pass one reward function for each, in that order"
         )
     names = tuple(given) if given is not None else tuple(functions) if unnamed else tuple(own or ())
     if len(names) != m:
-        raise ValueError(f"objectives is {list(names)} but there are {m} reward functions; name one for each")
+        raise ValueError(f"objectives is {list(names)} but {there_are(m, 'reward function')}; name one for each")
     if len(set(names)) < m:
         raise ValueError(f"the objectives would be called {list(names)}; pass objectives, with a name of its own each")
     known = () if unnamed else tuple(own or ())

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from mopl._arguments import check_choice
+from mopl._counted import counted, there_are
 from mopl._extras import require
 
 require("transformers", "accelerate", what="mopl.integrations.scorers")
@@ -120,8 +121,8 @@ def load_scorer(
     own = [config.id2label[number] for number in sorted(config.id2label)]
     if len(own) != len(objectives):
         raise ValueError(
-            f"the model has {len(own)} outputs but there are {len(objectives)} objectives, {', '.join(objectives)}; "
-            f"load it with num_labels={len(objectives)}"
+            f"the model has {counted(len(own), 'output')} but {there_are(len(objectives), 'objective')}, "
+            f"{', '.join(objectives)}; load it with num_labels={len(objectives)}"
         )
     if set(own) == set(objectives) and tuple(own) != objectives:
         raise ValueError(

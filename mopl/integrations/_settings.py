@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mopl._arguments import check_choice
+from mopl._counted import counted, there_are
 from mopl._renamed import deprecated
 from mopl.conditioning.sampling import check_weights, sample_betas, sample_weights
 from mopl.language_models.scoring import Conditions
@@ -160,7 +161,9 @@ class TradeOffs:
             )
         given = settings.objective_beta
         if given is not None and len(given) != objectives:
-            raise ValueError(f"objective_beta has {len(given)} numbers but there are {objectives} objectives")
+            raise ValueError(
+                f"objective_beta has {counted(len(given), 'number')} but {there_are(objectives, 'objective')}"
+            )
         beta_of_each = [beta] * objectives if given is None else given
         if not all(math.isfinite(value) and value > 0 for value in beta_of_each):
             name, value = ("beta", beta) if given is None else ("objective_beta", given)
@@ -171,8 +174,8 @@ class TradeOffs:
         if settings.objective_weights is not None:
             if len(settings.objective_weights) != objectives:
                 raise ValueError(
-                    f"objective_weights has {len(settings.objective_weights)} numbers but there are {objectives} "
-                    "objectives"
+                    f"objective_weights has {counted(len(settings.objective_weights), 'number')} but "
+                    f"{there_are(objectives, 'objective')}"
                 )
             self.fixed = check_weights(settings.objective_weights, objectives, name="objective_weights").float()
         elif not self.conditioned:

@@ -151,7 +151,7 @@ class MultiObjectiveGRPOTrainer(WeightedCheckpoints, GRPOTrainer):
         if settings.reference_point is not None:
             require("moocore", what="reference_point")
             if len(settings.reference_point) != m:
-                raise ValueError(f"reference_point has {len(settings.reference_point)} numbers; pass {m}")
+                raise ValueError(f"reference_point is {settings.reference_point}; pass one number an objective, {m}")
         if weighted is not None:
             self._stand_around(weighted)
 

@@ -124,7 +124,8 @@ def from_parallel_logits_to_logprobs_packed_sequences(
         float32, float64 for float64 logits; the same on every rank, and so must be its upstream gradient.
 
     Raises:
-        ValueError: If shapes, a shard, a group or sampling parameters do not fit, or a target is not in the vocabulary.
+        ValueError: If shapes, bounds, a shard, a group or sampling parameters do not fit, or a target is not in the
+            vocabulary.
     """
     _check(vocab_parallel_logits.shape[-1], vocab_start_index, vocab_end_index, group, cp_group, sampling_params)
     if vocab_parallel_logits.shape[:-1] != target.shape or target.ndim != 2 or len(target) != 1:
@@ -133,6 +134,14 @@ def from_parallel_logits_to_logprobs_packed_sequences(
             "sequences are (1, T, V / ranks) and (1, T)"
         )
     bounds = cu_seqlens_padded.tolist()
+    ascending = all(start <= end for start, end in pairwise(bounds))
+    if bounds and not (bounds[0] >= 0 and ascending and bounds[-1] <= target.shape[1]):
+        raise ValueError(
+            f"cu_seqlens_padded is {bounds} but must rise from 0 or more to at most {target.shape[1]}, the number of "
+            "positions"
+        )
+    if unpacked_seqlen < 1:
+        raise ValueError(f"unpacked_seqlen is {unpacked_seqlen} but must be at least 1, the length of the rows")
     wanted = target.clone() if target_is_pre_rolled else torch.roll(target, -1, -1)
     # The last position of a sequence predicts nothing.
     wanted[:, [end - 1 for start, end in pairwise(bounds) if end > start]] = _NO_TOKEN

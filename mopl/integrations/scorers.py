@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from mopl._arguments import shape_of
+from mopl._counted import counted, there_are
 from mopl._extras import require
 
 require("transformers", "accelerate", what="mopl.integrations.scorers")
@@ -148,7 +149,8 @@ class RewardListTrainer(StepTrainer):
         # ---- objective
         self.loss = HeadLoss(args.list_loss if loss is None else loss, m)
         if args.objective_beta is not None and len(args.objective_beta) != m:
-            raise ValueError(f"objective_beta has {len(args.objective_beta)} numbers but there are {m} objectives")
+            given = counted(len(args.objective_beta), "number")
+            raise ValueError(f"objective_beta has {given} but {there_are(m, 'objective')}")
         betas = [args.beta] if args.objective_beta is None else args.objective_beta
         if not all(math.isfinite(value) and value > 0 for value in betas):
             raise ValueError(f"beta is {betas} but must be positive")

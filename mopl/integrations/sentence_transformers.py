@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mopl._arguments import check_choice, shape_of
+from mopl._counted import counted, there_are
 from mopl._extras import require
 
 require("sentence_transformers", what="mopl.integrations.sentence_transformers")
@@ -88,8 +89,8 @@ class ListLoss(nn.Module):
         for name, value in (("objectives", objectives), ("objective_weights", objective_weights)):
             if value is not None and len(value) != m:
                 raise ValueError(
-                    f"{name} has {len(value)} entries but the model has {m} outputs; give one for each, or pass "
-                    f"num_labels={len(value)} to CrossEncoder"
+                    f"{name} has {counted(len(value), 'entry')} but the model has {counted(m, 'output')}; give one for "
+                    f"each, or pass num_labels={len(value)} to CrossEncoder"
                 )
         self.objectives = tuple(objectives or (f"objective_{j + 1}" for j in range(m)))
         self.loss = HeadLoss(loss, m)
@@ -121,7 +122,9 @@ class ListLoss(nn.Module):
             ValueError: If labels do not fit the documents.
         """
         if len(inputs) != 2:
-            raise ValueError(f"there are {len(inputs)} columns but must be two, of queries and of lists of documents")
+            raise ValueError(
+                f"{there_are(len(inputs), 'column')} but must be two, of queries and of lists of documents"
+            )
         queries, lists = inputs
         sizes = [len(documents) for documents in lists]
         if isinstance(labels, Tensor) or labels is None or len(labels) != len(queries):
@@ -150,7 +153,7 @@ class ListLoss(nn.Module):
             tokens = batch_to_device(tokens, next(self.model.parameters()).device)
             found = self.model(tokens)["scores"].reshape(len(part), -1)
             if found.shape[1] != self.outputs:
-                raise ValueError(f"the model gave scores {shape_of(found)} but has {self.outputs} outputs")
+                raise ValueError(f"the model gave scores {shape_of(found)} but has {counted(self.outputs, 'output')}")
             return self.activation_fn(found.float())
 
         if self.mini_batch_size is None:
@@ -172,8 +175,8 @@ class ListLoss(nn.Module):
                 other = "documents" if self.layout == "objectives" else "objectives"
                 hint = f"; pass labels={other!r} to ListLoss if that is how they are written"
             raise ValueError(
-                f"labels of row {row + 1} of the batch have shape {shape_of(value)} but must be {wanted}, for {m} "
-                f"objectives and {size} documents{hint}"
+                f"labels of row {row + 1} of the batch have shape {shape_of(value)} but must be {wanted}, for "
+                f"{counted(m, 'objective')} and {counted(size, 'document')}{hint}"
             )
         return value if self.layout == "objectives" else value.T
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mopl._arguments import check_choice
+from mopl._counted import counted
 
 logger = logging.getLogger("mopl.language_models.data")
 
@@ -66,7 +67,7 @@ class ReadReport:
 
     def __str__(self) -> str:
         bad = sum(self.counts.values())
-        lines = [f"{self.source}: {self.lists} {self.what} from {self.rows} rows; {bad} could not be used"]
+        lines = [f"{self.source}: {self.lists} {self.what} from {counted(self.rows, 'row')}; {bad} could not be used"]
         for reason, places in sorted(self.errors.items(), key=lambda item: -len(item[1])):
             examples = "; ".join(f"{place}: {detail}" for place, detail in places[:SHOWN])
             lines.append(f"  {len(places)} x {reason} ({examples}{'; ...' if len(places) > SHOWN else ''})")

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mopl._arguments import check_positive
+from mopl._counted import counted, there_are
 from mopl.conditioning import TextPrompt, WeightedModel, check_weights
 from mopl.conditioning.weighted import causal_lm_of
 from mopl.decoding import ACT_BEFORE
@@ -137,7 +138,8 @@ def asked_of(
     names = objectives_of(model, weights, beta, text_prompt)
     c = check_positive(scale, "scale", "above 1 is closer to the reference").double().cpu()
     if c.ndim > 1 or (c.ndim == 1 and len(c) != count):
-        raise ValueError(f"scale has shape {tuple(c.shape)} but there are {count} prompts; pass a number or one each")
+        many = there_are(count, "prompt")
+        raise ValueError(f"scale has shape {tuple(c.shape)} but {many}; pass a number or one each")
     given: dict[str, Tensor] = {}
     if weights is not None:
         given["weights"] = _each(check_weights(weights, len(names)), "weights", len(names), count)
@@ -158,8 +160,8 @@ def asked_of(
 def _each(values: Tensor, name: str, objectives: int, count: int) -> Tensor:
     if tuple(values.shape) not in ((objectives,), (count, objectives)):
         raise ValueError(
-            f"{name} has shape {tuple(values.shape)} but there are {count} prompts and {objectives} objectives; "
-            f"pass ({objectives},) or ({count}, {objectives})"
+            f"{name} has shape {tuple(values.shape)} but {there_are(count, 'prompt')} and "
+            f"{counted(objectives, 'objective')}; pass ({objectives},) or ({count}, {objectives})"
         )
     return values.expand(count, objectives)
 

@@ -14,6 +14,7 @@ import gzip
 import hashlib
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from typing import Any, overload
 
 import numpy as np
 
+from mopl._counted import counted
 from mopl._files import write_file
 from mopl._lines import text_fault
 from mopl.language_models._bad_rows import ON_ERROR, SHOWN, DataError, OnError, ReadReport, RowError
@@ -142,7 +144,8 @@ def _labels(objective: str, values: Any, count: int) -> tuple[float | None, ...]
     if isinstance(values, (str, Mapping)) or not isinstance(values, (Sequence, np.ndarray)):
         raise RowError("wrong type", f"the labels of {objective} are {_short(values)} but must be a list of numbers")
     if len(values) != count:
-        raise RowError("label list of another length", f"{objective} has {len(values)} labels for {count} responses")
+        many = f"{counted(len(values), 'label')} for {counted(count, 'response')}"
+        raise RowError("label list of another length", f"{objective} has {many}")
     result: list[float | None] = []
     for number, value in enumerate(values):
         if value is None:
@@ -212,14 +215,13 @@ class PreferenceData(Sequence[PreferenceList]):
         if not self.lists:
             raise ValueError(f"{name} has no list; give it at least one")
         named = dict.fromkeys(objective for item in self.lists for objective in item.labels)
-        if objectives is not None and isinstance(objectives, str):
-            raise TypeError(f"objectives is {objectives!r} but must be a sequence of names; pass ({objectives!r},)")
+        _refuse_text(objectives)
         self.objectives = tuple(named if objectives is None else objectives)
         if len(set(self.objectives)) != len(self.objectives) or not self.objectives:
             raise ValueError(f"objectives are {self.objectives} but must be different names, at least one")
         unknown = [objective for objective in self.objectives if objective not in named]
         if unknown:
-            raise ValueError(f"no list of {name} has labels for {', '.join(unknown)}; it has {', '.join(named)}")
+            raise ValueError(_no_labels_for(unknown, named, name))
         for number, item in enumerate(self.lists):
             if not any(value is not None for o in self.objectives for value in item.labels.get(o, ())):
                 raise ValueError(
@@ -332,6 +334,19 @@ class PreferenceData(Sequence[PreferenceList]):
         write_file(path, fill)
 
 
+def _refuse_text(objectives: Sequence[str] | None) -> None:
+    if isinstance(objectives, str):
+        raise TypeError(f"objectives is {objectives!r} but must be a sequence of names; pass ({objectives!r},)")
+
+
+def _no_labels_for(unknown: Sequence[str], named: Iterable[str], source: str) -> str:
+    """Say that objectives are none of those that have labels; names in one word are how others write several."""
+    parts = [name for text in unknown for name in re.split(r"[,;\s]+", text.strip(",; "))]
+    apart = parts != list(unknown) and set(parts) <= set(named)
+    remedy = f"; give each name as a word of its own: {' '.join(parts)}" if apart else ""
+    return f"no list of {source} has labels for {', '.join(unknown)}; it has {', '.join(named)}{remedy}"
+
+
 def concatenate(datasets: Sequence[PreferenceData], *, name: str = "data") -> PreferenceData:
     """Put data sets one after another; their objectives are united, and what a data set lacks is missing in its lists.
 
@@ -374,11 +389,14 @@ def collect(
         on_error: "raise" or "skip" rows that cannot be used.
 
     Raises:
-        DataError: see `ReadReport.settle`.
+        DataError: see `ReadReport.settle`; or if no list has labels under any of the objectives.
     """
-    lists = []
+    _refuse_text(objectives)
+    lists: list[PreferenceList] = []
+    named: dict[str, None] = {}
     for place, draft in drafts:
         if isinstance(draft, PreferenceList) and objectives is not None:
+            named |= dict.fromkeys(draft.labels)
             labelled = any(value is not None for o in objectives for value in draft.labels.get(o, ()))
             if not labelled:
                 draft = RowError("no labels", f"none under {', '.join(objectives)}, only {', '.join(draft.labels)}")
@@ -388,5 +406,7 @@ def collect(
             object.__setattr__(draft, "place", place)  # a fault that shows later is still named by where it stands
             lists.append(draft)
     report.lists = len(lists)
+    if named and objectives is not None and not any(objective in named for objective in objectives):
+        raise DataError(_no_labels_for(objectives, named, report.source))  # no row is to blame
     report.settle(on_error)
     return PreferenceData(lists, objectives, name=report.source, report=report)

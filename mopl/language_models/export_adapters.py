@@ -53,6 +53,7 @@ from mopl.language_models.head import unfuse
 from mopl.language_models.model_card import Exported, ModelFacts, write_card
 
 ONE = "write one trade-off, as a plain model: mopl export --weights"
+ALL = "train with --conditioning lora-mixture, whose adapters are for every trade-off"
 # Largest ‖difference‖ of logits, of their own spread: the same products in another order, whose rounding adds up over
 # the layers, to 6e-6 in 30 layers of float32. What each layer adds is compared by itself, closer.
 SAME = {torch.float64: 1e-6, torch.float32: 1e-4}
@@ -145,14 +146,14 @@ def check_mixture(model: Any) -> None:
     if isinstance(model, LoraMixture):
         return
     if isinstance(model, HyperPromptModel):
-        why = f"takes its weights by virtual tokens, which no scale of an adapter is; {ONE}"
+        why = f"takes its weights by virtual tokens, which no scale of an adapter is; {ONE}, or {ALL}"
     elif isinstance(model, TextPromptModel):
         why = (
             "has one adapter and reads its weights in words, so it needs no scales; write one trade-off, with a "
             "tokenizer that says it: mopl export --weights, with --kind adapter for its adapter alone"
         )
     elif isinstance(model, ParameterMixture):
-        why = f"mixes whole parameters, of which there is no adapter of a rank; {ONE}"
+        why = f"mixes whole parameters, of which there is no adapter of a rank; {ONE}, or {ALL}"
     else:
         why = f"has no adapter for each objective; {ONE}"
     raise ValueError(f"a {type(model).__name__} {why}")

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mopl._arguments import shape_of
 from mopl._restoring import evaluating
 from mopl._rows import UnsupportedModelError, arranged
 from mopl._threads import Turns, in_turn, measuring
@@ -220,6 +221,12 @@ class FusedForward:
         return {**dict(zip(self.__signature__.parameters, args, strict=False)), **kwargs}
 
     def _scored(self, targets: Tensor, request: HeadRequest, kwargs: dict[str, Any]) -> FusedOutput | HeadStates:
+        ids = kwargs.get("input_ids")
+        if isinstance(ids, Tensor) and ids.ndim == targets.ndim == 2 and ids.shape[1] != targets.shape[1]:
+            raise ValueError(
+                f"targets has shape {shape_of(targets)} but input_ids {shape_of(ids)}; pass a target for each "
+                "position: model(ids[:, :-1], targets=ids[:, 1:])"
+            )
         transform, name = self.measure(), type(self.model).__name__
         current = find_head(self.model)
         names: list[str] = []

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mopl._counted import there_are
 from mopl._renamed import renamed_keywords, renamed_parameter
 from mopl._restoring import evaluating
 from mopl._terminal import Progress
@@ -216,7 +217,7 @@ class ListScores:
     def __init__(self, lists: Sequence[TokenizedList], values: Tensor) -> None:
         counts = torch.tensor([len(item.responses) for item in lists])
         if values.shape != (int(counts.sum()),):
-            raise ValueError(f"there are {int(counts.sum())} responses but values are {tuple(values.shape)}")
+            raise ValueError(f"{there_are(int(counts.sum()), 'response')} but values are {tuple(values.shape)}")
         self.values = values
         self._start = torch.zeros(max(item.index for item in lists) + 1, dtype=torch.long)
         self._start[torch.tensor([item.index for item in lists])] = counts.cumsum(0) - counts

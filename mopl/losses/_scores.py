@@ -8,6 +8,7 @@ from mopl._arguments import (
     POSITIVE,
     Domain,
     as_labels,
+    check_labels,
     check_like_scores,
     check_mask,
     check_scores,
@@ -17,16 +18,23 @@ from mopl._arguments import (
 
 
 def prepare(
-    scores: Tensor, labels: Tensor, reference: Tensor | None, beta: float | Tensor, mask: Tensor | None
+    scores: Tensor,
+    labels: Tensor,
+    reference: Tensor | None,
+    beta: float | Tensor,
+    mask: Tensor | None,
+    allowed: Domain,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Check what every loss of lists is given; return scores - reference (B, K), labels (B, m, K) and β, shared or not.
 
-    The difference is in the dtype of the arithmetic; without a reference it is the scores as they are.
+    The difference is in the dtype of the arithmetic; without a reference it is the scores as they are. `allowed` says
+    which labels the loss has a meaning for.
     """
     check_scores(scores)
     labels = as_labels(labels, scores)
     check_mask(mask, scores)
     check_like_scores(reference, scores, "reference")
+    check_labels(labels, mask, allowed)
     if reference is not None:
         dtype = compute_dtype(scores, reference)
         scores = scores.to(dtype) - reference.to(dtype)

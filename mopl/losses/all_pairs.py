@@ -3,9 +3,10 @@
 Scores are (B, K), labels (B, K) or (B, m, K) with higher better, and u = beta * (scores - reference). Time is
 O(K²) a list and objective, memory O(K): see `mopl.ops.pairs`. A pair counts where the labels differ; lists with fewer
 than two items, or with equal labels only, have loss 0 and gradient 0. Masked items are never read into arithmetic.
-A NaN in an existing item makes the losses of its list NaN and of no other. On a CPU a β that is not positive,
-or a label that is negative where NDCG is computed, raises an error; on a GPU, where reading would wait, and under
-`torch.compile` it makes its losses NaN.
+A score of NaN at an existing item makes the losses of its list NaN and of no other. On a CPU an error is raised by a β
+that is not positive, a weight that is not finite, a label of NaN, and, where NDCG is computed, one that is negative or
+infinite; on a GPU, where reading would wait, and under `torch.compile` each makes its losses NaN (an infinite weight:
+infinite).
 
     >>> scores, labels = torch.tensor([[0.0, 3.0, 1.0, 2.0]]), torch.tensor([[0.0, 0.0, 1.0, 1.0]])
     >>> pairwise_logistic(scores, labels)     # log(1 + e^-1) + log(1 + e^2) + log(1 + e^-2) + log(1 + e^1)
@@ -20,7 +21,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mopl._arguments import Reduction, as_labels, check_choice, compute_dtype, or_nan, weigh_and_reduce, wide_dtype
+from mopl._arguments import (
+    KNOWN,
+    NOT_INFINITE,
+    Domain,
+    Reduction,
+    as_labels,
+    check_choice,
+    compute_dtype,
+    or_nan,
+    weigh_and_reduce,
+    wide_dtype,
+)
 from mopl._renamed import renamed_keywords
 from mopl.losses._scores import prepare, shared_by_objectives
 from mopl.losses.labels import integer_differences, large_integers, not_negative
@@ -68,8 +80,8 @@ def pairwise_logistic(
         TypeError: scores are not floating point or the mask is not bool.
         ValueError: shapes do not fit, or a β is not positive; the message says which and what to pass.
     """
-    _, u, y = _prepare(scores, labels, reference, beta, mask)
-    loss = pairs.pairwise_logistic(u, _ranked(labels, y, mask), shared_by_objectives(margin, "margin", y, u))
+    _, u, y = _prepare(scores, labels, reference, beta, mask, KNOWN)
+    loss = pairs.pairwise_logistic(u, _ranked(labels, y, mask), shared_by_objectives(margin, "margin", y, u, KNOWN))
     return weigh_and_reduce(or_nan(loss, y, mask), weights, reduction)
 
 
@@ -124,7 +136,7 @@ def lambda_loss(
     check_choice(top_k_rule, ("either", "both"), "top_k_rule")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k is {top_k} but must be at least 1, or None for all items")
-    x, u, y = _prepare(scores, labels, reference, beta, mask)
+    x, u, y = _prepare(scores, labels, reference, beta, mask, NOT_INFINITE if normalize else KNOWN)
     if normalize:
         y = _for_gains(y, mask)
     order = _ranked(labels, y, mask)
@@ -189,7 +201,7 @@ def approx_ndcg(
             message says which and what to pass.
     """
     check_choice(gain, GAINS, "gain")
-    _, u, y = _prepare(scores, labels, reference, beta, mask)
+    _, u, y = _prepare(scores, labels, reference, beta, mask, NOT_INFINITE)
     y = _for_gains(y, mask)
     gains = _gains(y, gain, mask, scaled=True)
     ideal = _ideal_dcg(gains, mask, None)  # (B, m, 1)
@@ -202,10 +214,15 @@ def approx_ndcg(
 
 
 def _prepare(
-    scores: Tensor, labels: Tensor, reference: Tensor | None, beta: float | Tensor, mask: Tensor | None
+    scores: Tensor,
+    labels: Tensor,
+    reference: Tensor | None,
+    beta: float | Tensor,
+    mask: Tensor | None,
+    allowed: Domain,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return scores - reference (B, K), u (B, m or 1, K) and labels (B, m, K), NaN where no item exists."""
-    x, y, rate = prepare(scores, labels, reference, beta, mask)
+    x, y, rate = prepare(scores, labels, reference, beta, mask, allowed)
     dtype = compute_dtype(x)
     x = x.to(dtype)
     if mask is not None:

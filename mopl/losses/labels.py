@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from mopl._arguments import (
+    KNOWN,
+    NOT_INFINITE,
     POSITIVE,
     SOFTMAX,
     as_labels,
     check_choice,
+    check_labels,
     check_mask,
     check_scores,
     compute_dtype,
@@ -46,15 +49,16 @@ def normalize_labels(
     Returns:
         A tensor of labels' shape in float32 (float64 for float64) that sums to 1 over the existing items of a list,
         or is 0 throughout where `"l1"` finds no positive sum or no item exists. Differentiable in labels and in
-        label_temperature. A list with a NaN, or with inf under `"softmax"`, is NaN.
+        label_temperature.
 
     Raises:
-        ValueError: A label is negative under `"l1"` and can be read, which is not so on a GPU and under
-            `torch.compile`: there its list is NaN. Or label_temperature is given for `"l1"` or is not positive.
+        ValueError: A label is NaN or inf, or negative under `"l1"`, and can be read, which is not so on a GPU and
+            under `torch.compile`: there its list is NaN. Or label_temperature is given for `"l1"` or is not positive.
     """
     check_choice(mode, ("l1", "softmax"), "mode")
     if mask is not None:
         check_mask(mask, labels if labels.ndim == 2 else labels[:, 0])
+    check_labels(labels, mask, NOT_INFINITE)
     return to_distributions(labels, mode, mask, label_temperature, compute_dtype(labels), "mode")
 
 
@@ -140,11 +144,16 @@ def presort(
 
     Returns:
         int32 indices of shape (B, m, K).
+
+    Raises:
+        ValueError: If a shape does not fit, or, on a CPU, a label is NaN.
     """
     labels = as_labels(labels, check_scores(labels.new_zeros((labels.shape[0], labels.shape[-1]), dtype=torch.float32)))
     key = labels if labels.is_floating_point() else labels.long()
     if mask is not None:
         check_mask(mask, labels[:, 0])
+    check_labels(labels, mask, KNOWN)
+    if mask is not None:
         key = key.masked_fill(~mask[:, None, :], 0)
     shuffle = None
     if ties == "random":

@@ -11,7 +11,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mopl._arguments import Reduction, check_choice, compute_dtype, or_nan, weigh_and_reduce
+from mopl._arguments import (
+    FINITE,
+    KNOWN,
+    NOT_INFINITE,
+    Reduction,
+    check_choice,
+    compute_dtype,
+    or_nan,
+    weigh_and_reduce,
+)
 from mopl._renamed import renamed_keywords
 from mopl.losses._scores import prepare
 from mopl.losses.labels import presort, to_distributions
@@ -34,9 +43,9 @@ def listwise_dpo(
     label_temperature: float | Tensor = 1.0,  # broadcasts to (B, m)
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Listwise cross-entropy of β-scaled scores with label distributions, the training loss of COS-DPO.
+    """Listwise cross-entropy of β-scaled scores with label distributions, the training loss of COS-DPO.
 
-    .. math:: \ell_{bj} = -\sum_i \bar z_{bji} \log \mathrm{softmax}_i(\beta_{bj} (s_{bi} - s^0_{bi}))
+        loss_bj = -sum_i z_bji log softmax_i(β_bj (scores_bi - reference_bi)),   z = labels after `normalize`
 
     Ren et al. 2025 (COS-DPO), equation 8; without a reference it is ListNet (Cao et al. 2007). With two items and
     one-hot labels it is DPO, with labels (1 - ε, ε) conservative DPO, with one-hot labels over more items the top-1
@@ -59,21 +68,24 @@ def listwise_dpo(
 
     Returns:
         Nats in float32 (float64 for float64); differentiable in scores, reference, beta, weights and labels.
-        Lists with fewer than two items, and with `"l1"` those whose labels are all 0, give 0 with gradient 0. A NaN
-        among a list's labels gives NaN.
+        Lists with fewer than two items, and with `"l1"` those whose labels are all 0, give 0 with gradient 0.
 
     Raises:
         TypeError: if scores are not floating point or the mask is not boolean.
         ValueError: if a shape does not fit, `normalize` or `reduction` is unknown, or, on a CPU, a β is not
-            positive or a label is negative under `"l1"`. On a GPU, where reading would wait, and under `torch.compile`
-            such an entry makes its losses NaN.
+            positive, a weight is not finite, or a label is NaN or infinite, or negative under `"l1"` (-inf is a target
+            of 0 under `"softmax"`). On a GPU, where reading would wait, and under `torch.compile` such an entry makes
+            its losses NaN.
 
     >>> scores, labels = torch.tensor([[0.6, 0.8]]), torch.tensor([[1.0, 0.0]])
     >>> round(float(listwise_dpo(scores, labels)), 6)
     0.798139
     """
     check_choice(normalize, ("l1", "softmax", None), "normalize")
-    difference, labels, rate = prepare(scores, labels, reference, beta, mask)
+    # A negative label, -inf too, has an error of its own under "l1".
+    difference, labels, rate = prepare(
+        scores, labels, reference, beta, mask, FINITE if normalize is None else NOT_INFINITE
+    )
     if normalize == "softmax":
         dtype = compute_dtype(difference, labels)
         labels = to_distributions(labels, "softmax", mask, label_temperature, dtype, "normalize")
@@ -102,9 +114,11 @@ def plackett_luce(
     generator: torch.Generator | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Negative log-likelihood of rankings under Plackett and Luce: items are chosen one after the other, best first.
+    """Negative log-likelihood of rankings under Plackett and Luce: items are chosen one after the other, best first.
 
-    .. math:: \ell = \sum_k v_k \Bigl(\log \sum_{l \ge k} e^{u_{\pi_l}} - u_{\pi_k}\Bigr), \quad u = \beta (s - s^0)
+        sum_k v_k (log sum_{l >= k} exp(u_(l)) - u_(k)),   u = β (scores - reference),   (1), (2), ... best first
+
+    with v the position weights.
 
     Plackett 1975; ListMLE (Xia et al. 2008); with a reference it is the listwise form of DPO (Rafailov et al. 2023,
     appendix A.3). It is also Cox's partial likelihood, from which the rules for ties come. Tied labels:
@@ -117,7 +131,7 @@ def plackett_luce(
     Args:
         scores: (B, K), sequence log-probabilities in nats or a ranker's scores; any floating dtype.
         labels: (B, K) for one objective or (B, m, K), higher is better, of any dtype and any real numbers or infinite:
-            only their order and ties matter. A NaN gives NaN.
+            only their order and ties matter.
         reference: (B, K), the base model's scores.
         beta: β > 0, a number or a tensor that broadcasts to (B, m).
         weights: factors of any sign on the result, a number or a tensor that broadcasts to (B, m).
@@ -135,18 +149,20 @@ def plackett_luce(
 
     Returns:
         Nats in float32 (float64 for float64); differentiable in scores, reference, beta and weights.
-        Lists with fewer than two items give 0 with gradient 0.
+        Lists with fewer than two items give 0 with gradient 0. A score of -inf above a finite one makes the loss inf,
+        with a finite gradient; several of -inf are equal scores. A score of inf gives NaN.
 
     Raises:
         TypeError: if scores are not floating point, the mask is not boolean or the order is not integer.
-        ValueError: if a shape does not fit, `top_k` is below 1, a choice is unknown, or a β is not positive
-            (on a GPU and under `torch.compile` its losses are NaN).
+        ValueError: if a shape does not fit, `top_k` is below 1, a choice is unknown, or, on a CPU, a β is not
+            positive, a weight is not finite, or a label or a position weight is NaN. On a GPU and under `torch.compile`
+            such an entry makes its losses NaN.
 
     >>> scores, labels = torch.tensor([[0.5, 0.3]]), torch.tensor([[1.0, 0.0]])
     >>> round(float(plackett_luce(scores, labels)), 6)
     0.598139
     """
-    difference, labels, rate = prepare(scores, labels, reference, beta, mask)
+    difference, labels, rate = prepare(scores, labels, reference, beta, mask, KNOWN)
     check_choice(ties, ("breslow", "efron", "exact", "random"), "ties")
     check_choice(last_group, ("charged", "free"), "last_group")
     if top_k is not None and (isinstance(top_k, float) or top_k < 1):
@@ -155,7 +171,7 @@ def plackett_luce(
         raise ValueError(f'generator is given but ties={ties!r} draws nothing; pass ties="random", or no generator')
     if isinstance(order, Tensor) and order.ndim == 2 and labels.shape[1] == 1:
         order = order[:, None]
-    check_positions(order, position_weights, labels)
+    check_positions(order, position_weights, labels, mask)
     given, free = labels, last_group == "free"
     if ties == "random":
         if order is not None:

@@ -45,13 +45,14 @@ All but `aot` with a reference, which sorts policy and reference apart, and the 
 
 from __future__ import annotations
 
-import math
 from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
 from mopl._arguments import (
+    FINITE,
+    KNOWN,
     NOT_NEGATIVE,
     POSITIVE,
     Domain,
@@ -64,6 +65,7 @@ from mopl._arguments import (
     shape_of,
     weigh_and_reduce,
 )
+from mopl._counted import counted, there_are
 from mopl._renamed import renamed_keywords
 from mopl.losses.pair_formulas import LOSSES, Pair
 
@@ -176,7 +178,7 @@ def bradley_terry(
     pairs = _as_pairs(named, max([1, *objectives]))
     like, shape = pairs[0], pairs[0].shape
     for option, value, domain in (
-        ("f_alpha", f_alpha, _FINITE),
+        ("f_alpha", f_alpha, FINITE),
         ("discopop_tau", discopop_tau, POSITIVE),
         ("dpop_lambda", dpop_lambda, NOT_NEGATIVE),
     ):
@@ -189,7 +191,7 @@ def bradley_terry(
         smoothing=per_objective(label_smoothing, "label_smoothing", shape, like, rates)
         if given["label_smoothing"]
         else None,
-        margin=per_objective(margin, "margin", shape, like) if given["margin"] else None,
+        margin=per_objective(margin, "margin", shape, like, KNOWN) if given["margin"] else None,
         divergence=f_divergence,
         alpha=f_alpha,
         tau=discopop_tau,
@@ -275,7 +277,6 @@ _SMOOTHING = {
     "robust": Domain(lambda x: (x >= 0) & (x < 0.5), "must lie in [0, 0.5) for 'robust', which divides by 1 - 2ε"),
     "exo_pair": Domain(lambda x: (x > 0) & (x < 1), "must lie in (0, 1) for 'exo_pair'; its paper takes 1e-3"),
 }
-_FINITE = Domain(lambda x: (x > -math.inf) & (x < math.inf), "must be finite")
 _RATE = Domain(lambda x: (x >= 0) & (x <= 1), "must lie in [0, 1]: it is the rate of flipped labels")
 
 
@@ -299,8 +300,8 @@ def _as_pairs(named: dict[str, Tensor], objectives: int) -> list[Tensor]:
     for name, tensor in zip(named, tensors, strict=True):
         if tensor.shape[0] != batch or tensor.shape[1] not in (1, objectives):
             raise ValueError(
-                f"{name} has shape {shape_of(named[name])} but there are {batch} pairs and {objectives} "
-                f"objectives; pass ({batch},) or ({batch}, {objectives})"
+                f"{name} has shape {shape_of(named[name])} but {there_are(batch, 'pair')} and "
+                f"{counted(objectives, 'objective')}; pass ({batch},) or ({batch}, {objectives})"
             )
     dtype = compute_dtype(*tensors)
     return [tensor.to(dtype).expand(batch, objectives) for tensor in tensors]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mopl._arguments import POSITIVE, as_value, check_floating, check_mask, shape_of
+from mopl._counted import counted
 from mopl.ops._rows import times
 
 SKIP = -1  # a target that does not count, once mask and ignore_index are applied
@@ -125,7 +126,7 @@ def check_row_range(row: Tensor | None, rows: int) -> None:
     """Raise if `row` names a row that is not there; reads values."""
     if row is not None and row.numel() and bool(((row < 0) | (row >= rows)).any()):
         raise ValueError(
-            f"row holds {int(row.min())} to {int(row.max())} but hidden has {rows} rows; "
+            f"row holds {int(row.min())} to {int(row.max())} but hidden has {counted(rows, 'row')}; "
             f"pass numbers from 0 to {rows - 1}"
         )
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from mopl._arguments import check_mask, check_scores, shape_of
+from mopl._arguments import FINITE, Domain, as_value, check_labels, check_mask, check_scores, shape_of
 
 Result = TypeVar("Result")
 Given = TypeVar("Given", bound=Tensor | None)
@@ -146,8 +146,11 @@ def in_full_precision(function: Callable[..., Result]) -> Callable[..., Result]:
     return full_precision
 
 
-def check_list_op(scores: Tensor, labels: Tensor, beta: Tensor, mask: Tensor | None) -> None:
-    """Raise unless the arguments that the list ops share have their shapes; the ops broadcast nothing."""
+def check_list_op(scores: Tensor, labels: Tensor, beta: Tensor, mask: Tensor | None, allowed: Domain) -> None:
+    """Raise unless the arguments that the list ops share have their shapes and, where they can be read, numbers.
+
+    The ops broadcast nothing. `allowed` says which labels the op has a meaning for; β may have either sign.
+    """
     check_mask(mask, check_scores(scores))
     if labels.ndim != 3 or labels.shape[0] != scores.shape[0] or labels.shape[2] != scores.shape[1]:
         raise ValueError(
@@ -159,3 +162,5 @@ def check_list_op(scores: Tensor, labels: Tensor, beta: Tensor, mask: Tensor | N
             f"beta is {beta.dtype} of shape {shape_of(beta)} but must be floating point of shape "
             f"(B, m) = {tuple(labels.shape[:2])}, or (B, 1) = {(labels.shape[0], 1)} for one β a list"
         )
+    as_value(beta, "beta", scores, FINITE)
+    check_labels(labels, mask, allowed)

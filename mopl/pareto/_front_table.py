@@ -17,8 +17,20 @@ if TYPE_CHECKING:
 
 
 def columns_of(fronts: Sequence[Front]) -> dict[str, list[Any]]:
-    """Return the columns of `Front.to_frame` of fronts that share their objectives, a row for each point."""
+    """Return the columns of `Front.to_frame` of fronts that share their objectives, a row for each point.
+
+    Raises:
+        ValueError: If there is no front, or two have other objectives or another order of them.
+    """
+    if not fronts:
+        raise ValueError("fronts is empty; pass at least one front")
     names = fronts[0].objectives
+    for front in fronts:
+        if front.objectives != names:
+            raise ValueError(
+                f"front {front.method!r} has objectives {front.objectives} but front {fronts[0].method!r} has {names}, "
+                "and a column can hold one objective alone; write them into files of their own"
+            )
     rows = []
     for front in fronts:
         for point in front.points:
@@ -36,7 +48,18 @@ def columns_of(fronts: Sequence[Front]) -> dict[str, list[Any]]:
 
 
 def csv_text(fronts: Sequence[Front]) -> str:
-    """Return the points of fronts that share their objectives as CSV; control characters in names are escaped."""
+    """Return the points of fronts that share their objectives as CSV; control characters in names are escaped.
+
+    Args:
+        fronts: At least one front; all have the objectives of the first, in its order.
+
+    Returns:
+        A line of headers and a line for each point, with the columns of `Front.to_frame`. An empty field is what a
+        point lacks.
+
+    Raises:
+        ValueError: If there is no front, or two have other objectives or another order of them.
+    """
     columns = columns_of(fronts)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -49,6 +72,15 @@ def csv_text(fronts: Sequence[Front]) -> str:
 
 
 def write_csv(fronts: Sequence[Front], path: str | os.PathLike[str]) -> None:
-    """Write the points of fronts that share their objectives as CSV, whole or not at all; see `Front.to_frame`."""
+    """Write the points of fronts that share their objectives as CSV, whole or not at all; see `csv_text`.
+
+    Args:
+        fronts: At least one front; all have the objectives of the first, in its order.
+        path: The file; an existing one is replaced, and folders that are missing are made.
+
+    Raises:
+        OSError: If the file cannot be written.
+        ValueError: As `csv_text`.
+    """
     make_parents(path)
     write_file(path, csv_text(fronts))

@@ -17,7 +17,13 @@ from mopl.pareto.indicators import Maximise, hypervolume_of_resamples
 
 
 class Interval(NamedTuple):
-    """A figure with its bootstrap interval; float64 tensors of one shape."""
+    """A figure with its bootstrap interval; float64 tensors of one shape, in the unit of the figure.
+
+    Attributes:
+        estimate: The figure on all queries.
+        low: Lower end of the interval.
+        high: Upper end of the interval.
+    """
 
     estimate: Tensor
     low: Tensor

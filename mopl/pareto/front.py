@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mopl._counted import counted
 from mopl._extras import require
 from mopl._files import write_file
 from mopl._records import damaged, parse_json, read_text
@@ -229,8 +230,8 @@ class Front:
         bounds = [{} for _ in auxiliary] if intervals is None else [dict(each) for each in intervals]
         if not len(mains) == len(bounds) == len(auxiliary):
             raise ValueError(
-                f"there are {len(auxiliary)} auxiliary_values, {len(mains)} main_values and {len(bounds)} intervals; "
-                "pass one of each a point"
+                f"there are {len(auxiliary)} auxiliary_values, {len(mains)} main_values and "
+                f"{counted(len(bounds), 'interval')}; pass one of each a point"
             )
         front = cls(
             method=method,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mopl._arguments import check_choice
+from mopl._counted import counted
 
 # A lattice with fewer steps than objectives has no interior point, and 126 points give 4 steps at m = 5.
 LATTICE_OBJECTIVES = 4
@@ -69,9 +70,10 @@ def _lattice(objectives: int, points: int) -> Tensor:
         sizes += [size, size + 1] if steps % objectives else [size]
         steps += 1
     if points not in sizes:
-        below, above = [size for size in sizes if size < points][-1:], [size for size in sizes if size > points][:1]
-        near = " or ".join(map(str, below + above)) if below or objectives == 1 else f"at least {above[0]}"
-        raise ValueError(f"points is {points} but a lattice of {objectives} objectives has {near} points")
+        below, above = [size for size in sizes if size < points], [size for size in sizes if size > points]
+        least = "at least " if not below else f"{below[-1]} or " if above else ""
+        near = least + counted((above or below)[0], "point")
+        raise ValueError(f"points is {points} but a lattice of {counted(objectives, 'objective')} has {near}")
     steps = 1
     while objectives > 1 and _lattice_size(objectives, steps + 1) <= points:
         steps += 1

@@ -200,7 +200,20 @@ def epsilon_additive(points: Points, front: Points, *, maximise: Maximise) -> fl
 def igd_plus(points: Points, front: Points, *, maximise: Maximise) -> float:
     """IGD+ (Ishibuchi et al. 2015): mean over a reference front of how far the points fall short of it, at least 0.
 
-    It is small only if the points are near the whole front. Arguments and errors as in `epsilon_additive`.
+    It is small only if the points are near the whole front.
+
+    Args:
+        points: (n, m).
+        front: (r, m), the reference front.
+        maximise: Whether larger is better, a bool or one for each objective.
+
+    Returns:
+        The mean distance, Euclidean over the objectives in which a point falls short, in their unit; 0 if every point
+        of the front is reached.
+
+    Raises:
+        ImportError: If moocore is not installed.
+        ValueError: If a set is empty, a shape is wrong, a point is NaN or infinite, or the distance is beyond float64.
     """
     return _distance("IGD+", lambda a, f: _moocore().igd_plus(a, f, maximise=maximise), points, front, maximise)
 
@@ -208,8 +221,20 @@ def igd_plus(points: Points, front: Points, *, maximise: Maximise) -> float:
 def gd_plus(points: Points, front: Points, *, maximise: Maximise) -> float:
     """GD+: mean over the points of how far they fall short of a reference front, at least 0.
 
-    It is small if every point is near the front, even if they are all in one place. Arguments and errors as in
-    `epsilon_additive`.
+    It is small if every point is near the front, even if they are all in one place.
+
+    Args:
+        points: (n, m).
+        front: (r, m), the reference front.
+        maximise: Whether larger is better, a bool or one for each objective.
+
+    Returns:
+        The mean distance, Euclidean over the objectives in which a point falls short, in their unit; 0 if every point
+        reaches the front.
+
+    Raises:
+        ImportError: If moocore is not installed.
+        ValueError: If a set is empty, a shape is wrong, a point is NaN or infinite, or the distance is beyond float64.
     """
 
     # With the roles and the direction exchanged IGD+ measures, from each point, how far the front is ahead of it.
@@ -233,7 +258,17 @@ def _distance(what: str, measure: Callable[..., float], points: Points, front: P
 def front_distance(points: Points, front: Points, *, maximise: Maximise) -> dict[str, float]:
     """Distances of points to a known front: `epsilon_additive`, `igd_plus` and `gd_plus` under their names.
 
-    The front should be densely sampled; arguments and errors are as in `epsilon_additive`.
+    Args:
+        points: (n, m).
+        front: (r, m), the known front, densely sampled.
+        maximise: Whether larger is better, a bool or one for each objective.
+
+    Returns:
+        The three distances, each in the unit of the objectives.
+
+    Raises:
+        ImportError: If moocore is not installed.
+        ValueError: If a set is empty, a shape is wrong, a point is NaN or infinite, or a distance is beyond float64.
     """
     measures = {"epsilon_additive": epsilon_additive, "igd_plus": igd_plus, "gd_plus": gd_plus}
     return {name: measure(points, front, maximise=maximise) for name, measure in measures.items()}

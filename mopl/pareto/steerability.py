@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mopl._counted import counted
 from mopl.conditioning.sampling import check_weights
 from mopl.pareto._exact import exponent, row_blocks, scaled_back
 from mopl.pareto.indicators import (
@@ -65,7 +66,9 @@ def steerability(
     points = as_points(objective_vectors, "objective_vectors")
     asked = as_points(weights, "weights", points.shape[1])
     if len(asked) != len(points) or len(points) == 0:
-        raise ValueError(f"weights has {len(asked)} rows and objective_vectors {len(points)}; pass one vector a weight")
+        raise ValueError(
+            f"weights has {counted(len(asked), 'row')} and objective_vectors {len(points)}; pass one vector a weight"
+        )
     w = check_weights(torch.from_numpy(asked))
     u = torch.from_numpy(points * directions(maximise, points.shape[1]))
     by = exponent(points)
@@ -106,6 +109,13 @@ def _utilities(w: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 def kendall_tau(x: Tensor, y: Tensor) -> float:
     """Kendall's tau-b of two vectors (n,); 0 where one of them is constant.
 
+    Args:
+        x: (n,), of any dtype; computed in float64.
+        y: (n,).
+
+    Returns:
+        The correlation, from -1 (opposite orders) to 1 (the same order).
+
     Raises:
         ValueError: If they are not vectors of one length, or hold NaN.
     """
@@ -121,6 +131,13 @@ def kendall_tau(x: Tensor, y: Tensor) -> float:
 
 def spearman(x: Tensor, y: Tensor) -> float:
     """Spearman's rank correlation of two vectors (n,), ties at their mean rank; 0 where one of them is constant.
+
+    Args:
+        x: (n,), of any dtype; computed in float64.
+        y: (n,).
+
+    Returns:
+        The correlation, from -1 (opposite orders) to 1 (the same order).
 
     Raises:
         ValueError: If they are not vectors of one length, or hold NaN.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
@@ -18,13 +19,16 @@ import torch
 from torch import Tensor
 
 from mopl._arguments import shape_of
+from mopl._counted import counted
 from mopl._terminal import printable
 from mopl.ranking.batch import Batch
 from mopl.ranking.normalization import FeatureNormalizer
 from mopl.ranking.objectives import (
     Objective,
     check_objectives,
+    negative_label,
     normalized_targets,
+    of_its_list,
     resolve_scale,
     turned_labels,
 )
@@ -91,7 +95,7 @@ class RankingData:
             if tensor.shape != shape:
                 raise ValueError(
                     f"{name} has shape {shape_of(tensor)} but must be {shape}: "
-                    f"{items} items, {lists} lists, {m} objectives"
+                    f"{counted(items, 'item')}, {counted(lists, 'list')}, {counted(m, 'objective')}"
                 )
         if lists == 0:
             raise ValueError(f"{self.name} has no query; give it at least one")
@@ -103,7 +107,7 @@ class RankingData:
             raise ValueError(f"query {query} of {self.name} has no documents; leave it out")
         if self.feature_names and len(self.feature_names) != self.features.shape[1]:
             raise ValueError(
-                f"there are {len(self.feature_names)} feature_names for {self.features.shape[1]} features; "
+                f"there are {len(self.feature_names)} feature_names for {counted(self.features.shape[1], 'feature')}; "
                 "give one name a column"
             )
         self._check_values()
@@ -121,13 +125,11 @@ class RankingData:
                 raise ValueError(
                     f"{which} of {self._where(row)} is {values[row, column].item()}; replace it by a finite number"
                 )
-        for values, objective in self._columns():
+        for place, (values, objective) in enumerate(self._columns()):
             if objective.normalize == "l1" and objective.maximise and bool((values < 0).any()):
                 row = int((values < 0).nonzero()[0, 0])
-                raise ValueError(
-                    f"label {values[row].item():g} of objective {objective.name!r} ({self._where(row)}) is negative, "
-                    "which l1 cannot normalise; use softmax, or :min if less is better"
-                )
+                where = f" ({self._where(row)})"
+                raise ValueError(negative_label(values[row].item(), objective, main=place == 0, where=where))
 
     def _where(self, row: int) -> str:
         """Name the place of item `row` for a message."""
@@ -214,7 +216,12 @@ class RankingData:
         return torch.arange(int(lengths.sum())) + torch.repeat_interleave(starts, lengths)
 
     def subset(self, queries: Sequence[int] | Tensor, name: str | None = None) -> RankingData:
-        """Return the given lists (indices from 0, in that order) as data of their own."""
+        """Return the given lists as data of their own.
+
+        Args:
+            queries: indices of lists, from 0; the result has them in this order.
+            name: of the result; default the one it has.
+        """
         queries = torch.as_tensor(queries, dtype=torch.int64)
         items = self.items_of(queries)
         truth = self.truth and Truth(self.truth.log_probs[items], self.truth.rates)
@@ -247,9 +254,15 @@ class RankingData:
         """
         if abs(sum(fractions) - 1) > 1e-6 or min(fractions) <= 0:
             raise ValueError(f"fractions are {tuple(fractions)} but must be above 0 and sum to 1")
-        cuts = np.rint(np.cumsum(fractions) * len(self)).astype(int)
-        if np.diff(cuts, prepend=0).min() < 1:
-            raise ValueError(f"{self.name} has {len(self)} queries, too few for the fractions {tuple(fractions)}")
+        if np.diff(cuts := _cuts(fractions, len(self)), prepend=0).min() < 1:
+            need = math.ceil(1.5 / min(fractions))  # enough for any rounding
+            while np.diff(_cuts(fractions, need - 1), prepend=0).min() > 0:
+                need -= 1
+            shares = ", ".join(f"{x:g}" for x in fractions)
+            raise ValueError(
+                f"{self.name} has {counted(len(self), 'query')}, too few to be split into shares of {shares}; give at "
+                f"least {need} queries, or a file for each of train, valid and test"
+            )
         names = names or (("train", "valid", "test") if len(fractions) == 3 else [f"part{i}" for i in range(len(cuts))])
         generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, SPLIT_STREAM])))
         parts = np.split(generator.permutation(len(self)), cuts[:-1])
@@ -258,7 +271,16 @@ class RankingData:
         )
 
     def pad(self, values: Tensor, queries: Sequence[int] | Tensor, width: int | None = None) -> Tensor:
-        """Return values (N, ...) of the given lists as (B, K, ...), zero in masked places."""
+        """Return values of the given lists as a batch has them.
+
+        Args:
+            values: (N, ...), one of each item of all lists.
+            queries: (B,) indices of lists, from 0.
+            width: K; default the length of the longest of these lists.
+
+        Returns:
+            (B, K, ...), zero in masked places.
+        """
         return self._gather(values, *self._places(torch.as_tensor(queries, dtype=torch.int64), width))
 
     @staticmethod
@@ -325,9 +347,9 @@ class RankingData:
         return dataclasses.replace(self, features=normalizer(self.features, self.offsets), normalizer=normalizer)
 
     def statistics(self) -> dict[str, Any]:
-        """Return plain figures about the data for a report: sizes, and how sparse each objective is."""
-        objectives = (self.main, *self.objectives)
-        columns = zip(objectives, (self.main_labels, *self.labels.unbind(1)), self.labelled.unbind(1), strict=True)
+        """Return plain figures about the data for a report: sizes, the raw labels, and how sparse each objective is."""
+        turned = (self.main_labels, *self.labels.unbind(1))
+        columns = zip(self._columns(), turned, self.labelled.unbind(1), strict=True)
         return {
             "name": self.name,
             "queries": len(self),
@@ -340,27 +362,37 @@ class RankingData:
                     "role": "main" if o is self.main else "auxiliary",
                     "direction": o.direction,
                     "normalize": o.normalize,
+                    "range": [raw.min().item(), raw.max().item()],
+                    "values": raw.unique().numel(),
+                    "equal_queries": self._equal(raw).double().mean().item(),
                     "positive_items": (labels > 0).double().mean().item(),
                     "empty_queries": (~labelled).double().mean().item(),
                     "largest": labels.max().item(),
                 }
-                for o, labels, labelled in columns
+                for (raw, o), labels, labelled in columns
             },
         }
 
+    def _equal(self, raw: Tensor) -> Tensor:
+        """Return which lists (Q,) have one raw label (N,) for all items."""
+        spread = of_its_list(raw, self.offsets, "amax") - of_its_list(raw, self.offsets, "amin")
+        return spread[self.offsets[:-1]] == 0
+
     def describe(self) -> str:
-        """Return the figures of `statistics` as a few lines of text."""
+        """Return the figures of `statistics` as a few lines of text: of the labels as they stand in the data."""
         s = self.statistics()
         least, mean, most = s["items_per_query"]
         lines = [
-            f"{s['name']}: {s['queries']} queries, {s['items']} items ({least} to {most} a query, mean {mean:.1f}), "
-            f"{s['features']} features"
+            f"{s['name']}: {counted(s['queries'], 'query')}, {counted(s['items'], 'item')} "
+            f"({least} to {most} a query, mean {mean:.1f}), {counted(s['features'], 'feature')}"
         ]
         for name, o in s["objectives"].items():
-            lines.append(
-                f"  {o['role']:9} {name} ({o['direction']}, {o['normalize']}): {o['positive_items']:.1%} of the items "
-                f"above 0, {o['empty_queries']:.1%} of the queries without labels, largest {o['largest']:g}"
-            )
+            (low, high), found = o["range"], f"{o['equal_queries']:.1%} of the queries with equal labels only"
+            if o["direction"] == "max" and low >= 0:
+                empty = f"{o['empty_queries']:.1%} of the queries without labels"
+                found = f"{o['positive_items']:.1%} of the items above 0, {empty}"
+            raw = f"{low:g} to {high:g}, {o['values']} values"
+            lines.append(f"  {o['role']:9} {name} ({o['direction']}, {o['normalize']}): {raw}; {found}")
         return "\n".join(printable(line, keep="") for line in lines)
 
     @cached_property
@@ -373,3 +405,8 @@ class RankingData:
             digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
             digest.update(tensor.contiguous().numpy().data)
         return digest.hexdigest()
+
+
+def _cuts(fractions: Sequence[float], queries: int) -> np.ndarray:
+    """Return where the parts of so many queries end."""
+    return np.rint(np.cumsum(fractions) * queries).astype(int)

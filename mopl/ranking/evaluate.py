@@ -169,12 +169,29 @@ def distances_to_truth(
 
 def check_measurable(data: RankingData, measure: Measure) -> dict[str, float]:
     """Return the share of lists without any label of each objective; a `ValueError` if there is nothing to measure."""
+    if int(data.lengths.max()) < 2:
+        raise ValueError(
+            f"{data.name} has one item in each of its {len(data)} queries, so there is nothing to order; give all "
+            "items of one search the same qid"
+        )
     names = (objective.name for objective in (data.main, *data.objectives))
     shares = dict(zip(names, (1.0 - data.labelled.double().mean(0)).tolist(), strict=True))
     for name, share in shares.items():
         if share == 1.0 and measure.empty == "skip":
             raise ValueError(
-                f"objective {name!r} has no label above 0 in any list of {data.name}, so there is nothing to measure; "
-                "leave it out or give it other labels"
+                f"objective {name!r} has no label above 0 in any list of {data.name}, so there is nothing to measure: "
+                f"{_why_empty(data, name)}"
             )
     return shares
+
+
+def _why_empty(data: RankingData, name: str) -> str:
+    """Say why no list has a label of an objective, and what to do."""
+    place, objective = next((j, o) for j, o in enumerate((data.main, *data.objectives)) if o.name == name)
+    raw = data.raw_main if place == 0 else data.raw_auxiliary[:, place - 1]
+    remedy = "give other labels" if place == 0 else "give it other labels, or leave the objective out"
+    if bool((raw != 0).any()):
+        return f"within each list all of its labels are equal; {remedy}"
+    if objective.column is None:
+        return f"all of its labels are 0; {remedy}"
+    return f"column {objective.column} is 0 in every line, or left out, which means 0; {remedy}"

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from mopl._counted import counted
 from mopl.ranking.data import RankingData
-from mopl.ranking.objectives import MSLR_COLUMNS, MSLR_OBJECTIVES, Objective, parse_objectives
+from mopl.ranking.objectives import MSLR_COLUMNS, MSLR_OBJECTIVES, Objective, negative_label, parse_objectives
 from mopl.ranking.svmlight import LetorError, LetorFile, read_label_file, read_letor
 
 SPLITS = ("train", "valid", "test")
@@ -57,13 +58,13 @@ def load_letor(
         ValueError: if an objective or column is unknown, or the files of a folder cannot be told apart.
         FileNotFoundError: if a file does not exist.
     """
-    files = find_files(path)
-    read = {split: read_letor(file, cache=cache) for split, file in files.items()}
-    width = max(file.features.shape[1] for file in read.values())
-    chosen = _choose_objectives(objectives, width, next(iter(files.values())))
     main = main or Objective("relevance")
-    if main.name in {o.name for o in chosen}:
-        raise ValueError(f"the main objective and an auxiliary one are both named {main.name!r}; name them apart")
+    asked = _parsed(objectives, main)  # before files are read, which may take minutes
+    files = find_files(path)
+    labels = {o.column: o.name for o in asked or MSLR_OBJECTIVES.values() if o.column is not None}
+    read = {split: read_letor(file, cache=cache, labels=labels) for split, file in files.items()}
+    width = max(file.features.shape[1] for file in read.values())
+    chosen = _choose_objectives(asked, width, next(iter(files.values())))
     used = {o.column for o in chosen if o.column} | set(exclude)
     if any(o in MSLR_OBJECTIVES.values() for o in chosen):
         used |= {o.column for o in MSLR_OBJECTIVES.values() if o.column}
@@ -76,8 +77,10 @@ def load_letor(
     inputs = [c for c in range(1, width + 1) if c not in used]
     if not inputs:
         raise ValueError(f"all {width} columns are objectives or excluded, so no input is left; keep at least one")
+    in_folder = isinstance(path, (str, os.PathLike)) and Path(path).is_dir()
     parts = {
-        split: _ranking_data(file, split, main, chosen, inputs, several=len(files) > 1) for split, file in read.items()
+        split: _ranking_data(file, split, main, chosen, inputs, several=len(files) > 1, in_folder=in_folder)
+        for split, file in read.items()
     }
     if len(parts) == 3:
         return parts["train"], parts["valid"], parts["test"]
@@ -124,24 +127,34 @@ def _split_word(name: str) -> str:
     return name.rpartition(".")[2].lower()
 
 
-def _choose_objectives(specs: str | Sequence[str | Objective] | None, width: int, file: Path) -> tuple[Objective, ...]:
-    """Return the objectives asked for, or MSLR's if none are and the files are MSLR's."""
+def _parsed(specs: str | Sequence[str | Objective] | None, main: Objective) -> tuple[Objective, ...] | None:
+    """Return the auxiliary objectives asked for, each with a source and a name of its own."""
     if specs is None:
+        return None
+    chosen = parse_objectives(specs)
+    for objective in chosen:
+        if objective.column is None and objective.path is None:
+            raise ValueError(f"objective {objective.name!r} has no source; give it a column or a label file")
+        if objective.name == main.name:
+            raise ValueError(f"the main objective and an auxiliary one are both named {main.name!r}; name them apart")
+    return chosen
+
+
+def _choose_objectives(chosen: tuple[Objective, ...] | None, width: int, file: Path) -> tuple[Objective, ...]:
+    """Return the objectives asked for, or MSLR's if none are and the files are MSLR's."""
+    if chosen is None:
         if width != MSLR_COLUMNS:
             raise ValueError(
-                f"{file} has {width} columns, not the {MSLR_COLUMNS} of MSLR, so the objectives must be named: write "
-                "objectives as NAME=COLUMN or NAME=@FILE, e.g. clicks=12,price=7:min"
+                f"{file} has {counted(width, 'column')}, not the {MSLR_COLUMNS} of MSLR, so the objectives must be "
+                "named: write objectives as NAME=COLUMN or NAME=@FILE, e.g. clicks=12,price=7:min"
             )
         return tuple(MSLR_OBJECTIVES.values())
-    chosen = parse_objectives(specs)
     for objective in chosen:
         if objective in MSLR_OBJECTIVES.values() and width != MSLR_COLUMNS:
             raise ValueError(
                 f"objective {objective.name!r} is column {objective.column} of MSLR's {MSLR_COLUMNS}, but {file} has "
-                f"{width} columns; write {objective.name}=COLUMN"
+                f"{counted(width, 'column')}; write {objective.name}=COLUMN"
             )
-        if objective.column is None and objective.path is None:
-            raise ValueError(f"objective {objective.name!r} has no source; give it a column or a label file")
     return chosen
 
 
@@ -153,6 +166,7 @@ def _ranking_data(
     inputs: Sequence[int],
     *,
     several: bool,
+    in_folder: bool,
 ) -> RankingData:
     """Make one split out of one file."""
 
@@ -164,13 +178,13 @@ def _ranking_data(
 
     return RankingData(
         features=torch.from_numpy(_columns(file.features, inputs)),
-        raw_main=torch.from_numpy(_checked(file.labels, main, file)),
+        raw_main=torch.from_numpy(_checked(file.labels, main, file, main=True)),
         raw_auxiliary=torch.from_numpy(np.stack([labels_of(objective) for objective in objectives], axis=1)),
         offsets=torch.from_numpy(file.offsets),
         query_ids=torch.from_numpy(file.query_ids),
         main=main,
         objectives=objectives,
-        name=f"{file.path.parent.name}/{file.path.name}",
+        name=f"{file.path.parent.name}/{file.path.name}" if in_folder else file.path.name,
         feature_names=tuple(map(str, inputs)),
     )
 
@@ -183,20 +197,25 @@ def _columns(features: np.ndarray, columns: Sequence[int]) -> np.ndarray:
     return out
 
 
-def _checked(values: np.ndarray, objective: Objective, file: LetorFile, source: Path | None = None) -> np.ndarray:
+def _checked(
+    values: np.ndarray, objective: Objective, file: LetorFile, source: Path | None = None, *, main: bool = False
+) -> np.ndarray:
     """Return labels (N,) as float32; raise, with file and line, if one is negative and may not be, or too large."""
     with np.errstate(over="ignore"):
         labels = values.astype(np.float32)
-    bad = ~np.isfinite(labels)
-    fault = "is beyond float32's range; scale the labels down"
+    bad = beyond = ~np.isfinite(labels)
     if objective.maximise and objective.normalize == "l1" and not bad.any():
         bad = labels < 0
-        fault = "is negative, which l1 cannot normalise; use softmax, or min if less is better"
-    if bad.any():
-        item = int(bad.argmax())
-        place = f"{source}:{item + 1}" if source else f"{file.path}:{file.line_of(item)}"
-        raise LetorError(f"{place}: label {values[item]:g} of objective {objective.name!r} {fault}")
-    return labels
+    if not bad.any():
+        return labels
+    item = int(bad.argmax())
+    place = f"{source}:{item + 1}" if source else f"{file.path}:{file.line_of(item)}"
+    if bad is not beyond:
+        raise LetorError(f"{place}: {negative_label(values[item], objective, main=main)}")
+    raise LetorError(
+        f"{place}: label {values[item]:g} of objective {objective.name!r} is beyond float32's range; scale the labels "
+        "down"
+    )
 
 
 def _label_path(objective: Objective, split: str, data: Path, *, several: bool) -> Path:

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from mopl import steering
 from mopl._arguments import check_choice, shape_of
 from mopl._bounds import check_bounds
+from mopl._counted import counted
 from mopl._extras import require
 from mopl._files import write_files
 from mopl._records import DamagedFile, Kind, check, damaged, read_json, settings_from
@@ -203,7 +204,7 @@ class RankingModel(nn.Module):
         super().__init__()
         if base.settings["features"] != config.features:
             raise ValueError(
-                f"the base model was trained on {base.settings['features']} features but the data has "
+                f"the base model was trained on {counted(base.settings['features'], 'feature')} but the data has "
                 f"{config.features}; train a base model on this data"
             )
         self.config = config

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mopl._counted import counted
 from mopl.ranking.objectives import of_its_list
 
 METHODS = ("none", "global", "query", "query-minmax")
@@ -64,7 +65,7 @@ class FeatureNormalizer:
             return features
         if self.shift is not None and features.shape[1] != self.shift.shape[0]:
             raise ValueError(
-                f"features has {features.shape[1]} columns but normalization {self.name!r} was measured on "
+                f"features has {counted(features.shape[1], 'column')} but normalization {self.name!r} was measured on "
                 f"{self.shift.shape[0]}; give the same columns"
             )
         out = torch.empty_like(features)

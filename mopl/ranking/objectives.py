@@ -24,6 +24,7 @@ from torch import Tensor
 
 from mopl._arguments import check_choice
 from mopl._lines import lone_surrogate
+from mopl.experiments.settings import nearest
 
 Normalize = Literal["l1", "softmax"]
 NORMALIZE = ("l1", "softmax")
@@ -40,7 +41,8 @@ class Objective:
         column: the one-based column of the file that holds the labels, if it is one of the file's columns.
         path: the file with one label a line, if it is one; `{split}` in it stands for train, valid or test.
         scale: under `"softmax"`, what labels are divided by first; 1.0 is the paper's `softmax(z)`, `"std"` the
-            standard deviation of the raw labels within lists of the training split (a number after loading).
+            standard deviation of the raw labels within lists of the training split (a number after loading). `"l1"`
+            does not depend on it and takes no other than 1.0.
     """
 
     name: str
@@ -60,10 +62,20 @@ class Objective:
             raise ValueError(
                 f"scale of objective {self.name!r} is {self.scale!r} but must be a number above 0 or 'std'"
             )
+        if self.scale != 1.0:
+            self.check_takes_scale()
         if self.column is not None and self.column < 1:
             raise ValueError(f"column of objective {self.name!r} is {self.column} but columns are counted from 1")
         if self.column is not None and self.path is not None:
             raise ValueError(f"objective {self.name!r} has both a column and a label file; give one of them")
+
+    def check_takes_scale(self) -> None:
+        """Raise if the normalisation would leave a scale that somebody gave without effect."""
+        if self.normalize != "softmax":
+            raise ValueError(
+                f"scale of objective {self.name!r} is {self.scale!r} but must be left out under {self.normalize}, "
+                f"which does not depend on it; add softmax (:softmax:scale={self.scale}), or leave scale out"
+            )
 
     @property
     def direction(self) -> str:
@@ -105,7 +117,7 @@ def parse_objective(spec: str) -> Objective:
     if "=" not in text:
         if text in MSLR_OBJECTIVES:
             return MSLR_OBJECTIVES[text]
-        raise ValueError(f"objective {spec!r} has no source and is none of {', '.join(MSLR_OBJECTIVES)}; {usage}")
+        raise ValueError(f"objective {spec!r} has no source{nearest(text, MSLR_OBJECTIVES)}; {usage}")
     name, _, rest = text.partition("=")
     source, *options = rest.split(":")
     column, path = None, None
@@ -132,7 +144,10 @@ def parse_objective(spec: str) -> Objective:
         if key in settings:
             raise ValueError(f"objective {spec!r} says {key} twice; {usage}")
         settings[key] = value
-    return Objective(name.strip(), column=column, path=path, **settings)  # type: ignore[arg-type]
+    objective = Objective(name.strip(), column=column, path=path, **settings)  # type: ignore[arg-type]
+    if "scale" in settings:
+        objective.check_takes_scale()
+    return objective
 
 
 def parse_objectives(specs: str | Objective | Iterable[str | Objective]) -> tuple[Objective, ...]:
@@ -154,6 +169,17 @@ def check_objectives(objectives: Sequence[Objective]) -> None:
         raise ValueError("there is no auxiliary objective; name at least one")
     if len(set(names)) < len(names):
         raise ValueError(f"two objectives have the same name in {names}; name them apart")
+
+
+def negative_label(value: float, objective: Objective, *, main: bool, where: str = "") -> str:
+    """Return what to say of a label below 0 that l1 cannot normalise."""
+    remedy = (
+        "it is of the main objective, the first number of each line: add one number to all of these, so that none is "
+        "below 0"
+        if main
+        else "add :softmax to the objective, or :min if less is better"
+    )
+    return f"label {value:g} of objective {objective.name!r}{where} is negative, which l1 cannot normalise; {remedy}"
 
 
 def of_its_list(values: Tensor, offsets: Tensor, how: Literal["sum", "mean", "amax", "amin"]) -> Tensor:

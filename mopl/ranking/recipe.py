@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from mopl import _terminal
+from mopl._counted import counted
 from mopl._restoring import seeded
 from mopl.experiments.driver import FREE_ON_RESUME, Measured, Recipe, execute, plain_word
 from mopl.experiments.run_directory import RunInterrupted
@@ -80,11 +81,17 @@ class RankingRecipe(Recipe):
         return f"rank-{plain_word(word)}-{self.config.method}"
 
     def read(self) -> dict[str, Any]:
-        """Read and describe the splits, complete the settings, check what can be measured with them."""
+        """Read and describe the splits, complete the settings, check what can be measured with them.
+
+        Settings that do not go with the named objectives are found first: data may take minutes.
+        """
+        if named := [name for name in ",".join(self.config.objectives).split(",") if name.strip()]:
+            self.config.betas(len(named))
+            self.plan(len(named))
         self.splits = load_splits(self.config)
         train, test = self.splits["train"], self.splits["test"]
         for name, split in self.splits.items():
-            whole = f"{split.name}: {len(split)} queries, {split.num_items} items"
+            whole = f"{split.name}: {counted(len(split), 'query')}, {counted(split.num_items, 'item')}"
             for line in split.describe().split("\n") if name == "train" else [whole]:
                 self.say(line)
         config = self.config = self.config.resolved(len(train))

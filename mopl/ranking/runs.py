@@ -108,7 +108,19 @@ class RankingRun(FinishedRun):
 
 
 def open_run(path: str | Path) -> RankingRun:
-    """Open a finished run of `mopl rank`; see `RankingRun.open`."""
+    """Open a finished run of `mopl rank` or `rank`, with its data.
+
+    Args:
+        path: The run directory.
+
+    Returns:
+        The run. `splits` has the data, `reference` the base model's scores (N,) of each split, `policy()` the trained
+        ranker, and `fronts()` what was measured.
+
+    Raises:
+        FileNotFoundError: If there is no run, it has no front yet, or its data is gone.
+        ValueError: If it is a run of another command, it is damaged, or its data changed since it began.
+    """
     return RankingRun.open(path)
 
 

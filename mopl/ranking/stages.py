@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mopl._counted import counted
 from mopl._restoring import seeded
 from mopl._tensor_files import read_tensors, write_tensors
 from mopl.experiments.cos_dpo import CosDpoStages, Part, model_folders, vertices
@@ -154,7 +155,7 @@ def check_base(path: str | Path, data: RankingData) -> ListTransformer:
     base = load_base(path)
     if base.settings["features"] != data.num_features:
         raise ValueError(
-            f"the base model {path} takes {base.settings['features']} features but {data.name} has "
+            f"the base model {path} takes {counted(base.settings['features'], 'feature')} but {data.name} has "
             f"{data.num_features}; leave --base out to train one"
         )
     return base

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from mopl._counted import counted, there_are
 from mopl._files import write_file
 from mopl._renamed import renamed_keywords
 from mopl.conditioning import check_weights
@@ -15,7 +16,7 @@ from mopl.experiments.methods import TABLE
 from mopl.ranking.data import RankingData
 from mopl.ranking.evaluate import evaluate
 from mopl.ranking.methods import BasePolicy
-from mopl.ranking.runs import open_run
+from mopl.ranking.runs import RankingRun, open_run
 
 
 @renamed_keywords(temperature="beta")
@@ -48,25 +49,26 @@ def steer(
         FileNotFoundError: If there is no finished run.
         ValueError: If weights, scale or β do not fit the run.
     """
-    opened = open_run(run)
-    objectives = opened.objectives
+    record = RankingRun.read(run)  # what is wrong is said before any data are read
+    objectives = record.objectives
     if len(weights) != len(objectives):
         raise ValueError(
-            f"there are {len(weights)} weights but {len(objectives)} objectives; pass one for each of "
+            f"{there_are(len(weights), 'weight')} but {counted(len(objectives), 'objective')}; pass one for each of "
             f"{', '.join(objectives)}, in this order"
         )
     w = check_weights(weights)
     if not scale > 0:
         raise ValueError(f"scale is {scale:g} but must be positive: above 1 is closer to the base model")
-    device = torch.device("cuda" if torch.cuda.is_available() and opened.config.device == "auto" else "cpu")
-    method = opened.check_method(method)
-    policy = opened.policy(method, device)
-    of_lists = opened.config.betas(len(objectives)) if beta is None else tuple(beta)
+    method = record.check_method(method)
+    of_lists = record.config.betas(len(objectives)) if beta is None else tuple(beta)
     if len(of_lists) != len(objectives) or any(not b > 0 for b in of_lists):
         raise ValueError(
             f"beta is {' '.join(f'{b:g}' for b in of_lists)} but must be one positive number for each of "
             f"{', '.join(objectives)}"
         )
+    opened = open_run(run)
+    device = torch.device("cuda" if torch.cuda.is_available() and opened.config.device == "auto" else "cpu")
+    policy = opened.policy(method, device)
     data, reference = opened.splits[split], opened.reference[split]
     options: dict[str, Any] = {
         "measure": opened.config.measure, "list_loss": opened.config.list_loss, "beta": of_lists, "device": device,

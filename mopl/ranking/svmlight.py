@@ -12,14 +12,16 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from mopl._counted import counted
 from mopl._extras import require
 from mopl._lines import TextError, open_bytes, read_lines
 from mopl._terminal import progress
@@ -52,13 +54,19 @@ class LetorFile:
             return next(islice((n for n, text in enumerate(stream, 1) if _content(text)), item, None))
 
 
-def read_letor(path: str | os.PathLike[str], *, cache: bool | str | os.PathLike[str] = True) -> LetorFile:
+def read_letor(
+    path: str | os.PathLike[str],
+    *,
+    cache: bool | str | os.PathLike[str] = True,
+    labels: Mapping[int, str] = MappingProxyType({}),
+) -> LetorFile:
     """Read one file, from the cache if it is unchanged since it was read last.
 
     Args:
         path: the file; names in .gz or .bz2 are decompressed.
         cache: true keeps the cache beside the file, or in the user's cache folder if that cannot be written; a path is
             the folder to keep it in; false neither reads nor writes one. See `mopl.ranking.array_cache`.
+        labels: columns that are labels, and the names of their objectives, for messages.
 
     Returns:
         The file's matrix, labels and queries.
@@ -74,7 +82,7 @@ def read_letor(path: str | os.PathLike[str], *, cache: bool | str | os.PathLike[
     kept = ArrayCache(path, cache)
     arrays = kept.load(_ARRAYS)
     if arrays is None:
-        arrays = _parse(path)
+        arrays = _parse(path, labels)
         kept.save(arrays)
     groups = _side_file(path)
     if arrays["query_ids"].size:
@@ -105,8 +113,8 @@ def read_groups(path: Path, items: int, data: Path) -> np.ndarray:
         sizes.append(int(text))
     if sum(sizes) != items:
         raise LetorError(
-            f"{path}: the {len(sizes)} groups have {sum(sizes)} documents together but {data} has {items}; "
-            "make them agree"
+            f"{path}: the sizes of {counted(len(sizes), 'group')} sum to {sum(sizes)} but {data} has "
+            f"{counted(items, 'document')}; make them agree"
         )
     return np.cumsum([0, *sizes], dtype=np.int64)
 
@@ -117,8 +125,8 @@ def read_label_file(path: Path, items: int, data: Path) -> np.ndarray:
     lines = [(number, line.strip()) for number, line in read_lines(path)]
     if len(lines) != items:
         raise LetorError(
-            f"{path}: it has {len(lines)} lines but {data} has {items} documents; write one label a document, in the "
-            "order of that file"
+            f"{path}: it has {counted(len(lines), 'line')} but {data} has {counted(items, 'document')}; write one "
+            "label a document, in the order of that file"
         )
     for number, text in lines:
         try:
@@ -245,7 +253,7 @@ class _Lines:
         return LetorError(f"{self.path}:{self.line}: {message}")
 
 
-def _parse(path: Path) -> dict[str, np.ndarray]:
+def _parse(path: Path, names: Mapping[int, str]) -> dict[str, np.ndarray]:
     """Parse a file into features, labels, offsets and query_ids (the last two empty if it has no ids)."""
     require("sklearn", what="reading SVMlight files")
     from sklearn.datasets import load_svmlight_file
@@ -267,7 +275,7 @@ def _parse(path: Path) -> dict[str, np.ndarray]:
                 raise lines.error(explain_line(lines.text) or str(error)) from error
             if not lines.rows:
                 continue
-            _check_chunk(lines, matrix, label)
+            _check_chunk(lines, matrix, label, names)
             blocks.append(matrix.toarray())
             labels.append(label)
             bar.update(raw.tell() - bar.done)
@@ -288,8 +296,8 @@ def _parse(path: Path) -> dict[str, np.ndarray]:
     }
 
 
-def _check_chunk(lines: _Lines, matrix: Any, labels: np.ndarray) -> None:
-    """Raise if a number of the chunk is not finite or a column number is out of range."""
+def _check_chunk(lines: _Lines, matrix: Any, labels: np.ndarray, names: Mapping[int, str]) -> None:
+    """Raise if a number of the chunk is not finite or a column number is out of range; `names`: of label columns."""
 
     def at(row: int, message: str) -> LetorError:
         return LetorError(f"{lines.path}:{lines.rows[row]}: {message}")
@@ -303,11 +311,12 @@ def _check_chunk(lines: _Lines, matrix: Any, labels: np.ndarray) -> None:
     bad = ~np.isfinite(matrix.data)
     if bad.any():
         place = int(bad.argmax())
-        raise at(
-            row_of(place),
-            f"feature {matrix.indices[place] + 1} is {matrix.data[place]}; replace it by a number of float32's range "
-            "or leave it out, which means 0",
-        )
+        column, what = int(matrix.indices[place]) + 1, "feature"
+        remedy = "or leave it out, which means 0"
+        if column in names:
+            what, remedy = f"the label of objective {names[column]!r}, column", "(a column left out is the label 0)"
+        message = f"{what} {column} is {matrix.data[place]}; replace it by a number of float32's range {remedy}"
+        raise at(row_of(place), message)
     if matrix.shape[1] > _MOST_COLUMNS:
         place = int(matrix.indices.argmax())
         raise at(row_of(place), f"column {matrix.indices[place] + 1} is {_BEYOND}")

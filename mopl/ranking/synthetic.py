@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from mopl._arguments import check_choice
+from mopl._counted import counted
 from mopl._renamed import renamed_keywords
 from mopl.ranking.data import RankingData, Truth
 from mopl.ranking.objectives import Objective
@@ -88,7 +89,7 @@ def synthetic(
     of_item = features - of_query
     if not 1 <= objectives < of_item:
         raise ValueError(
-            f"objectives is {objectives} but must be from 1 to {of_item - 1} with {features} features; "
+            f"objectives is {objectives} but must be from 1 to {of_item - 1} with {counted(features, 'feature')}; "
             "give more features"
         )
     generator = np.random.Generator(np.random.Philox(seed))

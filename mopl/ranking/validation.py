@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from mopl._counted import counted
 from mopl.ranking.evaluate import in_batches, reference_scores, scored
 from mopl.training import Selection
 
@@ -57,8 +58,8 @@ class Validation:
         fewest = min(counts)
         if self.config.patience and fewest < FEWEST_LISTS:
             self.notes.append(
-                f"{who} all steps: {self.data.name} has {fewest} lists with a label of {names[counts.index(fewest)]}, "
-                f"and fewer than {FEWEST_LISTS} cannot choose a step"
+                f"{who} all steps: {self.data.name} has {counted(fewest, 'list')} with a label of "
+                f"{names[counts.index(fewest)]}, and fewer than {FEWEST_LISTS} cannot choose a step"
             )
         return bool(self.config.patience) and fewest >= FEWEST_LISTS
 

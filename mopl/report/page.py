@@ -18,6 +18,7 @@ from math import isnan
 from pathlib import Path
 from typing import Any
 
+from mopl._counted import counted
 from mopl._page import page_html, page_script, page_style
 from mopl._terminal import printable
 from mopl.pareto import Front, csv_text
@@ -168,8 +169,8 @@ def _accuracies(
         for rows, points in [(accuracy[record.method], record.points)] if record.method in accuracy else ():
             if len(rows) > len(points) or any(len(row) != len(record.objectives) for row in rows):
                 raise ValueError(
-                    f"accuracy of {record.method!r} must have a row for each of at most {len(points)} points, with "
-                    f"{len(record.objectives)} entries"
+                    f"accuracy of {record.method!r} must have a row for each of at most "
+                    f"{counted(len(points), 'point')}, with {counted(len(record.objectives), 'entry')}"
                 )
     return {method: [list(row) for row in rows] for method, rows in accuracy.items()}
 
@@ -250,8 +251,8 @@ def _samples(records: Sequence[Front], samples: Any) -> list[Any] | None:
     for index, points in given.items():
         if isinstance(points, str) or len(points) != len(records[index].points):
             raise ValueError(
-                f"samples hold {len(points)} entries but front {records[index].method!r} has "
-                f"{len(records[index].points)} points; pass one list of texts for each point"
+                f"samples hold {counted(len(points), 'entry')} but front {records[index].method!r} has "
+                f"{counted(len(records[index].points), 'point')}; pass one list of texts for each point"
             )
         given[index] = [[_sample(one) for one in texts] for texts in points]
     return [given.get(index) for index in range(len(records))]
@@ -271,8 +272,8 @@ def _by_point(records: Sequence[Front], answers: Answers) -> dict[str, list[list
         trained = [place for place in places if front.points[place].scale == 1.0]
         if isinstance(responses, str) or len(responses) not in (len(places), len(trained)):
             raise ValueError(
-                f"a sample of {front.method!r} has {len(responses)} responses but the front has {len(places)} points, "
-                f"{len(trained)} of them at scale 1; pass one response for each"
+                f"a sample of {front.method!r} has {counted(len(responses), 'response')} but the front has "
+                f"{counted(len(places), 'point')}, {len(trained)} of them at scale 1; pass one response for each"
             )
         if len(responses) != len(places):
             places = trained

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mopl._counted import counted, there_are
 from mopl._files import make_parents, write_file
 from mopl._terminal import json_escaped, printable
 from mopl.pareto import Front, Point
@@ -173,7 +174,8 @@ def base_points(records: Sequence[Front], base: object) -> list[Point | None]:
     like = records[0].to_dict()
     if isinstance(base, Sequence) and not isinstance(base, str):
         if len(base) != len(records):
-            raise ValueError(f"base has {len(base)} entries but there are {len(records)} fronts; pass one for each")
+            many = f"{counted(len(base), 'entry')} but {there_are(len(records), 'front')}"
+            raise ValueError(f"base has {many}; pass one for each")
         return [None if each is None else _point(each, like) for each in base]
     if base is not None:
         return [_point(base, like)] * len(records)

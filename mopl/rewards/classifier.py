@@ -177,7 +177,12 @@ class ClassifierReward:
         return found[0]
 
     def __call__(self, texts: Sequence[str], prompts: Sequence[Prompt]) -> Tensor:
-        """Return the model's output for B texts, float32 (B,) on the CPU."""
+        """Return the model's output for B texts, float32 (B,) on the CPU.
+
+        Args:
+            texts: B responses.
+            prompts: B prompts that they answer; the model sees them unless `inputs` is "text".
+        """
         outputs = self.classifier(texts, prompts)
         if self.activation == "softmax":
             outputs = outputs.softmax(-1)

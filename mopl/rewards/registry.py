@@ -41,7 +41,11 @@ def register(name: str, maker: Callable[..., Reward | Sequence[Reward]]) -> None
 
 
 def available() -> tuple[str, ...]:
-    """Return the names of all rewards that `make` knows."""
+    """Return the names of all rewards that `make` knows.
+
+    Returns:
+        Those that come with mopl, then those that were registered, in the order of their registration.
+    """
     return tuple(_MAKERS)
 
 
@@ -69,7 +73,19 @@ def make(spec: str, **options: Any) -> Reward:
 
 
 def make_each(spec: str, **options: Any) -> tuple[Reward, ...]:
-    """Make all rewards that a name stands for: one, or of a classifier with several outputs all of them; see `make`."""
+    """Make all rewards that a name stands for: one, or of a classifier with several outputs all of them; see `make`.
+
+    Args:
+        spec: `NAME` or `NAME:OPTION=VALUE,OPTION=VALUE`, as in `make`.
+        **options: More options, which may be anything.
+
+    Returns:
+        The rewards, in the order of the outputs; one of every other reward.
+
+    Raises:
+        ValueError: If there is no such reward, or it has no such option.
+        ImportError: If its package is not installed.
+    """
     name, _, rest = spec.partition(":")
     if name not in _MAKERS:
         raise ValueError(f"there is no reward {name!r}; choose from {', '.join(_MAKERS)}")
@@ -95,7 +111,18 @@ def make_each(spec: str, **options: Any) -> tuple[Reward, ...]:
 
 
 def make_all(specs: Sequence[str]) -> tuple[Reward, ...]:
-    """Make several rewards; see `make_each`."""
+    """Make several rewards; see `make_each`.
+
+    Args:
+        specs: Names with options, as in `make`; a name may stand for several rewards.
+
+    Returns:
+        All of them, one name after the other.
+
+    Raises:
+        ValueError: If there is no such reward, or it has no such option.
+        ImportError: If a package is not installed.
+    """
     return tuple(reward for spec in specs for reward in make_each(spec))
 
 

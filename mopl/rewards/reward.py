@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from mopl._arguments import check_choice, shape_of
+from mopl._counted import counted, there_are
 from mopl._lines import lone_surrogate
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,10 @@ class Reward(Protocol):
 
     An attribute `cacheable = False` says that the same text may be judged differently another time; `Rewards` then
     never remembers its values. Without the attribute a reward is taken to be a function of (prompt, text).
+
+    Attributes:
+        name: What the reward is called in tables and as an objective; different for each reward of a `Rewards`.
+        maximise: Whether higher values are better.
     """
 
     name: str
@@ -47,22 +52,43 @@ class Reward(Protocol):
         Args:
             texts: B responses.
             prompts: B prompts that they answer, each a text or chat messages.
+
+        Returns:
+            (B,), in the reward's own unit.
         """
         ...
 
 
 class TextReward:
-    """A reward that judges one text at a time; subclasses give `name`, `maximise` and `score`."""
+    """A reward that judges one text at a time; subclasses give `name`, `maximise` and `score`.
+
+    Attributes:
+        name: What the reward is called.
+        maximise: Whether higher values are better.
+    """
 
     name: str = ""
     maximise: bool = True
 
     def score(self, text: str, prompt: Prompt) -> float:
-        """Return the reward of one text."""
+        """Return the reward of one text.
+
+        Args:
+            text: The response.
+            prompt: What it answers, a text or chat messages.
+
+        Returns:
+            A finite number, in the reward's own unit. An error counts as a missing value of this text.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no score(text, prompt)")
 
     def __call__(self, texts: Sequence[str], prompts: Sequence[Prompt]) -> Tensor:
-        """Return the rewards of B texts, float32 (B,)."""
+        """Return the rewards of B texts, float32 (B,).
+
+        Args:
+            texts: B responses.
+            prompts: B prompts that they answer.
+        """
         values = [float(self.score(text, prompt)) for text, prompt in zip(texts, prompts, strict=True)]
         return torch.tensor(values, dtype=torch.float32)
 
@@ -97,7 +123,17 @@ class FunctionReward:
 
 
 def prompt_key(prompt: Prompt) -> str:
-    """Return a text that is the same for the same prompt: the prompt itself, or its messages as JSON."""
+    """Return a text that is the same for the same prompt: the prompt itself, or its messages as JSON.
+
+    Args:
+        prompt: A text, or chat messages whose values JSON can hold.
+
+    Returns:
+        The text. The order of the keys in a message does not matter; a text and a chat that says it differ.
+
+    Raises:
+        TypeError: If a message holds what JSON cannot.
+    """
     return prompt if isinstance(prompt, str) else json.dumps([dict(m) for m in prompt], sort_keys=True)
 
 
@@ -132,7 +168,8 @@ class RewardReport:
             examples.append(f"{detail} on {shown!r}")
 
     def __str__(self) -> str:
-        lines = [f"{self.texts} texts; {self.failed()} rewards are missing"]
+        failed = self.failed()
+        lines = [f"{counted(self.texts, 'text')}; {counted(failed, 'reward')} {'is' if failed == 1 else 'are'} missing"]
         for reward, reasons in self.failures.items():
             for reason, count in reasons.items():
                 lines.append(f"  {count} x {reward}: {reason} ({'; '.join(self.examples[reward, reason])})")
@@ -207,7 +244,8 @@ class Rewards:
         if prompts is None:
             prompts = [""] * len(texts)
         if len(prompts) != len(texts):
-            raise ValueError(f"there are {len(texts)} texts but {len(prompts)} prompts; pass one for each text")
+            many = f"{there_are(len(texts), 'text')} but {counted(len(prompts), 'prompt')}"
+            raise ValueError(f"{many}; pass one for each text")
         self.report.texts += len(texts)
         keys = [content_key(prompt, text) for text, prompt in zip(texts, prompts, strict=True)]
         columns = [self._column(index, keys, texts, prompts) for index in range(len(self))]
@@ -266,7 +304,8 @@ class Rewards:
         if not isinstance(values, Tensor) or values.shape != (len(texts),):
             got = shape_of(values) if isinstance(values, Tensor) else type(values).__name__
             raise _WrongShape(
-                f"the reward {reward.name} returned {got} for {len(texts)} texts; it must return a tensor (B,)"
+                f"the reward {reward.name} returned {got} for {counted(len(texts), 'text')}; it must return a "
+                "tensor (B,)"
             )
         return values.detach().to("cpu", torch.float32).tolist()
 

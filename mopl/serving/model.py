@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from mopl._arguments import check_positive
+from mopl._counted import counted, there_are
 from mopl.conditioning import TextPrompt, WeightedModel, check_weights, weights_name
 from mopl.conditioning.references import Reference
 from mopl.conditioning.weighted import causal_lm_of, reads_left_padding
@@ -189,7 +190,8 @@ class ServedModel:
     def _each(self, given: Any, name: str) -> tuple[float, ...]:
         values = check_positive(torch.as_tensor(self._in_order(given, name), dtype=torch.float64), name)
         if values.shape != (len(self.objectives),):
-            raise ValueError(f"{name} has {values.numel()} numbers but there are {len(self.objectives)} objectives")
+            many = f"{counted(values.numel(), 'number')} but {there_are(len(self.objectives), 'objective')}"
+            raise ValueError(f"{name} has {many}")
         if not bool(((values >= 1 / MOST_SCALE) & (values <= MOST_SCALE)).all()):
             shown = ", ".join(f"{value:g}" for value in values.tolist())
             raise ValueError(f"{name} is ({shown}) but each must be from {1 / MOST_SCALE:g} to {MOST_SCALE:g}")

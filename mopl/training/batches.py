@@ -17,12 +17,25 @@ class BatchSource(Protocol):
     a time: part `rank` of `world_size`, which must hold exactly the lists `part_of_batch(batch_size, rank,
     world_size)` of the batch. Whatever is drawn at random for a batch (weights, β) is drawn for the whole
     batch from (seed, step) and cut in the same way, so that no update depends on how a batch is split.
+
+    Attributes:
+        batch_size: Lists of a step's batch, over all processes and parts.
     """
 
     batch_size: int
 
     def __call__(self, step: int, rank: int, world_size: int) -> Any:
-        """Return part `rank` of `world_size` of the batch of `step`, on the CPU or on the training device."""
+        """Return part `rank` of `world_size` of the batch of `step`, on the CPU or on the training device.
+
+        Args:
+            step: Step, from 0.
+            rank: Which part, from 0.
+            world_size: How many parts there are: processes times parts that each works through.
+
+        Returns:
+            What the loss function takes as its batch: a tensor, or anything else with `.to(device)`, or a dict or list
+            of these.
+        """
         ...
 
 
@@ -39,7 +52,19 @@ def to_device(batch: Any, device: torch.device | str) -> Any:
 
 
 def part_of_batch(batch_size: int, rank: int, world_size: int) -> slice:
-    """Return which rows of a batch of `batch_size` lists are part `rank` of `world_size`; sizes differ by at most 1."""
+    """Return which rows of a batch of `batch_size` lists are part `rank` of `world_size`; sizes differ by at most 1.
+
+    Args:
+        batch_size: Lists of the whole batch.
+        rank: Which part, from 0.
+        world_size: How many parts there are.
+
+    Returns:
+        The rows of the part, consecutive; empty where there are more parts than lists.
+
+    Raises:
+        ValueError: If `rank` is negative or not below `world_size`.
+    """
     if not 0 <= rank < world_size:
         raise ValueError(f"rank is {rank} but must be at least 0 and below world_size = {world_size}")
     return slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)

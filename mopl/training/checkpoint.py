@@ -74,7 +74,12 @@ class _States(msgspec.Struct):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint on disk."""
+    """A complete checkpoint on disk.
+
+    Attributes:
+        path: Its folder.
+        step: How many steps were done when it was written.
+    """
 
     path: Path
     step: int
@@ -181,7 +186,21 @@ class CheckpointFolder:
         return found[-1] if found else None
 
     def save(self, step: int, model: nn.Module, optimizer_state: dict[str, Any], state: dict[str, Any]) -> Checkpoint:
-        """Write the checkpoint of `step` and drop the oldest ones; a crash at any point leaves the others intact."""
+        """Write the checkpoint of `step` and drop the oldest ones; a crash at any point leaves the others intact.
+
+        Args:
+            step: Steps done; one checkpoint of the same step is replaced.
+            model: The model.
+            optimizer_state: `{"optimizer": optimizer.state_dict()}`, and what else `load_optimizer` is to return.
+            state: Plain values for `state.json`: `seconds` and `config`, which must be there, and others.
+
+        Returns:
+            The checkpoint.
+
+        Raises:
+            ImportError: If safetensors is not installed.
+            OSError: If it cannot be written.
+        """
         require("safetensors")
         from safetensors.torch import save_file, save_model
 

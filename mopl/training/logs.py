@@ -61,6 +61,10 @@ class RunLog:
         """Drop the records of `stage` after `step`, and a last line that a killed process left unfinished.
 
         The trackers open the stage.
+
+        Args:
+            stage: Name of the training that begins or is resumed.
+            step: Steps that it has done; 0 drops all its records.
         """
         self._trackers.begin(stage, step)
         if not self.enabled or not self.path.exists():
@@ -83,6 +87,13 @@ class RunLog:
 
 def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Return the records of a `log.jsonl`; a last line without its end is left out.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The records in their order. Each has the keys `stage` and `step`; a record of a training step has `loss`,
+        `learning_rate`, `gradient_norm` and `seconds`, too.
 
     Raises:
         FileNotFoundError: If nothing is there.

@@ -24,6 +24,7 @@ from torch import nn
 
 from mopl._arguments import check_choice
 from mopl._bounds import check_bounds
+from mopl._counted import counted
 from mopl._restoring import generators_kept, modes_kept
 from mopl._terminal import progress
 from mopl.training.accumulation import LossFunction, accumulate, reduced
@@ -98,9 +99,14 @@ class TrainingConfig:
 
 @dataclass
 class TrainingResult:
-    """What a training leaves behind besides the model: steps done, seconds over all its parts, the last log record.
+    """What a training leaves behind besides the model.
 
-    Where a `Selection` chose among its steps, `kept` is the one whose model it leaves; the last one otherwise.
+    Attributes:
+        steps: Steps done, those before a resumption included.
+        seconds: Seconds over all parts of the training.
+        last: The last log record: stage, step, loss, what the loss function logged, and more; empty where this call
+            had no step to do.
+        kept: The step whose model a `Selection` has left; None without one.
     """
 
     steps: int
@@ -110,7 +116,13 @@ class TrainingResult:
 
 
 class TrainingInterrupted(RuntimeError):
-    """A signal stopped the training after a complete step; a checkpoint was written if there is a folder for it."""
+    """A signal stopped the training after a complete step; a checkpoint was written if there is a folder for it.
+
+    Attributes:
+        stage: Name of the training.
+        step: Steps done.
+        checkpoint: Folder of the checkpoint; None where the training has no folder.
+    """
 
     def __init__(self, stage: str, step: int, checkpoint: Path | None) -> None:
         kept = f"; checkpoint {checkpoint}" if checkpoint else "; no checkpoint folder was given"
@@ -175,8 +187,9 @@ def train(
     parts = accelerator.num_processes * config.accumulation
     if parts > source.batch_size:
         raise ValueError(
-            f"a batch of {source.batch_size} lists cannot be split into {accelerator.num_processes} process(es) x "
-            f"{config.accumulation} accumulation step(s); take a larger batch_size or a smaller accumulation"
+            f"a batch of {counted(source.batch_size, 'list')} cannot be split into "
+            f"{counted(accelerator.num_processes, 'process')} x {counted(config.accumulation, 'accumulation step')}; "
+            "take a larger batch_size or a smaller accumulation"
         )
     folder = None
     if directory is not None:

@@ -218,7 +218,11 @@ def make_accelerator(mixed_precision: str = "no", *, cpu: bool = False, sharding
         sharding: Whether the training may be sharded. It cannot if it runs the model otherwise than by its forward
             pass, as generation does: parameters are whole only there.
 
+    Returns:
+        The `accelerate.Accelerator`, for `train(..., accelerator=...)`.
+
     Raises:
+        ImportError: If accelerate is not installed.
         NotImplementedError: If the launcher asks for another kind of parallelism, or a setting of FSDP2 that does not
             work here; the message names what does.
     """

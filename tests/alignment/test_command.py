@@ -146,8 +146,8 @@ def test_help_has_examples_that_parse_and_needs_no_torch(capsys):
     [
         (["align"], "--model is missing; pass --model and --data, or --demo"),
         (["align", "--model", "m", "--data", "d", "--beta", "0"], "beta is 0 but must be positive and finite"),
-        (["align", "--model", "m", "--data", "d", "--loss", "kto"], "invalid choice: 'kto'"),
-        (["align", "--model", "m", "--data", "none.jsonl"], "there is no file or directory"),
+        (["align", "--model", "m", "--data", "d", "--loss", "kto"], "--loss is 'kto' but must be one of"),
+        (["align", "--model", "m", "--data", "none.jsonl"], "there is no directory m, and no model of that name could"),
         (["align", "--resume"], "--resume needs the run to continue"),
         (["align", "--run", "none", "--resume"], "there is no run at none"),
     ],
@@ -156,6 +156,22 @@ def test_errors_are_one_line_with_a_remedy_and_leave_nothing_behind(tmp_path, mo
     monkeypatch.chdir(tmp_path)
     assert message in error_of(given, capsys)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--data", "none.jsonl"], "there is no file or directory"),
+        (["--model", "./mode"], "there is no model ./mode; name a directory"),
+        (["--objectives", "low", "middle", "--beta", "1", "1", "1"], "beta has 3 entries but there are 2 objectives"),
+        (["--objectives", "low", "middle", "--teachers", "a", "--method", "distill"], "but there are 2 objectives"),
+    ],
+)
+def test_what_can_be_known_before_data_are_read_is_said_then(place, tmp_path, monkeypatch, capsys, given, message):
+    monkeypatch.chdir(tmp_path)
+    if "--data" not in given:
+        monkeypatch.setattr("mopl.alignment.recipe.load_data", lambda config: pytest.fail("data were read"))
+    assert message in error_of(arguments(place, "run", *given), capsys)
 
 
 def test_a_training_that_diverges_says_what_to_do_about_its_run(place, tmp_path):
@@ -331,11 +347,14 @@ def lines_of(place, **changes):
         (["--lora-targets", "nosuch"], "nosuch"),
         (["--reference", "./nosuch"], "there is no model ./nosuch"),
         (["--objectives", "low", "absent"], "has no labels in any of the"),
+        (["--objectives", "low", "equal"], "objective 'equal' prefers nothing: in none of the"),
+        (["--objectives", "low,middle"], "give each name as a word of its own: low middle"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(place, tmp_path, capsys, more, message):
     data = tmp_path / "data.jsonl"
-    data.write_text(lines_of(place, labels={"low": [1, 2, 3], "middle": [0, 1, 0], "absent": [1, None, 2]}))
+    third = {"low": [1, 2, 3], "middle": [0, 1, 0], "absent": [1, None, 2], "equal": [1, None, 1]}
+    data.write_text(lines_of(place, labels=third))
     given = arguments(place, tmp_path / "run", "--data", str(data), "--objectives", "low", "middle")
     given += [word.format(place=place) for word in more]
     assert message in error_of(given, capsys)

@@ -507,4 +507,4 @@ def refused(place) -> Path:
 
 def test_all_leaves_distillation_out_and_rankers_have_none(capsys):
     assert "distill" not in METHODS and AlignConfig("m", "d", method="all").methods == METHODS
-    assert "invalid choice: 'distill'" in error_of(["rank", "--method", "distill"], capsys)
+    assert "--method is 'distill' but must be one of" in error_of(["rank", "--method", "distill"], capsys)

@@ -64,7 +64,7 @@ def test_the_command_trains_evaluates_and_reports(place, capsys):
     assert align("--method", "clp", "--scope", "lora-mixture", "--run", "run") == 0
     printed = capsys.readouterr().out
     assert "mopl generate run --weights" in printed and "hypervolume ↑" in printed
-    assert "1 model(s) run for a token" in printed
+    assert "1 model runs for a token" in printed
     # One hypervolume: in the table, in front.json and nowhere else.
     (row,) = (line for line in printed.splitlines() if line.startswith("clp  "))
     volume = Front.load(place / "run" / "front.json").hypervolume

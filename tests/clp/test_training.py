@@ -96,7 +96,7 @@ def test_prompts_are_read_from_text_json_lines_and_preference_data(tmp_path):
     (tmp_path / "e.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     assert len(read_prompts(str(tmp_path / "e.jsonl"))) == 2  # the prompt of a pair without one is what both begin with
     (tmp_path / "d.txt").write_text("alone\n")
-    with pytest.raises(ValueError, match="has 1 prompts"):
+    with pytest.raises(ValueError, match="has 1 prompt but"):
         read_prompts(str(tmp_path / "d.txt"))
 
 

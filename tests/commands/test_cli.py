@@ -107,11 +107,22 @@ def test_quiet_leaves_results_warnings_and_errors(tmp_path, capsys, monkeypatch)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["rank", "--steps", "many"], "argument --steps: invalid int value: 'many'; see mopl rank --help"),
-        (["rank", "--method", "ppo"], "invalid choice: 'ppo'"),
+        (["rank", "--steps", "many"], "error: --steps is 'many' but must be a whole number; see mopl rank --help"),
+        (["rank", "--learning-rate", "1e-3,"], "error: --learning-rate is '1e-3,' but must be a number; see"),
+        (["rank", "--beta", "a", "b"], "--beta is 'a' but must be numbers; write nothing but them, such as --beta 0.7"),
+        (["rank", "--beta-range", "1.5"], "argument --beta-range: expected 2 arguments"),
+        (["rank", "--method", "ppo"], "error: --method is 'ppo' but must be one of weight-cos-dpo, temperature-cos"),
+        (["rank", "--method", "weight-cosdpo"], "all (did you mean weight-cos-dpo?)"),
+        (["rnak"], "mopl: error: there is no command 'rnak' (did you mean rank?); commands are rank, steer, "),
+        (["steer", "x", "--weights", "a=0.7", "b=0.3"], "--weights is 'a=0.7' but must be numbers; write nothing but"),
+        (["steer", "--weights", "runs/x"], "--weights is 'runs/x' but must be numbers; write nothing but them, such "),
+        (["steer", "x", "--weights", "--quiet"], "argument --weights: expected at least one argument"),
         (["rank", "--stepz", "3"], "mopl rank: error: unrecognized arguments: --stepz 3 (did you mean --steps?)"),
         (["steer", "x", "--weights", "1", "--zzz"], "unrecognized arguments: --zzz; see mopl steer"),
         (["rank", "--data", "travle"], "travle: there is no such file or folder, nor an embedded data set"),
+        (["rank", "--steps", "0"], "mopl rank: steps is 0 but must be at least 1"),
+        (["rank", "--base-steps", "0"], "mopl rank: --base-steps is 0 but must be at least 1"),
+        (["align", "--steps", "0", "--model", "m", "--data", "d"], "mopl align: steps is 0 but must be at least 1"),
         (["rank", "--empty", "2"], "'2' is not skip, 0 or 1"),
         (["rank", "--concentration", "-1"], "mopl rank: concentration is -1 but must be positive and finite"),
         (["rank", "--resume"], "--resume needs the run to continue; name it with --run"),
@@ -130,6 +141,43 @@ def test_errors_are_one_line_with_a_remedy_and_status_2(tmp_path, monkeypatch, c
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("written", ["0.7 0.3", "0.7,0.3", "'0.7 0.3'", "'0.7, 0.3'", "0.7, 0.3", "=0.7,0.3"])
+def test_numbers_of_an_option_have_spaces_or_commas_between_them(written):
+    def parsed(command, option, *more):
+        words = shlex.split(f"{command} {option}{'' if written[0] == '=' else ' '}{written}")
+        return build_parser().parse_args([*words, *more])
+
+    asked = parsed("generate run", "--weights", "1, 2, 3, go", "4 5")
+    assert asked.weights == [0.7, 0.3] and asked.prompts == ["1, 2, 3, go", "4 5"]
+    assert parsed("steer", "--beta", "run", "--weights", "1").beta == [0.7, 0.3]
+    assert parsed("rank", "--beta-range").beta_range == [0.7, 0.3] and parsed("rank", "--scales").scales == [0.7, 0.3]
+    with pytest.warns(FutureWarning, match="is called --beta now"):
+        assert parsed("serve", "--objective-temperature", "run").beta == [0.7, 0.3]
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ("", "--weights is missing; pass one number for each objective: --weights 0.5 0.5 (aux1, aux2);"),
+        (
+            "--weights 1",
+            "--weights has 1 number but there are 2 objectives: aux1, aux2; pass one for each",
+        ),
+        ("--weights 70 30", "--weights is 70 30, of the sum 100, but must sum to 1; pass --weights 0.7 0.3;"),
+        ("--weights 1 2", "--weights is 1 2, of the sum 3, but must sum to 1; pass --weights 0.333 0.667;"),
+        (
+            "--weights 1.5,-0.5",
+            "--weights is 1.5 -0.5 but must be shares of 1, none below 0; pass such as --weights 0.5",
+        ),
+        ("--weights nan 1", "--weights is nan 1 but must be shares of 1"),
+        ("--weights 0 0", "--weights is 0 0 but must be shares of 1"),
+    ],
+)
+def test_weights_that_are_no_trade_off_get_the_option_that_is_right(run, capsys, monkeypatch, weights, message):
+    monkeypatch.setattr("mopl.ranking.runs.load_splits", lambda config: pytest.fail("data were read"))
+    assert message.removesuffix(";") in error_of(["steer", str(run), *weights.split()], capsys)
+
+
 def test_an_existing_run_is_an_error_that_names_the_three_ways_out(run, capsys):
     message = error_of(["rank", "--run", str(run), *TINY], capsys)
     assert "--resume" in message and "--overwrite" in message and "another with --run" in message
@@ -140,12 +188,12 @@ def test_debug_shows_where_an_error_came_from(tmp_path):
         main(["rank", "--run", str(tmp_path / "none"), "--resume", "--debug"])
 
 
-def test_a_fault_of_ours_is_named_as_one(capsys, monkeypatch):
+def test_a_fault_of_ours_is_named_as_one(run, capsys, monkeypatch):
     def fail(*_, **__):
         raise KeyError("weights")
 
     monkeypatch.setattr("mopl.ranking.steer.steer", fail)
-    assert "mopl steer: KeyError: 'weights'" in error_of(["steer", "x", "--weights", "1"], capsys)
+    assert "mopl steer: KeyError: 'weights'" in error_of(["steer", str(run), "--weights", "1", "0"], capsys)
 
 
 def test_ctrl_c_exits_with_130_and_the_command_that_continues(tmp_path, capsys, monkeypatch):
@@ -189,9 +237,6 @@ def test_steer_prints_the_figures_and_writes_the_scores(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--weights", "0.5"], "there are 1 weights but 2 objectives; pass one for each of aux1, aux2"),
-        (["--weights", "0.5", "0.6"], "does not sum to 1"),
-        (["--weights", "1.5", "-0.5"], "has a negative entry"),
         (["--weights", "0.5", "0.5", "--scale", "-1"], "scale is -1 but must be positive"),
         (["--weights", "0.5", "0.5", "--beta", "1", "1"], "trained at one β; pass scale"),
         (["--weights", "0.5", "0.5", "--method", "dpo-ls"], "has no dpo-ls; it has weight-cos-dpo"),

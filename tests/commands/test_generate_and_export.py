@@ -267,9 +267,16 @@ def test_help_says_where_scale_is_exact_and_loads_nothing_heavy(capsys) -> None:
     [
         (["generate", "nowhere", "--weights", "1", "0", "w1"], "neither a run of mopl align nor a model"),
         (["generate", "nowhere", "--weights", "1", "0"], "there is no prompt"),
+        (
+            ["generate", "TUNED", "w1"],
+            "--weights is missing; pass one number for each objective: --weights 0.5 0.5 (help",
+        ),
         (["export", "nowhere", "--weights", "1", "0", "x"], "nor a model: there is no such directory"),
-        (["generate", "TUNED", "--weights", "1", "w1"], "1 numbers but there are 2 objectives: helpful, harmless"),
-        (["generate", "TUNED", "--weights", "0.9", "0.9", "w1"], "does not sum to 1"),
+        (["generate", "TUNED", "--weights", "1", "w1"], "1 number but there are 2 objectives: helpful, harmless"),
+        (
+            ["generate", "TUNED", "--weights", "0.9", "0.9", "w1"],
+            "of the sum 1.8, but must sum to 1; pass --weights 0.5 0.5",
+        ),
         (["generate", "TUNED", "--weights", "1", "0", "--method", "dpo-ls", "w1"], "leave out --method"),
         (["generate", "TUNED", "--weights", "1", "0", "--scale", "-1", "w1"], "scale is"),
         (["generate", "TUNED", "--weights", "1", "0", "--chat", "w1"], "no chat template"),

@@ -204,7 +204,7 @@ def edit(file, **values):
         ("harmless/adapter_config.json", {"init_lora_weights": "pissa"}, "moves a part of the base weights"),
         ("harmless/adapter_config.json", {"base_model_name_or_path": "x/y"}, "is 'x/y' but 'some-one/tiny-llama'"),
         ("mopl.json", {"kind": "LoraMixture"}, "holds 'LoraMixture' but must hold 'adapters'; make the folder again"),
-        ("mopl.json", {"adapters": ["helpful"]}, "it names 1 adapters for 2 objectives"),
+        ("mopl.json", {"adapters": ["helpful"]}, "it names 1 adapter for 2 objectives"),
         ("mopl.json", {"adapters": ["helpful", "../x"]}, "the adapter '../x' is not inside of the folder"),
         ("mopl.json", {"adapters": ["hel\0pful", "harmless"]}, "ful' is not inside of the folder; make the"),
         ("mopl.json", {"adapters": ["helpful", "helpful"]}, "it names the adapter 'helpful' for two objectives"),

@@ -46,7 +46,7 @@ def test_names_as_people_write_them(text):
     [
         ("", r"is '': it has 0 weights but must have 2, such as 'w=0.5,0.5'"),
         ("w=", "it has 0 weights but must have 2"),
-        ("w=1", "it has 1 weights but must have 2"),
+        ("w=1", "it has 1 weight but must have 2"),
         ("w=0.5,0.3,0.2", "it has 3 weights but must have 2"),
         ("w=0.7,", "where '' is no decimal number; write it such as 'w=0.5,0.5'"),
         (",", "where '' is no decimal number"),
@@ -70,7 +70,7 @@ def test_names_as_people_write_them(text):
         ("w=1e999,0", "has an entry that is not finite"),
         (f"w={'0' * 40}1,0", "where a text of 41 characters is no decimal number"),
         (f"w=0.{'7' * 10**6},0.3", "where a text of 1000002 characters is no decimal number"),
-        ("9" * 10**6, "it has 1 weights"),
+        ("9" * 10**6, "it has 1 weight"),
         ("," * 10**6, "it has 1000001 weights"),
     ],
 )

@@ -30,6 +30,7 @@ from doc_pages import (
 ALL = [*PAGES, *OTHER_PAGES]
 IDS = [name_of(page) for page in ALL]
 WITHOUT_HISTORY = [page for page in ALL if page.name != "CHANGELOG.md"]  # which has names that are gone
+REFERENCE = [page for page in PAGES if page.parent == ROOT / "docs" / "reference"]
 ROOT_PAGES = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}  # by docs/hooks.py
 # Options of other programs that the pages name: accelerate, pip, vLLM, SGLang, TGI, llama.cpp, pytest, MkDocs.
 OTHERS = {
@@ -271,6 +272,47 @@ def test_what_code_takes_from_mopl_is_there(page: Path) -> None:
                 f"{name_of(page)}:{block.line + node.lineno - 1}: {name}" for name in names if not is_there(name)
             ]
     assert not missing, "\n".join(missing)
+
+
+def names_used(code: str) -> set[str]:
+    """Return the names that code uses, beyond importing them, and the modules that it imports from, by their last part.
+
+    A comment or an import alone shows nobody how to use a name.
+    """
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Name):
+            found.add(node.id)
+        elif isinstance(node, ast.Attribute):
+            found.add(node.attr)
+        elif isinstance(node, ast.ImportFrom):
+            found.add((node.module or "").split(".")[-1])
+    return found
+
+
+def names_shown(entry: str) -> set[str]:
+    """Return what an entry of the reference shows by its last part: a name, or a module and what it defines."""
+    last = entry.split(".")[-1]
+    try:
+        module = vars(importlib.import_module(entry))
+    except ImportError:
+        return {last}
+    return {last} | {name for name, value in module.items() if getattr(value, "__module__", None) == entry}
+
+
+@pytest.mark.parametrize("page", REFERENCE, ids=[name_of(page) for page in REFERENCE])
+def test_every_entry_of_the_reference_has_an_example_of_its_own(page: Path) -> None:
+    lines = prose_of(page)
+    starts = [number for number, line in enumerate(lines, 1) if re.match(r"::: |#+ ", line)]
+    without = []
+    for start, end in zip(starts, [*starts[1:], len(lines) + 1], strict=True):
+        if not lines[start - 1].startswith("::: "):
+            continue
+        entry = lines[start - 1].removeprefix("::: ").strip()
+        examples = [block.text for block in blocks_of(page) if block.language == "python" and start < block.line < end]
+        if not any(names_shown(entry) & names_used(text) for text in examples):
+            without.append(f"{name_of(page)}:{start}: {entry}")
+    assert not without, "no ```python block below these entries uses the name:\n" + "\n".join(without)
 
 
 @pytest.mark.parametrize("program", ["verl", "openrlhf", "nemo_rl"])

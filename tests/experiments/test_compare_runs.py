@@ -25,7 +25,7 @@ METHOD = {"rank": "weight-cos-dpo", "align": "weight-cos-dpo", "clp": "clp"}
 
 
 def write_run(
-    path: Path, kind: str, *, base=0.3, tuned=0.5, fingerprint="f", names=NAMES, points=3, **settings
+    path: Path, kind: str, *, base=0.3, tuned=0.5, fingerprint="f", names=NAMES, points=3, called=None, **settings
 ) -> Path:
     """Make a finished run whose figures are known: the base has `base` everywhere, the front is around `tuned`."""
     needed = {"model": "m", "data": "d.jsonl"}
@@ -48,7 +48,8 @@ def write_run(
     record = {"config": config.to_dict(), "data": data, **({} if kind == "rank" else {"kind": kind})}
     common = {
         "objectives": list(names), "main": "main", "reference_point": [1.0, 1.0] if kind == "align" else [0.0, 0.0],
-        "seconds": 1.0, "parameters": 5, "seed": config.seed, "data": {"name": path.name, "fingerprint": fingerprint},
+        "seconds": 1.0, "parameters": 5, "seed": config.seed,
+        "data": {"name": called or path.name, "fingerprint": fingerprint},
         "maximise": kind != "align",
     }  # fmt: skip
     grid = [[i / (points - 1), 1 - i / (points - 1)] for i in range(points)]
@@ -184,6 +185,24 @@ def test_what_else_differs_is_noted_in_table_and_page(kind, changes, note, tmp_p
     assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("kind", "changes", "note"),
+    [
+        (
+            "rank",
+            {"objectives": ("a=1:softmax",)},
+            "differently (objectives those of the data in one, a=1:softmax in two)",
+        ),
+        ("align", {"held_out": 0.2}, "took their data differently (held_out 0.1 in one, 0.2 in two)"),
+        ("clp", {}, "measured on different data: d.jsonl changed between them"),
+    ],
+)
+def test_data_of_one_name_are_told_apart_by_how_they_were_read(kind, changes, note, tmp_path):
+    one = write_run(tmp_path / "one", kind, called="d.jsonl")
+    two = write_run(tmp_path / "two", kind, called="d.jsonl", fingerprint="g", **changes)
+    assert note in compare([one, two]).replace("\n", " ")
+
+
 @pytest.mark.parametrize(("one", "two"), [("rank", "align"), ("align", "clp"), ("clp", "rank")])
 def test_runs_of_other_commands_are_refused(one, two, tmp_path, capsys):
     runs = [write_run(tmp_path / name, name) for name in (one, two)]
@@ -207,7 +226,7 @@ def test_bases_of_seeds_belong_to_their_seeds(tmp_path):
     from mopl.report.records import base_points, read_all
 
     assert [round(point.main, 3) for point in base_points(read_all(fronts), None)] == [0.1, 0.1, 0.2, 0.2]
-    with pytest.raises(ValueError, match="base has 1 entries but there are 4 fronts"):
+    with pytest.raises(ValueError, match="base has 1 entry but there are 4 fronts"):
         plot_front(fronts, tmp_path / "a.png", base=[None])
 
 

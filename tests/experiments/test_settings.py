@@ -44,6 +44,23 @@ def test_what_print_config_prints_reads_back_to_the_same_settings(config, tmp_pa
     assert capsys.readouterr().out == text.replace("seed: 0", "seed: 7", 1)
 
 
+@pytest.mark.parametrize(
+    ("given", "must"),
+    [
+        ({"steps": 1.5}, "steps is 1.5 but must be a whole number"),
+        ({"steps": True}, "steps is True but must be a whole number"),
+        ({"learning_rate": False}, "learning_rate is False but must be a number"),
+        ({"packing": "no"}, "packing is 'no' but must be true or false"),
+        ({"lora_rank": "8"}, "lora_rank is '8' but must be a whole number"),
+        ({"beta": (0.1, "x")}, "beta is 0.1 'x' but must be a number"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_when_the_configuration_is_made(given, must):
+    with pytest.raises(ValueError, match=re.escape(must)):
+        AlignConfig("m", "d", **given)
+    assert AlignConfig("m", "d", steps=np.int64(3), learning_rate=1, packing=True).steps == 3
+
+
 def test_words_of_a_file_have_the_types_of_yaml_1_2(tmp_path):
     (tmp_path / "c.yaml").write_text(
         "mixed_precision: no\nlearning-rate: 1e-4\nbeta: 2\nsteps: ~\ndata: travel\npoints: none\ntop_k: all\n"

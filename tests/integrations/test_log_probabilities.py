@@ -313,6 +313,16 @@ def test_nemo_rl_unpacks_sequences_and_shifts_each() -> None:
     assert torch.equal(again, found)
 
 
+@pytest.mark.parametrize("bounds", [[0, 7, 4, 9], [-3, 4, 9], [0, 4, 12]])
+def test_nemo_rl_bounds_that_are_none_of_the_row_are_refused(bounds) -> None:
+    function = nemo_rl.from_parallel_logits_to_logprobs_packed_sequences
+    given = torch.randn(1, 9, V), torch.randint(V, (1, 9))
+    with pytest.raises(ValueError, match=r"must rise from 0 or more to at most 9"):
+        function(*given, torch.tensor(bounds), 5, 0, V, None)
+    with pytest.raises(ValueError, match="unpacked_seqlen is 0"):
+        function(*given, torch.tensor([0, 9]), 0, 0, V, None)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

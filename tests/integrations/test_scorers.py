@@ -316,7 +316,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
     fails("list_loss is 'other'", list_loss="other")
     named = {"objectives": ["even", "high"]}
     fails("there are 3 losses but 2 objectives", list_loss=["listwise_dpo"] * 3, **named)
-    fails("objective_beta has 1 numbers but there are 2", objective_beta=[1.0], **named)
+    fails("objective_beta has 1 number but there are 2", objective_beta=[1.0], **named)
     for option in (
         {"objective_weights": [1.0, 0.0]},
         {"objective_beta": [1.0, 2.0]},

@@ -798,7 +798,7 @@ def test_log_probabilities_of_chosen_and_rejected_are_for_pairs(row):
         ({"list_loss": "dpo"}, "list_loss is 'dpo'"),
         ({"beta_low": 0.5}, "beta_high is None"),
         ({"beta_low": 0.5, "beta_high": 1.0}, "for a model conditioned on β"),
-        ({"objective_beta": [0.1]}, "objective_beta has 1 numbers but there are 2"),
+        ({"objective_beta": [0.1]}, "objective_beta has 1 number but there are 2"),
         ({"objective_weights": [0.4, 0.4]}, "does not sum to 1"),
         ({"beta": 0.0}, "beta is .* must be positive"),
         ({"objectives": ["helpful", "brief"]}, "objectives are"),

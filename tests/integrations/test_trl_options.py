@@ -402,7 +402,7 @@ def test_options_that_exclude_one_another_or_the_data_are_refused(tokenizer, tmp
     refused("cosine_sign is 'cosmos' but cosine_penalty is 0", cosine_sign="cosmos")
     refused("objectives is empty", objectives=[])
     refused("^beta is 0.0 but must be positive", beta=0.0)
-    refused("objective_weights has 2 numbers but there are 1 objectives", objective_weights=[0.5, 0.6])
+    refused("objective_weights has 2 numbers but there is 1 objective", objective_weights=[0.5, 0.6])
     for columns in ({"objective_weights": [1.0]}, {"objective_beta": [0.2]}, dict.fromkeys(known[0], -1.0)):
         some = [row | (columns if n != 2 else {}) | row for n, row in enumerate(ROWS)]
         refused("row 3 has no .* and others of its batch have; give them to all rows or to none", rows=some)

@@ -161,7 +161,7 @@ def test_numbers_are_stable_and_never_shared(plugin, registered):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("w=0.7", "model is 'w=0.7': it has 1 weights but must have 2, such as 'w=0.5,0.5'"),
+        ("w=0.7", "model is 'w=0.7': it has 1 weight but must have 2, such as 'w=0.5,0.5'"),
         ("w=0.7,0.4", "must lie on the simplex but does not sum to 1"),
         ("w=nan,1", "'nan' is no decimal number"),
         ("w=../../x,1", "is no decimal number"),

@@ -202,6 +202,24 @@ def test_rows_without_a_label_under_the_chosen_objectives_are_counted():
     assert load_preferences(rows, objectives=("h",), on_error="skip").objectives == ("h",)
 
 
+def test_names_that_no_row_has_are_refused_before_rows_are_counted():
+    rows = [{"prompt": "q", "responses": ["a", "b"], "labels": {"help": [1, 0], "brief": [0, 1]}}] * 60
+    for wrong, message in (
+        (("help,brief",), "for help,brief; it has help, brief; give each name as a word of its own: help brief"),
+        (("help; brief",), "as a word of its own: help brief"),
+        (("breif",), "for breif; it has help, brief"),
+        (("help", "breif"), "for breif; it has help, brief"),
+    ):
+        for on_error in ("raise", "skip"):
+            with pytest.raises(ValueError, match=f"^no list of .* has labels .*{message}$"):
+                load_preferences(rows, objectives=wrong, on_error=on_error)
+    with pytest.raises(TypeError, match=r"objectives is 'help' but must be a sequence of names; pass \('help',\)"):
+        load_preferences(rows, objectives="help")
+    rows.append({"prompt": "q", "responses": ["a"], "labels": {"other": [1, 0]}})
+    with pytest.raises(DataError, match="fewer than two responses"):  # the row may have the name that is missing
+        load_preferences(rows, objectives=("help", "other"))
+
+
 def test_a_source_that_is_not_there_or_of_no_known_kind_is_an_error(tmp_path):
     for missing in (tmp_path / "no.jsonl", "no.jsonl", "a/b/c"):
         with pytest.raises(FileNotFoundError, match="there is no file"):

@@ -212,9 +212,15 @@ def test_what_is_no_adapter_of_a_scale_is_refused(why: str, tmp_path: Path) -> N
 def test_other_kinds_are_refused_with_the_form_that_they_have(tmp_path: Path) -> None:
     words = TextPromptModel(build(), TextPrompt(NAMES, "[{weights}]\n"), tokenizer())
     for model, message in (
-        (conditioned(), "HyperPromptModel takes its weights by virtual tokens.*mopl export --weights"),
+        (
+            conditioned(),
+            "HyperPromptModel takes its weights by virtual tokens.*, or train with --conditioning lora-mixture",
+        ),
         (words, "TextPromptModel has one adapter and reads its weights in words.*--kind adapter"),
-        (ParameterMixture(build(), 2), "ParameterMixture mixes whole parameters.*mopl export --weights"),
+        (
+            ParameterMixture(build(), 2),
+            "ParameterMixture mixes whole parameters.*--weights, or train with --conditioning lora-mixture",
+        ),
         (build(), "LlamaForCausalLM has no adapter for each objective"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -144,6 +144,13 @@ def test_gradients_equal_those_through_the_logits(family: str) -> None:
             torch.testing.assert_close(parameter.grad, expected[name].grad, atol=2e-6 * scale, rtol=2e-4, msg=name)
 
 
+def test_targets_that_are_not_aligned_with_the_rows_are_refused() -> None:
+    model, ids = fuse(build("llama")), torch.randint(5, 20, (1, 6))
+    with pytest.raises(ValueError, match=r"targets has shape \(1, 5\) but input_ids \(1, 6\).*ids\[:, :-1\]"):
+        model(ids, targets=ids[:, 1:])  # each token would be scored one position late
+    assert model(ids[:, :-1], targets=ids[:, 1:]).log_probs.shape == (1, 5)
+
+
 def test_every_other_call_is_as_before_and_unfuse_restores_the_model() -> None:
     model = build("llama")
     batch = example()

@@ -1,4 +1,4 @@
-"""What labels may be: which numbers each loss takes, what it refuses, and what becomes of NaN and infinity."""
+"""What labels may be: which numbers each loss takes, what it refuses, NaN and infinity among that."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mopl import _arguments, ops
 from mopl import losses as mopl_losses
-from mopl import ops
 from mopl.losses import (
     approx_ndcg,
     lambda_loss,
@@ -51,6 +52,7 @@ ANY_SIGN: dict[str, Callable[..., Tensor]] = {
     "pairwise_logistic": pairwise_logistic,
     "lambda_loss": lambda_loss,
 }
+LISTWISE = (listwise_dpo, plackett_luce, pairwise_logistic, lambda_loss, approx_ndcg)
 MASK = torch.arange(5) < torch.tensor([5, 4, 3, 5])[:, None]
 
 
@@ -78,11 +80,7 @@ def test_rewards_are_refused_where_they_would_cost_nothing() -> None:
         listwise_dpo(SCORES, torch.randn(4, 2, 5))
 
 
-def test_a_negative_label_beside_nan_is_still_found_and_is_named_by_its_list_in_any_block() -> None:
-    labels = labels_with(-1.0)
-    labels[0, 0, 0] = math.nan
-    with pytest.raises(ValueError, match="labels of list 2"):
-        listwise_dpo(SCORES, labels)
+def test_a_negative_label_is_named_by_its_list_in_any_block() -> None:
     many = torch.ones(200_000, 1, 2)
     many[150_000, 0, 1] = -0.5
     with pytest.raises(ValueError, match=r"labels of list 150000 hold -0\.5"):
@@ -99,14 +97,45 @@ def test_the_other_losses_take_any_real_number(loss: Callable[..., Tensor]) -> N
 
 @pytest.mark.parametrize("loss", (NOT_NEGATIVE | ANY_SIGN).values(), ids=(NOT_NEGATIVE | ANY_SIGN).keys())
 @pytest.mark.parametrize("mask", [None, MASK], ids=["full", "masked"])
-def test_a_nan_makes_its_own_losses_nan_and_no_other(loss: Callable[..., Tensor], mask: Tensor | None) -> None:
+def test_a_nan_is_refused_or_where_it_cannot_be_read_makes_its_own_losses_nan(
+    loss: Callable[..., Tensor], mask: Tensor | None, monkeypatch
+) -> None:
+    with pytest.raises(ValueError, match=r"labels of list 2 hold nan but every label must be .*; leave .* with mask"):
+        loss(SCORES, labels_with(math.nan).to(torch.bfloat16), mask=mask)
+    absent = labels_with(1.0).masked_fill(~MASK[:, None], math.nan)
+    assert loss(SCORES, absent, mask=MASK, reduction="none").isfinite().all()
+    unreadable(monkeypatch)
     found = loss(SCORES, labels_with(math.nan), mask=mask, reduction="none")
     bad = torch.zeros(4, 2, dtype=torch.bool)
     bad[2, 1] = True
     assert found[bad].isnan().all() and found[~bad].isfinite().all()
 
 
-def test_infinite_labels_are_ranks_or_targets_or_nan() -> None:
+def test_labels_to_keep_an_order_of_are_checked_as_those_of_a_loss() -> None:
+    with pytest.raises(ValueError, match="labels of list 2 hold nan"):
+        presort(labels_with(math.nan))
+    with pytest.raises(ValueError, match="labels of list 2 hold nan"):
+        ops.plackett_luce_nll(SCORES, labels_with(math.nan), ONES)
+    with pytest.raises(ValueError, match="labels of list 2 hold inf but every label must be finite"):
+        ops.listwise_cross_entropy(SCORES, labels_with(math.inf), ONES, normalize=False)
+    for op_of_lists in (ops.plackett_luce_nll, ops.listwise_cross_entropy):
+        with pytest.raises(ValueError, match="beta holds nan but every entry must be finite"):
+            op_of_lists(SCORES, labels_with(1.0), ONES * math.nan)
+
+
+def test_position_weights_of_nan_are_refused_where_a_list_has_the_position() -> None:
+    labels, weights = labels_with(1.0), torch.tensor([1.0, 2.0, 1.0, 1.0, math.nan])
+    for use in (plackett_luce, partial(plackett_luce, order=presort(labels))):
+        with pytest.raises(ValueError, match="position_weights hold nan but every entry must be a number; pass 0"):
+            use(SCORES, labels, position_weights=weights)
+    short = MASK & (torch.arange(5) < 4)
+    given = torch.where(short[:, None].expand(4, 2, 5), 1.0, math.nan)
+    for each in (weights, given):
+        expected = plackett_luce(SCORES, labels, mask=short, position_weights=each.nan_to_num())
+        torch.testing.assert_close(plackett_luce(SCORES, labels, mask=short, position_weights=each), expected)
+
+
+def test_infinite_labels_are_ranks_or_targets_or_refused() -> None:
     highest, lowest = labels_with(math.inf), labels_with(-math.inf)
     for loss in (plackett_luce, pairwise_logistic):
         for infinite, large in ((highest, 1e30), (lowest, -1e30)):
@@ -114,17 +143,18 @@ def test_infinite_labels_are_ranks_or_targets_or_nan() -> None:
             assert torch.equal(loss(SCORES, infinite, reduction="none"), expected), large
     targets = normalize_labels(lowest, "softmax")
     assert targets[2, 1, 1] == 0 and torch.allclose(targets.sum(-1), torch.ones(4, 2))
-    for found in (
-        normalize_labels(highest, "softmax").sum(-1), listwise_dpo(SCORES, highest, reduction="none"),
-        listwise_dpo(SCORES, highest, normalize="softmax", reduction="none"),
-    ):  # fmt: skip
-        assert found[2, 1].isnan() and found[2, 0].isfinite() and found[:2].isfinite().all()
+    for use in (*NOT_NEGATIVE.values(), ANY_SIGN["softmax"], ANY_SIGN["as they are"]):
+        with pytest.raises(ValueError, match=r"labels of list 2 hold inf but every label must be"):
+            use(SCORES, highest)
+    with pytest.raises(ValueError, match=r"labels of list 2 hold -inf but every label must be finite"):
+        listwise_dpo(SCORES, lowest, normalize=None)
+    with pytest.raises(ValueError, match=r"labels of list 2 hold -inf but must not be negative"):
+        listwise_dpo(SCORES, lowest)
 
 
 def unreadable(monkeypatch) -> None:
-    for module in (mopl_losses.labels, mopl_losses.all_pairs, mopl_losses.listwise):
-        if hasattr(module, "readable"):
-            monkeypatch.setattr(module, "readable", lambda tensor: False)
+    for module in (_arguments, mopl_losses.labels):
+        monkeypatch.setattr(module, "readable", lambda tensor: False)
 
 
 @pytest.mark.parametrize("loss", [normalized, approx_ndcg, partial(lambda_loss, normalize=True)])
@@ -149,6 +179,22 @@ def test_compiled_the_list_is_nan(loss: Callable[..., Tensor]) -> None:
 
     found = step(labels_with(-1.0))
     assert found[2, 1].isnan() and found[:2].isfinite().all() and found[3].isfinite().all()
+
+
+@pytest.mark.parametrize("loss", LISTWISE)
+@pytest.mark.parametrize("pre_dispatch", [False, True])
+def test_a_graph_is_traced_without_a_look_at_values_and_its_list_is_nan(
+    loss: Callable[..., Tensor], pre_dispatch: bool
+) -> None:
+    def step(labels: Tensor, weights: Tensor) -> Tensor:
+        return loss(SCORES, labels, weights=weights, mask=MASK, reduction="none")
+
+    weights, labels = torch.rand(2), labels_with(1.0)
+    traced = make_fx(step, pre_dispatch=pre_dispatch)(labels, weights)
+    torch.testing.assert_close(traced(labels, weights), step(labels, weights))
+    found = traced(labels_with(math.nan), weights)
+    assert found[2, 1].isnan() and found[:2].isfinite().all() and found[3].isfinite().all()
+    assert not traced(labels, weights * math.nan).isfinite().any()
 
 
 def test_transformed_the_list_is_nan() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mopl.losses import listwise_dpo, plackett_luce
+from mopl.losses import approx_ndcg, lambda_loss, listwise_dpo, pairwise_logistic, plackett_luce
 
 LOSSES = pytest.mark.parametrize("loss", [listwise_dpo, plackett_luce])
 
@@ -86,6 +86,23 @@ def test_scores_of_minus_infinity_have_no_nan_in_their_gradient(loss) -> None:
     assert value.isfinite().all()
     assert gradient.isfinite().all()
     assert not gradient[:, 2:].any()
+
+
+@pytest.mark.parametrize("infinite", [-math.inf, math.inf])
+def test_scores_that_are_all_infinite_are_equal(infinite: float) -> None:
+    scores, labels = torch.full((1, 3), infinite), torch.tensor([[2.0, 1.0, 0.0]])
+    for loss in (listwise_dpo, pairwise_logistic, lambda_loss, approx_ndcg):
+        found, expected = (value_and_gradient(loss, each, labels) for each in (scores, torch.zeros(1, 3)))
+        torch.testing.assert_close(found, expected)
+        assert found[0] > 0 and found[1].any()
+    for ties in ("breslow", "efron", "exact", "random"):
+        found, expected = (
+            value_and_gradient(plackett_luce, each, labels, ties=ties) for each in (scores, torch.zeros(1, 3))
+        )
+        if infinite > 0:
+            assert found[0].isnan() and found[1].isnan().all()
+        else:
+            torch.testing.assert_close(found, expected)
 
 
 @LOSSES

@@ -590,7 +590,7 @@ def test_options_that_a_type_does_not_have_are_errors() -> None:
         ({"label_smoothing": math.nan}, r"\[0, 1\]"),
         ({"reference_rejected": None}, "both or neither"),
         ({"weights": torch.ones(6)}, r"weights\[:, None\]"),
-        ({"rejected": torch.zeros(5)}, r"rejected has shape \(5,\) but there are 6 pairs and 1 objectives"),
+        ({"rejected": torch.zeros(5)}, r"rejected has shape \(5,\) but there are 6 pairs and 1 objective;"),
         ({"rejected": torch.zeros(6, 2), "reference_chosen": torch.zeros(6, 3)}, "3 objectives"),
         ({"chosen": torch.zeros(6, 1, 2)}, r"chosen has shape \(6, 1, 2\)"),
         ({"loss_type": "aot", "weights": torch.ones(6, 1)}, "sorts the batch"),

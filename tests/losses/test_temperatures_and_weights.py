@@ -154,11 +154,35 @@ def test_a_row_that_does_not_count_may_have_any_temperature() -> None:
 
 @pytest.mark.parametrize("loss", LIST_LOSSES)
 def test_weights_of_a_loss_are_factors_of_any_sign(loss: Callable[..., Tensor]) -> None:
-    plain, factors = loss(SCORES, LABELS, reduction="none"), torch.tensor([[1.0, -2.0], [0.0, 0.5], [3.0, math.nan]])
-    torch.testing.assert_close(loss(SCORES, LABELS, weights=factors, reduction="none"), plain * factors, equal_nan=True)
+    plain, factors = loss(SCORES, LABELS, reduction="none"), torch.tensor([[1.0, -2.0], [0.0, 0.5], [3.0, -1.0]])
+    torch.testing.assert_close(loss(SCORES, LABELS, weights=factors, reduction="none"), plain * factors)
     for weights in (torch.rand(7, 3), torch.rand(3), torch.rand(2, 2)):
         with pytest.raises(ValueError, match=r"weights has shape .* there are 3 lists and 2 objectives"):
             loss(SCORES, LABELS, weights=weights)
+
+
+PAIRS = partial(bradley_terry, SCORES[:, :2], SCORES[:, 2:4], reduction="none")
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_factors_are_finite_and_a_margin_is_a_number(bad: float, monkeypatch) -> None:
+    use: dict[str, list[Callable[..., Tensor]]] = {
+        "weights": [PAIRS, *(partial(loss, SCORES, LABELS, reduction="none") for loss in LIST_LOSSES)],
+        "ideal": [partial(f, SCORES[:, :2], 0.5) for f in (scalarize.chebyshev, scalarize.smooth_chebyshev)],
+        "margin": [PAIRS, partial(pairwise_logistic, SCORES, LABELS, reduction="none")],
+    }
+    if not math.isnan(bad):
+        del use["margin"]  # one that is infinite leaves a pair out
+    for name, functions in use.items():
+        for function in functions:
+            for value in (bad, torch.tensor(bad), in_the_second_row(bad)):
+                with pytest.raises(ValueError, match=f"{name} (is|holds) {bad:g} but .*must be (finite|a number)$"):
+                    function(**{name: value})
+    monkeypatch.setattr(_arguments, "readable", lambda tensor: False)
+    for name, functions in use.items():
+        for function in functions:
+            found = function(**{name: in_the_second_row(bad)}).reshape(3, -1)
+            assert not found[1].isfinite().any() and found[::2].isfinite().all()
 
 
 def test_label_smoothing_is_a_rate_in_every_form() -> None:

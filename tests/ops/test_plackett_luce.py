@@ -208,12 +208,32 @@ def test_an_item_that_cannot_be_chosen(dtype: torch.dtype) -> None:
         assert loss == math.inf
         assert gradient.isfinite().all()
         assert float(gradient[0, 2]) == pytest.approx(-1, rel=1e-10)
-    several = torch.tensor([[0.0, -math.inf, -math.inf, -math.inf]], dtype=dtype)
-    for labels in ([3.0, 2.0, 1.0, 0.0], [3.0, 1.0, 1.0, 0.0], [3.0, 1.0, 1.0, 1.0]):
-        for ties in TIES:
-            loss, gradient = value_and_gradient(several, torch.tensor([labels]), ties=ties)
-            assert loss == 0
-            assert not gradient.any()
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"last_group_free": True}, {"position_weights": True}], ids=str)
+@pytest.mark.parametrize("ties", TIES)
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_scores_of_minus_infinity_are_equal_and_below_all_others(dtype: torch.dtype, ties: str, options: dict) -> None:
+    """The kernels say so as well; what costs thousands where they are finite costs inf."""
+    torch.manual_seed(3)
+    scores = torch.randn(60, 6, dtype=dtype).masked_fill(torch.rand(60, 6) < 0.4, -math.inf)
+    scores[:3] = -math.inf
+    labels, mask, beta = torch.randint(0, 4, (60, 2, 6)).float(), torch.rand(60, 6) < 0.8, torch.rand(60, 2) + 0.5
+    if options.pop("position_weights", False):
+        options = {"position_weights": torch.tensor([2.0, 0.0, 0.5, 1.0, 1.0, 3.0])}
+    results = []
+    for each in (scores, scores.clamp(min=-2e4)):
+        leaves = each.clone().requires_grad_(), beta.to(dtype).requires_grad_()
+        loss = plackett_luce_nll(leaves[0], labels, leaves[1], mask, ties=ties, **options)
+        results.append((loss.detach(), *torch.autograd.grad(loss.sum(), leaves)))
+    (loss, gradient, of_beta), (finite, expected, of_finite) = results
+    lost = finite > 1000
+    assert loss[lost].isinf().all() and 0 < lost.sum() < lost.numel()
+    near = {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(loss[~lost], finite[~lost], **near)
+    torch.testing.assert_close(gradient, expected, **near)
+    if dtype == F64:  # -2e4 times a gradient that is rounded says little in float32
+        torch.testing.assert_close(of_beta[~lost], of_finite[~lost], **near)
 
 
 def test_an_infinite_part_that_is_not_charged_does_not_count() -> None:

@@ -16,6 +16,13 @@ WITHOUT_PAGE = {"cli", "commands", "kernels"}  # the command line has a page of 
 SHOWN = {target for page in PAGES.glob("*.md") for target in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE)}
 
 
+def test_no_docstring_holds_markup_that_the_site_does_not_know():
+    """The site is Markdown: TeX and roles of Sphinx would be shown as they stand, their underscores as italics."""
+    known = re.compile(r"^\s*\.\. \w+::|:(math|func|class|meth|mod|attr|ref|py:\w+):`", re.MULTILINE)
+    found = {str(file.relative_to(ROOT)) for file in (ROOT / "mopl").rglob("*.py") if known.search(file.read_text())}
+    assert not found
+
+
 def loaded(path):
     spec = importlib.util.spec_from_file_location(f"_{path.stem}_of_site", path)
     module = importlib.util.module_from_spec(spec)

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from mopl.pareto import Front, Point, bootstrap_interval, hypervolume, weight_grid
+from mopl.pareto import Front, Point, bootstrap_interval, csv_text, hypervolume, weight_grid
 
 pytest.importorskip("moocore")
 
@@ -132,3 +132,12 @@ def test_parameters_of_inference_are_a_whole_number_or_not_said(count):
     assert Front.from_json(front.to_json()).inference_parameters == 2**40
     with pytest.raises(ValueError, match="inference_parameters is"):
         made(*figures(), inference_parameters=count)
+
+
+def test_fronts_of_other_objectives_are_no_table():
+    one = made(*figures())
+    with pytest.raises(ValueError, match="a column can hold one objective alone"):
+        csv_text([one, made(*figures(), objectives=["fast", "cheap"])])
+    with pytest.raises(ValueError, match="fronts is empty"):
+        csv_text([])
+    assert csv_text([one, one]).count("\n") == 1 + 2 * len(one.points)

@@ -262,7 +262,7 @@ def test_grids_of_many_objectives_cover_the_simplex_better_than_their_vertices_a
         ((3, 50), "has 46 or 55 points"),  # 45, and equal weights
         ((3, 8), "has 7 or 10 points"),
         ((4, 36), "has 35 or 56 points"),
-        ((1, 3), "has 1 points"),
+        ((1, 3), "has 1 point"),
         ((3, 11), "has 10 or 15 points"),  # ten vectors hold equal weights already
         ((2, 1), "has at least 2 points"),
         ((6, 5), "pass at least 6"),
@@ -363,7 +363,7 @@ def test_rank_correlations_are_scipys():
 def test_steerability_names_bad_arguments():
     with pytest.raises(ValueError, match=r"weights\[1\].*does not sum to 1"):
         steerability([[0.5, 0.5], [0.5, 0.6]], [[1.0, 2.0], [2.0, 1.0]], maximise=True)
-    with pytest.raises(ValueError, match="weights has 1 rows and objective_vectors 2"):
+    with pytest.raises(ValueError, match="weights has 1 row and objective_vectors 2"):
         steerability([[0.5, 0.5]], [[1.0, 2.0], [2.0, 1.0]], maximise=True)
     with pytest.raises(ValueError, match=r"weights has shape \(1, 3\)"):
         steerability([[0.5, 0.5, 0.0]], [[1.0, 2.0]], maximise=True)

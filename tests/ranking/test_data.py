@@ -67,7 +67,8 @@ def test_objectives_are_read_from_text(spec, objective):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("clicks", "no source and is none of query_url_clicks, .*; write NAME=COLUMN"),
+        ("url_click", r"'url_click' has no source \(did you mean url_clicks\?\); write NAME=COLUMN or NAME=@FILE"),
+        ("price", "objective 'price' has no source; write NAME=COLUMN or NAME=@FILE, then any of"),
         ("clicks=x", "the source 'x', not a column number or @FILE"),
         ("clicks=@", "the source '@'"),
         ("clicks=-1", "the source '-1'"),
@@ -78,6 +79,14 @@ def test_objectives_are_read_from_text(spec, objective):
         ("clicks=3:scale=x", "the scale 'x', not a number"),
         ("clicks=3:scale=0", "scale of objective 'clicks' is 0.0 but must be a number above 0"),
         ("clicks=3:scale=nan", "must be a number above 0"),
+        (
+            "clicks=3:min:scale=std",
+            r"scale of objective 'clicks' is 'std' but must be left out under l1, .*; add sof",
+        ),
+        (
+            "clicks=3:l1:scale=1",
+            r"is 1.0 but must be left out .*add softmax \(:softmax:scale=1.0\), or leave scale out",
+        ),
         ("a=1,b=2,a=3", "two objectives have the same name"),
         ("", "no auxiliary objective"),
     ],
@@ -254,8 +263,14 @@ def test_splits_are_by_query_disjoint_and_repeatable():
     assert [len(p) for p in data.split((0.5, 0.5))] == [25, 25]
     with pytest.raises(ValueError, match="must be above 0 and sum to 1"):
         data.split((0.5, 0.4))
-    with pytest.raises(ValueError, match="has 4 queries, too few"):
+    with pytest.raises(
+        ValueError, match=r"has 4 queries, too few to be split into shares of 0\.98, 0\.01, 0\.01; give"
+    ):
         make().split((0.98, 0.01, 0.01))
+    for queries in (1, 2, 3):
+        with pytest.raises(ValueError, match="give at least 4 queries, or a file for each of train, valid and test"):
+            make((2,) * queries).split()
+    assert all(min(map(len, make((2,) * queries).split())) for queries in range(4, 20))
 
 
 def test_fingerprints_see_every_part_of_the_data():
@@ -285,7 +300,7 @@ def test_fingerprints_see_every_part_of_the_data():
         ({"features": torch.full((11, 4), torch.nan)}, "feature 1 of data, query 100, item 1 is nan"),
         ({"raw_main": torch.tensor([0.0] * 9 + [torch.inf, 0])}, "main label of data, query 103, item 1 is inf"),
         ({"raw_auxiliary": torch.full((11, 4), -1.0)}, r"label -1 of objective 'a' \(data, query 100, item 1\)"),
-        ({"raw_main": torch.full((11,), -1.0)}, "label -1 of objective 'relevance'"),
+        ({"raw_main": torch.full((11,), -1.0)}, "label -1 of objective 'relevance' .*; .* add one number to all of"),
         ({"feature_names": ("x",)}, "1 feature_names for 4 features"),
         ({"objectives": ()}, "no auxiliary objective"),
     ],
@@ -304,11 +319,17 @@ def test_statistics_count_what_is_there():
     assert s["objectives"]["a"]["positive_items"] == pytest.approx(3 / 6)
     assert s["objectives"]["a"]["empty_queries"] == pytest.approx(1 / 3) and s["objectives"]["a"]["largest"] == 8
     assert s["objectives"]["b"]["empty_queries"] == pytest.approx(2 / 3) and s["objectives"]["b"]["direction"] == "min"
+    whole, _, a, b = data.describe().split("\n")
+    assert "3 queries, 6 items (1 to 3 a query, mean 2.0)" in whole
+    # Of the labels as they stand in the file: who reads a price of 5 there looks for it here.
     assert (
-        "3 queries, 6 items (1 to 3 a query, mean 2.0)" in data.describe()
-        and "auxiliary b (min, l1)" in data.describe()
+        a
+        == "  auxiliary a (max, l1): 0 to 8, 4 values; 50.0% of the items above 0, 33.3% of the queries without labels"
     )
+    assert b == "  auxiliary b (min, l1): 1 to 5, 4 values; 66.7% of the queries with equal labels only"
     json.dumps(s)
+    negative = make((2, 2), specs="q=1:softmax", raw_auxiliary=torch.tensor([[-2.0], [1.0], [3.0], [3.0]])).describe()
+    assert negative.endswith("q (max, softmax): -2 to 3, 3 values; 50.0% of the queries with equal labels only")
 
 
 # --- normalisation --------------------------------------------------------------------------------------------------

@@ -233,15 +233,43 @@ def test_faults_of_label_files(tmp_path):
 
 def test_negative_labels_name_their_line_under_l1_and_are_fine_otherwise(tmp_path):
     data = write(tmp_path / "d.txt", SMALL * 1)
-    with pytest.raises(LetorError, match=r"d\.txt:2: label -1\.5 of objective 'a' is negative, .* use softmax, or min"):
+    with pytest.raises(LetorError, match=r"d\.txt:2: label -1\.5 of objective 'a' is negative, .* add :softmax to"):
         load_letor([data] * 3, objectives="a=3")
     for spec in ("a=3:min", "a=3:softmax", "a=3:softmax:min"):
         train, _, _ = load_letor([data] * 3, objectives=spec)
         assert bool((train.labels >= 0).all())
     write(data, "-1 qid:1 1:1 2:1\n")
-    with pytest.raises(LetorError, match=r"d\.txt:1: label -1 of objective 'relevance' is negative"):
+    with pytest.raises(LetorError, match=r"d\.txt:1: label -1 of objective 'relevance' is negative, .* add one number"):
         load_letor([data] * 3, objectives="a=1")
     load_letor([data] * 3, objectives="a=1", main=Objective("r", normalize="softmax"))
+
+
+def test_a_label_that_is_no_number_is_not_to_be_left_out(tmp_path):
+    data = write(tmp_path / "d.txt", SMALL + b"1 qid:9 1:1 3:nan\n")
+    with pytest.raises(LetorError, match=r"the label of objective 'a', column 3 is nan; .* \(a column left out is the"):
+        load_letor([data] * 3, objectives="a=3")
+    with pytest.raises(LetorError, match=r"feature 3 is nan; .* or leave it out, which means 0"):
+        load_letor([data] * 3, objectives="a=2")
+
+
+def test_objectives_are_checked_before_files_are_read(tmp_path):
+    data = write(tmp_path / "d.txt", "this is no data\n")
+    for objectives, message in (
+        ("a=1:minn", "unknown option 'minn'"),
+        ("relevance=1", "both named"),
+        ("a", "no source"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_letor([data] * 3, objectives=objectives)
+
+
+def test_data_are_called_as_they_were_asked_for(tmp_path):
+    data = write(tmp_path / "hotels.txt", SMALL)
+    assert load_letor([data] * 3, objectives="a=1")[0].name == "hotels.txt"
+    (tmp_path / "fold").mkdir()
+    for split in ("train", "vali", "test"):
+        write(tmp_path / "fold" / f"{split}.txt", SMALL)
+    assert load_letor(tmp_path / "fold", objectives="a=1")[2].name == "fold/test.txt"
 
 
 def test_unknown_columns_and_missing_objectives(tmp_path):
@@ -409,7 +437,7 @@ def test_faults_of_group_files(tmp_path):
     path = write(tmp_path / "d.train", "1 1:1\n0 1:2\n0 2:1\n")
     side = tmp_path / "d.train.query"
     for text, message in (
-        ("1\n3\n", "d.train.query: the 2 groups have 4 documents together but "),
+        ("1\n3\n", "d.train.query: the sizes of 2 groups sum to 4 but "),
         ("1\n0\n2\n", "d.train.query:2: this query has no documents; remove the line"),
         ("1\nx\n", "d.train.query:2: 'x' is not the size of a group; write one whole number"),
         ("-1\n4\n", "d.train.query:1: '-1' is not the size of a group; write one whole number"),
@@ -436,7 +464,7 @@ def parses(monkeypatch):
     """How often files were really parsed."""
     calls = []
     real = svmlight._parse
-    monkeypatch.setattr(svmlight, "_parse", lambda path: calls.append(path) or real(path))
+    monkeypatch.setattr(svmlight, "_parse", lambda path, names: calls.append(path) or real(path, names))
     return calls
 
 

@@ -23,7 +23,7 @@ from mopl.experiments.methods import METHODS
 from mopl.losses import listwise_dpo
 from mopl.pareto import Front, hypervolume, weight_grid
 from mopl.ranking.config import RankConfig
-from mopl.ranking.evaluate import Measure, distances_to_truth, evaluate, score_items, true_front
+from mopl.ranking.evaluate import Measure, check_measurable, distances_to_truth, evaluate, score_items, true_front
 from mopl.ranking.loading import load
 from mopl.ranking.methods import (
     BasePolicy,
@@ -556,6 +556,39 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path, monkeypatch, 
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         rank(config(**{"data": "data.txt", **settings}), "run", say=quiet)
     assert not (tmp_path / "run").exists() and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("lines", "spec", "message"),
+    [
+        ("{r} qid:{i} 1:1 2:{i}\n", "price=2:min", r"d.txt:train has one item in each of its 7 queries, .* one search"),
+        (
+            "{r} qid:{q} 1:{r}\n0 qid:{q} 1:2 3:1\n",
+            "clicks=2",
+            "in any list of d.txt:train, .*: column 2 is 0 in every",
+        ),
+        ("{r} qid:{q} 1:1 2:{q}\n0 qid:{q} 1:2 2:{q}\n", "price=2:min", "within each list all of its labels are equal"),
+        ("0 qid:{q} 1:1 2:1\n0 qid:{q} 1:2 2:{q}\n", "a=2", "'relevance' has .*: all of its labels are 0; give other"),
+    ],
+)
+def test_data_that_cannot_be_measured_say_why(tmp_path, lines, spec, message):
+    text = "".join(lines.format(i=i, q=i, r=1) for i in range(12))
+    (tmp_path / "d.txt").write_text(text)
+    train, _, _ = load(tmp_path / "d.txt", objectives=spec, cache=False)
+    with pytest.raises(ValueError, match=message):
+        check_measurable(train, Measure())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"beta": (1.0,) * 3}, "beta has 3 entries but there are 2 objectives"), ({"points": 1}, "points is 1")],
+)
+def test_what_does_not_go_with_the_named_objectives_is_said_before_data_are_read(
+    tmp_path, monkeypatch, settings, message
+):
+    monkeypatch.setattr("mopl.ranking.recipe.load_splits", lambda config: pytest.fail("data were read"))
+    with pytest.raises(ValueError, match=message):
+        rank(config(objectives=("a=1,b=2",), **settings), tmp_path / "run", say=quiet)
 
 
 def test_files_of_ones_own_run_and_are_found_from_another_directory(tmp_path, monkeypatch):

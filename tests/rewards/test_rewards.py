@@ -370,7 +370,7 @@ def test_bad_arguments_say_what_to_do():
         Rewards([])
     with pytest.raises(TypeError, match="FunctionReward"):
         Rewards([len])
-    with pytest.raises(ValueError, match="2 texts but 1 prompts"):
+    with pytest.raises(ValueError, match="2 texts but 1 prompt;"):
         Rewards([Counted()])(["a", "b"], ["p"])
     with pytest.raises(TypeError, match=r"pass \[text\]"):
         Rewards([Counted()])("abc")

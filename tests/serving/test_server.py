@@ -375,8 +375,11 @@ def test_what_cannot_be_served_is_an_error_of_one_line(folder, capsys, monkeypat
             (["--host", "192.0.2.1"], "host 192.0.2.1 port 0 cannot be used"),
             (["--port", port], f"port {port} cannot be used (Address already in use)"),
             (["--port", "70000"], "from 0 to 65535"),
-            (["--weights", "0.5", "0.6"], "must lie on the simplex"),
-            (["--weights", "1"], "--weights has 1 numbers but there are 2 objectives"),
+            (
+                ["--weights", "0.5", "0.6"],
+                "--weights is 0.5 0.6, of the sum 1.1, but must sum to 1; pass --weights 0.455 0.545",
+            ),
+            (["--weights", "1"], "--weights has 1 number but there are 2 objectives"),
             (["--max-batch", "0"], "--max-batch is 0 but must be at least 1"),
             (["--timeout", "nan"], "timeout is nan"),
             (["--name", "a@b"], "what follows an @ are weights"),

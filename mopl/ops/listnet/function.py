@@ -34,7 +34,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mopl._arguments import compute_dtype
+from mopl._arguments import FINITE, NOT_INFINITE, compute_dtype
 from mopl._renamed import renamed_keywords
 from mopl.ops import _derivatives as derivatives
 from mopl.ops._backend import path_for
@@ -54,8 +54,8 @@ def listwise_cross_entropy(
 
     Args:
         scores: (B, K), any floating dtype; arithmetic is in float32, in float64 for float64.
-        labels: (B, m, K), the target weight of every item, not negative if `normalize`: a negative one is an error on
-            a CPU, and makes the losses of its list NaN on a GPU and in the transforms of `torch.func`.
+        labels: (B, m, K), the target weight of every item, finite, and not negative if `normalize`: another one is an
+            error on a CPU, and makes the losses of its list NaN on a GPU and in the transforms of `torch.func`.
         beta: (B, m), or (B, 1) for one β a list: then one softmax serves all objectives.
         mask: (B, K), true where an item exists; None means everywhere.
         normalize: divide each list's labels by their sum.
@@ -65,9 +65,10 @@ def listwise_cross_entropy(
 
     Raises:
         TypeError: if scores are not floating point or the mask is not boolean.
-        ValueError: if a shape does not fit, nothing is broadcast here; or if a label is negative with `normalize`.
+        ValueError: if a shape does not fit, nothing is broadcast here; or, on a CPU, if β or a label is NaN or infinite
+            or, with `normalize`, a label is negative.
     """
-    check_list_op(scores, labels, beta, mask)
+    check_list_op(scores, labels, beta, mask, NOT_INFINITE if normalize else FINITE)
     return cross_entropy(scores, labels, beta, mask, normalize)
 
 

@@ -63,7 +63,11 @@ def backward(grad_loss: Tensor, beta: Tensor, gradient: Tensor) -> Tensor:
 def beta_gradient(gradient: Tensor, scores: Tensor, mask: Tensor | None) -> Tensor:
     """Return sum_i gradient_bji scores_bi (B, m)."""
     centred = _load(scores.to(gradient.dtype), mask, centre=True)[:, None]
-    return times(gradient, centred).sum(-1)
+    # Equal scores of -inf differ by 0: only what their gradients add up to is multiplied by infinity.
+    hopeless = centred == -torch.inf
+    own = torch.where(hopeless, gradient, 0)
+    among = own.sum(-1, keepdim=True).abs() <= 1e-5 * own.abs().sum(-1, keepdim=True)
+    return times(gradient, torch.where(hopeless & among, 0, centred)).sum(-1)
 
 
 def _load(scores: Tensor, valid: Tensor | None, centre: bool) -> Tensor:

@@ -31,11 +31,15 @@ def formula(given: Lists) -> Tensor:
     top = s.detach().amax(-1, keepdim=True)
     s, beyond = derivatives.finite(s)
     away = torch.where(possible, s - torch.where(top.isinf(), 0, top), s)
-    u = beta.to(dtype)[:, :, None] * away[:, None] + beyond[:, None]
+    u, ahead = beta.to(dtype)[:, :, None] * away[:, None], possible[:, None]
+    # For -inf stands what is below all others and near enough to them to keep the digits of its own kind.
+    lowest = torch.where(ahead, u.detach(), torch.inf).amin(-1, keepdim=True)
+    lowest = torch.where(lowest.isinf(), 0, lowest)
+    u = u + torch.where(ahead, beyond[:, None], lowest - 1e3 - 1e-12 * lowest.abs())
+    floor = torch.finfo(dtype).min / 2  # for what does not exist
     ranked_labels, place, ranked = sort_items(labels, order, valid)
     u = u.expand(place.shape).gather(-1, place)
     possible = possible[:, None].expand(place.shape).gather(-1, place)
-    floor = torch.finfo(dtype).min / 2
     if ranked is None:
         ranked = torch.ones_like(possible)
     u, possible = torch.where(ranked, u, floor), possible & ranked
@@ -66,13 +70,12 @@ def formula(given: Lists) -> Tensor:
     bottom = ~below(ranked.to(dtype), 0).bool()
     if last_group_free or ties == "exact":
         charged = charged & ~bottom
-    # What stands at or below each item; whoever competes with impossible items only costs nothing.
+    # What stands at or below each item; one of -inf is lost where it competes with one that can be chosen.
     everything = _suffix_logsumexp(u, floor)
     rivals = pad(possible.long().flip(-1).cumsum(-1).flip(-1), (0, 1))
     tied = count > 1
     seen = torch.where(tied, first, index + 1)
     seen = after if ties == "exact" else seen
-    charged = charged & (rivals.gather(-1, seen) > 0)
 
     rest = below(everything, floor)
     single = -logsigmoid(u - rest)
@@ -85,7 +88,7 @@ def formula(given: Lists) -> Tensor:
         left = (1 - (index - first) / count).log()
         own = torch.stack([left + mass, rest]).logsumexp(0) - u
     cost = torch.where(charged, weight * torch.where(tied, own, single), 0)
-    lost = torch.where(charged & ~possible, weight * torch.inf, 0)
+    lost = torch.where(charged & ~possible & (rivals.gather(-1, seen) > 0), weight * torch.inf, 0)
     loss = (cost + lost).sum(-1).to(result_dtype)
     return torch.where(unknown_labels(labels, mask), torch.nan, loss) if labels.is_floating_point() else loss
 

@@ -29,8 +29,9 @@ with `beta_gradient_bj = sum_i G_bji scores_bi`, computed as sum_i G_i (scores_i
 
 `order` (B, m, K) holds the items best first, masked items last: `labels.argsort(descending=True)`. It decides the
 ranking; labels then only say which neighbours in that order are tied. Lists with fewer than two items have loss 0 and
-gradient 0. A masked slot is never read into arithmetic. A score of -inf above other items makes the loss +inf and
-keeps a finite gradient, -W; at the bottom it costs nothing.
+gradient 0. A masked slot is never read into arithmetic. A score of -inf above finite ones makes the loss +inf and
+keeps a finite gradient, -W; alone at the bottom it costs nothing, and several are equal scores. A score of inf makes
+the loss NaN.
 
 `cpu.py` and `gpu.py` say how either machine computes it.
 """
@@ -40,7 +41,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mopl._arguments import check_choice, or_nan, shape_of
+from mopl._arguments import KNOWN, check_choice, or_nan, readable, shape_of
 from mopl._renamed import renamed_keywords
 from mopl.ops import _derivatives as derivatives
 from mopl.ops._backend import path_for, use_triton
@@ -68,7 +69,8 @@ def plackett_luce_nll(
 
     Args:
         scores: (B, K), any floating dtype; arithmetic is in float32, in float64 for float64.
-        labels: (B, m, K) of any dtype, higher is better, equal is tied; a NaN makes the loss of its list NaN.
+        labels: (B, m, K) of any dtype, higher is better, equal is tied; a NaN is an error on a
+            CPU, and makes the loss of its list NaN elsewhere.
         beta: (B, m), or (B, 1) for one β a list.
         mask: (B, K), true where an item exists; None means everywhere.
         order: (B, m, K) indices of the items, best first, masked items last; None sorts the labels here.
@@ -82,17 +84,21 @@ def plackett_luce_nll(
 
     Raises:
         TypeError: if scores are not floating point, the mask is not boolean or the order is not integer.
-        ValueError: if a shape does not fit, nothing is broadcast here; or if `ties` is unknown.
+        ValueError: if a shape does not fit, nothing is broadcast here; if `ties` is unknown; or, on a CPU, if β is not
+            finite or a label or a position weight is NaN.
     """
-    check_list_op(scores, labels, beta, mask)
+    check_list_op(scores, labels, beta, mask, KNOWN)
     check_choice(ties, TIES, "ties")
-    check_positions(order, position_weights, labels)
+    check_positions(order, position_weights, labels, mask)
     rule = Rule(top_k, ties, last_group_free)
     return nll(Lists(scores, labels, beta, mask, order, position_weights, rule))
 
 
-def check_positions(order: Tensor | None, position_weights: Tensor | None, labels: Tensor) -> None:
-    """Raise unless an order and weights of positions are tensors that fit labels (B, m, K)."""
+def check_positions(order: Tensor | None, position_weights: Tensor | None, labels: Tensor, mask: Tensor | None) -> None:
+    """Raise unless an order and weights of positions are tensors that fit labels (B, m, K); none of these may be NaN.
+
+    What stands at positions that a list lacks is not read.
+    """
     if order is not None:
         is_tensor = isinstance(order, Tensor)
         if not is_tensor or order.dtype == torch.bool or order.is_floating_point() or order.is_complex():
@@ -111,6 +117,13 @@ def check_positions(order: Tensor | None, position_weights: Tensor | None, label
                 f"position_weights {got} but labels are {shape_of(labels)}; "
                 f"pass a tensor (K,) or (B, m, K): ({labels.shape[-1]},) or {shape_of(labels)}"
             )
+        if readable(position_weights) and (mask is None or readable(mask)):
+            unknown = position_weights.isnan()
+            if mask is not None:
+                place = torch.arange(mask.shape[1], device=mask.device)
+                unknown = unknown & (place < mask.sum(-1)[:, None, None])
+            if bool(unknown.any()):
+                raise ValueError("position_weights hold nan but every entry must be a number; pass 0 for no weight")
 
 
 def nll(given: Lists) -> Tensor:

@@ -21,6 +21,8 @@ def scaled(r: Rankings, need_grad: bool) -> tuple[Tensor, Tensor | None]:
     top_k = max of u from item k on, and s_k = sum of exp(u - top_k) from item k on, so that L_k = top_k + log s_k. Both
     that sum and the sum of w_i / exp(L_i) over the items above k obey recurrences whose factors exp(top_k - top_i) are
     at most 1; log2(K) doublings evaluate them for all lists and items at once.
+
+    Scores of -inf are equal and below all others: the lowest number stands for them, and what is infinite is put in.
     """
     u, size = r.u, r.u.shape[1]
     groups = None if r.leads is None else _tied_groups(r, r.leads.reshape(-1) == 0)
@@ -29,6 +31,15 @@ def scaled(r: Rankings, need_grad: bool) -> tuple[Tensor, Tensor | None]:
         u = u.masked_fill(~r.valid, -torch.inf)
     undefined = ~(u < torch.inf).all(-1)
     u = u.masked_fill(undefined[:, None], 0)
+    hopeless = u == -torch.inf
+    rivals = None
+    if r.valid is not None:
+        hopeless &= r.valid
+    if bool(hopeless.any()):
+        # Whether an item that can be chosen stands at a place or below it.
+        rivals = (u > -torch.inf).flip(-1).cumsum(-1).flip(-1) > 0
+        rivals = torch.cat([rivals, torch.zeros_like(rivals[:, :1])], 1)
+        u = u.masked_fill(hopeless, lowest)
     top = u.flip(-1).cummax(-1).values.flip(-1).clamp_(min=lowest)
     s = (u - top).exp_()
     for step in _doublings(size):
@@ -36,7 +47,7 @@ def scaled(r: Rankings, need_grad: bool) -> tuple[Tensor, Tensor | None]:
 
     next_top = torch.cat([top[:, 1:], torch.full_like(top[:, :1], lowest)], 1)
     next_s = torch.cat([s[:, 1:], torch.zeros_like(s[:, :1])], 1)
-    last = next_s == 0  # nothing below, or nothing that could ever be chosen
+    last = next_s == 0  # nothing below
     v = u - next_top
     leads = v >= 0
     x = torch.where(leads, next_s * v.clamp(min=0).neg_().exp_(), s - 1)
@@ -48,11 +59,6 @@ def scaled(r: Rankings, need_grad: bool) -> tuple[Tensor, Tensor | None]:
         first_top = top.view(-1)[groups.first]
         gap = top.view(-1)[after] - first_top
         rest = torch.where(groups.bottom, 0, s.view(-1)[after] * gap.exp())
-        # Where everything below is -inf the group is certain, and its own order cannot be seen.
-        empty = torch.where(groups.bottom, 0, s.view(-1)[after]) == 0
-        hopeless = s.view(-1)[groups.first] == 0
-        skip = hopeless | empty if r.rule.ties == "exact" else hopeless
-        groups = groups._replace(weight=groups.weight.masked_fill(skip, 0))
         part, own, passed = _charge(
             groups,
             r.rule.ties,
@@ -62,6 +68,8 @@ def scaled(r: Rankings, need_grad: bool) -> tuple[Tensor, Tensor | None]:
             u.view(-1)[groups.items] - top.view(-1)[after][groups.group] - s.view(-1)[after].log()[groups.group],
         )
         loss.view(-1)[groups.items] = part
+    if rivals is not None:
+        loss = _with_lost(loss, hopeless, rivals, weight, groups, in_any_order=r.rule.ties == "exact")
     loss = loss.sum(-1).masked_fill_(undefined, torch.nan)
     if not need_grad:
         return loss, None
@@ -79,7 +87,7 @@ def scaled(r: Rankings, need_grad: bool) -> tuple[Tensor, Tensor | None]:
     above = torch.zeros_like(y)
     torch.mul(y[:, :-1], (top[:, 1:] - top[:, :-1]).exp_(), out=above[:, 1:])
     if groups is not None:
-        passes = ~(groups.bottom | empty)
+        passes = ~groups.bottom
         above.view(-1)[after[passes]] = (passed / s.view(-1)[after])[passes]
     for step in _doublings(size):
         above[:, step:] += above[:, :-step] * (top[:, step:] - top[:, :-step]).exp_()
@@ -89,6 +97,25 @@ def scaled(r: Rankings, need_grad: bool) -> tuple[Tensor, Tensor | None]:
         if r.valid is not None:
             gradient.masked_fill_(~r.valid, 0)
     return loss, gradient
+
+
+def _with_lost(
+    loss: Tensor,  # (R, K)
+    hopeless: Tensor,  # (R, K) true where the score is -inf
+    rivals: Tensor,  # (R, K + 1)
+    weight: Tensor | None,
+    groups: Groups | None,
+    in_any_order: bool,
+) -> Tensor:
+    """Return the items' parts of the loss, infinite where one of -inf is charged against one that can be chosen."""
+    size, seen = loss.shape[1], rivals[:, 1:].clone()
+    charge = loss.new_ones(loss.shape) if weight is None else weight.expand_as(loss).clone()
+    if groups is not None:  # whose items compete with each other too, but not over their order under "exact"
+        place = groups.first + groups.first // size  # in rows of K + 1
+        place = place + groups.size if in_any_order else place
+        seen.view(-1)[groups.items] = rivals.reshape(-1)[place][groups.group]
+        charge.view(-1)[groups.items] = groups.weight[groups.group].to(loss.dtype)
+    return torch.where(hopeless & seen & (charge != 0), charge * torch.inf, loss)
 
 
 def _doublings(size: int) -> list[int]:
