@@ -169,3 +169,24 @@ def test_the_blocks_and_lines_of_a_page_run(runner: Runner) -> None:
 @pytest.mark.parametrize("runner", ALONE, ids=[f"{step.where} {step.text[:60]}" for step in ALONE], indirect=True)
 def test_a_training_of_a_page_runs(runner: Runner) -> None:
     run_steps(runner.steps, runner)
+
+
+@pytest.mark.parametrize(
+    ("shown", "printed", "same"),
+    [
+        ("0.587", "0.588", True),  # one unit of the last digit, as other machines round
+        ("0.587", "0.589", False),
+        ("0.587", "0.5870", False),
+        ("[True, 41%]", "[True, 42%]", False),
+        ("59,049 times", "59,050 times", False),
+        ("0.554355263710022", "0.554355263710019", True),
+        ("0.554355263710022", "0.5543", False),
+        ("w = 1.0   x", "w = 1.0 x", True),
+        ("w = 1.0 x", "w = 1.0 y", False),
+        ("1.5\n2.5", "1.5", False),
+        ("-0.25", "0.25", False),
+        ("1.0e-04", "1.0e-05", False),
+    ],
+)
+def test_what_counts_as_the_output_that_a_page_shows(shown: str, printed: str, same: bool) -> None:
+    assert (differences(shown, printed) == "") is same

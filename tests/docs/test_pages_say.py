@@ -34,12 +34,11 @@ REFERENCE = [page for page in PAGES if page.parent == ROOT / "docs" / "reference
 ROOT_PAGES = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}  # by docs/hooks.py
 # Options of other programs that the pages name: accelerate, pip, vLLM, SGLang, TGI, llama.cpp, pytest, MkDocs.
 OTHERS = {
-    "--durations", "--import-mode", "--maxfail", "--maxschedchunk", "--tb", "--model-path", "--max-loras-per-batch",
-    "--model-id", "--no-X",
-    "--num_processes", "--use_fsdp", "--fsdp_version", "--index-url", "--max-lora-rank", "--max-loras", "--enable-lora",
-    "--max-cpu-loras", "--lora-modules", "--lora-target-modules", "--lora-paths", "--lora-init-without-apply", "--lora",
-    "--lora-scaled", "--lora-backend", "--module", "--multi_gpu", "--cpu", "--no-deps", "--fsdp_offload_params",
-    "--enable-prompt-embeds", "--jinja", "--no-jinja", "--strict", "--shell",
+    "--num_processes", "--use_fsdp", "--fsdp_version", "--module", "--multi_gpu", "--index-url", "--enable-lora",
+    "--max-lora-rank", "--max-loras", "--max-cpu-loras", "--lora-modules", "--enable-prompt-embeds", "--model-path",
+    "--max-loras-per-batch", "--lora-target-modules", "--lora-paths", "--model-id", "--lora", "--lora-scaled",
+    "--jinja", "--no-jinja", "--durations", "--import-mode", "--maxfail", "--maxschedchunk", "--tb", "--strict",
+    "--shell", "--no-X",
 }  # fmt: skip
 
 # Classes and names of others: sentence-transformers, Liger, NeMo-RL, LoRAX, Lightning, torch's compiler, LightGBM,
