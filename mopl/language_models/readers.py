@@ -242,7 +242,8 @@ def _rows_of_file(path: Path, cache_dir: Any) -> Iterator[Placed]:
             _check_text(path)
         rows = _load_dataset(kind[1:], data_files=[str(path)], split="train", cache_dir=cache_dir)
         return _numbered(rows)
-    raise ValueError(f"{path.name} ends in {path.suffix!r} but must be one of {', '.join(_ENDINGS)}")
+    alone = "; prompts alone, without answers, are what mopl clp takes" if kind == ".txt" else ""
+    raise ValueError(f"{path.name} ends in {path.suffix!r} but must be one of {', '.join(_ENDINGS)}{alone}")
 
 
 def _check_text(path: Path) -> None:
