@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import ipaddress
 import signal
 import socket
@@ -35,8 +36,14 @@ def bound_socket(host: str, port: int) -> socket.socket:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind(address)
     except OSError as error:
-        raise ValueError(f"host {host} port {port} cannot be used ({error.strerror or error}); name another") from None
+        raise _unusable(host, port, error) from None
     return made
+
+
+def _unusable(host: str, port: int, error: OSError) -> ValueError:
+    of_port = error.errno in (errno.EADDRINUSE, errno.EACCES)
+    remedy = "name another, as --port 8001, or --port 0 for any free one" if of_port else "name another --host"
+    return ValueError(f"host {host} port {port} cannot be used ({error.strerror or error}); {remedy}")
 
 
 def url_of(at: socket.socket) -> str:
@@ -81,7 +88,16 @@ class Server:
         self._stopped = False
 
     def run(self) -> None:
-        """Answer requests; SIGINT and SIGTERM stop it, if this is the main thread."""
+        """Answer requests; SIGINT and SIGTERM stop it, if this is the main thread.
+
+        Raises:
+            ValueError: If another server has taken the address since the socket was bound.
+        """
+        try:
+            self._at.listen()  # of several sockets that are bound to an address, one may
+        except OSError as error:
+            host, port = self._at.getsockname()[:2]
+            raise _unusable(host, port, error) from None
         with self._signals():  # to the end: one more signal is not to kill what is ending
             self._engine.start()
             try:

@@ -364,6 +364,13 @@ def test_a_signal_while_the_model_is_loaded_ends_the_command_with_a_word(folder,
     assert capsys.readouterr().err == "mopl serve: stopped before the model was loaded\n"
 
 
+def test_of_two_servers_that_load_at_one_port_the_second_says_what_to_do(model):
+    with bound_socket("127.0.0.1", 0) as first, bound_socket(*first.getsockname()) as second:
+        first.listen()  # both were free to bind; the first has loaded its model sooner
+        with pytest.raises(ValueError, match=r"port \d+ cannot be used \(.* in use\); name another, as --port 8001"):
+            Server(Api(Engine(served(model)), log=False), second).run()
+
+
 def test_what_cannot_be_served_is_an_error_of_one_line(folder, capsys, monkeypatch, tmp_path):
     monkeypatch.delenv("MOPL_API_KEY", raising=False)
     (tmp_path / "empty").write_text("\n")
@@ -373,7 +380,10 @@ def test_what_cannot_be_served_is_an_error_of_one_line(folder, capsys, monkeypat
         for more, words in (
             (["--host", "0.0.0.0"], "requests need a key: put one into MOPL_API_KEY"),
             (["--host", "192.0.2.1"], "host 192.0.2.1 port 0 cannot be used"),
-            (["--port", port], f"port {port} cannot be used (Address already in use)"),
+            (
+                ["--port", port],
+                f"port {port} cannot be used (Address already in use); name another, as --port 8001, or",
+            ),
             (["--port", "70000"], "from 0 to 65535"),
             (
                 ["--weights", "0.5", "0.6"],
