@@ -12,7 +12,7 @@ for package in ("transformers", "peft", "accelerate", "httpx"):
     pytest.importorskip(package)
 
 from doc_commands import options_of_mopl
-from doc_pages import PAGES, ROOT, blocks_of, links_of, name_of, prose_of, slugs_of
+from doc_pages import PAGES, ROOT, SHELL, blocks_of, links_of, name_of, prose_of, slugs_of
 
 IDS = [name_of(page) for page in PAGES]
 ROOT_PAGES = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}  # by docs/hooks.py
@@ -60,6 +60,20 @@ def is_there(dotted: str) -> bool:
 def test_every_block_names_its_language(page: Path) -> None:
     bare = [block.where for block in blocks_of(page) if not block.language]
     assert not bare, f"write ```text, ```sh or another language: {', '.join(bare)}"
+
+
+def test_commands_of_the_readme_and_the_tutorials_fit_the_width_of_the_site() -> None:
+    """At 1,280 pixels a block shows 86 characters; what stands further right is out of view."""
+    first = [page for page in PAGES if page.name == "README.md" or page.parent.name == "tutorials"]
+    wide = [
+        f"{name_of(page)}:{block.line + number}: {len(line)} characters"
+        for page in first
+        for block in blocks_of(page)
+        if block.language in SHELL
+        for number, line in enumerate(block.text.splitlines())
+        if len(line) > 86
+    ]
+    assert not wide, "end a line with \\ and go on in the next: " + ", ".join(wide)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
