@@ -14,8 +14,7 @@ PAGE = Path(__file__).resolve().parent / "reference" / "command_line.md"
 
 INTRODUCTION = """# Command line
 
-Written by `python docs/make_command_line.py` from the parser of the commands. `mopl COMMAND --help` prints the same in
-a terminal.
+`mopl COMMAND --help` prints the same in a terminal.
 
 ```text
 mopl COMMAND [OPTIONS]
@@ -29,6 +28,8 @@ An error is one line on stderr and exit status 2; `--debug` adds the traceback. 
 with status 130 and says how to continue it. Options of commands that train are also settings of a YAML file:
 [Settings](../settings.md) lists their types, choices and defaults.
 """
+
+END = "Written by `python docs/make_command_line.py` from the parser of the commands.\n"
 
 
 def page() -> str:
@@ -51,7 +52,7 @@ def page() -> str:
         if parser.epilog:
             text = textwrap.dedent(parser.epilog.replace("%(prog)s", parser.prog)).strip()
             parts.append("```text\n" + text + "\n```\n")
-    return "\n".join(parts).rstrip() + "\n"
+    return "\n".join([*parts, END])
 
 
 def spelling(action: argparse.Action) -> str:

@@ -19,16 +19,16 @@ EXPERIMENTS = (rank.RANK, align.ALIGN, clp.CLP)
 
 INTRODUCTION = """# Settings
 
-Written by `python docs/make_settings.py` from the fields of `RankConfig`, `AlignConfig` and `ClpConfig`.
-
 A setting has one name: `learning_rate` is a field of the class, a key of a YAML file and of a run's `config.json`, \
 and the option `--learning-rate`. Lists are written `--beta 0.1 0.2` and `beta: [0.1, 0.2]`; switches `--packing` or \
 `--no-packing` and `packing: true`; a number that may be left to the run takes `none` \
 (in a file also `null`). Sections, equations and appendices are those of the COS-DPO paper (arXiv 2410.08316).
 
 ```sh
-mopl rank --data my.txt --steps 500 --print-config > my.yaml    # all settings, as the run would have them
-mopl rank --config my.yaml --seed 1                             # options override the file
+# All settings, as the run would have them
+mopl rank --data my.txt --steps 500 --print-config > my.yaml
+# Options override the file
+mopl rank --config my.yaml --seed 1
 ```
 
 Relative paths in a file are relative to the folder in which the command runs. `mopl align` also takes the options and \
@@ -39,13 +39,17 @@ Completion in a shell, with the package [shtab](https://pypi.org/project/shtab/)
 mopl.cli.build_parser > ~/.local/share/bash-completion/completions/mopl` (or `--shell=zsh`, `tcsh`).
 """
 
+END = """Written by `python docs/make_settings.py` from the fields of `RankConfig`, `AlignConfig` and `ClpConfig`.
+"""
+
 
 def page() -> str:
     """Return the page as Markdown."""
     parts = [INTRODUCTION]
     for experiment in EXPERIMENTS:
-        parts += [f"## mopl {experiment.name}\n", _table(experiment.settings, experiment.needed), ""]
-    return "\n".join([*parts, "## Examples as YAML\n", *_examples()])
+        table = _table(experiment.settings, experiment.needed)
+        parts += [f"## mopl {experiment.name}\n", '<div class="settings" markdown>\n', table, "\n</div>\n"]
+    return "\n".join([*parts, "## Examples as YAML\n", *_examples(), END])
 
 
 def _table(kind: type, needed: Sequence[str]) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -89,3 +91,16 @@ class ReadReport:
             raise DataError(f"{self}\nnothing is left to learn from")
         if self.errors:
             logger.warning("%s", self)
+
+
+def refuse_text(objectives: Sequence[str] | None) -> None:
+    if isinstance(objectives, str):
+        raise TypeError(f"objectives is {objectives!r} but must be a sequence of names; pass ({objectives!r},)")
+
+
+def no_labels_for(unknown: Sequence[str], named: Iterable[str], source: str) -> str:
+    """Say that objectives are none of those that have labels; names in one word are how others write several."""
+    parts = [name for text in unknown for name in re.split(r"[,;\s]+", text.strip(",; "))]
+    apart = parts != list(unknown) and set(parts) <= set(named)
+    remedy = f"; give each name as a word of its own: {' '.join(parts)}" if apart else ""
+    return f"no list of {source} has labels for {', '.join(unknown)}; it has {', '.join(named)}{remedy}"

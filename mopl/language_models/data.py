@@ -14,7 +14,6 @@ import gzip
 import hashlib
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,10 +22,19 @@ from typing import Any, overload
 
 import numpy as np
 
-from mopl._counted import counted
 from mopl._files import write_file
 from mopl._lines import text_fault
-from mopl.language_models._bad_rows import ON_ERROR, SHOWN, DataError, OnError, ReadReport, RowError
+from mopl.language_models._bad_rows import (
+    ON_ERROR,
+    SHOWN,
+    DataError,
+    OnError,
+    ReadReport,
+    RowError,
+    no_labels_for,
+    refuse_text,
+)
+from mopl.language_models._list_fields import Message, Text, check_equal, read_labels, read_text
 
 __all__ = [
     "DataError",
@@ -43,10 +51,6 @@ __all__ = [
     "concatenate",
 ]
 
-Message = Mapping[str, Any]
-Text = str | tuple[Message, ...]
-
-LARGEST_LABEL = float(np.finfo(np.float32).max)
 SPLIT_STREAM = 1_000_000_011  # a stream of random numbers of its own; the epochs of a run take small integers
 
 
@@ -73,12 +77,12 @@ class PreferenceList:
 
     def __post_init__(self) -> None:
         # Frozen dataclasses are assigned through object: lists from JSON become tuples, NaN becomes None, once.
-        object.__setattr__(self, "prompt", _text(self.prompt, "prompt"))
+        object.__setattr__(self, "prompt", read_text(self.prompt, "prompt"))
         if isinstance(self.responses, (str, Mapping)) or not isinstance(self.responses, Sequence):
             raise RowError("wrong type", f"responses is a {type(self.responses).__name__} but must be a list")
         if len(self.responses) < 2:
             raise RowError("fewer than two responses", f"it has {len(self.responses)}")
-        responses = tuple(_text(response, "response", number) for number, response in enumerate(self.responses))
+        responses = tuple(read_text(response, "response", number) for number, response in enumerate(self.responses))
         object.__setattr__(self, "responses", responses)
         if not isinstance(self.labels, Mapping):
             raise RowError("wrong type", f"labels is a {type(self.labels).__name__} but must map objectives to lists")
@@ -88,8 +92,8 @@ class PreferenceList:
                 continue
             if fault := text_fault(objective):
                 raise RowError("no Unicode text", f"the name of an objective {fault}")
-            labels[str(objective)] = _labels(objective, values, len(responses))
-            _check_equal(responses, str(objective), labels[str(objective)])
+            labels[str(objective)] = read_labels(objective, values, len(responses))
+            check_equal(responses, str(objective), labels[str(objective)])
         if not any(value is not None for values in labels.values() for value in values):
             raise RowError("no labels", "no response has a label under any objective")
         object.__setattr__(self, "labels", labels)
@@ -108,83 +112,6 @@ class PreferenceList:
             "responses": [plain(response) for response in self.responses],
             "labels": {objective: list(values) for objective, values in self.labels.items()},
         }
-
-
-def _text(value: Any, what: str, number: int | None = None) -> Text:
-    """Check a text or messages, and drop the None entries that tables put where a message has no such key."""
-    where = what if number is None else f"{what} {number}"
-    if fault := text_fault(value):
-        raise RowError("no Unicode text", f"{where} {fault}")
-    if isinstance(value, str):
-        if not value.strip():
-            raise RowError(f"empty {what}", f"{where} has no text")
-        return value
-    if isinstance(value, Mapping):
-        value = (value,)
-    if value is None:
-        raise RowError(f"empty {what}", f"{where} is missing")
-    if not isinstance(value, Sequence):
-        raise RowError("wrong type", f"{where} is a {type(value).__name__} but must be a text or a list of messages")
-    if len(value) == 0:
-        raise RowError(f"empty {what}", f"{where} has no messages")
-    messages = []
-    for message in value:
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise RowError("not a message", f"{where} holds {_short(message)}, which has no role and content")
-        message = {key: entry for key, entry in message.items() if entry is not None}
-        if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
-            raise RowError("not a message", f"{where} holds {_short(message)}, whose content is no text")
-        messages.append(message)
-    if not any(message.get("content", "").strip() or message.get("tool_calls") for message in messages):
-        raise RowError(f"empty {what}", f"no message of {where} has text")
-    return tuple(messages)
-
-
-def _labels(objective: str, values: Any, count: int) -> tuple[float | None, ...]:
-    if isinstance(values, (str, Mapping)) or not isinstance(values, (Sequence, np.ndarray)):
-        raise RowError("wrong type", f"the labels of {objective} are {_short(values)} but must be a list of numbers")
-    if len(values) != count:
-        many = f"{counted(len(values), 'label')} for {counted(count, 'response')}"
-        raise RowError("label list of another length", f"{objective} has {many}")
-    result: list[float | None] = []
-    for number, value in enumerate(values):
-        if value is None:
-            result.append(None)
-            continue
-        if isinstance(value, str) or not hasattr(value, "__float__"):
-            raise RowError("label is not a number", f"{objective} of response {number} is {_short(value)}")
-        try:
-            value = float(value)
-        except OverflowError:
-            raise RowError("label is too large", f"{objective} of response {number} is beyond float32") from None
-        if math.isinf(value):
-            raise RowError("label is not finite", f"{objective} of response {number} is {value}")
-        if abs(value) > LARGEST_LABEL:
-            raise RowError("label is too large", f"{objective} of response {number} is {value:g}, beyond float32")
-        result.append(None if math.isnan(value) else value)
-    return tuple(result)
-
-
-def _check_equal(responses: Sequence[Text], objective: str, labels: Sequence[float | None]) -> None:
-    """Raise if two equal responses are judged differently: whatever is learnt from one is wrong for the other.
-
-    Equal responses with equal labels are a tie, which is true, and stay.
-    """
-    if all(a not in responses[:k] for k, a in enumerate(responses)):
-        return
-    for k, label in enumerate(labels):
-        for j in range(k):
-            known = label is not None and labels[j] is not None
-            if known and label != labels[j] and responses[k] == responses[j]:
-                raise RowError(
-                    "equal responses",
-                    f"responses {j} and {k} are the same, but {objective} is {labels[j]:g} and {label:g}",
-                )
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 class PreferenceData(Sequence[PreferenceList]):
@@ -215,13 +142,13 @@ class PreferenceData(Sequence[PreferenceList]):
         if not self.lists:
             raise ValueError(f"{name} has no list; give it at least one")
         named = dict.fromkeys(objective for item in self.lists for objective in item.labels)
-        _refuse_text(objectives)
+        refuse_text(objectives)
         self.objectives = tuple(named if objectives is None else objectives)
         if len(set(self.objectives)) != len(self.objectives) or not self.objectives:
             raise ValueError(f"objectives are {self.objectives} but must be different names, at least one")
         unknown = [objective for objective in self.objectives if objective not in named]
         if unknown:
-            raise ValueError(_no_labels_for(unknown, named, name))
+            raise ValueError(no_labels_for(unknown, named, name))
         for number, item in enumerate(self.lists):
             if not any(value is not None for o in self.objectives for value in item.labels.get(o, ())):
                 raise ValueError(
@@ -334,19 +261,6 @@ class PreferenceData(Sequence[PreferenceList]):
         write_file(path, fill)
 
 
-def _refuse_text(objectives: Sequence[str] | None) -> None:
-    if isinstance(objectives, str):
-        raise TypeError(f"objectives is {objectives!r} but must be a sequence of names; pass ({objectives!r},)")
-
-
-def _no_labels_for(unknown: Sequence[str], named: Iterable[str], source: str) -> str:
-    """Say that objectives are none of those that have labels; names in one word are how others write several."""
-    parts = [name for text in unknown for name in re.split(r"[,;\s]+", text.strip(",; "))]
-    apart = parts != list(unknown) and set(parts) <= set(named)
-    remedy = f"; give each name as a word of its own: {' '.join(parts)}" if apart else ""
-    return f"no list of {source} has labels for {', '.join(unknown)}; it has {', '.join(named)}{remedy}"
-
-
 def concatenate(datasets: Sequence[PreferenceData], *, name: str = "data") -> PreferenceData:
     """Put data sets one after another; their objectives are united, and what a data set lacks is missing in its lists.
 
@@ -391,7 +305,7 @@ def collect(
     Raises:
         DataError: see `ReadReport.settle`; or if no list has labels under any of the objectives.
     """
-    _refuse_text(objectives)
+    refuse_text(objectives)
     lists: list[PreferenceList] = []
     named: dict[str, None] = {}
     for place, draft in drafts:
@@ -407,6 +321,6 @@ def collect(
             lists.append(draft)
     report.lists = len(lists)
     if named and objectives is not None and not any(objective in named for objective in objectives):
-        raise DataError(_no_labels_for(objectives, named, report.source))  # no row is to blame
+        raise DataError(no_labels_for(objectives, named, report.source))  # no row is to blame
     report.settle(on_error)
     return PreferenceData(lists, objectives, name=report.source, report=report)

@@ -47,7 +47,7 @@ def listwise_dpo(
 
     With scores s, reference s₀ and normalised labels z̄, for list b and objective j:
 
-        loss[b, j] = -Σᵢ z̄[b, j, i] log softmaxᵢ(β[b, j] (s[b, i] - s₀[b, i]))
+        loss[b, j] = -Σ_i z̄[b, j, i] log softmax_i(β[b, j] (s[b, i] - s₀[b, i]))
 
     Ren et al. 2025 (COS-DPO), equation 8; without a reference it is ListNet (Cao et al. 2007). With two items and
     one-hot labels it is DPO, with labels (1 - ε, ε) conservative DPO, with one-hot labels over more items the top-1
@@ -121,7 +121,7 @@ def plackett_luce(
     With scores s, reference s₀, position weights v and the items of a list numbered best first:
 
         u = β (s - s₀)
-        loss = Σₖ vₖ (log(exp(uₖ) + exp(uₖ₊₁) + ... + exp(u_K)) - uₖ)
+        loss = Σ_k v[k] (log(exp(u[k]) + exp(u[k+1]) + ... + exp(u[K])) - u[k])
 
     Plackett 1975; ListMLE (Xia et al. 2008); with a reference it is the listwise form of DPO (Rafailov et al. 2023,
     appendix A.3). It is also Cox's partial likelihood, from which the rules for ties come. Tied labels:

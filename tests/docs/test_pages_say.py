@@ -117,6 +117,20 @@ def test_every_command_line_is_known(page: Path) -> None:
     assert not failed, "\n".join(failed)
 
 
+def test_commands_of_the_readme_and_the_tutorials_fit_the_width_of_the_site() -> None:
+    """At 1,280 pixels a block shows 86 characters; what stands further right is out of view."""
+    first = [page for page in PAGES if page.name == "README.md" or page.parent.name == "tutorials"]
+    wide = [
+        f"{name_of(page)}:{block.line + number}: {len(line)} characters"
+        for page in first
+        for block in blocks_of(page)
+        if block.language in SHELL
+        for number, line in enumerate(block.text.splitlines())
+        if len(line) > 86
+    ]
+    assert not wide, "end a line with \\ and go on in the next: " + ", ".join(wide)
+
+
 @pytest.mark.parametrize("page", ALL, ids=IDS)
 def test_every_link_leads_somewhere(page: Path) -> None:
     broken = []
