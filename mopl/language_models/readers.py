@@ -226,7 +226,7 @@ def _from_hub(source: str, *, cache_dir: Any, **options: Any) -> Any:
         ) from error
 
 
-_ENDINGS = ".json, .jsonl, .ndjson, .parquet, .csv, .gz; prompts alone, without answers, are what mopl clp takes"
+_ENDINGS = (".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".gz")
 
 
 def _numbered(rows: Iterable[Row]) -> Iterator[Placed]:
@@ -242,7 +242,7 @@ def _rows_of_file(path: Path, cache_dir: Any) -> Iterator[Placed]:
             _check_text(path)
         rows = _load_dataset(kind[1:], data_files=[str(path)], split="train", cache_dir=cache_dir)
         return _numbered(rows)
-    raise ValueError(f"{path.name} ends in {path.suffix!r} but must be one of {_ENDINGS}")
+    raise ValueError(f"{path.name} ends in {path.suffix!r} but must be {', '.join(_ENDINGS)}; prompts alone: mopl clp")
 
 
 def _check_text(path: Path) -> None:
