@@ -26,6 +26,7 @@ from difflib import get_close_matches
 
 from mopl import __version__
 from mopl._extras import COMMANDS, require_for
+from mopl._interruption import stopped_while_importing
 from mopl._terminal import exit_status, is_terminal, one_line, print_traceback, quietly, say, terminal
 from mopl.commands import align, doctor, export, generate, rank, report, serve, steer
 from mopl.commands.experiment import process
@@ -71,6 +72,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"unrecognized arguments: {' '.join(unknown)}")
         parser = _parser_of(parsed.command, parser)
         shown = [name for name, action in parser._option_string_actions.items() if action.help != argparse.SUPPRESS]
+        if unknown[0].partition("=")[0] in shown:  # it stood in front of the command
+            parser.error(f"{unknown[0]} belongs behind the command: mopl {parsed.command} {unknown[0]} ...")
         near = get_close_matches(unknown[0].partition("=")[0], shown, 1)
         parser.error(f"unrecognized arguments: {' '.join(unknown)}" + "".join(f" (did you mean {o}?)" for o in near))
     return parsed
@@ -121,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: After `--help` and `--version` (0), and on a command line that is wrong (2).
     """
-    with terminal() as out:
+    with stopped_while_importing(), terminal() as out:
         parsed = _parse(arguments)
         if parsed.command is None:
             print(build_parser().format_help(), end="")

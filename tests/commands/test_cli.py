@@ -118,6 +118,7 @@ def test_quiet_leaves_results_warnings_and_errors(tmp_path, capsys, monkeypatch)
         (["steer", "x", "--weights", "a=0.7", "b=0.3"], "--weights is 'a=0.7' but must be numbers; write nothing but"),
         (["steer", "--weights", "runs/x"], "--weights is 'runs/x' but must be numbers; write nothing but them, such "),
         (["steer", "x", "--weights", "--quiet"], "argument --weights: expected at least one argument"),
+        (["--quiet", "rank"], "mopl rank: error: --quiet belongs behind the command: mopl rank --quiet ..."),
         (["rank", "--stepz", "3"], "mopl rank: error: unrecognized arguments: --stepz 3 (did you mean --steps?)"),
         (["steer", "x", "--weights", "1", "--zzz"], "unrecognized arguments: --zzz; see mopl steer"),
         (["rank", "--data", "travle"], "travle: there is no such file or folder, nor an embedded data set"),
