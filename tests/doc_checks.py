@@ -45,8 +45,8 @@ def check_command(command: Command, written: str = "") -> None:
             parse(words)
         elif program == "accelerate":
             at = words.index("-m") if "-m" in words else len(words)
-            if words[0] != "launch" or words[at + 1 : at + 2] != ["mopl.cli"]:
-                raise Failed("pages launch mopl.cli alone: accelerate launch ... -m mopl.cli ...")
+            if words[0] != "launch" or words[at + 1 : at + 2] != ["mopl"]:
+                raise Failed("pages launch mopl alone: accelerate launch ... -m mopl ...")
             parse(words[at + 2 :])
         elif program in ("python", "python3"):
             check_python(words, written)
@@ -76,7 +76,7 @@ def address_of(words: list[str]) -> tuple[str, str, str]:
 
 def check_python(words: list[str], written: str) -> None:
     """Check that a module or a script is there, and knows its options if it is one of the project."""
-    if words[:2] == ["-m", "mopl.cli"]:
+    if words[:2] == ["-m", "mopl"]:
         parse(words[2:])
     elif words[0] == "-m" and words[1].startswith("bench."):
         check_script(ROOT / f"{words[1].replace('.', '/')}.py", words[2:])

@@ -162,13 +162,13 @@ class Runner:
             return
         environment = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if "--use_fsdp" in words else {}
         command = small(named(words[at + 2 :]))
-        done = launch(2, "-m", "mopl.cli", *command, PYTHONPATH=str(ROOT), **environment)
+        done = launch(2, "-m", "mopl", *command, PYTHONPATH=str(ROOT), **environment)
         if done.returncode:
             raise Failed(f"{' '.join(words)}: {done.stderr[-2000:]}")
 
     def _python(self, words: list[str]) -> None:
         """Run what is small: a text, mopl itself, or a script that the page wrote."""
-        if words[:2] == ["-m", "mopl.cli"]:
+        if words[:2] == ["-m", "mopl"]:
             self._mopl(words[2:], Command(()))
         elif words[:1] == ["-c"]:
             exec(compile(words[1], "-c", "exec"), {"__name__": "__main__"})

@@ -45,7 +45,7 @@ examples:
   continue after Ctrl-C or a crash, bit for bit:
     mopl align --run runs/chat --resume
   on two GPUs:
-    accelerate launch --num_processes 2 -m mopl.cli align --model MODEL \\
+    accelerate launch --num_processes 2 -m mopl align --model MODEL \\
         --data lists.jsonl
 """
 

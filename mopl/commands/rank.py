@@ -22,7 +22,7 @@ examples:
   continue after Ctrl-C or a crash, bit for bit:
     mopl rank --run runs/shop --resume
   on two GPUs:
-    accelerate launch --num_processes 2 -m mopl.cli rank --data train.txt
+    accelerate launch --num_processes 2 -m mopl rank --data train.txt
 """
 
 

@@ -132,7 +132,7 @@ def test_help_has_examples_that_parse_and_needs_no_torch(capsys):
     examples = re.findall(r"^ {4}\S.*", help, re.MULTILINE)
     assert len(examples) >= 5
     for example in examples:
-        words = example.replace("accelerate launch --num_processes 2 -m mopl.cli", "mopl").split()
+        words = example.replace("accelerate launch --num_processes 2 -m mopl", "mopl").split()
         build_parser().parse_args(words[words.index("mopl") + 1 :])
     code = "import sys; from mopl.cli import main; main(['align', '--help'])"
     code = (

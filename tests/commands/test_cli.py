@@ -43,7 +43,7 @@ def test_help_has_examples_that_parse(command, capsys):
     examples = re.findall(r"^ {4}\S.*", out.split("examples:")[1].replace("\\\n", ""), re.MULTILINE)
     assert len(examples) >= 2
     for example in examples:
-        words = shlex.split(example.replace("accelerate launch --num_processes 2 -m mopl.cli", "mopl"))
+        words = shlex.split(example.replace("accelerate launch --num_processes 2 -m mopl", "mopl"))
         build_parser().parse_args(words[words.index("mopl") + 1 :])
 
 

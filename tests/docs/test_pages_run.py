@@ -52,8 +52,8 @@ def words_of(step: Block | Line) -> list[str]:
     if isinstance(step, Block):
         return []
     words = list(step.commands()[-1].words) if step.commands() else []
-    if "mopl.cli" in words:
-        return words[words.index("mopl.cli") + 1 :]
+    if "-m" in words:
+        return words[words.index("-m") + 2 :] if words[words.index("-m") + 1] == "mopl" else []
     return words[1:] if words[:1] == ["mopl"] else []
 
 
