@@ -24,6 +24,10 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, options_anywhere: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._options_anywhere = options_anywhere
+        # argparse takes -1e3 for an option.
+        self._negative_number_matcher = re.compile(
+            r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$|-(inf|infinity|nan)$", re.IGNORECASE
+        )
         self.advanced: set[str] = set()
 
     def format_help(self, *, everything: bool = False) -> str:
@@ -47,30 +51,47 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Parse; numbers of an option become words of their own, and options that may be anywhere go to the front."""
-        args = self._numbers_apart(sys.argv[1:] if args is None else args)
-        if self._options_anywhere:
-            args = self._options_first(args)
-        return super().parse_known_args(args, namespace)
-
-    def _numbers_apart(self, args: Sequence[str]) -> list[str]:
-        apart, rest = [], list(args)
+        options, positionals, rest = [], [], list(sys.argv[1:] if args is None else args)
         while rest:
             word = rest.pop(0)
-            apart.append(word)
             if word == "--":
-                return apart + rest
+                positionals += rest if self._options_anywhere else [word, *rest]
+                break
             flag, equals, value = word.partition("=")
             action = self._option_string_actions.get(flag)
-            if action is None or action.nargs in (None, 0) or _number_type(action) is None:
-                continue
-            if equals and _numbers(value):
-                apart[-1:] = [flag, *_numbers(value)]
-            known = len(apart)
-            # A word with spaces that comes later is a prompt, such as "1, 2, 3,".
-            while not equals and rest and (len(apart) == known or " " not in rest[0]) and (found := _numbers(rest[0])):
-                apart += found
+            if action is None:  # a positional argument, or an option that is not known
+                positional = self._options_anywhere and (word == "-" or not word.startswith("-"))
+                (positionals if positional else options).append(word)
+            elif equals:  # what ends here, too
+                several = _numbers(value) if action.nargs is not None and _number_type(action) else []
+                options += [flag, *several] if len(several) > 1 else [word]
+            elif action.nargs is None:
+                options += [word, *rest[:1]]
+                del rest[:1]
+            else:
+                options += [word, *(() if action.nargs == 0 else self._values(rest, action))]
+        words = [*options, "--", *positionals] if positionals and self._options_anywhere else [*options, *positionals]
+        return super().parse_known_args(words, namespace)
+
+    def _values(self, rest: list[str], action: argparse.Action) -> list[str]:
+        """Take the values of an option, of which it has several, from the words behind it."""
+        found: list[str] = []
+        while rest:
+            numbers = _numbers(rest[0]) if _number_type(action) else []
+            if rest[0] == "," and found and rest[1:] and _numbers(rest[1]):
                 del rest[0]
-        return apart
+                continue
+            if not numbers:
+                # What follows at once is meant for the option, and an error if it is no number.
+                if self._options_anywhere and not found and rest[0][:1] != "-":
+                    found.append(rest.pop(0))
+                break
+            # Several numbers in a word that comes later are a prompt, such as "1, 2, 3".
+            if self._options_anywhere and found and len(numbers) > 1:
+                break
+            found += numbers
+            del rest[0]
+        return found
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
         kind = _number_type(action)
@@ -97,28 +118,6 @@ class Parser(argparse.ArgumentParser):
             raise argparse.ArgumentError(None, f"there is no command {value!r}{near}; commands are {', '.join(known)}")
         name = action.option_strings[-1] if action.option_strings else action.metavar or action.dest
         raise argparse.ArgumentError(None, f"{name} is {value!r} but must be one of {', '.join(known)}{near}")
-
-    def _options_first(self, args: Sequence[str]) -> list[str]:
-        options, positionals, rest = [], [], list(args)
-        while rest:
-            argument = rest.pop(0)
-            if argument == "--":
-                positionals += rest
-                break
-            if argument == "-" or not argument.startswith("-"):
-                positionals.append(argument)
-                continue
-            options.append(argument)
-            action = self._option_string_actions.get(argument)
-            if action is None or action.nargs == 0:  # a flag, --option=value, or an unknown one
-                continue
-            if action.nargs == "+":
-                # What follows at once is meant for the option, and an error if it is no number.
-                while rest and (_numbers(rest[0]) or (options[-1] is argument and rest[0][:1] != "-")):
-                    options.append(rest.pop(0))
-            elif rest:
-                options.append(rest.pop(0))
-        return [*options, "--", *positionals] if positionals else options
 
 
 class _HelpAll(argparse.Action):
@@ -185,7 +184,7 @@ def _number_type(action: argparse.Action) -> type[int] | type[float] | None:
 
 def _numbers(text: str) -> list[str]:
     """Return the numbers of a text, with commas or spaces between them; none if there is something else in it."""
-    words = re.split(r"\s*,\s*|\s+", text.strip().removesuffix(","))
+    words = re.split(r"\s*,\s*|\s+", text.strip().removeprefix(",").removesuffix(",").strip())
     try:
         _ = [float(word) for word in words]
     except ValueError:

@@ -179,7 +179,7 @@ def summarise(fronts: object, metric: Metric | None = None, notes: Sequence[str]
     )
     headers = ("Method", *(column.header + arrows[column.sign] for column in columns))
     own = [f"{record.method}: {note}" for record in records for note in record.notes]
-    notes = [*notes, *dict.fromkeys(own)]
+    notes = [*notes, *dict.fromkeys(own), *(_behind_base(groups) if len(references) < 2 else ())]
     note = _note(records, groups, references, metric, best[len(measured) :], kept, notes)
     return Summary(headers, rows, note, tuple(column.anchor for column in columns))
 
@@ -226,6 +226,19 @@ def _note(
     counted = "all that must be kept for every trade-off, base included" if kept else "those that were trained"
     parts.append(f"parameters: {counted}")
     return clean("; ".join([*parts, metric.describe()]) + ".") + "".join(f"\nNote: {clean(note)}." for note in notes)
+
+
+def _behind_base(groups: dict[str, list[Front]]) -> list[str]:
+    """Return a note that names the methods whose hypervolume is below that of the only base model."""
+    volumes = {method: mean_and_std(number(r.hypervolume) for r in seeds)[0] for method, seeds in groups.items()}
+    base = [volumes[method] for method, seeds in groups.items() if is_base(seeds[0])]
+    behind = [method for method, volume in volumes.items() if len(base) == 1 and volume < base[0]]
+    if not behind:
+        return []
+    return [
+        f"{', '.join(behind)}: hypervolume below that of the model before training (base), so the training spoiled "
+        "more of an objective than it gained; a lower learning rate, other steps or more data may help"
+    ]
 
 
 def _steps_kept(method: str, seeds: list[Front]) -> str:

@@ -158,6 +158,31 @@ def test_numbers_of_an_option_have_spaces_or_commas_between_them(written):
 
 
 @pytest.mark.parametrize(
+    ("words", "weights", "prompts"),
+    [
+        (["--weights", "0.7", "0.3", "1, 2, 3"], [0.7, 0.3], ["1, 2, 3"]),  # a prompt of numbers
+        (["--weights", "0.7", "0.3", "1,2,3"], [0.7, 0.3], ["1,2,3"]),
+        (["--weights=1", "42"], [1.0], ["42"]),  # what = gives ends there
+        (["--weights=0.7,0.3", "42"], [0.7, 0.3], ["42"]),
+        (["--weights", "0.7", ",", "0.3", "Hi"], [0.7, 0.3], ["Hi"]),
+        (["--weights", "0.7", ",0.3", "Hi"], [0.7, 0.3], ["Hi"]),
+        (["--weights", "1e0", "-0e-3", "Hi"], [1.0, 0.0], ["Hi"]),
+        (["--weights", "0.7", "0.3", "--", "-5 degrees"], [0.7, 0.3], ["-5 degrees"]),
+    ],
+)
+def test_numbers_end_where_a_prompt_begins(words, weights, prompts):
+    asked = build_parser().parse_args(["generate", "run", *words])
+    assert (asked.run, asked.weights, asked.prompts) == ("run", weights, prompts)
+
+
+def test_negative_numbers_have_any_form_and_a_run_may_be_called_by_a_number():
+    given = ["align", "--model", "m", "--data", "d"]
+    for words in (["--reference-point=-1e3,-inf"], ["--reference-point", "-1e3", "-inf"]):
+        assert build_parser().parse_args([*given, *words]).reference_point == [-1000.0, -float("inf")]
+    assert build_parser().parse_args(["steer", "--beta=0.5", "2024", "--weights", "1"]).run == "2024"
+
+
+@pytest.mark.parametrize(
     ("weights", "message"),
     [
         ("", "--weights is missing; pass one number for each objective: --weights 0.5 0.5 (aux1, aux2);"),

@@ -102,6 +102,14 @@ def test_best_value_of_each_column_is_marked_and_the_base_model_never_is():
     assert not any(cell.best for _, cells in summarise([base(), front()]).rows for cell in cells)  # nothing to compare
 
 
+def test_a_method_behind_the_model_before_training_is_named():
+    note = "hypervolume below that of the model before training (base)"
+    assert note not in summarise([base(), *several()]).note
+    found = summarise([{**base(), "hypervolume": 0.18}, *several()]).note  # 0.2, 0.185, 0.17
+    assert f"Note: dpo-soup: {note}" in found
+    assert note not in summarise([{**base(), "hypervolume": 0.18}, *several(reference_point=[-1.0, 0.0])]).note
+
+
 def test_what_a_method_was_trained_for_stands_first_and_only_measured_methods_compete():
     name = "Divergence to teachers (nats)"
     student = front("distill", measures={name: {"value": 0.125, "base": 0.5}})
