@@ -144,7 +144,7 @@ class AlignConfig(CosDpoSettings, LanguageModelSettings):
     distill_tokens: int = in_method(
         64, "maximum number of tokens of the student's own answers in distill", at_least=1, metavar="TOKENS"
     )
-    steps: int | None = setting(None, unset="3 epochs, at least 100")
+    steps: int | None = setting(None, unset="3 epochs, at least 100", at_least=1)
     lists_per_batch: int = in_training(16, "lists per optimizer step", at_least=1, metavar="LISTS")
     learning_rate: float = setting(2e-4, "learning rate of the adapters")
     prompt_learning_rate: float | None = in_training(

@@ -35,7 +35,7 @@ def check_trade_off(weights: Sequence[float] | None, objectives: Sequence[str]) 
     example, names = " ".join(example_weights(len(objectives))), ", ".join(objectives)
     if weights is None:
         raise ValueError(f"--weights is missing; pass one number for each objective: --weights {example} ({names})")
-    given, total = " ".join(f"{w:g}" for w in weights), math.fsum(weights)
+    given, total = " ".join(f"{w:g}" for w in weights), sum(weights)
     if len(weights) != len(objectives):
         raise ValueError(
             f"--weights has {counted(len(weights), 'number')} but {there_are(len(objectives), 'objective')}: {names}; "
@@ -47,7 +47,10 @@ def check_trade_off(weights: Sequence[float] | None, objectives: Sequence[str]) 
         )
     if abs(total - 1) > _SLACK:
         first = [round(w / total, 3) for w in weights[:-1]]
-        shares = " ".join(f"{w:g}" for w in (*first, abs(round(1 - math.fsum(first), 3))))
+        found = [*first, abs(round(1 - math.fsum(first), 3))]
+        if not all(found) or not math.isfinite(total):  # thousandths would drop an objective
+            found = [w / total for w in weights] if math.isfinite(total) else [1 / len(weights)] * len(weights)
+        shares = " ".join(f"{w:.6g}" for w in found)
         raise ValueError(f"--weights is {given}, of the sum {total:g}, but must sum to 1; pass --weights {shares}")
 
 
@@ -55,5 +58,5 @@ def example_weights(objectives: int) -> list[str]:
     """Return a half for the first objective, the rest shared."""
     if objectives == 1:
         return ["1"]
-    rest = [round(0.5 / (objectives - 1), 2) for _ in range(objectives - 2)]
-    return [f"{w:g}" for w in (0.5, *rest, round(0.5 - sum(rest), 2))]
+    rest = [math.floor(500 / (objectives - 1) + 0.5 * (objectives < 10)) / 1000] * (objectives - 2)
+    return [f"{w:g}" for w in (0.5, *rest, round(0.5 - sum(rest), 3))]

@@ -146,7 +146,7 @@ class CosDpoSettings(RunSettings):
         "as_printed", "sign of the cosine penalty: the paper prints one and describes the other"
     )
     steps: int | None = in_training(
-        None, "optimizer steps of each trained model", unset="three epochs, at least 100", at_least=1
+        None, "optimizer steps of each trained model", unset="three epochs, at least 100", at_least=0
     )
     mixed_precision: Literal["no", "bf16", "fp16"] = in_training("no", "autocast precision of the forward pass")
     scales: tuple[float, ...] = in_evaluation(

@@ -73,7 +73,7 @@ class RankConfig(CosDpoSettings):
     )
     steps: int | None = setting(None, unset="10 epochs, at least 200")
     base_steps: int | None = in_training(
-        None, "optimizer steps of the base model", unset="3 epochs, at least 100", at_least=1
+        None, "optimizer steps of the base model", unset="3 epochs, at least 100", at_least=0
     )
     patience: int = in_training(
         6,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mopl import steering
-from mopl._arguments import check_choice, check_positive, shape_of
+from mopl._arguments import check_choice, check_positive, readable, shape_of
 from mopl._bounds import check_bounds
 from mopl._counted import counted
 from mopl._extras import require
@@ -302,11 +302,13 @@ class RankingModel(nn.Module):
             Scores (B, K); -inf in masked places.
         """
         kind = self.network.input.weight.dtype
-        if not features.is_floating_point() or torch.promote_types(features.dtype, kind) != kind:
+        if features.dtype != kind and not torch.is_autocast_enabled(features.device.type):
             raise ValueError(f"features is {features.dtype} but must be {kind}, as the model; pass features.to({kind})")
         check_positive(scale, "scale", "above 1 is closer to the base model")
         if weights is not None and self.condition is not None:
-            weights = check_weights(weights, len(self.config.objectives)).to(features)
+            if not isinstance(weights, Tensor) or readable(weights):
+                weights = check_weights(weights, len(self.config.objectives))
+            weights = weights.to(features)
         reference = self.reference(features, mask) if reference is None else reference
         scores = self(features, weights, beta=beta, mask=mask, reference=reference)
         if beta is not None:

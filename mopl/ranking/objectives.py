@@ -14,6 +14,7 @@ Two tensors of every objective leave this file, both over the items of one list:
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -62,20 +63,19 @@ class Objective:
             raise ValueError(
                 f"scale of objective {self.name!r} is {self.scale!r} but must be a number above 0 or 'std'"
             )
-        if self.scale != 1.0:
-            self.check_takes_scale()
+        if self.scale != 1.0 and self.normalize != "softmax":
+            warnings.warn(self._idle_scale(), stacklevel=3)
         if self.column is not None and self.column < 1:
             raise ValueError(f"column of objective {self.name!r} is {self.column} but columns are counted from 1")
         if self.column is not None and self.path is not None:
             raise ValueError(f"objective {self.name!r} has both a column and a label file; give one of them")
 
-    def check_takes_scale(self) -> None:
-        """Raise if the normalisation would leave a scale that somebody gave without effect."""
-        if self.normalize != "softmax":
-            raise ValueError(
-                f"scale of objective {self.name!r} is {self.scale!r} but must be left out under {self.normalize}, "
-                f"which does not depend on it; add softmax (:softmax:scale={self.scale}), or leave scale out"
-            )
+    def _idle_scale(self) -> str:
+        """Say that the normalisation leaves a scale that somebody gave without effect."""
+        return (
+            f"scale of objective {self.name!r} is {self.scale!r} but must be left out under {self.normalize}, "
+            f"which does not depend on it; add softmax (:softmax:scale={self.scale}), or leave scale out"
+        )
 
     @property
     def direction(self) -> str:
@@ -104,13 +104,14 @@ MSLR_OBJECTIVES: dict[str, Objective] = {
 }
 
 
-def parse_objective(spec: str) -> Objective:
+def parse_objective(spec: str, *, recorded: bool = False) -> Objective:
     """Read an objective from its text form, `name=source[:option]...`.
 
     The source is a one-based column (`clicks=134`) or `@` and a label file with one value a line (`dwell=@dwell.txt`;
     `{split}` in it stands for train, valid or test). Options: `min` or `max`, `l1` or `softmax`, `scale=NUMBER` or
     `scale=std`. A bare name is one of the MSLR objectives. Column labels default to `max` and `l1`. Examples are
-    `"price=7:min"` and `"quality=132:softmax:scale=std"`; a text of another form is a `ValueError`.
+    `"price=7:min"` and `"quality=132:softmax:scale=std"`; a text of another form is a `ValueError`, and so is a scale
+    without softmax, unless a run of an earlier version has `recorded` it.
     """
     usage = "write NAME=COLUMN or NAME=@FILE, then any of :min :max :l1 :softmax :scale=X, e.g. price=7:min"
     text = spec.strip()
@@ -144,20 +145,27 @@ def parse_objective(spec: str) -> Objective:
         if key in settings:
             raise ValueError(f"objective {spec!r} says {key} twice; {usage}")
         settings[key] = value
-    objective = Objective(name.strip(), column=column, path=path, **settings)  # type: ignore[arg-type]
-    if "scale" in settings:
-        objective.check_takes_scale()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        objective = Objective(name.strip(), column=column, path=path, **settings)  # type: ignore[arg-type]
+    if "scale" in settings and objective.normalize != "softmax" and not recorded:
+        raise ValueError(objective._idle_scale())
     return objective
 
 
-def parse_objectives(specs: str | Objective | Iterable[str | Objective]) -> tuple[Objective, ...]:
-    """Read several objectives of different names: a comma-separated text, or any mixture of texts and `Objective`s."""
+def parse_objectives(
+    specs: str | Objective | Iterable[str | Objective], *, recorded: bool = False
+) -> tuple[Objective, ...]:
+    """Read several objectives of different names: a comma-separated text, or any mixture of texts and `Objective`s.
+
+    `recorded` is that of `parse_objective`.
+    """
     if isinstance(specs, (str, Objective)):
         specs = [specs]
     objectives: list[Objective] = []
     for spec in specs:
         parts = [p for p in spec.split(",") if p.strip()] if isinstance(spec, str) else [spec]
-        objectives += [parse_objective(p) if isinstance(p, str) else p for p in parts]
+        objectives += [parse_objective(p, recorded=recorded) if isinstance(p, str) else p for p in parts]
     check_objectives(objectives)
     return tuple(objectives)
 

@@ -88,7 +88,11 @@ class RankingRecipe(Recipe):
         if named := [name for name in ",".join(self.config.objectives).split(",") if name.strip()]:
             self.config.betas(len(named))
             self.plan(len(named))
-        self.splits = load_splits(self.config)
+        if self.record is None:
+            for setting in ("steps", "base_steps"):  # 0 was allowed once
+                if getattr(self.config, setting) == 0:
+                    raise ValueError(f"{setting} is 0 but must be at least 1")
+        self.splits = load_splits(self.config, recorded=self.record is not None)
         train, test = self.splits["train"], self.splits["test"]
         for name, split in self.splits.items():
             whole = f"{split.name}: {counted(len(split), 'query')}, {counted(split.num_items, 'item')}"

@@ -22,6 +22,7 @@ from mopl.ranking.data import RankingData
 from mopl.ranking.loading import load
 from mopl.ranking.methods import Policy
 from mopl.ranking.normalization import FeatureNormalizer
+from mopl.ranking.objectives import parse_objectives
 from mopl.ranking.stages import REFERENCE, load_policy, read_references
 from mopl.report import Metric
 
@@ -124,11 +125,12 @@ def open_run(path: str | Path) -> RankingRun:
     return RankingRun.open(path)
 
 
-def load_splits(config: RankConfig) -> dict[str, RankingData]:
-    """Return the data of a run by split."""
+def load_splits(config: RankConfig, *, recorded: bool = True) -> dict[str, RankingData]:
+    """Return the data of a run by split; `recorded` says that it has begun, maybe with an earlier version."""
+    text = ",".join(config.objectives)
     parts = load(
-        config.data, objectives=",".join(config.objectives) or None, normalization=config.normalize_features,
-        seed=config.data_seed,
+        config.data, objectives=parse_objectives(text, recorded=recorded) if text else None,
+        normalization=config.normalize_features, seed=config.data_seed,
     )  # fmt: skip
     return dict(zip(("train", "valid", "test"), parts, strict=True))
 

@@ -167,3 +167,20 @@ def test_a_run_of_another_default_grid_is_asked_at_the_weights_that_it_has(tmp_p
     assert main(["steer", str(run), "--weights", "0", "1", "0"]) == 0
     assert main(["steer", str(run), "--weights", "0.5", "0.25", "0.25"]) == 2
     assert "0.5" in (said := capsys.readouterr().err) and "model.safetensors" not in said
+
+
+def test_a_run_with_settings_that_were_allowed_once_opens_and_goes_on(tmp_path, capsys):
+    run = tmp_path / "run"
+    text = "".join(f"{i % 2} qid:{i // 4} 1:{i % 3} 2:{i % 5} 3:0.{i}\n" for i in range(60))
+    (tmp_path / "my.txt").write_text(text)
+    given = ["--data", str(tmp_path / "my.txt"), "--objectives", "a=1", "b=2", "--base-steps", "1", "--steps", "1"]
+    few = ["--hidden", "8", "--heads", "1", "--points", "2", "--bootstrap", "0"]
+    assert main(["rank", *given, *few, "--run", str(run)]) == 0
+    record = json.loads((run / "config.json").read_text())
+    record["config"] |= {"base_steps": 0, "objectives": ["a=1:scale=1", "b=2"]}  # neither did anything
+    (run / "config.json").write_text(json.dumps(record))
+    assert main(["rank", "--run", str(run), "--resume"]) == 0
+    assert main(["steer", str(run), "--weights", "0.5", "0.5"]) == 0
+    for option in (["--base-steps", "0"], ["--objectives", "a=1:scale=2"]):
+        assert main(["rank", *given, *few, *option, "--run", str(tmp_path / "new")]) == 2
+    assert not (tmp_path / "new").exists()
