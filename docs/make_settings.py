@@ -26,7 +26,7 @@ and the option `--learning-rate`. Lists are written `--beta 0.1 0.2` and `beta: 
 
 ```sh
 # All settings, as the run would have them
-mopl rank --data my.txt --steps 500 --print-config > my.yaml
+mopl rank --steps 500 --print-config > my.yaml
 # Options override the file
 mopl rank --config my.yaml --seed 1
 ```

@@ -153,7 +153,7 @@ class AlignmentRun(LanguageModelRun):
         scored = "averaged over tokens" if loss in PER_TOKEN else "summed over tokens"
         return Metric(
             "held-out loss",
-            f"{loss} of log-probabilities {scored}, in nats; main: mean |log p - log p0| of a response, in nats",
+            f"{loss} of log-probabilities {scored}, in nats; deviation: mean |log p - log p0| of a response, in nats",
             higher_is_better=False,
             main_name="from the reference (nats)",
         )

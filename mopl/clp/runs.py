@@ -180,7 +180,7 @@ class ClpRun(LanguageModelRun):
         return Metric(
             "mean reward",
             f"over sampled answers of at most {config.max_new_tokens} tokens at temperature {config.temperature:g}, in "
-            "the reward's own unit; main: mean log-ratio of an answer to the reference, in nats",
+            "the reward's own unit; KL to the reference: mean log-ratio of an answer, in nats",
             higher_is_better=False,
             main_name="(nats)",
         )

@@ -187,13 +187,13 @@ def _lines(found: dict[str, Any]) -> list[str]:
         lines.append(f"  none: {found['gpu']}{remedy}")
     width = max((len(check["name"]) for check in found["checks"]), default=0)
     for check in found["checks"]:
-        lines.append(f"  {check['name']:<{width}}  {'right' if check['works'] else 'WRONG'}  {check['detail']}")
+        lines.append(f"  {check['name']:<{width}}  {'ok' if check['works'] else 'WRONG'}  {check['detail']}")
     wrong = [check["name"] for check in found["checks"] if not check["works"]]
     failed = [f"{len(wrong)} of {len(found['checks'])} checks failed"] if wrong else []
     if found["broken"]:
         failed.append(f"{len(found['broken'])} of {len(there)} packages cannot be imported")
     imported = f"{len(there)} packages can be imported"
-    right = f"{imported} and {len(found['checks'])} checks are right" if found["checks"] else imported
+    right = f"{imported} and {len(found['checks'])} checks passed" if found["checks"] else imported
     return [*lines, "", "; ".join(failed) or right]
 
 

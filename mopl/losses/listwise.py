@@ -79,9 +79,10 @@ def listwise_dpo(
             of 0 under `"softmax"`). On a GPU, where reading would wait, and under `torch.compile` such an entry makes
             its losses NaN.
 
-    >>> scores, labels = torch.tensor([[0.6, 0.8]]), torch.tensor([[1.0, 0.0]])
-    >>> round(float(listwise_dpo(scores, labels)), 6)
-    0.798139
+    Examples:
+        >>> scores, labels = torch.tensor([[0.6, 0.8]]), torch.tensor([[1.0, 0.0]])
+        >>> round(float(listwise_dpo(scores, labels)), 6)
+        0.798139
     """
     check_choice(normalize, ("l1", "softmax", None), "normalize")
     # A negative label, -inf too, has an error of its own under "l1".
@@ -161,9 +162,10 @@ def plackett_luce(
             positive, a weight is not finite, or a label or a position weight is NaN. On a GPU and under `torch.compile`
             such an entry makes its losses NaN.
 
-    >>> scores, labels = torch.tensor([[0.5, 0.3]]), torch.tensor([[1.0, 0.0]])
-    >>> round(float(plackett_luce(scores, labels)), 6)
-    0.598139
+    Examples:
+        >>> scores, labels = torch.tensor([[0.5, 0.3]]), torch.tensor([[1.0, 0.0]])
+        >>> round(float(plackett_luce(scores, labels)), 6)
+        0.598139
     """
     difference, labels, rate = prepare(scores, labels, reference, beta, mask, KNOWN)
     check_choice(ties, ("breslow", "efron", "exact", "random"), "ties")

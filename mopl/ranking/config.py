@@ -71,7 +71,9 @@ class RankConfig(CosDpoSettings):
         "augment: the network's output is added to the base model's scores, which needs fewer steps and is "
         "closed under equation (14); scratch: it is the scores (appendix A.6.3 has both)",
     )
-    steps: int | None = setting(None, unset="10 epochs, at least 200")
+    steps: int | None = setting(
+        None, "optimizer steps of each tuned model; the base model has --base-steps", unset="10 epochs, at least 200"
+    )
     base_steps: int | None = in_training(
         None, "optimizer steps of the base model", unset="3 epochs, at least 100", at_least=0
     )

@@ -146,7 +146,8 @@ def _choose_objectives(chosen: tuple[Objective, ...] | None, width: int, file: P
         if width != MSLR_COLUMNS:
             raise ValueError(
                 f"{file} has {counted(width, 'column')}, not the {MSLR_COLUMNS} of MSLR, so the objectives must be "
-                "named: write objectives as NAME=COLUMN or NAME=@FILE, e.g. clicks=12,price=7:min"
+                "named: write objectives as NAME=COLUMN or NAME=@FILE, e.g. clicks={max(width - 1, 1)} "
+                f"price={width}:min:softmax"
             )
         return tuple(MSLR_OBJECTIVES.values())
     for objective in chosen:

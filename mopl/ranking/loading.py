@@ -33,8 +33,8 @@ def load(
             `"travel:features=conditional_logit"`; the options are the arguments of `mopl.ranking.synthetic.synthetic`
             and `mopl.ranking.travel.travel`), or files, as `mopl.ranking.letor.load_letor` takes them. A file that is
             called travel is `./travel`.
-        objectives: of a file, the sources of the auxiliary labels (`"clicks=134,price=7:min"`); of an embedded data
-            set, the names of those to keep. Default: all of an embedded data set, MSLR's five for its files.
+        objectives: of a file, the sources of the auxiliary labels (`"clicks=134,price=7:min:softmax"`); of an embedded
+            data set, the names of those to keep. Default: all of an embedded data set, MSLR's five for its files.
         normalization: see `mopl.ranking.normalization.FeatureNormalizer`; measured on the training split. Default:
             `"global"` for travel, `"none"` for synthetic, `"log1p+global"` for files.
         seed: of drawn splits, and of synthetic data unless its options name another.

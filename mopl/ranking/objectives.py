@@ -113,7 +113,7 @@ def parse_objective(spec: str, *, recorded: bool = False) -> Objective:
     `"price=7:min"` and `"quality=132:softmax:scale=std"`; a text of another form is a `ValueError`, and so is a scale
     without softmax, unless a run of an earlier version has `recorded` it.
     """
-    usage = "write NAME=COLUMN or NAME=@FILE, then any of :min :max :l1 :softmax :scale=X, e.g. price=7:min"
+    usage = "write NAME=COLUMN or NAME=@FILE, then any of :min :max :l1 :softmax :scale=X, e.g. price=7:min:softmax"
     text = spec.strip()
     if "=" not in text:
         if text in MSLR_OBJECTIVES:
@@ -176,7 +176,8 @@ def check_objectives(objectives: Sequence[Objective]) -> None:
     if not names:
         raise ValueError("there is no auxiliary objective; name at least one")
     if len(set(names)) < len(names):
-        raise ValueError(f"two objectives have the same name in {names}; name them apart")
+        twice = next(name for place, name in enumerate(names) if name in names[:place])
+        raise ValueError(f"two objectives have the same name, {twice}, in {', '.join(names)}; rename one")
 
 
 def negative_label(value: float, objective: Objective, *, main: bool, where: str = "") -> str:

@@ -51,9 +51,10 @@ def _equal(raw: Tensor, offsets: Tensor) -> Tensor:
 def in_lines(figures: dict[str, Any]) -> str:
     """Return the figures of `statistics` as a few lines of text: of the labels as they stand in the data."""
     least, mean, most = figures["items_per_query"]
+    size = f"{least} to {most}" if least < most else least
     lines = [
         f"{figures['name']}: {counted(figures['queries'], 'query')}, {counted(figures['items'], 'item')} "
-        f"({least} to {most} a query, mean {mean:.1f}), {counted(figures['features'], 'feature')}"
+        f"({size} a query, mean {mean:.1f}), {counted(figures['features'], 'feature')}"
     ]
     for name, o in figures["objectives"].items():
         (low, high), found = o["range"], f"{o['equal_queries']:.1%} of the queries with equal labels only"

@@ -59,7 +59,7 @@ class Validation:
         if self.config.patience and fewest < FEWEST_LISTS:
             self.notes.append(
                 f"{who} all steps: {self.data.name} has {counted(fewest, 'list')} with a label of "
-                f"{names[counts.index(fewest)]}, and fewer than {FEWEST_LISTS} cannot choose a step"
+                f"{names[counts.index(fewest)]} above 0, and choosing a step needs at least {FEWEST_LISTS}"
             )
         return bool(self.config.patience) and fewest >= FEWEST_LISTS
 

@@ -226,7 +226,7 @@
     const rows = [m, ...names.keys()], base = front().base, peers = atScale(front(), scaleOf(point)).map(([p]) => p);
     const common = drawBars(byId("bars"), rows.map((k) => {
       const x = value(point, k), old = base ? value(base, k) : null, pair = ends(point, k), right = k === m ? null : accuracy(point, k);
-      const detail = (right == null ? "" : `, accuracy ${(100 * right).toFixed(0)} %`) + (pair ? ` [${number(pair[0])}, ${number(pair[1])}]` : "")
+      const detail = (pair ? ` [${number(pair[0])}, ${number(pair[1])}]` : "") + (right == null ? "" : `, accuracy ${(100 * right).toFixed(0)} %`)
         + (old != null && x != null ? `, base ${number(old)}${point.between ? "" : ` (${change(x, old)})`}` : "");
       return { k, main: k === m, title: `${axisName(k)}${k === m ? ` (${role})` : ""} ${arrow(k)}`, detail, x, old, pair, about: point.between != null,
         peers: peers.map((p) => value(p, k)).filter((y) => y != null) };

@@ -54,9 +54,10 @@ def score_in_parts(score: Callable[[Part], Tensor], parts: Sequence[Part], model
         RuntimeError: In the backward pass, if a mini-batch has other scores than before, because something else than
             torch's generators is random.
 
-    >>> model = nn.Linear(3, 1)
-    >>> scores = score_in_parts(model, torch.randn(6, 3).split(2), model)
-    >>> scores.square().sum().backward()  # as of model(all) at once
+    Examples:
+        >>> model = nn.Linear(3, 1)
+        >>> scores = score_in_parts(model, torch.randn(6, 3).split(2), model)
+        >>> scores.square().sum().backward()  # as of model(all) at once
     """
     if not len(parts):
         raise ValueError("parts is empty but must have one mini-batch at least")

@@ -32,8 +32,8 @@ def test_a_machine_in_order_is_said_to_be_so(capsys):
     packages = sum(version is not None for version in doctor.diagnose()["packages"].values())
     checks = len(doctor_checks.PROBLEMS) * (1 + torch.cuda.is_available())
     assert f"torch {torch.__version__}" in out
-    assert out.endswith(f"\n\n{packages} packages can be imported and {checks} checks are right\n")
-    assert out.count(" right  largest error ") == len(doctor_checks.PROBLEMS) * (1 + torch.cuda.is_available())
+    assert out.endswith(f"\n\n{packages} packages can be imported and {checks} checks passed\n")
+    assert out.count(" ok  largest error ") == len(doctor_checks.PROBLEMS) * (1 + torch.cuda.is_available())
 
 
 def test_json_holds_the_same(capsys):
