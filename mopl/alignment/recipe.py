@@ -16,6 +16,7 @@ See `mopl.alignment.stages` for the models of the baselines.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -118,7 +119,7 @@ class AlignmentRecipe(Recipe):
         """
         tokenizer = self.config.load_tokenizer()
         named = self.config.objectives
-        if named and not any("," in name for name in named):  # names in one word, which reading the data says
+        if named and not any(re.search(r"[,;\s]", name) for name in named):  # in one word, which reading the data says
             self._check_counts(self.config, named)
         data = load_data(self.config)
         for line in _describe_data(data):
@@ -150,7 +151,7 @@ class AlignmentRecipe(Recipe):
     def load(self) -> None:
         """Load the model: most mistakes in settings show here."""
         self.stages = Stages(self, self.splits, self.tokenizer)
-        self.stages.check()
+        self.stages.check(begins=self.record is None)
         if self.config.teachers:
             self._remember_teachers()
         if self.config.distill_on_policy:

@@ -98,12 +98,15 @@ class Stages(CosDpoStages):
         check_length(self.base, config, splits)
         self.references: dict[str, ListScores | None] = {}
 
-    def check(self) -> None:
+    def check(self, *, begins: bool) -> None:
         """Raise what would stop the run later: labels that are nowhere, adapters, rows or a reference that cannot be.
 
+        Args:
+            begins: Whether the run is new. One of an earlier version, which allowed equal labels, may go on.
+
         Raises:
-            ValueError: If an objective has no labels to learn from or to measure with, or only equal ones, or no module
-                gets adapters.
+            ValueError: If an objective has no labels to learn from or to measure with, if its labels are equal in each
+                training list, or if no module gets adapters.
             UnsupportedModelError: If the model cannot take the run's rows, or cannot generate.
             OSError: If another model is the reference and there is none.
         """
@@ -118,11 +121,12 @@ class Stages(CosDpoStages):
                         "is nothing to learn or to measure; name the others in objectives, give more lists labels, or "
                         "take another held_out or data_seed"
                     )
-                if not any(_prefers(item.labels.get(objective, ())) for item in self.splits[name].data):
+                lists = self.splits[name].data if begins and name == "train" else ()
+                if lists and not any(_prefers(item.labels.get(objective, ())) for item in lists):
                     raise ValueError(
-                        f"objective {objective!r} prefers nothing: in none of the {counts['lists']} {what} lists do "
-                        "labels differ, so there is nothing to learn or to measure; give better responses higher "
-                        "labels, name the others in objectives, or take another held_out or data_seed"
+                        f"objective {objective!r} prefers nothing: in none of the {counts['lists']} training lists do "
+                        "labels differ, so there is nothing to learn; give better responses higher labels, or name the "
+                        "others in objectives"
                     )
         own_experts = self.config.method not in CONDITIONED or (self.config.distils and not self.config.teachers)
         virtual = self.config.conditioning == "hyper-prompt" or own_experts

@@ -76,8 +76,7 @@ class RunSettings(Settings):
     points: int | None = in_evaluation(
         None,
         "number of weight vectors in the evaluation grid",
-        unset="11, 10, 11 for 2, 3, 4 objectives, 12 or more above; for mopl rank without dpo-ls and mo-dpo: 11, 28, "
-        "35, 32 or more",
+        unset="11, 10, 11 for 2, 3, 4 objectives, 12 or more above",
         at_least=1,
     )
     bootstrap: int = in_evaluation(

@@ -134,11 +134,12 @@ class Setting:
         return f"{': '.join(filter(None, (self.help, listed)))} {default}".strip()
 
     def normal(self, value: Any) -> Any:
-        """Return a value as a configuration keeps it: lists as tuples, paths absolute."""
+        """Return a value as a configuration keeps it: lists as tuples, plain numbers, paths absolute."""
         if self.many:
             if value is None:
                 raise ValueError(f"{self.name} is None but must be a list; leave it out for its default")
             value = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
+        value = tuple(map(_plain, value)) if self.many else _plain(value)
         if self.convert is None or not value:  # the path of an empty text would be the current folder
             return value
         return tuple(map(self.convert, value)) if self.many else self.convert(str(value))
@@ -158,11 +159,11 @@ class Setting:
             raise ValueError(f"{self.name} has {counted(len(entries), 'entry')} but must have {self.length}")
         if self.nonempty and not entries:
             raise ValueError(f"{self.name} needs an entry")
-        shown = " ".join(f"{x:g}" if isinstance(x, numbers.Real) else repr(x) for x in entries)
+        shown = " ".join(f"{x:g}" if isinstance(x, (int, float)) else repr(x) for x in entries)
         kind, words = _KINDS.get(self.entry, (object, ""))
         truth = self.entry in (int, float) and any(isinstance(x, bool) for x in entries)  # Python counts with it
         if not self.choices and (truth or not all(isinstance(x, kind) for x in entries)):
-            raise ValueError(f"{self.name} is {value if truth else shown} but must be {words}")
+            raise ValueError(f"{self.name} is {shown if self.many else repr(value)} but must be {words}")
         for x in entries if self.choices else ():
             if x not in self.choices:
                 raise ValueError(f"{self.name} is {x!r} but must be one of {', '.join(map(repr, self.choices))}")
@@ -172,6 +173,13 @@ class Setting:
         if not all(_LIMITS[rule](x, limit) for rule, limit in limits.items() for x in entries):
             must = " and ".join(f"{rule.replace('_', ' ')} {limit:g}" for rule, limit in limits.items())
             raise ValueError(f"{self.name} is {value if not self.many else shown} but must be {must}")
+
+
+def _plain(value: Any) -> Any:
+    """Return a number of NumPy, which JSON does not know, as Python's."""
+    if isinstance(value, (bool, int, float)) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def _is_union(kind: Any) -> bool:

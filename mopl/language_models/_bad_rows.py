@@ -85,6 +85,8 @@ class ReadReport:
             DataError: if there were errors and `on_error` is "raise", or if no list is left.
         """
         check_choice(on_error, ON_ERROR, "on_error")
+        if self.errors and self.lists == 0:
+            raise DataError(f"{self}\nmend these rows: nothing is left to learn from")
         if self.errors and on_error == "raise":
             raise DataError(f"{self}\nmend these rows, or pass on_error='skip' to leave them out")
         if self.lists == 0:

@@ -146,7 +146,7 @@ def check_mixture(model: Any) -> None:
     if isinstance(model, LoraMixture):
         return
     if isinstance(model, HyperPromptModel):
-        why = f"takes its weights by virtual tokens, which no scale of an adapter is; {ONE}, or {ALL}"
+        why = f"takes its weights by virtual tokens, so adapters alone cannot hold its trade-offs; {ONE}, or {ALL}"
     elif isinstance(model, TextPromptModel):
         why = (
             "has one adapter and reads its weights in words, so it needs no scales; write one trade-off, with a "

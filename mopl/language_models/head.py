@@ -221,7 +221,7 @@ class FusedForward:
         return {**dict(zip(self.__signature__.parameters, args, strict=False)), **kwargs}
 
     def _scored(self, targets: Tensor, request: HeadRequest, kwargs: dict[str, Any]) -> FusedOutput | HeadStates:
-        ids = kwargs.get("input_ids")
+        ids = None if kwargs.get("logits_to_keep") is not None else kwargs.get("input_ids")
         if isinstance(ids, Tensor) and ids.ndim == targets.ndim == 2 and ids.shape[1] != targets.shape[1]:
             raise ValueError(
                 f"targets has shape {shape_of(targets)} but input_ids {shape_of(ids)}; pass a target for each "

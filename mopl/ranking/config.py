@@ -97,6 +97,10 @@ class RankConfig(CosDpoSettings):
     base_hidden: int = in_training(128, "width of the base model (section 4.1)", at_least=1)
     base_layers: int = in_training(2, "layers of the base model (section 4.1)", at_least=1)
     scales: tuple[float, ...] = setting((0.5, 2.0, 5.0))
+    points: int | None = setting(
+        None, unset="11, 28, 35 for 2, 3, 4 objectives, 32 or more above; 11, 10, 11, 12 where dpo-ls or mo-dpo train "
+        "a model for each"
+    )  # fmt: skip
     k: int = in_evaluation(10, "cutoff of NDCG", at_least=1)
     gain: Literal["linear", "exponential"] = in_evaluation(
         "linear", "gain of NDCG: the label (equation 22), or 2^label - 1"

@@ -100,6 +100,7 @@ def as_text(summary: Summary, columns: int = 80) -> str:
 
 
 def _wrapped(text: str, room: int) -> list[str]:
+    text = re.sub(r"(?<=\d) %", "\N{NO-BREAK SPACE}%", text)
     lines = textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False) or [""]
     return [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines]
 

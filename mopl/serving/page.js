@@ -255,7 +255,7 @@
     }
     if (about().scale) {
       const from = about().guided ? "the large model" : "the base";
-      const [input, output] = slider(form, "scale", `Distance from ${about().guided ? from : "the base model"}`, { min: -FARTHEST, max: FARTHEST, step: 0.25 },
+      const [input, output] = slider(form, "scale", "Scale", { min: -FARTHEST, max: FARTHEST, step: 0.25 },
         (power) => { state.scale = +(2 ** -power).toPrecision(3); show(); }, `closer to ${from}`, "further away");
       update.push(() => {
         input.value = -Math.log2(state.scale);

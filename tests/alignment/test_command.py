@@ -25,10 +25,12 @@ from launching import launch_mopl
 from mopl import steering
 from mopl.alignment import AlignConfig, align, config, open_run, score_sequences
 from mopl.alignment.recipe import RunInterrupted
+from mopl.alignment.stages import Stages
 from mopl.cli import build_parser, main
 from mopl.conditioning import HyperPromptModel
 from mopl.experiments import run_fronts
 from mopl.experiments.cos_dpo import model_folder
+from mopl.language_models.data import PreferenceData, PreferenceList
 from mopl.losses.pairwise import LOSS_TYPES
 from mopl.pareto import Front
 from mopl.training import TrainingDiverged, read_log
@@ -335,6 +337,22 @@ def lines_of(place, **changes):
     rows = [json.loads(line) for line in (place / "data.jsonl").read_text().splitlines()]
     rows[2].update(changes)
     return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def test_equal_labels_stop_a_run_that_begins_and_none_that_goes_on():
+    """Earlier versions allowed them; held-out lists are few, and need not differ."""
+    lists = [PreferenceList("p", ("a", "b"), {"low": [1, 2], "equal": [1, 1]})]
+    splits = {name: types.SimpleNamespace(data=PreferenceData(lists)) for name in ("train", "test")}
+    stages = Stages.__new__(Stages)
+    stages.splits, stages.config = splits, types.SimpleNamespace(teachers=())
+    with pytest.raises(ValueError, match="objective 'equal' prefers nothing: in none of the 1 training lists"):
+        stages.check(begins=True)
+    with pytest.raises(AttributeError):  # what is checked next is not there
+        stages.check(begins=False)
+    differ = PreferenceData([PreferenceList("p", ("a", "b"), {"low": [1, 2], "equal": [1, 2]})])
+    splits["train"] = types.SimpleNamespace(data=differ)
+    with pytest.raises(AttributeError):
+        stages.check(begins=True)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import argparse
 import inspect
 import io
+import json
 import re
 import runpy
 import shlex
@@ -48,6 +49,7 @@ def test_what_print_config_prints_reads_back_to_the_same_settings(config, tmp_pa
     ("given", "must"),
     [
         ({"steps": 1.5}, "steps is 1.5 but must be a whole number"),
+        ({"steps": 5.0}, "steps is 5.0 but must be a whole number"),
         ({"steps": True}, "steps is True but must be a whole number"),
         ({"learning_rate": False}, "learning_rate is False but must be a number"),
         ({"packing": "no"}, "packing is 'no' but must be true or false"),
@@ -59,6 +61,8 @@ def test_a_value_of_another_type_is_refused_when_the_configuration_is_made(given
     with pytest.raises(ValueError, match=re.escape(must)):
         AlignConfig("m", "d", **given)
     assert AlignConfig("m", "d", steps=np.int64(3), learning_rate=1, packing=True).steps == 3
+    plain = AlignConfig("m", "d", steps=np.int64(3), learning_rate=np.float32(0.5), beta=np.array([0.5, 1.0]))
+    assert json.dumps([plain.steps, plain.learning_rate, *plain.beta]) == "[3, 0.5, 0.5, 1.0]"
 
 
 def test_words_of_a_file_have_the_types_of_yaml_1_2(tmp_path):

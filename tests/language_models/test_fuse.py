@@ -148,7 +148,10 @@ def test_targets_that_are_not_aligned_with_the_rows_are_refused() -> None:
     model, ids = fuse(build("llama")), torch.randint(5, 20, (1, 6))
     with pytest.raises(ValueError, match=r"targets has shape \(1, 5\) but input_ids \(1, 6\).*ids\[:, :-1\]"):
         model(ids, targets=ids[:, 1:])  # each token would be scored one position late
-    assert model(ids[:, :-1], targets=ids[:, 1:]).log_probs.shape == (1, 5)
+    whole = model(ids[:, :-1], targets=ids[:, 1:]).log_probs
+    assert whole.shape == (1, 5)
+    last = model(ids[:, :-1], targets=ids[:, 3:], logits_to_keep=3).log_probs  # said to be the last three
+    torch.testing.assert_close(last, whole[:, -3:])
 
 
 def test_every_other_call_is_as_before_and_unfuse_restores_the_model() -> None:

@@ -322,7 +322,7 @@ def test_the_page_of_a_guided_model_says_who_answers_and_lays_out_betas(page):
         opened(page, server)
         assert "A large model answers, guided by this one." in texts(page, "#subtitle")[0]
         controls = texts(page, "#controls")[0]
-        assert "Distance from the large model" in controls and "closer to the large model" in controls
+        assert "Scale" in controls and "closer to the large model" in controls
         assert "scale 1, guided in full" in controls and "base" not in controls
         move(page, "scale", -1)
         assert "scale 2, closer to the large model" in texts(page, "#controls")[0]
