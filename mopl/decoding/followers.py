@@ -106,7 +106,7 @@ def copies_of(prompts: Tensor, rows: Tensor) -> Tensor:
     Raises:
         ValueError: If R is no multiple of B.
     """
-    copies = len(rows) // len(prompts)
+    copies = len(rows) // max(len(prompts), 1)
     if copies * len(prompts) != len(rows):
         raise ValueError(f"{len(rows)} rows were generated from {len(prompts)} prompts; rows must be whole copies")
     return prompts.to(rows.device).repeat_interleave(copies, 0)

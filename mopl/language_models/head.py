@@ -280,8 +280,11 @@ def fuse(model: nn.Module) -> nn.Module:
         The same model.
 
     Raises:
+        TypeError: if it is no module, such as the name of a model.
         UnsupportedModelError: if its head, or what it does to the logits, cannot be reproduced exactly.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is of type {type(model).__name__} but must be a model that transformers has loaded")
     if is_fused(model):
         return model
     if is_peft(model):

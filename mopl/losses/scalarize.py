@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mopl._arguments import FINITE, NOT_NEGATIVE, check_choice, check_floating, compute_dtype, per_objective, shape_of
+from mopl._arguments import KNOWN, NOT_NEGATIVE, check_choice, check_floating, compute_dtype, per_objective, shape_of
 
 CosineSign = Literal["as_printed", "cosmos"]
 
@@ -57,7 +57,7 @@ def chebyshev(
     Args:
         loss_vector: (B, m) or (m,).
         weights: w, broadcasts to the loss vector.
-        ideal: the ideal point, below every loss that can be reached.
+        ideal: the ideal point, below every loss that can be reached; infinity leaves an objective out.
         rho: the share of the weighted sum, not negative.
 
     Returns:
@@ -70,7 +70,7 @@ def chebyshev(
     if not rho >= 0:
         raise ValueError(f"rho is {rho} but must not be negative")
     losses, w = _lift(loss_vector, weights)
-    value = (w * (losses - per_objective(ideal, "ideal", losses.shape, losses, FINITE))).amax(1)
+    value = (w * (losses - per_objective(ideal, "ideal", losses.shape, losses, KNOWN))).amax(1)
     if rho:
         value = value + rho * (w * losses).sum(1)
     return _lower(value, loss_vector)
@@ -90,7 +90,7 @@ def smooth_chebyshev(
     Args:
         loss_vector: (B, m) or (m,).
         weights: w, broadcasts to the loss vector.
-        ideal: the ideal point, below every loss that can be reached.
+        ideal: the ideal point, below every loss that can be reached; infinity leaves an objective out.
         mu: the smoothing, > 0, in the unit of the losses.
 
     Returns:
@@ -103,7 +103,7 @@ def smooth_chebyshev(
     if not mu > 0:
         raise ValueError(f"mu is {mu} but must be positive; for mu = 0 take chebyshev")
     losses, w = _lift(loss_vector, weights)
-    terms = w * (losses - per_objective(ideal, "ideal", losses.shape, losses, FINITE))
+    terms = w * (losses - per_objective(ideal, "ideal", losses.shape, losses, KNOWN))
     # The largest is taken out before the division by mu, which would round its digits away from the differences.
     top = terms.detach().amax(1, keepdim=True)
     top = torch.where(top.isfinite(), top, 0)

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from mopl._arguments import FINITE, Domain, as_value, check_labels, check_mask, check_scores, shape_of
+from mopl._arguments import FINITE, Domain, as_value, check_labels, check_mask, check_scores, readable, shape_of
 
 Result = TypeVar("Result")
 Given = TypeVar("Given", bound=Tensor | None)
@@ -162,5 +162,6 @@ def check_list_op(scores: Tensor, labels: Tensor, beta: Tensor, mask: Tensor | N
             f"beta is {beta.dtype} of shape {shape_of(beta)} but must be floating point of shape "
             f"(B, m) = {tuple(labels.shape[:2])}, or (B, 1) = {(labels.shape[0], 1)} for one β a list"
         )
-    as_value(beta, "beta", scores, FINITE)
+    if readable(beta):  # on a GPU this would copy it to another dtype
+        as_value(beta, "beta", beta, FINITE)
     check_labels(labels, mask, allowed)

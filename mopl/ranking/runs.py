@@ -127,9 +127,11 @@ def open_run(path: str | Path) -> RankingRun:
 
 def load_splits(config: RankConfig, *, recorded: bool = True) -> dict[str, RankingData]:
     """Return the data of a run by split; `recorded` says that it has begun, maybe with an earlier version."""
-    text = ",".join(config.objectives)
+    objectives: Any = ",".join(config.objectives) or None
+    if recorded and "=" in (objectives or ""):  # columns of files; those of embedded data are names
+        objectives = parse_objectives(objectives, recorded=True)
     parts = load(
-        config.data, objectives=parse_objectives(text, recorded=recorded) if text else None,
+        config.data, objectives=objectives,
         normalization=config.normalize_features, seed=config.data_seed,
     )  # fmt: skip
     return dict(zip(("train", "valid", "test"), parts, strict=True))

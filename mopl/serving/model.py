@@ -184,7 +184,7 @@ class ServedModel:
         weights = self._in_order(given, "weights")
         if len(weights) != len(self.objectives):
             names = ", ".join(self.objectives)
-            raise ValueError(f"weights: there are {len(weights)}; give one number for each of {names}")
+            raise ValueError(f"weights has {counted(len(weights), 'number')}; give one for each of {names}")
         return tuple(check_weights(weights, len(self.objectives)).tolist())
 
     def _each(self, given: Any, name: str) -> tuple[float, ...]:

@@ -314,6 +314,11 @@ def test_prompt_learning_prefixes_are_not_scored() -> None:
     torch.testing.assert_close(score_sequences(tuned, batch).scores.double(), expected, atol=2e-5, rtol=1e-5)
 
 
+def test_the_name_of_a_model_is_no_model() -> None:
+    with pytest.raises(TypeError, match="model is of type str but must be a model that transformers has loaded"):
+        fuse("MODEL")
+
+
 def test_fusing_a_peft_model_says_to_fuse_its_base_first() -> None:
     with pytest.raises(UnsupportedModelError, match="before wrapping"):
         fuse(lora(build("llama"), target_modules=["q_proj"]))

@@ -172,7 +172,7 @@ def test_factors_are_finite_and_a_margin_is_a_number(bad: float, monkeypatch) ->
         "margin": [PAIRS, partial(pairwise_logistic, SCORES, LABELS, reduction="none")],
     }
     if not math.isnan(bad):
-        del use["margin"]  # one that is infinite leaves a pair out
+        del use["margin"], use["ideal"]  # those that are infinite leave a pair or an objective out
     for name, functions in use.items():
         for function in functions:
             for value in (bad, torch.tensor(bad), in_the_second_row(bad)):
@@ -183,6 +183,12 @@ def test_factors_are_finite_and_a_margin_is_a_number(bad: float, monkeypatch) ->
         for function in functions:
             found = function(**{name: in_the_second_row(bad)}).reshape(3, -1)
             assert not found[1].isfinite().any() and found[::2].isfinite().all()
+
+
+def test_an_infinite_ideal_leaves_an_objective_out() -> None:
+    losses, w, ideal = torch.tensor([[2.0, 9.0]]), torch.tensor([0.5, 0.5]), torch.tensor([1.0, math.inf])
+    for f in (scalarize.chebyshev, partial(scalarize.smooth_chebyshev, mu=0.1)):
+        torch.testing.assert_close(f(losses, w, ideal), torch.tensor([0.5]))
 
 
 def test_label_smoothing_is_a_rate_in_every_form() -> None:

@@ -238,7 +238,7 @@ def test_log_probabilities_are_those_of_a_forward_pass(server):
 def test_what_cannot_be_done_is_refused_by_name(server):
     for fields, param, words in (
         ({"weights": [0.7, 0.4]}, "weights", "must lie on the simplex"),
-        ({"weights": [0.7]}, "weights", "there are 1; give one number for each of helpful, harmless"),
+        ({"weights": [0.7]}, "weights", "has 1 number; give one for each of helpful, harmless"),
         ({"weights": [1.5, -0.5]}, "weights", "negative"),
         ({"weights": {"helpful": 1.0}}, "weights", "'harmless' is missing"),
         ({"weights": {"helpful": 0.5, "harmless": 0.5, "funny": 0}}, "weights", "'funny' is no objective"),
