@@ -133,6 +133,13 @@ def test_figures_that_are_linear_in_the_weights_are_interpolated_without_an_erro
         )
 
 
+def test_an_added_centre_is_a_corner_of_what_lies_around_it(tab, pages):
+    tab.open(pages[3].as_uri())
+    weights = weight_grid(4, 11)  # the middles of edges, and equal weights at the end
+    found = tab.do(f"figures.around([0.251, 0.25, 0.25, 0.249], {weights.tolist()})")
+    assert dict(map(tuple, found))[10] == pytest.approx(0.996)  # without it, figures would jump there
+
+
 def test_a_grid_that_is_no_lattice_is_not_interpolated(tab, pages):
     tab.open(pages[3].as_uri())
     assert tab.do(f"figures.around([0.3, 0.3, 0.2, 0.1, 0.1], {weight_grid(5, 12).tolist()})") is None
