@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mopl.clp.config import ClpConfig
 from mopl.clp.policies import Policy
 from mopl.clp.prompts import PromptBatch
-from mopl.clp.rollout import Rollout, RolloutStore, Sampler, roll
+from mopl.clp.rollout import AnswerSource, Rollout, RolloutStore, Sampler, roll
 from mopl.language_models.head import IGNORE_INDEX
 from mopl.losses.policy_gradient import policy_gradient, value_loss
 from mopl.rewards import Rewards, prompt_key
@@ -133,6 +133,7 @@ class ClpLoss:
         guard: Looks at each rollout.
         log: Where responses are logged, or None.
         stage: Name of the training.
+        source: Where answers come from; None: from the policy, by `sampler`.
     """
 
     config: ClpConfig
@@ -143,6 +144,7 @@ class ClpLoss:
     guard: Guard
     log: RunLog | None
     stage: str
+    source: AnswerSource | None = None
 
     def __call__(self, model: nn.Module, batch: PromptBatch, step: int) -> tuple[Tensor, dict[str, Any]]:
         """Return the loss of a step and its figures."""
@@ -151,7 +153,7 @@ class ClpLoss:
         fresh = rollout is None
         if rollout is None:
             self.guard.check_size(policy.model, step)  # first: sampling may not survive what has overflowed
-            rollout = roll(policy, batch, self.sampler, self.rewards, config)
+            rollout = roll(policy, batch, self.sampler, self.rewards, config, self.source)
             rollout.scaled = self._scaled(policy, rollout.rewards)
         device = policy.device
         inputs, place, mask = self.sampler.inputs(rollout.prompts, rollout.responses, device)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import torch
@@ -42,6 +42,26 @@ class Answers:
     texts: list[str]  # without special tokens, and without what ended them
     log_prob: Tensor | None = None  # (R,) log-probability of each, where the generation recorded it
     seconds: float = 0.0  # of the generation
+    # Log-probability of each token under what sampled it, where that is not the policy that is trained.
+    token_log_probs: list[list[float]] | None = None
+
+
+class AnswerSource(Protocol):
+    """Where the answers of a rollout come from: the policy itself (`Sampler`), or a server that has it."""
+
+    def answer(
+        self, policy: Policy, prompts: Sequence[Sequence[int]], weights: Tensor, kl_weight: Tensor, batch: PromptBatch
+    ) -> Answers:
+        """Answer R prompts, as the policy reads them, once each, drawing from the global generators.
+
+        Args:
+            policy: The policy as it is now; every process calls this for its part of a step.
+            prompts: Tokens of each.
+            weights: (R, m), the trade-off of each.
+            kl_weight: (R,).
+            batch: The part of the step that they belong to.
+        """
+        ...
 
 
 class Sampler:
@@ -111,6 +131,12 @@ class Sampler:
         return Answers(
             found, self.ends.texts(found), torch.cat(recorded) if recorded else None, time.perf_counter() - began
         )
+
+    def answer(
+        self, policy: Policy, prompts: Sequence[Sequence[int]], weights: Tensor, kl_weight: Tensor, batch: PromptBatch
+    ) -> Answers:
+        """Answer the prompts of a rollout with the policy itself; see `AnswerSource`."""
+        return self.sample(policy.model, prompts, lambda part: policy.arguments(weights[part], kl_weight[part]))
 
     # ------------------------------------------------------------ log-probabilities
 
@@ -193,7 +219,9 @@ class Rollout(msgspec.Struct, forbid_unknown_fields=True):
     # (R, n, H) its hidden states where it predicts each token of the responses, for the exact KL.
     hidden: Tensor | None = None
     scaled: Tensor | None = None  # (R, m) the rewards in the scale of the objective, once it is known
-    behaviour: Tensor | None = None  # (R, n) log-probabilities under the policy that sampled, once they are known
+    behaviour: Tensor | None = None  # (R, n) log-probabilities under the policy as it sampled, once they are known
+    sampled: Tensor | None = None  # (R, n) the same by the server that sampled in its place
+    importance: Tensor | None = None  # (R,) or (R, n) what weighs these answers for it, see `importance_weights`
 
     def to(self, device: torch.device | str) -> Rollout:
         """Return the rollout with its tensors on a device."""
@@ -202,14 +230,21 @@ class Rollout(msgspec.Struct, forbid_unknown_fields=True):
         return msgspec.structs.replace(self, **moved)
 
 
-def roll(policy: Policy, batch: PromptBatch, sampler: Sampler, rewards: Rewards, config: ClpConfig) -> Rollout:
-    """Sample responses to a batch of prompts, each at its trade-off, and score them."""
+def roll(
+    policy: Policy,
+    batch: PromptBatch,
+    sampler: Sampler,
+    rewards: Rewards,
+    config: ClpConfig,
+    source: AnswerSource | None = None,
+) -> Rollout:
+    """Sample responses to prompts, each at its trade-off, from `source` or else from the policy, and score them."""
     samples = config.samples_per_prompt
     w, kl_weight = batch.weights.repeat_interleave(samples, 0), batch.kl_weight.repeat_interleave(samples)
     asked = batch.prompts.repeated(samples)
     own = [policy.tokens(tokens, w[r], float(kl_weight[r]), sampler.tokenizer) for r, tokens in enumerate(asked.tokens)]
     with evaluating(policy):
-        answers = sampler.sample(policy.model, own, lambda part: policy.arguments(w[part], kl_weight[part]))
+        answers = (source or sampler).answer(policy, own, w, kl_weight, batch)
         exact = config.kl_estimator == "exact"
         with policy.reference() as reference:
             head = policy.reference_head or policy.model.get_output_embeddings()
@@ -221,7 +256,13 @@ def roll(policy: Policy, batch: PromptBatch, sampler: Sampler, rewards: Rewards,
         batch.step, own, answers.tokens, answers.texts, list(asked.texts), values, w, kl_weight, base,
         features=states[:, 0].clone() if states is not None and policy.value is not None else None,
         hidden=states if exact else None,
+        sampled=None if answers.token_log_probs is None else _rows(answers.token_log_probs),
     )  # fmt: skip
+
+
+def _rows(values: Sequence[Sequence[float]]) -> Tensor:
+    """Return rows of different lengths as (R, n) float32, 0 behind their ends."""
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.float32) for row in values], batch_first=True)
 
 
 class RolloutStore:
