@@ -8,6 +8,7 @@ autograd of the plain formula and at its cost. Losses over all pairs then hold t
 
 from mopl.losses import scalarize
 from mopl.losses.all_pairs import approx_ndcg, lambda_loss, pairwise_logistic
+from mopl.losses.importance import ImportanceWeights, importance_weights
 from mopl.losses.labels import normalize_labels, presort
 from mopl.losses.listwise import listwise_dpo, plackett_luce
 from mopl.losses.pairwise import DPOLoss, bradley_terry
@@ -23,6 +24,8 @@ __all__ = [
     "approx_ndcg",
     "policy_gradient",
     "PolicyGradient",
+    "importance_weights",
+    "ImportanceWeights",
     "kl_estimate",
     "group_mean",
     "value_loss",

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from mopl._arguments import (
+    NOT_NEGATIVE,
     REDUCTIONS,
     Reduction,
+    as_value,
     check_choice,
     check_floating,
     check_mask,
@@ -60,6 +62,20 @@ def with_gradient_of_kl(value: Tensor, log_ratio: Tensor, policy: Tensor) -> Ten
     return value + log_ratio * (policy - policy.detach())
 
 
+def weights_of(importance: Tensor | None, mask: Tensor, policy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Return the weights of responses (B,), or those of tokens (B, T), 0 where masked; None for what there is not."""
+    if importance is None:
+        return None, None
+    if importance.shape not in (policy.shape, policy.shape[:1]):
+        raise ValueError(
+            f"importance has shape {shape_of(importance)} but logprob has {shape_of(policy)}; pass one weight a "
+            f"response, ({policy.shape[0]},), or one a token"
+        )
+    kept = torch.where(mask if importance.ndim == 2 else mask.any(-1), importance.detach().to(policy.device), 0)
+    kept = as_value(kept, "importance", policy, NOT_NEGATIVE)
+    return (kept, None) if kept.ndim == 1 else (None, kept)
+
+
 def estimate(log_ratio: Tensor, estimator: str) -> Tensor:
     """Return k1, k2 or k3 of log(π/π_ref) at samples of π, elementwise."""
     if estimator == "k1":
@@ -67,6 +83,16 @@ def estimate(log_ratio: Tensor, estimator: str) -> Tensor:
     if estimator == "k2":
         return 0.5 * log_ratio.square()
     return torch.expm1(-log_ratio) + log_ratio
+
+
+def kl_term(policy: Tensor, log_ratio: Tensor, kl: Tensor, importance: Tensor) -> Tensor:
+    """Return the KL of each response (B,) with its value from the estimator and the gradient x ∇log π, times ρ."""
+    term = with_gradient_of_kl(kl, log_ratio, policy)
+    if importance.ndim == 1:
+        return term.sum(-1) * importance
+    if term.shape != importance.shape:  # a response's estimate with ratios of tokens: the ratio of the response
+        return term.sum(-1) * importance.prod(-1)
+    return (term * importance).sum(-1)
 
 
 def kl_estimate(

@@ -72,9 +72,10 @@ from mopl.losses._policy_gradient_parts import (
     group_deviation,
     group_mean,
     kl_estimate,
+    kl_term,
     log_ratio_to,
     value_loss,
-    with_gradient_of_kl,
+    weights_of,
 )
 
 __all__ = ["PolicyGradient", "group_mean", "kl_estimate", "policy_gradient", "reward_coefficient", "value_loss"]
@@ -132,6 +133,7 @@ def policy_gradient(
     behaviour: Tensor | None = None,  # (B, T)
     mask: Tensor | None = None,  # (B, T) bool
     token_weights: Tensor | None = None,  # (B, T)
+    importance: Tensor | None = None,  # (B,) or (B, T)
     baseline: Tensor | Literal["leave_one_out", "group"] | None = None,  # (B,), (B, T)
     group: int | Tensor | None = None,
     standardize: bool = False,
@@ -160,6 +162,8 @@ def policy_gradient(
             stays in B, so mask a response whose reward could not be computed.
         token_weights: c, (B, T), not negative: multiply the advantage of each token, see the top of the file. For
             credit of either sign pass rewards of tokens.
+        importance: constants that weigh each response (B,), or each of its tokens (B, T), with all that the loss has of
+            it, where another engine sampled it: those of `mopl.losses.importance_weights`.
         baseline: a constant for the gradient: values (B,) or (B, T), "leave_one_out", "group" or None. The last two
             average G over responses of one prompt that were sampled alike: with the same w and α. A response that is
             alone in its group has baseline 0.
@@ -234,14 +238,20 @@ def policy_gradient(
         advantages = advantages / (group_deviation(sequence_returns, group, valid)[:, None] + 1e-6)  # type: ignore[arg-type]
     advantages = torch.where(mask, advantages, 0)
 
-    loss, ratio, clipped = _surrogate(policy, behaviour, advantages, credit, mask, clip, ratio_level)
-    importance = ratio.detach()
+    by_row, by_token = weights_of(importance, mask, policy)
+    counts = credit if by_token is None else by_token if credit is None else credit * by_token
+    loss, ratio, clipped = _surrogate(policy, behaviour, advantages, counts, mask, clip, ratio_level)
+    weight = ratio.detach()
     if local is not None:
         # A sequence's ratio reweighs its prefixes; a token's ratio has no part in the KL of the position itself.
         term = local.sum(-1)
-        loss = loss + strength * (term * importance if importance.ndim == 1 else term)
+        loss = loss + strength * (term * weight if weight.ndim == 1 else term)
     elif kl_in == "loss" and reference is not None:
-        loss = loss + strength * _kl_term(policy, log_ratio, kl, importance)
+        if by_token is not None:
+            weight = weight * (by_token if weight.ndim == 2 else torch.where(mask, by_token, 1).prod(-1))
+        loss = loss + strength * kl_term(policy, log_ratio, kl, weight)
+    if by_row is not None:
+        loss = by_row * loss
     counted = valid.sum() if ratio.ndim == 1 else mask.sum()
     return PolicyGradient(
         reduced(loss, reduction),
@@ -250,19 +260,9 @@ def policy_gradient(
         sequence_returns,
         reward.sum(-1),
         kl.sum(-1),
-        importance,
+        ratio.detach(),
         clipped.sum().to(dtype) / counted.clamp(min=1),
     )
-
-
-def _kl_term(policy: Tensor, log_ratio: Tensor, kl: Tensor, importance: Tensor) -> Tensor:
-    """Return the KL of each response (B,) with its value from the estimator and the gradient x ∇log π, times ρ."""
-    term = with_gradient_of_kl(kl, log_ratio, policy)
-    if importance.ndim == 1:
-        return term.sum(-1) * importance
-    if term.shape != importance.shape:  # a response's estimate with ratios of tokens: the ratio of the response
-        return term.sum(-1) * importance.prod(-1)
-    return (term * importance).sum(-1)
 
 
 def _surrogate(
