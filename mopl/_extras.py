@@ -7,7 +7,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-_HF = ("transformers", "tokenizers", "huggingface_hub", "datasets", "accelerate", "safetensors")
+_HF = ("transformers", "tokenizers", "huggingface_hub", "datasets", "accelerate", "safetensors", "httpx")
 _EVAL = ("moocore", "matplotlib")
 _REWARDS = ("vaderSentiment", "rouge_score", "pyphen", "glin_profanity", "regex")
 # Modules by extra, as in pyproject.toml; the first extra that has a module is named unless a caller knows better.

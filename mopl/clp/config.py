@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from mopl._counted import counted
 from mopl.experiments.applications import APPLICATIONS
 from mopl.experiments.common_settings import LanguageModelSettings
-from mopl.experiments.resume_settings import located_inside
+from mopl.experiments.resume_settings import located, located_inside
 from mopl.experiments.settings import in_data, in_evaluation, in_method, in_model, in_training, setting, settings
 
 if TYPE_CHECKING:
@@ -120,6 +120,39 @@ class ClpConfig(LanguageModelSettings):
         positive=True,
         metavar="T",
     )
+    rollout_server: str | None = in_training(
+        None,
+        "address of a server that samples the answers of the training: `mopl serve MODEL --policies FOLDER`, or vLLM; "
+        "its key is in MOPL_API_KEY",
+        unset="none, the policy itself samples",
+        metavar="URL",
+    )
+    rollout_folder: str | None = in_training(
+        None,
+        "folder in which the policy is written for rollout_server at each step; the server must see it",
+        unset="none",
+        convert=located,
+        metavar="FOLDER",
+    )
+    rollout_timeout: float = in_training(
+        600.0, "how long a request to rollout_server may take, with the times that it is tried", positive=True,
+        metavar="SECONDS",
+    )  # fmt: skip
+    importance_level: Literal["sequence", "token"] = in_training(
+        "sequence",
+        "what gets an importance weight π/μ, the policy's probability over that of rollout_server: answers, or tokens "
+        "(`importance_weights`)",
+    )
+    importance_cap: float = in_training(
+        2.0, "largest importance weight of what rollout_server sampled", at_least=1, metavar="CAP"
+    )
+    engine_kl_limit: float = in_training(
+        0.1,
+        "stop if the KL of a token from rollout_server to the policy exceeds this: the server has another model; 0 for "
+        "never",
+        at_least=0,
+        metavar="NATS",
+    )
     rows_at_once: int = in_training(64, "maximum number of responses generated at once", at_least=1, metavar="N")
     accumulation: int = setting(1, "number of parts in which a step's prompts are processed; the samples depend on it")
     learning_rate: float = setting(1e-4, "learning rate of the policy")
@@ -187,6 +220,12 @@ class ClpConfig(LanguageModelSettings):
             raise ValueError("clip and ratio_level are about several epochs on a rollout; raise epochs, or leave them")
         if self.ratio_level != "token" and self.to_go:
             raise ValueError("to_go gives tokens advantages of their own, which a sequence's ratio cannot weigh")
+        if (self.rollout_server is None) != (self.rollout_folder is None):
+            given, missing = ("server", "folder") if self.rollout_folder is None else ("folder", "server")
+            raise ValueError(
+                f"rollout_{given} is {getattr(self, f'rollout_{given}')} but there is no rollout_{missing}; the policy "
+                "is written into rollout_folder for rollout_server, so pass both or neither"
+            )
         for name in ("checkpoint_every", "steps"):
             if (value := getattr(self, name)) % self.epochs:
                 raise ValueError(

@@ -18,6 +18,7 @@ from mopl.clp.policies import Policy
 from mopl.clp.prompts import PromptBatch
 from mopl.clp.rollout import AnswerSource, Rollout, RolloutStore, Sampler, roll
 from mopl.language_models.head import IGNORE_INDEX
+from mopl.losses.importance import ImportanceWeights, importance_weights
 from mopl.losses.policy_gradient import policy_gradient, value_loss
 from mopl.rewards import Rewards, prompt_key
 from mopl.rewards.scale import RewardScale
@@ -90,6 +91,18 @@ class Guard:
             if self._lasts("reward", bool((known[0] >= known[1]).all())):
                 self._stop(step, f"all responses have had the same rewards for {config.patience} rollouts, which "
                            "teaches nothing", "take other rewards, more samples or a higher temperature")  # fmt: skip
+
+    def check_engine(self, step: int, found: ImportanceWeights) -> None:
+        """Look at how far what sampled is from the policy.
+
+        Raises:
+            PolicyCollapsed: If it is plainly another model.
+        """
+        limit = self.config.engine_kl_limit
+        if limit and not float(found.kl) <= limit:
+            self._stop(step, f"the KL of a token from the rollout server {self.config.rollout_server} to the policy is "
+                       f"{float(found.kl):.4g} nats, above engine_kl_limit = {limit:g}: the server has another model",
+                       "let it serve the model and the data type of the run, or raise the limit")  # fmt: skip
 
     def check_size(self, model: nn.Module, steps: int) -> None:
         """Look at the parameters after a number of steps: what has run away may show in no rollout.
@@ -166,11 +179,20 @@ class ClpLoss:
         # A response without one of its rewards counts for nothing, and not in another's baseline either.
         usable = ~(raw.isnan() & (rollout.weights > 0)).any(1).to(device)
         counted = mask & usable[:, None]
+        engine = None
+        if here.sampled is not None:
+            by_policy = logprob.detach() if here.behaviour is None else here.behaviour
+            engine = importance_weights(
+                by_policy, here.sampled, mask=mask, level=config.importance_level, cap=config.importance_cap
+            )
+            if fresh:
+                self.guard.check_engine(step, engine)
         baseline: Any = {"value": values, "none": None}.get(config.baseline, config.baseline)
         assert here.scaled is not None
         found = policy_gradient(
             logprob, here.scaled, w, kl_weight=kl_weight, reference=here.reference,
             behaviour=None if fresh else here.behaviour, mask=counted,
+            importance=None if engine is None else engine.weights,
             baseline=baseline.detach() if isinstance(baseline, Tensor) else baseline,
             group=config.samples_per_prompt if isinstance(baseline, str) else None, standardize=config.standardize,
             kl_form=config.kl_form, kl_in=config.kl_in, kl_estimator=config.kl_estimator, kl_level=config.kl_level,
@@ -187,6 +209,8 @@ class ClpLoss:
             "return": found.sequence_returns.sum() / responses, "kl": kl, "entropy": entropy,
             "tokens": mask.sum(1).float().mean(), "missing": 1 - usable.float().mean(), "clip_share": found.clip_share,
         }  # fmt: skip
+        if engine is not None:
+            logs |= {"importance": engine.ratio, "truncated": engine.truncated, "engine_kl": engine.kl}
         if policy.running is not None:
             for name, mean, deviation in zip(
                 self.rewards.names, policy.running.mean, policy.running.deviation, strict=True
@@ -203,6 +227,8 @@ class ClpLoss:
                 self._write(rollout, step + 1)
         if values is not None:
             regression = value_loss(values, found.sequence_returns, reduction="none")
+            if engine is not None and engine.weights.ndim == 1:  # it regresses what the policy's own answers are worth
+                regression = engine.weights * regression
             regression = regression.masked_fill(~usable, 0.0).sum() / responses
             logs["value_loss"] = regression.detach()
             loss = loss + regression

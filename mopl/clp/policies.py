@@ -125,6 +125,16 @@ class Policy(nn.Module):
         model: Any = self.model
         return model.merge(*self._one(weights, kl_weight)).eval()
 
+    def asked(self, weights: Tensor, kl_weight: float) -> dict[str, Any]:
+        """Return the fields by which `mopl serve` is asked for one trade-off; weights (m,)."""
+        w, alpha = self._one(weights, kl_weight)
+        return {"weights": w.tolist(), **({} if alpha is None else {"kl_weight": alpha})}
+
+    def adapter_at(self, weights: Tensor, kl_weight: float) -> tuple[Any, dict[str, Tensor]]:
+        """Return one trade-off as a LoRA adapter, configuration and tensors as PEFT's files have them."""
+        model: Any = self.model
+        return model.adapter_at(*self._one(weights, kl_weight))
+
     def _one(self, weights: Any, kl_weight: float) -> tuple[Any, float | None]:
         """Return what a mixture takes of one trade-off."""
         if self.single:

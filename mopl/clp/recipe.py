@@ -53,7 +53,9 @@ from mopl.training.parallel import exists_on_main
 
 __all__ = ["FREE_ON_RESUME", "RunInterrupted", "check_resume", "measure_rewards", "read_rewards", "train_policies"]
 
-FREE_ON_RESUME = (*FREE_IN_EVERY_RUN, "log_samples")
+FREE_ON_RESUME = (
+    *FREE_IN_EVERY_RUN, "log_samples", "rollout_server", "rollout_folder", "rollout_timeout", "engine_kl_limit",
+)  # fmt: skip
 REWARDS = "rewards.json"
 
 
@@ -110,8 +112,9 @@ class ClpRecipe(Recipe):
 
     @property
     def packages(self) -> tuple[str, ...]:
-        """PEFT, where there are adapters."""
-        return ("peft",) * (self.config.scope in ("lora-mixture", "hyper-prompt"))
+        """PEFT, where there are adapters; what asks a server."""
+        adapters = self.config.scope in ("lora-mixture", "hyper-prompt")
+        return ("peft",) * adapters + ("httpx",) * (self.config.rollout_server is not None)
 
     @property
     def stem(self) -> str:
@@ -187,6 +190,11 @@ class ClpRecipe(Recipe):
         _check_scope(base, config, self.rewards.names)
         sampler = Sampler(base, self.tokenizer, config)
         self.stages = Stages(self, self.prompts, base.to(self.accelerator.device), sampler, self.rewards)
+        if config.rollout_server is not None:
+            from mopl.clp.server_rollouts import ServerAnswers  # which needs a package
+
+            self.stages.server = ServerAnswers(config, sampler, self.accelerator)
+            self.stages.server.check(self.prompts["train"].tokens[0])
 
     def prepare(self) -> None:
         """Measure the rewards of the untrained model, which are the scale of the training."""

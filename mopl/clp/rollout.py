@@ -221,7 +221,6 @@ class Rollout(msgspec.Struct, forbid_unknown_fields=True):
     scaled: Tensor | None = None  # (R, m) the rewards in the scale of the objective, once it is known
     behaviour: Tensor | None = None  # (R, n) log-probabilities under the policy as it sampled, once they are known
     sampled: Tensor | None = None  # (R, n) the same by the server that sampled in its place
-    importance: Tensor | None = None  # (R,) or (R, n) what weighs these answers for it, see `importance_weights`
 
     def to(self, device: torch.device | str) -> Rollout:
         """Return the rollout with its tensors on a device."""

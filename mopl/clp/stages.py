@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -30,6 +30,9 @@ from mopl.rewards.scale import RewardScale, RunningScale
 from mopl.training import CheckpointFolder, RunLog, TrainingResult
 from mopl.training.optimizer import adamw
 from mopl.training.parallel import exists_on_main
+
+if TYPE_CHECKING:
+    from mopl.clp.server_rollouts import ServerAnswers
 
 
 def expert_folder(path: Path, objective: str) -> Path:
@@ -49,6 +52,7 @@ class Stages(RunStages):
     """
 
     config: ClpConfig
+    server: ServerAnswers | None = None  # samples the answers of trainings in the policy's place
 
     def __init__(self, run: Recipe, prompts: dict[str, Prompts], base: Any, sampler: Sampler, rewards: Rewards) -> None:
         super().__init__(run)
@@ -104,7 +108,7 @@ class Stages(RunStages):
             loss = ClpLoss(
                 config, self.sampler, self.rewards, self.scale,
                 RolloutStore(folder / ROLLOUTS, config.epochs, checkpoints), guard,
-                samples if config.log_samples else None, name,
+                samples if config.log_samples else None, name, None if self.server is None else self.server.of(name),
             )  # fmt: skip
 
             def ended(result: TrainingResult) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from mopl._records import read_text
 from mopl._terminal import say, shell
-from mopl.commands.tuned_model import TunedModel, add_model_command, load_tuned_model
+from mopl.commands.tuned_model import add_model_command, load_tuned_model
 
 KEY_VARIABLE = "MOPL_API_KEY"
 EXAMPLES = f"""
@@ -53,6 +53,8 @@ def add_parser(commands: Any) -> None:
                             else f"{text} (default: {default})")  # fmt: skip
     parser.add_argument("--guided-model", metavar="MODEL", help="a larger model of the same tokenizer, by directory or "
                         "hub name, that answers in the place of RUN's model, guided by what that learned")  # fmt: skip
+    parser.add_argument("--policies", metavar="FOLDER", help="serve the policies that mopl clp --rollout-server writes "
+                        "into this folder; RUN is then the model that it trains, a directory or hub name")  # fmt: skip
     parser.add_argument("--name", help="the model name in requests (default: the name of RUN's folder)")
     parser.add_argument("--api-key-file", metavar="FILE", help="file with the key that requests must bear (default: "
                         f"what {KEY_VARIABLE} holds, if it is set)")  # fmt: skip
@@ -73,6 +75,10 @@ def run(arguments: argparse.Namespace) -> None:
     name = arguments.name or Path(arguments.run).resolve().name
     if "@" in name:
         raise ValueError(f"name is {name!r} but what follows an @ are weights; pass --name without one")
+    if arguments.policies is not None:
+        for option in ("weights", "beta", "method", "kl_weight", "base_model", "guided_model"):
+            if getattr(arguments, option) is not None:
+                raise ValueError(f"{option} is about one tuned model, but policies come and go; leave one of them out")
     key = _key(arguments.api_key_file)
     import torch
 
@@ -92,16 +98,20 @@ def run(arguments: argparse.Namespace) -> None:
             say(f"mopl serve: loading {arguments.run} ...", file=sys.stderr)
         device = "cuda" if arguments.device == "auto" and torch.cuda.is_available() else "cpu"
         with _stopped_by_a_signal():
-            served = _served(load_tuned_model(arguments, device, merge=False), arguments, name, device)
+            policies = None if arguments.policies is None else _policies(arguments, name, device)
+            served = _served(arguments, name, device) if policies is None else policies.plain
         sizes = {name: getattr(arguments, name) for name in ("max_batch", "max_batch_tokens", "max_queue")}
         engine = Engine(served, **sizes)
         api = Api(
             engine, Limits(arguments.max_tokens, arguments.max_queue), arguments.timeout, key,
-            any_host=not local, log=not arguments.quiet,
+            any_host=not local, log=not arguments.quiet, policies=policies,
         )  # fmt: skip
         url = url_of(at)
 
         def started() -> None:
+            if policies is not None:
+                say(f"mopl serve: {name} at {url}, and the policies of {policies.folder}; Ctrl-C stops it")
+                return
             _tell(url, served, key is not None, arguments.guided_model)
 
         def stopping(left: int) -> None:
@@ -131,11 +141,25 @@ def _stopped_by_a_signal() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _served(tuned: TunedModel, arguments: argparse.Namespace, name: str, device: str) -> Any:
+def _policies(arguments: argparse.Namespace, name: str, device: str) -> Any:
+    """Return the base model of a training, and where its policies come from."""
+    from mopl.language_models import models
+    from mopl.language_models.tokenization import ListTokenizer
+    from mopl.serving.policies import PolicyFolder
+
+    folder = Path(arguments.policies)
+    if not folder.is_dir():  # before a model is loaded
+        raise FileNotFoundError(f"policies is {folder}, which is no folder; make it, or name another")
+    encoder = ListTokenizer(models.load_tokenizer(arguments.run), max_length=None, append_eos=False)
+    return PolicyFolder(folder, models.load_causal_lm(arguments.run).to(device), encoder, name=name)
+
+
+def _served(arguments: argparse.Namespace, name: str, device: str) -> Any:
     from mopl.language_models import models
     from mopl.language_models.guiding import check_same_tokenizer
     from mopl.serving.model import ServedModel
 
+    tuned = load_tuned_model(arguments, device, merge=False)
     large = None
     if arguments.guided_model is not None:
         other = models.load_tokenizer(arguments.guided_model)

@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from mopl.serving.engine import Engine, QueueFull, Stopping
+from mopl.serving.engine import Engine, QueueFull, Replaced, Stopping
 from mopl.serving.errors import ApiError
 from mopl.serving.model import ServedModel
 from mopl.serving.requests import Asked
@@ -26,12 +26,13 @@ class Answering:
         engine: Answers them.
         asked: The request.
         seconds: How long it may take.
+        served: The model that the request was read for.
 
     Raises:
-        ApiError: 429 if the queue is full, 503 if the server is being stopped.
+        ApiError: 429 if the queue is full, 503 if the server is being stopped, 409 if another model is served by now.
     """
 
-    def __init__(self, engine: Engine, asked: Asked, seconds: float) -> None:
+    def __init__(self, engine: Engine, asked: Asked, seconds: float, served: ServedModel) -> None:
         self.asked, self._engine = asked, engine
         self._seconds, self._deadline = seconds, time.monotonic() + seconds
         self._pieces: asyncio.Queue[tuple[Row, Piece]] = asyncio.Queue()
@@ -41,9 +42,11 @@ class Answering:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(self._pieces.put_nowait, (row, piece))
 
-        self.rows = asked.rows(engine.served, send)
+        self.rows = asked.rows(served, send)
         try:
-            engine.submit(self.rows)
+            engine.submit(self.rows, served)
+        except Replaced as error:
+            raise ApiError(f"{error}; ask for the one that is there", status=409, code="replaced") from None
         except QueueFull as error:
             raise ApiError(f"{error}; try again later", status=429, code="queue_full", headers=RETRY) from None
         except Stopping as error:
@@ -53,7 +56,8 @@ class Answering:
         """Yield what comes until all rows have ended.
 
         Raises:
-            ApiError: 504 if that takes too long, 503 if the server stops meanwhile, 500 if the model fails.
+            ApiError: 504 if that takes too long, 503 if the server stops meanwhile, 409 if another model takes the
+                place of the one that was asked, 500 if the model fails.
         """
         left = set(map(id, self.rows))
         while left:
@@ -67,6 +71,8 @@ class Answering:
                 continue
             if isinstance(piece.error, Stopping):
                 raise ApiError(str(piece.error), status=503, code="stopping", headers=RETRY)
+            if isinstance(piece.error, Replaced):
+                raise ApiError(str(piece.error), status=409, code="replaced")
             if piece.error is not None:
                 raise ApiError(f"the model failed: {piece.error}", status=500, code="model_failed")
             left -= {id(row)} if piece.finish else set()
@@ -100,13 +106,14 @@ class Answer:
     async def whole(self) -> dict[str, Any]:
         """Return the one object of a request without a stream; errors as `Answering.pieces`."""
         chat = self._asked.chat
-        found = {row.index: piece async for row, piece in self._answering.pieces()}
+        found = {row.index: (row, piece) async for row, piece in self._answering.pieces()}
         choices = []
         for index in range(len(found)):
-            piece = found[index]
+            row, piece = found[index]
             content = {"message": {"role": "assistant", "content": piece.text}} if chat else {"text": piece.text}
-            logs = self._log_probs(piece.scored)
-            choices.append({"index": index, **content, "logprobs": logs, "finish_reason": piece.finish})
+            ids = {"token_ids": row.tokens, "prompt_token_ids": list(row.prompt)} if self._asked.token_ids else {}
+            logs = self._log_probs(row.every if ids else piece.scored)
+            choices.append({"index": index, **content, **ids, "logprobs": logs, "finish_reason": piece.finish})
         kind = "chat.completion" if chat else "text_completion"
         return {**self._common, "object": kind, "choices": choices, "usage": self.usage}
 

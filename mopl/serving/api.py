@@ -21,9 +21,10 @@ from typing import Any
 from mopl._extras import require
 from mopl._terminal import say
 from mopl.serving.answers import Answer, Answering
-from mopl.serving.engine import Engine
+from mopl.serving.engine import Engine, Stopping
 from mopl.serving.errors import ApiError
 from mopl.serving.page import HEADERS, PATHS, page_part
+from mopl.serving.policies import PolicyFolder, load_body
 from mopl.serving.requests import Asked, Limits, asked_of, weights_in_name
 
 require("starlette", what="serving", extra="serve")
@@ -48,6 +49,7 @@ class Api:
         key: What requests must bear; None asks for nothing.
         any_host: Whether requests to any name are answered; else only to the loopback's.
         log: Whether a line tells of each request.
+        policies: Where policies are loaded from; None loads none.
     """
 
     engine: Engine
@@ -56,6 +58,7 @@ class Api:
     key: str | None = None
     any_host: bool = False
     log: bool = True
+    policies: PolicyFolder | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     _reading: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
 
@@ -64,6 +67,7 @@ class Api:
         routes = [
             Route("/v1/chat/completions", self._guarded(self._chat), methods=["POST"]),
             Route("/v1/completions", self._guarded(self._complete), methods=["POST"]),
+            Route("/v1/load_policy", self._guarded(self._load), methods=["POST"]),
             Route("/v1/models", self._guarded(self._models), methods=["GET"]),
             Route("/v1/models/{name:path}", self._guarded(self._one_model), methods=["GET"]),
             Route("/health", self._guarded(self._health, open=True), methods=["GET"]),
@@ -122,11 +126,11 @@ class Api:
 
     async def _answer(self, request: Request, *, chat: bool) -> Response:
         began = time.monotonic()
-        body = await self._body(request)
+        body, served = await self._body(request), self.engine.served
         async with self._reading:  # a long prompt takes a tokenizer a while, in which others get their tokens
-            asked = await asyncio.to_thread(asked_of, body, self.engine.served, self.limits, chat=chat)
-        answering = Answering(self.engine, asked, self.seconds)
-        answer = Answer(self.engine.served, answering)
+            asked = await asyncio.to_thread(asked_of, body, served, self.limits, chat=chat)
+        answering = Answering(self.engine, asked, self.seconds, served)
+        answer = Answer(served, answering)
         gone = asyncio.ensure_future(_disconnected(request))
         try:
             if not asked.stream:
@@ -153,6 +157,21 @@ class Api:
             self._tell(request, 200, began, answer.broken_off or ("given up" if unread else ""))
 
         return _Stream(lines(), end)
+
+    async def _load(self, request: Request) -> Response:
+        """Serve the policy of a folder in the place of the one that is there."""
+        if self.policies is None:
+            raise ApiError("this server loads no policies; start it by mopl serve MODEL --policies FOLDER", status=404)
+        body = load_body(await self._body(request))
+        try:
+            make = self.policies.maker(body.name, body.path)
+            await asyncio.wrap_future(self.engine.replace(make, self.policies.plain))
+        except Stopping as error:
+            raise ApiError(str(error), status=503, code="stopping") from None
+        except (ValueError, OSError, RuntimeError) as error:
+            raise ApiError(f"{body.path} cannot be loaded: {error}", "path", code="policy_not_loaded") from None
+        request.state.said = body.name
+        return JSONResponse(self._model(body.name))
 
     async def _body(self, request: Request) -> bytes:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()

@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 
 from mopl.serving.model import ServedModel
 from mopl.serving.rows import Row
@@ -25,6 +26,10 @@ class QueueFull(Exception):
 
 class Stopping(Exception):
     """The server is being stopped."""
+
+
+class Replaced(Exception):
+    """Another model is served than the one that was asked."""
 
 
 class Engine:
@@ -42,7 +47,8 @@ class Engine:
         self, served: ServedModel, *, max_batch: int = 16, max_batch_tokens: int = 65_536, max_queue: int = 256
     ) -> None:
         self.served, self.max_queue, self.max_batch_tokens = served, max_queue, max_batch_tokens
-        self.max_batch = served.most_rows(max_batch)
+        self._most, self.max_batch = max_batch, served.most_rows(max_batch)
+        self._changes: list[tuple[Callable[[], ServedModel], ServedModel, Future[None]]] = []
         self._changed = threading.Condition()
         self._waiting: list[Row] = []
         self._running: list[Row] = []
@@ -68,14 +74,16 @@ class Engine:
         """Begin to answer."""
         self._thread.start()
 
-    def submit(self, rows: Sequence[Row]) -> None:
+    def submit(self, rows: Sequence[Row], served: ServedModel | None = None) -> None:
         """Put the rows of a request into the queue: all or none.
 
         Args:
             rows: The rows, whose `send` gets the pieces.
+            served: The model that they were made for; None for the present one.
 
         Raises:
             QueueFull: If they do not fit.
+            Replaced: If another model is served by now.
             Stopping: If the engine was not started, was closed, or its thread has ended.
         """
         with self._changed:
@@ -83,6 +91,8 @@ class Engine:
                 raise Stopping("the server is being stopped")
             if not self.alive:
                 raise Stopping("the server cannot answer any more; start it again")
+            if served is not None and served is not self.served:
+                raise Replaced("another model was loaded meanwhile")
             if len(self._waiting) + len(rows) > self.max_queue:
                 raise QueueFull(f"{len(self._waiting)} answers are waited for, of at most {self.max_queue}")
             self._waiting += rows
@@ -98,6 +108,27 @@ class Engine:
             for row in rows:
                 row.cancelled = True
             self._waiting = [row for row in self._waiting if not row.cancelled]
+
+    def replace(self, make: Callable[[], ServedModel], otherwise: ServedModel) -> Future[None]:
+        """Serve another model, once what is being answered has ended; rows that wait for the old one fail.
+
+        Args:
+            make: Makes it, in the thread that answers.
+            otherwise: What is served where that fails.
+
+        Returns:
+            What is done when it is served, or has the error of `make`.
+
+        Raises:
+            Stopping: As of `submit`.
+        """
+        done: Future[None] = Future()
+        with self._changed:
+            if self._closed or not self.alive:
+                raise Stopping("the server is being stopped")
+            self._changes.append((make, otherwise, done))
+            self._changed.notify()
+        return done
 
     def close(self) -> None:
         """Take no more rows; those that are here are answered, and then the thread ends."""
@@ -127,6 +158,7 @@ class Engine:
 
     def _run(self) -> None:
         while self._wait():
+            self._replace()
             with self._changed:
                 self._running = self._take()
             try:
@@ -139,13 +171,33 @@ class Engine:
         """Wait for rows; return False when there will be none."""
         with self._changed:
             idle = not self._waiting
-            while not self._waiting:
+            while not self._waiting and not self._changes:
                 if self._closed:
                     return False
                 self._changed.wait()
-        if idle:
+        if idle and self._waiting:
             time.sleep(GATHER_SECONDS)
         return True
+
+    def _replace(self) -> None:
+        """Make the changes that were asked for."""
+        with self._changed:
+            changes, self._changes = self._changes, []
+        for make, otherwise, done in changes:
+            error: BaseException | None = None
+            try:
+                served = make()
+            except BaseException as failed:  # the thread goes on, as after an answer that failed
+                served, error = otherwise, failed
+            with self._changed:
+                self.served, self.max_batch = served, served.most_rows(self._most)
+                late, self._waiting = self._waiting, []
+            for row in late:
+                row.fail(Replaced("another model was loaded before the answer began"))
+            if error is None:
+                done.set_result(None)
+            else:
+                done.set_exception(error)
 
     def _take(self) -> list[Row]:
         """Take the oldest row out of the queue, and those that can be answered with it."""

@@ -143,13 +143,16 @@ class ServedModel:
 
     # ---------------------------------------------------------------- trade-offs
 
-    def trade_off(self, weights: Any = None, scale: float | None = None, beta: Any = None) -> TradeOff:
+    def trade_off(
+        self, weights: Any = None, scale: float | None = None, beta: Any = None, kl_weight: float | None = None
+    ) -> TradeOff:
         """Return the trade-off of a request, checked.
 
         Args:
             weights: (m,) in the order of the objectives, or numbers by name; None: those of the model.
             scale: c > 0; None: 1.
             beta: β, as weights; None: that of the model.
+            kl_weight: α of a mixture conditioned on it; None: that of the model.
 
         Returns:
             A `TradeOff` with weights and β in the order of the objectives.
@@ -178,7 +181,10 @@ class ServedModel:
                 f"scale is {c:g} but the model has no reference here to move to; leave scale out"
                 + (", and pass a beta that sums to 1" if betas else "")
             )
-        return TradeOff(w, c, betas)
+        if kl_weight is not None and self.kl_weight is None:
+            raise ValueError("kl_weight was passed but the model is not conditioned on it; leave it out, or pass scale")
+        alpha = self.kl_weight if kl_weight is None else float(check_positive(kl_weight, "kl_weight"))
+        return TradeOff(w, c, betas, alpha)
 
     def _weights(self, given: Any) -> tuple[float, ...]:
         weights = self._in_order(given, "weights")
@@ -238,8 +244,8 @@ class ServedModel:
         """
         # One scaled row has the reference run for all, and penalties of the model's own configuration left out.
         scaled = self.guided_model is None and row.at.scale * sum(row.at.beta or (1,)) != 1
-        weights, length = row.at.weights if self.one_at_a_time else None, row.positions if self._by_length else None
-        return row.form.encoder is self.chat.encoder, scaled, weights, length
+        one = (row.at.weights, row.at.kl_weight) if self.one_at_a_time else None
+        return row.form.encoder is self.chat.encoder, scaled, one, row.positions if self._by_length else None
 
     def generate(self, rows: Sequence[Row], choose: Any, watch: Any) -> None:
         """Answer rows of one group, in one call of `mopl.language_models.generate.generate`.
@@ -254,7 +260,7 @@ class ServedModel:
         with contextlib.ExitStack() as stack:
             model = self.model
             if self.one_at_a_time:
-                model, weights = stack.enter_context(model.at(rows[0].at.weights, self.kl_weight)), None
+                model, weights = stack.enter_context(model.at(rows[0].at.weights, rows[0].at.kl_weight)), None
             generate(
                 model, rows[0].form.encoder, [row.prompt for row in rows], weights, beta=beta,
                 scale=[row.at.scale for row in rows], reference=self.reference, guided_model=self.guided_model,

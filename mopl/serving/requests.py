@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -42,6 +42,7 @@ class Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     weights: list[Finite] | dict[str, Finite] | None = None
     scale: Finite | None = None
     beta: list[Finite] | dict[str, Finite] | None = None
+    kl_weight: Finite | None = None
     max_tokens: Whole | None = None
     temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] = 1.0
     top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
@@ -54,6 +55,7 @@ class Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     stop: Stop | Annotated[list[Stop], msgspec.Meta(max_length=4)] = []
     stream: bool = False
     stream_options: StreamOptions | None = None
+    logprobs_mode: Literal["raw_logprobs", "processed_logprobs"] = "raw_logprobs"
 
 
 class Part(msgspec.Struct, forbid_unknown_fields=True):
@@ -84,6 +86,8 @@ class CompletionBody(Body, kw_only=True):
 
     prompt: str | Annotated[list[str | int | list[int]], msgspec.Meta(min_length=1)]
     logprobs: Annotated[int, msgspec.Meta(ge=0, le=5)] | None = None
+    return_token_ids: bool = False
+    stop_token_ids: list[int] = []
 
 
 _NOTHING = ([], {}, "")  # of a field beside what an answer has, such as annotations
@@ -127,6 +131,7 @@ class Asked:
         stop_tokens: Special tokens, which no text has, at which they end.
         stream: Whether they are sent as they come.
         usage: Whether a stream ends with the counts of tokens.
+        token_ids: Whether answers come as tokens, too, with the log-probability of each of them.
     """
 
     chat: bool
@@ -140,6 +145,7 @@ class Asked:
     stop_tokens: tuple[int, ...]
     stream: bool
     usage: bool
+    token_ids: bool = False
 
     def rows(self, served: ServedModel, send: Callable[[Row, Any], None]) -> list[Row]:
         """Return a row for each answer, those to one prompt one after another."""
@@ -179,6 +185,12 @@ def asked_of(raw: bytes, served: ServedModel, limits: Limits, *, chat: bool) -> 
         prompts = [_conversation(body.messages)]
     else:
         prompts = _prompts(body.prompt)  # type: ignore[attr-defined]
+    token_ids, more_stops = _token_fields(body, served)
+    if body.logprobs_mode != "raw_logprobs" and not body.temperature:
+        raise ApiError(
+            f"logprobs_mode is {body.logprobs_mode!r} but nothing is drawn at temperature 0; leave it out",
+            "logprobs_mode",
+        )
     if body.stream_options is not None and not body.stream:
         raise ApiError("stream_options are set but stream is not; pass stream=true", "stream_options")
     if (count := len(prompts) * body.n) > limits.max_queue:
@@ -190,15 +202,15 @@ def asked_of(raw: bytes, served: ServedModel, limits: Limits, *, chat: bool) -> 
     lengths = [_room(served, ids, at, wanted, said=most is not None) for ids in tokens]
     sampling = Sampling(
         body.temperature, body.top_p, body.top_k, body.presence_penalty, body.frequency_penalty,
-        _bias(body.logit_bias, served), body.seed, with_logs,
+        _bias(body.logit_bias, served), body.seed, with_logs, body.logprobs_mode == "processed_logprobs",
     )  # fmt: skip
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
     special = dict(zip(served.tokenizer.all_special_tokens, served.tokenizer.all_special_ids, strict=True))
-    stop_tokens = tuple(special[text] for text in stop if text in special)
+    stop_tokens = (*(special[text] for text in stop if text in special), *more_stops)
     stop = tuple(text for text in stop if text not in special)
     usage = body.stream_options is not None and body.stream_options.include_usage
     name = body.model or served.name
-    return Asked(chat, name, tokens, body.n, at, sampling, lengths, stop, stop_tokens, body.stream, usage)
+    return Asked(chat, name, tokens, body.n, at, sampling, lengths, stop, stop_tokens, body.stream, usage, token_ids)
 
 
 def weights_in_name(model: str | None, served: ServedModel) -> Any:
@@ -268,10 +280,22 @@ def _message(number: int, given: Any) -> Any:
 
 def _at(served: ServedModel, body: Body, named: Any) -> TradeOff:
     try:
-        return served.trade_off(body.weights if named is None else named, body.scale, body.beta)
+        return served.trade_off(body.weights if named is None else named, body.scale, body.beta, body.kl_weight)
     except ValueError as error:
-        param = next((name for name in ("weights", "scale", "beta") if str(error).startswith(name)), None)
+        param = next((name for name in ("weights", "scale", "beta", "kl_weight") if str(error).startswith(name)), None)
         raise ApiError(str(error), param) from None
+
+
+def _token_fields(body: Body, served: ServedModel) -> tuple[bool, tuple[int, ...]]:
+    """Return whether a completion is asked for as tokens, and at which more of them it ends."""
+    if not isinstance(body, CompletionBody):
+        return False, ()
+    if body.return_token_ids and body.stream:
+        raise ApiError("return_token_ids is not for streams; leave one of them out", "return_token_ids")
+    if wrong := [token for token in body.stop_token_ids if not 0 <= token < served.vocabulary]:
+        message = f"stop_token_ids has {wrong[0]}; the model has tokens from 0 to {served.vocabulary - 1}"
+        raise ApiError(message, "stop_token_ids")
+    return body.return_token_ids, tuple(body.stop_token_ids)
 
 
 def _conversation(messages: Sequence[ChatMessage]) -> tuple[dict[str, str], ...]:

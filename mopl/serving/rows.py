@@ -18,11 +18,12 @@ _CLEANED = 8  # characters: longer than what the clean-up of spaces looks for, s
 
 @dataclass(frozen=True)
 class TradeOff:
-    """At what a request is answered: w (m,), c, and β (m,) of a model that takes it."""
+    """At what a request is answered: w (m,), c, and β (m,) or α of a model that takes it."""
 
     weights: tuple[float, ...]
     scale: float = 1.0
     beta: tuple[float, ...] | None = None
+    kl_weight: float | None = None
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Sampling:
         logit_bias: Added to h of a token.
         seed: Of the samples; None: another one each time.
         top_log_probs: How many tokens are told with log-probabilities beside the chosen one; None tells none.
+        processed: Log-probabilities are of what was drawn from: after temperature, bias, penalties, top_k and top_p.
     """
 
     temperature: float = 1.0
@@ -48,6 +50,7 @@ class Sampling:
     logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int | None = None
     top_log_probs: int | None = None
+    processed: bool = False
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,7 @@ class Row:
         positions: How many the prompt takes in the model.
         send: Called with each `Piece`, from the thread that generates.
         tokens: What was generated.
+        every: The log-probability of each of these, also of those that the text does not show.
         ended: Whether the last piece was sent.
         cancelled: Set, by whoever asked, when nobody waits for it any more.
     """
@@ -145,6 +149,7 @@ class Row:
     positions: int = 0
     tokens: list[int] = field(default_factory=list)
     counts: Counter[int] = field(default_factory=Counter)
+    every: list[Scored] = field(default_factory=list)
     scored: Scored | None = None  # of the token that was chosen last, before `push` has it
     ended: bool = False
     cancelled: bool = False
@@ -157,6 +162,8 @@ class Row:
         """Take the next token, send what is ready, and return whether the answer has ended."""
         ends = self.form.ends
         self.counts[token] += 1
+        if self.scored is not None:
+            self.every.append(self.scored)
         if token in ends.ids:
             self.tokens.append(token)
             self._finish(self.detokenizer.text(self.tokens[:-1]), "stop")

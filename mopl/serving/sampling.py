@@ -28,7 +28,7 @@ class Chooser(LogitsProcessor):
     """Leaves each row one possible token, and notes its log-probability where that is asked for.
 
     Log-probabilities are those of the model, at the trade-off and scale of the row, after what its generation_config
-    does to scores: before bias, penalties and temperature of the request.
+    does to scores: before bias, penalties and temperature of the request, or where it asks so, of what it draws from.
 
     Args:
         rows: The B rows that are generated together.
@@ -57,7 +57,9 @@ class Chooser(LogitsProcessor):
             chosen[i] = self._told[i][self._step]
         self._step += 1
         for i in live:
-            self._rows[i].scored = _scored(scores[i], chosen[i], self._rows[i].sampling.top_log_probs)
+            how = self._rows[i].sampling
+            told = narrowed(changed[i : i + 1], [how])[0] if how.processed else scores[i]
+            self._rows[i].scored = _scored(told, chosen[i], how.top_log_probs)
         return torch.full_like(scores, -torch.inf).scatter_(-1, chosen[:, None], 0.0)
 
     def _changed(self, scores: Tensor, live: Sequence[int]) -> Tensor:
@@ -94,7 +96,14 @@ class Watcher(StoppingCriteria):
 
 
 def sampled(scores: Tensor, how: Sequence[Sampling], uniform: Tensor) -> Tensor:  # (R, V), R, (R,) -> (R,)
-    """Return tokens drawn from scores, each row by its temperature, top_k and top_p, with uniform numbers in [0, 1).
+    """Return tokens drawn from scores, each row by its temperature, top_k and top_p, with uniform numbers in [0, 1)."""
+    cumulative = narrowed(scores, how).softmax(-1).cumsum(-1)
+    # The first token at which the cumulative mass is above the number: never one without mass.
+    return torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
+
+
+def narrowed(scores: Tensor, how: Sequence[Sampling]) -> Tensor:  # (R, V), R -> (R, V)
+    """Return scores in float64 over the temperature of each row, -inf where its top_k or top_p leaves a token out.
 
     The most probable tokens are cut to top_k first and then, of what is left, to the fewest whose mass is top_p.
     """
@@ -113,9 +122,7 @@ def sampled(scores: Tensor, how: Sequence[Sampling], uniform: Tensor) -> Tensor:
         # A token stays if those before it have less than top_p; the first always does.
         left = (mass.cumsum(-1) - mass < column([each.top_p for each in how])) | (rank == 0)
         wide = torch.full_like(wide, -torch.inf).scatter_(-1, places, ordered.masked_fill(~left, -torch.inf))
-    cumulative = wide.softmax(-1).cumsum(-1)
-    # The first token at which the cumulative mass is above the number: never one without mass.
-    return torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    return wide
 
 
 def _scored(scores: Tensor, chosen: Tensor, top: int | None) -> Scored | None:  # (V,), ()

@@ -123,7 +123,7 @@ def test_a_client_that_goes_ends_its_row(model, gate, stream):
     with running(served(model), max_batch=1) as server:
         rows = []
         submit = server.engine.submit
-        server.engine.submit = lambda given: (rows.extend(given), submit(given))
+        server.engine.submit = lambda given, *of: (rows.extend(given), submit(given, *of))
         with gate.closed():
             clients = []
             for _ in range(2):

@@ -1,0 +1,313 @@
+"""A server with OpenAI's API that answers prompts in tokens: what it is, what it is told to load, what it answered.
+
+Two kinds of server are known, by what `/v1/models` says owns its models:
+
+| server                          | how it gets the policy                              | a request names      |
+|---------------------------------|-----------------------------------------------------|----------------------|
+| `mopl serve MODEL --policies F` | POST /v1/load_policy: the policy itself             | the policy, weights  |
+| vLLM                            | POST /v1/load_lora_adapter: one adapter a trade-off | the adapter          |
+
+Answers come as the tokens that were sampled, never as text to be tokenised again, each with its log-probability at the
+temperature of the run. Whatever else comes back is an error: no answer is made up, cut or left out.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from mopl._extras import require
+from mopl._records import Finite, in_words
+
+require("httpx", "msgspec", what="rollouts from a server")
+import httpx  # noqa: E402
+import msgspec  # noqa: E402
+
+KEY_VARIABLE = "MOPL_API_KEY"
+_AGAIN = (408, 425, 429, 500, 502, 503, 504)  # of HTTP: what may be otherwise the next time
+_MOST_FAILURES = 6  # answers of 500 and above in a row: with the waiting between them about 15 seconds
+_LEAST = -9000.0  # servers write -9999 for a log-probability of minus infinity, which no sampled token has
+_PROBED = 1e-3  # nats: log-probabilities at two temperatures that differ by less are the same
+
+
+class RolloutServerError(ConnectionError):
+    """The server did not answer, or not as it must; the training has not used anything of it."""
+
+
+class Completion(msgspec.Struct):
+    """One answer in tokens."""
+
+    token_ids: list[int]
+    log_probs: list[float]
+
+
+class _LogProbs(msgspec.Struct):
+    token_logprobs: list[float | None]
+    tokens: list[str] = []
+    top_logprobs: list[dict[str, Finite] | None] | None = None
+
+
+class _Choice(msgspec.Struct):
+    index: int
+    token_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = None
+    logprobs: _LogProbs | None = None
+
+
+class _Reply(msgspec.Struct):
+    choices: list[_Choice]
+
+
+class _Model(msgspec.Struct):
+    id: str
+    owned_by: str = ""
+
+
+class _Models(msgspec.Struct):
+    data: list[_Model]
+
+
+class OpenAIServer:
+    """A server and what it is asked; safe for several threads.
+
+    Args:
+        url: Its address, with or without `/v1`.
+        seconds: How long a request may take, with all that is tried again.
+
+    Attributes:
+        kind: `"mopl"` or `"vllm"`, once `connect` has asked.
+        model: What it calls the base model.
+    """
+
+    def __init__(self, url: str, seconds: float) -> None:
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self.seconds, self.kind, self.model = seconds, "", ""
+        key = os.environ.get(KEY_VARIABLE, "").strip()
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        self._client = httpx.Client(headers=headers, timeout=seconds, limits=httpx.Limits(max_connections=64))
+        self._broken = threading.Event()  # one request of several has failed for good: the others are given up
+
+    def connect(self) -> None:
+        """Ask what the server is.
+
+        Raises:
+            RolloutServerError: If it does not answer, or is none that is known here.
+        """
+        found = self._read(self._ask("GET", "/v1/models"), _Models, "/v1/models")
+        owners = {model.owned_by for model in found.data}
+        kind = next((kind for kind in ("mopl", "vllm") if kind in owners), None)
+        if kind is None:
+            said = ", ".join(sorted(filter(None, owners))) or "nobody"
+            raise self.error(
+                f"its models are owned by {said}, and policies can be loaded into mopl and vllm only",
+                "start `mopl serve MODEL --policies FOLDER`, or vLLM",
+            )
+        self.kind, self.model = kind, next(model.id for model in found.data if model.owned_by == kind)
+
+    def check_temperature(self, prompt: Sequence[int], temperature: float) -> None:
+        """Raise unless log-probabilities are of what is sampled at a temperature; vLLM's are not by default.
+
+        Raises:
+            RolloutServerError: If they are the same at temperature 1.
+        """
+        if self.kind == "mopl" or temperature == 1:
+            return
+        seen = []
+        for each in (temperature, 1.0):
+            body = self._body(prompt, each, 1, 1) | {"model": self.model, "logprobs": 5}
+            reply = self._read(self.post("/v1/completions", body), _Reply, "/v1/completions")
+            logs = reply.choices[0].logprobs if reply.choices else None
+            if logs is None or not logs.top_logprobs or not logs.top_logprobs[0]:
+                raise self.error("its answers have no top_logprobs", "start it without --max-logprobs 0")
+            seen.append(logs.top_logprobs[0])
+        shared = seen[0].keys() & seen[1].keys()
+        if all(abs(seen[0][token] - seen[1][token]) < _PROBED for token in shared):
+            raise self.error(
+                f"its log-probabilities are those of temperature 1, but the run samples at {temperature:g}",
+                "start vLLM with --logprobs-mode processed_logprobs",
+            )
+
+    # ---------------------------------------------------------------- what it loads
+
+    def load_policy(self, name: str, path: str) -> None:
+        """Have a server of mopl answer with the policy of a folder, named from its own folder of policies."""
+        self.post("/v1/load_policy", {"name": name, "path": path})
+
+    def load_adapter(self, name: str, path: str) -> None:
+        """Have vLLM load a LoRA adapter under a name that it does not know."""
+        self.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
+
+    def unload_adapter(self, name: str) -> None:
+        """Have vLLM forget an adapter."""
+        self.post("/v1/unload_lora_adapter", {"lora_name": name})
+
+    # ---------------------------------------------------------------- what it answers
+
+    def complete(
+        self,
+        prompt: Sequence[int],
+        asked: dict[str, Any],
+        *,
+        answers: int,
+        tokens: int,
+        temperature: float,
+        seed: int,
+        ends: Sequence[int],
+        stop: str | None,
+    ) -> list[Completion]:
+        """Return several answers to a prompt.
+
+        Args:
+            prompt: Its tokens.
+            asked: Whom: the model, and at which trade-off.
+            answers: How many.
+            tokens: The most of each.
+            temperature: Of the sampling, from all tokens.
+            seed: Of the server's generator.
+            ends: Tokens that end an answer.
+            stop: A text that does, or None.
+
+        Raises:
+            RolloutServerError: If they do not come, or not as asked for.
+        """
+        body = self._body(prompt, temperature, answers, tokens) | asked | {"seed": seed, "stop_token_ids": list(ends)}
+        if stop is not None:
+            body["stop"] = [stop]
+        reply = self._read(self.post("/v1/completions", body), _Reply, "/v1/completions")
+        if sorted(choice.index for choice in reply.choices) != list(range(answers)):
+            raise self.error(f"it gave {len(reply.choices)} answers of {answers} to a prompt", "look at its log")
+        return [self._completion(each, prompt) for each in sorted(reply.choices, key=lambda choice: choice.index)]
+
+    def _body(self, prompt: Sequence[int], temperature: float, answers: int, tokens: int) -> dict[str, Any]:
+        """Return what asks for samples of softmax(logits / temperature) and nothing else."""
+        body: dict[str, Any] = {
+            "prompt": list(prompt), "n": answers, "max_tokens": tokens, "temperature": temperature, "top_p": 1.0,
+            "presence_penalty": 0.0, "frequency_penalty": 0.0, "logprobs": 0, "return_token_ids": True,
+        }  # fmt: skip
+        if self.kind == "mopl":
+            return body | {"top_k": 0, "logprobs_mode": "processed_logprobs"}
+        # vLLM takes what is not said from the model's generation_config.
+        return body | {
+            "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "min_tokens": 0, "ignore_eos": False,
+            "return_tokens_as_token_ids": True, "add_special_tokens": False, "skip_special_tokens": True,
+        }  # fmt: skip
+
+    def _completion(self, choice: _Choice, prompt: Sequence[int]) -> Completion:
+        ids, logs = choice.token_ids, choice.logprobs
+        if ids is None or logs is None:
+            missing = "token_ids" if ids is None else "logprobs"
+            raise self.error(f"its answers have no {missing}", "use vLLM 0.10.2 or later, or mopl serve")
+        if choice.prompt_token_ids is not None and choice.prompt_token_ids != list(prompt):
+            raise self.error("it read other tokens of the prompt than were sent", "use the model of the run there")
+        values = logs.token_logprobs
+        if not ids or len(values) != len(ids):
+            raise self.error(f"it gave {len(values)} log-probabilities for {len(ids)} tokens", "look at its log")
+        named = [int(text.removeprefix("token_id:")) for text in logs.tokens if text.startswith("token_id:")]
+        if named and named != ids:
+            raise self.error("the tokens of its log-probabilities are not those of its answer", "look at its log")
+        known = [value for value in values if value is not None and _LEAST < value <= 1e-3]
+        if len(known) != len(ids):
+            raise self.error("a sampled token has no log-probability, or one that is none", "look at its log")
+        return Completion(ids, known)
+
+    # ---------------------------------------------------------------- requests
+
+    def post(self, path: str, body: dict[str, Any]) -> bytes:
+        """Return what the server says to a request, asked again where that may help; errors as `_ask`."""
+        return self._ask("POST", path, body)
+
+    def begin(self) -> None:
+        """Forget that a request has failed: the next ones are new."""
+        self._broken.clear()
+
+    def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> bytes:
+        """Send a request until it is answered, at most for `seconds`.
+
+        Raises:
+            RolloutServerError: If it is refused, keeps failing, or time is up.
+        """
+        deadline, tries, failures, why = time.monotonic() + self.seconds, 0, 0, ""
+        while not self._broken.is_set():
+            left = deadline - time.monotonic()
+            if left <= 0:
+                break
+            tries, pause = tries + 1, min(0.25 * 2**tries, 8.0)
+            try:
+                answer = self._client.request(method, f"{self.url}{path}", json=body, timeout=left)
+            except httpx.TimeoutException:
+                why = "no answer came in time"
+                continue
+            except (httpx.TransportError, httpx.InvalidURL) as error:
+                if isinstance(error, (httpx.UnsupportedProtocol, httpx.InvalidURL)):
+                    raise self.error(str(error), "give an address such as http://127.0.0.1:8000") from None
+                why = f"it cannot be reached ({error or type(error).__name__})"
+            else:
+                if answer.is_success:
+                    return answer.content
+                said = _message(answer)
+                why = f"it answered {path} with {answer.status_code}: {said}"
+                if tries > 1 and path == "/v1/load_lora_adapter" and "already been loaded" in said:
+                    return b""  # by the request before, whose answer was lost
+                failures += answer.status_code >= 500
+                if answer.status_code not in _AGAIN or failures >= _MOST_FAILURES:
+                    self._broken.set()
+                    raise self.error(why, _remedy(answer.status_code, path))
+                pause = max(pause, _seconds(answer.headers.get("retry-after", "")))
+            self._broken.wait(min(pause, max(deadline - time.monotonic(), 0)))
+        if self._broken.is_set():
+            raise self.error("another request of this step failed", "see its error")
+        self._broken.set()
+        raise self.error(
+            f"{why or 'no answer came in time'}, within rollout_timeout = {self.seconds:g} seconds",
+            "start it, or raise rollout_timeout",
+        )
+
+    def error(self, what: str, remedy: str) -> RolloutServerError:
+        """Return an error that names the server, what happened and the remedy."""
+        return RolloutServerError(
+            f"the rollout server {self.url}: {what}; {remedy}; the last checkpoint is intact, so the run can be resumed"
+        )
+
+    def _read(self, raw: bytes, schema: Any, path: str) -> Any:
+        try:
+            return msgspec.convert(values := msgspec.json.decode(raw), schema)
+        except msgspec.ValidationError as error:
+            raise self.error(f"{path} is not as OpenAI's: {in_words(error, values, '')}", "check the address") from None
+        except msgspec.DecodeError:
+            raise self.error(f"{path} gives no JSON", "check the address") from None
+
+
+def _remedy(status: int, path: str) -> str:
+    """Return what may help against a status of HTTP."""
+    if status in (401, 403):
+        return f"put its key into {KEY_VARIABLE}"
+    if path == "/v1/load_lora_adapter":
+        return (
+            "start vLLM with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and --enable-lora, a --max-lora-rank of all adapters "
+            "together, and a rollout_folder that it sees under the same path"
+        )
+    if path == "/v1/load_policy":
+        return "start `mopl serve MODEL --policies FOLDER` with the rollout_folder of this run"
+    if status in (404, 409):
+        return "another training uses the server, or it was started again: give each training a server of its own"
+    return "look at its log"
+
+
+def _seconds(text: str) -> float:
+    """Return what a Retry-After header says in seconds; 0 for a date."""
+    return min(float(text), 60.0) if text.isdigit() else 0.0
+
+
+def _message(answer: httpx.Response) -> str:
+    """Return what an answer of an error says, in a line: OpenAI's form, vLLM's, or any text."""
+    try:
+        said = answer.json()
+    except ValueError:
+        said = answer.text
+    if isinstance(said, dict):
+        inner = said.get("error", said)
+        said = inner.get("message", inner.get("detail", inner)) if isinstance(inner, dict) else inner
+    return " ".join(str(said).split())[:500]

@@ -1,0 +1,120 @@
+"""Policies that a trainer writes into a folder and asks the server to load: `mopl serve MODEL --policies FOLDER`.
+
+One policy is served at a time, around a base model that stays. Only folders inside of FOLDER are read, which hold JSON
+and safetensors and no code, but whoever may ask the server may then choose what it answers with: hence the option.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from mopl._records import parse_json
+from mopl.conditioning import ParameterMixture, WeightedModel
+from mopl.conditioning.saved_models import CONFIG_FILE, read_kind
+from mopl.language_models import models
+from mopl.language_models.tokenization import ListTokenizer
+from mopl.serving.errors import ApiError
+from mopl.serving.model import ServedModel
+
+
+class LoadBody(msgspec.Struct, forbid_unknown_fields=True):
+    """A body of /v1/load_policy."""
+
+    name: str
+    path: str
+
+
+def load_body(raw: bytes) -> LoadBody:
+    """Read the body of a request to load a policy.
+
+    Raises:
+        ApiError: If it is not as it should be.
+    """
+    try:
+        return msgspec.convert(parse_json(raw.decode("utf-8")), LoadBody)
+    except (UnicodeDecodeError, ValueError, msgspec.ValidationError) as error:
+        raise ApiError(f"the body must be {{'name': ..., 'path': ...}}: {error}") from None
+
+
+class PolicyFolder:
+    """Makes what is served of the folders that a trainer writes.
+
+    Args:
+        folder: Where the trainer writes them.
+        base: The fused base model, on its device; its generation_config is replaced by a plain one.
+        encoder: How conversations become tokens.
+        name: What requests call the base model, until a policy is loaded.
+
+    Attributes:
+        plain: The base model as it is served.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+    """
+
+    def __init__(self, folder: str | Path, base: Any, encoder: ListTokenizer, *, name: str) -> None:
+        from transformers import GenerationConfig
+
+        self.folder = Path(folder).resolve()
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"policies is {folder}, which is no folder; make it, or name another")
+        known = base.generation_config
+        # What is sampled is softmax(logits / temperature), as the trainer computes it: no penalties, no cut.
+        base.generation_config = GenerationConfig(
+            bos_token_id=known.bos_token_id, eos_token_id=known.eos_token_id, pad_token_id=known.pad_token_id
+        )
+        self._base, self._encoder, self._policy = base, encoder, None
+        self.plain = ServedModel(base, encoder, ("base",), name=name, takes_weights=False, fixed=True)
+
+    def find(self, path: str) -> Path:
+        """Return the folder of a policy by its path inside of the one that is served.
+
+        Raises:
+            ApiError: 403 if it is outside, 404 if it holds no policy.
+        """
+        found = (self.folder / path).resolve()
+        if not found.is_relative_to(self.folder):
+            raise ApiError(f"path is {path!r:.200}, which is outside of the folder of policies", "path", status=403)
+        if not (found / CONFIG_FILE).is_file():
+            raise ApiError(
+                f"path is {path!r:.200} but there is no {CONFIG_FILE} in that folder inside of {self.folder}; write "
+                "the policy there first, and check that trainer and server see one folder",
+                "path", status=404, code="policy_not_found",
+            )  # fmt: skip
+        return found
+
+    def maker(self, name: str, path: str) -> Callable[[], ServedModel]:
+        """Return what loads a policy when nothing is being answered.
+
+        Args:
+            name: What requests call it.
+            path: Its folder, inside of the one that is served.
+
+        Raises:
+            ApiError: If the name cannot be one, or as `find`.
+        """
+        if not name or len(name) > 200 or "@" in name or not name.isprintable():
+            raise ApiError(f"name is {name!r:.200} but must be 1 to 200 printable characters without @", "name")
+        folder = self.find(path)
+
+        def make() -> ServedModel:
+            if self._policy is not None:
+                models.release(self._policy)
+                self._policy = None
+            mixture = read_kind(folder) == ParameterMixture.KIND
+            # Of a mixture of parameters the model inside becomes the policy; the base stays what it is.
+            base = copy.deepcopy(self._base) if mixture else self._base
+            with models.quiet():
+                policy: Any = WeightedModel.from_pretrained(folder, base)
+            self._policy = None if mixture else policy
+            policy.to(next(self._base.parameters()).device).eval()
+            trained = policy.record.beta
+            alpha = (trained[0] if isinstance(trained, (list, tuple)) else trained) if policy.takes_kl_weight else None
+            return ServedModel(policy, self._encoder, policy.record.objectives, name=name, kl_weight=alpha)
+
+        return make
