@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import secrets
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -48,7 +49,8 @@ class ServerAnswers:
         self.server = OpenAIServer(config.rollout_server, config.rollout_timeout)
         # In all names: another run, or this one before it was stopped, may have used the server.
         self.mark = on_main(accelerator, lambda: secrets.token_hex(4))
-        self._policy: tuple[str, int] | None = None  # the training and the step whose policy a server of mopl has
+        self._number = itertools.count()
+        self._loaded: tuple[Any, int, str] | None = None  # which policy a server of mopl has, of which step, its name
         self.stage = "clp"
 
     def check(self, prompt: Sequence[int]) -> None:
@@ -123,24 +125,29 @@ class ServerAnswers:
 
     # ---------------------------------------------------------------- the policy of the step
 
+    def _name(self, batch: PromptBatch) -> str:
+        """Return a name that nothing has been called by on this server."""
+        return f"{self.stage}-{batch.step}-{batch.part}-{next(self._number)}-{self.mark}"
+
     @contextmanager
     def _loaded_policy(
         self, policy: Policy, weights: Tensor, kl_weight: Tensor, batch: PromptBatch
     ) -> Iterator[Callable[[int], dict[str, Any]]]:
         """Have a server of mopl load the policy, once a step, by the main process; give what asks for a row."""
-        name = f"{self.stage}-{batch.step}-{self.mark}"
-        if self._policy != (self.stage, batch.step):
+        if self._loaded is None or self._loaded[0]() is not policy or self._loaded[1] != batch.step:
 
-            def load() -> None:
+            def load() -> str:
+                name = self._name(batch)
                 target = self.folder / name
                 write_folder(target, lambda path: policy.model.save_pretrained(path))
                 try:
                     self.server.load_policy(name, name)
                 finally:
                     discard_folder(target)  # what is loaded is in the server's memory
+                return name
 
-            on_main(self.accelerator, load)
-            self._policy = self.stage, batch.step
+            self._loaded = weakref.ref(policy), batch.step, on_main(self.accelerator, load)
+        name = self._loaded[2]
         yield lambda r: {"model": name, **policy.asked(weights[r], float(kl_weight[r]))}
 
     @contextmanager
@@ -156,7 +163,7 @@ class ServerAnswers:
             for r, key in enumerate(keys):
                 if key in names:
                     continue
-                name = f"{self.stage}-{batch.step}-{batch.part}-{len(names)}-{self.mark}"
+                name = self._name(batch)
                 target = self.folder / name
                 config, tensors = policy.adapter_at(weights[r], key[1])
                 write_folder(target, lambda path, c=config, t=tensors: write_adapter(path, c, t))

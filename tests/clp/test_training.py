@@ -13,66 +13,32 @@ from torch import Tensor
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from tiny_language_models import WORDS, build, tokenizer
+from clp_problems import (
+    PROMPTS,
+    SCOPES,
+    disturbed,
+    language_model,
+    make_loss,
+    make_rewards,
+    parts,
+    settings,
+    share,
+)  # fmt: skip
+from tiny_language_models import build, tokenizer
 
 from mopl.alignment.recipe import RunInterrupted
 from mopl.clp import ClpConfig, PolicyCollapsed, train_policies
-from mopl.clp.loss import ClpLoss, Guard
 from mopl.clp.policies import Policy, load_policy, new_policy, release, save_soup
-from mopl.clp.prompts import PromptSource, placed_prompts, split_prompts
-from mopl.clp.rollout import Rollout, RolloutStore, Sampler, roll
+from mopl.clp.prompts import PromptSource, placed_prompts
+from mopl.clp.rollout import Rollout, Sampler, roll
 from mopl.conditioning import LoraMixture, ParameterMixture
 from mopl.decoding import MixedLogits
-from mopl.language_models.head import fuse
 from mopl.language_models.models import fingerprint
-from mopl.language_models.tokenization import ListTokenizer
 from mopl.losses import policy_gradient
 from mopl.pareto import Front
 from mopl.rewards import FunctionReward, Rewards
 from mopl.rewards.scale import RewardScale, RunningScale
 from mopl.training import CheckpointFolder, TrainingConfig, train
-
-PROMPTS = [f"w{i} w{i + 1}" for i in range(40)]
-SCOPES = ("full", "attention", "logits", "lora-mixture", "hyper-prompt")
-LENGTH = 6
-
-
-def share(low: int, high: int, name: str) -> FunctionReward:
-    """The share of words of a set in the longest possible response."""
-    words = set(WORDS[low:high])
-    return FunctionReward(lambda texts, prompts: [sum(w in words for w in t.split()) / LENGTH for t in texts], name)
-
-
-def make_rewards() -> Rewards:
-    return Rewards([share(0, 20, "first"), share(20, 40, "second")])
-
-
-def settings(**options) -> ClpConfig:
-    values = {
-        "rewards": ("first", "second"), "max_new_tokens": LENGTH, "prompts_per_step": 4, "samples_per_prompt": 2,
-        "learning_rate": 1e-2, "lora_rank": 2, "held_out": 0.3, "kl_weight": 0.05, "steps": 2, "bootstrap": 0,
-        "normalize_prompts": 8, "points": 3, "samples": 0, "log_every": 1, "device": "cpu",
-    }  # fmt: skip
-    return ClpConfig("model", "prompts", **{**values, **options})
-
-
-def language_model(**options):
-    return fuse(build(initializer_range=0.1, **options).requires_grad_(False))
-
-
-def parts(config: ClpConfig):
-    placed = [(f"line {number}", prompt) for number, prompt in enumerate(PROMPTS, 1)]
-    return split_prompts(placed, ListTokenizer(tokenizer(), max_length=None, append_eos=False), config)[0]
-
-
-def make_loss(base, config: ClpConfig, folder: Path, rewards: Rewards | None = None) -> ClpLoss:
-    checkpoints = folder / "checkpoints"
-    return ClpLoss(
-        config, Sampler(base, tokenizer(), config), rewards or make_rewards(),
-        RewardScale(torch.zeros(2), torch.ones(2)), RolloutStore(folder / "rollouts", config.epochs, checkpoints),
-        Guard(config, "clp", checkpoints), None, "clp",
-    )  # fmt: skip
-
 
 # ---------------------------------------------------------------- prompts
 
@@ -173,14 +139,6 @@ def test_mixing_one_model_with_nothing_of_another_scores_as_that_model():
 
 
 # ---------------------------------------------------------------- the exact KL
-
-
-def disturbed(policy: Policy) -> Policy:
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn_like(parameter))
-    return policy
 
 
 def full_kl(policy: Policy, sampler: Sampler, rollout: Rollout, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
