@@ -108,6 +108,8 @@ class Runner:
         if words[:1] == ["serve"]:
             return self._serve(named(words), dict(command.environment))
         words = small(named(words)) if words else words
+        if self.url is not None:
+            words = [word.replace("http://127.0.0.1:8000", self.url) for word in words]
         if words[:1] == ["export"]:
             clear_placeholder(words)
         given = self.output if command.piped else Path(command.read).read_text() if command.read else ""

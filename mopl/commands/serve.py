@@ -147,11 +147,8 @@ def _policies(arguments: argparse.Namespace, name: str, device: str) -> Any:
     from mopl.language_models.tokenization import ListTokenizer
     from mopl.serving.policies import PolicyFolder
 
-    folder = Path(arguments.policies)
-    if not folder.is_dir():  # before a model is loaded
-        raise FileNotFoundError(f"policies is {folder}, which is no folder; make it, or name another")
     encoder = ListTokenizer(models.load_tokenizer(arguments.run), max_length=None, append_eos=False)
-    return PolicyFolder(folder, models.load_causal_lm(arguments.run).to(device), encoder, name=name)
+    return PolicyFolder(arguments.policies, models.load_causal_lm(arguments.run).to(device), encoder, name=name)
 
 
 def _served(arguments: argparse.Namespace, name: str, device: str) -> Any:

@@ -45,7 +45,7 @@ class PolicyFolder:
     """Makes what is served of the folders that a trainer writes.
 
     Args:
-        folder: Where the trainer writes them.
+        folder: Where the trainer writes them; it is made if it is not there.
         base: The fused base model, on its device; its generation_config is replaced by a plain one.
         encoder: How conversations become tokens.
         name: What requests call the base model, until a policy is loaded.
@@ -54,15 +54,14 @@ class PolicyFolder:
         plain: The base model as it is served.
 
     Raises:
-        FileNotFoundError: If there is no such folder.
+        OSError: If the folder cannot be made.
     """
 
     def __init__(self, folder: str | Path, base: Any, encoder: ListTokenizer, *, name: str) -> None:
         from transformers import GenerationConfig
 
         self.folder = Path(folder).resolve()
-        if not self.folder.is_dir():
-            raise FileNotFoundError(f"policies is {folder}, which is no folder; make it, or name another")
+        self.folder.mkdir(parents=True, exist_ok=True)
         known = base.generation_config
         # What is sampled is softmax(logits / temperature), as the trainer computes it: no penalties, no cut.
         base.generation_config = GenerationConfig(
