@@ -87,6 +87,7 @@ def train_policies(
         ImportError: If a package is missing; the message says how to install it.
         ValueError: If a setting is unsound, or a resumed run had other settings or prompts.
         PolicyCollapsed: If a guard stopped a training.
+        RolloutServerError: If the server of `rollout_server` did not answer, or not as it must.
         TrainingDiverged: If a loss is no longer a number.
         RunInterrupted: After Ctrl-C or SIGTERM, once a checkpoint is written.
     """

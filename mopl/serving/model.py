@@ -183,8 +183,17 @@ class ServedModel:
             )
         if kl_weight is not None and self.kl_weight is None:
             raise ValueError("kl_weight was passed but the model is not conditioned on it; leave it out, or pass scale")
-        alpha = self.kl_weight if kl_weight is None else float(check_positive(kl_weight, "kl_weight"))
-        return TradeOff(w, c, betas, alpha)
+        return TradeOff(w, c, betas, self.kl_weight if kl_weight is None else self._alpha(kl_weight))
+
+    def _alpha(self, kl_weight: float) -> float:
+        """Return α if the model was trained for it, or for a smaller and a larger one."""
+        alpha, trained = float(check_positive(kl_weight, "kl_weight")), self.model.record.beta
+        several = isinstance(trained, (list, tuple))
+        if several and not min(trained) * (1 - SAME) <= alpha <= max(trained) * (1 + SAME):  # it may come as float32
+            raise ValueError(
+                f"kl_weight is {alpha:g} but the model was trained for those from {min(trained):g} to {max(trained):g}"
+            )
+        return alpha
 
     def _weights(self, given: Any) -> tuple[float, ...]:
         weights = self._in_order(given, "weights")

@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from mopl._extras import require
 from mopl._records import parse_json
 from mopl.conditioning import ParameterMixture, WeightedModel
 from mopl.conditioning.saved_models import CONFIG_FILE, read_kind
@@ -58,6 +59,7 @@ class PolicyFolder:
     """
 
     def __init__(self, folder: str | Path, base: Any, encoder: ListTokenizer, *, name: str) -> None:
+        require("transformers", what="serving")
         from transformers import GenerationConfig
 
         self.folder = Path(folder).resolve()

@@ -1,6 +1,7 @@
 """Rollouts from a server: it samples from the policy of the step, and what it gets wrong is an error."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -108,6 +109,27 @@ def test_a_policy_for_several_kl_weights_is_asked_at_each(mopl_server, accelerat
     policy = disturbed(new_policy(base, config, ("first", "second"), "clp"))
     rollout = check_same_policy(policy, config, sampler, answers.of("kl"))
     assert len(set(rollout.kl_weight.tolist())) == 2
+    body = {"model": mopl_server.engine.served.name, "prompt": [1, 7], "kl_weight": 0.5}
+    refused = mopl_server.http.post("/v1/completions", json=body)
+    assert refused.status_code == 400 and "trained for those from 0.05 to 0.4" in refused.text
+
+
+def test_a_text_that_ends_a_turn_ends_an_answer_there_too(mopl_server, accelerator):
+    base = language_model()
+    config, sampler, answers = asking(
+        mopl_server.url, mopl_server.api.policies.folder, accelerator, base, scope="lora-mixture"
+    )
+    ends = [f"w{i}" for i in range(0, 50)]
+    policy = disturbed(new_policy(base, config, ("first", "second"), "clp"))
+    for text in ends[:50:5]:
+        sampler.ends = dataclasses.replace(sampler.ends, text=text)
+        rollout = check_same_policy(policy, config, sampler, answers)
+        ended = [row for row in rollout.responses if tokenizer().decode(row[-1:]) == text]
+        if ended and min(map(len, ended)) < LENGTH:
+            break
+    else:
+        pytest.fail("no answer ended at a text")
+    release(policy)
 
 
 @pytest.mark.parametrize(("kind", "temperature"), [("clp", 0.7), ("expert", 1.0), ("prompting", 1.0)])

@@ -62,7 +62,8 @@ def is_alone(step: Block | Line, below: list[Block | Line]) -> bool:
     words = words_of(step)
     if words[:1] not in [[each] for each in TRAININGS] or "--demo" in words or "--print-config" in words:
         return False
-    if any(option in words for option in ("--config", "--resume", "--reference-store", "--base", "--teachers", "--rollout-server")):
+    needed = ("--config", "--resume", "--reference-store", "--base", "--teachers", "--rollout-server")
+    if any(option in words for option in needed):
         return False
     text = "".join(each.text for each in below)
     run = values_of(words, "--run")

@@ -38,7 +38,7 @@ OTHERS = {
     "--max-lora-rank", "--max-loras", "--max-cpu-loras", "--lora-modules", "--enable-prompt-embeds", "--model-path",
     "--max-loras-per-batch", "--lora-target-modules", "--lora-paths", "--model-id", "--lora", "--lora-scaled",
     "--jinja", "--no-jinja", "--durations", "--import-mode", "--maxfail", "--maxschedchunk", "--tb", "--strict",
-    "--shell", "--no-X",
+    "--shell", "--no-X", "--logprobs-mode",
 }  # fmt: skip
 
 # Classes and names of others: sentence-transformers, Liger, NeMo-RL, LoRAX, Lightning, torch's compiler, LightGBM,
