@@ -13,7 +13,7 @@ from typing import Any
 
 from mopl._records import read_text
 from mopl._terminal import say, shell
-from mopl.commands.tuned_model import add_model_command, load_tuned_model
+from mopl.commands.tuned_model import TunedModel, add_model_command, load_tuned_model
 
 KEY_VARIABLE = "MOPL_API_KEY"
 EXAMPLES = f"""
@@ -99,7 +99,11 @@ def run(arguments: argparse.Namespace) -> None:
         device = "cuda" if arguments.device == "auto" and torch.cuda.is_available() else "cpu"
         with _stopped_by_a_signal():
             policies = None if arguments.policies is None else _policies(arguments, name, device)
-            served = _served(arguments, name, device) if policies is None else policies.plain
+            served = (
+                _served(load_tuned_model(arguments, device, merge=False), arguments, name, device)
+                if policies is None
+                else policies.plain
+            )
         sizes = {name: getattr(arguments, name) for name in ("max_batch", "max_batch_tokens", "max_queue")}
         engine = Engine(served, **sizes)
         api = Api(
@@ -151,12 +155,11 @@ def _policies(arguments: argparse.Namespace, name: str, device: str) -> Any:
     return PolicyFolder(arguments.policies, models.load_causal_lm(arguments.run).to(device), encoder, name=name)
 
 
-def _served(arguments: argparse.Namespace, name: str, device: str) -> Any:
+def _served(tuned: TunedModel, arguments: argparse.Namespace, name: str, device: str) -> Any:
     from mopl.language_models import models
     from mopl.language_models.guiding import check_same_tokenizer
     from mopl.serving.model import ServedModel
 
-    tuned = load_tuned_model(arguments, device, merge=False)
     large = None
     if arguments.guided_model is not None:
         other = models.load_tokenizer(arguments.guided_model)
