@@ -55,6 +55,8 @@ def add_parser(commands: Any) -> None:
                         "hub name, that answers in the place of RUN's model, guided by what that learned")  # fmt: skip
     parser.add_argument("--policies", metavar="FOLDER", help="serve the policies that mopl clp --rollout-server writes "
                         "into this folder; RUN is then the model that it trains, a directory or hub name")  # fmt: skip
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="data type of the model of "
+                        "--policies (default: auto, as it is stored)")  # fmt: skip
     parser.add_argument("--name", help="the model name in requests (default: the name of RUN's folder)")
     parser.add_argument("--api-key-file", metavar="FILE", help="file with the key that requests must bear (default: "
                         f"what {KEY_VARIABLE} holds, if it is set)")  # fmt: skip
@@ -75,6 +77,8 @@ def run(arguments: argparse.Namespace) -> None:
     name = arguments.name or Path(arguments.run).resolve().name
     if "@" in name:
         raise ValueError(f"name is {name!r} but what follows an @ are weights; pass --name without one")
+    if arguments.dtype is not None and arguments.policies is None:
+        raise ValueError("dtype is of the model of --policies; a tuned model is served as it was trained; leave it out")
     if arguments.policies is not None:
         for option in ("weights", "beta", "method", "kl_weight", "base_model", "guided_model"):
             if getattr(arguments, option) is not None:
@@ -152,7 +156,8 @@ def _policies(arguments: argparse.Namespace, name: str, device: str) -> Any:
     from mopl.serving.policies import PolicyFolder
 
     encoder = ListTokenizer(models.load_tokenizer(arguments.run), max_length=None, append_eos=False)
-    return PolicyFolder(arguments.policies, models.load_causal_lm(arguments.run).to(device), encoder, name=name)
+    base = models.load_causal_lm(arguments.run, dtype=arguments.dtype or "auto").to(device)
+    return PolicyFolder(arguments.policies, base, encoder, name=name)
 
 
 def _served(tuned: TunedModel, arguments: argparse.Namespace, name: str, device: str) -> Any:

@@ -107,6 +107,21 @@ def test_each_of_two_processes_asks_for_its_own_part(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--dtype", "bfloat16"], "dtype is of the model of --policies"),
+        (["--policies", "p", "--weights", "0.5", "0.5"], "weights is about one tuned model"),
+        (["--policies", "p", "--kl-weight", "0.5"], "kl-weight is about one tuned model"),
+    ],
+)
+def test_options_of_one_model_and_of_policies_do_not_go_together(tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(["serve", "model", *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
         (["--rollout-server", "http://127.0.0.1:9"], "there is no --rollout-folder"),
         (["--rollout-server", "http://127.0.0.1:9", "--rollout-folder", "f", "--rollout-timeout", "0.2"],
          "the rollout server http://127.0.0.1:9: it cannot be reached"),
