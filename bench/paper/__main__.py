@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,8 @@ def write_samples(options: argparse.Namespace) -> None:
 def planned(options: argparse.Namespace) -> Any:
     """Check what an experiment needs, and return its plan with nothing begun."""
     name, door = options.command, door_of(options.command)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("bench.paper runs in one process; start it without a launcher")
     options.path, options.out = options.path.resolve(), options.out.resolve()
     settings = given(options, door.config)
     for setting in door.managed:

@@ -41,7 +41,7 @@ def probe_settings(job: Job) -> dict[str, Any]:
         **common, **grid, "method": "clp", "steps": steps, "log_every": steps, "checkpoint_every": steps,
         "normalize_prompts": PROMPTS, "eval_prompts": PROMPTS, "eval_samples": 1, "log_samples": 0,
         "limit": min(job.lists, LISTS), "held_out": min(0.5, max(config.held_out, (PROMPTS + 0.5) / LISTS)),
-        "kl_weight": config.kl_weight[:2],
+        "kl_weight": config.kl_weight[:2], "normalize": "running" if config.normalize == "running" else "none",
     }  # fmt: skip
 
 
@@ -63,9 +63,12 @@ def measure(job: Job, plan: Plan, say: Callable[[str], None]) -> float:
     seconds = sum(done.seconds for done in found.values())
     base = found.pop("base", None)
     (tuned,) = found.values()
-    # What is neither reading nor training: scores of the reference, answers, evaluation.
-    rest = max(0.0, whole - marks.get("run", 0.0) - seconds)
-    total = _total(job, run, tuned.seconds / tuned.steps, marks.get("run", 0.0), rest)
+    started = time.monotonic()
+    run.write_reports()  # once more: of a short run it is a good part
+    report = time.monotonic() - started
+    # What is neither reading, training nor reporting: scores of the reference, answers, evaluation.
+    rest = max(0.0, whole - marks.get("run", 0.0) - seconds - report)
+    total = report + _total(job, run, tuned.seconds / tuned.steps, marks.get("run", 0.0), rest)
     if base is not None:
         total += base.seconds / base.steps * _config(job, run).base_steps
     discard_folder(folder)

@@ -152,8 +152,8 @@ def tables(plan: Plan, runs: dict[str, FinishedRun]) -> list[Table]:
             f"validation), batch size ({config.batch_size}), learning rate ({config.learning_rate:g}), Dirichlet "
             f"parameter ({config.concentration:g}), β ({', '.join(f'{b:g}' for b in config.beta)}), which 11 weights "
             "of five objectives, normalisation of features, and the NDCG of queries without labels (here left out)",
-            "parameters: the paper's network has 50,112 beside 320 for five weights (width of its feed-forward layers not "
-            "stated)",
+            "parameters: the paper's network has 50,112 and 320 more for five weights; the width of its feed-forward "
+            "layers is not stated",
             "quality2 measures badness: here less is better, the paper does not say",
         ]
         sample = first < PAPER_QUERIES

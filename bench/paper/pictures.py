@@ -40,11 +40,11 @@ def _over_kl(table: Table, path: Path, notes: list[str]) -> None:
             continue
         colour = OUTLINES[place % len(OUTLINES)]
         axes.plot(x, y, "-", marker=MARKERS[place % len(MARKERS)], color=colour, markersize=6, label=plain(row))
-        if place == 0:  # the others have the same weights, and their labels would cover one another
-            for p in points:
+        if place == 0:  # the others have the same weights in the same order; labels would cover one another
+            for p in (points[0], points[-1]):
                 if not math.isnan(p["kl_weight"]):
                     axes.annotate(
-                        f"{p['kl_weight']:g}", (p["kl"], p["reward"]), xytext=(6, 6), textcoords="offset points",
+                        f"α = {p['kl_weight']:g}", (p["kl"], p["reward"]), xytext=(6, 6), textcoords="offset points",
                         fontsize=8, color=colour,
                     )  # fmt: skip
     axes.set_xlabel(plain(table.header[3].replace("↓", "").strip()))
