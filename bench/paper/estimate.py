@@ -15,30 +15,33 @@ from mopl.experiments.methods import TABLE
 from mopl.experiments.run import read_any
 from mopl.experiments.run_directory import DONE
 from mopl.experiments.stages import Trained
+from mopl.training.logs import read_log
 
 ESTIMATE = "estimate.json"
-STEPS, LISTS, PROMPTS, POINTS = 10, 160, 4, 2  # of a probe
+STAGES = ("weight-cos-dpo", "clp")  # the one training of a probe beside that of a base model
+STEPS, LISTS, PROMPTS, POINTS = 5, 160, 4, 2  # of a probe
 
 
 def probe_settings(job: Job) -> dict[str, Any]:
     """Return the settings that make a run short: the one conditioned model, for a few steps, on few rows."""
     config = job.config()
-    common = {"bootstrap": 0, "samples": 0, "checkpoint_every": 0, "log_every": STEPS}
+    common = {"bootstrap": 0, "samples": 0, "checkpoint_every": 0, "log_every": 1}
     if job.door is RANK:
+        steps = min(4 * STEPS, config.steps or 4 * STEPS, config.base_steps or 4 * STEPS)
         common.pop("samples")
         return {
-            **common, "method": "weight-cos-dpo", "steps": STEPS, "base_steps": STEPS, "validate_every": STEPS,
-            "scales": (),
+            **common, "method": "weight-cos-dpo", "steps": steps, "base_steps": steps,
+            "validate_every": max(1, steps // 2), "scales": (),
         }  # fmt: skip
     if job.door is ALIGN:
         return {
-            **common, "method": "weight-cos-dpo", "steps": STEPS, "points": POINTS,
+            **common, "method": "weight-cos-dpo", "steps": min(STEPS, config.steps or STEPS), "points": POINTS,
             "limit": min(job.lists, LISTS),
         }  # fmt: skip
     grid = {"points": POINTS} if len(config.rewards) > 1 else {}
-    steps = 2 * config.epochs
+    steps = min(3 * config.epochs, config.steps)
     return {
-        **common, **grid, "method": "clp", "steps": steps, "log_every": steps, "checkpoint_every": steps,
+        **common, **grid, "method": "clp", "steps": steps, "checkpoint_every": steps,
         "normalize_prompts": PROMPTS, "eval_prompts": PROMPTS, "eval_samples": 1, "log_samples": 0,
         "limit": min(job.lists, LISTS), "held_out": min(0.5, max(config.held_out, (PROMPTS + 0.5) / LISTS)),
         "kl_weight": config.kl_weight[:2], "normalize": "running" if config.normalize == "running" else "none",
@@ -68,11 +71,21 @@ def measure(job: Job, plan: Plan, say: Callable[[str], None]) -> float:
     report = time.monotonic() - started
     # What is neither reading, training nor reporting: scores of the reference, answers, evaluation.
     rest = max(0.0, whole - marks.get("run", 0.0) - seconds - report)
-    total = report + _total(job, run, tuned.seconds / tuned.steps, marks.get("run", 0.0), rest)
+    total = report + _total(job, run, _of_a_step(run, tuned), marks.get("run", 0.0), rest)
     if base is not None:
         total += base.seconds / base.steps * _config(job, run).base_steps
     discard_folder(folder)
     return total
+
+
+def _of_a_step(run: Any, done: Trained) -> float:
+    """Return the seconds of a step after the first, which warms up; of CLP after the first rollout."""
+    warm = getattr(run.config, "epochs", 1)
+    told = [record for record in read_log(run.path / "log.jsonl") if record.get("stage") in STAGES]
+    at = {record["step"]: record["seconds"] for record in told if "seconds" in record}
+    if done.steps > warm and warm in at and done.steps in at:
+        return (at[done.steps] - at[warm]) / (done.steps - warm)
+    return done.seconds / done.steps
 
 
 def _config(job: Job, run: Any) -> Any:
@@ -103,14 +116,14 @@ def trainings(job: Job, run: Any) -> int:
 def _total(job: Job, run: Any, step: float, reading: float, rest: float) -> float:
     config, short = _config(job, run), run.config
     total = step * config.steps * trainings(job, run)
-    evaluations = len(config.methods) + 1
+    evaluations = len(config.methods)
     if job.door is RANK:
-        return total + reading + rest / 2 * evaluations
+        return total + reading + rest * evaluations
     if job.door is ALIGN:
         rows = job.lists / short.limit
-        # The reference scores every list, each method the held-out ones at each point: two evaluations in the probe.
+        # The reference scores every list, each method the held-out ones at each point: one method in the probe.
         asked = 1 + evaluations * config.held_out * (config.points or 11)
-        return total + reading * max(1.0, rows / 2) + rest * rows * asked / (1 + 2 * config.held_out * POINTS)
+        return total + reading * max(1.0, rows / 2) + rest * rows * asked / (1 + config.held_out * POINTS)
     points = (config.points or 11) if len(config.rewards) > 1 else 1
     grids = points * config.eval_samples * sum(len(config.kl_weights(method)) for method in config.methods) + 1
     own = (POINTS if len(config.rewards) > 1 else 1) * len(short.kl_weight) + 1
